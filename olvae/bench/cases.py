@@ -200,8 +200,8 @@ def _read_step(config: str | Path, size: int, batch_size: int) -> tuple[dict[str
         raise ConfigError(f"{config}: model.from names an autoencoder: give the run's config.yaml")
     params, data = loaded["model"]["params"], loaded.get("data", {}).get("params", {})
     size, batch_size = size or data.get("size", 0), batch_size or data.get("batch_size", 0)
-    if not size or not batch_size:
-        raise ConfigError(f"{config}: has no data.params.size and batch_size: set `size` and `batch_size`")
+    if not batch_size or not size or not isinstance(size, int):
+        raise ConfigError(f"{config}: has no data.params.size of squares and batch_size: set `size` and `batch_size`")
     return params, size, batch_size
 
 
@@ -246,9 +246,9 @@ def _loaders(setting: Setting) -> list[Case]:
     for name in setting.sources:
         source = open_source(name, setting.size, setting.batch_size)
         source.batch_size = setting.batch_size
-        sizes = source.size, setting.batch_size
+        sizes = source.size.node, setting.batch_size
         decode = partial(per_image, _floor(name, source), 1, SECONDS)
-        floor = Case("decoding alone", "limit", "uint8", decode, 1, source.size, 1, 1, "images")
+        floor = Case("decoding alone", "limit", "uint8", decode, 1, source.size.node, 1, 1, "images")
         cases.append(floor)
         for workers in setting.workers:
             source.num_workers = workers

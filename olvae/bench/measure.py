@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from olvae.data.pixels.sides import Size
 from olvae.devices import FULL, PRECISIONS, autocast, now, peak_memory
 
 Work = Callable[[], Sequence[float]]  # does something once or several times; returns the seconds of each
@@ -55,7 +56,7 @@ class Case:
     precision: str
     run: Work
     images: int  # that each of the work's seconds is of; 0 for a limit that has none
-    size: int = 0  # pixels; 0 where there are no images
+    size: Size = 0  # pixels; 0 where there are no images
     batch_size: int = 0
     work: float = 0.0  # what these images take, in `unit`
     unit: Literal["macs", "bytes", "images"] = "macs"

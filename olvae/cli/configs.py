@@ -46,6 +46,7 @@ def validate_command(
 
 def _print_memory(config: dict[str, Any], name: str) -> None:
     """Tabulate what a training step needs, by precision and checkpointing, at the config's own size."""
+    from olvae.data.pixels.sides import Sides
     from olvae.models.footprint import footprint, without_weights
     from olvae.models.large.tiling import GIB
     from olvae.training.origin import start_from
@@ -53,7 +54,7 @@ def _print_memory(config: dict[str, Any], name: str) -> None:
     if config["model"].get("from") is not None:
         start_from(config)
     model, rows = without_weights(config["model"]), []
-    size = ((config.get("data") or {}).get("params") or {}).get("size") or 256
+    size = Sides.of(((config.get("data") or {}).get("params") or {}).get("size") or 256)
     for precision in ("32", "bf16"):
         for checkpoint in (False, True):
             need = footprint(model, size, precision, checkpoint)

@@ -76,7 +76,7 @@ def pack(
 @app.command()
 def check(
     src: Annotated[str, CheckSrc],
-    size: Annotated[int, typer.Option(min=1, help="Side of the training crops in pixels.")] = 256,
+    size: Annotated[str, typer.Option(metavar="PIXELS", help="Of the training crops: 256, or 80x256.")] = "256",
     channels: Channels = 3,
     values: Annotated[
         str | None, typer.Option("--range", metavar="YAML", help="Range of values, as data.params.range.")
@@ -100,6 +100,7 @@ def check(
         from olvae.config import ConfigError, load
         from olvae.data import audit
         from olvae.data.pixels.ranges import PixelRange
+        from olvae.data.pixels.sides import Sides
         from olvae.pool import cores
 
     try:
@@ -108,8 +109,9 @@ def check(
         raise ConfigError(f"`range`: expected YAML, as in [0, 65535], got {values}") from error
     pixels = PixelRange.from_node(node, "`range`")
     pixels.check_channels(channels, "`range`")
+    crops = Sides.read(size).node
     with ProgressBar("reading") as bar:
-        result = audit.check(src, size, channels, max_unreadable, workers or cores(), bar.set, pixels)
+        result = audit.check(src, crops, channels, max_unreadable, workers or cores(), bar.set, pixels)
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:

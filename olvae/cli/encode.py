@@ -34,7 +34,7 @@ def command(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files: empty, or to be continued.")],
     config: ConfigFile = None,
     size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels after resizing and cropping; by default the training's.")
+        str | None, typer.Option(metavar="PIXELS", help="After resizing and cropping; by default the training's.")
     ] = None,
     native: Annotated[bool, typer.Option("--native", help="Keep images' sizes, padded to multiples of f.")] = False,
     moments: Annotated[
@@ -82,6 +82,7 @@ def command(
     with loading():
         import torch
 
+        from olvae.data.pixels.sides import Sides
         from olvae.devices import gather, join, keep_freed_memory, leave, precision_name, resolve_device
         from olvae.export.encoding import EncodeJob, EncodeOptions, find_inputs
         from olvae.files import check_folder, no_empty_folders
@@ -97,8 +98,8 @@ def command(
     where = torch.device(resolve_device(device))
     model = found.load().to(where)
     inputs = find_inputs(data, model.in_channels, shard_size, classes, model.pixel_range)
-    size = 0 if native else size or found.usual_size(model)
-    options = EncodeOptions(size, moments, seed, dtype, flip, images, precision_name(precision))
+    pixels = 0 if native else Sides.read(size).node if size else found.usual_size(model)
+    options = EncodeOptions(pixels, moments, seed, dtype, flip, images, precision_name(precision))
     stats = None
     with no_empty_folders(out):
         job = EncodeJob(model, inputs, options, out, {"target": found.name, "source": data})
@@ -154,7 +155,9 @@ def _encoder(model: Any, target: str) -> Any:
 
 
 def _report(stats: Mapping[str, Any], out: Path, shards: int) -> Iterator[str]:
-    of = f" of {stats['size']} px" if stats["size"] else ""
+    from olvae.data.pixels.sides import Sides
+
+    of = f" of {Sides.of(stats['size']).short} px" if stats["size"] else ""
     lost = f"; {n} could not be read, stats.json lists them" if (n := stats["unreadable"]["count"]) else ""
     yield f"latents: {out}, {stats['count']} images{of} in {shards} shard{'s' * (shards > 1)}{lost}"
     factors = (f"{name} {stats[name]:.4f}" for name in ("scaling_factor", "shift_factor"))

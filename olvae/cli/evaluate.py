@@ -77,7 +77,8 @@ def command(
     ] = "open-litevae",
     data: TestImages = None,
     size: Annotated[
-        int | None, typer.Option(min=1, help="Pixels per side; by default the config's, otherwise the protocol's.")
+        str | None,
+        typer.Option(metavar="PIXELS", help="256, or 80x256; by default the config's, otherwise the protocol's."),
     ] = None,
     images: First = None,
     posterior: Annotated[Literal["mode", "sample"] | None, typer.Option(help="By default the protocol's.")] = None,
@@ -148,6 +149,7 @@ def command(
     if fit is not None and not baselines:
         raise ConfigError("`fit` is for the linear code among `baselines`: set both")
     with loading():
+        from olvae.data.pixels.sides import Sides
         from olvae.devices import join, keep_freed_memory, leave, resolve_device
         from olvae.evaluation.baselines import Baselines
         from olvae.evaluation.observers.observer import UNTRAINED
@@ -157,7 +159,8 @@ def command(
 
     names = split_commas(metrics)
     names = list(DEFAULT_METRICS) if ALL in names else names
-    choices = {"posterior": posterior, "seed": seed, "size": size}
+    pixels = Sides.read(size).node if size else None
+    choices = {"posterior": posterior, "seed": seed, "size": pixels}
     changes: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
     protocols = [replace(PRESETS[name], **changes) for name in split_commas(protocol)]
     found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets], [UNTRAINED])
@@ -177,7 +180,7 @@ def command(
     if rank:
         logging.getLogger("olvae").setLevel(logging.ERROR)
     device = resolve_device(device)
-    request = Request(found, protocols, names, data, size, images, batch_size, weights_dir, device, observers)
+    request = Request(found, protocols, names, data, pixels, images, batch_size, weights_dir, device, observers)
     if device.startswith("cpu") and "fp16" in precision and images is None and not rank:
         typer.echo("fp16 is very slow on a CPU: --device cuda, or --images N for fewer images", err=True)
     evaluated = evaluate(request, with_progress)

@@ -68,7 +68,7 @@ def command(
     about = {
         "source": data or place_of(found[0].config["data"]),
         "images": source.describe_val_images(),
-        "size": source.size,
+        "size": source.size.node,
         "n": next(iter(rows.values()))["n"],
     }
     results = [{"target": name, **row} for name, row in rows.items()]

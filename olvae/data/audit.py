@@ -21,6 +21,7 @@ from olvae.data.image import Bands, Photo
 from olvae.data.opening import open_images, open_source
 from olvae.data.picture_folder import Files, FolderSource
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
+from olvae.data.pixels.sides import Sides, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards
 from olvae.data.shards.latent_source import STATS
@@ -49,12 +50,12 @@ class AuditResult:
     """Facts about all images of a source; sizes are in pixels, of images turned upright."""
 
     source: str
-    size: int  # side of the training crops
+    size: Size  # of the training crops
     images: int
     unreadable: list[ReadError]
     kinds: dict[str, int] = field(default_factory=dict)  # images by format and mode
     spreads: dict[str, dict[str, float]] = field(default_factory=dict)  # min, median and max of sides and their ratios
-    smaller: int = 0  # images with a shorter side below ``size``, which training and evaluation would enlarge
+    smaller: int = 0  # images smaller than ``size``, which training and evaluation would enlarge
     shards: list[ShardFacts] = field(default_factory=list)
     images_per_s: float | None = None  # of one loader process: reading, decoding and the training transform
     problems: list[str] = field(default_factory=list)  # to fix before training
@@ -69,7 +70,7 @@ class AuditResult:
 
 def check(
     src: str,
-    size: int = 256,
+    size: Size = 256,
     channels: int = 3,
     max_unreadable: float = 0.01,
     workers: int = 1,
@@ -80,7 +81,7 @@ def check(
 
     Args:
         src: a folder, pattern, list, data set or shards; see :mod:`olvae.data.opening`.
-        size: side of the training crops in pixels.
+        size: of the training crops in pixels.
         channels: see :func:`~olvae.data.image.read_picture`.
         max_unreadable: share of the images that may be unreadable.
         on_progress: called with the number of images that are done, and of all; None if that is unknown.
@@ -122,14 +123,16 @@ def check(
         kinds = ", ".join(f"{count} {kind}" for kind, count in result.kinds.items())
         result.problems.append(f"several kinds of pixels, which can't share a batch: {kinds}")
     if result.smaller:
-        result.notes.append(f"{result.smaller} images are smaller than {size} pixels and would be enlarged")
+        result.notes.append(
+            f"{result.smaller} images are smaller than {Sides.of(size).short} pixels and would be enlarged"
+        )
     if source is not None and result.images > lost:
         result.images_per_s = _measure_speed(source)
     return result
 
 
 def _train_source(
-    src: str, size: int, channels: int, images: ImageDataset | None, pixel_range: PixelRange
+    src: str, size: Size, channels: int, images: ImageDataset | None, pixel_range: PixelRange
 ) -> tuple[Source | None, list[str]]:
     """The source that would train on SRC, or the reason why it can't; without ``images`` it has shards."""
     values = pixel_range.as_node()
@@ -202,7 +205,7 @@ def _read_all(
     return found
 
 
-def _summarise(source: str, size: int, found: _Found) -> AuditResult:
+def _summarise(source: str, size: Size, found: _Found) -> AuditResult:
     result = AuditResult(source, size, len(found.images) + len(found.unreadable), sorted(found.unreadable))
     if not found.images:
         return result
@@ -210,7 +213,8 @@ def _summarise(source: str, size: int, found: _Found) -> AuditResult:
     width, height = np.array(widths), np.array(heights)
     shorter = np.minimum(width, height)
     result.kinds = dict(Counter(kinds).most_common())
-    result.smaller = int((shorter < size).sum())
+    high, wide = Sides.of(size)
+    result.smaller = int(((height < high) | (width < wide)).sum())
     sizes = {"width": width, "height": height, "shorter_side": shorter, "aspect_ratio": width / height}
     for name, v in sizes.items():
         spread = {"min": v.min(), "median": np.median(v), "max": v.max()}
@@ -289,12 +293,13 @@ def _facts(result: AuditResult) -> list[tuple[str, str]]:
     for name, spread in result.spreads.items():
         low, middle, high = (format(value, ".2f" if name == "aspect_ratio" else ",.0f") for value in spread.values())
         facts.append((name.replace("_", " "), f"{low} to {high}, median {middle}"))
-    facts.append(("small", f"{result.smaller:,} with a shorter side of less than {result.size} pixels"))
+    crops = f"{Sides.of(result.size).short} pixels"
+    facts.append(("small", f"{result.smaller:,} smaller than {crops}"))
     if result.shards:
         counts = sorted(shard.images for shard in result.shards)
         each = f"{counts[0]:,}" if counts[0] == counts[-1] else f"{counts[0]:,} to {counts[-1]:,}"
         broken = sum(shard.broken is not None for shard in result.shards)
         facts.append(("shards", f"{len(counts):,}, {each} images each{f'; {broken:,} broken' if broken else ''}"))
     if result.images_per_s is not None:
-        facts.append(("speed", f"{result.images_per_s:,.0f} images/s per loader process at {result.size} pixels"))
+        facts.append(("speed", f"{result.images_per_s:,.0f} images/s per loader process at {crops}"))
     return facts

@@ -18,6 +18,7 @@ from olvae.data.image import (
     resize_shorter_side,
 )
 from olvae.data.pixels.ranges import RangeNode
+from olvae.data.pixels.sides import Sides, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.source import MIN_VAL_IMAGES, LoaderProcess, Sample, Source, draws, eval_sample
 
@@ -99,7 +100,7 @@ class MappedSource(Source):
 
     Args:
         train, val: the pictures.
-        transform: from a training picture to a square; its size is that of all images.
+        transform: of a training picture; its size is that of all images.
         batch_size, num_workers, channels, max_unreadable, range: see :class:`~olvae.data.source.Source`.
         samples_per_image: number of times that a training picture counts in an epoch.
 
@@ -124,7 +125,7 @@ class MappedSource(Source):
         if samples_per_image < 1:
             raise ValueError(f"samples_per_image must be at least 1, got {samples_per_image}")
         self.train, self.val = train, val
-        self.transform = transform
+        self.transform, self.eval_transform = transform, transform.evaluation
         self.samples_per_image = samples_per_image
         self.check_batch()
 
@@ -181,21 +182,23 @@ def sample_photographs(paths: Sequence[Path] = (*PHOTOGRAPHS, *HELD_OUT), channe
     return InMemory([(path.name, read_picture(path)) for path in paths], channels)
 
 
-def _tiles(paths: Sequence[Path], size: int) -> ImageDataset:
-    """Shrink photographs to a shorter side of two tiles, and cut whole tiles without overlap around the centre.
+def _tiles(paths: Sequence[Path], size: Size) -> ImageDataset:
+    """Shrink photographs until two tiles cover them, and cut whole tiles without overlap around the centre.
 
-    Smaller photographs are cut as they are; a shorter side of less than one tile is the tile's side.
+    Smaller photographs are cut as they are; one that is smaller than a tile, into what has its shape.
     """
     tiles: list[tuple[str, Picture]] = []
+    sides = Sides.of(size)
     for path in paths:
         image = read_picture(path)
-        if min(image.size) > 2 * size:
-            image = resize_shorter_side(image, 2 * size)
-        side = min(size, *image.size)
-        for row in range(image.height // side):
-            for column in range(image.width // side):
-                left, top = image.width % side // 2 + column * side, image.height % side // 2 + row * side
-                tiles.append((f"{path.name}/{row}-{column}", image.crop((left, top, left + side, top + side))))
+        if image.height > 2 * sides.height and image.width > 2 * sides.width:
+            image = resize_shorter_side(image, [2 * side for side in sides])
+        share = min(1.0, image.height / sides.height, image.width / sides.width)
+        high, wide = (max(1, round(share * side)) for side in sides)
+        for row in range(image.height // high):
+            for column in range(image.width // wide):
+                left, top = image.width % wide // 2 + column * wide, image.height % high // 2 + row * high
+                tiles.append((f"{path.name}/{row}-{column}", image.crop((left, top, left + wide, top + high))))
     return InMemory(tiles)
 
 
@@ -216,7 +219,7 @@ class SamplePhotographs(MappedSource):
 
     def __init__(
         self,
-        size: int = 64,
+        size: Size = 64,
         batch_size: int = 16,
         num_workers: int = 0,
         crops_per_photograph: int = 16,

@@ -12,6 +12,7 @@ from olvae.config import ConfigError, Node, instantiate
 from olvae.data.dataset import ImageDataset, MappedSource, hold_out
 from olvae.data.image import ALL_FILTERS, Bands, Photo, Picture, RandomScaleCrop, array_to_picture, stated_picture
 from olvae.data.pixels.ranges import AS_STORED, EIGHT_BIT_FILE, EIGHT_BITS, PixelRange, RangeNode
+from olvae.data.pixels.sides import Size
 from olvae.data.read_errors import UnreadableImageError
 
 
@@ -52,7 +53,8 @@ def _picture(item: Any, pixel_range: PixelRange) -> Picture:
     if isinstance(item, Image.Image | Bands):
         return item
     array = item.permute(1, 2, 0).numpy() if isinstance(item, Tensor) and item.dim() == 3 else item
-    plain = pixel_range.eight_bits or (pixel_range == AS_STORED and getattr(array, "dtype", None) == np.uint8)
+    dtype = str(getattr(array, "dtype", None))
+    plain = dtype == "uint8" if pixel_range == AS_STORED else pixel_range.eight_bits and not dtype.endswith("int16")
     if isinstance(array, np.ndarray) and not plain:
         return stated_picture(np.atleast_3d(array), pixel_range)
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
@@ -77,7 +79,7 @@ class TorchvisionSource(MappedSource):
     def __init__(
         self,
         dataset: Node,
-        size: int,
+        size: Size,
         batch_size: int,
         num_workers: int = 0,
         val_dataset: Node | None = None,
@@ -142,7 +144,7 @@ class HuggingFaceSource(MappedSource):
     def __init__(
         self,
         path: str,
-        size: int,
+        size: Size,
         batch_size: int,
         num_workers: int = 0,
         column: str = "image",

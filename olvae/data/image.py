@@ -1,7 +1,6 @@
-"""Read image files as pictures, crop and resize them to squares: random for training, fixed for evaluation."""
+"""Read image files as pictures, crop and resize them to one size: random for training, fixed for evaluation."""
 
 import io
-import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,19 +9,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, features
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
 from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.data.pixels.arrays import MAX_PIXELS, array_suffix, check_size, read_array
-from olvae.data.pixels.ranges import AS_STORED, EIGHT_BIT_FILE, EIGHT_BITS, PixelRange
+from olvae.data.pixels.arrays import array_suffix, read_array
+from olvae.data.pixels.ranges import AS_STORED, EIGHT_BIT_FILE, EIGHT_BITS, UNSTATED, PixelRange
+from olvae.data.pixels.sides import MAX_PIXELS, Sides, Size, check_size
 from olvae.data.read_errors import UnreadableImageError
 from olvae.files import legible, reason
-
-log = logging.getLogger("olvae.data")
-
-_warned: list[str] = []  # the file that this process has warned of
 
 
 @dataclass
@@ -90,7 +86,7 @@ def stated_picture(array: NDArray[np.generic], pixel_range: PixelRange, nodata: 
     if array.dtype == np.uint8 and pixel_range in (EIGHT_BITS, AS_STORED):
         return array_to_picture(array)
     if pixel_range.eight_bits:
-        raise ValueError(f"{array.dtype.name} of shape {array.shape}: expected uint8, or a stated `range`")
+        raise ValueError(f"{array.dtype.name} of shape {array.shape}: {UNSTATED}")
     dtype = "uint16" if array.dtype.name == "uint16" else "float32"  # in any order of bytes
     return array_to_picture(pixel_range.checked(array, nodata), dtype)
 
@@ -175,8 +171,6 @@ class Photo:
         image = self._image
         if isinstance(image, Bands):
             return image
-        if self.pixel_range.eight_bits:
-            self.warn_of_deep_pixels()
         try:
             if shrink > 1 and image.format == "JPEG":
                 image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
@@ -191,30 +185,30 @@ class Photo:
         bad: NDArray[np.bool_] = ~np.isfinite(values)
         return bad if self.nodata is None else bad | (values == np.float32(self.nodata))
 
-    def warn_of_deep_pixels(self) -> None:
-        """Warn, once in a process, that 16 bits become 8."""
-        image = self._image
-        if isinstance(image, Image.Image) and not _warned and _is_deep(image):
-            _warned.append(self.name)
-            log.warning("%s and others like it: 16 bits are cut to 8: data.params.range would keep them", self.name)
-
     def _open(self, content: Path | bytes | Picture) -> Picture:
         if isinstance(content, Bands) and len(content.bands) != (self.channels or len(content.bands)):
             raise ValueError(f"it has {len(content.bands)} channels, not {self.channels}")
         if not isinstance(content, Path | bytes):
+            _refuse_deep(content)
             return content
         if not (len(content) if isinstance(content, bytes) else content.stat().st_size):
             raise ValueError("the file is empty")
         if (suffix := self._array_suffix(content)) is not None:
             self.suffix = suffix.removeprefix(".")
             as_stored = self.pixel_range == AS_STORED and self.channels in MODES
-            array, self.nodata = read_array(content, 0 if as_stored and suffix == ".tif" else self.channels)
+            array, self.nodata = read_array(content, 0 if as_stored and suffix in (".tif", ".png") else self.channels)
             return stated_picture(array, self.pixel_range, self.nodata)
         if not self.pixel_range.eight_bits and self.pixel_range != AS_STORED:
             raise ValueError(EIGHT_BIT_FILE)
         with warnings.catch_warnings():  # Pillow warns from half the size that it refuses
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
+            try:
+                image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
+            except UnidentifiedImageError:
+                if array_suffix(content) != ".tif":
+                    raise
+                return self._open(stated_picture(read_array(content).array, self.pixel_range))
+        _refuse_deep(image)
         if isinstance(image, TiffImageFile) and _pages(image) > 1:
             raise ValueError(f"it holds {_pages(image)} pages, not one: save each in a file of its own, or as bands")
         return image
@@ -230,7 +224,8 @@ class Photo:
         converts = self.channels in MODES and self.pixel_range in (EIGHT_BITS, AS_STORED)
         if not converts or suffix not in (".tif", ".png"):
             return suffix
-        return suffix if suffix == ".tif" and self.pixel_range == AS_STORED and _is_deep_tiff(content) else None
+        deep = self.pixel_range == AS_STORED and (suffix == ".png" or _is_deep_tiff(content))
+        return suffix if deep else None
 
     def _upright_size(self) -> tuple[int, int]:
         width, height = self._image.size
@@ -243,25 +238,22 @@ def read_picture(path: str | Path, channels: int = 3, pixel_range: PixelRange = 
     """Read a picture, turned upright by its EXIF orientation.
 
     Without a stated range it has 8 bits per channel. Three channels are RGB: transparent pictures are laid over white;
-    16 bits are cut to 8, with a warning; greyscale, palette and CMYK are converted by Pillow; only the first of several
-    frames of a GIF is read. One channel is the luma of that; four are RGB and alpha. Any other number of channels is
-    read from a TIFF or a NumPy file, an array of uint8 of shape (H, W, channels).
+    greyscale, palette and CMYK are converted by Pillow; only the first of several frames of a GIF is read. One channel
+    is the luma of that; four are RGB and alpha. Any other number of channels is read from a TIFF or a NumPy file, an
+    array of uint8 of shape (H, W, channels).
 
     With a range it is an array of :data:`~olvae.data.pixels.arrays.DTYPES`, (H, W, channels), as it is in the file.
 
     Raises:
-        UnreadableImageError: the file is not a picture, is broken, has floating-point pixels or integers beyond 16
-            bits, whose range is unknown, values that its range refuses, another number of channels, several pages,
-            more than :data:`MAX_PIXELS` pixels, or a side that is more than :data:`MAX_RATIO` times the other.
+        UnreadableImageError: the file is not a picture, is broken, has more than 8 bits per channel without a stated
+            range, values that its range refuses, another number of channels, several pages, more than
+            :data:`MAX_PIXELS` pixels, or a side that is more than :data:`MAX_RATIO` times the other.
     """
     return Photo(Path(path), legible(str(path)), channels, pixel_range).read()
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
     """From any mode of Pillow to one of :data:`MODES`; see :func:`read_picture` for the rules."""
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers of unknown range: state it as data.params.range")
-    image = _to_8_bits(image)
     if _is_transparent(image):
         image = image.convert("RGBA")
         if mode == "RGBA":
@@ -271,30 +263,22 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     return rgb if mode == "RGB" else rgb.convert(mode)
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    """16-bit greyscale, I;16 or I, as L, or as LA if it has a transparent value; other modes as they are."""
-    if not image.mode.startswith("I"):
-        return image
-    array = np.asarray(image)
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high > 65535:
-        raise ValueError(f"its pixels are integers from {low} to {high}, not 0 to 65535: convert it to 8 or 16 bits")
-    grey = Image.fromarray((array / 257.0).round().astype(np.uint8))
-    if not _is_transparent(image):
-        return grey
-    return Image.merge("LA", (grey, Image.fromarray(np.uint8(255) * (array != image.info["transparency"]))))
+def _is_deep(image: Picture) -> bool:
+    """Whether a file that Pillow opened has more than 8 bits per channel, which it may cut to 8."""
+    tiles = getattr(image, "tile", ())
+    return isinstance(image, Image.Image) and (image.mode[0] in "IF" or any(";16" in str(part[3]) for part in tiles))
 
 
-def _is_deep(image: Image.Image) -> bool:
-    """Whether Pillow would cut an opened file's pixels from 16 bits to 8, or we do."""
-    return image.mode.startswith("I") or any(";16" in str(part[3]) for part in getattr(image, "tile", ()))
+def _refuse_deep(image: Picture) -> None:
+    if _is_deep(image):
+        raise ValueError(UNSTATED)
 
 
 def _is_deep_tiff(content: Path | bytes) -> bool:
     """Whether Pillow would cut a TIFF's pixels to 8 bits, or does not know such pixels."""
     try:
         with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=["TIFF"]) as image:
-            return image.mode == "F" or (image.mode != "I" and _is_deep(image))
+            return _is_deep(image)
     except OSError:
         return True
 
@@ -330,33 +314,36 @@ def _reason(error: BaseException) -> str:
     return "no known picture format" if "cannot identify image file" in text else text
 
 
-# Pillow's filters; all are antialiased when they shrink.
-FILTERS = {name: Image.Resampling[name.upper()] for name in ("box", "bilinear", "hamming", "bicubic", "lanczos")}
+# Pillow's filters; all but nearest, which is for masks, are antialiased when they shrink.
+FILTERS = {
+    name: Image.Resampling[name.upper()] for name in ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+}
 ALL_FILTERS = ("box", "bilinear", "bicubic", "lanczos")  # filters that training draws from by default
-OVERSAMPLING = 2.0  # least ratio of the square to the result for a JPEG that is decoded at a fraction of its size
+OVERSAMPLING = 2.0  # least ratio of the window to the result for a JPEG that is decoded at a fraction of its size
 
 
 @dataclass(frozen=True)
 class RandomScaleCrop:
     """Stochastic image rescaling [R], random crop and flip.
 
-    Cuts a square at a random place, whose side is a random fraction of the picture's shorter side, uniform between
-    ``min_fraction`` and 1, and resizes it to ``size`` with a randomly chosen antialiased filter: the same as resizing
-    the picture by a random factor and cropping ``size`` pixels of it [D], at a fraction of the cost. The square is at
-    least ``size`` wide if the picture is, so that nothing is enlarged.
+    Cuts a window of the result's shape at a random place, whose height is a random fraction of that of the largest
+    window in the picture, uniform between ``min_fraction`` and 1, and resizes it to ``size`` with a randomly chosen
+    filter: the same as resizing the picture by a random factor and cropping ``size`` pixels of it [D], at a fraction of
+    the cost. The window has at least ``size`` pixels if the picture has, so that nothing is enlarged. A window of
+    exactly that size is cut at whole pixels.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the square is then still at least twice as wide as the result,
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the window is then still at least twice as high as the result,
     which changes a pixel by less than 1 of 255 on average (docs/data.md).
 
     Args:
-        size: side of the result in pixels.
+        size: of the result.
         min_fraction: in (0, 1].
-        filters: names of :data:`FILTERS` to choose from.
+        filters: names of :data:`FILTERS` to choose from; nearest alone, for masks, is evaluation's filter as well.
         flip: mirror half of the results.
         shuffle_channels: share of the results whose channels are permuted: more colours, if there are few pictures.
     """
 
-    size: int
+    size: Size
     min_fraction: float = 0.5
     filters: Sequence[str] = ALL_FILTERS
     flip: bool = True
@@ -371,16 +358,20 @@ class RandomScaleCrop:
             raise ValueError(f"filters must be some of {', '.join(FILTERS)}, got {list(self.filters)}")
 
     def __call__(self, photo: Picture | Photo, rng: np.random.Generator) -> Picture:
-        width, height = photo.size
-        shorter = min(width, height)
-        side = rng.uniform(max(self.min_fraction * shorter, min(self.size, shorter)), shorter)
-        left = rng.uniform(0.0, width - side)
-        top = rng.uniform(0.0, height - side)
+        (width, height), wanted = photo.size, Sides.of(self.size)
+        wide = wanted.width / wanted.height  # 1 for a square
+        highest = min(width / wide, height)
+        high = rng.uniform(max(self.min_fraction * highest, min(wanted.height, highest)), highest)
+        left = rng.uniform(0.0, max(0.0, width - high * wide))
+        top = rng.uniform(0.0, height - high)
+        if high == wanted.height:
+            left, top = float(round(left)), float(round(top))
         resample = FILTERS[self.filters[int(rng.integers(len(self.filters)))]]
-        image = photo.read(self._shrink(side)) if isinstance(photo, Photo) else photo
+        shrink = next((n for n in (8, 4, 2) if high >= n * OVERSAMPLING * wanted.height), 1)
+        image = photo.read(shrink) if isinstance(photo, Photo) else photo
         shrunk = round(width / image.width)  # 1, 2, 4 or 8; the last column and row may reach beyond the picture
-        box = (left / shrunk, top / shrunk, (left + side) / shrunk, (top + side) / shrunk)
-        crop: Picture = image.resize((self.size, self.size), resample, box=box)
+        box = (left / shrunk, top / shrunk, (left + high * wide) / shrunk, (top + high) / shrunk)
+        crop: Picture = image.resize((wanted.width, wanted.height), resample, box=box)
         if self.flip and rng.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.shuffle_channels and rng.random() < self.shuffle_channels:
@@ -389,14 +380,15 @@ class RandomScaleCrop:
             crop = replace(crop, bands=mixed) if isinstance(crop, Bands) else Bands(mixed)
         return crop
 
-    def _shrink(self, side: float) -> int:
-        """Factor by which a decoder may shrink a square of this side."""
-        return next((n for n in (8, 4, 2) if side >= n * OVERSAMPLING * self.size), 1)
+    @property
+    def evaluation(self) -> "EvalTransform":
+        """What evaluation does with the same images: masks are resized by nearest there, too."""
+        return EvalTransform(self.size, resample="nearest" if set(self.filters) == {"nearest"} else "bicubic")
 
 
 RESIZES = {  # descriptions for the protocol
-    "shorter side": "{filter} antialiased resize of the shorter side (Pillow), centre crop",
-    "adm": "halved by averaging while twice too large, {filter} resize of the shorter side (Pillow), centre crop",
+    "shorter side": "{filter} antialiased resize of {what} (Pillow), centre crop",
+    "adm": "halved by averaging while twice too large, {filter} resize of {what} (Pillow), centre crop",
     "squash": "{filter} antialiased resize of both sides (Pillow)",
     "none": "not resized, centre crop",
 }
@@ -404,18 +396,18 @@ RESIZES = {  # descriptions for the protocol
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize and crop a picture to a square of ``size`` pixels for evaluation, without randomness.
+    """Resize and crop a picture to ``size`` for evaluation, without randomness.
 
     Args:
-        resize: ``shorter side``: to ``size``, as in the results table [R]; ``adm``: the same, after halving the
-            picture by averaging while its shorter side is at least twice ``size`` (Dhariwal and Nichol 2021);
-            ``squash``: both sides; ``none``: only pictures that are smaller. Then the centre is cropped.
-        resample: one of :data:`FILTERS`, antialiased.
+        resize: ``shorter side``: to ``size``, as in the results table [R], or until height and width just cover it;
+            ``adm``: the same, after halving the picture by averaging while it is at least twice too large (Dhariwal and
+            Nichol 2021); ``squash``: both sides; ``none``: only pictures that are smaller. Then the centre is cropped.
+        resample: one of :data:`FILTERS`.
 
     Raises ValueError: the resize or filter is unknown.
     """
 
-    size: int
+    size: Size
     resize: str = "shorter side"
     resample: str = "bicubic"
 
@@ -427,23 +419,29 @@ class EvalTransform:
             )
 
     def __call__(self, image: Picture) -> Picture:
-        size, resample = self.size, FILTERS[self.resample]
+        (height, width), resample = Sides.of(self.size), FILTERS[self.resample]
         if self.resize == "squash":
-            return image.resize((size, size), resample)
-        while self.resize == "adm" and min(image.size) >= 2 * size:
+            return image.resize((width, height), resample)
+        while self.resize == "adm" and image.width >= 2 * width and image.height >= 2 * height:
             image = image.resize((image.width // 2, image.height // 2), FILTERS["box"])
-        if self.resize != "none" or min(image.size) < size:
-            image = resize_shorter_side(image, size, resample)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
-        return image.crop((left, top, left + size, top + size))
+        if self.resize != "none" or self.enlarges(image):
+            image = resize_shorter_side(image, self.size, resample)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        return image.crop((left, top, left + width, top + height))
+
+    def enlarges(self, image: Picture) -> bool:
+        """Whether a picture is smaller than the result."""
+        height, width = Sides.of(self.size)
+        return image.width < width or image.height < height
 
     def describe(self) -> str:
         """A description for the protocol."""
-        return RESIZES[self.resize].format(filter=self.resample)
+        what = "the shorter side" if isinstance(Sides.of(self.size).node, int) else "both sides until they cover it"
+        return RESIZES[self.resize].format(filter=self.resample, what=what)
 
 
-def resize_shorter_side(image: Picture, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Picture:
-    """Resize to a shorter side of ``size`` pixels; by default bicubic and antialiased."""
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    return image.resize((width, height), resample)
+def resize_shorter_side(image: Picture, size: Size, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Picture:
+    """Resize to a shorter side of ``size`` pixels, or until both sides just cover it; by default bicubic."""
+    height, width = Sides.of(size)
+    scale = max(width / image.width, height / image.height)
+    return image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))), resample)

@@ -7,6 +7,7 @@ import numpy as np
 
 from olvae.config import ConfigError, Node, instantiate
 from olvae.data.pixels.ranges import RangeNode
+from olvae.data.pixels.sides import Size
 from olvae.data.source import LoaderProcess, Sample, Source, total
 
 CYCLE = 1000  # samples in which each source has its exact share; weights are as fine as that
@@ -32,7 +33,7 @@ class MixSource(Source):
     def __init__(
         self,
         sources: Sequence[Node],
-        size: int,
+        size: Size,
         batch_size: int,
         num_workers: int = 0,
         weights: Sequence[float] | None = None,
@@ -50,10 +51,10 @@ class MixSource(Source):
                     f"data.params.sources.{i}: values of {source.pixel_range} do not mix with "
                     f"{self.pixel_range}: state one `range` in all"
                 )
-            if (source.size, source.channels) != (size, channels):
+            if (source.size, source.channels) != (self.size, channels):
                 raise ConfigError(
-                    f"data.params.sources.{i}: images of {source.channels} channels, {source.size} pixels wide, do "
-                    f"not mix with {channels} channels of {size} pixels"
+                    f"data.params.sources.{i}: images of {source.channels} channels and {source.size} pixels do not "
+                    f"mix with {channels} channels and {self.size} pixels"
                 )
         self.shares = self._shares(weights)
         self.latent_stats = [stats for source in self.sources for stats in source.latent_stats]
@@ -117,7 +118,7 @@ class MixSource(Source):
 
     def once(self, process: LoaderProcess) -> Iterator[Sample]:
         for source in self.sources:
-            source.eval_transform = self.eval_transform  # an evaluation may have put another one here
+            source.evaluate_with(self.eval_transform)  # an evaluation may have put another one here
         for i, source in enumerate(self.sources):
             yield from (_numbered(i, sample) for sample in source.once(_alone(process)))
 

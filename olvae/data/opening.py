@@ -13,7 +13,8 @@ from olvae.data.dataset import ImageDataset, MappedSource, SamplePhotographs, sa
 from olvae.data.hub import Column, Items, load_table
 from olvae.data.image import RandomScaleCrop
 from olvae.data.picture_folder import Files, find_images
-from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
+from olvae.data.pixels.ranges import AS_STORED, EIGHT_BITS, PixelRange
+from olvae.data.pixels.sides import Size
 from olvae.data.read_errors import ReadError
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
@@ -22,7 +23,7 @@ from olvae.runs import present_data
 
 def open_source(
     src: str,
-    size: int,
+    size: Size,
     batch_size: int,
     num_workers: int = 0,
     channels: int = 3,
@@ -51,7 +52,7 @@ def open_source(
 def open_test_source(
     config: Config,
     src: str | None = None,
-    size: int | None = None,
+    size: Size | None = None,
     channels: int = 3,
     pixel_range: PixelRange = EIGHT_BITS,
 ) -> Source:
@@ -77,6 +78,8 @@ def open_images(src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BIT
     """All images of SRC by number, whole: of any SRC but shards and configs; raises as :func:`open_source`."""
     kind = src.partition(":")[0]
     if src == "samples":
+        if pixel_range != AS_STORED:
+            pixel_range.check_data(EIGHT_BITS)
         return sample_photographs(channels=channels)
     if kind == "torchvision":
         return Items(instantiate(find_source(src)[1]["dataset"]), channels, pixel_range)

@@ -209,7 +209,6 @@ def _encode(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, 
         extension = STORED_AS_IS[photo.format] if photo.format else photo.suffix
         return extension, photo.content, picture.size
     if smaller:
-        photo.warn_of_deep_pixels()
         if isinstance(picture, Bands) and (lost := photo.missing(image_to_tensor(picture).numpy()).sum()):
             raise UnreadableImageError(photo.name, f"{lost} values are missing, which a resize would mix into others")
         picture = resize_shorter_side(picture, size)

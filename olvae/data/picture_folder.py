@@ -11,6 +11,7 @@ from olvae.config.reading import EXTENSIONS
 from olvae.data.dataset import VAL_FRACTION, ImageDataset, MappedSource, min_held_out
 from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange, RangeNode
+from olvae.data.pixels.sides import Size
 from olvae.data.read_errors import ReadError
 from olvae.files import legible, nearest_path, warn_once
 
@@ -68,7 +69,7 @@ class FolderSource(MappedSource):
     def __init__(
         self,
         root: str | Path,
-        size: int,
+        size: Size,
         batch_size: int,
         num_workers: int = 0,
         val_root: str | Path | None = None,

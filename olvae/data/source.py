@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 
 from olvae.data.image import EvalTransform, Photo, image_to_tensor
 from olvae.data.pixels.ranges import PixelRange, RangeNode
+from olvae.data.pixels.sides import Sides, Size
 from olvae.data.read_errors import ReadError, ReadErrors, UnreadableImages
 from olvae.devices import this_process
 
@@ -86,12 +87,12 @@ def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
 
 
 class Batch(TypedDict, total=False):
-    """``image``: (B, channels, size, size), which becomes [-1, 1] on the device; ``key``: their B names.
+    """``image``: (B, channels, height, width), which becomes [-1, 1] on the device; ``key``: their B names.
 
     It is uint8 or, where the source has another :class:`PixelRange`, uint16 or float32.
 
     Where the source knows classes, ``label``: int64 (B,). Where it has a teacher's latents, ``moments``: float32
-    (B, 2 n_z, size / f, size / f), the means, then the log-variances.
+    (B, 2 n_z, height / f, width / f), the means, then the log-variances.
     """
 
     image: Tensor
@@ -114,7 +115,7 @@ class Sample(NamedTuple):
 def eval_sample(photo: Photo, key: str, transform: EvalTransform) -> Sample:
     """Read an image for validation. Raises UnreadableImageError if the photograph's file is broken."""
     picture = photo.read()
-    return Sample(image_to_tensor(transform(picture)), key, enlarged=min(picture.size) < transform.size)
+    return Sample(image_to_tensor(transform(picture)), key, enlarged=transform.enlarges(picture))
 
 
 def total(counts: Sequence[int | None]) -> int | None:
@@ -126,7 +127,7 @@ class Source(ABC):
     """Endless training images, and the validation images, which are also the test images, once each.
 
     Args:
-        size: side of the images in pixels.
+        size: of the images in pixels: the side of squares, or [height, width].
         batch_size: images per batch and device.
         num_workers: loader processes; 0 loads in the training process.
         channels: of the images.
@@ -143,21 +144,21 @@ class Source(ABC):
 
     def __init__(
         self,
-        size: int,
+        size: Size,
         batch_size: int,
         num_workers: int = 0,
         channels: int = 3,
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002  (the config's name, here and in the classes below)
     ) -> None:
-        for name, number in (("size", size), ("batch_size", batch_size), ("channels", channels)):
+        for name, number in (("batch_size", batch_size), ("channels", channels)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
         if num_workers < 0:
             raise ValueError(f"num_workers must not be negative, got {num_workers}")
         if not 0.0 <= max_unreadable <= 1.0:
             raise ValueError(f"max_unreadable must be between 0 and 1, got {max_unreadable}")
-        self.size = size
+        self.size = Sides.of(size)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.channels = channels
@@ -166,7 +167,7 @@ class Source(ABC):
         self.pixel_range.check_channels(channels)
         self.unreadable = UnreadableImages()
         self.crops: str | None = None  # how the validation images were cut, if they are parts of others
-        self.eval_transform = EvalTransform(size)  # an evaluation may replace it
+        self.eval_transform = EvalTransform(size)
 
     @property
     @abstractmethod
@@ -201,6 +202,11 @@ class Source(ABC):
     def describe_val_images(self) -> str:
         """How the validation images are made, for the evaluation's protocol."""
         return self.crops or self.eval_transform.describe()
+
+    def evaluate_with(self, transform: EvalTransform) -> None:
+        """Make the validation images like this; only masks stay resized by nearest."""
+        nearest = self.eval_transform.resample == "nearest"
+        self.eval_transform = replace(transform, resample="nearest") if nearest else transform
 
     def limit(self, images: int) -> None:
         """Evaluate on the first ``images`` images only. Raises ValueError: there are fewer, or an unknown number."""

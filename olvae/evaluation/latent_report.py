@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
+from olvae.data.pixels.sides import Sides
 from olvae.data.source import Batch
 from olvae.evaluation.latent_statistics import EDGES, NO_DISTRIBUTION, LatentAccumulator, image_key
 from olvae.evaluation.page import texts
@@ -47,7 +48,7 @@ def print_latents(rows: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any]
     """Print two tables to standard error, by target: moments, and MMD^2 per bandwidth."""
     console = Console(stderr=True)
     title = (
-        f"latents of {data['n']} images of {data['size']}x{data['size']}; shift is the mean; sigma is the posterior's; "
+        f"latents of {data['n']} images of {Sides.of(data['size'])}; shift is the mean; sigma is the posterior's; "
         "KL in nats per position, over all channels"
     )
     print_grid(console, title, texts({name: _moments(row) for name, row in rows.items()}))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from olvae.data.image import EvalTransform
+from olvae.data.pixels.sides import Size
 
 SSIM = {
     "gaussian": "mean over images; Gaussian window 11, sigma 1.5, K 0.01 and 0.03, range 255, per channel",
@@ -25,7 +26,7 @@ class Protocol:
 
     name: str = "open-litevae"  # of the preset; a changed preset has another hash
     version: int = 2  # incremented when the same name comes to mean something else
-    size: int = 256  # of the images, in pixels per side
+    size: Size = 256  # of the images, in pixels
     resize: str = "shorter side"  # this and the next: see olvae.data.image.EvalTransform
     resample: str = "bicubic"
     posterior: Literal["mode", "sample"] = "mode"  # what a latent is

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from olvae import __version__
+from olvae.data.pixels.sides import Sides
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.observers.observer import Observer
@@ -196,8 +197,7 @@ def _shown(cells: Mapping[str, Cell], columns: Sequence[str]) -> Iterator[str]:
 
 
 def _title(results: Results) -> str:
-    size = results.protocol["size"]
-    return f"{results.protocol['name']} {results.protocol_hash}, {size}x{size}"
+    return f"{results.protocol['name']} {results.protocol_hash}, {Sides.of(results.protocol['size'])}"
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from olvae.config import Config, ConfigError
 from olvae.data.opening import open_test_source
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
+from olvae.data.pixels.sides import Sides, Size
 from olvae.data.source import Source
 from olvae.devices import now, peak_memory
 from olvae.models.autoencoder import Autoencoder
@@ -18,7 +19,7 @@ from olvae.modules.distributions import keyed_generator
 
 
 def open_images_for(
-    models: Mapping[str, Autoencoder], config: Config, data: str | None = None, size: int | None = None
+    models: Mapping[str, Autoencoder], config: Config, data: str | None = None, size: Size | None = None
 ) -> Source:
     """Open the test images of models, as :func:`open_test_source`; ConfigError unless all models take them."""
     pixels = range_of(models.values())
@@ -30,16 +31,16 @@ def open_images_for(
     return source
 
 
-def _check_images_fit(models: Mapping[str, Autoencoder], size: int) -> None:
-    """Check that all models take the same square images of ``size`` pixels; ConfigError if one does not."""
+def _check_images_fit(models: Mapping[str, Autoencoder], size: Sides) -> None:
+    """Check that all models take the same images of ``size`` pixels; ConfigError if one does not."""
     channels = {model.in_channels for model in models.values()}
     if len(channels) > 1:
         counts = " and ".join(map(str, sorted(channels)))
         raise ConfigError(f"the targets take images of {counts} channels: use a command for each")
     for name, model in models.items():
-        if size % (f := model.downscale):
-            why = f"a latent position stands for {f}x{f} pixels, and {size} is not a multiple of {f}"
-            raise ConfigError(f"{name}: {why}: set `size` to {max(f, size // f * f)}")
+        if not size.fits(f := model.downscale):
+            why = f"a latent position stands for {f}x{f} pixels, and {size.short} is not a multiple of {f}"
+            raise ConfigError(f"{name}: {why}: set `size` to {size.multiples(f)[0].short}")
 
 
 def range_of(models: Iterable[Autoencoder]) -> PixelRange:
@@ -115,20 +116,20 @@ class RoundTrip:
             raise ArithmeticError(f"{self.name}: its reconstruction of {keys[finite.index(False)]} is not finite")
         return Reconstructed(posterior.mean, self.pixel_range.to_levels(y).cpu())
 
-    def cost(self, size: int) -> Cost:
+    def cost(self, size: Size) -> Cost:
         """What images of ``size`` pixels cost: as counted, and as measured so far.
 
         The first batch warms up and is not counted, unless it is the only one.
         """
-        model, latent = self.model, size // self.model.downscale
+        model, sides = self.model, Sides.of(size)
         threads = torch.get_num_threads()
         cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
         counted = self._times[1:] or self._times or [(0, 0.0, 0.0)]
         images, encode_s, decode_s = (sum(column) for column in zip(*counted, strict=True))
         return Cost(
             parameters=count_parameters(model),
-            encode_macs=count_macs(_OneWay(model, "encode"), 1, model.in_channels, size, size),
-            decode_macs=count_macs(_OneWay(model, "decode"), 1, model.latent_channels, latent, latent),
+            encode_macs=count_macs(_OneWay(model, "encode"), 1, model.in_channels, *sides),
+            decode_macs=count_macs(_OneWay(model, "decode"), 1, model.latent_channels, *sides // model.downscale),
             encode_images_per_s=images / encode_s if encode_s else None,
             decode_images_per_s=images / decode_s if decode_s else None,
             peak_memory_bytes=max(self._peaks[1:] or self._peaks, default=None),

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from olvae.config import Config, ConfigError
 from olvae.config.reading import place_of
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
+from olvae.data.pixels.sides import Size
 from olvae.data.source import Batch, Loader, Source
 from olvae.devices import gather, this_process
 from olvae.evaluation.observers.observer import Observation, Observer, Subject
@@ -44,7 +45,7 @@ class Request:
     protocols: Sequence[Protocol] = (Protocol(),)  # each gives results; those that prepare images alike share a pass
     metrics: Sequence[str] = DEFAULT_METRICS  # names
     data: str | None = None  # a SRC; by default the test images of the first target's config
-    size: int | None = None  # of the images; by default the config's, otherwise the protocol's
+    size: Size | None = None  # of the images; by default the config's, otherwise the protocol's
     images: int | None = None  # use only the first N
     batch_size: int | None = None  # by default the config's, otherwise 8
     weights_dir: Path | None = None  # a folder of pretrained networks, searched first
@@ -112,7 +113,8 @@ def _one_pass(
     models = {name: subject.model for name, subject in subjects.items()}
     source = _open(request, protocols[0], models)
     pixels = source.pixel_range
-    protocols = [replace(p, size=source.size, crops=source.crops, range=pixels.stated) for p in protocols]
+    size, resample = source.size.node, source.eval_transform.resample
+    protocols = [replace(p, size=size, resample=resample, crops=source.crops, range=pixels.stated) for p in protocols]
     loader, observers = source.test_loader(request.batch), copy.deepcopy(observers)
 
     # One pass, with metrics in all the variants that the protocols use, and round trips for all ways to draw a latent.
@@ -133,7 +135,9 @@ def _one_pass(
         return []
 
     # The numbers: for every way to draw a latent, then for every protocol.
-    examined = [observer for observer in observers if _is_examined(observer, subjects, source.size, request.device)]
+    examined = [
+        observer for observer in observers if _is_examined(observer, subjects, min(source.size), request.device)
+    ]
     images = {"source": images["source"], "n": len(digests), "sha256": fingerprint(digests), **images}
     costs = {name: trips[name, 0].cost(source.size) for name, subject in subjects.items() if not subject.baseline}
     measured = {}
@@ -168,7 +172,7 @@ def _open(request: Request, protocol: Protocol, models: Mapping[str, Autoencoder
         if request.data is not None:
             raise
         raise FileNotFoundError(f"{error}; the config takes its images there: `data` names others") from error
-    source.eval_transform = replace(protocol, size=source.size).transform
+    source.evaluate_with(replace(protocol, size=source.size).transform)
     if request.images is not None:
         source.limit(request.images)
     return source

@@ -21,6 +21,7 @@ from olvae.data.dataset import ImageDataset, MappedSource
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor
 from olvae.data.opening import open_images, open_source
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
+from olvae.data.pixels.sides import Sides, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, find_shards, with_counts
 from olvae.data.shards.latent_source import FLIP, LATENT, META, STATS, Latent
@@ -157,7 +158,7 @@ def _digest(lines: Iterable[str]) -> str:
 class EncodeOptions:
     """Settings of encoding."""
 
-    size: int  # in pixels after resizing and cropping the centre; 0 keeps images' sizes, padded to multiples of f
+    size: Size  # in pixels after resizing and cropping the centre; 0 keeps images' sizes, padded to multiples of f
     moments: bool = True  # store the posterior's mean and standard deviation, else one sample, with noise by the seed
     seed: int = 0
     dtype: str = "float16"  # of the latents, a name of olvae.devices.DTYPES
@@ -167,8 +168,9 @@ class EncodeOptions:
 
     def check(self, model: Autoencoder) -> None:
         """Raise ValueError unless images of a model can be stored like this."""
-        if self.size % (f := model.downscale):
-            raise ValueError(f"`size` {self.size}: choose a multiple of {f}, the model's downscaling factor")
+        if self.size and not Sides.of(self.size).fits(f := model.downscale):
+            short = Sides.of(self.size).short
+            raise ValueError(f"`size` {short}: choose a multiple of {f}, the model's downscaling factor")
         if self.images and not self.size:
             raise ValueError("`images`: images that are stored beside latents have one size: give `size`")
         if self.images and model.in_channels not in MODES:
@@ -185,7 +187,7 @@ class ReadImage(NamedTuple):
     size: tuple[int, int]
 
 
-def _read(size: int, keep_pixels: bool, item: Item | ReadError) -> ReadImage | ReadError:
+def _read(size: Size, keep_pixels: bool, item: Item | ReadError) -> ReadImage | ReadError:
     if isinstance(item, ReadError):
         return item
     try:

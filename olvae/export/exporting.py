@@ -14,6 +14,7 @@ from torch import Tensor
 
 from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
+from olvae.data.pixels.sides import Sides
 from olvae.devices import DTYPES
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.page import scores
@@ -399,7 +400,7 @@ def _data(config: Mapping[str, Any]) -> str:
     if root := _entry(config, "data.params.root"):
         text.append(Path(str(root)).name)
     if size := _entry(config, "data.params.size"):
-        text.append(f"crops of {size}x{size}")
+        text.append(f"crops of {Sides.of(size)}")
     if steps := _entry(config, "lightning.trainer.max_steps"):
         text.append(f"{steps} steps")
     if before := settings_of(config).weights:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from olvae.config import ConfigError, Node, instantiate
+from olvae.data.pixels.sides import Sides, Size
 from olvae.data.source import Source
 from olvae.losses.adversarial import LeCam, discriminator_accuracy, discriminator_loss, generator_loss, r1_penalty
 from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
@@ -108,16 +109,17 @@ class Adversary(nn.Module):
             raise ConfigError("lossconfig.params: an adversary needs one of the losses that compare images beside it")
         self.check_image(model.encoder.in_channels, source.size)
 
-    def check_image(self, channels: int, size: int) -> None:
+    def check_image(self, channels: int, size: Size) -> None:
         """Run the discriminator on a grey image of this size; ConfigError if it does not take such images."""
+        sides = Sides.of(size)
         try:
             with torch.no_grad():
-                logits = self.discriminator.eval()(torch.zeros(1, channels, size, size))
+                logits = self.discriminator.eval()(torch.zeros(1, channels, *sides))
         except (ValueError, RuntimeError) as error:
-            raise ConfigError(f"the discriminator does not take images of {channels}x{size}x{size}: {error}") from error
+            raise ConfigError(f"the discriminator does not take images of {channels}x{sides}: {error}") from error
         finally:
             self.discriminator.train()
-        if self.cutmix_probability and logits[0].shape[-2:] != (size, size):
+        if self.cutmix_probability and logits[0].shape[-2:] != sides:
             raise ConfigError(
                 "cutmix_probability needs a discriminator with one logit per pixel first, such as UNetGAN"
             )

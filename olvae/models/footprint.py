@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from olvae.config import instantiate, resolve_class
+from olvae.data.pixels.sides import Sides, Size
 from olvae.devices import PRECISIONS, precision_name
 from olvae.models.large.tiling import GIB, LiveBytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -46,7 +47,7 @@ def without_weights(node: Mapping[str, Any]) -> LiteAutoencoderKL:
     return model
 
 
-def footprint(model: LiteAutoencoderKL, size: int, precision: str, checkpoint: bool | None = None) -> Footprint:
+def footprint(model: LiteAutoencoderKL, size: Size, precision: str, checkpoint: bool | None = None) -> Footprint:
     """The footprint of a training step, of both players where the model has an adversary.
 
     The step runs on tensors without memory, forward and backward, and the storages alive at its peak are added up.
@@ -93,7 +94,7 @@ def advice(free: int, batch_size: int, accumulated: int, plain: Footprint, check
     )
 
 
-def _peak(model: LiteAutoencoderKL, size: int, images: int, precision: str, checkpoint: bool | None) -> int:
+def _peak(model: LiteAutoencoderKL, size: Size, images: int, precision: str, checkpoint: bool | None) -> int:
     """Bytes alive at the peak of a micro-batch, without the tensors that live between steps."""
     dtype = PRECISIONS[precision_name(precision)].dtype
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
@@ -102,7 +103,7 @@ def _peak(model: LiteAutoencoderKL, size: int, images: int, precision: str, chec
         for module in fake.modules():
             if isinstance(module, nn.GroupNorm):  # in float32 under a GPU's autocast, and not under a CPU's
                 module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
-        batch = torch.empty(images, fake.encoder.in_channels, size, size, dtype=torch.uint8)
+        batch = torch.empty(images, fake.encoder.in_channels, *Sides.of(size), dtype=torch.uint8)
         with LiveBytes() as live, autocast:
             _train(fake, batch)
     return int(live.peak)

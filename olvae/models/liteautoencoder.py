@@ -214,10 +214,10 @@ class LiteAutoencoderKL(ValidatedModule):
         """Raise ConfigError if a source's images do not fit in size or channels, or a part can't use them."""
         f, channels = self.autoencoder.downscale, self.encoder.in_channels
         self.pixel_range = source.pixel_range
-        if source.size % f:
+        if not source.size.fits(f):
             raise ConfigError(
-                f"data.params.size: {source.size} is not a multiple of {f}, the model's downscaling factor: "
-                f"use {max(f, source.size // f * f)} or {(source.size // f + 1) * f}"
+                f"data.params.size: {source.size.node} is not a multiple of {f}, the model's downscaling factor: "
+                f"use {' or '.join(str(size.node) for size in source.size.multiples(f))}"
             )
         if source.channels != channels:
             raise ConfigError(

@@ -26,6 +26,7 @@ from rich.table import Column, Table
 
 from olvae import config as cfg
 from olvae.config import Config, ConfigError
+from olvae.data.pixels.sides import Sides
 from olvae.data.source import MIN_VAL_IMAGES, Source
 from olvae.figures import plot_curves
 from olvae.files import reason
@@ -213,11 +214,11 @@ def _rows(settings: Settings, trainer: pl.Trainer, model: LiteAutoencoderKL, sou
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else f"CPU process of {torch.get_num_threads()} threads"
     rows = {
-        "encoder": _network(model.encoder, (1, vae.encoder.in_channels, size, size), size),
-        "decoder": _network(model.decoder, (1, vae.decoder.z_channels, size // f, size // f), size),
-        "latent": f"f{f}, {vae.latent_channels} channels: {size}x{size} -> {size // f}x{size // f}",
+        "encoder": _network(model.encoder, (1, vae.encoder.in_channels, *size), size),
+        "decoder": _network(model.decoder, (1, vae.decoder.z_channels, *size // f), size),
+        "latent": f"f{f}, {vae.latent_channels} channels: {size} -> {size // f}",
         "objective": ", ".join(f"{weight:g} {name}" for name, weight in model.objective.weights.items()),
-        "data": f"{source.describe()}, {size}x{size}; {source.num_workers or 'no'} loader processes",
+        "data": f"{source.describe()}, {size}; {source.num_workers or 'no'} loader processes",
         "batch": f"{images * batches * processes} = {images} x {batches} accumulated x {processes} processes",
         "learning rate": f"{model.learning_rate:g}, {model.scheduler}{end if model.scheduler == 'cosine' else ''}"
         + (f", warm-up {model.warmup_steps} steps" if model.warmup_steps else ""),
@@ -244,9 +245,9 @@ def _images_of(steps: int, batch: int, epoch: int | None) -> str:
     return f"{steps}: {steps * batch:,} images{each}; the time left is shown after {FIRST_LINE_S:.0f} seconds"
 
 
-def _network(module: torch.nn.Module, shape: tuple[int, ...], size: int) -> str:
+def _network(module: torch.nn.Module, shape: tuple[int, ...], size: Sides) -> str:
     macs = count_macs(module, *shape)
-    return f"{count_parameters(module) / 1e6:.2f} M parameters, {macs / 1e9:.2f} GMACs per {size}x{size} image"
+    return f"{count_parameters(module) / 1e6:.2f} M parameters, {macs / 1e9:.2f} GMACs per {size} image"
 
 
 def _warnings(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> Iterator[str]:

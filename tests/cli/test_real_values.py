@@ -11,16 +11,17 @@ import yaml
 from olvae import LiteVAE
 from olvae.config import instantiate, load, save
 from olvae.data.pixels.arrays import read_array
+from olvae.data.shards.latent_source import LatentSource
 from olvae.data.source import LoaderProcess
 from tests.conftest import tiny_config
 from tests.data.pixels.files import npy, png, tiff, values
 
-BANDS = {"range": {"pairs": [[0, 3000], [0, 40]], "outside": "clip"}, "channels": 2}
+BANDS = {"range": {"pairs": [[0, 3000], [0, 40]], "outside": "clip"}, "channels": 2, "size": [16, 24]}
 
 
 @pytest.fixture(scope="session")
 def deep_run(tmp_path_factory, quick_training):
-    """A run on arrays of two bands of 16 bits; its images are beside it."""
+    """A run on oblong crops of arrays of two bands of 16 bits; its images are beside it."""
     folder = tmp_path_factory.mktemp("deep")
     (folder / "images").mkdir()
     rng = np.random.default_rng(0)
@@ -50,7 +51,9 @@ def test_real_values_come_back(olvae, deep_run, tmp_path):
     assert (run / "images" / "step=00000004.png").is_file()
     code, _, err = olvae("export", run, "--out", tmp_path / "vae")
     assert code == 0, err
-    assert "| values of images | 0 to 3000, 0 to 40, linear" in (tmp_path / "vae" / "README.md").read_text()
+    card = (tmp_path / "vae" / "README.md").read_text()
+    assert "| values of images | 0 to 3000, 0 to 40, linear" in card
+    assert "crops of 16x24" in card
     model = LiteVAE.from_pretrained(tmp_path / "vae")
     assert model.pixel_range == LiteVAE.from_pretrained(run).pixel_range
     x = np.load(images / "0.npy")
@@ -82,6 +85,9 @@ def test_evaluation_in_the_stated_range(olvae, deep_run, tmp_path):
     code, _, err = olvae("evaluate", run, *metrics)
     assert code == 0, err
     content = json.loads((tmp_path / "results" / "metrics.json").read_text())
+    assert content["protocol"]["size"] == [16, 24]
+    assert "open-litevae" in err
+    assert ", 16x24, 2 images" in err
     assert content["protocol"]["pixels"].startswith("clamped to 0 to 3000, 0 to 40, linear")
     row = content["results"][0]
     low, high = np.array(BANDS["range"]["pairs"], dtype=float).T[:, :, None, None]
@@ -106,6 +112,27 @@ def test_evaluation_in_the_stated_range(olvae, deep_run, tmp_path):
     assert "real_values" not in content["results"][0]["metrics"]
 
 
+def test_latents_of_oblong_images(olvae, deep_run, tmp_path):
+    run, data = run_of(deep_run, olvae), ["--data", deep_run / "images"]
+    for size, shape in (((), [16, 24]), (("--size", "24x8"), [24, 8])):
+        folder = tmp_path / "x".join(map(str, shape))
+        code, _, err = olvae("encode", run, *data, *size, "--out", folder)
+        assert code == 0, err
+        assert f"12 images of {folder.name} px" in err
+        source = LatentSource(folder, 4)
+        assert source.stats["size"] == shape
+        assert next(iter(source.train_loader()))["latent"].shape[2:] == (shape[0] // 8, shape[1] // 8)
+    code, _, err = olvae("encode", run, *data, "--size", "20x8", "--out", tmp_path / "none")
+    assert (code, err.splitlines()[-1][:26]) == (1, "error: --size 20x8: choose")
+    code, out, err = olvae("latents", run, *data, "--out", tmp_path / "report", "--json")
+    assert code == 0, err
+    assert json.loads(out)["data"]["size"] == [16, 24]
+    code, _, err = olvae(
+        "data", "check", deep_run / "images", "--size", "16x31", "--channels", 2, "--range", "[0, 3000]"
+    )
+    assert "12 images are smaller than 16x31 pixels" in " ".join(err.split())
+
+
 def test_data_of_another_range_are_refused(olvae, deep_run, tmp_path):
     run = run_of(deep_run, olvae)
     config = load([run / "config.yaml"])
@@ -115,6 +142,7 @@ def test_data_of_another_range_are_refused(olvae, deep_run, tmp_path):
         arguments = [command, run, "--out", tmp_path / "out", "--data"]
         wanted = "error: --data: its values are 0 to 65535, linear, the targets take 0 to 3000, 0 to 40, linear\n"
         assert olvae(*arguments, tmp_path / "other.yaml") == (2, "", wanted)
+        assert olvae(*arguments, "samples") == (2, "", wanted.replace("0 to 65535, linear", "8 bits, 0 to 255"))
         assert not (tmp_path / "out").exists()
 
 

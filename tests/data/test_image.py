@@ -52,10 +52,6 @@ def text_bomb() -> bytes:
     return saved(plain(), "PNG", pnginfo=info)
 
 
-def sixteen_bit(**options: object) -> bytes:
-    return saved(Image.fromarray(np.full((20, 24), 257 * 100, dtype=np.uint16)), "PNG", **options)
-
-
 def animated() -> bytes:
     return saved(plain(), "GIF", save_all=True, append_images=[plain(colour=(0, 0, 255))])
 
@@ -89,6 +85,7 @@ SKIPPED = {
     "text-bomb.png": text_bomb(),
     "float.tif": saved(Image.fromarray(np.ones((20, 24), dtype=np.float32)), "TIFF"),
     "integers.tif": saved(Image.fromarray(np.full((20, 24), 65536, dtype=np.int32)), "TIFF"),
+    "sixteen.ppm": b"P5 24 20 65535\n" + np.full((20, 24), 257 * 100, dtype=">u2").tobytes(),
     "negative.tif": saved(Image.fromarray(np.full((20, 24), -1, dtype=np.int32)), "TIFF"),
     "broken-avif.jpg": avif_without_an_image(),
     "header.npy": b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'shape': (20, 24, 3" + b" " * 81 + b"\n",
@@ -106,13 +103,8 @@ CONVERTED = {
     "alpha.png": (saved(plain("RGBA", (0, 0, 0, 128)), "PNG"), (127, 127, 127)),
     "grey-alpha.png": (saved(plain("LA", (0, 128)), "PNG"), (127, 127, 127)),
     "cmyk.jpg": (saved(plain("CMYK", (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0)),
-    "sixteen.png": (sixteen_bit(), (100, 100, 100)),
-    "sixteen-transparent.png": (sixteen_bit(transparency=257 * 100), (255, 255, 255)),
-    "sixteen-transparent-elsewhere.png": (sixteen_bit(transparency=257 * 100 + 1), (100, 100, 100)),
-    "sixteen.ppm": (b"P5 24 20 65535\n" + np.full((20, 24), 257 * 100, dtype=">u2").tobytes(), (100, 100, 100)),
     "broken-exif.png": (saved(plain(), "PNG", exif=b"Exif\0\0no such thing"), RED),
     "broken-exif.jpg": (saved(plain(), "JPEG", exif=b"Exif\0\0no such thing", quality=100), RED),
-    "small-integers.tif": (saved(Image.fromarray(np.full((20, 24), 25_700, dtype=np.int32)), "TIFF"), (100, 100, 100)),
     "turned.jpg": (turned(), RED),
     "animated.gif": (animated(), RED),
     "ycbcr.tif": (saved(plain("YCbCr", (128, 128, 128)), "TIFF"), (128, 128, 128)),
@@ -155,12 +147,6 @@ def test_jpegs_are_decoded_at_a_fraction_of_their_size(shrink, size, tmp_path):
     assert photo.size == size
     assert small.size == tuple(-(-side // shrink) for side in size)
     assert Photo(Path(_write(tmp_path / "a.png", saved(image, "PNG"))), "a.png").read(shrink).size == size
-
-
-@pytest.mark.parametrize(("transparent", "alpha"), [(257 * 100, 0), (257 * 100 + 1, 255)])
-def test_sixteen_bit_grey_in_four_channels(transparent, alpha):
-    image = Photo(sixteen_bit(transparency=transparent), "a.png", 4).read()
-    assert image.getcolors() == [(480, (100, 100, 100, alpha))]
 
 
 def test_a_turned_jpeg_knows_its_upright_size_before_it_is_decoded():

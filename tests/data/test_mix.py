@@ -64,7 +64,7 @@ def test_mistakes(nodes):
         mix(nodes, weights=[1])
     with pytest.raises(ConfigError, match="2 weights, not all 0"):
         mix(nodes, weights=[0, 0])
-    with pytest.raises(ConfigError, match=r"sources\.0: images of 3 channels, 16 pixels"):
+    with pytest.raises(ConfigError, match=r"sources\.0: images of 3 channels and 16x16 pixels"):
         mix(nodes, size=32)
     with pytest.raises(ConfigError, match="not a source"):
         mix([{"target": "collections.OrderedDict"}])

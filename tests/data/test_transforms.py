@@ -34,6 +34,40 @@ def test_evaluation_is_pillows_bicubic_and_crop():
     assert np.array_equal(np.asarray(EvalTransform(32)(image)), np.asarray(expected))
 
 
+def test_evaluation_of_oblongs_covers_them_and_crops():
+    image = Image.effect_noise((90, 61), 80).convert("RGB")
+    expected = image.resize((59, 40), Image.Resampling.BICUBIC).crop((21, 0, 37, 40))
+    assert np.array_equal(np.asarray(EvalTransform([40, 16])(image)), np.asarray(expected))
+    expected = image.resize((45, 30), Image.Resampling.BOX).resize((45, 30), Image.Resampling.BICUBIC)
+    assert np.array_equal(np.asarray(EvalTransform([10, 45], "adm")(image)), np.asarray(expected.crop((0, 10, 45, 20))))
+    assert EvalTransform([10, 60], "squash")(image).size == (60, 10)
+    assert EvalTransform([80, 16]).enlarges(image)
+    assert not EvalTransform([61, 90]).enlarges(image)
+    assert "bicubic antialiased resize of both sides until they cover it" in EvalTransform([8, 9]).describe()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_oblong_crops(seed):
+    """They keep proportions, reach every part, and cut whole pixels where nothing is resized."""
+    rng = np.random.default_rng(seed)
+    width, height = spans(RandomScaleCrop([20, 60], min_fraction=0.5)(gradient(400, 300), rng))
+    assert 0.5 - 0.04 < width <= 1
+    assert width * 400 * 60 / 59 == pytest.approx(height * 300 * 20 / 19 * 3, abs=8)
+    whole = Image.effect_noise((300, 20), 80)
+    crop = np.asarray(RandomScaleCrop([20, 60], min_fraction=0.1, flip=False)(whole, rng))
+    places = np.lib.stride_tricks.sliding_window_view(np.asarray(whole), (20, 60))[0]
+    assert (crop == places).all((1, 2)).any()
+
+
+def test_masks_keep_their_values():
+    mask = Image.fromarray(np.random.default_rng(0).choice([3, 90, 200], (50, 70)).astype(np.uint8))
+    transform = RandomScaleCrop(16, min_fraction=0.9, filters=["nearest"])
+    assert transform.evaluation == EvalTransform(16, resample="nearest")
+    assert RandomScaleCrop(16).evaluation == EvalTransform(16)
+    for picture in (transform(mask, np.random.default_rng(1)), transform.evaluation(mask)):
+        assert {value for _, value in picture.getcolors()} == {3, 90, 200}
+
+
 @pytest.mark.parametrize("size", [(90, 61), (61, 90), (64, 64), (10, 300), (1, 1)])
 def test_sizes(size):
     image = gradient(*size)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import diffusers
 import huggingface_hub.constants
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from olvae.cli.main import main
 from olvae.config import ConfigError, load, save, validate
 from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.ranges import from_uint8
+from olvae.export.exporting import ExportSettings, export_target
 from olvae.losses.objective import Objective
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target
@@ -275,7 +278,10 @@ def small(images: Path, size: int) -> list[str]:
     return [*overrides, "lightning.trainer.max_steps=1", "model.params.lossconfig.params.lpips_weight=0"]
 
 
-@pytest.mark.parametrize("path", sorted(Path("configs/finetune").glob("*.yaml")), ids=lambda path: path.stem)
+FINETUNE = sorted(path for path in Path("configs/finetune").glob("*.yaml") if path.stem != "sdxl_rgba")
+
+
+@pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.stem)
 def test_the_shipped_recipes(train_with, tmp_path, image_folder, path):
     """On a small AutoencoderKL: the encoder keeps its bits, the decoder moves, the source's factors are kept."""
     theirs = tiny_kl(scaling_factor=0.5)
@@ -287,6 +293,26 @@ def test_the_shipped_recipes(train_with, tmp_path, image_folder, path):
         assert torch.equal(model.encode(images()).mean, theirs.encode(images()).latent_dist.mean)
         assert not torch.equal(model(images())[0], theirs(images()).sample)
     assert model.scaling_factor == 0.5
+
+
+def test_sdxl_learns_transparency(train_with, tmp_path):
+    """Widened by zeros, so that it starts from the opaque reconstruction; alpha is then seen, and goes back."""
+    theirs = tiny_kl(scaling_factor=0.13025)
+    (tmp_path / "rgba").mkdir()
+    for number in range(6):
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 4), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "rgba" / f"{number}.png")
+    target = make_source("diffusers", tmp_path, theirs)
+    quick = ("model.params.warmup_steps=0", "model.params.ema_decay=0.5")
+    recipe = Path("configs/finetune/sdxl_rgba.yaml")
+    run = train_with(*small(tmp_path / "rgba", 16), *quick, base=[recipe], start_from=target)
+    export_target(find_target(run.path), tmp_path / "export", ExportSettings())
+    back = diffusers.AutoencoderKL.from_pretrained(tmp_path / "export")
+    assert (back.config.in_channels, back.config.out_channels, back.config.scaling_factor) == (4, 4, 0.13025)
+    old, new = theirs.encoder.conv_in.weight, back.encoder.conv_in.weight
+    assert (new[:, 3] != 0).any()
+    torch.testing.assert_close(new[:, :3], old, atol=5e-5, rtol=0)  # a step of Adam away
+    assert not torch.equal(new[:, :3], old)
 
 
 def test_the_flags(tmp_path, image_folder, capsys, monkeypatch):

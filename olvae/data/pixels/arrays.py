@@ -12,13 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olvae.config import ConfigError
+from olvae.data.pixels.sides import check_size
 
 Array = NDArray[np.generic]
 
 DTYPES = ("uint8", "uint16", "int16", "float16", "float32")
-MAX_PIXELS = 160_000_000  # the largest camera's pictures have 151 million; each takes up to 20 bytes while it is read
 MAX_VALUES = 2**28  # of an array, all channels: 1 GiB in float32
-MAX_RATIO = 100  # largest ratio of a picture's sides: resized to size s, it has up to 100 s^2 pixels
 
 PNG = b"\x89PNG\r\n\x1a\n"
 MAGIC = {
@@ -79,14 +78,6 @@ def read_array(content: Path | bytes, channels: int = 0) -> Pixels:
         array = array[..., None]
     check(array.shape, array.dtype)
     return Pixels(array, nodata)
-
-
-def check_size(width: int, height: int) -> None:
-    """Raise ValueError for a picture that would take too much memory."""
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"its header claims {width}x{height} pixels, more than {MAX_PIXELS // 10**6} million")
-    if max(width, height) > MAX_RATIO * min(width, height):
-        raise ValueError(f"{width}x{height} pixels: one side is more than {MAX_RATIO} times the other")
 
 
 def _check(shape: Sequence[int], dtype: np.dtype[Any], channels: int) -> None:

@@ -214,6 +214,7 @@ class PixelRange:
 
 
 EIGHT_BIT_FILE = "8 bits per channel, whose range is 0 to 255: leave `range` out, or convert all files"
+UNSTATED = "more than 8 bits per channel: state data.params.range, which `olvae data range SRC` measures"
 EIGHT_BITS = PixelRange(eight_bits=True)
 AS_STORED = PixelRange((-math.inf,), (math.inf,), outside="clip")  # any values, of any kind of file, unchanged
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from olvae.data.pixels.sides import Sides
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.index import INDEX, find_shards, with_counts
 from olvae.data.shards.tar_reading import Entry
@@ -81,7 +82,8 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
         shape = stats["latent_shape"]
         return {
             **stats,
-            **{name: int(stats[name]) for name in ("count", "size", "downscale", "channels")},
+            **{name: int(stats[name]) for name in ("count", "downscale", "channels")},
+            "size": stats["size"] and Sides.of(stats["size"]).node,
             **{name: float(stats[name]) for name in ("shift_factor", "scaling_factor")},
             **{name: [float(x) for x in stats[name]] for name in ("latents_mean", "latents_std", "means_std")},
             "latent_shape": None if shape is None else [int(side) for side in shape],
@@ -143,7 +145,7 @@ class LatentSource(ShardSource):
         self.sample = sample
         self.flip = flip
         shards = with_counts(find_shards(folder), str(Path(folder).expanduser() / INDEX), LATENT)
-        size = max(1, self.stats["size"])
+        size = self.stats["size"] or 1
         super().__init__(shards, shards, shuffle, LATENT, size, batch_size, num_workers, max_unreadable=max_unreadable)
 
     @property

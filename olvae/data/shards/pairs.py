@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor, tensor_to_picture
+from olvae.data.pixels.sides import Sides, Size
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.index import find_shards, split_shards, with_counts
 from olvae.data.shards.latent_source import LATENT, STATS, read_label, read_latent, read_stats
@@ -33,8 +34,8 @@ def pixel_bytes(pixels: Tensor) -> bytes:
 class PairSource(ShardSource):
     """Images with the moments of a teacher's latents, from shards that ``olvae encode`` wrote with ``images``.
 
-    A batch has ``image``, uint8 (B, C, size, size), ``moments``, float32 (B, 2 n_z, size / f, size / f): the means,
-    then the log-variances, which are at least -30; ``key`` and, with classes, ``label``. Nothing is drawn: a trainer
+    A batch has ``image``, uint8 (B, C, H, W), ``moments``, float32 (B, 2 n_z, H / f, W / f): the means, then the
+    log-variances, which are at least -30; ``key`` and, with classes, ``label``. Nothing is drawn: a trainer
     draws a new latent at every visit with ``DiagonalGaussian(batch["moments"])``.
 
     Training cuts the same window of image and latent, at a random multiple of f, and takes the mirrored image with the
@@ -45,7 +46,7 @@ class PairSource(ShardSource):
     Args:
         folder: written by ``olvae encode`` with ``images``.
         batch_size, num_workers, max_unreadable: see :class:`~olvae.data.source.Source`.
-        size: side of the windows in pixels, a multiple of the teacher's f; by default that of the images.
+        size: of the windows, in multiples of the teacher's f; by default that of the images.
         val_folder: another such folder for validation and test; without it the last shards are held out.
         val_fraction: without val_folder, the share of the shards that is held out, at least one.
         shuffle: pairs in a shuffled block; two blocks are in memory, undecoded, per loader process.
@@ -61,7 +62,7 @@ class PairSource(ShardSource):
         self,
         folder: str | Path,
         batch_size: int,
-        size: int | None = None,
+        size: Size | None = None,
         num_workers: int = 0,
         val_folder: str | Path | None = None,
         val_fraction: float = 0.05,
@@ -85,8 +86,9 @@ class PairSource(ShardSource):
         channels = self.stats["channels"]
         super().__init__(*parts, shuffle, LATENT, size, batch_size, num_workers, channels, max_unreadable)
         self.crops = f"at {held_out['size']} pixels: {EvalTransform(held_out['size']).describe()}"
-        if self.size < held_out["size"]:
-            self.crops += f", of which the central {self.size} pixels, at a multiple of {self.stats['downscale']}"
+        if self.size.node != held_out["size"]:
+            central = f"the central {self.size.node} pixels"
+            self.crops += f", of which {central}, at a multiple of {self.stats['downscale']}"
 
     def describe(self) -> str:
         mirrored = ", half of them mirrored" if self.flip else ""
@@ -110,25 +112,25 @@ class PairSource(ShardSource):
         plain, mirrored, meta = read_latent(entry)
         latent = mirrored if mirror else plain
         f = self.stats["downscale"]
-        side = self.size // f
+        high, wide = self.size // f
         if PIXELS not in entry.files or latent is None or latent.std is None:
             raise UnreadableImageError(entry.name, f"no {PIXELS} beside it, or no mean and std in it")
         name = f"{entry.name.removesuffix(LATENT)}{PIXELS}"
         pixels = image_to_tensor(Photo(entry.files[PIXELS], name, self.channels).read())  # (C, H, W)
         channels, height, width = latent.mean.shape
-        fits = pixels.shape[1:] == (height * f, width * f) and min(height, width) >= side
+        fits = pixels.shape[1:] == (height * f, width * f) and height >= high and width >= wide
         if channels != len(self.stats["latents_mean"]) or not fits:
             raise UnreadableImageError(name, f"{tuple(pixels.shape)} pixels for a latent {tuple(latent.mean.shape)}")
         if mirror:
             pixels = pixels.flip(-1)
-        top, left = choose(height - side + 1), choose(width - side + 1)
-        image = pixels[:, top * f :, left * f :][:, : self.size, : self.size]
-        mean, std = (part[:, top:, left:][:, :side, :side].float() for part in (latent.mean, latent.std))
-        moments = torch.cat([mean, (2.0 * std.log()).clamp(*LOGVAR_RANGE)])  # (2 n_z, size/f, size/f)
+        top, left = choose(height - high + 1), choose(width - wide + 1)
+        image = pixels[:, top * f :, left * f :][:, : self.size.height, : self.size.width]
+        mean, std = (part[:, top:, left:][:, :high, :wide].float() for part in (latent.mean, latent.std))
+        moments = torch.cat([mean, (2.0 * std.log()).clamp(*LOGVAR_RANGE)])  # (2 n_z, H/f, W/f)
         return Sample(image, meta["key"], label=read_label(entry), moments=moments)
 
 
-def _read_stats(folder: str | Path, size: int | None) -> dict[str, Any]:
+def _read_stats(folder: str | Path, size: Size | None) -> dict[str, Any]:
     """Read the description of a folder of pairs.
 
     Raises FileNotFoundError, ValueError: see :class:`PairSource`.
@@ -143,12 +145,14 @@ def _read_stats(folder: str | Path, size: int | None) -> dict[str, Any]:
             f"{folder}: one latent for each image instead of a mean and a standard deviation: encode "
             "posteriors, not samples of them, with a target that has a distribution, into another folder"
         )
-    if size is not None and size > stats["size"]:
+    if size is None:
+        return stats
+    if any(one > other for one, other in zip(Sides.of(size), Sides.of(stats["size"]), strict=True)):
         raise ValueError(
             f"data.params.size: {size} pixels, but the images of {folder} have {stats['size']}: encode larger ones, "
             "or train on smaller crops"
         )
-    if size is not None and size % stats["downscale"]:
+    if not Sides.of(size).fits(stats["downscale"]):
         raise ValueError(
             f"data.params.size: {size} is not a multiple of {stats['downscale']}, the downscaling factor of the "
             f"latents of {folder}"

@@ -10,6 +10,7 @@ import numpy as np
 
 from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop, image_to_tensor
 from olvae.data.pixels.ranges import RangeNode
+from olvae.data.pixels.sides import Size
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.shards.index import find_shards, may_exist, split_shards, with_counts
 from olvae.data.shards.tar_reading import Entry, Shard, read_shard
@@ -34,7 +35,7 @@ class ShardSource(Source):
         val: Sequence[Shard],
         shuffle: int,
         image_key: str | None,
-        size: int,
+        size: Size,
         batch_size: int,
         num_workers: int,
         channels: int = 3,
@@ -150,7 +151,7 @@ class WebDatasetSource(ShardSource):
     def __init__(
         self,
         shards: str | Path | Sequence[str | Path],
-        size: int,
+        size: Size,
         batch_size: int,
         num_workers: int = 0,
         val_shards: str | Path | Sequence[str | Path] | None = None,
@@ -165,7 +166,7 @@ class WebDatasetSource(ShardSource):
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
     ) -> None:
-        self.transform = RandomScaleCrop(size, min_fraction, filters, flip)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip)
         found = find_shards(shards)
         given = None if val_shards is None else find_shards(val_shards)
         train, val = split_shards(found, given, val_fraction, "val_shards")
@@ -178,6 +179,7 @@ class WebDatasetSource(ShardSource):
                     )
         parts = with_counts(train, index, image_key), with_counts(val, None if given else index, image_key)
         super().__init__(*parts, shuffle, image_key, size, batch_size, num_workers, channels, max_unreadable, range)
+        self.transform, self.eval_transform = transform, transform.evaluation
 
     def describe(self) -> str:
         counts = (self.samples_per_epoch, self.val_images)

@@ -76,7 +76,7 @@ class Observer:
         """Add the :meth:`state` of another process."""
 
     def examine(self, subjects: Mapping[str, Subject], size: int, device: str) -> None:
-        """Run something of its own with the subjects, in the first process, after a pass of images of this size."""
+        """Run something of its own with the subjects, in the first process; ``size``: the images' shorter side."""
 
     def result(self, target: str, draw: int) -> Any:
         """Return a row's entry in metrics.json, ready for JSON; None if there is none."""

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from olvae.config import Config, ConfigError
+from olvae.data.pixels.sides import Sides, Size
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.spec import AutoencoderSpec
 from olvae.runs import Run, settings_of
@@ -55,10 +56,10 @@ class Target:
     name: str = ""
     given: str = ""
 
-    def usual_size(self, model: Autoencoder) -> int:
-        """Side in pixels of the images that it was trained on, if that is known; else the model's."""
+    def usual_size(self, model: Autoencoder) -> Size:
+        """The size of the images that it was trained on, if that is known; else the model's."""
         size = ((self.config.get("data") or {}).get("params") or {}).get("size")
-        return int(size or model.image_size)
+        return Sides.of(size or model.image_size).node
 
     def untrained(self) -> Autoencoder:
         """Build the autoencoder as before the first step, by the run's seed; ConfigError if its loader can't."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olvae.config import ConfigError
+from olvae.data.pixels.sides import Sides
 from olvae.data.source import Source
 from olvae.models.parts.part import Part, Step
 
@@ -45,14 +46,14 @@ class Equivariance(Part):
             yield f"parts.{self.name}: the decoder is frozen (freeze_decoder), and nothing is decoded: leave it out"
 
     def check(self, model: "LiteAutoencoderKL", source: Source) -> None:
-        if model.objective.perceptual is not None and source.size < 64:
+        if model.objective.perceptual is not None and min(source.size) < 64:
             needs = "equivariance shrinks images to a quarter, and the perceptual loss needs 16 pixels"
             raise ConfigError(f"data.params.size: {source.size}: {needs}: use 64 or more, or set lpips_weight to 0")
-        f = model.autoencoder.downscale
-        sizes = [f * positions for positions in sizes_of(source.size // f)]
+        common = math.gcd(*source.size // model.autoencoder.downscale)
+        sizes = [Sides(*(side * n // common for side in source.size)) for n in sizes_of(common)]
         if model.adversary is not None and self.adversary and sizes:
             try:
-                for size in {sizes[0], sizes[-1]}:
+                for size in {sizes[0], sizes[-1], Sides(*sizes[0][::-1]), Sides(*sizes[-1][::-1])}:
                     model.adversary.check_image(source.channels, size)
             except ConfigError as error:
                 message = f"model.params.parts.{self.name}.params.adversary: set it to false, or take PatchGAN: {error}"

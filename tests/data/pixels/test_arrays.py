@@ -3,21 +3,25 @@
 import io
 import struct
 import sys
+from itertools import islice
 
 import numpy as np
 import pytest
 import tifffile
 import torch
+from PIL import Image
 
 from olvae.config import ConfigError
+from olvae.data.hub import Items
 from olvae.data.image import Photo, image_to_tensor
 from olvae.data.packing import PackOptions, pack
 from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.arrays import read_array
-from olvae.data.pixels.ranges import PixelRange
+from olvae.data.pixels.ranges import UNSTATED, PixelRange
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess
+from tests.data.images import picture
 from tests.data.pixels.files import exr, npy, npz, png, tiff, values
 
 U16, F32 = values("uint16"), values("float32")
@@ -33,6 +37,7 @@ EXACT: dict[str, tuple[bytes, np.ndarray]] = {
     "grey.png": (png(U16[..., :1]), U16[..., :1]),
     "colour.png": (png(U16), U16),
     "alpha.png": (png(values("uint16", 4)), values("uint16", 4)),
+    "signed.tif": (tiff(values("int16", 1)[..., 0]), values("int16", 1)),
     "colour.tif": (tiff(U16, "rgb"), U16),
     "lzw.tif": (tiff(U16, "rgb", compression="lzw", tile=(16, 16)), U16),
     "float.tif": (tiff(F32, "rgb", compression="deflate", predictor=3), F32),
@@ -117,7 +122,7 @@ def test_wrong_channels_and_missing_ranges():
         Photo(EXACT["pixels13.tif"][0], "a.tif", 12, PixelRange.from_node([0, 65535]))
     for name in ("pixels13.tif", "uint16.npy"):
         content, array = EXACT[name]
-        with pytest.raises(UnreadableImageError, match="expected uint8, or a stated `range`"):
+        with pytest.raises(UnreadableImageError, match=UNSTATED):
             Photo(content, name, array.shape[2])
 
 
@@ -128,13 +133,34 @@ def test_pages_of_eight_bits_are_no_picture():
         Photo(pages, "a.tif")
 
 
-def test_sixteen_bits_are_cut_to_eight_with_a_warning(caplog, monkeypatch):
-    monkeypatch.setattr("olvae.data.image._warned", [])
-    for content in (EXACT["colour.png"][0], EXACT["grey.png"][0]):
-        Photo(content, "a.png").read()
-    assert [record.message for record in caplog.records] == [
-        "a.png and others like it: 16 bits are cut to 8: data.params.range would keep them"
-    ]
+GREY16 = Image.fromarray(U16[..., 0])
+
+
+@pytest.mark.parametrize("name", ["colour.png", "grey.png", "colour.tif", "one band.tif", "float.tif", "uint16.npy"])
+def test_more_than_eight_bits_need_a_range(name, tmp_path):
+    """Of any kind of file, from a path or bytes."""
+    (tmp_path / name).write_bytes(EXACT[name][0])
+    for content in (EXACT[name][0], tmp_path / name):
+        for channels in (1, 3) if "npy" not in name else (3,):
+            with pytest.raises(UnreadableImageError, match=r"data\.params\.range, which `olvae data range SRC`"):
+                Photo(content, name, channels)
+
+
+def test_one_of_sixteen_bits_among_photographs_is_left_out(tmp_path):
+    (tmp_path / "deep.png").write_bytes(EXACT["colour.png"][0])
+    for number in range(3):
+        picture(number).save(tmp_path / f"{number}.png")
+    source = FolderSource(tmp_path, 16, 1, val_root=tmp_path, max_unreadable=0.3)
+    samples = list(source.once(LoaderProcess()))
+    assert [sample.image is None for sample in samples] == [False, False, False, True]
+    assert UNSTATED in samples[3].errors[0].reason
+    assert all(sample.image is not None for sample in islice(source.stream(0, 0, LoaderProcess()), 8))
+
+
+def test_pictures_in_memory_of_sixteen_bits_need_a_range():
+    for item in (GREY16, U16[..., 0]):
+        with pytest.raises(UnreadableImageError, match=UNSTATED):
+            Items([item], 1)[0]
 
 
 def test_a_missing_library_is_named(monkeypatch):
@@ -143,7 +169,7 @@ def test_a_missing_library_is_named(monkeypatch):
         read_array(EXACT["colour.png"][0])
 
 
-@pytest.mark.parametrize("name", ["colour.png", "float.tif", "int16.npz", "float16.npy", "half.exr"])
+@pytest.mark.parametrize("name", ["colour.png", "float.tif", "int16.npz", "float16.npy", "half.exr", "signed.tif"])
 def test_a_pack_keeps_the_bytes(name, tmp_path):
     """And shards are trained on with the values of the file."""
     content = exr({"RGB": values("float16")}, tmp_path / "half.exr") if name == "half.exr" else EXACT[name][0]
@@ -151,7 +177,8 @@ def test_a_pack_keeps_the_bytes(name, tmp_path):
     for number in range(2):
         (tmp_path / "root" / f"{number}{name}").write_bytes(content)
     pack(str(tmp_path / "root"), tmp_path / "shards", PackOptions(shard_size=1))
-    source = WebDatasetSource(str(tmp_path / "shards"), 20, 1, range=[-40_000, 70_000])
+    channels = 3 if name == "half.exr" else EXACT[name][1].shape[2]
+    source = WebDatasetSource(str(tmp_path / "shards"), 20, 1, channels=channels, range=[-40_000, 70_000])
     (sample,) = source.once(LoaderProcess())
     expected = read_array(content).array[:, 2:22].astype(np.float32)  # the centre
     np.testing.assert_array_equal(sample.image.float().permute(1, 2, 0).numpy(), expected)

@@ -126,7 +126,7 @@ def test_validation_is_the_centre_of_each_held_out_image_once_in_order(pairs):
 def test_by_default_images_are_whole_and_another_folder_may_validate(pairs, tmp_path):
     encode(write_classes(tmp_path / "more", (5,)), tmp_path / "val", Blocks(), size=40, images=True)
     s = PairSource(str(pairs), batch_size=4, val_folder=str(tmp_path / "val"))
-    assert (s.size, s.channels, s.samples_per_epoch, s.val_images) == (SIDE, 3, 23, 5)
+    assert (s.size.node, s.channels, s.samples_per_epoch, s.val_images) == (SIDE, 3, 23, 5)
     (batch,) = take(s.train_loader(), 1)
     assert {place(image, key)[1:] for image, key in zip(batch["image"], batch["key"], strict=True)} == {(0, 0)}
     assert [batch["image"].shape for batch in s.val_loader()] == [(4, 3, SIDE, SIDE), (1, 3, SIDE, SIDE)]
