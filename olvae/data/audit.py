@@ -122,10 +122,6 @@ def check(
     if not pixel_range.eight_bits and len(result.kinds) > 1:
         kinds = ", ".join(f"{count} {kind}" for kind, count in result.kinds.items())
         result.problems.append(f"several kinds of pixels, which can't share a batch: {kinds}")
-    if result.smaller:
-        result.notes.append(
-            f"{result.smaller} images are smaller than {Sides.of(size).short} pixels and would be enlarged"
-        )
     if source is not None and result.images > lost:
         result.images_per_s = _measure_speed(source)
     return result
@@ -215,6 +211,9 @@ def _summarise(source: str, size: Size, found: _Found) -> AuditResult:
     result.kinds = dict(Counter(kinds).most_common())
     high, wide = Sides.of(size)
     result.smaller = int(((height < high) | (width < wide)).sum())
+    if result.smaller:
+        crops = f"{Sides.of(size).short} pixels"
+        result.notes.append(f"{result.smaller} images are smaller than {crops} and would be enlarged")
     sizes = {"width": width, "height": height, "shorter_side": shorter, "aspect_ratio": width / height}
     for name, v in sizes.items():
         spread = {"min": v.min(), "median": np.median(v), "max": v.max()}

@@ -48,7 +48,9 @@ class Equivariance(Part):
     def check(self, model: "LiteAutoencoderKL", source: Source) -> None:
         if model.objective.perceptual is not None and min(source.size) < 64:
             needs = "equivariance shrinks images to a quarter, and the perceptual loss needs 16 pixels"
-            raise ConfigError(f"data.params.size: {source.size}: {needs}: use 64 or more, or set lpips_weight to 0")
+            raise ConfigError(
+                f"data.params.size: {source.size.short}: {needs}: use 64 or more, or set lpips_weight to 0"
+            )
         common = math.gcd(*source.size // model.autoencoder.downscale)
         sizes = [Sides(*(side * n // common for side in source.size)) for n in sizes_of(common)]
         if model.adversary is not None and self.adversary and sizes:

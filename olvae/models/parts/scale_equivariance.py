@@ -45,9 +45,13 @@ class ScaleEquivariance(Part):
     def check(self, model: "LiteAutoencoderKL", source: Source) -> None:
         here, positions = f"model.params.parts.{self.name}.params.factors", source.size // model.autoencoder.downscale
         if odd := [k for k in self.factors if not positions.fits(k)]:
-            raise ConfigError(f"{here}: {odd[0]} does not divide {positions} latent positions: change data.params.size")
+            raise ConfigError(
+                f"{here}: {odd[0]} does not divide {positions.short} latent positions: change data.params.size"
+            )
         if model.objective.perceptual is not None and min(source.size) < 16 * (most := max(self.factors)):
-            raise ConfigError(f"{here}: {source.size} pixels divided by {most} are too few for the perceptual loss")
+            raise ConfigError(
+                f"{here}: {source.size.short} pixels divided by {most} are too few for the perceptual loss"
+            )
 
     def on_latent(self, model: "LiteAutoencoderKL", step: Step) -> None:
         self._factor = self.factors[step.shared.integers(len(self.factors))]
