@@ -17,7 +17,9 @@ LPIPS = {
     "vgg": "mean over images; lpips 0.1, VGG16 with its linear heads, images in [-1, 1]",
     "alex": "mean over images; lpips 0.1, AlexNet with its linear heads, images in [-1, 1]",
 }
-INCEPTION = "torch-fidelity's Inception (TensorFlow's of 2015-12-05), 2048 features; reference: the images themselves"
+REFERENCE = "reference: the images themselves"
+DINOV2 = f"timm's DINOv2 ViT-L/14, class token after the last norm, antialiased bicubic resize to 224; {REFERENCE}"
+INCEPTION = "torch-fidelity's Inception (TensorFlow's of 2015-12-05), 2048 features; " + REFERENCE
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class Protocol:
             "lpips": LPIPS[self.lpips],
             "rfid": INCEPTION,
             "kid": f"{INCEPTION}; torch-fidelity's subsets and seed",
+            "fdd": DINOV2,
         }
 
     def hash(self) -> str:

@@ -1,26 +1,28 @@
 """LPIPS against its package; rFID and KID against float64 by hand, and on Inception against torch-fidelity."""
 
+import json
 import pickle
-import shutil
 import warnings
 
 import lpips as reference
 import numpy as np
 import pytest
-import timm
 import torch
 import torch_fidelity
 import torchvision
 from PIL import Image
 from scipy.linalg import sqrtm
+from timm.models import vision_transformer
 from torch import nn
 from torch_fidelity.defaults import DEFAULTS
 
 from olvae.checkpoint import DINOV2, INCEPTION
+from olvae.cli.main import main as olvae
 from olvae.metrics import METRICS, build_metrics
-from olvae.metrics.features import KID, LPIPS_SIZE, RFID, DINOv2, Inception, LPIPSDistance
+from olvae.metrics.features import DINOV2_MODEL, KID, LPIPS_SIZE, RFID, DINOv2, Inception, LPIPSDistance
 from olvae.metrics.metric import Unavailable
-from olvae.modules.frozen import TRUNKS
+from olvae.modules.frozen import TRUNKS, VisionEncoder
+from tests.export.latents import tiny_vae
 from tests.metrics.conftest import pairs
 
 WIDTH = 12
@@ -200,35 +202,99 @@ def test_features(weights_dir):
         inception(x[:, :1])
 
 
+WIDTH_OF_VIT, BLOCKS, HEADS = 24, 2, 3
+
+
+def published_names(width: int, blocks: int) -> dict[str, tuple[int, ...]]:
+    """The tensors of dinov2_vitl14_pretrain.pth, which has 1024 and 24: names and shapes of Meta's file."""
+    block = {"norm1.weight": (width,), "norm1.bias": (width,), "norm2.weight": (width,), "norm2.bias": (width,)}
+    block |= {"attn.qkv.weight": (3 * width, width), "attn.qkv.bias": (3 * width,), "attn.proj.weight": (width, width)}
+    block |= {"attn.proj.bias": (width,), "ls1.gamma": (width,), "ls2.gamma": (width,), "mlp.fc1.bias": (4 * width,)}
+    block |= {"mlp.fc1.weight": (4 * width, width), "mlp.fc2.weight": (width, 4 * width), "mlp.fc2.bias": (width,)}
+    names = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + 37**2, width), "mask_token": (1, width)}
+    names |= {"patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,)}
+    names |= {f"blocks.{i}.{name}": shape for i in range(blocks) for name, shape in block.items()}
+    return names | {"norm.weight": (width,), "norm.bias": (width,)}
+
+
 @pytest.fixture
-def dinov2(tmp_path, vit, monkeypatch):
-    """A folder with a small ViT's random weights, under the file name and in the format of DINOv2's."""
-    monkeypatch.setattr("olvae.metrics.features.DINOV2_MODEL", "test_vit")
-    monkeypatch.setattr("olvae.metrics.provenance", lambda path, file: {})
-    shutil.copy(vit, tmp_path / DINOV2.name)
+def dinov2(tmp_path, monkeypatch):
+    """A folder with random weights under the name, and in the format, of DINOv2's file; the network is a narrow one."""
+    whole = vision_transformer._create_vision_transformer
+    narrow = {"embed_dim": WIDTH_OF_VIT, "depth": BLOCKS, "num_heads": HEADS}
+    monkeypatch.setattr(
+        vision_transformer,
+        "_create_vision_transformer",
+        lambda variant, pretrained=False, **settings: whole(variant, pretrained, **{**settings, **narrow}),
+    )
+    torch.manual_seed(0)
+    tensors = {name: 0.3 * torch.randn(shape) for name, shape in published_names(WIDTH_OF_VIT, BLOCKS).items()}
+    torch.save(tensors, tmp_path / DINOV2.name)
     return tmp_path
 
 
-def test_fdd_is_the_distance_of_class_tokens(dinov2, vit):
-    """Features by timm alone, from images that Pillow resized."""
-    keys, x, y = pairs(5, 64)
-    fdd = build_metrics(["fdd"], dinov2)().metrics["fdd"]
-    fdd.update(keys, x, y)
-    network = timm.create_model("test_vit", checkpoint_path=vit, dynamic_img_size=True).eval()
-    config, sides = network.pretrained_cfg, []
-    for images in (x, y):
-        pictures = [
-            Image.fromarray(image.permute(1, 2, 0).numpy()).resize((224, 224), Image.BICUBIC) for image in images
-        ]
-        seen = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2) / 255
-        mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
-        with torch.no_grad():
-            sides.append(network.forward_features((seen - mean) / std)[:, 0].double().numpy())
-    a, b = sides
+def class_tokens(weights: dict[str, torch.Tensor], images: torch.Tensor) -> np.ndarray:
+    """By hand in float64: Pillow's resize, patches of 14, attention, LayerScale, the last norm."""
+    w = {name: tensor.double() for name, tensor in weights.items()}
+    planes = [Image.fromarray(p.numpy()).resize((224, 224), Image.BICUBIC) for p in images.float().flatten(0, 1)]
+    x = torch.from_numpy(np.stack([np.asarray(plane) for plane in planes])).double().unflatten(0, (-1, 3)) / 255
+    x = (x - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    patches = x.unflatten(3, (16, 14)).unflatten(2, (16, 14)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    t = patches @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"]  # (B, 256, D)
+    grid = w["pos_embed"][:, 1:].float().unflatten(1, (37, 37)).movedim(-1, 1)
+    places = nn.functional.interpolate(grid, (16, 16), mode="bicubic", antialias=True).double().flatten(2).mT
+    t = torch.cat([(w["cls_token"] + w["pos_embed"][:, :1]).expand(len(t), -1, -1), t + places], 1)
+
+    def norm(t: torch.Tensor, name: str) -> torch.Tensor:
+        t = (t - t.mean(-1, keepdim=True)) / (t.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
+        return t * w[f"{name}.weight"] + w[f"{name}.bias"]
+
+    def linear(t: torch.Tensor, name: str) -> torch.Tensor:
+        return t @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    for b in (f"blocks.{i}" for i in range(BLOCKS)):
+        q, k, v = linear(norm(t, f"{b}.norm1"), f"{b}.attn.qkv").unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        seen = (q @ k.mT / (WIDTH_OF_VIT / HEADS) ** 0.5).softmax(-1) @ v
+        t = t + w[f"{b}.ls1.gamma"] * linear(seen.transpose(1, 2).flatten(2), f"{b}.attn.proj")
+        inner = linear(norm(t, f"{b}.norm2"), f"{b}.mlp.fc1")
+        gelu = inner * (1 + torch.erf(inner / 2**0.5)) / 2
+        t = t + w[f"{b}.ls2.gamma"] * linear(gelu, f"{b}.mlp.fc2")
+    return norm(t, "norm")[:, 0].numpy()
+
+
+def test_fdd_by_its_command(dinov2, tmp_path, nowhere):
+    """From the file to metrics.json."""
+    keys, x, _ = pairs(6, 32)
+    (tmp_path / "images").mkdir()
+    for key, image in zip(keys, x, strict=True):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "images" / key)
+    model = tiny_vae()
+    model.save_pretrained(tmp_path / "vae")
+    given = ["--data", str(tmp_path / "images"), "--size", "32", "--metrics", "fdd", "--weights-dir", str(dinov2)]
+    with pytest.raises(SystemExit) as leaving:
+        olvae(["evaluate", str(tmp_path / "vae"), *given, "--no-report", "--out", str(tmp_path / "out")])
+    assert leaving.value.code == 0
+    content = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    with torch.no_grad():
+        y = ((model(x / 127.5 - 1)[0].clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    weights = torch.load(dinov2 / DINOV2.name)
+    a, b = (class_tokens(weights, images) for images in (x, y))
     s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * sqrtm(s1 @ s2).real)
-    assert fdd.compute() == pytest.approx(expected, rel=0.02)  # Pillow rounds to 8 bits
-    assert "5 images for 64 features" in fdd.details["warning"]
+    (row,) = content["results"]
+    assert row["metrics"]["fdd"] == pytest.approx(expected, rel=1e-3)
+    assert expected > 1e-3
+    assert f"6 images for {WIDTH_OF_VIT} features" in row["details"]["fdd"]["warning"]
+    assert row["details"]["fdd"]["weights"]["published"] is False
+    assert "DINOv2 ViT-L/14" in content["protocol"]["fdd"]
+
+
+def test_the_published_file_fits_its_network():
+    """All its names and shapes, without values."""
+    with torch.device("meta"):
+        tensors = {name: torch.empty(shape) for name, shape in published_names(1024, 24).items()}
+        assert sum(tensor.numel() for tensor in tensors.values()) == 304_368_640  # as published, with the mask token
+        assert VisionEncoder(DINOV2_MODEL, tensors).class_token(torch.empty(1, 3, 64, 64), 224).shape == (1, 1024)
 
 
 def test_fdd_without_its_network(dinov2, monkeypatch):
