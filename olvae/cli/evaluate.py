@@ -58,6 +58,10 @@ BatchSize = Annotated[
 
 First = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N images.")]
 
+WeightsDir = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Search here first for VGG16, AlexNet, Inception and DINOv2.")
+]
+
 Out = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Where results go; by default the run folder, or FILE_results for a file."),
@@ -85,9 +89,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, if latents are sampled.")] = 0,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
-    weights_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Search here first for VGG16, AlexNet, Inception and DINOv2.")
-    ] = None,
+    weights_dir: WeightsDir = None,
     baselines: Annotated[
         bool,
         typer.Option(

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.evaluate import BatchSize, First, Out, Targets, TestImages, results_folder
+from olvae.cli.evaluate import BatchSize, First, Out, Targets, TestImages, WeightsDir, results_folder
 from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, check_paths, loading, with_progress
 
 
@@ -17,6 +17,8 @@ def command(
     batch_size: BatchSize = None,
     images: First = None,
     device: Device = None,
+    ifid: Annotated[bool, typer.Option("--ifid", help="Add iFID, of pictures between latents.")] = False,
+    weights_dir: WeightsDir = None,
     out: Out = None,
     as_json: Annotated[bool, typer.Option("--json", help="Also print the report to standard output.")] = False,
 ) -> None:
@@ -36,6 +38,8 @@ def command(
         from olvae.devices import gather, join, leave, resolve_device
         from olvae.evaluation.latent_report import draw_distribution, encode_latents, print_latents
         from olvae.evaluation.latent_statistics import ACTIVE_VARIANCE
+        from olvae.evaluation.observers.ifid import InterpolatedFID
+        from olvae.evaluation.observers.observer import Observer, Subject
         from olvae.evaluation.roundtrip import open_images_for
         from olvae.files import no_empty_folders, write_json
         from olvae.models.loading.targets import find_target, name_apart
@@ -47,22 +51,28 @@ def command(
     device = resolve_device(device)
     models = {target.name: target.load() for target in name_apart(found)}
 
+    observer = InterpolatedFID(weights_dir) if ifid else Observer()
+    subjects = observer.derive({name: Subject(model) for name, model in models.items()})
     source = open_images_for(models, found[0].config, data)
     if images is not None:
         source.limit(images)
-    count, batches = source.val_images, source.test_loader(batch_size or (8 if data else None))
-    accumulators = encode_latents(models, with_progress("encoding")(batches, count), device, source.pixel_range)
-    parts = gather(accumulators)
+    batches = source.test_loader(batch_size or (8 if data else None))
+    shown = with_progress("encoding")(batches, source.val_images)
+    accumulators = encode_latents(models, shown, device, source.pixel_range, observer)
+    parts = gather((accumulators, observer.state()))
     leave()
     if parts is None:
         return
-    for part in parts[1:]:
-        for name, accumulator in part.items():
-            accumulators[name].merge(accumulator)
+    for others, state in parts[1:]:
+        observer.merge(state)
+        for name, accumulator in accumulators.items():
+            accumulator.merge(others[name])
+    observer.examine(subjects, min(source.size), device)
     rows = {}
     with ProgressBar("comparing with N(0, I)", len(models), unit="models") as bar:
         for name, accumulator in accumulators.items():
-            rows[name] = accumulator.compute()
+            entry = observer.result(name, 0)
+            rows[name] = accumulator.compute() | ({observer.name: entry} if entry else {})
             bar.advance()
 
     about = {
@@ -71,16 +81,20 @@ def command(
         "size": source.size.node,
         "n": next(iter(rows.values()))["n"],
     }
-    results = [{"target": name, **row} for name, row in rows.items()]
-    content = {"data": about, "active_variance": ACTIVE_VARIANCE, "results": results}
+    content = {
+        "data": about,
+        "active_variance": ACTIVE_VARIANCE,
+        "results": [{"target": name, **row} for name, row in rows.items()],
+    }
     with no_empty_folders(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(content, folder / "latents.json")
         draw_distribution(rows, folder / "latents.png")
-    print_latents(rows, about)
+    print_latents(rows, about, observer)
     if about["n"] < FEW_IMAGES:
-        few = f"warning: factors of few images, {about['n']}: measure them on {FEW_IMAGES} or more, with --data"
-        typer.echo(few, err=True)
+        typer.echo(
+            f"warning: factors of few images, {about['n']}: measure them on {FEW_IMAGES} or more, with --data", err=True
+        )
     if as_json:
         typer.echo(json.dumps(content, indent=2))
     typer.echo(f"numbers: {folder / 'latents.json'}\nfigure:  {folder / 'latents.png'}", err=True)

@@ -13,8 +13,10 @@ from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.data.pixels.sides import Sides
 from olvae.data.source import Batch
 from olvae.evaluation.latent_statistics import EDGES, NO_DISTRIBUTION, LatentAccumulator, image_key
+from olvae.evaluation.observers.observer import Observation, Observer
 from olvae.evaluation.page import texts
 from olvae.evaluation.report import print_grid
+from olvae.evaluation.results import Row
 from olvae.files import atomic_write
 from olvae.models.autoencoder import Autoencoder
 
@@ -28,24 +30,34 @@ def encode_latents(
     batches: Iterable[Batch],
     device: str = "cpu",
     pixel_range: PixelRange = EIGHT_BITS,
+    observer: Observer | None = None,
 ) -> dict[str, LatentAccumulator]:
-    """Encode the same images with every model, by name, in one pass; ValueError for latents not finite."""
+    """Encode the same images with every model, by name, in one pass; ValueError for latents not finite.
+
+    An observer sees the images in place of reconstructions, which are not made.
+    """
     accumulators = {name: LatentAccumulator() for name in models}
     for model in models.values():
         model.to(device)
     for batch in batches:
-        keys = [image_key(image) for image in batch["image"]]
+        keys, levels = [image_key(image) for image in batch["image"]], pixel_range.levels(batch["image"])
         x = pixel_range.normalise(batch["image"].to(device))
         for name, model in models.items():
+            posterior = model.encode(x)
+            if observer is not None:
+                names = [str(key) for key in keys]
+                observer.update(Observation(name, 0, names, levels, levels, posterior.mean, {}, pixel_range))
             try:
-                accumulators[name].update(model.encode(x), keys, x)
+                accumulators[name].update(posterior, keys, x)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
     return accumulators
 
 
-def print_latents(rows: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any]) -> None:
-    """Print two tables to standard error, by target: moments, and MMD^2 per bandwidth."""
+def print_latents(
+    rows: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any], observer: Observer | None = None
+) -> None:
+    """Print two tables to standard error, by target: moments, and MMD^2 per bandwidth; then an observer's lines."""
     console = Console(stderr=True)
     title = (
         f"latents of {data['n']} images of {Sides.of(data['size'])}; shift is the mean; sigma is the posterior's; "
@@ -72,6 +84,11 @@ def print_latents(rows: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any]
         print_grid(console, title, texts(mmds))
     else:
         console.print("MMD: skipped, it needs at least two different images")
+    if observer is not None:
+        name = observer.name
+        seen = [Row(target, data["n"], {}, observed={name: row[name]}) for target, row in rows.items() if name in row]
+        for line in observer.lines(seen):
+            console.print(escape(line))
 
 
 def _moments(row: Mapping[str, Any]) -> dict[str, str]:
@@ -81,6 +98,8 @@ def _moments(row: Mapping[str, Any]) -> dict[str, str]:
         "std": f"{row['std']:.4f}",
         "scaling": f"{1.0 / row['std']:.4f}",
     }
+    if "ifid" in row:
+        cells["iFID"] = f"{row['ifid']['value']:.3f}"
     if row["deterministic"]:
         return cells | dict.fromkeys(("sigma", "KL", "active"), "skipped")
     return cells | {

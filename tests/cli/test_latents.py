@@ -14,6 +14,8 @@ from olvae.data.image import EvalTransform, image_to_tensor, read_picture
 from olvae.data.picture_folder import find_images
 from olvae.data.pixels.ranges import from_uint8
 from olvae.models.loading.targets import find_target
+from tests.metrics.conftest import nowhere  # noqa: F401  (a fixture)
+from tests.metrics.test_features import extract
 from tests.models.loading.test_targets import taesd
 from tests.test_devices import fork_two
 
@@ -29,6 +31,30 @@ def test_a_run_on_its_own_test_images(olvae, trained):
     assert content["data"]["n"] == result["n"] > 0
     assert result["target"] == trained.name
     assert min(Image.open(trained / "latents.png").size) > 300
+
+
+def test_ifid_is_that_of_an_evaluation(olvae, trained, photos, tmp_path, weights_dir, monkeypatch):
+    monkeypatch.setattr("olvae.evaluation.observers.ifid.Inception", lambda path, device: extract)  # mean colours
+    given = (trained, "--data", photos, "--weights-dir", weights_dir)
+    code, _, err = olvae("latents", *given, "--ifid", "--out", tmp_path)
+    assert code == 0
+    evaluated = ("--size", 16, "--metrics", "psnr", "--observe", "ifid", "--no-report")
+    assert olvae("evaluate", *given, *evaluated, "--out", tmp_path)[0] == 0
+    (row,), (other,) = (json.loads((tmp_path / f"{n}.json").read_text())["results"] for n in ("latents", "metrics"))
+    assert row["ifid"].keys() == other["ifid"].keys()
+    for key in ("value", "neighbours"):
+        assert 0 < row["ifid"][key] == pytest.approx(other["ifid"][key], rel=1e-5)
+    assert (row["ifid"]["wrong"], row["ifid"]["checked"]) == (0.0, 12)
+    for text in ("iFID", f"{row['ifid']['value']:.3f}", "iFID: nearest neighbours are at", "0.0% of 12"):
+        assert text in err
+
+
+def test_ifid_without_its_network(olvae, trained, tmp_path, monkeypatch, nowhere):  # noqa: F811
+    code, _, err = olvae("latents", trained, "--ifid", "--out", tmp_path / "out")
+    assert (code, err.count("\n")) == (1, 1)
+    assert "pt_inception-2015-12-05-6726825d.pth" in err
+    assert "--weights-dir" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_models_on_a_folder(olvae, trained, tmp_path, photos):

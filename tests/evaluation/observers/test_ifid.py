@@ -10,7 +10,7 @@ from scipy.spatial.distance import cdist
 
 from olvae.checkpoint import INCEPTION, MissingWeights
 from olvae.evaluation.observers import ifid
-from olvae.evaluation.observers.ifid import InterpolatedFID, nearest_neighbours
+from olvae.evaluation.observers.ifid import InterpolatedFID, nearest_neighbours, share_of_wrong
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.results import Row
 from olvae.metrics.features import Inception
@@ -28,6 +28,20 @@ def test_scipy_finds_the_same_neighbours(n, block):
     np.fill_diagonal(direct, np.inf)
     assert nearest.tolist() == direct.argmin(1).tolist()
     assert distances.numpy() == pytest.approx(direct.min(1), rel=1e-12)
+
+
+def test_the_share_of_wrong_neighbours_is_that_of_scipy(monkeypatch):
+    """One candidate where float32 can't tell: all on a sphere about the mean, far away for their small distances."""
+    monkeypatch.setattr(ifid, "CANDIDATES", 1)
+    z = 1e4 * torch.nn.functional.normalize(torch.randn(2, 40)).repeat_interleave(50, 0) + torch.randn(100, 40)
+    nearest, distances = nearest_neighbours(z, block=30)
+    direct = cdist(z.double().numpy(), z.double().numpy()) + np.diag(np.full(100, np.inf))
+    checked = torch.arange(0, 100, 3)
+    wrong = np.take_along_axis(direct, nearest.numpy()[:, None], 1)[:, 0] > direct.min(1)
+    assert share_of_wrong(z, distances, checked, block=30) == wrong[checked].mean()
+    assert 0.1 < wrong[checked].mean() < 1.0
+    monkeypatch.setattr(ifid, "CANDIDATES", 60)
+    assert share_of_wrong(z, nearest_neighbours(z)[1], checked) == 0.0
 
 
 def test_equal_latents_are_each_others_neighbours():
@@ -91,8 +105,9 @@ def test_the_formula(setting, weights_dir, monkeypatch):
     assert found["warning"] is None  # 30 images for 12 features
     lines = list(observer.lines([Row(name, 30, {}, observed={"ifid": found}) for name in "ab"]))
     assert lines[0].startswith(f"iFID: nearest neighbours are at {found['neighbours']:.2f} (a), ")
-    assert len(lines) == 2
-    assert lines[1].endswith("is not the published file")
+    assert len(lines) == 3
+    assert lines[1].endswith("0.0% of 30 (a), 0.0% of 30 (b)")
+    assert lines[2].endswith("is not the published file")
     assert observer.columns(found) == {"iFID": f"{found['value']:.3f}"}
 
     first, second = (
