@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    ?= $(BIN)/python -m pip --disable-pip-version-check
 RUNS   ?= runs
 
-.PHONY: demo distil-demo study models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs test test-random test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
+.PHONY: demo distil-demo study gpu models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs test test-random test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -50,6 +50,9 @@ study: $(VENV)/.installed-dev ## the study of docs/results.md: photographs, trai
 	$(BIN)/python -m study.run $(if $(QUICK),--quick) --out $(STUDY)
 	cp docs/results.md $(STUDY)/results.md
 	$(BIN)/python -m study.draw --rows $(STUDY)/rows --runs $(STUDY)/runs --document $(STUDY)/results.md
+
+gpu: $(VENV)/.installed-dev ## what only a GPU can show, into docs/gpu.md; finished steps are kept (40 minutes, or MINUTES=N)
+	$(BIN)/python -m study.gpu --minutes $(or $(MINUTES),40)
 
 models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, two hours)
 	$(BIN)/python -m study.corpus --out study/corpus-out

@@ -75,6 +75,32 @@ def resolve_precision(precision: str, accelerator: str) -> str:
     return PRECISIONS[name].lightning
 
 
+# Of products and convolutions, in TFLOP/s without sparsity, from the makers' data sheets: of half precision, summed in
+# float32, and of float32, in TF32 where a GPU has it, as torch computes convolutions there.
+_PEAKS = {
+    r"\bB200": (2250, 1125),
+    r"\bH[12]00 NVL": (835, 418),
+    r"\bH100 PCIe": (756, 378),
+    r"\bG?H[12]00": (989, 495),
+    r"\bA100": (312, 156),
+    r"\bL40S": (362, 183),
+    r"\bL4\b": (121, 60),
+    r"\bRTX 5090$": (210, 105),
+    r"\bRTX 4090$": (165, 83),
+    r"\bRTX 3090$": (71, 36),
+    r"\bV100": (125, 15.7),
+    r"\bT4\b": (65, 8.1),
+}
+_WITHOUT_BF16 = r"\bV100|\bT4\b"
+
+
+def peak_tflops(name: str, precision: str) -> float | None:
+    """The most TFLOP/s of a GPU, by torch's name for it, in a precision of :data:`PRECISIONS`; None if unknown."""
+    if precision == "bf16" and re.search(_WITHOUT_BF16, name):
+        return None
+    return next((peaks[precision == FULL] for known, peaks in _PEAKS.items() if re.search(known, name)), None)
+
+
 def autocast(kind: str, precision: str) -> AbstractContextManager[object]:
     """Return autocast on devices of a kind, such as cuda, to a precision of :data:`PRECISIONS`; none for float32."""
     return torch.autocast(kind, PRECISIONS[precision].dtype, enabled=precision != FULL)

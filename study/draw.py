@@ -49,18 +49,20 @@ def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def fill(document: str, rows: Found) -> str:
-    """The document with its tables made again.
+def fill(document: str, rows: Found, tables: Mapping[str, Callable[[Found], str]] | None = None) -> str:
+    """The document with its tables made again, by default the study's.
 
     Raises:
         ValueError: it names a table that does not exist.
     """
 
+    known = TABLES if tables is None else tables
+
     def made(match: re.Match[str]) -> str:
         name = match[1]
-        if name not in TABLES:
-            raise ValueError(f"no table is named {name}: choose from {', '.join(TABLES)}")
-        return f"<!-- table: {name} -->\n\n{TABLES[name](rows)}\n\n<!-- end -->"
+        if name not in known:
+            raise ValueError(f"no table is named {name}: choose from {', '.join(known)}")
+        return f"<!-- table: {name} -->\n\n{known[name](rows)}\n\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", made, document, flags=re.DOTALL)
 

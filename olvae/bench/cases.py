@@ -78,14 +78,14 @@ Undecoded = tuple[bytes | Picture, str]
 
 
 def _encoders(setting: Setting) -> list[Case]:
-    return _networks(ENCODERS, 3, setting.size, setting)
+    return network_cases(ENCODERS, 3, setting.size, setting)
 
 
 def _decoders(setting: Setting) -> list[Case]:
-    return _networks(DECODERS, N_Z, setting.size // F8, setting)
+    return network_cases(DECODERS, N_Z, setting.size // F8, setting)
 
 
-def _networks(builders: Networks, channels: int, side: int, setting: Setting) -> list[Case]:
+def network_cases(builders: Networks, channels: int, side: int, setting: Setting) -> list[Case]:
     """Each network in each precision and memory layout; the peer is the first, plain."""
     products, shape = setting.products(), (setting.batch_size, channels, side, side)
     cases, peers = list(products.values()), dict[str, Case]()
@@ -169,7 +169,7 @@ def _train(setting: Setting) -> list[Case]:
 
 
 def _steps(config: str | Path, setting: Setting, products: Mapping[str, Case]) -> Iterator[Case]:
-    params, size, batch_size = _read_step(config, setting.size, setting.batch_size)
+    params, size, batch_size = read_step(config, setting.size, setting.batch_size)
     plain = {**params, **dict.fromkeys(STEP_OPTIONS[EVERY], False)}
     with FlopCounterMode(display=False) as counter:
         time_steps(LiteAutoencoderKL(**plain), size, batch_size, 0, setting.device)
@@ -191,7 +191,7 @@ def _steps(config: str | Path, setting: Setting, products: Mapping[str, Case]) -
             yield case(model, variant, precision, peer if precision == FULL else None)
 
 
-def _read_step(config: str | Path, size: int, batch_size: int) -> tuple[dict[str, Any], int, int]:
+def read_step(config: str | Path, size: int, batch_size: int) -> tuple[dict[str, Any], int, int]:
     """The model's params without LPIPS, pixels and batch size: those given, else (0) those of the config."""
     loaded = cfg.load([config], ["model.params.lossconfig.params.lpips_weight=0"])
     if mistakes := cfg.validate(loaded):

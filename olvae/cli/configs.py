@@ -60,6 +60,7 @@ def _print_memory(config: dict[str, Any], name: str) -> None:
             need = footprint(model, size, precision, checkpoint)
             cells = {"precision": precision, "model.params.checkpoint": str(checkpoint).lower()}
             rows.append({**cells, "fixed": f"{need.fixed / GIB:.2f}", "per image": f"{need.per_image / GIB:.3f}"})
+            rows[-1]["TFLOP per image"] = f"{need.flop / 1e12:.4g}"
     print_table(f"{name}: GiB of a training step on a GPU, at {size} pixels", rows, sys.stdout)
     typer.echo("fixed: weights, gradients, optimizers and averages. per image: of a micro-batch. Allow a tenth more.")
 

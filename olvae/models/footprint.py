@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from olvae.config import instantiate, resolve_class
 from olvae.data.pixels.sides import Sides, Size
@@ -25,10 +26,11 @@ COUNTED = (4, 8)  # images of the two micro-batches between which the memory is 
 
 
 class Footprint(NamedTuple):
-    """Bytes of a training step on one device."""
+    """Bytes of a training step on one device, and its operations."""
 
     fixed: int  # weights, gradients, the optimizers' states, the averaged copy, constant networks
     per_image: int  # of a micro-batch: activations for the backward pass, and gradients of activations
+    flop: int = 0  # of an image: floating-point operations of products and convolutions, two for each multiply-add
 
     def total(self, images: int) -> int:
         """Bytes with this many images in a micro-batch."""
@@ -50,8 +52,9 @@ def without_weights(node: Mapping[str, Any]) -> LiteAutoencoderKL:
 def footprint(model: LiteAutoencoderKL, size: Size, precision: str, checkpoint: bool | None = None) -> Footprint:
     """The footprint of a training step, of both players where the model has an adversary.
 
-    The step runs on tensors without memory, forward and backward, and the storages alive at its peak are added up.
-    Workspaces of convolutions, fragmentation and the CUDA context are not counted (:data:`MARGIN`).
+    The step runs on tensors without memory, forward and backward; the storages alive at its peak are added up, and its
+    operations, with those that checkpointing repeats. Workspaces of convolutions, fragmentation and the CUDA context
+    are not counted (:data:`MARGIN`).
 
     Args:
         model: on any device, the meta device too; it is not changed.
@@ -59,12 +62,12 @@ def footprint(model: LiteAutoencoderKL, size: Size, precision: str, checkpoint: 
         precision: fp16, bf16 or 32.
         checkpoint: activation checkpointing of both halves; by default as the model has it.
     """
-    few, many = (_peak(model, size, images, precision, checkpoint) for images in COUNTED)
+    (few, flop), (many, _) = (_count(model, size, images, precision, checkpoint) for images in COUNTED)
     per_image = (many - few) // (COUNTED[1] - COUNTED[0])
     trained = [p for player in model.players.values() for p in player.parameters() if p.requires_grad]
     averaged = [p for p in model.autoencoder.parameters() if p.requires_grad] if model.use_ema else []
     held = _bytes(_tensors(model)) + _bytes(averaged) + 2 * _bytes(trained)  # Adam has two moments
-    return Footprint(held + few - COUNTED[0] * per_image, per_image)
+    return Footprint(held + few - COUNTED[0] * per_image, per_image, flop // COUNTED[0])
 
 
 def advice(free: int, batch_size: int, accumulated: int, plain: Footprint, checkpointed: Footprint) -> str | None:
@@ -94,8 +97,13 @@ def advice(free: int, batch_size: int, accumulated: int, plain: Footprint, check
     )
 
 
-def _peak(model: LiteAutoencoderKL, size: Size, images: int, precision: str, checkpoint: bool | None) -> int:
-    """Bytes alive at the peak of a micro-batch, without the tensors that live between steps."""
+def _count(
+    model: LiteAutoencoderKL, size: Size, images: int, precision: str, checkpoint: bool | None
+) -> tuple[int, int]:
+    """Bytes alive at the peak of a micro-batch, without the tensors that live between steps; and operations.
+
+    Operations grow with the images, so that only those of the smaller micro-batch are counted.
+    """
     dtype = PRECISIONS[precision_name(precision)].dtype
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
     with FakeTensorMode():
@@ -104,9 +112,10 @@ def _peak(model: LiteAutoencoderKL, size: Size, images: int, precision: str, che
             if isinstance(module, nn.GroupNorm):  # in float32 under a GPU's autocast, and not under a CPU's
                 module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         batch = torch.empty(images, fake.encoder.in_channels, *Sides.of(size), dtype=torch.uint8)
-        with LiveBytes() as live, autocast:
+        counter = FlopCounterMode(display=False)
+        with LiveBytes() as live, counter if images == COUNTED[0] else nullcontext(), autocast:
             _train(fake, batch)
-    return int(live.peak)
+    return int(live.peak), int(counter.get_total_flops())
 
 
 def _train(model: LiteAutoencoderKL, batch: Tensor) -> None:

@@ -75,6 +75,7 @@ class LiteAutoencoderKL(ValidatedModule):
     images_seen = 0  # in training, over all ranks: where a resumed run continues the data
     reports = False  # whether the last training step logged its values: every log_every_n_steps-th does
     linear_psnr: float | None = None  # of the linear code that training started as, on validation images
+    flop = 0  # of an image in a step of both players; counted where training runs on a GPU
     rate_factor = 1.0  # of both learning rates: below one after a return to an earlier checkpoint
     _micro_batch = 0  # within the update
     _iteration = 0  # updates of either side; more than global_step by the discriminator's warm-up

@@ -79,11 +79,17 @@ def process_count(trainer_args: Mapping[str, Any]) -> int:
     return per_node * nodes
 
 
+FLIGHT_RECORDER = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+"""Settings by which NCCL writes down at its time limit where each rank is."""
+
+
 def meet() -> tuple[int, int]:
     """Join the processes that torchrun or srun started; return rank and number of processes.
 
     It is (0, 1) where Lightning starts the others, which join when training begins.
     """
+    for name, value in FLIGHT_RECORDER.items():
+        os.environ.setdefault(name, value)
     if find_launcher() is None:
         return 0, 1
     return join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", default_pg_timeout)

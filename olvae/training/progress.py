@@ -28,6 +28,7 @@ from olvae import config as cfg
 from olvae.config import Config, ConfigError
 from olvae.data.pixels.sides import Sides
 from olvae.data.source import MIN_VAL_IMAGES, Source
+from olvae.devices import peak_tflops, precision_name
 from olvae.figures import plot_curves
 from olvae.files import reason
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -38,6 +39,8 @@ from olvae.runs import Run, Settings
 log = logging.getLogger("olvae.training")
 
 FIRST_LINE_S = 3.0  # after which the time left is known well enough to be shown
+USUAL_SHARE = 0.4  # of a GPU's peak that a training step reaches: an estimate, until docs/gpu.md has a measurement
+HOST_S = 0.05  # that Python takes to launch a step of both players: an estimate, too
 LARGE_WAIT_SHARE = 0.1  # the share of training time spent waiting for data is shown above this
 
 
@@ -137,6 +140,7 @@ class StepProgress(ProgressBar):
             speed |= {"memory_gib": _memory_gib()}
             if torch.cuda.is_available():
                 speed["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+                speed |= tflops(trainer, pl_module.flop * speed["images_per_s"] / trainer.world_size)
             pl_module.log_dict({f"speed/{name}": value for name, value in speed.items()})
         if step != trainer.max_steps and now - self._shown_at < (self.line_every_s if self._bar is None else 0.5):
             return
@@ -172,6 +176,15 @@ def _memory_gib() -> float:
     except ImportError:  # on Windows
         return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10) / 2**30
+
+
+def tflops(trainer: pl.Trainer, flop_per_s: float) -> dict[str, float]:
+    """What a GPU of this training computes, in TFLOP/s, and its share of the GPU's peak; without what is unknown."""
+    if not flop_per_s:
+        return {}
+    name = torch.cuda.get_device_name(trainer.strategy.root_device)
+    peak = peak_tflops(name, precision_name(str(trainer.precision).partition("-")[0]))
+    return {"tflops": flop_per_s / 1e12} | ({} if peak is None else {"of_peak": flop_per_s / 1e12 / peak})
 
 
 def step_bar(console: Console, status: Status, done: int, total: int) -> Progress:
@@ -238,6 +251,20 @@ def _rows(settings: Settings, trainer: pl.Trainer, model: LiteAutoencoderKL, sou
     if settings.weights:
         rows["weights from"] = settings.weights
     return rows
+
+
+def describe_step(model: LiteAutoencoderKL, images: int, peak: float | None) -> str:
+    """The operations of a step of this many images, and whether they keep a GPU of this peak in TFLOP/s busy."""
+    step = model.flop * images / 1e12
+    text = f"step: {model.flop / 1e12:.3g} TFLOP an image, {step:.3g} TFLOP for {images} a process"
+    if peak is None:
+        return text
+    seconds = step / (USUAL_SHARE * peak)
+    text += f": about {1e3 * seconds:.0f} ms on this GPU"
+    if seconds >= HOST_S or model.compiled:
+        return text
+    enough = math.ceil(images * HOST_S / seconds)
+    return f"{text}, less than Python needs for it: with {enough} images, or model.params.compile=true, it is busy"
 
 
 def _images_of(steps: int, batch: int, epoch: int | None) -> str:

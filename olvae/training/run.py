@@ -20,7 +20,7 @@ from olvae import runs
 from olvae.checkpoint import load_weights, pick_weights, read_checkpoint, read_weights, state_dict_of
 from olvae.config import Config, ConfigError, with_paths
 from olvae.data.source import Source
-from olvae.devices import resolve_devices, resolve_precision
+from olvae.devices import peak_tflops, precision_name, resolve_devices, resolve_precision
 from olvae.files import first_line, no_empty_folders, remove_partials
 from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -29,9 +29,18 @@ from olvae.models.weight_files import locate_weights
 from olvae.runs import Run, RunLock, Settings, find_moved_data, make_data_absolute
 from olvae.training import launch
 from olvae.training.callbacks import BadSteps, GracefulStop, Health, ImageGrids, UnreadableLimit
+from olvae.training.lockstep import Lockstep
 from olvae.training.origin import start_from
 from olvae.training.profiling import StepTrace
-from olvae.training.progress import StepProgress, describe_gain, make_loggers, notify, print_ending, print_summary
+from olvae.training.progress import (
+    StepProgress,
+    describe_gain,
+    describe_step,
+    make_loggers,
+    notify,
+    print_ending,
+    print_summary,
+)
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
 from olvae.training.settings import (
     Plan,
@@ -169,7 +178,10 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
         print_summary(prepared.settings, run, trainer, model, source, prepared.steps_done)
     if device.type == "cuda":
         free = launch.least(torch.cuda.mem_get_info(device)[0])  # so that all processes decide alike
-        check_memory(model, source, prepared.settings.precision, free, first)
+        model.flop = check_memory(model, source, prepared.settings.precision, free, first)
+        if first and model.flop:
+            peak = peak_tflops(torch.cuda.get_device_name(device), precision_name(prepared.settings.precision))
+            notify(describe_step(model, source.batch_size, peak))
     if resumed is None:
         for line in model.prepare(source, prepared.settings.seed, device, fresh=prepared.settings.weights is None):
             if first:
@@ -211,8 +223,12 @@ def finish(prepared: Prepared, run: Run, trainer: pl.Trainer) -> None:
         raise TrainingStopped(run, stop.preempted)
 
 
-def check_memory(model: LiteAutoencoderKL, source: Source, precision: str, free: int, warns: bool = True) -> None:
-    """Warn where a step needs most of the bytes that are free on a GPU; raise ConfigError if not one image fits."""
+def check_memory(model: LiteAutoencoderKL, source: Source, precision: str, free: int, warns: bool = True) -> int:
+    """Warn where a step needs most of the bytes that are free on a GPU; raise ConfigError if not one image fits.
+
+    Returns the operations of an image, 0 if they could not be counted.
+    """
+    flop = 0
     try:
         plain = footprint(model, source.size, precision)
         bounded = any(part.needs_activations for part in model.each_part)
@@ -221,11 +237,13 @@ def check_memory(model: LiteAutoencoderKL, source: Source, precision: str, free:
     except Exception as error:  # networks of the user's own may need tensors with values: an estimate stops nothing
         sentence: str | None = f"not counted: {first_line(error)}"
     else:
+        flop = plain.flop
         sentence = advice(free, source.batch_size, model.accumulate_grad_batches, plain, checkpointed)
         if plain.total(1) > free:
             raise ConfigError(f"data.params.batch_size: not even one image fits: {sentence}")
     if warns and sentence is not None:
         notify(f"warning: memory: {sentence}", "yellow")
+    return flop
 
 
 def _locate_data(plan: Plan) -> tuple[Config, Settings]:
@@ -312,7 +330,7 @@ def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
     lightning = prepared.config.get("lightning") or {}
     nodes = lightning.get("callbacks") or {}
     callbacks = [*(cfg.instantiate(node) for node in nodes.values()), prepared.stop, UnreadableLimit()]
-    for default in (BadSteps, KeepCheckpoints, ImageGrids, Health, StepProgress):
+    for default in (BadSteps, KeepCheckpoints, ImageGrids, Health, StepProgress, Lockstep):
         if not any(isinstance(callback, default) for callback in callbacks):
             callbacks.append(default())
     if prepared.plan.options.profile:

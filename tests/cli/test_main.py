@@ -112,13 +112,13 @@ def test_validate(olvae, config, tmp_path):
 def test_validate_memory(olvae, config, tmp_path, monkeypatch):
     """A line for each precision, without and with checkpointing; tests/models/test_footprint.py has the numbers."""
     asked = []
-    need = SimpleNamespace(fixed=2**30, per_image=2**29)
+    need = SimpleNamespace(fixed=2**30, per_image=2**29, flop=3 * 10**12)
     monkeypatch.setattr("olvae.models.footprint.footprint", lambda model, *case: asked.append(case) or need)
     code, out, err = olvae("validate", "--memory", config)
     assert code == 0
     assert "no mistakes" in err
     assert "at 16 pixels" in out
-    assert "fixed 1.00, per image 0.500" in " ".join(out.split())  # the same in all rows
+    assert "fixed 1.00, per image 0.500, TFLOP per image 3" in " ".join(out.split())  # the same in all rows
     rows = [line.split() for line in out.splitlines() if line.strip().startswith(("32", "bf16"))]
     assert rows == [[p, c] for p in ("32", "bf16") for c in ("false", "true")]
     assert asked == [(16, p, c) for p in ("32", "bf16") for c in (False, True)]

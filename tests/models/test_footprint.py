@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
+from olvae.bench.cases import time_steps
 from olvae.config import ConfigError
 from olvae.losses import perceptual
 from olvae.models.footprint import MARGIN, Footprint, advice, footprint, without_weights
@@ -70,6 +72,13 @@ def test_what_is_held_and_kept():
     against_one = build(against(), use_ema=True)
     held = 4 * count_parameters(model.autoencoder) + 3 * 4 * count_parameters(against_one.adversary.discriminator)
     assert footprint(against_one, 16, "bf16").fixed - plain.fixed >= held
+
+
+def test_operations_of_a_real_step_of_both_players():
+    """Through Lightning, with what autograd really computes."""
+    with FlopCounterMode(display=False) as counter:
+        time_steps(build(against()), 16, 4, 0, "cpu")
+    assert footprint(build(against()), 16, "32").flop == pytest.approx(counter.get_total_flops() / 4, rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,12 @@
 
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
-from olvae.training.progress import Status, step_bar
+from olvae.training.progress import Status, describe_step, step_bar, tflops
 
 
 @pytest.fixture
@@ -68,3 +69,31 @@ def test_the_bar_stays_on_one_line(now):
     (line,) = capture.get().splitlines()
     text = "loss 0.4325  160.0 images/s  waiting for data 20% (raise data.params.num_workers)"
     assert text in re.sub(r"\x1b\[[0-9;]*m", "", line)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "precision", "expected"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16-mixed", {"tflops": 247.25, "of_peak": 0.25}),
+        ("NVIDIA H100 80GB HBM3", "32-true", {"tflops": 247.25, "of_peak": 247.25 / 495}),
+        ("Tesla V100-SXM2-16GB", "16-mixed", {"tflops": 247.25, "of_peak": 247.25 / 125}),
+        ("Tesla V100-SXM2-16GB", "bf16-mixed", {"tflops": 247.25}),
+        ("NVIDIA H20", "bf16-mixed", {"tflops": 247.25}),
+    ],
+)
+def test_operations_are_logged_with_their_share_of_the_peak(monkeypatch, gpu, precision, expected):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda _: gpu)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device="cuda:0"), precision=precision)
+    assert tflops(trainer, 247.25e12) == expected
+    assert tflops(trainer, 0.0) == {}  # not counted
+
+
+def test_a_step_too_small_for_its_gpu_is_advised():
+    model = SimpleNamespace(flop=2_740_000_000_000, compiled=False)
+    few, many = (describe_step(model, images, 989.0) for images in (4, 32))
+    expected = "step: 2.74 TFLOP an image, 11 TFLOP for 4 a process: about 28 ms on this GPU, less than Python needs"
+    assert few == f"{expected} for it: with 8 images, or model.params.compile=true, it is busy"
+    assert many.endswith("87.7 TFLOP for 32 a process: about 222 ms on this GPU")
+    assert describe_step(model, 4, None) == "step: 2.74 TFLOP an image, 11 TFLOP for 4 a process"
+    model.compiled = True
+    assert describe_step(model, 4, 989.0).endswith("28 ms on this GPU")

@@ -1,0 +1,76 @@
+"""Two processes, one of which hangs; garbage at fixed steps."""
+
+import gc
+import multiprocessing
+import os
+import socket
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from olvae.devices import join
+from olvae.training.lockstep import Lockstep
+from tests.test_devices import free_port
+from tests.training.conftest import torchrun
+
+
+def hang(rank: int, port: str, folder) -> None:
+    """In step 2 process 1 hangs before its backward pass, and process 0 waits for its gradient."""
+    os.environ.update({**torchrun(rank, per_node=2), "MASTER_ADDR": "localhost", "MASTER_PORT": port})
+    sys.stderr = (folder / f"{rank}.txt").open("w", buffering=1)
+    assert join() == (rank, 2)
+    trainer, lockstep = SimpleNamespace(world_size=2, global_rank=rank, global_step=0), Lockstep(patience_s=0.6)
+    for _ in range(2):
+        lockstep.on_train_batch_start()
+        if rank == 1 and trainer.global_step == 1:
+            time.sleep(60)
+        lockstep.on_before_backward()
+        dist.all_reduce(torch.ones(2))
+        trainer.global_step += 1
+        lockstep.on_train_batch_end(trainer)
+
+
+def test_a_process_that_hangs_is_named_and_all_end(tmp_path):
+    context, port = multiprocessing.get_context("fork"), str(free_port())
+    both = [context.Process(target=hang, args=(rank, port, tmp_path)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(50)
+    assert [process.exitcode for process in both] == [1, 1]
+    waiting, hanging = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    assert f"the others wait for process 1 on {socket.gethostname()} (after step 1)" in waiting
+    assert "in hang" in hanging  # where its program is
+    assert "test_lockstep.py" in hanging
+
+
+def test_processes_at_one_place_are_left_to_the_backend(monkeypatch):
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("ended"))
+    Lockstep()._end_if_apart(0, [["7", "3", "a"], ["7", "3", "b"]])
+
+
+@pytest.mark.parametrize("arguments", [{"patience_s": 0}, {"collect_every": 0}])
+def test_settings_out_of_range(arguments):
+    with pytest.raises(ValueError, match="patience_s must be above 0, and collect_every at least 1"):
+        Lockstep(**arguments)
+
+
+def test_garbage_is_collected_at_fixed_steps(monkeypatch):
+    collected, lockstep = [], Lockstep(collect_every=3)
+    trainer = SimpleNamespace(world_size=1, global_rank=0, global_step=0)
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(trainer.global_step))
+    monkeypatch.setattr(lockstep, "_watch", lambda *_: None)
+    lockstep.on_train_batch_end(trainer)
+    assert gc.isenabled()  # in a single process
+    trainer.world_size = 2
+    try:
+        for trainer.global_step in range(1, 8):
+            lockstep.on_train_batch_end(trainer)
+        assert (collected, gc.isenabled()) == ([3, 6], False)
+    finally:
+        lockstep.on_train_end()
+    assert gc.isenabled()
