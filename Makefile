@@ -52,7 +52,7 @@ study: $(VENV)/.installed-dev ## the study of docs/results.md: photographs, trai
 	$(BIN)/python -m study.draw --rows $(STUDY)/rows --runs $(STUDY)/runs --document $(STUDY)/results.md
 
 gpu: $(VENV)/.installed-dev ## what only a GPU can show, into docs/gpu.md; finished steps are kept (40 minutes, or MINUTES=N)
-	$(BIN)/python -m study.gpu --minutes $(or $(MINUTES),40)
+	$(BIN)/python -m study.gpu --minutes $(or $(MINUTES),40) $(if $(QUICK),--device cpu --quick)
 
 models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, two hours)
 	$(BIN)/python -m study.corpus --out study/corpus-out

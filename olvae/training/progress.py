@@ -113,14 +113,20 @@ class StepProgress(ProgressBar):
         self._bar: Progress | None = None
         self._status = Status()
         self._shown_at = 0.0
+        self._peak: float | None = None  # of a known GPU, in TFLOP/s
 
     def disable(self) -> None:
         """Lightning calls this on every rank but the first."""
         self._enabled = False
 
-    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+    def on_train_start(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         self._status = Status(trainer.global_step)
         self._shown_at = time.monotonic() - max(0.0, self.line_every_s - FIRST_LINE_S)
+        if pl_module.flop and self._enabled:
+            precision = precision_name(str(trainer.precision).partition("-")[0])
+            self._peak = peak_tflops(torch.cuda.get_device_name(trainer.strategy.root_device), precision)
+            images = getattr(trainer.train_dataloader, "batch_size", 1)
+            notify(describe_step(pl_module.flop, images, self._peak, pl_module.compiled))
         if self._enabled and self.console.is_terminal:
             self._bar = step_bar(self.console, self._status, trainer.global_step, trainer.max_steps)
             self._bar.start()
@@ -140,7 +146,7 @@ class StepProgress(ProgressBar):
             speed |= {"memory_gib": _memory_gib()}
             if torch.cuda.is_available():
                 speed["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
-                speed |= tflops(trainer, pl_module.flop * speed["images_per_s"] / trainer.world_size)
+                speed |= tflops(pl_module.flop * speed["images_per_s"] / trainer.world_size, self._peak)
             pl_module.log_dict({f"speed/{name}": value for name, value in speed.items()})
         if step != trainer.max_steps and now - self._shown_at < (self.line_every_s if self._bar is None else 0.5):
             return
@@ -178,13 +184,24 @@ def _memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10) / 2**30
 
 
-def tflops(trainer: pl.Trainer, flop_per_s: float) -> dict[str, float]:
-    """What a GPU of this training computes, in TFLOP/s, and its share of the GPU's peak; without what is unknown."""
-    if not flop_per_s:
-        return {}
-    name = torch.cuda.get_device_name(trainer.strategy.root_device)
-    peak = peak_tflops(name, precision_name(str(trainer.precision).partition("-")[0]))
-    return {"tflops": flop_per_s / 1e12} | ({} if peak is None else {"of_peak": flop_per_s / 1e12 / peak})
+def tflops(flop_per_s: float, peak: float | None) -> dict[str, float]:
+    """Name TFLOP/s, and their share of a GPU's peak, to be logged; without those that are unknown."""
+    found = {"tflops": flop_per_s / 1e12} if flop_per_s else {}
+    return found if peak is None or not found else {**found, "of_peak": found["tflops"] / peak}
+
+
+def describe_step(flop: int, images: int, peak: float | None, compiled: bool) -> str:
+    """Tell the operations of a step of some images, and whether they keep a GPU of this peak in TFLOP/s busy."""
+    step = flop * images / 1e12
+    text = f"step: {flop / 1e12:.3g} TFLOP an image, {step:.3g} TFLOP for {images} a process"
+    if peak is None:
+        return text
+    seconds = step / (USUAL_SHARE * peak)
+    text += f": about {1e3 * seconds:.0f} ms on this GPU"
+    if seconds >= HOST_S or compiled:
+        return text
+    enough = math.ceil(images * HOST_S / seconds)
+    return f"{text}, less than Python needs for it: with {enough} images, or model.params.compile=true, it is busy"
 
 
 def step_bar(console: Console, status: Status, done: int, total: int) -> Progress:
@@ -251,20 +268,6 @@ def _rows(settings: Settings, trainer: pl.Trainer, model: LiteAutoencoderKL, sou
     if settings.weights:
         rows["weights from"] = settings.weights
     return rows
-
-
-def describe_step(model: LiteAutoencoderKL, images: int, peak: float | None) -> str:
-    """The operations of a step of this many images, and whether they keep a GPU of this peak in TFLOP/s busy."""
-    step = model.flop * images / 1e12
-    text = f"step: {model.flop / 1e12:.3g} TFLOP an image, {step:.3g} TFLOP for {images} a process"
-    if peak is None:
-        return text
-    seconds = step / (USUAL_SHARE * peak)
-    text += f": about {1e3 * seconds:.0f} ms on this GPU"
-    if seconds >= HOST_S or model.compiled:
-        return text
-    enough = math.ceil(images * HOST_S / seconds)
-    return f"{text}, less than Python needs for it: with {enough} images, or model.params.compile=true, it is busy"
 
 
 def _images_of(steps: int, batch: int, epoch: int | None) -> str:

@@ -20,7 +20,7 @@ from olvae import runs
 from olvae.checkpoint import load_weights, pick_weights, read_checkpoint, read_weights, state_dict_of
 from olvae.config import Config, ConfigError, with_paths
 from olvae.data.source import Source
-from olvae.devices import peak_tflops, precision_name, resolve_devices, resolve_precision
+from olvae.devices import resolve_devices, resolve_precision
 from olvae.files import first_line, no_empty_folders, remove_partials
 from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -32,15 +32,7 @@ from olvae.training.callbacks import BadSteps, GracefulStop, Health, ImageGrids,
 from olvae.training.lockstep import Lockstep
 from olvae.training.origin import start_from
 from olvae.training.profiling import StepTrace
-from olvae.training.progress import (
-    StepProgress,
-    describe_gain,
-    describe_step,
-    make_loggers,
-    notify,
-    print_ending,
-    print_summary,
-)
+from olvae.training.progress import StepProgress, describe_gain, make_loggers, notify, print_ending, print_summary
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
 from olvae.training.settings import (
     Plan,
@@ -179,9 +171,6 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
     if device.type == "cuda":
         free = launch.least(torch.cuda.mem_get_info(device)[0])  # so that all processes decide alike
         model.flop = check_memory(model, source, prepared.settings.precision, free, first)
-        if first and model.flop:
-            peak = peak_tflops(torch.cuda.get_device_name(device), precision_name(prepared.settings.precision))
-            notify(describe_step(model, source.batch_size, peak))
     if resumed is None:
         for line in model.prepare(source, prepared.settings.seed, device, fresh=prepared.settings.weights is None):
             if first:
@@ -228,7 +217,6 @@ def check_memory(model: LiteAutoencoderKL, source: Source, precision: str, free:
 
     Returns the operations of an image, 0 if they could not be counted.
     """
-    flop = 0
     try:
         plain = footprint(model, source.size, precision)
         bounded = any(part.needs_activations for part in model.each_part)
@@ -236,6 +224,7 @@ def check_memory(model: LiteAutoencoderKL, source: Source, precision: str, free:
         checkpointed = plain if fits or bounded else footprint(model, source.size, precision, checkpoint=True)
     except Exception as error:  # networks of the user's own may need tensors with values: an estimate stops nothing
         sentence: str | None = f"not counted: {first_line(error)}"
+        flop = 0
     else:
         flop = plain.flop
         sentence = advice(free, source.batch_size, model.accumulate_grad_batches, plain, checkpointed)

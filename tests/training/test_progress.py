@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from olvae.training.progress import Status, describe_step, step_bar, tflops
+from olvae.training.progress import Status, StepProgress, describe_step, step_bar, tflops
 
 
 @pytest.fixture
@@ -72,28 +72,32 @@ def test_the_bar_stays_on_one_line(now):
 
 
 @pytest.mark.parametrize(
-    ("gpu", "precision", "expected"),
+    ("gpu", "precision", "peak"),
     [
-        ("NVIDIA H100 80GB HBM3", "bf16-mixed", {"tflops": 247.25, "of_peak": 0.25}),
-        ("NVIDIA H100 80GB HBM3", "32-true", {"tflops": 247.25, "of_peak": 247.25 / 495}),
-        ("Tesla V100-SXM2-16GB", "16-mixed", {"tflops": 247.25, "of_peak": 247.25 / 125}),
-        ("Tesla V100-SXM2-16GB", "bf16-mixed", {"tflops": 247.25}),
-        ("NVIDIA H20", "bf16-mixed", {"tflops": 247.25}),
+        ("NVIDIA H100 80GB HBM3", "bf16-mixed", 989),
+        ("NVIDIA GH200 480GB", "32-true", 495),
+        ("Tesla V100-SXM2-16GB", "16-mixed", 125),
+        ("Tesla V100-SXM2-16GB", "bf16-mixed", None),
+        ("NVIDIA H20", "bf16-mixed", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16-mixed", None),
     ],
 )
-def test_operations_are_logged_with_their_share_of_the_peak(monkeypatch, gpu, precision, expected):
+def test_a_gpu_with_too_few_images_is_advised_and_its_share_logged(monkeypatch, capsys, gpu, precision, peak):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: gpu)
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device="cuda:0"), precision=precision)
-    assert tflops(trainer, 247.25e12) == expected
-    assert tflops(trainer, 0.0) == {}  # not counted
+    strategy, loader = SimpleNamespace(root_device="cuda:0"), SimpleNamespace(batch_size=4)
+    trainer = SimpleNamespace(strategy=strategy, precision=precision, train_dataloader=loader, global_step=0)
+    shown = StepProgress()
+    shown.on_train_start(trainer, SimpleNamespace(flop=2_740_000_000_000, compiled=False))
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("step: 2.74 TFLOP an image, 11 TFLOP for 4 a process")
+    assert (shown._peak, "ms on this GPU" in line) == (peak, peak is not None)
+    share = {} if peak is None else {"of_peak": 247.25 / peak}
+    assert tflops(247.25e12, shown._peak) == {"tflops": 247.25, **share}
+    assert tflops(0.0, shown._peak) == {}  # not counted
 
 
-def test_a_step_too_small_for_its_gpu_is_advised():
-    model = SimpleNamespace(flop=2_740_000_000_000, compiled=False)
-    few, many = (describe_step(model, images, 989.0) for images in (4, 32))
-    expected = "step: 2.74 TFLOP an image, 11 TFLOP for 4 a process: about 28 ms on this GPU, less than Python needs"
-    assert few == f"{expected} for it: with 8 images, or model.params.compile=true, it is busy"
-    assert many.endswith("87.7 TFLOP for 32 a process: about 222 ms on this GPU")
-    assert describe_step(model, 4, None) == "step: 2.74 TFLOP an image, 11 TFLOP for 4 a process"
-    model.compiled = True
-    assert describe_step(model, 4, 989.0).endswith("28 ms on this GPU")
+def test_how_many_images_keep_a_gpu_busy():
+    few, many, compiled = (describe_step(10**12, n, 500.0, c) for n, c in ((4, False), (16, False), (4, True)))
+    assert ": about 20 ms on this GPU, less than Python needs for it: with 10 images, or model.params.compile" in few
+    assert many.endswith("16 TFLOP for 16 a process: about 80 ms on this GPU")
+    assert compiled.endswith("about 20 ms on this GPU")
