@@ -1,4 +1,4 @@
-"""Devices, precision, host memory, and the processes that torchrun or srun started."""
+"""Devices, precision, host memory, cores, and the processes that torchrun or srun started."""
 
 import ctypes
 import os
@@ -184,6 +184,11 @@ def keep_freed_memory() -> bool:
     trim_threshold, mmap_max = -1, -4  # parameters of mallopt(3), from malloc.h
     set_option = ctypes.CDLL(None).mallopt
     return bool(set_option(mmap_max, 0)) and bool(set_option(trim_threshold, -1))
+
+
+def cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def this_process() -> tuple[int, int]:

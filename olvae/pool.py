@@ -77,11 +77,6 @@ def ignore_progress(*_: int | None) -> None:
     """Do nothing: an :data:`OnProgress`."""
 
 
-def cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 _work: tuple[Callable[[Any, SharedProgress], Any], SharedProgress] | None = None
 
 

@@ -4,6 +4,7 @@ python scripts/walk.py olvae export demo --out vae
 """
 
 import inspect
+import os
 import runpy
 import sys
 import threading
@@ -14,6 +15,7 @@ from typing import Any
 import olvae
 
 PACKAGE = Path(olvae.__file__).parent
+INSIDE = f"{PACKAGE}{os.sep}"
 
 
 class Walk:
@@ -34,11 +36,11 @@ class Walk:
 
     def _profile(self, frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
-        if event != "call" or code in self._known:
+        if event != "call" or not code.co_filename.startswith(INSIDE) or code in self._known:
             return
         path = Path(code.co_filename)
         is_function = bool(code.co_flags & inspect.CO_OPTIMIZED)
-        if path.suffix == ".py" and PACKAGE in path.parents and is_function and not _is_importing(frame):
+        if path.suffix == ".py" and is_function and not _is_importing(frame):
             self._known.add(code)
             self.first.setdefault(path.relative_to(PACKAGE.parent), getattr(code, "co_qualname", code.co_name))
 

@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(ROOT.glob("olvae/**/*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
-FILES_AT_MOST, LINES_AT_MOST, TEST_LINES_AT_MOST = 160, 24_500, 27_000
-"""The size that is planned with open issues 26 to 30; what exists without them has 135, 20,500 and 23,000."""
+FILES_AT_MOST, LINES_AT_MOST, TEST_LINES_AT_MOST = 152, 24_500, 27_000
+"""What there is, with a little air; what existed before issues 26 to 30 was to have 135, 20,500 and 23,000."""
 
 PACKAGE_AT_MOST = 12
 FUNCTION_AT_MOST = 60

@@ -48,8 +48,8 @@ def pack(
     check_paths(data=src)
     with loading():
         from olvae.data import packing
+        from olvae.devices import cores
         from olvae.files import list_skipped
-        from olvae.pool import cores
 
     if resize is None and (image_format is not None or quality is not None):
         raise ConfigError("--format and --quality apply to images that --resize makes smaller: add --resize")
@@ -101,7 +101,7 @@ def check(
         from olvae.data import audit
         from olvae.data.pixels.ranges import PixelRange
         from olvae.data.pixels.sides import Sides
-        from olvae.pool import cores
+        from olvae.devices import cores
 
     try:
         node = None if values is None else load((), [f"data.params.range={values}"])["data"]["params"]["range"]

@@ -25,8 +25,7 @@ from olvae.config import Config, ConfigError
 from olvae.config.nodes import arguments_of
 from olvae.data.read_errors import worker_death
 from olvae.data.source import Source
-from olvae.devices import join, local_rank, srun_environment
-from olvae.pool import cores
+from olvae.devices import cores, join, local_rank, srun_environment
 from olvae.runs import Run
 from olvae.training.progress import notify
 from olvae.training.settings import slurm_job

@@ -28,12 +28,11 @@ from olvae import config as cfg
 from olvae.config import Config, ConfigError
 from olvae.data.pixels.sides import Sides
 from olvae.data.source import MIN_VAL_IMAGES, Source
-from olvae.devices import peak_tflops, precision_name
+from olvae.devices import cores, peak_tflops, precision_name
 from olvae.figures import plot_curves
 from olvae.files import reason
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.modules.base import count_macs, count_parameters
-from olvae.pool import cores
 from olvae.runs import Run, Settings
 
 log = logging.getLogger("olvae.training")
