@@ -6,7 +6,10 @@ import shutil
 import subprocess
 import sys
 from email import message_from_string
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import yaml
@@ -22,6 +25,34 @@ ADDRESS = yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"]
 
 def test_the_citation_has_the_version():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
+
+
+def toml(folder: str) -> dict:
+    """The content of a pyproject.toml; Python 3.10 can't read it."""
+    return pytest.importorskip("tomllib").loads((ROOT / folder / "pyproject.toml").read_text())
+
+
+def test_the_node_for_comfyui_can_be_registered():
+    """By what the registry's specification asks of its file."""
+    node, whole = toml("integrations/comfyui"), toml(".")
+    assert re.fullmatch(r"[a-z](?:[._-]?[a-z0-9])*", node["project"]["name"])
+    assert "comfyui" not in node["project"]["name"]
+    assert node["project"]["version"] == __version__
+    assert node["project"]["dependencies"] == [whole["project"]["name"]]
+    assert node["project"]["urls"]["Repository"] == ADDRESS
+    assert node["project"]["license"] == {"text": whole["project"]["license"]}
+    assert node["tool"]["comfy"].keys() >= {"PublisherId", "DisplayName"}
+
+
+def test_uv_takes_torch_without_cuda_where_it_is_asked():
+    """Only with the extra, which has the ranges of requirements.txt; pip ignores the rest."""
+    whole = toml(".")
+    named = {line for line in (ROOT / "requirements.txt").read_text().split("\n") if line.startswith("torch>=")}
+    assert named < set(whole["project"]["optional-dependencies"]["cpu"])
+    (index,) = whole["tool"]["uv"]["index"]
+    for package in ("torch", "torchvision"):
+        assert whole["tool"]["uv"]["sources"][package] == [{"index": index["name"], "extra": "cpu"}]
+    assert index["explicit"]
 
 
 def test_the_repository_has_one_address():
@@ -72,17 +103,25 @@ def test_the_hooks_are_tools_of_the_project():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """A folder with what the wheel holds, made from the files that the Dockerfile copies."""
+    """A folder with what pip installs from an index: the sdist of what the Dockerfile copies, and the wheel from it."""
     folder = tmp_path_factory.mktemp("wheel")
     (folder / "source").mkdir()
     for name in COPIED:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / "source" / name)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", folder / "source", "--no-deps", "-w", folder], check=True)
-    (wheel,) = folder.glob("*.whl")
-    assert wheel.stat().st_size < 25e6
-    subprocess.run([*pip, "install", wheel, "--no-deps", "--target", folder / "site"], check=True)
+    project = folder / "index" / "simple" / "open-litevae"  # PEP 503's layout
+    subprocess.run([sys.executable, "-m", "build", "--outdir", project, folder / "source"], check=True)
+    assert sorted("".join(path.suffixes[-2:]) for path in project.iterdir())[-1] == ".tar.gz"
+    assert all(path.stat().st_size < 25e6 for path in project.iterdir())
+    handler = partial(SimpleHTTPRequestHandler, directory=folder / "index")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        index = f"http://127.0.0.1:{server.server_port}/simple"
+        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
+        subprocess.run(
+            [*pip, "--index-url", index, "--target", folder / "site", f"open-litevae=={__version__}"], check=True
+        )
+        server.shutdown()
     return folder / "site"
 
 

@@ -58,6 +58,10 @@ def command(
         str | None,
         typer.Option(metavar="TIME", help="Stop after this time with a checkpoint, and exit with 75: 3h50m, 45m, 2d."),
     ] = None,
+    wandb: Annotated[
+        str | None,
+        typer.Option(metavar="PROJECT", help="Log to this project of Weights & Biases too; needs pip install wandb."),
+    ] = None,
     profile: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Trace N steps into trace.json and trace.txt of the run.")
     ] = None,

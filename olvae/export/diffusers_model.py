@@ -18,6 +18,7 @@ from olvae.data.pixels.ranges import PixelRange
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.large.tiling import crop_to, default_memory, pad_to_multiple
 from olvae.models.spec import DERIVED, FOR_DIFFUSION, IN_EXPORT, SHIPPED, AutoencoderSpec, shipped_folder
+from olvae.models.weight_files import LOADER, LOADER_NAME
 from olvae.runs import Run
 
 
@@ -53,6 +54,7 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         use_post_quant_conv: bool | None = None,
         use_quant_conv: bool | None = None,
         pixel_range: dict[str, Any] | None = None,
+        auto_map: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         given = {name: self.config[name] for name in (*IN_EXPORT, *DERIVED) if name in self.config}  # the arguments
@@ -79,9 +81,10 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         return super().from_pretrained(folder, **kwargs)  # type: ignore[no-any-return]
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Save as diffusers does, with checksums in the headers of the weights."""
+        """Save as diffusers does, with checksums in the headers of the weights, and the file for its AutoModel."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         add_sums(Path(save_directory))
+        (Path(save_directory) / LOADER_NAME).write_text(LOADER, encoding="utf-8")
 
     @classmethod
     def from_autoencoder(cls, autoencoder: LiteVAE) -> "AutoencoderLiteVAE":

@@ -28,12 +28,15 @@ from olvae.models.loading.targets import RAW
 from olvae.models.spec import CLASS_NAME, DIFFUSERS, check_factors, class_in, is_hub_id
 from olvae.modules.base import count_parameters
 from olvae.modules.scaling_factors import FEW_IMAGES
-from olvae.runs import find_run, settings_of
+from olvae.runs import Run, config_of, find_run, run_of, settings_of
 
 TOLERANCE, FOLDING = 1e-6, 1e-5  # differences over the largest value: loaded back; folded, which computes otherwise
 
 CARD_NAME = "README.md"
 MADE_WITH = "made with open-LiteVAE"  # in every card: tells what an export may replace from what was downloaded
+
+TEACHER = "model.params.parts.teacher.params.autoencoder"
+RUNS_BEFORE = 10  # that a run may have continued from, one after the other
 
 ONE_FILE = {"onnx": "ONNX files are written by `format` litevae", "license": "one file has no model card"}
 
@@ -360,6 +363,7 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
         },
         weights=_weights(model, provenance),
         teacher=_teacher(provenance.config),
+        base_models=_base_models(provenance.config),
         results=results,
         scores=scores(results) if results else {},
         protocol=protocol,
@@ -388,9 +392,34 @@ def _weights(model: LiteVAE, provenance: Provenance) -> str:
 
 def _teacher(config: Mapping[str, Any]) -> str | None:
     """Name the teacher of a distilled model; a folder of the user's is named without its path."""
-    teacher = _entry(config, "model.params.parts.teacher.params.autoencoder")
-    plain = str(teacher or "").removeprefix(DIFFUSERS)
-    return (plain if is_hub_id(plain) else Path(plain).name) or None
+    teacher = str(_entry(config, TEACHER) or "")
+    return _hub_id(teacher) or Path(teacher.removeprefix(DIFFUSERS)).name or None
+
+
+def _hub_id(target: str) -> str | None:
+    """The repository of the hub that a TARGET names; None for something else."""
+    plain = target.removeprefix(DIFFUSERS).partition("::")[0]
+    return plain if is_hub_id(plain) and not Path(plain).exists() else None
+
+
+def _base_models(config: Mapping[str, Any]) -> list[str]:
+    """The hub's models that a run started from or learned from, itself or in the runs before it that are still here.
+
+    For both the hub's word is "finetune"; it has none for a student.
+    """
+    found: dict[str, None] = {}
+    for _ in range(RUNS_BEFORE):
+        weights = settings_of(config).weights or ""
+        found |= {name: None for text in (weights, _entry(config, TEACHER)) if (name := _hub_id(str(text)))}
+        path = Path(weights).resolve()
+        before = run_of(path) if path.is_file() else Run(path)
+        if not weights or before is None or not before.config.is_file():
+            break
+        try:
+            config = config_of(before)
+        except ConfigError:  # of a run that can't be continued, either
+            break
+    return list(found)
 
 
 def _data(config: Mapping[str, Any]) -> str:

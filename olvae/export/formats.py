@@ -16,11 +16,11 @@ from olvae.checkpoint import PRIVATE_PREFIX, write_tensors
 from olvae.config import Config, ConfigError, resolve_class
 from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.loading.autoencoder_kl import StableDiffusion, diffusers_config
+from olvae.models.loading.autoencoder_kl import StableDiffusion
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from olvae.models.loading.families import Tiny, family_of
-from olvae.models.loading.latent_diffusion import LatentDiffusionLoader, latent_diffusion_weights
 from olvae.models.loading.loader import Family, LoadOptions
+from olvae.models.loading.original_files import OriginalLoader, original_names
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import CONFIG_KEY, write_export
 from olvae.modules.distributions import deterministic_moments
@@ -108,7 +108,8 @@ vae = LiteVAE.from_pretrained("FOLDER_OR_ID")  # a plain torch module
 z = vae.encode(images).sample()  # images in [-1, 1], (B, 3, H, W)
 images = vae.decode(z)
 
-vae = AutoencoderLiteVAE.from_pretrained("FOLDER_OR_ID")  # in diffusers, in place of AutoencoderKL"""
+vae = AutoencoderLiteVAE.from_pretrained("FOLDER_OR_ID")  # in diffusers, in place of AutoencoderKL
+# diffusers.AutoModel.from_pretrained("FOLDER_OR_ID", trust_remote_code=True) loads it without these imports"""
 
     def notes(self, model: LiteVAE) -> Iterator[str]:  # noqa: ARG002
         yield from ()  # the range is in config.json
@@ -174,40 +175,35 @@ images = vae.decode(z).sample"""
             yield "latents: in a diffusion model's units, as TAESD's, (z - mean) / deviation; without other factors"
 
 
-class LatentDiffusionLayout(DiffusersLayout):
-    """One file with latent-diffusion's names, as in the published files, for ComfyUI and A1111."""
+class OriginalLayout(DiffusersLayout):
+    """One file with the names of its own project: latent-diffusion's for A1111, FLUX.2's, Wan's; ComfyUI reads each."""
 
     suffix = ".safetensors"
     usage = ""
     refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, **NO_FACTORS}
 
-    def misfit(self, model: LiteVAE) -> str | None:
-        family = family_of(model)
-        if family is None or isinstance(family, StableDiffusion):
-            return super().misfit(model)
-        return f"{family.kind(model)} is not of latent-diffusion: `format` diffusers is for its own class"
-
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
-        config = diffusers_config(model)
-        if (groups := config["norm_num_groups"]) != 32:
+        family = _family(model)
+        config, kind = family.config(model), family.kind(model)
+        if (groups := config.get("norm_num_groups", 32)) != 32:
             raise ValueError(f"GroupNorm with {groups} groups: latent-diffusion always has 32")
-        if not config["mid_block_add_attention"]:
+        if not config.get("mid_block_add_attention", True):
             raise ValueError("no attention in the middle: latent-diffusion always has it")
-        return latent_diffusion_weights(model)
+        return original_names(kind, family.theirs(model))
 
-    def config(self, model: LiteVAE) -> Config | None:  # noqa: ARG002
-        return None
+    def config(self, model: LiteVAE) -> Config | None:
+        return None if isinstance(family_of(model), StableDiffusion) else super().config(model)  # for our own loader
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
-        back = LatentDiffusionLoader().find(str(path), LoadOptions()).load().as_litevae(str(path))
+        back = OriginalLoader().find(str(path), LoadOptions()).load().as_litevae(str(path))
         for half in _reflecting(model):
             set_padding(getattr(back, half), "reflect")
         return [Loaded.of(back)._replace(for_diffusion=None)]
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
         yield from super().notes(model)
-        config = diffusers_config(model)
-        if odd := [f"{key} {config[key]}" for key, known in STOCK.items() if config[key] not in known]:
+        config = _family(model).config(model)
+        if odd := [f"{key} {config[key]}" for key, known in STOCK.items() if config.get(key, known[0]) not in known]:
             yield f"ComfyUI and A1111 build Stable Diffusion's widths only, not {', '.join(odd)}"
 
 
@@ -224,7 +220,7 @@ class ComfyUILayout(Layout):
     def misfit(self, model: LiteVAE) -> str | None:
         if (family := family_of(model)) is None:
             return None
-        instead = "`format` ldm is what ComfyUI loads" if isinstance(family, StableDiffusion) else "`format` diffusers"
+        instead = "`format` diffusers" if OriginalLayout().misfit(model) else "`format` ldm is what ComfyUI loads"
         return f"an {family.kind(model)}: {instead}"
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
@@ -284,7 +280,7 @@ def _taesd_name(name: str) -> str:
 LAYOUTS: dict[str, type[Layout]] = {
     "litevae": LiteVAELayout,
     "diffusers": DiffusersLayout,
-    "ldm": LatentDiffusionLayout,
+    "ldm": OriginalLayout,
     "comfyui": ComfyUILayout,
     "taesd": TinyFilesLayout,
 }

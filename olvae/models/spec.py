@@ -33,6 +33,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # the prefer
 OURS = "olvae."  # begins every target that a received config may name
 CLASS_NAME = "AutoencoderLiteVAE"
 CONFIG_NAME = "config.json"
+AUTO_MAP = {"AutoModel": f"autoencoder_litevae.{CLASS_NAME}"}  # the file beside an export, and its class
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 NETWORKS = ("encoder_config", "decoder_config", "embed_dim", "use_quant")  # what builds the networks
 
@@ -44,7 +45,7 @@ IN_EXPORT = (*NETWORKS, "folded", *FOR_DIFFUSION, "pixel_range")
 
 DERIVED = (
     *("block_out_channels", "in_channels", "latent_channels", "out_channels", "sample_size"),
-    *("use_post_quant_conv", "use_quant_conv"),
+    *("use_post_quant_conv", "use_quant_conv", "auto_map"),
 )
 """Other keys of an export's config.json, for diffusers; they follow from the arguments."""
 
@@ -120,7 +121,9 @@ class AutoencoderSpec:
         if self.pixel_range is None:
             del arguments["pixel_range"]  # other tools know nothing of it
         try:
-            content: Config = json.loads(json.dumps({"_class_name": CLASS_NAME, **arguments, **derived}))
+            content: Config = json.loads(
+                json.dumps({"_class_name": CLASS_NAME, "auto_map": AUTO_MAP, **arguments, **derived})
+            )
         except TypeError as error:
             raise ValueError(f"a network has an argument that JSON can't represent: {error}") from error
         return content

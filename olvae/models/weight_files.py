@@ -28,6 +28,7 @@ from olvae.config import Config, ConfigError, recipes
 from olvae.config.reading import CONFIG_BYTES
 from olvae.files import atomic_write, first_line, write_json
 from olvae.models.spec import (
+    AUTO_MAP,
     CLASS_NAME,
     CONFIG_NAME,
     SHIPPED,
@@ -42,6 +43,14 @@ from olvae.models.spec import (
 from olvae.runs import Run, find_run, run_of
 
 CONFIG_KEY = "config"  # in the header of a safetensors file: an export's config.json
+LOADER_NAME = f"{AUTO_MAP['AutoModel'].partition('.')[0]}.py"
+LOADER = f"""# diffusers' AutoModel.from_pretrained(..., trust_remote_code=True) runs this file.
+from importlib.util import find_spec
+
+if find_spec("olvae") is None:
+    raise ImportError("this autoencoder needs open-LiteVAE: pip install open-litevae")
+{CLASS_NAME} = __import__("olvae").{CLASS_NAME}
+"""
 CONFIG_PATTERNS = ("*.json", "*.yaml", "*.yml")
 
 
@@ -154,17 +163,22 @@ def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
     )
 
 
-def config_inside(weights: Path) -> Config | None:
-    """The config.json that a safetensors file of ours has in its header; None if there is none."""
+def read_header(weights: Path) -> Config:
+    """The config.json that a safetensors file has in its header; empty if there is none."""
     if weights.suffix != ".safetensors":
-        return None
+        return {}
     try:
         with safe_open(weights, framework="pt") as file:
             content = json.loads((file.metadata() or {})[CONFIG_KEY][:CONFIG_BYTES])
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
-        return None  # it has none; reading the weights will say whether the file is whole
-    is_export = isinstance(content, dict) and content.get("_class_name") == CLASS_NAME and "model" not in content
-    return content if is_export else None
+        return {}  # it has none; reading the weights will say whether the file is whole
+    return content if isinstance(content, dict) else {}
+
+
+def config_inside(weights: Path) -> Config | None:
+    """The config.json in the header of a file of ours; None if there is none."""
+    content = read_header(weights)
+    return content if content.get("_class_name") == CLASS_NAME and "model" not in content else None
 
 
 def is_export(weights: Path) -> bool:
@@ -184,9 +198,11 @@ def _config_beside(weights: Path) -> Path | None:
 
 
 def write_export(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:
-    """Write the weights, in their dtype and with a checksum, and ``config.json``."""
+    """Write the weights, in their dtype and with a checksum, ``config.json``, and the file that it names."""
     with atomic_write(folder / WEIGHTS_NAME) as partial:
         write_tensors(partial, state)
+    if "auto_map" in config:
+        (folder / LOADER_NAME).write_text(LOADER, encoding="utf-8")
     write_json(config, folder / CONFIG_NAME)
 
 

@@ -22,6 +22,8 @@ from olvae.runs import Run, Settings
 if TYPE_CHECKING:  # slow to import
     from olvae.models.liteautoencoder import LiteAutoencoderKL
 
+WANDB, WANDB_LOGGER = "lightning.logger.wandb", "lightning.pytorch.loggers.WandbLogger"
+
 FREE_SETTINGS = (
     "lightning",
     *(f"run.{key}" for key in ("gpus", "precision", "seed")),
@@ -54,6 +56,7 @@ class TrainOptions:
     allow_changes: bool = False
     time_limit: str | None = None
     profile: int | None = None
+    wandb: str | None = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,8 @@ def read_plan(options: TrainOptions) -> Plan:
         raise ConfigError("`allow_changes` is for `resume`: leave it out")
     targets = {"from": options.start_from, "params.parts.teacher.params.autoencoder": options.teacher}
     overrides = [] if options.data is None else [f"data.params.root={json.dumps(options.data)}"]
+    if options.wandb is not None:
+        overrides += [f"{WANDB}.target={WANDB_LOGGER}", f"{WANDB}.params.project={json.dumps(options.wandb)}"]
     overrides += options.overrides
     for key, target in targets.items():
         if target is not None:

@@ -18,6 +18,7 @@ from olvae.config import save
 from olvae.export.formats import Layout
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.spec import WEIGHTS_NAME
+from olvae.models.weight_files import LOADER_NAME
 from olvae.training.origin import start_from
 from tests.conftest import tiny_config
 from tests.export.tiny import tiny_litevae
@@ -87,7 +88,9 @@ def test_from_a_run_to_everything(olvae, run_folder, tmp_path):
     assert "loaded back: equal\nin diffusers: equal\n" in err
     assert "scaling factor 1 and shift factor 0 are not measured: olvae latents does, then export with --latents" in err
     assert err.endswith(f"export: {out}\n")
-    assert {path.name for path in out.iterdir()} == {"README.md", "config.json", WEIGHTS_NAME, "metrics.json"}
+    assert {path.name for path in out.iterdir()} == {
+        *("README.md", "config.json", WEIGHTS_NAME, "metrics.json", LOADER_NAME)
+    }
     assert "averaged over training (EMA)" in (out / "README.md").read_text()
     x = torch.rand(1, 3, 16, 16)
     expected = LiteVAE.from_pretrained(run_folder)(x)[0]

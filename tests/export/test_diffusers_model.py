@@ -1,9 +1,11 @@
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoModel, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.utils import dynamic_modules_utils
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.models.large.tiling import crop_to, pad_to_multiple, peak_bytes, tile_bytes
@@ -49,6 +51,23 @@ def test_there_and_back(vae, image, tmp_path):
     assert torch.equal(shared(image).sample, expected)
     assert shared.encoder is vae.encoder
     assert torch.equal(shared.autoencoder(image)[0], expected)
+
+
+def test_diffusers_auto_model(vae, image, tmp_path, monkeypatch, caplog):
+    """It runs the five lines beside an export, which say so if this package is missing."""
+    monkeypatch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    vae.save_pretrained(tmp_path / "a")
+    AutoencoderLiteVAE.from_autoencoder(vae).save_pretrained(tmp_path / "b")
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        model = AutoModel.from_pretrained(str(folder), trust_remote_code=True)
+        assert type(model) is AutoencoderLiteVAE
+        assert torch.equal(model(image).sample, vae(image)[0])
+        with pytest.raises(ValueError, match="custom code"):
+            AutoModel.from_pretrained(str(folder))
+    assert "not expected" not in caplog.text
+    monkeypatch.setitem(sys.modules, "olvae", None)
+    with pytest.raises(ImportError, match=r"^this autoencoder needs open-LiteVAE: pip install open-litevae$"):
+        AutoModel.from_pretrained(str(tmp_path / "a"), trust_remote_code=True)
 
 
 def test_the_interface_is_that_of_autoencoder_kl(vae, image):

@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 
 from olvae import LiteVAE
+from olvae.config import save
 from olvae.export.exporting import Provenance, export, model_card
 from olvae.export.formats import LAYOUTS
+from olvae.runs import Run
 from tests.conftest import tiny_config
 from tests.export.tiny import ours, tiny_litevae
 from tests.models.autoencoder_kl import PER_CHANNEL, autoencoder_kl
@@ -105,6 +107,34 @@ def test_the_card_names_the_teacher():
         card = card_of(tiny_litevae(), Provenance("a_run", config))
         assert f"| latents | distilled from {name}: latents are those of {name} |" in card
         assert "AutoencoderLiteVAE.from_pretrained(" in card
+
+
+@pytest.mark.parametrize(
+    ("weights", "teacher", "expected"),
+    [
+        ("diffusers:stabilityai/sdxl-vae", None, "stabilityai/sdxl-vae"),
+        ("RGenDiff/olitevaeB_im_f8c12", "diffusers:a/b::vae", "RGenDiff/olitevaeB_im_f8c12, a/b"),
+        ("olvae:photos-f8c12", "diffusers:/home/me/vae", None),
+        ("vae.safetensors", None, None),
+        (None, None, None),
+    ],
+)
+def test_the_card_names_the_models_that_it_is_from(weights, teacher, expected, tmp_path, monkeypatch):
+    """For the hub, also across a run that started from another one."""
+    monkeypatch.chdir(tmp_path)
+    part = {"teacher": {"params": {"autoencoder": teacher}}} if teacher else {}
+    config = {"model": {"params": {"parts": part}}, "run": {"weights": weights}, "data": {}}
+    line = f"\nbase_model: [{expected}]\nbase_model_relation: finetune\n---\n"
+    assert (line in card_of(tiny_litevae(), Provenance("a", config))) == (expected is not None)
+    first = Run(tmp_path / "runs" / "2026_a_32")
+    first.checkpoints.mkdir(parents=True)
+    first.last_checkpoint.touch()
+    save(config, first.config)
+    for start in (first.path, first.last_checkpoint):
+        card = card_of(tiny_litevae(), Provenance("b", {"run": {"weights": str(start)}}))
+        assert (line in card) == (expected is not None) == ("base_model" in card)
+    first.config.write_text("model: {}")
+    assert "base_model" not in card_of(tiny_litevae(), Provenance("b", {"run": {"weights": str(first.path)}}))
 
 
 @pytest.mark.parametrize("entry", [{}, {"precision": {"dtype": "fp16"}}])

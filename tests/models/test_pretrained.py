@@ -18,6 +18,7 @@ from olvae.data.dataset import SamplePhotographs
 from olvae.data.pixels.ranges import from_uint8, to_uint8
 from olvae.metrics.metric import psnr
 from olvae.models.spec import WEIGHTS_NAME
+from olvae.models.weight_files import LOADER_NAME
 from olvae.modules.base import Encoder
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
@@ -379,7 +380,7 @@ def test_pushing(monkeypatch):
     assert calls == [
         ("token", "t"),
         ("create", "me/mine", True, True),
-        ("upload", "me/mine", ["README.md", "config.json", WEIGHTS_NAME], "First", "b"),
+        ("upload", "me/mine", ["README.md", LOADER_NAME, "config.json", WEIGHTS_NAME], "First", "b"),
     ]
     with pytest.raises(ValueError, match=r"Repo id must be in the form"):
         model.push_to_hub("a/b/c")

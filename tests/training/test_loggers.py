@@ -67,8 +67,9 @@ def wandb(monkeypatch) -> Iterator[ModuleType]:
 
 
 def test_wandb_offline(train_with, image_folder, wandb):
-    logger = ("lightning.logger.wandb.target=lightning.pytorch.loggers.WandbLogger",)
-    run = train_with("lightning.trainer.max_steps=2", *logger, *STEPS, config=tiny_config(image_folder))
+    options = {"config": tiny_config(image_folder), "wandb": "faces"}
+    run = train_with("lightning.trainer.max_steps=2", *STEPS, **options)
+    assert wandb.run.project == "faces"
     hyperparameters = wandb.run.config.as_dict()
     wandb.finish()
     train_with("lightning.trainer.max_steps=4", resume=run.path)

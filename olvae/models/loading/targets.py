@@ -12,8 +12,8 @@ from olvae.checkpoint import read_checkpoint, read_weights, state_dict_of
 from olvae.config import ConfigError
 from olvae.models.autoencoder import LiteVAE, load_located
 from olvae.models.loading.diffusers_models import DiffusersLoader
-from olvae.models.loading.latent_diffusion import LatentDiffusionLoader
 from olvae.models.loading.loader import Loader, LoadOptions, Target
+from olvae.models.loading.original_files import OriginalLoader
 from olvae.models.spec import DIFFUSERS, KINDS, SHIPPED, check_target, is_hub_id, split_class
 from olvae.models.weight_files import PUBLISHED, is_export, locate, locate_weights
 from olvae.runs import find_run, run_of, settings_of
@@ -95,7 +95,7 @@ def find_config(base: str | Path, run_name: str) -> Path:
 
 LOADERS: tuple[Loader, ...] = (
     *(RunLoader(), DiffusersLoader(), PackageAndHubLoader()),
-    *(LatentDiffusionLoader(), CheckpointLoader()),
+    *(OriginalLoader(), CheckpointLoader()),
 )
 """The first that accepts a text finds it."""
 

@@ -1,0 +1,245 @@
+"""Files of other projects: names of weights in latent-diffusion, FLUX.2, Wan and DC-AE, and a loader of them.
+
+diffusers converts the names that are read; those that are written are converted here, and read back by diffusers.
+"""
+
+import contextlib
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olvae.checkpoint import load_weights, read_checkpoint, state_dict_of
+from olvae.config import Config, ConfigError
+from olvae.models.loading.autoencoder_kl import BLOCKS, NAMES
+from olvae.models.loading.diffusers_models import DiffusersAutoencoder, check_parameters
+from olvae.models.loading.loader import Loader, LoadOptions, Target
+from olvae.models.spec import CONFIG_NAME, oversized, read_config
+from olvae.models.weight_files import locate_weights, read_header
+
+KL, FLUX2, WAN, QWEN, DC = (f"Autoencoder{name}" for name in ("KL", "KLFlux2", "KLWan", "KLQwenImage", "DC"))
+
+TELLING = {
+    "encoder.down.0.block.0.norm1.weight": (KL, FLUX2),
+    "decoder.middle.0.residual.0.gamma": (WAN, QWEN),
+    "decoder.stages.1.op_list.0.main.conv.conv.bias": (DC,),
+}
+"""Names of which one tells whose file it is, and diffusers' classes of it; the first if no config says."""
+
+LDM_NAMES = {
+    "down_blocks.": "down.",
+    "mid_block.resnets.0.": "mid.block_1.",
+    "mid_block.resnets.1.": "mid.block_2.",
+    "mid_block.attentions.0.": "mid.attn_1.",
+    "resnets.": "block.",
+    "samplers.0.": "sample.",
+    "conv_shortcut.": "nin_shortcut.",
+    "conv_norm_out.": "norm_out.",
+    "group_norm.": "norm.",
+    "to_q.": "q.",
+    "to_k.": "k.",
+    "to_v.": "v.",
+    "to_out.0.": "proj_out.",
+}
+"""Parts of names in diffusers' AutoencoderKL and in latent-diffusion, where levels of the decoder count backwards."""
+
+QUANTIZERS = {"quant_conv.": "encoder.quant_conv.", "post_quant_conv.": "decoder.post_quant_conv."}
+"""Where FLUX.2's own files have them."""
+
+ANOTHER = ": is it another {}? Then name its config.json with `config`"
+
+WAN_NAMES = {
+    r"^quant_conv": "conv1",
+    r"^post_quant_conv": "conv2",
+    r"(\d)\.norm(\d)": lambda found: f"{found[1]}.residual.{3 * int(found[2]) - 3}",
+    r"(\d)\.conv(\d)": lambda found: f"{found[1]}.residual.{4 * int(found[2]) - 2}",
+    r"conv_shortcut": "shortcut",
+    r"conv_in": "conv1",
+    r"norm_out": "head.0",
+    r"conv_out": "head.2",
+    r"mid_block\.resnets\.(\d)": lambda found: f"middle.{2 * int(found[1])}",
+    r"mid_block\.attentions\.0": "middle.1",
+    r"down_blocks": "downsamples",
+    r"up_blocks\.(\d)\.resnets\.(\d)": lambda found: f"upsamples.{4 * int(found[1]) + int(found[2])}",
+    r"up_blocks\.(\d)\.upsamplers\.0": lambda found: f"upsamples.{4 * int(found[1]) + 3}",
+}
+"""Parts of names in diffusers' AutoencoderKLWan and in Wan's files, whose decoder has four modules to a level."""
+
+
+def original_names(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name the weights of a class of diffusers as its project's files do; ValueError if they have no such names.
+
+    In latent-diffusion attention's linear layers are 1x1 convolutions, (C, C, 1, 1).
+    """
+    if kind in (WAN, QWEN):
+        if not any(name.startswith("decoder.up_blocks.3.resnets.2.") for name in state) or len(_levels(state)) != 4:
+            raise ValueError("diffusers knows the names of Wan 2.1's files alone: four levels of two blocks")
+        return {_replaced(name, WAN_NAMES): tensor for name, tensor in state.items()}
+    if kind not in (KL, FLUX2):
+        raise ValueError(f"{kind} has no names here but diffusers', which are for `format` diffusers")
+    last, named = len(_levels(state)) - 1, {}
+    for name, tensor in state.items():
+        name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{last - int(found[1])}", name)
+        for ours, theirs in LDM_NAMES.items():
+            name = name.replace(ours, theirs)
+        for ours, theirs in QUANTIZERS.items() if kind == FLUX2 else ():
+            name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
+        named[name] = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
+    return named
+
+
+def _levels(state: Mapping[str, Tensor]) -> set[str]:
+    """The numbers of a decoder's levels."""
+    return {found[1] for name in state if (found := re.match(r"decoder\.up_blocks\.(\d+)\.", name))}
+
+
+def _replaced(name: str, patterns: Mapping[str, Any]) -> str:
+    for pattern, new in patterns.items():
+        name = re.sub(pattern, new, name)
+    return name
+
+
+class OriginalLoader(Loader):
+    """A file of latent-diffusion's KL autoencoder, of FLUX.2's, Wan 2.1's or DC-AE's, or a folder with one."""
+
+    def accepts(self, text: str) -> bool:
+        try:
+            weights = locate_weights(text)
+        except (FileNotFoundError, ValueError):
+            return False
+        return _tensors(weights, check=False)[0] != ""
+
+    def find(self, text: str, options: LoadOptions) -> Target:
+        weights, raw = locate_weights(text), options.raw
+        kind, tensors = _tensors(weights, raw, check=False)
+        kind, config, known = _config(kind, tensors, weights, options.config)
+        try:
+            with torch.device("meta"):
+                check_parameters(_build(kind, config), sum(tensor.nbytes for tensor in tensors.values()))
+        except ValueError as error:
+            raise ValueError(f"{weights}: {error}{ANOTHER.format(kind)}") from error
+
+        def load() -> DiffusersAutoencoder:
+            return _loaded(kind, config, known, _tensors(weights, raw)[1], weights, options.allow_mismatch)
+
+        return Target(load, partial(_loaded, kind, config, known), raw=raw, name=text)
+
+
+def _tensors(file: Path, raw: bool = False, check: bool = True) -> tuple[str, dict[str, Tensor]]:
+    """The class of a file's autoencoder, and its tensors without the names' prefix; "" and none of another file."""
+    state = state_dict_of(read_checkpoint(file, check), file, raw)
+    prefixes = ("first_stage_model.", "vae.", "")
+    told = ((kinds[0], prefix) for tell, kinds in TELLING.items() for prefix in prefixes if prefix + tell in state)
+    kind, prefix = next(told, ("", ""))
+    if not kind:
+        return kind, {}
+    if f"{prefix}quantize.embedding.weight" in state:
+        raise ValueError(f"{file}: a vector-quantised autoencoder of latent-diffusion; only the KL ones are read")
+    found = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix) and isinstance(t, Tensor)}
+    if kind == KL:
+        found = {_replaced(n, {f"^{new}": old for old, new in QUANTIZERS.items()}): t for n, t in found.items()}
+        kind = FLUX2 if "bn.running_mean" in found else KL
+        found = {n: t for n, t in found.items() if n.startswith((*NAMES, "bn."))}
+    return kind, found
+
+
+def _config(
+    kind: str, tensors: Mapping[str, Tensor], weights: Path, given: str | Path | None
+) -> tuple[str, dict[str, Any], bool]:
+    """The class, its arguments, and whether these have the factors for a diffusion model.
+
+    They are of a config.json of diffusers: the one that is given, in the file's header, or beside it. Without one they
+    are read from the shapes of latent-diffusion's and FLUX.2's; for others they are the class's own, Wan 2.1's.
+    """
+    kinds = next(kinds for kinds in TELLING.values() if kind in kinds)
+    contents = (_read_json(given), read_header(weights), _read_json(weights.with_name(CONFIG_NAME)))
+    if content := next((content for content in contents if content.get("_class_name") in kinds), None):
+        config = {name: value for name, value in content.items() if not name.startswith("_")}
+        if large := list(oversized(config)):
+            raise ConfigError(*(f"{weights}: {line}" for line in large))
+        return str(content["_class_name"]), config, True
+    if kind in (KL, FLUX2):
+        return kind, _latent_diffusion_config(kind, tensors, weights), kind == FLUX2  # KL's are Stable Diffusion 1's
+    return kind, {}, kind == WAN
+
+
+def _read_json(path: str | Path | None) -> Config:
+    """A config.json; nothing if there is none that can be read."""
+    with contextlib.suppress(ConfigError):
+        return read_config(path) if path is not None and Path(path).suffix == ".json" else {}
+    return {}
+
+
+def _build(kind: str, config: Mapping[str, Any]) -> Any:
+    import diffusers  # seconds, which other targets do not need
+
+    return getattr(diffusers, kind).from_config(dict(config))
+
+
+def _loaded(
+    kind: str,
+    config: Mapping[str, Any],
+    known: bool,
+    tensors: Mapping[str, Tensor] | None = None,
+    origin: str | Path = "",
+    allow_mismatch: bool = False,
+) -> DiffusersAutoencoder:
+    """Build a class with these weights, in evaluation mode; fresh without weights."""
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    model = _build(kind, config)
+    if tensors is not None:
+        converters: Any = SINGLE_FILE_LOADABLE_CLASSES[{FLUX2: KL, QWEN: WAN}.get(kind, kind)]
+        convert = converters["checkpoint_mapping_fn"]
+        converted: dict[str, Tensor] = convert(checkpoint=dict(tensors), config=model.config)
+        if kind in (KL, FLUX2):
+            converted |= {name: tensor for name, tensor in tensors.items() if name.startswith("bn.")}
+            if len(converted) != len(tensors):
+                raise ValueError(f"{origin}: {len(tensors) - len(converted)} of its tensors have no place in {kind}")
+        try:
+            load_weights(model, converted, origin, allow_mismatch, prefixes=("",))
+        except ValueError as error:
+            raise ValueError(f"{error}{ANOTHER.format(kind)}") from error
+    autoencoder = DiffusersAutoencoder(model).eval()
+    autoencoder.factors_known = known
+    return autoencoder
+
+
+def _latent_diffusion_config(kind: str, weights: Mapping[str, Tensor], origin: Path) -> dict[str, Any]:
+    """The arguments of AutoencoderKL or AutoencoderKLFlux2, from shapes. GroupNorm always has 32 groups there."""
+    if attention := [name for name in weights if re.match(r"(encoder\.down|decoder\.up)\.\d+\.attn\.", name)]:
+        raise ValueError(f"{origin}: attention outside the middle ({attention[0]}), which AutoencoderKL does not have")
+    try:
+        channels, moments = weights["encoder.conv_in.weight"].shape[1], weights["encoder.conv_out.weight"].shape[0]
+        latent, output = weights["decoder.conv_in.weight"].shape[1], weights["decoder.conv_out.weight"].shape[0]
+    except KeyError as error:
+        raise ValueError(f"{origin}: an autoencoder of latent-diffusion, but without {error.args[0]}") from error
+    widths: list[int] = []
+    while (first := f"encoder.down.{len(widths)}.block.0.conv1.weight") in weights:
+        widths.append(weights[first].shape[0])
+    embedded = weights["post_quant_conv.weight"].shape[1] if "post_quant_conv.weight" in weights else latent
+    if moments != 2 * latent or embedded != latent:
+        raise ValueError(
+            f"{origin}: its latent has {embedded} channels, the decoder takes {latent}, the encoder gives {moments}: "
+            "AutoencoderKL has one width for all"
+        )
+    depth, norms = len(widths), re.compile(r"encoder\.down\.0\.block\.\d+\.norm1\.weight")
+    others = [
+        weights[name].shape[0] for i in range(depth) if (name := f"decoder.up.{i}.block.0.conv1.weight") in weights
+    ]
+    return {
+        "in_channels": channels,
+        "out_channels": output,
+        **{key: (block,) * depth for key, block in BLOCKS.items()},
+        "block_out_channels": tuple(widths),
+        **({"decoder_block_out_channels": tuple(others)} if kind == FLUX2 and others != widths else {}),
+        "layers_per_block": sum(bool(norms.fullmatch(name)) for name in weights),
+        "latent_channels": latent,
+        "use_quant_conv": "quant_conv.weight" in weights,
+        "use_post_quant_conv": "post_quant_conv.weight" in weights,
+        "mid_block_add_attention": "encoder.mid.attn_1.norm.weight" in weights,
+    }

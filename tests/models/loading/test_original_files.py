@@ -1,0 +1,147 @@
+"""Files of other projects: read through diffusers' converters, and written so that these read them."""
+
+import json
+import re
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_wan_vae_to_diffusers
+from safetensors.torch import save_file
+
+from olvae.export.exporting import export
+from olvae.export.formats import LAYOUTS
+from olvae.models.loading import diffusers_models
+from olvae.models.loading.diffusers_models import DiffusersAutoencoder
+from olvae.models.loading.original_files import original_names
+from olvae.models.loading.targets import find_target
+from tests.models.loading.classes import make
+
+WAN = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
+FORMS: dict[str, dict[str, Any]] = {
+    "AutoencoderKLWan": WAN,
+    "AutoencoderKLQwenImage": WAN,
+    "AutoencoderKLFlux2": {
+        "block_out_channels": (32, 32),
+        "decoder_block_out_channels": (32, 64),
+        "norm_num_groups": 32,
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    """Measured on smaller images than a user's."""
+    monkeypatch.setattr(diffusers_models, "PROBE", 32)
+
+
+def same(found: Any, theirs: Any) -> None:
+    """Compare class and weights with diffusers' model."""
+    assert type(found.model) is type(theirs)
+    before, after = theirs.state_dict(), found.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLWan"])
+def test_the_names_are_those_that_diffusers_converts(kind):
+    """Of the published sizes; latent-diffusion's converter knows FLUX.2's quantizers by their other place."""
+    shape = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    arguments = {} if kind == "AutoencoderKLWan" else {**shape, "block_out_channels": (128, 256, 512, 512)}
+    with torch.device("meta"):
+        model = getattr(diffusers, kind)(**arguments)
+    state = model.state_dict()
+    named = original_names(kind, state)
+    if kind == "AutoencoderKLWan":
+        assert len(named) == 194
+        assert {"conv1.weight", "encoder.downsamples.2.resample.1.weight", "decoder.upsamples.4.shortcut.weight",
+                "decoder.upsamples.7.time_conv.bias", "decoder.middle.1.to_qkv.weight"} <= named.keys()  # fmt: skip
+        assert convert_wan_vae_to_diffusers(dict(named)).keys() == state.keys()
+        return
+    known = {name.replace("encoder.quant", "quant").replace("decoder.post", "post"): t for name, t in named.items()}
+    found = convert_ldm_vae_checkpoint(known, model.config)
+    kept = {name for name in state if not name.startswith("bn.")}
+    assert found.keys() == kept
+    assert all(found[name].shape == state[name].shape for name in kept)
+    assert ("decoder.post_quant_conv.weight" in named) == ("bn.running_var" in named) == (kind != "AutoencoderKL")
+
+
+@pytest.mark.parametrize("kind", FORMS)
+def test_written_and_read_again(kind, tmp_path):
+    """With its class and its factors, which the header holds for us."""
+    theirs, file = make(kind, **FORMS[kind]), tmp_path / "vae.safetensors"
+    export(DiffusersAutoencoder(theirs).as_litevae("it").eval(), file, LAYOUTS["ldm"]())
+    found = find_target(file).load()
+    same(found, theirs)
+    assert found.for_diffusion == DiffusersAutoencoder(theirs).for_diffusion
+    assert found.factors_known
+
+
+@pytest.mark.parametrize(("prefix", "inside"), [("", True), ("vae.", False)])
+def test_flux2_as_it_is_published_and_in_comfyui(prefix, inside, tmp_path):
+    """Without a config: shapes say all. ComfyUI's other files have the quantizers outside of encoder and decoder."""
+    theirs = make("AutoencoderKLFlux2", **FORMS["AutoencoderKLFlux2"])
+    named = original_names("AutoencoderKLFlux2", theirs.state_dict())
+    if not inside:
+        named = {name.replace("encoder.quant", "quant").replace("decoder.post", "post"): t for name, t in named.items()}
+    save_file({prefix + name: t.contiguous() for name, t in named.items()}, tmp_path / "ae.safetensors")
+    found = find_target(tmp_path / "ae.safetensors").load()
+    same(found, theirs)
+    assert len(found.latents_mean) == 16
+
+
+DC_NAMES = {
+    r"(?:down|up)_blocks\.(\d)\.(\d)": r"stages.\1.op_list.\2.main",
+    r"main\.norm": "main.conv2.norm",
+    r"(main\.conv\d?)\.(weight|bias)": r"\1.conv.\2",
+    r"encoder\.conv_in": "encoder.project_in.conv",
+    r"encoder\.conv_out": "encoder.project_out.0.conv",
+    r"decoder\.conv_in": "decoder.project_in.conv",
+    r"decoder\.norm_out": "decoder.project_out.0",
+    r"decoder\.conv_out": "decoder.project_out.2.conv",
+}
+"""diffusers' names of DC-AE's residual blocks, and efficientvit's."""
+
+
+def test_dc_ae_by_the_config_of_its_class(tmp_path):
+    theirs, state = make("AutoencoderDC"), {}
+    for name, tensor in theirs.state_dict().items():
+        for pattern, new in DC_NAMES.items():
+            name = re.sub(pattern, new, name)
+        state[name] = tensor
+    save_file(state, tmp_path / "dc.safetensors")
+    with pytest.raises(
+        ValueError, match=r"dc.safetensors: weights of another model.*: is it another AutoencoderDC\? Then"
+    ):
+        find_target(tmp_path / "dc.safetensors")
+    theirs.save_config(tmp_path / "configs")
+    found = find_target(tmp_path / "dc.safetensors", config=tmp_path / "configs" / "config.json").load()
+    same(found, theirs)
+    theirs.save_config(tmp_path)
+    same(find_target(tmp_path / "dc.safetensors").load(), theirs)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="is it another"):
+        find_target(tmp_path / "dc.safetensors")
+
+
+def test_what_has_no_names_of_its_project(tmp_path):
+    for kind, message in {
+        "AutoencoderDC": "AutoencoderDC has no names here but diffusers', which are for `format` diffusers",
+        "AutoencoderKLWan": "diffusers knows the names of Wan 2.1's files alone: four levels of two blocks",
+        "AutoencoderKLFlux2": "GroupNorm with 4 groups: latent-diffusion always has 32",
+    }.items():
+        model = DiffusersAutoencoder(make(kind)).as_litevae("it")
+        assert LAYOUTS["ldm"]().misfit(model).startswith(message)
+        assert LAYOUTS["comfyui"]().misfit(model) == f"an {kind}: `format` diffusers"
+    model = DiffusersAutoencoder(make("AutoencoderKLWan", **WAN)).as_litevae("it")
+    assert LAYOUTS["comfyui"]().misfit(model) == "an AutoencoderKLWan: `format` ldm is what ComfyUI loads"
+
+
+def test_sizes_in_a_header_are_not_believed(tmp_path):
+    theirs = make("AutoencoderKLWan", **WAN)
+    config = {**theirs.config, "_class_name": "AutoencoderKLWan", "base_dim": 2**20}
+    named = original_names("AutoencoderKLWan", theirs.state_dict())
+    save_file(named, tmp_path / "vae.safetensors", metadata={"config": json.dumps(config)})
+    with pytest.raises(ValueError, match=r"vae.safetensors: base_dim: more than"):
+        find_target(tmp_path / "vae.safetensors")
