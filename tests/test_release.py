@@ -27,14 +27,10 @@ def test_the_citation_has_the_version():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
 
 
-def toml(folder: str) -> dict:
-    """The content of a pyproject.toml; Python 3.10 can't read it."""
-    return pytest.importorskip("tomllib").loads((ROOT / folder / "pyproject.toml").read_text())
-
-
 def test_the_node_for_comfyui_can_be_registered():
     """By what the registry's specification asks of its file."""
-    node, whole = toml("integrations/comfyui"), toml(".")
+    read = pytest.importorskip("tomllib").loads  # since Python 3.11
+    node, whole = (read((ROOT / place / "pyproject.toml").read_text()) for place in ("integrations/comfyui", "."))
     assert re.fullmatch(r"[a-z](?:[._-]?[a-z0-9])*", node["project"]["name"])
     assert "comfyui" not in node["project"]["name"]
     assert node["project"]["version"] == __version__
@@ -42,17 +38,6 @@ def test_the_node_for_comfyui_can_be_registered():
     assert node["project"]["urls"]["Repository"] == ADDRESS
     assert node["project"]["license"] == {"text": whole["project"]["license"]}
     assert node["tool"]["comfy"].keys() >= {"PublisherId", "DisplayName"}
-
-
-def test_uv_takes_torch_without_cuda_where_it_is_asked():
-    """Only with the extra, which has the ranges of requirements.txt; pip ignores the rest."""
-    whole = toml(".")
-    named = {line for line in (ROOT / "requirements.txt").read_text().split("\n") if line.startswith("torch>=")}
-    assert named < set(whole["project"]["optional-dependencies"]["cpu"])
-    (index,) = whole["tool"]["uv"]["index"]
-    for package in ("torch", "torchvision"):
-        assert whole["tool"]["uv"]["sources"][package] == [{"index": index["name"], "extra": "cpu"}]
-    assert index["explicit"]
 
 
 def test_the_repository_has_one_address():

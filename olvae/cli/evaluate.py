@@ -38,14 +38,18 @@ OBSERVERS = {
 }
 """Observers of the package that are asked for by name."""
 ALL = "all"
+ZOO_PAGE = """# One table of autoencoders
 
-Targets = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="TARGET...",
-        help="Runs (folder, name, or last), checkpoints, exports, olvae:NAME, hub ids, or diffusers:ID_OR_FOLDER.",
-    ),
-]
+Made by `olvae evaluate --zoo --data SRC --size 256 --out DIR`, which writes this page as `DIR/zoo.md`: all under one
+protocol, on the same images. "latent" is the factor and the number of channels. [What the columns mean](evaluation.md).
+
+"""
+
+TARGETS = typer.Argument(
+    metavar="TARGET...",
+    help="Runs (folder, name, or last), checkpoints, exports, olvae:NAME, hub ids, or diffusers:ID_OR_FOLDER.",
+)
+Targets = Annotated[list[str], TARGETS]
 
 TestImages = Annotated[
     str | None,
@@ -69,7 +73,15 @@ Out = Annotated[
 
 
 def command(
-    targets: Targets,
+    targets: Annotated[list[str] | None, TARGETS] = None,
+    zoo: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[NAMES]",
+            help="In place of TARGETs the autoencoders that people use, all or those named, in one table: DIR/zoo.md. "
+            "Goes on where it was interrupted. --weights-dir may hold local copies, in a folder for each name.",
+        ),
+    ] = None,
     config: ConfigFile = None,
     config_base: ConfigBase = None,
     batch_size: BatchSize = None,
@@ -140,13 +152,18 @@ def command(
     Example: olvae evaluate my-vae --data photos --precision fp16,bf16,32 --out precisions
 
     Example: olvae evaluate demo diffusers:stabilityai/sd-vae-ft-mse --data photos --size 256 --out comparison
+
+    Example: olvae evaluate --zoo sdxl,flux2,qwen-image --data photos --size 256 --out zoo
     """
     import logging
     from dataclasses import replace
+    from functools import partial
 
     from olvae.config import ConfigError
 
-    check_paths(*targets, data=data)
+    if (zoo is None) == (not targets) or (zoo is not None and (not data or not out or baselines or "," in protocol)):
+        raise ConfigError("name TARGETs, or `zoo` with `data`, `out` and one `protocol`, without `baselines`")
+    check_paths(*(targets := targets or []), data=data)
     check_paths(data=fit)
     if fit is not None and not baselines:
         raise ConfigError("`fit` is for the linear code among `baselines`: set both")
@@ -156,39 +173,42 @@ def command(
         from olvae.evaluation.baselines import Baselines
         from olvae.evaluation.observers.observer import UNTRAINED
         from olvae.evaluation.protocol import PROTOCOLS as PRESETS
+        from olvae.evaluation.report import write_markdown
         from olvae.evaluation.runner import DEFAULT_METRICS, Request, evaluate
+        from olvae.evaluation.zoo import ZOO_METRICS, evaluate_zoo, read_zoo
         from olvae.models.loading.targets import find_target, name_apart
 
-    names = split_commas(metrics)
-    names = list(DEFAULT_METRICS) if ALL in names else names
+    names = split_commas(metrics) if ALL not in split_commas(metrics) else [*(ZOO_METRICS if zoo else DEFAULT_METRICS)]
     pixels = Sides.read(size).node if size else None
-    choices = {"posterior": posterior, "seed": seed, "size": pixels}
-    changes: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
+    choices = (("posterior", posterior), ("seed", seed), ("size", pixels))
+    changes: dict[str, Any] = {name: value for name, value in choices if value is not None}
     protocols = [replace(PRESETS[name], **changes) for name in split_commas(protocol)]
-    found = name_apart([find_target(t, config, config_base, raw, allow_mismatch) for t in targets], [UNTRAINED])
-    observers = _observers(cross, split_commas(precision), report, observe or (), weights_dir)
+    find = partial(find_target, config=config, config_base=config_base, raw=raw, allow_mismatch=allow_mismatch)
+    found = name_apart([find(target) for target in targets], [UNTRAINED])
+    observers = _observers(
+        cross, split_commas(precision), report, observe or ([] if zoo is None else [*OBSERVERS]), weights_dir
+    )
     observers += [Baselines(found[0], fit)] if baselines else []
-    folder = results_folder(out, targets[0], found[0].run)
+    folder = results_folder(out, "".join(targets[:1]), found[0].run if found else None)
     suffixes = {p.name: "" if p is protocols[0] else f"_{p.name}" for p in protocols}
-    earlier = {path: _read_earlier(path) for path in beside or ()}
-    places = {(folder / f"metrics{suffix}.json").resolve() for suffix in suffixes.values()}
-    if replaced := [str(place) for place in places if place.is_file()]:
-        typer.echo(f"note: {', '.join(replaced)}: earlier results, which these replace; --out keeps both", err=True)
-    if over := [path for path in earlier if path.resolve() in places]:
-        raise ConfigError(f"`beside` {over[0]}: new results would overwrite it: set `out`")
-
+    earlier = _read_earlier_files(beside or (), [folder / f"metrics{s}.json" for s in suffixes.values() if found])
     keep_freed_memory()
-    rank, _ = join()
-    if rank:
+    if rank := join()[0]:
         logging.getLogger("olvae").setLevel(logging.ERROR)
     device = resolve_device(device)
     request = Request(found, protocols, names, data, pixels, images, batch_size, weights_dir, device, observers)
     if device.startswith("cpu") and "fp16" in precision and images is None and not rank:
         typer.echo("fp16 is very slow on a CPU: --device cuda, or --images N for fewer images", err=True)
-    evaluated = evaluate(request, with_progress)
+    if zoo is None:
+        evaluated = evaluate(request, with_progress)
+    else:
+        listed = read_zoo(() if zoo == ALL else split_commas(zoo))
+        evaluated = evaluate_zoo(listed, find, request, folder, _command() if report else None, with_progress)
     leave()
     if evaluated is not None:
         _finish(evaluated, folder, suffixes, earlier, mix_protocols, report, as_json)
+        if zoo is not None:
+            write_markdown(evaluated[0], folder / "zoo.md", ZOO_PAGE)
 
 
 def _observers(
@@ -211,6 +231,22 @@ def _observers(
     arguments = {"ifid": {"weights_dir": weights_dir}}
     observers += [resolve_class(OBSERVERS.get(name, name), Observer)(**arguments.get(name, {})) for name in own]
     return observers
+
+
+def _command() -> str:
+    return shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "olvae"), *sys.argv[1:]])
+
+
+def _read_earlier_files(paths: Iterable[Path], places: Iterable[Path]) -> "dict[Path, Results]":
+    """Read what `beside` names; ConfigError if new results would overwrite one, a note if they replace others."""
+    from olvae.config import ConfigError
+
+    earlier, taken = {path: _read_earlier(path) for path in paths}, {place.resolve() for place in places}
+    if replaced := [str(place) for place in taken if place.is_file()]:
+        typer.echo(f"note: {', '.join(replaced)}: earlier results, which these replace; --out keeps both", err=True)
+    if over := [path for path in earlier if path.resolve() in taken]:
+        raise ConfigError(f"`beside` {over[0]}: new results would overwrite it: set `out`")
+    return earlier
 
 
 def _read_earlier(path: Path) -> "Results":
@@ -242,7 +278,6 @@ def _finish(
 
     from olvae.evaluation.report import OF_EARLIER_ROWS, print_results, write_files
 
-    command = shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "olvae"), *sys.argv[1:]])
     written: list[tuple[str, Path]] = []
     refused: list[ValueError] = []
     for i, one in enumerate(evaluated):
@@ -254,7 +289,7 @@ def _finish(
         shown = [observer for observer in OF_EARLIER_ROWS if earlier and observer.name not in names]
         evaluated[i] = replace(one, results=results, observers=[*shown, *one.observers])
         suffix = suffixes[results.protocol["name"]]
-        written += write_files(evaluated[i], folder, suffix, command if page else None).items()
+        written += write_files(evaluated[i], folder, suffix, _command() if page else None).items()
         if as_json and not suffix:
             typer.echo(json.dumps(results.as_dict(), indent=2))
     print_results(evaluated, in_flags)

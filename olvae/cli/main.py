@@ -65,6 +65,7 @@ PACKAGE = Path(__file__).parent.parent
 PYTHONS_FORMAT = warnings.formatwarning
 
 MANY_VALUES = ("--base", "-b")  # options that take several values after one flag, as in latent-diffusion's commands
+ALONE = {"--zoo": evaluate.ALL}  # options that may stand without a value, and what they mean then
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -141,7 +142,10 @@ def print_error(error: Exception) -> int:
 
 
 def repeat_flags(arguments: list[str]) -> list[str]:
-    """Turn ``--base a b`` into ``--base a --base b`` for click; overrides (key=value) end the list."""
+    """Turn ``--base a b`` into ``--base a --base b`` for click, and ``--zoo`` into ``--zoo all``.
+
+    Overrides (key=value) end the list.
+    """
     out: list[str] = []
     flag: str | None = None
     for argument, follows in zip(arguments, [*arguments[1:], "-"], strict=True):
@@ -153,7 +157,7 @@ def repeat_flags(arguments: list[str]) -> list[str]:
             out += [flag, argument]
         else:
             flag = None
-            out.append(argument)
+            out += [argument, ALONE[argument]] if argument in ALONE and follows.startswith("-") else [argument]
     return out
 
 

@@ -46,8 +46,8 @@ def print_results(several: Sequence[Evaluated], worded: Callable[[str], str] = s
         console.print(worded(line), markup=False, highlight=False, soft_wrap=True)
 
 
-def write_markdown(evaluated: Evaluated, path: Path) -> None:
-    """Write metrics.md: the protocol, one table of quality and costs, and what was skipped and why."""
+def write_markdown(evaluated: Evaluated, path: Path, head: str = "") -> None:
+    """Write metrics.md: a head, the protocol, one table of quality and costs, and what was skipped and why."""
     results = evaluated.results
     cost = costs(results.table)
     table = {target: {**cells, **cost.get(target, {})} for target, cells in quality(evaluated, counts=True).items()}
@@ -64,7 +64,7 @@ def write_markdown(evaluated: Evaluated, path: Path) -> None:
         lines += [f"Cost of one image; speed and memory: {_plain(conditions(results.table))}.", ""]
     lines += [f"- {_plain(remark)}" for remark in _remarks(evaluated)]
     with atomic_write(path) as partial:
-        partial.write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
+        partial.write_text(head + "\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
 def write_csv(results: Results, path: Path) -> None:
@@ -101,8 +101,10 @@ def write_files(evaluated: Evaluated, folder: Path, suffix: str = "", command: s
             written["report"] = folder / f"report{suffix}.html"
             with atomic_write(written["report"]) as partial:
                 partial.write_text(render_page(evaluated, command), encoding="utf-8", errors="backslashreplace")
-        written |= {"images": folder / f"per_image{suffix}.csv", "table": folder / f"metrics{suffix}.md"}
-        write_csv(evaluated.results, written["images"])
+        if any(row.per_image for row in evaluated.results.rows):  # not of results that were read from files
+            written["images"] = folder / f"per_image{suffix}.csv"
+            write_csv(evaluated.results, written["images"])
+        written["table"] = folder / f"metrics{suffix}.md"
         write_markdown(evaluated, written["table"])
         write_json(evaluated.results.as_dict(), numbers)
     return {**written, "numbers": numbers}

@@ -1,5 +1,6 @@
 """Export an autoencoder with a model card: write it beside its place, load it back, compare, and then move it there."""
 
+import contextlib
 import copy
 import json
 import shutil
@@ -36,7 +37,6 @@ CARD_NAME = "README.md"
 MADE_WITH = "made with open-LiteVAE"  # in every card: tells what an export may replace from what was downloaded
 
 TEACHER = "model.params.parts.teacher.params.autoencoder"
-RUNS_BEFORE = 10  # that a run may have continued from, one after the other
 
 ONE_FILE = {"onnx": "ONNX files are written by `format` litevae", "license": "one file has no model card"}
 
@@ -403,22 +403,13 @@ def _hub_id(target: str) -> str | None:
 
 
 def _base_models(config: Mapping[str, Any]) -> list[str]:
-    """The hub's models that a run started from or learned from, itself or in the runs before it that are still here.
-
-    For both the hub's word is "finetune"; it has none for a student.
-    """
-    found: dict[str, None] = {}
-    for _ in range(RUNS_BEFORE):
-        weights = settings_of(config).weights or ""
-        found |= {name: None for text in (weights, _entry(config, TEACHER)) if (name := _hub_id(str(text)))}
-        path = Path(weights).resolve()
-        before = run_of(path) if path.is_file() else Run(path)
-        if not weights or before is None or not before.config.is_file():
-            break
-        try:
-            config = config_of(before)
-        except ConfigError:  # of a run that can't be continued, either
-            break
+    """The hub's models that a run, or a run before it that is still here, started from or learned from."""
+    weights = settings_of(config).weights or ""
+    found = dict.fromkeys(filter(None, map(_hub_id, (weights, str(_entry(config, TEACHER))))))
+    path = Path(weights).resolve()
+    before = run_of(path) if path.is_file() else Run(path)
+    with contextlib.suppress(ConfigError):  # of a run that can't be continued, either
+        return list(found | dict.fromkeys(_base_models(config_of(before)) if weights and before else ()))
     return list(found)
 
 

@@ -163,22 +163,17 @@ def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
     )
 
 
-def read_header(weights: Path) -> Config:
-    """The config.json that a safetensors file has in its header; empty if there is none."""
+def config_inside(weights: Path, kinds: Sequence[str] = (CLASS_NAME,)) -> Config | None:
+    """The config.json that a safetensors file of these classes has in its header; None if there is none."""
     if weights.suffix != ".safetensors":
-        return {}
+        return None
     try:
         with safe_open(weights, framework="pt") as file:
             content = json.loads((file.metadata() or {})[CONFIG_KEY][:CONFIG_BYTES])
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
-        return {}  # it has none; reading the weights will say whether the file is whole
-    return content if isinstance(content, dict) else {}
-
-
-def config_inside(weights: Path) -> Config | None:
-    """The config.json in the header of a file of ours; None if there is none."""
-    content = read_header(weights)
-    return content if content.get("_class_name") == CLASS_NAME and "model" not in content else None
+        return None  # it has none; reading the weights will say whether the file is whole
+    is_export = isinstance(content, dict) and content.get("_class_name") in kinds and "model" not in content
+    return content if is_export else None
 
 
 def is_export(weights: Path) -> bool:

@@ -45,10 +45,39 @@ class StableDiffusion(Family):
         return "AutoencoderKL"
 
     def config(self, model: LiteVAE) -> dict[str, Any]:
-        return diffusers_config(model)
+        encoder, decoder = model.encoder.node["params"], model.decoder.node["params"]
+        widths, others = ([half["channels"] * m for m in half["channel_mult"]] for half in (encoder, decoder))
+        n_z, moments = model.latent_channels, model.encoder.latent_dim
+        for what, one, other in (
+            ("widths", widths, others),
+            *((key, encoder[key], decoder[key]) for key in ("num_res_blocks", "norm_groups", "attention")),
+            ("moments", moments, 2 * model.decoder.z_channels),
+            ("moments", moments, 2 * n_z),
+        ):
+            if one != other:
+                raise ValueError(
+                    f"the encoder has {what} {one}, the decoder {other}: AutoencoderKL has the same in both"
+                )
+        quantized = model.quantizer is not None
+        return {
+            "in_channels": model.in_channels,
+            "out_channels": model.decoder.out_channels,
+            **{key: [block] * len(widths) for key, block in BLOCKS.items()},
+            "block_out_channels": widths,
+            "layers_per_block": encoder["num_res_blocks"],
+            "latent_channels": n_z,
+            "norm_num_groups": encoder["norm_groups"],
+            "sample_size": model.encoder.image_size,
+            "use_quant_conv": quantized,
+            "use_post_quant_conv": quantized,
+            "mid_block_add_attention": encoder["attention"],
+            **model.for_diffusion,
+        }
 
     def theirs(self, model: LiteVAE) -> dict[str, Tensor]:
-        return diffusers_weights(model)
+        if model.encoder.linear is not None or model.decoder.linear is not None:
+            raise ValueError("AutoencoderKL has no linear path beside its networks")
+        return _renamed(model.state_dict(), {ours: theirs for theirs, ours in NAMES.items()})
 
 
 def _spec(config: Mapping[str, Any], name: str) -> AutoencoderSpec:
@@ -78,46 +107,6 @@ def _spec(config: Mapping[str, Any], name: str) -> AutoencoderSpec:
         use_quant=config["use_quant_conv"],
         **{factor: config[factor] for factor in FOR_DIFFUSION} | {"shift_factor": config["shift_factor"] or 0.0},
     )
-
-
-def diffusers_config(model: LiteVAE) -> dict[str, Any]:
-    """The arguments of diffusers' AutoencoderKL with the networks of :class:`StableDiffusion`.
-
-    ValueError if encoder and decoder differ in a setting that AutoencoderKL has once.
-    """
-    encoder, decoder = model.encoder.node["params"], model.decoder.node["params"]
-    widths, others = ([half["channels"] * m for m in half["channel_mult"]] for half in (encoder, decoder))
-    n_z, moments = model.latent_channels, model.encoder.latent_dim
-    for what, one, other in (
-        ("widths", widths, others),
-        *((key, encoder[key], decoder[key]) for key in ("num_res_blocks", "norm_groups", "attention")),
-        ("moments", moments, 2 * model.decoder.z_channels),
-        ("moments", moments, 2 * n_z),
-    ):
-        if one != other:
-            raise ValueError(f"the encoder has {what} {one}, the decoder {other}: AutoencoderKL has the same in both")
-    quantized = model.quantizer is not None
-    return {
-        "in_channels": model.in_channels,
-        "out_channels": model.decoder.out_channels,
-        **{key: [block] * len(widths) for key, block in BLOCKS.items()},
-        "block_out_channels": widths,
-        "layers_per_block": encoder["num_res_blocks"],
-        "latent_channels": n_z,
-        "norm_num_groups": encoder["norm_groups"],
-        "sample_size": model.encoder.image_size,
-        "use_quant_conv": quantized,
-        "use_post_quant_conv": quantized,
-        "mid_block_add_attention": encoder["attention"],
-        **model.for_diffusion,
-    }
-
-
-def diffusers_weights(model: LiteVAE) -> dict[str, Tensor]:
-    """The weights under AutoencoderKL's names; ValueError for a linear path, which it does not have."""
-    if model.encoder.linear is not None or model.decoder.linear is not None:
-        raise ValueError("AutoencoderKL has no linear path beside its networks")
-    return _renamed(model.state_dict(), {ours: theirs for theirs, ours in NAMES.items()})
 
 
 def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:

@@ -140,7 +140,7 @@ class DiffusersAutoencoder(Autoencoder):
         return 2 * x - 1 if self.zero_to_one else x
 
     def as_litevae(self, name: str) -> LiteVAE:
-        family = next((family for family in FAMILIES if family.takes(self.kind)), None)
+        family = next((family for family in FAMILIES if self.kind in family.kinds), None)
         if family is None:
             known = ", ".join(["LiteVAE", *(kind for family in FAMILIES for kind in family.kinds)])
             why = "can be a teacher; those that can be trained or exported"

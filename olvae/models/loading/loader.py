@@ -89,10 +89,6 @@ class Family(ABC):
 
     kinds: ClassVar[Sequence[str]]  # names of the classes
 
-    def takes(self, kind: str) -> bool:
-        """Whether a class of diffusers is of this family."""
-        return kind in self.kinds
-
     @abstractmethod
     def spec(self, theirs: Any, name: str) -> AutoencoderSpec:
         """What builds the networks of a DiffusersAutoencoder here; ConfigError if they lack a part."""

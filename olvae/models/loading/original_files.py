@@ -3,7 +3,6 @@
 diffusers converts the names that are read; those that are written are converted here, and read back by diffusers.
 """
 
-import contextlib
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -14,12 +13,12 @@ import torch
 from torch import Tensor
 
 from olvae.checkpoint import load_weights, read_checkpoint, state_dict_of
-from olvae.config import Config, ConfigError
+from olvae.config import ConfigError
 from olvae.models.loading.autoencoder_kl import BLOCKS, NAMES
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder, check_parameters
 from olvae.models.loading.loader import Loader, LoadOptions, Target
 from olvae.models.spec import CONFIG_NAME, oversized, read_config
-from olvae.models.weight_files import locate_weights, read_header
+from olvae.models.weight_files import config_inside, locate_weights
 
 KL, FLUX2, WAN, QWEN, DC = (f"Autoencoder{name}" for name in ("KL", "KLFlux2", "KLWan", "KLQwenImage", "DC"))
 
@@ -50,8 +49,6 @@ LDM_NAMES = {
 QUANTIZERS = {"quant_conv.": "encoder.quant_conv.", "post_quant_conv.": "decoder.post_quant_conv."}
 """Where FLUX.2's own files have them."""
 
-ANOTHER = ": is it another {}? Then name its config.json with `config`"
-
 WAN_NAMES = {
     r"^quant_conv": "conv1",
     r"^post_quant_conv": "conv2",
@@ -75,26 +72,21 @@ def original_names(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     In latent-diffusion attention's linear layers are 1x1 convolutions, (C, C, 1, 1).
     """
+    last = max((int(level) for level in re.findall(r"decoder\.up_blocks\.(\d+)", " ".join(state))), default=0)
     if kind in (WAN, QWEN):
-        if not any(name.startswith("decoder.up_blocks.3.resnets.2.") for name in state) or len(_levels(state)) != 4:
+        if last != 3 or not any(name.startswith("decoder.up_blocks.3.resnets.2.") for name in state):
             raise ValueError("diffusers knows the names of Wan 2.1's files alone: four levels of two blocks")
         return {_replaced(name, WAN_NAMES): tensor for name, tensor in state.items()}
     if kind not in (KL, FLUX2):
         raise ValueError(f"{kind} has no names here but diffusers', which are for `format` diffusers")
-    last, named = len(_levels(state)) - 1, {}
+    named = {}
     for name, tensor in state.items():
         name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{last - int(found[1])}", name)
-        for ours, theirs in LDM_NAMES.items():
-            name = name.replace(ours, theirs)
-        for ours, theirs in QUANTIZERS.items() if kind == FLUX2 else ():
-            name = theirs + name.removeprefix(ours) if name.startswith(ours) else name
+        for theirs, ours in LDM_NAMES.items():
+            name = name.replace(theirs, ours)
+        name = _replaced(name, {f"^{theirs}": ours for theirs, ours in QUANTIZERS.items() if kind == FLUX2})
         named[name] = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
     return named
-
-
-def _levels(state: Mapping[str, Tensor]) -> set[str]:
-    """The numbers of a decoder's levels."""
-    return {found[1] for name in state if (found := re.match(r"decoder\.up_blocks\.(\d+)\.", name))}
 
 
 def _replaced(name: str, patterns: Mapping[str, Any]) -> str:
@@ -115,18 +107,12 @@ class OriginalLoader(Loader):
 
     def find(self, text: str, options: LoadOptions) -> Target:
         weights, raw = locate_weights(text), options.raw
-        kind, tensors = _tensors(weights, raw, check=False)
-        kind, config, known = _config(kind, tensors, weights, options.config)
-        try:
-            with torch.device("meta"):
-                check_parameters(_build(kind, config), sum(tensor.nbytes for tensor in tensors.values()))
-        except ValueError as error:
-            raise ValueError(f"{weights}: {error}{ANOTHER.format(kind)}") from error
+        kind, config = _config(*_tensors(weights, raw, check=False), weights, options.config)
 
         def load() -> DiffusersAutoencoder:
-            return _loaded(kind, config, known, _tensors(weights, raw)[1], weights, options.allow_mismatch)
+            return _loaded(kind, config, _tensors(weights, raw)[1], weights, options.allow_mismatch)
 
-        return Target(load, partial(_loaded, kind, config, known), raw=raw, name=text)
+        return Target(load, partial(_loaded, kind, config), raw=raw, name=text)
 
 
 def _tensors(file: Path, raw: bool = False, check: bool = True) -> tuple[str, dict[str, Tensor]]:
@@ -149,63 +135,52 @@ def _tensors(file: Path, raw: bool = False, check: bool = True) -> tuple[str, di
 
 def _config(
     kind: str, tensors: Mapping[str, Tensor], weights: Path, given: str | Path | None
-) -> tuple[str, dict[str, Any], bool]:
-    """The class, its arguments, and whether these have the factors for a diffusion model.
+) -> tuple[str, dict[str, Any]]:
+    """The class and its arguments: of a config.json of diffusers that is given, in the file's header, or beside it.
 
-    They are of a config.json of diffusers: the one that is given, in the file's header, or beside it. Without one they
-    are read from the shapes of latent-diffusion's and FLUX.2's; for others they are the class's own, Wan 2.1's.
+    Without one they are read from the shapes of latent-diffusion's and FLUX.2's; for others they are the defaults.
     """
     kinds = next(kinds for kinds in TELLING.values() if kind in kinds)
-    contents = (_read_json(given), read_header(weights), _read_json(weights.with_name(CONFIG_NAME)))
+    places = [Path(given or ""), weights.with_name(CONFIG_NAME)]
+    own, beside = (read_config(place) if place.name.endswith(".json") and place.is_file() else {} for place in places)
+    contents = (own, config_inside(weights, kinds) or {}, beside)
     if content := next((content for content in contents if content.get("_class_name") in kinds), None):
         config = {name: value for name, value in content.items() if not name.startswith("_")}
         if large := list(oversized(config)):
             raise ConfigError(*(f"{weights}: {line}" for line in large))
-        return str(content["_class_name"]), config, True
-    if kind in (KL, FLUX2):
-        return kind, _latent_diffusion_config(kind, tensors, weights), kind == FLUX2  # KL's are Stable Diffusion 1's
-    return kind, {}, kind == WAN
-
-
-def _read_json(path: str | Path | None) -> Config:
-    """A config.json; nothing if there is none that can be read."""
-    with contextlib.suppress(ConfigError):
-        return read_config(path) if path is not None and Path(path).suffix == ".json" else {}
-    return {}
-
-
-def _build(kind: str, config: Mapping[str, Any]) -> Any:
-    import diffusers  # seconds, which other targets do not need
-
-    return getattr(diffusers, kind).from_config(dict(config))
+        return str(content["_class_name"]), config
+    return kind, _latent_diffusion_config(kind, tensors, weights) if kind in (KL, FLUX2) else {}
 
 
 def _loaded(
     kind: str,
     config: Mapping[str, Any],
-    known: bool,
     tensors: Mapping[str, Tensor] | None = None,
     origin: str | Path = "",
     allow_mismatch: bool = False,
 ) -> DiffusersAutoencoder:
     """Build a class with these weights, in evaluation mode; fresh without weights."""
+    import diffusers  # seconds, which other targets do not need
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    model = _build(kind, config)
-    if tensors is not None:
-        converters: Any = SINGLE_FILE_LOADABLE_CLASSES[{FLUX2: KL, QWEN: WAN}.get(kind, kind)]
-        convert = converters["checkpoint_mapping_fn"]
-        converted: dict[str, Tensor] = convert(checkpoint=dict(tensors), config=model.config)
-        if kind in (KL, FLUX2):
+    build = partial(getattr(diffusers, kind).from_config, dict(config))
+    try:
+        if tensors is not None:
+            with torch.device("meta"):
+                check_parameters(build(), sum(tensor.nbytes for tensor in tensors.values()))
+        model = build()
+        if tensors is not None:
+            converters: Any = SINGLE_FILE_LOADABLE_CLASSES[{FLUX2: KL, QWEN: WAN}.get(kind, kind)]
+            converted = dict(converters["checkpoint_mapping_fn"](checkpoint=dict(tensors), config=model.config))
             converted |= {name: tensor for name, tensor in tensors.items() if name.startswith("bn.")}
-            if len(converted) != len(tensors):
-                raise ValueError(f"{origin}: {len(tensors) - len(converted)} of its tensors have no place in {kind}")
-        try:
+            if kind in (KL, FLUX2) and len(converted) != len(tensors):
+                raise ValueError(f"{len(tensors) - len(converted)} of its tensors have no place in {kind}")
             load_weights(model, converted, origin, allow_mismatch, prefixes=("",))
-        except ValueError as error:
-            raise ValueError(f"{error}{ANOTHER.format(kind)}") from error
+    except ValueError as error:
+        text = str(error).removeprefix(f"{origin}: ")
+        raise ValueError(f"{origin}: {text}: is it another {kind}? Then name its config.json with `config`") from error
     autoencoder = DiffusersAutoencoder(model).eval()
-    autoencoder.factors_known = known
+    autoencoder.factors_known = kind not in (KL, DC) or "scaling_factor" in config
     return autoencoder
 
 

@@ -6,7 +6,7 @@ import torch
 
 from olvae import LiteVAE
 from olvae.config import ConfigError
-from olvae.models.loading.autoencoder_kl import diffusers_config, diffusers_weights
+from olvae.models.loading.autoencoder_kl import StableDiffusion
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from tests.export.latents import Shrunk, tiny_vae
 from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl, tiny_kl
@@ -49,13 +49,13 @@ def test_encode_and_decode_are_diffusers_own_and_names_go_back(name):
     assert not ours.training
     assert (ours.downscale, ours.latent_channels) == (x.shape[-1] // expected.mean.shape[-1], expected.mean.shape[1])
     assert (ours.quantizer is not None) == theirs.config.use_quant_conv
-    again = diffusers.AutoencoderKL(**diffusers_config(ours))  # nothing in their config is left out
+    again = diffusers.AutoencoderKL(**StableDiffusion().config(ours))  # nothing in their config is left out
     for key in set(theirs.config) - {"_use_default_values"}:
         given, back = theirs.config[key], again.config[key]
         assert (list(back) if isinstance(back, tuple | list) else back or 0.0) == (
             list(given) if isinstance(given, tuple | list) else given or 0.0
         ), key
-    before, after = theirs.state_dict(), diffusers_weights(ours)
+    before, after = theirs.state_dict(), StableDiffusion().theirs(ours)
     assert before.keys() == after.keys() == again.state_dict().keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -124,4 +124,4 @@ def test_halves_that_autoencoder_kl_does_not_have(half, params, message):
     node = ours[f"{half}_config"]
     mixed = LiteVAE.from_config(**{**ours, f"{half}_config": {**node, "params": {**node["params"], **params}}})
     with pytest.raises(ValueError, match=message):
-        diffusers_config(mixed)
+        StableDiffusion().config(mixed)

@@ -55,4 +55,4 @@ def test_a_file_of_latent_diffusion_whose_shapes_hold_nothing(tmp_path):
     tensors["encoder.down.0.block.0.conv1.weight"] = torch.zeros(9024, 0)
     save_file(tensors, tmp_path / "vae.safetensors")
     with pytest.raises(ValueError, match="weights of another model: its config has"):
-        find_target(tmp_path / "vae.safetensors")
+        find_target(tmp_path / "vae.safetensors").load()

@@ -114,15 +114,12 @@ def test_dc_ae_by_the_config_of_its_class(tmp_path):
     with pytest.raises(
         ValueError, match=r"dc.safetensors: weights of another model.*: is it another AutoencoderDC\? Then"
     ):
-        find_target(tmp_path / "dc.safetensors")
+        find_target(tmp_path / "dc.safetensors").load()
     theirs.save_config(tmp_path / "configs")
     found = find_target(tmp_path / "dc.safetensors", config=tmp_path / "configs" / "config.json").load()
     same(found, theirs)
     theirs.save_config(tmp_path)
     same(find_target(tmp_path / "dc.safetensors").load(), theirs)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="is it another"):
-        find_target(tmp_path / "dc.safetensors")
 
 
 def test_what_has_no_names_of_its_project(tmp_path):
