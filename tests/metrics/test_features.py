@@ -3,11 +3,13 @@
 import json
 import pickle
 import warnings
+from collections.abc import Callable
 
 import lpips as reference
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torch_fidelity
 import torchvision
 from PIL import Image
@@ -245,21 +247,17 @@ def class_tokens(weights: dict[str, torch.Tensor], images: torch.Tensor) -> np.n
     places = nn.functional.interpolate(grid, (16, 16), mode="bicubic", antialias=True).double().flatten(2).mT
     t = torch.cat([(w["cls_token"] + w["pos_embed"][:, :1]).expand(len(t), -1, -1), t + places], 1)
 
-    def norm(t: torch.Tensor, name: str) -> torch.Tensor:
-        t = (t - t.mean(-1, keepdim=True)) / (t.var(-1, keepdim=True, correction=0) + 1e-6).sqrt()
-        return t * w[f"{name}.weight"] + w[f"{name}.bias"]
-
-    def linear(t: torch.Tensor, name: str) -> torch.Tensor:
-        return t @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+    def of(operation: Callable, t: torch.Tensor, name: str, *settings: object) -> torch.Tensor:
+        return operation(t, *settings, w[f"{name}.weight"], w[f"{name}.bias"])
 
     for b in (f"blocks.{i}" for i in range(BLOCKS)):
-        q, k, v = linear(norm(t, f"{b}.norm1"), f"{b}.attn.qkv").unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
-        seen = (q @ k.mT / (WIDTH_OF_VIT / HEADS) ** 0.5).softmax(-1) @ v
-        t = t + w[f"{b}.ls1.gamma"] * linear(seen.transpose(1, 2).flatten(2), f"{b}.attn.proj")
-        inner = linear(norm(t, f"{b}.norm2"), f"{b}.mlp.fc1")
-        gelu = inner * (1 + torch.erf(inner / 2**0.5)) / 2
-        t = t + w[f"{b}.ls2.gamma"] * linear(gelu, f"{b}.mlp.fc2")
-    return norm(t, "norm")[:, 0].numpy()
+        normed = of(F.layer_norm, t, f"{b}.norm1", (WIDTH_OF_VIT,))
+        q, k, v = of(F.linear, normed, f"{b}.attn.qkv").unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        t = t + w[f"{b}.ls1.gamma"] * of(F.linear, seen, f"{b}.attn.proj")
+        inner = of(F.linear, of(F.layer_norm, t, f"{b}.norm2", (WIDTH_OF_VIT,)), f"{b}.mlp.fc1")
+        t = t + w[f"{b}.ls2.gamma"] * of(F.linear, F.gelu(inner), f"{b}.mlp.fc2")
+    return of(F.layer_norm, t, "norm", (WIDTH_OF_VIT,))[:, 0].numpy()
 
 
 def test_fdd_by_its_command(dinov2, tmp_path, nowhere):

@@ -15,8 +15,6 @@ from olvae.models.footprint import footprint, without_weights
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import mix_seeds
 from olvae.models.parts.alignment import Alignment
-from olvae.models.parts.part import Step
-from olvae.modules.distributions import DiagonalGaussian
 from olvae.modules.frozen import VisionEncoder, published_weights
 from tests.conftest import parts, tiny_config
 from tests.models.parts.vision import node
@@ -89,26 +87,6 @@ def test_the_terms(vit):
     published = alignment(x, z)["align_distance"]
     torch.testing.assert_close(published, marginal_distance_loss(projected, features, 0.25))
     assert not torch.isclose(published, terms["align_distance"])
-
-
-def test_of_a_sample(vit):
-    """Whose noise the terms then see, and whose deviation they reach."""
-    moments = torch.cat((torch.randn(2, 5, 4, 4), torch.full((2, 5, 4, 4), 1.0)), dim=1).requires_grad_()
-    x, losses = torch.rand(2, 3, 32, 32), {}
-    for of in ("mean", "sample"):
-        alignment = alone(vit, 5, of=of, adaptive_weight=False)
-        alignment.projection.weight.data.normal_(generator=torch.Generator().manual_seed(0))
-        step = Step(x, None, None, warming_up=False, adversary_plays=False)
-        step.encoded = DiagonalGaussian(moments)
-        torch.manual_seed(1)
-        step.drawn = step.encoded.sample()
-        losses[of] = alignment.losses(None, step)["align_cosine"][0]
-        (gradient,) = torch.autograd.grad(losses[of], moments)
-        assert bool(gradient[:, 5:].any()) == (of == "sample")
-    torch.manual_seed(1)
-    by_hand = alignment(x, DiagonalGaussian(moments).sample())["align_cosine"]
-    torch.testing.assert_close(losses["sample"], by_hand)
-    assert losses["sample"].item() != losses["mean"].item()
 
 
 def test_the_sample_is_the_one_that_is_decoded(vit, image_folder):
