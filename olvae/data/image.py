@@ -189,43 +189,35 @@ class Photo:
         if isinstance(content, Bands) and len(content.bands) != (self.channels or len(content.bands)):
             raise ValueError(f"it has {len(content.bands)} channels, not {self.channels}")
         if not isinstance(content, Path | bytes):
-            _refuse_deep(content)
+            if _is_deep(content):
+                raise ValueError(UNSTATED)
             return content
         if not (len(content) if isinstance(content, bytes) else content.stat().st_size):
             raise ValueError("the file is empty")
-        if (suffix := self._array_suffix(content)) is not None:
-            self.suffix = suffix.removeprefix(".")
-            as_stored = self.pixel_range == AS_STORED and self.channels in MODES
-            array, self.nodata = read_array(content, 0 if as_stored and suffix in (".tif", ".png") else self.channels)
-            return stated_picture(array, self.pixel_range, self.nodata)
-        if not self.pixel_range.eight_bits and self.pixel_range != AS_STORED:
-            raise ValueError(EIGHT_BIT_FILE)
-        with warnings.catch_warnings():  # Pillow warns from half the size that it refuses
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            try:
-                image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
-            except UnidentifiedImageError:
-                if array_suffix(content) != ".tif":
-                    raise
-                return self._open(stated_picture(read_array(content).array, self.pixel_range))
-        _refuse_deep(image)
-        if isinstance(image, TiffImageFile) and _pages(image) > 1:
-            raise ValueError(f"it holds {_pages(image)} pages, not one: save each in a file of its own, or as bands")
-        return image
+        if (suffix := self._array_suffix(content)) is None:
+            if not self.pixel_range.eight_bits and self.pixel_range != AS_STORED:
+                raise ValueError(EIGHT_BIT_FILE)
+            image = _open_by_pillow(content)
+            if image is not None and not _is_deep(image):
+                return image
+            suffix = array_suffix(content)
+            if suffix is None or (image is not None and self.pixel_range.eight_bits):
+                raise ValueError(UNSTATED)
+        self.suffix = suffix.removeprefix(".")
+        any_channels = self.pixel_range == AS_STORED and self.channels in MODES and suffix in (".tif", ".png")
+        array, self.nodata = read_array(content, 0 if any_channels else self.channels)
+        return stated_picture(array, self.pixel_range, self.nodata)
 
     def _array_suffix(self, content: Path | bytes) -> str | None:
-        """The kind of file if it is read as an array; a picture that Pillow reads whole is none."""
+        """The kind of file if it is read as an array; None if Pillow is asked first."""
         named = Path(self.name).suffix.lower()
         if named in (".npy", ".npz", ".exr"):
             return array_suffix(content) or named
-        if self.pixel_range.eight_bits and self.channels in MODES and isinstance(content, Path):
+        pillow = self.channels in MODES and self.pixel_range in (EIGHT_BITS, AS_STORED)
+        if pillow and self.pixel_range.eight_bits and isinstance(content, Path):
             return None
         suffix = array_suffix(content)
-        converts = self.channels in MODES and self.pixel_range in (EIGHT_BITS, AS_STORED)
-        if not converts or suffix not in (".tif", ".png"):
-            return suffix
-        deep = self.pixel_range == AS_STORED and (suffix == ".png" or _is_deep_tiff(content))
-        return suffix if deep else None
+        return None if pillow and suffix in (".tif", ".png") else suffix
 
     def _upright_size(self) -> tuple[int, int]:
         width, height = self._image.size
@@ -263,24 +255,25 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     return rgb if mode == "RGB" else rgb.convert(mode)
 
 
+def _open_by_pillow(content: Path | bytes) -> Image.Image | None:
+    """Read a picture's header; None for a TIFF of pixels that Pillow does not know."""
+    with warnings.catch_warnings():  # Pillow warns from half the size that it refuses
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
+        except UnidentifiedImageError:
+            if array_suffix(content) != ".tif":
+                raise
+            return None
+    if isinstance(image, TiffImageFile) and not _is_deep(image) and (pages := _pages(image)) > 1:
+        raise ValueError(f"it holds {pages} pages, not one: save each in a file of its own, or as bands")
+    return image
+
+
 def _is_deep(image: Picture) -> bool:
-    """Whether a file that Pillow opened has more than 8 bits per channel, which it may cut to 8."""
+    """Whether a picture of Pillow has more than 8 bits per channel, which it may cut to 8."""
     tiles = getattr(image, "tile", ())
     return isinstance(image, Image.Image) and (image.mode[0] in "IF" or any(";16" in str(part[3]) for part in tiles))
-
-
-def _refuse_deep(image: Picture) -> None:
-    if _is_deep(image):
-        raise ValueError(UNSTATED)
-
-
-def _is_deep_tiff(content: Path | bytes) -> bool:
-    """Whether Pillow would cut a TIFF's pixels to 8 bits, or does not know such pixels."""
-    try:
-        with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=["TIFF"]) as image:
-            return _is_deep(image)
-    except OSError:
-        return True
 
 
 def _pages(image: TiffImageFile) -> int:

@@ -3,14 +3,17 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 from rich.table import Table
+from torch import Tensor
 
 from olvae.config.reading import holds_shards
 from olvae.data.image import Photo, image_to_tensor
@@ -73,8 +76,8 @@ def measure(src: str, images: int = 200) -> Measured:
     parts: list[NDArray[np.float64]] = []
     unreadable: list[ReadError] = []
     nodata: set[float] = set()
-    for photo in _photos(src, images, unreadable):
-        values = image_to_tensor(photo.read()).flatten(1)  # (C, H W)
+    for photo, pixels in islice(_read(src, unreadable, images), images):
+        values = pixels.flatten(1)  # (C, H W)
         kinds[str(values.dtype).removeprefix("torch.")] += 1
         part = values[:, :: max(1, values.shape[1] // VALUES_PER_IMAGE)].double().numpy()
         part[photo.missing(part)] = np.nan
@@ -96,33 +99,23 @@ def measure(src: str, images: int = 200) -> Measured:
     return Measured(len(parts), dict(kinds), rows, float(1.0 - finite.mean()), unreadable, named)
 
 
-def _photos(src: str, count: int, unreadable: list[ReadError]) -> Iterator[Photo]:
-    opened = _from_shards(src) if holds_shards(src) else _from_images(src, count)
-    read = 0
-    while read < count:
+def _read(src: str, unreadable: list[ReadError], count: int) -> Iterator[tuple[Photo, Tensor]]:
+    """Photos of a source with their pixels, (C, H, W)."""
+    for open_photo in _openers(src, count):
         try:
-            photo = next(opened, None)
-            if photo is None:
-                return
-            photo = photo()
+            photo = open_photo()
+            yield photo, image_to_tensor(photo.read())
         except UnreadableImageError as error:
             unreadable.append(error.read_error())
-            continue
-        read += 1
-        yield photo
 
 
-def _from_images(src: str, count: int) -> Iterator[Any]:
+def _openers(src: str, count: int) -> Iterator[Callable[[], Photo]]:
+    if holds_shards(src):
+        entries = (entry for url in find_shards(src) for entry in read_shard(Shard(url)))
+        return (partial(Photo, e.data, e.name, 0, AS_STORED) for e in entries if not isinstance(e, ReadError))
     found = open_images(src, 0, AS_STORED)
-    for index in sorted({int(i) for i in np.linspace(0, len(found) - 1, min(count, len(found)))}):
-        yield lambda index=index: found[index]
-
-
-def _from_shards(src: str) -> Iterator[Any]:
-    for url in find_shards(src):
-        for entry in read_shard(Shard(url)):
-            if not isinstance(entry, ReadError):
-                yield lambda entry=entry: Photo(entry.data, entry.name, 0, AS_STORED)
+    numbers = {int(i) for i in np.linspace(0, len(found) - 1, min(count, len(found)))}
+    return (partial(found.__getitem__, number) for number in sorted(numbers))
 
 
 def _rounded(value: float, to: Any) -> float:

@@ -130,9 +130,9 @@ def training_crops(source: Source, seed: int, factor: int) -> Tensor:
     N is such that they have :data:`POSITIONS` latent positions, within :data:`CROPS` and :data:`CROP_BYTES`.
     """
     least, most = CROPS
-    count = min(most, max(least, POSITIONS // (source.size // factor).area))
+    count = min(most, max(least, POSITIONS // math.prod(source.size // factor)))
     value_bytes = 1 if source.pixel_range.eight_bits else 4
-    count = min(count, max(1, CROP_BYTES // (value_bytes * source.channels * source.size.area)))
+    count = min(count, max(1, CROP_BYTES // (value_bytes * source.channels * math.prod(source.size))))
     return torch.stack(list(source.first_images(seed, count)))
 
 

@@ -45,10 +45,6 @@ class Sides(NamedTuple):
         """What a command takes, 64 or 80x256."""
         return str(self.height) if self.height == self.width else str(self)
 
-    @property
-    def area(self) -> int:
-        return self.height * self.width
-
     def __floordiv__(self, factor: int) -> "Sides":
         return Sides(self.height // factor, self.width // factor)
 
