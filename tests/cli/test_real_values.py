@@ -67,7 +67,7 @@ def test_real_values_come_back(olvae, deep_run, tmp_path):
     np.testing.assert_allclose(read_array(tmp_path / "out" / "a.tif", 2).array, expected, atol=0.05)
     encode = ["encode", tmp_path / "vae", "--data", images, "--native", "--dtype", "float32", "--flip"]
     assert olvae(*encode, "--out", tmp_path / "latents")[0] == 0
-    for suffix in ("npy", "exr"):
+    for suffix in ("npy", "tif", "exr"):
         decode = ["decode", tmp_path / "vae", tmp_path / "latents", "--format", suffix]
         code, _, err = olvae(*decode, "--out", tmp_path / suffix)
         assert code == 0, err
