@@ -23,7 +23,7 @@ from olvae.data.dataset import SamplePhotographs
 from olvae.data.pixels.ranges import from_uint8, to_uint8
 from olvae.figures import labelled_grid
 from olvae.models.autoencoder import LiteVAE
-from study.rows import SEEDS
+from study.rows import BASELINE, SEEDS
 from study.run import find_run
 
 __all__ = ["TABLES", "fill", "main", "read_rows"]
@@ -33,8 +33,19 @@ Found = Mapping[str, Mapping[str, Any]]
 
 SIZE = "256"
 
-ENCODERS = {"LiteVAE-S": "litevae", "SD, 48 channels": "sd", "LiteVAE-S, SD's time": "litevae_time"}
+ENCODERS = {
+    "LiteVAE-S": "litevae",
+    "LiteVAE-S, GroupNorm at its end": "litevae_norm",
+    "LiteVAE-S on shuffled pixels": "litevae_shuffle",
+    "LiteVAE-S, linear start": "litevae_linear",
+    "LiteVAE-S, SD's time": "litevae_time",
+    "SD, 48 channels": "sd",
+    "SD without its last GroupNorm": "sd_free",
+    "SD, linear start": "sd_linear",
+}
 """The question of the encoders: its rows' names without their seeds, by title."""
+
+PICTURED = {"SD, no last norm": "sd_free", "LiteVAE-S + norm": "litevae_norm", "linear start": "litevae_linear"}
 
 
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
@@ -83,12 +94,6 @@ def _of_seeds(rows: Found, stem: str) -> list[Mapping[str, Any]]:
     return [rows[name] for name in (stem, *(f"{stem}_{seed}" for seed in SEEDS)) if name in rows]
 
 
-def _range(values: Sequence[float]) -> str:
-    """Machines differ in speed, so that a mean of seconds says nothing."""
-    low, high = (f"{bound(values):.0f}" for bound in (min, max))
-    return low if low == high else f"{low} to {high}"
-
-
 def _psnr(row: Mapping[str, Any], size: str = SIZE) -> float:
     return float(row["sizes"][size]["psnr"])
 
@@ -116,36 +121,39 @@ def _rates(rows: Found) -> str:
     return _table(["encoder", *rates], lines)
 
 
+def _details(row: Mapping[str, Any]) -> float:
+    """The mean squared error of all bands but the coarsest; with that band's it is the pixels'."""
+    bands = row["sizes"][SIZE]["bands"]
+    return float(sum(band["mse"] for name, band in bands.items() if not name.startswith("LL")))
+
+
 def _encoders(rows: Found) -> str:
     lines = []
     for title, stem in ENCODERS.items():
         of_seeds = _of_seeds(rows, stem)
         if not of_seeds:
             continue
-        first = of_seeds[0]["sizes"][SIZE]
-        lines.append(
-            [
-                title,
-                f"{first['encode_macs'] / 1e9:.1f}",
-                of_seeds[0]["rate"],
-                str(of_seeds[0]["steps"]),
-                _range([row["processor_seconds"] for row in of_seeds]),
-                _spread([_psnr(row, "64") for row in of_seeds]),
-                _spread([_psnr(row) for row in of_seeds]),
-                _spread([row["sizes"][SIZE]["ssim"] for row in of_seeds], 3),
-                *(
-                    _spread([row["sizes"][SIZE]["bands"][band]["mse"] for row in of_seeds], 0)
-                    for band in ("LL3", "LH3")
-                ),
-                _spread([row["frechet_lite0"] for row in of_seeds], 1),
-            ]
-        )
-    bicubic = rows["litevae_0"].get("bicubic", {}) if "litevae_0" in rows else {}
-    if bicubic:
-        at_64, at_256 = (f"{bicubic[size]['psnr']:.2f}" for size in ("64", SIZE))
-        lines.append(["bicubic", "", "", "", "", at_64, at_256, f"{bicubic[SIZE]['ssim']:.3f}", "", "", ""])
-    headings = ["encoder", "GMACs", "rate", "steps", "seconds", "dB at 64", "dB at 256", "SSIM", "LL3", "LH3"]
-    return _table([*headings, "Fréchet, Lite0"], lines)
+        cost = [f"{of_seeds[0]['sizes'][SIZE]['encode_macs'] / 1e9:.1f}", str(of_seeds[0]["steps"])]
+        found = [
+            _spread([_psnr(row, "64") for row in of_seeds]),
+            _spread([_psnr(row) for row in of_seeds]),
+            _spread([row["sizes"][SIZE]["bands"]["LL3"]["mse"] for row in of_seeds], 0),
+            _spread([_details(row) for row in of_seeds], 0),
+            _spread([row["sizes"][SIZE]["ssim"] for row in of_seeds], 3),
+            _spread([row["frechet_lite0"] for row in of_seeds], 1),
+        ]
+        lines.append([title, *cost, *found])
+    for title, name in (("linear code, no training", "linear"), ("bicubic", "bicubic")):
+        for sizes in _baselines(rows, name):
+            at_64, at_256, ssim = sizes["64"]["psnr"], sizes[SIZE]["psnr"], sizes[SIZE]["ssim"]
+            lines.append([title, "", "", f"{at_64:.2f}", f"{at_256:.2f}", "", "", f"{ssim:.3f}", ""])
+    headings = ["encoder", "GMACs", "steps", "dB at 64", "dB at 256", "LL3", "details", "SSIM", "Fréchet, Lite0"]
+    return _table(headings, lines)
+
+
+def _baselines(rows: Found, name: str) -> list[Mapping[str, Any]]:
+    """The sizes of a baseline, from the row beside which it was evaluated; none if that row is not there."""
+    return [rows[BASELINE][name]] if name in rows.get(BASELINE, {}) else []
 
 
 def _compared(title: str, names: Mapping[str, str]) -> Callable[[Found], str]:
@@ -176,8 +184,8 @@ def _scales(rows: Found) -> str:
         for title, name in networks.items()
         if name in rows
     ]
-    bicubic = rows["litevae_0"].get("bicubic", {})
-    lines += [["bicubic", *(f"{bicubic[size]['psnr']:.2f}" for size in sizes)]] if bicubic else []
+    for name in ("linear", "bicubic"):
+        lines += [[name, *(f"{found[size]['psnr']:.2f}" for size in sizes)] for found in _baselines(rows, name)]
     return _table(["decoder", *(f"{size} px" for size in sizes)], lines)
 
 
@@ -203,25 +211,8 @@ TABLES: Mapping[str, Callable[[Found], str]] = {
         "objective",
         {
             "litevae_0": "the recipe's",
-            "no_wavelet": "without the wavelet term",
-            "no_gaussian": "without the Gaussian term",
-            "kl_x10": "KL x 10",
-            "l2": "squared error for absolute",
+            "no_wavelet_0": "without the wavelet term",
         },
-    ),
-    "discriminators": _compared(
-        "discriminator",
-        {
-            "b_none": "none",
-            "b_patchgan": "PatchGAN",
-            "b_gigagan": "GigaGAN",
-            "b_unetgan_8": "UNetGAN, 8 channels",
-            "b_unetgan_16": "UNetGAN, 16 channels",
-            "b_unetgan_32": "UNetGAN, 32 channels",
-        },
-    ),
-    "latents": _compared(
-        "latent", {"channels_4": "4 channels", "channels_8": "8", "litevae_0": "12", "channels_16": "16"}
     ),
     "scales": _scales,
     "diffusion": _diffusion,
@@ -229,36 +220,16 @@ TABLES: Mapping[str, Callable[[Found], str]] = {
 
 
 def _plot(rows: Found, path: Path) -> None:
-    """PSNR above the bicubic round trip by size, for both decoders; PSNR by processor time, for both encoders."""
-    bicubic = rows["litevae_0"]["bicubic"]
-    by_size = {
-        title: (
-            [float(size) for size in bicubic],
-            [_psnr(rows[name], size) - bicubic[size]["psnr"] for size in bicubic],
-        )
-        for title, name in (("SMC", "litevae_0"), ("GroupNorm", "group_norm"))
-        if name in rows
-    }
-    by_time: dict[str, tuple[list[float], list[float]]] = {}
-    for title, network in (("LiteVAE-S", "litevae"), ("SD", "sd")):
-        rate = rows[f"{network}_0"]["rate"] if f"{network}_0" in rows else ""
-        pattern = rf"{network}_(time_)?0|rate_{network}_{re.escape(rate)}"  # one seed, one machine
-        of_network = [row for name, row in rows.items() if re.fullmatch(pattern, name)]
-        of_network.sort(key=lambda row: row["processor_seconds"])
-        by_time[title] = [row["processor_seconds"] for row in of_network], [_psnr(row) for row in of_network]
-    _draw(by_size, path / "study_scales.png", "dB above bicubic, by pixels", "pixels along a side")
-    _draw(by_time, path / "study_encoders.png", "dB at 256 pixels", "seconds of processor time")
-
-
-def _draw(curves: Mapping[str, tuple[list[float], list[float]]], path: Path, title: str, along: str) -> None:
-    """Draw curves by name into one PNG."""
+    """PSNR above the bicubic round trip by size, for both decoders."""
     figure = Figure(figsize=(3.2, 2.4), layout="constrained")
     axes = figure.subplots()
-    for label, (x, y) in curves.items():
-        axes.plot(x, y, linewidth=1.2, marker="o", markersize=3, label=label)
+    for bicubic in _baselines(rows, "bicubic"):
+        for title, name in (("SMC", "litevae_0"), ("GroupNorm", "group_norm")):
+            above = [_psnr(rows[name], size) - bicubic[size]["psnr"] for size in bicubic]
+            axes.plot([float(size) for size in bicubic], above, linewidth=1.2, marker="o", markersize=3, label=title)
     axes.legend(fontsize=8)
-    axes.set_title(title, fontsize=10)
-    axes.set_xlabel(along, fontsize=8)
+    axes.set_title("dB above bicubic, by pixels", fontsize=10)
+    axes.set_xlabel("pixels along a side", fontsize=8)
     axes.tick_params(labelsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
@@ -266,7 +237,7 @@ def _draw(curves: Mapping[str, tuple[list[float], list[float]]], path: Path, tit
 
 def _photographs(runs: Path, path: Path) -> None:
     """Photographs of the package, which no row has seen, through the encoders' rows of the first seed that has all."""
-    of_seeds = ({title: find_run(runs, f"{stem}_{seed}") for title, stem in ENCODERS.items()} for seed in SEEDS)
+    of_seeds = ({title: find_run(runs, f"{stem}_{seed}") for title, stem in PICTURED.items()} for seed in SEEDS)
     found = next((found for found in of_seeds if all(found.values())), None)
     if found is None:
         raise FileNotFoundError(f"{runs}: the runs of no seed are there")
@@ -290,7 +261,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.document.write_text(fill(options.document.read_text(encoding="utf-8"), rows), encoding="utf-8")
         images = options.document.parent / "images"
         images.mkdir(exist_ok=True)
-        _plot(rows, images)
+        _plot(rows, images / "study_scales.png")
         if options.runs is not None:
             _photographs(options.runs, images)
     except (OSError, ValueError) as error:

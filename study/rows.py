@@ -8,7 +8,7 @@ __all__ = ["NETWORKS", "QUESTIONS", "RECIPE", "SEEDS", "Diffusion", "Row", "diff
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
 
-QUESTIONS = ("encoder", "objective", "discriminator", "latent", "scale", "diffusion")
+QUESTIONS = ("encoder", "objective", "scale", "diffusion")
 """Of docs/results.md, in its order."""
 
 SIZES = (64, 256)
@@ -61,37 +61,32 @@ RATES = ("2.5e-4", "5e-4", "1e-3", "2e-3", "4e-3")
 ENCODER, DECODER = "model.params.encoder_config", "model.params.decoder_config"
 LOSS = "model.params.lossconfig.params"
 
+SD = f"{ENCODER}.params={{channels: 48, norm_groups: 16, latent_dim: 24, image_size: 64}}"
+LITE = f"{ENCODER}.params={{scale: S, image_size: 64}}"
+LINEAR = (f"{ENCODER}.params.linear=true", f"{DECODER}.params.linear=true")
+
 NETWORKS = {
     "litevae": (),
-    "sd": (
-        f"{ENCODER}.target=olvae.modules.sdvae.SDEncoder",
-        f"{ENCODER}.params={{channels: 48, norm_groups: 16, latent_dim: 24, image_size: 64}}",
-    ),
+    "sd": (f"{ENCODER}.target=olvae.modules.sdvae.SDEncoder", SD),
 }
+"""The two encoders, each with a grid of learning rates."""
 
-OBJECTIVES = {
-    "no_wavelet": (f"{LOSS}.wavelet_weight=0",),
-    "no_gaussian": (f"{LOSS}.gaussian_weight=0",),
-    "kl_x10": (f"{LOSS}.kl_weight=0.1",),
-    "l2": (f"{LOSS}.reconstruction=l2",),
+VARIANTS = {
+    "sd_free": ("sd", (f"{ENCODER}.target=study.encoders.UnnormalizedSDEncoder", SD)),
+    "litevae_norm": ("litevae", (f"{ENCODER}.target=study.encoders.NormalizedLiteVAE", LITE)),
+    "litevae_shuffle": ("litevae", (f"{ENCODER}.target=study.encoders.ShuffledLiteVAE", LITE)),
+    "sd_linear": ("sd", (*NETWORKS["sd"], *LINEAR)),
+    "litevae_linear": ("litevae", LINEAR),
 }
+"""What sets the two apart, one at a time: the network with whose rate each trains, and how it differs.
+
+Two seeds each, because what is found is several times what they differ by; one of the linear starts, which begin alike.
+"""
 
 SEEDS = (0, 1, 2)
 
-CLOSE = "no_wavelet"
-"""The objective whose Fréchet distance says something else than its PSNR: with all seeds."""
-
-DISCRIMINATORS = {
-    "none": "",
-    "patchgan": "patchgan.PatchGAN, params: {base_channels: 32}",
-    "gigagan": "gigagan.GigaGAN, params: {base: 2048, max_channels: 128, head_channels: 32, image_size: 128}",
-    "unetgan_8": "unetgan.UNetGAN, params: {base_channels: 8, image_size: 128}",
-    "unetgan_16": "unetgan.UNetGAN, params: {base_channels: 16, image_size: 128}",
-    "unetgan_32": "unetgan.UNetGAN, params: {base_channels: 32, image_size: 128}",
-}
-"""Half as wide as the README's, and half of S's width besides."""
-
-PHASE_B = ("model.base_learning_rate=2e-4", "data.params.size=128", "data.params.batch_size=2")
+BASELINE = "litevae_linear_0"
+"""The row beside which the linear code and the bicubic round trip are evaluated, at all sizes."""
 
 
 def rows(quick: bool = False) -> list[Row]:
@@ -101,7 +96,7 @@ def rows(quick: bool = False) -> list[Row]:
         quick: an eighth of the steps, one seed, two rates.
     """
     factor, seeds = (8, SEEDS[:1]) if quick else (1, SEEDS)
-    found = [*_grid(quick), *_encoders(seeds), *_objectives(seeds), *_latents(), *_scales(), *_discriminators()]
+    found = [*_grid(quick), *_encoders(seeds), *_objectives(seeds), *_latents(), *_scales()]
     return [row._replace(steps=max(8, row.steps // factor)) for row in found]
 
 
@@ -149,43 +144,31 @@ def _encoders(seeds: Sequence[int]) -> list[Row]:
         for seed in seeds
         for network, overrides in NETWORKS.items()
     ]
+    variants = [
+        _variant(name, seed, *VARIANTS[name]) for name in VARIANTS for seed in seeds[: 1 if "linear" in name else 2]
+    ]
     equal_time = [
         Row(f"litevae_time_{seed}", "encoder", NETWORKS["litevae"], seed=seed, time_of="sd") for seed in seeds
     ]
-    return equal_steps + equal_time
+    return equal_steps + variants + equal_time
+
+
+def _variant(name: str, seed: int, network: str, overrides: tuple[str, ...]) -> Row:
+    row = Row(f"{name}_{seed}", "encoder", overrides, seed=seed, rate_of=network)
+    return row._replace(sizes=ALL_SIZES) if row.name == BASELINE else row
 
 
 def _objectives(seeds: Sequence[int]) -> list[Row]:
-    rows = [Row(name, "objective", overrides) for name, overrides in OBJECTIVES.items()]
-    return rows + [Row(f"{CLOSE}_{seed}", "objective", OBJECTIVES[CLOSE], seed=seed) for seed in seeds if seed]
+    return [Row(f"no_wavelet_{seed}", "objective", (f"{LOSS}.wavelet_weight=0",), seed=seed) for seed in seeds]
 
 
 def _latents() -> list[Row]:
-    channels = [
-        Row(f"channels_{n}", "latent", (f"model.params.embed_dim={n}", f"{DECODER}.params.z_channels={n}"))
-        for n in (4, 8, 16)
-    ]
+    equivariance = "model.params.parts.equivariance.target=olvae.models.parts.equivariance.Equivariance"
     return [
-        *channels,
-        Row(
-            "equivariance",
-            "diffusion",
-            ("model.params.parts.equivariance.target=olvae.models.parts.equivariance.Equivariance",),
-        ),
+        Row("kl_x10", "diffusion", (f"{LOSS}.kl_weight=0.1",)),
+        Row("equivariance", "diffusion", (equivariance,)),
     ]
 
 
 def _scales() -> list[Row]:
     return [Row("group_norm", "scale", (f"{DECODER}.params.variant=group_norm",), sizes=ALL_SIZES)]
-
-
-def _discriminators() -> list[Row]:
-    adversary = "model.params.adversary_config={{target: olvae.models.adversary.Adversary, params: {params}}}"
-    found = []
-    for name, discriminator in DISCRIMINATORS.items():
-        node = f"{{target: olvae.modules.{discriminator}}}"
-        params = f"{{weight: 0.02, ramp_steps: 40, learning_rate_ratio: 2.0, discriminator_config: {node}}}"
-        played = (adversary.format(params=params),) if discriminator else ()
-        overrides = (*PHASE_B, *played)
-        found.append(Row(f"b_{name}", "discriminator", overrides, 250, rate_of=None, after="litevae_0"))
-    return found

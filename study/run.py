@@ -22,16 +22,13 @@ from olvae.checkpoint import read_checkpoint
 from olvae.cli.main import print_error
 from olvae.files import check_folder, write_json
 from olvae.runs import Run
-from study.rows import RECIPE, Diffusion, Row, diffusions, rows
+from study.rows import BASELINE, RECIPE, Diffusion, Row, diffusions, rows
 
 __all__ = ["Study", "StudyError", "find_run", "main"]
 
 THREADS = {"OMP_NUM_THREADS": "1"}
 CROP, CROPS, REFERENCES = 64, 4000, 1000
 """Pixels and number of the crops that the diffusion models learn, and of others, which samples are compared with."""
-
-BASELINE = "litevae_0"
-"""The row beside which the bicubic round trip is evaluated."""
 
 
 class StudyError(ValueError):
@@ -107,10 +104,9 @@ class Study:
         found: dict[str, Any] = {"name": row.name, "question": row.question, "overrides": row.overrides}
         found |= {"rate": rate, "steps": steps, "seed": row.seed, "processor_seconds": seconds, "sizes": {}}
         for size in row.sizes:
-            measured = self._evaluate(row, run, size)
-            found["sizes"][str(size)] = measured[0]
-            if len(measured) > 1:
-                found.setdefault("bicubic", {})[str(size)] = measured[1]
+            found["sizes"][str(size)], *baselines = self._evaluate(row, run, size)
+            for name, baseline in zip(("linear", "bicubic"), baselines, strict=False):
+                found.setdefault(name, {})[str(size)] = baseline
         if row.frechet:
             distance, tiles = self.out / "evaluations" / row.name / "frechet.json", self.corpus / "held_out_tiles"
             self._command(row.name, "-m", "study.measure", str(run.path), "--tiles", str(tiles), "--out", str(distance))

@@ -29,10 +29,11 @@ def row(psnr: float, **others: Any) -> dict[str, Any]:
 ROWS = {
     "rate_sd_1e-3": row(20.0),
     "rate_litevae_5e-4": row(21.0),
-    "litevae_0": row(24.0, bicubic={"64": {"psnr": 19.0}, "256": {"psnr": 22.0, "ssim": 0.6}}),
-    "litevae_1": row(26.0, processor_seconds=9.0),
+    "litevae_0": row(24.0),
+    "litevae_1": row(26.0),
     "sd_0": row(23.0),
-    "no_wavelet": row(25.0),
+    "litevae_linear_0": row(27.0, bicubic={"64": {"psnr": 19.0}, "256": {"psnr": 22.0, "ssim": 0.6}}),
+    "no_wavelet_0": row(25.0),
     "no_wavelet_1": row(29.0) | {"frechet_lite0": 5.0},
     "group_norm": row(23.5),
 }
@@ -41,11 +42,11 @@ ROWS = {
 def test_tables_have_means_spreads_and_what_is_missing_is_left_out():
     assert TABLES["rates"](ROWS).splitlines()[2:] == ["| litevae | 21.00 |  |", "| sd |  | 20.00 |"]
     encoders = TABLES["encoders"](ROWS).splitlines()
-    assert "| 25.00 ± 1.41 | 25.00 ± 1.41 | 0.700 ± 0.000 | 12 ± 0 | 12 ± 0 | 3.0 ± 0.0 |" in encoders[2]
-    assert "| 10 | 5 to 9 |" in encoders[2]
-    assert "| 10 | 5 |" in encoders[3]
-    assert encoders[-1].startswith("| bicubic |")
-    assert len(encoders) == 5  # no row of equal time yet
+    of_two = "| LiteVAE-S | 5.5 | 10 | 25.00 ± 1.41 | 25.00 ± 1.41 | 12 ± 0 | 72 ± 0 | 0.700 ± 0.000 | 3.0 ± 0.0 |"
+    assert encoders[2] == of_two  # details: three bands a level, 3 (4 + 8 + 12)
+    assert encoders[3].startswith("| LiteVAE-S, linear start | 5.5 | 10 | 27.00 | 27.00 |")
+    assert encoders[-1] == "| bicubic |  |  | 19.00 | 22.00 |  |  | 0.600 |  |"
+    assert len(encoders) == 6  # no other row yet, and no linear code beside the baselines' row
     objective = TABLES["objective"](ROWS).splitlines()
     assert objective[-1] == "| without the wavelet term | 25.00 ± 1.00 | 0.700 | 12 | 12.0 | 8.0 | 4.0 | 4.0 ± 1.4 |"
     assert len(objective) == 4

@@ -1,0 +1,56 @@
+"""Encoders of the study that differ from a published one in a single place: its last norm, or its wavelets."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olvae.modules.litevae.blocks import GroupNorm
+from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from olvae.modules.sdvae import SDEncoder
+
+__all__ = ["NormalizedLiteVAE", "ShuffledLiteVAE", "UnnormalizedSDEncoder"]
+
+GROUPS = 8
+
+
+class UnnormalizedSDEncoder(SDEncoder):
+    """Stable Diffusion's encoder without GroupNorm before its last convolution: a path on which no mean is removed."""
+
+    def __init__(self, **params: Any) -> None:
+        super().__init__(**params)
+        self.model.conv_norm_out = nn.Identity()
+
+
+class NormalizedLiteVAE(LiteVAE_Encoder):
+    """LiteVAE's encoder with GroupNorm and SiLU before its last convolution, as Stable Diffusion's has them."""
+
+    def __init__(self, **params: Any) -> None:
+        super().__init__(**params)
+        last = self.aggregator.conv_out
+        assert isinstance(last, nn.Conv2d)
+        self.aggregator.conv_out = nn.Sequential(GroupNorm(GROUPS, last.in_channels), nn.SiLU(), last)
+
+
+class ShuffledLiteVAE(LiteVAE_Encoder):
+    """LiteVAE's encoder on pixels of 2x2, 4x4 and 8x8 patches as channels, in place of wavelet levels.
+
+    Level l has 4^l in_channels channels where wavelets have 4 in_channels, so the extractors' first convolutions are
+    wider; all else is LiteVAE's.
+    """
+
+    def __init__(self, **params: Any) -> None:
+        super().__init__(**params)
+        for level, extractor in enumerate(self.extractors, start=1):
+            first = extractor.init_conv
+            assert isinstance(first, nn.Conv2d)
+            extractor.init_conv = nn.Conv2d(self.in_channels * 4**level, first.out_channels, 3, padding=1)
+
+    def _features(self, x: Tensor, apply: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        features: list[Tensor] = []
+        for level, extractor in enumerate(self.extractors, start=1):
+            f = apply(extractor, F.pixel_unshuffle(x, 2**level))  # (B, 4C, H/2^l, W/2^l)
+            features.append(F.avg_pool2d(f, 2 ** (self.levels - level)))  # (B, 4C, H/f, W/f)
+        return torch.cat(features, dim=1)

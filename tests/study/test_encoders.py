@@ -1,0 +1,50 @@
+"""The study's encoders: what their names say is there, or is not."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from olvae.modules.sdvae import SDEncoder
+from study.encoders import NormalizedLiteVAE, ShuffledLiteVAE, UnnormalizedSDEncoder
+
+LITE: dict[str, Any] = {"latent_dim": 8, "scale": "S", "image_size": 64}
+SD: dict[str, Any] = {"latent_dim": 8, "channels": 8, "norm_groups": 4, "image_size": 64}
+
+
+def doubled(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return (args[0] * 2,)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "last", "normalized"),
+    [
+        (SDEncoder(**SD), "model.conv_norm_out", True),
+        (UnnormalizedSDEncoder(**SD), "model.conv_norm_out", False),
+        (LiteVAE_Encoder(**LITE), "aggregator.conv_out", False),
+        (NormalizedLiteVAE(**LITE), "aggregator.conv_out", True),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else None,
+)
+@torch.no_grad()
+def test_a_normalized_encoder_does_not_see_how_large_its_last_features_are(encoder, last, normalized):
+    x = torch.rand(1, 3, 64, 64) * 2 - 1
+    moments = encoder(x)
+    encoder.get_submodule(last).register_forward_pre_hook(doubled)
+    same = torch.allclose(encoder(x), moments, atol=1e-3 * moments.std())
+    assert same == normalized
+
+
+@torch.no_grad()
+def test_shuffled_levels_hold_every_pixel_and_all_else_is_as_large_as_litevae():
+    shuffled, lite = ShuffledLiteVAE(**LITE), LiteVAE_Encoder(**LITE)
+    seen: list[torch.Tensor] = []
+    for extractor in shuffled.extractors:
+        extractor.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    x = torch.rand(2, 3, 64, 64)
+    assert shuffled(x).shape == lite(x).shape
+    assert [tuple(level.shape) for level in seen] == [(2, 12, 32, 32), (2, 48, 16, 16), (2, 192, 8, 8)]
+    assert all(torch.equal(level.flatten().sort().values, x.flatten().sort().values) for level in seen)
+    more = sum(p.numel() for p in shuffled.parameters()) - sum(p.numel() for p in lite.parameters())
+    assert more == (36 + 180) * 16 * 9  # input channels of the second and the third first convolution
