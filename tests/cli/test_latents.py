@@ -14,6 +14,7 @@ from olvae.data.image import EvalTransform, image_to_tensor, read_picture
 from olvae.data.picture_folder import find_images
 from olvae.data.pixels.ranges import from_uint8
 from olvae.models.loading.targets import find_target
+from tests.evaluation.peers import numbers
 from tests.metrics.conftest import nowhere  # noqa: F401  (a fixture)
 from tests.metrics.test_features import extract
 from tests.models.loading.test_targets import taesd
@@ -90,15 +91,6 @@ def test_two_models_on_a_folder(olvae, trained, tmp_path, photos):
     assert code == 0
     assert "MMD: skipped" in err
     assert json.loads((tmp_path / "one/latents.json").read_text())["results"][0]["n"] == 1
-
-
-def numbers(content, path=""):
-    """Every number of a nested report."""
-    if isinstance(content, dict):
-        return [item for key, value in content.items() for item in numbers(value, f"{path}.{key}")]
-    if isinstance(content, list):
-        return [item for i, value in enumerate(content) for item in numbers(value, f"{path}[{i}]")]
-    return [] if isinstance(content, str) else [(path, float(content))]
 
 
 def test_two_processes_give_the_numbers_of_one(olvae, capfd, trained, tmp_path, photos):

@@ -27,6 +27,13 @@ def noise(seed: int, size: tuple[int, int] = (24, 20)) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
+def write_photos(root: Path, names: Sequence[str]) -> Path:
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        noise(i).save(root / name)
+    return root
+
+
 def encoded(seed: int, file_format: str = "JPEG") -> bytes:
     stream = io.BytesIO()
     picture(seed).save(stream, file_format)

@@ -10,7 +10,7 @@ import pytest
 from olvae.data import audit as module
 from olvae.data.audit import check, print_audit
 from olvae.data.packing import PackOptions, pack
-from tests.data.images import close_folders, noise
+from tests.data.images import close_folders, noise, write_photos
 from tests.export.latents import encode
 
 
@@ -22,12 +22,7 @@ def _measure_briefly(monkeypatch):
 @pytest.fixture
 def photos(tmp_path):
     """Twenty-four PNG files of 24 x 20 pixels."""
-    root = tmp_path / "photos"
-    for i in range(24):
-        path = root / f"class{i % 2}" / f"{i:02d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        noise(i).save(path)
-    return root
+    return write_photos(tmp_path / "photos", [f"class{i % 2}/{i:02d}.png" for i in range(24)])
 
 
 @pytest.fixture

@@ -21,19 +21,15 @@ from olvae.data.read_errors import TooManyUnreadableError
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.pool import run_in_processes
-from tests.data.images import members, noise
+from tests.data.images import members, noise, write_photos
 from tests.soak.killed import killed_before
 
 
 @pytest.fixture
 def photos(tmp_path):
     """Thirty files, in JPEG, PNG and WebP."""
-    root = tmp_path / "photos"
-    for i in range(30):
-        path = root / f"class{i % 3}" / f"a photo.{i}.{('jpg', 'png', 'webp')[i % 3]}"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        noise(i).save(path)
-    return root
+    names = [f"class{i % 3}/a photo.{i}.{('jpg', 'png', 'webp')[i % 3]}" for i in range(30)]
+    return write_photos(tmp_path / "photos", names)
 
 
 def shards_of(folder: Path) -> dict[str, bytes]:

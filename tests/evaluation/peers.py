@@ -33,3 +33,12 @@ def seen(target, keys, x=None, y=None, draw=0, latents=None, values=None) -> Obs
     x = torch.zeros(len(keys), 3, 16, 16, dtype=torch.uint8) if x is None else x
     latents = torch.zeros(len(keys), 4, 2, 2) if latents is None else latents
     return Observation(target, draw, keys, x, x if y is None else y, latents, values or {})
+
+
+def numbers(content, path=""):
+    """Every number of a nested report."""
+    if isinstance(content, dict):
+        return [item for key, value in content.items() for item in numbers(value, f"{path}.{key}")]
+    if isinstance(content, list):
+        return [item for i, value in enumerate(content) for item in numbers(value, f"{path}[{i}]")]
+    return [] if isinstance(content, str) else [(path, float(content))]

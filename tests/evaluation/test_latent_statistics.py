@@ -16,6 +16,7 @@ from olvae.evaluation.latent_statistics import (
     mmd2_null_std,
 )
 from olvae.modules.distributions import Deterministic, DiagonalGaussian
+from tests.evaluation.peers import numbers
 
 N, C, H, W = 11, 3, 6, 4
 
@@ -40,15 +41,6 @@ def sample(moments: torch.Tensor, keys: list[int]) -> torch.Tensor:
     mean, logvar = moments.double().chunk(2, dim=1)
     noise = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in keys]
     return (mean + (logvar / 2).exp() * torch.stack(noise)).float()
-
-
-def flat(content, path=""):
-    """Every number of a nested report."""
-    if isinstance(content, dict):
-        return [item for key, value in content.items() for item in flat(value, f"{path}.{key}")]
-    if isinstance(content, list):
-        return [item for i, value in enumerate(content) for item in flat(value, f"{path}[{i}]")]
-    return [(path, float(content))]
 
 
 def test_the_numbers_of_numpy(moments):
@@ -91,7 +83,7 @@ def test_the_numbers_of_numpy(moments):
 
 def test_neither_batches_nor_order_nor_merging_matter(moments):
     keys = [image_key(torch.full((3, 2, 2), i, dtype=torch.uint8)) for i in range(N)]
-    expected = flat(accumulate(moments, keys, N, 7).compute())
+    expected = numbers(accumulate(moments, keys, N, 7).compute())
     order = torch.randperm(N).tolist()
     merged = accumulate(moments[:4], keys[:4], 2, 7)
     merged.merge(LatentAccumulator(7))
@@ -106,7 +98,7 @@ def test_neither_batches_nor_order_nor_merging_matter(moments):
         empty,
     ]
     for other in others:
-        for (path, value), (name, got) in zip(expected, flat(other.compute()), strict=True):
+        for (path, value), (name, got) in zip(expected, numbers(other.compute()), strict=True):
             assert path == name
             assert got == pytest.approx(value, rel=1e-9, abs=1e-12), path
 
@@ -180,7 +172,7 @@ def test_deterministic_latents_are_posteriors_of_no_width(moments):
     assert got["mmd"]["mmd2"] == pytest.approx(mmd2_normal(latent).tolist(), rel=1e-6)
     assert got["channels"].pop("min") == latent.transpose(0, 1).flatten(1).amin(1).tolist()
     assert got["channels"].pop("max") == latent.transpose(0, 1).flatten(1).amax(1).tolist()
-    found, others = flat({**got, "deterministic": [], "mmd": {}, "skipped": {}}), dict(flat(expected))
+    found, others = numbers({**got, "deterministic": [], "mmd": {}, "skipped": {}}), dict(numbers(expected))
     assert {".mean", ".std", ".channels.mean[0]", ".histogram.share[120]"} <= {name for name, _ in found}
     assert not [name for name, _ in found if "kl" in name or "active" in name]
     for name, value in found:
