@@ -153,7 +153,7 @@ def nearest_neighbours(z: Tensor, device: str | torch.device = "cpu", block: int
 
 
 def share_of_wrong(z: Tensor, distances: Tensor, checked: Tensor) -> float:
-    """Find the share of the rows ``checked`` to which another row is nearer than :func:`nearest_neighbours` said."""
+    """Find the share of the rows ``checked`` to which another row is nearer than :func:`nearest_neighbours` found."""
     direct = torch.cdist(z[checked], z, compute_mode="donot_use_mm_for_euclid_dist")  # of differences, to 7 digits
     direct[torch.arange(len(checked)), checked] = torch.inf
     return float((direct.amin(1) < distances[checked] * (1.0 - 1e-5)).float().mean())
