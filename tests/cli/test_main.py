@@ -117,7 +117,7 @@ def test_validate_memory(olvae, config, tmp_path, monkeypatch):
     code, out, err = olvae("validate", "--memory", config)
     assert code == 0
     assert "no mistakes" in err
-    assert "at 16 pixels" in out
+    assert "at 16x16 pixels" in out
     assert "fixed 1.00, per image 0.500, TFLOP per image 3" in " ".join(out.split())  # the same in all rows
     rows = [line.split() for line in out.splitlines() if line.strip().startswith(("32", "bf16"))]
     assert rows == [[p, c] for p in ("32", "bf16") for c in ("false", "true")]
