@@ -63,7 +63,13 @@ BatchSize = Annotated[
 First = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N images.")]
 
 WeightsDir = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Search here first for VGG16, AlexNet, Inception and DINOv2.")
+    Path | None,
+    typer.Option(
+        "--weights-dir",
+        "--weights_dir",
+        metavar="DIR",
+        help="Search here first for VGG16, AlexNet, Inception and DINOv2.",
+    ),
 ]
 
 Out = Annotated[

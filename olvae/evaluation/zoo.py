@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from olvae.config import ConfigError
+from olvae.devices import this_process
 from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.evaluation.report import write_files
 from olvae.evaluation.results import Results, Row
@@ -89,22 +90,20 @@ def evaluate_zoo(
     for observer in request.observers:
         observer.derive({})  # raises if its network is missing, before any autoencoder is downloaded
     missing: dict[str, str] = {}
-    whole: list[Evaluated] | None = []
     for entry in (entry for entry in entries if not (folder / entry.name / "metrics.json").is_file()):
         try:
             target = replace(find(entry.here(request.weights_dir)), name=entry.name, config={})
             one = replace(request, targets=[target], observers=[Listed(entry), *request.observers])
-            whole = evaluate(one, progress)
+            results = evaluate(one, progress)
         except (ValueError, ArithmeticError, OSError, torch.OutOfMemoryError) as error:
             missing[entry.name] = first_line(error)
             log.warning("%s: %s", entry.name, missing[entry.name])
             continue
-        for evaluated in whole or ():
+        for evaluated in results or ():
             write_files(evaluated, folder / entry.name, command=command)
             _collect(folder)
-    return (
-        None if whole is None else [Evaluated(_collect(folder, missing), [Listed(None, missing), *request.observers])]
-    )
+    shown = [Listed(None, missing), *request.observers]
+    return None if this_process()[0] else [Evaluated(_collect(folder, missing), shown)]
 
 
 def _collect(folder: Path, missing: Mapping[str, str] | None = None) -> Results:
