@@ -1,0 +1,123 @@
+"""What the parts that are made for diffusion models do: photos-f8c12 trained on with each, then diffusion models on it.
+
+    python -m study.parts --corpus study/corpus-out --out study/out
+
+Each part leaves OUT/parts/NAME.json; those that are there are kept, and so are finished seeds. The table of
+docs/results.md is made of the files in study/results/parts/.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from olvae.checkpoint import read_checkpoint
+from olvae.cli.main import print_error
+from olvae.files import check_folder, write_json
+from study.run import CROP, CROPS, Study, find_run
+
+__all__ = ["PARTS", "RECIPE", "main", "node", "read", "table"]
+
+RECIPE = Path(__file__).parent / "parts.yaml"
+
+PARTS = {
+    "none": "",
+    "little_noise": "random_noise.RandomNoise, params: {how: add, strength: 0.2}",
+    "noise": "random_noise.RandomNoise, params: {how: add, strength: 0.8}",
+    "masking": "channel_masking.ChannelMasking, params: {widths: [4, 8, 12]}",
+    "scale": "scale_equivariance.ScaleEquivariance, params: {factors: [2]}",
+}
+"""The first is the control: as many steps without a part."""
+
+TITLES = {
+    "none": "none",
+    "little_noise": "random noise, up to .2",
+    "noise": "random noise, up to .8",
+    "masking": "channel masking",
+    "scale": "scale equivariance",
+}
+
+STEPS, SAMPLES, SEEDS = 400, 200, (0, 1, 2)
+"""Of each diffusion model; as many crops are compared with."""
+
+
+def node(name: str) -> list[str]:
+    """The recipe's overrides for a part."""
+    return [f"model.params.parts.{name}={{target: olvae.models.parts.{PARTS[name]}}}"] if PARTS[name] else []
+
+
+def run(study: Study, name: str) -> dict[str, Any]:
+    """Train on with a part, evaluate, encode, and train the diffusion models; what docs/results.md has of it."""
+    model = find_run(study.out / "runs", f"further_{name}")
+    if model is None or not _finished(model.last_checkpoint):
+        photographs = (
+            f"root={(study.corpus / 'train_tiles').resolve()}",
+            f"val_root={(study.corpus / 'held_out').resolve()}",
+        )
+        settings = [*(f"data.params.{setting}" for setting in photographs), *node(name)]
+        flags = ["--base", str(RECIPE), "--logdir", str(study.out / "runs"), "--name", f"further_{name}"]
+        flags += ["--seed", "0", "--gpus", "0", "--precision", "32"]
+        study._command(name, "-m", "olvae.cli.main", "train", *flags, *settings)
+        model = find_run(study.out / "runs", f"further_{name}")
+        assert model is not None
+    target, places = str(model.path), [study.out / folder / name for folder in ("evaluations", "latents", "diffusion")]
+    evaluation, latents, diffusion = map(str, places)
+    held_out = ("--data", str(study.corpus / "held_out"), "--size", "256", "--metrics", "psnr")
+    if not (places[0] / "metrics.json").is_file():
+        study._command(name, "-m", "olvae.cli.main", "evaluate", target, *held_out, "--no-report", "--out", evaluation)
+    crops = ("--data", str(study.out / "crops"), "--size", str(CROP), "--flip", "--out", latents)
+    study._command(name, "-m", "olvae.cli.main", "encode", target, *crops)
+    flags = ["--decoder", target, "--reference", str(study.out / f"reference_{SAMPLES}"), "--out", diffusion]
+    flags += ["--seeds", ",".join(map(str, SEEDS)), "--samples", str(SAMPLES), "--steps", str(STEPS), "--patch", "2"]
+    study._command(name, "examples/diffusability.py", latents, *flags)
+    psnr = json.loads((places[0] / "metrics.json").read_text(encoding="utf-8"))["results"][0]["metrics"]["psnr"]
+    found = json.loads((places[2] / "diffusability.json").read_text(encoding="utf-8"))
+    return {"name": name, "part": PARTS[name], "psnr": psnr, **found}
+
+
+def _finished(checkpoint: Path) -> bool:
+    return checkpoint.is_file() and read_checkpoint(checkpoint)["global_step"] == 500
+
+
+def read(folder: Path = Path(__file__).parent / "results" / "parts") -> dict[str, dict[str, Any]]:
+    """The files of a folder by part, in the order of the table."""
+    return {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in PARTS}
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: distances to the crops, and of samples to decoded latents, with the deviation over the seeds."""
+    headings = ["part", "dB at 256", "reconstructions", "decoded latents", "samples", "samples to decoded latents"]
+    lines = [headings, ["---", *("--:" for _ in headings[1:])]]
+    for name, row in found.items():
+        floors = (f"{row['frechet_lite0'][key]:.1f}" for key in ("reconstructions", "decoded_latents"))
+        seeds = [[seed[key] for seed in row["seeds"]] for key in ("frechet_lite0", "frechet_lite0_to_decoded")]
+        spreads = (f"{mean(values):.1f} ± {stdev(values):.1f}" for values in seeds)
+        lines.append([TITLES[name], f"{row['psnr']:.2f}", *floors, *spreads])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", type=Path, default=Path("study/corpus-out"), help="what study.corpus made")
+    parser.add_argument("--out", type=Path, default=Path("study/out"))
+    options = parser.parse_args(arguments)
+    try:
+        check_folder(options.out)
+        study = Study(options.corpus, options.out, [])
+        for seed, folder, count in ((0, "crops", CROPS), (1, f"reference_{SAMPLES}", SAMPLES)):
+            if len(list((options.out / folder).glob("*.png"))) < count:
+                study._cut_crops(options.out / folder, count, seed)
+        (options.out / "parts").mkdir(exist_ok=True)
+        for name in PARTS:
+            if not (done := options.out / "parts" / f"{name}.json").is_file():
+                write_json(run(study, name), done)
+        print(table(read(options.out / "parts")))
+    except (OSError, ValueError) as error:
+        sys.exit(print_error(error))
+
+
+if __name__ == "__main__":
+    main()
