@@ -54,6 +54,10 @@ study: $(VENV)/.installed-dev ## the study of docs/results.md: photographs, trai
 gpu: $(VENV)/.installed-dev ## what only a GPU can show, into docs/gpu.md; finished steps are kept (40 minutes, or MINUTES=N)
 	$(BIN)/python -m study.gpu --minutes $(or $(MINUTES),40) $(if $(QUICK),--device cpu --quick)
 
+study-parts: $(VENV)/.installed-dev ## what the parts for diffusion models do to photos-f8c12, a table of docs/results.md (CPU, half an hour)
+	$(BIN)/python -m study.corpus --out study/corpus-out
+	$(BIN)/python -m study.parts --corpus study/corpus-out --out study/out
+
 models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, two hours)
 	$(BIN)/python -m study.corpus --out study/corpus-out
 	$(MAKE) photos-f8c12 photos-f8c4 photos-f8c12-sharp
