@@ -97,7 +97,7 @@ def run_of(checkpoint: Path) -> Run | None:
 
 
 def find_run(text: str | Path, logdir: str | Path = "runs") -> str | Path:
-    """Find the run that a word names: the newest of that name in ``logdir``, or ``last``, the newest of all.
+    """Find the run that a word names: the newest of that name in ``logdir``, or ``last`` or ``latest`` of all.
 
     ``elsewhere/NAME`` is of another folder. A path that exists comes first, and what names no run is returned as it is.
     """
@@ -107,7 +107,7 @@ def find_run(text: str | Path, logdir: str | Path = "runs") -> str | Path:
     begun = []
     for folder in (path.parent if path.parent.name else Path(logdir)).glob("*_*_*"):
         match = re.fullmatch(r"(\d{4}-\d\d-\d\dT[\d-]{8})(?:-(\d+))?_(.+)_[^_]+", folder.name)
-        if match and path.name in ("last", match[3]) and Run(folder).last_checkpoint.is_file():
+        if match and path.name in ("last", "latest", match[3]) and Run(folder).last_checkpoint.is_file():
             begun.append((match[1], int(match[2] or 0), folder))
     return max(begun)[2] if begun else text
 

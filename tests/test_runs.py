@@ -59,7 +59,8 @@ def test_one_word_names_the_newest_run(tmp_path, monkeypatch):
         (tmp_path / "runs" / f"2026-01-{name}" / "checkpoints").mkdir(parents=True)
         if "stopped" not in name:
             Run(tmp_path / "runs" / f"2026-01-{name}").last_checkpoint.touch()
-    newest = {"last": names[3], "a_b": names[3], "demo": names[2], "runs/demo": names[2], "runs/last": names[3]}
+    newest = {"last": names[3], "a_b": names[3], "demo": names[2], "runs/demo": names[2], "latest": names[3]}
+    newest["runs/last"] = names[3]
     assert {word: Path(find_run(word)).name.removeprefix("2026-01-") for word in newest} == newest
     assert find_run("last", "elsewhere") == "last"
     for word in ("stopped", "dem", "elsewhere/last", "olvae:demo", "owner/demo", "a.B:x//y", "", ".", tmp_path):

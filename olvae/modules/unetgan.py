@@ -71,10 +71,11 @@ def shared_weights(module: nn.Module) -> AbstractContextManager[object]:
 
 @torch.no_grad()
 def power_iteration(module: nn.Module) -> None:
-    """Run one power iteration of every :class:`SpectralConv2d` in ``module``, in any mode."""
+    """Run one power iteration of every :class:`SpectralConv2d` in ``module``, in any mode, in float32 as weights."""
     for norm in _spectral_norms(module):
         training = norm.training
-        norm.train()()  # computing the weight runs it
+        with no_autocast(next(norm.parameters())):
+            norm.train()()  # computing the weight runs it
         norm.train(training)
 
 

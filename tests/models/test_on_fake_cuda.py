@@ -52,11 +52,11 @@ def autocast(dtype: torch.dtype) -> Iterator[None]:
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations but views, convolutions by dtype; notes copies between devices, and what reaches Python."""
+    """Counts what launches something, products by operation and dtype; notes copies between devices, and waits."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count, self.convolved, self.found = 0, Counter(), []
+        self.count, self.products, self.found = 0, Counter(), []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -64,9 +64,9 @@ class Operations(TorchDispatchMode):
             self.found.append(str(func))
         if func is torch.ops.aten._to_copy.default and args[0].device != out.device:
             self.found.append(f"a copy of {tuple(out.shape)} from {args[0].device} to {out.device}")
-        if func is torch.ops.aten.convolution.default:
-            self.convolved[args[0].dtype] += 1
-        self.count += not func.is_view
+        if func in (torch.ops.aten.convolution.default, torch.ops.aten.mv.default):
+            self.products[func.overloadpacket, args[0].dtype] += 1
+        self.count += not (func.is_view or func.namespace == "prim" or "empty" in str(func))
         return out
 
 
@@ -102,35 +102,62 @@ def on_gpu(model: LiteAutoencoderKL, monkeypatch) -> LiteAutoencoderKL:
     model.__dict__.update(optimizers=lambda: wrapped, lr_schedulers=lambda: schedules, manual_backward=fill)
     model.__dict__.update(log_dict=logged.update, logged=logged, log=logged.__setitem__)
     monkeypatch.setattr("olvae.models.adversary.gradient_ratio", lambda *_: torch.empty((), device=GPU))
+    monkeypatch.setattr("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True)  # a GPU has it
     model.on_train_start()
     return model
 
 
-LAUNCHES = 9_800
-"""Ceiling of a step's operations without its backward passes: on a GPU each is a launch at least."""
-
-
-def test_steps_in_half_precision(monkeypatch):
-    """Of both players, with LeCam and CutMix; every second one is logged."""
-    penalties = [f"{A}.start_step=0", f"{A}.lecam_weight=0.1", f"{A}.cutmix_probability=1.0"]
-    config = load(["configs/demo_b.yaml"], penalties)
-    size, steps = config["data"]["params"]["size"], []
+def take_steps(config, monkeypatch, steps: int) -> tuple[LiteAutoencoderKL, list[Operations]]:
+    """Steps of two images in bfloat16, of which every second one is logged; the others wait for nothing."""
+    size, taken = config["data"]["params"]["size"], []
     config["model"]["params"] |= {"gradient_clip_val": 1.0, "learning_rate": 1e-4}
     without = footprint.without_weights(config["model"])
     with FakeTensorMode():
         model = on_gpu(without, monkeypatch)
-        for number in range(3):
+        for number in range(steps):
             images = torch.empty(2, 3, size, size, dtype=torch.uint8, device=GPU)
             with Operations() as operations, autocast(torch.bfloat16):
                 model.training_step({"image": images, "key": ["a", "b"]}, number)
-            steps.append(operations)
+            taken.append(operations)
             if not model.reports:
                 assert operations.found == []
         for optimizer in model.optimizers():
             for p, state in optimizer.optimizer.state.items():
                 assert (state["exp_avg"].stride(), state["step"].device) == (p.stride(), GPU)
         assert {v.device for v in model.logged.values() if isinstance(v, torch.Tensor)} == {GPU}
-    assert model.trainer.global_step == 3
-    assert max(step.count for step in steps) <= LAUNCHES
-    convolved = steps[0].convolved
-    assert convolved[torch.bfloat16] > 10 * convolved[torch.float32]
+    assert model.trainer.global_step == steps
+    return model, taken
+
+
+LAUNCHES = 1_750
+"""Ceiling of the operations of a step after the first, without its backward passes: each is a launch at least."""
+
+
+def test_steps_in_half_precision(monkeypatch):
+    """Of both players, with LeCam and CutMix."""
+    penalties = [f"{A}.start_step=0", f"{A}.lecam_weight=0.1", f"{A}.cutmix_probability=1.0"]
+    _, steps = take_steps(load(["configs/demo_b.yaml"], penalties), monkeypatch, 3)
+    assert max(step.count for step in steps[1:]) <= LAUNCHES
+    products, convolution, vector = steps[0].products, torch.ops.aten.convolution, torch.ops.aten.mv
+    assert products[convolution, torch.bfloat16] > 10 * products[convolution, torch.float32]
+    assert products[vector, torch.float32] > products[vector, torch.bfloat16] == 0  # power iterations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "launches"),
+    [
+        ("folder", 400),
+        ("imagenet/A2", 2_150),
+        ("imagenet/B1", 2_300),
+        ("imagenet/B2", 4_750),
+        ("imagenet/B5", 3_700),
+        ("imagenet/VAE_b", 1_000),
+        ("imagenet/paper_f8c12", 1_700),
+        ("deep/f16c32_b", 2_750),
+    ],
+)
+def test_steps_of_recipes(monkeypatch, name, launches):
+    """Each discriminator and each kind of decoder, with LPIPS where the recipe has it; ceilings as above."""
+    _, steps = take_steps(load([f"configs/{name}.yaml"]), monkeypatch, 2)
+    assert steps[1].count <= launches
