@@ -1,7 +1,6 @@
 """``olvae evaluate --zoo``, with tiny random models in a local folder in place of the published ones."""
 
 import json
-import re
 from pathlib import Path
 
 import diffusers
@@ -9,7 +8,7 @@ import pytest
 
 from olvae.evaluation.zoo import read_zoo
 from olvae.models.loading import diffusers_models
-from olvae.models.spec import SHIPPED, SHIPPED_FOLDER, shipped_names
+from olvae.models.spec import CLASS_NAME, SHIPPED, SHIPPED_FOLDER, shipped_names
 from tests.cli.test_evaluate import content
 from tests.conftest import smooth_pictures
 from tests.models.loading.classes import CLASSES, make
@@ -108,11 +107,9 @@ def test_the_list_and_the_page():
     own = [entry.name for entry in entries if entry.target.startswith(SHIPPED)]
     assert sorted(own) == shipped_names()
     assert [entry.name for entry in entries[: len(own)]] == own
-    assert {entry.kind for entry in entries} - {"AutoencoderLiteVAE"} <= CLASSES.keys()
-    assert all(re.fullmatch(r"[a-z0-9.-]+", entry.name) for entry in entries)
     for entry in entries:
+        assert entry.kind in CLASSES or entry.kind == CLASS_NAME
         assert f"| {entry.name} |" in page or f"- not here: {entry.name} ({entry.target}, {entry.kind}, " in page
     for name in own:
         card = json.loads((SHIPPED_FOLDER / name / "metrics.json").read_text())
-        psnr = card["results"][0]["metrics"]["psnr"]
-        assert re.search(rf"^\| {name} \| 39 \| {psnr:.3f} ", page, re.M), name
+        assert f"| {name} | 39 | {card['results'][0]['metrics']['psnr']:.3f} " in page
