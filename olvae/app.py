@@ -129,7 +129,7 @@ def page(targets: Sequence[str], device: str = "cpu") -> "gr.Blocks":
             x = read_image(path, channels)
             shown = Shown(x, compare(models, x, device))
         except ValueError as error:
-            raise gr.Error(str(error), duration=None) from None
+            raise gr.Error(str(error), duration=None, print_exception=False) from None
         errors = [(_array(result.error), model) for model, result in shown.results.items()]
         return shown, _table(models, shown), *_choose(shown, name), errors, _array(x), _detail(shown, side)
 
@@ -143,11 +143,15 @@ def page(targets: Sequence[str], device: str = "cpu") -> "gr.Blocks":
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 file = gr.File(label="Drop an image", type="filepath", elem_id="file")
-                gr.Examples([[str(path)] for path in HELD_OUT[:4]], file, label="or take one of these")
+                thumbnail = gr.Image(type="filepath", visible=False)
+                samples = [[str(path)] for path in HELD_OUT[:4]]
+                examples = gr.Dataset(
+                    components=[thumbnail], samples=samples, label="or take one of these", elem_id="examples"
+                )
                 name = gr.Radio(names, value=names[0], label="Shown beside the original", visible=len(names) > 1)
             with gr.Column(scale=2, min_width=360):
                 slider = gr.ImageSlider(label="original | reconstruction", format="png", elem_id="slider")
-                columns = ["model", "latent", "PSNR, dB", "SSIM", "seconds"]
+                columns = ["model", "PSNR, dB", "SSIM", "seconds", "latent"]  # on a phone the first ones show
                 table = gr.Dataframe(headers=columns, wrap=True, label="Numbers", interactive=False, elem_id="numbers")
         with gr.Tab("Error", render_children=True):
             gr.Markdown("Absolute error, mean of the channels: black is 0, white 64 of 255 and above.")
@@ -161,6 +165,7 @@ def page(targets: Sequence[str], device: str = "cpu") -> "gr.Blocks":
             with gr.Row():
                 whole = gr.Image(label="Original", interactive=False, format="png", elem_id="whole")
                 near = gr.Gallery(label="Detail", elem_id="detail", columns=2, **pictures)
+        examples.click(lambda sample: sample[0], examples, file)
         file.change(look, [file, name, side], [state, table, slider, latent, errors, whole, near])
         name.change(_choose, [state, name], [slider, latent])
         whole.select(detail_at, [state, side], near)
@@ -192,7 +197,7 @@ def _table(models: Mapping[str, Autoencoder], shown: Shown) -> list[list[str]]:
         psnr = "∞" if math.isinf(result.psnr) else f"{result.psnr:.2f}"
         ssim = "\N{EN DASH}" if result.ssim is None else f"{result.ssim:.4f}"
         size = "x".join(map(str, result.latent.shape))
-        rows.append([name, f"f{models[name].downscale}, {size}", psnr, ssim, f"{result.seconds:.2f}"])
+        rows.append([name, psnr, ssim, f"{result.seconds:.2f}", f"f{models[name].downscale}, {size}"])
     return rows
 
 
