@@ -3,7 +3,6 @@
 import csv
 import importlib.metadata
 import platform
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +17,19 @@ from olvae.data.pixels.sides import Sides
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.observers.observer import Observer
-from olvae.evaluation.page import NONE, Cell, Page, Table, conditions, costs, differences, headings, meaning, scores
+from olvae.evaluation.page import (
+    NONE,
+    Cell,
+    Page,
+    Table,
+    conditions,
+    costs,
+    differences,
+    headings,
+    meaning,
+    plain,
+    scores,
+)
 from olvae.evaluation.results import Results, used_weights
 from olvae.evaluation.runner import Evaluated
 from olvae.files import atomic_write, no_empty_folders, remove_partials, write_json
@@ -53,16 +64,16 @@ def write_markdown(evaluated: Evaluated, path: Path, head: str = "") -> None:
     table = {target: {**cells, **cost.get(target, {})} for target, cells in quality(evaluated, counts=True).items()}
     columns = headings(table)
     lines = [
-        f"Protocol {_title(results)}, of {_plain(str(results.images['source']))}.",
+        f"Protocol {_title(results)}, of {plain(str(results.images['source']))}.",
         "",
         _line(["target", *columns]),
         _line(["---", *["---:"] * len(columns)]),
-        *(_line(map(_plain, [target, *_shown(cells, columns)])) for target, cells in table.items()),
+        *(_line(map(plain, [target, *_shown(cells, columns)])) for target, cells in table.items()),
         "",
     ]
     if cost:
-        lines += [f"Cost of one image; speed and memory: {_plain(conditions(results.table))}.", ""]
-    lines += [f"- {_plain(remark)}" for remark in _remarks(evaluated)]
+        lines += [f"Cost of one image; speed and memory: {plain(conditions(results.table))}.", ""]
+    lines += [f"- {plain(remark)}" for remark in _remarks(evaluated)]
     with atomic_write(path) as partial:
         partial.write_text(head + "\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
@@ -204,11 +215,6 @@ def _title(results: Results) -> str:
 
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _plain(text: str) -> str:
-    """A user's text on one line, with Markdown's characters escaped, except underscores inside a word."""
-    return re.sub(r"([\\|*`<>\[\]#~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", " ".join(text.split()))
 
 
 def _version(package: str) -> str:

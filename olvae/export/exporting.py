@@ -18,7 +18,7 @@ from olvae.config import ConfigError
 from olvae.data.pixels.sides import Sides
 from olvae.devices import DTYPES
 from olvae.evaluation.observers.half_precision import HalfPrecision
-from olvae.evaluation.page import scores
+from olvae.evaluation.page import plain, scores
 from olvae.evaluation.results import Results
 from olvae.export.formats import FACTORS, LAYOUTS, Layout, find_layout
 from olvae.files import folder_beside, nearest_folder, no_empty_folders
@@ -341,6 +341,7 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
     environment = Environment(
         loader=cards, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    environment.filters["plain"] = plain
     results = None if provenance.metrics is None else Results.read(provenance.metrics)
     rows = results.rows if results else []
     family = [row for row in rows if row.target == rows[0].target or row.target.startswith(f"{rows[0].target}, ")]
@@ -416,14 +417,15 @@ def _base_models(config: Mapping[str, Any]) -> list[str]:
 def _data(config: Mapping[str, Any]) -> str:
     if not (target := _entry(config, "data.target")):
         return "Unknown."
-    text = [f"`{target}`"]
+    text = [f"`{plain(str(target))}`"]
     if root := _entry(config, "data.params.root"):
-        text.append(Path(str(root)).name)
+        text.append(plain(Path(str(root)).name))
     if size := _entry(config, "data.params.size"):
         text.append(f"crops of {Sides.of(size)}")
     if steps := _entry(config, "lightning.trainer.max_steps"):
-        text.append(f"{steps} steps")
+        text.append(plain(f"{steps} steps"))
     if before := settings_of(config).weights:
         file = Path(before)
-        text.append(f"from the weights of {file.parents[1].name if file.parent.name == 'checkpoints' else file.name}")
+        name = file.parents[1].name if file.parent.name == "checkpoints" else file.name
+        text.append(f"from the weights of {plain(name)}")
     return f"{', '.join(text)}."

@@ -1,6 +1,7 @@
 """What model cards say."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,19 @@ def metrics(tmp_path) -> Path:
 
 def card_of(model: LiteVAE, provenance: Provenance, layout: str = "litevae") -> str:
     return model_card(model, LAYOUTS[layout](), "vae", provenance, onnx=False)
+
+
+def test_names_that_were_received_are_text(metrics):
+    """Of the run, its data, its weights and rows: one line each, without HTML, links or cells of their own."""
+    name = "<script>a</script>\n# [x](https://example.org) | \x1b[2J"
+    changed = json.loads(metrics.read_text())
+    changed["results"][0]["target"] = changed["protocol"]["name"] = name
+    metrics.write_text(json.dumps(changed))
+    data = {"target": name, "params": {"root": name.replace("/", "")}}
+    card = card_of(tiny_litevae(), Provenance(name, {"data": data, "run": {"weights": name}}, metrics))
+    assert card.count("script") > 6
+    assert not re.search(r"(?<!\\)<script|(?<!\\)\[x|^# \[|\x1b", card, re.MULTILINE)
+    assert len([line for line in card.splitlines() if line.startswith("# ")]) == 1
 
 
 def test_the_model_card(metrics, tmp_path):
