@@ -47,7 +47,7 @@ def remove_partials(partials: Iterable[Path], idle_s: float = 0.0) -> None:
     until = time.time() - idle_s
     for partial in partials:
         with contextlib.suppress(FileNotFoundError):  # it is in its place by now
-            if partial.is_file() and partial.stat().st_mtime <= until:
+            if partial.is_file() and (not idle_s or partial.stat().st_mtime <= until):  # clocks may jump back
                 partial.unlink()
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from safetensors import SafetensorError
 from torch import Tensor
 
 from olvae.checkpoint import tensors_sum
@@ -138,7 +139,10 @@ def export(
     out, differences = _as_exported(model, DTYPES[settings.dtype], settings.fold)
     with no_empty_folders(place.parent), folder_beside(place) as beside:
         partial = beside / place.name
-        layout.write(out, partial)
+        try:
+            layout.write(out, partial)
+        except SafetensorError as error:  # a full disk, for example
+            raise OSError(f"{out}: not written: {error}") from error
         if settings.onnx:
             from olvae.export.onnx import export_onnx  # needs an extra
 

@@ -1,15 +1,17 @@
 """A command that tells what it writes, or is killed there: ``python -m tests.soak.killed SETTINGS evaluate ...``.
 
 SETTINGS are JSON: the ``root`` that is watched, and the ``log`` of its writes, to be made, or the ``kill``, a Write and
-a percentage. An audit hook sees a file that is opened for writing, renamed or removed. What is renamed was written
-under another name, by Python or by others, and is whole: cut to a share of it, it is what a kill on the way leaves. A
-file that stays where it was opened is cut at the next such moment.
+a percentage; ``limit``, the bytes at which a file is as on a full disk; ``back``, seconds by which the clock is slow.
+An audit hook sees a file that is opened for writing, renamed or removed. What is renamed was written under another
+name, by Python or by others, and is whole: cut to a share of it, it is what a kill on the way leaves. A file that stays
+where it was opened is cut at the next such moment.
 """
 
 import json
 import multiprocessing
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -109,6 +111,11 @@ def main() -> None:
     settings = json.loads(sys.argv[1])
     kill = settings.get("kill")
     watch(settings["root"], settings.get("log"), (Write(*kill[0]), kill[1]) if kill else None)
+    if limit := settings.get("limit"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    if back := settings.get("back"):
+        now = time.time
+        time.time = lambda: now() - back
     from olvae.cli.main import main as command
 
     command(sys.argv[2:])

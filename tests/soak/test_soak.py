@@ -23,11 +23,15 @@ import pytest
 import torch
 
 from olvae.config import save
+from olvae.export.formats import LAYOUTS
 from tests.conftest import tiny_config
 from tests.data.images import picture, write_shards
+from tests.models.autoencoder_kl import autoencoder_kl
+from tests.models.loading.test_targets import taesd
 from tests.models.steps import PATCHGAN, against
+from tests.models.test_autoencoder import tiny
 from tests.soak.killed import PERCENTS, Write
-from tests.training.origins import same
+from tests.training.origins import same, without_networks
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(3600)]
 
@@ -153,7 +157,7 @@ def trained(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: content
         for name, content in files(run).items()
-        if not re.match(r"tensorboard/|images/curves.png|checkpoints/.*\.ckpt|hparams", name)
+        if not re.match(r"tensorboard/|csv/|wandb/|images/curves.png|checkpoints/.*\.ckpt|hparams", name)
     }
     for path in (run / "checkpoints").glob("*.ckpt"):
         checkpoint = torch.load(path, weights_only=True)
@@ -190,6 +194,132 @@ def test_train(tmp_path, part, data, adversary):
         return ["train", "--base", tmp_path / "tiny.yaml", "--logdir", folder / "runs", "--gpus", 0]
 
     soak(Command(arguments, trained), tmp_path, KILLS, slice(part, None, 4))
+
+
+LOGGERS = {"csv": {"target": "lightning.pytorch.loggers.CSVLogger"}}
+LOGGERS |= {"wandb": {"target": "lightning.pytorch.loggers.WandbLogger", "params": {"mode": "offline"}}}
+
+
+def training(tmp_path: Path, *more: object, **trainer: Any) -> Command:
+    """A training of a small model as a command, with a CSV and a W&B logger; ``more`` is said when it begins."""
+    config = without_networks(photos(tmp_path / "photos", 40)) if "--from" in more else tiny_config(tmp_path / "photos")
+    photos(tmp_path / "photos", 40)
+    steps = {"max_steps": 16, "val_check_interval": 4, "log_every_n_steps": 2}
+    keep = {"target": "olvae.training.saving.KeepCheckpoints", "params": {"every_n_steps": 4}}
+    config["lightning"] = {"trainer": {**steps, **trainer}, "callbacks": {"keep": keep}, "logger": LOGGERS}
+    save(config, tmp_path / "cfg.yaml")
+
+    def arguments(folder: Path) -> list[object]:
+        run = run_of(folder)
+        if run is not None:
+            return ["train", "--resume", run]
+        shutil.rmtree(folder / "runs", ignore_errors=True)
+        words = ["train", "--base", tmp_path / "cfg.yaml", *more, "--logdir", folder / "runs"]
+        return words if "devices" in trainer else [*words, "--gpus", 0]
+
+    return Command(arguments, trained)
+
+
+@pytest.mark.parametrize(("part", "flag"), [(0, "--from"), (1, "--teacher")])
+def test_train_from_another(tmp_path, part, flag):
+    tiny().save_pretrained(tmp_path / "vae")
+    soak(training(tmp_path, flag, tmp_path / "vae"), tmp_path, KILLS // 3, slice(part, None, 2))
+
+
+def test_train_in_two_processes(tmp_path):
+    soak(training(tmp_path, accelerator="cpu", devices=2), tmp_path, KILLS // 4)
+
+
+def numbers(folder: Path) -> dict[str, Any]:
+    """What an evaluation made, but for its times and date."""
+    found: dict[str, Any] = {name: content for name, content in files(folder).items() if "report" not in name}
+    for name in [name for name in found if name.endswith(("metrics.json", "metrics.md"))]:
+        results = json.loads(found.pop(name))["results"] if name.endswith("json") else []
+        found |= {f"{name} {row['target']}": row["metrics"] for row in results}
+    return found
+
+
+def made(tmp_path: Path, what: str) -> Command:
+    """A command that makes files of a small model: evaluate, latents, or a format of export."""
+    target: object = tmp_path / "vae"
+    if what in ("diffusers", "ldm"):
+        autoencoder_kl((32, 32)).save_pretrained(tmp_path / "vae")
+        target = f"diffusers:{target}"
+    elif what == "taesd":
+        taesd().save_pretrained(tmp_path / "vae")
+        target = f"diffusers:{target}"
+    else:
+        tiny().save_pretrained(tmp_path / "vae")
+    if what in ("evaluate", "latents"):
+        words = [what, target, "--data", photos(tmp_path / "photos", 12)]
+        words += ["--size", 32, "--metrics", "psnr,ssim"] if what == "evaluate" else []
+        return Command(lambda folder: [*words, "--out", folder / "out"], numbers)
+    name = "out.safetensors" if what in ("ldm", "comfyui") else "out"
+    return Command(lambda folder: ["export", target, "--out", folder / name, "--format", what, "--force"], files)
+
+
+MADE = ["evaluate", "latents", *LAYOUTS]
+
+
+@pytest.mark.parametrize("what", MADE)
+def test_made(tmp_path, what):
+    soak(made(tmp_path, what), tmp_path, KILLS // 5)
+
+
+@pytest.mark.parametrize("what", ["train", "pack", *MADE])
+def test_a_full_disk(tmp_path, what):
+    """At half of each file of those that a command writes: an error without a traceback, and the same after it."""
+    if what == "train":
+        command = training(tmp_path)
+    elif what == "pack":
+        words = ["data", "pack", photos(tmp_path / "photos", 20), "--shard-size", 6, "--workers", 1, "--out"]
+        command = Command(lambda folder: [*words, folder / "out"], files)
+    else:
+        command = made(tmp_path, what)
+    expected, *_ = command.whole(tmp_path / "whole")
+    sizes = sorted(path.stat().st_size // 2 for path in (tmp_path / "whole").rglob("*") if path.is_file())
+    sizes = [size for size in sizes if size > 2**13] or sizes[-1:]  # what it prints has to fit
+    folder, failed = tmp_path / "full", 0
+    for limit in sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]}):
+        code = command.start(folder, limit=limit).wait()
+        printed = (tmp_path / "output.txt").read_text()
+        assert code in (0, 1), printed  # loggers and pictures are no reason to end a training
+        assert "Traceback" not in printed, printed
+        assert (f"\n{printed}".count("\nerror: ") == 1) == (code == 1), printed
+        assert not [*folder.rglob("*.partial*"), *folder.rglob(".partial*")]
+        failed += code
+        _check(command.start(folder).wait(), folder)
+        _compare(command.result(folder), expected, [])
+        shutil.rmtree(folder)
+    sys.stdout.write(f"{failed} full disks")
+    assert failed
+
+
+def test_a_clock_that_jumps_back_and_a_run_that_moves(tmp_path):
+    """Resumed a day before it began, from another folder, it ends as one that nobody stopped."""
+    command = training(tmp_path)
+    expected, writes, _ = command.whole(tmp_path / "whole")
+    middle = [write for write in writes if write.name.endswith("last.ckpt")][1]
+    assert command.killed(tmp_path / "killed", (middle, 100))
+    (tmp_path / "elsewhere").mkdir()
+    shutil.move(tmp_path / "killed", tmp_path / "elsewhere" / "moved")
+    folder = tmp_path / "elsewhere" / "moved"
+    _check(command.start(folder, back=86400).wait(), folder)
+    _compare(command.result(folder), expected, [])
+
+
+def test_two_runs_in_one_second_and_data_that_changed(tmp_path):
+    """Both have a folder of their own; with more pictures than before, a resumed run goes on, and says how many."""
+    command = training(tmp_path)
+    folder = tmp_path / "both"
+    processes = [command.start(folder) for _ in range(2)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert len(list((folder / "runs").iterdir())) == 2
+    run = run_of(folder)
+    photos(tmp_path / "photos", 60)
+    words = ["train", "--resume", run, "lightning.trainer.max_steps=20"]
+    _check(Command(lambda _: words, files).start(folder).wait(), folder)
+    assert "48 training, 12 validation" in (tmp_path / "output.txt").read_text()
 
 
 def test_pack(tmp_path):
