@@ -234,8 +234,9 @@ def numbers(folder: Path) -> dict[str, Any]:
     """What an evaluation made, but for its times and date."""
     found: dict[str, Any] = {name: content for name, content in files(folder).items() if "report" not in name}
     for name in [name for name in found if name.endswith(("metrics.json", "metrics.md"))]:
-        results = json.loads(found.pop(name))["results"] if name.endswith("json") else []
-        found |= {f"{name} {row['target']}": row["metrics"] for row in results}
+        content = found.pop(name)
+        if name.endswith("json"):
+            found |= {f"{name} {row['target']}": row["metrics"] for row in json.loads(content)["results"]}
     return found
 
 
