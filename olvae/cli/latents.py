@@ -41,7 +41,7 @@ def command(
         from olvae.evaluation.observers.ifid import InterpolatedFID
         from olvae.evaluation.observers.observer import Observer, Subject
         from olvae.evaluation.roundtrip import open_images_for
-        from olvae.files import no_empty_folders, write_json
+        from olvae.files import no_empty_folders, remove_partials, write_json
         from olvae.models.loading.targets import find_target, name_apart
         from olvae.modules.scaling_factors import FEW_IMAGES
 
@@ -71,8 +71,7 @@ def command(
     rows = {}
     with ProgressBar("comparing with N(0, I)", len(models), unit="models") as bar:
         for name, accumulator in accumulators.items():
-            entry = observer.result(name, 0)
-            rows[name] = accumulator.compute() | ({observer.name: entry} if entry else {})
+            rows[name] = accumulator.compute() | ({observer.name: e} if (e := observer.result(name, 0)) else {})
             bar.advance()
 
     about = {
@@ -88,6 +87,7 @@ def command(
     }
     with no_empty_folders(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        remove_partials(folder.glob(".partial-*"), idle_s=1.0)
         write_json(content, folder / "latents.json")
         draw_distribution(rows, folder / "latents.png")
     print_latents(rows, about, observer)

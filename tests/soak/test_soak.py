@@ -204,6 +204,7 @@ def training(tmp_path: Path, *more: object, **trainer: Any) -> Command:
     """A training of a small model as a command, with a CSV and a W&B logger; ``more`` is said when it begins."""
     config = without_networks(photos(tmp_path / "photos", 40)) if "--from" in more else tiny_config(tmp_path / "photos")
     photos(tmp_path / "photos", 40)
+    config["model"]["params"]["lossconfig"]["params"]["kl_weight"] = 0  # as a teacher wants it
     steps = {"max_steps": 16, "val_check_interval": 4, "log_every_n_steps": 2}
     keep = {"target": "olvae.training.saving.KeepCheckpoints", "params": {"every_n_steps": 4}}
     config["lightning"] = {"trainer": {**steps, **trainer}, "callbacks": {"keep": keep}, "logger": LOGGERS}
