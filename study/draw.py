@@ -225,6 +225,8 @@ def _plot(rows: Found, path: Path) -> None:
     axes = figure.subplots()
     for bicubic in _baselines(rows, "bicubic"):
         for title, name in (("SMC", "litevae_0"), ("GroupNorm", "group_norm")):
+            if name not in rows:
+                continue
             above = [_psnr(rows[name], size) - bicubic[size]["psnr"] for size in bicubic]
             axes.plot([float(size) for size in bicubic], above, linewidth=1.2, marker="o", markersize=3, label=title)
     axes.legend(fontsize=8)

@@ -41,6 +41,7 @@ def command(
         from olvae.evaluation.observers.ifid import InterpolatedFID
         from olvae.evaluation.observers.observer import Observer, Subject
         from olvae.evaluation.roundtrip import open_images_for
+        from olvae.evaluation.runner import is_examined
         from olvae.files import no_empty_folders, remove_partials, write_json
         from olvae.models.loading.targets import find_target, name_apart
         from olvae.modules.scaling_factors import FEW_IMAGES
@@ -56,8 +57,7 @@ def command(
     source = open_images_for(models, found[0].config, data)
     if images is not None:
         source.limit(images)
-    batches = source.test_loader(batch_size or (8 if data else None))
-    shown = with_progress("encoding")(batches, source.val_images)
+    shown = with_progress("encoding")(source.test_loader(batch_size or (8 if data else None)), source.val_images)
     accumulators = encode_latents(models, shown, device, source.pixel_range, observer)
     parts = gather((accumulators, observer.state()))
     leave()
@@ -67,11 +67,11 @@ def command(
         observer.merge(state)
         for name, accumulator in accumulators.items():
             accumulator.merge(others[name])
-    observer.examine(subjects, min(source.size), device)
+    observers = [observer] if is_examined(observer, subjects, source, device) else []
     rows = {}
     with ProgressBar("comparing with N(0, I)", len(models), unit="models") as bar:
         for name, accumulator in accumulators.items():
-            rows[name] = accumulator.compute() | ({observer.name: e} if (e := observer.result(name, 0)) else {})
+            rows[name] = accumulator.compute() | {o.name: e for o in observers if (e := o.result(name, 0))}
             bar.advance()
 
     about = {

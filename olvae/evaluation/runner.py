@@ -135,7 +135,7 @@ def _one_pass(
         return []
 
     # The numbers: for every way to draw a latent, then for every protocol.
-    examined = [observer for observer in observers if _is_examined(observer, subjects, source, request.device)]
+    examined = [observer for observer in observers if is_examined(observer, subjects, source, request.device)]
     images = {"source": images["source"], "n": len(digests), "sha256": fingerprint(digests), **images}
     costs = {name: trips[name, 0].cost(source.size) for name, subject in subjects.items() if not subject.baseline}
     measured = {}
@@ -224,7 +224,7 @@ def fingerprint(digests: Mapping[str, bytes]) -> str:
     return hashlib.sha256(b"".join(sorted(digests.values()))).hexdigest()
 
 
-def _is_examined(observer: Observer, subjects: Mapping[str, Subject], source: Source, device: str) -> bool:
+def is_examined(observer: Observer, subjects: Mapping[str, Subject], source: Source, device: str) -> bool:
     """Let an observer look at the models alone; warn and return False if they give it numbers that are not finite."""
     try:
         observer.examine(subjects, min(source.size), device)

@@ -87,6 +87,8 @@ def evaluate_zoo(
     Returns the table of all that is there, in the first process. What can't be evaluated is left out, with its reason.
     ValueError if there is nothing, or new results are not comparable with those that are there; MissingWeights.
     """
+    if this_process()[1] > 1:  # an error in one alone would leave the others with another autoencoder
+        raise ConfigError("`zoo` runs in one process: start it without torchrun or srun")
     for observer in request.observers:
         observer.derive({})  # raises if its network is missing, before any autoencoder is downloaded
     missing: dict[str, str] = {}
@@ -103,7 +105,7 @@ def evaluate_zoo(
             write_files(evaluated, folder / entry.name, command=command)
             _collect(folder)
     shown = [Listed(None, missing), *request.observers]
-    return None if this_process()[0] else [Evaluated(_collect(folder, missing), shown)]
+    return [Evaluated(_collect(folder, missing), shown)]
 
 
 def _collect(folder: Path, missing: Mapping[str, str] | None = None) -> Results:

@@ -32,6 +32,13 @@ def pictures(tmp_path) -> Path:
     return tmp_path / "pictures"
 
 
+def test_several_processes_are_refused(olvae, monkeypatch, tmp_path):
+    monkeypatch.setattr("olvae.evaluation.zoo.this_process", lambda: (0, 2))
+    code, _, err = olvae("evaluate", "--zoo", "taesd", "--data", "samples", *FLAGS, "--out", tmp_path / "out")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--zoo runs in one process" in err
+
+
 def test_copies_in_a_folder_one_missing_and_continued(olvae, pictures, tmp_path):
     for name, kind in {"taesd": "AutoencoderTiny", "wan-2.1": "AutoencoderKLWan", "taef1": "AutoencoderTiny"}.items():
         make(kind).save_pretrained(tmp_path / "copies" / name)

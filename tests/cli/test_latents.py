@@ -50,6 +50,19 @@ def test_ifid_is_that_of_an_evaluation(olvae, trained, photos, tmp_path, weights
         assert text in err
 
 
+def test_pictures_that_are_not_finite_cost_ifid_alone(olvae, trained, tmp_path, monkeypatch, weights_dir, caplog):
+    def fail(*_: object) -> None:
+        raise ArithmeticError("a picture of neighbours is not finite")
+
+    monkeypatch.setattr("olvae.evaluation.observers.ifid.Inception", lambda path, device: extract)
+    monkeypatch.setattr("olvae.evaluation.observers.ifid.InterpolatedFID.examine", fail)
+    assert olvae("latents", trained, "--ifid", "--weights-dir", weights_dir, "--out", tmp_path)[0] == 0
+    (row,) = json.loads((tmp_path / "latents.json").read_text())["results"]
+    assert "ifid" not in row
+    assert row["std"] > 0
+    assert "ifid: a picture of neighbours is not finite" in caplog.text
+
+
 def test_ifid_without_its_network(olvae, trained, tmp_path, monkeypatch, nowhere):  # noqa: F811
     code, _, err = olvae("latents", trained, "--ifid", "--out", tmp_path / "out")
     assert (code, err.count("\n")) == (1, 1)
