@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
-from PIL.TiffImagePlugin import IMAGELENGTH, IMAGEWIDTH, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, IMAGELENGTH, IMAGEWIDTH, TiffImageFile
 from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.data.pixels.arrays import array_suffix, read_array
-from olvae.data.pixels.ranges import AS_STORED, EIGHT_BIT_FILE, EIGHT_BITS, UNSTATED, PixelRange
+from olvae.data.pixels.ranges import AS_STORED, EIGHT_BIT_FILE, EIGHT_BITS, UNKEPT, UNSTATED, PixelRange
 from olvae.data.pixels.sides import MAX_PIXELS, Sides, Size, check_size
 from olvae.data.read_errors import UnreadableImageError
 from olvae.files import legible, reason
@@ -195,13 +195,14 @@ class Photo:
         if not (len(content) if isinstance(content, bytes) else content.stat().st_size):
             raise ValueError("the file is empty")
         if (suffix := self._array_suffix(content)) is None:
-            if not self.pixel_range.eight_bits and self.pixel_range != AS_STORED:
-                raise ValueError(EIGHT_BIT_FILE)
             image = _open_by_pillow(content)
             if image is not None and not _is_deep(image):
+                if self.pixel_range not in (EIGHT_BITS, AS_STORED):
+                    raise ValueError(EIGHT_BIT_FILE)
                 return image
-            suffix = array_suffix(content)
-            if suffix is None or (image is not None and self.pixel_range.eight_bits):
+            if (suffix := array_suffix(content)) is None:
+                raise ValueError(UNKEPT)
+            if image is not None and self.pixel_range.eight_bits:
                 raise ValueError(UNSTATED)
         self.suffix = suffix.removeprefix(".")
         any_channels = self.pixel_range == AS_STORED and self.channels in MODES and suffix in (".tif", ".png")
@@ -272,8 +273,11 @@ def _open_by_pillow(content: Path | bytes) -> Image.Image | None:
 
 def _is_deep(image: Picture) -> bool:
     """Whether a picture of Pillow has more than 8 bits per channel, which it may cut to 8."""
-    tiles = getattr(image, "tile", ())
-    return isinstance(image, Image.Image) and (image.mode[0] in "IF" or any(";16" in str(part[3]) for part in tiles))
+    if isinstance(image, TiffImageFile) and max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8:
+        return True  # in planes Pillow's tiles do not tell
+    tiles = [(part[0], part[3]) for part in getattr(image, "tile", ())]  # a PPM's end with its largest value
+    deep = any(";16" in str(args) or (name.startswith("ppm") and args[-1] > 255) for name, args in tiles)
+    return isinstance(image, Image.Image) and (image.mode[0] in "IF" or deep)
 
 
 def _pages(image: TiffImageFile) -> int:
@@ -357,8 +361,8 @@ class RandomScaleCrop:
         high = rng.uniform(max(self.min_fraction * highest, min(wanted.height, highest)), highest)
         left = rng.uniform(0.0, max(0.0, width - high * wide))
         top = rng.uniform(0.0, height - high)
-        if high == wanted.height:
-            left, top = float(round(left)), float(round(top))
+        if abs(high - wanted.height) < 1e-6:  # but for rounding
+            high, left, top = float(wanted.height), float(round(left)), float(round(top))
         resample = FILTERS[self.filters[int(rng.integers(len(self.filters)))]]
         shrink = next((n for n in (8, 4, 2) if high >= n * OVERSAMPLING * wanted.height), 1)
         image = photo.read(shrink) if isinstance(photo, Photo) else photo
@@ -395,7 +399,7 @@ class EvalTransform:
         resize: ``shorter side``: to ``size``, as in the results table [R], or until height and width just cover it;
             ``adm``: the same, after halving the picture by averaging while it is at least twice too large (Dhariwal and
             Nichol 2021); ``squash``: both sides; ``none``: only pictures that are smaller. Then the centre is cropped.
-        resample: one of :data:`FILTERS`.
+        resample: one of :data:`FILTERS`; nearest averages nothing.
 
     Raises ValueError: the resize or filter is unknown.
     """
@@ -415,7 +419,8 @@ class EvalTransform:
         (height, width), resample = Sides.of(self.size), FILTERS[self.resample]
         if self.resize == "squash":
             return image.resize((width, height), resample)
-        while self.resize == "adm" and image.width >= 2 * width and image.height >= 2 * height:
+        halves = self.resize == "adm" and self.resample != "nearest"
+        while halves and image.width >= 2 * width and image.height >= 2 * height:
             image = image.resize((image.width // 2, image.height // 2), FILTERS["box"])
         if self.resize != "none" or self.enlarges(image):
             image = resize_shorter_side(image, self.size, resample)
@@ -430,7 +435,10 @@ class EvalTransform:
     def describe(self) -> str:
         """A description for the protocol."""
         what = "the shorter side" if isinstance(Sides.of(self.size).node, int) else "both sides until they cover it"
-        return RESIZES[self.resize].format(filter=self.resample, what=what)
+        text = RESIZES[self.resize].format(filter=self.resample, what=what)
+        if self.resample == "nearest":
+            text = text.replace("antialiased ", "").removeprefix("halved by averaging while twice too large, ")
+        return text
 
 
 def resize_shorter_side(image: Picture, size: Size, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Picture:

@@ -58,6 +58,8 @@ class MixSource(Source):
                 )
         self.shares = self._shares(weights)
         self.latent_stats = [stats for source in self.sources for stats in source.latent_stats]
+        if all(source.eval_transform.resample == "nearest" for source in self.sources):  # of masks
+            self.eval_transform = replace(self.eval_transform, resample="nearest")
         if any(source.crops for source in self.sources):
             self.crops = "; ".join(dict.fromkeys(source.describe_val_images() for source in self.sources))
 

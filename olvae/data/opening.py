@@ -4,6 +4,7 @@ It is a folder of images or of .tar shards, a pattern or URL of either, a .txt l
 ``torchvision:CIFAR10,root=data,train=false``, ``hf:cifar10,split=test,column=img``, or a config.yaml.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,18 @@ def open_test_source(
     """The source to evaluate a model on: SRC if given, else the data of the model's config.
 
     ``size`` of the images is by default the config's, else 256; ``pixel_range`` is for a SRC that is no config.
+    SRC is resized by nearest if the config's images are masks.
 
     Raises ConfigError: there is neither, or the config's data are not a source.
     """
     params = dict((config.get("data") or {}).get("params") or {})
     if src is not None:
         size = size or params.get("size") or 256
-        return open_source(src, size, 1, params.get("num_workers", 0), channels, pixel_range)
+        source = open_source(src, size, 1, params.get("num_workers", 0), channels, pixel_range)
+        mixed = [node.get("params") or {} for node in params.get("sources") or ()]
+        if all(set(part.get("filters") or ()) == {"nearest"} for part in mixed or [params]):  # masks
+            source.eval_transform = replace(source.eval_transform, resample="nearest")
+        return source
     if not config.get("data"):
         raise ConfigError("the first target has no data to take images from: set `data`")
     node = present_data(config)

@@ -99,3 +99,7 @@ def test_the_protocol_hears_how_each_sources_images_are_made(nodes):
     images = mix([nodes[0], samples]).describe_val_images()
     assert "tiles" in images
     assert "centre crop" in images
+    for node in nodes:
+        assert mix(nodes).eval_transform.resample == "bicubic"
+        node["params"]["filters"] = ["nearest"]
+    assert mix(nodes).describe_val_images() == "nearest resize of the shorter side (Pillow), centre crop"

@@ -132,6 +132,14 @@ def test_moved_data_are_one_line_with_both_places(home, tmp_path, monkeypatch, c
     assert open_test_source(config, str(moved / "more")).val_images == 4  # with --data nobody asks for them
 
 
+def test_other_masks_are_resized_as_the_runs_own(home):
+    masks = {"params": {"filters": ["nearest"]}}
+    both, half = ({"sources": [masks, node]} for node in (masks, {}))
+    for params, resample in ((masks["params"], "nearest"), (both, "nearest"), (half, "bicubic"), ({}, "bicubic")):
+        config = {"data": {"target": FOLDER, "params": {"size": 8, **params}}}
+        assert open_test_source(config, "more").eval_transform.resample == resample
+
+
 def test_data_that_are_no_node_are_refused_as_before(tmp_path):
     (tmp_path / "c.yaml").write_text("data: {params: {root: photos}}")
     with pytest.raises(ConfigError, match="expected a node of target and params"):

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -7,6 +8,7 @@ from PIL import Image
 
 from olvae.data.image import (
     FILTERS,
+    RESIZES,
     Bands,
     EvalTransform,
     RandomScaleCrop,
@@ -53,10 +55,11 @@ def test_oblong_crops(seed):
     width, height = spans(RandomScaleCrop([20, 60], min_fraction=0.5)(gradient(400, 300), rng))
     assert 0.5 - 0.04 < width <= 1
     assert width * 400 * 60 / 59 == pytest.approx(height * 300 * 20 / 19 * 3, abs=8)
-    whole = Image.effect_noise((300, 20), 80)
-    crop = np.asarray(RandomScaleCrop([20, 60], min_fraction=0.1, flip=False)(whole, rng))
-    places = np.lib.stride_tricks.sliding_window_view(np.asarray(whole), (20, 60))[0]
-    assert (crop == places).all((1, 2)).any()
+    for size, picture in (([20, 60], (300, 20)), ([56, 72], (72, 100))):  # 72 / (72 / 56) is not quite 56
+        whole = Image.effect_noise(picture, 80)
+        crop = np.asarray(RandomScaleCrop(size, min_fraction=0.1, flip=False)(whole, rng))
+        places = np.lib.stride_tricks.sliding_window_view(np.asarray(whole), size)
+        assert (crop == places).all((2, 3)).any()
 
 
 def test_masks_keep_their_values():
@@ -64,8 +67,11 @@ def test_masks_keep_their_values():
     transform = RandomScaleCrop(16, min_fraction=0.9, filters=["nearest"])
     assert transform.evaluation == EvalTransform(16, resample="nearest")
     assert RandomScaleCrop(16).evaluation == EvalTransform(16)
-    for picture in (transform(mask, np.random.default_rng(1)), transform.evaluation(mask)):
+    evaluated = [replace(transform.evaluation, resize=resize) for resize in RESIZES]
+    for picture in (transform(mask, np.random.default_rng(1)), *(one(mask) for one in evaluated)):
         assert {value for _, value in picture.getcolors()} == {3, 90, 200}
+    for one in evaluated[:2]:  # one is ADM's
+        assert one.describe() == "nearest resize of the shorter side (Pillow), centre crop"
 
 
 @pytest.mark.parametrize("size", [(90, 61), (61, 90), (64, 64), (10, 300), (1, 1)])

@@ -214,7 +214,11 @@ class PixelRange:
 
 
 EIGHT_BIT_FILE = "8 bits per channel, whose range is 0 to 255: leave `range` out, or convert all files"
-UNSTATED = "more than 8 bits per channel: state data.params.range, which `olvae data range SRC` measures"
+UNSTATED = (
+    "more than 8 bits per channel: state data.params.range, which `olvae data range SRC` measures, "
+    "or convert the files to 8 bits"
+)
+UNKEPT = "more than 8 bits per channel, which are not read from this format: convert it to PNG or TIFF"
 EIGHT_BITS = PixelRange(eight_bits=True)
 AS_STORED = PixelRange((-math.inf,), (math.inf,), outside="clip")  # any values, of any kind of file, unchanged
 

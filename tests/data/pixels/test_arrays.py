@@ -18,7 +18,7 @@ from olvae.data.image import Photo, image_to_tensor
 from olvae.data.packing import PackOptions, pack
 from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.arrays import read_array
-from olvae.data.pixels.ranges import UNSTATED, PixelRange
+from olvae.data.pixels.ranges import AS_STORED, EIGHT_BITS, UNSTATED, PixelRange
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess
@@ -40,6 +40,7 @@ EXACT: dict[str, tuple[bytes, np.ndarray]] = {
     "alpha.png": (png(values("uint16", 4)), values("uint16", 4)),
     "signed.tif": (tiff(values("int16", 1)[..., 0]), values("int16", 1)),
     "colour.tif": (tiff(U16, "rgb"), U16),
+    "planes3.tif": (tiff(np.moveaxis(U16, -1, 0), "rgb"), U16),
     "lzw.tif": (tiff(U16, "rgb", compression="lzw", tile=(16, 16)), U16),
     "float.tif": (tiff(F32, "rgb", compression="deflate", predictor=3), F32),
     "half.tif": (tiff(values("float16"), "rgb"), values("float16")),
@@ -127,17 +128,22 @@ def test_wrong_channels_and_missing_ranges():
             Photo(content, name, array.shape[2])
 
 
+@pytest.mark.parametrize("start", ["P6 5 4 65535", "P6 5 4 1023", "P3 5 4 1023", "P5 5 4 65535", "P5 5 4 1023"])
+def test_a_deep_ppm_is_to_be_converted(start):
+    """With a range, without one, and where one is measured or images are packed: there is no range to state."""
+    for channels, stated in ((3, EIGHT_BITS), (3, WIDE), (0, AS_STORED), (3, AS_STORED)):
+        with pytest.raises(UnreadableImageError, match="convert it to PNG or TIFF"):
+            Photo(f"{start}\n".encode() + b"77 " * 60, "a.ppm", channels, stated)
+    assert Photo(b"P6 5 4 100\n" + bytes(60), "a.ppm").read().size == (5, 4)
+
+
 def test_pages_of_eight_bits_are_no_picture():
     """Only the first would be read."""
-    pages = tiff(np.stack([values("uint8")] * 3), "rgb")
     with pytest.raises(UnreadableImageError, match="3 pages"):
-        Photo(pages, "a.tif")
+        Photo(tiff(np.stack([values("uint8")] * 3), "rgb"), "a.tif")
 
 
-GREY16 = Image.fromarray(U16[..., 0])
-
-
-@pytest.mark.parametrize("name", ["colour.png", "grey.png", "colour.tif", "one band.tif", "float.tif", "uint16.npy"])
+@pytest.mark.parametrize("name", ["colour.png", "grey.png", "colour.tif", "planes3.tif", "float.tif", "uint16.npy"])
 def test_more_than_eight_bits_need_a_range(name, tmp_path):
     """Of any kind of file, from a path or bytes."""
     (tmp_path / name).write_bytes(EXACT[name][0])
@@ -159,7 +165,7 @@ def test_one_of_sixteen_bits_among_photographs_is_left_out(tmp_path):
 
 
 def test_pictures_in_memory_of_sixteen_bits_need_a_range():
-    for item in (GREY16, U16[..., 0]):
+    for item in (Image.fromarray(U16[..., 0]), U16[..., 0]):
         with pytest.raises(UnreadableImageError, match=UNSTATED):
             Items([item], 1)[0]
 
