@@ -78,27 +78,28 @@ def resolve_precision(precision: str, accelerator: str) -> str:
 # Of products and convolutions, in TFLOP/s without sparsity, from the makers' data sheets: of half precision, summed in
 # float32, and of float32, in TF32 where a GPU has it, as torch computes convolutions there.
 _PEAKS = {
-    r"\bB200": (2250, 1125),
-    r"\bH[12]00 NVL": (835, 418),
-    r"\bH100 PCIe": (756, 378),
-    r"\bG?H[12]00": (989, 495),
-    r"\bA100": (312, 156),
-    r"\bL40S": (362, 183),
-    r"\bL4\b": (121, 60),
-    r"\bRTX 5090$": (210, 105),
-    r"\bRTX 4090$": (165, 83),
-    r"\bRTX 3090$": (71, 36),
-    r"\bV100": (125, 15.7),
-    r"\bT4\b": (65, 8.1),
+    "B200": (2250, 1125),
+    "H[12]00 NVL": (835, 418),
+    "H100 PCIe": (756, 378),
+    "G?H[12]00": (989, 495),
+    "A100": (312, 156),
+    "L40S": (362, 183),
+    "L4": (121, 60),
+    "RTX 5090$": (210, 105),
+    "RTX 4090$": (165, 83),
+    "RTX 3090$": (71, 36),
+    "V100": (125, 15.7),
+    "T4": (65, 8.1),
 }
 _WITHOUT_BF16 = r"\bV100|\bT4\b"
 
 
 def peak_tflops(name: str, precision: str) -> float | None:
     """The most TFLOP/s of a GPU, by torch's name for it, in a precision of :data:`PRECISIONS`; None if unknown."""
-    if precision == "bf16" and re.search(_WITHOUT_BF16, name):
+    if "MIG" in name or (precision == "bf16" and re.search(_WITHOUT_BF16, name)):
         return None
-    return next((peaks[precision == FULL] for known, peaks in _PEAKS.items() if re.search(known, name)), None)
+    found = (peaks for known, peaks in _PEAKS.items() if re.search(rf"\b(?:{known})\b", name))
+    return next((peaks[precision == FULL] for peaks in found), None)
 
 
 def autocast(kind: str, precision: str) -> AbstractContextManager[object]:
@@ -189,6 +190,13 @@ def keep_freed_memory() -> bool:
 def cores() -> int:
     """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def sharing_cores(ranks: int) -> int:
+    """Count the ranks that share this process's cores, of those on its machine: 1 where srun bound each to its own."""
+    given = int(os.environ.get("SRUN_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_PER_TASK") or 0)
+    by_srun = "RANK" not in os.environ and srun_environment() is not None  # srun's one task may be a torchrun
+    return 1 if by_srun and cores() < 2 * given else ranks  # rounded up to whole cores of two threads
 
 
 def this_process() -> tuple[int, int]:

@@ -62,12 +62,14 @@ def footprint(model: LiteAutoencoderKL, size: Size, precision: str, checkpoint: 
         precision: fp16, bf16 or 32.
         checkpoint: activation checkpointing of both halves; by default as the model has it.
     """
-    (few, flop), (many, _) = (_count(model, size, images, precision, checkpoint) for images in COUNTED)
+    few, many = (_step_under(LiveBytes(), model, size, images, precision, checkpoint).peak for images in COUNTED)
+    counter = FlopCounterMode(display=False)  # in a step of its own: it keeps tensors alive
+    flop = _step_under(counter, model, size, COUNTED[0], precision, checkpoint).get_total_flops() // COUNTED[0]
     per_image = (many - few) // (COUNTED[1] - COUNTED[0])
     trained = [p for player in model.players.values() for p in player.parameters() if p.requires_grad]
     averaged = [p for p in model.autoencoder.parameters() if p.requires_grad] if model.use_ema else []
     held = _bytes(_tensors(model)) + _bytes(averaged) + 2 * _bytes(trained)  # Adam has two moments
-    return Footprint(held + few - COUNTED[0] * per_image, per_image, flop // COUNTED[0])
+    return Footprint(held + few - COUNTED[0] * per_image, per_image, flop)
 
 
 def advice(free: int, batch_size: int, accumulated: int, plain: Footprint, checkpointed: Footprint) -> str | None:
@@ -97,13 +99,10 @@ def advice(free: int, batch_size: int, accumulated: int, plain: Footprint, check
     )
 
 
-def _count(
-    model: LiteAutoencoderKL, size: Size, images: int, precision: str, checkpoint: bool | None
-) -> tuple[int, int]:
-    """Bytes alive at the peak of a micro-batch, without the tensors that live between steps; and operations.
-
-    Operations grow with the images, so that only those of the smaller micro-batch are counted.
-    """
+def _step_under(
+    mode: Any, model: LiteAutoencoderKL, size: Size, images: int, precision: str, checkpoint: bool | None
+) -> Any:
+    """The mode, after it saw a micro-batch, without the tensors that live between steps."""
     dtype = PRECISIONS[precision_name(precision)].dtype
     autocast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
     with FakeTensorMode():
@@ -112,10 +111,9 @@ def _count(
             if isinstance(module, nn.GroupNorm):  # in float32 under a GPU's autocast, and not under a CPU's
                 module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         batch = torch.empty(images, fake.encoder.in_channels, *Sides.of(size), dtype=torch.uint8)
-        counter = FlopCounterMode(display=False)
-        with LiveBytes() as live, counter if images == COUNTED[0] else nullcontext(), autocast:
+        with mode, autocast:
             _train(fake, batch)
-    return int(live.peak), int(counter.get_total_flops())
+    return mode
 
 
 def _train(model: LiteAutoencoderKL, batch: Tensor) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from olvae.config import Config, ConfigError
 from olvae.config.nodes import arguments_of
 from olvae.data.read_errors import worker_death
 from olvae.data.source import Source
-from olvae.devices import cores, join, local_rank, srun_environment
+from olvae.devices import cores, join, local_rank, sharing_cores, srun_environment
 from olvae.runs import Run
 from olvae.training.progress import notify
 from olvae.training.settings import slurm_job
@@ -80,6 +81,7 @@ def process_count(trainer_args: Mapping[str, Any]) -> int:
 
 FLIGHT_RECORDER = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 """Settings by which NCCL writes down at its time limit where each rank is."""
+DUMPS = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")  # where, in new and older versions of torch
 
 
 def meet() -> tuple[int, int]:
@@ -87,7 +89,9 @@ def meet() -> tuple[int, int]:
 
     It is (0, 1) where Lightning starts the others, which join when training begins.
     """
-    for name, value in FLIGHT_RECORDER.items():
+    dump = f"{tempfile.gettempdir()}/olvae_nccl_{slurm_job() or os.getppid()}_rank_"  # and torch adds the rank
+    dump = next((os.environ[name] for name in DUMPS if name in os.environ), dump)
+    for name, value in {**FLIGHT_RECORDER, **dict.fromkeys(DUMPS, dump)}.items():
         os.environ.setdefault(name, value)
     if find_launcher() is None:
         return 0, 1
@@ -129,7 +133,7 @@ def choose_workers(source: Source, data: Config, processes: int, nodes: int) -> 
     params = data.setdefault("params", {})
     if "num_workers" in params or source.in_memory or "num_workers" not in (arguments.parameters if arguments else ()):
         return
-    for source.num_workers in range(min(MOST_WORKERS, least(cores()) * nodes // processes), -1, -1):
+    for source.num_workers in range(min(MOST_WORKERS, least(cores() // sharing_cores(processes // nodes))), -1, -1):
         with suppress(ValueError):
             source.check_processes(processes)
             break

@@ -28,7 +28,7 @@ from olvae import config as cfg
 from olvae.config import Config, ConfigError
 from olvae.data.pixels.sides import Sides
 from olvae.data.source import MIN_VAL_IMAGES, Source
-from olvae.devices import cores, peak_tflops, precision_name
+from olvae.devices import cores, peak_tflops, precision_name, sharing_cores
 from olvae.figures import plot_curves
 from olvae.files import reason
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -281,12 +281,13 @@ def _network(module: torch.nn.Module, shape: tuple[int, ...], size: Sides) -> st
 
 def _warnings(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> Iterator[str]:
     """Warn of settings that make a training or its scores worse."""
-    images, workers, own = source.val_images, source.num_workers * trainer.world_size, cores()
+    images, own = source.val_images, cores()
+    workers = source.num_workers * sharing_cores(trainer.world_size // trainer.num_nodes)
     if images is not None and images < MIN_VAL_IMAGES:
         yield f"only {images} held-out images: scores are uncertain, and `olvae evaluate` prints by how much"
     if model.warmup_steps >= trainer.max_steps:
         yield f"the learning rate rises until step {model.warmup_steps}: shorten model.params.warmup_steps for a trial"
-    if workers > own and trainer.num_nodes == 1:
+    if workers > own:
         yield f"{workers} loader processes on {own} cores: lower data.params.num_workers"
 
 

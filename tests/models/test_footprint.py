@@ -65,7 +65,7 @@ def test_what_is_held_and_kept():
     assert not any(module._forward_pre_hooks for module in model.modules())
     kept = (really_kept(12) - really_kept(4)) / 8
     assert kept < plain.per_image < 1.25 * kept  # by gradients of activations
-    assert checkpointed.per_image < 0.7 * plain.per_image
+    assert 0.3 * plain.per_image < checkpointed.per_image < 0.7 * plain.per_image
     objective = {"target": OBJECTIVE, "params": {"lpips_weight": 0, "kl_weight": 0}}
     frozen = footprint(build(freeze_encoder=True, lossconfig=objective), 16, "32")
     assert plain.fixed - frozen.fixed >= 2 * 4 * count_parameters(model.encoder)  # neither gradients nor moments
@@ -111,7 +111,9 @@ def test_the_published_recipe():
     model = without_weights(cfg.load(["configs/imagenet/B5.yaml"])["model"])
     found = footprint(model, 256, "bf16")
     assert found.per_image / GIB == pytest.approx(1.33, rel=0.1)
-    assert found.total(32) > 40e9 > MARGIN * footprint(model, 256, "bf16", checkpoint=True).total(32)
+    checkpointed = footprint(model, 256, "bf16", checkpoint=True)
+    assert checkpointed.per_image / GIB == pytest.approx(0.558, rel=0.05)
+    assert found.total(32) > 40e9 > MARGIN * checkpointed.total(32)
 
 
 PLAIN, LESS = (Footprint(3 * GIB, image) for image in (GIB, GIB // 4))

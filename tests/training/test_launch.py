@@ -3,6 +3,8 @@
 import os
 from functools import partial
 from pathlib import Path
+from tempfile import gettempdir
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,8 @@ from olvae.cli.main import main
 from olvae.config import ConfigError, instantiate, load, save
 from olvae.devices import gather, join, leave
 from olvae.runs import Run, RunLock
-from olvae.training.launch import check_same, choose_workers, cluster, find_launcher, process_count
+from olvae.training.launch import DUMPS, check_same, choose_workers, cluster, find_launcher, meet, process_count
+from olvae.training.progress import _warnings
 from olvae.training.run import TrainingStopped, train
 from olvae.training.settings import TrainOptions
 from tests.conftest import tiny_config
@@ -106,6 +109,27 @@ def test_loader_processes_are_a_rank_s_cores(image_folder, monkeypatch, cores, p
     node = tiny_config()["data"]
     choose_workers(instantiate(node), node, processes, nodes)
     assert "num_workers" not in node["params"]
+
+
+def test_cores_that_srun_gave_a_rank_are_not_shared(image_folder, monkeypatch, under):
+    under({**srun(nodes=8, per_node=8), "SLURM_CPUS_PER_TASK": "6"})
+    trainer, model = SimpleNamespace(world_size=64, num_nodes=8, max_steps=9), SimpleNamespace(warmup_steps=0)
+    for cores, workers in ((6, 6), (40, 5)):  # its own; those of the machine
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)))
+        node = tiny_config(image_folder)["data"]
+        choose_workers(instantiate(node), node, 64, 8)
+        assert node["params"]["num_workers"] == workers
+        sources = [SimpleNamespace(val_images=None, num_workers=workers + more) for more in (0, 1)]
+        assert [len(list(_warnings(trainer, model, source))) for source in sources] == [0, 1]
+    monkeypatch.setenv("RANK", "0")  # of a torchrun that is the task
+    assert list(_warnings(trainer, model, sources[1]))
+
+
+def test_where_nccl_writes(monkeypatch):
+    dump = f"{gettempdir()}/olvae_nccl_7_rank_"
+    for variables, place in (({"SLURM_JOB_ID": "7"}, dump), ({DUMPS[1]: "/own"}, "/own")):
+        monkeypatch.setattr(os, "environ", variables)
+        assert (meet(), [variables[name] for name in DUMPS]) == ((0, 1), [place, place])
 
 
 def test_as_many_loader_processes_as_can_share_the_shards(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import time
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -13,13 +14,13 @@ import torch
 import torch.distributed as dist
 
 from olvae.devices import join
-from olvae.training.lockstep import Lockstep
+from olvae.training.lockstep import KEY, Lockstep
 from tests.test_devices import free_port
 from tests.training.conftest import torchrun
 
 
-def hang(rank: int, port: str, folder) -> None:
-    """In step 2 process 1 hangs before its backward pass, and process 0 waits for its gradient."""
+def hang(rank: int, port: str, folder, first_dies: bool) -> None:
+    """In step 2 process 1 hangs before its backward pass, and process 0 waits for its gradient, or dies."""
     os.environ.update({**torchrun(rank, per_node=2), "MASTER_ADDR": "localhost", "MASTER_PORT": port})
     sys.stderr = (folder / f"{rank}.txt").open("w", buffering=1)
     assert join() == (rank, 2)
@@ -28,24 +29,38 @@ def hang(rank: int, port: str, folder) -> None:
         lockstep.on_train_batch_start()
         if rank == 1 and trainer.global_step == 1:
             time.sleep(60)
+        if first_dies and trainer.global_step == 1:
+            os._exit(0)
         lockstep.on_before_backward()
         dist.all_reduce(torch.ones(2))
         trainer.global_step += 1
         lockstep.on_train_batch_end(trainer)
 
 
-def test_a_process_that_hangs_is_named_and_all_end(tmp_path):
+@pytest.mark.parametrize("first_dies", [False, True])
+def test_a_process_that_hangs_is_named_and_all_end(tmp_path, first_dies):
     context, port = multiprocessing.get_context("fork"), str(free_port())
-    both = [context.Process(target=hang, args=(rank, port, tmp_path)) for rank in range(2)]
+    both = [context.Process(target=hang, args=(rank, port, tmp_path, first_dies)) for rank in range(2)]
     for process in both:
         process.start()
     for process in both:
         process.join(50)
-    assert [process.exitcode for process in both] == [1, 1]
+    assert [process.exitcode for process in both] == [0 if first_dies else 1, 1]
     waiting, hanging = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
+    if first_dies:  # and the store with it
+        assert hanging == "error: process 0 of this training ended: see its own output\n"
+        return
     assert f"the others wait for process 1 on {socket.gethostname()} (after step 1)" in waiting
     assert "in hang" in hanging  # where its program is
     assert "test_lockstep.py" in hanging
+
+
+def test_the_first_note_is_there_at_once(monkeypatch):
+    store, lockstep = dist.HashStore(), Lockstep()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    lockstep.on_train_batch_end(SimpleNamespace(world_size=2, global_rank=0, global_step=0))
+    store.wait([f"{KEY}0"], timedelta(seconds=3))
+    lockstep.on_train_end()
 
 
 def test_processes_at_one_place_are_left_to_the_backend(monkeypatch):
@@ -68,9 +83,10 @@ def test_garbage_is_collected_at_fixed_steps(monkeypatch):
     assert gc.isenabled()  # in a single process
     trainer.world_size = 2
     try:
-        for trainer.global_step in range(1, 8):
+        for batch in range(1, 15):  # two of each step
+            trainer.global_step = batch // 2
             lockstep.on_train_batch_end(trainer)
-        assert (collected, gc.isenabled()) == ([3, 6], False)
+        assert (collected, gc.isenabled()) == ([1, 3, 4, 6], False)
     finally:
         lockstep.on_train_end()
     assert gc.isenabled()

@@ -79,6 +79,9 @@ def test_the_bar_stays_on_one_line(now):
         ("Tesla V100-SXM2-16GB", "16-mixed", 125),
         ("Tesla V100-SXM2-16GB", "bf16-mixed", None),
         ("NVIDIA H20", "bf16-mixed", None),
+        ("NVIDIA A100-SXM4-80GB", "bf16-mixed", 312),
+        ("NVIDIA RTX A1000", "bf16-mixed", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "bf16-mixed", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16-mixed", None),
     ],
 )
