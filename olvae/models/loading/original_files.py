@@ -14,6 +14,7 @@ from torch import Tensor
 
 from olvae.checkpoint import load_weights, read_checkpoint, state_dict_of
 from olvae.config import ConfigError
+from olvae.files import first_line
 from olvae.models.loading.autoencoder_kl import BLOCKS, NAMES
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder, check_parameters
 from olvae.models.loading.loader import Loader, LoadOptions, Target
@@ -138,18 +139,22 @@ def _config(
 ) -> tuple[str, dict[str, Any]]:
     """The class and its arguments: of a config.json of diffusers that is given, in the file's header, or beside it.
 
-    Without one they are read from the shapes of latent-diffusion's and FLUX.2's; for others they are the defaults.
+    Without the first two, latent-diffusion's and FLUX.2's are read from the shapes: a config.json that has others is of
+    another file. For other classes they are the defaults.
     """
     kinds = next(kinds for kinds in TELLING.values() if kind in kinds)
     places = [Path(given or ""), weights.with_name(CONFIG_NAME)]
     own, beside = (read_config(place) if place.name.endswith(".json") and place.is_file() else {} for place in places)
-    contents = (own, config_inside(weights, kinds) or {}, beside)
-    if content := next((content for content in contents if content.get("_class_name") in kinds), None):
-        config = {name: value for name, value in content.items() if not name.startswith("_")}
-        if large := list(oversized(config)):
-            raise ConfigError(*(f"{weights}: {line}" for line in large))
-        return str(content["_class_name"]), config
-    return kind, _latent_diffusion_config(kind, tensors, weights) if kind in (KL, FLUX2) else {}
+    contents = (own, config_inside(weights, kinds) or {}, {} if kind in (KL, FLUX2) else beside)
+    content = next((content for content in contents if content.get("_class_name") in kinds), None)
+    if content is None:
+        shapes = _latent_diffusion_config(kind, tensors, weights) if kind in (KL, FLUX2) else {}
+        others = any(beside.get(name, value) != value for name, value in shapes.items())
+        content = {**({} if others or beside.get("_class_name") != kind else beside), **shapes, "_class_name": kind}
+    config = {name: value for name, value in content.items() if not name.startswith("_")}
+    if large := list(oversized(config)):
+        raise ConfigError(*(f"{weights}: {line}" for line in large))
+    return str(content["_class_name"]), config
 
 
 def _loaded(
@@ -176,8 +181,8 @@ def _loaded(
             if kind in (KL, FLUX2) and len(converted) != len(tensors):
                 raise ValueError(f"{len(tensors) - len(converted)} of its tensors have no place in {kind}")
             load_weights(model, converted, origin, allow_mismatch, prefixes=("",))
-    except ValueError as error:
-        text = str(error).removeprefix(f"{origin}: ")
+    except Exception as error:  # of many kinds, by what is wrong with the config
+        text = first_line(error).removeprefix(f"{origin}: ")
         raise ValueError(f"{origin}: {text}: is it another {kind}? Then name its config.json with `config`") from error
     autoencoder = DiffusersAutoencoder(model).eval()
     autoencoder.factors_known = kind not in (KL, DC) or "scaling_factor" in config
@@ -209,12 +214,13 @@ def _latent_diffusion_config(kind: str, weights: Mapping[str, Tensor], origin: P
     return {
         "in_channels": channels,
         "out_channels": output,
-        **{key: (block,) * depth for key, block in BLOCKS.items()},
-        "block_out_channels": tuple(widths),
-        **({"decoder_block_out_channels": tuple(others)} if kind == FLUX2 and others != widths else {}),
+        **{key: [block] * depth for key, block in BLOCKS.items()},
+        "block_out_channels": widths,
+        **({"decoder_block_out_channels": others if others != widths else None} if kind == FLUX2 else {}),
         "layers_per_block": sum(bool(norms.fullmatch(name)) for name in weights),
         "latent_channels": latent,
         "use_quant_conv": "quant_conv.weight" in weights,
         "use_post_quant_conv": "post_quant_conv.weight" in weights,
         "mid_block_add_attention": "encoder.mid.attn_1.norm.weight" in weights,
+        "norm_num_groups": 32,
     }

@@ -46,7 +46,13 @@ def test_encode_and_decode_are_diffusers_own(name, wrapped):
     assert posterior.mean.shape == (2, ours.latent_channels, side // ours.downscale, side // ours.downscale)
     torch.testing.assert_close(posterior.mean, expected[:, :, 0] if ours.frames else expected, rtol=1e-5, atol=1e-5)
     assert posterior.deterministic == ours.deterministic == (not hasattr(output, "logvar"))
-    if not posterior.deterministic:
+    if posterior.deterministic:
+        assert torch.equal(posterior.sample(), posterior.mode())
+        assert posterior.var.abs().max() == 0
+        for ask in (lambda: posterior.logvar, posterior.kl):
+            with pytest.raises(ValueError, match=r"a deterministic latent has no"):
+                ask()
+    else:
         torch.testing.assert_close(posterior.var, output.var[:, :, 0] if ours.frames else output.var)
     image = model.decode(expected, return_dict=False)[0]
     image = image[:, :, 0] if ours.frames else 2 * image - 1 if name == "AutoencoderRAE" else image

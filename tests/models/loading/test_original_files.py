@@ -91,6 +91,25 @@ def test_flux2_as_it_is_published_and_in_comfyui(prefix, inside, tmp_path):
     assert len(found.latents_mean) == 16
 
 
+@pytest.mark.parametrize("groups", [32, 16, 0])
+@pytest.mark.parametrize("widths", [[32, 32], [0, 0], None])
+def test_a_config_beside_is_of_this_file_if_it_has_its_shapes(groups, widths, tmp_path):
+    """Where shapes say all; one that is given is believed, and what is wrong with it is one line."""
+    theirs, config = make("AutoencoderKL", block_out_channels=(32, 32), norm_num_groups=32), tmp_path / "config.json"
+    save_file(original_names("AutoencoderKL", theirs.state_dict()), tmp_path / "vae.safetensors")
+    theirs.save_config(tmp_path)
+    changes = {"scaling_factor": 0.5, "norm_num_groups": groups, "block_out_channels": widths}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
+    found = find_target(tmp_path / "vae.safetensors").load()
+    same(found, theirs)
+    assert found.model.config.norm_num_groups == 32
+    assert (found.scaling_factor == 0.5) == found.factors_known == (groups == 32 and widths == [32, 32])
+    if not groups or widths != [32, 32]:
+        with pytest.raises(ValueError, match=r"vae.safetensors: .*: is it another AutoencoderKL\? Then") as caught:
+            find_target(tmp_path / "vae.safetensors", config=config).load()
+        assert "\n" not in str(caught.value)
+
+
 DC_NAMES = {
     r"(?:down|up)_blocks\.(\d)\.(\d)": r"stages.\1.op_list.\2.main",
     r"main\.norm": "main.conv2.norm",

@@ -12,6 +12,7 @@ from olvae.config import ConfigError, save
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target, name_apart
 from tests.conftest import tiny_config
+from tests.models.loading.classes import make
 from tests.models.loading.names import hub_folder, latent_diffusion_names
 
 
@@ -27,15 +28,7 @@ def kl(**changes) -> diffusers.AutoencoderKL:
 
 
 def taesd() -> diffusers.AutoencoderTiny:
-    widths = {f"{half}_block_out_channels": (8, 8, 8, 8) for half in ("encoder", "decoder")}
-    return diffusers.AutoencoderTiny(**widths, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4).eval()
-
-
-def dc() -> diffusers.AutoencoderDC:
-    each = {"block_types": "ResBlock", "block_out_channels": (8, 8, 16), "layers_per_block": (1, 1, 1)}
-    each["qkv_multiscales"] = ((), (), ())
-    halves = {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in each.items()}
-    return diffusers.AutoencoderDC(latent_channels=8, attention_head_dim=8, **halves).eval()
+    return make("AutoencoderTiny")
 
 
 @pytest.fixture
@@ -171,25 +164,6 @@ def test_kl(tmp_path, image):
     with pytest.raises(ValueError, match=r"30x40 is not a multiple of 4"):
         found.encode(image[:, :, :30])
     assert not torch.equal(find_target(f"diffusers:{tmp_path / 'vae'}").untrained()(image)[0], found(image)[0])
-
-
-@pytest.mark.parametrize(("make", "f", "channels"), [(taesd, 8, 4), (dc, 4, 8)])
-def test_deterministic_ones(make, f, channels, tmp_path, image):
-    model = make()
-    model.save_pretrained(tmp_path / "model")
-    found = find_target(f"diffusers:{tmp_path / 'model'}").load()
-    assert (found.downscale, found.latent_channels) == (f, channels)
-    with torch.no_grad():
-        posterior = found.encode(image)
-        latent = model.encode(image, return_dict=False)[0]
-        assert posterior.deterministic
-        assert torch.equal(posterior.sample(), latent)
-        assert torch.equal(posterior.mode(), latent)
-        assert posterior.var.abs().max() == 0
-        assert torch.equal(found.decode(latent), model.decode(latent).sample)
-    for ask in (lambda: posterior.logvar, posterior.kl):
-        with pytest.raises(ValueError, match=r"a deterministic latent has no"):
-            ask()
 
 
 def test_pipelines_and_subfolders(make_run, tmp_path, image):
