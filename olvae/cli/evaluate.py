@@ -40,8 +40,8 @@ OBSERVERS = {
 ALL = "all"
 ZOO_PAGE = """# One table of autoencoders
 
-Made by `olvae evaluate --zoo --data SRC --size 256 --out DIR`, which writes this page as `DIR/zoo.md`: all under one
-protocol, on the same images. "latent" is the factor and the number of channels. [What the columns mean](evaluation.md).
+Made by `{}`, which writes it as zoo.md: all under one protocol, on the same images.
+"latent" is the factor and the number of channels. [What the columns mean](evaluation.md).
 
 """
 
@@ -214,7 +214,7 @@ def command(
     if evaluated is not None:
         _finish(evaluated, folder, suffixes, earlier, mix_protocols, report, as_json)
         if zoo is not None:
-            write_markdown(evaluated[0], folder / "zoo.md", ZOO_PAGE)
+            write_markdown(evaluated[0], folder / "zoo.md", ZOO_PAGE.format(_command()))
 
 
 def _observers(

@@ -168,7 +168,7 @@ class Results:
         taken = {row.target for row in self.table}
         added = []
         for path, earlier in files.items():
-            what = self._not_comparable(earlier)
+            what = self.not_comparable(earlier)
             if what and not mix:
                 anyway = "to show them in one table anyway, set `mix_protocols`"
                 raise ValueError(f"{path}: has results of {what}, which are not comparable with these; {anyway}")
@@ -195,7 +195,7 @@ class Results:
                 found.append(f"{METRICS[name].label} {other}: its values are not comparable with published ones")
         return list(dict.fromkeys(found))
 
-    def _not_comparable(self, earlier: "Results") -> str:
+    def not_comparable(self, earlier: "Results") -> str:
         """What differs; empty if they are comparable."""
         if earlier.protocol_hash != self.protocol_hash:
             return "another protocol"

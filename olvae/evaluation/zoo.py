@@ -1,22 +1,26 @@
 """Evaluate the autoencoders that people use under one protocol: a list of them, one at a time, and one table of all."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 
+from olvae.checkpoint import MissingWeights, find_weights
 from olvae.config import ConfigError
 from olvae.devices import this_process
+from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.evaluation.report import write_files
 from olvae.evaluation.results import Results, Row
 from olvae.evaluation.runner import Evaluated, Progress, Request, evaluate
-from olvae.files import first_line
+from olvae.files import first_line, write_json
+from olvae.metrics import METRICS
 from olvae.models.loading.loader import Target
+from olvae.models.spec import read_config
 
 ZOO_METRICS = ("psnr", "ssim", "lpips", "rfid")
 
@@ -84,35 +88,69 @@ def evaluate_zoo(
 ) -> list[Evaluated] | None:
     """Evaluate each autoencoder on the request's images, into the folder of its name, unless it has results there.
 
-    Returns the table of all that is there, in the first process. What can't be evaluated is left out, with its reason.
-    ValueError if there is nothing, or new results are not comparable with those that are there; MissingWeights.
+    Those that lack a metric are evaluated again once its network is here. Returns the table of all that is there. What
+    can't be evaluated is left out, with its reason. ConfigError if the folder is of another request; ValueError if
+    there is nothing, or new results are not comparable with those that are there; MissingWeights.
     """
     if this_process()[1] > 1:  # an error in one alone would leave the others with another autoencoder
         raise ConfigError("`zoo` runs in one process: start it without torchrun or srun")
+    asked, known, there = _asked(request), folder / "request.json", _results(folder)
+    before = read_config(known) if known.is_file() else {}
+    if there and (others := [f"`{name}`" for name, value in asked.items() if before.get(name) != value]):
+        raise ConfigError(f"`out` {folder}: has results of other {', '.join(others)}: name another folder")
     for observer in request.observers:
         observer.derive({})  # raises if its network is missing, before any autoencoder is downloaded
     missing: dict[str, str] = {}
-    for entry in (entry for entry in entries if not (folder / entry.name / "metrics.json").is_file()):
+    done = there.keys() - _outdated(there, request.weights_dir)
+    for entry in (entry for entry in entries if entry.name not in done):
         try:
             target = replace(find(entry.here(request.weights_dir)), name=entry.name, config={})
             one = replace(request, targets=[target], observers=[Listed(entry), *request.observers])
-            results = evaluate(one, progress)
-        except (ValueError, ArithmeticError, OSError, torch.OutOfMemoryError) as error:
+            [evaluated] = evaluate(one, progress) or []
+        except Exception as error:  # of many kinds, by what is wrong with a copy
             missing[entry.name] = first_line(error)
             log.warning("%s: %s", entry.name, missing[entry.name])
             continue
-        for evaluated in results or ():
-            write_files(evaluated, folder / entry.name, command=command)
-            _collect(folder)
-    shown = [Listed(None, missing), *request.observers]
-    return [Evaluated(_collect(folder, missing), shown)]
+        for name, earlier in there.items():
+            if what := evaluated.results.not_comparable(earlier):
+                raise ValueError(f"`out` {folder}: {name} there has results of {what}: name another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(asked, known)
+        write_files(evaluated, folder / entry.name, command=command)
+        there = _results(folder)
+    if not there:
+        raise ValueError(next(iter(missing.values())))
+    first = there.pop(next(iter(there)))
+    whole = first.beside({folder / name: results for name, results in there.items()}, mix=True)
+    return [Evaluated(replace(whole, rows=whole.table, earlier=()), [Listed(None, missing), *request.observers])]
 
 
-def _collect(folder: Path, missing: Mapping[str, str] | None = None) -> Results:
-    """The results in the list's folders as one; ValueError if there are none, or they are not comparable."""
-    places = [folder / entry.name / "metrics.json" for entry in read_zoo()]
-    found = {place: Results.read(place) for place in places if place.is_file()}
-    if not found:
-        raise ValueError(next(iter((missing or {}).values())))
-    whole = found.pop(next(iter(found))).beside(found)
-    return replace(whole, rows=whole.table, earlier=())
+def _results(folder: Path) -> dict[str, Results]:
+    """The results in the folder, by the name in the list."""
+    places = {entry.name: folder / entry.name / "metrics.json" for entry in read_zoo()}
+    return {name: Results.read(place) for name, place in places.items() if place.is_file()}
+
+
+def _asked(request: Request) -> dict[str, str]:
+    """What all results in a folder share, by setting."""
+    protocol, data = request.protocols[0], str(request.data)
+    return {
+        "data": str(Path(data).resolve()) if Path(data).exists() else data,
+        "size": str(protocol.size),
+        "protocol": protocol.name,
+        "posterior": f"{protocol.posterior}, seed {protocol.noise_seed}",
+        "metrics": ", ".join(sorted(request.metrics)),
+        "images": str(request.images),
+        "precision": str([o.precisions for o in request.observers if isinstance(o, HalfPrecision)]),
+    }
+
+
+def _outdated(found: Mapping[str, Results], weights_dir: Path | None) -> set[str]:
+    """Names of results that lack a metric whose network is here by now."""
+    outdated: set[str] = set()
+    for file in {kind.needs for kind in METRICS.values() if kind.needs}:
+        if lacking := {name for name in found for row in found[name].rows if file.name in str(row.skipped)}:
+            with contextlib.suppress(MissingWeights):
+                find_weights(file, weights_dir)
+                outdated |= lacking
+    return outdated

@@ -6,6 +6,7 @@ from pathlib import Path
 import diffusers
 import pytest
 
+from olvae.evaluation import zoo
 from olvae.evaluation.zoo import read_zoo
 from olvae.models.loading import diffusers_models
 from olvae.models.spec import CLASS_NAME, SHIPPED, SHIPPED_FOLDER, shipped_names
@@ -39,11 +40,14 @@ def test_several_processes_are_refused(olvae, monkeypatch, tmp_path):
     assert "--zoo runs in one process" in err
 
 
-def test_copies_in_a_folder_one_missing_and_continued(olvae, pictures, tmp_path):
+def test_copies_in_a_folder_two_missing_and_continued(olvae, pictures, tmp_path, monkeypatch):
     for name, kind in {"taesd": "AutoencoderTiny", "wan-2.1": "AutoencoderKLWan", "taef1": "AutoencoderTiny"}.items():
         make(kind).save_pretrained(tmp_path / "copies" / name)
+    whole, run = ["wan-2.1", "taesd"], zoo.evaluate
+    monkeypatch.setattr(zoo, "evaluate", lambda one, _: run(one) if one.targets[0].name in whole else {}["bn"])
     command = ("evaluate", "--data", pictures, "--weights-dir", tmp_path / "copies", *FLAGS, "--out", tmp_path / "out")
-    code, _, err = olvae(*command, "--zoo", "wan-2.1,taesd,sdxl")
+    command = (*command, "--metrics", "psnr,lpips")
+    code, _, err = olvae(*command, "--zoo", "wan-2.1,taesd,sdxl,taef1")
     assert code == 0, err
     assert "stabilityai/sdxl-vae: no such file or folder here" in err
     rows = {row["target"]: row for row in content(tmp_path / "out")["results"]}
@@ -56,16 +60,23 @@ def test_copies_in_a_folder_one_missing_and_continued(olvae, pictures, tmp_path)
     for text in (*entry.values(), f"{rows['wan-2.1']['metrics']['psnr']:.3f}"):
         assert f"| {text} " in line
     assert "- not here: sdxl (diffusers:stabilityai/sdxl-vae, AutoencoderKL, f8, 4 channels, mit): stab" in page
+    assert "- not here: taef1 (diffusers:madebyollin/taef1, AutoencoderTiny, f8, 16 channels, mit): 'bn'" in page
 
+    whole.append("taef1")
     code, _, err = olvae(*command, "--zoo", "taef1,taesd")  # adds a row to the others, which stay
     assert code == 0, err
     again = content(tmp_path / "out")["results"]
     assert [row["target"] for row in again] == ["wan-2.1", "taesd", "taef1"]
     assert again[:2] == list(rows.values())
-    (tmp_path / "out" / "taesd" / "metrics.json").unlink()
-    code, _, err = olvae(*command, "--zoo", "taesd", "--images", "1")
+    code, _, err = olvae(*command, "--zoo", "taesd", "--images", "1", "--size", "48", "--precision", "bf16")
+    assert code == 2
+    assert f"--out {tmp_path / 'out'}: has results of other --size, --images, --precision: name another folder" in err
+    monkeypatch.setattr(zoo, "find_weights", lambda *_: Path())  # what lacks LPIPS is evaluated again
+    (pictures / "1.png").write_bytes((pictures / "0.png").read_bytes())
+    code, _, err = olvae(*command, "--zoo", "taesd")
     assert code == 1
-    assert "which are not comparable with these" in err
+    assert f"--out {tmp_path / 'out'}: wan-2.1 there has results of other images: name another folder" in err
+    assert content(tmp_path / "out" / "taesd")["results"] == [rows["taesd"]]
 
 
 @pytest.mark.slow
