@@ -33,12 +33,22 @@ class Settings:
     weights: str | None = None  # what training started from, as the user wrote it; None for fresh weights
     untrained: str | None = None  # encoder or decoder, if that half still has its initial weights
     checksums: Mapping[str, str] = field(default_factory=dict)  # of weights that parts only name, a teacher's, by part
-    paths: Mapping[str, str] = field(default_factory=dict)  # the data's relative paths as written, by absolute ones
+    paths: Mapping[str, str] = field(default_factory=dict)  # paths of data and TARGETs as written, by absolute ones
     job: str | None = None  # the job of SLURM, or torchrun's rdzv_id, that trains the run
 
     def as_dict(self) -> dict[str, Any]:
         """Return the section ``run``; outside of a launcher's job it has no ``job``."""
         return {key: value for key, value in asdict(self).items() if key != "job" or value is not None}
+
+
+TEACHER = "model.params.parts.teacher.params.autoencoder"
+
+
+def entry_of(config: Any, path: str) -> Any:
+    """Look up a path of names in nested mappings; None if there is nothing."""
+    for name in path.split("."):
+        config = config.get(name) if isinstance(config, Mapping) else None
+    return config
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:

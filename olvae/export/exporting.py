@@ -27,17 +27,15 @@ from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.families import family_of
 from olvae.models.loading.loader import Target
 from olvae.models.loading.targets import RAW
-from olvae.models.spec import CLASS_NAME, DIFFUSERS, check_factors, class_in, is_hub_id
+from olvae.models.spec import CLASS_NAME, DIFFUSERS, check_factors, class_in, is_hub_id, place_in
 from olvae.modules.base import count_parameters
 from olvae.modules.scaling_factors import FEW_IMAGES
-from olvae.runs import Run, config_of, find_run, run_of, settings_of
+from olvae.runs import TEACHER, Run, config_of, entry_of, find_run, run_of, settings_of
 
 TOLERANCE, FOLDING = 1e-6, 1e-5  # differences over the largest value: loaded back; folded, which computes otherwise
 
 CARD_NAME = "README.md"
 MADE_WITH = "made with open-LiteVAE"  # in every card: tells what an export may replace from what was downloaded
-
-TEACHER = "model.params.parts.teacher.params.autoencoder"
 
 ONE_FILE = {"onnx": "ONNX files are written by `format` litevae", "license": "one file has no model card"}
 
@@ -378,16 +376,9 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
     )
 
 
-def _entry(config: Any, path: str) -> Any:
-    """Look up a path of names in nested mappings; None if there is nothing."""
-    for name in path.split("."):
-        config = config.get(name) if isinstance(config, Mapping) else None
-    return config
-
-
 def _weights(model: LiteVAE, provenance: Provenance) -> str:
     kinds = [str(next(model.parameters()).dtype).removeprefix("torch.")]
-    averaged = _entry(provenance.config, "model.params.use_ema")
+    averaged = entry_of(provenance.config, "model.params.use_ema")
     if provenance.raw or averaged is not None:
         kinds.append("averaged over training (EMA)" if averaged and not provenance.raw else "as trained")
     if model.folded:
@@ -397,20 +388,21 @@ def _weights(model: LiteVAE, provenance: Provenance) -> str:
 
 def _teacher(config: Mapping[str, Any]) -> str | None:
     """Name the teacher of a distilled model; a folder of the user's is named without its path."""
-    teacher = str(_entry(config, TEACHER) or "")
-    return _hub_id(teacher) or Path(teacher.removeprefix(DIFFUSERS)).name or None
+    teacher = str(entry_of(config, TEACHER) or "")
+    return _hub_id(teacher, config) or Path(teacher.removeprefix(DIFFUSERS)).name or None
 
 
-def _hub_id(target: str) -> str | None:
-    """The repository of the hub that a TARGET names; None for something else."""
-    plain = target.removeprefix(DIFFUSERS).partition("::")[0]
-    return plain if is_hub_id(plain) and not Path(plain).exists() else None
+def _hub_id(target: str, config: Mapping[str, Any]) -> str | None:
+    """The repository of the hub that a run's TARGET names; None for something else, which may be gone by now."""
+    place = place_in(target)
+    here = Path(place).exists() or place in settings_of(config).paths.values()
+    return place if is_hub_id(place) and not here else None
 
 
 def _base_models(config: Mapping[str, Any]) -> list[str]:
     """The hub's models that a run, or a run before it that is still here, started from or learned from."""
     weights = settings_of(config).weights or ""
-    found = dict.fromkeys(filter(None, map(_hub_id, (weights, str(_entry(config, TEACHER))))))
+    found = dict.fromkeys(filter(None, (_hub_id(each, config) for each in (weights, str(entry_of(config, TEACHER))))))
     path = Path(weights).resolve()
     before = run_of(path) if path.is_file() else Run(path)
     with contextlib.suppress(ConfigError):  # of a run that can't be continued, either
@@ -419,14 +411,14 @@ def _base_models(config: Mapping[str, Any]) -> list[str]:
 
 
 def _data(config: Mapping[str, Any]) -> str:
-    if not (target := _entry(config, "data.target")):
+    if not (target := entry_of(config, "data.target")):
         return "Unknown."
     text = [f"`{plain(str(target))}`"]
-    if root := _entry(config, "data.params.root"):
+    if root := entry_of(config, "data.params.root"):
         text.append(plain(Path(str(root)).name))
-    if size := _entry(config, "data.params.size"):
+    if size := entry_of(config, "data.params.size"):
         text.append(f"crops of {Sides.of(size)}")
-    if steps := _entry(config, "lightning.trainer.max_steps"):
+    if steps := entry_of(config, "lightning.trainer.max_steps"):
         text.append(plain(f"{steps} steps"))
     if before := settings_of(config).weights:
         file = Path(before)

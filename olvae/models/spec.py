@@ -225,6 +225,11 @@ def _is_number(value: Any, positive: bool) -> bool:
     return math.isfinite(value) and (value > 0 or not positive)
 
 
+def place_in(target: str) -> str:
+    """The path, or the id of the hub, in a TARGET: without ``diffusers:`` and the subfolder."""
+    return target.removeprefix(DIFFUSERS).partition("::")[0]
+
+
 def is_hub_id(text: str) -> bool:
     """Whether this could be OWNER/NAME on the hub."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None and not text.endswith(WEIGHT_SUFFIXES)
@@ -253,7 +258,7 @@ def shipped_folder(text: str) -> Path:
 def check_target(text: str) -> None:
     """Raise FileNotFoundError unless something of this name exists, or may exist on the hub."""
     if text.startswith(DIFFUSERS):
-        name = text.removeprefix(DIFFUSERS).partition("::")[0]
+        name = place_in(text)
         if not (Path(name).is_dir() or is_hub_id(name)):
             near = nearest_path(name)
             raise FileNotFoundError(f"{text}: no such folder, and not an id of the hub (OWNER/NAME){near}")

@@ -16,7 +16,7 @@ from olvae import config as cfg
 from olvae import runs
 from olvae.config import Config, ConfigError
 from olvae.config.reading import ABSENT, differences
-from olvae.models.spec import check_target
+from olvae.models.spec import check_target, place_in
 from olvae.runs import Run, Settings
 
 if TYPE_CHECKING:  # slow to import
@@ -32,7 +32,7 @@ FREE_SETTINGS = (
     *(f"model.params.{key}" for key in ("betas", "decay_steps", "min_lr_factor", "scheduler", "warmup_steps")),
     *(f"model.params.{key}" for key in ("channels_last", "checkpoint", "compile", "weights_dir")),
     *(f"model.params.{key}" for key in ("ema_decay", "use_ema", "val_metrics")),
-    "model.params.parts.teacher.params.autoencoder",  # a path; its weights have a checksum
+    runs.TEACHER,  # a path; its weights have a checksum
 )
 """Settings, with all below them, that a resumed run may change: they are neither data, networks nor losses."""
 
@@ -90,7 +90,7 @@ def read_plan(options: TrainOptions) -> Plan:
         raise ConfigError("`base` names the config to train, such as demo")
     if resumed is None and options.allow_changes:
         raise ConfigError("`allow_changes` is for `resume`: leave it out")
-    targets = {"from": options.start_from, "params.parts.teacher.params.autoencoder": options.teacher}
+    targets = {"model.from": options.start_from, runs.TEACHER: options.teacher}
     overrides = [] if options.data is None else [f"data.params.root={json.dumps(options.data)}"]
     if options.wandb is not None:
         overrides += [f"{WANDB}.target={WANDB_LOGGER}", f"{WANDB}.params.project={json.dumps(options.wandb)}"]
@@ -98,7 +98,7 @@ def read_plan(options: TrainOptions) -> Plan:
     for key, target in targets.items():
         if target is not None:
             check_target(found := str(runs.find_run(target, options.logdir)))
-            overrides.append(f"model.{key}={json.dumps(found)}")
+            overrides.append(f"{key}={json.dumps(found)}")
     config = cfg.load([*([] if resumed is None else [resumed.config]), *options.base], overrides)
     if options.teacher is not None:
         config["model"]["params"]["parts"]["teacher"].setdefault("target", "olvae.models.parts.teacher.Teacher")
@@ -138,14 +138,16 @@ def _name(options: TrainOptions) -> str:
 def _settings(options: TrainOptions, config: Config, previous: Config | None) -> Settings:
     """The options over the resumed run's settings, over the defaults."""
     settings = runs.settings_of(config)
-    if previous is None:
-        runs.check_name(_name(options))
-        precision = ((config.get("lightning") or {}).get("trainer") or {}).get("precision", "32")
-        settings = Settings(_name(options), str(precision), initial_seed=options.seed or 0, paths=settings.paths)
-    elif options.name not in (None, settings.name):
-        raise ConfigError("`name`: a resumed run keeps the name of its folder: leave it out")
     named = None if options.actual_resume is None else runs.find_run(options.actual_resume, options.logdir)
     weights = config["model"].get("from") or named
+    if previous is None:
+        runs.check_name(_name(options))
+        precision = runs.entry_of(config, "lightning.trainer.precision") or "32"
+        places = [place_in(str(target)) for target in (weights, runs.entry_of(config, runs.TEACHER)) if target]
+        paths = {**settings.paths, **{str(Path(place).absolute()): place for place in places if Path(place).exists()}}
+        settings = Settings(_name(options), str(precision), initial_seed=options.seed or 0, paths=paths)
+    elif options.name not in (None, settings.name):
+        raise ConfigError("`name`: a resumed run keeps the name of its folder: leave it out")
     return replace(
         settings,
         precision=options.precision or settings.precision,

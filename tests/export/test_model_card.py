@@ -129,12 +129,14 @@ def test_the_card_names_the_teacher():
         ("RGenDiff/olitevaeB_im_f8c12", "diffusers:a/b::vae", "[RGenDiff/olitevaeB_im_f8c12, a/b]"),
         ("olvae:photos-f8c12", "diffusers:/home/me/vae", ""),
         (None, None, ""),
+        ("exports/gone", "diffusers:models/gone::vae", ""),  # folders when the run started
     ],
 )
 def test_the_card_names_the_models_that_it_is_from(weights, teacher, expected, tmp_path):
     """For the hub, also across a run that started from another one."""
     part = {"teacher": {"params": {"autoencoder": teacher}}} if teacher else {}
-    config = {"model": {"params": {"parts": part}}, "run": {"weights": weights}, "data": {}}
+    run = {"weights": weights, "paths": {"/a/exports/gone": "exports/gone", "/a/models/gone": "models/gone"}}
+    config = {"model": {"params": {"parts": part}}, "run": run, "data": {}}
     first = Run(tmp_path / "2026_a_32")
     first.checkpoints.mkdir(parents=True)
     first.last_checkpoint.touch()

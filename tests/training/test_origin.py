@@ -114,6 +114,7 @@ def test_the_config_of_the_run_is_complete(train_with, tmp_path):
     assert params["decoder_config"]["target"] == "olvae.modules.sdvae.SDDecoder"
     assert (params["embed_dim"], params["use_quant"], params["freeze_encoder"]) == (4, True, True)
     assert config["run"]["weights"] == target
+    assert config["run"]["paths"][str(tmp_path / "source")] == str(tmp_path / "source")
     assert config["run"]["untrained"] is None
     shutil.rmtree(tmp_path / "source")
     factors = {"scaling_factor": 0.5, "shift_factor": 0.25, "latents_mean": None, "latents_std": None}
