@@ -121,7 +121,7 @@ def test_validate_memory(olvae, config, tmp_path, monkeypatch):
     assert "fixed 1.00, per image 0.500, TFLOP per image 3" in " ".join(out.split())  # the same in all rows
     rows = [line.split() for line in out.splitlines() if line.strip().startswith(("32", "bf16"))]
     assert rows == [[p, c] for p in ("32", "bf16") for c in ("false", "true")]
-    assert asked == [(16, p, c) for p in ("32", "bf16") for c in (False, True)]
+    assert asked == [((16, 16), p, c) for p in ("32", "bf16") for c in (False, True)]
     (tmp_path / "bad.yaml").write_text("model: {target: olvae.models.liteautoencoder.LiteAutoencoderKL}\n")
     assert olvae("validate", "--memory", tmp_path / "bad.yaml")[:2] == (1, "")
 

@@ -25,6 +25,8 @@ from tests.data.images import write_shards
 from tests.test_devices import fork_each, free_port
 from tests.training.conftest import srun, torchrun
 
+SRUN = {**srun(nodes=8, per_node=8), "SLURM_CPUS_PER_TASK": "6"}
+
 
 def test_who_started_the_processes(under):
     assert find_launcher() is None
@@ -94,35 +96,38 @@ def test_srun_with_its_other_option(under, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cores", "processes", "nodes", "workers"), [(2, 1, 1, 2), (96, 4, 1, 8), (4, 8, 1, 0), (12, 6, 2, 4)]
+    ("cores", "processes", "nodes", "workers", "launcher"),
+    [
+        *(
+            (2, 1, 1, 2, {}),
+            (96, 4, 1, 8, {}),
+            (4, 8, 1, 0, {}),
+            (12, 6, 2, 4, {}),
+            (6, 64, 8, 6, SRUN),
+            (40, 64, 8, 5, SRUN),
+        ),
+        (6, 64, 8, 0, {**SRUN, **torchrun()}),  # srun's one task of a machine
+    ],
 )
-def test_loader_processes_are_a_rank_s_cores(image_folder, monkeypatch, cores, processes, nodes, workers):
-    """Shared by the ranks of a machine; a number in the config stays, and pictures in memory need none."""
+def test_loader_processes_are_a_rank_s_cores(
+    image_folder, monkeypatch, under, cores, processes, nodes, workers, launcher
+):
+    """Shared by the ranks of a machine, unless srun gave each its own; a number in the config stays."""
+    under(launcher)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
     node = tiny_config(image_folder)["data"]
     source = instantiate(node)
     choose_workers(source, node, processes, nodes)
     assert (source.num_workers, node["params"]["num_workers"]) == (workers, workers)
+    trainer = SimpleNamespace(world_size=processes, num_nodes=nodes, max_steps=9)
+    sources = [SimpleNamespace(val_images=None, num_workers=workers + more) for more in (0, cores)]
+    assert [len(list(_warnings(trainer, SimpleNamespace(warmup_steps=0), each))) for each in sources] == [0, 1]
     node["params"]["num_workers"] = 5
     choose_workers(source, node, processes, nodes)
     assert (source.num_workers, node["params"]["num_workers"]) == (workers, 5)
     node = tiny_config()["data"]
     choose_workers(instantiate(node), node, processes, nodes)
     assert "num_workers" not in node["params"]
-
-
-def test_cores_that_srun_gave_a_rank_are_not_shared(image_folder, monkeypatch, under):
-    under({**srun(nodes=8, per_node=8), "SLURM_CPUS_PER_TASK": "6"})
-    trainer, model = SimpleNamespace(world_size=64, num_nodes=8, max_steps=9), SimpleNamespace(warmup_steps=0)
-    for cores, workers in ((6, 6), (40, 5)):  # its own; those of the machine
-        monkeypatch.setattr("os.sched_getaffinity", lambda _, n=cores: set(range(n)))
-        node = tiny_config(image_folder)["data"]
-        choose_workers(instantiate(node), node, 64, 8)
-        assert node["params"]["num_workers"] == workers
-        sources = [SimpleNamespace(val_images=None, num_workers=workers + more) for more in (0, 1)]
-        assert [len(list(_warnings(trainer, model, source))) for source in sources] == [0, 1]
-    monkeypatch.setenv("RANK", "0")  # of a torchrun that is the task
-    assert list(_warnings(trainer, model, sources[1]))
 
 
 def test_where_nccl_writes(monkeypatch):
