@@ -110,7 +110,7 @@ test-browser: $(VENV)/.installed-dev ## the checks that need Chromium (apt insta
 	$(PIP) install --quiet -e '.[browser]'
 	$(BIN)/python -m pytest -m browser
 
-soak: $(VENV)/.installed-dev ## kill training, packing, encoding and decoding 160 times, and compare what they make (20 minutes)
+soak: $(VENV)/.installed-dev ## kill whatever writes files, again and again, and compare what it makes (more than half an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak -n 2 -rP
 
 fuzz: $(VENV)/.installed-dev ## 10,000 mutated files through what reads them (FUZZ_INPUTS=N, FUZZ_SECONDS=S: fewer)

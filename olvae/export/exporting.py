@@ -140,7 +140,7 @@ def export(
         try:
             layout.write(out, partial)
         except SafetensorError as error:  # a full disk, for example
-            raise OSError(f"{out}: not written: {error}") from error
+            raise OSError(f"{place}: not written: {error}") from error
         if settings.onnx:
             from olvae.export.onnx import export_onnx  # needs an extra
 

@@ -13,6 +13,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from olvae import LiteVAE
@@ -173,6 +174,10 @@ def full_disk(_: None) -> None:
     raise OSError("No space left")
 
 
+def full_disk_of_safetensors(_: None) -> None:
+    raise SafetensorError("I/O error: File too large")
+
+
 @pytest.mark.parametrize("force", [False, True])
 @pytest.mark.parametrize(
     ("method", "spoil", "message"),
@@ -182,6 +187,7 @@ def full_disk(_: None) -> None:
         ("load", other_factors, "scaling_factor, .* differs from what was written"),
         (None, None, "1 tensors have values that are not finite in torch.float16"),
         ("write", full_disk, "No space left"),
+        ("write", full_disk_of_safetensors, r"^.*/deep/down/vae\S*: not written: I/O error: File too large$"),
     ],
 )
 def test_a_failure_leaves_nothing_and_takes_nothing(
