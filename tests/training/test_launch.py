@@ -98,20 +98,11 @@ def test_srun_with_its_other_option(under, monkeypatch):
 @pytest.mark.parametrize(
     ("cores", "processes", "nodes", "workers", "launcher"),
     [
-        *(
-            (2, 1, 1, 2, {}),
-            (96, 4, 1, 8, {}),
-            (4, 8, 1, 0, {}),
-            (12, 6, 2, 4, {}),
-            (6, 64, 8, 6, SRUN),
-            (40, 64, 8, 5, SRUN),
-        ),
-        (6, 64, 8, 0, {**SRUN, **torchrun()}),  # srun's one task of a machine
+        *((2, 1, 1, 2, {}), (96, 4, 1, 8, {}), (4, 8, 1, 0, {}), (12, 6, 2, 4, {})),
+        *((6, 64, 8, 6, SRUN), (40, 64, 8, 5, SRUN), (6, 64, 8, 0, {**SRUN, **torchrun()})),
     ],
 )
-def test_loader_processes_are_a_rank_s_cores(
-    image_folder, monkeypatch, under, cores, processes, nodes, workers, launcher
-):
+def test_loader_processes_are_a_rank_s(image_folder, monkeypatch, under, cores, processes, nodes, workers, launcher):
     """Shared by the ranks of a machine, unless srun gave each its own; a number in the config stays."""
     under(launcher)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
