@@ -47,6 +47,7 @@ def test_copies_in_a_folder_two_missing_and_continued(olvae, pictures, tmp_path,
     monkeypatch.setattr(zoo, "evaluate", lambda one, _: run(one) if one.targets[0].name in whole else {}["bn"])
     command = ("evaluate", "--data", pictures, "--weights-dir", tmp_path / "copies", *FLAGS, "--out", tmp_path / "out")
     command = (*command, "--metrics", "psnr,lpips")
+    monkeypatch.setattr("sys.argv", ["olvae", "evaluate", "--data", "a b"])
     code, _, err = olvae(*command, "--zoo", "wan-2.1,taesd,sdxl,taef1")
     assert code == 0, err
     assert "stabilityai/sdxl-vae: no such file or folder here" in err
@@ -56,6 +57,7 @@ def test_copies_in_a_folder_two_missing_and_continued(olvae, pictures, tmp_path,
     assert rows["wan-2.1"]["zoo"] == entry
     assert rows["wan-2.1"].keys() >= {"colour", "bands"}
     page = (tmp_path / "out" / "zoo.md").read_text()
+    assert "Made by `olvae evaluate --data 'a b'`, which" in page
     line = next(line for line in page.splitlines() if line.startswith("| wan-2.1 |"))
     for text in (*entry.values(), f"{rows['wan-2.1']['metrics']['psnr']:.3f}"):
         assert f"| {text} " in line
