@@ -58,7 +58,8 @@ class Watch:
             self.die(*self.due)
         if ".partial-" in path and kind != "rename":  # of which the rename tells
             return
-        name = re.sub(r"\d{4}-\d\d-\d\dT[\d-]+_|(?<=tfevents)\..*", "", path[len(self.root) + 1 :])
+        changing = r"\d{4}-\d\d-\d\dT[\d-]+_|(?<=tfevents)\..*|[^./]+-\d+-\w{8}(?=/|$)"  # times, processes
+        name = re.sub(changing, "", path[len(self.root) + 1 :])
         self.counts[kind, name] += 1
         write = Write(kind, name, self.counts[kind, name])
         if self.log is not None:
@@ -78,7 +79,7 @@ class Watch:
 
     def die(self, path: str | None, before: int = 0) -> None:
         """Kill this process and those that it started, with so much of the file as a kill on the way leaves."""
-        if path is not None:
+        if path is not None and not Path(path).is_dir():  # a folder is moved whole
             os.truncate(path, before + (Path(path).stat().st_size - before) * self.kill[1] // 100)
         os.killpg(0, signal.SIGKILL)
 

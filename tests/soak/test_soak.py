@@ -126,7 +126,7 @@ def soak(command: Command, tmp_path: Path, count: int, part: slice = slice(None)
     _check(command.start(folder).wait(), folder)
     _compare(command.result(folder), expected, history)
     sys.stdout.write(f"{done} kills, {sum(times.values())} writes, {time.monotonic() - begun:.0f} s")
-    assert done >= 0.5 * count  # safetensors' own writes are not seen, so a kill may wait for one that never comes
+    assert done >= 0.8 * count
 
 
 def _compare(result: Mapping[str, Any], expected: Mapping[str, Any], history: list[Kill]) -> None:
