@@ -26,7 +26,7 @@ from olvae.models.autoencoder import LiteVAE
 from study.rows import BASELINE, SEEDS
 from study.run import find_run
 
-__all__ = ["TABLES", "fill", "main", "read_rows"]
+__all__ = ["TABLES", "fill", "main", "read_rows", "spread", "table"]
 
 Found = Mapping[str, Mapping[str, Any]]
 """The rows' files by name."""
@@ -78,12 +78,13 @@ def fill(document: str, rows: Found, tables: Mapping[str, Callable[[Found], str]
     return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", made, document, flags=re.DOTALL)
 
 
-def _table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown, with numbers on the right."""
     rule = ["---", *("--:" for _ in headings[1:])]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *lines))
 
 
-def _spread(values: Sequence[float], digits: int = 2) -> str:
+def spread(values: Sequence[float], digits: int = 2) -> str:
     """Mean, and the standard deviation over seeds where there are several."""
     text = f"{mean(values):.{digits}f}"
     return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
@@ -118,7 +119,7 @@ def _rates(rows: Found) -> str:
         [network, *(f"{_psnr(grid[network, rate]):.2f}" if (network, rate) in grid else "" for rate in rates)]
         for network in sorted({network for network, _ in grid})
     ]
-    return _table(["encoder", *rates], lines)
+    return table(["encoder", *rates], lines)
 
 
 def _details(row: Mapping[str, Any]) -> float:
@@ -135,12 +136,12 @@ def _encoders(rows: Found) -> str:
             continue
         cost = [f"{of_seeds[0]['sizes'][SIZE]['encode_macs'] / 1e9:.1f}", str(of_seeds[0]["steps"])]
         found = [
-            _spread([_psnr(row, "64") for row in of_seeds]),
-            _spread([_psnr(row) for row in of_seeds]),
-            _spread([row["sizes"][SIZE]["bands"]["LL3"]["mse"] for row in of_seeds], 0),
-            _spread([_details(row) for row in of_seeds], 0),
-            _spread([row["sizes"][SIZE]["ssim"] for row in of_seeds], 3),
-            _spread([row["frechet_lite0"] for row in of_seeds], 1),
+            spread([_psnr(row, "64") for row in of_seeds]),
+            spread([_psnr(row) for row in of_seeds]),
+            spread([row["sizes"][SIZE]["bands"]["LL3"]["mse"] for row in of_seeds], 0),
+            spread([_details(row) for row in of_seeds], 0),
+            spread([row["sizes"][SIZE]["ssim"] for row in of_seeds], 3),
+            spread([row["frechet_lite0"] for row in of_seeds], 1),
         ]
         lines.append([title, *cost, *found])
     for title, name in (("linear code, no training", "linear"), ("bicubic", "bicubic")):
@@ -148,7 +149,7 @@ def _encoders(rows: Found) -> str:
             at_64, at_256, ssim = sizes["64"]["psnr"], sizes[SIZE]["psnr"], sizes[SIZE]["ssim"]
             lines.append([title, "", "", f"{at_64:.2f}", f"{at_256:.2f}", "", "", f"{ssim:.3f}", ""])
     headings = ["encoder", "GMACs", "steps", "dB at 64", "dB at 256", "LL3", "details", "SSIM", "Fréchet, Lite0"]
-    return _table(headings, lines)
+    return table(headings, lines)
 
 
 def _baselines(rows: Found, name: str) -> list[Mapping[str, Any]]:
@@ -159,21 +160,21 @@ def _baselines(rows: Found, name: str) -> list[Mapping[str, Any]]:
 def _compared(title: str, names: Mapping[str, str]) -> Callable[[Found], str]:
     """A table of rows by name, with a title each; their Fréchet distance is that of all seeds."""
 
-    def table(rows: Found) -> str:
+    def made(rows: Found) -> str:
         lines = [
             [
                 text,
                 _interval(rows[name]),
                 f"{rows[name]['sizes'][SIZE]['ssim']:.3f}",
                 *_bands(rows[name]),
-                _spread([row["frechet_lite0"] for row in _of_seeds(rows, name.removesuffix("_0"))], 1),
+                spread([row["frechet_lite0"] for row in _of_seeds(rows, name.removesuffix("_0"))], 1),
             ]
             for name, text in names.items()
             if name in rows
         ]
-        return _table([title, "dB at 256", "SSIM", "LL3", "level 3", "level 2", "level 1", "Fréchet, Lite0"], lines)
+        return table([title, "dB at 256", "SSIM", "LL3", "level 3", "level 2", "level 1", "Fréchet, Lite0"], lines)
 
-    return table
+    return made
 
 
 def _scales(rows: Found) -> str:
@@ -186,7 +187,7 @@ def _scales(rows: Found) -> str:
     ]
     for name in ("linear", "bicubic"):
         lines += [[name, *(f"{found[size]['psnr']:.2f}" for size in sizes)] for found in _baselines(rows, name)]
-    return _table(["decoder", *(f"{size} px" for size in sizes)], lines)
+    return table(["decoder", *(f"{size} px" for size in sizes)], lines)
 
 
 def _diffusion(rows: Found) -> str:
@@ -195,13 +196,13 @@ def _diffusion(rows: Found) -> str:
             name.removeprefix("diffusion_"),
             f"{row['frechet_lite0']['reconstructions']:.1f}",
             f"{row['frechet_lite0']['decoded_latents']:.1f}",
-            _spread([seed["frechet_lite0"] for seed in row["seeds"]], 1),
+            spread([seed["frechet_lite0"] for seed in row["seeds"]], 1),
             f"{row['frechet_lite0']['mean'] - row['frechet_lite0']['decoded_latents']:.1f}",
         ]
         for name, row in rows.items()
         if name.startswith("diffusion_")
     ]
-    return _table(["autoencoder", "reconstructions", "decoded latents", "samples", "what diffusion adds"], lines)
+    return table(["autoencoder", "reconstructions", "decoded latents", "samples", "what diffusion adds"], lines)
 
 
 TABLES: Mapping[str, Callable[[Found], str]] = {

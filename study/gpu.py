@@ -37,7 +37,7 @@ from olvae.files import check_folder, write_json
 from olvae.models.footprint import MARGIN, footprint
 from olvae.models.large.tiling import GIB
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from study.draw import Found, _table, fill, read_rows
+from study.draw import Found, fill, read_rows, table
 from study.rows import RECIPE, VARIANTS
 
 __all__ = ["STEPS", "TABLES", "Bench", "Step", "main", "run"]
@@ -284,7 +284,7 @@ def _run_table(rows: Found) -> str:
     for row in _of(rows, "tests"):
         passed = row["tests"] - row["skipped"] - len(row["failed"])
         lines.append(["tests", "; failed: ".join([f"{passed} passed, {row['skipped']} skipped", *row["failed"]])])
-    return _table(["", "found"], [*lines, *([name, row["error"]] for name, row in rows.items() if "error" in row)])
+    return table(["", "found"], [*lines, *([name, row["error"]] for name, row in rows.items() if "error" in row)])
 
 
 def _step_table(rows: Found) -> str:
@@ -296,12 +296,12 @@ def _step_table(rows: Found) -> str:
         cells += [_number(row, "images_per_s"), _number(row, "tflops", ".2f"), share]
         lines.append([*cells, _number(row, "memory_gib"), _number(row, "counted_gib")])
     memory = ["GiB measured", "GiB counted"]
-    return _table(["step", "px", "images", "ms", "images/s", "TFLOP/s", "of the peak", *memory], lines)
+    return table(["step", "px", "images", "ms", "images/s", "TFLOP/s", "of the peak", *memory], lines)
 
 
 def _launch_table(rows: Found) -> str:
     lines = [[row["recipe"], str(row["images"]), _number(row, "kernels", "d")] for row in _of(rows, "trained_")]
-    return _table(["recipe, as olvae train runs it", "images", "kernels a step"], lines)
+    return table(["recipe, as olvae train runs it", "images", "kernels a step"], lines)
 
 
 def _network_table(rows: Found) -> str:
@@ -316,7 +316,7 @@ def _network_table(rows: Found) -> str:
             ]
             speeds = dict(zip(precisions, best, strict=True))
             lines.append([f"{found['half']}, {name}", *(_number(speeds, key, ".4g") for key in PRECISIONS)])
-    return _table(["half, images/s", *PRECISIONS], lines)
+    return table(["half, images/s", *PRECISIONS], lines)
 
 
 def _pair_table(rows: Found) -> str:
@@ -325,7 +325,7 @@ def _pair_table(rows: Found) -> str:
          *(_number(row, key, form) for key, form in (("linear_psnr", ".2f"), ("psnr", ".2f"), ("ssim", ".3f")))]
         for row in _of(rows, "pair_")
     ]  # fmt: skip
-    return _table(["encoder", "steps", "seconds", "linear code, dB", "dB", "SSIM"], lines)
+    return table(["encoder", "steps", "seconds", "linear code, dB", "dB", "SSIM"], lines)
 
 
 TABLES: Mapping[str, Callable[[Found], str]] = {

@@ -11,13 +11,13 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 from olvae.checkpoint import read_checkpoint
 from olvae.cli.main import print_error
 from olvae.files import check_folder, write_json
-from study.run import CROP, CROPS, Study, find_run
+from study import draw
+from study.run import CROP, Study, find_run
 
 __all__ = ["PARTS", "RECIPE", "main", "node", "read", "table"]
 
@@ -60,19 +60,19 @@ def run(study: Study, name: str) -> dict[str, Any]:
         settings = [*(f"data.params.{setting}" for setting in photographs), *node(name)]
         flags = ["--base", str(RECIPE), "--logdir", str(study.out / "runs"), "--name", f"further_{name}"]
         flags += ["--seed", "0", "--gpus", "0", "--precision", "32"]
-        study._command(name, "-m", "olvae.cli.main", "train", *flags, *settings)
+        study.command(name, "-m", "olvae.cli.main", "train", *flags, *settings)
         model = find_run(study.out / "runs", f"further_{name}")
         assert model is not None
     target, places = str(model.path), [study.out / folder / name for folder in ("evaluations", "latents", "diffusion")]
     evaluation, latents, diffusion = map(str, places)
     held_out = ("--data", str(study.corpus / "held_out"), "--size", "256", "--metrics", "psnr")
     if not (places[0] / "metrics.json").is_file():
-        study._command(name, "-m", "olvae.cli.main", "evaluate", target, *held_out, "--no-report", "--out", evaluation)
+        study.command(name, "-m", "olvae.cli.main", "evaluate", target, *held_out, "--no-report", "--out", evaluation)
     crops = ("--data", str(study.out / "crops"), "--size", str(CROP), "--flip", "--out", latents)
-    study._command(name, "-m", "olvae.cli.main", "encode", target, *crops)
+    study.command(name, "-m", "olvae.cli.main", "encode", target, *crops)
     flags = ["--decoder", target, "--reference", str(study.out / f"reference_{SAMPLES}"), "--out", diffusion]
     flags += ["--seeds", ",".join(map(str, SEEDS)), "--samples", str(SAMPLES), "--steps", str(STEPS), "--patch", "2"]
-    study._command(name, "examples/diffusability.py", latents, *flags)
+    study.command(name, "examples/diffusability.py", latents, *flags)
     psnr = json.loads((places[0] / "metrics.json").read_text(encoding="utf-8"))["results"][0]["metrics"]["psnr"]
     found = json.loads((places[2] / "diffusability.json").read_text(encoding="utf-8"))
     return {"name": name, "part": PARTS[name], "psnr": psnr, **found}
@@ -90,13 +90,12 @@ def read(folder: Path = Path(__file__).parent / "results" / "parts") -> dict[str
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: distances to the crops, and of samples to decoded latents, with the deviation over the seeds."""
     headings = ["part", "dB at 256", "reconstructions", "decoded latents", "samples", "samples to decoded latents"]
-    lines = [headings, ["---", *("--:" for _ in headings[1:])]]
+    lines = []
     for name, row in found.items():
         floors = (f"{row['frechet_lite0'][key]:.1f}" for key in ("reconstructions", "decoded_latents"))
         seeds = [[seed[key] for seed in row["seeds"]] for key in ("frechet_lite0", "frechet_lite0_to_decoded")]
-        spreads = (f"{mean(values):.1f} ± {stdev(values):.1f}" for values in seeds)
-        lines.append([TITLES[name], f"{row['psnr']:.2f}", *floors, *spreads])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        lines.append([TITLES[name], f"{row['psnr']:.2f}", *floors, *(draw.spread(values, 1) for values in seeds)])
+    return draw.table(headings, lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -107,9 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         check_folder(options.out)
         study = Study(options.corpus, options.out, [])
-        for seed, folder, count in ((0, "crops", CROPS), (1, f"reference_{SAMPLES}", SAMPLES)):
-            if len(list((options.out / folder).glob("*.png"))) < count:
-                study._cut_crops(options.out / folder, count, seed)
+        study.cut_crops(f"reference_{SAMPLES}", SAMPLES)
         (options.out / "parts").mkdir(exist_ok=True)
         for name in PARTS:
             if not (done := options.out / "parts" / f"{name}.json").is_file():

@@ -67,10 +67,8 @@ class Study:
             StudyError: a command failed; the rows beside it are finished first.
         """
         if not self._speeds.is_file():  # with nothing beside it
-            self._command("speed", "-m", "study.speed", "--out", str(self._speeds))
-        for seed, folder, count in ((0, "crops", CROPS), (1, "reference", REFERENCES)):
-            if len(list((self.out / folder).glob("*.png"))) < count:
-                self._cut_crops(self.out / folder, count, seed)
+            self.command("speed", "-m", "study.speed", "--out", str(self._speeds))
+        self.cut_crops("reference", REFERENCES)
         pending, running = [row for row in self.rows if not self.is_done(row.name)], {}
         with ThreadPoolExecutor(jobs) as pool:
             while pending or running:
@@ -84,9 +82,13 @@ class Study:
                     count = len(self.rows) - len(pending) - len(running)
                     print(f"{count}/{len(self.rows)} {row.name}: {_said(found)}", flush=True)
 
-    def _cut_crops(self, folder: Path, count: int, seed: int) -> None:
-        flags = ["--size", str(CROP), "--count", str(count), "--seed", str(seed), "--out", str(folder)]
-        self._command("crops", "examples/random_crops.py", str(self.corpus / "train"), *flags)
+    def cut_crops(self, references: str, number: int) -> None:
+        """Cut the crops that diffusion models learn, and others to compare samples with, unless they are there."""
+        for seed, name, count in ((0, "crops", CROPS), (1, references, number)):
+            folder = self.out / name
+            if len(list(folder.glob("*.png"))) < count:
+                flags = ["--size", str(CROP), "--count", str(count), "--seed", str(seed), "--out", str(folder)]
+                self.command("crops", "examples/random_crops.py", str(self.corpus / "train"), *flags)
 
     def run_one(self, row: Row | Diffusion) -> dict[str, Any]:
         """Run a row; returns what is in its file."""
@@ -109,7 +111,7 @@ class Study:
                 found.setdefault(name, {})[str(size)] = baseline
         if row.frechet:
             distance, tiles = self.out / "evaluations" / row.name / "frechet.json", self.corpus / "held_out_tiles"
-            self._command(row.name, "-m", "study.measure", str(run.path), "--tiles", str(tiles), "--out", str(distance))
+            self.command(row.name, "-m", "study.measure", str(run.path), "--tiles", str(tiles), "--out", str(distance))
             found |= json.loads(distance.read_text(encoding="utf-8"))
         found["machine"] = {**machine("cpu"), "threads": 1}
         return found
@@ -119,10 +121,10 @@ class Study:
         run, latents, folder = self._folder(row.of), self.out / "latents" / row.name, self.out / "diffusion" / row.name
         assert run is not None
         crops = ("--data", str(self.out / "crops"), "--size", str(CROP), "--flip", "--out", str(latents))
-        self._command(row.name, "-m", "olvae.cli.main", "encode", str(run.path), *crops)
+        self.command(row.name, "-m", "olvae.cli.main", "encode", str(run.path), *crops)
         flags = ["--decoder", str(run.path), "--reference", str(self.out / "reference"), "--out", str(folder)]
         flags += ["--seeds", ",".join(map(str, row.seeds)), "--steps", str(row.steps), "--samples", str(REFERENCES)]
-        self._command(row.name, "examples/diffusability.py", str(latents), *flags)
+        self.command(row.name, "examples/diffusability.py", str(latents), *flags)
         found: dict[str, Any] = json.loads((folder / "diffusability.json").read_text(encoding="utf-8"))
         return {"name": row.name, "question": "diffusion", "of": row.of, **found}
 
@@ -155,7 +157,7 @@ class Study:
             arguments = ["--resume", str(run.path)]
         else:
             return seconds
-        seconds += self._command(row.name, "-m", "olvae.cli.main", "train", *arguments)
+        seconds += self.command(row.name, "-m", "olvae.cli.main", "train", *arguments)
         write_json(seconds, noted)
         return seconds
 
@@ -164,7 +166,7 @@ class Study:
         folder = self.out / "evaluations" / row.name / str(size)
         flags = ["--data", str(self.corpus / "held_out"), "--size", str(size), "--metrics", "psnr,ssim"]
         flags += ["--out", str(folder), *(["--baselines"] if row.name == BASELINE else [])]
-        self._command(row.name, "-m", "olvae.cli.main", "evaluate", str(run.path), *flags)
+        self.command(row.name, "-m", "olvae.cli.main", "evaluate", str(run.path), *flags)
         results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["results"]
         return [
             {
@@ -178,7 +180,7 @@ class Study:
             if "untrained" not in result["target"]
         ]
 
-    def _command(self, name: str, *arguments: str) -> float:
+    def command(self, name: str, *arguments: str) -> float:
         """Run Python with a log of its own; returns the seconds of processor time."""
         log = self.out / "logs" / f"{name}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)

@@ -184,16 +184,20 @@ def test_train(tmp_path, part, data, adversary):
     keep = {"target": "olvae.training.saving.KeepCheckpoints", "params": {"every_n_steps": 4}}
     config["lightning"] = {"trainer": trainer, "callbacks": {"keep": keep}}
     save(config, tmp_path / "tiny.yaml")
+    soak(Command(begun_or_resumed(tmp_path / "tiny.yaml", "--gpus", 0), trained), tmp_path, KILLS, slice(part, None, 4))
+
+
+def begun_or_resumed(config: Path, *words: object) -> Callable[[Path], list[object]]:
+    """Arguments of a training: continued from its last checkpoint; one without is begun again, with these words."""
 
     def arguments(folder: Path) -> list[object]:
-        """Continued from its last checkpoint; one without is begun again."""
         run = run_of(folder)
         if run is not None:
             return ["train", "--resume", run]
         shutil.rmtree(folder / "runs", ignore_errors=True)
-        return ["train", "--base", tmp_path / "tiny.yaml", "--logdir", folder / "runs", "--gpus", 0]
+        return ["train", "--base", config, "--logdir", folder / "runs", *words]
 
-    soak(Command(arguments, trained), tmp_path, KILLS, slice(part, None, 4))
+    return arguments
 
 
 LOGGERS = {"csv": {"target": "lightning.pytorch.loggers.CSVLogger"}}
@@ -209,16 +213,8 @@ def training(tmp_path: Path, *more: object, **trainer: Any) -> Command:
     keep = {"target": "olvae.training.saving.KeepCheckpoints", "params": {"every_n_steps": 4}}
     config["lightning"] = {"trainer": {**steps, **trainer}, "callbacks": {"keep": keep}, "logger": LOGGERS}
     save(config, tmp_path / "cfg.yaml")
-
-    def arguments(folder: Path) -> list[object]:
-        run = run_of(folder)
-        if run is not None:
-            return ["train", "--resume", run]
-        shutil.rmtree(folder / "runs", ignore_errors=True)
-        words = ["train", "--base", tmp_path / "cfg.yaml", *more, "--logdir", folder / "runs"]
-        return words if "devices" in trainer else [*words, "--gpus", 0]
-
-    return Command(arguments, trained)
+    words = more if "devices" in trainer else (*more, "--gpus", 0)
+    return Command(begun_or_resumed(tmp_path / "cfg.yaml", *words), trained)
 
 
 @pytest.mark.parametrize(("part", "flag"), [(0, "--from"), (1, "--teacher")])

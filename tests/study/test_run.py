@@ -34,7 +34,7 @@ def test_rows_run_after_those_they_need_and_finished_ones_are_kept(tmp_path, mon
     study = Study(tmp_path, tmp_path, [Row("b", "latent", after="a", rate_of=None), *(_plain(name) for name in "ac")])
     finish(study, "c", kept=True)
     (tmp_path / "speed.json").write_text("{}")
-    monkeypatch.setattr(study, "_cut_crops", lambda *_: None)
+    monkeypatch.setattr(study, "cut_crops", lambda *_: None)
     ran = []
 
     def run_row(row: Row) -> dict[str, Any]:
@@ -56,8 +56,8 @@ def _plain(name: str) -> Row:
 def test_a_command_that_fails_names_its_row_and_its_log(tmp_path):
     study = Study(tmp_path, tmp_path, [])
     with pytest.raises(StudyError, match=r"a: python -c .* exited with 3: too bad: .*a\.txt"):
-        study._command("a", "-c", "print('too bad'); raise SystemExit(3)")
-    assert study._command("a", "-c", "sum(range(10**6))") > 0
+        study.command("a", "-c", "print('too bad'); raise SystemExit(3)")
+    assert study.command("a", "-c", "sum(range(10**6))") > 0
 
 
 @pytest.mark.slow
