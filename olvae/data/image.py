@@ -319,6 +319,11 @@ ALL_FILTERS = ("box", "bilinear", "bicubic", "lanczos")  # filters that training
 OVERSAMPLING = 2.0  # least ratio of the window to the result for a JPEG that is decoded at a fraction of its size
 
 
+def are_for_masks(filters: Sequence[str]) -> bool:
+    """Whether these filters keep values as they are."""
+    return set(filters) == {"nearest"}
+
+
 @dataclass(frozen=True)
 class RandomScaleCrop:
     """Stochastic image rescaling [R], random crop and flip.
@@ -380,7 +385,7 @@ class RandomScaleCrop:
     @property
     def evaluation(self) -> "EvalTransform":
         """What evaluation does with the same images: masks are resized by nearest there, too."""
-        return EvalTransform(self.size, resample="nearest" if set(self.filters) == {"nearest"} else "bicubic")
+        return EvalTransform(self.size, resample="nearest" if are_for_masks(self.filters) else "bicubic")
 
 
 RESIZES = {  # descriptions for the protocol

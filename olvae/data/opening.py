@@ -12,7 +12,7 @@ from olvae.config import Config, ConfigError, instantiate, load
 from olvae.config.reading import find_source, holds_shards
 from olvae.data.dataset import ImageDataset, MappedSource, SamplePhotographs, sample_photographs
 from olvae.data.hub import Column, Items, load_table
-from olvae.data.image import RandomScaleCrop
+from olvae.data.image import RandomScaleCrop, are_for_masks
 from olvae.data.picture_folder import Files, find_images
 from olvae.data.pixels.ranges import AS_STORED, EIGHT_BITS, PixelRange
 from olvae.data.pixels.sides import Size
@@ -69,7 +69,7 @@ def open_test_source(
         size = size or params.get("size") or 256
         source = open_source(src, size, 1, params.get("num_workers", 0), channels, pixel_range)
         mixed = [node.get("params") or {} for node in params.get("sources") or ()]
-        if all(set(part.get("filters") or ()) == {"nearest"} for part in mixed or [params]):  # masks
+        if all(are_for_masks(part.get("filters") or ()) for part in mixed or [params]):
             source.eval_transform = replace(source.eval_transform, resample="nearest")
         return source
     if not config.get("data"):

@@ -63,7 +63,9 @@ def print_latents(
         f"latents of {data['n']} images of {Sides.of(data['size'])}; shift is the mean; sigma is the posterior's; "
         "KL in nats per position, over all channels"
     )
-    print_grid(console, title, texts({name: _moments(row) for name, row in rows.items()}))
+    observed = {} if observer is None else {n: row[observer.name] for n, row in rows.items() if observer.name in row}
+    columns = {} if observer is None else {name: observer.columns(entry) for name, entry in observed.items()}
+    print_grid(console, title, texts({name: _moments(row, columns.get(name, {})) for name, row in rows.items()}))
     mmds: dict[str, dict[str, str]] = {}
     for name, row in rows.items():
         if row["deterministic"]:
@@ -74,8 +76,8 @@ def print_latents(
         if mmd := row.get("mmd"):
             kinds = {"": "mmd2", ", scaled": "mmd2_scaled", ", error": "standard_error_under_normal"}
             for suffix, kind in kinds.items():
-                columns = zip(mmd["sigmas"], mmd[kind], strict=True)
-                mmds[name + suffix] = {f"{sigma:g}": f"{1000 * value:.3g}" for sigma, value in columns}
+                found = zip(mmd["sigmas"], mmd[kind], strict=True)
+                mmds[name + suffix] = {f"{sigma:g}": f"{1000 * value:.3g}" for sigma, value in found}
     if mmds:
         title = (
             "1000 MMD^2 to N(0, I) by the kernel's bandwidth: of the latents, of (z - shift) x scaling, and the error "
@@ -85,21 +87,19 @@ def print_latents(
     else:
         console.print("MMD: skipped, it needs at least two different images")
     if observer is not None:
-        name = observer.name
-        seen = [Row(target, data["n"], {}, observed={name: row[name]}) for target, row in rows.items() if name in row]
+        seen = [Row(name, data["n"], {}, observed={observer.name: entry}) for name, entry in observed.items()]
         for line in observer.lines(seen):
             console.print(escape(line))
 
 
-def _moments(row: Mapping[str, Any]) -> dict[str, str]:
+def _moments(row: Mapping[str, Any], others: Mapping[str, str]) -> dict[str, str]:
     cells = {
         "latent": "x".join(map(str, row["latent_shape"])),
         "shift": f"{row['mean']:.4f}",
         "std": f"{row['std']:.4f}",
         "scaling": f"{1.0 / row['std']:.4f}",
+        **others,
     }
-    if "ifid" in row:
-        cells["iFID"] = f"{row['ifid']['value']:.3f}"
     if row["deterministic"]:
         return cells | dict.fromkeys(("sigma", "KL", "active"), "skipped")
     return cells | {

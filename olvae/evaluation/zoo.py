@@ -117,9 +117,10 @@ def evaluate_zoo(
         folder.mkdir(parents=True, exist_ok=True)
         write_json(asked, known)
         write_files(evaluated, folder / entry.name, command=command)
-        there = _results(folder)
+        there[entry.name] = evaluated.results
     if not there:
         raise ValueError(next(iter(missing.values())))
+    there = _results(folder)  # in the list's order
     first = there.pop(next(iter(there)))
     whole = first.beside({folder / name: results for name, results in there.items()}, mix=True)
     return [Evaluated(replace(whole, rows=whole.table, earlier=()), [Listed(None, missing), *request.observers])]

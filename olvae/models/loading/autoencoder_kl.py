@@ -30,10 +30,10 @@ NAMES = {
 class StableDiffusion(Family):
     """AutoencoderKL as SDEncoder, SDDecoder and a quantizer."""
 
+    kinds = ("AutoencoderKL",)
+
     def holds(self, model: LiteVAE) -> bool:
         return model.is_stable_diffusion
-
-    kinds = ("AutoencoderKL",)
 
     def spec(self, theirs: Any, name: str) -> AutoencoderSpec:
         return _spec(dict(theirs.model.config), name)
