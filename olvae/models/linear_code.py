@@ -4,8 +4,7 @@ Its two networks alone are a baseline; as linear paths beside others they are wh
 """
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from time import monotonic
 
@@ -81,32 +80,13 @@ class LinearDecoder(Decoder):
         return [[Stage(self.linear_path, 1, self.upscale)]]
 
 
-@dataclass(frozen=True)
-class LinearStart:
-    """How good a fitted linear code is.
-
-    Args:
-        crops: training crops that it was fitted on.
-        psnr: mean over ``images`` validation images in dB; None without a linear path of the decoder, or images.
-        seconds: that it took.
-    """
-
-    crops: int
-    psnr: float | None
-    images: int
-    seconds: float
-
-    def __str__(self) -> str:
-        good = "" if self.psnr is None else f"{self.psnr:.2f} dB on {self.images} validation images, "
-        return f"linear code: {good}fitted on {self.crops:,} training crops in {self.seconds:.1f} s"
-
-
 def start_linearly(
     model: LiteVAE, source: Source, seed: int, device: torch.device, teacher: Means | None = None
-) -> LinearStart:
+) -> tuple[float | None, str]:
     """Fit the linear paths on a source's first training crops, the same in every process, and measure the code.
 
-    See :func:`fit_linear_paths`.
+    Returns its mean PSNR over validation images in dB, None without a linear path of the decoder or images, and a line
+    for the summary. See :func:`fit_linear_paths`.
     """
     began = monotonic()
     crops = training_crops(source, seed, model.downscale)
@@ -121,7 +101,8 @@ def start_linearly(
                 y = model.decoder.linear_path(latents(pixels.normalise(image[None].to(device))))
             values.append(float(psnr(pixels.levels(image[None]), pixels.to_levels(y).cpu())))
     mean = sum(values) / len(values) if values else None
-    return LinearStart(len(crops), mean, len(values), monotonic() - began)
+    good = "" if mean is None else f"{mean:.2f} dB on {len(values)} validation images, "
+    return mean, f"linear code: {good}fitted on {len(crops):,} training crops in {monotonic() - began:.1f} s"
 
 
 def training_crops(source: Source, seed: int, factor: int) -> Tensor:
@@ -160,25 +141,21 @@ def fit_linear_paths(
 
     if (path := model.encoder.linear) is not None:
         if teacher is None:
-            moments = JointMoments(values, 0)
-            for x in batches():
-                patches = _vectors(F.pixel_unshuffle(x, f))
-                moments.update(patches, patches[:, :0])
-            moments.principal_components(n).copy_to(path)
+            patches = (_vectors(F.pixel_unshuffle(x, f)) for x in batches())
+            _set(path, *principal_components(*mean_and_covariance(patches), n))
         else:
-            moments = JointMoments(path.weight[0].numel(), n)
-            for x in batches():
-                moments.update(_vectors(_windows(x, path)), _vectors(teacher(x)))
-            moments.least_squares().copy_to(path)
+            pairs = (torch.cat((_vectors(_windows(x, path)), _vectors(teacher(x))), dim=1) for x in batches())
+            _set(path, *least_squares(*mean_and_covariance(pairs), n))
     latents: Means = teacher or path or (lambda x: model.encode(x).mean)
-    if model.decoder.linear is not None:
-        moments = JointMoments(9 * n, values)
-        for x in batches():
-            around, patches = _windows(latents(x), model.decoder.linear), F.pixel_unshuffle(x, f)
+    if (path := model.decoder.linear) is not None:
+
+        def pair(x: Tensor) -> Tensor:
+            around, patches = _windows(latents(x), path), F.pixel_unshuffle(x, f)
             if min(around.shape[-2:]) > 2:  # else there is nothing but a border
                 around, patches = around[..., 1:-1, 1:-1], patches[..., 1:-1, 1:-1]
-            moments.update(_vectors(around), _vectors(patches))
-        moments.least_squares().copy_to(model.decoder.linear)
+            return _vectors(torch.cat((around, patches), dim=1))
+
+        _set(path, *least_squares(*mean_and_covariance(map(pair, batches())), values))
     return latents
 
 
@@ -195,67 +172,42 @@ def _vectors(x: Tensor) -> Tensor:
     return x.movedim(1, -1).flatten(0, 2)
 
 
-@dataclass(frozen=True)
-class LinearMap:
-    """y = weight x + bias in float64: (q, p), (q)."""
-
-    weight: Tensor
-    bias: Tensor
-
-    @torch.no_grad()
-    def copy_to(self, conv: nn.Conv2d) -> None:
-        """Set a convolution to this function of its inputs, in the order (channel, row, column), or of the middle."""
-        assert conv.bias is not None
-        weight = self.weight.unflatten(1, (conv.in_channels, -1))
-        side = math.isqrt(weight.shape[2])
-        more = (conv.kernel_size[0] - side) // 2
-        conv.weight.copy_(F.pad(weight.unflatten(2, (side, side)), (more,) * 4))
-        conv.bias.copy_(self.bias)
+@torch.no_grad()
+def _set(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+    """Let a convolution be weight x + bias of its inputs, in the order (channel, row, column), or of the middle."""
+    assert conv.bias is not None
+    weight = weight.unflatten(1, (conv.in_channels, -1))
+    side = math.isqrt(weight.shape[2])
+    more = (conv.kernel_size[0] - side) // 2
+    conv.weight.copy_(F.pad(weight.unflatten(2, (side, side)), (more,) * 4))
+    conv.bias.copy_(bias)
 
 
-class JointMoments:
-    """Means and covariances of two vectors, summed over samples in float64 on the CPU.
+def mean_and_covariance(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean (p) and covariance (p, p) over all of some batches (n, p), summed in float64 on the CPU."""
+    count, total, products = 0, torch.zeros(()), torch.zeros(())
+    for batch in batches:
+        x = batch.detach().cpu().double()
+        count, total, products = count + len(x), total + x.sum(0), products + x.T @ x
+    mean = total / count
+    return mean, products / count - mean.outer(mean)
 
-    Args:
-        p, q: the lengths of the vectors x and y.
+
+def least_squares(mean: Tensor, covariance: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
+    """Weight (q, p) and bias (q) from a vector's first values to its last q; the smallest where several are best."""
+    p = len(mean) - outputs
+    weight = covariance[p:, :p] @ torch.linalg.pinv(covariance[:p, :p], rtol=1e-12, hermitian=True)
+    return weight, mean[p:] - weight @ mean[:p]
+
+
+def principal_components(mean: Tensor, covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Weight (count, p) and bias (count) to the first principal components, whitened: mean 0 and variance 1 each.
+
+    The largest weight of each is positive, so that its sign is defined. Beyond p they are 0.
     """
-
-    def __init__(self, p: int, q: int) -> None:
-        self.p, self.count = p, 0
-        self._sum = torch.zeros(p + q, dtype=torch.float64)
-        self._products = torch.zeros(p + q, p + q, dtype=torch.float64)
-
-    def update(self, x: Tensor, y: Tensor) -> None:
-        """Add samples, (n, p) and (n, q)."""
-        both = torch.cat((x, y), dim=1).detach().cpu().double()
-        self.count += len(both)
-        self._sum += both.sum(0)
-        self._products += both.T @ both
-
-    @property
-    def mean(self) -> Tensor:
-        """(p + q)."""
-        return self._sum / self.count
-
-    @property
-    def covariance(self) -> Tensor:
-        """(p + q, p + q)."""
-        return self._products / self.count - self.mean.outer(self.mean)
-
-    def least_squares(self) -> LinearMap:
-        """The map from x to y of least squares; the smallest one where several are."""
-        covariance, mean, p = self.covariance, self.mean, self.p
-        weight = covariance[p:, :p] @ torch.linalg.pinv(covariance[:p, :p], rtol=1e-12, hermitian=True)
-        return LinearMap(weight, mean[p:] - weight @ mean[:p])
-
-    def principal_components(self, count: int) -> LinearMap:
-        """The map from x to its ``count`` first principal components, whitened: mean 0 and variance 1 each.
-
-        The largest weight of each is positive, so that its sign is defined. Beyond p they are 0.
-        """
-        variances, axes = torch.linalg.eigh(self.covariance[: self.p, : self.p])  # ascending; axes in columns
-        axes = axes.flip(1)[:, :count].T  # (count, p)
-        axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
-        weight = axes / variances.flip(0)[:count, None].clamp(min=LEAST_VARIANCE).sqrt()
-        weight = F.pad(weight, (0, 0, 0, count - len(weight)))
-        return LinearMap(weight, -weight @ self.mean[: self.p])
+    variances, axes = torch.linalg.eigh(covariance)  # ascending; axes in columns
+    axes = axes.flip(1)[:, :count].T  # (count, p)
+    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
+    weight = axes / variances.flip(0)[:count, None].clamp(min=LEAST_VARIANCE).sqrt()
+    weight = F.pad(weight, (0, 0, 0, count - len(weight)))
+    return weight, -weight @ mean

@@ -238,9 +238,8 @@ class LiteAutoencoderKL(ValidatedModule):
         if fresh and (self.encoder.linear is not None or self.decoder.linear is not None):
             self.parts.to(device)
             teacher = None if (stand_in := self.stand_in) is None else (lambda x: stand_in.posterior(x).mean)
-            started = start_linearly(self.autoencoder, source, seed, device, teacher)
-            self.linear_psnr = started.psnr
-            yield str(started)
+            self.linear_psnr, line = start_linearly(self.autoencoder, source, seed, device, teacher)
+            yield line
         for part in self.each_part:
             part.prepare(self, source, seed, device)
 

@@ -96,8 +96,8 @@ def test_a_training_begins_as_the_linear_code(image_folder, monkeypatch):
     with torch.no_grad():
         torch.testing.assert_close(model.encode(x).mean, alone.encode(x).mean, rtol=0, atol=1e-5)
         torch.testing.assert_close(model(x)[0], alone(x)[0], rtol=0, atol=1e-5)
-    measured = start_linearly(alone, source, 3, CPU)
-    assert f"{measured.psnr:.2f} dB on {source.val_images} validation images" in line
+    psnr, _ = start_linearly(alone, source, 3, CPU)
+    assert f"{psnr:.2f} dB on {source.val_images} validation images" in line
     assert not list(model.prepare(source, 4, CPU, fresh=False))
 
 

@@ -6,7 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from olvae.models.linear_code import LEAST_VARIANCE, JointMoments, LinearDecoder, LinearEncoder
+from olvae.models.linear_code import (
+    LEAST_VARIANCE,
+    LinearDecoder,
+    LinearEncoder,
+    least_squares,
+    mean_and_covariance,
+    principal_components,
+)
 from olvae.modules.base import last_convolution
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
@@ -37,56 +44,57 @@ def samples(p: int, q: int = 0, n: int = 400) -> tuple[torch.Tensor, torch.Tenso
     return x, x @ torch.randn(p, q, generator=rng) + torch.randn(n, q, generator=rng) - 1.0
 
 
-def moments_of(x: torch.Tensor, y: torch.Tensor) -> JointMoments:
-    moments = JointMoments(x.shape[1], y.shape[1])
-    for a, b in zip(x.split(150), y.split(150), strict=True):
-        moments.update(a, b)
-    return moments
+def components(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return principal_components(*mean_and_covariance(x.split(150)), count)
+
+
+def fitted(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return least_squares(*mean_and_covariance(torch.cat((x, y), dim=1).split(150)), y.shape[1])
 
 
 def test_principal_components_are_numpys():
     x, _ = samples(7)
-    found = moments_of(x, x[:, :0]).principal_components(3)
+    weight, bias = components(x, 3)
     variances, axes = np.linalg.eigh(np.cov(x.double().numpy(), rowvar=False, bias=True))
     expected = (axes / np.sqrt(variances))[:, ::-1][:, :3].T
     expected *= np.sign(expected[np.arange(3), np.abs(expected).argmax(1)])[:, None]
-    np.testing.assert_allclose(found.weight.numpy(), expected, rtol=1e-9, atol=1e-12)
-    codes = x.double() @ found.weight.T + found.bias
+    np.testing.assert_allclose(weight.numpy(), expected, rtol=1e-9, atol=1e-12)
+    codes = x.double() @ weight.T + bias
     np.testing.assert_allclose(np.cov(codes.numpy(), rowvar=False, bias=True), np.eye(3), atol=1e-9)
     np.testing.assert_allclose(codes.mean(0).numpy(), np.zeros(3), atol=1e-9)
 
 
 def test_least_squares_are_numpys():
     x, y = samples(5, 4)
-    found = moments_of(x, y).least_squares()
+    weight, bias = fitted(x, y)
     with_ones = np.column_stack([x.double().numpy(), np.ones(len(x))])
     expected, *_ = np.linalg.lstsq(with_ones, y.double().numpy(), rcond=None)
-    np.testing.assert_allclose(found.weight.numpy(), expected[:-1].T, rtol=1e-8)
-    np.testing.assert_allclose(found.bias.numpy(), expected[-1], rtol=1e-8)
+    np.testing.assert_allclose(weight.numpy(), expected[:-1].T, rtol=1e-8)
+    np.testing.assert_allclose(bias.numpy(), expected[-1], rtol=1e-8)
 
 
 def test_dependent_inputs_get_the_smallest_solution():
     x, y = samples(3, 2)
     twice = torch.cat((x, x), dim=1)
-    found = moments_of(twice, y).least_squares()
-    torch.testing.assert_close(found.weight[:, :3], found.weight[:, 3:])
-    torch.testing.assert_close(found.weight[:, :3] * 2, moments_of(x, y).least_squares().weight)
+    weight, _ = fitted(twice, y)
+    torch.testing.assert_close(weight[:, :3], weight[:, 3:])
+    torch.testing.assert_close(weight[:, :3] * 2, fitted(x, y)[0])
 
 
 def test_components_of_rounding_noise_are_not_enlarged():
     """A grey picture has one channel's worth of components; the others stay small, and finite."""
     x = torch.randn(500, 1).expand(-1, 3)
-    found = moments_of(x, x[:, :0]).principal_components(3)
-    assert found.weight.isfinite().all()
-    assert found.weight.abs().max() <= LEAST_VARIANCE**-0.5
+    weight, bias = components(x, 3)
+    assert weight.isfinite().all()
+    assert weight.abs().max() <= LEAST_VARIANCE**-0.5
 
 
 def test_more_components_than_values_are_zero():
     x, _ = samples(3)
-    found = moments_of(x, x[:, :0]).principal_components(5)
-    assert found.weight.shape == (5, 3)
-    assert not found.weight[3:].any()
-    assert not found.bias[3:].any()
+    weight, bias = components(x, 5)
+    assert weight.shape == (5, 3)
+    assert not weight[3:].any()
+    assert not bias[3:].any()
 
 
 @pytest.mark.parametrize("kind", ENCODERS)

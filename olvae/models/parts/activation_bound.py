@@ -2,17 +2,13 @@
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olvae.models.parts.part import Loss, Part, Step
+from olvae.models.parts.part import Loss, Model, Part, Step
 from olvae.modules.base import check_not_negative, upcast, watch_outputs
-
-if TYPE_CHECKING:
-    from olvae.models.liteautoencoder import LiteAutoencoderKL
 
 
 class ActivationBound(Part):
@@ -35,13 +31,13 @@ class ActivationBound(Part):
         self.bound, self.weight = bound, weight
         self._excess: list[Tensor] = []
 
-    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+    def conflicts(self, model: Model) -> Iterable[str]:
         if model.checkpoint:
             yield f"checkpoint, parts.{self.name}: checkpointing drops the activations to bound: leave one out"
         if model.compiled:
             yield f"compile, parts.{self.name}: compiled networks do not show their activations: leave one out"
 
-    def watch(self, model: "LiteAutoencoderKL") -> AbstractContextManager[None]:
+    def watch(self, model: Model) -> AbstractContextManager[None]:
         """Collect the excess of what the trained networks compute in this context."""
 
         def collect(name: str, output: Tensor) -> None:  # noqa: ARG001
@@ -51,7 +47,7 @@ class ActivationBound(Part):
         modules = [module for network in model.trained_networks for module in network.modules()]
         return watch_outputs({str(i): module for i, module in enumerate(modules)}, collect)
 
-    def losses(self, model: "LiteAutoencoderKL", step: Step) -> Mapping[str, Loss]:
+    def losses(self, model: Model, step: Step) -> Mapping[str, Loss]:
         excess, self._excess = self._excess, []  # no copy of the part may hold the graph behind it
         return {"activation": (torch.stack(excess).sum(), self.weight)}
 

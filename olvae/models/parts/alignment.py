@@ -1,7 +1,7 @@
 """Alignment of the latent with a frozen vision encoder, as in VA-VAE (Yao et al. 2025)."""
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,13 +10,10 @@ from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.config import ConfigError
 from olvae.losses.objective import IMAGE_TERMS, marginal_cosine_loss, marginal_distance_loss
 from olvae.models.optimization import gradient_ratio
-from olvae.models.parts.part import Loss, Part, Step
+from olvae.models.parts.part import Loss, Model, Part, Step
 from olvae.models.weight_files import locate_weights
 from olvae.modules.base import check_not_negative, no_autocast, upcast
 from olvae.modules.frozen import VisionEncoder, published_weights
-
-if TYPE_CHECKING:
-    from olvae.models.liteautoencoder import LiteAutoencoderKL
 
 ADAPTIVE_MAX = 1e4  # of the factor, where the margins leave almost nothing of the alignment's gradient [D]
 
@@ -61,13 +58,13 @@ class Alignment(Part):
         self.of, self.project_distance = of, project_distance
         self.features = _vision_encoder(encoder, weights)
 
-    def attach(self, model: "LiteAutoencoderKL") -> None:
+    def attach(self, model: Model) -> None:
         channels = model.autoencoder.latent_channels
         self.projection = nn.Conv2d(channels, self.features.channels, kernel_size=1, bias=False)
         if model.channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+    def conflicts(self, model: Model) -> Iterable[str]:
         if (channels := model.encoder.in_channels) != 3:
             yield f"parts.{self.name}: a vision encoder takes images of 3 channels, not {channels}: leave it out"
         fixed = ["freeze_encoder"] if model.freeze_encoder else []
@@ -79,7 +76,7 @@ class Alignment(Part):
         if self.adaptive_weight and not set(IMAGE_TERMS) & set(model.loss_weights):
             yield f"parts.{self.name}.params.adaptive_weight: no loss compares images: set it to false"
 
-    def losses(self, model: "LiteAutoencoderKL", step: Step) -> Mapping[str, Loss]:
+    def losses(self, model: Model, step: Step) -> Mapping[str, Loss]:
         assert step.encoded is not None
         terms = self(step.images, step.encoded.mean if self.of == "mean" else step.drawn)
         weight: Tensor | float = self.weight

@@ -2,17 +2,13 @@
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from olvae.models.parts.part import Loss, Part, Step
+from olvae.models.parts.part import Loss, Model, Part, Step
 from olvae.modules.base import check_not_negative, upcast
 from olvae.modules.distributions import DiagonalGaussian
-
-if TYPE_CHECKING:
-    from olvae.models.liteautoencoder import LiteAutoencoderKL
 
 
 class Anchor(Part):
@@ -31,15 +27,15 @@ class Anchor(Part):
         check_not_negative(weight=weight)
         self.weight = weight
 
-    def attach(self, model: "LiteAutoencoderKL") -> None:
+    def attach(self, model: Model) -> None:
         self.moments = nn.Sequential(*copy.deepcopy(_networks(model)))
         self.requires_grad_(False).eval()
 
-    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+    def conflicts(self, model: Model) -> Iterable[str]:
         if model.freeze_encoder:
             yield f"parts.{self.name}: the encoder is frozen (freeze_encoder), and so are its latents: leave it out"
 
-    def start(self, model: "LiteAutoencoderKL", resumed: bool) -> None:
+    def start(self, model: Model, resumed: bool) -> None:
         if not resumed:  # whatever weights were loaded since the model was built
             for copied, network in zip(self.moments, _networks(model), strict=True):
                 copied.load_state_dict(network.state_dict())
@@ -47,7 +43,7 @@ class Anchor(Part):
     def train(self, mode: bool = True) -> "Anchor":
         return super().train(False)
 
-    def losses(self, model: "LiteAutoencoderKL", step: Step) -> Mapping[str, Loss]:
+    def losses(self, model: Model, step: Step) -> Mapping[str, Loss]:
         with torch.no_grad():
             old = DiagonalGaussian(self.moments(step.images))
         assert step.encoded is not None
@@ -57,6 +53,6 @@ class Anchor(Part):
         return f"weight {self.weight:g}"
 
 
-def _networks(model: "LiteAutoencoderKL") -> list[nn.Module]:
+def _networks(model: Model) -> list[nn.Module]:
     """The encoder, and the 1x1 convolution after it where there is one."""
     return [model.encoder] if model.quantizer is None else [model.encoder, model.quantizer.quant_conv]

@@ -1,16 +1,12 @@
 """Channel masking: one model whose first channels are a latent of their own, as in DC-AE 1.5."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from olvae.metrics.metric import psnr
-from olvae.models.parts.part import Part, Step
-
-if TYPE_CHECKING:
-    from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.parts.part import Model, Part, Step
 
 
 class ChannelMasking(Part):
@@ -28,7 +24,7 @@ class ChannelMasking(Part):
             raise ValueError(f"widths must be different numbers of channels, at least 1, got {list(widths)}")
         self.widths = sorted(widths)
 
-    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+    def conflicts(self, model: Model) -> Iterable[str]:
         here, channels = f"parts.{self.name}", model.autoencoder.latent_channels
         if self.widths[-1] > channels:
             yield f"{here}.params.widths: the latent has {channels} channels, not {self.widths[-1]}"
@@ -37,7 +33,7 @@ class ChannelMasking(Part):
         if model.freeze_encoder or any(part.latents != "free" for part in model.each_part):
             yield f"{here}: the latents can't change, so their first channels can't learn to suffice: leave it out"
 
-    def on_latent(self, model: "LiteAutoencoderKL", step: Step) -> None:
+    def on_latent(self, model: Model, step: Step) -> None:
         z = step.latent
         chosen = torch.randint(len(self.widths), (len(z), 1, 1, 1), device=z.device)
         kept = torch.zeros(len(z), z.shape[1], 1, 1, dtype=torch.bool, device=z.device)
@@ -45,7 +41,7 @@ class ChannelMasking(Part):
             kept |= (chosen == i) & _first(width, z)
         step.latent = z * kept
 
-    def validate(self, model: "LiteAutoencoderKL", x: Tensor, moments: Tensor | None) -> Mapping[str, Tensor]:
+    def validate(self, model: Model, x: Tensor, moments: Tensor | None) -> Mapping[str, Tensor]:
         z, levels = model.encode(x).mode(), model.pixel_range.to_levels
         decoded = {width: levels(model.decode(z * _first(width, z))) for width in self.widths}
         return {f"psnr_{width}": psnr(levels(x), y).clamp(max=100.0).mean() for width, y in decoded.items()}

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch.nn.functional as F
@@ -12,10 +11,7 @@ from torch import Tensor
 from olvae.config import ConfigError
 from olvae.data.pixels.sides import Sides
 from olvae.data.source import Source
-from olvae.models.parts.part import Part, Step
-
-if TYPE_CHECKING:
-    from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.parts.part import Model, Part, Step
 
 
 class Equivariance(Part):
@@ -41,11 +37,11 @@ class Equivariance(Part):
                 raise ValueError(f"{name} must be between 0 and 1, got {value}")
         self.probability, self.antialias, self.adversary, self.shrunk = probability, antialias, adversary, shrunk
 
-    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+    def conflicts(self, model: Model) -> Iterable[str]:
         if model.freeze_decoder and model.stand_in is not None:
             yield f"parts.{self.name}: the decoder is frozen (freeze_decoder), and nothing is decoded: leave it out"
 
-    def check(self, model: "LiteAutoencoderKL", source: Source) -> None:
+    def check(self, model: Model, source: Source) -> None:
         if model.objective.perceptual is not None and min(source.size) < 64:
             needs = "equivariance shrinks images to a quarter, and the perceptual loss needs 16 pixels"
             raise ConfigError(
@@ -61,7 +57,7 @@ class Equivariance(Part):
                 message = f"model.params.parts.{self.name}.params.adversary: set it to false, or take PatchGAN: {error}"
                 raise ConfigError(message) from error
 
-    def on_images(self, model: "LiteAutoencoderKL", step: Step) -> None:
+    def on_images(self, model: Model, step: Step) -> None:
         self._alike = not step.warming_up and step.shared.random() < self.probability
         whole = step.warming_up or self._alike or step.moments is not None
         if not whole and step.shared.random() < self.shrunk:
@@ -69,7 +65,7 @@ class Equivariance(Part):
             step.images = resize(step.images, _fraction(positions, step.shared), self.antialias)
             step.adversary_plays &= self.adversary
 
-    def on_latent(self, model: "LiteAutoencoderKL", step: Step) -> None:
+    def on_latent(self, model: Model, step: Step) -> None:
         if self._alike:
             step.latent, step.target = transform_alike(step.latent, step.target, step.shared, self.antialias)
             step.adversary_plays &= self.adversary

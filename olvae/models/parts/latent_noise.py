@@ -1,15 +1,12 @@
 """Noise on the latent, so that the decoder learns to forgive a diffusion model's errors."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
-from olvae.models.parts.part import Part, Step
+from olvae.models.parts.part import Model, Part, Step
 from olvae.modules.base import check_not_negative, upcast
-
-if TYPE_CHECKING:
-    from olvae.models.liteautoencoder import LiteAutoencoderKL
 
 
 class LatentNoise(Part):
@@ -26,13 +23,13 @@ class LatentNoise(Part):
         check_not_negative(std=std)
         self.std, self.relative_to = std, relative_to
 
-    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+    def conflicts(self, model: Model) -> Iterable[str]:
         if model.freeze_decoder:
             yield f"parts.{self.name}: the decoder is frozen (freeze_decoder): leave it out"
         if self.relative_to == "posterior" and model.stand_in is not None and model.stand_in.deterministic:
             yield f"parts.{self.name}.params.relative_to: the latents have no distribution: set it to data"
 
-    def on_latent(self, model: "LiteAutoencoderKL", step: Step) -> None:
+    def on_latent(self, model: Model, step: Step) -> None:
         if self.relative_to == "data":
             unit = upcast(step.posterior.mean.detach()).std((0, 2, 3), keepdim=True)  # (1, n_z, 1, 1)
         else:

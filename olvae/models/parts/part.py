@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +15,8 @@ from olvae.modules.distributions import Posterior
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL
+
+Model: TypeAlias = "LiteAutoencoderKL"  # that a part belongs to
 
 
 @dataclass
@@ -77,37 +79,37 @@ class Part(nn.Module):
         """An autoencoder for :class:`StandIn`'s uses."""
         return None
 
-    def attach(self, model: "LiteAutoencoderKL") -> None:
+    def attach(self, model: Model) -> None:
         """Build what depends on the model's networks, which have their initial weights."""
 
-    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+    def conflicts(self, model: Model) -> Iterable[str]:
         """One line for each setting that contradicts this part, as ``setting: why``, relative to ``model.params``."""
         return ()
 
-    def check(self, model: "LiteAutoencoderKL", source: Source) -> None:
+    def check(self, model: Model, source: Source) -> None:
         """Raise ConfigError unless the part can train on the source's images."""
 
-    def prepare(self, model: "LiteAutoencoderKL", source: Source, seed: int, device: torch.device) -> None:
+    def prepare(self, model: Model, source: Source, seed: int, device: torch.device) -> None:
         """Before the first step of a new run, and not of a resumed one: measure or fit on :func:`first_images`."""
 
-    def start(self, model: "LiteAutoencoderKL", resumed: bool) -> None:
+    def start(self, model: Model, resumed: bool) -> None:
         """Before the first step and after every resume, with the weights on their device."""
 
-    def watch(self, model: "LiteAutoencoderKL") -> AbstractContextManager[None]:
+    def watch(self, model: Model) -> AbstractContextManager[None]:
         """A context around the autoencoder's forward pass of a step."""
         return nullcontext()
 
-    def on_images(self, model: "LiteAutoencoderKL", step: Step) -> None:
+    def on_images(self, model: Model, step: Step) -> None:
         """Change the images or ``adversary_plays`` before encoding; moments, where there are any, are of the images."""
 
-    def on_latent(self, model: "LiteAutoencoderKL", step: Step) -> None:
+    def on_latent(self, model: Model, step: Step) -> None:
         """Change the latent, the target or ``adversary_plays`` before decoding."""
 
-    def losses(self, model: "LiteAutoencoderKL", step: Step) -> Mapping[str, Loss]:
+    def losses(self, model: Model, step: Step) -> Mapping[str, Loss]:
         """Losses of the autoencoder by name, each logged as ``train/NAME``."""
         return {}
 
-    def validate(self, model: "LiteAutoencoderKL", x: Tensor, moments: Tensor | None) -> Mapping[str, Tensor]:
+    def validate(self, model: Model, x: Tensor, moments: Tensor | None) -> Mapping[str, Tensor]:
         """Means over the images of a validation batch by name; see :meth:`summarise`."""
         return {}
 
@@ -124,7 +126,7 @@ class Part(nn.Module):
         return ""
 
 
-def attach_parts(model: "LiteAutoencoderKL", nodes: Mapping[str, Node | None]) -> Iterator[str]:
+def attach_parts(model: Model, nodes: Mapping[str, Node | None]) -> Iterator[str]:
     """Build a model's parts from their nodes, and yield one line for each that can't be built."""
     for name, node in nodes.items():
         if node is None:

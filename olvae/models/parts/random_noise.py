@@ -1,15 +1,12 @@
 """Random noise on the latent: a strength drawn anew for each sample, added or interpolated."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
-from olvae.models.parts.part import Part, Step
+from olvae.models.parts.part import Model, Part, Step
 from olvae.modules.base import check_not_negative, upcast
-
-if TYPE_CHECKING:
-    from olvae.models.liteautoencoder import LiteAutoencoderKL
 
 
 class RandomNoise(Part):
@@ -47,11 +44,11 @@ class RandomNoise(Part):
             raise ValueError("scale is of the noise to interpolate with: to add, set strength alone")
         self.how, self.strength, self.scale = how, strength, scale
 
-    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+    def conflicts(self, model: Model) -> Iterable[str]:
         if model.freeze_decoder:
             yield f"parts.{self.name}: the decoder is frozen (freeze_decoder): leave it out"
 
-    def on_latent(self, model: "LiteAutoencoderKL", step: Step) -> None:
+    def on_latent(self, model: Model, step: Step) -> None:
         z = step.latent
         means = upcast(step.posterior.mean.detach())
         mean, unit = means.mean((0, 2, 3), keepdim=True), means.std((0, 2, 3), keepdim=True)  # (1, n_z, 1, 1)

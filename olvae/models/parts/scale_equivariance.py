@@ -1,7 +1,6 @@
 """Scale equivariance as a further loss: a shrunk latent decodes to the shrunk image."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,11 +8,8 @@ from torch import Tensor
 from olvae.config import ConfigError
 from olvae.data.source import Source
 from olvae.models.parts.equivariance import Equivariance
-from olvae.models.parts.part import Loss, Part, Step
+from olvae.models.parts.part import Loss, Model, Part, Step
 from olvae.modules.base import check_counts, check_not_negative, upcast
-
-if TYPE_CHECKING:
-    from olvae.models.liteautoencoder import LiteAutoencoderKL
 
 
 class ScaleEquivariance(Part):
@@ -35,14 +31,14 @@ class ScaleEquivariance(Part):
         check_counts(2, factors=factors)
         self.weight, self.factors = weight, list(factors)
 
-    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+    def conflicts(self, model: Model) -> Iterable[str]:
         if model.freeze_decoder and model.stand_in is not None:
             yield f"parts.{self.name}: the decoder is frozen (freeze_decoder), and nothing is decoded: leave it out"
         for part in model.each_part:
             if isinstance(part, Equivariance):
                 yield f"parts.{self.name}: parts.{part.name} shrinks latents as well: leave one of them out"
 
-    def check(self, model: "LiteAutoencoderKL", source: Source) -> None:
+    def check(self, model: Model, source: Source) -> None:
         here, positions = f"model.params.parts.{self.name}.params.factors", source.size // model.autoencoder.downscale
         if odd := [k for k in self.factors if not positions.fits(k)]:
             raise ConfigError(
@@ -53,10 +49,10 @@ class ScaleEquivariance(Part):
                 f"{here}: {source.size.short} pixels divided by {most} are too few for the perceptual loss"
             )
 
-    def on_latent(self, model: "LiteAutoencoderKL", step: Step) -> None:
+    def on_latent(self, model: Model, step: Step) -> None:
         self._factor = self.factors[step.shared.integers(len(self.factors))]
 
-    def losses(self, model: "LiteAutoencoderKL", step: Step) -> Mapping[str, Loss]:
+    def losses(self, model: Model, step: Step) -> Mapping[str, Loss]:
         if step.reconstruction is None:
             return {}
         image, latent = (shrink(t, self._factor) for t in (step.target, step.latent))

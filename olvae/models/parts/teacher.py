@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping
 from functools import reduce
 from operator import add
-from typing import TYPE_CHECKING, ClassVar, Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -16,14 +16,11 @@ from olvae.devices import DTYPES
 from olvae.losses.objective import latent_loss, logvar_loss
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import find_target
-from olvae.models.parts.part import Loss, Part, Step, first_images
+from olvae.models.parts.part import Loss, Model, Part, Step, first_images
 from olvae.modules.base import check_not_negative, no_autocast
 from olvae.modules.distributions import DiagonalGaussian, Posterior, in_float32
 from olvae.modules.frozen import Constant
 from olvae.modules.scaling_factors import Moments
-
-if TYPE_CHECKING:
-    from olvae.models.liteautoencoder import LiteAutoencoderKL
 
 NO_FACTORS = (
     "its file holds no factors for a diffusion model: set model.params.scaling_factor (Stable Diffusion 1 has 0.18215, "
@@ -86,14 +83,14 @@ class Teacher(Part):
     def deterministic(self) -> bool:
         return self.model.deterministic
 
-    def attach(self, model: "LiteAutoencoderKL") -> None:
+    def attach(self, model: Model) -> None:
         factors = {name: value for name, value in self.model.for_diffusion.items() if name != "force_upcast"}
         model.for_diffusion |= factors | model.given_factors
         for half in (model.encoder, model.decoder):
             half.use_latents(*model.autoencoder.statistics())
         self.register_buffer("std", torch.ones(model.autoencoder.latent_channels))
 
-    def conflicts(self, model: "LiteAutoencoderKL") -> Iterable[str]:
+    def conflicts(self, model: Model) -> Iterable[str]:
         here, ours, theirs = f"parts.{self.name}", _shape(model.autoencoder), _shape(self.model)
         if ours != theirs:
             n, f = self.model.latent_channels, self.model.downscale
@@ -118,7 +115,7 @@ class Teacher(Part):
                 yield f"{here}.params.logvar_weight: the {whose}'s latents have no distribution: set it to 0"
                 break
 
-    def check(self, model: "LiteAutoencoderKL", source: Source) -> None:
+    def check(self, model: Model, source: Source) -> None:
         """Raise ConfigError if the data have latents of another autoencoder."""
         for stats in source.latent_stats:
             if stats["weights"] != self._checksum:
@@ -126,7 +123,7 @@ class Teacher(Part):
                     f"data: its latents are of {stats['target']}, whose weights are not those of {self.target}"
                 )
 
-    def prepare(self, model: "LiteAutoencoderKL", source: Source, seed: int, device: torch.device) -> None:
+    def prepare(self, model: Model, source: Source, seed: int, device: torch.device) -> None:
         """Measure the standard deviation of the means per channel; ValueError if one is 0, or not finite."""
         if isinstance(source, PairSource):
             std = torch.tensor(source.stats["means_std"])  # over all of its images
@@ -155,7 +152,7 @@ class Teacher(Part):
         with no_autocast(z):
             return self.model.decode(z.to(self.dtype)).float()
 
-    def losses(self, model: "LiteAutoencoderKL", step: Step) -> Mapping[str, Loss]:
+    def losses(self, model: Model, step: Step) -> Mapping[str, Loss]:
         if step.encoded is None:
             return {}
         terms: dict[str, Tensor] = {}
@@ -168,7 +165,7 @@ class Teacher(Part):
             terms["teacher_decoder"], _ = model.objective(step.images, decoded, step.encoded)
         return {name: (term, self.weights[name]) for name, term in terms.items()}
 
-    def validate(self, model: "LiteAutoencoderKL", x: Tensor, moments: Tensor | None) -> Mapping[str, Tensor]:
+    def validate(self, model: Model, x: Tensor, moments: Tensor | None) -> Mapping[str, Tensor]:
         if model.freeze_encoder:
             return {}
         return {"latent_rmse": latent_loss(model.encode(x).mean, self.posterior(x, moments).mean, self.std)}
