@@ -16,7 +16,7 @@ from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.data.source import LoaderProcess, Source
 from olvae.metrics.metric import psnr
 from olvae.models.autoencoder import LiteVAE
-from olvae.modules.base import Decoder, Encoder, Stage, check_counts
+from olvae.modules.base import Decoder, Encoder, Stage
 from olvae.modules.distributions import deterministic_moments
 
 POSITIONS = 2**16  # latent positions to fit on, hundreds for each unknown of an f8 code
@@ -45,10 +45,7 @@ class LinearEncoder(Encoder):
     """
 
     def __init__(self, latent_dim: int = 24, in_channels: int = 3, downscale: int = 8, image_size: int = 256) -> None:
-        super().__init__()
-        check_counts(1, latent_dim=latent_dim, in_channels=in_channels, downscale=downscale)
-        self.latent_dim, self.in_channels = latent_dim, in_channels
-        self.downscale, self.image_size = downscale, image_size
+        super().__init__(latent_dim, in_channels, downscale, image_size)
         self.add_linear_path()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,9 +65,7 @@ class LinearDecoder(Decoder):
     """
 
     def __init__(self, z_channels: int = 12, out_channels: int = 3, upscale: int = 8) -> None:
-        super().__init__()
-        check_counts(1, z_channels=z_channels, out_channels=out_channels, upscale=upscale)
-        self.z_channels, self.out_channels, self.upscale = z_channels, out_channels, upscale
+        super().__init__(z_channels, out_channels, upscale)
         self.add_linear_path()
 
     def forward(self, z: Tensor) -> Tensor:

@@ -83,6 +83,14 @@ class Encoder(_Network):
     image_size: int  # the intended size in pixels, at which summaries count operations
     deterministic: bool = False  # whether its latents have no distribution, and the log-variances no meaning
 
+    def __init__(self, latent_dim: int, in_channels: int, downscale: int, image_size: int) -> None:
+        super().__init__()
+        check_counts(1, latent_dim=latent_dim, in_channels=in_channels)
+        if downscale < 1 or image_size % downscale:
+            raise ValueError(f"image_size {image_size} is not a multiple of {downscale}")
+        self.latent_dim, self.in_channels = latent_dim, in_channels
+        self.downscale, self.image_size = downscale, image_size
+
     def add_linear_path(self) -> None:
         """Add a linear path from patches to the means.
 
@@ -109,11 +117,17 @@ class Decoder(_Network):
     out_channels: int
     upscale: int
 
+    def __init__(self, z_channels: int, out_channels: int, upscale: int) -> None:
+        super().__init__()
+        check_counts(1, z_channels=z_channels, out_channels=out_channels)
+        self.z_channels, self.out_channels, self.upscale = z_channels, out_channels, upscale
+
     @property
     def widths(self) -> list[int]:
         """Channels of each level, for diffusers, whose pipelines count them to know the factor."""
         params = self.node["params"]
-        return [params["channels"] * mult for mult in params["channel_mult"]]
+        multiples = params.get("channel_mult") or [1] * self.upscale.bit_length()
+        return [params.get("channels", 1) * multiple for multiple in multiples]
 
     def add_linear_path(self) -> None:
         """Add a linear path from 3x3 latent positions to patches."""
@@ -172,11 +186,6 @@ def check_not_negative(**numbers: float) -> None:
     for name, number in numbers.items():
         if number < 0:
             raise ValueError(f"{name} must not be negative, got {number}")
-
-
-def check_size(image_size: int, downscale: int) -> None:
-    if image_size % downscale:
-        raise ValueError(f"image_size {image_size} is not a multiple of {downscale}")
 
 
 def count_parameters(module: nn.Module) -> int:

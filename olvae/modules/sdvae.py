@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Encoder, Steps, check_counts, check_size
+from olvae.modules.base import Decoder, Encoder, Steps, check_counts
 
 Padding = Literal["zeros", "reflect"]
 
@@ -82,11 +82,7 @@ class SDEncoder(_Half, Encoder):
         padding: Padding = "zeros",
         linear: bool = False,
     ) -> None:
-        super().__init__()
-        self.latent_dim, self.in_channels, self.image_size = latent_dim, in_channels, image_size
-        self.downscale = 2 ** (len(channel_mult) - 1)
-        check_size(image_size, self.downscale)
-        check_counts(1, in_channels=in_channels, latent_dim=latent_dim)
+        super().__init__(latent_dim, in_channels, 2 ** (len(channel_mult) - 1), image_size)
         self._build(in_channels, latent_dim, channels, channel_mult, num_res_blocks, norm_groups, attention, padding)
         if linear:
             self.add_linear_path()
@@ -116,10 +112,7 @@ class SDDecoder(_Half, Decoder):
         padding: Padding = "zeros",
         linear: bool = False,
     ) -> None:
-        super().__init__()
-        self.z_channels, self.out_channels = z_channels, out_channels
-        self.upscale = 2 ** (len(channel_mult) - 1)
-        check_counts(1, z_channels=z_channels, out_channels=out_channels)
+        super().__init__(z_channels, out_channels, 2 ** (len(channel_mult) - 1))
         self._build(z_channels, out_channels, channels, channel_mult, num_res_blocks, norm_groups, attention, padding)
         if linear:
             self.add_linear_path()

@@ -217,8 +217,7 @@ def test_a_module_that_a_received_config_names_is_not_imported(tmp_path, monkeyp
 
 class OwnEncoder(Encoder):
     def __init__(self, latent_dim: int = 8) -> None:
-        super().__init__()
-        self.in_channels, self.latent_dim, self.downscale, self.image_size = 3, latent_dim, 8, 64
+        super().__init__(latent_dim, in_channels=3, downscale=8, image_size=64)
         self.conv = torch.nn.Conv2d(3, latent_dim, 8, stride=8)
 
 

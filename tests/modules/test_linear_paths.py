@@ -84,7 +84,7 @@ def test_dependent_inputs_get_the_smallest_solution():
 def test_components_of_rounding_noise_are_not_enlarged():
     """A grey picture has one channel's worth of components; the others stay small, and finite."""
     x = torch.randn(500, 1).expand(-1, 3)
-    weight, bias = components(x, 3)
+    weight, _ = components(x, 3)
     assert weight.isfinite().all()
     assert weight.abs().max() <= LEAST_VARIANCE**-0.5
 
@@ -145,7 +145,7 @@ def test_without_it_nothing_changes(make):
 @pytest.mark.parametrize(("factor", "size"), [(2, 4), (3, 3), (8, 16), (16, 32), (32, 32)])
 def test_the_patches_of_the_path(factor, size):
     """Twice the factor, but where that has no middle or is very large; the latent is of the right size in any case."""
-    encoder = LinearEncoder(4, 3, factor)
+    encoder = LinearEncoder(4, 3, factor, 4 * factor)
     assert encoder.linear.kernel_size == (size, size)
     assert encoder(torch.rand(1, 3, 2 * factor, factor)).shape == (1, 4, 2, 1)
 

@@ -87,21 +87,18 @@ class LiteVAE_Decoder(Decoder):
         dropout: float = 0.0,
         linear: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(z_channels, out_channels, 2 ** (len(channel_mult) - 1))
         if variant not in get_args(Variant):
             raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
         if output not in ("image", "wavelet", "packets"):
             raise ValueError(f"output must be image, wavelet or packets, got {output!r}")
         if output != "image" and len(channel_mult) < 2:
             raise ValueError(f"{output} output replaces an upsampling: channel_mult needs two entries or more")
-        check_counts(1, channels=channels, z_channels=z_channels, out_channels=out_channels, channel_mult=channel_mult)
+        check_counts(1, channels=channels, channel_mult=channel_mult)
         check_counts(0, num_res_blocks=num_res_blocks)
         pre_activation = variant != "open_litevae"
         self.variant, self.output = variant, output
-        self.z_channels, self.out_channels = z_channels, out_channels
-        upsamplings = len(channel_mult) - 1
-        self.upscale = 2**upsamplings
-        self.wavelet_levels = {"image": 0, "wavelet": 1, "packets": upsamplings}[output]
+        self.wavelet_levels = {"image": 0, "wavelet": 1, "packets": len(channel_mult) - 1}[output]
 
         def block(in_channels: int, out_channels: int) -> nn.Module:
             if variant == "group_norm":

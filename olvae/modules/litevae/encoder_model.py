@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Encoder, check_counts, check_size
+from olvae.modules.base import Encoder, check_counts
 from olvae.modules.distributions import deterministic_moments
 from olvae.modules.litevae.blocks import OpenUNet, PaperUNet
 from olvae.modules.wavelet import dwt2, wavedec2
@@ -82,14 +82,12 @@ class LiteVAE_Encoder(Encoder):
         packets: bool = False,
         linear: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(latent_dim, in_channels, 2**dct_levels, image_size)
         if variant not in ("open_litevae", "paper"):
             raise ValueError(f"variant must be open_litevae or paper, got {variant!r}")
         if variant == "open_litevae" and (pool != "average" or dropout):
             raise ValueError("pool and dropout belong to the paper variant: set variant to paper, or leave them out")
-        check_counts(1, latent_dim=latent_dim, in_channels=in_channels, dct_levels=dct_levels)
-        self.downscale = 2**dct_levels
-        check_size(image_size, self.downscale)
+        check_counts(1, dct_levels=dct_levels)
         if not 0 <= skip_levels < dct_levels:
             raise ValueError(f"skip_levels must be from 0 to {dct_levels - 1}, one level is left, got {skip_levels}")
         if packets and (skip_levels or shared_extractor or pool != "average"):
@@ -97,7 +95,6 @@ class LiteVAE_Encoder(Encoder):
         extractor = extractor_channels, extractor_mult, extractor_resblocks
         aggregator = aggregate_channels, aggregate_mult, aggregate_resblocks
         widths = _widths(scale, variant, (*extractor, *aggregator))
-        self.in_channels, self.latent_dim, self.image_size = in_channels, latent_dim, image_size
         self.levels, self.skip_levels, self.wavelet = dct_levels, skip_levels, wavelet
         # [P App. G]: level l divided by 2^l, so that LL stays in the image's range; the published code does not [M].
         self.band_scales = [2.0**-level if variant == "paper" else 1.0 for level in range(1, dct_levels + 1)]
@@ -168,16 +165,13 @@ class WaveletEncoder(Encoder):
         image_size: int = 256,
         wavelet: str = "haar",
     ) -> None:
-        super().__init__()
-        check_counts(1, in_channels=in_channels, dct_levels=dct_levels)
-        self.downscale = 2**dct_levels
-        check_size(image_size, self.downscale)
+        super().__init__(latent_dim, in_channels, 2**dct_levels, image_size)
+        check_counts(1, dct_levels=dct_levels)
         bands = 4 * in_channels
         if latent_dim not in (bands, 2 * bands):
             misfit = f"has {bands} bands, which latent_dim {latent_dim} does not fit"
             remedy = f"set embed_dim and z_channels to {bands}, or use_quant with latent_dim {bands}"
             raise ValueError(f"a wavelet level of {in_channels} channels {misfit}: {remedy}")
-        self.in_channels, self.latent_dim, self.image_size = in_channels, latent_dim, image_size
         self.levels, self.wavelet = dct_levels, wavelet
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Encoder, Stage, Steps, check_counts, check_size
+from olvae.modules.base import Decoder, Encoder, Stage, Steps, check_counts
 from olvae.modules.distributions import deterministic_moments
 
 LIMIT = 3.0  # a soft bound on what the decoder takes, in standard deviations
@@ -64,11 +64,8 @@ class TinyEncoder(_Tiny, Encoder):
         channels: int = 64,
         blocks: Sequence[int] = (1, 3, 3, 3),
     ) -> None:
-        super().__init__()
-        self.latent_dim, self.in_channels, self.image_size = latent_dim, in_channels, image_size
-        self.downscale = 2 ** (len(blocks) - 1)
-        check_size(image_size, self.downscale)
-        check_counts(1, in_channels=in_channels, latent_dim=latent_dim, channels=channels)
+        super().__init__(latent_dim, in_channels, 2 ** (len(blocks) - 1), image_size)
+        check_counts(1, channels=channels)
         check_counts(0, blocks=blocks)
         layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, 3, padding=1)]
         for level, count in enumerate(blocks):
@@ -98,9 +95,8 @@ class TinyDecoder(_Tiny, Decoder):
     def __init__(
         self, channels: int = 64, z_channels: int = 4, out_channels: int = 3, blocks: Sequence[int] = (3, 3, 3, 1)
     ) -> None:
-        super().__init__()
-        self.z_channels, self.out_channels, self.upscale = z_channels, out_channels, 2 ** (len(blocks) - 1)
-        check_counts(1, z_channels=z_channels, out_channels=out_channels, channels=channels)
+        super().__init__(z_channels, out_channels, 2 ** (len(blocks) - 1))
+        check_counts(1, channels=channels)
         check_counts(0, blocks=blocks)
         layers: list[nn.Module] = [nn.Conv2d(z_channels, channels, 3, padding=1), nn.ReLU()]
         for level, count in enumerate(blocks):
@@ -109,10 +105,6 @@ class TinyDecoder(_Tiny, Decoder):
             layers += [Residual(channels) for _ in range(count)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, out_channels, 3, padding=1))
         self._note(z_channels)
-
-    @property
-    def widths(self) -> list[int]:
-        return [self.node["params"]["channels"]] * self.upscale.bit_length()
 
     def forward(self, z: Tensor) -> Tensor:
         for stage in self.stages():

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Encoder, Steps, check_size
+from olvae.modules.base import Decoder, Encoder, Steps
 from olvae.modules.distributions import deterministic_moments
 
 TRAINED = (
@@ -125,10 +125,8 @@ class DiffusersEncoder(_Wrapped, Encoder):
         frames: bool = False,
         deterministic: bool = False,
     ) -> None:
-        super().__init__()
-        self.latent_dim, self.in_channels, self.image_size = latent_dim, in_channels, image_size
-        self.downscale, self.frames, self.deterministic = downscale, frames, deterministic
-        check_size(image_size, downscale)
+        super().__init__(latent_dim, in_channels, downscale, image_size)
+        self.frames, self.deterministic = frames, deterministic
         self._build(kind, config, "encoder")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,13 +153,9 @@ class DiffusersDecoder(_Wrapped, Decoder):
         upscale: int = 8,
         frames: bool = False,
     ) -> None:
-        super().__init__()
-        self.z_channels, self.out_channels, self.upscale, self.frames = z_channels, out_channels, upscale, frames
+        super().__init__(z_channels, out_channels, upscale)
+        self.frames = frames
         self._build(kind, config, "decoder")
-
-    @property
-    def widths(self) -> list[int]:
-        return [1] * self.upscale.bit_length()
 
     def forward(self, z: Tensor) -> Tensor:
         return decode_image(self.model, z, self.frames)
