@@ -93,8 +93,6 @@ def check(
     """
     import json
 
-    from rich.console import Console
-
     check_paths(data=src)
     with loading():
         from olvae.config import ConfigError, load
@@ -115,8 +113,8 @@ def check(
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:
-        result.problems = [in_flags(line) for line in result.problems]
-        audit.print_audit(result, Console(stderr=True))
+        for line in audit.audit_lines(result):
+            typer.echo(in_flags(line), err=True)
     if result.problems:
         raise typer.Exit(1)
 

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -11,22 +11,19 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from olvae.config.reading import holds_shards, is_local
+from olvae.config import instantiate
+from olvae.config.reading import SAMPLES, find_source, holds_shards, is_local
 from olvae.data.dataset import ImageDataset
 from olvae.data.image import Bands, Photo
-from olvae.data.opening import open_images, open_source
-from olvae.data.picture_folder import Files, FolderSource
+from olvae.data.opening import open_images
+from olvae.data.picture_folder import Files
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.data.pixels.sides import Sides, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards
 from olvae.data.shards.latent_source import STATS
 from olvae.data.shards.tar_reading import Shard, read_shard
-from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, Source
 from olvae.files import file_sha256, printable
 from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
@@ -77,15 +74,7 @@ def check(
     on_progress: OnProgress = ignore_progress,
     pixel_range: PixelRange = EIGHT_BITS,
 ) -> AuditResult:
-    """Read and decode every image of a source.
-
-    Args:
-        src: a folder, pattern, list, data set or shards; see :mod:`olvae.data.opening`.
-        size: of the training crops in pixels.
-        channels: see :func:`~olvae.data.image.read_picture`.
-        max_unreadable: share of the images that may be unreadable.
-        on_progress: called with the number of images that are done, and of all; None if that is unknown.
-        pixel_range: of the values that training will state.
+    """Read and decode every image of SRC, for training on crops of ``size`` pixels with values of this range.
 
     Raises FileNotFoundError, ValueError: the source has no images, or latents.
     """
@@ -97,20 +86,22 @@ def check(
             "images of them"
         )
     images = None if urls else open_images(src, channels, pixel_range)
-    source, reasons = _train_source(src, size, channels, images, pixel_range)
-    if images is None:
-        count = None if source is None else source.images
-        found = _read_all(partial(_read_shard, channels, pixel_range), urls, workers, count, on_progress)
-        result = _summarise(src, size, found)
-        result.shards = sorted(found.shards, key=lambda shard: urls.index(shard.url))
-        _check_shards(result, folders)
-    else:
-        count = len(images)
+    source, reasons = _train_source(src, size, channels, pixel_range)
+    read: Callable[[Any, SharedProgress], _Found] = partial(_read_shard, channels, pixel_range)
+    count, tasks = None if source is None else source.images, list[Any](urls)
+    if images is not None:
+        read, count = partial(_read_images, images), len(images)
         tasks = [range(i, min(i + IMAGES_PER_TASK, count)) for i in range(0, count, IMAGES_PER_TASK)]
-        found = _read_all(partial(_read_images, images), tasks, workers, count, on_progress)
-        result = _summarise(src, size, found)
-        closed = images.closed if isinstance(images, Files) else ()
-        result.problems += [f"{name}: this folder can't be opened: {reason}" for name, reason, *_ in closed]
+    found = _Found()
+    with closing(run_in_processes(read, tasks, workers, lambda done: on_progress(done, count))) as parts:
+        for part in parts:
+            for name, facts in vars(part).items():
+                getattr(found, name).extend(facts)
+    result = _summarise(src, size, found)
+    result.shards = sorted(found.shards, key=lambda shard: urls.index(shard.url))
+    _check_shards(result, folders)
+    closed = images.closed if isinstance(images, Files) else ()
+    result.problems += [f"{name}: this folder can't be opened: {reason}" for name, reason, *_ in closed]
     result.problems += reasons
     lost = len(result.unreadable)
     if not result.images:
@@ -127,17 +118,12 @@ def check(
     return result
 
 
-def _train_source(
-    src: str, size: Size, channels: int, images: ImageDataset | None, pixel_range: PixelRange
-) -> tuple[Source | None, list[str]]:
-    """The source that would train on SRC, or the reason why it can't; without ``images`` it has shards."""
-    values = pixel_range.as_node()
+def _train_source(src: str, size: Size, channels: int, pixel_range: PixelRange) -> tuple[Source | None, list[str]]:
+    """The source that would train on SRC, or the reason why it can't."""
+    target, named = find_source(src)
+    values = {} if target == SAMPLES else {"channels": channels, "range": pixel_range.as_node()}
     try:
-        if images is None:
-            return WebDatasetSource(src, size, 1, channels=channels, range=values), []
-        if isinstance(images, Files):
-            return FolderSource(src, size, 1, channels=channels, range=values), []
-        return open_source(src, size, 1, channels=channels, pixel_range=pixel_range), []
+        return instantiate({"target": target, "params": {**named, **values, "size": size, "batch_size": 1}}), []
     except (ValueError, FileNotFoundError) as error:
         return None, [str(error)]
 
@@ -183,21 +169,6 @@ def _read_shard(channels: int, pixel_range: PixelRange, url: str, progress: Shar
     digest = file_sha256(Path(url)) if has_index else None
     images = len(found.images) + len(found.unreadable)
     found.shards.append(ShardFacts(url, images, digest, "; ".join(reasons) or None))
-    return found
-
-
-def _read_all(
-    read: Callable[[Any, SharedProgress], _Found],
-    tasks: Sequence[Any],
-    workers: int,
-    count: int | None,
-    on_progress: OnProgress,
-) -> _Found:
-    found = _Found()
-    with closing(run_in_processes(read, tasks, workers, lambda done: on_progress(done, count))) as parts:
-        for part in parts:
-            for name, facts in vars(part).items():
-                getattr(found, name).extend(facts)
     return found
 
 
@@ -265,40 +236,36 @@ def _difference(shard: ShardFacts, record: ShardRecord | None) -> str | None:
     return None
 
 
-def print_audit(result: AuditResult, console: Console) -> None:
-    """Print a table of facts, then the unreadable images, notes and problems."""
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for name, fact in _facts(result):
-        table.add_row(name, Text(fact))
-    console.print(table, soft_wrap=False)
+def audit_lines(result: AuditResult) -> Iterator[str]:
+    """Describe a source in lines: facts, then the unreadable images, notes and problems."""
+    facts = _facts(result)
+    width = max(map(len, facts))
+    yield from (f"{name:<{width}}  {fact}" for name, fact in facts.items())
     for error in result.unreadable[:PRINTED_NAMES]:
-        console.print(Text("unreadable: ", "bold").append(f"{printable(error.name)}: {error.reason}"), soft_wrap=True)
+        yield f"unreadable: {printable(error.name)}: {error.reason}"
     if len(result.unreadable) > PRINTED_NAMES:
-        console.print(Text(f"and {len(result.unreadable) - PRINTED_NAMES:,} more; the JSON has all"))
-    for style, word, lines in (("yellow", "note", result.notes), ("bold red", "problem", result.problems)):
-        for line in lines:
-            console.print(Text(f"{word}: ", style).append(printable(line), "default"), soft_wrap=True)
+        yield f"and {len(result.unreadable) - PRINTED_NAMES:,} more; the JSON has all"
+    yield from (f"note: {printable(line)}" for line in result.notes)
+    yield from (f"problem: {printable(line)}" for line in result.problems)
     if not result.problems:
-        console.print(Text("fine: ", "green").append("ready for training", "default"))
+        yield "fine: ready for training"
 
 
-def _facts(result: AuditResult) -> list[tuple[str, str]]:
+def _facts(result: AuditResult) -> dict[str, str]:
     lost = len(result.unreadable)
     readable = f"{lost:,} of them unreadable ({lost / result.images:.2%})" if lost else "all readable"
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in result.kinds.items())
-    facts = [("images", f"{result.images:,}, {readable}"), ("files", kinds or "-")]
+    facts = {"images": f"{result.images:,}, {readable}", "files": kinds or "-"}
     for name, spread in result.spreads.items():
         low, middle, high = (format(value, ".2f" if name == "aspect_ratio" else ",.0f") for value in spread.values())
-        facts.append((name.replace("_", " "), f"{low} to {high}, median {middle}"))
+        facts[name.replace("_", " ")] = f"{low} to {high}, median {middle}"
     crops = f"{Sides.of(result.size).short} pixels"
-    facts.append(("small", f"{result.smaller:,} smaller than {crops}"))
+    facts["small"] = f"{result.smaller:,} smaller than {crops}"
     if result.shards:
         counts = sorted(shard.images for shard in result.shards)
         each = f"{counts[0]:,}" if counts[0] == counts[-1] else f"{counts[0]:,} to {counts[-1]:,}"
         broken = sum(shard.broken is not None for shard in result.shards)
-        facts.append(("shards", f"{len(counts):,}, {each} images each{f'; {broken:,} broken' if broken else ''}"))
+        facts["shards"] = f"{len(counts):,}, {each} images each{f'; {broken:,} broken' if broken else ''}"
     if result.images_per_s is not None:
-        facts.append(("speed", f"{result.images_per_s:,.0f} images/s per loader process at {crops}"))
+        facts["speed"] = f"{result.images_per_s:,.0f} images/s per loader process at {crops}"
     return facts
