@@ -65,7 +65,7 @@ def pack(
         sys.exit(stop_code())
     index = packed.index
     if index.unreadable:
-        skipped = in_flags(list_skipped((skipped.name, skipped.reason) for skipped in index.unreadable))
+        skipped = in_flags(list_skipped((skipped["name"], skipped["reason"]) for skipped in index.unreadable))
         typer.echo(f"{len(index.unreadable)} unreadable images left out: {skipped}", err=True)
     found = f", {packed.found} of them from an earlier run" if packed.found else ""
     shards = f"{len(index.shards)} shard{'s' * (len(index.shards) != 1)}"

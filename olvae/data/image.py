@@ -160,13 +160,9 @@ class Photo:
         return self._image.mode if isinstance(self._image, Image.Image) else None
 
     def read(self, shrink: int = 1) -> Picture:
-        """The pixels, turned upright, 8 bits per channel.
+        """The pixels, turned upright; UnreadableImageError if the file is broken.
 
-        Args:
-            shrink: 1, 2, 4 or 8. A JPEG is decoded at 1/shrink of its size, rounded up, which is faster; other formats
-                are decoded in full.
-
-        Raises UnreadableImageError: the file is broken.
+        A JPEG is decoded at 1/shrink (1, 2, 4 or 8) of its size, rounded up, which is faster.
         """
         image = self._image
         if isinstance(image, Bands):
@@ -228,7 +224,7 @@ class Photo:
 
 
 def read_picture(path: str | Path, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> Picture:
-    """Read a picture, turned upright by its EXIF orientation.
+    """Read a picture, turned upright by its EXIF orientation; UnreadableImageError for what it can't be.
 
     Without a stated range it has 8 bits per channel. Three channels are RGB: transparent pictures are laid over white;
     greyscale, palette and CMYK are converted by Pillow; only the first of several frames of a GIF is read. One channel
@@ -236,18 +232,15 @@ def read_picture(path: str | Path, channels: int = 3, pixel_range: PixelRange = 
     array of uint8 of shape (H, W, channels).
 
     With a range it is an array of :data:`~olvae.data.pixels.arrays.DTYPES`, (H, W, channels), as it is in the file.
-
-    Raises:
-        UnreadableImageError: the file is not a picture, is broken, has more than 8 bits per channel without a stated
-            range, values that its range refuses, another number of channels, several pages, more than
-            :data:`MAX_PIXELS` pixels, or a side that is more than :data:`MAX_RATIO` times the other.
+    Unreadable are also files of more than 8 bits per channel without a range, of values that the range refuses, of
+    another number of channels, of several pages, or of sizes that :func:`check_size` refuses.
     """
     return Photo(Path(path), legible(str(path)), channels, pixel_range).read()
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
     """From any mode of Pillow to one of :data:`MODES`; see :func:`read_picture` for the rules."""
-    if _is_transparent(image):
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         if mode == "RGBA":
             return image
@@ -288,10 +281,6 @@ def _pages(image: TiffImageFile) -> int:
         count += not int(image.tag_v2.get(NEW_SUBFILE_TYPE, 0)) & 0b101
     image.seek(0)
     return count
-
-
-def _is_transparent(image: Image.Image) -> bool:
-    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
 
 
 def _orientation(image: Image.Image) -> int:
@@ -391,8 +380,6 @@ class RandomScaleCrop:
 RESIZES = {  # descriptions for the protocol
     "shorter side": "{filter} antialiased resize of {what} (Pillow), centre crop",
     "adm": "halved by averaging while twice too large, {filter} resize of {what} (Pillow), centre crop",
-    "squash": "{filter} antialiased resize of both sides (Pillow)",
-    "none": "not resized, centre crop",
 }
 
 
@@ -403,7 +390,7 @@ class EvalTransform:
     Args:
         resize: ``shorter side``: to ``size``, as in the results table [R], or until height and width just cover it;
             ``adm``: the same, after halving the picture by averaging while it is at least twice too large (Dhariwal and
-            Nichol 2021); ``squash``: both sides; ``none``: only pictures that are smaller. Then the centre is cropped.
+            Nichol 2021). Then the centre is cropped.
         resample: one of :data:`FILTERS`; nearest averages nothing.
 
     Raises ValueError: the resize or filter is unknown.
@@ -422,13 +409,10 @@ class EvalTransform:
 
     def __call__(self, image: Picture) -> Picture:
         (height, width), resample = Sides.of(self.size), FILTERS[self.resample]
-        if self.resize == "squash":
-            return image.resize((width, height), resample)
         halves = self.resize == "adm" and self.resample != "nearest"
         while halves and image.width >= 2 * width and image.height >= 2 * height:
             image = image.resize((image.width // 2, image.height // 2), FILTERS["box"])
-        if self.resize != "none" or self.enlarges(image):
-            image = resize_shorter_side(image, self.size, resample)
+        image = resize_shorter_side(image, self.size, resample)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))
 

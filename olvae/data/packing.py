@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,12 +14,12 @@ from PIL import Image
 from olvae.config import ConfigError
 from olvae.data.dataset import ImageDataset
 from olvae.data.hub import Items
-from olvae.data.image import Bands, Photo, Picture, image_to_tensor, resize_shorter_side
+from olvae.data.image import Bands, Photo, image_to_tensor, resize_shorter_side
 from olvae.data.opening import open_images
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.ranges import AS_STORED
 from olvae.data.read_errors import ReadError, TooManyUnreadableError, UnreadableImageError
-from olvae.data.shards.index import INDEX, Index, Skipped
+from olvae.data.shards.index import INDEX, Index
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
 from olvae.files import list_skipped, no_empty_folders, reason
 from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
@@ -65,16 +65,12 @@ def pack(
     max_unreadable: float = 0.01,
     on_progress: OnProgress = ignore_progress,
 ) -> Packed:
-    """Write the images of a source to ``out/000000.tar``, ``000001.tar``, ... and last to an ``index.json``.
+    """Write the images of SRC to ``out/000000.tar``, ``000001.tar``, ... and last an ``index.json``.
 
     A shard holds for each image ``KEY.jpg`` (or .png, .webp, .npy) and ``KEY.json`` with its name in the source, its
     width and height, upright, and its class where a data set gives one; KEY is its position in the order. Shards and
-    index depend on the source and the options alone. Finished shards of an earlier run are kept.
-
-    Args:
-        src: a folder, pattern, list or data set; see :mod:`olvae.data.opening`.
-        max_unreadable: share of the images that may be unreadable; these are left out.
-        on_progress: called with the number of images that are done, and of all.
+    index depend on the source and the options alone. Finished shards of an earlier run are kept. A share of up to
+    ``max_unreadable`` of the images may be unreadable; these are left out.
 
     Raises:
         ConfigError: the folder holds something else, or shards of other options or images, or lies inside the source.
@@ -103,7 +99,11 @@ def pack(
             shards.begin(plan)
             with closing(run_in_processes(packer, tasks, workers, lambda n: on_progress(n, len(images)))) as results:
                 packed = sorted(results)
-            unreadable = [Skipped(shard_name(n), e.name, e.reason) for n, shard, _ in packed for e in shard.unreadable]
+            unreadable = [
+                {"shard": shard_name(number), "name": error.name, "reason": error.reason}
+                for number, shard, _ in packed
+                for error in shard.unreadable
+            ]
             _check_unreadable(src, unreadable, len(images), max_unreadable)
             records = {shard_name(number): shard.record for number, shard, _ in packed if shard.record.images}
             index = Index(records, asdict(options), digest, unreadable)
@@ -135,9 +135,9 @@ def _read_index(out: Path, digest: str) -> Index:
     return index
 
 
-def _check_unreadable(src: str, unreadable: Sequence[Skipped], images: int, max_unreadable: float) -> None:
+def _check_unreadable(src: str, unreadable: Sequence[Mapping[str, str]], images: int, max_unreadable: float) -> None:
     """Raise ValueError, or TooManyUnreadableError, with the names of what could not be read."""
-    names = list_skipped((skipped.name, skipped.reason) for skipped in unreadable)
+    names = list_skipped((skipped["name"], skipped["reason"]) for skipped in unreadable)
     if len(unreadable) == images:
         raise ValueError(f"{src}: none of its {images} images can be read: {names}")
     if (lost := len(unreadable)) > max_unreadable * images:
@@ -194,8 +194,7 @@ class _Packer:
         photo = Photo(photo.undecoded(), photo.name, photo.channels, photo.pixel_range)  # the bytes that are stored
         extension, data, (width, height) = _encode(photo, self.options)
         details = {"name": self.images.key(index), "width": width, "height": height}
-        label = self.images.label(index) if isinstance(self.images, Items) else None
-        if label is not None:
+        if isinstance(self.images, Items) and (label := self.images.label(index)) is not None:
             details["label"] = label
         return dict(sorted({extension: data, "json": json.dumps(details).encode()}.items()))
 
@@ -213,21 +212,17 @@ def _encode(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, 
             raise UnreadableImageError(photo.name, f"{lost} values are missing, which a resize would mix into others")
         picture = resize_shorter_side(picture, size)
     extension = "npy" if isinstance(picture, Bands) else options.format if smaller else "png"
+    stream = io.BytesIO()
     try:
-        return extension, _picture_bytes(picture, extension, options.quality), picture.size
+        if isinstance(picture, Bands):
+            np.save(stream, image_to_tensor(picture).permute(1, 2, 0).numpy())
+        else:
+            bare = Image.frombytes(picture.mode, picture.size, picture.tobytes())  # without the file's metadata
+            bare.save(stream, FORMATS[extension], quality=options.quality, subsampling="4:4:4")  # if the format has it
     except (OSError, ValueError) as error:  # a side that is longer than the format allows
         why = f"{picture.width}x{picture.height} pixels can't be stored as {extension}: {reason(error)}"
         raise UnreadableImageError(photo.name, f"{why}: choose `format` png") from error
-
-
-def _picture_bytes(picture: Picture, extension: str, quality: int) -> bytes:
-    stream = io.BytesIO()
-    if isinstance(picture, Bands):
-        np.save(stream, image_to_tensor(picture).permute(1, 2, 0).numpy())
-        return stream.getvalue()
-    bare = Image.frombytes(picture.mode, picture.size, picture.tobytes())  # without the original file's metadata
-    bare.save(stream, FORMATS[extension], quality=quality, subsampling="4:4:4")  # formats ignore what others take
-    return stream.getvalue()
+    return extension, stream.getvalue(), picture.size
 
 
 def usual_shard_size(images: int) -> int:

@@ -13,7 +13,6 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 from rich.table import Table
-from torch import Tensor
 
 from olvae.config.reading import holds_shards
 from olvae.data.image import Photo, image_to_tensor
@@ -30,35 +29,24 @@ VALUES_PER_IMAGE = 2**14  # of a channel
 
 @dataclass
 class Measured:
-    """Values of a source.
+    """Values of a source."""
 
-    Args:
-        images: that were read.
-        kinds: images by dtype.
-        percentiles: (channels, 7), those of :data:`PERCENTILES` over finite values.
-        missing: share of the values that are not finite, or that their file names as missing.
-        unreadable: names and reasons.
-        nodata: the value that the files name as missing, if it is one.
-    """
-
-    images: int
-    kinds: Mapping[str, int]
-    percentiles: NDArray[np.float64]
-    missing: float
+    images: int  # that were read
+    kinds: Mapping[str, int]  # images by dtype
+    percentiles: NDArray[np.float64]  # (channels, 7), those of PERCENTILES over finite values
+    missing: float  # share of the values that are not finite, or that their file names as missing
     unreadable: list[ReadError] = field(default_factory=list)
-    nodata: float | None = None
+    nodata: float | None = None  # the value that the files name as missing, if it is one
 
     def line(self) -> str:
         """``range: ...`` for a config: from the percentile .1 to 99.9, for all channels or each."""
-        pairs = [[float(low), float(high)] for low, high in self._ends()]
+        pairs = []
+        for row in self.percentiles:
+            low = float(max(_rounded(row[LOW], math.floor), row[0]))
+            high = float(min(_rounded(row[HIGH], math.ceil), row[-1]))
+            pairs.append([low, high if high > low else low + 1.0])
         nodata = "" if self.nodata is None else f", {yaml.safe_dump({'nodata': self.nodata}).strip()}"
         return f"range: {{pairs: {json.dumps(pairs if len(pairs) > 1 else pairs[0])}, outside: clip{nodata}}}"
-
-    def _ends(self) -> Iterator[tuple[float, float]]:
-        for row in self.percentiles:
-            low = max(_rounded(row[LOW], math.floor), row[0])
-            high = min(_rounded(row[HIGH], math.ceil), row[-1])
-            yield low, high if high > low else low + 1.0
 
     def table(self) -> Table:
         table = Table("channel", *(f"{p:g} %" for p in PERCENTILES), box=None)
@@ -76,8 +64,13 @@ def measure(src: str, images: int = 200) -> Measured:
     parts: list[NDArray[np.float64]] = []
     unreadable: list[ReadError] = []
     nodata: set[float] = set()
-    for photo, pixels in islice(_read(src, unreadable, images), images):
-        values = pixels.flatten(1)  # (C, H W)
+    for open_photo in islice(_openers(src, images), images):
+        try:
+            photo = open_photo()
+            values = image_to_tensor(photo.read()).flatten(1)  # (C, H W)
+        except UnreadableImageError as error:
+            unreadable.append(error.read_error())
+            continue
         kinds[str(values.dtype).removeprefix("torch.")] += 1
         part = values[:, :: max(1, values.shape[1] // VALUES_PER_IMAGE)].double().numpy()
         part[photo.missing(part)] = np.nan
@@ -97,16 +90,6 @@ def measure(src: str, images: int = 200) -> Measured:
     rows = np.stack([np.percentile(row[good], PERCENTILES) for row, good in zip(together, finite, strict=True)])
     named = nodata.pop() if len(nodata) == 1 else None
     return Measured(len(parts), dict(kinds), rows, float(1.0 - finite.mean()), unreadable, named)
-
-
-def _read(src: str, unreadable: list[ReadError], count: int) -> Iterator[tuple[Photo, Tensor]]:
-    """Photos of a source with their pixels, (C, H, W)."""
-    for open_photo in _openers(src, count):
-        try:
-            photo = open_photo()
-            yield photo, image_to_tensor(photo.read())
-        except UnreadableImageError as error:
-            unreadable.append(error.read_error())
 
 
 def _openers(src: str, count: int) -> Iterator[Callable[[], Photo]]:

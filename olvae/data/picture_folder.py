@@ -106,7 +106,9 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
     elif path.suffix.lower() == ".txt":
         if not path.is_file():
             raise FileNotFoundError(f"{root}: no such list of images")
-        paths = [path.parent / os.path.expanduser(line) for line in _lines(path)]  # noqa: PTH111  (~x may be a name)
+        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")  # of names, which may be other than UTF-8
+        lines = [line for line in map(str.strip, re.split(r"[\r\n]+", text)) if line and not line.startswith("#")]
+        paths = [path.parent / os.path.expanduser(line) for line in lines]  # noqa: PTH111  (~x may be a name)
         if not paths:
             raise FileNotFoundError(f"{root}: this list names no file: write one path per line")
     elif glob.has_magic(str(root)):
@@ -119,13 +121,6 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
         where = "in this folder" if path.is_dir() else "of this name"
         raise FileNotFoundError(f"{root}: no images {where} (looked for {', '.join(EXTENSIONS)})")
     return paths
-
-
-def _lines(path: Path) -> list[str]:
-    """Read the names in a list; bytes that are not UTF-8 are kept, because file names may have them."""
-    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    lines = [line.strip() for line in re.split(r"[\r\n]+", text)]
-    return [line for line in lines if line and not line.startswith("#")]
 
 
 def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
@@ -150,7 +145,10 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and _may_be_file(path)
+    try:
+        return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+    except OSError:  # in a folder that can be listed but not entered: counted as unreadable later
+        return True
 
 
 def _without_sidecars(paths: list[Path]) -> list[Path]:
@@ -164,13 +162,6 @@ def _without_sidecars(paths: list[Path]) -> list[Path]:
         return any(path.with_name("_".join(words[: i + 1])) in pictures for i in range(len(words)))
 
     return [path for path in paths if path not in beside or not is_beside(path)]
-
-
-def _may_be_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # in a folder that can be listed but not entered: counted as unreadable later
-        return True
 
 
 def _parts(root: str | Path) -> tuple[str | Path, str | Path | None]:

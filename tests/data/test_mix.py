@@ -84,10 +84,10 @@ def test_mistakes_in_its_nodes_are_found_by_validation(nodes):
 
 def test_an_evaluations_transform_reaches_the_sources(nodes):
     s = mix(nodes)
-    s.eval_transform = EvalTransform(16, "squash")
+    s.eval_transform = EvalTransform(16, "adm", "box")
     whole = {sample.key: sample.image for sample in s.once(LoaderProcess())}
     for source in mix(nodes).sources:
-        source.eval_transform = EvalTransform(16, "squash")
+        source.eval_transform = EvalTransform(16, "adm", "box")
         for sample in source.once(LoaderProcess()):
             assert any(key[2:] == sample.key and torch.equal(image, sample.image) for key, image in whole.items())
     assert len(whole) == s.val_images

@@ -30,22 +30,13 @@ class ShardRecord:
 
 
 @dataclass(frozen=True)
-class Skipped:
-    """An image that could not be read, and the shard that it would have been in."""
-
-    shard: str
-    name: str
-    reason: str
-
-
-@dataclass(frozen=True)
 class Index:
     """The content of ``index.json``."""
 
     shards: Mapping[str, ShardRecord]  # by file name
     packed: Mapping[str, Any] | None = None  # the options of ``olvae data pack``; None for shards from elsewhere
     plan: str | None = None  # a hash of those options and of the source
-    unreadable: Sequence[Skipped] = ()  # images of the source that are in no shard
+    unreadable: Sequence[Mapping[str, str]] = ()  # shard, name and reason of the source's images that are in no shard
 
     @property
     def images(self) -> int:
@@ -57,28 +48,17 @@ class Index:
 
     def write(self, path: Path) -> None:
         """Write the file atomically; the same bytes for the same index."""
-        content = {
-            "version": 1,
-            "images": self.images,
-            "bytes": self.bytes,
-            "packed": self.packed,
-            "plan": self.plan,
-            "unreadable": [asdict(skipped) for skipped in self.unreadable],
-            "shards": {name: asdict(self.shards[name]) for name in sorted(self.shards)},
-        }
-        write_json(content, path)
+        content = {"version": 1, "images": self.images, "bytes": self.bytes, "packed": self.packed, "plan": self.plan}
+        shards = {name: asdict(self.shards[name]) for name in sorted(self.shards)}
+        write_json({**content, "unreadable": self.unreadable, "shards": shards}, path)
 
     @classmethod
     def read(cls, path: Path) -> "Index":
         """Read an index; raises ValueError if the file is none, or has counts alone."""
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(
-                {name: ShardRecord(**shard) for name, shard in content["shards"].items()},
-                content.get("packed"),
-                content.get("plan"),
-                [Skipped(**skipped) for skipped in content.get("unreadable", ())],
-            )
+            shards = {name: ShardRecord(**shard) for name, shard in content["shards"].items()}
+            return cls(shards, content.get("packed"), content.get("plan"), content.get("unreadable", ()))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not an index with counts, sizes and checksums of shards: {error}") from error
 
@@ -107,13 +87,12 @@ def _expand(text: str) -> list[str]:
         expanded = expand_urls(text)
     except AssertionError as error:  # raised by webdataset for an environment variable that is not set
         raise ValueError(f"{text}: {error}") from error
-    return [found for url in expanded for found in (_matches(Path(url).expanduser()) if is_local(url) else [url])]
-
-
-def _matches(path: Path) -> list[str]:
-    if glob.has_magic(str(path)) and not path.exists():
-        return sorted(glob.glob(str(path)))  # noqa: PTH207  (a Path's own needs the folder apart)
-    return [str(path)]
+    found: list[str] = []
+    for url in expanded:
+        name = str(Path(url).expanduser()) if is_local(url) else url
+        pattern = is_local(url) and glob.has_magic(name) and not Path(name).exists()
+        found += sorted(glob.glob(name)) if pattern else [name]  # noqa: PTH207  (a Path's own needs the folder apart)
+    return found
 
 
 def may_exist(url: str) -> bool:
@@ -124,13 +103,9 @@ def may_exist(url: str) -> bool:
 def split_shards(
     shards: list[str], val: list[str] | None, fraction: float, argument: str
 ) -> tuple[list[str], list[str]]:
-    """Split shards for training and validation: the validation shards are ``val``, or the last ones of all.
+    """Split shards for training and validation: ``val``, or else the last ones, a ``fraction`` but at least one.
 
-    Args:
-        fraction: of the shards that is held out if ``val`` is None, at least one of them.
-        argument: of the source that names ``val``.
-
-    Raises ValueError: the fraction is not between 0 and 1, or a single shard is to be split.
+    ``argument`` of the source names ``val``. ValueError if the fraction is not between 0 and 1, or there is one shard.
     """
     if not 0.0 < fraction < 1.0:
         raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")
@@ -150,11 +125,7 @@ def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key:
 
     Without ``index``, a path or URL of one, the folders of local shards are searched for :data:`INDEX`. A local shard
     that is in no index, and is missing or can't be read, counts as the mean of the others. One without images is named
-    in a warning.
-
-    Raises:
-        ValueError: the index is not readable, or lacks a shard; no shard has images; two have the same name, so that
-            their images would have the same keys.
+    in a warning. ValueError if the index is not readable or lacks a shard, no shard has images, or two have one name.
     """
     shards: dict[str, Shard] = {}
     for url in urls:

@@ -66,12 +66,7 @@ def _latent(tensors: Mapping[str, Tensor], ending: str) -> Latent:
 
 
 def read_stats(folder: str | Path) -> dict[str, Any]:
-    """Read the description of a folder of latents.
-
-    Raises:
-        FileNotFoundError: the folder has no latents, or not all of them yet.
-        ValueError: the description is not readable.
-    """
+    """Read the description of a folder of latents; FileNotFoundError if they are not complete, ValueError if broken."""
     path = Path(folder).expanduser() / STATS
     if not path.is_file():
         raise FileNotFoundError(
@@ -175,10 +170,7 @@ class LatentSource(ShardSource):
 
 
 def read_label(entry: Entry) -> int | None:
-    """Read the number in an image's ``.cls`` file, if it has one.
-
-    Raises UnreadableImageError: the file holds something else.
-    """
+    """Read the number in an image's ``.cls`` file, if it has one; UnreadableImageError for something else."""
     try:
         return int(entry.files["cls"]) if "cls" in entry.files else None
     except ValueError as error:

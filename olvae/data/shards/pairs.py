@@ -105,10 +105,7 @@ class PairSource(ShardSource):
         return self._window(entry, False, lambda places: (places - 1) // 2)
 
     def _window(self, entry: Entry, mirror: bool, choose: Callable[[int], int]) -> Sample:
-        """Cut a window of the pair; ``choose`` picks one of n places, for the rows and then for the columns.
-
-        Raises UnreadableImageError: the files are broken or do not belong together.
-        """
+        """Cut a window of the pair; ``choose`` picks one of n places, for the rows and then for the columns."""
         plain, mirrored, meta = read_latent(entry)
         latent = mirrored if mirror else plain
         f = self.stats["downscale"]
@@ -131,10 +128,7 @@ class PairSource(ShardSource):
 
 
 def _read_stats(folder: str | Path, size: Size | None) -> dict[str, Any]:
-    """Read the description of a folder of pairs.
-
-    Raises FileNotFoundError, ValueError: see :class:`PairSource`.
-    """
+    """Read the description of a folder of pairs, with the errors of :class:`PairSource`."""
     stats = read_stats(folder)
     if not stats.get("images"):
         raise ValueError(f"{folder}: latents without their images: let `olvae encode` store both, in another folder")

@@ -57,21 +57,13 @@ class Shard(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """An image of a shard, undecoded.
+    """An image of a shard, undecoded."""
 
-    Args:
-        key: the shard's name and the image's.
-        name: for errors: the shard's path or URL and the file's name.
-        data: the file's bytes.
-        files: the group's other files by extension, as bytes.
-        errors: met on the way to it.
-    """
-
-    key: str
-    name: str
-    data: bytes
-    files: Mapping[str, bytes]
-    errors: tuple[ReadError, ...] = ()
+    key: str  # the shard's name and the image's
+    name: str  # for errors: the shard's path or URL and the file's name
+    data: bytes  # of the file
+    files: Mapping[str, bytes]  # the group's other files by extension
+    errors: tuple[ReadError, ...] = ()  # met on the way to it
 
 
 def file_name(url: str) -> str:
@@ -85,9 +77,8 @@ def file_name(url: str) -> str:
 def read_shard(shard: Shard, image_key: str | None = None) -> Iterator[Entry | ReadError]:
     """Yield the images of a shard in order, undecoded; last a ReadError if it can't be opened or ends early.
 
-    A group of files of one name is left out if it has no image.
-
-    ``image_key``: the extension of the image in a group; by default the first that is an image's.
+    ``image_key`` is the extension of the image in a group of files of one name, by default the first that is an
+    image's. A group without is left out.
     """
     errors: list[ReadError] = []
 
@@ -119,18 +110,14 @@ def _files(url: str, errors: list[ReadError]) -> Iterator[dict[str, Any]]:
                 while (member := archive.next()) is not None:
                     archive.members = []  # type: ignore[attr-defined]  # which would hold the headers of all
                     if member.isreg() and not META.match(member.name):
-                        yield {"fname": member.name, "data": _content(archive, member), "__url__": url}
+                        if member.issparse() or member.size > MAX_FILE_BYTES:
+                            name, most = legible(member.name), MAX_FILE_BYTES >> 30
+                            raise ValueError(f"{name}: a sparse file, or larger than {most} GiB")
+                        content: Any = archive.extractfile(member)
+                        yield {"fname": member.name, "data": content.read(), "__url__": url}
             stream.read(1)  # raises if the command or connection failed at its end
     except SHARD_ERRORS as error:
         errors.append(ReadError(url, _reason(error)))
-
-
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    if member.issparse() or member.size > MAX_FILE_BYTES:
-        raise ValueError(f"{legible(member.name)}: a sparse file, or larger than {MAX_FILE_BYTES >> 30} GiB")
-    content = archive.extractfile(member)
-    assert content is not None
-    return content.read()
 
 
 class _Unpacked:
@@ -183,12 +170,9 @@ TEMPORARY = (408, 425, 429)  # HTTP statuses below 500 after which a request is 
 
 
 def open_url(url: str) -> Any:
-    """Open a file, a URL or a ``pipe:`` command for reading in sequence.
+    """Open a file, a URL or a ``pipe:`` command for reading in sequence; OSError if a local file can't be opened.
 
-    ``read(size)`` may give fewer bytes, and raises OSError when a command or download fails, after all bytes that
-    came before.
-
-    Raises OSError: a local file can't be opened.
+    ``read(size)`` may give fewer bytes; it raises OSError, after all bytes that came, when a command or download fails.
     """
     if url.startswith("pipe:"):
         return _Command(url.removeprefix("pipe:"))
@@ -200,16 +184,15 @@ class _Command:
 
     def __init__(self, command: str) -> None:
         self._process = subprocess.Popen(command, shell=True, stdout=subprocess.PIPE)
+        self._output: Any = self._process.stdout
 
     def close(self) -> None:
-        assert self._process.stdout is not None
-        self._process.stdout.close()
+        self._output.close()
         self._process.terminate()
         self._process.wait()
 
     def read(self, size: int) -> bytes:
-        assert self._process.stdout is not None
-        data = self._process.stdout.read(size)
+        data: bytes = self._output.read(size)
         if not data and (status := self._process.wait()):
             why = f"failed with exit status {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
             raise OSError(f"the command {why}")

@@ -28,17 +28,11 @@ class WebDatasetSample(NamedTuple):
 
 @dataclass(frozen=True)
 class FinishedShard:
-    """The description of a shard, written once its file is in place.
+    """The description of a shard, written once its file is in place."""
 
-    Args:
-        record: images, bytes and SHA-256; a shard without images has no file.
-        unreadable: images of the source that were left out.
-        details: the caller's, as JSON.
-    """
-
-    record: ShardRecord
-    unreadable: Sequence[ReadError] = ()
-    details: Mapping[str, Any] = field(default_factory=dict)
+    record: ShardRecord  # a shard without images has no file
+    unreadable: Sequence[ReadError] = ()  # images of the source that were left out
+    details: Mapping[str, Any] = field(default_factory=dict)  # the caller's, as JSON
 
 
 @dataclass(frozen=True)
@@ -48,14 +42,10 @@ class ResumableShards:
     A folder inside it, the state, holds the plan (everything that the shards' bytes depend on), a JSON file about each
     finished shard, and half-written files. A shard is moved to its place when it is complete, and only then
     described. Any process may write any shard; no two should write the same one.
-
-    Args:
-        folder: of the shards; made by :meth:`begin`.
-        state: the name of the folder inside it.
     """
 
-    folder: Path
-    state: str
+    folder: Path  # made by :meth:`begin`
+    state: str  # name of the folder inside it
 
     def path(self, number: int) -> Path:
         return self.folder / shard_name(number)
@@ -65,12 +55,10 @@ class ResumableShards:
         return any(self.folder.glob("*.tar"))
 
     def check(self, plan: Mapping[str, Any]) -> None:
-        """Compare a plan with the one that the folder was begun with; writes nothing.
+        """Raise ConfigError if shards of another plan are finished, or the folder holds something else.
 
         ``plan["options"]`` is a mapping, whose values the message shows; it names other entries, such as ``images``,
-        without their values. A plan under which nothing has been finished yet may be replaced.
-
-        Raises ConfigError: shards of another plan are finished, or the folder holds something else.
+        without their values.
         """
         others = self.folder.is_dir() and any(path.name != self.state for path in self.folder.iterdir())
         path = self._state / "plan.json"
@@ -98,10 +86,7 @@ class ResumableShards:
 
     @contextmanager
     def locked(self, command: str) -> Iterator[None]:
-        """Refuse to run beside another process that holds the lock; child processes that are forked hold it as well.
-
-        Raises ConfigError: another run is still at work after :data:`LOCK_S` seconds.
-        """
+        """Raise ConfigError if another run, or its child processes, are at work for :data:`LOCK_S` seconds more."""
         self._state.mkdir(parents=True, exist_ok=True)
         with (self._state / "lock").open("w") as file:
             try:
@@ -138,14 +123,7 @@ class ResumableShards:
         samples: Iterable[WebDatasetSample | ReadError],
         details: Callable[[], Mapping[str, Any]] = dict,
     ) -> FinishedShard:
-        """Write a shard; the same samples give the same bytes.
-
-        Args:
-            samples: made while the shard is written; errors are listed.
-            details: called after the last sample.
-
-        Raises OSError: the shard can't be written.
-        """
+        """Write a shard, the same bytes for the same samples; ``details`` is called after the last of them."""
         images, unreadable = 0, list[ReadError]()
         path = self.path(number)
         remove_partials(self._state.glob(f".partial-*-{path.name}"))
@@ -156,7 +134,10 @@ class ResumableShards:
                         unreadable.append(sample)
                     else:
                         images += 1
-                        _add(archive, sample)
+                        for extension, content in sample.files.items():
+                            member = tarfile.TarInfo(f"{sample.key}.{extension}")
+                            member.size = len(content)
+                            archive.addfile(member, io.BytesIO(content))
             record = ShardRecord(images, partial.stat().st_size if images else 0, file_sha256(partial))
         if not images:
             path.unlink()
@@ -183,13 +164,6 @@ class ResumableShards:
 
     def _description(self, number: int) -> Path:
         return self._state / f"{number:06d}.json"
-
-
-def _add(archive: tarfile.TarFile, sample: WebDatasetSample) -> None:
-    for extension, content in sample.files.items():
-        member = tarfile.TarInfo(f"{sample.key}.{extension}")
-        member.size = len(content)
-        archive.addfile(member, io.BytesIO(content))
 
 
 def shard_name(number: int) -> str:
