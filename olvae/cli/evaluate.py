@@ -246,27 +246,14 @@ def _command() -> str:
 def _read_earlier_files(paths: Iterable[Path], places: Iterable[Path]) -> "dict[Path, Results]":
     """Read what `beside` names; ConfigError if new results would overwrite one, a note if they replace others."""
     from olvae.config import ConfigError
+    from olvae.evaluation.results import Results
 
-    earlier, taken = {path: _read_earlier(path) for path in paths}, {place.resolve() for place in places}
+    earlier, taken = {path: Results.read(path) for path in paths}, {place.resolve() for place in places}
     if replaced := [str(place) for place in taken if place.is_file()]:
         typer.echo(f"note: {', '.join(replaced)}: earlier results, which these replace; --out keeps both", err=True)
     if over := [path for path in earlier if path.resolve() in taken]:
         raise ConfigError(f"`beside` {over[0]}: new results would overwrite it: set `out`")
     return earlier
-
-
-def _read_earlier(path: Path) -> "Results":
-    """Read an earlier metrics.json, and check that its entries can be shown; raises as ``Results.read``."""
-    from olvae.evaluation.report import OF_EARLIER_ROWS
-    from olvae.evaluation.results import Results
-
-    results = Results.read(path)
-    try:
-        for observer in OF_EARLIER_ROWS:
-            list(observer.lines(results.rows))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
-    return results
 
 
 def _finish(

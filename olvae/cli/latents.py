@@ -35,9 +35,8 @@ def command(
     check_paths(*targets, data=data)
     with loading():
         from olvae.config.reading import place_of
-        from olvae.devices import gather, join, leave, resolve_device
-        from olvae.evaluation.latent_report import draw_distribution, encode_latents, print_latents
-        from olvae.evaluation.latent_statistics import ACTIVE_VARIANCE
+        from olvae.devices import join, leave, resolve_device
+        from olvae.evaluation.latent_report import draw_distribution, encode_latents, print_latents, report_latents
         from olvae.evaluation.observers.ifid import InterpolatedFID
         from olvae.evaluation.observers.observer import Observer, Subject
         from olvae.evaluation.roundtrip import open_images_for
@@ -51,7 +50,6 @@ def command(
     folder = results_folder(out, targets[0], found[0].run)
     device = resolve_device(device)
     models = {target.name: target.load() for target in name_apart(found)}
-
     observer = InterpolatedFID(weights_dir) if ifid else Observer()
     subjects = observer.derive({name: Subject(model) for name, model in models.items()})
     source = open_images_for(models, found[0].config, data)
@@ -59,42 +57,22 @@ def command(
         source.limit(images)
     shown = with_progress("encoding")(source.test_loader(batch_size or (8 if data else None)), source.val_images)
     accumulators = encode_latents(models, shown, device, source.pixel_range, observer)
-    parts = gather((accumulators, observer.state()))
     leave()
-    if parts is None:
+    if accumulators is None:
         return
-    for others, state in parts[1:]:
-        observer.merge(state)
-        for name, accumulator in accumulators.items():
-            accumulator.merge(others[name])
-    observers = [observer] if is_examined(observer, subjects, source, device) else []
-    rows = {}
+    observer = observer if is_examined(observer, subjects, source, device) else Observer()
+    about = {"source": data or place_of(found[0].config["data"]), "images": source.describe_val_images()}
     with ProgressBar("comparing with N(0, I)", len(models), unit="models") as bar:
-        for name, accumulator in accumulators.items():
-            rows[name] = accumulator.compute() | {o.name: e for o in observers if (e := o.result(name, 0))}
-            bar.advance()
-
-    about = {
-        "source": data or place_of(found[0].config["data"]),
-        "images": source.describe_val_images(),
-        "size": source.size.node,
-        "n": next(iter(rows.values()))["n"],
-    }
-    content = {
-        "data": about,
-        "active_variance": ACTIVE_VARIANCE,
-        "results": [{"target": name, **row} for name, row in rows.items()],
-    }
+        content = report_latents(accumulators, observer, {**about, "size": source.size.node}, bar.advance)
     with no_empty_folders(folder):
         folder.mkdir(parents=True, exist_ok=True)
         remove_partials(folder.glob(".partial-*"), idle_s=1.0)
         write_json(content, folder / "latents.json")
-        draw_distribution(rows, folder / "latents.png")
-    print_latents(rows, about, observer)
-    if about["n"] < FEW_IMAGES:
-        typer.echo(
-            f"warning: factors of few images, {about['n']}: measure them on {FEW_IMAGES} or more, with --data", err=True
-        )
+        draw_distribution({row["target"]: row for row in content["results"]}, folder / "latents.png")
+    print_latents(content, observer)
+    n = content["data"]["n"]
+    if n < FEW_IMAGES:
+        typer.echo(f"warning: factors of few images, {n}: measure them on {FEW_IMAGES} or more, with --data", err=True)
     if as_json:
         typer.echo(json.dumps(content, indent=2))
     typer.echo(f"numbers: {folder / 'latents.json'}\nfigure:  {folder / 'latents.png'}", err=True)

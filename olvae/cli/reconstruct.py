@@ -30,10 +30,6 @@ def command(
     allow_mismatch: AllowMismatch = False,
     device: Device = None,
     precision: Annotated[str, typer.Option(help="32, bf16 or fp16.")] = "32",
-    tile: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Side of the decoder's tiles in latent positions; else from --memory."),
-    ] = None,
     memory: Annotated[
         float | None,
         typer.Option(
@@ -55,12 +51,8 @@ def command(
     """
     from olvae.config import ConfigError
 
-    if tile is not None and memory is not None:
-        raise ConfigError("--tile and --memory: give one of the two")
     if seed is not None and not sample:
         raise ConfigError("--seed applies to --sample: give both, or neither")
-    if memory is not None and not 0 < memory < 2**20:
-        raise ConfigError(f"--memory {memory}: give a number of GiB, for example 2")
     check_paths(target)
     with loading():
         import torch
@@ -78,7 +70,7 @@ def command(
     places = plan_outputs(images, out)
     model = found.load().to(where).fold()
     budget = default_memory(where) if memory is None else int(memory * GIB)
-    options = ReconstructOptions(where, budget, tile, (seed or 0) if sample else None, precision_name(precision))
+    options = ReconstructOptions(where, budget, (seed or 0) if sample else None, precision_name(precision))
     with ProgressBar("reconstructing", len(places)) as bar:
         done = reconstruct_files(model, places, options, lambda line: bar.print(in_flags(legible(line))), bar.set)
     if done:

@@ -1,6 +1,6 @@
 """Report on latents: encode images with several models in one pass; tables, and a figure of the distributions."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from rich.markup import escape
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.data.pixels.sides import Sides
 from olvae.data.source import Batch
-from olvae.evaluation.latent_statistics import EDGES, NO_DISTRIBUTION, LatentAccumulator, image_key
+from olvae.devices import gather
+from olvae.evaluation.latent_statistics import ACTIVE_VARIANCE, EDGES, NO_DISTRIBUTION, LatentAccumulator, image_key
 from olvae.evaluation.observers.observer import Observation, Observer
 from olvae.evaluation.page import texts
 from olvae.evaluation.report import print_grid
@@ -31,11 +32,12 @@ def encode_latents(
     device: str = "cpu",
     pixel_range: PixelRange = EIGHT_BITS,
     observer: Observer | None = None,
-) -> dict[str, LatentAccumulator]:
+) -> dict[str, LatentAccumulator] | None:
     """Encode the same images with every model, by name, in one pass; ValueError for latents not finite.
 
-    An observer sees the images in place of reconstructions, which are not made.
+    An observer sees the images in place of reconstructions, which are not made. None in all processes but the first.
     """
+    observer = observer or Observer()
     accumulators = {name: LatentAccumulator() for name in models}
     for model in models.values():
         model.to(device)
@@ -44,27 +46,44 @@ def encode_latents(
         x = pixel_range.normalise(batch["image"].to(device))
         for name, model in models.items():
             posterior = model.encode(x)
-            if observer is not None:
-                names = [str(key) for key in keys]
-                observer.update(Observation(name, 0, names, levels, levels, posterior.mean, {}, pixel_range))
+            names = [str(key) for key in keys]
+            observer.update(Observation(name, 0, names, levels, levels, posterior.mean, {}, pixel_range))
             try:
                 accumulators[name].update(posterior, keys, x)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
-    return accumulators
+    parts = gather((accumulators, observer.state()))
+    for others, state in (parts or ())[1:]:
+        observer.merge(state)
+        for name, accumulator in accumulators.items():
+            accumulator.merge(others[name])
+    return accumulators if parts else None
 
 
-def print_latents(
-    rows: Mapping[str, Mapping[str, Any]], data: Mapping[str, Any], observer: Observer | None = None
-) -> None:
-    """Print two tables to standard error, by target: moments, and MMD^2 per bandwidth; then an observer's lines."""
-    console = Console(stderr=True)
+def report_latents(
+    accumulators: Mapping[str, LatentAccumulator],
+    observer: Observer,
+    data: Mapping[str, Any],
+    advance: Callable[[], None],
+) -> dict[str, Any]:
+    """Make the content of latents.json, with the observer's entries; ``advance`` is called after each model."""
+    results = []
+    for name, accumulator in accumulators.items():
+        entry = observer.result(name, 0)
+        results.append({"target": name, **accumulator.compute(), **({observer.name: entry} if entry else {})})
+        advance()
+    return {"data": {**data, "n": results[0]["n"]}, "active_variance": ACTIVE_VARIANCE, "results": results}
+
+
+def print_latents(content: Mapping[str, Any], observer: Observer) -> None:
+    """Print two tables to standard error, by target: moments, and MMD^2 per bandwidth; then the observer's lines."""
+    console, data, rows = Console(stderr=True), content["data"], {row["target"]: row for row in content["results"]}
     title = (
         f"latents of {data['n']} images of {Sides.of(data['size'])}; shift is the mean; sigma is the posterior's; "
         "KL in nats per position, over all channels"
     )
-    observed = {} if observer is None else {n: row[observer.name] for n, row in rows.items() if observer.name in row}
-    columns = {} if observer is None else {name: observer.columns(entry) for name, entry in observed.items()}
+    observed = {name: row[observer.name] for name, row in rows.items() if observer.name in row}
+    columns = {name: observer.columns(entry) for name, entry in observed.items()}
     print_grid(console, title, texts({name: _moments(row, columns.get(name, {})) for name, row in rows.items()}))
     mmds: dict[str, dict[str, str]] = {}
     for name, row in rows.items():
@@ -86,10 +105,8 @@ def print_latents(
         print_grid(console, title, texts(mmds))
     else:
         console.print("MMD: skipped, it needs at least two different images")
-    if observer is not None:
-        seen = [Row(name, data["n"], {}, observed={observer.name: entry}) for name, entry in observed.items()]
-        for line in observer.lines(seen):
-            console.print(escape(line))
+    for line in observer.lines([Row(n, data["n"], {}, observed={observer.name: e}) for n, e in observed.items()]):
+        console.print(escape(line))
 
 
 def _moments(row: Mapping[str, Any], others: Mapping[str, str]) -> dict[str, str]:

@@ -155,8 +155,7 @@ class Results:
         try:
             content = json.loads(path.read_text())
             rows = [Row.from_dict(row) for row in content["results"]]
-            protocol, images = dict(content.get("protocol", {})), dict(content.get("images", {}))
-            return cls(protocol, str(content["protocol_hash"]), images, rows)
+            return cls(content["protocol"], str(content["protocol_hash"]), dict(content.get("images", {})), rows)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
 

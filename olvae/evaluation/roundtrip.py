@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from olvae.config import Config, ConfigError
 from olvae.data.opening import open_test_source
@@ -23,24 +23,17 @@ def open_images_for(
 ) -> Source:
     """Open the test images of models, as :func:`open_test_source`; ConfigError unless all models take them."""
     pixels = range_of(models.values())
-    channels = next(iter(models.values())).in_channels
-    source = open_test_source(config, data, size, channels, pixels)
-    if not pixels.eight_bits:
-        pixels.check_data(source.pixel_range)
-    _check_images_fit(models, source.size)
-    return source
-
-
-def _check_images_fit(models: Mapping[str, Autoencoder], size: Sides) -> None:
-    """Check that all models take the same images of ``size`` pixels; ConfigError if one does not."""
-    channels = {model.in_channels for model in models.values()}
-    if len(channels) > 1:
+    if len(channels := {model.in_channels for model in models.values()}) > 1:
         counts = " and ".join(map(str, sorted(channels)))
         raise ConfigError(f"the targets take images of {counts} channels: use a command for each")
+    source = open_test_source(config, data, size, channels.pop(), pixels)
+    if not pixels.eight_bits:
+        pixels.check_data(source.pixel_range)
     for name, model in models.items():
-        if not size.fits(f := model.downscale):
-            why = f"a latent position stands for {f}x{f} pixels, and {size.short} is not a multiple of {f}"
-            raise ConfigError(f"{name}: {why}: set `size` to {size.multiples(f)[0].short}")
+        if not source.size.fits(f := model.downscale):
+            why = f"a latent position stands for {f}x{f} pixels, and {source.size.short} is not a multiple of {f}"
+            raise ConfigError(f"{name}: {why}: set `size` to {source.size.multiples(f)[0].short}")
+    return source
 
 
 def range_of(models: Iterable[Autoencoder]) -> PixelRange:
@@ -128,23 +121,11 @@ class RoundTrip:
         images, encode_s, decode_s = (sum(column) for column in zip(*counted, strict=True))
         return Cost(
             parameters=count_parameters(model),
-            encode_macs=count_macs(_OneWay(model, "encode"), 1, model.in_channels, *sides),
-            decode_macs=count_macs(_OneWay(model, "decode"), 1, model.latent_channels, *sides // model.downscale),
+            encode_macs=count_macs(model, 1, model.in_channels, *sides, method="encode"),
+            decode_macs=count_macs(model, 1, model.latent_channels, *sides // model.downscale, method="decode"),
             encode_images_per_s=images / encode_s if encode_s else None,
             decode_images_per_s=images / decode_s if decode_s else None,
             peak_memory_bytes=max(self._peaks[1:] or self._peaks, default=None),
             batch_size=max(batch[0] for batch in self._times or counted),
             device=torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else cpu,
         )
-
-
-class _OneWay(nn.Module):
-    """One direction of an autoencoder as a module's forward pass."""
-
-    def __init__(self, model: Autoencoder, direction: Literal["encode", "decode"]) -> None:
-        super().__init__()
-        self.model = model
-        self._encodes = direction == "encode"
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model.encode(x).mean if self._encodes else self.model.decode(x)

@@ -347,11 +347,6 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
     results = None if provenance.metrics is None else Results.read(provenance.metrics)
     rows = results.rows if results else []
     family = [row for row in rows if row.target == rows[0].target or row.target.startswith(f"{rows[0].target}, ")]
-    try:
-        precisions = list(HalfPrecision().lines(family)) if family else []
-        protocol = {name: results.protocol[name] for name in ("name", "version")} if results else {}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{provenance.metrics}: not a metrics.json: {type(error).__name__} {error}") from error
     return environment.get_template("card.md.jinja").render(
         model=model,
         usage=layout.usage_of(model),
@@ -369,8 +364,8 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
         base_models=_base_models(provenance.config),
         results=results,
         scores=scores(results) if results else {},
-        protocol=protocol,
-        precisions=precisions,
+        protocol=results.protocol if results else {},
+        precisions=list(HalfPrecision().lines(family)),
         data=_data(provenance.config),
         onnx=onnx,
     )

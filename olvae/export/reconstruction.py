@@ -24,8 +24,7 @@ class ReconstructOptions:
     """Settings of reconstruction."""
 
     device: torch.device
-    memory: int  # bytes for encoding, and for decoding unless ``tile`` is given
-    tile: int | None = None  # side of the decoder's tiles in latent positions
+    memory: int  # bytes for activations
     seed: int | None = None  # of samples of the posterior, the same for every image; None decodes the mode
     precision: str = FULL  # a name of olvae.devices.PRECISIONS
 
@@ -51,27 +50,16 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
     for image, place in found.values():
         whole = place.with_name(image.name)
         numbered = (whole.with_name(f"{whole.name}-{number}") for number in count(2))
-        paths = next(both for p in chain((place, whole), numbered) if taken.isdisjoint(map(_folded, both := _both(p))))
-        taken.update(map(_folded, paths))
-        places[image] = paths[0]
-        for path in paths:
-            for suffix in (".png", *ARRAYS):
-                if path.with_name(path.name + suffix).resolve() in found:
-                    raise ConfigError(f"`out` {out}: {path.name}{suffix} is one of the images: choose another folder")
+        for free in chain((place, whole), numbered):
+            names = {str(free).lower(), f"{free}_compare".lower()}  # some file systems take capitals for the same
+            if taken.isdisjoint(names):
+                break
+        taken |= names
+        places[image] = free
+        for suffix in (".png", *ARRAYS, "_compare.png"):
+            if free.with_name(free.name + suffix).resolve() in found:
+                raise ConfigError(f"`out` {out}: {free.name}{suffix} is one of the images: choose another folder")
     return places
-
-
-def _both(place: Path) -> tuple[Path, Path]:
-    """The places of a reconstruction and of its comparison, without extensions."""
-    return place, place.with_name(f"{place.name}_compare")
-
-
-def _folded(path: Path) -> str:
-    return str(path).lower()  # some file systems take the two for one
-
-
-def comparison_path(place: Path) -> Path:
-    return place.with_name(f"{place.name}_compare.png")
 
 
 @torch.no_grad()
@@ -90,8 +78,7 @@ def reconstruct(
         del x
         seed = options.seed
         z = posterior.mode() if seed is None else posterior.sample(torch.Generator(options.device).manual_seed(seed))
-        memory = options.memory if options.tile is None else None
-        y = model.decode_tiled(z, options.tile, memory, progress and (lambda done: progress(0.3 + 0.7 * done)))
+        y = model.decode_tiled(z, None, options.memory, progress and (lambda done: progress(0.3 + 0.7 * done)))
     if not torch.isfinite(y).all():
         raise ValueError("the reconstruction has non-finite values: set `precision` to 32, or check the weights")
     return _by_rows(lambda rows: model.pixel_range.to_levels(rows).cpu(), crop_to(y, size)[0]), z
@@ -112,8 +99,7 @@ def reconstruct_file(
     """Read an image, write its reconstruction and the comparison; return the PSNR in dB and the reconstruction's path.
 
     It is ``place``.png, or .npy where PNG lacks such channels; real values are written as the image's kind of file, or
-    .npy. Raise ValueError that names the image if it can't be
-    read or reconstructed; then nothing is written.
+    .npy. Raise ValueError that names the image if it can't be read or reconstructed; then nothing is written.
     """
     pixels = model.pixel_range
     image = image_to_tensor(read_picture(source, model.in_channels, pixels))
@@ -137,7 +123,7 @@ def reconstruct_file(
     result = place.with_name(place.name + suffix)
     result.parent.mkdir(parents=True, exist_ok=True)
     save_image(y if pixels.eight_bits else pixels.real(y), result)
-    with atomic_write(comparison_path(place)) as partial:
+    with atomic_write(place.with_name(f"{place.name}_compare.png")) as partial:
         figure.save(partial)
     return value, result
 
@@ -151,11 +137,8 @@ def reconstruct_files(
 ) -> int:
     """Reconstruct images into places of :func:`plan_outputs`; report each in a line; return how many succeeded.
 
-    ``progress`` is called with the number of images that are done. Raise ConfigError for tiles of a decoder without.
+    ``progress`` is called with the number of images that are done.
     """
-    if options.tile is not None and model.receptive_field is None:
-        name = type(getattr(model, "decoder", model)).__name__
-        raise ConfigError(f"`tile` {options.tile}: {name} sees the whole latent at every position: leave `tile` out")
     succeeded = 0
     for number, (source, place) in enumerate(places.items()):
         try:

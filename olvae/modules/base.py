@@ -206,15 +206,15 @@ class ShapesOnly(TorchFunctionMode):
 _SAME_SHAPE = frozenset((F.normalize, F.group_norm, torch.group_norm, F.silu))
 
 
-def count_macs(module: nn.Module, *shape: int) -> int:
-    """Multiply-accumulates of a forward pass on an input of this shape, in matrix products and convolutions.
+def count_macs(module: nn.Module, *shape: int, method: str = "__call__") -> int:
+    """Multiply-accumulates of a module's method on an input of this shape, in matrix products and convolutions.
 
     Half of torch's FLOPs, counted on the meta device, without memory.
     """
     if any(not tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         module = copy.deepcopy(module).to("meta")
     with torch.no_grad(), ShapesOnly(), FlopCounterMode(display=False) as counter:
-        module(torch.empty(shape, device="meta"))
+        getattr(module, method)(torch.empty(shape, device="meta"))
     return int(counter.get_total_flops()) // 2
 
 

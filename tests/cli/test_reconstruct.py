@@ -60,10 +60,7 @@ def test_samples_and_precision(olvae, target, tmp_path):
 @pytest.mark.parametrize(
     ("options", "code", "text"),
     [
-        (["--tile", 2, "--memory", 1], 2, "give one of the two"),
         (["--seed", 1], 2, "--seed applies to --sample"),
-        (["--memory", 0], 2, "--memory 0.0: give a number of GiB"),
-        (["--tile", 0], 2, "--tile"),
         (["--precision", "8"], 2, "choose from fp16, bf16, 32"),
         (["--precision", "16", "--device", "cpu"], 2, "use bf16 or 32 on the CPU"),
         (["missing.png"], 1, "missing.png: no such image or folder"),

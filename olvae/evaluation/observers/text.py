@@ -14,6 +14,7 @@ import torch
 from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchmetrics.functional.text import edit_distance
 
 from olvae.data.image import image_to_tensor
 from olvae.evaluation.observers.observer import Observation, Observer, PerImageObserver, Subject
@@ -69,7 +70,7 @@ class Text(PerImageObserver):
             self._count(batch.target, key, self._lines[key], y)
 
     def _count(self, target: str, key: str, lines: Iterable[Line], image: Tensor) -> None:
-        counts = [(kind, edit_distance(text, _read(image, box)), len(text)) for kind, box, text in lines]
+        counts = [(kind, int(edit_distance(_read(image, box), text)), len(text)) for kind, box, text in lines]
         self._rows.setdefault(target, {})[key] = counts
 
     def examine(self, subjects: Mapping[str, Subject], size: int, device: str) -> None:
@@ -137,16 +138,6 @@ def draw_pages(size: int) -> Iterator[tuple[Tensor, list[Line]]]:
             top += height + margin
         if lines:
             yield image_to_tensor(picture), lines
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein's: the least number of characters to insert, delete or replace to make ``b`` of ``a``."""
-    row = list(range(len(b) + 1))
-    for i, left in enumerate(a, 1):
-        diagonal, row[0] = row[0], i
-        for j, right in enumerate(b, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
-    return row[-1]
 
 
 def _percent(rate: Mapping[str, float] | None) -> str:

@@ -9,26 +9,12 @@ from PIL import Image, ImageFilter
 
 from olvae.evaluation.observers import text
 from olvae.evaluation.observers.observer import Subject
-from olvae.evaluation.observers.text import SIZES, Text, draw_pages, edit_distance
+from olvae.evaluation.observers.text import SIZES, Text, draw_pages
 from olvae.evaluation.page import Page
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic
 from tests.evaluation.peers import seen
 from tests.evaluation.test_results import results_of, row
-
-
-def test_edits_are_the_least_of_all_ways():
-    """Against the recursive definition, on random words."""
-
-    def slow(a, b):
-        if not a or not b:
-            return len(a) + len(b)
-        return min(slow(a[1:], b) + 1, slow(a, b[1:]) + 1, slow(a[1:], b[1:]) + (a[0] != b[0]))
-
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        a, b = ("".join(rng.choice(list("abc"), rng.integers(0, 6))) for _ in range(2))
-        assert edit_distance(a, b) == slow(a, b)
 
 
 class Blurred(Autoencoder):
