@@ -248,7 +248,7 @@ def _loaders(setting: Setting) -> list[Case]:
         source.batch_size = setting.batch_size
         sizes = source.size.node, setting.batch_size
         decode = partial(per_image, _floor(name, source), 1, SECONDS)
-        floor = Case("decoding alone", "limit", "uint8", decode, 1, source.size.node, 1, 1, "images")
+        floor = Case(name, "limit: decoding alone", "uint8", decode, 1, source.size.node, 1, 1, "images")
         cases.append(floor)
         for workers in setting.workers:
             source.num_workers = workers

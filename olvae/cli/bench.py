@@ -1,15 +1,15 @@
 """Run ``olvae bench`` and ``olvae tables``: speed and memory, parameters and operations."""
 
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from olvae.cli.options import check_device, print_table, split_commas
+from olvae.cli.options import check_device, split_commas
 
 GROUPS = ("dwt", "encoder", "decoder", "train", "data")
+CASE = ("name", "variant", "precision")  # of a row
 
 
 def command(
@@ -65,11 +65,14 @@ def command(
         raise ConfigError(f"`workers` {workers}: give numbers of processes, such as 0,1,2")
 
     import torch
+    from rich.console import Console
 
     from olvae.bench.cases import bench
     from olvae.bench.measure import Setting
     from olvae.data.dataset import PHOTOGRAPHS
     from olvae.devices import keep_freed_memory, resolve_device
+    from olvae.evaluation.page import texts
+    from olvae.evaluation.report import print_grid
     from olvae.training.run import quieten
 
     keep_freed_memory()
@@ -92,12 +95,14 @@ def command(
         return
     typer.echo(", ".join(f"{key} {value}" for key, value in document.items() if key != "rows"), err=True)
     for name in chosen:
-        print_table(name, [_cells(row) for row in document["rows"] if row["group"] == name], sys.stderr)
+        rows = [row for row in document["rows"] if row["group"] == name]
+        table = {", ".join(row[key] for key in CASE): _cells(row) for row in rows}
+        print_grid(Console(stderr=True), name, texts(table), names="case")
 
 
 def _cells(row: Mapping[str, Any]) -> dict[str, str]:
-    names = {key: key.removesuffix("_bytes").replace("_", " ") for key in row if key != "group"}
-    return {name: _cell(key, row[key]) for key, name in names.items()}
+    keys = [key for key in row if key not in ("group", *CASE)]
+    return {key.removesuffix("_bytes").replace("_", " "): _cell(key, row[key]) for key in keys}
 
 
 def _cell(key: str, value: Any) -> str:
@@ -117,18 +122,21 @@ def tables_command(
     """
     import json
 
+    from rich.console import Console
+
     from olvae.bench.cases import network_table
+    from olvae.evaluation.page import texts
+    from olvae.evaluation.report import print_grid
 
     rows = network_table()
     if as_json:
         typer.echo(json.dumps([row._asdict() for row in rows], indent=2))
         return
-    shown = []
+    shown = {}
     for row in rows:
-        cells = {"group": row.group, "network": f"{row.variant} {row.name}" if row.group == "encoder" else row.name}
-        cells |= {"M params": f"{row.params / 1e6:.4f}", "published": f"{row.published_params / 1e6:.2f}"}
+        cells = {"M params": f"{row.params / 1e6:.4f}", "published": f"{row.published_params / 1e6:.2f}"}
         cells["GMACs"] = f"{row.macs / 1e9:.2f}"
         if row.published_macs is not None:
             cells["GMACs published"] = f"{row.published_macs / 1e9:.1f}"
-        shown.append(cells)
-    print_table("Networks at 256x256: counted now, and as published", shown, sys.stdout)
+        shown[" ".join(dict.fromkeys((row.group, row.variant, row.name)))] = cells
+    print_grid(Console(), "Networks at 256x256: counted now, and as published", texts(shown), names="network")

@@ -2,14 +2,11 @@
 
 import re
 import shutil
-import sys
 import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-
-from olvae.cli.options import print_table
 
 
 def validate_command(
@@ -46,22 +43,27 @@ def validate_command(
 
 def _print_memory(config: dict[str, Any], name: str) -> None:
     """Tabulate what a training step needs, by precision and checkpointing, at the config's own size."""
+    from rich.console import Console
+
     from olvae.data.pixels.sides import Sides
+    from olvae.evaluation.page import texts
+    from olvae.evaluation.report import print_grid
     from olvae.models.footprint import footprint, without_weights
     from olvae.models.large.tiling import GIB
     from olvae.training.origin import start_from
 
     if config["model"].get("from") is not None:
         start_from(config)
-    model, rows = without_weights(config["model"]), []
+    model, rows = without_weights(config["model"]), {}
     size = Sides.of(((config.get("data") or {}).get("params") or {}).get("size") or 256)
     for precision in ("32", "bf16"):
         for checkpoint in (False, True):
             need = footprint(model, size, precision, checkpoint)
-            cells = {"precision": precision, "model.params.checkpoint": str(checkpoint).lower()}
-            rows.append({**cells, "fixed": f"{need.fixed / GIB:.2f}", "per image": f"{need.per_image / GIB:.3f}"})
-            rows[-1]["TFLOP per image"] = f"{need.flop / 1e12:.4g}"
-    print_table(f"{name}: GiB of a training step on a GPU, at {size} pixels", rows, sys.stdout)
+            cells = {"fixed": f"{need.fixed / GIB:.2f}", "per image": f"{need.per_image / GIB:.3f}"}
+            cells["TFLOP per image"] = f"{need.flop / 1e12:.4g}"
+            rows[f"{precision}, model.params.checkpoint={str(checkpoint).lower()}"] = cells
+    title = f"{name}: GiB of a training step on a GPU, at {size} pixels"
+    print_grid(Console(), title, texts(rows), names="precision")
     typer.echo("fixed: weights, gradients, optimizers and averages. per image: of a micro-batch. Allow a tenth more.")
 
 

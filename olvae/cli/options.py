@@ -4,18 +4,15 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.status import Status
-from rich.table import Table
 from rich.text import Text
 
 from olvae.files import nearest_path
@@ -136,26 +133,6 @@ def in_flags(text: str) -> str:
 
 
 LINE_EVERY_S = 15.0  # seconds between lines of progress without a terminal
-
-
-def print_table(title: str, rows: Sequence[Mapping[str, str]], file: TextIO) -> None:
-    """Print cells by heading, in the columns of the terminal, or 80; what all rows share is in the title."""
-    headings = dict.fromkeys(heading for row in sorted(rows, key=len, reverse=True) for heading in row)
-    shared = {heading: rows[0].get(heading, "") for heading in headings if len({row.get(heading) for row in rows}) < 2}
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    if len(rows) > 1:
-        title = ", ".join((title, *(f"{heading} {cell}" for heading, cell in shared.items())))
-        headings = {heading: None for heading in headings if heading not in shared}
-    for heading in headings:
-        is_numeric = all(row.get(heading, "0")[:1].isdigit() for row in rows)
-        table.add_column(
-            heading.replace(" ", "\n"), justify="right" if is_numeric else "left", no_wrap=is_numeric, overflow="fold"
-        )
-    for row in rows:
-        table.add_row(*(escape(row.get(heading, "")) for heading in headings))
-    console = Console(file=file)
-    console.print(title, style="italic", highlight=False, markup=False)
-    console.print(table)
 
 
 class ProgressBar:

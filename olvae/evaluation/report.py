@@ -184,8 +184,8 @@ def _remarks(evaluated: Evaluated, brief: bool = False) -> Iterator[str]:
     yield from (f"warning: {warning}" for warning in evaluated.results.warnings())
 
 
-def print_grid(console: Console, title: str, table: Table) -> None:
-    """Print a table, in several parts if its columns need them: numbers stay whole, and names are folded."""
+def print_grid(console: Console, title: str, table: Table, names: str = "target") -> None:
+    """Print a table, in several parts if its columns need them: numbers stay whole, and the rows' names are folded."""
     parts: list[list[str]] = [[]]
     left = room = console.width - 12  # what names keep, and their margin
     for heading in headings(table):
@@ -196,7 +196,7 @@ def print_grid(console: Console, title: str, table: Table) -> None:
         parts[-1].append(heading)
     for number, columns in enumerate(parts):
         grid = Grid(title="" if number else title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-        grid.add_column("target", overflow="fold", min_width=8)
+        grid.add_column(names, overflow="fold", min_width=8)
         for heading in columns:
             grid.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
         for target, cells in table.items():

@@ -52,9 +52,9 @@ def test_each_source_and_number_of_workers_beside_the_floor(tmp_path, image_fold
     write_shards(tmp_path / "shards", (8, 8))
     rows = measured([image_folder, tmp_path / "shards"], (0, 2))
     expected = [
-        (name, variant)
+        (str(source), variant)
         for source in (image_folder, tmp_path / "shards")
-        for name, variant in (("decoding alone", "limit"), (str(source), "0 workers"), (str(source), "2 workers"))
+        for variant in ("limit: decoding alone", "0 workers", "2 workers")
     ]
     assert [(row["name"], row["variant"]) for row in rows] == expected
     floor, none, two = rows[:3]

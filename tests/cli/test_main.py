@@ -95,6 +95,7 @@ def test_tables(olvae, monkeypatch, network_rows):
     assert all(row.keys() == keys for row in json.loads(out))
     shown = olvae("tables")[1]
     assert "53.3326" in shown
+    assert "encoder open_litevae S" in shown
     assert max(map(len, shown.splitlines())) <= 80
 
 
@@ -118,9 +119,9 @@ def test_validate_memory(olvae, config, tmp_path, monkeypatch):
     assert code == 0
     assert "no mistakes" in err
     assert "at 16x16 pixels" in out
-    assert "fixed 1.00, per image 0.500, TFLOP per image 3" in " ".join(out.split())  # the same in all rows
     rows = [line.split() for line in out.splitlines() if line.strip().startswith(("32", "bf16"))]
-    assert rows == [[p, c] for p in ("32", "bf16") for c in ("false", "true")]
+    cases = [[f"{p},", f"model.params.checkpoint={c}"] for p in ("32", "bf16") for c in ("false", "true")]
+    assert rows == [[*case, "1.00", "0.500", "3"] for case in cases]
     assert asked == [((16, 16), p, c) for p in ("32", "bf16") for c in (False, True)]
     (tmp_path / "bad.yaml").write_text("model: {target: olvae.models.liteautoencoder.LiteAutoencoderKL}\n")
     assert olvae("validate", "--memory", tmp_path / "bad.yaml")[:2] == (1, "")

@@ -221,9 +221,9 @@ def test_strips_longer_than_a_format_can_store(photos, tmp_path):
     Image.new("RGB", (200, 18_000)).save(photos / "strip.png")
     options = PackOptions(resize=190, format="webp")
     (skipped,) = pack(str(photos), tmp_path / "out", options, max_unreadable=0.1).index.unreadable
-    assert skipped.name == "strip.png"
-    assert "190x17100 pixels can't be stored as webp: " in skipped.reason
-    assert skipped.reason.endswith(": choose `format` png")
+    assert skipped["name"] == "strip.png"
+    assert "190x17100 pixels can't be stored as webp: " in skipped["reason"]
+    assert skipped["reason"].endswith(": choose `format` png")
     assert not pack(str(photos), tmp_path / "png", PackOptions(resize=190, format="png")).index.unreadable
 
 
