@@ -29,7 +29,6 @@ from olvae.modules.base import (
 )
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 from olvae.modules.litevae.blocks import fold_smc
-from olvae.modules.sdvae import SDDecoder, SDEncoder
 
 Progress = Callable[[float], None]  # called from time to time with the fraction that is done
 
@@ -174,11 +173,6 @@ class LiteVAE(
         ):
             if value != other and not (name == "latent_dim" and quantizer is not None):
                 raise ValueError(f"the encoder's {name}, {value}, is not {other_name}, {other}")
-
-    @property
-    def is_stable_diffusion(self) -> bool:
-        """Whether its networks are AutoencoderKL's."""
-        return isinstance(self.encoder, SDEncoder) and isinstance(self.decoder, SDDecoder)
 
     def as_litevae(self, name: str) -> "LiteVAE":  # noqa: ARG002  (of a message that is not needed)
         return self

@@ -18,7 +18,7 @@ from olvae.config import Config, ConfigError, Node
 from olvae.config.nodes import check_arguments, unknown_keys
 from olvae.config.reading import CONFIG_BYTES
 from olvae.files import nearest_path, reason
-from olvae.runs import find_run
+from olvae.runs import entry_of, find_run
 
 KINDS = (
     "a run folder, a run's name (the newest in runs/; last: of all), a .ckpt or .safetensors file, an exported folder, "
@@ -90,7 +90,7 @@ class AutoencoderSpec:
             given = node.get("params") if isinstance(node, Mapping) else None
             params = {key: given[key] for key in IN_TRAINING if key in given} if isinstance(given, Mapping) else {}
             params = {key: value for key, value in params.items() if value is not None or key not in FOR_DIFFUSION}
-            params["pixel_range"] = _range_in(content)
+            params["pixel_range"] = entry_of(content, "data.params.range")
         else:
             _check_export(content, origin)
             params, origin = {key: content[key] for key in IN_EXPORT if key in content}, f"{origin}: "
@@ -127,13 +127,6 @@ class AutoencoderSpec:
         except TypeError as error:
             raise ValueError(f"a network has an argument that JSON can't represent: {error}") from error
         return content
-
-
-def _range_in(config: Mapping[str, Any]) -> Any:
-    """The range of the images that a training config states."""
-    data = config.get("data")
-    params = data.get("params") if isinstance(data, Mapping) else None
-    return params.get("range") if isinstance(params, Mapping) else None
 
 
 def read_config(path: str | Path, received: bool = False) -> Config:

@@ -13,7 +13,8 @@ from olvae.config import Config, ConfigError
 from olvae.data.pixels.sides import Sides, Size
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.spec import AutoencoderSpec
-from olvae.runs import Run, settings_of
+from olvae.modules.base import Decoder, Encoder
+from olvae.runs import Run, entry_of, settings_of
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ class Target:
 
     def usual_size(self, model: Autoencoder) -> Size:
         """The size of the images that it was trained on, if that is known; else the model's."""
-        size = ((self.config.get("data") or {}).get("params") or {}).get("size")
-        return Sides.of(size or model.image_size).node
+        return Sides.of(entry_of(self.config, "data.params.size") or model.image_size).node
 
     def untrained(self) -> Autoencoder:
         """Build the autoencoder as before the first step, by the run's seed; ConfigError if its loader can't."""
@@ -88,6 +88,7 @@ class Family(ABC):
     """Classes of diffusers whose networks are networks of ours: one becomes a LiteVAE, to be trained, and goes back."""
 
     kinds: ClassVar[Sequence[str]]  # names of the classes
+    networks: ClassVar[tuple[type[Encoder], type[Decoder]]]  # of ours
 
     @abstractmethod
     def spec(self, theirs: Any, name: str) -> AutoencoderSpec:
@@ -97,13 +98,13 @@ class Family(ABC):
     def ours(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Rename diffusers' weights to ours."""
 
-    @abstractmethod
     def holds(self, model: LiteVAE) -> bool:
         """Whether a model's networks are of this family."""
+        return isinstance(model.encoder, self.networks[0]) and isinstance(model.decoder, self.networks[1])
 
-    @abstractmethod
-    def kind(self, model: LiteVAE) -> str:
+    def kind(self, model: LiteVAE) -> str:  # noqa: ARG002
         """The class of diffusers that a model is."""
+        return self.kinds[0]
 
     @abstractmethod
     def config(self, model: LiteVAE) -> dict[str, Any]:
