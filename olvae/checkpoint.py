@@ -50,13 +50,14 @@ SHELLS = re.compile(
 )
 """Objects that trainers leave beside the weights: read as empty dictionaries."""
 
+UNREADABLE = "not a readable checkpoint"
 EXPANDING_CODECS = ("base64", "bz2", "hex", "quopri", "uu", "zlib")  # from bytes to bytes, of up to twice the length
 FOLDER_VARIABLE = "OLVAE_WEIGHTS"  # of the environment: names a folder of pretrained weights
 SILENCE_S = 10.0  # how long a server may be silent, before it answers or during a download
 
 
 class _RefusedError(ValueError):
-    """Why a file is not read, without its name."""
+    """Why a pickle is not read, without its file's name."""
 
 
 def read_checkpoint(path: str | Path, check: bool = True) -> dict[str, Any]:
@@ -73,10 +74,7 @@ def read_checkpoint(path: str | Path, check: bool = True) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such checkpoint")
     if path.suffix == ".safetensors":
         return _read_safetensors(path, check)
-    try:
-        content = _read_torch(path, check=check)
-    except _RefusedError as error:
-        raise ValueError(f"{path}: not a readable checkpoint: {error}") from error
+    content = _read_torch(path, check=check)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: not a checkpoint, but a {type(content).__name__}")
     return content
@@ -209,11 +207,8 @@ def check_file(path: Path) -> None:
     if path.suffix == ".safetensors":
         if SUM_KEY in _metadata(path):
             _read_safetensors(path)
-        return
-    try:
+    else:
         _scan(path)
-    except _RefusedError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 def _read_safetensors(path: Path, check: bool = True) -> dict[str, Tensor]:
@@ -245,9 +240,9 @@ def _read_torch(path: Path, legacy: bool = False, check: bool = True) -> Any:
             warnings.filterwarnings("ignore", message="Detected pickle protocol|TypedStorage is deprecated")
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch and pickle raise all kinds
-        raise _RefusedError("cut off, or of another kind") from error
+        raise ValueError(f"{path}: {UNREADABLE}: cut off, or of another kind") from error
     if sum(tensor.numel() * tensor.itemsize for tensor in _tensors(content)) > 2 * path.stat().st_size + EXPANDED_BYTES:
-        raise _RefusedError("its tensors are larger than they are in the file")
+        raise ValueError(f"{path}: {UNREADABLE}: its tensors are larger than they are in the file")
     return content
 
 
@@ -265,9 +260,9 @@ def _tensors(content: Any) -> Iterator[Tensor]:
 
 def _scan(path: Path, check: bool = True) -> set[str]:
     """Check the directory, the checksums and the pickle of a file; returns the names to read as empty shells."""
-    if not zipfile.is_zipfile(path):
-        raise _RefusedError("cut off, of another kind, or of torch before 1.6: load and save it with a newer one")
     try:
+        if not zipfile.is_zipfile(path):
+            raise _RefusedError("cut off, of another kind, or of torch before 1.6: load and save it with a newer one")
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
             if len({record.filename.lower() for record in records}) < len(records):  # torch ignores the case
@@ -278,13 +273,13 @@ def _scan(path: Path, check: bool = True) -> set[str]:
                 raise _RefusedError(f"damaged: {damaged} is not what was written, by its checksum")
             folder = records[0].filename.partition("/")[0]
             names = _globals_of(archive.open(f"{folder}/data.pkl").read(PICKLE_BYTES))
-    except _RefusedError:
-        raise
+        shells = {name for name in names if SHELLS.fullmatch(name)}
+        if not all(CALLED.fullmatch(name) for name in names - shells):
+            other = "it holds objects other than tensors, code perhaps, which is not run"
+            raise _RefusedError(f"{other}: ask for safetensors")
     except Exception as error:  # of many kinds, by what is broken
-        raise _RefusedError("cut off, or of another kind") from error
-    shells = {name for name in names if SHELLS.fullmatch(name)}
-    if not all(CALLED.fullmatch(name) for name in names - shells):
-        raise _RefusedError("it holds objects other than tensors, code perhaps, which is not run: ask for safetensors")
+        why = error if isinstance(error, _RefusedError) else "cut off, or of another kind"
+        raise ValueError(f"{path}: {UNREADABLE}: {why}") from error
     return shells
 
 
@@ -319,19 +314,12 @@ def _shell(name: str) -> type:
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """A published file of pretrained weights.
+    """A published file of pretrained weights."""
 
-    Args:
-        what: the network, for messages.
-        url: where it is published.
-        alias: another name under which the same file is published.
-        digits: the first digits of its SHA-256, if they do not end its name.
-    """
-
-    what: str
+    what: str  # the network, for messages
     url: str
-    alias: str | None = None
-    digits: str | None = None
+    alias: str | None = None  # another name under which the same file is published
+    digits: str | None = None  # the first ones of its SHA-256, if they do not end its name
 
     @property
     def name(self) -> str:
@@ -400,7 +388,7 @@ def read_weights_file(path: Path, file: WeightsFile, prefix: str = "") -> dict[s
     wrong, again = f"{path} is not a file of {file.what} weights", f"download {file.url} again"
     try:
         content = _read_torch(path, legacy=True)  # torchvision's VGG is of that format
-    except _RefusedError as error:
+    except ValueError as error:
         raise ValueError(f"{wrong}: it is cut off, or another kind of file; {again}") from error
     named = content if isinstance(content, dict) else {}
     if not named or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in named.items()):

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from olvae.checkpoint import load_weights, read_weights
 from olvae.config import Config, ConfigError, instantiate
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
-from olvae.files import first_line
+from olvae.files import first_line, write_json
 from olvae.models.large.streaming import encode_within
 from olvae.models.large.tiling import decode_tiled, receptive_field
-from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
-from olvae.models.weight_files import Located, config_kept, locate, write_export
+from olvae.models.spec import CONFIG_NAME, FOR_DIFFUSION, AutoencoderSpec
+from olvae.models.weight_files import Located, locate, write_export
 from olvae.modules.base import (
     Decoder,
     Encoder,
@@ -284,11 +284,12 @@ class LiteVAE(
         ValueError if a network is not of this package, or weights are non-finite; then nothing is written.
         """
         self._check_saveable()
-        with config_kept(Path(save_directory)):
-            return super().save_pretrained(save_directory, **kwargs)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_export(self.state_dict(), self.export_config(), Path(save_directory))
+        return super().save_pretrained(save_directory, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        write_export(self.state_dict(), self.export_config(), save_directory)
+        write_json(self.export_config(), save_directory / CONFIG_NAME)  # which the mixin has just removed
 
     def _check_saveable(self) -> None:
         self.export_config()

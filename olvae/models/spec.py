@@ -149,8 +149,6 @@ def read_config(path: str | Path, received: bool = False) -> Config:
 
 def class_in(folder: Path) -> str | None:
     """The class, diffusers' or ours, that a folder's config.json names; None if there is no readable one."""
-    if not (folder / CONFIG_NAME).is_file():
-        return None
     try:
         name = read_config(folder / CONFIG_NAME).get("_class_name")
     except ConfigError:
@@ -234,16 +232,11 @@ def split_class(text: str) -> tuple[str, str] | None:
     return None if match is None else (match[1], match[2])
 
 
-def shipped_names() -> list[str]:
-    """The names of the models in this package, sorted."""
-    return sorted(config.parent.name for config in SHIPPED_FOLDER.glob("*/config.json"))
-
-
 def shipped_folder(text: str) -> Path:
     """The export that ``olvae:NAME`` is; FileNotFoundError with the names that there are if it is none of them."""
-    name, names = text.removeprefix(SHIPPED), shipped_names()
-    if name not in names:
-        known = ", ".join(f"{SHIPPED}{name}" for name in names)
+    name = text.removeprefix(SHIPPED)
+    if name not in (names := [config.parent.name for config in SHIPPED_FOLDER.glob("*/config.json")]):
+        known = ", ".join(f"{SHIPPED}{name}" for name in sorted(names))
         raise FileNotFoundError(f"{text}: no model of this name in the package, which has {known or 'none'}")
     return SHIPPED_FOLDER / name
 

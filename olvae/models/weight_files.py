@@ -5,8 +5,7 @@ The hub is reached through huggingface_hub, with its environment: HF_HUB_OFFLINE
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,15 +198,3 @@ def write_export(state: Mapping[str, Tensor], config: Config, folder: Path) -> N
     if "auto_map" in config:
         (folder / LOADER_NAME).write_text(LOADER, encoding="utf-8")
     write_json(config, folder / CONFIG_NAME)
-
-
-@contextmanager
-def config_kept(folder: Path) -> Iterator[None]:
-    """Put ``config.json`` back if saving fails: huggingface_hub's mixin removes it first."""
-    config = folder / CONFIG_NAME
-    before = config.read_bytes() if config.is_file() else None
-    try:
-        yield
-    finally:
-        if before is not None and not config.exists():
-            config.write_bytes(before)

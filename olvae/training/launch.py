@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from olvae.training.progress import notify
 from olvae.training.settings import slurm_job
 
 log = logging.getLogger("olvae.training")
+T = TypeVar("T")
 
 MOST_WORKERS = 8  # loader processes of a rank, unless the config gives their number
 
@@ -98,30 +99,22 @@ def meet() -> tuple[int, int]:
     return join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", default_pg_timeout)
 
 
-def from_first(text: str) -> str:
-    """Return the first process' text in all processes that have met."""
-    texts = [text]
+def of_each(value: T) -> list[T]:
+    """Return the values of the processes that have met, by rank: of this one alone before they have."""
+    values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(texts)
-    return texts[0]
+        values *= dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return values
 
 
 def check_same(run: str) -> None:
     """Raise ConfigError unless all processes that have met continue the run that the first one does: "" for none."""
-    if run != (first := from_first(run)):
+    if run != (first := of_each(run)[0]):
         raise ConfigError(
             f"this process would continue {run or 'no run'}, the first one {first or 'none'}: a shared "
             "file system shows them different folders: try again, or name the run with `resume`"
         )
-
-
-def least(number: int) -> int:
-    """The smallest of the processes' numbers, where they have met."""
-    numbers = [number]
-    if dist.is_initialized():
-        numbers = [number] * dist.get_world_size()
-        dist.all_gather_object(numbers, number)
-    return min(numbers)
 
 
 def choose_workers(source: Source, data: Config, processes: int, nodes: int) -> None:
@@ -133,7 +126,8 @@ def choose_workers(source: Source, data: Config, processes: int, nodes: int) -> 
     params = data.setdefault("params", {})
     if "num_workers" in params or source.in_memory or "num_workers" not in (arguments.parameters if arguments else ()):
         return
-    for source.num_workers in range(min(MOST_WORKERS, least(cores() // sharing_cores(processes // nodes))), -1, -1):
+    own = cores() // sharing_cores(processes // nodes)
+    for source.num_workers in range(min(MOST_WORKERS, *of_each(own)), -1, -1):
         with suppress(ValueError):
             source.check_processes(processes)
             break

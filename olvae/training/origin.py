@@ -2,8 +2,8 @@
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
 
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from olvae import config as cfg
@@ -43,7 +43,7 @@ def start_from(config: Config) -> tuple[Mapping[str, Tensor], Config]:
     for key, value in found.config.items():
         given = params.get(key)
         added = key.endswith("_config") and isinstance(given, Mapping) and "target" not in given
-        params[key] = _merged(value, given) if added else value
+        params[key] = OmegaConf.to_container(OmegaConf.merge(value, given)) if added else value
     params.pop("initial_logvar", None)
     _set_latents(params, source, found, name)
     if params.get("freeze_encoder"):
@@ -56,13 +56,6 @@ def start_from(config: Config) -> tuple[Mapping[str, Tensor], Config]:
     if fresh:
         warnings.warn(f"{name}: the config's decoder is another one, and starts fresh", stacklevel=2)
     return weights, target.config
-
-
-def _merged(below: Any, above: Any) -> Any:
-    """A node over another one, key by key."""
-    if not isinstance(below, Mapping) or not isinstance(above, Mapping):
-        return above
-    return {**below, **{key: _merged(below.get(key), value) for key, value in above.items()}}
 
 
 def _set_latents(params: Config, source: Autoencoder, found: LiteVAE, name: str) -> None:

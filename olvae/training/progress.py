@@ -237,8 +237,10 @@ def print_summary(
 
 def _rows(settings: Settings, trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> dict[str, str]:
     vae, size, f, processes = model.autoencoder, source.size, model.autoencoder.downscale, trainer.world_size
-    images, batches = source.batch_size, model.accumulate_grad_batches
-    end = f" to {model.min_lr_factor * model.learning_rate:g} at step {model.decay_steps or trainer.max_steps}"
+    images, batches, steps = source.batch_size, model.accumulate_grad_batches, trainer.max_steps
+    batch, epoch = images * batches * processes, source.samples_per_epoch
+    each = f", {steps * batch / epoch:,.1f} times {epoch:,}" if epoch else ""
+    end = f" to {model.min_lr_factor * model.learning_rate:g} at step {model.decay_steps or steps}"
     device = trainer.strategy.root_device
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else f"CPU process of {torch.get_num_threads()} threads"
@@ -248,10 +250,10 @@ def _rows(settings: Settings, trainer: pl.Trainer, model: LiteAutoencoderKL, sou
         "latent": f"f{f}, {vae.latent_channels} channels: {size} -> {size // f}",
         "objective": ", ".join(f"{weight:g} {name}" for name, weight in model.objective.weights.items()),
         "data": f"{source.describe()}, {size}; {source.num_workers or 'no'} loader processes",
-        "batch": f"{images * batches * processes} = {images} x {batches} accumulated x {processes} processes",
+        "batch": f"{batch} = {images} x {batches} accumulated x {processes} processes",
         "learning rate": f"{model.learning_rate:g}, {model.scheduler}{end if model.scheduler == 'cosine' else ''}"
         + (f", warm-up {model.warmup_steps} steps" if model.warmup_steps else ""),
-        "steps": _images_of(trainer.max_steps, images * batches * processes, source.samples_per_epoch),
+        "steps": f"{steps}: {steps * batch:,} images{each}; the time left is shown after {FIRST_LINE_S:.0f} seconds",
         "device": f"{processes} x {name}, precision {settings.precision}",
         "seed": str(settings.seed),
     }
@@ -267,11 +269,6 @@ def _rows(settings: Settings, trainer: pl.Trainer, model: LiteAutoencoderKL, sou
     if settings.weights:
         rows["weights from"] = settings.weights
     return rows
-
-
-def _images_of(steps: int, batch: int, epoch: int | None) -> str:
-    each = "" if not epoch else f", {steps * batch / epoch:,.1f} times {epoch:,}"
-    return f"{steps}: {steps * batch:,} images{each}; the time left is shown after {FIRST_LINE_S:.0f} seconds"
 
 
 def _network(module: torch.nn.Module, shape: tuple[int, ...], size: Sides) -> str:

@@ -169,7 +169,7 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
     if first:
         print_summary(prepared.settings, run, trainer, model, source, prepared.steps_done)
     if device.type == "cuda":
-        free = launch.least(torch.cuda.mem_get_info(device)[0])  # so that all processes decide alike
+        free = min(launch.of_each(torch.cuda.mem_get_info(device)[0]))  # so that all processes decide alike
         model.flop = check_memory(model, source, prepared.settings.precision, free, first)
     if resumed is None:
         for line in model.prepare(source, prepared.settings.seed, device, fresh=prepared.settings.weights is None):
@@ -352,7 +352,7 @@ def _lock_resumed(run: Run, lock: RunLock) -> None:
                 remove_partials(folder.glob(".partial-*"))
         except (ConfigError, OSError) as error:
             refusal = str(error)
-    if refusal := launch.from_first(refusal):
+    if refusal := launch.of_each(refusal)[0]:
         if dist.is_initialized():
             dist.destroy_process_group()
         raise ConfigError(refusal)
@@ -370,11 +370,11 @@ def _run_folder(prepared: Prepared, lock: RunLock) -> Iterator[Run]:
     elif RUN_ENV in os.environ and "LOCAL_RANK" in os.environ and launch.find_launcher() is None:
         yield Run(Path(os.environ[RUN_ENV]))
     elif launch.meet()[0] > 0:
-        yield Run(Path(launch.from_first("")))
+        yield Run(Path(launch.of_each("")[0]))
     else:
         run = runs.create(prepared.plan.options.logdir, prepared.settings.name, prepared.settings.precision)
         lock.take(run)
-        os.environ[RUN_ENV] = launch.from_first(str(run.path))
+        os.environ[RUN_ENV] = launch.of_each(str(run.path))[0]
         try:
             cfg.save(prepared.config, run.config)
             yield run

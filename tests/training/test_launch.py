@@ -184,7 +184,7 @@ def test_processes_that_torchrun_starts_again_continue_their_run(train_with, ima
 
 
 def test_processes_that_see_different_folders_stop(monkeypatch):
-    monkeypatch.setattr("olvae.training.launch.from_first", lambda _: "runs/b")
+    monkeypatch.setattr("olvae.training.launch.of_each", lambda run: ["runs/b", run])
     check_same("runs/b")
     with pytest.raises(ConfigError, match="this process would continue no run, the first one runs/b: a shared file"):
         check_same("")
