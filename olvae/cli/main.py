@@ -148,7 +148,7 @@ def repeat_flags(arguments: list[str]) -> list[str]:
     """
     out: list[str] = []
     flag: str | None = None
-    for argument, follows in zip(arguments, [*arguments[1:], "-"], strict=True):
+    for argument, follows in zip(arguments, [*arguments, "-"][1:], strict=True):
         if argument in MANY_VALUES:
             flag = argument
             if follows.startswith("-") or _is_override(follows):

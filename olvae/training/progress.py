@@ -154,7 +154,7 @@ class StepProgress(ProgressBar):
             self._bar.update(self._bar.task_ids[0], completed=step)
         else:
             left = timedelta(seconds=round(self._status.seconds_left(trainer.max_steps)))
-            self.console.print(f"step {step}/{trainer.max_steps}  {self._status}  {left} left")
+            self.console.print(f"step {step}/{trainer.max_steps}  {self._status}  {left} left", soft_wrap=True)
 
     def on_train_end(self, *_: Any) -> None:
         if self._bar is not None:
@@ -169,7 +169,7 @@ class StepProgress(ProgressBar):
         values = {name: v for name, v in pl_module.validation_values.items() if name.startswith("val/")}
         if values and self._enabled and not trainer.sanity_checking:
             text = "  ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in values.items())
-            self.console.print(f"step {trainer.global_step}: validation  {text}", highlight=False)
+            self.console.print(f"step {trainer.global_step}: validation  {text}", highlight=False, soft_wrap=True)
 
 
 def _memory_gib() -> float:

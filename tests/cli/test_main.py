@@ -258,6 +258,7 @@ for arguments in json.load(sys.stdin):
 """
 
 QUICK: list[tuple[tuple[str, ...], int, str]] = [
+    ((), 2, "Usage: olvae [OPTIONS] COMMAND"),
     (("--help",), 0, ""),
     (("--version",), 0, ""),
     (("recipes",), 0, ""),

@@ -71,6 +71,17 @@ def test_the_bar_stays_on_one_line(now):
     assert text in re.sub(r"\x1b\[[0-9;]*m", "", line)
 
 
+def test_without_a_terminal_a_line_is_one_line(now, capsys):
+    shown, at = StepProgress(line_every_s=0.0), SimpleNamespace(global_step=3, max_steps=10)
+    for number in (1, 2):
+        step(shown._status, now, 0.5, 0.5, number)
+    shown.on_train_batch_end(at, SimpleNamespace(reports=False, images_seen=24))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "waiting for data 50% (raise data.params.num_workers)" in line
+    assert line.endswith(" left")
+    assert len(line) > 80
+
+
 @pytest.mark.parametrize(
     ("gpu", "precision", "peak"),
     [
