@@ -64,10 +64,7 @@ def read_checkpoint(path: str | Path, check: bool = True) -> dict[str, Any]:
     """Read a safetensors or torch file; only tensors and plain values, never code.
 
     ``check``: compare checksums, which reads the whole file; otherwise its tensors are mapped, for names and shapes.
-
-    Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: it is not a checkpoint, holds more than tensors and plain values, or is not what its checksum says.
+    ValueError if it is not a checkpoint, holds more than tensors and plain values, or is not what its checksum says.
     """
     path = Path(path)
     if not path.is_file():
@@ -83,15 +80,13 @@ def read_checkpoint(path: str | Path, check: bool = True) -> dict[str, Any]:
 def read_weights(path: str | Path, raw: bool = False) -> dict[str, Tensor]:
     """Read the autoencoder's tensors from a Lightning checkpoint, a bare state dict, or a safetensors file.
 
-    ``raw`` are the weights as trained, where the file also has averaged ones (EMA).
-
-    Raises FileNotFoundError, ValueError: as :func:`read_checkpoint`; also where there is no autoencoder in it.
+    ``raw`` are the weights as trained, where the file also has averaged ones (EMA). Errors as :func:`read_checkpoint`.
     """
     return pick_weights(state_dict_of(read_checkpoint(path), path, raw), path)
 
 
 def pick_weights(state: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """Pick the autoencoder's tensors out of the state dict that was read from ``path``; see :func:`read_weights`."""
+    """Pick the autoencoder's tensors out of the state dict that was read from ``path``; ValueError if it has none."""
     named = {name.removeprefix(PRIVATE_PREFIX): value for name, value in state.items()}
     weights = {n: t for n, t in named.items() if isinstance(t, Tensor) and n.startswith(AUTOENCODER)}
     if not weights:
@@ -126,15 +121,10 @@ def load_weights(
     allow_mismatch: bool = False,
     prefixes: tuple[str, ...] = AUTOENCODER,
 ) -> None:
-    """Copy ``weights`` into the parameters and buffers of ``module`` of the same names: all of them, or none.
+    """Copy ``weights`` into the tensors of ``module`` of the same names, which begin with one of ``prefixes``.
 
-    Args:
-        allow_mismatch: copy those that fit, and warn of the others.
-        prefixes: of the names in ``module`` that are loaded.
-
-    Raises:
-        ValueError: names are missing, unexpected or of another shape (the message lists them), or values are
-            non-finite, or integers, as quantised weights are.
+    All of them, or none: ValueError if names are missing, unexpected or of another shape (the message lists them), or
+    values are non-finite, or integers, as quantised weights are. With ``allow_mismatch`` those that fit, and a warning.
     """
     own = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(prefixes)}
     fitting = [name for name in own if name in weights and weights[name].shape == own[name].shape]
@@ -356,9 +346,7 @@ def find_weights(
     """Look for a file in ``weights_dir``, in the folder that OLVAE_WEIGHTS names, and in torch hub's cache; if it is in
     none of them, download it into the cache, which fails soon where there is no internet.
 
-    Raises:
-        MissingWeights: the file was not found and could not be downloaded; ``remedy`` is what else the user can do.
-        NotADirectoryError: ``weights_dir`` is not a folder.
+    MissingWeights if that fails; ``remedy`` is what else the user can do.
     """
     if weights_dir is not None and not Path(weights_dir).is_dir():
         raise NotADirectoryError(f"{weights_dir}: no such folder of weights")

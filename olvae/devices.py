@@ -127,14 +127,11 @@ def peak_memory(device: str, peaks: list[int]) -> Iterator[None]:
 
 
 def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose Lightning's ``accelerator`` and ``devices``.
+    """Choose Lightning's ``accelerator`` and ``devices``; ConfigError if this machine does not have that GPU.
 
-    Args:
-        gpus: N for the first N GPUs, "0,2" for a list of them, or 0 for the CPU, with as many processes as
-            lightning.trainer.devices says if its accelerator is cpu; None leaves it to lightning.trainer.
-        trainer: lightning.trainer; by default every GPU, or the CPU if there is none.
-
-    Raises ConfigError: this machine does not have that GPU.
+    ``gpus``: N for the first N GPUs, "0,2" for a list of them, or 0 for the CPU, with as many processes as
+    lightning.trainer.devices says if its accelerator is cpu; None leaves it to ``trainer``, lightning.trainer: by
+    default every GPU, or the CPU if there is none.
     """
     present = torch.cuda.device_count()
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")

@@ -47,13 +47,8 @@ def run_in_processes(
 
     Close the iterator (``contextlib.closing``) to stop early: tasks end at their next :meth:`SharedProgress.advance`.
     Worker processes exit by themselves if the main process is killed. The function and the tasks reach them by fork on
-    Linux, elsewhere by pickle.
-
-    Args:
-        on_progress: called several times a second with the number of images done; not before the processes are
-            forked, so it may start threads.
-
-    Raises ChildProcessError: a worker process was killed. Exception: whatever a task raised.
+    Linux, elsewhere by pickle. ``on_progress`` gets the number of images done, several times a second; not before the
+    processes are forked, so it may start threads. ChildProcessError if a worker process was killed.
     """
     context = mp.get_context("fork" if sys.platform == "linux" else None)
     progress = SharedProgress(context)

@@ -4,31 +4,16 @@ A node names a ``target`` and its ``params``. A config's top level has ``model``
 ``callbacks`` and ``logger``), and in a run folder ``run``, the command's own settings.
 """
 
-from olvae.config.nodes import (
-    Config,
-    ConfigError,
-    Node,
-    check,
-    instantiate,
-    resolve_class,
-    resolve_target,
-    validate,
-    with_paths,
-)
-from olvae.config.reading import load, read_received, recipes, save
-
-__all__ = [
-    "Config",
-    "ConfigError",
-    "Node",
-    "check",
-    "instantiate",
-    "load",
-    "read_received",
-    "recipes",
-    "resolve_class",
-    "resolve_target",
-    "save",
-    "validate",
-    "with_paths",
-]
+from olvae.config.nodes import Config as Config
+from olvae.config.nodes import ConfigError as ConfigError
+from olvae.config.nodes import Node as Node
+from olvae.config.nodes import check as check
+from olvae.config.nodes import instantiate as instantiate
+from olvae.config.nodes import resolve_class as resolve_class
+from olvae.config.nodes import resolve_target as resolve_target
+from olvae.config.nodes import validate as validate
+from olvae.config.nodes import with_paths as with_paths
+from olvae.config.reading import load as load
+from olvae.config.reading import read_received as read_received
+from olvae.config.reading import recipes as recipes
+from olvae.config.reading import save as save

@@ -89,10 +89,7 @@ def place_of(data: Config) -> str:
 
 
 def find_source(src: str) -> tuple[str, Config]:
-    """The target of the source that trains on SRC (see :mod:`olvae.data.opening`), and the params that name SRC.
-
-    Raises ConfigError: SRC is a config, or its arguments are no ``key=value``.
-    """
+    """The target of the source that trains on SRC (see :mod:`olvae.data.opening`), and the params that name SRC."""
     kind, _, rest = src.partition(":")
     if Path(src).suffix in (".yaml", ".yml"):
         raise ConfigError(f"data.params.root: {src} is a config: name the folder, shards or data set to train on")
@@ -149,11 +146,8 @@ def merge_files(paths: Sequence[str | Path], overrides: Sequence[str] = (), reso
 
     When a node's target changes, the params of the old target are dropped. A file may ``include`` others, by a path
     or a list of paths relative to itself; it is merged over them. Where there is no such file, a path is the name of
-    a recipe of this package.
-
-    ``resolve``: leave interpolations as they are, if False.
-
-    Raises ConfigError: a file is missing, no mapping or includes itself, or an override is not ``key=value``.
+    a recipe of this package. ``resolve=False`` leaves interpolations as they are. ConfigError if a file is missing, no
+    mapping or includes itself, or an override is not ``key=value``.
     """
     merged = OmegaConf.create({})
     for path in paths:

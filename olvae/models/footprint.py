@@ -50,17 +50,13 @@ def without_weights(node: Mapping[str, Any]) -> LiteAutoencoderKL:
 
 
 def footprint(model: LiteAutoencoderKL, size: Size, precision: str, checkpoint: bool | None = None) -> Footprint:
-    """The footprint of a training step, of both players where the model has an adversary.
+    """The footprint of a training step, of both players where the model has an adversary; it may be on any device.
 
     The step runs on tensors without memory, forward and backward; the storages alive at its peak are added up, and its
     operations, with those that checkpointing repeats. Workspaces of convolutions, fragmentation and the CUDA context
-    are not counted (:data:`MARGIN`).
+    are not counted (:data:`MARGIN`). ValueError if the networks do not take images of this size.
 
-    Args:
-        model: on any device, the meta device too; it is not changed.
-        size: of the images in pixels; ValueError if the networks do not take it.
-        precision: fp16, bf16 or 32.
-        checkpoint: activation checkpointing of both halves; by default as the model has it.
+    ``checkpoint``: activation checkpointing of both halves; by default as the model has it.
     """
     few, many = (_step_under(LiveBytes(), model, size, images, precision, checkpoint).peak for images in COUNTED)
     counter = FlopCounterMode(display=False)  # in a step of its own: it keeps tensors alive
@@ -73,14 +69,9 @@ def footprint(model: LiteAutoencoderKL, size: Size, precision: str, checkpoint: 
 
 
 def advice(free: int, batch_size: int, accumulated: int, plain: Footprint, checkpointed: Footprint) -> str | None:
-    """Suggest in a sentence what to change where a micro-batch does not fit; None where it fits.
+    """Suggest what to change where a micro-batch does not fit into the ``free`` bytes of a device; None where it fits.
 
-    Args:
-        free: bytes on the device before training.
-        batch_size: images of a micro-batch.
-        accumulated: micro-batches of an update.
-        plain: the footprint as the config is.
-        checkpointed: with all checkpointing; the same where the config has it, or can't have it.
+    ``checkpointed`` is the footprint with all checkpointing: ``plain`` where the config has it, or can't have it.
     """
     room = free / MARGIN
     if plain.total(batch_size) <= room:

@@ -118,14 +118,9 @@ def fit_linear_paths(
 ) -> Means:
     """Set the encoder's path to whitened principal components, the decoder's to least squares from 3x3 latents.
 
-    Args:
-        model: of fresh weights, so that an encoder with a linear path is nothing else.
-        crops: (N, C, H, W), as they are read.
-        teacher: its posterior's means; the encoder's path becomes least squares to them, the decoder's from them.
-        pixel_range: of the crops.
-
-    Returns:
-        The latents that the decoder's path was fitted to.
+    The model has fresh weights, so that an encoder with a linear path is nothing else; the crops, (N, C, H, W), are as
+    they are read. With a teacher's means the encoder's path is least squares to them, the decoder's from them. Returns
+    the latents that the decoder's path was fitted to.
     """
     device = next(model.parameters()).device
     f, n, values = model.downscale, model.latent_channels, model.in_channels * model.downscale**2

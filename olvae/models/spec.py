@@ -56,34 +56,26 @@ MAX_NUMBER = 2**16  # in a received config: channels, sizes in pixels
 
 @dataclass(frozen=True)
 class AutoencoderSpec:
-    """The arguments that build an autoencoder: see ``LiteVAE.from_config`` and the attributes of ``Autoencoder``.
-
-    Args:
-        folded: the self-modulated convolutions are ordinary ones.
-        latents_mean, latents_std: n_z numbers each, or 4 n_z of 2x2 patches; None for most autoencoders.
-        pixel_range: of the images, ``data.params.range`` of the training; None for 8 bits.
-    """
+    """The arguments that build an autoencoder: see ``LiteVAE.from_config`` and the attributes of ``Autoencoder``."""
 
     encoder_config: Node
     decoder_config: Node
     embed_dim: int
     use_quant: bool = False
     initial_logvar: float = 0.0
-    folded: bool = False
+    folded: bool = False  # whether the self-modulated convolutions are ordinary ones
     scaling_factor: float | int = 1.0
     shift_factor: float | int = 0.0
-    latents_mean: Sequence[float | int] | None = None
-    latents_std: Sequence[float | int] | None = None
+    latents_mean: Sequence[float | int] | None = None  # n_z numbers, or 4 n_z of 2x2 patches
+    latents_std: Sequence[float | int] | None = None  # as many
     force_upcast: bool = False
-    pixel_range: Mapping[str, Any] | Sequence[Any] | None = None
+    pixel_range: Mapping[str, Any] | Sequence[Any] | None = None  # data.params.range of the training; None for 8 bits
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any], origin: str, only_ours: bool) -> "AutoencoderSpec":
         """Read the content of a training config, or of an export's config.json; ConfigError if it has mistakes.
 
-        Args:
-            origin: where the content is from, for messages.
-            only_ours: refuse networks from outside of this package, because the config was received.
+        ``origin`` is for messages; ``only_ours`` refuses networks from outside of this package, for received configs.
         """
         if "model" in content:
             node, origin = content["model"], f"{origin}: model.params."

@@ -90,17 +90,12 @@ PUBLISHED = {"RGenDiff/olitevaeB_im_f8c12": "olitevaeB_im_f8c12"}
 
 @dataclass(frozen=True)
 class Located:
-    """A file of weights, and the autoencoder that it belongs to.
-
-    Args:
-        origin: where the spec is from, for messages.
-        config: the training config that it is from, if that is the user's own, so that its data may be built.
-    """
+    """A file of weights, and the autoencoder that it belongs to."""
 
     weights: Path
     spec: AutoencoderSpec
-    origin: str
-    config: Config
+    origin: str  # of the spec, for messages
+    config: Config  # the training's that it is from, if that is the user's own, so that its data may be built
     run: Run | None
 
 

@@ -14,17 +14,12 @@ class Moments:
     """Sums over latents z = mean + std * noise, per channel in float64; adding them merges batches and processes.
 
     The variance of z is the variance of the posterior means plus the mean of the posterior variances.
-
-    Args:
-        positions: number of latent positions.
-        means, squares, variances: sums over positions of the posterior means, of their squares and of the posterior
-            variances, (n_z) each.
     """
 
-    positions: int
-    means: Tensor
-    squares: Tensor
-    variances: Tensor
+    positions: int  # number of them that were summed over, for sums of shape (n_z)
+    means: Tensor  # of the posterior
+    squares: Tensor  # of these means
+    variances: Tensor  # of the posterior
 
     @classmethod
     def of(cls, mean: Tensor, variance: Tensor | None = None) -> "Moments":

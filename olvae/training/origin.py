@@ -23,13 +23,9 @@ def start_from(config: Config) -> tuple[Mapping[str, Tensor], Config]:
     ``data.params.channels``, the first and the last convolution change. The autoencoder's factors for a diffusion model
     replace the config's, unless its file has none, as latent-diffusion's, or the config has a part that brings latents.
     The decoder alone is trained unless the config says otherwise, or a part keeps or brings its latents. ``model.from``
-    is removed from the config, now complete.
+    is removed from the config, now complete. ConfigError if the networks can't be trained here, or adapted.
 
     Returns the weights for the config's networks, and the autoencoder's training config, empty if it has none.
-
-    Raises:
-        ConfigError: the autoencoder's networks can't be trained here, or adapted to the config.
-        FileNotFoundError, ValueError: the autoencoder was not found or can't be loaded.
     """
     node = config["model"]
     name, params = node.pop("from"), dict(node.get("params") or {})

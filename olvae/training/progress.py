@@ -338,9 +338,7 @@ def make_loggers(nodes: Mapping[str, Config], run: Run) -> list[Logger]:
     """Make TensorBoard's logger, then those of ``lightning.logger``.
 
     Unless the node says otherwise, CSVLogger writes into ``csv`` in the run's folder, a file for each start of the run,
-    and WandbLogger continues the W&B run of the folder's name.
-
-    Raises ConfigError: a logger can't be made, for example because its package is missing.
+    and WandbLogger continues the W&B run of the folder's name. ConfigError if one can't be made.
     """
     loggers: list[Logger] = [TensorBoardLogger(run.path, name="", version="", sub_dir="tensorboard")]
     unique = run.path.resolve().name

@@ -150,11 +150,8 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
     """Copy a checkpoint to host memory, and write the copy to disk in a thread, in the order of the saves.
 
     An error in the thread is raised by a later save, or by :meth:`teardown`, which Lightning calls at the end of
-    training and after an exception.
-
-    Args:
-        config: of a resumed run, and its file, which is written after the first ``last.ckpt``, so that config and
-            checkpoint belong together whenever the run is killed.
+    training and after an exception. ``config`` is a resumed run's, and its file, which is written after the first
+    ``last.ckpt``, so that config and checkpoint belong together whenever the run is killed.
     """
 
     def __init__(self, config: tuple[Config, Path] | None = None) -> None:

@@ -74,11 +74,8 @@ class Plan:
 def read_plan(options: TrainOptions) -> Plan:
     """Read and check the config that some options name: a resumed run's, the files over it, then the overrides.
 
-    A SLURM job that was queued again, or processes that torchrun started again, continue their run.
-
-    Raises:
-        ConfigError: a mistake in the config or the options.
-        FileNotFoundError: a config, a run or an autoencoder was not found.
+    A SLURM job that was queued again, or processes that torchrun started again, continue their run. ConfigError for a
+    mistake; FileNotFoundError if a config, a run or an autoencoder was not found.
     """
     if options.resume is None and options.base and (begun := requeued_run(Path(options.logdir), _name(options))):
         options = TrainOptions(

@@ -196,9 +196,7 @@ def find_folder(text: str) -> Path:
 def load_diffusers(folder: Path, trained: bool = True) -> DiffusersAutoencoder:
     """Load the autoencoder in a folder, in evaluation mode and float32; with fresh weights if not ``trained``.
 
-    Raises:
-        ConfigError: the config does not name an autoencoder of diffusers.
-        ValueError: the weights are not readable, non-finite, or do not fit.
+    ConfigError if its config names none of diffusers; ValueError if the weights are unreadable, non-finite, or misfits.
     """
     import diffusers
 

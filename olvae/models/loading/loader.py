@@ -19,43 +19,30 @@ from olvae.runs import Run, entry_of, settings_of
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What a user may ask for besides the target itself.
+    """What a user may ask for besides the target itself."""
 
-    Args:
-        config: of a checkpoint, instead of the one beside it.
-        config_base: a folder in which a run's config is looked for by the run's name.
-        raw: the weights as trained, not the averaged ones (EMA).
-        allow_mismatch: load the tensors that fit, and warn of the others.
-    """
-
-    config: str | Path | None = None
-    config_base: str | Path | None = None
-    raw: bool = False
-    allow_mismatch: bool = False
+    config: str | Path | None = None  # of a checkpoint, instead of the one beside it
+    config_base: str | Path | None = None  # a folder in which a run's config is looked for by the run's name
+    raw: bool = False  # the weights as trained, not the averaged ones (EMA)
+    allow_mismatch: bool = False  # load the tensors that fit, and warn of the others
 
 
 @dataclass(frozen=True)
 class Target:
     """An autoencoder that was found, and is not loaded yet.
 
-    Args:
-        load: loads it with its weights, in evaluation mode and float32, anew at each call. ValueError if they are not
-            readable, non-finite, or of another model.
-        fresh: builds it with fresh weights; None if that is not known.
-        config: the training config; empty where there is none, or where it came along with received weights, whose data
-            must not be built: name that one with ``config``.
-        raw: it has the raw weights that were asked for, not the averaged ones (EMA).
-        name: by default what the user wrote.
-        given: what the user wrote, which :func:`~olvae.models.loading.targets.find_target` sets.
+    ``load`` loads it with its weights, in evaluation mode and float32, anew at each call; ValueError if they are not
+    readable, non-finite, or of another model. ``fresh`` builds it with fresh weights; None if that is not known.
+    ``config`` is the training's; empty without one, or for a received one, whose data must not be built.
     """
 
     load: Callable[[], Autoencoder] = field(repr=False)
     fresh: Callable[[], Autoencoder] | None = field(repr=False, default=None)
     config: Config = field(repr=False, default_factory=dict)
     run: Run | None = None
-    raw: bool = False
-    name: str = ""
-    given: str = ""
+    raw: bool = False  # whether it has the raw weights that were asked for, not the averaged ones (EMA)
+    name: str = ""  # by default what the user wrote
+    given: str = ""  # what the user wrote; find_target sets it
 
     def usual_size(self, model: Autoencoder) -> Size:
         """The size of the images that it was trained on, if that is known; else the model's."""

@@ -107,15 +107,10 @@ def find_target(
     raw: bool = False,
     allow_mismatch: bool = False,
 ) -> Target:
-    """Find what a TARGET names; see :data:`~olvae.models.spec.KINDS`.
+    """Find what a TARGET names, one of :data:`~olvae.models.spec.KINDS`, by the options in :class:`LoadOptions`.
 
-    Args:
-        config, config_base, raw, allow_mismatch: see :class:`~olvae.models.loading.loader.LoadOptions`.
-
-    Raises:
-        FileNotFoundError: the target was not found, or the hub can't be reached.
-        ConfigError: the config has mistakes, or is missing.
-        ValueError: the file is not readable, or of another kind.
+    FileNotFoundError if it was not found, or the hub can't be reached; ConfigError if the config has mistakes or is
+    missing; ValueError if the file is not readable, or of another kind.
     """
     check_target(str(text))
     given = place = str(find_run(text))
