@@ -237,10 +237,7 @@ def join(backend: str = "gloo", timeout: timedelta = PATIENCE) -> tuple[int, int
 
 
 def gather(part: T) -> list[T] | None:
-    """Collect one object of each process: a list by rank in the first process, None in the others.
-
-    Waits for all processes. Objects are pickled, so their tensors should be on the CPU.
-    """
+    """Collect one object of each process, its tensors on the CPU: a list by rank in the first one, None in others."""
     rank, world = this_process()
     if world == 1:
         return [part]
@@ -269,10 +266,7 @@ class Agreement:
         self._sent: dist.Work | None = None
 
     def any_asked(self, asked: int, wait: bool = False) -> int:
-        """Return the largest ``asked`` of all ranks in the previous call, with ``wait`` in this one too. Collective.
-
-        0 asks for nothing; other numbers, up to 255, are for the caller to tell requests apart.
-        """
+        """Return the largest ``asked``, 0 to 255, of all ranks in the previous call, with ``wait`` in this one too."""
         if this_process()[1] == 1:
             return asked
         self._group = self._group or dist.new_group(backend="gloo")

@@ -123,10 +123,7 @@ def find_run(text: str | Path, logdir: str | Path = "runs") -> str | Path:
 
 
 def open_run(path: str | Path, logdir: str | Path = "runs") -> Run:
-    """Open a run to continue, by its folder, its last checkpoint or :func:`its name <find_run>`.
-
-    Raises FileNotFoundError for what it lacks.
-    """
+    """Open a run to continue, by folder, last checkpoint or :func:`name <find_run>`; FileNotFoundError if it can't."""
     run = Run(path := Path(find_run(path, logdir)))
     if run.path.is_file():
         run = Run(run.path.parent.parent)

@@ -181,10 +181,7 @@ def resolve_class(target: str, base: type[T]) -> type[T]:
 
 
 def instantiate(node: Mapping[str, Any], **filled_in: Any) -> Any:
-    """Build what a node describes; ``filled_in`` are further arguments.
-
-    Raises ConfigError: it is not a node, its target does not import, or its params do not fit.
-    """
+    """Build what a node describes, with further arguments; ConfigError if it is none, or its params do not fit."""
     if not isinstance(node, Mapping) or "target" not in node:
         raise ConfigError(f"expected {NODE}, got {node!r}")
     factory = resolve_target(node["target"])
@@ -215,9 +212,7 @@ def with_paths(node: Mapping[str, Any], change: Callable[[str], str]) -> Config:
 def map_nodes(value: Any, hint: Any, change: Callable[[Any, str], Any]) -> Any:
     """Change the nodes in an argument's value: one node, a list of nodes, or nodes or null by name.
 
-    Args:
-        hint: the argument's type, with a :data:`Node` in it.
-        change: gets a node and its place in the value, such as ``.name``.
+    ``hint`` is the argument's type; ``change`` gets a node and its place in the value, such as ``.name``.
     """
     is_union = typing.get_origin(hint) in (Union, types.UnionType)
     kinds = {typing.get_origin(part) for part in (typing.get_args(hint) if is_union else (hint,))}

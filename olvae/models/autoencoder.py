@@ -299,11 +299,8 @@ class LiteVAE(
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save to a repository of the Hugging Face hub, which is created if missing; returns the commit's address.
 
-        OSError if the hub refuses, or can't be reached; ValueError as :meth:`save_pretrained`: no repository is made.
-
-        Args:
-            repo_id: OWNER/NAME, or NAME for one's own.
-            kwargs: for huggingface_hub's mixin: private, commit_message, token, branch, create_pr, ...
+        ``kwargs`` are huggingface_hub's: private, commit_message, token, branch, create_pr, ... OSError if the hub
+        refuses, or can't be reached; ValueError as :meth:`save_pretrained`: no repository is made.
         """
         self._check_saveable()
         try:
@@ -410,10 +407,7 @@ class LiteVAE(
 def load_located(
     found: Located, weights: Mapping[str, Tensor], allow_mismatch: bool = False, dtype: torch.dtype = torch.float32
 ) -> LiteVAE:
-    """Build an autoencoder that was located, and load the weights that were read; in evaluation mode.
-
-    ConfigError if the networks can't be built, ValueError as :func:`load_weights`.
-    """
+    """Build an autoencoder that was located, and load weights; ConfigError, or ValueError as :func:`load_weights`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # so that the tensors that allow_mismatch leaves fresh are the same every time
         try:

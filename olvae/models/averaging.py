@@ -17,13 +17,9 @@ class WeightAverage(Callback):
     """Average the autoencoder's parameters that are trained, and nothing else of the model.
 
     The average starts as the weights after the first step, and moves by ``1 - decay`` towards them at every further
-    one that is finite. Validation and the end of training use it in the model's place. A checkpoint has it in
-    ``state_dict``, the same names as trained in ``current_model_state``, and the number of steps in
+    one that is finite, as ``guard`` knows. Validation and the end of training use it in the model's place. A checkpoint
+    has it in ``state_dict``, the same names as trained in ``current_model_state``, and the number of steps in
     ``averaging_state``.
-
-    Args:
-        guard: knows which steps were finite.
-        decay: in [0, 1].
     """
 
     def __init__(self, guard: NonFiniteGuard, decay: float = 0.999) -> None:
@@ -79,10 +75,7 @@ class WeightAverage(Callback):
     on_validation_epoch_end = on_train_end = on_validation_epoch_start
 
     def restore(self, average: Mapping[str, Tensor]) -> None:
-        """Give the model the weights as trained, also after an interrupted change, and take an earlier average.
-
-        Names that are not in ``average`` keep theirs.
-        """
+        """Give the model the weights as trained, also after an interrupted change, and take an average's by name."""
         for name, tensor in self._before.items():
             self._parameters[name].data = tensor
         self._before = {}

@@ -46,8 +46,6 @@ class NonFiniteGuard:
 
     The optimizers of a bad step get ``found_inf``, by which torch's fused kernels skip an update. Buffers that the
     forward passes changed, such as BatchNorm's and LeCam's, are put back. Only :meth:`collect` waits for the device.
-
-    ``modules``: whose buffers training changes.
     """
 
     def __init__(self, modules: Iterable[nn.Module | None]) -> None:

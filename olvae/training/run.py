@@ -34,15 +34,7 @@ from olvae.training.origin import start_from
 from olvae.training.profiling import StepTrace
 from olvae.training.progress import StepProgress, describe_gain, make_loggers, notify, print_ending, print_summary
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
-from olvae.training.settings import (
-    Plan,
-    TrainOptions,
-    check_changes,
-    find_changes,
-    read_plan,
-    restarted,
-    untrained_half,
-)
+from olvae.training.settings import Plan, TrainOptions, check_changes, find_changes, read_plan, restarted
 
 RUN_ENV = "OLVAE_RUN"  # the run folder, for the processes that Lightning starts for the other devices
 RELEASE_S = 120.0  # within which a network file system frees the locks of a machine that died: NFS after 90 s
@@ -282,6 +274,16 @@ def _load_other_run(model: LiteAutoencoderKL, path: str | Path) -> Config | None
     return {} if run is None else cfg.load([run.config])
 
 
+def untrained_half(model: LiteAutoencoderKL, before: Config | None) -> str | None:
+    """Find the half that keeps its initial weights: frozen, and not trained with the weights that training starts from.
+
+    ``before``: the config of those weights; None if they are fresh.
+    """
+    frozen = [half for half in ("encoder", "decoder") if getattr(model, f"freeze_{half}")]
+    fresh = frozen if before is None else [runs.settings_of(before).untrained]
+    return next((half for half in frozen if half in fresh), None)
+
+
 def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> tuple[int, int]:
     """Load the weights of a resumed run, and check that it can be continued; return images seen and steps done."""
     file = run.last_checkpoint
@@ -362,8 +364,7 @@ def _lock_resumed(run: Run, lock: RunLock) -> None:
 def _run_folder(prepared: Prepared, lock: RunLock) -> Iterator[Run]:
     """Make and lock a new run's folder in the first process of all; remove it after an end without a checkpoint.
 
-    Lightning starts the other processes from the first one, with its environment; under torchrun and srun they all run
-    already, and get the path through the process group.
+    Processes that Lightning starts get its path by the environment, those of torchrun and srun by the process group.
     """
     if prepared.plan.resumed is not None:
         yield prepared.plan.resumed

@@ -164,8 +164,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
     ) -> None:
         """Start to save; the tensors may change as soon as this returns.
 
-        ``storage_options`` are written in JSON beside the complete checkpoint: a.json for a.ckpt. Raises
-        CheckpointError if an earlier checkpoint could not be written.
+        ``storage_options`` are written in JSON beside the complete checkpoint: a.json for a.ckpt.
         """
         self.wait(MAX_PENDING - 1)
         copied = _on_host(checkpoint)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from olvae import config as cfg
 from olvae import runs
@@ -18,9 +18,6 @@ from olvae.config import Config, ConfigError
 from olvae.config.reading import ABSENT, differences
 from olvae.models.spec import check_target, place_in
 from olvae.runs import Run, Settings
-
-if TYPE_CHECKING:  # slow to import
-    from olvae.models.liteautoencoder import LiteAutoencoderKL
 
 WANDB, WANDB_LOGGER = "lightning.logger.wandb", "lightning.pytorch.loggers.WandbLogger"
 
@@ -209,13 +206,3 @@ def requeued_run(logdir: Path, name: str) -> Run | None:
             if (settings.job, settings.name) == (job, name):
                 return run
     return None
-
-
-def untrained_half(model: "LiteAutoencoderKL", before: Config | None) -> str | None:
-    """Find the half that keeps its initial weights: frozen, and not trained with the weights that training starts from.
-
-    ``before``: the config of those weights; None if they are fresh.
-    """
-    frozen = [half for half in ("encoder", "decoder") if getattr(model, f"freeze_{half}")]
-    fresh = frozen if before is None else [runs.settings_of(before).untrained]
-    return next((half for half in frozen if half in fresh), None)

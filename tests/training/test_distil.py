@@ -19,7 +19,8 @@ from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
-from olvae.training.settings import TrainOptions, read_plan, untrained_half
+from olvae.training.run import untrained_half
+from olvae.training.settings import TrainOptions, read_plan
 from tests.conftest import parts
 from tests.export.latents import encode
 from tests.export.test_diffusers_model import dit

@@ -61,10 +61,9 @@ def decode_window(paths: Sequence[Sequence[Stage]], z: Tensor, window: tuple[Ran
 
 
 def _run_window(stages: Sequence[Stage], z: Tensor, window: tuple[Range, Range]) -> Tensor:
-    """Compute one path's window.
+    """Compute one path's window, cutting off between two stages whatever the rest does not need.
 
-    Between two stages, whatever the rest does not need is cut off. At the image's borders nothing is cut, and the zero
-    padding is that of the whole image: so the result equals the window of the whole image.
+    At the image's borders nothing is cut, and the zero padding is that of the whole image.
     """
     rows = _needed(stages, window[0], z.shape[-2])
     columns = _needed(stages, window[1], z.shape[-1])
@@ -97,17 +96,9 @@ def decode_tiled(
 ) -> Tensor:
     """``decoder(z)`` tile by tile: equal to rounding, because each tile includes all that it depends on.
 
-    A decoder without a finite :func:`receptive_field` is never tiled: with ``memory`` it decodes whole if that fits.
-
-    Args:
-        decoder: in evaluation mode; faster if folded.
-        tile: side of a tile, in latent positions.
-        memory: instead of tile, the bytes of a tile beside z, the image and the parameters: the largest that fits.
-        progress: called after every tile with the fraction that is done.
-
-    Returns (B, C, f h, f w) on z's device, without gradients.
-
-    Raises ValueError: the decoder can't be tiled, or no tile is small enough.
+    A tile's side is ``tile`` latent positions, or the largest that takes ``memory`` bytes beside z, the image and the
+    parameters. A decoder without a finite :func:`receptive_field` is never tiled: with ``memory`` it decodes whole if
+    that fits. ValueError if it can't be tiled, or no tile is small enough. ``progress`` is called after every tile.
     """
     if (tile is None) == (memory is None):
         raise ValueError("give either `tile` or `memory`")

@@ -65,10 +65,7 @@ class Loader(ABC):
 
     @abstractmethod
     def find(self, text: str, options: LoadOptions) -> Target | Path:
-        """Find what the text names, or fetch it: a path is given to the other loaders.
-
-        FileNotFoundError if it can't be found, ConfigError for its config, ValueError if it is something else.
-        """
+        """Find what the text names, or fetch it: a path is given to the other loaders; errors as ``find_target``'s."""
 
 
 class Family(ABC):

@@ -139,8 +139,7 @@ def _config(
 ) -> tuple[str, dict[str, Any]]:
     """The class and its arguments: of a config.json of diffusers that is given, in the file's header, or beside it.
 
-    Without the first two, latent-diffusion's and FLUX.2's are read from the shapes: a config.json that has others is of
-    another file. For other classes they are the defaults.
+    Without the first two, latent-diffusion's and FLUX.2's are read from the shapes; others' are the defaults.
     """
     kinds = next(kinds for kinds in TELLING.values() if kind in kinds)
     places = [Path(given or ""), weights.with_name(CONFIG_NAME)]

@@ -78,10 +78,9 @@ class RunLoader(CheckpointLoader):
 
 
 def find_config(base: str | Path, run_name: str) -> Path:
-    """Find the YAML file of a run in a folder and those below: ``<run's name>.yaml``, or ``<config>.yaml``.
+    """Find the YAML file of a run, ``<timestamp>_<config>_<precision>`` [R], in a folder and those below.
 
-    A run's name is ``<timestamp>_<config>_<precision>`` [R]; a file of the whole name is taken before one of the
-    config's. ConfigError unless there is exactly one.
+    It is ``<run's name>.yaml``, or else ``<config>.yaml``. ConfigError unless there is exactly one.
     """
     names = (run_name, "_".join(run_name.split("_")[1:-1]))
     by_name = (sorted(file for file in Path(base).rglob("*.y*ml") if file.stem == name) for name in names)
