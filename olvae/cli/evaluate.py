@@ -227,9 +227,8 @@ def _observers(
     from olvae.evaluation.observers.flat_colours import FlatColours
     from olvae.evaluation.observers.gallery import Gallery
     from olvae.evaluation.observers.half_precision import HalfPrecision
+    from olvae.evaluation.observers.not_rgb import RealValues, Transparency
     from olvae.evaluation.observers.observer import Observer
-    from olvae.evaluation.observers.real_values import RealValues
-    from olvae.evaluation.observers.transparency import Transparency
 
     observers: list[Observer] = [Cross()] if cross else []
     observers += [HalfPrecision(precisions)] if precisions != ["32"] else []

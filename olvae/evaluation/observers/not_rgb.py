@@ -1,4 +1,4 @@
-"""Observe errors in real values, for images with a stated range: RMSE and MAE per channel, angle, relative error."""
+"""Observe images other than RGB: errors in real values where a range is stated, PSNR where images are transparent."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,8 +10,10 @@ from torch import Tensor
 from olvae.evaluation.observers.observer import Observation, PerImageObserver
 from olvae.evaluation.page import significant
 from olvae.evaluation.results import Row
+from olvae.losses.alpha import over
 
 SPECTRAL = 4  # channels from which a pixel has a spectrum
+BACKGROUNDS = {"black": -1.0, "grey": 0.0, "white": 1.0}
 
 
 class RealValues(PerImageObserver):
@@ -79,3 +81,32 @@ def _angles(x: Tensor, y: Tensor) -> Tensor:
     norms = x.norm(dim=1) * y.norm(dim=1)  # (B, H, W)
     cosines = ((x * y).sum(1) / norms.clamp_min(1e-300)).clamp(-1.0, 1.0)
     return _mean(cosines.acos().rad2deg(), norms > 0)
+
+
+class Transparency(PerImageObserver):
+    """PSNR in dB of RGBA images of 8 bits over black, grey and white, and of alpha; nothing for other images.
+
+    Means over images, of a range of 255, unrounded after compositing. Equal ones count as 100 dB, because many images
+    are opaque.
+    """
+
+    name = "transparency"
+
+    @torch.no_grad()
+    def update(self, batch: Observation) -> None:
+        if batch.draw or batch.x.shape[1] != 4 or not batch.pixel_range.eight_bits:
+            return
+        x, y = (batch.pixel_range.normalise(levels).double() for levels in (batch.x, batch.y))
+        pairs = [(over(x, x.new_tensor(grey)), over(y, x.new_tensor(grey))) for grey in BACKGROUNDS.values()]
+        errors = torch.stack([(a - b).square().flatten(1).mean(1) for a, b in [*pairs, (x[:, 3:], y[:, 3:])]], dim=1)
+        self.add(batch, (10.0 * (4.0 / errors.clamp_min(4e-10)).log10()).tolist())
+
+    def result(self, target: str, draw: int) -> dict[str, float] | None:
+        if target not in self._rows:
+            return None
+        columns = zip(*self._rows[target].values(), strict=True)
+        names = (*BACKGROUNDS, "alpha")
+        return {name: math.fsum(column) / len(column) for name, column in zip(names, columns, strict=True)}
+
+    def columns(self, entry: Mapping[str, Any]) -> Mapping[str, str]:
+        return {(name if name == "alpha" else f"over {name}"): f"{value:.2f}" for name, value in entry.items()}
