@@ -68,11 +68,6 @@ class Request:
     def config(self) -> Config:
         return self.targets[0].config
 
-    @property
-    def batch(self) -> int:
-        """Images per batch."""
-        return self.batch_size or (self.config.get("data") or {}).get("params", {}).get("batch_size") or 8
-
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -114,8 +109,10 @@ def _one_pass(
     source = _open(request, protocols[0], models)
     pixels = source.pixel_range
     size, resample = source.size.node, source.eval_transform.resample
-    protocols = [replace(p, size=size, resample=resample, crops=source.crops, range=pixels.stated) for p in protocols]
-    loader, observers = source.test_loader(request.batch), copy.deepcopy(observers)
+    stated = None if pixels.eight_bits else str(pixels)
+    protocols = [replace(p, size=size, resample=resample, crops=source.crops, range=stated) for p in protocols]
+    batch_size = request.batch_size or (request.config.get("data") or {}).get("params", {}).get("batch_size") or 8
+    loader, observers = source.test_loader(batch_size), copy.deepcopy(observers)
 
     # One pass, with metrics in all the variants that the protocols use, and round trips for all ways to draw a latent.
     seeds = list(dict.fromkeys(protocol.noise_seed for protocol in protocols))

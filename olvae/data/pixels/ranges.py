@@ -127,11 +127,6 @@ class PixelRange:
         pairs = [f"{low:g} to {high:g}" for low, high in zip(self.low, self.high, strict=True)]
         return f"{', '.join(dict.fromkeys(pairs))}, {self.values}"
 
-    @property
-    def stated(self) -> str | None:
-        """The range in words; None for 8 bits."""
-        return None if self.eight_bits else str(self)
-
     def check_channels(self, channels: int, where: str = "data.params.range") -> None:
         """Raise ConfigError for another number of pairs, or a channel to be shown that images lack."""
         if len(self.low) not in (1, channels):

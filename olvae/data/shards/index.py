@@ -22,11 +22,11 @@ INDEX = "index.json"  # the file beside the shards with the number of images in 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A shard's images and bytes, and the SHA-256 of its file."""
+    """A shard's images and, unless it is from elsewhere, the bytes and the SHA-256 of its file."""
 
     images: int
-    bytes: int
-    sha256: str
+    bytes: int | None = None
+    sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Index:
 
     @property
     def bytes(self) -> int:
-        return sum(shard.bytes for shard in self.shards.values())
+        return sum(shard.bytes or 0 for shard in self.shards.values())
 
     def write(self, path: Path) -> None:
         """Write the file atomically; the same bytes for the same index."""
@@ -53,14 +53,20 @@ class Index:
         write_json({**content, "unreadable": self.unreadable, "shards": shards}, path)
 
     @classmethod
-    def read(cls, path: Path) -> "Index":
-        """Read an index; raises ValueError if the file is none, or has counts alone."""
+    def read(cls, url: str | Path) -> "Index":
+        """Read an index by path or URL; raises FileNotFoundError if it is missing, ValueError if it is none."""
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            shards = {name: ShardRecord(**shard) for name, shard in content["shards"].items()}
+            with contextlib.closing(open_url(str(url))) as stream:
+                content = json.loads(b"".join(iter(lambda: stream.read(2**20), b"")))
+            shards = {
+                name: ShardRecord(int(shard["images"]), shard.get("bytes"), shard.get("sha256"))
+                for name, shard in content["shards"].items()
+            }
             return cls(shards, content.get("packed"), content.get("plan"), content.get("unreadable", ()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: not an index with counts, sizes and checksums of shards: {error}") from error
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+            raise ValueError(f"{url}: not a readable index of shards: {reason(error)}") from error
 
 
 def find_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
@@ -137,10 +143,10 @@ def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key:
             )
     counts: dict[str, int | None]
     if index is not None:
-        given = _read_counts(str(index))
+        given = Index.read(index).shards
         if unknown := [url for url in urls if file_name(url) not in given]:
             raise ValueError(f"{index}: does not list {unknown[0]}: remove data.params.index, or pack the shards again")
-        counts = {url: given[file_name(url)] for url in urls}
+        counts = {url: given[file_name(url)].images for url in urls}
     else:
         counts = counts_beside(urls, image_key)
     if empty := [url for url in urls if counts[url] == 0]:
@@ -156,30 +162,17 @@ def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key:
 def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str, int | None]:
     """Numbers of images in local shards by the indexes in their folders, or counted now; None for remote shards."""
     local = {url: Path(url) for url in urls if is_local(url)}
-    indexes = {
-        folder: _read_counts(str(folder / INDEX))
-        for folder in dict.fromkeys(path.parent for path in local.values())
-        if (folder / INDEX).is_file()
-    }
+    folders = [folder for folder in {path.parent for path in local.values()} if (folder / INDEX).is_file()]
+    indexed = {folder / name: shard for folder in folders for name, shard in Index.read(folder / INDEX).shards.items()}
     counts: dict[str, int | None] = dict.fromkeys(urls)
     for url, path in local.items():
-        counts[url] = indexes.get(path.parent, {}).get(path.name)
-        if counts[url] is None and path.is_file():
+        if path in indexed:
+            counts[url] = indexed[path].images
+        elif path.is_file():
             counts[url] = count_images(path, image_key)
     known = [count for count in counts.values() if count is not None]
     mean = max(1, round(sum(known) / len(known))) if known else 0
     return {url: mean if url in local and n is None else n for url, n in counts.items()}
-
-
-def _read_counts(url: str) -> dict[str, int]:
-    try:
-        with contextlib.closing(open_url(url)) as stream:
-            content = json.loads(b"".join(iter(lambda: stream.read(2**20), b"")))
-        return {name: int(shard["images"]) for name, shard in content["shards"].items()}
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise ValueError(f"{url}: not a readable index of shards: {reason(error)}") from error
 
 
 def count_images(path: Path, image_key: str | None = None) -> int | None:

@@ -1,7 +1,8 @@
 """Observe where in the spectrum the error is, and what goes soft: energies of error and image per wavelet band."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from markupsafe import Markup
@@ -11,6 +12,7 @@ from olvae.evaluation.observers.observer import Observation, PerImageObserver
 from olvae.evaluation.page import Page, significant
 from olvae.modules.wavelet import wavedec2
 
+NO_SIGNAL: Mapping[str, float | None] = {"share_of_signal": None, "energy_ratio": None}
 Energies = tuple[float, ...]  # of one image: LL of the last level, then LH, HL, HH of level 1, of level 2, and so on
 
 
@@ -18,9 +20,9 @@ class Bands(PerImageObserver):
     """The mean squared error and the energy of reconstructions, by the bands of the orthonormal Haar transform.
 
     Pixels are 0..255, as in PSNR. A band's ``mse`` is the error's energy in it per pixel value, averaged over images;
-    by Parseval the bands add up to the mean squared error. Sums are exact in float64. A key counts once. Latents are
-    drawn as in the first protocol. Images of odd sides have no bands. The tables' column, ``fine detail``, is the
-    energy of the finest level's three detail bands, out over in: below 100 % the reconstructions are soft.
+    by Parseval the bands add up to the mean squared error. Sums are exact in float64. Images of odd sides have no
+    bands. The tables' column, ``fine detail``, is the energy of the finest level's three detail bands, out over in:
+    below 100 % the reconstructions are soft.
 
     Args:
         levels: how often LL is split again; fewer if the images' sides can't be halved as often.
@@ -33,17 +35,16 @@ class Bands(PerImageObserver):
         super().__init__()
         self._levels = levels
 
-    @torch.no_grad()
-    def update(self, batch: Observation) -> None:
+    def measure(self, batch: Observation) -> Iterable[Any] | None:
+        """Energies of error, input and reconstruction."""
         even = math.gcd(2**self._levels, *batch.x.shape[-2:])
-        if batch.draw or even == 1:
-            return
+        if even == 1:
+            return None
         signal, out = (wavedec2(images.double(), levels=even.bit_length() - 1) for images in (batch.x, batch.y))
         error = [b - a for a, b in zip(signal, out, strict=True)]
-        energies = zip(*(_energies(bands, batch.x[0].numel()) for bands in (error, signal, out)), strict=True)
-        self.add(batch, energies)  # of error, input and reconstruction
+        return zip(*(_energies(bands, batch.x[0].numel()) for bands in (error, signal, out)), strict=True)
 
-    def result(self, target: str, draw: int) -> dict[str, dict[str, float | None]] | None:
+    def summarise(self, columns: Sequence[Any]) -> dict[str, dict[str, float | None]]:
         """The bands, coarse to fine: LL3, LH3, HL3, HH3, LH2, ..., HH1.
 
         The first letter is the filter along the height, the second that along the width: LH has the detail along the
@@ -53,24 +54,15 @@ class Bands(PerImageObserver):
         that of all inputs in the band; and ``energy_ratio``, that of all reconstructions over it; both None if the
         inputs have none. The signal of LL includes the brightness, counted from black.
         """
-        if target not in self._rows:
-            return None
-        sides = tuple(zip(*self._rows[target].values(), strict=True))
-        n, levels = len(sides[0]), len(sides[0][0]) // 3
+        n, levels = len(columns[0]), len(columns[0][0]) // 3
         places = {f"LL{levels}": 0}
         for level in range(levels, 0, -1):
             places |= {f"{band}{level}": 3 * level - 2 + i for i, band in enumerate(("LH", "HL", "HH"))}
         bands: dict[str, dict[str, float | None]] = {}
         for name, place in places.items():
-            error, signal, out = (math.fsum(image[place] for image in side) for side in sides)
-            shares = {"share_of_signal": error / signal, "energy_ratio": out / signal} if signal else {}
-            bands[name] = {
-                "mse": error / n,
-                "signal": signal / n,
-                "share_of_signal": None,
-                "energy_ratio": None,
-                **shares,
-            }
+            error, signal, out = (math.fsum(image[place] for image in side) for side in columns)
+            shares = {"share_of_signal": error / signal, "energy_ratio": out / signal} if signal else NO_SIGNAL
+            bands[name] = {"mse": error / n, "signal": signal / n, **shares}
         return bands
 
     def columns(self, entry: Mapping[str, Mapping[str, float | None]]) -> Mapping[str, str]:

@@ -1,7 +1,7 @@
 """Observe what happens to colour: shifts of the channels' means, saturation and contrast, out over in."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ LUMA = (0.299, 0.587, 0.114)  # of R, G and B, as in ITU-R BT.601
 
 
 class Colour(PerImageObserver):
-    """The colours of reconstructions beside the images', of uint8 values; latents as in the first protocol.
+    """The colours of reconstructions beside the images', of uint8 values.
 
     An entry has ``shift``, the mean of reconstructions minus images per channel, in steps of 8-bit values;
     ``shift_of_images``, the same without signs: its root mean square over images, because shifts of single images
@@ -25,17 +25,14 @@ class Colour(PerImageObserver):
 
     name = "colour"
 
-    @torch.no_grad()
-    def update(self, batch: Observation) -> None:
-        if batch.draw:
-            return
+    def measure(self, batch: Observation) -> Iterable[Any]:
+        """Shifts, then pairs of in and out."""
         x, y = batch.x.double(), batch.y.double()
         pairs = [measure(images) for measure in (_saturation, _contrast) for images in (x, y)]
-        values = torch.cat(((y - x).mean((2, 3)), torch.stack(pairs, dim=1)), dim=1)  # (B, C + 4)
-        self.add(batch, values.tolist())  # shifts, then pairs of in and out
+        rows: list[Any] = torch.cat(((y - x).mean((2, 3)), torch.stack(pairs, dim=1)), dim=1).tolist()  # (B, C + 4)
+        return rows
 
-    def result(self, target: str, draw: int) -> dict[str, Any]:
-        columns = list(zip(*self._rows[target].values(), strict=True))
+    def summarise(self, columns: Sequence[Any]) -> dict[str, Any]:
         n, (shifts, pairs) = len(columns[0]), (columns[:-4], [math.fsum(column) for column in columns[-4:]])
         saturation, saturation_out, contrast, contrast_out = pairs
         return {

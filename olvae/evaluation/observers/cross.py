@@ -1,7 +1,7 @@
 """Observe two autoencoders with one latent: every encoder with every decoder, and how far the latents differ."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from operator import add
@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.evaluation.observers.observer import Observation, Observer, Subject
+from olvae.evaluation.observers.observer import Observation, Observer, PerImageObserver, Subject
 from olvae.evaluation.page import NONE
 from olvae.evaluation.results import Row
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Posterior
 from olvae.modules.scaling_factors import Moments
-
-_Sums = tuple[tuple[int, list[list[float]]], list[float]]  # of an image: the teacher's Moments; squared differences
 
 
 class Crossed(Autoencoder):
@@ -37,7 +35,7 @@ class Crossed(Autoencoder):
         return self.decoder_of.decode(z)
 
 
-class Cross(Observer):
+class Cross(PerImageObserver):
     """Evaluate each encoder of two targets, teacher then student, with the other's decoder, and compare the latents.
 
     The student's entry has the ``teacher``'s name; ``teacher_std``, the standard deviation of its posterior means per
@@ -48,10 +46,10 @@ class Cross(Observer):
     name = "latents"
 
     def __init__(self) -> None:
+        super().__init__()
         self._teacher = self._student = ""
         self._crossed: dict[str, Subject] = {}
         self._waiting: Tensor | None = None  # the teacher's latents of the batch
-        self._sums: dict[str, _Sums] = {}  # by key
 
     def conflicts(self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence[Observer]) -> Iterator[str]:
         if len(targets) != 2:
@@ -71,28 +69,17 @@ class Cross(Observer):
         }
         return {**subjects, **self._crossed}
 
-    def update(self, batch: Observation) -> None:
-        if batch.draw:
-            return
-        if batch.target == self._teacher:
-            self._waiting = batch.latents
-        elif batch.target == self._student:
-            assert self._waiting is not None, "the teacher comes first"
-            errors = (batch.latents.double() - self._waiting.double()).square().sum((2, 3))  # (B, n_z)
-            for key, teacher, error in zip(batch.keys, self._waiting, errors.tolist(), strict=True):
-                self._sums.setdefault(key, (Moments.of(teacher).state(), error))
-            self._waiting = None
-
-    def state(self) -> Any:
-        return self._sums
-
-    def merge(self, state: Any) -> None:
-        self._sums = state | self._sums
-
-    def result(self, target: str, draw: int) -> dict[str, Any] | None:
-        if target != self._student:
+    def measure(self, batch: Observation) -> Iterable[Any] | None:
+        """Of each image of the student the teacher's Moments, and the squared differences of the latents."""
+        teacher, self._waiting = self._waiting, batch.latents if batch.target == self._teacher else None
+        if batch.target != self._student:
             return None
-        moments, errors = zip(*(self._sums[key] for key in sorted(self._sums)), strict=True)
+        assert teacher is not None, "the teacher comes first"
+        errors = (batch.latents.double() - teacher.double()).square().sum((2, 3))  # (B, n_z)
+        return zip((Moments.of(latent).state() for latent in teacher), errors.tolist(), strict=True)
+
+    def summarise(self, columns: Sequence[Any]) -> dict[str, Any]:
+        moments, errors = columns
         total = reduce(add, (Moments.from_state(*state) for state in moments))
         rms = [math.sqrt(math.fsum(channel) / total.positions) for channel in zip(*errors, strict=True)]
         deviations = total.std.tolist()

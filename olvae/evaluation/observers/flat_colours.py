@@ -79,9 +79,7 @@ def colour_size(downscales: Sequence[int], largest: int) -> int:
 
 
 @torch.inference_mode()
-def reconstruct_colours(
-    model: Autoencoder, size: int, device: str | torch.device = "cpu", batch_size: int = 8
-) -> dict[str, dict[str, Any]]:
+def reconstruct_colours(model: Autoencoder, size: int, device: str = "cpu") -> dict[str, dict[str, Any]]:
     """Reconstruct constant colours from the posterior's mode, in full float32, and measure the deviations.
 
     If there are not three channels, the colours are greys and each channel alone. The square images' side is a multiple
@@ -95,16 +93,13 @@ def reconstruct_colours(
     """
     model.to(device)
     found: dict[str, dict[str, Any]] = {}
-    colours = list(_colours(model.in_channels).items())
-    for start in range(0, len(colours), batch_size):
-        some = dict(colours[start : start + batch_size])
-        x = torch.tensor(list(some.values()), dtype=torch.uint8, device=device)[:, :, None, None]
+    for name, colour in _colours(model.in_channels).items():
+        x = torch.tensor(colour, dtype=torch.uint8, device=device)[None, :, None, None]
         images = from_uint8(x.expand(-1, -1, size, size))
         with full_float32(images):
             y = model.decode(model.encode(images).mode()).float().cpu()
-        values = (y.clamp(-1.0, 1.0) + 1.0) * 127.5  # (B, C, H, W) in 0..255
-        for (name, colour), image in zip(some.items(), values.double(), strict=True):
-            found[name] = _measure(torch.tensor(colour), image, model.downscale)
+        values = (y.clamp(-1.0, 1.0) + 1.0) * 127.5  # (1, C, H, W) in 0..255
+        found[name] = _measure(torch.tensor(colour), values[0].double(), model.downscale)
     return found
 
 

@@ -1,7 +1,7 @@
 """Observe images other than RGB: errors in real values where a range is stated, PSNR where images are transparent."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,22 +27,19 @@ class RealValues(PerImageObserver):
 
     name = "real_values"
 
-    @torch.no_grad()
-    def update(self, batch: Observation) -> None:
+    def measure(self, batch: Observation) -> Iterable[Any] | None:
         pixels = batch.pixel_range
-        if batch.draw or pixels.eight_bits:
-            return
+        if pixels.eight_bits:
+            return None
         x, y = (pixels.real(levels).double() for levels in (batch.x, batch.y))
         error = y - x
         squares, sizes = error.square().mean((2, 3)), error.abs().mean((2, 3))  # (B, C)
         relative = _mean(error.abs() / x.clamp_min(1e-300), x > 0) if min(pixels.low) >= 0 else _nothing(x)
         angles = _angles(x, y) if x.shape[1] >= SPECTRAL else _nothing(x)
-        self.add(batch, zip(*(t.tolist() for t in (squares, sizes, relative, angles)), strict=True))
+        return zip(*(t.tolist() for t in (squares, sizes, relative, angles)), strict=True)
 
-    def result(self, target: str, draw: int) -> dict[str, Any] | None:
-        if target not in self._rows:
-            return None
-        squares, sizes, *means = zip(*self._rows[target].values(), strict=True)
+    def summarise(self, columns: Sequence[Any]) -> dict[str, Any]:
+        squares, sizes, *means = columns
         entry: dict[str, Any] = {
             "rmse": [math.sqrt(math.fsum(channel) / len(channel)) for channel in zip(*squares, strict=True)],
             "mae": [math.fsum(channel) / len(channel) for channel in zip(*sizes, strict=True)],
@@ -92,19 +89,16 @@ class Transparency(PerImageObserver):
 
     name = "transparency"
 
-    @torch.no_grad()
-    def update(self, batch: Observation) -> None:
-        if batch.draw or batch.x.shape[1] != 4 or not batch.pixel_range.eight_bits:
-            return
+    def measure(self, batch: Observation) -> Iterable[Any] | None:
+        if batch.x.shape[1] != 4 or not batch.pixel_range.eight_bits:
+            return None
         x, y = (batch.pixel_range.normalise(levels).double() for levels in (batch.x, batch.y))
         pairs = [(over(x, x.new_tensor(grey)), over(y, x.new_tensor(grey))) for grey in BACKGROUNDS.values()]
         errors = torch.stack([(a - b).square().flatten(1).mean(1) for a, b in [*pairs, (x[:, 3:], y[:, 3:])]], dim=1)
-        self.add(batch, (10.0 * (4.0 / errors.clamp_min(4e-10)).log10()).tolist())
+        rows: list[Any] = (10.0 * (4.0 / errors.clamp_min(4e-10)).log10()).tolist()
+        return rows
 
-    def result(self, target: str, draw: int) -> dict[str, float] | None:
-        if target not in self._rows:
-            return None
-        columns = zip(*self._rows[target].values(), strict=True)
+    def summarise(self, columns: Sequence[Any]) -> dict[str, float]:
         names = (*BACKGROUNDS, "alpha")
         return {name: math.fsum(column) / len(column) for name, column in zip(names, columns, strict=True)}
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from markupsafe import Markup
 from torch import Tensor
 
@@ -104,16 +105,28 @@ class Observer:
 
 
 class PerImageObserver(Observer):
-    """Keep a row of numbers of each image, once per target and key, and add those of other processes."""
+    """Keep a row of numbers of each image, once per target and key, and make an entry of all: two methods to override.
+
+    Latents are drawn as in the first protocol.
+    """
 
     def __init__(self) -> None:
         self._rows: dict[str, dict[str, Any]] = {}  # by target and key
 
-    def add(self, batch: Observation, rows: Iterable[Any]) -> None:
-        """Keep a batch's rows, one per image; the first row of a key stays."""
-        known = self._rows.setdefault(batch.target, {})
-        for key, row in zip(batch.keys, rows, strict=True):
-            known.setdefault(key, row)
+    def measure(self, batch: Observation) -> Iterable[Any] | None:
+        """Return a row for each image of a batch; None if there is nothing to measure."""
+        raise NotImplementedError
+
+    def summarise(self, columns: Sequence[Any]) -> Any:
+        """Return a target's entry, by the columns of its rows."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def update(self, batch: Observation) -> None:
+        if not batch.draw and (rows := self.measure(batch)) is not None:
+            known = self._rows.setdefault(batch.target, {})
+            for key, row in zip(batch.keys, rows, strict=True):
+                known.setdefault(key, row)
 
     def state(self) -> Any:
         return self._rows
@@ -121,3 +134,7 @@ class PerImageObserver(Observer):
     def merge(self, state: Any) -> None:
         for target, rows in state.items():
             self._rows[target] = rows | self._rows.get(target, {})
+
+    def result(self, target: str, draw: int) -> Any:
+        rows = [row for _, row in sorted(self._rows.get(target, {}).items())]
+        return self.summarise(list(zip(*rows, strict=True))) if rows else None

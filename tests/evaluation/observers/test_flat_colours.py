@@ -79,7 +79,7 @@ def test_colours_are_as_small_as_a_grid_allows(downscales, largest, size):
 
 @pytest.mark.parametrize(("channels", "colours"), [(1, 5), (2, 7), (3, 11), (4, 9)])
 def test_other_channels(channels, colours):
-    found = reconstruct_colours(Faulty(grid=2.0, channels=channels), size=16, batch_size=4)
+    found = reconstruct_colours(Faulty(grid=2.0, channels=channels), size=16)
     assert len(found) == colours
     assert all(len(colour["shift"]) == channels for colour in found.values())
 
