@@ -77,14 +77,6 @@ FLOOR_IMAGES = 256  # images that are kept undecoded in memory and decoded in tu
 Undecoded = tuple[bytes | Picture, str]
 
 
-def _encoders(setting: Setting) -> list[Case]:
-    return network_cases(ENCODERS, 3, setting.size, setting)
-
-
-def _decoders(setting: Setting) -> list[Case]:
-    return network_cases(DECODERS, N_Z, setting.size // F8, setting)
-
-
 def network_cases(builders: Networks, channels: int, side: int, setting: Setting) -> list[Case]:
     """Each network in each precision and memory layout; the peer is the first, plain."""
     products, shape = setting.products(), (setting.batch_size, channels, side, side)
@@ -316,8 +308,8 @@ class Group(NamedTuple):
 
 GROUPS: Mapping[str, Group] = {
     "dwt": Group(_wavelet, True, {"cpu": (256, 16), "cuda": (256, 16)}),
-    "encoder": Group(_encoders, True, {"cpu": (64, 1), "cuda": (256, 16)}),
-    "decoder": Group(_decoders, True, {"cpu": (64, 1), "cuda": (256, 16)}),
+    "encoder": Group(lambda s: network_cases(ENCODERS, 3, s.size, s), True, {"cpu": (64, 1), "cuda": (256, 16)}),
+    "decoder": Group(lambda s: network_cases(DECODERS, N_Z, s.size // F8, s), True, {"cpu": (64, 1), "cuda": (256, 16)}),
     "train": Group(_train, False, {"cpu": (0, 0), "cuda": (0, 0)}),
     "data": Group(_loaders, False, {"cpu": (64, 16), "cuda": (256, 32)}),
 }

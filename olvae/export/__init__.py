@@ -1,3 +1,3 @@
 """Exports of trained models (diffusers, ONNX, ...), shards of latents and back, reconstructions of any size.
 
-Imports ``olvae.models`` and below, and nothing of evaluation or training; commands import it."""
+Imports ``olvae.models`` and below, and of evaluation what model cards show; commands import it."""

@@ -96,7 +96,6 @@ def export_target(target: Target, place: Path, settings: ExportSettings) -> tupl
 
     Raises ConfigError where the format or a setting does not suit the model.
     """
-    settings.check(place)
     if half := settings_of(target.config).untrained:
         raise ConfigError(f"{target.given}: its {half} has never been trained: train it first, by distil/{half}")
     loaded = target.load()
@@ -272,7 +271,7 @@ def _set_factors(
         file = _factors_file(settings.latents)
         measured = read_factors(file, target.name, tensors_sum(loaded.state_dict()))
         model.scaling_factor, model.shift_factor = measured[:2]
-        if measured.few:
+        if measured.images is not None and measured.images < FEW_IMAGES:
             notes.append(f"the factors are measured on {measured.images} images: {FEW_IMAGES} and more are certain")
         return f"measured by olvae {'latents' if file.name == 'latents.json' else 'encode'}"
     if given:
@@ -302,11 +301,6 @@ class Factors(NamedTuple):
     scaling: float
     shift: float
     images: int | None = None
-
-    @property
-    def few(self) -> bool:
-        """Whether other images would give other factors."""
-        return self.images is not None and self.images < FEW_IMAGES
 
     def differs(self, scaling: float, shift: float) -> bool:
         """Whether other factors scale the same latents by more than a thousandth otherwise."""
