@@ -309,7 +309,9 @@ class Group(NamedTuple):
 GROUPS: Mapping[str, Group] = {
     "dwt": Group(_wavelet, True, {"cpu": (256, 16), "cuda": (256, 16)}),
     "encoder": Group(lambda s: network_cases(ENCODERS, 3, s.size, s), True, {"cpu": (64, 1), "cuda": (256, 16)}),
-    "decoder": Group(lambda s: network_cases(DECODERS, N_Z, s.size // F8, s), True, {"cpu": (64, 1), "cuda": (256, 16)}),
+    "decoder": Group(
+        lambda s: network_cases(DECODERS, N_Z, s.size // F8, s), True, {"cpu": (64, 1), "cuda": (256, 16)}
+    ),
     "train": Group(_train, False, {"cpu": (0, 0), "cuda": (0, 0)}),
     "data": Group(_loaders, False, {"cpu": (64, 16), "cuda": (256, 32)}),
 }

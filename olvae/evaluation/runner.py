@@ -127,13 +127,12 @@ def _one_pass(
     metrics = {key: make() for key in trips}
     batches = progress("evaluating")(loader, source.val_images)
     digests = observe(batches, subjects, trips, metrics, observers, pixels)
-    images = _describe_images(request, source, loader)
+    images = _describe_images(request, source, loader, digests or {})
     if digests is None:
         return []
 
     # The numbers: for every way to draw a latent, then for every protocol.
     examined = [observer for observer in observers if is_examined(observer, subjects, source, request.device)]
-    images = {"source": images["source"], "n": len(digests), "sha256": fingerprint(digests), **images}
     costs = {name: trips[name, 0].cost(source.size) for name, subject in subjects.items() if not subject.baseline}
     measured = {}
     for name, draw in trips:
@@ -231,13 +230,15 @@ def is_examined(observer: Observer, subjects: Mapping[str, Subject], source: Sou
     return True
 
 
-def _describe_images(request: Request, source: Source, loader: Loader) -> dict[str, Any]:
+def _describe_images(request: Request, source: Source, loader: Loader, digests: Mapping[str, bytes]) -> dict[str, Any]:
     """Where the images are from, and how many were unreadable or enlarged; whole in the first process."""
     if this_process()[1] > 1:
         loader.read_errors.share()
     parts = gather((source.unreadable.reasons, source.unreadable.images, loader.enlarged)) or []
     return {
         "source": request.data or place_of(request.config["data"]),
+        "n": len(digests),
+        "sha256": fingerprint(digests),
         "unreadable": len({place for _, places, _ in parts for place in places}),
         "unreadable_files": {name: reason for reasons, _, _ in parts for name, reason in reasons.items()},
         "enlarged": sum(enlarged for _, _, enlarged in parts),
