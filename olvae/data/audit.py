@@ -1,6 +1,5 @@
-"""Check a source of images before training: unreadable files, sizes, damaged shards, reading speed."""
+"""Check a source of images before training: unreadable files, sizes, damaged shards."""
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -24,11 +23,10 @@ from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards
 from olvae.data.shards.latent_source import STATS
 from olvae.data.shards.tar_reading import Shard, read_shard
-from olvae.data.source import LoaderProcess, Source
+from olvae.data.source import Source
 from olvae.files import file_sha256, printable
 from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
 
-MEASURE_S = 3.0  # seconds for which the reading speed is measured
 IMAGES_PER_TASK, PRINTED_NAMES = 64, 10
 
 
@@ -54,7 +52,6 @@ class AuditResult:
     spreads: dict[str, dict[str, float]] = field(default_factory=dict)  # min, median and max of sides and their ratios
     smaller: int = 0  # images smaller than ``size``, which training and evaluation would enlarge
     shards: list[ShardFacts] = field(default_factory=list)
-    images_per_s: float | None = None  # of one loader process: reading, decoding and the training transform
     problems: list[str] = field(default_factory=list)  # to fix before training
     notes: list[str] = field(default_factory=list)
 
@@ -113,8 +110,6 @@ def check(
     if not pixel_range.eight_bits and len(result.kinds) > 1:
         kinds = ", ".join(f"{count} {kind}" for kind, count in result.kinds.items())
         result.problems.append(f"several kinds of pixels, which can't share a batch: {kinds}")
-    if source is not None and result.images > lost:
-        result.images_per_s = _measure_speed(source)
     return result
 
 
@@ -192,20 +187,6 @@ def _summarise(source: str, size: Size, found: _Found) -> AuditResult:
     return result
 
 
-def _measure_speed(source: Source) -> float | None:
-    """Images per second of this process, from files that were just read; None if too many are unreadable."""
-    try:
-        stream = source.stream(0, 0, LoaderProcess())
-        next(stream)
-        start, count = time.perf_counter(), 0
-        while (seconds := time.perf_counter() - start) < MEASURE_S:
-            next(stream)
-            count += 1
-    except ValueError:
-        return None
-    return round(count / seconds, 1)
-
-
 def _check_shards(result: AuditResult, folders: Sequence[Path]) -> None:
     """Add broken shards, and differences between shards and the index beside them, to the problems."""
     result.problems += [f"{shard.url}: {shard.broken}" for shard in result.shards if shard.broken]
@@ -258,13 +239,10 @@ def _facts(result: AuditResult) -> dict[str, str]:
     for name, spread in result.spreads.items():
         low, middle, high = (format(value, ".2f" if name == "aspect_ratio" else ",.0f") for value in spread.values())
         facts[name.replace("_", " ")] = f"{low} to {high}, median {middle}"
-    crops = f"{Sides.of(result.size).short} pixels"
-    facts["small"] = f"{result.smaller:,} smaller than {crops}"
+    facts["small"] = f"{result.smaller:,} smaller than {Sides.of(result.size).short} pixels"
     if result.shards:
         counts = sorted(shard.images for shard in result.shards)
         each = f"{counts[0]:,}" if counts[0] == counts[-1] else f"{counts[0]:,} to {counts[-1]:,}"
         broken = sum(shard.broken is not None for shard in result.shards)
         facts["shards"] = f"{len(counts):,}, {each} images each{f'; {broken:,} broken' if broken else ''}"
-    if result.images_per_s is not None:
-        facts["speed"] = f"{result.images_per_s:,.0f} images/s per loader process at {crops}"
     return facts

@@ -81,19 +81,19 @@ class _Totals:
         """A row of latents.json but for the MMD: plain numbers and lists."""
         scale, shift = self.moments.factors()
         mean, std = self.moments.mean.tolist(), self.moments.std.tolist()
-        overall, channels = self._posterior()
         share = (self.mass / self.mass.sum()).tolist()
         spectra = zip(("high_frequencies", "high_frequencies_of_images"), self.high.tolist(), strict=True)
-        return {
+        of = "" if self.kl is None else "_of_posterior_means"
+        ends = {f"min{of}": self.minimum.tolist(), f"max{of}": self.maximum.tolist()}
+        row = {
             "n": self.n,
             "latent_shape": list(self.shape),
             "deterministic": self.kl is None,
             "mean": shift,
             "std": 1.0 / scale,
-            **overall,
             **{name: high / total for name, (high, total) in spectra if total},
             "diffusion": {"shift_factor": shift, "scaling_factor": scale, "latents_mean": mean, "latents_std": std},
-            "channels": {"mean": mean, "std": std, **channels},
+            "channels": {"mean": mean, "std": std, **ends},
             "histogram": {
                 "edges": EDGES.tolist(),
                 "normal": torch.special.ndtr(EDGES).diff().tolist(),
@@ -102,31 +102,24 @@ class _Totals:
                 "above": share[-1],
             },
         }
-
-    def _posterior(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Over all channels and per channel, what deterministic latents lack but for the extremes."""
-        low, high = self.minimum.tolist(), self.maximum.tolist()
-        if self.kl is None:
-            return {}, {"min": low, "max": high}
-        moments, positions = self.moments, self.shape[1:].numel()
-        variances, kl = moments.variances / moments.positions, self.kl / moments.positions
-        active = moments.std_of_means.square() > ACTIVE_VARIANCE
-        overall = {
-            "posterior_std": float(variances.mean().sqrt()),
-            "kl_per_position": float(kl.sum()),
-            "kl_per_image": float(kl.sum()) * positions,
-            "active_channels": int(active.sum()),
-        }
-        channels = {
-            "std_of_posterior_means": moments.std_of_means.tolist(),
-            "min_of_posterior_means": low,
-            "max_of_posterior_means": high,
-            "posterior_std": variances.sqrt().tolist(),
-            "kl_per_position": kl.tolist(),
-            "kl_per_image": (kl * positions).tolist(),
-            "active": active.tolist(),
-        }
-        return overall, channels
+        if self.kl is not None:
+            moments, positions = self.moments, self.shape[1:].numel()
+            variances, kl = moments.variances / moments.positions, self.kl / moments.positions
+            active = moments.std_of_means.square() > ACTIVE_VARIANCE
+            row |= {
+                "posterior_std": float(variances.mean().sqrt()),
+                "kl_per_position": float(kl.sum()),
+                "kl_per_image": float(kl.sum()) * positions,
+                "active_channels": int(active.sum()),
+            }
+            row["channels"] |= {
+                "std_of_posterior_means": moments.std_of_means.tolist(),
+                "posterior_std": variances.sqrt().tolist(),
+                "kl_per_position": kl.tolist(),
+                "kl_per_image": (kl * positions).tolist(),
+                "active": active.tolist(),
+            }
+        return row
 
 
 class LatentAccumulator:

@@ -343,7 +343,7 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
     family = [row for row in rows if row.target == rows[0].target or row.target.startswith(f"{rows[0].target}, ")]
     return environment.get_template("card.md.jinja").render(
         model=model,
-        usage=layout.usage_of(model),
+        usage=layout.usage(model),
         notes=list(layout.notes(model)),
         title=title,
         made_with=MADE_WITH,

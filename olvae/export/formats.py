@@ -3,7 +3,6 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -57,7 +56,6 @@ class Layout(ABC):
 
     suffix: ClassVar[str] = ""  # of the one file that is written; empty if it is a folder, which gets a model card
     refused: ClassVar[Mapping[str, str]] = {}  # settings of an export that mean nothing here, and why
-    usage: ClassVar[str] = ""  # lines of Python for the card that load the export, named FOLDER_OR_ID, and use it
 
     def misfit(self, model: LiteVAE) -> str | None:  # noqa: ARG002
         """Say why the format can't hold a model; None if it can."""
@@ -88,9 +86,9 @@ class Layout(ABC):
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
         """Load what was written, as its users do; ``model`` is for what the format does not say."""
 
-    def usage_of(self, model: LiteVAE) -> str:  # noqa: ARG002
-        """The :attr:`usage` of a model."""
-        return self.usage
+    def usage(self, model: LiteVAE) -> str:  # noqa: ARG002
+        """Write lines of Python for the card that load the export, named FOLDER_OR_ID, and use it."""
+        return ""
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
         """Yield what a user has to know about this model in this format."""
@@ -101,7 +99,8 @@ class Layout(ABC):
 class LiteVAELayout(Layout):
     """A folder that this package loads, and diffusers as AutoencoderLiteVAE; holds every network of this package."""
 
-    usage = """from olvae import AutoencoderLiteVAE, LiteVAE
+    def usage(self, model: LiteVAE) -> str:  # noqa: ARG002
+        return """from olvae import AutoencoderLiteVAE, LiteVAE
 
 vae = LiteVAE.from_pretrained("FOLDER_OR_ID")  # a plain torch module
 z = vae.encode(images).sample()  # images in [-1, 1], (B, 3, H, W)
@@ -122,11 +121,6 @@ class DiffusersLayout(Layout):
     """The folder of a class of diffusers, for networks that it has: AutoencoderKL, AutoencoderKLFlux2, ..."""
 
     refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, "onnx": "ONNX files are written by `format` litevae"}
-    usage = """from diffusers import KIND
-
-vae = KIND.from_pretrained("FOLDER_OR_ID")
-z = vae.encode(images)LATENT  # images in [-1, 1], SHAPE
-images = vae.decode(z).sample"""
 
     def misfit(self, model: LiteVAE) -> str | None:
         if family_of(model) is None:
@@ -157,13 +151,15 @@ images = vae.decode(z).sample"""
         moments = lambda x: moments_of(*encode_image(vae, x, back.frames))  # noqa: E731
         return [Loaded(IN_DIFFUSERS, moments, back.decode, back.for_diffusion)]
 
-    def usage_of(self, model: LiteVAE) -> str:
-        frames = model.encoder.node["params"].get("frames", False)
+    def usage(self, model: LiteVAE) -> str:
+        kind, frames = _family(model).kind(model), model.encoder.node["params"].get("frames", False)
         latent = ".latent" if model.deterministic else ".latent_dist.sample()"
         latent += "s" if _family(model).units(model) else ""
-        words = {"KIND": _family(model).kind(model), "LATENT": latent}
-        words["SHAPE"] = f"(B, {model.in_channels}, {'1, ' if frames else ''}H, W)"
-        return reduce(lambda text, word: text.replace(word, words[word]), words, self.usage)
+        return f"""from diffusers import {kind}
+
+vae = {kind}.from_pretrained("FOLDER_OR_ID")
+z = vae.encode(images){latent}  # images in [-1, 1], (B, {model.in_channels}, {"1, " if frames else ""}H, W)
+images = vae.decode(z).sample"""
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
         yield from super().notes(model)
@@ -178,7 +174,6 @@ class OriginalLayout(DiffusersLayout):
     """One file with the names of its own project: latent-diffusion's for A1111, FLUX.2's, Wan's; ComfyUI reads each."""
 
     suffix = ".safetensors"
-    usage = ""
     refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, **NO_FACTORS}
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
@@ -232,8 +227,6 @@ class ComfyUILayout(Layout):
 class TinyFilesLayout(DiffusersLayout):
     """TAESD's two files, taesd_encoder and taesd_decoder, for ComfyUI's models/vae_approx and other programs."""
 
-    usage = "Copy taesd_encoder.safetensors and taesd_decoder.safetensors to ComfyUI/models/vae_approx."
-
     def misfit(self, model: LiteVAE) -> str | None:
         tiny = isinstance(family_of(model), Tiny)
         return super().misfit(model) if tiny else "only TinyEncoder and TinyDecoder are TAESD's networks"
@@ -262,11 +255,11 @@ class TinyFilesLayout(DiffusersLayout):
         assert units is not None
         return [_in_units(DiffusersAutoencoder(vae.eval()), *units)]
 
-    def usage_of(self, model: LiteVAE) -> str:  # noqa: ARG002
+    def usage(self, model: LiteVAE) -> str:  # noqa: ARG002
         return ""
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
-        yield self.usage
+        yield "Copy taesd_encoder.safetensors and taesd_decoder.safetensors to ComfyUI/models/vae_approx."
         yield from super().notes(model)
 
 

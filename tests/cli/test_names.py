@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from olvae.data import audit
 from tests.data.images import encoded
 from tests.export.latents import tiny_vae
 
@@ -36,9 +35,8 @@ def target(tmp_path) -> Path:
     return tmp_path / "vae"
 
 
-def test_check(olvae, photos, monkeypatch):
+def test_check(olvae, photos):
     """test_packing.py has such names in shards."""
-    monkeypatch.setattr(audit, "MEASURE_S", 0.05)
     Path(os.fsdecode(os.fsencode(photos) + b"/bad\xe9.jpg")).write_text("no picture")
     code, out, _ = olvae("data", "check", photos, "--size", 16, "--json")
     assert [error["name"] for error in json.loads(out)["unreadable"]] == ["bad\\xe9.jpg"]

@@ -4,7 +4,7 @@ import io
 import math
 import zipfile
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -54,25 +54,17 @@ def array_suffix(content: Path | bytes) -> str | None:
 
 
 def read_array(content: Path | bytes, channels: int = 0) -> Pixels:
-    """Read a file of an array, known by its first bytes, after a look at its size and type.
+    """Read a file of an array, known by its first bytes, after a look at its size and type; channels of 0 are any.
 
-    Args:
-        channels: that it must have; 0 for any number.
-
-    Raises:
-        ValueError, OSError, and a library's own errors: it is broken, or not such a file.
-        ConfigError: a library is missing.
+    Raises ValueError, OSError, a library's own errors: it is broken, or not such a file. ConfigError: a library is
+    missing.
     """
     suffix = array_suffix(content)
     if suffix is None:
         raise ValueError("8 bits per channel, or no known format of arrays")
 
-    def check(shape: Sequence[int], dtype: Any) -> None:
-        _check(shape, np.dtype(dtype), channels)
-
-    with ExitStack() as stack:
-        stream: Any = io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
-        file: BinaryIO = stack.enter_context(stream)
+    check, opened = partial(_check, channels), io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
+    with opened as file:
         array, nodata = READERS[suffix](file, check)
     if array.ndim == 2:
         array = array[..., None]
@@ -80,8 +72,9 @@ def read_array(content: Path | bytes, channels: int = 0) -> Pixels:
     return Pixels(array, nodata)
 
 
-def _check(shape: Sequence[int], dtype: np.dtype[Any], channels: int) -> None:
+def _check(channels: int, shape: Sequence[int], dtype: Any) -> None:
     """Raise ValueError unless an array is (H, W) or (H, W, C), of a known type and no larger than memory allows."""
+    dtype = np.dtype(dtype)
     wanted = f"(H, W, {channels or 'channels'})" + ("" if channels > 1 else " or (H, W)")
     if dtype.name not in DTYPES:
         raise ValueError(f"expected {', '.join(DTYPES)} of shape {wanted}, got {dtype} of shape {tuple(shape)}")
