@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pywt
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -201,7 +202,8 @@ def time_steps(
     model: LiteAutoencoderKL, size: int, batch_size: int, steps: int, device: str, precision: str = "32-true"
 ) -> list[float]:
     """Train on random images; the seconds of each step but the first, which warms up."""
-    stopwatch = _Stopwatch(device)
+    times: list[float] = []
+    note = lambda *_: times.append(now(device))  # noqa: E731
     trainer = pl.Trainer(
         accelerator="cpu" if device == "cpu" else "cuda",
         devices=1,
@@ -212,24 +214,12 @@ def time_steps(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[stopwatch],
+        callbacks=[LambdaCallback(on_train_batch_start=note, on_train_batch_end=note)],
     )
     shape = batch_size, model.autoencoder.encoder.in_channels, size, size
     x = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     trainer.fit(model, repeat({"image": x}, steps + 1))
-    return stopwatch.seconds[1:]
-
-
-class _Stopwatch(pl.Callback):
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.seconds: list[float] = []
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self._start = now(self.device)
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.seconds.append(now(self.device) - self._start)
+    return [end - start for start, end in zip(times[2::2], times[3::2], strict=True)]
 
 
 def _loaders(setting: Setting) -> list[Case]:

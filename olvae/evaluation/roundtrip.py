@@ -1,7 +1,7 @@
 """Reconstruct images with an autoencoder under a protocol's choices, and measure what that costs."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -21,8 +21,14 @@ from olvae.modules.distributions import keyed_generator
 def open_images_for(
     models: Mapping[str, Autoencoder], config: Config, data: str | None = None, size: Size | None = None
 ) -> Source:
-    """Open the test images of models, as :func:`open_test_source`; ConfigError unless all models take them."""
-    pixels = range_of(models.values())
+    """Open the test images of models, as :func:`open_test_source`; ConfigError unless all models take them.
+
+    Models without a range of values take over that of the others.
+    """
+    stated = list(dict.fromkeys(m.pixel_range for m in models.values() if not m.pixel_range.eight_bits))
+    if len(stated) > 1:
+        raise ConfigError(f"the targets take values of {stated[0]} and of {stated[1]}: use a command for each")
+    pixels = stated[0] if stated else EIGHT_BITS
     if len(channels := {model.in_channels for model in models.values()}) > 1:
         counts = " and ".join(map(str, sorted(channels)))
         raise ConfigError(f"the targets take images of {counts} channels: use a command for each")
@@ -34,14 +40,6 @@ def open_images_for(
             why = f"a latent position stands for {f}x{f} pixels, and {source.size.short} is not a multiple of {f}"
             raise ConfigError(f"{name}: {why}: set `size` to {source.size.multiples(f)[0].short}")
     return source
-
-
-def range_of(models: Iterable[Autoencoder]) -> PixelRange:
-    """The range of the models' images, which those without one take over; ConfigError if there are two."""
-    stated = list(dict.fromkeys(model.pixel_range for model in models if not model.pixel_range.eight_bits))
-    if len(stated) > 1:
-        raise ConfigError(f"the targets take values of {stated[0]} and of {stated[1]}: use a command for each")
-    return stated[0] if stated else EIGHT_BITS
 
 
 class Reconstructed(NamedTuple):
@@ -61,10 +59,6 @@ class Cost:
     peak_memory_bytes: int | None  # of a batch, beyond weights and images, by a GPU's allocator; None on the CPU
     batch_size: int  # of the largest batch; it is smaller than requested if there are few images
     device: str  # the GPU's name, or the CPU with its threads
-
-    def unmeasured(self) -> "Cost":
-        """Without speed and memory."""
-        return replace(self, encode_images_per_s=None, decode_images_per_s=None, peak_memory_bytes=None)
 
 
 class RoundTrip:

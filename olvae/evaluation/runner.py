@@ -80,11 +80,8 @@ class Evaluated:
 def evaluate(request: Request, progress: Progress = lambda _: lambda batches, _: batches) -> list[Evaluated] | None:
     """Evaluate targets on the same images, in one process or in all that :func:`olvae.devices.join` found.
 
-    Returns:
-        One result per protocol, in the first process; None in the others.
-
-    Raises:
-        FileNotFoundError, ValueError: images or weights are missing, unreadable, or do not fit the targets.
+    Returns one result per protocol in the first process, None in the others. Raises FileNotFoundError or ValueError if
+    images or weights are missing, unreadable, or do not fit the targets.
     """
     observers = copy.deepcopy(list(request.observers))
     subjects = {target.name: Subject(target.load()) for target in request.targets}

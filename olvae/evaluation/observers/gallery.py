@@ -134,13 +134,18 @@ class Gallery(Observer):
         beside = list(zip(*(ranking.arbitrary(BESIDE) for ranking in self.rankings.values()), strict=True))
         count = sum(len(examples) for named in groups.values() for examples in named.values())
         metric, _, unit = METRICS[self._metric].label.partition(", ")
+
+        def triple(example: Example) -> dict[str, Tensor]:
+            error = error_map(example.x[None], example.y[None])[0]
+            return {"input": example.x, "reconstruction": example.y, "error": error}
+
         return page.render(
             "gallery.html",
             groups=groups,
             beside=beside,
             metric=metric,
             unit=unit,
-            triple=_triple,
+            triple=triple,
             limit=side_limit(3 * count + len(beside) * (1 + len(groups))),
             error_range=ERROR_RANGE,
         )
@@ -159,12 +164,6 @@ class Gallery(Observer):
         with atomic_write(path) as partial:
             labelled_grid(rows).save(partial)
         return {"figure": path}
-
-
-def _triple(example: Example) -> dict[str, Tensor]:
-    """An image's input, reconstruction and absolute error."""
-    error = error_map(example.x[None], example.y[None])[0]
-    return {"input": example.x, "reconstruction": example.y, "error": error}
 
 
 def _hash(key: str) -> bytes:

@@ -204,7 +204,8 @@ class HalfPrecision(Observer):
         lost = 0.0 if psnr == full else full - psnr
         safe = not entry["non_finite"]["values"] and abs(lost) <= TOLERANCE
         entry = {**entry, "psnr_lost": lost if math.isfinite(lost) else None, "safe": safe}
-        return replace(row, observed={**row.observed, self.name: entry}, cost=row.cost and row.cost.unmeasured())
+        speed: dict[str, Any] = dict.fromkeys(("encode_images_per_s", "decode_images_per_s", "peak_memory_bytes"))
+        return replace(row, observed={**row.observed, self.name: entry}, cost=row.cost and replace(row.cost, **speed))
 
     def lines(self, rows: Sequence[Row]) -> Iterator[str]:
         full: Mapping[str, Any] | None = None

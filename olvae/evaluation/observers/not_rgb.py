@@ -34,8 +34,11 @@ class RealValues(PerImageObserver):
         x, y = (pixels.real(levels).double() for levels in (batch.x, batch.y))
         error = y - x
         squares, sizes = error.square().mean((2, 3)), error.abs().mean((2, 3))  # (B, C)
-        relative = _mean(error.abs() / x.clamp_min(1e-300), x > 0) if min(pixels.low) >= 0 else _nothing(x)
-        angles = _angles(x, y) if x.shape[1] >= SPECTRAL else _nothing(x)
+        relative = angles = x.new_zeros(len(x), 2)  # of no values
+        if min(pixels.low) >= 0:
+            relative = _mean(error.abs() / x.clamp_min(1e-300), x > 0)
+        if x.shape[1] >= SPECTRAL:
+            angles = _angles(x, y)
         return zip(*(t.tolist() for t in (squares, sizes, relative, angles)), strict=True)
 
     def summarise(self, columns: Sequence[Any]) -> dict[str, Any]:
@@ -62,10 +65,6 @@ class RealValues(PerImageObserver):
         for row in rows:
             if (entry := row.observed.get(self.name)) and len(entry["rmse"]) > 1:
                 yield f"{row.target}: RMSE per channel {', '.join(map(significant, entry['rmse']))}"
-
-
-def _nothing(x: Tensor) -> Tensor:
-    return x.new_zeros(len(x), 2)
 
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
