@@ -55,7 +55,7 @@ def command(
     source = open_images_for(models, found[0].config, data)
     if images is not None:
         source.limit(images)
-    shown = with_progress("encoding")(source.test_loader(batch_size or (8 if data else None)), source.val_images)
+    shown = with_progress("encoding", source.test_loader(batch_size or (8 if data else None)), source.val_images)
     accumulators = encode_latents(models, shown, device, source.pixel_range, observer)
     leave()
     if accumulators is None:

@@ -197,15 +197,12 @@ class _RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.{0 if speed >= 10 else 1}f} {self.unit}/s")
 
 
-def with_progress(description: str) -> "Callable[[Iterable[Batch], int | None], Iterator[Batch]]":
-    """Wrap this process's batches in a progress bar over the images of all, which only the first process shows."""
+def with_progress(description: str, batches: "Iterable[Batch]", total: int | None) -> "Iterator[Batch]":
+    """Show progress over this process's batches as images of all processes, in the first process."""
     from olvae.devices import this_process
 
-    def wrap(batches: "Iterable[Batch]", total: int | None) -> "Iterator[Batch]":
-        rank, world = this_process()
-        with ProgressBar(description, total, enabled=rank == 0) as bar:
-            for batch in batches:
-                yield batch
-                bar.advance(len(batch["image"]) * world)
-
-    return wrap
+    rank, world = this_process()
+    with ProgressBar(description, total, enabled=rank == 0) as bar:
+        for batch in batches:
+            yield batch
+            bar.advance(len(batch["image"]) * world)

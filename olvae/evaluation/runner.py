@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 Key = tuple[str, int]  # a subject's name, and the way to draw latents; baselines have only 0
 
-Progress = Callable[[str], Callable[[Iterable[Batch], int | None], Iterable[Batch]]]
+Progress = Callable[[str, Iterable[Batch], int | None], Iterable[Batch]]
 """Shows progress under a description: wraps batches, with the number of images over all processes if it is known."""
 
 log = logging.getLogger("olvae")
@@ -77,7 +77,7 @@ class Evaluated:
     observers: Sequence[Observer] = ()
 
 
-def evaluate(request: Request, progress: Progress = lambda _: lambda batches, _: batches) -> list[Evaluated] | None:
+def evaluate(request: Request, progress: Progress = lambda _, batches, __: batches) -> list[Evaluated] | None:
     """Evaluate targets on the same images, in one process or in all that :func:`olvae.devices.join` found.
 
     Returns one result per protocol in the first process, None in the others. Raises FileNotFoundError or ValueError if
@@ -122,7 +122,7 @@ def _one_pass(
     variants = [protocol.columns.get(name, name) for protocol in protocols for name in request.metrics]
     make = build_metrics(variants, request.weights_dir, request.device)
     metrics = {key: make() for key in trips}
-    batches = progress("evaluating")(loader, source.val_images)
+    batches = progress("evaluating", loader, source.val_images)
     digests = observe(batches, subjects, trips, metrics, observers, pixels)
     images = _describe_images(request, source, loader, digests or {})
     if digests is None:
