@@ -80,10 +80,9 @@ Undecoded = tuple[bytes | Picture, str]
 
 def network_cases(builders: Networks, channels: int, side: int, setting: Setting) -> list[Case]:
     """Each network in each precision and memory layout; the peer is the first, plain."""
-    products, shape = setting.products(), (setting.batch_size, channels, side, side)
+    products, x = setting.products(), setting.noise(channels, side)
     cases, peers = list(products.values()), dict[str, Case]()
     sizes = setting.size, setting.batch_size
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(setting.device)
     eager = {name: build().eval().to(setting.device) for name, build in builders.items()}
     compiled = {name: nn.Sequential(network) for name, network in eager.items()}  # around it: it stays plain itself
     works = setting.compiled and compile_networks(list(compiled.values()), torch.device(setting.device))
@@ -94,14 +93,14 @@ def network_cases(builders: Networks, channels: int, side: int, setting: Setting
             "channels-last": (last, torch.channels_last),
             **({"compiled": (compiled[name], torch.contiguous_format)} if works else {}),
         }
-        macs = count_macs(network, *shape)
-        counted = peak_bytes(network, lambda module, images: module(images), shape)
+        macs = count_macs(network, *x.shape)
+        counted = peak_bytes(network, lambda module, images: module(images), x.shape)
         for precision in setting.precisions:
             for variant, (module, layout) in variants.items():
                 run = setting.inference(partial(module, x.contiguous(memory_format=layout)), precision)
                 peer, limits = peers.get(precision), {"of_product": products[precision]}
                 memory = counted if (variant, precision) == ("eager", FULL) else None
-                case = Case(name, variant, precision, run, shape[0], *sizes, macs, "macs", limits, peer, memory)
+                case = Case(name, variant, precision, run, len(x), *sizes, macs, "macs", limits, peer, memory)
                 peers.setdefault(precision, case)
                 cases.append(case)
     return cases
@@ -117,7 +116,7 @@ def _wavelet(setting: Setting) -> list[Case]:
 
     Each level reads its images or LL once and writes as much; so does its gradient.
     """
-    x = setting.images()
+    x = setting.noise(3, setting.size)
     target, copied = torch.empty_like(x), 2 * x.nbytes  # read and written
     sizes = setting.size, setting.batch_size
     limit = Case("copy", "limit", FULL, setting.inference(lambda: target.copy_(x)), 0, *sizes, copied, "bytes")

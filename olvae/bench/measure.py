@@ -95,9 +95,9 @@ class Setting:
 
         return clocked(run, self.device)
 
-    def images(self) -> Tensor:
-        x = torch.randn(self.batch_size, 3, self.size, self.size, generator=torch.Generator().manual_seed(0))
-        return x.to(self.device)
+    def noise(self, channels: int, side: int) -> Tensor:
+        shape = self.batch_size, channels, side, side
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
 
     def products(self) -> dict[str, Case]:
         """A product of two square matrices in each precision."""

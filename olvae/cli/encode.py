@@ -138,7 +138,8 @@ def _other_factors(stats: Mapping[str, Any], out: Path, target: "Target", model:
         with contextlib.suppress(ValueError):
             others[str(file)] = read_factors(file, target.name)
     for name, other in others.items():
-        if other[:2] != (1.0, 0.0) and here.differs(*other[:2]):
+        scaling, shift = abs(here.scaling / other.scaling - 1), abs(here.shift - other.shift) * other.scaling
+        if other[:2] != (1.0, 0.0) and max(scaling, shift) > 1e-3:
             images = "" if other.images is None else f" (of {other.images} images)"
             yield (
                 f"warning: {name} has scaling_factor {other.scaling:.4f}, shift_factor {other.shift:.4f}{images}, "

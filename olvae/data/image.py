@@ -325,20 +325,15 @@ class RandomScaleCrop:
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the window is then still at least twice as high as the result,
     which changes a pixel by less than 1 of 255 on average (docs/data.md).
-
-    Args:
-        size: of the result.
-        min_fraction: in (0, 1].
-        filters: names of :data:`FILTERS` to choose from; nearest alone, for masks, is evaluation's filter as well.
-        flip: mirror half of the results.
-        shuffle_channels: share of the results whose channels are permuted: more colours, if there are few pictures.
     """
 
-    size: Size
-    min_fraction: float = 0.5
-    filters: Sequence[str] = ALL_FILTERS
-    flip: bool = True
-    shuffle_channels: float = 0.0
+    size: Size  # of the result
+    min_fraction: float = 0.5  # in (0, 1]
+    filters: Sequence[str] = (
+        ALL_FILTERS  # of FILTERS, to choose from; nearest alone, for masks, is evaluation's as well
+    )
+    flip: bool = True  # mirror half of the results
+    shuffle_channels: float = 0.0  # share of the results whose channels are permuted: more colours of few pictures
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.shuffle_channels <= 1.0:

@@ -302,10 +302,6 @@ class Factors(NamedTuple):
     shift: float
     images: int | None = None
 
-    def differs(self, scaling: float, shift: float) -> bool:
-        """Whether other factors scale the same latents by more than a thousandth otherwise."""
-        return abs(self.scaling / scaling - 1) > 1e-3 or abs(self.shift - shift) * scaling > 1e-3
-
 
 def read_factors(path: Path, target: str, weights: str | None = None) -> Factors:
     """Read a target's scaling and shift factor from latents.json of olvae latents or stats.json of olvae encode.

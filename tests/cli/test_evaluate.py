@@ -70,13 +70,10 @@ def test_from_python_it_is_the_same(olvae, trained, photos, tmp_path):
     """And a caller can watch the batches."""
     seen = []
 
-    def watched(description):
-        def wrap(batches, total):
-            for batch in batches:
-                yield batch
-                seen.append((description, len(batch["image"]), total))
-
-        return wrap
+    def watched(description, batches, total):
+        for batch in batches:
+            yield batch
+            seen.append((description, len(batch["image"]), total))
 
     request = Request([find_target(trained)], metrics=("psnr", "ssim", "l1"), data=str(photos), batch_size=5)
     (evaluated,) = evaluate(request, watched)

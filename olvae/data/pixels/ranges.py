@@ -51,25 +51,16 @@ class PixelRange:
     """The values that become -1 and 1, for all channels or each channel, and what becomes of others.
 
     Metrics and pictures see levels: 0 to 255 over the range, uint8 for 8-bit images and float32 for others.
-
-    Args:
-        low, high: one number for all channels, or one for each.
-        values: what is linear between them: the value, its logarithm, or the logarithm of 1 + value.
-        outside: values outside become the nearest end, or make an image unreadable.
-        nodata: a value that stands for a missing one; images with it, with NaN or infinity are unreadable.
-        shown: channels of pictures, counted from 0, one or three; by default the first three.
-        stretch: fractions of the range that pictures show as black and white.
-        eight_bits: images are uint8, in 0 to 255.
     """
 
-    low: tuple[float, ...] = (0.0,)
+    low: tuple[float, ...] = (0.0,)  # one number for all channels, or one for each
     high: tuple[float, ...] = (255.0,)
-    values: Values = "linear"
-    outside: Outside = "error"
-    nodata: float | None = None
-    shown: tuple[int, ...] | None = None
-    stretch: tuple[float, float] = (0.0, 1.0)
-    eight_bits: bool = False
+    values: Values = "linear"  # what is linear between them: the value, its logarithm, or the logarithm of 1 + value
+    outside: Outside = "error"  # values outside become the nearest end, or make an image unreadable
+    nodata: float | None = None  # stands for a missing value; images with it, with NaN or infinity are unreadable
+    shown: tuple[int, ...] | None = None  # channels of pictures, counted from 0, one or three; else the first three
+    stretch: tuple[float, float] = (0.0, 1.0)  # fractions of the range that pictures show as black and white
+    eight_bits: bool = False  # images are uint8, in 0 to 255
 
     @classmethod
     def from_node(cls, node: Any, where: str = "data.params.range") -> "PixelRange":
