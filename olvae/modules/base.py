@@ -4,8 +4,8 @@ import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from typing import Any, NamedTuple
+from functools import partial, wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ from torch.distributed.nn.functional import all_reduce
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
+
+Output = TypeVar("Output")
 
 
 class Stage(NamedTuple):
@@ -259,6 +261,82 @@ def mean_over_processes(x: Tensor) -> Tensor:
         return x
     total: Tensor = all_reduce(x)
     return total / dist.get_world_size()
+
+
+class _Cast(torch.autograd.Function):
+    """Tensors in another dtype, and their gradients back in float32: dozens of casts in one launch."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        return tuple(_in_dtype(tensors, dtype))
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        cast = iter(_in_dtype([g for g in gradients if g is not None], torch.float32))
+        return None, *(None if g is None else next(cast) for g in gradients)
+
+
+def _in_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    if copies:
+        torch._foreach_copy_(copies, list(tensors))
+    return copies
+
+
+Operands = tuple[Tensor, Tensor | None]  # weight and bias of a convolution
+
+
+def operands(layer: Any) -> Operands:
+    """Those of a layer whose class derives them, for several of its kind; as :func:`casts_together` has cast them."""
+    own = layer.__dict__
+    found: Operands = (own["weight"], own["bias"]) if "weight" in own else layer.derive([layer])[0]
+    return found
+
+
+def casts_together(forward: Callable[[Any, Tensor], Output]) -> Callable[[Any, Tensor], Output]:
+    """Let a network's forward pass in training cast its layers' weights together, where autocast casts each.
+
+    Values and gradients are the same, in fewer launches. The last convolution is left to autocast, or a gradient at
+    it alone would take the whole backward pass; so are compiled networks, and those with :attr:`Steps.checkpoint`,
+    which compute their casts again.
+    """
+
+    @wraps(forward)
+    def run(network: Any, x: Tensor) -> Output:
+        alone = torch.compiler.is_compiling() or not network.training or getattr(network, "checkpoint", False)
+        if alone or not autocast_enabled(x):
+            return forward(network, x)
+        last = last_convolution(network)
+        layers = [layer for layer in _layers(network) if layer is not last]
+        with no_autocast(x):
+            pairs = {layer: (layer.weight, layer.bias) for layer in layers if not hasattr(layer, "derive")}
+            for derive in {layer.derive for layer in layers if hasattr(layer, "derive")}:
+                alike = [layer for layer in layers if getattr(layer, "derive", None) is derive]
+                pairs |= zip(alike, derive(alike), strict=True)
+        tensors = [t for pair in pairs.values() for t in pair if t is not None]
+        cast = iter(_Cast.apply(torch.get_autocast_dtype(x.device.type), *tensors))
+        try:
+            for layer, (_, bias) in pairs.items():  # an attribute hides the parameter
+                layer.__dict__.update(weight=next(cast), bias=None if bias is None else next(cast))
+            return forward(network, x)
+        finally:
+            for layer in layers:
+                layer.__dict__.pop("weight", None)
+                layer.__dict__.pop("bias", None)
+
+    # A copy: torch.compile limits how many graphs one piece of code has.
+    run.__code__ = run.__code__.replace()  # type: ignore[attr-defined]
+    return run
+
+
+def _layers(network: nn.Module) -> Iterator[Any]:
+    """The layers of a network whose weights autocast casts."""
+    for child in network.children():
+        if hasattr(child, "derive") or type(child) in (nn.Conv2d, nn.Linear):
+            yield child
+        else:
+            yield from _layers(child)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import no_autocast, upcast
+from olvae.modules.base import casts_together, no_autocast, upcast
 from olvae.modules.unetgan import SpectralConv2d
 
 
@@ -134,6 +134,7 @@ class GigaGAN(nn.Module):
         self.last_predictor = _Predictor(4 * widths[-1])
         self.num_outputs = len(self.predictors) + 1
 
+    @casts_together
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, in_channels, image_size, image_size) -> [patches' logits (B, 1, s, s), finest first; (B, 1)]."""
         if x.ndim != 4 or x.shape[-2:] != (self.image_size, self.image_size):

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from olvae.modules.base import mean_over_processes, upcast
+from olvae.modules.base import casts_together, mean_over_processes, upcast
 
 
 class PatchGAN(nn.Module):
@@ -41,6 +41,7 @@ class PatchGAN(nn.Module):
             elif isinstance(module, _SharedBatchNorm):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
+    @casts_together
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, in_channels, H, W), sides of at least 4 * 2^n -> [logits of patches (B, 1, ~H/2^n - 2, ~W/2^n - 2)]."""
         if x.ndim != 4 or min(x.shape[-2:]) < self.min_size:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Encoder, Steps, check_counts
+from olvae.modules.base import Decoder, Encoder, Steps, casts_together, check_counts
 
 Padding = Literal["zeros", "reflect"]
 
@@ -87,6 +87,7 @@ class SDEncoder(_Half, Encoder):
         if linear:
             self.add_linear_path()
 
+    @casts_together
     def forward(self, x: Tensor) -> Tensor:
         return self.with_linear_path(self.model(x), x)
 
@@ -117,6 +118,7 @@ class SDDecoder(_Half, Decoder):
         if linear:
             self.add_linear_path()
 
+    @casts_together
     def forward(self, z: Tensor) -> Tensor:
         image: Tensor = self.model(z)
         return image if self.linear is None else image + self.linear_path(z)

@@ -1,19 +1,17 @@
 """UNetGAN: a discriminator with logits for the whole image and for every pixel (Schönfeld et al. 2020).
 
-Its convolutions have spectral norm, whose power iteration is controlled here too (Miyato et al. 2018).
+Its convolutions have spectral norm, whose power iteration is here too (Miyato et al. 2018).
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
 
-from olvae.modules.base import no_autocast
+from olvae.modules.base import Operands, casts_together, no_autocast, operands
 
 _LAYOUTS = {  # facts.md section 3: widths of the down blocks and of the up blocks, in units of base_channels
     128: ((1, 2, 4, 8, 16), (8, 4, 2, 1, 1)),
@@ -24,9 +22,12 @@ _LAYOUTS = {  # facts.md section 3: widths of the down blocks and of the up bloc
 class SpectralConv2d(nn.Conv2d):
     """A convolution divided by its largest singular value (Miyato et al. 2018); orthogonal init, zero bias.
 
-    The arguments are Conv2d's. The weight is taken as a matrix (out_channels, in_channels k k). One power iteration per
-    forward pass in training, none in evaluation. The normalised weight is computed in float32 under autocast too.
+    The arguments are Conv2d's. The weight is taken as a matrix (out_channels, in_channels k k). No forward pass runs a
+    power iteration, so that gradients of k micro-batches add up to those of one batch k times as large: call
+    :func:`power_iteration` once per update. The normalised weight is computed in float32 under autocast too.
     """
+
+    kept: Tensor | None = None  # the normalised weight, for several passes
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -34,54 +35,56 @@ class SpectralConv2d(nn.Conv2d):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         spectral_norm(self)
+        self.norm[0].n_power_iterations = 0
+
+    @property
+    def norm(self) -> Any:
+        """torch's parametrization of the weight."""
+        return self.get_submodule("parametrizations.weight")
+
+    @staticmethod
+    def derive(layers: Sequence["SpectralConv2d"]) -> list[Operands]:
+        weights = [layer.weight if layer.kept is None else layer.kept for layer in layers]
+        frozen = [not layer.norm.original.requires_grad for layer in layers]
+        return [(w.detach() if f else w, layer.bias) for w, f, layer in zip(weights, frozen, layers, strict=True)]
 
     def forward(self, x: Tensor) -> Tensor:
         with no_autocast(x):
-            weight = self.weight  # runs the power iteration
-        out: Tensor = self._conv_forward(x, weight, self.bias)
+            weight, bias = operands(self)
+        out: Tensor = self._conv_forward(x, weight, bias)
         return out
 
 
-@contextmanager
-def fixed_spectral_norm(module: nn.Module) -> Iterator[None]:
-    """Run no power iteration inside, not even in training mode, so that all forward passes use the same weights.
-
-    Then the gradients of k micro-batches add up to those of one batch k times as large. Call :func:`power_iteration`
-    once per update instead.
-    """
-    norms = [norm for norm in _spectral_norms(module) if norm.training]
-    for norm in norms:
-        norm.eval()
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.train()
-
-
-def shared_weights(module: nn.Module) -> AbstractContextManager[object]:
-    """Normalise each weight once inside, for all forward passes, where a GPU waits for launches rather than for sums.
+def share_weights(module: nn.Module, share: bool = True) -> None:
+    """Normalise each weight once for all passes from now on, where a GPU waits for launches rather than for sums.
 
     Gradients of the passes are then added before the normalisation, not after it, which rounds differently: on a CPU
-    each pass has its own. A compiled module is left alone.
+    each pass has its own, and in a compiled module. After one backward pass, end it: ``share=False``.
     """
-    on_gpu = all(p.is_cuda for p in module.parameters())
-    return parametrize.cached() if on_gpu and module._compiled_call_impl is None else nullcontext()
+    parameters = list(module.parameters())
+    share = share and module._compiled_call_impl is None and all(p.is_cuda for p in parameters)
+    with no_autocast(parameters[0]):
+        for layer in _spectral_layers(module):
+            layer.kept = None if not share else layer.weight if layer.kept is None else layer.kept
 
 
 @torch.no_grad()
 def power_iteration(module: nn.Module) -> None:
     """Run one power iteration of every :class:`SpectralConv2d` in ``module``, in any mode, in float32 as weights."""
-    for norm in _spectral_norms(module):
-        training = norm.training
-        with no_autocast(next(norm.parameters())):
-            norm.train()()  # computing the weight runs it
-        norm.train(training)
+    if not (norms := [layer.norm for layer in _spectral_layers(module)]):
+        return
+    matrices = [norm.original.flatten(1) for norm in norms]  # (out_channels, in_channels k k)
+    with no_autocast(matrices[0]):
+        for one, other in (("_u", "_v"), ("_v", "_u")):
+            products = [m.mv(getattr(norm[0], other)) for m, norm in zip(matrices, norms, strict=True)]
+            lengths = torch._foreach_clamp_min(torch._foreach_norm(products), 1e-12)
+            for norm, product, length in zip(norms, products, lengths, strict=True):
+                torch.div(product, length, out=getattr(norm[0], one))
+            matrices = [m.mT for m in matrices]
 
 
-def _spectral_norms(module: nn.Module) -> list[nn.Module]:
-    """The parametrizations of the weights of each SpectralConv2d."""
-    return [m.get_submodule("parametrizations.weight") for m in module.modules() if isinstance(m, SpectralConv2d)]
+def _spectral_layers(module: nn.Module) -> list[SpectralConv2d]:
+    return [m for m in module.modules() if isinstance(m, SpectralConv2d)]
 
 
 class UNetGAN(nn.Module):
@@ -116,6 +119,7 @@ class UNetGAN(nn.Module):
         nn.init.orthogonal_(self.pixel_head.weight)
         nn.init.zeros_(self.pixel_head.bias)  # type: ignore[arg-type]
 
+    @casts_together
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, in_channels, H, W), sides multiples of 64 -> [logits of pixels (B, 1, H, W), of the image (B, 1)]."""
         if x.ndim != 4 or x.shape[-2] % 64 or x.shape[-1] % 64:

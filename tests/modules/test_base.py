@@ -1,8 +1,85 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
 from olvae.modules.base import check_counts, count_macs, count_parameters
+from olvae.modules.gigagan import GigaGAN
+from olvae.modules.litevae.blocks import OpenUNet, PaperUNet
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
+from olvae.modules.patchgan import PatchGAN
+from olvae.modules.sdvae import SDDecoder, SDEncoder
+from olvae.modules.unetgan import UNetGAN
+from tests.models.test_on_fake_cuda import Operations
+
+NARROW = {"channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1}
+SMALL_GIGAGAN = {"base": 256, "max_channels": 16, "blocks": 1, "attention": (8,), "heads": 2, "head_channels": 8}
+CASTING = {
+    "OpenUNet": (partial(OpenUNet, 4, 4, 8, (1, 2), 1), 4, 8),
+    "PaperUNet": (partial(PaperUNet, 4, 4, 8, (1, 2), 1, 0.0), 4, 8),
+    "decoder": (partial(LiteVAE_Decoder, z_channels=4, linear=True, **NARROW), 4, 8),
+    "decoder with GroupNorm": (partial(LiteVAE_Decoder, z_channels=4, variant="group_norm", **NARROW), 4, 8),
+    "SD's encoder": (partial(SDEncoder, latent_dim=8, norm_groups=4, **NARROW), 3, 16),
+    "SD's decoder": (partial(SDDecoder, z_channels=4, norm_groups=4, **NARROW), 4, 8),
+    "UNetGAN": (partial(UNetGAN, base_channels=2, image_size=64), 3, 64),
+    "GigaGAN": (partial(GigaGAN, image_size=64, **SMALL_GIGAGAN), 3, 64),
+    "PatchGAN": (partial(PatchGAN, base_channels=4), 3, 64),
+}
+"""Networks that cast their weights together; the input's channels and side."""
+
+
+def passed(network: nn.Module, forward, x: torch.Tensor, dtype: torch.dtype) -> tuple[list[torch.Tensor], int]:
+    """The outputs and the parameters' gradients of two passes, and how many operations they took."""
+    network.zero_grad()
+    with Operations() as operations:
+        with torch.autocast("cpu", dtype, cache_enabled=False):
+            given = [forward(x), forward(x.flip(0) + 1)]
+        outputs = [t for out in given for t in (out if isinstance(out, list) else [out])]
+        torch.stack([t.float().square().mean() for t in outputs]).sum().backward()
+    return [*outputs, *(p.grad for p in network.parameters())], operations.count
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*((name, torch.bfloat16) for name in CASTING), ("decoder", torch.float16)])
+def test_weights_cast_together_are_those_that_autocast_casts(name, dtype):
+    make, channels, side = CASTING[name]
+    network, x = make(), torch.randn(2, channels, side, side)
+    together, fewer = passed(network, network, x, dtype)
+    alone, operations = passed(network, partial(type(network).forward.__wrapped__, network), x, dtype)
+    assert all(t.isfinite().all() for t in alone)
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+    assert fewer < 0.9 * operations
+    assert network.state_dict().keys() == make().state_dict().keys()
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "eval", "error"])
+def test_weights_are_left_to_autocast(mode):
+    """Where they are computed again, in evaluation, and after an error."""
+    decoder = LiteVAE_Decoder(z_channels=4, **NARROW).train(mode != "eval")
+    z = torch.randn(1, 4, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        if mode == "error":
+            with pytest.raises(ValueError, match="expected latents"):
+                decoder(z[:, :1])
+        if mode == "checkpoint":
+            decoder.checkpoint_steps()
+        seen = []
+        decoder.conv_in.register_forward_pre_hook(lambda conv, _: seen.append(conv.weight.dtype))
+        decoder(z).float().sum().backward()
+        assert seen[0] == (torch.bfloat16 if mode == "error" else torch.float32)
+    assert decoder.conv_in.weight.grad is not None
+
+
+def test_a_gradient_at_the_last_convolution_takes_no_other():
+    """An adaptive weight measures two of them in a step."""
+    decoder, counts = LiteVAE_Decoder(z_channels=4, **NARROW), []
+    for length in (1, 2):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = decoder(torch.randn(1, 4, 8, 8)).float().square().mean()
+        with Operations() as operations:
+            torch.autograd.grad(loss, [decoder.conv_out.weight, decoder.conv_in.weight][:length])
+        counts.append(operations.count)
+    assert counts[0] < 12 < counts[1] / 4
 
 
 def test_by_hand():

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils import parametrize
 
-from olvae.modules.unetgan import SpectralConv2d, UNetGAN, fixed_spectral_norm, power_iteration, shared_weights
+from olvae.modules.unetgan import SpectralConv2d, UNetGAN, power_iteration, share_weights
+from tests.conftest import torchs_iterations
 
 
 @pytest.fixture
@@ -90,42 +90,46 @@ def _gradients(net: UNetGAN, batches: list[Tensor]) -> list[Tensor]:
     return [p.grad.clone() for p in net.parameters()]
 
 
-def test_fixed_spectral_norm_lets_micro_batches_add_up():
+def test_micro_batches_add_up_between_two_power_iterations():
     torch.manual_seed(0)
     net = UNetGAN(base_channels=4).double()
     _away_from_the_start(net)
     x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
-    with fixed_spectral_norm(net):
-        assert net.training
-        whole, parts = _gradients(net, [x]), _gradients(net, list(x.split(2)))
-        for a, b in zip(whole, parts, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-    whole, parts = _gradients(net, [x]), _gradients(net, list(x.split(2)))  # outside, they do not
-    assert max((a - b).abs().max() for a, b in zip(whole, parts, strict=True)) > 1e-6
+    whole, parts = _gradients(net, [x]), _gradients(net, list(x.split(2)))
+    torch.testing.assert_close(whole, parts, rtol=1e-9, atol=1e-9)
+    power_iteration(net)
+    changed = _gradients(net, [x])
+    assert max((a - b).abs().max() for a, b in zip(whole, changed, strict=True)) > 1e-6
 
 
-def test_power_iteration_is_what_a_training_pass_runs(small: UNetGAN):
+def test_a_power_iteration_is_torchs(small: UNetGAN):
     _away_from_the_start(small)
-    other = copy.deepcopy(small)
+    other = torchs_iterations(copy.deepcopy(small))
+    before = [b.clone() for b in small.buffers()]
     small(torch.randn(1, 3, 64, 64))
-    with fixed_spectral_norm(other):
-        before = [b.clone() for b in other.buffers()]
-        other(torch.randn(1, 3, 64, 64))
-        assert all(torch.equal(a, b) for a, b in zip(other.buffers(), before, strict=True))
-        power_iteration(other)
+    assert all(torch.equal(a, b) for a, b in zip(small.buffers(), before, strict=True))
+    power_iteration(small)
+    other(torch.randn(1, 3, 64, 64))
     assert all(torch.equal(a, b) for a, b in zip(other.buffers(), small.buffers(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(other.buffers(), before, strict=True))
 
 
-def test_weights_shared_by_passes_give_the_same_gradients():
-    """As on a GPU: the sum of the passes' gradients goes through the normalisation once."""
+def test_weights_shared_by_passes_give_the_same_gradients(monkeypatch):
+    """As on a GPU: the sum of the passes' gradients goes through the normalisation once; frozen ones get none of it."""
     torch.manual_seed(0)
     net = UNetGAN(base_channels=2, image_size=64).double()
     x, gradients = torch.randn(2, 3, 64, 64, dtype=torch.float64), []
-    for sharing in (shared_weights(net), parametrize.cached()):
+    for on_gpu in (False, True):
+        monkeypatch.setattr(torch.Tensor, "is_cuda", on_gpu)
         net.zero_grad()
-        with fixed_spectral_norm(net), sharing:
-            loss = sum(t.square().mean() for image in (x, x.flip(0) + 1) for t in net(image))
+        share_weights(net)
+        assert (net.image_head.kept is not None) == on_gpu
+        net.requires_grad_(False)
+        assert not net(x)[0].requires_grad
+        net.requires_grad_(True)
+        loss = sum(t.square().mean() for image in (x, x.flip(0) + 1) for t in net(image))
+        share_weights(net, share=False)
         loss.backward()
+        assert net.image_head.kept is None
         gradients.append([p.grad.clone() for p in net.parameters()])
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)

@@ -9,12 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 from math import gcd
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Steps
+from olvae.modules.base import Operands, Steps, casts_together, operands
 
 
 def conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -90,6 +91,7 @@ class UNet(Steps, ABC):
     def steps(self) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
         """Blocks and convolutions on the way down, in the middle, and on the way up."""
 
+    @casts_together
     def forward(self, x: Tensor) -> Tensor:
         h = self.init_conv(x)
         skips: list[Tensor] = []
@@ -201,19 +203,30 @@ class SMC(nn.Module):
         self.scales = nn.Parameter(torch.ones(in_channels))
         self.gain = nn.Parameter(torch.ones(1))
 
-    def modulated_weight(self) -> Tensor:
-        """w', (out_channels, in_channels, k, k), in the parameters' dtype."""
-        w = self.conv.weight * self.scales.view(1, -1, 1, 1)
-        return self.gain * w * (w.square().sum(dim=(1, 2, 3), keepdim=True) + self.eps).rsqrt()
+    @staticmethod
+    def derive(layers: Sequence["SMC"]) -> list[Operands]:
+        """w', (out_channels, in_channels, k, k), and the bias of each; those of one shape are computed together."""
+        alike: dict[Any, list[SMC]] = {}
+        for layer in layers:
+            alike.setdefault((layer.conv.weight.shape, layer.eps), []).append(layer)
+        weights: dict[SMC, Tensor] = {}
+        for (_, eps), same in alike.items():
+            given = zip(*((layer.conv.weight, layer.scales, layer.gain) for layer in same), strict=True)
+            w, scales, gain = (torch.stack(t) if len(t) > 1 else t[0][None] for t in given)
+            w = w * scales[:, None, :, None, None]
+            w = gain[..., None, None, None] * w * (w.square().sum(dim=(2, 3, 4), keepdim=True) + eps).rsqrt()
+            weights |= zip(same, w, strict=True)
+        return [(weights[layer], layer.conv.bias) for layer in layers]
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.modulated_weight(), self.conv.bias, padding=self.conv.padding)
+        weight, bias = operands(self)
+        return F.conv2d(x, weight, bias, padding=self.conv.padding)
 
     @torch.no_grad()
     def fold(self) -> nn.Conv2d:
         """The same function as an ordinary convolution, a copy."""
         conv = copy.deepcopy(self.conv)
-        conv.weight.copy_(self.modulated_weight())
+        conv.weight.copy_(operands(self)[0])
         return conv
 
 

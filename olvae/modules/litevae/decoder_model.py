@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Stage, check_counts
+from olvae.modules.base import Decoder, Stage, casts_together, check_counts
 from olvae.modules.litevae.blocks import SMC, GroupNorm, PreActivationBlock, conv3, shortcut
 from olvae.modules.wavelet import idwt2
 
@@ -129,6 +129,7 @@ class LiteVAE_Decoder(Decoder):
         if linear:
             self.add_linear_path()
 
+    @casts_together
     def forward(self, z: Tensor) -> Tensor:
         if z.ndim != 4 or z.shape[1] != self.z_channels:
             raise ValueError(f"expected latents of shape (B, {self.z_channels}, h, w), got {tuple(z.shape)}")
