@@ -9,18 +9,15 @@ from olvae.losses.adversarial import check_logits, find_loss, mean_of_outputs
 from olvae.modules.base import upcast
 
 
-def cutmix(real: Tensor, fake: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def cutmix(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     """Paste a rectangle of one image into the other, sample by sample (Yun et al. 2019, Schönfeld et al. 2020).
 
     The rectangle's share of the area is uniform in (0, 1), up to whole pixels; it has the image's aspect ratio and a
     random place. A fair coin decides whether it holds the real or the fake image, so that a pixel's place does not
     predict its label [D]. Returns the mixed images (B, C, H, W), and a mask (B, 1, H, W): 1 for real pixels, else 0.
     """
-    if real.shape != fake.shape or real.ndim != 4:
-        raise ValueError(f"cutmix takes two (B, C, H, W) of one shape, got {tuple(real.shape)}, {tuple(fake.shape)}")
     b, _, h, w = real.shape
-    source = real.device if generator is None else generator.device
-    area, top, left, coin = torch.rand(4, b, 1, generator=generator, device=source).to(real.device)  # each (B, 1)
+    area, top, left, coin = torch.rand(4, b, 1, device=real.device)  # each (B, 1)
     rows = _inside(h, area.sqrt(), top)  # (B, H)
     columns = _inside(w, area.sqrt(), left)  # (B, W)
     inside = rows[:, :, None] & columns[:, None, :]  # (B, H, W)

@@ -88,14 +88,9 @@ def test_lecam_as_published_by_hand():
         assert lecam([real], [fake]).item() == pytest.approx(expected, rel=1e-12)
 
 
-# CutMix
-def _generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def test_cutmix_takes_every_pixel_from_where_the_mask_says():
     real, fake = torch.full((8, 3, 20, 30), 1.0), torch.full((8, 3, 20, 30), -1.0)
-    mixed, mask = cutmix(real, fake, _generator())
+    mixed, mask = cutmix(real, fake)
     assert mask.shape == (8, 1, 20, 30)
     assert set(mask.unique().tolist()) == {0.0, 1.0}
     torch.testing.assert_close(mixed, (2 * mask - 1).expand_as(mixed))
@@ -106,7 +101,7 @@ def _is_rectangle(mask: Tensor) -> bool:
 
 
 def test_cutmix_mask_is_a_rectangle_or_its_complement():
-    _, masks = cutmix(torch.zeros(200, 1, 24, 16), torch.zeros(200, 1, 24, 16), _generator())
+    _, masks = cutmix(torch.zeros(200, 1, 24, 16), torch.zeros(200, 1, 24, 16))
     real = masks[:, 0].bool()
     assert all(_is_rectangle(mask) or _is_rectangle(~mask) for mask in real)
     assert 0.3 < sum(_is_rectangle(mask) for mask in real) / len(real) < 0.9  # both kinds occur
@@ -115,7 +110,7 @@ def test_cutmix_mask_is_a_rectangle_or_its_complement():
 def test_cutmix_statistics():
     """The share of real pixels is uniform, and no place is more often real than another."""
     n = 20_000
-    _, mask = cutmix(torch.zeros(n, 1, 32, 32), torch.zeros(n, 1, 32, 32), _generator())
+    _, mask = cutmix(torch.zeros(n, 1, 32, 32), torch.zeros(n, 1, 32, 32))
     share = mask.mean((1, 2, 3)).sort().values
     uniform = (torch.arange(n) + 0.5) / n
     assert (share - uniform).abs().max() < 0.035  # Kolmogorov-Smirnov, plus half a pixel's rounding of each side
@@ -157,17 +152,9 @@ def test_only_a_mix_without_a_fake_pixel_is_told_real():
 
 def test_errors():
     t, x = torch.zeros(1), torch.randn(2, 1, 4, 4)
-    with pytest.raises(ValueError, match=r"requires_grad_\(\) before"):
-        r1_penalty([x], x)
-    x.requires_grad_()
-    for logits in (x[0], []):
-        with pytest.raises(ValueError, match="list of logit tensors"):
-            r1_penalty(logits, x)
-    with pytest.raises(ValueError, match=r"built for 1 logit tensors, got 2 real and 2 fake.*num_outputs"):
+    with pytest.raises(ValueError, match=r"built for 1 logit tensors, got 2: set num_outputs"):
         LeCam()([t, t], [t, t])
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1"):
         LeCam(decay=1.0)
-    with pytest.raises(ValueError, match="of one shape"):
-        cutmix(torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 8, 8))
     with pytest.raises(TypeError, match="single tensor"):
         cutmix_loss("logistic", x, torch.ones(2, 1, 4, 4))
