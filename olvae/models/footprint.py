@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -14,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from olvae.config import instantiate, resolve_class
 from olvae.data.pixels.sides import Sides, Size
-from olvae.devices import PRECISIONS, precision_name
+from olvae.devices import autocast, precision_name
 from olvae.models.large.tiling import GIB, LiveBytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.parts.part import Step
@@ -94,15 +93,13 @@ def _step_under(
     mode: Any, model: LiteAutoencoderKL, size: Size, images: int, precision: str, checkpoint: bool | None
 ) -> Any:
     """The mode, after it saw a micro-batch, without the tensors that live between steps."""
-    dtype = PRECISIONS[precision_name(precision)].dtype
-    autocast = nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype=dtype)
     with FakeTensorMode():
         fake = _fake(model, checkpoint)
         for module in fake.modules():
             if isinstance(module, nn.GroupNorm):  # in float32 under a GPU's autocast, and not under a CPU's
                 module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
         batch = torch.empty(images, fake.encoder.in_channels, *Sides.of(size), dtype=torch.uint8)
-        with mode, autocast:
+        with mode, autocast("cpu", precision_name(precision)):
             _train(fake, batch)
     return mode
 
