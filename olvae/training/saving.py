@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from olvae import config as cfg
 from olvae.config import Config
@@ -167,7 +168,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         ``storage_options`` are written in JSON beside the complete checkpoint: a.json for a.ckpt.
         """
         self.wait(MAX_PENDING - 1)
-        copied = _on_host(checkpoint)
+        copied = tree_map(_on_host, checkpoint)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self._pending.append(self._writer.submit(self._write, copied, Path(path), storage_options))
@@ -205,14 +206,8 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
 
 
 def _on_host(value: Any) -> Any:
-    """Copy tensors to host memory, from a GPU without waiting: they have arrived once it is synchronised."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True, non_blocking=True)
-    if isinstance(value, dict):
-        return {key: _on_host(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(_on_host, value))
-    return value
+    """Copy a tensor to host memory, from a GPU without waiting: it has arrived once that is synchronised."""
+    return value.detach().to("cpu", copy=True, non_blocking=True) if isinstance(value, Tensor) else value
 
 
 def _validation_follows(trainer: pl.Trainer) -> bool:

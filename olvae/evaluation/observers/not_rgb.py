@@ -10,7 +10,7 @@ from torch import Tensor
 from olvae.evaluation.observers.observer import Observation, PerImageObserver
 from olvae.evaluation.page import significant
 from olvae.evaluation.results import Row
-from olvae.losses.alpha import over
+from olvae.losses.objective import over
 
 SPECTRAL = 4  # channels from which a pixel has a spectrum
 BACKGROUNDS = {"black": -1.0, "grey": 0.0, "white": 1.0}
