@@ -69,10 +69,8 @@ def folder_beside(place: Path) -> Iterator[Path]:
 def _runs(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # of another user
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # but one of another user
     return True
 
 

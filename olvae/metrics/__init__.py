@@ -11,16 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from olvae.checkpoint import (
-    ALEXNET,
-    DINOV2,
-    INCEPTION,
-    VGG16,
-    MissingWeights,
-    WeightsFile,
-    find_weights,
-    provenance,
-)
+from olvae.checkpoint import ALEXNET, DINOV2, INCEPTION, VGG16, MissingWeights, WeightsFile, find_weights, provenance
 from olvae.metrics.features import KID, RFID, DINOv2, Extract, Features, Inception, LPIPSDistance
 from olvae.metrics.metric import Kind, Metric, MetricSet, PerImage, l1, ms_ssim, psnr, ssim, ssim_uniform
 

@@ -35,11 +35,7 @@ Means = Callable[[Tensor], Tensor]
 class LinearEncoder(Encoder):
     """An encoder that is a linear path alone, with the smallest log-variances there are.
 
-    Args:
-        latent_dim: twice the channels of the latent.
-        in_channels: channels of the image.
-        downscale: side of a patch in pixels.
-        image_size: the intended size in pixels, at which summaries count operations.
+    Arguments as LiteVAE_Encoder's; ``downscale`` is the side of a patch in pixels.
 
     Shapes: (B, in_channels, H, W) in [-1, 1] -> (B, latent_dim, H/downscale, W/downscale).
     """
@@ -56,10 +52,7 @@ class LinearEncoder(Encoder):
 class LinearDecoder(Decoder):
     """A decoder that is a linear path alone: a convolution of 3x3 latent positions, rearranged to pixels.
 
-    Args:
-        z_channels: channels of the latent.
-        out_channels: channels of the image.
-        upscale: side of a patch in pixels.
+    Arguments as LiteVAE_Decoder's; ``upscale`` is the side of a patch in pixels.
 
     Shapes: (B, z_channels, h, w) -> (B, out_channels, upscale h, upscale w).
     """

@@ -14,18 +14,7 @@ from olvae.models.parts import equivariance
 from olvae.models.parts.equivariance import Equivariance, sizes_of, transform_alike
 from olvae.models.parts.part import Step
 from tests.conftest import parts
-from tests.models.steps import (
-    PATCHGAN,
-    UNETGAN,
-    against,
-    assert_same,
-    build,
-    fit,
-    metrics,
-    moved,
-    snapshot,
-    source,
-)
+from tests.models.steps import PATCHGAN, UNETGAN, against, assert_same, build, fit, metrics, moved, snapshot, source
 
 
 def generator(seed: int) -> np.random.Generator:
