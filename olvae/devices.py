@@ -5,7 +5,7 @@ import os
 import platform
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -112,6 +112,15 @@ def now(device: str) -> float:
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def per_image(work: Callable[[], object], images: int, seconds: float) -> list[float]:
+    """Repeat ``work``, which gives ``images`` each time, for some seconds; the seconds of an image."""
+    start, done = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        work()
+        done += images
+    return [(time.perf_counter() - start) / done]
 
 
 @contextmanager

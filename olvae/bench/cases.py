@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from olvae import config as cfg
-from olvae.bench.measure import Case, Setting, Work, clocked, machine, per_image, rows_of
+from olvae.bench.measure import Case, Setting, Work, clocked, machine, rows_of
 from olvae.config import ConfigError
 from olvae.data.dataset import MappedSource
 from olvae.data.image import Photo, Picture, image_to_tensor
@@ -28,7 +28,7 @@ from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.tar_reading import Entry, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Batch, Source
-from olvae.devices import FULL, PRECISIONS, now
+from olvae.devices import FULL, PRECISIONS, now, per_image
 from olvae.models.large.tiling import peak_bytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import compile_networks

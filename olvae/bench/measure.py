@@ -7,7 +7,6 @@ product, a copy.
 import platform
 import re
 import statistics
-import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -118,15 +117,6 @@ def clocked(function: Callable[[], object], device: str) -> Work:
         return [now(device) - start]
 
     return run
-
-
-def per_image(work: Callable[[], object], images: int, seconds: float) -> list[float]:
-    """Repeat ``work``, which gives ``images`` each time, for some seconds; the seconds of an image."""
-    start, done = time.perf_counter(), 0
-    while time.perf_counter() - start < seconds:
-        work()
-        done += images
-    return [(time.perf_counter() - start) / done]
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def check(
 ) -> None:
     """Read every image of a source and report problems; exits with 1 if there are any.
 
-    Reports unreadable files, sizes, and shards that differ from their index.
+    Reports unreadable files, sizes, shards that differ from their index, and the speed of a loader process.
 
     Example: olvae data check shards --size 256
     """

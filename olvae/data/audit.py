@@ -1,5 +1,6 @@
-"""Check a source of images before training: unreadable files, sizes, damaged shards."""
+"""Check a source of images before training: unreadable files, sizes, damaged shards, reading speed."""
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -23,10 +24,12 @@ from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards
 from olvae.data.shards.latent_source import STATS
 from olvae.data.shards.tar_reading import Shard, read_shard
-from olvae.data.source import Source
+from olvae.data.source import LoaderProcess, Source
+from olvae.devices import per_image
 from olvae.files import file_sha256, printable
 from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
 
+MEASURE_S = 3.0  # seconds for which the reading speed is measured
 IMAGES_PER_TASK, PRINTED_NAMES = 64, 10
 
 
@@ -52,6 +55,7 @@ class AuditResult:
     spreads: dict[str, dict[str, float]] = field(default_factory=dict)  # min, median and max of sides and their ratios
     smaller: int = 0  # images smaller than ``size``, which training and evaluation would enlarge
     shards: list[ShardFacts] = field(default_factory=list)
+    images_per_s: float | None = None  # of one loader process: reading, decoding and the training transform
     problems: list[str] = field(default_factory=list)  # to fix before training
     notes: list[str] = field(default_factory=list)
 
@@ -110,6 +114,11 @@ def check(
     if not pixel_range.eight_bits and len(result.kinds) > 1:
         kinds = ", ".join(f"{count} {kind}" for kind, count in result.kinds.items())
         result.problems.append(f"several kinds of pixels, which can't share a batch: {kinds}")
+    if source is not None and result.images > lost:
+        with contextlib.suppress(ValueError):  # too many are unreadable
+            stream = source.stream(0, 0, LoaderProcess())
+            next(stream)
+            result.images_per_s = round(1.0 / per_image(lambda: next(stream), 1, MEASURE_S)[0], 1)
     return result
 
 
@@ -239,7 +248,10 @@ def _facts(result: AuditResult) -> dict[str, str]:
     for name, spread in result.spreads.items():
         low, middle, high = (format(value, ".2f" if name == "aspect_ratio" else ",.0f") for value in spread.values())
         facts[name.replace("_", " ")] = f"{low} to {high}, median {middle}"
-    facts["small"] = f"{result.smaller:,} smaller than {Sides.of(result.size).short} pixels"
+    crops = f"{Sides.of(result.size).short} pixels"
+    facts["small"] = f"{result.smaller:,} smaller than {crops}"
+    if result.images_per_s is not None:
+        facts["speed"] = f"{result.images_per_s:,.0f} images/s per loader process at {crops}"
     if result.shards:
         counts = sorted(shard.images for shard in result.shards)
         each = f"{counts[0]:,}" if counts[0] == counts[-1] else f"{counts[0]:,} to {counts[-1]:,}"

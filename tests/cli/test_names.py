@@ -35,8 +35,9 @@ def target(tmp_path) -> Path:
     return tmp_path / "vae"
 
 
-def test_check(olvae, photos):
+def test_check(olvae, photos, monkeypatch):
     """test_packing.py has such names in shards."""
+    monkeypatch.setattr("olvae.data.audit.MEASURE_S", 0.05)
     Path(os.fsdecode(os.fsencode(photos) + b"/bad\xe9.jpg")).write_text("no picture")
     code, out, _ = olvae("data", "check", photos, "--size", 16, "--json")
     assert [error["name"] for error in json.loads(out)["unreadable"]] == ["bad\\xe9.jpg"]

@@ -7,10 +7,16 @@ import shutil
 import numpy as np
 import pytest
 
+from olvae.data import audit as module
 from olvae.data.audit import audit_lines, check
 from olvae.data.packing import PackOptions, pack
 from tests.data.images import close_folders, noise, write_photos
 from tests.export.latents import encode
+
+
+@pytest.fixture(autouse=True)
+def _measure_briefly(monkeypatch):
+    monkeypatch.setattr(module, "MEASURE_S", 0.05)
 
 
 @pytest.fixture
@@ -30,6 +36,7 @@ def test_a_folder_that_is_fine(photos):
     result = check(str(photos), 16, 3, 0.01, 2, lambda done, total: counted.append((done, total)))
     assert (result.images, result.unreadable, result.problems, result.notes) == (24, [], [], [])
     assert (result.kinds, counted[-1]) == ({"PNG RGB": 24}, (24, 24))
+    assert result.images_per_s > 10
 
 
 def test_sizes(tmp_path):
