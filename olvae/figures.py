@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from olvae.config import import_extra
 from olvae.files import atomic_write
 
 ARRAYS = (".npy", ".tif", ".exr")  # extensions of files that hold real values of any number of channels
@@ -43,14 +44,10 @@ def save_image(image: Tensor, path: Path, **options: Any) -> None:
 
 def _save_exr(array: NDArray[np.float32], path: Path) -> None:
     """Write (H, W, C) as Y, R G B, R G B A or numbered channels."""
-    try:
-        import OpenEXR
-    except ImportError as error:
-        raise ValueError("writing .exr needs OpenEXR: pip install 'open-litevae[pixels]'") from error
-    channels = array.shape[2]
+    exr, channels = import_extra("OpenEXR", "pixels", "writing .exr"), array.shape[2]
     names = {1: "Y", 3: "RGB", 4: "RGBA"}.get(channels) or [f"B{number:03d}" for number in range(channels)]
     planes = {name: np.ascontiguousarray(array[..., i], dtype=np.float32) for i, name in enumerate(names)}
-    OpenEXR.File({"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}, planes).write(str(path))
+    exr.File({"compression": exr.ZIP_COMPRESSION, "type": exr.scanlineimage}, planes).write(str(path))
 
 
 def error_map(x: Tensor, y: Tensor) -> Tensor:

@@ -65,6 +65,14 @@ class ConfigError(ValueError):
         self.mistakes = mistakes
 
 
+def import_extra(module: str, extra: str, purpose: str) -> Any:
+    """Import a library of one of this package's extras; ConfigError that says how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(f"{purpose} needs {module}: pip install 'open-litevae[{extra}]'") from error
+
+
 def nearest(name: str, known: Sequence[str]) -> str:
     """Return the end of a message on an unknown name: the nearest known one, if one is near."""
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)

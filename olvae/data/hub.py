@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from olvae.config import ConfigError, Node, instantiate
+from olvae.config import ConfigError, Node, import_extra, instantiate
 from olvae.data.dataset import ImageDataset, MappedSource, hold_out
 from olvae.data.image import ALL_FILTERS, Bands, Photo, Picture, RandomScaleCrop, array_to_picture, stated_picture
 from olvae.data.pixels.ranges import AS_STORED, EIGHT_BIT_FILE, EIGHT_BITS, PixelRange, RangeNode
@@ -173,10 +173,7 @@ class HuggingFaceSource(MappedSource):
 
 def load_table(path: str, split: str, **arguments: Any) -> Any:
     """A split of a data set; ``arguments`` are those of ``datasets.load_dataset``."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ConfigError("HuggingFaceSource needs the datasets library: pip install 'open-litevae[hf]'") from error
+    datasets = import_extra("datasets", "hf", "HuggingFaceSource")
     if Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
         table = datasets.load_from_disk(path)
         return table[split] if isinstance(table, datasets.DatasetDict) else table

@@ -380,20 +380,15 @@ RESIZES = {  # descriptions for the protocol
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize and crop a picture to ``size`` for evaluation, without randomness.
+    """Resize a picture, then crop its centre, for evaluation; ValueError for an unknown resize or filter.
 
-    Args:
-        resize: ``shorter side``: to ``size``, as in the results table [R], or until height and width just cover it;
-            ``adm``: the same, after halving the picture by averaging while it is at least twice too large (Dhariwal and
-            Nichol 2021). Then the centre is cropped.
-        resample: one of :data:`FILTERS`; nearest averages nothing.
-
-    Raises ValueError: the resize or filter is unknown.
+    ``shorter side`` is resized to ``size``, as in the results table [R], or until height and width just cover it; in
+    ``adm`` after halving the picture by averaging while it is at least twice too large (Dhariwal and Nichol 2021).
     """
 
     size: Size
     resize: str = "shorter side"
-    resample: str = "bicubic"
+    resample: str = "bicubic"  # one of FILTERS; nearest averages nothing
 
     def __post_init__(self) -> None:
         if self.resize not in RESIZES or self.resample not in FILTERS:

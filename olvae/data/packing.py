@@ -72,11 +72,9 @@ def pack(
     index depend on the source and the options alone. Finished shards of an earlier run are kept. A share of up to
     ``max_unreadable`` of the images may be unreadable; these are left out.
 
-    Raises:
-        ConfigError: the folder holds something else, or shards of other options or images, or lies inside the source.
-        TooManyUnreadableError: more images than allowed are unreadable; no index is written.
-        ValueError: none of the images can be read.
-        OSError: a shard could not be written.
+    Raises ConfigError: the folder holds something else, or shards of other options or images, or lies inside the
+    source. TooManyUnreadableError, ValueError: more images than allowed can't be read, or none. OSError: a shard could
+    not be written.
     """
     folder = Path(src).expanduser().resolve()
     if folder.is_dir() and out.resolve().is_relative_to(folder):
@@ -110,14 +108,10 @@ def pack(
             index.write(out / INDEX)
             shards.remove_state()
     except OSError as error:
-        stays = "; finished shards stay, and the same command continues from there" if is_begun(out) else ""
+        begun = (out / STATE).is_dir()
+        stays = "; finished shards stay, and the same command continues from there" if begun else ""
         raise OSError(f"{out}: {reason(error)}{stays}") from error
     return Packed(index, sum(found for _, shard, found in packed if shard.record.images))
-
-
-def is_begun(out: Path) -> bool:
-    """Whether a folder holds only some of its shards."""
-    return (out / STATE).is_dir()
 
 
 def _read_index(out: Path, digest: str) -> Index:

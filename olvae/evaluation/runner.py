@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from olvae.config import Config, ConfigError
+from olvae.config import ConfigError
 from olvae.config.reading import place_of
 from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
 from olvae.data.pixels.sides import Size
@@ -64,10 +64,6 @@ class Request:
         if lines:
             raise ConfigError(*lines)
 
-    @property
-    def config(self) -> Config:
-        return self.targets[0].config
-
 
 @dataclass(frozen=True)
 class Evaluated:
@@ -108,7 +104,8 @@ def _one_pass(
     size, resample = source.size.node, source.eval_transform.resample
     stated = None if pixels.eight_bits else str(pixels)
     protocols = [replace(p, size=size, resample=resample, crops=source.crops, range=stated) for p in protocols]
-    batch_size = request.batch_size or (request.config.get("data") or {}).get("params", {}).get("batch_size") or 8
+    data = request.targets[0].config.get("data") or {}
+    batch_size = request.batch_size or data.get("params", {}).get("batch_size") or 8
     loader, observers = source.test_loader(batch_size), copy.deepcopy(observers)
 
     # One pass, with metrics in all the variants that the protocols use, and round trips for all ways to draw a latent.
@@ -158,7 +155,7 @@ def _one_pass(
 
 def _open(request: Request, protocol: Protocol, models: Mapping[str, Autoencoder]) -> Source:
     try:
-        source = open_images_for(models, request.config, request.data, request.size)
+        source = open_images_for(models, request.targets[0].config, request.data, request.size)
     except FileNotFoundError as error:
         if request.data is not None:
             raise
@@ -233,7 +230,7 @@ def _describe_images(request: Request, source: Source, loader: Loader, digests: 
         loader.read_errors.share()
     parts = gather((source.unreadable.reasons, source.unreadable.images, loader.enlarged)) or []
     return {
-        "source": request.data or place_of(request.config["data"]),
+        "source": request.data or place_of(request.targets[0].config["data"]),
         "n": len(digests),
         "sha256": fingerprint(digests),
         "unreadable": len({place for _, places, _ in parts for place in places}),

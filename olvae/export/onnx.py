@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from olvae.config import import_extra
 from olvae.models.autoencoder import LiteVAE
 
 TOLERANCE = 1e-4  # largest difference between onnxruntime and torch, relative to the largest value
@@ -41,11 +42,7 @@ def export_onnx(model: LiteVAE, folder: Path) -> dict[str, float]:
     to ``image`` (unclamped). The model is float32. Return each file's largest difference from torch, relative to the
     largest value; raise ValueError if it is above :data:`TOLERANCE`.
     """
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"ONNX needs {error.name}: pip install 'open-litevae[onnx]'") from error
+    onnxruntime, _ = (import_extra(name, "onnx", "ONNX") for name in ("onnxruntime", "onnxscript"))
     folded = model if model.folded else model.fold().eval()
     differences: dict[str, float] = {}
     for name, names, half in (

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from olvae import LiteVAE
+from olvae.config import ConfigError
 from olvae.export.exporting import ExportSettings, export
 from olvae.export.onnx import export_onnx
 from tests.conftest import tiny_config
@@ -87,5 +88,5 @@ def test_a_file_that_differs_is_refused(tmp_path, monkeypatch):
 
 def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ModuleNotFoundError, match=r"ONNX needs onnxruntime: pip install 'open-litevae\[onnx\]'"):
+    with pytest.raises(ConfigError, match=r"ONNX needs onnxruntime: pip install 'open-litevae\[onnx\]'"):
         export_onnx(torch.nn.Linear(1, 1), tmp_path)

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from olvae.config import ConfigError
+from olvae.config import import_extra
 from olvae.data.pixels.sides import check_size
 
 Array = NDArray[np.generic]
@@ -108,7 +108,7 @@ def _npz(file: BinaryIO, check: Check) -> Pixels:
 
 
 def _png(file: BinaryIO, check: Check) -> Pixels:
-    from_bytes = _library("imagecodecs").png_decode
+    from_bytes = import_extra("imagecodecs", "pixels", "reading this kind of file").png_decode
     header = file.read(26)
     samples = {0: 1, 2: 3, 4: 2, 6: 4}.get(header[25], 0)
     check((int.from_bytes(header[20:24], "big"), int.from_bytes(header[16:20], "big"), samples), np.uint16)
@@ -146,7 +146,7 @@ def _tiff(file: BinaryIO, check: Check) -> Pixels:
 
 def _exr(file: BinaryIO, check: Check) -> Pixels:
     """One part, its channels in the order R, G, B, A or else of their names."""
-    exr = _library("OpenEXR")
+    exr = import_extra("OpenEXR", "pixels", "reading this kind of file")
     with exr.File(file, separate_channels=True, header_only=True) as header:
         if len(header.parts) != 1:
             raise ValueError(f"it has {len(header.parts)} parts, not one")
@@ -164,13 +164,6 @@ def _exr(file: BinaryIO, check: Check) -> Pixels:
     if any(plane.shape != (height, width) for plane in planes):
         raise ValueError("its channels have several sizes")
     return Pixels(np.stack(planes, axis=-1))
-
-
-def _library(name: str) -> Any:
-    try:
-        return __import__(name)
-    except ImportError as error:
-        raise ConfigError(f"reading this kind of file needs {name}: pip install 'open-litevae[pixels]'") from error
 
 
 READERS: dict[str, Callable[[BinaryIO, Check], Pixels]] = {
