@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from olvae.cli.options import check_precision
+
 
 def validate_command(
     configs: Annotated[
@@ -17,12 +19,18 @@ def validate_command(
         bool,
         typer.Option("--memory", help="Also print what a training step needs on a GPU; takes seconds, and no GPU."),
     ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="Also print what a step of N GPUs sends.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(callback=check_precision, help="Of --ranks: 32, bf16, fp16.")] = None,
 ) -> None:
     """List every mistake of a config at once, without building anything.
 
     Finds unknown and missing keys, wrong types, and targets that do not import. Exits with 1 if there is a mistake.
 
     Example: olvae validate mine.yaml imagenet/A2
+
+    Example: olvae validate --ranks 64 --precision bf16 imagenet/large_batch
     """
     from olvae.config import ConfigError, load, validate
 
@@ -35,25 +43,26 @@ def validate_command(
         found += len(mistakes)
         for mistake in mistakes or ["no mistakes"]:
             typer.echo(mistake if mistake.startswith(str(path)) else f"{path}: {mistake}", err=True)
-        if memory and not mistakes:
-            _print_memory(load([path]), str(path))
+        if (memory or ranks is not None) and not mistakes:
+            config = load([path])
+            if config["model"].get("from") is not None:
+                from olvae.training.origin import start_from
+
+                start_from(config)
+            if memory:
+                _print_memory(config, str(path))
+            if ranks is not None:
+                _print_steps(config, str(path), ranks, precision)
     if found:
         raise typer.Exit(1)
 
 
 def _print_memory(config: dict[str, Any], name: str) -> None:
     """Tabulate what a training step needs, by precision and checkpointing, at the config's own size."""
-    from rich.console import Console
-
     from olvae.data.pixels.sides import Sides
-    from olvae.evaluation.page import texts
-    from olvae.evaluation.report import print_grid
     from olvae.models.footprint import footprint, without_weights
     from olvae.models.large.tiling import GIB
-    from olvae.training.origin import start_from
 
-    if config["model"].get("from") is not None:
-        start_from(config)
     model, rows = without_weights(config["model"]), {}
     size = Sides.of(((config.get("data") or {}).get("params") or {}).get("size") or 256)
     for precision in ("32", "bf16"):
@@ -62,9 +71,31 @@ def _print_memory(config: dict[str, Any], name: str) -> None:
             cells = {"fixed": f"{need.fixed / GIB:.2f}", "per image": f"{need.per_image / GIB:.3f}"}
             cells["TFLOP per image"] = f"{need.flop / 1e12:.4g}"
             rows[f"{precision}, model.params.checkpoint={str(checkpoint).lower()}"] = cells
-    title = f"{name}: GiB of a training step on a GPU, at {size} pixels"
-    print_grid(Console(), title, texts(rows), names="precision")
+    _print_rows(f"{name}: GiB of a training step on a GPU, at {size} pixels", rows, "precision")
     typer.echo("fixed: weights, gradients, optimizers and averages. per image: of a micro-batch. Allow a tenth more.")
+
+
+def _print_steps(config: dict[str, Any], name: str, ranks: int, precision: str | None) -> None:
+    """Tabulate what a step of many ranks sends and launches, and print what follows from it."""
+    from olvae.training.dry_run import dry_run
+
+    steps, notes = dry_run(config, ranks, precision)
+    rows = {
+        kind: {"messages": f"{len(step.messages)}", "MB": f"{step.nbytes / 1e6:.2f}", "launches": f"{step.launches}"}
+        for kind, step in steps.items()
+    }
+    _print_rows(f"{name}: a step of each of {ranks} ranks", rows, "step")
+    for note in notes:
+        typer.echo(textwrap.fill(note, shutil.get_terminal_size().columns, subsequent_indent="  "))
+
+
+def _print_rows(title: str, rows: dict[str, dict[str, str]], names: str) -> None:
+    from rich.console import Console
+
+    from olvae.evaluation.page import texts
+    from olvae.evaluation.report import print_grid
+
+    print_grid(Console(), title, texts(rows), names=names)
 
 
 recipes_app = typer.Typer()

@@ -173,12 +173,13 @@ class Adversary(nn.Module):
             "logits_fake": _mean(fake_logits),
             "accuracy": discriminator_accuracy(real_logits, fake_logits, self.loss),
         }
-        if self._mixes():
+        terms = self.rare_terms(self.updates)
+        if "CutMix" in terms:
             logs["cutmix"] = total = self._cutmix(real, fake, real_logits[0], fake_logits[0])
         if self.lecam is not None:
             logs["lecam"] = term = self.lecam(real_logits, fake_logits)
             total = total + self.lecam_weight * term
-        if self.r1_weight and self.updates % self.r1_every == 0:
+        if "R1" in terms:
             logs["r1"] = term = self._r1(real)
             total = total + self.r1_weight * self.r1_every * term
         share_weights(self.discriminator, share=False)
@@ -189,11 +190,12 @@ class Adversary(nn.Module):
         self.updates += 1
         power_iteration(self.discriminator)
 
-    def _mixes(self) -> bool:
-        """Whether this update has CutMix: the same in all processes and micro-batches."""
-        ramp = min(1.0, self.updates / self.ramp_steps) if self.ramp_steps else 1.0
-        draw = np.random.default_rng(mix_seeds(self.updates)).random()
-        return bool(draw < self.cutmix_probability * ramp)
+    def rare_terms(self, updates: int) -> list[str]:
+        """CutMix and R1, where the update after so many has them: the same in all processes and micro-batches."""
+        ramp = min(1.0, updates / self.ramp_steps) if self.ramp_steps else 1.0
+        draw = np.random.default_rng(mix_seeds(updates)).random()
+        due = {"CutMix": draw < self.cutmix_probability * ramp, "R1": self.r1_weight and updates % self.r1_every == 0}
+        return [term for term, is_due in due.items() if is_due]
 
     def _cutmix(self, real: Tensor, fake: Tensor, real_pixels: Tensor, fake_pixels: Tensor) -> Tensor:
         mixed, mask = cutmix(real, fake)

@@ -94,10 +94,7 @@ def _step_under(
 ) -> Any:
     """The mode, after it saw a micro-batch, without the tensors that live between steps."""
     with FakeTensorMode():
-        fake = _fake(model, checkpoint)
-        for module in fake.modules():
-            if isinstance(module, nn.GroupNorm):  # in float32 under a GPU's autocast, and not under a CPU's
-                module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
+        fake = without_memory(model, checkpoint)
         batch = torch.empty(images, fake.encoder.in_channels, *Sides.of(size), dtype=torch.uint8)
         with mode, autocast("cpu", precision_name(precision)):
             _train(fake, batch)
@@ -126,8 +123,8 @@ def _tensors(model: nn.Module) -> list[Tensor]:
     return [t for network in networks for t in (*network.parameters(), *network.buffers())]
 
 
-def _fake(model: LiteAutoencoderKL, checkpoint: bool | None) -> LiteAutoencoderKL:
-    """A copy in training mode whose tensors have no memory; under a FakeTensorMode."""
+def without_memory(model: LiteAutoencoderKL, checkpoint: bool | None = None) -> LiteAutoencoderKL:
+    """Copy a model, in training mode, into tensors without memory; call it under a FakeTensorMode."""
     memo: dict[int, Any] = {}
     for tensor in _tensors(model):
         empty = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -139,6 +136,9 @@ def _fake(model: LiteAutoencoderKL, checkpoint: bool | None) -> LiteAutoencoderK
         memo[id(holder)] = twin
     fake = copy.deepcopy(model, memo).train()
     fake.__dict__["_trainer"] = SimpleNamespace(precision_plugin=None, world_size=1)  # adaptive weights ask it
+    for module in fake.modules():
+        if isinstance(module, nn.GroupNorm):  # in float32 under a GPU's autocast, and not under a CPU's
+            module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     for half in (fake.encoder, fake.decoder):
         half.train(half in fake.trained_networks)
         if checkpoint is not None:

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch.overrides.distributed import prepare_for_backward
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from olvae.devices import this_process
 from olvae.files import first_line
@@ -93,6 +95,9 @@ def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor, netwo
     return norms[0] / torch.maximum(norms[1], 1e-12 * scaled(norms[1].new_ones(())))
 
 
+HOOKS = {"auto": None, "ddp": None, "ddp_bf16": bf16_compress_hook}  # on the gradients, by lightning.trainer.strategy
+
+
 class PlayersStrategy(DDPStrategy):
     """Lightning's DDP, with one reducer for the autoencoder and one for the discriminator.
 
@@ -102,6 +107,9 @@ class PlayersStrategy(DDPStrategy):
 
     def configure_ddp(self) -> None:
         assert self.lightning_module is not None
+        # Lightning's own, before each batch, waits for the device in every process; GracefulStop agrees without it.
+        epoch_loop: Any = self.lightning_module.trainer.fit_loop.epoch_loop
+        epoch_loop._broadcast_sigterm_tensor = lambda: None
         players: dict[str, nn.Module] = self.lightning_module.players  # type: ignore[assignment]
         self.reducers = {name: self._setup_model(player) for name, player in players.items()}
         if self._ddp_comm_hook is not None:

@@ -189,17 +189,19 @@ def tflops(flop_per_s: float, peak: float | None) -> dict[str, float]:
     return found if peak is None or not found else {**found, "of_peak": found["tflops"] / peak}
 
 
-def describe_step(flop: int, images: int, peak: float | None, compiled: bool) -> str:
-    """Tell the operations of a step of some images, and whether they keep a GPU of this peak in TFLOP/s busy."""
+def describe_step(
+    flop: int, images: int, peak: float | None, compiled: bool, host_s: float = HOST_S, gpu: str = "this GPU"
+) -> str:
+    """Tell the operations of a step of some images, and whether they keep a GPU busy while Python launches them."""
     step = flop * images / 1e12
     text = f"step: {flop / 1e12:.3g} TFLOP an image, {step:.3g} TFLOP for {images} a process"
     if peak is None:
         return text
     seconds = step / (USUAL_SHARE * peak)
-    text += f": about {1e3 * seconds:.0f} ms on this GPU"
-    if seconds >= HOST_S or compiled:
+    text += f": about {1e3 * seconds:.0f} ms on {gpu}"
+    if seconds >= host_s or compiled:
         return text
-    enough = math.ceil(images * HOST_S / seconds)
+    enough = math.ceil(images * host_s / seconds)
     return f"{text}, less than Python needs for it: with {enough} images, or model.params.compile=true, it is busy"
 
 

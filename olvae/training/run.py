@@ -13,7 +13,6 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
 from olvae import config as cfg
 from olvae import runs
@@ -24,7 +23,7 @@ from olvae.devices import resolve_devices, resolve_precision
 from olvae.files import first_line, no_empty_folders, remove_partials
 from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import PlayersStrategy
+from olvae.models.optimization import HOOKS, PlayersStrategy
 from olvae.models.weight_files import locate_weights
 from olvae.runs import Run, RunLock, Settings, find_moved_data, make_data_absolute
 from olvae.training import launch
@@ -120,7 +119,8 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
     settings = replace(settings, paths={**settings.paths, **make_data_absolute(config)})  # of fresh downloads
     quieten()
     pl.seed_everything(settings.seed, workers=True, verbose=False)
-    model = _model(config, trainer_args)
+    model = build_model(config, trainer_args)
+    model.set_up_validation()  # raises if a metric's network is missing
     model.seed = settings.seed
     model.check(source)
     if weights is not None:
@@ -144,9 +144,8 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
         model.adversary.check(model, source, trainer_args["max_steps"])
     if trainer_args["accelerator"] in ("cuda", "gpu"):
         trainer_args.setdefault("sync_batchnorm", True)
-    if processes > 1 and (strategy := trainer_args.get("strategy", "auto")) in ("auto", "ddp", "ddp_bf16"):
-        hook = bf16_compress_hook if strategy == "ddp_bf16" else None  # half of the bytes on the wire
-        trainer_args["strategy"] = PlayersStrategy(gradient_as_bucket_view=True, ddp_comm_hook=hook)
+    if processes > 1 and (strategy := trainer_args.get("strategy", "auto")) in HOOKS:
+        trainer_args["strategy"] = PlayersStrategy(gradient_as_bucket_view=True, ddp_comm_hook=HOOKS[strategy])
     elif trainer_args.get("strategy") == "ddp_bf16":
         trainer_args["strategy"] = "auto"
     config["run"] = settings.as_dict()
@@ -248,7 +247,7 @@ def _locate_data(plan: Plan) -> tuple[Config, Settings]:
     return config, settings
 
 
-def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
+def build_model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
     """Build the model; it takes what Lightning leaves to manual optimisation out of the trainer's arguments."""
     node = config["model"]
     if trainer_args.pop("gradient_clip_algorithm", None) not in (None, "norm"):
@@ -262,7 +261,6 @@ def _model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
     if not isinstance(model, LiteAutoencoderKL):
         raise ConfigError(f"model.target: {node['target']} is not a LiteAutoencoderKL")
     _ = model.objective  # raises if the config is for inference only
-    model.set_up_validation()  # raises if a metric's network is missing
     return model
 
 
@@ -390,3 +388,4 @@ def quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"lightning\.")
     warnings.filterwarnings("ignore", message=r".*lr_scheduler.step\(\).*before.*optimizer.step\(\).*")
+    warnings.filterwarnings("ignore", message=".*nn.functional.all_reduce is deprecated.*")  # no other has a gradient

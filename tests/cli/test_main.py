@@ -127,6 +127,17 @@ def test_validate_memory(olvae, config, tmp_path, monkeypatch):
     assert olvae("validate", "--memory", tmp_path / "bad.yaml")[:2] == (1, "")
 
 
+def test_validate_ranks(olvae, config, monkeypatch):
+    """In 80 columns; tests/training/test_dry_run.py has the numbers."""
+    found = {"both, logged": SimpleNamespace(messages=["a", "b"], nbytes=4_405_128, launches=2889)}, ["word " * 30]
+    monkeypatch.setattr("olvae.training.dry_run.dry_run", lambda _, *asked: found if asked == (64, "bf16") else None)
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = olvae("validate", "--ranks", 64, "--precision", "bf16", config)
+    assert (code, err) == (0, f"{config}: no mistakes\n")
+    assert "both, logged 2 4.41 2889" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 80
+
+
 DEMO = ("train", "--base", "configs/demo.yaml")
 
 

@@ -85,7 +85,7 @@ class Optimizer:
 def on_gpu(model: LiteAutoencoderKL, monkeypatch) -> LiteAutoencoderKL:
     """A model on the fake GPU, in the hands of a trainer; under a FakeTensorMode."""
     with GPU:
-        model = footprint._fake(model, None)
+        model = footprint.without_memory(model)
     trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1, log_every_n_steps=2, max_steps=100)
     trainer.precision_plugin, trainer.strategy, trainer.callbacks = SimpleNamespace(scaler=None), None, []
     model.__dict__["_trainer"] = trainer
