@@ -128,7 +128,8 @@ def meaning(results: Results) -> str:
         name = max(others, key=lambda target: others[target].value)
         value, low, high = others[name]
         chance = ", which other images may reverse" if low <= 0.0 <= high else ""
-        text += f"; the best of the others is {abs(value):.2f} dB {'better' if value > 0 else 'worse'}{chance}: {name}"
+        gap = f"{abs(value):.2f} dB {'better' if value > 0 else 'worse'}{chance}" if round(value, 2) else "as good"
+        text += f"; the best of the others is {gap}: {name}"
     return f"{text}."
 
 

@@ -29,10 +29,10 @@ def open_images_for(
     if len(stated) > 1:
         raise ConfigError(f"the targets take values of {stated[0]} and of {stated[1]}: use a command for each")
     pixels = stated[0] if stated else EIGHT_BITS
-    if len(channels := {model.in_channels for model in models.values()}) > 1:
-        counts = " and ".join(map(str, sorted(channels)))
+    if len(channels := {model.in_channels: name for name, model in models.items()}) > 1:
+        counts = " and ".join(f"{count} ({channels[count]})" for count in sorted(channels))
         raise ConfigError(f"the targets take images of {counts} channels: use a command for each")
-    source = open_test_source(config, data, size, channels.pop(), pixels)
+    source = open_test_source(config, data, size, next(iter(channels)), pixels)
     if not pixels.eight_bits:
         pixels.check_data(source.pixel_range)
     for name, model in models.items():

@@ -92,7 +92,8 @@ class Status:
     def __str__(self) -> str:
         """Loss, speed and the share of waiting."""
         texts = [] if math.isnan(self.loss) else [f"loss {self.loss:.4f}"]
-        texts.append(f"{self.images_per_s():.1f} images/s")
+        if self._training_s:
+            texts.append(f"{self.images_per_s():.1f} images/s")
         if (share := self.waiting_share()) > LARGE_WAIT_SHARE:
             texts.append(f"waiting for data {share:.0%} (raise data.params.num_workers)")
         return "  ".join(texts)
@@ -154,7 +155,8 @@ class StepProgress(ProgressBar):
             self._bar.update(self._bar.task_ids[0], completed=step)
         else:
             left = timedelta(seconds=round(self._status.seconds_left(trainer.max_steps)))
-            self.console.print(f"step {step}/{trainer.max_steps}  {self._status}  {left} left", soft_wrap=True)
+            texts = [f"step {step}/{trainer.max_steps}", str(self._status), f"{left} left" if left else ""]
+            self.console.print("  ".join(filter(None, texts)), soft_wrap=True)
 
     def on_train_end(self, *_: Any) -> None:
         if self._bar is not None:
@@ -317,9 +319,17 @@ def draw_curves(run: Run) -> Path | None:
 
     Returns None if nothing was logged yet, or a folder of the run is gone.
     """
-    folder, path = run.path / "tensorboard", run.images / "curves.png"
-    if not (folder.is_dir() and run.images.is_dir()):
+    path = run.images / "curves.png"
+    if not (run.images.is_dir() and (curves := read_curves(run))):
         return None
+    plot_curves(curves, path)
+    return path
+
+
+def read_curves(run: Run) -> dict[str, tuple[list[float], list[float]]]:
+    """Read steps and values of every scalar of training and validation; a step that was resumed counts once."""
+    if not (folder := run.path / "tensorboard").is_dir():
+        return {}
     from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 2000})
@@ -328,12 +338,9 @@ def draw_curves(run: Run) -> Path | None:
     for tag in sorted(events.Tags()["scalars"]):
         if tag.startswith(("train/", "val/")):
             written = sorted(events.Scalars(tag), key=lambda event: event.wall_time)
-            last_at = dict(sorted({float(e.step): e.value for e in written}.items()))  # a resumed step counts once
+            last_at = dict(sorted({float(e.step): e.value for e in written}.items()))
             curves[tag] = list(last_at), list(last_at.values())
-    if not curves:
-        return None
-    plot_curves(curves, path)
-    return path
+    return curves
 
 
 def make_loggers(nodes: Mapping[str, Config], run: Run) -> list[Logger]:

@@ -1,7 +1,7 @@
 """What the sources say of the recipes in configs/imagenet/, against their values; and what all recipes have in common.
 
 P is the paper (arXiv 2405.14477v2), R open-LiteVAE's README or its author in issue 3 of its repository, M was measured
-on the published modules. What no source says is marked [D] in the recipes and not repeated here.
+on the published modules. What no source says is our choice, said in the recipes and not repeated here.
 """
 
 import inspect

@@ -17,7 +17,7 @@ from olvae.evaluation.observers.bands import Bands
 from olvae.evaluation.observers.flat_colours import FlatColours
 from olvae.evaluation.observers.gallery import Gallery
 from olvae.evaluation.observers.observer import Subject
-from olvae.evaluation.page import breakable, picture, side_limit
+from olvae.evaluation.page import breakable, meaning, picture, side_limit
 from olvae.evaluation.report import render_page, write_files
 from olvae.evaluation.results import Difference, Results, Row
 from olvae.evaluation.roundtrip import Cost, RoundTrip
@@ -198,6 +198,8 @@ def test_the_numbers_and_marks(whole):
     off = 255 * 10 ** (-values[0] / 20)
     best = f"(PSNR {values[0]:.2f} dB); the best of the others is 2.50 dB worse: {LONG}."
     assert f"one misses a pixel's values by about {off:.1f} of 255 {best}" in text
+    equal = [replace(row, differences={"psnr": Difference(0.0, -0.1, 0.1)}) for row in whole.results.rows]
+    assert meaning(changed(whole, equal).results).endswith(f"; the best of the others is as good: {LONG}.")
 
 
 def test_images_stand_side_by_side_with_every_target(whole):

@@ -80,6 +80,8 @@ def test_without_a_terminal_a_line_is_one_line(now, capsys):
     assert "waiting for data 50% (raise data.params.num_workers)" in line
     assert line.endswith(" left")
     assert len(line) > 80
+    StepProgress(line_every_s=0.0).on_train_batch_end(at, SimpleNamespace(reports=False, images_seen=8))
+    assert capsys.readouterr().err == "step 3/10\n"  # its first, from which there is no speed yet
 
 
 @pytest.mark.parametrize(
