@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from olvae.cli.main import print_error
@@ -54,33 +55,35 @@ def train(name: str, out: Path) -> dict[str, tuple[list[float], list[float]]]:
 
 def draw(folder: Path, path: Path) -> None:
     """Draw the curves of a folder's files, a row for each training: what tells, and PSNR."""
-    figure = Figure(figsize=(7.2, 8.1), layout="constrained")
-    for rows, (name, case) in zip(figure.subfigures(len(CURVES), 1), CURVES.items(), strict=True):
+    figure = Figure(figsize=(7.2, 8.4), layout="constrained")
+    for part, (name, case) in zip(figure.subfigures(len(CURVES), 1), CURVES.items(), strict=True):
         curves = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
-        rows.suptitle(case.title, fontsize=17, fontweight="bold")
-        left, right = rows.subplots(1, 2)
+        part.suptitle(case.title, fontsize=17, fontweight="bold")
+        left, right = part.subplots(1, 2)
         steps, values = curves[case.tag]
         left.plot(steps, values, "C0", alpha=0.3)
-        left.plot(steps, running_mean(values, 10), "C0", linewidth=2.5)
+        left.plot(steps, running_mean(values, 5), "C0", linewidth=2.5)
         if case.tag == "train/grad_norm":
             left.set_yscale("log")
-            left.axhline(1, color="0.3", linestyle="--")
-            left.annotate("gradient_clip_val", (STEPS, 1), xytext=(0, -4), textcoords="offset points", **BELOW)
+            _line(left, 1, "clip")
         else:
             left.set_ylim(0)
-        at, psnr = curves["val/psnr"]
-        right.plot(at, psnr, "C0", linewidth=2.5, marker="o")
-        right.axhline(psnr[0], color="0.3", linestyle="--")
-        right.annotate("linear code", (STEPS, psnr[0]), xytext=(0, -4), textcoords="offset points", **BELOW)
-        for panel, title in ((left, case.tag), (right, "val/psnr")):
+        right.plot(*curves["val/psnr"], "C0", linewidth=2.5, marker="o")
+        _line(right, curves["val/psnr"][1][0], "linear code")
+        for panel, title in ((left, case.tag), (right, "val/psnr, dB")):
             panel.set_title(title, fontsize=15)
             panel.tick_params(labelsize=13)
             panel.grid(alpha=0.3)
             panel.spines[["top", "right"]].set_visible(False)
+    part.supxlabel("step", fontsize=13)
     figure.savefig(path, dpi=100)
 
 
-BELOW = {"ha": "right", "va": "top", "fontsize": 13, "color": "0.3"}
+def _line(panel: Axes, value: float, name: str) -> None:
+    """A named level, above which there is room for its name."""
+    panel.margins(y=0.2)
+    panel.axhline(value, color="0.3", linestyle="--")
+    panel.annotate(name, (STEPS, value), (0, 2), textcoords="offset points", ha="right", fontsize=13, color="0.3")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
