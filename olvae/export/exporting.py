@@ -404,7 +404,7 @@ def _data(config: Mapping[str, Any]) -> str:
     if size := entry_of(config, "data.params.size"):
         text.append(f"crops of {Sides.of(size)}")
     if steps := entry_of(config, "lightning.trainer.max_steps"):
-        text.append(plain(f"{steps} steps"))
+        text.append(plain(f"up to {steps} steps"))  # it may have been stopped
     if before := settings_of(config).weights:
         file = Path(before)
         name = file.parents[1].name if file.parent.name == "checkpoints" else file.name

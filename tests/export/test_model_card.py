@@ -61,7 +61,7 @@ def test_the_model_card(metrics, tmp_path):
         "| bicubic | 22 | - | 0.612 |",
         "`open-litevae`, version 1, ab12",
         "Half precision: not measured: `olvae evaluate` compares fp16, bf16 and 32.",
-        "`olvae.data.picture_folder.FolderSource`, cats, 4 steps, from the weights of 2026_a_32.",
+        "`olvae.data.picture_folder.FolderSource`, cats, up to 4 steps, from the weights of 2026_a_32.",
         "Weights: mit.",
         "LiteVAE.from_pretrained(",
     ):
@@ -129,6 +129,7 @@ def test_the_card_names_the_teacher():
         ("RGenDiff/olitevaeB_im_f8c12", "diffusers:a/b::vae", "[RGenDiff/olitevaeB_im_f8c12, a/b]"),
         ("olvae:photos-f8c12", "diffusers:/home/me/vae", ""),
         (None, None, ""),
+        ("diffusers:a/b]\nlicense: mit #", "diffusers:<b>a</b>/c", ""),  # received, to harm
         ("exports/gone", "diffusers:models/gone::vae", ""),  # folders when the run started
     ],
 )
