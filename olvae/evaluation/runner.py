@@ -24,6 +24,7 @@ from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.metric import MetricSet
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.loader import Target
+from olvae.runs import entry_of
 
 DEFAULT_METRICS = tuple(name for name in METRICS if name not in ("ssim_uniform", "fdd"))
 
@@ -104,8 +105,7 @@ def _one_pass(
     size, resample = source.size.node, source.eval_transform.resample
     stated = None if pixels.eight_bits else str(pixels)
     protocols = [replace(p, size=size, resample=resample, crops=source.crops, range=stated) for p in protocols]
-    data = request.targets[0].config.get("data") or {}
-    batch_size = request.batch_size or data.get("params", {}).get("batch_size") or 8
+    batch_size = request.batch_size or entry_of(request.targets[0].config, "data.params.batch_size") or 8
     loader, observers = source.test_loader(batch_size), copy.deepcopy(observers)
 
     # One pass, with metrics in all the variants that the protocols use, and round trips for all ways to draw a latent.

@@ -42,15 +42,13 @@ class _Loss:
 
 
 _LOGISTIC = _Loss(lambda r: F.softplus(-r), F.softplus, lambda f: F.softplus(-f), threshold=0.0)
-_LOSSES = {
+ADVERSARIAL_LOSSES = {
     "hinge": _Loss(lambda r: F.relu(1 - r), lambda f: F.relu(1 + f), lambda f: -f, threshold=0.0),
     "logistic": _LOGISTIC,
     "lsgan": _Loss(lambda r: (r - 1).square() / 2, lambda f: f.square() / 2, lambda f: (f - 1).square() / 2, 0.5),
     "wgan": _Loss(lambda r: -r, lambda f: f, lambda f: -f, threshold=None),
     "bce": _LOGISTIC,
 }
-
-ADVERSARIAL_LOSSES = tuple(_LOSSES)
 
 
 def generator_loss(name: str, fake_logits: Sequence[Tensor]) -> Tensor:
@@ -93,9 +91,9 @@ def mean_of_outputs(per_logit: Sequence[Tensor]) -> Tensor:
 
 def find_loss(name: str) -> _Loss:
     """Find an adversarial loss by name; ValueError if there is none."""
-    if name not in _LOSSES:
-        raise ValueError(f"adversarial loss must be one of {', '.join(_LOSSES)}, got {name!r}")
-    return _LOSSES[name]
+    if name not in ADVERSARIAL_LOSSES:
+        raise ValueError(f"adversarial loss must be one of {', '.join(ADVERSARIAL_LOSSES)}, got {name!r}")
+    return ADVERSARIAL_LOSSES[name]
 
 
 def check_logits(logits: Sequence[Tensor] | Tensor) -> list[Tensor]:

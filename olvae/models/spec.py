@@ -78,11 +78,9 @@ class AutoencoderSpec:
         ``origin`` is for messages; ``only_ours`` refuses networks from outside of this package, for received configs.
         """
         if "model" in content:
-            node, origin = content["model"], f"{origin}: model.params."
-            given = node.get("params") if isinstance(node, Mapping) else None
-            params = {key: given[key] for key in IN_TRAINING if key in given} if isinstance(given, Mapping) else {}
-            params = {key: value for key, value in params.items() if value is not None or key not in FOR_DIFFUSION}
-            params["pixel_range"] = entry_of(content, "data.params.range")
+            found = {key: entry_of(content, f"model.params.{key}") for key in IN_TRAINING}
+            params = {key: value for key, value in found.items() if value is not None}
+            params["pixel_range"], origin = entry_of(content, "data.params.range"), f"{origin}: model.params."
         else:
             _check_export(content, origin)
             params, origin = {key: content[key] for key in IN_EXPORT if key in content}, f"{origin}: "
