@@ -355,7 +355,7 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
         results=results,
         scores=scores(results) if results else {},
         protocol=results.protocol if results else {},
-        precisions=list(HalfPrecision().lines(family)),
+        precisions=list(HalfPrecision().lines(family)) if family else [],
         data=_data(provenance.config),
         onnx=onnx,
     )
