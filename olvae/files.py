@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -176,6 +177,11 @@ def legible(name: str) -> str:
 def printable(name: str) -> str:
     """Put a file's name on one line: unprintable characters are escaped."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in legible(name))
+
+
+def plain(text: str) -> str:
+    """Put a user's text on one line, with Markdown's characters escaped, except underscores inside a word."""
+    return re.sub(r"([\\|*`<>\[\]#~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", printable(" ".join(text.split())))
 
 
 @cache

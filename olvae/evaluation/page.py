@@ -16,7 +16,6 @@ from torch import Tensor
 from olvae.evaluation.results import Results, Row
 from olvae.evaluation.roundtrip import Cost
 from olvae.figures import rgb
-from olvae.files import printable
 from olvae.metrics import METRICS
 
 NONE = "-"
@@ -232,11 +231,6 @@ def picture(image: Tensor, alt: str, limit: int = SIDES[1]) -> Markup:
     return Markup('<img src="data:image/webp;base64,{}" width="{}" height="{}" alt="{}">').format(
         data, shown.width, shown.height, alt
     )
-
-
-def plain(text: str) -> str:
-    """A user's text on one line, with Markdown's characters escaped, except underscores inside a word."""
-    return re.sub(r"([\\|*`<>\[\]#~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", printable(" ".join(text.split())))
 
 
 def breakable(name: str) -> Markup:

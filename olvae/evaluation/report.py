@@ -27,12 +27,11 @@ from olvae.evaluation.page import (
     differences,
     headings,
     meaning,
-    plain,
     scores,
 )
 from olvae.evaluation.results import Results, used_weights
 from olvae.evaluation.runner import Evaluated
-from olvae.files import atomic_write, no_empty_folders, remove_partials, write_json
+from olvae.files import atomic_write, no_empty_folders, plain, remove_partials, write_json
 from olvae.metrics import METRICS
 
 OF_EARLIER_ROWS: Sequence[Observer] = (Cross(), HalfPrecision())

@@ -19,10 +19,10 @@ from olvae.config import ConfigError
 from olvae.data.pixels.sides import Sides
 from olvae.devices import DTYPES
 from olvae.evaluation.observers.half_precision import HalfPrecision
-from olvae.evaluation.page import plain, scores
+from olvae.evaluation.page import scores
 from olvae.evaluation.results import Results
 from olvae.export.formats import FACTORS, LAYOUTS, Layout, find_layout
-from olvae.files import folder_beside, nearest_folder, no_empty_folders
+from olvae.files import folder_beside, nearest_folder, no_empty_folders, plain
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.families import family_of
 from olvae.models.loading.loader import Target

@@ -106,10 +106,8 @@ class LatentSource(ShardSource):
         flip: in training, take the mirrored image's latent half of the time, if it was encoded too.
         per_channel: shift and scale each channel by its own numbers, as VA-VAE's diffusion models do.
 
-    Raises:
-        FileNotFoundError: the folder has no latents, or not all of them yet.
-        ValueError: its latents have several shapes and can't be put into a batch, there are too few, or a channel is
-            the same everywhere and is to be scaled.
+    Raises FileNotFoundError: the folder has no latents, or not all of them yet. ValueError: they have several shapes
+    and can't be put into a batch, there are too few, or a channel that is to be scaled is the same everywhere.
     """
 
     tensor = "latent"

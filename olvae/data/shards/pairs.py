@@ -52,10 +52,8 @@ class PairSource(ShardSource):
         shuffle: pairs in a shuffled block; two blocks are in memory, undecoded, per loader process.
         flip: in training, mirror half of the pairs, if mirrored images were encoded too.
 
-    Raises:
-        FileNotFoundError: a folder has no latents, or not all of them yet.
-        ValueError: a folder has no images, or one latent for each instead of moments; the size does not fit; the two
-            folders have different teachers; there are too few shards or pairs.
+    Raises FileNotFoundError: a folder has no latents, or not all of them yet. ValueError: it has no images, or one
+    latent for each instead of moments; the size does not fit; the folders' teachers differ; there are too few pairs.
     """
 
     def __init__(
