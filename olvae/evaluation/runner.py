@@ -99,8 +99,7 @@ def _one_pass(
     progress: Progress,
 ) -> list[Evaluated]:
     """Results under protocols that prepare images alike; none in every process but the first."""
-    models = {name: subject.model for name, subject in subjects.items()}
-    source = _open(request, protocols[0], models)
+    source = _open(request, protocols[0], {name: subject.model for name, subject in subjects.items()})
     pixels = source.pixel_range
     size, resample = source.size.node, source.eval_transform.resample
     stated = None if pixels.eight_bits else str(pixels)
