@@ -21,6 +21,8 @@ from uuid import uuid4
 
 log = logging.getLogger("olvae")
 
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # the preferred one first
+
 
 @contextmanager
 def atomic_write(path: Path, folder: Path | None = None) -> Iterator[Path]:

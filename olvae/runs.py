@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from olvae import config as cfg
 from olvae.config import Config, ConfigError, with_paths
 from olvae.config.reading import is_local
-from olvae.files import check_folder, lock_file, warn_once
+from olvae.files import WEIGHT_SUFFIXES, check_folder, lock_file, warn_once
 
 log = logging.getLogger("olvae.training")
 
@@ -109,10 +109,11 @@ def run_of(checkpoint: Path) -> Run | None:
 def find_run(text: str | Path, logdir: str | Path = "runs") -> str | Path:
     """Find the run that a word names: the newest of that name in ``logdir``, or ``last`` or ``latest`` of all.
 
-    ``elsewhere/NAME`` is of another folder. A path that exists comes first, and what names no run is returned as it is.
+    ``elsewhere/NAME`` is of another folder. A file, or a folder that has a run or a model, comes first: one of images
+    does not. What names no run is returned as it is.
     """
     path = Path(text)
-    if path.exists() or not path.name or ":" in str(text):
+    if path.is_file() or _has_model(path) or not path.name or ":" in str(text):
         return text
     begun = []
     for folder in (path.parent if path.parent.name else Path(logdir)).glob("*_*_*"):
@@ -120,6 +121,11 @@ def find_run(text: str | Path, logdir: str | Path = "runs") -> str | Path:
         if match and path.name in ("last", "latest", match[3]) and Run(folder).last_checkpoint.is_file():
             begun.append((match[1], int(match[2] or 0), folder))
     return max(begun)[2] if begun else text
+
+
+def _has_model(folder: Path) -> bool:
+    files = folder.iterdir() if folder.is_dir() else ()
+    return any(file.name == "checkpoints" or file.suffix in (".json", *WEIGHT_SUFFIXES) for file in files)
 
 
 def open_run(path: str | Path, logdir: str | Path = "runs") -> Run:

@@ -66,6 +66,9 @@ def test_one_word_names_the_newest_run(tmp_path, monkeypatch):
     for word in ("stopped", "dem", "elsewhere/last", "olvae:demo", "owner/demo", "a.B:x//y", "", ".", tmp_path):
         assert find_run(word) == word
     (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "a.png").touch()  # the data of a run of the same name
+    assert Path(find_run("demo")).name.endswith(names[2])
+    (tmp_path / "demo" / "config.json").touch()
     assert find_run("demo") == "demo"
     Run(Path(find_run("last"))).config.touch()
     assert open_run("last") == open_run("runs/a_b") == Run(Path(find_run("last")))

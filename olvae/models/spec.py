@@ -17,7 +17,7 @@ from olvae import config as cfg
 from olvae.config import Config, ConfigError, Node
 from olvae.config.nodes import check_arguments, unknown_keys
 from olvae.config.reading import CONFIG_BYTES
-from olvae.files import nearest_path, reason
+from olvae.files import WEIGHT_SUFFIXES, nearest_path, reason
 from olvae.runs import entry_of, find_run
 
 KINDS = (
@@ -29,7 +29,6 @@ KINDS = (
 DIFFUSERS = "diffusers:"
 SHIPPED = "olvae:"  # a model that ships with this package: the export in olvae/pretrained/NAME
 SHIPPED_FOLDER = Path(__file__).parent.parent / "pretrained"
-WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # the preferred one first
 OURS = "olvae."  # begins every target that a received config may name
 CLASS_NAME = "AutoencoderLiteVAE"
 CONFIG_NAME = "config.json"

@@ -25,13 +25,12 @@ from torch import Tensor
 from olvae.checkpoint import write_tensors
 from olvae.config import Config, ConfigError, recipes
 from olvae.config.reading import CONFIG_BYTES
-from olvae.files import atomic_write, first_line, write_json
+from olvae.files import WEIGHT_SUFFIXES, atomic_write, first_line, write_json
 from olvae.models.spec import (
     AUTO_MAP,
     CLASS_NAME,
     CONFIG_NAME,
     SHIPPED,
-    WEIGHT_SUFFIXES,
     WEIGHTS_NAME,
     AutoencoderSpec,
     class_in,

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from olvae.checkpoint import check_file, load_weights, mismatches
 from olvae.config import ConfigError
-from olvae.files import first_line
+from olvae.files import WEIGHT_SUFFIXES, first_line
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.families import FAMILIES
 from olvae.models.loading.loader import Loader, LoadOptions, Target
-from olvae.models.spec import CLASS_NAME, DIFFUSERS, FOR_DIFFUSION, WEIGHT_SUFFIXES, class_in, oversized
+from olvae.models.spec import CLASS_NAME, DIFFUSERS, FOR_DIFFUSION, class_in, oversized
 from olvae.models.weight_files import snapshot
 from olvae.modules.base import count_parameters
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
