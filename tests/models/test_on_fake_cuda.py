@@ -1,4 +1,6 @@
-"""Training steps on a fake GPU: tensors without memory say cuda, so that no mismatch, copy or wait needs a GPU to show.
+"""Training, validation and evaluation on a fake GPU.
+
+Tensors without memory say cuda, so that no mismatch, copy or wait needs a GPU to show.
 
 Forward passes, losses and updates run as they are; backward passes are torch's own and need an accelerator, so
 gradients are filled in.
@@ -13,10 +15,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from lightning.pytorch.trainer.states import TrainerFn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from olvae.config import load
+from olvae.evaluation.roundtrip import RoundTrip
 from olvae.models import footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.models.test_synchronisation import WAITS
@@ -78,20 +82,34 @@ class Optimizer:
         self.zero_grad, self.trainer, self.counts = optimizer.zero_grad, trainer, counts
 
     def step(self) -> None:
-        self.optimizer.step()
+        scaler = self.trainer.precision_plugin.scaler
+        if scaler is None:
+            self.optimizer.step()
+        else:
+            scaler.step(self.optimizer)
+            scaler.update()
         self.trainer.global_step += self.counts
 
 
-def on_gpu(model: LiteAutoencoderKL, monkeypatch) -> LiteAutoencoderKL:
+def on_gpu(model: LiteAutoencoderKL, monkeypatch, dtype: torch.dtype) -> LiteAutoencoderKL:
     """A model on the fake GPU, in the hands of a trainer; under a FakeTensorMode."""
+    monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     with GPU:
         model = footprint.without_memory(model)
     trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1, log_every_n_steps=2, max_steps=100)
-    trainer.precision_plugin, trainer.strategy, trainer.callbacks = SimpleNamespace(scaler=None), None, []
-    model.__dict__["_trainer"] = trainer
+    scaler = torch.amp.GradScaler("cuda") if dtype == torch.float16 else None
+    trainer.precision_plugin, trainer.strategy, trainer.callbacks = (
+        SimpleNamespace(scaler=scaler),
+        None,
+        model.configure_callbacks(),
+    )
+    trainer.state = SimpleNamespace(fn=TrainerFn.FITTING)
+    model.__dict__.update(_trainer=trainer, _device=GPU)
 
     def fill(loss: torch.Tensor) -> None:
         assert (loss.device, loss.dtype, loss.requires_grad) == (GPU, torch.float32, True)
+        if scaler is not None:
+            assert scaler.scale(loss).dtype == torch.float32
         for p in model.parameters():
             if p.requires_grad:
                 p.grad = torch.empty_like(p)
@@ -103,21 +121,47 @@ def on_gpu(model: LiteAutoencoderKL, monkeypatch) -> LiteAutoencoderKL:
     model.__dict__.update(log_dict=logged.update, logged=logged, log=logged.__setitem__)
     monkeypatch.setattr("olvae.models.adversary.gradient_ratio", lambda *_: torch.empty((), device=GPU))
     monkeypatch.setattr("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True)  # a GPU has it
+    for average in trainer.callbacks:
+        average.on_fit_start(trainer, model)
     model.on_train_start()
     return model
 
 
-def take_steps(config, monkeypatch, steps: int) -> tuple[LiteAutoencoderKL, list[Operations]]:
-    """Steps of two images in bfloat16, of which every second one is logged; the others wait for nothing."""
+def validate(model: LiteAutoencoderKL, images: torch.Tensor, dtype: torch.dtype, monkeypatch) -> None:
+    """Validation, and an evaluation of images on the CPU: they go to the GPU once, and numbers alone come back."""
+    monkeypatch.setattr(FakeTensor, "tolist", lambda x: [0.5] * len(x))
+    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
+    model.eval()
+    model.on_validation_epoch_start()
+    with Operations() as operations, autocast(dtype), torch.no_grad():
+        model.validation_step({"image": images, "key": ["a", "b"]}, 0)
+    assert operations.found == []
+    assert operations.products[torch.ops.aten.convolution, dtype] > 10
+    assert model._metrics["val"].per_image().keys() == {"psnr", "ssim"}
+    autoencoder = model.autoencoder
+    monkeypatch.setattr(autoencoder, "to", lambda _: autoencoder, raising=False)  # it is there
+    trip = RoundTrip(autoencoder, "cuda:0", seed=0)
+    with Operations() as operations, torch.no_grad():
+        done = RoundTrip.__call__.__wrapped__(trip, ["a", "b"], torch.empty_like(images, device="cpu"))
+    assert (done.latents.device, done.images.device, done.images.dtype) == (GPU, torch.device("cpu"), torch.uint8)
+    assert len(operations.found) == 3, operations.found  # the images, their noise, the levels
+    assert {of for _, of in operations.products} == {torch.float32}
+
+
+def take_steps(config, monkeypatch, steps: int, dtype=torch.bfloat16) -> tuple[LiteAutoencoderKL, list[Operations]]:
+    """Steps of two images, of which every second one is logged; the others wait for nothing. Then a validation."""
     size, taken = config["data"]["params"]["size"], []
     config["model"]["params"] |= {"gradient_clip_val": 1.0, "learning_rate": 1e-4}
     without = footprint.without_weights(config["model"])
     with FakeTensorMode():
-        model = on_gpu(without, monkeypatch)
+        model = on_gpu(without, monkeypatch, dtype)
         for number in range(steps):
             images = torch.empty(2, 3, size, size, dtype=torch.uint8, device=GPU)
-            with Operations() as operations, autocast(torch.bfloat16):
+            with Operations() as operations, autocast(dtype):
                 model.training_step({"image": images, "key": ["a", "b"]}, number)
+                for average in model.trainer.callbacks:
+                    average.on_train_batch_end(model.trainer)
             taken.append(operations)
             if not model.reports:
                 assert operations.found == []
@@ -125,22 +169,24 @@ def take_steps(config, monkeypatch, steps: int) -> tuple[LiteAutoencoderKL, list
             for p, state in optimizer.optimizer.state.items():
                 assert (state["exp_avg"].stride(), state["step"].device) == (p.stride(), GPU)
         assert {v.device for v in model.logged.values() if isinstance(v, torch.Tensor)} == {GPU}
+        validate(model, images, dtype, monkeypatch)
     assert model.trainer.global_step == steps
     return model, taken
 
 
-LAUNCHES = 1_000
+LAUNCHES = 1_030
 """Ceiling of the operations of a step after the first, without its backward passes: each is a launch at least."""
 
 
-def test_steps_in_half_precision(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_steps_in_half_precision(monkeypatch, dtype):
     """Of both players, with LeCam and CutMix."""
     penalties = [f"{A}.start_step=0", f"{A}.lecam_weight=0.1", f"{A}.cutmix_probability=1.0"]
-    _, steps = take_steps(load(["configs/demo_b.yaml"], penalties), monkeypatch, 3)
+    _, steps = take_steps(load(["configs/demo_b.yaml"], penalties), monkeypatch, 2, dtype)
     assert max(step.count for step in steps[1:]) <= LAUNCHES
     products, convolution, vector = steps[0].products, torch.ops.aten.convolution, torch.ops.aten.mv
-    assert products[convolution, torch.bfloat16] > 10 * products[convolution, torch.float32]
-    assert products[vector, torch.float32] > products[vector, torch.bfloat16] == 0  # power iterations
+    assert products[convolution, dtype] > 10 * products[convolution, torch.float32]
+    assert products[vector, torch.float32] > products[vector, dtype] == 0  # power iterations
 
 
 @pytest.mark.slow

@@ -128,3 +128,17 @@ def test_too_many_unreadable_images_stop_all_processes_with_a_checkpoint(train_t
     train_two("lightning.trainer.max_steps=40", config=config, **stopped)
     (path,) = (tmp_path / "runs").iterdir()
     assert checkpoint(Run(path))["images_seen"] == 6
+
+
+@pytest.mark.slow
+def test_two_processes_resume_as_one_in_another_layout(train_with, train_two, capfd):
+    """Adam's moments take the weights' new strides, PatchGAN its R1; the lock is of a host that died."""
+    config = tiny_config(adversary_config=against(r1_weight=1e-3, r1_every=1), use_ema=True)
+    config["model"]["params"]["encoder_config"]["params"] |= {"extractor_channels": 16, "aggregate_channels": 16}
+    one, two = train_with(*SMALL, WHOLE, config=config), train_two(*SMALL, HALF, config=config)
+    two.lock.write_text("process 1 on another host")
+    again = ("lightning.trainer.max_steps=6", "model.params.channels_last=true")
+    assert_close(train_with(*again, resume=one.path), train_two(*again, resume=two.path, name=None))
+    (state, *_) = checkpoint(two)["optimizer_states"]
+    assert any(s["exp_avg"].is_contiguous(memory_format=torch.channels_last) for s in state["state"].values())
+    assert "sync_dist" not in capfd.readouterr().err  # Lightning's advice at each validation, which would be wrong here
