@@ -248,10 +248,7 @@ def test_an_untrained_half_is_refused(olvae, make_stock_run, tmp_path, half):
 
 
 def test_what_does_not_fit_a_format_is_one_line_and_leaves_nothing(olvae, run_folder, stock_folder, tmp_path):
-    stock, other = (
-        f"diffusers:{stock_folder}",
-        "no class of diffusers has these networks: --format litevae is for",
-    )
+    stock, other = (f"diffusers:{stock_folder}", "no class of diffusers has these networks: --format litevae is for")
     autoencoder_kl(norm_num_groups=16, widths=(32, 32)).save_pretrained(tmp_path / "groups")
     autoencoder_kl((32, 32), **PER_CHANNEL).save_pretrained(tmp_path / "channels")
     before = sorted(path for path in tmp_path.rglob("*"))

@@ -91,11 +91,7 @@ CLASSES: dict[str, dict[str, Any]] = {
         "decoder_layers_per_block": (1,) * 5,
     },
     "AutoencoderKLMagvit": {**FOUR, "norm_num_groups": 4},
-    "AutoencoderKLMochi": {
-        "latent_channels": 12,
-        "layers_per_block": (1,) * 5,
-        **halves(block_out_channels=(32,) * 4),
-    },
+    "AutoencoderKLMochi": {"latent_channels": 12, "layers_per_block": (1,) * 5, **halves(block_out_channels=(32,) * 4)},
     "AutoencoderKLQwenImage": WAN,
     "AutoencoderKLQwenImage21": {**WAN, "decoder_base_dim": 8},
     "AutoencoderKLWan": WAN,
