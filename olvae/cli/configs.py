@@ -34,6 +34,8 @@ def validate_command(
     """
     from olvae.config import ConfigError, load, validate
 
+    if precision is not None and ranks is None:
+        raise ConfigError("--precision applies to --ranks: give both, or neither")
     found = 0
     for path in configs:
         try:

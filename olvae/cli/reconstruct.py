@@ -39,6 +39,9 @@ def command(
         ),
     ] = None,
     sample: Annotated[bool, typer.Option("--sample", help="Decode a sample of the posterior, not its mode.")] = False,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", min=0, help="Seed of --sample, the same for every image; 0 by default.")
+    ] = None,
 ) -> None:
     """Reconstruct images of any size; write each result, and a picture of input, output and error with the PSNR.
 
@@ -46,6 +49,12 @@ def command(
 
     Example: olvae reconstruct demo photo.jpg holiday/ --out reconstructions
     """
+    from olvae.config import ConfigError
+
+    if seed is not None and not sample:
+        raise ConfigError("--seed applies to --sample: give both, or neither")
+    if memory is not None and not 0 < memory < 2**20:
+        raise ConfigError(f"--memory {memory}: give a number of GiB, for example 2")
     check_paths(target)
     with loading():
         import torch
@@ -63,7 +72,7 @@ def command(
     places = plan_outputs(images, out)
     model = found.load().to(where).fold()
     budget = default_memory(where) if memory is None else int(memory * GIB)
-    options = ReconstructOptions(where, budget, sample, precision_name(precision))
+    options = ReconstructOptions(where, budget, (seed or 0) if sample else None, precision_name(precision))
     with ProgressBar("reconstructing", len(places)) as bar:
         done = reconstruct_files(model, places, options, lambda line: bar.print(in_flags(legible(line))), bar.set)
     if done:

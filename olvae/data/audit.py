@@ -206,8 +206,11 @@ def _check_shards(result: AuditResult, folders: Sequence[Path]) -> None:
             continue
         try:
             records = Index.read(folder / INDEX).shards
-        except ValueError:  # the training source has the same problem
+        except ValueError as error:
+            result.notes.append(str(error))
             continue
+        if any(record.sha256 is None for record in records.values()):
+            result.notes.append(f"{folder}: {INDEX} has no checksums: damage inside a shard can't be seen")
         here = {path.name: shard for shard in result.shards if (path := Path(shard.url)).parent == folder}
         result.problems += [problem for name in here if (problem := _difference(here[name], records.get(name)))]
         if Path(result.source).expanduser().is_dir() and (gone := sorted(set(records) - set(here))):

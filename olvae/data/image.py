@@ -224,7 +224,7 @@ class Photo:
 
 
 def read_picture(path: str | Path, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> Picture:
-    """Read a picture, turned upright by its EXIF orientation; UnreadableImageError for what it can't be.
+    """Read a picture, turned upright by its EXIF orientation; raise UnreadableImageError if that fails.
 
     Without a stated range it has 8 bits per channel. Three channels are RGB: transparent pictures are laid over white;
     greyscale, palette and CMYK are converted by Pillow; only the first of several frames of a GIF is read. One channel
@@ -329,9 +329,7 @@ class RandomScaleCrop:
 
     size: Size  # of the result
     min_fraction: float = 0.5  # in (0, 1]
-    filters: Sequence[str] = (
-        ALL_FILTERS  # of FILTERS, to choose from; nearest alone, for masks, is evaluation's as well
-    )
+    filters: Sequence[str] = ALL_FILTERS  # of FILTERS; nearest alone, for masks, is evaluation's as well
     flip: bool = True  # mirror half of the results
     shuffle_channels: float = 0.0  # share of the results whose channels are permuted: more colours of few pictures
 
@@ -382,8 +380,8 @@ RESIZES = {  # descriptions for the protocol
 class EvalTransform:
     """Resize a picture, then crop its centre, for evaluation; ValueError for an unknown resize or filter.
 
-    ``shorter side`` is resized to ``size``, as in the results table [R], or until height and width just cover it; in
-    ``adm`` after halving the picture by averaging while it is at least twice too large (Dhariwal and Nichol 2021).
+    ``shorter side`` resizes it to ``size``, as in the results table [R], or until height and width just cover it;
+    ``adm`` halves it by averaging while it is at least twice too large, then resizes (Dhariwal and Nichol 2021).
     """
 
     size: Size

@@ -72,8 +72,13 @@ class MixSource(Source):
             weights = [float(count or 0) for count in counts]
         if len(weights) != len(self.sources) or min(weights, default=0) < 0 or sum(weights) <= 0:
             raise ConfigError(f"data.params.weights: expected {len(self.sources)} weights, not all 0, got {weights}")
-        shares = [max(round(weight / sum(weights) * CYCLE), 1 if weight else 0) for weight in weights]
-        shares[shares.index(max(shares))] += CYCLE - sum(shares)
+        exact = [weight / sum(weights) * CYCLE for weight in weights]
+        shares = [max(int(part), 1 if part else 0) for part in exact]
+        by_rest = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])  # most short of its share first
+        for i in range(CYCLE - sum(shares)):
+            shares[by_rest[i % len(shares)]] += 1
+        for _ in range(sum(shares) - CYCLE):  # many tiny weights were lifted to 1
+            shares[shares.index(max(shares))] -= 1
         return shares
 
     @property

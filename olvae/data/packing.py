@@ -65,7 +65,7 @@ def pack(
     max_unreadable: float = 0.01,
     on_progress: OnProgress = ignore_progress,
 ) -> Packed:
-    """Write the images of SRC to ``out/000000.tar``, ``000001.tar``, ... and last an ``index.json``.
+    """Write the images of SRC to ``out/000000.tar``, ``000001.tar``, ... then an ``index.json``.
 
     A shard holds for each image ``KEY.jpg`` (or .png, .webp, .npy) and ``KEY.json`` with its name in the source, its
     width and height, upright, and its class where a data set gives one; KEY is its position in the order. Shards and

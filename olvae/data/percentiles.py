@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -64,7 +63,9 @@ def measure(src: str, images: int = 200) -> Measured:
     parts: list[NDArray[np.float64]] = []
     unreadable: list[ReadError] = []
     nodata: set[float] = set()
-    for open_photo in islice(_openers(src, images), images):
+    for open_photo in _openers(src, images):
+        if len(parts) == images:
+            break
         try:
             photo = open_photo()
             values = image_to_tensor(photo.read()).flatten(1)  # (C, H W)

@@ -94,13 +94,6 @@ class _Totals:
             **{name: high / total for name, (high, total) in spectra if total},
             "diffusion": {"shift_factor": shift, "scaling_factor": scale, "latents_mean": mean, "latents_std": std},
             "channels": {"mean": mean, "std": std, **ends},
-            "histogram": {
-                "edges": EDGES.tolist(),
-                "normal": torch.special.ndtr(EDGES).diff().tolist(),
-                "below": share[0],
-                "share": share[1:-1],
-                "above": share[-1],
-            },
         }
         if self.kl is not None:
             moments, positions = self.moments, self.shape[1:].numel()
@@ -119,6 +112,13 @@ class _Totals:
                 "kl_per_image": (kl * positions).tolist(),
                 "active": active.tolist(),
             }
+        row["histogram"] = {
+            "edges": EDGES.tolist(),
+            "normal": torch.special.ndtr(EDGES).diff().tolist(),
+            "below": share[0],
+            "share": share[1:-1],
+            "above": share[-1],
+        }
         return row
 
 

@@ -194,7 +194,7 @@ def print_grid(console: Console, title: str, table: Table, names: str = "target"
             left = room - max(map(len, texts)) - 2
         parts[-1].append(heading)
     for number, columns in enumerate(parts):
-        grid = Grid(title="" if number else title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        grid = Grid(title="" if number else escape(title), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
         grid.add_column(names, overflow="fold", min_width=8)
         for heading in columns:
             grid.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)

@@ -23,7 +23,7 @@ def open_images_for(
 ) -> Source:
     """Open the test images of models, as :func:`open_test_source`; ConfigError unless all models take them.
 
-    Models without a range of values take over that of the others.
+    Models without a range of values take the others'.
     """
     stated = list(dict.fromkeys(m.pixel_range for m in models.values() if not m.pixel_range.eight_bits))
     if len(stated) > 1:

@@ -142,9 +142,8 @@ def _one_pass(
     for protocol in protocols:
         complete = replace(protocol, n=len(digests))
         draw = seeds.index(protocol.noise_seed)
-        rows = rows_under(
-            complete, [measured.get((name, draw), measured[name, 0]) for name in subjects], request.metrics
-        )
+        found = [measured.get((name, draw), measured[name, 0]) for name in subjects]
+        rows = rows_under(complete, found, request.metrics)
         for observer in observers:
             by_name = {row.target: row for row in rows}
             rows = [observer.complete(row, by_name) for row in rows]

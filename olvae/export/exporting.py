@@ -96,6 +96,7 @@ def export_target(target: Target, place: Path, settings: ExportSettings) -> tupl
 
     Raises ConfigError where the format or a setting does not suit the model.
     """
+    settings.check(place)
     if half := settings_of(target.config).untrained:
         raise ConfigError(f"{target.given}: its {half} has never been trained: train it first, by distil/{half}")
     loaded = target.load()

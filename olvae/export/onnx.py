@@ -39,10 +39,13 @@ def export_onnx(model: LiteVAE, folder: Path) -> dict[str, float]:
     """Write ``encoder.onnx`` and ``decoder.onnx``, folded, and check them at sizes other than the traced one.
 
     The encoder maps ``image`` in [-1, 1] to ``moments`` (means, then log-variances, unclamped), the decoder ``latent``
-    to ``image`` (unclamped). The model is float32. Return each file's largest difference from torch, relative to the
-    largest value; raise ValueError if it is above :data:`TOLERANCE`.
+    to ``image`` (unclamped). Return each file's largest difference from torch, relative to the largest value; raise
+    ValueError if it is above :data:`TOLERANCE`, or the model is not float32.
     """
-    onnxruntime, _ = (import_extra(name, "onnx", "ONNX") for name in ("onnxruntime", "onnxscript"))
+    if {p.dtype for p in model.parameters()} != {torch.float32}:
+        raise ValueError("ONNX files are written and checked in float32: leave `dtype` at float32")
+    onnxruntime = import_extra("onnxruntime", "onnx", "ONNX")
+    import_extra("onnxscript", "onnx", "ONNX")
     folded = model if model.folded else model.fold().eval()
     differences: dict[str, float] = {}
     for name, names, half in (

@@ -25,7 +25,7 @@ class ReconstructOptions:
 
     device: torch.device
     memory: int  # bytes for activations
-    sample: bool = False  # decode a sample of the posterior, its noise the same for every image, not the mode
+    seed: int | None = None  # of samples of the posterior, the same for every image; None decodes the mode
     precision: str = FULL  # a name of olvae.devices.PRECISIONS
 
 
@@ -76,8 +76,8 @@ def reconstruct(
     with autocast(options.device.type, options.precision):
         posterior = model.encode_within(x, options.memory, progress and (lambda done: progress(0.3 * done)))
         del x
-        noise = torch.Generator(options.device).manual_seed(0)
-        z = posterior.sample(noise) if options.sample else posterior.mode()
+        seed = options.seed
+        z = posterior.mode() if seed is None else posterior.sample(torch.Generator(options.device).manual_seed(seed))
         y = model.decode_tiled(z, None, options.memory, progress and (lambda done: progress(0.3 + 0.7 * done)))
     if not torch.isfinite(y).all():
         raise ValueError("the reconstruction has non-finite values: set `precision` to 32, or check the weights")

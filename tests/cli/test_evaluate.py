@@ -139,6 +139,10 @@ def test_results_of_another_protocol_are_refused_unless_mixed(olvae, trained, ph
     assert content(tmp_path / "mixed")["results"][1]["target"] == f"{trained.name} [another protocol]"
     (tmp_path / "bad.json").write_text("[]")
     assert "not a metrics.json" in evaluate("bad", "--beside", tmp_path / "bad.json")[2]
+    half = content(tmp_path / "first")
+    half["results"][0]["precision"] = {"dtype": "fp16"}
+    (tmp_path / "half.json").write_text(json.dumps(half))
+    assert "half.json: not a metrics.json: KeyError" in evaluate("bad", "--beside", tmp_path / "half.json")[2]
     assert not (tmp_path / "bad").exists()
     assert "new results would overwrite it: set --out" in evaluate("first", *earlier)[2]
 

@@ -50,16 +50,19 @@ def test_every_size_and_the_unreadable(olvae, target, tmp_path):
 def test_samples_and_precision(olvae, target, tmp_path):
     image = picture(tmp_path / "x.png", (8, 8))
     results = []
-    for options in ("", "--sample", "--sample", "--precision bf16"):
+    for options in ("", "--sample", "--sample --seed 0", "--sample --seed 1", "--precision bf16"):
         assert olvae("reconstruct", *target, image, "--out", tmp_path / "out", *options.split())[0] == 0
         results.append((tmp_path / "out" / "x.png").read_bytes())
     assert results[1] == results[2]
-    assert len(set(results)) == 3
+    assert len(set(results)) == 4
 
 
 @pytest.mark.parametrize(
     ("options", "code", "text"),
     [
+        (["--seed", 1], 2, "--seed applies to --sample"),
+        (["--memory", "nan"], 2, "--memory nan: give a number of GiB"),
+        (["--memory", "-1"], 2, "--memory -1.0: give a number of GiB"),
         (["--precision", "8"], 2, "choose from fp16, bf16, 32"),
         (["--precision", "16", "--device", "cpu"], 2, "use bf16 or 32 on the CPU"),
         (["missing.png"], 1, "missing.png: no such image or folder"),

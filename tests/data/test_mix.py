@@ -36,6 +36,8 @@ def test_each_source_has_its_share(nodes):
     assert mix(nodes, weights=[0, 1]).shares == [0, 1000]
     assert mix(nodes, weights=[1, 1, 1][:2]).shares == [500, 500]
     assert mix(nodes, weights=[1e9, 1]).shares == [999, 1]
+    assert mix(nodes[:1] * 30).shares == [34] * 10 + [33] * 20
+    assert sorted(mix(nodes[:1] * 600).shares) == [1] * 200 + [2] * 400
     own = mix(nodes)
     assert own.shares == [round(1000 * own.sources[0].samples_per_epoch / own.samples_per_epoch), own.shares[1]]
     assert sum(own.shares) == 1000

@@ -149,8 +149,17 @@ def test_the_card_names_the_models_that_it_is_from(weights, teacher, expected, t
     assert "base_model" not in card_of(tiny_litevae(), Provenance("b", known))
 
 
-def test_numbers_of_something_else(tmp_path):
-    row = {"target": "a", "n": 1, "metrics": {"psnr": 20.0}, "skipped": {}}
-    (tmp_path / "metrics.json").write_text(json.dumps({"protocol_hash": "0", "results": [row]}))
+@pytest.mark.parametrize(
+    ("protocol", "entry"),
+    [
+        ({}, {}),
+        ({"protocol": {}}, {}),
+        ({"protocol": {"name": "a", "version": 1}}, {"precision": {"dtype": "fp16"}}),
+    ],
+)
+def test_numbers_of_something_else(tmp_path, protocol, entry):
+    """A protocol without a name, or an entry that has nothing to show, is a metrics.json of something else."""
+    row = {"target": "a", "n": 1, "metrics": {"psnr": 20.0}, "skipped": {}, **entry}
+    (tmp_path / "metrics.json").write_text(json.dumps({"protocol_hash": "0", "results": [row], **protocol}))
     with pytest.raises(ValueError, match=r"metrics\.json: not a metrics\.json: KeyError"):
         card_of(tiny_litevae(), Provenance("a", metrics=tmp_path / "metrics.json"))

@@ -84,6 +84,8 @@ def test_a_file_that_differs_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"encoder.onnx: onnxruntime differs from torch by 1.0e-03"):
         export(model, tmp_path / "vae", settings=ExportSettings(onnx=True))
     assert not any(tmp_path.iterdir())
+    with pytest.raises(ValueError, match=r"in float32"):
+        export_onnx(model.bfloat16(), tmp_path)
 
 
 def test_without_the_extra(tmp_path, monkeypatch):

@@ -62,13 +62,12 @@ def read_array(content: Path | bytes, channels: int = 0) -> Pixels:
     suffix = array_suffix(content)
     if suffix is None:
         raise ValueError("8 bits per channel, or no known format of arrays")
-
-    check, opened = partial(_check, channels), io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
-    with opened as file:
-        array, nodata = READERS[suffix](file, check)
+    stream: Any = io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
+    with stream as file:
+        array, nodata = READERS[suffix](file, partial(_check, channels))
     if array.ndim == 2:
         array = array[..., None]
-    check(array.shape, array.dtype)
+    _check(channels, array.shape, array.dtype)
     return Pixels(array, nodata)
 
 

@@ -78,7 +78,7 @@ def read_shard(shard: Shard, image_key: str | None = None) -> Iterator[Entry | R
     """Yield the images of a shard in order, undecoded; last a ReadError if it can't be opened or ends early.
 
     ``image_key`` is the extension of the image in a group of files of one name, by default the first that is an
-    image's. A group without is left out.
+    image's. A group without one is left out.
     """
     errors: list[ReadError] = []
 

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -196,7 +197,11 @@ class WebDatasetSource(ShardSource):
         return Photo(entry.data, entry.name, self.channels, self.pixel_range)
 
 
-_Block = tuple[list[Entry | ReadError], list[Entry]]  # what is shuffled together; those that can replace a lost one
+class _Block(NamedTuple):
+    """Images that are shuffled together, and those that can replace a lost one."""
+
+    entries: list[Entry | ReadError]
+    good: list[Entry]
 
 
 class _Reader:
@@ -219,7 +224,7 @@ class _Reader:
 
     def _sample(self, block: _Block, index: int, seed: tuple[int, ...]) -> Sample:
         """A sample of an entry of a block or, if that can't be read, of another one of the same block."""
-        rng, (entries, good) = np.random.default_rng(seed), block
+        rng = np.random.default_rng(seed)
 
         def read(entry: Entry | ReadError, errors: list[ReadError]) -> Sample:
             if isinstance(entry, ReadError):
@@ -227,7 +232,7 @@ class _Reader:
             errors += entry.errors
             return self.source.train_sample(entry, rng)
 
-        sample, errors = read_or_replace(entries[index], good, seed, read)
+        sample, errors = read_or_replace(block.entries[index], block.good, seed, read)
         return sample._replace(errors=errors)
 
     def _from_position(self, position: int) -> Iterator[tuple[_Block, int]]:
@@ -241,10 +246,10 @@ class _Reader:
         block = self._shuffled(epoch, number, list(entries))
         for epoch, number, following in blocks:
             ahead: list[Entry | ReadError] = []
-            for index in range(position, len(block[0])):
+            for index in range(position, len(block.entries)):
                 yield block, index
                 ahead += islice(following, 1)  # read on while training uses these: no pause between blocks
-            position = max(0, position - len(block[0]))
+            position = max(0, position - len(block.entries))
             ahead += following
             block = self._shuffled(epoch, number, ahead)
 
@@ -290,8 +295,9 @@ class _Reader:
         """The images from ``first`` to ``last`` of shards laid end to end; a ReadError in the place of a lost one."""
         for shard in shards:
             assert shard.images is not None
-            if first < shard.images and last > 0:
-                yield from self._part(shard, max(first, 0), min(last, shard.images))
+            begin, end = max(first, 0), min(last, shard.images)
+            if begin < end:
+                yield from self._part(shard, begin, end)
             first, last = first - shard.images, last - shard.images
 
     def _part(self, shard: Shard, begin: int, end: int) -> Iterator[Entry | ReadError]:
@@ -311,7 +317,7 @@ class _Reader:
         rng = np.random.default_rng((self.seed, epoch, number, self.process.index, self.process.count, 2))
         shuffled = [entries[i] for i in rng.permutation(len(entries))]
         good = [entry for entry in shuffled if isinstance(entry, Entry)]
-        return shuffled, good or self._next_good(epoch, number)
+        return _Block(shuffled, good or self._next_good(epoch, number))
 
     def _next_good(self, epoch: int, number: int) -> list[Entry]:
         """Entries of the next block that has readable ones, for a block that has none."""

@@ -1,4 +1,4 @@
-"""Observe images other than RGB: errors in real values where a range is stated, PSNR where images are transparent."""
+"""Observe images that are not RGB of 8 bits: errors in real values, and PSNR of transparent ones over backgrounds."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -105,9 +105,9 @@ class Observer:
 
 
 class PerImageObserver(Observer):
-    """Keep a row of numbers of each image, once per target and key, and make an entry of all: two methods to override.
+    """Keep a row of numbers of each image, once per target and key, and make an entry of all.
 
-    Latents are drawn as in the first protocol.
+    Override ``measure``, and ``summarise`` or ``result``. Latents are drawn as in the first protocol.
     """
 
     def __init__(self) -> None:

@@ -14,7 +14,6 @@ import torch
 from markupsafe import Markup
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchmetrics.functional.text import edit_distance
 
 from olvae.data.image import image_to_tensor
 from olvae.evaluation.observers.observer import Observation, Observer, PerImageObserver, Subject
@@ -60,18 +59,15 @@ class Text(PerImageObserver):
         if not find_spec("rapidocr"):
             yield "`observe` text needs rapidocr: pip install 'open-litevae[text]'"
 
-    def update(self, batch: Observation) -> None:
-        if batch.draw or batch.x.shape[1] != 3:
-            return
-        for key, x, y in zip(batch.keys, batch.x, batch.y, strict=True):
+    def measure(self, batch: Observation) -> Iterable[Any] | None:
+        """Of each image the kind, edits and characters of its lines."""
+        if batch.x.shape[1] != 3:
+            return None
+        for key, x in zip(batch.keys, batch.x, strict=True):
             if key not in self._lines:
                 read = ((IMAGES, box, _read(x, box, CONFIDENCE)) for box in _find(x))
                 self._lines[key] = [line for line in read if line[-1]]
-            self._count(batch.target, key, self._lines[key], y)
-
-    def _count(self, target: str, key: str, lines: Iterable[Line], image: Tensor) -> None:
-        counts = [(kind, int(edit_distance(_read(image, box), text)), len(text)) for kind, box, text in lines]
-        self._rows.setdefault(target, {})[key] = counts
+        return [_count(self._lines[key], y) for key, y in zip(batch.keys, batch.y, strict=True)]
 
     def examine(self, subjects: Mapping[str, Subject], size: int, device: str) -> None:
         if any(subject.model.in_channels != 3 for subject in subjects.values()):
@@ -79,12 +75,12 @@ class Text(PerImageObserver):
         trips = {target: RoundTrip(subject.model, device, name=target) for target, subject in subjects.items()}
         for number, (image, lines) in enumerate(draw_pages(size)):
             key = f"page {number}"
-            self._count(DRAWN, key, lines, image)
+            self._rows.setdefault(DRAWN, {})[key] = _count(lines, image)
             self._pictures.setdefault(DRAWN, image)
             read = [(kind, box, _read(image, box)) for kind, box, _ in lines]
             for target, trip in trips.items():
                 (y,) = trip([key], image[None]).images
-                self._count(target, key, read, y)
+                self._rows.setdefault(target, {})[key] = _count(read, y)
                 self._pictures.setdefault(target, y)
 
     def result(self, target: str, draw: int) -> dict[str, Any]:
@@ -138,6 +134,23 @@ def draw_pages(size: int) -> Iterator[tuple[Tensor, list[Line]]]:
             top += height + margin
         if lines:
             yield image_to_tensor(picture), lines
+
+
+def _count(lines: Iterable[Line], image: Tensor) -> list[tuple[str, int, int]]:
+    return [(kind, edit_distance(text, _read(image, box)), len(text)) for kind, box, text in lines]
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein's: the least number of characters to insert, delete or replace to make ``b`` of ``a``.
+
+    torchmetrics' looks for it among near positions alone, and has more where half of a line is missing.
+    """
+    row = list(range(len(b) + 1))
+    for i, left in enumerate(a, 1):
+        diagonal, row[0] = row[0], i
+        for j, right in enumerate(b, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (left != right))
+    return row[-1]
 
 
 def _percent(rate: Mapping[str, float] | None) -> str:

@@ -17,6 +17,22 @@ from tests.evaluation.peers import seen
 from tests.evaluation.test_results import results_of, row
 
 
+def test_edits_are_the_least_of_all_ways():
+    """Against the recursive definition, on random words; and of a long line of which half is missing."""
+
+    def slow(a, b):
+        if not a or not b:
+            return len(a) + len(b)
+        return min(slow(a[1:], b) + 1, slow(a, b[1:]) + 1, slow(a[1:], b[1:]) + (a[0] != b[0]))
+
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        a, b = ("".join(rng.choice(list("abc"), rng.integers(0, 6))) for _ in range(2))
+        assert text.edit_distance(a, b) == slow(a, b)
+    line = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), 100))
+    assert text.edit_distance(line, line[50:]) == 50
+
+
 class Blurred(Autoencoder):
     """Blurs by a radius in pixels; encodes to the image itself."""
 
