@@ -86,7 +86,7 @@ class ResumableShards:
 
     @contextmanager
     def locked(self, command: str) -> Iterator[None]:
-        """Hold the folder's lock; raise ConfigError if another run, or its child processes, keep it for :data:`LOCK_S`."""
+        """Hold the folder's lock; raise ConfigError if another run, or its child processes, have it for too long."""
         self._state.mkdir(parents=True, exist_ok=True)
         with (self._state / "lock").open("w") as file:
             try:
