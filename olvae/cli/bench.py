@@ -1,6 +1,6 @@
 """Run ``olvae bench`` and ``olvae tables``: speed and memory, parameters and operations."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,17 +96,18 @@ def command(
     typer.echo(", ".join(f"{key} {value}" for key, value in document.items() if key != "rows"), err=True)
     for name in chosen:
         rows = [row for row in document["rows"] if row["group"] == name]
-        same = [key for key in ("size", "batch_size", *CASE[1:]) if len({row.get(key) for row in rows}) == 1]
-        title = ", ".join([name, *(_words(key, row[key]) for row in rows[:1] for key in same if row.get(key))])
+        values = {key: {row[key] for row in rows if key in row} for key in ("size", "batch_size", *CASE[1:])}
+        same = {key: found.pop() for key, found in values.items() if len(found) == 1}
+        title = ", ".join([name, *(_words(key, value) for key, value in same.items() if value)])
         table = {", ".join(row[key] for key in CASE if key not in same): _cells(row, same) for row in rows}
         print_grid(Console(stderr=True), title, texts(table), names="case")
 
 
 def _words(key: str, value: Any) -> str:
-    return str(value) if key in CASE else f"{key.replace('_', ' ')} {value}"
+    return str(value) if key == "variant" else f"{key.replace('_', ' ')} {value}"
 
 
-def _cells(row: Mapping[str, Any], named: Sequence[str]) -> dict[str, str]:
+def _cells(row: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, str]:
     keys = [key for key in row if key not in ("group", *CASE, *named)]
     return {key.removesuffix("_bytes").replace("_", " "): _cell(key, row[key]) for key in keys}
 

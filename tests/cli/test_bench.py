@@ -50,7 +50,7 @@ def test_everything(olvae, tiny, tmp_path, monkeypatch):
     code, out, err = olvae("bench", "dwt", *options)
     assert (code, out) == (0, "")
     table = err.partition("\n")[2].partition("\n")[2]
-    assert "gradient, 32" in table
+    assert "dwt, size 16, batch size 2, precision 32" in " ".join(err.split())
     assert max(map(len, table.splitlines())) <= 80
     assert "…" not in table
 
