@@ -245,9 +245,9 @@ def _command() -> str:
 def _read_earlier_files(paths: Iterable[Path], places: Iterable[Path]) -> "dict[Path, Results]":
     """Read what `beside` names; ConfigError if new results would overwrite one, a note if they replace others."""
     from olvae.config import ConfigError
-    from olvae.evaluation.results import Results
+    from olvae.evaluation.report import read_results
 
-    earlier, taken = {path: Results.read(path) for path in paths}, {place.resolve() for place in places}
+    earlier, taken = {path: read_results(path) for path in paths}, {place.resolve() for place in places}
     if replaced := [str(place) for place in taken if place.is_file()]:
         typer.echo(f"note: {', '.join(replaced)}: earlier results, which these replace; --out keeps both", err=True)
     if over := [path for path in earlier if path.resolve() in taken]:

@@ -42,6 +42,17 @@ MISSING = "a network is not here: metrics.md says which file to put where"
 PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "lpips", "diffusers", "pillow", "numpy")
 
 
+def read_results(path: Path) -> Results:
+    """Read a metrics.json whose rows can be shown beside new ones, or on a card; raises as :meth:`Results.read`."""
+    results = Results.read(path)
+    try:
+        for observer in OF_EARLIER_ROWS:
+            list(observer.lines(results.rows))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
+    return results
+
+
 def print_results(several: Sequence[Evaluated], worded: Callable[[str], str] = str) -> None:
     """Print to standard error: a table per protocol, one of the costs, and what was skipped, in lines as ``worded``."""
     console = Console(stderr=True)

@@ -152,15 +152,11 @@ class Results:
         """Read a metrics.json; FileNotFoundError if there is none, ValueError if the file is something else."""
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such metrics.json")
-        from olvae.evaluation.report import OF_EARLIER_ROWS  # which is made of results
-
         try:
             content = json.loads(path.read_text())
             rows = [Row.from_dict(row) for row in content["results"]]
             if unnamed := {"name", "version"} - dict(content["protocol"]).keys():
                 raise KeyError(*unnamed)
-            for observer in OF_EARLIER_ROWS:  # they can be shown
-                list(observer.lines(rows))
             return cls(content["protocol"], str(content["protocol_hash"]), dict(content.get("images", {})), rows)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error

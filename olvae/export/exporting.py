@@ -20,6 +20,7 @@ from olvae.data.pixels.sides import Sides
 from olvae.devices import DTYPES
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.page import scores
+from olvae.evaluation.report import read_results
 from olvae.evaluation.results import Results
 from olvae.export.formats import FACTORS, LAYOUTS, Layout, find_layout
 from olvae.files import folder_beside, nearest_folder, no_empty_folders, plain
@@ -335,7 +336,7 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
         loader=cards, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["plain"] = plain
-    results = None if provenance.metrics is None else Results.read(provenance.metrics)
+    results = None if provenance.metrics is None else read_results(provenance.metrics)
     rows = results.rows if results else []
     family = [row for row in rows if row.target == rows[0].target or row.target.startswith(f"{rows[0].target}, ")]
     return environment.get_template("card.md.jinja").render(
