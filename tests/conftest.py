@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 from torch.nn.utils import parametrizations
 
-from olvae.modules.unetgan import SpectralConv2d
 from tests.browser import browser  # noqa: F401  (a fixture)
 from tests.models.parts.vision import vit  # noqa: F401  (a fixture)
 from tests.pretrained import vgg19, weights_dir  # noqa: F401  (fixtures)
@@ -28,14 +26,6 @@ def _seed() -> None:
 def skip_power_iterations(patch: pytest.MonkeyPatch) -> None:
     """Those of spectral norm at its start take long on the meta device, and change no count."""
     patch.setattr(parametrizations._SpectralNorm, "_power_method", lambda *_: None)
-
-
-def torchs_iterations(network: nn.Module) -> nn.Module:
-    """The network, which now runs a power iteration in each forward pass in training, as torch's spectral norm does."""
-    for layer in network.modules():
-        if isinstance(layer, SpectralConv2d):
-            layer.norm[0].n_power_iterations = 1
-    return network
 
 
 @pytest.fixture(scope="session")

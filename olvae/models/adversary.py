@@ -16,7 +16,7 @@ from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.optimization import gradient_ratio, mix_seeds
 from olvae.modules.base import check_counts, check_not_negative, no_autocast
-from olvae.modules.unetgan import power_iteration, share_weights
+from olvae.modules.unetgan import power_iteration, shared_weights, stop_power_iterations
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -86,6 +86,7 @@ class Adversary(nn.Module):
         self.discriminator: nn.Module = instantiate(discriminator_config)
         if not isinstance(getattr(self.discriminator, "num_outputs", None), int):
             raise ConfigError(f"discriminator_config: {discriminator_config['target']} has no num_outputs (of logits)")
+        stop_power_iterations(self.discriminator)
         self.loss, self.weight, self.start_step, self.ramp_steps = loss, weight, start_step, ramp_steps
         self.warmup_updates, self.updates_per_step = warmup_updates, updates_per_step
         self.adaptive_weight, self.adaptive_max = adaptive_weight, adaptive_max
@@ -153,7 +154,6 @@ class Adversary(nn.Module):
 
     def generator_loss(self, fake: Tensor) -> Tensor:
         """The autoencoder's loss: its gradient reaches ``fake``, and no parameter of the discriminator."""
-        share_weights(self.discriminator)  # with a graph, which is for the discriminator's loss
         with self._frozen():
             return generator_loss(self.loss, self.discriminator(fake))
 
@@ -163,26 +163,25 @@ class Adversary(nn.Module):
         ``discriminator`` is the normal loss, in an update with CutMix too.
         """
         real, fake = real.detach(), fake.detach()
-        share_weights(self.discriminator)
-        real_logits: list[Tensor] = self.discriminator(real)
-        fake_logits: list[Tensor] = self.discriminator(fake)
-        total = discriminator_loss(self.loss, real_logits, fake_logits)
-        logs = {
-            "discriminator": total.detach(),
-            "logits_real": _mean(real_logits),
-            "logits_fake": _mean(fake_logits),
-            "accuracy": discriminator_accuracy(real_logits, fake_logits, self.loss),
-        }
-        terms = self.rare_terms(self.updates)
-        if "CutMix" in terms:
-            logs["cutmix"] = total = self._cutmix(real, fake, real_logits[0], fake_logits[0])
-        if self.lecam is not None:
-            logs["lecam"] = term = self.lecam(real_logits, fake_logits)
-            total = total + self.lecam_weight * term
-        if "R1" in terms:
-            logs["r1"] = term = self._r1(real)
-            total = total + self.r1_weight * self.r1_every * term
-        share_weights(self.discriminator, share=False)
+        with shared_weights(self.discriminator):
+            real_logits: list[Tensor] = self.discriminator(real)
+            fake_logits: list[Tensor] = self.discriminator(fake)
+            total = discriminator_loss(self.loss, real_logits, fake_logits)
+            logs = {
+                "discriminator": total.detach(),
+                "logits_real": _mean(real_logits),
+                "logits_fake": _mean(fake_logits),
+                "accuracy": discriminator_accuracy(real_logits, fake_logits, self.loss),
+            }
+            terms = self.rare_terms(self.updates)
+            if "CutMix" in terms:
+                logs["cutmix"] = total = self._cutmix(real, fake, real_logits[0], fake_logits[0])
+            if self.lecam is not None:
+                logs["lecam"] = term = self.lecam(real_logits, fake_logits)
+                total = total + self.lecam_weight * term
+            if "R1" in terms:
+                logs["r1"] = term = self._r1(real)
+                total = total + self.r1_weight * self.r1_every * term
         return total, {name: value.detach() for name, value in logs.items()}
 
     def updated(self) -> None:

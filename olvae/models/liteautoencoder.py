@@ -1,7 +1,7 @@
 """LiteAutoencoderKL: a training step of the autoencoder and its adversary, under Lightning's manual optimisation."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -34,6 +34,7 @@ from olvae.models.spec import FOR_DIFFUSION, check_factors
 from olvae.models.validation import ValidatedModule
 from olvae.modules.base import mean_over_processes
 from olvae.modules.distributions import Posterior
+from olvae.modules.unetgan import shared_weights
 
 
 class LiteAutoencoderKL(ValidatedModule):
@@ -266,24 +267,25 @@ class LiteAutoencoderKL(ValidatedModule):
         if not step.adversary_plays:
             adversary = None
 
-        # The autoencoder: losses by name, and their weighted sum.
-        if not warming_up:
-            total = self.autoencoder_loss(step)
+        with nullcontext() if adversary is None else shared_weights(adversary.discriminator):
+            # The autoencoder: losses by name, and their weighted sum.
+            if not warming_up:
+                total = self.autoencoder_loss(step)
+                if adversary is not None:
+                    assert step.reconstruction is not None
+                    step.losses["adversarial"] = adversary.generator_loss(step.reconstruction)
+                    total = total + adversary.weight_in(self, step) * step.losses["adversarial"]
+                self.guard.observe({**step.losses, "loss": total})
+                self._backward("autoencoder", total, last)
+                self.report({f"train/{name}": loss for name, loss in {"loss": total, **step.losses}.items()})
+
+            # The discriminator: its loss on the same reconstruction, without the graph.
             if adversary is not None:
                 assert step.reconstruction is not None
-                step.losses["adversarial"] = adversary.generator_loss(step.reconstruction)
-                total = total + adversary.weight_in(self, step) * step.losses["adversarial"]
-            self.guard.observe({**step.losses, "loss": total})
-            self._backward("autoencoder", total, last)
-            self.report({f"train/{name}": loss for name, loss in {"loss": total, **step.losses}.items()})
-
-        # The discriminator: its loss on the same reconstruction, without the graph.
-        if adversary is not None:
-            assert step.reconstruction is not None
-            pair = (step.target, step.reconstruction.detach())
-            self._discriminator_backward(adversary, *pair, last)
-            if adversary.updates_per_step > 1:
-                self._pairs.append(pair)
+                pair = (step.target, step.reconstruction.detach())
+                self._discriminator_backward(adversary, *pair, last)
+                if adversary.updates_per_step > 1:
+                    self._pairs.append(pair)
 
         # Step, once every accumulate_grad_batches micro-batches.
         self._micro_batch = 0 if last else self._micro_batch + 1

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+Inputs = ParamSpec("Inputs")
 Output = TypeVar("Output")
 
 
@@ -269,7 +270,10 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        return tuple(_in_dtype(tensors, dtype))
+        copies = _in_dtype(tensors, dtype)
+        trained = ctx.needs_input_grad[1:]
+        ctx.mark_non_differentiable(*(copy for copy, needed in zip(copies, trained, strict=True) if not needed))
+        return tuple(copies)
 
     @staticmethod
     def backward(_: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -286,44 +290,76 @@ def _in_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 Operands = tuple[Tensor, Tensor | None]  # weight and bias of a convolution
 
+GROUP_BYTES = 25 * 2**20  # of weights that are cast in one launch: as many as DDP sends in one message
 
-def operands(layer: Any) -> Operands:
-    """Those of a layer whose class derives them, for several of its kind; as :func:`casts_together` has cast them."""
-    own = layer.__dict__
-    found: Operands = (own["weight"], own["bias"]) if "weight" in own else layer.derive([layer])[0]
+
+class _Group:
+    """Layers in whose passes weights are cast together, when the first of them is called.
+
+    Not before: a backward pass begins with what was computed last, so gradients of weights that were cast ahead of all
+    layers would have to wait for all layers.
+    """
+
+    def __init__(self) -> None:
+        self.layers: list[Any] = []
+        self._cast: dict[Any, Operands] = {}
+
+    def run(self, layer: Any, x: Tensor) -> Tensor:
+        """A layer's forward pass."""
+        if not autocast_enabled(x):
+            out: Tensor = type(layer).forward(layer, x)
+            return out
+        if not self._cast:
+            with no_autocast(x):
+                self._cast = _cast_operands(_operands(self.layers), torch.get_autocast_dtype(x.device.type))
+        weight, bias = self._cast[layer]
+        return F.linear(x, weight, bias) if type(layer) is nn.Linear else layer._conv_forward(x, weight, bias)
+
+
+def _operands(layers: Sequence[Any]) -> dict[Any, Operands]:
+    """Weight and bias of each layer; those of a class with ``derive`` are computed by it, for all of its layers."""
+    found: dict[Any, Operands] = {}
+    for derive in dict.fromkeys(getattr(type(layer), "derive", None) for layer in layers):
+        alike = [layer for layer in layers if getattr(type(layer), "derive", None) is derive]
+        found |= zip(alike, derive(alike) if derive else [(layer.weight, layer.bias) for layer in alike], strict=True)
     return found
 
 
-def casts_together(forward: Callable[[Any, Tensor], Output]) -> Callable[[Any, Tensor], Output]:
+def _cast_operands(operands: Mapping[Any, Operands], dtype: torch.dtype) -> dict[Any, Operands]:
+    """Cast what is in float32; the rest is left to autocast, which keeps float64."""
+    given = [t for pair in operands.values() for t in pair if t is not None and t.dtype == torch.float32]
+    copies = dict(zip(map(id, given), _Cast.apply(dtype, *given) if given else (), strict=True))
+    return {
+        layer: (copies.get(id(weight), weight), bias if bias is None else copies.get(id(bias), bias))
+        for layer, (weight, bias) in operands.items()
+    }
+
+
+def casts_together(forward: Callable[Concatenate[Any, Inputs], Output]) -> Callable[Concatenate[Any, Inputs], Output]:
     """Let a network's forward pass in training cast its layers' weights together, where autocast casts each.
 
-    Values and gradients are the same, in fewer launches. The last convolution is left to autocast, or a gradient at
-    it alone would take the whole backward pass; so are compiled networks, and those with :attr:`Steps.checkpoint`,
-    which compute their casts again.
+    Values and gradients are the same, in fewer launches: one for each 25 MB, so that DDP can send the gradients of
+    some layers while it computes those of others. The last convolution is left to autocast, or a gradient at it alone
+    would take more of the backward pass; so are weights that are not parameters in float32 (pruned ones, float64),
+    compiled networks, and those with :attr:`Steps.checkpoint`, which compute their casts again.
     """
 
     @wraps(forward)
-    def run(network: Any, x: Tensor) -> Output:
+    def run(network: Any, /, *args: Inputs.args, **kwargs: Inputs.kwargs) -> Output:
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
         alone = torch.compiler.is_compiling() or not network.training or getattr(network, "checkpoint", False)
-        if alone or not autocast_enabled(x):
-            return forward(network, x)
+        if alone or x is None or not autocast_enabled(x):
+            return forward(network, *args, **kwargs)
         last = last_convolution(network)
-        layers = [layer for layer in _layers(network) if layer is not last]
-        with no_autocast(x):
-            pairs = {layer: (layer.weight, layer.bias) for layer in layers if not hasattr(layer, "derive")}
-            for derive in {layer.derive for layer in layers if hasattr(layer, "derive")}:
-                alike = [layer for layer in layers if getattr(layer, "derive", None) is derive]
-                pairs |= zip(alike, derive(alike), strict=True)
-        tensors = [t for pair in pairs.values() for t in pair if t is not None]
-        cast = iter(_Cast.apply(torch.get_autocast_dtype(x.device.type), *tensors))
+        layers = [layer for layer in _layers(network) if layer is not last and "forward" not in layer.__dict__]
         try:
-            for layer, (_, bias) in pairs.items():  # an attribute hides the parameter
-                layer.__dict__.update(weight=next(cast), bias=None if bias is None else next(cast))
-            return forward(network, x)
+            for group in _groups(layers):
+                for layer in group.layers:  # an attribute hides the method
+                    layer.__dict__["forward"] = partial(group.run, layer)
+            return forward(network, *args, **kwargs)
         finally:
             for layer in layers:
-                layer.__dict__.pop("weight", None)
-                layer.__dict__.pop("bias", None)
+                layer.__dict__.pop("forward", None)
 
     # A copy: torch.compile limits how many graphs one piece of code has.
     run.__code__ = run.__code__.replace()  # type: ignore[attr-defined]
@@ -331,12 +367,27 @@ def casts_together(forward: Callable[[Any, Tensor], Output]) -> Callable[[Any, T
 
 
 def _layers(network: nn.Module) -> Iterator[Any]:
-    """The layers of a network whose weights autocast casts."""
+    """The layers of a network whose weights autocast casts; those that a hook computes before each pass are left."""
     for child in network.children():
-        if hasattr(child, "derive") or type(child) in (nn.Conv2d, nn.Linear):
+        if hasattr(child, "derive"):
             yield child
-        else:
+        elif type(child) not in (nn.Conv2d, nn.Linear):
             yield from _layers(child)
+        elif {"weight", "bias"} <= child._parameters.keys():
+            yield child
+
+
+def _groups(layers: Sequence[nn.Module]) -> list[_Group]:
+    """Layers in their order, in groups of up to :data:`GROUP_BYTES`."""
+    groups, size = [_Group()], 0
+    for layer in layers:
+        nbytes = sum(parameter.nbytes for parameter in layer.parameters())
+        if size and size + nbytes > GROUP_BYTES:
+            groups.append(_Group())
+            size = 0
+        groups[-1].layers.append(layer)
+        size += nbytes
+    return groups
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 Its convolutions have spectral norm, whose power iteration is here too (Miyato et al. 2018).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from olvae.modules.base import Operands, casts_together, no_autocast, operands
+from olvae.modules.base import Operands, casts_together, no_autocast
 
 _LAYOUTS = {  # facts.md section 3: widths of the down blocks and of the up blocks, in units of base_channels
     128: ((1, 2, 4, 8, 16), (8, 4, 2, 1, 1)),
@@ -22,12 +23,11 @@ _LAYOUTS = {  # facts.md section 3: widths of the down blocks and of the up bloc
 class SpectralConv2d(nn.Conv2d):
     """A convolution divided by its largest singular value (Miyato et al. 2018); orthogonal init, zero bias.
 
-    The arguments are Conv2d's. The weight is taken as a matrix (out_channels, in_channels k k). No forward pass runs a
-    power iteration, so that gradients of k micro-batches add up to those of one batch k times as large: call
-    :func:`power_iteration` once per update. The normalised weight is computed in float32 under autocast too.
+    The arguments are Conv2d's. The weight is taken as a matrix (out_channels, in_channels k k). One power iteration per
+    forward pass in training, none in evaluation. The normalised weight is computed in float32 under autocast too.
     """
 
-    kept: Tensor | None = None  # the normalised weight, for several passes
+    kept: Tensor | None = None  # the normalised weight, inside of :func:`shared_weights`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -35,7 +35,6 @@ class SpectralConv2d(nn.Conv2d):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
         spectral_norm(self)
-        self.norm[0].n_power_iterations = 0
 
     @property
     def norm(self) -> Any:
@@ -44,28 +43,51 @@ class SpectralConv2d(nn.Conv2d):
 
     @staticmethod
     def derive(layers: Sequence["SpectralConv2d"]) -> list[Operands]:
-        weights = [layer.weight if layer.kept is None else layer.kept for layer in layers]
-        frozen = [not layer.norm.original.requires_grad for layer in layers]
-        return [(w.detach() if f else w, layer.bias) for w, f, layer in zip(weights, frozen, layers, strict=True)]
+        """The normalised weight and the bias of each."""
+        return [(layer._normalised(), layer.bias) for layer in layers]
+
+    def _normalised(self) -> Tensor:
+        if self.kept is None:
+            return self.weight  # torch runs a power iteration here
+        return self.kept if self.norm.original.requires_grad else self.kept.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         with no_autocast(x):
-            weight, bias = operands(self)
-        out: Tensor = self._conv_forward(x, weight, bias)
+            weight = self._normalised()
+        out: Tensor = self._conv_forward(x, weight, self.bias)
         return out
 
 
-def share_weights(module: nn.Module, share: bool = True) -> None:
-    """Normalise each weight once for all passes from now on, where a GPU waits for launches rather than for sums.
+def stop_power_iterations(module: nn.Module) -> None:
+    """Let no forward pass of ``module`` run power iterations: call :func:`power_iteration` once per update instead.
+
+    Then all passes use the same weights, and gradients of k micro-batches add up to those of one batch k times as
+    large.
+    """
+    for layer in _spectral_layers(module):
+        layer.norm[0].n_power_iterations = 0
+
+
+@contextmanager
+def shared_weights(module: nn.Module) -> Iterator[None]:
+    """Normalise each weight once inside, for all forward passes, where a GPU waits for launches rather than for sums.
 
     Gradients of the passes are then added before the normalisation, not after it, which rounds differently: on a CPU
-    each pass has its own, and in a compiled module. After one backward pass, end it: ``share=False``.
+    each pass has its own, and in a compiled module. Inside of another such context, this one does nothing. Inside, the
+    weights must not change, and one backward pass takes all passes whose gradients reach them.
     """
-    parameters = list(module.parameters())
-    share = share and module._compiled_call_impl is None and all(p.is_cuda for p in parameters)
-    with no_autocast(parameters[0]):
-        for layer in _spectral_layers(module):
-            layer.kept = None if not share else layer.weight if layer.kept is None else layer.kept
+    parameters, layers = list(module.parameters()), _spectral_layers(module)
+    on_gpu = module._compiled_call_impl is None and all(p.is_cuda for p in parameters)
+    if not on_gpu or any(layer.kept is not None for layer in layers):
+        layers = []
+    try:
+        with no_autocast(parameters[0]):
+            for layer in layers:
+                layer.kept = layer.weight
+        yield
+    finally:
+        for layer in layers:
+            layer.kept = None
 
 
 @torch.no_grad()

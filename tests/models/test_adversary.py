@@ -9,7 +9,7 @@ from olvae.losses import adversarial as losses
 from olvae.losses.adversarial import ADVERSARIAL_LOSSES
 from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
 from olvae.models.adversary import Adversary
-from tests.conftest import torchs_iterations
+from olvae.modules.unetgan import UNetGAN
 
 DISCRIMINATORS = {  # each in small, and an image size for it
     "patchgan": ("olvae.modules.patchgan.PatchGAN", {"base_channels": 4, "n_layers": 1}, 16),
@@ -200,12 +200,33 @@ def test_an_update_is_counted_and_runs_one_power_iteration():
     with torch.no_grad():
         for p in adversary.parameters():  # away from the orthogonal start, where every vector is as good
             p.add_(0.5 * torch.randn_like(p))
-    other = torchs_iterations(copy.deepcopy(adversary.discriminator))
+    other = UNetGAN(base_channels=2, image_size=128)
+    other.load_state_dict(adversary.discriminator.state_dict())
     adversary.updated()
     assert adversary.updates == 1
     other(images()[0])
     for (name, mine), theirs in zip(adversary.discriminator.named_buffers(), other.buffers(), strict=True):
         assert torch.equal(mine, theirs), name
+
+
+def test_shared_weights_are_those_of_now(monkeypatch):
+    """On a GPU: outside of a training step, after an update, after an error, in a copy."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    adversary, (real, fake) = build(), images()
+    for change in (1.5, -1.0):
+        adversary.generator_loss(fake)
+        with torch.no_grad():
+            for p in adversary.parameters():
+                p.add_(change * torch.randn_like(p))
+        adversary.updated()
+        adversary.discriminator_loss(real, fake)[0].backward()
+        with pytest.raises(ValueError, match="multiples of 64"):
+            adversary.discriminator_loss(real[..., :60], fake)
+        other = copy.deepcopy(adversary)
+        fresh = build()
+        fresh.load_state_dict(adversary.state_dict())
+        losses = [each.generator_loss(fake).item() for each in (adversary, other, fresh)]
+        assert losses == [losses[0]] * 3
 
 
 def test_the_state_survives_a_file(tmp_path):

@@ -3,16 +3,19 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
+from olvae.modules import base
 from olvae.modules.base import check_counts, count_macs, count_parameters
 from olvae.modules.gigagan import GigaGAN
 from olvae.modules.litevae.blocks import OpenUNet, PaperUNet
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.patchgan import PatchGAN
 from olvae.modules.sdvae import SDDecoder, SDEncoder
-from olvae.modules.unetgan import UNetGAN
+from olvae.modules.unetgan import UNetGAN, stop_power_iterations
 from tests.models.test_on_fake_cuda import Operations
 
+cast = base._cast_operands
 NARROW = {"channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1}
 SMALL_GIGAGAN = {"base": 256, "max_channels": 16, "blocks": 1, "attention": (8,), "heads": 2, "head_channels": 8}
 CASTING = {
@@ -44,6 +47,7 @@ def passed(network: nn.Module, forward, x: torch.Tensor, dtype: torch.dtype) -> 
 def test_weights_cast_together_are_those_that_autocast_casts(name, dtype):
     make, channels, side = CASTING[name]
     network, x = make(), torch.randn(2, channels, side, side)
+    stop_power_iterations(network)
     together, fewer = passed(network, network, x, dtype)
     alone, operations = passed(network, partial(type(network).forward.__wrapped__, network), x, dtype)
     assert all(t.isfinite().all() for t in alone)
@@ -52,22 +56,73 @@ def test_weights_cast_together_are_those_that_autocast_casts(name, dtype):
     assert network.state_dict().keys() == make().state_dict().keys()
 
 
-@pytest.mark.parametrize("mode", ["checkpoint", "eval", "error"])
-def test_weights_are_left_to_autocast(mode):
-    """Where they are computed again, in evaluation, and after an error."""
+def decode(decoder: LiteVAE_Decoder, z: torch.Tensor, cached: bool = False) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+        return decoder(z).float().square().mean()
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "eval", "error", "pruned", "float64"])
+def test_weights_are_left_to_autocast(mode, monkeypatch):
+    """Where they are computed again, in evaluation, where they are no parameters; not after an error."""
     decoder = LiteVAE_Decoder(z_channels=4, **NARROW).train(mode != "eval")
-    z = torch.randn(1, 4, 8, 8)
+    z, seen = torch.randn(1, 4, 8, 8), []
+    monkeypatch.setattr(base, "_cast_operands", lambda *given: seen.append(given[1]) or cast(*given))
+    if mode == "error":
+        with pytest.raises(ValueError, match="expected latents"):
+            decode(decoder, z[:, :1])
+        decoder.mid[2].forward = lambda _: [][0]  # once weights are cast
+        with pytest.raises(IndexError):
+            decode(decoder, z)
+        del decoder.mid[2].forward
+        assert seen
+    if mode == "checkpoint":
+        decoder.checkpoint_steps()
+    if mode == "pruned":
+        for layer in (decoder.conv_in, decoder.up[0]["block"][0].nin_shortcut):
+            prune.l1_unstructured(layer, "weight", 0.5)
+    if mode == "float64":
+        decoder, z = decoder.double(), z.double()
+    before = [dict(m.__dict__) for m in decoder.modules()]
+    for _ in range(2):
+        decode(decoder, z).backward()
+    assert [m.__dict__.keys() for m in decoder.modules()] == [attributes.keys() for attributes in before]
+    assert bool(seen) == (mode not in ("checkpoint", "eval"))
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in decoder.parameters())
+
+
+def test_calls_by_keyword():
+    decoder, z = LiteVAE_Decoder(z_channels=4, **NARROW), torch.randn(1, 4, 8, 8)
     with torch.autocast("cpu", torch.bfloat16):
-        if mode == "error":
-            with pytest.raises(ValueError, match="expected latents"):
-                decoder(z[:, :1])
-        if mode == "checkpoint":
-            decoder.checkpoint_steps()
-        seen = []
-        decoder.conv_in.register_forward_pre_hook(lambda conv, _: seen.append(conv.weight.dtype))
-        decoder(z).float().sum().backward()
-        assert seen[0] == (torch.bfloat16 if mode == "error" else torch.float32)
-    assert decoder.conv_in.weight.grad is not None
+        assert torch.equal(decoder(z=z), decoder(z))
+
+
+def test_what_is_frozen_takes_no_backward_pass():
+    """Of a decoder whose last layers are trained, through which no other one's gradient goes."""
+    decoder, counts = LiteVAE_Decoder(z_channels=4, **NARROW), []
+    trained = [decoder.conv_out, decoder.up[0]["block"][1]]
+    decoder.requires_grad_(False)
+    for module in trained:
+        module.requires_grad_(True)
+    for forward in (decoder, partial(type(decoder).forward.__wrapped__, decoder)):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            loss = forward(torch.randn(1, 4, 8, 8)).float().square().mean()
+        with Operations() as operations:
+            loss.backward()
+        counts.append(operations.products[torch.ops.aten.convolution_backward, torch.bfloat16])
+    assert counts[0] == counts[1] == 4
+    assert [p.grad is not None for p in decoder.parameters()] == [p.requires_grad for p in decoder.parameters()]
+
+
+def test_gradients_are_ready_before_the_backward_pass_ends(monkeypatch):
+    """DDP sends those of one group of layers while the next one's are computed."""
+    decoder, z, ready = LiteVAE_Decoder(z_channels=4, **NARROW), torch.randn(1, 4, 8, 8, requires_grad=True), []
+    monkeypatch.setattr(base, "GROUP_BYTES", sum(p.nbytes for p in decoder.parameters()) // 4)
+    for p in decoder.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: ready.append(p))
+    before = []
+    decoder.conv_in.register_full_backward_pre_hook(lambda *_: before.append(len(ready)))
+    decode(decoder, z).backward()
+    assert before[0] > 0.6 * len(ready) == 0.6 * len(list(decoder.parameters()))
 
 
 def test_a_gradient_at_the_last_convolution_takes_no_other():

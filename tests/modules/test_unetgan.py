@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olvae.modules.unetgan import SpectralConv2d, UNetGAN, power_iteration, share_weights
-from tests.conftest import torchs_iterations
+from olvae.modules.unetgan import SpectralConv2d, UNetGAN, power_iteration, shared_weights, stop_power_iterations
 
 
 @pytest.fixture
@@ -95,21 +94,30 @@ def test_micro_batches_add_up_between_two_power_iterations():
     net = UNetGAN(base_channels=4).double()
     _away_from_the_start(net)
     x = torch.randn(4, 3, 64, 64, dtype=torch.float64)
-    whole, parts = _gradients(net, [x]), _gradients(net, list(x.split(2)))
-    torch.testing.assert_close(whole, parts, rtol=1e-9, atol=1e-9)
+    for stopped in (False, True):
+        if stopped:
+            stop_power_iterations(net)
+        whole, parts = _gradients(net, [x]), _gradients(net, list(x.split(2)))
+        largest = max((a - b).abs().max() for a, b in zip(whole, parts, strict=True))
+        assert largest < 1e-9 if stopped else largest > 1e-6
     power_iteration(net)
     changed = _gradients(net, [x])
     assert max((a - b).abs().max() for a, b in zip(whole, changed, strict=True)) > 1e-6
 
 
-def test_a_power_iteration_is_torchs(small: UNetGAN):
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_power_iteration_is_what_a_training_pass_runs(small: UNetGAN, autocast: bool):
     _away_from_the_start(small)
-    other = torchs_iterations(copy.deepcopy(small))
+    other, x = copy.deepcopy(small), torch.randn(1, 3, 64, 64)
     before = [b.clone() for b in small.buffers()]
-    small(torch.randn(1, 3, 64, 64))
-    assert all(torch.equal(a, b) for a, b in zip(small.buffers(), before, strict=True))
+    stop_power_iterations(small)
+    small(x)
+    other.eval()(x)
+    for net in (small, other):
+        assert all(torch.equal(a, b) for a, b in zip(net.buffers(), before, strict=True))
     power_iteration(small)
-    other(torch.randn(1, 3, 64, 64))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        other.train()(x)
     assert all(torch.equal(a, b) for a, b in zip(other.buffers(), small.buffers(), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(other.buffers(), before, strict=True))
 
@@ -118,17 +126,19 @@ def test_weights_shared_by_passes_give_the_same_gradients(monkeypatch):
     """As on a GPU: the sum of the passes' gradients goes through the normalisation once; frozen ones get none of it."""
     torch.manual_seed(0)
     net = UNetGAN(base_channels=2, image_size=64).double()
+    stop_power_iterations(net)
     x, gradients = torch.randn(2, 3, 64, 64, dtype=torch.float64), []
     for on_gpu in (False, True):
         monkeypatch.setattr(torch.Tensor, "is_cuda", on_gpu)
         net.zero_grad()
-        share_weights(net)
-        assert (net.image_head.kept is not None) == on_gpu
-        net.requires_grad_(False)
-        assert not net(x)[0].requires_grad
-        net.requires_grad_(True)
-        loss = sum(t.square().mean() for image in (x, x.flip(0) + 1) for t in net(image))
-        share_weights(net, share=False)
+        with shared_weights(net):
+            assert (net.image_head.kept is not None) == on_gpu
+            net.requires_grad_(False)
+            assert not net(x)[0].requires_grad
+            net.requires_grad_(True)
+            with shared_weights(net):  # does nothing
+                loss = sum(t.square().mean() for t in net(x))
+            loss = loss + sum(t.square().mean() for t in net(x.flip(0) + 1))
         loss.backward()
         assert net.image_head.kept is None
         gradients.append([p.grad.clone() for p in net.parameters()])

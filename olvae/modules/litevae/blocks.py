@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Operands, Steps, casts_together, operands
+from olvae.modules.base import Operands, Steps, casts_together
 
 
 def conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -208,26 +208,35 @@ class SMC(nn.Module):
         """w', (out_channels, in_channels, k, k), and the bias of each; those of one shape are computed together."""
         alike: dict[Any, list[SMC]] = {}
         for layer in layers:
-            alike.setdefault((layer.conv.weight.shape, layer.eps), []).append(layer)
+            trained = tuple(parameter.requires_grad for parameter in layer._given())
+            alike.setdefault((layer.conv.weight.shape, layer.eps, trained), []).append(layer)
         weights: dict[SMC, Tensor] = {}
-        for (_, eps), same in alike.items():
-            given = zip(*((layer.conv.weight, layer.scales, layer.gain) for layer in same), strict=True)
-            w, scales, gain = (torch.stack(t) if len(t) > 1 else t[0][None] for t in given)
-            w = w * scales[:, None, :, None, None]
-            w = gain[..., None, None, None] * w * (w.square().sum(dim=(2, 3, 4), keepdim=True) + eps).rsqrt()
-            weights |= zip(same, w, strict=True)
+        for (_, eps, _), same in alike.items():
+            weights |= zip(same, _modulate([layer._given() for layer in same], eps), strict=True)
         return [(weights[layer], layer.conv.bias) for layer in layers]
 
+    def _given(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.conv.weight, self.scales, self.gain
+
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = operands(self)
+        return self._conv_forward(x, *self.derive([self])[0])
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, padding=self.conv.padding)
 
     @torch.no_grad()
     def fold(self) -> nn.Conv2d:
         """The same function as an ordinary convolution, a copy."""
         conv = copy.deepcopy(self.conv)
-        conv.weight.copy_(operands(self)[0])
+        conv.weight.copy_(self.derive([self])[0][0])
         return conv
+
+
+def _modulate(given: Sequence[tuple[Tensor, Tensor, Tensor]], eps: float) -> Tensor:
+    """w' of n layers of one shape, (n, out_channels, in_channels, k, k), from their weights, scales and gains."""
+    w, scales, gain = (torch.stack(t) if len(t) > 1 else t[0][None] for t in zip(*given, strict=True))
+    w = w * scales[:, None, :, None, None]
+    return gain[..., None, None, None] * w * (w.square().sum(dim=(2, 3, 4), keepdim=True) + eps).rsqrt()
 
 
 def fold_smc(module: nn.Module) -> nn.Module:
