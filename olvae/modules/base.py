@@ -326,7 +326,7 @@ def _operands(layers: Sequence[Any]) -> dict[Any, Operands]:
 
 
 def _cast_operands(operands: Mapping[Any, Operands], dtype: torch.dtype) -> dict[Any, Operands]:
-    """Cast what is in float32; the rest is left to autocast, which keeps float64."""
+    """Cast tensors in float32; the others are left to autocast, which keeps float64."""
     given = [t for pair in operands.values() for t in pair if t is not None and t.dtype == torch.float32]
     copies = dict(zip(map(id, given), _Cast.apply(dtype, *given) if given else (), strict=True))
     return {
