@@ -46,6 +46,8 @@ def read_results(path: Path) -> Results:
     """Read a metrics.json whose rows can be shown beside new ones, or on a card; raises as :meth:`Results.read`."""
     results = Results.read(path)
     try:
+        if unnamed := {"name", "version"} - results.protocol.keys():
+            raise KeyError(*unnamed)
         for observer in OF_EARLIER_ROWS:
             list(observer.lines(results.rows))
     except (AttributeError, KeyError, TypeError, ValueError) as error:

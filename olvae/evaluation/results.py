@@ -155,9 +155,8 @@ class Results:
         try:
             content = json.loads(path.read_text())
             rows = [Row.from_dict(row) for row in content["results"]]
-            if unnamed := {"name", "version"} - dict(content["protocol"]).keys():
-                raise KeyError(*unnamed)
-            return cls(content["protocol"], str(content["protocol_hash"]), dict(content.get("images", {})), rows)
+            protocol, images = dict(content.get("protocol", {})), dict(content.get("images", {}))
+            return cls(protocol, str(content["protocol_hash"]), images, rows)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
 
