@@ -101,6 +101,8 @@ def check(
     result = _summarise(src, size, found)
     result.shards = sorted(found.shards, key=lambda shard: urls.index(shard.url))
     _check_shards(result, folders)
+    if channels < 4 and (alpha := sum(count for kind, count in result.kinds.items() if kind.endswith("A"))):
+        result.notes.append(f"images with alpha, laid over white: {alpha}; `channels` 4 keeps it")
     closed = images.closed if isinstance(images, Files) else ()
     result.problems += [f"{name}: this folder can't be opened: {reason}" for name, reason, *_ in closed]
     result.problems += reasons

@@ -1,6 +1,7 @@
 """Read image files as pictures, crop and resize them to one size: random for training, fixed for evaluation."""
 
 import io
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,8 @@ from olvae.data.pixels.ranges import AS_STORED, EIGHT_BIT_FILE, EIGHT_BITS, UNKE
 from olvae.data.pixels.sides import MAX_PIXELS, Sides, Size, check_size
 from olvae.data.read_errors import UnreadableImageError
 from olvae.files import legible, reason
+
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it prints what it can't read: bands
 
 
 @dataclass

@@ -71,6 +71,7 @@ def test_kinds_of_files(tmp_path):
     result = check(str(root), 16)
     kinds = ["JPEG RGB", "PNG L", "JPEG CMYK", "PNG RGBA", "GIF P", "array"]
     assert result.kinds == dict.fromkeys(kinds, 1)
+    assert result.notes == ["images with alpha, laid over white: 1; `channels` 4 keeps it"]
 
 
 def test_unreadable_files(photos):

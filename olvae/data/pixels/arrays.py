@@ -78,7 +78,7 @@ def _check(channels: int, shape: Sequence[int], dtype: Any) -> None:
     if dtype.name not in DTYPES:
         raise ValueError(f"expected {', '.join(DTYPES)} of shape {wanted}, got {dtype} of shape {tuple(shape)}")
     if len(shape) not in (2, 3) or 0 in shape or (channels and (shape[2] if len(shape) == 3 else 1) != channels):
-        raise ValueError(f"expected shape {wanted}, got {dtype} of shape {tuple(shape)}")
+        raise ValueError(f"expected shape {wanted}, got {dtype} of shape {tuple(shape)}: is `channels` right?")
     check_size(shape[1], shape[0])
     if (values := math.prod(shape)) > MAX_VALUES:
         raise ValueError(f"its header claims {values} values, more than {MAX_VALUES // 2**20} Mi: cut it into tiles")

@@ -120,7 +120,7 @@ def test_what_is_refused_before_memory_is_taken(name):
 
 
 def test_wrong_channels_and_missing_ranges():
-    with pytest.raises(UnreadableImageError, match=r"shape \(H, W, 12\), got uint16 of shape \(20, 24, 13\)"):
+    with pytest.raises(UnreadableImageError, match=r"\(H, W, 12\), got uint16 of shape \(20, 24, 13\): is `channels`"):
         Photo(EXACT["pixels13.tif"][0], "a.tif", 12, PixelRange.from_node([0, 65535]))
     for name in ("pixels13.tif", "uint16.npy"):
         content, array = EXACT[name]
