@@ -35,13 +35,18 @@ demo: $(VENV)/.installed ## train both phases on bundled photographs, evaluate, 
 		--out "$$(ls -d $(RUNS)/*_demo_b_32 | tail -n 1)" \
 		$(RUNS)/demo $(RUNS)/demo_b
 
+TEACHER = diffusers:configs/distil/teacher
+PAIRS = --size 128 --images --dtype float32
+
 distil-demo: $(VENV)/.installed ## distil a small AutoencoderKL into a LiteVAE with the same latents, and cross their halves (CPU, minutes)
-	$(BIN)/python train.py --base configs/distil/demo.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name distil_32px
-	$(BIN)/python train.py --base configs/distil/demo_decoder.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name distil \
-		--actual_resume $(RUNS)/distil_32px
+	$(BIN)/python examples/random_crops.py configs/demo_b.yaml --size 128 --count 512 --out $(RUNS)/distil_crops
+	$(BIN)/python -m olvae encode $(TEACHER) --data $(RUNS)/distil_crops $(PAIRS) --out $(RUNS)/distil_pairs
+	$(BIN)/python -m olvae encode $(TEACHER) --data configs/demo_b.yaml $(PAIRS) --out $(RUNS)/distil_val
+	$(BIN)/python train.py --base configs/distil/demo.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name distil \
+		data.params.folder=$(RUNS)/distil_pairs data.params.val_folder=$(RUNS)/distil_val
 	$(BIN)/python scripts/compute_metrics.py --cross --data samples --size 256 --metrics psnr,ssim \
 		--out "$$(ls -d $(RUNS)/*_distil_32 | tail -n 1)" \
-		diffusers:configs/distil/teacher $(RUNS)/distil
+		$(TEACHER) $(RUNS)/distil
 
 STUDY = study/$(if $(QUICK),quick,out)
 

@@ -9,14 +9,15 @@ from itertools import islice
 from pathlib import Path
 
 from olvae.cli.main import print_error
-from olvae.data.opening import open_source
+from olvae.config import load
+from olvae.data.opening import open_source, open_test_source
 from olvae.figures import save_image
 from olvae.files import check_folder
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("src", metavar="SRC", help="a folder, shards, a list or a data set, as of --data")
+    parser.add_argument("src", metavar="SRC", help="a folder, shards, a list, a data set or a config, as of --data")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for 00000000.png, …")
     parser.add_argument("--size", required=True, type=int, help="side of the crops, in pixels")
     parser.add_argument("--count", required=True, type=int, help="crops; every image gives as many, or one more")
@@ -24,7 +25,9 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     check_folder(args.out).mkdir(parents=True, exist_ok=True)
-    crops = (image for batch in open_source(args.src, args.size, 1).train_loader(args.seed) for image in batch["image"])
+    is_config = Path(args.src).suffix in (".yaml", ".yml")  # of which the size is replaced
+    source = open_test_source(load([args.src]), size=args.size) if is_config else open_source(args.src, args.size, 1)
+    crops = (image for batch in source.train_loader(args.seed) for image in batch["image"])
     for number, crop in enumerate(islice(crops, args.count)):
         save_image(crop, args.out / f"{number:08d}.png")
 

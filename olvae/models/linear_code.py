@@ -122,23 +122,25 @@ def fit_linear_paths(
         together = max(1, PART * f**2 // crops[0, 0].numel())
         return (pixel_range.normalise(part.to(device)) for part in crops.split(together))
 
+    means = [] if teacher is None else [teacher(x) for x in batches()]  # once, for both halves
     if (path := model.encoder.linear) is not None:
         if teacher is None:
             patches = (_vectors(F.pixel_unshuffle(x, f)) for x in batches())
             _set(path, *principal_components(*mean_and_covariance(patches), n))
         else:
-            pairs = (torch.cat((_vectors(_windows(x, path)), _vectors(teacher(x))), dim=1) for x in batches())
+            both = zip(batches(), means, strict=True)
+            pairs = (torch.cat((_vectors(_windows(x, path)), _vectors(z)), dim=1) for x, z in both)
             _set(path, *least_squares(*mean_and_covariance(pairs), n))
     latents: Means = teacher or path or (lambda x: model.encode(x).mean)
     if (path := model.decoder.linear) is not None:
 
-        def pair(x: Tensor) -> Tensor:
-            around, patches = _windows(latents(x), path), F.pixel_unshuffle(x, f)
+        def pair(x: Tensor, z: Tensor) -> Tensor:
+            around, patches = _windows(z, path), F.pixel_unshuffle(x, f)
             if min(around.shape[-2:]) > 2:  # else there is nothing but a border
                 around, patches = around[..., 1:-1, 1:-1], patches[..., 1:-1, 1:-1]
             return _vectors(torch.cat((around, patches), dim=1))
 
-        _set(path, *least_squares(*mean_and_covariance(map(pair, batches())), values))
+        _set(path, *least_squares(*mean_and_covariance(map(pair, batches(), means or map(latents, batches()))), values))
     return latents
 
 

@@ -72,8 +72,9 @@ def test_the_fit_is_numpys(size):
 
 def test_with_a_teacher_both_halves_fit_its_latents():
     """The teacher's latents are linear in the patches, so that the encoder becomes the teacher's."""
-    teacher, model, images = code(3), code(3), crops()
-    fit_linear_paths(model, images, lambda x: teacher.encode(x).mean)
+    teacher, model, images, seen = code(3), code(3), crops(), []
+    fit_linear_paths(model, images, lambda x: seen.append(len(x)) or teacher.encode(x).mean)
+    assert sum(seen) == len(images)  # each crop once, for both halves
     torch.testing.assert_close(model.encoder.linear.weight, teacher.encoder.linear.weight, rtol=1e-3, atol=1e-4)
     own = code(3)
     own.encoder.load_state_dict(teacher.encoder.state_dict())

@@ -1,6 +1,7 @@
 """Runs that learn from a teacher (--teacher), as the command trains."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,16 @@ import torch
 
 from olvae import LiteVAE
 from olvae.config import ConfigError, load, save, validate
+from olvae.data.dataset import SamplePhotographs
 from olvae.data.picture_folder import FolderSource
-from olvae.data.pixels.ranges import from_uint8
+from olvae.data.pixels.ranges import from_uint8, to_uint8
 from olvae.data.shards.latent_source import LATENT, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
+from olvae.data.source import LoaderProcess
 from olvae.export.diffusers_model import AutoencoderLiteVAE
+from olvae.figures import save_image
+from olvae.metrics.metric import psnr
+from olvae.models import linear_code
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
 from olvae.training.run import untrained_half
@@ -275,3 +281,40 @@ def test_the_shipped_recipes(train_with, image_folder, target, name):
     run = train_with(*sizes, base=[f"configs/distil/{name}.yaml"], teacher=target)
     assert untrained(run) == {"encoder": "decoder", "decoder": "encoder", "both": None}[name]
     assert LiteVAE.from_pretrained(run.path).for_diffusion == FACTORS
+
+
+DEMO = "configs/distil/demo.yaml"
+
+
+def test_the_demo_encodes_what_its_recipe_trains_on():
+    """Crops, pairs and windows have one size: a teacher with GroupNorm sees the whole crop, and so do both halves."""
+    (target,) = re.findall(r"^distil-demo:.*\n((?:\t.*\n)+)", Path("Makefile").read_text(), re.MULTILINE)
+    (pairs,) = re.findall(r"^PAIRS = .*--size (\d+)", Path("Makefile").read_text(), re.MULTILINE)
+    data, (crops,) = load([DEMO])["data"]["params"], set(re.findall(r"random_crops.py (\S+)", target))
+    assert [int(size) for size in (pairs, *re.findall(r"random_crops.* --size (\d+)", target))] == [data["size"]] * 2
+    assert load([crops])["data"]["params"]["size"] == data["size"]  # of its validation tiles, which are encoded, too
+    assert target.count(f"--data {crops} $(PAIRS)") == 1
+
+
+@pytest.mark.slow
+def test_a_short_demo(train_with, tmp_path, monkeypatch):
+    """With 48 crops and 80 steps: on photographs that neither has seen, both halves are ahead of the linear start."""
+    monkeypatch.setattr(linear_code, "CROPS", (48, 48))
+    teacher = find_target(load([DEMO])["model"]["params"]["parts"]["teacher"]["params"]["autoencoder"]).load()
+    (tmp_path / "crops").mkdir()
+    for number, crop in enumerate(SamplePhotographs(128).first_images(0, 48)):
+        save_image(crop, tmp_path / "crops" / f"{number:02d}.png")
+    encode(tmp_path / "crops", tmp_path / "pairs", teacher, 48, size=128, images=True, dtype="float32")
+    data = [f"data.params.{name}={tmp_path / 'pairs'}" for name in ("folder", "val_folder")]
+    x = from_uint8(torch.stack([sample.image for sample in SamplePhotographs(256).once(LoaderProcess())]))  # 8
+    with torch.no_grad():
+        z = torch.cat([teacher.encode(image[None]).mean for image in x])
+    latents, decoded = [], []
+    for steps in (1, 80):
+        run = train_with(*data, f"lightning.trainer.max_steps={steps}", base=[DEMO])
+        model = LiteVAE.from_pretrained(run.path).eval()
+        with torch.no_grad():
+            latents.append(float(((model.encode(x).mean - z) / z.std((0, 2, 3), keepdim=True)).square().mean().sqrt()))
+            decoded.append(float(psnr(to_uint8(x), to_uint8(model.decode(z))).mean()))
+    assert latents[1] < latents[0] < 0.23, latents
+    assert decoded[1] - 0.3 > decoded[0] > 24.5, decoded
