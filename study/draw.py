@@ -42,6 +42,8 @@ ENCODERS = {
     "SD, 48 channels": "sd",
     "SD without its last GroupNorm": "sd_free",
     "SD, linear start": "sd_linear",
+    "LiteVAE-S, linear start, bf16": "litevae_linear_longer",
+    "SD, linear start, bf16": "sd_linear_longer",
 }
 """The question of the encoders: its rows' names without their seeds, by title."""
 

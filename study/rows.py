@@ -32,6 +32,7 @@ class Row(NamedTuple):
         after: the row from whose weights it starts.
         sizes: pixels at which it is evaluated.
         frechet: whether its Fréchet distance is measured, which takes longer than the rest of the evaluation.
+        precision: of the training; evaluations are in float32.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Row(NamedTuple):
     after: str | None = None
     sizes: tuple[int, ...] = SIZES
     frechet: bool = True
+    precision: str = "32"
 
 
 class Diffusion(NamedTuple):
@@ -82,6 +84,9 @@ VARIANTS = {
 
 Two seeds each, because what is found is several times what they differ by; one of the linear starts, which begin alike.
 """
+
+LONGER = ("litevae_linear", "sd_linear")
+"""Trained for four times the steps too, in bf16, one seed."""
 
 SEEDS = (0, 1, 2)
 
@@ -150,7 +155,10 @@ def _encoders(seeds: Sequence[int]) -> list[Row]:
     equal_time = [
         Row(f"litevae_time_{seed}", "encoder", NETWORKS["litevae"], seed=seed, time_of="sd") for seed in seeds
     ]
-    return equal_steps + variants + equal_time
+    longer = [
+        _variant(f"{name}_longer", seeds[0], *VARIANTS[name])._replace(steps=6000, precision="bf16") for name in LONGER
+    ]
+    return equal_steps + variants + equal_time + longer
 
 
 def _variant(name: str, seed: int, network: str, overrides: tuple[str, ...]) -> Row:

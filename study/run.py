@@ -8,7 +8,6 @@ Each row leaves OUT/rows/NAME.json; rows that have one are kept. A run that was 
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import olvae.runs
 from olvae.bench.measure import machine
 from olvae.checkpoint import read_checkpoint
 from olvae.cli.main import print_error
@@ -133,13 +133,10 @@ class Study:
         noted = self.out / "evaluations" / row.name / "seconds.json"
         noted.parent.mkdir(parents=True, exist_ok=True)
         run = self._folder(row.name)
-        if run is not None and not run.last_checkpoint.is_file():  # stopped before its first save
-            shutil.rmtree(run.path)
-            run = None
         seconds: float = json.loads(noted.read_text()) if run is not None and noted.is_file() else 0.0
         if run is None:
             flags = ["--base", str(RECIPE), "--logdir", str(self.out / "runs"), "--name", row.name]
-            flags += ["--seed", str(row.seed), "--gpus", "0", "--precision", "32"]
+            flags += ["--seed", str(row.seed), "--gpus", "0", "--precision", row.precision]
             if row.after is not None:
                 before = self._folder(row.after)
                 assert before is not None
@@ -227,9 +224,9 @@ class Study:
 
 
 def find_run(runs: Path, name: str) -> Run | None:
-    """The newest run of a row."""
-    found = sorted(runs.glob(f"*_{name}_32"))
-    return Run(found[-1]) if found else None
+    """The newest run of a row that has saved something; None if there is none."""
+    found = olvae.runs.find_run(name, runs)
+    return Run(found) if isinstance(found, Path) else None
 
 
 def _said(found: dict[str, Any]) -> str:

@@ -58,7 +58,7 @@ class Watch:
             self.die(*self.due)
         if ".partial-" in path and kind != "rename":  # of which the rename tells
             return
-        changing = r"\d{4}-\d\d-\d\dT[\d-]+_|(?<=tfevents)\..*|[^./]+-\d+-\w{8}(?=/|$)"  # times, processes
+        changing = r"\d{4}-\d\d-\d\dT[\d-]+_|\d{8}_\d{6}|(?<=tfevents)\..*|[^./]+-\d+-\w{8}(?=/|$)|_\w{20}(?=\.png$)"
         name = re.sub(changing, "", path[len(self.root) + 1 :])
         self.counts[kind, name] += 1
         write = Write(kind, name, self.counts[kind, name])
