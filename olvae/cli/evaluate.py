@@ -168,7 +168,7 @@ def command(
     from olvae.config import ConfigError
 
     if (zoo is None) == (not targets) or (zoo is not None and (not data or not out or baselines or "," in protocol)):
-        raise ConfigError("name TARGETs, or `zoo` with `data`, `out` and one `protocol`, without `baselines`")
+        raise ConfigError("name TARGETs, as last, or `zoo` with `data`, `out` and one `protocol`, without `baselines`")
     check_paths(*(targets := targets or []), data=data)
     check_paths(data=fit)
     if fit is not None and not baselines:

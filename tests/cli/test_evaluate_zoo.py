@@ -98,7 +98,7 @@ def test_every_class_that_people_use(olvae, pictures, tmp_path):
     assert found.items() >= {(name, kind) for name, kind in kinds.items() if name not in missing}
 
 
-NEEDED = "name TARGETs, or --zoo with --data, --out and one --protocol, without --baselines"
+NEEDED = "name TARGETs, as last, or --zoo with --data, --out and one --protocol, without --baselines"
 
 
 @pytest.mark.parametrize(
