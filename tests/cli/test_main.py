@@ -118,7 +118,7 @@ def test_validate_memory(olvae, config, tmp_path, monkeypatch):
     code, out, err = olvae("validate", "--memory", config)
     assert code == 0
     assert "no mistakes" in err
-    assert "at 16x16 pixels" in out
+    assert "at 16x16 pixels" in " ".join(out.split())
     rows = [line.split() for line in out.splitlines() if line.strip().startswith(("32", "bf16"))]
     cases = [[f"{p},", f"model.params.checkpoint={c}"] for p in ("32", "bf16") for c in ("false", "true")]
     assert rows == [[*case, "1.00", "0.500", "3"] for case in cases]
