@@ -398,8 +398,13 @@ def load_weights_file(path: Path, file: WeightsFile, prefix: str, tensors: Mappi
         own.copy_(found)
 
 
-@lru_cache
 def provenance(path: Path, file: WeightsFile) -> dict[str, object]:
     """Describe a file beside a result: its name, its SHA-256, and whether that is the published file's."""
-    digest = file_sha256(path)
+    state = path.stat()
+    digest = _sha256(path.resolve(), state.st_size, state.st_mtime_ns)
     return {"file": path.name, "sha256": digest, "published": digest.startswith(file.sha256)}
+
+
+@lru_cache(maxsize=16)
+def _sha256(path: Path, size: int, mtime_ns: int) -> str:  # noqa: ARG001  (they invalidate the cache)
+    return file_sha256(path)

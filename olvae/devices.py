@@ -275,7 +275,10 @@ class Agreement:
         self._sent: dist.Work | None = None
 
     def any_asked(self, asked: int, wait: bool = False) -> int:
-        """Return the largest ``asked``, 0 to 255, of all ranks in the previous call, with ``wait`` in this one too."""
+        """Return the largest ``asked`` of all ranks in the previous call, with ``wait`` in this one too. Collective.
+
+        0 asks for nothing; other numbers, up to 255, are for the caller to tell requests apart.
+        """
         if this_process()[1] == 1:
             return asked
         self._group = self._group or dist.new_group(backend="gloo")

@@ -284,10 +284,11 @@ def test_files_of_something_else(tmp_path):
     assert list(read_weights_file(path, VGG16, "b")) == ["b"]
 
 
-def test_provenance(tmp_path):
+def test_provenance_notices_another_file(tmp_path):
     path = tmp_path / "net-ba7816bf.pth"
     path.write_bytes(b"abc")
     file = WeightsFile("x", path.name)
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
     assert provenance(path, file) == {"file": path.name, "sha256": digest, "published": True}
-    assert provenance(path, WeightsFile("x", "net-00000000.pth"))["published"] is False
+    path.write_bytes(b"abcd")
+    assert provenance(path, file)["published"] is False

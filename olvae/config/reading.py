@@ -34,8 +34,8 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bo
     """Merge config files and overrides, as :func:`merge_files`, and find the data's source.
 
     Where ``data.params`` has a ``root`` or ``shards`` that the source of ``data.target`` does not take, or a ``root``
-    of another kind, the target becomes the source that reads it; settings that both take are kept. Where an override
-    changes the ``root``, other parts of the old data, such as ``val_root``, are not.
+    of another kind, the target becomes the source that reads it; settings that both sources take are kept. But where
+    an override changes the ``root``, other parts of the old data, such as ``val_root``, are dropped.
     """
     config = merge_files(paths, overrides, resolve)
     data = config.get("data")
@@ -48,7 +48,10 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bo
 
 
 def _with_matching_source(node: Config, before: Config, given: Container[str]) -> Config:
-    """Replace a data node's target if that does not read what its params name, some ``given`` by overrides."""
+    """Replace a data node's target by the source that reads what its params name, if its own does not.
+
+    ``given`` are the params that overrides name; ``before`` those without overrides, if ``root`` is given.
+    """
     target, params = node.get("target"), node.get("params")
     if not (isinstance(target, str) and target.startswith(OF_THIS_PACKAGE) and isinstance(params, dict)):
         return node

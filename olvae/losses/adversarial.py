@@ -60,7 +60,7 @@ def generator_loss(name: str, fake_logits: Sequence[Tensor]) -> Tensor:
 def discriminator_loss(name: str, real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
     """The discriminator's loss on its logits of images and of detached reconstructions, a scalar in float32."""
     loss = find_loss(name)
-    real, fake = check_logits(real_logits), check_logits(fake_logits)
+    real, fake = _pair(real_logits, fake_logits)
     return mean_of_outputs([loss.real(r) for r in real]) + mean_of_outputs([loss.fake(f) for f in fake])
 
 
@@ -74,7 +74,7 @@ def discriminator_accuracy(real_logits: Sequence[Tensor], fake_logits: Sequence[
     """
     threshold = find_loss(name).threshold
     shares: list[Tensor] = []
-    for r, f in zip(check_logits(real_logits), check_logits(fake_logits), strict=True):
+    for r, f in zip(*_pair(real_logits, fake_logits), strict=True):
         middle = 0.5 * (r.mean() + f.mean()) if threshold is None else threshold
         shares.append(0.5 * (_share_above(r - middle) + _share_above(middle - f)))
     return torch.stack(shares).mean()
@@ -105,6 +105,13 @@ def check_logits(logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
     return [upcast(t) for t in logits]
 
 
+def _pair(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    real, fake = check_logits(real_logits), check_logits(fake_logits)
+    if len(real) != len(fake):
+        raise ValueError(f"{len(real)} real and {len(fake)} fake logit tensors: they come from one discriminator")
+    return real, fake
+
+
 def r1_penalty(logits: Sequence[Tensor], real_images: Tensor) -> Tensor:
     """Half the squared length of the discriminator's gradient at real images (Mescheder et al. 2018, R1).
 
@@ -116,6 +123,8 @@ def r1_penalty(logits: Sequence[Tensor], real_images: Tensor) -> Tensor:
     The logits are those of the images, each (B, ...); the images are (B, C, H, W), with ``requires_grad`` set before
     the discriminator was called.
     """
+    if len(logits) == 0 or any(t.shape[:1] != real_images.shape[:1] for t in logits):
+        raise ValueError("R1 takes the list of logit tensors (B, ...) that the discriminator returned for real_images")
     total = torch.stack([upcast(t).sum() for t in logits]).sum()  # a sample's gradient is that of its own logits
     (gradient,) = torch.autograd.grad(total, real_images, create_graph=True)
     return 0.5 * upcast(gradient).flatten(1).square().sum(dim=1).mean()
@@ -153,7 +162,8 @@ class LeCam(nn.Module):
     def forward(self, real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
         """The penalty, a scalar in float32; gradients flow to the logits and not to the anchors."""
         outputs = self.real_anchors.numel()
-        if (got := len(real_logits)) != outputs:
+        if len(real_logits) != outputs or len(fake_logits) != outputs:
+            got = f"{len(real_logits)} real and {len(fake_logits)} fake ones"
             raise ValueError(f"LeCam was built for {outputs} logit tensors, got {got}: set num_outputs to fit")
         real, fake = [upcast(t) for t in real_logits], [upcast(t) for t in fake_logits]
         if self.training:

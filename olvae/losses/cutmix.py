@@ -16,6 +16,8 @@ def cutmix(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     random place. A fair coin decides whether it holds the real or the fake image, so that a pixel's place does not
     predict its label [D]. Returns the mixed images (B, C, H, W), and a mask (B, 1, H, W): 1 for real pixels, else 0.
     """
+    if real.shape != fake.shape or real.ndim != 4:
+        raise ValueError(f"cutmix takes two (B, C, H, W) of one shape, got {tuple(real.shape)}, {tuple(fake.shape)}")
     b, _, h, w = real.shape
     area, top, left, coin = torch.rand(4, b, 1, device=real.device)  # each (B, 1)
     rows = _inside(h, area.sqrt(), top)  # (B, H)

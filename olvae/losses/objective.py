@@ -1,4 +1,4 @@
-"""Terms of training objectives, phase A's objective [P 4.3], their weighted sum, and that for transparent images.
+"""Terms of training objectives, and two weighted sums of them: phase A's [P 4.3], and that for transparent images.
 
 Pixel, wavelet, Gaussian and KL losses, of two latents, of a latent and features: means over elements, in float32.
 """

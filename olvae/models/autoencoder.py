@@ -407,7 +407,10 @@ class LiteVAE(
 def load_located(
     found: Located, weights: Mapping[str, Tensor], allow_mismatch: bool = False, dtype: torch.dtype = torch.float32
 ) -> LiteVAE:
-    """Build an autoencoder that was located, and load weights; ConfigError, or ValueError as :func:`load_weights`."""
+    """Build an autoencoder that was located, and load the weights that were read; in evaluation mode.
+
+    ConfigError if the networks can't be built, ValueError as :func:`load_weights`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # so that the tensors that allow_mismatch leaves fresh are the same every time
         try:

@@ -35,13 +35,16 @@ Means = Callable[[Tensor], Tensor]
 class LinearEncoder(Encoder):
     """An encoder that is a linear path alone, with the smallest log-variances there are.
 
-    Arguments as LiteVAE_Encoder's; ``downscale`` is the side of a patch in pixels.
+    Arguments as LiteVAE_Encoder's; ``downscale`` is the side of a patch in pixels, ``image_size`` that of 32 patches
+    unless it is given.
 
     Shapes: (B, in_channels, H, W) in [-1, 1] -> (B, latent_dim, H/downscale, W/downscale).
     """
 
-    def __init__(self, latent_dim: int = 24, in_channels: int = 3, downscale: int = 8, image_size: int = 256) -> None:
-        super().__init__(latent_dim, in_channels, downscale, image_size)
+    def __init__(
+        self, latent_dim: int = 24, in_channels: int = 3, downscale: int = 8, image_size: int | None = None
+    ) -> None:
+        super().__init__(latent_dim, in_channels, downscale, image_size or 32 * downscale)
         self.add_linear_path()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class Located:
     weights: Path
     spec: AutoencoderSpec
     origin: str  # of the spec, for messages
-    config: Config  # the training's that it is from, if that is the user's own, so that its data may be built
+    config: Config  # of the training, if that is the user's own: its data may then be built
     run: Run | None
 
 

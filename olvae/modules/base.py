@@ -88,8 +88,8 @@ class Encoder(_Network):
 
     def __init__(self, latent_dim: int, in_channels: int, downscale: int, image_size: int) -> None:
         super().__init__()
-        check_counts(1, latent_dim=latent_dim, in_channels=in_channels)
-        if downscale < 1 or image_size % downscale:
+        check_counts(1, latent_dim=latent_dim, in_channels=in_channels, downscale=downscale)
+        if image_size % downscale:
             raise ValueError(f"image_size {image_size} is not a multiple of {downscale}")
         self.latent_dim, self.in_channels = latent_dim, in_channels
         self.downscale, self.image_size = downscale, image_size
@@ -122,7 +122,7 @@ class Decoder(_Network):
 
     def __init__(self, z_channels: int, out_channels: int, upscale: int) -> None:
         super().__init__()
-        check_counts(1, z_channels=z_channels, out_channels=out_channels)
+        check_counts(1, z_channels=z_channels, out_channels=out_channels, upscale=upscale)
         self.z_channels, self.out_channels, self.upscale = z_channels, out_channels, upscale
 
     @property

@@ -84,12 +84,15 @@ VGG_LAYERS = 35  # of torchvision's ``features`` up to conv5_4, the last convolu
 def conv5_4(path: Path | None) -> nn.Module:
     """VGG19's last convolution before its activation: images (B, 3, H, W) in [-1, 1] -> (B, 512, H/16, W/16).
 
-    ``path`` is the file of :data:`olvae.checkpoint.VGG19`; None gives random weights, to count the network.
+    ``path`` is the file of :data:`olvae.checkpoint.VGG19`; None gives weights without values, to count the network.
     """
     import torchvision
 
-    layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["E"])  # without the large classifier
-    features = layers[:VGG_LAYERS].requires_grad_(False)
+    device = torch.empty(0).device
+    with torch.device("meta"):  # the classifier, most of VGG19, is not needed
+        vgg = torchvision.models.vgg19(weights=None, init_weights=False)
+    features = vgg.features[:VGG_LAYERS].requires_grad_(False)
+    features.to_empty(device=device)
     if path is not None:
         own = {f"features.{name}": tensor for name, tensor in features.state_dict().items()}
         load_weights_file(path, VGG19, "features.", own)

@@ -31,7 +31,6 @@ class _Half(Steps):
     ) -> None:
         from diffusers.models.autoencoders import vae  # seconds, for this network only
 
-        check_counts(1, channels=channels, channel_mult=channel_mult)
         check_counts(0, num_res_blocks=num_res_blocks)
         shared: dict[str, Any] = {
             "in_channels": in_channels,
@@ -82,6 +81,7 @@ class SDEncoder(_Half, Encoder):
         padding: Padding = "zeros",
         linear: bool = False,
     ) -> None:
+        check_counts(1, channels=channels, channel_mult=channel_mult)
         super().__init__(latent_dim, in_channels, 2 ** (len(channel_mult) - 1), image_size)
         self._build(in_channels, latent_dim, channels, channel_mult, num_res_blocks, norm_groups, attention, padding)
         if linear:
@@ -113,6 +113,7 @@ class SDDecoder(_Half, Decoder):
         padding: Padding = "zeros",
         linear: bool = False,
     ) -> None:
+        check_counts(1, channels=channels, channel_mult=channel_mult)
         super().__init__(z_channels, out_channels, 2 ** (len(channel_mult) - 1))
         self._build(z_channels, out_channels, channels, channel_mult, num_res_blocks, norm_groups, attention, padding)
         if linear:

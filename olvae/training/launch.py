@@ -100,7 +100,7 @@ def meet() -> tuple[int, int]:
 
 
 def of_each(value: T) -> list[T]:
-    """Return the values of the processes that have met, by rank: of this one alone before they have."""
+    """Return the values of all processes that have met, by rank; before they have met, this one's alone."""
     values = [value]
     if dist.is_initialized():
         values *= dist.get_world_size()

@@ -383,9 +383,18 @@ def _run_folder(prepared: Prepared, lock: RunLock) -> Iterator[Run]:
 
 
 def quieten() -> None:
-    """Silence Lightning's notices and warnings: our summary replaces them, or they are wrong for an endless stream."""
+    """Silence Lightning's notices that our summary replaces, or that are wrong for an endless stream."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"lightning\.")
-    warnings.filterwarnings("ignore", message=r".*lr_scheduler.step\(\).*before.*optimizer.step\(\).*")
-    warnings.filterwarnings("ignore", message=".*nn.functional.all_reduce is deprecated.*")  # no other has a gradient
+    for message in (
+        ".*does not have many workers.*",
+        ".*Your `IterableDataset` has `__len__` defined.*",
+        ".*module\\(s\\) in eval mode at the start of training.*",  # the anchor, a frozen encoder
+        ".*You defined a `validation_step` but have no `val_dataloader`.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+        ".*lr_scheduler.step\\(\\).*before.*optimizer.step\\(\\).*",
+        ".*nn.functional.all_reduce is deprecated.*",  # no other has a gradient
+        ".*It is recommended to use `self.log\\(.*sync_dist=True\\)`.*",  # values of validation are of all processes
+    ):
+        warnings.filterwarnings("ignore", message=message)

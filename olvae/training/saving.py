@@ -1,5 +1,6 @@
 """Keep a training's checkpoints: when to save, the best, and writing to disk in the background."""
 
+import json
 import logging
 import math
 import sys
@@ -59,14 +60,7 @@ class KeepCheckpoints(Checkpoint):
         self._save_after_validation = False
         self._warned = False
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "value": self._best_value}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["best"] == self.best:
-            self._best_value = state_dict["value"]
-
-    def on_fit_start(self, _: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         better = BETTER | {name: which for part in pl_module.each_part for name, which in part.better.items()}
         name = (self.best or "val/psnr").rpartition("/")[2]
         if name not in better:
@@ -74,6 +68,8 @@ class KeepCheckpoints(Checkpoint):
                 f"best: {self.best!r} is not a metric of validation: choose one of val/{', val/'.join(better)}"
             )
         self._sign = 1 if better[name] == "higher" else -1
+        before = self._best_before(current_run(trainer)) if trainer.is_global_zero else None
+        self._best_value = trainer.strategy.broadcast(before)  # a save takes all processes, so one decides
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         self._saved_step = self._kept_step = trainer.global_step
@@ -134,6 +130,18 @@ class KeepCheckpoints(Checkpoint):
             self._best_value = value
             note = {"metric": self.best, "value": value, "step": trainer.global_step}
             self._save(trainer, module, "best.ckpt", note)
+
+    def _best_before(self, run: Run) -> float | None:
+        """Read the best value of a resumed run, if it is of the same metric; ``last.ckpt`` may be older."""
+        note = run.checkpoints / "best.json"
+        if not note.is_file():
+            return None
+        try:
+            before = json.loads(note.read_text(encoding="utf-8"))
+            return float(before["value"]) if before["metric"] == self.best else None
+        except (ValueError, KeyError, TypeError, OSError) as error:
+            log.warning("%s: not readable: %s; the next validation replaces it", note, first_line(error))
+            return None
 
     def _save(self, trainer: pl.Trainer, module: LiteAutoencoderKL, name: str, note: Config | None = None) -> None:
         values = {n: t for n, t in module.state_dict().items() if isinstance(t, Tensor) and t.is_floating_point()}

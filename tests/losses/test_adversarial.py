@@ -98,6 +98,8 @@ def test_errors():
     t = torch.zeros(2)
     with pytest.raises(ValueError, match="must be one of hinge, logistic, lsgan, wgan, bce, got 'vanilla'"):
         generator_loss("vanilla", [t])
+    with pytest.raises(ValueError, match="2 real and 1 fake"):
+        discriminator_loss("hinge", [t, t], [t])
     with pytest.raises(ValueError, match="empty"):
         generator_loss("hinge", [])
     with pytest.raises(TypeError, match="wrap it in"):

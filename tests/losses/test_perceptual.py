@@ -155,6 +155,13 @@ def test_a_named_file_that_is_not_there(hub):
         ESRGAN("elsewhere.pth")
 
 
+def test_the_network_draws_no_random_numbers():
+    """A training's other networks begin alike with it and without it."""
+    before = torch.get_rng_state()
+    conv5_4(None)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_file_of_something_else(tmp_path, vgg):
     with pytest.raises(ValueError, match=r"not a file of VGG19 weights: features\.\d+\.\w+ is"):
         conv5_4(vgg)

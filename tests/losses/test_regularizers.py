@@ -152,9 +152,15 @@ def test_only_a_mix_without_a_fake_pixel_is_told_real():
 
 def test_errors():
     t, x = torch.zeros(1), torch.randn(2, 1, 4, 4)
-    with pytest.raises(ValueError, match=r"built for 1 logit tensors, got 2: set num_outputs"):
-        LeCam()([t, t], [t, t])
+    x.requires_grad_()
+    for logits in (x[0], []):
+        with pytest.raises(ValueError, match="list of logit tensors"):
+            r1_penalty(logits, x)
+    with pytest.raises(ValueError, match=r"built for 1 logit tensors, got 1 real and 2 fake.*num_outputs"):
+        LeCam()([t], [t, t])
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1"):
         LeCam(decay=1.0)
+    with pytest.raises(ValueError, match="of one shape"):
+        cutmix(torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 8, 8))
     with pytest.raises(TypeError, match="single tensor"):
         cutmix_loss("logistic", x, torch.ones(2, 1, 4, 4))

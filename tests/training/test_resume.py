@@ -50,6 +50,16 @@ def steps(run: Run) -> int:
     return checkpoint(run)["global_step"]
 
 
+def test_a_broken_note_of_the_best_weights_is_replaced(olvae_train, run, caplog):
+    note = run.checkpoints / "best.json"
+    note.write_text("")
+    code, err = olvae_train("--resume", run.path, "lightning.trainer.max_steps=3")
+    assert code == 0, err
+    (warning,) = caplog.messages
+    assert warning.startswith(f"{note}: not readable")
+    assert json.loads(note.read_text())["step"] == 3
+
+
 def test_a_broken_config_is_one_line_that_says_what_to_do(olvae_train, run):
     whole = run.config.read_text()
     remedy = f"start a new run from its weights with --base CFG and --actual_resume {run.last_checkpoint}"

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+import warnings
 from functools import partial
 
 import numpy as np
@@ -18,7 +19,7 @@ from olvae.cli.main import main
 from olvae.config import ConfigError, load, save
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
-from olvae.training.run import RUN_ENV, TrainingStopped
+from olvae.training.run import RUN_ENV, TrainingStopped, quieten
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
 from tests.models.steps import PATCHGAN, UNETGAN, against
@@ -274,15 +275,25 @@ def test_the_best_weights_are_kept_by_a_named_metric(go):
     assert torch.load(kept, weights_only=True)["global_step"] == best
     note = run.checkpoints / "best.json"
     assert json.loads(note.read_text()) == {"metric": "val/l1", "value": pytest.approx(values[best]), "step": best}
-    last = torch.load(run.last_checkpoint, weights_only=True)
-    last["callbacks"]["KeepCheckpoints"]["value"] = 0.0  # as if it had been perfect
-    torch.save(last, run.last_checkpoint)
+    note.write_text('{"metric": "val/l1", "value": 0.0, "step": 2}')  # as if it had been perfect, after last.ckpt
     go("lightning.trainer.max_steps=6", resume=run.path)
     assert torch.load(kept, weights_only=True)["global_step"] == best
     with pytest.raises(ValueError, match=r"best: val/l1 is not computed by validation \(val/psnr, val/ssim, val_raw"):
         go(keep, "lightning.callbacks.keep.params.best=val/l1")
     with pytest.raises(ValueError, match="is not a metric of validation"):
         go(keep, "lightning.callbacks.keep.params.best=psnrr")
+
+
+def test_warnings_that_concern_the_user_are_shown():
+    """Of Lightning's, those that are wrong here, or that the summary replaces, are not."""
+    shown = "Early stopping conditioned on metric `val/x` which is not available"
+    hidden = "The 'train_dataloader' does not have many workers which may be a bottleneck"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quieten()
+        for message in (shown, hidden):
+            warnings.warn_explicit(message, RuntimeWarning, "x.py", 1, module="lightning.pytorch.callbacks")
+    assert [str(warning.message) for warning in caught] == [shown]
 
 
 def test_training_continues_where_no_validation_image_can_be_read(go, tmp_path, capfd, caplog, monkeypatch):

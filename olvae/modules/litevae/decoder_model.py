@@ -87,6 +87,8 @@ class LiteVAE_Decoder(Decoder):
         dropout: float = 0.0,
         linear: bool = False,
     ) -> None:
+        check_counts(1, channels=channels, channel_mult=channel_mult)
+        check_counts(0, num_res_blocks=num_res_blocks)
         super().__init__(z_channels, out_channels, 2 ** (len(channel_mult) - 1))
         if variant not in get_args(Variant):
             raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
@@ -94,8 +96,6 @@ class LiteVAE_Decoder(Decoder):
             raise ValueError(f"output must be image, wavelet or packets, got {output!r}")
         if output != "image" and len(channel_mult) < 2:
             raise ValueError(f"{output} output replaces an upsampling: channel_mult needs two entries or more")
-        check_counts(1, channels=channels, channel_mult=channel_mult)
-        check_counts(0, num_res_blocks=num_res_blocks)
         pre_activation = variant != "open_litevae"
         self.variant, self.output = variant, output
         self.wavelet_levels = {"image": 0, "wavelet": 1, "packets": len(channel_mult) - 1}[output]

@@ -82,12 +82,12 @@ class LiteVAE_Encoder(Encoder):
         packets: bool = False,
         linear: bool = False,
     ) -> None:
+        check_counts(1, dct_levels=dct_levels)
         super().__init__(latent_dim, in_channels, 2**dct_levels, image_size)
         if variant not in ("open_litevae", "paper"):
             raise ValueError(f"variant must be open_litevae or paper, got {variant!r}")
         if variant == "open_litevae" and (pool != "average" or dropout):
             raise ValueError("pool and dropout belong to the paper variant: set variant to paper, or leave them out")
-        check_counts(1, dct_levels=dct_levels)
         if not 0 <= skip_levels < dct_levels:
             raise ValueError(f"skip_levels must be from 0 to {dct_levels - 1}, one level is left, got {skip_levels}")
         if packets and (skip_levels or shared_extractor or pool != "average"):
@@ -165,8 +165,8 @@ class WaveletEncoder(Encoder):
         image_size: int = 256,
         wavelet: str = "haar",
     ) -> None:
-        super().__init__(latent_dim, in_channels, 2**dct_levels, image_size)
         check_counts(1, dct_levels=dct_levels)
+        super().__init__(latent_dim, in_channels, 2**dct_levels, image_size)
         bands = 4 * in_channels
         if latent_dim not in (bands, 2 * bands):
             misfit = f"has {bands} bands, which latent_dim {latent_dim} does not fit"

@@ -64,9 +64,9 @@ class TinyEncoder(_Tiny, Encoder):
         channels: int = 64,
         blocks: Sequence[int] = (1, 3, 3, 3),
     ) -> None:
-        super().__init__(latent_dim, in_channels, 2 ** (len(blocks) - 1), image_size)
         check_counts(1, channels=channels)
         check_counts(0, blocks=blocks)
+        super().__init__(latent_dim, in_channels, 2 ** (len(blocks) - 1), image_size)
         layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, 3, padding=1)]
         for level, count in enumerate(blocks):
             if level:
@@ -95,9 +95,9 @@ class TinyDecoder(_Tiny, Decoder):
     def __init__(
         self, channels: int = 64, z_channels: int = 4, out_channels: int = 3, blocks: Sequence[int] = (3, 3, 3, 1)
     ) -> None:
-        super().__init__(z_channels, out_channels, 2 ** (len(blocks) - 1))
         check_counts(1, channels=channels)
         check_counts(0, blocks=blocks)
+        super().__init__(z_channels, out_channels, 2 ** (len(blocks) - 1))
         layers: list[nn.Module] = [nn.Conv2d(z_channels, channels, 3, padding=1), nn.ReLU()]
         for level, count in enumerate(blocks):
             if level:
