@@ -172,7 +172,8 @@ def find_folder(text: str) -> Path:
     on_hub = not root.is_dir()
     if on_hub:  # the configs first, then the weights of the one folder that has the autoencoder
         root = snapshot(name, [f"{prefix}config.json" for prefix in prefixes])
-    prefix = next((prefix for prefix in prefixes if (root / prefix / "config.json").is_file()), None)
+    found = [prefix for prefix in prefixes if (root / prefix / "config.json").is_file()]
+    prefix = next((prefix for prefix in found if class_in(root / prefix)), next(iter(found), None))
     if prefix is None:
         raise FileNotFoundError(
             f"diffusers:{text}: config.json not found in it{'' if subfolder else f' or in its {SUBFOLDER}'}: name the "

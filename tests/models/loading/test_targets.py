@@ -203,6 +203,8 @@ def test_what_is_no_autoencoder_of_diffusers(tmp_path):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ConfigError, match=message):
             find_target(f"diffusers:{tmp_path}").load()
+    kl().save_pretrained(tmp_path / "vae")  # beside a config.json of something else
+    assert find_target(f"diffusers:{tmp_path}").load().downscale == 2 ** (len(kl().config.block_out_channels) - 1)
     with pytest.raises(FileNotFoundError, match=r"diffusers:nothing here: no such folder"):
         find_target("diffusers:nothing here")
 
