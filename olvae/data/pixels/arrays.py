@@ -18,6 +18,7 @@ Array = NDArray[np.generic]
 
 DTYPES = ("uint8", "uint16", "int16", "float16", "float32")
 MAX_VALUES = 2**28  # of an array, all channels: 1 GiB in float32
+MAX_SMALLER = 1000  # images of a pyramid, of all pages together; each is read
 
 PNG = b"\x89PNG\r\n\x1a\n"
 MAGIC = {
@@ -122,6 +123,8 @@ def _tiff(file: BinaryIO, check: Check) -> Pixels:
     end = file.seek(0, io.SEEK_END)
     file.seek(0)
     with tifffile.TiffFile(file) as tiff:
+        if (smaller := sum(len(page.subifds or ()) for page in tiff.pages)) > MAX_SMALLER:
+            raise ValueError(f"it names {smaller} smaller images of itself, more than {MAX_SMALLER}")
         whole = [one for one in tiff.series if not (one.keyframe.is_reduced or one.keyframe.is_mask)]
         if len(whole) != 1:
             raise ValueError(f"it holds {len(whole)} images, not one: save each in a file of its own")

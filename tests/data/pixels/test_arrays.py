@@ -99,6 +99,10 @@ REFUSED = {
     "truncated.tif": (tiff(U16, "rgb")[:2000], "ends before its pixels"),
     "truncated lzw.tif": (tiff(U16, "rgb", compression="lzw")[:1500], "ends before its pixels"),
     "two sizes.tif": (two_sizes(), "holds 2 images"),
+    "smaller ones.tif": (  # the tag 65000 becomes 330
+        tiff(U16, "rgb", extratags=[(65000, 4, 3000, [8] * 3000, False)]).replace(b"\xe8\xfd\4\0", b"\x4a\1\4\0"),
+        "it names 3000 smaller images",
+    ),
     "pages of colour.tif": (tiff(np.stack((U16, U16)), "rgb"), r"its axes are \w+YXS"),
     "doubles.npy": (npy(F32.astype(float)), "got float64"),
     "claims.npy": (npy(U16).replace(b"(20, 24, 3)", b"(9999,9999,3)"), "values, more than 256 Mi"),
