@@ -149,11 +149,11 @@ def safe_path(key: str) -> PurePosixPath:
     return path
 
 
-def nearest_path(path: str | Path) -> str:
-    """End a message on a missing path with the name beside it that is most alike, if one is."""
+def nearest_path(path: str | Path, others: Iterable[str] = ()) -> str:
+    """End a message on a missing path with the name beside it, or of ``others``, that is most alike, if one is."""
     path = Path(path)
     try:
-        names = [other.name for other in path.parent.iterdir()]
+        names = [*(other.name for other in path.parent.iterdir()), *others]
     except OSError:
         return ""
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 from olvae import config as cfg
 from olvae.config import Config, ConfigError, with_paths
 from olvae.config.reading import is_local
-from olvae.files import WEIGHT_SUFFIXES, check_folder, lock_file, warn_once
+from olvae.files import WEIGHT_SUFFIXES, check_folder, lock_file, nearest_path, warn_once
 
 log = logging.getLogger("olvae.training")
 
@@ -115,12 +115,17 @@ def find_run(text: str | Path, logdir: str | Path = "runs") -> str | Path:
     path = Path(text)
     if path.is_file() or _has_model(path) or not path.name or ":" in str(text):
         return text
-    begun = []
+    return named_runs(path, logdir).get(path.name, text)
+
+
+def named_runs(text: str | Path, logdir: str | Path = "runs") -> dict[str, Path]:
+    """Find the run of each word that names one in the folder that ``text`` leads to; see :func:`find_run`."""
+    path, begun = Path(text), []
     for folder in (path.parent if path.parent.name else Path(logdir)).glob("*_*_*"):
         match = re.fullmatch(r"(\d{4}-\d\d-\d\dT[\d-]{8})(?:-(\d+))?_(.+)_[^_]+", folder.name)
-        if match and path.name in ("last", "latest", match[3]) and Run(folder).last_checkpoint.is_file():
-            begun.append((match[1], int(match[2] or 0), folder))
-    return max(begun)[2] if begun else text
+        if match and Run(folder).last_checkpoint.is_file():
+            begun.append((match[1], int(match[2] or 0), folder, match[3]))
+    return {word: folder for *_, folder, name in sorted(begun) for word in (name, "last", "latest")}
 
 
 def _has_model(folder: Path) -> bool:
@@ -137,7 +142,7 @@ def open_run(path: str | Path, logdir: str | Path = "runs") -> Run:
             other = "start a new run from its weights with `actual_resume`"
             raise FileNotFoundError(f"{path}: this is a file: name its run folder, or {other}")
     if not run.path.is_dir():
-        raise FileNotFoundError(f"{path}: no such run folder")
+        raise FileNotFoundError(f"{path}: no such run folder{nearest_path(path, named_runs(path, logdir))}")
     if missing := [file for file in (run.config, run.last_checkpoint) if not file.is_file()]:
         wrong = f"{run.path}: not a run folder that can be continued: {missing[0].relative_to(run.path)} is missing"
         raise FileNotFoundError(f"{wrong}: {_without_config(run)}" if run.last_checkpoint.is_file() else wrong)

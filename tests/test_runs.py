@@ -14,6 +14,7 @@ import pytest
 
 from olvae import runs
 from olvae.config import ConfigError
+from olvae.models.spec import check_target
 from olvae.runs import Run, RunLock, Settings, create, find_run, open_run, run_of, settings_of
 
 
@@ -63,6 +64,10 @@ def test_one_word_names_the_newest_run(tmp_path, monkeypatch):
     newest["runs/last"] = names[3]
     assert {word: Path(find_run(word)).name.removeprefix("2026-01-") for word in newest} == newest
     assert find_run("last", "elsewhere") == "last"
+    near = [(check_target, "lst", "last"), (check_target, "dmeo", "demo"), (open_run, "runs/dmeo", "runs/demo")]
+    for look, word, meant in near:
+        with pytest.raises(FileNotFoundError, match=f"^{word}: .*; did you mean {meant}\\?$"):
+            look(word)
     for word in ("stopped", "dem", "elsewhere/last", "olvae:demo", "owner/demo", "a.B:x//y", "", ".", tmp_path):
         assert find_run(word) == word
     (tmp_path / "demo").mkdir()

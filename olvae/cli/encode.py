@@ -114,9 +114,9 @@ def command(
             try:
                 job.run(rank, world, batch_size, threads, int(memory * GIB), bar.advance)
             except KeyboardInterrupt:
-                stay = f": finished shards are in {out}; the same command continues from there"
                 if rank == 0:
-                    bar.print(f"stopped{stay if job.shards.any_stored() else ''}")
+                    kept = f"finished shards are in {out}" if job.shards.any_stored() else "no shard is finished yet"
+                    bar.print(f"stopped: {kept}; the same command continues")
                 sys.exit(stop_code())
             if gather(None) is not None:  # all processes have finished, and this is the first
                 stats = job.finish()

@@ -1,11 +1,13 @@
 """Run the command ``olvae``: collect the commands, print errors in one line, exit with a code."""
 
+import contextlib
 import logging
 import re
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -92,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif debug:
             raise
         else:
-            code = print_error(error)
+            code = print_error(error, given)
     if code == STOPPED:  # typer turns Ctrl-C into it; a command that has printed more raises SystemExit
         typer.echo("stopped", err=True)
         code = stop_code()
@@ -115,10 +117,12 @@ def _format_warning(
     return PYTHONS_FORMAT(message, category, filename, lineno, line)
 
 
-def print_error(error: Exception) -> int:
+def print_error(error: Exception, arguments: Sequence[str] = ()) -> int:
     """Print one line, or one for each mistake of a config; returns the exit code."""
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # of click, or of typer's copy of it
         text = error.format_message().replace("Value error, ", "")
+        if arguments[:1] == ["train"] and hasattr(error, "option_name"):
+            text += _as_setting(error.option_name, arguments)
         typer.echo(text if "\n" in text else f"error: {text}", err=True)  # more than one line is a help
         return int(error.exit_code)
     from olvae.config import ConfigError
@@ -139,6 +143,17 @@ def print_error(error: Exception) -> int:
     for line in text.splitlines():
         typer.echo(f"error: {printable(in_flags(line))}", err=True)  # file names may hold a terminal's commands
     return 2 if isinstance(error, ConfigError) else 1
+
+
+def _as_setting(option: str, arguments: Sequence[str]) -> str:
+    """End the message on an unknown option of ``olvae train`` with the way to write a setting of its config."""
+    from olvae.config import ConfigError, key_places, load
+
+    name, places = option.lstrip("-").rpartition(".")[2].replace("-", "_"), dict[str, str]()
+    with contextlib.suppress(ConfigError):
+        places = key_places(load([b for flag, b in pairwise(repeat_flags([*arguments])) if flag in MANY_VALUES]))
+    written = f"{places[name]}=..." if name in places else "KEY=VALUE, as in lightning.trainer.max_steps=20"
+    return f"; settings of the config are written without dashes: {written}"
 
 
 def repeat_flags(arguments: list[str]) -> list[str]:

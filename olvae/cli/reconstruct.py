@@ -73,6 +73,8 @@ def command(
     model = found.load().to(where).fold()
     budget = default_memory(where) if memory is None else int(memory * GIB)
     options = ReconstructOptions(where, budget, (seed or 0) if sample else None, precision_name(precision))
+    if any(place.with_name(f"{place.name}_compare.png").is_file() for place in places.values()):
+        typer.echo(f"note: {out}: earlier results of these images are replaced; --out keeps both", err=True)
     with ProgressBar("reconstructing", len(places)) as bar:
         done = reconstruct_files(model, places, options, lambda line: bar.print(in_flags(legible(line))), bar.set)
     if done:

@@ -10,6 +10,7 @@ from olvae.config.nodes import Node as Node
 from olvae.config.nodes import check as check
 from olvae.config.nodes import import_extra as import_extra
 from olvae.config.nodes import instantiate as instantiate
+from olvae.config.nodes import key_places as key_places
 from olvae.config.nodes import resolve_class as resolve_class
 from olvae.config.nodes import resolve_target as resolve_target
 from olvae.config.nodes import validate as validate

@@ -98,9 +98,7 @@ def _with_places(mistakes: list[str], config: Mapping[str, Any]) -> list[str]:
     """Suggest another node's argument for an unknown key: one of its name, or a near one where its node has none."""
     if not any(": unknown key; " in mistake for mistake in mistakes):
         return mistakes
-    trainer = arguments_of("lightning.pytorch.Trainer")
-    places = {name: f"lightning.trainer.{name}" for name in (trainer.parameters if trainer is not None else ())}
-    places |= {place.rpartition(".")[2]: place for place in reversed(list(_argument_places(config, "")))}
+    places = key_places(config)
 
     def completed(mistake: str) -> str:
         match = re.fullmatch(r"((?:[^:]*\.)?([^.:]+): unknown key); (known:|did) .*", mistake)
@@ -112,6 +110,13 @@ def _with_places(mistakes: list[str], config: Mapping[str, Any]) -> list[str]:
         return f"{match[1]}; did you mean {places[found[0]]}?" if found else mistake
 
     return [completed(mistake) for mistake in mistakes]
+
+
+def key_places(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the dotted places of Lightning's and the nodes' arguments by name; of equal names, the outermost one."""
+    trainer = arguments_of("lightning.pytorch.Trainer")
+    places = {name: f"lightning.trainer.{name}" for name in (trainer.parameters if trainer is not None else ())}
+    return places | {place.rpartition(".")[2]: place for place in reversed(list(_argument_places(config, "")))}
 
 
 def _argument_places(value: Any, where: str) -> Iterator[str]:

@@ -18,7 +18,7 @@ from olvae.config import Config, ConfigError, Node
 from olvae.config.nodes import check_arguments, unknown_keys
 from olvae.config.reading import CONFIG_BYTES
 from olvae.files import WEIGHT_SUFFIXES, nearest_path, reason
-from olvae.runs import entry_of, find_run
+from olvae.runs import entry_of, find_run, named_runs
 
 KINDS = (
     "a run folder, a run's name (the newest in runs/; last: of all), a .ckpt or .safetensors file, an exported folder, "
@@ -240,4 +240,4 @@ def check_target(text: str) -> None:
     elif text.startswith(SHIPPED):
         shipped_folder(text)
     elif not (Path(find_run(text)).exists() or is_hub_id(text) or split_class(text)):
-        raise FileNotFoundError(f"{text}: not found{nearest_path(text) or f'; a target is {KINDS}'}")
+        raise FileNotFoundError(f"{text}: not found{nearest_path(text, named_runs(text)) or f'; a target is {KINDS}'}")

@@ -137,8 +137,8 @@ def test_ctrl_c_says_how_to_go_on(olvae, target, tmp_path, image_folder, monkeyp
     encode = ("encode", target, "--data", image_folder, "--size", 16, "--out", latents, "--shard-size", 3)
     code, out, err = olvae(*encode)
     assert (code, out, written) == (130, "", [*range(shards)])
-    stays = f": finished shards are in {latents}; the same command continues from there" if shards else ""
-    assert err.endswith(f"stopped{stays}\n")
+    kept = f"finished shards are in {latents}" if shards else "no shard is finished yet"
+    assert err.endswith(f"stopped: {kept}; the same command continues\n")
     assert latents.parent.exists() == bool(shards)
 
 

@@ -85,7 +85,8 @@ class Teacher(Part):
 
     def attach(self, model: Model) -> None:
         factors = {name: value for name, value in self.model.for_diffusion.items() if name != "force_upcast"}
-        model.for_diffusion |= factors | model.given_factors
+        if self.model.latent_channels == model.autoencoder.latent_channels:  # else `conflicts` says so, once
+            model.for_diffusion |= factors | model.given_factors
         for half in (model.encoder, model.decoder):
             half.use_latents(*model.autoencoder.statistics())
         self.register_buffer("std", torch.ones(model.autoencoder.latent_channels))

@@ -308,6 +308,10 @@ def test_the_student_has_its_factors(tmp_path):
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
+        (
+            {**EIGHT, "latent_channels": 6, "latents_mean": [0.1] * 6, "latents_std": [1.0] * 6},
+            r"^model.params.parts.teacher: .*has f8, 6 channels, .* set model.params.embed_dim=6",
+        ),
         ({**EIGHT, "latent_channels": 6}, "has f8, 6 channels, .*, but the student f8, 4 channels"),
         ({**EIGHT, "in_channels": 1, "out_channels": 1}, "images of 1 channels, but the student .* of 3 channels"),
         ({}, "has f4, 4 channels, .*, but the student f8, 4 channels"),
