@@ -154,7 +154,7 @@ def validate(model: LiteAutoencoderKL, images: torch.Tensor, dtype: torch.dtype,
 def take_steps(config, monkeypatch, steps: int, dtype=torch.bfloat16) -> tuple[LiteAutoencoderKL, list[Operations]]:
     """Steps of two images, of which every second one is logged; the others wait for nothing. Then a validation."""
     size, taken = config["data"]["params"]["size"], []
-    config["model"]["params"] |= {"gradient_clip_val": 1.0, "learning_rate": 1e-4}
+    config["model"]["params"] |= {"gradient_clip_val": 1.0, "learning_rate": 1e-4, "val_metrics": []}  # no downloads
     without = footprint.without_weights(config["model"])
     with FakeTensorMode():
         model = on_gpu(without, monkeypatch, dtype)
