@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from olvae.cli.options import check_device, split_commas
+from olvae.cli.options import check_device, print_rows, split_commas
 
 GROUPS = ("dwt", "encoder", "decoder", "train", "data")
 CASE = ("name", "variant", "precision")  # of a row
@@ -65,14 +65,11 @@ def command(
         raise ConfigError(f"`workers` {workers}: give numbers of processes, such as 0,1,2")
 
     import torch
-    from rich.console import Console
 
     from olvae.bench.cases import bench
     from olvae.bench.measure import Setting
     from olvae.data.dataset import PHOTOGRAPHS
     from olvae.devices import keep_freed_memory, resolve_device
-    from olvae.evaluation.page import texts
-    from olvae.evaluation.report import print_grid
     from olvae.training.run import quieten
 
     keep_freed_memory()
@@ -100,7 +97,7 @@ def command(
         same = {key: found.pop() for key, found in values.items() if len(found) == 1}
         title = ", ".join([name, *(_words(key, value) for key, value in same.items() if value)])
         table = {", ".join(row[key] for key in CASE if key not in same): _cells(row, same) for row in rows}
-        print_grid(Console(stderr=True), title, texts(table), names="case")
+        print_rows(title, table, "case", stderr=True)
 
 
 def _words(key: str, value: Any) -> str:
@@ -129,11 +126,7 @@ def tables_command(
     """
     import json
 
-    from rich.console import Console
-
     from olvae.bench.cases import network_table
-    from olvae.evaluation.page import texts
-    from olvae.evaluation.report import print_grid
 
     rows = network_table()
     if as_json:
@@ -146,4 +139,4 @@ def tables_command(
         if row.published_macs is not None:
             cells["GMACs published"] = f"{row.published_macs / 1e9:.1f}"
         shown[" ".join(dict.fromkeys((row.group, row.variant, row.name)))] = cells
-    print_grid(Console(), "Networks at 256x256: counted now, and as published", texts(shown), names="network")
+    print_rows("Networks at 256x256: counted now, and as published", shown, "network")

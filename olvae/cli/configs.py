@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from olvae.cli.options import check_precision
+from olvae.cli.options import check_precision, print_rows
 
 
 def validate_command(
@@ -39,14 +39,13 @@ def validate_command(
     found = 0
     for path in configs:
         try:
-            mistakes = validate(load([path]))
+            mistakes = validate(config := load([path]))
         except ConfigError as error:
             mistakes = list(error.mistakes)
         found += len(mistakes)
         for mistake in mistakes or ["no mistakes"]:
             typer.echo(mistake if mistake.startswith(str(path)) else f"{path}: {mistake}", err=True)
         if (memory or ranks is not None) and not mistakes:
-            config = load([path])
             if config["model"].get("from") is not None:
                 from olvae.training.origin import start_from
 
@@ -73,7 +72,7 @@ def _print_memory(config: dict[str, Any], name: str) -> None:
             cells = {"fixed": f"{need.fixed / GIB:.2f}", "per image": f"{need.per_image / GIB:.3f}"}
             cells["TFLOP per image"] = f"{need.flop / 1e12:.4g}"
             rows[f"{precision}, model.params.checkpoint={str(checkpoint).lower()}"] = cells
-    _print_rows(f"{name}: GiB of a training step on a GPU, at {size} pixels", rows, "precision")
+    print_rows(f"{name}: GiB of a training step on a GPU, at {size} pixels", rows, "precision")
     typer.echo("fixed: weights, gradients, optimizers and averages. per image: of a micro-batch. Allow a tenth more.")
 
 
@@ -86,18 +85,9 @@ def _print_steps(config: dict[str, Any], name: str, ranks: int, precision: str |
         kind: {"messages": f"{len(step.messages)}", "MB": f"{step.nbytes / 1e6:.2f}", "launches": f"{step.launches}"}
         for kind, step in steps.items()
     }
-    _print_rows(f"{name}: a step of each of {ranks} ranks", rows, "step")
+    print_rows(f"{name}: a step of each of {ranks} ranks", rows, "step")
     for note in notes:
         typer.echo(textwrap.fill(note, shutil.get_terminal_size().columns, subsequent_indent="  "))
-
-
-def _print_rows(title: str, rows: dict[str, dict[str, str]], names: str) -> None:
-    from rich.console import Console
-
-    from olvae.evaluation.page import texts
-    from olvae.evaluation.report import print_grid
-
-    print_grid(Console(), title, texts(rows), names=names)
 
 
 recipes_app = typer.Typer()

@@ -4,7 +4,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -133,6 +133,14 @@ def in_flags(text: str) -> str:
 
 
 LINE_EVERY_S = 15.0  # seconds between lines of progress without a terminal
+
+
+def print_rows(title: str, rows: Mapping[str, Mapping[str, str]], names: str, stderr: bool = False) -> None:
+    """Print cells by heading, a row for each of the ``names``, in the columns of the terminal."""
+    from olvae.evaluation.page import texts
+    from olvae.evaluation.report import print_grid
+
+    print_grid(Console(stderr=stderr), title, texts(rows), names=names)
 
 
 class ProgressBar:
