@@ -114,13 +114,13 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-def per_image(work: Callable[[], object], images: int, seconds: float) -> list[float]:
-    """Repeat ``work``, which gives ``images`` each time, for some seconds; the seconds of an image."""
+def seconds_per_image(work: Callable[[], object], images: int, seconds: float) -> float:
+    """Repeat ``work``, which gives ``images`` each time, for some seconds; return the mean time of an image."""
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         work()
         done += images
-    return [(time.perf_counter() - start) / done]
+    return (time.perf_counter() - start) / done
 
 
 @contextmanager

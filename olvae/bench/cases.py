@@ -28,7 +28,7 @@ from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.tar_reading import Entry, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Batch, Source
-from olvae.devices import FULL, PRECISIONS, now, per_image
+from olvae.devices import FULL, PRECISIONS, now, seconds_per_image
 from olvae.models.large.tiling import peak_bytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import compile_networks
@@ -202,7 +202,10 @@ def time_steps(
 ) -> list[float]:
     """Train on random images; the seconds of each step but the first, which warms up."""
     times: list[float] = []
-    note = lambda *_: times.append(now(device))  # noqa: E731
+
+    def note(*_: Any) -> None:
+        times.append(now(device))
+
     trainer = pl.Trainer(
         accelerator="cpu" if device == "cpu" else "cuda",
         devices=1,
@@ -228,7 +231,7 @@ def _loaders(setting: Setting) -> list[Case]:
         source = open_source(name, setting.size, setting.batch_size)
         source.batch_size = setting.batch_size
         sizes = source.size.node, setting.batch_size
-        decode = partial(per_image, _floor(name, source), 1, SECONDS)
+        decode = partial(_time_images, _floor(name, source), 1)
         floor = Case(name, "limit: decoding alone", "uint8", decode, 1, source.size.node, 1, 1, "images")
         cases.append(floor)
         for workers in setting.workers:
@@ -242,6 +245,10 @@ def _loaders(setting: Setting) -> list[Case]:
     return cases
 
 
+def _time_images(work: Callable[[], object], images: int) -> list[float]:
+    return [seconds_per_image(work, images, SECONDS)]
+
+
 def _loader(source: Source, workers: int) -> Work:
     """Take batches of a source's training loader, once its processes have started and their queues are empty."""
     seeds = count()
@@ -251,7 +258,7 @@ def _loader(source: Source, workers: int) -> Work:
         batches = iter(source.train_loader(seed=next(seeds)))
         for _ in islice(batches, 2 * max(1, workers) + 1):
             pass
-        return per_image(lambda: next(batches), source.batch_size, SECONDS)
+        return _time_images(lambda: next(batches), source.batch_size)
 
     return run
 

@@ -59,7 +59,7 @@ def pack(
         with ProgressBar("packing") as bar:
             packed = packing.pack(src, out, options, workers or cores(), max_unreadable, bar.set)
     except KeyboardInterrupt:
-        begun = (out / packing.STATE).is_dir()
+        begun = packing.is_begun(out)
         stays = f": finished shards are in {out}; the same command continues from there" if begun else ""
         typer.echo(f"stopped{stays}", err=True)
         sys.exit(stop_code())

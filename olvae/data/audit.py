@@ -25,7 +25,7 @@ from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards
 from olvae.data.shards.latent_source import STATS
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.source import LoaderProcess, Source
-from olvae.devices import per_image
+from olvae.devices import seconds_per_image
 from olvae.files import file_sha256, printable
 from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
 
@@ -120,7 +120,7 @@ def check(
         with contextlib.suppress(ValueError):  # too many are unreadable
             stream = source.stream(0, 0, LoaderProcess())
             next(stream)
-            result.images_per_s = round(1.0 / per_image(lambda: next(stream), 1, MEASURE_S)[0], 1)
+            result.images_per_s = round(1.0 / seconds_per_image(lambda: next(stream), 1, MEASURE_S), 1)
     return result
 
 

@@ -108,10 +108,14 @@ def pack(
             index.write(out / INDEX)
             shards.remove_state()
     except OSError as error:
-        begun = (out / STATE).is_dir()
-        stays = "; finished shards stay, and the same command continues from there" if begun else ""
+        stays = "; finished shards stay, and the same command continues from there" if is_begun(out) else ""
         raise OSError(f"{out}: {reason(error)}{stays}") from error
     return Packed(index, sum(found for _, shard, found in packed if shard.record.images))
+
+
+def is_begun(out: Path) -> bool:
+    """Whether a folder holds only some of its shards."""
+    return (out / STATE).is_dir()
 
 
 def _read_index(out: Path, digest: str) -> Index:
