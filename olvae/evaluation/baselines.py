@@ -93,7 +93,6 @@ class Baselines(Observer):
                 raise
             log.warning("the linear code has no row, without the images of the training: %s", first_line(error))
             return None
-        whole = 256 + -256 % f  # pixels, a multiple of f
-        code = LiteVAE(LinearEncoder(2 * n, channels, f, whole), LinearDecoder(n, channels, f))
+        code = LiteVAE(LinearEncoder(2 * n, channels, f), LinearDecoder(n, channels, f))
         fit_linear_paths(code, crops, pixel_range=source.pixel_range)
         return code.eval()

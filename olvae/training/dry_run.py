@@ -38,7 +38,7 @@ from olvae.models.footprint import footprint, without_memory
 from olvae.models.large.tiling import GIB
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import HOOKS, PlayersStrategy
-from olvae.training.progress import describe_step
+from olvae.training.progress import describe_rate, describe_step
 from olvae.training.run import build_model, quieten
 
 SETTLING = ("first step", "second step")  # in which Adam's moments and DDP's buckets are made
@@ -189,12 +189,11 @@ def dry_run(config: Config, ranks: int, precision: str | None = None) -> tuple[d
     steps = {name: step for name, step in first.items() if name not in SETTLING}
     needs, batches = footprint(model, size, precision), model.accumulate_grad_batches
     host_s = LAUNCH_S * max(step.launches for name, step in steps.items() if not name.endswith(LOGGED)) / batches
-    warm_up = f", warm-up {model.warmup_steps} steps" if model.warmup_steps else ""
     whole, each = (f"{n / GIB:.3g} GiB" for n in (needs.total(images), needs.per_image))
     return steps, [
         *notes,
         f"images: {images * batches * ranks} a step = {images} x {batches} accumulated x {ranks} ranks, {size} pixels",
-        f"learning rate: {model.learning_rate:g}, {model.scheduler}{warm_up}; the number of ranks does not change it",
+        f"learning rate: {describe_rate(model)}; the number of ranks does not change it",
         f"memory: {whole} a rank in {precision}, {each} for each image of a micro-batch; allow a tenth more",
         describe_step(needs.flop, images, peak_tflops("H100", precision), model.compiled, host_s, "an H100"),
         f"ranks 0 and {ranks - 1} send the same messages in the same order",

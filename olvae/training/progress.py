@@ -191,6 +191,12 @@ def tflops(flop_per_s: float, peak: float | None) -> dict[str, float]:
     return found if peak is None or not found else {**found, "of_peak": found["tflops"] / peak}
 
 
+def describe_rate(model: LiteAutoencoderKL, end: str = "") -> str:
+    """Tell the learning rate and its schedule, with where that ends, if it is given."""
+    warm_up = f", warm-up {model.warmup_steps} steps" if model.warmup_steps else ""
+    return f"{model.learning_rate:g}, {model.scheduler}{end}{warm_up}"
+
+
 def describe_step(
     flop: int, images: int, peak: float | None, compiled: bool, host_s: float = HOST_S, gpu: str = "this GPU"
 ) -> str:
@@ -255,8 +261,7 @@ def _rows(settings: Settings, trainer: pl.Trainer, model: LiteAutoencoderKL, sou
         "objective": ", ".join(f"{weight:g} {name}" for name, weight in model.objective.weights.items()),
         "data": f"{source.describe()}, {size}; {source.num_workers or 'no'} loader processes",
         "batch": f"{batch} = {images} x {batches} accumulated x {processes} processes",
-        "learning rate": f"{model.learning_rate:g}, {model.scheduler}{end if model.scheduler == 'cosine' else ''}"
-        + (f", warm-up {model.warmup_steps} steps" if model.warmup_steps else ""),
+        "learning rate": describe_rate(model, end if model.scheduler == "cosine" else ""),
         "steps": f"{steps}: {steps * batch:,} images{each}; the time left is shown after {FIRST_LINE_S:.0f} seconds",
         "device": f"{processes} x {name}, precision {settings.precision}",
         "seed": str(settings.seed),
