@@ -143,7 +143,7 @@ class HuggingFaceSource(MappedSource):
 
     def __init__(
         self,
-        path: str,
+        path: str | Path,
         size: Size,
         batch_size: int,
         num_workers: int = 0,
@@ -152,8 +152,8 @@ class HuggingFaceSource(MappedSource):
         val_split: str | None = None,
         val_fraction: float | None = None,
         name: str | None = None,
-        data_files: str | Sequence[str] | None = None,
-        data_dir: str | None = None,
+        data_files: str | Path | Sequence[str | Path] | None = None,
+        data_dir: str | Path | None = None,
         revision: str | None = None,
         min_fraction: float = 0.5,
         filters: Sequence[str] = ALL_FILTERS,
@@ -171,10 +171,10 @@ class HuggingFaceSource(MappedSource):
         super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable, range=range)
 
 
-def load_table(path: str, split: str, **arguments: Any) -> Any:
+def load_table(path: str | Path, split: str, **arguments: Any) -> Any:
     """A split of a data set; ``arguments`` are those of ``datasets.load_dataset``."""
     datasets = import_extra("datasets", "hf", "HuggingFaceSource")
     if Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
-        table = datasets.load_from_disk(path)
+        table = datasets.load_from_disk(str(path))
         return table[split] if isinstance(table, datasets.DatasetDict) else table
-    return datasets.load_dataset(path, split=split, **arguments)
+    return datasets.load_dataset(str(path), split=split, **arguments)

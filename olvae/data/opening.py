@@ -75,9 +75,15 @@ def open_test_source(
     if not config.get("data"):
         raise ConfigError("the first target has no data to take images from: set `data`")
     node = present_data(config)
-    if size is not None:
-        node["params"]["size"] = size
-    return _build(node, "data.target")
+    return _build(node if size is None else _resized(node, size), "data.target")
+
+
+def _resized(node: Config, size: Size) -> Config:
+    """A source's node with another size, also in those that it mixes."""
+    params = {**(node.get("params") or {}), "size": size}
+    if "sources" in params:
+        params["sources"] = [_resized(part, size) for part in params["sources"]]
+    return {**node, "params": params}
 
 
 def open_images(src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> ImageDataset:

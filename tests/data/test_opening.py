@@ -78,6 +78,7 @@ def test_mistakes(tmp_path):
 
 FOLDER = "olvae.data.picture_folder.FolderSource"
 SHARDS = "olvae.data.shards.webdataset.WebDatasetSource"
+HUB = "olvae.data.hub.HuggingFaceSource"
 
 
 @pytest.fixture
@@ -99,6 +100,8 @@ def test_paths_become_absolute_and_other_values_stay(home):
         {"target": SHARDS, "params": {"shards": ["photos/{0..3}.tar", "pipe:cat photos/{0..3}.tar", "s3://b/{1..2}"]}},
         {"target": FOLDER, "params": {"root": "nowhere", "val_root": str(home / "more"), "size": 8}},
         {"target": "torchvision.datasets.CIFAR10", "params": {"root": "more", "train": False}},
+        {"target": HUB, "params": {"path": "parquet", "data_files": ["photos/*.png", "data/at_the_hub.png"]}},
+        {"target": HUB, "params": {"path": "more", "data_dir": "more"}},
     ]
     config = {"data": {"target": "olvae.data.mix.MixSource", "params": {"size": 8, "sources": sources}}}
     escaped = str(home).replace("[", "[[]")
@@ -107,12 +110,22 @@ def test_paths_become_absolute_and_other_values_stay(home):
         f"{home}/more": "more",
         f"{escaped}/photos/{{0..3}}.tar": "photos/{0..3}.tar",
     }
-    first, second, third, fourth = (node["params"] for node in config["data"]["params"]["sources"])
+    first, second, third, fourth, *sets = (node["params"] for node in config["data"]["params"]["sources"])
     assert first == {"root": f"{escaped}/photos/*.png", "val_root": f"{home}/more", "size": 8, "filters": ["box"]}
     assert second["shards"] == [f"{escaped}/photos/{{0..3}}.tar", *sources[1]["params"]["shards"][1:]]
     assert third == sources[2]["params"]
     assert fourth["root"] == f"{home}/more"
+    assert sets[0] == {"path": "parquet", "data_files": [f"{escaped}/photos/*.png", "data/at_the_hub.png"]}
+    assert sets[1] == {"path": f"{home}/more", "data_dir": f"{home}/more"}
     assert sources[0]["params"]["root"] == "photos/*.png"  # the node that was given is another one
+
+
+def test_a_mix_is_evaluated_at_another_size(home):
+    nodes = [{"target": FOLDER, "params": {"root": root, "size": 8, "batch_size": 1}} for root in ("photos", "more")]
+    config = {"data": {"target": "olvae.data.mix.MixSource", "params": {"sources": nodes, "size": 8, "batch_size": 1}}}
+    batch = next(iter(open_test_source(config, size=16).val_loader()))
+    assert batch["image"].shape[2:] == (16, 16)
+    assert nodes[0]["params"]["size"] == 8
 
 
 def test_moved_data_are_one_line_with_both_places(home, tmp_path, monkeypatch, caplog):

@@ -89,6 +89,13 @@ def test_each_image_is_found_once_whatever_leads_to_it(image_folder):
     assert len({path.resolve() for path in found}) == 12
 
 
+def test_formats_that_are_read_are_found_by_their_names(tmp_path):
+    for name in (names := ["a.avif", "b.PGM", "c.jfif", "d.jpg"]):
+        (tmp_path / name).touch()
+    (tmp_path / "e.heic").touch()
+    assert [path.name for path in find_images(tmp_path)] == names
+
+
 def test_features_and_depths_beside_a_picture_are_no_images(tmp_path):
     for name in ("a.jpg", "a.npz", "a_0048x0040_sd.npz", "a.EXR", "b.exr", "c.npz", "c.exr"):
         (tmp_path / name).touch()
