@@ -27,7 +27,8 @@ SAMPLES = f"{OF_THIS_PACKAGE}dataset.SamplePhotographs"
 PLACES = {"root", "shards", "dataset", "path"}  # arguments that name the images of a source
 PARTS = ("val_root", "val_dataset", "split", "val_split", "column", "name", "data_files", "data_dir", "revision")
 SUFFIXES = (".tar", ".tar.gz", ".tgz")  # of shards
-EXTENSIONS = tuple(f".{name}" for name in "jpg jpeg jfif png webp avif bmp tif tiff ppm pgm gif npy npz exr".split())
+PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+EXTENSIONS = (*PICTURES, ".npy", ".npz", ".exr")
 
 
 def load(paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bool = True) -> Config:

@@ -15,7 +15,7 @@ from olvae.data.source import MIN_VAL_IMAGES
 from olvae.evaluation.roundtrip import Cost
 from olvae.metrics import METRICS
 
-INFINITE = "infinite: an image is equal to its reconstruction to the pixel"  # under ``skipped``: JSON has no infinity
+INFINITE = "infinite: every image equals its reconstruction to the pixel"  # under ``skipped``: JSON has no infinity
 
 FIXED = ("target", "n", "metrics", "skipped", "intervals", "details", "cost", "baseline")  # others are of observers
 
@@ -35,9 +35,9 @@ def confidence(
 ) -> tuple[float, float] | None:
     """The interval that holds the mean in ``level`` of all draws of as many images, with replacement.
 
-    ``values`` are by the images' keys, in any order. None for one image, or if a value is infinite.
+    ``values`` are by the images' keys, in any order; infinite ones are left out. None for one image.
     """
-    drawn = _bootstrap(np.array([[values[key] for key in sorted(values)]]), samples, seed)
+    drawn = _bootstrap(_finite(values), samples, seed)
     return None if drawn is None else _interval(drawn[0], level)
 
 
@@ -49,7 +49,7 @@ def difference(
     The paired interval is narrower than those of a and b suggest. If it excludes 0, the two differ by more than the
     choice of images explains.
     """
-    pair = np.array([[values[key] for key in sorted(a)] for values in (a, b)])  # (2, n)
+    pair = _finite(a, b)
     drawn = _bootstrap(pair, samples, seed)
     if drawn is None:
         return None
@@ -57,10 +57,16 @@ def difference(
     return Difference(float(first - second), *_interval(drawn[0] - drawn[1], level))
 
 
+def _finite(*rows: Mapping[str, float]) -> NDArray[np.float64]:
+    """(targets, n): the values by the order of their keys, without the images that have an infinite one."""
+    values = np.array([[row[key] for key in sorted(rows[0])] for row in rows])
+    return values[:, np.isfinite(values).all(0)]
+
+
 def _bootstrap(values: NDArray[np.float64], samples: int, seed: int) -> NDArray[np.float64] | None:
     """(targets, n) -> the mean of every draw (targets, samples), or None if there is no interval."""
     n = values.shape[-1]
-    if n == 1 or not np.isfinite(values).all():
+    if n < 2:
         return None
     rng, rows = np.random.default_rng(seed), max(1, CHUNK // n)
     draws = (rng.integers(n, size=(min(rows, samples - done), n)) for done in range(0, samples, rows))
@@ -183,6 +189,9 @@ class Results:
     def warnings(self) -> list[str]:
         """Sentences for the reader."""
         found = [str(d["warning"]) for row in self.rows for d in row.details.values() if "warning" in d]
+        for row in self.rows:
+            if equal := row.details.get("psnr", {}).get("equal_images"):
+                found.append(f"{row.target} gives {equal} of {row.n} images back exactly: they are not in its PSNR")
         if few := next((row for row in self.rows if row.n < MIN_VAL_IMAGES), None):
             found.append(f"few images, {few.n}: other ones give other numbers")
         if self.images["unreadable"]:

@@ -64,7 +64,7 @@ class Metric(ABC):
 
     @abstractmethod
     def compute(self) -> float:
-        """The value over all images, maybe infinite (PSNR of equal images); completes ``details``.
+        """The value over all images, infinite if all are equal (PSNR); completes ``details``.
 
         Raise Unavailable if there are too few images.
         """
@@ -75,7 +75,7 @@ class Metric(ABC):
 
 
 class PerImage(Metric):
-    """The mean over images of a function of each pair, exactly rounded.
+    """The mean over images of a function of each pair, exactly rounded, without infinite values (PSNR of equal images).
 
     ``compare`` maps x, y, levels (B, C, H, W) on the device, to one value per pair (B,).
     """
@@ -105,7 +105,10 @@ class PerImage(Metric):
     def compute(self) -> float:
         if not self._values:
             raise Unavailable(f"{self.kind.name} needs an image, got none")
-        return math.fsum(self._values.values()) / len(self._values)  # fsum rounds once, whatever the order
+        finite = [value for value in self._values.values() if value != math.inf]
+        if equal := len(self._values) - len(finite):
+            self.details["equal_images"] = equal
+        return math.fsum(finite) / len(finite) if finite else math.inf  # fsum rounds once, whatever the order
 
     def per_image(self) -> dict[str, float]:
         return self._values

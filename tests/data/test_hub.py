@@ -132,7 +132,7 @@ def test_a_column_of_images(table, kind, tmp_path):
     else:
         table.to_parquet(tmp_path / "a.parquet")
         path, arguments = "parquet", {"data_files": str(tmp_path / "a.parquet")}
-    s = HuggingFaceSource(Path(path), 16, 4, column="picture", val_fraction=0.1, max_unreadable=0.2, **arguments)
+    s = HuggingFaceSource(path, 16, 4, column="picture", val_fraction=0.1, max_unreadable=0.2, **arguments)
     assert (s.samples_per_epoch, s.val_images) == ((20, 20) if kind == "dict" else (18, 2))
     loader = s.train_loader()
     assert all(batch["image"].shape == (4, 3, 16, 16) for batch in islice(loader, 10))

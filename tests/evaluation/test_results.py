@@ -83,6 +83,11 @@ def test_few_images_give_a_warning():
     assert results_of(Row("a", 20, {})).warnings() == []
 
 
+def test_images_without_a_psnr_give_a_warning():
+    (warning,) = results_of(Row("a", 20, {}, details={"psnr": {"equal_images": 2}})).warnings()
+    assert warning == "a gives 2 of 20 images back exactly: they are not in its PSNR"
+
+
 def test_unpublished_weights_give_a_warning():
     assert results_of(row()).warnings() == []
     (warning,) = results_of(row(published=False)).warnings()
@@ -134,9 +139,15 @@ def test_memory_is_bounded_without_changing_the_draws(monkeypatch):
 
 def test_what_has_no_interval():
     assert confidence({"a": 3.0}) is None
-    assert confidence(keyed([30.0, math.inf, 31.0])) is None
+    assert confidence(keyed([30.0, math.inf])) is None
     assert difference({"a": 3.0}, {"a": 2.0}) is None
     assert difference(keyed([30.0, math.inf]), keyed([30.0, 31.0])) is None
+
+
+def test_infinite_values_are_left_out():
+    a, b = [30.0, 33.0, 31.0], [30.5, 32.0, 31.0]
+    assert confidence(keyed([*a, math.inf])) == confidence(keyed(a))
+    assert difference(keyed([*a, math.inf, 9.0]), keyed([*b, 9.0, math.inf])) == difference(keyed(a), keyed(b))
 
 
 def test_a_difference_is_paired():
