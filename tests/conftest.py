@@ -42,7 +42,7 @@ def quick_training() -> Iterator[None]:
 
     A session's, for the fixtures that train; :func:`whole_training` has both.
     """
-    from olvae.training import launch, progress
+    from olvae.training import processes, progress
 
     def unplotted(curves: Mapping[str, Any], path: Path) -> None:
         assert all(len(steps) == len(values) > 0 for steps, values in curves.values())
@@ -51,7 +51,7 @@ def quick_training() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(progress, "plot_curves", unplotted)
         patch.setattr(progress, "count_macs", lambda *_: 0)
-        patch.setattr(launch, "MOST_WORKERS", 0)
+        patch.setattr(processes, "MOST_WORKERS", 0)
         yield
 
 

@@ -80,7 +80,7 @@ def command(
     plan = read_plan(TrainOptions(**given))  # before anything slow is imported
     with loading():
         from olvae.devices import keep_freed_memory, local_rank
-        from olvae.training.launch import is_first
+        from olvae.training.processes import is_first
         from olvae.training.run import ProcessDiedError, TrainingStopped, train
 
     keep_freed_memory()

@@ -26,10 +26,10 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import HOOKS, PlayersStrategy
 from olvae.models.weight_files import locate_weights
 from olvae.runs import Run, RunLock, Settings, find_moved_data, make_data_absolute
-from olvae.training import launch
+from olvae.training import processes
 from olvae.training.callbacks import BadSteps, GracefulStop, Health, ImageGrids, UnreadableLimit
-from olvae.training.lockstep import Lockstep
 from olvae.training.origin import start_from
+from olvae.training.processes import Lockstep
 from olvae.training.profiling import StepTrace
 from olvae.training.progress import StepProgress, describe_gain, make_loggers, notify, print_ending, print_summary
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
@@ -88,7 +88,7 @@ def train(options: TrainOptions | Plan) -> Run:
         prepared = prepare(plan, lock)
         done = prepared.steps_done
         if plan.resumed is not None and done == prepared.trainer_args["max_steps"]:
-            if launch.is_first():
+            if processes.is_first():
                 print_ending(plan.resumed, f"all {done} steps of this run are done: set more to continue")
             return plan.resumed
         with _run_folder(prepared, lock) as run:
@@ -100,22 +100,22 @@ def train(options: TrainOptions | Plan) -> Run:
 def prepare(plan: Plan, lock: RunLock) -> Prepared:
     """Lock a resumed run, build data and model, load weights, and check that everything fits."""
     stop = GracefulStop(plan.time_limit)
-    launch.meet()
-    launch.check_same("" if plan.resumed is None else str(plan.resumed.path))
+    processes.meet()
+    processes.check_same("" if plan.resumed is None else str(plan.resumed.path))
     if plan.resumed is not None:
         _lock_resumed(plan.resumed, lock)
     config, settings = _locate_data(plan)
     weights, before = start_from(config) if "from" in config["model"] else (None, plan.previous)
     trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})
     trainer_args |= resolve_devices(settings.gpus, trainer_args)
-    processes = launch.process_count(trainer_args)
+    count = processes.process_count(trainer_args)
     trainer_args["precision"] = resolve_precision(settings.precision, trainer_args["accelerator"])
 
     source = cfg.instantiate(config["data"])
     if not isinstance(source, Source):
         raise ConfigError(f"data.target: {config['data']['target']} is not a source of images")
     if plan.resumed is None:
-        launch.choose_workers(source, config["data"], processes, int(trainer_args.get("num_nodes", 1)))
+        processes.choose_workers(source, config["data"], count, int(trainer_args.get("num_nodes", 1)))
     settings = replace(settings, paths={**settings.paths, **make_data_absolute(config)})  # of fresh downloads
     quieten()
     pl.seed_everything(settings.seed, workers=True, verbose=False)
@@ -139,12 +139,12 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
             f"`resume`: this run is at step {steps_done}, after the last of max_steps {trainer_args['max_steps']}: to "
             f"continue it, set more, as in lightning.trainer.max_steps={2 * steps_done}"
         )
-    source.check_processes(processes)
+    source.check_processes(count)
     if model.adversary is not None:
         model.adversary.check(model, source, trainer_args["max_steps"])
     if trainer_args["accelerator"] in ("cuda", "gpu"):
         trainer_args.setdefault("sync_batchnorm", True)
-    if processes > 1 and (strategy := trainer_args.get("strategy", "auto")) in HOOKS:
+    if count > 1 and (strategy := trainer_args.get("strategy", "auto")) in HOOKS:
         trainer_args["strategy"] = PlayersStrategy(gradient_as_bucket_view=True, ddp_comm_hook=HOOKS[strategy])
     elif trainer_args.get("strategy") == "ddp_bf16":
         trainer_args["strategy"] = "auto"
@@ -160,7 +160,7 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
     if first:
         print_summary(prepared.settings, run, trainer, model, source, prepared.steps_done)
     if device.type == "cuda":
-        free = min(launch.of_each(torch.cuda.mem_get_info(device)[0]))  # so that all processes decide alike
+        free = min(processes.of_each(torch.cuda.mem_get_info(device)[0]))  # so that all processes decide alike
         model.flop = check_memory(model, source, prepared.settings.precision, free, first)
     if resumed is None:
         for line in model.prepare(source, prepared.settings.seed, device, fresh=prepared.settings.weights is None):
@@ -170,7 +170,7 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
         logger.log_hyperparams(prepared.config)
         if resumed is None and model.linear_psnr is not None:
             logger.log_metrics({"val/psnr": model.linear_psnr}, step=0)
-    launch.watch_processes(run)
+    processes.watch_processes(run)
     try:
         with torch.compiler.set_stance("default") if model.compiled else nullcontext():  # validation changes it
             trainer.fit(
@@ -183,7 +183,7 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
     except SystemExit as error:  # Lightning's answer to a second Ctrl-C
         raise KeyboardInterrupt from error
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if (cause := launch.process_death(error)) is None:
+        if (cause := processes.process_death(error)) is None:
             raise
         raise ProcessDiedError(cause, run) from error
     return trainer
@@ -198,7 +198,7 @@ def finish(prepared: Prepared, run: Run, trainer: pl.Trainer) -> None:
             run, f"{'stopped' if stopped else 'done'} after {trainer.global_step} steps{describe_gain(prepared.model)}"
         )
         if stop.requeues:
-            launch.requeue()
+            processes.requeue()
     if stop.agreed:  # the caller, Python or make, must not begin what comes after a training
         raise TrainingStopped(run, stop.preempted)
 
@@ -239,7 +239,7 @@ def _locate_data(plan: Plan) -> tuple[Config, Settings]:
     settings = replace(settings, paths=paths)
     if previous is not None:
         changes = find_changes(previous, config, settings)
-        if changes and launch.is_first():
+        if changes and processes.is_first():
             lines = (f"  {key}: {change}" for key, change in changes.items())
             notify("\n".join(["settings that differ from the run's own:", *lines]))
         if not plan.options.allow_changes:
@@ -332,7 +332,7 @@ def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
         "benchmark": not on_cpu,  # cuDNN tries its algorithms once for each shape
         "enable_model_summary": False,
         "max_epochs": -1,
-        "plugins": [BackgroundCheckpointIO(resumed_config), *launch.cluster()],
+        "plugins": [BackgroundCheckpointIO(resumed_config), *processes.cluster()],
         **prepared.trainer_args,
         "callbacks": callbacks,
         "logger": make_loggers(lightning.get("logger") or {}, run),
@@ -345,14 +345,14 @@ def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
 def _lock_resumed(run: Run, lock: RunLock) -> None:
     """Lock a run in the first process of all; the others raise the same error."""
     refusal = ""
-    if launch.is_first():
+    if processes.is_first():
         try:
             lock.take(run, patience=RELEASE_S if restarted() else 0.0)
             for folder in (run.path, run.checkpoints, run.images):  # what a killed process left half-written
                 remove_partials(folder.glob(".partial-*"))
         except (ConfigError, OSError) as error:
             refusal = str(error)
-    if refusal := launch.of_each(refusal)[0]:
+    if refusal := processes.of_each(refusal)[0]:
         if dist.is_initialized():
             dist.destroy_process_group()
         raise ConfigError(refusal)
@@ -366,14 +366,14 @@ def _run_folder(prepared: Prepared, lock: RunLock) -> Iterator[Run]:
     """
     if prepared.plan.resumed is not None:
         yield prepared.plan.resumed
-    elif RUN_ENV in os.environ and "LOCAL_RANK" in os.environ and launch.find_launcher() is None:
+    elif RUN_ENV in os.environ and "LOCAL_RANK" in os.environ and processes.find_launcher() is None:
         yield Run(Path(os.environ[RUN_ENV]))
-    elif launch.meet()[0] > 0:
-        yield Run(Path(launch.of_each("")[0]))
+    elif processes.meet()[0] > 0:
+        yield Run(Path(processes.of_each("")[0]))
     else:
         run = runs.create(prepared.plan.options.logdir, prepared.settings.name, prepared.settings.precision)
         lock.take(run)
-        os.environ[RUN_ENV] = launch.of_each(str(run.path))[0]
+        os.environ[RUN_ENV] = processes.of_each(str(run.path))[0]
         try:
             cfg.save(prepared.config, run.config)
             yield run

@@ -13,8 +13,8 @@ import pytest
 from olvae.cli.main import main
 from olvae.config import save
 from olvae.runs import Run
-from olvae.training import launch
-from olvae.training.launch import process_death
+from olvae.training import processes
+from olvae.training.processes import process_death
 from tests.conftest import tiny_config
 from tests.training.origins import checkpoint
 
@@ -76,7 +76,7 @@ def test_a_killed_loader_process_is_one_line_with_the_command_to_continue(
 def test_another_process_that_died(monkeypatch):
     gloo = RuntimeError("[../gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:59575: Connection reset by peer")
     assert process_death(gloo) is None  # of a server perhaps
-    monkeypatch.setattr(launch.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
     assert process_death(gloo).startswith("another process of this training died")
     assert process_death(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
@@ -100,7 +100,7 @@ def test_another_process_that_died(monkeypatch):
 )
 def test_words_of_nccl_c10d_and_gloo(monkeypatch, words, verb):
     """As public issues quote them."""
-    monkeypatch.setattr(launch.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
     assert process_death(RuntimeError(words)).startswith(f"another process of this training {verb}: see its own output")
 
 
@@ -109,7 +109,7 @@ def test_the_process_that_started_another_says_how_that_one_ended(tmp_path, capf
 
     def start() -> None:
         child = subprocess.Popen([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
-        launch._watch(Run(tmp_path), [child], grace=0.1)
+        processes._watch(Run(tmp_path), [child], grace=0.1)
         time.sleep(60)
 
     process = multiprocessing.get_context("fork").Process(target=start)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from olvae.devices import join
-from olvae.training.lockstep import KEY, Lockstep
+from olvae.training.processes import PROGRESS_KEY, Lockstep
 from tests.test_devices import free_port
 from tests.training.conftest import torchrun
 
@@ -59,7 +59,7 @@ def test_the_first_note_is_there_at_once(monkeypatch):
     store, lockstep = dist.HashStore(), Lockstep()
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     lockstep.on_train_batch_end(SimpleNamespace(world_size=2, global_rank=0, global_step=0))
-    store.wait([f"{KEY}0"], timedelta(seconds=3))
+    store.wait([f"{PROGRESS_KEY}0"], timedelta(seconds=3))
     lockstep.on_train_end()
 
 

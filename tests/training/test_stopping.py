@@ -10,7 +10,7 @@ from olvae.config import ConfigError
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 from olvae.training.callbacks import GracefulStop
-from olvae.training.launch import requeue
+from olvae.training.processes import requeue
 from olvae.training.run import TrainingStopped
 from olvae.training.settings import parse_time
 from tests.conftest import tiny_config

@@ -16,8 +16,7 @@ from olvae.cli.main import main
 from olvae.config import ConfigError, instantiate, load, save
 from olvae.devices import gather, join, leave
 from olvae.runs import Run, RunLock
-from olvae.training import launch
-from olvae.training.launch import DUMPS, check_same, choose_workers, cluster, find_launcher, meet, process_count
+from olvae.training.processes import DUMPS, check_same, choose_workers, cluster, find_launcher, meet, process_count
 from olvae.training.progress import _warnings
 from olvae.training.run import TrainingStopped, train
 from olvae.training.settings import TrainOptions
@@ -107,7 +106,7 @@ def test_loader_processes_are_a_rank_s(image_folder, monkeypatch, under, cores, 
     """Shared by the ranks of a machine, unless srun gave each its own; a number in the config stays."""
     under(launcher)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
-    monkeypatch.setattr(launch, "MOST_WORKERS", 8)  # as it is where no fixture trains
+    monkeypatch.setattr("olvae.training.processes.MOST_WORKERS", 8)  # as it is where no fixture trains
     node = tiny_config(image_folder)["data"]
     source = instantiate(node)
     choose_workers(source, node, processes, nodes)
@@ -132,7 +131,7 @@ def test_where_nccl_writes(monkeypatch):
 
 def test_as_many_loader_processes_as_can_share_the_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(launch, "MOST_WORKERS", 8)
+    monkeypatch.setattr("olvae.training.processes.MOST_WORKERS", 8)
     shards = [f"pipe:cat {path}" for path in write_shards(tmp_path, (3, 3, 3))]  # which nobody can count
     node = {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": {"shards": shards, "size": 8}}
     node["params"] |= {"val_shards": shards, "batch_size": 1}
@@ -184,7 +183,7 @@ def test_processes_that_torchrun_starts_again_continue_their_run(train_with, ima
 
 
 def test_processes_that_see_different_folders_stop(monkeypatch):
-    monkeypatch.setattr("olvae.training.launch.of_each", lambda run: ["runs/b", run])
+    monkeypatch.setattr("olvae.training.processes.of_each", lambda run: ["runs/b", run])
     check_same("runs/b")
     with pytest.raises(ConfigError, match="this process would continue no run, the first one runs/b: a shared file"):
         check_same("")
