@@ -1,18 +1,24 @@
-"""Start a training from an existing autoencoder, which ``model.from`` names."""
+"""Start a training from an existing autoencoder, which ``model.from`` names; adapt it to other networks."""
 
+import copy
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from olvae import config as cfg
 from olvae.config import Config, ConfigError
 from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.loading.adaptation import weights_that_fit, with_channels
 from olvae.models.loading.targets import find_target
 from olvae.models.parts.part import Part
 from olvae.models.parts.teacher import NO_FACTORS
+from olvae.models.spec import OURS
+from olvae.runs import entry_of
+
+CHANNELS = ("in_channels", "out_channels", "input_channels")  # what networks call the number of image channels
 
 
 def start_from(config: Config) -> tuple[Mapping[str, Tensor], Config]:
@@ -34,7 +40,7 @@ def start_from(config: Config) -> tuple[Mapping[str, Tensor], Config]:
     loaded = source.as_litevae(name)
     if loaded.folded:
         raise ConfigError(f"{name}: its convolutions are folded, for inference only: start from an export without it")
-    channels = ((config.get("data") or {}).get("params") or {}).get("channels") or loaded.in_channels
+    channels = entry_of(config, "data.params.channels") or loaded.in_channels
     found = loaded if channels == loaded.in_channels else with_channels(loaded, channels, name)
     for key, value in found.config.items():
         given = params.get(key)
@@ -81,3 +87,62 @@ def _check_encoder(params: Config, loaded: LiteVAE, found: LiteVAE, name: str) -
             f"{name}: its encoder does not see the channels that are added: set model.params.freeze_encoder to false, "
             "or add the part anchor.Anchor"
         )
+
+
+def with_channels(model: LiteVAE, channels: int, name: str) -> LiteVAE:
+    """The same autoencoder for images of another number of channels.
+
+    The first and the last convolution are widened by zeros or narrowed, and the rest is kept. From and to one channel,
+    an image of equal channels and its mean are encoded and decoded as before.
+
+    ConfigError if more than these convolutions depends on the channels, as in a LiteVAE's wavelets.
+    """
+    old, config = model.in_channels, copy.deepcopy(model.config)
+    for half in ("encoder_config", "decoder_config"):
+        params = config[half]["params"]
+        for node in (params, params.get("config") or {}):
+            node |= {key: channels for key in CHANNELS if node.get(key) == old}
+    with torch.random.fork_rng(devices=[]):
+        out = LiteVAE.from_config(**config).set_for_diffusion(model.for_diffusion)
+    weights, wanted = model.state_dict(), out.state_dict()
+    for tensor_name, tensor in weights.items():
+        new, axis = wanted[tensor_name], int(tensor_name.startswith("encoder"))
+        if new.shape == tensor.shape:
+            continue
+        shape = list(tensor.shape)
+        if len(shape) <= axis or shape[axis] != old or [*shape[:axis], channels, *shape[axis + 1 :]] != list(new.shape):
+            where = f"which {tensor_name} depends on in another way"
+            raise ConfigError(f"{name}: is for images of {old} channels, {where}: it can't be adapted to {channels}")
+        weights[tensor_name] = _resized(tensor, axis, channels)
+    out.load_state_dict(weights)
+    return out.train(model.training)
+
+
+def _resized(tensor: Tensor, axis: int, channels: int) -> Tensor:
+    """Widen or narrow a convolution's weight or bias along its image channels: inputs on axis 1, outputs on axis 0."""
+    old = tensor.shape[axis]
+    if channels == 1:
+        return tensor.sum(axis, keepdim=True) / (1 if axis else old)
+    if old == 1:
+        return tensor.repeat_interleave(channels, axis) / (channels if axis else 1)
+    kept = tensor.narrow(axis, 0, min(old, channels))
+    more = list(tensor.shape)
+    more[axis] = max(0, channels - old)
+    return torch.cat((kept, tensor.new_zeros(more)), axis)
+
+
+def weights_that_fit(model: LiteVAE, params: Mapping[str, Any], name: str) -> tuple[dict[str, Tensor], bool]:
+    """The weights for a config's networks, and whether the decoder is another one: then its weights are left out.
+
+    ConfigError if the encoder is another one, whose latents would be others.
+    """
+    weights = model.state_dict()
+    ours = all(str(params[f"{half}_config"]["target"]).startswith(OURS) for half in ("encoder", "decoder"))
+    with torch.random.fork_rng(devices=[]), torch.device("meta" if ours else "cpu"):
+        wanted = LiteVAE.from_config(**{key: params[key] for key in model.config}).state_dict()
+    shapes, others = ({key: tensor.shape for key, tensor in state.items()} for state in (weights, wanted))
+    different = {key for key, _ in shapes.items() ^ others.items()}
+    if elsewhere := sorted(key for key in different if not key.startswith("decoder.")):
+        raise ConfigError(f"{name}: has another {elsewhere[0]} than the config's: only the decoder may be another one")
+    kept = {key: tensor for key, tensor in weights.items() if not (different and key.startswith("decoder."))}
+    return kept, bool(different)

@@ -27,10 +27,9 @@ from olvae.models.optimization import HOOKS, PlayersStrategy
 from olvae.models.weight_files import locate_weights
 from olvae.runs import Run, RunLock, Settings, find_moved_data, make_data_absolute
 from olvae.training import processes
-from olvae.training.callbacks import BadSteps, GracefulStop, Health, ImageGrids, UnreadableLimit
+from olvae.training.callbacks import BadSteps, GracefulStop, Health, ImageGrids, StepTrace, UnreadableLimit
 from olvae.training.origin import start_from
 from olvae.training.processes import Lockstep
-from olvae.training.profiling import StepTrace
 from olvae.training.progress import StepProgress, describe_gain, make_loggers, notify, print_ending, print_summary
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
 from olvae.training.settings import Plan, TrainOptions, check_changes, find_changes, read_plan, restarted

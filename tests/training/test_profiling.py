@@ -4,12 +4,12 @@ import json
 
 import pytest
 
-from olvae.training.profiling import FIRST, StepTrace
+from olvae.training.callbacks import UNTRACED, StepTrace
 from tests.conftest import tiny_config
 
 
 def test_steps_are_traced(train_with, image_folder, capfd):
-    run = train_with(f"lightning.trainer.max_steps={FIRST + 3}", config=tiny_config(image_folder), profile=2)
+    run = train_with(f"lightning.trainer.max_steps={UNTRACED + 3}", config=tiny_config(image_folder), profile=2)
     events = json.loads((run.path / "trace.json").read_text())["traceEvents"]
     names = [event.get("name") for event in events]
     assert names.count("Optimizer.step#Adam.step") == 2

@@ -5,8 +5,8 @@ import torch
 
 from olvae.config import ConfigError
 from olvae.models.loading import diffusers_models
-from olvae.models.loading.adaptation import with_channels
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
+from olvae.training.origin import with_channels
 from tests.export.latents import tiny_vae
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.classes import make
