@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.litevae.blocks import GroupNorm
-from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from olvae.modules.litevae.encoder_model import GroupNorm, LiteVAE_Encoder
 from olvae.modules.sdvae import SDEncoder
 
 __all__ = ["NormalizedLiteVAE", "ShuffledLiteVAE", "UnnormalizedSDEncoder"]

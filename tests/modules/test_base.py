@@ -9,9 +9,8 @@ from olvae.models.linear_code import LinearDecoder, LinearEncoder
 from olvae.modules import base
 from olvae.modules.base import check_counts, count_macs, count_parameters
 from olvae.modules.gigagan import GigaGAN
-from olvae.modules.litevae.blocks import OpenUNet, PaperUNet
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
-from olvae.modules.litevae.encoder_model import LiteVAE_Encoder, WaveletEncoder
+from olvae.modules.litevae.encoder_model import LiteVAE_Encoder, OpenUNet, PaperUNet, WaveletEncoder
 from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
 from olvae.modules.patchgan import PatchGAN
 from olvae.modules.sdvae import SDDecoder, SDEncoder

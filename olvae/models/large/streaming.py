@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from olvae.models.large.tiling import GIB, peak_bytes
 from olvae.modules.base import Encoder
-from olvae.modules.litevae.blocks import PostActivationBlock, PreActivationBlock, UNet
-from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from olvae.modules.litevae.encoder_model import LiteVAE_Encoder, PostActivationBlock, PreActivationBlock, UNet
 
 Function = Callable[[Tensor], Tensor]
 

@@ -15,8 +15,7 @@ from olvae.models.large.tiling import (
     tile_for,
 )
 from olvae.modules.distributions import Deterministic
-from olvae.modules.litevae.blocks import fold_smc
-from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder, fold_smc
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 
