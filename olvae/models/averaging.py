@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from olvae.checkpoint import AUTOENCODER
-from olvae.models.nonfinite import NonFiniteGuard
+from olvae.models.optimization import NonFiniteGuard
 
 
 class WeightAverage(Callback):

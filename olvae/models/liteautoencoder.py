@@ -18,8 +18,8 @@ from olvae.models.adversary import Adversary
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.averaging import WeightAverage
 from olvae.models.linear_code import start_linearly
-from olvae.models.nonfinite import NonFiniteGuard
 from olvae.models.optimization import (
+    NonFiniteGuard,
     PlayersStrategy,
     adam,
     compile_networks,

@@ -22,7 +22,7 @@ from olvae.figures import error_map, labelled_grid
 from olvae.files import atomic_write, reason
 from olvae.models.averaging import find_average
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.nonfinite import BadStep
+from olvae.models.optimization import BadStep
 from olvae.runs import Run
 from olvae.training.progress import log_picture, notify
 from olvae.training.saving import BackgroundCheckpointIO, current_run, last_good
@@ -159,11 +159,11 @@ MAX_UNREAD_STEPS = 1000  # after which flags of non-finite steps are read from t
 class BadSteps(Callback):
     """Log and count non-finite training steps; after several in a row, return to the last checkpoint.
 
-    A step with a non-finite loss or gradient changes nothing (:mod:`olvae.models.nonfinite`). It counts in
-    ``health/bad_steps``, and ``bad_steps.jsonl`` names its images. After ``in_a_row`` of them, weights, averages and
-    optimizers are loaded from ``last.ckpt``, the learning rates are multiplied by ``rate_factor``, and training
-    continues with the next images; after ``returns`` such returns it stops. Under fp16, gradients that were only too
-    large for the loss scale do not count: the scale is lowered.
+    A step with a non-finite loss or gradient changes nothing: see :class:`~olvae.models.optimization.NonFiniteGuard`.
+    It counts in ``health/bad_steps``, and ``bad_steps.jsonl`` names its images. After ``in_a_row`` of them, weights,
+    averages and optimizers are loaded from ``last.ckpt``, the learning rates are multiplied by ``rate_factor``, and
+    training continues with the next images; after ``returns`` such returns it stops. Under fp16, gradients that were
+    only too large for the loss scale do not count: the scale is lowered.
 
     Args:
         in_a_row: non-finite steps before a return.

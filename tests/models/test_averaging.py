@@ -9,7 +9,7 @@ import torch
 from olvae.checkpoint import AUTOENCODER, read_weights
 from olvae.models.averaging import WeightAverage
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.nonfinite import NonFiniteGuard
+from olvae.models.optimization import NonFiniteGuard
 from tests.models.steps import Each, against, assert_same, build, fit, source, trainer
 
 DECAY = 0.8

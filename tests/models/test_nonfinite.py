@@ -8,7 +8,7 @@ import torch
 
 from olvae.models.averaging import find_average
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.nonfinite import NonFiniteGuard
+from olvae.models.optimization import NonFiniteGuard
 from tests.models.steps import Each, against, assert_same, build, fit
 
 EVERYTHING = {"weight": 0.5, "lecam_weight": 0.1}
