@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where study/ 
 
 from olvae.cli.main import print_error
 from olvae.data.opening import open_source
-from olvae.data.pixels.ranges import from_uint8, to_uint8
+from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.data.shards.latent_source import LatentSource
 from olvae.devices import keep_freed_memory
 from olvae.figures import labelled_grid

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from olvae import AutoencoderLiteVAE
 from olvae.data.dataset import SamplePhotographs
-from olvae.data.pixels.ranges import from_uint8, to_uint8
+from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.figures import labelled_grid
 
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from olvae.cli.main import print_error
 from olvae.data.dataset import SamplePhotographs
-from olvae.data.pixels.ranges import from_uint8, to_uint8
+from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.figures import labelled_grid
 from olvae.models.autoencoder import LiteVAE
 from study.rows import BASELINE, SEEDS

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
-from olvae.data.pixels.ranges import from_uint8, to_uint8
+from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.files import atomic_write, write_json
 from olvae.models.loading.targets import find_target
 from study.features import Lite0, frechet_lite0

@@ -7,7 +7,7 @@ from PIL import Image
 
 from olvae import LiteVAE
 from olvae.app import MAX_PIXELS, compare, crop_around, enlarged, latent_pictures, load, read_image
-from olvae.data.pixels.ranges import from_uint8, to_uint8
+from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.metrics.metric import psnr, ssim
 from olvae.models.loading.targets import find_target
 from tests.conftest import tiny_config

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from olvae.data.pixels.sides import Size
+from olvae.data.pixels.size_and_range import Size
 from olvae.devices import FULL, PRECISIONS, autocast, now, peak_memory
 
 Work = Callable[[], Sequence[float]]  # does something once or several times; returns the seconds of each

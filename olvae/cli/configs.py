@@ -60,7 +60,7 @@ def validate_command(
 
 def _print_memory(config: dict[str, Any], name: str) -> None:
     """Tabulate what a training step needs, by precision and checkpointing, at the config's own size."""
-    from olvae.data.pixels.sides import Sides
+    from olvae.data.pixels.size_and_range import Sides
     from olvae.models.footprint import footprint, without_weights
     from olvae.models.large.tiling import GIB
 

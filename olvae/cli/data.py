@@ -97,8 +97,7 @@ def check(
     with loading():
         from olvae.config import ConfigError, load
         from olvae.data import audit
-        from olvae.data.pixels.ranges import PixelRange
-        from olvae.data.pixels.sides import Sides
+        from olvae.data.pixels.size_and_range import PixelRange, Sides
         from olvae.devices import cores
 
     try:

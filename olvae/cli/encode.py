@@ -82,7 +82,7 @@ def command(
     with loading():
         import torch
 
-        from olvae.data.pixels.sides import Sides
+        from olvae.data.pixels.size_and_range import Sides
         from olvae.devices import gather, join, keep_freed_memory, leave, precision_name, resolve_device
         from olvae.export.encoding import EncodeJob, EncodeOptions, find_inputs
         from olvae.files import check_folder, no_empty_folders
@@ -156,7 +156,7 @@ def _encoder(model: Any, target: str) -> Any:
 
 
 def _report(stats: Mapping[str, Any], out: Path, shards: int) -> Iterator[str]:
-    from olvae.data.pixels.sides import Sides
+    from olvae.data.pixels.size_and_range import Sides
 
     of = f" of {Sides.of(stats['size']).short} px" if stats["size"] else ""
     lost = f"; {n} could not be read, stats.json lists them" if (n := stats["unreadable"]["count"]) else ""

@@ -174,7 +174,7 @@ def command(
     if fit is not None and not baselines:
         raise ConfigError("`fit` is for the linear code among `baselines`: set both")
     with loading():
-        from olvae.data.pixels.sides import Sides
+        from olvae.data.pixels.size_and_range import Sides
         from olvae.devices import join, keep_freed_memory, leave, resolve_device
         from olvae.evaluation.baselines import Baselines
         from olvae.evaluation.observers.observer import UNTRAINED

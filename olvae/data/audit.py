@@ -18,8 +18,7 @@ from olvae.data.dataset import ImageDataset
 from olvae.data.image import Bands, Photo
 from olvae.data.opening import open_images
 from olvae.data.picture_folder import Files
-from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
-from olvae.data.pixels.sides import Sides, Size
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards
 from olvae.data.shards.latent_source import STATS

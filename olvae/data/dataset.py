@@ -17,8 +17,7 @@ from olvae.data.image import (
     read_picture,
     resize_shorter_side,
 )
-from olvae.data.pixels.ranges import RangeNode
-from olvae.data.pixels.sides import Sides, Size
+from olvae.data.pixels.size_and_range import RangeNode, Sides, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.source import MIN_VAL_IMAGES, LoaderProcess, Sample, Source, draws, eval_sample
 

@@ -11,8 +11,7 @@ from torch import Tensor
 from olvae.config import ConfigError, Node, import_extra, instantiate
 from olvae.data.dataset import ImageDataset, MappedSource, hold_out
 from olvae.data.image import ALL_FILTERS, Bands, Photo, Picture, RandomScaleCrop, array_to_picture, stated_picture
-from olvae.data.pixels.ranges import AS_STORED, EIGHT_BIT_FILE, EIGHT_BITS, PixelRange, RangeNode
-from olvae.data.pixels.sides import Size
+from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BIT_FILE, EIGHT_BITS, PixelRange, RangeNode, Size
 from olvae.data.read_errors import UnreadableImageError
 
 

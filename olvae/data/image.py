@@ -16,8 +16,18 @@ from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.data.pixels.arrays import array_suffix, read_array
-from olvae.data.pixels.ranges import AS_STORED, EIGHT_BIT_FILE, EIGHT_BITS, UNKEPT, UNSTATED, PixelRange
-from olvae.data.pixels.sides import MAX_PIXELS, Sides, Size, check_size
+from olvae.data.pixels.size_and_range import (
+    AS_STORED,
+    EIGHT_BIT_FILE,
+    EIGHT_BITS,
+    MAX_PIXELS,
+    UNKEPT,
+    UNSTATED,
+    PixelRange,
+    Sides,
+    Size,
+    check_size,
+)
 from olvae.data.read_errors import UnreadableImageError
 from olvae.files import legible, reason
 

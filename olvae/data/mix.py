@@ -6,8 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from olvae.config import ConfigError, Node, instantiate
-from olvae.data.pixels.ranges import RangeNode
-from olvae.data.pixels.sides import Size
+from olvae.data.pixels.size_and_range import RangeNode, Size
 from olvae.data.source import LoaderProcess, Sample, Source, total
 
 CYCLE = 1000  # samples in which each source has its exact share; weights are as fine as that

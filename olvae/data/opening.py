@@ -14,8 +14,7 @@ from olvae.data.dataset import ImageDataset, MappedSource, SamplePhotographs, sa
 from olvae.data.hub import Column, Items, load_table
 from olvae.data.image import RandomScaleCrop, are_for_masks
 from olvae.data.picture_folder import Files, find_images
-from olvae.data.pixels.ranges import AS_STORED, EIGHT_BITS, PixelRange
-from olvae.data.pixels.sides import Size
+from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BITS, PixelRange, Size
 from olvae.data.read_errors import ReadError
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source

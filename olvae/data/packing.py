@@ -17,7 +17,7 @@ from olvae.data.hub import Items
 from olvae.data.image import Bands, Photo, image_to_tensor, resize_shorter_side
 from olvae.data.opening import open_images
 from olvae.data.picture_folder import Files
-from olvae.data.pixels.ranges import AS_STORED
+from olvae.data.pixels.size_and_range import AS_STORED
 from olvae.data.read_errors import ReadError, TooManyUnreadableError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name

@@ -16,7 +16,7 @@ from rich.table import Table
 from olvae.config.reading import holds_shards
 from olvae.data.image import Photo, image_to_tensor
 from olvae.data.opening import open_images
-from olvae.data.pixels.ranges import AS_STORED, EIGHT_BIT_FILE
+from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BIT_FILE
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import find_shards
 from olvae.data.shards.tar_reading import Shard, read_shard

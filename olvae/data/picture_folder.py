@@ -10,8 +10,7 @@ from pathlib import Path
 from olvae.config.reading import EXTENSIONS
 from olvae.data.dataset import VAL_FRACTION, ImageDataset, MappedSource, min_held_out
 from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop
-from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange, RangeNode
-from olvae.data.pixels.sides import Size
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, RangeNode, Size
 from olvae.data.read_errors import ReadError
 from olvae.files import legible, nearest_path, warn_once
 

@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from olvae.data.image import EvalTransform, Photo, image_to_tensor
-from olvae.data.pixels.ranges import PixelRange, RangeNode
-from olvae.data.pixels.sides import Sides, Size
+from olvae.data.pixels.size_and_range import PixelRange, RangeNode, Sides, Size
 from olvae.data.read_errors import ReadError, ReadErrors, UnreadableImages
 from olvae.devices import this_process
 
@@ -132,7 +131,7 @@ class Source(ABC):
         num_workers: loader processes; 0 loads in the training process.
         channels: of the images.
         max_unreadable: share of the images that may be unreadable before training stops.
-        range: of their values, unless they have 8 bits; see :class:`~olvae.data.pixels.ranges.PixelRange`.
+        range: of their values, unless they have 8 bits; see :class:`~olvae.data.pixels.size_and_range.PixelRange`.
 
     Raises ValueError: a number is out of its range, or the range has mistakes.
     """

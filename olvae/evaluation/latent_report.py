@@ -9,8 +9,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 
-from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
-from olvae.data.pixels.sides import Sides
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides
 from olvae.data.source import Batch
 from olvae.devices import gather
 from olvae.evaluation.latent_statistics import ACTIVE_VARIANCE, EDGES, NO_DISTRIBUTION, LatentAccumulator, image_key

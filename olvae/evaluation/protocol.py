@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from olvae.data.image import EvalTransform
-from olvae.data.pixels.sides import Size
+from olvae.data.pixels.size_and_range import Size
 
 SSIM = {
     "gaussian": "mean over images; Gaussian window 11, sigma 1.5, K 0.01 and 0.03, range 255, per channel",

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table as Grid
 
 from olvae import __version__
-from olvae.data.pixels.sides import Sides
+from olvae.data.pixels.size_and_range import Sides
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.observers.observer import Observer

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from olvae.config import Config, ConfigError
 from olvae.data.opening import open_test_source
-from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
-from olvae.data.pixels.sides import Sides, Size
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.source import Source
 from olvae.devices import now, peak_memory
 from olvae.models.autoencoder import Autoencoder

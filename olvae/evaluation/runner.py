@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 
 from olvae.config import ConfigError
 from olvae.config.reading import place_of
-from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
-from olvae.data.pixels.sides import Size
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Size
 from olvae.data.source import Batch, Loader, Source
 from olvae.devices import gather, this_process
 from olvae.evaluation.observers.observer import Observation, Observer, Subject

@@ -14,7 +14,7 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from olvae.checkpoint import add_sums, check_file
-from olvae.data.pixels.ranges import PixelRange
+from olvae.data.pixels.size_and_range import PixelRange
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.large.tiling import crop_to, default_memory, pad_to_multiple
 from olvae.models.spec import DERIVED, FOR_DIFFUSION, IN_EXPORT, SHIPPED, AutoencoderSpec, shipped_folder

@@ -20,8 +20,7 @@ from olvae.config.reading import holds_shards, is_local
 from olvae.data.dataset import ImageDataset, MappedSource
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor
 from olvae.data.opening import open_images, open_source
-from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
-from olvae.data.pixels.sides import Sides, Size
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, find_shards, with_counts
 from olvae.data.shards.latent_source import FLIP, LATENT, META, STATS, Latent

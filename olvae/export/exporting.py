@@ -16,7 +16,7 @@ from torch import Tensor
 
 from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
-from olvae.data.pixels.sides import Sides
+from olvae.data.pixels.size_and_range import Sides
 from olvae.devices import DTYPES
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.page import scores

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from olvae.config import ConfigError, Node, instantiate
-from olvae.data.pixels.sides import Sides, Size
+from olvae.data.pixels.size_and_range import Sides, Size
 from olvae.data.source import Source
 from olvae.losses.adversarial import LeCam, discriminator_accuracy, discriminator_loss, generator_loss, r1_penalty
 from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss

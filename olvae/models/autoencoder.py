@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from olvae.checkpoint import load_weights, read_weights
 from olvae.config import Config, ConfigError, instantiate
-from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.files import first_line, write_json
 from olvae.models.large.streaming import encode_within
 from olvae.models.large.tiling import decode_tiled, receptive_field

@@ -12,7 +12,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from olvae.config import instantiate, resolve_class
-from olvae.data.pixels.sides import Sides, Size
+from olvae.data.pixels.size_and_range import Sides, Size
 from olvae.devices import autocast, precision_name
 from olvae.models.large.tiling import GIB, LiveBytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.data.source import LoaderProcess, Source
 from olvae.metrics.metric import psnr
 from olvae.models.autoencoder import LiteVAE

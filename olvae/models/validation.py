@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.data.source import Batch
 from olvae.devices import gather
 from olvae.metrics import MakeMetrics, build_metrics

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from olvae import config as cfg
 from olvae.config import Config, ConfigError
-from olvae.data.pixels.sides import Sides, Size
+from olvae.data.pixels.size_and_range import Sides, Size
 from olvae.data.source import Source
 from olvae.devices import PRECISIONS, peak_tflops, precision_name
 from olvae.models.adversary import Adversary

@@ -26,7 +26,7 @@ from rich.table import Column, Table
 
 from olvae import config as cfg
 from olvae.config import Config, ConfigError
-from olvae.data.pixels.sides import Sides
+from olvae.data.pixels.size_and_range import Sides
 from olvae.data.source import MIN_VAL_IMAGES, Source
 from olvae.devices import cores, peak_tflops, precision_name, sharing_cores
 from olvae.figures import plot_curves

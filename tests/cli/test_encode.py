@@ -10,7 +10,7 @@ from olvae.cli.encode import _encoder
 from olvae.cli.main import main
 from olvae.config import ConfigError
 from olvae.data.image import image_to_tensor, read_picture
-from olvae.data.pixels.ranges import to_uint8
+from olvae.data.pixels.size_and_range import to_uint8
 from olvae.data.shards.write import ResumableShards
 from tests.export.latents import everything, pictures, tiny_vae
 from tests.test_devices import fork_two

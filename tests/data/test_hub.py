@@ -9,7 +9,7 @@ from olvae.config import ConfigError
 from olvae.data.dataset import hold_out
 from olvae.data.hub import HuggingFaceSource, Items, TorchvisionSource
 from olvae.data.image import image_to_tensor
-from olvae.data.pixels.ranges import AS_STORED, PixelRange
+from olvae.data.pixels.size_and_range import AS_STORED, PixelRange
 from olvae.data.read_errors import UnreadableImageError
 from tests.data.images import encoded
 

@@ -9,7 +9,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from olvae.data.image import Photo, RandomScaleCrop, image_to_tensor, read_picture, tensor_to_picture
-from olvae.data.pixels.ranges import from_uint8, to_uint8
+from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.data.read_errors import UnreadableImageError
 from tests.data.images import encoded, picture
 

@@ -4,7 +4,7 @@ import yaml
 
 from olvae.data.packing import PackOptions, pack
 from olvae.data.percentiles import measure
-from olvae.data.pixels.ranges import PixelRange
+from olvae.data.pixels.size_and_range import PixelRange
 from tests.data.pixels.files import npy, tiff, values
 
 

@@ -7,7 +7,7 @@ import torch
 from olvae.config import save
 from olvae.data.dataset import SamplePhotographs
 from olvae.data.picture_folder import FolderSource
-from olvae.data.pixels.ranges import to_uint8
+from olvae.data.pixels.size_and_range import to_uint8
 from olvae.data.source import LoaderProcess
 from olvae.evaluation import baselines
 from olvae.evaluation.baselines import Baselines

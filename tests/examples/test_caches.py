@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from olvae.data.image import image_to_tensor
-from olvae.data.pixels.ranges import from_uint8
+from olvae.data.pixels.size_and_range import from_uint8
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic, keyed_generator
 from tests.data.images import encoded, picture, write_tar

@@ -9,7 +9,7 @@ from torch import Tensor
 from olvae import LiteVAE
 from olvae.data.image import EvalTransform, image_to_tensor, read_picture
 from olvae.data.picture_folder import find_images
-from olvae.data.pixels.ranges import from_uint8
+from olvae.data.pixels.size_and_range import from_uint8
 from olvae.export.encoding import EncodeJob, EncodeOptions, find_inputs
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic, DiagonalGaussian

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from olvae.data.image import image_to_tensor
-from olvae.data.pixels.ranges import from_uint8, to_uint8
+from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.data.shards.index import find_shards, with_counts
 from olvae.data.shards.latent_source import LATENT, META
 from olvae.data.shards.tar_reading import read_shard

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from olvae import LiteVAE
 from olvae.config import save
-from olvae.data.pixels.ranges import PixelRange
+from olvae.data.pixels.size_and_range import PixelRange
 from olvae.export.exporting import ExportSettings, export
 from olvae.export.formats import LAYOUTS
 from olvae.models.loading.targets import find_target

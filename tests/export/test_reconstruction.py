@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from olvae.config import ConfigError
-from olvae.data.pixels.ranges import from_uint8, to_uint8
+from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.export import reconstruction as module
 from olvae.export.reconstruction import ReconstructOptions, plan_outputs, reconstruct, reconstruct_file
 from olvae.models.large.tiling import pad_to_multiple

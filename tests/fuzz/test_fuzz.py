@@ -28,7 +28,7 @@ from olvae import LiteVAE
 from olvae.checkpoint import read_weights
 from olvae.config import save
 from olvae.data.image import EvalTransform, Photo, RandomScaleCrop
-from olvae.data.pixels.ranges import PixelRange
+from olvae.data.pixels.size_and_range import PixelRange
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, counts_beside
 from olvae.data.shards.latent_source import LatentSource

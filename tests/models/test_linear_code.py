@@ -8,7 +8,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.data.picture_folder import FolderSource
-from olvae.data.pixels.ranges import from_uint8
+from olvae.data.pixels.size_and_range import from_uint8
 from olvae.models import linear_code
 from olvae.models.linear_code import LinearDecoder, LinearEncoder, fit_linear_paths, start_linearly, training_crops
 from olvae.models.liteautoencoder import LiteAutoencoderKL

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import ConfigError, save
 from olvae.data.dataset import SamplePhotographs
-from olvae.data.pixels.ranges import from_uint8, to_uint8
+from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.metrics.metric import psnr
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import LOADER_NAME

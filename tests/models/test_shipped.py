@@ -7,7 +7,7 @@ import torch
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.data.dataset import SamplePhotographs
-from olvae.data.pixels.ranges import from_uint8, to_uint8
+from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.evaluation.baselines import Bicubic
 from olvae.evaluation.roundtrip import RoundTrip
 from olvae.metrics.metric import psnr

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
-from olvae.data.pixels.ranges import from_uint8
+from olvae.data.pixels.size_and_range import from_uint8
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.models.steps import UNETGAN, Each, against, assert_same, build, fit, metrics, moved, norm, snapshot
 

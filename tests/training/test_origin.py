@@ -17,7 +17,7 @@ from olvae import LiteVAE
 from olvae.cli.main import main
 from olvae.config import ConfigError, load, save, validate
 from olvae.data.picture_folder import FolderSource
-from olvae.data.pixels.ranges import from_uint8
+from olvae.data.pixels.size_and_range import from_uint8
 from olvae.export.exporting import ExportSettings, export_target
 from olvae.losses.objective import Objective
 from olvae.models.liteautoencoder import LiteAutoencoderKL

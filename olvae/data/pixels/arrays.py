@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olvae.config import import_extra
-from olvae.data.pixels.sides import check_size
+from olvae.data.pixels.size_and_range import check_size
 
 Array = NDArray[np.generic]
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from olvae.data.pixels.sides import Sides
+from olvae.data.pixels.size_and_range import Sides
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.index import INDEX, find_shards, with_counts
 from olvae.data.shards.tar_reading import Entry

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor, tensor_to_picture
-from olvae.data.pixels.sides import Sides, Size
+from olvae.data.pixels.size_and_range import Sides, Size
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.index import find_shards, split_shards, with_counts
 from olvae.data.shards.latent_source import LATENT, STATS, read_label, read_latent, read_stats

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop, image_to_tensor
-from olvae.data.pixels.ranges import RangeNode
-from olvae.data.pixels.sides import Size
+from olvae.data.pixels.size_and_range import RangeNode, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.shards.index import find_shards, may_exist, split_shards, with_counts
 from olvae.data.shards.tar_reading import Entry, Shard, read_shard

@@ -9,7 +9,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from olvae.data.pixels.ranges import from_uint8
+from olvae.data.pixels.size_and_range import from_uint8
 from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.evaluation.page import Page, number, texts
 from olvae.models.autoencoder import Autoencoder

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from olvae.checkpoint import INCEPTION, find_weights, provenance
-from olvae.data.pixels.ranges import to_uint8
+from olvae.data.pixels.size_and_range import to_uint8
 from olvae.evaluation.observers.observer import Observation, Observer, Subject
 from olvae.evaluation.page import number
 from olvae.evaluation.results import Row

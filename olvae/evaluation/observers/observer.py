@@ -10,7 +10,7 @@ import torch
 from markupsafe import Markup
 from torch import Tensor
 
-from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.evaluation.page import Page
 from olvae.evaluation.results import Row
 from olvae.models.autoencoder import Autoencoder

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from olvae.config import Config, ConfigError
-from olvae.data.pixels.sides import Sides, Size
+from olvae.data.pixels.size_and_range import Sides, Size
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.spec import AutoencoderSpec
 from olvae.modules.base import Decoder, Encoder

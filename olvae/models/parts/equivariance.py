@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.data.pixels.sides import Sides
+from olvae.data.pixels.size_and_range import Sides
 from olvae.data.source import Source
 from olvae.models.parts.part import Model, Part, Step
 

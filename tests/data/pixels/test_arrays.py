@@ -18,7 +18,7 @@ from olvae.data.image import Photo, image_to_tensor
 from olvae.data.packing import PackOptions, pack
 from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.arrays import read_array
-from olvae.data.pixels.ranges import AS_STORED, EIGHT_BITS, UNSTATED, PixelRange
+from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BITS, UNSTATED, PixelRange
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import save
 
 from olvae.data.image import EvalTransform, Photo, image_to_tensor
-from olvae.data.pixels.ranges import from_uint8
+from olvae.data.pixels.size_and_range import from_uint8
 from olvae.data.read_errors import TooManyUnreadableError
 from olvae.data.shards.latent_source import LATENT, LatentSource, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard

@@ -13,7 +13,7 @@ from torch import Tensor
 from olvae.config import instantiate
 from olvae.data.image import EvalTransform, Photo, image_to_tensor
 from olvae.data.mix import MixSource
-from olvae.data.pixels.ranges import from_uint8
+from olvae.data.pixels.size_and_range import from_uint8
 from olvae.data.read_errors import TooManyUnreadableError
 from olvae.data.shards.latent_source import Latent
 from olvae.data.shards.pairs import PairSource, pixel_bytes

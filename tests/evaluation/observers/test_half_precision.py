@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from olvae.config import ConfigError
-from olvae.data.pixels.ranges import PixelRange
+from olvae.data.pixels.size_and_range import PixelRange
 from olvae.evaluation.observers.half_precision import HalfPrecision, InPrecision, stage_of
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.results import Row

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.evaluation.observers.not_rgb import RealValues, Transparency
 from olvae.evaluation.observers.observer import Observation
 

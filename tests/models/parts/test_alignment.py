@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.data.pixels.ranges import from_uint8
+from olvae.data.pixels.size_and_range import from_uint8
 from olvae.losses.objective import marginal_cosine_loss, marginal_distance_loss
 from olvae.models.footprint import footprint, without_weights
 from olvae.models.liteautoencoder import LiteAutoencoderKL

@@ -5,7 +5,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio
 
 from olvae.config import ConfigError
-from olvae.data.pixels.ranges import to_uint8
+from olvae.data.pixels.size_and_range import to_uint8
 from olvae.models.parts.channel_masking import ChannelMasking
 from olvae.models.parts.part import Step
 from tests.conftest import parts

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from olvae.config import ConfigError
-from olvae.data.pixels.ranges import EIGHT_BITS, from_uint8
+from olvae.data.pixels.size_and_range import EIGHT_BITS, from_uint8
 from olvae.models import linear_code
 from olvae.models.linear_code import training_crops
 from olvae.models.liteautoencoder import LiteAutoencoderKL

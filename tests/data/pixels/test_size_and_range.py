@@ -1,4 +1,4 @@
-"""The range against formulas in float64, and what it refuses, with the place."""
+"""Sizes from configs and commands, and back; the range against formulas in float64; what both refuse."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from olvae.config import ConfigError
-from olvae.data.pixels.ranges import EIGHT_BITS, PixelRange
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides
 
 CURVES = {"linear": lambda v: v, "log": np.log, "log1p": np.log1p}
 RANGES = [
@@ -124,3 +124,33 @@ def test_ranges_fit_the_channels():
         PixelRange.from_node([[0, 1], [0, 2]]).check_channels(3)
     with pytest.raises(ConfigError, match=r"shown: \[3, 2, 1\], but the last of 3 channels is 2"):
         PixelRange.from_node({"pairs": [0, 1], "shown": [3, 2, 1]}).check_channels(3)
+
+
+def test_squares_are_one_number_and_others_two():
+    assert Sides.of(64) == Sides.of([64, 64]) == Sides.read("64") == (64, 64)
+    assert Sides.of([80, 256]) == Sides.read("80x256") == (80, 256)
+    assert [(s.node, s.short, str(s)) for s in (Sides(64, 64), Sides(80, 256))] == [
+        (64, "64", "64x64"),
+        ([80, 256], "80x256", "80x256"),
+    ]
+
+
+def test_multiples():
+    assert Sides(80, 256).fits(16)
+    assert not Sides(80, 250).fits(16)
+    assert not Sides(90, 256).fits(16)
+    assert Sides(90, 250).multiples(16) == ((80, 240), (96, 256))
+    assert Sides(5, 40).multiples(16) == ((16, 32), (16, 48))
+    assert Sides(80, 256) // 8 == (10, 32)
+
+
+@pytest.mark.parametrize("size", [0, [80], [80, 0], [80, 256, 3], [80, 25.6], -8, "64"])
+def test_what_is_no_size(size):
+    with pytest.raises(ValueError, match=r"size must be at least 1, or \[height, width\] of such numbers, got "):
+        Sides.of(size)
+
+
+@pytest.mark.parametrize("text", ["", "0", "80x", "x80", "80x256x3", "8.5", "[80, 256]"])
+def test_what_is_no_argument(text):
+    with pytest.raises(ConfigError, match=r"^`size` .*: expected pixels, as in 256 or, height before width, 80x256$"):
+        Sides.read(text)
