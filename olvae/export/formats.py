@@ -16,8 +16,8 @@ from olvae.config import Config, ConfigError, resolve_class
 from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
-from olvae.models.loading.families import StableDiffusion, Tiny, family_of
-from olvae.models.loading.loader import Family, LoadOptions
+from olvae.models.loading.families import Family, StableDiffusion, Tiny, family_of
+from olvae.models.loading.loader import LoadOptions
 from olvae.models.loading.original_files import OriginalLoader, original_names
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import CONFIG_KEY, write_export

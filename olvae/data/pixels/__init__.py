@@ -1,1 +1,1 @@
-"""Pixels of any kind: arrays read from files, and what is stated of images, their size and the range of values."""
+"""Pixels of any kind: arrays read from files, and the stated size of images and range of their values."""

@@ -1,17 +1,18 @@
-"""Classes of diffusers that can be trained here, and written back: AutoencoderKL, Tiny, and wrapped ones."""
+"""Classes of diffusers that can be trained here, and written back: the contract; AutoencoderKL, Tiny, wrapped ones."""
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.loading.loader import Family
 from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
+from olvae.modules.base import Decoder, Encoder
 from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
 from olvae.modules.others.wrapped import HALVES, TRAINED, DiffusersDecoder, DiffusersEncoder
 from olvae.modules.sdvae import SDDecoder, SDEncoder
@@ -25,6 +26,41 @@ NAMES = {
     "post_quant_conv.": "quantizer.post_quant_conv.",
 }
 """How AutoencoderKL's names begin in diffusers, and here."""
+
+
+class Family(ABC):
+    """Classes of diffusers whose networks are networks of ours: one becomes a LiteVAE, to be trained, and goes back."""
+
+    kinds: ClassVar[Sequence[str]]  # names of the classes
+    networks: ClassVar[tuple[type[Encoder], type[Decoder]]]  # of ours
+
+    @abstractmethod
+    def spec(self, theirs: Any, name: str) -> AutoencoderSpec:
+        """What builds the networks of a DiffusersAutoencoder here; ConfigError if they lack a part."""
+
+    @abstractmethod
+    def ours(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Rename diffusers' weights to ours."""
+
+    def holds(self, model: LiteVAE) -> bool:
+        """Whether a model's networks are of this family."""
+        return isinstance(model.encoder, self.networks[0]) and isinstance(model.decoder, self.networks[1])
+
+    def kind(self, model: LiteVAE) -> str:  # noqa: ARG002
+        """The class of diffusers that a model is."""
+        return self.kinds[0]
+
+    @abstractmethod
+    def config(self, model: LiteVAE) -> dict[str, Any]:
+        """The arguments of that class; ValueError if it has none for a setting of the model."""
+
+    @abstractmethod
+    def theirs(self, model: LiteVAE) -> Mapping[str, Tensor]:
+        """Rename a model's weights to diffusers'; ValueError if one has no place there."""
+
+    def units(self, model: LiteVAE) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+        """Mean and deviation, (n_z, 1, 1) each, if the class has its latents in a diffusion model's units."""
+        return None
 
 
 class StableDiffusion(Family):

@@ -1,19 +1,15 @@
-"""Contracts of a kind of TARGET: a loader finds what a text names; a family is trained here, and handed back."""
+"""The contract of a kind of TARGET: a loader finds the autoencoder that a text names, and loads it later."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
 
 import lightning.pytorch as pl
-from torch import Tensor
 
 from olvae.config import Config, ConfigError
 from olvae.data.pixels.size_and_range import Sides, Size
-from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.spec import AutoencoderSpec
-from olvae.modules.base import Decoder, Encoder
+from olvae.models.autoencoder import Autoencoder
 from olvae.runs import Run, entry_of, settings_of
 
 
@@ -66,38 +62,3 @@ class Loader(ABC):
     @abstractmethod
     def find(self, text: str, options: LoadOptions) -> Target | Path:
         """Find what the text names, or fetch it: a path is given to the other loaders; errors as ``find_target``'s."""
-
-
-class Family(ABC):
-    """Classes of diffusers whose networks are networks of ours: one becomes a LiteVAE, to be trained, and goes back."""
-
-    kinds: ClassVar[Sequence[str]]  # names of the classes
-    networks: ClassVar[tuple[type[Encoder], type[Decoder]]]  # of ours
-
-    @abstractmethod
-    def spec(self, theirs: Any, name: str) -> AutoencoderSpec:
-        """What builds the networks of a DiffusersAutoencoder here; ConfigError if they lack a part."""
-
-    @abstractmethod
-    def ours(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Rename diffusers' weights to ours."""
-
-    def holds(self, model: LiteVAE) -> bool:
-        """Whether a model's networks are of this family."""
-        return isinstance(model.encoder, self.networks[0]) and isinstance(model.decoder, self.networks[1])
-
-    def kind(self, model: LiteVAE) -> str:  # noqa: ARG002
-        """The class of diffusers that a model is."""
-        return self.kinds[0]
-
-    @abstractmethod
-    def config(self, model: LiteVAE) -> dict[str, Any]:
-        """The arguments of that class; ValueError if it has none for a setting of the model."""
-
-    @abstractmethod
-    def theirs(self, model: LiteVAE) -> Mapping[str, Tensor]:
-        """Rename a model's weights to diffusers'; ValueError if one has no place there."""
-
-    def units(self, model: LiteVAE) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
-        """Mean and deviation, (n_z, 1, 1) each, if the class has its latents in a diffusion model's units."""
-        return None
