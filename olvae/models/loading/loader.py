@@ -8,9 +8,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from olvae.config import Config, ConfigError
-from olvae.data.pixels.size_and_range import Sides, Size
 from olvae.models.autoencoder import Autoencoder
-from olvae.runs import Run, entry_of, settings_of
+from olvae.runs import Run, settings_of
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,6 @@ class Target:
     raw: bool = False  # whether it has the raw weights that were asked for, not the averaged ones (EMA)
     name: str = ""  # by default what the user wrote
     given: str = ""  # what the user wrote; find_target sets it
-
-    def usual_size(self, model: Autoencoder) -> Size:
-        """The size of the images that it was trained on, if that is known; else the model's."""
-        return Sides.of(entry_of(self.config, "data.params.size") or model.image_size).node
 
     def untrained(self) -> Autoencoder:
         """Build the autoencoder as before the first step, by the run's seed; ConfigError if its loader can't."""

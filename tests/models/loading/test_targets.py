@@ -341,7 +341,7 @@ def test_a_loader_from_outside(toy, image):
     target = find_target(f"{toy}:4")
     assert target.name == target.given == f"{toy}:4"
     assert target.load().encode(image).mean.shape == (1, 3, 8, 10)
-    assert target.usual_size(target.load()) == 256
+    assert target.load().image_size == 256
     with pytest.raises(ConfigError, match=r"MeanLoader:4: can't be built without its weights"):
         target.untrained()
     with pytest.raises(FileNotFoundError, match=r"MeanLoader:four: not found; a target is"):
