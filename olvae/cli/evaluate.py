@@ -25,8 +25,7 @@ from olvae.cli.options import (
 
 if TYPE_CHECKING:  # slow to import
     from olvae.evaluation.observers.observer import Observer
-    from olvae.evaluation.results import Results
-    from olvae.evaluation.runner import Evaluated
+    from olvae.evaluation.results import Evaluated, Results
     from olvae.runs import Run
 
 METRICS = ("psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid", "fdd")
@@ -242,12 +241,21 @@ def _command() -> str:
     return shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "olvae"), *sys.argv[1:]])
 
 
+def _of_earlier_rows() -> "list[Observer]":
+    """Make the observers that show entries of earlier results; others show what they saw themselves."""
+    from olvae.evaluation.observers.cross import Cross
+    from olvae.evaluation.observers.half_precision import HalfPrecision
+
+    return [Cross(), HalfPrecision()]
+
+
 def _read_earlier_files(paths: Iterable[Path], places: Iterable[Path]) -> "dict[Path, Results]":
     """Read what `beside` names; ConfigError if new results would overwrite one, a note if they replace others."""
     from olvae.config import ConfigError
-    from olvae.evaluation.report import read_results
+    from olvae.evaluation.results import read_results
 
-    earlier, taken = {path: read_results(path) for path in paths}, {place.resolve() for place in places}
+    taken = {place.resolve() for place in places}
+    earlier = {path: read_results(path, _of_earlier_rows()) for path in paths}
     if replaced := [str(place) for place in taken if place.is_file()]:
         typer.echo(f"note: {', '.join(replaced)}: earlier results, which these replace; --out keeps both", err=True)
     if over := [path for path in earlier if path.resolve() in taken]:
@@ -268,7 +276,7 @@ def _finish(
     import json
     from dataclasses import replace
 
-    from olvae.evaluation.report import OF_EARLIER_ROWS, print_results, write_files
+    from olvae.evaluation.report import print_results, write_files
 
     written: list[tuple[str, Path]] = []
     refused: list[ValueError] = []
@@ -278,7 +286,7 @@ def _finish(
             results = results.beside(earlier, mix)
         except ValueError as reason:
             refused.append(reason)
-        shown = [observer for observer in OF_EARLIER_ROWS if earlier and observer.name not in names]
+        shown = [observer for observer in _of_earlier_rows() if observer.name not in names] if earlier else []
         evaluated[i] = replace(one, results=results, observers=[*shown, *one.observers])
         suffix = suffixes[results.protocol["name"]]
         written += write_files(evaluated[i], folder, suffix, _command() if page else None).items()

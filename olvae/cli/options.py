@@ -137,8 +137,8 @@ LINE_EVERY_S = 15.0  # seconds between lines of progress without a terminal
 
 def print_rows(title: str, rows: Mapping[str, Mapping[str, str]], names: str, stderr: bool = False) -> None:
     """Print cells by heading, a row for each of the ``names``, in the columns of the terminal."""
-    from olvae.evaluation.page import texts
     from olvae.evaluation.report import print_grid
+    from olvae.evaluation.results import texts
 
     print_grid(Console(stderr=stderr), title, texts(rows), names=names)
 

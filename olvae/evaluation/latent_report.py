@@ -14,9 +14,8 @@ from olvae.data.source import Batch
 from olvae.devices import gather
 from olvae.evaluation.latent_statistics import ACTIVE_VARIANCE, EDGES, NO_DISTRIBUTION, LatentAccumulator, image_key
 from olvae.evaluation.observers.observer import Observation, Observer
-from olvae.evaluation.page import texts
 from olvae.evaluation.report import print_grid
-from olvae.evaluation.results import Row
+from olvae.evaluation.results import Row, texts
 from olvae.files import atomic_write
 from olvae.models.autoencoder import Autoencoder
 

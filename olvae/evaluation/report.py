@@ -1,26 +1,34 @@
 """Report results: tables on the terminal, one in Markdown, the values of images as CSV, and one HTML page."""
 
+import base64
 import csv
 import importlib.metadata
+import io
+import math
 import platform
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
+from torch import Tensor
 
 from olvae import __version__
 from olvae.data.pixels.size_and_range import Sides
-from olvae.evaluation.observers.cross import Cross
-from olvae.evaluation.observers.half_precision import HalfPrecision
-from olvae.evaluation.observers.observer import Observer
-from olvae.evaluation.page import (
+from olvae.evaluation.results import (
     NONE,
     Cell,
-    Page,
+    Evaluated,
+    Results,
     Table,
     conditions,
     costs,
@@ -28,31 +36,20 @@ from olvae.evaluation.page import (
     headings,
     meaning,
     scores,
+    significant,
+    used_weights,
 )
-from olvae.evaluation.results import Results, used_weights
-from olvae.evaluation.runner import Evaluated
+from olvae.figures import rgb
 from olvae.files import atomic_write, no_empty_folders, plain, remove_partials, write_json
 from olvae.metrics import METRICS
 
-OF_EARLIER_ROWS: Sequence[Observer] = (Cross(), HalfPrecision())
-"""Observers that show entries of earlier results; others show what they saw themselves."""
+ARROWS = {"higher": "\N{NO-BREAK SPACE}↑", "lower": "\N{NO-BREAK SPACE}↓"}
+
+SIDES = (96, 256)  # the longest side of a photograph, in pixels: as small as it may become, and at most
 
 MISSING = "a network is not here: metrics.md says which file to put where"
 
 PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "lpips", "diffusers", "pillow", "numpy")
-
-
-def read_results(path: Path) -> Results:
-    """Read a metrics.json whose rows can be shown beside new ones, or on a card; raises as :meth:`Results.read`."""
-    results = Results.read(path)
-    try:
-        if unnamed := {"name", "version"} - results.protocol.keys():
-            raise KeyError(*unnamed)
-        for observer in OF_EARLIER_ROWS:
-            list(observer.lines(results.rows))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
-    return results
 
 
 def print_results(several: Sequence[Evaluated], worded: Callable[[str], str] = str) -> None:
@@ -234,3 +231,77 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # installed under another name, such as pillow-simd
         return "unknown"
+
+
+class Page:
+    """Results on their way to the page: renders what observers show of them, in templates of the package."""
+
+    def __init__(self, results: Results) -> None:
+        self.results = results
+        # Seven colours of the style sheet, for badges and bars.
+        self.colours = {row.target: i % 7 + 1 for i, row in enumerate(results.table)}
+        self._letters = {row.target: ascii_uppercase[i : i + 1] or str(i + 1) for i, row in enumerate(results.table)}
+        self._environment = Environment(
+            loader=PackageLoader("olvae.evaluation", "templates"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._environment.filters.update(significant=significant, breakable=breakable)
+        self._environment.globals.update(
+            results=results,
+            colours=self.colours,
+            arrows={kind.label: ARROWS[kind.better] for kind in METRICS.values()},
+            dash=Cell(NONE),
+            headings=headings,
+            mark=self.mark,
+            picture=picture,
+            table=self.table,
+        )
+
+    def render(self, template: str, **values: Any) -> Markup:
+        """Fill in one of the package's templates; values are escaped, but for Markup."""
+        return Markup(self._environment.get_template(template).render(**values))
+
+    def table(self, table: Table, label: str, caption: str = "") -> Markup:
+        """A table with a row per target, or nothing if it has no rows."""
+        return self.render("table.html", content=table, label=label, caption=caption) if table else Markup()
+
+    def mark(self, target: str) -> Markup:
+        """A target's letter in its colour."""
+        return Markup('<span class="badge c{}">{}</span>').format(self.colours[target], self._letters[target])
+
+
+def side_limit(pictures: int) -> int:
+    """The longest side at which this number of photographs has 15 million pixels, about 3 MB."""
+    smallest, largest = SIDES
+    return max(smallest, min(largest, math.isqrt(15_000_000 // max(pictures, 1))))
+
+
+def picture(image: Tensor, alt: str, limit: int = SIDES[1]) -> Markup:
+    """A picture, uint8 (C, H, W), inside the page, which scales it to the space that there is.
+
+    Up to 128 pixels a side it is lossless, and enlarged pixel by pixel to at least 256, so that scaling adds no grid
+    of its own; otherwise it is shrunk to the ``limit`` and lossy.
+    """
+    shown = rgb(image)
+    longest = max(shown.size)
+    if longest <= 128:
+        factor = -(-SIDES[1] // longest)
+        shown = shown.resize((shown.width * factor, shown.height * factor), Image.Resampling.NEAREST)
+        options = {"lossless": True, "quality": 20, "method": 0}  # the last two are effort: more saves 5 % of the bytes
+    else:
+        shown.thumbnail((limit, limit), Image.Resampling.LANCZOS)
+        options = {"quality": 82}
+    buffer = io.BytesIO()
+    shown.save(buffer, "WEBP", **options)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return Markup('<img src="data:image/webp;base64,{}" width="{}" height="{}" alt="{}">').format(
+        data, shown.width, shown.height, alt
+    )
+
+
+def breakable(name: str) -> Markup:
+    """HTML of a name, which may break after the separators of runs and paths."""
+    return Markup("<wbr>").join(re.split(r"(?<=[/_:-])", name))

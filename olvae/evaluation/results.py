@@ -1,12 +1,12 @@
-"""Hold an evaluation's results, with bootstrap intervals: what tables, page and metrics.json show."""
+"""Hold an evaluation's results, with bootstrap intervals, and put them in words: for metrics.json, tables and page."""
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,16 @@ from olvae.data.source import MIN_VAL_IMAGES
 from olvae.evaluation.roundtrip import Cost
 from olvae.metrics import METRICS
 
+if TYPE_CHECKING:  # observers import this file
+    from olvae.evaluation.observers.observer import Observer
+
 INFINITE = "infinite: every image equals its reconstruction to the pixel"  # under ``skipped``: JSON has no infinity
 
 FIXED = ("target", "n", "metrics", "skipped", "intervals", "details", "cost", "baseline")  # others are of observers
+
+NONE = "-"
+MINUS = "\N{MINUS SIGN}"
+INFINITY = "\N{INFINITY}"
 
 CHUNK = 1 << 22  # values that the bootstrap draws at a time; it bounds memory
 
@@ -223,3 +230,169 @@ def used_weights(rows: Iterable[Row]) -> dict[str, Mapping[str, Any]]:
             if name in METRICS and isinstance(details.get("weights"), Mapping):
                 found.setdefault(name, details["weights"])
     return found
+
+
+def read_results(path: Path, observers: "Sequence[Observer]" = ()) -> Results:
+    """Read a metrics.json that can be shown: its protocol has a name, and these observers have words for its entries.
+
+    Raises as :meth:`Results.read`.
+    """
+    results = Results.read(path)
+    try:
+        if unnamed := {"name", "version"} - results.protocol.keys():
+            raise KeyError(*unnamed)
+        for observer in observers:
+            if any(observer.name in row.observed for row in results.rows):
+                list(observer.lines(results.rows))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
+    return results
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The results under one protocol, and the observers that show more of them; protocols of one pass share those."""
+
+    results: Results
+    observers: "Sequence[Observer]" = ()
+
+
+# Numbers as text
+
+
+class Cell(NamedTuple):
+    """A number as text; its interval in brackets and as ± half its width; a mark: "best", "better", "worse"."""
+
+    text: str
+    interval: str = ""
+    spread: str = ""
+    mark: str = ""
+
+
+Table = Mapping[str, Mapping[str, Cell]]  # by target, cells by heading; where one lacks another's, a dash is shown
+
+
+def headings(table: Table) -> list[str]:
+    """The columns of a table in order."""
+    return list(dict.fromkeys(heading for cells in table.values() for heading in cells))
+
+
+def texts(rows: Mapping[str, Mapping[str, str]]) -> Table:
+    """A table of plain texts."""
+    return {target: {heading: Cell(text) for heading, text in cells.items()} for target, cells in rows.items()}
+
+
+def number(value: float, digits: int) -> str:
+    """With a fixed number of decimals; without any from 1000 on; with an exponent if they would all be 0."""
+    if math.isinf(value):
+        return INFINITY if value > 0 else f"{MINUS}{INFINITY}"
+    if 0.0 < abs(value) < 0.5 * 10.0**-digits:
+        text = f"{value:.1e}"
+    else:
+        text = f"{value:.{digits if abs(value) < 1000 else 0}f}"
+    return text.replace("-", MINUS, 1) if value < 0 else text
+
+
+def significant(value: float | None) -> str:
+    """Three significant digits, without an exponent where that is readable: 0.0312, 71,234, 3.39e+38."""
+    if value is None:
+        return NONE
+    if math.isinf(value):
+        return INFINITY
+    if value == 0.0 or not 1e-3 <= abs(value) < 1e9:
+        return f"{value:.3g}"
+    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+
+
+def scores(results: Results) -> Table:
+    """Metrics with a value in at least one row."""
+    rows = results.table
+    names = [name for name in METRICS if any(name in row.metrics for row in rows)]
+    best = {name: _best(name, rows) for name in names}
+
+    def cell(row: Row, name: str) -> Cell:
+        value, digits = row.metrics.get(name), METRICS[name].digits
+        if value is None:
+            return Cell(NONE)
+        interval = spread = ""
+        if ends := row.intervals.get(name):
+            interval = f"[{', '.join(number(end, digits) for end in ends)}]"
+            spread = f"±{(ends[1] - ends[0]) / 2:.2f}" if name == "psnr" else ""  # the others' would not fit
+        return Cell(number(value, digits), interval, spread, "best" if value == best[name] else "")
+
+    return {row.target: {METRICS[name].label: cell(row, name) for name in names} for row in rows}
+
+
+def _best(name: str, rows: Sequence[Row]) -> float | None:
+    """None if no two values differ."""
+    values = {row.metrics[name] for row in rows if name in row.metrics}
+    if len(values) < 2:
+        return None
+    return max(values) if METRICS[name].better == "higher" else min(values)
+
+
+def differences(results: Results) -> Table:
+    """Metrics minus those of the first row, which were computed on the same images."""
+
+    def cell(row: Row, name: str) -> Cell:
+        found, kind = row.differences[name], METRICS[name]
+        value, low, high = (("+" if end > 0 else "") + number(end, kind.digits) for end in found)
+        mark = ""
+        if not found.low <= 0.0 <= found.high:
+            mark = "better" if (found.low > 0.0) == (kind.better == "higher") else "worse"
+        return Cell(value, f"[{low}, {high}]", mark=mark)
+
+    rows = {
+        row.target: {METRICS[name].label: cell(row, name) for name in METRICS if name in row.differences}
+        for row in results.rows[1:]
+    }
+    return rows if any(rows.values()) else {}
+
+
+def meaning(results: Results) -> str:
+    """The first row's PSNR in one sentence, in 8-bit steps and beside the best of the others; empty without one."""
+    first, *rest = results.rows
+    psnr = first.metrics.get("psnr", math.inf)
+    if math.isinf(psnr):
+        return ""
+    text = f"{first.target} misses a pixel's values by about {255 * 10 ** (-psnr / 20):.1f} of 255 (PSNR {psnr:.2f} dB)"
+    others = {row.target: row.differences["psnr"] for row in rest if "psnr" in row.differences}
+    if others:
+        name = max(others, key=lambda target: others[target].value)
+        value, low, high = others[name]
+        chance = ", which other images may reverse" if low <= 0.0 <= high else ""
+        gap = f"{abs(value):.2f} dB {'better' if value > 0 else 'worse'}{chance}" if round(value, 2) else "as good"
+        text += f"; the best of the others is {gap}: {name}"
+    return f"{text}."
+
+
+COSTS: Mapping[str, Callable[[Cost], float | None]] = {
+    "M params": lambda cost: cost.parameters / 1e6,
+    "GMACs encode": lambda cost: cost.encode_macs / 1e9,
+    "GMACs decode": lambda cost: cost.decode_macs / 1e9,
+    "img/s encode": lambda cost: cost.encode_images_per_s,
+    "img/s decode": lambda cost: cost.decode_images_per_s,
+    "MiB peak": lambda cost: None if cost.peak_memory_bytes is None else cost.peak_memory_bytes / 2**20,
+}
+
+
+def costs(rows: Iterable[Row]) -> Table:
+    """The costs of the rows that have any; without what was not measured, as memory on a CPU."""
+    found = {}
+    for row in rows:
+        if row.cost:
+            values = {heading: value(row.cost) for heading, value in COSTS.items()}
+            found[row.target] = {h: Cell(significant(value)) for h, value in values.items() if value is not None}
+    return found
+
+
+def conditions(rows: Sequence[Row]) -> str:
+    """What the costs were measured on; earlier results may be from another machine."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row.cost:
+            found.setdefault(f"{row.cost.device}, batches of {row.cost.batch_size}", []).append(row.target)
+    parts = [f"{where} ({', '.join(names)})" if len(found) > 1 else where for where, names in found.items()]
+    if any(row.cost and row.cost.peak_memory_bytes is not None for row in rows):
+        parts.append("memory beyond weights and images")
+    return "; ".join(parts)

@@ -16,7 +16,7 @@ from olvae.data.source import Batch, Loader, Source
 from olvae.devices import gather, this_process
 from olvae.evaluation.observers.observer import Observation, Observer, Subject
 from olvae.evaluation.protocol import Protocol
-from olvae.evaluation.results import FIXED, Results, Row, confidence, difference
+from olvae.evaluation.results import FIXED, Evaluated, Results, Row, confidence, difference
 from olvae.evaluation.roundtrip import RoundTrip, open_images_for
 from olvae.files import first_line
 from olvae.metrics import METRICS, build_metrics
@@ -63,14 +63,6 @@ class Request:
         ]
         if lines:
             raise ConfigError(*lines)
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """The results under one protocol, and the observers that show more of them; protocols of one pass share those."""
-
-    results: Results
-    observers: Sequence[Observer] = ()
 
 
 def evaluate(request: Request, progress: Progress = lambda _, batches, __: batches) -> list[Evaluated] | None:

@@ -15,8 +15,8 @@ from olvae.devices import this_process
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.evaluation.report import write_files
-from olvae.evaluation.results import Results, Row
-from olvae.evaluation.runner import Evaluated, Progress, Request, evaluate
+from olvae.evaluation.results import Evaluated, Results, Row
+from olvae.evaluation.runner import Progress, Request, evaluate
 from olvae.files import first_line, write_json
 from olvae.metrics import METRICS
 from olvae.models.loading.loader import Target

@@ -19,9 +19,7 @@ from olvae.config import ConfigError
 from olvae.data.pixels.size_and_range import Sides
 from olvae.devices import DTYPES
 from olvae.evaluation.observers.half_precision import HalfPrecision
-from olvae.evaluation.page import scores
-from olvae.evaluation.report import read_results
-from olvae.evaluation.results import Results
+from olvae.evaluation.results import Results, read_results, scores
 from olvae.export.formats import FACTORS, LAYOUTS, Layout, find_layout
 from olvae.files import folder_beside, nearest_folder, no_empty_folders, plain
 from olvae.models.autoencoder import Autoencoder, LiteVAE
@@ -37,6 +35,8 @@ TOLERANCE, FOLDING = 1e-6, 1e-5  # differences over the largest value: loaded ba
 
 CARD_NAME = "README.md"
 MADE_WITH = "made with open-LiteVAE"  # in every card: tells what an export may replace from what was downloaded
+
+HALF = HalfPrecision()  # has the words for what an evaluation found in half precision
 
 ONE_FILE = {"onnx": "ONNX files are written by `format` litevae", "license": "one file has no model card"}
 
@@ -336,9 +336,10 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
         loader=cards, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["plain"] = plain
-    results = None if provenance.metrics is None else read_results(provenance.metrics)
+    results = None if provenance.metrics is None else read_results(provenance.metrics, [HALF])
     rows = results.rows if results else []
     family = [row for row in rows if row.target == rows[0].target or row.target.startswith(f"{rows[0].target}, ")]
+    judged = [row for row in family if HALF.name in row.observed]
     return environment.get_template("card.md.jinja").render(
         model=model,
         usage=layout.usage(model),
@@ -357,7 +358,7 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
         results=results,
         scores=scores(results) if results else {},
         protocol=results.protocol if results else {},
-        precisions=list(HalfPrecision().lines(family)) if family else [],
+        precisions=list(HALF.lines(judged)) if judged else [],
         data=_data(provenance.config),
         onnx=onnx,
     )

@@ -1,3 +1,3 @@
 """Observers: one file for each thing that an evaluation looks at besides its metrics.
 
-``observer`` has the contract. They import the rest of ``olvae.evaluation`` but for its runner and its page."""
+``observer`` has the contract. They import the rest of ``olvae.evaluation`` but for its runner."""

@@ -9,7 +9,8 @@ from markupsafe import Markup
 from torch import Tensor
 
 from olvae.evaluation.observers.observer import Observation, PerImageObserver
-from olvae.evaluation.page import Page, significant
+from olvae.evaluation.report import Page
+from olvae.evaluation.results import significant
 from olvae.modules.wavelet import wavedec2
 
 NO_SIGNAL: Mapping[str, float | None] = {"share_of_signal": None, "energy_ratio": None}

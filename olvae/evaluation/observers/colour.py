@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from olvae.evaluation.observers.observer import Observation, PerImageObserver
-from olvae.evaluation.page import MINUS, significant
+from olvae.evaluation.results import MINUS, significant
 
 LUMA = (0.299, 0.587, 0.114)  # of R, G and B, as in ITU-R BT.601
 

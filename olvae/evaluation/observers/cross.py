@@ -12,8 +12,7 @@ from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.evaluation.observers.observer import Observation, Observer, PerImageObserver, Subject
-from olvae.evaluation.page import NONE
-from olvae.evaluation.results import Row
+from olvae.evaluation.results import NONE, Row
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Posterior
 from olvae.modules.scaling_factors import Moments

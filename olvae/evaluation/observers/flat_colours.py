@@ -11,7 +11,8 @@ from torch import Tensor
 
 from olvae.data.pixels.size_and_range import from_uint8
 from olvae.evaluation.observers.observer import Observer, Subject
-from olvae.evaluation.page import Page, number, texts
+from olvae.evaluation.report import Page
+from olvae.evaluation.results import number, texts
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import full_float32
 

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from olvae.evaluation.observers.observer import UNTRAINED, Observation, Observer
-from olvae.evaluation.page import Page, side_limit
+from olvae.evaluation.report import Page, side_limit
 from olvae.figures import ERROR_RANGE, error_map, labelled_grid
 from olvae.files import atomic_write
 from olvae.metrics import METRICS

@@ -15,8 +15,7 @@ from olvae.config import ConfigError
 from olvae.devices import FULL, PRECISIONS, autocast, precision_name
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.observer import Observer, Subject
-from olvae.evaluation.page import significant
-from olvae.evaluation.results import Row
+from olvae.evaluation.results import Row, significant
 from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import watch_outputs

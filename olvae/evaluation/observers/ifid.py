@@ -11,8 +11,7 @@ from torch import Tensor
 from olvae.checkpoint import INCEPTION, find_weights, provenance
 from olvae.data.pixels.size_and_range import to_uint8
 from olvae.evaluation.observers.observer import Observation, Observer, Subject
-from olvae.evaluation.page import number
-from olvae.evaluation.results import Row
+from olvae.evaluation.results import Row, number
 from olvae.metrics.features import Features, Inception, few_images, frechet_distance
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import full_float32

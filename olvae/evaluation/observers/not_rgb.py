@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from olvae.evaluation.observers.observer import Observation, PerImageObserver
-from olvae.evaluation.page import significant
-from olvae.evaluation.results import Row
+from olvae.evaluation.results import Row, significant
 from olvae.losses.objective import over
 
 SPECTRAL = 4  # channels from which a pixel has a spectrum

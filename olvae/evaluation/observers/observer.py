@@ -11,7 +11,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
-from olvae.evaluation.page import Page
+from olvae.evaluation.report import Page
 from olvae.evaluation.results import Row
 from olvae.models.autoencoder import Autoencoder
 
