@@ -39,7 +39,7 @@ def command(
         from olvae.evaluation.latent_report import draw_distribution, encode_latents, print_latents, report_latents
         from olvae.evaluation.observers.ifid import InterpolatedFID
         from olvae.evaluation.observers.observer import Observer, Subject
-        from olvae.evaluation.roundtrip import open_images_for
+        from olvae.evaluation.protocol import open_images_for
         from olvae.evaluation.runner import is_examined
         from olvae.files import no_empty_folders, remove_partials, write_json
         from olvae.models.loading.targets import find_target, name_apart

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olvae.data.source import MIN_VAL_IMAGES
-from olvae.evaluation.roundtrip import Cost
+from olvae.evaluation.protocol import Cost
 from olvae.metrics import METRICS
 
 if TYPE_CHECKING:  # observers import this file

@@ -15,9 +15,8 @@ from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Size
 from olvae.data.source import Batch, Loader, Source
 from olvae.devices import gather, this_process
 from olvae.evaluation.observers.observer import Observation, Observer, Subject
-from olvae.evaluation.protocol import Protocol
+from olvae.evaluation.protocol import Protocol, RoundTrip, open_images_for
 from olvae.evaluation.results import FIXED, Evaluated, Results, Row, confidence, difference
-from olvae.evaluation.roundtrip import RoundTrip, open_images_for
 from olvae.files import first_line
 from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.metric import MetricSet

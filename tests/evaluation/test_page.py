@@ -17,9 +17,9 @@ from olvae.evaluation.observers.bands import Bands
 from olvae.evaluation.observers.flat_colours import FlatColours
 from olvae.evaluation.observers.gallery import Gallery
 from olvae.evaluation.observers.observer import Subject
+from olvae.evaluation.protocol import Cost, RoundTrip
 from olvae.evaluation.report import breakable, picture, render_page, side_limit, write_files
 from olvae.evaluation.results import Difference, Evaluated, Results, Row, meaning
-from olvae.evaluation.roundtrip import Cost, RoundTrip
 from olvae.metrics.metric import psnr
 from tests.browser import Visit
 from tests.evaluation.observers.test_flat_colours import Faulty

@@ -6,10 +6,9 @@ from rich.console import Console
 
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.half_precision import HalfPrecision
-from olvae.evaluation.protocol import Protocol
+from olvae.evaluation.protocol import Cost, Protocol
 from olvae.evaluation.report import print_grid, print_results, write_csv, write_markdown
 from olvae.evaluation.results import Cell, Evaluated, Row
-from olvae.evaluation.roundtrip import Cost
 from tests.evaluation.test_results import NAME, read_back, results_of, row
 
 COUNTED = Cost(1, 2, 3, None, None, None, 4, "a GPU")

@@ -5,9 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from olvae.evaluation.protocol import Protocol
+from olvae.evaluation.protocol import Cost, Protocol
 from olvae.evaluation.results import INFINITE, Results, Row, confidence, difference
-from olvae.evaluation.roundtrip import Cost
 from olvae.files import write_json
 
 IMAGES = {"source": "photos", "n": 90, "sha256": "00", "unreadable": 0, "unreadable_files": {}, "enlarged": 0}

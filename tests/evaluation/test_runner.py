@@ -8,8 +8,7 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
 from olvae.evaluation.baselines import Bicubic
-from olvae.evaluation.protocol import PROTOCOLS, Protocol
-from olvae.evaluation.roundtrip import Reconstructed, RoundTrip
+from olvae.evaluation.protocol import PROTOCOLS, Protocol, Reconstructed, RoundTrip
 from olvae.evaluation.runner import fingerprint, measure, observe, rows_under
 from olvae.metrics import build_metrics
 from olvae.modules.base import count_macs

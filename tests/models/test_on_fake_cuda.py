@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from olvae.config import load
-from olvae.evaluation.roundtrip import RoundTrip
+from olvae.evaluation.protocol import RoundTrip
 from olvae.models import footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.models.test_synchronisation import WAITS

@@ -9,7 +9,7 @@ from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.data.dataset import SamplePhotographs
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.evaluation.baselines import Bicubic
-from olvae.evaluation.roundtrip import RoundTrip
+from olvae.evaluation.protocol import RoundTrip
 from olvae.metrics.metric import psnr
 from olvae.models import spec as names
 from olvae.models import weight_files

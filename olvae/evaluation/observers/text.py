@@ -17,9 +17,9 @@ from torch import Tensor
 
 from olvae.data.image import image_to_tensor
 from olvae.evaluation.observers.observer import Observation, Observer, PerImageObserver, Subject
+from olvae.evaluation.protocol import RoundTrip
 from olvae.evaluation.report import Page
 from olvae.evaluation.results import NONE, texts
-from olvae.evaluation.roundtrip import RoundTrip
 
 SIZES = (8, 10, 12, 16, 20, 24, 32)  # of the fonts, in pixels
 STYLES = (  # font, ink, paper

@@ -8,8 +8,8 @@ from olvae.config import ConfigError
 from olvae.evaluation.baselines import Bicubic
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.observer import Subject
+from olvae.evaluation.protocol import Cost
 from olvae.evaluation.results import Row
-from olvae.evaluation.roundtrip import Cost
 from tests.evaluation.peers import kl, litevae, seen
 
 COST = Cost(1, 2, 3, None, None, None, 4, "a GPU")
