@@ -1,6 +1,6 @@
 """Observe iFID: decode half way between each latent and its nearest neighbour, and compare with the images' set."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +10,18 @@ from torch import Tensor
 
 from olvae.checkpoint import INCEPTION, find_weights, provenance
 from olvae.data.pixels.size_and_range import to_uint8
-from olvae.evaluation.observers.observer import Observation, Observer, Subject
+from olvae.evaluation.observers.observer import Observation, PerImageObserver, Subject
 from olvae.evaluation.results import Row, number
 from olvae.metrics.features import Features, Inception, few_images, frechet_distance
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import full_float32
 
+IMAGES = ""  # beside the targets, none of which has this name
 CANDIDATES = 4  # neighbours by float32 whose distances are computed again in float64
 CHECKED = 64  # latents whose neighbours are searched once more, by differences
 
 
-class InterpolatedFID(Observer):
+class InterpolatedFID(PerImageObserver):
     """The interpolated FID (iFID, arXiv 2603.05630), which follows a diffusion model's FID where rFID does not.
 
     For each image, its latent and the nearest other one of the set, by Euclidean distance, are averaged and decoded.
@@ -37,45 +38,34 @@ class InterpolatedFID(Observer):
     name = "ifid"
 
     def __init__(self, weights_dir: str | Path | None = None) -> None:
+        super().__init__()  # rows are a target's latents, and the features of IMAGES
         self._weights_dir, self._batch = weights_dir, 1
         self._extract: Inception | None = None
-        self._references: dict[str, Features] = {}  # of the images, by key
-        self._latents: dict[str, dict[str, Tensor]] = {}  # by target and key
         self._entries: dict[str, dict[str, Any]] = {}
 
     def derive(self, subjects: Mapping[str, Subject]) -> dict[str, Subject]:
         self._path = find_weights(INCEPTION, self._weights_dir)
         return dict(subjects)
 
-    def update(self, batch: Observation) -> None:
-        if batch.draw:
-            return
+    def measure(self, batch: Observation) -> Iterable[Tensor]:
+        """The latents; the features of images that are new are kept beside them."""
         if self._extract is None:
             self._extract = Inception(self._path, batch.latents.device)
         self._batch = max(self._batch, len(batch.keys))
-        if new := {key: i for i, key in enumerate(batch.keys) if key not in self._references}:
+        references = self._rows.setdefault(IMAGES, {})
+        if new := {key: i for i, key in enumerate(batch.keys) if key not in references}:
             features = self._extract(batch.x[list(new.values())])
-            self._references.update((key, row.copy()) for key, row in zip(new, features, strict=True))
-        known = self._latents.setdefault(batch.target, {})
-        for key, latent in zip(batch.keys, batch.latents.cpu(), strict=True):
-            known.setdefault(key, latent.clone())
-
-    def state(self) -> Any:
-        return self._references, self._latents
-
-    def merge(self, state: Any) -> None:
-        references, latents = state
-        self._references = references | self._references
-        for target, found in latents.items():
-            self._latents[target] = found | self._latents.get(target, {})
+            references.update((key, row.copy()) for key, row in zip(new, features, strict=True))
+        return (latent.clone() for latent in batch.latents.cpu())
 
     def examine(self, subjects: Mapping[str, Subject], size: int, device: str) -> None:
         self._extract = self._extract or Inception(self._path, device)
-        images = np.stack([self._references[key] for key in sorted(self._references)])
-        if len(images) < 2:
+        references = self._rows.pop(IMAGES, {})
+        if len(references) < 2:
             return
+        images = np.stack([references[key] for key in sorted(references)])
         weights = provenance(self._path, INCEPTION)
-        for target, found in self._latents.items():
+        for target, found in self._rows.items():
             z = torch.empty(len(found), *next(iter(found.values())).shape)
             for row, key in enumerate(sorted(found)):
                 z[row] = found.pop(key)  # one copy in memory
