@@ -134,7 +134,7 @@ def range_command(
 
     check_paths(data=src)
     with loading():
-        from olvae.data.percentiles import measure
+        from olvae.data.audit import measure
         from olvae.files import list_skipped
 
     found = measure(src, images)
