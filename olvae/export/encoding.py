@@ -23,8 +23,7 @@ from olvae.data.opening import open_images, open_source
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, find_shards, with_counts
-from olvae.data.shards.latent_source import FLIP, LATENT, META, STATS, Latent
-from olvae.data.shards.pairs import PIXELS, pixel_bytes
+from olvae.data.shards.latent_source import FLIP, LATENT, META, PIXELS, STATS, Latent, pixel_bytes
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.shards.write import ResumableShards, WebDatasetSample

@@ -10,8 +10,7 @@ import torch
 
 from olvae.data.mix import MixSource
 from olvae.data.picture_folder import FolderSource
-from olvae.data.shards.latent_source import LatentSource
-from olvae.data.shards.pairs import PairSource
+from olvae.data.shards.latent_source import LatentSource, PairSource
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, Sample, Source
 from tests.data.images import be_rank, encoded, keys_of, same, take, write_classes, write_shards

@@ -31,8 +31,7 @@ from olvae.data.image import EvalTransform, Photo, RandomScaleCrop
 from olvae.data.pixels.size_and_range import PixelRange
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, counts_beside
-from olvae.data.shards.latent_source import LatentSource
-from olvae.data.shards.pairs import PairSource
+from olvae.data.shards.latent_source import LatentSource, PairSource
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, eval_sample

@@ -188,7 +188,7 @@ def pairs(tmp_path, image_folder, target) -> Path:
 def of_pairs(pairs: Path, **model: Any) -> dict[str, Any]:
     config = student(pairs, **model)
     config["data"] = {
-        "target": "olvae.data.shards.pairs.PairSource",
+        "target": "olvae.data.shards.latent_source.PairSource",
         "params": {"folder": str(pairs), "batch_size": 4, "shuffle": 4},
     }
     return config

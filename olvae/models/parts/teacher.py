@@ -10,7 +10,7 @@ from torch import Tensor
 
 from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
-from olvae.data.shards.pairs import PairSource
+from olvae.data.shards.latent_source import PairSource
 from olvae.data.source import Source
 from olvae.devices import DTYPES
 from olvae.losses.objective import latent_loss, logvar_loss

@@ -15,8 +15,7 @@ from olvae.data.image import EvalTransform, Photo, image_to_tensor
 from olvae.data.mix import MixSource
 from olvae.data.pixels.size_and_range import from_uint8
 from olvae.data.read_errors import TooManyUnreadableError
-from olvae.data.shards.latent_source import Latent
-from olvae.data.shards.pairs import PairSource, pixel_bytes
+from olvae.data.shards.latent_source import Latent, PairSource, pixel_bytes
 from olvae.export.encoding import latent_bytes
 from tests.data.images import encoded, rewrite, take, write_classes
 from tests.export.latents import Blocks, Shrunk, encode
@@ -176,7 +175,7 @@ def test_a_broken_pair_is_counted_and_another_one_stands_in(pairs, damage):
 
 
 def test_a_mix_carries_moments(pairs):
-    node = {"target": "olvae.data.shards.pairs.PairSource", "params": {"folder": str(pairs), "size": 16}}
+    node = {"target": "olvae.data.shards.latent_source.PairSource", "params": {"folder": str(pairs), "size": 16}}
     node["params"]["batch_size"] = 1
     assert isinstance(instantiate(node), PairSource)
     s = MixSource([node, node], size=16, batch_size=4)
