@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -14,6 +14,9 @@ from torch.nn.utils import parametrizations
 from tests.browser import browser  # noqa: F401  (a fixture)
 from tests.models.parts.vision import vit  # noqa: F401  (a fixture)
 from tests.pretrained import vgg19, weights_dir  # noqa: F401  (fixtures)
+
+if TYPE_CHECKING:
+    from olvae import LiteVAE
 
 torch.set_num_threads(1)
 
@@ -128,6 +131,14 @@ def tiny_config(root: Path | str | None = None, **model: Any) -> dict[str, Any]:
         "data": data,
         "lightning": {"trainer": {"max_steps": 4, "val_check_interval": 2, "log_every_n_steps": 1}},
     }
+
+
+def tiny(**model: Any) -> "LiteVAE":
+    """The autoencoder of :func:`tiny_config`, with fresh weights, in evaluation mode."""
+    from olvae import LiteVAE
+
+    params = tiny_config(**model)["model"]["params"]
+    return LiteVAE.from_config(**{key: value for key, value in params.items() if key != "lossconfig"}).eval()
 
 
 @pytest.fixture(scope="session")

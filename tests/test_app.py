@@ -5,13 +5,11 @@ import pytest
 import torch
 from PIL import Image
 
-from olvae import LiteVAE
 from olvae.app import MAX_PIXELS, compare, crop_around, enlarged, latent_pictures, load, read_image
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.metrics.metric import psnr, ssim
 from olvae.models.loading.targets import find_target
-from tests.conftest import tiny_config
-from tests.models.test_autoencoder import tiny
+from tests.conftest import tiny, tiny_config
 
 
 @pytest.fixture
@@ -68,8 +66,7 @@ def test_images_that_are_refused(tmp_path):
 def test_models_of_other_channels(tmp_path):
     params = tiny_config()["model"]["params"]
     params["encoder_config"]["params"]["in_channels"] = params["decoder_config"]["params"]["out_channels"] = 1
-    halves = {name: params[name] for name in ("encoder_config", "decoder_config", "embed_dim")}
-    LiteVAE.from_config(**halves).save_pretrained(tmp_path / "grey")
+    tiny(**params).save_pretrained(tmp_path / "grey")
     tiny().save_pretrained(tmp_path / "colour")
     with pytest.raises(ValueError, match="images of 1 and 3 channels"):
         load([find_target(str(tmp_path / name)) for name in ("grey", "colour")], "cpu")

@@ -16,7 +16,7 @@ from PIL import Image
 from skimage import data
 
 from tests.browser import Visit
-from tests.models.test_autoencoder import tiny
+from tests.conftest import tiny
 
 pytestmark = pytest.mark.browser
 

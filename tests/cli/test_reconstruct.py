@@ -8,8 +8,7 @@ import torch
 from PIL import Image
 
 from olvae.config import save
-from tests.conftest import tiny_config
-from tests.models.test_autoencoder import tiny
+from tests.conftest import tiny, tiny_config
 
 
 @pytest.fixture

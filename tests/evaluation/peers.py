@@ -1,31 +1,16 @@
-"""A LiteVAE and an AutoencoderKL whose latents have the same shape, and batches for observers, for tests."""
+"""An AutoencoderKL whose latents have the shape of the tiny LiteVAE's, and batches for observers, for tests."""
 
 import torch
-from diffusers import AutoencoderKL
 
 from olvae.evaluation.observers.observer import Observation
-from olvae.models.autoencoder import LiteVAE
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
-from tests.conftest import tiny_config
-
-
-def litevae(**more) -> LiteVAE:
-    params = tiny_config(**more)["model"]["params"]
-    return LiteVAE.from_config(**{key: value for key, value in params.items() if key != "lossconfig"}).eval()
+from tests.models.autoencoder_kl import autoencoder_kl
 
 
 def kl(latent_channels: int = 4) -> DiffusersAutoencoder:
-    model = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        latent_channels=latent_channels,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        norm_num_groups=4,
-    )
-    return DiffusersAutoencoder(model.eval()).eval()
+    """Of the shape of :func:`tests.conftest.tiny`."""
+    model = autoencoder_kl((8,) * 4, latent_channels=latent_channels, layers_per_block=1, norm_num_groups=4)
+    return DiffusersAutoencoder(model).eval()
 
 
 def seen(target, keys, x=None, y=None, draw=0, latents=None, values=None) -> Observation:

@@ -12,7 +12,7 @@ from olvae.evaluation.protocol import PROTOCOLS, Protocol, Reconstructed, RoundT
 from olvae.evaluation.runner import fingerprint, measure, observe, rows_under
 from olvae.metrics import build_metrics
 from olvae.modules.base import count_macs
-from tests.evaluation.peers import litevae
+from tests.conftest import tiny
 
 KEYS = [f"image{i}" for i in range(7)]
 
@@ -24,7 +24,7 @@ def images():
 
 @pytest.fixture
 def model():
-    return litevae()
+    return tiny()
 
 
 def darker(keys, x):

@@ -13,13 +13,12 @@ from olvae.data.pixels.size_and_range import from_uint8
 from olvae.export.encoding import EncodeJob, EncodeOptions, find_inputs
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic, DiagonalGaussian
-from tests.conftest import tiny_config
+from tests.conftest import tiny
 
 
 def tiny_vae(seed: int = 0) -> LiteVAE:
     torch.manual_seed(seed)
-    params = tiny_config()["model"]["params"]
-    return LiteVAE.from_config(params["encoder_config"], params["decoder_config"], 4, initial_logvar=-3.0).eval()
+    return tiny(initial_logvar=-3.0)
 
 
 class Shrunk(Autoencoder):

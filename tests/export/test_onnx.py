@@ -15,7 +15,7 @@ from tests.conftest import tiny_config
 SIZES = ((1, 40, 24), (2, 4, 72), (5, 16, 16))
 
 
-def tiny(encoder: dict | None = None, decoder: dict | None = None, use_quant: bool = False) -> LiteVAE:
+def small(encoder: dict | None = None, decoder: dict | None = None, use_quant: bool = False) -> LiteVAE:
     params = tiny_config()["model"]["params"]
     params["encoder_config"]["params"] |= {"dct_levels": 2} | (encoder or {})  # f4: a graph that is made in seconds
     params["decoder_config"]["params"] |= {"channel_mult": [1, 1, 1]} | (decoder or {})
@@ -41,7 +41,7 @@ def check_files(model: LiteVAE, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_files_are_right_at_sizes_not_seen(tmp_path):
-    model = tiny(use_quant=True)
+    model = small(use_quant=True)
     differences = export(model, tmp_path / "vae", settings=ExportSettings(onnx=True))
     assert max(differences.values()) < 1e-4
     check_files(model, tmp_path / "vae")
@@ -59,7 +59,7 @@ def test_files_are_right_at_sizes_not_seen(tmp_path):
     ],
 )
 def test_other_networks(encoder, decoder, tmp_path):
-    model = tiny(encoder, decoder)
+    model = small(encoder, decoder)
     export_onnx(model, tmp_path)
     check_files(model, tmp_path)
 
@@ -73,7 +73,7 @@ def test_a_file_that_differs_is_refused(tmp_path, monkeypatch):
             with torch.no_grad():
                 return [model.moments(torch.from_numpy(inputs["image"])).numpy() * 1.001]
 
-    model = tiny()
+    model = small()
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
     monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: Program())
 

@@ -11,7 +11,7 @@ from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.export import reconstruction as module
 from olvae.export.reconstruction import ReconstructOptions, plan_outputs, reconstruct, reconstruct_file
 from olvae.models.large.tiling import pad_to_multiple
-from tests.models.test_autoencoder import tiny
+from tests.conftest import tiny
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -21,7 +21,7 @@ CPU = ReconstructOptions(torch.device("cpu"), memory=2**30)
 @pytest.mark.parametrize("size", [(1, 1), (7, 3), (24, 16), (13, 50)])
 @pytest.mark.parametrize("options", [CPU, ReconstructOptions(torch.device("cpu"), 2**20)])
 def test_the_reconstruction_is_the_models(size, options):
-    vae = tiny().eval()
+    vae = tiny()
     image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
     with torch.no_grad():
         expected, _ = vae(pad_to_multiple(from_uint8(image[None]), 8))
@@ -93,12 +93,12 @@ def test_nothing_half_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", fail)
     with pytest.raises(OSError, match="No space left"):
-        reconstruct_file(tiny().eval(), source, out / "x", CPU)
+        reconstruct_file(tiny(), source, out / "x", CPU)
     assert list(out.iterdir()) == []
 
 
 def test_values_that_are_not_finite(tmp_path):
-    vae = tiny().eval()
+    vae = tiny()
     torch.nn.init.constant_(vae.decoder.conv_in.bias, torch.nan)
     with pytest.raises(ValueError, match="non-finite"):
         reconstruct(vae, torch.zeros(3, 8, 8, dtype=torch.uint8), CPU)

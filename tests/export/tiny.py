@@ -5,13 +5,12 @@ from diffusers import AutoencoderKL
 
 from olvae import LiteVAE
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
-from tests.conftest import tiny_config
+from tests.conftest import tiny
 
 
 def tiny_litevae() -> LiteVAE:
     """Fresh weights, but for the self-modulation, so that folding is not the identity."""
-    params = tiny_config()["model"]["params"]
-    model = LiteVAE.from_config(**{key: value for key, value in params.items() if key != "lossconfig"}).eval()
+    model = tiny()
     for name, p in model.named_parameters():
         if name.endswith(("scales", "gain")):
             torch.nn.init.uniform_(p, 0.5, 2.0)

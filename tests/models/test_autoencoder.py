@@ -1,5 +1,4 @@
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,15 +9,7 @@ from olvae.models.autoencoder import Quantizer
 from olvae.modules.base import last_convolution
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
-from tests.conftest import TINY_ENCODER, tiny_config
-
-ROOT = Path(__file__).parent.parent.parent
-KEYS = ("encoder_config", "decoder_config", "embed_dim", "use_quant")
-
-
-def tiny(**changes) -> LiteVAE:
-    params = tiny_config(**changes)["model"]["params"]
-    return LiteVAE.from_config(**{key: params[key] for key in KEYS if key in params})
+from tests.conftest import TINY_ENCODER, tiny, tiny_config
 
 
 def test_forward_takes_the_mode_or_a_sample():
@@ -94,7 +85,7 @@ def test_the_initial_log_variance():
 
 
 def test_the_posterior_is_float32_under_autocast():
-    vae, x = tiny(), torch.rand(2, 3, 24, 16)
+    vae, x = tiny().train(), torch.rand(2, 3, 24, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         reconstruction, posterior = vae(x)
     assert (reconstruction.shape, posterior.mean.shape) == (x.shape, (2, 4, 3, 2))

@@ -22,9 +22,9 @@ from olvae.models.weight_files import LOADER_NAME
 from olvae.modules.base import Encoder
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
-from tests.conftest import tiny_config
+from tests.conftest import tiny
 from tests.models.loading.names import hub_folder
-from tests.reference import assert_parity, fill, parity_case, published_names, recipe_input
+from tests.reference import fill, parity_case, published_names
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +44,13 @@ def training_config(model: LiteVAE) -> dict:
     return {"model": {"base_learning_rate": 1e-4, **node, "params": params}}
 
 
-def tiny(**changes) -> LiteVAE:
-    return LiteVAE.from_config(
-        **{k: v for k, v in tiny_config(**changes)["model"]["params"].items() if k != "lossconfig"}
-    )
-
-
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     ours, theirs = a.state_dict(), b.state_dict()
     return ours.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in ours.items())
 
 
 @pytest.mark.parametrize("form", ["lightning", "safetensors", "averaged", "model_ema", "run", "export"])
-def test_parity_through_every_format(reference, form, tmp_path):
+def test_the_same_weights_through_every_format(reference, form, tmp_path):
     state = reference.state_dict()
     noise = {name: torch.randn_like(t) for name, t in state.items()}
     beside = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(3, 3)}
@@ -85,11 +79,6 @@ def test_parity_through_every_format(reference, form, tmp_path):
     model = LiteVAE.from_pretrained(path)
     assert not model.training
     assert same_weights(model, reference)
-    if form == "lightning":
-        for name, run in (("encoder_S", model.encoder), ("decoder", model.decode)):
-            case = parity_case(name)
-            with torch.no_grad():
-                assert_parity(run(recipe_input(case["input"])), case["output"])
     if form in ("averaged", "model_ema"):
         raw = LiteVAE.from_pretrained(path, raw=True)
         assert all(torch.equal(t, noise[name]) for name, t in raw.state_dict().items())
@@ -105,7 +94,7 @@ def test_the_published_model_is_known_by_its_id_of_the_hub(tmp_path, monkeypatch
 
 @pytest.mark.parametrize(("dtype", "folded"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
 def test_saving_and_loading(dtype, folded, tmp_path):
-    model = tiny(use_quant=True).to(dtype).eval()
+    model = tiny(use_quant=True).to(dtype)
     model = model.fold() if folded else model
     model.scaling_factor, model.shift_factor = 0.7, -0.25
     model.save_pretrained(tmp_path)

@@ -24,12 +24,11 @@ import torch
 
 from olvae.config import save
 from olvae.export.formats import LAYOUTS
-from tests.conftest import tiny_config
+from tests.conftest import tiny, tiny_config
 from tests.data.images import picture, write_shards
 from tests.models.autoencoder_kl import autoencoder_kl
 from tests.models.loading.test_targets import taesd
 from tests.models.steps import PATCHGAN, against
-from tests.models.test_autoencoder import tiny
 from tests.soak.killed import PERCENTS, Write
 from tests.training.origins import same, without_networks
 

@@ -10,7 +10,8 @@ from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.protocol import Cost
 from olvae.evaluation.results import Row
-from tests.evaluation.peers import kl, litevae, seen
+from tests.conftest import tiny
+from tests.evaluation.peers import kl, seen
 
 COST = Cost(1, 2, 3, None, None, None, 4, "a GPU")
 KEYS = [f"image{i}" for i in range(7)]
@@ -67,7 +68,7 @@ def test_a_constant_channel_of_the_teacher_has_no_error():
 
 
 def test_the_encoder_of_one_and_the_decoder_of_the_other():
-    a, b = litevae(use_quant=True), kl()
+    a, b = tiny(use_quant=True), kl()
     observer = Cross()
     subjects = observer.derive({"a": Subject(a), "b": Subject(b)})
     assert list(subjects) == ["a", "b", "a's encoder, b's decoder", "b's encoder, a's decoder"]
@@ -82,4 +83,4 @@ def test_the_encoder_of_one_and_the_decoder_of_the_other():
 
 def test_latents_of_other_shapes():
     with pytest.raises(ConfigError, match=r"^a has 4 channels at f8, b 5 at f8: crossed evaluation needs the same"):
-        Cross().derive({"a": Subject(litevae()), "b": Subject(kl(5))})
+        Cross().derive({"a": Subject(tiny()), "b": Subject(kl(5))})

@@ -14,7 +14,8 @@ from olvae.evaluation.protocol import Cost, RoundTrip
 from olvae.evaluation.results import Row
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic
-from tests.evaluation.peers import kl, litevae
+from tests.conftest import tiny
+from tests.evaluation.peers import kl
 
 KEYS = ["white", "black"]
 
@@ -146,7 +147,7 @@ def test_two_processes_are_one(images):
     assert merged.result("mine, fp16", 0) == whole.observer.result("mine, fp16", 0)
 
 
-@pytest.mark.parametrize("make", [litevae, kl])
+@pytest.mark.parametrize("make", [tiny, kl])
 def test_autocast_leaves_weights_as_they_are(make):
     model, x = make(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     reconstruct = Trip(model, "bf16-autocast")
@@ -161,7 +162,7 @@ def test_autocast_leaves_weights_as_they_are(make):
     assert reconstruct.judged(20.0, 20.0)["safe"]
 
 
-@pytest.mark.parametrize("make", [litevae, kl])
+@pytest.mark.parametrize("make", [tiny, kl])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_networks_run_as_they_do_in_a_pipeline(make, precision):
     model, x = make(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
@@ -184,7 +185,7 @@ def test_networks_run_as_they_do_in_a_pipeline(make, precision):
 
 
 def test_recording_changes_no_pixel_and_gives_no_speed():
-    model, x = litevae(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    model, x = tiny(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     recorded, plain = Trip(model, "32"), RoundTrip(model)
     assert torch.equal(recorded(KEYS, x), plain(KEYS, x).images)
     cost = Cost(1, 2, 3, 4.0, 5.0, 6, 7, "CPU")

@@ -14,7 +14,8 @@ from olvae.evaluation.observers.ifid import InterpolatedFID, nearest_neighbours,
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.results import Row
 from olvae.metrics.features import Inception
-from tests.evaluation.peers import litevae, seen
+from tests.conftest import tiny
+from tests.evaluation.peers import seen
 from tests.metrics.conftest import nowhere, pairs  # noqa: F401  (a fixture)
 from tests.metrics.test_features import extract
 
@@ -46,20 +47,10 @@ def test_equal_latents_are_each_others_neighbours():
     assert (nearest[[0, 2]].tolist(), distances[[0, 2]].tolist()) == ([2, 0], [0.0, 0.0])
 
 
-class Colours:
-    """Stands in for Inception: the mean colours of the quarters."""
-
-    def __init__(self, path, device) -> None:
-        self.path = path
-
-    def __call__(self, images):
-        return extract(images)
-
-
 @pytest.fixture
 def setting(weights_dir, monkeypatch):
     monkeypatch.setattr(ifid, "provenance", lambda path, file: {"file": path.name, "published": False})
-    model, (keys, x, _) = litevae(), pairs(30, 16)
+    model, (keys, x, _) = tiny(), pairs(30, 16)
     with torch.no_grad():
         latents = model.encode(x.float() / 127.5 - 1.0).mean
     return model, keys, x, latents
@@ -87,7 +78,7 @@ def directly(model, x, latents, features) -> float:
 
 
 def test_the_formula(setting, weights_dir, monkeypatch):
-    monkeypatch.setattr(ifid, "Inception", Colours)
+    monkeypatch.setattr(ifid, "Inception", lambda path, device: extract)
     model, keys, x, latents = setting
     expected, distance = directly(model, x, latents, extract)
     observer = observed(weights_dir, model, keys, x, latents)
@@ -134,7 +125,7 @@ def test_with_inception(setting, weights_dir, monkeypatch):
 
 
 def test_what_it_refuses(setting, weights_dir, monkeypatch, nowhere):  # noqa: F811
-    monkeypatch.setattr(ifid, "Inception", Colours)
+    monkeypatch.setattr(ifid, "Inception", lambda path, device: extract)
     model, keys, x, latents = setting
     with pytest.raises(MissingWeights, match="`weights_dir`"):
         InterpolatedFID().derive({"a": Subject(model)})

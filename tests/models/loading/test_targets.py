@@ -1,5 +1,6 @@
 import sys
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -11,20 +12,12 @@ from olvae import LiteVAE, checkpoint
 from olvae.config import ConfigError, save
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target, name_apart
-from tests.conftest import tiny_config
+from tests.conftest import tiny, tiny_config
+from tests.models.autoencoder_kl import autoencoder_kl
 from tests.models.loading.classes import make
 from tests.models.loading.names import hub_folder, latent_diffusion_names
 
-
-def kl(**changes) -> diffusers.AutoencoderKL:
-    torch.manual_seed(1)
-    arguments = {
-        "down_block_types": ("DownEncoderBlock2D",) * 3,
-        "up_block_types": ("UpDecoderBlock2D",) * 3,
-        "block_out_channels": (32, 32, 64),
-        "layers_per_block": 2,
-    }
-    return diffusers.AutoencoderKL(**{**arguments, **changes}).eval()
+kl = partial(autoencoder_kl, (32, 32, 64))
 
 
 def taesd() -> diffusers.AutoencoderTiny:
@@ -67,8 +60,7 @@ def test_a_run_its_checkpoint_and_its_export_are_the_same_model(make_run, image)
     untrained = target.untrained()
     assert not untrained.training
     torch.manual_seed(3)  # the run's
-    params = {k: v for k, v in tiny_config()["model"]["params"].items() if k != "lossconfig"}
-    expected = LiteVAE.from_config(**params).state_dict()
+    expected = tiny().state_dict()
     assert all(torch.equal(t, expected[name]) for name, t in untrained.state_dict().items())
 
 
@@ -144,28 +136,6 @@ def test_a_config_that_came_along_builds_no_data(make_run, tmp_path, image):
         find_target(received / "model.ckpt", config=tmp_path / "mistaken.yaml")
 
 
-def test_kl(tmp_path, image):
-    model = kl()
-    model.save_pretrained(tmp_path / "vae")
-    found = find_target(f"diffusers:{tmp_path / 'vae'}").load()
-    assert (found.downscale, found.latent_channels, found.in_channels) == (4, 4, 3)
-    with torch.no_grad():
-        theirs = model.encode(image).latent_dist
-        posterior = found.encode(image)
-        assert not posterior.deterministic
-        assert torch.equal(posterior.mode(), theirs.mode())
-        assert torch.equal(posterior.logvar, theirs.logvar)
-        generators = [torch.Generator().manual_seed(5) for _ in range(2)]
-        z = posterior.sample(generators[0])
-        assert torch.equal(z, theirs.sample(generators[1]))
-        torch.testing.assert_close(posterior.kl(), theirs.kl())
-        assert torch.equal(found.decode(z), model.decode(z).sample)
-        assert torch.equal(found(image)[0], model(image).sample)
-    with pytest.raises(ValueError, match=r"30x40 is not a multiple of 4"):
-        found.encode(image[:, :, :30])
-    assert not torch.equal(find_target(f"diffusers:{tmp_path / 'vae'}").untrained()(image)[0], found(image)[0])
-
-
 def test_pipelines_and_subfolders(make_run, tmp_path, image):
     model = kl()
     model.save_pretrained(tmp_path / "vae")
@@ -173,6 +143,7 @@ def test_pipelines_and_subfolders(make_run, tmp_path, image):
     assert find_target(f"diffusers:{tmp_path}::taesd").load().encode(image).deterministic
     for place in (f"diffusers:{tmp_path}", tmp_path, tmp_path / "vae"):  # without diffusers: before it, too
         assert torch.equal(find_target(place).load()(image)[0], model(image).sample)
+        assert not torch.equal(find_target(place).untrained()(image)[0], model(image).sample)
     with pytest.raises(FileNotFoundError, match=r"config.json not found in it: name the subfolder"):
         find_target(f"diffusers:{tmp_path}::missing")
     with pytest.raises(ValueError, match=r"weights of a diffusers autoencoder"):

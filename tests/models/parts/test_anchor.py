@@ -8,14 +8,8 @@ from olvae.models.autoencoder import LiteVAE
 from olvae.models.parts.anchor import Anchor
 from olvae.models.parts.part import Step
 from olvae.modules.distributions import DiagonalGaussian
-from tests.conftest import parts, tiny_config
-from tests.models import steps
-from tests.models.steps import Each, against, assert_same, fit, metrics, moved, snapshot
-
-
-def build(use_quant: bool = False) -> LiteVAE:
-    params = tiny_config()["model"]["params"]
-    return LiteVAE.from_config(params["encoder_config"], params["decoder_config"], embed_dim=4, use_quant=use_quant)
+from tests.conftest import parts, tiny
+from tests.models.steps import Each, against, assert_same, build, fit, metrics, moved, snapshot
 
 
 def anchor_of(vae: LiteVAE) -> Anchor:
@@ -39,7 +33,7 @@ def drift(vae: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("use_quant", [False, True])
 def test_the_distance_is_zero_at_first_and_then_that_of_the_means(use_quant):
-    vae = build(use_quant=use_quant)
+    vae = tiny(use_quant=use_quant).train()
     anchor, x = anchor_of(vae), torch.rand(3, 3, 16, 16)
     old = vae.encode(x).mean.detach()
     assert distance(anchor, x, vae.encode(x)).item() == 0.0
@@ -51,7 +45,7 @@ def test_the_distance_is_zero_at_first_and_then_that_of_the_means(use_quant):
 
 
 def test_gradients_reach_the_encoder_and_not_the_copy():
-    vae = build(use_quant=True)
+    vae = tiny(use_quant=True).train()
     anchor, x = anchor_of(vae), torch.rand(2, 3, 16, 16)
     drift(vae)
     distance(anchor, x, vae.encode(x)).backward()
@@ -63,7 +57,7 @@ def test_gradients_reach_the_encoder_and_not_the_copy():
 
 
 def test_bf16_means_are_compared_in_float32():
-    vae = build()
+    vae = tiny().train()
     anchor, x = anchor_of(vae), torch.rand(1, 3, 16, 16)
     drift(vae)
     with torch.autocast("cpu", torch.bfloat16):
@@ -74,7 +68,7 @@ def test_bf16_means_are_compared_in_float32():
 
 def test_the_anchor_is_where_training_started(image_folder):
     """From whatever weights were loaded after the model was built."""
-    model = steps.build(against(), parts=parts(anchor={"weight": 1e-6}), use_quant=True, learning_rate=1e-3)
+    model = build(against(), parts=parts(anchor={"weight": 1e-6}), use_quant=True, learning_rate=1e-3)
     anchors = []
     drift(model.encoder)
     start = snapshot(model.encoder)
@@ -92,8 +86,8 @@ def test_the_anchor_is_where_training_started(image_folder):
 
 
 def test_the_anchor_is_in_the_loss(image_folder):
-    values = metrics(fit(steps.build(parts=parts(anchor={"weight": 7.0}), learning_rate=1e-3), image_folder, 3))
-    weights = steps.build().objective.weights
+    values = metrics(fit(build(parts=parts(anchor={"weight": 7.0}), learning_rate=1e-3), image_folder, 3))
+    weights = build().objective.weights
     expected = sum(weight * values[f"train/{name}"] for name, weight in weights.items()) + 7 * values["train/anchor"]
     assert values["train/anchor"] > 0
     assert values["train/loss"] == pytest.approx(expected, rel=1e-5)
