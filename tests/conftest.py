@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 from tests.browser import browser  # noqa: F401  (a fixture)
 from tests.models.parts.vision import vit  # noqa: F401  (a fixture)
-from tests.pretrained import vgg19, weights_dir  # noqa: F401  (fixtures)
+from tests.pretrained import nowhere, vgg19, weights_dir  # noqa: F401  (fixtures)
 
 if TYPE_CHECKING:
     from olvae import LiteVAE

@@ -52,3 +52,17 @@ def vgg19(weights_dir) -> Path:
     torch.manual_seed(0)
     torch.save(_classifier_of_torchvision(torchvision.models.vgg19), path)
     return path
+
+
+@pytest.fixture
+def nowhere(tmp_path, monkeypatch) -> Path:
+    """No weights in the environment, an empty hub cache, and no network; gives the cache's folder."""
+
+    def no_network(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.delenv("OLVAE_WEIGHTS", raising=False)
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    monkeypatch.setattr("torch.hub.urlopen", no_network)
+    return tmp_path / "hub" / "checkpoints"

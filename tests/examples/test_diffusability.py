@@ -3,24 +3,19 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from olvae.cli.main import main as olvae
 from tests.examples.loading import load_example
 from tests.export.latents import tiny_vae
-
-
-def coarse(images):
-    """Features that cost nothing: the means of the image's quarters. uint8 (B, 3, H, W) -> (B, 12)."""
-    return F.adaptive_avg_pool2d(images.float(), 2).flatten(1).numpy()
+from tests.metrics.test_features import extract
 
 
 @pytest.fixture
 def example(monkeypatch):
     module = load_example("diffusability")
-    monkeypatch.setattr(module, "Lite0", lambda: coarse)
-    monkeypatch.setattr(module, "Inception", lambda path: coarse)
+    monkeypatch.setattr(module, "Lite0", lambda: extract)
+    monkeypatch.setattr(module, "Inception", lambda path: extract)
     return module
 
 

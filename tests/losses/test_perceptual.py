@@ -1,7 +1,5 @@
 import copy
 import sys
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -37,20 +35,6 @@ def esrgan(vgg19) -> ESRGAN:
 def lite0() -> Lite0:
     """Not to be changed."""
     return Lite0()
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
-    """An empty hub cache, and no network."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.delenv("OLVAE_WEIGHTS", raising=False)
-
-    def no_network(*args, **kwargs):
-        raise urllib.error.URLError("no network")
-
-    monkeypatch.setattr(urllib.request, "urlopen", no_network)
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    return tmp_path / "hub" / "checkpoints"
 
 
 def test_esrgan_equals_torchvisions_vgg19(vgg19):
@@ -139,16 +123,16 @@ def test_float32_under_autocast(name, request):
 
 
 @pytest.mark.parametrize(("loss", "file"), [(LPIPS, VGG16), (ESRGAN, VGG19)])
-def test_says_what_is_missing(loss, file, hub):
+def test_says_what_is_missing(loss, file, nowhere):
     with pytest.raises(FileNotFoundError) as error:
         loss()
     text = str(error.value)
     assert "\n" not in text
-    for part in (file.name, "https://download.pytorch.org/models/", str(hub), "lpips_weights", "lpips_weight=0"):
+    for part in (file.name, "https://download.pytorch.org/models/", str(nowhere), "lpips_weights", "lpips_weight=0"):
         assert part in text
 
 
-def test_a_named_file_that_is_not_there(hub):
+def test_a_named_file_that_is_not_there(nowhere):
     with pytest.raises(FileNotFoundError, match=r"elsewhere\.pth"):
         LPIPS("/nowhere/elsewhere.pth")
     with pytest.raises(FileNotFoundError, match=r"the ESRGAN loss needs elsewhere\.pth.* get .*vgg19-dcbb9e9d"):

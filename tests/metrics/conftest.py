@@ -1,25 +1,8 @@
-"""A machine without pretrained weights, and pairs of images."""
-
-from pathlib import Path
+"""Pairs of images."""
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
-
-
-@pytest.fixture
-def nowhere(tmp_path, monkeypatch) -> Path:
-    """No weights in the environment, an empty hub cache, and no network; gives the cache's folder."""
-
-    def no_network(*args, **kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.delenv("OLVAE_WEIGHTS", raising=False)
-    monkeypatch.setattr("urllib.request.urlopen", no_network)
-    monkeypatch.setattr("torch.hub.urlopen", no_network)
-    return tmp_path / "hub" / "checkpoints"
 
 
 def pairs(n: int, size: int, seed: int = 0) -> tuple[list[str], torch.Tensor, torch.Tensor]:

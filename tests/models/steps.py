@@ -1,11 +1,13 @@
 """Small trainings through Lightning, and what they did to weights and optimizers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from olvae.data.picture_folder import FolderSource
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -19,6 +21,14 @@ def against(discriminator: dict = PATCHGAN, **params) -> dict:
     """An adversary_config."""
     node = {"discriminator_config": discriminator, **params}
     return {"target": "olvae.models.adversary.Adversary", "params": node}
+
+
+def objective(**params) -> dict:
+    """A lossconfig, without LPIPS, whose network is a download."""
+    return {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0, **params}}
+
+
+WITHOUT_KL = objective(kl_weight=0)
 
 
 def build(adversary: dict | None = None, **model) -> LiteAutoencoderKL:
@@ -42,6 +52,23 @@ def fit(
 ) -> LiteAutoencoderKL:
     trainer(steps, limit_val_batches=0, **settings).fit(model, source(root, batch_size, size).train_loader())
     return model
+
+
+def kept(forward: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes of the storages that autograd keeps of a forward pass, without the model's own."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    seen: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = (storage.nbytes(), t)
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        out = forward()
+    assert out is not None
+    return sum(size for size, _ in seen.values())
 
 
 def snapshot(module: nn.Module) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from olvae.bench.cases import time_steps
@@ -14,9 +13,7 @@ from olvae.models.large.tiling import GIB, LiveBytes
 from olvae.models.parts.part import Step
 from olvae.modules.base import count_parameters
 from tests.conftest import tiny_config
-from tests.models.steps import against, build
-
-OBJECTIVE = "olvae.losses.objective.Objective"
+from tests.models.steps import WITHOUT_KL, against, build, kept, objective
 
 
 def test_a_backward_pass_by_hand():
@@ -37,22 +34,14 @@ def test_a_backward_pass_by_hand():
 def really_kept(images: int) -> int:
     """Bytes of the storages that autograd keeps of a real step's forward pass in float32."""
     model = build()
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    seen = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen[storage.data_ptr()] = (storage.nbytes(), t)
-        return t
-
     batch = torch.randint(0, 256, (images, 3, 16, 16), dtype=torch.uint8)
-    with saved_tensors_hooks(pack, lambda t: t):
+
+    def forward() -> torch.Tensor:
         step = Step(model.images({"image": batch}), None, None, warming_up=False, adversary_plays=False)
         model.forward_pass(step)
-        total = model.autoencoder_loss(step)
-    assert total.requires_grad
-    return sum(size for size, _ in seen.values())
+        return model.autoencoder_loss(step)
+
+    return kept(forward, model)
 
 
 def test_what_is_held_and_kept():
@@ -66,8 +55,7 @@ def test_what_is_held_and_kept():
     kept = (really_kept(12) - really_kept(4)) / 8
     assert kept < plain.per_image < 1.25 * kept  # by gradients of activations
     assert 0.3 * plain.per_image < checkpointed.per_image < 0.7 * plain.per_image
-    objective = {"target": OBJECTIVE, "params": {"lpips_weight": 0, "kl_weight": 0}}
-    frozen = footprint(build(freeze_encoder=True, lossconfig=objective), 16, "32")
+    frozen = footprint(build(freeze_encoder=True, lossconfig=WITHOUT_KL), 16, "32")
     assert plain.fixed - frozen.fixed >= 2 * 4 * count_parameters(model.encoder)  # neither gradients nor moments
     against_one = build(against(), use_ema=True)
     held = 4 * count_parameters(model.autoencoder) + 3 * 4 * count_parameters(against_one.adversary.discriminator)
@@ -84,14 +72,15 @@ def test_operations_of_a_real_step_of_both_players():
 @pytest.mark.parametrize(
     ("params", "weights"),
     [
-        ({}, 14_714_688 + 64 + 128 + 256 + 512 + 512),  # VGG16's convolutions; a weight for each channel of five layers
-        ({"perceptual": "esrgan"}, 20_024_384),  # VGG19's convolutions
+        # VGG16's convolutions; a weight for each channel of five layers
+        ({"lpips_weight": 1}, 14_714_688 + 64 + 128 + 256 + 512 + 512),
+        ({"lpips_weight": 1, "perceptual": "esrgan"}, 20_024_384),  # VGG19's convolutions
     ],
     ids=["lpips", "esrgan"],
 )
 def test_perceptual_networks_are_counted_without_their_files(monkeypatch, params, weights):
     monkeypatch.setattr(perceptual, "find_weights", lambda *args, **kwargs: pytest.fail("no file is needed"))
-    model = without_weights(tiny_config(lossconfig={"target": OBJECTIVE, "params": params})["model"])
+    model = without_weights(tiny_config(lossconfig=objective(**params))["model"])
     assert next(model.parameters()).device.type == "meta"
     found, without = (footprint(m, 32, "bf16") for m in (model, build()))
     assert 0.99 * 4 * weights < found.fixed - without.fixed < 5 * weights

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from olvae.config import ConfigError, instantiate, load
+from olvae.config import instantiate, load
 from olvae.models.optimization import mix_seeds
 from olvae.modules.base import last_convolution
 from tests.models.steps import build, fit, source
@@ -89,15 +89,3 @@ def test_every_parameter_of_every_config_learns(name):
         assert p.grad is not None, name
         assert torch.isfinite(p.grad).all(), name
         assert p.grad.abs().max() > 0, name
-
-
-def test_bf16(image_folder):
-    model = fit(build(), image_folder, 3, precision="bf16-mixed")
-    assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in model.parameters())
-    assert float(model.trainer.callback_metrics["train/loss"]) < 2
-
-
-def test_a_config_for_inference_says_so():
-    model = build(lossconfig={"target": "torch.nn.Identity"})
-    with pytest.raises(ConfigError, match="Identity, for inference only"):
-        _ = model.objective

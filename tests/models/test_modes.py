@@ -6,10 +6,18 @@ import torch
 from olvae import LiteVAE
 from olvae.config import ConfigError
 from tests.conftest import parts
-from tests.models.steps import Each, against, assert_same, build, fit, metrics, moved, snapshot
-
-WITHOUT_KL = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0, "kl_weight": 0}}
-WITH_KL = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0}}
+from tests.models.steps import (
+    WITHOUT_KL,
+    Each,
+    against,
+    assert_same,
+    build,
+    fit,
+    metrics,
+    moved,
+    objective,
+    snapshot,
+)
 
 
 @pytest.mark.parametrize("adversary", [None, against(weight=0.5)], ids=["a", "b"])
@@ -56,7 +64,7 @@ def test_a_fixed_encoder_says_what_it_needs():
     with pytest.raises(ConfigError, match=r"initial_logvar: WaveletEncoder learns no log-variances: leave it out"):
         build(freeze_encoder=True, initial_logvar=-4.0, **FIXED)
     narrow = {**FIXED["encoder_config"], "params": {"image_size": 16, "latent_dim": 12}}
-    mixed = build(use_quant=True, **{**FIXED, "encoder_config": narrow, "lossconfig": WITH_KL})
+    mixed = build(use_quant=True, **{**FIXED, "encoder_config": narrow, "lossconfig": objective()})
     assert {name for name, _ in mixed.named_parameters() if not name.startswith(("decoder.", "quantizer."))} == set()
 
 

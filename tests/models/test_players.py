@@ -9,7 +9,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from olvae.models.optimization import PlayersStrategy
 from olvae.modules.base import count_parameters
-from tests.models.steps import against, assert_same, build, snapshot, trainer
+from tests.models.steps import WITHOUT_KL, against, assert_same, build, snapshot, trainer
 
 
 @pytest.fixture(autouse=True)
@@ -72,11 +72,8 @@ def test_further_updates_and_a_warm_up_send_the_discriminators_alone():
 
 def test_a_frozen_half_is_not_sent():
     strategy = Counting()
-    module = train(strategy, lossconfig=NO_KL, freeze_encoder=True, batches=1)
+    module = train(strategy, lossconfig=WITHOUT_KL, freeze_encoder=True, batches=1)
     assert totals(strategy) == {"autoencoder": 4 * count_parameters(module.decoder)}
-
-
-NO_KL = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0, "kl_weight": 0}}
 
 
 def test_a_hook_halves_the_bytes_of_both_players():

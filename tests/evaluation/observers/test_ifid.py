@@ -16,7 +16,7 @@ from olvae.evaluation.results import Row
 from olvae.metrics.features import Inception
 from tests.conftest import tiny
 from tests.evaluation.peers import seen
-from tests.metrics.conftest import nowhere, pairs  # noqa: F401  (a fixture)
+from tests.metrics.conftest import pairs
 from tests.metrics.test_features import extract
 
 
@@ -124,7 +124,7 @@ def test_with_inception(setting, weights_dir, monkeypatch):
     assert "3 images for 2048 features" in observer.result("a", 0)["warning"]
 
 
-def test_what_it_refuses(setting, weights_dir, monkeypatch, nowhere):  # noqa: F811
+def test_what_it_refuses(setting, weights_dir, monkeypatch, nowhere):
     monkeypatch.setattr(ifid, "Inception", lambda path, device: extract)
     model, keys, x, latents = setting
     with pytest.raises(MissingWeights, match="`weights_dir`"):

@@ -12,6 +12,7 @@ from olvae import LiteVAE, checkpoint
 from olvae.config import ConfigError, save
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target, name_apart
+from olvae.models.spec import check_target
 from tests.conftest import tiny, tiny_config
 from tests.models.autoencoder_kl import autoencoder_kl
 from tests.models.loading.classes import make
@@ -311,6 +312,7 @@ def toy(tmp_path, monkeypatch) -> str:
 def test_a_loader_from_outside(toy, image):
     target = find_target(f"{toy}:4")
     assert target.name == target.given == f"{toy}:4"
+    check_target(f"{toy}:4")  # before torch is imported, a command asks whether there is such a target
     assert target.load().encode(image).mean.shape == (1, 3, 8, 10)
     assert target.load().image_size == 256
     with pytest.raises(ConfigError, match=r"MeanLoader:4: can't be built without its weights"):

@@ -8,10 +8,7 @@ from torch import Tensor, nn
 
 from olvae.models.parts.activation_bound import ActivationBound
 from tests.conftest import parts
-from tests.models.steps import Each, build, fit, metrics
-
-PIXELS = {"lpips_weight": 0, "kl_weight": 0, "wavelet_weight": 0}
-WITHOUT_KL = {"target": "olvae.losses.objective.Objective", "params": PIXELS}
+from tests.models.steps import Each, build, fit, metrics, objective
 
 
 class Pair(nn.Module):
@@ -108,7 +105,8 @@ def test_a_bound_is_above_zero(bound):
 
 @pytest.mark.parametrize("frozen", ["encoder", "decoder"])
 def test_the_bound_is_on_what_is_trained_and_lowers_it(image_folder, frozen):
-    settings = {f"freeze_{frozen}": True, "lossconfig": WITHOUT_KL, "learning_rate": 3e-2}
+    pixels = objective(kl_weight=0, wavelet_weight=0)
+    settings = {f"freeze_{frozen}": True, "lossconfig": pixels, "learning_rate": 3e-2}
     model, penalties = build(parts=parts(activation_bound={"bound": 0.1}), **settings), []
     half = model.decoder if frozen == "encoder" else model.encoder
     assert model.trained_networks == [half]

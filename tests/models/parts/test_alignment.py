@@ -18,7 +18,7 @@ from olvae.models.parts.alignment import Alignment
 from olvae.modules.frozen import VisionEncoder, published_weights
 from tests.conftest import parts, tiny_config
 from tests.models.parts.vision import node
-from tests.models.steps import build, fit, metrics, moved, snapshot, source
+from tests.models.steps import WITHOUT_KL, build, fit, metrics, moved, objective, snapshot, source
 
 timm = pytest.importorskip("timm")
 
@@ -148,25 +148,18 @@ def test_memory_is_counted_without_its_file(vit):
     assert found.fixed > 4 * sum(p.numel() for p in timm.create_model("test_vit").parameters())
 
 
-# Mistakes
+KL_ALONE = objective(rec_weight=0, wavelet_weight=0, gaussian_weight=0)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"freeze_encoder": True, "lossconfig": "no kl"}, "the latents can't change"),
+        ({"freeze_encoder": True, "lossconfig": WITHOUT_KL}, "the latents can't change"),
         ({"parts": parts(anchor={})}, r"the latents can't change \(parts.anchor\)"),
-        ({"lossconfig": "kl alone"}, "adaptive_weight: no loss compares images: set it to false"),
+        ({"lossconfig": KL_ALONE}, "adaptive_weight: no loss compares images: set it to false"),
     ],
 )
 def test_contradictions(vit, settings, message):
-    objectives = {
-        "no kl": {"lpips_weight": 0, "kl_weight": 0},
-        "kl alone": {"lpips_weight": 0, "rec_weight": 0, "wavelet_weight": 0, "gaussian_weight": 0},
-    }
-    if "lossconfig" in settings:
-        params = objectives[settings["lossconfig"]]
-        settings = {**settings, "lossconfig": {"target": "olvae.losses.objective.Objective", "params": params}}
     with pytest.raises(ConfigError, match=message):
         aligned(vit, **settings)
 

@@ -5,7 +5,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from olvae.modules.base import count_macs, count_parameters
 from olvae.modules.litevae.decoder_model import SMC, LiteVAE_Decoder, fold_smc
 from olvae.modules.wavelet import dwt2
-from tests.reference import assert_parity, fill, parity_case, published_names, recipe_input
+from tests.reference import assert_parity, fill, parity_case, recipe_input
 
 
 def test_counts():
@@ -23,13 +23,6 @@ def test_parity():
     with torch.no_grad():
         output = fill(LiteVAE_Decoder(**case["config"]))(recipe_input(case["input"]))
     assert_parity(output, case["output"])
-
-
-def test_names_are_the_published_ones():
-    with torch.device("meta"):
-        decoder = LiteVAE_Decoder()
-    ours = {f"decoder.{name}": tuple(t.shape) for name, t in decoder.state_dict().items()}
-    assert ours == {name: shape for name, shape in published_names().items() if name.startswith("decoder.")}
 
 
 @pytest.mark.parametrize("variant", ["open_litevae", "paper_smc"])
