@@ -7,6 +7,7 @@ import pytest
 
 from olvae.cli.main import main
 from olvae.training import run as training
+from tests.export.latents import tiny_vae
 
 
 @pytest.fixture
@@ -22,6 +23,37 @@ def olvae(capfd, monkeypatch, quick_training) -> Callable[..., tuple[int, str, s
         return leaving.value.code, out, err
 
     return run
+
+
+@pytest.fixture
+def done(olvae) -> Callable[..., str]:
+    """Run a command that succeeds; returns standard error."""
+
+    def run(*arguments: object) -> str:
+        code, _, err = olvae(*arguments)
+        assert code == 0, err
+        return err
+
+    return run
+
+
+@pytest.fixture
+def refused(olvae) -> Callable[..., str]:
+    """Run a command that ends with this code and one line of standard error; returns the line."""
+
+    def run(code: int, *arguments: object) -> str:
+        found, out, err = olvae(*arguments)
+        assert (found, out, err.count("\n")) == (code, "", 1), err
+        return err
+
+    return run
+
+
+@pytest.fixture
+def target(tmp_path) -> Path:
+    """An export."""
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    return tmp_path / "vae"
 
 
 @pytest.fixture

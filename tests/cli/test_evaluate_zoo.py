@@ -33,14 +33,13 @@ def pictures(tmp_path) -> Path:
     return tmp_path / "pictures"
 
 
-def test_several_processes_are_refused(olvae, monkeypatch, tmp_path):
+def test_several_processes_are_refused(refused, monkeypatch, tmp_path):
     monkeypatch.setattr("olvae.evaluation.zoo.this_process", lambda: (0, 2))
-    code, _, err = olvae("evaluate", "--zoo", "taesd", "--data", "samples", *FLAGS, "--out", tmp_path / "out")
-    assert (code, err.count("\n")) == (2, 1)
-    assert "--zoo runs in one process" in err
+    line = refused(2, "evaluate", "--zoo", "taesd", "--data", "samples", *FLAGS, "--out", tmp_path / "out")
+    assert "--zoo runs in one process" in line
 
 
-def test_copies_in_a_folder_two_missing_and_continued(olvae, pictures, tmp_path, monkeypatch):
+def test_copies_in_a_folder_two_missing_and_continued(olvae, done, pictures, tmp_path, monkeypatch):
     for name, kind in {"taesd": "AutoencoderTiny", "wan-2.1": "AutoencoderKLWan", "taef1": "AutoencoderTiny"}.items():
         make(kind).save_pretrained(tmp_path / "copies" / name)
     whole, run = ["wan-2.1", "taesd"], zoo.evaluate
@@ -48,8 +47,7 @@ def test_copies_in_a_folder_two_missing_and_continued(olvae, pictures, tmp_path,
     command = ("evaluate", "--data", pictures, "--weights-dir", tmp_path / "copies", *FLAGS, "--out", tmp_path / "out")
     command = (*command, "--metrics", "psnr,lpips")
     monkeypatch.setattr("sys.argv", ["olvae", "evaluate", "--data", "a b"])
-    code, _, err = olvae(*command, "--zoo", "wan-2.1,taesd,sdxl,taef1")
-    assert code == 0, err
+    err = done(*command, "--zoo", "wan-2.1,taesd,sdxl,taef1")
     assert "stabilityai/sdxl-vae: no such file or folder here" in err
     rows = {row["target"]: row for row in content(tmp_path / "out")["results"]}
     assert list(rows) == ["wan-2.1", "taesd"]
@@ -65,8 +63,7 @@ def test_copies_in_a_folder_two_missing_and_continued(olvae, pictures, tmp_path,
     assert "- not here: taef1 (diffusers:madebyollin/taef1, AutoencoderTiny, f8, 16 channels, mit): 'bn'" in page
 
     whole.append("taef1")
-    code, _, err = olvae(*command, "--zoo", "taef1,taesd")  # adds a row to the others, which stay
-    assert code == 0, err
+    done(*command, "--zoo", "taef1,taesd")
     again = content(tmp_path / "out")["results"]
     assert [row["target"] for row in again] == ["wan-2.1", "taesd", "taef1"]
     assert again[:2] == list(rows.values())
@@ -82,15 +79,14 @@ def test_copies_in_a_folder_two_missing_and_continued(olvae, pictures, tmp_path,
 
 
 @pytest.mark.slow
-def test_every_class_that_people_use(olvae, pictures, tmp_path):
+def test_every_class_that_people_use(done, pictures, tmp_path):
     """By the command that fills the table; the RAE needs transformers."""
     kinds = {entry.name: entry.kind for entry in read_zoo() if not entry.target.startswith(SHIPPED)}
     for name, kind in kinds.items():
         if kind in CLASSES and hasattr(diffusers, kind):
             make(kind).save_pretrained(tmp_path / "copies" / name)
     command = ("evaluate", "--zoo", "--data", pictures, "--weights-dir", tmp_path / "copies", *FLAGS)
-    code, _, err = olvae(*command, "--out", tmp_path / "out")
-    assert code == 0, err
+    err = done(*command, "--out", tmp_path / "out")
     found = {row["target"]: row["zoo"]["class"] for row in content(tmp_path / "out")["results"]}
     missing = {entry.name for entry in read_zoo()} - found.keys()
     assert missing == {"rae", "qwen-image-2.1", "open-litevae"}

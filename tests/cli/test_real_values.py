@@ -37,20 +37,18 @@ def deep_run(tmp_path_factory, quick_training):
     return folder
 
 
-def run_of(folder, olvae):
+def run_of(folder, done):
     found = sorted((folder / "runs").glob("*")) if (folder / "runs").exists() else []
     if not found:
-        code, _, err = olvae("train", "--base", folder / "tiny.yaml", "--logdir", folder / "runs", "--gpus", 0)
-        assert code == 0, err
+        done("train", "--base", folder / "tiny.yaml", "--logdir", folder / "runs", "--gpus", 0)
         found = [*(folder / "runs").iterdir()]
     return found[0]
 
 
-def test_real_values_come_back(olvae, deep_run, tmp_path):
+def test_real_values_come_back(olvae, done, deep_run, tmp_path):
     run, images = run_of(deep_run, olvae), deep_run / "images"
     assert (run / "images" / "step=00000004.png").is_file()
-    code, _, err = olvae("export", run, "--out", tmp_path / "vae")
-    assert code == 0, err
+    done("export", run, "--out", tmp_path / "vae")
     card = (tmp_path / "vae" / "README.md").read_text()
     assert "| values of images | 0 to 3000, 0 to 40, linear" in card
     assert "crops of 16x24" in card
@@ -62,15 +60,13 @@ def test_real_values_come_back(olvae, deep_run, tmp_path):
         padded = torch.nn.functional.pad(unit, (0, 2, 0, 7), mode="reflect")
         expected = model.pixel_range.restore(model.decode(model.encode(padded).mode()))[0, :, :25, :30].movedim(0, -1)
     (tmp_path / "a.tiff").write_bytes(tiff(x, planarconfig="contig"))
-    code, _, err = olvae("reconstruct", tmp_path / "vae", tmp_path / "a.tiff", "--out", tmp_path / "out")
-    assert code == 0, err
+    done("reconstruct", tmp_path / "vae", tmp_path / "a.tiff", "--out", tmp_path / "out")
     np.testing.assert_allclose(read_array(tmp_path / "out" / "a.tif", 2).array, expected, atol=0.05)
     encode = ["encode", tmp_path / "vae", "--data", images, "--native", "--dtype", "float32", "--flip"]
     assert olvae(*encode, "--out", tmp_path / "latents")[0] == 0
     for suffix in ("npy", "tif", "exr"):
         decode = ["decode", tmp_path / "vae", tmp_path / "latents", "--format", suffix]
-        code, _, err = olvae(*decode, "--out", tmp_path / suffix)
-        assert code == 0, err
+        done(*decode, "--out", tmp_path / suffix)
         np.testing.assert_allclose(read_array(tmp_path / suffix / f"0.{suffix}", 2).array, expected, atol=0.05)
     code, _, err = olvae(*decode[:3], "--format", "png", "--out", tmp_path / "png")
     assert (code, err) == (
@@ -79,11 +75,10 @@ def test_real_values_come_back(olvae, deep_run, tmp_path):
     )
 
 
-def test_evaluation_in_the_stated_range(olvae, deep_run, tmp_path):
+def test_evaluation_in_the_stated_range(olvae, done, deep_run, tmp_path):
     run = run_of(deep_run, olvae)
     metrics = ["--metrics", "psnr", "--baselines", "--out", tmp_path / "results"]
-    code, _, err = olvae("evaluate", run, *metrics)
-    assert code == 0, err
+    err = done("evaluate", run, *metrics)
     content = json.loads((tmp_path / "results" / "metrics.json").read_text())
     assert content["protocol"]["size"] == [16, 24]
     assert "open-litevae" in err
@@ -112,12 +107,11 @@ def test_evaluation_in_the_stated_range(olvae, deep_run, tmp_path):
     assert "real_values" not in content["results"][0]["metrics"]
 
 
-def test_latents_of_oblong_images(olvae, deep_run, tmp_path):
+def test_latents_of_oblong_images(olvae, done, deep_run, tmp_path):
     run, data = run_of(deep_run, olvae), ["--data", deep_run / "images"]
     for size, shape in (((), [16, 24]), (("--size", "24x8"), [24, 8])):
         folder = tmp_path / "x".join(map(str, shape))
-        code, _, err = olvae("encode", run, *data, *size, "--out", folder)
-        assert code == 0, err
+        err = done("encode", run, *data, *size, "--out", folder)
         assert f"12 images of {folder.name} px" in err
         source = LatentSource(folder, 4)
         assert source.stats["size"] == shape
