@@ -69,6 +69,9 @@ def test_code_is_not_run(tmp_path, capsys, legacy):
     torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         read_checkpoint(tmp_path / "a.ckpt")
+    (tmp_path / "b.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:-500] if legacy else pickle.dumps(content))
+    with pytest.raises(ValueError, match=r"cut off, of another kind, or of torch before 1\.6"):
+        read_checkpoint(tmp_path / "b.ckpt")
     with pytest.raises(ValueError, match="it is cut off, or another kind of file"):
         read_weights_file(tmp_path / "a.ckpt", VGG16)
     assert "code ran" not in capsys.readouterr().out

@@ -11,16 +11,14 @@ from torch import Tensor
 from olvae.runs import Run
 from tests.conftest import parts, tiny_config
 from tests.models.autoencoder_kl import tiny_kl
-from tests.models.steps import against
-
-OBJECTIVE = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0, "kl_weight": 0}}
+from tests.models.steps import WITHOUT_KL, against
 
 NETWORKS = ("encoder_config", "decoder_config", "embed_dim", "use_quant", "initial_logvar")
 
 
 def without_networks(root: Path, **model: Any) -> dict[str, Any]:
     """A config that trains what ``--from`` finds."""
-    config = tiny_config(root, lossconfig=OBJECTIVE, **model)
+    config = tiny_config(root, lossconfig=WITHOUT_KL, **model)
     params = config["model"]["params"]
     config["model"]["params"] = {key: value for key, value in params.items() if key not in NETWORKS}
     config["data"]["params"]["val_fraction"] = 0.4
@@ -62,7 +60,7 @@ def save_teacher(folder: Path) -> str:
 
 
 def student(root: Path, **model: Any) -> dict[str, Any]:
-    config = tiny_config(root, lossconfig=OBJECTIVE, initial_logvar=-4.0, **model)
+    config = tiny_config(root, lossconfig=WITHOUT_KL, initial_logvar=-4.0, **model)
     config["data"]["params"]["val_fraction"] = 0.4
     return config
 

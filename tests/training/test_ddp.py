@@ -14,9 +14,9 @@ from olvae.runs import Run
 from tests.conftest import parts, tiny_config
 from tests.data.images import write_shards
 from tests.models.parts.vision import node
-from tests.models.steps import against
+from tests.models.steps import WITHOUT_KL, against
 from tests.training.events import scalars
-from tests.training.origins import OBJECTIVE, checkpoint, save_teacher
+from tests.training.origins import checkpoint, save_teacher
 
 ROOT = Path(__file__).parent.parent.parent
 SMALL = (
@@ -90,7 +90,7 @@ def test_two_processes_learn_from_a_teacher_as_one(train_with, train_two, tmp_pa
     """Both halves, through the teacher's decoder too."""
     teacher = {"autoencoder": save_teacher(tmp_path / "teacher"), "decoder_weight": 0.5}
     both = parts(teacher=teacher, activation_bound={"bound": 0.5})
-    config = tiny_config(parts=both, lossconfig=OBJECTIVE, use_quant=True, use_ema=True, ema_decay=0.5)
+    config = tiny_config(parts=both, lossconfig=WITHOUT_KL, use_quant=True, use_ema=True, ema_decay=0.5)
     # A bias before a GroupNorm of one channel a group has a gradient of rounding alone, which Adam would enlarge.
     config["model"]["params"]["encoder_config"]["params"] |= {"extractor_channels": 16, "aggregate_channels": 16}
     one, two = train_with(*SMALL, WHOLE, config=config), train_two(*SMALL, HALF, config=config)

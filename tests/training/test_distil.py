@@ -31,7 +31,6 @@ from tests.conftest import parts
 from tests.export.latents import encode
 from tests.export.test_diffusers_model import dit
 from tests.models.autoencoder_kl import tiny_kl
-from tests.models.loading.test_targets import taesd
 from tests.training.origins import EIGHT, FACTORS, checkpoint, one_line, save_teacher, student
 from tests.training.test_origin import small
 
@@ -39,6 +38,15 @@ from tests.training.test_origin import small
 @pytest.fixture
 def target(tmp_path) -> str:
     return save_teacher(tmp_path / "teacher")
+
+
+@pytest.fixture
+def other_teacher(tmp_path) -> str:
+    """Of the same shape, with another bias."""
+    other = tiny_kl(**EIGHT)
+    other.encoder.conv_in.bias.data.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    return f"diffusers:{tmp_path / 'other'}"
 
 
 def test_the_student_has_the_teachers_factors(train_with, tmp_path, image_folder, target):
@@ -158,22 +166,6 @@ def test_weights_without_a_run_are_taken_for_trained(train_with, tmp_path, image
     assert untrained(run) == "decoder"
 
 
-def test_teachers_that_do_not_fit(train_with, tmp_path, image_folder):
-    """One line each, and no run folder."""
-    tiny_kl().save_pretrained(tmp_path / "factor")
-    taesd().save_pretrained(tmp_path / "taesd")
-    for teacher, message in (
-        (f"diffusers:{tmp_path / 'factor'}", "has f4, .* model.params.embed_dim=4 .*dct_levels"),
-        (f"diffusers:{tmp_path / 'taesd'}", "logvar_weight: the teacher's latents have no distribution"),
-        ("diffusers:/no/where", "no such folder"),
-        ("/no/where.ckpt", "not found"),
-    ):
-        with pytest.raises((ConfigError, FileNotFoundError), match=message) as caught:
-            train_with(config=student(image_folder), teacher=teacher)
-        one_line(caught)
-    assert not (tmp_path / "runs").exists()
-
-
 # Latents from shards
 
 
@@ -220,23 +212,18 @@ def test_a_teachers_latents_without_a_teacher(train_with, pairs):
     one_line(caught)
 
 
-def test_latents_of_other_weights(train_with, tmp_path, pairs, target):
+def test_latents_of_other_weights(train_with, tmp_path, pairs, target, other_teacher):
     """Beside a teacher, at the start and where a run goes on."""
-    run = train_with("lightning.trainer.max_steps=1", config=of_pairs(pairs), teacher=target)
-    other = tiny_kl(**EIGHT)
-    with torch.no_grad():
-        other.encoder.conv_in.bias.add_(1)
-    other.save_pretrained(tmp_path / "other")
+    run, other = train_with("lightning.trainer.max_steps=1", config=of_pairs(pairs), teacher=target), other_teacher
     with pytest.raises(ConfigError, match=r"^data: its latents are of tiny, whose weights are not those") as e:
-        train_with(config=of_pairs(pairs), teacher=f"diffusers:{tmp_path / 'other'}")
+        train_with(config=of_pairs(pairs), teacher=other)
     one_line(e)
     mixed = of_pairs(pairs)
     params = {"sources": [mixed["data"]], "size": 16, "batch_size": 4}
     mixed["data"] = {"target": "olvae.data.mix.MixSource", "params": params}
-    with pytest.raises(ConfigError, match=r"^data: its latents are of tiny, whose weights are not those") as e:
-        train_with(config=mixed, teacher=f"diffusers:{tmp_path / 'other'}")
-    model = find_target(f"diffusers:{tmp_path / 'other'}").load()
-    encode(tmp_path / "photos", tmp_path / "others", model, shard_size=4, size=16, images=True)
+    with pytest.raises(ConfigError, match=r"^data: its latents are of tiny, whose weights are not those"):
+        train_with(config=mixed, teacher=other)
+    encode(tmp_path / "photos", tmp_path / "others", find_target(other).load(), shard_size=4, size=16, images=True)
     others = f"data.params.folder={tmp_path / 'others'}"
     with pytest.raises(ConfigError, match=r"whose weights are not"):
         train_with("lightning.trainer.max_steps=2", others, resume=run.path, allow_changes=True)
@@ -245,7 +232,7 @@ def test_latents_of_other_weights(train_with, tmp_path, pairs, target):
     assert checkpoint(mixed_run)["global_step"] == 1
 
 
-def test_a_resumed_run_keeps_its_teacher(train_with, tmp_path, image_folder, target):
+def test_a_resumed_run_keeps_its_teacher(train_with, tmp_path, image_folder, target, other_teacher):
     """Wherever that is by now; its deviation is in the checkpoint."""
     run = train_with("lightning.trainer.max_steps=1", config=student(image_folder), teacher=target)
     shutil.move(tmp_path / "teacher", tmp_path / "moved")
@@ -255,13 +242,9 @@ def test_a_resumed_run_keeps_its_teacher(train_with, tmp_path, image_folder, tar
     assert checkpoint(resumed)["global_step"] == 2
     assert load([run.config])["model"]["params"]["parts"]["teacher"]["params"]["autoencoder"].endswith("moved")
 
-    other = tiny_kl(**EIGHT)
-    with torch.no_grad():
-        other.encoder.conv_in.bias.add_(1)
-    other.save_pretrained(tmp_path / "other")
     plain = train_with("lightning.trainer.max_steps=1", config=student(image_folder))
     for path, overrides, options in (
-        (run.path, (), {"teacher": f"diffusers:{tmp_path / 'other'}"}),
+        (run.path, (), {"teacher": other_teacher}),
         (run.path, ("model.params.parts.teacher=null",), {}),
         (plain.path, (), {"teacher": f"diffusers:{tmp_path / 'moved'}"}),
     ):

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from olvae.models.autoencoder import LiteVAE
 from tests.conftest import parts, tiny_config
 from tests.data.images import write_shards
 from tests.models.autoencoder_kl import tiny_kl
-from tests.models.parts.vision import node
-from tests.models.steps import against, moved
+from tests.models.steps import against
 from tests.training.origins import assert_same_checkpoint, checkpoint, phase_b, save_teacher, student, without_networks
 
 AVERAGED = {"use_ema": True, "ema_decay": 0.8, "scheduler": "cosine", "warmup_steps": 2, "decay_steps": 4}
@@ -65,20 +63,6 @@ def test_stopping_and_resuming_is_not_stopping(train_with, tmp_path, image_folde
     resumed = train_with("lightning.trainer.max_steps=5", resume=half.path)
     assert resumed.path == half.path
     assert_same_checkpoint(whole, resumed)
-
-
-def test_a_projection_of_alignment_is_resumed_and_not_exported(train_with, vit, image_folder, tmp_path):
-    config = tiny_config(image_folder, use_ema=True, parts={"alignment": node(vit)})
-    whole, half = (train_with(f"lightning.trainer.max_steps={steps}", config=config) for steps in (3, 1))
-    before = checkpoint(half)["state_dict"]
-    assert_same_checkpoint(whole, train_with("lightning.trainer.max_steps=3", resume=half.path))
-    saved, name = checkpoint(whole), "parts.alignment.projection.weight"
-    assert name in moved(before, saved["state_dict"])
-    states = saved["optimizer_states"][0]["state"].values()
-    assert any(state["exp_avg"].shape == (64, 4, 1, 1) for state in states)
-    assert name not in saved["current_model_state"]  # it is not averaged
-    assert not any("alignment" in name for name in LiteVAE.from_pretrained(whole.path).state_dict())
-    train_with("lightning.trainer.max_steps=1", config=tiny_config(image_folder), actual_resume=whole.path)
 
 
 def test_a_seed_of_its_own_gives_other_weights(train_with, image_folder):

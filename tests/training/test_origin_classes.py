@@ -11,7 +11,7 @@ from olvae.models.loading.targets import find_target
 from tests.conftest import parts, tiny_config
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.classes import make
-from tests.training.origins import OBJECTIVE
+from tests.models.steps import WITHOUT_KL
 
 ANCHOR = "model.params.parts.anchor.target=olvae.models.parts.anchor.Anchor"
 SMALL = "model.params.decoder_config.params.config.decoder_block_out_channels=[4,4]"
@@ -94,7 +94,7 @@ def test_a_tiny_student(train_with, tmp_path, image_folder):
     """It gets the statistics of the teacher's latents, learns them, and is written as AutoencoderTiny."""
     tiny_kl(scaling_factor=0.5, shift_factor=0.25).save_pretrained(tmp_path / "teacher")
     teacher = {"autoencoder": f"diffusers:{tmp_path / 'teacher'}", "logvar_weight": 0}
-    config = tiny_config(image_folder, lossconfig=OBJECTIVE, parts=parts(teacher=teacher))
+    config = tiny_config(image_folder, lossconfig=WITHOUT_KL, parts=parts(teacher=teacher))
     module = "olvae.modules.others.tiny"
     config["model"]["params"] |= {
         "encoder_config": {"target": f"{module}.TinyEncoder", "params": {"channels": 8, "blocks": [1, 1, 1]}},
