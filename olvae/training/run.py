@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from olvae import config as cfg
 from olvae import runs
-from olvae.checkpoint import load_weights, pick_weights, read_checkpoint, read_weights, state_dict_of
+from olvae.checkpoint import load_weights, read_checkpoint, read_weights, state_dict_of
 from olvae.config import Config, ConfigError, with_paths
 from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
@@ -285,7 +285,6 @@ def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> tuple[in
     """Load the weights of a resumed run, and check that it can be continued; return images seen and steps done."""
     file = run.last_checkpoint
     checkpoint = read_checkpoint(file)
-    load_weights(model, pick_weights(state_dict_of(checkpoint, file), file), file)
     other = "start a new run from its weights with `actual_resume`"
     if not checkpoint.get("optimizer_states") or "images_seen" not in checkpoint:
         raise ValueError(f"{file}: has weights only, without what training needs to continue: {other}")
@@ -295,6 +294,11 @@ def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> tuple[in
     if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
         why = f"a resumed run keeps it, with the same weights: {other}"
         raise ConfigError(*(f"model.params.parts.{name}: {why}" for name in changed))
+    groups = checkpoint["optimizer_states"][0]["param_groups"]
+    if sum(len(group["params"]) for group in groups) != len(model.autoencoder_parameters()):
+        raise ConfigError(f"model.params: these settings train other weights, as of a frozen half: {other}")
+    state = {name: value for name, value in state_dict_of(checkpoint, file).items() if torch.is_tensor(value)}
+    load_weights(model, state, file, prefixes=("",))
     return int(checkpoint["images_seen"]), int(checkpoint["global_step"])
 
 

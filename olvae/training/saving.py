@@ -56,7 +56,7 @@ class KeepCheckpoints(Checkpoint):
         self._best_value: float | None = None
         self._saved_step = self._kept_step = 0
         self._saved_images = 0  # beside the step, which stands still in the discriminator's warm-up
-        self._in_step = False
+        self._in_step = True  # until training starts: before, a resumed run's optimizers may not be restored
         self._save_after_validation = False
         self._warned = False
 
@@ -74,6 +74,7 @@ class KeepCheckpoints(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         self._saved_step = self._kept_step = trainer.global_step
         self._saved_images = pl_module.images_seen
+        self._in_step = False
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._in_step = True

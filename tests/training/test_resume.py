@@ -245,6 +245,22 @@ def test_other_data_networks_and_losses_need_a_flag(olvae_train, run, tmp_path):
     assert (code, err) == (2, "error: --allow-changes is for --resume: leave it out\n")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (("model.params.parts.x.target=olvae.models.parts.anchor.Anchor",), "these weights are of another model: "),
+        (("model.params.freeze_decoder=true",), "train other weights"),
+        ((f"lightning.callbacks.k={{target: {KEEP['target']}, params: {{best: val/x}}}}",), "'val/x' is not a metric"),
+    ],
+)
+def test_what_fails_before_the_first_step_leaves_the_run_as_it_was(olvae_train, run, changes, message):
+    before = run.last_checkpoint.read_bytes(), run.config.read_bytes()
+    code, err = olvae_train("--resume", run.path, "--allow-changes", "lightning.trainer.max_steps=3", *changes)
+    assert code > 0
+    assert message in err.splitlines()[-1]
+    assert (run.last_checkpoint.read_bytes(), run.config.read_bytes()) == before
+
+
 @pytest.fixture
 def started_here(olvae_train, tmp_path, image_folder, monkeypatch) -> Run:
     """A run of two steps whose data were given as ``photos``, in the current folder."""
