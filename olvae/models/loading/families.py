@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from olvae.config import ConfigError
+from olvae.config import Config, ConfigError
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
 from olvae.modules.base import Decoder, Encoder
@@ -37,6 +37,12 @@ class Family(ABC):
     @abstractmethod
     def spec(self, theirs: Any, name: str) -> AutoencoderSpec:
         """What builds the networks of a DiffusersAutoencoder here; ConfigError if they lack a part."""
+
+    def spec_of(self, encoder: Config, decoder: Config, n_z: int, **others: Any) -> AutoencoderSpec:
+        """The spec of the family's networks with these params, and other arguments of :class:`AutoencoderSpec`."""
+        halves = zip(self.networks, (encoder, decoder), strict=True)
+        one, other = ({"target": f"{half.__module__}.{half.__qualname__}", "params": p} for half, p in halves)
+        return AutoencoderSpec(one, other, n_z, **others)
 
     @abstractmethod
     def ours(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -88,13 +94,8 @@ class StableDiffusion(Family):
         encoder = {"latent_dim": 2 * n_z, "in_channels": config["in_channels"]}
         encoder["image_size"] = size if isinstance(size, int) and size % f == 0 else max(256, f)
         decoder = {"z_channels": n_z, "out_channels": config["out_channels"]}
-        return AutoencoderSpec(
-            encoder_config={"target": f"{SDEncoder.__module__}.SDEncoder", "params": {**encoder, **shared}},
-            decoder_config={"target": f"{SDDecoder.__module__}.SDDecoder", "params": {**decoder, **shared}},
-            embed_dim=n_z,
-            use_quant=config["use_quant_conv"],
-            **{factor: config[factor] for factor in FOR_DIFFUSION} | {"shift_factor": config["shift_factor"] or 0.0},
-        )
+        factors = {factor: config[factor] for factor in FOR_DIFFUSION} | {"shift_factor": config["shift_factor"] or 0.0}
+        return self.spec_of(encoder | shared, decoder | shared, n_z, use_quant=config["use_quant_conv"], **factors)
 
     def ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return _renamed(state, NAMES)
@@ -147,13 +148,7 @@ class Wrapped(Family):
         encoder = {"latent_dim": 2 * n_z, "in_channels": theirs.in_channels, "image_size": max(256, f), "downscale": f}
         encoder["deterministic"] = theirs.deterministic
         decoder = {"z_channels": n_z, "out_channels": theirs.in_channels, "upscale": f}
-        target = DiffusersEncoder.__module__
-        return AutoencoderSpec(
-            encoder_config={"target": f"{target}.DiffusersEncoder", "params": {**shared, **encoder}},
-            decoder_config={"target": f"{target}.DiffusersDecoder", "params": {**shared, **decoder}},
-            embed_dim=n_z,
-            **theirs.for_diffusion,
-        )
+        return self.spec_of(shared | encoder, shared | decoder, n_z, **theirs.for_diffusion)
 
     def ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elsewhere = {"encoder": HALVES["decoder"], "decoder": HALVES["encoder"]}
@@ -191,15 +186,10 @@ class Tiny(Family):
         rest = (config["act_fn"], config["upsample_fn"], config["upsampling_scaling_factor"])
         if len(widths) > 1 or rest != ("relu", "nearest", 2):
             raise ConfigError(f"{name}: only TAESD's form of AutoencoderTiny can be trained: one width, relu, nearest")
-        shared, target = {"channels": widths.pop()}, TinyEncoder.__module__
+        shared = {"channels": widths.pop()}
         encoder = {"in_channels": theirs.in_channels, "latent_dim": 2 * n_z, "blocks": [*config["num_encoder_blocks"]]}
         decoder = {"z_channels": n_z, "out_channels": theirs.in_channels, "blocks": [*config["num_decoder_blocks"]]}
-        return AutoencoderSpec(
-            encoder_config={"target": f"{target}.TinyEncoder", "params": {**shared, **encoder}},
-            decoder_config={"target": f"{target}.TinyDecoder", "params": {**shared, **decoder}},
-            embed_dim=n_z,
-            **theirs.for_diffusion,
-        )
+        return self.spec_of(shared | encoder, shared | decoder, n_z, **theirs.for_diffusion)
 
     def ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         n_z = state["decoder.layers.0.weight"].shape[1]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from olvae.checkpoint import read_checkpoint, state_dict_of
-from olvae.config import ConfigError
+from olvae.config import import_extra
 from olvae.losses.objective import IMAGE_TERMS, marginal_cosine_loss, marginal_distance_loss
 from olvae.models.optimization import gradient_ratio
 from olvae.models.parts.part import Loss, Model, Part, Step
@@ -106,15 +106,12 @@ class Alignment(Part):
 
 
 def _vision_encoder(name: str, weights: str | None) -> VisionEncoder:
+    import_extra("timm", "align", "an alignment")
     try:
         if torch.empty(0).device.type == "meta":
             return VisionEncoder(name, None)
         file = locate_weights(published_weights(name) if weights is None else weights)
         tensors = state_dict_of(read_checkpoint(file), file)
         return VisionEncoder(name, {n: t for n, t in tensors.items() if isinstance(t, Tensor)})
-    except ModuleNotFoundError as error:
-        if error.name != "timm":
-            raise
-        raise ConfigError("an alignment needs timm: pip install 'open-litevae[align]'") from error
     except OSError as error:
         raise type(error)(f"{error}; set params.weights of the alignment to a file of {name}'s weights") from error
