@@ -38,13 +38,13 @@ SUM_KEY = "olvae.sha256"  # of the checksum in the header of a safetensors file
 PICKLE_BYTES = 2**23  # longest pickle that is read, of some 50,000 tensors; a byte may take up to 200 in memory
 EXPANDED_BYTES = 2**30  # limit of all tensors beyond twice the file's size: tensors may share memory or repeat it
 
-CALLED = re.compile(
+ALLOWED_CALLS = re.compile(
     r"collections\.(Counter|OrderedDict)|builtins\.(complex|set)|_codecs\.encode|torch\.(?!\w*Tensor$)\w+"
     r"|torch\.storage\.UntypedStorage|torch\._utils\._rebuild_(parameter|parameter_with_state|tensor|tensor_v2|tensor_v3)"
 )
 """Classes and functions that a pickle may use, as far as torch knows them: it refuses others."""
 
-SHELLS = re.compile(
+EMPTY_SHELLS = re.compile(
     r"(lightning|lightning_fabric|numpy|omegaconf|pytorch_lightning|typing)\..+"
     r"|(builtins|collections)\.(bool|defaultdict|dict|float|int|list|str|tuple)"
 )
@@ -263,8 +263,8 @@ def _scan(path: Path, check: bool = True) -> set[str]:
                 raise _RefusedError(f"damaged: {damaged} is not what was written, by its checksum")
             folder = records[0].filename.partition("/")[0]
             names = _globals_of(archive.open(f"{folder}/data.pkl").read(PICKLE_BYTES))
-        shells = {name for name in names if SHELLS.fullmatch(name)}
-        if not all(CALLED.fullmatch(name) for name in names - shells):
+        shells = {name for name in names if EMPTY_SHELLS.fullmatch(name)}
+        if not all(ALLOWED_CALLS.fullmatch(name) for name in names - shells):
             other = "it holds objects other than tensors, code perhaps, which is not run"
             raise _RefusedError(f"{other}: ask for safetensors")
     except Exception as error:  # of many kinds, by what is broken

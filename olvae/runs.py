@@ -194,13 +194,13 @@ def find_moved_data(config: Config) -> dict[str, str]:
     written = settings_of(config).paths
     found: dict[str, str] = {}
 
-    def look(text: str) -> str:
+    def note(text: str) -> str:
         if text in written and not _is_present(text) and _is_present(written[text]):
             found[text] = str(Path.cwd() / written[text])
             warn_once(f"{text}: this run's data are not there any more: taken from {found[text]}")
         return text
 
-    with_paths(config["data"], look)
+    with_paths(config["data"], note)
     return found
 
 

@@ -24,8 +24,8 @@ CONFIG_BYTES = 2**21  # the largest config that is read; the longest recipe has 
 OF_THIS_PACKAGE = "olvae.data."
 FOLDER, SHARDS = f"{OF_THIS_PACKAGE}picture_folder.FolderSource", f"{OF_THIS_PACKAGE}shards.webdataset.WebDatasetSource"
 SAMPLES = f"{OF_THIS_PACKAGE}dataset.SamplePhotographs"
-PLACES = {"root", "shards", "dataset", "path"}  # arguments that name the images of a source
-PARTS = ("val_root", "val_dataset", "split", "val_split", "column", "name", "data_files", "data_dir", "revision")
+PLACE_KEYS = {"root", "shards", "dataset", "path"}  # arguments that name the images of a source
+DATA_KEYS = ("val_root", "val_dataset", "split", "val_split", "column", "name", "data_files", "data_dir", "revision")
 SUFFIXES = (".tar", ".tar.gz", ".tgz")  # of shards
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 EXTENSIONS = (*PICTURES, ".npy", ".npz", ".exr")
@@ -61,7 +61,7 @@ def _with_matching_source(node: Config, before: Config, given: Container[str]) -
     except ConfigError:  # a mistake in the target, for the check
         return node
     takes = old.parameters if old is not None else {}
-    if target != SAMPLES and PLACES.isdisjoint(takes):  # a mix of sources, say: a key it lacks is for the check
+    if target != SAMPLES and PLACE_KEYS.isdisjoint(takes):  # a mix of sources, say: a key it lacks is for the check
         return node
     key = next((key for key in ("root", "shards") if key in params and key not in takes), "root")
     place = params.get(key)
@@ -72,7 +72,7 @@ def _with_matching_source(node: Config, before: Config, given: Container[str]) -
     else:
         return node
     if "root" in given and before.get("root") != place and any(before.get(n) != v for n, v in named.items()):
-        params = {n: v for n, v in params.items() if n in given or n not in PARTS or v != before.get(n)}
+        params = {n: v for n, v in params.items() if n in given or n not in DATA_KEYS or v != before.get(n)}
     if new == target and key in takes:
         return {**node, "params": params}
     found = arguments_of(new)

@@ -133,7 +133,7 @@ class DiffusersLayout(Layout):
             return f"{error}: `format` litevae can hold it"
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
-        return _family(model).theirs(model)
+        return _family(model).to_diffusers(model)
 
     def config(self, model: LiteVAE) -> Config | None:
         family = _family(model)
@@ -183,7 +183,7 @@ class OriginalLayout(DiffusersLayout):
             raise ValueError(f"GroupNorm with {groups} groups: latent-diffusion always has 32")
         if not config.get("mid_block_add_attention", True):
             raise ValueError("no attention in the middle: latent-diffusion always has it")
-        return original_names(kind, family.theirs(model))
+        return original_names(kind, family.to_diffusers(model))
 
     def config(self, model: LiteVAE) -> Config | None:
         return None if isinstance(family_of(model), StableDiffusion) else super().config(model)  # for our own loader

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.losses.perceptual import PERCEPTUAL, Perceptual
-from olvae.modules.base import no_autocast, upcast
+from olvae.modules.base import check_choice, no_autocast, upcast
 from olvae.modules.distributions import Posterior
 from olvae.modules.wavelet import dwt2
 
@@ -140,10 +140,8 @@ class Objective(nn.Module):
         lpips_channels: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        if reconstruction not in RECONSTRUCTION:
-            raise ValueError(f"reconstruction must be one of {', '.join(RECONSTRUCTION)}, got {reconstruction!r}")
-        if perceptual not in PERCEPTUAL:
-            raise ValueError(f"perceptual must be one of {', '.join(PERCEPTUAL)}, got {perceptual!r}")
+        check_choice(RECONSTRUCTION, reconstruction=reconstruction)
+        check_choice(PERCEPTUAL, perceptual=perceptual)
         by_name = {"rec": rec_weight, perceptual: lpips_weight, "kl": kl_weight}
         by_name |= {"wavelet": wavelet_weight, "gaussian": gaussian_weight}
         if min(by_name.values()) < 0:

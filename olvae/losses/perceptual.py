@@ -113,11 +113,7 @@ class Lite0(PerceptualLoss):
         return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).sum()
 
 
-PERCEPTUAL: dict[Perceptual, type[LPIPS] | type[ESRGAN] | type[Lite0]] = {
-    "lpips": LPIPS,
-    "esrgan": ESRGAN,
-    "lite0": Lite0,
-}
+PERCEPTUAL: dict[str, Callable[[str | None], PerceptualLoss]] = {"lpips": LPIPS, "esrgan": ESRGAN, "lite0": Lite0}
 
 
 def _find(file: WeightsFile) -> Path:

@@ -15,7 +15,7 @@ from olvae.losses.adversarial import LeCam, discriminator_accuracy, discriminato
 from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.optimization import gradient_ratio, mix_seeds
-from olvae.modules.base import check_counts, check_not_negative, no_autocast
+from olvae.modules.base import check_choice, check_counts, check_not_negative, no_autocast
 from olvae.modules.unetgan import power_iteration, shared_weights, stop_power_iterations
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ class Adversary(nn.Module):
             raise ValueError(f"learning_rate_ratio must be above 0, got {learning_rate_ratio}")
         if not 0 <= cutmix_probability <= 1:
             raise ValueError(f"cutmix_probability must be between 0 and 1, got {cutmix_probability}")
-        if lecam_variant not in LECAM:
-            raise ValueError(f"lecam_variant must be one of {', '.join(LECAM)}, got {lecam_variant!r}")
+        check_choice(LECAM, lecam_variant=lecam_variant)
         self.discriminator: nn.Module = instantiate(discriminator_config)
         if not isinstance(getattr(self.discriminator, "num_outputs", None), int):
             raise ConfigError(f"discriminator_config: {discriminator_config['target']} has no num_outputs (of logits)")

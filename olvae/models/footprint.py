@@ -21,7 +21,7 @@ from olvae.modules.base import Steps
 from olvae.modules.frozen import Constant
 
 MARGIN = 1.15  # memory needed over the estimate: workspaces of convolutions and fragmentation come on top
-COUNTED = (4, 8)  # images of the two micro-batches between which the memory is taken as linear
+BATCHES = (4, 8)  # images of the two micro-batches between which the memory is taken as linear
 
 
 class Footprint(NamedTuple):
@@ -57,14 +57,14 @@ def footprint(model: LiteAutoencoderKL, size: Size, precision: str, checkpoint: 
 
     ``checkpoint``: activation checkpointing of both halves; by default as the model has it.
     """
-    few, many = (_step_under(LiveBytes(), model, size, images, precision, checkpoint).peak for images in COUNTED)
+    few, many = (_step_under(LiveBytes(), model, size, images, precision, checkpoint).peak for images in BATCHES)
     counter = FlopCounterMode(display=False)  # in a step of its own: it keeps tensors alive
-    flop = _step_under(counter, model, size, COUNTED[0], precision, checkpoint).get_total_flops() // COUNTED[0]
-    per_image = (many - few) // (COUNTED[1] - COUNTED[0])
+    flop = _step_under(counter, model, size, BATCHES[0], precision, checkpoint).get_total_flops() // BATCHES[0]
+    per_image = (many - few) // (BATCHES[1] - BATCHES[0])
     trained = [p for player in model.players.values() for p in player.parameters() if p.requires_grad]
     averaged = [p for p in model.autoencoder.parameters() if p.requires_grad] if model.use_ema else []
     held = _bytes(_tensors(model)) + _bytes(averaged) + 2 * _bytes(trained)  # Adam has two moments
-    return Footprint(held + few - COUNTED[0] * per_image, per_image, flop)
+    return Footprint(held + few - BATCHES[0] * per_image, per_image, flop)
 
 
 def advice(free: int, batch_size: int, accumulated: int, plain: Footprint, checkpointed: Footprint) -> str | None:

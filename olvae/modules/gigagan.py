@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import casts_together, no_autocast, upcast
+from olvae.modules.base import casts_together, check_choice, no_autocast, upcast
 from olvae.modules.unetgan import SpectralConv2d
 
 
@@ -109,8 +109,7 @@ class GigaGAN(nn.Module):
         if base < image_size or max_channels < 2:
             least = f"base at least image_size = {image_size} and max_channels at least 2"
             raise ValueError(f"every level of GigaGAN needs two channels: {least}, got {base} and {max_channels}")
-        if predictors not in ("ends", "all"):
-            raise ValueError(f'GigaGAN\'s predictors must be "ends" or "all", got {predictors!r}')
+        check_choice(("ends", "all"), predictors=predictors)
         sizes = [image_size >> i for i in range(1, image_size.bit_length() - 2)]  # image_size / 2, ..., 4
         if unknown := sorted(set(attention) - set(sizes)):
             raise ValueError(f"GigaGAN at {image_size} px has levels of {sizes} px: attention cannot be at {unknown}")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Encoder, Steps, casts_together, check_counts
+from olvae.modules.base import Decoder, Encoder, Steps, casts_together, check_choice, check_counts
 
 Padding = Literal["zeros", "reflect"]
 
@@ -127,8 +127,7 @@ class SDDecoder(_Half, Decoder):
 
 def set_padding(network: nn.Module, padding: Padding) -> None:
     """Set what a network's convolutions see beyond the borders; see :class:`SDEncoder`."""
-    if padding not in ("zeros", "reflect"):
-        raise ValueError(f"padding must be zeros or reflect, got {padding!r}")
+    check_choice(("zeros", "reflect"), padding=padding)
     for conv in network.modules():
         if isinstance(conv, nn.Conv2d) and conv.padding != (0, 0):
             conv.padding_mode = padding

@@ -94,7 +94,7 @@ def _pad_to_even(x: Tensor) -> Tensor:
 # a compiler fuses. Eagerly these are bound by fresh memory, hence the two functions below: little beside the output is
 # allocated, a part of the batch at a time that stays in the processor's cache, and the gradient of one is the other.
 
-PART = 2**18  # elements of the batch that are transformed at a time on a CPU; an image at least
+VALUES_AT_A_TIME = 2**18  # elements of the batch that are transformed at a time on a CPU; an image at least
 
 
 def _in_a_graph() -> bool:
@@ -179,7 +179,7 @@ def _synthesis_of(bands: Tensor) -> Tensor:
 
 def _images_at_a_time(x: Tensor) -> int:
     images = len(x)
-    return max(1, images * PART // max(1, x.numel())) if x.device.type == "cpu" else max(1, images)
+    return max(1, images * VALUES_AT_A_TIME // max(1, x.numel())) if x.device.type == "cpu" else max(1, images)
 
 
 # Any orthogonal filter: one axis at a time, as a convolution over the periodically continued signal.

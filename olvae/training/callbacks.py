@@ -222,13 +222,9 @@ class BadSteps(Callback):
         except OSError as error:  # no reason to stop a training
             log.warning("%s: the images of bad steps are not noted: %s", path, reason(error))
         if trainer.is_global_zero:
-            more = (
-                f", and {len(bad) - 1} of the steps after it are bad too: these steps"
-                if len(bad) > 1
-                else ": this step"
-            )
+            rest = f", and {len(bad) - 1} of the steps after it are bad too: these steps" if bad[1:] else ": this step"
             counted = f"changed nothing ({self.bad} in this run so far); {path.name} names the images"
-            notify(f"step {bad[0].step}: {bad[0].term} is not finite{more} {counted}", WARNING)
+            notify(f"step {bad[0].step}: {bad[0].term} is not finite{rest} {counted}", WARNING)
 
     def _return(self, trainer: pl.Trainer, model: LiteAutoencoderKL, last: BadStep) -> None:
         """Load the last checkpoint and lower the learning rates; after too many returns, raise FloatingPointError."""

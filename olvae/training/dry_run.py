@@ -41,7 +41,7 @@ from olvae.models.optimization import HOOKS, PlayersStrategy
 from olvae.training.progress import describe_rate, describe_step
 from olvae.training.run import build_model, quieten
 
-SETTLING = ("first step", "second step")  # in which Adam's moments and DDP's buckets are made
+FIRST_STEPS = ("first step", "second step")  # in which Adam's moments and DDP's buckets are made
 LOGGED = ", logged"  # ends the name of a step whose values go to the loggers
 LAUNCH_S = 6e-6  # that Python takes for a launch: an estimate, until docs/gpu.md has a measurement
 
@@ -119,7 +119,7 @@ def record_steps(
     ``strategy`` is one of :data:`~olvae.models.optimization.HOOKS`.
     """
     kinds = kinds_of_steps(model.adversary)
-    recorder = _Recorder({**dict.fromkeys(SETTLING, next(reversed(kinds.values()))), **kinds})
+    recorder = _Recorder({**dict.fromkeys(FIRST_STEPS, next(reversed(kinds.values()))), **kinds})
     hook = HOOKS[strategy]  # by another name, because DDP refuses bfloat16's without NCCL
     renamed = None if hook is None else lambda state, bucket: hook(state, bucket)
     mixed = PRECISIONS[precision].lightning
@@ -148,7 +148,7 @@ def record_steps(
                 callbacks=[LambdaCallback(on_train_batch_start=recorder.begin)],
                 max_epochs=1,
                 **settings,
-            ).fit(fake, repeat(batch, (len(SETTLING) + len(kinds)) * fake.accumulate_grad_batches))
+            ).fit(fake, repeat(batch, (len(FIRST_STEPS) + len(kinds)) * fake.accumulate_grad_batches))
     except DataDependentOutputException as error:
         raise ConfigError(f"a step asks for a value, which a dry run has not: {error}") from error
     finally:
@@ -186,7 +186,7 @@ def dry_run(config: Config, ranks: int, precision: str | None = None) -> tuple[d
             if one != other:
                 where = f"{one} on rank 0, and {other} on rank {ranks - 1}"
                 raise ConfigError(f"{name}: message {number} is {where}: they would wait for each other")
-    steps = {name: step for name, step in first.items() if name not in SETTLING}
+    steps = {name: step for name, step in first.items() if name not in FIRST_STEPS}
     needs, batches = footprint(model, size, precision), model.accumulate_grad_batches
     host_s = LAUNCH_S * max(step.launches for name, step in steps.items() if not name.endswith(LOGGED)) / batches
     whole, each = (f"{n / GIB:.3g} GiB" for n in (needs.total(images), needs.per_image))

@@ -126,9 +126,9 @@ def _resized(tensor: Tensor, axis: int, channels: int) -> Tensor:
     if old == 1:
         return tensor.repeat_interleave(channels, axis) / (channels if axis else 1)
     kept = tensor.narrow(axis, 0, min(old, channels))
-    more = list(tensor.shape)
-    more[axis] = max(0, channels - old)
-    return torch.cat((kept, tensor.new_zeros(more)), axis)
+    added = list(tensor.shape)
+    added[axis] = max(0, channels - old)
+    return torch.cat((kept, tensor.new_zeros(added)), axis)
 
 
 def weights_that_fit(model: LiteVAE, params: Mapping[str, Any], name: str) -> tuple[dict[str, Tensor], bool]:

@@ -239,21 +239,21 @@ class Lockstep(Callback):
         os._exit(1)
 
 
-SEE = "see its own output, or the system's log of killed processes"
-BROKEN = (
+WHERE_TO_LOOK = "see its own output, or the system's log of killed processes"
+PEER_DIED = (
     r"closed by (remote )?peer|reset by peer|Broken pipe|remote process exit|"  # gloo, NCCL
     r"NET/IB : Got completion from peer|Connection was likely closed|Did the remote server shutdown"  # NCCL, c10d
 )
-LATE = r"Watchdog caught collective operation timeout|Timed out waiting \d+ms for"  # NCCL, gloo
+PEER_LATE = r"Watchdog caught collective operation timeout|Timed out waiting \d+ms for"  # NCCL, gloo
 
 
 def process_death(error: Exception) -> str | None:
     """Explain an error that comes from the death of a loader process or another process of this run; else None."""
     text = str(error)
-    if dist.is_initialized() and re.search(BROKEN, text):
-        return f"another process of this training died: {SEE}"
-    if dist.is_initialized() and re.search(LATE, text):
-        return f"another process of this training hangs or died: {SEE}"
+    if dist.is_initialized() and re.search(PEER_DIED, text):
+        return f"another process of this training died: {WHERE_TO_LOOK}"
+    if dist.is_initialized() and re.search(PEER_LATE, text):
+        return f"another process of this training hangs or died: {WHERE_TO_LOOK}"
     return worker_death(error)
 
 
@@ -277,7 +277,7 @@ def _watch(run: Run, children: Sequence[subprocess.Popen[Any]], grace: float = 5
         rank, code = failed[0]
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         saved = f"; {run.path} can be continued" if run.last_checkpoint.is_file() else ""
-        notify(f"error: process {rank} of this training {how}: {SEE}{saved}")
+        notify(f"error: process {rank} of this training {how}: {WHERE_TO_LOOK}{saved}")
         for child in children:
             child.kill()
         os._exit(1)

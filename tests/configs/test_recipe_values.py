@@ -186,14 +186,14 @@ def test_adversaries_begin_slowly_with_comparable_weights(path):
         assert found["model"]["params"]["val_metrics"] == ([best] if best else [])
 
 
-TRAINED = [
+TRAINABLE = [
     path
     for path in sorted([*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "study").glob("*.yaml")])
     if load([path]).get("lightning")
 ]
 
 
-@pytest.mark.parametrize("path", TRAINED, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", TRAINABLE, ids=lambda path: str(path.relative_to(ROOT)))
 def test_gradients_are_clipped(path):
     """A loss that is large once, and finite, then moves the weights no further than any other."""
     assert load([path])["lightning"]["trainer"]["gradient_clip_val"] > 0

@@ -153,8 +153,9 @@ def test_a_file_of_something_else(tmp_path, vgg):
     path.write_bytes(b"not a file of torch's")
     with pytest.raises(ValueError, match="not a file of VGG16 weights"):
         LPIPS(str(path))
-    with pytest.raises(ValueError, match="not a file of EfficientNet-Lite0's weights"):
-        Lite0(str(vgg))
+    for file in (vgg, path):
+        with pytest.raises(ValueError, match="not a file of EfficientNet-Lite0 weights"):
+            Lite0(str(file))
 
 
 def test_lite0_names_the_package_with_its_weights(monkeypatch):

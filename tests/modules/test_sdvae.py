@@ -50,5 +50,5 @@ def test_another_padding():
     with pytest.raises(ValueError, match="multiple of 8"):
         SDEncoder(image_size=100)
     for network in (SDEncoder, SDDecoder):
-        with pytest.raises(ValueError, match="padding must be zeros or reflect, got 'circular'"):
+        with pytest.raises(ValueError, match="padding must be one of zeros, reflect, got 'circular'"):
             network(padding="circular", **SMALL)

@@ -36,7 +36,7 @@ def record(config: dict[str, Any], precision: str, strategy: str = "auto") -> tu
 
 @pytest.fixture
 def one_step(monkeypatch) -> None:
-    monkeypatch.setattr("olvae.training.dry_run.SETTLING", ())
+    monkeypatch.setattr("olvae.training.dry_run.FIRST_STEPS", ())
     monkeypatch.setattr("olvae.training.dry_run.kinds_of_steps", lambda _: {"a step": 0})
 
 

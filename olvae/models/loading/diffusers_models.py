@@ -141,7 +141,7 @@ class DiffusersAutoencoder(Autoencoder):
         spec = family.spec(self, name)
         with torch.random.fork_rng(devices=[]):
             ours = LiteVAE.from_spec(spec)
-        load_weights(ours, family.ours(self.model.state_dict()), name)
+        load_weights(ours, family.to_ours(self.model.state_dict()), name)
         return ours.train(self.training)
 
 

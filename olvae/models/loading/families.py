@@ -14,7 +14,7 @@ from olvae.models.autoencoder import LiteVAE
 from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
 from olvae.modules.base import Decoder, Encoder
 from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
-from olvae.modules.others.wrapped import HALVES, TRAINED, DiffusersDecoder, DiffusersEncoder
+from olvae.modules.others.wrapped import HALVES, TRAINABLE, DiffusersDecoder, DiffusersEncoder
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 
 BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
@@ -45,7 +45,7 @@ class Family(ABC):
         return AutoencoderSpec(one, other, n_z, **others)
 
     @abstractmethod
-    def ours(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def to_ours(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Rename diffusers' weights to ours."""
 
     def holds(self, model: LiteVAE) -> bool:
@@ -61,7 +61,7 @@ class Family(ABC):
         """The arguments of that class; ValueError if it has none for a setting of the model."""
 
     @abstractmethod
-    def theirs(self, model: LiteVAE) -> Mapping[str, Tensor]:
+    def to_diffusers(self, model: LiteVAE) -> Mapping[str, Tensor]:
         """Rename a model's weights to diffusers'; ValueError if one has no place there."""
 
     def units(self, model: LiteVAE) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
@@ -97,7 +97,7 @@ class StableDiffusion(Family):
         factors = {factor: config[factor] for factor in FOR_DIFFUSION} | {"shift_factor": config["shift_factor"] or 0.0}
         return self.spec_of(encoder | shared, decoder | shared, n_z, use_quant=config["use_quant_conv"], **factors)
 
-    def ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return _renamed(state, NAMES)
 
     def config(self, model: LiteVAE) -> dict[str, Any]:
@@ -130,16 +130,16 @@ class StableDiffusion(Family):
             **model.for_diffusion,
         }
 
-    def theirs(self, model: LiteVAE) -> dict[str, Tensor]:
+    def to_diffusers(self, model: LiteVAE) -> dict[str, Tensor]:
         if model.encoder.linear is not None or model.decoder.linear is not None:
             raise ValueError("AutoencoderKL has no linear path beside its networks")
         return _renamed(model.state_dict(), {ours: theirs for theirs, ours in NAMES.items()})
 
 
 class Wrapped(Family):
-    """The classes in :data:`TRAINED`: each half is diffusers' own module, under its own names."""
+    """The classes in :data:`TRAINABLE`: each half is diffusers' own module, under its own names."""
 
-    kinds, networks = TRAINED, (DiffusersEncoder, DiffusersDecoder)
+    kinds, networks = TRAINABLE, (DiffusersEncoder, DiffusersDecoder)
 
     def spec(self, theirs: Any, name: str) -> AutoencoderSpec:  # noqa: ARG002
         given = {key: value for key, value in theirs.model.config.items() if not key.startswith("_")}
@@ -150,7 +150,7 @@ class Wrapped(Family):
         decoder = {"z_channels": n_z, "out_channels": theirs.in_channels, "upscale": f}
         return self.spec_of(shared | encoder, shared | decoder, n_z, **theirs.for_diffusion)
 
-    def ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elsewhere = {"encoder": HALVES["decoder"], "decoder": HALVES["encoder"]}
         return {
             f"{half}.model.{name}": tensor
@@ -170,7 +170,7 @@ class Wrapped(Family):
         factors = {name: getattr(model, name) for name in FOR_DIFFUSION if name in decoder["config"]}
         return {**decoder["config"], **factors}
 
-    def theirs(self, model: LiteVAE) -> dict[str, Tensor]:
+    def to_diffusers(self, model: LiteVAE) -> dict[str, Tensor]:
         named = sorted(model.state_dict().items())  # the encoder's last: a fresh decoder has FLUX.2's statistics not
         return {name.partition(".model.")[2]: tensor for name, tensor in named}
 
@@ -191,7 +191,7 @@ class Tiny(Family):
         decoder = {"z_channels": n_z, "out_channels": theirs.in_channels, "blocks": [*config["num_decoder_blocks"]]}
         return self.spec_of(shared | encoder, shared | decoder, n_z, **theirs.for_diffusion)
 
-    def ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         n_z = state["decoder.layers.0.weight"].shape[1]
         plain = {"latents_mean": torch.zeros(n_z, 1, 1), "latents_std": torch.ones(n_z, 1, 1)}
         return {**state, **{f"{half}.{name}": value for half in HALVES for name, value in plain.items()}}
@@ -209,7 +209,7 @@ class Tiny(Family):
             "shift_factor": 0.0,
         }
 
-    def theirs(self, model: LiteVAE) -> dict[str, Tensor]:
+    def to_diffusers(self, model: LiteVAE) -> dict[str, Tensor]:
         if model.quantizer is not None or not all(torch.equal(*pair) for pair in self._statistics(model)):
             raise ValueError("AutoencoderTiny has neither a quantizer nor two units of its latents")
         return {name: tensor for name, tensor in model.state_dict().items() if ".layers." in name}

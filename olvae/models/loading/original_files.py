@@ -23,7 +23,7 @@ from olvae.models.weight_files import config_inside, locate_weights
 
 KL, FLUX2, WAN, QWEN, DC = (f"Autoencoder{name}" for name in ("KL", "KLFlux2", "KLWan", "KLQwenImage", "DC"))
 
-TELLING = {
+MARKERS = {
     "encoder.down.0.block.0.norm1.weight": (KL, FLUX2),
     "decoder.middle.0.residual.0.gamma": (WAN, QWEN),
     "decoder.stages.1.op_list.0.main.conv.conv.bias": (DC,),
@@ -120,8 +120,8 @@ def _tensors(file: Path, raw: bool = False, check: bool = True) -> tuple[str, di
     """The class of a file's autoencoder, and its tensors without the names' prefix; "" and none of another file."""
     state = state_dict_of(read_checkpoint(file, check), file, raw)
     prefixes = ("first_stage_model.", "vae.", "")
-    told = ((kinds[0], prefix) for tell, kinds in TELLING.items() for prefix in prefixes if prefix + tell in state)
-    kind, prefix = next(told, ("", ""))
+    matches = ((kinds[0], prefix) for name, kinds in MARKERS.items() for prefix in prefixes if prefix + name in state)
+    kind, prefix = next(matches, ("", ""))
     if not kind:
         return kind, {}
     if f"{prefix}quantize.embedding.weight" in state:
@@ -141,7 +141,7 @@ def _config(
 
     Without the first two, latent-diffusion's and FLUX.2's are read from the shapes; others' are the defaults.
     """
-    kinds = next(kinds for kinds in TELLING.values() if kind in kinds)
+    kinds = next(kinds for kinds in MARKERS.values() if kind in kinds)
     places = [Path(given or ""), weights.with_name(CONFIG_NAME)]
     own, beside = (read_config(place) if place.name.endswith(".json") and place.is_file() else {} for place in places)
     contents = (own, config_inside(weights, kinds) or {}, {} if kind in (KL, FLUX2) else beside)

@@ -12,7 +12,7 @@ from olvae.losses.objective import IMAGE_TERMS, marginal_cosine_loss, marginal_d
 from olvae.models.optimization import gradient_ratio
 from olvae.models.parts.part import Loss, Model, Part, Step
 from olvae.models.weight_files import locate_weights
-from olvae.modules.base import check_not_negative, no_autocast, upcast
+from olvae.modules.base import check_choice, check_not_negative, no_autocast, upcast
 from olvae.modules.frozen import VisionEncoder, published_weights
 
 ADAPTIVE_MAX = 1e4  # of the factor, where the margins leave almost nothing of the alignment's gradient [D]
@@ -53,8 +53,7 @@ class Alignment(Part):
         check_not_negative(weight=weight, cosine_margin=cosine_margin, distance_margin=distance_margin)
         self.encoder, self.weight, self.adaptive_weight = encoder, weight, adaptive_weight
         self.cosine_margin, self.distance_margin = cosine_margin, distance_margin
-        if of not in ("mean", "sample"):
-            raise ValueError(f"of must be mean or sample, got {of!r}")
+        check_choice(("mean", "sample"), of=of)
         self.of, self.project_distance = of, project_distance
         self.features = _vision_encoder(encoder, weights)
 

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from olvae.models.parts.part import Model, Part, Step
-from olvae.modules.base import check_not_negative, upcast
+from olvae.modules.base import check_choice, check_not_negative, upcast
 
 
 class LatentNoise(Part):
@@ -21,6 +21,7 @@ class LatentNoise(Part):
     def __init__(self, std: float, relative_to: Literal["posterior", "data"] = "posterior") -> None:
         super().__init__()
         check_not_negative(std=std)
+        check_choice(("posterior", "data"), relative_to=relative_to)
         self.std, self.relative_to = std, relative_to
 
     def conflicts(self, model: Model) -> Iterable[str]:

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from olvae.models.parts.part import Model, Part, Step
-from olvae.modules.base import check_not_negative, upcast
+from olvae.modules.base import check_choice, check_not_negative, upcast
 
 
 class RandomNoise(Part):
@@ -36,8 +36,7 @@ class RandomNoise(Part):
     ) -> None:
         super().__init__()
         check_not_negative(strength=strength, scale=scale)
-        if how not in ("add", "interpolate"):
-            raise ValueError(f"how must be add or interpolate, got {how!r}")
+        check_choice(("add", "interpolate"), how=how)
         if how == "interpolate" and strength > 1:
             raise ValueError(f"strength must be at most 1 to interpolate, got {strength}")
         if how == "add" and scale != 1:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Operands, Stage, casts_together, check_counts
+from olvae.modules.base import Decoder, Operands, Stage, casts_together, check_choice, check_counts
 from olvae.modules.litevae.encoder_model import GroupNorm, PreActivationBlock, conv3, shortcut
 from olvae.modules.wavelet import idwt2
 
@@ -159,10 +159,8 @@ class LiteVAE_Decoder(Decoder):
         check_counts(1, channels=channels, channel_mult=channel_mult)
         check_counts(0, num_res_blocks=num_res_blocks)
         super().__init__(z_channels, out_channels, 2 ** (len(channel_mult) - 1))
-        if variant not in get_args(Variant):
-            raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, got {variant!r}")
-        if output not in ("image", "wavelet", "packets"):
-            raise ValueError(f"output must be image, wavelet or packets, got {output!r}")
+        check_choice(get_args(Variant), variant=variant)
+        check_choice(("image", "wavelet", "packets"), output=output)
         if output != "image" and len(channel_mult) < 2:
             raise ValueError(f"{output} output replaces an upsampling: channel_mult needs two entries or more")
         pre_activation = variant != "open_litevae"

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Encoder, Steps, casts_together, check_counts
+from olvae.modules.base import Encoder, Steps, casts_together, check_choice, check_counts
 from olvae.modules.distributions import deterministic_moments
 from olvae.modules.wavelet import dwt2, wavedec2
 
@@ -255,8 +255,7 @@ class LiteVAE_Encoder(Encoder):
     ) -> None:
         check_counts(1, dct_levels=dct_levels)
         super().__init__(latent_dim, in_channels, 2**dct_levels, image_size)
-        if variant not in ("open_litevae", "paper"):
-            raise ValueError(f"variant must be open_litevae or paper, got {variant!r}")
+        check_choice(("open_litevae", "paper"), variant=variant)
         if variant == "open_litevae" and (pool != "average" or dropout):
             raise ValueError("pool and dropout belong to the paper variant: set variant to paper, or leave them out")
         if not 0 <= skip_levels < dct_levels:

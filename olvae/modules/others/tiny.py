@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from olvae.modules.base import Decoder, Encoder, Stage, Steps, check_counts
 from olvae.modules.distributions import deterministic_moments
 
-LIMIT = 3.0  # a soft bound on what the decoder takes, in standard deviations
+SOFT_BOUND = 3.0  # a soft bound on what the decoder takes, in standard deviations
 
 
 class Residual(nn.Module):
@@ -118,4 +118,4 @@ class TinyDecoder(_Tiny, Decoder):
         return [Stage(self._bound, 0), *layers, Stage(lambda image: 2 * image - 1, 0)]
 
     def _bound(self, z: Tensor) -> Tensor:
-        return torch.tanh((z - self.latents_mean) / self.latents_std / LIMIT) * LIMIT
+        return torch.tanh((z - self.latents_mean) / self.latents_std / SOFT_BOUND) * SOFT_BOUND

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from olvae.modules.base import Decoder, Encoder, Steps
 from olvae.modules.distributions import deterministic_moments
 
-TRAINED = (
+TRAINABLE = (
     *("AutoencoderDC", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE"),
     *("AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLWan"),
 )
@@ -68,8 +68,8 @@ class _Wrapped(Steps):
     def _build(self, kind: str, config: Mapping[str, Any], half: str) -> None:
         import diffusers  # seconds, for this network only
 
-        if kind not in TRAINED:
-            raise ValueError(f"{kind}: only {', '.join(TRAINED)} can be trained here")
+        if kind not in TRAINABLE:
+            raise ValueError(f"{kind}: only {', '.join(TRAINABLE)} can be trained here")
         self.kind, self.model = kind, getattr(diffusers, kind).from_config(dict(config))
         for other in (name for names in HALVES.values() for name in names if name not in HALVES[half]):
             if getattr(self.model, other, None) is not None:
@@ -102,7 +102,7 @@ def _on_one_frame(conv: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor
 
 
 class DiffusersEncoder(_Wrapped, Encoder):
-    """The encoder of a diffusers autoencoder, under its own names; see :data:`TRAINED`.
+    """The encoder of a diffusers autoencoder, under its own names; see :data:`TRAINABLE`.
 
     Args:
         kind, config: diffusers' class, and the content of its config.json.

@@ -15,12 +15,12 @@ from olvae.models.loading import diffusers_models
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from olvae.models.loading.families import StableDiffusion, family_of
 from olvae.models.loading.targets import find_target
-from olvae.modules.others.wrapped import TRAINED, DiffusersEncoder
+from olvae.modules.others.wrapped import TRAINABLE, DiffusersEncoder
 from tests.export.latents import Shrunk, tiny_vae
 from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl, tiny_kl
 from tests.models.loading.classes import make
 
-FORMS = {name: (name, {}) for name in TRAINED} | {
+FORMS = {name: (name, {}) for name in TRAINABLE} | {
     "Wan 2.2": ("AutoencoderKLWan", {"in_channels": 12, "out_channels": 12, "patch_size": 2, "is_residual": True})
 }
 VIDEO = {"AutoencoderKLQwenImage", "AutoencoderKLWan"}
@@ -65,7 +65,7 @@ def test_the_same_function_and_the_same_weights(name, pairs):
     torch.testing.assert_close(found.mean, expected.mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.var, expected.var, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(ours.decode(expected.mean), theirs.decode(expected.mean), rtol=1e-5, atol=1e-5)
-    before, after = theirs.model.state_dict(), family_of(ours).theirs(ours)
+    before, after = theirs.model.state_dict(), family_of(ours).to_diffusers(ours)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert ours.for_diffusion == theirs.for_diffusion
@@ -196,7 +196,7 @@ def test_encode_and_decode_are_diffusers_own_and_names_go_back(name):
         assert (list(back) if isinstance(back, tuple | list) else back or 0.0) == (
             list(given) if isinstance(given, tuple | list) else given or 0.0
         ), key
-    before, after = theirs.state_dict(), StableDiffusion().theirs(ours)
+    before, after = theirs.state_dict(), StableDiffusion().to_diffusers(ours)
     assert before.keys() == after.keys() == again.state_dict().keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
 

@@ -174,7 +174,7 @@ def test_images_that_are_not_of_colours(vit):
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
-        ({"of": "mode"}, ValueError, "of must be mean or sample, got 'mode'"),
+        ({"of": "mode"}, ValueError, "of must be one of mean, sample, got 'mode'"),
         ({"weight": -1}, ValueError, "weight must not be negative, got -1"),
         ({"encoder": "vit_giant_of_nowhere"}, ValueError, "timm has no model vit_giant_of_nowhere"),
         ({"weights": "/nowhere.pt"}, FileNotFoundError, "nowhere.*set params.weights of the alignment to a file of"),

@@ -75,7 +75,7 @@ def test_a_step_in_training_alone(image_folder, how):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"how": "replace"}, "how must be add or interpolate, got 'replace'"),
+        ({"how": "replace"}, "how must be one of add, interpolate, got 'replace'"),
         ({"strength": -1.0}, "strength must not be negative, got -1"),
         ({"strength": 1.5}, "strength must be at most 1 to interpolate, got 1.5"),
         ({"how": "add", "scale": 2.0}, "scale is of the noise to interpolate with"),
