@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from olvae.modules.base import casts_together, mean_over_processes, upcast
+from olvae.modules.base import casts_together, check_counts, mean_over_processes, upcast
 
 
 class PatchGAN(nn.Module):
@@ -24,8 +24,7 @@ class PatchGAN(nn.Module):
 
     def __init__(self, in_channels: int = 3, base_channels: int = 64, n_layers: int = 3) -> None:
         super().__init__()
-        if n_layers < 1:
-            raise ValueError(f"PatchGAN needs n_layers of at least 1, got {n_layers}")
+        check_counts(1, base_channels=base_channels, n_layers=n_layers)
         self.min_size = 4 * 2**n_layers
         widths = [base_channels * min(2**i, 8) for i in range(n_layers + 1)]
         self.first = nn.Conv2d(in_channels, widths[0], kernel_size=4, stride=2, padding=1)

@@ -23,6 +23,7 @@ from olvae.files import atomic_write, reason
 from olvae.models.averaging import find_average
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import BadStep
+from olvae.modules.base import check_counts, check_not_negative
 from olvae.runs import Run
 from olvae.training.progress import log_picture, notify
 from olvae.training.saving import BackgroundCheckpointIO, current_run, last_good
@@ -43,8 +44,7 @@ class ImageGrids(Callback):
     """
 
     def __init__(self, count: int = 8) -> None:
-        if count < 1:
-            raise ValueError(f"count must be at least 1, got {count}")
+        check_counts(1, count=count)
         self.count = count
         self._batches: list[Batch] = []  # of this validation, until there are enough images
 
@@ -119,8 +119,7 @@ class Health(Callback):
     """
 
     def __init__(self, patience: int = 1000) -> None:
-        if patience < 1:
-            raise ValueError(f"patience must be at least 1, got {patience}")
+        check_counts(1, patience=patience)
         self.patience = patience
         self._since: dict[str, int] = {}  # the first step of each symptom that lasts, by its sentence
 
@@ -172,8 +171,8 @@ class BadSteps(Callback):
     """
 
     def __init__(self, in_a_row: int = 20, returns: int = 3, rate_factor: float = 0.5) -> None:
-        if in_a_row < 1 or returns < 0:
-            raise ValueError("in_a_row must be at least 1, and returns not negative")
+        check_counts(1, in_a_row=in_a_row)
+        check_not_negative(returns=returns)
         if not 0 < rate_factor <= 1:
             raise ValueError(f"rate_factor must be above 0, and at most 1, got {rate_factor}")
         self.in_a_row = in_a_row
@@ -344,8 +343,7 @@ class StepTrace(Callback):
     """
 
     def __init__(self, steps: int = 3) -> None:
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        check_counts(1, steps=steps)
         self.steps = steps
         self._done = 0
         self._profile: profile | None = None

@@ -22,6 +22,7 @@ from olvae.data.read_errors import TooManyUnreadableError
 from olvae.files import atomic_write, first_line, write_json
 from olvae.metrics import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.modules.base import check_counts, check_not_negative
 from olvae.runs import Run
 
 log = logging.getLogger("olvae.training")
@@ -48,8 +49,8 @@ class KeepCheckpoints(Checkpoint):
     """
 
     def __init__(self, every_n_steps: int = 1000, keep_every_n_steps: int = 0, best: str | None = "val/psnr") -> None:
-        if every_n_steps < 1 or keep_every_n_steps < 0:
-            raise ValueError("every_n_steps must be at least 1, and keep_every_n_steps not negative")
+        check_counts(1, every_n_steps=every_n_steps)
+        check_not_negative(keep_every_n_steps=keep_every_n_steps)
         self.every_n_steps = every_n_steps
         self.keep_every_n_steps = keep_every_n_steps
         self.best = best

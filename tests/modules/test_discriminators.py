@@ -112,7 +112,7 @@ def test_images_that_do_not_fit(name, shape, message):
 @pytest.mark.parametrize(
     ("kind", "arguments", "message"),
     [
-        (PatchGAN, {"n_layers": 0}, "n_layers of at least 1"),
+        (PatchGAN, {"n_layers": 0}, "n_layers must be at least 1"),
         (UNetGAN, {"image_size": 100}, "image_size must be a multiple of 64, got 100"),
         *((GigaGAN, {"image_size": size}, f"power of two from 64, got {size}") for size in (32, 96, 0)),
         (GigaGAN, {**GIGA, "attention": (8, 64)}, r"levels of \[32, 16, 8, 4\] px: attention cannot be at \[64\]"),

@@ -1,3 +1,1 @@
-"""Images of any size within a stated memory: padding, exact tiles for the decoder, strips of rows for the encoder.
-
-Imported by inference only: export, reconstruction, benchmarks. Training never does."""
+"""Images of any size within a stated memory: padding, exact tiles for the decoder, strips of rows for the encoder."""

@@ -82,7 +82,7 @@ def test_the_last_convolution_predicts_bands_in_the_image_range(output, levels):
     ("call", "message"),
     [
         (lambda: LiteVAE_Decoder(variant="smc"), "one of open_litevae, paper_smc, group_norm"),
-        (lambda: LiteVAE_Decoder(output="bands"), "image, wavelet or packets"),
+        (lambda: LiteVAE_Decoder(output="bands"), "output must be one of image, wavelet, packets"),
         (lambda: LiteVAE_Decoder(8, channel_mult=(1,), output="wavelet"), "two entries"),
         (lambda: LiteVAE_Decoder(8, 4)(torch.zeros(1, 3, 4, 4)), r"\(B, 4, h, w\)"),
     ],

@@ -137,7 +137,7 @@ def test_every_parameter_learns(arguments):
     [
         (lambda: LiteVAE_Encoder(), "extractor_channels"),
         (lambda: LiteVAE_Encoder(scale="XL"), "S, B, M, L"),
-        (lambda: LiteVAE_Encoder(scale="S", variant="open"), "open_litevae or paper"),
+        (lambda: LiteVAE_Encoder(scale="S", variant="open"), "variant must be one of open_litevae, paper"),
         (lambda: LiteVAE_Encoder(scale="S", image_size=100), "multiple of 8"),
         (lambda: LiteVAE_Encoder(scale="S", pool="conv"), "paper variant"),
         (lambda: LiteVAE_Encoder(scale="S", skip_levels=3), "skip_levels must be from 0 to 2, .* got 3"),
