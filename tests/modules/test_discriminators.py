@@ -117,7 +117,7 @@ def test_images_that_do_not_fit(name, shape, message):
         *((GigaGAN, {"image_size": size}, f"power of two from 64, got {size}") for size in (32, 96, 0)),
         (GigaGAN, {**GIGA, "attention": (8, 64)}, r"levels of \[32, 16, 8, 4\] px: attention cannot be at \[64\]"),
         (GigaGAN, {"image_size": 64, "base": 32}, "base at least image_size = 64"),
-        (GigaGAN, {"predictors": "some"}, '"ends" or "all"'),
+        (GigaGAN, {"predictors": "some"}, "predictors must be one of ends, all"),
     ],
 )
 def test_arguments_that_cannot_be(kind, arguments, message):

@@ -110,10 +110,12 @@ def test_a_full_disk_leaves_the_file_before_and_is_told(tmp_path, monkeypatch, a
 
 
 def test_a_failed_save_does_not_cut_the_next_one_off(tmp_path):
-    saving = BackgroundCheckpointIO()
+    saving, may_write = BackgroundCheckpointIO(), Event()
+    saving._writer.submit(may_write.wait)  # so that both are asked for before the first is written
     (tmp_path / "best.ckpt").mkdir()  # which no file can replace
     saving.save_checkpoint(content(1.0), tmp_path / "best.ckpt")
     saving.save_checkpoint(content(2.0), tmp_path / "last.ckpt")
+    may_write.set()
     with pytest.raises(OSError, match=r"best\.ckpt: the checkpoint could not be written"):
         saving.teardown()
     assert torch.equal(load(tmp_path / "last.ckpt")["state_dict"]["a"], torch.full((3, 2), 2.0))
