@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
@@ -22,12 +22,13 @@ from olvae.models.weight_files import LOADER, LOADER_NAME
 from olvae.runs import Run
 
 
-class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
+class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     """A LiteVAE with the interface of diffusers' ``AutoencoderKL``.
 
     ``from_pretrained`` and ``save_pretrained`` are diffusers' own, for the folders that ``olvae export`` writes.
     As in AutoencoderKL, ``encode`` and ``decode`` work on the model's own latents; pipelines and trainers apply
-    ``config.scaling_factor`` and ``config.shift_factor``: (z - shift_factor) * scaling_factor.
+    ``config.scaling_factor`` and ``config.shift_factor``: (z - shift_factor) * scaling_factor. ``enable_slicing`` lets
+    a batch take the memory of one image, with the same result.
 
     Arguments up to ``force_upcast`` are those of :class:`AutoencoderSpec`, with networks of this package only, because
     a config may come from the hub. The others are for pipelines, and follow from these: ValueError if they do not.
@@ -141,13 +142,6 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         x = crop_to(self.decode(z, return_dict=False)[0], (sample.shape[-2], sample.shape[-1]))
         return DecoderOutput(sample=x) if return_dict else (x,)
 
-    def enable_slicing(self) -> None:
-        """Encode and decode a batch image by image, in the memory of one; the result is the same."""
-        self.use_slicing = True
-
-    def disable_slicing(self) -> None:
-        self.use_slicing = False
-
     def enable_tiling(self, memory: int | None = None) -> None:
         """Encode and decode large images within a stated memory; the result is the same to rounding.
 
@@ -159,9 +153,6 @@ class AutoencoderLiteVAE(ModelMixin, ConfigMixin):
         if memory is not None and memory <= 0:
             raise ValueError(f"memory is a number of bytes, at least 1, got {memory}")
         self.use_tiling, self.tiling_memory = True, memory
-
-    def disable_tiling(self) -> None:
-        self.use_tiling = False
 
     def _run(self, whole: Callable[[Tensor], Tensor], within: Callable[[Tensor, int], Tensor], x: Tensor) -> Tensor:
         """``whole(x)``, image by image and within the memory, if that is enabled."""
