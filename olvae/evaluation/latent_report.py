@@ -1,26 +1,263 @@
-"""Report on latents: encode images with several models in one pass; tables, and a figure of the distributions."""
+"""Report on latents over images: moments, KL, histogram, spectrum, MMD to N(0, I); tables, and a figure."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.markup import escape
+from torch import Tensor
 
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides
 from olvae.data.source import Batch
 from olvae.devices import gather
-from olvae.evaluation.latent_statistics import ACTIVE_VARIANCE, EDGES, NO_DISTRIBUTION, LatentAccumulator, image_key
 from olvae.evaluation.observers.observer import Observation, Observer
 from olvae.evaluation.report import print_grid
 from olvae.evaluation.results import Row, texts
 from olvae.files import atomic_write
 from olvae.models.autoencoder import Autoencoder
+from olvae.modules.distributions import Posterior, keyed_seed
+from olvae.modules.scaling_factors import Moments
+
+ACTIVE_VARIANCE = 0.01
+"""A channel is active if its posterior mean varies by more than this over the data (Burda et al. 2016, section 5.1)."""
+
+NO_DISTRIBUTION = "a deterministic autoencoder: its latents have no distribution of their own"
+
+EDGES = 0.5 * torch.linspace(-5.0, 5.0, 201, dtype=torch.float64).sinh()
+"""Edges of the histogram's bins: from -37 to 37, 0.025 wide at 0, 0.05 at 1 and 0.5 at 10 [D]."""
+
+SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)  # the bandwidths of the paper's comparison [P Table 6]
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for the colour-blind
 DASHES = ("-", "--", "-.", ":")
+
+
+def image_key(image: Tensor) -> int:
+    """A number below 2^63 that identifies the pixels of a uint8 (C, H, W) image."""
+    array = image.cpu().contiguous().numpy()
+    return keyed_seed(repr(array.shape).encode() + array.tobytes())
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """Sums over images and positions."""
+
+    n: int
+    shape: torch.Size  # of a latent (C, h, w)
+    moments: Moments
+    kl: Tensor | None  # nats (C,); None for deterministic latents
+    minimum: Tensor  # of the posterior means (C,)
+    maximum: Tensor
+    high: Tensor  # of the posterior means, and of the images, averaged to as many positions: see high_and_all (2, 2)
+    mass: Tensor  # expected count of z in each bin of EDGES, and at the ends below and above them (bins + 2,)
+
+    @classmethod
+    def of(cls, mean: Tensor, logvar: Tensor | None, images: Tensor | None) -> "_Totals":
+        """The sums of one batch, (B, C, h, w) in float64; deterministic latents have no log-variance."""
+        small = (
+            mean.new_zeros(1, 1, 1, 1)
+            if images is None
+            else F.adaptive_avg_pool2d(images, (mean.shape[-2], mean.shape[-1]))
+        )
+        spectra = torch.stack((high_and_all(mean), high_and_all(small))).cpu()
+        if logvar is None:
+            var = kl = None
+            bins = torch.bucketize(mean.flatten(), EDGES.to(mean.device), right=True)
+            mass = torch.bincount(bins, minlength=len(EDGES) + 1).double()
+        else:
+            var, std = logvar.exp(), (0.5 * logvar).exp()
+            kl = (0.5 * (mean.square() + var - 1.0 - logvar)).sum((0, 2, 3)).cpu()
+            below = torch.stack([torch.special.ndtr((edge - mean) / std).sum() for edge in EDGES.tolist()])
+            mass = below.diff(prepend=below.new_zeros(1), append=below.new_full((1,), mean.numel()))
+        low, high = mean.amin((0, 2, 3)).cpu(), mean.amax((0, 2, 3)).cpu()
+        return cls(len(mean), mean.shape[1:], Moments.of(mean, var), kl, low, high, spectra, mass.cpu())
+
+    def __add__(self, other: "_Totals") -> "_Totals":
+        if self.shape != other.shape:
+            shapes = f"{tuple(self.shape)} and {tuple(other.shape)}"
+            raise ValueError(f"latents of different shapes, {shapes}: the images must have one size")
+        return _Totals(
+            self.n + other.n,
+            self.shape,
+            self.moments + other.moments,
+            None if self.kl is None or other.kl is None else self.kl + other.kl,
+            torch.minimum(self.minimum, other.minimum),
+            torch.maximum(self.maximum, other.maximum),
+            self.high + other.high,
+            self.mass + other.mass,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """A row of latents.json but for the MMD: plain numbers and lists."""
+        scale, shift = self.moments.factors()
+        mean, std = self.moments.mean.tolist(), self.moments.std.tolist()
+        share = (self.mass / self.mass.sum()).tolist()
+        spectra = zip(("high_frequencies", "high_frequencies_of_images"), self.high.tolist(), strict=True)
+        of = "" if self.kl is None else "_of_posterior_means"
+        ends = {f"min{of}": self.minimum.tolist(), f"max{of}": self.maximum.tolist()}
+        row = {
+            "n": self.n,
+            "latent_shape": list(self.shape),
+            "deterministic": self.kl is None,
+            "mean": shift,
+            "std": 1.0 / scale,
+            **{name: high / total for name, (high, total) in spectra if total},
+            "diffusion": {"shift_factor": shift, "scaling_factor": scale, "latents_mean": mean, "latents_std": std},
+            "channels": {"mean": mean, "std": std, **ends},
+        }
+        if self.kl is not None:
+            moments, positions = self.moments, self.shape[1:].numel()
+            variances, kl = moments.variances / moments.positions, self.kl / moments.positions
+            active = moments.std_of_means.square() > ACTIVE_VARIANCE
+            row |= {
+                "posterior_std": float(variances.mean().sqrt()),
+                "kl_per_position": float(kl.sum()),
+                "kl_per_image": float(kl.sum()) * positions,
+                "active_channels": int(active.sum()),
+            }
+            row["channels"] |= {
+                "std_of_posterior_means": moments.std_of_means.tolist(),
+                "posterior_std": variances.sqrt().tolist(),
+                "kl_per_position": kl.tolist(),
+                "kl_per_image": (kl * positions).tolist(),
+                "active": active.tolist(),
+            }
+        row["histogram"] = {
+            "edges": EDGES.tolist(),
+            "normal": torch.special.ndtr(EDGES).diff().tolist(),
+            "below": share[0],
+            "share": share[1:-1],
+            "above": share[-1],
+        }
+        return row
+
+
+class LatentAccumulator:
+    """Sum over batches of posteriors, in float64; the order and the size of batches make no difference.
+
+    A latent is z = mean + std * noise; a deterministic one is z itself. Expectations over the noise are closed: the
+    histogram is an average of normal distributions. Only the MMD needs samples: of the images with the smallest keys,
+    at most ``mmd_latents``, with noise seeded by the key. Equal images count once in it.
+    """
+
+    def __init__(self, mmd_latents: int = 10_000) -> None:
+        self.mmd_latents = mmd_latents
+        self._totals: _Totals | None = None
+        self._samples: dict[int, Tensor] = {}  # by key, sorted
+
+    def update(self, posterior: Posterior, keys: Sequence[int], images: Tensor | None = None) -> None:
+        """Add a posterior over (B, n_z, h, w), on any device, with its images' keys: :func:`image_key`.
+
+        With the ``images``, (B, C, H, W) on its device, their spectrum is summed as well.
+
+        Raise ValueError if it is not finite, or its shape differs from the ones before.
+        """
+        device = "cpu" if posterior.mean.device.type == "mps" else posterior.mean.device  # mps has no float64
+        mean = posterior.mean.to(device).double()  # (B, C, h, w)
+        logvar = None if posterior.deterministic else posterior.logvar.to(device).double()
+        if not (mean.isfinite().all() and (logvar is None or logvar.isfinite().all())):
+            raise ValueError("the latents are not finite: the weights may be of a run that diverged")
+        std = torch.zeros_like(mean) if logvar is None else (0.5 * logvar).exp()
+        samples = {}
+        for key, center, spread in zip(keys, mean.cpu(), std.cpu(), strict=True):
+            noise = torch.randn(center.shape, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
+            samples[key] = (center + spread * noise).float()
+        self._add(_Totals.of(mean, logvar, None if images is None else images.to(device).double()), samples)
+
+    def merge(self, other: "LatentAccumulator") -> None:
+        """Add all batches of another accumulator, for example of another process."""
+        if other._totals is not None:
+            self._add(other._totals, other._samples)
+
+    def compute(self) -> dict[str, Any]:
+        """Compute a row of latents.json: numbers and lists, and reasons under ``skipped`` for those missing.
+
+        Raise ValueError if there were no images, or all latents are equal.
+        """
+        if self._totals is None:
+            raise ValueError("no images: there are no latents to describe")
+        row = self._totals.as_dict()
+        skipped = dict.fromkeys(("kl", "active"), NO_DISTRIBUTION) if row["deterministic"] else {}
+        if len(self._samples) < 2:
+            skipped["mmd"] = "needs at least two different images"
+        else:
+            z = torch.stack(list(self._samples.values())).flatten(1)  # (N, C h w)
+            row["mmd"] = {"latents": len(z), "sigmas": list(SIGMAS), "mmd2": mmd2_normal(z).tolist()}
+            z.sub_(row["mean"]).mul_(row["diffusion"]["scaling_factor"])
+            row["mmd"]["mmd2_scaled"] = mmd2_normal(z).tolist()
+            row["mmd"]["standard_error_under_normal"] = mmd2_null_std(*z.shape).tolist()
+        return row | ({"skipped": skipped} if skipped else {})
+
+    def _add(self, totals: _Totals, samples: Mapping[int, Tensor]) -> None:
+        self._totals = totals if self._totals is None else self._totals + totals
+        together = {**samples, **self._samples}
+        self._samples = {key: together[key] for key in sorted(together)[: self.mmd_latents]}
+
+
+def high_and_all(x: Tensor) -> Tensor:
+    """Sum the energies of the cosine transform (DCT-II) of images without their channels' means, (B, C, h, w) -> (2,).
+
+    First of the high frequencies, in the upper half along either axis, then of all. White noise has 3/4 high.
+    """
+    bases = []
+    for n in x.shape[-2:]:
+        k, i = (torch.arange(n, dtype=x.dtype, device=x.device) for _ in range(2))
+        bases.append((torch.pi / n * k[:, None] * (i + 0.5)).cos() * (2.0 / n) ** 0.5)
+        bases[-1][0] *= 0.5**0.5
+    energies = (bases[0] @ x @ bases[1].T).square().sum((0, 1))  # (h, w)
+    energies[0, 0] = 0.0
+    h, w = x.shape[-2:]
+    return torch.stack((energies.sum() - energies[: -(-h // 2), : -(-w // 2)].sum(), energies.sum()))
+
+
+def mmd2_normal(z: Tensor, sigmas: Sequence[float] = SIGMAS, chunk: int = 512) -> Tensor:
+    """Estimate MMD^2 between latents ``z`` (N, ...) and N(0, I), for RBF kernels of several widths, in float64.
+
+    k(x, y) = exp(-|x - y|^2 / (2 sigma^2)), over whole flattened latents, and the unbiased estimator [D: the paper
+    specifies neither], with the kernel's exact expectations under N(0, I), s = sigma^2 and d values per latent:
+
+        MMD^2 = mean over i != j of k(z_i, z_j) - 2 mean over i of e(z_i) + c
+        e(x) = E k(x, y) = (s / (s + 1))^(d/2) exp(-|x|^2 / (2 (s + 1))),   c = E k(y, y') = (s / (s + 2))^(d/2)
+
+    Its error, which can make it slightly negative, is :func:`mmd2_null_std`. Memory is ``z`` and two chunks of rows.
+    """
+    z = z.flatten(1)  # (N, d)
+    n, d = z.shape
+    s = torch.tensor(sigmas, dtype=torch.float64, device=z.device).square()  # (S,)
+    square = torch.cat([part.double().square().sum(1) for part in z.split(chunk)])  # (N,)
+    pairs = torch.zeros_like(s)
+    for start in range(0, n, chunk):
+        rows = z[start : start + chunk].double()
+        for other in range(0, start + 1, chunk):  # the matrix is symmetric: its lower triangle of blocks
+            inner = rows @ z[other : other + chunk].double().T
+            distance = square[start : start + chunk, None] + square[None, other : other + chunk] - 2.0 * inner
+            distance = distance.clamp(min=0.0)  # (rows, columns)
+            if other == start:
+                distance.fill_diagonal_(torch.inf)  # excludes i = j
+            weight = 1.0 if other == start else 2.0
+            pairs += torch.stack([weight * (distance / (-2.0 * v)).exp().sum() for v in s])
+    log_e = -0.5 * d * torch.log1p(1.0 / s)[:, None] - square / (2.0 * (s[:, None] + 1.0))  # (S, N)
+    c = (-0.5 * d * torch.log1p(2.0 / s)).exp()
+    return pairs / (n * (n - 1)) - 2.0 * log_e.exp().mean(1) + c
+
+
+def mmd2_null_std(n: int, d: int, sigmas: Sequence[float] = SIGMAS) -> Tensor:
+    """Standard deviation of :func:`mmd2_normal` over sets of ``n`` latents of ``d`` values drawn from N(0, I).
+
+    The estimator is the mean over pairs of h(x, x') = k(x, x') - e(x) - e(x') + c, whose expectation given either
+    argument is 0 under N(0, I). So its variance is 2 E h^2 / (n (n - 1)), with E h^2 = E k^2 - 2 E e^2 + c^2.
+    """
+    s = torch.tensor(sigmas, dtype=torch.float64).square()
+    k2 = -0.5 * d * torch.log1p(4.0 / s)  # log E k^2: the kernel of half the squared width
+    e2 = -d * torch.log1p(1.0 / s) - 0.5 * d * torch.log1p(2.0 / (s + 1.0))
+    c2 = -d * torch.log1p(2.0 / s)
+    h2 = c2.exp() * (torch.expm1(k2 - c2) - 2.0 * torch.expm1(e2 - c2))
+    return (2.0 * h2.clamp(min=0.0) / (n * (n - 1))).sqrt()
 
 
 @torch.inference_mode()

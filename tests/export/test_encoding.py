@@ -14,7 +14,7 @@ from olvae.config import ConfigError
 from olvae.data.image import EvalTransform, image_to_tensor
 from olvae.data.picture_folder import find_images
 from olvae.data.pixels.size_and_range import from_uint8
-from olvae.evaluation.latent_statistics import LatentAccumulator
+from olvae.evaluation.latent_report import LatentAccumulator
 from olvae.export.encoding import find_inputs
 from olvae.models.large.tiling import pad_to_multiple
 from tests.data.images import encoded, picture, write_shard, write_shards, write_tar

@@ -6,10 +6,12 @@ import torch
 from PIL import Image
 from torch.distributions import Normal, kl_divergence
 
-from olvae.evaluation.latent_report import COLOURS, draw_distribution, encode_latents
-from olvae.evaluation.latent_statistics import (
+from olvae.evaluation.latent_report import (
+    COLOURS,
     EDGES,
     LatentAccumulator,
+    draw_distribution,
+    encode_latents,
     high_and_all,
     image_key,
     mmd2_normal,
