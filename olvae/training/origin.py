@@ -105,11 +105,11 @@ def with_channels(model: LiteVAE, channels: int, name: str) -> LiteVAE:
     with torch.random.fork_rng(devices=[]):
         out = LiteVAE.from_config(**config).set_for_diffusion(model.for_diffusion)
     weights, wanted = model.state_dict(), out.state_dict()
-    for tensor_name, tensor in weights.items():
-        new, axis = wanted[tensor_name], int(tensor_name.startswith("encoder"))
-        if new.shape == tensor.shape:
-            continue
-        shape = list(tensor.shape)
+    other = {key: tensor for key, tensor in weights.items() if tensor.shape != wanted[key].shape}
+    if not other:
+        raise ConfigError(f"{name}: sees patches of pixels of {old} channels: it can't be adapted to {channels}")
+    for tensor_name, tensor in other.items():
+        new, axis, shape = wanted[tensor_name], int(tensor_name.startswith("encoder")), list(tensor.shape)
         if len(shape) <= axis or shape[axis] != old or [*shape[:axis], channels, *shape[axis + 1 :]] != list(new.shape):
             where = f"which {tensor_name} depends on in another way"
             raise ConfigError(f"{name}: is for images of {old} channels, {where}: it can't be adapted to {channels}")

@@ -45,3 +45,6 @@ def test_the_function_is_kept(name, monkeypatch):
 def test_networks_that_know_the_channels_elsewhere():
     with pytest.raises(ConfigError, match=r"^it: is for images of 3 channels, which \S+ depends on in another way: it"):
         with_channels(tiny_vae(), 4, "it")
+    patches = make("AutoencoderKLWan", in_channels=12, out_channels=12, patch_size=2, is_residual=True)  # Wan 2.2's
+    with pytest.raises(ConfigError, match=r"^it: sees patches of pixels of 3 channels: it can't be adapted to 1$"):
+        with_channels(DiffusersAutoencoder(patches).as_litevae("it"), 1, "it")

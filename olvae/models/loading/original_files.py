@@ -75,7 +75,8 @@ def original_names(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     last = max((int(level) for level in re.findall(r"decoder\.up_blocks\.(\d+)", " ".join(state))), default=0)
     if kind in (WAN, QWEN):
-        if last != 3 or not any(name.startswith("decoder.up_blocks.3.resnets.2.") for name in state):
+        blocks = [f"decoder.up_blocks.{name}.weight" for name in ("3.resnets.2.conv1", "2.upsamplers.0.resample.1")]
+        if last != 3 or not all(name in state for name in blocks):  # the second is another one in Wan 2.2
             raise ValueError("diffusers knows the names of Wan 2.1's files alone: four levels of two blocks")
         return {_replaced(name, WAN_NAMES): tensor for name, tensor in state.items()}
     if kind not in (KL, FLUX2):

@@ -150,8 +150,9 @@ def test_what_has_no_names_of_its_project(tmp_path):
         model = DiffusersAutoencoder(make(kind)).as_litevae("it")
         assert LAYOUTS["ldm"]().misfit(model).startswith(message)
         assert LAYOUTS["comfyui"]().misfit(model) == f"an {kind}: `format` diffusers"
-    model = DiffusersAutoencoder(make("AutoencoderKLWan", **WAN)).as_litevae("it")
-    assert LAYOUTS["comfyui"]().misfit(model) == "an AutoencoderKLWan: `format` ldm is what ComfyUI loads"
+    for form, instead in ({}, "`format` ldm is what ComfyUI loads"), ({"is_residual": True}, "`format` diffusers"):
+        model = DiffusersAutoencoder(make("AutoencoderKLWan", **WAN, **form)).as_litevae("it")  # Wan 2.1's and 2.2's
+        assert LAYOUTS["comfyui"]().misfit(model) == f"an AutoencoderKLWan: {instead}"
 
 
 def test_sizes_in_a_header_are_not_believed(tmp_path):
