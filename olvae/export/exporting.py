@@ -31,7 +31,7 @@ from olvae.modules.base import count_parameters
 from olvae.modules.scaling_factors import FEW_IMAGES
 from olvae.runs import TEACHER, Run, config_of, entry_of, find_run, run_of, settings_of
 
-TOLERANCE, FOLDING = 1e-6, 1e-5  # differences over the largest value: loaded back; folded, which computes otherwise
+TOLERANCE = 1e-5  # of differences over the largest value: a folded or a video network computes in another order
 
 CARD_NAME = "README.md"
 MADE_WITH = "made with open-LiteVAE"  # in every card: tells what an export may replace from what was downloaded
@@ -106,7 +106,8 @@ def export_target(target: Target, place: Path, settings: ExportSettings) -> tupl
     if reason := layout.misfit(model):
         raise ConfigError(f"{target.given}: {reason}")
     notes = list(layout.notes(model))
-    factors_from = _set_factors(model, loaded, target, settings, notes) if "latents" not in layout.refused else None
+    kept = "latents" not in layout.refused
+    factors_from = _set_factors(model, loaded, target, settings, layout.in_units(model), notes) if kept else None
     metrics = None if layout.suffix else _metrics_of(target, notes)
     provenance = Provenance(target.name, target.config, metrics, target.raw, settings.license, factors_from)
     return export(model, place, layout, settings, provenance), notes
@@ -192,8 +193,10 @@ def _as_exported(model: LiteVAE, dtype: torch.dtype, fold: bool) -> tuple[LiteVA
     out = model.eval()
     if fold and not model.folded:
         out = model.fold().eval()
-        differences["folded"] = _difference("folded", model, out.moments, out.decode, FOLDING)
+        differences["folded"] = _difference("folded", model, out.moments, out.decode)
     rounded = out if dtype == torch.float32 else copy.deepcopy(out).to(dtype)
+    exact = {name: buffer for name, buffer in out.named_buffers() if "running_" in name}  # FLUX.2's factors
+    rounded.load_state_dict(exact, strict=False, assign=True)
     for one, kind in ((out, torch.float32), (rounded, dtype)):
         if broken := [name for name, tensor in one.state_dict().items() if not tensor.isfinite().all()]:
             raise ValueError(f"{len(broken)} tensors have values that are not finite in {kind}: {broken[0]}, ...")
@@ -220,7 +223,7 @@ Function = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def _difference(what: str, model: LiteVAE, moments: Function, decode: Function, limit: float = TOLERANCE) -> float:
+def _difference(what: str, model: LiteVAE, moments: Function, decode: Function) -> float:
     """Compare moments and reconstructions of an image of noise, in float32: half precision would hide differences."""
     whole = model if next(model.parameters()).dtype == torch.float32 else copy.deepcopy(model).float()
     shape = (1, model.in_channels, 4 * model.downscale, 4 * model.downscale)
@@ -229,7 +232,7 @@ def _difference(what: str, model: LiteVAE, moments: Function, decode: Function, 
     z = own.chunk(2, dim=1)[0]
     pairs = ((own, moments(x)), (whole.decode(z), decode(z)))
     difference = float(torch.stack([(m - n).abs().max() / m.abs().max() for m, n in pairs]).max())
-    if not difference <= limit:  # also where it is not a number
+    if not difference <= TOLERANCE:  # also where it is not a number
         raise ValueError(f"{what}, the result differs by {difference:.1e} of the largest value: nothing is written")
     return difference
 
@@ -261,14 +264,16 @@ def _metrics_of(target: Target, notes: list[str]) -> Path | None:
 
 
 def _set_factors(
-    model: LiteVAE, loaded: Autoencoder, target: Target, settings: ExportSettings, notes: list[str]
+    model: LiteVAE, loaded: Autoencoder, target: Target, settings: ExportSettings, in_units: bool, notes: list[str]
 ) -> str | None:
     """Set the factors that the settings give; return where they are from, None if they are not measured."""
     per_channel = model.latents_mean is not None
     given = {name: value for name in FACTORS if (value := getattr(settings, name)) is not None}
-    if per_channel and given:
-        names = ", ".join(f"`{name}`" for name in given)
-        raise ConfigError(f"{target.given}: has latents_mean and latents_std per channel: leave out {names}")
+    if given and (in_units or per_channel):
+        has = "latents in a diffusion model's units" if in_units else "latents_mean and latents_std per channel"
+        raise ConfigError(f"{target.given}: has {has}: leave out {', '.join(f'`{name}`' for name in given)}")
+    if in_units:
+        return None
     if settings.latents is not None:
         file = _factors_file(settings.latents)
         measured = read_factors(file, target.name, tensors_sum(loaded.state_dict()))
@@ -344,6 +349,7 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
         model=model,
         usage=layout.usage(model),
         notes=list(layout.notes(model)),
+        in_units=layout.in_units(model),
         title=title,
         made_with=MADE_WITH,
         provenance=provenance,

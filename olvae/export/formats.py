@@ -61,6 +61,10 @@ class Layout(ABC):
         """Say why the format can't hold a model; None if it can."""
         return None
 
+    def in_units(self, model: LiteVAE) -> bool:  # noqa: ARG002
+        """Whether latents are in a diffusion model's units in this format, so that no factor is left to apply."""
+        return False
+
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
         """Name the weights as the format does, and shape them so."""
         return model.state_dict()
@@ -132,6 +136,9 @@ class DiffusersLayout(Layout):
         except ValueError as error:
             return f"{error}: `format` litevae can hold it"
 
+    def in_units(self, model: LiteVAE) -> bool:
+        return _family(model).units(model) is not None
+
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
         return _family(model).to_diffusers(model)
 
@@ -154,7 +161,7 @@ class DiffusersLayout(Layout):
     def usage(self, model: LiteVAE) -> str:
         kind, frames = _family(model).kind(model), model.encoder.node["params"].get("frames", False)
         latent = ".latent" if model.deterministic else ".latent_dist.sample()"
-        latent += "s" if _family(model).units(model) else ""
+        latent += "s" if self.in_units(model) else ""
         return f"""from diffusers import {kind}
 
 vae = {kind}.from_pretrained("FOLDER_OR_ID")
@@ -166,8 +173,8 @@ images = vae.decode(z).sample"""
         if halves := " and the ".join(_reflecting(model)):
             how = 'loaders have to set padding_mode="reflect" on every convolution that pads, otherwise borders differ'
             yield f"padding: reflect in the {halves}, which this format can't say: {how}"
-        if (units := _family(model).units(model)) and bool((units[0] != 0).any() | (units[1] != 1).any()):
-            yield "latents: in a diffusion model's units, as TAESD's, (z - mean) / deviation; without other factors"
+        if self.in_units(model):
+            yield "latents: in a diffusion model's units, as TAESD's: no factor is left to apply"
 
 
 class OriginalLayout(DiffusersLayout):

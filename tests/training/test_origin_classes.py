@@ -103,6 +103,11 @@ def test_a_tiny_student(train_with, tmp_path, image_folder):
     run = train_with(config=config)
     back = diffusers.AutoencoderTiny.from_pretrained(exported(run, tmp_path / "vae"), low_cpu_mem_usage=False)
     assert back.config.scaling_factor == 1
+    card = (tmp_path / "vae" / "README.md").read_text()
+    assert "no factor is left to apply" in card
+    assert "scaling factor" not in card
+    with pytest.raises(ConfigError, match="has latents in a diffusion model's units: leave out `scaling_factor`"):
+        export_target(find_target(run.path), tmp_path / "other", ExportSettings(scaling_factor=0.5))
     found = find_target(run.path).load()
     assert torch.equal(found.encoder.latents_std, torch.full((4, 1, 1), 2.0))
     assert torch.equal(found.decoder.latents_mean, torch.full((4, 1, 1), 0.25))

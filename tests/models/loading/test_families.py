@@ -7,14 +7,17 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from olvae import LiteVAE
 from olvae.config import ConfigError
+from olvae.export.exporting import ExportSettings, export
 from olvae.export.formats import DiffusersLayout
 from olvae.models.loading import diffusers_models
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from olvae.models.loading.families import StableDiffusion, family_of
 from olvae.models.loading.targets import find_target
+from olvae.models.spec import WEIGHTS_NAME
 from olvae.modules.others.wrapped import TRAINABLE, DiffusersEncoder
 from tests.export.latents import Shrunk, tiny_vae
 from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl, tiny_kl
@@ -105,6 +108,20 @@ def test_trained_and_written_back(name, halves, pairs, tmp_path, monkeypatch):
             assert torch.equal(before[key][:, :, :-1], after[key][:, :, :-1]), key
             assert not torch.equal(before[key][:, :, -1], after[key][:, :, -1]), key
     assert arguments(back) == arguments(theirs.model)
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKLFlux2", "AutoencoderKLQwenImage", "Wan 2.2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_exported_and_compared(name, dtype, pairs, tmp_path, monkeypatch):
+    """Also where one frame is computed in another order, and where rounding would reach FLUX.2's statistics."""
+    monkeypatch.setattr(diffusers_models, "PROBE", 32)
+    ours = copy.deepcopy(pairs[name][1])
+    torch.manual_seed(0)
+    for weight in (w for w in ours.parameters() if w.ndim > 1):
+        torch.nn.init.normal_(weight, std=2 * weight[0].numel() ** -0.5)
+    export(ours, tmp_path / "vae", DiffusersLayout(), ExportSettings(dtype=dtype))
+    assert find_target(tmp_path / "vae").load().for_diffusion == ours.for_diffusion
+    assert load_file(tmp_path / "vae" / WEIGHTS_NAME)["decoder.conv_in.weight"].dtype == getattr(torch, dtype)
 
 
 def test_an_export_in_our_own_format(pairs, tmp_path):
