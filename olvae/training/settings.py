@@ -15,7 +15,8 @@ from typing import Any
 from olvae import config as cfg
 from olvae import runs
 from olvae.config import Config, ConfigError
-from olvae.config.reading import ABSENT, differences
+from olvae.config.nodes import FROM_START
+from olvae.config.reading import ABSENT, differences, merge_files
 from olvae.models.spec import check_target, place_in
 from olvae.runs import Run, Settings
 
@@ -100,6 +101,7 @@ def read_plan(options: TrainOptions) -> Plan:
     if config["model"].get("from") is None:
         config["model"].pop("from", None)
     _check_starts(options, config)
+    _keep_additions(config, overrides)
     time_limit = None if options.time_limit is None else parse_time(options.time_limit)
     return Plan(options, config, _settings(options, config, previous), time_limit, resumed, previous)
 
@@ -123,6 +125,17 @@ def _check_starts(options: TrainOptions, config: Config) -> None:
     }
     if len(given := [what for what, value in starts.items() if value is not None]) > 1:
         raise ConfigError(f"{', '.join(given)}: give one of them")
+
+
+def _keep_additions(config: Config, overrides: Sequence[str]) -> None:
+    """Leave of the files' networks, which those of ``model.from`` replace, what overrides add; refuse what they set."""
+    configs = config, merge_files((), overrides, resolve=False)
+    params, given = (runs.entry_of(one, "model.params") or {} for one in configs)
+    for key in given.keys() & set(FROM_START) if "from" in config["model"] else ():
+        if not key.endswith("_config") or "target" in given[key]:
+            raise ConfigError(f"model.params.{key}: is that of {config['model']['from']}: leave it out")
+        if "target" in params[key]:
+            params[key] = given[key]
 
 
 def _name(options: TrainOptions) -> str:

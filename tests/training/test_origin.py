@@ -23,6 +23,7 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target
 from olvae.training import run as training
 from olvae.training.origin import start_from
+from olvae.training.settings import TrainOptions, read_plan
 from tests.conftest import tiny_config
 from tests.export.latents import tiny_vae
 from tests.models.autoencoder_kl import tiny_kl
@@ -211,6 +212,8 @@ def test_the_half_that_a_source_never_trained_stays_untrained(train_with, image_
         (("model.params.decoder_config.padding=reflect",), "model.params.decoder_config.padding: unknown key"),
         (("model.params.encoder_config.params.padding=reflect",), "encoder_config.params.padding: reflect, but "),
         (("data.params.size=18",), "18 is not a multiple of 4"),
+        (("model.params.embed_dim=8",), "model.params.embed_dim: is that of "),
+        (("model.params.decoder_config.target=olvae.modules.sdvae.SDDecoder",), "decoder_config: is that of "),
     ],
 )
 def test_settings_that_a_source_does_not_take(train_with, tmp_path, overrides, message):
@@ -219,6 +222,14 @@ def test_settings_that_a_source_does_not_take(train_with, tmp_path, overrides, m
         train_with("model.params.scaling_factor=0.5", *overrides, start_from=target)
     assert message in one_line(caught)
     assert not (tmp_path / "runs").exists()
+
+
+def test_what_overrides_add_goes_to_the_networks_of_a_target():
+    """Not to those of the recipe, which it replaces."""
+    added = ["model.params.decoder_config.params.padding=reflect"]
+    params = read_plan(TrainOptions(["folder"], added, start_from="olvae:photos-f8c12")).config["model"]["params"]
+    assert params["decoder_config"] == {"params": {"padding": "reflect"}}
+    assert "target" in params["encoder_config"]
 
 
 def test_sources_that_are_none(train_with, tmp_path):
