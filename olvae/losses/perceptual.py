@@ -60,7 +60,7 @@ class PerceptualLoss(Constant, ABC):
 
     @abstractmethod
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """Of images of three channels; a scalar."""
+        """Mean distance of images of three channels, a scalar."""
 
 
 class LPIPS(PerceptualLoss):

@@ -132,7 +132,7 @@ class Quantizer(nn.Module):
         self.post_quant_conv = nn.Conv2d(embed_dim, z_channels, kernel_size=1)
 
     def start_as_identity(self) -> None:
-        """Let both pass on what they get, so that linear paths on either side fit together."""
+        """Initialise both as identities, so that linear paths on either side fit together."""
         for name, conv in self.named_children():
             assert isinstance(conv, nn.Conv2d)
             if conv.in_channels != conv.out_channels:

@@ -43,7 +43,7 @@ class WeightAverage(Callback):
         pl_module.load_state_dict({**checkpoint["state_dict"], **checkpoint["current_model_state"]})
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make the copy where the weights are."""
+        """Copy the weights, on their device."""
         self._parameters = {
             name: p for name, p in pl_module.named_parameters() if name.startswith(AUTOENCODER) and p.requires_grad
         }
@@ -75,7 +75,7 @@ class WeightAverage(Callback):
     on_validation_epoch_end = on_train_end = on_validation_epoch_start
 
     def restore(self, average: Mapping[str, Tensor]) -> None:
-        """Give the model the weights as trained, also after an interrupted change, and take an average's by name."""
+        """Put back the weights as trained, also after an interrupted swap, and load an average by name."""
         for name, tensor in self._before.items():
             self._parameters[name].data = tensor
         self._before = {}
@@ -87,7 +87,7 @@ class WeightAverage(Callback):
 
     @contextmanager
     def weights_as_trained(self) -> Iterator[None]:
-        """During validation, give the model the weights as trained for a while."""
+        """Swap in the weights as trained, for a part of a validation."""
         self._swap()
         try:
             yield

@@ -162,7 +162,7 @@ def _vectors(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _set(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
-    """Let a convolution be weight x + bias of its inputs, in the order (channel, row, column), or of the middle."""
+    """Set a convolution to weight x + bias of its inputs, in the order (channel, row, column), or of the middle."""
     assert conv.bias is not None
     weight = weight.unflatten(1, (conv.in_channels, -1))
     side = math.isqrt(weight.shape[2])

@@ -203,7 +203,7 @@ class NonFiniteGuard:
         self._record.keys.append(list(keys))
 
     def observe(self, terms: Mapping[str, Tensor]) -> None:
-        """Note scalars, in the order of their computation."""
+        """Record scalars, in the order of their computation."""
         batch = len(self._record.keys) - 1
         self._record.terms += [(name, batch, value.detach().float()) for name, value in terms.items()]
 
@@ -224,7 +224,7 @@ class NonFiniteGuard:
 
     @staticmethod
     def skip_if(bad: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
-        """Let the optimizer's next step change nothing if ``bad`` is 1.0; its kernels have to be fused."""
+        """Make the optimizer's next step a no-op if ``bad`` is 1.0; its kernels have to be fused."""
         if scaler is None:
             optimizer.found_inf = bad  # type: ignore[attr-defined]
             return

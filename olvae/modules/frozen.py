@@ -209,6 +209,6 @@ def _network(name: str, weights: Mapping[str, Tensor] | None) -> Any:
 
 
 def _resized(x: Tensor, size: Sequence[int], mode: str) -> Tensor:
-    """In float32."""
+    """Resize (B, C, H, W), antialiased, unless it has that size; in float32."""
     x = upcast(x)
     return x if list(x.shape[-2:]) == list(size) else F.interpolate(x, size=list(size), mode=mode, antialias=True)

@@ -59,7 +59,7 @@ class SpectralConv2d(nn.Conv2d):
 
 
 def stop_power_iterations(module: nn.Module) -> None:
-    """Let no forward pass of ``module`` run power iterations: call :func:`power_iteration` once per update instead.
+    """Turn off the power iterations of forward passes: call :func:`power_iteration` once per update instead.
 
     Then all passes use the same weights, and gradients of k micro-batches add up to those of one batch k times as
     large.

@@ -38,6 +38,7 @@ from olvae.models.footprint import footprint, without_memory
 from olvae.models.large.tiling import GIB
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import HOOKS, PlayersStrategy
+from olvae.runs import entry_of
 from olvae.training.progress import describe_rate, describe_step
 from olvae.training.run import build_model, quieten
 
@@ -48,7 +49,7 @@ LAUNCH_S = 6e-6  # that Python takes for a launch: an estimate, until docs/gpu.m
 
 @dataclass
 class Step:
-    """What a rank sends and launches in a step."""
+    """Messages and launches of a rank in a step."""
 
     messages: list[str] = field(default_factory=list)  # in order: the operation, shapes and dtypes
     nbytes: int = 0  # of their tensors
@@ -72,7 +73,7 @@ def kinds_of_steps(adversary: Adversary | None) -> dict[str, int | None]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Brings about a step of each kind after the other, and notes what it sends and launches."""
+    """Bring about a step of each kind after the other, and record what it sends and launches."""
 
     def __init__(self, kinds: Mapping[str, int | None]) -> None:
         super().__init__()
@@ -165,11 +166,11 @@ def dry_run(config: Config, ranks: int, precision: str | None = None) -> tuple[d
     Raises ConfigError or ValueError: a mistake in the config, data that can't be shared among so many, or ranks that
     would wait for each other, because they do not send the same messages in the same order.
     """
-    trainer = dict((config.get("lightning") or {}).get("trainer") or {})
+    trainer = dict(entry_of(config, "lightning.trainer") or {})
     precision = precision_name(str(precision or trainer.get("precision") or "32"))
     if (strategy := trainer.get("strategy", "auto")) not in HOOKS:
         raise ConfigError(f"lightning.trainer.strategy: {strategy}: a dry run is of {', '.join(HOOKS)}")
-    params = (config.get("data") or {}).get("params") or {}
+    params = entry_of(config, "data.params") or {}
     size, images = Sides.of(params.get("size") or 256), params.get("batch_size") or 1
     try:
         source: Source = cfg.instantiate(config["data"])

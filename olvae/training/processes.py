@@ -258,7 +258,7 @@ def process_death(error: Exception) -> str | None:
 
 
 def watch_processes(run: Run) -> None:
-    """Let the process in which Lightning starts the others end with a line when one of them ends in an error.
+    """Exit with a line, in the process in which Lightning starts the others, when one of them ends in an error.
 
     Lightning's own observer kills it without a word.
     """
@@ -286,7 +286,7 @@ def _watch(run: Run, children: Sequence[subprocess.Popen[Any]], grace: float = 5
 
 
 def requeue() -> None:
-    """Let SLURM queue this job again; when it starts for the second time, it continues its run."""
+    """Requeue this SLURM job; when it starts for the second time, it continues its run."""
     job = slurm_job()
     if job is None:
         return

@@ -192,7 +192,7 @@ def tflops(flop_per_s: float, peak: float | None) -> dict[str, float]:
 
 
 def describe_rate(model: LiteAutoencoderKL, end: str = "") -> str:
-    """Tell the learning rate and its schedule, with where that ends, if it is given."""
+    """Describe the learning rate and its schedule, with where that ends, if it is given."""
     warm_up = f", warm-up {model.warmup_steps} steps" if model.warmup_steps else ""
     return f"{model.learning_rate:g}, {model.scheduler}{end}{warm_up}"
 
@@ -200,7 +200,7 @@ def describe_rate(model: LiteAutoencoderKL, end: str = "") -> str:
 def describe_step(
     flop: int, images: int, peak: float | None, compiled: bool, host_s: float = HOST_S, gpu: str = "this GPU"
 ) -> str:
-    """Tell the operations of a step of some images, and whether they keep a GPU busy while Python launches them."""
+    """Describe the operations of a step of some images, and whether they keep a GPU busy while Python launches them."""
     step = flop * images / 1e12
     text = f"step: {flop / 1e12:.3g} TFLOP an image, {step:.3g} TFLOP for {images} a process"
     if peak is None:

@@ -105,7 +105,7 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
         _lock_resumed(plan.resumed, lock)
     config, settings = _locate_data(plan)
     weights, before = start_from(config) if "from" in config["model"] else (None, plan.previous)
-    trainer_args = dict((config.get("lightning") or {}).get("trainer") or {})
+    trainer_args = dict(runs.entry_of(config, "lightning.trainer") or {})
     trainer_args |= resolve_devices(settings.gpus, trainer_args)
     count = processes.process_count(trainer_args)
     trainer_args["precision"] = resolve_precision(settings.precision, trainer_args["accelerator"])

@@ -98,7 +98,7 @@ class DiffusersAutoencoder(Autoencoder):
             raise ValueError(f"{self.kind} decodes to {made}, not to an image of {expected}")
 
     def _factors(self) -> dict[str, Any]:
-        """What a diffusion model has to know of the latents: of the config, of buffers, or of FLUX.2's batch norm."""
+        """Find the factors for a diffusion model: in the config, in buffers, or in FLUX.2's batch norm."""
         if self.zero_to_one:  # encode and decode apply them
             return {}
         config, buffers, n_z = self.model.config, dict(self.model.named_buffers()), self.latent_channels

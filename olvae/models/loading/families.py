@@ -36,7 +36,7 @@ class Family(ABC):
 
     @abstractmethod
     def spec(self, theirs: Any, name: str) -> AutoencoderSpec:
-        """What builds the networks of a DiffusersAutoencoder here; ConfigError if they lack a part."""
+        """Describe the networks of a DiffusersAutoencoder as ours; ConfigError if these lack a part of them."""
 
     def spec_of(self, encoder: Config, decoder: Config, n_z: int, **others: Any) -> AutoencoderSpec:
         """The spec of the family's networks with these params, and other arguments of :class:`AutoencoderSpec`."""

@@ -14,7 +14,7 @@ from olvae.runs import Run, settings_of
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What a user may ask for besides the target itself."""
+    """Options for finding and loading a target."""
 
     config: str | Path | None = None  # of a checkpoint, instead of the one beside it
     config_base: str | Path | None = None  # a folder in which a run's config is looked for by the run's name
