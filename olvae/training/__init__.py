@@ -1,3 +1,1 @@
-"""Train a config into a run folder: the run, Lightning's callbacks, progress.
-
-Imports ``olvae.models`` and below; only the command imports it."""
+"""Train a config into a run folder: the run, its processes, Lightning's callbacks, progress."""

@@ -1,3 +1,1 @@
-"""LiteVAE's own networks under their published class paths: encoder, decoder, self-modulated convolution.
-
-Imported by whoever builds an autoencoder; imports ``olvae.modules`` only."""
+"""LiteVAE's own networks under their published class paths: encoder, decoder, self-modulated convolution."""
