@@ -246,7 +246,3 @@ def test_where_results_go(tmp_path):
     assert results_folder(None, str(weights), None) == tmp_path / "step=5_results"
     with pytest.raises(ConfigError, match="--out DIR"):
         results_folder(None, str(tmp_path), None)  # an export
-    with pytest.raises(ConfigError, match="--out DIR"):
-        results_folder(None, "diffusers:some/vae", None)
-    with pytest.raises(NotADirectoryError, match="results need a folder"):
-        results_folder(weights, str(weights), None)

@@ -37,16 +37,17 @@ def deep_run(tmp_path_factory, quick_training):
     return folder
 
 
-def run_of(folder, done):
-    found = sorted((folder / "runs").glob("*")) if (folder / "runs").exists() else []
-    if not found:
-        done("train", "--base", folder / "tiny.yaml", "--logdir", folder / "runs", "--gpus", 0)
-        found = [*(folder / "runs").iterdir()]
-    return found[0]
+@pytest.fixture
+def run(deep_run, done):
+    """It, trained by the first test that wants it."""
+    runs = deep_run / "runs"
+    if not runs.exists():
+        done("train", "--base", deep_run / "tiny.yaml", "--logdir", runs, "--gpus", 0)
+    return next(runs.iterdir())
 
 
-def test_real_values_come_back(olvae, done, deep_run, tmp_path):
-    run, images = run_of(deep_run, olvae), deep_run / "images"
+def test_real_values_come_back(olvae, done, run, deep_run, tmp_path):
+    images = deep_run / "images"
     assert (run / "images" / "step=00000004.png").is_file()
     done("export", run, "--out", tmp_path / "vae")
     card = (tmp_path / "vae" / "README.md").read_text()
@@ -75,8 +76,7 @@ def test_real_values_come_back(olvae, done, deep_run, tmp_path):
     )
 
 
-def test_evaluation_in_the_stated_range(olvae, done, deep_run, tmp_path):
-    run = run_of(deep_run, olvae)
+def test_evaluation_in_the_stated_range(done, run, tmp_path):
     metrics = ["--metrics", "psnr", "--baselines", "--out", tmp_path / "results"]
     err = done("evaluate", run, *metrics)
     content = json.loads((tmp_path / "results" / "metrics.json").read_text())
@@ -107,8 +107,8 @@ def test_evaluation_in_the_stated_range(olvae, done, deep_run, tmp_path):
     assert "real_values" not in content["results"][0]["metrics"]
 
 
-def test_latents_of_oblong_images(olvae, done, deep_run, tmp_path):
-    run, data = run_of(deep_run, olvae), ["--data", deep_run / "images"]
+def test_latents_of_oblong_images(olvae, done, run, deep_run, tmp_path):
+    data = ["--data", deep_run / "images"]
     for size, shape in (((), [16, 24]), (("--size", "24x8"), [24, 8])):
         folder = tmp_path / "x".join(map(str, shape))
         err = done("encode", run, *data, *size, "--out", folder)
@@ -127,8 +127,7 @@ def test_latents_of_oblong_images(olvae, done, deep_run, tmp_path):
     assert "12 images are smaller than 16x31 pixels" in " ".join(err.split())
 
 
-def test_data_of_another_range_are_refused(olvae, deep_run, tmp_path):
-    run = run_of(deep_run, olvae)
+def test_data_of_another_range_are_refused(olvae, run, tmp_path):
     config = load([run / "config.yaml"])
     config["data"]["params"]["range"] = [0, 65535]
     save(config, tmp_path / "other.yaml")

@@ -42,9 +42,7 @@ def test_a_folder_that_is_fine(photos):
     assert result.images_per_s > 10
 
 
-def test_sizes(tmp_path):
-    root = tmp_path / "photos"
-    root.mkdir()
+def test_sizes(root):
     sizes = [(300, 40), (160, 80), (64, 64), (63, 200), (130, 128)]
     for i, size in enumerate(sizes):
         noise(i, size).save(root / f"{i}.png")
@@ -61,9 +59,7 @@ def test_sizes(tmp_path):
     assert "2 images are smaller than 64 pixels" in result.notes[0]
 
 
-def test_kinds_of_files(tmp_path):
-    root = tmp_path / "photos"
-    root.mkdir()
+def test_kinds_of_files(root):
     rgb = noise(0)
     rgb.save(root / "a.jpg")
     rgb.convert("L").save(root / "b.png")
@@ -204,9 +200,7 @@ def test_the_report(photos, shards):
     assert "shards        4, 6 images each" in lines
 
 
-def test_percentiles_per_channel_as_numpy_has_them(tmp_path):
-    root = tmp_path / "root"
-    root.mkdir()
+def test_percentiles_per_channel_as_numpy_has_them(root, tmp_path):
     arrays = [(values("uint16", 2, seed=n) // np.array([1, 8])).astype(np.uint16) for n in range(5)]
     for number, array in enumerate(arrays):
         (root / f"{number}.npy").write_bytes(npy(array))
@@ -221,15 +215,14 @@ def test_percentiles_per_channel_as_numpy_has_them(tmp_path):
     np.testing.assert_array_equal(measure(str(tmp_path / "shards")).percentiles, found.percentiles)
 
 
-def test_a_files_own_missing_value_is_no_value_and_is_not_resized(tmp_path):
+def test_a_files_own_missing_value_is_no_value_and_is_not_resized(root, tmp_path):
     array = np.full((40, 40), 7, dtype=np.float32)
     array[:4], array[4] = -9999, 9
     tags = [(42113, "s", 0, "-9999", True)]
-    (tmp_path / "root").mkdir()
-    (tmp_path / "root" / "a.tif").write_bytes(tiff(array, extratags=tags))
-    found = measure(str(tmp_path / "root"))
+    (root / "a.tif").write_bytes(tiff(array, extratags=tags))
+    found = measure(str(root))
     assert (found.percentiles[0, [0, -1]].tolist(), found.missing) == ([7, 9], pytest.approx(0.1))
     assert yaml.safe_load(found.line())["range"] == {"pairs": [7, 9], "outside": "clip", "nodata": -9999}
-    assert pack(str(tmp_path / "root"), tmp_path / "whole", PackOptions(channels=1)).index.images == 1
+    assert pack(str(root), tmp_path / "whole", PackOptions(channels=1)).index.images == 1
     with pytest.raises(ValueError, match="160 values are missing, which a resize would mix"):
-        pack(str(tmp_path / "root"), tmp_path / "smaller", PackOptions(channels=1, resize=20))
+        pack(str(root), tmp_path / "smaller", PackOptions(channels=1, resize=20))

@@ -61,11 +61,9 @@ def test_by_default_not_few_are_held_out(tmp_path, count, held_out):
     assert len(given.val) > 80 or held_out is not None
 
 
-def test_a_validation_folder(image_folder, tmp_path):
-    other = tmp_path / "other"
-    other.mkdir()
-    Image.new("RGB", (20, 20), "red").save(other / "a.jpg")
-    s = source(image_folder, val_root=str(other))
+def test_a_validation_folder(image_folder, root):
+    Image.new("RGB", (20, 20), "red").save(root / "a.jpg")
+    s = source(image_folder, val_root=str(root))
     assert len(s.train) == 12
     (batch,) = batches(s.test_loader(), 9)
     assert batch.shape == (1, 3, 16, 16)
@@ -116,11 +114,9 @@ def test_a_list_names_files_whatever_its_lines_look_like(tmp_path, image_folder,
     assert not (tmp_path / "executed").exists()
 
 
-def test_mistakes(image_folder, tmp_path):
-    empty = tmp_path / "empty"
-    empty.mkdir()
+def test_mistakes(image_folder, root, tmp_path):
     with pytest.raises(FileNotFoundError, match="no images in this folder"):
-        source(empty)
+        source(root)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         source(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match="this is a file: name a folder"):
@@ -129,9 +125,9 @@ def test_mistakes(image_folder, tmp_path):
         source(image_folder, batch_size=100)
     with pytest.raises(ValueError, match="val_fraction"):
         source(image_folder, val_fraction=1.5)
-    Image.new("RGB", (9, 9)).save(empty / "one.png")
+    Image.new("RGB", (9, 9)).save(root / "one.png")
     with pytest.raises(ValueError, match="val_root"):
-        source(empty)
+        source(root)
 
 
 def test_lists(image_folder, tmp_path, monkeypatch):

@@ -40,17 +40,6 @@ def drawn(number: int, length: int = 7, seed: int = 0, start: int = 0):
     return list(islice(draws(seed, length, count(start)), number))
 
 
-def test_each_image_once_an_epoch_in_an_order_of_its_own():
-    epochs = [[image for _, image in drawn(21)][i : i + 7] for i in (0, 7, 14)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-
-
-@pytest.mark.parametrize("start", [0, 1, 6, 7, 8, 23])
-def test_starting_later_is_the_same_stream(start):
-    assert drawn(20, start=start) == drawn(20 + start)[start:]
-
-
 def test_the_order_is_the_seeds_and_the_same_in_every_version():
     """Runs that are resumed, and published results, rely on it."""
     assert drawn(50) == drawn(50)

@@ -70,12 +70,6 @@ def saved(image: Image.Image, file_format: str, **options: Any) -> bytes:
     return stream.getvalue()
 
 
-def array() -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, np.zeros((20, 24, 3), dtype=np.uint8))
-    return stream.getvalue()
-
-
 TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
 IMAGES = [
     *((f"a.{kind.lower()}", saved(picture(0), kind)) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")),
@@ -86,7 +80,7 @@ IMAGES = [
     ("progressive.jpg", saved(picture(0), "JPEG", progressive=True)),
     ("turned.jpg", saved(picture(0), "JPEG", exif=TURNED)),
     ("packed.tif", saved(picture(0), "TIFF", compression="tiff_lzw")),
-    ("a.npy", array()),
+    ("a.npy", npy(np.zeros((20, 24, 3), dtype=np.uint8))),
 ]
 
 

@@ -106,29 +106,20 @@ def test_the_published_recipe():
 
 
 PLAIN, LESS = (Footprint(3 * GIB, image) for image in (GIB, GIB // 4))
+CHECKPOINT, ACCUMULATE = "model.params.checkpoint=true", "lightning.trainer.accumulate_grad_batches"
 
 
 @pytest.mark.parametrize(
     ("free", "batch", "footprint", "said"),
     [
         (24, 16, PLAIN, None),
-        (16, 16, PLAIN, "batch_size=8 lightning.trainer.accumulate_grad_batches=4 or model.params.checkpoint=true"),
-        (9, 16, PLAIN, "batch_size=4 lightning.trainer.accumulate_grad_batches=8 or model.params.checkpoint=true"),
-        (
-            8,
-            32,
-            PLAIN,
-            "or model.params.checkpoint=true data.params.batch_size=8 lightning.trainer.accumulate_grad_batches=8",
-        ),
-        (
-            4,
-            4,
-            PLAIN,
-            "model.params.checkpoint=true data.params.batch_size=1 lightning.trainer.accumulate_grad_batches=8",
-        ),
+        (16, 16, PLAIN, f"batch_size=8 {ACCUMULATE}=4 or {CHECKPOINT}"),
+        (9, 16, PLAIN, f"batch_size=4 {ACCUMULATE}=8 or {CHECKPOINT}"),
+        (8, 32, PLAIN, f"or {CHECKPOINT} data.params.batch_size=8 {ACCUMULATE}=8"),
+        (4, 4, PLAIN, f"{CHECKPOINT} data.params.batch_size=1 {ACCUMULATE}=8"),
         (4, 1, LESS, None),
         (3, 1, LESS, "smaller images"),
-        (6, 16, LESS, "batch_size=8 lightning.trainer.accumulate_grad_batches=4"),
+        (6, 16, LESS, f"batch_size=8 {ACCUMULATE}=4"),
     ],
 )
 def test_advice(free, batch, footprint, said):

@@ -181,14 +181,13 @@ def test_a_missing_library_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [*EXACT, "half.exr"])
-def test_a_pack_keeps_the_bytes(name, tmp_path):
+def test_a_pack_keeps_the_bytes(name, root, tmp_path):
     """And shards are trained on with the values of the file."""
     content = exr({"RGB": values("float16")}, tmp_path / "half.exr") if name == "half.exr" else EXACT[name][0]
-    (tmp_path / "root").mkdir()
     for number in range(2):
-        (tmp_path / "root" / f"{number}{name}").write_bytes(content)
+        (root / f"{number}{name}").write_bytes(content)
     channels = 3 if name == "half.exr" else EXACT[name][1].shape[2]
-    pack(str(tmp_path / "root"), tmp_path / "shards", PackOptions(shard_size=1, channels=channels))
+    pack(str(root), tmp_path / "shards", PackOptions(shard_size=1, channels=channels))
     with tarfile.open(tmp_path / "shards" / "000000.tar") as shard:
         assert content in [shard.extractfile(member).read() for member in shard]
     source = WebDatasetSource(str(tmp_path / "shards"), 20, 1, channels=channels, range=[-40_000, 70_000])

@@ -186,8 +186,6 @@ def test_a_mix_carries_moments(pairs):
 
 def test_what_it_refuses(pairs, tmp_path):
     images = tmp_path / "shards"
-    with pytest.raises(FileNotFoundError, match=r"no stats\.json, so these are not latents, or not all of them"):
-        source(images)
     encode(images, tmp_path / "plain", Blocks(), size=SIDE)
     with pytest.raises(ValueError, match="plain: latents without their images: let `olvae encode`"):
         source(tmp_path / "plain")
@@ -209,17 +207,8 @@ def test_what_it_refuses(pairs, tmp_path):
     encode(tmp_path / "one", tmp_path / "single", Blocks(), size=SIDE, images=True)
     with pytest.raises(ValueError, match=r"one shard can't be split.*set data\.params\.val_folder"):
         source(tmp_path / "single")
-    with pytest.raises(ValueError, match="batch_size 21 is larger"):
-        source(pairs, batch_size=21)
-    with pytest.raises(ValueError, match="val_fraction"):
-        source(pairs, val_fraction=0.0)
-    with pytest.raises(ValueError, match="20 training images for 24 processes"):
-        source(pairs, num_workers=12).check_processes(2)
     stats = json.loads((pairs / "stats.json").read_text())
     for name in ("weights", "flip", "target"):
         (pairs / "stats.json").write_text(json.dumps({key: stats[key] for key in stats if key != name}))
         with pytest.raises(ValueError, match=rf"stats\.json: not a description of latents: without {name}"):
             source(pairs)
-    (pairs / "stats.json").write_text(json.dumps({**stats, "downscale": None}))
-    with pytest.raises(ValueError, match=r"stats\.json: not a description of latents"):
-        source(pairs)
