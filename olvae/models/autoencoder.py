@@ -42,6 +42,7 @@ class Autoencoder(nn.Module, ABC):
     downscale: int  # f: pixels of the image per latent position, along each side
     latent_channels: int  # n_z
     deterministic: bool = False  # whether its latents have no distribution
+    in_units: bool = False  # whether its latents are in a diffusion model's units, as TAESD's: no factor is left
     image_size: int = 256  # the intended side of images, in pixels
 
     scaling_factor: float = 1.0

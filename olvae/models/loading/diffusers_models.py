@@ -50,6 +50,7 @@ class DiffusersAutoencoder(Autoencoder):
         super().__init__()
         self.model, self.downscale = model, 1  # until it is measured
         self.kind = type(model).__name__
+        self.in_units = self.kind == "AutoencoderTiny"
         if why := NO_IMAGES.get(self.kind):
             raise ValueError(f"{self.kind} {why}")
         if self.kind == ONE_BY_ONE:

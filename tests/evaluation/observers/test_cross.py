@@ -1,8 +1,10 @@
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 from olvae.config import ConfigError
 from olvae.evaluation.baselines import Bicubic
@@ -10,11 +12,15 @@ from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.protocol import Cost
 from olvae.evaluation.results import Row
+from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from tests.conftest import tiny
 from tests.evaluation.peers import kl, seen
+from tests.models.loading.classes import make
 
 COST = Cost(1, 2, 3, None, None, None, 4, "a GPU")
 KEYS = [f"image{i}" for i in range(7)]
+
+same = partial(assert_close, rtol=1e-4, atol=1e-5)
 
 
 def observed(teacher, student, size=7, order=None) -> Cross:
@@ -79,6 +85,22 @@ def test_the_encoder_of_one_and_the_decoder_of_the_other():
         assert torch.equal(ba(x)[0], a.decode(b.encode(x).mode()))
     rows = [observer.complete(Row(name, 1, {}, cost=COST), {}) for name in subjects]
     assert [row.cost for row in rows] == [COST, COST, None, None]
+
+
+def test_latents_in_a_diffusion_models_units_are_converted():
+    """TAESD's have scaling and shift applied already."""
+    teacher, student = tiny().set_for_diffusion({"scaling_factor": 0.5, "shift_factor": 0.25}), make("AutoencoderTiny")
+    x = torch.rand(2, 3, 16, 16) * 2 - 1
+    for order in (1, -1):
+        given = {"teacher": Subject(teacher), "student": Subject(DiffusersAutoencoder(student))}
+        models = {name: one.model for name, one in Cross().derive(dict(list(given.items())[::order])).items()}
+        with torch.no_grad():
+            z = student.encode(x).latents / 0.5 + 0.25
+            same(models["student"].encode(x).mean, z)
+            same(models["student's encoder, teacher's decoder"](x)[0], teacher.decode(z))
+            expected = student.decode((teacher.encode(x).mode() - 0.25) * 0.5).sample
+            same(models["teacher's encoder, student's decoder"](x)[0], expected)
+            same(models["student"](x)[0], student.decode(student.encode(x).latents).sample)
 
 
 def test_latents_of_other_shapes():
