@@ -34,10 +34,14 @@ def write_photos(root: Path, names: Sequence[str]) -> Path:
     return root
 
 
-def encoded(seed: int, file_format: str = "JPEG") -> bytes:
+def saved(image: Image.Image, file_format: str, **options: Any) -> bytes:
     stream = io.BytesIO()
-    picture(seed).save(stream, file_format)
+    image.save(stream, file_format, **options)
     return stream.getvalue()
+
+
+def encoded(seed: int, file_format: str = "JPEG") -> bytes:
+    return saved(picture(seed), file_format)
 
 
 def close_folders(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:

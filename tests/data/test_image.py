@@ -1,4 +1,3 @@
-import io
 import shutil
 from pathlib import Path
 
@@ -11,19 +10,13 @@ from PIL.PngImagePlugin import PngInfo
 from olvae.data.image import Photo, RandomScaleCrop, image_to_tensor, read_picture, tensor_to_picture
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.data.read_errors import UnreadableImageError
-from tests.data.images import encoded, picture
+from tests.data.images import encoded, picture, saved
 
 RED = (200, 30, 40)
 
 
 def plain(mode: str = "RGB", colour: object = RED) -> Image.Image:
     return Image.new(mode, (24, 20), colour)  # type: ignore[arg-type]
-
-
-def saved(image: Image.Image, file_format: str, **options: object) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, file_format, **options)
-    return stream.getvalue()
 
 
 def flipped(data: bytes, where: float) -> bytes:

@@ -3,7 +3,6 @@
 What fails is kept in ``examples`` beside this file and tried first the next time.
 """
 
-import io
 import json
 import os
 import pickle
@@ -37,7 +36,7 @@ from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, eval_sample
 from olvae.models.loading.targets import find_target
 from tests.conftest import tiny_config
-from tests.data.images import picture, write_shard, write_tar
+from tests.data.images import picture, saved, write_shard, write_tar
 from tests.data.pixels.files import exr, npy, npz, png, tiff, values
 from tests.export.latents import encode
 from tests.export.tiny import tiny_litevae
@@ -62,12 +61,6 @@ def inputs(share: float) -> Callable[[Any], Any]:
         return limited
 
     return decorate
-
-
-def saved(image: Image.Image, file_format: str, **options: Any) -> bytes:
-    stream = io.BytesIO()
-    image.save(stream, file_format, **options)
-    return stream.getvalue()
 
 
 TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
