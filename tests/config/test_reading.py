@@ -7,7 +7,6 @@ import pytest
 
 from olvae.config import ConfigError, load, read_received, save, validate
 from olvae.config.reading import ABSENT, differences, holds_shards
-from tests.conftest import tiny_config
 
 HUB = "olvae.data.hub."
 FOLDER = "olvae.data.picture_folder.FolderSource"
@@ -78,12 +77,6 @@ def test_a_part_is_changed_or_removed_by_a_later_file(tmp_path):
         "y": None,
         "z": {"target": "a.C"},
     }
-
-
-def test_save_and_load(tmp_path):
-    config = tiny_config()
-    save(config, tmp_path / "config.yaml")
-    assert load([tmp_path / "config.yaml"]) == config
 
 
 def test_differences():
