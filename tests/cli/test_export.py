@@ -139,23 +139,16 @@ def test_a_polite_kill_leaves_nothing(olvae, run_folder, tmp_path, monkeypatch):
 
 def test_mistakes_are_one_line_and_leave_nothing(refused, run_folder, tmp_path):
     out = tmp_path / "vae"
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "last.ckpt").write_bytes((run_folder / "checkpoints" / "last.ckpt").read_bytes()[:2000])
-    save(tiny_config(), broken / "config.yaml")
     odd = tmp_path / "odd"
     shutil.copytree(run_folder, odd)
     (odd / "metrics.json").write_text("{}")
     for arguments, code, text in (
         ([tmp_path / "missing"], 1, "not found; a target is a run folder"),
-        ([broken], 1, "not a readable checkpoint"),
         ([odd], 1, "metrics.json: not a metrics.json: KeyError 'results'"),
         ([run_folder, "--latents", tmp_path / "none.json"], 1, "none.json: not what olvae latents or olvae encode"),
         ([run_folder, "--latents", tmp_path], 1, "not what olvae latents or olvae encode wrote, nor its folder"),
         ([run_folder, "--latents", "x", "--shift-factor", "1"], 2, "--latents has both factors"),
         ([run_folder, "--scaling-factor", "0"], 2, "scaling_factor: expected a number above 0, got 0.0"),
-        ([run_folder, "--scaling-factor", "nan"], 2, "scaling_factor: expected a number above 0, got nan"),
-        ([run_folder, "--shift-factor", "inf"], 2, "shift_factor: expected a number, got inf"),
         ([run_folder, "--onnx", "--dtype", "float16"], 2, "--onnx writes float32"),
         ([run_folder, "--config", "a", "--config_base", "b"], 2, "give one of them"),
         (["nobody/nothing-here"], 1, "nobody/nothing-here: no such file or folder here"),
@@ -236,7 +229,6 @@ def test_an_untrained_half_is_refused(refused, make_stock_run, tmp_path, half):
 
 def test_what_does_not_fit_a_format_is_one_line_and_leaves_nothing(refused, run_folder, stock_folder, tmp_path):
     stock, other = (f"diffusers:{stock_folder}", "no class of diffusers has these networks: --format litevae is for")
-    autoencoder_kl(norm_num_groups=16, widths=(32, 32)).save_pretrained(tmp_path / "groups")
     autoencoder_kl((32, 32), **PER_CHANNEL).save_pretrained(tmp_path / "channels")
     before = sorted(path for path in tmp_path.rglob("*"))
     file, folder = tmp_path / "vae.safetensors", tmp_path / "vae"
@@ -247,7 +239,6 @@ def test_what_does_not_fit_a_format_is_one_line_and_leaves_nothing(refused, run_
         (stock, "diffusers", folder, ["--onnx"], "--onnx does not go with --format diffusers: ONNX files are"),
         (stock, "ldm", file, ["--license", "mit"], "--license does not go with --format ldm: one file has no"),
         (stock, "ldm", file, ["--latents", "x"], "--latents does not go with --format ldm: the factors are the"),
-        (f"diffusers:{tmp_path / 'groups'}", "ldm", file, [], "GroupNorm with 16 groups"),
         (f"diffusers:{tmp_path / 'channels'}", None, folder, ["--scaling-factor", "2"], "has latents_mean and"),
     ):
         form = [] if layout is None else ["--format", layout]

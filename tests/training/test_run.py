@@ -326,7 +326,7 @@ def test_a_metric_of_validation_whose_network_is_missing_is_told_before_training
     assert not (tmp_path / "runs").exists()
 
 
-def test_linear_paths_are_fitted_for_fresh_weights_alone(go, image_folder, capfd, monkeypatch):
+def test_linear_paths_are_fitted_for_fresh_weights_alone(go, image_folder, capfd, monkeypatch, at_step):
     """Not when a run is resumed, nor when it starts from weights."""
     monkeypatch.setattr("olvae.models.linear_code.CROPS", (256, 256))
     config = tiny_config(image_folder)
@@ -348,13 +348,7 @@ def test_linear_paths_are_fitted_for_fresh_weights_alone(go, image_folder, capfd
     go(config=config, actual_resume=str(run.path))
     assert "linear code" not in capfd.readouterr().err
 
-    step = LiteAutoencoderKL.training_step
-
-    def interrupt(*arguments):
-        signal.raise_signal(signal.SIGINT)
-        return step(*arguments)
-
-    monkeypatch.setattr(LiteAutoencoderKL, "training_step", interrupt)
+    at_step(0, partial(signal.raise_signal, signal.SIGINT))
     with pytest.raises(TrainingStopped):
         go("lightning.trainer.max_steps=9", config=config)
     assert "stopped after 1 steps\n" in capfd.readouterr().err, "its two batches of the start are no validation"
