@@ -1,6 +1,5 @@
 """Commands on images with a stated range of values: real values go in and come out."""
 
-import io
 import json
 
 import numpy as np
@@ -162,9 +161,7 @@ def test_what_can_not_be_measured(tmp_path, olvae):
     code, out, err = olvae("data", "range", tmp_path)
     assert (code, out) == (1, "")
     assert err.strip().endswith("c.npy: 5 channels, but those before it have 2")
-    stream = io.BytesIO()
-    np.save(stream, np.full((20, 24, 2), np.inf, dtype=np.float32))
-    (tmp_path / "b.npy").write_bytes(stream.getvalue())
+    (tmp_path / "b.npy").write_bytes(npy(np.full((20, 24, 2), np.inf, dtype=np.float32)))
     (tmp_path / "c.npy").unlink()
     assert "channel 0 has no finite values" in olvae("data", "range", tmp_path)[2]
 

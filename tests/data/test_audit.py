@@ -1,6 +1,5 @@
 """Checking: what is planted is found, and nothing else."""
 
-import io
 import json
 import shutil
 
@@ -12,7 +11,7 @@ from olvae.data import audit as module
 from olvae.data.audit import audit_lines, check, measure
 from olvae.data.packing import PackOptions, pack
 from olvae.data.pixels.size_and_range import PixelRange
-from tests.data.images import close_folders, noise, write_photos
+from tests.data.images import close_folders, noise, saved, write_photos
 from tests.data.pixels.files import npy, tiff, values
 from tests.export.latents import encode
 
@@ -75,9 +74,7 @@ def test_kinds_of_files(root):
 
 def test_unreadable_files(photos):
     (photos / "empty.jpg").touch()
-    stream = io.BytesIO()
-    noise(0, (90, 90)).save(stream, "PNG")
-    (photos / "cut.png").write_bytes(stream.getvalue()[:9000])
+    (photos / "cut.png").write_bytes(saved(noise(0, (90, 90)), "PNG")[:9000])
     (photos / "new\nline.png").write_text("no picture")
     (photos / "folder.jpg").mkdir()
     (photos / "nowhere.jpg").symlink_to(photos / "missing.jpg")

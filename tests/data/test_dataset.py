@@ -1,4 +1,3 @@
-import io
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from PIL import Image
 
 from olvae.data.dataset import HELD_OUT, PHOTOGRAPHS, ImageDataset, MappedSource, SamplePhotographs, sample_photographs
 from olvae.data.image import Photo, Picture, RandomScaleCrop
-from tests.data.images import be_rank, encoded, keys_of, picture, same, take
+from tests.data.images import be_rank, encoded, keys_of, picture, same, saved, take
 
 
 class Pictures(ImageDataset):
@@ -79,13 +78,11 @@ def test_validation_goes_without_what_cannot_be_read():
 @pytest.mark.parametrize("seed", range(3))
 def test_a_jpeg_that_is_decoded_at_a_fraction_gives_nearly_the_same_crop(seed):
     """Within 1 of 255 on average for a smooth picture; exactly, where the crop needs every pixel."""
-    stream = io.BytesIO()
-    picture(seed, (900, 701)).save(stream, "JPEG", quality=95)
-    crop = RandomScaleCrop(64)
-    photo, whole = Photo(stream.getvalue(), "a.jpg"), Photo(stream.getvalue(), "a.jpg").read()
+    content, crop = saved(picture(seed, (900, 701)), "JPEG", quality=95), RandomScaleCrop(64)
+    photo, whole = Photo(content, "a.jpg"), Photo(content, "a.jpg").read()
     a, b = (np.asarray(crop(p, np.random.default_rng(seed)), dtype=float) for p in (photo, whole))
     assert 0 < np.abs(a - b).mean() < 1
-    photo = Photo(stream.getvalue(), "a.jpg")
+    photo = Photo(content, "a.jpg")
     a, b = (RandomScaleCrop(300)(p, np.random.default_rng(seed)) for p in (photo, whole))
     assert a == b
 

@@ -21,7 +21,7 @@ from olvae.data.read_errors import TooManyUnreadableError
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.pool import run_in_processes
-from tests.data.images import members, noise, write_photos
+from tests.data.images import members, noise, saved, write_photos
 from tests.soak.killed import killed_before
 
 
@@ -183,10 +183,9 @@ def awkward(photos):
     """Beside the photographs, files that are none, and names that are hard to write."""
     (photos / "empty.jpg").touch()
     (photos / "text.jpg").write_text("not a picture")
-    for name in ("cut.png", "cut.jpg"):
-        stream = io.BytesIO()
-        noise(50, (200, 200)).save(stream, "PNG" if name == "cut.png" else "JPEG")
-        (photos / name).write_bytes(stream.getvalue()[: len(stream.getvalue()) // 2])
+    for name, kind in (("cut.png", "PNG"), ("cut.jpg", "JPEG")):
+        whole = saved(noise(50, (200, 200)), kind)
+        (photos / name).write_bytes(whole[: len(whole) // 2])
     (photos / "folder.jpg").mkdir()
     (photos / "nowhere.jpg").symlink_to(photos / "missing.jpg")
     for i, name in enumerate(("two  spaces.png", "dots.in.it.png", "žluťoučký 猫.png", "new\nline.png", "[bold]x.png")):

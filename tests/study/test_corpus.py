@@ -1,4 +1,3 @@
-import io
 import json
 
 import imagehash
@@ -10,6 +9,7 @@ from olvae.files import file_sha256
 from study import corpus
 from study.debian import Licence
 from study.packages import MIRROR, PACKAGES, SAMPLES_HELD_OUT, Package
+from tests.data.images import saved
 
 PACKAGE = Package("wallpapers", "1-1", "w.deb", "", ("*",))
 
@@ -21,14 +21,8 @@ def noise(width, height, seed=0, cell=4):
     return Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST)
 
 
-def encoded(image, form="PNG"):
-    buffer = io.BytesIO()
-    image.save(buffer, form)
-    return buffer.getvalue()
-
-
 def photograph(name, image):
-    return corpus.Photograph(name, PACKAGE, f"usr/{name}.png", encoded(image), Licence("Ada", "CC0-1.0", "a file"))
+    return corpus.Photograph(name, PACKAGE, f"usr/{name}.png", saved(image, "PNG"), Licence("Ada", "CC0-1.0", "a file"))
 
 
 def test_detail_is_the_psnr_after_shrinking():
@@ -117,7 +111,8 @@ def test_a_finished_corpus_is_kept_and_another_recipe_starts_anew(tmp_path, monk
     def contents(path, package):
         made.append(package.name)
         images = {
-            f"usr/{package.name}-{i}.png": encoded(noise(300, 300, 10 * len(package.name) + i, 20)) for i in range(3)
+            f"usr/{package.name}-{i}.png": saved(noise(300, 300, 10 * len(package.name) + i, 20), "PNG")
+            for i in range(3)
         }
         return type(
             "Contents", (), {"photographs": images, "package": package, "licence": lambda *_: Licence("A", "B", "C")}
