@@ -22,7 +22,7 @@ from olvae.models.loading.original_files import OriginalLoader, original_names
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import CONFIG_KEY, write_export
 from olvae.modules.distributions import deterministic_moments
-from olvae.modules.others.wrapped import HALVES, encode_image, moments_of
+from olvae.modules.others.wrapped import HALVES, encode_image
 from olvae.modules.sdvae import set_padding
 
 FACTORS = ("latents", "scaling_factor", "shift_factor")  # settings that say which ones a diffusion model needs
@@ -152,11 +152,7 @@ class DiffusersLayout(Layout):
         vae: Any = kind.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
         for half in _reflecting(model):
             set_padding(getattr(vae, half), "reflect")
-        back, units = DiffusersAutoencoder(vae), _family(model).units(model)
-        if units is not None:
-            return [_in_units(back, *units)]
-        moments = lambda x: moments_of(*encode_image(vae, x, back.frames))  # noqa: E731
-        return [Loaded(IN_DIFFUSERS, moments, back.decode, back.for_diffusion)]
+        return [_in_diffusers(vae, model)]
 
     def usage(self, model: LiteVAE) -> str:
         kind, frames = _family(model).kind(model), model.encoder.node["params"].get("frames", False)
@@ -258,9 +254,7 @@ class TinyFilesLayout(DiffusersLayout):
         family, written = _family(model), self.read(path)
         vae: Any = diffusers.AutoencoderTiny(**family.config(model))
         vae.load_state_dict({name: written[_taesd_name(name)].float() for name in vae.state_dict()})
-        units = family.units(model)
-        assert units is not None
-        return [_in_units(DiffusersAutoencoder(vae.eval()), *units)]
+        return [_in_diffusers(vae.eval(), model)]
 
     def usage(self, model: LiteVAE) -> str:  # noqa: ARG002
         return ""
@@ -294,13 +288,18 @@ def find_layout(name: str) -> Layout:
     return resolve_class(name, Layout)()  # type: ignore[type-abstract]
 
 
-def _in_units(back: DiffusersAutoencoder, mean: Tensor, std: Tensor) -> Loaded:
-    """A deterministic autoencoder whose latents are in a diffusion model's units, which need no factors."""
+def _in_diffusers(vae: Any, model: LiteVAE) -> Loaded:
+    """A class of diffusers as it was loaded; latents in a diffusion model's units are converted."""
+    back, units = DiffusersAutoencoder(vae), _family(model).units(model)
+    if units is not None:
+        back.use_latents(*units)
 
     def moments(x: Tensor) -> Tensor:
-        return deterministic_moments(back.encode(x).mean * std + mean)
+        return (
+            deterministic_moments(back.encode(x).mean) if back.deterministic else encode_image(vae, x, back.frames)[0]
+        )
 
-    return Loaded(IN_DIFFUSERS, moments, lambda z: back.decode((z - mean) / std))
+    return Loaded(IN_DIFFUSERS, moments, back.decode, None if units else back.for_diffusion)
 
 
 def _family(model: LiteVAE) -> Family:

@@ -42,7 +42,6 @@ class Autoencoder(nn.Module, ABC):
     downscale: int  # f: pixels of the image per latent position, along each side
     latent_channels: int  # n_z
     deterministic: bool = False  # whether its latents have no distribution
-    in_units: bool = False  # whether its latents are in a diffusion model's units, as TAESD's: no factor is left
     image_size: int = 256  # the intended side of images, in pixels
 
     scaling_factor: float = 1.0
@@ -71,6 +70,9 @@ class Autoencoder(nn.Module, ABC):
         rows, columns = (torch.arange(size, device=z.device) % side for size in z.shape[-2:])
         mean, std = (patch[:, rows[:, None], columns] for patch in patches)  # (n_z, h, w)
         return z * std / self.scaling_factor + mean
+
+    def use_latents(self, mean: Tensor, std: Tensor) -> None:
+        """Convert latents in a diffusion model's units, as TAESD's, to ones of this mean and deviation, (n_z) each."""
 
     def statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents per channel, (n_z) each, as the factors know them."""

@@ -14,7 +14,7 @@ from olvae.config import ConfigError
 from olvae.evaluation.observers.observer import Observation, Observer, PerImageObserver, Subject
 from olvae.evaluation.results import NONE, Row
 from olvae.models.autoencoder import Autoencoder
-from olvae.modules.distributions import Deterministic, Posterior
+from olvae.modules.distributions import Posterior
 from olvae.modules.scaling_factors import Moments
 
 
@@ -32,24 +32,6 @@ class Crossed(Autoencoder):
 
     def decode(self, z: Tensor) -> Tensor:
         return self.decoder_of.decode(z)
-
-
-class Converted(Crossed):
-    """An autoencoder whose latents are in a diffusion model's units, as TAESD's, with latents in those of another."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, scaled: Autoencoder, other: Autoencoder) -> None:
-        super().__init__(scaled, scaled)
-        for name, values in zip(("mean", "std"), other.statistics(), strict=True):
-            self.register_buffer(name, values.float()[:, None, None])  # (n_z, 1, 1)
-
-    def encode(self, x: Tensor) -> Posterior:
-        return Deterministic(super().encode(x).mean * self.std + self.mean)
-
-    def decode(self, z: Tensor) -> Tensor:
-        return super().decode((z - self.mean) / self.std)
 
 
 class Cross(PerImageObserver):
@@ -80,17 +62,14 @@ class Cross(PerImageObserver):
             found = f"{a} has {first.latent_channels} channels at f{first.downscale}"
             other = f"{b} {second.latent_channels} at f{second.downscale}"
             raise ConfigError(f"{found}, {other}: crossed evaluation needs the same latent")
-        if first.in_units != second.in_units:
-            first, second = (
-                Converted(model, other) if model.in_units else model
-                for model, other in ((first, second), (second, first))
-            )
+        first.use_latents(*second.statistics())
+        second.use_latents(*first.statistics())
         self._teacher, self._student = a, b
         self._crossed = {
             f"{a}'s encoder, {b}'s decoder": Subject(Crossed(first, second)),
             f"{b}'s encoder, {a}'s decoder": Subject(Crossed(second, first)),
         }
-        return {a: Subject(first), b: Subject(second), **self._crossed}
+        return {**subjects, **self._crossed}
 
     def measure(self, batch: Observation) -> Iterable[Any] | None:
         """Of each image of the student the teacher's Moments, and the squared differences of the latents."""

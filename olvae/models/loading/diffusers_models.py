@@ -23,6 +23,7 @@ from olvae.modules.others.wrapped import decode_image, encode_image, has_frames
 SUBFOLDER = "vae"  # where pipelines keep their autoencoder
 PROBE = 128  # side in pixels of the image that measures an autoencoder's factor; the largest published factor is 128
 RAE = "AutoencoderRAE"  # takes and gives [0, 1]
+TINY = "AutoencoderTiny"  # has its latents in a diffusion model's units
 ONE_BY_ONE = "AutoencoderKLHunyuanVideo15"  # its attention mask fits no batch [diffusers 0.42]
 PER_CHANNEL = ("latents_mean", "latents_std")
 REFUSALS = (AttributeError, AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
@@ -45,12 +46,15 @@ class DiffusersAutoencoder(Autoencoder):
 
     side: int | None = None  # of its images in pixels, if it takes no other
     frames = False  # whether it has a time axis
+    mean: Tensor  # of what its latents are converted to: 0, with std 1, leaves them as they are
+    std: Tensor
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model, self.downscale = model, 1  # until it is measured
         self.kind = type(model).__name__
-        self.in_units = self.kind == "AutoencoderTiny"
+        self.register_buffer("mean", torch.zeros(()), persistent=False)
+        self.register_buffer("std", torch.ones(()), persistent=False)
         if why := NO_IMAGES.get(self.kind):
             raise ValueError(f"{self.kind} {why}")
         if self.kind == ONE_BY_ONE:
@@ -63,6 +67,10 @@ class DiffusersAutoencoder(Autoencoder):
         self.deterministic = latent.deterministic
         for factor, value in self._factors().items():
             setattr(self, factor, value)
+
+    def use_latents(self, mean: Tensor, std: Tensor) -> None:
+        if self.kind == TINY:
+            self.mean, self.std = (values.to(self.mean).view(-1, 1, 1) for values in (mean, std))
 
     @torch.no_grad()
     def _measure(self) -> Posterior:
@@ -127,10 +135,10 @@ class DiffusersAutoencoder(Autoencoder):
         if x.shape[-2] % self.downscale or x.shape[-1] % self.downscale:
             raise ValueError(f"image size {x.shape[-2]}x{x.shape[-1]} is not a multiple of {self.downscale}")
         latent, distributed = encode_image(self.model, (x + 1) / 2 if self.zero_to_one else x, self.frames)
-        return DiagonalGaussian(latent) if distributed else Deterministic(latent)
+        return DiagonalGaussian(latent) if distributed else Deterministic(latent * self.std + self.mean)
 
     def decode(self, z: Tensor) -> Tensor:
-        x = decode_image(self.model, z, self.frames)
+        x = decode_image(self.model, (z - self.mean) / self.std, self.frames)
         return 2 * x - 1 if self.zero_to_one else x
 
     def as_litevae(self, name: str) -> LiteVAE:

@@ -210,20 +210,15 @@ class Tiny(Family):
         }
 
     def to_diffusers(self, model: LiteVAE) -> dict[str, Tensor]:
-        if model.quantizer is not None or not all(torch.equal(*pair) for pair in self._statistics(model)):
+        assert isinstance(model.decoder, TinyDecoder)
+        decoders = (model.decoder.latents_mean, model.decoder.latents_std)
+        if model.quantizer is not None or not all(map(torch.equal, self.units(model), decoders)):
             raise ValueError("AutoencoderTiny has neither a quantizer nor two units of its latents")
         return {name: tensor for name, tensor in model.state_dict().items() if ".layers." in name}
 
     def units(self, model: LiteVAE) -> tuple[Tensor, Tensor]:
-        (mean, _), (std, _) = self._statistics(model)
-        return mean, std
-
-    def _statistics(self, model: LiteVAE) -> list[tuple[Tensor, Tensor]]:
         assert isinstance(model.encoder, TinyEncoder)
-        assert isinstance(model.decoder, TinyDecoder)
-        halves = (model.encoder, model.decoder)
-        one, other = ((half.latents_mean, half.latents_std) for half in halves)
-        return list(zip(one, other, strict=True))
+        return model.encoder.latents_mean, model.encoder.latents_std
 
 
 def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
