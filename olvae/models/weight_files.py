@@ -63,12 +63,8 @@ def snapshot(repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (),
     except Exception as error:
         for kind, message in _NOT_FOUND.items():
             if isinstance(error, kind):
-                raise FileNotFoundError(f"{where}: {message}") from error
-        if isinstance(error, LocalEntryNotFoundError):
-            message = f"not in the hub's cache, and the hub can't be reached: {first_line(error.__cause__ or error)}"
-            raise FileNotFoundError(f"{where}: no such file or folder here, {message}") from error
-        if isinstance(error, HfHubHTTPError):
-            raise FileNotFoundError(f"{where}: the hub answers: {first_line(error)}") from error
+                text = message.format(error=first_line(error), why=first_line(error.__cause__ or error))
+                raise FileNotFoundError(f"{where}: {text}") from error
         raise OSError(f"{where}: not downloaded: {first_line(error)}") from error  # the connection broke off
 
 
@@ -77,6 +73,8 @@ _NOT_FOUND: dict[type[Exception], str] = {
     GatedRepoError: "access is restricted: ask for it on the hub, then set HF_TOKEN",
     RepositoryNotFoundError: "no such file or folder here, no such repository on the hub (private: set HF_TOKEN)",
     RevisionNotFoundError: "the repository has no such revision",
+    LocalEntryNotFoundError: "no such file or folder here, not in the hub's cache, and the hub can't be reached: {why}",
+    HfHubHTTPError: "the hub answers: {error}",
 }
 """Messages for huggingface_hub's errors; the first that fits, since some are kinds of others."""
 
