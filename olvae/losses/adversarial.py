@@ -85,8 +85,8 @@ def _share_above(x: Tensor) -> Tensor:
 
 
 def mean_of_outputs(per_logit: Sequence[Tensor]) -> Tensor:
-    """The mean over each tensor, then over the list."""
-    return torch.stack([values.mean() for values in per_logit]).mean()
+    """The mean over each tensor, then over the list, in float32."""
+    return torch.stack([upcast(values).mean() for values in per_logit]).mean()
 
 
 def find_loss(name: str) -> _Loss:
@@ -161,11 +161,9 @@ class LeCam(nn.Module):
 
     def forward(self, real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
         """The penalty, a scalar in float32; gradients flow to the logits and not to the anchors."""
-        outputs = self.real_anchors.numel()
-        if len(real_logits) != outputs or len(fake_logits) != outputs:
-            got = f"{len(real_logits)} real and {len(fake_logits)} fake ones"
-            raise ValueError(f"LeCam was built for {outputs} logit tensors, got {got}: set num_outputs to fit")
-        real, fake = [upcast(t) for t in real_logits], [upcast(t) for t in fake_logits]
+        real, fake = _pair(real_logits, fake_logits)
+        if len(real) != (outputs := self.real_anchors.numel()):
+            raise ValueError(f"LeCam was built for {outputs} logit tensors, got {len(real)}: set num_outputs to fit")
         if self.training:
             self._move(real, fake)
         terms: list[Tensor] = []

@@ -1,6 +1,6 @@
 """The adversary of phase B: a discriminator, the losses of both sides, and their schedule."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from olvae.config import ConfigError, Node, instantiate
 from olvae.data.pixels.size_and_range import Sides, Size
 from olvae.data.source import Source
-from olvae.losses.adversarial import LeCam, discriminator_accuracy, discriminator_loss, generator_loss, r1_penalty
+from olvae.losses import adversarial
 from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.optimization import gradient_ratio, mix_seeds
@@ -93,7 +93,7 @@ class Adversary(nn.Module):
         self.r1_weight, self.r1_every = r1_weight, r1_every
         self.lecam_weight, self.cutmix_probability = lecam_weight, cutmix_probability
         decay, relu = LECAM[lecam_variant]
-        self.lecam = LeCam(self.discriminator.num_outputs, decay, relu) if lecam_weight else None
+        self.lecam = adversarial.LeCam(self.discriminator.num_outputs, decay, relu) if lecam_weight else None
         self.updates = 0  # of the discriminator so far
 
     def conflicts(self, model: "LiteAutoencoderKL") -> Iterator[str]:
@@ -154,7 +154,7 @@ class Adversary(nn.Module):
     def generator_loss(self, fake: Tensor) -> Tensor:
         """The autoencoder's loss: its gradient reaches ``fake``, and no parameter of the discriminator."""
         with self._frozen():
-            return generator_loss(self.loss, self.discriminator(fake))
+            return adversarial.generator_loss(self.loss, self.discriminator(fake))
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss on images (B, C, H, W), which no gradient reaches; and to log: terms, logits, accuracy.
@@ -165,12 +165,12 @@ class Adversary(nn.Module):
         with shared_weights(self.discriminator):
             real_logits: list[Tensor] = self.discriminator(real)
             fake_logits: list[Tensor] = self.discriminator(fake)
-            total = discriminator_loss(self.loss, real_logits, fake_logits)
+            total = adversarial.discriminator_loss(self.loss, real_logits, fake_logits)
             logs = {
                 "discriminator": total.detach(),
-                "logits_real": _mean(real_logits),
-                "logits_fake": _mean(fake_logits),
-                "accuracy": discriminator_accuracy(real_logits, fake_logits, self.loss),
+                "logits_real": adversarial.mean_of_outputs(real_logits),
+                "logits_fake": adversarial.mean_of_outputs(fake_logits),
+                "accuracy": adversarial.discriminator_accuracy(real_logits, fake_logits, self.loss),
             }
             terms = self.rare_terms(self.updates)
             if "CutMix" in terms:
@@ -204,7 +204,7 @@ class Adversary(nn.Module):
         with no_autocast(real):
             image = real.float().requires_grad_()
             # forward, because a compiled network can't be differentiated twice
-            return r1_penalty(self.discriminator.forward(image), image)
+            return adversarial.r1_penalty(self.discriminator.forward(image), image)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -220,7 +220,3 @@ class Adversary(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         self.updates = int(state)
-
-
-def _mean(logits: Sequence[Tensor]) -> Tensor:
-    return torch.stack([t.detach().float().mean() for t in logits]).mean()

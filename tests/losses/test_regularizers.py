@@ -156,7 +156,9 @@ def test_errors():
     for logits in (x[0], []):
         with pytest.raises(ValueError, match="list of logit tensors"):
             r1_penalty(logits, x)
-    with pytest.raises(ValueError, match=r"built for 1 logit tensors, got 1 real and 2 fake.*num_outputs"):
+    with pytest.raises(ValueError, match=r"built for 1 logit tensors, got 2: set num_outputs to fit"):
+        LeCam()([t, t], [t, t])
+    with pytest.raises(ValueError, match="1 real and 2 fake"):
         LeCam()([t], [t, t])
     with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1"):
         LeCam(decay=1.0)
