@@ -172,7 +172,8 @@ class LiteAutoencoderKL(ValidatedModule):
         if self.encoder.deterministic and "kl" in self.loss_weights:
             yield "lossconfig.params.kl_weight: the encoder's latents have no distribution: set it to 0"
         elif self.freeze_encoder and "kl" in self.loss_weights:
-            yield "lossconfig.params.kl_weight: the encoder is frozen (freeze_encoder), KL is a loss of it: set it to 0"
+            why = "the encoder is frozen (freeze_encoder, the default of `start_from`), and KL is a loss of it"
+            yield f"lossconfig.params.kl_weight: {why}: set it to 0, or freeze_encoder to false to train both halves"
         if self.given_factors or self.parts:
             yield from check_factors(self.for_diffusion, self.autoencoder.latent_channels)
         if self.adversary is not None:
