@@ -208,16 +208,21 @@ def instantiate(node: Mapping[str, Any], **filled_in: Any) -> Any:
 
 
 def with_paths(node: Mapping[str, Any], change: Callable[[str], str]) -> Config:
-    """Copy a node, and those in it, with other paths: strings and lists in arguments whose type allows a Path."""
+    """Copy a node, and those in it, with other paths: strings and lists in arguments whose type allows a Path.
+
+    Those beside a ``path`` that is a repository of the Hugging Face hub are in the repository, and stay.
+    """
     if not isinstance(node, dict) or not isinstance(node.get("target"), str):
         return typing.cast(Config, node)  # instantiate says what is wrong
     arguments = arguments_of(node["target"])
     params = dict(node.get("params") or {})
+    path = str(params.get("path"))
+    at_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not Path(path).exists()
     for name, value in params.items():
         hint = arguments.hints.get(name) if arguments is not None else None
         if _holds_nodes(hint):
             params[name] = map_nodes(value, hint, lambda part, _: with_paths(part, change))
-        elif _takes_path(hint):
+        elif _takes_path(hint) and not at_hub:
             params[name] = [change(part) for part in value] if isinstance(value, list) else value and change(value)
     return {**node, "params": params}
 

@@ -67,7 +67,7 @@ def open_test_source(
     if src is not None:
         size = size or params.get("size") or 256
         source = open_source(src, size, 1, params.get("num_workers", 0), channels, pixel_range)
-        mixed = [node.get("params") or {} for node in params.get("sources") or ()]
+        mixed = [node.get("params") or {} for node in _mixed(params)]
         if all(are_for_masks(part.get("filters") or ()) for part in mixed or [params]):
             source.eval_transform = replace(source.eval_transform, resample="nearest")
         return source
@@ -80,9 +80,15 @@ def open_test_source(
 def _resized(node: Config, size: Size) -> Config:
     """A source's node with another size, also in those that it mixes."""
     params = {**(node.get("params") or {}), "size": size}
-    if "sources" in params:
-        params["sources"] = [_resized(part, size) for part in params["sources"]]
+    if mixed := _mixed(params):
+        params["sources"] = [_resized(part, size) for part in mixed]
     return {**node, "params": params}
+
+
+def _mixed(params: Config) -> list[Config]:
+    """The nodes that a source mixes; the ``sources`` of a source of the user's own may be something else."""
+    sources = params.get("sources")
+    return sources if isinstance(sources, list) and all(isinstance(part, dict) for part in sources) else []
 
 
 def open_images(src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> ImageDataset:

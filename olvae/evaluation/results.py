@@ -44,7 +44,7 @@ def confidence(
 
     ``values`` are by the images' keys, in any order; infinite ones are left out. None for one image.
     """
-    drawn = _bootstrap(_finite(values), samples, seed)
+    drawn = _bootstrap(finite(values), samples, seed)
     return None if drawn is None else _interval(drawn[0], level)
 
 
@@ -56,7 +56,7 @@ def difference(
     The paired interval is narrower than those of a and b suggest. If it excludes 0, the two differ by more than the
     choice of images explains.
     """
-    pair = _finite(a, b)
+    pair = finite(a, b)
     drawn = _bootstrap(pair, samples, seed)
     if drawn is None:
         return None
@@ -64,7 +64,7 @@ def difference(
     return Difference(float(first - second), *_interval(drawn[0] - drawn[1], level))
 
 
-def _finite(*rows: Mapping[str, float]) -> NDArray[np.float64]:
+def finite(*rows: Mapping[str, float]) -> NDArray[np.float64]:
     """(targets, n): the values by the order of their keys, without the images that have an infinite one."""
     values = np.array([[row[key] for key in sorted(rows[0])] for row in rows])
     return values[:, np.isfinite(values).all(0)]

@@ -132,7 +132,7 @@ def _keep_additions(config: Config, overrides: Sequence[str]) -> None:
     configs = config, merge_files((), overrides, resolve=False)
     params, given = (runs.entry_of(one, "model.params") or {} for one in configs)
     for key in given.keys() & set(FROM_START) if "from" in config["model"] else ():
-        if not key.endswith("_config") or "target" in given[key]:
+        if not isinstance(given[key], dict) or "target" in given[key]:
             raise ConfigError(f"model.params.{key}: is that of {config['model']['from']}: leave it out")
         if "target" in params[key]:
             params[key] = given[key]

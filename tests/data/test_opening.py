@@ -8,6 +8,7 @@ import pytest
 from olvae import config as cfg
 from olvae.config import ConfigError
 from olvae.config.reading import holds_shards
+from olvae.data.dataset import SamplePhotographs
 from olvae.data.opening import open_source, open_test_source
 from olvae.runs import make_data_absolute, present_data
 from tests.conftest import tiny_config
@@ -102,6 +103,7 @@ def test_paths_become_absolute_and_other_values_stay(home):
         {"target": "torchvision.datasets.CIFAR10", "params": {"root": "more", "train": False}},
         {"target": HUB, "params": {"path": "parquet", "data_files": ["photos/*.png", "data/at_the_hub.png"]}},
         {"target": HUB, "params": {"path": "more", "data_dir": "more"}},
+        {"target": HUB, "params": {"path": "user/photos", "data_dir": "more"}},
     ]
     config = {"data": {"target": "olvae.data.mix.MixSource", "params": {"size": 8, "sources": sources}}}
     escaped = str(home).replace("[", "[[]")
@@ -117,6 +119,7 @@ def test_paths_become_absolute_and_other_values_stay(home):
     assert fourth["root"] == f"{home}/more"
     assert sets[0] == {"path": "parquet", "data_files": [f"{escaped}/photos/*.png", "data/at_the_hub.png"]}
     assert sets[1] == {"path": f"{home}/more", "data_dir": f"{home}/more"}
+    assert sets[2] == {"path": "user/photos", "data_dir": "more"}  # in the repository
     assert sources[0]["params"]["root"] == "photos/*.png"  # the node that was given is another one
 
 
@@ -126,6 +129,20 @@ def test_a_mix_is_evaluated_at_another_size(home):
     batch = next(iter(open_test_source(config, size=16).val_loader()))
     assert batch["image"].shape[2:] == (16, 16)
     assert nodes[0]["params"]["size"] == 8
+
+
+class Named(SamplePhotographs):
+    """Takes words where a mix takes nodes."""
+
+    def __init__(self, sources: list[str], **arguments: int) -> None:
+        super().__init__(**arguments)
+        self.names = sources
+
+
+def test_sources_that_are_no_nodes_are_evaluated_at_another_size():
+    node = {"target": f"{__name__}.Named", "params": {"sources": ["a", "b"], "size": 64, "batch_size": 1}}
+    source = open_test_source({"data": node}, size=32)
+    assert (source.size, source.names) == ((32, 32), ["a", "b"])
 
 
 def test_moved_data_are_one_line_with_both_places(home, tmp_path, monkeypatch, caplog):

@@ -15,7 +15,7 @@ from olvae.config import ConfigError
 from olvae.devices import FULL, PRECISIONS, autocast, precision_name
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.observer import Observer, Subject
-from olvae.evaluation.results import Row, significant
+from olvae.evaluation.results import Row, finite, significant
 from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import watch_outputs
@@ -142,8 +142,8 @@ class HalfPrecision(Observer):
     An entry has ``dtype``; ``autocast``, if it is; ``largest``, the largest finite magnitude by :func:`stage_of`;
     ``largest_name`` and ``largest_value`` of all modules; ``limit`` of the dtype; ``non_finite``: ``images`` with such
     a value in any module's output, ``values`` over all modules, and the ``first`` module with one; ``psnr_lost``,
-    float32's PSNR minus this one's, None if it is infinite; and ``safe``: nothing was non-finite, and PSNR is within
-    :data:`TOLERANCE`.
+    float32's PSNR minus this one's, over the images that neither gives back exactly, None without any; and ``safe``:
+    nothing was non-finite, and PSNR is within :data:`TOLERANCE`.
 
     Args:
         precisions: fp16, bf16, 32, by any of their names, or fp16-autocast, bf16-autocast: weights in float32, under
@@ -199,8 +199,10 @@ class HalfPrecision(Observer):
         """Add the verdict, and leave out speed: recording takes time."""
         if (entry := row.observed.get(self.name)) is None:
             return row
-        psnr, full = row.metrics["psnr"], rows[self._derived[row.target][0]].metrics["psnr"]
-        lost = 0.0 if psnr == full else full - psnr
+        full, lost = rows[self._derived[row.target][0]], 0.0
+        if row.metrics["psnr"] != full.metrics["psnr"]:  # the means may be of different images: without exact ones
+            pairs = finite(full.per_image["psnr"], row.per_image["psnr"])  # (2, n)
+            lost = float((pairs[0] - pairs[1]).mean()) if pairs.size else math.inf
         safe = not entry["non_finite"]["values"] and abs(lost) <= TOLERANCE
         entry = {**entry, "psnr_lost": lost if math.isfinite(lost) else None, "safe": safe}
         speed: dict[str, Any] = dict.fromkeys(("encode_images_per_s", "decode_images_per_s", "peak_memory_bytes"))

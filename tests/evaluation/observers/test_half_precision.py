@@ -2,6 +2,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -68,9 +69,14 @@ class Trip:
     def found(self) -> dict:
         return self.observer.result(self.name, 0)
 
-    def judged(self, psnr: float, full: float) -> dict:
-        row = Row(self.name, 2, {"psnr": psnr}, observed={"precision": self.found()})
-        return self.observer.complete(row, {"mine": Row("mine", 2, {"psnr": full})}).observed["precision"]
+    def judged(self, psnr: list[float], full: list[float]) -> dict:
+        """By the PSNR of each image, here and in float32."""
+        rows = {}
+        for name, values in (("mine", full), (self.name, psnr)):
+            mean = np.mean([value for value in values if value < math.inf] or math.inf)
+            found, per_image = {"precision": self.found()}, {"psnr": dict(enumerate(values))}
+            rows[name] = Row(name, len(values), {"psnr": mean}, observed=found, per_image=per_image)
+        return self.observer.complete(rows[self.name], rows).observed["precision"]
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "32"])
@@ -131,7 +137,7 @@ def test_an_overflow_inside_counts_though_the_output_is_finite(images):
     reconstruct = Trip(Inverse(3e4, 100.0), "fp16")
     reconstruct(KEYS, images)
     assert reconstruct.found()["non_finite"]["first"] == "decoder.0"
-    assert not reconstruct.judged(20.0, 20.0)["safe"]
+    assert not reconstruct.judged([20.0], [20.0])["safe"]
 
 
 def test_two_processes_are_one(images):
@@ -159,7 +165,7 @@ def test_autocast_leaves_weights_as_they_are(make):
     assert not torch.equal(y, Trip(model, "32")(KEYS, x))
     found = reconstruct.found()
     assert (found["dtype"], found["autocast"], found["limit"]) == ("bf16", True, (2 - 2**-7) * 2.0**127)
-    assert reconstruct.judged(20.0, 20.0)["safe"]
+    assert reconstruct.judged([20.0], [20.0])["safe"]
 
 
 @pytest.mark.parametrize("make", [tiny, kl])
@@ -199,11 +205,12 @@ def test_recording_changes_no_pixel_and_gives_no_speed():
 @pytest.mark.parametrize(
     ("psnr", "full", "lost", "safe"),
     [
-        (25.0, 25.05, 0.05, True),
-        (25.05, 25.0, -0.05, True),
-        (25.0, 25.25, 0.25, False),
-        (math.inf, math.inf, 0.0, True),
-        (25.0, math.inf, None, False),
+        ([25.0], [25.05], 0.05, True),
+        ([25.05], [25.0], -0.05, True),
+        ([25.0], [25.25], 0.25, False),
+        ([math.inf], [math.inf], 0.0, True),
+        ([25.0], [math.inf], None, False),
+        ([25.0, 70.0], [25.05, math.inf], 0.05, True),  # a blank page, exact in float32
     ],
 )
 def test_the_verdict(images, psnr, full, lost, safe):
