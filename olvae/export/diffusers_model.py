@@ -17,7 +17,7 @@ from olvae.checkpoint import add_sums, check_file
 from olvae.data.pixels.size_and_range import PixelRange
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.large.tiling import crop_to, default_memory, pad_to_multiple
-from olvae.models.spec import DERIVED, FOR_DIFFUSION, IN_EXPORT, SHIPPED, AutoencoderSpec, shipped_folder
+from olvae.models.spec import DERIVED, FOR_DIFFUSION, IN_EXPORT, SHIPPED, AutoencoderSpec, class_in, shipped_folder
 from olvae.models.weight_files import LOADER, LOADER_NAME
 from olvae.runs import Run
 
@@ -77,7 +77,10 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         if Path(given).is_file() or Run(Path(given)).last_checkpoint.is_file():
             raise ValueError(f"{given}: diffusers loads exports: name the folder that olvae export writes of it")
         folder = shipped_folder(given) if given.startswith(SHIPPED) else pretrained_model_name_or_path
-        for file in Path(folder, kwargs.get("subfolder") or "").glob("*.safetensors"):
+        name = class_in(inside := Path(folder, kwargs.get("subfolder") or ""))
+        if name not in (None, AutoencoderLiteVAE.__name__, cls.__name__):
+            raise ValueError(f"{given}: an export for diffusers' {name}: load it with diffusers.{name}.from_pretrained")
+        for file in inside.glob("*.safetensors"):
             check_file(file)
         return super().from_pretrained(folder, **kwargs)  # type: ignore[no-any-return]
 

@@ -10,7 +10,7 @@ from diffusers.utils import dynamic_modules_utils
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.models.large.tiling import crop_to, pad_to_multiple, peak_bytes, tile_bytes
 from tests.conftest import tiny
-from tests.models.autoencoder_kl import autoencoder_kl
+from tests.models.autoencoder_kl import autoencoder_kl, tiny_kl
 
 
 @pytest.fixture
@@ -222,4 +222,12 @@ def test_a_config_that_contradicts_itself_is_refused(vae, tmp_path):
     content = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**content, "latent_channels": 5}))
     with pytest.raises(ValueError, match="latent_channels is 5, but for these networks it is 4"):
+        AutoencoderLiteVAE.from_pretrained(tmp_path)
+
+
+def test_the_export_of_another_class(tmp_path):
+    tiny_kl().save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"an export for diffusers' AutoencoderKL: load it with diffusers\.AutoencoderKL"
+    ):
         AutoencoderLiteVAE.from_pretrained(tmp_path)
