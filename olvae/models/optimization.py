@@ -18,7 +18,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 
 from olvae.devices import this_process
 from olvae.files import first_line
-from olvae.modules.base import last_convolution, mean_over_processes
+from olvae.modules.base import compile_in_place, last_convolution, mean_over_processes
 
 log = logging.getLogger("olvae")
 
@@ -138,7 +138,7 @@ def compile_networks(networks: Sequence[nn.Module], device: torch.device) -> boo
     # A ratio of gradients goes through a graph before its backward pass, which must not reuse the graph's memory.
     torch._functorch.config.donated_buffer = False
     for network in networks:
-        network.compile()
+        compile_in_place(network)
     return True
 
 

@@ -368,6 +368,42 @@ def casts_together(forward: Callable[Concatenate[Any, Inputs], Output]) -> Calla
     return run
 
 
+def compile_in_place(network: nn.Module) -> None:
+    """Compile a network at its first use; in training under autocast its weights are cast together before each pass.
+
+    A graph would cast each of them in a launch of its own, and each gradient. What is left to autocast is as in
+    :func:`casts_together`; layers that derive their weights do that in the graph, where it becomes one kernel.
+    """
+    network.compile()
+    compiled: Callable[..., Any] = network._compiled_call_impl  # type: ignore[assignment]
+    last = last_convolution(network)
+    slots = [
+        (child._parameters, name)
+        for layer in _layers(network)
+        for child in layer.modules()
+        for name in (("bias",) if hasattr(layer, "derive") else ("weight", "bias"))
+        if layer is not last and getattr(child._parameters.get(name), "dtype", None) == torch.float32
+    ]
+
+    @wraps(compiled)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+        if not slots or x is None or not network.training or not autocast_enabled(x):
+            return compiled(*args, **kwargs)
+        given = [parameters[name] for parameters, name in slots]
+        with no_autocast(x):
+            cast = _Cast.apply(torch.get_autocast_dtype(x.device.type), *given)
+        try:
+            for (parameters, name), copy in zip(slots, cast, strict=True):
+                parameters[name] = copy
+            return compiled(*args, **kwargs)
+        finally:
+            for (parameters, name), parameter in zip(slots, given, strict=True):
+                parameters[name] = parameter
+
+    network._compiled_call_impl = run
+
+
 def _layers(network: nn.Module) -> Iterator[Any]:
     """The layers of a network whose weights autocast casts; those that a hook computes before each pass are left."""
     for child in network.children():

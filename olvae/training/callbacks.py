@@ -26,7 +26,7 @@ from olvae.models.optimization import BadStep
 from olvae.modules.base import check_counts, check_not_negative
 from olvae.runs import Run
 from olvae.training.progress import log_picture, notify
-from olvae.training.saving import BackgroundCheckpointIO, current_run, last_good
+from olvae.training.saving import check_written, current_run, last_good
 
 log = logging.getLogger("olvae.training")
 
@@ -228,10 +228,7 @@ class BadSteps(Callback):
     def _return(self, trainer: pl.Trainer, model: LiteAutoencoderKL, last: BadStep) -> None:
         """Load the last checkpoint and lower the learning rates; after too many returns, raise FloatingPointError."""
         run, row, self._row = current_run(trainer), self._row, 0
-        writer = trainer.strategy.checkpoint_io
-        if isinstance(writer, BackgroundCheckpointIO):
-            writer.wait()
-        trainer.strategy.barrier()
+        check_written(trainer)
         if self.returned == self.returns:
             times = "a return" if self.returned == 1 else f"{self.returned} returns"
             spite = f", in spite of {times} to earlier weights with a lower learning rate" if self.returned else ""

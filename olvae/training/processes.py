@@ -85,9 +85,11 @@ def process_count(trainer_args: Mapping[str, Any]) -> int:
     return per_node * nodes
 
 
-FLIGHT_RECORDER = {"TORCH_NCCL_TRACE_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
-"""Settings by which NCCL writes down at its time limit where each rank is."""
-DUMPS = ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE")  # where, in new and older versions of torch
+OLDER_NAMES = {
+    "TORCH_FR_BUFFER_SIZE": "TORCH_NCCL_TRACE_BUFFER_SIZE",
+    "TORCH_FR_DUMP_TEMP_FILE": "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
+}
+"""Names in torch 2.8 of settings by which NCCL writes down at its time limit where each rank is; later they warn."""
 
 
 def meet() -> tuple[int, int]:
@@ -96,9 +98,11 @@ def meet() -> tuple[int, int]:
     It is (0, 1) where Lightning starts the others, which join when training begins.
     """
     dump = f"{tempfile.gettempdir()}/olvae_nccl_{slurm_job() or os.getppid()}_rank_"  # and torch adds the rank
-    dump = next((os.environ[name] for name in DUMPS if name in os.environ), dump)
-    for name, value in {**FLIGHT_RECORDER, **dict.fromkeys(DUMPS, dump)}.items():
-        os.environ.setdefault(name, value)
+    recorder = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_FR_DUMP_TEMP_FILE": dump, "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    for name, value in recorder.items():
+        older = OLDER_NAMES.get(name, name)
+        if older not in os.environ:
+            os.environ.setdefault(older if torch.__version__.startswith("2.8.") else name, value)
     if find_launcher() is None:
         return 0, 1
     return join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", default_pg_timeout)

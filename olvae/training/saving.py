@@ -154,15 +154,17 @@ class KeepCheckpoints(Checkpoint):
                 f"non-finite weights at step {trainer.global_step}, in {first}: nothing is saved"
                 + last_good(current_run(trainer))
             )
+        check_written(trainer, MAX_PENDING - 1)
         trainer.save_checkpoint(current_run(trainer).checkpoints / name, storage_options=note)  # the first one writes
 
 
 class BackgroundCheckpointIO(TorchCheckpointIO):
     """Copy a checkpoint to host memory, and write the copy to disk in a thread, in the order of the saves.
 
-    An error in the thread is raised by a later save, or by :meth:`teardown`, which Lightning calls at the end of
-    training and after an exception. ``config`` is a resumed run's, and its file, which is written after the first
-    ``last.ckpt``, so that config and checkpoint belong together whenever the run is killed.
+    An error in the thread is raised by :meth:`wait`, which :func:`check_written` calls before each save, or by
+    :meth:`teardown`, which Lightning calls at the end of training and after an exception. ``config`` is a resumed
+    run's, and its file, which is written after the first ``last.ckpt``, so that config and checkpoint belong together
+    whenever the run is killed.
     """
 
     def __init__(self, config: tuple[Config, Path] | None = None) -> None:
@@ -177,7 +179,8 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
 
         ``storage_options`` are written in JSON beside the complete checkpoint: a.json for a.ckpt.
         """
-        self.wait(MAX_PENDING - 1)
+        if len(self._pending) >= MAX_PENDING:
+            self.wait(MAX_PENDING - 1)
         copied = tree_map(_on_host, checkpoint)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
@@ -213,6 +216,22 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         except Exception as error:
             reason = first_line(error) if path.parent.is_dir() else "the run's folder is gone"
             raise CheckpointError(f"{path}: the checkpoint could not be written: {reason}") from error
+
+
+def check_written(trainer: pl.Trainer, pending: int = 0) -> None:
+    """Wait until at most so many saves are not on the disk yet; collective.
+
+    Raises CheckpointError in all processes if one has failed, in the first process, which writes: the others would wait
+    for it.
+    """
+    writer, failure = trainer.strategy.checkpoint_io, ""
+    try:
+        if isinstance(writer, BackgroundCheckpointIO):
+            writer.wait(pending)
+    except CheckpointError as error:
+        failure = str(error)
+    if failure := trainer.strategy.broadcast(failure):
+        raise CheckpointError(failure)
 
 
 def _on_host(value: Any) -> Any:

@@ -1,11 +1,25 @@
-"""Compiled networks: whole graphs, equal results, plain names; and a machine without a compiler."""
+"""Compiled networks: whole graphs, equal results, plain names, launches; and a machine without a compiler."""
 
 import copy
 import logging
+from contextlib import suppress
+from itertools import repeat
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch._dynamo.device_interface import CpuInterface
+from torch._inductor import config as inductor
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.ir import MultiOutput
+from torch._inductor.runtime.hints import DeviceProperties
+from torch._inductor.scheduler import NopKernelSchedulerNode
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from olvae.config import load
+from olvae.models.footprint import without_memory, without_weights
 from olvae.models.optimization import compile_networks
 from olvae.modules.gigagan import GigaGAN
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
@@ -13,7 +27,7 @@ from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 from olvae.modules.unetgan import UNetGAN, stop_power_iterations
 from tests.conftest import TINY_ENCODER
-from tests.models.steps import against, build, fit, metrics, snapshot
+from tests.models.steps import Each, against, build, fit, metrics, snapshot, trainer
 
 NARROW = {"channels": 8, "z_channels": 4, "channel_mult": (1, 1, 1, 1), "num_res_blocks": 0}
 
@@ -68,9 +82,13 @@ def graphs(monkeypatch):
 SETTINGS = {"r1_weight": 1.0, "r1_every": 1, "lecam_weight": 0.1, "adaptive_weight": True, "updates_per_step": 2}
 
 
-def test_compiled_training_is_training(image_folder, graphs):
-    plain = fit(build(against(**SETTINGS)), image_folder, 2)
-    compiled = fit(build(against(**SETTINGS), compile=True), image_folder, 2)
+@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+def test_compiled_training_is_training(image_folder, graphs, precision):
+    plain = fit(build(against(**SETTINGS)), image_folder, 2, precision=precision)
+    compiled = fit(build(against(**SETTINGS), compile=True), image_folder, 2, precision=precision)
+    inputs = [node.meta["example_value"] for graph in graphs for node in graph.graph.nodes if node.op == "placeholder"]
+    half = {x.ndim for x in inputs if x.dtype == torch.bfloat16 and x.ndim in (1, 4)}
+    assert half == ({1, 4} if precision == "bf16-mixed" else set())  # weights and biases, which were cast together
     assert compiled.encoder._compiled_call_impl is not None
     assert compiled.adversary.discriminator._compiled_call_impl is not None
     assert metrics(compiled) == metrics(plain)
@@ -100,6 +118,84 @@ def test_validation_is_not_compiled(graphs):
     assert not graphs
     model(x)
     assert len(graphs) == 2
+
+
+class Launches(TorchDispatchMode):
+    """Counts what is launched: kernels of graphs, as inductor fuses them for Triton, and operations beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.in_graph = 0, False
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        nothing = func.is_view or func.namespace in ("prim", "profiler") or "empty" in str(func)
+        self.count += not (self.in_graph or nothing)
+        return func(*args, **(kwargs or {}))
+
+    def compile(self, graph, inputs):
+        return compile_fx(graph, inputs, inner_compile=self.schedule)
+
+    def schedule(self, graph, inputs, **options):
+        """Stop where kernels are fused, before their code is written; the graph then runs as it is."""
+        kernels = []
+
+        def stop(nodes):
+            kernels.extend(n for n in nodes if not isinstance(n, NopKernelSchedulerNode))
+            raise RuntimeError("all kernels are known")
+
+        with inductor.patch(_post_fusion_custom_pass=stop), suppress(Exception):
+            compile_fx_inner(copy.deepcopy(graph), inputs, **options)
+        launched = sum(not isinstance(kernel.node, MultiOutput) for kernel in kernels)
+        assert launched > 0
+
+        def run(values):
+            self.in_graph = True
+            try:
+                return graph(*values)
+            finally:
+                self.in_graph = False
+                self.count += launched
+                values.clear()
+
+        run._boxed_call = True
+        return run
+
+
+ENCODER, DECODER = "model.params.encoder_config.params", "model.params.decoder_config.params"
+NO_BLOCKS = [f"{ENCODER}.extractor_resblocks=0", f"{ENCODER}.aggregate_resblocks=0", f"{DECODER}.num_res_blocks=0"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "overrides", "most"), [("A2", [], 2_150), ("B5", NO_BLOCKS, 1_780)])
+def test_launches_of_compiled_steps(monkeypatch, name, overrides, most):
+    """Whole steps in bfloat16 at full size, forward and backward passes and updates, without LPIPS, on an H100.
+
+    B5's encoder and decoder, which are A2's, have no blocks here. Tensors are fake; GroupNorm is in float32.
+    """
+    compiler, launches, steps = torch.compile, Launches(), []
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, **options, backend=launches.compile))
+    monkeypatch.setattr("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True)  # a GPU has it
+    h100 = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(CpuInterface, "get_device_properties", lambda _: h100)
+    monkeypatch.setattr(CpuInterface.Worker, "get_device_properties", lambda _: h100)
+    DeviceProperties.create.cache_clear()
+    without = ["model.params.lossconfig.params.lpips_weight=0", "model.params.val_metrics=[]"]
+    node = load([f"configs/imagenet/{name}.yaml"], [*without, "model.params.gradient_clip_val=1.0", *overrides])
+    model, size = without_weights(node["model"]), node["data"]["params"]["size"]
+    settings = {"cpu_backend": "triton", "layout_optimization": False, "fx_graph_cache": False}
+    with inductor.patch(settings), FakeTensorMode(), launches:
+        fake = without_memory(model)
+        fake.__dict__.update(dict.fromkeys(("to", "cpu"), lambda *_: fake))
+        batch = {"image": torch.empty(4, 3, size, size, dtype=torch.uint8)}
+        notes = {"callbacks": [Each(lambda _: steps.append(launches.count))], "log_every_n_steps": 0}
+        bf16 = MixedPrecision("bf16-mixed", "cpu")
+        trainer(2, limit_val_batches=0, plugins=[bf16], **notes).fit(fake, repeat(batch, 2))
+    DeviceProperties.create.cache_clear()
+    assert most / 1.05 < steps[1] - steps[0] <= most
 
 
 def test_a_machine_without_a_compiler_trains_uncompiled(image_folder, monkeypatch, caplog):

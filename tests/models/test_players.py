@@ -10,6 +10,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from olvae.models.optimization import PlayersStrategy
 from olvae.modules.base import count_parameters
 from tests.models.steps import WITHOUT_KL, against, assert_same, build, snapshot, trainer
+from tests.test_devices import fork_each, free_port
+from tests.training.conftest import torchrun
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +92,27 @@ def test_a_hook_halves_the_bytes_of_both_players():
     plain = snapshot(train("auto", against(), batches=1))
     for name, p in snapshot(module).items():
         torch.testing.assert_close(p, plain[name], rtol=0, atol=2.5e-4)  # Adam's first step is of the rate, 1e-4
+
+
+def test_bfloat16_on_the_wire_of_two_processes_is_the_mean_but_for_its_rounding(updates):
+    """Both players' gradients as Adam sees them, the same in both processes; images differ."""
+    port, hooks = str(free_port()), (None, lambda state, bucket: bf16_compress_hook(state, bucket))
+
+    def work(rank: int) -> None:
+        os.environ.update({**torchrun(rank, per_node=2), "MASTER_PORT": port})
+        batch = {"image": torch.full((2, 3, 16, 16), 200 * rank, dtype=torch.uint8)}
+        for hook in hooks:
+            strategy = PlayersStrategy(ddp_comm_hook=hook)
+            trainer(1, devices=2, strategy=strategy, limit_val_batches=0).fit(build(against()), repeat(batch, 1))
+        found = [torch.cat([g.flatten() for u in half for g in u.gradients]) for half in (updates[:2], updates[2:])]
+        both = [torch.empty_like(found[1]) for _ in range(2)]
+        torch.distributed.all_gather(both, found[1])
+        assert torch.equal(*both)
+        assert not torch.equal(*found)
+        apart = (found[0] - found[1]).norm() / found[0].norm()
+        assert 1e-4 < apart < 2**-7
+
+    fork_each(work)
 
 
 def test_weights_are_those_of_training_without_it():

@@ -7,13 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from olvae.cli.main import main
 from olvae.config import save
+from olvae.models.footprint import Footprint
 from olvae.runs import Run
-from olvae.training import processes
+from olvae.training import processes, run
 from olvae.training.processes import process_death
 from tests.conftest import tiny_config
 from tests.training.origins import checkpoint
@@ -71,6 +74,26 @@ def test_a_killed_loader_process_is_one_line_with_the_command_to_continue(
     assert line.startswith("error: a loader process")
     assert "lower data.params.num_workers or data.params.batch_size" in line
     assert line.endswith(f"continue with: olvae train --resume {path}")
+
+
+def test_a_checkpoint_that_the_first_process_can_not_write_ends_both(train_two, image_folder, monkeypatch):
+    """It alone writes; the next save names the file in each."""
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    ends = r"checkpoints/last\.ckpt: the checkpoint could not be written: .*No space left on device"
+    train_two(*SAVES, "lightning.trainer.max_steps=9", config=tiny_config(image_folder), raises=ends)
+
+
+def test_memory_that_one_process_lacks_ends_both(train_two, image_folder, monkeypatch):
+    """As another job's on one GPU; before any of them waits for the others."""
+    on_gpu = SimpleNamespace(is_global_zero=False, strategy=SimpleNamespace(root_device=torch.device("cuda")))
+    monkeypatch.setattr(run, "_trainer", lambda *_: on_gpu)
+    monkeypatch.setattr(run, "footprint", lambda *_, **__: Footprint(2**30, 2**30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: ([2**40, 2**10][int(os.environ["RANK"])], 2**40))
+    train_two(config=tiny_config(image_folder), raises="not even one image fits: a step with 4 images needs about")
 
 
 def test_another_process_that_died(monkeypatch):

@@ -16,7 +16,15 @@ from olvae.cli.main import main
 from olvae.config import ConfigError, instantiate, load, save
 from olvae.devices import gather, join, leave
 from olvae.runs import Run, RunLock
-from olvae.training.processes import DUMPS, check_same, choose_workers, cluster, find_launcher, meet, process_count
+from olvae.training.processes import (
+    OLDER_NAMES,
+    check_same,
+    choose_workers,
+    cluster,
+    find_launcher,
+    meet,
+    process_count,
+)
 from olvae.training.progress import _warnings
 from olvae.training.run import TrainingStopped, train
 from olvae.training.settings import TrainOptions
@@ -123,10 +131,33 @@ def test_loader_processes_are_a_rank_s(image_folder, monkeypatch, under, cores, 
 
 
 def test_where_nccl_writes(monkeypatch):
-    dump = f"{gettempdir()}/olvae_nccl_7_rank_"
-    for variables, place in (({"SLURM_JOB_ID": "7"}, dump), ({DUMPS[1]: "/own"}, "/own")):
+    """By the names that the installed torch takes without a warning; what the user names, in either way, stays."""
+    dump, old, new = f"{gettempdir()}/olvae_nccl_7_rank_", list(OLDER_NAMES.values()), list(OLDER_NAMES)
+    for version, own, expected in (
+        ("2.8.0+cu128", {}, dict(zip(old, ("2000", dump), strict=True))),
+        (torch.__version__, {}, dict(zip(new, ("2000", dump), strict=True))),
+        (torch.__version__, {old[1]: "/own"}, {new[0]: "2000", old[1]: "/own"}),
+        (torch.__version__, {new[1]: "/own"}, {new[0]: "2000", new[1]: "/own"}),
+    ):
+        variables = {"SLURM_JOB_ID": "7", **own}
         monkeypatch.setattr(os, "environ", variables)
-        assert (meet(), [variables[name] for name in DUMPS]) == ((0, 1), [place, place])
+        monkeypatch.setattr(torch, "__version__", version)
+        assert meet() == (0, 1)
+        assert variables == {"SLURM_JOB_ID": "7", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1", **expected}
+
+
+def test_the_recorder_s_settings_are_no_warning(under, capfd):
+    """torch reads them when the first collective is recorded."""
+
+    def work(rank: int) -> None:
+        under({**torchrun(rank, per_node=2), "MASTER_PORT": port})
+        assert meet() == (rank, 2)
+        torch.distributed.all_reduce(torch.ones(1))
+        leave()
+
+    port = str(free_port())
+    fork_each(work)
+    assert "deprecated" not in capfd.readouterr().err
 
 
 def test_as_many_loader_processes_as_can_share_the_shards(tmp_path, monkeypatch):

@@ -45,7 +45,7 @@ class SMC(nn.Module):
             alike.setdefault((layer.conv.weight.shape, layer.eps, trained), []).append(layer)
         weights: dict[SMC, Tensor] = {}
         for (_, eps, _), same in alike.items():
-            weights |= zip(same, _modulate([layer._given() for layer in same], eps), strict=True)
+            weights |= zip(same, _modulate([layer._given() for layer in same], eps).unbind(), strict=True)
         return [(weights[layer], layer.conv.bias) for layer in layers]
 
     def _given(self) -> tuple[Tensor, Tensor, Tensor]:
