@@ -1,6 +1,7 @@
 """The public names: those of docs/api.md, each with an example, imported when they are used."""
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
@@ -28,6 +29,21 @@ def test_each_is_there(name):
     if inspect.isclass(value) or inspect.isfunction(value):
         assert value.__name__ == name
         assert inspect.getdoc(value)
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("modules.wavelet", "dwt2 idwt2 wavedec2"),
+        ("modules.litevae.smc", "SMC"),
+        ("modules.litevae.encoder_model", "LiteVAE_Encoder"),
+        ("modules.litevae.decoder_model", "LiteVAE_Decoder"),
+        ("models.liteautoencoder", "LiteAutoencoderKL"),
+    ],
+)
+def test_published_paths_stay(module, names):
+    found = importlib.import_module(f"olvae.{module}")
+    assert all(getattr(found, name).__module__ == found.__name__ for name in names.split())
 
 
 def test_each_has_an_example():

@@ -34,8 +34,9 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import compile_networks
 from olvae.modules.base import Decoder, ShapesOnly, count_macs, count_parameters
 from olvae.modules.gigagan import GigaGAN
-from olvae.modules.litevae.decoder_model import LiteVAE_Decoder, fold_smc
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from olvae.modules.litevae.smc import fold_smc
 from olvae.modules.patchgan import PatchGAN
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 from olvae.modules.unetgan import UNetGAN

@@ -28,7 +28,7 @@ from olvae.modules.base import (
     upcast,
 )
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
-from olvae.modules.litevae.decoder_model import fold_smc
+from olvae.modules.litevae.smc import fold_smc
 
 Progress = Callable[[float], None]  # called from time to time with the fraction that is done
 

@@ -14,8 +14,9 @@ from olvae.models.large.tiling import (
     tile_bytes,
     tile_for,
 )
-from olvae.modules.litevae.decoder_model import LiteVAE_Decoder, fold_smc
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from olvae.modules.litevae.smc import fold_smc
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 from tests.export.latents import Shrunk
 

@@ -3,7 +3,8 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 
 from olvae.modules.base import count_macs, count_parameters
-from olvae.modules.litevae.decoder_model import SMC, LiteVAE_Decoder, fold_smc
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
+from olvae.modules.litevae.smc import SMC, fold_smc
 from olvae.modules.wavelet import dwt2
 from tests.reference import assert_parity, fill, parity_case, recipe_input
 

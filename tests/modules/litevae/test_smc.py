@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from olvae.modules.litevae.decoder_model import SMC, fold_smc
+from olvae.modules.litevae.smc import SMC, fold_smc
 from tests.reference import assert_parity, fill, parity_case, recipe_input
 
 

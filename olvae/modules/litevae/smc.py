@@ -1,0 +1,78 @@
+"""Self-modulated convolution [P Eq. 3], which LiteVAE's decoder has in place of GroupNorm."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from olvae.modules.base import Operands
+
+
+class SMC(nn.Module):
+    """A convolution whose filters are scaled per input channel, then normalised to length ``gain``.
+
+    w'(o,i,k) = gain * s_i w(o,i,k) / sqrt(sum_{i,k} (s_i w(o,i,k))^2 + eps)                    [P Eq. 3]
+
+    The scales s (one per input channel) and the gain (one per layer) are learned and start at 1. Nothing depends on the
+    sample, so at inference the layer is an ordinary convolution: see :meth:`fold`.
+
+    Shapes: (B, in_channels, H, W) -> (B, out_channels, H, W), for odd kernel sizes.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, eps: float = 1e-8) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"SMC needs an odd kernel_size to keep the image's size, got {kernel_size}")
+        self.eps = eps
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        self.scales = nn.Parameter(torch.ones(in_channels))
+        self.gain = nn.Parameter(torch.ones(1))
+
+    @staticmethod
+    def derive(layers: Sequence["SMC"]) -> list[Operands]:
+        """w', (out_channels, in_channels, k, k), and the bias of each; those of one shape are computed together."""
+        alike: dict[Any, list[SMC]] = {}
+        for layer in layers:
+            trained = tuple(parameter.requires_grad for parameter in layer._given())
+            alike.setdefault((layer.conv.weight.shape, layer.eps, trained), []).append(layer)
+        weights: dict[SMC, Tensor] = {}
+        for (_, eps, _), same in alike.items():
+            weights |= zip(same, _modulate([layer._given() for layer in same], eps).unbind(), strict=True)
+        return [(weights[layer], layer.conv.bias) for layer in layers]
+
+    def _given(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.conv.weight, self.scales, self.gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, *self.derive([self])[0])
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias, padding=self.conv.padding)
+
+    @torch.no_grad()
+    def fold(self) -> nn.Conv2d:
+        """The same function as an ordinary convolution, a copy."""
+        conv = copy.deepcopy(self.conv)
+        conv.weight.copy_(self.derive([self])[0][0])
+        return conv
+
+
+def _modulate(given: Sequence[tuple[Tensor, Tensor, Tensor]], eps: float) -> Tensor:
+    """w' of n layers of one shape, (n, out_channels, in_channels, k, k), from their weights, scales and gains."""
+    w, scales, gain = (torch.stack(t) if len(t) > 1 else t[0][None] for t in zip(*given, strict=True))
+    w = w * scales[:, None, :, None, None]
+    return gain[..., None, None, None] * w * (w.square().sum(dim=(2, 3, 4), keepdim=True) + eps).rsqrt()
+
+
+def fold_smc(module: nn.Module) -> nn.Module:
+    """A copy of ``module`` with an ordinary Conv2d for every SMC, for inference."""
+    if isinstance(module, SMC):
+        return module.fold()
+    folded = copy.deepcopy(module)
+    for name, child in list(folded.named_modules()):
+        if isinstance(child, SMC):
+            folded.set_submodule(name, child.fold())
+    return folded
