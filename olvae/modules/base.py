@@ -343,7 +343,7 @@ def casts_together(forward: Callable[Concatenate[Any, Inputs], Output]) -> Calla
     Values and gradients are the same, in fewer launches: one for each 25 MB, so that DDP can send the gradients of
     some layers while it computes those of others. The last convolution is left to autocast, or a gradient at it alone
     would take more of the backward pass; so are weights that are not parameters in float32 (pruned ones, float64),
-    compiled networks, and those with :attr:`Steps.checkpoint`, which compute their casts again.
+    and networks with :attr:`Steps.checkpoint`, which compute their casts again. :func:`compile_in_place` sees it.
     """
 
     @wraps(forward)
@@ -365,16 +365,20 @@ def casts_together(forward: Callable[Concatenate[Any, Inputs], Output]) -> Calla
 
     # A copy: torch.compile limits how many graphs one piece of code has.
     run.__code__ = run.__code__.replace()  # type: ignore[attr-defined]
+    run.casts_together = True  # type: ignore[attr-defined]
     return run
 
 
 def compile_in_place(network: nn.Module) -> None:
-    """Compile a network at its first use; in training under autocast its weights are cast together before each pass.
+    """Compile a network at its first use; one whose forward has :func:`casts_together` casts weights before each pass.
 
-    A graph would cast each of them in a launch of its own, and each gradient. What is left to autocast is as in
-    :func:`casts_together`; layers that derive their weights do that in the graph, where it becomes one kernel.
+    A graph would cast each of them in a launch of its own, and each gradient. What is left to autocast is the same;
+    layers that derive their weights do that in the graph, where it becomes one kernel. Other networks may use weights
+    in float32, without autocast, and are left as they are.
     """
     network.compile()
+    if not hasattr(type(network).forward, "casts_together"):
+        return
     compiled: Callable[..., Any] = network._compiled_call_impl  # type: ignore[assignment]
     last = last_convolution(network)
     slots = [

@@ -33,8 +33,8 @@ NARROW = {"channels": 8, "z_channels": 4, "channel_mult": (1, 1, 1, 1), "num_res
 
 
 def networks():
-    z, image = torch.randn(2, 4, 2, 2), torch.randn(2, 3, 16, 16)
     """Those that no compiled training below has."""
+    z, image = torch.randn(2, 4, 2, 2), torch.randn(2, 3, 16, 16)
     yield "encoder, paper", LiteVAE_Encoder(8, variant="paper", **TINY_ENCODER), image
     yield "encoder, db2", LiteVAE_Encoder(8, wavelet="db2", **TINY_ENCODER), image
     for variant in ("open_litevae", "paper_smc"):
@@ -51,8 +51,6 @@ def networks():
 
 
 NETWORKS = {name: (network, x) for name, network, x in networks()}
-
-
 SLOW = ("encoder, paper", "encoder, db2")  # graphs of half a minute on a slow machine
 
 
@@ -96,6 +94,19 @@ def test_compiled_training_is_training(image_folder, graphs, precision):
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, compiled.state_dict()[name]), name
     assert copy.deepcopy(compiled).encoder._compiled_call_impl is None
+
+
+class PartlyInFloat32(torch.nn.Sequential):
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return self[1](self[0](x).float())
+
+
+def test_a_network_that_turns_autocast_off_is_compiled_as_it_is(graphs):
+    network, x = PartlyInFloat32(torch.nn.Conv2d(3, 2, 1), torch.nn.Conv2d(2, 3, 1)), torch.randn(1, 3, 8, 8)
+    compile_networks([network], x.device)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(network(x), network.forward(x))
 
 
 @pytest.mark.slow
