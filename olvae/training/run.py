@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -68,6 +69,7 @@ class Prepared:
     stop: GracefulStop
     images_seen: int  # by the resumed run
     steps_done: int
+    checkpoint: dict[str, Any]  # the resumed run's, until Lightning has taken it
 
 
 def train(options: TrainOptions | Plan) -> Run:
@@ -127,7 +129,8 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
         load_weights(model, weights, str(settings.weights), prefixes=halves)
     if plan.options.actual_resume is not None:
         before = _load_other_run(model, runs.find_run(plan.options.actual_resume, plan.options.logdir))
-    images_seen, steps_done = (0, 0) if plan.resumed is None else _restore(model, plan.resumed, settings)
+    checkpoint = {} if plan.resumed is None else _restore(model, plan.resumed, settings)
+    images_seen, steps_done = (int(checkpoint.get(name, 0)) for name in ("images_seen", "global_step"))
     settings = replace(settings, untrained=untrained_half(model, before), checksums=model.checksums)
     if model.stand_in is not None:
         config["model"]["params"].update(model.for_diffusion)
@@ -148,7 +151,7 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
     elif trainer_args.get("strategy") == "ddp_bf16":
         trainer_args["strategy"] = "auto"
     config["run"] = settings.as_dict()
-    return Prepared(plan, settings, config, source, model, trainer_args, stop, images_seen, steps_done)
+    return Prepared(plan, settings, config, source, model, trainer_args, stop, images_seen, steps_done, checkpoint)
 
 
 def fit(prepared: Prepared, run: Run) -> pl.Trainer:
@@ -281,8 +284,8 @@ def untrained_half(model: LiteAutoencoderKL, before: Config | None) -> str | Non
     return next((half for half in frozen if half in fresh), None)
 
 
-def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> tuple[int, int]:
-    """Load the weights of a resumed run, and check that it can be continued; return images seen and steps done."""
+def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> dict[str, Any]:
+    """Load the weights of a resumed run, check that it can be continued, and return its checkpoint."""
     file = run.last_checkpoint
     checkpoint = read_checkpoint(file)
     other = "start a new run from its weights with `actual_resume`"
@@ -299,7 +302,7 @@ def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> tuple[in
         raise ConfigError(f"model.params: these settings train other weights, as of a frozen half: {other}")
     state = {name: value for name, value in state_dict_of(checkpoint, file).items() if torch.is_tensor(value)}
     load_weights(model, state, file, prefixes=("",))
-    return int(checkpoint["images_seen"]), int(checkpoint["global_step"])
+    return checkpoint
 
 
 def _in_batches(trainer_args: Config, model: LiteAutoencoderKL) -> Config:
@@ -335,7 +338,7 @@ def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
         "benchmark": not on_cpu,  # cuDNN tries its algorithms once for each shape
         "enable_model_summary": False,
         "max_epochs": -1,
-        "plugins": [BackgroundCheckpointIO(resumed_config), *processes.cluster()],
+        "plugins": [BackgroundCheckpointIO(resumed_config, prepared.checkpoint), *processes.cluster()],
         **prepared.trainer_args,
         "callbacks": callbacks,
         "logger": make_loggers(lightning.get("logger") or {}, run),

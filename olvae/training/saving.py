@@ -164,11 +164,11 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
     An error in the thread is raised by :meth:`wait`, which :func:`check_written` calls before each save, or by
     :meth:`teardown`, which Lightning calls at the end of training and after an exception. ``config`` is a resumed
     run's, and its file, which is written after the first ``last.ckpt``, so that config and checkpoint belong together
-    whenever the run is killed.
+    whenever the run is killed; ``checkpoint`` is what was read of such a run, and is emptied as Lightning takes it.
     """
 
-    def __init__(self, config: tuple[Config, Path] | None = None) -> None:
-        self._config = config
+    def __init__(self, config: tuple[Config, Path] | None = None, checkpoint: dict[str, Any] | None = None) -> None:
+        self._config, self._checkpoint = config, checkpoint
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: deque[Future[None]] = deque()
 
@@ -185,6 +185,15 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self._pending.append(self._writer.submit(self._write, copied, Path(path), storage_options))
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The resumed run's checkpoint, which is not read again; later, and in a new run, that of ``path``."""
+        if not self._checkpoint:
+            found: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+            return found
+        taken = dict(self._checkpoint)
+        self._checkpoint.clear()
+        return taken
 
     def wait(self, pending: int = 0) -> None:
         """Wait until at most so many saves are not on the disk yet; raise CheckpointError if one has failed."""

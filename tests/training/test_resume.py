@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from olvae.cli.main import main
 from olvae.config import load, save
@@ -48,6 +49,13 @@ def run(trained, tmp_path) -> Run:
 
 def steps(run: Run) -> int:
     return checkpoint(run)["global_step"]
+
+
+def test_a_checkpoint_is_read_once(olvae_train, run, monkeypatch):
+    monkeypatch.setattr(TorchCheckpointIO, "load_checkpoint", lambda *_, **__: pytest.fail("read again"))
+    code, err = olvae_train("--resume", run.path, "lightning.trainer.max_steps=3")
+    assert code == 0, err
+    assert steps(run) == 3
 
 
 def test_a_broken_note_of_the_best_weights_is_replaced(olvae_train, run, caplog):
