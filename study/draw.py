@@ -23,7 +23,7 @@ from olvae.data.dataset import SamplePhotographs
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.figures import labelled_grid
 from olvae.models.autoencoder import LiteVAE
-from study.rows import BASELINE, SEEDS
+from study.rows import BASELINE, RECIPES, RUNS, SEEDS, details
 from study.run import find_run
 
 __all__ = ["TABLES", "fill", "main", "read_rows", "spread", "table"]
@@ -34,20 +34,29 @@ Found = Mapping[str, Mapping[str, Any]]
 SIZE = "256"
 
 ENCODERS = {
-    "LiteVAE-S": "litevae",
-    "LiteVAE-S, GroupNorm at its end": "litevae_norm",
-    "LiteVAE-S on shuffled pixels": "litevae_shuffle",
-    "LiteVAE-S, linear start": "litevae_linear",
-    "LiteVAE-S, SD's time": "litevae_time",
-    "SD, 48 channels": "sd",
-    "SD without its last GroupNorm": "sd_free",
-    "SD, linear start": "sd_linear",
-    "LiteVAE-S, linear start, bf16": "litevae_linear_longer",
-    "SD, linear start, bf16": "sd_linear_longer",
+    "litevae": "LiteVAE-S",
+    "litevae_norm": "LiteVAE-S, GroupNorm at its end",
+    "litevae_shuffle": "LiteVAE-S on shuffled pixels",
+    "litevae_linear": "LiteVAE-S, linear start",
+    "sd": "SD, 48 channels",
+    "sd_free": "SD without its last GroupNorm",
+    "sd_linear": "SD, linear start",
+    "tiny": "TAESD's, 64 channels",
 }
-"""The question of the encoders: its rows' names without their seeds, by title."""
+"""The question of the encoders: its networks' titles."""
 
-PICTURED = {"SD, no last norm": "sd_free", "LiteVAE-S + norm": "litevae_norm", "linear start": "litevae_linear"}
+LONGER = {
+    "litevae_time": "LiteVAE-S, SD's time, 1e-3",
+    "litevae_linear_longer": "LiteVAE-S, linear start, bf16, 1e-3",
+    "sd_linear_longer": "SD, linear start, bf16, 5e-4",
+}
+"""Rows of other numbers of steps, without their seeds: their titles."""
+
+PICTURED = {
+    "SD, no last norm": "sd_free_1e-3",
+    "LiteVAE-S + norm": "litevae_norm_1e-3",
+    "linear start": "litevae_linear_1e-3",
+}
 
 
 def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
@@ -114,44 +123,37 @@ def _bands(row: Mapping[str, Any]) -> list[str]:
     return [f"{bands['LL3']['mse']:.0f}", *(f"{mean(values):.1f}" for values in details)]
 
 
-def _rates(rows: Found) -> str:
-    grid = {tuple(name.split("_")[1:]): row for name, row in rows.items() if name.startswith("rate_")}
-    rates = sorted({rate for _, rate in grid}, key=float)
-    lines = [
-        [network, *(f"{_psnr(grid[network, rate]):.2f}" if (network, rate) in grid else "" for rate in rates)]
-        for network in sorted({network for network, _ in grid})
-    ]
-    return table(["encoder", *rates], lines)
-
-
-def _details(row: Mapping[str, Any]) -> float:
-    """The mean squared error of all bands but the coarsest; with that band's it is the pixels'."""
-    bands = row["sizes"][SIZE]["bands"]
-    return float(sum(band["mse"] for name, band in bands.items() if not name.startswith("LL")))
-
-
 def _encoders(rows: Found) -> str:
+    """Each network at each of its learning rates; the one with the least error in details is marked."""
     lines = []
-    for title, stem in ENCODERS.items():
-        of_seeds = _of_seeds(rows, stem)
-        if not of_seeds:
-            continue
-        cost = [f"{of_seeds[0]['sizes'][SIZE]['encode_macs'] / 1e9:.1f}", str(of_seeds[0]["steps"])]
-        found = [
-            spread([_psnr(row, "64") for row in of_seeds]),
-            spread([_psnr(row) for row in of_seeds]),
-            spread([row["sizes"][SIZE]["bands"]["LL3"]["mse"] for row in of_seeds], 0),
-            spread([_details(row) for row in of_seeds], 0),
-            spread([row["sizes"][SIZE]["ssim"] for row in of_seeds], 3),
-            spread([row["frechet_lite0"] for row in of_seeds], 1),
-        ]
-        lines.append([title, *cost, *found])
+    for network, title in ENCODERS.items():
+        at = {rate: found for rate in RUNS[network] if (found := _of_seeds(rows, f"{network}_{rate}"))}
+        best = min(at, key=lambda rate: mean(map(details, at[rate])), default=None)
+        lines += [_encoder(title, f"{rate} *" if rate == best else rate, found) for rate, found in at.items()]
+    longer = {title: _of_seeds(rows, stem) for stem, title in LONGER.items()}
+    lines += [_encoder(*title.rsplit(", ", 1), found) for title, found in longer.items() if found]
     for title, name in (("linear code, no training", "linear"), ("bicubic", "bicubic")):
         for sizes in _baselines(rows, name):
             at_64, at_256, ssim = sizes["64"]["psnr"], sizes[SIZE]["psnr"], sizes[SIZE]["ssim"]
-            lines.append([title, "", "", f"{at_64:.2f}", f"{at_256:.2f}", "", "", f"{ssim:.3f}", ""])
-    headings = ["encoder", "GMACs", "steps", "dB at 64", "dB at 256", "LL3", "details", "SSIM", "Fréchet, Lite0"]
-    return table(headings, lines)
+            lines.append([title, *[""] * 4, f"{at_64:.2f}", f"{at_256:.2f}", "", "", f"{ssim:.3f}", ""])
+    costs = ["GMACs", "steps", "rate", "seeds"]
+    return table(["encoder", *costs, "dB at 64", "dB at 256", "LL3", "details", "SSIM", "Fréchet, Lite0"], lines)
+
+
+def _encoder(title: str, rate: str, of_seeds: Sequence[Mapping[str, Any]]) -> list[str]:
+    return [
+        title,
+        f"{of_seeds[0]['sizes'][SIZE]['encode_macs'] / 1e9:.1f}",
+        str(of_seeds[0]["steps"]),
+        rate,
+        str(len(of_seeds)),
+        spread([_psnr(row, "64") for row in of_seeds]),
+        spread([_psnr(row) for row in of_seeds]),
+        spread([row["sizes"][SIZE]["bands"]["LL3"]["mse"] for row in of_seeds], 0),
+        spread([details(row) for row in of_seeds], 0),
+        spread([row["sizes"][SIZE]["ssim"] for row in of_seeds], 3),
+        spread([row["frechet_lite0"] for row in of_seeds], 1),
+    ]
 
 
 def _baselines(rows: Found, name: str) -> list[Mapping[str, Any]]:
@@ -159,33 +161,36 @@ def _baselines(rows: Found, name: str) -> list[Mapping[str, Any]]:
     return [rows[BASELINE][name]] if name in rows.get(BASELINE, {}) else []
 
 
-def _compared(title: str, names: Mapping[str, str]) -> Callable[[Found], str]:
-    """A table of rows by name, with a title each; their Fréchet distance is that of all seeds."""
+def _compared(title: str, stems: Mapping[str, str]) -> Callable[[Found], str]:
+    """A table of rows by title, of their first seed; Fréchet distances are those of all seeds."""
 
     def made(rows: Found) -> str:
+        of_seeds = {text: found for text, stem in stems.items() if (found := _of_seeds(rows, stem))}
         lines = [
             [
                 text,
-                _interval(rows[name]),
-                f"{rows[name]['sizes'][SIZE]['ssim']:.3f}",
-                *_bands(rows[name]),
-                spread([row["frechet_lite0"] for row in _of_seeds(rows, name.removesuffix("_0"))], 1),
+                _interval(found[0]),
+                f"{found[0]['sizes'][SIZE]['ssim']:.3f}",
+                *_bands(found[0]),
+                spread([row["frechet_lite0"] for row in found], 1),
             ]
-            for name, text in names.items()
-            if name in rows
+            for text, found in of_seeds.items()
         ]
         return table([title, "dB at 256", "SSIM", "LL3", "level 3", "level 2", "level 1", "Fréchet, Lite0"], lines)
 
     return made
 
 
+DECODERS = {"SMC": RECIPES, "GroupNorm": "group_norm"}
+"""What the scale's question compares."""
+
+
 def _scales(rows: Found) -> str:
-    networks = {"SMC": "litevae_0", "GroupNorm": "group_norm"}
-    sizes = list(rows["litevae_0"]["sizes"])
+    sizes = list(rows[f"{RECIPES}_0"]["sizes"])
     lines = [
-        [title, *(f"{_psnr(rows[name], size):.2f}" for size in sizes)]
-        for title, name in networks.items()
-        if name in rows
+        [title, *(f"{_psnr(row, size):.2f}" for size in sizes)]
+        for title, stem in DECODERS.items()
+        for row in _of_seeds(rows, stem)[:1]
     ]
     for name in ("linear", "bicubic"):
         lines += [[name, *(f"{found[size]['psnr']:.2f}" for size in sizes)] for found in _baselines(rows, name)]
@@ -208,15 +213,8 @@ def _diffusion(rows: Found) -> str:
 
 
 TABLES: Mapping[str, Callable[[Found], str]] = {
-    "rates": _rates,
     "encoders": _encoders,
-    "objective": _compared(
-        "objective",
-        {
-            "litevae_0": "the recipe's",
-            "no_wavelet_0": "without the wavelet term",
-        },
-    ),
+    "objective": _compared("objective", {"the recipe's": RECIPES, "without the wavelet term": "no_wavelet"}),
     "scales": _scales,
     "diffusion": _diffusion,
 }
@@ -227,11 +225,12 @@ def _plot(rows: Found, path: Path) -> None:
     figure = Figure(figsize=(3.2, 2.4), layout="constrained")
     axes = figure.subplots()
     for bicubic in _baselines(rows, "bicubic"):
-        for title, name in (("SMC", "litevae_0"), ("GroupNorm", "group_norm")):
-            if name not in rows:
-                continue
-            above = [_psnr(rows[name], size) - bicubic[size]["psnr"] for size in bicubic]
-            axes.plot([float(size) for size in bicubic], above, linewidth=1.2, marker="o", markersize=3, label=title)
+        for title, stem in DECODERS.items():
+            for row in _of_seeds(rows, stem)[:1]:
+                above = [_psnr(row, size) - bicubic[size]["psnr"] for size in bicubic]
+                axes.plot(
+                    [float(size) for size in bicubic], above, linewidth=1.2, marker="o", markersize=3, label=title
+                )
     axes.legend(fontsize=8)
     axes.set_title("dB above bicubic, by pixels", fontsize=10)
     axes.set_xlabel("pixels along a side", fontsize=8)

@@ -1,4 +1,4 @@
-"""Encoders of the study that differ from a published one in a single place: its last norm, or its wavelets."""
+"""Encoders of the study that differ from a published one in one place: last norm, wavelets, or log-variances."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.modules.litevae.encoder_model import GroupNorm, LiteVAE_Encoder
+from olvae.modules.others.tiny import TinyEncoder
 from olvae.modules.sdvae import SDEncoder
 
-__all__ = ["NormalizedLiteVAE", "ShuffledLiteVAE", "UnnormalizedSDEncoder"]
+__all__ = ["NormalizedLiteVAE", "ShuffledLiteVAE", "TinyMoments", "UnnormalizedSDEncoder"]
 
 GROUPS = 8
 
@@ -31,6 +32,24 @@ class NormalizedLiteVAE(LiteVAE_Encoder):
         last = self.aggregator.conv_out
         assert isinstance(last, nn.Conv2d)
         self.aggregator.conv_out = nn.Sequential(GroupNorm(GROUPS, last.in_channels), nn.SiLU(), last)
+
+
+class TinyMoments(TinyEncoder):
+    """TAESD's encoder, diffusers' AutoencoderTiny, with log-variances beside its means: twice as many at its end."""
+
+    deterministic = False
+
+    def __init__(self, **params: Any) -> None:
+        super().__init__(**params)
+        last = self.layers[-1]
+        assert isinstance(last, nn.Conv2d)
+        self.layers[-1] = nn.Conv2d(last.in_channels, self.latent_dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = (x + 1) / 2
+        for layer in self.layers:
+            h = self.step(layer, h)
+        return h
 
 
 class ShuffledLiteVAE(LiteVAE_Encoder):

@@ -38,7 +38,7 @@ from olvae.models.footprint import MARGIN, footprint
 from olvae.models.large.tiling import GIB
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from study.draw import Found, fill, read_rows, table
-from study.rows import RECIPE, VARIANTS
+from study.rows import NETWORKS, RECIPE
 
 __all__ = ["STEPS", "TABLES", "Bench", "Step", "main", "run"]
 
@@ -188,7 +188,7 @@ def _trained(recipe: str, bench: Bench) -> dict[str, Any]:
 def _pair(network: str, rate: str, bench: Bench) -> dict[str, Any]:
     """Train one of the study's two encoders, with a linear start, for as long as the other one."""
     minutes, images = (0.01, 2) if bench.quick else (6.0, 32)
-    overrides = [*VARIANTS[f"{network}_linear"][1], f"model.base_learning_rate={rate}"]
+    overrides = [*NETWORKS[f"{network}_linear"], f"model.base_learning_rate={rate}"]
     params = cfg.load([RECIPE], overrides)["model"]["params"]
     lightning = PRECISIONS[bench.precision].lightning
     seconds = time_steps(LiteAutoencoderKL(**params), 64, images, 2 if bench.quick else 20, bench.device, lightning)

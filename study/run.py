@@ -53,12 +53,7 @@ class Study:
 
     def is_ready(self, row: Row | Diffusion) -> bool:
         """Whether all that a row needs is there."""
-        if isinstance(row, Diffusion):
-            return self.is_done(row.of)
-        needed = [row.after] if row.after is not None else []
-        if row.rate_of is not None:
-            needed += [other.name for other in self._grid(row.rate_of)]
-        return all(self.is_done(name) for name in needed)
+        return isinstance(row, Row) or self.is_done(row.of)
 
     def run(self, jobs: int) -> None:
         """Run all rows that are not done, each as soon as those that it needs are.
@@ -99,12 +94,12 @@ class Study:
 
     def run_row(self, row: Row) -> dict[str, Any]:
         """Train and evaluate a row."""
-        rate, steps = self._rate(row), self._steps(row)
-        seconds = self._train(row, rate, steps)
+        steps = self._steps(row)
+        seconds = self._train(row, steps)
         run = self._folder(row.name)
         assert run is not None
         found: dict[str, Any] = {"name": row.name, "question": row.question, "overrides": row.overrides}
-        found |= {"rate": rate, "steps": steps, "seed": row.seed, "processor_seconds": seconds, "sizes": {}}
+        found |= {"steps": steps, "seed": row.seed, "processor_seconds": seconds, "sizes": {}}
         for size in row.sizes:
             found["sizes"][str(size)], *baselines = self._evaluate(row, run, size)
             for name, baseline in zip(("linear", "bicubic"), baselines, strict=False):
@@ -128,7 +123,7 @@ class Study:
         found: dict[str, Any] = json.loads((folder / "diffusability.json").read_text(encoding="utf-8"))
         return {"name": row.name, "question": "diffusion", "of": row.of, **found}
 
-    def _train(self, row: Row, rate: str | None, steps: int) -> float:
+    def _train(self, row: Row, steps: int) -> float:
         """Train to the last step; returns the seconds of processor time of all pieces."""
         noted = self.out / "evaluations" / row.name / "seconds.json"
         noted.parent.mkdir(parents=True, exist_ok=True)
@@ -137,18 +132,12 @@ class Study:
         if run is None:
             flags = ["--base", str(RECIPE), "--logdir", str(self.out / "runs"), "--name", row.name]
             flags += ["--seed", str(row.seed), "--gpus", "0", "--precision", row.precision]
-            if row.after is not None:
-                before = self._folder(row.after)
-                assert before is not None
-                flags += ["--actual_resume", str(before.last_checkpoint)]
             settings = [
                 f"data.params.root={(self.corpus / 'train_tiles').resolve()}",
                 f"data.params.val_root={(self.corpus / 'held_out').resolve()}",
                 f"lightning.trainer.max_steps={steps}",
                 f"lightning.trainer.val_check_interval={steps}",
             ]
-            if rate is not None:
-                settings.append(f"model.base_learning_rate={rate}")
             arguments = [*flags, *row.overrides, *settings]
         elif read_checkpoint(run.last_checkpoint)["global_step"] < steps:
             arguments = ["--resume", str(run.path)]
@@ -201,22 +190,11 @@ class Study:
     def _folder(self, name: str) -> Run | None:
         return find_run(self.out / "runs", name)
 
-    def _grid(self, network: str) -> list[Row]:
-        return [row for row in self.rows if isinstance(row, Row) and row.name.startswith(f"rate_{network}_")]
-
-    def _rate(self, row: Row) -> str | None:
-        """The rate of the network's grid with the highest PSNR at 256 pixels."""
-        if row.rate_of is None:
-            return None
-        grid = [row.name for row in self._grid(row.rate_of)]
-        best = max(grid, key=lambda name: float(self.result(name)["sizes"]["256"]["psnr"]))
-        return best.rpartition("_")[2]
-
     def _steps(self, row: Row) -> int:
         if row.time_of is None:
             return row.steps
         seconds = json.loads(self._speeds.read_text(encoding="utf-8"))
-        return round(row.steps * seconds[row.time_of] / seconds[row.rate_of])
+        return round(row.steps * seconds[row.time_of] / seconds["litevae"])
 
     @property
     def _speeds(self) -> Path:
@@ -240,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", type=Path, default=Path("study/corpus-out"), help="what study.corpus made")
     parser.add_argument("--out", type=Path, default=Path("study/out"))
-    parser.add_argument("--quick", action="store_true", help="an eighth of the steps, one seed, two rates")
+    parser.add_argument("--quick", action="store_true", help="an eighth of the steps, one seed")
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time")
     options = parser.parse_args(arguments)
     try:

@@ -26,8 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     quieten()
     work = {}
-    for name, overrides in NETWORKS.items():
-        config = cfg.load([RECIPE], list(overrides))
+    for name in ("litevae", "sd"):
+        config = cfg.load([RECIPE], list(NETWORKS[name]))
         data = config["data"]["params"]
         model = LiteAutoencoderKL(**config["model"]["params"])
         work[name] = partial(time_steps, model, data["size"], data["batch_size"], STEPS, "cpu")

@@ -26,13 +26,19 @@ def row(psnr: float, **others: Any) -> dict[str, Any]:
     return {"sizes": sizes, "frechet_lite0": 3.0, "rate": "1e-3", "steps": 10, "processor_seconds": 5.0, **others}
 
 
+def worse(found: dict[str, Any]) -> dict[str, Any]:
+    """The same row with twice the error in every band."""
+    bands = {name: {"mse": 2 * band["mse"]} for name, band in BANDS.items()}
+    return found | {"sizes": {size: of_size | {"bands": bands} for size, of_size in found["sizes"].items()}}
+
+
 ROWS = {
-    "rate_sd_1e-3": row(20.0),
-    "rate_litevae_5e-4": row(21.0),
-    "litevae_0": row(24.0),
-    "litevae_1": row(26.0),
-    "sd_0": row(23.0),
-    "litevae_linear_0": row(27.0, bicubic={"64": {"psnr": 19.0}, "256": {"psnr": 22.0, "ssim": 0.6}}),
+    "litevae_5e-4_0": worse(row(29.0)),  # by its details not the best
+    "litevae_1e-3_0": row(24.0),
+    "litevae_1e-3_1": row(26.0),
+    "sd_5e-4_0": row(23.0),
+    "litevae_linear_1e-3_0": row(27.0, bicubic={"64": {"psnr": 19.0}, "256": {"psnr": 22.0, "ssim": 0.6}}),
+    "sd_linear_longer_0": row(28.0) | {"steps": 40},
     "no_wavelet_0": row(25.0),
     "no_wavelet_1": row(29.0) | {"frechet_lite0": 5.0},
     "group_norm": row(23.5),
@@ -40,13 +46,14 @@ ROWS = {
 
 
 def test_tables_have_means_spreads_and_what_is_missing_is_left_out():
-    assert TABLES["rates"](ROWS).splitlines()[2:] == ["| litevae | 21.00 |  |", "| sd |  | 20.00 |"]
     encoders = TABLES["encoders"](ROWS).splitlines()
-    of_two = "| LiteVAE-S | 5.5 | 10 | 25.00 ± 1.41 | 25.00 ± 1.41 | 12 ± 0 | 72 ± 0 | 0.700 ± 0.000 | 3.0 ± 0.0 |"
-    assert encoders[2] == of_two  # details: three bands a level, 3 (4 + 8 + 12)
-    assert encoders[3].startswith("| LiteVAE-S, linear start | 5.5 | 10 | 27.00 | 27.00 |")
-    assert encoders[-1] == "| bicubic |  |  | 19.00 | 22.00 |  |  | 0.600 |  |"
-    assert len(encoders) == 6  # no other row yet, and no linear code beside the baselines' row
+    assert encoders[2] == "| LiteVAE-S | 5.5 | 10 | 5e-4 | 1 | 29.00 | 29.00 | 24 | 144 | 0.700 | 3.0 |"
+    assert encoders[3].startswith("| LiteVAE-S | 5.5 | 10 | 1e-3 * | 2 | 25.00 ± 1.41 | 25.00 ± 1.41 |")
+    assert encoders[3].endswith("| 12 ± 0 | 72 ± 0 | 0.700 ± 0.000 | 3.0 ± 0.0 |")  # details: 3 (4 + 8 + 12)
+    assert encoders[4].startswith("| LiteVAE-S, linear start | 5.5 | 10 | 1e-3 * | 1 | 27.00 | 27.00 |")
+    assert encoders[6].startswith("| SD, linear start, bf16 | 5.5 | 40 | 5e-4 | 1 | 28.00 | 28.00 |")
+    assert encoders[-1] == "| bicubic |  |  |  |  | 19.00 | 22.00 |  |  | 0.600 |  |"
+    assert len(encoders) == 8  # no other row yet, and no linear code beside the baselines' row
     objective = TABLES["objective"](ROWS).splitlines()
     assert objective[-1] == "| without the wavelet term | 25.00 ± 1.00 | 0.700 | 12 | 12.0 | 8.0 | 4.0 | 4.0 ± 1.4 |"
     assert len(objective) == 4
@@ -62,7 +69,7 @@ def test_a_documents_tables_are_replaced_and_nothing_else(tmp_path):
     assert filled.endswith("<!-- end -->\n\nafter\n")
     assert "old" not in filled
     assert fill(filled, ROWS) == filled
-    with pytest.raises(ValueError, match="no table is named costs: choose from rates"):
+    with pytest.raises(ValueError, match="no table is named costs: choose from encoders"):
         fill("<!-- table: costs -->\n<!-- end -->", ROWS)
 
 

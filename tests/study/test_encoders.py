@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from olvae.modules.others.tiny import TinyEncoder
 from olvae.modules.sdvae import SDEncoder
-from study.encoders import NormalizedLiteVAE, ShuffledLiteVAE, UnnormalizedSDEncoder
+from study.encoders import NormalizedLiteVAE, ShuffledLiteVAE, TinyMoments, UnnormalizedSDEncoder
 
 LITE: dict[str, Any] = {"latent_dim": 8, "scale": "S", "image_size": 64}
 SD: dict[str, Any] = {"latent_dim": 8, "channels": 8, "norm_groups": 4, "image_size": 64}
@@ -48,3 +49,16 @@ def test_shuffled_levels_hold_every_pixel_and_all_else_is_as_large_as_litevae():
     assert all(torch.equal(level.flatten().sort().values, x.flatten().sort().values) for level in seen)
     more = sum(p.numel() for p in shuffled.parameters()) - sum(p.numel() for p in lite.parameters())
     assert more == (36 + 180) * 16 * 9  # input channels of the second and the third first convolution
+
+
+@torch.no_grad()
+def test_taesds_encoder_has_log_variances_beside_the_same_means():
+    tiny, with_moments = TinyEncoder(latent_dim=8, image_size=64), TinyMoments(latent_dim=8, image_size=64)
+    last = with_moments.layers[-1]
+    weights = with_moments.state_dict() | {"layers.14.weight": last.weight[:4], "layers.14.bias": last.bias[:4]}
+    tiny.load_state_dict(weights)
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    moments = with_moments(x)
+    assert moments.shape == (2, 8, 8, 8)
+    torch.testing.assert_close(moments[:, :4], tiny(x)[:, :4])
+    assert moments[:, 4:].std() > 0

@@ -10,7 +10,7 @@ from skimage import data
 
 from olvae import config as cfg
 from study.corpus import FOLDERS
-from study.rows import QUESTIONS, RECIPE, Row, diffusions, rows
+from study.rows import QUESTIONS, RECIPE, Diffusion, Row, diffusions, rows
 from study.run import Study, StudyError
 
 
@@ -31,26 +31,27 @@ def finish(study: Study, name: str, **found: Any) -> None:
 
 
 def test_rows_run_after_those_they_need_and_finished_ones_are_kept(tmp_path, monkeypatch, capsys):
-    study = Study(tmp_path, tmp_path, [Row("b", "latent", after="a", rate_of=None), *(_plain(name) for name in "ac")])
+    every = [Diffusion("b", "a", (0,), 1), *(Row(name, "latent") for name in "ac")]
+    study = Study(tmp_path, tmp_path, every)
     finish(study, "c", kept=True)
     (tmp_path / "speed.json").write_text("{}")
     monkeypatch.setattr(study, "cut_crops", lambda *_: None)
     ran = []
 
-    def run_row(row: Row) -> dict[str, Any]:
+    def run(row: Row | Diffusion) -> dict[str, Any]:
         ran.append(row.name)
-        finish(study, row.name)
+        if isinstance(row, Diffusion):
+            return {"of": row.of, "frechet_lite0": {"mean": 30.0}}
         return {"question": "latent", "sizes": {"256": {"psnr": 20.0}}, "processor_seconds": 1.0}
 
-    monkeypatch.setattr(study, "run_row", run_row)
+    monkeypatch.setattr(study, "run_row", run)
+    monkeypatch.setattr(study, "run_diffusion", run)
     study.run(jobs=2)
     assert ran == ["a", "b"]
     assert study.result("c") == {"kept": True}
-    assert "3/3 b: 20.00 dB at 256, 1 s" in capsys.readouterr().out
-
-
-def _plain(name: str) -> Row:
-    return Row(name, "latent", rate_of=None)
+    shown = capsys.readouterr().out
+    assert "2/3 a: 20.00 dB at 256, 1 s" in shown
+    assert "3/3 b: Fréchet distance of samples 30.0" in shown
 
 
 def test_a_command_that_fails_names_its_row_and_its_log(tmp_path):
@@ -67,9 +68,9 @@ def test_a_row_for_real_stopped_and_continued(tmp_path):
         (corpus / folder).mkdir(parents=True)
         for name in ("astronaut", "coffee", "chelsea", "rocket"):
             Image.fromarray(getattr(data, name)()).resize((512, 512)).save(corpus / folder / f"{name}.png")
-    row = Row("a", "latent", ("model.params.lossconfig.params.wavelet_weight=0.5",), 4, rate_of=None, sizes=(64,))
+    row = Row("a", "latent", ("model.params.lossconfig.params.wavelet_weight=0.5",), 4, sizes=(64,))
     study = Study(corpus, tmp_path / "out", [row])
-    study._train(row, None, 2)  # as if stopped: the next goes on in this run, whose last step is the second
+    study._train(row, 2)  # as if stopped: the next goes on in this run, whose last step is the second
     found = study.run_one(row._replace(steps=2))
     assert found["sizes"]["64"]["images"] == 4
     assert found["images"] == 16
