@@ -370,20 +370,20 @@ def casts_together(forward: Callable[Concatenate[Any, Inputs], Output]) -> Calla
 
 
 def compile_in_place(network: nn.Module) -> None:
-    """Compile a network at its first use; one whose forward has :func:`casts_together` casts weights before each pass.
+    """Compile a network at its first use; weights of its parts with :func:`casts_together` are cast before each pass.
 
     A graph would cast each of them in a launch of its own, and each gradient. What is left to autocast is the same;
-    layers that derive their weights do that in the graph, where it becomes one kernel. Other networks may use weights
-    in float32, without autocast, and are left as they are.
+    layers that derive their weights do that in the graph, where it becomes one kernel. Other parts may use weights in
+    float32, without autocast, and are left as they are.
     """
     network.compile()
-    if not hasattr(type(network).forward, "casts_together"):
-        return
+    parts = [module for module in network.modules() if hasattr(type(module).forward, "casts_together")]
+    layers = dict.fromkeys(layer for part in parts for layer in _layers(part))  # each once, in order
     compiled: Callable[..., Any] = network._compiled_call_impl  # type: ignore[assignment]
     last = last_convolution(network)
     slots = [
         (child._parameters, name)
-        for layer in _layers(network)
+        for layer in layers
         for child in layer.modules()
         for name in (("bias",) if hasattr(layer, "derive") else ("weight", "bias"))
         if layer is not last and getattr(child._parameters.get(name), "dtype", None) == torch.float32
