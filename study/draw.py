@@ -46,11 +46,11 @@ ENCODERS = {
 """The question of the encoders: its networks' titles."""
 
 LONGER = {
-    "litevae_time": "LiteVAE-S, SD's time, 1e-3",
-    "litevae_linear_longer": "LiteVAE-S, linear start, bf16, 1e-3",
-    "sd_linear_longer": "SD, linear start, bf16, 5e-4",
+    "litevae_time": ("LiteVAE-S, SD's time", "1e-3"),
+    "litevae_linear_longer": ("LiteVAE-S, linear start, bf16", "1e-3"),
+    "sd_linear_longer": ("SD, linear start, bf16", "5e-4"),
 }
-"""Rows of other numbers of steps, without their seeds: their titles."""
+"""Rows of other numbers of steps, without their seeds: their titles and learning rates."""
 
 PICTURED = {
     "SD, no last norm": "sd_free_1e-3",
@@ -130,8 +130,9 @@ def _encoders(rows: Found) -> str:
         at = {rate: found for rate in RUNS[network] if (found := _of_seeds(rows, f"{network}_{rate}"))}
         best = min(at, key=lambda rate: mean(map(details, at[rate])), default=None)
         lines += [_encoder(title, f"{rate} *" if rate == best else rate, found) for rate, found in at.items()]
-    longer = {title: _of_seeds(rows, stem) for stem, title in LONGER.items()}
-    lines += [_encoder(*title.rsplit(", ", 1), found) for title, found in longer.items() if found]
+    lines += [
+        _encoder(title, rate, found) for stem, (title, rate) in LONGER.items() if (found := _of_seeds(rows, stem))
+    ]
     for title, name in (("linear code, no training", "linear"), ("bicubic", "bicubic")):
         for sizes in _baselines(rows, name):
             at_64, at_256, ssim = sizes["64"]["psnr"], sizes[SIZE]["psnr"], sizes[SIZE]["ssim"]

@@ -1,6 +1,6 @@
 """The study's rows: what is trained, and how each differs from study/recipe.yaml."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -116,8 +116,8 @@ def rows(quick: bool = False) -> list[Row]:
     Args:
         quick: an eighth of the steps, one seed.
     """
-    factor = 8 if quick else 1
-    found = [*_encoders(quick), *_objectives(quick), *_latents(), *_scales()]
+    factor, seeds = (8, SEEDS[:1]) if quick else (1, SEEDS)
+    found = [*_encoders(seeds), *_objectives(seeds), *_latents(), *_scales()]
     return [row._replace(steps=max(8, row.steps // factor)) for row in found]
 
 
@@ -141,7 +141,7 @@ def details(found: Mapping[str, Any]) -> float:
     return float(sum(band["mse"] for name, band in bands.items() if not name.startswith("LL")))
 
 
-def _encoders(quick: bool) -> list[Row]:
+def _encoders(seeds: Sequence[int]) -> list[Row]:
     equal_steps = [
         Row(
             f"{network}_{rate}_{seed}",
@@ -151,20 +151,19 @@ def _encoders(quick: bool) -> list[Row]:
             sizes=ALL_SIZES if f"{network}_{rate}_{seed}" in (f"{RECIPES}_0", BASELINE) else SIZES,
         )
         for network, overrides in NETWORKS.items()
-        for rate, seeds in RUNS[network].items()
-        for seed in SEEDS[: 1 if quick else seeds]
+        for rate, count in RUNS[network].items()
+        for seed in seeds[:count]
     ]
-    equal_time = [Row(f"litevae_time_{seed}", "encoder", seed=seed, time_of="sd") for seed in SEEDS]
+    equal_time = [Row(f"litevae_time_{seed}", "encoder", seed=seed, time_of="sd") for seed in seeds]
     longer = [
         Row(f"{name}_longer_0", "encoder", (*NETWORKS[name], f"{RATE}={rate}"), 6000, precision="bf16")
         for name, rate in LONGER.items()
     ]
-    return equal_steps + ([] if quick else equal_time + longer)
+    return equal_steps + equal_time + longer
 
 
-def _objectives(quick: bool) -> list[Row]:
-    without = (f"{LOSS}.wavelet_weight=0",)
-    return [Row(f"no_wavelet_{seed}", "objective", without, seed=seed) for seed in SEEDS[: 1 if quick else None]]
+def _objectives(seeds: Sequence[int]) -> list[Row]:
+    return [Row(f"no_wavelet_{seed}", "objective", (f"{LOSS}.wavelet_weight=0",), seed=seed) for seed in seeds]
 
 
 def _latents() -> list[Row]:

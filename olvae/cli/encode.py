@@ -133,9 +133,9 @@ def _size(given: str | None, target: "Target", model: "Autoencoder") -> "Size":
     """The size of images that is given, else that of the training's, if it is known, else the model's."""
     from olvae.data.pixels.size_and_range import Sides
 
-    return (
-        Sides.read(given) if given else Sides.of(entry_of(target.config, "data.params.size") or model.image_size)
-    ).node
+    if given:
+        return Sides.read(given).node
+    return Sides.of(entry_of(target.config, "data.params.size") or model.image_size).node
 
 
 def _other_factors(stats: Mapping[str, Any], out: Path, target: "Target", model: "Autoencoder") -> Iterator[str]:

@@ -242,8 +242,7 @@ def read_results(path: Path, observers: "Sequence[Observer]" = ()) -> Results:
         if unnamed := {"name", "version"} - results.protocol.keys():
             raise KeyError(*unnamed)
         for observer in observers:
-            if any(observer.name in row.observed for row in results.rows):
-                list(observer.lines(results.rows))
+            list(observer.lines(results.rows))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
     return results

@@ -344,7 +344,6 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
     results = None if provenance.metrics is None else read_results(provenance.metrics, [HALF])
     rows = results.rows if results else []
     family = [row for row in rows if row.target == rows[0].target or row.target.startswith(f"{rows[0].target}, ")]
-    judged = [row for row in family if HALF.name in row.observed]
     return environment.get_template("card.md.jinja").render(
         model=model,
         usage=layout.usage(model),
@@ -364,7 +363,7 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
         results=results,
         scores=scores(results) if results else {},
         protocol=results.protocol if results else {},
-        precisions=list(HALF.lines(judged)) if judged else [],
+        precisions=list(HALF.lines(family)),
         data=_data(provenance.config),
         onnx=onnx,
     )

@@ -295,9 +295,9 @@ def _in_diffusers(vae: Any, model: LiteVAE) -> Loaded:
         back.use_latents(*units)
 
     def moments(x: Tensor) -> Tensor:
-        return (
-            deterministic_moments(back.encode(x).mean) if back.deterministic else encode_image(vae, x, back.frames)[0]
-        )
+        if back.deterministic:
+            return deterministic_moments(back.encode(x).mean)
+        return encode_image(vae, x, back.frames)[0]
 
     return Loaded(IN_DIFFUSERS, moments, back.decode, None if units else back.for_diffusion)
 

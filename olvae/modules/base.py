@@ -337,6 +337,12 @@ def _cast_operands(operands: Mapping[Any, Operands], dtype: torch.dtype) -> dict
     }
 
 
+def _cast_for(network: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The first tensor that a pass gets, if weights are cast together for it: in training, under autocast."""
+    x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+    return x if x is not None and network.training and autocast_enabled(x) else None
+
+
 def casts_together(forward: Callable[Concatenate[Any, Inputs], Output]) -> Callable[Concatenate[Any, Inputs], Output]:
     """Let a network's forward pass in training cast its layers' weights together, where autocast casts each.
 
@@ -348,9 +354,8 @@ def casts_together(forward: Callable[Concatenate[Any, Inputs], Output]) -> Calla
 
     @wraps(forward)
     def run(network: Any, /, *args: Inputs.args, **kwargs: Inputs.kwargs) -> Output:
-        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        alone = torch.compiler.is_compiling() or not network.training or getattr(network, "checkpoint", False)
-        if alone or x is None or not autocast_enabled(x):
+        alone = torch.compiler.is_compiling() or getattr(network, "checkpoint", False)
+        if alone or _cast_for(network, args, kwargs) is None:
             return forward(network, *args, **kwargs)
         last = last_convolution(network)
         layers = [layer for layer in _layers(network) if layer is not last and "forward" not in layer.__dict__]
@@ -391,8 +396,8 @@ def compile_in_place(network: nn.Module) -> None:
 
     @wraps(compiled)
     def run(*args: Any, **kwargs: Any) -> Any:
-        x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-        if not slots or x is None or not network.training or not autocast_enabled(x):
+        x = _cast_for(network, args, kwargs)
+        if not slots or x is None:
             return compiled(*args, **kwargs)
         given = [parameters[name] for parameters, name in slots]
         with no_autocast(x):

@@ -168,7 +168,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
     """
 
     def __init__(self, config: tuple[Config, Path] | None = None, checkpoint: dict[str, Any] | None = None) -> None:
-        self._config, self._checkpoint = config, checkpoint
+        self._config, self._checkpoint = config, {} if checkpoint is None else checkpoint
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: deque[Future[None]] = deque()
 
@@ -188,10 +188,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: str | Path, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The resumed run's checkpoint, which is not read again; later, and in a new run, that of ``path``."""
-        if not self._checkpoint:
-            found: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
-            return found
-        taken = dict(self._checkpoint)
+        taken = dict(self._checkpoint or super().load_checkpoint(path, *args, **kwargs))
         self._checkpoint.clear()
         return taken
 
