@@ -9,20 +9,18 @@ from torch import Tensor
 
 from olvae.config.reading import is_local
 from olvae.data.image import image_to_tensor, tensor_to_picture
-from olvae.data.opening import open_test_source
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, from_uint8, to_uint8
 from olvae.data.shards.webdataset import ShardSource
 from olvae.evaluation.observers.observer import UNTRAINED, Observer, Subject
+from olvae.evaluation.protocol import open_images_for
 from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.linear_code import LinearDecoder, LinearEncoder, fit_linear_paths, training_crops
+from olvae.models.linear_code import LARGEST_PATCH, LinearDecoder, LinearEncoder, fit_linear_paths, training_crops
 from olvae.models.loading.loader import Target
 from olvae.modules.distributions import Deterministic
 from olvae.runs import settings_of
 
 log = logging.getLogger("olvae")
-
-LARGEST_PATCH = 2**12  # values whose covariances are computed: up to f32 in colour
 
 
 class Bicubic(Autoencoder):
@@ -80,10 +78,9 @@ class Baselines(Observer):
             log.warning("the linear code has no row: covariances of patches of %dx%d pixels are too large", f, f)
             return None
         try:
-            pixels = like.pixel_range
-            source = open_test_source(self._target.config, self._fit, channels=channels, pixel_range=pixels)
+            source = open_images_for({"the linear code": like}, self._target.config, self._fit)
             shards = source.train if isinstance(source, ShardSource) else ()
-            if remote := [shard.url for shard in shards if not is_local(shard.url)]:
+            if self._fit is None and (remote := [shard.url for shard in shards if not is_local(shard.url)]):
                 log.warning(
                     "the linear code is fitted on remote training shards (`fit` names others): %s, ...", remote[0]
                 )

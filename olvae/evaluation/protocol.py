@@ -120,7 +120,9 @@ def open_images_for(
     if len(channels := {model.in_channels: name for name, model in models.items()}) > 1:
         counts = " and ".join(f"{count} ({channels[count]})" for count in sorted(channels))
         raise ConfigError(f"the targets take images of {counts} channels: use a command for each")
-    source = open_test_source(config, data, size, next(iter(channels)), pixels)
+    source = open_test_source(config, data, size, count := next(iter(channels)), pixels)
+    if source.channels != count:
+        raise ConfigError(f"the images have {source.channels} channels, and {channels[count]} takes {count}")
     if not pixels.eight_bits:
         pixels.check_data(source.pixel_range)
     for name, model in models.items():

@@ -385,18 +385,19 @@ class LiteVAE(
         self, z: Tensor, tile: int | None = None, memory: int | None = None, progress: Progress | None = None
     ) -> Tensor:
         """``decode(z)``, equal to rounding, in tiles; see :func:`~olvae.models.large.tiling.decode_tiled`."""
-        if self.quantizer is not None:
-            z = self.quantizer.post_quant_conv(z)  # 1x1, no neighbours
-        return decode_tiled(self.decoder, z, tile, memory, progress)
+        return decode_tiled(self.decoder, self.decoder_input(z), tile, memory, progress)
 
     def encode(self, x: Tensor) -> Posterior:
         """(B, C, H, W) in [-1, 1] -> posterior over (B, n_z, H/f, W/f); see :meth:`moments`."""
         return self.posterior(self.moments(x))
 
     def decode(self, z: Tensor) -> Tensor:
-        if self.quantizer is not None:
-            z = self.quantizer.post_quant_conv(z)
-        x: Tensor = self.decoder(z)
+        x: Tensor = self.decoder(self.decoder_input(z))
+        return x
+
+    def decoder_input(self, z: Tensor) -> Tensor:
+        """(B, n_z, h, w) -> (B, z_channels, h, w): the quantizer's 1x1 convolution, which sees no neighbours."""
+        x: Tensor = z if self.quantizer is None else self.quantizer.post_quant_conv(z)
         return x
 
     def fold(self) -> "LiteVAE":

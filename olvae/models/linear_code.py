@@ -4,7 +4,7 @@ Its two networks alone are a baseline; as linear paths beside others they are wh
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 from time import monotonic
 
@@ -23,7 +23,9 @@ POSITIONS = 2**16  # latent positions to fit on, hundreds for each unknown of an
 CROPS = (256, 4096)  # the fewest and the most training crops to take for them
 CROP_BYTES = 2**28  # in memory at most, if that is fewer crops
 POSITIONS_AT_A_TIME = 2**13  # positions that are summed at a time
-MEASURED_IMAGES = 64  # of validation, on which a fitted code is measured
+LARGEST_PATCH = 2**12  # values whose covariances are computed: up to f32 in colour
+MEASURED_IMAGES = 256  # of validation, on which a fitted code is measured
+HALVES = ("encoder", "decoder")
 
 LEAST_VARIANCE = (2 / 255) ** 2 / 12
 """Of rounding to 8 bits, for values in [-1, 1]: components with less than that are not enlarged to unit variance."""
@@ -72,28 +74,42 @@ class LinearDecoder(Decoder):
 
 
 def start_linearly(
-    model: LiteVAE, source: Source, seed: int, device: torch.device, teacher: Means | None = None
+    model: LiteVAE,
+    source: Source,
+    seed: int,
+    device: torch.device,
+    teacher: Means | None = None,
+    fresh: Collection[str] = HALVES,
+    frozen: Collection[str] = (),
 ) -> tuple[float | None, str]:
     """Fit the linear paths on a source's first training crops, the same in every process, and measure the code.
 
-    Returns its mean PSNR over validation images in dB, None without a linear path of the decoder or images, and a line
-    for the summary. See :func:`fit_linear_paths`.
+    A teacher takes the place of ``frozen`` halves. Returns the code's mean PSNR in dB over the validation images, and a
+    line for the summary. PSNR is None without a fitted path of the decoder that trains, or if there are more than
+    :data:`MEASURED_IMAGES` images; the line has that of the first ones. See :func:`fit_linear_paths`.
     """
     began = monotonic()
     crops = training_crops(source, seed, model.downscale)
     model.to(device)
     pixels = source.pixel_range
-    latents = fit_linear_paths(model, crops, teacher, pixels)
-    values = []
-    if model.decoder.linear is not None:
-        samples = source.once(LoaderProcess())
-        for image in islice((s.image for s in samples if s.image is not None), MEASURED_IMAGES):
+    latents = fit_linear_paths(model, crops, teacher, pixels, fresh)
+    if "encoder" not in frozen:
+        path = model.encoder.linear if "encoder" in fresh else None
+        latents = path or (lambda x: model.encode(x).mean)
+    found: list[float] = []
+    if model.decoder.linear is not None and "decoder" in fresh and "decoder" not in frozen:
+        images = (s.image for s in source.once(LoaderProcess()) if s.image is not None)
+        for image in islice(images, MEASURED_IMAGES + 1):
             with torch.no_grad():
-                y = model.decoder.linear_path(latents(pixels.normalise(image[None].to(device))))
-            values.append(float(psnr(pixels.levels(image[None]), pixels.to_levels(y).cpu())))
-    mean = sum(values) / len(values) if values else None
-    good = "" if mean is None else f"{mean:.2f} dB on {len(values)} validation images, "
-    return mean, f"linear code: {good}fitted on {len(crops):,} training crops in {monotonic() - began:.1f} s"
+                z = latents(pixels.normalise(image[None].to(device)))
+                y = model.decoder.linear_path(model.decoder_input(z))
+            found.append(float(psnr(pixels.levels(image[None]), pixels.to_levels(y).cpu())))
+    measured = found[:MEASURED_IMAGES]
+    finite = [value for value in measured if value != math.inf]  # as validation leaves out those that come back exactly
+    mean = sum(finite) / len(finite) if finite else None
+    good = "" if mean is None else f"{mean:.2f} dB on {len(measured)} validation images, "
+    line = f"linear code: {good}fitted on {len(crops):,} training crops in {monotonic() - began:.1f} s"
+    return None if len(found) > MEASURED_IMAGES else mean, line
 
 
 def training_crops(source: Source, seed: int, factor: int) -> Tensor:
@@ -110,23 +126,29 @@ def training_crops(source: Source, seed: int, factor: int) -> Tensor:
 
 @torch.no_grad()
 def fit_linear_paths(
-    model: LiteVAE, crops: Tensor, teacher: Means | None = None, pixel_range: PixelRange = EIGHT_BITS
+    model: LiteVAE,
+    crops: Tensor,
+    teacher: Means | None = None,
+    pixel_range: PixelRange = EIGHT_BITS,
+    fresh: Collection[str] = HALVES,
 ) -> Means:
     """Set the encoder's path to whitened principal components, the decoder's to least squares from 3x3 latents.
 
-    The model has fresh weights, so that an encoder with a linear path is nothing else; the crops, (N, C, H, W), are as
-    they are read. With a teacher's means the encoder's path is least squares to them, the decoder's from them. Returns
-    the latents that the decoder's path was fitted to.
+    Halves that are not ``fresh`` have weights already; a fresh encoder with a linear path is nothing else. The crops,
+    (N, C, H, W), are as they are read. With a teacher's means the encoder's path is least squares to them, the
+    decoder's from them. Returns the latents that the decoder's path was fitted to.
     """
     device = next(model.parameters()).device
     f, n, values = model.downscale, model.latent_channels, model.in_channels * model.downscale**2
+    if values > LARGEST_PATCH:
+        raise ValueError(f"linear: covariances of patches of {f}x{f} pixels are too large: leave it out")
 
     def batches() -> Iterator[Tensor]:
         together = max(1, POSITIONS_AT_A_TIME * f**2 // crops[0, 0].numel())
         return (pixel_range.normalise(part.to(device)) for part in crops.split(together))
 
     means = [] if teacher is None else [teacher(x) for x in batches()]  # once, for both halves
-    if (path := model.encoder.linear) is not None:
+    if (path := model.encoder.linear if "encoder" in fresh else None) is not None:
         if teacher is None:
             patches = (_vectors(F.pixel_unshuffle(x, f)) for x in batches())
             _set(path, *principal_components(*mean_and_covariance(patches), n))
@@ -135,10 +157,10 @@ def fit_linear_paths(
             pairs = (torch.cat((_vectors(_windows(x, path)), _vectors(z)), dim=1) for x, z in both)
             _set(path, *least_squares(*mean_and_covariance(pairs), n))
     latents: Means = teacher or path or (lambda x: model.encode(x).mean)
-    if (path := model.decoder.linear) is not None:
+    if (path := model.decoder.linear) is not None and "decoder" in fresh:
 
         def pair(x: Tensor, z: Tensor) -> Tensor:
-            around, patches = _windows(z, path), F.pixel_unshuffle(x, f)
+            around, patches = _windows(model.decoder_input(z), path), F.pixel_unshuffle(x, f)
             if min(around.shape[-2:]) > 2:  # else there is nothing but a border
                 around, patches = around[..., 1:-1, 1:-1], patches[..., 1:-1, 1:-1]
             return _vectors(torch.cat((around, patches), dim=1))
@@ -177,6 +199,8 @@ def mean_and_covariance(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     for batch in batches:
         x = batch.detach().cpu().double()
         count, total, products = count + len(x), total + x.sum(0), products + x.T @ x
+    if not products.isfinite().all():
+        raise ValueError("the linear code: not finite: images, or a teacher's latents (set its `dtype` to float32)")
     mean = total / count
     return mean, products / count - mean.outer(mean)
 

@@ -1,6 +1,6 @@
 """LiteAutoencoderKL: a training step of the autoencoder and its adversary, under Lightning's manual optimisation."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from olvae.losses.objective import Objective
 from olvae.models.adversary import Adversary
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.averaging import WeightAverage
-from olvae.models.linear_code import start_linearly
+from olvae.models.linear_code import HALVES, start_linearly
 from olvae.models.optimization import (
     NonFiniteGuard,
     PlayersStrategy,
@@ -232,15 +232,16 @@ class LiteAutoencoderKL(ValidatedModule):
         for part in self.each_part:
             part.check(self, source)
 
-    def prepare(self, source: Source, seed: int, device: torch.device, fresh: bool) -> Iterator[str]:
+    def prepare(self, source: Source, seed: int, device: torch.device, fresh: Collection[str]) -> Iterator[str]:
         """Fit and measure what needs images of this seed before a new run's first step; yield lines for its summary.
 
-        ``fresh``: the weights are initial ones, so that linear paths are to be fitted.
+        ``fresh``: the halves with initial weights, whose linear paths are to be fitted.
         """
-        if fresh and (self.encoder.linear is not None or self.decoder.linear is not None):
+        if any(getattr(self, half).linear is not None for half in fresh):
             self.parts.to(device)
             teacher = None if (stand_in := self.stand_in) is None else (lambda x: stand_in.posterior(x).mean)
-            self.linear_psnr, line = start_linearly(self.autoencoder, source, seed, device, teacher)
+            frozen = [half for half in HALVES if teacher and getattr(self, f"freeze_{half}")]
+            self.linear_psnr, line = start_linearly(self.autoencoder, source, seed, device, teacher, fresh, frozen)
             yield line
         for part in self.each_part:
             part.prepare(self, source, seed, device)

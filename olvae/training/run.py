@@ -5,7 +5,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
 from olvae.files import first_line, no_empty_folders, remove_partials
 from olvae.models.footprint import MARGIN, advice, footprint
+from olvae.models.linear_code import HALVES
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import HOOKS, PlayersStrategy
 from olvae.models.weight_files import locate_weights
@@ -70,6 +71,7 @@ class Prepared:
     images_seen: int  # by the resumed run
     steps_done: int
     checkpoint: dict[str, Any]  # the resumed run's, until Lightning has taken it
+    fresh: Collection[str]  # the halves with initial weights
 
 
 def train(options: TrainOptions | Plan) -> Run:
@@ -124,9 +126,11 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
     model.set_up_validation()  # raises if a metric's network is missing
     model.seed = settings.seed
     model.check(source)
+    fresh: Collection[str] = HALVES if settings.weights is None else ()
     if weights is not None:
-        halves = tuple({f"{name.partition('.')[0]}." for name in weights})  # without a decoder that starts fresh
-        load_weights(model, weights, str(settings.weights), prefixes=halves)
+        loaded = {name.partition(".")[0] for name in weights}  # without a decoder that starts fresh
+        load_weights(model, weights, str(settings.weights), prefixes=tuple(f"{half}." for half in loaded))
+        fresh = tuple(half for half in HALVES if half not in loaded)
     if plan.options.actual_resume is not None:
         before = _load_other_run(model, runs.find_run(plan.options.actual_resume, plan.options.logdir))
     checkpoint = {} if plan.resumed is None else _restore(model, plan.resumed, settings)
@@ -151,7 +155,9 @@ def prepare(plan: Plan, lock: RunLock) -> Prepared:
     elif trainer_args.get("strategy") == "ddp_bf16":
         trainer_args["strategy"] = "auto"
     config["run"] = settings.as_dict()
-    return Prepared(plan, settings, config, source, model, trainer_args, stop, images_seen, steps_done, checkpoint)
+    return Prepared(
+        plan, settings, config, source, model, trainer_args, stop, images_seen, steps_done, checkpoint, fresh
+    )
 
 
 def fit(prepared: Prepared, run: Run) -> pl.Trainer:
@@ -165,7 +171,7 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
         free = min(processes.of_each(torch.cuda.mem_get_info(device)[0]))  # so that all processes decide alike
         model.flop = check_memory(model, source, prepared.settings.precision, free, first)
     if resumed is None:
-        for line in model.prepare(source, prepared.settings.seed, device, fresh=prepared.settings.weights is None):
+        for line in model.prepare(source, prepared.settings.seed, device, prepared.fresh):
             if first:
                 notify(line)
     for logger in trainer.loggers:
@@ -279,7 +285,7 @@ def untrained_half(model: LiteAutoencoderKL, before: Config | None) -> str | Non
 
     ``before``: the config of those weights; None if they are fresh.
     """
-    frozen = [half for half in ("encoder", "decoder") if getattr(model, f"freeze_{half}")]
+    frozen = [half for half in HALVES if getattr(model, f"freeze_{half}")]
     fresh = frozen if before is None else [runs.settings_of(before).untrained]
     return next((half for half in frozen if half in fresh), None)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from olvae.config import save
+from olvae.config import ConfigError, save
 from olvae.data.dataset import SamplePhotographs
 from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.size_and_range import to_uint8
@@ -73,13 +73,23 @@ def test_it_is_fitted_on_the_training_images_or_on_others(image_folder, tmp_path
     torch.testing.assert_close(named.encoder.linear.weight, code.encoder.linear.weight)
 
 
-def test_without_training_images_there_is_no_row_and_a_reason(image_folder, caplog):
+def test_without_training_images_there_is_no_row_and_a_reason(image_folder, tmp_path, caplog):
     config = tiny_config("/gone")
     assert list(rows(config)) == ["run", BICUBIC, UNTRAINED]
     assert "the linear code has no row" in caplog.text
     assert "/gone: no such folder" in caplog.text
     with pytest.raises(FileNotFoundError, match="/missing"):
         rows(config, fit="/missing")
+    config["data"]["params"] |= {"root": str(image_folder), "size": 20}
+    assert LINEAR not in rows(config)
+    assert "20 is not a multiple of 8" in caplog.text
+    save({"data": config["data"]}, tmp_path / "data.yaml")
+    with pytest.raises(ConfigError, match="linear code: a latent position stands for 8x8 pixels, and 20 is not"):
+        rows(config, fit=str(tmp_path / "data.yaml"))
+    config["data"]["params"] |= {"size": 16, "channels": 1}
+    save({"data": config["data"]}, tmp_path / "gray.yaml")
+    with pytest.raises(ConfigError, match="the images have 1 channels, and the linear code takes 3"):
+        rows(config, fit=str(tmp_path / "gray.yaml"))
 
 
 def test_a_linear_start_has_no_row_of_its_own(image_folder):

@@ -1,16 +1,26 @@
 """The closed-form fit of linear paths, against NumPy, and where in a training it happens."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
+from PIL import Image
 
 from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.size_and_range import from_uint8
 from olvae.models import linear_code
-from olvae.models.linear_code import LinearDecoder, LinearEncoder, fit_linear_paths, start_linearly, training_crops
+from olvae.models.linear_code import (
+    HALVES,
+    LinearDecoder,
+    LinearEncoder,
+    fit_linear_paths,
+    start_linearly,
+    training_crops,
+)
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.conftest import tiny_config
 
@@ -90,7 +100,7 @@ def test_a_training_begins_as_the_linear_code(image_folder, monkeypatch):
     config = linear_config()["model"]["params"]
     model = LiteAutoencoderKL(**config)
     source = FolderSource(str(image_folder), 32, 4, val_fraction=0.2)
-    (line,) = model.prepare(source, 3, CPU, fresh=True)
+    (line,) = model.prepare(source, 3, CPU, fresh=HALVES)
     alone = LiteVAE(LinearEncoder(8, 3, 8), LinearDecoder(4, 3, 8))
     fit_linear_paths(alone, training_crops(source, 3, 8))
     x = torch.rand(2, 3, 64, 48) * 2 - 1
@@ -99,13 +109,43 @@ def test_a_training_begins_as_the_linear_code(image_folder, monkeypatch):
         torch.testing.assert_close(model(x)[0], alone(x)[0], rtol=0, atol=1e-5)
     psnr, _ = start_linearly(alone, source, 3, CPU)
     assert f"{psnr:.2f} dB on {source.val_images} validation images" in line
-    assert not list(model.prepare(source, 4, CPU, fresh=False))
+    assert not list(model.prepare(source, 4, CPU, fresh=()))
+
+
+def test_what_is_measured_is_what_validation_will_see(tmp_path, monkeypatch):
+    """Images that come back exactly are left out; beyond a number of images there is nothing to compare with."""
+    monkeypatch.setattr(linear_code, "CROPS", (64, 64))
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        pixels = np.full((32, 32), 255) if i % 2 else rng.integers(0, 255, (32, 32))
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{i:02}.png")
+    source = FolderSource(str(tmp_path), 16, 4, val_fraction=0.5, channels=1)
+    model = LiteVAE(LinearEncoder(8, 1, 4), LinearDecoder(4, 1, 4))
+    monkeypatch.setattr(linear_code, "psnr", lambda x, _: math.inf if x.amin() == x.amax() else 20.0)
+    mean, line = start_linearly(model, source, 0, CPU)
+    assert mean == 20
+    assert f"20.00 dB on {source.val_images} validation images" in line
+    monkeypatch.setattr(linear_code, "MEASURED_IMAGES", source.val_images - 1)
+    mean, line = start_linearly(model, source, 0, CPU)
+    assert mean is None
+    assert f"20.00 dB on {source.val_images - 1} validation images" in line
+
+
+def test_patches_of_thousands_of_values_are_refused(monkeypatch):
+    monkeypatch.setattr(linear_code, "LARGEST_PATCH", 47)
+    with pytest.raises(ValueError, match="patches of 4x4 pixels are too large: leave it out"):
+        fit_linear_paths(code(3), crops())
+
+
+def test_latents_that_are_not_finite_fit_nothing():
+    with pytest.raises(ValueError, match="not finite: images, or a teacher's latents"):
+        fit_linear_paths(code(3), crops(), lambda x: torch.full((len(x), 3, 8, 8), math.nan))
 
 
 def test_networks_without_paths_are_left_alone(image_folder, monkeypatch):
     monkeypatch.setattr(linear_code, "training_crops", None)
     model = LiteAutoencoderKL(**tiny_config()["model"]["params"])
-    assert not list(model.prepare(FolderSource(str(image_folder), 16, 4), 0, CPU, fresh=True))
+    assert not list(model.prepare(FolderSource(str(image_folder), 16, 4), 0, CPU, fresh=HALVES))
 
 
 def test_the_crops_are_those_of_the_seed(image_folder, monkeypatch):
@@ -128,6 +168,20 @@ def test_quantizers_start_as_the_identity():
     params["encoder_config"]["params"]["latent_dim"] = 12
     with pytest.raises(ConfigError, match="linear: quant_conv would change 12 channels to 8"):
         LiteAutoencoderKL(**params)
+
+
+def test_a_fresh_decoder_is_fitted_behind_a_trained_quantizer():
+    """Least squares gives the same images from latents and from an invertible mixture of their channels."""
+    params = linear_config(use_quant=True)["model"]["params"]
+    params["encoder_config"]["params"]["latent_dim"] = 8
+    model, images = LiteAutoencoderKL(**params).autoencoder, crops(40, 64)
+    fit_linear_paths(model, images)
+    with torch.no_grad():
+        expected = model(from_uint8(images[:2]))[0]
+        torch.nn.init.orthogonal_(model.quantizer.post_quant_conv.weight)
+        assert not torch.allclose(model(from_uint8(images[:2]))[0], expected, atol=0.1)
+        fit_linear_paths(model, images, fresh=["decoder"])
+        torch.testing.assert_close(model(from_uint8(images[:2]))[0], expected, rtol=0, atol=1e-3)
 
 
 def test_exports_and_files_have_the_paths(tmp_path):

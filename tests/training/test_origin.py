@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from olvae import LiteVAE
 from olvae.cli.main import main
-from olvae.config import ConfigError, load, save, validate
+from olvae.config import ConfigError, instantiate, load, save, validate
 from olvae.data.picture_folder import FolderSource
-from olvae.data.pixels.size_and_range import from_uint8
+from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.export.exporting import ExportSettings, export_target
 from olvae.losses.objective import Objective
+from olvae.models import linear_code
+from olvae.models.linear_code import LinearDecoder, fit_linear_paths, training_crops
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target
 from olvae.training import run as training
@@ -125,6 +127,26 @@ def test_the_config_of_the_run_is_complete(train_with, tmp_path):
     assert found.downscale == 4
     for half, mode in ((found.encoder, "zeros"), (found.decoder, "reflect")):
         assert {m.padding_mode for m in half.modules() if isinstance(m, nn.Conv2d) and any(m.padding)} == {mode}
+
+
+def test_a_decoder_that_starts_fresh_starts_linearly(train_with, tmp_path, image_folder, starts, monkeypatch):
+    """Fitted to the latents of the encoder that is there; the encoder's own path keeps its weights."""
+    monkeypatch.setattr(linear_code, "CROPS", (64, 64))
+    config = tiny_config()["model"]["params"]
+    for half in linear_code.HALVES:
+        config[f"{half}_config"]["params"]["linear"] = True
+    before = LiteAutoencoderKL(**config).autoencoder.eval()
+    fit_linear_paths(before, to_uint8(images(64)))
+    before.save_pretrained(tmp_path / "source")
+    wider = "model.params.decoder_config.params.channels=16"
+    with pytest.warns(UserWarning, match="starts fresh"):
+        run = train_with("lightning.trainer.max_steps=1", wider, start_from=str(tmp_path / "source"))
+    (after,) = starts
+    assert after.encoder.linear.weight.equal(before.encoder.linear.weight)
+    config, expected = load([run.config]), LiteVAE(before.encoder, LinearDecoder(4))
+    crops = training_crops(instantiate(config["data"]), config["run"]["seed"], 8)
+    fit_linear_paths(expected, crops, fresh=["decoder"])
+    torch.testing.assert_close(after.decoder.linear.weight, expected.decoder.linear.weight, rtol=0, atol=1e-5)
 
 
 def test_from_one_of_our_own_runs_and_its_export(train_with, tmp_path, image_folder, starts):

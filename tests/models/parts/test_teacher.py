@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from olvae.config import ConfigError
-from olvae.data.pixels.size_and_range import EIGHT_BITS, from_uint8
+from olvae.data.pixels.size_and_range import EIGHT_BITS, from_uint8, to_uint8
+from olvae.metrics.metric import psnr
 from olvae.models import linear_code
 from olvae.models.linear_code import training_crops
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -180,13 +181,20 @@ def test_the_decoder_learns_from_the_teachers_latents(target, image_folder, upda
         torch.testing.assert_close(gradients[id(p)], by_hand)
 
 
+@torch.no_grad()
+def validated(model, data) -> float:
+    """Mean PSNR of a module's reconstructions of the validation images."""
+    batches = [batch["image"] for batch in data.val_loader()]
+    return float(np.mean([float(psnr(x, to_uint8(model(from_uint8(x))[0])).mean()) for x in batches]))
+
+
 def test_a_student_with_linear_paths_starts_from_the_teachers_latents(target, image_folder, monkeypatch):
     """Least squares from patches to its means, and from its means to patches, by NumPy on the same crops."""
     monkeypatch.setattr(linear_code, "CROPS", (512, 512))
     config = tiny_config()["model"]["params"]
     nodes = {half: {**config[half], "params": {**config[half]["params"], "linear": True}} for half in HALVES}
     model, data = student(target, **nodes), source(image_folder)
-    (line,) = model.prepare(data, 0, torch.device("cpu"), fresh=True)
+    (line,) = model.prepare(data, 0, torch.device("cpu"), fresh=linear_code.HALVES)
     assert line.startswith("linear code: ")
     x = from_uint8(training_crops(data, 0, 8))
     with torch.no_grad():
@@ -198,6 +206,15 @@ def test_a_student_with_linear_paths_starts_from_the_teachers_latents(target, im
     solution, *_ = np.linalg.lstsq(design, means.movedim(1, 3).reshape(-1, 4).double().numpy(), rcond=1e-10)
     np.testing.assert_allclose(found.movedim(1, 3).reshape(-1, 4).numpy(), design @ solution, atol=1e-3)
     assert float(teacher_of(model).std.min()) > 0  # the part was prepared as well
+    assert model.linear_psnr == pytest.approx(validated(model, data), abs=1e-4)  # of both halves, as validation has it
+    frozen = student(target, **nodes, freeze_encoder=True)
+    list(frozen.prepare(data, 0, torch.device("cpu"), fresh=linear_code.HALVES))
+    assert frozen.linear_psnr == pytest.approx(validated(frozen, data), abs=1e-4)
+    assert frozen.linear_psnr != model.linear_psnr
+    other = student(target, **nodes, freeze_decoder=True)
+    (line,) = other.prepare(data, 0, torch.device("cpu"), fresh=linear_code.HALVES)
+    assert other.linear_psnr is None
+    assert " dB" not in line
 
 
 # Moments, measuring, precision
