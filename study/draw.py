@@ -23,7 +23,8 @@ from olvae.data.dataset import SamplePhotographs
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.figures import labelled_grid
 from olvae.models.autoencoder import LiteVAE
-from study.rows import BASELINE, RECIPES, RUNS, SEEDS, details
+from study.measure import AXES
+from study.rows import BASELINE, LONGER, RECIPES, RUNS, SEEDS, details
 from study.run import find_run
 
 __all__ = ["TABLES", "fill", "main", "read_rows", "spread", "table"]
@@ -44,13 +45,6 @@ ENCODERS = {
     "tiny": "TAESD's, 64 channels",
 }
 """The question of the encoders: its networks' titles."""
-
-LONGER = {
-    "litevae_time": ("LiteVAE-S, SD's time", "1e-3"),
-    "litevae_linear_longer": ("LiteVAE-S, linear start, bf16", "1e-3"),
-    "sd_linear_longer": ("SD, linear start, bf16", "5e-4"),
-}
-"""Rows of other numbers of steps, without their seeds: their titles and learning rates."""
 
 PICTURED = {
     "SD, no last norm": "sd_free_1e-3",
@@ -130,9 +124,8 @@ def _encoders(rows: Found) -> str:
         at = {rate: found for rate in RUNS[network] if (found := _of_seeds(rows, f"{network}_{rate}"))}
         best = min(at, key=lambda rate: mean(map(details, at[rate])), default=None)
         lines += [_encoder(title, f"{rate} *" if rate == best else rate, found) for rate, found in at.items()]
-    lines += [
-        _encoder(title, rate, found) for stem, (title, rate) in LONGER.items() if (found := _of_seeds(rows, stem))
-    ]
+    if of_time := _of_seeds(rows, "litevae_time"):
+        lines.append(_encoder("LiteVAE-S, SD's time", "1e-3", of_time))
     for title, name in (("linear code, no training", "linear"), ("bicubic", "bicubic")):
         for sizes in _baselines(rows, name):
             at_64, at_256, ssim = sizes["64"]["psnr"], sizes[SIZE]["psnr"], sizes[SIZE]["ssim"]
@@ -155,6 +148,25 @@ def _encoder(title: str, rate: str, of_seeds: Sequence[Mapping[str, Any]]) -> li
         spread([row["sizes"][SIZE]["ssim"] for row in of_seeds], 3),
         spread([row["frechet_lite0"] for row in of_seeds], 1),
     ]
+
+
+def _longer(rows: Found) -> str:
+    """Each network after more steps, with the coarsest band's error in two: the image's mean, and the rest."""
+    lines = []
+    for network, (rate, _) in LONGER.items():
+        if found := _of_seeds(rows, f"{network}_longer"):
+            at_256 = [row["sizes"][SIZE] for row in found]
+            shifts = [mean(value**2 for value in size["colour"]["shift_of_images"]) for size in at_256]
+            rest = [size["bands"]["LL3"]["mse"] - shift for size, shift in zip(at_256, shifts, strict=True)]
+            minutes = [row["processor_seconds"] / 60 for row in found]
+            axes = [spread([100 * row["unexplained"][axis] for row in found], 1) for axis in AXES]
+            cells = [spread([_psnr(row, size) for row in found]) for size in ("64", SIZE)]
+            cells += [spread(shifts, 1), spread(rest, 1), spread([details(row) for row in found], 0), *axes]
+            cells += [spread([size["ssim"] for size in at_256], 3), spread([row["frechet_lite0"] for row in found], 1)]
+            lines.append([ENCODERS[network], rate, str(len(found)), f"{mean(minutes):.0f}", *cells])
+    errors = ["image's mean", "rest of LL3", "details", *(f"{axis.replace('_', '-')}, %" for axis in AXES)]
+    headings = ["encoder", "rate", "seeds", "minutes", "dB at 64", "dB at 256", *errors, "SSIM", "Fréchet, Lite0"]
+    return table(headings, lines)
 
 
 def _baselines(rows: Found, name: str) -> list[Mapping[str, Any]]:
@@ -215,10 +227,35 @@ def _diffusion(rows: Found) -> str:
 
 TABLES: Mapping[str, Callable[[Found], str]] = {
     "encoders": _encoders,
+    "longer": _longer,
     "objective": _compared("objective", {"the recipe's": RECIPES, "without the wavelet term": "no_wavelet"}),
     "scales": _scales,
     "diffusion": _diffusion,
 }
+
+
+def _curves(rows: Found, path: Path) -> None:
+    """PSNR at the crops' size in the longer trainings, by steps and by a thread's minutes."""
+    figure = Figure(figsize=(7.2, 3.4), layout="constrained")
+    by_steps, by_minutes = figure.subplots(1, 2, sharey=True)
+    for i, (network, title) in enumerate(ENCODERS.items()):
+        for number, row in enumerate(_of_seeds(rows, f"{network}_longer")):
+            steps, psnr = row["curve"]
+            minutes = [step / row["steps"] * row["processor_seconds"] / 60 for step in steps]
+            for axes, places in ((by_steps, steps), (by_minutes, minutes)):
+                label = title if number == 0 else None
+                axes.plot(places, psnr, f"C{i}", linewidth=1.2, marker="o", markersize=2.5, label=label)
+    for axes, unit in ((by_steps, "steps"), (by_minutes, "minutes of a thread")):
+        for linear in _baselines(rows, "linear"):
+            axes.axhline(linear["64"]["psnr"], color="0.3", linestyle="--", linewidth=1, label="linear code")
+        axes.set_xlabel(unit, fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    by_steps.set_ylabel("PSNR at 64 pixels, dB", fontsize=9)
+    handles, labels = by_steps.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def _plot(rows: Found, path: Path) -> None:
@@ -267,6 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
         images = options.document.parent / "images"
         images.mkdir(exist_ok=True)
         _plot(rows, images / "study_scales.png")
+        _curves(rows, images / "study_curves.png")
         if options.runs is not None:
             _photographs(options.runs, images)
     except (OSError, ValueError) as error:

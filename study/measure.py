@@ -1,4 +1,4 @@
-"""The Fréchet distance of an autoencoder's reconstructions, in EfficientNet-Lite0's features.
+"""The Fréchet distance of reconstructions in EfficientNet-Lite0's features, and what colour they lack.
 
 python -m study.measure TARGET --tiles study/corpus-out/held_out_tiles --out frechet.json
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
@@ -20,9 +21,33 @@ from olvae.files import atomic_write, write_json
 from olvae.models.loading.targets import find_target
 from study.features import Lite0, frechet_lite0
 
-__all__ = ["main", "parts"]
+__all__ = ["Unexplained", "main", "parts"]
 
 SIDE = 128  # pixels: a tile is shrunk to twice this, and gives four parts
+
+AXES = {"luma": (1.0, 1.0, 1.0), "red_blue": (1.0, 0.0, -1.0), "green_magenta": (-1.0, 2.0, -1.0)}
+"""Of red, green and blue: along these photographs' colours vary, in this order, by far the most along the first."""
+
+
+class Unexplained:
+    """The share of the variance of 8x8 pixels' mean colours that reconstructions lack, along each of the axes."""
+
+    def __init__(self) -> None:
+        self._axes = F.normalize(torch.tensor(list(AXES.values()), dtype=torch.float64))
+        self._count, self._error, self._sum, self._squares = 0, *torch.zeros(3, len(AXES), dtype=torch.float64)
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """Add images and their reconstructions, (B, 3, H, W)."""
+        colours, others = (
+            torch.einsum("ac,bchw->abhw", self._axes, F.avg_pool2d(image.double(), 8)).flatten(1) for image in (x, y)
+        )
+        self._count += colours.shape[1]
+        self._error = self._error + (others - colours).square().sum(1)
+        self._sum, self._squares = self._sum + colours.sum(1), self._squares + colours.square().sum(1)
+
+    def compute(self) -> dict[str, float]:
+        shares = self._error / (self._squares - self._sum.square() / self._count)
+        return dict(zip(AXES, shares.tolist(), strict=True))
 
 
 def parts(folder: Path) -> Iterator[Tensor]:
@@ -50,10 +75,14 @@ def main(arguments: list[str] | None = None) -> None:
     @torch.inference_mode()
     def reconstructions() -> Iterator[Tensor]:
         for batch in parts(options.tiles):
-            yield to_uint8(model.decode(model.encode(from_uint8(batch)).mode()))
+            y = to_uint8(model.decode(model.encode(from_uint8(batch)).mode()))
+            unexplained.update(batch, y)
+            yield y
 
+    unexplained = Unexplained()
     real, fake = np.load(known), network.of(reconstructions())
-    write_json({"frechet_lite0": frechet_lite0(real, fake), "images": len(real)}, options.out)
+    found = {"frechet_lite0": frechet_lite0(real, fake), "images": len(real), "unexplained": unexplained.compute()}
+    write_json(found, options.out)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,15 @@ from olvae.checkpoint import read_checkpoint
 from olvae.cli.main import print_error
 from olvae.files import check_folder, write_json
 from olvae.runs import Run
+from olvae.training.progress import read_curves
 from study.rows import BASELINE, RECIPE, Diffusion, Row, diffusions, rows
 
 __all__ = ["Study", "StudyError", "find_run", "main"]
 
 THREADS = {"OMP_NUM_THREADS": "1"}
+VALIDATED = 500
+"""Steps between the points of a row's curve: PSNR of the held-out photographs at the crops' size."""
+
 CROP, CROPS, REFERENCES = 64, 4000, 1000
 """Pixels and number of the crops that the diffusion models learn, and of others, which samples are compared with."""
 
@@ -98,8 +102,10 @@ class Study:
         seconds = self._train(row, steps)
         run = self._folder(row.name)
         assert run is not None
+        curve = read_curves(run)["val/psnr"]
         found: dict[str, Any] = {"name": row.name, "question": row.question, "overrides": row.overrides}
         found |= {"steps": steps, "seed": row.seed, "processor_seconds": seconds, "sizes": {}}
+        found["curve"] = [[int(step) for step in curve[0]], [round(psnr, 3) for psnr in curve[1]]]
         for size in row.sizes:
             found["sizes"][str(size)], *baselines = self._evaluate(row, run, size)
             for name, baseline in zip(("linear", "bicubic"), baselines, strict=False):
@@ -136,7 +142,7 @@ class Study:
                 f"data.params.root={(self.corpus / 'train_tiles').resolve()}",
                 f"data.params.val_root={(self.corpus / 'held_out').resolve()}",
                 f"lightning.trainer.max_steps={steps}",
-                f"lightning.trainer.val_check_interval={steps}",
+                f"lightning.trainer.val_check_interval={min(steps, VALIDATED)}",
             ]
             arguments = [*flags, *row.overrides, *settings]
         elif read_checkpoint(run.last_checkpoint)["global_step"] < steps:
@@ -151,7 +157,7 @@ class Study:
         """Metrics on the held-out photographs; with the baseline's after them for its row."""
         folder = self.out / "evaluations" / row.name / str(size)
         flags = ["--data", str(self.corpus / "held_out"), "--size", str(size), "--metrics", "psnr,ssim"]
-        flags += ["--out", str(folder), *(["--baselines"] if row.name == BASELINE else [])]
+        flags += ["--observe", "colour", "--out", str(folder), *(["--baselines"] if row.name == BASELINE else [])]
         self.command(row.name, "-m", "olvae.cli.main", "evaluate", str(run.path), *flags)
         results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["results"]
         return [
@@ -160,6 +166,7 @@ class Study:
                 "intervals": result["intervals"],
                 "images": result["n"],
                 "bands": result["bands"],
+                "colour": result["colour"],
                 **{key: result["cost"][key] for key in ("parameters", "encode_macs", "decode_macs") if result["cost"]},
             }
             for result in results

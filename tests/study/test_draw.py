@@ -1,11 +1,14 @@
 """The study's tables from its rows' files."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from study.draw import TABLES, fill, read_rows
+from study.draw import TABLES, fill, main, read_rows
+from study.measure import AXES
 from study.rows import diffusions, rows
 
 ROOT = Path(__file__).parent.parent.parent
@@ -21,9 +24,12 @@ def row(psnr: float, **others: Any) -> dict[str, Any]:
         "intervals": {"psnr": [psnr - 1, psnr + 1]},
         "bands": BANDS,
         "encode_macs": 5.5e9,
+        "colour": {"shift_of_images": [1.0, 1.0, 13**0.5]},
     }
     sizes = {"64": size, "256": size}
-    return {"sizes": sizes, "frechet_lite0": 3.0, "rate": "1e-3", "steps": 10, "processor_seconds": 5.0, **others}
+    axes = dict.fromkeys(AXES, 0.25)
+    found = {"sizes": sizes, "frechet_lite0": 3.0, "unexplained": axes, "steps": 10, "processor_seconds": 90.0}
+    return found | others
 
 
 def worse(found: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +44,7 @@ ROWS = {
     "litevae_1e-3_1": row(26.0),
     "sd_5e-4_0": row(23.0),
     "litevae_linear_1e-3_0": row(27.0, bicubic={"64": {"psnr": 19.0}, "256": {"psnr": 22.0, "ssim": 0.6}}),
-    "sd_linear_longer_0": row(28.0) | {"steps": 40},
+    "sd_linear_longer_0": row(28.0) | {"steps": 40, "curve": [[0, 40], [25.0, 28.0]]},
     "no_wavelet_0": row(25.0),
     "no_wavelet_1": row(29.0) | {"frechet_lite0": 5.0},
     "group_norm": row(23.5),
@@ -51,9 +57,12 @@ def test_tables_have_means_spreads_and_what_is_missing_is_left_out():
     assert encoders[3].startswith("| LiteVAE-S | 5.5 | 10 | 1e-3 * | 2 | 25.00 ± 1.41 | 25.00 ± 1.41 |")
     assert encoders[3].endswith("| 12 ± 0 | 72 ± 0 | 0.700 ± 0.000 | 3.0 ± 0.0 |")  # details: 3 (4 + 8 + 12)
     assert encoders[4].startswith("| LiteVAE-S, linear start | 5.5 | 10 | 1e-3 * | 1 | 27.00 | 27.00 |")
-    assert encoders[6].startswith("| SD, linear start, bf16 | 5.5 | 40 | 5e-4 | 1 | 28.00 | 28.00 |")
+    longer = TABLES["longer"](ROWS).splitlines()
+    assert longer[2:] == [
+        "| SD, linear start | 5e-4 | 1 | 2 | 28.00 | 28.00 | 5.0 | 7.0 | 72 | 25.0 | 25.0 | 25.0 | 0.700 | 3.0 |"
+    ]
     assert encoders[-1] == "| bicubic |  |  |  |  | 19.00 | 22.00 |  |  | 0.600 |  |"
-    assert len(encoders) == 8  # no other row yet, and no linear code beside the baselines' row
+    assert len(encoders) == 7  # no other row yet, and no linear code beside the baselines' row
     objective = TABLES["objective"](ROWS).splitlines()
     assert objective[-1] == "| without the wavelet term | 25.00 ± 1.00 | 0.700 | 12 | 12.0 | 8.0 | 4.0 | 4.0 ± 1.4 |"
     assert len(objective) == 4
@@ -71,6 +80,19 @@ def test_a_documents_tables_are_replaced_and_nothing_else(tmp_path):
     assert fill(filled, ROWS) == filled
     with pytest.raises(ValueError, match="no table is named costs: choose from encoders"):
         fill("<!-- table: costs -->\n<!-- end -->", ROWS)
+
+
+def test_the_command_fills_a_document_and_draws(tmp_path):
+    (tmp_path / "rows").mkdir()
+    for name, found in ROWS.items():
+        (tmp_path / "rows" / f"{name}.json").write_text(json.dumps(found))
+    document = tmp_path / "results.md"
+    document.write_text("<!-- table: scales -->\n<!-- end -->\n")
+    main(["--rows", str(tmp_path / "rows"), "--document", str(document)])
+    assert "| SMC | 24.00 | 24.00 |" in document.read_text()
+    for name in ("study_scales", "study_curves"):
+        with Image.open(tmp_path / "images" / f"{name}.png") as picture:
+            assert len(picture.convert("L").getcolors()) > 20
 
 
 def test_the_documents_tables_are_those_of_the_rows_in_the_repository():

@@ -74,6 +74,7 @@ def test_a_row_for_real_stopped_and_continued(tmp_path):
     found = study.run_one(row._replace(steps=2))
     assert found["sizes"]["64"]["images"] == 4
     assert found["images"] == 16
+    assert found["curve"][0] == [2]
     assert found["frechet_lite0"] > 1
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 1
     assert Path(study.out / "rows" / "a.json").is_file()
