@@ -121,10 +121,10 @@ def open_images_for(
         counts = " and ".join(f"{count} ({channels[count]})" for count in sorted(channels))
         raise ConfigError(f"the targets take images of {counts} channels: use a command for each")
     source = open_test_source(config, data, size, count := next(iter(channels)), pixels)
-    if source.channels != count:
-        raise ConfigError(f"the images have {source.channels} channels, and {channels[count]} takes {count}")
     if not pixels.eight_bits:
         pixels.check_data(source.pixel_range)
+    if source.channels != count:
+        raise ConfigError(f"the images have {source.channels} channels, and {channels[count]} takes {count}")
     for name, model in models.items():
         if not source.size.fits(f := model.downscale):
             why = f"a latent position stands for {f}x{f} pixels, and {source.size.short} is not a multiple of {f}"
