@@ -42,7 +42,6 @@ class Row(NamedTuple):
         seed: of the run.
         time_of: train for as long as this network would take for these steps.
         sizes: pixels at which it is evaluated.
-        frechet: whether its Fréchet distance is measured, which takes longer than the rest of the evaluation.
         precision: of the training; evaluations are in float32.
     """
 
@@ -53,7 +52,6 @@ class Row(NamedTuple):
     seed: int = 0
     time_of: str | None = None
     sizes: tuple[int, ...] = SIZES
-    frechet: bool = True
     precision: str = "32"
 
 

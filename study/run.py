@@ -110,10 +110,9 @@ class Study:
             found["sizes"][str(size)], *baselines = self._evaluate(row, run, size)
             for name, baseline in zip(("linear", "bicubic"), baselines, strict=False):
                 found.setdefault(name, {})[str(size)] = baseline
-        if row.frechet:
-            distance, tiles = self.out / "evaluations" / row.name / "frechet.json", self.corpus / "held_out_tiles"
-            self.command(row.name, "-m", "study.measure", str(run.path), "--tiles", str(tiles), "--out", str(distance))
-            found |= json.loads(distance.read_text(encoding="utf-8"))
+        distance, tiles = self.out / "evaluations" / row.name / "frechet.json", self.corpus / "held_out_tiles"
+        self.command(row.name, "-m", "study.measure", str(run.path), "--tiles", str(tiles), "--out", str(distance))
+        found |= json.loads(distance.read_text(encoding="utf-8"))
         found["machine"] = {**machine("cpu"), "threads": 1}
         return found
 

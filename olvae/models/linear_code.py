@@ -91,11 +91,8 @@ def start_linearly(
     began = monotonic()
     crops = training_crops(source, seed, model.downscale)
     model.to(device)
-    pixels = source.pixel_range
-    latents = fit_linear_paths(model, crops, teacher, pixels, fresh)
-    if "encoder" not in frozen:
-        path = model.encoder.linear if "encoder" in fresh else None
-        latents = path or (lambda x: model.encode(x).mean)
+    fit_linear_paths(model, crops, teacher, pixels := source.pixel_range, fresh)
+    latents = teacher if teacher is not None and "encoder" in frozen else _means(model, fresh)
     found: list[float] = []
     if model.decoder.linear is not None and "decoder" in fresh and "decoder" not in frozen:
         images = (s.image for s in source.once(LoaderProcess()) if s.image is not None)
@@ -131,12 +128,11 @@ def fit_linear_paths(
     teacher: Means | None = None,
     pixel_range: PixelRange = EIGHT_BITS,
     fresh: Collection[str] = HALVES,
-) -> Means:
+) -> None:
     """Set the encoder's path to whitened principal components, the decoder's to least squares from 3x3 latents.
 
-    Halves that are not ``fresh`` have weights already; a fresh encoder with a linear path is nothing else. The crops,
-    (N, C, H, W), are as they are read. With a teacher's means the encoder's path is least squares to them, the
-    decoder's from them. Returns the latents that the decoder's path was fitted to.
+    Halves that are not ``fresh`` have weights already; a fresh encoder with a linear path is nothing else. Crops are as
+    read, (N, C, H, W). With a teacher's means the encoder's is least squares to them, the decoder's from them.
     """
     device = next(model.parameters()).device
     f, n, values = model.downscale, model.latent_channels, model.in_channels * model.downscale**2
@@ -156,7 +152,6 @@ def fit_linear_paths(
             both = zip(batches(), means, strict=True)
             pairs = (torch.cat((_vectors(_windows(x, path)), _vectors(z)), dim=1) for x, z in both)
             _set(path, *least_squares(*mean_and_covariance(pairs), n))
-    latents: Means = teacher or path or (lambda x: model.encode(x).mean)
     if (path := model.decoder.linear) is not None and "decoder" in fresh:
 
         def pair(x: Tensor, z: Tensor) -> Tensor:
@@ -165,8 +160,13 @@ def fit_linear_paths(
                 around, patches = around[..., 1:-1, 1:-1], patches[..., 1:-1, 1:-1]
             return _vectors(torch.cat((around, patches), dim=1))
 
-        _set(path, *least_squares(*mean_and_covariance(map(pair, batches(), means or map(latents, batches()))), values))
-    return latents
+        latents = means or map(_means(model, fresh), batches())
+        _set(path, *least_squares(*mean_and_covariance(map(pair, batches(), latents)), values))
+
+
+def _means(model: LiteVAE, fresh: Collection[str]) -> Means:
+    """The encoder's means; a fresh encoder is its linear path, if it has one."""
+    return (model.encoder.linear if "encoder" in fresh else None) or (lambda x: model.encode(x).mean)
 
 
 def _windows(x: Tensor, conv: nn.Conv2d) -> Tensor:
