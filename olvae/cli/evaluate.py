@@ -84,7 +84,7 @@ def command(
         typer.Option(
             metavar="[NAMES]",
             help="In place of TARGETs the autoencoders that people use, all or those named, in one table: DIR/zoo.md. "
-            "Goes on where it was interrupted. --weights-dir may hold local copies, in a folder for each name.",
+            "Continues where it was interrupted. --weights-dir may hold local copies, in a folder for each name.",
         ),
     ] = None,
     config: ConfigFile = None,

@@ -118,7 +118,7 @@ def eval_sample(photo: Photo, key: str, transform: EvalTransform) -> Sample:
 
 
 def total(counts: Sequence[int | None]) -> int | None:
-    """The sum; None if one of them is unknown."""
+    """Sum numbers of images; None if one of them is unknown."""
     return None if None in counts else sum(count for count in counts if count is not None)
 
 

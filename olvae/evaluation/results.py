@@ -282,7 +282,7 @@ def texts(rows: Mapping[str, Mapping[str, str]]) -> Table:
 
 
 def number(value: float, digits: int) -> str:
-    """With a fixed number of decimals; without any from 1000 on; with an exponent if they would all be 0."""
+    """Format a number with fixed decimals; without any from 1000 on; with an exponent if they would all be 0."""
     if math.isinf(value):
         return INFINITY if value > 0 else f"{MINUS}{INFINITY}"
     if 0.0 < abs(value) < 0.5 * 10.0**-digits:
@@ -304,7 +304,7 @@ def significant(value: float | None) -> str:
 
 
 def scores(results: Results) -> Table:
-    """Metrics with a value in at least one row."""
+    """Columns of a table: metrics with a value in at least one row."""
     rows = results.table
     names = [name for name in METRICS if any(name in row.metrics for row in rows)]
     best = {name: _best(name, rows) for name in names}

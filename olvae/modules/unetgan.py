@@ -70,7 +70,7 @@ def stop_power_iterations(module: nn.Module) -> None:
 
 @contextmanager
 def shared_weights(module: nn.Module) -> Iterator[None]:
-    """Normalise each weight once inside, for all forward passes, where a GPU waits for launches rather than for sums.
+    """Share spectral-normalised weights among the forward passes inside, where a GPU waits for launches, not for sums.
 
     Gradients of the passes are then added before the normalisation, not after it, which rounds differently: on a CPU
     each pass has its own, and in a compiled module. Inside of another such context, this one does nothing. Inside, the

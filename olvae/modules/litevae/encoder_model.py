@@ -79,7 +79,7 @@ class PreActivationBlock(nn.Module):
 
 
 class UNet(Steps, ABC):
-    """The order of steps and skips, which both UNets share.
+    """Base class of both UNets: levels down, a middle, levels up, with skip connections.
 
     Each block on the way down leaves its output as a skip, each block on the way up takes one; convolutions change the
     width.

@@ -83,7 +83,7 @@ class TinyEncoder(_Tiny, Encoder):
 
 
 class TinyDecoder(_Tiny, Decoder):
-    """TAESD's decoder. It is exact in tiles.
+    """TAESD's decoder, whose tiles equal the whole image.
 
     Args:
         channels, z_channels, out_channels: as LiteVAE_Decoder's.

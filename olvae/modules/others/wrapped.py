@@ -21,7 +21,7 @@ HALVES = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_qua
 
 
 def has_frames(model: nn.Module) -> tuple[bool, ...]:
-    """Whether a model may take a time axis: both answers, the likely one first.
+    """List whether a model takes a time axis: both answers, the likelier one first.
 
     A 3D convolution takes an image of one channel without a time axis as well, and makes nonsense of it.
     """
