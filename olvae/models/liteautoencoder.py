@@ -459,6 +459,8 @@ class LiteAutoencoderKL(ValidatedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.images_seen, self._iteration = checkpoint["images_seen"], checkpoint["iteration"]
         self.rate_factor, self.linear_psnr = checkpoint["rate_factor"], checkpoint.get("linear_psnr")
+        for schedule in checkpoint["lr_schedulers"]:
+            schedule.pop("base_lrs", None)  # the config's, which may have changed
 
     def on_fit_start(self) -> None:
         if self.compiled:

@@ -42,9 +42,19 @@ def lr_factor(step: int, name: str, warmup_steps: int, decay_steps: int, min_fac
 
 
 def adam(parameters: Sequence[nn.Parameter], rate: float, betas: tuple[float, float]) -> torch.optim.Adam:
-    """Adam with fused kernels, which can skip an update without a host-device sync."""
+    """Adam with fused kernels, which can skip an update without a host-device sync; it keeps rate and betas on loading.
+
+    A loaded rate is scaled from the saved base rate to this one, with what a schedule has made of it.
+    """
+
+    def keep_settings(loaded: torch.optim.Optimizer) -> None:
+        for group in loaded.param_groups:
+            before = group.get("initial_lr", group["lr"])
+            group |= {"lr": group["lr"] * (rate / before) if before else rate, "initial_lr": rate, "betas": betas}
+
     optimizer = torch.optim.Adam(parameters, lr=rate, betas=betas, fused=True)
     optimizer.register_load_state_dict_post_hook(_lay_out_moments)
+    optimizer.register_load_state_dict_post_hook(keep_settings)
     return optimizer
 
 

@@ -148,8 +148,14 @@ class Decoder(_Network):
         return [network] if self.linear is None else [network, [Stage(self.linear_path, 1, self.upscale)]]
 
 
-def last_convolution(network: nn.Module) -> nn.Conv2d | None:
-    """The last convolution in the order of definition, of a linear path only where there is nothing else."""
+def last_convolution(network: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
+    """The last convolution: a network's ``output_layer``, or by the order of definition.
+
+    That of a linear path only where there is nothing else.
+    """
+    if (named := getattr(network, "output_layer", None)) is not None:
+        output: nn.Conv2d | nn.Conv3d = named
+        return output
     path = getattr(network, "linear", None)
     found = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m is not path]
     return found[-1] if found else path
@@ -165,8 +171,8 @@ class Float32Conv2d(nn.Conv2d):
             return super().forward(upcast(x))
 
 
-def keep_in_float32(conv: nn.Conv2d) -> None:
-    """Make a convolution a :class:`Float32Conv2d`, in place."""
+def keep_in_float32(conv: nn.Module) -> None:
+    """Make a plain Conv2d a :class:`Float32Conv2d`, in place."""
     if type(conv) is nn.Conv2d:
         conv.__class__ = Float32Conv2d
 

@@ -287,7 +287,15 @@ def untrained_half(model: LiteAutoencoderKL, before: Config | None) -> str | Non
     """
     frozen = [half for half in HALVES if getattr(model, f"freeze_{half}")]
     fresh = frozen if before is None else [runs.settings_of(before).untrained]
-    return next((half for half in frozen if half in fresh), None)
+    return next((half for half in frozen if half in fresh and not _is_whole(model, half)), None)
+
+
+def _is_whole(model: LiteAutoencoderKL, half: str) -> bool:
+    """Whether a half needs no training: it has no parameters, or its linear path is fitted, to images."""
+    network = getattr(model, half)
+    if network.linear is not None:
+        return model.stand_in is None
+    return model.quantizer is None and next(network.parameters(), None) is None
 
 
 def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> dict[str, Any]:
@@ -323,7 +331,8 @@ def _in_batches(trainer_args: Config, model: LiteAutoencoderKL) -> Config:
         raise ConfigError(f"lightning.trainer.val_check_interval: expected a number of steps, got {every!r}")
     # Lightning counts batches in both, and refuses an interval longer than the run.
     args["val_check_interval"] = min(every, steps) * model.accumulate_grad_batches
-    args["log_every_n_steps"] = (args.get("log_every_n_steps") or 20) * model.accumulate_grad_batches
+    logs = args.get("log_every_n_steps")
+    args["log_every_n_steps"] = (20 if logs is None else logs) * model.accumulate_grad_batches
     return args
 
 

@@ -63,12 +63,16 @@ class KeepCheckpoints(Checkpoint):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         better = BETTER | {name: which for part in pl_module.each_part for name, which in part.better.items()}
-        name = (self.best or "val/psnr").rpartition("/")[2]
-        if name not in better:
+        metrics = dict.fromkeys(("psnr", "ssim", *pl_module.val_metrics))
+        computed = [f"val/{name}" for name in (*metrics, *(name for name in better if name not in BETTER))]
+        computed += [f"val_raw/{name}" for name in metrics if pl_module.use_ema]
+        best = self.best or "val/psnr"
+        if best not in computed:
             raise ValueError(
-                f"best: {self.best!r} is not a metric of validation: choose one of val/{', val/'.join(better)}"
+                f"best: {best} is not computed by validation ({', '.join(computed)}): add it to "
+                "model.params.val_metrics, or set best to null"
             )
-        self._sign = 1 if better[name] == "higher" else -1
+        self._sign = 1 if better[best.rpartition("/")[2]] == "higher" else -1
         before = self._best_before(current_run(trainer)) if trainer.is_global_zero else None
         self._best_value = trainer.strategy.broadcast(before)  # a save takes all processes, so one decides
 
@@ -116,16 +120,12 @@ class KeepCheckpoints(Checkpoint):
         if self.best is None or trainer.sanity_checking:
             return
         values = module.validation_values
-        if not values:
+        if self.best not in values:
             if trainer.is_global_zero and not self._warned:
-                log.warning("no validation image could be read, so best.ckpt is not kept")
+                why = f"{self.best} has no finite value" if values else "no validation image could be read"
+                log.warning("%s, so best.ckpt is not kept", why)
             self._warned = True
             return
-        if self.best not in values:
-            raise ValueError(
-                f"KeepCheckpoints: best: {self.best} is not computed by validation ({', '.join(values)}): add it to "
-                "model.params.val_metrics, or set best to null"
-            )
         value, before = values[self.best], self._best_value
         improved = before is None or not self._sign * value <= self._sign * before  # or that is nan
         if improved and math.isfinite(value):

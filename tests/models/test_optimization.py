@@ -120,3 +120,17 @@ def test_loaded_moments_have_the_strides_of_their_parameters():
     assert torch.equal(whole, continued)
     (state,) = other.state.values()
     assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == continued.stride() != whole.stride()
+
+
+def test_a_loaded_optimizer_keeps_its_own_rate_and_betas():
+    """The saved rate is scaled, as a schedule had lowered it; equal settings change no bit."""
+    weights = [nn.Parameter(torch.ones(3))]
+    before = adam(weights, 0.3, (0.5, 0.9))
+    before.param_groups[0] |= {"initial_lr": 0.3, "lr": 0.3 * 0.7}
+    same, other = adam(weights, 0.3, (0.5, 0.9)), adam(weights, 0.03, (0.0, 0.99))
+    for optimizer in (same, other):
+        optimizer.load_state_dict(before.state_dict())
+    assert same.state_dict() == before.state_dict()
+    (group,) = other.param_groups
+    assert group["lr"] == pytest.approx(0.03 * 0.7, rel=1e-12)
+    assert (group["initial_lr"], group["betas"]) == (0.03, (0.0, 0.99))

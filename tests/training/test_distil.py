@@ -23,11 +23,14 @@ from olvae.export.diffusers_model import AutoencoderLiteVAE
 from olvae.figures import save_image
 from olvae.metrics.metric import psnr
 from olvae.models import linear_code
+from olvae.models.linear_code import LinearEncoder
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
+from olvae.modules.base import Encoder
+from olvae.modules.litevae.encoder_model import WaveletEncoder
 from olvae.training.run import untrained_half
 from olvae.training.settings import TrainOptions, read_plan
-from tests.conftest import parts
+from tests.conftest import parts, tiny
 from tests.export.latents import encode
 from tests.export.test_diffusers_model import dit
 from tests.models.autoencoder_kl import tiny_kl
@@ -132,9 +135,21 @@ def untrained(run) -> str | None:
     ],
 )
 def test_the_half_with_fresh_weights(frozen, before, expected):
-    model = SimpleNamespace(freeze_encoder=frozen == "encoder", freeze_decoder=frozen == "decoder")
+    model = freezing(frozen, tiny().encoder)
     config = {"run": {"untrained": before}} if isinstance(before, str) else before
     assert untrained_half(model, config) == expected
+
+
+def freezing(frozen: str | None, encoder: Encoder, stand_in: object = None) -> SimpleNamespace:
+    halves = {"freeze_encoder": frozen == "encoder", "freeze_decoder": frozen == "decoder"}
+    return SimpleNamespace(encoder=encoder, decoder=tiny().decoder, quantizer=None, stand_in=stand_in, **halves)
+
+
+def test_an_encoder_without_weights_or_that_is_the_fitted_linear_code_is_whole():
+    """But not beside a teacher, whose latents are learned from the trained half alone."""
+    for encoder in (WaveletEncoder(), LinearEncoder()):
+        assert untrained_half(freezing("encoder", encoder), None) is None
+    assert untrained_half(freezing("encoder", LinearEncoder(), stand_in=object()), None) == "encoder"
 
 
 def test_the_decoder_is_trained_after_the_encoder(train_with, image_folder, target):

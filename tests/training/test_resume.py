@@ -211,7 +211,10 @@ def test_what_differs_from_the_runs_own_settings_is_printed(olvae_train, run, tm
     after = load([run.config])
     assert after["model"]["base_learning_rate"] == 0.002
     assert after["run"] == {**before["run"], "seed": 3}
-    assert steps(run) == 3
+    found = checkpoint(run)
+    assert found["global_step"] == 3
+    (group,) = found["optimizer_states"][0]["param_groups"]
+    assert group["lr"] == group["initial_lr"] == found["lr_schedulers"][0]["base_lrs"][0] == 0.002
 
 
 def test_other_data_networks_and_losses_need_a_flag(olvae_train, run, tmp_path):

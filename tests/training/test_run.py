@@ -268,10 +268,10 @@ def test_the_best_weights_are_kept_by_a_named_metric(go):
     note.write_text('{"metric": "val/l1", "value": 0.0, "step": 2}')  # as if it had been perfect, after last.ckpt
     go("lightning.trainer.max_steps=6", resume=run.path)
     assert torch.load(kept, weights_only=True)["global_step"] == best
-    with pytest.raises(ValueError, match=r"best: val/l1 is not computed by validation \(val/psnr, val/ssim, val_raw"):
-        go(keep, "lightning.callbacks.keep.params.best=val/l1")
-    with pytest.raises(ValueError, match="is not a metric of validation"):
-        go(keep, "lightning.callbacks.keep.params.best=psnrr")
+    for wrong, others in (("val/l1", ()), ("psnr", ()), ("val_raw/psnr", ("model.params.use_ema=false",))):
+        with pytest.raises(ValueError, match=rf"best: {wrong} is not computed by validation \(val/psnr, val/ssim"):
+            go(keep, f"lightning.callbacks.keep.params.best={wrong}", "lightning.trainer.val_check_interval=2", *others)
+    assert len(list(run.path.parent.iterdir())) == 1  # each fails before the first step
 
 
 def test_warnings_that_concern_the_user_are_shown():

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 
+from olvae.models.parts.equivariance import Equivariance
 from olvae.models.parts.part import Model, Part, Step
 from olvae.modules.base import check_choice, check_not_negative, upcast
 
@@ -27,8 +28,11 @@ class LatentNoise(Part):
     def conflicts(self, model: Model) -> Iterable[str]:
         if model.freeze_decoder:
             yield f"parts.{self.name}: the decoder is frozen (freeze_decoder): leave it out"
-        if self.relative_to == "posterior" and model.stand_in is not None and model.stand_in.deterministic:
+        if self.relative_to == "posterior" and (model.stand_in or model.encoder).deterministic:
             yield f"parts.{self.name}.params.relative_to: the latents have no distribution: set it to data"
+        before = model.each_part[: model.each_part.index(self)]
+        if self.relative_to == "posterior" and (moved := [p.name for p in before if isinstance(p, Equivariance)]):
+            yield f"parts.{self.name}: its unit is the posterior's at each position: put it before parts.{moved[0]}"
 
     def on_latent(self, model: Model, step: Step) -> None:
         if self.relative_to == "data":

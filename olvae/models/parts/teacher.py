@@ -87,8 +87,6 @@ class Teacher(Part):
         factors = {name: value for name, value in self.model.for_diffusion.items() if name != "force_upcast"}
         if self.model.latent_channels == model.autoencoder.latent_channels:  # else `conflicts` says so, once
             model.for_diffusion |= factors | model.given_factors
-        for half in (model.encoder, model.decoder):
-            half.use_latents(*model.autoencoder.statistics())
         self.register_buffer("std", torch.ones(model.autoencoder.latent_channels))
 
     def conflicts(self, model: Model) -> Iterable[str]:
@@ -125,7 +123,10 @@ class Teacher(Part):
                 )
 
     def prepare(self, model: Model, source: Source, seed: int, device: torch.device) -> None:
-        """Measure the standard deviation of the means per channel; ValueError if one is 0, or not finite."""
+        """Measure the standard deviation of the means per channel; ValueError if one is 0, or not finite.
+
+        The student gets the statistics of the teacher's latents here, when any weights that it starts from are loaded.
+        """
         if isinstance(source, PairSource):
             std = torch.tensor(source.stats["means_std"])  # over all of its images
         else:
@@ -135,6 +136,8 @@ class Teacher(Part):
         if not bool((std > 0).all()):
             raise ValueError(f"{self.target}: channel {int(std.argmin())} of its latents is the same everywhere")
         self.std.copy_(std)
+        for half in (model.encoder, model.decoder):
+            half.use_latents(*model.autoencoder.statistics())
 
     def measure(self, images: Iterable[Tensor]) -> Tensor:
         """The standard deviation of the means per channel, (n_z), over batches (B, C, H, W) in [-1, 1]."""

@@ -1,13 +1,14 @@
 """Autoencoders of diffusers as an encoder and a decoder of ours; those of video see an image as one frame."""
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Encoder, Steps
+from olvae.modules.base import Decoder, Encoder, Steps, autocast_enabled, no_autocast, upcast
 from olvae.modules.distributions import deterministic_moments
 
 TRAINABLE = (
@@ -74,9 +75,20 @@ class _Wrapped(Steps):
         for other in (name for names in HALVES.values() for name in names if name not in HALVES[half]):
             if getattr(self.model, other, None) is not None:
                 setattr(self.model, other, nn.Identity())
-        for module in self.model.modules():
+        for name, module in self.model.named_modules():
+            if name.endswith("time_conv"):
+                module.requires_grad_(False)  # one frame never gets there, and DDP would wait for its gradient
             if isinstance(module, nn.Conv3d) and _is_causal(module):
-                module.forward = partial(_on_one_frame, module)  # type: ignore[method-assign]
+                exact = half == "encoder" and module is self.output_layer
+                module.forward = partial(_on_one_frame, module, exact=exact)  # type: ignore[method-assign]
+
+    @property
+    def output_layer(self) -> nn.Conv2d | nn.Conv3d:
+        """The last layer, which definition order does not show: see :func:`~olvae.modules.base.last_convolution`."""
+        quant = getattr(self.model, "quant_conv", None)
+        convolutions = (quant, *(getattr(getattr(self.model, half), "conv_out", None) for half in HALVES))
+        found: nn.Conv2d | nn.Conv3d = next(c for c in convolutions if isinstance(c, nn.Conv2d | nn.Conv3d))
+        return found
 
     def checkpoint_steps(self) -> None:
         if not self.model._supports_gradient_checkpointing:
@@ -92,13 +104,19 @@ def _is_causal(conv: Any) -> bool:
     return hasattr(conv, "_padding") and tuple(conv._padding[4:]) == (conv.kernel_size[0] - 1, 0)
 
 
-def _on_one_frame(conv: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
-    """Convolve one frame with the last slice of a causal kernel: the others meet zeros. A third of the work."""
+def _on_one_frame(conv: Any, x: Tensor, cache_x: Tensor | None = None, exact: bool = False) -> Tensor:
+    """Convolve one frame with the last slice of a causal kernel: the others meet zeros. A third of the work.
+
+    ``exact`` computes in float32 under autocast.
+    """
     if x.shape[2] != 1 or cache_x is not None:
         y: Tensor = type(conv).forward(conv, x, cache_x)
         return y
     left, _, top, *_ = conv._padding
-    return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], (top, left))[:, :, None]
+    exact = exact and autocast_enabled(x)
+    with no_autocast(x) if exact else nullcontext():
+        x = upcast(x) if exact else x
+        return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], (top, left))[:, :, None]
 
 
 class DiffusersEncoder(_Wrapped, Encoder):

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from olvae.config import ConfigError
 from olvae.models.parts.latent_noise import LatentNoise
 from olvae.models.parts.part import Step
 from olvae.modules.distributions import DiagonalGaussian
 from tests.conftest import parts
-from tests.models.steps import assert_same, build, fit, snapshot
+from tests.models.steps import WITHOUT_KL, assert_same, build, fit, snapshot
 
 
 def noisy(posterior: DiagonalGaussian, std: float, unit: str = "posterior", sample: bool = False) -> Tensor:
@@ -75,3 +76,15 @@ def test_without_noise_a_step_is_what_it_was(image_folder):
     x = torch.rand(2, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(other(x)[0], other.decode(other.encode(x).mean))
+
+
+def test_the_posteriors_deviation_is_there_and_in_its_place():
+    """Not of an encoder without a distribution; nor where another part has turned the latent, but not the posterior."""
+    build(parts=parts(latent_noise={"std": 0.1}, equivariance={}))
+    build(parts=parts(equivariance={}, latent_noise={"std": 0.1, "relative_to": "data"}))
+    with pytest.raises(ConfigError, match=r"parts\.latent_noise: .*: put it before parts\.equivariance$"):
+        build(parts=parts(equivariance={}, latent_noise={"std": 0.1}))
+    shape = {"latent_dim": 8, "image_size": 16, "channels": 8, "blocks": [0, 0, 0, 0]}
+    points = {"target": "olvae.modules.others.tiny.TinyEncoder", "params": shape}
+    with pytest.raises(ConfigError, match="relative_to: the latents have no distribution: set it to data"):
+        build(parts=parts(latent_noise={"std": 0.1}), encoder_config=points, lossconfig=WITHOUT_KL)

@@ -330,6 +330,26 @@ def test_the_student_has_its_factors(tmp_path):
     assert changed.autoencoder.for_diffusion == {**model.for_diffusion, "scaling_factor": 0.25}
 
 
+def test_a_tiny_student_takes_its_units_when_other_weights_are_loaded(tmp_path):
+    """A diffusion model's of the latents: TAESD's own weights, which it may start from, are in units of theirs."""
+    factors = {"latents_mean": [0.0, 1.0, 2.0, 3.0], "latents_std": [1.0, 2.0, 3.0, 4.0]}
+    tiny_kl(**EIGHT, **factors, scaling_factor=1.0).save_pretrained(tmp_path)
+    shape = {"channels": 8, "blocks": [0, 0, 0, 0]}
+    nodes = {
+        f"{half}_config": {"target": f"olvae.modules.others.tiny.Tiny{half.title()}", "params": {**shape, **counts}}
+        for half, counts in (("encoder", {"latent_dim": 8, "image_size": 16}), ("decoder", {"z_channels": 4}))
+    }
+    model = student(f"diffusers:{tmp_path}", teacher={"logvar_weight": 0.0}, initial_logvar=0.0, **nodes)
+    for half in (model.encoder, model.decoder):
+        half.use_latents(torch.full((4,), 5.0), torch.full((4,), 7.0))  # as a loaded state dict does
+    images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    data = SimpleNamespace(first_images=lambda seed, count: iter(images), pixel_range=EIGHT_BITS)
+    teacher_of(model).prepare(model, data, 0, torch.device("cpu"))
+    for half in (model.encoder, model.decoder):
+        assert half.latents_mean.flatten().tolist() == factors["latents_mean"]
+        assert half.latents_std.flatten().tolist() == factors["latents_std"]
+
+
 @pytest.mark.parametrize(
     ("teacher", "message"),
     [
@@ -339,6 +359,7 @@ def test_the_student_has_its_factors(tmp_path):
         ),
         ({**EIGHT, "latent_channels": 6}, "has f8, 6 channels, .*, but the student f8, 4 channels"),
         ({**EIGHT, "in_channels": 1, "out_channels": 1}, "images of 1 channels, but the student .* of 3 channels"),
+        ({**EIGHT, "latents_mean": [0.1] * 3, "latents_std": [1.0] * 4}, "latents_mean: expected 4"),
         ({}, r"has f4, 4 channels, .*, but the student f8, 4 channels, .*dct_levels"),
     ],
 )
