@@ -42,6 +42,15 @@ def atomic_write(path: Path, folder: Path | None = None) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def file_state(path: str | Path) -> str:
+    """A file's size and time in words, which differ once it is written to."""
+    try:
+        state = Path(path).stat()
+    except (OSError, ValueError):  # ValueError: a name that no file can have
+        return "missing"
+    return f"{state.st_size} {state.st_mtime_ns}"
+
+
 def remove_partials(partials: Iterable[Path], idle_s: float = 0.0) -> None:
     """Remove temporary files of :func:`atomic_write`, ``.partial-*``, that a killed process left.
 

@@ -270,7 +270,7 @@ def _floor(name: str, source: Source) -> Callable[[], Tensor]:
     rng, images = np.random.default_rng(0), list[Undecoded]()
 
     def decode(image: Undecoded) -> Tensor:
-        return image_to_tensor(source.transform(Photo(*image, source.channels), rng))
+        return image_to_tensor(source.transform(Photo(*image, source.channels, source.pixel_range), rng))
 
     for image in islice(_undecoded(source), FLOOR_IMAGES):
         with contextlib.suppress(UnreadableImageError):

@@ -34,6 +34,7 @@ def command(
 
     check_paths(*targets, data=data)
     with loading():
+        from olvae.checkpoint import tensors_sum
         from olvae.config.reading import place_of
         from olvae.devices import join, leave, resolve_device
         from olvae.evaluation.latent_report import draw_distribution, encode_latents, print_latents, report_latents
@@ -63,7 +64,8 @@ def command(
     observer = observer if is_examined(observer, subjects, source, device) else Observer()
     about = {"source": data or place_of(found[0].config["data"]), "images": source.describe_val_images()}
     with ProgressBar("comparing with N(0, I)", len(models), unit="models") as bar:
-        content = report_latents(accumulators, observer, {**about, "size": source.size.node}, bar.advance)
+        sums = {name: tensors_sum(model.state_dict()) for name, model in models.items()}
+        content = report_latents(accumulators, sums, observer, {**about, "size": source.size.node}, bar.advance)
     with no_empty_folders(folder):
         folder.mkdir(parents=True, exist_ok=True)
         remove_partials(folder.glob(".partial-*"), idle_s=1.0)

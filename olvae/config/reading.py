@@ -27,6 +27,7 @@ SAMPLES = f"{OF_THIS_PACKAGE}dataset.SamplePhotographs"
 PLACE_KEYS = {"root", "shards", "dataset", "path"}  # arguments that name the images of a source
 DATA_KEYS = ("val_root", "val_dataset", "split", "val_split", "column", "name", "data_files", "data_dir", "revision")
 SUFFIXES = (".tar", ".tar.gz", ".tgz")  # of shards
+YAML = (".yaml", ".yml")  # of configs
 PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
 EXTENSIONS = (*PICTURES, ".npy", ".npz", ".exr")
 
@@ -92,7 +93,7 @@ def place_of(data: Config) -> str:
 def find_source(src: str) -> tuple[str, Config]:
     """The target of the source that trains on SRC (see :mod:`olvae.data.opening`), and the params that name SRC."""
     kind, _, rest = src.partition(":")
-    if Path(src).suffix in (".yaml", ".yml"):
+    if Path(src).suffix in YAML:
         raise ConfigError(f"data.params.root: {src} is a config: name the folder, shards or data set to train on")
     if src == "samples":
         return SAMPLES, {}
@@ -115,11 +116,20 @@ def holds_shards(src: str) -> bool:
         tars = False
         with contextlib.suppress(OSError), os.scandir(path) as entries:  # none if the folder can't be opened
             for entry in entries:
-                if entry.name.lower().endswith(EXTENSIONS):
+                if _is_image(entry.name):
                     return False
-                tars = tars or entry.name.endswith(SUFFIXES)
-        return tars and not any(name.lower().endswith(EXTENSIONS) for *_, names in os.walk(path) for name in names)
+                tars = tars or is_shard(entry.name)
+        return tars and not any(_is_image(name) for *_, names in os.walk(path) for name in names)
     return not is_local(src) or src.endswith(SUFFIXES)
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file of a folder is a shard by its name; macOS puts a ``._x.tar`` beside x.tar on other disks."""
+    return name.endswith(SUFFIXES) and not name.startswith(".")
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
 def is_local(url: str) -> bool:

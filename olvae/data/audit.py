@@ -315,12 +315,15 @@ def measure(src: str, images: int = 200) -> Measured:
             break
         try:
             photo = open_photo()
-            values = image_to_tensor(photo.read()).flatten(1)  # (C, H W)
+            values = image_to_tensor(photo.read())  # (C, H, W)
         except UnreadableImageError as error:
             unreadable.append(error.read_error())
             continue
         kinds[str(values.dtype).removeprefix("torch.")] += 1
-        part = values[:, :: max(1, values.shape[1] // VALUES_PER_IMAGE)].double().numpy()
+        step = max(1, values[0].numel() // VALUES_PER_IMAGE)
+        while math.gcd(step, values.shape[-1]) > 1:  # or it would see the same columns in every row
+            step += 1
+        part = values.flatten(1)[:, ::step].double().numpy()
         part[photo.missing(part)] = np.nan
         nodata |= {value for value in (photo.nodata,) if value is not None and math.isfinite(value)}
         if parts and len(part) != len(parts[0]):

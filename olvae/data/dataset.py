@@ -34,6 +34,10 @@ class ImageDataset(ABC):
         """A unique name for each picture, without leading slash; by default its number."""
         return f"{index:08d}"
 
+    def state(self, index: int) -> str:
+        """A picture's key, and of a file the size and time, by which a repeated command knows what has changed."""
+        return self.key(index)
+
     @abstractmethod
     def __getitem__(self, index: int) -> Photo:
         """Raises UnreadableImageError if the picture can't be read."""
@@ -51,6 +55,9 @@ class Subset(ImageDataset):
 
     def key(self, index: int) -> str:
         return self.images.key(self.indices[index])
+
+    def state(self, index: int) -> str:
+        return self.images.state(self.indices[index])
 
     def __getitem__(self, index: int) -> Photo:
         return self.images[self.indices[index]]

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from olvae.config import Config, ConfigError, instantiate, load
-from olvae.config.reading import find_source, holds_shards
+from olvae.config.reading import YAML, find_source, holds_shards
 from olvae.data.dataset import ImageDataset, MappedSource, SamplePhotographs, sample_photographs
 from olvae.data.hub import Column, Items, load_table
 from olvae.data.image import RandomScaleCrop, are_for_masks
-from olvae.data.picture_folder import Files, find_images
+from olvae.data.picture_folder import Files, find_folder, find_images
 from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BITS, PixelRange, Size
 from olvae.data.read_errors import ReadError
 from olvae.data.shards.webdataset import WebDatasetSource
@@ -35,11 +35,8 @@ def open_source(
 
     Raises ConfigError: SRC is not one of these. FileNotFoundError, ValueError: it has no images.
     """
-    if Path(src).suffix in (".yaml", ".yml"):
-        config = load([src])
-        if "data" not in config:
-            raise ConfigError(f"{src}: has no data")
-        return _build(present_data(config), f"{src}: data.target")
+    if Path(src).suffix in YAML:
+        return _build(_data_of(src), f"{src}: data.target")
     if src == "samples":
         return SamplePhotographs(size, min(batch_size, 64), num_workers)
     common: dict[str, Any] = {"channels": channels, "max_unreadable": 1.0, "range": pixel_range.as_node()}
@@ -58,12 +55,15 @@ def open_test_source(
 ) -> Source:
     """The source to evaluate a model on: SRC if given, else the data of the model's config.
 
-    ``size`` of the images is by default the config's, else 256; ``pixel_range`` is for a SRC that is no config.
+    ``size`` of the images is by default that of the data's config, else of the model's, else 256; ``pixel_range`` is
+    for a SRC that is no config.
     SRC is resized by nearest if the config's images are masks.
 
     Raises ConfigError: there is neither, or the config's data are not a source.
     """
     params = dict((config.get("data") or {}).get("params") or {})
+    if src is not None and size is not None and Path(src).suffix in YAML:
+        return _build(_resized(_data_of(src), size), f"{src}: data.target")
     if src is not None:
         size = size or params.get("size") or 256
         source = open_source(src, size, 1, params.get("num_workers", 0), channels, pixel_range)
@@ -75,6 +75,14 @@ def open_test_source(
         raise ConfigError("the first target has no data to take images from: set `data`")
     node = present_data(config)
     return _build(node if size is None else _resized(node, size), "data.target")
+
+
+def _data_of(src: str) -> Config:
+    """The source's node of a config file, with paths where they are now."""
+    config = load([src])
+    if "data" not in config:
+        raise ConfigError(f"{src}: has no data")
+    return present_data(config)
 
 
 def _resized(node: Config, size: Size) -> Config:
@@ -107,7 +115,7 @@ def open_images(src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BIT
     if holds_shards(src):
         raise ConfigError(f"{src}: these are shards already")
     closed: list[ReadError] = []
-    return Files(find_images(src, closed), channels, closed, pixel_range)
+    return Files(find_images(src, closed), channels, closed, pixel_range, find_folder(src))
 
 
 def _build(node: Config, where: str) -> Source:

@@ -150,14 +150,7 @@ def _source_digest(src: str, images: ImageDataset, options: PackOptions) -> str:
     if not isinstance(images, Files):
         digest.update(src.encode())
     for index in range(len(images)):
-        line = images.key(index)
-        if isinstance(images, Files):
-            try:
-                state = images.paths[index].stat()
-                line += f"\0{state.st_size} {state.st_mtime_ns}"
-            except (OSError, ValueError):  # ValueError: a name that no file can have
-                line += "\0missing"
-        digest.update(f"{line}\0".encode(errors="surrogateescape"))
+        digest.update(f"{images.state(index)}\0".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

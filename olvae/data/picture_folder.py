@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from olvae.config.reading import EXTENSIONS
@@ -12,13 +13,14 @@ from olvae.data.dataset import VAL_FRACTION, ImageDataset, MappedSource, min_hel
 from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, RangeNode, Size
 from olvae.data.read_errors import ReadError
-from olvae.files import legible, nearest_path, warn_once
+from olvae.files import file_state, legible, nearest_path, warn_once
 
+ESCAPED = re.compile(r"\[([*?[])\]")  # a character that a pattern means as it is: glob.escape's
 TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "validation", "test")
 
 
 class Files(ImageDataset):
-    """Pictures in files; a key is the path below the deepest folder that holds all of them.
+    """Pictures in files; a key is the path below ``root``, by default the deepest folder that holds all of them.
 
     ``closed`` are folders that could not be opened.
     """
@@ -29,17 +31,22 @@ class Files(ImageDataset):
         channels: int = 3,
         closed: Sequence[ReadError] = (),
         pixel_range: PixelRange = EIGHT_BITS,
+        root: str | Path | None = None,
     ) -> None:
         self.paths = list(paths)
         self.channels, self.pixel_range = channels, pixel_range
         self.closed = closed
-        self.root = os.path.commonpath([os.path.abspath(folder) for folder in {path.parent for path in paths}])  # noqa: PTH100
+        folders = {path.parent for path in paths} if root is None else [root]
+        self.root = os.path.commonpath([os.path.abspath(folder) for folder in folders])  # noqa: PTH100
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def key(self, index: int) -> str:
         return legible(os.path.relpath(self.paths[index], self.root))
+
+    def state(self, index: int) -> str:
+        return f"{self.key(index)}\0{file_state(self.paths[index])}"
 
     def __getitem__(self, index: int) -> Photo:
         path = self.paths[index]
@@ -84,7 +91,10 @@ class FolderSource(MappedSource):
         train = find_images(root)
         train, val = _split(root, train, val_fraction) if val_root is None else (train, find_images(val_root))
         values = PixelRange.from_node(range)
-        parts = Files(train, channels, (), values), Files(val, channels, (), values)
+        parts = (
+            Files(train, channels, (), values, find_folder(root)),
+            Files(val, channels, (), values, find_folder(root if val_root is None else val_root)),
+        )
         transform = RandomScaleCrop(size, min_fraction, filters, flip)
         super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable, range=range)
 
@@ -120,6 +130,11 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
         where = "in this folder" if path.is_dir() else "of this name"
         raise FileNotFoundError(f"{root}: no images {where} (looked for {', '.join(EXTENSIONS)})")
     return paths
+
+
+def find_folder(root: str | Path) -> Path | None:
+    """The folder that a root names, not by a pattern or a list."""
+    return path if (path := Path(root).expanduser()).is_dir() else None
 
 
 def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
@@ -184,8 +199,10 @@ def _split(root: str | Path, paths: Sequence[Path], fraction: float | None) -> t
 
 
 def _place(root: Path, path: Path) -> float:
-    """A number in [0, 1) for each path: the hash of its name below root, or below the folder of a list."""
-    root = root.parent if root.suffix.lower() == ".txt" else root
+    """A number in [0, 1) for each path: the hash of its name below root, or below the folder of a list or pattern."""
+    if not root.is_dir():
+        fixed = takewhile(lambda part: not glob.has_magic(ESCAPED.sub("", part)), root.parts)
+        root = root.parent if root.suffix.lower() == ".txt" else Path(*(ESCAPED.sub(r"\1", part) for part in fixed))
     name = path.relative_to(root) if path.is_relative_to(root) else path
     digest = hashlib.sha256(name.as_posix().encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

@@ -297,15 +297,20 @@ def encode_latents(
 
 def report_latents(
     accumulators: Mapping[str, LatentAccumulator],
+    weights: Mapping[str, str],
     observer: Observer,
     data: Mapping[str, Any],
     advance: Callable[[], None],
 ) -> dict[str, Any]:
-    """Make the content of latents.json, with the observer's entries; ``advance`` is called after each model."""
+    """Make the content of latents.json, with checksums of the models' ``weights`` and the observer's entries.
+
+    ``advance`` is called after each model.
+    """
     results = []
     for name, accumulator in accumulators.items():
         entry = observer.result(name, 0)
-        results.append({"target": name, **accumulator.compute(), **({observer.name: entry} if entry else {})})
+        observed = {observer.name: entry} if entry else {}
+        results.append({"target": name, "weights": weights[name], **accumulator.compute(), **observed})
         advance()
     return {"data": {**data, "n": results[0]["n"]}, "active_variance": ACTIVE_VARIANCE, "results": results}
 

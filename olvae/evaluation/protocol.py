@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -15,9 +16,12 @@ from olvae.data.opening import open_test_source
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.source import Source
 from olvae.devices import now, peak_memory
+from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import count_macs, count_parameters, full_float32
 from olvae.modules.distributions import keyed_generator
+
+log = logging.getLogger("olvae")
 
 SSIM = {
     "gaussian": "mean over images; Gaussian window 11, sigma 1.5, K 0.01 and 0.03, range 255, per channel",
@@ -142,8 +146,8 @@ class Cost:
     """What one image of the evaluated size costs. Speed and memory are those of this run's batches and device."""
 
     parameters: int
-    encode_macs: int  # multiply-accumulates
-    decode_macs: int
+    encode_macs: int | None  # multiply-accumulates; None if they can't be counted
+    decode_macs: int | None
     encode_images_per_s: float | None
     decode_images_per_s: float | None
     peak_memory_bytes: int | None  # of a batch, beyond weights and images, by a GPU's allocator; None on the CPU
@@ -205,11 +209,19 @@ class RoundTrip:
         images, encode_s, decode_s = (sum(column) for column in zip(*counted, strict=True))
         return Cost(
             parameters=count_parameters(model),
-            encode_macs=count_macs(model, 1, model.in_channels, *sides, method="encode"),
-            decode_macs=count_macs(model, 1, model.latent_channels, *sides // model.downscale, method="decode"),
+            encode_macs=_macs(model, "encode", model.in_channels, *sides),
+            decode_macs=_macs(model, "decode", model.latent_channels, *sides // model.downscale),
             encode_images_per_s=images / encode_s if encode_s else None,
             decode_images_per_s=images / decode_s if decode_s else None,
             peak_memory_bytes=max(self._peaks[1:] or self._peaks, default=None),
             batch_size=max(batch[0] for batch in self._times or counted),
             device=torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else cpu,
         )
+
+
+def _macs(model: Autoencoder, method: str, *shape: int) -> int | None:
+    try:
+        return count_macs(model, 1, *shape, method=method)
+    except Exception as error:  # a network of the user's own may be more than torch, or need values
+        log.warning("%s: multiplications of `%s` not counted: %s", type(model).__name__, method, first_line(error))
+        return None

@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # observers import this file
 
 INFINITE = "infinite: every image equals its reconstruction to the pixel"  # under ``skipped``: JSON has no infinity
 
-FIXED = ("target", "n", "metrics", "skipped", "intervals", "details", "cost", "baseline")  # others are of observers
+FIXED = ("target", "n", "metrics", "skipped", "intervals", "details", "cost", "weights", "baseline")
+"""Names in a row of metrics.json; others are of observers."""
 
 NONE = "-"
 MINUS = "\N{MINUS SIGN}"
@@ -100,6 +101,7 @@ class Row:
     baseline: bool = False  # what targets are compared with: bicubic resampling, an untrained model
     per_image: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by metric, values by key
     differences: Mapping[str, Difference] = field(default_factory=dict)  # by metric, from the first row's images
+    weights: str | None = None  # their checksum, by which an export knows its own
 
     def as_dict(self) -> dict[str, Any]:
         """The row of metrics.json."""
@@ -113,6 +115,7 @@ class Row:
             "details": {name: details for name, details in self.details.items() if details},
             "cost": asdict(self.cost) if self.cost else None,
             **self.observed,
+            **({"weights": self.weights} if self.weights else {}),
             **({"baseline": True} if self.baseline else {}),
         }
 
@@ -133,6 +136,7 @@ class Row:
             Cost(**row["cost"]) if row.get("cost") else None,
             {name: entry for name, entry in row.items() if name not in FIXED},
             bool(row.get("baseline")),
+            weights=row.get("weights"),
         )
 
 
@@ -367,8 +371,8 @@ def meaning(results: Results) -> str:
 
 COSTS: Mapping[str, Callable[[Cost], float | None]] = {
     "M params": lambda cost: cost.parameters / 1e6,
-    "GMACs encode": lambda cost: cost.encode_macs / 1e9,
-    "GMACs decode": lambda cost: cost.decode_macs / 1e9,
+    "GMACs encode": lambda cost: None if cost.encode_macs is None else cost.encode_macs / 1e9,
+    "GMACs decode": lambda cost: None if cost.decode_macs is None else cost.decode_macs / 1e9,
     "img/s encode": lambda cost: cost.encode_images_per_s,
     "img/s decode": lambda cost: cost.decode_images_per_s,
     "MiB peak": lambda cost: None if cost.peak_memory_bytes is None else cost.peak_memory_bytes / 2**20,

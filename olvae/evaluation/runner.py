@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
 from olvae.config.reading import place_of
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Size
@@ -117,6 +118,7 @@ def _one_pass(
     # The numbers: for every way to draw a latent, then for every protocol.
     examined = [observer for observer in observers if is_examined(observer, subjects, source, request.device)]
     costs = {name: trips[name, 0].cost(source.size) for name, subject in subjects.items() if not subject.baseline}
+    weights = {name: tensors_sum(subject.model.state_dict()) for name, subject in subjects.items() if name in costs}
     measured = {}
     for name, draw in trips:
         entries = {observer.name: observer.result(name, draw) for observer in examined}
@@ -125,6 +127,7 @@ def _one_pass(
             metrics[name, draw],
             len(digests),
             cost=costs.get(name),
+            weights=weights.get(name),
             observed={entry: content for entry, content in entries.items() if content is not None},
             baseline=subjects[name].baseline,
         )
@@ -203,11 +206,11 @@ def fingerprint(digests: Mapping[str, bytes]) -> str:
 
 
 def is_examined(observer: Observer, subjects: Mapping[str, Subject], source: Source, device: str) -> bool:
-    """Let an observer look at the models alone; warn and return False if they give it numbers that are not finite."""
+    """Let an observer look at the models alone; warn and return False after an error: the metrics are there already."""
     try:
         observer.examine(subjects, min(source.size), device)
-    except ArithmeticError as error:
-        log.warning("%s: %s", observer.name, first_line(error))
+    except Exception as error:  # of networks of any kind, and of observers of the user's own
+        log.warning("%s: left out: %s", observer.name, first_line(error))
         return False
     return True
 

@@ -17,6 +17,7 @@ from olvae.figures import ARRAYS, save_image
 from olvae.files import remove_partials, safe_path
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, crop_to
+from olvae.modules.base import device_of
 
 FORMATS: dict[str, dict[str, Any]] = {  # options of Pillow
     "png": {},
@@ -59,7 +60,7 @@ def decode_shards(
         if z.shape[1] != model.latent_channels:
             wrong = f"a latent of {z.shape[1]} channels, but the model's have {model.latent_channels}"
             raise ValueError(f"{batch[0].key}: {wrong}: name the target that encoded it")
-        y = model.decode_tiled(z.to(next(model.parameters()).device), memory=memory)
+        y = model.decode_tiled(z.to(device_of(model)), memory=memory)
         for latent, image in zip(batch, pixels.restore(y).cpu(), strict=True):
             name = _name(latent.key, image_format, names)
             names.add(name)

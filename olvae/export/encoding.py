@@ -16,7 +16,7 @@ from torch import Tensor
 
 from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
-from olvae.config.reading import holds_shards, is_local
+from olvae.config.reading import YAML, holds_shards, is_local
 from olvae.data.dataset import ImageDataset, MappedSource
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor
 from olvae.data.opening import open_images, open_source
@@ -29,9 +29,10 @@ from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.shards.write import ResumableShards, WebDatasetSample
 from olvae.data.source import total
 from olvae.devices import DTYPES, FULL, autocast
-from olvae.files import write_json
+from olvae.files import file_state, write_json
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, pad_to_multiple
+from olvae.modules.base import device_of
 from olvae.modules.distributions import in_float32, keyed_generator
 from olvae.modules.scaling_factors import Moments
 
@@ -75,7 +76,7 @@ class DatasetInputs:
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Collect what the shards' bytes depend on, together with the options."""
-        images = _digest(self.images.key(i) for i in range(len(self.images)))
+        images = _digest(self.images.state(i) for i in range(len(self.images)))
         return {"options": {**options, "shard_size": self.shard_size}, "images": images, "classes": list(self.classes)}
 
 
@@ -109,7 +110,10 @@ class ShardInputs:
                 raise OSError(f"{entry.name}: {entry.reason}; run the same command again to continue")
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        names = [f"{Path(shard.url).name}:{shard.images}" for shard in self.shards]
+        names = [
+            f"{Path(shard.url).name}:{shard.images}:{file_state(shard.url) if is_local(shard.url) else ''}"
+            for shard in self.shards
+        ]
         return {"options": dict(options), "images": _digest(names)}
 
 
@@ -124,7 +128,7 @@ def find_inputs(
     ``shard_size`` is the number of images in an output shard, unless SRC is made of shards; with ``classes`` the
     folders of SRC are classes. Raises ConfigError also for a config whose data have another range of values.
     """
-    if Path(src).suffix in (".yaml", ".yml"):
+    if Path(src).suffix in YAML:
         source = open_source(src, 1, 1)
         pixel_range.check_data(source.pixel_range)
         if isinstance(source, WebDatasetSource):
@@ -368,7 +372,7 @@ class EncodeJob:
     @torch.inference_mode()
     def _latents(self, images: Sequence[Tensor], keys: Sequence[str], memory: int) -> list[Latent]:
         """Encode images that have one size once they are padded, and round to the stored dtype, on the CPU."""
-        device = next(self.model.parameters()).device
+        device = device_of(self.model)
         if not self.options.size:
             images = [pad_to_multiple(image, self.model.downscale) for image in images]
         x = self.model.pixel_range.normalise(torch.stack(list(images)).to(device))  # (B, C, H, W)

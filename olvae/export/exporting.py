@@ -108,7 +108,7 @@ def export_target(target: Target, place: Path, settings: ExportSettings) -> tupl
     notes = list(layout.notes(model))
     kept = "latents" not in layout.refused
     factors_from = _set_factors(model, loaded, target, settings, layout.in_units(model), notes) if kept else None
-    metrics = None if layout.suffix else _metrics_of(target, notes)
+    metrics = None if layout.suffix else _metrics_of(target, loaded, notes)
     provenance = Provenance(target.name, target.config, metrics, target.raw, settings.license, factors_from)
     return export(model, place, layout, settings, provenance), notes
 
@@ -251,14 +251,17 @@ def _replace(partial: Path, place: Path) -> None:
         raise
 
 
-def _metrics_of(target: Target, notes: list[str]) -> Path | None:
-    """Find metrics.json beside a target; note if it is about a run's other kind of weights, and so left out."""
+def _metrics_of(target: Target, model: Autoencoder, notes: list[str]) -> Path | None:
+    """Find metrics.json beside a target; note if it is about other weights, as of a run's past, and so left out."""
     folder = target.run.path if target.run is not None else Path(target.given.removesuffix(RAW).removeprefix(DIFFUSERS))
     metrics = folder / "metrics.json"
     if not metrics.is_file():
         return None
     if target.run is not None and (rows := Results.read(metrics).rows) and (RAW in rows[0].target) != target.raw:
         notes.append(f"{metrics} is left out: it is about {rows[0].target}, not {target.name}")
+        return None
+    if target.run is not None and rows and rows[0].weights not in (None, tensors_sum(model.state_dict())):
+        notes.append(f"{metrics} is left out: it is about earlier weights: evaluate again")
         return None
     return metrics
 
@@ -317,17 +320,18 @@ def read_factors(path: Path, target: str, weights: str | None = None) -> Factors
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        results = content.get("results", [{"target": content.get("target"), "diffusion": content}])
+        results = content.get("results", [{**content, "diffusion": content}])
         found = {result["target"]: [float(result["diffusion"][key]) for key in FACTORS[1:]] for result in results}
+        sums = {result["target"]: result.get("weights") for result in results}
         images = content.get("count", (content.get("data") or {}).get("n"))
-        other_weights = weights is not None and content.get("weights", weights) != weights
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: not written by olvae latents or olvae encode: {error!r}") from error
-    if other_weights:
-        raise ValueError(f"{path}: of latents that {content['target']} made, with other weights than {target}'s")
     if target not in found and len(found) != 1:
         raise ValueError(f"{path}: has no factors of {target}, but of {', '.join(found) or 'nothing'}")
-    scaling, shift = found.get(target) or next(iter(found.values()))
+    name = target if target in found else next(iter(found))
+    if weights is not None and sums[name] not in (None, weights):
+        raise ValueError(f"{path}: of latents that {name} made, with other weights than {target}'s")
+    scaling, shift = found[name]
     return Factors(scaling, shift, images)
 
 

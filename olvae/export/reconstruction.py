@@ -42,7 +42,8 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
             raise FileNotFoundError(f"{path}: no such image or folder")
         for image in find_images(path) if path.is_dir() else [path]:
             below = image.relative_to(path) if path.is_dir() else Path(image.name)
-            if not path.is_dir() or out.resolve() not in image.resolve().parents:
+            results = out.resolve().is_relative_to(path.resolve()) and out.resolve() in image.resolve().parents
+            if not (path.is_dir() and results):
                 found.setdefault(image.resolve(), (image, out / below.with_suffix("")))
     if not found:
         raise FileNotFoundError(f"no images except those of {out}, the folder of the results: name others")
@@ -56,9 +57,13 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
                 break
         taken |= names
         places[image] = free
+        compared = free.with_name(f"{free.name}_compare.png")
         for suffix in (".png", *ARRAYS, "_compare.png"):
-            if free.with_name(free.name + suffix).resolve() in found:
-                raise ConfigError(f"`out` {out}: {free.name}{suffix} is one of the images: choose another folder")
+            file = free.with_name(free.name + suffix)
+            if file.resolve() in found:
+                raise ConfigError(f"`out` {out}: {file.name} is one of the images: choose another folder")
+            if file.exists() and not compared.exists():
+                raise ConfigError(f"`out` {out}: {file.name} is there, and no earlier result: choose another folder")
     return places
 
 

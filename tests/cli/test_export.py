@@ -117,6 +117,14 @@ def test_from_a_run_to_everything(olvae, done, run_folder, tmp_path):
     assert all(torch.equal(t, trained[name]) for name, t in raw.state_dict().items())
     assert "float32, as trained" in (out / "README.md").read_text()
 
+    content = json.loads((run_folder / "metrics.json").read_text())
+    content["results"][0]["weights"] = "12ab"
+    (run_folder / "metrics.json").write_text(json.dumps(content))
+    assert (
+        "metrics.json is left out: it is about earlier weights: evaluate again"
+        in olvae(run_folder, "--out", tmp_path / "resumed")[2]
+    )
+
     with pytest.warns(UserWarning, match=r"`?-*raw`? is ignored"):  # nothing tells which ones an export has
         assert olvae(out, "--out", tmp_path / "again", "--raw")[0] == 0
     assert "as trained" not in (tmp_path / "again" / "README.md").read_text()

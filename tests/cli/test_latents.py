@@ -58,7 +58,7 @@ def test_pictures_that_are_not_finite_cost_ifid_alone(olvae, trained, tmp_path, 
     (row,) = json.loads((tmp_path / "latents.json").read_text())["results"]
     assert "ifid" not in row
     assert row["std"] > 0
-    assert "ifid: a picture of neighbours is not finite" in caplog.text
+    assert "ifid: left out: a picture of neighbours is not finite" in caplog.text
 
 
 def test_ifid_without_its_network(refused, trained, tmp_path, nowhere):

@@ -212,6 +212,16 @@ def test_percentiles_per_channel_as_numpy_has_them(root, tmp_path):
     np.testing.assert_array_equal(measure(str(tmp_path / "shards")).percentiles, found.percentiles)
 
 
+def test_all_columns_count_whatever_the_width(root):
+    """A step between values that divides the width would see the same columns in every row."""
+    array = np.random.default_rng(0).normal(1000, 100, (2048, 2048)).astype(np.float32)
+    array[:, 0] = np.nan
+    np.save(root / "a.npy", array)
+    found = measure(str(root))
+    assert found.missing == pytest.approx(1 / 2048, rel=0.2)
+    assert found.percentiles[0, 3] == pytest.approx(1000, abs=5)
+
+
 def test_a_files_own_missing_value_is_no_value_and_is_not_resized(root, tmp_path):
     array = np.full((40, 40), 7, dtype=np.float32)
     array[:4], array[4] = -9999, 9

@@ -10,6 +10,8 @@ from olvae.config import ConfigError
 from olvae.config.reading import holds_shards
 from olvae.data.dataset import SamplePhotographs
 from olvae.data.opening import open_source, open_test_source
+from olvae.data.pixels.size_and_range import Sides
+from olvae.data.shards.index import find_shards
 from olvae.runs import make_data_absolute, present_data
 from tests.conftest import tiny_config
 from tests.data.images import encoded, write_shards
@@ -57,6 +59,12 @@ def test_shards_are_told_from_images(tmp_path, image_folder):
     assert not holds_shards("hf:cifar10")
     assert not holds_shards(str(image_folder))
     assert not holds_shards("photos/*.jpg")
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in ("0.tar", "._0.tar", "._0.jpg"):  # macOS's, of extended attributes
+        (folder / name).touch()
+    assert holds_shards(str(folder))
+    assert find_shards(str(folder)) == [str(folder / "0.tar")]
 
 
 def test_mistakes(tmp_path):
@@ -168,6 +176,14 @@ def test_other_masks_are_resized_as_the_runs_own(home):
     for params, resample in ((masks["params"], "nearest"), (both, "nearest"), (half, "bicubic"), ({}, "bicubic")):
         config = {"data": {"target": FOLDER, "params": {"size": 8, **params}}}
         assert open_test_source(config, "more").eval_transform.resample == resample
+
+
+def test_the_data_of_another_config_at_a_size(home):
+    cfg.save({"data": {"target": FOLDER, "params": {"root": "more", "size": 16, "batch_size": 1}}}, home / "other.yaml")
+    for size, expected in ((None, 16), (8, 8)):
+        source = open_test_source({}, str(home / "other.yaml"), size)
+        assert source.size == Sides.of(expected)
+        assert next(iter(source.test_loader()))["image"].shape[-2:] == (expected, expected)
 
 
 def test_data_that_are_no_node_are_refused_as_before(tmp_path):

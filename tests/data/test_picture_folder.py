@@ -1,3 +1,4 @@
+import glob
 import multiprocessing
 import os
 import shutil
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 
 from olvae.data.image import EvalTransform
+from olvae.data.opening import open_images
 from olvae.data.picture_folder import Files, FolderSource, find_images
 from tests.data.images import close_folders
 
@@ -171,6 +173,25 @@ def test_names_that_are_no_utf_8_are_keys_that_can_be_written(image_folder):
 def test_which_are_held_out_is_the_same_in_every_version(image_folder):
     s = source(image_folder)
     assert [s.val.key(i) for i in range(len(s.val))] == ["class0/0.png", "class1/10.png", "class2/11.png"]
+
+
+@pytest.mark.parametrize("name", ["photos", "photos [1]", "p?hotos*"])
+def test_which_are_held_out_is_the_same_by_a_pattern_wherever_the_folder_is(image_folder, tmp_path, name):
+    """Runs keep patterns with the folder they were started in, whose characters are escaped."""
+    by_folder = source(image_folder)
+    for place in (tmp_path / "here" / name, tmp_path / "there" / name):
+        shutil.copytree(image_folder, place)
+        found = source(f"{glob.escape(str(place))}/**/*.png")
+        assert {path.relative_to(place) for path in found.val.paths} == {
+            path.relative_to(image_folder) for path in by_folder.val.paths
+        }
+
+
+def test_a_key_is_the_path_below_the_folder_that_was_given(image_folder):
+    for extra in ("class1", "class2"):
+        shutil.rmtree(image_folder / extra)
+    found = open_images(str(image_folder))
+    assert {found.key(i) for i in range(len(found))} == {f"class0/{i}.png" for i in (0, 3, 6, 9)}
 
 
 def test_a_folder_that_cannot_be_opened_is_told_once(image_folder, monkeypatch, caplog):

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,11 +8,15 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
+from olvae.data.pixels.size_and_range import Sides
 from olvae.evaluation.baselines import Bicubic
+from olvae.evaluation.observers.observer import Observer
 from olvae.evaluation.protocol import PROTOCOLS, Protocol, Reconstructed, RoundTrip
-from olvae.evaluation.runner import fingerprint, measure, observe, rows_under
+from olvae.evaluation.runner import fingerprint, is_examined, measure, observe, rows_under
 from olvae.metrics import build_metrics
+from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import count_macs
+from olvae.modules.distributions import Posterior
 from tests.conftest import tiny
 
 KEYS = [f"image{i}" for i in range(7)]
@@ -122,6 +127,34 @@ def test_what_it_costs(images, model):
     assert cost.encode_images_per_s > 0
     assert cost.decode_images_per_s > 0
     assert cost.peak_memory_bytes is None  # nothing measures it on the CPU
+
+
+def test_what_can_not_be_counted_or_examined_loses_no_metric(images, model, caplog):
+    """Networks of the user's own may be more than torch, and observers may fail."""
+    count = RoundTrip(NumPyAutoencoder(model)).cost(32)
+    assert (count.encode_macs, count.decode_macs) == (None, None)
+    assert "multiplications of `encode` not counted: " in caplog.text
+    source = SimpleNamespace(size=Sides.of(32))
+    assert is_examined(Observer(), {}, source, "cpu")
+    broken = Observer()
+    broken.name, broken.examine = "mine", lambda *_: [][0]
+    assert not is_examined(broken, {}, source, "cpu")
+    assert "mine: left out: list index out of range" in caplog.text
+
+
+class NumPyAutoencoder(Autoencoder):
+    """Computes elsewhere, on values."""
+
+    def __init__(self, model: Autoencoder) -> None:
+        super().__init__()
+        self.in_channels, self.latent_channels, self.downscale = 3, 4, 8
+        self.inner = [model]
+
+    def encode(self, x: torch.Tensor) -> Posterior:
+        return self.inner[0].encode(torch.from_numpy(x.numpy()))
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return self.inner[0].decode(torch.from_numpy(z.numpy()))
 
 
 @pytest.mark.gpu

@@ -14,7 +14,9 @@ from olvae.config import ConfigError
 from olvae.data.image import EvalTransform, image_to_tensor
 from olvae.data.picture_folder import find_images
 from olvae.data.pixels.size_and_range import from_uint8
+from olvae.data.shards.tar_reading import Shard
 from olvae.evaluation.latent_report import LatentAccumulator
+from olvae.export.decoding import decode_shards
 from olvae.export.encoding import find_inputs
 from olvae.models.large.tiling import pad_to_multiple
 from tests.data.images import encoded, picture, write_shard, write_shards, write_tar
@@ -163,6 +165,16 @@ def test_a_deterministic_autoencoder_gives_its_latent(tmp_path, image_folder):
     assert all(set(one) == {"latent"} for one in found.values())
     assert torch.allclose(torch.stack([one["latent"] for one in found.values()]), x, atol=1e-6)
     assert stats["scaling_factor"] == pytest.approx(1 / float(x.double().std(correction=0)), rel=1e-5)
+
+
+def test_an_autoencoder_without_weights(tmp_path, image_folder):
+    bare = Shrunk()
+    del bare.gain
+    bare.gain = 1.0
+    for name, model in (("bare", bare), ("same", Shrunk())):
+        encode(image_folder, tmp_path / name, model)
+        decode_shards(model, [Shard(str(path)) for path in sorted((tmp_path / name).glob("*.tar"))], tmp_path / "png")
+    assert files(tmp_path / "bare") == files(tmp_path / "same")
 
 
 def test_shards_keep_names_and_other_files(tmp_path):
@@ -332,6 +344,7 @@ def test_a_kill_leaves_nothing_half_written_once_it_is_encoded_again(tmp_path, i
         ({"images": True}, r"images False \(now True\)"),
         ({"model": 1}, "begun with other weights:"),
         ({"source": 1}, "begun with other images:"),
+        ({"edited": 1}, "begun with other images:"),
         ({"shard_size": 4}, r"shard_size 5 \(now 4\)"),
     ],
 )
@@ -342,6 +355,8 @@ def test_another_job_in_the_same_folder_is_refused(tmp_path, image_folder, chang
         change["model"] = tiny_vae(1)
     if change.pop("source", None):
         find_images(image_folder)[0].unlink()
+    if change.pop("edited", None):  # the same name
+        Image.new("RGB", (48, 40)).save(find_images(image_folder)[0])
     with pytest.raises(ConfigError, match=text):
         encode(image_folder, tmp_path / "out", **change)
     assert everything(tmp_path / "out") == before

@@ -299,7 +299,11 @@ def test_factors_of_latents_json(tmp_path):
     with pytest.raises(ValueError, match=r"has no factors of c, but of a, b"):
         read_factors(path, "c")
     path.write_text(json.dumps({"results": [result("a", 2.0)]}))
-    assert read_factors(path, "c")[:2] == (2.0, 0.25)  # the only one
+    assert read_factors(path, "c", "12ab")[:2] == (2.0, 0.25)  # the only one, of a version without checksums
+    path.write_text(json.dumps({"results": [{**result("a", 2.0), "weights": "12ab"}, result("b", 3.0)]}))
+    assert read_factors(path, "a", "12ab")[:2] == (2.0, 0.25)
+    with pytest.raises(ValueError, match=r"of latents that a made, with other weights than a's"):
+        read_factors(path, "a", "34cd")
     path.write_text(json.dumps({"target": "a", "weights": "12ab", "scaling_factor": 2.0, "shift_factor": 0.25}))
     assert read_factors(path, "c", "12ab")[:2] == (2.0, 0.25)  # a stats.json, of the same weights
     with pytest.raises(ValueError, match=r"of latents that a made, with other weights than c's"):

@@ -39,8 +39,8 @@ def touch(*paths: Path) -> None:
 
 def test_every_image_has_a_place_of_its_own(tmp_path):
     a, b, result, c = (tmp_path / name for name in ("a.png", "in/b.png", "in/out/b.png", "in/deep/b.jpg"))
-    touch(a, b, result, c)
     out = tmp_path / "in" / "out"
+    touch(a, b, result, out / "b_compare.png", c)
     assert plan_outputs([a, tmp_path / "in", b], out) == {a: out / "a", b: out / "b", c: out / "deep/b"}
     for given, text in (
         ([a, tmp_path / "missing.png"], "no such image or folder"),
@@ -60,6 +60,13 @@ def test_every_image_has_a_place_of_its_own(tmp_path):
     ):
         with pytest.raises(ConfigError, match=text):
             plan_outputs(given, place)
+    assert [*plan_outputs([tmp_path / "in/deep"], tmp_path)] == [c]  # out is around them, not among them
+    touch(out / "x.png")
+    touch(tmp_path / "x.jpg")
+    with pytest.raises(ConfigError, match=r"x\.png is there, and no earlier result"):
+        plan_outputs([tmp_path / "x.jpg"], out)
+    touch(out / "x_compare.png")
+    assert plan_outputs([tmp_path / "x.jpg"], out) == {tmp_path / "x.jpg": out / "x"}
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 2])

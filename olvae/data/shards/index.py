@@ -13,7 +13,7 @@ from typing import Any
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from olvae.config.reading import EXTENSIONS, SUFFIXES, is_local
+from olvae.config.reading import EXTENSIONS, is_local, is_shard
 from olvae.data.shards.tar_reading import SHARD_ERRORS, Shard, file_name, is_image, open_url
 from olvae.files import reason, warn_once, write_json
 
@@ -88,7 +88,7 @@ def _expand(text: str) -> list[str]:
     text = re.sub("^file:(//)?", "", text)
     path = Path(text).expanduser()
     if path.is_dir():
-        return [str(file) for file in sorted(path.iterdir()) if file.name.endswith(SUFFIXES)]
+        return [str(file) for file in sorted(path.iterdir()) if is_shard(file.name)]
     try:
         expanded = expand_urls(text)
     except AssertionError as error:  # raised by webdataset for an environment variable that is not set

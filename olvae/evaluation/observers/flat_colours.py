@@ -52,9 +52,10 @@ class FlatColours(Observer):
         }
         size = colour_size([model.downscale for model in models.values()], size)
         for name, model in models.items():
-            colours = reconstruct_colours(model, size, device)
+            side = getattr(model, "side", None) or size  # the only one that it takes
+            colours = reconstruct_colours(model, side, device)
             period = model.downscale
-            self._entries[name] = {"size": size, "period": period, "frame": _frame(size, period), "colours": colours}
+            self._entries[name] = {"size": side, "period": period, "frame": _frame(side, period), "colours": colours}
 
     def result(self, target: str, draw: int) -> dict[str, Any] | None:
         return self._entries.get(target)

@@ -97,8 +97,9 @@ def decode_tiled(
     """``decoder(z)`` tile by tile: equal to rounding, because each tile includes all that it depends on.
 
     A tile's side is ``tile`` latent positions, or the largest that takes ``memory`` bytes beside z, the image and the
-    parameters. A decoder without a finite :func:`receptive_field` is never tiled: with ``memory`` it decodes whole if
-    that fits. ValueError if it can't be tiled, or no tile is small enough. ``progress`` is called after every tile.
+    parameters. A decoder without a finite :func:`receptive_field` is never tiled: with ``memory`` it decodes as many
+    whole images at once as fit. ValueError if it can't be tiled, or no tile is small enough. ``progress`` is called
+    after every tile.
     """
     if (tile is None) == (memory is None):
         raise ValueError("give either `tile` or `memory`")
@@ -107,14 +108,14 @@ def decode_tiled(
         name = type(decoder).__name__
         if memory is None:
             raise ValueError(f"{name} sees the whole latent at every position: leave `tile` out")
-        needs = peak_bytes(decoder, lambda d, x: d(x), (z.shape[0], decoder.z_channels, *z.shape[-2:]))
+        needs = peak_bytes(decoder, lambda d, x: d(x), (1, decoder.z_channels, *z.shape[-2:]))
         if needs > memory:
             size = f"{z.shape[-1] * decoder.upscale}x{z.shape[-2] * decoder.upscale}"
             raise ValueError(
                 f"{name} sees the whole latent at every position and can't be tiled; decoding {size} pixels whole "
                 f"takes {needs / GIB:.3g} GiB, more than {memory / GIB:.3g}: allow more memory, or a smaller image"
             )
-        whole: Tensor = decoder(z)
+        whole = torch.cat([decoder(part) for part in z.split(memory // max(1, needs))])
         if progress is not None:
             progress(1.0)
         return whole

@@ -10,6 +10,7 @@ from olvae.models.large.tiling import (
     crop_to,
     decode_window,
     pad_to_multiple,
+    peak_bytes,
     receptive_field,
     tile_bytes,
     tile_for,
@@ -120,6 +121,13 @@ def test_stable_diffusions_decoder_is_not_tiled():
     vae = sd()
     with torch.no_grad():
         torch.testing.assert_close(vae.decode_tiled(z, memory=GIB), vae.decode(z))
+        z = torch.randn(7, 4, 6, 5)
+        needs = peak_bytes(vae.decoder, lambda d, x: d(x), (1, 4, 6, 5))
+        sizes: list[int] = []
+        vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+        expected = vae.decode(z)
+        torch.testing.assert_close(vae.decode_tiled(z, memory=3 * needs + 1), expected)
+        assert sizes == [7, 3, 3, 1]  # as many images at once as fit
 
 
 def test_mistakes():
