@@ -1,5 +1,6 @@
 """Run ``olvae bench`` and ``olvae tables``: speed and memory, parameters and operations."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from olvae.cli.options import check_device, print_rows, split_commas
+from olvae.config import ConfigError
 
 GROUPS = ("dwt", "encoder", "decoder", "train", "data")
 CASE = ("name", "variant", "precision")  # of a row
@@ -50,10 +52,6 @@ def command(
 
     Example: olvae bench data photos shards --size 256 --workers 1,2
     """
-    import json
-
-    from olvae.config import ConfigError
-
     chosen = list(GROUPS) if groups == "all" else split_commas(groups)
     if unknown := [name for name in chosen if name not in GROUPS]:
         raise ConfigError(f"GROUPS {', '.join(unknown)}: choose from all, {', '.join(GROUPS)}")
@@ -124,8 +122,6 @@ def tables_command(
 
     Example: olvae tables --json > tables.json
     """
-    import json
-
     from olvae.bench.cases import network_table
 
     rows = network_table()

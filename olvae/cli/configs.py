@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from omegaconf import OmegaConf
 
 from olvae.cli.options import check_precision, print_rows
+from olvae.config import ConfigError, load, recipes, validate
+from olvae.config.reading import nearest_recipes
 
 
 def validate_command(
@@ -32,8 +35,6 @@ def validate_command(
 
     Example: olvae validate --ranks 64 --precision bf16 imagenet/large_batch
     """
-    from olvae.config import ConfigError, load, validate
-
     if precision is not None and ranks is None:
         raise ConfigError("--precision applies to --ranks: give both, or neither")
     found = 0
@@ -104,8 +105,6 @@ def show(context: typer.Context) -> None:
     """
     if context.invoked_subcommand is not None:
         return
-    from olvae.config import recipes
-
     lines = {name: _first_line(path) for name, path in recipes().items()}
     indent = 2 + max(map(len, lines))
     beside = max(20, shutil.get_terminal_size().columns - indent)
@@ -129,11 +128,6 @@ def copy(
 
     Example: olvae recipes copy phase_a mine.yaml data.params.root=photos
     """
-    from omegaconf import OmegaConf
-
-    from olvae.config import ConfigError, load, recipes
-    from olvae.config.reading import nearest_recipes
-
     settings = list(overrides or ())
     if file is not None and "=" in file.name:
         settings, file = [str(file), *settings], None

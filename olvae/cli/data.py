@@ -1,12 +1,16 @@
 """Run ``olvae data``: pack images into shards, check a source, measure its values."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from olvae.cli.options import ProgressBar, check_paths, in_flags, loading, stop_code
+from olvae.config import ConfigError, load
+from olvae.files import list_skipped
 
 app = typer.Typer(no_args_is_help=True, help="Pack images into shards; check a source; measure its values.")
 
@@ -43,13 +47,10 @@ def pack(
 
     Example: olvae data pack photos --out shards --resize 512
     """
-    from olvae.config import ConfigError
-
     check_paths(data=src)
     with loading():
         from olvae.data import packing
         from olvae.devices import cores
-        from olvae.files import list_skipped
 
     if resize is None and (image_format is not None or quality is not None):
         raise ConfigError("--format and --quality apply to images that --resize makes smaller: add --resize")
@@ -91,11 +92,8 @@ def check(
 
     Example: olvae data check shards --size 256
     """
-    import json
-
     check_paths(data=src)
     with loading():
-        from olvae.config import ConfigError, load
         from olvae.data import audit
         from olvae.data.pixels.size_and_range import PixelRange, Sides
         from olvae.devices import cores
@@ -130,12 +128,9 @@ def range_command(
 
     Example: olvae data range scans
     """
-    from rich.console import Console
-
     check_paths(data=src)
     with loading():
         from olvae.data.audit import measure
-        from olvae.files import list_skipped
 
     found = measure(src, images)
     if found.unreadable:

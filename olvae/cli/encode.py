@@ -1,6 +1,7 @@
 """Run ``olvae encode`` and ``olvae decode``: images to latents for a diffusion model, and back."""
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from olvae.cli.options import (
     loading,
     stop_code,
 )
+from olvae.config import ConfigError
+from olvae.files import check_folder, no_empty_folders
 from olvae.runs import entry_of
 
 if TYPE_CHECKING:  # slow to import
@@ -74,10 +77,6 @@ def command(
 
     Example: olvae encode my-vae --data shards --native --flip --out latents
     """
-    import json
-
-    from olvae.config import ConfigError
-
     if native and size is not None:
         raise ConfigError("--native and --size: give one of the two")
     check_paths(target, data=data)
@@ -86,7 +85,6 @@ def command(
 
         from olvae.devices import gather, join, keep_freed_memory, leave, precision_name, resolve_device
         from olvae.export.encoding import EncodeJob, EncodeOptions, find_inputs
-        from olvae.files import check_folder, no_empty_folders
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
         from olvae.models.optimization import compile_networks
@@ -158,8 +156,6 @@ def _other_factors(stats: Mapping[str, Any], out: Path, target: "Target", model:
 
 
 def _encoder(model: Any, target: str) -> Any:
-    from olvae.config import ConfigError
-
     if not hasattr(model, "encoder"):
         raise ConfigError(f"--compile: {target} has no module `encoder` to compile: leave it out")
     return model.encoder
@@ -202,7 +198,6 @@ def decode_command(
         from olvae.data.source import total
         from olvae.devices import resolve_device
         from olvae.export.decoding import decode_shards
-        from olvae.files import check_folder, no_empty_folders
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
 

@@ -1,8 +1,12 @@
 """Run ``olvae evaluate``: metrics, tables and a report of reconstructions."""
 
+import json
+import logging
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,11 +26,13 @@ from olvae.cli.options import (
     split_commas,
     with_progress,
 )
+from olvae.config import ConfigError, resolve_class
+from olvae.files import check_folder
+from olvae.runs import Run, find_run
 
 if TYPE_CHECKING:  # slow to import
     from olvae.evaluation.observers.observer import Observer
     from olvae.evaluation.results import Evaluated, Results
-    from olvae.runs import Run
 
 METRICS = ("psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid", "fdd")
 PROTOCOLS = ("open-litevae", "latent-diffusion", "dc-ae", "llamagen", "va-vae")  # names; the registries import torch
@@ -160,12 +166,6 @@ def command(
 
     Example: olvae evaluate --zoo sdxl,flux2,qwen-image --data photos --size 256 --out zoo
     """
-    import logging
-    from dataclasses import replace
-    from functools import partial
-
-    from olvae.config import ConfigError
-
     if (zoo is None) == (not targets) or (zoo is not None and (not data or not out or baselines or "," in protocol)):
         raise ConfigError("name TARGETs, as last, or `zoo` with `data`, `out` and one `protocol`, without `baselines`")
     check_paths(*(targets := targets or []), data=data)
@@ -220,7 +220,6 @@ def _observers(
     cross: bool, precisions: list[str], report: bool, own: Iterable[str], weights_dir: Path | None
 ) -> list["Observer"]:
     """Make the observers that the flags ask for, in the order of the page."""
-    from olvae.config import resolve_class
     from olvae.evaluation.observers.bands import Bands
     from olvae.evaluation.observers.cross import Cross
     from olvae.evaluation.observers.flat_colours import FlatColours
@@ -251,7 +250,6 @@ def _of_earlier_rows() -> "list[Observer]":
 
 def _read_earlier_files(paths: Iterable[Path], places: Iterable[Path]) -> "dict[Path, Results]":
     """Read what `beside` names; ConfigError if new results would overwrite one, a note if they replace others."""
-    from olvae.config import ConfigError
     from olvae.evaluation.results import read_results
 
     taken = {place.resolve() for place in places}
@@ -273,9 +271,6 @@ def _finish(
     as_json: bool,
 ) -> None:
     """Write and print results beside earlier ones; ValueError, after that, if these are not comparable."""
-    import json
-    from dataclasses import replace
-
     from olvae.evaluation.report import print_results, write_files
 
     written: list[tuple[str, Path]] = []
@@ -299,12 +294,8 @@ def _finish(
         raise refused[0]
 
 
-def results_folder(out: Path | None, target: str, run: "Run | None") -> Path:
+def results_folder(out: Path | None, target: str, run: Run | None) -> Path:
     """Choose and check the folder of the results: ``out``, the run's folder, or one beside a file of weights."""
-    from olvae.config import ConfigError
-    from olvae.files import check_folder
-    from olvae.runs import find_run
-
     if out is None and run is not None:
         out = Path(find_run(target))
     elif out is None and Path(target).is_file():

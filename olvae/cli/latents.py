@@ -1,11 +1,14 @@
 """Run ``olvae latents``: describe the distribution of latents."""
 
+import json
 from typing import Annotated
 
 import typer
 
 from olvae.cli.evaluate import BatchSize, First, Out, Targets, TestImages, WeightsDir, results_folder
 from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, check_paths, loading, with_progress
+from olvae.config.reading import place_of
+from olvae.files import no_empty_folders, remove_partials, write_json
 
 
 def command(
@@ -30,19 +33,15 @@ def command(
 
     Example: olvae latents demo --data photos --images 1000 --out report
     """
-    import json
-
     check_paths(*targets, data=data)
     with loading():
         from olvae.checkpoint import tensors_sum
-        from olvae.config.reading import place_of
         from olvae.devices import join, leave, resolve_device
         from olvae.evaluation.latent_report import draw_distribution, encode_latents, print_latents, report_latents
         from olvae.evaluation.observers.ifid import InterpolatedFID
         from olvae.evaluation.observers.observer import Observer, Subject
         from olvae.evaluation.protocol import open_images_for
         from olvae.evaluation.runner import is_examined
-        from olvae.files import no_empty_folders, remove_partials, write_json
         from olvae.models.loading.targets import find_target, name_apart
         from olvae.modules.scaling_factors import FEW_IMAGES
 

@@ -16,6 +16,7 @@ import typer
 from olvae import __version__
 from olvae.cli import bench, configs, data, encode, evaluate, export, latents, reconstruct, train
 from olvae.cli.options import PREEMPTED, STOPPED, end_on, in_flags, name_flags, stop_code
+from olvae.config import ConfigError, key_places, load
 from olvae.files import printable
 
 app = typer.Typer(
@@ -125,8 +126,6 @@ def print_error(error: Exception, arguments: Sequence[str] = ()) -> int:
             text += _as_setting(error.option_name, arguments)
         typer.echo(text if "\n" in text else f"error: {text}", err=True)  # more than one line is a help
         return int(error.exit_code)
-    from olvae.config import ConfigError
-
     if isinstance(error, RuntimeError | ConnectionError | EOFError):
         from olvae.data.read_errors import worker_death
 
@@ -147,8 +146,6 @@ def print_error(error: Exception, arguments: Sequence[str] = ()) -> int:
 
 def _as_setting(option: str, arguments: Sequence[str]) -> str:
     """End the message on an unknown option of ``olvae train`` with the way to write a setting of its config."""
-    from olvae.config import ConfigError, key_places, load
-
     name, places = option.lstrip("-").rpartition(".")[2].replace("-", "_"), dict[str, str]()
     with contextlib.suppress(ConfigError):
         places = key_places(load([b for flag, b in pairwise(repeat_flags([*arguments])) if flag in MANY_VALUES]))

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.status import Status
 from rich.text import Text
 
+from olvae.config import ConfigError
 from olvae.files import nearest_path
 from olvae.models.spec import check_target
 
@@ -35,8 +36,6 @@ def _checked(is_valid: Callable[[str], Any], choices: str) -> Callback:
     """Make a callback for ``typer.Option`` that refuses other values."""
 
     def check(param: typer.CallbackParam, value: str | None) -> str | None:
-        from olvae.config import ConfigError
-
         if value is not None and not is_valid(value):
             raise ConfigError(f"{param.opts[0]} {value}: choose {choices}")
         return value

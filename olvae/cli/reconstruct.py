@@ -1,5 +1,6 @@
 """Run ``olvae reconstruct`` and ``olvae app``: look at reconstructions, in files or in a browser."""
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +18,8 @@ from olvae.cli.options import (
     in_flags,
     loading,
 )
+from olvae.config import ConfigError
+from olvae.files import check_folder, legible
 
 
 def command(
@@ -49,8 +52,6 @@ def command(
 
     Example: olvae reconstruct demo photo.jpg holiday/ --out reconstructions
     """
-    from olvae.config import ConfigError
-
     if seed is not None and not sample:
         raise ConfigError("--seed applies to --sample: give both, or neither")
     if memory is not None and not 0 < memory < 2**20:
@@ -61,7 +62,6 @@ def command(
 
         from olvae.devices import precision_name, resolve_device, resolve_precision
         from olvae.export.reconstruction import ReconstructOptions, plan_outputs, reconstruct_files
-        from olvae.files import check_folder, legible
         from olvae.models.large.tiling import GIB, default_memory
         from olvae.models.loading.targets import find_target
 
@@ -97,11 +97,7 @@ def app_command(
 
     Example: olvae app demo diffusers:stabilityai/sd-vae-ft-mse --port 0
     """
-    from importlib.util import find_spec
-
-    from olvae.config import ConfigError
-
-    if find_spec("gradio") is None:
+    if importlib.util.find_spec("gradio") is None:
         raise ConfigError("olvae app needs Gradio: pip install 'open-litevae[app]'")
     check_paths(*targets)
     with loading():

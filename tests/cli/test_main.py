@@ -193,7 +193,7 @@ def test_a_failed_evaluation_leaves_no_folder(olvae, trained, tmp_path, monkeypa
     out = tmp_path / "new" / "out"
     for place, *command in (
         ("olvae.evaluation.report.write_csv", "evaluate", "--metrics", "l1", "--no-report"),
-        ("olvae.files.write_json", "latents"),
+        ("olvae.cli.latents.write_json", "latents"),
     ):
         monkeypatch.setattr(place, full_disk)
         code, _, err = olvae(*command, trained, "--out", out)
