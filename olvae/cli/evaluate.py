@@ -250,10 +250,10 @@ def _of_earlier_rows() -> "list[Observer]":
 
 def _read_earlier_files(paths: Iterable[Path], places: Iterable[Path]) -> "dict[Path, Results]":
     """Read what `beside` names; ConfigError if new results would overwrite one, a note if they replace others."""
-    from olvae.evaluation.results import read_results
+    from olvae.evaluation.results import Results
 
     taken = {place.resolve() for place in places}
-    earlier = {path: read_results(path, _of_earlier_rows()) for path in paths}
+    earlier = {path: Results.read(path, _of_earlier_rows()) for path in paths}
     if replaced := [str(place) for place in taken if place.is_file()]:
         typer.echo(f"note: {', '.join(replaced)}: earlier results, which these replace; --out keeps both", err=True)
     if over := [path for path in earlier if path.resolve() in taken]:

@@ -165,14 +165,21 @@ class Results:
         }
 
     @classmethod
-    def read(cls, path: Path) -> "Results":
-        """Read a metrics.json; FileNotFoundError if there is none, ValueError if the file is something else."""
+    def read(cls, path: Path, observers: "Sequence[Observer]" = ()) -> "Results":
+        """Read a metrics.json that can be shown: its protocol has a name, these observers have words for its entries.
+
+        FileNotFoundError if there is none, ValueError if the file is something else.
+        """
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such metrics.json")
         try:
             content = json.loads(path.read_text())
             rows = [Row.from_dict(row) for row in content["results"]]
             protocol, images = dict(content.get("protocol", {})), dict(content.get("images", {}))
+            if unnamed := {"name", "version"} - protocol.keys():
+                raise KeyError(*unnamed)
+            for observer in observers:
+                list(observer.lines(rows))
             return cls(protocol, str(content["protocol_hash"]), images, rows)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
@@ -234,22 +241,6 @@ def used_weights(rows: Iterable[Row]) -> dict[str, Mapping[str, Any]]:
             if name in METRICS and isinstance(details.get("weights"), Mapping):
                 found.setdefault(name, details["weights"])
     return found
-
-
-def read_results(path: Path, observers: "Sequence[Observer]" = ()) -> Results:
-    """Read a metrics.json that can be shown: its protocol has a name, and these observers have words for its entries.
-
-    Raises as :meth:`Results.read`.
-    """
-    results = Results.read(path)
-    try:
-        if unnamed := {"name", "version"} - results.protocol.keys():
-            raise KeyError(*unnamed)
-        for observer in observers:
-            list(observer.lines(results.rows))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
-    return results
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from olvae.config import ConfigError
 from olvae.data.pixels.size_and_range import Sides
 from olvae.devices import DTYPES
 from olvae.evaluation.observers.half_precision import HalfPrecision
-from olvae.evaluation.results import Results, read_results, scores
+from olvae.evaluation.results import Results, scores
 from olvae.export.formats import FACTORS, LAYOUTS, Layout, find_layout
 from olvae.files import folder_beside, nearest_folder, no_empty_folders, plain
 from olvae.models.autoencoder import Autoencoder, LiteVAE
@@ -345,7 +345,7 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
         loader=cards, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     environment.filters["plain"] = plain
-    results = None if provenance.metrics is None else read_results(provenance.metrics, [HALF])
+    results = None if provenance.metrics is None else Results.read(provenance.metrics, [HALF])
     rows = results.rows if results else []
     family = [row for row in rows if row.target == rows[0].target or row.target.startswith(f"{rows[0].target}, ")]
     return environment.get_template("card.md.jinja").render(

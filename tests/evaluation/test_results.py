@@ -50,7 +50,8 @@ def test_what_is_written_is_read_again(tmp_path):
 
 
 def test_a_file_with_the_least_that_a_row_has(tmp_path):
-    content = {"protocol": {}, "protocol_hash": "0", "results": [{"target": "a", "n": 3, "metrics": {"psnr": 20}}]}
+    protocol, result = {"name": "mine", "version": 1}, {"target": "a", "n": 3, "metrics": {"psnr": 20}}
+    content = {"protocol": protocol, "protocol_hash": "0", "results": [result]}
     (tmp_path / "metrics.json").write_text(json.dumps(content))
     assert Results.read(tmp_path / "metrics.json").rows == [Row("a", 3, {"psnr": 20.0})]
 
