@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,10 +41,8 @@ class Times:
     @property
     def spread(self) -> float:
         """The interquartile range: the middle half of the times lies within it; 0 for a single one."""
-        if len(self.seconds) == 1:
-            return 0.0
-        lower, _, upper = statistics.quantiles(self.seconds, n=4, method="inclusive")
-        return upper - lower
+        lower, upper = np.percentile(self.seconds, (25, 75))
+        return float(upper - lower)
 
 
 @dataclass(frozen=True, eq=False)
