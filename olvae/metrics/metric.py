@@ -163,13 +163,11 @@ class MetricSet:
         values = {}
         for name, metric in list(self.metrics.items()):
             try:
-                values[name] = metric.compute()
+                if math.isnan(value := metric.compute()):
+                    raise Unavailable("not a number")
+                values[name] = value
             except Unavailable as reason:
                 self._drop(name, str(reason))
-                continue
-            if math.isnan(values[name]):
-                del values[name]
-                self._drop(name, "not a number")
         return values
 
     def _drop(self, name: str, reason: str) -> None:
