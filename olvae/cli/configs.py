@@ -107,11 +107,10 @@ def show(context: typer.Context) -> None:
         return
     lines = {name: _first_line(path) for name, path in recipes().items()}
     indent = 2 + max(map(len, lines))
-    beside = max(20, shutil.get_terminal_size().columns - indent)
+    width = max(indent + 20, shutil.get_terminal_size().columns)
     for name, line in lines.items():
-        for part in textwrap.wrap(line, beside, break_on_hyphens=False):
-            typer.echo(f"{name:<{indent}}{part}")
-            name = ""
+        described = f"{name:<{indent}}{line}"
+        typer.echo(textwrap.fill(described, width, subsequent_indent=" " * indent, break_on_hyphens=False))
 
 
 @recipes_app.command()
