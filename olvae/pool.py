@@ -68,10 +68,6 @@ def run_in_processes(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def ignore_progress(*_: int | None) -> None:
-    """Do nothing: an :data:`OnProgress`."""
-
-
 _work: tuple[Callable[[Any, SharedProgress], Any], SharedProgress] | None = None
 
 

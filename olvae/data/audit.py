@@ -31,7 +31,7 @@ from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.source import LoaderProcess, Source
 from olvae.devices import seconds_per_image
 from olvae.files import file_sha256, printable
-from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
+from olvae.pool import OnProgress, SharedProgress, run_in_processes
 
 MEASURE_S = 3.0  # seconds for which the reading speed is measured
 IMAGES_PER_TASK, PRINTED_NAMES = 64, 10
@@ -80,7 +80,7 @@ def check(
     channels: int = 3,
     max_unreadable: float = 0.01,
     workers: int = 1,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = lambda *_: None,
     pixel_range: PixelRange = EIGHT_BITS,
 ) -> AuditResult:
     """Read and decode every image of SRC, for training on crops of ``size`` pixels with values of this range.

@@ -22,7 +22,7 @@ from olvae.data.read_errors import ReadError, TooManyUnreadableError, Unreadable
 from olvae.data.shards.index import INDEX, Index
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
 from olvae.files import list_skipped, no_empty_folders, reason
-from olvae.pool import OnProgress, SharedProgress, ignore_progress, run_in_processes
+from olvae.pool import OnProgress, SharedProgress, run_in_processes
 
 STATE = ".packing"  # the folder beside the shards, until they are complete, with the state to continue from
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}  # of images that are made smaller, with Pillow's names
@@ -63,7 +63,7 @@ def pack(
     options: PackOptions,
     workers: int = 1,
     max_unreadable: float = 0.01,
-    on_progress: OnProgress = ignore_progress,
+    on_progress: OnProgress = lambda *_: None,
 ) -> Packed:
     """Write the images of SRC to ``out/000000.tar``, ``000001.tar``, ... then an ``index.json``.
 
