@@ -48,7 +48,7 @@ class Cross(PerImageObserver):
     def __init__(self) -> None:
         super().__init__()
         self._teacher = self._student = ""
-        self._crossed: dict[str, Subject] = {}
+        self._crossed: set[str] = set()  # names of the rows without costs
         self._waiting: Tensor | None = None  # the teacher's latents of the batch
 
     def conflicts(self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence[Observer]) -> Iterator[str]:
@@ -65,11 +65,12 @@ class Cross(PerImageObserver):
         first.use_latents(*second.statistics())
         second.use_latents(*first.statistics())
         self._teacher, self._student = a, b
-        self._crossed = {
+        crossed = {
             f"{a}'s encoder, {b}'s decoder": Subject(Crossed(first, second)),
             f"{b}'s encoder, {a}'s decoder": Subject(Crossed(second, first)),
         }
-        return {**subjects, **self._crossed}
+        self._crossed = set(crossed)
+        return {**subjects, **crossed}
 
     def measure(self, batch: Observation) -> Iterable[Any] | None:
         """Of each image of the student the teacher's Moments, and the squared differences of the latents."""
