@@ -26,7 +26,6 @@ from olvae.files import check_folder, no_empty_folders
 from olvae.runs import entry_of
 
 if TYPE_CHECKING:  # slow to import
-    from olvae.data.pixels.size_and_range import Size
     from olvae.models.autoencoder import Autoencoder
     from olvae.models.loading.loader import Target
 
@@ -83,6 +82,7 @@ def command(
     with loading():
         import torch
 
+        from olvae.data.pixels.size_and_range import Sides
         from olvae.devices import gather, join, keep_freed_memory, leave, precision_name, resolve_device
         from olvae.export.encoding import EncodeJob, EncodeOptions, find_inputs
         from olvae.models.large.tiling import GIB
@@ -97,7 +97,8 @@ def command(
     where = torch.device(resolve_device(device))
     model = found.load().to(where)
     inputs = find_inputs(data, model.in_channels, shard_size, classes, model.pixel_range)
-    pixels = 0 if native else _size(size, found, model)
+    usual = Sides.of(entry_of(found.config, "data.params.size") or model.image_size)
+    pixels = 0 if native else (Sides.read(size) if size else usual).node
     options = EncodeOptions(pixels, moments, seed, dtype, flip, images, precision_name(precision))
     stats = None
     with no_empty_folders(out):
@@ -125,15 +126,6 @@ def command(
         for line in (*_report(stats, out, len(inputs)), *_other_factors(stats, out, found, model)):
             typer.echo(line, err=True)
     leave()
-
-
-def _size(given: str | None, target: "Target", model: "Autoencoder") -> "Size":
-    """The size of images that is given, else that of the training's, if it is known, else the model's."""
-    from olvae.data.pixels.size_and_range import Sides
-
-    if given:
-        return Sides.read(given).node
-    return Sides.of(entry_of(target.config, "data.params.size") or model.image_size).node
 
 
 def _other_factors(stats: Mapping[str, Any], out: Path, target: "Target", model: "Autoencoder") -> Iterator[str]:
