@@ -162,24 +162,22 @@ def rows_of(group: str, cases: Sequence[Case], device: str, rounds: int, warm_up
     gbyte_per_s; shares of limits; peak_memory_bytes, measured on a GPU, else counted from shapes for networks.
     """
     times = measure({case: case.run for case in cases}, device, rounds, warm_up)
-    return [_row(group, case, times) for case in cases]
-
-
-def _row(group: str, case: Case, times: Mapping[Case, Times]) -> dict[str, Any]:
-    measured = times[case]
-    row: dict[str, Any] = {"group": group, "name": case.name, "variant": case.variant, "precision": case.precision}
-    if case.size:
-        row |= {"size": case.size, "batch_size": case.batch_size}
-    if case.images:
-        row["images_per_s"] = case.images / measured.median
-    if case.peer is not None:
-        row["ratio"] = row["images_per_s"] * times[case.peer].median / case.peer.images
-    row |= {"median_ms": 1e3 * measured.median, "spread_ms": 1e3 * measured.spread}
-    if case.unit in RATES and case.work:
-        rate, factor = RATES[case.unit]
-        row[rate] = factor * case.work / measured.median
-    for share, limit in case.limits.items():
-        row[share] = (case.work / measured.median) / (limit.work / times[limit].median)
-    if (peak := case.computed_bytes if measured.peak_bytes is None else measured.peak_bytes) is not None:
-        row["peak_memory_bytes"] = peak
-    return row
+    rows = []
+    for case, measured in times.items():
+        row: dict[str, Any] = {"group": group, "name": case.name, "variant": case.variant, "precision": case.precision}
+        if case.size:
+            row |= {"size": case.size, "batch_size": case.batch_size}
+        if case.images:
+            row["images_per_s"] = case.images / measured.median
+        if case.peer is not None:
+            row["ratio"] = row["images_per_s"] * times[case.peer].median / case.peer.images
+        row |= {"median_ms": 1e3 * measured.median, "spread_ms": 1e3 * measured.spread}
+        if case.unit in RATES and case.work:
+            rate, factor = RATES[case.unit]
+            row[rate] = factor * case.work / measured.median
+        for share, limit in case.limits.items():
+            row[share] = (case.work / measured.median) / (limit.work / times[limit].median)
+        if (peak := case.computed_bytes if measured.peak_bytes is None else measured.peak_bytes) is not None:
+            row["peak_memory_bytes"] = peak
+        rows.append(row)
+    return rows
