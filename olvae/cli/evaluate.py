@@ -217,20 +217,16 @@ def command(
 
 
 def _observers(
-    cross: bool, precisions: list[str], report: bool, own: Iterable[str], weights_dir: Path | None
+    crossed: bool, precisions: list[str], report: bool, own: Iterable[str], weights_dir: Path | None
 ) -> list["Observer"]:
     """Make the observers that the flags ask for, in the order of the page."""
-    from olvae.evaluation.observers.bands import Bands
-    from olvae.evaluation.observers.cross import Cross
-    from olvae.evaluation.observers.flat_colours import FlatColours
-    from olvae.evaluation.observers.gallery import Gallery
-    from olvae.evaluation.observers.half_precision import HalfPrecision
-    from olvae.evaluation.observers.not_rgb import RealValues, Transparency
+    from olvae.evaluation.observers import bands, cross, flat_colours, gallery, half_precision, not_rgb
     from olvae.evaluation.observers.observer import Observer
 
-    observers: list[Observer] = [Cross()] if cross else []
-    observers += [HalfPrecision(precisions)] if precisions != ["32"] else []
-    observers += [RealValues(), Transparency(), Gallery(), Bands(), *([FlatColours()] if report else [])]
+    observers: list[Observer] = [cross.Cross()] if crossed else []
+    observers += [half_precision.HalfPrecision(precisions)] if precisions != ["32"] else []
+    observers += [not_rgb.RealValues(), not_rgb.Transparency(), gallery.Gallery(), bands.Bands()]
+    observers += [flat_colours.FlatColours()] if report else []
     arguments = {"ifid": {"weights_dir": weights_dir}}
     observers += [resolve_class(OBSERVERS.get(name, name), Observer)(**arguments.get(name, {})) for name in own]
     return observers
@@ -242,10 +238,9 @@ def _command() -> str:
 
 def _of_earlier_rows() -> "list[Observer]":
     """Make the observers that show entries of earlier results; others show what they saw themselves."""
-    from olvae.evaluation.observers.cross import Cross
-    from olvae.evaluation.observers.half_precision import HalfPrecision
+    from olvae.evaluation.observers import cross, half_precision
 
-    return [Cross(), HalfPrecision()]
+    return [cross.Cross(), half_precision.HalfPrecision()]
 
 
 def _read_earlier_files(paths: Iterable[Path], places: Iterable[Path]) -> "dict[Path, Results]":
