@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from olvae.config import import_extra
-from olvae.data.pixels.size_and_range import check_size
-
-Array = NDArray[np.generic]
+from olvae.data.pixels.size_and_range import Array, check_size
 
 DTYPES = ("uint8", "uint16", "int16", "float16", "float32")
 MAX_VALUES = 2**28  # of an array, all channels: 1 GiB in float32
