@@ -176,7 +176,9 @@ class WebDatasetSource(ShardSource):
                         f"{part[0]}: no such shard, nor another one for {use}, which has {len(part)} of "
                         f"{len(found)}: correct data.params.shards, or set data.params.val_shards"
                     )
-        parts = with_counts(train, index, image_key), with_counts(val, None if given else index, image_key)
+        counted, own = with_counts(train, index, image_key), None if given else index
+        held_out = counted if (val, own) == (train, index) else with_counts(val, own, image_key)  # each is read once
+        parts = counted, held_out
         super().__init__(*parts, shuffle, image_key, size, batch_size, num_workers, channels, max_unreadable, range)
         self.transform, self.eval_transform = transform, transform.evaluation
 
