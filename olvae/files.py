@@ -150,14 +150,6 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def lines_sha256(lines: Iterable[str]) -> str:
-    """Return the SHA-256 of lines of text, in hexadecimal."""
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(f"{line}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
-
-
 def safe_path(key: str) -> PurePosixPath:
     """Turn the key of an image into a path below a folder; raise ValueError if it leads out, or names no file."""
     path = PurePosixPath(key)

@@ -38,10 +38,6 @@ class ImageDataset(ABC):
         """A picture's key, and of a file the size and time, by which a repeated command knows what has changed."""
         return self.key(index)
 
-    def states(self) -> Iterator[str]:
-        """What identifies all pictures, in their order."""
-        return map(self.state, range(len(self)))
-
     @abstractmethod
     def __getitem__(self, index: int) -> Photo:
         """Raises UnreadableImageError if the picture can't be read."""

@@ -1,5 +1,6 @@
 """Pack the images of any source into WebDataset shards, in parallel and resumably (``olvae data pack``)."""
 
+import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from olvae.data.pixels.size_and_range import AS_STORED
 from olvae.data.read_errors import ReadError, TooManyUnreadableError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
-from olvae.files import lines_sha256, list_skipped, no_empty_folders, reason
+from olvae.files import list_skipped, no_empty_folders, reason
 from olvae.pool import OnProgress, SharedProgress, run_in_processes
 
 STATE = ".packing"  # the folder beside the shards, until they are complete, with the state to continue from
@@ -82,8 +83,7 @@ def pack(
     if not options.shard_size:
         options = replace(options, shard_size=usual_shard_size(len(images)))
     shards = ResumableShards(out, STATE)
-    about = [json.dumps(asdict(options), sort_keys=True), "" if isinstance(images, Files) else src]
-    digest = lines_sha256([*about, *images.states()])
+    digest = _source_digest(src, images, options)
     if (out / INDEX).is_file():
         index = _read_index(out, digest)
         shards.remove_state()  # of a run that was killed while it removed it
@@ -142,6 +142,16 @@ def _check_unreadable(src: str, unreadable: Sequence[Mapping[str, str]], images:
         raise TooManyUnreadableError(
             f"{lost} of {images} images can't be read, more than `max_unreadable` {max_unreadable:g}: {names}"
         )
+
+
+def _source_digest(src: str, images: ImageDataset, options: PackOptions) -> str:
+    """A hash of all that the shards depend on: the options, and the names, sizes and times of files."""
+    digest = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
+    if not isinstance(images, Files):
+        digest.update(src.encode())
+    for index in range(len(images)):
+        digest.update(f"{images.state(index)}\0".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 class _Packer:

@@ -1,5 +1,6 @@
 """Encode images to shards of latents with their statistics; resumable, in one process or several."""
 
+import hashlib
 import json
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.shards.write import ResumableShards, WebDatasetSample
 from olvae.data.source import total
 from olvae.devices import DTYPES, FULL, autocast
-from olvae.files import file_state, lines_sha256, write_json
+from olvae.files import file_state, write_json
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, pad_to_multiple
 from olvae.modules.base import device_of
@@ -75,7 +76,7 @@ class DatasetInputs:
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Collect what the shards' bytes depend on, together with the options."""
-        images = lines_sha256(self.images.states())
+        images = _digest(self.images.state(i) for i in range(len(self.images)))
         return {"options": {**options, "shard_size": self.shard_size}, "images": images, "classes": list(self.classes)}
 
 
@@ -113,7 +114,7 @@ class ShardInputs:
             f"{Path(shard.url).name}:{shard.images}:{file_state(shard.url) if is_local(shard.url) else ''}"
             for shard in self.shards
         ]
-        return {"options": dict(options), "images": lines_sha256(names)}
+        return {"options": dict(options), "images": _digest(names)}
 
 
 Inputs = DatasetInputs | ShardInputs
@@ -149,6 +150,10 @@ def _classes(images: ImageDataset) -> list[str]:
     if loose := [key for key in keys if "/" not in key]:
         raise ConfigError(f"`classes`: {loose[0]} is not in a folder that could be its class")
     return sorted({key.split("/")[0] for key in keys})
+
+
+def _digest(lines: Iterable[str]) -> str:
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")).hexdigest()
 
 
 @dataclass(frozen=True)
