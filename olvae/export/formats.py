@@ -21,8 +21,9 @@ from olvae.models.loading.loader import LoadOptions
 from olvae.models.loading.original_files import OriginalLoader, original_names
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import CONFIG_KEY, write_export
+from olvae.modules.base import HALVES
 from olvae.modules.distributions import deterministic_moments
-from olvae.modules.others.wrapped import HALVES, encode_image
+from olvae.modules.others.wrapped import encode_image
 from olvae.modules.sdvae import set_padding
 
 FACTORS = ("latents", "scaling_factor", "shift_factor")  # settings that say which ones a diffusion model needs

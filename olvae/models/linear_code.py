@@ -16,7 +16,7 @@ from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.data.source import LoaderProcess, Source
 from olvae.metrics.metric import psnr
 from olvae.models.autoencoder import LiteVAE
-from olvae.modules.base import Decoder, Encoder, Stage
+from olvae.modules.base import HALVES, Decoder, Encoder, Stage
 from olvae.modules.distributions import deterministic_moments
 
 POSITIONS = 2**16  # latent positions to fit on, hundreds for each unknown of an f8 code
@@ -25,7 +25,6 @@ CROP_BYTES = 2**28  # in memory at most, if that is fewer crops
 POSITIONS_AT_A_TIME = 2**13  # positions that are summed at a time
 LARGEST_PATCH = 2**12  # values whose covariances are computed: up to f32 in colour
 MEASURED_IMAGES = 256  # of validation, on which a fitted code is measured
-HALVES = ("encoder", "decoder")
 
 LEAST_VARIANCE = (2 / 255) ** 2 / 12
 """Of rounding to 8 bits, for values in [-1, 1]: components with less than that are not enlarged to unit variance."""

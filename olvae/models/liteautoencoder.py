@@ -17,7 +17,7 @@ from olvae.losses.objective import Objective
 from olvae.models.adversary import Adversary
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.averaging import WeightAverage
-from olvae.models.linear_code import HALVES, start_linearly
+from olvae.models.linear_code import start_linearly
 from olvae.models.optimization import (
     NonFiniteGuard,
     PlayersStrategy,
@@ -32,7 +32,7 @@ from olvae.models.optimization import (
 from olvae.models.parts.part import Step, attach_parts
 from olvae.models.spec import FOR_DIFFUSION, check_factors
 from olvae.models.validation import ValidatedModule
-from olvae.modules.base import mean_over_processes
+from olvae.modules.base import HALVES, mean_over_processes
 from olvae.modules.distributions import Posterior
 from olvae.modules.unetgan import shared_weights
 
@@ -165,7 +165,7 @@ class LiteAutoencoderKL(ValidatedModule):
             yield f"scheduler must be constant or cosine, got {self.scheduler!r}"
         if self.quantizer is None and not self.freeze_encoder and next(self.encoder.parameters(), None) is None:
             yield f"freeze_encoder: {type(self.encoder).__name__} has nothing to train: set it to true"
-        if self.checkpoint in ("encoder", "decoder") and getattr(self, f"freeze_{self.checkpoint}"):
+        if self.checkpoint in self.frozen_halves:
             yield f"checkpoint: the {self.checkpoint} is frozen, so it needs nothing for a backward pass: leave it out"
         if self.freeze_encoder and self.freeze_decoder:
             yield "freeze_encoder, freeze_decoder: nothing is left to train"
@@ -182,10 +182,14 @@ class LiteAutoencoderKL(ValidatedModule):
             yield from part.conflicts(self)
 
     @property
+    def frozen_halves(self) -> list[str]:
+        """Those of :data:`HALVES` that are not trained."""
+        return [half for half in HALVES if getattr(self, f"freeze_{half}")]
+
+    @property
     def trained_networks(self) -> list[nn.Module]:
         """The encoder and the decoder, without a frozen one."""
-        halves = ((self.encoder, self.freeze_encoder), (self.decoder, self.freeze_decoder))
-        return [network for network, frozen in halves if not frozen]
+        return [getattr(self, half) for half in HALVES if half not in self.frozen_halves]
 
     @property
     def players(self) -> dict[str, nn.Module]:
@@ -240,7 +244,7 @@ class LiteAutoencoderKL(ValidatedModule):
         if any(getattr(self, half).linear is not None for half in fresh):
             self.parts.to(device)
             teacher = None if (stand_in := self.stand_in) is None else (lambda x: stand_in.posterior(x).mean)
-            frozen = [half for half in HALVES if teacher and getattr(self, f"freeze_{half}")]
+            frozen = self.frozen_halves if teacher else ()
             self.linear_psnr, line = start_linearly(self.autoencoder, source, seed, device, teacher, fresh, frozen)
             yield line
         for part in self.each_part:
@@ -478,8 +482,8 @@ class LiteAutoencoderKL(ValidatedModule):
     def on_train_start(self) -> None:
         for part in self.each_part:
             part.start(self, resumed=self._iteration > 0)
-        for network in {self.encoder, self.decoder}.difference(self.trained_networks):
-            network.eval()
+        for half in self.frozen_halves:
+            getattr(self, half).eval()
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+HALVES = ("encoder", "decoder")  # of an autoencoder
+
 Inputs = ParamSpec("Inputs")
 Output = TypeVar("Output")
 

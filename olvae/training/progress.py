@@ -273,7 +273,7 @@ def _rows(settings: Settings, trainer: pl.Trainer, model: LiteAutoencoderKL, sou
             f"{adversary.weight:g} from step {adversary.start_step}"
         )
     rows |= {part.name.replace("_", " "): text for part in model.each_part if (text := part.describe())}
-    if model.freeze_encoder or model.freeze_decoder:
+    if model.frozen_halves:
         rows["trained"] = f"the {'decoder' if model.freeze_encoder else 'encoder'} alone"
     if settings.weights:
         rows["weights from"] = settings.weights

@@ -23,10 +23,10 @@ from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
 from olvae.files import first_line, no_empty_folders, remove_partials
 from olvae.models.footprint import MARGIN, advice, footprint
-from olvae.models.linear_code import HALVES
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import HOOKS, PlayersStrategy
 from olvae.models.weight_files import locate_weights
+from olvae.modules.base import HALVES
 from olvae.runs import Run, RunLock, Settings, find_moved_data, make_data_absolute
 from olvae.training import processes
 from olvae.training.callbacks import BadSteps, GracefulStop, Health, ImageGrids, StepTrace, UnreadableLimit
@@ -285,9 +285,8 @@ def untrained_half(model: LiteAutoencoderKL, before: Config | None) -> str | Non
 
     ``before``: the config of those weights; None if they are fresh.
     """
-    frozen = [half for half in HALVES if getattr(model, f"freeze_{half}")]
-    fresh = frozen if before is None else [runs.settings_of(before).untrained]
-    return next((half for half in frozen if half in fresh and not _is_whole(model, half)), None)
+    fresh = model.frozen_halves if before is None else [runs.settings_of(before).untrained]
+    return next((half for half in model.frozen_halves if half in fresh and not _is_whole(model, half)), None)
 
 
 def _is_whole(model: LiteAutoencoderKL, half: str) -> bool:

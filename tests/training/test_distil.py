@@ -141,8 +141,8 @@ def test_the_half_with_fresh_weights(frozen, before, expected):
 
 
 def freezing(frozen: str | None, encoder: Encoder, stand_in: object = None) -> SimpleNamespace:
-    halves = {"freeze_encoder": frozen == "encoder", "freeze_decoder": frozen == "decoder"}
-    return SimpleNamespace(encoder=encoder, decoder=tiny().decoder, quantizer=None, stand_in=stand_in, **halves)
+    halves = {"encoder": encoder, "decoder": tiny().decoder, "frozen_halves": [frozen] if frozen else []}
+    return SimpleNamespace(quantizer=None, stand_in=stand_in, **halves)
 
 
 def test_an_encoder_without_weights_or_that_is_the_fitted_linear_code_is_whole():

@@ -12,9 +12,9 @@ from torch import Tensor
 from olvae.config import Config, ConfigError
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
-from olvae.modules.base import Decoder, Encoder
+from olvae.modules.base import HALVES, Decoder, Encoder
 from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
-from olvae.modules.others.wrapped import HALVES, TRAINABLE, DiffusersDecoder, DiffusersEncoder
+from olvae.modules.others.wrapped import MODULES, TRAINABLE, DiffusersDecoder, DiffusersEncoder
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 
 BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
@@ -151,7 +151,7 @@ class Wrapped(Family):
         return self.spec_of(shared | encoder, shared | decoder, n_z, **theirs.for_diffusion)
 
     def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        elsewhere = {"encoder": HALVES["decoder"], "decoder": HALVES["encoder"]}
+        elsewhere = {"encoder": MODULES["decoder"], "decoder": MODULES["encoder"]}
         return {
             f"{half}.model.{name}": tensor
             for name, tensor in state.items()

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Encoder, Steps, autocast_enabled, no_autocast, upcast
+from olvae.modules.base import HALVES, Decoder, Encoder, Steps, autocast_enabled, no_autocast, upcast
 from olvae.modules.distributions import deterministic_moments
 
 TRAINABLE = (
@@ -17,7 +17,7 @@ TRAINABLE = (
 )
 """Classes whose halves can be trained on images; of the other video classes an image uses the whole kernels."""
 
-HALVES = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
+MODULES = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
 """The modules that belong to one half; others, such as FLUX.2's batch norm, are kept with both."""
 
 
@@ -56,11 +56,6 @@ def _without_time(x: Tensor, frames: bool) -> Tensor:
     return x[:, :, 0]
 
 
-def moments_of(latent: Tensor, distributed: bool) -> Tensor:
-    """Means, then log-variances, (B, 2 n_z, h, w); the least that there is for a latent without a distribution."""
-    return latent if distributed else deterministic_moments(latent)
-
-
 class _Wrapped(Steps):
     """One half of an autoencoder of diffusers, under its own names."""
 
@@ -72,7 +67,7 @@ class _Wrapped(Steps):
         if kind not in TRAINABLE:
             raise ValueError(f"{kind}: only {', '.join(TRAINABLE)} can be trained here")
         self.kind, self.model = kind, getattr(diffusers, kind).from_config(dict(config))
-        for other in (name for names in HALVES.values() for name in names if name not in HALVES[half]):
+        for other in (name for names in MODULES.values() for name in names if name not in MODULES[half]):
             if getattr(self.model, other, None) is not None:
                 setattr(self.model, other, nn.Identity())
         for name, module in self.model.named_modules():
@@ -148,7 +143,8 @@ class DiffusersEncoder(_Wrapped, Encoder):
         self._build(kind, config, "encoder")
 
     def forward(self, x: Tensor) -> Tensor:
-        return moments_of(*encode_image(self.model, x, self.frames))
+        latent, distributed = encode_image(self.model, x, self.frames)
+        return latent if distributed else deterministic_moments(latent)
 
 
 class DiffusersDecoder(_Wrapped, Decoder):
