@@ -15,7 +15,7 @@ from olvae.config import Config, ConfigError, instantiate
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.files import first_line, write_json
 from olvae.models.large.streaming import encode_within
-from olvae.models.large.tiling import decode_tiled, receptive_field
+from olvae.models.large.tiling import decode_tiled
 from olvae.models.spec import CONFIG_NAME, FOR_DIFFUSION, AutoencoderSpec
 from olvae.models.weight_files import Located, locate, write_export
 from olvae.modules.base import (
@@ -88,11 +88,6 @@ class Autoencoder(nn.Module, ABC):
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
         """(B, n_z, h, w) -> (B, C, f h, f w), nominally in [-1, 1], not clamped."""
-
-    @property
-    def receptive_field(self) -> int | None:
-        """Latent positions on each side that a pixel depends on; None if it depends on all: no tiles."""
-        return None
 
     def as_litevae(self, name: str) -> "LiteVAE":
         """The same autoencoder with networks that can be trained and exported; ConfigError if it can't be that."""
@@ -375,10 +370,6 @@ class LiteVAE(
     def encode_within(self, x: Tensor, memory: int, progress: Progress | None = None) -> Posterior:
         """``encode(x)``, equal to rounding, within ``memory`` bytes; large images in strips."""
         return self.posterior(self.moments_within(x, memory, progress))
-
-    @property
-    def receptive_field(self) -> int | None:
-        return receptive_field(self.decoder)
 
     @torch.no_grad()
     def decode_tiled(

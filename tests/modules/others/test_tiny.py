@@ -9,6 +9,7 @@ from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.export.exporting import export
 from olvae.export.formats import LAYOUTS
+from olvae.models.large.tiling import receptive_field
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
 from tests.export.latents import tiny_vae
@@ -41,7 +42,7 @@ def test_the_same_function_as_diffusers():
 @torch.no_grad()
 def test_exact_in_tiles():
     model, z = student(), torch.randn(1, 4, 13, 10)
-    assert model.receptive_field == 10  # 1 + 2 * 3 positions, and 1 + 3 + 1 of half their size
+    assert receptive_field(model.decoder) == 10  # 1 + 2 * 3 positions, and 1 + 3 + 1 of half their size
     torch.testing.assert_close(model.decode_tiled(z, tile=4), model.decode(z))
 
 
