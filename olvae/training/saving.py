@@ -179,8 +179,6 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
 
         ``storage_options`` are written in JSON beside the complete checkpoint: a.json for a.ckpt.
         """
-        if len(self._pending) >= MAX_PENDING:
-            self.wait(MAX_PENDING - 1)
         copied = tree_map(_on_host, checkpoint)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
