@@ -80,13 +80,10 @@ def read_checkpoint(path: str | Path, check: bool = True) -> dict[str, Any]:
 def read_weights(path: str | Path, raw: bool = False) -> dict[str, Tensor]:
     """Read the autoencoder's tensors from a Lightning checkpoint, a bare state dict, or a safetensors file.
 
-    ``raw`` are the weights as trained, where the file also has averaged ones (EMA). Errors as :func:`read_checkpoint`.
+    ``raw`` are the weights as trained, where the file also has averaged ones (EMA). Errors as :func:`read_checkpoint`,
+    and ValueError if it has no autoencoder.
     """
-    return pick_weights(state_dict_of(read_checkpoint(path), path, raw), path)
-
-
-def pick_weights(state: Mapping[str, Any], path: str | Path) -> dict[str, Tensor]:
-    """Pick the autoencoder's tensors out of the state dict that was read from ``path``; ValueError if it has none."""
+    state = state_dict_of(read_checkpoint(path), path, raw)
     named = {name.removeprefix(PRIVATE_PREFIX): value for name, value in state.items()}
     weights = {n: t for n, t in named.items() if isinstance(t, Tensor) and n.startswith(AUTOENCODER)}
     if not weights:
