@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,14 +14,10 @@ from olvae.data.source import Source
 from olvae.losses import adversarial
 from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
 from olvae.losses.objective import IMAGE_TERMS
-from olvae.models.optimization import gradient_ratio, mix_seeds
+from olvae.models.optimization import mix_seeds
+from olvae.models.parts.part import Model, Step
 from olvae.modules.base import check_choice, check_counts, check_not_negative, no_autocast
 from olvae.modules.unetgan import power_iteration, shared_weights, stop_power_iterations
-
-if TYPE_CHECKING:
-    from olvae.models.liteautoencoder import LiteAutoencoderKL
-    from olvae.models.parts.part import Step
-
 
 LECAM = {"paper": (0.99, False), "code": (0.999, True)}  # decay, and whether there is a ReLU
 
@@ -96,12 +92,7 @@ class Adversary(nn.Module):
         self.lecam = adversarial.LeCam(self.discriminator.num_outputs, decay, relu) if lecam_weight else None
         self.updates = 0  # of the discriminator so far
 
-    def conflicts(self, model: "LiteAutoencoderKL") -> Iterator[str]:
-        """One line for each setting of the model that contradicts an adversary."""
-        if model.freeze_decoder:
-            yield "adversary_config: the decoder is frozen (freeze_decoder), so an adversary has nothing to train"
-
-    def check(self, model: "LiteAutoencoderKL", source: Source, max_steps: int) -> None:
+    def check(self, model: Model, source: Source, max_steps: int) -> None:
         """Raise ConfigError unless it plays before the last step, beside an image loss, and takes the images."""
         if self.start_step >= max_steps:
             raise ConfigError(f"adversary_config.params.start_step: {self.start_step} is not below {max_steps} steps")
@@ -138,12 +129,11 @@ class Adversary(nn.Module):
             return 0.0
         return self.weight * min(1.0, (step - self.start_step + 1) / max(1, self.ramp_steps))
 
-    def weight_in(self, model: "LiteAutoencoderKL", step: "Step") -> Tensor | float:
+    def weight_in(self, model: Model, step: Step) -> Tensor | float:
         """The weight of the loss ``adversarial`` in this step, times the adaptive weight if that is on; logs health."""
         weight: Tensor | float = self.weight_at(model.global_step)
         if self.adaptive_weight or model.reports:
-            pixels = model.objective.weighted(step.losses, *IMAGE_TERMS)
-            ratio = gradient_ratio(model, pixels, step.losses["adversarial"])  # |pixels| / |adversarial|
+            ratio = model.ratio_of_gradients(step, step.losses["adversarial"])
             if self.adaptive_weight:
                 factor = ratio.clamp(0.0, self.adaptive_max / step.target[0].numel())
                 weight = weight * factor

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from olvae.config import ConfigError, Node, instantiate, resolve_class
 from olvae.data.source import Batch, Source
-from olvae.losses.objective import Objective
+from olvae.losses.objective import IMAGE_TERMS, Objective
 from olvae.models.adversary import Adversary
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.averaging import WeightAverage
@@ -25,6 +25,7 @@ from olvae.models.optimization import (
     compile_networks,
     grad_scaler,
     gradient_norm,
+    gradient_ratio,
     lr_factor,
     mix_seeds,
     parameters_of,
@@ -176,8 +177,8 @@ class LiteAutoencoderKL(ValidatedModule):
             yield f"lossconfig.params.kl_weight: {why}: set it to 0, or freeze_encoder to false to train both halves"
         if self.given_factors or self.parts:
             yield from check_factors(self.for_diffusion, self.autoencoder.latent_channels)
-        if self.adversary is not None:
-            yield from self.adversary.conflicts(self)
+        if self.adversary is not None and self.freeze_decoder:
+            yield "adversary_config: the decoder is frozen (freeze_decoder), so an adversary has nothing to train"
         for part in self.each_part:
             yield from part.conflicts(self)
 
@@ -337,6 +338,10 @@ class LiteAutoencoderKL(ValidatedModule):
                 total = total + torch.stack([weight * loss for loss, weight in losses.values()]).sum()
                 step.losses |= {name: loss for name, (loss, _) in losses.items()}
         return total
+
+    def ratio_of_gradients(self, step: Step, loss: Tensor, network: nn.Module | None = None) -> Tensor:
+        """|gradient of the weighted image terms| / |gradient of another loss|; see :func:`gradient_ratio`."""
+        return gradient_ratio(self, self.objective.weighted(step.losses, *IMAGE_TERMS), loss, network)
 
     def _discriminator_backward(self, adversary: Adversary, real: Tensor, fake: Tensor, last: bool) -> None:
         loss, logs = adversary.discriminator_loss(real, fake)

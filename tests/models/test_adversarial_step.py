@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 
-from olvae.models import adversary
+from olvae.models import liteautoencoder
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import mix_seeds
 from tests.models.steps import (
@@ -174,17 +174,17 @@ def test_the_gradient_ratio_is_measured_where_the_loggers_take_it(
     image_folder, tmp_path, monkeypatch, accumulate, warmup
 ):
     measured, logged = [], []
-    ratio = adversary.gradient_ratio
+    ratio = liteautoencoder.gradient_ratio
 
-    def measure(model, one, other):
+    def measure(model, *losses):
         measured.append(model.global_step + 1)
-        return ratio(model, one, other)
+        return ratio(model, *losses)
 
     class Logger(CSVLogger):
         def log_metrics(self, metrics, step=None) -> None:
             logged.append(step)
 
-    monkeypatch.setattr(adversary, "gradient_ratio", measure)
+    monkeypatch.setattr(liteautoencoder, "gradient_ratio", measure)
     model = build(against(warmup_updates=warmup), accumulate_grad_batches=accumulate)
     fit(model, image_folder, 7, batch_size=2, logger=Logger(tmp_path), log_every_n_steps=3 * accumulate)
     assert len(logged) >= 2

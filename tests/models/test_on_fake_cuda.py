@@ -121,7 +121,7 @@ def on_gpu(model: LiteAutoencoderKL, monkeypatch, dtype: torch.dtype) -> LiteAut
     logged = {}
     model.__dict__.update(optimizers=lambda: wrapped, lr_schedulers=lambda: schedules, manual_backward=fill)
     model.__dict__.update(log_dict=logged.update, logged=logged, log=logged.__setitem__)
-    monkeypatch.setattr("olvae.models.adversary.gradient_ratio", lambda *_: torch.empty((), device=GPU))
+    monkeypatch.setattr("olvae.models.liteautoencoder.gradient_ratio", lambda *_: torch.empty((), device=GPU))
     monkeypatch.setattr("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True)  # a GPU has it
     for average in trainer.callbacks:
         average.on_fit_start(trainer, model)

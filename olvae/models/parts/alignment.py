@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.config import import_extra
 from olvae.losses.objective import IMAGE_TERMS, marginal_cosine_loss, marginal_distance_loss
-from olvae.models.optimization import gradient_ratio
 from olvae.models.parts.part import Loss, Model, Part, Step
 from olvae.models.weight_files import locate_weights
 from olvae.modules.base import check_choice, check_not_negative, no_autocast, upcast
@@ -80,10 +79,9 @@ class Alignment(Part):
         terms = self(step.images, step.encoded.mean if self.of == "mean" else step.drawn)
         weight: Tensor | float = self.weight
         if self.adaptive_weight:
-            pixels = model.objective.weighted(step.losses, *IMAGE_TERMS)
             last = model.encoder if model.quantizer is None else model.quantizer.quant_conv
             both = terms["align_cosine"] + terms["align_distance"]
-            factor = gradient_ratio(model, pixels, both, last).clamp(max=ADAPTIVE_MAX)
+            factor = model.ratio_of_gradients(step, both, last).clamp(max=ADAPTIVE_MAX)
             model.report({"health/alignment_weight": factor})
             weight = self.weight * factor
         return {name: (term, weight) for name, term in terms.items()}
