@@ -7,11 +7,11 @@ import logging
 import os
 import re
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from olvae import config as cfg
 from olvae.config import Config, ConfigError, with_paths
@@ -216,37 +216,22 @@ def _is_present(text: str) -> bool:
         return False
 
 
-class RunLock:
-    """Hold a run for one training, from :meth:`take` to the end of the ``with`` block.
+@contextlib.contextmanager
+def locked(run: Run, patience: float = 0.0) -> Iterator[None]:
+    """Hold a run for one training; raise ConfigError if another process trains it.
 
     It is an advisory lock of the system, which ends with the process, however that ends; on network file systems whose
-    locks are local to a machine it keeps the processes of one machine apart. The file's text names the holder.
+    locks are local to a machine it keeps the processes of one machine apart. On a file system without locks, only warn.
+    The file's text names the holder.
+
+    ``patience``: seconds to wait for its end: a network file system frees the locks of a machine that died late.
     """
-
-    def __init__(self) -> None:
-        self._file: TextIO | None = None
-
-    def __enter__(self) -> "RunLock":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # a stale handle must not hide training's own error
-                self._file.truncate(0)
-            self._file.close()
-
-    def take(self, run: Run, patience: float = 0.0) -> None:
-        """Lock a run; raise ConfigError if another process trains it. On a file system without locks, only warn.
-
-        ``patience``: seconds to wait for its end: a network file system frees the locks of a machine that died late.
-        """
-        file = run.lock.open("a+", encoding="utf-8")
+    with run.lock.open("a+", encoding="utf-8") as file:
         try:
             lock_file(file, patience)
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            file.close()
             raise ConfigError(f"{run.path}: is being trained by {holder}: wait for its end, or stop it") from error
         except OSError as error:
             remedy = "make sure that nothing else trains this run"
@@ -257,4 +242,8 @@ class RunLock:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
         file.flush()
-        self._file = file
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # a stale handle must not hide training's own error
+                file.truncate(0)

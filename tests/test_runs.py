@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from olvae import runs
 from olvae.config import ConfigError
 from olvae.models.spec import check_target
-from olvae.runs import Run, RunLock, Settings, create, find_run, open_run, run_of, settings_of
+from olvae.runs import Run, Settings, create, find_run, locked, open_run, run_of, settings_of
 
 
 def test_names(tmp_path):
@@ -94,19 +95,17 @@ def run(tmp_path) -> Run:
 
 
 def refused(run: Run) -> str:
-    with pytest.raises(ConfigError) as caught, RunLock() as lock:
-        lock.take(run)
+    with pytest.raises(ConfigError) as caught, locked(run):
+        pass
     return str(caught.value)
 
 
 def test_a_lock_names_its_holder_until_the_end_even_after_an_interrupt(run):
     def interrupted() -> None:
-        with RunLock() as lock:
-            lock.take(run)
+        with locked(run):
             raise KeyboardInterrupt
 
-    with RunLock() as lock:
-        lock.take(run)
+    with locked(run):
         holder = rf"process {os.getpid()} on {re.escape(socket.gethostname())}, since \d{{4}}-\d\d-\d\dT\S+"
         message = rf"{re.escape(str(run.path))}: is being trained by {holder}: wait for its end, or stop it"
         assert re.fullmatch(message, refused(run))
@@ -122,8 +121,7 @@ def test_a_killed_process_leaves_no_lock_though_its_child_lives(run):
     ready, end = context.Event(), context.Event()
 
     def train() -> None:
-        with RunLock() as lock:
-            lock.take(run)
+        with locked(run):
             if os.fork() == 0:
                 ready.set()
                 end.wait(60)
@@ -136,17 +134,16 @@ def test_a_killed_process_leaves_no_lock_though_its_child_lives(run):
     assert f"process {trainer.pid} on" in refused(run)
     os.kill(trainer.pid, signal.SIGKILL)
     trainer.join()
-    with RunLock() as lock:
-        lock.take(run)
+    with locked(run):
+        pass
     end.set()
 
 
 def test_a_lock_that_ends_soon_is_waited_for(run):
     """As of a machine that died, on a network file system."""
-    with ThreadPoolExecutor(1) as thread, RunLock() as lock:
-        with RunLock() as holder:
-            holder.take(run)
-            waiting = thread.submit(lock.take, run, patience=60)
+    with ThreadPoolExecutor(1) as thread, ExitStack() as held:
+        with locked(run):
+            waiting = thread.submit(held.enter_context, locked(run, patience=60))
             time.sleep(0.3)
             assert not waiting.done()
         waiting.result()
@@ -158,8 +155,8 @@ def test_a_file_system_without_locks_is_a_warning(run, monkeypatch, caplog):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(runs, "lock_file", unsupported)
-    with RunLock() as lock:
-        lock.take(run)
+    with locked(run):
+        pass
     assert caplog.messages == [
         f"{run.path}: no lock here (No locks available): make sure that nothing else trains this run"
     ]

@@ -6,7 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import HOOKS, PlayersStrategy
 from olvae.models.weight_files import locate_weights
 from olvae.modules.base import HALVES
-from olvae.runs import Run, RunLock, Settings, find_moved_data, make_data_absolute
+from olvae.runs import Run, Settings, find_moved_data, locked, make_data_absolute
 from olvae.training import processes
 from olvae.training.callbacks import BadSteps, GracefulStop, Health, ImageGrids, StepTrace, UnreadableLimit
 from olvae.training.origin import start_from
@@ -87,26 +87,26 @@ def train(options: TrainOptions | Plan) -> Run:
         KeyboardInterrupt: Ctrl-C before the first step, or a second one.
     """
     plan = options if isinstance(options, Plan) else read_plan(options)
-    with RunLock() as lock, no_empty_folders(Path(plan.options.logdir)):
-        prepared = prepare(plan, lock)
+    with ExitStack() as held, no_empty_folders(Path(plan.options.logdir)):
+        prepared = prepare(plan, held)
         done = prepared.steps_done
         if plan.resumed is not None and done == prepared.trainer_args["max_steps"]:
             if processes.is_first():
                 print_ending(plan.resumed, f"all {done} steps of this run are done: set more to continue")
             return plan.resumed
-        with _run_folder(prepared, lock) as run:
+        with _run_folder(prepared, held) as run:
             trainer = fit(prepared, run)
         finish(prepared, run, trainer)
     return run
 
 
-def prepare(plan: Plan, lock: RunLock) -> Prepared:
-    """Lock a resumed run, build data and model, load weights, and check that everything fits."""
+def prepare(plan: Plan, held: ExitStack) -> Prepared:
+    """Lock a resumed run until ``held`` ends, build data and model, load weights, and check that everything fits."""
     stop = GracefulStop(plan.time_limit)
     processes.meet()
     processes.check_same("" if plan.resumed is None else str(plan.resumed.path))
     if plan.resumed is not None:
-        _lock_resumed(plan.resumed, lock)
+        _lock_resumed(plan.resumed, held)
     config, settings = _locate_data(plan)
     weights, before = start_from(config) if "from" in config["model"] else (None, plan.previous)
     trainer_args = dict(runs.entry_of(config, "lightning.trainer") or {})
@@ -362,12 +362,12 @@ def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
     return pl.Trainer(**settings)
 
 
-def _lock_resumed(run: Run, lock: RunLock) -> None:
+def _lock_resumed(run: Run, held: ExitStack) -> None:
     """Lock a run in the first process of all; the others raise the same error."""
     refusal = ""
     if processes.is_first():
         try:
-            lock.take(run, patience=RELEASE_S if restarted() else 0.0)
+            held.enter_context(locked(run, patience=RELEASE_S if restarted() else 0.0))
             for folder in (run.path, run.checkpoints, run.images):  # what a killed process left half-written
                 remove_partials(folder.glob(".partial-*"))
         except (ConfigError, OSError) as error:
@@ -379,7 +379,7 @@ def _lock_resumed(run: Run, lock: RunLock) -> None:
 
 
 @contextmanager
-def _run_folder(prepared: Prepared, lock: RunLock) -> Iterator[Run]:
+def _run_folder(prepared: Prepared, held: ExitStack) -> Iterator[Run]:
     """Make and lock a new run's folder in the first process of all; remove it after an end without a checkpoint.
 
     Processes that Lightning starts get its path by the environment, those of torchrun and srun by the process group.
@@ -392,7 +392,7 @@ def _run_folder(prepared: Prepared, lock: RunLock) -> Iterator[Run]:
         yield Run(Path(processes.of_each("")[0]))
     else:
         run = runs.create(prepared.plan.options.logdir, prepared.settings.name, prepared.settings.precision)
-        lock.take(run)
+        held.enter_context(locked(run))
         os.environ[RUN_ENV] = processes.of_each(str(run.path))[0]
         try:
             cfg.save(prepared.config, run.config)

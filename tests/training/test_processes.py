@@ -15,7 +15,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from olvae.cli.main import main
 from olvae.config import ConfigError, instantiate, load, save
 from olvae.devices import gather, join, leave
-from olvae.runs import Run, RunLock
+from olvae.runs import Run, locked
 from olvae.training.processes import (
     OLDER_NAMES,
     check_same,
@@ -187,9 +187,6 @@ def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under):
     checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert (checkpoint["global_step"], checkpoint["images_seen"]) == (2, 16)
     assert len(list((run / "tensorboard").glob("events.*"))) == 1
-    lock = RunLock()
-    lock.take(Run(run))
-
     holder = os.getpid()
 
     def again(rank: int) -> None:
@@ -197,7 +194,7 @@ def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under):
         with pytest.raises(ConfigError, match=f"is being trained by process {holder} on "):
             train(TrainOptions(resume=run, overrides=("lightning.trainer.max_steps=3",)))
 
-    with lock:
+    with locked(Run(run)):
         fork_each(again)  # the first looks, and all of them stop
 
 
