@@ -239,11 +239,10 @@ class BadSteps(Callback):
             )
         self.returned += 1
         where = "there is no checkpoint yet: the weights stay"
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        rates = [group["lr"] for group in groups]
+        rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
         if trainer.strategy.broadcast(run.last_checkpoint.is_file()):  # as the first process sees it
             where = f"weights and optimizers are those of step {_restore(trainer, model, run)} again"
-            groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         model.rate_factor *= self.rate_factor
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate * self.rate_factor

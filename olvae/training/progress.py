@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -309,26 +308,15 @@ def describe_gain(model: LiteAutoencoderKL) -> str:
 
 
 def print_ending(run: Run, title: str) -> None:
-    """Draw the curves, and print a title and where the results are."""
-    curves = draw_curves(run)
+    """Draw every scalar of training and validation over the steps, and print a title and where the results are."""
+    places = {"weights": run.last_checkpoint, "config": run.config, "pictures": run.images}
+    places["curves"] = run.images / "curves.png"
+    if run.images.is_dir() and (curves := read_curves(run)):
+        plot_curves(curves, places["curves"])
     notify(title)
-    for name, place in {"weights": run.last_checkpoint, "config": run.config, "pictures": run.images}.items():
+    for name, place in places.items():
         if place.exists():
             notify(f"  {name:<9} {place}")
-    if curves is not None:
-        notify(f"  curves    {curves}")
-
-
-def draw_curves(run: Run) -> Path | None:
-    """Draw every scalar of training and validation over the steps into ``images/curves.png``.
-
-    Returns None if nothing was logged yet, or a folder of the run is gone.
-    """
-    path = run.images / "curves.png"
-    if not (run.images.is_dir() and (curves := read_curves(run))):
-        return None
-    plot_curves(curves, path)
-    return path
 
 
 def read_curves(run: Run) -> dict[str, tuple[list[float], list[float]]]:
