@@ -19,7 +19,8 @@ from olvae.models.loading.diffusers_models import DiffusersAutoencoder, check_pa
 from olvae.models.loading.families import BLOCKS, NAMES
 from olvae.models.loading.loader import Loader, LoadOptions, Target
 from olvae.models.spec import CONFIG_NAME, oversized, read_config
-from olvae.models.weight_files import config_inside, locate_weights
+from olvae.models.weight_files import config_inside, is_export, locate_weights
+from olvae.runs import run_of
 
 KL, FLUX2, WAN, QWEN, DC = (f"Autoencoder{name}" for name in ("KL", "KLFlux2", "KLWan", "KLQwenImage", "DC"))
 
@@ -105,7 +106,8 @@ class OriginalLoader(Loader):
             weights = locate_weights(text)
         except (FileNotFoundError, ValueError):
             return False
-        return _tensors(weights, check=False)[0] != ""
+        ours = run_of(weights) is not None or is_export(weights)  # known without a look at the weights
+        return not ours and _tensors(weights, check=False)[0] != ""
 
     def find(self, text: str, options: LoadOptions) -> Target:
         weights, raw = locate_weights(text), options.raw

@@ -66,17 +66,6 @@ class CheckpointLoader(Loader):
         )
 
 
-class RunLoader(CheckpointLoader):
-    """A run, or an export of ours: known by its files without a look at the weights."""
-
-    def accepts(self, text: str) -> bool:
-        try:
-            weights = locate_weights(text) if Path(text).exists() else None
-        except (FileNotFoundError, ValueError):
-            return False
-        return weights is not None and (run_of(weights) is not None or is_export(weights))
-
-
 def find_config(base: str | Path, run_name: str) -> Path:
     """Find the YAML file of a run, ``<timestamp>_<config>_<precision>`` [R], in a folder and those below.
 
@@ -92,10 +81,7 @@ def find_config(base: str | Path, run_name: str) -> Path:
     return files[0]
 
 
-LOADERS: tuple[Loader, ...] = (
-    *(RunLoader(), DiffusersLoader(), PackageAndHubLoader()),
-    *(OriginalLoader(), CheckpointLoader()),
-)
+LOADERS: tuple[Loader, ...] = (DiffusersLoader(), PackageAndHubLoader(), OriginalLoader(), CheckpointLoader())
 """The first that accepts a text finds it."""
 
 
