@@ -96,21 +96,17 @@ def _step_under(
     with FakeTensorMode():
         fake = without_memory(model, checkpoint)
         batch = torch.empty(images, fake.encoder.in_channels, *Sides.of(size), dtype=torch.uint8)
-        with mode, autocast("cpu", precision_name(precision)):
-            _train(fake, batch)
+        with mode, autocast("cpu", precision_name(precision)):  # both players, at full size, which parts may reduce
+            x, shared = fake.images({"image": batch}), np.random.default_rng(0)
+            step = Step(x, None, shared, warming_up=True, adversary_plays=True)
+            fake.forward_pass(step)
+            total = fake.autoencoder_loss(step)
+            if fake.adversary is None or step.reconstruction is None:
+                total.backward()
+            else:
+                (total + fake.adversary.generator_loss(step.reconstruction)).backward()
+                fake.adversary.discriminator_loss(step.target, step.reconstruction)[0].backward()
     return mode
-
-
-def _train(model: LiteAutoencoderKL, batch: Tensor) -> None:
-    """One micro-batch of both players, at full size, which parts may reduce."""
-    step = Step(model.images({"image": batch}), None, np.random.default_rng(0), warming_up=True, adversary_plays=True)
-    model.forward_pass(step)
-    total = model.autoencoder_loss(step)
-    if model.adversary is None or step.reconstruction is None:
-        total.backward()
-    else:
-        (total + model.adversary.generator_loss(step.reconstruction)).backward()
-        model.adversary.discriminator_loss(step.target, step.reconstruction)[0].backward()
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
