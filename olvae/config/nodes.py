@@ -5,6 +5,8 @@ this package or of Lightning are read from its source: its constructor is compil
 its annotations are looked up from module to module. Anything unusual, such as a decorator, is left to an import.
 """
 
+import __future__
+
 import ast
 import builtins
 import contextlib
@@ -394,11 +396,9 @@ def arguments_in_source(module: str, name: str) -> Arguments | None:
     stub = ast.parse("def stub(): pass")
     try:
         names, function = _constructor(module, name)
-        for argument in (node for node in ast.walk(function.args) if isinstance(node, ast.arg)):
-            if argument.annotation is not None and not isinstance(argument.annotation, ast.Constant):
-                argument.annotation = ast.Constant(ast.unparse(argument.annotation))
         stub.body[0].args = function.args  # type: ignore[attr-defined]
-        exec(compile(ast.fix_missing_locations(stub), names.module, "exec"), {}, names)
+        as_text = __future__.annotations.compiler_flag  # annotations are not evaluated here
+        exec(compile(ast.fix_missing_locations(stub), names.module, "exec", as_text), {}, names)
         compiled = names.pop("stub")
         hints = typing.get_type_hints(compiled, {}, names, include_extras=True)
     except (AttributeError, LookupError, NameError, OSError, SyntaxError, TypeError):
