@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -111,14 +112,14 @@ class ValidatedModule(pl.LightningModule):
         images, x = self.images(batch), self.pixel_range.levels(batch["image"])
         keys = batch.get("key") or [f"{self.global_rank} {batch_idx} {i}" for i in range(len(x))]
         moments = batch.get("moments")
-        self._metrics["val"].update(keys, x, self.pixel_range.to_levels(self(images, moments=moments)[0]))
+        for weights, metrics in self._metrics.items():
+            average = self._average if weights == "val_raw" else None
+            with nullcontext() if average is None else average.weights_as_trained():
+                metrics.update(keys, x, self.pixel_range.to_levels(self(images, moments=moments)[0]))
         for part in self.each_part:
             for name, mean in part.validate(cast("Any", self), images, moments).items():
                 summed = np.array([float(mean) * len(x), len(x)])
                 self._sums[part.name, name] = self._sums.get((part.name, name), 0.0) + summed
-        if (average := self._average) is not None:
-            with average.weights_as_trained():
-                self._metrics["val_raw"].update(keys, x, self.pixel_range.to_levels(self(images, moments=moments)[0]))
 
     def on_validation_epoch_end(self) -> None:
         """Log the values over all processes, without those that are infinite or not available."""
