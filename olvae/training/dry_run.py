@@ -48,7 +48,7 @@ LAUNCH_S = 6e-6  # that Python takes for a launch: an estimate, until docs/gpu.m
 
 
 @dataclass
-class Step:
+class RankStep:
     """Messages and launches of a rank in a step."""
 
     messages: list[str] = field(default_factory=list)  # in order: the operation, shapes and dtypes
@@ -77,8 +77,8 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, kinds: Mapping[str, int | None]) -> None:
         super().__init__()
-        self.kinds, self.step = iter(kinds.items()), Step()
-        self.steps: dict[str, Step] = {}
+        self.kinds, self.step = iter(kinds.items()), RankStep()
+        self.steps: dict[str, RankStep] = {}
 
     def begin(self, trainer: pl.Trainer, model: LiteAutoencoderKL, *_: Any) -> None:
         if not model.update_is_complete:
@@ -88,7 +88,7 @@ class _Recorder(TorchDispatchMode):
         if model.adversary is not None:
             model.adversary.start_step = sys.maxsize if updates is None else 0
             model.adversary.updates = updates or 0
-        self.step = self.steps[name] = Step()
+        self.step = self.steps[name] = RankStep()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, sends, tensors = kwargs or {}, func.namespace == "c10d", []
@@ -112,7 +112,7 @@ class _Recorder(TorchDispatchMode):
 
 def record_steps(
     model: LiteAutoencoderKL, images: int, size: Size, precision: str, strategy: str, rank: int, ranks: int
-) -> dict[str, Step]:
+) -> dict[str, RankStep]:
     """Train as one of the ranks, on tensors without memory: a step of each kind, with so many images a micro-batch.
 
     Lightning's loop, DDP's reducers and the optimizers run as they are, under torch's fake process group. Networks are
@@ -157,7 +157,7 @@ def record_steps(
     return recorder.steps
 
 
-def dry_run(config: Config, ranks: int, precision: str | None = None) -> tuple[dict[str, Step], list[str]]:
+def dry_run(config: Config, ranks: int, precision: str | None = None) -> tuple[dict[str, RankStep], list[str]]:
     """Run the steps of a config's training as the first and the last of some ranks.
 
     Returns the first one's by kind, and sentences on data, learning rate, memory and time. ``precision`` is by default

@@ -12,7 +12,7 @@ from olvae.config import ConfigError
 from olvae.models.adversary import Adversary
 from olvae.models.footprint import without_weights
 from olvae.modules.base import count_parameters
-from olvae.training.dry_run import Step, check_data, dry_run, kinds_of_steps, record_steps
+from olvae.training.dry_run import RankStep, check_data, dry_run, kinds_of_steps, record_steps
 from olvae.training.run import quieten
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
@@ -28,7 +28,7 @@ def config(adversary: dict[str, Any] | None = None, **model: Any) -> dict[str, A
     return tiny_config(adversary_config=adversary, **nodes, **model)
 
 
-def record(config: dict[str, Any], precision: str, strategy: str = "auto") -> tuple[Any, dict[str, Step]]:
+def record(config: dict[str, Any], precision: str, strategy: str = "auto") -> tuple[Any, dict[str, RankStep]]:
     quieten()
     model = without_weights(config["model"])
     return model, record_steps(model, 2, 16, precision, strategy, rank=0, ranks=4)

@@ -27,7 +27,7 @@ NO_FACTORS = (
     "SDXL 0.13025, SD3 1.5305 with shift_factor 0.0609, FLUX.1 0.3611 with 0.1159)"
 )
 
-MEASURED_IMAGES = 64  # of training, on which the standard deviation of the teacher's latents is measured
+STD_IMAGES = 64  # of training, on which the standard deviation of the teacher's latents is measured
 
 
 class Teacher(Part):
@@ -130,7 +130,7 @@ class Teacher(Part):
         if isinstance(source, PairSource):
             std = torch.tensor(source.stats["means_std"])  # over all of its images
         else:
-            std = self.to(device).measure(first_images(source, seed, MEASURED_IMAGES, device))
+            std = self.to(device).measure(first_images(source, seed, STD_IMAGES, device))
         if not bool(std.isfinite().all()):
             raise ValueError(f"{self.target}: its latents are not finite: set dtype of the teacher to float32")
         if not bool((std > 0).all()):
