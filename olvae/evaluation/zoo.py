@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from olvae.evaluation.runner import Progress, Request, evaluate
 from olvae.files import first_line, write_json
 from olvae.metrics import METRICS
 from olvae.models.loading.loader import Target
-from olvae.models.spec import read_config
+from olvae.models.spec import DIFFUSERS, read_config
 
 ZOO_METRICS = ("psnr", "ssim", "lpips", "rfid")
 
@@ -74,8 +75,13 @@ class Listed(Observer):
         return dict(entry)
 
     def lines(self, rows: Sequence[Row]) -> Iterator[str]:
+        alike = defaultdict[str, list[str]](list)  # by the reason, which may begin with the autoencoder's place
         for name, target, *facts in (entry for entry in read_zoo() if entry.name in self.missing):
-            yield "not here: {} ({}, {}, f{}, {} channels, {}): {}".format(name, target, *facts, self.missing[name])
+            place = target.removeprefix(DIFFUSERS).partition("::")[0]
+            reason = self.missing[name].removeprefix(f"{place}: ")
+            alike[reason].append("{} ({}, {}, f{}, {} channels, {})".format(name, target, *facts))
+        for reason, entries in alike.items():
+            yield f"not here: {'; '.join(entries)}: {reason}"
 
 
 def evaluate_zoo(

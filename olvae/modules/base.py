@@ -156,9 +156,9 @@ def last_convolution(network: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
 
     That of a linear path only where there is nothing else.
     """
-    if (named := getattr(network, "output_layer", None)) is not None:
-        output: nn.Conv2d | nn.Conv3d = named
-        return output
+    named: nn.Conv2d | nn.Conv3d | None = getattr(network, "output_layer", None)
+    if named is not None:
+        return named
     path = getattr(network, "linear", None)
     found = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m is not path]
     return found[-1] if found else path
