@@ -24,7 +24,7 @@ from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.figures import labelled_grid
 from olvae.models.autoencoder import LiteVAE
 from study.measure import AXES
-from study.rows import BASELINE, LONGER, RECIPES, RUNS, SEEDS, details
+from study.rows import ALL_SIZES, BASELINE, LONGER, RECIPES, RUNS, SEEDS, details
 from study.run import find_run
 
 __all__ = ["TABLES", "fill", "main", "read_rows", "spread", "table"]
@@ -114,7 +114,7 @@ def _bands(row: Mapping[str, Any]) -> list[str]:
     """The mean squared error in the coarsest band, and in the details of each level."""
     bands = row["sizes"][SIZE]["bands"]
     details = ([bands[f"{kind}{level}"]["mse"] for kind in ("LH", "HL", "HH")] for level in (3, 2, 1))
-    return [f"{bands['LL3']['mse']:.0f}", *(f"{mean(values):.1f}" for values in details)]
+    return [f"{bands['LL3']['mse']:.1f}", *(f"{mean(values):.1f}" for values in details)]
 
 
 def _encoders(rows: Found) -> str:
@@ -167,6 +167,23 @@ def _longer(rows: Found) -> str:
     errors = ["image's mean", "rest of LL3", "details", *(f"{axis.replace('_', '-')}, %" for axis in AXES)]
     headings = ["encoder", "rate", "seeds", "minutes", "dB at 64", "dB at 256", *errors, "SSIM", "Fréchet, Lite0"]
     return table(headings, lines)
+
+
+def _long(rows: Found) -> str:
+    """The long pair beside the linear code: PSNR by size, and the error in each level's details."""
+    lines = [_by_size("linear code, no training", {"sizes": sizes}, "", "", "") for sizes in _baselines(rows, "linear")]
+    for network, title in ENCODERS.items():
+        for row in _of_seeds(rows, f"{network}_long"):
+            minutes, frechet = f"{row['processor_seconds'] / 60:.0f}", f"{row['frechet_lite0']:.1f}"
+            lines.append(_by_size(title, row, str(row["steps"]), minutes, frechet))
+    sizes = [f"dB at {size}" for size in ALL_SIZES]
+    bands = ["LL3", "level 3", "level 2", "level 1"]
+    return table(["encoder", "steps", "minutes", *sizes, "SSIM", *bands, "Fréchet, Lite0"], lines)
+
+
+def _by_size(title: str, row: Mapping[str, Any], steps: str, minutes: str, frechet: str) -> list[str]:
+    psnr = [f"{_psnr(row, str(size)):.2f}" for size in ALL_SIZES]
+    return [title, steps, minutes, *psnr, f"{row['sizes'][SIZE]['ssim']:.3f}", *_bands(row), frechet]
 
 
 def _baselines(rows: Found, name: str) -> list[Mapping[str, Any]]:
@@ -228,18 +245,19 @@ def _diffusion(rows: Found) -> str:
 TABLES: Mapping[str, Callable[[Found], str]] = {
     "encoders": _encoders,
     "longer": _longer,
+    "long": _long,
     "objective": _compared("objective", {"the recipe's": RECIPES, "without the wavelet term": "no_wavelet"}),
     "scales": _scales,
     "diffusion": _diffusion,
 }
 
 
-def _curves(rows: Found, path: Path) -> None:
-    """PSNR at the crops' size in the longer trainings, by steps and by a thread's minutes."""
+def _curves(rows: Found, suffix: str, path: Path) -> None:
+    """PSNR at the crops' size in the trainings of that suffix, by steps and by a thread's minutes."""
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     by_steps, by_minutes = figure.subplots(1, 2, sharey=True)
     for i, (network, title) in enumerate(ENCODERS.items()):
-        for number, row in enumerate(_of_seeds(rows, f"{network}_longer")):
+        for number, row in enumerate(_of_seeds(rows, f"{network}_{suffix}")):
             steps, psnr = row["curve"]
             minutes = [step / row["steps"] * row["processor_seconds"] / 60 for step in steps]
             for axes, places in ((by_steps, steps), (by_minutes, minutes)):
@@ -304,7 +322,8 @@ def main(arguments: list[str] | None = None) -> None:
         images = options.document.parent / "images"
         images.mkdir(exist_ok=True)
         _plot(rows, images / "study_scales.png")
-        _curves(rows, images / "study_curves.png")
+        _curves(rows, "longer", images / "study_curves.png")
+        _curves(rows, "long", images / "study_long.png")
         if options.runs is not None:
             _photographs(options.runs, images)
     except (OSError, ValueError) as error:

@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 __all__ = [
+    "ALL_SIZES",
+    "LONG",
     "LONGER",
     "NETWORKS",
     "QUESTIONS",
@@ -109,6 +111,9 @@ LONGER = {
 }
 """Trained for four times the steps too, in bf16: the networks, their learning rates and numbers of seeds."""
 
+LONG = {"litevae_linear": ("1e-3", 36_000), "sd_linear": ("1e-3", 26_400)}
+"""The long pair, in bf16: the networks, their learning rates and steps, which take two hours of a thread each."""
+
 SEEDS = (0, 1, 2)
 
 RECIPES = "litevae_1e-3"
@@ -168,7 +173,11 @@ def _encoders(seeds: Sequence[int]) -> list[Row]:
         for name, (rate, count) in LONGER.items()
         for seed in seeds[:count]
     ]
-    return equal_steps + equal_time + longer
+    long = [
+        Row(f"{name}_long_0", "encoder", (*NETWORKS[name], f"{RATE}={rate}"), steps, sizes=ALL_SIZES, precision="bf16")
+        for name, (rate, steps) in LONG.items()
+    ]
+    return equal_steps + equal_time + longer + long
 
 
 def _objectives(seeds: Sequence[int]) -> list[Row]:

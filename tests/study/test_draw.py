@@ -9,7 +9,7 @@ from PIL import Image
 
 from study.draw import TABLES, fill, main, read_rows
 from study.measure import AXES
-from study.rows import diffusions, rows
+from study.rows import ALL_SIZES, diffusions, rows
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -38,6 +38,11 @@ def worse(found: dict[str, Any]) -> dict[str, Any]:
     return found | {"sizes": {size: of_size | {"bands": bands} for size, of_size in found["sizes"].items()}}
 
 
+def everywhere(found: dict[str, Any]) -> dict[str, Any]:
+    """The same row at all sizes."""
+    return found | {"sizes": dict.fromkeys(map(str, ALL_SIZES), found["sizes"]["256"])}
+
+
 ROWS = {
     "litevae_5e-4_0": worse(row(29.0)),  # by its details not the best
     "litevae_1e-3_0": row(24.0),
@@ -45,6 +50,7 @@ ROWS = {
     "sd_5e-4_0": row(23.0),
     "litevae_linear_1e-3_0": row(27.0, bicubic={"64": {"psnr": 19.0}, "256": {"psnr": 22.0, "ssim": 0.6}}),
     "sd_linear_longer_0": row(28.0) | {"steps": 40, "curve": [[0, 40], [25.0, 28.0]]},
+    "sd_linear_long_0": everywhere(row(28.0)) | {"curve": [[0, 10], [25.0, 28.0]]},
     "no_wavelet_0": row(25.0),
     "no_wavelet_1": row(29.0) | {"frechet_lite0": 5.0},
     "group_norm": row(23.5),
@@ -61,10 +67,14 @@ def test_tables_have_means_spreads_and_what_is_missing_is_left_out():
     assert longer[2:] == [
         "| SD, linear start | 5e-4 | 1 | 2 | 28.00 | 28.00 | 5.0 | 7.0 | 72 | 25.0 | 25.0 | 25.0 | 0.700 | 3.0 |"
     ]
+    long = TABLES["long"](ROWS).splitlines()
+    assert long[2:] == [
+        "| SD, linear start | 10 | 2 | 28.00 | 28.00 | 28.00 | 28.00 | 0.700 | 12.0 | 12.0 | 8.0 | 4.0 | 3.0 |"
+    ]
     assert encoders[-1] == "| bicubic |  |  |  |  | 19.00 | 22.00 |  |  | 0.600 |  |"
     assert len(encoders) == 7  # no other row yet, and no linear code beside the baselines' row
     objective = TABLES["objective"](ROWS).splitlines()
-    assert objective[-1] == "| without the wavelet term | 25.00 ± 1.00 | 0.700 | 12 | 12.0 | 8.0 | 4.0 | 4.0 ± 1.4 |"
+    assert objective[-1] == "| without the wavelet term | 25.00 ± 1.00 | 0.700 | 12.0 | 12.0 | 8.0 | 4.0 | 4.0 ± 1.4 |"
     assert len(objective) == 4
     found = {"reconstructions": 20.0, "decoded_latents": 21.0, "mean": 34.0}
     samples = {"frechet_lite0": found, "seeds": [{"frechet_lite0": value} for value in (33.0, 35.0)]}
@@ -90,7 +100,7 @@ def test_the_command_fills_a_document_and_draws(tmp_path):
     document.write_text("<!-- table: scales -->\n<!-- end -->\n")
     main(["--rows", str(tmp_path / "rows"), "--document", str(document)])
     assert "| SMC | 24.00 | 24.00 |" in document.read_text()
-    for name in ("study_scales", "study_curves"):
+    for name in ("study_scales", "study_curves", "study_long"):
         with Image.open(tmp_path / "images" / f"{name}.png") as picture:
             assert len(picture.convert("L").getcolors()) > 20
 
