@@ -115,11 +115,6 @@ class Stream:
             weakref.finalize(plane, self._free, size)
         return plane
 
-    def whole(self, x: Tensor) -> Plane:
-        plane = self.plane(*x.shape[1:])
-        plane.write(0, x)
-        return plane
-
     def _free(self, size: int) -> None:
         self.left += size
 
@@ -167,7 +162,7 @@ class Stream:
         inputs, channels = [h, *inputs], conv.out_channels
         return self.sweep(inputs, channels, 1, lambda last, *x: conv(activate(last)) + skip(torch.cat(x, dim=1)))
 
-    def step(self, step: nn.Module, *inputs: Plane) -> Plane:
+    def step(self, step: nn.Module, inputs: Sequence[Plane]) -> Plane:
         if isinstance(step, PostActivationBlock):
             return self.post_activation(step, inputs)
         if isinstance(step, PreActivationBlock):
@@ -177,4 +172,19 @@ class Stream:
     def unet(self, unet: nn.Module, x: Tensor) -> Tensor:
         """``unet(x)`` for one image, (1, C, H, W) -> (1, C', H, W) on x's device."""
         assert isinstance(unet, UNet)
-        return unet.walk(self.whole(x), self.step).read(0, x.shape[-2]).to(x)
+        _, channels, height, width = x.shape
+        first = self.plane(channels, height, width)
+        first.write(0, x)
+        h = self.conv(unet.init_conv, [first])
+        del first
+        skips: list[Plane] = []
+        down, middle, up = unet.steps()
+        for step in down:
+            h = self.step(step, [h])
+            if not isinstance(step, nn.Conv2d):
+                skips.append(h)
+        for step in middle:
+            h = self.step(step, [h])
+        for step in up:
+            h = self.step(step, [h] if isinstance(step, nn.Conv2d) else [h, skips.pop()])
+        return self.conv(unet.conv_out, [h]).read(0, height).to(x)

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import gcd
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from olvae.modules.base import Encoder, Steps, casts_together, check_choice, check_counts
 from olvae.modules.distributions import deterministic_moments
 from olvae.modules.wavelet import dwt2, wavedec2
-
-Value = TypeVar("Value")  # a tensor, or what stands for one
 
 
 def conv3(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -96,25 +94,21 @@ class UNet(Steps, ABC):
 
     @casts_together
     def forward(self, x: Tensor) -> Tensor:
-        return self.walk(x, self._run)
-
-    def _run(self, step: nn.Module, *inputs: Tensor) -> Tensor:
-        run = step if len(inputs) == 1 else partial(_joined, step)
-        return cast(Tensor, step(*inputs)) if isinstance(step, nn.Conv2d) else self.step(run, *inputs)
-
-    def walk(self, h: Value, run: Callable[..., Value]) -> Value:
-        """Go through the UNet: ``run`` gets each block or convolution with its input, or two where there is a skip."""
-        h, skips = run(self.init_conv, h), list[Value]()
+        h = self.init_conv(x)
+        skips: list[Tensor] = []
         down, middle, up = self.steps()
         for step in down:
-            h = run(step, h)
-            if not isinstance(step, nn.Conv2d):
+            if isinstance(step, nn.Conv2d):
+                h = step(h)
+            else:
+                h = self.step(step, h)
                 skips.append(h)
         for step in middle:
-            h = run(step, h)
+            h = self.step(step, h)
         for step in up:
-            h = run(step, h) if isinstance(step, nn.Conv2d) else run(step, h, skips.pop())
-        return run(self.conv_out, h)
+            h = step(h) if isinstance(step, nn.Conv2d) else self.step(partial(_joined, step), h, skips.pop())
+        out: Tensor = self.conv_out(h)
+        return out
 
 
 def _joined(block: nn.Module, h: Tensor, skip: Tensor) -> Tensor:
