@@ -116,10 +116,10 @@ def holds_shards(src: str) -> bool:
         tars = False
         with contextlib.suppress(OSError), os.scandir(path) as entries:  # none if the folder can't be opened
             for entry in entries:
-                if _is_image(entry.name):
+                if is_image_file(entry.name):
                     return False
                 tars = tars or is_shard(entry.name)
-        return tars and not any(_is_image(name) for *_, names in os.walk(path) for name in names)
+        return tars and not any(is_image_file(name) for *_, names in os.walk(path) for name in names)
     return not is_local(src) or src.endswith(SUFFIXES)
 
 
@@ -128,7 +128,8 @@ def is_shard(name: str) -> bool:
     return name.endswith(SUFFIXES) and not name.startswith(".")
 
 
-def _is_image(name: str) -> bool:
+def is_image_file(name: str) -> bool:
+    """Whether a file of a folder is an image by its name; hidden ones are none."""
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 

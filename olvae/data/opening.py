@@ -28,15 +28,19 @@ def open_source(
     num_workers: int = 0,
     channels: int = 3,
     pixel_range: PixelRange = EIGHT_BITS,
+    resized: bool = False,
 ) -> Source:
-    """A source that validates on all images of SRC; of a config, the source that it trains with.
+    """A source that validates on all images of SRC; of a config, the source that it trains with, ``resized`` or not.
 
     Unreadable images are skipped and counted, however many they are, unless a config says otherwise.
 
     Raises ConfigError: SRC is not one of these. FileNotFoundError, ValueError: it has no images.
     """
     if Path(src).suffix in YAML:
-        return _build(_data_of(src), f"{src}: data.target")
+        config = load([src])
+        if "data" not in config:
+            raise ConfigError(f"{src}: has no data")
+        return _build(present_data(config), f"{src}: data.target", size if resized else None)
     if src == "samples":
         return SamplePhotographs(size, min(batch_size, 64), num_workers)
     common: dict[str, Any] = {"channels": channels, "max_unreadable": 1.0, "range": pixel_range.as_node()}
@@ -56,33 +60,21 @@ def open_test_source(
     """The source to evaluate a model on: SRC if given, else the data of the model's config.
 
     ``size`` of the images is by default that of the data's config, else of the model's, else 256; ``pixel_range`` is
-    for a SRC that is no config.
-    SRC is resized by nearest if the config's images are masks.
+    for a SRC that is no config. SRC is resized by nearest if the config's images are masks.
 
     Raises ConfigError: there is neither, or the config's data are not a source.
     """
     params = dict((config.get("data") or {}).get("params") or {})
-    if src is not None and size is not None and Path(src).suffix in YAML:
-        return _build(_resized(_data_of(src), size), f"{src}: data.target")
     if src is not None:
-        size = size or params.get("size") or 256
-        source = open_source(src, size, 1, params.get("num_workers", 0), channels, pixel_range)
+        usual, workers = size or params.get("size") or 256, params.get("num_workers", 0)
+        source = open_source(src, usual, 1, workers, channels, pixel_range, resized=size is not None)
         mixed = [node.get("params") or {} for node in _mixed(params)]
         if all(are_for_masks(part.get("filters") or ()) for part in mixed or [params]):
             source.eval_transform = replace(source.eval_transform, resample="nearest")
         return source
     if not config.get("data"):
         raise ConfigError("the first target has no data to take images from: set `data`")
-    node = present_data(config)
-    return _build(node if size is None else _resized(node, size), "data.target")
-
-
-def _data_of(src: str) -> Config:
-    """The source's node of a config file, with paths where they are now."""
-    config = load([src])
-    if "data" not in config:
-        raise ConfigError(f"{src}: has no data")
-    return present_data(config)
+    return _build(present_data(config), "data.target", size)
 
 
 def _resized(node: Config, size: Size) -> Config:
@@ -118,8 +110,8 @@ def open_images(src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BIT
     return Files(find_images(src, closed), channels, closed, pixel_range, find_folder(src))
 
 
-def _build(node: Config, where: str) -> Source:
-    source = instantiate(node)
+def _build(node: Config, where: str, size: Size | None = None) -> Source:
+    source = instantiate(node if size is None else _resized(node, size))
     if not isinstance(source, Source):
         raise ConfigError(f"{where}: {node['target']} is not a source of images")
     return source

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from olvae.config.reading import EXTENSIONS
+from olvae.config.reading import EXTENSIONS, is_image_file
 from olvae.data.dataset import VAL_FRACTION, ImageDataset, MappedSource, min_held_out
 from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, RangeNode, Size
@@ -160,7 +160,7 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
 
 def _is_image(path: Path) -> bool:
     try:
-        return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+        return is_image_file(path.name) and path.is_file()
     except OSError:  # in a folder that can be listed but not entered: counted as unreadable later
         return True
 
@@ -192,17 +192,23 @@ def _split(root: str | Path, paths: Sequence[Path], fraction: float | None) -> t
     """Hold out about ``fraction`` of the paths, by the hash of their names; by default as hold_out()."""
     if len(paths) < 2:
         raise ValueError(f"{root}: one image can't be split into training and validation: set data.params.val_root")
-    places = {path: _place(Path(root).expanduser(), path) for path in paths}
+    below = _fixed_part(Path(root).expanduser())
+    places = {path: _place(below, path) for path in paths}
     count = sum(place < (fraction or VAL_FRACTION) for place in places.values())
     held_out = set(sorted(paths, key=places.__getitem__)[: max(count, min_held_out(len(paths), fraction))])
     return [path for path in paths if path not in held_out], [path for path in paths if path in held_out]
 
 
+def _fixed_part(root: Path) -> Path:
+    """The folder below which names are hashed: root, that of a list, or of a pattern the parts before it varies."""
+    if root.is_dir():
+        return root
+    fixed = takewhile(lambda part: not glob.has_magic(ESCAPED.sub("", part)), root.parts)
+    return root.parent if root.suffix.lower() == ".txt" else Path(*(ESCAPED.sub(r"\1", part) for part in fixed))
+
+
 def _place(root: Path, path: Path) -> float:
-    """A number in [0, 1) for each path: the hash of its name below root, or below the folder of a list or pattern."""
-    if not root.is_dir():
-        fixed = takewhile(lambda part: not glob.has_magic(ESCAPED.sub("", part)), root.parts)
-        root = root.parent if root.suffix.lower() == ".txt" else Path(*(ESCAPED.sub(r"\1", part) for part in fixed))
+    """A number in [0, 1) for each path: the hash of its name below root."""
     name = path.relative_to(root) if path.is_relative_to(root) else path
     digest = hashlib.sha256(name.as_posix().encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

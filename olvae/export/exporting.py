@@ -27,7 +27,7 @@ from olvae.models.loading.families import family_of
 from olvae.models.loading.loader import Target
 from olvae.models.loading.targets import RAW
 from olvae.models.spec import CLASS_NAME, DIFFUSERS, check_factors, class_in, is_hub_id, place_in
-from olvae.modules.base import count_parameters
+from olvae.modules.base import count_parameters, device_of
 from olvae.modules.scaling_factors import FEW_IMAGES
 from olvae.runs import TEACHER, Run, config_of, entry_of, find_run, run_of, settings_of
 
@@ -227,7 +227,7 @@ def _difference(what: str, model: LiteVAE, moments: Function, decode: Function) 
     """Compare moments and reconstructions of an image of noise, in float32: half precision would hide differences."""
     whole = model if next(model.parameters()).dtype == torch.float32 else copy.deepcopy(model).float()
     shape = (1, model.in_channels, 4 * model.downscale, 4 * model.downscale)
-    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device) * 2 - 1
+    x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device_of(model)) * 2 - 1
     own = whole.moments(x)
     z = own.chunk(2, dim=1)[0]
     pairs = ((own, moments(x)), (whole.decode(z), decode(z)))
@@ -257,13 +257,15 @@ def _metrics_of(target: Target, model: Autoencoder, notes: list[str]) -> Path | 
     metrics = folder / "metrics.json"
     if not metrics.is_file():
         return None
-    if target.run is not None and (rows := Results.read(metrics).rows) and (RAW in rows[0].target) != target.raw:
-        notes.append(f"{metrics} is left out: it is about {rows[0].target}, not {target.name}")
-        return None
-    if target.run is not None and rows and rows[0].weights not in (None, tensors_sum(model.state_dict())):
-        notes.append(f"{metrics} is left out: it is about earlier weights: evaluate again")
-        return None
-    return metrics
+    rows = [] if target.run is None else Results.read(metrics).rows
+    about = None
+    if rows and (RAW in rows[0].target) != target.raw:
+        about = f"{rows[0].target}, not {target.name}"
+    elif rows and rows[0].weights not in (None, tensors_sum(model.state_dict())):
+        about = "earlier weights: evaluate again"
+    if about is not None:
+        notes.append(f"{metrics} is left out: it is about {about}")
+    return metrics if about is None else None
 
 
 def _set_factors(

@@ -36,14 +36,15 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
     there is no image, ConfigError if a result would overwrite an image. Of images with one name, the later ones keep
     their extension, or get a number.
     """
+    results = out.resolve()
     found: dict[Path, tuple[Path, Path]] = {}
     for path in given:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such image or folder")
+        has_results = results.is_relative_to(path.resolve())
         for image in find_images(path) if path.is_dir() else [path]:
             below = image.relative_to(path) if path.is_dir() else Path(image.name)
-            results = out.resolve().is_relative_to(path.resolve()) and out.resolve() in image.resolve().parents
-            if not (path.is_dir() and results):
+            if not (has_results and results in image.resolve().parents):
                 found.setdefault(image.resolve(), (image, out / below.with_suffix("")))
     if not found:
         raise FileNotFoundError(f"no images except those of {out}, the folder of the results: name others")

@@ -16,7 +16,7 @@ from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.data.source import LoaderProcess, Source
 from olvae.metrics.metric import psnr
 from olvae.models.autoencoder import LiteVAE
-from olvae.modules.base import HALVES, Decoder, Encoder, Stage
+from olvae.modules.base import HALVES, Decoder, Encoder, Stage, device_of
 from olvae.modules.distributions import deterministic_moments
 
 POSITIONS = 2**16  # latent positions to fit on, hundreds for each unknown of an f8 code
@@ -133,7 +133,7 @@ def fit_linear_paths(
     Halves that are not ``fresh`` have weights already; a fresh encoder with a linear path is nothing else. Crops are as
     read, (N, C, H, W). With a teacher's means the encoder's is least squares to them, the decoder's from them.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     f, n, values = model.downscale, model.latent_channels, model.in_channels * model.downscale**2
     if values > LARGEST_PATCH:
         raise ValueError(f"linear: covariances of patches of {f}x{f} pixels are too large: leave it out")

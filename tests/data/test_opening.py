@@ -181,9 +181,10 @@ def test_other_masks_are_resized_as_the_runs_own(home):
 def test_the_data_of_another_config_at_a_size(home):
     cfg.save({"data": {"target": FOLDER, "params": {"root": "more", "size": 16, "batch_size": 1}}}, home / "other.yaml")
     for size, expected in ((None, 16), (8, 8)):
-        source = open_test_source({}, str(home / "other.yaml"), size)
+        source = open_test_source({"data": {"params": {"filters": ["nearest"]}}}, str(home / "other.yaml"), size)
         assert source.size == Sides.of(expected)
         assert next(iter(source.test_loader()))["image"].shape[-2:] == (expected, expected)
+        assert source.eval_transform.resample == "nearest"  # as the run's own masks
 
 
 def test_data_that_are_no_node_are_refused_as_before(tmp_path):

@@ -157,24 +157,25 @@ def test_the_crops_are_those_of_the_seed(image_folder, monkeypatch):
     assert not first.equal(training_crops(source, 1, 8))
 
 
-def test_quantizers_start_as_the_identity():
+def with_quantizer(latent_dim: int) -> LiteAutoencoderKL:
     params = linear_config(use_quant=True)["model"]["params"]
-    params["encoder_config"]["params"]["latent_dim"] = 8
-    model, images = LiteAutoencoderKL(**params).autoencoder, crops(20, 64)
+    params["encoder_config"]["params"]["latent_dim"] = latent_dim
+    return LiteAutoencoderKL(**params)
+
+
+def test_quantizers_start_as_the_identity():
+    model, images = with_quantizer(8).autoencoder, crops(20, 64)
     fit_linear_paths(model, images)
     with torch.no_grad():
         mean = model.encode(from_uint8(images)).mean
     assert mean.std(dim=(0, 2, 3)).sub(1).abs().max() < 1e-3
-    params["encoder_config"]["params"]["latent_dim"] = 12
     with pytest.raises(ConfigError, match="linear: quant_conv would change 12 channels to 8"):
-        LiteAutoencoderKL(**params)
+        with_quantizer(12)
 
 
 def test_a_fresh_decoder_is_fitted_behind_a_trained_quantizer():
     """Least squares gives the same images from latents and from an invertible mixture of their channels."""
-    params = linear_config(use_quant=True)["model"]["params"]
-    params["encoder_config"]["params"]["latent_dim"] = 8
-    model, images = LiteAutoencoderKL(**params).autoencoder, crops(40, 64)
+    model, images = with_quantizer(8).autoencoder, crops(40, 64)
     fit_linear_paths(model, images)
     with torch.no_grad():
         expected = model(from_uint8(images[:2]))[0]
