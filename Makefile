@@ -63,11 +63,12 @@ study-parts: $(VENV)/.installed-dev ## what the parts for diffusion models do to
 	$(BIN)/python -m study.corpus --out study/corpus-out
 	$(BIN)/python -m study.parts --corpus study/corpus-out --out study/out
 
-models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, two hours)
+models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, three hours)
 	$(BIN)/python -m study.corpus --out study/corpus-out
 	$(MAKE) photos-f8c12 photos-f8c4 photos-f8c12-sharp
 
-TRAIN_PHOTOS = $(BIN)/olvae train --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name $@
+TRAIN_PHOTOS = $(BIN)/olvae train --logdir $(RUNS) --gpus 0 --precision bf16 --seed 0 --name $@
+FOUR_CHANNELS = model.params.embed_dim=4 model.params.decoder_config.params.z_channels=4
 define SHIP
 	$(BIN)/olvae evaluate $(RUNS)/$@ --baselines --data study/corpus-out/held_out --size 256 --metrics psnr,ssim
 	$(BIN)/olvae latents $(RUNS)/$@ --data study/corpus-out/train_tiles --images 1000
@@ -80,9 +81,8 @@ photos-f8c12: $(VENV)/.installed-dev
 	$(SHIP)
 
 photos-f8c4: $(VENV)/.installed-dev
-	$(TRAIN_PHOTOS)_start --base study/photos_f8c4_start.yaml
-	$(TRAIN_PHOTOS)_middle --base study/photos_f8c4_middle.yaml --actual_resume $(RUNS)/$@_start
-	$(TRAIN_PHOTOS) --base study/photos_f8c4.yaml --actual_resume $(RUNS)/$@_middle
+	$(TRAIN_PHOTOS)_start --base study/photos_start.yaml $(FOUR_CHANNELS)
+	$(TRAIN_PHOTOS) --base study/photos.yaml --actual_resume $(RUNS)/$@_start $(FOUR_CHANNELS)
 	$(SHIP)
 
 photos-f8c12-sharp: $(VENV)/.installed-dev
