@@ -56,7 +56,7 @@ def test_a_name_or_a_file(tmp_path, monkeypatch):
     """A file of the working folder comes before a recipe, a recipe before a folder."""
     monkeypatch.chdir(tmp_path)
     packaged = load(["demo"])
-    assert packaged["data"]["params"] == {"size": 64, "batch_size": 16}
+    assert packaged["data"]["params"] == {"size": 64, "batch_size": 8}
     Path("demo").mkdir()
     assert load(["demo"]) == packaged
     Path("demo.yaml").write_text("include: demo\ndata: {params: {batch_size: 3}}")
