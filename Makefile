@@ -59,34 +59,32 @@ study: $(VENV)/.installed-dev ## the study of docs/results.md: photographs, trai
 gpu: $(VENV)/.installed-dev ## what only a GPU can show, into docs/gpu.md; finished steps are kept (40 minutes, or MINUTES=N)
 	$(BIN)/python -m study.gpu --minutes $(or $(MINUTES),40) $(if $(QUICK),--device cpu --quick)
 
-study-parts: $(VENV)/.installed-dev ## what the parts for diffusion models do to photos-f8c12, a table of docs/results.md (CPU, half an hour)
+study-parts: $(VENV)/.installed-dev ## what the parts for diffusion models do to photos-f8c12, as in docs/results.md (CPU)
 	$(BIN)/python -m study.corpus --out study/corpus-out
 	$(BIN)/python -m study.parts --corpus study/corpus-out --out study/out
 
-models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, three hours)
+models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, four hours; what is done is kept)
 	$(BIN)/python -m study.corpus --out study/corpus-out
 	$(MAKE) photos-f8c12 photos-f8c4 photos-f8c12-sharp
 
-TRAIN_PHOTOS = $(BIN)/olvae train --logdir $(RUNS) --gpus 0 --precision bf16 --seed 0 --name $@
 FOUR_CHANNELS = model.params.embed_dim=4 model.params.decoder_config.params.z_channels=4
+# $(call run,NAME,ARGUMENTS): a run, or what an interrupted one of this name has left of it
+run = $(BIN)/olvae train --gpus 0 --precision bf16 $(if $(wildcard $(RUNS)/*_$(1)_bf16/checkpoints/last.ckpt),\
+	--resume $(RUNS)/$(1),--logdir $(RUNS) --name $(1) $(2))
 define SHIP
 	$(BIN)/olvae evaluate $(RUNS)/$@ --baselines --data study/corpus-out/held_out --size 256 --metrics psnr,ssim
 	$(BIN)/olvae latents $(RUNS)/$@ --data study/corpus-out/train_tiles --images 1000
 	$(BIN)/olvae export $(RUNS)/$@ --out $@ --force --license apache-2.0 --latents $(RUNS)/$@
 endef
 
-photos-f8c12: $(VENV)/.installed-dev
-	$(TRAIN_PHOTOS)_start --base study/photos_start.yaml
-	$(TRAIN_PHOTOS) --base study/photos.yaml --actual_resume $(RUNS)/$@_start
-	$(SHIP)
-
-photos-f8c4: $(VENV)/.installed-dev
-	$(TRAIN_PHOTOS)_start --base study/photos_start.yaml $(FOUR_CHANNELS)
-	$(TRAIN_PHOTOS) --base study/photos.yaml --actual_resume $(RUNS)/$@_start $(FOUR_CHANNELS)
+photos-f8c12 photos-f8c4: $(VENV)/.installed-dev
+	$(call run,$@_start,--base study/photos_start.yaml $(if $(filter %c4,$@),$(FOUR_CHANNELS)))
+	$(call run,$@_middle,--base study/photos.yaml --actual_resume $(RUNS)/$@_start $(if $(filter %c4,$@),$(FOUR_CHANNELS)))
+	$(call run,$@,--base study/photos_more.yaml --from $(RUNS)/$@_middle --seed 1)
 	$(SHIP)
 
 photos-f8c12-sharp: $(VENV)/.installed-dev
-	$(TRAIN_PHOTOS) --base study/photos_sharp.yaml --actual_resume $(RUNS)/photos-f8c12
+	$(call run,$@,--base study/photos_sharp.yaml --actual_resume $(RUNS)/photos-f8c12)
 	$(SHIP)
 
 docs: $(VENV)/.installed-docs ## the documentation as a site, in site/

@@ -36,7 +36,7 @@ class Case(NamedTuple):
 
 CURVES = {
     "healthy": Case("Healthy", "", "train/loss"),
-    "rate": Case("The learning rate is ten times too high", "model.base_learning_rate=0.015", "train/grad_norm"),
+    "rate": Case("The learning rate is ten times too high", "model.base_learning_rate=0.01", "train/grad_norm"),
     "kl": Case("The KL weight is far too large", "model.params.lossconfig.params.kl_weight=30", "train/kl"),
 }
 

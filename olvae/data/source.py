@@ -214,7 +214,7 @@ class Source(ABC):
     def check_batch(self) -> None:
         """Raise ValueError if a batch is larger than the training images of an epoch."""
         if (n := self.samples_per_epoch) is not None and self.batch_size > n:
-            raise ValueError(f"data.params.batch_size {self.batch_size} is larger than the data: {n} images")
+            raise ValueError(f"data.params.batch_size {self.batch_size} is larger than the data: set {n} or less")
 
     def check_processes(self, world: int) -> None:  # noqa: B027  (most sources can be shared by any number)
         """Raise ValueError if the data can't be shared among the processes of ``world`` ranks."""

@@ -177,3 +177,11 @@ def test_the_results_table_is_that_of_its_configs():
         if found == "UNetGAN":
             found = sizes[node["params"]["base_channels"]]
         assert found == discriminator, name
+
+
+def test_the_demos_page_has_its_recipes_numbers():
+    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
+    for name, text in (("demo", steps := "{} steps of {} crops of {}"), ("demo_b", steps), ("folder", "with {} steps")):
+        config = load([name])
+        data = config["data"]["params"]
+        assert text.format(config["lightning"]["trainer"]["max_steps"], data["batch_size"], data["size"]) in page

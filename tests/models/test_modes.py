@@ -6,18 +6,7 @@ import torch
 from olvae import LiteVAE
 from olvae.config import ConfigError
 from tests.conftest import parts
-from tests.models.steps import (
-    WITHOUT_KL,
-    Each,
-    against,
-    assert_same,
-    build,
-    fit,
-    metrics,
-    moved,
-    objective,
-    snapshot,
-)
+from tests.models.steps import WITHOUT_KL, Each, against, assert_same, build, fit, metrics, moved, objective, snapshot
 
 
 @pytest.mark.parametrize("adversary", [None, against(weight=0.5)], ids=["a", "b"])
