@@ -90,7 +90,7 @@ NETWORKS = {
 RUNS = {
     "litevae": {"5e-4": 1, "1e-3": 3, "2e-3": 3},
     "litevae_norm": {"1e-3": 2, "2e-3": 3},
-    "litevae_shuffle": {"1e-3": 2, "2e-3": 2},
+    "litevae_shuffle": {"1e-3": 2, "2e-3": 3},
     "litevae_linear": {"5e-4": 1, "1e-3": 3, "2e-3": 1},
     "sd": {"5e-4": 3, "1e-3": 3, "2e-3": 1},
     "sd_free": {"5e-4": 2, "1e-3": 3, "2e-3": 1},
