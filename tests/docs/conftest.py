@@ -17,14 +17,15 @@ RUN = "runs/2026-01-31T12-00-00_demo_32"
 
 
 def run_command(words: list[str]) -> None:
-    """Run ``olvae`` in this process, its arguments expanded as a shell does; what is in --out is made anew."""
+    """Run ``olvae`` here, its arguments expanded as by a shell; --out is made anew, two steps are trained."""
     if "--out" in words:
         shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
     arguments: list[str] = []
     for word in words[1:]:
         arguments += sorted(map(str, Path().glob(word))) if "*" in word else [word]
+    short = [f"lightning.trainer.{key}=2" for key in ("max_steps", "val_check_interval")]
     with pytest.raises(SystemExit) as leaving:
-        main(arguments)
+        main(arguments + short * (words[1] == "train"))
     assert leaving.value.code == 0, " ".join(words)
 
 
@@ -46,7 +47,7 @@ def prepared(tmp_path_factory, quick_training) -> Path:
         patch.setenv(RUN_ENV, "")  # so that what training sets is taken back
         patch.chdir(folder)
         save(config, "tiny.yaml")
-        run_command(["olvae", "train", "--base", "tiny.yaml", "--gpus", "0", "lightning.trainer.max_steps=2"])
+        run_command(["olvae", "train", "--base", "tiny.yaml", "--gpus", "0"])
         (run,) = Path("runs").iterdir()
         run.rename(RUN)
         run_command(["olvae", "export", RUN, "--out", "my-vae"])
