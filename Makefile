@@ -67,7 +67,6 @@ models: $(VENV)/.installed-dev ## the models that ship with the package: photogr
 	$(BIN)/python -m study.corpus --out study/corpus-out
 	$(MAKE) photos-f8c12 photos-f8c4 photos-f8c12-sharp
 
-FOUR_CHANNELS = model.params.embed_dim=4 model.params.decoder_config.params.z_channels=4
 # $(call run,NAME,ARGUMENTS): a run, or what an interrupted one of this name has left of it
 run = $(BIN)/olvae train --gpus 0 --precision bf16 $(if $(wildcard $(RUNS)/*_$(1)_bf16/checkpoints/last.ckpt),\
 	--resume $(RUNS)/$(1),--logdir $(RUNS) --name $(1) $(2))
@@ -77,9 +76,10 @@ define SHIP
 	$(BIN)/olvae export $(RUNS)/$@ --out $@ --force --license apache-2.0 --latents $(RUNS)/$@
 endef
 
+photos-f8c4: CHANNELS = model.params.embed_dim=4 model.params.decoder_config.params.z_channels=4
 photos-f8c12 photos-f8c4: $(VENV)/.installed-dev
-	$(call run,$@_start,--base study/photos_start.yaml $(if $(filter %c4,$@),$(FOUR_CHANNELS)))
-	$(call run,$@_middle,--base study/photos.yaml --actual_resume $(RUNS)/$@_start $(if $(filter %c4,$@),$(FOUR_CHANNELS)))
+	$(call run,$@_start,--base study/photos_start.yaml $(CHANNELS))
+	$(call run,$@_middle,--base study/photos.yaml --actual_resume $(RUNS)/$@_start $(CHANNELS))
 	$(call run,$@,--base study/photos_more.yaml --from $(RUNS)/$@_middle --seed 1)
 	$(SHIP)
 

@@ -180,8 +180,8 @@ def test_the_results_table_is_that_of_its_configs():
 
 
 def test_the_demos_page_has_its_recipes_numbers():
-    page = (ROOT / "docs" / "demo.md").read_text(encoding="utf-8")
-    for name, text in (("demo", steps := "{} steps of {} crops of {}"), ("demo_b", steps), ("folder", "with {} steps")):
+    page = " ".join((ROOT / "docs" / "demo.md").read_text(encoding="utf-8").split())
+    for name in ("demo", "demo_b", "folder"):
         config = load([name])
-        data = config["data"]["params"]
-        assert text.format(config["lightning"]["trainer"]["max_steps"], data["batch_size"], data["size"]) in page
+        steps, data = config["lightning"]["trainer"]["max_steps"], config["data"]["params"]
+        assert f"{steps} steps of {data['batch_size']} crops of {data['size']} pixels" in page
