@@ -42,9 +42,10 @@ CURVES = {
 
 
 def train(name: str, out: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Train phase A of the demo with the case's override; returns steps and values of its two curves."""
-    settings = [f"lightning.trainer.max_steps={STEPS}", "lightning.trainer.val_check_interval=50"]
-    settings += ["lightning.trainer.log_every_n_steps=4", *filter(None, [CURVES[name].override])]
+    """Train phase A of the demo with Adam and the case's override; returns steps and values of its two curves."""
+    settings = ["model.params.optimizer=adam", f"lightning.trainer.max_steps={STEPS}"]
+    settings += ["lightning.trainer.val_check_interval=50", "lightning.trainer.log_every_n_steps=4"]
+    settings += filter(None, [CURVES[name].override])
     flags = ["--base", "demo", "--name", f"curves_{name}", "--logdir", str(out / "runs"), "--gpus", "0", "--seed", "0"]
     Study(Path(), out, []).command(f"curves_{name}", "-m", "olvae.cli.main", "train", *flags, *settings)
     run = find_run(out / "runs", f"curves_{name}")

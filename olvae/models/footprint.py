@@ -16,6 +16,7 @@ from olvae.data.pixels.size_and_range import Sides, Size
 from olvae.devices import autocast, precision_name
 from olvae.models.large.tiling import GIB, LiveBytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.muon import is_matrix
 from olvae.models.parts.part import Step
 from olvae.modules.base import Steps
 from olvae.modules.frozen import Constant
@@ -64,6 +65,8 @@ def footprint(model: LiteAutoencoderKL, size: Size, precision: str, checkpoint: 
     trained = [p for player in model.players.values() for p in player.parameters() if p.requires_grad]
     averaged = [p for p in model.autoencoder.parameters() if p.requires_grad] if model.use_ema else []
     held = _bytes(_tensors(model)) + _bytes(averaged) + 2 * _bytes(trained)  # Adam has two moments
+    if model.optimizer == "muon":
+        held -= _bytes([p for p in model.autoencoder_parameters() if is_matrix(p)])
     return Footprint(held + few - BATCHES[0] * per_image, per_image, flop)
 
 

@@ -19,14 +19,15 @@ from olvae.models.autoencoder import LiteVAE
 from olvae.models.averaging import WeightAverage
 from olvae.models.linear_code import start_linearly
 from olvae.models.optimization import (
+    OPTIMIZERS,
     NonFiniteGuard,
     PlayersStrategy,
-    adam,
     compile_networks,
     grad_scaler,
     gradient_norm,
     gradient_ratio,
     lr_factor,
+    make_optimizer,
     mix_seeds,
     parameters_of,
 )
@@ -50,7 +51,8 @@ class LiteAutoencoderKL(ValidatedModule):
             for inference only.
         use_ema, ema_decay: average the weights that are trained; validation and checkpoints use the average.
         learning_rate: filled in from model.base_learning_rate; not scaled by batch size or devices.
-        betas: Adam's [P App. F].
+        optimizer: of the autoencoder's side: Adam, or :class:`Muon`, with which a small network learns more in a step.
+        betas: Adam's [P App. F]; the first is Muon's momentum.
         scheduler, warmup_steps, decay_steps, min_lr_factor: see :func:`lr_factor`; decay_steps is the run's last step
             by default.
         accumulate_grad_batches, gradient_clip_val: filled in from lightning.trainer.
@@ -93,6 +95,7 @@ class LiteAutoencoderKL(ValidatedModule):
         use_ema: bool = False,
         ema_decay: float = 0.999,
         learning_rate: float = 1e-4,
+        optimizer: Literal["adam", "muon"] = "adam",
         betas: tuple[float, float] | list[float] = (0.5, 0.9),
         scheduler: Literal["constant", "cosine"] = "constant",
         warmup_steps: int = 0,
@@ -117,13 +120,12 @@ class LiteAutoencoderKL(ValidatedModule):
         weights_dir: str | None = None,
     ) -> None:
         super().__init__(val_metrics, weights_dir)
-        self.automatic_optimization = False
-        self.use_ema, self.ema_decay, self.sample_posterior = use_ema, ema_decay, sample_posterior
-        self.learning_rate, self.min_lr_factor, self.betas = learning_rate, min_lr_factor, (betas[0], betas[1])
-        self.scheduler, self.warmup_steps, self.decay_steps = scheduler, warmup_steps, decay_steps
+        self.automatic_optimization, self.channels_last, self.sample_posterior = False, channels_last, sample_posterior
+        self.freeze_encoder, self.freeze_decoder, self.checkpoint = freeze_encoder, freeze_decoder, checkpoint
+        self.use_ema, self.ema_decay, self.compiled, self.scheduler = use_ema, ema_decay, compile, scheduler
+        self.optimizer, self.learning_rate, self.betas = optimizer, learning_rate, (betas[0], betas[1])
+        self.warmup_steps, self.decay_steps, self.min_lr_factor = warmup_steps, decay_steps, min_lr_factor
         self.accumulate_grad_batches, self.gradient_clip_val = accumulate_grad_batches, gradient_clip_val
-        self.channels_last, self.compiled, self.checkpoint = channels_last, compile, checkpoint
-        self.freeze_encoder, self.freeze_decoder = freeze_encoder, freeze_decoder
 
         vae = LiteVAE.from_config(encoder_config, decoder_config, embed_dim, use_quant, initial_logvar)
         self.encoder, self.decoder, self.quantizer = vae.encoder, vae.decoder, vae.quantizer
@@ -162,8 +164,9 @@ class LiteAutoencoderKL(ValidatedModule):
             yield f"accumulate_grad_batches must be at least 1, got {self.accumulate_grad_batches}"
         if self.gradient_clip_val is not None and self.gradient_clip_val < 0:
             yield f"gradient_clip_val must not be negative, got {self.gradient_clip_val}"
-        if self.scheduler not in ("constant", "cosine"):
-            yield f"scheduler must be constant or cosine, got {self.scheduler!r}"
+        choices = {"scheduler": ("constant", "cosine"), "optimizer": tuple(OPTIMIZERS)}
+        for name in (name for name, possible in choices.items() if getattr(self, name) not in possible):
+            yield f"{name} must be {' or '.join(choices[name])}, got {getattr(self, name)!r}"
         if self.quantizer is None and not self.freeze_encoder and next(self.encoder.parameters(), None) is None:
             yield f"freeze_encoder: {type(self.encoder).__name__} has nothing to train: set it to true"
         if self.checkpoint in self.frozen_halves:
@@ -445,7 +448,7 @@ class LiteAutoencoderKL(ValidatedModule):
             factor = lr_factor(step, self.scheduler, self.warmup_steps, decay_steps, self.min_lr_factor)
             return factor * self.rate_factor
 
-        optimizers = [adam(self.autoencoder_parameters(), self.learning_rate, self.betas)]
+        optimizers = [make_optimizer(self.optimizer, self.autoencoder_parameters(), self.learning_rate, self.betas)]
         schedules = [LambdaLR(optimizers[0], factor)]
         if self.adversary is not None:
             rate = self.learning_rate * self.adversary.learning_rate_ratio
@@ -454,7 +457,7 @@ class LiteAutoencoderKL(ValidatedModule):
             def own_warmup(updates: int) -> float:  # counted from its first update; then it follows the autoencoder's
                 return factor(updates if updates < self.warmup_steps else max(self.global_step, self.warmup_steps))
 
-            optimizers.append(adam(parameters, rate, self.adversary.betas))
+            optimizers.append(make_optimizer("adam", parameters, rate, self.adversary.betas))
             schedules.append(LambdaLR(optimizers[1], own_warmup))
         return optimizers, schedules
 

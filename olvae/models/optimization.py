@@ -1,10 +1,11 @@
-"""Optimization: seeds, rates, Adam, loss scale, gradients' ratio, DDP, torch.compile; skip non-finite updates."""
+"""Optimization: seeds, rates, optimizers, loss scale, gradients' ratio, DDP, torch.compile; skip non-finite updates."""
 
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -18,6 +19,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 
 from olvae.devices import this_process
 from olvae.files import first_line
+from olvae.models.muon import Muon
 from olvae.modules.base import compile_in_place, last_convolution, mean_over_processes
 
 log = logging.getLogger("olvae")
@@ -26,6 +28,12 @@ log = logging.getLogger("olvae")
 def mix_seeds(*numbers: int) -> int:
     """One seed from several numbers, different for each list of them."""
     return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, dtype=np.uint64)[0]) >> 1
+
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": partial(torch.optim.Adam, fused=True),
+    "muon": Muon,
+}
 
 
 def lr_factor(step: int, name: str, warmup_steps: int, decay_steps: int, min_factor: float) -> float:
@@ -41,10 +49,12 @@ def lr_factor(step: int, name: str, warmup_steps: int, decay_steps: int, min_fac
     return min_factor + (1.0 - min_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def adam(parameters: Sequence[nn.Parameter], rate: float, betas: tuple[float, float]) -> torch.optim.Adam:
-    """Adam with fused kernels, which can skip an update without a host-device sync; it keeps rate and betas on loading.
+def make_optimizer(
+    name: str, parameters: Sequence[nn.Parameter], rate: float, betas: tuple[float, float]
+) -> torch.optim.Optimizer:
+    """An optimizer of :data:`OPTIMIZERS`, which can skip an update without a host-device sync.
 
-    A loaded rate is scaled from the saved base rate to this one, with what a schedule has made of it.
+    When its state is loaded, it keeps its betas, and its rate with what a schedule had made of the saved one.
     """
 
     def keep_settings(loaded: torch.optim.Optimizer) -> None:
@@ -52,7 +62,7 @@ def adam(parameters: Sequence[nn.Parameter], rate: float, betas: tuple[float, fl
             before = group.get("initial_lr", group["lr"])
             group |= {"lr": group["lr"] * (rate / before) if before else rate, "initial_lr": rate, "betas": betas}
 
-    optimizer = torch.optim.Adam(parameters, lr=rate, betas=betas, fused=True)
+    optimizer = OPTIMIZERS[name](parameters, lr=rate, betas=betas)
     optimizer.register_load_state_dict_post_hook(_lay_out_moments)
     optimizer.register_load_state_dict_post_hook(keep_settings)
     return optimizer

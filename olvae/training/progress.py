@@ -193,7 +193,8 @@ def tflops(flop_per_s: float, peak: float | None) -> dict[str, float]:
 def describe_rate(model: LiteAutoencoderKL, end: str = "") -> str:
     """Describe the learning rate and its schedule, with where that ends, if it is given."""
     warm_up = f", warm-up {model.warmup_steps} steps" if model.warmup_steps else ""
-    return f"{model.learning_rate:g}, {model.scheduler}{end}{warm_up}"
+    muon = " with Muon" if model.optimizer == "muon" else ""
+    return f"{model.learning_rate:g}{muon}, {model.scheduler}{end}{warm_up}"
 
 
 def describe_step(

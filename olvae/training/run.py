@@ -311,6 +311,8 @@ def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> dict[str
         why = f"a resumed run keeps it, with the same weights: {other}"
         raise ConfigError(*(f"model.params.parts.{name}: {why}" for name in changed))
     groups = checkpoint["optimizer_states"][0]["param_groups"]
+    if len(groups) != (2 if model.optimizer == "muon" else 1):
+        raise ConfigError(f"model.params.optimizer: {model.optimizer}, but the run has another: {other}")
     if sum(len(group["params"]) for group in groups) != len(model.autoencoder_parameters()):
         raise ConfigError(f"model.params: these settings train other weights, as of a frozen half: {other}")
     state = {name: value for name, value in state_dict_of(checkpoint, file).items() if torch.is_tensor(value)}

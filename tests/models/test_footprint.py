@@ -10,6 +10,7 @@ from olvae.config import ConfigError
 from olvae.losses import perceptual
 from olvae.models.footprint import MARGIN, Footprint, advice, footprint, without_weights
 from olvae.models.large.tiling import GIB, LiveBytes
+from olvae.models.muon import is_matrix
 from olvae.models.parts.part import Step
 from olvae.modules.base import count_parameters
 from tests.conftest import tiny_config
@@ -57,6 +58,8 @@ def test_what_is_held_and_kept():
     assert 0.3 * plain.per_image < checkpointed.per_image < 0.7 * plain.per_image
     frozen = footprint(build(freeze_encoder=True, lossconfig=WITHOUT_KL), 16, "32")
     assert plain.fixed - frozen.fixed >= 2 * 4 * count_parameters(model.encoder)  # neither gradients nor moments
+    matrices = sum(p.numel() for p in model.autoencoder.parameters() if is_matrix(p))
+    assert plain.fixed - footprint(build(optimizer="muon"), 16, "32").fixed == 4 * matrices > 0  # one moment, not two
     against_one = build(against(), use_ema=True)
     held = 4 * count_parameters(model.autoencoder) + 3 * 4 * count_parameters(against_one.adversary.discriminator)
     assert footprint(against_one, 16, "bf16").fixed - plain.fixed >= held

@@ -1,6 +1,7 @@
 """The step of phase A."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from olvae.config import instantiate, load
+from olvae.models.muon import Muon
 from olvae.models.optimization import mix_seeds
 from olvae.modules.base import last_convolution
 from tests.models.steps import build, fit, source
@@ -18,11 +20,13 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 # Phase A
 
 
-def test_a_step_is_the_objective_and_adam_by_hand(image_folder):
+@pytest.mark.parametrize("name", ["adam", "muon"])
+def test_a_step_is_the_objective_and_the_optimizer_by_hand(image_folder, name):
     """The first update, repeated without Lightning: same noise, same loss, same weights."""
-    model = fit(build(), image_folder, 1)
+    model = fit(build(optimizer=name), image_folder, 1)
     other = build()
-    optimizer = torch.optim.Adam(other.autoencoder_parameters(), lr=1e-4, betas=(0.5, 0.9), fused=True)
+    kind = {"adam": partial(torch.optim.Adam, fused=True), "muon": Muon}[name]
+    optimizer = kind(other.autoencoder_parameters(), lr=1e-4, betas=(0.5, 0.9))
     batch = next(iter(source(image_folder).train_loader()))
     x = other.images(batch)
     torch.manual_seed(mix_seeds(0, 0, 0, 0))

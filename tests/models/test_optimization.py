@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from olvae.models.optimization import adam, grad_scaler, gradient_ratio, lr_factor, mix_seeds
+from olvae.models.optimization import grad_scaler, gradient_ratio, lr_factor, make_optimizer, mix_seeds
 
 
 def test_seeds_differ_with_every_number_and_with_their_order():
@@ -98,14 +98,15 @@ def test_over_ranks_the_gradients_are_averaged_before_their_norm(decoder, monkey
     assert ratio.item() == pytest.approx(2**0.5 / 0.1, rel=1e-5)
 
 
-def test_loaded_moments_have_the_strides_of_their_parameters():
+@pytest.mark.parametrize("name", ["adam", "muon"])
+def test_loaded_moments_have_the_strides_of_their_parameters(name):
     """A run may change its memory layout when it is resumed; fused kernels read moments as their parameters lie."""
     torch.manual_seed(0)
-    weights, gradients = torch.randn(8, 6, 3, 3), torch.randn(3, 8, 6, 3, 3)
+    weights, gradients = torch.randn(8, 8, 3, 3), torch.randn(3, 8, 8, 3, 3)
 
     def trained(steps: range, layout: torch.memory_format, state: dict | None = None, start=weights):
         parameter = nn.Parameter(start.clone(memory_format=layout))
-        optimizer = adam([parameter], 0.1, (0.5, 0.9))
+        optimizer = make_optimizer(name, [parameter], 0.1, (0.5, 0.9))
         if state is not None:
             optimizer.load_state_dict(state)
         for step in steps:
@@ -119,15 +120,17 @@ def test_loaded_moments_have_the_strides_of_their_parameters():
     continued, other = trained(range(2, 3), lasting, optimizer.state_dict(), begun)
     assert torch.equal(whole, continued)
     (state,) = other.state.values()
-    assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == continued.stride() != whole.stride()
+    moments = [value for value in state.values() if value.ndim == 4]
+    assert len(moments) == {"adam": 2, "muon": 1}[name]
+    assert all(moment.stride() == continued.stride() != whole.stride() for moment in moments)
 
 
 def test_a_loaded_optimizer_keeps_its_own_rate_and_betas():
     """The saved rate is scaled, as a schedule had lowered it; equal settings change no bit."""
     weights = [nn.Parameter(torch.ones(3))]
-    before = adam(weights, 0.3, (0.5, 0.9))
+    before = make_optimizer("adam", weights, 0.3, (0.5, 0.9))
     before.param_groups[0] |= {"initial_lr": 0.3, "lr": 0.3 * 0.7}
-    same, other = adam(weights, 0.3, (0.5, 0.9)), adam(weights, 0.03, (0.0, 0.99))
+    same, other = make_optimizer("adam", weights, 0.3, (0.5, 0.9)), make_optimizer("adam", weights, 0.03, (0.0, 0.99))
     for optimizer in (same, other):
         optimizer.load_state_dict(before.state_dict())
     assert same.state_dict() == before.state_dict()

@@ -22,7 +22,7 @@ Case = tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]
 
 def shards(tmp_path: Path, images: Path) -> Case:
     write_shards(tmp_path / "shards", (5, 9, 6))
-    config = tiny_config(images, **AVERAGED)
+    config = tiny_config(images, **AVERAGED, optimizer="muon")
     train, held_out = f"{tmp_path}/shards/{{000..001}}.tar", f"{tmp_path}/shards/002.tar"
     params = {"shards": train, "val_shards": held_out, "size": 16, "batch_size": 4, "shuffle": 4, "num_workers": 2}
     config["data"] = {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": params}

@@ -135,7 +135,7 @@ def test_its_mistakes_are_told_with_all_others(image_folder):
         **parts(latent_noise={"std": -1.0}),
     }
     with pytest.raises(ConfigError) as caught:
-        build(parts=nodes, freeze_decoder=True, accumulate_grad_batches=0, scheduler="cosin")
+        build(parts=nodes, freeze_decoder=True, accumulate_grad_batches=0, scheduler="cosin", optimizer="sgd")
     assert str(caught.value).splitlines() == [
         "model.params.parts.other: torch.nn.Identity is not a kind of olvae.models.parts.part.Part",
         f"model.params.parts.a.b: {NAME}",
@@ -143,5 +143,6 @@ def test_its_mistakes_are_told_with_all_others(image_folder):
         "model.params.parts.latent_noise: std must not be negative, got -1.0",
         "model.params.accumulate_grad_batches must be at least 1, got 0",
         "model.params.scheduler must be constant or cosine, got 'cosin'",
+        "model.params.optimizer must be adam or muon, got 'sgd'",
         "model.params.parts.mine: the decoder is frozen: leave it out",
     ]

@@ -1,0 +1,111 @@
+"""Muon: against NumPy's singular value decomposition, torch's own Muon and torch's Adam; skipped updates."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from olvae.models.muon import RMS, Muon, orthogonalize
+
+RATE, BETAS = 0.01, (0.9, 0.99)
+
+
+@pytest.mark.parametrize("shape", [(12, 108), (108, 12), (16, 16)], ids=str)
+def test_orthogonal_factor_against_numpy(shape):
+    """Singular vectors stay, singular values of a hundredth of the norm to all of it come to about 1."""
+    rng = np.random.default_rng(0)
+    u, _, v = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
+    given = (u * np.geomspace(0.01, 1, min(shape))) @ v
+    two = torch.from_numpy(np.stack([given, 1e-4 * given])).float()
+    one, other = orthogonalize(two).double().numpy()
+    np.testing.assert_allclose(one, other, atol=1e-4)  # the scale of a gradient is no matter
+    values = u.T @ one @ v.T
+    assert abs(values - np.diag(np.diag(values))).max() < 1e-4
+    assert 0.6 < np.diag(values).min() < np.diag(values).max() < 1.3
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(orthogonalize(two), orthogonalize(two.clone()))
+        assert orthogonalize(two).dtype == torch.float32
+    assert not orthogonalize(torch.zeros(1, *shape)).any()
+
+
+def weights(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def train(optimizer: torch.optim.Optimizer, steps: int = 4, first: int = 0) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in range(first, first + steps):
+        for p in parameters:
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + p.numel()))
+        optimizer.step()
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
+def test_matrices_against_torchs_muon():
+    """Which iterates in bfloat16, and takes a convolution only as a matrix."""
+    ours, theirs = weights((8, 24), (24, 8), (12, 8, 3, 3)), weights((8, 24), (24, 8), (12, 72))
+    begin = [p.detach().clone() for p in theirs]
+    train(Muon(ours, RATE, BETAS))
+    settings = {"weight_decay": 0.0, "momentum": BETAS[0], "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
+    train(torch.optim.Muon(theirs, lr=RATE * RMS / 0.2, **settings))
+    for one, other, start in zip(ours, theirs, begin, strict=True):
+        change = other.detach() - start
+        difference = (one.detach().view_as(other) - start - change).norm() / change.norm()
+        assert difference < 0.05
+        assert change.square().mean().sqrt() > RATE * RMS
+
+
+def test_the_rest_against_adam():
+    """Vectors, images' channels and depthwise filters, bit for bit; fused kernels on both sides."""
+    shapes = (12,), (1,), (16, 3, 8, 8), (3, 16, 3, 3), (16, 1, 3, 3)
+    ours, theirs = weights(*shapes), weights(*shapes)
+    train(Muon(ours, RATE, BETAS))
+    train(torch.optim.Adam(theirs, RATE, BETAS, fused=True))
+    assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_a_skipped_update_changes_nothing():
+    """NaN in the gradients; the next update is as if it had not been there."""
+    trained, plain = weights((8, 8, 3, 3), (8,)), weights((8, 8, 3, 3), (8,))
+    optimizer, other = Muon(trained, RATE, BETAS), Muon(plain, RATE, BETAS)
+    for one in (optimizer, other):
+        one.found_inf = torch.zeros(())
+        train(one)
+    for p in trained:
+        p.grad = torch.full_like(p, torch.nan)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert all(torch.equal(one, two) for one, two in zip(trained, plain, strict=True))
+    for one in (optimizer, other):
+        one.found_inf = torch.zeros(())
+        train(one, 1, first=9)
+    assert all(torch.equal(one, two) for one, two in zip(trained, plain, strict=True))
+
+
+def test_a_loss_scale_is_taken_off():
+    """As torch.amp.GradScaler hands it over."""
+    scaled, plain = weights((8, 8, 3, 3), (8,)), weights((8, 8, 3, 3), (8,))
+    optimizer = Muon(scaled, RATE, BETAS)
+    train(Muon(plain, RATE, BETAS), 1)
+    for p, q in zip(scaled, plain, strict=True):
+        p.grad = 1024 * q.grad
+    optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), torch.tensor(1024.0)
+    optimizer.step()
+    assert all(torch.equal(one, two) for one, two in zip(scaled, plain, strict=True))
+
+
+def test_loaded_state_continues_bit_for_bit():
+    """One moment of a matrix, two of the rest; frozen parameters and a closure as in any optimizer."""
+    whole, halves = weights((8, 8), (8,)), weights((8, 8), (8,))
+    train(Muon(whole, RATE, BETAS), 4)
+    begun = Muon(halves, RATE, BETAS)
+    train(begun, 2)
+    assert [len(state) for state in begun.state.values()] == [3, 1]
+    continued = Muon(halves, RATE, BETAS)
+    continued.load_state_dict(begun.state_dict())
+    train(continued, 2, first=2)
+    assert all(torch.equal(one, two) for one, two in zip(whole, halves, strict=True))
+    halves[0].grad, halves[1].grad = None, None
+    assert continued.step(lambda: 2.5) == 2.5
+    assert all(torch.equal(one, two) for one, two in zip(whole, halves, strict=True))
