@@ -7,10 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam as adam_update
 
-ITERATION = (3.4445, -4.7750, 2.0315)  # K. Jordan, Muon (2024): singular values of .001 to 1 come to .7 to 1.2 in five
+ITERATION = (3.4445, -4.7750, 2.0315)  # K. Jordan, Muon (2024)
 STEPS = 5
 SMALLEST = 8  # inputs and outputs: below, as at an image's channels, there is no spectrum to speak of
-RMS = 0.6  # of an update's entries, as of Adam's, so that both have one rate (arXiv 2502.16982, eq. 4)
+RMS = 0.6  # of an update's entries at a rate of 1: best on the demo (docs/demo.md) [D]; arXiv 2502.16982, 2.2, has .2
+STACKED = 2**22  # values of the matrices that are stacked, at most: larger ones keep a device busy one by one
 
 
 class Muon(torch.optim.Optimizer):
@@ -22,7 +23,7 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: parameters.
-        lr: learning rate; an update of a weight has Adam's size.
+        lr: learning rate, Adam's too; an update of a matrix is about twice as large as Adam's at betas of (.9, .99).
         betas: Adam's; the first is the momentum's too.
 
     Like Adam with fused kernels it skips an update for ``found_inf`` without waiting for the device.
@@ -33,7 +34,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float]) -> None:
         parameters = list(params)
         groups = [{"params": [p for p in parameters if is_matrix(p) == kind]} for kind in (False, True)]
-        super().__init__(groups, {"lr": lr, "betas": betas})
+        super().__init__(groups, {"lr": lr, "betas": betas, "fused": True})  # so loaded steps come to their device
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -45,12 +46,15 @@ class Muon(torch.optim.Optimizer):
         found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         others, matrices = self.param_groups
         self._step_adam(others, found_inf, scale)
-        alike: dict[tuple[int, ...], list[Tensor]] = {}
+        alike: dict[torch.Size, list[Tensor]] = {}
         for parameter in matrices["params"]:
             if parameter.grad is not None:
-                alike.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
-        for same in alike.values():
-            self._step_matrices(same, matrices["lr"], matrices["betas"][0], found_inf, scale)
+                alike.setdefault(parameter.shape, []).append(parameter)
+        for shape, same in alike.items():
+            at_once = max(1, STACKED // shape.numel())
+            for i in range(0, len(same), at_once):
+                rate, beta = matrices["lr"], matrices["betas"][0]
+                self._step_matrices(same[i : i + at_once], rate, beta, found_inf, scale)
         return loss
 
     def _step_adam(self, group: dict[str, Any], found_inf: Tensor | None, scale: Tensor | None) -> None:
@@ -70,21 +74,25 @@ class Muon(torch.optim.Optimizer):
     def _step_matrices(
         self, same: list[Tensor], rate: float, beta: float, found_inf: Tensor | None, scale: Tensor | None
     ) -> None:
-        """Change weights that are matrices of one shape."""
+        """Change weights of one shape."""
         for p in same:
             if not self.state[p]:
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
         moments = [self.state[p]["exp_avg"] for p in same]
-        gradients = [p.grad if scale is None else p.grad / scale for p in same if p.grad is not None]
+        moment = torch.stack(moments).flatten(2)  # (n, outputs, inputs x kernel)
+        gradient = torch.stack([p.grad for p in same if p.grad is not None]).flatten(2)
+        if scale is not None:
+            gradient = gradient / scale
         if found_inf is not None:  # a skipped update leaves the moments as they are
-            gradients = [torch.where(found_inf > 0, m, g) for g, m in zip(gradients, moments, strict=True)]
-        torch._foreach_lerp_(moments, gradients, 1 - beta)
-        ahead = torch._foreach_lerp(gradients, moments, beta)  # Nesterov's
-        updates = orthogonalize(torch.stack([u.flatten(1) for u in ahead]))
-        updates *= -rate * RMS * max(updates.shape[1:]) ** 0.5
+            gradient = torch.where(found_inf > 0, moment, gradient)
+        moment.lerp_(gradient, 1 - beta)
+        update = orthogonalize(gradient.lerp(moment, beta))  # Nesterov's
+        update *= -rate * RMS * max(update.shape[1:]) ** 0.5
         if found_inf is not None:
-            updates *= 1 - found_inf
-        torch._foreach_add_(same, [update.view_as(p) for p, update in zip(same, updates, strict=True)])
+            update *= 1 - found_inf
+        shape = (len(same), *same[0].shape)
+        torch._foreach_copy_(moments, moment.view(shape).unbind())
+        torch._foreach_add_(same, update.view(shape).unbind())
 
 
 def is_matrix(weight: Tensor) -> bool:
@@ -95,14 +103,14 @@ def is_matrix(weight: Tensor) -> bool:
 def orthogonalize(x: Tensor) -> Tensor:
     """The orthogonal factor of matrices' polar decompositions, roughly: (n, rows, columns), in float32.
 
-    Five steps of a Newton-Schulz iteration bring singular values from a thousandth of the largest on to .7 to 1.2.
+    A Newton-Schulz iteration brings singular values of .0015 to 1 of the Frobenius norm to .68 to 1.2.
     """
     a, b, c = ITERATION
     wide = x.shape[1] <= x.shape[2]
     with torch.autocast(x.device.type, enabled=False):
         x = x.float() if wide else x.float().mT
-        x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-20)
+        x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
         for _ in range(STEPS):
             square = x @ x.mT
-            x = a * x + (b * square + c * square @ square) @ x
-    return x if wide else x.mT
+            x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT.contiguous()

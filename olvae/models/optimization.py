@@ -197,7 +197,7 @@ class _Record:
 class NonFiniteGuard:
     """Observe the losses and gradients of each step on the device, and undo a step that has a non-finite one.
 
-    The optimizers of a bad step get ``found_inf``, by which torch's fused kernels skip an update. Buffers that the
+    The optimizers of a bad step get ``found_inf``, by which fused kernels and Muon skip an update. Buffers that the
     forward passes changed, such as BatchNorm's and LeCam's, are put back. Only :meth:`collect` waits for the device.
     """
 
@@ -244,7 +244,7 @@ class NonFiniteGuard:
 
     @staticmethod
     def skip_if(bad: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
-        """Make the optimizer's next step a no-op if ``bad`` is 1.0; its kernels have to be fused."""
+        """Make the optimizer's next step a no-op if ``bad`` is 1.0; it has to heed ``found_inf``."""
         if scaler is None:
             optimizer.found_inf = bad  # type: ignore[attr-defined]
             return

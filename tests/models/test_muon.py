@@ -12,7 +12,7 @@ RATE, BETAS = 0.01, (0.9, 0.99)
 
 @pytest.mark.parametrize("shape", [(12, 108), (108, 12), (16, 16)], ids=str)
 def test_orthogonal_factor_against_numpy(shape):
-    """Singular vectors stay, singular values of a hundredth of the norm to all of it come to about 1."""
+    """Singular vectors stay, singular values of a hundredth of the largest to all of it come to about 1."""
     rng = np.random.default_rng(0)
     u, _, v = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
     given = (u * np.geomspace(0.01, 1, min(shape))) @ v
@@ -53,7 +53,6 @@ def test_matrices_against_torchs_muon():
         change = other.detach() - start
         difference = (one.detach().view_as(other) - start - change).norm() / change.norm()
         assert difference < 0.05
-        assert change.square().mean().sqrt() > RATE * RMS
 
 
 def test_the_rest_against_adam():
@@ -83,16 +82,19 @@ def test_a_skipped_update_changes_nothing():
     assert all(torch.equal(one, two) for one, two in zip(trained, plain, strict=True))
 
 
-def test_a_loss_scale_is_taken_off():
-    """As torch.amp.GradScaler hands it over."""
+def test_under_torchs_loss_scaler():
+    """The scale is taken off by the optimizer; an update with an overflow is skipped, and the scale halved."""
     scaled, plain = weights((8, 8, 3, 3), (8,)), weights((8, 8, 3, 3), (8,))
-    optimizer = Muon(scaled, RATE, BETAS)
+    optimizer, scaler = Muon(scaled, RATE, BETAS), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
     train(Muon(plain, RATE, BETAS), 1)
-    for p, q in zip(scaled, plain, strict=True):
-        p.grad = 1024 * q.grad
-    optimizer.found_inf, optimizer.grad_scale = torch.zeros(()), torch.tensor(1024.0)
-    optimizer.step()
-    assert all(torch.equal(one, two) for one, two in zip(scaled, plain, strict=True))
+    for gradients in ([1024 * p.grad for p in plain], [torch.full_like(p, torch.inf) for p in plain]):
+        for p, gradient in zip(scaled, gradients, strict=True):
+            p.grad = gradient
+        scaler.step(optimizer)
+        scaler.update()
+        assert all(torch.equal(one, two) for one, two in zip(scaled, plain, strict=True))
+    assert scaler.get_scale() == 512
 
 
 def test_loaded_state_continues_bit_for_bit():
@@ -103,7 +105,10 @@ def test_loaded_state_continues_bit_for_bit():
     train(begun, 2)
     assert [len(state) for state in begun.state.values()] == [3, 1]
     continued = Muon(halves, RATE, BETAS)
-    continued.load_state_dict(begun.state_dict())
+    saved = begun.state_dict()
+    saved["state"][0]["step"] = saved["state"][0]["step"].double()
+    continued.load_state_dict(saved)
+    assert continued.state[halves[1]]["step"].dtype == torch.float32  # and on the weight's device: for fused kernels
     train(continued, 2, first=2)
     assert all(torch.equal(one, two) for one, two in zip(whole, halves, strict=True))
     halves[0].grad, halves[1].grad = None, None
