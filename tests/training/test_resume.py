@@ -261,6 +261,7 @@ def test_other_data_networks_and_losses_need_a_flag(olvae_train, run, tmp_path):
     [
         (("model.params.parts.x.target=olvae.models.parts.anchor.Anchor",), "these weights are of another model: "),
         (("model.params.freeze_decoder=true",), "train other weights"),
+        (("model.params.optimizer=muon",), "model.params.optimizer: muon, but the run has another: "),
         ((f"lightning.callbacks.k={{target: {KEEP['target']}, params: {{best: val/x}}}}",), "val/x is not computed"),
     ],
 )
