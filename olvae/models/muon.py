@@ -53,8 +53,7 @@ class Muon(torch.optim.Optimizer):
         for shape, same in alike.items():
             at_once = max(1, STACKED // shape.numel())
             for i in range(0, len(same), at_once):
-                rate, beta = matrices["lr"], matrices["betas"][0]
-                self._step_matrices(same[i : i + at_once], rate, beta, found_inf, scale)
+                self._step_matrices(same[i : i + at_once], matrices, found_inf, scale)
         return loss
 
     def _step_adam(self, group: dict[str, Any], found_inf: Tensor | None, scale: Tensor | None) -> None:
@@ -72,9 +71,10 @@ class Muon(torch.optim.Optimizer):
         )  # fmt: skip
 
     def _step_matrices(
-        self, same: list[Tensor], rate: float, beta: float, found_inf: Tensor | None, scale: Tensor | None
+        self, same: list[Tensor], group: dict[str, Any], found_inf: Tensor | None, scale: Tensor | None
     ) -> None:
-        """Change weights of one shape."""
+        """Change weights of one shape, of this group."""
+        rate, beta = group["lr"], group["betas"][0]
         for p in same:
             if not self.state[p]:
                 self.state[p]["exp_avg"] = torch.zeros_like(p)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from olvae.models.muon import RMS, Muon, orthogonalize
+from olvae.models.optimization import parameters_of
 
 RATE, BETAS = 0.01, (0.9, 0.99)
 
@@ -34,9 +35,8 @@ def weights(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
 
 
 def train(optimizer: torch.optim.Optimizer, steps: int = 4, first: int = 0) -> None:
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for step in range(first, first + steps):
-        for p in parameters:
+        for p in parameters_of(optimizer):
             p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + p.numel()))
         optimizer.step()
 
