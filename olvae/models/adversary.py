@@ -16,7 +16,7 @@ from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.optimization import mix_seeds
 from olvae.models.parts.part import Model, Step
-from olvae.modules.base import check_choice, check_counts, check_not_negative, no_autocast
+from olvae.modules.base import check_betas, check_choice, check_counts, check_not_negative, no_autocast
 from olvae.modules.unetgan import power_iteration, shared_weights, stop_power_iterations
 
 LECAM = {"paper": (0.99, False), "code": (0.999, True)}  # decay, and whether there is a ReLU
@@ -42,7 +42,8 @@ class Adversary(nn.Module):
         learning_rate_ratio: the discriminator's learning rate over the autoencoder's.
         betas: of the discriminator's Adam.
         r1_weight: gamma of the R1 penalty, gamma / 2 E |grad_x sum of logits|^2; 0 turns it off. Computed at every
-            r1_every-th update, times r1_every. The sum grows with the number of logits: choose gamma by ``train/r1``.
+            r1_every-th update, times r1_every. The sum grows with the number of logits: choose gamma by ``train/r1``,
+            the last one computed.
         lecam_weight: of the LeCam penalty; 0 turns it off.
         lecam_variant: ``paper``, or ``code`` with the ReLU and the decay of the published code; see :class:`LeCam`.
         cutmix_probability: share of the discriminator's updates with CutMix: the loss on mixed images plus the
@@ -85,7 +86,7 @@ class Adversary(nn.Module):
         self.loss, self.weight, self.start_step, self.ramp_steps = loss, weight, start_step, ramp_steps
         self.warmup_updates, self.updates_per_step = warmup_updates, updates_per_step
         self.adaptive_weight, self.adaptive_max = adaptive_weight, adaptive_max
-        self.learning_rate_ratio, self.betas = learning_rate_ratio, (betas[0], betas[1])
+        self.learning_rate_ratio, self.betas = learning_rate_ratio, check_betas(betas)
         self.r1_weight, self.r1_every = r1_weight, r1_every
         self.lecam_weight, self.cutmix_probability = lecam_weight, cutmix_probability
         decay, relu = LECAM[lecam_variant]

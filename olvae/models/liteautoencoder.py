@@ -34,7 +34,7 @@ from olvae.models.optimization import (
 from olvae.models.parts.part import Step, attach_parts
 from olvae.models.spec import FOR_DIFFUSION, check_factors
 from olvae.models.validation import ValidatedModule
-from olvae.modules.base import HALVES, mean_over_processes
+from olvae.modules.base import HALVES, check_betas, check_not_negative, mean_over_processes
 from olvae.modules.distributions import Posterior
 from olvae.modules.unetgan import shared_weights
 
@@ -81,6 +81,9 @@ class LiteAutoencoderKL(ValidatedModule):
     linear_psnr: float | None = None  # of the linear code that training started as, on validation images
     flop = 0  # of an image in a step of both players; counted where training runs on a GPU
     rate_factor = 1.0  # of both learning rates: below one after a return to an earlier checkpoint
+    logged: dict[str, Tensor | float]  # the values of the last step that logged any
+    _reported: dict[str, Tensor | float]  # to be logged
+    _pairs: list[tuple[Tensor, Tensor]]  # for the discriminator's further updates
     _micro_batch = 0  # within the update
     _iteration = 0  # updates of either side; more than global_step by the discriminator's warm-up
 
@@ -120,10 +123,11 @@ class LiteAutoencoderKL(ValidatedModule):
         weights_dir: str | None = None,
     ) -> None:
         super().__init__(val_metrics, weights_dir)
+        check_not_negative(warmup_steps=warmup_steps, gradient_clip_val=gradient_clip_val or 0.0)
         self.automatic_optimization, self.channels_last, self.sample_posterior = False, channels_last, sample_posterior
         self.freeze_encoder, self.freeze_decoder, self.checkpoint = freeze_encoder, freeze_decoder, checkpoint
         self.use_ema, self.ema_decay, self.compiled, self.scheduler = use_ema, ema_decay, compile, scheduler
-        self.optimizer, self.learning_rate, self.betas = optimizer, learning_rate, (betas[0], betas[1])
+        self.optimizer, self.learning_rate, self.betas = optimizer, learning_rate, check_betas(betas)
         self.warmup_steps, self.decay_steps, self.min_lr_factor = warmup_steps, decay_steps, min_lr_factor
         self.accumulate_grad_batches, self.gradient_clip_val = accumulate_grad_batches, gradient_clip_val
 
@@ -142,8 +146,7 @@ class LiteAutoencoderKL(ValidatedModule):
         if mistakes := [*(attach_parts(self, parts) if parts else ()), *self._conflicts()]:
             raise ConfigError(*(f"model.params.{mistake}" for mistake in mistakes))
         self.guard = NonFiniteGuard([self.encoder, self.decoder, self.quantizer, self.adversary, self.parts])
-        self._pairs: list[tuple[Tensor, Tensor]] = []  # for the discriminator's further updates
-        self._reported: dict[str, Tensor | float] = {}  # values of this step
+        self._pairs, self._reported, self.logged = [], {}, {}
 
     def _prepare_networks(self) -> None:
         """Freeze halves, and set their checkpointing and memory layout."""
@@ -162,8 +165,6 @@ class LiteAutoencoderKL(ValidatedModule):
         """One line for each setting that is out of range, or contradicts another one."""
         if self.accumulate_grad_batches < 1:
             yield f"accumulate_grad_batches must be at least 1, got {self.accumulate_grad_batches}"
-        if self.gradient_clip_val is not None and self.gradient_clip_val < 0:
-            yield f"gradient_clip_val must not be negative, got {self.gradient_clip_val}"
         choices = {"scheduler": ("constant", "cosine"), "optimizer": tuple(OPTIMIZERS)}
         for name in (name for name, possible in choices.items() if getattr(self, name) not in possible):
             yield f"{name} must be {' or '.join(choices[name])}, got {getattr(self, name)!r}"
@@ -351,7 +352,7 @@ class LiteAutoencoderKL(ValidatedModule):
         self.guard.observe({**logs, "the discriminator's loss": loss})
         self._backward("discriminator", loss, last)
         health = {"logits_real", "logits_fake", "accuracy"}
-        self.report({f"{'health' if n in health else 'train'}/{n}": value for n, value in logs.items()})
+        self.report({f"{'health' if n in health else 'train'}/{n}": value for n, value in logs.items()}, rare=True)
 
     def _backward(self, player: str, loss: Tensor, last: bool) -> None:
         """Add up a player's gradients; the last backward pass of an update averages them over the processes."""
@@ -359,21 +360,23 @@ class LiteAutoencoderKL(ValidatedModule):
             self.trainer.strategy.reduce_next(player)
         self.manual_backward(self.guard.propagate(loss / self.accumulate_grad_batches))
 
-    def report(self, values: Mapping[str, Tensor | float]) -> None:
+    def report(self, values: Mapping[str, Tensor | float], rare: bool = False) -> None:
         """Log the values of a step that the loggers take, as means over the processes; the same names in each of them.
 
-        At the other steps nothing waits for the device.
+        At the other steps nothing waits for the device. ``rare`` ones, which not each step has, are logged at the next.
         """
-        if self.reports:
+        if self.reports or rare:
             self._reported |= {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
 
     def _log_reported(self) -> None:
-        values, self._reported = self._reported, {}
         if not self.reports:
             return
+        values, self._reported = self._reported, {}
         if self.trainer.world_size > 1:  # one message for all of them
             flat = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values.values()])
             values = dict(zip(values, mean_over_processes(flat).unbind(), strict=True))
+        self.logged = values
+        self.trainer.fit_loop.epoch_loop._results.clear()  # or it logs earlier steps' again, as of this one
         # The step, or Lightning counts micro-batches on the logger's axis.
         self.log_dict({**values, "step": float(self.global_step)})
 
@@ -454,8 +457,9 @@ class LiteAutoencoderKL(ValidatedModule):
             rate = self.learning_rate * self.adversary.learning_rate_ratio
             parameters = list(self.adversary.discriminator.parameters())
 
-            def own_warmup(updates: int) -> float:  # counted from its first update; then it follows the autoencoder's
-                return factor(updates if updates < self.warmup_steps else max(self.global_step, self.warmup_steps))
+            def own_warmup(updates: int) -> float:  # counted from its first update, times the autoencoder's schedule
+                rise = min(1.0, (updates + 1) / max(1, self.warmup_steps))
+                return rise * factor(max(self.global_step, self.warmup_steps))
 
             optimizers.append(make_optimizer("adam", parameters, rate, self.adversary.betas))
             schedules.append(LambdaLR(optimizers[1], own_warmup))
@@ -471,6 +475,10 @@ class LiteAutoencoderKL(ValidatedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.images_seen, self._iteration = checkpoint["images_seen"], checkpoint["iteration"]
         self.rate_factor, self.linear_psnr = checkpoint["rate_factor"], checkpoint.get("linear_psnr")
+        loop, batches = checkpoint["loops"]["fit_loop"], self._iteration * self.accumulate_grad_batches
+        counts = loop["epoch_loop.batch_progress"]
+        counts |= {kind: dict.fromkeys(counts[kind], batches) for kind in ("total", "current")}
+        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = batches  # with another number in an update than before
         for schedule in checkpoint["lr_schedulers"]:
             schedule.pop("base_lrs", None)  # the config's, which may have changed
 

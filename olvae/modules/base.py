@@ -195,6 +195,13 @@ def check_not_negative(**numbers: float) -> None:
             raise ValueError(f"{name} must not be negative, got {number}")
 
 
+def check_betas(betas: Sequence[float]) -> tuple[float, float]:
+    """The betas of Adam or Muon; ValueError unless they are two numbers from 0 to below 1."""
+    if len(betas) != 2 or not 0 <= min(betas) <= max(betas) < 1:
+        raise ValueError(f"betas must be two numbers from 0 to below 1, got {list(betas)}")
+    return betas[0], betas[1]
+
+
 def check_choice(choices: Iterable[str], **settings: str) -> None:
     """Raise ValueError for a setting that is none of its choices."""
     for name, value in settings.items():

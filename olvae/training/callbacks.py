@@ -128,7 +128,7 @@ class Health(Callback):
         if pl_module.adversary is None or not trainer.is_global_zero or not pl_module.reports:
             return
         for name, holds, sentence in SYMPTOMS:
-            value = float(trainer.callback_metrics.get(name, math.nan))
+            value = float(pl_module.logged.get(name, math.nan))
             if not holds(value):  # no condition holds for nan, a value that was not logged
                 self._since.pop(sentence, None)
             elif (steps := step - self._since.setdefault(sentence, step)) >= self.patience:
@@ -188,7 +188,8 @@ class BadSteps(Callback):
         self.bad, self.returned, self._row = state_dict["bad"], state_dict["returned"], state_dict["row"]
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any) -> None:
-        if pl_module.reports or pl_module.guard.pending >= MAX_UNREAD_STEPS:
+        # At a stop before it is saved: the count, and perhaps a return, belong to the checkpoint.
+        if pl_module.reports or trainer.should_stop or pl_module.guard.pending >= MAX_UNREAD_STEPS:
             self._read(trainer, pl_module)
         if pl_module.reports:
             pl_module.log("health/bad_steps", float(self.bad))
@@ -231,7 +232,7 @@ class BadSteps(Callback):
         check_written(trainer)
         if self.returned == self.returns:
             times = "a return" if self.returned == 1 else f"{self.returned} returns"
-            spite = f", in spite of {times} to earlier weights with a lower learning rate" if self.returned else ""
+            spite = f", in spite of {times} to good weights with a lower learning rate" if self.returned else ""
             raise FloatingPointError(
                 f"{last.term} was not finite for {row} steps in a row until step {last.step}{spite}: look at the "
                 f"images named in {run.bad_steps}, lower model.base_learning_rate, or set `precision` to bf16 or 32"
@@ -349,17 +350,21 @@ class StepTrace(Callback):
             torch.cuda.memory._record_memory_history(max_entries=100_000)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        if self._done == UNTRACED and trainer.is_global_zero:
+        if self._done == UNTRACED and self._profile is None and trainer.is_global_zero:
             on_gpu = trainer.strategy.root_device.type == "cuda"
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
             self._profile = profile(activities=activities, record_shapes=True)
             self._profile.start()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._done += 1
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any) -> None:
+        self._done += pl_module.update_is_complete
         if self._profile is not None and self._done == UNTRACED + self.steps:
             self._write(trainer, self._profile)
             self._profile = None
+
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self._done < UNTRACED + self.steps and trainer.is_global_zero:
+            notify(f"nothing is traced, because that needs {UNTRACED + self.steps} steps", WARNING)
 
     def on_exception(self, trainer: pl.Trainer, _: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, torch.OutOfMemoryError):

@@ -151,7 +151,7 @@ def record_steps(
                 **settings,
             ).fit(fake, repeat(batch, (len(FIRST_STEPS) + len(kinds)) * fake.accumulate_grad_batches))
     except DataDependentOutputException as error:
-        raise ConfigError(f"a step asks for a value, which a dry run has not: {error}") from error
+        raise ConfigError(f"a step asks for a value, which a dry run does not have: {error}") from error
     finally:
         dist.destroy_process_group()
     return recorder.steps

@@ -395,7 +395,10 @@ def _attempt(logger: Logger, action: Callable[..., Any], *args: Any, **settings:
         return None
     try:
         return action(*args, **settings)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        cause = error.__cause__ or error  # Lightning puts TensorBoard's into a ValueError
+        if not isinstance(cause, OSError):
+            raise
         _failed.add(logger)
-        log.warning("%s: nothing more is logged there: %s", type(logger).__name__, reason(error))
+        log.warning("%s: nothing more is logged there: %s", type(logger).__name__, reason(cause))
         return None

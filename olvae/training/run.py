@@ -36,6 +36,7 @@ from olvae.training.progress import StepProgress, describe_gain, make_loggers, n
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
 from olvae.training.settings import Plan, TrainOptions, check_changes, find_changes, read_plan, restarted
 
+KEPT = ("checkpoints/*.ckpt", "bad_steps.jsonl", "memory.pickle", "trace.json")  # what a run may leave after an error
 RUN_ENV = "OLVAE_RUN"  # the run folder, for the processes that Lightning starts for the other devices
 RELEASE_S = 120.0  # within which a network file system frees the locks of a machine that died: NFS after 90 s
 
@@ -340,7 +341,7 @@ def _in_batches(trainer_args: Config, model: LiteAutoencoderKL) -> Config:
 def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
     lightning = prepared.config.get("lightning") or {}
     nodes = lightning.get("callbacks") or {}
-    callbacks = [*(cfg.instantiate(node) for node in nodes.values()), prepared.stop, UnreadableLimit()]
+    callbacks = [prepared.stop, *(cfg.instantiate(node) for node in nodes.values()), UnreadableLimit()]
     for default in (BadSteps, KeepCheckpoints, ImageGrids, Health, StepProgress, Lockstep):
         if not any(isinstance(callback, default) for callback in callbacks):
             callbacks.append(default())
@@ -382,7 +383,7 @@ def _lock_resumed(run: Run, held: ExitStack) -> None:
 
 @contextmanager
 def _run_folder(prepared: Prepared, held: ExitStack) -> Iterator[Run]:
-    """Make and lock a new run's folder in the first process of all; remove it after an end without a checkpoint.
+    """Make and lock a new run's folder in the first process of all; remove it after an end that left nothing in it.
 
     Processes that Lightning starts get its path by the environment, those of torchrun and srun by the process group.
     """
@@ -400,7 +401,7 @@ def _run_folder(prepared: Prepared, held: ExitStack) -> Iterator[Run]:
             cfg.save(prepared.config, run.config)
             yield run
         finally:
-            if not any(run.checkpoints.glob("*.ckpt")):
+            if not any(path for kept in KEPT for path in run.path.glob(kept)):
                 shutil.rmtree(run.path, ignore_errors=True)
 
 

@@ -39,7 +39,7 @@ class KeepCheckpoints(Checkpoint):
     """Save ``checkpoints/last.ckpt`` at an interval, at the last step and at a stop, and ``best.ckpt`` by validation.
 
     At a step that is validated, both are saved after it, so that after a kill the validation is repeated. Non-finite
-    weights are never saved. An error between two steps, such as an unreadable image, saves too.
+    weights are never saved. An error between two updates, such as an unreadable image, saves too.
 
     Args:
         every_n_steps: updates of the autoencoder between two saves of ``last.ckpt``.
@@ -95,7 +95,7 @@ class KeepCheckpoints(Checkpoint):
             self._save_after_validation = True
             if not _validation_follows(trainer):
                 self._save_last(trainer, pl_module)
-        self._in_step = False
+        self._in_step = not pl_module.update_is_complete
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         self._keep_best(trainer, pl_module)

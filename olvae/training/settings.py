@@ -149,16 +149,18 @@ def _settings(options: TrainOptions, config: Config, previous: Config | None) ->
     weights = config["model"].get("from") or named
     if previous is None:
         runs.check_name(_name(options))
-        precision = runs.entry_of(config, "lightning.trainer.precision") or "32"
         places = [place_in(str(target)) for target in (weights, runs.entry_of(config, runs.TEACHER)) if target]
         paths = {**settings.paths, **{str(Path(place).absolute()): place for place in places if Path(place).exists()}}
-        settings = Settings(_name(options), str(precision), initial_seed=options.seed or 0, paths=paths)
+        settings = Settings(_name(options), initial_seed=options.seed or 0, paths=paths)
     elif options.name not in (None, settings.name):
         raise ConfigError("`name`: a resumed run keeps the name of its folder: leave it out")
+    old, new = (runs.entry_of(one, "lightning.trainer") or {} for one in (previous, config))
+    changed = {key: new.get(key) for key in ("precision", "devices") if new.get(key) != old.get(key)}
+    gpus = None if "devices" in changed else settings.gpus
     return replace(
         settings,
-        precision=options.precision or settings.precision,
-        gpus=settings.gpus if options.gpus is None else options.gpus,
+        precision=options.precision or str(changed.get("precision") or settings.precision),
+        gpus=gpus if options.gpus is None else options.gpus,
         seed=settings.seed if options.seed is None else options.seed,
         weights=settings.weights if weights is None else str(weights),
         job=current_job(),

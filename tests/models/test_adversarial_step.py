@@ -169,6 +169,18 @@ def test_the_adaptive_weight_is_clamped_and_off_by_default(image_folder):
     assert constant["health/gradient_ratio"] == pytest.approx(0.3 / by_hand, rel=1e-3)
 
 
+def test_what_few_steps_have_is_logged_at_the_next_that_logs_and_once(image_folder, tmp_path):
+    logged = []
+
+    class Logger(CSVLogger):
+        def log_metrics(self, metrics, step=None) -> None:
+            logged.append((step, "train/r1" in metrics, "train/loss" in metrics))
+
+    model = build(against(r1_weight=1.0, r1_every=4))  # R1 in steps 1, 5 and 9
+    fit(model, image_folder, 12, batch_size=2, logger=Logger(tmp_path), log_every_n_steps=2)
+    assert logged == [(step, step in (2, 6, 10), True) for step in range(2, 13, 2)]
+
+
 @pytest.mark.parametrize(("accumulate", "warmup"), [(1, 0), (2, 0), (1, 1)])
 def test_the_gradient_ratio_is_measured_where_the_loggers_take_it(
     image_folder, tmp_path, monkeypatch, accumulate, warmup

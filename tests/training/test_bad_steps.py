@@ -67,6 +67,12 @@ def test_bad_steps_are_printed_counted_and_noted(train_with, config, spoil, capf
     assert all(t.isfinite().all() for t in saved["state_dict"].values())
 
 
+def test_those_that_were_not_read_yet_are_counted_in_the_last_checkpoint(train_with, config, spoil):
+    spoil(lambda iteration: iteration in (1, 2))
+    run = train_with("lightning.trainer.max_steps=4", "lightning.trainer.log_every_n_steps=50", config=config)
+    assert checkpoint(run)["callbacks"]["BadSteps"]["bad"] == 2
+
+
 def test_in_a_row_they_lead_back_to_the_checkpoint_with_lower_rates(train_with, config, spoil, capfd):
     spoil(lambda iteration: iteration in (5, 6, 7))
     overrides = (*SAVES, "lightning.callbacks.keep.params.every_n_steps=4", *settings(in_a_row=3, rate_factor=0.25))
@@ -102,7 +108,7 @@ def test_after_so_many_returns_training_stops_and_says_why(train_with, tmp_path,
         train_with(*overrides, "lightning.trainer.max_steps=20", config=config)
     (path,) = (tmp_path / "runs").iterdir()
     text = one_line(caught)
-    assert text.startswith("kl was not finite for 2 steps in a row until step 8, in spite of 2 returns to earlier ")
+    assert text.startswith("kl was not finite for 2 steps in a row until step 8, in spite of 2 returns to good w")
     assert text.endswith(f"the last good weights are in {path / 'checkpoints' / 'last.ckpt'}")
     saved = torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] in (2, 4, 6)
@@ -117,7 +123,8 @@ def test_before_the_first_save_the_weights_stay(train_with, tmp_path, config, sp
     with pytest.raises(FloatingPointError, match=message):
         train_with(*settings(in_a_row=2, returns=1), *steps, config=config)
     assert "there is no checkpoint yet: the weights stay" in capfd.readouterr().err
-    assert not (tmp_path / "runs").exists()
+    (noted,) = (tmp_path / "runs").glob("*/bad_steps.jsonl")  # the error says to look at it
+    assert len(noted.read_text().splitlines()) == 4
 
 
 def test_under_fp16_all_processes_count_a_step_that_was_bad_in_one(tmp_path, under, spoil):

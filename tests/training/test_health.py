@@ -59,8 +59,8 @@ def watch(phase_b, capsys):
         warnings = []
         for step in steps:
             logged = {name: torch.tensor(value) for name, value in values(step).items()}
-            trainer = SimpleNamespace(global_step=step, is_global_zero=first, callback_metrics=logged)
-            model.reports = step % every == 0
+            trainer = SimpleNamespace(global_step=step, is_global_zero=first)
+            model.reports, model.logged = step % every == 0, logged
             health.on_train_batch_end(trainer, model, None, None, 0)
             warnings += [(step, line) for line in capsys.readouterr().err.splitlines()]
         return warnings

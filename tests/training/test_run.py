@@ -105,7 +105,7 @@ def test_a_picture_that_cannot_be_read_is_named_and_the_steps_before_it_are_kept
 
 
 def test_a_failing_start_leaves_nothing_and_changes_nothing(go, tmp_path):
-    with pytest.raises(ValueError, match="Invalid beta"):
+    with pytest.raises(ValueError, match="betas must be two numbers"):
         go("model.params.betas=[0.9, 3.0]")
     assert not (tmp_path / "runs").exists()
     run = go()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from olvae.training.callbacks import UnreadableLimit
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
 from tests.conftest import tiny_config
 from tests.models.steps import against, build
@@ -135,6 +136,20 @@ def test_a_run_that_could_not_save_does_not_claim_success(train_with, tmp_path, 
     (run,) = (tmp_path / "runs").iterdir()
     assert load(run / "checkpoints" / "last.ckpt")["global_step"] == 2
     assert not list(run.glob("checkpoints/.partial-*"))
+
+
+def test_an_error_within_an_update_keeps_the_last_whole_one(train_with, tmp_path, image_folder, monkeypatch):
+    def breaks(_, trainer, module, *__) -> None:
+        if trainer.global_step == 3 and not module.update_is_complete:
+            raise OSError("between two micro-batches")
+
+    monkeypatch.setattr(UnreadableLimit, "on_train_batch_start", breaks)
+    keep = "lightning.callbacks.keep"
+    overrides = (f"{keep}.target=olvae.training.saving.KeepCheckpoints", f"{keep}.params.every_n_steps=2")
+    with pytest.raises(OSError, match="between two micro-batches"):
+        train_with(*overrides, "lightning.trainer.accumulate_grad_batches=2", config=tiny_config(image_folder))
+    (run,) = (tmp_path / "runs").iterdir()
+    assert load(run / "checkpoints" / "last.ckpt")["global_step"] == 2
 
 
 class Reads(TorchDispatchMode):
