@@ -76,6 +76,8 @@ def command(
 
     Example: olvae encode my-vae --data shards --native --flip --out latents
     """
+    if seed and moments:
+        raise ConfigError("--seed applies to --sample: give both, or neither")
     if native and size is not None:
         raise ConfigError("--native and --size: give one of the two")
     check_paths(target, data=data)
@@ -170,7 +172,7 @@ def decode_command(
     config: ConfigFile = None,
     image_format: Annotated[
         Literal["png", "jpg", "npy", "tif", "exr"] | None,
-        typer.Option("--format", help="png, or for a target with a stated range of values npy; jpg, tif, exr."),
+        typer.Option("--format", help="png, or npy for a range of values and other channels; jpg, tif, exr."),
     ] = None,
     batch_size: BatchSize = 16,
     memory: Annotated[float, typer.Option(metavar="GiB", min=0.01, help="What needs more is decoded in tiles.")] = 4.0,
@@ -196,6 +198,8 @@ def decode_command(
     check_folder(out)
     where = resolve_device(device)
     stats = read_stats(source) if Path(source).is_dir() else {}
+    if Path(stats.get("source") or "").expanduser().resolve() == out.resolve():
+        raise ConfigError(f"--out {out}: the images that were encoded are there, and would be replaced")
     shards = with_counts(find_shards(source), image_key=LATENT)
     model = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch).load()
     if stats.get("weights", (mine := tensors_sum(model.state_dict()))) != mine:

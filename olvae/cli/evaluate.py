@@ -188,6 +188,8 @@ def command(
     choices = (("posterior", posterior), ("seed", seed), ("size", pixels))
     changes: dict[str, Any] = {name: value for name, value in choices if value is not None}
     protocols = [replace(PRESETS[name], **changes) for name in split_commas(protocol)]
+    if seed and all(p.noise_seed is None for p in protocols):
+        raise ConfigError("--seed applies to samples: add --posterior sample, or leave it out")
     find = partial(find_target, config=config, config_base=config_base, raw=raw, allow_mismatch=allow_mismatch)
     found = name_apart([find(target) for target in targets], [UNTRAINED])
     observers = _observers(

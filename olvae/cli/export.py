@@ -7,7 +7,6 @@ import typer
 from rich.console import Console
 
 from olvae.cli.options import AllowMismatch, ConfigBase, ConfigFile, Raw, TargetArgument, check_paths, in_flags, loading
-from olvae.config import ConfigError
 
 
 def command(
@@ -57,8 +56,6 @@ def command(
 
     Example: olvae export demo --out demo-vae --latents latents
     """
-    if config is not None and config_base is not None:
-        raise ConfigError("--config names the config, --config_base a folder to search for it: give one of them")
     check_paths(target)
     with loading():
         from olvae.export.exporting import ExportSettings, export_target

@@ -62,6 +62,7 @@ def command(
 
         from olvae.devices import precision_name, resolve_device, resolve_precision
         from olvae.export.reconstruction import ReconstructOptions, plan_outputs, reconstruct_files
+        from olvae.models.autoencoder import LiteVAE
         from olvae.models.large.tiling import GIB, default_memory
         from olvae.models.loading.targets import find_target
 
@@ -71,6 +72,8 @@ def command(
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
     places = plan_outputs(images, out)
     model = found.load().to(where).fold()
+    if memory is not None and not isinstance(model, LiteVAE):
+        raise ConfigError(f"--memory: {found.name} is always computed whole: leave it out")
     budget = default_memory(where) if memory is None else int(memory * GIB)
     options = ReconstructOptions(where, budget, (seed or 0) if sample else None, precision_name(precision))
     if any(place.with_name(f"{place.name}_compare.png").is_file() for place in places.values()):

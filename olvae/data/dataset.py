@@ -95,8 +95,8 @@ def hold_out(images: ImageDataset, fraction: float | None = None) -> tuple[Image
     """
     if (count := len(images)) < 2:
         raise ValueError(f"{count} images can't be split into training and validation")
-    share = round(count * (fraction or VAL_FRACTION))
-    held_out = {int(i) for i in np.linspace(0, count - 1, max(share, min_held_out(count, fraction)))}
+    share = max(round(count * (fraction or VAL_FRACTION)), min_held_out(count, fraction))
+    held_out = {int(i) for i in np.linspace(0, count - 1, min(share, count - 1))}
     rest = [i for i in range(count) if i not in held_out]
     return Subset(images, rest), Subset(images, sorted(held_out))
 

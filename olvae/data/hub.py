@@ -171,9 +171,12 @@ class HuggingFaceSource(MappedSource):
 
 
 def load_table(path: str | Path, split: str, **arguments: Any) -> Any:
-    """A split of a data set; ``arguments`` are those of ``datasets.load_dataset``."""
+    """A split of a data set, ``train`` of one without splits; ``arguments`` are those of ``datasets.load_dataset``."""
     datasets = import_extra("datasets", "hf", "HuggingFaceSource")
     if Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
         table = datasets.load_from_disk(str(path))
-        return table[split] if isinstance(table, datasets.DatasetDict) else table
+        splits = table if isinstance(table, datasets.DatasetDict) else {"train": table}
+        if split not in splits:
+            raise ConfigError(f"{path}: has no split {split}, only {', '.join(splits)}")
+        return splits[split]
     return datasets.load_dataset(str(path), split=split, **arguments)

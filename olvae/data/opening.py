@@ -56,17 +56,18 @@ def open_test_source(
     size: Size | None = None,
     channels: int = 3,
     pixel_range: PixelRange = EIGHT_BITS,
+    usual: Size = 256,
 ) -> Source:
     """The source to evaluate a model on: SRC if given, else the data of the model's config.
 
-    ``size`` of the images is by default that of the data's config, else of the model's, else 256; ``pixel_range`` is
-    for a SRC that is no config. SRC is resized by nearest if the config's images are masks.
+    ``size`` of the images is by default that of the data's config, else ``usual``; ``pixel_range`` is for a SRC that is
+    no config. SRC is resized by nearest if the config's images are masks.
 
     Raises ConfigError: there is neither, or the config's data are not a source.
     """
     params = dict((config.get("data") or {}).get("params") or {})
     if src is not None:
-        usual, workers = size or params.get("size") or 256, params.get("num_workers", 0)
+        usual, workers = size or params.get("size") or usual, params.get("num_workers", 0)
         source = open_source(src, usual, 1, workers, channels, pixel_range, resized=size is not None)
         mixed = [node.get("params") or {} for node in _mixed(params)]
         if all(are_for_masks(part.get("filters") or ()) for part in mixed or [params]):

@@ -195,7 +195,8 @@ def _split(root: str | Path, paths: Sequence[Path], fraction: float | None) -> t
     below = _fixed_part(Path(root).expanduser())
     places = {path: _place(below, path) for path in paths}
     count = sum(place < (fraction or VAL_FRACTION) for place in places.values())
-    held_out = set(sorted(paths, key=places.__getitem__)[: max(count, min_held_out(len(paths), fraction))])
+    count = min(len(paths) - 1, max(count, min_held_out(len(paths), fraction)))
+    held_out = set(sorted(paths, key=places.__getitem__)[:count])
     return [path for path in paths if path not in held_out], [path for path in paths if path in held_out]
 
 

@@ -111,7 +111,11 @@ PROTOCOLS = {  # by name; docs/evaluation.md says whose choices they are, with s
 
 
 def open_images_for(
-    models: Mapping[str, Autoencoder], config: Config, data: str | None = None, size: Size | None = None
+    models: Mapping[str, Autoencoder],
+    config: Config,
+    data: str | None = None,
+    size: Size | None = None,
+    usual: Size = 256,
 ) -> Source:
     """Open the test images of models, as :func:`open_test_source`; ConfigError unless all models take them.
 
@@ -124,7 +128,7 @@ def open_images_for(
     if len(channels := {model.in_channels: name for name, model in models.items()}) > 1:
         counts = " and ".join(f"{count} ({channels[count]})" for count in sorted(channels))
         raise ConfigError(f"the targets take images of {counts} channels: use a command for each")
-    source = open_test_source(config, data, size, count := next(iter(channels)), pixels)
+    source = open_test_source(config, data, size, count := next(iter(channels)), pixels, usual)
     if not pixels.eight_bits:
         pixels.check_data(source.pixel_range)
     if source.channels != count:

@@ -146,7 +146,7 @@ def _one_pass(
 
 def _open(request: Request, protocol: Protocol, models: Mapping[str, Autoencoder]) -> Source:
     try:
-        source = open_images_for(models, request.targets[0].config, request.data, request.size)
+        source = open_images_for(models, request.targets[0].config, request.data, request.size, protocol.size)
     except FileNotFoundError as error:
         if request.data is not None:
             raise

@@ -44,13 +44,13 @@ def decode_shards(
 ) -> tuple[int, list[ReadError]]:
     """Decode every latent, a posterior at its mode, without scaling; padding of images of their own sizes is cropped.
 
-    Files are named by the images' keys with the format's extension, a name of :data:`FORMATS`, by default png or, for
-    real values, npy. What takes more than ``memory`` bytes is tiled. ``advance`` is called with the number of further
-    images. Return the number of images, and the latents that could not be read; raise ValueError if none can, or they
-    are another model's, ConfigError for a format of 8 bits for a model with a range of values.
+    Files are named by the images' keys with the format's extension, a name of :data:`FORMATS`, by default png or, where
+    it can't hold them, npy. What takes more than ``memory`` bytes is tiled. ``advance`` is called with the number of
+    further images. Return the number of images, and the latents that could not be read; raise ValueError if none can,
+    or they are another model's, ConfigError for a format of 8 bits for a model with a range of values.
     """
     pixels = model.pixel_range
-    image_format = image_format or ("png" if pixels.eight_bits else "npy")
+    image_format = image_format or ("png" if pixels.eight_bits and model.in_channels in (1, 3, 4) else "npy")
     if not pixels.eight_bits and f".{image_format}" not in ARRAYS:
         raise ConfigError(f"`format` {image_format}: 8 bits can't hold values of {pixels}: choose npy, tif or exr")
     remove_partials(folder.rglob(".partial-*"), idle_s=1.0)

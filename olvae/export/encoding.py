@@ -20,6 +20,7 @@ from olvae.config.reading import YAML, holds_shards, is_local
 from olvae.data.dataset import ImageDataset, MappedSource
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor
 from olvae.data.opening import open_images, open_source
+from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, find_shards, with_counts
@@ -57,6 +58,7 @@ class DatasetInputs:
     images: ImageDataset
     shard_size: int
     classes: Sequence[str] = ()  # names of folders: a file ``.cls`` has the number of the image's
+    source: str = ""  # of images whose numbers do not say which they are
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.shard_size)
@@ -76,7 +78,7 @@ class DatasetInputs:
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Collect what the shards' bytes depend on, together with the options."""
-        images = _digest(self.images.state(i) for i in range(len(self.images)))
+        images = _digest((self.source, *(self.images.state(i) for i in range(len(self.images)))))
         return {"options": {**options, "shard_size": self.shard_size}, "images": images, "classes": list(self.classes)}
 
 
@@ -111,8 +113,8 @@ class ShardInputs:
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
         names = [
-            f"{Path(shard.url).name}:{shard.images}:{file_state(shard.url) if is_local(shard.url) else ''}"
-            for shard in self.shards
+            f"{Path(url).name}:{n}:{file_state(url)}" if is_local(url) else f"{url.partition('?')[0]}:{n}:"
+            for url, n in ((shard.url, shard.images) for shard in self.shards)
         ]
         return {"options": dict(options), "images": _digest(names)}
 
@@ -128,9 +130,12 @@ def find_inputs(
     ``shard_size`` is the number of images in an output shard, unless SRC is made of shards; with ``classes`` the
     folders of SRC are classes. Raises ConfigError also for a config whose data have another range of values.
     """
+    name = src
     if Path(src).suffix in YAML:
-        source = open_source(src, 1, 1)
+        source, name = open_source(src, 1, 1), Path(src).read_text(encoding="utf-8")
         pixel_range.check_data(source.pixel_range)
+        if source.channels != channels:
+            raise ConfigError(f"{src}: images of {source.channels} channels, and the model takes {channels}")
         if isinstance(source, WebDatasetSource):
             return ShardInputs(source.val, source.channels, source.image_key, source.pixel_range)
         if not isinstance(source, MappedSource):
@@ -142,7 +147,8 @@ def find_inputs(
         return ShardInputs(with_counts(find_shards(src)), channels, None, pixel_range)
     else:
         images = open_images(src, channels, pixel_range)
-    return DatasetInputs(images, shard_size, _classes(images) if classes else ())
+    known = "" if isinstance(images, Files) else name
+    return DatasetInputs(images, shard_size, _classes(images) if classes else (), known)
 
 
 def _classes(images: ImageDataset) -> list[str]:

@@ -175,15 +175,17 @@ def check_place(place: Path, suffix: str = "", force: bool = False) -> None:
     if place.resolve().is_mount():
         raise FileExistsError(f"{place}: a mount point, which can't be replaced: name a new folder in it")
     if holds_something and not _is_export(place):
-        raise FileExistsError(f"{place}: not empty, and not an export: `force` replaces exports only")
+        raise FileExistsError(f"{place}: not empty, and not an export: `force` replaces exports only, without a folder")
     if (holds_something or place.is_file()) and not force:
         raise FileExistsError(f"{place}: exists: `force` replaces it")
 
 
 def _is_export(folder: Path) -> bool:
-    """Recognise our exports; one in a format of others by its card, which a downloaded one does not have."""
-    card, flat = folder / CARD_NAME, not any(path.is_dir() for path in folder.iterdir())
-    ours = flat and card.is_file() and MADE_WITH in card.read_text(encoding="utf-8", errors="replace")
+    """Recognise our exports, which have no folders; in a format of others by the card, which a download lacks."""
+    if any(path.is_dir() for path in folder.iterdir()):
+        return False
+    card = folder / CARD_NAME
+    ours = card.is_file() and MADE_WITH in card.read_text(encoding="utf-8", errors="replace")
     return ours or class_in(folder) == CLASS_NAME
 
 

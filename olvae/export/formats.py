@@ -104,11 +104,11 @@ class Layout(ABC):
 class LiteVAELayout(Layout):
     """A folder that this package loads, and diffusers as AutoencoderLiteVAE; holds every network of this package."""
 
-    def usage(self, model: LiteVAE) -> str:  # noqa: ARG002
-        return """from olvae import AutoencoderLiteVAE, LiteVAE
+    def usage(self, model: LiteVAE) -> str:
+        return f"""from olvae import AutoencoderLiteVAE, LiteVAE
 
 vae = LiteVAE.from_pretrained("FOLDER_OR_ID")  # a plain torch module
-z = vae.encode(images).sample()  # images in [-1, 1], (B, 3, H, W)
+z = vae.encode(images).sample()  # images in [-1, 1], (B, {model.in_channels}, H, W)
 images = vae.decode(z)
 
 vae = AutoencoderLiteVAE.from_pretrained("FOLDER_OR_ID")  # in diffusers, in place of AutoencoderKL

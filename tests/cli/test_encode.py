@@ -37,6 +37,9 @@ def test_there_and_back(olvae, done, target, tmp_path, image_folder):
     before = everything(latents)
     assert olvae(*encode)[:2] == (0, "")  # once more: nothing is left to do
     assert everything(latents) == before
+    code, out, err = olvae("decode", target, latents, "--out", image_folder)
+    assert code == 2
+    assert "the images that were encoded are there, and would be replaced" in err
     code, out, err = olvae("decode", target, latents, "--out", images)
     assert (code, out, err) == (0, "", f"images: {images}, 12 of them\n")
     assert len([*images.rglob("*.png")]) == 12
@@ -76,6 +79,7 @@ def test_mistakes_are_one_line(done, refused, target, tmp_path, image_folder):
 
     cases = [
         (encode("--native"), 2, "--native and --size: give one of the two"),
+        (encode("--seed", 1), 2, "--seed applies to --sample"),
         (encode("--size", 20), 1, "multiple of 8"),
         (["encode", target, "--data", image_folder, "--native", "--images", "--out", tmp_path / "out"], 1, "one size"),
         (encode("--data", tmp_path / "nowhere"), 1, "no such folder"),
@@ -92,7 +96,7 @@ def test_mistakes_are_one_line(done, refused, target, tmp_path, image_folder):
     done(*encode())
     line = refused(1, *encode("--data", tmp_path / "out", "--out", tmp_path / "again"))
     assert line == "error: no images in these shards: an image is a file KEY.jpg, KEY.png, ...\n"
-    assert "was begun with seed 0 (now 1): give the same options and images" in refused(2, *encode("--seed", 1))
+    assert "was begun with flip False (now True): give the same options and images" in refused(2, *encode("--flip"))
     assert "was begun with other images: give the same options" in refused(2, *encode("--data", "samples"))
 
 

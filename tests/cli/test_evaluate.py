@@ -13,6 +13,7 @@ from PIL import Image
 from olvae.cli.evaluate import results_folder
 from olvae.cli.main import main
 from olvae.config import ConfigError
+from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.results import Results
 from olvae.evaluation.runner import Request, evaluate
 from olvae.models.loading.targets import find_target
@@ -80,6 +81,8 @@ def test_from_python_it_is_the_same(done, trained, photos, tmp_path):
     assert seen == [("evaluating", n, 12) for n in (5, 5, 2)]
     done("evaluate", trained, "--data", photos, "-B", 5, "--out", tmp_path, *PIXELS)
     assert metrics(tmp_path) == [evaluated.results.rows[0].metrics]
+    small = Request([find_target("olvae:photos-f8c4")], [Protocol(size=16)], ["psnr"], data=str(photos))
+    assert evaluate(small)[0].results.protocol["size"] == 16
     assert Results.read(tmp_path / "metrics.json").images == evaluated.results.images
 
 
@@ -204,6 +207,8 @@ def test_corrupt_and_small_images_are_counted_and_reported(done, trained, photos
         (["--data", "EMPTY"], 1, "no images in this folder"),
         (["--data", "BROKEN"], 1, "no images that can be read"),
         (["--images", "99"], 1, "fewer than the 99 asked for"),
+        (["--seed", "1"], 2, "--seed applies to samples"),
+        (["--config", "a", "--config_base", "b"], 2, "give one of them"),
         (["--size", "20"], 2, "20 is not a multiple of 8: set --size to 16"),
         (["--weights-dir", "nowhere", "--metrics", "lpips"], 1, "nowhere"),
         (["--beside", "nowhere.json"], 1, "no such metrics.json"),

@@ -1,12 +1,14 @@
 """``olvae reconstruct`` and ``olvae app`` as a user types them; tests/test_app*.py have the page."""
 
 import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import olvae
 from olvae.config import save
 from tests.conftest import tiny, tiny_config
 
@@ -73,6 +75,12 @@ def test_mistakes(refused, target, tmp_path, options, code, text):
     image = picture(tmp_path / "x.png", (8, 8))
     assert text in refused(code, "reconstruct", *target, image, "--out", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_memory_is_no_promise_of_others_networks(refused, tmp_path):
+    teacher = f"diffusers:{Path(olvae.__file__).parent}/recipes/distil/teacher"
+    image = picture(tmp_path / "x.png", (8, 8))
+    assert "is always computed whole" in refused(2, "reconstruct", teacher, image, "--memory", 1)
 
 
 def test_the_page_without_gradio(olvae, monkeypatch):

@@ -105,6 +105,7 @@ def test_parts():
     assert len(held) == 50
     assert sorted(rest + held) == list(range(1000))
     assert [len(keys(count, None)[1]) for count in (2, 56, 300, 1000)] == [1, 11, 20, 50]
+    assert [len(part) for part in keys(10, 0.99)] == [1, 9]
     for arguments in ((1, 0.5), (10, 0.0), (10, 1.0)):
         with pytest.raises(ValueError, match=r"split|val_fraction"):
             keys(*arguments)
@@ -143,5 +144,7 @@ def test_mistakes(table, tmp_path):
     table.save_to_disk(tmp_path / "set")
     with pytest.raises(ConfigError, match="no column image; there are picture, label"):
         HuggingFaceSource(str(tmp_path / "set"), 16, 4)
+    with pytest.raises(ConfigError, match="set: has no split test, only train"):
+        HuggingFaceSource(str(tmp_path / "set"), 16, 4, column="picture", val_split="test")
     with pytest.raises(ConfigError, match=r"label holds .*, not images"):
         HuggingFaceSource(str(tmp_path / "set"), 16, 4, column="label")

@@ -125,6 +125,7 @@ def test_mistakes(image_folder, root, tmp_path):
         source(image_folder / "class0" / "0.png")
     with pytest.raises(ValueError, match="larger than the data"):
         source(image_folder, batch_size=100)
+    assert source(image_folder, val_fraction=0.99, batch_size=1).samples_per_epoch == 1
     with pytest.raises(ValueError, match="val_fraction"):
         source(image_folder, val_fraction=1.5)
     Image.new("RGB", (9, 9)).save(root / "one.png")

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load
 
-from olvae.config import ConfigError
+from olvae.config import ConfigError, save
 from olvae.data.image import EvalTransform, image_to_tensor
 from olvae.data.picture_folder import find_images
 from olvae.data.pixels.size_and_range import from_uint8
@@ -321,6 +321,15 @@ def test_a_remote_shard_that_fails_is_not_taken_for_finished(tmp_path):
     assert encode(url, tmp_path / "out")["count"] == 3
 
 
+def test_other_images_of_the_same_numbers_and_names_are_other_images():
+    plans = [
+        find_inputs(source, 3, 2).plan({})["images"]
+        for first in ("torchvision:FakeData,size=4,random_offset=", "https://here.org/0.tar?token=")
+        for source in (f"{first}1", f"{first}2")
+    ]
+    assert len(set(plans)) == 3  # a signed address may change its signature
+
+
 def test_a_kill_leaves_nothing_half_written_once_it_is_encoded_again(tmp_path, image_folder):
     def encode_to(folder: Path) -> None:
         encode(image_folder, folder, shard_size=2, batch_size=4, threads=1, flip=True, images=True)
@@ -371,6 +380,10 @@ def test_what_it_refuses(tmp_path, image_folder):
     multispectral.in_channels = 6
     with pytest.raises(ValueError, match="PNG stores 1, 3 or 4 channels, but the images have 6"):
         encode(image_folder, tmp_path / "out", multispectral, images=True)
+    grey = {"root": str(image_folder), "size": 16, "batch_size": 1, "channels": 1}
+    save({"data": {"target": "olvae.data.picture_folder.FolderSource", "params": grey}}, tmp_path / "grey.yaml")
+    with pytest.raises(ConfigError, match="images of 1 channels, and the model takes 3"):
+        encode(tmp_path / "grey.yaml", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="has other files already"):
         encode(image_folder, image_folder)

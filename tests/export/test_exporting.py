@@ -235,6 +235,9 @@ def test_places_that_hold_something_else(layout, model, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").touch()
     (tmp_path / "empty").mkdir()
+    if not layout.suffix:
+        export(model, tmp_path / "cloned", layout)
+        (tmp_path / "cloned" / ".git").mkdir()
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path / "empty")
     cases = [(f"photos/cat.png/vae{layout.suffix}", FileExistsError, "cat.png/vae.*: .*cat.png is a file")]
@@ -244,6 +247,7 @@ def test_places_that_hold_something_else(layout, model, tmp_path, monkeypatch):
     else:
         cases += [
             ("photos", FileExistsError, "not empty, and not an export: `force` replaces exports only"),
+            ("cloned", FileExistsError, "not an export: `force` replaces exports only, without a folder"),
             ("photos/cat.png", FileExistsError, "cat.png is a file"),
             ("vae.safetensors", ConfigError, "names a file, but this format is a folder"),
             (".", FileExistsError, "the current folder: name a new folder in it"),

@@ -122,7 +122,7 @@ def split_shards(
             f"{shards[0]}: one shard can't be split into training and validation: make smaller ones with "
             f"`olvae data pack`, or set data.params.{argument}"
         )
-    held_out = max(1, round(fraction * len(shards)))
+    held_out = min(len(shards) - 1, max(1, round(fraction * len(shards))))
     return shards[:-held_out], shards[-held_out:]
 
 

@@ -54,6 +54,10 @@ class InPrecision(Autoencoder):
         self.reconstruction(y)
         return y.nan_to_num(nan=-1.0, posinf=1.0, neginf=-1.0)
 
+    def state_dict(self, *args: Any, **settings: Any) -> Any:
+        """The model's own, by whose sum results name its weights."""
+        return self.model.state_dict(*args, **settings)
+
     @contextmanager
     def _computing(self, x: Tensor) -> Iterator[None]:
         """Under autocast if that is asked for, say what to do where torch lacks an operator in this precision."""

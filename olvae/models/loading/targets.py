@@ -97,6 +97,8 @@ def find_target(
     FileNotFoundError if it was not found, or the hub can't be reached; ConfigError if the config has mistakes or is
     missing; ValueError if the file is not readable, or of another kind.
     """
+    if config is not None and config_base is not None:
+        raise ConfigError("`config` names the config, `config_base` a folder to search for it: give one of them")
     check_target(str(text))
     given = place = str(find_run(text))
     loaders, fetched = LOADERS, False

@@ -89,6 +89,7 @@ def test_the_last_shards_are_held_out(shards):
     assert [Path(shard.url).name for shard in s.val] == ["005.tar", "006.tar"]
     assert (s.samples_per_epoch, s.val_images, s.images) == (36, 14, 50)
     assert "36 training images in 5 shards, 14 validation and test images" in s.describe()
+    assert len(source(shards, val_shards=None, val_fraction=0.99).val) == 6  # of 7
 
 
 def test_broken_images_are_replaced_by_others_of_their_block_and_counted(shards, caplog):
