@@ -63,7 +63,7 @@ study-parts: $(VENV)/.installed-dev ## what the parts for diffusion models do to
 	$(BIN)/python -m study.corpus --out study/corpus-out
 	$(BIN)/python -m study.parts --corpus study/corpus-out --out study/out
 
-models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, four hours; what is done is kept)
+models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, five hours; what is done is kept)
 	$(BIN)/python -m study.corpus --out study/corpus-out
 	$(MAKE) photos-f8c12 photos-f8c4 photos-f8c12-sharp
 
@@ -77,10 +77,14 @@ define SHIP
 endef
 
 photos-f8c4: CHANNELS = model.params.embed_dim=4 model.params.decoder_config.params.z_channels=4
+photos-f8c4: MORE = $(call run,$@_more,--base study/photos_more.yaml --from $(RUNS)/$@_middle --seed 1)
+photos-f8c4: LAST = --from $(RUNS)/$@_more --seed 2
+photos-f8c12: LAST = --from $(RUNS)/$@_middle --seed 1
 photos-f8c12 photos-f8c4: $(VENV)/.installed-dev
 	$(call run,$@_start,--base study/photos_start.yaml $(CHANNELS))
 	$(call run,$@_middle,--base study/photos.yaml --actual_resume $(RUNS)/$@_start $(CHANNELS))
-	$(call run,$@,--base study/photos_more.yaml --from $(RUNS)/$@_middle --seed 1)
+	$(MORE)
+	$(call run,$@,--base study/photos_more.yaml $(LAST))
 	$(SHIP)
 
 photos-f8c12-sharp: $(VENV)/.installed-dev
