@@ -75,9 +75,9 @@ def evaluate(request: Request, progress: Progress = lambda _, batches, __: batch
     subjects = {target.name: Subject(target.load()) for target in request.targets}
     for observer in observers:
         subjects = observer.derive(subjects)
-    passes: dict[tuple[str, str], list[Protocol]] = {}
+    passes: dict[tuple[Size, str, str], list[Protocol]] = {}
     for protocol in request.protocols:
-        passes.setdefault((protocol.resize, protocol.resample), []).append(protocol)
+        passes.setdefault((protocol.size, protocol.resize, protocol.resample), []).append(protocol)
     done = [_one_pass(request, protocols, subjects, observers, progress) for protocols in passes.values()]
     return [evaluated for part in done for evaluated in part] or None
 

@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from olvae.checkpoint import tensors_sum
-from olvae.config import ConfigError
+from olvae.config import ConfigError, load
 from olvae.config.reading import YAML, holds_shards, is_local
 from olvae.data.dataset import ImageDataset, MappedSource
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor
@@ -58,7 +58,7 @@ class DatasetInputs:
     images: ImageDataset
     shard_size: int
     classes: Sequence[str] = ()  # names of folders: a file ``.cls`` has the number of the image's
-    source: str = ""  # of images whose numbers do not say which they are
+    source: Sequence[str] = ()  # the one SRC of images whose numbers do not say which they are
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.shard_size)
@@ -78,7 +78,7 @@ class DatasetInputs:
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Collect what the shards' bytes depend on, together with the options."""
-        images = _digest((self.source, *(self.images.state(i) for i in range(len(self.images)))))
+        images = _digest([*self.source, *(self.images.state(i) for i in range(len(self.images)))])
         return {"options": {**options, "shard_size": self.shard_size}, "images": images, "classes": list(self.classes)}
 
 
@@ -113,7 +113,7 @@ class ShardInputs:
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
         names = [
-            f"{Path(url).name}:{n}:{file_state(url)}" if is_local(url) else f"{url.partition('?')[0]}:{n}:"
+            f"{Path(url).name}:{n}:{file_state(url)}" if is_local(url) else f"{url}:{n}:"
             for url, n in ((shard.url, shard.images) for shard in self.shards)
         ]
         return {"options": dict(options), "images": _digest(names)}
@@ -132,7 +132,7 @@ def find_inputs(
     """
     name = src
     if Path(src).suffix in YAML:
-        source, name = open_source(src, 1, 1), Path(src).read_text(encoding="utf-8")
+        source, name = open_source(src, 1, 1), json.dumps(load([src]).get("data"), sort_keys=True, default=str)
         pixel_range.check_data(source.pixel_range)
         if source.channels != channels:
             raise ConfigError(f"{src}: images of {source.channels} channels, and the model takes {channels}")
@@ -147,8 +147,8 @@ def find_inputs(
         return ShardInputs(with_counts(find_shards(src)), channels, None, pixel_range)
     else:
         images = open_images(src, channels, pixel_range)
-    known = "" if isinstance(images, Files) else name
-    return DatasetInputs(images, shard_size, _classes(images) if classes else (), known)
+    named = () if isinstance(images, Files) else (name,)
+    return DatasetInputs(images, shard_size, _classes(images) if classes else (), named)
 
 
 def _classes(images: ImageDataset) -> list[str]:

@@ -266,7 +266,9 @@ class LiteAutoencoderKL(ValidatedModule):
         self.guard.begin_micro_batch(batch.get("key", ()))
         torch.manual_seed(mix_seeds(self.seed, self._iteration, self._micro_batch, self.global_rank))
         every: int = getattr(self.trainer, "log_every_n_steps")  # noqa: B009  (mypy does not see it)
-        self.reports = last and every > 0 and (self._iteration + 1) * self.accumulate_grad_batches % every == 0
+        batches = self._iteration * self.accumulate_grad_batches + self._micro_batch
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = batches  # by which Lightning decides what it logs
+        self.reports = last and every > 0 and (batches + 1) % every == 0
         adversary = self.adversary if self.adversary is not None and self.adversary.plays(self.global_step) else None
         warming_up = adversary is not None and adversary.warms_up(self.global_step)
         shared = np.random.default_rng(mix_seeds(self.seed, self._iteration))
@@ -369,6 +371,9 @@ class LiteAutoencoderKL(ValidatedModule):
             self._reported |= {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
 
     def _log_reported(self) -> None:
+        results = self.trainer.fit_loop.epoch_loop._results
+        for name in [name for name in results if name.startswith(("training_step.", "on_train_batch_end."))]:
+            del results[name]  # or Lightning logs an earlier step's again, as of this one
         if not self.reports:
             return
         values, self._reported = self._reported, {}
@@ -376,7 +381,6 @@ class LiteAutoencoderKL(ValidatedModule):
             flat = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values.values()])
             values = dict(zip(values, mean_over_processes(flat).unbind(), strict=True))
         self.logged = values
-        self.trainer.fit_loop.epoch_loop._results.clear()  # or it logs earlier steps' again, as of this one
         # The step, or Lightning counts micro-batches on the logger's axis.
         self.log_dict({**values, "step": float(self.global_step)})
 
@@ -455,11 +459,11 @@ class LiteAutoencoderKL(ValidatedModule):
         schedules = [LambdaLR(optimizers[0], factor)]
         if self.adversary is not None:
             rate = self.learning_rate * self.adversary.learning_rate_ratio
-            parameters = list(self.adversary.discriminator.parameters())
+            parameters, start_step = list(self.adversary.discriminator.parameters()), self.adversary.start_step
 
             def own_warmup(updates: int) -> float:  # counted from its first update, times the autoencoder's schedule
                 rise = min(1.0, (updates + 1) / max(1, self.warmup_steps))
-                return rise * factor(max(self.global_step, self.warmup_steps))
+                return rise * factor(max(self.global_step, self.warmup_steps, start_step))
 
             optimizers.append(make_optimizer("adam", parameters, rate, self.adversary.betas))
             schedules.append(LambdaLR(optimizers[1], own_warmup))
@@ -475,10 +479,9 @@ class LiteAutoencoderKL(ValidatedModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.images_seen, self._iteration = checkpoint["images_seen"], checkpoint["iteration"]
         self.rate_factor, self.linear_psnr = checkpoint["rate_factor"], checkpoint.get("linear_psnr")
-        loop, batches = checkpoint["loops"]["fit_loop"], self._iteration * self.accumulate_grad_batches
-        counts = loop["epoch_loop.batch_progress"]
+        batches = self._iteration * self.accumulate_grad_batches  # of another number in an update than before, perhaps
+        counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         counts |= {kind: dict.fromkeys(counts[kind], batches) for kind in ("total", "current")}
-        loop["epoch_loop.state_dict"]["_batches_that_stepped"] = batches  # with another number in an update than before
         for schedule in checkpoint["lr_schedulers"]:
             schedule.pop("base_lrs", None)  # the config's, which may have changed
 

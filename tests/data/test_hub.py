@@ -7,7 +7,7 @@ from PIL import Image
 
 from olvae.config import ConfigError
 from olvae.data.dataset import hold_out
-from olvae.data.hub import HuggingFaceSource, Items, TorchvisionSource
+from olvae.data.hub import HuggingFaceSource, Items, TorchvisionSource, load_table
 from olvae.data.image import image_to_tensor
 from olvae.data.pixels.size_and_range import AS_STORED, PixelRange
 from olvae.data.read_errors import UnreadableImageError
@@ -146,5 +146,7 @@ def test_mistakes(table, tmp_path):
         HuggingFaceSource(str(tmp_path / "set"), 16, 4)
     with pytest.raises(ConfigError, match="set: has no split test, only train"):
         HuggingFaceSource(str(tmp_path / "set"), 16, 4, column="picture", val_split="test")
+    datasets.Dataset.from_dict({"picture": [1, 2]}, split="test").save_to_disk(tmp_path / "own")
+    assert len(load_table(tmp_path / "own", "test")) == 2
     with pytest.raises(ConfigError, match=r"label holds .*, not images"):
         HuggingFaceSource(str(tmp_path / "set"), 16, 4, column="label")

@@ -218,18 +218,23 @@ def test_what_differs_from_the_runs_own_settings_is_printed(olvae_train, run, tm
 
 
 def test_the_configs_own_precision_may_change(olvae_train, run):
-    code, err = olvae_train("--resume", run.path, "lightning.trainer.max_steps=3", "lightning.trainer.precision=bf16")
-    assert code == 0, err
-    assert "precision bf16" in err
-    assert load([run.config])["run"]["precision"] == "bf16"
+    for steps, precision in ((3, "bf16"), (4, "bf16"), (5, "32")):
+        settings = (f"lightning.trainer.max_steps={steps}", f"lightning.trainer.precision={precision}")
+        code, err = olvae_train("--resume", run.path, *settings, *(["--precision", "32"] if steps == 4 else ()))
+        assert code == 0, err
+        used = "32" if steps == 4 else precision
+        assert f"precision {used}" in err
+        assert load([run.config])["run"]["precision"] == used
 
 
 def test_validations_stay_between_updates_of_another_size(olvae_train, run):
     """One within an update would delete its gradients."""
     for trainer in ({"max_steps": 3}, {"max_steps": 7, "accumulate_grad_batches": 2, "val_check_interval": 2}):
+        trainer["log_every_n_steps"] = 2
         code, err = olvae_train("--resume", run.path, *(f"lightning.trainer.{k}={v}" for k, v in trainer.items()))
         assert code == 0, err
     assert [step for step in scalars(run.path)["val/psnr"] if step > 3] == [4, 6, 7]
+    assert [step for step in scalars(run.path)["train/loss"] if step > 3] == [4, 6]
 
 
 def test_other_data_networks_and_losses_need_a_flag(olvae_train, run, tmp_path):
