@@ -69,7 +69,7 @@ def folder_beside(place: Path) -> Iterator[Path]:
 
     A killed process is one of this machine, by the name of the folder, that runs no more.
     """
-    parent, own = nearest_folder(place.parent), f".{place.name[-100:]}.{socket.gethostname()}-"
+    parent, own = nearest_folder(place.parent), f".{place.name[-100:]}.{socket.gethostname()}~"
     for left in parent.glob(f"{glob.escape(own)}*"):
         process = left.name.removeprefix(own).partition("-")[0]
         if process.isdigit() and not _runs(int(process)):

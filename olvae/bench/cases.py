@@ -191,6 +191,8 @@ def read_step(config: str | Path, size: int, batch_size: int) -> tuple[dict[str,
     if loaded["model"].get("from") is not None:
         raise ConfigError(f"{config}: model.from names an autoencoder: give the run's config.yaml")
     params, data = loaded["model"]["params"], loaded.get("data", {}).get("params", {})
+    if adversary := params.get("adversary_config"):
+        adversary["params"] |= {"start_step": 0, "warmup_updates": 0}  # a step of both players
     size, batch_size = size or data.get("size", 0), batch_size or data.get("batch_size", 0)
     if not batch_size or not size or not isinstance(size, int):
         raise ConfigError(f"{config}: has no data.params.size of squares and batch_size: set `size` and `batch_size`")

@@ -117,7 +117,7 @@ def show(context: typer.Context) -> None:
 def copy(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name that `olvae recipes` lists.")],
     file: Annotated[
-        Path | None, typer.Argument(metavar="FILE", help="By default the name's last part and .yaml, here.")
+        str | None, typer.Argument(metavar="FILE", help="By default the name's last part and .yaml, here.")
     ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to write over the recipe's.")
@@ -128,18 +128,18 @@ def copy(
     Example: olvae recipes copy phase_a mine.yaml data.params.root=photos
     """
     settings = list(overrides or ())
-    if file is not None and "=" in file.name:
-        settings, file = [str(file), *settings], None
+    if file is not None and "=" in file:
+        settings, file = [file, *settings], None
     known = recipes()
     if name not in known:
         raise ConfigError(f"{name}: no such recipe{nearest_recipes(name)}")
-    file = file or Path(f"{Path(name).name}.yaml")
+    place = Path(file or f"{Path(name).name}.yaml")
     text = f"# {_first_line(known[name])}\n# Settings below the include override the recipe's.\ninclude: {name}\n"
     if settings:
         text += OmegaConf.to_yaml(OmegaConf.create(load((), settings, resolve=False)))
-    with file.open("x", encoding="utf-8") as new:  # an error if it exists
+    with place.open("x", encoding="utf-8") as new:  # an error if it exists
         new.write(text)
-    typer.echo(f"train with: olvae train --base {file}", err=True)
+    typer.echo(f"train with: olvae train --base {place}", err=True)
 
 
 def _first_line(recipe: Path) -> str:

@@ -250,7 +250,16 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
 def save(config: Mapping[str, Any], path: str | Path) -> None:
     """Write a config as YAML; :func:`~olvae.config.load` reads it back unchanged."""
     with atomic_write(Path(path)) as partial:
-        OmegaConf.save(OmegaConf.create(dict(config)), partial)
+        OmegaConf.save(OmegaConf.create(_escaped(config)), partial)
+
+
+def _escaped(value: Any) -> Any:
+    """A config's values with ``${`` escaped: they are resolved, so it is the shell's, or of a file's name."""
+    if isinstance(value, Mapping):
+        return {key: _escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_escaped(inner) for inner in value]
+    return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
 
 
 def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

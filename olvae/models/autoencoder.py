@@ -283,7 +283,8 @@ class LiteVAE(
         """
         self._check_saveable()
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        write_export(self.state_dict(), self.export_config(), Path(save_directory))
+        state = {name.replace("_orig_mod.", ""): value for name, value in self.state_dict().items()}  # torch.compile's
+        write_export(state, self.export_config(), Path(save_directory))
         return super().save_pretrained(save_directory, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -410,8 +411,8 @@ def load_located(
         torch.manual_seed(0)  # so that the tensors that allow_mismatch leaves fresh are the same every time
         try:
             stored = sum(weight.nbytes for weight in weights.values())  # a parameter takes at least a byte
-            model = LiteVAE.from_spec(found.spec, stored).to(dtype)
+            model = LiteVAE.from_spec(found.spec, stored)
         except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:  # by network
             raise ConfigError(f"{found.origin}: no autoencoder can be built of this: {first_line(error)}") from error
-    load_weights(model, weights, found.weights, allow_mismatch)
+    load_weights(model.to(dtype), weights, found.weights, allow_mismatch)
     return model.eval()

@@ -219,6 +219,12 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's first parameter; float32 for one without any."""
+    first = next(module.parameters(), None)
+    return torch.float32 if first is None else first.dtype
+
+
 class ShapesOnly(TorchFunctionMode):
     """Skip normalisations, SiLU and power iterations, which are slow on the meta device, when counting operations."""
 

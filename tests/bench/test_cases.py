@@ -2,11 +2,12 @@ import pytest
 import yaml
 
 from olvae.bench import cases
-from olvae.bench.cases import TwoForwards, time_steps
+from olvae.bench.cases import TwoForwards, read_step, time_steps
 from olvae.bench.measure import Setting, rows_of
-from olvae.config import ConfigError
+from olvae.config import ConfigError, load
 from olvae.data.image import RandomScaleCrop
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.runs import entry_of
 from tests.conftest import tiny_config
 from tests.data.images import picture, write_shards
 from tests.models.steps import against
@@ -35,6 +36,13 @@ def test_the_peer_of_a_step_runs_forward_twice(monkeypatch):
         calls.clear()
         assert len(time_steps(kind(**params()), 16, 2, 2, "cpu")) == 2
         assert len(calls) == 3 * passes
+
+
+def test_a_recipe_whose_adversary_starts_later_is_measured_with_it():
+    recipe = "imagenet/paper_f8c12"
+    starts = entry_of(load([recipe]), "model.params.adversary_config.params.start_step")
+    measured = entry_of(read_step(recipe, 0, 0)[0], "adversary_config.params.start_step")
+    assert (starts > 0, measured) == (True, 0)
 
 
 @pytest.fixture

@@ -29,7 +29,8 @@ def test_every_recipe_is_listed_with_a_sentence(olvae, monkeypatch):
         assert sentence.count("`") % 2 == sentence.count("(") - sentence.count(")") == 0, name
 
 
-def test_a_copy_includes_its_recipe_and_has_settings_of_its_own(olvae, tmp_path):
+def test_a_copy_includes_its_recipe_and_has_settings_of_its_own(olvae, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     copy = tmp_path / "mine.yaml"
     assert olvae("recipes", "copy", "imagenet/A2", copy) == (0, "", f"train with: olvae train --base {copy}\n")
     assert load([copy]) == load(["imagenet/A2"])
@@ -38,6 +39,8 @@ def test_a_copy_includes_its_recipe_and_has_settings_of_its_own(olvae, tmp_path)
     settings = ["data.params.batch_size=3", "model.params.betas=[0.1, 0.2]", "data.params.root=${oc.env:PHOTOS}"]
     olvae("recipes", "copy", "phase_a", tmp_path / "a.yaml", *settings)
     assert load([tmp_path / "a.yaml"], resolve=False) == load(["phase_a"], settings, resolve=False)
+    olvae("recipes", "copy", "phase_a", "model.params.weights_dir=s3://a/b")
+    assert load(["phase_a.yaml"])["model"]["params"]["weights_dir"] == "s3://a/b"
 
 
 def test_where_a_copy_goes(olvae, tmp_path, monkeypatch):

@@ -166,6 +166,13 @@ def test_other_targets_are_left_alone(target):
     assert node == {"target": target, "params": {"root": "photos"}}
 
 
+def test_a_saved_config_is_read_back_unchanged(tmp_path):
+    """With the dollar signs of a shell, or of a folder's name: they were escaped in the user's file."""
+    texts = ["${TOKEN}", r"\${x}", r"a\\${x}b", "a ${b} \\${c}", "$5", {"nested": ["${a", "${oc.env:HOME}"]}]
+    save({"data": {"params": texts}}, tmp_path / "c.yaml")
+    assert load([tmp_path / "c.yaml"])["data"]["params"] == texts
+
+
 @pytest.mark.parametrize("image", ["0.JPG", "n01440764/0.png", None])
 def test_a_stray_tar_does_not_change_a_folder_of_images(tmp_path, image):
     (tmp_path / "train.tar").touch()
@@ -235,7 +242,7 @@ def test_the_same_place_keeps_its_parts(tmp_path):
         save({"data": {"target": target, "params": params}}, tmp_path / "c.yaml")
         assert load([tmp_path / "c.yaml"], [f"data.params.root={src}"])["data"] == {"target": target, "params": params}
     follows = {"root": "photos", "val_root": "${data.params.root}/val"}
-    save({"data": {"target": FOLDER, "params": follows}}, tmp_path / "c.yaml")
+    (tmp_path / "c.yaml").write_text(str({"data": {"target": FOLDER, "params": follows}}))
     assert load([tmp_path / "c.yaml"], ["data.params.root=b"])["data"]["params"] == {"root": "b", "val_root": "b/val"}
 
 

@@ -110,10 +110,10 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
     ended = subprocess.Popen(["true"])
     ended.wait()
     for name, process in (("vae", ended.pid), ("vae", os.getpid()), ("other", ended.pid)):
-        (tmp_path / f".{name}.{socket.gethostname()}-{process}-x" / name).mkdir(parents=True)
+        (tmp_path / f".{name}.{socket.gethostname()}~{process}-x" / name).mkdir(parents=True)
     export(tiny_litevae(), place)
-    here = f".vae.{socket.gethostname()}-{os.getpid()}-x"
-    assert {path.name for path in tmp_path.iterdir()} == {"vae", here, f".other.{socket.gethostname()}-{ended.pid}-x"}
+    here = f".vae.{socket.gethostname()}~{os.getpid()}-x"
+    assert {path.name for path in tmp_path.iterdir()} == {"vae", here, f".other.{socket.gethostname()}~{ended.pid}-x"}
 
 
 def test_folded(layout, model, place):

@@ -1,3 +1,4 @@
+import copy
 import http.server
 import json
 import threading
@@ -102,6 +103,10 @@ def test_saving_and_loading(dtype, folded, tmp_path):
     x = torch.rand(1, 3, 16, 16, dtype=dtype)
     assert torch.equal(again(x)[0], model(x)[0])
     assert {t.dtype for t in LiteVAE.from_pretrained(tmp_path).parameters()} == {torch.float32}
+    compiled = copy.deepcopy(again)
+    compiled.encoder = torch.compile(compiled.encoder)  # which renames its tensors
+    compiled.save_pretrained(tmp_path / "compiled")
+    assert LiteVAE.from_pretrained(tmp_path / "compiled").state_dict().keys() == again.state_dict().keys()
     again.save_pretrained(tmp_path / "twice")
     for file in (WEIGHTS_NAME, "config.json"):
         assert (tmp_path / "twice" / file).read_bytes() == (tmp_path / file).read_bytes()

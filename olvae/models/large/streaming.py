@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.models.large.tiling import GIB, peak_bytes
-from olvae.modules.base import Encoder
+from olvae.modules.base import Encoder, dtype_of
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder, PostActivationBlock, PreActivationBlock, UNet
 
 Function = Callable[[Tensor], Tensor]
@@ -34,8 +34,8 @@ def encode_within(encoder: Encoder, x: Tensor, memory: int, progress: Callable[[
     ValueError if the image does not fit, and the encoder is not LiteVAE's; OSError if the disk is too small.
     """
     needs = _bytes_of_one(encoder, tuple(x.shape[1:]))
-    if together := memory // needs:
-        return torch.cat([encoder(part) for part in x.split(together)])
+    if (together := memory // needs) or not len(x):
+        return torch.cat([encoder(part) for part in x.split(max(1, together))])
     if not isinstance(encoder, LiteVAE_Encoder):
         raise ValueError(
             f"{type(encoder).__name__} encodes whole images only: LiteVAE's encoder works in strips. "
@@ -62,7 +62,7 @@ def encode_within(encoder: Encoder, x: Tensor, memory: int, progress: Callable[[
 def _bytes_of_one(encoder: Encoder, shape: tuple[int, ...]) -> int:
     """Peak bytes of encoding one image; remembered, because counting takes half a second."""
     known: dict[tuple[object, ...], int] = encoder.__dict__.setdefault("_image_bytes", {})
-    key = (*shape, next(encoder.parameters()).dtype)
+    key = (*shape, dtype_of(encoder))
     if key not in known:
         known[key] = peak_bytes(encoder, lambda e, images: e(images), (1, *shape))
     return known[key]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from olvae.modules.base import Decoder, Stage
+from olvae.modules.base import Decoder, Stage, dtype_of
 
 GIB = 2**30
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default)  # the latter in inference mode
@@ -120,7 +120,7 @@ def decode_tiled(
             progress(1.0)
         return whole
     if memory is not None:
-        tile = tile_for(decoder, memory, tuple(z.shape))
+        tile = tile_for(decoder, memory, (max(1, len(z)), *z.shape[1:]))
     assert tile is not None
     if tile < 1:
         raise ValueError(f"a tile has at least one latent position, got {tile}")
@@ -171,7 +171,7 @@ def peak_bytes(module: nn.Module, run: Callable[[Any, Tensor], object], shape: t
     convolution's input and output count twice, because oneDNN and cuDNN may copy both into another layout.
     """
     meta = _meta_copy(module)
-    x = torch.empty(shape, dtype=next(meta.parameters()).dtype, device="meta")
+    x = torch.empty(shape, dtype=dtype_of(meta), device="meta")
     with torch.no_grad(), LiveBytes() as live:
         run(meta, x)
     return int(live.peak)

@@ -5,9 +5,10 @@ import torch
 
 from olvae import LiteVAE
 from olvae.models.autoencoder import Quantizer
+from olvae.models.large.streaming import encode_within
 from olvae.models.large.tiling import peak_bytes
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
-from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from olvae.modules.litevae.encoder_model import LiteVAE_Encoder, WaveletEncoder
 from tests.models.large.test_tiling import sd
 
 
@@ -45,6 +46,12 @@ def test_strips_give_the_posterior_of_the_whole(arguments, memory):
     streamed = vae.encode_within(x, memory)
     torch.testing.assert_close(streamed.mean, whole.mean, rtol=0, atol=1e-4)
     torch.testing.assert_close(streamed.logvar, whole.logvar, rtol=0, atol=1e-4)
+
+
+def test_no_images_and_an_encoder_without_weights():
+    assert autoencoder().encode_within(torch.zeros(0, 3, 56, 24), 1).mean.shape == (0, 4, 7, 3)
+    x = torch.rand(1, 3, 16, 24)
+    assert torch.equal(encode_within(WaveletEncoder(), x, 2**30), WaveletEncoder()(x))
 
 
 def test_layers_stay_in_memory_as_far_as_it_goes(monkeypatch):

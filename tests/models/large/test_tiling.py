@@ -186,6 +186,7 @@ def test_batches_quantizer_and_the_largest_tile_within_the_memory():
     torch.testing.assert_close(vae.decode_tiled(z, 13, progress=fractions.append), whole, rtol=0, atol=1e-5)
     assert fractions == [i / 12 for i in range(1, 13)]
     torch.testing.assert_close(vae.decode_tiled(z, memory=2**21), whole, rtol=0, atol=1e-5)
+    assert vae.decode_tiled(z[:0], memory=2**21).shape == (0, *whole.shape[1:])
     tile = tile_for(vae.decoder, 2**21, z.shape)
     assert tile_bytes(vae.decoder, tile, z.shape) <= 2**21 < tile_bytes(vae.decoder, tile + 1, z.shape)
     assert tile_for(vae.decoder, 64 * GIB, z.shape) == 50
