@@ -104,10 +104,10 @@ LONGER = {
     "litevae_norm": ("2e-3", 1),
     "litevae_shuffle": ("2e-3", 2),
     "litevae_linear": ("1e-3", 1),
-    "sd": ("1e-3", 1),
+    "sd": ("1e-3", 2),
     "sd_free": ("1e-3", 1),
     "sd_linear": ("5e-4", 1),
-    "tiny": ("1e-3", 1),
+    "tiny": ("1e-3", 2),
 }
 """Trained for four times the steps too, in bf16: the networks, their learning rates and numbers of seeds."""
 
