@@ -187,7 +187,6 @@ def decode_command(
     check_paths(target, data=source)
     with loading():
         from olvae.checkpoint import tensors_sum
-        from olvae.data.picture_folder import fixed_part
         from olvae.data.shards.index import find_shards, with_counts
         from olvae.data.shards.latent_source import LATENT, read_stats
         from olvae.data.source import total
@@ -199,8 +198,6 @@ def decode_command(
     check_folder(out)
     where = resolve_device(device)
     stats = read_stats(source) if Path(source).is_dir() else {}
-    if stats and fixed_part(Path(stats["source"]).expanduser()).resolve() == out.resolve():
-        raise ConfigError(f"--out {out}: the images that were encoded are there, and would be replaced")
     shards = with_counts(find_shards(source), image_key=LATENT)
     model = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch).load()
     if stats.get("weights", (mine := tensors_sum(model.state_dict()))) != mine:

@@ -192,7 +192,7 @@ def _split(root: str | Path, paths: Sequence[Path], fraction: float | None) -> t
     """Hold out about ``fraction`` of the paths, by the hash of their names; by default as hold_out()."""
     if len(paths) < 2:
         raise ValueError(f"{root}: one image can't be split into training and validation: set data.params.val_root")
-    below = fixed_part(Path(root).expanduser())
+    below = _fixed_part(Path(root).expanduser())
     places = {path: _place(below, path) for path in paths}
     count = sum(place < (fraction or VAL_FRACTION) for place in places.values())
     count = min(len(paths) - 1, max(count, min_held_out(len(paths), fraction)))
@@ -200,7 +200,7 @@ def _split(root: str | Path, paths: Sequence[Path], fraction: float | None) -> t
     return [path for path in paths if path not in held_out], [path for path in paths if path in held_out]
 
 
-def fixed_part(root: Path) -> Path:
+def _fixed_part(root: Path) -> Path:
     """The folder below which names are hashed: root, that of a list, or of a pattern the parts before it varies."""
     if root.is_dir():
         return root

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
 from olvae.config.reading import place_of
-from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Size
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.source import Batch, Loader, Source
 from olvae.devices import gather, this_process
 from olvae.evaluation.observers.observer import Observation, Observer, Subject
@@ -75,9 +75,9 @@ def evaluate(request: Request, progress: Progress = lambda _, batches, __: batch
     subjects = {target.name: Subject(target.load()) for target in request.targets}
     for observer in observers:
         subjects = observer.derive(subjects)
-    passes: dict[tuple[Size, str, str], list[Protocol]] = {}
+    passes: dict[tuple[Sides, str, str], list[Protocol]] = {}
     for protocol in request.protocols:
-        passes.setdefault((protocol.size, protocol.resize, protocol.resample), []).append(protocol)
+        passes.setdefault((Sides.of(protocol.size), protocol.resize, protocol.resample), []).append(protocol)
     done = [_one_pass(request, protocols, subjects, observers, progress) for protocols in passes.values()]
     return [evaluated for part in done for evaluated in part] or None
 

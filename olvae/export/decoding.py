@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.config.reading import EXTENSIONS
+from olvae.config.reading import EXTENSIONS, is_local
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.latent_source import LATENT, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
@@ -47,13 +47,15 @@ def decode_shards(
     Files are named by the images' keys with the format's extension, a name of :data:`FORMATS`, by default png or, where
     it can't hold them, npy. What takes more than ``memory`` bytes is tiled. ``advance`` is called with the number of
     further images. Return the number of images, and the latents that could not be read; raise ValueError if none can,
-    or they are another model's, ConfigError for a format of 8 bits for a model with a range of values.
+    or they are another model's, ConfigError for a format of 8 bits for a model with a range of values, or if a file
+    that is older than the shards would be replaced.
     """
     pixels = model.pixel_range
     image_format = image_format or ("png" if pixels.eight_bits and model.in_channels in (1, 3, 4) else "npy")
     if not pixels.eight_bits and f".{image_format}" not in ARRAYS:
         raise ConfigError(f"`format` {image_format}: 8 bits can't hold values of {pixels}: choose npy, tif or exr")
     remove_partials(folder.rglob(".partial-*"), idle_s=1.0)
+    encoded = min((Path(shard.url).stat().st_mtime for shard in shards if is_local(shard.url)), default=0.0)
     names, unreadable = set[str](), list[ReadError]()
     for batch in _batches(shards, batch_size, unreadable):
         z = torch.stack([latent.z for latent in batch])  # (B, n_z, h, w)
@@ -64,6 +66,8 @@ def decode_shards(
         for latent, image in zip(batch, pixels.restore(y).cpu(), strict=True):
             name = _name(latent.key, image_format, names)
             names.add(name)
+            if (folder / name).is_file() and (folder / name).stat().st_mtime < encoded:
+                raise ConfigError(f"{folder / name}: older than its latent, so perhaps what was encoded: change `out`")
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             save_image(crop_to(image, latent.size), folder / name, **FORMATS[image_format])
         advance(len(batch))

@@ -81,9 +81,9 @@ def test_from_python_it_is_the_same(done, trained, photos, tmp_path):
     assert seen == [("evaluating", n, 12) for n in (5, 5, 2)]
     done("evaluate", trained, "--data", photos, "-B", 5, "--out", tmp_path, *PIXELS)
     assert metrics(tmp_path) == [evaluated.results.rows[0].metrics]
-    sizes = [Protocol(size=16), Protocol("larger", size=24)]
+    sizes = [Protocol(size=16), Protocol("larger", size=[24, 32])]
     both = evaluate(Request([find_target("olvae:photos-f8c4")], sizes, ["psnr"], data=str(photos)))
-    assert [evaluated.results.protocol["size"] for evaluated in both] == [16, 24]
+    assert [evaluated.results.protocol["size"] for evaluated in both] == [16, [24, 32]]
     assert Results.read(tmp_path / "metrics.json").images == evaluated.results.images
 
 

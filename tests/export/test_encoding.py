@@ -173,7 +173,7 @@ def test_an_autoencoder_without_weights(tmp_path, image_folder):
     bare.gain = 1.0
     for name, model in (("bare", bare), ("same", Shrunk())):
         encode(image_folder, tmp_path / name, model)
-        decode_shards(model, [Shard(str(path)) for path in sorted((tmp_path / name).glob("*.tar"))], tmp_path / "png")
+        decode_shards(model, [Shard(str(path)) for path in sorted((tmp_path / name).glob("*.tar"))], tmp_path / name)
     assert files(tmp_path / "bare") == files(tmp_path / "same")
 
 
