@@ -105,7 +105,8 @@ def on_gpu(model: LiteAutoencoderKL, monkeypatch, dtype: torch.dtype) -> LiteAut
         None,
         model.configure_callbacks(),
     )
-    trainer.state = SimpleNamespace(fn=TrainerFn.FITTING)
+    trainer.state, loop = SimpleNamespace(fn=TrainerFn.FITTING), SimpleNamespace(_results={})
+    trainer.fit_loop = SimpleNamespace(epoch_loop=loop)
     model.__dict__.update(_trainer=trainer, _device=GPU)
 
     def fill(loss: torch.Tensor) -> None:
