@@ -174,10 +174,9 @@ def load_table(path: str | Path, split: str, **arguments: Any) -> Any:
     """A split of a data set, ``train`` of one without splits; ``arguments`` are those of ``datasets.load_dataset``."""
     datasets = import_extra("datasets", "hf", "HuggingFaceSource")
     if Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
-        table = datasets.load_from_disk(str(path))
-        splits = (
-            table if isinstance(table, datasets.DatasetDict) else {"train": table, str(table.split or "train"): table}
-        )
+        splits = datasets.load_from_disk(str(path))
+        if not isinstance(splits, datasets.DatasetDict):
+            splits = {"train": splits, str(splits.split or "train"): splits}
         if split not in splits:
             raise ConfigError(f"{path}: has no split {split}, only {', '.join(splits)}")
         return splits[split]

@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from olvae.config.reading import EXTENSIONS, is_image_file
-from olvae.data.dataset import VAL_FRACTION, ImageDataset, MappedSource, min_held_out
+from olvae.data.dataset import VAL_FRACTION, ImageDataset, MappedSource, bound_held_out
 from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, RangeNode, Size
 from olvae.data.read_errors import ReadError
@@ -194,9 +194,8 @@ def _split(root: str | Path, paths: Sequence[Path], fraction: float | None) -> t
         raise ValueError(f"{root}: one image can't be split into training and validation: set data.params.val_root")
     below = _fixed_part(Path(root).expanduser())
     places = {path: _place(below, path) for path in paths}
-    count = sum(place < (fraction or VAL_FRACTION) for place in places.values())
-    count = min(len(paths) - 1, max(count, min_held_out(len(paths), fraction)))
-    held_out = set(sorted(paths, key=places.__getitem__)[:count])
+    share = sum(place < (fraction or VAL_FRACTION) for place in places.values())
+    held_out = set(sorted(paths, key=places.__getitem__)[: bound_held_out(share, len(paths), fraction)])
     return [path for path in paths if path not in held_out], [path for path in paths if path in held_out]
 
 

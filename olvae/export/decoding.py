@@ -10,6 +10,7 @@ from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.config.reading import EXTENSIONS, is_local
+from olvae.data.image import MODES
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.latent_source import LATENT, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
@@ -51,7 +52,7 @@ def decode_shards(
     that is older than the shards would be replaced.
     """
     pixels = model.pixel_range
-    image_format = image_format or ("png" if pixels.eight_bits and model.in_channels in (1, 3, 4) else "npy")
+    image_format = image_format or ("png" if pixels.eight_bits and model.in_channels in MODES else "npy")
     if not pixels.eight_bits and f".{image_format}" not in ARRAYS:
         raise ConfigError(f"`format` {image_format}: 8 bits can't hold values of {pixels}: choose npy, tif or exr")
     remove_partials(folder.rglob(".partial-*"), idle_s=1.0)
@@ -66,10 +67,11 @@ def decode_shards(
         for latent, image in zip(batch, pixels.restore(y).cpu(), strict=True):
             name = _name(latent.key, image_format, names)
             names.add(name)
-            if (folder / name).is_file() and (folder / name).stat().st_mtime < encoded:
-                raise ConfigError(f"{folder / name}: older than its latent, so perhaps what was encoded: change `out`")
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            save_image(crop_to(image, latent.size), folder / name, **FORMATS[image_format])
+            place = folder / name
+            if place.is_file() and place.stat().st_mtime < encoded:
+                raise ConfigError(f"{place}: older than its latent, so perhaps what was encoded: change `out`")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            save_image(crop_to(image, latent.size), place, **FORMATS[image_format])
         advance(len(batch))
     if not names:
         reasons = "; ".join(f"{error.name}: {error.reason}" for error in unreadable[:3])

@@ -27,7 +27,7 @@ from olvae.models.loading.families import family_of
 from olvae.models.loading.loader import Target
 from olvae.models.loading.targets import RAW
 from olvae.models.spec import CLASS_NAME, DIFFUSERS, check_factors, class_in, is_hub_id, place_in
-from olvae.modules.base import count_parameters, device_of
+from olvae.modules.base import count_parameters, device_of, dtype_of
 from olvae.modules.scaling_factors import FEW_IMAGES
 from olvae.runs import TEACHER, Run, config_of, entry_of, find_run, run_of, settings_of
 
@@ -227,7 +227,7 @@ Function = Callable[[Tensor], Tensor]
 @torch.no_grad()
 def _difference(what: str, model: LiteVAE, moments: Function, decode: Function) -> float:
     """Compare moments and reconstructions of an image of noise, in float32: half precision would hide differences."""
-    whole = model if next(model.parameters()).dtype == torch.float32 else copy.deepcopy(model).float()
+    whole = model if dtype_of(model) == torch.float32 else copy.deepcopy(model).float()
     shape = (1, model.in_channels, 4 * model.downscale, 4 * model.downscale)
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device_of(model)) * 2 - 1
     own = whole.moments(x)
@@ -378,7 +378,7 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
 
 
 def _weights(model: LiteVAE, provenance: Provenance) -> str:
-    kinds = [str(next(model.parameters()).dtype).removeprefix("torch.")]
+    kinds = [str(dtype_of(model)).removeprefix("torch.")]
     averaged = entry_of(provenance.config, "model.params.use_ema")
     if provenance.raw or averaged is not None:
         kinds.append("averaged over training (EMA)" if averaged and not provenance.raw else "as trained")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.data.image import image_to_tensor, read_picture
+from olvae.data.image import MODES, image_to_tensor, read_picture
 from olvae.data.picture_folder import find_images
 from olvae.devices import FULL, autocast
 from olvae.figures import ARRAYS, comparison, error_map, save_image
@@ -122,7 +122,7 @@ def reconstruct_file(
             "error, white: 64/255": _by_rows(lambda a, b: error_map(a[None], b[None])[0], x, y),
         }
     )
-    suffix = ".png" if len(y) in (1, 3, 4) else ".npy"
+    suffix = ".png" if len(y) in MODES else ".npy"
     if not pixels.eight_bits:
         like = source.suffix.lower().replace(".tiff", ".tif")
         suffix = like if like in ARRAYS else ".npy"

@@ -42,8 +42,7 @@ class Adversary(nn.Module):
         learning_rate_ratio: the discriminator's learning rate over the autoencoder's.
         betas: of the discriminator's Adam.
         r1_weight: gamma of the R1 penalty, gamma / 2 E |grad_x sum of logits|^2; 0 turns it off. Computed at every
-            r1_every-th update, times r1_every. The sum grows with the number of logits: choose gamma by ``train/r1``,
-            the last one computed.
+            r1_every-th update, times r1_every. The sum grows with the number of logits: choose gamma by ``train/r1``.
         lecam_weight: of the LeCam penalty; 0 turns it off.
         lecam_variant: ``paper``, or ``code`` with the ReLU and the decay of the published code; see :class:`LeCam`.
         cutmix_probability: share of the discriminator's updates with CutMix: the loss on mixed images plus the

@@ -156,11 +156,11 @@ def _settings(options: TrainOptions, config: Config, previous: Config | None) ->
         raise ConfigError("`name`: a resumed run keeps the name of its folder: leave it out")
     old, new = (runs.entry_of(one, "lightning.trainer") or {} for one in (previous, config))
     given = [override.partition("=")[0] for override in options.overrides]
-    changed = {key for key in {**old, **new} if new.get(key) != old.get(key) or f"lightning.trainer.{key}" in given}
-    gpus = None if changed & {"devices", "accelerator"} else settings.gpus
+    changed = {k: v for k, v in new.items() if v != old.get(k) or f"lightning.trainer.{k}" in given}
+    gpus = None if changed.keys() & {"devices", "accelerator"} else settings.gpus
     return replace(
         settings,
-        precision=options.precision or str(("precision" in changed and new.get("precision")) or settings.precision),
+        precision=options.precision or str(changed.get("precision") or settings.precision),
         gpus=gpus if options.gpus is None else options.gpus,
         seed=settings.seed if options.seed is None else options.seed,
         weights=settings.weights if weights is None else str(weights),

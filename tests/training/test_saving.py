@@ -16,6 +16,8 @@ from tests.conftest import tiny_config
 from tests.models.steps import against, build
 
 SAVE = torch.save
+KEEP = "lightning.callbacks.keep"
+EVERY_TWO = (f"{KEEP}.target=olvae.training.saving.KeepCheckpoints", f"{KEEP}.params.every_n_steps=2")
 
 
 def content(value: float) -> dict:
@@ -128,10 +130,8 @@ def test_a_run_that_could_not_save_does_not_claim_success(train_with, tmp_path, 
         half_a_file(full_disk)(value, path) if value["global_step"] == 4 and "last" in path.name else SAVE(value, path)
 
     monkeypatch.setattr(torch, "save", last_fails)
-    keep = "lightning.callbacks.keep"
-    overrides = (f"{keep}.target=olvae.training.saving.KeepCheckpoints", f"{keep}.params.every_n_steps=2")
     with pytest.raises(OSError, match=r"checkpoints/last\.ckpt: the checkpoint could not be written: .*No space left"):
-        train_with(*overrides, config=tiny_config(image_folder))
+        train_with(*EVERY_TWO, config=tiny_config(image_folder))
     assert "done after" not in capfd.readouterr().err
     (run,) = (tmp_path / "runs").iterdir()
     assert load(run / "checkpoints" / "last.ckpt")["global_step"] == 2
@@ -144,10 +144,8 @@ def test_an_error_within_an_update_keeps_the_last_whole_one(train_with, tmp_path
             raise OSError("between two micro-batches")
 
     monkeypatch.setattr(UnreadableLimit, "on_train_batch_start", breaks)
-    keep = "lightning.callbacks.keep"
-    overrides = (f"{keep}.target=olvae.training.saving.KeepCheckpoints", f"{keep}.params.every_n_steps=2")
     with pytest.raises(OSError, match="between two micro-batches"):
-        train_with(*overrides, "lightning.trainer.accumulate_grad_batches=2", config=tiny_config(image_folder))
+        train_with(*EVERY_TWO, "lightning.trainer.accumulate_grad_batches=2", config=tiny_config(image_folder))
     (run,) = (tmp_path / "runs").iterdir()
     assert load(run / "checkpoints" / "last.ckpt")["global_step"] == 2
 
