@@ -1,10 +1,12 @@
+import faulthandler
+import gc
 import multiprocessing
 import os
 import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -100,25 +102,31 @@ def free_port() -> int:
 
 def fork_two(function: Callable[..., object], *arguments: object) -> None:
     """Call a function in two children of this process, as torchrun would; they have what is imported already."""
-    port = free_port()
 
     def work(rank: int) -> None:
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-        os.environ.update(shared, RANK=str(rank), LOCAL_RANK=str(rank))
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)})
         function(*arguments)
 
     fork_each(work)
 
 
-def fork_each(work: Callable[[int], None]) -> None:
-    """Call ``work`` with 0 and with 1, each in a child of this process; fail if one of them does."""
+def fork_each(work: Callable[[int], None], exits: Sequence[int] = (0, 0)) -> None:
+    """Call ``work`` with 0 and with 1, each in a child of this process, with a port; fail if one of them does."""
+    port = str(free_port())
+
+    def watched(rank: int) -> None:
+        faulthandler.dump_traceback_later(100, exit=True)
+        os.environ["MASTER_PORT"] = port
+        work(rank)
+
+    gc.collect()  # a child that collected a process group of this one would wait for threads that it does not have
     context = multiprocessing.get_context("fork")
-    both = [context.Process(target=work, args=(rank,)) for rank in range(2)]
+    both = [context.Process(target=watched, args=(rank,)) for rank in range(2)]
     for process in both:
         process.start()
     for process in both:
         process.join(120)
-    assert [process.exitcode for process in both] == [0, 0]
+    assert [process.exitcode for process in both] == list(exits)
 
 
 def meet(out: Path) -> None:

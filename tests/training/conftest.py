@@ -11,7 +11,7 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 from olvae.training.run import RUN_ENV, train
 from olvae.training.settings import TrainOptions
-from tests.test_devices import fork_each, free_port
+from tests.test_devices import fork_each
 from tests.training.origins import without_networks
 
 
@@ -93,11 +93,10 @@ def train_two(train_with, under, tmp_path):
     """Train in two processes of torchrun, forked from this one; returns the run, or None if both are to fail."""
 
     def run(*overrides: str, raises: str | None = None, **options) -> Run | None:
-        port = str(free_port())
         devices = ("lightning.trainer.accelerator=cpu", "lightning.trainer.devices=2")
 
         def work(rank: int) -> None:
-            under({**torchrun(rank, per_node=2), "MASTER_PORT": port})
+            under(torchrun(rank, per_node=2))
             with nullcontext() if raises is None else pytest.raises((ValueError, OSError), match=raises):
                 run = train_with(*overrides, *devices, **{"name": "two", **options})
                 (tmp_path / f"path{rank}").write_text(str(run.path))

@@ -13,7 +13,7 @@ from olvae.training.callbacks import BadSteps
 from tests.conftest import tiny_config
 from tests.models.steps import against, build, trainer
 from tests.models.test_updates import Scaled
-from tests.test_devices import fork_each, free_port
+from tests.test_devices import fork_each
 from tests.training.conftest import torchrun
 from tests.training.events import scalars
 from tests.training.origins import checkpoint, one_line
@@ -129,10 +129,9 @@ def test_before_the_first_save_the_weights_stay(train_with, tmp_path, config, sp
 
 def test_under_fp16_all_processes_count_a_step_that_was_bad_in_one(tmp_path, under, spoil):
     """The others see gradients of nan alone, as they do after an overflow, which does not count."""
-    port = str(free_port())
 
     def work(rank: int) -> None:
-        under({**torchrun(rank, per_node=2), "MASTER_PORT": port})
+        under(torchrun(rank, per_node=2))
         spoil(lambda iteration: rank == 1 and iteration in (1, 2))
         bad = BadSteps(in_a_row=2)
         scaled = {"strategy": PlayersStrategy(), "devices": 2, "plugins": [Scaled(init_scale=2.0**10)]}

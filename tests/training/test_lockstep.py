@@ -1,12 +1,12 @@
 """Two processes, one of which hangs; garbage at fixed steps."""
 
 import gc
-import multiprocessing
 import os
 import socket
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,13 +15,13 @@ import torch.distributed as dist
 
 from olvae.devices import join
 from olvae.training.processes import PROGRESS_KEY, Lockstep
-from tests.test_devices import free_port
+from tests.test_devices import fork_each
 from tests.training.conftest import torchrun
 
 
-def hang(rank: int, port: str, folder, first_dies: bool) -> None:
+def hang(folder, first_dies: bool, rank: int) -> None:
     """In step 2 process 1 hangs before its backward pass, and process 0 waits for its gradient, or dies."""
-    os.environ.update({**torchrun(rank, per_node=2), "MASTER_ADDR": "localhost", "MASTER_PORT": port})
+    os.environ.update({**torchrun(rank, per_node=2), "MASTER_ADDR": "localhost"})
     sys.stderr = (folder / f"{rank}.txt").open("w", buffering=1)
     assert join() == (rank, 2)
     trainer, lockstep = SimpleNamespace(world_size=2, global_rank=rank, global_step=0), Lockstep(patience_s=0.6)
@@ -39,13 +39,7 @@ def hang(rank: int, port: str, folder, first_dies: bool) -> None:
 
 @pytest.mark.parametrize("first_dies", [False, True])
 def test_a_process_that_hangs_is_named_and_all_end(tmp_path, first_dies):
-    context, port = multiprocessing.get_context("fork"), str(free_port())
-    both = [context.Process(target=hang, args=(rank, port, tmp_path, first_dies)) for rank in range(2)]
-    for process in both:
-        process.start()
-    for process in both:
-        process.join(50)
-    assert [process.exitcode for process in both] == [0 if first_dies else 1, 1]
+    fork_each(partial(hang, tmp_path, first_dies), [0 if first_dies else 1, 1])
     waiting, hanging = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
     if first_dies:  # and the store with it
         assert hanging == "error: process 0 of this training ended: see its own output\n"

@@ -63,10 +63,9 @@ def test_a_batch_script_that_calls_python_waits_for_nobody(under, monkeypatch):
 
 
 def test_other_commands_meet_under_srun_too(tmp_path, under):
-    port = str(free_port())
 
     def work(rank: int) -> None:
-        under({**srun(rank, nodes=2), "MASTER_PORT": port})
+        under(srun(rank, nodes=2))
         assert join() == (rank, 2)
         parts = gather(f"part {rank}")
         if rank == 0:
@@ -150,12 +149,11 @@ def test_the_recorder_s_settings_are_no_warning(under, capfd):
     """torch reads them when the first collective is recorded."""
 
     def work(rank: int) -> None:
-        under({**torchrun(rank, per_node=2), "MASTER_PORT": port})
+        under(torchrun(rank, per_node=2))
         assert meet() == (rank, 2)
         torch.distributed.all_reduce(torch.ones(1))
         leave()
 
-    port = str(free_port())
     fork_each(work)
     assert "deprecated" not in capfd.readouterr().err
 
@@ -173,11 +171,10 @@ def test_as_many_loader_processes_as_can_share_the_shards(tmp_path, monkeypatch)
 def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under):
     """The first process of all makes it; the others write nothing, and remove nothing. test_ddp.py has torchrun's."""
     save(tiny_config(image_folder, use_ema=True), tmp_path / "tiny.yaml")
-    port = str(free_port())
     overrides = ("lightning.trainer.num_nodes=2", "lightning.trainer.max_steps=2", "lightning.trainer.accelerator=cpu")
 
     def work(rank: int) -> None:
-        under({**srun(rank, nodes=2), "MASTER_PORT": port})
+        under(srun(rank, nodes=2))
         run = train(TrainOptions([tmp_path / "tiny.yaml"], overrides, tmp_path / "runs", gpus="0"))
         (tmp_path / f"path{rank}").write_text(str(run.path))
 
@@ -190,7 +187,7 @@ def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under):
     holder = os.getpid()
 
     def again(rank: int) -> None:
-        under({**srun(rank, nodes=2), "MASTER_PORT": port})
+        under(srun(rank, nodes=2))
         with pytest.raises(ConfigError, match=f"is being trained by process {holder} on "):
             train(TrainOptions(resume=run, overrides=("lightning.trainer.max_steps=3",)))
 

@@ -15,7 +15,7 @@ from olvae.training.run import TrainingStopped
 from olvae.training.settings import parse_time
 from tests.conftest import tiny_config
 from tests.models.steps import Each, against, build, fit
-from tests.test_devices import fork_each, free_port
+from tests.test_devices import fork_each
 from tests.training.conftest import torchrun
 from tests.training.events import scalars
 from tests.training.origins import assert_same_checkpoint, checkpoint, phase_b
@@ -133,10 +133,10 @@ def test_a_requeued_job_continues_its_run(train_with, image_folder, tmp_path, jo
 
 @pytest.mark.slow
 def test_sigusr1_to_any_process_queues_the_job_again(train_with, image_folder, under, job, at_step):
-    port, devices = str(free_port()), ("lightning.trainer.accelerator=cpu", "lightning.trainer.devices=2")
+    devices = ("lightning.trainer.accelerator=cpu", "lightning.trainer.devices=2")
 
     def work(rank: int) -> None:
-        under({**torchrun(rank, per_node=2), "MASTER_PORT": port})
+        under(torchrun(rank, per_node=2))
         if rank == 1:
             at_step(0, partial(signal.raise_signal, signal.SIGUSR1))
         with pytest.raises(TrainingStopped):
