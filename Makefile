@@ -50,7 +50,7 @@ distil-demo: $(VENV)/.installed ## distil a small AutoencoderKL into a LiteVAE w
 
 STUDY = study/$(if $(QUICK),quick,out)
 
-study: $(VENV)/.installed-dev ## the study of docs/results.md: photographs, training, tables (CPU, hours; QUICK=1: half an hour)
+study: $(VENV)/.installed-dev ## the study of docs/results.md: photographs, training, tables (CPU, hours; QUICK=1: an hour and a half)
 	$(BIN)/python -m study.corpus --out study/corpus-out
 	$(BIN)/python -m study.run $(if $(QUICK),--quick) --out $(STUDY)
 	cp docs/results.md $(STUDY)/results.md
@@ -63,26 +63,29 @@ study-parts: $(VENV)/.installed-dev ## what the parts for diffusion models do to
 	$(BIN)/python -m study.corpus --out study/corpus-out
 	$(BIN)/python -m study.parts --corpus study/corpus-out --out study/out
 
-models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, five hours; what is done is kept)
+models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, eight hours of a thread; what is done is kept)
 	$(BIN)/python -m study.corpus --out study/corpus-out
-	$(MAKE) photos-f8c12 photos-f8c4 photos-f8c12-sharp
+	$(MAKE) photos-f8c12 photos-f8c4
+	$(MAKE) photos-f8c12-sharp
 
+saved = $(wildcard $(RUNS)/*_$(1)_bf16/checkpoints/last.ckpt)
 # $(call run,NAME,ARGUMENTS): a run, or what an interrupted one of this name has left of it
-run = $(BIN)/olvae train --gpus 0 --precision bf16 $(if $(wildcard $(RUNS)/*_$(1)_bf16/checkpoints/last.ckpt),\
-	--resume $(RUNS)/$(1),--logdir $(RUNS) --name $(1) $(2))
+run = $(BIN)/olvae train --gpus 0 --precision bf16 $(if $(saved),--resume $(RUNS)/$(1),--logdir $(RUNS) --name $(1) $(2))
+# $(call before,NAME,ARGUMENTS): a run that the target's own starts from, unless that one has begun
+before = $(if $(call saved,$@),,$(run))
 define SHIP
-	$(BIN)/olvae evaluate $(RUNS)/$@ --baselines --data study/corpus-out/held_out --size 256 --metrics psnr,ssim
+	$(BIN)/olvae evaluate $(RUNS)/$@ --baselines --fit study/corpus-out/train_tiles --data study/corpus-out/held_out --size 256 --metrics psnr,ssim
 	$(BIN)/olvae latents $(RUNS)/$@ --data study/corpus-out/train_tiles --images 1000
 	$(BIN)/olvae export $(RUNS)/$@ --out $@ --force --license apache-2.0 --latents $(RUNS)/$@
 endef
 
 photos-f8c4: CHANNELS = model.params.embed_dim=4 model.params.decoder_config.params.z_channels=4
-photos-f8c4: MORE = $(call run,$@_more,--base study/photos_more.yaml --from $(RUNS)/$@_middle --seed 1)
+photos-f8c4: MORE = $(call before,$@_more,--base study/photos_more.yaml --from $(RUNS)/$@_middle --seed 1)
 photos-f8c4: LAST = --from $(RUNS)/$@_more --seed 2
 photos-f8c12: LAST = --from $(RUNS)/$@_middle --seed 1
 photos-f8c12 photos-f8c4: $(VENV)/.installed-dev
-	$(call run,$@_start,--base study/photos_start.yaml $(CHANNELS))
-	$(call run,$@_middle,--base study/photos.yaml --actual_resume $(RUNS)/$@_start $(CHANNELS))
+	$(call before,$@_start,--base study/photos_start.yaml $(CHANNELS))
+	$(call before,$@_middle,--base study/photos.yaml --actual_resume $(RUNS)/$@_start $(CHANNELS))
 	$(MORE)
 	$(call run,$@,--base study/photos_more.yaml $(LAST))
 	$(SHIP)

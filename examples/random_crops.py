@@ -5,7 +5,6 @@ python examples/random_crops.py photos --size 64 --count 2000 --out crops
 
 import argparse
 import sys
-from itertools import islice
 from pathlib import Path
 
 from olvae.cli.main import print_error
@@ -25,11 +24,14 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     check_folder(args.out).mkdir(parents=True, exist_ok=True)
+    names = [f"{number:08d}.png" for number in range(args.count)]
+    if others := {path.name for path in args.out.glob("*.png")}.difference(names):
+        raise ValueError(f"{args.out}: has {min(others)}, not one of {args.count} crops: choose another folder")
     is_config = Path(args.src).suffix in (".yaml", ".yml")  # of which the size is replaced
     source = open_test_source(load([args.src]), size=args.size) if is_config else open_source(args.src, args.size, 1)
     crops = (image for batch in source.train_loader(args.seed) for image in batch["image"])
-    for number, crop in enumerate(islice(crops, args.count)):
-        save_image(crop, args.out / f"{number:08d}.png")
+    for name, crop in zip(names, crops, strict=False):
+        save_image(crop, args.out / name)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ QUALITY = 95
 UNTOLD = ("contents", "images", "resource", "image", "animals")  # folders that tell no photographs apart
 
 FOLDERS = ("train", "train_tiles", "held_out", "held_out_tiles")
+FEATURES = ".lite0.npy"  # at the end of a folder's name: the file that study.measure keeps beside it
 
 
 class Photograph(NamedTuple):
@@ -262,6 +263,7 @@ def make(out: Path, mirror: str) -> dict[str, Any]:
         finished.unlink(missing_ok=True)
         for folder in FOLDERS:
             shutil.rmtree(out / folder, ignore_errors=True)
+            (out / f"{folder}{FEATURES}").unlink(missing_ok=True)
         out.mkdir(parents=True, exist_ok=True)
         mark.write_text(recipe)
     if not finished.exists():

@@ -3,8 +3,8 @@
     python -m study.gpu --minutes 40
 
 Steps run in the order of their use, each in a process of its own, and leave OUT/rows/NAME.json. Those that have one are
-kept, those that failed are tried again. The page is filled after each. On a CPU a copy of the page in OUT is filled,
-and ``--quick`` tries everything at tiny sizes.
+kept, those that failed are tried again. The page is filled after each. On a CPU, or with ``--quick``, which tries
+everything at tiny sizes, a copy of the page in OUT is filled.
 """
 
 import argparse
@@ -38,14 +38,13 @@ from olvae.models.footprint import MARGIN, footprint
 from olvae.models.large.tiling import GIB
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from study.draw import Found, fill, read_rows, table
-from study.rows import NETWORKS, RECIPE
+from study.rows import LONG, NETWORKS, RECIPE
 
 __all__ = ["STEPS", "TABLES", "Bench", "Step", "main", "run"]
 
 PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
 CORPUS = Path(__file__).parent / "corpus-out"
 RECIPES = ("A2", "B5")
-RATES = {"litevae": "1e-3", "sd": "5e-4"}  # the best of the study's grid
 NO_LPIPS = ("model.params.lossconfig.params.lpips_weight=0", "model.params.val_metrics=[]", "lightning.callbacks=null")
 """Without LPIPS, whose network is a download, in the loss, validation and the choice of the best checkpoint."""
 
@@ -185,10 +184,11 @@ def _trained(recipe: str, bench: Bench) -> dict[str, Any]:
     return {"recipe": recipe, "images": int(images), "kernels": kernels and int(kernels[1])}
 
 
-def _pair(network: str, rate: str, bench: Bench) -> dict[str, Any]:
+def _pair(network: str, bench: Bench) -> dict[str, Any]:
     """Train one of the study's two encoders, with a linear start, for as long as the other one."""
     minutes, images = (0.01, 2) if bench.quick else (6.0, 32)
-    overrides = [*NETWORKS[f"{network}_linear"], f"model.base_learning_rate={rate}"]
+    linear = f"{network}_linear"
+    overrides = [*NETWORKS[linear], f"model.base_learning_rate={LONG[linear][0]}"]
     params = cfg.load([RECIPE], overrides)["model"]["params"]
     lightning = PRECISIONS[bench.precision].lightning
     seconds = time_steps(LiteAutoencoderKL(**params), 64, images, 2 if bench.quick else 20, bench.device, lightning)
@@ -230,8 +230,8 @@ def _steps() -> Iterator[tuple[str, Step]]:
         yield f"trained_{recipe}", Step(partial(_trained, recipe), 240)
     for option in ("channels_last", "checkpoint", "compile"):
         yield from _of_both("step", "bf16", option)
-    for network, rate in RATES.items():
-        yield f"pair_{network}", Step(partial(_pair, network, rate), 600)
+    for network in ("litevae", "sd"):
+        yield f"pair_{network}", Step(partial(_pair, network), 600)
 
 
 def _of_both(kind: str, precision: str, *options: str) -> Iterator[tuple[str, Step]]:
@@ -252,18 +252,17 @@ def run(bench: Bench, steps: Sequence[str], minutes: float, page: Path) -> None:
         flags = ["--out", str(bench.out), "--device", bench.device, "--only", name, "--here"]
         flags += ["--quick"] if bench.quick else []
         file = rows / f"{name}.json"
-        if file.is_file() and "error" not in json.loads(file.read_text(encoding="utf-8")):
-            continue
-        if time.monotonic() - begun > 60 * minutes:
-            print(f"{minutes:g} minutes are over: {name} and what follows run in the next call", flush=True)
-            return
-        start = time.monotonic()
-        try:
-            bench.command(name, "-m", "study.gpu", *flags, limit_s=slack * STEPS[name].limit_s)
-        except RuntimeError as error:
-            write_json({"error": str(error)}, file)
-        outcome = json.loads(file.read_text(encoding="utf-8")).get("error", "done")
-        print(f"{number}/{len(steps)} {name}: {outcome}, {time.monotonic() - start:.0f} s", flush=True)
+        if not file.is_file() or "error" in json.loads(file.read_text(encoding="utf-8")):
+            if time.monotonic() - begun > 60 * minutes:
+                print(f"{minutes:g} minutes are over: {name} and what follows run in the next call", flush=True)
+                return
+            start = time.monotonic()
+            try:
+                bench.command(name, "-m", "study.gpu", *flags, limit_s=slack * STEPS[name].limit_s)
+            except RuntimeError as error:
+                write_json({"error": str(error)}, file)
+            outcome = json.loads(file.read_text(encoding="utf-8")).get("error", "done")
+            print(f"{number}/{len(steps)} {name}: {outcome}, {time.monotonic() - start:.0f} s", flush=True)
         page.write_text(fill(page.read_text(encoding="utf-8"), read_rows(rows), TABLES), encoding="utf-8")
 
 
@@ -339,14 +338,15 @@ TABLES: Mapping[str, Callable[[Found], str]] = {
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("study/gpu-out"), help="a folder of finished steps")
+    parser.add_argument("--out", type=Path, help="of finished steps: study/gpu-out, or study/gpu-quick on a CPU")
     parser.add_argument("--device", default="cuda", help="cuda; cpu tries the way there, and fills a copy of the page")
     parser.add_argument("--minutes", type=float, default=40, help="after which no further step begins")
     parser.add_argument("--only", nargs="*", choices=STEPS, default=list(STEPS), metavar="STEP", help="by name")
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # one step, in this process
     options = parser.parse_args(arguments)
-    bench = Bench(options.out, options.device, options.quick)
+    tried = options.quick or options.device == "cpu"
+    bench = Bench(options.out or Path("study", "gpu-quick" if tried else "gpu-out"), options.device, options.quick)
     try:
         if options.here:
             (name,) = options.only
@@ -354,9 +354,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         check_folder(bench.out).mkdir(parents=True, exist_ok=True)
         resolve_device(bench.device)
-        page = PAGE
-        if bench.quick or bench.device == "cpu":
-            page = Path(shutil.copy(PAGE, bench.out / PAGE.name))
+        page = Path(shutil.copy(PAGE, bench.out / PAGE.name)) if tried else PAGE
         run(bench, options.only, options.minutes, page)
         print(f"{page}: filled")
     except (OSError, ValueError) as error:

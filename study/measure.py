@@ -19,6 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.files import atomic_write, write_json
 from olvae.models.loading.targets import find_target
+from study.corpus import FEATURES
 from study.features import Lite0, frechet_lite0
 
 __all__ = ["Unexplained", "main", "parts"]
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="a JSON file")
     options = parser.parse_args(arguments)
     model, network = find_target(options.target).load(), Lite0()
-    known = options.tiles.parent / f"{options.tiles.name}.lite0.npy"
+    known = options.tiles.parent / f"{options.tiles.name}{FEATURES}"
     if not known.is_file():
         with atomic_write(known) as partial, partial.open("wb") as file:
             np.save(file, network.of(parts(options.tiles)))

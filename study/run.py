@@ -36,7 +36,11 @@ CROP, CROPS, REFERENCES = 64, 4000, 1000
 
 
 class StudyError(ValueError):
-    """A command of the study failed."""
+    """A command of the study failed, or was stopped, after so many seconds of processor time."""
+
+    def __init__(self, message: str, seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 @dataclass
@@ -148,8 +152,13 @@ class Study:
             arguments = ["--resume", str(run.path)]
         else:
             return seconds
-        seconds += self.command(row.name, "-m", "olvae.cli.main", "train", *arguments)
-        write_json(seconds, noted)
+        try:
+            seconds += self.command(row.name, "-m", "olvae.cli.main", "train", *arguments)
+        except StudyError as error:
+            seconds += error.seconds
+            raise
+        finally:
+            write_json(seconds, noted)
         return seconds
 
     def _evaluate(self, row: Row, run: Run, size: int) -> list[dict[str, Any]]:
@@ -186,12 +195,12 @@ class Study:
             )
             _, status, used = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = used.ru_utime + used.ru_stime
         if process.returncode:
             last = log.read_text(errors="replace").strip().splitlines()[-1]
-            raise StudyError(
-                f"{name}: python {' '.join(arguments[:3])} exited with {process.returncode}: {last}: {log}"
-            )
-        return used.ru_utime + used.ru_stime
+            failed = f"python {' '.join(arguments[:3])} exited with {process.returncode}"
+            raise StudyError(f"{name}: {failed}: {last}: {log}", seconds)
+        return seconds
 
     def _folder(self, name: str) -> Run | None:
         return find_run(self.out / "runs", name)

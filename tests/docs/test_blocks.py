@@ -80,7 +80,8 @@ def test_commands_exist(file, tmp_path, monkeypatch):
     if file.suffix == ".md":
         lines = [(block.place, words) for block in blocks(file, "sh", "console") for words in commands(block)]
     else:
-        found = re.findall(r"^ {4}((?:olvae|python) .*)$", file.read_text(), re.M)
+        found = re.findall(r"^(?: {4})?((?:olvae|python) .*)$", file.read_text(), re.M)
+        assert found or file.suffix != ".py"
         lines = [(file.name, words) for line in found for words in split_commands(line)]
     for place, words in lines:
         try:

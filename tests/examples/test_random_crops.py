@@ -29,6 +29,8 @@ def test_every_image_gives_several_crops_and_a_seed_gives_them_again(example, tm
     assert {crop.shape for crop in a} == {(16, 16, 3)}
     assert all(np.array_equal(one, other) for one, other in zip(a, again, strict=True))
     assert not {crop.tobytes() for crop in a} & {crop.tobytes() for crop in b}
+    with pytest.raises(ValueError, match=r"b: has 00000029\.png, not one of 29 crops"):
+        example.main([str(src), "--size=16", "--count=29", "--out", str(tmp_path / "b")])
 
 
 def test_a_missing_folder_is_said(example, tmp_path):

@@ -128,7 +128,10 @@ def test_a_finished_corpus_is_kept_and_another_recipe_starts_anew(tmp_path, monk
     before = json.loads((tmp_path / "out" / "corpus.json").read_text())
     assert len(before["photographs"]) == 6
     monkeypatch.setattr(corpus, "PACKAGES", PACKAGES[:1])
+    features = tmp_path / "out" / "held_out_tiles.lite0.npy"
+    features.touch()
     corpus.main(arguments)
+    assert not features.exists()
     assert len(json.loads((tmp_path / "out" / "corpus.json").read_text())["photographs"]) == 3
     assert len(list((tmp_path / "out").glob("*/*.jpg"))) == 2 * 3  # each picture, and its one tile
 

@@ -56,13 +56,13 @@ def test_rows_run_after_those_they_need_and_finished_ones_are_kept(tmp_path, mon
 
 def test_a_command_that_fails_names_its_row_and_its_log(tmp_path):
     study = Study(tmp_path, tmp_path, [])
-    with pytest.raises(StudyError, match=r"a: python -c .* exited with 3: too bad: .*a\.txt"):
+    with pytest.raises(StudyError, match=r"a: python -c .* exited with 3: too bad: .*a\.txt") as error:
         study.command("a", "-c", "print('too bad'); raise SystemExit(3)")
-    assert study.command("a", "-c", "sum(range(10**6))") > 0
+    assert min(study.command("a", "-c", "sum(range(10**6))"), error.value.seconds) > 0
 
 
 @pytest.mark.slow
-def test_a_row_for_real_stopped_and_continued(tmp_path):
+def test_a_row_for_real_stopped_and_continued(tmp_path, monkeypatch):
     corpus = tmp_path / "corpus"
     for folder in FOLDERS:
         (corpus / folder).mkdir(parents=True)
@@ -70,11 +70,18 @@ def test_a_row_for_real_stopped_and_continued(tmp_path):
             Image.fromarray(getattr(data, name)()).resize((512, 512)).save(corpus / folder / f"{name}.png")
     row = Row("a", "latent", ("model.params.lossconfig.params.wavelet_weight=0.5",), 4, sizes=(64,))
     study = Study(corpus, tmp_path / "out", [row])
-    study._train(row, 2)  # as if stopped: the next goes on in this run, whose last step is the second
-    found = study.run_one(row._replace(steps=2))
+    command = study.command
+    monkeypatch.setattr(study, "command", lambda *words: command(*words, "--time-limit", "1s"))
+    with pytest.raises(StudyError, match="stopped"):
+        study._train(row, 4)
+    monkeypatch.setattr(study, "command", command)
+    before = json.loads((study.out / "evaluations" / "a" / "seconds.json").read_text())
+    assert before > 1
+    found = study.run_one(row)
+    assert found["processor_seconds"] > 1.5 * before
     assert found["sizes"]["64"]["images"] == 4
     assert found["images"] == 16
-    assert found["curve"][0] == [2]
+    assert found["curve"][0] == [4]
     assert found["frechet_lite0"] > 1
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 1
     assert Path(study.out / "rows" / "a.json").is_file()
