@@ -43,10 +43,11 @@ def test_each_source_has_its_share(nodes):
     assert sum(own.shares) == 1000
 
 
-def test_it_goes_on_where_a_cycle_ends(nodes):
+@pytest.mark.parametrize("place", [996, 1003])
+def test_it_goes_on_where_a_cycle_ends(nodes, place):
     s = mix(nodes, weights=[1, 2])
-    whole = list(islice(s.stream(5, 0, LoaderProcess(1, 3)), 1004))[996:]
-    rest = list(islice(s.stream(5, 996, LoaderProcess(1, 3)), len(whole)))
+    whole = list(islice(s.stream(5, 0, LoaderProcess(1, 3)), place + 8))[place:]
+    rest = list(islice(s.stream(5, place, LoaderProcess(1, 3)), len(whole)))
     assert [x.key for x in rest] == [x.key for x in whole]
     assert all(torch.equal(a.image, b.image) for a, b in zip(rest, whole, strict=True))
 

@@ -150,3 +150,21 @@ def test_every_filter_is_used():
 def test_mistakes(arguments, message):
     with pytest.raises(ValueError, match=message):
         RandomScaleCrop(16, **arguments)
+
+
+def test_crops_are_from_all_sides_as_often():
+    crop = RandomScaleCrop(16, min_fraction=0.25, flip=False)
+    crops = [np.asarray(crop(gradient(400, 300), np.random.default_rng(i)), dtype=float) / 255 for i in range(300)]
+    for channel in (0, 1):
+        first, last = (np.array([end(c[..., channel]) for c in crops]) for end in (np.min, np.max))
+        assert first.max() > 0.6
+        assert last.min() < 0.4
+        assert abs(np.mean(first + last) - 1.0) < 0.06
+
+
+def test_sixteen_bits_do_not_wrap_where_a_filter_overshoots():
+    edge = np.repeat(np.array([0, 65535], dtype=np.uint16), 20)[None, :, None].repeat(40, 0)
+    crop = RandomScaleCrop(30, min_fraction=1.0, filters=["lanczos"], flip=False)
+    values = image_to_tensor(crop(array_to_picture(edge), np.random.default_rng(0))).int()[0]
+    assert values[:, :12].max() < 20000
+    assert values[:, -12:].min() > 45000

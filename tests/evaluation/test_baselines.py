@@ -7,14 +7,15 @@ import torch
 from olvae.config import ConfigError, save
 from olvae.data.dataset import SamplePhotographs
 from olvae.data.picture_folder import FolderSource
-from olvae.data.pixels.size_and_range import to_uint8
+from olvae.data.pixels.size_and_range import PixelRange, to_uint8
 from olvae.data.source import LoaderProcess
 from olvae.evaluation import baselines
-from olvae.evaluation.baselines import Baselines
+from olvae.evaluation.baselines import Baselines, Bicubic
 from olvae.evaluation.observers.observer import UNTRAINED, Subject
 from olvae.metrics.metric import psnr
 from olvae.models import linear_code
-from olvae.models.linear_code import training_crops
+from olvae.models.autoencoder import LiteVAE
+from olvae.models.linear_code import LinearDecoder, LinearEncoder, start_linearly, training_crops
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.loader import Target
 from tests.conftest import tiny_config
@@ -119,3 +120,23 @@ def test_remote_training_shards_are_read_with_a_line(image_folder, tmp_path, cap
     config["data"]["params"]["shards"] = [str(file) for file in shards]
     assert LINEAR in rows(config)
     assert "remote" not in caplog.text
+
+
+def test_values_with_a_range_train_and_are_fitted_in_it(tmp_path):
+    """In sixteen bits; the linear start, and the linear code as a baseline."""
+    for i in range(8):
+        np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).integers(0, 65536, (32, 32, 3), dtype=np.uint16))
+    params = {"root": str(tmp_path), "val_root": str(tmp_path), "size": 16, "batch_size": 2, "range": [0, 65535]}
+    source, stated = FolderSource(**params), PixelRange.from_node([0, 65535])
+    module, batch = LiteAutoencoderKL(**tiny_config()["model"]["params"]), next(iter(source.train_loader()))
+    module.check(source)
+    assert torch.equal(module.images(batch), stated.normalise(batch["image"]))
+    started = LiteVAE(LinearEncoder(8, 3, 8), LinearDecoder(4, 3, 8))
+    start_linearly(started, source, 0, torch.device("cpu"))
+    node = {"target": "olvae.data.picture_folder.FolderSource", "params": params}
+    fitted = Baselines(Target(None, None, {"data": node}, name="run"))._linear_code(Bicubic(8, 3, stated))
+    for code in (started, fitted):
+        with torch.no_grad():
+            z = code.encode(stated.normalise(training_crops(source, 0, 8))).mean
+        torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(z.shape[1]), atol=1e-2, rtol=0)
+        torch.testing.assert_close(z.var((0, 2, 3), correction=0), torch.ones(z.shape[1]), atol=1e-2, rtol=0)

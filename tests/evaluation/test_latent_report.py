@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from torch.distributions import Normal, kl_divergence
 
+from olvae.data.pixels.size_and_range import PixelRange
 from olvae.evaluation.latent_report import (
     COLOURS,
     EDGES,
@@ -261,3 +262,10 @@ def test_the_sampling_error_is_the_one_of_many_draws():
     expected = mmd2_null_std(30, 5, sigmas)
     assert (values.mean(0).abs() < 4 * expected / math.sqrt(1000)).all()
     assert torch.allclose(values.std(0), expected, rtol=0.1)  # of 1000 draws, skewed: some 3 %
+
+
+def test_images_with_a_range_are_encoded_in_it():
+    images, stated = torch.randint(0, 65536, (5, 3, 8, 8)).to(torch.uint16), PixelRange.from_node([0, 65535])
+    got = encode_latents({"a": Halves(2)}, [{"image": images}], pixel_range=stated)["a"].compute()
+    expected = (images.double() / 32767.5 - 1).mean((0, 2, 3))
+    assert got["channels"]["mean"] == pytest.approx(expected.tolist(), abs=1e-6)

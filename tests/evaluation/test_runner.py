@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
 
-from olvae.data.pixels.size_and_range import Sides
+from olvae.data.pixels.size_and_range import PixelRange, Sides
 from olvae.evaluation.baselines import Bicubic
 from olvae.evaluation.observers.observer import Observer
 from olvae.evaluation.protocol import PROTOCOLS, Protocol, Reconstructed, RoundTrip
@@ -200,3 +200,23 @@ def test_presets_differ_in_what_they_say():
     assert len({protocol.hash() for protocol in PROTOCOLS.values()}) == len(PROTOCOLS)
     assert PROTOCOLS["open-litevae"] == Protocol()
     assert "halved by averaging" in PROTOCOLS["dc-ae"].as_dict()["images"]
+
+
+def test_speeds_are_of_each_half_without_the_first_batch(monkeypatch):
+    clock = iter([0, 100, 100, 200, 300, 302, 302, 303.0])  # a batch warms up; 2 s to encode, 1 s to decode
+    monkeypatch.setattr("olvae.evaluation.protocol.now", lambda _: next(clock))
+    reconstruct = RoundTrip(tiny())
+    for _ in range(2):
+        reconstruct(list("abcd"), torch.zeros(4, 3, 16, 16, dtype=torch.uint8))
+    cost = reconstruct.cost(16)
+    assert (cost.encode_images_per_s, cost.decode_images_per_s) == (2.0, 4.0)
+
+
+def test_bicubic_keeps_the_sides_of_oblongs_and_rounds_eight_bits_alone():
+    x = torch.randint(0, 256, (3, 16, 32), dtype=torch.uint8)
+    picture = Image.fromarray(x.permute(1, 2, 0).numpy())
+    back = picture.resize((4, 2), Image.Resampling.BICUBIC).resize((32, 16), Image.Resampling.BICUBIC)
+    y = ((Bicubic(8)(x[None] / 127.5 - 1)[0][0] + 1) * 127.5).round()
+    assert np.array_equal(np.asarray(back), y.permute(1, 2, 0).numpy())
+    deep = torch.rand(1, 2, 16, 16) * 2 - 1
+    torch.testing.assert_close(Bicubic(1, 2, PixelRange.from_node([0, 65535]))(deep)[0], deep)

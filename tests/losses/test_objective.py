@@ -253,3 +253,18 @@ def test_mistakes_of_transparency():
         AlphaObjective(alpha_weight=0, lpips_weight=0)
     with pytest.raises(ValueError, match=r"not 3: set data\.params\.channels=4"):
         AlphaObjective(lpips_weight=0)(rgba(0)[:, :3], rgba(0)[:, :3], DiagonalGaussian(torch.zeros(6, 4, 2, 2)))
+
+
+def test_bands_that_lpips_sees_reach_it():
+    assert Objective(perceptual="lite0", lpips_channels=[3, 2, 1]).perceptual.channels == [3, 2, 1]
+
+
+def test_every_image_has_a_background_of_its_own():
+    """A third of them black, a third white, the others each another one."""
+    objective = AlphaObjective(lpips_weight=0, kl_weight=0, wavelet_weight=0, gaussian_weight=0)
+    x, seen = torch.full((300, 4, 1, 1), -1.0), []
+    objective.pixel_loss = lambda a, b: seen.append(a) or a.mean()
+    objective.compare(x, x)
+    plain = [int((seen[0] == value).all(1).sum()) for value in (-1.0, 1.0)]
+    assert all(abs(count - 100) < 33 for count in plain)
+    assert len(seen[0].flatten(1).unique(dim=0)) == 300 - sum(plain) + 2

@@ -7,7 +7,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from olvae.losses.adversarial import LeCam, r1_penalty
-from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
+from olvae.losses.cutmix import _inside, cutmix, cutmix_consistency, cutmix_loss
 
 
 # R1
@@ -166,3 +166,8 @@ def test_errors():
         cutmix(torch.zeros(1, 3, 8, 8), torch.zeros(2, 3, 8, 8))
     with pytest.raises(TypeError, match="single tensor"):
         cutmix_loss("logistic", x, torch.ones(2, 1, 4, 4))
+
+
+def test_rectangles_reach_both_ends():
+    rows = _inside(4, torch.full((300, 1), 0.5), torch.rand(300, 1))
+    assert set(map(tuple, rows.int().tolist())) == {(1, 1, 0, 0), (0, 1, 1, 0), (0, 0, 1, 1)}

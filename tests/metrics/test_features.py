@@ -351,3 +351,8 @@ def test_equals_the_lpips_package(trunk, weights_dir, monkeypatch):
     for wrong in (least[:, :, 1:], torch.zeros(1, 4, 64, 64, dtype=torch.uint8)):
         with pytest.raises(Unavailable, match=f"3 channels and at least {LPIPS_SIZE[trunk]} pixels"):
             ours(wrong, wrong)
+
+
+def test_inception_sees_whole_levels(weights_dir):
+    inception, x = Inception(weights_dir / INCEPTION.name), torch.randint(1, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    assert np.array_equal(inception(x.float() - 0.25), inception(x))

@@ -293,3 +293,9 @@ def test_settings_that_make_no_sense(params, message):
 def test_a_discriminator_that_is_none():
     with pytest.raises(ConfigError, match=r"PatchGan.*did you mean PatchGAN"):
         Adversary({"target": "olvae.modules.patchgan.PatchGan"})
+
+
+@pytest.mark.parametrize(("variant", "decay", "relu"), [("paper", 0.99, False), ("code", 0.999, True)])
+def test_lecams_variants(variant, decay, relu):
+    lecam = build("patchgan", lecam_weight=1.0, lecam_variant=variant).lecam
+    assert (lecam.decay, lecam.relu) == (decay, relu)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from olvae.checkpoint import AUTOENCODER, read_weights
+from olvae.data.pixels.size_and_range import from_uint8, to_uint8
+from olvae.metrics.metric import psnr
 from olvae.models.averaging import WeightAverage
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import NonFiniteGuard
@@ -121,3 +123,11 @@ def test_an_interrupt_between_the_two(has_average):
     assert checkpoint["state_dict"]["a"].equal(average)
     assert checkpoint["state_dict"]["b"].tolist() == [5.0, 5.0]
     assert checkpoint["current_model_state"]["a"].equal(trained)
+
+
+def test_validations_numbers_are_the_averages(image_folder):
+    model, data = build(use_ema=True, ema_decay=DECAY), source(image_folder)
+    run(model, image_folder, 2)  # after which the model has the average
+    with torch.no_grad():
+        found = [psnr(b["image"], to_uint8(model(from_uint8(b["image"]))[0])) for b in data.val_loader()]
+    assert model.validation_values["val/psnr"] == pytest.approx(float(torch.cat(found).mean()), rel=1e-6)

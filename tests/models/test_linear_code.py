@@ -11,7 +11,8 @@ from PIL import Image
 from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.data.picture_folder import FolderSource
-from olvae.data.pixels.size_and_range import from_uint8
+from olvae.data.pixels.size_and_range import from_uint8, to_uint8
+from olvae.metrics.metric import psnr
 from olvae.models import linear_code
 from olvae.models.linear_code import (
     HALVES,
@@ -195,3 +196,13 @@ def test_exports_and_files_have_the_paths(tmp_path):
     with torch.no_grad():
         assert loaded(x)[0].equal(model(x)[0])
         torch.testing.assert_close(model.fold()(x)[0], model(x)[0], rtol=0, atol=1e-5)
+
+
+def test_its_psnr_is_behind_a_quantizer(image_folder):
+    model, data = with_quantizer(8).autoencoder, FolderSource(str(image_folder), 32, 4, val_fraction=0.2)
+    torch.nn.init.orthogonal_(model.quantizer.post_quant_conv.weight)
+    found, _ = start_linearly(model, data, 0, CPU, fresh=["decoder"])
+    with torch.no_grad():
+        images = torch.cat([batch["image"] for batch in data.val_loader()])
+        y = model.decoder.linear_path(model.quantizer.post_quant_conv(model.encode(from_uint8(images)).mean))
+    assert found == pytest.approx(psnr(images, to_uint8(y)).mean().item(), abs=1e-4)

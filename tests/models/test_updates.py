@@ -3,6 +3,7 @@
 import copy
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from olvae.data.pixels.size_and_range import from_uint8
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.optimization import mix_seeds
 from tests.models.steps import UNETGAN, Each, against, assert_same, build, fit, metrics, moved, norm, snapshot
 
 
@@ -198,3 +200,19 @@ def test_below_a_scale_of_one_it_is_no_overflow(image_folder):
     next(model.autoencoder.parameters()).register_hook(lambda g: g * float("inf"))
     fit(model, image_folder, 2, plugins=[Scaled(init_scale=2.0)])
     assert [step.overflow for step in model.guard.collect()] == [True, False]
+
+
+def test_noise_is_each_batchs_and_processes_own_and_what_they_share_is_the_steps(image_folder, monkeypatch):
+    monkeypatch.setattr(LiteAutoencoderKL, "global_rank", 5)
+    model, noise, shared = build(accumulate_grad_batches=2), [], []
+    model.seed, forward = 3, model.forward_pass
+    model.forward_pass = lambda s: (noise.append(torch.initial_seed()), shared.append(s.shared.random()), forward(s))
+    fit(model, image_folder, 2, batch_size=2)
+    assert noise == [mix_seeds(3, update, batch, 5) for update in (0, 1) for batch in (0, 1)]
+    assert shared == [np.random.default_rng(mix_seeds(3, update)).random() for update in (0, 0, 1, 1)]
+
+
+def test_the_schedule_ends_at_the_step_that_is_set(image_folder, updates):
+    model = build(scheduler="cosine", decay_steps=2, min_lr_factor=0.5, learning_rate=1e-2)
+    fit(model, image_folder, 4)
+    assert [u.lr for u in updates.of(model.autoencoder)] == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.5e-2])

@@ -3,12 +3,13 @@
 import json
 import math
 from itertools import repeat
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import PlayersStrategy
+from olvae.models.optimization import BadStep, PlayersStrategy
 from olvae.training.callbacks import BadSteps
 from tests.conftest import tiny_config
 from tests.models.steps import against, build, trainer
@@ -150,3 +151,13 @@ def test_under_fp16_all_processes_count_a_step_that_was_bad_in_one(tmp_path, und
 def test_numbers_out_of_range(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         BadSteps(**wrong)
+
+
+def test_a_good_step_ends_a_row_and_an_overflow_is_none(monkeypatch):
+    bad, returns = BadSteps(in_a_row=2), []
+    monkeypatch.setattr(bad, "_report", lambda *_: None)
+    monkeypatch.setattr(bad, "_return", lambda *_: returns.append(bad.bad))
+    step, overflow = (BadStep(1, "kl", [], over) for over in (False, True))
+    for steps in ([step], [None], [step], [overflow, None, step], [overflow, step]):
+        bad._read(None, SimpleNamespace(guard=SimpleNamespace(collect=lambda s=steps: s)))
+    assert returns == [4]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from olvae.runs import Run
 from olvae.training.callbacks import UnreadableLimit
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
 from tests.conftest import tiny_config
@@ -198,3 +199,11 @@ def test_a_validation_that_is_not_a_number_is_never_the_best():
     for value in (float("nan"), 20.0, float("nan"), 19.0, 21.0):
         keep._keep_best(trainer, SimpleNamespace(validation_values={"val/psnr": value}))
     assert saved == [20.0, 21.0]
+
+
+def test_the_best_of_another_metric_is_none_of_this_one(tmp_path):
+    run = Run(tmp_path)
+    run.checkpoints.mkdir()
+    (run.checkpoints / "best.json").write_text('{"metric": "val/lpips", "value": 0.1, "step": 2}')
+    assert KeepCheckpoints(best="val/lpips")._best_before(run) == 0.1
+    assert KeepCheckpoints(best="val/psnr")._best_before(run) is None

@@ -154,3 +154,11 @@ def test_what_is_no_size(size):
 def test_what_is_no_argument(text):
     with pytest.raises(ConfigError, match=r"^`size` .*: expected pixels, as in 256 or, height before width, 80x256$"):
         Sides.read(text)
+
+
+def test_a_configs_nodata_replaces_the_files():
+    stated = PixelRange.from_node({"pairs": [-10, 10], "nodata": 3})
+    array = np.array([[[-7.0], [4.0]]], dtype=np.float32)
+    assert stated.checked(array, nodata=-7.0).flatten().tolist() == [-7.0, 4.0]
+    with pytest.raises(ValueError, match="3 at row 0, column 0"):
+        stated.checked(np.full_like(array, 3.0), nodata=-7.0)

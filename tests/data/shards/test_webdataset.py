@@ -12,7 +12,7 @@ from PIL import Image
 from olvae.data.image import EvalTransform
 from olvae.data.read_errors import TooManyUnreadableError
 from olvae.data.shards.webdataset import WebDatasetSource
-from olvae.data.source import LoaderProcess
+from olvae.data.source import LoaderProcess, Sample
 from tests.data.images import encoded, keys_of, same, take, write_shard, write_shards
 
 ALONE = LoaderProcess()
@@ -197,3 +197,22 @@ def test_shards_none_of_which_can_be_read_end_training():
     s = WebDatasetSource(["pipe:false", "pipe:exit 3"], 16, 1, val_shards="pipe:true")
     with pytest.raises(ValueError, match=r"none of the 2 shards could be read: .*pipe:false"):
         keys(s, 1)
+
+
+def test_every_visit_of_an_image_and_every_process_draws_anew(shards):
+    visits = {}
+    for sample in islice(source(shards, shuffle=1).stream(0, 0, ALONE), 200):
+        visits.setdefault(sample.key, set()).add(sample.image.numpy().tobytes())
+    assert min(map(len, visits.values())) > 2  # of four
+    s, drawn = source(shards), []
+    s.train_sample = lambda entry, rng: drawn.append(rng.random()) or Sample(None, entry.key)
+    for worker in (0, 1):
+        list(islice(s.stream(0, 0, LoaderProcess(worker, 2)), 5))
+    assert len(set(drawn)) == 10
+
+
+def test_the_first_images_alone_are_evaluated(shards):
+    s = source(shards)
+    s.limit(5)
+    assert keys_of(s.val_loader()) == [f"{n // 4:03d}/{n:04d}" for n in range(5)]
+    assert s.val_images == 5

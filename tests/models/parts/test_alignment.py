@@ -114,16 +114,16 @@ def by_hand(model: LiteAutoencoderKL, image_folder) -> tuple[Tensor, Tensor, dic
     terms |= model.parts["alignment"](x, posterior.mean)
     loss = terms["align_cosine"] + terms["align_distance"]
     pixels = sum(model.objective.weights[name] * terms[name] for name in ("rec", "wavelet", "gaussian"))
-    weight = model.encoder.aggregator.conv_out.weight
+    weight = (model.quantizer.quant_conv if model.quantizer else model.encoder.aggregator.conv_out).weight
     norms = [torch.autograd.grad(part, weight, retain_graph=True)[0].norm() for part in (pixels, loss)]
     return total, loss, terms, norms[0] / norms[1]
 
 
-@pytest.mark.parametrize("adaptive", [True, False])
-def test_a_step_by_hand(vit, image_folder, adaptive):
-    settings = {"weight": 0.3, "adaptive_weight": adaptive}
-    total, loss, terms, factor = by_hand(aligned(vit, alignment=settings), image_folder)
-    values = metrics(fit(aligned(vit, alignment=settings), image_folder, 1))
+@pytest.mark.parametrize(("adaptive", "use_quant"), [(True, False), (True, True), (False, False)])
+def test_a_step_by_hand(vit, image_folder, adaptive, use_quant):
+    settings = {"alignment": {"weight": 0.3, "adaptive_weight": adaptive}, "use_quant": use_quant}
+    total, loss, terms, factor = by_hand(aligned(vit, **settings), image_folder)
+    values = metrics(fit(aligned(vit, **settings), image_folder, 1))
     for name, term in terms.items():
         assert values[f"train/{name}"] == pytest.approx(term.item(), rel=1e-5), name
     assert values.get("health/alignment_weight") == (pytest.approx(factor.item(), rel=1e-4) if adaptive else None)

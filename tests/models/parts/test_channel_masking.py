@@ -88,3 +88,11 @@ def test_widths_that_make_no_sense(widths):
 def test_contradictions(settings, message):
     with pytest.raises(ConfigError, match=f"parts.channel_masking.*{message}"):
         build(**{"parts": parts(channel_masking=WIDTHS), **settings})
+
+
+def test_an_image_without_error_counts_as_100_db():
+    model = build(parts=parts(channel_masking={"widths": [4]}))
+    model.encoder.forward = lambda x: torch.zeros(len(x), 8, 2, 2)
+    model.decoder.forward = lambda z: torch.zeros(len(z), 3, 16, 16)
+    found = model.parts["channel_masking"].validate(model, torch.zeros(2, 3, 16, 16), None)
+    assert float(found["psnr_4"]) == 100.0

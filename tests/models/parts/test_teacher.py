@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from olvae.config import ConfigError
+from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.size_and_range import EIGHT_BITS, from_uint8, to_uint8
 from olvae.metrics.metric import psnr
 from olvae.models import linear_code
@@ -286,7 +287,8 @@ def test_a_teacher_without_a_distribution(tmp_path, image_folder):
 )
 def test_the_latents_error_in_validation_by_hand(target, image_folder, mode):
     """A decoder alone has none."""
-    model, data, squares = student(target, **mode), source(image_folder), []
+    data = FolderSource(str(image_folder), 16, 4, val_fraction=0.4)  # a batch of four, and one of one
+    model, squares = student(target, **mode), []
     teacher_of(model).std.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
     trainer(2, val_check_interval=2, check_val_every_n_epoch=None).fit(model, data.train_loader(), data.val_loader())
     with torch.no_grad():
@@ -390,3 +392,8 @@ def test_settings_that_contradict_each_other(target, settings, message):
     with pytest.raises((ConfigError, ValueError), match=message) as caught:
         student(target, **settings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_teacher_for_float32_alone_has_a_student_for_any_precision(tmp_path):
+    tiny_kl(**EIGHT, force_upcast=True).save_pretrained(tmp_path)
+    assert student(f"diffusers:{tmp_path}").for_diffusion["force_upcast"] is False

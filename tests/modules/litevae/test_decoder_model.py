@@ -1,9 +1,12 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
+from torch import nn
 
 from olvae.modules.base import count_macs, count_parameters
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
+from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.litevae.smc import SMC, fold_smc
 from olvae.modules.wavelet import dwt2
 from tests.reference import assert_parity, fill, parity_case, recipe_input
@@ -91,3 +94,13 @@ def test_the_last_convolution_predicts_bands_in_the_image_range(output, levels):
 def test_mistakes(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_papers_block_by_hand():
+    block, x = LiteVAE_Decoder(8, 4, 3, (1, 2), 0, "paper_smc").mid[0], torch.randn(2, 16, 5, 6)
+    torch.testing.assert_close(block(x), x + block.conv2(F.silu(block.conv1(F.silu(x)))))
+
+
+def test_dropout_is_in_both_halves():
+    for network in (LiteVAE_Encoder(8, "S", "paper", dropout=0.25), LiteVAE_Decoder(8, 4, dropout=0.25)):
+        assert {module.p for module in network.modules() if isinstance(module, nn.Dropout)} == {0.25}
