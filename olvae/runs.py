@@ -41,6 +41,7 @@ class Settings:
         return {key: value for key, value in asdict(self).items() if key != "job" or value is not None}
 
 
+LATEST = ("last", "latest")  # what names the newest run of all
 TEACHER = "model.params.parts.teacher.params.autoencoder"
 
 
@@ -125,7 +126,7 @@ def named_runs(text: str | Path, logdir: str | Path = "runs") -> dict[str, Path]
         match = re.fullmatch(r"(\d{4}-\d\d-\d\dT[\d-]{8})(?:-(\d+))?_(.+)_[^_]+", folder.name)
         if match and Run(folder).last_checkpoint.is_file():
             begun.append((match[1], int(match[2] or 0), folder, match[3]))
-    return {word: folder for *_, folder, name in sorted(begun) for word in (name, "last", "latest")}
+    return {word: folder for *_, folder, name in sorted(begun) for word in (name, *LATEST)}
 
 
 def _has_model(folder: Path) -> bool:
@@ -142,6 +143,8 @@ def open_run(path: str | Path, logdir: str | Path = "runs") -> Run:
             other = "start a new run from its weights with `actual_resume`"
             raise FileNotFoundError(f"{path}: this is a file: name its run folder, or {other}")
     if not run.path.is_dir():
+        if path.name in LATEST:
+            raise FileNotFoundError(f"{path}: no run in {logdir if path.name == str(path) else path.parent}")
         raise FileNotFoundError(f"{path}: no such run folder{nearest_path(path, named_runs(path, logdir))}")
     if missing := [file for file in (run.config, run.last_checkpoint) if not file.is_file()]:
         wrong = f"{run.path}: not a run folder that can be continued: {missing[0].relative_to(run.path)} is missing"

@@ -36,6 +36,8 @@ def test_names(tmp_path):
 def test_open(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such run folder"):
         open_run(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match=re.escape(f"last: no run in {tmp_path}")):
+        open_run("last", tmp_path)
     run = create(tmp_path, "a", "32")
     with pytest.raises(FileNotFoundError, match=r"config\.yaml is missing"):
         open_run(run.path)

@@ -16,7 +16,8 @@ from olvae.config.reading import nearest_recipes
 
 def validate_command(
     configs: Annotated[
-        list[Path], typer.Argument(metavar="CFG...", help="Config files or recipes; each is checked on its own.")
+        list[str],
+        typer.Argument(metavar="CFG... [KEY=VALUE]...", help="Configs, each checked on its own, with these settings."),
     ],
     memory: Annotated[
         bool,
@@ -31,30 +32,30 @@ def validate_command(
 
     Finds unknown and missing keys, wrong types, and targets that do not import. Exits with 1 if there is a mistake.
 
-    Example: olvae validate mine.yaml imagenet/A2
+    Example: olvae validate mine.yaml imagenet/A2 data.params.size=512
 
     Example: olvae validate --ranks 64 --precision bf16 imagenet/large_batch
     """
     if precision is not None and ranks is None:
         raise ConfigError("--precision applies to --ranks: give both, or neither")
-    found = 0
-    for path in configs:
+    found, settings = 0, [text for text in configs[1:] if "=" in text and not Path(text).is_file()]
+    for path in [text for text in configs if text not in settings]:
         try:
-            mistakes = validate(config := load([path]))
+            mistakes = validate(config := load([path], settings))
         except ConfigError as error:
             mistakes = list(error.mistakes)
         found += len(mistakes)
         for mistake in mistakes or ["no mistakes"]:
-            typer.echo(mistake if mistake.startswith(str(path)) else f"{path}: {mistake}", err=True)
+            typer.echo(mistake if mistake.startswith(path) else f"{path}: {mistake}", err=True)
         if (memory or ranks is not None) and not mistakes:
             if config["model"].get("from") is not None:
                 from olvae.training.origin import start_from
 
                 start_from(config)
             if memory:
-                _print_memory(config, str(path))
+                _print_memory(config, path)
             if ranks is not None:
-                _print_steps(config, str(path), ranks, precision)
+                _print_steps(config, path, ranks, precision)
     if found:
         raise typer.Exit(1)
 

@@ -3,6 +3,7 @@
 import signal
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -88,14 +89,15 @@ def command(
         run = train(plan)
     except TrainingStopped as stopped:
         if is_first():
-            typer.echo(f"continue with: olvae train --resume {stopped.run.path}", err=True)
+            typer.echo(f"continue with: olvae train --resume {quote(str(stopped.run.path))}", err=True)
         # The first process of a machine reports the stop: torchrun kills the others when one exits with an error, and
         # the first one is the last to end.
         sys.exit(0 if local_rank() else PREEMPTED if stopped.preempted else STOPPED)
     except ProcessDiedError as died:
         if not died.run.last_checkpoint.is_file():
             raise
-        raise ChildProcessError(f"{died}; continue with: olvae train --resume {died.run.path}") from died
+        raise ChildProcessError(f"{died}; continue with: olvae train --resume {quote(str(died.run.path))}") from died
     if is_first():
-        typer.echo(f"next: olvae evaluate --baselines {run.path}  (numbers and a report)", err=True)
-        typer.echo(f"  or: olvae reconstruct {run.path} PHOTO  (pictures)", err=True)
+        path = quote(str(run.path))
+        typer.echo(f"next: olvae evaluate --baselines {path}  (numbers and a report)", err=True)
+        typer.echo(f"  or: olvae reconstruct {path} PHOTO  (pictures)", err=True)

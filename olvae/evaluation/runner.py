@@ -151,6 +151,11 @@ def _open(request: Request, protocol: Protocol, models: Mapping[str, Autoencoder
         if request.data is not None:
             raise
         raise FileNotFoundError(f"{error}; the config takes its images there: `data` names others") from error
+    given = None if request.data is None else Path(request.data).resolve()
+    for target in request.targets:
+        places = [entry_of(target.config, f"data.params.{name}") for name in ("root", "shards", "folder")]
+        if given in [Path(place).resolve() for place in places if isinstance(place, str)]:
+            log.warning("%s trains on %s: these numbers are not of held-out images", target.name, request.data)
     source.evaluate_with(replace(protocol, size=source.size).transform)
     if request.images is not None:
         source.limit(request.images)

@@ -175,7 +175,9 @@ def check_place(place: Path, suffix: str = "", force: bool = False) -> None:
     if place.resolve().is_mount():
         raise FileExistsError(f"{place}: a mount point, which can't be replaced: name a new folder in it")
     if holds_something and not _is_export(place):
-        raise FileExistsError(f"{place}: not empty, and not an export: `force` replaces exports only, without a folder")
+        raise FileExistsError(
+            f"{place}: not empty, and not an export: `force` replaces exports only, which hold no folder"
+        )
     if (holds_something or place.is_file()) and not force:
         raise FileExistsError(f"{place}: exists: `force` replaces it")
 

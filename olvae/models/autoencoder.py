@@ -352,6 +352,11 @@ class LiteVAE(
 
         The encoder's last convolution, its linear path and ``quant_conv`` are computed in float32 there.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(
+                f"images are a tensor (B, C, H, W) in [-1, 1], got {type(x).__name__}: torchvision's "
+                "pil_to_tensor(image)[None] / 127.5 - 1 makes one"
+            )
         if not x.is_floating_point():
             raise ValueError(f"images are floats in [-1, 1], got {x.dtype}: convert 0..255 by x / 127.5 - 1")
         moments = (encode or self.encoder)(x)  # (B, latent_dim, H/f, W/f)
@@ -389,6 +394,8 @@ class LiteVAE(
 
     def decoder_input(self, z: Tensor) -> Tensor:
         """(B, n_z, h, w) -> (B, z_channels, h, w): the quantizer's 1x1 convolution, which sees no neighbours."""
+        if not isinstance(z, Tensor):
+            raise TypeError(f"latents are a tensor, got {type(z).__name__}: a posterior has .mode() and .sample()")
         x: Tensor = z if self.quantizer is None else self.quantizer.post_quant_conv(z)
         return x
 

@@ -133,8 +133,8 @@ def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
             folder = snapshot(given, [*CONFIG_PATTERNS, f"*{suffix}"], ["*/*"], **access)
             if any(folder.glob(f"*{suffix}")):
                 break
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{given}: no such file or folder, and not an id of the hub (OWNER/NAME)")
+    if not given or not folder.is_dir():  # "" would be the current folder
+        raise FileNotFoundError(f"{given or '(empty)'}: no such file or folder, and not an id of the hub (OWNER/NAME)")
     if Run(folder).last_checkpoint.is_file():
         return Run(folder).last_checkpoint
     for suffix in WEIGHT_SUFFIXES:

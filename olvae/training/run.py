@@ -4,6 +4,7 @@ import copy
 import logging
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -403,6 +404,8 @@ def _run_folder(prepared: Prepared, held: ExitStack) -> Iterator[Run]:
         finally:
             if not any(path for kept in KEPT for path in run.path.glob(kept)):
                 shutil.rmtree(run.path, ignore_errors=True)
+                if sys.exc_info()[0] is KeyboardInterrupt:
+                    notify(f"{run.path}: removed: nothing was saved yet")
 
 
 def quieten() -> None:

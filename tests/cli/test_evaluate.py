@@ -34,7 +34,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [row["metrics"] for row in content(folder)["results"]]
 
 
-def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path):
+def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path, caplog):
     code, out, err = olvae("evaluate", trained, "--data", photos, "--out", tmp_path, "--baselines", "--json")
     assert code == 0
     result = content(tmp_path)
@@ -52,6 +52,7 @@ def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path):
         assert all(low < row["metrics"][name] < high for name, (low, high) in row["intervals"].items())
     assert [row.get("baseline") for row in result["results"]] == [None, True, True, True]
     assert result["results"][0]["cost"]["parameters"] > 0
+    assert f"{trained.name} trains on {photos}: these numbers are not of held-out images" in caplog.text
     assert err.count("a network is not here: metrics.md says which file to put where") == 1
     assert "vgg16-397923af.pth" in (tmp_path / "metrics.md").read_text()
     table = (tmp_path / "metrics.md").read_text().splitlines()

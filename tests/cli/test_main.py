@@ -109,6 +109,13 @@ def test_validate(olvae, config, tmp_path):
     assert f"{config}: no mistakes" in err
 
 
+def test_validate_settings(olvae, config):
+    code, _, err = olvae("validate", config, "data.params.size=sixteen", "data.params.rot=photos")
+    assert code == 1
+    assert err.count(f"{config}: data.params.") == 2
+    assert "a=1: no such config file" in olvae("validate", "a=1")[2]
+
+
 def test_validate_memory(olvae, config, tmp_path, monkeypatch):
     """A line for each precision, without and with checkpointing; tests/models/test_footprint.py has the numbers."""
     asked = []

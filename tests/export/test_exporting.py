@@ -247,7 +247,7 @@ def test_places_that_hold_something_else(layout, model, tmp_path, monkeypatch):
     else:
         cases += [
             ("photos", FileExistsError, "not empty, and not an export: `force` replaces exports only"),
-            ("cloned", FileExistsError, "not an export: `force` replaces exports only, without a folder"),
+            ("cloned", FileExistsError, "not an export: `force` replaces exports only, which hold no folder"),
             ("photos/cat.png", FileExistsError, "cat.png is a file"),
             ("vae.safetensors", ConfigError, "names a file, but this format is a folder"),
             (".", FileExistsError, "the current folder: name a new folder in it"),

@@ -100,6 +100,10 @@ def test_sizes_that_do_not_fit():
         tiny().encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match="multiple of 8"):
         tiny().encode(torch.rand(1, 3, 20, 16))
+    with pytest.raises(TypeError, match=r"a tensor \(B, C, H, W\) in \[-1, 1\], got list: .* pil_to_tensor"):
+        tiny().encode([[0.0]])
+    with pytest.raises(TypeError, match=r"got DiagonalGaussian: a posterior has \.mode\(\) and \.sample\(\)"):
+        tiny().decode(tiny().encode(torch.zeros(1, 3, 16, 16)))
 
 
 @pytest.mark.parametrize("use_quant", [False, True])

@@ -267,6 +267,8 @@ def test_folders_that_hold_none_or_several(tmp_path):
     (tmp_path / "second.safetensors").touch()
     with pytest.raises(FileNotFoundError, match=r"several files of weights \(diffusion_pytorch_model.safetensors, sec"):
         LiteVAE.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"\(empty\): no such file or folder"):
+        LiteVAE.from_pretrained("")
     with pytest.raises(FileNotFoundError, match=r"no such file or folder, and not an id of the hub"):
         LiteVAE.from_pretrained(tmp_path / "missing")
 

@@ -119,8 +119,8 @@ def split_shards(
         return shards, val
     if len(shards) < 2:
         raise ValueError(
-            f"{shards[0]}: one shard can't be split into training and validation: make smaller ones with "
-            f"`olvae data pack`, or set data.params.{argument}"
+            f"{shards[0]}: one shard can't be split into training and validation: make smaller ones (`shard_size` "
+            f"of `olvae data pack` and `olvae encode`), or set data.params.{argument}"
         )
     held_out = min(len(shards) - 1, max(1, round(fraction * len(shards))))
     return shards[:-held_out], shards[-held_out:]

@@ -156,7 +156,7 @@ class Gallery(Observer):
         path = folder / f"reconstructions{suffix}.png"
         examples = {name: ranking.arbitrary(SHOWN) for name, ranking in self.rankings.items()}
         inputs = torch.stack([example.x for example in next(iter(examples.values()))])
-        rows = {"input, held out": inputs}
+        rows = {"input": inputs}
         for target, shown in examples.items():
             images = torch.stack([example.y for example in shown])
             rows[f"{target}: reconstruction"] = images
