@@ -53,7 +53,10 @@ def command(
     classes: Annotated[
         bool, typer.Option("--classes", help="Folders are classes: store the number of an image's folder as .cls.")
     ] = False,
-    shard_size: Annotated[int, typer.Option(min=1, help="Images in a shard; ignored for input shards.")] = 1000,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images in a shard: 1000, with --images fewer for 20; not of input shards."),
+    ] = None,
     batch_size: BatchSize = 16,
     threads: Annotated[int, typer.Option(min=1, help="Threads that read images, in each process.")] = 4,
     memory: Annotated[float, typer.Option(metavar="GiB", min=0.01, help="Memory for encoding with --native.")] = 4.0,
@@ -98,7 +101,7 @@ def command(
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
     where = torch.device(resolve_device(device))
     model = found.load().to(where)
-    inputs = find_inputs(data, model.in_channels, shard_size, classes, model.pixel_range)
+    inputs = find_inputs(data, model.in_channels, shard_size or (0 if images else 1000), classes, model.pixel_range)
     usual = Sides.of(entry_of(found.config, "data.params.size") or model.image_size)
     pixels = 0 if native else (Sides.read(size) if size else usual).node
     options = EncodeOptions(pixels, moments, seed, dtype, flip, images, precision_name(precision))

@@ -20,6 +20,7 @@ from olvae.config.reading import YAML, holds_shards, is_local
 from olvae.data.dataset import ImageDataset, MappedSource
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor
 from olvae.data.opening import open_images, open_source
+from olvae.data.packing import usual_shard_size
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError
@@ -127,8 +128,9 @@ def find_inputs(
 ) -> Inputs:
     """Find the images of SRC, those that :func:`~olvae.data.opening.open_source` would give.
 
-    ``shard_size`` is the number of images in an output shard, unless SRC is made of shards; with ``classes`` the
-    folders of SRC are classes. Raises ConfigError also for a config whose data have another range of values.
+    ``shard_size`` is the number of images in an output shard, 0 for that of packing, unless SRC is made of shards; with
+    ``classes`` the folders of SRC are classes. Raises ConfigError also for a config whose data have another range of
+    values.
     """
     name = src
     if Path(src).suffix in YAML:
@@ -148,6 +150,7 @@ def find_inputs(
     else:
         images = open_images(src, channels, pixel_range)
     named = () if isinstance(images, Files) else (name,)
+    shard_size = shard_size or usual_shard_size(len(images))
     return DatasetInputs(images, shard_size, _classes(images) if classes else (), named)
 
 

@@ -62,6 +62,7 @@ def test_two_processes_give_what_one_gives(olvae, olvae_on_two, target, tmp_path
     encode[encode.index(3)] = 1000
     err = olvae_on_two(*encode, "--out", tmp_path / "few")
     assert "note: 1 shard of latents for 2 processes: the others have" in err
+    assert "12 images of 16 px in 12 shards" in olvae(*encode[:6], "--images", "--out", tmp_path / "split")[2]
 
 
 def test_compiled_or_told_that_it_is_not(olvae, target, tmp_path, image_folder, monkeypatch):
