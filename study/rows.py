@@ -100,14 +100,14 @@ RUNS = {
 """How many seeds each network is trained with at each learning rate; above 2e-3 the two published ones diverge."""
 
 LONGER = {
-    "litevae": ("2e-3", 2),
-    "litevae_norm": ("2e-3", 1),
-    "litevae_shuffle": ("2e-3", 2),
-    "litevae_linear": ("1e-3", 1),
+    "litevae": ("2e-3", 3),
+    "litevae_norm": ("2e-3", 3),
+    "litevae_shuffle": ("2e-3", 3),
+    "litevae_linear": ("1e-3", 2),
     "sd": ("1e-3", 2),
-    "sd_free": ("1e-3", 1),
-    "sd_linear": ("5e-4", 1),
-    "tiny": ("1e-3", 2),
+    "sd_free": ("1e-3", 2),
+    "sd_linear": ("5e-4", 2),
+    "tiny": ("1e-3", 3),
 }
 """Trained for four times the steps too, in bf16: the networks, their learning rates and numbers of seeds."""
 
