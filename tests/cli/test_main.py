@@ -218,7 +218,9 @@ def test_ctrl_c_is_told(olvae, trained, tmp_path, monkeypatch):
     assert olvae("tables") == (130, "", "stopped\n")
     monkeypatch.setattr("olvae.training.run.print_summary", interrupted)
     command = "train", "--base", trained.parent.parent / "tiny.yaml", "--gpus", 0, "--logdir", tmp_path
-    assert olvae(*command) == (130, "", "stopped\n")
+    code, _, err = olvae(*command)
+    assert code == 130
+    assert err.endswith("_tiny_32: removed: nothing was saved yet\nstopped\n")
 
 
 def test_sigterm_before_the_first_step_leaves_no_run(olvae, trained, tmp_path, monkeypatch):
@@ -230,7 +232,9 @@ def test_sigterm_before_the_first_step_leaves_no_run(olvae, trained, tmp_path, m
     monkeypatch.setattr("olvae.training.run.print_summary", killed)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
     command = ["train", "--base", trained.parent.parent / "tiny.yaml", "--gpus", 0, "--logdir", tmp_path / "runs"]
-    assert olvae(*command) == (75, "", "stopped\n")
+    code, _, err = olvae(*command)
+    assert code == 75
+    assert err.endswith("_tiny_32: removed: nothing was saved yet\nstopped\n")
     signal.signal(signal.SIGTERM, before)
     assert not (tmp_path / "runs").exists()
 

@@ -81,14 +81,6 @@ def test_a_signal_in_the_warm_up_leaves_a_checkpoint(go, tmp_path, monkeypatch):
     assert checkpoint(Run(path))["iteration"] >= 1
 
 
-def test_an_interrupt_before_the_first_step_says_that_nothing_is_left(go, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(LiteAutoencoderKL, "prepare", lambda *_: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        go(2)
-    assert "removed: nothing was saved yet" in capfd.readouterr().err
-    assert not (tmp_path / "runs").exists()
-
-
 def test_times():
     texts = {"3h50m": 13800, "45m": 2700, "90s": 90, "1d12h": 129600, "1h0m5s": 3605}
     assert {text: parse_time(text) for text in texts} == texts
