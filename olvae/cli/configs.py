@@ -4,6 +4,7 @@ import re
 import shutil
 import textwrap
 from pathlib import Path
+from shlex import quote
 from typing import Annotated, Any
 
 import typer
@@ -140,7 +141,7 @@ def copy(
         text += OmegaConf.to_yaml(OmegaConf.create(load((), settings, resolve=False)))
     with place.open("x", encoding="utf-8") as new:  # an error if it exists
         new.write(text)
-    typer.echo(f"train with: olvae train --base {place}", err=True)
+    typer.echo(f"train with: olvae train --base {quote(str(place))}", err=True)
 
 
 def _first_line(recipe: Path) -> str:

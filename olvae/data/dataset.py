@@ -81,12 +81,12 @@ class InMemory(ImageDataset):
         return Photo(picture, name, self.channels)
 
 
-def bound_held_out(share: int, images: int, fraction: float | None) -> int:
+def bound_held_out(share: float, images: int, fraction: float | None) -> int:
     """Bound a validation set: at least 1 image, without ``fraction`` 20 or, of few, a fifth; one is left to train."""
     if fraction is not None and not 0.0 < fraction < 1.0:
         raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")
     least = 1 if fraction else max(1, min(MIN_VAL_IMAGES, images // 5))
-    return min(images - 1, max(share, least))
+    return min(images - 1, max(round(share), least))
 
 
 def hold_out(images: ImageDataset, fraction: float | None = None) -> tuple[ImageDataset, ImageDataset]:
@@ -96,7 +96,7 @@ def hold_out(images: ImageDataset, fraction: float | None = None) -> tuple[Image
     """
     if (count := len(images)) < 2:
         raise ValueError(f"{count} images can't be split into training and validation")
-    share = round(count * (fraction or VAL_FRACTION))
+    share = count * (fraction or VAL_FRACTION)
     held_out = {int(i) for i in np.linspace(0, count - 1, bound_held_out(share, count, fraction))}
     rest = [i for i in range(count) if i not in held_out]
     return Subset(images, rest), Subset(images, sorted(held_out))

@@ -18,7 +18,7 @@ from olvae.devices import gather, this_process
 from olvae.evaluation.observers.observer import Observation, Observer, Subject
 from olvae.evaluation.protocol import Protocol, RoundTrip, open_images_for
 from olvae.evaluation.results import FIXED, Evaluated, Results, Row, confidence, difference
-from olvae.files import first_line
+from olvae.files import first_line, warn_once
 from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.metric import MetricSet
 from olvae.models.autoencoder import Autoencoder
@@ -155,7 +155,7 @@ def _open(request: Request, protocol: Protocol, models: Mapping[str, Autoencoder
     for target in request.targets:
         places = [entry_of(target.config, f"data.params.{name}") for name in ("root", "shards", "folder")]
         if given in [Path(place).resolve() for place in places if isinstance(place, str)]:
-            log.warning("%s trains on %s: these numbers are not of held-out images", target.name, request.data)
+            warn_once(f"{target.name} trains on {request.data}: these numbers are not of held-out images")
     source.evaluate_with(replace(protocol, size=source.size).transform)
     if request.images is not None:
         source.limit(request.images)

@@ -14,6 +14,7 @@ from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
 from olvae.config.reading import EXTENSIONS, is_local, is_shard
+from olvae.data.dataset import bound_held_out
 from olvae.data.shards.tar_reading import SHARD_ERRORS, Shard, file_name, is_image, open_url
 from olvae.files import reason, warn_once, write_json
 
@@ -113,8 +114,7 @@ def split_shards(
 
     ``argument`` of the source names ``val``. ValueError if the fraction is not between 0 and 1, or there is one shard.
     """
-    if not 0.0 < fraction < 1.0:
-        raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")
+    held_out = bound_held_out(fraction * len(shards), len(shards), fraction)
     if val is not None:
         return shards, val
     if len(shards) < 2:
@@ -122,7 +122,6 @@ def split_shards(
             f"{shards[0]}: one shard can't be split into training and validation: make smaller ones (`shard_size` "
             f"of `olvae data pack` and `olvae encode`), or set data.params.{argument}"
         )
-    held_out = min(len(shards) - 1, max(1, round(fraction * len(shards))))
     return shards[:-held_out], shards[-held_out:]
 
 
