@@ -1,7 +1,6 @@
 """Load a config: files over each other with what they include, and the source that reads the data they name."""
 
 import contextlib
-import copy
 import difflib
 import os
 import re
@@ -230,7 +229,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
-    """Merge ``above`` over ``below``; where it names another target, the params of the old one are dropped."""
+    """Merge ``above`` into ``below``; where it names another target, the params of the old one are dropped."""
 
     def drop_params(low: DictConfig, high: DictConfig) -> None:
         if "target" in low and "target" in high and low.target != high.target:
@@ -242,9 +241,8 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
             elif OmegaConf.is_config(old) and OmegaConf.is_config(new) and type(old) is not type(new):
                 low.pop(key)  # a list and a mapping
 
-    below = copy.deepcopy(below)
     drop_params(below, above)
-    return typing.cast(DictConfig, OmegaConf.merge(below, above))
+    return typing.cast(DictConfig, OmegaConf.unsafe_merge(below, above))
 
 
 def save(config: Mapping[str, Any], path: str | Path) -> None:
