@@ -64,7 +64,7 @@ def validate_command(
 def _print_memory(config: dict[str, Any], name: str) -> None:
     """Tabulate what a training step needs, by precision and checkpointing, at the config's own size."""
     from olvae.data.pixels.size_and_range import Sides
-    from olvae.models.footprint import footprint, without_weights
+    from olvae.models.footprint import MARGIN, footprint, without_weights
     from olvae.models.large.tiling import GIB
 
     model, rows = without_weights(config["model"]), {}
@@ -76,7 +76,8 @@ def _print_memory(config: dict[str, Any], name: str) -> None:
             cells["TFLOP per image"] = f"{need.flop / 1e12:.4g}"
             rows[f"{precision}, model.params.checkpoint={str(checkpoint).lower()}"] = cells
     print_rows(f"{name}: GiB of a training step on a GPU, at {size} pixels", rows, "precision")
-    typer.echo("fixed: weights, gradients, optimizers and averages. per image: of a micro-batch. Allow a tenth more.")
+    terms = "fixed: weights, gradients, optimizers and averages. per image: of a micro-batch"
+    typer.echo(f"{terms}. Allow {MARGIN - 1:.0%} more.")
 
 
 def _print_steps(config: dict[str, Any], name: str, ranks: int, precision: str | None) -> None:

@@ -34,7 +34,7 @@ from olvae.data.pixels.size_and_range import Sides, Size
 from olvae.data.source import Source
 from olvae.devices import PRECISIONS, peak_tflops, precision_name
 from olvae.models.adversary import Adversary
-from olvae.models.footprint import footprint, without_memory
+from olvae.models.footprint import MARGIN, footprint, without_memory
 from olvae.models.large.tiling import GIB
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import HOOKS, PlayersStrategy
@@ -195,7 +195,7 @@ def dry_run(config: Config, ranks: int, precision: str | None = None) -> tuple[d
         *notes,
         f"images: {images * batches * ranks} a step = {images} x {batches} accumulated x {ranks} ranks, {size} pixels",
         f"learning rate: {describe_rate(model)}; the number of ranks does not change it",
-        f"memory: {whole} a rank in {precision}, {each} for each image of a micro-batch; allow a tenth more",
+        f"memory: {whole} a rank in {precision}, {each} for each image of a micro-batch; allow {MARGIN - 1:.0%} more",
         describe_step(needs.flop, images, peak_tflops("H100", precision), model.compiled, host_s, "an H100"),
         f"ranks 0 and {ranks - 1} send the same messages in the same order",
     ]
