@@ -135,6 +135,10 @@ def command(
 
 def _other_factors(stats: Mapping[str, Any], out: Path, target: "Target", model: "Autoencoder") -> Iterator[str]:
     """Warn if factors that are known for the model differ from those of these latents."""
+    if (means := model.latents_mean) is not None:
+        packed = "" if len(means) == model.latent_channels else ", of packed 2x2 positions,"
+        theirs = f"{target.name} has latents_mean and latents_std: its diffusion models take these{packed} in place"
+        yield f"warning: {theirs} of the factors measured here"
     from olvae.export.exporting import Factors, read_factors
 
     here = Factors(stats["scaling_factor"], stats["shift_factor"], stats["count"])

@@ -114,8 +114,10 @@ images = vae.decode(z)
 vae = AutoencoderLiteVAE.from_pretrained("FOLDER_OR_ID")  # in diffusers, in place of AutoencoderKL
 # diffusers.AutoModel.from_pretrained("FOLDER_OR_ID", trust_remote_code=True) loads it without these imports"""
 
-    def notes(self, model: LiteVAE) -> Iterator[str]:  # noqa: ARG002
-        yield from ()  # the range is in config.json
+    def notes(self, model: LiteVAE) -> Iterator[str]:  # the range is in config.json
+        if model.latents_mean is not None:
+            own = "pipelines of FLUX.2, Qwen-Image and Wan take them from their own class of autoencoder alone"
+            yield f"latents_mean, latents_std: {own}: decode their latents with LiteVAE.from_diffusion and decode"
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:  # noqa: ARG002
         theirs = AutoencoderLiteVAE.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
@@ -126,6 +128,7 @@ class DiffusersLayout(Layout):
     """The folder of a class of diffusers, for networks that it has: AutoencoderKL, AutoencoderKLFlux2, ..."""
 
     refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, "onnx": "ONNX files are written by `format` litevae"}
+    instead = "litevae"
 
     def misfit(self, model: LiteVAE) -> str | None:
         if family_of(model) is None:
@@ -135,7 +138,7 @@ class DiffusersLayout(Layout):
             self.tensors(model), self.config(model)
             return None
         except ValueError as error:
-            return f"{error}: `format` litevae can hold it"
+            return f"{error}: `format` {self.instead} can hold it"
 
     def in_units(self, model: LiteVAE) -> bool:
         return _family(model).units(model) is not None
@@ -179,6 +182,7 @@ class OriginalLayout(DiffusersLayout):
 
     suffix = ".safetensors"
     refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, **NO_FACTORS}
+    instead = "diffusers"
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
         family = _family(model)

@@ -95,7 +95,8 @@ class Adversary(nn.Module):
     def check(self, model: Model, source: Source, max_steps: int) -> None:
         """Raise ConfigError unless it plays before the last step, beside an image loss, and takes the images."""
         if self.start_step >= max_steps:
-            raise ConfigError(f"adversary_config.params.start_step: {self.start_step} is not below {max_steps} steps")
+            late = f"start_step: {self.start_step} is not below max_steps, {max_steps}: set it lower"
+            raise ConfigError(f"model.params.adversary_config.params.{late}, or model.params.adversary_config=null")
         if not set(IMAGE_TERMS) & set(model.loss_weights):
             raise ConfigError("lossconfig.params: an adversary needs one of the losses that compare images beside it")
         self.check_image(model.encoder.in_channels, source.size)

@@ -22,7 +22,7 @@ from olvae.checkpoint import load_weights, read_checkpoint, read_weights, state_
 from olvae.config import Config, ConfigError, with_paths
 from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
-from olvae.files import first_line, no_empty_folders, remove_partials
+from olvae.files import first_line, no_empty_folders, remove_partials, warn_once
 from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import HOOKS, PlayersStrategy
@@ -279,7 +279,13 @@ def _load_other_run(model: LiteAutoencoderKL, path: str | Path) -> Config | None
     file = locate_weights(path)
     load_weights(model, read_weights(file), file)
     run = runs.run_of(file.resolve())
-    return {} if run is None else cfg.load([run.config])
+    before = {} if run is None else cfg.load([run.config])
+    learned = runs.settings_of(before).checksums
+    for name, checksum in model.checksums.items() if model.frozen_halves else ():
+        if learned.get(name, checksum) != checksum:
+            frozen = f"the {model.frozen_halves[0]} of {path}, frozen here, learned from another model than"
+            warn_once(f"{frozen} model.params.parts.{name}: are their latents the same?")
+    return before
 
 
 def untrained_half(model: LiteAutoencoderKL, before: Config | None) -> str | None:

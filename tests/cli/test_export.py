@@ -69,6 +69,11 @@ def test_factors_from_the_folder_of_encode_or_latents(any_command, run_folder, i
         assert code == 0, err
         warned = re.search(r"warning: .*vae has scaling_factor 0\.5000, .*: use one pair; olvae export --latents", err)
         assert bool(warned) == warns == ("use one pair" in err), err
+    for values, packed in ((4, ""), (16, ", of packed 2x2 positions,")):
+        units = {"scaling_factor": 1.0, "latents_mean": [0.0] * values, "latents_std": [1.0] * values}
+        vae.set_for_diffusion(units).save_pretrained(out)
+        code, _, err = any_command("encode", out, "--data", image_folder, *size[:3], tmp_path / f"of-{values}")
+        assert f"has latents_mean and latents_std: its diffusion models take these{packed} in place of" in err, err
 
 
 def test_diffusers_is_given_a_run(any_command, run_folder, tmp_path):

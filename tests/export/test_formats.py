@@ -140,7 +140,7 @@ def test_a_range_that_a_format_does_not_say_is_noted():
 @pytest.mark.parametrize(
     ("layout", "changes", "message"),
     [
-        (LDM, {"norm_num_groups": 16}, "GroupNorm with 16 groups: latent-diffusion always has 32"),
+        (LDM, {"norm_num_groups": 16}, "16 groups: latent-diffusion always has 32: `format` diffusers can hold it"),
         (LDM, {"mid_block_add_attention": False}, "no attention in the middle: latent-diffusion always has it"),
         (DIFFUSERS, None, "the encoder has num_res_blocks 2, the decoder 3: AutoencoderKL has the same in both"),
         (COMFYUI, {}, "an AutoencoderKL: `format` ldm is what ComfyUI loads"),

@@ -108,6 +108,16 @@ def test_the_card_of_stock_networks():
         assert text in card
     assert "padding" not in card
     assert "shift factor" not in card
+    assert "2x2" not in card
+
+
+def test_the_card_of_a_student_of_flux2():
+    """A LiteVAE, whose factors only pipelines of AutoencoderKL take; one for each position of 2x2."""
+    model = tiny_litevae().set_for_diffusion({"latents_mean": [0.5] * 16, "latents_std": [2.0] * 16})
+    card = card_of(model, Provenance("a_run"))
+    assert "| latents_mean, for 2x2 positions of each channel, row by row: pack them first | 0.5, 0.5, " in card
+    assert "| note | latents_mean, latents_std: pipelines of FLUX.2, Qwen-Image and Wan take them from " in card
+    assert "| note |" not in card_of(tiny_litevae(), Provenance("a_run"))
 
 
 def test_the_card_names_the_teacher():

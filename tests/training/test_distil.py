@@ -152,7 +152,7 @@ def test_an_encoder_without_weights_or_that_is_the_fitted_linear_code_is_whole()
     assert untrained_half(freezing("encoder", LinearEncoder(), stand_in=object()), None) == "encoder"
 
 
-def test_the_decoder_is_trained_after_the_encoder(train_with, image_folder, target):
+def test_the_decoder_is_trained_after_the_encoder(train_with, image_folder, target, other_teacher, caplog):
     one_step = "lightning.trainer.max_steps=1"
     first = train_with(one_step, config=student(image_folder, freeze_decoder=True), teacher=target)
     assert untrained(first) == "decoder"
@@ -161,6 +161,9 @@ def test_the_decoder_is_trained_after_the_encoder(train_with, image_folder, targ
     assert untrained(second) is None
     before, after = (checkpoint(run)["state_dict"] for run in (first, second))
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("encoder."))
+    assert "learned from another" not in caplog.text
+    train_with(one_step, config=decoder, teacher=other_teacher, actual_resume=first.path)
+    assert f"the encoder of {first.path}, frozen here, learned from another model than" in caplog.text
 
 
 def test_weights_without_a_run_are_taken_for_trained(train_with, tmp_path, image_folder, target, monkeypatch):

@@ -228,7 +228,7 @@ def test_configs_that_are_no_training(train_with, tmp_path, image_folder):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"start_step": 4}, "start_step: 4 is not below 4 steps"),
+        ({"start_step": 4}, r"^model\.params\.adversary_config\.params\.start_step: 4 is not below max_steps, 4: set"),
         ({"discriminator_config": UNETGAN}, "does not take images of 3x16x16: UNetGAN takes .* multiples of 64"),
         ({"loss": "hinged"}, r"loss: expected Literal\['hinge'"),
         ({"discriminator_config": {"target": "torch.nn.Identity"}}, "num_outputs|does not take"),

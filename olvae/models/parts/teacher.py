@@ -13,6 +13,7 @@ from olvae.config import ConfigError
 from olvae.data.shards.latent_source import PairSource
 from olvae.data.source import Source
 from olvae.devices import DTYPES
+from olvae.files import warn_once
 from olvae.losses.objective import latent_loss, logvar_loss
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import find_target
@@ -35,7 +36,8 @@ class Teacher(Part):
 
     Where a half of the student is frozen, validation uses the teacher's. Its tensors are in no state dict, optimizer,
     average or checkpoint, and copies of the student share them; only the standard deviations of its latents are saved.
-    Its factors for a diffusion model become the student's, except for force_upcast, which is about a decoder's weights.
+    Its factors for a diffusion model become the student's, whatever the config has, or the config's if its file has
+    none; but not force_upcast, which is about a decoder's weights.
 
     Args:
         autoencoder: a TARGET: ``diffusers:ID_OR_FOLDER``, a file, a run, ...
@@ -86,7 +88,10 @@ class Teacher(Part):
     def attach(self, model: Model) -> None:
         factors = {name: value for name, value in self.model.for_diffusion.items() if name != "force_upcast"}
         if self.model.latent_channels == model.autoencoder.latent_channels:  # else `conflicts` says so, once
-            model.for_diffusion |= factors | model.given_factors
+            given, known = model.given_factors, self.model.factors_known
+            if other := [name for name, factor in factors.items() if known and given.get(name, factor) != factor]:
+                warn_once(f"model.params: {', '.join(other)}: not {self.target}'s, which are taken")
+            model.for_diffusion |= given | factors if known else factors | given
         self.register_buffer("std", torch.ones(model.autoencoder.latent_channels))
 
     def conflicts(self, model: Model) -> Iterable[str]:

@@ -322,14 +322,17 @@ def test_the_teachers_half_takes_the_place_of_the_one_that_is_not_trained(target
 # Factors and refusals
 
 
-def test_the_student_has_its_factors(tmp_path):
+def test_the_student_has_its_factors(tmp_path, caplog):
     factors = {"scaling_factor": 0.5, "latents_mean": [0.0, 1.0, 2.0, 3.0], "latents_std": [1.0, 2.0, 3.0, 4.0]}
     tiny_kl(**EIGHT, force_upcast=False, **factors).save_pretrained(tmp_path)
     model = student(f"diffusers:{tmp_path}")
     assert model.for_diffusion == {"shift_factor": 0.0, "force_upcast": False, **factors}
     assert model.autoencoder.for_diffusion == model.for_diffusion
-    changed = student(f"diffusers:{tmp_path}", scaling_factor=0.25)
-    assert changed.autoencoder.for_diffusion == {**model.for_diffusion, "scaling_factor": 0.25}
+    assert student(f"diffusers:{tmp_path}", **model.for_diffusion).for_diffusion == model.for_diffusion
+    assert not caplog.text
+    changed = {"scaling_factor": 0.25, "latents_std": None, "shift_factor": 0.5}  # the config of another student
+    assert student(f"diffusers:{tmp_path}", **changed).for_diffusion == model.for_diffusion
+    assert f"model.params: scaling_factor, shift_factor: not diffusers:{tmp_path}'s, which are taken" in caplog.text
 
 
 def test_a_tiny_student_takes_its_units_when_other_weights_are_loaded(tmp_path):
