@@ -34,16 +34,19 @@ def main(arguments: list[str] | None = None) -> int:
     stats = read_stats(args.latents)
     if stats["latent_shape"] is None:
         raise ValueError(f"{args.latents}: latents of several sizes: encode with --size")
-    if not stats["flip"]:
+    if not stats.get("flip"):
         raise ValueError(f"{args.latents}: mirrored latents are read half of the time: encode with --flip")
     check_folder(args.out).mkdir(parents=True, exist_ok=True)
-    images = 0
-    for url in find_shards(args.latents):
+    images, urls = 0, find_shards(args.latents)
+    if others := {path.stem for path in args.out.glob("*.safetensors")}.difference(Path(url).stem for url in urls):
+        raise ValueError(f"{args.out}: has {min(others)}.safetensors, of other latents: choose another folder")
+    for url in urls:
         tensors = shard(url, args.seed)
         if not len(tensors["labels"]):
             continue
         with atomic_write(args.out / f"{Path(url).stem}.safetensors") as partial:
             save_file(tensors, partial)
+            partial.chmod(0o644)  # safetensors leaves it to its owner
         images += len(tensors["labels"])
     if not images:
         raise ValueError(f"{args.latents}: no image has a label: encode folders with --classes, or shards with .cls")

@@ -198,7 +198,8 @@ def command(
     observers += [Baselines(found[0], fit)] if baselines else []
     folder = results_folder(out, "".join(targets[:1]), found[0].run if found else None)
     suffixes = {p.name: "" if p is protocols[0] else f"_{p.name}" for p in protocols}
-    earlier = _read_earlier_files(beside or (), [folder / f"metrics{s}.json" for s in suffixes.values() if found])
+    places = [folder / f"metrics{s}.json" for s in suffixes.values() if found]
+    earlier = _read_earlier_files(beside or (), places, observers)
     keep_freed_memory()
     if rank := join()[0]:
         logging.getLogger("olvae").setLevel(logging.ERROR)
@@ -245,12 +246,14 @@ def _of_earlier_rows() -> "list[Observer]":
     return [cross.Cross(), half_precision.HalfPrecision()]
 
 
-def _read_earlier_files(paths: Iterable[Path], places: Iterable[Path]) -> "dict[Path, Results]":
+def _read_earlier_files(
+    paths: Iterable[Path], places: Iterable[Path], observers: "Iterable[Observer]"
+) -> "dict[Path, Results]":
     """Read what `beside` names; ConfigError if new results would overwrite one, a note if they replace others."""
     from olvae.evaluation.results import Results
 
     taken = {place.resolve() for place in places}
-    earlier = {path: Results.read(path, _of_earlier_rows()) for path in paths}
+    earlier = {path: Results.read(path, [*_of_earlier_rows(), *observers]) for path in paths}
     if replaced := [str(place) for place in taken if place.is_file()]:
         typer.echo(f"note: {', '.join(replaced)}: earlier results, which these replace; --out keeps both", err=True)
     if over := [path for path in earlier if path.resolve() in taken]:

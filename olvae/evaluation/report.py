@@ -4,6 +4,7 @@ import base64
 import csv
 import importlib.metadata
 import io
+import json
 import math
 import platform
 import re
@@ -115,12 +116,14 @@ def write_files(evaluated: Evaluated, folder: Path, suffix: str = "", command: s
         folder.mkdir(parents=True, exist_ok=True)
         remove_partials(folder.glob(".partial-*"), idle_s=1.0)
         numbers = folder / f"metrics{suffix}.json"
-        numbers.unlink(missing_ok=True)  # of an earlier evaluation
+        page = None if command is None else render_page(evaluated, command)
+        quality(evaluated), json.dumps(evaluated.results.as_dict(), allow_nan=False)
+        numbers.unlink(missing_ok=True)  # of an earlier evaluation, after all that may fail
         written = {what: path for one in evaluated.observers for what, path in one.write(folder, suffix).items()}
-        if command is not None:
+        if page is not None:
             written["report"] = folder / f"report{suffix}.html"
             with atomic_write(written["report"]) as partial:
-                partial.write_text(render_page(evaluated, command), encoding="utf-8", errors="backslashreplace")
+                partial.write_text(page, encoding="utf-8", errors="backslashreplace")
         if any(row.per_image for row in evaluated.results.rows):  # not of results that were read from files
             written["images"] = folder / f"per_image{suffix}.csv"
             write_csv(evaluated.results, written["images"])

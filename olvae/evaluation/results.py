@@ -180,6 +180,9 @@ class Results:
                 raise KeyError(*unnamed)
             for observer in observers:
                 list(observer.lines(rows))
+                for row in rows:
+                    if (entry := row.observed.get(observer.name)) is not None:
+                        observer.columns(entry)
             return cls(protocol, str(content["protocol_hash"]), images, rows)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error

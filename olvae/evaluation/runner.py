@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -121,7 +122,7 @@ def _one_pass(
     weights = {name: tensors_sum(subject.model.state_dict()) for name, subject in subjects.items() if name in costs}
     measured = {}
     for name, draw in trips:
-        entries = {observer.name: observer.result(name, draw) for observer in examined}
+        entries = {observer.name: found_by(observer, name, draw) for observer in examined}
         measured[name, draw] = measure(
             name,
             metrics[name, draw],
@@ -218,6 +219,16 @@ def is_examined(observer: Observer, subjects: Mapping[str, Subject], source: Sou
         log.warning("%s: left out: %s", observer.name, first_line(error))
         return False
     return True
+
+
+def found_by(observer: Observer, target: str, draw: int) -> Any:
+    """What an observer found, for metrics.json; warn and return None after an error, or if JSON can't express it."""
+    try:
+        json.dumps(entry := observer.result(target, draw), allow_nan=False)
+    except Exception as error:  # of observers of the user's own
+        log.warning("%s: left out: %s", observer.name, first_line(error))
+        return None
+    return entry
 
 
 def _describe_images(request: Request, source: Source, loader: Loader, digests: Mapping[str, bytes]) -> dict[str, Any]:

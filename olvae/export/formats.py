@@ -221,7 +221,10 @@ class ComfyUILayout(Layout):
 
     def misfit(self, model: LiteVAE) -> str | None:
         if (family := family_of(model)) is None:
-            return None
+            rgb = model.in_channels == 3 and model.pixel_range.eight_bits
+            return (
+                None if rgb else "images that are not RGB of 8 bits, which ComfyUI's are: `format` litevae can hold it"
+            )
         instead = "`format` diffusers" if OriginalLayout().misfit(model) else "`format` ldm is what ComfyUI loads"
         return f"an {family.kind(model)}: {instead}"
 

@@ -116,7 +116,8 @@ class PerImage(Metric):
     def _add(self, values: Iterable[tuple[str, float]]) -> None:
         for key, value in values:
             known = self._values.setdefault(key, value)
-            if not math.isclose(known, value, rel_tol=1e-3, abs_tol=1e-5):  # the same pair, rounded twice
+            same = math.isclose(known, value, rel_tol=1e-3, abs_tol=1e-5)  # the same pair, rounded twice
+            if not (same or (math.isnan(known) and math.isnan(value))):
                 differ = f"{self.kind.name} {known:.6g} and {value:.6g}"
                 raise ValueError(f"two different pairs of images have the key {key!r} ({differ}): give each its own")
 

@@ -2,13 +2,16 @@ import csv
 import math
 from dataclasses import replace
 
+import pytest
 from rich.console import Console
 
+from olvae.evaluation.observers.colour import Colour
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.protocol import Cost, Protocol
-from olvae.evaluation.report import print_grid, print_results, write_csv, write_markdown
-from olvae.evaluation.results import Cell, Evaluated, Row
+from olvae.evaluation.report import print_grid, print_results, write_csv, write_files, write_markdown
+from olvae.evaluation.results import Cell, Evaluated, Results, Row
+from olvae.files import write_json
 from tests.evaluation.test_results import NAME, read_back, results_of, row
 
 COUNTED = Cost(1, 2, 3, None, None, None, 4, "a GPU")
@@ -70,6 +73,19 @@ def test_missing_networks_take_one_line_on_the_terminal_and_their_own_in_the_fil
     assert "skipped LPIPS, rFID: a network is not here: metrics.md says which file to put where" in lines
     write_markdown(evaluated, tmp_path / "m.md")
     assert (tmp_path / "m.md").read_text().count("- skipped ") == 3
+
+
+@pytest.mark.parametrize("command", [None, "olvae evaluate"])
+def test_a_page_that_fails_leaves_earlier_results(tmp_path, command):
+    write_files(Evaluated(results_of(row()), []), tmp_path)
+    before = (tmp_path / "metrics.json").read_bytes()
+    broken = Evaluated(results_of(row("b", observed={"colour": {"shift": [0.1]}})), [Colour()])
+    with pytest.raises(KeyError, match="saturation"):
+        write_files(broken, tmp_path, command=command)
+    assert (tmp_path / "metrics.json").read_bytes() == before
+    write_json(broken.results.as_dict(), tmp_path / "old.json")
+    with pytest.raises(ValueError, match=r"old\.json: not a metrics\.json: KeyError 'saturation'"):
+        Results.read(tmp_path / "old.json", [Colour()])
 
 
 def test_observers_add_lines_below_the_table(tmp_path):

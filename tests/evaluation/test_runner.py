@@ -12,7 +12,7 @@ from olvae.data.pixels.size_and_range import PixelRange, Sides
 from olvae.evaluation.baselines import Bicubic
 from olvae.evaluation.observers.observer import Observer
 from olvae.evaluation.protocol import PROTOCOLS, Protocol, Reconstructed, RoundTrip
-from olvae.evaluation.runner import fingerprint, is_examined, measure, observe, rows_under
+from olvae.evaluation.runner import fingerprint, found_by, is_examined, measure, observe, rows_under
 from olvae.metrics import build_metrics
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import count_macs
@@ -140,6 +140,9 @@ def test_what_can_not_be_counted_or_examined_loses_no_metric(images, model, capl
     broken.name, broken.examine = "mine", lambda *_: [][0]
     assert not is_examined(broken, {}, source, "cpu")
     assert "mine: left out: list index out of range" in caplog.text
+    broken.result = lambda *_: {"value": math.nan}
+    assert found_by(broken, "a", 0) is None
+    assert "mine: left out: Out of range float values are not JSON compliant" in caplog.text
 
 
 class NumPyAutoencoder(Autoencoder):

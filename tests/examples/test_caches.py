@@ -149,3 +149,6 @@ def test_lightningdit_what_it_refuses(tmp_path, image_folder):
         encode(image_folder, tmp_path / str(i), **{"classes": True, "flip": True, **options})
         with pytest.raises(ValueError, match=text):
             lightningdit(tmp_path / str(i), "--out", tmp_path / "out")
+    (tmp_path / "out" / "000007.safetensors").touch()
+    with pytest.raises(ValueError, match=r"out: has 000007\.safetensors, of other latents: choose another folder"):
+        lightningdit(tmp_path / "2", "--out", tmp_path / "out")

@@ -52,6 +52,16 @@ def test_equal_images():
     assert [math.isinf(value) for value in metric.per_image().values()] == [False, True, False]
 
 
+def test_what_is_not_a_number_is_no_other_pair():
+    """A float32 reconstruction that overflows, of a stated range: `compute` has words for it."""
+    keys, x, y = pairs(2, 32)
+    metric = run("psnr", keys, x.float(), y * math.nan)
+    metric.merge(metric.state())
+    assert math.isnan(metric.compute())
+    with pytest.raises(ValueError, match="two different pairs"):
+        metric.update(keys, x, y)
+
+
 def test_different_images_under_one_key():
     keys, x, y = pairs(2, 32)
     with pytest.raises(ValueError, match=r"two different pairs of images have the key '0000\.png'"):

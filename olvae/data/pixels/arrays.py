@@ -132,6 +132,8 @@ def _tiff(file: BinaryIO, check: Check) -> Pixels:
             bands_last = len(axes) == 2
         else:
             raise ValueError(f"its axes are {axes}: expected one image with bands, or a page for each band")
+        if whole[0].keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+            raise ValueError("its 0 is white (MINISWHITE): save it with 0 as black")
         check(shape if bands_last else (*shape[1:], shape[0]), whole[0].dtype)
         for page in whole[0].pages:
             parts = zip(page.dataoffsets, page.databytecounts, strict=True) if page is not None else ()
@@ -144,7 +146,7 @@ def _tiff(file: BinaryIO, check: Check) -> Pixels:
 
 
 def _exr(file: BinaryIO, check: Check) -> Pixels:
-    """One part, its channels in the order R, G, B, A or else of their names."""
+    """One part, its channels in the order of their layers, in each R, G, B, A, then others by name."""
     exr = import_extra("OpenEXR", "pixels", "reading this kind of file")
     with exr.File(file, separate_channels=True, header_only=True) as header:
         if len(header.parts) != 1:
@@ -157,12 +159,15 @@ def _exr(file: BinaryIO, check: Check) -> Pixels:
         if not whole.parts:
             raise ValueError("the file ends before its pixels")
         channels = whole.channels()
-        colour = list("RGBA")[: len(channels)]
-        names = colour if set(colour) == set(channels) else sorted(channels)
-        planes = [np.asarray(channels[name].pixels) for name in names]
+        planes = [np.asarray(channels[name].pixels) for name in sorted(channels, key=_layer_and_colour)]
     if any(plane.shape != (height, width) for plane in planes):
         raise ValueError("its channels have several sizes")
     return Pixels(np.stack(planes, axis=-1))
+
+
+def _layer_and_colour(channel: str) -> tuple[str, int, str]:
+    layer, _, name = channel.rpartition(".")
+    return layer, "RGBA".find(name) if len(name) == 1 and name in "RGBA" else 4, name
 
 
 READERS: dict[str, Callable[[BinaryIO, Check], Pixels]] = {

@@ -192,8 +192,11 @@ class PixelRange:
             )
 
     def check_data(self, found: "PixelRange") -> None:
-        """Raise ConfigError unless images, whose values are ``found``, are what models of this range take."""
-        if found != self:
+        """Raise ConfigError unless images, whose values are ``found``, are what models of this range take.
+
+        How they are shown, and what becomes of values outside, is for the data to say.
+        """
+        if any(getattr(found, name) != getattr(self, name) for name in ("low", "high", "values", "eight_bits")):
             raise ConfigError(f"`data`: its values are {found}, the targets take {self}")
 
     def checked(self, array: Array, nodata: float | None = None) -> NDArray[np.float32]:

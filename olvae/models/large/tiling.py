@@ -96,37 +96,38 @@ def decode_tiled(
 ) -> Tensor:
     """``decoder(z)`` tile by tile: equal to rounding, because each tile includes all that it depends on.
 
-    A tile's side is ``tile`` latent positions, or the largest that takes ``memory`` bytes beside z, the image and the
-    parameters. A decoder without a finite :func:`receptive_field` is never tiled: with ``memory`` it decodes as many
-    whole images at once as fit. ValueError if it can't be tiled, or no tile is small enough. ``progress`` is called
-    after every tile.
+    A tile's side is ``tile`` latent positions. With ``memory``, in bytes beside z, the image and the parameters, as
+    many whole images at once as fit are decoded; if not even one does, each in tiles of the largest side that fits.
+    A decoder without a finite :func:`receptive_field` is never tiled. ValueError if it can't be tiled, or no tile is
+    small enough. ``progress`` is called after every tile, or whole images.
     """
     if (tile is None) == (memory is None):
         raise ValueError("give either `tile` or `memory`")
-    paths = decoder.paths()
-    if paths is None:
-        name = type(decoder).__name__
-        if memory is None:
-            raise ValueError(f"{name} sees the whole latent at every position: leave `tile` out")
-        needs = peak_bytes(decoder, lambda d, x: d(x), (1, decoder.z_channels, *z.shape[-2:]))
-        if needs > memory:
-            size = f"{z.shape[-1] * decoder.upscale}x{z.shape[-2] * decoder.upscale}"
-            raise ValueError(
-                f"{name} sees the whole latent at every position and can't be tiled; decoding {size} pixels whole "
-                f"takes {needs / GIB:.3g} GiB, more than {memory / GIB:.3g}: allow more memory, or a smaller image"
-            )
-        whole = torch.cat([decoder(part) for part in z.split(memory // max(1, needs))])
-        if progress is not None:
-            progress(1.0)
-        return whole
+    paths, name = decoder.paths(), type(decoder).__name__
+    f, (height, width) = decoder.upscale, z.shape[-2:]
+    image = torch.empty(z.shape[0], decoder.out_channels, f * height, f * width, dtype=z.dtype, device=z.device)
     if memory is not None:
-        tile = tile_for(decoder, memory, (max(1, len(z)), *z.shape[1:]))
+        needs = max(1, peak_bytes(decoder, lambda d, x: d(x), (1, *z.shape[1:])))
+        if paths is None and needs > memory:
+            raise ValueError(
+                f"{name} sees the whole latent at every position and can't be tiled; decoding {f * width}x{f * height} "
+                f"pixels whole takes {needs / GIB:.3g} GiB, more than {memory / GIB:.3g}: allow more memory, or a "
+                "smaller image"
+            )
+        if needs <= memory or len(z) > 1:
+            whole = decoder if needs <= memory else lambda part: decode_tiled(decoder, part, memory=memory)
+            parts = z.split(max(1, memory // needs))
+            for done, (part, out) in enumerate(zip(parts, image.split(len(parts[0])), strict=True), start=1):
+                out.copy_(whole(part))
+                if progress is not None:
+                    progress(done / len(parts))
+            return image
+        tile = tile_for(decoder, memory, (1, *z.shape[1:]))
+    if paths is None:
+        raise ValueError(f"{name} sees the whole latent at every position: leave `tile` out")
     assert tile is not None
     if tile < 1:
         raise ValueError(f"a tile has at least one latent position, got {tile}")
-    f = decoder.upscale
-    height, width = z.shape[-2:]
-    image = torch.empty(z.shape[0], decoder.out_channels, f * height, f * width, dtype=z.dtype, device=z.device)
     windows = [(rows, columns) for rows in split(height, tile, f) for columns in split(width, tile, f)]
     for done, (rows, columns) in enumerate(windows, start=1):
         image[..., slice(*rows), slice(*columns)] = decode_window(paths, z, (rows, columns))

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from olvae.metrics.metric import psnr
+from olvae.models.parts.latent_noise import LatentNoise
 from olvae.models.parts.part import Model, Part, Step
+from olvae.models.parts.random_noise import RandomNoise
 
 
 class ChannelMasking(Part):
@@ -28,6 +30,9 @@ class ChannelMasking(Part):
         here, channels = f"parts.{self.name}", model.autoencoder.latent_channels
         if self.widths[-1] > channels:
             yield f"{here}.params.widths: the latent has {channels} channels, not {self.widths[-1]}"
+        later = model.each_part[model.each_part.index(self) + 1 :]
+        if noise := [part.name for part in later if isinstance(part, RandomNoise | LatentNoise)]:
+            yield f"{here}: its channels have to stay zero: put it after parts.{noise[0]}"
         if model.freeze_decoder:
             yield f"{here}: the decoder is frozen (freeze_decoder): leave it out"
         if model.freeze_encoder or any(part.latents != "free" for part in model.each_part):

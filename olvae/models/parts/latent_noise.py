@@ -36,7 +36,7 @@ class LatentNoise(Part):
 
     def on_latent(self, model: Model, step: Step) -> None:
         if self.relative_to == "data":
-            unit = upcast(step.posterior.mean.detach()).std((0, 2, 3), keepdim=True)  # (1, n_z, 1, 1)
+            unit = upcast(step.posterior.mean.detach()).std((0, 2, 3), correction=0, keepdim=True)  # (1, n_z, 1, 1)
         else:
             unit = step.posterior.std.detach()
         step.latent = step.latent + self.std * unit * torch.randn_like(step.latent)

@@ -50,7 +50,7 @@ class RandomNoise(Part):
     def on_latent(self, model: Model, step: Step) -> None:
         z = step.latent
         means = upcast(step.posterior.mean.detach())
-        mean, unit = means.mean((0, 2, 3), keepdim=True), means.std((0, 2, 3), keepdim=True)  # (1, n_z, 1, 1)
+        unit, mean = torch.std_mean(means, (0, 2, 3), correction=0, keepdim=True)  # (1, n_z, 1, 1)
         strength, noise = self.strength * torch.rand(len(z), 1, 1, 1, device=z.device), torch.randn_like(z)
         if self.how == "add":
             step.latent = z + strength * unit * noise

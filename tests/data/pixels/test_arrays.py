@@ -70,12 +70,20 @@ def test_files_come_back_bit_for_bit(name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["float16", "float32"])
-@pytest.mark.parametrize("names", ["RGB", "RGBA", "Z", ("B01", "B02")])
+@pytest.mark.parametrize(
+    "names", ["RGB", "RGBA", "Z", ("B01", "B02"), "RGBZ", ("G", "B", "GB", "Z"), ("a.R", "a.G", "a.A", "b.B", "b.N")]
+)
 def test_exr(kind, names, tmp_path):
     planes = {name: values(kind, 1, seed=i)[..., 0] for i, name in enumerate(names)}
     array = read_array(exr(dict(planes), tmp_path / "a.exr"), len(names)).array
     assert array.dtype == kind
     np.testing.assert_array_equal(array, np.stack([*planes.values()], axis=-1))
+
+
+def test_a_tiff_whose_zero_is_white():
+    """Pillow inverts those of 8 bits; stored values, as X-rays', would be the negative of what is written later."""
+    with pytest.raises(ValueError, match=r"its 0 is white \(MINISWHITE\): save it with 0 as black"):
+        read_array(tiff(U16[..., :1], "miniswhite"), 1)
 
 
 def claims(entries: dict[int, int]) -> bytes:

@@ -162,3 +162,12 @@ def test_a_configs_nodata_replaces_the_files():
     assert stated.checked(array, nodata=-7.0).flatten().tolist() == [-7.0, 4.0]
     with pytest.raises(ValueError, match="3 at row 0, column 0"):
         stated.checked(np.full_like(array, 3.0), nodata=-7.0)
+
+
+def test_a_model_takes_its_range_however_it_is_shown():
+    range_of = PixelRange.from_node
+    model = range_of([0, 4000])
+    model.check_data(range_of({"pairs": [0, 4000], "stretch": [0, 0.5], "outside": "clip", "shown": [0], "nodata": -1}))
+    for other in (None, [0, 4001], [-1, 4000], {"pairs": [0, 4000], "values": "log1p"}):
+        with pytest.raises(ConfigError, match="the targets take 0 to 4000, linear"):
+            model.check_data(range_of(other))

@@ -5,6 +5,7 @@ from torch import nn
 
 from olvae import LiteVAE
 from olvae.models.autoencoder import Quantizer
+from olvae.models.large import tiling
 from olvae.models.large.tiling import (
     GIB,
     crop_to,
@@ -128,6 +129,32 @@ def test_stable_diffusions_decoder_is_not_tiled():
         expected = vae.decode(z)
         torch.testing.assert_close(vae.decode_tiled(z, memory=3 * needs + 1), expected)
         assert sizes == [7, 3, 3, 1]  # as many images at once as fit
+
+
+def test_a_batch_is_split_before_its_images_are(monkeypatch):
+    """As many whole images at once as fit; where not even one does, each has the tiles that it has alone."""
+
+    def window(paths, z, place):
+        if z.device.type != "meta":
+            tiled.append(len(z))
+        return decode_window(paths, z, place)
+
+    vae, z = autoencoder(channel_mult=(1, 1), num_res_blocks=0), torch.randn(5, 4, 24, 20)
+    needs = peak_bytes(vae.decoder, lambda d, x: d(x), (1, 4, 24, 20))
+    monkeypatch.setattr(tiling, "decode_window", window)
+    tiled: list[int] = []
+    whole: list[int] = []
+    done: list[float] = []
+    with torch.no_grad():
+        expected = vae.decode(z)
+        vae.decode_tiled(z[:1], memory=needs // 2)
+        alone = len(tiled)
+        assert alone > 1
+        torch.testing.assert_close(vae.decode_tiled(z, memory=needs // 2, progress=done.append), expected)
+        assert tiled == [1] * alone * 6
+        vae.decoder.register_forward_pre_hook(lambda _, inputs: whole.append(len(inputs[0])))
+        torch.testing.assert_close(vae.decode_tiled(z, memory=2 * needs + 1), expected)
+    assert (len(tiled), whole, done) == (6 * alone, [2, 2, 1], [0.2, 0.4, 0.6, 0.8, 1.0])
 
 
 def test_mistakes():

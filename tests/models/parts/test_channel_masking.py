@@ -82,6 +82,8 @@ def test_widths_that_make_no_sense(widths):
     [
         ({"parts": parts(channel_masking={"widths": [2, 8]})}, "widths: the latent has 4 channels, not 8"),
         ({"freeze_decoder": True}, "the decoder is frozen"),
+        ({"parts": parts(channel_masking=WIDTHS, latent_noise={"std": 0.1})}, "put it after parts.latent_noise"),
+        ({"parts": parts(channel_masking=WIDTHS, random_noise={})}, "put it after parts.random_noise"),
         ({"parts": parts(channel_masking=WIDTHS, anchor={})}, "the latents can't change, so their first channels"),
     ],
 )

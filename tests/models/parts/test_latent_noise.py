@@ -57,6 +57,11 @@ def test_noise_on_the_latent_in_units_of_the_datas_deviation():
     assert abs(correlation) < 0.02
 
 
+def test_a_single_position_has_no_deviation():
+    posterior = DiagonalGaussian(torch.full((1, 8, 1, 1), -20.0))
+    assert torch.equal(noisy(posterior, 0.5, "data"), posterior.mean)
+
+
 def test_noise_does_not_teach_the_encoder_to_hide_from_it():
     """Its size is a constant: the gradient of a latent is that of its mean."""
     moments = torch.randn(2, 8, 3, 3, requires_grad=True)

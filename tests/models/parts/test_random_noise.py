@@ -37,6 +37,10 @@ def test_added_noise_is_uniform_over_samples():
     torch.testing.assert_close(one, other, rtol=0.3, atol=0.01)
 
 
+def test_a_single_position_has_no_deviation():
+    assert torch.equal(noisy(z := torch.randn(1, 2, 1, 1), how="add", strength=1.0), z)
+
+
 def test_interpolation_is_uniform_over_samples():
     """(1 - t) z + t scale e in units of mean 0 and variance 1: t is where the regression on z says."""
     z = latents(300, 64)
