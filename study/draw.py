@@ -41,8 +41,10 @@ ENCODERS = {
     "litevae_linear": "LiteVAE-S, linear start",
     "sd": "SD, 48 channels",
     "sd_free": "SD without its last GroupNorm",
+    "sd_short": "SD with a path from mean colours",
     "sd_linear": "SD, linear start",
     "tiny": "TAESD's, 64 channels",
+    "tiny_whole": "TAESD's, and its decoder",
 }
 """The question of the encoders: its networks' titles."""
 

@@ -1,4 +1,4 @@
-"""Encoders of the study that differ from a published one in one place: last norm, wavelets, or log-variances."""
+"""Encoders of the study that differ from a published one in one place: last norm, path, wavelets, log-variances."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from olvae.modules.litevae.encoder_model import GroupNorm, LiteVAE_Encoder
 from olvae.modules.others.tiny import TinyEncoder
 from olvae.modules.sdvae import SDEncoder
 
-__all__ = ["NormalizedLiteVAE", "ShuffledLiteVAE", "TinyMoments", "UnnormalizedSDEncoder"]
+__all__ = ["NormalizedLiteVAE", "ShortPathSDEncoder", "ShuffledLiteVAE", "TinyMoments", "UnnormalizedSDEncoder"]
 
 GROUPS = 8
 
@@ -22,6 +22,18 @@ class UnnormalizedSDEncoder(SDEncoder):
     def __init__(self, **params: Any) -> None:
         super().__init__(**params)
         self.model.conv_norm_out = nn.Identity()
+
+
+class ShortPathSDEncoder(SDEncoder):
+    """Stable Diffusion's encoder and, added to its moments, a 1x1 convolution of the mean colours of 8x8 pixels."""
+
+    def __init__(self, **params: Any) -> None:
+        super().__init__(**params)
+        self.short = nn.Conv2d(self.in_channels, self.latent_dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        moments: Tensor = super().forward(x)
+        return moments + self.short(F.avg_pool2d(x, self.downscale))  # (B, 2 n_z, H/f, W/f)
 
 
 class NormalizedLiteVAE(LiteVAE_Encoder):

@@ -74,6 +74,8 @@ LITE = f"{ENCODER}.params={{scale: S, image_size: 64}}"
 TINY = f"{ENCODER}.params={{latent_dim: 24, image_size: 64}}"
 LINEAR = (f"{ENCODER}.params.linear=true", f"{DECODER}.params.linear=true")
 SD_ENCODER = (f"{ENCODER}.target=olvae.modules.sdvae.SDEncoder", SD)
+TINY_ENCODER = (f"{ENCODER}.target=study.encoders.TinyMoments", TINY)
+TINY_DECODER = f"{DECODER}.params={{z_channels: 12}}"
 
 NETWORKS = {
     "litevae": (),
@@ -82,10 +84,12 @@ NETWORKS = {
     "litevae_shuffle": (f"{ENCODER}.target=study.encoders.ShuffledLiteVAE", LITE),
     "litevae_linear": LINEAR,
     "sd_free": (f"{ENCODER}.target=study.encoders.UnnormalizedSDEncoder", SD),
+    "sd_short": (f"{ENCODER}.target=study.encoders.ShortPathSDEncoder", SD),
     "sd_linear": (*SD_ENCODER, *LINEAR),
-    "tiny": (f"{ENCODER}.target=study.encoders.TinyMoments", TINY),
+    "tiny": TINY_ENCODER,
+    "tiny_whole": (*TINY_ENCODER, f"{DECODER}.target=olvae.modules.others.tiny.TinyDecoder", TINY_DECODER),
 }
-"""The encoders: two published ones, TAESD's, and what sets the first two apart."""
+"""The encoders: two published ones, TAESD's, and what sets the first two apart; TAESD's with its own decoder too."""
 
 RUNS = {
     "litevae": {"5e-4": 1, "1e-3": 3, "2e-3": 3},
@@ -94,8 +98,10 @@ RUNS = {
     "litevae_linear": {"5e-4": 1, "1e-3": 3, "2e-3": 1},
     "sd": {"5e-4": 3, "1e-3": 3, "2e-3": 1},
     "sd_free": {"5e-4": 2, "1e-3": 3, "2e-3": 1},
+    "sd_short": {"1e-3": 1},
     "sd_linear": {"5e-4": 2, "1e-3": 3},
     "tiny": {"1e-3": 3, "2e-3": 1},
+    "tiny_whole": {"1e-3": 1},
 }
 """How many seeds each network is trained with at each learning rate; above 2e-3 the two published ones diverge."""
 
@@ -103,11 +109,13 @@ LONGER = {
     "litevae": ("2e-3", 3),
     "litevae_norm": ("2e-3", 3),
     "litevae_shuffle": ("2e-3", 3),
-    "litevae_linear": ("1e-3", 2),
-    "sd": ("1e-3", 2),
-    "sd_free": ("1e-3", 2),
-    "sd_linear": ("5e-4", 2),
+    "litevae_linear": ("1e-3", 3),
+    "sd": ("1e-3", 3),
+    "sd_free": ("1e-3", 3),
+    "sd_short": ("1e-3", 1),
+    "sd_linear": ("5e-4", 3),
     "tiny": ("1e-3", 3),
+    "tiny_whole": ("1e-3", 1),
 }
 """Trained for four times the steps too, in bf16: the networks, their learning rates and numbers of seeds."""
 

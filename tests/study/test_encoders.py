@@ -8,7 +8,13 @@ import torch
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.others.tiny import TinyEncoder
 from olvae.modules.sdvae import SDEncoder
-from study.encoders import NormalizedLiteVAE, ShuffledLiteVAE, TinyMoments, UnnormalizedSDEncoder
+from study.encoders import (
+    NormalizedLiteVAE,
+    ShortPathSDEncoder,
+    ShuffledLiteVAE,
+    TinyMoments,
+    UnnormalizedSDEncoder,
+)
 
 LITE: dict[str, Any] = {"latent_dim": 8, "scale": "S", "image_size": 64}
 SD: dict[str, Any] = {"latent_dim": 8, "channels": 8, "norm_groups": 4, "image_size": 64}
@@ -35,6 +41,17 @@ def test_a_normalized_encoder_does_not_see_how_large_its_last_features_are(encod
     encoder.get_submodule(last).register_forward_pre_hook(doubled)
     same = torch.allclose(encoder(x), moments, atol=1e-3 * moments.std())
     assert same == normalized
+
+
+@torch.no_grad()
+def test_the_short_path_adds_a_linear_map_of_the_mean_colours():
+    encoder = ShortPathSDEncoder(**SD)
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    with_it, moments = encoder(x), encoder.model(x)
+    means = x.view(2, 3, 8, 8, 8, 8).mean((3, 5))  # of 8x8 pixels
+    expected = torch.einsum("nc,bchw->bnhw", encoder.short.weight[:, :, 0, 0], means)
+    torch.testing.assert_close(with_it - moments, expected + encoder.short.bias[:, None, None])
+    assert sum(p.numel() for p in encoder.parameters()) - sum(p.numel() for p in encoder.model.parameters()) == 8 * 4
 
 
 @torch.no_grad()
