@@ -167,7 +167,7 @@ def _exr(file: BinaryIO, check: Check) -> Pixels:
 
 def _layer_and_colour(channel: str) -> tuple[str, int, str]:
     layer, _, name = channel.rpartition(".")
-    return layer, "RGBA".find(name) if len(name) == 1 and name in "RGBA" else 4, name
+    return layer, "RGBA".index(name) if name in tuple("RGBA") else 4, name
 
 
 READERS: dict[str, Callable[[BinaryIO, Check], Pixels]] = {

@@ -4,7 +4,7 @@ import copy
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from itertools import pairwise
 from typing import Any
 
@@ -103,31 +103,31 @@ def decode_tiled(
     """
     if (tile is None) == (memory is None):
         raise ValueError("give either `tile` or `memory`")
-    paths, name = decoder.paths(), type(decoder).__name__
+    paths, together = decoder.paths(), len(z)  # images at a time
     f, (height, width) = decoder.upscale, z.shape[-2:]
-    image = torch.empty(z.shape[0], decoder.out_channels, f * height, f * width, dtype=z.dtype, device=z.device)
+    sees = f"{type(decoder).__name__} sees the whole latent at every position"
     if memory is not None:
         needs = max(1, peak_bytes(decoder, lambda d, x: d(x), (1, *z.shape[1:])))
         if paths is None and needs > memory:
             raise ValueError(
-                f"{name} sees the whole latent at every position and can't be tiled; decoding {f * width}x{f * height} "
-                f"pixels whole takes {needs / GIB:.3g} GiB, more than {memory / GIB:.3g}: allow more memory, or a "
-                "smaller image"
+                f"{sees} and can't be tiled; decoding {f * width}x{f * height} pixels whole takes {needs / GIB:.3g} "
+                f"GiB, more than {memory / GIB:.3g}: allow more memory, or a smaller image"
             )
-        if needs <= memory or len(z) > 1:
-            whole = decoder if needs <= memory else lambda part: decode_tiled(decoder, part, memory=memory)
-            parts = z.split(max(1, memory // needs))
-            for done, (part, out) in enumerate(zip(parts, image.split(len(parts[0])), strict=True), start=1):
-                out.copy_(whole(part))
-                if progress is not None:
-                    progress(done / len(parts))
-            return image
-        tile = tile_for(decoder, memory, (1, *z.shape[1:]))
-    if paths is None:
-        raise ValueError(f"{name} sees the whole latent at every position: leave `tile` out")
-    assert tile is not None
-    if tile < 1:
+        together = max(1, memory // needs)
+        tile = tile_for(decoder, memory, (1, *z.shape[1:])) if needs > memory else None
+    elif paths is None:
+        raise ValueError(f"{sees}: leave `tile` out")
+    elif tile is not None and tile < 1:
         raise ValueError(f"a tile has at least one latent position, got {tile}")
+    image = torch.empty(len(z), decoder.out_channels, f * height, f * width, dtype=z.dtype, device=z.device)
+    if tile is None or len(z) > together:
+        decode = decoder if tile is None else partial(decode_tiled, decoder, tile=tile)
+        for start in range(0, len(z), together):
+            image[start : start + together] = decode(z[start : start + together])
+            if progress is not None:
+                progress(min(1.0, (start + together) / len(z)))
+        return image
+    assert paths is not None
     windows = [(rows, columns) for rows in split(height, tile, f) for columns in split(width, tile, f)]
     for done, (rows, columns) in enumerate(windows, start=1):
         image[..., slice(*rows), slice(*columns)] = decode_window(paths, z, (rows, columns))
