@@ -53,8 +53,10 @@ SET_BY_TRAINING = {
     "default_root_dir": "the option logdir of olvae train",
     "use_distributed_sampler": "the data source",
     "enable_checkpointing": "lightning.callbacks (KeepCheckpoints)",
-    "limit_train_batches": "lightning.trainer.max_steps",
-    "fast_dev_run": "lightning.trainer.max_steps",
+    **dict.fromkeys(("limit_train_batches", "overfit_batches", "fast_dev_run"), "lightning.trainer.max_steps"),
+    **dict.fromkeys(("min_steps", "min_epochs"), "lightning.trainer.max_steps"),  # with which a run would not stop
+    "max_time": "the option time-limit of olvae train",
+    **dict.fromkeys(("enable_progress_bar", "barebones"), "lightning.callbacks"),
 }
 """Arguments of Lightning's Trainer that this package sets, and the setting to use instead."""
 

@@ -19,6 +19,7 @@ from olvae.models.autoencoder import LiteVAE
 from olvae.models.averaging import WeightAverage
 from olvae.models.linear_code import start_linearly
 from olvae.models.optimization import (
+    GRADIENT,
     OPTIMIZERS,
     NonFiniteGuard,
     PlayersStrategy,
@@ -288,7 +289,7 @@ class LiteAutoencoderKL(ValidatedModule):
                     assert step.reconstruction is not None
                     step.losses["adversarial"] = adversary.generator_loss(step.reconstruction)
                     total = total + adversary.weight_in(self, step) * step.losses["adversarial"]
-                self.guard.observe({**step.losses, "loss": total})
+                self.guard.observe({**step.losses, **step.ratios, "loss": total})
                 self._backward("autoencoder", total, last)
                 self.report({f"train/{name}": loss for name, loss in {"loss": total, **step.losses}.items()})
 
@@ -347,7 +348,9 @@ class LiteAutoencoderKL(ValidatedModule):
 
     def ratio_of_gradients(self, step: Step, loss: Tensor, network: nn.Module | None = None) -> Tensor:
         """|gradient of the weighted image terms| / |gradient of another loss|; see :func:`gradient_ratio`."""
-        return gradient_ratio(self, self.objective.weighted(step.losses, *IMAGE_TERMS), loss, network)
+        ratio = gradient_ratio(self, self.objective.weighted(step.losses, *IMAGE_TERMS), loss, network)
+        step.ratios[f"{GRADIENT}{'decoder' if network is None else 'encoder'}'s last layer"] = ratio
+        return ratio
 
     def _discriminator_backward(self, adversary: Adversary, real: Tensor, fake: Tensor, last: bool) -> None:
         loss, logs = adversary.discriminator_loss(real, fake)
@@ -358,9 +361,10 @@ class LiteAutoencoderKL(ValidatedModule):
 
     def _backward(self, player: str, loss: Tensor, last: bool) -> None:
         """Add up a player's gradients; the last backward pass of an update averages them over the processes."""
+        loss = self.guard.propagate(loss / self.accumulate_grad_batches)
         if last and isinstance(self.trainer.strategy, PlayersStrategy):
-            self.trainer.strategy.reduce_next(player)
-        self.manual_backward(self.guard.propagate(loss / self.accumulate_grad_batches))
+            self.trainer.strategy.reduce_next(player, loss)
+        self.manual_backward(loss)
 
     def report(self, values: Mapping[str, Tensor | float], rare: bool = False) -> None:
         """Log the values of a step that the loggers take, as means over the processes; the same names in each of them.

@@ -100,7 +100,7 @@ def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor, netwo
     """|gradient of one loss| / |gradient of the other| at a network's last layer, the decoder's by default; in float32.
 
     The gradients are those of the whole batch, over all ranks. Under fp16 both losses carry the loss scale, which the
-    ratio does not, or small gradients would be lost.
+    ratio does not, or small gradients would be lost. NaN if either gradient is not finite.
     """
     measured = module.decoder if network is None else network
     assert isinstance(measured, nn.Module)
@@ -115,10 +115,13 @@ def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor, netwo
     for loss in (one, other):
         (gradient,) = torch.autograd.grad(scaled(loss), last.weight, retain_graph=True)
         norms.append(mean_over_processes(gradient).float().norm())
-    return norms[0] / torch.maximum(norms[1], 1e-12 * scaled(norms[1].new_ones(())))
+    ratio = norms[0] / torch.maximum(norms[1], 1e-12 * scaled(norms[1].new_ones(())))
+    return torch.where(torch.stack(norms).isfinite().all(), ratio, torch.nan)
 
 
-HOOKS = {"auto": None, "ddp": None, "ddp_bf16": bf16_compress_hook}  # on the gradients, by lightning.trainer.strategy
+UNUSED = "ddp_find_unused_parameters_true"
+HOOKS = {"auto": None, "ddp": None, "ddp_bf16": bf16_compress_hook, UNUSED: None}
+"""On the gradients of several processes, by lightning.trainer.strategy."""
 
 
 class PlayersStrategy(DDPStrategy):
@@ -126,6 +129,7 @@ class PlayersStrategy(DDPStrategy):
 
     A backward pass reaches one player only; one reducer over both would send both players' gradients in each. The model
     is not wrapped: it names its ``players``, and calls :meth:`reduce_next` before a backward pass that completes one's.
+    So no forward pass sends buffers, which would hang validations of unequal length.
     """
 
     def configure_ddp(self) -> None:
@@ -139,9 +143,9 @@ class PlayersStrategy(DDPStrategy):
             for reducer in self.reducers.values():
                 reducer.register_comm_hook(self._ddp_comm_state, self._ddp_comm_hook)
 
-    def reduce_next(self, player: str) -> None:
-        """Average this player's gradients over the processes in the next backward pass; without it nothing is sent."""
-        prepare_for_backward(self.reducers[player], None)
+    def reduce_next(self, player: str, loss: Tensor) -> None:
+        """Average this player's gradients over the processes in this loss's backward pass; else nothing is sent."""
+        prepare_for_backward(self.reducers[player], loss)
 
 
 def compile_networks(networks: Sequence[nn.Module], device: torch.device) -> bool:

@@ -37,7 +37,7 @@ from olvae.models.adversary import Adversary
 from olvae.models.footprint import MARGIN, footprint, without_memory
 from olvae.models.large.tiling import GIB
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import HOOKS, PlayersStrategy
+from olvae.models.optimization import HOOKS, UNUSED, PlayersStrategy
 from olvae.runs import entry_of
 from olvae.training.progress import describe_rate, describe_step
 from olvae.training.run import build_model, quieten
@@ -144,7 +144,12 @@ def record_steps(
             pl.Trainer(
                 accelerator="cpu",
                 devices=ranks,
-                strategy=PlayersStrategy(gradient_as_bucket_view=True, ddp_comm_hook=renamed, init_sync=False),
+                strategy=PlayersStrategy(
+                    gradient_as_bucket_view=True,
+                    ddp_comm_hook=renamed,
+                    find_unused_parameters=strategy == UNUSED,
+                    init_sync=False,
+                ),
                 plugins=[LightningEnvironment(), *([] if mixed == "32-true" else [MixedPrecision(mixed, "cpu")])],
                 callbacks=[LambdaCallback(on_train_batch_start=recorder.begin)],
                 max_epochs=1,

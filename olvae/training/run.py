@@ -25,7 +25,7 @@ from olvae.devices import resolve_devices, resolve_precision
 from olvae.files import first_line, no_empty_folders, remove_partials, warn_once
 from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import HOOKS, PlayersStrategy
+from olvae.models.optimization import HOOKS, UNUSED, PlayersStrategy
 from olvae.models.weight_files import locate_weights
 from olvae.modules.base import HALVES
 from olvae.runs import Run, Settings, find_moved_data, locked, make_data_absolute
@@ -152,10 +152,7 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
         model.adversary.check(model, source, trainer_args["max_steps"])
     if trainer_args["accelerator"] in ("cuda", "gpu"):
         trainer_args.setdefault("sync_batchnorm", True)
-    if count > 1 and (strategy := trainer_args.get("strategy", "auto")) in HOOKS:
-        trainer_args["strategy"] = PlayersStrategy(gradient_as_bucket_view=True, ddp_comm_hook=HOOKS[strategy])
-    elif trainer_args.get("strategy") == "ddp_bf16":
-        trainer_args["strategy"] = "auto"
+    trainer_args["strategy"] = _strategy(trainer_args.get("strategy", "auto"), count)
     config["run"] = settings.as_dict()
     return Prepared(
         plan, settings, config, source, model, trainer_args, stop, images_seen, steps_done, checkpoint, fresh
@@ -326,6 +323,19 @@ def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> dict[str
     state = {name: value for name, value in state_dict_of(checkpoint, file).items() if torch.is_tensor(value)}
     load_weights(model, state, file, prefixes=("",))
     return checkpoint
+
+
+def _strategy(name: str, processes: int) -> str | PlayersStrategy:
+    """The strategy for lightning.trainer.strategy; one process needs none."""
+    if name not in HOOKS:
+        if processes > 1:
+            raise ConfigError(f"lightning.trainer.strategy: {name}: several processes take {', '.join(HOOKS)}")
+        return name
+    if processes == 1:
+        return "auto"
+    return PlayersStrategy(
+        gradient_as_bucket_view=True, ddp_comm_hook=HOOKS[name], find_unused_parameters=name == UNUSED
+    )
 
 
 def _in_batches(trainer_args: Config, model: LiteAutoencoderKL) -> Config:

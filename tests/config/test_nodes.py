@@ -179,6 +179,7 @@ def test_every_mistake_at_once():
     config["lightning"]["trainer"]["max_step"] = 3
     config["lightning"]["trainer"]["logger"] = True
     config["lightning"]["callbacks"] = {"grids": {"target": "olvae.training.callbacks.ImageGrids", "params": {"n": 2}}}
+    config["lightning"]["trainer"] |= {"min_steps": 2, "max_time": "00:01:00:00"}
     config["modle"] = {}
     mistakes = validate(config)
     expected = (
@@ -192,6 +193,8 @@ def test_every_mistake_at_once():
         "data.params.batch_size: expected int, got 'four'",
         "lightning.trainer.max_step: unknown key; did you mean max_steps?",
         "lightning.trainer.logger: is set by lightning.logger",
+        "lightning.trainer.min_steps: is set by lightning.trainer.max_steps",
+        "lightning.trainer.max_time: is set by the option time-limit of olvae train",
         "lightning.callbacks.grids.params.n: unknown key",
     )
     for text in expected:

@@ -10,7 +10,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from olvae.models.optimization import PlayersStrategy
 from olvae.modules.base import count_parameters
-from tests.models.steps import WITHOUT_KL, against, assert_same, build, snapshot, trainer
+from olvae.modules.patchgan import PatchGAN
+from tests.models.steps import PATCHGAN, WITHOUT_KL, against, assert_same, build, snapshot, trainer
 from tests.test_devices import fork_each
 from tests.training.conftest import torchrun
 
@@ -78,6 +79,21 @@ def test_a_frozen_half_is_not_sent():
     strategy = Counting()
     module = train(strategy, lossconfig=WITHOUT_KL, freeze_encoder=True, batches=1)
     assert totals(strategy) == {"autoencoder": 4 * count_parameters(module.decoder)}
+
+
+class Unused(PatchGAN):
+    """Has a parameter that no step uses."""
+
+    def __init__(self, **params) -> None:
+        super().__init__(**params)
+        self.unused = torch.nn.Parameter(torch.zeros(3))
+
+
+def test_parameters_that_a_step_does_not_use():
+    adversary = against({**PATCHGAN, "target": f"{__name__}.Unused"})
+    with pytest.raises(RuntimeError, match="find_unused_parameters"):
+        train(PlayersStrategy(), adversary, batches=2)
+    assert train(PlayersStrategy(find_unused_parameters=True), adversary, batches=2).global_step == 2
 
 
 def test_a_hook_halves_the_bytes_of_both_players():

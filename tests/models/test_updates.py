@@ -195,6 +195,15 @@ def test_an_overflow_on_one_side_skips_the_step_and_lowers_the_scale(image_folde
     assert second is None
 
 
+def test_an_overflow_in_the_adaptive_weight_is_one(image_folder):
+    model = build(against(weight=0.5, adaptive_weight=True))
+    before = snapshot(model)
+    fit(model, image_folder, 1, plugins=[Scaled(init_scale=2.0**120)])  # the gradients are finite, their norm is not
+    (step,) = model.guard.collect()
+    assert (step.term, step.overflow) == ("gradient of the decoder's last layer", True)
+    assert_same(before, snapshot(model))
+
+
 def test_below_a_scale_of_one_it_is_no_overflow(image_folder):
     model = build(gradient_clip_val=1.0)
     next(model.autoencoder.parameters()).register_hook(lambda g: g * float("inf"))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from olvae.config import load
+from olvae.models.optimization import UNUSED
 from olvae.runs import Run
 from tests.conftest import parts, tiny_config
 from tests.data.images import write_shards
@@ -101,8 +102,12 @@ def test_two_processes_learn_from_a_teacher_as_one(train_with, train_two, tmp_pa
     assert values[0] == pytest.approx(values[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["folder", pytest.param("shards", marks=pytest.mark.slow)])
-def test_a_process_without_a_validation_image_waits_for_the_one_that_has_one(train_two, tmp_path, image_folder, kind):
+@pytest.mark.parametrize(
+    ("kind", "strategy"), [("folder", UNUSED), pytest.param("shards", "auto", marks=pytest.mark.slow)]
+)
+def test_a_process_without_a_validation_image_waits_for_the_one_that_has_one(
+    train_two, tmp_path, image_folder, kind, strategy
+):
     if kind == "folder":
         (tmp_path / "val").mkdir()
         (image_folder / "class0" / "0.png").rename(tmp_path / "val" / "0.png")
@@ -114,7 +119,7 @@ def test_a_process_without_a_validation_image_waits_for_the_one_that_has_one(tra
         data = {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": params}
     config = tiny_config(adversary_config=against())  # a discriminator, whose buffers all processes share
     config["data"] = {**data, "params": {**data["params"], "size": 16, "batch_size": 4}}
-    run = train_two(*SMALL, config=config)
+    run = train_two(*SMALL, f"lightning.trainer.strategy={strategy}", config=config)
     assert checkpoint(run)["global_step"] == 5
     best = json.loads((run.checkpoints / "best.json").read_text())
     assert (best["metric"], best["step"]) == ("val/psnr", 5)

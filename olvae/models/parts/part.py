@@ -39,6 +39,7 @@ class Step:
     """(B, C, f h, f w); None where a part stands in for a frozen decoder."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Unweighted losses so far, by name: those of the objective, then of the parts in their order."""
+    ratios: dict[str, Tensor] = field(default_factory=dict)  # of gradients, by which losses are weighted
 
 
 class StandIn(Protocol):
