@@ -7,6 +7,7 @@ It trains on the sample photographs, in about a minute and a half on one core:
 """
 
 import argparse
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from diffusers import UNet2DModel
 from torch import Tensor
 
 from olvae import AutoencoderLiteVAE
+from olvae.cli.main import print_error
 from olvae.data.dataset import SamplePhotographs
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.figures import labelled_grid
@@ -30,7 +32,7 @@ def encode(vae: AutoencoderLiteVAE, crops: int, size: int) -> Tensor:
         parts.append(torch.stack((posterior.mean, posterior.std)))
         if 32 * len(parts) >= crops:
             break
-    return torch.cat(parts, dim=1)
+    return torch.cat(parts, dim=1)[:, :crops]
 
 
 def train(unet: UNet2DModel, latents: Tensor, shift: float, scale: float, steps: int) -> list[float]:
@@ -77,9 +79,11 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
     torch.manual_seed(0)
     vae = AutoencoderLiteVAE.from_pretrained(args.vae, low_cpu_mem_usage=False)
+    if args.size % (least := 2 * vae.encoder.downscale):  # the diffusion model halves latents once
+        raise ValueError(f"--size {args.size}: choose a multiple of {least}")
     latents = encode(vae, args.crops, args.size)
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
-    if (shift, scale) == (0.0, 1.0):  # exported without factors: measure them, as olvae latents does
+    if (shift, scale) == (0.0, 1.0):  # exported without factors, which olvae latents measures: those of the means
         shift, scale = latents[0].mean().item(), 1 / latents[0].std().item()
     z = (latents[0] - shift) * scale
     print(f"{z.shape[0]} latents of {tuple(z.shape[1:])}, mean {z.mean():.2f}, standard deviation {z.std():.2f}")
@@ -108,4 +112,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(print_error(error))

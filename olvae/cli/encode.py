@@ -23,7 +23,6 @@ from olvae.cli.options import (
 )
 from olvae.config import ConfigError
 from olvae.files import check_folder, no_empty_folders
-from olvae.runs import entry_of
 
 if TYPE_CHECKING:  # slow to import
     from olvae.models.autoencoder import Autoencoder
@@ -38,7 +37,7 @@ def command(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files: empty, or to be continued.")],
     config: ConfigFile = None,
     size: Annotated[
-        str | None, typer.Option(metavar="PIXELS", help="After resizing and cropping; by default the training's.")
+        str | None, typer.Option(metavar="PIXELS", help="After resizing and cropping; a config's, or the training's.")
     ] = None,
     native: Annotated[bool, typer.Option("--native", help="Keep images' sizes, padded to multiples of f.")] = False,
     moments: Annotated[
@@ -89,7 +88,7 @@ def command(
 
         from olvae.data.pixels.size_and_range import Sides
         from olvae.devices import gather, join, keep_freed_memory, leave, precision_name, resolve_device
-        from olvae.export.encoding import EncodeJob, EncodeOptions, find_inputs
+        from olvae.export.encoding import EncodeJob, EncodeOptions, find_inputs, usual_transform
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
         from olvae.models.optimization import compile_networks
@@ -102,9 +101,9 @@ def command(
     where = torch.device(resolve_device(device))
     model = found.load().to(where)
     inputs = find_inputs(data, model.in_channels, shard_size or (0 if images else 1000), classes, model.pixel_range)
-    usual = Sides.of(entry_of(found.config, "data.params.size") or model.image_size)
-    pixels = 0 if native else (Sides.read(size) if size else usual).node
-    options = EncodeOptions(pixels, moments, seed, dtype, flip, images, precision_name(precision))
+    usual = usual_transform(inputs, found.config, model)
+    pixels = 0 if native else (Sides.read(size) if size else Sides.of(usual.size)).node
+    options = EncodeOptions(pixels, moments, seed, dtype, flip, images, precision_name(precision), usual.resample)
     stats = None
     with no_empty_folders(out):
         job = EncodeJob(model, inputs, options, out, {"target": found.name, "source": data})
@@ -115,7 +114,7 @@ def command(
             compile_networks([_encoder(model, target)], where)
         share = "" if world == 1 else f", 1 of {world} shares"
         bar = ProgressBar(f"encoding{share}", inputs.count(range(rank, len(inputs), world)), enabled=rank == 0)
-        with job.shards.nothing_left(), bar:
+        with job.shards.locked("olvae encode"), job.shards.nothing_left(), bar:
             try:
                 job.run(rank, world, batch_size, threads, int(memory * GIB), bar.advance)
             except KeyboardInterrupt:

@@ -69,13 +69,18 @@ def open_test_source(
     if src is not None:
         usual, workers = size or params.get("size") or usual, params.get("num_workers", 0)
         source = open_source(src, usual, 1, workers, channels, pixel_range, resized=size is not None)
-        mixed = [node.get("params") or {} for node in _mixed(params)]
-        if all(are_for_masks(part.get("filters") or ()) for part in mixed or [params]):
+        if holds_masks(params):
             source.eval_transform = replace(source.eval_transform, resample="nearest")
         return source
     if not config.get("data"):
         raise ConfigError("the first target has no data to take images from: set `data`")
     return _build(present_data(config), "data.target", size)
+
+
+def holds_masks(params: Config) -> bool:
+    """Whether a source with these arguments has masks, which evaluation resizes by nearest."""
+    mixed = [node.get("params") or {} for node in _mixed(params)]
+    return all(are_for_masks(part.get("filters") or ()) for part in mixed or [params])
 
 
 def _resized(node: Config, size: Size) -> Config:

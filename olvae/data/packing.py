@@ -68,9 +68,9 @@ def pack(
     """Write the images of SRC to ``out/000000.tar``, ``000001.tar``, ... then an ``index.json``.
 
     A shard holds for each image ``KEY.jpg`` (or .png, .webp, .npy) and ``KEY.json`` with its name in the source, its
-    width and height, upright, and its class where a data set gives one; KEY is its position in the order. Shards and
-    index depend on the source and the options alone. Finished shards of an earlier run are kept. A share of up to
-    ``max_unreadable`` of the images may be unreadable; these are left out.
+    width and height, upright, and its class where a data set gives one, also in ``KEY.cls``; KEY is its position in the
+    order. Shards and index depend on the source and the options alone. Finished shards of an earlier run are kept. A
+    share of up to ``max_unreadable`` of the images may be unreadable; these are left out.
 
     Raises ConfigError: the folder holds something else, or shards of other options or images, or lies inside the
     source. TooManyUnreadableError, ValueError: more images than allowed can't be read, or none. OSError: a shard could
@@ -184,10 +184,10 @@ class _Packer:
         photo = self.images[index]
         photo = Photo(photo.undecoded(), photo.name, photo.channels, photo.pixel_range)  # the bytes that are stored
         extension, data, (width, height) = _encode(photo, self.options)
-        details = {"name": self.images.key(index), "width": width, "height": height}
+        details, files = {"name": self.images.key(index), "width": width, "height": height}, {extension: data}
         if isinstance(self.images, Items) and (label := self.images.label(index)) is not None:
-            details["label"] = label
-        return dict(sorted({extension: data, "json": json.dumps(details).encode()}.items()))
+            details["label"], files["cls"] = label, str(label).encode()
+        return dict(sorted({**files, "json": json.dumps(details).encode()}.items()))
 
 
 def _encode(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, int]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.config.reading import EXTENSIONS, is_local
+from olvae.config.reading import EXTENSIONS
 from olvae.data.image import MODES
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.latent_source import LATENT, read_latent
@@ -25,6 +25,8 @@ FORMATS: dict[str, dict[str, Any]] = {  # options of Pillow
     "jpg": {"quality": 95, "subsampling": 0},
     **{suffix.removeprefix("."): {} for suffix in ARRAYS},
 }
+
+OURS = ".decoded"  # file beside the images with the names of those that decoding made
 
 
 class _Latent(NamedTuple):
@@ -49,14 +51,14 @@ def decode_shards(
     it can't hold them, npy. What takes more than ``memory`` bytes is tiled. ``advance`` is called with the number of
     further images. Return the number of images, and the latents that could not be read; raise ValueError if none can,
     or they are another model's, ConfigError for a format of 8 bits for a model with a range of values, or if a file
-    that is older than the shards would be replaced.
+    that decoding did not make would be replaced.
     """
     pixels = model.pixel_range
     image_format = image_format or ("png" if pixels.eight_bits and model.in_channels in MODES else "npy")
     if not pixels.eight_bits and f".{image_format}" not in ARRAYS:
         raise ConfigError(f"`format` {image_format}: 8 bits can't hold values of {pixels}: choose npy, tif or exr")
     remove_partials(folder.rglob(".partial-*"), idle_s=1.0)
-    encoded = min((Path(shard.url).stat().st_mtime for shard in shards if is_local(shard.url)), default=0.0)
+    ours = set((folder / OURS).read_text(encoding="utf-8").split("\n")) if (folder / OURS).is_file() else set()
     names, unreadable = set[str](), list[ReadError]()
     for batch in _batches(shards, batch_size, unreadable):
         z = torch.stack([latent.z for latent in batch])  # (B, n_z, h, w)
@@ -68,9 +70,11 @@ def decode_shards(
             name = _name(latent.key, image_format, names)
             names.add(name)
             place = folder / name
-            if place.is_file() and place.stat().st_mtime < encoded:
-                raise ConfigError(f"{place}: older than its latent, so perhaps what was encoded: change `out`")
+            if place.exists() and name not in ours:
+                raise ConfigError(f"{place}: is there already, perhaps what was encoded: change `out`")
             place.parent.mkdir(parents=True, exist_ok=True)
+            with (folder / OURS).open("a", encoding="utf-8") as file:
+                file.write("" if name in ours else f"{name}\n")
             save_image(crop_to(image, latent.size), place, **FORMATS[image_format])
         advance(len(batch))
     if not names:

@@ -5,7 +5,7 @@ import json
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -15,11 +15,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from olvae.checkpoint import tensors_sum
-from olvae.config import ConfigError, load
+from olvae.config import Config, ConfigError, load
 from olvae.config.reading import YAML, holds_shards, is_local
 from olvae.data.dataset import ImageDataset, MappedSource
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor
-from olvae.data.opening import open_images, open_source
+from olvae.data.opening import holds_masks, open_images, open_source
 from olvae.data.packing import usual_shard_size
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
@@ -60,6 +60,7 @@ class DatasetInputs:
     shard_size: int
     classes: Sequence[str] = ()  # names of folders: a file ``.cls`` has the number of the image's
     source: Sequence[str] = ()  # the one SRC of images whose numbers do not say which they are
+    transform: EvalTransform | None = None  # of a config
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.shard_size)
@@ -91,6 +92,7 @@ class ShardInputs:
     channels: int
     image_key: str | None = None
     pixel_range: PixelRange = EIGHT_BITS
+    transform: EvalTransform | None = None  # of a config
     classes: ClassVar[Sequence[str]] = ()  # the .cls files of the shards are kept
 
     def __len__(self) -> int:
@@ -117,7 +119,7 @@ class ShardInputs:
             f"{Path(url).name}:{n}:{file_state(url)}" if is_local(url) else f"{url}:{n}:"
             for url, n in ((shard.url, shard.images) for shard in self.shards)
         ]
-        return {"options": dict(options), "images": _digest(names)}
+        return {"options": dict(options), "images": _digest([*names, *filter(None, [self.image_key])])}
 
 
 Inputs = DatasetInputs | ShardInputs
@@ -132,26 +134,37 @@ def find_inputs(
     ``classes`` the folders of SRC are classes. Raises ConfigError also for a config whose data have another range of
     values.
     """
-    name = src
+    name, transform = src, None
     if Path(src).suffix in YAML:
         source, name = open_source(src, 1, 1), json.dumps(load([src]).get("data"), sort_keys=True, default=str)
         pixel_range.check_data(source.pixel_range)
         if source.channels != channels:
             raise ConfigError(f"{src}: images of {source.channels} channels, and the model takes {channels}")
+        transform = source.eval_transform
         if isinstance(source, WebDatasetSource):
-            return ShardInputs(source.val, source.channels, source.image_key, source.pixel_range)
+            return ShardInputs(source.val, source.channels, source.image_key, source.pixel_range, transform)
         if not isinstance(source, MappedSource):
             raise ConfigError(f"{src}: {type(source).__name__} can't be encoded: encode its sources one by one")
         images = source.val
     elif holds_shards(src):
         if classes:
-            raise ConfigError("`classes` is for folders: the .cls files of shards are kept anyway")
+            raise ConfigError("`classes` is for folders: encode those; shards keep their .cls files, if they have any")
         return ShardInputs(with_counts(find_shards(src)), channels, None, pixel_range)
     else:
         images = open_images(src, channels, pixel_range)
     named = () if isinstance(images, Files) else (name,)
     shard_size = shard_size or usual_shard_size(len(images))
-    return DatasetInputs(images, shard_size, _classes(images) if classes else (), named)
+    return DatasetInputs(images, shard_size, _classes(images) if classes else (), named, transform)
+
+
+def usual_transform(inputs: Inputs, config: Config, model: Autoencoder) -> EvalTransform:
+    """Choose the resizing as evaluation does: that of a config's source, else the size of the training.
+
+    Masks are resized by nearest, also where only the training, of this config, says that its images are masks.
+    """
+    trained = (config.get("data") or {}).get("params") or {}
+    usual = inputs.transform or EvalTransform(trained.get("size") or model.image_size)
+    return replace(usual, resample="nearest") if holds_masks(trained) else usual
 
 
 def _classes(images: ImageDataset) -> list[str]:
@@ -176,6 +189,7 @@ class EncodeOptions:
     flip: bool = False  # store the mirrored image's latent as well
     images: bool = False  # store the pixels that are encoded as well, as PNG
     precision: str = FULL  # that the encoder computes in, a name of olvae.devices.PRECISIONS
+    resample: str = "bicubic"  # the filter of resizing, a name of olvae.data.image.FILTERS
 
     def check(self, model: Autoencoder) -> None:
         """Raise ValueError unless images of a model can be stored like this."""
@@ -198,13 +212,14 @@ class ReadImage(NamedTuple):
     size: tuple[int, int]
 
 
-def _read(size: Size, keep_pixels: bool, item: Item | ReadError) -> ReadImage | ReadError:
+def _read(options: EncodeOptions, item: Item | ReadError) -> ReadImage | ReadError:
     if isinstance(item, ReadError):
         return item
     try:
         picture = item.open().read()
-        pixels = image_to_tensor(EvalTransform(size)(picture) if size else picture)
-        if keep_pixels:
+        resized = EvalTransform(options.size, resample=options.resample)(picture) if options.size else picture
+        pixels = image_to_tensor(resized)
+        if options.images:
             item = item._replace(files={**item.files, PIXELS: pixel_bytes(pixels)})
         return ReadImage(item, pixels, picture.size)
     except UnreadableImageError as error:
@@ -218,7 +233,7 @@ def _read_ahead(
     waiting: deque[Future[ReadImage | ReadError]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:
-            waiting.append(pool.submit(_read, options.size, options.images, item))
+            waiting.append(pool.submit(_read, options, item))
             if len(waiting) > depth:
                 yield waiting.popleft().result()
         while waiting:
@@ -272,7 +287,8 @@ class EncodeJob:
         self.shards = ResumableShards(folder, STATE)
         weights = tensors_sum(model.state_dict())
         self.describe = {**describe, "weights": weights, "downscale": model.downscale, "channels": model.in_channels}
-        self.shards.begin({"weights": weights, **inputs.plan(asdict(options))})
+        self._plan = {"weights": weights, **inputs.plan(asdict(options))}
+        self.shards.check(self._plan)
 
     def run(
         self,
@@ -289,6 +305,7 @@ class EncodeJob:
         is called with the number of further images that are done, including those of finished shards. Raise ValueError
         for latents that are not finite, or too large for the dtype, OSError if a remote shard can't be read now.
         """
+        self.shards.begin(self._plan)
         for shard in range(rank, len(self.inputs), world):
             if finished := self.shards.finished(shard):
                 advance(finished.record.images + len(finished.unreadable))

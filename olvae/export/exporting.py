@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,16 @@ from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.families import family_of
 from olvae.models.loading.loader import Target
 from olvae.models.loading.targets import RAW
-from olvae.models.spec import CLASS_NAME, DIFFUSERS, check_factors, class_in, is_hub_id, place_in
+from olvae.models.spec import (
+    CLASS_NAME,
+    DIFFUSERS,
+    SHIPPED,
+    check_factors,
+    class_in,
+    is_hub_id,
+    place_in,
+    shipped_folder,
+)
 from olvae.modules.base import count_parameters, device_of, dtype_of
 from olvae.modules.scaling_factors import FEW_IMAGES
 from olvae.runs import TEACHER, Run, config_of, entry_of, find_run, run_of, settings_of
@@ -89,6 +99,7 @@ class Provenance:
     metrics: Path | None = None
     raw: bool = False  # not averaged
     licence: str | None = None
+    data: str | None = None  # the training data in words; by default what the config says
     factors_from: str | None = None  # where the scaling and shift factors are from; None if they were not measured
 
 
@@ -109,7 +120,9 @@ def export_target(target: Target, place: Path, settings: ExportSettings) -> tupl
     kept = "latents" not in layout.refused
     factors_from = _set_factors(model, loaded, target, settings, layout.in_units(model), notes) if kept else None
     metrics = None if layout.suffix else _metrics_of(target, loaded, notes)
-    provenance = Provenance(target.name, target.config, metrics, target.raw, settings.license, factors_from)
+    licence, data = _stated(_folder_of(target) / CARD_NAME)
+    licence = settings.license or licence
+    provenance = Provenance(target.name, target.config, metrics, target.raw, licence, data, factors_from)
     return export(model, place, layout, settings, provenance), notes
 
 
@@ -257,8 +270,7 @@ def _replace(partial: Path, place: Path) -> None:
 
 def _metrics_of(target: Target, model: Autoencoder, notes: list[str]) -> Path | None:
     """Find metrics.json beside a target; note if it is about other weights, as of a run's past, and so left out."""
-    folder = target.run.path if target.run is not None else Path(target.given.removesuffix(RAW).removeprefix(DIFFUSERS))
-    metrics = folder / "metrics.json"
+    metrics = _folder_of(target) / "metrics.json"
     if not metrics.is_file():
         return None
     rows = [] if target.run is None else Results.read(metrics).rows
@@ -270,6 +282,22 @@ def _metrics_of(target: Target, model: Autoencoder, notes: list[str]) -> Path | 
     if about is not None:
         notes.append(f"{metrics} is left out: it is about {about}")
     return metrics if about is None else None
+
+
+def _folder_of(target: Target) -> Path:
+    """The folder of a run, an export or a shipped model; of another target one that need not exist."""
+    given = target.given.removesuffix(RAW).removeprefix(DIFFUSERS)
+    return target.run.path if target.run else shipped_folder(given) if given.startswith(SHIPPED) else Path(given)
+
+
+def _stated(card: Path) -> tuple[str | None, str | None]:
+    """The licence and the training data that an earlier export's card states, if there is one."""
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    if MADE_WITH not in text:
+        return None, None
+    licence = re.search(r"^license: (?!unknown)(.+)$", text, re.MULTILINE)
+    data = re.search(r"^## Training data\n+(.+?)\s*(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    return licence and licence[1], data and data[1]
 
 
 def _set_factors(
@@ -374,7 +402,7 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
         scores=scores(results) if results else {},
         protocol=results.protocol if results else {},
         precisions=list(HALF.lines(family)),
-        data=_data(provenance.config),
+        data=provenance.data or _data(provenance.config),
         onnx=onnx,
     )
 

@@ -143,7 +143,9 @@ def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
         files = [file for file in files if folder / WEIGHTS_NAME not in files or not file.match(copies)]
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
-            raise FileNotFoundError(f"{given}: several files of weights ({names}): name one of them")
+            split = files[0].with_name(f"{WEIGHTS_NAME}.index.json").is_file()
+            remedy = "save them as one, with a larger max_shard_size" if split else "name one of them"
+            raise FileNotFoundError(f"{given}: several files of weights ({names}): {remedy}")
         if files:
             return files[0]
     raise FileNotFoundError(

@@ -1,6 +1,7 @@
 """``olvae encode`` and ``olvae decode`` as a user types them."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -37,14 +38,16 @@ def test_there_and_back(olvae, done, target, tmp_path, image_folder):
     before = everything(latents)
     assert olvae(*encode)[:2] == (0, "")  # once more: nothing is left to do
     assert everything(latents) == before
-    originals = everything(image_folder)
+    originals = {path: path.read_bytes() for path in image_folder.rglob("*.*")}
+    os.utime(image_folder / "class0" / "0.png")  # newer than its latent
     code, out, err = olvae("decode", target, latents, "--out", image_folder)
     assert code == 2
-    assert "0.png: older than its latent, so perhaps what was encoded: change --out" in err
-    assert everything(image_folder) == originals
+    assert "0.png: is there already, perhaps what was encoded: change --out" in err
+    assert {path: path.read_bytes() for path in image_folder.rglob("*.*")} == originals
     code, out, err = olvae("decode", target, latents, "--out", images)
     assert (code, out, err) == (0, "", f"images: {images}, 12 of them\n")
     assert len([*images.rglob("*.png")]) == 12
+    done("decode", target, latents, "--out", images)  # its own images may be replaced
     tiny_vae(1).save_pretrained(tmp_path / "other")
     err = done("decode", tmp_path / "other", latents, "--out", tmp_path / "more")
     assert f"note: vae made these latents, with other weights than {tmp_path / 'other'}'s" in err
@@ -101,6 +104,16 @@ def test_mistakes_are_one_line(done, refused, target, tmp_path, image_folder):
     assert line == "error: no images in these shards: an image is a file KEY.jpg, KEY.png, ...\n"
     assert "was begun with flip False (now True): give the same options and images" in refused(2, *encode("--flip"))
     assert "was begun with other images: give the same options" in refused(2, *encode("--data", "samples"))
+
+
+def test_another_command_at_work_in_the_folder(refused, target, tmp_path, image_folder, monkeypatch):
+    monkeypatch.setattr("olvae.data.shards.write.LOCK_S", 0.0)
+    latents = tmp_path / "latents"
+    with ResumableShards(latents, ".encode").locked("olvae encode"):
+        (half := latents / ".encode" / ".partial-000000.tar").touch()
+        line = refused(2, "encode", target, "--data", image_folder, "--size", 16, "--out", latents)
+        assert line == f"error: --out {latents}: another `olvae encode` is at work there\n"
+        assert half.exists()
 
 
 @pytest.mark.parametrize("shards", [0, 2])

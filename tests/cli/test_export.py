@@ -86,7 +86,7 @@ def test_diffusers_is_given_a_run(any_command, run_folder, tmp_path):
 
 def test_from_a_run_to_everything(olvae, done, run_folder, tmp_path):
     out = tmp_path / "vae"
-    code, stdout, err = olvae(run_folder, "--out", out)
+    code, stdout, err = olvae(run_folder, "--out", out, "--license", "mit")
     assert (code, stdout) == (0, "")
     assert "loaded back: equal\nin diffusers: equal\n" in err
     assert "scaling factor 1 and shift factor 0 are not measured: olvae latents does, then export with --latents" in err
@@ -110,6 +110,13 @@ def test_from_a_run_to_everything(olvae, done, run_folder, tmp_path):
     assert (half.folded, half.scaling_factor, half.shift_factor) == (True, 0.5, 0.125)
     torch.testing.assert_close(half(x)[0], expected, rtol=0.1, atol=0.1)
     assert (tmp_path / "half" / "metrics.json").is_file()
+    cards = [(folder / "README.md").read_text() for folder in (out, tmp_path / "half")]
+    first, again = (card.partition("## Training data")[2].partition("## Use")[0] for card in cards)
+    assert first == again
+    assert "SamplePhotographs" in first
+    assert "Weights: mit." in first
+    done("olvae:photos-f8c4", "--out", tmp_path / "shipped")
+    assert (tmp_path / "shipped" / "metrics.json").is_file()
 
     code, _, err = olvae(run_folder, "--out", out, "--raw", "--scaling-factor", 2, "--shift-factor", -1, "--force")
     name = run_folder.name

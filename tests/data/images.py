@@ -131,7 +131,8 @@ def members(folder: Path) -> dict[str, tuple[bytes, dict[str, Any]]]:
         for name, data in files.items():
             if name.endswith(".json"):
                 details = json.loads(data)
-                (image,) = (n for n in files if n.startswith(name[:-4]) and n != name)
+                details |= {"cls": files[name[:-4] + "cls"].decode()} if name[:-4] + "cls" in files else {}
+                (image,) = (n for n in files if n.startswith(name[:-4]) and n[-4:] not in ("json", ".cls"))
                 assert details["name"] not in found
                 found[details["name"]] = (files[image], {**details, "file": image})
     return found

@@ -338,7 +338,7 @@ def test_a_torchvision_data_set_with_its_classes(tmp_path):
     for name, (data, details) in packed.items():
         image, label = dataset[int(name)]
         assert np.array_equal(pixels(data), np.asarray(image))
-        assert details["label"] == label
+        assert (details["label"], details["cls"]) == (label, str(label))
 
 
 def test_formats_that_cannot_be_written():

@@ -265,7 +265,11 @@ def test_folders_that_hold_none_or_several(tmp_path):
     (tmp_path / "diffusion_pytorch_model.fp16.safetensors").touch()  # as diffusers' repositories keep it
     assert same_weights(LiteVAE.from_pretrained(tmp_path), model)
     (tmp_path / "second.safetensors").touch()
-    with pytest.raises(FileNotFoundError, match=r"several files of weights \(diffusion_pytorch_model.safetensors, sec"):
+    several = r"several files of weights \(diffusion_pytorch_model.safetensors, second.safetensors\): "
+    with pytest.raises(FileNotFoundError, match=f"{several}name one of them"):
+        LiteVAE.from_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors.index.json").touch()
+    with pytest.raises(FileNotFoundError, match=f"{several}save them as one"):
         LiteVAE.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"\(empty\): no such file or folder"):
         LiteVAE.from_pretrained("")
