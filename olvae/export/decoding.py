@@ -1,5 +1,6 @@
 """Decode shards of latents to files of images."""
 
+import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -26,7 +27,7 @@ FORMATS: dict[str, dict[str, Any]] = {  # options of Pillow
     **{suffix.removeprefix("."): {} for suffix in ARRAYS},
 }
 
-OURS = ".decoded"  # file beside the images with the names of those that decoding made
+OURS = ".decoded"  # file beside the images with the names of those that decoding made, a JSON string a line
 
 
 class _Latent(NamedTuple):
@@ -70,11 +71,12 @@ def decode_shards(
             name = _name(latent.key, image_format, names)
             names.add(name)
             place = folder / name
-            if place.exists() and name not in ours:
-                raise ConfigError(f"{place}: is there already, perhaps what was encoded: change `out`")
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with (folder / OURS).open("a", encoding="utf-8") as file:
-                file.write("" if name in ours else f"{name}\n")
+            if (line := json.dumps(name)) not in ours:
+                if place.exists():
+                    raise ConfigError(f"{place}: is there already, perhaps what was encoded: change `out`")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with (folder / OURS).open("a", encoding="utf-8") as file:
+                    file.write(f"{line}\n")
             save_image(crop_to(image, latent.size), place, **FORMATS[image_format])
         advance(len(batch))
     if not names:

@@ -287,7 +287,8 @@ class EncodeJob:
         self.shards = ResumableShards(folder, STATE)
         weights = tensors_sum(model.state_dict())
         self.describe = {**describe, "weights": weights, "downscale": model.downscale, "channels": model.in_channels}
-        self._plan = {"weights": weights, **inputs.plan(asdict(options))}
+        unusual = {name: v for name, v in asdict(options).items() if (name, v) != ("resample", EvalTransform.resample)}
+        self._plan = {"weights": weights, **inputs.plan(unusual)}
         self.shards.check(self._plan)
 
     def run(

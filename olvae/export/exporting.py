@@ -99,7 +99,7 @@ class Provenance:
     metrics: Path | None = None
     raw: bool = False  # not averaged
     licence: str | None = None
-    data: str | None = None  # the training data in words; by default what the config says
+    data: str | None = None  # the training data in words, where the config does not say
     factors_from: str | None = None  # where the scaling and shift factors are from; None if they were not measured
 
 
@@ -120,7 +120,7 @@ def export_target(target: Target, place: Path, settings: ExportSettings) -> tupl
     kept = "latents" not in layout.refused
     factors_from = _set_factors(model, loaded, target, settings, layout.in_units(model), notes) if kept else None
     metrics = None if layout.suffix else _metrics_of(target, loaded, notes)
-    licence, data = _stated(_folder_of(target) / CARD_NAME)
+    licence, data = (None, None) if layout.suffix else _stated(_folder_of(target) / CARD_NAME)
     licence = settings.license or licence
     provenance = Provenance(target.name, target.config, metrics, target.raw, licence, data, factors_from)
     return export(model, place, layout, settings, provenance), notes
@@ -292,7 +292,7 @@ def _folder_of(target: Target) -> Path:
 
 def _stated(card: Path) -> tuple[str | None, str | None]:
     """The licence and the training data that an earlier export's card states, if there is one."""
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     if MADE_WITH not in text:
         return None, None
     licence = re.search(r"^license: (?!unknown)(.+)$", text, re.MULTILINE)
@@ -402,7 +402,7 @@ def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenanc
         scores=scores(results) if results else {},
         protocol=results.protocol if results else {},
         precisions=list(HALF.lines(family)),
-        data=provenance.data or _data(provenance.config),
+        data=_data(provenance),
         onnx=onnx,
     )
 
@@ -441,9 +441,10 @@ def _base_models(config: Mapping[str, Any]) -> list[str]:
     return list(found)
 
 
-def _data(config: Mapping[str, Any]) -> str:
+def _data(provenance: Provenance) -> str:
+    config = provenance.config
     if not (target := entry_of(config, "data.target")):
-        return "Unknown."
+        return provenance.data or "Unknown."
     text = [f"`{plain(str(target))}`"]
     if root := entry_of(config, "data.params.root"):
         text.append(plain(Path(str(root)).name))

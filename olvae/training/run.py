@@ -152,7 +152,7 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
         model.adversary.check(model, source, trainer_args["max_steps"])
     if trainer_args["accelerator"] in ("cuda", "gpu"):
         trainer_args.setdefault("sync_batchnorm", True)
-    trainer_args["strategy"] = _strategy(trainer_args.get("strategy", "auto"), count)
+    trainer_args["strategy"] = _strategy(trainer_args.get("strategy") or "auto", count)
     config["run"] = settings.as_dict()
     return Prepared(
         plan, settings, config, source, model, trainer_args, stop, images_seen, steps_done, checkpoint, fresh
@@ -325,12 +325,10 @@ def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> dict[str
     return checkpoint
 
 
-def _strategy(name: str, processes: int) -> str | PlayersStrategy:
+def _strategy(name: Any, processes: int) -> str | PlayersStrategy:
     """The strategy for lightning.trainer.strategy; one process needs none."""
-    if name not in HOOKS:
-        if processes > 1:
-            raise ConfigError(f"lightning.trainer.strategy: {name}: several processes take {', '.join(HOOKS)}")
-        return name
+    if not isinstance(name, str) or name not in HOOKS:
+        raise ConfigError(f"lightning.trainer.strategy: {name}: choose from {', '.join(HOOKS)}")
     if processes == 1:
         return "auto"
     return PlayersStrategy(

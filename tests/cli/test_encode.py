@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from olvae.cli.main import main
 from olvae.config import ConfigError
 from olvae.data.shards.write import ResumableShards
 from tests.export.latents import everything, tiny_vae
-from tests.test_devices import fork_two
+from tests.test_devices import fork_each, fork_two
+from tests.training.conftest import torchrun
 
 
 @pytest.fixture
@@ -110,10 +112,17 @@ def test_another_command_at_work_in_the_folder(refused, target, tmp_path, image_
     monkeypatch.setattr("olvae.data.shards.write.LOCK_S", 0.0)
     latents = tmp_path / "latents"
     with ResumableShards(latents, ".encode").locked("olvae encode"):
-        (half := latents / ".encode" / ".partial-000000.tar").touch()
+        (latents / ".encode" / ".partial-000000.tar").touch()
         line = refused(2, "encode", target, "--data", image_folder, "--size", 16, "--out", latents)
         assert line == f"error: --out {latents}: another `olvae encode` is at work there\n"
-        assert half.exists()
+        before = everything(latents / ".encode")
+
+        def work(rank: int) -> None:
+            os.environ.update(torchrun(rank, per_node=2))
+            sys.exit(main(["encode", str(target), "--data", str(image_folder), "--size", "24", "--out", str(latents)]))
+
+        fork_each(work, exits=(2, 1))
+        assert everything(latents / ".encode") == before
 
 
 @pytest.mark.parametrize("shards", [0, 2])

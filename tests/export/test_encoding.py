@@ -350,6 +350,7 @@ def test_images_are_resized_as_in_evaluation(tmp_path, image_folder):
     encode(tmp_path / "masks", tmp_path / "out", resample="nearest", images=True)
     content = files(tmp_path / "out")["000000.tar"]["00000000.latent.png"]
     assert set(np.asarray(Image.open(io.BytesIO(content))).flat) == {0, 255}
+    assert "resample" in json.loads((tmp_path / "out" / ".encode" / "plan.json").read_text())["options"]
 
 
 def test_a_kill_leaves_nothing_half_written_once_it_is_encoded_again(tmp_path, image_folder):

@@ -110,11 +110,9 @@ def test_a_failing_start_leaves_nothing_and_changes_nothing(go, tmp_path):
     assert not (tmp_path / "runs").exists()
     run = go()
     before = run.config.read_text()
-    with pytest.raises(Exception, match="foo"):
+    with pytest.raises(ConfigError, match="foo: choose from auto, ddp, ddp_bf16"):
         go("lightning.trainer.strategy=foo", "lightning.trainer.max_steps=8", resume=run.path)
     assert run.config.read_text() == before
-    with pytest.raises(ConfigError, match="several processes take auto, ddp, ddp_bf16"):
-        go(*(f"lightning.trainer.{setting}" for setting in ("strategy=ddp_spawn", "accelerator=cpu", "devices=2")))
     with pytest.raises(ConfigError, match="use_ema"):
         go("model.params.use_ema=false", resume=run.path)
     with pytest.raises(ConfigError, match="leave it out"):

@@ -2,10 +2,11 @@
 
 import io
 import json
+import logging
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,8 +14,10 @@ from typing import Any, NamedTuple
 from olvae.config import ConfigError
 from olvae.data.read_errors import ReadError
 from olvae.data.shards.index import ShardRecord
-from olvae.devices import this_process
-from olvae.files import atomic_write, file_sha256, lock_file, remove_partials, write_json
+from olvae.devices import gather, this_process
+from olvae.files import atomic_write, file_sha256, lock_file, reason, remove_partials, write_json
+
+log = logging.getLogger(__name__)
 
 LOCK_S = 5.0  # worker processes of a killed run need a moment to notice
 
@@ -86,19 +89,21 @@ class ResumableShards:
 
     @contextmanager
     def locked(self, command: str) -> Iterator[None]:
-        """Hold the folder's lock, in the first of several processes.
+        """Hold the folder's lock; of several processes the first has it, and the others wait until it does.
 
-        Raise ConfigError if another run, or its child processes, have it for too long.
+        Raise ConfigError if another run, or its child processes, have it for too long; without locks only warn.
         """
-        if this_process()[0] > 0:
-            yield
-            return
-        self._state.mkdir(parents=True, exist_ok=True)
-        with (self._state / "lock").open("w") as file:
-            try:
-                lock_file(file, LOCK_S)
-            except BlockingIOError as error:
-                raise ConfigError(f"`out` {self.folder}: another `{command}` is at work there") from error
+        with ExitStack() as held:
+            if this_process()[0] == 0:
+                self._state.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context((self._state / "lock").open("w"))
+                try:
+                    lock_file(file, LOCK_S)
+                except BlockingIOError as error:
+                    raise ConfigError(f"`out` {self.folder}: another `{command}` is at work there") from error
+                except OSError as error:
+                    log.warning("%s: no lock here (%s): let nothing else write there", self.folder, reason(error))
+            gather(None)
             yield
 
     @contextmanager

@@ -1,5 +1,6 @@
 """The writer of resumable shards, beside what packing and encoding test of it."""
 
+import errno
 import json
 
 import pytest
@@ -80,3 +81,13 @@ def test_another_plan_is_refused_once_something_is_finished(shards):
         shards.begin({**PLAN, "images": "abd"})
     assert json.loads((shards.folder / ".state" / "plan.json").read_text()) == PLAN
     shards.begin(PLAN)
+
+
+def test_without_locks_it_warns(tmp_path, monkeypatch, caplog):
+    def lockless(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("olvae.data.shards.write.lock_file", lockless)
+    with ResumableShards(tmp_path / "out", ".state").locked("it"):
+        pass
+    assert "no lock here (No locks available): let nothing else write there" in caplog.text
