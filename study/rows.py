@@ -98,10 +98,10 @@ RUNS = {
     "litevae_linear": {"5e-4": 1, "1e-3": 3, "2e-3": 1},
     "sd": {"5e-4": 3, "1e-3": 3, "2e-3": 1},
     "sd_free": {"5e-4": 2, "1e-3": 3, "2e-3": 1},
-    "sd_short": {"1e-3": 3},
+    "sd_short": {"5e-4": 1, "1e-3": 3, "2e-3": 1},
     "sd_linear": {"5e-4": 2, "1e-3": 3},
     "tiny": {"1e-3": 3, "2e-3": 1},
-    "tiny_whole": {"1e-3": 1},
+    "tiny_whole": {"1e-3": 3},
 }
 """How many seeds each network is trained with at each learning rate; above 2e-3 the two published ones diverge."""
 
@@ -112,10 +112,10 @@ LONGER = {
     "litevae_linear": ("1e-3", 3),
     "sd": ("1e-3", 3),
     "sd_free": ("1e-3", 3),
-    "sd_short": ("1e-3", 1),
+    "sd_short": ("1e-3", 3),
     "sd_linear": ("5e-4", 3),
     "tiny": ("1e-3", 3),
-    "tiny_whole": ("1e-3", 1),
+    "tiny_whole": ("1e-3", 3),
 }
 """Trained for four times the steps too, in bf16: the networks, their learning rates and numbers of seeds."""
 
