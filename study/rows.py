@@ -101,7 +101,7 @@ RUNS = {
     "sd_short": {"5e-4": 1, "1e-3": 3, "2e-3": 1},
     "sd_linear": {"5e-4": 2, "1e-3": 3},
     "tiny": {"1e-3": 3, "2e-3": 1},
-    "tiny_whole": {"1e-3": 3},
+    "tiny_whole": {"1e-3": 3, "2e-3": 1},
 }
 """How many seeds each network is trained with at each learning rate; above 2e-3 the two published ones diverge."""
 
