@@ -99,8 +99,8 @@ class Provenance:
     metrics: Path | None = None
     raw: bool = False  # not averaged
     licence: str | None = None
-    data: str | None = None  # the training data in words, where the config does not say
     factors_from: str | None = None  # where the scaling and shift factors are from; None if they were not measured
+    data: str | None = None  # the training data in words, where the config does not say
 
 
 def export_target(target: Target, place: Path, settings: ExportSettings) -> tuple[dict[str, float], list[str]]:
@@ -122,7 +122,7 @@ def export_target(target: Target, place: Path, settings: ExportSettings) -> tupl
     metrics = None if layout.suffix else _metrics_of(target, loaded, notes)
     licence, data = (None, None) if layout.suffix else _stated(_folder_of(target) / CARD_NAME)
     licence = settings.license or licence
-    provenance = Provenance(target.name, target.config, metrics, target.raw, licence, data, factors_from)
+    provenance = Provenance(target.name, target.config, metrics, target.raw, licence, factors_from, data)
     return export(model, place, layout, settings, provenance), notes
 
 
