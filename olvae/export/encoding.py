@@ -37,6 +37,7 @@ from olvae.models.large.tiling import GIB, pad_to_multiple
 from olvae.modules.base import device_of
 from olvae.modules.distributions import in_float32, keyed_generator
 from olvae.modules.scaling_factors import Moments
+from olvae.runs import entry_of
 
 STATE = ".encode"  # folder beside the shards, with the plan and a description of each finished shard
 
@@ -162,7 +163,7 @@ def usual_transform(inputs: Inputs, config: Config, model: Autoencoder) -> EvalT
 
     Masks are resized by nearest, also where only the training, of this config, says that its images are masks.
     """
-    trained = (config.get("data") or {}).get("params") or {}
+    trained = entry_of(config, "data.params") or {}
     usual = inputs.transform or EvalTransform(trained.get("size") or model.image_size)
     return replace(usual, resample="nearest") if holds_masks(trained) else usual
 

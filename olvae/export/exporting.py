@@ -120,7 +120,7 @@ def export_target(target: Target, place: Path, settings: ExportSettings) -> tupl
     kept = "latents" not in layout.refused
     factors_from = _set_factors(model, loaded, target, settings, layout.in_units(model), notes) if kept else None
     metrics = None if layout.suffix else _metrics_of(target, loaded, notes)
-    licence, data = (None, None) if layout.suffix else _stated(_folder_of(target) / CARD_NAME)
+    licence, data = (None, None) if layout.suffix else _stated(_own_card(_folder_of(target)))
     licence = settings.license or licence
     provenance = Provenance(target.name, target.config, metrics, target.raw, licence, factors_from, data)
     return export(model, place, layout, settings, provenance), notes
@@ -199,9 +199,14 @@ def _is_export(folder: Path) -> bool:
     """Recognise our exports, which have no folders; in a format of others by the card, which a download lacks."""
     if any(path.is_dir() for path in folder.iterdir()):
         return False
+    return bool(_own_card(folder)) or class_in(folder) == CLASS_NAME
+
+
+def _own_card(folder: Path) -> str:
+    """The text of the model card in one of our exports; empty for any other folder."""
     card = folder / CARD_NAME
-    ours = card.is_file() and MADE_WITH in card.read_text(encoding="utf-8", errors="replace")
-    return ours or class_in(folder) == CLASS_NAME
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return text if MADE_WITH in text else ""
 
 
 def _as_exported(model: LiteVAE, dtype: torch.dtype, fold: bool) -> tuple[LiteVAE, dict[str, float]]:
@@ -290,13 +295,10 @@ def _folder_of(target: Target) -> Path:
     return target.run.path if target.run else shipped_folder(given) if given.startswith(SHIPPED) else Path(given)
 
 
-def _stated(card: Path) -> tuple[str | None, str | None]:
-    """The licence and the training data that an earlier export's card states, if there is one."""
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    if MADE_WITH not in text:
-        return None, None
-    licence = re.search(r"^license: (?!unknown)(.+)$", text, re.MULTILINE)
-    data = re.search(r"^## Training data\n+(.+?)\s*(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+def _stated(card: str) -> tuple[str | None, str | None]:
+    """The licence and the training data that a card states."""
+    licence = re.search(r"^license: (?!unknown)(.+)$", card, re.MULTILINE)
+    data = re.search(r"^## Training data\n+(.+?)\s*(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
     return licence and licence[1], data and data[1]
 
 

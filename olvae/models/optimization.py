@@ -148,6 +148,12 @@ class PlayersStrategy(DDPStrategy):
         prepare_for_backward(self.reducers[player], loss)
 
 
+def players_strategy(name: str, **settings: Any) -> PlayersStrategy:
+    """The strategy of several processes that a name of :data:`HOOKS` stands for."""
+    settings = {"ddp_comm_hook": HOOKS[name], "find_unused_parameters": name == UNUSED, **settings}
+    return PlayersStrategy(gradient_as_bucket_view=True, **settings)
+
+
 def compile_networks(networks: Sequence[nn.Module], device: torch.device) -> bool:
     """Compile networks in place, at their first use; names in their state dicts and copies of them stay plain.
 

@@ -37,10 +37,10 @@ from olvae.models.adversary import Adversary
 from olvae.models.footprint import MARGIN, footprint, without_memory
 from olvae.models.large.tiling import GIB
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import HOOKS, UNUSED, PlayersStrategy
+from olvae.models.optimization import HOOKS, players_strategy
 from olvae.runs import entry_of
 from olvae.training.progress import describe_rate, describe_step
-from olvae.training.run import build_model, quieten
+from olvae.training.run import build_model, quieten, strategy_of
 
 FIRST_STEPS = ("first step", "second step")  # in which Adam's moments and DDP's buckets are made
 LOGGED = ", logged"  # ends the name of a step whose values go to the loggers
@@ -144,12 +144,7 @@ def record_steps(
             pl.Trainer(
                 accelerator="cpu",
                 devices=ranks,
-                strategy=PlayersStrategy(
-                    gradient_as_bucket_view=True,
-                    ddp_comm_hook=renamed,
-                    find_unused_parameters=strategy == UNUSED,
-                    init_sync=False,
-                ),
+                strategy=players_strategy(strategy, ddp_comm_hook=renamed, init_sync=False),
                 plugins=[LightningEnvironment(), *([] if mixed == "32-true" else [MixedPrecision(mixed, "cpu")])],
                 callbacks=[LambdaCallback(on_train_batch_start=recorder.begin)],
                 max_epochs=1,
@@ -173,8 +168,7 @@ def dry_run(config: Config, ranks: int, precision: str | None = None) -> tuple[d
     """
     trainer = dict(entry_of(config, "lightning.trainer") or {})
     precision = precision_name(str(precision or trainer.get("precision") or "32"))
-    if (strategy := trainer.get("strategy", "auto")) not in HOOKS:
-        raise ConfigError(f"lightning.trainer.strategy: {strategy}: a dry run is of {', '.join(HOOKS)}")
+    strategy = strategy_of(trainer)
     params = entry_of(config, "data.params") or {}
     size, images = Sides.of(params.get("size") or 256), params.get("batch_size") or 1
     try:

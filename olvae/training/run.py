@@ -25,7 +25,7 @@ from olvae.devices import resolve_devices, resolve_precision
 from olvae.files import first_line, no_empty_folders, remove_partials, warn_once
 from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import HOOKS, UNUSED, PlayersStrategy
+from olvae.models.optimization import HOOKS, players_strategy
 from olvae.models.weight_files import locate_weights
 from olvae.modules.base import HALVES
 from olvae.runs import Run, Settings, find_moved_data, locked, make_data_absolute
@@ -152,7 +152,8 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
         model.adversary.check(model, source, trainer_args["max_steps"])
     if trainer_args["accelerator"] in ("cuda", "gpu"):
         trainer_args.setdefault("sync_batchnorm", True)
-    trainer_args["strategy"] = _strategy(trainer_args.get("strategy") or "auto", count)
+    strategy = strategy_of(trainer_args)
+    trainer_args["strategy"] = "auto" if count == 1 else players_strategy(strategy)
     config["run"] = settings.as_dict()
     return Prepared(
         plan, settings, config, source, model, trainer_args, stop, images_seen, steps_done, checkpoint, fresh
@@ -325,15 +326,12 @@ def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> dict[str
     return checkpoint
 
 
-def _strategy(name: Any, processes: int) -> str | PlayersStrategy:
-    """The strategy for lightning.trainer.strategy; one process needs none."""
+def strategy_of(trainer_args: Config) -> str:
+    """The name in lightning.trainer.strategy; ConfigError unless it is one of :data:`HOOKS`."""
+    name = trainer_args.get("strategy") or "auto"
     if not isinstance(name, str) or name not in HOOKS:
         raise ConfigError(f"lightning.trainer.strategy: {name}: choose from {', '.join(HOOKS)}")
-    if processes == 1:
-        return "auto"
-    return PlayersStrategy(
-        gradient_as_bucket_view=True, ddp_comm_hook=HOOKS[name], find_unused_parameters=name == UNUSED
-    )
+    return name
 
 
 def _in_batches(trainer_args: Config, model: LiteAutoencoderKL) -> Config:
