@@ -72,7 +72,7 @@ class TorchvisionSource(MappedSource):
         val_dataset: the node of the validation and test images; without it a part of the first is held out.
         val_fraction: size of that part, see :func:`~olvae.data.dataset.hold_out`.
         size, batch_size, num_workers, channels, max_unreadable, range: see :class:`~olvae.data.source.Source`.
-        min_fraction, filters, flip: see :class:`~olvae.data.image.RandomScaleCrop`.
+        min_fraction, filters, flip, shuffle_channels: see :class:`~olvae.data.image.RandomScaleCrop`.
     """
 
     def __init__(
@@ -86,6 +86,7 @@ class TorchvisionSource(MappedSource):
         min_fraction: float = 0.5,
         filters: Sequence[str] = ALL_FILTERS,
         flip: bool = True,
+        shuffle_channels: float = 0.0,
         channels: int = 3,
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
@@ -94,7 +95,7 @@ class TorchvisionSource(MappedSource):
         train = Items(instantiate(dataset), channels, values)
         val = None if val_dataset is None else Items(instantiate(val_dataset), channels, values)
         parts = hold_out(train, val_fraction) if val is None else (train, val)
-        transform = RandomScaleCrop(size, min_fraction, filters, flip)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
         super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable, range=range)
 
 
@@ -135,7 +136,7 @@ class HuggingFaceSource(MappedSource):
         val_fraction: size of that part, see :func:`~olvae.data.dataset.hold_out`.
         name, data_files, data_dir, revision: passed on to ``datasets.load_dataset``.
         size, batch_size, num_workers, channels, max_unreadable, range: see :class:`~olvae.data.source.Source`.
-        min_fraction, filters, flip: see :class:`~olvae.data.image.RandomScaleCrop`.
+        min_fraction, filters, flip, shuffle_channels: see :class:`~olvae.data.image.RandomScaleCrop`.
 
     Raises ConfigError: the library is not installed, or the column holds no images.
     """
@@ -157,6 +158,7 @@ class HuggingFaceSource(MappedSource):
         min_fraction: float = 0.5,
         filters: Sequence[str] = ALL_FILTERS,
         flip: bool = True,
+        shuffle_channels: float = 0.0,
         channels: int = 3,
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
@@ -166,7 +168,7 @@ class HuggingFaceSource(MappedSource):
         train = Column(load_table(path, split, **arguments), column, channels, values)
         val = None if val_split is None else Column(load_table(path, val_split, **arguments), column, channels, values)
         parts = hold_out(train, val_fraction) if val is None else (train, val)
-        transform = RandomScaleCrop(size, min_fraction, filters, flip)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
         super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable, range=range)
 
 

@@ -49,8 +49,7 @@ class Files(ImageDataset):
         return f"{self.key(index)}\0{file_state(self.paths[index])}"
 
     def __getitem__(self, index: int) -> Photo:
-        path = self.paths[index]
-        return Photo(path, legible(str(path)), self.channels, self.pixel_range)
+        return Photo(path := self.paths[index], legible(str(path)), self.channels, self.pixel_range)
 
 
 class FolderSource(MappedSource):
@@ -66,7 +65,7 @@ class FolderSource(MappedSource):
         val_fraction: without either, the share of the images that is held out, by a hash of the path below root, so
             that it does not change when images are added. By default 5 %, and at least 20 images or, of
             fewer than 100, a fifth: up to about 400 images, adding some may change which ones.
-        min_fraction, filters, flip: see :class:`RandomScaleCrop`.
+        min_fraction, filters, flip, shuffle_channels: see :class:`RandomScaleCrop`.
         channels: of the images: 1, 3, 4 or any other number, see :func:`~olvae.data.image.read_picture`.
 
     Raises FileNotFoundError: a folder is missing, or has no images. ValueError: a batch is larger than the data.
@@ -83,6 +82,7 @@ class FolderSource(MappedSource):
         min_fraction: float = 0.5,
         filters: Sequence[str] = ALL_FILTERS,
         flip: bool = True,
+        shuffle_channels: float = 0.0,
         channels: int = 3,
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
@@ -95,7 +95,7 @@ class FolderSource(MappedSource):
             Files(train, channels, (), values, find_folder(root)),
             Files(val, channels, (), values, find_folder(root if val_root is None else val_root)),
         )
-        transform = RandomScaleCrop(size, min_fraction, filters, flip)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
         super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable, range=range)
 
 

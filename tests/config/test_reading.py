@@ -136,7 +136,8 @@ def test_a_missing_file_names_the_nearest(tmp_path):
 def test_every_recipe_takes_every_place(recipe, src, target, named):
     before = load([recipe])["data"]["params"]
     config = load([recipe], [f'data.params.root="{src}"'])
-    kept = {name: before[name] for name in ("size", "batch_size", "num_workers", "min_fraction") if name in before}
+    settings = ("size", "batch_size", "num_workers", "min_fraction", "shuffle_channels")
+    kept = {name: before[name] for name in settings if name in before}
     assert config["data"] == {"target": target, "params": {**kept, **named}}
     assert validate(config) == []
 

@@ -1,19 +1,21 @@
 """The contract of a source: it continues anywhere, at any batch size, on two ranks; the order is the seed's alone."""
 
 from functools import partial
-from itertools import islice
+from itertools import islice, permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
+from olvae.data.hub import HuggingFaceSource, TorchvisionSource
 from olvae.data.mix import MixSource
 from olvae.data.picture_folder import FolderSource
 from olvae.data.shards.latent_source import LatentSource, PairSource
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, Sample, Source
-from tests.data.images import be_rank, encoded, keys_of, same, take, write_classes, write_shards
+from tests.data.images import be_rank, encoded, keys_of, same, saved, take, write_classes, write_shards, write_tar
 from tests.export.latents import Blocks, encode
 
 COUNTS = (5, 9, 1, 14, 7, 3, 11)  # 50 images
@@ -119,3 +121,28 @@ def test_validation_is_each_image_once_in_order(make, batch_size):
     keys = keys_of(s.test_loader(batch_size))
     assert keys == [sample.key for sample in s.once(LoaderProcess()) if sample.image is not None]
     assert len(keys) == len(set(keys)) == s.val_images - len(s.unreadable.images)
+
+
+@pytest.mark.parametrize("kind", [FolderSource, WebDatasetSource, TorchvisionSource, HuggingFaceSource])
+def test_colours_change_places_in_training_alone(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    colour = (250, 100, 0)
+    files = [(f"{n}.png", saved(Image.new("RGB", (20, 20), colour), "PNG")) for n in range(8)]
+    (tmp_path / "photos" / "one").mkdir(parents=True)
+    for name, content in files:
+        (tmp_path / "photos" / "one" / name).write_bytes(content)
+    photos, shard = str(tmp_path / "photos"), str(write_tar(tmp_path / "0.tar", files))
+    where: dict[type[Source], dict[str, Any]] = {
+        FolderSource: {"root": photos},
+        WebDatasetSource: {"shards": shard, "val_shards": shard},
+        TorchvisionSource: {"dataset": {"target": "torchvision.datasets.ImageFolder", "params": {"root": photos}}},
+        HuggingFaceSource: {"path": "imagefolder", "data_dir": photos},
+    }
+
+    def colours(loader: Any) -> set[tuple[int, ...]]:
+        return {tuple(image[:, 0, 0].tolist()) for batch in islice(loader, 20) for image in batch["image"]}
+
+    s = kind(size=16, batch_size=2, shuffle_channels=0.5, **where[kind])
+    assert colours(s.train_loader()) == set(permutations(colour))
+    assert colours(s.val_loader()) == {colour}
+    assert colours(kind(size=16, batch_size=2, **where[kind]).train_loader()) == {colour}

@@ -140,7 +140,7 @@ class WebDatasetSource(ShardSource):
         shuffle: images in a shuffled block; two blocks are in memory, undecoded, per loader process.
         image_key: the extension of the image in a sample that has several, for example ``input.png``; by default
             the first that is an image's.
-        min_fraction, filters, flip: see :class:`~olvae.data.image.RandomScaleCrop`.
+        min_fraction, filters, flip, shuffle_channels: see :class:`~olvae.data.image.RandomScaleCrop`.
 
     Raises:
         FileNotFoundError: no shard is there for training, or for validation.
@@ -161,11 +161,12 @@ class WebDatasetSource(ShardSource):
         min_fraction: float = 0.5,
         filters: Sequence[str] = ALL_FILTERS,
         flip: bool = True,
+        shuffle_channels: float = 0.0,
         channels: int = 3,
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
     ) -> None:
-        transform = RandomScaleCrop(size, min_fraction, filters, flip)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
         found = find_shards(shards)
         given = None if val_shards is None else find_shards(val_shards)
         train, val = split_shards(found, given, val_fraction, "val_shards")
@@ -188,8 +189,7 @@ class WebDatasetSource(ShardSource):
         return f"{train} training images in {len(self.train)} shards, {val} validation and test images"
 
     def train_sample(self, entry: Entry, rng: np.random.Generator) -> Sample:
-        image = self.transform(self._photo(entry), rng)
-        return Sample(image_to_tensor(image), entry.key)
+        return Sample(image_to_tensor(self.transform(self._photo(entry), rng)), entry.key)
 
     def val_sample(self, entry: Entry) -> Sample:
         return eval_sample(self._photo(entry), entry.key, self.eval_transform)
