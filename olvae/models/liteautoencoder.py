@@ -404,31 +404,35 @@ class LiteAutoencoderKL(ValidatedModule):
         scaler = grad_scaler(self)
         playing = {"autoencoder": autoencoder, "discriminator": adversary is not None}
         norms = {p: gradient_norm(self, o.optimizer) for o, p in zip(optimizers, playing, strict=False) if playing[p]}
-        updates = [self.guard.is_bad(norms)]
+        bad = self.guard.is_bad(norms)
         if adversary is not None:
-            self._step_discriminator(adversary, optimizers[1].optimizer, norms["discriminator"], updates[0])
+            self._step_discriminator(adversary, optimizers[1].optimizer, norms["discriminator"], bad)
         if autoencoder:
             optimizer = optimizers[0]
             self.report({"train/lr": optimizer.param_groups[0]["lr"]})
             self._clip(optimizer.optimizer, norms["autoencoder"], "train/grad_norm")
-            self.guard.skip_if(updates[0], optimizer.optimizer, scaler)
+            self.guard.skip_if(bad, optimizer.optimizer, scaler)
             optimizer.step()
             optimizer.zero_grad()
             schedules[0].step()
         elif scaler is not None:
             scaler.update()
+        self.guard.end_update()
         if adversary is not None:
             for _ in range(adversary.updates_per_step - 1):
-                for i, pair in enumerate(self._pairs, start=1):
-                    self._discriminator_backward(adversary, *pair, last=i == len(self._pairs))
+                self.guard.begin_update()
+                for i, pair in enumerate(self._pairs):
+                    self.guard.return_to(i)
+                    self._discriminator_backward(adversary, *pair, last=i + 1 == len(self._pairs))
                 norm = gradient_norm(self, optimizers[1].optimizer)
-                updates.append(self.guard.is_bad({"discriminator": norm}))
-                self._step_discriminator(adversary, optimizers[1].optimizer, norm, updates[-1])
+                bad = self.guard.is_bad({"discriminator": norm})
+                self._step_discriminator(adversary, optimizers[1].optimizer, norm, bad)
                 if scaler is not None:
                     scaler.update()
+                self.guard.end_update()
             schedules[1].step()
             self._pairs.clear()
-        self.guard.end_step(self.global_step, updates, scaler)
+        self.guard.end_step(self.global_step, scaler)
 
     def _step_discriminator(self, adversary: Adversary, optimizer: Optimizer, norm: Tensor, bad: Tensor) -> None:
         self._clip(optimizer, norm, "train/grad_norm_discriminator")

@@ -112,21 +112,37 @@ def test_one_micro_batch_spoils_the_update_and_is_named(image_folder):
 
 
 def test_a_bad_update_of_several_of_the_discriminator(image_folder):
-    model = build(against(updates_per_step=2, **EVERYTHING), use_ema=True)
-    calls = []
-    whole = model.adversary.discriminator_loss
+    """It alone is undone: what is left is a step with one update."""
+    model = build(against(updates_per_step=2, **EVERYTHING), use_ema=True, accumulate_grad_batches=2)
+    calls, keys = [], []
+    whole, begin = model.adversary.discriminator_loss, model.guard.begin_micro_batch
+    model.guard.begin_micro_batch = lambda names: (keys.append(names), begin(names))
 
     def spoilt(real, fake):
         loss, logs = whole(real, fake)
         calls.append(1)
-        return (loss * math.nan, logs) if len(calls) == 2 else (loss, logs)  # the second update of the first step
+        return (loss * math.nan, logs) if len(calls) == 3 else (loss, logs)  # the second update of the first step
 
     model.adversary.discriminator_loss = spoilt
-    fit(model, image_folder, 2)
+    before, once = Before(), Before()
+    fit(model, image_folder, 2, batch_size=2, callbacks=[before])
     first, second = model.guard.collect()
-    assert first.term == "the discriminator's loss"
+    assert (first.term, first.whole, first.keys) == ("the discriminator's loss", False, keys[0])
     assert second is None
     assert all(t.isfinite().all() for t in state(model).values())
+    single = build(against(**EVERYTHING), use_ema=True, accumulate_grad_batches=2)
+    fit(single, image_folder, 2, batch_size=2, callbacks=[once])
+    assert_same(before.history[2], once.history[2])
+
+
+def test_after_a_bad_first_update_further_ones_are_skipped(image_folder):
+    model = build(against(updates_per_step=2, **EVERYTHING), use_ema=True)
+    spoil_losses(model, "kl", math.nan)
+    before = Before()
+    fit(model, image_folder, 4, callbacks=[before])
+    assert_same(before.history[BAD], before.history[BAD + 1])
+    seen = model.guard.collect()
+    assert [step and step.whole for step in seen] == [None, None, True, None]
 
 
 def test_a_bad_step_in_the_discriminators_warm_up(image_folder):
