@@ -219,10 +219,14 @@ class Source(ABC):
     def check_processes(self, world: int) -> None:  # noqa: B027  (most sources can be shared by any number)
         """Raise ValueError if the data can't be shared among the processes of ``world`` ranks."""
 
-    def first_images(self, seed: int, images: int) -> Iterator[Tensor]:
-        """The first training images of a seed, (C, H, W), the same in every process."""
+    def first_samples(self, seed: int, images: int) -> Iterator[Sample]:
+        """The first readable training samples of a seed, the same in every process."""
         samples = self.stream(seed, 0, LoaderProcess(batch_size=self.batch_size))
-        return islice((sample.image for sample in samples if sample.image is not None), images)
+        return islice((sample for sample in samples if sample.image is not None), images)
+
+    def first_images(self, seed: int, images: int) -> Iterator[Tensor]:
+        """The images of :meth:`first_samples`, (C, H, W)."""
+        return (sample.image for sample in self.first_samples(seed, images) if sample.image is not None)
 
     def train_loader(self, seed: int = 0, start: int = 0) -> "Loader":
         """Endless batches: the stream of ``seed`` from sample ``start`` (counted over all ranks) on."""

@@ -4,7 +4,7 @@ Its two networks alone are a baseline; as linear paths beside others they are wh
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from time import monotonic
 
@@ -83,21 +83,25 @@ def start_linearly(
 ) -> tuple[float | None, str]:
     """Fit the linear paths on a source's first training crops, the same in every process, and measure the code.
 
-    A teacher takes the place of ``frozen`` halves. Returns the code's mean PSNR in dB over the validation images, and a
-    line for the summary. PSNR is None without a fitted path of the decoder that trains, or if there are more than
-    :data:`MEASURED_IMAGES` images; the line has that of the first ones. See :func:`fit_linear_paths`.
+    A teacher takes the place of ``frozen`` halves, its latents in the data that of a teacher. Returns the code's mean
+    PSNR in dB over the validation images, and a line for the summary. PSNR is None without a fitted path of the decoder
+    that trains, or if there are more than :data:`MEASURED_IMAGES` images; the line has that of the first ones. See
+    :func:`fit_linear_paths`.
     """
     began = monotonic()
-    crops = training_crops(source, seed, model.downscale)
+    crops, known = crops_and_means(source, seed, model.downscale)
     model.to(device)
-    fit_linear_paths(model, crops, teacher, pixels := source.pixel_range, fresh)
+    fit_linear_paths(model, crops, teacher if known is None else known, pixels := source.pixel_range, fresh)
     latents = teacher if teacher is not None and "encoder" in frozen else _means(model, fresh)
     found: list[float] = []
     if model.decoder.linear is not None and "decoder" in fresh and "decoder" not in frozen:
-        images = (s.image for s in source.once(LoaderProcess()) if s.image is not None)
-        for image in islice(images, MEASURED_IMAGES + 1):
+        samples = ((s.image, s.moments) for s in source.once(LoaderProcess()) if s.image is not None)
+        for image, moments in islice(samples, MEASURED_IMAGES + 1):
             with torch.no_grad():
-                z = latents(pixels.normalise(image[None].to(device)))
+                if latents is teacher and moments is not None:
+                    z = moments[None].chunk(2, dim=1)[0].to(device)
+                else:
+                    z = latents(pixels.normalise(image[None].to(device)))
                 y = model.decoder.linear_path(model.decoder_input(z))
             found.append(float(psnr(pixels.levels(image[None]), pixels.to_levels(y).cpu())))
     measured = found[:MEASURED_IMAGES]
@@ -109,7 +113,12 @@ def start_linearly(
 
 
 def training_crops(source: Source, seed: int, factor: int) -> Tensor:
-    """The first training crops of a seed, read once: (N, C, H, W).
+    """The first training crops of a seed: (N, C, H, W); see :func:`crops_and_means`."""
+    return crops_and_means(source, seed, factor)[0]
+
+
+def crops_and_means(source: Source, seed: int, factor: int) -> tuple[Tensor, Tensor | None]:
+    """The first training crops of a seed, read once, (N, C, H, W), and their latents' means, if the source has them.
 
     N is such that they have :data:`POSITIONS` latent positions, within :data:`CROPS` and :data:`CROP_BYTES`.
     """
@@ -117,32 +126,39 @@ def training_crops(source: Source, seed: int, factor: int) -> Tensor:
     count = min(most, max(least, POSITIONS // math.prod(source.size // factor)))
     value_bytes = 1 if source.pixel_range.eight_bits else 4
     count = min(count, max(1, CROP_BYTES // (value_bytes * source.channels * math.prod(source.size))))
-    return torch.stack(list(source.first_images(seed, count)))
+    samples = list(source.first_samples(seed, count))
+    means = [sample.moments.chunk(2)[0] for sample in samples if sample.moments is not None]
+    crops = torch.stack([sample.image for sample in samples if sample.image is not None])
+    return crops, torch.stack(means) if len(means) == len(crops) else None
 
 
 @torch.no_grad()
 def fit_linear_paths(
     model: LiteVAE,
     crops: Tensor,
-    teacher: Means | None = None,
+    teacher: Means | Tensor | None = None,
     pixel_range: PixelRange = EIGHT_BITS,
     fresh: Collection[str] = HALVES,
 ) -> None:
     """Set the encoder's path to whitened principal components, the decoder's to least squares from 3x3 latents.
 
     Halves that are not ``fresh`` have weights already; a fresh encoder with a linear path is nothing else. Crops are as
-    read, (N, C, H, W). With a teacher's means the encoder's is least squares to them, the decoder's from them.
+    read, (N, C, H, W). With a teacher's means, or these as known, (N, n, h, w), the encoder's is least squares to them,
+    the decoder's from them.
     """
     device = device_of(model)
     f, n, values = model.downscale, model.latent_channels, model.in_channels * model.downscale**2
     if values > LARGEST_PATCH:
         raise ValueError(f"linear: covariances of patches of {f}x{f} pixels are too large: leave it out")
 
+    together = max(1, POSITIONS_AT_A_TIME * f**2 // crops[0, 0].numel())
+
     def batches() -> Iterator[Tensor]:
-        together = max(1, POSITIONS_AT_A_TIME * f**2 // crops[0, 0].numel())
         return (pixel_range.normalise(part.to(device)) for part in crops.split(together))
 
-    means = [] if teacher is None else [teacher(x) for x in batches()]  # once, for both halves
+    means: Sequence[Tensor] = ()  # once, for both halves
+    if teacher is not None:
+        means = teacher.to(device).split(together) if isinstance(teacher, Tensor) else [teacher(x) for x in batches()]
     if (path := model.encoder.linear if "encoder" in fresh else None) is not None:
         if teacher is None:
             patches = (_vectors(F.pixel_unshuffle(x, f)) for x in batches())

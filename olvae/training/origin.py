@@ -11,6 +11,7 @@ from torch import Tensor
 
 from olvae import config as cfg
 from olvae.config import Config, ConfigError
+from olvae.data.pixels.size_and_range import PixelRange
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.targets import find_target
 from olvae.models.parts.part import Part
@@ -50,6 +51,8 @@ def start_from(config: Config) -> tuple[Mapping[str, Tensor], Config]:
     _set_latents(params, source, found, name)
     if params.get("freeze_encoder"):
         _check_encoder(params, loaded, found, name)
+        if (pixels := entry_of(config, "data.params.range")) and not loaded.pixel_range.eight_bits:
+            loaded.pixel_range.check_data(PixelRange.from_node(pixels))
     node["params"] = params
     cfg.check(config)
     weights, fresh = weights_that_fit(found, params, name)

@@ -85,7 +85,7 @@ def read_plan(options: TrainOptions) -> Plan:
         raise ConfigError("`base` names the config to train, such as demo")
     if resumed is None and options.allow_changes:
         raise ConfigError("`allow_changes` is for `resume`: leave it out")
-    targets = {"model.from": options.start_from, runs.TEACHER: options.teacher}
+    targets = {"model.from": options.start_from, runs.TEACHER: options.teacher or _absolute_teacher(previous)}
     overrides = [] if options.data is None else [f"data.params.root={json.dumps(options.data)}"]
     if options.wandb is not None:
         overrides += [f"{WANDB}.target={WANDB_LOGGER}", f"{WANDB}.params.project={json.dumps(options.wandb)}"]
@@ -136,6 +136,14 @@ def _keep_additions(config: Config, overrides: Sequence[str]) -> None:
             raise ConfigError(f"model.params.{key}: is that of {config['model']['from']}: leave it out")
         if "target" in params[key]:
             params[key] = given[key]
+
+
+def _absolute_teacher(previous: Config | None) -> str | None:
+    """The absolute path of a resumed run's teacher, where the one as written leads nowhere from this folder."""
+    place = place_in(target := str(runs.entry_of(previous, runs.TEACHER) or ""))
+    paths = {} if previous is None or Path(place).exists() else runs.settings_of(previous).paths
+    found = [path for path, written in paths.items() if written == place and Path(path).exists()]
+    return target.replace(place, found[0], 1) if found else None
 
 
 def _name(options: TrainOptions) -> str:

@@ -144,7 +144,7 @@ def test_latents_that_are_not_finite_fit_nothing():
 
 
 def test_networks_without_paths_are_left_alone(image_folder, monkeypatch):
-    monkeypatch.setattr(linear_code, "training_crops", None)
+    monkeypatch.setattr(linear_code, "crops_and_means", None)
     model = LiteAutoencoderKL(**tiny_config()["model"]["params"])
     assert not list(model.prepare(FolderSource(str(image_folder), 16, 4), 0, CPU, fresh=HALVES))
 

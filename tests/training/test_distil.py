@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
@@ -224,6 +225,19 @@ def test_the_teachers_encoder_does_not_run_where_its_latents_are_known(train_wit
     assert stats["means_std"] == pytest.approx(means.std(1, correction=0).tolist(), rel=1e-5)
 
 
+def test_linear_paths_are_fitted_on_the_latents_of_the_data(train_with, pairs, target, monkeypatch):
+    """Which are of whole images, not of crops. The decoder trains alone: at a rate of nothing it stays the code."""
+    monkeypatch.setattr(linear_code, "CROPS", (512, 512))
+    config = of_pairs(pairs, freeze_encoder=True)
+    config["data"]["params"]["size"] = 8
+    config["model"]["base_learning_rate"] = 1e-12
+    config["model"]["params"]["decoder_config"]["params"]["linear"] = True
+    once = "lightning.trainer.max_steps=1", "lightning.trainer.val_check_interval=1"
+    run = train_with(*once, config=config, teacher=target)
+    best = json.loads((run.checkpoints / "best.json").read_text())
+    assert checkpoint(run)["linear_psnr"] == pytest.approx(best["value"], abs=1e-3)
+
+
 def test_a_teachers_latents_without_a_teacher(train_with, pairs):
     with pytest.raises(ConfigError, match=r"^data: it has the latents of a teacher, but there is none") as caught:
         train_with(config=of_pairs(pairs))
@@ -269,6 +283,27 @@ def test_a_resumed_run_keeps_its_teacher(train_with, tmp_path, image_folder, tar
         with pytest.raises(ConfigError, match=r"^model.params.parts.teacher: a resumed run keeps it") as caught:
             train_with("lightning.trainer.max_steps=3", *overrides, resume=path, allow_changes=True, **options)
         one_line(caught)
+
+
+def test_a_resumed_run_finds_its_teacher_from_another_folder(train_with, tmp_path, image_folder, target, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = train_with("lightning.trainer.max_steps=1", config=student(image_folder), teacher="diffusers:teacher")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert checkpoint(train_with("lightning.trainer.max_steps=2", resume=run.path))["global_step"] == 2
+
+
+def test_the_autoencoder_that_a_run_starts_or_learns_from_has_the_same_values(train_with, tmp_path):
+    (root := tmp_path / "deep").mkdir()
+    for n in range(8):
+        np.save(root / f"{n}.npy", np.random.default_rng(n).integers(0, 65536, (20, 20, 3), dtype=np.uint16))
+    config = student(root)
+    config["data"]["params"]["range"] = [0, 65535]
+    deep = train_with("lightning.trainer.max_steps=1", config=config)
+    others = f"data.params.root={root}", "data.params.range={pairs: [0, 30000], outside: clip}"
+    for place in ({"teacher": str(deep.path)}, {"start_from": str(deep.path)}):
+        with pytest.raises(ConfigError, match=r"its values are 0 to 30000.*the targets take 0 to 65535"):
+            train_with(*others, config=config, **place)
 
 
 @pytest.mark.parametrize("name", ["encoder", "decoder", "both"])

@@ -97,11 +97,13 @@ class Teacher(Part):
     def conflicts(self, model: Model) -> Iterable[str]:
         here, ours, theirs = f"parts.{self.name}", _shape(model.autoencoder), _shape(self.model)
         if ours != theirs:
-            n, f = self.model.latent_channels, self.model.downscale
+            n, f, c = self.model.latent_channels, self.model.downscale, self.model.in_channels
             yield (
                 f"{here}: {self.target} has {theirs}, but the student {ours}: set model.params.embed_dim={n} "
                 f"model.params.decoder_config.params.z_channels={n}, and networks of f{f}: dct_levels of the encoder, "
                 "channel_mult of the decoder"
+                + f"; in_channels of the encoder, out_channels of the decoder and data.params.channels={c}"
+                * (c != model.autoencoder.in_channels)
             )
         if not self.model.factors_known and "scaling_factor" not in model.given_factors:
             yield f"scaling_factor: {NO_FACTORS}"
@@ -120,7 +122,9 @@ class Teacher(Part):
                 break
 
     def check(self, model: Model, source: Source) -> None:
-        """Raise ConfigError if the data have latents of another autoencoder."""
+        """Raise ConfigError if the data have other values than the teacher's, or latents of another autoencoder."""
+        if not (pixels := self.model.pixel_range).eight_bits:
+            pixels.check_data(source.pixel_range)
         for stats in source.latent_stats:
             if stats["weights"] != self._checksum:
                 raise ConfigError(
