@@ -26,13 +26,21 @@ from olvae.modules.distributions import deterministic_moments
 from olvae.modules.others.wrapped import encode_image
 from olvae.modules.sdvae import set_padding
 
+# Names by which ComfyUI knows scaling and shift factor of a tiny autoencoder: SD 1's and 2's, SDXL's, SD3's, FLUX.1's.
+VAE_APPROX = {"taesd": (0.18215, 0), "taesdxl": (0.13025, 0), "taesd3": (1.5305, 0.0609), "taef1": (0.3611, 0.1159)}
+
 FACTORS = ("latents", "scaling_factor", "shift_factor")  # settings that say which ones a diffusion model needs
 NO_FACTORS = dict.fromkeys(FACTORS, "the factors are the diffusion model's there, not the autoencoder's")
 NO_MODULATION = "AutoencoderKL has no self-modulated convolutions"
 IN_DIFFUSERS = "in diffusers"
 
 # What ComfyUI builds, whatever the file says; A1111's config has the longer list.
-STOCK = {"block_out_channels": ([128, 256, 512], [128, 256, 512, 512]), "layers_per_block": (2,)}
+STOCK = {
+    "in_channels": (3,),
+    "out_channels": (3,),
+    "block_out_channels": ([128, 256, 512], [128, 256, 512, 512]),
+    "layers_per_block": (2,),
+}
 
 
 class Loaded(NamedTuple):
@@ -268,7 +276,15 @@ class TinyFilesLayout(DiffusersLayout):
         return ""
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
-        yield "Copy taesd_encoder.safetensors and taesd_decoder.safetensors to ComfyUI/models/vae_approx."
+        factors = tuple(round(model.for_diffusion[name] or 0, 6) for name in FACTORS[1:])
+        files = "taesd_encoder.safetensors and taesd_decoder.safetensors"
+        for name, known in VAE_APPROX.items():
+            if known == factors:
+                renamed = "" if name == "taesd" else f", as {files.replace('taesd', name)}"
+                yield f"Copy {files} to ComfyUI/models/vae_approx{renamed}."
+                break
+        else:
+            yield "ComfyUI takes the scale of latents from a file's name, and knows none for these: for other programs."
         yield from super().notes(model)
 
 

@@ -258,6 +258,19 @@ def test_places_that_hold_something_else(layout, model, tmp_path, monkeypatch):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_force_deletes_no_file_of_somebody_else(model, tmp_path):
+    export(model, tmp_path / "vae")
+    for name in ("LICENSE.txt", "encoder.onnx"):  # the second is of an earlier export
+        (tmp_path / "vae" / name).touch()
+    before = content(tmp_path)
+    with pytest.raises(FileExistsError, match=r"vae: `force` would delete LICENSE\.txt, no part of an export$"):
+        export(model, tmp_path / "vae", settings=FORCE)
+    assert content(tmp_path) == before
+    (tmp_path / "vae" / "LICENSE.txt").unlink()
+    export(model, tmp_path / "vae", settings=FORCE)
+    assert not (tmp_path / "vae" / "encoder.onnx").exists()
+
+
 def test_a_mount_point_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
     with pytest.raises(FileExistsError, match="a mount point"):

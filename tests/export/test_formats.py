@@ -120,6 +120,10 @@ def test_shapes_that_comfyui_does_not_build_are_noted():
     for shape, odd in (
         ({"widths": (32, 64)}, [f"{note}block_out_channels [32, 64]"]),
         ({"widths": (32,), "layers_per_block": 1}, [f"{note}block_out_channels [32], layers_per_block 1"]),
+        (
+            {"in_channels": 4, "out_channels": 4, "widths": (32, 64)},
+            [f"{note}in_channels 4, out_channels 4, block_out_channels [32, 64]"],
+        ),
     ):
         assert list(LDM.notes(ours(autoencoder_kl(**shape)))) == odd
 
