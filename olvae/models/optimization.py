@@ -262,7 +262,7 @@ class NonFiniteGuard:
         squares = {f"{GRADIENT}{player}": norm.square() for player, norm in norms.items()}
         self.observe(squares)
         bad = 1.0 - torch.stack(list(squares.values())).isfinite().all().float()
-        self._record.bad.append(torch.stack([*self._record.bad[:1], bad]).amax())
+        self._record.bad.append(torch.maximum(self._record.bad[0], bad) if self._record.bad else bad)
         return self._record.bad[-1]
 
     @staticmethod

@@ -223,11 +223,8 @@ class BadSteps(Callback):
             log.warning("%s: the images of bad steps are not noted: %s", path, reason(error))
         if trainer.is_global_zero:
             what = "step" if all(step.whole for step in bad) else "update"
-            rest = (
-                f", and {len(bad) - 1} of the steps after it are bad too: these {what}s"
-                if bad[1:]
-                else f": this {what}"
-            )
+            others = f", and {len(bad) - 1} of the steps after it are bad too: these {what}s"
+            rest = others if bad[1:] else f": this {what}"
             counted = f"changed nothing ({self.bad} in this run so far); {path.name} names the images"
             notify(f"step {bad[0].step}: {bad[0].term} is not finite{rest} {counted}", WARNING)
 
