@@ -22,7 +22,7 @@ from olvae.devices import DTYPES
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.results import Results, scores
 from olvae.export.formats import FACTORS, LAYOUTS, Layout, find_layout
-from olvae.export.onnx import ONNX_FILES, export_onnx
+from olvae.export.onnx import DECODER, ENCODER, export_onnx
 from olvae.files import folder_beside, nearest_folder, no_empty_folders, plain
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.families import family_of
@@ -48,7 +48,7 @@ from olvae.runs import TEACHER, Run, config_of, entry_of, find_run, run_of, sett
 TOLERANCE = 1e-5  # of differences over the largest value: a folded or a video network computes in another order
 
 CARD_NAME = "README.md"
-WRITTEN = {CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, LOADER_NAME, "metrics.json", *ONNX_FILES}
+WRITTEN = {CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, LOADER_NAME, "metrics.json", ENCODER, DECODER}  # by some export
 MADE_WITH = "made with open-LiteVAE"  # in every card: tells what an export may replace from what was downloaded
 
 HALF = HalfPrecision()  # has the words for what an evaluation found in half precision

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from olvae.config import import_extra
 from olvae.models.autoencoder import LiteVAE
 
-ONNX_FILES = ("encoder.onnx", "decoder.onnx")
+ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 TOLERANCE = 1e-4  # largest difference between onnxruntime and torch, relative to the largest value
 TRACED, CHECKED = (2, 3, 4), ((1, 5, 3), (2, 2, 6), (3, 1, 1))  # batch, and height and width in latent positions
 
@@ -49,12 +49,11 @@ def export_onnx(model: LiteVAE, folder: Path) -> dict[str, float]:
     import_extra("onnxscript", "onnx", "ONNX")
     folded = model if model.folded else model.fold().eval()
     differences: dict[str, float] = {}
-    halves = (
-        (("image", "moments"), Half(folded, folded.moments, folded.in_channels, folded.downscale)),
-        (("latent", "image"), Half(folded, folded.decode, folded.latent_channels, 1)),
-    )
     means = folded.latent_channels if folded.deterministic else None  # log-variances of -30 would hide a difference
-    for name, (names, half), compared in zip(ONNX_FILES, halves, (means, None), strict=True):
+    for name, names, half, compared in (
+        (ENCODER, ("image", "moments"), Half(folded, folded.moments, folded.in_channels, folded.downscale), means),
+        (DECODER, ("latent", "image"), Half(folded, folded.decode, folded.latent_channels, 1), None),
+    ):
         _write(half, names, folder / name)
         session = onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
         differences[name] = max(_difference(half, session, names, size, compared) for size in CHECKED)

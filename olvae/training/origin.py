@@ -50,9 +50,7 @@ def start_from(config: Config) -> tuple[Mapping[str, Tensor], Config]:
     params.pop("initial_logvar", None)
     _set_latents(params, source, found, name)
     if params.get("freeze_encoder"):
-        _check_encoder(params, loaded, found, name)
-        if (pixels := entry_of(config, "data.params.range")) and not loaded.pixel_range.eight_bits:
-            loaded.pixel_range.check_data(PixelRange.from_node(pixels))
+        _check_encoder(config, params, loaded, found, name)
     node["params"] = params
     cfg.check(config)
     weights, fresh = weights_that_fit(found, params, name)
@@ -77,8 +75,10 @@ def _set_latents(params: Config, source: Autoencoder, found: LiteVAE, name: str)
     params.setdefault("freeze_encoder", not ("kept" in latents or params.get("freeze_decoder")))
 
 
-def _check_encoder(params: Config, loaded: LiteVAE, found: LiteVAE, name: str) -> None:
-    """Raise ConfigError if an encoder that is frozen changes."""
+def _check_encoder(config: Config, params: Config, loaded: LiteVAE, found: LiteVAE, name: str) -> None:
+    """Raise ConfigError if an encoder that is frozen changes, or takes images of other values."""
+    if (pixels := entry_of(config, "data.params.range")) and not loaded.pixel_range.eight_bits:
+        loaded.pixel_range.check_data(PixelRange.from_node(pixels))
     old, new = (half["encoder_config"]["params"].get("padding") for half in (found.config, params))
     if old != new:
         raise ConfigError(

@@ -16,39 +16,6 @@ from tests.export.latents import tiny_vae
 from tests.models.loading.classes import make
 
 
-@pytest.mark.parametrize(
-    ("factors", "note"),
-    [
-        ((0.18215, 0.0), "taesd_decoder.safetensors to ComfyUI/models/vae_approx."),
-        ((0.13025, 0.0), "vae_approx, as taesdxl_encoder.safetensors and taesdxl_decoder.safetensors."),
-        ((1.5305, 0.0609), "vae_approx, as taesd3_encoder.safetensors and taesd3_decoder.safetensors."),
-        ((0.3611, 0.1159), "vae_approx, as taef1_encoder.safetensors and taef1_decoder.safetensors."),
-        ((1.0, 0.0), "knows none for these: for other programs."),
-    ],
-)
-def test_the_scale_of_latents_is_in_the_name_for_comfyui(factors, note):
-    model = student().set_for_diffusion(dict(zip(("scaling_factor", "shift_factor"), factors, strict=True)))
-    assert next(LAYOUTS["taesd"]().notes(model)).endswith(note)
-
-
-@torch.no_grad()
-def test_an_export_is_checked_by_its_means(tmp_path, monkeypatch):
-    """The log-variances are -30: a thousandth of these is more than all of the means."""
-    load = LAYOUTS["diffusers"].load
-
-    def other(self, path, model):
-        (loaded,) = load(self, path, model)
-        return [
-            loaded._replace(
-                moments=lambda x: loaded.moments(x) * torch.tensor([1.001, 1.0]).repeat_interleave(4)[:, None, None]
-            )
-        ]
-
-    monkeypatch.setattr(LAYOUTS["diffusers"], "load", other)
-    with pytest.raises(ValueError, match=r"the result differs by 1\.0e-03 of the largest value: nothing is written"):
-        export(student(), tmp_path / "vae", LAYOUTS["diffusers"]())
-
-
 def student() -> LiteVAE:
     """Two levels, with statistics of a teacher's latents."""
     torch.manual_seed(3)
@@ -102,3 +69,36 @@ def test_written_as_diffusers_and_as_taesd(tmp_path):
     model.decoder.use_latents(torch.zeros(4), torch.ones(4))
     with pytest.raises(ValueError, match="AutoencoderTiny has neither a quantizer nor two units"):
         export(model, tmp_path / "two", LAYOUTS["diffusers"]())
+
+
+@pytest.mark.parametrize(
+    ("factors", "note"),
+    [
+        ((0.18215, 0.0), "taesd_decoder.safetensors to ComfyUI/models/vae_approx."),
+        ((0.13025, 0.0), "vae_approx, as taesdxl_encoder.safetensors and taesdxl_decoder.safetensors."),
+        ((1.5305, 0.0609), "vae_approx, as taesd3_encoder.safetensors and taesd3_decoder.safetensors."),
+        ((0.3611, 0.1159), "vae_approx, as taef1_encoder.safetensors and taef1_decoder.safetensors."),
+        ((1.0, 0.0), "knows none for these: for other programs."),
+    ],
+)
+def test_the_scale_of_latents_is_in_the_name_for_comfyui(factors, note):
+    model = student().set_for_diffusion(dict(zip(("scaling_factor", "shift_factor"), factors, strict=True)))
+    assert next(LAYOUTS["taesd"]().notes(model)).endswith(note)
+
+
+@torch.no_grad()
+def test_an_export_is_checked_by_its_means(tmp_path, monkeypatch):
+    """The log-variances are -30: a thousandth of these is more than all of the means."""
+    load = LAYOUTS["diffusers"].load
+
+    def other(self, path, model):
+        (loaded,) = load(self, path, model)
+        return [
+            loaded._replace(
+                moments=lambda x: loaded.moments(x) * torch.tensor([1.001, 1.0]).repeat_interleave(4)[:, None, None]
+            )
+        ]
+
+    monkeypatch.setattr(LAYOUTS["diffusers"], "load", other)
+    with pytest.raises(ValueError, match=r"the result differs by 1\.0e-03 of the largest value: nothing is written"):
+        export(student(), tmp_path / "vae", LAYOUTS["diffusers"]())
