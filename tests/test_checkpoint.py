@@ -31,26 +31,18 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.conftest import tiny_config
 
 
-def model() -> LiteAutoencoderKL:
-    return LiteAutoencoderKL(**tiny_config()["model"]["params"])
-
-
-@pytest.fixture
-def weights():
-    return {name: torch.randn_like(t) for name, t in model().state_dict().items()}
-
-
-def test_another_model_is_refused_whole(weights):
-    m = model()
-    before = {name: t.clone() for name, t in m.state_dict().items()}
+def test_another_model_is_refused_whole():
+    model = LiteAutoencoderKL(**tiny_config()["model"]["params"])
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    weights = {name: torch.randn_like(t) for name, t in before.items()}
     first, second, *_ = weights
     weights["encoder.extra"] = torch.zeros(1)
     weights[second] = torch.zeros(2, 2)
     del weights[first]
     message = r"1 missing .*; 1 unexpected \(encoder\.extra\); 1 of another shape .*2x2 for"
     with pytest.raises(ValueError, match=message):
-        load_weights(m, weights, "file.ckpt")
-    assert all(torch.equal(before[name], t) for name, t in m.state_dict().items())
+        load_weights(model, weights, "file.ckpt")
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
 class Reduced:

@@ -15,7 +15,7 @@ from olvae.evaluation.observers.observer import UNTRAINED, Observer, Subject
 from olvae.evaluation.protocol import open_images_for
 from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.linear_code import LARGEST_PATCH, LinearDecoder, LinearEncoder, fit_linear_paths, training_crops
+from olvae.models.linear_code import LARGEST_PATCH, LinearDecoder, LinearEncoder, crops_and_means, fit_linear_paths
 from olvae.models.loading.loader import Target
 from olvae.modules.distributions import Deterministic
 from olvae.runs import settings_of
@@ -84,7 +84,7 @@ class Baselines(Observer):
                 log.warning(
                     "the linear code is fitted on remote training shards (`fit` names others): %s, ...", remote[0]
                 )
-            crops = training_crops(source, settings_of(self._target.config).seed, f)
+            crops, _ = crops_and_means(source, settings_of(self._target.config).seed, f)
         except (ImportError, OSError, RuntimeError, ValueError) as error:  # of any kind of source
             if self._fit is not None:
                 raise

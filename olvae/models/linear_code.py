@@ -112,11 +112,6 @@ def start_linearly(
     return None if len(found) > MEASURED_IMAGES else mean, line
 
 
-def training_crops(source: Source, seed: int, factor: int) -> Tensor:
-    """The first training crops of a seed: (N, C, H, W); see :func:`crops_and_means`."""
-    return crops_and_means(source, seed, factor)[0]
-
-
 def crops_and_means(source: Source, seed: int, factor: int) -> tuple[Tensor, Tensor | None]:
     """The first training crops of a seed, read once, (N, C, H, W), and their latents' means, if the source has them.
 

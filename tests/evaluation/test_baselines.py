@@ -15,7 +15,7 @@ from olvae.evaluation.observers.observer import UNTRAINED, Subject
 from olvae.metrics.metric import psnr
 from olvae.models import linear_code
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.linear_code import LinearDecoder, LinearEncoder, start_linearly, training_crops
+from olvae.models.linear_code import LinearDecoder, LinearEncoder, crops_and_means, start_linearly
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.loader import Target
 from tests.conftest import tiny_config
@@ -61,7 +61,7 @@ def test_it_is_fitted_on_the_training_images_or_on_others(image_folder, tmp_path
     """On the run's crops of its seed: not on its validation images."""
     config = tiny_config(image_folder)
     code = rows(config)[LINEAR].model
-    crops = training_crops(FolderSource(str(image_folder), 16, 4, val_fraction=0.2), 0, 8)
+    crops = crops_and_means(FolderSource(str(image_folder), 16, 4, val_fraction=0.2), 0, 8)[0]
     x = crops.double().numpy() / 127.5 - 1
     patches = x.reshape(-1, 3, 2, 8, 2, 8).transpose(0, 2, 4, 1, 3, 5).reshape(-1, 192)
     largest = np.linalg.eigh(np.cov(patches, rowvar=False))[1][:, -1]
@@ -137,6 +137,6 @@ def test_values_with_a_range_train_and_are_fitted_in_it(tmp_path):
     fitted = Baselines(Target(None, None, {"data": node}, name="run"))._linear_code(Bicubic(8, 3, stated))
     for code in (started, fitted):
         with torch.no_grad():
-            z = code.encode(stated.normalise(training_crops(source, 0, 8))).mean
+            z = code.encode(stated.normalise(crops_and_means(source, 0, 8)[0])).mean
         torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(z.shape[1]), atol=1e-2, rtol=0)
         torch.testing.assert_close(z.var((0, 2, 3), correction=0), torch.ones(z.shape[1]), atol=1e-2, rtol=0)

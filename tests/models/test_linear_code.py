@@ -18,9 +18,9 @@ from olvae.models.linear_code import (
     HALVES,
     LinearDecoder,
     LinearEncoder,
+    crops_and_means,
     fit_linear_paths,
     start_linearly,
-    training_crops,
 )
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.conftest import tiny_config
@@ -103,7 +103,7 @@ def test_a_training_begins_as_the_linear_code(image_folder, monkeypatch):
     source = FolderSource(str(image_folder), 32, 4, val_fraction=0.2)
     (line,) = model.prepare(source, 3, CPU, fresh=HALVES)
     alone = LiteVAE(LinearEncoder(8, 3, 8), LinearDecoder(4, 3, 8))
-    fit_linear_paths(alone, training_crops(source, 3, 8))
+    fit_linear_paths(alone, crops_and_means(source, 3, 8)[0])
     x = torch.rand(2, 3, 64, 48) * 2 - 1
     with torch.no_grad():
         torch.testing.assert_close(model.encode(x).mean, alone.encode(x).mean, rtol=0, atol=1e-5)
@@ -152,10 +152,10 @@ def test_networks_without_paths_are_left_alone(image_folder, monkeypatch):
 def test_the_crops_are_those_of_the_seed(image_folder, monkeypatch):
     monkeypatch.setattr(linear_code, "CROPS", (8, 16))
     source = FolderSource(str(image_folder), 16, 4)
-    first = training_crops(source, 0, 8)
+    first = crops_and_means(source, 0, 8)[0]
     assert first.shape == (16, 3, 16, 16)
-    assert first.equal(training_crops(FolderSource(str(image_folder), 16, 2), 0, 8))
-    assert not first.equal(training_crops(source, 1, 8))
+    assert first.equal(crops_and_means(FolderSource(str(image_folder), 16, 2), 0, 8)[0])
+    assert not first.equal(crops_and_means(source, 1, 8)[0])
 
 
 def with_quantizer(latent_dim: int) -> LiteAutoencoderKL:

@@ -20,7 +20,7 @@ from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.export.exporting import ExportSettings, export_target
 from olvae.losses.objective import Objective
 from olvae.models import linear_code
-from olvae.models.linear_code import LinearDecoder, fit_linear_paths, training_crops
+from olvae.models.linear_code import LinearDecoder, crops_and_means, fit_linear_paths
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target
 from olvae.training import run as training
@@ -144,7 +144,7 @@ def test_a_decoder_that_starts_fresh_starts_linearly(train_with, tmp_path, image
     (after,) = starts
     assert after.encoder.linear.weight.equal(before.encoder.linear.weight)
     config, expected = load([run.config]), LiteVAE(before.encoder, LinearDecoder(4))
-    crops = training_crops(instantiate(config["data"]), config["run"]["seed"], 8)
+    crops = crops_and_means(instantiate(config["data"]), config["run"]["seed"], 8)[0]
     fit_linear_paths(expected, crops, fresh=["decoder"])
     torch.testing.assert_close(after.decoder.linear.weight, expected.decoder.linear.weight, rtol=0, atol=1e-5)
 

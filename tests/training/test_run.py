@@ -42,8 +42,10 @@ def test_what_a_run_leaves(go, whole_training, monkeypatch):
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(LiteAutoencoderKL, "training_step", look)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     run = go(name="my_name", precision="bf16", seed=5)
     assert dtypes == {torch.bfloat16}
+    assert not torch.utils.deterministic.fill_uninitialized_memory  # deterministic algorithms, without its price
     assert run.path.name.endswith("_my_name_bf16")
     files = {path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()}
     assert {"config.yaml", "checkpoints/last.ckpt", "images/step=00000004.png", "images/curves.png"} <= files

@@ -15,7 +15,7 @@ from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.size_and_range import EIGHT_BITS, from_uint8, to_uint8
 from olvae.metrics.metric import psnr
 from olvae.models import linear_code
-from olvae.models.linear_code import training_crops
+from olvae.models.linear_code import crops_and_means
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.parts.teacher import Teacher
 from olvae.modules.distributions import Deterministic
@@ -197,7 +197,7 @@ def test_a_student_with_linear_paths_starts_from_the_teachers_latents(target, im
     model, data = student(target, **nodes), source(image_folder)
     (line,) = model.prepare(data, 0, torch.device("cpu"), fresh=linear_code.HALVES)
     assert line.startswith("linear code: ")
-    x = from_uint8(training_crops(data, 0, 8))
+    x = from_uint8(crops_and_means(data, 0, 8)[0])
     with torch.no_grad():
         means = teacher_of(model).posterior(x).mean
         found = model.encode(x).mean
