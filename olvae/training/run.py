@@ -361,7 +361,7 @@ def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
     if prepared.plan.options.profile:
         callbacks.append(StepTrace(prepared.plan.options.profile))
     on_cpu = prepared.trainer_args["accelerator"] == "cpu"
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads it: a few percent of a step
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as nothing reads it
     resumed_config = None if prepared.plan.resumed is None else (prepared.config, run.config)
     settings: Config = {
         "check_val_every_n_epoch": None,
