@@ -118,6 +118,7 @@ def page(targets: Sequence[str], device: str = "cpu") -> "gr.Blocks":
     """Load TARGETs, and build their page in Gradio."""
     import gradio as gr
 
+    gr.set_static_paths([HELD_OUT[0].parent])  # the examples, which Gradio serves from no other folder
     models = load(name_apart([find_target(target) for target in targets]), device)
     names, channels = list(models), next(iter(models.values())).in_channels
     pictures: Mapping[str, Any] = {"format": "png", "object_fit": "contain", "height": "max-content"}

@@ -29,7 +29,7 @@ def served(tmp_path, *arguments):
     command = [sys.executable, "-m", "olvae", "app", *map(str, arguments), "--port", "0"]
     environment = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path / "gradio")}
     printed = tmp_path / "printed.txt"
-    with printed.open("w") as log, subprocess.Popen(command, stderr=log, env=environment) as process:
+    with printed.open("w") as log, subprocess.Popen(command, stderr=log, env=environment, cwd=tmp_path) as process:
         try:
             while (found := re.search(r"serving at (http://127\.0\.0\.1:\d+/)", printed.read_text())) is None:
                 assert process.poll() is None, printed.read_text()

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 import typer
 from omegaconf import OmegaConf
 
-from olvae.cli.options import check_precision, print_rows
+from olvae.cli.options import check_applies, check_precision, print_rows
 from olvae.config import ConfigError, load, recipes, validate
-from olvae.config.reading import nearest_recipes
+from olvae.config.reading import find_config, nearest_recipes
 
 
 def validate_command(
@@ -37,8 +37,7 @@ def validate_command(
 
     Example: olvae validate --ranks 64 --precision bf16 imagenet/large_batch
     """
-    if precision is not None and ranks is None:
-        raise ConfigError("--precision applies to --ranks: give both, or neither")
+    check_applies("--precision", precision is not None, "--ranks", ranks is not None)
     found, settings = 0, [text for text in configs[1:] if "=" in text and not Path(text).is_file()]
     for path in [text for text in configs if text not in settings]:
         try:
@@ -137,6 +136,8 @@ def copy(
     if name not in known:
         raise ConfigError(f"{name}: no such recipe{nearest_recipes(name)}")
     place = Path(file or f"{Path(name).name}.yaml")
+    if (found := find_config(name, place.parent, (place.resolve(),))).resolve() != known[name].resolve():
+        raise ConfigError(f"{place}: would include {found} in place of the recipe: rename that, or copy elsewhere")
     text = f"# {_first_line(known[name])}\n# Settings below the include override the recipe's.\ninclude: {name}\n"
     if settings:
         text += OmegaConf.to_yaml(OmegaConf.create(load((), settings, resolve=False)))

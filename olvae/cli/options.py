@@ -47,6 +47,19 @@ check_device = _checked(re.compile(r"cpu(:0)?|cuda(:\d+)?").fullmatch, "cpu, cud
 check_precision = _checked(PRECISIONS.__contains__, f"from {', '.join(PRECISIONS[:3])}")
 
 
+def check_memory(param: typer.CallbackParam, value: float | None) -> float | None:
+    """Refuse values of --memory that typer takes for numbers, but are not GiB: 0, nan, inf."""
+    if value is not None and not 0 < value < 2**20:
+        raise ConfigError(f"{param.opts[0]} {value}: give a number of GiB, for example 2")
+    return value
+
+
+def check_applies(option: str, given: bool, to: str, there: bool) -> None:
+    """Raise ConfigError if an option is given without the other one that it applies to."""
+    if given and not there:
+        raise ConfigError(f"{option} applies to {to}: give both, or neither")
+
+
 def comma_list(names: Sequence[str], aliases: Sequence[str] = ()) -> Callback:
     """Take names separated by commas; ``aliases`` are accepted, but not shown in the message."""
     accepted = {*names, *aliases}

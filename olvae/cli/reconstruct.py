@@ -1,6 +1,7 @@
 """Run ``olvae reconstruct`` and ``olvae app``: look at reconstructions, in files or in a browser."""
 
 import importlib.util
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -14,12 +15,14 @@ from olvae.cli.options import (
     ProgressBar,
     Raw,
     TargetArgument,
+    check_applies,
+    check_memory,
     check_paths,
     in_flags,
     loading,
 )
 from olvae.config import ConfigError
-from olvae.files import check_folder, legible
+from olvae.files import check_folder, legible, reason
 
 
 def command(
@@ -37,6 +40,7 @@ def command(
         float | None,
         typer.Option(
             metavar="GiB",
+            callback=check_memory,
             help="Memory for activations, besides images and weights; by default half of a GPU's free memory, or 1 on "
             "the CPU. Tiles do not change the result.",
         ),
@@ -52,10 +56,7 @@ def command(
 
     Example: olvae reconstruct demo photo.jpg holiday/ --out reconstructions
     """
-    if seed is not None and not sample:
-        raise ConfigError("--seed applies to --sample: give both, or neither")
-    if memory is not None and not 0 < memory < 2**20:
-        raise ConfigError(f"--memory {memory}: give a number of GiB, for example 2")
+    check_applies("--seed", seed is not None, "--sample", sample)
     check_paths(target)
     with loading():
         import torch
@@ -103,12 +104,19 @@ def app_command(
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("olvae app needs Gradio: pip install 'open-litevae[app]'")
     check_paths(*targets)
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do after one that has just ended
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(f"--host {host} --port {port}: can't be served on: {reason(error)}") from error
     with loading():
         from olvae.app import page
         from olvae.devices import resolve_device
 
     blocks = page(targets, resolve_device(device))
-    _, address, _ = blocks.launch(
+    _, url, _ = blocks.launch(
         server_name=host,
         server_port=port or None,
         max_file_size="50mb",
@@ -116,5 +124,5 @@ def app_command(
         show_error=True,
         prevent_thread_lock=True,
     )
-    typer.echo(f"serving at {address}; Ctrl-C stops it", err=True)
+    typer.echo(f"serving at {url}; Ctrl-C stops it", err=True)
     blocks.block_thread()

@@ -178,7 +178,7 @@ def read_received(path: Path) -> Config:
     return typing.cast(Config, OmegaConf.to_container(_yaml(path, received=True), resolve=False))
 
 
-def _find(name: str | Path, folder: Path, includers: tuple[Path, ...]) -> Path:
+def find_config(name: str | Path, folder: Path, includers: tuple[Path, ...]) -> Path:
     """Find a file of this name in the folder, with ``.yaml`` or without, or else a recipe of this package."""
     path = folder / name
     with_suffix = path.with_name(f"{path.name}.yaml") if path.name else path
@@ -191,7 +191,7 @@ def _find(name: str | Path, folder: Path, includers: tuple[Path, ...]) -> Path:
 
 def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] = ()) -> DictConfig:
     """Read a file over what it includes."""
-    path = _find(name, folder, includers)
+    path = find_config(name, folder, includers)
     if path.resolve() in includers:
         raise ConfigError(f"{path}: includes itself")
     if not path.exists():

@@ -52,7 +52,10 @@ def test_where_a_copy_goes(olvae, tmp_path, monkeypatch):
     assert Path("A2.yaml").read_text() == "mine: 1"
     assert "nowhere/demo.yaml: No such file or dir" in olvae("recipes", "copy", "demo", "nowhere/demo.yaml")[2]
     assert olvae("recipes", "copy", "dmeo")[::2] == (2, "error: dmeo: no such recipe; did you mean demo?\n")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["A2.yaml"]
+    Path("demo.yaml").write_text("include: demo")
+    _, _, err = olvae("recipes", "copy", "demo", "other.yaml")
+    assert err == "error: other.yaml: would include demo.yaml in place of the recipe: rename that, or copy elsewhere\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["A2.yaml", "demo.yaml"]
 
 
 def test_a_name_or_a_file(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """``olvae reconstruct`` and ``olvae app`` as a user types them; tests/test_app*.py have the page."""
 
 import importlib.util
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +82,14 @@ def test_memory_is_no_promise_of_others_networks(refused, tmp_path):
     teacher = f"diffusers:{Path(olvae.__file__).parent}/recipes/distil/teacher"
     image = picture(tmp_path / "x.png", (8, 8))
     assert "is always computed whole" in refused(2, "reconstruct", teacher, image, "--memory", 1)
+
+
+def test_an_address_that_cannot_be_served_on(refused, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        line = refused(2, "app", "olvae:photos-f8c4", "--port", port)
+    assert line == f"error: --host 127.0.0.1 --port {port}: can't be served on: Address already in use\n"
 
 
 def test_the_page_without_gradio(olvae, monkeypatch):

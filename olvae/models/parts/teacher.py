@@ -101,8 +101,8 @@ class Teacher(Part):
             images = f"; in_channels of the encoder, out_channels of the decoder and data.params.channels={c}"
             yield (
                 f"{here}: {self.target} has {theirs}, but the student {ours}: set model.params.embed_dim={n} "
-                f"model.params.decoder_config.params.z_channels={n}, and networks of f{f}: dct_levels of the encoder, "
-                f"channel_mult of the decoder{'' if c == model.autoencoder.in_channels else images}"
+                f"model.params.decoder_config.params.z_channels={n}, and networks of f{f} (dct_levels, "
+                f"channel_mult or blocks){'' if c == model.autoencoder.in_channels else images}"
             )
         if not self.model.factors_known and "scaling_factor" not in model.given_factors:
             yield f"scaling_factor: {NO_FACTORS}"
