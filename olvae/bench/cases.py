@@ -228,9 +228,9 @@ def time_steps(
 
 def _loaders(setting: Setting) -> list[Case]:
     """Training loaders beside decoding and cropping the same images in memory, one by one."""
-    cases = []
+    cases, usual = [], 64 if setting.kind == "cpu" else 256
     for name in setting.sources:
-        source = open_source(name, setting.size, setting.batch_size)
+        source = open_source(name, setting.size or usual, setting.batch_size, resized=setting.size > 0)
         source.batch_size = setting.batch_size
         sizes = source.size.node, setting.batch_size
         decode = partial(_time_images, _floor(name, source), 1)
@@ -301,7 +301,7 @@ class Group(NamedTuple):
 
     cases: Callable[[Setting], list[Case]]
     warm_up: bool  # whether a round that does not count comes first; where the work itself warms up, none does
-    sizes: Mapping[str, tuple[int, int]]  # pixels, and images at a time, by default; training steps have their config's
+    sizes: Mapping[str, tuple[int, int]]  # pixels, and images at a time, by default; 0 for those of a config
 
 
 GROUPS: Mapping[str, Group] = {
@@ -311,7 +311,7 @@ GROUPS: Mapping[str, Group] = {
         lambda s: network_cases(DECODERS, N_Z, s.size // F8, s), True, {"cpu": (64, 1), "cuda": (256, 16)}
     ),
     "train": Group(_train, False, {"cpu": (0, 0), "cuda": (0, 0)}),
-    "data": Group(_loaders, False, {"cpu": (64, 16), "cuda": (256, 32)}),
+    "data": Group(_loaders, False, {"cpu": (0, 16), "cuda": (0, 32)}),
 }
 
 

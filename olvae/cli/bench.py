@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from olvae.cli.options import check_device, print_rows, split_commas
+from olvae.cli.options import check_applies, check_device, print_rows, split_commas
 from olvae.config import ConfigError
 
 GROUPS = ("dwt", "encoder", "decoder", "train", "data")
@@ -31,7 +31,9 @@ def command(
             metavar="CFG", help="For train; by default demo and demo_b, on a GPU imagenet/A2 and imagenet/B4."
         ),
     ] = None,
-    workers: Annotated[str, typer.Option(metavar="LIST", help="For data: numbers of loader processes.")] = "0,1,2",
+    workers: Annotated[
+        str | None, typer.Option(metavar="LIST", help="For data: numbers of loader processes; by default 0,1,2.")
+    ] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Of all cases of a group; by default 3 on a CPU, 10 on a GPU.")
     ] = None,
@@ -53,13 +55,16 @@ def command(
     Example: olvae bench data photos shards --size 256 --workers 1,2
     """
     chosen = list(GROUPS) if groups == "all" else split_commas(groups)
-    if unknown := [name for name in chosen if name not in GROUPS]:
-        raise ConfigError(f"GROUPS {', '.join(unknown)}: choose from all, {', '.join(GROUPS)}")
+    if (unknown := [name for name in chosen if name not in GROUPS]) or not chosen:
+        raise ConfigError(f"GROUPS {', '.join(unknown) or groups}: choose from all, {', '.join(GROUPS)}")
     if sources and "data" not in chosen:
         raise ConfigError(f"{sources[0]}: only data takes sources")
+    check_applies("--workers", workers is not None, "data", "data" in chosen)
+    check_applies("--config", bool(config), "train", "train" in chosen)
     if size is not None and size % 8:
         raise ConfigError(f"`size` {size}: must be a multiple of 8, such as {size // 8 * 8}")
-    if not all(number.isdigit() for number in split_commas(workers)):
+    counts = split_commas("0,1,2" if workers is None else workers)
+    if not counts or not all(number.isdecimal() for number in counts):
         raise ConfigError(f"`workers` {workers}: give numbers of processes, such as 0,1,2")
 
     import torch
@@ -79,7 +84,7 @@ def command(
         batch_size or 0,
         config or (["demo", "demo_b"] if device == "cpu" else ["imagenet/A2", "imagenet/B4"]),
         sources or [str(PHOTOGRAPHS[0].parent)],
-        [int(number) for number in split_commas(workers)],
+        [int(number) for number in counts],
         compiled,
     )
     quieten()

@@ -77,8 +77,9 @@ def test_a_config_brings_its_size_and_crops(tmp_path, image_folder, monkeypatch)
     params = {"root": str(image_folder), "size": 24, "batch_size": 1, "min_fraction": 0.9}
     node = {"target": "olvae.data.picture_folder.FolderSource", "params": params}
     (tmp_path / "one.yaml").write_text(yaml.safe_dump({"data": node}))
-    assert [row["size"] for row in measured([tmp_path / "one.yaml"])] == [24, 24]
-    assert {(crop.size, crop.min_fraction) for crop in made} == {(24, 0.9)}
+    assert [row["size"] for row in measured([tmp_path / "one.yaml"], size=0)] == [24, 24]
+    assert [row["size"] for row in measured([tmp_path / "one.yaml"], size=16)] == [16, 16]
+    assert {(crop.size, crop.min_fraction) for crop in made} == {(24, 0.9), (16, 0.9)}
 
 
 @pytest.mark.usefixtures("short")

@@ -28,8 +28,8 @@ def tiny(tmp_path, monkeypatch):
 
 
 def test_everything(olvae, tiny, tmp_path, monkeypatch):
-    options = ["--size", 16, "-B", 2, "--rounds", 1, *tiny]
-    code, out, err = olvae("bench", "all", *options, "--json")
+    options = ["--size", 16, "-B", 2, "--rounds", 1]
+    code, out, err = olvae("bench", "all", *options, *tiny, "--json")
     assert code == 0, err
     document = json.loads(out)
     assert {"device", "threads", "torch", "date", "rounds", "rows"} == document.keys()
@@ -62,6 +62,11 @@ def test_everything(olvae, tiny, tmp_path, monkeypatch):
         (["dwt", "photos"], "photos: only data takes sources"),
         (["encoder", "--size", 100], "--size 100: must be a multiple of 8, such as 96"),
         (["data", "--workers", "a"], "--workers a: give numbers of processes"),
+        (["data", "--workers", "²"], "--workers ²: give numbers of processes"),
+        (["data", "--workers", ""], "--workers : give numbers of processes"),
+        ([","], "GROUPS ,: choose from all, dwt"),
+        (["dwt", "--workers", 0], "--workers applies to data: give both, or neither"),
+        (["dwt", "--config", "demo"], "--config applies to train: give both, or neither"),
     ],
 )
 def test_mistakes(olvae, arguments, message):
