@@ -18,6 +18,11 @@ ARRAYS = (".npy", ".tif", ".exr")  # extensions of files that hold real values o
 ERROR_RANGE = 64  # error in 8-bit steps that error maps show as white
 
 
+def can_store(suffix: str, channels: int) -> bool:
+    """Whether files of this extension hold images of this number of channels."""
+    return suffix in ARRAYS or channels in (1, 3) or (channels == 4 and suffix != ".jpg")
+
+
 def save_image(image: Tensor, path: Path, **options: Any) -> None:
     """Write an image (C, H, W) atomically, in the format of the extension: uint8, or float32 for an array's file.
 
@@ -25,7 +30,7 @@ def save_image(image: Tensor, path: Path, **options: Any) -> None:
     """
     channels = image.shape[0]
     array = image.permute(1, 2, 0).contiguous().cpu().numpy()
-    if path.suffix not in ARRAYS and (channels not in (1, 3, 4) or (channels == 4 and path.suffix == ".jpg")):
+    if not can_store(path.suffix, channels):
         raise ValueError(f"an image of {channels} channels can't be written as {path.suffix}")
     with atomic_write(path) as partial:
         if path.suffix == ".npy":

@@ -16,6 +16,8 @@ from olvae.cli.options import (
     ProgressBar,
     Raw,
     TargetArgument,
+    check_applies,
+    check_memory,
     check_paths,
     check_precision,
     loading,
@@ -58,7 +60,9 @@ def command(
     ] = None,
     batch_size: BatchSize = 16,
     threads: Annotated[int, typer.Option(min=1, help="Threads that read images, in each process.")] = 4,
-    memory: Annotated[float, typer.Option(metavar="GiB", min=0.01, help="Memory for encoding with --native.")] = 4.0,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GiB", callback=check_memory, help="Memory of --native; 4 by default.")
+    ] = None,
     precision: Annotated[
         str, typer.Option(callback=check_precision, help="32, bf16 or fp16: what the encoder computes in.")
     ] = "32",
@@ -78,8 +82,8 @@ def command(
 
     Example: olvae encode my-vae --data shards --native --flip --out latents
     """
-    if seed and moments:
-        raise ConfigError("--seed applies to --sample: add that, or leave --seed out")
+    check_applies("--seed", bool(seed), "--sample", not moments)
+    check_applies("--memory", memory is not None, "--native", native)
     if native and size is not None:
         raise ConfigError("--native and --size: give one of the two")
     check_paths(target, data=data)
@@ -88,7 +92,7 @@ def command(
 
         from olvae.data.pixels.size_and_range import Sides
         from olvae.devices import gather, join, keep_freed_memory, leave, precision_name, resolve_device
-        from olvae.export.encoding import EncodeJob, EncodeOptions, find_inputs, usual_transform
+        from olvae.export.encoding import EncodeJob, EncodeOptions, ShardInputs, find_inputs, usual_transform
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
         from olvae.models.optimization import compile_networks
@@ -100,23 +104,29 @@ def command(
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
     where = torch.device(resolve_device(device))
     model = found.load().to(where)
-    inputs = find_inputs(data, model.in_channels, shard_size or (0 if images else 1000), classes, model.pixel_range)
+    asked, per_shard = Sides.read(size).node if size else None, shard_size or (0 if images else 1000)
+    inputs = find_inputs(data, model.in_channels, per_shard, classes, model.pixel_range, asked)
+    if shard_size is not None and isinstance(inputs, ShardInputs):
+        raise ConfigError("--shard-size: each of these shards becomes one of latents: leave it out")
     usual = usual_transform(inputs, found.config, model)
-    pixels = 0 if native else (Sides.read(size) if size else Sides.of(usual.size)).node
+    pixels = 0 if native else asked or Sides.of(usual.size).node
     options = EncodeOptions(pixels, moments, seed, dtype, flip, images, precision_name(precision), usual.resample)
     stats = None
     with no_empty_folders(out):
         job = EncodeJob(model, inputs, options, out, {"target": found.name, "source": data})
         if rank == 0 and (n := len(inputs)) < world:
-            idle = f"note: {n} shard{'s' * (n > 1)} of latents for {world} processes: the others have nothing to do"
-            typer.echo(f"{idle}; a smaller --shard-size gives them work, unless the images come in shards", err=True)
+            typer.echo(
+                f"note: {n} shard{'s' * (n > 1)} of latents for {world} processes: the others have nothing to do; a "
+                "smaller --shard-size gives them work, unless the images come in shards",
+                err=True,
+            )
         if compiled:
             compile_networks([_encoder(model, target)], where)
         share = "" if world == 1 else f", 1 of {world} shares"
         bar = ProgressBar(f"encoding{share}", inputs.count(range(rank, len(inputs), world)), enabled=rank == 0)
         with job.shards.locked("olvae encode"), job.shards.nothing_left(), bar:
             try:
-                job.run(rank, world, batch_size, threads, int(memory * GIB), bar.advance)
+                job.run(rank, world, batch_size, threads, int((memory or 4) * GIB), bar.advance)
             except KeyboardInterrupt:
                 if rank == 0:
                     kept = f"finished shards are in {out}" if job.shards.any_stored() else "no shard is finished yet"
@@ -125,10 +135,7 @@ def command(
             if gather(None) is not None:  # all processes have finished, and this is the first
                 stats = job.finish()
     if stats is not None:
-        if as_json:
-            typer.echo(json.dumps(stats, indent=2))
-        for line in (*_report(stats, out, len(inputs)), *_other_factors(stats, out, found, model)):
-            typer.echo(line, err=True)
+        _report(stats, out, found, model, as_json)
     leave()
 
 
@@ -161,14 +168,20 @@ def _encoder(model: Any, target: str) -> Any:
     return model.encoder
 
 
-def _report(stats: Mapping[str, Any], out: Path, shards: int) -> Iterator[str]:
+def _report(stats: Mapping[str, Any], out: Path, target: "Target", model: "Autoencoder", as_json: bool) -> None:
     from olvae.data.pixels.size_and_range import Sides
+    from olvae.data.shards.index import INDEX, Index
 
+    if as_json:
+        typer.echo(json.dumps(stats, indent=2))
+    shards = len(Index.read(out / INDEX).shards)
     of = f" of {Sides.of(stats['size']).short} px" if stats["size"] else ""
-    lost = f"; {n} could not be read, stats.json lists them" if (n := stats["unreadable"]["count"]) else ""
-    yield f"latents: {out}, {stats['count']} images{of} in {shards} shard{'s' * (shards > 1)}{lost}"
+    lost = f"; {n} could not be read, stats.json says why" if (n := stats["unreadable"]["count"]) else ""
+    typer.echo(f"latents: {out}, {stats['count']} images{of} in {shards} shard{'s' * (shards > 1)}{lost}", err=True)
     factors = (f"{name} {stats[name]:.4f}" for name in ("scaling_factor", "shift_factor"))
-    yield f"numbers: {out / 'stats.json'}, {', '.join(factors)}"
+    typer.echo(f"numbers: {out / 'stats.json'}, {', '.join(factors)}", err=True)
+    for line in _other_factors(stats, out, target, model):
+        typer.echo(line, err=True)
 
 
 def decode_command(
@@ -181,7 +194,9 @@ def decode_command(
         typer.Option("--format", help="png, or npy for a range of values and other channels; jpg, tif, exr."),
     ] = None,
     batch_size: BatchSize = 16,
-    memory: Annotated[float, typer.Option(metavar="GiB", min=0.01, help="What needs more is decoded in tiles.")] = 4.0,
+    memory: Annotated[
+        float, typer.Option(metavar="GiB", callback=check_memory, help="What needs more is decoded in tiles.")
+    ] = 4.0,
     device: Device = None,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,

@@ -15,7 +15,7 @@ from olvae.data.image import MODES
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.latent_source import LATENT, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
-from olvae.figures import ARRAYS, save_image
+from olvae.figures import ARRAYS, can_store, save_image
 from olvae.files import remove_partials, safe_path
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, crop_to
@@ -51,13 +51,15 @@ def decode_shards(
     Files are named by the images' keys with the format's extension, a name of :data:`FORMATS`, by default png or, where
     it can't hold them, npy. What takes more than ``memory`` bytes is tiled. ``advance`` is called with the number of
     further images. Return the number of images, and the latents that could not be read; raise ValueError if none can,
-    or they are another model's, ConfigError for a format of 8 bits for a model with a range of values, or if a file
+    or they are another model's, ConfigError for a format that can't hold the model's channels or range, or if a file
     that decoding did not make would be replaced.
     """
     pixels = model.pixel_range
     image_format = image_format or ("png" if pixels.eight_bits and model.in_channels in MODES else "npy")
     if not pixels.eight_bits and f".{image_format}" not in ARRAYS:
         raise ConfigError(f"`format` {image_format}: 8 bits can't hold values of {pixels}: choose npy, tif or exr")
+    if not can_store(f".{image_format}", channels := model.in_channels):
+        raise ConfigError(f"`format` {image_format}: can't hold {channels} channels: choose npy or tif")
     remove_partials(folder.rglob(".partial-*"), idle_s=1.0)
     ours = set((folder / OURS).read_text(encoding="utf-8").split("\n")) if (folder / OURS).is_file() else set()
     names, unreadable = set[str](), list[ReadError]()

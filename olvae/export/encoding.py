@@ -127,32 +127,42 @@ Inputs = DatasetInputs | ShardInputs
 
 
 def find_inputs(
-    src: str, channels: int, shard_size: int, classes: bool = False, pixel_range: PixelRange = EIGHT_BITS
+    src: str,
+    channels: int,
+    shard_size: int,
+    classes: bool = False,
+    pixel_range: PixelRange = EIGHT_BITS,
+    size: Size | None = None,
 ) -> Inputs:
-    """Find the images of SRC, those that :func:`~olvae.data.opening.open_source` would give.
+    """Find the images of SRC: of a config its test images, cut for ``size`` if given; of any other SRC all, whole.
 
     ``shard_size`` is the number of images in an output shard, 0 for that of packing, unless SRC is made of shards; with
     ``classes`` the folders of SRC are classes. Raises ConfigError also for a config whose data have another range of
     values.
     """
+    images: ImageDataset | ShardInputs
     name, transform = src, None
     if Path(src).suffix in YAML:
-        source, name = open_source(src, 1, 1), json.dumps(load([src]).get("data"), sort_keys=True, default=str)
+        source = open_source(src, size or 1, 1, resized=size is not None)
+        name = json.dumps(load([src]).get("data"), sort_keys=True, default=str)
         pixel_range.check_data(source.pixel_range)
         if source.channels != channels:
             raise ConfigError(f"{src}: images of {source.channels} channels, and the model takes {channels}")
         transform = source.eval_transform
         if isinstance(source, WebDatasetSource):
-            return ShardInputs(source.val, source.channels, source.image_key, source.pixel_range, transform)
-        if not isinstance(source, MappedSource):
-            raise ConfigError(f"{src}: {type(source).__name__} can't be encoded: encode its sources one by one")
-        images = source.val
+            images = ShardInputs(source.val, source.channels, source.image_key, source.pixel_range, transform)
+        elif isinstance(source, MappedSource):
+            images = source.val
+        else:
+            raise ConfigError(f"{src}: {type(source).__name__} can't be encoded: name folders or shards, one by one")
     elif holds_shards(src):
-        if classes:
-            raise ConfigError("`classes` is for folders: encode those; shards keep their .cls files, if they have any")
-        return ShardInputs(with_counts(find_shards(src)), channels, None, pixel_range)
+        images = ShardInputs(with_counts(find_shards(src)), channels, None, pixel_range)
     else:
         images = open_images(src, channels, pixel_range)
+    if isinstance(images, ShardInputs):
+        if classes:
+            raise ConfigError("`classes` is for folders: encode those; shards keep their .cls files, if they have any")
+        return images
     named = () if isinstance(images, Files) else (name,)
     shard_size = shard_size or usual_shard_size(len(images))
     return DatasetInputs(images, shard_size, _classes(images) if classes else (), named, transform)
@@ -323,10 +333,13 @@ class EncodeJob:
         All shards have to be finished, by :meth:`run` of every process.
         """
         finished = [self.shards.finished(number) for number in range(len(self.inputs))]
-        statistics, index, unreadable = _Statistics(), dict[str, Any](), []
+        statistics, index, unreadable, lost = _Statistics(), dict[str, Any](), [], 0
         for number, shard in enumerate(finished):
             assert shard is not None
             unreadable += [{"name": error.name, "reason": error.reason} for error in shard.unreadable]
+            if shard.unreadable:  # one of them may be the rest of a shard
+                missing = (self.inputs.count(range(number, number + 1)) or 0) - shard.record.images
+                lost += max(missing, len(shard.unreadable))
             if positions := shard.details["positions"]:
                 statistics.add(Moments.from_state(positions, shard.details["sums"]), shard.details["shape"])
                 index[self.shards.path(number).name] = {"images": shard.record.images}
@@ -349,7 +362,7 @@ class EncodeJob:
             **asdict(self.options),
             **self.describe,
             "classes": list(self.inputs.classes),
-            "unreadable": {"count": len(unreadable), "images": unreadable},
+            "unreadable": {"count": lost, "images": unreadable},
         }
         self.shards.remove_partials()
         write_json({"version": 1, "images": count, "shards": index}, self.shards.folder / INDEX)

@@ -11,6 +11,7 @@ from olvae.cli.encode import _encoder
 from olvae.cli.main import main
 from olvae.config import ConfigError
 from olvae.data.shards.write import ResumableShards
+from tests.data.images import write_shards
 from tests.export.latents import everything, tiny_vae
 from tests.test_devices import fork_each, fork_two
 from tests.training.conftest import torchrun
@@ -85,9 +86,14 @@ def test_mistakes_are_one_line(done, refused, target, tmp_path, image_folder):
     def encode(*arguments: object) -> list[object]:
         return ["encode", target, "--data", image_folder, "--size", 16, "--out", tmp_path / "out", *arguments]
 
+    shards = tmp_path / "shards"
+    write_shards(shards, (2,))
     cases = [
         (encode("--native"), 2, "--native and --size: give one of the two"),
         (encode("--seed", 1), 2, "--seed applies to --sample"),
+        (encode("--memory", 1), 2, "--memory applies to --native: give both, or neither"),
+        (["encode", *encode()[1:4], "--native", "--memory", "inf", "--out", tmp_path / "out"], 2, "--memory inf: give"),
+        (encode("--data", shards, "--shard-size", 3), 2, "--shard-size: each of these shards becomes one of latents"),
         (encode("--size", 20), 1, "multiple of 8"),
         (["encode", target, "--data", image_folder, "--native", "--images", "--out", tmp_path / "out"], 1, "one size"),
         (encode("--data", tmp_path / "nowhere"), 1, "no such folder"),
@@ -97,6 +103,7 @@ def test_mistakes_are_one_line(done, refused, target, tmp_path, image_folder):
         (["encode", tmp_path / "gone", *encode()[2:]], 1, "not found; a target is"),
         (["decode", target, image_folder, "--out", tmp_path / "out"], 1, "no stats.json"),
         (["decode", target, tmp_path / "x.tar", "--out", tmp_path / "out"], 1, "no shards"),
+        (["decode", target, tmp_path, "--out", tmp_path / "out", "--memory", "nan"], 2, "--memory nan: give"),
     ]
     for arguments, code, text in cases:
         assert text in refused(code, *arguments)

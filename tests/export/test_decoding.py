@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+from olvae.config import ConfigError
 from olvae.data.image import image_to_tensor
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.data.shards.index import find_shards, with_counts
@@ -53,6 +54,15 @@ def test_what_was_encoded_comes_back(tmp_path):
     image = from_uint8(read(tmp_path / "out/001/0003.jpg"))
     original = from_uint8(image_to_tensor(picture(3).crop((4, 0, 36, 32))))
     assert float((image - original).abs().mean()) < 0.07
+
+
+def test_a_format_that_cannot_hold_the_channels_writes_nothing(tmp_path, image_folder):
+    encode(image_folder, tmp_path / "latents", Shrunk())
+    model = Shrunk()
+    model.in_channels = 4
+    with pytest.raises(ConfigError, match="`format` jpg: can't hold 4 channels"):
+        decode_shards(model, shards(tmp_path / "latents"), tmp_path / "out", "jpg")
+    assert not (tmp_path / "out").exists()
 
 
 def test_images_of_their_own_sizes_come_back_in_them(tmp_path):

@@ -274,8 +274,12 @@ def test_folders_are_classes_if_asked(tmp_path, image_folder):
     with pytest.raises(ConfigError, match=r"`classes`: loose\.png is not in a folder"):
         encode(image_folder, tmp_path / "loose", classes=True)
     write_shards(tmp_path / "shards", (2,))
-    with pytest.raises(ConfigError, match="`classes` is for folders"):
-        encode(tmp_path / "shards", tmp_path / "more", classes=True)
+    params = {"shards": str(tmp_path / "shards"), "val_shards": str(tmp_path / "shards"), "size": 16, "batch_size": 1}
+    node = {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": params}
+    save({"data": node}, tmp_path / "shards.yaml")
+    for shards in ("shards", "shards.yaml"):
+        with pytest.raises(ConfigError, match="`classes` is for folders"):
+            encode(tmp_path / shards, tmp_path / "more", classes=True)
 
 
 def test_what_cannot_be_read_is_skipped_and_listed(tmp_path, image_folder):
@@ -308,6 +312,12 @@ def test_a_shard_without_images_and_one_that_is_cut_off(tmp_path):
     names = [error["name"] for error in stats["unreadable"]["images"]]
     assert names[:2] == ["000/0000", "000/0001"]
     assert names[2:] == [str(paths[2])]
+    assert stats["unreadable"]["count"] == 3  # how many images the shard had that is cut off is unknown
+    paths[2].write_bytes(paths[2].read_bytes()[:700])
+    counts = {path.name: {"images": n} for path, n in zip(paths, (2, 3, 3), strict=True)}
+    (tmp_path / "shards/index.json").write_text(json.dumps({"shards": counts}))
+    stats = encode(tmp_path / "shards", tmp_path / "indexed")
+    assert (stats["count"], stats["unreadable"]["count"], len(stats["unreadable"]["images"])) == (3, 5, 3)
 
 
 def test_a_remote_shard_that_fails_is_not_taken_for_finished(tmp_path):
@@ -344,6 +354,10 @@ def test_images_are_resized_as_in_evaluation(tmp_path, image_folder):
     ):
         usual = usual_transform(find_inputs(str(source), 3, 5), config, tiny_vae())
         assert (Sides.of(usual.size).node, usual.resample) == expected
+    save({"data": {"target": "olvae.data.dataset.SamplePhotographs", "params": {"size": 64}}}, tmp_path / "tiles.yaml")
+    for size, tile in ((None, 64), (80, 80)):
+        inputs = find_inputs(str(tmp_path / "tiles.yaml"), 3, 5, size=size)
+        assert next(inputs.read(0)).open().size == (tile, tile)
     (tmp_path / "masks").mkdir()
     mask = np.random.default_rng(0).integers(0, 2, (40, 40, 3), dtype=np.uint8) * 255
     Image.fromarray(mask).save(tmp_path / "masks" / "0.png")
