@@ -134,11 +134,11 @@ def test_results_of_another_protocol_are_refused_unless_mixed(olvae, trained, ph
     earlier = ("--beside", tmp_path / "first" / "metrics.json")
     code, _, err = evaluate("sampled", *earlier, "--posterior", "sample")
     assert code == 1
-    assert "has results of another protocol, which are not comparable" in err
+    assert "has results of another protocol (posterior), which are not comparable" in err
     assert len(metrics(tmp_path / "sampled")) == 1  # its own are not lost
     code, _, err = evaluate("mixed", *earlier, "--posterior", "sample", "--mix-protocols")
     assert code == 0
-    assert content(tmp_path / "mixed")["results"][1]["target"] == f"{trained.name} [another protocol]"
+    assert content(tmp_path / "mixed")["results"][1]["target"] == f"{trained.name} [another protocol (posterior)]"
     (tmp_path / "bad.json").write_text("[]")
     assert "not a metrics.json" in evaluate("bad", "--beside", tmp_path / "bad.json")[2]
     half = content(tmp_path / "first")

@@ -1,5 +1,6 @@
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -65,14 +66,14 @@ def test_equal_names_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("earlier", "what"),
     [
-        (results_of(row(), protocol=Protocol(n=90, posterior="sample")), "another protocol"),
+        (results_of(row(), protocol=Protocol(n=80, posterior="sample")), "another protocol (n, posterior)"),
         (results_of(row(), sha256="11"), "other images"),
         (results_of(row(sha256="bb")), "other weights of the networks behind LPIPS"),
     ],
 )
 def test_results_that_are_not_comparable_are_refused_unless_mixed(tmp_path, earlier, what):
     other = {Path("a.json"): read_back(earlier, tmp_path)}
-    with pytest.raises(ValueError, match=rf"a\.json: has results of {what}, which are not comparable"):
+    with pytest.raises(ValueError, match=re.escape(f"a.json: has results of {what}, which are not comparable")):
         results_of(row()).beside(other)
     (added,) = results_of(row()).beside(other, mix=True).earlier
     assert added.target == f"{NAME} [{what}]"
