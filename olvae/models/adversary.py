@@ -108,7 +108,8 @@ class Adversary(nn.Module):
             with torch.no_grad():
                 logits = self.discriminator.eval()(torch.zeros(1, channels, *sides))
         except (ValueError, RuntimeError) as error:
-            raise ConfigError(f"the discriminator does not take images of {channels}x{sides}: {error}") from error
+            where = "adversary_config.params.discriminator_config.params"
+            raise ConfigError(f"{where}: it does not take images of {channels}x{sides}: {error}") from error
         finally:
             self.discriminator.train()
         if self.cutmix_probability and logits[0].shape[-2:] != sides:

@@ -251,7 +251,7 @@ def test_the_state_survives_a_file(tmp_path):
     ("kind", "channels", "size", "message"),
     [
         ("unetgan", 3, 60, "does not take images of 3x60x60: UNetGAN takes images .* multiples of 64"),
-        ("unetgan", 1, 64, "does not take images of 1x64x64: .*channels"),
+        ("unetgan", 1, 64, r"discriminator_config\.params: it does not take images of 1x64x64: .*channels"),
     ],
 )
 def test_images_that_do_not_fit(kind, channels, size, message):

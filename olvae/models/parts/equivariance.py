@@ -54,8 +54,8 @@ class Equivariance(Part):
                 for size in {sizes[0], sizes[-1], Sides(*sizes[0][::-1]), Sides(*sizes[-1][::-1])}:
                     model.adversary.check_image(source.channels, size)
             except ConfigError as error:
-                message = f"model.params.parts.{self.name}.params.adversary: set it to false, or take PatchGAN: {error}"
-                raise ConfigError(message) from error
+                where = f"model.params.parts.{self.name}.params.adversary"
+                raise ConfigError(f"{where}: set it to false, or change the discriminator: {error}") from error
 
     def on_images(self, model: Model, step: Step) -> None:
         self._alike = not step.warming_up and step.shared.random() < self.probability

@@ -123,7 +123,7 @@ def test_a_discriminator_of_fixed_sizes_is_refused(image_folder, discriminator, 
         model.check(source(image_folder, size=size))
         return
     with pytest.raises(
-        ConfigError, match=r"equivariance\.params\.adversary: set it to false, or take PatchGAN: "
+        ConfigError, match=r"equivariance\.params\.adversary: set it to false, or change the discriminator: "
     ) as error:
         model.check(source(image_folder, size=size))
     assert "\n" not in str(error.value)
