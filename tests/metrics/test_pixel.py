@@ -21,7 +21,16 @@ def test_psnr_is_scikit_images(pair):
         assert value.item() == pytest.approx(expected, abs=1e-9)
 
 
-def test_ssim_is_scikit_images(pair):
+@pytest.mark.parametrize("kind", ["noise", "large", "bright", "flat"])
+def test_ssim_is_scikit_images(pair, kind):
+    """Also of more than one tile, and where a variance is a small difference of large squares."""
+    if kind == "large":
+        pair = [image.repeat(1, 1, 4, 9) for image in pair]
+    elif kind == "bright":
+        pair = [255 - image // 64 for image in pair]
+    elif kind == "flat":
+        pair = [torch.full((2, 3, 64, 64), level, dtype=torch.uint8) for level in (255, 254)]
+        assert ssim(pair[0], pair[0]).tolist() == pytest.approx([1.0, 1.0], abs=1e-12)
     for value, x, y in zip(ssim(*pair), *pair, strict=True):
         expected = structural_similarity(
             x.numpy().astype(np.float64),
@@ -32,7 +41,7 @@ def test_ssim_is_scikit_images(pair):
             sigma=1.5,
             use_sample_covariance=False,
         )
-        assert value.item() == pytest.approx(expected, abs=1e-5)
+        assert value.item() == pytest.approx(expected, abs=1e-12)
 
 
 def direct(x: np.ndarray, y: np.ndarray) -> float:
@@ -64,7 +73,7 @@ def test_ms_ssim_is_the_formula():
     for value, a, b in zip(ms_ssim(x, y), x, y, strict=True):
         expected = direct(a.numpy().astype(float), b.numpy().astype(float))
         assert 0.3 < expected < 0.999
-        assert value.item() == pytest.approx(expected, abs=1e-5)
+        assert value.item() == pytest.approx(expected, abs=1e-12)
 
 
 def test_opposite_images():
