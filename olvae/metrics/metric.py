@@ -234,9 +234,10 @@ def _similarity(x: Tensor, y: Tensor) -> Tensor:
 
 def _windows(side: int, device: torch.device) -> Tensor:
     """(side - 10, side): the Gaussian window at each position where it fits."""
-    from_centre = torch.arange(side) - torch.arange(side - SSIM_WINDOW + 1)[:, None] - SSIM_WINDOW // 2
+    places = torch.arange(side, device=device)
+    from_centre = places - places[: side - SSIM_WINDOW + 1, None] - SSIM_WINDOW // 2
     weights = (-0.5 * (from_centre.double() / SIGMA) ** 2).exp() * (from_centre.abs() <= SSIM_WINDOW // 2)
-    return (weights / weights.sum(1, keepdim=True)).to(device)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def ssim_uniform(x: Tensor, y: Tensor) -> Tensor:
