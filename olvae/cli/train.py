@@ -33,7 +33,7 @@ def command(
         str | None, typer.Option(metavar="N_OR_LIST", help="The number of GPUs, or a list: 2, or 0,3. 0 is the CPU.")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="The seed of weights, data order and noise; 0 by default.")
+        int | None, typer.Option(min=0, max=2**32 - 1, help="The seed of weights, data order and noise; 0 by default.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="The run's name; by default the first config file's.")] = None,
     resume: Annotated[Path | None, typer.Option(metavar="RUN_DIR", help="Continue a run in its own folder.")] = None,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.losses.perceptual import PERCEPTUAL, Perceptual
-from olvae.modules.base import check_choice, no_autocast, upcast
+from olvae.modules.base import check_choice, check_not_negative, no_autocast, upcast
 from olvae.modules.distributions import Posterior
 from olvae.modules.wavelet import dwt2
 
@@ -142,10 +142,10 @@ class Objective(nn.Module):
         super().__init__()
         check_choice(RECONSTRUCTION, reconstruction=reconstruction)
         check_choice(PERCEPTUAL, perceptual=perceptual)
+        check_not_negative(rec_weight=rec_weight, lpips_weight=lpips_weight, kl_weight=kl_weight)
+        check_not_negative(wavelet_weight=wavelet_weight, gaussian_weight=gaussian_weight)
         by_name = {"rec": rec_weight, perceptual: lpips_weight, "kl": kl_weight}
         by_name |= {"wavelet": wavelet_weight, "gaussian": gaussian_weight}
-        if min(by_name.values()) < 0:
-            raise ValueError(f"the weights of the objective must not be negative, got {by_name}")
         self.weights: dict[str, float] = {name: weight for name, weight in by_name.items() if weight > 0}
         if not self.weights:
             raise ValueError("every weight of the objective is 0: there is nothing to learn from")

@@ -23,8 +23,6 @@ class WeightAverage(Callback):
     """
 
     def __init__(self, guard: NonFiniteGuard, decay: float = 0.999) -> None:
-        if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"the decay of the average must be between 0 and 1, got {decay}")
         self.guard = guard
         self.decay = decay
         self._parameters: dict[str, nn.Parameter] = {}

@@ -35,7 +35,7 @@ from olvae.models.optimization import (
 from olvae.models.parts.part import Step, attach_parts
 from olvae.models.spec import FOR_DIFFUSION, check_factors
 from olvae.models.validation import ValidatedModule
-from olvae.modules.base import HALVES, check_betas, check_not_negative, mean_over_processes
+from olvae.modules.base import HALVES, check_betas, check_not_negative
 from olvae.modules.distributions import Posterior
 from olvae.modules.unetgan import shared_weights
 
@@ -78,12 +78,9 @@ class LiteAutoencoderKL(ValidatedModule):
 
     seed = 0  # of the noise in training; set by the trainer
     images_seen = 0  # in training, over all ranks: where a resumed run continues the data
-    reports = False  # whether the last training step logged its values: every log_every_n_steps-th does
     linear_psnr: float | None = None  # of the linear code that training started as, on validation images
     flop = 0  # of an image in a step of both players; counted where training runs on a GPU
     rate_factor = 1.0  # of both learning rates: below one after a return to an earlier checkpoint
-    logged: dict[str, Tensor | float]  # the values of the last step that logged any
-    _reported: dict[str, Tensor | float]  # to be logged
     _pairs: list[tuple[Tensor, Tensor]]  # for the discriminator's further updates
     _micro_batch = 0  # within the update
     _iteration = 0  # updates of either side; more than global_step by the discriminator's warm-up
@@ -147,7 +144,7 @@ class LiteAutoencoderKL(ValidatedModule):
         if mistakes := [*(attach_parts(self, parts) if parts else ()), *self._conflicts()]:
             raise ConfigError(*(f"model.params.{mistake}" for mistake in mistakes))
         self.guard = NonFiniteGuard([self.encoder, self.decoder, self.quantizer, self.adversary, self.parts])
-        self._pairs, self._reported, self.logged = [], {}, {}
+        self._pairs = []
 
     def _prepare_networks(self) -> None:
         """Freeze halves, and set their checkpointing and memory layout."""
@@ -162,13 +159,22 @@ class LiteAutoencoderKL(ValidatedModule):
         if self.channels_last:
             self.to(memory_format=torch.channels_last)
 
-    def _conflicts(self) -> Iterator[str]:
-        """One line for each setting that is out of range, or contradicts another one."""
+    def _out_of_range(self) -> Iterator[str]:
+        """One line for each setting that has no such value."""
         if self.accumulate_grad_batches < 1:
             yield f"accumulate_grad_batches must be at least 1, got {self.accumulate_grad_batches}"
         choices = {"scheduler": ("constant", "cosine"), "optimizer": tuple(OPTIMIZERS)}
         for name in (name for name, possible in choices.items() if getattr(self, name) not in possible):
             yield f"{name} must be {' or '.join(choices[name])}, got {getattr(self, name)!r}"
+        for name in ("min_lr_factor", "ema_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                yield f"{name} must be between 0 and 1, got {getattr(self, name)}"
+        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+            yield f"decay_steps must be more than warmup_steps, {self.warmup_steps}, got {self.decay_steps}"
+
+    def _conflicts(self) -> Iterator[str]:
+        """One line for each setting that is out of range, or contradicts another one."""
+        yield from self._out_of_range()
         if self.quantizer is None and not self.freeze_encoder and next(self.encoder.parameters(), None) is None:
             yield f"freeze_encoder: {type(self.encoder).__name__} has nothing to train: set it to true"
         if self.checkpoint in self.frozen_halves:
@@ -186,11 +192,6 @@ class LiteAutoencoderKL(ValidatedModule):
             yield "adversary_config: the decoder is frozen (freeze_decoder), so an adversary has nothing to train"
         for part in self.each_part:
             yield from part.conflicts(self)
-
-    @property
-    def frozen_halves(self) -> list[str]:
-        """Those of :data:`HALVES` that are not trained."""
-        return [half for half in HALVES if getattr(self, f"freeze_{half}")]
 
     @property
     def trained_networks(self) -> list[nn.Module]:
@@ -341,6 +342,8 @@ class LiteAutoencoderKL(ValidatedModule):
             total, step.losses = self.objective(step.target, step.reconstruction, step.encoded, step.images)
         for part in self.each_part:
             losses = part.losses(self, step)
+            if taken := losses.keys() & {*step.losses, "adversarial", "loss"}:
+                raise ConfigError(f"model.params.parts.{part.name}: its loss {min(taken)} has the name of another one")
             if losses:
                 total = total + torch.stack([weight * loss for loss, weight in losses.values()]).sum()
                 step.losses |= {name: loss for name, (loss, _) in losses.items()}
@@ -365,28 +368,6 @@ class LiteAutoencoderKL(ValidatedModule):
         if last and isinstance(self.trainer.strategy, PlayersStrategy):
             self.trainer.strategy.reduce_next(player, loss)
         self.manual_backward(loss)
-
-    def report(self, values: Mapping[str, Tensor | float], rare: bool = False) -> None:
-        """Log the values of a step that the loggers take, as means over the processes; the same names in each of them.
-
-        At the other steps nothing waits for the device. ``rare`` ones, which not each step has, are logged at the next.
-        """
-        if self.reports or rare:
-            self._reported |= {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
-
-    def _log_reported(self) -> None:
-        results = self.trainer.fit_loop.epoch_loop._results
-        for name in [name for name in results if name.startswith(("training_step.", "on_train_batch_end."))]:
-            del results[name]  # or Lightning logs an earlier step's again, as of this one
-        if not self.reports:
-            return
-        values, self._reported = self._reported, {}
-        if self.trainer.world_size > 1:  # one message for all of them
-            flat = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values.values()])
-            values = dict(zip(values, mean_over_processes(flat).unbind(), strict=True))
-        self.logged = values
-        # The step, or Lightning counts micro-batches on the logger's axis.
-        self.log_dict({**values, "step": float(self.global_step)})
 
     @property
     def update_is_complete(self) -> bool:
@@ -507,6 +488,11 @@ class LiteAutoencoderKL(ValidatedModule):
             torch.compiler.set_stance("default")
 
     def on_train_start(self) -> None:
+        if self._iteration > 0:  # resumed, perhaps with another schedule
+            schedule = _as_list(self.lr_schedulers())[0]
+            rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+            for group, base, factor in rates:
+                group["lr"] = base * factor(schedule.last_epoch)
         for part in self.each_part:
             part.start(self, resumed=self._iteration > 0)
         for half in self.frozen_halves:

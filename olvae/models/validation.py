@@ -1,7 +1,7 @@
-"""Validation during training: metrics of the averaged weights, and of the weights as trained."""
+"""Validation during training: metrics of the averaged weights, and of the weights as trained. Logs of steps."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -19,12 +19,12 @@ from olvae.metrics.metric import MetricSet
 from olvae.models.autoencoder import LiteVAE, Quantizer
 from olvae.models.averaging import WeightAverage, find_average
 from olvae.models.parts.part import Part, StandIn
-from olvae.modules.base import Decoder, Encoder
+from olvae.modules.base import HALVES, Decoder, Encoder, mean_over_processes
 from olvae.modules.distributions import Posterior
 
 
 class ValidatedModule(pl.LightningModule):
-    """An autoencoder with parts whose reconstructions Lightning validates; see :class:`LiteAutoencoderKL`."""
+    """An autoencoder with parts that Lightning validates, and logs of its steps; see :class:`LiteAutoencoderKL`."""
 
     encoder: Encoder
     decoder: Decoder
@@ -36,11 +36,14 @@ class ValidatedModule(pl.LightningModule):
     freeze_decoder: bool
     channels_last: bool
     pixel_range: PixelRange = EIGHT_BITS  # of the source's images
+    reports = False  # whether the last training step logged its values: every log_every_n_steps-th does
 
     def __init__(self, val_metrics: Sequence[str] = (), weights_dir: str | None = None) -> None:
         super().__init__()
         self.val_metrics = list(val_metrics)
         self.weights_dir = weights_dir
+        self.logged: dict[str, Tensor | float] = {}  # the values of the last step that logged any
+        self._reported: dict[str, Tensor | float] = {}  # to be logged
         self.validation_values: dict[str, float] = {}  # of the last one, as val/psnr; empty if no image could be read
         self._make_metrics: tuple[torch.device, MakeMetrics] | None = None
         self._metrics: dict[str, MetricSet] = {}  # by the weights, val (averaged) or val_raw (as trained)
@@ -67,6 +70,11 @@ class ValidatedModule(pl.LightningModule):
         """The autoencoder that the decoder learns from, and that takes the place of a frozen half, if there is one."""
         return next((part.stand_in for part in self.each_part if part.stand_in is not None), None)
 
+    @property
+    def frozen_halves(self) -> list[str]:
+        """Those of :data:`HALVES` that are not trained."""
+        return [half for half in HALVES if getattr(self, f"freeze_{half}")]
+
     def images(self, batch: Batch) -> Tensor:
         """The batch's images in [-1, 1], (B, C, H, W)."""
         x = self.pixel_range.normalise(batch["image"])
@@ -92,6 +100,28 @@ class ValidatedModule(pl.LightningModule):
         stand_in = self.stand_in if self.freeze_encoder else None
         posterior = self.encode(x) if stand_in is None else stand_in.posterior(x, moments)
         return self.decode_trained(posterior.sample() if sample_posterior else posterior.mode()), posterior
+
+    def report(self, values: Mapping[str, Tensor | float], rare: bool = False) -> None:
+        """Log the values of a step that the loggers take, as means over the processes; the same names in each of them.
+
+        At the other steps nothing waits for the device. ``rare`` ones, which not each step has, are logged at the next.
+        """
+        if self.reports or rare:
+            self._reported |= {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
+
+    def _log_reported(self) -> None:
+        results = self.trainer.fit_loop.epoch_loop._results
+        for name in [name for name in results if name.startswith(("training_step.", "on_train_batch_end."))]:
+            del results[name]  # or Lightning logs an earlier step's again, as of this one
+        if not self.reports:
+            return
+        values, self._reported = self._reported, {}
+        if self.trainer.world_size > 1:  # one message for all of them
+            flat = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values.values()])
+            values = dict(zip(values, mean_over_processes(flat).unbind(), strict=True))
+        self.logged = values
+        # The step, or Lightning counts micro-batches on the logger's axis.
+        self.log_dict({**values, "step": float(self.global_step)})
 
     def set_up_validation(self) -> MakeMetrics:
         """Prepare the metrics on the module's device; FileNotFoundError if a pretrained network is missing."""

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
@@ -189,10 +190,10 @@ def check_counts(least: int, **counts: int | Sequence[int]) -> None:
 
 
 def check_not_negative(**numbers: float) -> None:
-    """Raise ValueError for a number below 0."""
+    """Raise ValueError for a number below 0, infinite or nan."""
     for name, number in numbers.items():
-        if number < 0:
-            raise ValueError(f"{name} must not be negative, got {number}")
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name} must {'not be negative' if number < 0 else 'be finite'}, got {number}")
 
 
 def check_betas(betas: Sequence[float]) -> tuple[float, float]:

@@ -166,7 +166,8 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
     trainer = _trainer(prepared, run)
     first, device = trainer.is_global_zero, trainer.strategy.root_device
     if first:
-        print_summary(prepared.settings, run, trainer, model, source, prepared.steps_done)
+        done = prepared.steps_done, prepared.images_seen
+        print_summary(prepared.settings, run, trainer, model, source, done)
     if device.type == "cuda":
         free = min(processes.of_each(torch.cuda.mem_get_info(device)[0]))  # so that all processes decide alike
         model.flop = check_memory(model, source, prepared.settings.precision, free, first)
@@ -189,7 +190,7 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
                 weights_only=True,
             )
     except SystemExit as error:  # Lightning's answer to a second Ctrl-C
-        raise KeyboardInterrupt from error
+        raise (TrainingStopped(run) if run.last_checkpoint.is_file() else KeyboardInterrupt) from error
     except (RuntimeError, ConnectionError, EOFError) as error:
         if (cause := processes.process_death(error)) is None:
             raise
@@ -339,16 +340,18 @@ def _in_batches(trainer_args: Config, model: LiteAutoencoderKL) -> Config:
     args = dict(trainer_args)
     if args.pop("max_epochs", None) not in (None, -1):
         raise ConfigError("lightning.trainer.max_epochs: a stream of images has no epochs: set max_steps")
-    steps, every = args.get("max_steps"), args.pop("val_check_interval", None) or 1000
-    if not isinstance(steps, int) or steps < 1:
-        raise ConfigError(f"lightning.trainer.max_steps: {steps}: the number of steps to train must be at least 1")
-    if not isinstance(every, int):
-        raise ConfigError(f"lightning.trainer.val_check_interval: expected a number of steps, got {every!r}")
+    usual = {"val_check_interval": 1000, "log_every_n_steps": 20}
+    args |= {name: number for name, number in usual.items() if args.get(name) is None}
+    for name, least, hint in (
+        ("max_steps", 1, ""),
+        ("val_check_interval", 1, "; limit_val_batches=0 leaves validation out"),
+        ("log_every_n_steps", 0, "; 0 logs none"),
+    ):
+        if type(steps := args.get(name)) is not int or steps < least:
+            raise ConfigError(f"lightning.trainer.{name}: {steps}: expected a number of steps from {least} on{hint}")
     # Lightning counts batches in both, and refuses an interval longer than the run.
-    args["val_check_interval"] = min(every, steps) * model.accumulate_grad_batches
-    logs = args.get("log_every_n_steps")
-    args["log_every_n_steps"] = (20 if logs is None else logs) * model.accumulate_grad_batches
-    return args
+    args["val_check_interval"] = min(args["val_check_interval"], args["max_steps"])
+    return args | {name: args[name] * model.accumulate_grad_batches for name in usual}
 
 
 def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:

@@ -69,7 +69,7 @@ class KeepCheckpoints(Checkpoint):
         best = self.best or "val/psnr"
         if best not in computed:
             raise ValueError(
-                f"best: {best} is not computed by validation ({', '.join(computed)}): add it to "
+                f"best: {best} can't choose the best weights, only {', '.join(computed)} can: add it to "
                 "model.params.val_metrics, or set best to null"
             )
         self._sign = 1 if better[best.rpartition("/")[2]] == "higher" else -1
@@ -99,7 +99,8 @@ class KeepCheckpoints(Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         self._keep_best(trainer, pl_module)
-        if self._save_after_validation:
+        stops = trainer.should_stop and pl_module.images_seen > self._saved_images  # by a callback, as EarlyStopping
+        if self._save_after_validation or stops:
             self._save_last(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, exception: BaseException) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from olvae.checkpoint import AUTOENCODER, read_weights
+from olvae.config import ConfigError
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.metrics.metric import psnr
 from olvae.models.averaging import WeightAverage
@@ -83,8 +84,8 @@ def test_there_is_none_unless_asked_for():
     (callback,) = build(use_ema=True, ema_decay=0.25).configure_callbacks()
     assert isinstance(callback, WeightAverage)
     assert callback.decay == 0.25
-    with pytest.raises(ValueError, match="decay"):
-        WeightAverage(NonFiniteGuard([]), 1.5)
+    with pytest.raises(ConfigError, match="ema_decay must be between 0 and 1, got 2"):
+        build(ema_decay=2)
 
 
 @pytest.mark.parametrize("has_average", [False, True])

@@ -217,6 +217,17 @@ def test_what_differs_from_the_runs_own_settings_is_printed(olvae_train, run, tm
     assert group["lr"] == group["initial_lr"] == found["lr_schedulers"][0]["base_lrs"][0] == 0.002
 
 
+def test_another_schedule_holds_from_the_first_step_on(olvae_train, run):
+    rates = ("model.params.warmup_steps=10", "model.base_learning_rate=0.002", "lightning.trainer.log_every_n_steps=1")
+    more = ("lightning.trainer.max_steps=4", "lightning.trainer.accumulate_grad_batches=2")
+    code, err = olvae_train("--resume", run.path, *rates, *more)
+    assert code == 0, err
+    logged = scalars(run.path)["train/lr"]
+    assert [logged[step] for step in (3, 4)] == pytest.approx([0.002 * 0.3, 0.002 * 0.4])
+    images = checkpoint(run)["images_seen"]
+    assert f"4: {images} images, " in err  # two steps of a batch, two of twice as many
+
+
 def test_the_configs_own_precision_may_change(olvae_train, run):
     for steps, precision in ((3, "bf16"), (4, "bf16"), (5, "32")):
         settings = (f"lightning.trainer.max_steps={steps}", f"lightning.trainer.precision={precision}")
@@ -282,7 +293,10 @@ def test_other_data_networks_and_losses_need_a_flag(olvae_train, run, tmp_path):
         (("model.params.parts.x.target=olvae.models.parts.anchor.Anchor",), "these weights are of another model: "),
         (("model.params.freeze_decoder=true",), "train other weights"),
         (("model.params.optimizer=muon",), "model.params.optimizer: muon, but the run has another: "),
-        ((f"lightning.callbacks.k={{target: {KEEP['target']}, params: {{best: val/x}}}}",), "val/x is not computed"),
+        (
+            (f"lightning.callbacks.k={{target: {KEEP['target']}, params: {{best: val/x}}}}",),
+            "val/x can't choose the best weights",
+        ),
     ],
 )
 def test_what_fails_before_the_first_step_leaves_the_run_as_it_was(olvae_train, run, changes, message):

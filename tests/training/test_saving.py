@@ -139,6 +139,22 @@ def test_a_run_that_could_not_save_does_not_claim_success(train_with, tmp_path, 
     assert not list(run.glob("checkpoints/.partial-*"))
 
 
+def test_a_callback_that_stops_after_a_validation_loses_nothing(train_with, image_folder):
+    stop, params = "lightning.callbacks.stop", {"monitor": "val/psnr", "mode": "max", "patience": 1, "min_delta": 50}
+    settings = [f"{stop}.target=lightning.pytorch.callbacks.EarlyStopping"]
+    settings += [f"{stop}.params.{name}={value}" for name, value in params.items()]
+    run = train_with(
+        "lightning.trainer.max_steps=9",
+        "lightning.trainer.val_check_interval=2",
+        *settings,
+        config=tiny_config(image_folder, use_ema=True),
+    )
+    saved = load(run.last_checkpoint)
+    assert saved["global_step"] == saved["averaging_state"]["n_averaged"] == 4
+    raw = saved["current_model_state"]
+    assert not all(torch.equal(saved["state_dict"][name], tensor) for name, tensor in raw.items())
+
+
 def test_an_error_within_an_update_keeps_the_last_whole_one(train_with, tmp_path, image_folder, monkeypatch):
     def breaks(_, trainer, module, *__) -> None:
         if trainer.global_step == 3 and not module.update_is_complete:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from functools import partial
 
 import pytest
@@ -79,6 +80,19 @@ def test_a_signal_in_the_warm_up_leaves_a_checkpoint(go, tmp_path, monkeypatch):
         go(2, f"{params}.start_step=0", f"{params}.warmup_updates=20")
     (path,) = (tmp_path / "runs").iterdir()
     assert checkpoint(Run(path))["iteration"] >= 1
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_second_signal_names_the_run_if_it_can_be_continued(train_with, tmp_path, image_folder, at_step, saves):
+    keep = "lightning.callbacks.keep"
+    settings = (
+        [f"{keep}.target=olvae.training.saving.KeepCheckpoints", f"{keep}.params.every_n_steps=2"] if saves else []
+    )
+    at_step(3, sys.exit)  # Lightning's answer to an interrupt
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        train_with("lightning.trainer.val_check_interval=9", *settings, config=tiny_config(image_folder))
+    assert isinstance(stopped.value, TrainingStopped) == saves
+    assert (tmp_path / "runs").exists() == saves
 
 
 def test_times():

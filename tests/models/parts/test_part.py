@@ -120,6 +120,13 @@ def test_parts_act_in_their_order(image_folder):
 NAME = "expected a name of letters, digits and underscores, and none of torch's, such as keys"
 
 
+def test_two_losses_of_one_name(image_folder):
+    node = {"target": "olvae.models.parts.scale_equivariance.ScaleEquivariance"}
+    model = build(parts={"one": node, "two": node})
+    with pytest.raises(ConfigError, match=r"parts\.two: its loss scale_equivariance has the name of another one"):
+        fit(model, image_folder, 1, size=32)
+
+
 def test_its_mistakes_are_told_with_all_others(image_folder):
     config = tiny_config(image_folder, parts={"mine": {**NODE, "params": {"wait": 1, "weight": "much"}}})
     where = "model.params.parts.mine.params"
