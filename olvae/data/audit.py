@@ -25,7 +25,7 @@ from olvae.data.opening import open_images
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BIT_FILE, EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError
-from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards
+from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards, incomplete
 from olvae.data.shards.latent_source import STATS
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.source import LoaderProcess, Source
@@ -211,6 +211,8 @@ def _check_shards(result: AuditResult, folders: Sequence[Path]) -> None:
     result.problems += [f"{shard.url}: {shard.broken}" for shard in result.shards if shard.broken]
     result.notes += [f"{s.url}: a shard without images" for s in result.shards if not (s.images or s.broken)]
     for folder in folders:
+        if Path(result.source).expanduser().is_dir() and (missing := incomplete(folder)):
+            result.problems.append(f"{folder}: {missing}")
         if not (folder / INDEX).is_file():
             result.notes.append(f"{folder}: has no {INDEX}: training counts the images of these shards when it starts")
             continue
@@ -223,9 +225,6 @@ def _check_shards(result: AuditResult, folders: Sequence[Path]) -> None:
             result.notes.append(f"{folder}: {INDEX} has no checksums: damage inside a shard can't be seen")
         here = {path.name: shard for shard in result.shards if (path := Path(shard.url)).parent == folder}
         result.problems += [problem for name in here if (problem := _difference(here[name], records.get(name)))]
-        if Path(result.source).expanduser().is_dir() and (gone := sorted(set(records) - set(here))):
-            missing = ", ".join(map(printable, gone[:3])) + (f" and {len(gone) - 3} more" if len(gone) > 3 else "")
-            result.problems.append(f"{folder}: {len(gone)} shards of {INDEX} are missing: {missing}")
 
 
 def _difference(shard: ShardFacts, record: ShardRecord | None) -> str | None:

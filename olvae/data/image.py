@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
-from PIL.TiffImagePlugin import BITSPERSAMPLE, IMAGELENGTH, IMAGEWIDTH, TiffImageFile
+from PIL.TiffImagePlugin import BITSPERSAMPLE, IMAGELENGTH, IMAGEWIDTH, SAMPLESPERPIXEL, TiffImageFile
 from torch import Tensor
 
 from olvae.config import ConfigError
@@ -204,7 +204,7 @@ class Photo:
         if not (len(content) if isinstance(content, bytes) else content.stat().st_size):
             raise ValueError("the file is empty")
         if (suffix := self._array_suffix(content)) is None:
-            image = _open_by_pillow(content)
+            image = _open_by_pillow(content, self.channels)
             if image is not None and not _is_deep(image):
                 if self.pixel_range not in (EIGHT_BITS, AS_STORED):
                     raise ValueError(EIGHT_BIT_FILE)
@@ -262,8 +262,8 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
     return rgb if mode == "RGB" else rgb.convert(mode)
 
 
-def _open_by_pillow(content: Path | bytes) -> Image.Image | None:
-    """Read a picture's header; None for a TIFF of pixels that Pillow does not know."""
+def _open_by_pillow(content: Path | bytes, channels: int) -> Image.Image | None:
+    """Read a picture's header; None for a TIFF of pixels that Pillow does not know, or of which it drops channels."""
     with warnings.catch_warnings():  # Pillow warns from half the size that it refuses
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
@@ -272,6 +272,8 @@ def _open_by_pillow(content: Path | bytes) -> Image.Image | None:
             if array_suffix(content) != ".tif":
                 raise
             return None
+    if isinstance(image, TiffImageFile) and len(image.getbands()) < channels == image.tag_v2.get(SAMPLESPERPIXEL):
+        return None
     if isinstance(image, TiffImageFile) and not _is_deep(image) and (pages := _pages(image)) > 1:
         raise ValueError(f"it holds {pages} pages, not one: save each in a file of its own, or as bands")
     return image

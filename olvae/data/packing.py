@@ -19,12 +19,11 @@ from olvae.data.opening import open_images
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import AS_STORED
 from olvae.data.read_errors import ReadError, TooManyUnreadableError, UnreadableImageError
-from olvae.data.shards.index import INDEX, Index
+from olvae.data.shards.index import INDEX, PACKING, Index
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
 from olvae.files import list_skipped, no_empty_folders, reason
 from olvae.pool import OnProgress, SharedProgress, run_in_processes
 
-STATE = ".packing"  # the folder beside the shards, until they are complete, with the state to continue from
 FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}  # of images that are made smaller, with Pillow's names
 
 STORED_AS_IS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", None: "npy"}
@@ -82,7 +81,7 @@ def pack(
     images = open_images(src, options.channels, AS_STORED)
     if not options.shard_size:
         options = replace(options, shard_size=usual_shard_size(len(images)))
-    shards = ResumableShards(out, STATE)
+    shards = ResumableShards(out, PACKING)
     digest = _source_digest(src, images, options)
     if (out / INDEX).is_file():
         index = _read_index(out, digest)
@@ -115,7 +114,7 @@ def pack(
 
 def is_begun(out: Path) -> bool:
     """Whether a folder holds only some of its shards."""
-    return (out / STATE).is_dir()
+    return (out / PACKING).is_dir()
 
 
 def _read_index(out: Path, digest: str) -> Index:

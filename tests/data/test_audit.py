@@ -132,8 +132,8 @@ def test_a_changed_shard_and_a_missing_one(shards):
     (shards / "000003.tar").unlink()
     problems = check(str(shards), 16, workers=2).problems
     assert problems == [
+        f"{shards}: shards of index.json are missing: 000003.tar",
         f"{shards / '000002.tar'}: its checksum is not that of index.json: changed or damaged since",
-        f"{shards}: 1 shards of index.json are missing: 000003.tar",
     ]
     shutil.copy(shards / "000000.tar", shards / "new.tar")
     problems = check(str(shards), 16, workers=2).problems
@@ -153,6 +153,9 @@ def test_an_index_is_missing_or_holds_counts_alone(shards):
     (shards / "index.json").unlink()
     result = check(str(shards), 16, workers=2)
     assert result.problems == []
+    (shards / ".packing").mkdir()
+    (problem,) = check(str(shards), 16, workers=2).problems
+    assert problem == f"{shards}: its packing was interrupted, so shards are missing: repeat `olvae data pack`"
     note = f"{shards}: has no index.json: training counts the images of these shards when it starts"
     assert result.notes == [note]
 

@@ -113,16 +113,18 @@ def _png(file: BinaryIO, check: Check) -> Pixels:
     return Pixels(from_bytes(file.read()))
 
 
-def _tiff(file: BinaryIO, check: Check) -> Pixels:
+def _tiff(file: BinaryIO, check: Check, **flags: Any) -> Pixels:
     """One image with bands, interleaved or in planes; or pages of one size, which are bands."""
     import tifffile
 
     end = file.seek(0, io.SEEK_END)
     file.seek(0)
-    with tifffile.TiffFile(file) as tiff:
+    with tifffile.TiffFile(file, **flags) as tiff:
         if (smaller := sum(len(page.subifds or ()) for page in tiff.pages)) > MAX_SMALLER:
             raise ValueError(f"it names {smaller} smaller images of itself, more than {MAX_SMALLER}")
         whole = [one for one in tiff.series if not (one.keyframe.is_reduced or one.keyframe.is_mask)]
+        if len(whole) > 1 and tiff.is_shaped:  # tifffile's own writer describes each page as an image
+            return _tiff(file, check, is_shaped=False)
         if len(whole) != 1:
             raise ValueError(f"it holds {len(whole)} images, not one: save each in a file of its own")
         axes, shape = whole[0].axes, whole[0].shape

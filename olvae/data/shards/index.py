@@ -16,8 +16,9 @@ from webdataset.tariterators import base_plus_ext
 from olvae.config.reading import EXTENSIONS, is_local, is_shard
 from olvae.data.dataset import bound_held_out
 from olvae.data.shards.tar_reading import SHARD_ERRORS, Shard, file_name, is_image, open_url
-from olvae.files import reason, warn_once, write_json
+from olvae.files import printable, reason, warn_once, write_json
 
+PACKING = ".packing"  # the folder beside shards that ``olvae data pack`` has not finished, with what it continues from
 INDEX = "index.json"  # the file beside the shards with the number of images in each; ``olvae data pack`` writes it
 
 
@@ -129,8 +130,9 @@ def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key:
     """Look up the numbers of images of shards in an index, or count them in local shards that have none.
 
     Without ``index``, a path or URL of one, the folders of local shards are searched for :data:`INDEX`. A local shard
-    that is in no index, and is missing or can't be read, counts as the mean of the others. One without images is named
-    in a warning. ValueError if the index is not readable or lacks a shard, no shard has images, or two have one name.
+    that is in no index, and is missing or can't be read, counts as the mean of the others. Warns of one without images,
+    and of folders that are :func:`incomplete`. ValueError if the index is not readable or lacks a shard, no shard has
+    images, or two have one name.
     """
     shards: dict[str, Shard] = {}
     for url in urls:
@@ -140,6 +142,9 @@ def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key:
                 f"{other.url} and {url}: shards of the same name, whose images would have the same keys: rename one of "
                 "them, take one folder after the other, or make them two sources of an olvae.data.mix.MixSource"
             )
+    for folder in {Path(url).parent for url in urls if is_local(url)}:
+        if missing := incomplete(folder):
+            warn_once(f"{folder}: {missing}")
     counts: dict[str, int | None]
     if index is not None:
         given = Index.read(index).shards
@@ -156,6 +161,18 @@ def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key:
         for url in empty:
             warn_once(f"skipped {url}: {problem}")
     return [Shard(url, counts[url]) for url in urls]
+
+
+def incomplete(folder: Path) -> str | None:
+    """Say what a folder of shards lacks: those of its index, or of a packing that was interrupted; None if nothing."""
+    if (folder / PACKING).is_dir():
+        return "its packing was interrupted, so shards are missing: repeat `olvae data pack`"
+    try:
+        gone = sorted(name for name in Index.read(folder / INDEX).shards if not (folder / name).is_file())
+    except (FileNotFoundError, ValueError):
+        return None
+    more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
+    return f"shards of {INDEX} are missing: {', '.join(map(printable, gone[:3]))}{more}" if gone else None
 
 
 def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str, int | None]:

@@ -11,7 +11,7 @@ import numpy as np
 from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop, image_to_tensor
 from olvae.data.pixels.size_and_range import RangeNode, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
-from olvae.data.shards.index import find_shards, may_exist, split_shards, with_counts
+from olvae.data.shards.index import INDEX, find_shards, may_exist, split_shards, with_counts
 from olvae.data.shards.tar_reading import Entry, Shard, read_shard
 from olvae.data.source import LoaderProcess, Sample, Source, epoch_order, eval_sample, total
 
@@ -101,20 +101,23 @@ class ShardSource(Source):
 
     def once(self, process: LoaderProcess) -> Iterator[Sample]:
         for shard in self.val[process.index :: process.count]:
-            read = 0
+            read, error = 0, None
             for entry in self.entries(shard):
                 if self._limited and read == shard.images:
                     break
-                if isinstance(entry, ReadError):
-                    missing = max(0, (shard.images or 0) - read)
-                    lost = [ReadError(entry.name, entry.reason, str(read + i)) for i in range(missing)]
-                    yield Sample(None, shard.url, tuple(lost) or (entry,))
+                if isinstance(entry, ReadError):  # the last one
+                    error = entry
                     continue
                 read += 1
                 try:
                     yield self.val_sample(entry)
-                except UnreadableImageError as error:
-                    yield Sample(None, entry.key, (error.read_error(),))
+                except UnreadableImageError as unreadable:
+                    yield Sample(None, entry.key, (unreadable.read_error(),))
+            if missing := range(read, shard.images or 0):
+                name, reason, *_ = error or (shard.url, f"has fewer images than by its {INDEX}")
+                yield Sample(None, shard.url, tuple(ReadError(name, reason, str(i)) for i in missing))
+            elif error is not None:
+                yield Sample(None, shard.url, (error,))
 
 
 class WebDatasetSource(ShardSource):

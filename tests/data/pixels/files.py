@@ -40,6 +40,14 @@ def tiff(array: np.ndarray, photometric: str = "minisblack", **options: object) 
     return stream.getvalue()
 
 
+def tiff_of_pages(pages: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    with tifffile.TiffWriter(stream) as writer:
+        for page in pages:
+            writer.write(page)
+    return stream.getvalue()
+
+
 def exr(channels: dict[str, np.ndarray], path: Path) -> bytes:
     OpenEXR.File({"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}, channels).write(str(path))
     return path.read_bytes()

@@ -23,7 +23,7 @@ from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess
 from tests.data.images import picture
-from tests.data.pixels.files import exr, npy, npz, png, tiff, values
+from tests.data.pixels.files import exr, npy, npz, png, tiff, tiff_of_pages, values
 
 U16, F32 = values("uint16"), values("float32")
 BANDS = values("uint16", 13)
@@ -50,6 +50,7 @@ EXACT: dict[str, tuple[bytes, np.ndarray]] = {
     "planes13.tif": (tiff(PLANES, planarconfig="separate"), BANDS),
     "pages13.tif": (tiff(PLANES), BANDS),
     "imagej13.tif": (tiff(PLANES, imagej=True), BANDS),
+    "written one by one.tif": (tiff_of_pages(PLANES), BANDS),
 }
 
 
@@ -147,6 +148,15 @@ def test_a_deep_ppm_is_to_be_converted(start):
         with pytest.raises(UnreadableImageError, match="convert it to PNG or TIFF"):
             Photo(f"{start}\n".encode() + b"77 " * 60, "a.ppm", channels, stated)
     assert Photo(b"P6 5 4 100\n" + bytes(60), "a.ppm").read().size == (5, 4)
+
+
+def test_the_fourth_band_of_a_picture_is_no_alpha():
+    """Pillow reads a picture of three, as the file says; where four channels are asked for, it has four."""
+    array = values("uint8", 4)
+    content = tiff(array, "rgb", extrasamples=["unspecified"])
+    for channels in (4, 3):
+        tensor = image_to_tensor(Photo(content, "a.tif", channels).read())
+        np.testing.assert_array_equal(tensor.permute(1, 2, 0).numpy(), array[..., :channels])
 
 
 def test_pages_of_eight_bits_are_no_picture():

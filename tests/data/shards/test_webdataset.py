@@ -168,6 +168,17 @@ def test_a_broken_shard_in_validation(shards):
     assert loader.read_errors.lost == 7 - len(found)
 
 
+def test_a_shard_in_validation_that_has_become_shorter(shards, caplog):
+    """Whole, but with fewer images than its index says; and one that is not there any more."""
+    counts = {"000.tar": {"images": 6}, "001.tar": {"images": 3}, "002.tar": {"images": 5}}
+    (shards / "val" / "index.json").write_text(json.dumps({"shards": counts}))
+    loader = source(shards, max_unreadable=0.5).val_loader()
+    assert len(keys_of(loader)) == 7
+    assert loader.read_errors.lost == 2
+    assert f"{shards / 'val'}: shards of index.json are missing: 002.tar" in caplog.messages
+    assert any("000.tar: has fewer images than by its index.json" in message for message in caplog.messages)
+
+
 def test_a_part_of_which_no_shard_is_there_is_told_before_training(shards):
     pattern = str(shards / "shards" / "{000..009}.tar")  # 000 to 006 are there
     with pytest.raises(FileNotFoundError, match=r"008\.tar: no such shard, .* for validation, which has 2 of 10"):
