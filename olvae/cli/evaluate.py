@@ -19,6 +19,7 @@ from olvae.cli.options import (
     ConfigFile,
     Device,
     Raw,
+    check_applies,
     check_paths,
     comma_list,
     in_flags,
@@ -170,8 +171,8 @@ def command(
         raise ConfigError("name TARGETs, as last, or `zoo` with `data`, `out` and one `protocol`, without `baselines`")
     check_paths(*(targets := targets or []), data=data)
     check_paths(data=fit)
-    if fit is not None and not baselines:
-        raise ConfigError("`fit` is for the linear code among `baselines`: set both")
+    check_applies("--fit", fit is not None, "--baselines", baselines)
+    check_applies("--mix-protocols", mix_protocols, "--beside", bool(beside))
     with loading():
         from olvae.data.pixels.size_and_range import Sides
         from olvae.devices import join, keep_freed_memory, leave, resolve_device

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from olvae.config import Config, ConfigError, instantiate, load
-from olvae.config.reading import YAML, find_source, holds_shards
+from olvae.config.reading import YAML, find_source, holds_shards, is_local
 from olvae.data.dataset import ImageDataset, MappedSource, SamplePhotographs, sample_photographs
 from olvae.data.hub import Column, Items, load_table
 from olvae.data.image import RandomScaleCrop, are_for_masks
-from olvae.data.picture_folder import Files, find_folder, find_images
+from olvae.data.picture_folder import Files, find_folder, find_images, split_folders
 from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BITS, PixelRange, Size
 from olvae.data.read_errors import ReadError
 from olvae.data.shards.webdataset import WebDatasetSource
@@ -75,6 +75,16 @@ def open_test_source(
     if not config.get("data"):
         raise ConfigError("the first target has no data to take images from: set `data`")
     return _build(present_data(config), "data.target", size)
+
+
+def trains_on(config: Config, src: str) -> bool:
+    """Whether a config's training images are in this place, or a part of them is, or it is a part of theirs."""
+    params = (config.get("data") or {}).get("params") or {}
+    nodes = [params, *(node.get("params") or {} for node in _mixed(params))]
+    named = [node.get(name) for node in nodes for name in ("root", "shards", "folder")]
+    local = [place for place in named if isinstance(place, str) and is_local(place)]
+    trained, given = [Path(split_folders(place)[0]).resolve() for place in local], Path(src).resolve()
+    return any(given.is_relative_to(place) or place.is_relative_to(given) for place in trained)
 
 
 def holds_masks(params: Config) -> bool:

@@ -87,7 +87,7 @@ class FolderSource(MappedSource):
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
     ) -> None:
-        root, val_root = _parts(root) if val_root is None else (root, val_root)
+        root, val_root = split_folders(root) if val_root is None else (root, val_root)
         train = find_images(root)
         train, val = _split(root, train, val_fraction) if val_root is None else (train, find_images(val_root))
         values = PixelRange.from_node(range)
@@ -178,7 +178,7 @@ def _without_sidecars(paths: list[Path]) -> list[Path]:
     return [path for path in paths if path not in beside or not is_beside(path)]
 
 
-def _parts(root: str | Path) -> tuple[str | Path, str | Path | None]:
+def split_folders(root: str | Path) -> tuple[str | Path, str | Path | None]:
     """The folders of training and of validation images, if a data set has both."""
     folder = Path(root).expanduser()
     train, held_out = (

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
 from olvae.config.reading import place_of
+from olvae.data.opening import trains_on
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.source import Batch, Loader, Source
 from olvae.devices import gather, this_process
@@ -152,10 +153,8 @@ def _open(request: Request, protocol: Protocol, models: Mapping[str, Autoencoder
         if request.data is not None:
             raise
         raise FileNotFoundError(f"{error}; the config takes its images there: `data` names others") from error
-    given = None if request.data is None else Path(request.data).resolve()
     for target in request.targets:
-        places = [entry_of(target.config, f"data.params.{name}") for name in ("root", "shards", "folder")]
-        if given in [Path(place).resolve() for place in places if isinstance(place, str)]:
+        if request.data is not None and trains_on(target.config, request.data):
             warn_once(f"{target.name} trains on {request.data}: these numbers are not of held-out images")
     source.evaluate_with(replace(protocol, size=source.size).transform)
     if request.images is not None:

@@ -1,6 +1,7 @@
 """Evaluate the autoencoders that people use under one protocol: a list of them, one at a time, and one table of all."""
 
 import contextlib
+import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,13 +13,14 @@ import yaml
 
 from olvae.checkpoint import MissingWeights, find_weights
 from olvae.config import ConfigError
+from olvae.config.reading import is_image_file, is_shard
 from olvae.devices import this_process
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.evaluation.report import write_files
 from olvae.evaluation.results import Evaluated, Results, Row
 from olvae.evaluation.runner import Progress, Request, evaluate
-from olvae.files import first_line, write_json
+from olvae.files import file_state, first_line, write_json
 from olvae.metrics import METRICS
 from olvae.models.loading.loader import Target
 from olvae.models.spec import DIFFUSERS, read_config
@@ -101,7 +103,7 @@ def evaluate_zoo(
     if this_process()[1] > 1:  # an error in one alone would leave the others with another autoencoder
         raise ConfigError("`zoo` runs in one process: start it without torchrun or srun")
     asked, known, there = _asked(request), folder / "request.json", _results(folder)
-    before = read_config(known) if known.is_file() else {}
+    before = {**{name: asked[name] for name in LATER}, **read_config(known)} if known.is_file() else {}
     if there and (others := [f"`{name}`" for name, value in asked.items() if before.get(name) != value]):
         raise ConfigError(f"`out` {folder}: has results of other {', '.join(others)}: name another folder")
     for observer in request.observers:
@@ -132,6 +134,9 @@ def evaluate_zoo(
     return [Evaluated(replace(whole, rows=whole.table, earlier=()), [Listed(None, missing), *request.observers])]
 
 
+LATER = ("files", "observe")  # what request.json has not always had
+
+
 def _results(folder: Path) -> dict[str, Results]:
     """The results in the folder, by the name in the list."""
     places = {entry.name: folder / entry.name / "metrics.json" for entry in read_zoo()}
@@ -140,9 +145,14 @@ def _results(folder: Path) -> dict[str, Results]:
 
 def _asked(request: Request) -> dict[str, str]:
     """What all results in a folder share, by setting."""
-    protocol, data = request.protocols[0], str(request.data)
+    protocol, data = request.protocols[0], Path(str(request.data)).resolve()
+    paths = sorted(data.rglob("*")) if data.is_dir() else [data]
+    read = [path for path in paths if path == data or is_image_file(path.name) or is_shard(path.name)]
+    files = "\n".join(f"{path} {file_state(path)}" for path in read)
     return {
-        "data": str(Path(data).resolve()) if Path(data).exists() else data,
+        "data": str(data if data.exists() else request.data),
+        "files": hashlib.sha256(files.encode(errors="surrogateescape")).hexdigest()[:16],
+        "observe": ", ".join(sorted(o.name for o in request.observers if not isinstance(o, HalfPrecision))),
         "size": str(protocol.size),
         "protocol": protocol.name,
         "posterior": f"{protocol.posterior}, seed {protocol.noise_seed}",

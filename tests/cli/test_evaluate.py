@@ -210,6 +210,8 @@ def test_corrupt_and_small_images_are_counted_and_reported(done, trained, photos
         (["--data", "BROKEN"], 1, "no images that can be read"),
         (["--images", "99"], 1, "fewer than the 99 asked for"),
         (["--seed", "1"], 2, "--seed applies to samples"),
+        (["--fit", "samples"], 2, "--fit applies to --baselines: give both, or neither"),
+        (["--mix-protocols"], 2, "--mix-protocols applies to --beside: give both, or neither"),
         (["--config", "a", "--config_base", "b"], 2, "give one of them"),
         (["--size", "20"], 2, "20 is not a multiple of 8: set --size to 16"),
         (["--weights-dir", "nowhere", "--metrics", "lpips"], 1, "nowhere"),

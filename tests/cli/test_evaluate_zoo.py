@@ -71,9 +71,15 @@ def test_copies_in_a_folder_two_missing_and_continued(olvae, done, pictures, tmp
     code, _, err = olvae(*command, "--zoo", "taesd", "--images", "1", "--size", "48", "--precision", "bf16")
     assert code == 2
     assert f"--out {tmp_path / 'out'}: has results of other --size, --images, --precision: name another folder" in err
+    code, _, err = olvae(*command, "--zoo", "taesd", "--observe", "olvae.evaluation.observers.flat_colours.FlatColours")
+    assert (code, f"--out {tmp_path / 'out'}: has results of other --observe: name another folder" in err) == (2, True)
     monkeypatch.setattr(zoo, "find_weights", lambda *_: Path())  # what lacks LPIPS is evaluated again
     (pictures / "1.png").write_bytes((pictures / "0.png").read_bytes())
     code, _, err = olvae(*command, "--zoo", "taesd")
+    assert (code, f"--out {tmp_path / 'out'}: has results of other `files`: name another folder" in err) == (2, True)
+    asked = json.loads((tmp_path / "out" / "request.json").read_text())
+    (tmp_path / "out" / "request.json").write_text(json.dumps({n: v for n, v in asked.items() if n != "files"}))
+    code, _, err = olvae(*command, "--zoo", "taesd")  # as an earlier version wrote it
     assert code == 1
     assert f"--out {tmp_path / 'out'}: wan-2.1 there has results of other images: name another folder" in err
     assert content(tmp_path / "out" / "taesd")["results"] == [rows["taesd"]]

@@ -9,7 +9,7 @@ from olvae import config as cfg
 from olvae.config import ConfigError
 from olvae.config.reading import holds_shards
 from olvae.data.dataset import SamplePhotographs
-from olvae.data.opening import open_source, open_test_source
+from olvae.data.opening import open_source, open_test_source, trains_on
 from olvae.data.pixels.size_and_range import Sides
 from olvae.data.shards.index import find_shards
 from olvae.runs import make_data_absolute, present_data
@@ -168,6 +168,20 @@ def test_moved_data_are_one_line_with_both_places(home, tmp_path, monkeypatch, c
     with pytest.raises(FileNotFoundError, match="photos: no images of this name"):
         open_test_source(config)
     assert open_test_source(config, str(moved / "more")).val_images == 4  # with --data nobody asks for them
+
+
+def test_what_a_run_trains_on(home):
+    """The place itself, a part of it or a whole that holds it; but not the held-out half of a data set."""
+    for name in ("photos/train", "photos/val", "more/deep"):
+        (home / name).mkdir(parents=True)
+    sources = [{"params": {"root": str(home / "photos")}}, {"params": {"shards": str(home / "more" / "0.tar")}}]
+    config = {"data": {"target": "olvae.data.mix.MixSource", "params": {"sources": sources}}}
+    trained = ("photos", "photos/train", "photos/train/*.png", "more", "more/0.tar")
+    assert all(trains_on(config, str(home / place)) for place in trained)
+    others = (home / "photos" / "val", home / "photos" / "train2", home / "more" / "deep", "https://a.org/0.tar")
+    assert not any(trains_on(config, str(place)) for place in others)
+    assert not trains_on({"data": {"params": {"shards": "https://a.org/0.tar"}}}, str(home))
+    assert not trains_on({}, "samples")
 
 
 def test_other_masks_are_resized_as_the_runs_own(home):
