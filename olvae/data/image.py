@@ -263,7 +263,7 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _open_by_pillow(content: Path | bytes, channels: int) -> Image.Image | None:
-    """Read a picture's header; None for a TIFF of pixels that Pillow does not know, or of which it drops channels."""
+    """Read a picture's header; None for a TIFF that Pillow does not know, or of more channels than it reads."""
     with warnings.catch_warnings():  # Pillow warns from half the size that it refuses
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
