@@ -273,6 +273,8 @@ def _open_by_pillow(content: Path | bytes, channels: int) -> Image.Image | None:
                 raise
             return None
     if isinstance(image, TiffImageFile) and len(image.getbands()) < channels == image.tag_v2.get(SAMPLESPERPIXEL):
+        if _orientation(image) != 1:
+            raise ValueError(f"{channels} channels are read of upright pictures alone: save it with orientation 1")
         return None
     if isinstance(image, TiffImageFile) and not _is_deep(image) and (pages := _pages(image)) > 1:
         raise ValueError(f"it holds {pages} pages, not one: save each in a file of its own, or as bands")

@@ -78,13 +78,18 @@ def open_test_source(
 
 
 def trains_on(config: Config, src: str) -> bool:
-    """Whether a config's training images are in this place, or a part of them is, or it is a part of theirs."""
-    params = (config.get("data") or {}).get("params") or {}
+    """Whether this place, a path or a pattern, has training images of a config, unless it is one of its shards."""
+    if src == "samples" or ":" in src or Path(src).suffix in (*YAML, ".txt"):
+        return False
+    given, params = Path(src).resolve(), (config.get("data") or {}).get("params") or {}
     nodes = [params, *(node.get("params") or {} for node in _mixed(params))]
-    named = [node.get(name) for node in nodes for name in ("root", "shards", "folder")]
-    local = [place for place in named if isinstance(place, str) and is_local(place)]
-    trained, given = [Path(split_folders(place)[0]).resolve() for place in local], Path(src).resolve()
-    return any(given.is_relative_to(place) or place.is_relative_to(given) for place in trained)
+    named = [(name, node[name]) for node in nodes for name in ("root", "shards", "folder") if name in node]
+    for name, place in [(name, p) for name, value in named for p in (value if isinstance(value, list) else [value])]:
+        if isinstance(place, str) and is_local(place):
+            trained = Path(split_folders(place)[0]).resolve()
+            if trained.is_relative_to(given) or (name == "root" and given.is_relative_to(trained)):
+                return True
+    return False
 
 
 def holds_masks(params: Config) -> bool:

@@ -228,7 +228,8 @@ class Results:
     def not_comparable(self, earlier: "Results") -> str:
         """What differs; empty if they are comparable."""
         if earlier.protocol_hash != self.protocol_hash:
-            keys = [key for key in self.protocol if key != "name" and earlier.protocol.get(key) != self.protocol[key]]
+            both = {**self.protocol, **earlier.protocol}
+            keys = [k for k in both if k != "name" and earlier.protocol.get(k) != self.protocol.get(k)]
             return f"another protocol ({', '.join(keys)})"
         if earlier.images.get("sha256") != self.images["sha256"]:
             return "other images"

@@ -15,12 +15,13 @@ from olvae.checkpoint import MissingWeights, find_weights
 from olvae.config import ConfigError
 from olvae.config.reading import is_image_file, is_shard
 from olvae.devices import this_process
+from olvae.evaluation.observers.flat_colours import FlatColours
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.evaluation.report import write_files
 from olvae.evaluation.results import Evaluated, Results, Row
 from olvae.evaluation.runner import Progress, Request, evaluate
-from olvae.files import file_state, first_line, write_json
+from olvae.files import first_line, write_json
 from olvae.metrics import METRICS
 from olvae.models.loading.loader import Target
 from olvae.models.spec import DIFFUSERS, read_config
@@ -148,11 +149,12 @@ def _asked(request: Request) -> dict[str, str]:
     protocol, data = request.protocols[0], Path(str(request.data)).resolve()
     paths = sorted(data.rglob("*")) if data.is_dir() else [data]
     read = [path for path in paths if path == data or is_image_file(path.name) or is_shard(path.name)]
-    files = "\n".join(f"{path} {file_state(path)}" for path in read)
+    files = "\n".join(f"{path} {path.stat().st_size}" for path in read if path.is_file())
+    shown = [o.name for o in request.observers if not isinstance(o, HalfPrecision | FlatColours)]
     return {
         "data": str(data if data.exists() else request.data),
         "files": hashlib.sha256(files.encode(errors="surrogateescape")).hexdigest()[:16],
-        "observe": ", ".join(sorted(o.name for o in request.observers if not isinstance(o, HalfPrecision))),
+        "observe": ", ".join(sorted(shown)),
         "size": str(protocol.size),
         "protocol": protocol.name,
         "posterior": f"{protocol.posterior}, seed {protocol.noise_seed}",

@@ -169,7 +169,7 @@ class LiteAutoencoderKL(ValidatedModule):
         for name in ("min_lr_factor", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 yield f"{name} must be between 0 and 1, got {getattr(self, name)}"
-        if self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+        if self.scheduler == "cosine" and self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
             yield f"decay_steps must be more than warmup_steps, {self.warmup_steps}, got {self.decay_steps}"
 
     def _conflicts(self) -> Iterator[str]:
@@ -342,11 +342,11 @@ class LiteAutoencoderKL(ValidatedModule):
             total, step.losses = self.objective(step.target, step.reconstruction, step.encoded, step.images)
         for part in self.each_part:
             losses = part.losses(self, step)
-            if taken := losses.keys() & {*step.losses, "adversarial", "loss"}:
-                raise ConfigError(f"model.params.parts.{part.name}: its loss {min(taken)} has the name of another one")
             if losses:
                 total = total + torch.stack([weight * loss for loss, weight in losses.values()]).sum()
-                step.losses |= {name: loss for name, (loss, _) in losses.items()}
+                taken = {*step.losses, "adversarial", "loss"}  # by the objective, or by another part
+                of_part = {name: f"{part.name}_{name}" if name in taken else name for name in losses}
+                step.losses |= {of_part[name]: loss for name, (loss, _) in losses.items()}
         return total
 
     def ratio_of_gradients(self, step: Step, loss: Tensor, network: nn.Module | None = None) -> Tensor:
@@ -488,11 +488,17 @@ class LiteAutoencoderKL(ValidatedModule):
             torch.compiler.set_stance("default")
 
     def on_train_start(self) -> None:
-        if self._iteration > 0:  # resumed, perhaps with another schedule
-            schedule = _as_list(self.lr_schedulers())[0]
-            rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
-            for group, base, factor in rates:
-                group["lr"] = base * factor(schedule.last_epoch)
+        if self._iteration > 0:
+            rates = [
+                (group, base * factor(schedule.last_epoch))
+                for schedule in _as_list(self.lr_schedulers())
+                for group, base, factor in zip(
+                    schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+                )
+            ]
+            if rates[0][0]["lr"] != rates[0][1]:  # the saved ones are another schedule's
+                for group, rate in rates:
+                    group["lr"] = rate
         for part in self.each_part:
             part.start(self, resumed=self._iteration > 0)
         for half in self.frozen_halves:

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial, wraps
@@ -190,10 +189,10 @@ def check_counts(least: int, **counts: int | Sequence[int]) -> None:
 
 
 def check_not_negative(**numbers: float) -> None:
-    """Raise ValueError for a number below 0, infinite or nan."""
+    """Raise ValueError for a number below 0, or nan."""
     for name, number in numbers.items():
-        if not 0 <= number < math.inf:
-            raise ValueError(f"{name} must {'not be negative' if number < 0 else 'be finite'}, got {number}")
+        if not number >= 0:
+            raise ValueError(f"{name} must not be negative, got {number}")
 
 
 def check_betas(betas: Sequence[float]) -> tuple[float, float]:

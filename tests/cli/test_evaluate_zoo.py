@@ -71,7 +71,7 @@ def test_copies_in_a_folder_two_missing_and_continued(olvae, done, pictures, tmp
     code, _, err = olvae(*command, "--zoo", "taesd", "--images", "1", "--size", "48", "--precision", "bf16")
     assert code == 2
     assert f"--out {tmp_path / 'out'}: has results of other --size, --images, --precision: name another folder" in err
-    code, _, err = olvae(*command, "--zoo", "taesd", "--observe", "olvae.evaluation.observers.flat_colours.FlatColours")
+    code, _, err = olvae(*command, "--zoo", "taesd", "--observe", "text")
     assert (code, f"--out {tmp_path / 'out'}: has results of other --observe: name another folder" in err) == (2, True)
     monkeypatch.setattr(zoo, "find_weights", lambda *_: Path())  # what lacks LPIPS is evaluated again
     (pictures / "1.png").write_bytes((pictures / "0.png").read_bytes())

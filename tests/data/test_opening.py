@@ -170,18 +170,23 @@ def test_moved_data_are_one_line_with_both_places(home, tmp_path, monkeypatch, c
     assert open_test_source(config, str(moved / "more")).val_images == 4  # with --data nobody asks for them
 
 
-def test_what_a_run_trains_on(home):
-    """The place itself, a part of it or a whole that holds it; but not the held-out half of a data set."""
+def test_what_a_run_trains_on(home, monkeypatch):
+    """The place itself, a part of it or a whole that holds it; not the held-out half, a shard, or another's images."""
     for name in ("photos/train", "photos/val", "more/deep"):
         (home / name).mkdir(parents=True)
-    sources = [{"params": {"root": str(home / "photos")}}, {"params": {"shards": str(home / "more" / "0.tar")}}]
+    shards = [str(home / "more" / "0.tar"), "https://a.org/0.tar"]
+    sources = [{"params": {"root": str(home / "photos")}}, {"params": {"shards": shards}}]
     config = {"data": {"target": "olvae.data.mix.MixSource", "params": {"sources": sources}}}
     trained = ("photos", "photos/train", "photos/train/*.png", "more", "more/0.tar")
     assert all(trains_on(config, str(home / place)) for place in trained)
-    others = (home / "photos" / "val", home / "photos" / "train2", home / "more" / "deep", "https://a.org/0.tar")
-    assert not any(trains_on(config, str(place)) for place in others)
-    assert not trains_on({"data": {"params": {"shards": "https://a.org/0.tar"}}}, str(home))
-    assert not trains_on({}, "samples")
+    others = [home / "photos" / "val", home / "photos" / "train2", home / "more" / "deep"]
+    monkeypatch.chdir(home / "photos" / "train")
+    elsewhere = ("https://a.org/0.tar", "samples", "torchvision:CIFAR10", "other.yaml", "list.txt")
+    assert not any(trains_on(config, str(place)) for place in (*others, *elsewhere))
+    folder = {"data": {"params": {"shards": str(home / "more")}}}
+    assert trains_on(folder, str(home / "more"))
+    assert not trains_on(folder, str(home / "more" / "3.tar"))  # which may be held out
+    assert not trains_on({}, str(home))
 
 
 def test_other_masks_are_resized_as_the_runs_own(home):

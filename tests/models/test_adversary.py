@@ -1,4 +1,5 @@
 import copy
+import math
 
 import pytest
 import torch
@@ -265,6 +266,11 @@ def test_images_that_do_not_fit(kind, channels, size, message):
     assert all(torch.equal(t, before[name]) for name, t in adversary.state_dict().items())
 
 
+def test_the_ratio_may_have_no_ceiling():
+    """As docs/training.md sets it for the weights of taming-transformers."""
+    assert build("patchgan", adaptive_max=math.inf).adaptive_max == math.inf
+
+
 @pytest.mark.parametrize("kind", ["patchgan", "gigagan"])
 def test_cutmix_needs_a_logit_per_pixel(kind):
     size = DISCRIMINATORS[kind][2]
@@ -279,7 +285,7 @@ def test_cutmix_needs_a_logit_per_pixel(kind):
         ({"weight": -0.1}, "weight must not be negative, got -0.1"),
         ({"start_step": -1}, "start_step must not be negative, got -1"),
         ({"updates_per_step": 0}, "updates_per_step must be at least 1, got 0"),
-        ({"lecam_weight": -1.0}, "lecam_weight must not be negative"),
+        ({"lecam_weight": math.nan}, "lecam_weight must not be negative, got nan"),
         ({"learning_rate_ratio": 0.0}, "learning_rate_ratio must be above 0, got 0.0"),
         ({"lecam_variant": "published"}, "lecam_variant must be one of paper, code, got 'published'"),
         ({"cutmix_probability": 1.5}, "cutmix_probability must be between 0 and 1, got 1.5"),

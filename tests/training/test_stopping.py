@@ -9,6 +9,7 @@ import pytest
 
 from olvae.config import ConfigError
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.optimization import lr_factor
 from olvae.runs import Run
 from olvae.training.callbacks import GracefulStop
 from olvae.training.processes import requeue
@@ -93,6 +94,18 @@ def test_a_second_signal_names_the_run_if_it_can_be_continued(train_with, tmp_pa
         train_with("lightning.trainer.val_check_interval=9", *settings, config=tiny_config(image_folder))
     assert isinstance(stopped.value, TrainingStopped) == saves
     assert (tmp_path / "runs").exists() == saves
+
+
+def test_both_sides_take_another_schedule_when_resumed(go, monkeypatch):
+    run, rates, update = go(2), [], LiteAutoencoderKL._update
+
+    def note(self, *args, **kwargs):
+        rates.append([optimizer.param_groups[0]["lr"] / optimizer.defaults["lr"] for optimizer in self.optimizers()])
+        update(self, *args, **kwargs)
+
+    monkeypatch.setattr(LiteAutoencoderKL, "_update", note)
+    go(5, "model.params.warmup_steps=1", "model.params.decay_steps=4", resume=run.path)
+    assert rates[0] == pytest.approx(2 * [lr_factor(2, "cosine", 1, 4, 0.0)])
 
 
 def test_times():

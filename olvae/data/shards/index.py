@@ -74,6 +74,8 @@ class Index:
 def find_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
     """List the shards of a folder, a pattern with braces or wildcards, a URL, a pipe, or a list of any of these.
 
+    Warns of a folder that is :func:`incomplete`.
+
     Raises FileNotFoundError: there are none, or they are local and none of them exists.
     """
     given = [str(text) for text in ([shards] if isinstance(shards, str | Path) else shards)]
@@ -90,6 +92,8 @@ def _expand(text: str) -> list[str]:
     text = re.sub("^file:(//)?", "", text)
     path = Path(text).expanduser()
     if path.is_dir():
+        if missing := incomplete(path):
+            warn_once(f"{path}: {missing}")
         return [str(file) for file in sorted(path.iterdir()) if is_shard(file.name)]
     try:
         expanded = expand_urls(text)
@@ -130,9 +134,8 @@ def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key:
     """Look up the numbers of images of shards in an index, or count them in local shards that have none.
 
     Without ``index``, a path or URL of one, the folders of local shards are searched for :data:`INDEX`. A local shard
-    that is in no index, and is missing or can't be read, counts as the mean of the others. Warns of one without images,
-    and of folders that are :func:`incomplete`. ValueError if the index is not readable or lacks a shard, no shard has
-    images, or two have one name.
+    that is in no index, and is missing or can't be read, counts as the mean of the others. One without images is named
+    in a warning. ValueError if the index is not readable or lacks a shard, no shard has images, or two have one name.
     """
     shards: dict[str, Shard] = {}
     for url in urls:
@@ -142,9 +145,6 @@ def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key:
                 f"{other.url} and {url}: shards of the same name, whose images would have the same keys: rename one of "
                 "them, take one folder after the other, or make them two sources of an olvae.data.mix.MixSource"
             )
-    for folder in {Path(url).parent for url in urls if is_local(url)}:
-        if missing := incomplete(folder):
-            warn_once(f"{folder}: {missing}")
     counts: dict[str, int | None]
     if index is not None:
         given = Index.read(index).shards

@@ -101,23 +101,23 @@ class ShardSource(Source):
 
     def once(self, process: LoaderProcess) -> Iterator[Sample]:
         for shard in self.val[process.index :: process.count]:
-            read, error = 0, None
+            read, errors = 0, list[ReadError]()
             for entry in self.entries(shard):
                 if self._limited and read == shard.images:
                     break
-                if isinstance(entry, ReadError):  # the last one
-                    error = entry
+                if isinstance(entry, ReadError):
+                    errors.append(entry)
                     continue
                 read += 1
                 try:
                     yield self.val_sample(entry)
-                except UnreadableImageError as unreadable:
-                    yield Sample(None, entry.key, (unreadable.read_error(),))
+                except UnreadableImageError as error:
+                    yield Sample(None, entry.key, (error.read_error(),))
             if missing := range(read, shard.images or 0):
-                name, reason, *_ = error or (shard.url, f"has fewer images than by its {INDEX}")
-                yield Sample(None, shard.url, tuple(ReadError(name, reason, str(i)) for i in missing))
-            elif error is not None:
-                yield Sample(None, shard.url, (error,))
+                name, reason, *_ = errors[-1] if errors else (shard.url, f"has fewer images than by its {INDEX}")
+                errors = [ReadError(name, reason, str(i)) for i in missing]
+            if errors:
+                yield Sample(None, shard.url, tuple(errors))
 
 
 class WebDatasetSource(ShardSource):

@@ -157,6 +157,9 @@ def test_the_fourth_band_of_a_picture_is_no_alpha():
     for channels in (4, 3):
         tensor = image_to_tensor(Photo(content, "a.tif", channels).read())
         np.testing.assert_array_equal(tensor.permute(1, 2, 0).numpy(), array[..., :channels])
+    turned = tiff(array, "rgb", extrasamples=["unspecified"], extratags=[(274, "H", 1, 6, True)])
+    with pytest.raises(UnreadableImageError, match="save it with orientation 1"):
+        Photo(turned, "a.tif", 4)
 
 
 def test_pages_of_eight_bits_are_no_picture():

@@ -120,11 +120,15 @@ def test_parts_act_in_their_order(image_folder):
 NAME = "expected a name of letters, digits and underscores, and none of torch's, such as keys"
 
 
-def test_two_losses_of_one_name(image_folder):
+def test_two_losses_of_one_name_are_both_logged(image_folder):
     node = {"target": "olvae.models.parts.scale_equivariance.ScaleEquivariance"}
-    model = build(parts={"one": node, "two": node})
-    with pytest.raises(ConfigError, match=r"parts\.two: its loss scale_equivariance has the name of another one"):
-        fit(model, image_folder, 1, size=32)
+    model = fit(build(parts={"one": node, "two": node}), image_folder, 1, size=32, log_every_n_steps=1)
+    terms = {"rec", "kl", "wavelet", "gaussian"} & model.objective.weights.keys()
+    parts = ("scale_equivariance", "two_scale_equivariance")
+    logged = {name.removeprefix("train/"): float(value) for name, value in model.logged.items() if "train" in name}
+    weighted = [model.objective.weights[name] * logged[name] for name in terms]
+    weighted += [model.parts[part].weight * logged[name] for part, name in zip(("one", "two"), parts, strict=True)]
+    assert logged["loss"] == pytest.approx(sum(weighted), rel=1e-5)
 
 
 def test_its_mistakes_are_told_with_all_others(image_folder):
