@@ -135,7 +135,7 @@ def evaluate_zoo(
     return [Evaluated(replace(whole, rows=whole.table, earlier=()), [Listed(None, missing), *request.observers])]
 
 
-LATER = ("files", "observe")  # what request.json has not always had
+LATER = ("files of data", "observe")  # what request.json has not always had
 
 
 def _results(folder: Path) -> dict[str, Results]:
@@ -153,7 +153,7 @@ def _asked(request: Request) -> dict[str, str]:
     shown = [o.name for o in request.observers if not isinstance(o, HalfPrecision | FlatColours)]
     return {
         "data": str(data if data.exists() else request.data),
-        "files": hashlib.sha256(files.encode(errors="surrogateescape")).hexdigest()[:16],
+        "files of data": hashlib.sha256(files.encode(errors="surrogateescape")).hexdigest()[:16],
         "observe": ", ".join(sorted(shown)),
         "size": str(protocol.size),
         "protocol": protocol.name,
