@@ -14,6 +14,7 @@ from olvae.checkpoint import WeightsFile
 from olvae.modules.base import full_float32
 
 SSIM_WINDOW, SIGMA = 11, 1.5  # pixels [Wang et al. 2004]
+C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # against divisions by 0
 SSIM_TILE = 256  # pixels along a side of what is filtered at a time
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of MS-SSIM [Wang et al. 2003]
 
@@ -226,8 +227,8 @@ def _similarity(x: Tensor, y: Tensor) -> Tensor:
             products = torch.stack([a, b, a * a, b * b, a * b])  # (5, B, C, H, W)
             rows, columns = (_windows(side, x.device) for side in a.shape[-2:])
             mean_a, mean_b, aa, bb, ab = rows @ products @ columns.T  # (5, B, C, H - 10, W - 10)
-            contrast = (2 * (ab - mean_a * mean_b) + 58.5225) / ((aa - mean_a**2) + (bb - mean_b**2) + 58.5225)
-            luminance = (2 * mean_a * mean_b + 6.5025) / (mean_a**2 + mean_b**2 + 6.5025)
+            contrast = (2 * (ab - mean_a * mean_b) + C2) / ((aa - mean_a**2) + (bb - mean_b**2) + C2)
+            luminance = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
             sums += torch.stack([luminance * contrast, contrast]).flatten(2).sum(2)
     return sums / (x.shape[1] * height * width)
 

@@ -76,7 +76,8 @@ def test_copies_in_a_folder_two_missing_and_continued(olvae, done, pictures, tmp
     monkeypatch.setattr(zoo, "find_weights", lambda *_: Path())  # what lacks LPIPS is evaluated again
     (pictures / "1.png").write_bytes((pictures / "0.png").read_bytes())
     code, _, err = olvae(*command, "--zoo", "taesd")
-    assert (code, f"--out {tmp_path / 'out'}: has results of other `files of data`: name another folder" in err) == (2, True)
+    assert code == 2
+    assert f"--out {tmp_path / 'out'}: has results of other `files of data`: name another folder" in err
     asked = json.loads((tmp_path / "out" / "request.json").read_text())
     (tmp_path / "out" / "request.json").write_text(json.dumps({n: v for n, v in asked.items() if n != "files of data"}))
     code, _, err = olvae(*command, "--zoo", "taesd")  # as an earlier version wrote it
