@@ -31,7 +31,7 @@ VAE_APPROX = {"taesd": (0.18215, 0), "taesdxl": (0.13025, 0), "taesd3": (1.5305,
 
 FACTORS = ("latents", "scaling_factor", "shift_factor")  # settings that say which ones a diffusion model needs
 NO_FACTORS = dict.fromkeys(FACTORS, "the factors are the diffusion model's there, not the autoencoder's")
-NO_MODULATION = "AutoencoderKL has no self-modulated convolutions"
+NO_MODULATION = "the networks of this format have no self-modulated convolutions"
 IN_DIFFUSERS = "in diffusers"
 
 # What ComfyUI builds, whatever the file says; A1111's config has the longer list.

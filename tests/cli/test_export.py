@@ -255,7 +255,7 @@ def test_what_does_not_fit_a_format_is_one_line_and_leaves_nothing(refused, run_
     for target, layout, out, arguments, text in (
         (run_folder, "diffusers", folder, [], other),
         (stock, "diffusers", file, [], "names a file, but this format is a folder; --format ldm is one file"),
-        (stock, None, folder, ["--fold"], "--fold does not go with --format diffusers: AutoencoderKL has no"),
+        (stock, None, folder, ["--fold"], "--fold does not go with --format diffusers: the networks of this"),
         (stock, "diffusers", folder, ["--onnx"], "--onnx does not go with --format diffusers: ONNX files are"),
         (stock, "ldm", file, ["--license", "mit"], "--license does not go with --format ldm: one file has no"),
         (stock, "ldm", file, ["--latents", "x"], "--latents does not go with --format ldm: the factors are the"),

@@ -4,6 +4,7 @@ import io
 import struct
 import sys
 import tarfile
+import warnings
 from itertools import islice
 
 import numpy as np
@@ -160,6 +161,19 @@ def test_the_fourth_band_of_a_picture_is_no_alpha():
     turned = tiff(array, "rgb", extrasamples=["unspecified"], extratags=[(274, "H", 1, 6, True)])
     with pytest.raises(UnreadableImageError, match="save it with orientation 1"):
         Photo(turned, "a.tif", 4)
+
+
+def test_a_missing_value_beyond_float32_is_the_largest_that_it_has():
+    """As GDAL writes a double's in a raster of float32; no warning of an overflow."""
+    array = values("float32", 1)
+    array[0, 0] = np.finfo(np.float32).min
+    content = tiff(array[..., 0], extratags=[(42113, "s", 0, "-1.7976931348623157e+308", True)])
+    assert read_array(content).nodata == array.min()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UnreadableImageError, match="no data there"):
+            Photo(content, "a.tif", 1, WIDE)
+        Photo(content, "a.tif", 1, AS_STORED).missing(array)
 
 
 def test_pages_of_eight_bits_are_no_picture():
