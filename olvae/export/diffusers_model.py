@@ -19,7 +19,7 @@ from olvae.models.autoencoder import LiteVAE
 from olvae.models.large.tiling import crop_to, default_memory, pad_to_multiple
 from olvae.models.spec import DERIVED, FOR_DIFFUSION, IN_EXPORT, SHIPPED, AutoencoderSpec, class_in, shipped_folder
 from olvae.models.weight_files import LOADER, LOADER_NAME
-from olvae.runs import Run
+from olvae.runs import Run, find_run
 
 
 class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
@@ -74,7 +74,7 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> "AutoencoderLiteVAE":
         """Load an export as diffusers does, with its arguments: a folder, ``olvae:NAME``, or an id of the hub."""
         given = str(pretrained_model_name_or_path)
-        if Path(given).is_file() or Run(Path(given)).last_checkpoint.is_file():
+        if Path(given).is_file() or Run(Path(find_run(given))).last_checkpoint.is_file():
             raise ValueError(f"{given}: diffusers loads exports: name the folder that olvae export writes of it")
         folder = shipped_folder(given) if given.startswith(SHIPPED) else pretrained_model_name_or_path
         name = class_in(inside := Path(folder, kwargs.get("subfolder") or ""))

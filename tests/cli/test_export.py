@@ -76,8 +76,10 @@ def test_factors_from_the_folder_of_encode_or_latents(any_command, run_folder, i
         assert f"has latents_mean and latents_std: its diffusion models take these{packed} in place of" in err, err
 
 
-def test_diffusers_is_given_a_run(any_command, run_folder, tmp_path):
-    for given in (run_folder, run_folder / "checkpoints" / "last.ckpt"):
+def test_diffusers_is_given_a_run(any_command, run_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to(run_folder.parent)
+    for given in (run_folder, run_folder / "checkpoints" / "last.ckpt", "last"):
         with pytest.raises(ValueError, match=f"{given}: diffusers loads exports: name the folder that olvae export"):
             AutoencoderLiteVAE.from_pretrained(given)
     with pytest.raises(OSError, match="nothing"):
