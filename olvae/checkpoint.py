@@ -129,9 +129,10 @@ def load_weights(
     if integer:
         kind = str(weights[integer[0]].dtype).removeprefix("torch.")
         raise ValueError(f"{origin}: {len(integer)} of its tensors are {kind}, quantised perhaps ({integer[0]}, ...)")
-    broken = [name for name in fitting if not weights[name].float().isfinite().all()]
+    broken = [name for name in fitting if not weights[name].to(own[name].dtype).isfinite().all()]
     if broken:
-        raise ValueError(f"{origin}: {len(broken)} of its tensors have non-finite values ({broken[0]}, ...)")
+        kind = str(own[broken[0]].dtype).removeprefix("torch.")
+        raise ValueError(f"{origin}: {len(broken)} of its tensors have non-finite values in {kind} ({broken[0]}, ...)")
     misshapen = [name for name in own if name in weights and name not in fitting]
     shapes = [f"{name} {_shape(weights[name])} for {_shape(own[name])}" for name in misshapen]
     report = mismatches([n for n in own if n not in weights], [n for n in weights if n not in own], shapes)

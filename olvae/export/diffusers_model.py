@@ -105,7 +105,8 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         plain.folded = self.config["folded"]
         plain.pixel_range = PixelRange.from_node(self.config.get("pixel_range"), "pixel_range")
         plain.set_for_diffusion({name: self.config[name] for name in FOR_DIFFUSION})
-        return plain.train(self.training)
+        plain.training = self.training  # its halves, which are this module's own, keep theirs
+        return plain
 
     @property
     def post_quant_conv(self) -> nn.Module:

@@ -1,5 +1,7 @@
 """LiteVAE as a plain module, without Lightning: images to a posterior, latents to images."""
 
+import copy
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +19,7 @@ from olvae.files import first_line, write_json
 from olvae.models.large.streaming import encode_within
 from olvae.models.large.tiling import decode_tiled
 from olvae.models.spec import CONFIG_NAME, FOR_DIFFUSION, AutoencoderSpec
-from olvae.models.weight_files import Located, locate, write_export
+from olvae.models.weight_files import ONE_KIND, Located, is_export, locate, write_export
 from olvae.modules.base import (
     Decoder,
     Encoder,
@@ -274,6 +276,8 @@ class LiteVAE(
         """
         access = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         found = locate(path_or_id, config, force_download=force_download, **access)
+        if raw and is_export(found.weights):
+            warnings.warn(f"{path_or_id}: {ONE_KIND}", stacklevel=2)
         return load_located(found, read_weights(found.weights, raw), allow_mismatch, dtype)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
@@ -327,8 +331,8 @@ class LiteVAE(
     def config(self) -> dict[str, Any]:
         """The arguments for :meth:`from_config` that build this model again."""
         return {
-            "encoder_config": self.encoder.node,
-            "decoder_config": self.decoder.node,
+            "encoder_config": copy.deepcopy(self.encoder.node),
+            "decoder_config": copy.deepcopy(self.decoder.node),
             "embed_dim": self.latent_channels,
             "use_quant": self.quantizer is not None,
         }

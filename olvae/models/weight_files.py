@@ -167,6 +167,9 @@ def config_inside(weights: Path, kinds: Sequence[str] = (CLASS_NAME,)) -> Config
     return content if is_export else None
 
 
+ONE_KIND = "an export has one kind of weights: `raw` is ignored"
+
+
 def is_export(weights: Path) -> bool:
     """Whether a file of weights is of an export of ours."""
     return class_in(weights.parent) == CLASS_NAME or config_inside(weights) is not None
@@ -184,7 +187,12 @@ def _config_beside(weights: Path) -> Path | None:
 
 
 def write_export(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:
-    """Write the weights, in their dtype and with a checksum, ``config.json``, and the file that it names."""
+    """Write the weights, in their dtype and with a checksum, ``config.json``, and the file that it names.
+
+    Weights that diffusers had divided into several files there, and would prefer, are removed.
+    """
+    for stale in (folder / f"{WEIGHTS_NAME}.index.json", *folder.glob(WEIGHTS_NAME.replace(".", "-*-of-*."))):
+        stale.unlink(missing_ok=True)
     with atomic_write(folder / WEIGHTS_NAME) as partial:
         write_tensors(partial, state)
     if "auto_map" in config:

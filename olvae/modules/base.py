@@ -60,7 +60,8 @@ class _Network(Steps):
         network = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)
         bound.apply_defaults()
-        params = dict(list(bound.arguments.items())[1:])  # without self
+        given = list(bound.arguments.items())[1:]  # without self
+        params = {name: copy.deepcopy(v) if isinstance(v, list | dict) else v for name, v in given}  # the caller's own
         network.__dict__["node"] = {"target": f"{cls.__module__}.{cls.__qualname__}", "params": params}
         return network
 

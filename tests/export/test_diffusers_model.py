@@ -49,6 +49,20 @@ def test_there_and_back(vae, image, tmp_path):
     assert torch.equal(shared(image).sample, expected)
     assert shared.encoder is vae.encoder
     assert torch.equal(shared.autoencoder(image)[0], expected)
+    shared.decoder.train()
+    shared(image)
+    assert (shared.training, shared.encoder.training, shared.decoder.training) == (False, False, True)
+
+
+def test_an_export_replaces_weights_that_were_divided(vae, image, tmp_path):
+    """Which diffusers would read, in place of the one file."""
+    AutoencoderLiteVAE.from_autoencoder(vae).save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    for p in vae.parameters():
+        p.data.mul_(1.5)
+    vae.save_pretrained(tmp_path)
+    assert torch.equal(AutoencoderLiteVAE.from_pretrained(tmp_path)(image).sample, vae(image)[0])
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["diffusion_pytorch_model.safetensors"]
 
 
 def test_diffusers_auto_model(vae, image, tmp_path, monkeypatch, caplog):

@@ -21,7 +21,7 @@ from olvae.models.weight_files import LOADER_NAME
 from olvae.modules.base import Encoder
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
-from tests.conftest import tiny
+from tests.conftest import tiny, tiny_config
 from tests.models.loading.names import hub_folder
 from tests.reference import fill, parity_case, published_names
 
@@ -166,7 +166,7 @@ def test_broken_files(tmp_path, monkeypatch):
     torch.save([1, 2], "list.ckpt")
     for file, message in {
         "cut.safetensors": "not a readable safetensors file",
-        "nan.safetensors": r"1 of its tensors .* non-finite values \(encoder.aggregator.conv_out.bias",
+        "nan.safetensors": r"1 of its tensors .* non-finite values in float32 \(encoder.aggregator.conv_out.bias",
         "int8.safetensors": r"1 of its tensors are int8, quantised perhaps \(encoder.aggregator.conv_out.bias",
         "other.ckpt": "no autoencoder in it",
         "three.ckpt": "its state_dict is a int",
@@ -388,6 +388,32 @@ def test_saving_that_fails_half_way_keeps_the_config(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_config_is_a_copy(tmp_path):
+    widths = [1, 2]
+    params = tiny_config()["model"]["params"]
+    params["encoder_config"]["params"]["aggregate_mult"] = widths
+    model = LiteVAE.from_config(**{name: params[name] for name in ("encoder_config", "decoder_config", "embed_dim")})
+    config = model.config
+    config["encoder_config"]["params"]["wavelet"], widths[1] = "db2", 3
+    model.save_pretrained(tmp_path)
+    assert same_weights(LiteVAE.from_pretrained(tmp_path), model)
+    assert LiteVAE.from_pretrained(tmp_path).config == model.config != config
+
+
+def test_weights_too_large_for_a_dtype_are_refused(tmp_path):
+    model = tiny()
+    next(model.decoder.parameters()).data[0] = 1e5
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"1 of its tensors have non-finite values in float16 \(decoder\."):
+        LiteVAE.from_pretrained(tmp_path, dtype=torch.float16)
+
+
+def test_raw_weights_of_an_export_are_told_that_there_are_none(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="an export has one kind of weights: `raw` is ignored"):
+        LiteVAE.from_pretrained(tmp_path, raw=True)
 
 
 def test_saving_twice_keeps_the_card_and_a_refusal_keeps_all(tmp_path):

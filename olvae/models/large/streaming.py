@@ -7,7 +7,8 @@ up to the limit, then in temporary files.
 
 import tempfile
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def encode_within(encoder: Encoder, x: Tensor, memory: int, progress: Callable[[
     ValueError if the image does not fit, and the encoder is not LiteVAE's; OSError if the disk is too small.
     """
     needs = _bytes_of_one(encoder, tuple(x.shape[1:]))
-    if (together := memory // needs) or not len(x):
+    if (together := memory // needs) > 0 or not len(x):
         return torch.cat([encoder(part) for part in x.split(max(1, together))])
     if not isinstance(encoder, LiteVAE_Encoder):
         raise ValueError(
@@ -68,13 +69,16 @@ def _bytes_of_one(encoder: Encoder, shape: tuple[int, ...]) -> int:
     return known[key]
 
 
+ON_CPU: Mapping[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # of the planes, whatever torch's defaults are
+
+
 class Plane:
     """A layer's output over the whole image, (1, C, H, W) in float32, and the sums of its channels."""
 
     def __init__(self, channels: int, height: int, width: int, in_memory: bool) -> None:
         self.shape = channels, height, width
-        self.sums = torch.zeros(2, channels, dtype=torch.float64)  # of the values, of their squares
-        self.rows = torch.empty(height if in_memory else 0, channels, width)
+        self.sums = torch.zeros(2, channels, dtype=torch.float64, device="cpu")  # of the values, of their squares
+        self.rows = torch.empty(height if in_memory else 0, channels, width, **ON_CPU)
         self.file = None if in_memory else tempfile.TemporaryFile(prefix="olvae-")  # noqa: SIM115
 
     def read(self, start: int, stop: int) -> Tensor:
@@ -82,7 +86,7 @@ class Plane:
         if self.file is None:
             rows = self.rows[start:stop]
         else:
-            rows = torch.empty(stop - start, channels, width)
+            rows = torch.empty(stop - start, channels, width, **ON_CPU)
             self.file.seek(4 * start * channels * width)
             self.file.readinto(rows.numpy().data.cast("B"))
         return rows.transpose(0, 1)[None]  # (1, C, rows, W)

@@ -15,7 +15,7 @@ from olvae.models.loading.diffusers_models import DiffusersLoader
 from olvae.models.loading.loader import Loader, LoadOptions, Target
 from olvae.models.loading.original_files import OriginalLoader
 from olvae.models.spec import DIFFUSERS, KINDS, SHIPPED, check_target, is_hub_id, split_class
-from olvae.models.weight_files import PUBLISHED, is_export, locate, locate_weights
+from olvae.models.weight_files import ONE_KIND, PUBLISHED, is_export, locate, locate_weights
 from olvae.runs import find_run, run_of, settings_of
 
 RAW = ", raw weights"  # ends the name of a target whose raw weights were asked for
@@ -41,7 +41,7 @@ class CheckpointLoader(Loader):
         weights, config, raw = locate_weights(text), options.config, options.raw
         exported = is_export(weights)
         if raw and exported:
-            warnings.warn(f"{text}: an export has one kind of weights: `raw` is ignored", stacklevel=2)
+            warnings.warn(f"{text}: {ONE_KIND}", stacklevel=2)
             raw = False
         if not exported and run_of(weights) is None:
             state = state_dict_of(read_checkpoint(weights, check=False), weights)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Operands
+from olvae.modules.base import Operands, upcast
 
 
 class SMC(nn.Module):
@@ -63,8 +63,9 @@ class SMC(nn.Module):
 def _modulate(given: Sequence[tuple[Tensor, Tensor, Tensor]], eps: float) -> Tensor:
     """w' of n layers of one shape, (n, out_channels, in_channels, k, k), from their weights, scales and gains."""
     w, scales, gain = (torch.stack(t) if len(t) > 1 else t[0][None] for t in zip(*given, strict=True))
-    w = w * scales[:, None, :, None, None]
-    return gain[..., None, None, None] * w * (w.square().sum(dim=(2, 3, 4), keepdim=True) + eps).rsqrt()
+    w, dtype = upcast(w) * scales[:, None, :, None, None], w.dtype  # in half precision eps and squares are 0
+    w = gain[..., None, None, None] * w * (w.square().sum(dim=(2, 3, 4), keepdim=True) + eps).rsqrt()
+    return w.to(dtype)
 
 
 def fold_smc(module: nn.Module) -> nn.Module:

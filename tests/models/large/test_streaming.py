@@ -48,6 +48,19 @@ def test_strips_give_the_posterior_of_the_whole(arguments, memory):
     torch.testing.assert_close(streamed.logvar, whole.logvar, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_planes_are_float32_whatever_torchs_default_is(dtype):
+    """Also those in files, with less memory than there is."""
+    vae, x = autoencoder(), torch.randn(1, 3, 56, 24)
+    expected = vae.encode_within(x, 1).mean
+    torch.set_default_dtype(dtype)
+    try:
+        found = [vae.encode_within(x, memory).mean for memory in (1, -5)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(mean, expected) for mean in found)
+
+
 def test_no_images_and_an_encoder_without_weights():
     assert autoencoder().encode_within(torch.zeros(0, 3, 56, 24), 1).mean.shape == (0, 4, 7, 3)
     x = torch.rand(1, 3, 16, 24)

@@ -53,6 +53,17 @@ def test_folding_leaves_the_original_alone():
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
+def test_small_filters_in_half_precision():
+    """Their size does not matter, but its square is 0 in float16."""
+    smc = SMC(3, 4, 3)
+    randomise(smc)
+    smc.conv.weight.data *= 1e-3
+    smc.conv.weight.data[0] = 0
+    (whole, _), (half, _) = smc.derive([smc])[0], smc.half().derive([smc])[0]
+    assert half.dtype == torch.float16
+    torch.testing.assert_close(half.float(), whole, rtol=2e-2, atol=1e-3)
+
+
 def test_even_kernels_are_refused():
     with pytest.raises(ValueError, match="odd kernel_size"):
         SMC(3, 3, 4)
