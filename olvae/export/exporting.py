@@ -106,6 +106,7 @@ class Provenance:
     licence: str | None = None
     factors_from: str | None = None  # where the scaling and shift factors are from; None if they were not measured
     data: str | None = None  # the training data in words, where the config does not say
+    terms: str | None = None  # what a card said of the licence, word for word
 
 
 def export_target(target: Target, place: Path, settings: ExportSettings) -> tuple[dict[str, float], list[str]]:
@@ -125,9 +126,9 @@ def export_target(target: Target, place: Path, settings: ExportSettings) -> tupl
     kept = "latents" not in layout.refused
     factors_from = _set_factors(model, loaded, target, settings, layout.in_units(model), notes) if kept else None
     metrics = None if layout.suffix else _metrics_of(target, loaded, notes)
-    licence, data = (None, None) if layout.suffix else _stated(_own_card(_folder_of(target)))
-    licence = settings.license or licence
-    provenance = Provenance(target.name, target.config, metrics, target.raw, licence, factors_from, data)
+    stated = (None,) * 3 if layout.suffix else _stated(_own_card(_folder_of(target)))
+    licence, data, terms = (settings.license, stated[1], None) if settings.license else stated
+    provenance = Provenance(target.name, target.config, metrics, target.raw, licence, factors_from, data, terms)
     return export(model, place, layout, settings, provenance), notes
 
 
@@ -305,11 +306,12 @@ def _folder_of(target: Target) -> Path:
     return target.run.path if target.run else shipped_folder(given) if given.startswith(SHIPPED) else Path(given)
 
 
-def _stated(card: str) -> tuple[str | None, str | None]:
-    """The licence and the training data that a card states."""
+def _stated(card: str) -> tuple[str | None, str | None, str | None]:
+    """The licence, the training data and the terms of the weights that a card states."""
     licence = re.search(r"^license: (?!unknown)(.+)$", card, re.MULTILINE)
     data = re.search(r"^## Training data\n+(.+?)\s*(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
-    return licence and licence[1], data and data[1]
+    terms = re.search(r"^## Licence\n+(Weights: .+?) open-LiteVAE, the code", card, re.MULTILINE | re.DOTALL)
+    return licence and licence[1], data and data[1], terms and terms[1]
 
 
 def _set_factors(

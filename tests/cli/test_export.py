@@ -119,6 +119,9 @@ def test_from_a_run_to_everything(olvae, done, run_folder, tmp_path):
     assert "Weights: mit." in first
     done("olvae:photos-f8c4", "--out", tmp_path / "shipped")
     assert (tmp_path / "shipped" / "metrics.json").is_file()
+    licence = (tmp_path / "shipped" / "README.md").read_text().partition("## Licence")[2]
+    assert licence.startswith("\n\nWeights: apache-2.0, which is this project's view: they hold no photograph")
+    assert "the photographs' licences apply. open-LiteVAE, the code, is under Apache-2.0.\n\n## Use" in licence
 
     code, _, err = olvae(run_folder, "--out", out, "--raw", "--scaling-factor", 2, "--shift-factor", -1, "--force")
     name = run_folder.name
