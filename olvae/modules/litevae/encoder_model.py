@@ -225,7 +225,8 @@ class LiteVAE_Encoder(Encoder):
         shared_extractor: one extractor for all levels [P Table 19]: fewer parameters, as many operations [P App. D.4].
         skip_levels: how many of the finest levels no extractor sees; 1 of 3 leaves the last two [P Table 21].
         packets: transform the details further, too, until every value of a patch is a channel at H/f (wavelet packets),
-            and give those to the aggregator alone: no work at finer resolutions, for small machines [D].
+            and give those to the aggregator alone: no work at finer resolutions, for small machines [D]. What sizes the
+            extractors has no effect then.
         linear: add a linear path from patches to the means; see :mod:`olvae.models.linear_code`.
 
     Shapes: (B, in_channels, H, W) in [-1, 1] -> (B, latent_dim, H/2^levels, W/2^levels).
