@@ -129,9 +129,10 @@ def load_weights(
     if integer:
         kind = str(weights[integer[0]].dtype).removeprefix("torch.")
         raise ValueError(f"{origin}: {len(integer)} of its tensors are {kind}, quantised perhaps ({integer[0]}, ...)")
-    broken = [name for name in fitting if not weights[name].to(own[name].dtype).isfinite().all()]
+    kinds = {name: own[name].dtype if own[name].is_floating_point() else weights[name].dtype for name in fitting}
+    broken = [name for name, kind in kinds.items() if not weights[name].to(kind).float().isfinite().all()]
     if broken:
-        kind = str(own[broken[0]].dtype).removeprefix("torch.")
+        kind = str(kinds[broken[0]]).removeprefix("torch.")
         raise ValueError(f"{origin}: {len(broken)} of its tensors have non-finite values in {kind} ({broken[0]}, ...)")
     misshapen = [name for name in own if name in weights and name not in fitting]
     shapes = [f"{name} {_shape(weights[name])} for {_shape(own[name])}" for name in misshapen]

@@ -45,6 +45,15 @@ def test_another_model_is_refused_whole():
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
+def test_values_are_finite_in_the_dtype_that_they_get():
+    model = torch.nn.BatchNorm2d(1)
+    before = {**model.state_dict(), "num_batches_tracked": torch.tensor(float("nan"))}
+    with pytest.raises(ValueError, match=r"1 of its tensors have non-finite values in float32 \(num_batches_tracked"):
+        load_weights(model, before, "file.ckpt", prefixes=("",))
+    small = torch.nn.Linear(2, 2).to(torch.float8_e4m3fn)
+    load_weights(small, torch.nn.Linear(2, 2).state_dict(), "file.ckpt", prefixes=("",))
+
+
 class Reduced:
     """Pickles as a call."""
 

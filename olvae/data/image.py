@@ -27,6 +27,7 @@ from olvae.data.pixels.size_and_range import (
     Sides,
     Size,
     check_size,
+    nearest_float32,
 )
 from olvae.data.read_errors import UnreadableImageError
 from olvae.files import legible, reason
@@ -192,7 +193,7 @@ class Photo:
     def missing(self, values: NDArray[np.generic]) -> NDArray[np.bool_]:
         """Where the file's values are not finite, or what it names as missing."""
         bad: NDArray[np.bool_] = ~np.isfinite(values)
-        return bad if self.nodata is None else bad | (values == np.float32(self.nodata))
+        return bad if self.nodata is None else bad | (values == nearest_float32(self.nodata))
 
     def _open(self, content: Path | bytes | Picture) -> Picture:
         if isinstance(content, Bands) and len(content.bands) != (self.channels or len(content.bands)):

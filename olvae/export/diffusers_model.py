@@ -17,8 +17,17 @@ from olvae.checkpoint import add_sums, check_file
 from olvae.data.pixels.size_and_range import PixelRange
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.large.tiling import crop_to, default_memory, pad_to_multiple
-from olvae.models.spec import DERIVED, FOR_DIFFUSION, IN_EXPORT, SHIPPED, AutoencoderSpec, class_in, shipped_folder
-from olvae.models.weight_files import LOADER, LOADER_NAME
+from olvae.models.spec import (
+    DERIVED,
+    FOR_DIFFUSION,
+    IN_EXPORT,
+    SHIPPED,
+    WEIGHTS_NAME,
+    AutoencoderSpec,
+    class_in,
+    shipped_folder,
+)
+from olvae.models.weight_files import LOADER, LOADER_NAME, WEIGHTS_INDEX
 from olvae.runs import Run, find_run
 
 
@@ -74,7 +83,10 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> "AutoencoderLiteVAE":
         """Load an export as diffusers does, with its arguments: a folder, ``olvae:NAME``, or an id of the hub."""
         given = str(pretrained_model_name_or_path)
-        if Path(given).is_file() or Run(Path(find_run(given))).last_checkpoint.is_file():
+        if (
+            Path(given).is_file()
+            or Run(Path(given if Path(given).is_dir() else find_run(given))).last_checkpoint.is_file()
+        ):
             raise ValueError(f"{given}: diffusers loads exports: name the folder that olvae export writes of it")
         folder = shipped_folder(given) if given.startswith(SHIPPED) else pretrained_model_name_or_path
         name = class_in(inside := Path(folder, kwargs.get("subfolder") or ""))
@@ -87,6 +99,8 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as diffusers does, with checksums in the headers of the weights, and the file for its AutoModel."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        if Path(save_directory, WEIGHTS_NAME).is_file():
+            Path(save_directory, WEIGHTS_INDEX).unlink(missing_ok=True)  # of weights that were divided here before
         add_sums(Path(save_directory))
         (Path(save_directory) / LOADER_NAME).write_text(LOADER, encoding="utf-8")
 
@@ -96,7 +110,8 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         config = autoencoder.export_config()
         model = cls(**{name: value for name, value in config.items() if not name.startswith("_")})
         model.encoder, model.decoder, model.quantizer = autoencoder.encoder, autoencoder.decoder, autoencoder.quantizer
-        return model.train(autoencoder.training)  # type: ignore[no-any-return]
+        model.training = autoencoder.training
+        return model  # type: ignore[no-any-return]
 
     @property
     def autoencoder(self) -> LiteVAE:
@@ -162,7 +177,8 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """``whole(x)``, image by image and within the memory, if that is enabled."""
         if self.use_slicing and len(x) > 1:
             return torch.cat([self._run(whole, within, one) for one in x.split(1)])
-        gradients = torch.is_grad_enabled() and (self.training or x.requires_grad)
+        trains = self.training or self.encoder.training or self.decoder.training
+        gradients = torch.is_grad_enabled() and (trains or x.requires_grad)
         if not self.use_tiling or gradients:
             return whole(x)
         return within(x, default_memory(x.device) if self.tiling_memory is None else self.tiling_memory)

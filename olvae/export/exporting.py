@@ -310,7 +310,8 @@ def _stated(card: str) -> tuple[str | None, str | None, str | None]:
     """The licence, the training data and the terms of the weights that a card states."""
     licence = re.search(r"^license: (?!unknown)(.+)$", card, re.MULTILINE)
     data = re.search(r"^## Training data\n+(.+?)\s*(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
-    terms = re.search(r"^## Licence\n+(Weights: .+?) open-LiteVAE, the code", card, re.MULTILINE | re.DOTALL)
+    words = f"Weights: {re.escape(licence[1])}" if licence else "Weights"
+    terms = re.search(rf"^## Licence\s+({words}\b.+?)\s+open-LiteVAE, the code", card, re.MULTILINE | re.DOTALL)
     return licence and licence[1], data and data[1], terms and terms[1]
 
 

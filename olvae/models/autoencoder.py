@@ -1,6 +1,5 @@
 """LiteVAE as a plain module, without Lightning: images to a posterior, latents to images."""
 
-import copy
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +23,7 @@ from olvae.modules.base import (
     Decoder,
     Encoder,
     autocast_enabled,
+    copy_plain,
     count_parameters,
     keep_in_float32,
     last_convolution,
@@ -276,7 +276,7 @@ class LiteVAE(
         """
         access = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         found = locate(path_or_id, config, force_download=force_download, **access)
-        if raw and is_export(found.weights):
+        if raw and found.weights.suffix == ".safetensors" and is_export(found.weights):
             warnings.warn(f"{path_or_id}: {ONE_KIND}", stacklevel=2)
         return load_located(found, read_weights(found.weights, raw), allow_mismatch, dtype)
 
@@ -331,8 +331,8 @@ class LiteVAE(
     def config(self) -> dict[str, Any]:
         """The arguments for :meth:`from_config` that build this model again."""
         return {
-            "encoder_config": copy.deepcopy(self.encoder.node),
-            "decoder_config": copy.deepcopy(self.decoder.node),
+            "encoder_config": copy_plain(self.encoder.node),
+            "decoder_config": copy_plain(self.decoder.node),
             "embed_dim": self.latent_channels,
             "use_quant": self.quantizer is not None,
         }

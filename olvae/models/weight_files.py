@@ -167,6 +167,7 @@ def config_inside(weights: Path, kinds: Sequence[str] = (CLASS_NAME,)) -> Config
     return content if is_export else None
 
 
+WEIGHTS_INDEX = f"{WEIGHTS_NAME}.index.json"  # diffusers', of weights that it divides into several files
 ONE_KIND = "an export has one kind of weights: `raw` is ignored"
 
 
@@ -191,10 +192,10 @@ def write_export(state: Mapping[str, Tensor], config: Config, folder: Path) -> N
 
     Weights that diffusers had divided into several files there, and would prefer, are removed.
     """
-    for stale in (folder / f"{WEIGHTS_NAME}.index.json", *folder.glob(WEIGHTS_NAME.replace(".", "-*-of-*."))):
-        stale.unlink(missing_ok=True)
     with atomic_write(folder / WEIGHTS_NAME) as partial:
         write_tensors(partial, state)
     if "auto_map" in config:
         (folder / LOADER_NAME).write_text(LOADER, encoding="utf-8")
     write_json(config, folder / CONFIG_NAME)
+    for stale in (folder / WEIGHTS_INDEX, *folder.glob(WEIGHTS_NAME.replace(".", "-*-of-*."))):
+        stale.unlink(missing_ok=True)

@@ -53,6 +53,13 @@ class Steps(nn.Module):
                 network.checkpoint = True
 
 
+def copy_plain(value: Any) -> Any:
+    """Copy lists and mappings, at any depth; modules and all else in them are shared."""
+    if isinstance(value, list):
+        return [copy_plain(inner) for inner in value]
+    return {key: copy_plain(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+
+
 class _Network(Steps):
     node: dict[str, Any]  # ``target`` and ``params`` that build this network again, for the config of a saved model
 
@@ -60,8 +67,7 @@ class _Network(Steps):
         network = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)
         bound.apply_defaults()
-        given = list(bound.arguments.items())[1:]  # without self
-        params = {name: copy.deepcopy(v) if isinstance(v, list | dict) else v for name, v in given}  # the caller's own
+        params = copy_plain(dict(list(bound.arguments.items())[1:]))  # without self
         network.__dict__["node"] = {"target": f"{cls.__module__}.{cls.__qualname__}", "params": params}
         return network
 

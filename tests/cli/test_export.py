@@ -86,6 +86,18 @@ def test_diffusers_is_given_a_run(any_command, run_folder, tmp_path, monkeypatch
         AutoencoderLiteVAE.from_pretrained(tmp_path / "nothing", local_files_only=True)
 
 
+def test_the_licence_of_a_shipped_model_is_kept_word_for_word(done, tmp_path):
+    done("olvae:photos-f8c4", "--out", tmp_path / "shipped")
+    assert (tmp_path / "shipped" / "metrics.json").is_file()
+    licence = (tmp_path / "shipped" / "README.md").read_text().partition("## Licence")[2]
+    assert licence.startswith("\n\nWeights: apache-2.0, which is this project's view: they hold no photograph")
+    assert "the photographs' licences apply. open-LiteVAE, the code, is under Apache-2.0.\n\n## Use" in licence
+    edited = (tmp_path / "shipped" / "README.md").read_text().replace("license: apache-2.0", "license: mit")
+    (tmp_path / "shipped" / "README.md").write_text(edited)
+    done(tmp_path / "shipped", "--out", tmp_path / "edited")
+    assert "Weights: mit. open-LiteVAE, the code" in (tmp_path / "edited" / "README.md").read_text()
+
+
 def test_from_a_run_to_everything(olvae, done, run_folder, tmp_path):
     out = tmp_path / "vae"
     code, stdout, err = olvae(run_folder, "--out", out, "--license", "mit")
@@ -117,12 +129,6 @@ def test_from_a_run_to_everything(olvae, done, run_folder, tmp_path):
     assert first == again
     assert "SamplePhotographs" in first
     assert "Weights: mit." in first
-    done("olvae:photos-f8c4", "--out", tmp_path / "shipped")
-    assert (tmp_path / "shipped" / "metrics.json").is_file()
-    licence = (tmp_path / "shipped" / "README.md").read_text().partition("## Licence")[2]
-    assert licence.startswith("\n\nWeights: apache-2.0, which is this project's view: they hold no photograph")
-    assert "the photographs' licences apply. open-LiteVAE, the code, is under Apache-2.0.\n\n## Use" in licence
-
     code, _, err = olvae(run_folder, "--out", out, "--raw", "--scaling-factor", 2, "--shift-factor", -1, "--force")
     name = run_folder.name
     assert f"metrics.json is left out: it is about {name}, not {name}, raw weights\n" in err

@@ -50,7 +50,9 @@ def test_there_and_back(vae, image, tmp_path):
     assert shared.encoder is vae.encoder
     assert torch.equal(shared.autoencoder(image)[0], expected)
     shared.decoder.train()
-    shared(image)
+    shared = AutoencoderLiteVAE.from_autoencoder(shared.autoencoder)
+    shared.enable_tiling(2**30)
+    assert shared(image).sample.requires_grad  # as a half in training mode asks for, with tiling too
     assert (shared.training, shared.encoder.training, shared.decoder.training) == (False, False, True)
 
 
@@ -61,6 +63,9 @@ def test_an_export_replaces_weights_that_were_divided(vae, image, tmp_path):
     for p in vae.parameters():
         p.data.mul_(1.5)
     vae.save_pretrained(tmp_path)
+    assert torch.equal(AutoencoderLiteVAE.from_pretrained(tmp_path)(image).sample, vae(image)[0])
+    AutoencoderLiteVAE.from_autoencoder(vae).save_pretrained(tmp_path, max_shard_size="20KB")
+    AutoencoderLiteVAE.from_autoencoder(vae).save_pretrained(tmp_path)
     assert torch.equal(AutoencoderLiteVAE.from_pretrained(tmp_path)(image).sample, vae(image)[0])
     assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["diffusion_pytorch_model.safetensors"]
 

@@ -143,8 +143,7 @@ def _tiff(file: BinaryIO, check: Check, **flags: Any) -> Pixels:
                 raise ValueError("the file ends before its pixels")
         array = whole[0].asarray(maxworkers=1)
         tag = whole[0].keyframe.tags.get(42113)  # GDAL's, a text
-    largest = float(np.finfo(np.float32).max)  # which GDAL writes for a larger one, such as a double's
-    nodata = None if tag is None else min(max(float(tag.value), -largest), largest)
+    nodata = None if tag is None else float(tag.value)
     return Pixels(array if bands_last else np.moveaxis(array, 0, -1), nodata)
 
 

@@ -110,6 +110,13 @@ def to_uint8(x: Tensor) -> Tensor:
     return ((x.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
 
 
+def nearest_float32(value: float) -> np.float32:
+    """Round to float32; a double beyond its range becomes the largest, as GDAL writes it."""
+    largest = float(np.finfo(np.float32).max)
+    found: np.float32 = np.float32(min(max(value, -largest), largest))
+    return found
+
+
 @dataclass(frozen=True)
 class PixelRange:
     """The values that become -1 and 1, for all channels or each channel, and what becomes of others.
@@ -212,7 +219,7 @@ class PixelRange:
         low, high = (np.array(end, dtype=np.float32) for end in (self.low, self.high))
         _refuse(~np.isfinite(values), values, "not a number in the range")
         if (missing := nodata if self.nodata is None else self.nodata) is not None:
-            _refuse(values == np.float32(missing), values, "no data there")
+            _refuse(values == nearest_float32(missing), values, "no data there")
         if self.outside == "error":
             _refuse((values < low) | (values > high), values, f"outside the range, {self}")
         return np.clip(values, low, high, out=values)

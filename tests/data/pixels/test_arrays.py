@@ -5,6 +5,7 @@ import struct
 import sys
 import tarfile
 import warnings
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -168,11 +169,13 @@ def test_a_missing_value_beyond_float32_is_the_largest_that_it_has():
     array = values("float32", 1)
     array[0, 0] = np.finfo(np.float32).min
     content = tiff(array[..., 0], extratags=[(42113, "s", 0, "-1.7976931348623157e+308", True)])
-    assert read_array(content).nodata == array.min()
+    assert read_array(content).nodata == -1.7976931348623157e308
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(UnreadableImageError, match="no data there"):
             Photo(content, "a.tif", 1, WIDE)
+        with pytest.raises(UnreadableImageError, match="no data there"):
+            Photo(npy(array), "a.npy", 1, replace(WIDE, outside="clip", nodata=-1.7976931348623157e308))
         Photo(content, "a.tif", 1, AS_STORED).missing(array)
 
 
