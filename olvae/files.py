@@ -150,6 +150,11 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def lines_sha256(lines: Iterable[str]) -> str:
+    """Return the SHA-256 of lines, such as the names and sizes of files, in hexadecimal."""
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")).hexdigest()
+
+
 def safe_path(key: str) -> PurePosixPath:
     """Turn the key of an image into a path below a folder; raise ValueError if it leads out, or names no file."""
     path = PurePosixPath(key)

@@ -50,6 +50,7 @@ def pack(
     check_paths(data=src)
     with loading():
         from olvae.data import packing
+        from olvae.data.shards.index import is_begun
         from olvae.devices import cores
 
     if resize is None and (image_format is not None or quality is not None):
@@ -60,7 +61,7 @@ def pack(
         with ProgressBar("packing") as bar:
             packed = packing.pack(src, out, options, workers or cores(), max_unreadable, bar.set)
     except KeyboardInterrupt:
-        begun = packing.is_begun(out)
+        begun = is_begun(out)
         stays = f": finished shards are in {out}; the same command continues from there" if begun else ""
         typer.echo(f"stopped{stays}", err=True)
         sys.exit(stop_code())

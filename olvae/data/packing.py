@@ -19,7 +19,7 @@ from olvae.data.opening import open_images
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import AS_STORED
 from olvae.data.read_errors import ReadError, TooManyUnreadableError, UnreadableImageError
-from olvae.data.shards.index import INDEX, PACKING, Index
+from olvae.data.shards.index import INDEX, PACKING, Index, is_begun
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
 from olvae.files import list_skipped, no_empty_folders, reason
 from olvae.pool import OnProgress, SharedProgress, run_in_processes
@@ -110,11 +110,6 @@ def pack(
         stays = "; finished shards stay, and the same command continues from there" if is_begun(out) else ""
         raise OSError(f"{out}: {reason(error)}{stays}") from error
     return Packed(index, sum(found for _, shard, found in packed if shard.record.images))
-
-
-def is_begun(out: Path) -> bool:
-    """Whether a folder holds only some of its shards."""
-    return (out / PACKING).is_dir()
 
 
 def _read_index(out: Path, digest: str) -> Index:

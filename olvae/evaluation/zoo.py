@@ -1,7 +1,6 @@
 """Evaluate the autoencoders that people use under one protocol: a list of them, one at a time, and one table of all."""
 
 import contextlib
-import hashlib
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.evaluation.report import write_files
 from olvae.evaluation.results import Evaluated, Results, Row
 from olvae.evaluation.runner import Progress, Request, evaluate
-from olvae.files import first_line, write_json
+from olvae.files import first_line, lines_sha256, write_json
 from olvae.metrics import METRICS
 from olvae.models.loading.loader import Target
 from olvae.models.spec import DIFFUSERS, read_config
@@ -149,11 +148,10 @@ def _asked(request: Request) -> dict[str, str]:
     protocol, data = request.protocols[0], Path(str(request.data)).resolve()
     paths = sorted(data.rglob("*")) if data.is_dir() else [data]
     read = [path for path in paths if path == data or is_image_file(path.name) or is_shard(path.name)]
-    files = "\n".join(f"{path} {path.stat().st_size}" for path in read if path.is_file())
     shown = [o.name for o in request.observers if not isinstance(o, HalfPrecision | FlatColours)]
     return {
         "data": str(data if data.exists() else request.data),
-        "files of data": hashlib.sha256(files.encode(errors="surrogateescape")).hexdigest()[:16],
+        "files of data": lines_sha256(f"{path} {path.stat().st_size}" for path in read if path.is_file()),
         "observe": ", ".join(sorted(shown)),
         "size": str(protocol.size),
         "protocol": protocol.name,

@@ -83,10 +83,8 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> "AutoencoderLiteVAE":
         """Load an export as diffusers does, with its arguments: a folder, ``olvae:NAME``, or an id of the hub."""
         given = str(pretrained_model_name_or_path)
-        if (
-            Path(given).is_file()
-            or Run(Path(given if Path(given).is_dir() else find_run(given))).last_checkpoint.is_file()
-        ):
+        run = Run(Path(given if Path(given).is_dir() else find_run(given)))
+        if Path(given).is_file() or run.last_checkpoint.is_file():
             raise ValueError(f"{given}: diffusers loads exports: name the folder that olvae export writes of it")
         folder = shipped_folder(given) if given.startswith(SHIPPED) else pretrained_model_name_or_path
         name = class_in(inside := Path(folder, kwargs.get("subfolder") or ""))

@@ -1,6 +1,5 @@
 """Encode images to shards of latents with their statistics; resumable, in one process or several."""
 
-import hashlib
 import json
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,7 +30,7 @@ from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.shards.write import ResumableShards, WebDatasetSample
 from olvae.data.source import total
 from olvae.devices import DTYPES, FULL, autocast
-from olvae.files import file_state, write_json
+from olvae.files import file_state, lines_sha256, write_json
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, pad_to_multiple
 from olvae.modules.base import device_of
@@ -81,7 +80,7 @@ class DatasetInputs:
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Collect what the shards' bytes depend on, together with the options."""
-        images = _digest([*self.source, *(self.images.state(i) for i in range(len(self.images)))])
+        images = lines_sha256([*self.source, *(self.images.state(i) for i in range(len(self.images)))])
         return {"options": {**options, "shard_size": self.shard_size}, "images": images, "classes": list(self.classes)}
 
 
@@ -120,7 +119,7 @@ class ShardInputs:
             f"{Path(url).name}:{n}:{file_state(url)}" if is_local(url) else f"{url}:{n}:"
             for url, n in ((shard.url, shard.images) for shard in self.shards)
         ]
-        return {"options": dict(options), "images": _digest([*names, *filter(None, [self.image_key])])}
+        return {"options": dict(options), "images": lines_sha256([*names, *filter(None, [self.image_key])])}
 
 
 Inputs = DatasetInputs | ShardInputs
@@ -183,10 +182,6 @@ def _classes(images: ImageDataset) -> list[str]:
     if loose := [key for key in keys if "/" not in key]:
         raise ConfigError(f"`classes`: {loose[0]} is not in a folder that could be its class")
     return sorted({key.split("/")[0] for key in keys})
-
-
-def _digest(lines: Iterable[str]) -> str:
-    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")).hexdigest()
 
 
 @dataclass(frozen=True)

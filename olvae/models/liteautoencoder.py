@@ -24,6 +24,7 @@ from olvae.models.optimization import (
     NonFiniteGuard,
     PlayersStrategy,
     compile_networks,
+    follow,
     grad_scaler,
     gradient_norm,
     gradient_ratio,
@@ -489,16 +490,12 @@ class LiteAutoencoderKL(ValidatedModule):
 
     def on_train_start(self) -> None:
         if self._iteration > 0:
-            rates = [
-                (group, base * factor(schedule.last_epoch))
-                for schedule in _as_list(self.lr_schedulers())
-                for group, base, factor in zip(
-                    schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-                )
-            ]
-            if rates[0][0]["lr"] != rates[0][1]:  # the saved ones are another schedule's
-                for group, rate in rates:
-                    group["lr"] = rate
+            first, *others = _as_list(self.lr_schedulers())
+            saved = first.optimizer.param_groups[0]["lr"]
+            follow(first)
+            if first.optimizer.param_groups[0]["lr"] != saved:  # else the discriminator's is of its own last update
+                for schedule in others:
+                    follow(schedule)
         for part in self.each_part:
             part.start(self, resumed=self._iteration > 0)
         for half in self.frozen_halves:

@@ -16,6 +16,7 @@ from lightning.pytorch.overrides.distributed import prepare_for_backward
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.optim.lr_scheduler import LambdaLR
 
 from olvae.devices import this_process
 from olvae.files import first_line
@@ -47,6 +48,13 @@ def lr_factor(step: int, name: str, warmup_steps: int, decay_steps: int, min_fac
         return 1.0
     progress = min(1.0, (step - warmup_steps) / max(1, decay_steps - warmup_steps))
     return min_factor + (1.0 - min_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def follow(schedule: LambdaLR) -> None:
+    """Set the learning rates that a schedule has at its step, as those of a resumed run may be another schedule's."""
+    rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    for group, base, factor in rates:
+        group["lr"] = base * factor(schedule.last_epoch)
 
 
 def make_optimizer(

@@ -49,6 +49,8 @@ if find_spec("olvae") is None:
     raise ImportError("this autoencoder needs open-LiteVAE: pip install open-litevae")
 {CLASS_NAME} = __import__("olvae").{CLASS_NAME}
 """
+WEIGHTS_INDEX = f"{WEIGHTS_NAME}.index.json"  # diffusers', of weights that it divides into several files
+ONE_KIND = "an export has one kind of weights: `raw` is ignored"
 CONFIG_PATTERNS = ("*.json", "*.yaml", "*.yml")
 
 
@@ -165,10 +167,6 @@ def config_inside(weights: Path, kinds: Sequence[str] = (CLASS_NAME,)) -> Config
         return None  # it has none; reading the weights will say whether the file is whole
     is_export = isinstance(content, dict) and content.get("_class_name") in kinds and "model" not in content
     return content if is_export else None
-
-
-WEIGHTS_INDEX = f"{WEIGHTS_NAME}.index.json"  # diffusers', of weights that it divides into several files
-ONE_KIND = "an export has one kind of weights: `raw` is ignored"
 
 
 def is_export(weights: Path) -> bool:

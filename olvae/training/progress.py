@@ -229,16 +229,16 @@ def step_bar(console: Console, status: Status, done: int, total: int) -> Progres
 
 
 def print_summary(
-    settings: Settings, run: Run, trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source, done: tuple[int, int]
+    settings: Settings, run: Run, trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source, done: int, seen: int
 ) -> None:
-    """Print networks, data and settings of a training, and warnings; ``done`` by a resumed run are steps and images."""
+    """Print networks, data and settings, and warnings; a resumed run has ``done`` steps, and ``seen`` images."""
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(overflow="fold")
-    for name, value in _rows(settings, trainer, model, source, done).items():
+    for name, value in _rows(settings, trainer, model, source, done, seen).items():
         table.add_row(f"[bold]{name}", escape(value))
-    if done[0]:
-        table.add_row("[bold]continued", f"after {done[0]} steps")
+    if done:
+        table.add_row("[bold]continued", f"after {done} steps")
     Console(stderr=True).print(Panel(table, title=f"olvae train: {escape(settings.name)}", expand=False))
     notify(f"run: {run.path}")
     for sentence in _warnings(trainer, model, source):
@@ -246,13 +246,13 @@ def print_summary(
 
 
 def _rows(
-    settings: Settings, trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source, done: tuple[int, int]
+    settings: Settings, trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source, done: int, seen: int
 ) -> dict[str, str]:
     vae, size, f, processes = model.autoencoder, source.size, model.autoencoder.downscale, trainer.world_size
     images, batches, steps = source.batch_size, model.accumulate_grad_batches, trainer.max_steps
     batch, epoch = images * batches * processes, source.samples_per_epoch
-    seen = done[1] + (steps - done[0]) * batch
-    each = f", {seen / epoch:,.1f} times {epoch:,}" if epoch else ""
+    in_all = seen + (steps - done) * batch
+    each = f", {in_all / epoch:,.1f} times {epoch:,}" if epoch else ""
     end = f" to {model.min_lr_factor * model.learning_rate:g} at step {model.decay_steps or steps}"
     device = trainer.strategy.root_device
     on_gpu = device.type == "cuda"
@@ -265,7 +265,7 @@ def _rows(
         "data": f"{source.describe()}, {size}; {source.num_workers or 'no'} loader processes",
         "batch": f"{batch} = {images} x {batches} accumulated x {processes} processes",
         "learning rate": describe_rate(model, end if model.scheduler == "cosine" else ""),
-        "steps": f"{steps}: {seen:,} images{each}; the time left is shown after {FIRST_LINE_S:.0f} seconds",
+        "steps": f"{steps}: {in_all:,} images{each}; the time left is shown after {FIRST_LINE_S:.0f} seconds",
         "device": f"{processes} x {name}, precision {settings.precision}",
         "seed": str(settings.seed),
     }

@@ -166,8 +166,8 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
     trainer = _trainer(prepared, run)
     first, device = trainer.is_global_zero, trainer.strategy.root_device
     if first:
-        done = prepared.steps_done, prepared.images_seen
-        print_summary(prepared.settings, run, trainer, model, source, done)
+        done, seen = prepared.steps_done, prepared.images_seen
+        print_summary(prepared.settings, run, trainer, model, source, done, seen)
     if device.type == "cuda":
         free = min(processes.of_each(torch.cuda.mem_get_info(device)[0]))  # so that all processes decide alike
         model.flop = check_memory(model, source, prepared.settings.precision, free, first)

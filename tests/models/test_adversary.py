@@ -285,6 +285,7 @@ def test_cutmix_needs_a_logit_per_pixel(kind):
         ({"weight": -0.1}, "weight must not be negative, got -0.1"),
         ({"start_step": -1}, "start_step must not be negative, got -1"),
         ({"updates_per_step": 0}, "updates_per_step must be at least 1, got 0"),
+        ({"lecam_weight": -1.0}, "lecam_weight must not be negative"),
         ({"lecam_weight": math.nan}, "lecam_weight must not be negative, got nan"),
         ({"learning_rate_ratio": 0.0}, "learning_rate_ratio must be above 0, got 0.0"),
         ({"lecam_variant": "published"}, "lecam_variant must be one of paper, code, got 'published'"),

@@ -85,10 +85,8 @@ def test_a_signal_in_the_warm_up_leaves_a_checkpoint(go, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("saves", [False, True])
 def test_a_second_signal_names_the_run_if_it_can_be_continued(train_with, tmp_path, image_folder, at_step, saves):
-    keep = "lightning.callbacks.keep"
-    settings = (
-        [f"{keep}.target=olvae.training.saving.KeepCheckpoints", f"{keep}.params.every_n_steps=2"] if saves else []
-    )
+    keep, every = "lightning.callbacks.keep", 2 if saves else 9
+    settings = [f"{keep}.target=olvae.training.saving.KeepCheckpoints", f"{keep}.params.every_n_steps={every}"]
     at_step(3, sys.exit)  # Lightning's answer to an interrupt
     with pytest.raises(KeyboardInterrupt) as stopped:
         train_with("lightning.trainer.val_check_interval=9", *settings, config=tiny_config(image_folder))

@@ -163,9 +163,14 @@ def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key:
     return [Shard(url, counts[url]) for url in urls]
 
 
+def is_begun(folder: Path) -> bool:
+    """Whether ``olvae data pack`` has written only some of a folder's shards."""
+    return (folder / PACKING).is_dir()
+
+
 def incomplete(folder: Path) -> str | None:
     """Say what a folder of shards lacks: those of its index, or of a packing that was interrupted; None if nothing."""
-    if (folder / PACKING).is_dir():
+    if is_begun(folder):
         return "its packing was interrupted, so shards are missing: repeat `olvae data pack`"
     try:
         gone = sorted(name for name in Index.read(folder / INDEX).shards if not (folder / name).is_file())

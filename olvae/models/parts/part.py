@@ -107,7 +107,7 @@ class Part(nn.Module):
         """Change the latent, the target or ``adversary_plays`` before decoding."""
 
     def losses(self, model: Model, step: Step) -> Mapping[str, Loss]:
-        """Losses of the autoencoder by name, each logged as ``train/NAME``."""
+        """Losses of the autoencoder by name, each logged as ``train/NAME``, or ``train/PART_NAME`` if that is taken."""
         return {}
 
     def validate(self, model: Model, x: Tensor, moments: Tensor | None) -> Mapping[str, Tensor]:
