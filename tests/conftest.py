@@ -1,6 +1,7 @@
 """What tests share: one thread per worker, determinism, small models and configs."""
 
 import copy
+import gc
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,29 @@ if TYPE_CHECKING:
     from olvae import LiteVAE
 
 torch.set_num_threads(1)
+gc.set_threshold(700, 10, 100)  # collections of torch's and Lightning's objects were a tenth of the time
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_measurements() -> Iterator[None]:
+    """Reading speeds are measured for a moment, autoencoders of diffusers on smaller images than a user's."""
+    from olvae.data import audit
+    from olvae.models.loading import diffusers_models
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audit, "MEASURE_S", 0.05)
+        patch.setattr(diffusers_models, "PROBE", 32)
+        yield
 
 
 def skip_power_iterations(patch: pytest.MonkeyPatch) -> None:
@@ -41,10 +60,12 @@ def network_rows() -> list[Any]:
 
 @pytest.fixture(scope="session")
 def quick_training() -> Iterator[None]:
-    """Trainings in this process neither plot curves nor count MACs nor fork loaders: most of the time of a tiny one.
+    """Trainings in this process neither plot curves nor count MACs nor fork loaders, and fit to few crops.
 
-    A session's, for the fixtures that train; :func:`whole_training` has both.
+    Else that is most of the time of a tiny one. A session's, for the fixtures that train; :func:`whole_training` has
+    curves and MACs.
     """
+    from olvae.models import linear_code
     from olvae.training import processes, progress
 
     def unplotted(curves: Mapping[str, Any], path: Path) -> None:
@@ -55,6 +76,7 @@ def quick_training() -> Iterator[None]:
         patch.setattr(progress, "plot_curves", unplotted)
         patch.setattr(progress, "count_macs", lambda *_: 0)
         patch.setattr(processes, "MOST_WORKERS", 0)
+        patch.setattr(linear_code, "CROPS", (256, 512))
         yield
 
 

@@ -95,7 +95,6 @@ def command(
         from olvae.export.encoding import EncodeJob, EncodeOptions, ShardInputs, find_inputs, usual_transform
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
-        from olvae.models.optimization import compile_networks
 
     check_folder(out)
     if not native:
@@ -121,6 +120,8 @@ def command(
                 err=True,
             )
         if compiled:
+            from olvae.models.optimization import compile_networks  # brings Lightning, a second
+
             compile_networks([_encoder(model, target)], where)
         share = "" if world == 1 else f", 1 of {world} shares"
         bar = ProgressBar(f"encoding{share}", inputs.count(range(rank, len(inputs), world)), enabled=rank == 0)

@@ -6,14 +6,11 @@ from functools import partial
 import pytest
 
 from olvae.cli.options import ProgressBar
-from olvae.data import audit
 from tests.data.images import members, noise
 
 
 @pytest.fixture
-def olvae(olvae, monkeypatch):
-    """``olvae data``, which measures speeds for a moment only."""
-    monkeypatch.setattr(audit, "MEASURE_S", 0.05)
+def olvae(olvae):
     return partial(olvae, "data")
 
 

@@ -30,7 +30,6 @@ def photos(tmp_path) -> Path:
 
 def test_check(olvae, photos, monkeypatch):
     """test_packing.py has such names in shards."""
-    monkeypatch.setattr("olvae.data.audit.MEASURE_S", 0.05)
     Path(os.fsdecode(os.fsencode(photos) + b"/bad\xe9.jpg")).write_text("no picture")
     code, out, _ = olvae("data", "check", photos, "--size", 16, "--json")
     assert [error["name"] for error in json.loads(out)["unreadable"]] == ["bad\\xe9.jpg"]

@@ -7,18 +7,12 @@ import numpy as np
 import pytest
 import yaml
 
-from olvae.data import audit as module
 from olvae.data.audit import audit_lines, check, measure
 from olvae.data.packing import PackOptions, pack
 from olvae.data.pixels.size_and_range import PixelRange
 from tests.data.images import close_folders, noise, saved, write_photos
 from tests.data.pixels.files import npy, tiff, values
 from tests.export.latents import encode
-
-
-@pytest.fixture(autouse=True)
-def _measure_briefly(monkeypatch):
-    monkeypatch.setattr(module, "MEASURE_S", 0.05)
 
 
 @pytest.fixture

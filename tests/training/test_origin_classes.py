@@ -6,7 +6,6 @@ import torch
 
 from olvae.config import ConfigError
 from olvae.export.exporting import ExportSettings, export_target
-from olvae.models.loading import diffusers_models
 from olvae.models.loading.targets import find_target
 from tests.conftest import parts, tiny_config
 from tests.models.autoencoder_kl import tiny_kl
@@ -15,12 +14,6 @@ from tests.models.steps import WITHOUT_KL
 
 ANCHOR = "model.params.parts.anchor.target=olvae.models.parts.anchor.Anchor"
 SMALL = "model.params.decoder_config.params.config.decoder_block_out_channels=[4,4]"
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """Measured on smaller images than a user's."""
-    monkeypatch.setattr(diffusers_models, "PROBE", 32)
 
 
 def exported(run, folder):

@@ -5,8 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import lightning.pytorch as pl
-
 from olvae.config import Config, ConfigError
 from olvae.models.autoencoder import Autoencoder
 from olvae.runs import Run, settings_of
@@ -43,6 +41,8 @@ class Target:
         """Build the autoencoder as before the first step, by the run's seed; ConfigError if its loader can't."""
         if self.fresh is None:
             raise ConfigError(f"{self.given}: can't be built without its weights")
+        import lightning.pytorch as pl  # a second, which most commands save
+
         pl.seed_everything(settings_of(self.config).initial_seed, verbose=False)
         return self.fresh().eval()
 

@@ -1,5 +1,6 @@
 """Shards by URL, from a server on this machine that cuts, stalls, refuses and changes its mind."""
 
+import gc
 import http.server
 import json
 import threading
@@ -188,6 +189,7 @@ def test_other_file_systems_are_resumed_as_well(server, monkeypatch):
 
 def test_loader_processes_after_the_main_one_has_downloaded(server, tmp_path):
     """Its event loop is not theirs."""
+    gc.collect()  # or the loader's processes would close other tests' downloads, for a second each
     write_shards(tmp_path / "s", [6, 6, 6])
     (tmp_path / "s" / "index.json").write_text(
         json.dumps({"shards": {f"00{i}.tar": {"images": 6} for i in range(3)} | {"stall-always.tar": {"images": 6}}})

@@ -13,7 +13,6 @@ from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.export.exporting import ExportSettings, export
 from olvae.export.formats import DiffusersLayout
-from olvae.models.loading import diffusers_models
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from olvae.models.loading.families import StableDiffusion, family_of
 from olvae.models.loading.targets import find_target
@@ -32,10 +31,8 @@ VIDEO = {"AutoencoderKLQwenImage", "AutoencoderKLWan"}
 @pytest.fixture(scope="module")
 def pairs() -> dict[str, tuple[DiffusersAutoencoder, LiteVAE]]:
     """Diffusers' model, and ours of it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffusers_models, "PROBE", 32)
-        found = {n: DiffusersAutoencoder(make(k, **a)).eval() for n, (k, a) in FORMS.items() if hasattr(diffusers, k)}
-        return {name: (theirs, theirs.as_litevae("it")) for name, theirs in found.items()}
+    found = {n: DiffusersAutoencoder(make(k, **a)).eval() for n, (k, a) in FORMS.items() if hasattr(diffusers, k)}
+    return {name: (theirs, theirs.as_litevae("it")) for name, theirs in found.items()}
 
 
 def arguments(model: Any) -> dict[str, Any]:
@@ -78,10 +75,9 @@ def test_the_same_function_and_the_same_weights(name, pairs):
 
 @pytest.mark.parametrize("halves", [("decoder",), ("encoder", "decoder")], ids=" ".join)
 @pytest.mark.parametrize("name", FORMS)
-def test_trained_and_written_back(name, halves, pairs, tmp_path, monkeypatch):
+def test_trained_and_written_back(name, halves, pairs, tmp_path):
     if name not in pairs:
         pytest.skip("a later diffusers has it")
-    monkeypatch.setattr(diffusers_models, "PROBE", 32)
     theirs, ours = pairs[name][0], copy.deepcopy(pairs[name][1]).train()
     train(ours, *halves)
     layout = DiffusersLayout()
@@ -112,9 +108,8 @@ def test_trained_and_written_back(name, halves, pairs, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["AutoencoderKLFlux2", "AutoencoderKLQwenImage", "Wan 2.2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_exported_and_compared(name, dtype, pairs, tmp_path, monkeypatch):
+def test_exported_and_compared(name, dtype, pairs, tmp_path):
     """Also where one frame is computed in another order, and where rounding would reach FLUX.2's statistics."""
-    monkeypatch.setattr(diffusers_models, "PROBE", 32)
     ours = copy.deepcopy(pairs[name][1])
     torch.manual_seed(0)
     for weight in (w for w in ours.parameters() if w.ndim > 1):

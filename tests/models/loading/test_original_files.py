@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from olvae.export.exporting import export
 from olvae.export.formats import LAYOUTS
-from olvae.models.loading import diffusers_models
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from olvae.models.loading.original_files import original_names
 from olvae.models.loading.targets import find_target
@@ -28,12 +27,6 @@ FORMS: dict[str, dict[str, Any]] = {
         "norm_num_groups": 32,
     },
 }
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    """Measured on smaller images than a user's."""
-    monkeypatch.setattr(diffusers_models, "PROBE", 32)
 
 
 def same(found: Any, theirs: Any) -> None:
