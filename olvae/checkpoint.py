@@ -85,14 +85,14 @@ def read_weights(path: str | Path, raw: bool = False) -> dict[str, Tensor]:
     """
     state = state_dict_of(read_checkpoint(path), path, raw)
     named = {name.removeprefix(PRIVATE_PREFIX): value for name, value in state.items()}
-    weights = {n: t for n, t in named.items() if isinstance(t, Tensor) and n.startswith(AUTOENCODER)}
+    weights = {name: tensor for name, tensor in named.items() if name.startswith(AUTOENCODER)}
     if not weights:
         raise ValueError(f"{path}: no autoencoder in it: no name starts with {' or '.join(AUTOENCODER)}")
     return weights
 
 
-def state_dict_of(checkpoint: Mapping[str, Any], path: str | Path, raw: bool = False) -> dict[str, Any]:
-    """Return the state dict in a checkpoint, with averaged weights where it has them, unless ``raw``.
+def state_dict_of(checkpoint: Mapping[str, Any], path: str | Path, raw: bool = False) -> dict[str, Tensor]:
+    """Return the tensors in a checkpoint's state dict, averaged ones where it has them, unless ``raw``.
 
     Our averaging, and Lightning's, keep the average in ``state_dict`` and the raw weights of the averaged names, or of
     all, in ``current_model_state``; the latent-diffusion code keeps the average of ``a.b`` as ``model_ema.ab``.
@@ -100,15 +100,14 @@ def state_dict_of(checkpoint: Mapping[str, Any], path: str | Path, raw: bool = F
     parts = {"state_dict": checkpoint.get("state_dict", checkpoint)}
     if raw:
         parts["current_model_state"] = checkpoint.get("current_model_state", {})
-    content: dict[str, Any] = {}
+    content: dict[str, Tensor] = {}
     for key, part in parts.items():
         if not isinstance(part, Mapping):
             raise ValueError(f"{path}: not a checkpoint: its {key} is a {type(part).__name__}")
-        content |= {name: value for name, value in part.items() if isinstance(name, str)}
+        content |= {name: t for name, t in part.items() if isinstance(name, str) and isinstance(t, Tensor)}
     if raw:
         return content
-    average = {name: content.get(f"model_ema.{name.replace('.', '')}") for name in content}
-    return {name: value if average[name] is None else average[name] for name, value in content.items()}
+    return {name: content.get(f"model_ema.{name.replace('.', '')}", value) for name, value in content.items()}
 
 
 def load_weights(
@@ -194,14 +193,14 @@ def tensors_sum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | Non
 def check_file(path: Path) -> None:
     """Check a file of weights that another library will read; raise ValueError as :func:`read_checkpoint` does."""
     if path.suffix == ".safetensors":
-        if SUM_KEY in _metadata(path):
+        if SUM_KEY in header_of(path):
             _read_safetensors(path)
     else:
         _scan(path)
 
 
 def _read_safetensors(path: Path, check: bool = True) -> dict[str, Tensor]:
-    metadata = _metadata(path)
+    metadata = header_of(path)
     tensors = load_file(path)
     expected = metadata.pop(SUM_KEY, None)
     if check and expected is not None and tensors_sum(tensors, metadata) != expected:
@@ -209,7 +208,8 @@ def _read_safetensors(path: Path, check: bool = True) -> dict[str, Tensor]:
     return tensors
 
 
-def _metadata(path: Path) -> dict[str, str]:
+def header_of(path: Path) -> dict[str, str]:
+    """The metadata of a safetensors file; ValueError if it is none."""
     try:
         with safe_open(path, framework="pt") as opened:
             return dict(opened.metadata() or {})
@@ -387,9 +387,9 @@ def read_weights_file(path: Path, file: WeightsFile, prefix: str = "") -> dict[s
 
 
 def load_weights_file(path: Path, file: WeightsFile, prefix: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy a published file's values into ``tensors``, by their names in it; raise ValueError if they do not fit."""
+    """Copy a file's values into ``tensors``, by their names after ``prefix``; raise ValueError if they do not fit."""
     state = read_weights_file(path, file, prefix)
-    for name, own in sorted(tensors.items()):
+    for name, own in sorted((prefix + name, own) for name, own in tensors.items()):
         found = state.get(name)
         if found is None or found.shape != own.shape:
             wrong = "is missing" if found is None else f"is {tuple(found.shape)} for {tuple(own.shape)}"

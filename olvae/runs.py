@@ -84,11 +84,9 @@ def create(logdir: str | Path, name: str, precision: str) -> Run:
     for attempt in itertools.count():
         suffix = f"-{attempt}" if attempt else ""
         path = Path(logdir) / f"{stamp}{suffix}_{name}_{precision}"
-        try:
+        with contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        break
+            break
     run = Run(path)
     run.checkpoints.mkdir()
     run.images.mkdir()

@@ -30,8 +30,6 @@ from olvae.files import atomic_write, check_folder, file_sha256, write_json
 from study.debian import Contents, Licence, fetch
 from study.packages import ALIASES, MIRROR, PACKAGES, SAMPLES_HELD_OUT, Package
 
-__all__ = ["Photograph", "build", "cut", "detail", "groups", "is_held_out", "main", "make", "photographs"]
-
 SIDE = 512  # pixels: the shorter side of whole photographs, both sides of tiles
 SMALLEST = 256  # pixels: photographs with a shorter side below are dropped; also the sides of `train_tiles`
 HALVED = 1440  # pixels: from this shorter side on, tiles are cut at half the resolution

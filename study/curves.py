@@ -21,8 +21,6 @@ from olvae.files import check_folder
 from olvae.training.progress import read_curves
 from study.run import Study, find_run
 
-__all__ = ["CURVES", "draw", "main"]
-
 STEPS = 400
 
 

@@ -17,8 +17,6 @@ from torch.hub import download_url_to_file
 from olvae.files import file_sha256
 from study.packages import SNAPSHOT, Package
 
-__all__ = ["Contents", "Licence", "fetch", "resources"]
-
 TREE_FOLDER, TREE_ZLIB, TREE_ZSTD = 2, 1, 4
 
 

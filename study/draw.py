@@ -27,8 +27,6 @@ from study.measure import AXES
 from study.rows import ALL_SIZES, BASELINE, LONGER, RECIPES, RUNS, SEEDS, details
 from study.run import find_run
 
-__all__ = ["TABLES", "fill", "main", "read_rows", "spread", "table"]
-
 Found = Mapping[str, Mapping[str, Any]]
 """The rows' files by name."""
 

@@ -11,8 +11,6 @@ from olvae.modules.litevae.encoder_model import GroupNorm, LiteVAE_Encoder
 from olvae.modules.others.tiny import TinyEncoder
 from olvae.modules.sdvae import SDEncoder
 
-__all__ = ["NormalizedLiteVAE", "ShortPathSDEncoder", "ShuffledLiteVAE", "TinyMoments", "UnnormalizedSDEncoder"]
-
 GROUPS = 8
 
 

@@ -12,8 +12,6 @@ from olvae.metrics.features import Features, frechet_distance
 from olvae.modules.base import full_float32
 from olvae.modules.frozen import installed_lite0, lite0_network
 
-__all__ = ["Lite0", "frechet_lite0"]
-
 SIZE = 224
 
 

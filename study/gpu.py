@@ -40,8 +40,6 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from study.draw import Found, fill, read_rows, table
 from study.rows import LONG, NETWORKS, RECIPE
 
-__all__ = ["STEPS", "TABLES", "Bench", "Step", "main", "run"]
-
 PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
 CORPUS = Path(__file__).parent / "corpus-out"
 RECIPES = ("A2", "B5")
@@ -307,14 +305,12 @@ def _network_table(rows: Found) -> str:
     lines = []
     for found in _of(rows, "networks_"):
         cases = [row for row in found["rows"] if row["variant"] != "limit"]
-        precisions = list(dict.fromkeys(row["precision"] for row in cases))
-        for name in dict.fromkeys(row["name"] for row in cases):
-            best = [
-                max(row["images_per_s"] for row in cases if (row["name"], row["precision"]) == (name, precision))
-                for precision in precisions
-            ]
-            speeds = dict(zip(precisions, best, strict=True))
-            lines.append([f"{found['half']}, {name}", *(_number(speeds, key, ".4g") for key in PRECISIONS)])
+        speeds: dict[str, dict[str, float]] = {}
+        for row in cases:
+            best = speeds.setdefault(row["name"], {})
+            best[row["precision"]] = max(row["images_per_s"], best.get(row["precision"], 0.0))
+        for name, best in speeds.items():
+            lines.append([f"{found['half']}, {name}", *(_number(best, key, ".4g") for key in PRECISIONS)])
     return table(["half, images/s", *PRECISIONS], lines)
 
 

@@ -22,8 +22,6 @@ from olvae.models.loading.targets import find_target
 from study.corpus import FEATURES
 from study.features import Lite0, frechet_lite0
 
-__all__ = ["Unexplained", "main", "parts"]
-
 SIDE = 128  # pixels: a tile is shrunk to twice this, and gives four parts
 
 AXES = {"luma": (1.0, 1.0, 1.0), "red_blue": (1.0, 0.0, -1.0), "green_magenta": (-1.0, 2.0, -1.0)}

@@ -2,8 +2,6 @@
 
 from typing import NamedTuple
 
-__all__ = ["ALIASES", "MIRROR", "PACKAGES", "SAMPLES_HELD_OUT", "SNAPSHOT", "Package"]
-
 MIRROR = "http://deb.debian.org/debian"
 """Has the versions below as long as they are in Debian 13 (trixie). Files are checked by SHA-256."""
 

@@ -19,8 +19,6 @@ from olvae.files import check_folder, write_json
 from study import draw
 from study.run import CROP, Study, find_run
 
-__all__ = ["PARTS", "RECIPE", "main", "node", "read", "table"]
-
 RECIPE = Path(__file__).parent / "parts.yaml"
 
 PARTS = {
@@ -52,7 +50,7 @@ def node(name: str) -> list[str]:
 def run(study: Study, name: str) -> dict[str, Any]:
     """Train on with a part, evaluate, encode, and train the diffusion models; what docs/results.md has of it."""
     model = find_run(study.out / "runs", f"further_{name}")
-    if model is None or not _finished(model.last_checkpoint):
+    if model is None or read_checkpoint(model.last_checkpoint)["global_step"] != 500:
         photographs = (
             f"root={(study.corpus / 'train_tiles').resolve()}",
             f"val_root={(study.corpus / 'held_out').resolve()}",
@@ -76,10 +74,6 @@ def run(study: Study, name: str) -> dict[str, Any]:
     psnr = json.loads((places[0] / "metrics.json").read_text(encoding="utf-8"))["results"][0]["metrics"]["psnr"]
     found = json.loads((places[2] / "diffusability.json").read_text(encoding="utf-8"))
     return {"name": name, "part": PARTS[name], "psnr": psnr, **found}
-
-
-def _finished(checkpoint: Path) -> bool:
-    return checkpoint.is_file() and read_checkpoint(checkpoint)["global_step"] == 500
 
 
 def read(folder: Path = Path(__file__).parent / "results" / "parts") -> dict[str, dict[str, Any]]:

@@ -4,23 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = [
-    "ALL_SIZES",
-    "LONG",
-    "LONGER",
-    "NETWORKS",
-    "QUESTIONS",
-    "RECIPE",
-    "RECIPES",
-    "RUNS",
-    "SEEDS",
-    "Diffusion",
-    "Row",
-    "details",
-    "diffusions",
-    "rows",
-]
-
 RECIPE = Path(__file__).parent / "recipe.yaml"
 
 QUESTIONS = ("encoder", "objective", "scale", "diffusion")
@@ -138,7 +121,14 @@ def rows(quick: bool = False) -> list[Row]:
         quick: an eighth of the steps, one seed.
     """
     factor, seeds = (8, SEEDS[:1]) if quick else (1, SEEDS)
-    found = [*_encoders(seeds), *_objectives(seeds), *_latents(), *_scales()]
+    equivariance = "model.params.parts.equivariance.target=olvae.models.parts.equivariance.Equivariance"
+    found = [
+        *_encoders(seeds),
+        *(Row(f"no_wavelet_{seed}", "objective", (f"{LOSS}.wavelet_weight=0",), seed=seed) for seed in seeds),
+        Row("kl_x10", "diffusion", (f"{LOSS}.kl_weight=0.1",)),
+        Row("equivariance", "diffusion", (equivariance,)),
+        Row("group_norm", "scale", (f"{DECODER}.params.variant=group_norm",), sizes=ALL_SIZES),
+    ]
     return [row._replace(steps=max(8, row.steps // factor)) for row in found]
 
 
@@ -186,19 +176,3 @@ def _encoders(seeds: Sequence[int]) -> list[Row]:
         for name, (rate, steps) in LONG.items()
     ]
     return equal_steps + equal_time + longer + long
-
-
-def _objectives(seeds: Sequence[int]) -> list[Row]:
-    return [Row(f"no_wavelet_{seed}", "objective", (f"{LOSS}.wavelet_weight=0",), seed=seed) for seed in seeds]
-
-
-def _latents() -> list[Row]:
-    equivariance = "model.params.parts.equivariance.target=olvae.models.parts.equivariance.Equivariance"
-    return [
-        Row("kl_x10", "diffusion", (f"{LOSS}.kl_weight=0.1",)),
-        Row("equivariance", "diffusion", (equivariance,)),
-    ]
-
-
-def _scales() -> list[Row]:
-    return [Row("group_norm", "scale", (f"{DECODER}.params.variant=group_norm",), sizes=ALL_SIZES)]

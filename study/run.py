@@ -25,8 +25,6 @@ from olvae.runs import Run
 from olvae.training.progress import read_curves
 from study.rows import BASELINE, RECIPE, Diffusion, Row, diffusions, rows
 
-__all__ = ["Study", "StudyError", "find_run", "main"]
-
 THREADS = {"OMP_NUM_THREADS": "1"}
 VALIDATED = 500
 """Steps between the points of a row's curve: PSNR of the held-out photographs at the crops' size."""
@@ -59,10 +57,6 @@ class Study:
     def is_done(self, name: str) -> bool:
         return (self.out / "rows" / f"{name}.json").is_file()
 
-    def is_ready(self, row: Row | Diffusion) -> bool:
-        """Whether all that a row needs is there."""
-        return isinstance(row, Row) or self.is_done(row.of)
-
     def run(self, jobs: int) -> None:
         """Run all rows that are not done, each as soon as those that it needs are.
 
@@ -75,7 +69,7 @@ class Study:
         pending, running = [row for row in self.rows if not self.is_done(row.name)], {}
         with ThreadPoolExecutor(jobs) as pool:
             while pending or running:
-                ready = [row for row in pending if self.is_ready(row)]
+                ready = [row for row in pending if isinstance(row, Row) or self.is_done(row.of)]
                 for row in ready[: jobs - len(running)]:
                     pending.remove(row)
                     running[pool.submit(self.run_one, row)] = row

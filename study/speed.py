@@ -15,8 +15,6 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training.run import quieten
 from study.rows import NETWORKS, RECIPE
 
-__all__ = ["main"]
-
 STEPS, ROUNDS = 5, 7
 
 

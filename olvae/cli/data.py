@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from olvae.cli.options import ProgressBar, check_paths, in_flags, loading, stop_code
+from olvae.cli.options import ProgressBar, check_applies, check_paths, in_flags, loading, stop_code
 from olvae.config import ConfigError, load
 from olvae.files import list_skipped
 
@@ -55,6 +55,8 @@ def pack(
 
     if resize is None and (image_format is not None or quality is not None):
         raise ConfigError("--format and --quality apply to images that --resize makes smaller: add --resize")
+    check_applies("--seed", bool(seed), "--shuffle", shuffle)
+    check_applies("--quality", quality is not None, "--format jpg or webp", image_format != "png")
     order = seed if shuffle else None
     options = packing.PackOptions(shard_size, order, resize, image_format or "jpg", quality or 95, channels)
     try:

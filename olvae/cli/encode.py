@@ -125,7 +125,7 @@ def command(
             compile_networks([_encoder(model, target)], where)
         share = "" if world == 1 else f", 1 of {world} shares"
         bar = ProgressBar(f"encoding{share}", inputs.count(range(rank, len(inputs), world)), enabled=rank == 0)
-        with job.shards.locked("olvae encode"), job.shards.nothing_left(), bar:
+        with job.shards.locked("olvae encode"), bar:
             try:
                 job.run(rank, world, batch_size, threads, int((memory or 4) * GIB), bar.advance)
             except KeyboardInterrupt:

@@ -6,7 +6,17 @@ from typing import Annotated
 import typer
 
 from olvae.cli.evaluate import BatchSize, First, Out, Targets, TestImages, WeightsDir, results_folder
-from olvae.cli.options import AllowMismatch, ConfigFile, Device, ProgressBar, Raw, check_paths, loading, with_progress
+from olvae.cli.options import (
+    AllowMismatch,
+    ConfigFile,
+    Device,
+    ProgressBar,
+    Raw,
+    check_applies,
+    check_paths,
+    loading,
+    with_progress,
+)
 from olvae.config.reading import place_of
 from olvae.files import no_empty_folders, remove_partials, write_json
 
@@ -34,6 +44,7 @@ def command(
     Example: olvae latents demo --data photos --images 1000 --out report
     """
     check_paths(*targets, data=data)
+    check_applies("--weights-dir", weights_dir is not None, "--ifid", ifid)
     with loading():
         from olvae.checkpoint import tensors_sum
         from olvae.devices import join, leave, resolve_device

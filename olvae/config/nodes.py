@@ -118,8 +118,7 @@ def _with_places(mistakes: list[str], config: Mapping[str, Any]) -> list[str]:
 
 def key_places(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the dotted places of Lightning's and the nodes' arguments by name; of equal names, the outermost one."""
-    trainer = arguments_of("lightning.pytorch.Trainer")
-    places = {name: f"lightning.trainer.{name}" for name in (trainer.parameters if trainer is not None else ())}
+    places = {name: f"lightning.trainer.{name}" for name in arguments_of("lightning.pytorch.Trainer").parameters}
     return places | {place.rpartition(".")[2]: place for place in reversed(list(_argument_places(config, "")))}
 
 
@@ -129,8 +128,7 @@ def _argument_places(value: Any, where: str) -> Iterator[str]:
         return
     if isinstance(value.get("target"), str):
         with contextlib.suppress(ConfigError):
-            arguments = arguments_of(value["target"])
-            yield from (f"{where}params.{name}" for name in (arguments.parameters if arguments is not None else ()))
+            yield from (f"{where}params.{name}" for name in arguments_of(value["target"]).parameters)
     for key, inner in value.items():
         yield from _argument_places(inner, f"{where}{key}.")
 
@@ -223,7 +221,7 @@ def with_paths(node: Mapping[str, Any], change: Callable[[str], str]) -> Config:
     path = str(params.get("path"))
     at_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", path) is not None and not Path(path).exists()
     for name, value in params.items():
-        hint = arguments.hints.get(name) if arguments is not None else None
+        hint = arguments.hints.get(name)
         if _holds_nodes(hint):
             params[name] = map_nodes(value, hint, lambda part, _: with_paths(part, change))
         elif _takes_path(hint) and not at_hub:
@@ -318,20 +316,17 @@ class Arguments(NamedTuple):
 
     parameters: Mapping[str, inspect.Parameter]
     hints: Mapping[str, Any]
+    known: bool = True  # or of a built-in without a signature, which may take anything
 
 
-def _check_arguments(
-    arguments: Arguments | None, params: Any, where: str, filled_in: Container[str] = ()
-) -> Iterator[str]:
+def _check_arguments(arguments: Arguments, params: Any, where: str, filled_in: Container[str] = ()) -> Iterator[str]:
     if not isinstance(params, Mapping):
         yield f"{where}: expected a mapping of arguments, got {params!r}"
-        return
-    if arguments is None:
         return
     prefix = f"{where}." if where else ""
     parameters = arguments.parameters.values()
     named = {a.name: a for a in parameters if a.kind not in (a.VAR_KEYWORD, a.VAR_POSITIONAL)}
-    if not any(a.kind is a.VAR_KEYWORD for a in parameters):
+    if arguments.known and not any(a.kind is a.VAR_KEYWORD for a in parameters):
         yield from unknown_keys(params, tuple(named), prefix)
     for name, argument in named.items():
         if argument.default is argument.empty and name not in params and name not in filled_in:
@@ -372,18 +367,18 @@ def _nearest_module(name: str) -> str:
     return nearest(missing, inside)
 
 
-def arguments_of(target: str) -> Arguments | None:
-    """Find the arguments of a target, if possible without importing it; None for a built-in without a signature."""
+def arguments_of(target: str) -> Arguments:
+    """Find the arguments of a target, if possible without importing it."""
     module, name = _dotted(target)
     found = None if module in sys.modules else arguments_in_source(module, name)
     return found or _imported_arguments(resolve_target(target))
 
 
-def _imported_arguments(factory: Any) -> Arguments | None:
+def _imported_arguments(factory: Any) -> Arguments:
     try:
         parameters = inspect.signature(factory).parameters
     except ValueError:
-        return None
+        return Arguments({}, {}, known=False)
     function = factory.__init__ if inspect.isclass(factory) else factory
     try:
         return Arguments(parameters, typing.get_type_hints(inspect.unwrap(function), include_extras=True))

@@ -57,10 +57,9 @@ def _with_matching_source(node: Config, before: Config, given: Container[str]) -
     if not (isinstance(target, str) and target.startswith(OF_THIS_PACKAGE) and isinstance(params, dict)):
         return node
     try:
-        old = arguments_of(target)
+        takes = arguments_of(target).parameters
     except ConfigError:  # a mistake in the target, for the check
         return node
-    takes = old.parameters if old is not None else {}
     if target != SAMPLES and PLACE_KEYS.isdisjoint(takes):  # a mix of sources, say: a key it lacks is for the check
         return node
     key = next((key for key in ("root", "shards") if key in params and key not in takes), "root")
@@ -75,8 +74,7 @@ def _with_matching_source(node: Config, before: Config, given: Container[str]) -
         params = {n: v for n, v in params.items() if n in given or n not in DATA_KEYS or v != before.get(n)}
     if new == target and key in takes:
         return {**node, "params": params}
-    found = arguments_of(new)
-    accepted = {} if found is None else found.parameters
+    accepted = arguments_of(new).parameters
     dropped = {key, "shards", "val_shards", "index"} if key == "root" else {key}  # another place's parts
     kept = {n: v for n, v in params.items() if n not in dropped and (n in accepted or n not in takes)}
     return {**node, "target": new, "params": {**kept, **named}}

@@ -81,12 +81,12 @@ def trains_on(config: Config, src: str) -> bool:
     """Whether this place, a path or a pattern, has training images of a config, unless it is one of its shards."""
     if src == "samples" or ":" in src or Path(src).suffix in (*YAML, ".txt"):
         return False
-    given, params = Path(src).resolve(), (config.get("data") or {}).get("params") or {}
+    given, params = Path(src).expanduser().resolve(), (config.get("data") or {}).get("params") or {}
     nodes = [params, *(node.get("params") or {} for node in _mixed(params))]
     named = [(name, node[name]) for node in nodes for name in ("root", "shards", "folder") if name in node]
     for name, place in [(name, p) for name, value in named for p in (value if isinstance(value, list) else [value])]:
         if isinstance(place, str) and is_local(place):
-            trained = Path(split_folders(place)[0]).resolve()
+            trained = Path(split_folders(place)[0]).expanduser().resolve()
             if trained.is_relative_to(given) or (name == "root" and given.is_relative_to(trained)):
                 return True
     return False

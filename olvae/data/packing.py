@@ -92,7 +92,7 @@ def pack(
     tasks = list(enumerate(shard_positions(len(images), options.shard_size)))
     packer = _Packer(images, options, shards)
     try:
-        with no_empty_folders(out), shards.locked("olvae data pack"), shards.nothing_left():
+        with no_empty_folders(out), shards.locked("olvae data pack"):
             shards.begin(plan)
             with closing(run_in_processes(packer, tasks, workers, lambda n: on_progress(n, len(images)))) as results:
                 packed = sorted(results)

@@ -203,7 +203,7 @@ def print_grid(console: Console, title: str, table: Table, names: str = "target"
     for heading in headings(table):
         texts = [*heading.split(" "), *(text for cells in table.values() for text in _shown(cells, [heading]))]
         if (left := left - max(map(len, texts)) - 2) < 0:
-            parts.append([])
+            parts += [[]] if parts[-1] else []
             left = room - max(map(len, texts)) - 2
         parts[-1].append(heading)
     for number, columns in enumerate(parts):

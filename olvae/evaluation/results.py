@@ -49,20 +49,18 @@ def confidence(
     return None if drawn is None else _interval(drawn[0], level)
 
 
-def difference(
-    a: Mapping[str, float], b: Mapping[str, float], level: float = 0.95, samples: int = 1000, seed: int = 0
-) -> Difference | None:
+def difference(a: Mapping[str, float], b: Mapping[str, float], samples: int = 1000) -> Difference | None:
     """The mean of ``a`` minus that of ``b``, both on the same images in every draw; None as :func:`confidence`.
 
-    The paired interval is narrower than those of a and b suggest. If it excludes 0, the two differ by more than the
+    This 95 % interval is narrower than those of a and b suggest. If it excludes 0, the two differ by more than the
     choice of images explains.
     """
     pair = finite(a, b)
-    drawn = _bootstrap(pair, samples, seed)
+    drawn = _bootstrap(pair, samples, 0)
     if drawn is None:
         return None
     first, second = pair.mean(-1)
-    return Difference(float(first - second), *_interval(drawn[0] - drawn[1], level))
+    return Difference(float(first - second), *_interval(drawn[0] - drawn[1], 0.95))
 
 
 def finite(*rows: Mapping[str, float]) -> NDArray[np.float64]:

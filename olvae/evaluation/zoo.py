@@ -103,7 +103,7 @@ def evaluate_zoo(
     if this_process()[1] > 1:  # an error in one alone would leave the others with another autoencoder
         raise ConfigError("`zoo` runs in one process: start it without torchrun or srun")
     asked, known, there = _asked(request), folder / "request.json", _results(folder)
-    before = {**{name: asked[name] for name in LATER}, **read_config(known)} if known.is_file() else {}
+    before = read_config(known) if known.is_file() else {}
     if there and (others := [f"`{name}`" for name, value in asked.items() if before.get(name) != value]):
         raise ConfigError(f"`out` {folder}: has results of other {', '.join(others)}: name another folder")
     for observer in request.observers:
@@ -134,9 +134,6 @@ def evaluate_zoo(
     return [Evaluated(replace(whole, rows=whole.table, earlier=()), [Listed(None, missing), *request.observers])]
 
 
-LATER = ("files of data", "observe")  # what request.json has not always had
-
-
 def _results(folder: Path) -> dict[str, Results]:
     """The results in the folder, by the name in the list."""
     places = {entry.name: folder / entry.name / "metrics.json" for entry in read_zoo()}
@@ -145,7 +142,7 @@ def _results(folder: Path) -> dict[str, Results]:
 
 def _asked(request: Request) -> dict[str, str]:
     """What all results in a folder share, by setting."""
-    protocol, data = request.protocols[0], Path(str(request.data)).resolve()
+    protocol, data = request.protocols[0], Path(str(request.data)).expanduser().resolve()
     paths = sorted(data.rglob("*")) if data.is_dir() else [data]
     read = [path for path in paths if path == data or is_image_file(path.name) or is_shard(path.name)]
     shown = [o.name for o in request.observers if not isinstance(o, HalfPrecision | FlatColours)]

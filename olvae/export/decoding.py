@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,12 +21,7 @@ from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, crop_to
 from olvae.modules.base import device_of
 
-FORMATS: dict[str, dict[str, Any]] = {  # options of Pillow
-    "png": {},
-    "jpg": {"quality": 95, "subsampling": 0},
-    **{suffix.removeprefix("."): {} for suffix in ARRAYS},
-}
-
+JPEG = {"quality": 95, "subsampling": 0}  # options of Pillow
 OURS = ".decoded"  # file beside the images with the names of those that decoding made, a JSON string a line
 
 
@@ -48,7 +43,7 @@ def decode_shards(
 ) -> tuple[int, list[ReadError]]:
     """Decode every latent, a posterior at its mode, without scaling; padding of images of their own sizes is cropped.
 
-    Files are named by the images' keys with the format's extension, a name of :data:`FORMATS`, by default png or, where
+    Files are named by the images' keys with the format's extension: png, jpg, npy, tif or exr; by default png or, where
     it can't hold them, npy. What takes more than ``memory`` bytes is tiled. ``advance`` is called with the number of
     further images. Return the number of images, and the latents that could not be read; raise ValueError if none can,
     or they are another model's, ConfigError for a format that can't hold the model's channels or range, or if a file
@@ -79,7 +74,7 @@ def decode_shards(
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with (folder / OURS).open("a", encoding="utf-8") as file:
                     file.write(f"{line}\n")
-            save_image(crop_to(image, latent.size), place, **FORMATS[image_format])
+            save_image(crop_to(image, latent.size), place, **(JPEG if image_format == "jpg" else {}))
         advance(len(batch))
     if not names:
         reasons = "; ".join(f"{error.name}: {error.reason}" for error in unreadable[:3])

@@ -439,11 +439,10 @@ def _mirrored(image: Tensor) -> Tensor:
     return image[..., torch.arange(image.shape[-1] - 1, -1, -1)]
 
 
-def latent_bytes(latent: Latent, flipped: Latent | None = None) -> bytes:
+def latent_bytes(*sides: Latent) -> bytes:
     """Serialise an image's tensors, with those of the mirrored image if given."""
     tensors: dict[str, Tensor] = {}
-    for ending, one in {"": latent, FLIP: flipped}.items():
-        if one is not None:
-            parts = {"latent": one.mean} if one.std is None else {"mean": one.mean, "std": one.std}
-            tensors |= {f"{name}{ending}": part.contiguous() for name, part in parts.items()}
+    for ending, one in zip(("", FLIP), sides, strict=False):
+        parts = {"latent": one.mean} if one.std is None else {"mean": one.mean, "std": one.std}
+        tensors |= {f"{name}{ending}": part.contiguous() for name, part in parts.items()}
     return save(tensors)

@@ -334,5 +334,4 @@ def _family(model: LiteVAE) -> Family:
 
 def _reflecting(model: LiteVAE) -> list[str]:
     """List the halves, encoder and decoder, that pad by reflection."""
-    halves = {"encoder": model.encoder, "decoder": model.decoder}
-    return [name for name, half in halves.items() if half.node["params"].get("padding") == "reflect"]
+    return [half for half in HALVES if getattr(model, half).node["params"].get("padding") == "reflect"]

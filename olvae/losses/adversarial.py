@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import mean_over_processes, upcast
+from olvae.modules.base import check_choice, mean_over_processes, upcast
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,7 @@ def mean_of_outputs(per_logit: Sequence[Tensor]) -> Tensor:
 
 def find_loss(name: str) -> _Loss:
     """Find an adversarial loss by name; ValueError if there is none."""
-    if name not in ADVERSARIAL_LOSSES:
-        raise ValueError(f"adversarial loss must be one of {', '.join(ADVERSARIAL_LOSSES)}, got {name!r}")
+    check_choice(ADVERSARIAL_LOSSES, **{"adversarial loss": name})
     return ADVERSARIAL_LOSSES[name]
 
 

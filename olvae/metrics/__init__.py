@@ -15,8 +15,6 @@ from olvae.checkpoint import ALEXNET, DINOV2, INCEPTION, VGG16, MissingWeights, 
 from olvae.metrics.features import KID, RFID, DINOv2, Extract, Features, Inception, LPIPSDistance
 from olvae.metrics.metric import Kind, Metric, MetricSet, PerImage, l1, ms_ssim, psnr, ssim, ssim_uniform
 
-__all__ = ["METRICS", "MakeMetrics", "build_metrics"]
-
 METRICS: dict[str, Kind] = {
     kind.name: kind
     for kind in (

@@ -1,7 +1,5 @@
 """The adversary of phase B: a discriminator, the losses of both sides, and their schedule."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import numpy as np
@@ -127,9 +125,7 @@ class Adversary(nn.Module):
 
     def weight_at(self, step: int) -> float:
         """The weight at this step of the autoencoder: the constant times the ramp."""
-        if not self.plays(step):
-            return 0.0
-        return self.weight * min(1.0, (step - self.start_step + 1) / max(1, self.ramp_steps))
+        return self.weight * min(1.0, max(0, step - self.start_step + 1) / max(1, self.ramp_steps))
 
     def weight_in(self, model: Model, step: Step) -> Tensor | float:
         """The weight of the loss ``adversarial`` in this step, times the adaptive weight if that is on; logs health."""
@@ -145,8 +141,12 @@ class Adversary(nn.Module):
 
     def generator_loss(self, fake: Tensor) -> Tensor:
         """The autoencoder's loss: its gradient reaches ``fake``, and no parameter of the discriminator."""
-        with self._frozen():
+        learning = nn.ParameterList(p for p in self.discriminator.parameters() if p.requires_grad)
+        learning.requires_grad_(False)
+        try:
             return adversarial.generator_loss(self.loss, self.discriminator(fake))
+        finally:
+            learning.requires_grad_(True)
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss on images (B, C, H, W), which no gradient reaches; and to log: terms, logits, accuracy.
@@ -197,15 +197,6 @@ class Adversary(nn.Module):
             image = real.float().requires_grad_()
             # forward, because a compiled network can't be differentiated twice
             return adversarial.r1_penalty(self.discriminator.forward(image), image)
-
-    @contextmanager
-    def _frozen(self) -> Iterator[None]:
-        learning = nn.ParameterList(p for p in self.discriminator.parameters() if p.requires_grad)
-        learning.requires_grad_(False)
-        try:
-            yield
-        finally:
-            learning.requires_grad_(True)
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.updates)

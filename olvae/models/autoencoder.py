@@ -45,6 +45,7 @@ class Autoencoder(nn.Module, ABC):
     latent_channels: int  # n_z
     deterministic: bool = False  # whether its latents have no distribution
     image_size: int = 256  # the intended side of images, in pixels
+    side: int | None = None  # of its images in pixels, if it takes no other
 
     scaling_factor: float = 1.0
     shift_factor: float = 0.0

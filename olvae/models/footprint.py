@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -18,7 +19,6 @@ from olvae.models.large.tiling import GIB, LiveBytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.muon import is_matrix
 from olvae.models.parts.part import Step
-from olvae.modules.base import Steps
 from olvae.modules.frozen import Constant
 
 MARGIN = 1.15  # memory needed over the estimate: workspaces of convolutions and fragmentation come on top
@@ -141,7 +141,6 @@ def without_memory(model: LiteAutoencoderKL, checkpoint: bool | None = None) -> 
     for half in (fake.encoder, fake.decoder):
         half.train(half in fake.trained_networks)
         if checkpoint is not None:
-            for network in half.modules():
-                if isinstance(network, Steps):
-                    network.checkpoint = checkpoint
+            with suppress(ValueError):  # of a network that can't: it stays as it is
+                half.checkpoint_steps(checkpoint)
     return fake

@@ -115,10 +115,7 @@ def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor, netwo
     last = last_convolution(measured)
     assert last is not None
     scaler = grad_scaler(module)
-
-    def scaled(x: Tensor) -> Tensor:
-        return x if scaler is None else scaler.scale(x)
-
+    scaled: Callable[[Tensor], Tensor] = (lambda x: x) if scaler is None else scaler.scale
     norms: list[Tensor] = []
     for loss in (one, other):
         (gradient,) = torch.autograd.grad(scaled(loss), last.weight, retain_graph=True)

@@ -66,7 +66,7 @@ class ValidatedModule(pl.LightningModule):
         return [cast("Part", part) for part in self.parts.values()]
 
     @property
-    def stand_in(self) -> StandIn | None:
+    def stand_in(self) -> "StandIn | None":
         """The autoencoder that the decoder learns from, and that takes the place of a frozen half, if there is one."""
         return next((part.stand_in for part in self.each_part if part.stand_in is not None), None)
 

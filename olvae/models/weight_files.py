@@ -19,10 +19,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from olvae.checkpoint import write_tensors
+from olvae.checkpoint import header_of, write_tensors
 from olvae.config import Config, ConfigError, recipes
 from olvae.config.reading import CONFIG_BYTES
 from olvae.files import WEIGHT_SUFFIXES, atomic_write, first_line, write_json
@@ -145,7 +144,7 @@ def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
         files = [file for file in files if folder / WEIGHTS_NAME not in files or not file.match(copies)]
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
-            split = files[0].with_name(f"{WEIGHTS_NAME}.index.json").is_file()
+            split = (folder / WEIGHTS_INDEX).is_file()
             remedy = "save them as one, with a larger max_shard_size" if split else "name one of them"
             raise FileNotFoundError(f"{given}: several files of weights ({names}): {remedy}")
         if files:
@@ -161,9 +160,8 @@ def config_inside(weights: Path, kinds: Sequence[str] = (CLASS_NAME,)) -> Config
     if weights.suffix != ".safetensors":
         return None
     try:
-        with safe_open(weights, framework="pt") as file:
-            content = json.loads((file.metadata() or {})[CONFIG_KEY][:CONFIG_BYTES])
-    except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
+        content = json.loads(header_of(weights)[CONFIG_KEY][:CONFIG_BYTES])
+    except (OSError, KeyError, ValueError, RecursionError):
         return None  # it has none; reading the weights will say whether the file is whole
     is_export = isinstance(content, dict) and content.get("_class_name") in kinds and "model" not in content
     return content if is_export else None

@@ -46,11 +46,11 @@ class Steps(nn.Module):
         out: Tensor = checkpoint(run, *inputs, use_reentrant=False) if again else run(*inputs)
         return out
 
-    def checkpoint_steps(self) -> None:
-        """Turn :attr:`checkpoint` on, in the networks inside as well."""
+    def checkpoint_steps(self, on: bool = True) -> None:
+        """Turn :attr:`checkpoint` on or off, in the networks inside as well."""
         for network in self.modules():
             if isinstance(network, Steps):
-                network.checkpoint = True
+                network.checkpoint = on
 
 
 def copy_plain(value: Any) -> Any:

@@ -94,12 +94,11 @@ def in_float32(posterior: Posterior) -> Posterior:
     return DiagonalGaussian(torch.cat((posterior.mean, posterior.logvar), dim=1).float())
 
 
-def keyed_seed(content: bytes | str) -> int:
+def keyed_seed(content: bytes) -> int:
     """The first 63 bits of the SHA-256 of some content: a seed in [0, 2^63) that depends on nothing else."""
-    data = content.encode() if isinstance(content, str) else content
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1
 
 
-def keyed_generator(content: bytes | str) -> torch.Generator:
+def keyed_generator(content: str) -> torch.Generator:
     """A generator on the CPU with :func:`keyed_seed`: an image's noise is the same in any batch, order and process."""
-    return torch.Generator().manual_seed(keyed_seed(content))
+    return torch.Generator().manual_seed(keyed_seed(content.encode()))

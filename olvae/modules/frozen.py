@@ -72,7 +72,7 @@ def perceptual_network(trunk: Trunk, path: Path | None) -> nn.Module:
         network: Any = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
     network.requires_grad_(False).eval()
     if path is not None:  # the package cuts torchvision's trunk into slices
-        own = {f"features.{name.split('.', 1)[1]}": tensor for name, tensor in network.net.state_dict().items()}
+        own = {name.split(".", 1)[1]: tensor for name, tensor in network.net.state_dict().items()}
         load_weights_file(path, TRUNKS[trunk], "features.", own)
     assert isinstance(network, nn.Module)
     return network
@@ -94,8 +94,7 @@ def conv5_4(path: Path | None) -> nn.Module:
     features = vgg.features[:VGG_LAYERS].requires_grad_(False)
     features.to_empty(device=device)
     if path is not None:
-        own = {f"features.{name}": tensor for name, tensor in features.state_dict().items()}
-        load_weights_file(path, VGG19, "features.", own)
+        load_weights_file(path, VGG19, "features.", features.state_dict())
     return nn.Sequential(Normalise(), features)
 
 

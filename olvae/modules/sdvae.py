@@ -47,8 +47,8 @@ class _Half(Steps):
             self.model = vae.Decoder(up_block_types=("UpDecoderBlock2D",) * len(channel_mult), **shared)
         set_padding(self.model, padding)
 
-    def checkpoint_steps(self) -> None:
-        super().checkpoint_steps()
+    def checkpoint_steps(self, on: bool = True) -> None:
+        super().checkpoint_steps(on)
         self.model.gradient_checkpointing = True  # type: ignore[assignment]  # each level, and the middle
         self.model._gradient_checkpointing_func = self.step  # type: ignore[assignment]
 

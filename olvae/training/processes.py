@@ -131,9 +131,8 @@ def choose_workers(source: Source, data: Config, processes: int, nodes: int) -> 
 
     They are fewer if the data can't be shared among so many, and none for pictures in memory.
     """
-    arguments = arguments_of(data["target"])
-    params = data.setdefault("params", {})
-    if "num_workers" in params or source.in_memory or "num_workers" not in (arguments.parameters if arguments else ()):
+    takes, params = arguments_of(data["target"]).parameters, data.setdefault("params", {})
+    if "num_workers" in params or source.in_memory or "num_workers" not in takes:
         return
     own = cores() // sharing_cores(processes // nodes)
     for source.num_workers in range(min(MOST_WORKERS, *of_each(own)), -1, -1):

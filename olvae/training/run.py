@@ -322,8 +322,7 @@ def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> dict[str
         raise ConfigError(f"model.params.optimizer: {model.optimizer}, but the run has another: {other}")
     if sum(len(group["params"]) for group in groups) != len(model.autoencoder_parameters()):
         raise ConfigError(f"model.params: these settings train other weights, as of a frozen half: {other}")
-    state = {name: value for name, value in state_dict_of(checkpoint, file).items() if torch.is_tensor(value)}
-    load_weights(model, state, file, prefixes=("",))
+    load_weights(model, state_dict_of(checkpoint, file), file, prefixes=("",))
     return checkpoint
 
 

@@ -142,6 +142,7 @@ def test_mistakes_are_one_line(olvae, refused, trained, tmp_path):
     out = ["--out", tmp_path / "out"]
     cases = [
         (["missing", *out], 1, "not found; a target is"),
+        ([trained, "--weights-dir", tmp_path, *out], 2, "--weights-dir applies to --ifid"),
         ([weights, *out], 2, "name it with --config"),
         ([weights, "--config", tmp_path / "no_data.yaml", *out], 2, "set --data"),
         ([weights, "--config", tmp_path / "size.yaml", *out], 2, "20 is not a multiple of 8: set `size` to 16"),

@@ -180,6 +180,9 @@ def test_what_a_run_trains_on(home, monkeypatch):
     trained = ("photos", "photos/train", "photos/train/*.png", "more", "more/0.tar")
     assert all(trains_on(config, str(home / place)) for place in trained)
     others = [home / "photos" / "val", home / "photos" / "train2", home / "more" / "deep"]
+    monkeypatch.setenv("HOME", str(home))
+    assert trains_on(config, "~/photos")
+    assert trains_on({"data": {"params": {"root": "~/photos"}}}, str(home / "photos"))
     monkeypatch.chdir(home / "photos" / "train")
     elsewhere = ("https://a.org/0.tar", "samples", "torchvision:CIFAR10", "other.yaml", "list.txt")
     assert not any(trains_on(config, str(place)) for place in (*others, *elsewhere))

@@ -37,6 +37,8 @@ def test_more_columns_than_fit_take_several_tables(capsys, monkeypatch):
     assert max(map(len, shown.splitlines())) <= 80
     assert shown.count("title") == 1
     assert all(shown.count(cell.text) == 2 for cell in cells.values())
+    print_grid(Console(stderr=True, width=16), "", {"a": cells})
+    assert capsys.readouterr().err.count("target") == len(cells)  # no table of names alone
 
 
 def test_markdown_has_quality_and_cost_in_one_row(tmp_path):

@@ -65,6 +65,19 @@ def test_what_is_held_and_kept():
     assert footprint(against_one, 16, "bf16").fixed - plain.fixed >= held
 
 
+def test_checkpointing_in_diffusers_networks_counts():
+    sizes = {"channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 4}
+    halves = {"encoder": {"latent_dim": 8}, "decoder": {"z_channels": 4}}
+    networks = {
+        f"{half}_config": {"target": f"olvae.modules.sdvae.SD{half.title()}", "params": {**sizes, **params}}
+        for half, params in halves.items()
+    }
+    plain, checkpointed = (footprint(build(**networks), 16, "32", checkpoint=on) for on in (None, True))
+    assert checkpointed.per_image < 0.7 * plain.per_image
+    assert checkpointed.flop > 1.1 * plain.flop
+    assert footprint(build(checkpoint=True, **networks), 16, "32") == checkpointed
+
+
 def test_operations_of_a_real_step_of_both_players():
     """Through Lightning, with what autograd really computes."""
     with FlopCounterMode(display=False) as counter:

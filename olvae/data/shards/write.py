@@ -91,7 +91,8 @@ class ResumableShards:
     def locked(self, command: str) -> Iterator[None]:
         """Hold the folder's lock; of several processes the first has it, and the others wait until it does.
 
-        Raise ConfigError if another run, or its child processes, have it for too long; without locks only warn.
+        Raise ConfigError if another run, or its child processes, have it for too long; without locks only warn. If what
+        follows raises before the first shard is in its place, remove the state, but not the folder.
         """
         with ExitStack() as held:
             if this_process()[0] == 0:
@@ -104,18 +105,13 @@ class ResumableShards:
                 except OSError as error:
                     log.warning("%s: no lock here (%s): let nothing else write there", self.folder, reason(error))
             gather(None)
-            yield
-
-    @contextmanager
-    def nothing_left(self) -> Iterator[None]:
-        """After an exception before the first shard is in its place, remove the state, but not the folder."""
-        try:
-            yield
-        except BaseException:
-            alone = this_process()[1] == 1  # of several, another may have begun
-            if alone and not self.any_stored() and not any(self._state.glob(".partial-*")):
-                shutil.rmtree(self._state, ignore_errors=True)
-            raise
+            try:
+                yield
+            except BaseException:
+                alone = this_process()[1] == 1  # of several, another may have begun
+                if alone and not self.any_stored() and not any(self._state.glob(".partial-*")):
+                    shutil.rmtree(self._state, ignore_errors=True)
+                raise
 
     def finished(self, number: int) -> FinishedShard | None:
         """The description of a shard, if it is finished and its file has the right size."""

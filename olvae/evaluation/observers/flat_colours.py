@@ -52,7 +52,7 @@ class FlatColours(Observer):
         }
         size = colour_size([model.downscale for model in models.values()], size)
         for name, model in models.items():
-            side = getattr(model, "side", None) or size  # the only one that it takes
+            side = model.side or size  # the only one that it takes
             colours = reconstruct_colours(model, side, device)
             period = model.downscale
             self._entries[name] = {"size": side, "period": period, "frame": _frame(side, period), "colours": colours}

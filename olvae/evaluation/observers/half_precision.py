@@ -39,7 +39,7 @@ class InPrecision(Autoencoder):
         self.dtype = torch.float32 if self._autocast else PRECISIONS[precision].dtype
         self.model = model if self.dtype == torch.float32 else copy.deepcopy(model).to(self.dtype)
         self.reconstruction = nn.Identity()  # gets reconstructions that are not finite, for hooks to see
-        self.in_channels, self.pixel_range = model.in_channels, model.pixel_range
+        self.in_channels, self.pixel_range, self.side = model.in_channels, model.pixel_range, model.side
         self.downscale, self.latent_channels = model.downscale, model.latent_channels
 
     def encode(self, x: Tensor) -> Posterior:

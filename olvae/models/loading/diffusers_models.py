@@ -44,7 +44,6 @@ class DiffusersAutoencoder(Autoencoder):
     Raises ValueError: it does not take images to smaller latents and back.
     """
 
-    side: int | None = None  # of its images in pixels, if it takes no other
     frames = False  # whether it has a time axis
     mean: Tensor  # of what its latents are converted to: 0, with std 1, leaves them as they are
     std: Tensor

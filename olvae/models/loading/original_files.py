@@ -129,7 +129,7 @@ def _tensors(file: Path, raw: bool = False, check: bool = True) -> tuple[str, di
         return kind, {}
     if f"{prefix}quantize.embedding.weight" in state:
         raise ValueError(f"{file}: a vector-quantised autoencoder of latent-diffusion; only the KL ones are read")
-    found = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix) and isinstance(t, Tensor)}
+    found = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
     if kind == KL:
         found = {_replaced(n, {f"^{new}": old for old, new in QUANTIZERS.items()}): t for n, t in found.items()}
         kind = FLUX2 if "bn.running_mean" in found else KL

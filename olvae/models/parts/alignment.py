@@ -108,7 +108,6 @@ def _vision_encoder(name: str, weights: str | None) -> VisionEncoder:
         if torch.empty(0).device.type == "meta":
             return VisionEncoder(name, None)
         file = locate_weights(published_weights(name) if weights is None else weights)
-        tensors = state_dict_of(read_checkpoint(file), file)
-        return VisionEncoder(name, {n: t for n, t in tensors.items() if isinstance(t, Tensor)})
+        return VisionEncoder(name, state_dict_of(read_checkpoint(file), file))
     except OSError as error:
         raise type(error)(f"{error}; set params.weights of the alignment to a file of {name}'s weights") from error

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from olvae.modules.distributions import Posterior
 
 if TYPE_CHECKING:
     from olvae.models.liteautoencoder import LiteAutoencoderKL
+    from olvae.models.parts.teacher import Teacher
 
 Model: TypeAlias = "LiteAutoencoderKL"  # that a part belongs to
+StandIn: TypeAlias = "Teacher"  # of the same latents: the decoder learns from it, and it replaces frozen halves
 
 
 @dataclass
@@ -42,19 +44,6 @@ class Step:
     ratios: dict[str, Tensor] = field(default_factory=dict)  # of gradients, by which losses are weighted
 
 
-class StandIn(Protocol):
-    """Another autoencoder of the same latents: the decoder learns from it, and it replaces frozen halves."""
-
-    @property
-    def deterministic(self) -> bool: ...
-
-    def posterior(self, x: Tensor, moments: Tensor | None = None) -> Posterior:
-        """The posterior of images (B, C, H, W), or of these moments if the data provide them; without gradients."""
-        ...
-
-    def decode(self, z: Tensor) -> Tensor: ...
-
-
 Loss = tuple[Tensor, Tensor | float]  # an unweighted loss, a scalar, and its weight
 
 
@@ -76,8 +65,8 @@ class Part(nn.Module):
     name: str = ""  # its key under model.params.parts
 
     @property
-    def stand_in(self) -> StandIn | None:
-        """An autoencoder for :class:`StandIn`'s uses."""
+    def stand_in(self) -> "StandIn | None":
+        """An autoencoder for :data:`StandIn`'s uses."""
         return None
 
     def attach(self, model: Model) -> None:

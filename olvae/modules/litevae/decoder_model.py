@@ -96,7 +96,7 @@ class LiteVAE_Decoder(Decoder):
         if output != "image" and len(channel_mult) < 2:
             raise ValueError(f"{output} output replaces an upsampling: channel_mult needs two entries or more")
         pre_activation = variant != "open_litevae"
-        self.variant, self.output = variant, output
+        self.variant = variant
         self.wavelet_levels = {"image": 0, "wavelet": 1, "packets": len(channel_mult) - 1}[output]
 
         def block(in_channels: int, out_channels: int) -> nn.Module:

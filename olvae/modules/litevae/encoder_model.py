@@ -271,19 +271,12 @@ class LiteVAE_Encoder(Encoder):
         self.band_scales = [2.0**-level if variant == "paper" else 1.0 for level in range(1, dct_levels + 1)]
 
         bands = 4 * in_channels
-
-        def unet(inputs: int, outputs: int, channels: int, mult: Sequence[int], blocks: int) -> nn.Module:
-            if variant == "paper":
-                return PaperUNet(inputs, outputs, channels, mult, blocks, dropout)
-            return OpenUNet(inputs, outputs, channels, mult, blocks)
-
+        unet: Callable[..., UNet] = partial(PaperUNet, dropout=dropout) if variant == "paper" else OpenUNet
         used = 0 if packets else dct_levels - skip_levels
         self.packets = packets
         extractors = 1 if shared_extractor else used
         self.extractors = nn.ModuleList(unet(bands, bands, *widths[:3]) for _ in range(extractors))
-        self.pool_convs = nn.ModuleList(
-            nn.Conv2d(bands, bands, kernel_size=3, padding=1) if pool == "conv" else nn.Identity() for _ in range(used)
-        )
+        self.pool_convs = nn.ModuleList(conv3(bands, bands) if pool == "conv" else nn.Identity() for _ in range(used))
         self.aggregator = unet(in_channels * 4**dct_levels if packets else bands * used, latent_dim, *widths[3:])
         if linear:
             self.add_linear_path()

@@ -85,10 +85,10 @@ class _Wrapped(Steps):
         found: nn.Conv2d | nn.Conv3d = next(c for c in convolutions if isinstance(c, nn.Conv2d | nn.Conv3d))
         return found
 
-    def checkpoint_steps(self) -> None:
-        if not self.model._supports_gradient_checkpointing:
+    def checkpoint_steps(self, on: bool = True) -> None:
+        if on and not self.model._supports_gradient_checkpointing:
             raise ValueError(f"checkpoint: diffusers' {self.kind} can't: leave it out")
-        super().checkpoint_steps()
+        super().checkpoint_steps(on)
         for module in self.model.modules():
             if hasattr(module, "gradient_checkpointing"):
                 module.gradient_checkpointing, module._gradient_checkpointing_func = True, self.step

@@ -265,10 +265,12 @@ def test_an_operator_that_torch_lacks_has_advice(direction, monkeypatch):
         getattr(model, direction)(torch.zeros(1, 1, 2, 2))
 
 
-def test_a_precision_keeps_the_range_of_values_and_the_names_of_weights():
-    """So that images of more than 8 bits are read and measured as without it, and results name the same weights."""
+def test_a_precision_keeps_range_size_and_the_names_of_weights():
+    """So that images of more than 8 bits, or of one size, are measured as without it, and weights have their names."""
     model = Tiny(1.0, 1.0)
+    model.side = 64
     model.pixel_range = PixelRange.from_node([0, 4095])
     for precision in ("32", "bf16", "bf16-autocast"):
         assert InPrecision(model, precision).pixel_range == model.pixel_range
+        assert InPrecision(model, precision).side == 64
         assert InPrecision(model, precision).state_dict().keys() == model.state_dict().keys()
