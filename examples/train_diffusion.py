@@ -1,6 +1,6 @@
 """Train a small diffusion model on the latents of an exported autoencoder, and generate images with the two.
 
-It trains on the sample photographs, in about a minute and a half on one core:
+It trains on the sample photographs, in about two minutes on one core:
 
     olvae export demo --out demo-vae
     python examples/train_diffusion.py demo-vae --out diffusion

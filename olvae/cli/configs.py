@@ -29,7 +29,7 @@ def validate_command(
     ] = None,
     precision: Annotated[str | None, typer.Option(callback=check_precision, help="Of --ranks: 32, bf16, fp16.")] = None,
 ) -> None:
-    """List every mistake of a config at once, without building anything.
+    """List every mistake in a config's keys, types and targets at once, without building anything.
 
     Finds unknown and missing keys, wrong types, and targets that do not import. Exits with 1 if there is a mistake.
 

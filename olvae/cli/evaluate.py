@@ -98,7 +98,7 @@ def command(
     config_base: ConfigBase = None,
     batch_size: BatchSize = None,
     metrics: Annotated[
-        str, typer.Option(metavar="LIST", callback=comma_list((ALL, *METRICS)), help=f"{', '.join(METRICS)}.")
+        str, typer.Option(metavar="LIST", callback=comma_list((ALL, *METRICS)), help=f"{', '.join(METRICS)}. all: but ssim_uniform and fdd.")
     ] = ALL,
     protocol: Annotated[
         str, typer.Option(metavar="NAME[,NAME]", callback=comma_list(PROTOCOLS), help=f"{', '.join(PROTOCOLS)}.")
