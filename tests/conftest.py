@@ -34,15 +34,16 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _quick_measurements() -> Iterator[None]:
-    """Reading speeds are measured for a moment, autoencoders of diffusers on smaller images than a user's."""
+def usual_probe() -> Iterator[int]:
+    """Measure reading speeds for a moment, diffusers' autoencoders on images smaller than a user's, of this side."""
     from olvae.data import audit
     from olvae.models.loading import diffusers_models
 
+    usual = diffusers_models.PROBE
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(audit, "MEASURE_S", 0.05)
         patch.setattr(diffusers_models, "PROBE", 32)
-        yield
+        yield usual
 
 
 def skip_power_iterations(patch: pytest.MonkeyPatch) -> None:

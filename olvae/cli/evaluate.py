@@ -68,6 +68,7 @@ BatchSize = Annotated[
 
 First = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N images.")]
 
+NOT_ALL = "all: but ssim_uniform and fdd; with --zoo psnr, ssim, lpips and rfid."
 WeightsDir = Annotated[
     Path | None,
     typer.Option(
@@ -98,7 +99,7 @@ def command(
     config_base: ConfigBase = None,
     batch_size: BatchSize = None,
     metrics: Annotated[
-        str, typer.Option(metavar="LIST", callback=comma_list((ALL, *METRICS)), help=f"{', '.join(METRICS)}. all: but ssim_uniform and fdd.")
+        str, typer.Option(metavar="LIST", callback=comma_list((ALL, *METRICS)), help=f"{', '.join(METRICS)}. {NOT_ALL}")
     ] = ALL,
     protocol: Annotated[
         str, typer.Option(metavar="NAME[,NAME]", callback=comma_list(PROTOCOLS), help=f"{', '.join(PROTOCOLS)}.")

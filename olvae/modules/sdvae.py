@@ -49,7 +49,7 @@ class _Half(Steps):
 
     def checkpoint_steps(self, on: bool = True) -> None:
         super().checkpoint_steps(on)
-        self.model.gradient_checkpointing = True  # type: ignore[assignment]  # each level, and the middle
+        self.model.gradient_checkpointing = True  # type: ignore[assignment]  # each level, and the middle; `step` decides
         self.model._gradient_checkpointing_func = self.step  # type: ignore[assignment]
 
 

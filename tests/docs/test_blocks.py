@@ -182,7 +182,7 @@ def test_the_results_table_is_that_of_its_configs():
 
 def test_the_demos_page_has_its_recipes_numbers():
     page = " ".join((ROOT / "docs" / "demo.md").read_text(encoding="utf-8").split())
-    for name in ("demo", "demo_b", "folder"):
+    for name in ("demo", "demo_b", "folder", "finetune/photos"):
         config = load([name])
         steps, data = config["lightning"]["trainer"]["max_steps"], config["data"]["params"]
         assert f"{steps} steps of {data['batch_size']} crops of {data['size']} pixels" in page

@@ -300,7 +300,7 @@ def small(images: Path, size: int) -> list[str]:
     return [*overrides, "lightning.trainer.max_steps=1", "model.params.lossconfig.params.lpips_weight=0"]
 
 
-FINETUNE = sorted(path for path in Path("configs/finetune").glob("*.yaml") if path.stem != "sdxl_rgba")
+FINETUNE = sorted(p for p in Path("configs/finetune").glob("*.yaml") if p.stem not in ("sdxl_rgba", "photos"))
 
 
 @pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.stem)
@@ -315,6 +315,17 @@ def test_the_shipped_recipes(train_with, tmp_path, image_folder, path):
         assert torch.equal(model.encode(images()).mean, theirs.encode(images()).latent_dist.mean)
         assert not torch.equal(model(images())[0], theirs(images()).sample)
     assert model.scaling_factor == 0.5
+
+
+def test_the_model_that_comes_along_is_trained_on(train_with, image_folder):
+    """Both halves, from its weights, which the linear code does not replace."""
+    settings = (*small(image_folder, 32), "model.params.warmup_steps=0", "model.params.ema_decay=0.5")
+    run = train_with(*settings, base=["finetune/photos"])
+    model, shipped = (LiteVAE.from_pretrained(target) for target in (run.path, "olvae:photos-f8c12"))
+    for half in ("encoder", "decoder"):
+        after, before = (getattr(found, half).state_dict() for found in (model, shipped))
+        changes = torch.stack([(after[name] - tensor).abs().max() for name, tensor in before.items()])
+        assert 0 < changes.max() < 1e-2, half
 
 
 def test_sdxl_learns_transparency(train_with, tmp_path):

@@ -24,7 +24,8 @@ class Crossed(Autoencoder):
     def __init__(self, encoder_of: Autoencoder, decoder_of: Autoencoder) -> None:
         super().__init__()
         self.encoder_of, self.decoder_of = encoder_of, decoder_of
-        self.in_channels, self.pixel_range, self.side = encoder_of.in_channels, encoder_of.pixel_range, encoder_of.side
+        self.in_channels, self.pixel_range = encoder_of.in_channels, encoder_of.pixel_range
+        self.side = encoder_of.side or decoder_of.side
         self.downscale, self.latent_channels = encoder_of.downscale, encoder_of.latent_channels
 
     def encode(self, x: Tensor) -> Posterior:

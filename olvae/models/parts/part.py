@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from olvae.models.parts.teacher import Teacher
 
 Model: TypeAlias = "LiteAutoencoderKL"  # that a part belongs to
-StandIn: TypeAlias = "Teacher"  # of the same latents: the decoder learns from it, and it replaces frozen halves
+StandIn: TypeAlias = "Teacher"
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Part(nn.Module):
 
     @property
     def stand_in(self) -> "StandIn | None":
-        """An autoencoder for :data:`StandIn`'s uses."""
+        """An autoencoder of the same latents: the decoder learns from it, and it replaces frozen halves."""
         return None
 
     def attach(self, model: Model) -> None:

@@ -90,7 +90,7 @@ class _Wrapped(Steps):
             raise ValueError(f"checkpoint: diffusers' {self.kind} can't: leave it out")
         super().checkpoint_steps(on)
         for module in self.model.modules():
-            if hasattr(module, "gradient_checkpointing"):
+            if hasattr(module, "gradient_checkpointing"):  # always on: `step` decides
                 module.gradient_checkpointing, module._gradient_checkpointing_func = True, self.step
 
 

@@ -137,7 +137,8 @@ def test_a_config_that_came_along_builds_no_data(make_run, tmp_path, image):
         find_target(received / "model.ckpt", config=tmp_path / "mistaken.yaml")
 
 
-def test_pipelines_and_subfolders(make_run, tmp_path, image):
+def test_pipelines_and_subfolders(make_run, tmp_path, image, usual_probe, monkeypatch):
+    monkeypatch.setattr("olvae.models.loading.diffusers_models.PROBE", usual_probe)
     model = kl()
     model.save_pretrained(tmp_path / "vae")
     taesd().save_pretrained(tmp_path / "taesd")
