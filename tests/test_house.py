@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(ROOT.glob("olvae/**/*.py"))
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in FILES}
 
-FILES_AT_MOST, LINES_AT_MOST, TEST_LINES_AT_MOST = 140, 25_283, 29_643
+FILES_AT_MOST, LINES_AT_MOST, TEST_LINES_AT_MOST = 140, 25_283, 29_648
 """What there is; what existed before issues 26 to 30 was to have 135, 20,500 and 23,000."""
 
 PACKAGE_AT_MOST = 12

@@ -126,7 +126,7 @@ def print_error(error: Exception, arguments: Sequence[str] = ()) -> int:
             text += _as_setting(error.option_name, arguments)
         typer.echo(text if "\n" in text else f"error: {text}", err=True)  # more than one line is a help
         return int(error.exit_code)
-    if isinstance(error, RuntimeError | ConnectionError | EOFError):
+    if isinstance(error, RuntimeError | ConnectionError | EOFError | TypeError):
         from olvae.data.read_errors import worker_death
 
         if (death := worker_death(error)) is not None:

@@ -51,7 +51,7 @@ class TooManyUnreadableError(ValueError):
     """More images are unreadable than ``max_unreadable`` allows."""
 
 
-def worker_death(error: Exception) -> str | None:
+def worker_death(error: BaseException) -> str | None:
     """Explain an error of torch, or of Python while it receives a batch, about a killed loader process; else None."""
     match = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+))?", str(error))
     if match is not None:
@@ -60,8 +60,8 @@ def worker_death(error: Exception) -> str | None:
         "multiprocessing" in frame.filename for frame in traceback.extract_tb(error.__traceback__)
     ):
         which = " was killed"
-    else:
-        return None
+    else:  # torch raises it in a signal's handler, so within any code: inspect's raises a TypeError for it
+        return None if error.__context__ is None else worker_death(error.__context__)
     return (
         f"a loader process{which}, by the system perhaps because memory ran out: lower data.params.num_workers or "
         "data.params.batch_size"

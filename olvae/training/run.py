@@ -191,7 +191,7 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
             )
     except SystemExit as error:  # Lightning's answer to a second Ctrl-C
         raise (TrainingStopped(run) if run.last_checkpoint.is_file() else KeyboardInterrupt) from error
-    except (RuntimeError, ConnectionError, EOFError) as error:
+    except (RuntimeError, ConnectionError, EOFError, TypeError) as error:
         if (cause := processes.process_death(error)) is None:
             raise
         raise ProcessDiedError(cause, run) from error

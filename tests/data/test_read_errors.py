@@ -1,5 +1,7 @@
+import inspect
 import multiprocessing
 from collections.abc import Sequence
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -114,6 +116,9 @@ def test_a_loader_process_that_was_killed(text, start, capsys):
     assert print_error(RuntimeError(text)) == 1
     assert capsys.readouterr().err.startswith(f"error: {start}")
     assert worker_death(RuntimeError("something else")) is None
+    with pytest.raises(TypeError) as caught, patch("inspect._signature_from_callable", side_effect=RuntimeError(text)):
+        inspect.getfullargspec(print)  # as when the signal comes here
+    assert worker_death(caught.value).startswith(start)
 
 
 def test_a_batch_whose_sender_was_killed():
