@@ -68,7 +68,7 @@ BatchSize = Annotated[
 
 First = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N images.")]
 
-NOT_ALL = "all: but ssim_uniform and fdd; with --zoo psnr, ssim, lpips and rfid."
+NOT_ALL = "all: but ssim_uniform and fdd; with --zoo psnr, ssim, lpips, rfid."
 WeightsDir = Annotated[
     Path | None,
     typer.Option(

@@ -55,10 +55,7 @@ def test_pack_with_its_options(olvae, done, image_folder, tmp_path):
     [
         (("pack", "PHOTOS", "--out", "OUT", "--quality", "80"), "--resize"),
         (("pack", "PHOTOS", "--out", "OUT", "--resize", "8", "--format", "gif"), "choose from jpg, png, webp"),
-        (
-            ("pack", "PHOTOS", "--out", "OUT", "--resize", "8", "--format", "png", "--quality", "80"),
-            "--quality applies",
-        ),
+        (("pack", "PHOTOS", "--out", "OUT", "--resize", "8", "--format", "png", "--quality", "8"), "--quality applies"),
         (("pack", "PHOTOS", "--out", "OUT", "--seed", "3", "--no-shuffle"), "--seed applies to --shuffle"),
         (("pack", "PHOTOS", "--out", "PHOTOS/out"), "is inside the images' folder"),
     ],

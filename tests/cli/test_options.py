@@ -11,6 +11,8 @@ from olvae.cli import options as module
 from olvae.cli.main import app
 from olvae.cli.options import PRECISIONS, ProgressBar, in_flags, name_flags
 from olvae.evaluation import protocol
+from olvae.evaluation.runner import DEFAULT_METRICS
+from olvae.evaluation.zoo import ZOO_METRICS
 from olvae.metrics import METRICS
 
 
@@ -20,6 +22,8 @@ def test_names_are_those_of_the_registries():
     assert tuple(protocol.PROTOCOLS) == evaluate.PROTOCOLS
     assert tuple(devices.PRECISIONS) == PRECISIONS[:3]
     assert {devices.precision_name(name) for name in PRECISIONS} == {*devices.PRECISIONS}
+    others = " and ".join(name for name in METRICS if name not in DEFAULT_METRICS)
+    assert f"all: but {others}; with --zoo {', '.join(ZOO_METRICS)}." == evaluate.NOT_ALL
 
 
 LATENTS = ("encode", "x", "--data", "y", "--out", "z")

@@ -225,9 +225,8 @@ def test_the_teachers_encoder_does_not_run_where_its_latents_are_known(train_wit
     assert stats["means_std"] == pytest.approx(means.std(1, correction=0).tolist(), rel=1e-5)
 
 
-def test_linear_paths_are_fitted_on_the_latents_of_the_data(train_with, pairs, target, monkeypatch):
+def test_linear_paths_are_fitted_on_the_latents_of_the_data(train_with, pairs, target):
     """Which are of whole images, not of crops. The decoder trains alone: at a rate of nothing it stays the code."""
-    monkeypatch.setattr(linear_code, "CROPS", (512, 512))
     config = of_pairs(pairs, freeze_encoder=True)
     config["data"]["params"]["size"] = 8
     config["model"]["base_learning_rate"] = 1e-12
