@@ -19,13 +19,17 @@ ELSEWHERE = {
     "security.md": "SECURITY.md",
     "comfyui.md": "integrations/comfyui/README.md",
 }
-NOTEBOOKS = {f"{path.stem}.md": str(path.relative_to(ROOT)) for path in (ROOT / "examples/notebooks").glob("*.ipynb")}
+NOTEBOOKS = {
+    f"{path.stem}.md": str(path.relative_to(ROOT))
+    for path in (ROOT / "examples/notebooks").glob("*.ipynb")
+}
 ELSEWHERE |= NOTEBOOKS
 """Pages of the site, and the files of the repository that they are."""
 
 ROW = re.compile(r"^\| `(\w+)` \|", re.M)
 LINK = re.compile(
-    r"^```.*?^```$|`[^`]+`|(?:\[(?P<file>[\w./-]+\.md)\]|\])\((?P<target>[^)\s#]+)(?P<anchor>#\S*)?\)", re.M | re.S
+    r"^```.*?^```$|`[^`]+`|(?:\[(?P<file>[\w./-]+\.md)\]|\])\((?P<target>[^)\s#]+)(?P<anchor>#\S*)?\)",
+    re.M | re.S,
 )
 """A link, whose text may be a file's name; or code, in which there are none."""
 
@@ -37,7 +41,11 @@ def on_files(files: Files, config: Any) -> Files:
     for page, text in {**pages, "cli.md": commands(), "reference.md": reference()}.items():
         files.append(File.generated(config, page, content=text))
     for path in (ROOT / "examples").glob("*.py"):  # the wheel has none
-        files.append(File.generated(config, f"examples/{path.name}", content=path.read_text(encoding="utf-8")))
+        files.append(
+            File.generated(
+                config, f"examples/{path.name}", content=path.read_text(encoding="utf-8")
+            )
+        )
     return files
 
 
@@ -52,7 +60,18 @@ def as_markdown(notebook: dict[str, Any]) -> str:
 
 def commands() -> str:
     """The help of every command, as typer writes it, without its lists of clipped sentences."""
-    typer = [sys.executable, "-m", "typer", "olvae.cli.main", "utils", "docs", "--name", "olvae", "--title", "Commands"]
+    typer = [
+        sys.executable,
+        "-m",
+        "typer",
+        "olvae.cli.main",
+        "utils",
+        "docs",
+        "--name",
+        "olvae",
+        "--title",
+        "Commands",
+    ]
     text = subprocess.run(typer, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     text = re.sub(r"^\*\*Commands\*\*:\n\n(?:\* .*\n)+", "", text, flags=re.M)
     return re.sub(r"^Example: (.*)$", r"```sh\n\1\n```", text, flags=re.M)
@@ -67,7 +86,10 @@ def reference() -> str:
         "the LiteVAE paper, [R] the open-LiteVAE README, [M] measured on the published modules, [D] decided here.",
     ]
     for section in text.split("\n## ")[1:]:
-        parts += [f"## {section.partition(chr(10))[0]}", *(f"::: olvae.{name}" for name in ROW.findall(section))]
+        parts += [
+            f"## {section.partition(chr(10))[0]}",
+            *(f"::: olvae.{name}" for name in ROW.findall(section)),
+        ]
     return "\n\n".join(parts)
 
 
@@ -80,7 +102,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     def link(match: re.Match[str]) -> str:
         target = match["target"]
         there = posixpath.normpath(posixpath.join(folder, target or ""))
-        if not target or not (ROOT / there).exists():  # code, another site's, or a mistake, which strictness finds
+        if (
+            not target or not (ROOT / there).exists()
+        ):  # code, another site's, or a mistake, which strictness finds
             return match[0]
         here = pages.get(there, there.removeprefix("docs/"))
         text = f"[{titles.get(here, match['file'])}]" if match["file"] else "]"

@@ -70,9 +70,13 @@ class DiT(nn.Module):
         super().__init__()
         channels, height, side = shape
         if height != side or side % patch:
-            raise ValueError(f"latents of {height}x{side}: this needs square ones, whose side --patch {patch} divides")
+            raise ValueError(
+                f"latents of {height}x{side}: this needs square ones, whose side --patch {patch} divides"
+            )
         if width % HEAD:
-            raise ValueError(f"--width {width}: give a multiple of {HEAD}, the width of an attention head")
+            raise ValueError(
+                f"--width {width}: give a multiple of {HEAD}, the width of an attention head"
+            )
         self.network = DiTTransformer2DModel(
             num_attention_heads=width // HEAD,
             attention_head_dim=HEAD,
@@ -92,11 +96,15 @@ class DiT(nn.Module):
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
         """(B, n_z, h, w) and times (B,) in [0, 1] -> velocity (B, n_z, h, w)."""
-        velocity: Tensor = self.network(z, 1000 * t, class_labels=torch.zeros(len(z), dtype=torch.long)).sample
+        velocity: Tensor = self.network(
+            z, 1000 * t, class_labels=torch.zeros(len(z), dtype=torch.long)
+        ).sample
         return velocity
 
 
-def train(source: LatentSource, model: DiT, steps: int, lr: float, seed: int) -> tuple[nn.Module, list[float]]:
+def train(
+    source: LatentSource, model: DiT, steps: int, lr: float, seed: int
+) -> tuple[nn.Module, list[float]]:
     """Flow matching: learn the velocity on the straight line from a latent to noise.
 
     Returns:
@@ -110,7 +118,9 @@ def train(source: LatentSource, model: DiT, steps: int, lr: float, seed: int) ->
     for batch in islice(source.train_loader(seed), steps):
         z = batch["latent"]  # a new sample of each posterior
         noise = torch.randn(z.shape, generator=generator)
-        t = torch.randn(len(z), generator=generator).sigmoid()  # logit-normal: more often in the middle
+        t = torch.randn(
+            len(z), generator=generator
+        ).sigmoid()  # logit-normal: more often in the middle
         at = t[:, None, None, None]
         loss = F.mse_loss(model((1 - at) * z + at * noise, t), noise - z)
         optimizer.zero_grad()
@@ -136,7 +146,9 @@ def sample(velocity: Velocity, noise: Tensor, steps: int = HEUN_STEPS) -> Tensor
     return z
 
 
-def samples_of_seed(source: LatentSource, args: argparse.Namespace, seed: int) -> tuple[Tensor, dict[str, Any]]:
+def samples_of_seed(
+    source: LatentSource, args: argparse.Namespace, seed: int
+) -> tuple[Tensor, dict[str, Any]]:
     """The latents that a seed's model makes, (N, n_z, h, w), and how it was trained; from its file if there is one.
 
     Raises:
@@ -151,7 +163,9 @@ def samples_of_seed(source: LatentSource, args: argparse.Namespace, seed: int) -
     model = DiT(tuple(source.stats["latent_shape"]), args.width, args.depth, args.patch)
     average, losses = train(source, model, args.steps, args.lr, seed)
     trained = time.process_time()
-    noise = torch.randn(args.samples, *source.stats["latent_shape"], generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(
+        args.samples, *source.stats["latent_shape"], generator=torch.Generator().manual_seed(0)
+    )
     latents = torch.cat([sample(average, part) for part in noise.split(BATCH)])
     record = {
         "settings": wanted,
@@ -167,8 +181,15 @@ def samples_of_seed(source: LatentSource, args: argparse.Namespace, seed: int) -
 def settings(source: LatentSource, args: argparse.Namespace) -> dict[str, Any]:
     """What the samples of a seed depend on; a file that was made with others is refused."""
     options = ("per_channel", "steps", "batch_size", "lr", "width", "depth", "patch", "samples")
-    described = {name: source.stats.get(name) for name in ("weights", "count", "latent_shape", "latents_mean", "flip")}
-    return {**{name: getattr(args, name) for name in options}, "heun_steps": HEUN_STEPS, "latents": described}
+    described = {
+        name: source.stats.get(name)
+        for name in ("weights", "count", "latent_shape", "latents_mean", "flip")
+    }
+    return {
+        **{name: getattr(args, name) for name in options},
+        "heun_steps": HEUN_STEPS,
+        "latents": described,
+    }
 
 
 def _read(path: Path, wanted: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
@@ -177,7 +198,9 @@ def _read(path: Path, wanted: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
             record: dict[str, Any] = json.loads(file.metadata()["record"])
             latents: Tensor = file.get_tensor("latents")
     except (SafetensorError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not a finished seed: remove it, or name another --out") from error
+        raise ValueError(
+            f"{path} is not a finished seed: remove it, or name another --out"
+        ) from error
     made = record["settings"]
     if different := [name for name in wanted if made.get(name) != wanted[name]]:
         name = different[0]
@@ -230,21 +253,44 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("latents", help="a folder that olvae encode wrote, of one --size")
-    parser.add_argument("--decoder", required=True, metavar="TARGET", help="the autoencoder, as any command takes it")
-    parser.add_argument("--reference", required=True, metavar="SRC", help="images to compare with, as of --data")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for results, or to continue")
+    parser.add_argument(
+        "--decoder",
+        required=True,
+        metavar="TARGET",
+        help="the autoencoder, as any command takes it",
+    )
+    parser.add_argument(
+        "--reference", required=True, metavar="SRC", help="images to compare with, as of --data"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder for results, or to continue"
+    )
     parser.add_argument("--seeds", type=seed_list, default=[0, 1, 2], help="by default 0,1,2")
     parser.add_argument("--samples", type=int, default=1000, help="images to make, by default 1000")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps, by default 2000")
-    parser.add_argument("--batch-size", type=int, default=16, help="latents in a step, by default 16")
-    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate, which falls to 0; by default 1e-3")
-    parser.add_argument("--width", type=int, default=128, help="channels of a token, by default 128")
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="latents in a step, by default 16"
+    )
+    parser.add_argument(
+        "--lr", type=float, default=1e-3, help="learning rate, which falls to 0; by default 1e-3"
+    )
+    parser.add_argument(
+        "--width", type=int, default=128, help="channels of a token, by default 128"
+    )
     parser.add_argument("--depth", type=int, default=4, help="blocks, by default 4")
-    parser.add_argument("--patch", type=int, default=1, help="latent positions along a token's side, by default 1")
-    parser.add_argument("--per-channel", action="store_true", help="shift and scale each channel by its own numbers")
-    parser.add_argument("--inception", type=Path, metavar="FILE", help="Inception's weights: adds gFID and rFID")
+    parser.add_argument(
+        "--patch", type=int, default=1, help="latent positions along a token's side, by default 1"
+    )
+    parser.add_argument(
+        "--per-channel", action="store_true", help="shift and scale each channel by its own numbers"
+    )
+    parser.add_argument(
+        "--inception", type=Path, metavar="FILE", help="Inception's weights: adds gFID and rFID"
+    )
     args = parser.parse_args(arguments)
     for name, smallest in {"samples": 2, "steps": 1, "width": 1, "depth": 1, "patch": 1}.items():
         if getattr(args, name) < smallest:
@@ -270,7 +316,9 @@ def open_both(args: argparse.Namespace) -> tuple[LatentSource, Autoencoder]:
     if shape is None:
         raise ValueError(f"{args.latents}: latents of several sizes: encode them with --size")
     if decoder.latent_channels != shape[0]:
-        raise ValueError(f"{args.latents}: {shape[0]} channels, but {args.decoder} decodes {decoder.latent_channels}")
+        raise ValueError(
+            f"{args.latents}: {shape[0]} channels, but {args.decoder} decodes {decoder.latent_channels}"
+        )
     if decoder.in_channels != 3:
         raise ValueError(
             f"{args.decoder}: makes images of {decoder.in_channels} channels, not 3, and can't be compared"
@@ -301,7 +349,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         latents, record = samples_of_seed(source, args, seed)
         images[f"seed {seed}"] = decode(decoder, source, latents)
         results.append(record)
-        print(f"seed {seed}: loss {record['loss'][-1]:.3f}, {sum(record['seconds'].values()):.0f} s of processor time")
+        print(
+            f"seed {seed}: loss {record['loss'][-1]:.3f}, {sum(record['seconds'].values()):.0f} s of processor time"
+        )
 
     document: dict[str, Any] = {
         "settings": {
@@ -316,7 +366,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     }
     for name, (extract, distance) in networks.items():
         of = {key: features(extract, part) for key, part in images.items()}
-        floors = {key: distance(of["reference"], of[key]) for key in ("reconstructions", "decoded_latents")}
+        floors = {
+            key: distance(of["reference"], of[key])
+            for key in ("reconstructions", "decoded_latents")
+        }
         for result in results:
             samples = of[f"seed {result['settings']['seed']}"]
             result[name] = distance(of["reference"], samples)
@@ -324,9 +377,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         document[name] = {**spread([result[name] for result in results]), **floors}
         to_decoded = spread([result[f"{name}_to_decoded"] for result in results])
         document[name] |= {f"{key}_to_decoded": value for key, value in to_decoded.items()}
-        print(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in document[name].items()))
+        print(
+            f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in document[name].items())
+        )
     write_json({**document, "seeds": results}, args.out / "diffusability.json")
-    rows = {name.replace("_", " "): part[:: max(1, len(part) // SHOWN)][:SHOWN] for name, part in images.items()}
+    rows = {
+        name.replace("_", " "): part[:: max(1, len(part) // SHOWN)][:SHOWN]
+        for name, part in images.items()
+    }
     with atomic_write(args.out / "samples.png") as partial:
         labelled_grid(rows).save(partial)
     print(f"numbers: {args.out / 'diffusability.json'}\nimages: {args.out / 'samples.png'}")

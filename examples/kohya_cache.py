@@ -43,11 +43,17 @@ MODELS = {"sd": Model(4), "sdxl": Model(4), "sd3": Model(16), "flux": Model(16, 
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the caches; return how many."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("latents", help="what olvae encode wrote")
-    parser.add_argument("images", type=Path, help="the folder of images that was encoded; caches go beside them")
+    parser.add_argument(
+        "images", type=Path, help="the folder of images that was encoded; caches go beside them"
+    )
     parser.add_argument("--model", required=True, choices=MODELS)
-    parser.add_argument("--seed", type=int, default=0, help="of the samples, where moments are stored; by default 0")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the samples, where moments are stored; by default 0"
+    )
     args = parser.parse_args(arguments)
 
     stats, model = read_stats(args.latents), MODELS[args.model]
@@ -57,7 +63,9 @@ def main(arguments: list[str] | None = None) -> int:
             f"{len(stats['latents_mean'])} at 1/{stats['downscale']}"
         )
     written = set[Path]()
-    for entry in (entry for url in find_shards(args.latents) for entry in read_shard(Shard(url), LATENT)):
+    for entry in (
+        entry for url in find_shards(args.latents) for entry in read_shard(Shard(url), LATENT)
+    ):
         if isinstance(entry, ReadError):
             raise ValueError(f"{entry.name}: {entry.reason}")
         latent, flipped, meta = read_latent(entry)
@@ -65,13 +73,18 @@ def main(arguments: list[str] | None = None) -> int:
         if reason := unusable(image, meta):
             print(f"skipped {meta['key']}: {reason}", file=sys.stderr)
             continue
-        place = image.with_name(f"{image.stem}_{meta['width']:04d}x{meta['height']:04d}_{args.model}.npz")
+        place = image.with_name(
+            f"{image.stem}_{meta['width']:04d}x{meta['height']:04d}_{args.model}.npz"
+        )
         if place in written:
-            raise ValueError(f"{meta['key']}: another image has this name, so there is one cache for both")
+            raise ValueError(
+                f"{meta['key']}: another image has this name, so there is one cache for both"
+            )
         sides = {"latents": (latent, ""), "latents_flipped": (flipped, "\nflip")}
         drawn = {
             name: (
-                (one.draw(keyed_generator(f"{args.seed}\n{meta['key']}{ending}")) - model.shift) * model.scale
+                (one.draw(keyed_generator(f"{args.seed}\n{meta['key']}{ending}")) - model.shift)
+                * model.scale
             ).numpy()
             for name, (one, ending) in sides.items()
             if one is not None
@@ -80,7 +93,11 @@ def main(arguments: list[str] | None = None) -> int:
         about = {"original_size": (meta["width"], meta["height"]), "crop_ltrb": crop(meta)}
         with atomic_write(place) as partial, partial.open("wb") as file:
             np.savez(
-                file, **{f"{name}_{height}x{width}": np.array(array) for name, array in {**drawn, **about}.items()}
+                file,
+                **{
+                    f"{name}_{height}x{width}": np.array(array)
+                    for name, array in {**drawn, **about}.items()
+                },
             )
         written.add(place)
     print(f"{len(written)} caches beside the images in {args.images}")
@@ -95,7 +112,11 @@ def unusable(image: Path, meta: dict[str, Any]) -> str | None:
         return f"{meta['image'][0]}x{meta['image'][1]} pixels were padded to multiples of {F}"
     with Image.open(image) as picture:
         turned = picture.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return "it is turned by its EXIF orientation, which the trainer ignores: store it upright" if turned else None
+    return (
+        "it is turned by its EXIF orientation, which the trainer ignores: store it upright"
+        if turned
+        else None
+    )
 
 
 def crop(meta: dict[str, Any]) -> tuple[float, float, float, float]:

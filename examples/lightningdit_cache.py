@@ -25,21 +25,35 @@ from olvae.modules.distributions import keyed_generator
 
 def main(arguments: list[str] | None = None) -> int:
     """Write a file for each shard, and latents_stats.pt; return the number of images."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("latents", help="what olvae encode wrote, with --flip and --classes, of one size")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for the files: data_path")
-    parser.add_argument("--seed", type=int, default=0, help="of the samples, where moments are stored; by default 0")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "latents", help="what olvae encode wrote, with --flip and --classes, of one size"
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="folder for the files: data_path"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the samples, where moments are stored; by default 0"
+    )
     args = parser.parse_args(arguments)
 
     stats = read_stats(args.latents)
     if stats["latent_shape"] is None:
         raise ValueError(f"{args.latents}: latents of several sizes: encode with --size")
     if not stats.get("flip"):
-        raise ValueError(f"{args.latents}: mirrored latents are read half of the time: encode with --flip")
+        raise ValueError(
+            f"{args.latents}: mirrored latents are read half of the time: encode with --flip"
+        )
     check_folder(args.out).mkdir(parents=True, exist_ok=True)
     images, urls = 0, find_shards(args.latents)
-    if others := {path.stem for path in args.out.glob("*.safetensors")}.difference(Path(url).stem for url in urls):
-        raise ValueError(f"{args.out}: has {min(others)}.safetensors, of other latents: choose another folder")
+    if others := {path.stem for path in args.out.glob("*.safetensors")}.difference(
+        Path(url).stem for url in urls
+    ):
+        raise ValueError(
+            f"{args.out}: has {min(others)}.safetensors, of other latents: choose another folder"
+        )
     for url in urls:
         tensors = shard(url, args.seed)
         if not len(tensors["labels"]):
@@ -49,8 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
             partial.chmod(0o644)  # safetensors leaves it to its owner
         images += len(tensors["labels"])
     if not images:
-        raise ValueError(f"{args.latents}: no image has a label: encode folders with --classes, or shards with .cls")
-    numbers = {name: torch.tensor(stats[f"latents_{name}"]).view(1, -1, 1, 1) for name in ("mean", "std")}
+        raise ValueError(
+            f"{args.latents}: no image has a label: encode folders with --classes, or shards with .cls"
+        )
+    numbers = {
+        name: torch.tensor(stats[f"latents_{name}"]).view(1, -1, 1, 1) for name in ("mean", "std")
+    }
     with atomic_write(args.out / "latents_stats.pt") as partial:
         torch.save(numbers, partial)
     print(f"{images} images in {args.out}")
@@ -71,7 +89,9 @@ def shard(url: str, seed: int) -> dict[str, torch.Tensor]:
         mirrored.append(flipped.draw(keyed_generator(f"{seed}\n{meta['key']}\nflip")))
         labels.append(label)
     stacked = {"latents": latents, "latents_flip": mirrored}
-    tensors = {name: torch.stack(parts) if parts else torch.empty(0) for name, parts in stacked.items()}
+    tensors = {
+        name: torch.stack(parts) if parts else torch.empty(0) for name, parts in stacked.items()
+    }
     return {**tensors, "labels": torch.tensor(labels, dtype=torch.int64)}
 
 

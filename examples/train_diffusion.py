@@ -27,7 +27,9 @@ from olvae.figures import labelled_grid
 def encode(vae: AutoencoderLiteVAE, crops: int, size: int) -> Tensor:
     """Encode random crops once: means and standard deviations of their posteriors, (2, N, n_z, h, w)."""
     parts = []
-    for batch in SamplePhotographs(size=size, batch_size=32, shuffle_channels=0).train_loader(seed=0):
+    for batch in SamplePhotographs(size=size, batch_size=32, shuffle_channels=0).train_loader(
+        seed=0
+    ):
         posterior = vae.encode(from_uint8(batch["image"])).latent_dist
         parts.append(torch.stack((posterior.mean, posterior.std)))
         if 32 * len(parts) >= crops:
@@ -35,14 +37,18 @@ def encode(vae: AutoencoderLiteVAE, crops: int, size: int) -> Tensor:
     return torch.cat(parts, dim=1)[:, :crops]
 
 
-def train(unet: UNet2DModel, latents: Tensor, shift: float, scale: float, steps: int) -> list[float]:
+def train(
+    unet: UNet2DModel, latents: Tensor, shift: float, scale: float, steps: int
+) -> list[float]:
     """Flow matching: learn the velocity on the straight line from a latent to noise. Returns the loss of every step."""
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses: list[float] = []
     for step in range(steps):
         mean, std = latents[:, torch.randint(latents.shape[1], (32,))]
-        z = (mean + std * torch.randn_like(mean) - shift) * scale  # a posterior sample, scaled to mean 0 and variance 1
+        z = (
+            mean + std * torch.randn_like(mean) - shift
+        ) * scale  # a posterior sample, scaled to mean 0 and variance 1
         noise = torch.randn_like(z)
         t = torch.randn(len(z), 1, 1, 1).sigmoid()  # logit-normal: more often in the middle
         velocity = unet((1 - t) * z + t * noise, 1000 * t.flatten()).sample
@@ -58,7 +64,9 @@ def train(unet: UNet2DModel, latents: Tensor, shift: float, scale: float, steps:
 
 
 @torch.no_grad()
-def sample(unet: UNet2DModel, vae: AutoencoderLiteVAE, shape: tuple[int, ...], shift: float, scale: float) -> Tensor:
+def sample(
+    unet: UNet2DModel, vae: AutoencoderLiteVAE, shape: tuple[int, ...], shift: float, scale: float
+) -> Tensor:
     """Follow the velocity back from noise to latents in 50 Euler steps and decode: images in [-1, 1], (B, 3, H, W)."""
     z = torch.randn(shape)
     times = torch.linspace(1, 0, 51)
@@ -69,9 +77,15 @@ def sample(unet: UNet2DModel, vae: AutoencoderLiteVAE, shape: tuple[int, ...], s
 
 
 def main(arguments: list[str] | None = None) -> list[float]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("vae", help="an export (a folder that olvae export wrote), or its id on the hub")
-    parser.add_argument("--out", type=Path, default=Path("diffusion"), help="folder for the model and samples.png")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "vae", help="an export (a folder that olvae export wrote), or its id on the hub"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("diffusion"), help="folder for the model and samples.png"
+    )
     parser.add_argument("--size", type=int, default=64, help="side of the crops, in pixels")
     parser.add_argument("--crops", type=int, default=2048, help="how many crops to encode")
     parser.add_argument("--steps", type=int, default=600, help="optimizer steps")
@@ -83,10 +97,15 @@ def main(arguments: list[str] | None = None) -> list[float]:
         raise ValueError(f"--size {args.size}: choose a multiple of {least}")
     latents = encode(vae, args.crops, args.size)
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
-    if (shift, scale) == (0.0, 1.0):  # exported without factors, which olvae latents measures: those of the means
+    if (shift, scale) == (
+        0.0,
+        1.0,
+    ):  # exported without factors, which olvae latents measures: those of the means
         shift, scale = latents[0].mean().item(), 1 / latents[0].std().item()
     z = (latents[0] - shift) * scale
-    print(f"{z.shape[0]} latents of {tuple(z.shape[1:])}, mean {z.mean():.2f}, standard deviation {z.std():.2f}")
+    print(
+        f"{z.shape[0]} latents of {tuple(z.shape[1:])}, mean {z.mean():.2f}, standard deviation {z.std():.2f}"
+    )
 
     unet = UNet2DModel(
         sample_size=z.shape[-1],
@@ -104,9 +123,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
     unet.save_pretrained(args.out / "unet")
     with torch.no_grad():
         real = vae.decode(latents[0, :8]).sample
-    labelled_grid({"crops, through the autoencoder": to_uint8(real), "made from noise": to_uint8(images)}).save(
-        args.out / "samples.png"
-    )
+    labelled_grid(
+        {"crops, through the autoencoder": to_uint8(real), "made from noise": to_uint8(images)}
+    ).save(args.out / "samples.png")
     print(f"model: {args.out / 'unet'}\nimages: {args.out / 'samples.png'}")
     return losses
 

@@ -24,7 +24,9 @@ from olvae.models.loading.targets import find_target, name_apart
 if TYPE_CHECKING:  # an extra; imported where the page is built
     import gradio as gr
 
-MAX_PIXELS = 4_000_000  # limit of an image on the page; one thread reconstructs it in about a minute
+MAX_PIXELS = (
+    4_000_000  # limit of an image on the page; one thread reconstructs it in about a minute
+)
 SHOWN_SIDE = 256  # pixels that the longer side of a picture has at least on the page
 DETAIL_SIDES = (16, 32, 64, 128)  # pixels along a side of the enlarged detail
 DELETE_AFTER_S = 3600  # seconds after which a visitor's pictures are deleted
@@ -54,7 +56,9 @@ def load(targets: Sequence[Target], device: str) -> dict[str, Autoencoder]:
     """Load models by name, folded for inference; raise ValueError if they take images of different channels."""
     models = {target.name: target.load().fold().to(device).eval() for target in targets}
     if len(channels := {model.in_channels for model in models.values()}) > 1:
-        raise ValueError(f"the targets take images of {' and '.join(map(str, sorted(channels)))} channels")
+        raise ValueError(
+            f"the targets take images of {' and '.join(map(str, sorted(channels)))} channels"
+        )
     for name, model in models.items():
         if not model.pixel_range.eight_bits:
             raise ValueError(f"{name}: takes values of {model.pixel_range}: olvae reconstruct does")
@@ -85,7 +89,9 @@ def compare(models: Mapping[str, Autoencoder], x: Tensor, device: str) -> dict[s
         seconds = time.perf_counter() - start
         similarity = ssim(x[None], y[None]).item() if min(x.shape[-2:]) >= SSIM_WINDOW else None
         picture = error_map(x[None], y[None])[0]
-        found[name] = Result(y, picture, z[0].float().cpu(), psnr(x[None], y[None]).item(), similarity, seconds)
+        found[name] = Result(
+            y, picture, z[0].float().cpu(), psnr(x[None], y[None]).item(), similarity, seconds
+        )
     return found
 
 
@@ -109,7 +115,8 @@ def crop_around(image: Tensor, place: tuple[int, int], side: int) -> Tensor:
     """Crop a square of ``side`` pixels at most, with its centre as near to ``place`` (x, y) as fits the image."""
     height, width = image.shape[-2:]
     left, top = (
-        min(max(at - side // 2, 0), max(length - side, 0)) for at, length in zip(place, (width, height), strict=True)
+        min(max(at - side // 2, 0), max(length - side, 0))
+        for at, length in zip(place, (width, height), strict=True)
     )
     return image[:, top : top + side, left : left + side]
 
@@ -118,10 +125,16 @@ def page(targets: Sequence[str], device: str = "cpu") -> "gr.Blocks":
     """Load TARGETs, and build their page in Gradio."""
     import gradio as gr
 
-    gr.set_static_paths([HELD_OUT[0].parent])  # the examples, which Gradio serves from no other folder
+    gr.set_static_paths(
+        [HELD_OUT[0].parent]
+    )  # the examples, which Gradio serves from no other folder
     models = load(name_apart([find_target(target) for target in targets]), device)
     names, channels = list(models), next(iter(models.values())).in_channels
-    pictures: Mapping[str, Any] = {"format": "png", "object_fit": "contain", "height": "max-content"}
+    pictures: Mapping[str, Any] = {
+        "format": "png",
+        "object_fit": "contain",
+        "height": "max-content",
+    }
 
     def look(path: str | None, name: str, side: int) -> tuple[Any, ...]:
         if path is None:
@@ -132,7 +145,14 @@ def page(targets: Sequence[str], device: str = "cpu") -> "gr.Blocks":
         except ValueError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from None
         errors = [(_array(result.error), model) for model, result in shown.results.items()]
-        return shown, _table(models, shown), *_choose(shown, name), errors, _array(x), _detail(shown, side)
+        return (
+            shown,
+            _table(models, shown),
+            *_choose(shown, name),
+            errors,
+            _array(x),
+            _detail(shown, side),
+        )
 
     def detail_at(shown: Shown | None, side: int, event: gr.SelectData) -> list[Captioned] | None:
         return _detail(shown, side, (int(event.index[0]), int(event.index[1])))
@@ -147,21 +167,48 @@ def page(targets: Sequence[str], device: str = "cpu") -> "gr.Blocks":
                 thumbnail = gr.Image(type="filepath", visible=False)
                 samples = [[str(path)] for path in HELD_OUT[:4]]
                 examples = gr.Dataset(
-                    components=[thumbnail], samples=samples, label="or take one of these", elem_id="examples"
+                    components=[thumbnail],
+                    samples=samples,
+                    label="or take one of these",
+                    elem_id="examples",
                 )
-                name = gr.Radio(names, value=names[0], label="Shown beside the original", visible=len(names) > 1)
+                name = gr.Radio(
+                    names, value=names[0], label="Shown beside the original", visible=len(names) > 1
+                )
             with gr.Column(scale=2, min_width=360):
-                slider = gr.ImageSlider(label="original | reconstruction", format="png", elem_id="slider")
-                columns = ["model", "PSNR, dB", "SSIM", "seconds", "latent"]  # on a phone the first ones show
-                table = gr.Dataframe(headers=columns, wrap=True, label="Numbers", interactive=False, elem_id="numbers")
+                slider = gr.ImageSlider(
+                    label="original | reconstruction", format="png", elem_id="slider"
+                )
+                columns = [
+                    "model",
+                    "PSNR, dB",
+                    "SSIM",
+                    "seconds",
+                    "latent",
+                ]  # on a phone the first ones show
+                table = gr.Dataframe(
+                    headers=columns,
+                    wrap=True,
+                    label="Numbers",
+                    interactive=False,
+                    elem_id="numbers",
+                )
         with gr.Tab("Error", render_children=True):
-            gr.Markdown("Absolute error, mean of the channels: black is 0, white 64 of 255 and above.")
-            errors = gr.Gallery(label="Error", elem_id="errors", columns=min(3, len(names)), **pictures)
+            gr.Markdown(
+                "Absolute error, mean of the channels: black is 0, white 64 of 255 and above."
+            )
+            errors = gr.Gallery(
+                label="Error", elem_id="errors", columns=min(3, len(names)), **pictures
+            )
         with gr.Tab("Latent", render_children=True):
-            gr.Markdown("Each channel of the latent on its own scale, from its smallest value (black) to its largest.")
+            gr.Markdown(
+                "Each channel of the latent on its own scale, from its smallest value (black) to its largest."
+            )
             latent = gr.Gallery(label="Latent channels", elem_id="latent", columns=4, **pictures)
         with gr.Tab("Pixels", render_children=True):
-            gr.Markdown("Click on the original: beside it is that place with every model, pixel by pixel.")
+            gr.Markdown(
+                "Click on the original: beside it is that place with every model, pixel by pixel."
+            )
             side = gr.Radio(list(DETAIL_SIDES), value=DETAIL_SIDES[2], label="Pixels along a side")
             with gr.Row():
                 whole = gr.Image(label="Original", interactive=False, format="png", elem_id="whole")
@@ -179,17 +226,24 @@ def _choose(shown: Shown | None, name: str) -> tuple[Any, Any]:
     if shown is None:
         return None, None
     result = shown.results[name]
-    latent = [(_array(channel), f"channel {i + 1}") for i, channel in enumerate(latent_pictures(result.latent))]
+    latent = [
+        (_array(channel), f"channel {i + 1}")
+        for i, channel in enumerate(latent_pictures(result.latent))
+    ]
     return (_array(shown.x), _array(result.y)), latent
 
 
-def _detail(shown: Shown | None, side: int, place: tuple[int, int] | None = None) -> list[Captioned] | None:
+def _detail(
+    shown: Shown | None, side: int, place: tuple[int, int] | None = None
+) -> list[Captioned] | None:
     if shown is None:
         return None
     height, width = shown.x.shape[-2:]
     place = place or (width // 2, height // 2)
     images = {"original": shown.x, **{name: result.y for name, result in shown.results.items()}}
-    return [(_array(enlarged(crop_around(image, place, side))), name) for name, image in images.items()]
+    return [
+        (_array(enlarged(crop_around(image, place, side))), name) for name, image in images.items()
+    ]
 
 
 def _table(models: Mapping[str, Autoencoder], shown: Shown) -> list[list[str]]:
@@ -198,7 +252,9 @@ def _table(models: Mapping[str, Autoencoder], shown: Shown) -> list[list[str]]:
         psnr = "∞" if math.isinf(result.psnr) else f"{result.psnr:.2f}"
         ssim = "\N{EN DASH}" if result.ssim is None else f"{result.ssim:.4f}"
         size = "x".join(map(str, result.latent.shape))
-        rows.append([name, psnr, ssim, f"{result.seconds:.2f}", f"f{models[name].downscale}, {size}"])
+        rows.append(
+            [name, psnr, ssim, f"{result.seconds:.2f}", f"f{models[name].downscale}, {size}"]
+        )
     return rows
 
 

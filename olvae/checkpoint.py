@@ -32,11 +32,21 @@ from torch import Tensor, nn
 
 from olvae.files import atomic_write, file_sha256
 
-AUTOENCODER = ("encoder.", "decoder.", "quantizer.")  # a checkpoint may also hold a loss, a discriminator, ...
-PRIVATE_PREFIX = "olvae."  # of these names in files that other projects' loaders should not take for their own
+AUTOENCODER = (
+    "encoder.",
+    "decoder.",
+    "quantizer.",
+)  # a checkpoint may also hold a loss, a discriminator, ...
+PRIVATE_PREFIX = (
+    "olvae."  # of these names in files that other projects' loaders should not take for their own
+)
 SUM_KEY = "olvae.sha256"  # of the checksum in the header of a safetensors file
-PICKLE_BYTES = 2**23  # longest pickle that is read, of some 50,000 tensors; a byte may take up to 200 in memory
-EXPANDED_BYTES = 2**30  # limit of all tensors beyond twice the file's size: tensors may share memory or repeat it
+PICKLE_BYTES = (
+    2**23
+)  # longest pickle that is read, of some 50,000 tensors; a byte may take up to 200 in memory
+EXPANDED_BYTES = (
+    2**30
+)  # limit of all tensors beyond twice the file's size: tensors may share memory or repeat it
 
 ALLOWED_CALLS = re.compile(
     r"collections\.(Counter|OrderedDict)|builtins\.(complex|set)|_codecs\.encode|torch\.(?!\w*Tensor$)\w+"
@@ -51,7 +61,14 @@ EMPTY_SHELLS = re.compile(
 """Objects that trainers leave beside the weights: read as empty dictionaries."""
 
 UNREADABLE = "not a readable checkpoint"
-EXPANDING_CODECS = ("base64", "bz2", "hex", "quopri", "uu", "zlib")  # from bytes to bytes, of up to twice the length
+EXPANDING_CODECS = (
+    "base64",
+    "bz2",
+    "hex",
+    "quopri",
+    "uu",
+    "zlib",
+)  # from bytes to bytes, of up to twice the length
 FOLDER_VARIABLE = "OLVAE_WEIGHTS"  # of the environment: names a folder of pretrained weights
 SILENCE_S = 10.0  # how long a server may be silent, before it answers or during a download
 
@@ -87,11 +104,15 @@ def read_weights(path: str | Path, raw: bool = False) -> dict[str, Tensor]:
     named = {name.removeprefix(PRIVATE_PREFIX): value for name, value in state.items()}
     weights = {name: tensor for name, tensor in named.items() if name.startswith(AUTOENCODER)}
     if not weights:
-        raise ValueError(f"{path}: no autoencoder in it: no name starts with {' or '.join(AUTOENCODER)}")
+        raise ValueError(
+            f"{path}: no autoencoder in it: no name starts with {' or '.join(AUTOENCODER)}"
+        )
     return weights
 
 
-def state_dict_of(checkpoint: Mapping[str, Any], path: str | Path, raw: bool = False) -> dict[str, Tensor]:
+def state_dict_of(
+    checkpoint: Mapping[str, Any], path: str | Path, raw: bool = False
+) -> dict[str, Tensor]:
     """Return the tensors in a checkpoint's state dict, averaged ones where it has them, unless ``raw``.
 
     Our averaging, and Lightning's, keep the average in ``state_dict`` and the raw weights of the averaged names, or of
@@ -104,10 +125,15 @@ def state_dict_of(checkpoint: Mapping[str, Any], path: str | Path, raw: bool = F
     for key, part in parts.items():
         if not isinstance(part, Mapping):
             raise ValueError(f"{path}: not a checkpoint: its {key} is a {type(part).__name__}")
-        content |= {name: t for name, t in part.items() if isinstance(name, str) and isinstance(t, Tensor)}
+        content |= {
+            name: t for name, t in part.items() if isinstance(name, str) and isinstance(t, Tensor)
+        }
     if raw:
         return content
-    return {name: content.get(f"model_ema.{name.replace('.', '')}", value) for name, value in content.items()}
+    return {
+        name: content.get(f"model_ema.{name.replace('.', '')}", value)
+        for name, value in content.items()
+    }
 
 
 def load_weights(
@@ -122,24 +148,43 @@ def load_weights(
     All of them, or none: ValueError if names are missing, unexpected or of another shape (the message lists them), or
     values are non-finite, or integers, as quantised weights are. With ``allow_mismatch`` those that fit, and a warning.
     """
-    own = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(prefixes)}
+    own = {
+        name: tensor for name, tensor in module.state_dict().items() if name.startswith(prefixes)
+    }
     fitting = [name for name in own if name in weights and weights[name].shape == own[name].shape]
-    integer = [name for name in fitting if own[name].is_floating_point() and not weights[name].is_floating_point()]
+    integer = [
+        name
+        for name in fitting
+        if own[name].is_floating_point() and not weights[name].is_floating_point()
+    ]
     if integer:
         kind = str(weights[integer[0]].dtype).removeprefix("torch.")
-        raise ValueError(f"{origin}: {len(integer)} of its tensors are {kind}, quantised perhaps ({integer[0]}, ...)")
-    kinds = {name: own[name].dtype if own[name].is_floating_point() else weights[name].dtype for name in fitting}
-    broken = [name for name, kind in kinds.items() if not weights[name].to(kind).float().isfinite().all()]
+        raise ValueError(
+            f"{origin}: {len(integer)} of its tensors are {kind}, quantised perhaps ({integer[0]}, ...)"
+        )
+    kinds = {
+        name: own[name].dtype if own[name].is_floating_point() else weights[name].dtype
+        for name in fitting
+    }
+    broken = [
+        name for name, kind in kinds.items() if not weights[name].to(kind).float().isfinite().all()
+    ]
     if broken:
         kind = str(kinds[broken[0]]).removeprefix("torch.")
-        raise ValueError(f"{origin}: {len(broken)} of its tensors have non-finite values in {kind} ({broken[0]}, ...)")
+        raise ValueError(
+            f"{origin}: {len(broken)} of its tensors have non-finite values in {kind} ({broken[0]}, ...)"
+        )
     misshapen = [name for name in own if name in weights and name not in fitting]
     shapes = [f"{name} {_shape(weights[name])} for {_shape(own[name])}" for name in misshapen]
-    report = mismatches([n for n in own if n not in weights], [n for n in weights if n not in own], shapes)
+    report = mismatches(
+        [n for n in own if n not in weights], [n for n in weights if n not in own], shapes
+    )
     if report and not (allow_mismatch and fitting):
         raise ValueError(f"{origin}: these weights are of another model: {report}")
     if report:
-        warnings.warn(f"{origin}: {len(fitting)} of {len(own)} tensors are loaded: {report}", stacklevel=2)
+        warnings.warn(
+            f"{origin}: {len(fitting)} of {len(own)} tensors are loaded: {report}", stacklevel=2
+        )
     with torch.no_grad():
         for name in fitting:
             own[name].copy_(weights[name])
@@ -159,7 +204,9 @@ def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "scalar"
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file, the same bytes every time, with a checksum of all it holds in its header."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     entries = {"format": "pt", **(metadata or {})}
@@ -170,7 +217,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         file.seek(8)
-        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
+        file.write(
+            json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        )
 
 
 def add_sums(folder: Path) -> None:
@@ -225,12 +274,20 @@ def _read_torch(path: Path, legacy: bool = False, check: bool = True) -> Any:
     mapped = not legacy or zipfile.is_zipfile(path)
     names = _scan(path, check) if mapped else set()
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([_shell(name) for name in names]):
-            warnings.filterwarnings("ignore", message="Detected pickle protocol|TypedStorage is deprecated")
+        with (
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals([_shell(name) for name in names]),
+        ):
+            warnings.filterwarnings(
+                "ignore", message="Detected pickle protocol|TypedStorage is deprecated"
+            )
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch and pickle raise all kinds
         raise ValueError(f"{path}: {UNREADABLE}: cut off, or of another kind") from error
-    if sum(tensor.numel() * tensor.itemsize for tensor in _tensors(content)) > 2 * path.stat().st_size + EXPANDED_BYTES:
+    if (
+        sum(tensor.numel() * tensor.itemsize for tensor in _tensors(content))
+        > 2 * path.stat().st_size + EXPANDED_BYTES
+    ):
         raise ValueError(f"{path}: {UNREADABLE}: its tensors are larger than they are in the file")
     return content
 
@@ -251,10 +308,14 @@ def _scan(path: Path, check: bool = True) -> set[str]:
     """Check the directory, the checksums and the pickle of a file; returns the names to read as empty shells."""
     try:
         if not zipfile.is_zipfile(path):
-            raise _RefusedError("cut off, of another kind, or of torch before 1.6: load and save it with a newer one")
+            raise _RefusedError(
+                "cut off, of another kind, or of torch before 1.6: load and save it with a newer one"
+            )
         with zipfile.ZipFile(path) as archive:
             records = archive.infolist()
-            if len({record.filename.lower() for record in records}) < len(records):  # torch ignores the case
+            if len({record.filename.lower() for record in records}) < len(
+                records
+            ):  # torch ignores the case
                 raise _RefusedError("two of its records have one name")
             if any(record.compress_type != zipfile.ZIP_STORED for record in records):
                 raise _RefusedError("its records are compressed, a decompression bomb perhaps")
@@ -278,12 +339,16 @@ def _globals_of(content: bytes) -> set[str]:
     for opcode, argument, _ in pickletools.genops(content):
         if opcode.name == "GLOBAL":
             module, name = str(argument).split(" ", 1)
-            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+            module, name = NAME_MAPPING.get(
+                (module, name), (IMPORT_MAPPING.get(module, module), name)
+            )
             names.add(f"{module}.{name}")
         elif isinstance(argument, str):
             texts.add(argument)
         calls += opcode.name == "REDUCE"
-    if "_codecs.encode" in names and (calls * max(map(len, texts)) > EXPANDED_BYTES or any(map(_expands, texts))):
+    if "_codecs.encode" in names and (
+        calls * max(map(len, texts)) > EXPANDED_BYTES or any(map(_expands, texts))
+    ):
         raise _RefusedError("its pickle is a decompression bomb")
     return names
 
@@ -340,7 +405,9 @@ class MissingWeights(FileNotFoundError):  # noqa: N818  (it reads as what it say
 
 
 def find_weights(
-    file: WeightsFile, weights_dir: str | Path | None = None, remedy: str = "name its folder in `weights_dir`"
+    file: WeightsFile,
+    weights_dir: str | Path | None = None,
+    remedy: str = "name its folder in `weights_dir`",
 ) -> Path:
     """Look for a file in ``weights_dir``, in the folder that OLVAE_WEIGHTS names, and in torch hub's cache; if it is in
     none of them, download it into the cache, which fails soon where there is no internet.
@@ -350,8 +417,13 @@ def find_weights(
     if weights_dir is not None and not Path(weights_dir).is_dir():
         raise NotADirectoryError(f"{weights_dir}: no such folder of weights")
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    places = [*(Path(place) for place in (weights_dir, os.environ.get(FOLDER_VARIABLE)) if place), cache]
-    for path in (place / name for place in places for name in (file.name, file.alias) if name is not None):
+    places = [
+        *(Path(place) for place in (weights_dir, os.environ.get(FOLDER_VARIABLE)) if place),
+        cache,
+    ]
+    for path in (
+        place / name for place in places for name in (file.name, file.alias) if name is not None
+    ):
         if path.is_file():
             return path
     timeout = socket.getdefaulttimeout()
@@ -359,7 +431,11 @@ def find_weights(
     try:
         cache.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(file.url, str(cache / file.name), hash_prefix=file.sha256)
-    except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: wrong checksum
+    except (
+        OSError,
+        http.client.HTTPException,
+        RuntimeError,
+    ) as error:  # RuntimeError: wrong checksum
         why = " ".join(str(getattr(error, "reason", error)).split())
         raise MissingWeights(
             f"{file.name} is not in {', '.join(map(str, places))} and could not be downloaded ({why}): "
@@ -378,7 +454,9 @@ def read_weights_file(path: Path, file: WeightsFile, prefix: str = "") -> dict[s
     except ValueError as error:
         raise ValueError(f"{wrong}: it is cut off, or another kind of file; {again}") from error
     named = content if isinstance(content, dict) else {}
-    if not named or not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in named.items()):
+    if not named or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in named.items()
+    ):
         raise ValueError(f"{wrong}: it holds more than tensors; {again}")
     chosen = {name: tensor for name, tensor in named.items() if name.startswith(prefix)}
     if broken := [name for name, tensor in chosen.items() if not tensor.isfinite().all()]:
@@ -386,13 +464,17 @@ def read_weights_file(path: Path, file: WeightsFile, prefix: str = "") -> dict[s
     return chosen
 
 
-def load_weights_file(path: Path, file: WeightsFile, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+def load_weights_file(
+    path: Path, file: WeightsFile, prefix: str, tensors: Mapping[str, Tensor]
+) -> None:
     """Copy a file's values into ``tensors``, by their names after ``prefix``; raise ValueError if they do not fit."""
     state = read_weights_file(path, file, prefix)
     for name, own in sorted((prefix + name, own) for name, own in tensors.items()):
         found = state.get(name)
         if found is None or found.shape != own.shape:
-            wrong = "is missing" if found is None else f"is {tuple(found.shape)} for {tuple(own.shape)}"
+            wrong = (
+                "is missing" if found is None else f"is {tuple(found.shape)} for {tuple(own.shape)}"
+            )
             raise ValueError(f"{path} is not a file of {file.what} weights: {name} {wrong}")
         own.copy_(found)
 

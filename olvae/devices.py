@@ -30,12 +30,16 @@ def resolve_device(device: str | None = None) -> str:
         raise ConfigError(f"`device` {device}: this machine has {present} GPUs")
     device = f"cuda:{local_rank() % present}" if device == "cuda" and present > 1 else device
     if ":" in device:
-        torch.cuda.set_device(device)  # else what names no GPU takes memory of the first one, in every process
+        torch.cuda.set_device(
+            device
+        )  # else what names no GPU takes memory of the first one, in every process
     return device
 
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)  # of collectives: shares differ, and torchrun ends all processes if one fails
+PATIENCE = timedelta(
+    days=7
+)  # of collectives: shares differ, and torchrun ends all processes if one fails
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,9 @@ def resolve_precision(precision: str, accelerator: str) -> str:
     """Return Lightning's name for a precision of training; raise ConfigError for an unknown one, or fp16 on the CPU."""
     name = precision_name(precision)
     if name == "fp16" and accelerator == "cpu":
-        raise ConfigError(f"`precision` {precision}: loss scaling needs a GPU: use bf16 or 32 on the CPU")
+        raise ConfigError(
+            f"`precision` {precision}: loss scaling needs a GPU: use bf16 or 32 on the CPU"
+        )
     return PRECISIONS[name].lightning
 
 
@@ -146,10 +152,15 @@ def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, A
     accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
     if gpus is not None:
         if (given := _count_or_list(gpus)) is None:
-            raise ConfigError(f"`gpus` {gpus}: give a number of GPUs, as in 2, or a list, as in 0,2; 0 is the CPU")
+            raise ConfigError(
+                f"`gpus` {gpus}: give a number of GPUs, as in 2, or a list, as in 0,2; 0 is the CPU"
+            )
         wanted = list(range(given)) if isinstance(given, int) else given
         if not wanted:
-            return {"accelerator": "cpu", "devices": trainer.get("devices", 1) if accelerator == "cpu" else 1}
+            return {
+                "accelerator": "cpu",
+                "devices": trainer.get("devices", 1) if accelerator == "cpu" else 1,
+            }
         if max(wanted) >= present:
             has = f"{present} GPU{'s' * (present > 1)}" if present else "no GPU"
             raise ConfigError(f"`gpus` {gpus}: this machine has {has}; 0 is the CPU")
@@ -160,7 +171,9 @@ def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, A
         accelerator = "cuda"
     on_gpu = accelerator in ("cuda", "gpu")
     if on_gpu and not present:
-        raise ConfigError(f"lightning.trainer.accelerator: {accelerator}: this machine has no GPU; cpu is the CPU")
+        raise ConfigError(
+            f"lightning.trainer.accelerator: {accelerator}: this machine has no GPU; cpu is the CPU"
+        )
     if devices in ("auto", -1, "-1"):
         devices = present if on_gpu else 1
     elif isinstance(devices, str):
@@ -201,8 +214,12 @@ def cores() -> int:
 def sharing_cores(ranks: int) -> int:
     """Count the ranks that share this process's cores, of those on its machine: 1 where srun bound each to its own."""
     given = int(os.environ.get("SRUN_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_PER_TASK") or 0)
-    by_srun = "RANK" not in os.environ and srun_environment() is not None  # srun's one task may be a torchrun
-    return 1 if by_srun and cores() < 2 * given else ranks  # rounded up to whole cores of two threads
+    by_srun = (
+        "RANK" not in os.environ and srun_environment() is not None
+    )  # srun's one task may be a torchrun
+    return (
+        1 if by_srun and cores() < 2 * given else ranks
+    )  # rounded up to whole cores of two threads
 
 
 def this_process() -> tuple[int, int]:
@@ -240,8 +257,13 @@ def join(backend: str = "gloo", timeout: timedelta = PATIENCE) -> tuple[int, int
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             dist.init_process_group(backend, timeout=timeout)
     elif (slurm := srun_environment()) is not None and slurm.world_size() > 1:
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = slurm.main_address, str(slurm.main_port)
-        dist.init_process_group(backend, timeout=timeout, rank=slurm.global_rank(), world_size=slurm.world_size())
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = (
+            slurm.main_address,
+            str(slurm.main_port),
+        )
+        dist.init_process_group(
+            backend, timeout=timeout, rank=slurm.global_rank(), world_size=slurm.world_size()
+        )
     return this_process()
 
 

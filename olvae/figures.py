@@ -14,7 +14,11 @@ from torch import Tensor
 from olvae.config import import_extra
 from olvae.files import atomic_write
 
-ARRAYS = (".npy", ".tif", ".exr")  # extensions of files that hold real values of any number of channels
+ARRAYS = (
+    ".npy",
+    ".tif",
+    ".exr",
+)  # extensions of files that hold real values of any number of channels
 ERROR_RANGE = 64  # error in 8-bit steps that error maps show as white
 
 
@@ -40,7 +44,9 @@ def save_image(image: Tensor, path: Path, **options: Any) -> None:
 
             kind = "rgb" if channels in (3, 4) else "minisblack"
             bands = array[..., 0] if channels == 1 else array
-            tifffile.imwrite(partial, bands, photometric=kind, planarconfig="contig" if channels > 1 else None)
+            tifffile.imwrite(
+                partial, bands, photometric=kind, planarconfig="contig" if channels > 1 else None
+            )
         elif path.suffix == ".exr":
             _save_exr(array, partial)
         else:
@@ -50,15 +56,23 @@ def save_image(image: Tensor, path: Path, **options: Any) -> None:
 def _save_exr(array: NDArray[np.float32], path: Path) -> None:
     """Write (H, W, C) as Y, R G B, R G B A or numbered channels."""
     exr, channels = import_extra("OpenEXR", "pixels", "writing .exr"), array.shape[2]
-    names = {1: "Y", 3: "RGB", 4: "RGBA"}.get(channels) or [f"B{number:03d}" for number in range(channels)]
-    planes = {name: np.ascontiguousarray(array[..., i], dtype=np.float32) for i, name in enumerate(names)}
-    exr.File({"compression": exr.ZIP_COMPRESSION, "type": exr.scanlineimage}, planes).write(str(path))
+    names = {1: "Y", 3: "RGB", 4: "RGBA"}.get(channels) or [
+        f"B{number:03d}" for number in range(channels)
+    ]
+    planes = {
+        name: np.ascontiguousarray(array[..., i], dtype=np.float32) for i, name in enumerate(names)
+    }
+    exr.File({"compression": exr.ZIP_COMPRESSION, "type": exr.scanlineimage}, planes).write(
+        str(path)
+    )
 
 
 def error_map(x: Tensor, y: Tensor) -> Tensor:
     """Colour the absolute error, averaged over channels, white at 64 of 255: (B, C, H, W) -> uint8 (B, 3, H, W)."""
     error = (x.float() - y.float()).abs().mean(1) / ERROR_RANGE  # (B, H, W)
-    colours = mpl.colormaps["magma"](error.clamp(0, 1).cpu().numpy(), bytes=True)[..., :3]  # (B, H, W, 3)
+    colours = mpl.colormaps["magma"](error.clamp(0, 1).cpu().numpy(), bytes=True)[
+        ..., :3
+    ]  # (B, H, W, 3)
     return torch.from_numpy(np.ascontiguousarray(colours)).permute(0, 3, 1, 2)
 
 
@@ -70,7 +84,10 @@ def labelled_grid(rows: Mapping[str, Tensor]) -> Image.Image:
     height, width = next(iter(rows.values())).shape[-2:]
     factor = max(1, -(-128 // min(height, width)))
     size = width * factor, height * factor
-    strips = {name: [rgb(image).resize(size, Image.Resampling.NEAREST) for image in row] for name, row in rows.items()}
+    strips = {
+        name: [rgb(image).resize(size, Image.Resampling.NEAREST) for image in row]
+        for name, row in rows.items()
+    }
     return _arrange(strips, 1, text=18, gap=4)
 
 
@@ -82,15 +99,21 @@ def comparison(pictures: Mapping[str, Tensor]) -> Image.Image:
     longest = 1200
     height, width = next(iter(pictures.values())).shape[-2:]
     short, long = min(height, width), max(height, width)
-    factor = max(1, 256 // long, min(-(-16 // short), longest // long))  # at least 256 long, or 16 wide
+    factor = max(
+        1, 256 // long, min(-(-16 // short), longest // long)
+    )  # at least 256 long, or 16 wide
     scale = min(1.0, longest / long)
     size = max(1, round(width * factor * scale)), max(1, round(height * factor * scale))
     resample = Image.Resampling.NEAREST if scale == 1.0 else Image.Resampling.LANCZOS
     strips = {name: [rgb(picture).resize(size, resample)] for name, picture in pictures.items()}
-    return _arrange(strips, 1 if width > 2 * height else len(pictures), text=max(18, size[0] // 40), gap=8)
+    return _arrange(
+        strips, 1 if width > 2 * height else len(pictures), text=max(18, size[0] // 40), gap=8
+    )
 
 
-def _arrange(strips: Mapping[str, Sequence[Image.Image]], columns: int, text: int, gap: int) -> Image.Image:
+def _arrange(
+    strips: Mapping[str, Sequence[Image.Image]], columns: int, text: int, gap: int
+) -> Image.Image:
     """Draw strips of pictures of one size, each below its name, in a number of columns."""
     width, height = next(iter(strips.values()))[0].size
     font = ImageFont.load_default(size=text)
@@ -98,7 +121,9 @@ def _arrange(strips: Mapping[str, Sequence[Image.Image]], columns: int, text: in
     longest = max(len(strip) for strip in strips.values())
     cell = max(longest * (width + gap) - gap, *(int(font.getlength(name)) + 1 for name in strips))
     across, down = cell + gap, label + height + gap
-    canvas = Image.new("RGB", (gap + columns * across, gap + -(-len(strips) // columns) * down), "white")
+    canvas = Image.new(
+        "RGB", (gap + columns * across, gap + -(-len(strips) // columns) * down), "white"
+    )
     draw = ImageDraw.Draw(canvas)
     for index, (name, strip) in enumerate(strips.items()):
         left, top = gap + index % columns * across, gap + index // columns * down
@@ -144,9 +169,19 @@ def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], p
         points = len(steps)
         window = max(1, points // 25)
         pale = 1.0 if window == 1 else 0.3
-        panel.plot(steps, values, "C0", linewidth=1.2, marker="o" if points < 20 else "", markersize=3, alpha=pale)
+        panel.plot(
+            steps,
+            values,
+            "C0",
+            linewidth=1.2,
+            marker="o" if points < 20 else "",
+            markersize=3,
+            alpha=pale,
+        )
         panel.plot(steps, running_mean(values, window), "C0", linewidth=1.2)
-        panel.set_title(f"{name} ({points} point{'s' * (points != 1)})" if points < 5 else name, fontsize=10)
+        panel.set_title(
+            f"{name} ({points} point{'s' * (points != 1)})" if points < 5 else name, fontsize=10
+        )
         panel.set_xlabel("step", fontsize=8)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)

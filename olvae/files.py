@@ -59,7 +59,9 @@ def remove_partials(partials: Iterable[Path], idle_s: float = 0.0) -> None:
     until = time.time() - idle_s
     for partial in partials:
         with contextlib.suppress(FileNotFoundError):  # it is in its place by now
-            if partial.is_file() and (not idle_s or partial.stat().st_mtime <= until):  # clocks may jump back
+            if partial.is_file() and (
+                not idle_s or partial.stat().st_mtime <= until
+            ):  # clocks may jump back
                 partial.unlink()
 
 
@@ -136,7 +138,9 @@ def no_empty_folders(folder: Path) -> Iterator[None]:
         yield
     except BaseException:
         with contextlib.suppress(OSError):  # one that has something in it
-            for new in (path for path in (place, *place.parents) if before in path.parents and path.exists()):
+            for new in (
+                path for path in (place, *place.parents) if before in path.parents and path.exists()
+            ):
                 new.rmdir()
         raise
 
@@ -152,14 +156,18 @@ def file_sha256(path: Path) -> str:
 
 def lines_sha256(lines: Iterable[str]) -> str:
     """Return the SHA-256 of lines, such as the names and sizes of files, in hexadecimal."""
-    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
+    ).hexdigest()
 
 
 def safe_path(key: str) -> PurePosixPath:
     """Turn the key of an image into a path below a folder; raise ValueError if it leads out, or names no file."""
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts or not path.name:
-        raise ValueError(f"the key {key!r} leads out of the folder of the images: do not trust its shard")
+        raise ValueError(
+            f"the key {key!r} leads out of the folder of the images: do not trust its shard"
+        )
     return path
 
 
@@ -171,7 +179,9 @@ def nearest_path(path: str | Path, others: Iterable[str] = ()) -> str:
     except OSError:
         return ""
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
-    return f"; did you mean {printable(str(path.with_name(close[0])))}?" if close and path.name else ""
+    return (
+        f"; did you mean {printable(str(path.with_name(close[0])))}?" if close and path.name else ""
+    )
 
 
 def reason(error: BaseException) -> str:
@@ -197,7 +207,9 @@ def printable(name: str) -> str:
 
 def plain(text: str) -> str:
     """Put a user's text on one line, with Markdown's characters escaped, except underscores inside a word."""
-    return re.sub(r"([\\|*`<>\[\]#~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", printable(" ".join(text.split())))
+    return re.sub(
+        r"([\\|*`<>\[\]#~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", printable(" ".join(text.split()))
+    )
 
 
 @cache

@@ -41,7 +41,10 @@ class SharedProgress:
 
 
 def run_in_processes(
-    function: Callable[[T, SharedProgress], R], tasks: Sequence[T], workers: int, on_progress: Callable[[int], None]
+    function: Callable[[T, SharedProgress], R],
+    tasks: Sequence[T],
+    workers: int,
+    on_progress: Callable[[int], None],
 ) -> Generator[R, None, None]:
     """Yield the result of ``function`` for every task, in order of completion.
 
@@ -53,7 +56,9 @@ def run_in_processes(
     context = mp.get_context("fork" if sys.platform == "linux" else None)
     progress = SharedProgress(context)
     processes = max(1, min(workers, len(tasks)))
-    executor = ProcessPoolExecutor(processes, context, _start_worker, (function, progress, os.getpid()))
+    executor = ProcessPoolExecutor(
+        processes, context, _start_worker, (function, progress, os.getpid())
+    )
     try:
         waiting = {executor.submit(_run_task, task) for task in tasks}
         while waiting:
@@ -62,7 +67,9 @@ def run_in_processes(
             for future in done:
                 yield future.result()
     except BrokenProcessPool as error:
-        raise ChildProcessError("a worker process was killed, perhaps for lack of memory: lower `workers`") from error
+        raise ChildProcessError(
+            "a worker process was killed, perhaps for lack of memory: lower `workers`"
+        ) from error
     finally:
         progress.stop.value = 1
         executor.shutdown(wait=True, cancel_futures=True)
@@ -71,10 +78,14 @@ def run_in_processes(
 _work: tuple[Callable[[Any, SharedProgress], Any], SharedProgress] | None = None
 
 
-def _start_worker(function: Callable[[Any, SharedProgress], Any], progress: SharedProgress, parent: int) -> None:
+def _start_worker(
+    function: Callable[[Any, SharedProgress], Any], progress: SharedProgress, parent: int
+) -> None:
     global _work
     _work = function, progress
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main one stops the others
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all processes; the main one stops the others
     torch.set_num_threads(1)
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 

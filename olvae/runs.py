@@ -29,16 +29,26 @@ class Settings:
     precision: str = "32"  # or bf16, fp16
     gpus: str | None = None  # a number, or a list such as 0,2; None leaves it to lightning.trainer
     seed: int = 0  # of data order and noise
-    initial_seed: int = 0  # of the initial weights: another one where a resumed run changed its seed
-    weights: str | None = None  # what training started from, as the user wrote it; None for fresh weights
+    initial_seed: int = (
+        0  # of the initial weights: another one where a resumed run changed its seed
+    )
+    weights: str | None = (
+        None  # what training started from, as the user wrote it; None for fresh weights
+    )
     untrained: str | None = None  # encoder or decoder, if that half still has its initial weights
-    checksums: Mapping[str, str] = field(default_factory=dict)  # of weights that parts only name, a teacher's, by part
-    paths: Mapping[str, str] = field(default_factory=dict)  # paths of data and TARGETs as written, by absolute ones
+    checksums: Mapping[str, str] = field(
+        default_factory=dict
+    )  # of weights that parts only name, a teacher's, by part
+    paths: Mapping[str, str] = field(
+        default_factory=dict
+    )  # paths of data and TARGETs as written, by absolute ones
     job: str | None = None  # the job of SLURM, or torchrun's rdzv_id, that trains the run
 
     def as_dict(self) -> dict[str, Any]:
         """Return the section ``run``; outside of a launcher's job it has no ``job``."""
-        return {key: value for key, value in asdict(self).items() if key != "job" or value is not None}
+        return {
+            key: value for key, value in asdict(self).items() if key != "job" or value is not None
+        }
 
 
 LATEST = ("last", "latest")  # what names the newest run of all
@@ -56,7 +66,9 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
     """Read the settings of a run from its config; the defaults for a config that is no run's."""
     section = config.get("run")
     section = section if isinstance(section, Mapping) else {}
-    known = {one.name: section[one.name] for one in fields(Settings) if section.get(one.name) is not None}
+    known = {
+        one.name: section[one.name] for one in fields(Settings) if section.get(one.name) is not None
+    }
     return Settings(**{"initial_seed": known.get("seed", 0), **known})
 
 
@@ -129,7 +141,9 @@ def named_runs(text: str | Path, logdir: str | Path = "runs") -> dict[str, Path]
 
 def _has_model(folder: Path) -> bool:
     files = folder.iterdir() if folder.is_dir() else ()
-    return any(file.name == "checkpoints" or file.suffix in (".json", *WEIGHT_SUFFIXES) for file in files)
+    return any(
+        file.name == "checkpoints" or file.suffix in (".json", *WEIGHT_SUFFIXES) for file in files
+    )
 
 
 def open_run(path: str | Path, logdir: str | Path = "runs") -> Run:
@@ -142,11 +156,17 @@ def open_run(path: str | Path, logdir: str | Path = "runs") -> Run:
             raise FileNotFoundError(f"{path}: this is a file: name its run folder, or {other}")
     if not run.path.is_dir():
         if path.name in LATEST:
-            raise FileNotFoundError(f"{path}: no run in {logdir if path.name == str(path) else path.parent}")
-        raise FileNotFoundError(f"{path}: no such run folder{nearest_path(path, named_runs(path, logdir))}")
+            raise FileNotFoundError(
+                f"{path}: no run in {logdir if path.name == str(path) else path.parent}"
+            )
+        raise FileNotFoundError(
+            f"{path}: no such run folder{nearest_path(path, named_runs(path, logdir))}"
+        )
     if missing := [file for file in (run.config, run.last_checkpoint) if not file.is_file()]:
         wrong = f"{run.path}: not a run folder that can be continued: {missing[0].relative_to(run.path)} is missing"
-        raise FileNotFoundError(f"{wrong}: {_without_config(run)}" if run.last_checkpoint.is_file() else wrong)
+        raise FileNotFoundError(
+            f"{wrong}: {_without_config(run)}" if run.last_checkpoint.is_file() else wrong
+        )
     return run
 
 
@@ -156,7 +176,9 @@ def config_of(run: Run) -> Config:
         config = cfg.load([run.config])
     except ConfigError as error:
         raise ConfigError(f"{error.mistakes[0]}: {_without_config(run)}") from error
-    if missing := [section for section in ("model", "data", "run") if not isinstance(config.get(section), dict)]:
+    if missing := [
+        section for section in ("model", "data", "run") if not isinstance(config.get(section), dict)
+    ]:
         raise ConfigError(f"{run.config}: cut off, {missing[0]} is missing: {_without_config(run)}")
     return config
 
@@ -212,8 +234,14 @@ def _is_present(text: str) -> bool:
     from webdataset.shardlists import expand_urls
 
     try:
-        return any(True for pattern in expand_urls(text) for _ in glob.iglob(pattern, recursive=True))  # noqa: PTH207
-    except (AssertionError, ValueError):  # an environment variable that is not set, braces that do not close
+        for pattern in expand_urls(text):
+            for _ in glob.iglob(pattern, recursive=True):  # noqa: PTH207  (a Path's own needs the folder apart)
+                return True
+        return False
+    except (
+        AssertionError,
+        ValueError,
+    ):  # an environment variable that is not set, braces that do not close
         return False
 
 
@@ -233,11 +261,15 @@ def locked(run: Run, patience: float = 0.0) -> Iterator[None]:
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise ConfigError(f"{run.path}: is being trained by {holder}: wait for its end, or stop it") from error
+            raise ConfigError(
+                f"{run.path}: is being trained by {holder}: wait for its end, or stop it"
+            ) from error
         except OSError as error:
             remedy = "make sure that nothing else trains this run"
             log.warning("%s: no lock here (%s): %s", run.path, error.strerror or error, remedy)
-        if hasattr(os, "register_at_fork"):  # a forked loader process would hold the lock beyond this one's end
+        if hasattr(
+            os, "register_at_fork"
+        ):  # a forked loader process would hold the lock beyond this one's end
             os.register_at_fork(after_in_child=file.close)
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         file.truncate(0)

@@ -42,7 +42,9 @@ class Walk:
         is_function = bool(code.co_flags & inspect.CO_OPTIMIZED)
         if path.suffix == ".py" and is_function and not _is_importing(frame):
             self._known.add(code)
-            self.first.setdefault(path.relative_to(PACKAGE.parent), getattr(code, "co_qualname", code.co_name))
+            self.first.setdefault(
+                path.relative_to(PACKAGE.parent), getattr(code, "co_qualname", code.co_name)
+            )
 
 
 def _is_importing(frame: FrameType | None) -> bool:

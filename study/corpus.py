@@ -33,14 +33,24 @@ from study.packages import ALIASES, MIRROR, PACKAGES, SAMPLES_HELD_OUT, Package
 SIDE = 512  # pixels: the shorter side of whole photographs, both sides of tiles
 SMALLEST = 256  # pixels: photographs with a shorter side below are dropped; also the sides of `train_tiles`
 HALVED = 1440  # pixels: from this shorter side on, tiles are cut at half the resolution
-LARGEST_PSNR = 42.0  # dB after shrinking to an eighth and back: above, a picture has no detail to speak of
+LARGEST_PSNR = (
+    42.0  # dB after shrinking to an eighth and back: above, a picture has no detail to speak of
+)
 DISTANCE = 8  # bits of 64 in which the difference hashes of near-duplicates may differ
 HELD_OUT = 6  # one photograph in so many is held out
 QUALITY = 95
-UNTOLD = ("contents", "images", "resource", "image", "animals")  # folders that tell no photographs apart
+UNTOLD = (
+    "contents",
+    "images",
+    "resource",
+    "image",
+    "animals",
+)  # folders that tell no photographs apart
 
 FOLDERS = ("train", "train_tiles", "held_out", "held_out_tiles")
-FEATURES = ".lite0.npy"  # at the end of a folder's name: the file that study.measure keeps beside it
+FEATURES = (
+    ".lite0.npy"  # at the end of a folder's name: the file that study.measure keeps beside it
+)
 
 
 class Photograph(NamedTuple):
@@ -66,12 +76,18 @@ class Photograph(NamedTuple):
     def is_cut_out(self) -> bool:
         """Has transparent parts: a stamp."""
         with Image.open(io.BytesIO(self.content)) as image:
-            return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+            return (
+                image.has_transparency_data
+                and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+            )
 
 
 def photographs(contents: Contents) -> list[Photograph]:
     """The photographs of a package, by path; they are named after the package and the folders that tell them apart."""
-    found, root = [], os.path.commonpath([str(PurePosixPath(path).parent) for path in contents.photographs])
+    found, root = (
+        [],
+        os.path.commonpath([str(PurePosixPath(path).parent) for path in contents.photographs]),
+    )
     for path, content in sorted(contents.photographs.items()):
         parts = PurePosixPath(path).relative_to(root).with_suffix("").parts
         title = "-".join(part for part in parts if part not in UNTOLD)
@@ -86,7 +102,9 @@ def _slug(text: str) -> str:
 
 def detail(image: Image.Image) -> float:
     """How well an image survives shrinking to an eighth and back (bicubic): PSNR in dB, low for much detail."""
-    small = image.resize((max(1, image.width // 8), max(1, image.height // 8)), Image.Resampling.BICUBIC)
+    small = image.resize(
+        (max(1, image.width // 8), max(1, image.height // 8)), Image.Resampling.BICUBIC
+    )
     back = np.asarray(small.resize(image.size, Image.Resampling.BICUBIC), dtype=np.float64)
     error = float(np.mean((np.asarray(image, dtype=np.float64) - back) ** 2))
     return 10 * float(np.log10(255**2 / max(error, 1e-12)))
@@ -125,7 +143,12 @@ def cut(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
     and lie around the centre. Photographs of 1440 pixels and more are cut at half their resolution, where they are
     sharp; smaller ones as they are, if they are a quarter larger than the whole.
     """
-    yield "", resize_shorter_side(image, SIDE, Image.Resampling.LANCZOS) if min(image.size) > SIDE else image
+    yield (
+        "",
+        resize_shorter_side(image, SIDE, Image.Resampling.LANCZOS)
+        if min(image.size) > SIDE
+        else image,
+    )
     if min(image.size) >= HALVED:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.LANCZOS)
     if min(image.size) < SIDE * 5 // 4:
@@ -136,7 +159,10 @@ def cut(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
 def _tiles(image: Image.Image, side: int) -> Iterator[tuple[str, Image.Image]]:
     for row in range(image.height // side):
         for column in range(image.width // side):
-            left, top = image.width % side // 2 + column * side, image.height % side // 2 + row * side
+            left, top = (
+                image.width % side // 2 + column * side,
+                image.height % side // 2 + row * side,
+            )
             yield f"_{row}{column}", image.crop((left, top, left + side, top + side))
 
 
@@ -159,9 +185,13 @@ def build(found: Sequence[Photograph], out: Path, recipe: str) -> dict[str, Any]
     for photograph in found:
         image = photograph.open()
         if min(image.size) < SMALLEST:
-            dropped[photograph.name] = f"{image.width}x{image.height} pixels: smaller than {SMALLEST}"
+            dropped[photograph.name] = (
+                f"{image.width}x{image.height} pixels: smaller than {SMALLEST}"
+            )
         elif (psnr := detail(next(cut(image))[1])) > LARGEST_PSNR:
-            dropped[photograph.name] = f"without detail: {psnr:.1f} dB after shrinking to an eighth and back"
+            dropped[photograph.name] = (
+                f"without detail: {psnr:.1f} dB after shrinking to an eighth and back"
+            )
         else:
             kept.append(photograph)
             hashes.append(imagehash.dhash(image))
@@ -189,14 +219,22 @@ def build(found: Sequence[Photograph], out: Path, recipe: str) -> dict[str, Any]
             written = {f"{folder}/{photograph.name}{end}.jpg": picture}
             if not held_out:
                 tiles = _tiles(picture, SMALLEST)
-                written |= {f"train_tiles/{photograph.name}{end}{part}.jpg": tile for part, tile in tiles}
+                written |= {
+                    f"train_tiles/{photograph.name}{end}{part}.jpg": tile for part, tile in tiles
+                }
             for name, image in written.items():
                 if not (path := out / name).exists():
                     with atomic_write(path) as partial:
                         image.save(partial, quality=QUALITY, subsampling=0)
                 size, checksum = list(image.size), file_sha256(path)
                 files[name] = {"photograph": photograph.name, "size": size, "sha256": checksum}
-    return {"recipe": recipe, "pillow": PIL.__version__, "photographs": sources, "dropped": dropped, "files": files}
+    return {
+        "recipe": recipe,
+        "pillow": PIL.__version__,
+        "photographs": sources,
+        "dropped": dropped,
+        "files": files,
+    }
 
 
 def licences(corpus: dict[str, Any]) -> str:
@@ -238,8 +276,12 @@ def recipe_hash() -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Fetch, choose, cut; what an earlier run downloaded and wrote is kept if the rules are the same."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("study/corpus-out"), help="the corpus's folder")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("study/corpus-out"), help="the corpus's folder"
+    )
     parser.add_argument("--mirror", default=MIRROR, help=f"a mirror of Debian (default: {MIRROR})")
     given = parser.parse_args(arguments)
     try:
@@ -280,7 +322,9 @@ def make(out: Path, mirror: str) -> dict[str, Any]:
 def summary(corpus: dict[str, Any]) -> str:
     """How many photographs and pictures there are."""
     held_out = sum(source["held_out"] for source in corpus["photographs"].values())
-    counts = {folder: sum(name.startswith(f"{folder}/") for name in corpus["files"]) for folder in FOLDERS}
+    counts = {
+        folder: sum(name.startswith(f"{folder}/") for name in corpus["files"]) for folder in FOLDERS
+    }
     return (
         f"{len(corpus['photographs']) - held_out} photographs to train on ({counts['train']} pictures, "
         f"{counts['train_tiles']} tiles), "

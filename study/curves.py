@@ -34,8 +34,14 @@ class Case(NamedTuple):
 
 CURVES = {
     "healthy": Case("Healthy", "", "train/loss"),
-    "rate": Case("The learning rate is ten times too high", "model.base_learning_rate=0.01", "train/grad_norm"),
-    "kl": Case("The KL weight is far too large", "model.params.lossconfig.params.kl_weight=30", "train/kl"),
+    "rate": Case(
+        "The learning rate is ten times too high",
+        "model.base_learning_rate=0.01",
+        "train/grad_norm",
+    ),
+    "kl": Case(
+        "The KL weight is far too large", "model.params.lossconfig.params.kl_weight=30", "train/kl"
+    ),
 }
 
 
@@ -44,12 +50,28 @@ def train(name: str, out: Path) -> dict[str, tuple[list[float], list[float]]]:
     settings = ["model.params.optimizer=adam", f"lightning.trainer.max_steps={STEPS}"]
     settings += ["lightning.trainer.val_check_interval=50", "lightning.trainer.log_every_n_steps=4"]
     settings += filter(None, [CURVES[name].override])
-    flags = ["--base", "demo", "--name", f"curves_{name}", "--logdir", str(out / "runs"), "--gpus", "0", "--seed", "0"]
-    Study(Path(), out, []).command(f"curves_{name}", "-m", "olvae.cli.main", "train", *flags, *settings)
+    flags = [
+        "--base",
+        "demo",
+        "--name",
+        f"curves_{name}",
+        "--logdir",
+        str(out / "runs"),
+        "--gpus",
+        "0",
+        "--seed",
+        "0",
+    ]
+    Study(Path(), out, []).command(
+        f"curves_{name}", "-m", "olvae.cli.main", "train", *flags, *settings
+    )
     run = find_run(out / "runs", f"curves_{name}")
     assert run is not None
     found = read_curves(run)
-    return {tag: (found[tag][0], [float(f"{v:.4g}") for v in found[tag][1]]) for tag in (CURVES[name].tag, "val/psnr")}
+    return {
+        tag: (found[tag][0], [float(f"{v:.4g}") for v in found[tag][1]])
+        for tag in (CURVES[name].tag, "val/psnr")
+    }
 
 
 def draw(folder: Path, path: Path) -> None:
@@ -82,12 +104,24 @@ def _line(panel: Axes, value: float, name: str) -> None:
     """A named level, above which there is room for its name."""
     panel.margins(y=0.2)
     panel.axhline(value, color="0.3", linestyle="--")
-    panel.annotate(name, (STEPS, value), (0, 2), textcoords="offset points", ha="right", fontsize=13, color="0.3")
+    panel.annotate(
+        name,
+        (STEPS, value),
+        (0, 2),
+        textcoords="offset points",
+        ha="right",
+        fontsize=13,
+        color="0.3",
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("study/out"), help="folder for runs and logs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("study/out"), help="folder for runs and logs"
+    )
     parser.add_argument("--results", type=Path, default=Path("study/results/curves"))
     parser.add_argument("--picture", type=Path, default=Path("docs/images/curves.png"))
     options = parser.parse_args(arguments)

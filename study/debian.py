@@ -46,7 +46,9 @@ def fetch(package: Package, folder: Path, mirror: str) -> Path:
             f"{address}: {error}; a mirror keeps the latest version only, --mirror {SNAPSHOT} has this one"
         ) from error
     except URLError as error:
-        raise ValueError(f"{address}: {error.reason}; name a mirror that can be reached with --mirror") from error
+        raise ValueError(
+            f"{address}: {error.reason}; name a mirror that can be reached with --mirror"
+        ) from error
     except RuntimeError as error:
         raise ValueError(f"{address} is not the file that is expected: {error}") from error
     return path
@@ -95,14 +97,18 @@ class Contents:
             parser.read_string(puzzle)
             entry = parser["Desktop Entry"]
             return Licence(
-                entry["X-KDE-PluginInfo-Author"], entry["X-KDE-PluginInfo-License"], "the .desktop file beside it"
+                entry["X-KDE-PluginInfo-Author"],
+                entry["X-KDE-PluginInfo-License"],
+                "the .desktop file beside it",
             )
         source = name
         for here, there in self.package.source:
             source = source.replace(here, there)
         paragraph = self._copyright.find_files_paragraph(source)
         if paragraph is None or paragraph.license is None:
-            raise ValueError(f"the copyright file of {self.package.name} has no licence for {source}")
+            raise ValueError(
+                f"the copyright file of {self.package.name} has no licence for {source}"
+            )
         stated = f"Debian's copyright file, Files: {' '.join(paragraph.files[:3])}"
         return Licence(" ".join(paragraph.copyright.split()), paragraph.license.synopsis, stated)
 
@@ -134,7 +140,9 @@ def resources(content: bytes) -> Iterator[tuple[str, bytes]]:
     def walk(index: int, folder: str) -> Iterator[tuple[str, bytes]]:
         at = tree + index * node_size
         name_at, flags = struct.unpack_from(">IH", content, at)
-        (length,) = struct.unpack_from(">H", content, names + name_at)  # in UTF-16 units; a hash of 4 bytes follows
+        (length,) = struct.unpack_from(
+            ">H", content, names + name_at
+        )  # in UTF-16 units; a hash of 4 bytes follows
         start = names + name_at + 6
         path = folder + content[start : start + 2 * length].decode("utf-16-be") if index else ""
         if flags & TREE_FOLDER:

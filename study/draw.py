@@ -59,13 +59,18 @@ def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
     Raises:
         FileNotFoundError: it has none.
     """
-    found = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+    found = {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.glob("*.json"))
+    }
     if not found:
         raise FileNotFoundError(f"{folder}: no rows there: python -m study.run makes them")
     return found
 
 
-def fill(document: str, rows: Found, tables: Mapping[str, Callable[[Found], str]] | None = None) -> str:
+def fill(
+    document: str, rows: Found, tables: Mapping[str, Callable[[Found], str]] | None = None
+) -> str:
     """The document with its tables made again, by default the study's.
 
     Raises:
@@ -113,7 +118,9 @@ def _interval(row: Mapping[str, Any]) -> str:
 def _bands(row: Mapping[str, Any]) -> list[str]:
     """The mean squared error in the coarsest band, and in the details of each level."""
     bands = row["sizes"][SIZE]["bands"]
-    details = ([bands[f"{kind}{level}"]["mse"] for kind in ("LH", "HL", "HH")] for level in (3, 2, 1))
+    details = (
+        [bands[f"{kind}{level}"]["mse"] for kind in ("LH", "HL", "HH")] for level in (3, 2, 1)
+    )
     return [f"{bands['LL3']['mse']:.1f}", *(f"{mean(values):.1f}" for values in details)]
 
 
@@ -121,17 +128,27 @@ def _encoders(rows: Found) -> str:
     """Each network at each of its learning rates; the one with the least error in details is marked."""
     lines = []
     for network, title in ENCODERS.items():
-        at = {rate: found for rate in RUNS[network] if (found := _of_seeds(rows, f"{network}_{rate}"))}
+        at = {
+            rate: found for rate in RUNS[network] if (found := _of_seeds(rows, f"{network}_{rate}"))
+        }
         best = min(at, key=lambda rate: mean(map(details, at[rate])), default=None)
-        lines += [_encoder(title, f"{rate} *" if rate == best else rate, found) for rate, found in at.items()]
+        lines += [
+            _encoder(title, f"{rate} *" if rate == best else rate, found)
+            for rate, found in at.items()
+        ]
     if of_time := _of_seeds(rows, "litevae_time"):
         lines.append(_encoder("LiteVAE-S, SD's time", "1e-3", of_time))
     for title, name in (("linear code, no training", "linear"), ("bicubic", "bicubic")):
         for sizes in _baselines(rows, name):
             at_64, at_256, ssim = sizes["64"]["psnr"], sizes[SIZE]["psnr"], sizes[SIZE]["ssim"]
-            lines.append([title, *[""] * 4, f"{at_64:.2f}", f"{at_256:.2f}", "", "", f"{ssim:.3f}", ""])
+            lines.append(
+                [title, *[""] * 4, f"{at_64:.2f}", f"{at_256:.2f}", "", "", f"{ssim:.3f}", ""]
+            )
     costs = ["GMACs", "steps", "rate", "seeds"]
-    return table(["encoder", *costs, "dB at 64", "dB at 256", "LL3", "details", "SSIM", "Fréchet, Lite0"], lines)
+    return table(
+        ["encoder", *costs, "dB at 64", "dB at 256", "LL3", "details", "SSIM", "Fréchet, Lite0"],
+        lines,
+    )
 
 
 def _encoder(title: str, rate: str, of_seeds: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -156,22 +173,53 @@ def _longer(rows: Found) -> str:
     for network, (rate, _) in LONGER.items():
         if found := _of_seeds(rows, f"{network}_longer"):
             at_256 = [row["sizes"][SIZE] for row in found]
-            shifts = [mean(value**2 for value in size["colour"]["shift_of_images"]) for size in at_256]
-            rest = [size["bands"]["LL3"]["mse"] - shift for size, shift in zip(at_256, shifts, strict=True)]
+            shifts = [
+                mean(value**2 for value in size["colour"]["shift_of_images"]) for size in at_256
+            ]
+            rest = [
+                size["bands"]["LL3"]["mse"] - shift
+                for size, shift in zip(at_256, shifts, strict=True)
+            ]
             minutes = found[0]["processor_seconds"] / 60  # other seeds ran beside other work
             axes = [spread([100 * row["unexplained"][axis] for row in found], 1) for axis in AXES]
             cells = [spread([_psnr(row, size) for row in found]) for size in ("64", SIZE)]
-            cells += [spread(shifts, 1), spread(rest, 1), spread([details(row) for row in found], 0), *axes]
-            cells += [spread([size["ssim"] for size in at_256], 3), spread([row["frechet_lite0"] for row in found], 1)]
+            cells += [
+                spread(shifts, 1),
+                spread(rest, 1),
+                spread([details(row) for row in found], 0),
+                *axes,
+            ]
+            cells += [
+                spread([size["ssim"] for size in at_256], 3),
+                spread([row["frechet_lite0"] for row in found], 1),
+            ]
             lines.append([ENCODERS[network], rate, str(len(found)), f"{minutes:.0f}", *cells])
-    errors = ["image's mean", "rest of LL3", "details", *(f"{axis.replace('_', '-')}, %" for axis in AXES)]
-    headings = ["encoder", "rate", "seeds", "minutes", "dB at 64", "dB at 256", *errors, "SSIM", "Fréchet, Lite0"]
+    errors = [
+        "image's mean",
+        "rest of LL3",
+        "details",
+        *(f"{axis.replace('_', '-')}, %" for axis in AXES),
+    ]
+    headings = [
+        "encoder",
+        "rate",
+        "seeds",
+        "minutes",
+        "dB at 64",
+        "dB at 256",
+        *errors,
+        "SSIM",
+        "Fréchet, Lite0",
+    ]
     return table(headings, lines)
 
 
 def _long(rows: Found) -> str:
     """The long pair beside the linear code: PSNR by size, and the error in each level's details."""
-    lines = [_by_size("linear code, no training", {"sizes": sizes}, "", "", "") for sizes in _baselines(rows, "linear")]
+    lines = [
+        _by_size("linear code, no training", {"sizes": sizes}, "", "", "")
+        for sizes in _baselines(rows, "linear")
+    ]
     for network, title in ENCODERS.items():
         for row in _of_seeds(rows, f"{network}_long"):
             minutes, frechet = f"{row['processor_seconds'] / 60:.0f}", f"{row['frechet_lite0']:.1f}"
@@ -181,9 +229,19 @@ def _long(rows: Found) -> str:
     return table(["encoder", "steps", "minutes", *sizes, "SSIM", *bands, "Fréchet, Lite0"], lines)
 
 
-def _by_size(title: str, row: Mapping[str, Any], steps: str, minutes: str, frechet: str) -> list[str]:
+def _by_size(
+    title: str, row: Mapping[str, Any], steps: str, minutes: str, frechet: str
+) -> list[str]:
     psnr = [f"{_psnr(row, str(size)):.2f}" for size in ALL_SIZES]
-    return [title, steps, minutes, *psnr, f"{row['sizes'][SIZE]['ssim']:.3f}", *_bands(row), frechet]
+    return [
+        title,
+        steps,
+        minutes,
+        *psnr,
+        f"{row['sizes'][SIZE]['ssim']:.3f}",
+        *_bands(row),
+        frechet,
+    ]
 
 
 def _baselines(rows: Found, name: str) -> list[Mapping[str, Any]]:
@@ -206,7 +264,10 @@ def _compared(title: str, stems: Mapping[str, str]) -> Callable[[Found], str]:
             ]
             for text, found in of_seeds.items()
         ]
-        return table([title, "dB at 256", "SSIM", "LL3", "level 3", "level 2", "level 1", "Fréchet, Lite0"], lines)
+        return table(
+            [title, "dB at 256", "SSIM", "LL3", "level 3", "level 2", "level 1", "Fréchet, Lite0"],
+            lines,
+        )
 
     return made
 
@@ -223,7 +284,10 @@ def _scales(rows: Found) -> str:
         for row in _of_seeds(rows, stem)[:1]
     ]
     for name in ("linear", "bicubic"):
-        lines += [[name, *(f"{found[size]['psnr']:.2f}" for size in sizes)] for found in _baselines(rows, name)]
+        lines += [
+            [name, *(f"{found[size]['psnr']:.2f}" for size in sizes)]
+            for found in _baselines(rows, name)
+        ]
     return table(["decoder", *(f"{size} px" for size in sizes)], lines)
 
 
@@ -239,14 +303,19 @@ def _diffusion(rows: Found) -> str:
         for name, row in rows.items()
         if name.startswith("diffusion_")
     ]
-    return table(["autoencoder", "reconstructions", "decoded latents", "samples", "what diffusion adds"], lines)
+    return table(
+        ["autoencoder", "reconstructions", "decoded latents", "samples", "what diffusion adds"],
+        lines,
+    )
 
 
 TABLES: Mapping[str, Callable[[Found], str]] = {
     "encoders": _encoders,
     "longer": _longer,
     "long": _long,
-    "objective": _compared("objective", {"the recipe's": RECIPES, "without the wavelet term": "no_wavelet"}),
+    "objective": _compared(
+        "objective", {"the recipe's": RECIPES, "without the wavelet term": "no_wavelet"}
+    ),
     "scales": _scales,
     "diffusion": _diffusion,
 }
@@ -263,10 +332,14 @@ def _curves(rows: Found, suffix: str, path: Path) -> None:
             minutes = [step / row["steps"] * seeds[0]["processor_seconds"] / 60 for step in steps]
             for axes, places in ((by_steps, steps), (by_minutes, minutes)):
                 label = title if number == 0 else None
-                axes.plot(places, psnr, f"C{i}", linewidth=1.2, marker="o", markersize=2.5, label=label)
+                axes.plot(
+                    places, psnr, f"C{i}", linewidth=1.2, marker="o", markersize=2.5, label=label
+                )
     for axes, unit in ((by_steps, "steps"), (by_minutes, "minutes of a thread")):
         for linear in _baselines(rows, "linear"):
-            axes.axhline(linear["64"]["psnr"], color="0.3", linestyle="--", linewidth=1, label="linear code")
+            axes.axhline(
+                linear["64"]["psnr"], color="0.3", linestyle="--", linewidth=1, label="linear code"
+            )
         axes.set_xlabel(unit, fontsize=9)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
@@ -286,7 +359,12 @@ def _plot(rows: Found, path: Path) -> None:
             for row in _of_seeds(rows, stem)[:1]:
                 above = [_psnr(row, size) - bicubic[size]["psnr"] for size in bicubic]
                 axes.plot(
-                    [float(size) for size in bicubic], above, linewidth=1.2, marker="o", markersize=3, label=title
+                    [float(size) for size in bicubic],
+                    above,
+                    linewidth=1.2,
+                    marker="o",
+                    markersize=3,
+                    label=title,
                 )
     axes.legend(fontsize=8)
     axes.set_title("dB above bicubic, by pixels", fontsize=10)
@@ -298,7 +376,10 @@ def _plot(rows: Found, path: Path) -> None:
 
 def _photographs(runs: Path, path: Path) -> None:
     """Photographs of the package, which no row has seen, through the encoders' rows of the first seed that has all."""
-    of_seeds = ({title: find_run(runs, f"{stem}_{seed}") for title, stem in PICTURED.items()} for seed in SEEDS)
+    of_seeds = (
+        {title: find_run(runs, f"{stem}_{seed}") for title, stem in PICTURED.items()}
+        for seed in SEEDS
+    )
     found = next((found for found in of_seeds if all(found.values())), None)
     if found is None:
         raise FileNotFoundError(f"{runs}: the runs of no seed are there")
@@ -312,14 +393,20 @@ def _photographs(runs: Path, path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=Path, default=Path("study/results"), help="a folder of rows' files")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", type=Path, default=Path("study/results"), help="a folder of rows' files"
+    )
     parser.add_argument("--document", type=Path, default=Path("docs/results.md"))
     parser.add_argument("--runs", type=Path, help="the rows' runs, to draw photographs too")
     options = parser.parse_args(arguments)
     try:
         rows = read_rows(options.rows)
-        options.document.write_text(fill(options.document.read_text(encoding="utf-8"), rows), encoding="utf-8")
+        options.document.write_text(
+            fill(options.document.read_text(encoding="utf-8"), rows), encoding="utf-8"
+        )
         images = options.document.parent / "images"
         images.mkdir(exist_ok=True)
         _plot(rows, images / "study_scales.png")

@@ -41,7 +41,9 @@ class NormalizedLiteVAE(LiteVAE_Encoder):
         super().__init__(**params)
         last = self.aggregator.conv_out
         assert isinstance(last, nn.Conv2d)
-        self.aggregator.conv_out = nn.Sequential(GroupNorm(GROUPS, last.in_channels), nn.SiLU(), last)
+        self.aggregator.conv_out = nn.Sequential(
+            GroupNorm(GROUPS, last.in_channels), nn.SiLU(), last
+        )
 
 
 class TinyMoments(TinyEncoder):
@@ -74,7 +76,9 @@ class ShuffledLiteVAE(LiteVAE_Encoder):
         for level, extractor in enumerate(self.extractors, start=1):
             first = extractor.init_conv
             assert isinstance(first, nn.Conv2d)
-            extractor.init_conv = nn.Conv2d(self.in_channels * 4**level, first.out_channels, 3, padding=1)
+            extractor.init_conv = nn.Conv2d(
+                self.in_channels * 4**level, first.out_channels, 3, padding=1
+            )
 
     def _features(self, x: Tensor, apply: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
         features: list[Tensor] = []

@@ -19,7 +19,9 @@ class Lite0:
     """The 1280 pooled features of EfficientNet-Lite0, in float32; images are resized to 224x224 (bicubic)."""
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
-        self._network = lite0_network(installed_lite0()).to(device, memory_format=torch.channels_last)  # a third faster
+        self._network = lite0_network(installed_lite0()).to(
+            device, memory_format=torch.channels_last
+        )  # a third faster
         self._device = torch.device(device)
 
     @torch.no_grad()
@@ -27,8 +29,12 @@ class Lite0:
         """uint8 (B, 3, H, W) -> float32 (B, 1280)."""
         x = from_uint8(images.to(self._device))
         with full_float32(x):
-            x = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)  # (B, 3, 224, 224)
-            pooled = self._network.forward_head(self._network.forward_features(x), pre_logits=True)  # (B, 1280)
+            x = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(
+                -1, 1
+            )  # (B, 3, 224, 224)
+            pooled = self._network.forward_head(
+                self._network.forward_features(x), pre_logits=True
+            )  # (B, 1280)
         features: Features = pooled.cpu().numpy()
         return features
 
@@ -46,5 +52,7 @@ def frechet_lite0(a: Features, b: Features) -> float:
         ValueError: a set has fewer than two images.
     """
     if min(len(a), len(b)) < 2:
-        raise ValueError(f"a Fréchet distance needs at least 2 images on both sides, got {len(a)} and {len(b)}")
+        raise ValueError(
+            f"a Fréchet distance needs at least 2 images on both sides, got {len(a)} and {len(b)}"
+        )
     return frechet_distance(a, b)

@@ -43,7 +43,11 @@ from study.rows import LONG, NETWORKS, RECIPE
 PAGE = Path(__file__).parent.parent / "docs" / "gpu.md"
 CORPUS = Path(__file__).parent / "corpus-out"
 RECIPES = ("A2", "B5")
-NO_LPIPS = ("model.params.lossconfig.params.lpips_weight=0", "model.params.val_metrics=[]", "lightning.callbacks=null")
+NO_LPIPS = (
+    "model.params.lossconfig.params.lpips_weight=0",
+    "model.params.val_metrics=[]",
+    "lightning.callbacks=null",
+)
 """Without LPIPS, whose network is a download, in the loss, validation and the choice of the best checkpoint."""
 
 
@@ -58,7 +62,11 @@ class Bench:
     @property
     def recipes(self) -> dict[str, str]:
         """The recipes that A2 and B5 stand for."""
-        return {"A2": "demo", "B5": "demo_b"} if self.quick else {"A2": "imagenet/A2", "B5": "imagenet/B5"}
+        return (
+            {"A2": "demo", "B5": "demo_b"}
+            if self.quick
+            else {"A2": "imagenet/A2", "B5": "imagenet/B5"}
+        )
 
     @property
     def precision(self) -> str:
@@ -111,30 +119,56 @@ def _tests(bench: Bench) -> dict[str, Any]:
     report.unlink(missing_ok=True)
     chosen = ["tests/bench/test_measure.py"] if bench.device == "cpu" else ["-m", "gpu"]
     try:
-        bench.command("pytest", "-m", "pytest", *chosen, "-p", "no:cacheprovider", f"--junitxml={report}")
+        bench.command(
+            "pytest", "-m", "pytest", *chosen, "-p", "no:cacheprovider", f"--junitxml={report}"
+        )
     except RuntimeError:
         if not report.is_file():
             raise
     (suite,) = ElementTree.parse(report).getroot()
-    failed = [f"{c.get('classname')}.{c.get('name')}" for c in suite if {e.tag for e in c} & {"failure", "error"}]
-    return {"tests": int(suite.get("tests", 0)), "skipped": int(suite.get("skipped", 0)), "failed": failed}
+    failed = [
+        f"{c.get('classname')}.{c.get('name')}"
+        for c in suite
+        if {e.tag for e in c} & {"failure", "error"}
+    ]
+    return {
+        "tests": int(suite.get("tests", 0)),
+        "skipped": int(suite.get("skipped", 0)),
+        "failed": failed,
+    }
 
 
 def _step(recipe: str, precision: str, options: Mapping[str, bool], bench: Bench) -> dict[str, Any]:
     """A training step on random images: time, TFLOP/s, and the memory beside what was counted."""
-    params, size, images = read_step(bench.recipes[recipe], 64 if bench.quick else 0, 2 if bench.quick else 0)
+    params, size, images = read_step(
+        bench.recipes[recipe], 64 if bench.quick else 0, 2 if bench.quick else 0
+    )
     params |= {"channels_last": False, "checkpoint": False, "compile": False, **options}
     model = LiteAutoencoderKL(**params)
     counted, on_gpu = footprint(model, size, precision), bench.device != "cpu"
-    while on_gpu and images > 1 and MARGIN * counted.total(images) > torch.cuda.mem_get_info(bench.device)[0]:
+    while (
+        on_gpu
+        and images > 1
+        and MARGIN * counted.total(images) > torch.cuda.mem_get_info(bench.device)[0]
+    ):
         images //= 2
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(bench.device)
     lightning, steps = PRECISIONS[precision].lightning, 1 if bench.quick else 20
     torch.backends.cudnn.benchmark = True  # as training has it
     seconds = median(time_steps(model, size, images, steps, bench.device, lightning))
-    found = {"recipe": recipe, "precision": precision, "options": list(options), "size": size, "images": images}
-    found |= {"ms": 1e3 * seconds, "images_per_s": images / seconds, "counted_gib": counted.total(images) / GIB}
+    found = {
+        "recipe": recipe,
+        "precision": precision,
+        "options": list(options),
+        "size": size,
+        "images": images,
+    }
+    found |= {
+        "ms": 1e3 * seconds,
+        "images_per_s": images / seconds,
+        "counted_gib": counted.total(images) / GIB,
+    }
     found["tflops"] = counted.flop * images / seconds / 1e12
     if on_gpu:
         found["memory_gib"] = torch.cuda.max_memory_allocated(bench.device) / GIB
@@ -161,7 +195,9 @@ def _networks(half: str, bench: Bench) -> dict[str, Any]:
     """Encoders or decoders beside those of diffusers, random weights, no gradients."""
     size, images, rounds = (64, 1, 1) if bench.quick else (256, 16, 10)
     ours = {**ENCODERS, **DECODERS}
-    names = {"encoder": ("S", "B", "M", "L"), "decoder": ("open_litevae", "open_litevae, folded")}[half]
+    names = {"encoder": ("S", "B", "M", "L"), "decoder": ("open_litevae", "open_litevae, folded")}[
+        half
+    ]
     builders: dict[str, Callable[[], nn.Module]] = {
         "AutoencoderKL": lambda: getattr(_kl(), half),
         "AutoencoderTiny": lambda: getattr(_tiny(), half),
@@ -177,7 +213,15 @@ def _trained(recipe: str, bench: Bench) -> dict[str, Any]:
     images, size = ("2", ["data.params.size=64"]) if bench.quick else ("4", [])
     settings = [f"data.params.batch_size={images}", *size, *NO_LPIPS]
     settings += ["lightning.trainer.max_steps=8", "lightning.trainer.val_check_interval=8"]
-    text = bench.train(f"{recipe}_training", bench.recipes[recipe], "--profile", "2", "--data", "samples", *settings)
+    text = bench.train(
+        f"{recipe}_training",
+        bench.recipes[recipe],
+        "--profile",
+        "2",
+        "--data",
+        "samples",
+        *settings,
+    )
     kernels = re.search(r"(\d+)\s+kernels\s+a\s+step", text)
     return {"recipe": recipe, "images": int(images), "kernels": kernels and int(kernels[1])}
 
@@ -189,10 +233,18 @@ def _pair(network: str, bench: Bench) -> dict[str, Any]:
     overrides = [*NETWORKS[linear], f"model.base_learning_rate={LONG[linear][0]}"]
     params = cfg.load([RECIPE], overrides)["model"]["params"]
     lightning = PRECISIONS[bench.precision].lightning
-    seconds = time_steps(LiteAutoencoderKL(**params), 64, images, 2 if bench.quick else 20, bench.device, lightning)
+    seconds = time_steps(
+        LiteAutoencoderKL(**params), 64, images, 2 if bench.quick else 20, bench.device, lightning
+    )
     steps = max(2, round(60 * minutes / median(seconds)))
-    overrides += [f"lightning.trainer.max_steps={steps}", f"lightning.trainer.val_check_interval={steps}"]
-    overrides += [f"data.params.batch_size={images}", f"data.params.num_workers={0 if bench.quick else 8}"]
+    overrides += [
+        f"lightning.trainer.max_steps={steps}",
+        f"lightning.trainer.val_check_interval={steps}",
+    ]
+    overrides += [
+        f"data.params.batch_size={images}",
+        f"data.params.num_workers={0 if bench.quick else 8}",
+    ]
     tiles, held_out = CORPUS / "train_tiles", ["--data", str(CORPUS / "held_out")]
     if tiles.is_dir():
         data = [f"data.params.root={tiles}", f"data.params.val_root={CORPUS / 'held_out'}"]
@@ -200,13 +252,32 @@ def _pair(network: str, bench: Bench) -> dict[str, Any]:
         data, held_out = ["--data", "samples"], []
     start, name = time.monotonic(), f"pair_{network}"
     bench.train(f"{name}_training", str(RECIPE), *data, *overrides)
-    found: dict[str, Any] = {"network": network, "steps": steps, "seconds": time.monotonic() - start}
+    found: dict[str, Any] = {
+        "network": network,
+        "steps": steps,
+        "seconds": time.monotonic() - start,
+    }
     found["data"] = "the study's corpus" if held_out else "the package's 52 photographs"
-    run, folder = sorted((bench.out / "runs").glob(f"*_{name}_training_*"))[-1], bench.out / "evaluations" / name
-    flags = ["--size", "64" if bench.quick else "256", "--metrics", "psnr,ssim", "--baselines", "--out", str(folder)]
-    bench.command(f"{name}_evaluation", "-m", "olvae.cli.main", "evaluate", str(run), *held_out, *flags)
+    run, folder = (
+        sorted((bench.out / "runs").glob(f"*_{name}_training_*"))[-1],
+        bench.out / "evaluations" / name,
+    )
+    flags = [
+        "--size",
+        "64" if bench.quick else "256",
+        "--metrics",
+        "psnr,ssim",
+        "--baselines",
+        "--out",
+        str(folder),
+    ]
+    bench.command(
+        f"{name}_evaluation", "-m", "olvae.cli.main", "evaluate", str(run), *held_out, *flags
+    )
     results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["results"]
-    trained, code = [result["metrics"] for result in results if "untrained" not in result["target"]][:2]
+    trained, code = [
+        result["metrics"] for result in results if "untrained" not in result["target"]
+    ][:2]
     return {**found, "linear_psnr": code["psnr"], "psnr": trained["psnr"], "ssim": trained["ssim"]}
 
 
@@ -235,7 +306,10 @@ def _steps() -> Iterator[tuple[str, Step]]:
 def _of_both(kind: str, precision: str, *options: str) -> Iterator[tuple[str, Step]]:
     for recipe in RECIPES:
         step = partial(_step, recipe, precision, dict.fromkeys(options, True))
-        yield "_".join((kind, recipe, precision, *options)), Step(step, 480 if "compile" in options else 180)
+        yield (
+            "_".join((kind, recipe, precision, *options)),
+            Step(step, 480 if "compile" in options else 180),
+        )
 
 
 STEPS: Mapping[str, Step] = dict(_steps())
@@ -252,7 +326,10 @@ def run(bench: Bench, steps: Sequence[str], minutes: float, page: Path) -> None:
         file = rows / f"{name}.json"
         if not file.is_file() or "error" in json.loads(file.read_text(encoding="utf-8")):
             if time.monotonic() - begun > 60 * minutes:
-                print(f"{minutes:g} minutes are over: {name} and what follows run in the next call", flush=True)
+                print(
+                    f"{minutes:g} minutes are over: {name} and what follows run in the next call",
+                    flush=True,
+                )
                 return
             start = time.monotonic()
             try:
@@ -260,13 +337,22 @@ def run(bench: Bench, steps: Sequence[str], minutes: float, page: Path) -> None:
             except RuntimeError as error:
                 write_json({"error": str(error)}, file)
             outcome = json.loads(file.read_text(encoding="utf-8")).get("error", "done")
-            print(f"{number}/{len(steps)} {name}: {outcome}, {time.monotonic() - start:.0f} s", flush=True)
-        page.write_text(fill(page.read_text(encoding="utf-8"), read_rows(rows), TABLES), encoding="utf-8")
+            print(
+                f"{number}/{len(steps)} {name}: {outcome}, {time.monotonic() - start:.0f} s",
+                flush=True,
+            )
+        page.write_text(
+            fill(page.read_text(encoding="utf-8"), read_rows(rows), TABLES), encoding="utf-8"
+        )
 
 
 def _of(rows: Found, prefix: str) -> list[Mapping[str, Any]]:
     """Results of this kind in the order of the steps, without failed ones."""
-    return [rows[name] for name in STEPS if name.startswith(prefix) and "error" not in rows.get(name, {"error": ""})]
+    return [
+        rows[name]
+        for name in STEPS
+        if name.startswith(prefix) and "error" not in rows.get(name, {"error": ""})
+    ]
 
 
 def _number(row: Mapping[str, Any], key: str, form: str = ".1f") -> str:
@@ -277,11 +363,21 @@ def _number(row: Mapping[str, Any], key: str, form: str = ".1f") -> str:
 def _run_table(rows: Found) -> str:
     """The machine, the tests, and the steps that failed."""
     found = [pair for row in _of(rows, "machine") for pair in row.items()]
-    lines = [[key, f"{value:.4g}" if isinstance(value, float) else str(value)] for key, value in found]
+    lines = [
+        [key, f"{value:.4g}" if isinstance(value, float) else str(value)] for key, value in found
+    ]
     for row in _of(rows, "tests"):
         passed = row["tests"] - row["skipped"] - len(row["failed"])
-        lines.append(["tests", "; failed: ".join([f"{passed} passed, {row['skipped']} skipped", *row["failed"]])])
-    return table(["", "found"], [*lines, *([name, row["error"]] for name, row in rows.items() if "error" in row)])
+        lines.append(
+            [
+                "tests",
+                "; failed: ".join([f"{passed} passed, {row['skipped']} skipped", *row["failed"]]),
+            ]
+        )
+    return table(
+        ["", "found"],
+        [*lines, *([name, row["error"]] for name, row in rows.items() if "error" in row)],
+    )
 
 
 def _step_table(rows: Found) -> str:
@@ -289,15 +385,25 @@ def _step_table(rows: Found) -> str:
     for row in _of(rows, "step_"):
         share = f"{row['tflops'] / row['peak']:.0%}" if row.get("peak") else ""
         kind = ", ".join([row["precision"], *row["options"]])
-        cells = [f"{row['recipe']}, {kind}", str(row["size"]), str(row["images"]), _number(row, "ms")]
+        cells = [
+            f"{row['recipe']}, {kind}",
+            str(row["size"]),
+            str(row["images"]),
+            _number(row, "ms"),
+        ]
         cells += [_number(row, "images_per_s"), _number(row, "tflops", ".2f"), share]
         lines.append([*cells, _number(row, "memory_gib"), _number(row, "counted_gib")])
     memory = ["GiB measured", "GiB counted"]
-    return table(["step", "px", "images", "ms", "images/s", "TFLOP/s", "of the peak", *memory], lines)
+    return table(
+        ["step", "px", "images", "ms", "images/s", "TFLOP/s", "of the peak", *memory], lines
+    )
 
 
 def _launch_table(rows: Found) -> str:
-    lines = [[row["recipe"], str(row["images"]), _number(row, "kernels", "d")] for row in _of(rows, "trained_")]
+    lines = [
+        [row["recipe"], str(row["images"]), _number(row, "kernels", "d")]
+        for row in _of(rows, "trained_")
+    ]
     return table(["recipe, as olvae train runs it", "images", "kernels a step"], lines)
 
 
@@ -310,7 +416,9 @@ def _network_table(rows: Found) -> str:
             best = speeds.setdefault(row["name"], {})
             best[row["precision"]] = max(row["images_per_s"], best.get(row["precision"], 0.0))
         for name, best in speeds.items():
-            lines.append([f"{found['half']}, {name}", *(_number(best, key, ".4g") for key in PRECISIONS)])
+            lines.append(
+                [f"{found['half']}, {name}", *(_number(best, key, ".4g") for key in PRECISIONS)]
+            )
     return table(["half, images/s", *PRECISIONS], lines)
 
 
@@ -333,16 +441,34 @@ TABLES: Mapping[str, Callable[[Found], str]] = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="of finished steps: study/gpu-out, or study/gpu-quick on a CPU")
-    parser.add_argument("--device", default="cuda", help="cuda; cpu tries the way there, and fills a copy of the page")
-    parser.add_argument("--minutes", type=float, default=40, help="after which no further step begins")
-    parser.add_argument("--only", nargs="*", choices=STEPS, default=list(STEPS), metavar="STEP", help="by name")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--out", type=Path, help="of finished steps: study/gpu-out, or study/gpu-quick on a CPU"
+    )
+    parser.add_argument(
+        "--device",
+        default="cuda",
+        help="cuda; cpu tries the way there, and fills a copy of the page",
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=40, help="after which no further step begins"
+    )
+    parser.add_argument(
+        "--only", nargs="*", choices=STEPS, default=list(STEPS), metavar="STEP", help="by name"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
-    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)  # one step, in this process
+    parser.add_argument(
+        "--here", action="store_true", help=argparse.SUPPRESS
+    )  # one step, in this process
     options = parser.parse_args(arguments)
     tried = options.quick or options.device == "cpu"
-    bench = Bench(options.out or Path("study", "gpu-quick" if tried else "gpu-out"), options.device, options.quick)
+    bench = Bench(
+        options.out or Path("study", "gpu-quick" if tried else "gpu-out"),
+        options.device,
+        options.quick,
+    )
     try:
         if options.here:
             (name,) = options.only

@@ -33,16 +33,23 @@ class Unexplained:
 
     def __init__(self) -> None:
         self._axes = F.normalize(torch.tensor(list(AXES.values()), dtype=torch.float64))
-        self._count, self._error, self._sum, self._squares = 0, *torch.zeros(3, len(AXES), dtype=torch.float64)
+        self._count, self._error, self._sum, self._squares = (
+            0,
+            *torch.zeros(3, len(AXES), dtype=torch.float64),
+        )
 
     def update(self, x: Tensor, y: Tensor) -> None:
         """Add images and their reconstructions, (B, 3, H, W)."""
         colours, others = (
-            torch.einsum("ac,bchw->abhw", self._axes, F.avg_pool2d(image.double(), 8)).flatten(1) for image in (x, y)
+            torch.einsum("ac,bchw->abhw", self._axes, F.avg_pool2d(image.double(), 8)).flatten(1)
+            for image in (x, y)
         )
         self._count += colours.shape[1]
         self._error = self._error + (others - colours).square().sum(1)
-        self._sum, self._squares = self._sum + colours.sum(1), self._squares + colours.square().sum(1)
+        self._sum, self._squares = (
+            self._sum + colours.sum(1),
+            self._squares + colours.square().sum(1),
+        )
 
     def compute(self) -> dict[str, float]:
         shares = self._error / (self._squares - self._sum.square() / self._count)
@@ -60,7 +67,9 @@ def parts(folder: Path) -> Iterator[Tensor]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("target")
     parser.add_argument("--tiles", type=Path, required=True, help="a folder of the corpus")
     parser.add_argument("--out", type=Path, required=True, help="a JSON file")
@@ -80,7 +89,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     unexplained = Unexplained()
     real, fake = np.load(known), network.of(reconstructions())
-    found = {"frechet_lite0": frechet_lite0(real, fake), "images": len(real), "unexplained": unexplained.compute()}
+    found = {
+        "frechet_lite0": frechet_lite0(real, fake),
+        "images": len(real),
+        "unexplained": unexplained.compute(),
+    }
     write_json(found, options.out)
 
 

@@ -91,7 +91,10 @@ PACKAGES = (
         "2.1.0-1",
         "pool/main/l/lxqt-themes/lxqt-themes_2.1.0-1_all.deb",
         "a98e6871e2ea42bcd390d2f62c0e04c27deab0cb27fd73d23d7bda25593ace15",
-        _paths("usr/share/lxqt/wallpapers/@", "after-the-rain.jpg Butterfly-*.jpg fog.jpg this-is-not-windows.jpg"),
+        _paths(
+            "usr/share/lxqt/wallpapers/@",
+            "after-the-rain.jpg Butterfly-*.jpg fog.jpg this-is-not-windows.jpg",
+        ),
         (("usr/share/lxqt/", ""),),
     ),
     Package(
@@ -150,14 +153,23 @@ drawings, or smaller.
 """
 
 ALIASES = (
-    ("plasma-workspace-wallpapers_milkyway-1080x1920", "plasma-workspace-wallpapers_milkyway-5120x2880"),
+    (
+        "plasma-workspace-wallpapers_milkyway-1080x1920",
+        "plasma-workspace-wallpapers_milkyway-5120x2880",
+    ),
     ("plasma-workspace-wallpapers_shell-5120x2880", "plasma-workspace-wallpapers_shell-720x1440"),
     (
         "gcompris-qt-data_details-neuschwanstein-background",
         "gcompris-qt-data_explore-monuments-germany-neuschwansteincastle",
     ),
-    ("gcompris-qt-data_details-tajmahal-background", "gcompris-qt-data_explore-monuments-wonders-tajmahal"),
-    ("gcompris-qt-data_details-toureiffel-background", "gcompris-qt-data_explore-monuments-france-eiffeltower"),
+    (
+        "gcompris-qt-data_details-tajmahal-background",
+        "gcompris-qt-data_explore-monuments-wonders-tajmahal",
+    ),
+    (
+        "gcompris-qt-data_details-toureiffel-background",
+        "gcompris-qt-data_explore-monuments-france-eiffeltower",
+    ),
 )
 """Pairs of one scene, or two crops of one photograph, that no hash recognises; seen on contact sheets."""
 

@@ -44,7 +44,11 @@ STEPS, SAMPLES, SEEDS = 400, 200, (0, 1, 2)
 
 def node(name: str) -> list[str]:
     """The recipe's overrides for a part."""
-    return [f"model.params.parts.{name}={{target: olvae.models.parts.{PARTS[name]}}}"] if PARTS[name] else []
+    return (
+        [f"model.params.parts.{name}={{target: olvae.models.parts.{PARTS[name]}}}"]
+        if PARTS[name]
+        else []
+    )
 
 
 def run(study: Study, name: str) -> dict[str, Any]:
@@ -56,45 +60,108 @@ def run(study: Study, name: str) -> dict[str, Any]:
             f"val_root={(study.corpus / 'held_out').resolve()}",
         )
         settings = [*(f"data.params.{setting}" for setting in photographs), *node(name)]
-        flags = ["--base", str(RECIPE), "--logdir", str(study.out / "runs"), "--name", f"further_{name}"]
+        flags = [
+            "--base",
+            str(RECIPE),
+            "--logdir",
+            str(study.out / "runs"),
+            "--name",
+            f"further_{name}",
+        ]
         flags += ["--seed", "0", "--gpus", "0", "--precision", "32"]
         study.command(name, "-m", "olvae.cli.main", "train", *flags, *settings)
         model = find_run(study.out / "runs", f"further_{name}")
         assert model is not None
-    target, places = str(model.path), [study.out / folder / name for folder in ("evaluations", "latents", "diffusion")]
+    target, places = (
+        str(model.path),
+        [study.out / folder / name for folder in ("evaluations", "latents", "diffusion")],
+    )
     evaluation, latents, diffusion = map(str, places)
     held_out = ("--data", str(study.corpus / "held_out"), "--size", "256", "--metrics", "psnr")
     if not (places[0] / "metrics.json").is_file():
-        study.command(name, "-m", "olvae.cli.main", "evaluate", target, *held_out, "--no-report", "--out", evaluation)
+        study.command(
+            name,
+            "-m",
+            "olvae.cli.main",
+            "evaluate",
+            target,
+            *held_out,
+            "--no-report",
+            "--out",
+            evaluation,
+        )
     crops = ("--data", str(study.out / "crops"), "--size", str(CROP), "--flip", "--out", latents)
     study.command(name, "-m", "olvae.cli.main", "encode", target, *crops)
-    flags = ["--decoder", target, "--reference", str(study.out / f"reference_{SAMPLES}"), "--out", diffusion]
-    flags += ["--seeds", ",".join(map(str, SEEDS)), "--samples", str(SAMPLES), "--steps", str(STEPS), "--patch", "2"]
+    flags = [
+        "--decoder",
+        target,
+        "--reference",
+        str(study.out / f"reference_{SAMPLES}"),
+        "--out",
+        diffusion,
+    ]
+    flags += [
+        "--seeds",
+        ",".join(map(str, SEEDS)),
+        "--samples",
+        str(SAMPLES),
+        "--steps",
+        str(STEPS),
+        "--patch",
+        "2",
+    ]
     study.command(name, "examples/diffusability.py", latents, *flags)
-    psnr = json.loads((places[0] / "metrics.json").read_text(encoding="utf-8"))["results"][0]["metrics"]["psnr"]
+    psnr = json.loads((places[0] / "metrics.json").read_text(encoding="utf-8"))["results"][0][
+        "metrics"
+    ]["psnr"]
     found = json.loads((places[2] / "diffusability.json").read_text(encoding="utf-8"))
     return {"name": name, "part": PARTS[name], "psnr": psnr, **found}
 
 
 def read(folder: Path = Path(__file__).parent / "results" / "parts") -> dict[str, dict[str, Any]]:
     """The files of a folder by part, in the order of the table."""
-    return {name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in PARTS}
+    return {
+        name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in PARTS
+    }
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: distances to the crops, and of samples to decoded latents, with the deviation over the seeds."""
-    headings = ["part", "dB at 256", "reconstructions", "decoded latents", "samples", "samples to decoded latents"]
+    headings = [
+        "part",
+        "dB at 256",
+        "reconstructions",
+        "decoded latents",
+        "samples",
+        "samples to decoded latents",
+    ]
     lines = []
     for name, row in found.items():
-        floors = (f"{row['frechet_lite0'][key]:.1f}" for key in ("reconstructions", "decoded_latents"))
-        seeds = [[seed[key] for seed in row["seeds"]] for key in ("frechet_lite0", "frechet_lite0_to_decoded")]
-        lines.append([TITLES[name], f"{row['psnr']:.2f}", *floors, *(draw.spread(values, 1) for values in seeds)])
+        floors = (
+            f"{row['frechet_lite0'][key]:.1f}" for key in ("reconstructions", "decoded_latents")
+        )
+        seeds = [
+            [seed[key] for seed in row["seeds"]]
+            for key in ("frechet_lite0", "frechet_lite0_to_decoded")
+        ]
+        lines.append(
+            [
+                TITLES[name],
+                f"{row['psnr']:.2f}",
+                *floors,
+                *(draw.spread(values, 1) for values in seeds),
+            ]
+        )
     return draw.table(headings, lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, default=Path("study/corpus-out"), help="what study.corpus made")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus", type=Path, default=Path("study/corpus-out"), help="what study.corpus made"
+    )
     parser.add_argument("--out", type=Path, default=Path("study/out"))
     options = parser.parse_args(arguments)
     try:

@@ -70,7 +70,11 @@ NETWORKS = {
     "sd_short": (f"{ENCODER}.target=study.encoders.ShortPathSDEncoder", SD),
     "sd_linear": (*SD_ENCODER, *LINEAR),
     "tiny": TINY_ENCODER,
-    "tiny_whole": (*TINY_ENCODER, f"{DECODER}.target=olvae.modules.others.tiny.TinyDecoder", TINY_DECODER),
+    "tiny_whole": (
+        *TINY_ENCODER,
+        f"{DECODER}.target=olvae.modules.others.tiny.TinyDecoder",
+        TINY_DECODER,
+    ),
 }
 """The encoders: two published ones, TAESD's, and what sets the first two apart; TAESD's with its own decoder too."""
 
@@ -121,10 +125,15 @@ def rows(quick: bool = False) -> list[Row]:
         quick: an eighth of the steps, one seed.
     """
     factor, seeds = (8, SEEDS[:1]) if quick else (1, SEEDS)
-    equivariance = "model.params.parts.equivariance.target=olvae.models.parts.equivariance.Equivariance"
+    equivariance = (
+        "model.params.parts.equivariance.target=olvae.models.parts.equivariance.Equivariance"
+    )
     found = [
         *_encoders(seeds),
-        *(Row(f"no_wavelet_{seed}", "objective", (f"{LOSS}.wavelet_weight=0",), seed=seed) for seed in seeds),
+        *(
+            Row(f"no_wavelet_{seed}", "objective", (f"{LOSS}.wavelet_weight=0",), seed=seed)
+            for seed in seeds
+        ),
         Row("kl_x10", "diffusion", (f"{LOSS}.kl_weight=0.1",)),
         Row("equivariance", "diffusion", (equivariance,)),
         Row("group_norm", "scale", (f"{DECODER}.params.variant=group_norm",), sizes=ALL_SIZES),
@@ -167,12 +176,26 @@ def _encoders(seeds: Sequence[int]) -> list[Row]:
     ]
     equal_time = [Row(f"litevae_time_{seed}", "encoder", seed=seed, time_of="sd") for seed in seeds]
     longer = [
-        Row(f"{name}_longer_{seed}", "encoder", (*NETWORKS[name], f"{RATE}={rate}"), 6000, seed, precision="bf16")
+        Row(
+            f"{name}_longer_{seed}",
+            "encoder",
+            (*NETWORKS[name], f"{RATE}={rate}"),
+            6000,
+            seed,
+            precision="bf16",
+        )
         for name, (rate, count) in LONGER.items()
         for seed in seeds[:count]
     ]
     long = [
-        Row(f"{name}_long_0", "encoder", (*NETWORKS[name], f"{RATE}={rate}"), steps, sizes=ALL_SIZES, precision="bf16")
+        Row(
+            f"{name}_long_0",
+            "encoder",
+            (*NETWORKS[name], f"{RATE}={rate}"),
+            steps,
+            sizes=ALL_SIZES,
+            precision="bf16",
+        )
         for name, (rate, steps) in LONG.items()
     ]
     return equal_steps + equal_time + longer + long

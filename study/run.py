@@ -51,7 +51,9 @@ class Study:
 
     def result(self, name: str) -> dict[str, Any]:
         """What a finished row found."""
-        found: dict[str, Any] = json.loads((self.out / "rows" / f"{name}.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(
+            (self.out / "rows" / f"{name}.json").read_text(encoding="utf-8")
+        )
         return found
 
     def is_done(self, name: str) -> bool:
@@ -84,8 +86,19 @@ class Study:
         for seed, name, count in ((0, "crops", CROPS), (1, references, number)):
             folder = self.out / name
             if len(list(folder.glob("*.png"))) < count:
-                flags = ["--size", str(CROP), "--count", str(count), "--seed", str(seed), "--out", str(folder)]
-                self.command("crops", "examples/random_crops.py", str(self.corpus / "train"), *flags)
+                flags = [
+                    "--size",
+                    str(CROP),
+                    "--count",
+                    str(count),
+                    "--seed",
+                    str(seed),
+                    "--out",
+                    str(folder),
+                ]
+                self.command(
+                    "crops", "examples/random_crops.py", str(self.corpus / "train"), *flags
+                )
 
     def run_one(self, row: Row | Diffusion) -> dict[str, Any]:
         """Run a row; returns what is in its file."""
@@ -101,29 +114,73 @@ class Study:
         run = self._folder(row.name)
         assert run is not None
         curve = read_curves(run)["val/psnr"]
-        found: dict[str, Any] = {"name": row.name, "question": row.question, "overrides": row.overrides}
+        found: dict[str, Any] = {
+            "name": row.name,
+            "question": row.question,
+            "overrides": row.overrides,
+        }
         found |= {"steps": steps, "seed": row.seed, "processor_seconds": seconds, "sizes": {}}
         found["curve"] = [[int(step) for step in curve[0]], [round(psnr, 3) for psnr in curve[1]]]
         for size in row.sizes:
             found["sizes"][str(size)], *baselines = self._evaluate(row, run, size)
             for name, baseline in zip(("linear", "bicubic"), baselines, strict=False):
                 found.setdefault(name, {})[str(size)] = baseline
-        distance, tiles = self.out / "evaluations" / row.name / "frechet.json", self.corpus / "held_out_tiles"
-        self.command(row.name, "-m", "study.measure", str(run.path), "--tiles", str(tiles), "--out", str(distance))
+        distance, tiles = (
+            self.out / "evaluations" / row.name / "frechet.json",
+            self.corpus / "held_out_tiles",
+        )
+        self.command(
+            row.name,
+            "-m",
+            "study.measure",
+            str(run.path),
+            "--tiles",
+            str(tiles),
+            "--out",
+            str(distance),
+        )
         found |= json.loads(distance.read_text(encoding="utf-8"))
         found["machine"] = {**machine("cpu"), "threads": 1}
         return found
 
     def run_diffusion(self, row: Diffusion) -> dict[str, Any]:
         """Encode crops with a row's autoencoder, and train diffusion models on them."""
-        run, latents, folder = self._folder(row.of), self.out / "latents" / row.name, self.out / "diffusion" / row.name
+        run, latents, folder = (
+            self._folder(row.of),
+            self.out / "latents" / row.name,
+            self.out / "diffusion" / row.name,
+        )
         assert run is not None
-        crops = ("--data", str(self.out / "crops"), "--size", str(CROP), "--flip", "--out", str(latents))
+        crops = (
+            "--data",
+            str(self.out / "crops"),
+            "--size",
+            str(CROP),
+            "--flip",
+            "--out",
+            str(latents),
+        )
         self.command(row.name, "-m", "olvae.cli.main", "encode", str(run.path), *crops)
-        flags = ["--decoder", str(run.path), "--reference", str(self.out / "reference"), "--out", str(folder)]
-        flags += ["--seeds", ",".join(map(str, row.seeds)), "--steps", str(row.steps), "--samples", str(REFERENCES)]
+        flags = [
+            "--decoder",
+            str(run.path),
+            "--reference",
+            str(self.out / "reference"),
+            "--out",
+            str(folder),
+        ]
+        flags += [
+            "--seeds",
+            ",".join(map(str, row.seeds)),
+            "--steps",
+            str(row.steps),
+            "--samples",
+            str(REFERENCES),
+        ]
         self.command(row.name, "examples/diffusability.py", str(latents), *flags)
-        found: dict[str, Any] = json.loads((folder / "diffusability.json").read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(
+            (folder / "diffusability.json").read_text(encoding="utf-8")
+        )
         return {"name": row.name, "question": "diffusion", "of": row.of, **found}
 
     def _train(self, row: Row, steps: int) -> float:
@@ -131,7 +188,9 @@ class Study:
         noted = self.out / "evaluations" / row.name / "seconds.json"
         noted.parent.mkdir(parents=True, exist_ok=True)
         run = self._folder(row.name)
-        seconds: float = json.loads(noted.read_text()) if run is not None and noted.is_file() else 0.0
+        seconds: float = (
+            json.loads(noted.read_text()) if run is not None and noted.is_file() else 0.0
+        )
         if run is None:
             flags = ["--base", str(RECIPE), "--logdir", str(self.out / "runs"), "--name", row.name]
             flags += ["--seed", str(row.seed), "--gpus", "0", "--precision", row.precision]
@@ -158,8 +217,21 @@ class Study:
     def _evaluate(self, row: Row, run: Run, size: int) -> list[dict[str, Any]]:
         """Metrics on the held-out photographs; with the baseline's after them for its row."""
         folder = self.out / "evaluations" / row.name / str(size)
-        flags = ["--data", str(self.corpus / "held_out"), "--size", str(size), "--metrics", "psnr,ssim"]
-        flags += ["--observe", "colour", "--out", str(folder), *(["--baselines"] if row.name == BASELINE else [])]
+        flags = [
+            "--data",
+            str(self.corpus / "held_out"),
+            "--size",
+            str(size),
+            "--metrics",
+            "psnr,ssim",
+        ]
+        flags += [
+            "--observe",
+            "colour",
+            "--out",
+            str(folder),
+            *(["--baselines"] if row.name == BASELINE else []),
+        ]
         self.command(row.name, "-m", "olvae.cli.main", "evaluate", str(run.path), *flags)
         results = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["results"]
         return [
@@ -169,7 +241,11 @@ class Study:
                 "images": result["n"],
                 "bands": result["bands"],
                 "colour": result["colour"],
-                **{key: result["cost"][key] for key in ("parameters", "encode_macs", "decode_macs") if result["cost"]},
+                **{
+                    key: result["cost"][key]
+                    for key in ("parameters", "encode_macs", "decode_macs")
+                    if result["cost"]
+                },
             }
             for result in results
             if "untrained" not in result["target"]
@@ -224,8 +300,12 @@ def _said(found: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, default=Path("study/corpus-out"), help="what study.corpus made")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--corpus", type=Path, default=Path("study/corpus-out"), help="what study.corpus made"
+    )
     parser.add_argument("--out", type=Path, default=Path("study/out"))
     parser.add_argument("--quick", action="store_true", help="an eighth of the steps, one seed")
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time")
@@ -233,9 +313,13 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         check_folder(options.out)
         if not (options.corpus / "held_out_tiles").is_dir():
-            raise FileNotFoundError(f"{options.corpus}: no corpus there: python -m study.corpus --out {options.corpus}")
+            raise FileNotFoundError(
+                f"{options.corpus}: no corpus there: python -m study.corpus --out {options.corpus}"
+            )
         every: list[Row | Diffusion] = [*rows(options.quick), *diffusions(options.quick)]
-        every.sort(key=lambda row: row.seed if isinstance(row, Row) else 0)  # last what no other row needs
+        every.sort(
+            key=lambda row: row.seed if isinstance(row, Row) else 0
+        )  # last what no other row needs
         Study(options.corpus, options.out, every).run(options.jobs)
     except (OSError, ValueError) as error:
         sys.exit(print_error(error))

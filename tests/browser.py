@@ -17,7 +17,9 @@ def browser() -> Iterator[Any]:
 
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
-        pytest.fail(f"tests marked browser need Chromium on PATH as {', '.join(NAMES)}: apt install chromium")
+        pytest.fail(
+            f"tests marked browser need Chromium on PATH as {', '.join(NAMES)}: apt install chromium"
+        )
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=program, args=FLAGS)
         yield chromium
@@ -28,7 +30,9 @@ class Visit:
     """A page as wide as a screen; `requests` are the addresses it asked for, `problems` what its console shows."""
 
     def __init__(self, browser: Any, width: int, dark: bool = False) -> None:
-        self.page = browser.new_page(viewport={"width": width, "height": 844}, color_scheme="dark" if dark else "light")
+        self.page = browser.new_page(
+            viewport={"width": width, "height": 844}, color_scheme="dark" if dark else "light"
+        )
         self.page.set_default_timeout(60_000)
         self.requests: list[str] = []
         self.problems: list[str] = []

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from olvae import LiteVAE
 
 torch.set_num_threads(1)
-gc.set_threshold(700, 10, 100)  # collections of torch's and Lightning's objects were a tenth of the time
+gc.set_threshold(
+    700, 10, 100
+)  # collections of torch's and Lightning's objects were a tenth of the time
 
 
 def pytest_collection_finish() -> None:
@@ -126,7 +128,10 @@ def parts(**params: dict[str, Any] | None) -> dict[str, Any]:
     return {
         name: None
         if arguments is None
-        else {"target": f"olvae.models.parts.{name}.{name.title().replace('_', '')}", "params": arguments}
+        else {
+            "target": f"olvae.models.parts.{name}.{name.title().replace('_', '')}",
+            "params": arguments,
+        }
         for name, arguments in params.items()
     }
 
@@ -134,8 +139,17 @@ def parts(**params: dict[str, Any] | None) -> dict[str, Any]:
 def tiny_config(root: Path | str | None = None, **model: Any) -> dict[str, Any]:
     """A config that trains in a second: a narrow encoder and decoder on 16-pixel crops."""
     encoder = "olvae.modules.litevae.encoder_model.LiteVAE_Encoder"
-    decoder = {"channels": 8, "z_channels": 4, "channel_mult": [1, 1, 1, 1], "num_res_blocks": 0, "output": "wavelet"}
-    data: dict[str, Any] = {"target": "olvae.data.dataset.SamplePhotographs", "params": {"size": 16, "batch_size": 4}}
+    decoder = {
+        "channels": 8,
+        "z_channels": 4,
+        "channel_mult": [1, 1, 1, 1],
+        "num_res_blocks": 0,
+        "output": "wavelet",
+    }
+    data: dict[str, Any] = {
+        "target": "olvae.data.dataset.SamplePhotographs",
+        "params": {"size": 16, "batch_size": 4},
+    }
     if root is not None:
         data["target"] = "olvae.data.picture_folder.FolderSource"
         data["params"] |= {"root": str(root), "val_fraction": 0.2}
@@ -146,8 +160,14 @@ def tiny_config(root: Path | str | None = None, **model: Any) -> dict[str, Any]:
             "params": {
                 "embed_dim": 4,
                 "encoder_config": {"target": encoder, "params": copy.deepcopy(TINY_ENCODER)},
-                "decoder_config": {"target": "olvae.modules.litevae.decoder_model.LiteVAE_Decoder", "params": decoder},
-                "lossconfig": {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0}},
+                "decoder_config": {
+                    "target": "olvae.modules.litevae.decoder_model.LiteVAE_Decoder",
+                    "params": decoder,
+                },
+                "lossconfig": {
+                    "target": "olvae.losses.objective.Objective",
+                    "params": {"lpips_weight": 0},
+                },
                 **model,
             },
         },
@@ -161,7 +181,9 @@ def tiny(**model: Any) -> "LiteVAE":
     from olvae import LiteVAE
 
     params = tiny_config(**model)["model"]["params"]
-    return LiteVAE.from_config(**{key: value for key, value in params.items() if key != "lossconfig"}).eval()
+    return LiteVAE.from_config(
+        **{key: value for key, value in params.items() if key != "lossconfig"}
+    ).eval()
 
 
 @pytest.fixture(scope="session")

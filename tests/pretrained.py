@@ -36,11 +36,15 @@ def weights_dir(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     torch.save(_classifier_of_torchvision(torchvision.models.vgg16), folder / VGG16.name)
     torch.save(_classifier_of_torchvision(torchvision.models.alexnet), folder / ALEXNET.name)
-    inception = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+    inception = torchvision.models.inception_v3(
+        weights=None, num_classes=1008, aux_logits=False, init_weights=False
+    )
     for layer in inception.modules():
         _he(layer)
         if isinstance(layer, nn.Conv2d):
-            layer.weight.data *= 1.05  # over a hundred layers: features of about 0.4, as the published weights give
+            layer.weight.data *= (
+                1.05  # over a hundred layers: features of about 0.4, as the published weights give
+            )
     torch.save(inception.state_dict(), folder / INCEPTION.name)
     return folder
 

@@ -20,7 +20,9 @@ def model(tmp_path):
 
 
 def photograph(*size):
-    return torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return torch.randint(
+        0, 256, (3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
 
 
 def test_what_is_shown_is_what_the_model_makes(model):
@@ -57,15 +59,21 @@ def test_images_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"broken\.png: not a readable image"):
         read_image(tmp_path / "broken.png", 3)
     Image.new("RGB", (MAX_PIXELS // 1000, 1001)).save(tmp_path / "large.png")
-    with pytest.raises(ValueError, match=r"^4000x1001 pixels are too many for this page, which takes 4 million"):
+    with pytest.raises(
+        ValueError, match=r"^4000x1001 pixels are too many for this page, which takes 4 million"
+    ):
         read_image(tmp_path / "large.png", 3)
     Image.new("L", (3, 2), 7).save(tmp_path / "grey.png")
-    assert torch.equal(read_image(tmp_path / "grey.png", 3), torch.full((3, 2, 3), 7, dtype=torch.uint8))
+    assert torch.equal(
+        read_image(tmp_path / "grey.png", 3), torch.full((3, 2, 3), 7, dtype=torch.uint8)
+    )
 
 
 def test_models_of_other_channels(tmp_path):
     params = tiny_config()["model"]["params"]
-    params["encoder_config"]["params"]["in_channels"] = params["decoder_config"]["params"]["out_channels"] = 1
+    params["encoder_config"]["params"]["in_channels"] = params["decoder_config"]["params"][
+        "out_channels"
+    ] = 1
     tiny(**params).save_pretrained(tmp_path / "grey")
     tiny().save_pretrained(tmp_path / "colour")
     with pytest.raises(ValueError, match="images of 1 and 3 channels"):
@@ -82,7 +90,9 @@ def test_each_channel_has_its_own_scale():
     assert np.unique(pictures[0, 0, :128, :128]).tolist() == [0]
 
 
-@pytest.mark.parametrize(("place", "corner"), [((0, 0), (0, 0)), ((9, 4), (7, 2)), ((11, 9), (8, 6)), ((5, 5), (3, 3))])
+@pytest.mark.parametrize(
+    ("place", "corner"), [((0, 0), (0, 0)), ((9, 4), (7, 2)), ((11, 9), (8, 6)), ((5, 5), (3, 3))]
+)
 def test_a_crop_stays_inside(place, corner):
     image = torch.arange(12 * 10).view(1, 10, 12)
     left, top = corner

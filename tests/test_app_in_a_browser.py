@@ -29,15 +29,24 @@ def served(tmp_path, *arguments):
     command = [sys.executable, "-m", "olvae", "app", *map(str, arguments), "--port", "0"]
     environment = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path / "gradio")}
     printed = tmp_path / "printed.txt"
-    with printed.open("w") as log, subprocess.Popen(command, stderr=log, env=environment, cwd=tmp_path) as process:
+    with (
+        printed.open("w") as log,
+        subprocess.Popen(command, stderr=log, env=environment, cwd=tmp_path) as process,
+    ):
         try:
-            while (found := re.search(r"serving at (http://127\.0\.0\.1:\d+/)", printed.read_text())) is None:
+            while (
+                found := re.search(r"serving at (http://127\.0\.0\.1:\d+/)", printed.read_text())
+            ) is None:
                 assert process.poll() is None, printed.read_text()
                 time.sleep(0.1)
             yield found[1]
         finally:
             process.send_signal(signal.SIGINT)
-            assert process.wait(60) in (0, 130, -signal.SIGABRT)  # Gradio's threads may outlive Python's end
+            assert process.wait(60) in (
+                0,
+                130,
+                -signal.SIGABRT,
+            )  # Gradio's threads may outlive Python's end
     assert "olvae/app.py" not in printed.read_text()
 
 
@@ -72,7 +81,9 @@ def test_a_visit(tmp_path, browser, width):
         page.locator("#slider img").nth(1).wait_for()
         page.locator(NUMBERS, has_text="f8, 4x12x15").wait_for()
         numbers = page.inner_text(NUMBERS)
-        found = re.findall(r"(first|second)\s+(\d+\.\d\d)\s+(0\.\d{4})\s+\d+\.\d\d\s+f8, 4x12x15", numbers)
+        found = re.findall(
+            r"(first|second)\s+(\d+\.\d\d)\s+(0\.\d{4})\s+\d+\.\d\d\s+f8, 4x12x15", numbers
+        )
         assert [name for name, *_ in found] == ["first", "second"]
         assert all(3 < float(psnr) < 30 for _, psnr, _ in found)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -92,8 +103,12 @@ def test_a_visit(tmp_path, browser, width):
         assert detail.count() == 3  # the original and two models
         before = detail.first.get_attribute("src")
         page.locator("#whole img").click(position={"x": 5, "y": 50})
-        page.wait_for_function("src => document.querySelector('#detail img').src != src", arg=before)
-        elsewhere = [url for url in visit.requests if not url.startswith(("data:", "blob:", address))]
+        page.wait_for_function(
+            "src => document.querySelector('#detail img').src != src", arg=before
+        )
+        elsewhere = [
+            url for url in visit.requests if not url.startswith(("data:", "blob:", address))
+        ]
         assert not elsewhere  # nothing is asked of another machine
 
 
@@ -113,20 +128,32 @@ def test_what_a_visitor_may_not_do(tmp_path):
             client.predict(handle_file(tmp_path / "broken.jpg"), "small", 64, api_name="/look")
 
         def post(place: str, body: bytes, kind: str) -> bytes:
-            request = urllib.request.Request(f"{address}gradio_api/{place}", body, {"Content-Type": kind})
+            request = urllib.request.Request(
+                f"{address}gradio_api/{place}", body, {"Content-Type": kind}
+            )
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return answer.read()
 
         part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="huge.png"\r\n\r\n'
         with pytest.raises(urllib.error.URLError):
-            post("upload", part + bytes(60 << 20) + b"\r\n--x--\r\n", "multipart/form-data; boundary=x")
+            post(
+                "upload",
+                part + bytes(60 << 20) + b"\r\n--x--\r\n",
+                "multipart/form-data; boundary=x",
+            )
         for path in ("/etc/passwd", f"{tmp_path}/gradio/../broken.jpg", "../../../../etc/passwd"):
             with pytest.raises(urllib.error.HTTPError, match="403"):
                 urllib.request.urlopen(f"{address}gradio_api/file={path}", timeout=60)
             given = [{"path": path, "meta": {"_type": "gradio.FileData"}}, "small", 64]
-            event = json.loads(post("call/look", json.dumps({"data": given}).encode(), "application/json"))["event_id"]
-            with urllib.request.urlopen(f"{address}gradio_api/call/look/{event}", timeout=60) as answer:
+            event = json.loads(
+                post("call/look", json.dumps({"data": given}).encode(), "application/json")
+            )["event_id"]
+            with urllib.request.urlopen(
+                f"{address}gradio_api/call/look/{event}", timeout=60
+            ) as answer:
                 assert answer.read().startswith(b"event: error")
         assert client.predict(photo, "small", 64, api_name="/look")[0]["data"][0][0] == "small"
-        kept = sum(path.stat().st_size for path in (tmp_path / "gradio").rglob("*") if path.is_file())
+        kept = sum(
+            path.stat().st_size for path in (tmp_path / "gradio").rglob("*") if path.is_file()
+        )
         assert kept < 50 << 20

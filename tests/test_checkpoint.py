@@ -48,7 +48,10 @@ def test_another_model_is_refused_whole():
 def test_values_are_finite_in_the_dtype_that_they_get():
     model = torch.nn.BatchNorm2d(1)
     before = {**model.state_dict(), "num_batches_tracked": torch.tensor(float("nan"))}
-    with pytest.raises(ValueError, match=r"1 of its tensors have non-finite values in float32 \(num_batches_tracked"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 of its tensors have non-finite values in float32 \(num_batches_tracked",
+    ):
         load_weights(model, before, "file.ckpt", prefixes=("",))
     small = torch.nn.Linear(2, 2).to(torch.float8_e4m3fn)
     load_weights(small, torch.nn.Linear(2, 2).state_dict(), "file.ckpt", prefixes=("",))
@@ -70,7 +73,9 @@ def test_code_is_not_run(tmp_path, capsys, legacy):
     torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=not legacy)
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         read_checkpoint(tmp_path / "a.ckpt")
-    (tmp_path / "b.ckpt").write_bytes((tmp_path / "a.ckpt").read_bytes()[:-500] if legacy else pickle.dumps(content))
+    (tmp_path / "b.ckpt").write_bytes(
+        (tmp_path / "a.ckpt").read_bytes()[:-500] if legacy else pickle.dumps(content)
+    )
     with pytest.raises(ValueError, match=r"cut off, of another kind, or of torch before 1\.6"):
         read_checkpoint(tmp_path / "b.ckpt")
     with pytest.raises(ValueError, match="it is cut off, or another kind of file"):
@@ -82,7 +87,9 @@ def test_files_of_torch_before_1_6_are_refused_unless_they_are_published(tmp_pat
     """As torchvision's VGG16 and VGG19 are."""
     path = tmp_path / VGG16.name
     torch.save({"encoder.a": torch.arange(3.0)}, path, _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"of torch before 1\.6: load and save it with a newer one"):
+    with pytest.raises(
+        ValueError, match=r"of torch before 1\.6: load and save it with a newer one"
+    ):
         read_checkpoint(path)
     assert torch.equal(read_weights_file(path, VGG16)["encoder.a"], torch.arange(3.0))
 
@@ -90,7 +97,12 @@ def test_files_of_torch_before_1_6_are_refused_unless_they_are_published(tmp_pat
 def archive(path, content: bytes, compression=zipfile.ZIP_STORED, **records: bytes):
     """A file as torch.save makes it, of a given pickle."""
     with zipfile.ZipFile(path, "w", compression) as file:
-        for name, data in {"a/data.pkl": content, "a/byteorder": b"little", "a/version": b"3\n", **records}.items():
+        for name, data in {
+            "a/data.pkl": content,
+            "a/byteorder": b"little",
+            "a/version": b"3\n",
+            **records,
+        }.items():
             file.writestr(name, data)
     return path
 
@@ -116,8 +128,17 @@ def test_tensors_larger_than_the_file_are_refused(tmp_path):
     x = torch.arange(200, dtype=torch.uint8)
     assert torch.equal(read_weights(saved(tmp_path / "whole.ckpt", x))["encoder.a"], x)
     many = b"J" + (2**31 - 1).to_bytes(4, "little")
-    refused(saved(tmp_path / "counted.ckpt", x, lambda content: content.replace(b"K\xc8", many)), "")
-    refused(saved(tmp_path / "taller.ckpt", x, lambda content: content.replace(b"K\xc8\x85", many + b"\x85")), "")
+    refused(
+        saved(tmp_path / "counted.ckpt", x, lambda content: content.replace(b"K\xc8", many)), ""
+    )
+    refused(
+        saved(
+            tmp_path / "taller.ckpt",
+            x,
+            lambda content: content.replace(b"K\xc8\x85", many + b"\x85"),
+        ),
+        "",
+    )
     refused(saved(tmp_path / "repeated.ckpt", x.expand(10**8, 200)), "")
 
 
@@ -130,8 +151,14 @@ REPEATED = CODECS + b"q\x00" + LONG + b"q\x01" + b"h\x00h\x01\x85R" * 2**12 + b"
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (pickle.dumps({"a": Reduced(bytearray, 8 * 10**9)}, protocol=2), "objects other than tensors"),
-        (pickle.dumps({"a": Reduced(torch.Tensor, 8 * 10**9)}, protocol=2), "objects other than tensors"),
+        (
+            pickle.dumps({"a": Reduced(bytearray, 8 * 10**9)}, protocol=2),
+            "objects other than tensors",
+        ),
+        (
+            pickle.dumps({"a": Reduced(torch.Tensor, 8 * 10**9)}, protocol=2),
+            "objects other than tensors",
+        ),
         (HEXADECIMAL, "decompression bomb"),
         (REPEATED, "decompression bomb"),
     ],
@@ -142,12 +169,22 @@ def test_a_pickle_that_allocates_is_refused(tmp_path, content, message):
 
 
 def test_a_compressed_checkpoint_is_refused(tmp_path):
-    refused(archive(tmp_path / "a.ckpt", pickle.dumps({}), zipfile.ZIP_DEFLATED), "a decompression bomb perhaps")
+    refused(
+        archive(tmp_path / "a.ckpt", pickle.dumps({}), zipfile.ZIP_DEFLATED),
+        "a decompression bomb perhaps",
+    )
 
 
 def test_plain_values_and_other_packages_objects_beside_the_weights(tmp_path):
     """Objects become empty dictionaries; arrays of NumPy hold bytes, and metrics may be named like encodings."""
-    values = {"l1": 0.5, "raw": bytes(range(256)), "set": {1, 2}, "complex": 1j, "none": None, "size": torch.Size([3])}
+    values = {
+        "l1": 0.5,
+        "raw": bytes(range(256)),
+        "set": {1, 2},
+        "complex": 1j,
+        "none": None,
+        "size": torch.Size([3]),
+    }
     torch.save({"encoder.a": torch.arange(3), "array": np.arange(3), **values}, tmp_path / "a.ckpt")
     content = read_checkpoint(tmp_path / "a.ckpt")
     assert {name: content[name] for name in values} == values
@@ -160,8 +197,14 @@ def test_a_flipped_bit_is_seen(tmp_path):
     torch.save({"encoder.a": x}, tmp_path / "a.ckpt")
     write_tensors(tmp_path / "a.safetensors", {"encoder.a": x}, {"config": "{}"})
     for path, message in (
-        (tmp_path / "a.ckpt", r"a\.ckpt: not a readable checkpoint: damaged: .*data/0 is not what was wr"),
-        (tmp_path / "a.safetensors", r"a\.safetensors: damaged: its SHA-256 is not the one in its header"),
+        (
+            tmp_path / "a.ckpt",
+            r"a\.ckpt: not a readable checkpoint: damaged: .*data/0 is not what was wr",
+        ),
+        (
+            tmp_path / "a.safetensors",
+            r"a\.safetensors: damaged: its SHA-256 is not the one in its header",
+        ),
     ):
         assert torch.equal(read_checkpoint(path)["encoder.a"], x)
         content = bytearray(path.read_bytes())
@@ -189,7 +232,9 @@ def published(tmp_path):
     (folder / "net.pth").rename(folder / f"net-{digest[:8]}.pth")
     handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+    ).start()
     yield WeightsFile("a net", f"http://127.0.0.1:{server.server_port}/net-{digest[:8]}.pth")
     server.shutdown()
     server.server_close()
@@ -209,7 +254,9 @@ def test_the_order_of_places(tmp_path, cache, monkeypatch):
     assert find_weights(VGG16, named) == cache / VGG16.name
     with pytest.raises(NotADirectoryError, match=r"elsewhere: no such folder"):
         find_weights(VGG16, tmp_path / "elsewhere")
-    (named / "weights-inception-2015-12-05-6726825d.pth").touch()  # torch-fidelity's name of the file
+    (
+        named / "weights-inception-2015-12-05-6726825d.pth"
+    ).touch()  # torch-fidelity's name of the file
     assert find_weights(INCEPTION, named).name.startswith("weights-inception")
 
 
@@ -247,7 +294,9 @@ def test_a_server_that_stalls(cache, monkeypatch, sent):
         thread.start()
         start = time.monotonic()
         with pytest.raises(MissingWeights, match="timed out"):
-            find_weights(WeightsFile("a net", f"http://127.0.0.1:{server.getsockname()[1]}/net.pth"))
+            find_weights(
+                WeightsFile("a net", f"http://127.0.0.1:{server.getsockname()[1]}/net.pth")
+            )
         assert time.monotonic() - start < 4
         given_up.set()
         thread.join()
@@ -265,7 +314,14 @@ def test_no_network_says_what_to_put_where(tmp_path, cache, monkeypatch):
         find_weights(INCEPTION, tmp_path)
     text = str(error.value)
     assert "\n" not in text
-    for part in (INCEPTION.name, INCEPTION.url, str(cache), str(tmp_path / "variable"), "`weights_dir`", "not known"):
+    for part in (
+        INCEPTION.name,
+        INCEPTION.url,
+        str(cache),
+        str(tmp_path / "variable"),
+        "`weights_dir`",
+        "not known",
+    ):
         assert part in text
 
 
@@ -275,7 +331,9 @@ def test_files_of_something_else(tmp_path):
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"<html>404</html>", b""):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="is not a file of VGG16 weights: it is cut off") as error:
+        with pytest.raises(
+            ValueError, match="is not a file of VGG16 weights: it is cut off"
+        ) as error:
             read_weights_file(path, VGG16)
         assert "\n" not in str(error.value)
     for other in ([torch.zeros(3)], {"a": 3}, {0: torch.zeros(3)}):

@@ -75,10 +75,14 @@ def test_gpus_that_are_not_there(gpus, flag, there, message):
     gpus(there)
     with pytest.raises(ConfigError, match=message):
         resolve_devices(flag, {})
-    with pytest.raises(ConfigError, match=r"lightning\.trainer\.devices: '0,1': give a number of processes"):
+    with pytest.raises(
+        ConfigError, match=r"lightning\.trainer\.devices: '0,1': give a number of processes"
+    ):
         resolve_devices(None, {"accelerator": "cpu", "devices": "0,1"})
     gpus(2)
-    with pytest.raises(ConfigError, match=r"lightning\.trainer\.devices: 'two': give a number, a list of GPUs"):
+    with pytest.raises(
+        ConfigError, match=r"lightning\.trainer\.devices: 'two': give a number, a list of GPUs"
+    ):
         resolve_devices(None, {"devices": "two"})
 
 
@@ -104,7 +108,14 @@ def fork_two(function: Callable[..., object], *arguments: object) -> None:
     """Call a function in two children of this process, as torchrun would; they have what is imported already."""
 
     def work(rank: int) -> None:
-        os.environ.update({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        os.environ.update(
+            {
+                "MASTER_ADDR": "127.0.0.1",
+                "WORLD_SIZE": "2",
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+            }
+        )
         function(*arguments)
 
     fork_each(work)
@@ -164,7 +175,9 @@ def test_alone_there_is_nobody_to_meet(monkeypatch):
     leave()
 
 
-@pytest.mark.parametrize(("gpus", "local", "expected"), [(0, "1", "cpu"), (1, "1", "cuda"), (4, "3", "cuda:3")])
+@pytest.mark.parametrize(
+    ("gpus", "local", "expected"), [(0, "1", "cpu"), (1, "1", "cuda"), (4, "3", "cuda:3")]
+)
 def test_each_process_takes_its_own_gpu(monkeypatch, gpus, local, expected):
     monkeypatch.setenv("LOCAL_RANK", local)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
@@ -199,10 +212,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are"
+)
 def test_a_tensor_gets_the_pages_of_the_one_before():
     """By the system's count of pages that it had to supply."""
-    keep, give = (int(subprocess.check_output([sys.executable, "-c", FAULTS, mode])) for mode in ("keep", "not"))
+    keep, give = (
+        int(subprocess.check_output([sys.executable, "-c", FAULTS, mode]))
+        for mode in ("keep", "not")
+    )
     assert keep < 16 < give  # 16384 pages, or 32 large ones
 
 

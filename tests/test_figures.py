@@ -6,7 +6,14 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
-from olvae.figures import comparison, error_map, labelled_grid, plot_curves, running_mean, save_image
+from olvae.figures import (
+    comparison,
+    error_map,
+    labelled_grid,
+    plot_curves,
+    running_mean,
+    save_image,
+)
 
 
 def test_error_map_goes_from_black_to_white_at_64():
@@ -36,7 +43,9 @@ def test_the_grid_holds_each_picture_and_is_as_wide_as_its_longest_name():
     assert (wide[label, narrow.shape[1] :] == 255).all()
 
 
-@pytest.mark.parametrize(("channels", "extension"), [(1, "png"), (3, "png"), (4, "png"), (5, "npy")])
+@pytest.mark.parametrize(
+    ("channels", "extension"), [(1, "png"), (3, "png"), (4, "png"), (5, "npy")]
+)
 def test_images_as_files(tmp_path, channels, extension):
     image = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
     path = tmp_path / f"x.{extension}"
@@ -88,7 +97,9 @@ def test_comparisons_of_any_shape(size, expected):
     assert is_red.sum() == 2 * expected[0] * expected[1]
     rows, columns = is_red.any(1).sum(), is_red.any(0).sum()
     stacked = size[1] > 2 * size[0]
-    assert (rows, columns) == ((2 * expected[0], expected[1]) if stacked else (expected[0], 2 * expected[1]))
+    assert (rows, columns) == (
+        (2 * expected[0], expected[1]) if stacked else (expected[0], 2 * expected[1])
+    )
 
 
 def test_labels_of_narrow_pictures_do_not_overlap():

@@ -69,7 +69,9 @@ def test_folders_for_results(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "a"):
-        with pytest.raises(NotADirectoryError, match=r"results need a folder, and .*file is a file"):
+        with pytest.raises(
+            NotADirectoryError, match=r"results need a folder, and .*file is a file"
+        ):
             check_folder(place)
     monkeypatch.setattr("os.access", lambda *_: False)
     with pytest.raises(PermissionError, match="is not writable: name another folder"):

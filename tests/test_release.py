@@ -30,7 +30,10 @@ def test_the_citation_has_the_version():
 def test_the_node_for_comfyui_can_be_registered():
     """By what the registry's specification asks of its file."""
     read = pytest.importorskip("tomllib").loads  # since Python 3.11
-    node, whole = (read((ROOT / place / "pyproject.toml").read_text()) for place in ("integrations/comfyui", "."))
+    node, whole = (
+        read((ROOT / place / "pyproject.toml").read_text())
+        for place in ("integrations/comfyui", ".")
+    )
     assert re.fullmatch(r"[a-z](?:[._-]?[a-z0-9])*", node["project"]["name"])
     assert "comfyui" not in node["project"]["name"]
     assert node["project"]["version"] == __version__
@@ -43,17 +46,25 @@ def test_the_node_for_comfyui_can_be_registered():
 def test_the_repository_has_one_address():
     owner, name = ADDRESS.split("/")[-2:]
     pattern = re.compile(r"https://[\w.-]*github[^\s\"'`)]*open-litevae[^\s\"'`)]*")
-    listed = subprocess.check_output(["git", "ls-files", "*.toml", "*.cff", "*.md", "*.yml"], cwd=ROOT, text=True)
-    named = {file: pattern.findall((ROOT / file).read_text(encoding="utf-8")) for file in listed.split()}
+    listed = subprocess.check_output(
+        ["git", "ls-files", "*.toml", "*.cff", "*.md", "*.yml"], cwd=ROOT, text=True
+    )
+    named = {
+        file: pattern.findall((ROOT / file).read_text(encoding="utf-8")) for file in listed.split()
+    }
     for file, addresses in named.items():
-        assert all(it.startswith((ADDRESS, f"https://{owner}.github.io/{name}")) for it in addresses), file
+        assert all(
+            it.startswith((ADDRESS, f"https://{owner}.github.io/{name}")) for it in addresses
+        ), file
     assert named["pyproject.toml"]
     assert named["README.md"]
 
 
 def test_the_workflows_run_what_contributors_run():
     """Their make targets and scripts exist, and the Pythons are those that the package names."""
-    workflows = [yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")]
+    workflows = [
+        yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")
+    ]
     jobs = {name: job for workflow in workflows for name, job in workflow["jobs"].items()}
     lines = [step["run"] for job in jobs.values() for step in job.get("steps", []) if "run" in step]
     made = [words for line in lines if line.startswith("make ") for words in split_commands(line)]
@@ -95,16 +106,34 @@ def installed(tmp_path_factory) -> Path:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / "source" / name)
     project = folder / "index" / "simple" / "open-litevae"  # PEP 503's layout
-    subprocess.run([sys.executable, "-m", "build", "--outdir", project, folder / "source"], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "build", "--outdir", project, folder / "source"], check=True
+    )
     assert sorted("".join(path.suffixes[-2:]) for path in project.iterdir())[-1] == ".tar.gz"
     assert all(path.stat().st_size < 25e6 for path in project.iterdir())
     handler = partial(SimpleHTTPRequestHandler, directory=folder / "index")
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         index = f"http://127.0.0.1:{server.server_port}/simple"
-        pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--quiet",
+            "--disable-pip-version-check",
+            "install",
+            "--no-deps",
+        ]
         subprocess.run(
-            [*pip, "--index-url", index, "--target", folder / "site", f"open-litevae=={__version__}"], check=True
+            [
+                *pip,
+                "--index-url",
+                index,
+                "--target",
+                folder / "site",
+                f"open-litevae=={__version__}",
+            ],
+            check=True,
         )
         server.shutdown()
     return folder / "site"
@@ -113,7 +142,9 @@ def installed(tmp_path_factory) -> Path:
 def smoke(installed: Path, version: str) -> subprocess.CompletedProcess[str]:
     path = f"{installed / 'bin'}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PYTHONPATH": str(installed), "PATH": path}
-    return subprocess.run([ROOT / ".ci" / "smoke", version], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [ROOT / ".ci" / "smoke", version], env=environment, capture_output=True, text=True
+    )
 
 
 @pytest.mark.slow
@@ -122,11 +153,17 @@ def test_the_wheel_works_outside_of_a_checkout(installed):
     done = smoke(installed, __version__)
     assert done.returncode == 0, done.stderr
     assert "done after 20 steps" in done.stderr
-    files = [{path.relative_to(place) for path in (place / "olvae").rglob("*.*")} for place in (ROOT, installed)]
+    files = [
+        {path.relative_to(place) for path in (place / "olvae").rglob("*.*")}
+        for place in (ROOT, installed)
+    ]
     lost = {path.parent for path in files[0] - files[1] if "__pycache__" not in path.parts}
     assert lost == {Path("olvae/recipes/distil/teacher")}
     done = smoke(installed, "0.0.1")
-    assert (done.returncode, done.stderr) == (1, f"error: this is olvae {__version__}, and 0.0.1 is to be released\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        f"error: this is olvae {__version__}, and 0.0.1 is to be released\n",
+    )
 
 
 @pytest.mark.slow

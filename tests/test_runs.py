@@ -48,7 +48,10 @@ def test_open(tmp_path):
     assert open_run(run.path) == open_run(run.last_checkpoint) == run
     (run.checkpoints / "best.ckpt").touch()
     for file in (run.checkpoints / "best.ckpt", run.config):
-        with pytest.raises(FileNotFoundError, match=r"a file: name its run folder, or start a new run from its weigh"):
+        with pytest.raises(
+            FileNotFoundError,
+            match=r"a file: name its run folder, or start a new run from its weigh",
+        ):
             open_run(file)
     assert run_of(run.last_checkpoint) == run_of(run.checkpoints / "best.ckpt") == run
     assert run_of(run.images / "x.ckpt") is None
@@ -58,20 +61,45 @@ def test_open(tmp_path):
 
 def test_one_word_names_the_newest_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = ("01T00-00-00_demo_32", "01T00-00-00-2_demo_32", "01T00-00-00-10_demo_32", "02T00-00-00_a_b_bf16")
+    names = (
+        "01T00-00-00_demo_32",
+        "01T00-00-00-2_demo_32",
+        "01T00-00-00-10_demo_32",
+        "02T00-00-00_a_b_bf16",
+    )
     for name in (*names, "03T00-00-00_stopped_32"):
         (tmp_path / "runs" / f"2026-01-{name}" / "checkpoints").mkdir(parents=True)
         if "stopped" not in name:
             Run(tmp_path / "runs" / f"2026-01-{name}").last_checkpoint.touch()
-    newest = {"last": names[3], "a_b": names[3], "demo": names[2], "runs/demo": names[2], "latest": names[3]}
+    newest = {
+        "last": names[3],
+        "a_b": names[3],
+        "demo": names[2],
+        "runs/demo": names[2],
+        "latest": names[3],
+    }
     newest["runs/last"] = names[3]
     assert {word: Path(find_run(word)).name.removeprefix("2026-01-") for word in newest} == newest
     assert find_run("last", "elsewhere") == "last"
-    near = [(check_target, "lst", "last"), (check_target, "dmeo", "demo"), (open_run, "runs/dmeo", "runs/demo")]
+    near = [
+        (check_target, "lst", "last"),
+        (check_target, "dmeo", "demo"),
+        (open_run, "runs/dmeo", "runs/demo"),
+    ]
     for look, word, meant in near:
         with pytest.raises(FileNotFoundError, match=f"^{word}: .*; did you mean {meant}\\?$"):
             look(word)
-    for word in ("stopped", "dem", "elsewhere/last", "olvae:demo", "owner/demo", "a.B:x//y", "", ".", tmp_path):
+    for word in (
+        "stopped",
+        "dem",
+        "elsewhere/last",
+        "olvae:demo",
+        "owner/demo",
+        "a.B:x//y",
+        "",
+        ".",
+        tmp_path,
+    ):
         assert find_run(word) == word
     (tmp_path / "demo").mkdir()
     (tmp_path / "demo" / "a.png").touch()  # the data of a run of the same name
@@ -83,10 +111,14 @@ def test_one_word_names_the_newest_run(tmp_path, monkeypatch):
 
 
 def test_settings_are_what_was_written_and_defaults_for_the_rest():
-    settings = Settings(name="a", seed=3, initial_seed=2, weights="x.ckpt", paths={"/data/photos": "photos"})
+    settings = Settings(
+        name="a", seed=3, initial_seed=2, weights="x.ckpt", paths={"/data/photos": "photos"}
+    )
     assert settings_of({"run": settings.as_dict()}) == settings
     assert "job" not in settings.as_dict()
-    assert settings_of({"run": {"seed": 5, "gpus": None, "an_older_key": 1}}) == Settings(seed=5, initial_seed=5)
+    assert settings_of({"run": {"seed": 5, "gpus": None, "an_older_key": 1}}) == Settings(
+        seed=5, initial_seed=5
+    )
     for config in ({}, {"run": None}, {"run": "cut off"}):
         assert settings_of(config) == Settings()
 

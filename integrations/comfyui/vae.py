@@ -62,7 +62,9 @@ class VAE:
         """
         x = self.vae_encode_crop_pixels(pixels).movedim(-1, 1)  # (B, C, H, W)
         if 0 in x.shape:
-            raise ValueError(f"an image of {pixels.shape[2]}x{pixels.shape[1]} pixels: at least {self.downscale_ratio}")
+            raise ValueError(
+                f"an image of {pixels.shape[2]}x{pixels.shape[1]} pixels: at least {self.downscale_ratio}"
+            )
         with self._at_work() as model:
             x = x.to(self.device, self.vae_dtype) * 2 - 1
             return model.encode_within(x, self.memory).mode().to(self.output_device)
@@ -75,7 +77,9 @@ class VAE:
         """
         return self._decode(samples, None)
 
-    def decode_tiled(self, samples: Tensor, tile_x: int = 64, tile_y: int = 64, *_: Any, **__: Any) -> Tensor:
+    def decode_tiled(
+        self, samples: Tensor, tile_x: int = 64, tile_y: int = 64, *_: Any, **__: Any
+    ) -> Tensor:
         """As :meth:`decode`, in tiles of the smaller of these sides, in latent positions. An overlap need not be given:
         tiles know their surroundings.
         """
@@ -124,7 +128,9 @@ class VAE:
             )
         with self._at_work() as model:
             z = z.to(self.device, self.vae_dtype)
-            x = model.decode_tiled(z, tile, self.memory if tile is None else None)  # (B, C, f h, f w)
+            x = model.decode_tiled(
+                z, tile, self.memory if tile is None else None
+            )  # (B, C, f h, f w)
             return ((x + 1) / 2).clamp(0, 1).movedim(1, -1).to(self.output_device)
 
     @contextmanager

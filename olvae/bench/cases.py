@@ -42,7 +42,10 @@ from olvae.modules.sdvae import SDDecoder, SDEncoder
 from olvae.modules.unetgan import UNetGAN
 from olvae.modules.wavelet import wavedec2
 
-N_Z, F8 = 12, 8  # latent channels, and pixels per latent position along a side, of the networks that are timed
+N_Z, F8 = (
+    12,
+    8,
+)  # latent channels, and pixels per latent position along a side, of the networks that are timed
 SCALES: tuple[Literal["S", "B", "M", "L"], ...] = ("S", "B", "M", "L")
 
 Networks = Mapping[str, Callable[[], nn.Module]]
@@ -84,8 +87,12 @@ def network_cases(builders: Networks, channels: int, side: int, setting: Setting
     cases, peers = list(products.values()), dict[str, Case]()
     sizes = setting.size, setting.batch_size
     eager = {name: build().eval().to(setting.device) for name, build in builders.items()}
-    compiled = {name: nn.Sequential(network) for name, network in eager.items()}  # around it: it stays plain itself
-    works = setting.compiled and compile_networks(list(compiled.values()), torch.device(setting.device))
+    compiled = {
+        name: nn.Sequential(network) for name, network in eager.items()
+    }  # around it: it stays plain itself
+    works = setting.compiled and compile_networks(
+        list(compiled.values()), torch.device(setting.device)
+    )
     for name, network in eager.items():
         last = copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         variants = {
@@ -97,10 +104,24 @@ def network_cases(builders: Networks, channels: int, side: int, setting: Setting
         counted = peak_bytes(network, lambda module, images: module(images), x.shape)
         for precision in setting.precisions:
             for variant, (module, layout) in variants.items():
-                run = setting.inference(partial(module, x.contiguous(memory_format=layout)), precision)
+                run = setting.inference(
+                    partial(module, x.contiguous(memory_format=layout)), precision
+                )
                 peer, limits = peers.get(precision), {"of_product": products[precision]}
                 memory = counted if (variant, precision) == ("eager", FULL) else None
-                case = Case(name, variant, precision, run, len(x), *sizes, macs, "macs", limits, peer, memory)
+                case = Case(
+                    name,
+                    variant,
+                    precision,
+                    run,
+                    len(x),
+                    *sizes,
+                    macs,
+                    "macs",
+                    limits,
+                    peer,
+                    memory,
+                )
                 peers.setdefault(precision, case)
                 cases.append(case)
     return cases
@@ -119,13 +140,35 @@ def _wavelet(setting: Setting) -> list[Case]:
     x = setting.noise(3, setting.size)
     target, copied = torch.empty_like(x), 2 * x.nbytes  # read and written
     sizes = setting.size, setting.batch_size
-    limit = Case("copy", "limit", FULL, setting.inference(lambda: target.copy_(x)), 0, *sizes, copied, "bytes")
+    limit = Case(
+        "copy",
+        "limit",
+        FULL,
+        setting.inference(lambda: target.copy_(x)),
+        0,
+        *sizes,
+        copied,
+        "bytes",
+    )
     once = sum(copied / 4**level for level in range(WAVELET_LEVELS))
 
     def case(name: str, variant: str, run: Work, passes: int, peer: Case | None) -> Case:
-        return Case(name, variant, FULL, run, sizes[1], *sizes, passes * once, "bytes", {"of_copy": limit}, peer)
+        return Case(
+            name,
+            variant,
+            FULL,
+            run,
+            sizes[1],
+            *sizes,
+            passes * once,
+            "bytes",
+            {"of_copy": limit},
+            peer,
+        )
 
-    plain = partial(pywt.wavedec2, x.cpu().numpy(), "haar", mode="periodization", level=WAVELET_LEVELS)
+    plain = partial(
+        pywt.wavedec2, x.cpu().numpy(), "haar", mode="periodization", level=WAVELET_LEVELS
+    )
     peer = case("PyWavelets, on the CPU", "forward", setting.inference(plain), 1, None)
     transforms = {"wavedec2": _Transform()}
     compiled = _Transform()
@@ -170,7 +213,19 @@ def _steps(config: str | Path, setting: Setting, products: Mapping[str, Case]) -
     def case(model: LiteAutoencoderKL, variant: str, precision: str, peer: Case | None) -> Case:
         limits, lightning = {"of_product": products[precision]}, PRECISIONS[precision].lightning
         run = partial(time_steps, model, size, batch_size, 2, setting.device, lightning)
-        return Case(str(config), variant, precision, run, batch_size, size, batch_size, macs, "macs", limits, peer)
+        return Case(
+            str(config),
+            variant,
+            precision,
+            run,
+            batch_size,
+            size,
+            batch_size,
+            macs,
+            "macs",
+            limits,
+            peer,
+        )
 
     peer = None
     if params.get("adversary_config") is not None:
@@ -178,7 +233,9 @@ def _steps(config: str | Path, setting: Setting, products: Mapping[str, Case]) -
     for variant, options in STEP_OPTIONS.items():
         if variant == "compiled" and not setting.compiled:
             continue
-        model = LiteAutoencoderKL(**{**plain, **options, "compile": setting.compiled and "compile" in options})
+        model = LiteAutoencoderKL(
+            **{**plain, **options, "compile": setting.compiled and "compile" in options}
+        )
         for precision in setting.precisions if variant in ("plain", EVERY) else [FULL]:
             yield case(model, variant, precision, peer if precision == FULL else None)
 
@@ -195,12 +252,19 @@ def read_step(config: str | Path, size: int, batch_size: int) -> tuple[dict[str,
         adversary["params"] |= {"start_step": 0, "warmup_updates": 0}  # a step of both players
     size, batch_size = size or data.get("size", 0), batch_size or data.get("batch_size", 0)
     if not batch_size or not size or not isinstance(size, int):
-        raise ConfigError(f"{config}: has no data.params.size of squares and batch_size: set `size` and `batch_size`")
+        raise ConfigError(
+            f"{config}: has no data.params.size of squares and batch_size: set `size` and `batch_size`"
+        )
     return params, size, batch_size
 
 
 def time_steps(
-    model: LiteAutoencoderKL, size: int, batch_size: int, steps: int, device: str, precision: str = "32-true"
+    model: LiteAutoencoderKL,
+    size: int,
+    batch_size: int,
+    steps: int,
+    device: str,
+    precision: str = "32-true",
 ) -> list[float]:
     """Train on random images; the seconds of each step but the first, which warms up."""
     times: list[float] = []
@@ -230,11 +294,15 @@ def _loaders(setting: Setting) -> list[Case]:
     """Training loaders beside decoding and cropping the same images in memory, one by one."""
     cases, usual = [], 64 if setting.kind == "cpu" else 256
     for name in setting.sources:
-        source = open_source(name, setting.size or usual, setting.batch_size, resized=setting.size > 0)
+        source = open_source(
+            name, setting.size or usual, setting.batch_size, resized=setting.size > 0
+        )
         source.batch_size = setting.batch_size
         sizes = source.size.node, setting.batch_size
         decode = partial(_time_images, _floor(name, source), 1)
-        floor = Case(name, "limit: decoding alone", "uint8", decode, 1, source.size.node, 1, 1, "images")
+        floor = Case(
+            name, "limit: decoding alone", "uint8", decode, 1, source.size.node, 1, 1, "images"
+        )
         cases.append(floor)
         for workers in setting.workers:
             source.num_workers = workers
@@ -243,7 +311,9 @@ def _loaders(setting: Setting) -> list[Case]:
             except ValueError as error:
                 raise ConfigError(f"`workers` {workers}: {name}: {error}") from error
             run, work, limits = _loader(source, workers), 1 / max(1, workers), {"of_floor": floor}
-            cases.append(Case(name, f"{workers} workers", "uint8", run, 1, *sizes, work, "images", limits))
+            cases.append(
+                Case(name, f"{workers} workers", "uint8", run, 1, *sizes, work, "images", limits)
+            )
     return cases
 
 
@@ -268,11 +338,15 @@ def _loader(source: Source, workers: int) -> Work:
 def _floor(name: str, source: Source) -> Callable[[], Tensor]:
     """Decode and crop training images that are in memory, in turn."""
     if not isinstance(source, MappedSource | WebDatasetSource):
-        raise ConfigError(f"data.target: {type(source).__name__} can't be timed against decoding alone")
+        raise ConfigError(
+            f"data.target: {type(source).__name__} can't be timed against decoding alone"
+        )
     rng, images = np.random.default_rng(0), list[Undecoded]()
 
     def decode(image: Undecoded) -> Tensor:
-        return image_to_tensor(source.transform(Photo(*image, source.channels, source.pixel_range), rng))
+        return image_to_tensor(
+            source.transform(Photo(*image, source.channels, source.pixel_range), rng)
+        )
 
     for image in islice(_undecoded(source), FLOOR_IMAGES):
         with contextlib.suppress(UnreadableImageError):
@@ -301,21 +375,29 @@ class Group(NamedTuple):
 
     cases: Callable[[Setting], list[Case]]
     warm_up: bool  # whether a round that does not count comes first; where the work itself warms up, none does
-    sizes: Mapping[str, tuple[int, int]]  # pixels, and images at a time, by default; 0 for those of a config
+    sizes: Mapping[
+        str, tuple[int, int]
+    ]  # pixels, and images at a time, by default; 0 for those of a config
 
 
 GROUPS: Mapping[str, Group] = {
     "dwt": Group(_wavelet, True, {"cpu": (256, 16), "cuda": (256, 16)}),
-    "encoder": Group(lambda s: network_cases(ENCODERS, 3, s.size, s), True, {"cpu": (64, 1), "cuda": (256, 16)}),
+    "encoder": Group(
+        lambda s: network_cases(ENCODERS, 3, s.size, s), True, {"cpu": (64, 1), "cuda": (256, 16)}
+    ),
     "decoder": Group(
-        lambda s: network_cases(DECODERS, N_Z, s.size // F8, s), True, {"cpu": (64, 1), "cuda": (256, 16)}
+        lambda s: network_cases(DECODERS, N_Z, s.size // F8, s),
+        True,
+        {"cpu": (64, 1), "cuda": (256, 16)},
     ),
     "train": Group(_train, False, {"cpu": (0, 0), "cuda": (0, 0)}),
     "data": Group(_loaders, False, {"cpu": (0, 16), "cuda": (0, 32)}),
 }
 
 
-def bench(groups: Sequence[str], setting: Setting, rounds: int, on_group: Callable[[str, int], None]) -> dict[str, Any]:
+def bench(
+    groups: Sequence[str], setting: Setting, rounds: int, on_group: Callable[[str, int], None]
+) -> dict[str, Any]:
     """Measure groups of :data:`GROUPS`, the cases of a group in turns; ``on_group`` hears of each before.
 
     Returns the machine, date, rounds, and ``rows``, see :func:`~olvae.bench.measure.rows_of`.
@@ -350,7 +432,9 @@ class NetworkRow(NamedTuple):
 _PUBLISHED: tuple[tuple[str, str, str, float, float | None, Callable[[], nn.Module]], ...] = (
     *(
         ("encoder", "open_litevae", scale, params, macs, partial(LiteVAE_Encoder, 12, scale))
-        for scale, params, macs in zip(SCALES, (0.97, 6.6, 34.0, 41.15), (5.5, 37.4, 234.9, 242.1), strict=True)  # [R]
+        for scale, params, macs in zip(
+            SCALES, (0.97, 6.6, 34.0, 41.15), (5.5, 37.4, 234.9, 242.1), strict=True
+        )  # [R]
     ),
     *(
         ("encoder", "paper", scale, params, None, partial(LiteVAE_Encoder, 8, scale, "paper"))
@@ -358,13 +442,31 @@ _PUBLISHED: tuple[tuple[str, str, str, float, float | None, Callable[[], nn.Modu
     ),
     ("encoder", "sd", "sd", 34.16, 137, partial(SDEncoder, latent_dim=8)),  # [R]
     ("decoder", "open_litevae", "open_litevae", 53.33, 324, LiteVAE_Decoder),
-    ("decoder", "paper_smc", "paper_smc", 48.46, None, partial(LiteVAE_Decoder, variant="paper_smc")),  # [P]
+    (
+        "decoder",
+        "paper_smc",
+        "paper_smc",
+        48.46,
+        None,
+        partial(LiteVAE_Decoder, variant="paper_smc"),
+    ),  # [P]
     ("decoder", "sd", "sd", 49.49, 312, partial(SDDecoder, z_channels=4)),  # [R]
     ("discriminator", "patchgan", "PatchGAN", 2.77, 3.15, PatchGAN),  # [R]
     ("discriminator", "gigagan", "GigaGAN", 14.38, 3.23, GigaGAN),  # [R]
     *(
-        ("discriminator", "unetgan", f"UNetGAN-{size}", params, macs, partial(UNetGAN, base_channels=base))
-        for size, base, params, macs in (("S", 16, 2.75, 2.31), ("M", 32, 11.0, 9.13), ("L", 64, 44.1, 36.34))  # [R]
+        (
+            "discriminator",
+            "unetgan",
+            f"UNetGAN-{size}",
+            params,
+            macs,
+            partial(UNetGAN, base_channels=base),
+        )
+        for size, base, params, macs in (
+            ("S", 16, 2.75, 2.31),
+            ("M", 32, 11.0, 9.13),
+            ("L", 64, 44.1, 36.34),
+        )  # [R]
     ),
 )
 
@@ -373,9 +475,16 @@ def network_table() -> list[NetworkRow]:
     """Count the published networks on the meta device, so in seconds and without memory."""
     rows = []
     for group, variant, name, params, macs, build in _PUBLISHED:
-        with ShapesOnly(), torch.device("meta"):  # the spectral norms' first power iterations among them
+        with (
+            ShapesOnly(),
+            torch.device("meta"),
+        ):  # the spectral norms' first power iterations among them
             module = build()
         shape = (module.z_channels, 32, 32) if isinstance(module, Decoder) else (3, 256, 256)
         counted = count_parameters(module), count_macs(module, 1, *shape)
-        rows.append(NetworkRow(group, variant, name, *counted, params * 1e6, None if macs is None else macs * 1e9))
+        rows.append(
+            NetworkRow(
+                group, variant, name, *counted, params * 1e6, None if macs is None else macs * 1e9
+            )
+        )
     return rows

@@ -20,11 +20,16 @@ from torch import Tensor
 from olvae.data.pixels.size_and_range import Size
 from olvae.devices import FULL, PRECISIONS, autocast, now, peak_memory
 
-Work = Callable[[], Sequence[float]]  # does something once or several times; returns the seconds of each
+Work = Callable[
+    [], Sequence[float]
+]  # does something once or several times; returns the seconds of each
 
 K = TypeVar("K", bound=Hashable)
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}  # so large that a product of matrices takes milliseconds
-RATES = {"macs": ("gflop_per_s", 2e-9), "bytes": ("gbyte_per_s", 1e-9)}  # entry of the row, and factor
+RATES = {
+    "macs": ("gflop_per_s", 2e-9),
+    "bytes": ("gbyte_per_s", 1e-9),
+}  # entry of the row, and factor
 
 
 @dataclass
@@ -58,7 +63,9 @@ class Case:
     batch_size: int = 0
     work: float = 0.0  # what these images take, in `unit`
     unit: Literal["macs", "bytes", "images"] = "macs"
-    limits: Mapping[str, "Case"] = field(default_factory=dict)  # work of this unit with nothing in the way, by share
+    limits: Mapping[str, "Case"] = field(
+        default_factory=dict
+    )  # work of this unit with nothing in the way, by share
     peer: "Case | None" = None  # that the ratio of images per second is relative to
     computed_bytes: int | None = None  # peak memory counted from shapes, where it can't be measured
 
@@ -101,7 +108,10 @@ class Setting:
         """A product of two square matrices in each precision."""
         cases, side = {}, MATRIX_SIDE[self.kind]
         for name in self.precisions:
-            a, b = (torch.randn(side, side, device=self.device, dtype=PRECISIONS[name].dtype) for _ in range(2))
+            a, b = (
+                torch.randn(side, side, device=self.device, dtype=PRECISIONS[name].dtype)
+                for _ in range(2)
+            )
             run = self.inference(partial(torch.matmul, a, b))
             cases[name] = Case("matrix product", "limit", name, run, 0, work=side**3)
         return cases
@@ -133,11 +143,17 @@ def machine(device: str) -> dict[str, Any]:
 
 def _processor() -> str:
     described = Path("/proc/cpuinfo")  # Linux has it
-    found = re.search(r"^model name\s*: (.+)$", described.read_text(), re.MULTILINE) if described.is_file() else None
+    found = (
+        re.search(r"^model name\s*: (.+)$", described.read_text(), re.MULTILINE)
+        if described.is_file()
+        else None
+    )
     return found[1] if found else platform.processor() or platform.machine()
 
 
-def measure(work: Mapping[K, Work], device: str, rounds: int, warm_up: bool = True) -> dict[K, Times]:
+def measure(
+    work: Mapping[K, Work], device: str, rounds: int, warm_up: bool = True
+) -> dict[K, Times]:
     """Measure each in turn, some rounds of all, so that a change of the machine's load meets all of them.
 
     With ``warm_up`` a round that does not count comes first.
@@ -150,11 +166,15 @@ def measure(work: Mapping[K, Work], device: str, rounds: int, warm_up: bool = Tr
                 seconds = run()
             if turn >= 0:
                 times[name].seconds += seconds
-                times[name].peak_bytes = max([*peaks, times[name].peak_bytes or 0]) if peaks else None
+                times[name].peak_bytes = (
+                    max([*peaks, times[name].peak_bytes or 0]) if peaks else None
+                )
     return times
 
 
-def rows_of(group: str, cases: Sequence[Case], device: str, rounds: int, warm_up: bool) -> list[dict[str, Any]]:
+def rows_of(
+    group: str, cases: Sequence[Case], device: str, rounds: int, warm_up: bool
+) -> list[dict[str, Any]]:
     """Measure the cases of a group; a row for each.
 
     A row has group, name, variant, precision, size, batch_size, images_per_s, median_ms and spread_ms (interquartile)
@@ -164,7 +184,12 @@ def rows_of(group: str, cases: Sequence[Case], device: str, rounds: int, warm_up
     times = measure({case: case.run for case in cases}, device, rounds, warm_up)
     rows = []
     for case, measured in times.items():
-        row: dict[str, Any] = {"group": group, "name": case.name, "variant": case.variant, "precision": case.precision}
+        row: dict[str, Any] = {
+            "group": group,
+            "name": case.name,
+            "variant": case.variant,
+            "precision": case.precision,
+        }
         if case.size:
             row |= {"size": case.size, "batch_size": case.batch_size}
         if case.images:
@@ -177,7 +202,9 @@ def rows_of(group: str, cases: Sequence[Case], device: str, rounds: int, warm_up
             row[rate] = factor * case.work / measured.median
         for share, limit in case.limits.items():
             row[share] = (case.work / measured.median) / (limit.work / times[limit].median)
-        if (peak := case.computed_bytes if measured.peak_bytes is None else measured.peak_bytes) is not None:
+        if (
+            peak := case.computed_bytes if measured.peak_bytes is None else measured.peak_bytes
+        ) is not None:
             row["peak_memory_bytes"] = peak
         rows.append(row)
     return rows

@@ -15,12 +15,18 @@ CASE = ("name", "variant", "precision")  # of a row
 
 
 def command(
-    groups: Annotated[str, typer.Argument(metavar="GROUPS", help=f"all, or some of {','.join(GROUPS)}.")],
+    groups: Annotated[
+        str, typer.Argument(metavar="GROUPS", help=f"all, or some of {','.join(GROUPS)}.")
+    ],
     sources: Annotated[
-        list[str] | None, typer.Argument(metavar="[SRC]...", help="For data; by default the sample photographs.")
+        list[str] | None,
+        typer.Argument(metavar="[SRC]...", help="For data; by default the sample photographs."),
     ] = None,
     size: Annotated[
-        int | None, typer.Option(min=8, help="Pixels, a multiple of 8; by default each group's own, 256 on a GPU.")
+        int | None,
+        typer.Option(
+            min=8, help="Pixels, a multiple of 8; by default each group's own, 256 on a GPU."
+        ),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "-B", min=1, help="By default each group's own.")
@@ -28,17 +34,25 @@ def command(
     config: Annotated[
         list[Path] | None,
         typer.Option(
-            metavar="CFG", help="For train; by default demo and demo_b, on a GPU imagenet/A2 and imagenet/B4."
+            metavar="CFG",
+            help="For train; by default demo and demo_b, on a GPU imagenet/A2 and imagenet/B4.",
         ),
     ] = None,
     workers: Annotated[
-        str | None, typer.Option(metavar="LIST", help="For data: numbers of loader processes; by default 0,1,2.")
+        str | None,
+        typer.Option(
+            metavar="LIST", help="For data: numbers of loader processes; by default 0,1,2."
+        ),
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Of all cases of a group; by default 3 on a CPU, 10 on a GPU.")
+        int | None,
+        typer.Option(min=1, help="Of all cases of a group; by default 3 on a CPU, 10 on a GPU."),
     ] = None,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Measure compiled variants too; compiling takes minutes on a CPU.")
+        bool,
+        typer.Option(
+            "--compile", help="Measure compiled variants too; compiling takes minutes on a CPU."
+        ),
     ] = False,
     device: Annotated[str, typer.Option(callback=check_device, help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
@@ -56,7 +70,9 @@ def command(
     """
     chosen = list(GROUPS) if groups == "all" else split_commas(groups)
     if (unknown := [name for name in chosen if name not in GROUPS]) or not chosen:
-        raise ConfigError(f"GROUPS {', '.join(unknown) or groups}: choose from all, {', '.join(GROUPS)}")
+        raise ConfigError(
+            f"GROUPS {', '.join(unknown) or groups}: choose from all, {', '.join(GROUPS)}"
+        )
     if sources and "data" not in chosen:
         raise ConfigError(f"{sources[0]}: only data takes sources")
     check_applies("--workers", workers is not None, "data", "data" in chosen)
@@ -89,17 +105,27 @@ def command(
     )
     quieten()
     count = rounds or (3 if device == "cpu" else 10)
-    document = bench(chosen, setting, count, lambda name, cases: typer.echo(f"{name}: {cases} cases", err=True))
+    document = bench(
+        chosen, setting, count, lambda name, cases: typer.echo(f"{name}: {cases} cases", err=True)
+    )
     if as_json:
         typer.echo(json.dumps(document, indent=2))
         return
-    typer.echo(", ".join(f"{key} {value}" for key, value in document.items() if key != "rows"), err=True)
+    typer.echo(
+        ", ".join(f"{key} {value}" for key, value in document.items() if key != "rows"), err=True
+    )
     for name in chosen:
         rows = [row for row in document["rows"] if row["group"] == name]
-        values = {key: {row[key] for row in rows if key in row} for key in ("size", "batch_size", *CASE[1:])}
+        values = {
+            key: {row[key] for row in rows if key in row}
+            for key in ("size", "batch_size", *CASE[1:])
+        }
         same = {key: found.pop() for key, found in values.items() if len(found) == 1}
         title = ", ".join([name, *(_words(key, value) for key, value in same.items() if value)])
-        table = {", ".join(row[key] for key in CASE if key not in same): _cells(row, same) for row in rows}
+        table = {
+            ", ".join(row[key] for key in CASE if key not in same): _cells(row, same)
+            for row in rows
+        }
         print_rows(title, table, "case", stderr=True)
 
 
@@ -135,7 +161,10 @@ def tables_command(
         return
     shown = {}
     for row in rows:
-        cells = {"M params": f"{row.params / 1e6:.4f}", "published": f"{row.published_params / 1e6:.2f}"}
+        cells = {
+            "M params": f"{row.params / 1e6:.4f}",
+            "published": f"{row.published_params / 1e6:.2f}",
+        }
         cells["GMACs"] = f"{row.macs / 1e9:.2f}"
         if row.published_macs is not None:
             cells["GMACs published"] = f"{row.published_macs / 1e9:.1f}"

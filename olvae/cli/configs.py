@@ -18,16 +18,24 @@ from olvae.config.reading import find_config, nearest_recipes
 def validate_command(
     configs: Annotated[
         list[str],
-        typer.Argument(metavar="CFG... [KEY=VALUE]...", help="Configs, each checked on its own, with these settings."),
+        typer.Argument(
+            metavar="CFG... [KEY=VALUE]...",
+            help="Configs, each checked on its own, with these settings.",
+        ),
     ],
     memory: Annotated[
         bool,
-        typer.Option("--memory", help="Also print what a training step needs on a GPU; takes seconds, and no GPU."),
+        typer.Option(
+            "--memory",
+            help="Also print what a training step needs on a GPU; takes seconds, and no GPU.",
+        ),
     ] = False,
     ranks: Annotated[
         int | None, typer.Option(min=2, metavar="N", help="Also print what a step of N GPUs sends.")
     ] = None,
-    precision: Annotated[str | None, typer.Option(callback=check_precision, help="Of --ranks: 32, bf16, fp16.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(callback=check_precision, help="Of --ranks: 32, bf16, fp16.")
+    ] = None,
 ) -> None:
     """List every mistake in a config's keys, types and targets at once, without building anything.
 
@@ -85,7 +93,11 @@ def _print_steps(config: dict[str, Any], name: str, ranks: int, precision: str |
 
     steps, notes = dry_run(config, ranks, precision)
     rows = {
-        kind: {"messages": f"{len(step.messages)}", "MB": f"{step.nbytes / 1e6:.2f}", "launches": f"{step.launches}"}
+        kind: {
+            "messages": f"{len(step.messages)}",
+            "MB": f"{step.nbytes / 1e6:.2f}",
+            "launches": f"{step.launches}",
+        }
         for kind, step in steps.items()
     }
     print_rows(f"{name}: a step of each of {ranks} ranks", rows, "step")
@@ -112,17 +124,21 @@ def show(context: typer.Context) -> None:
     width = max(indent + 20, shutil.get_terminal_size().columns)
     for name, line in lines.items():
         described = f"{name:<{indent}}{line}"
-        typer.echo(textwrap.fill(described, width, subsequent_indent=" " * indent, break_on_hyphens=False))
+        typer.echo(
+            textwrap.fill(described, width, subsequent_indent=" " * indent, break_on_hyphens=False)
+        )
 
 
 @recipes_app.command()
 def copy(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A name that `olvae recipes` lists.")],
     file: Annotated[
-        str | None, typer.Argument(metavar="FILE", help="By default the name's last part and .yaml, here.")
+        str | None,
+        typer.Argument(metavar="FILE", help="By default the name's last part and .yaml, here."),
     ] = None,
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to write over the recipe's.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to write over the recipe's."),
     ] = None,
 ) -> None:
     """Write a config of your own, which includes a recipe and overrides its settings.
@@ -136,8 +152,12 @@ def copy(
     if name not in known:
         raise ConfigError(f"{name}: no such recipe{nearest_recipes(name)}")
     place = Path(file or f"{Path(name).name}.yaml")
-    if (found := find_config(name, place.parent, (place.resolve(),))).resolve() != known[name].resolve():
-        raise ConfigError(f"{place}: would include {found} in place of the recipe: rename that, or copy elsewhere")
+    if (found := find_config(name, place.parent, (place.resolve(),))).resolve() != known[
+        name
+    ].resolve():
+        raise ConfigError(
+            f"{place}: would include {found} in place of the recipe: rename that, or copy elsewhere"
+        )
     text = f"# {_first_line(known[name])}\n# Settings below the include override the recipe's.\ninclude: {name}\n"
     if settings:
         text += OmegaConf.to_yaml(OmegaConf.create(load((), settings, resolve=False)))

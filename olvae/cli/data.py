@@ -12,30 +12,50 @@ from olvae.cli.options import ProgressBar, check_applies, check_paths, in_flags,
 from olvae.config import ConfigError, load
 from olvae.files import list_skipped
 
-app = typer.Typer(no_args_is_help=True, help="Pack images into shards; check a source; measure its values.")
+app = typer.Typer(
+    no_args_is_help=True, help="Pack images into shards; check a source; measure its values."
+)
 
 NUMBERED = "a .txt list of files, samples, torchvision:CIFAR10,root=data, or hf:cifar10,split=test,column=img."
 Src = typer.Argument(metavar="SRC", help=f"A folder of images, a pattern, {NUMBERED}")
-CheckSrc = typer.Argument(metavar="SRC", help=f"A folder of images or .tar shards, a pattern, a URL, {NUMBERED}")
-Workers = Annotated[int | None, typer.Option(min=1, help="Worker processes; one per core by default.")]
-Channels = Annotated[int, typer.Option(min=1, help="Channels: 1, 3 or 4; any number for .npy arrays.")]
-MaxUnreadable = Annotated[float, typer.Option(min=0.0, max=1.0, help="Largest share of unreadable images.")]
+CheckSrc = typer.Argument(
+    metavar="SRC", help=f"A folder of images or .tar shards, a pattern, a URL, {NUMBERED}"
+)
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Worker processes; one per core by default.")
+]
+Channels = Annotated[
+    int, typer.Option(min=1, help="Channels: 1, 3 or 4; any number for .npy arrays.")
+]
+MaxUnreadable = Annotated[
+    float, typer.Option(min=0.0, max=1.0, help="Largest share of unreadable images.")
+]
 
 
 @app.command()
 def pack(
     src: Annotated[str, Src],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the shards to.")],
-    shard_size: Annotated[int, typer.Option(min=0, help="Most images in a shard; 0: 1000, or fewer for 20.")] = 0,
+    shard_size: Annotated[
+        int, typer.Option(min=0, help="Most images in a shard; 0: 1000, or fewer for 20.")
+    ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffled order.")] = 0,
-    shuffle: Annotated[bool, typer.Option(help="Shuffle, so that each shard is a random sample.")] = True,
+    shuffle: Annotated[
+        bool, typer.Option(help="Shuffle, so that each shard is a random sample.")
+    ] = True,
     resize: Annotated[
-        int | None, typer.Option(min=1, metavar="PIXELS", help="Resize larger images to this shorter side.")
+        int | None,
+        typer.Option(min=1, metavar="PIXELS", help="Resize larger images to this shorter side."),
     ] = None,
     image_format: Annotated[
-        str | None, typer.Option("--format", metavar="{jpg,png,webp}", help="Format of resized images; jpg by default.")
+        str | None,
+        typer.Option(
+            "--format", metavar="{jpg,png,webp}", help="Format of resized images; jpg by default."
+        ),
     ] = None,
-    quality: Annotated[int | None, typer.Option(min=1, max=100, help="Quality of jpg and webp; 95 by default.")] = None,
+    quality: Annotated[
+        int | None, typer.Option(min=1, max=100, help="Quality of jpg and webp; 95 by default.")
+    ] = None,
     channels: Channels = 3,
     max_unreadable: MaxUnreadable = 0.01,
     workers: Workers = None,
@@ -54,36 +74,51 @@ def pack(
         from olvae.devices import cores
 
     if resize is None and (image_format is not None or quality is not None):
-        raise ConfigError("--format and --quality apply to images that --resize makes smaller: add --resize")
+        raise ConfigError(
+            "--format and --quality apply to images that --resize makes smaller: add --resize"
+        )
     check_applies("--seed", bool(seed), "--shuffle", shuffle)
     check_applies("--quality", quality is not None, "--format jpg or webp", image_format != "png")
     order = seed if shuffle else None
-    options = packing.PackOptions(shard_size, order, resize, image_format or "jpg", quality or 95, channels)
+    options = packing.PackOptions(
+        shard_size, order, resize, image_format or "jpg", quality or 95, channels
+    )
     try:
         with ProgressBar("packing") as bar:
             packed = packing.pack(src, out, options, workers or cores(), max_unreadable, bar.set)
     except KeyboardInterrupt:
         begun = is_begun(out)
-        stays = f": finished shards are in {out}; the same command continues from there" if begun else ""
+        stays = (
+            f": finished shards are in {out}; the same command continues from there"
+            if begun
+            else ""
+        )
         typer.echo(f"stopped{stays}", err=True)
         sys.exit(stop_code())
     index = packed.index
     if index.unreadable:
-        skipped = in_flags(list_skipped((skipped["name"], skipped["reason"]) for skipped in index.unreadable))
+        skipped = in_flags(
+            list_skipped((skipped["name"], skipped["reason"]) for skipped in index.unreadable)
+        )
         typer.echo(f"{len(index.unreadable)} unreadable images left out: {skipped}", err=True)
     found = f", {packed.found} of them from an earlier run" if packed.found else ""
     shards = f"{len(index.shards)} shard{'s' * (len(index.shards) != 1)}"
     size = f"{index.images} images, {index.bytes / 1e6:.1f} MB"
-    typer.echo(f"{size} in {shards}{found}\nshards:  {out}\nindex:   {out / 'index.json'}", err=True)
+    typer.echo(
+        f"{size} in {shards}{found}\nshards:  {out}\nindex:   {out / 'index.json'}", err=True
+    )
 
 
 @app.command()
 def check(
     src: Annotated[str, CheckSrc],
-    size: Annotated[str, typer.Option(metavar="PIXELS", help="Of the training crops: 256, or 80x256.")] = "256",
+    size: Annotated[
+        str, typer.Option(metavar="PIXELS", help="Of the training crops: 256, or 80x256.")
+    ] = "256",
     channels: Channels = 3,
     values: Annotated[
-        str | None, typer.Option("--range", metavar="YAML", help="Range of values, as data.params.range.")
+        str | None,
+        typer.Option("--range", metavar="YAML", help="Range of values, as data.params.range."),
     ] = None,
     max_unreadable: MaxUnreadable = 0.01,
     workers: Workers = None,
@@ -102,14 +137,20 @@ def check(
         from olvae.devices import cores
 
     try:
-        node = None if values is None else load((), [f"data.params.range={values}"])["data"]["params"]["range"]
+        node = (
+            None
+            if values is None
+            else load((), [f"data.params.range={values}"])["data"]["params"]["range"]
+        )
     except ConfigError as error:
         raise ConfigError(f"`range`: expected YAML, as in [0, 65535], got {values}") from error
     pixels = PixelRange.from_node(node, "`range`")
     pixels.check_channels(channels, "`range`")
     crops = Sides.read(size).node
     with ProgressBar("reading") as bar:
-        result = audit.check(src, crops, channels, max_unreadable, workers or cores(), bar.set, pixels)
+        result = audit.check(
+            src, crops, channels, max_unreadable, workers or cores(), bar.set, pixels
+        )
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:
@@ -141,6 +182,8 @@ def range_command(
         typer.echo(f"{len(found.unreadable)} unreadable images left out: {skipped}", err=True)
     kinds = " and ".join(f"{count} of {kind}" for kind, count in found.kinds.items())
     missing = f"; {found.missing:.2%} of the values are missing" if found.missing else ""
-    typer.echo(f"{found.images} images, {kinds}, {len(found.percentiles)} channels{missing}", err=True)
+    typer.echo(
+        f"{found.images} images, {kinds}, {len(found.percentiles)} channels{missing}", err=True
+    )
     Console(stderr=True).print(found.table())
     typer.echo(found.line())

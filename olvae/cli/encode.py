@@ -35,42 +35,78 @@ BatchSize = Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Image
 
 def command(
     target: TargetArgument,
-    data: Annotated[str, typer.Option(metavar="SRC", help="A folder, shards, a list, a data set or a config.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the files: empty, or to be continued.")],
+    data: Annotated[
+        str, typer.Option(metavar="SRC", help="A folder, shards, a list, a data set or a config.")
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for the files: empty, or to be continued.")
+    ],
     config: ConfigFile = None,
     size: Annotated[
-        str | None, typer.Option(metavar="PIXELS", help="After resizing and cropping; a config's, or the training's.")
+        str | None,
+        typer.Option(
+            metavar="PIXELS", help="After resizing and cropping; a config's, or the training's."
+        ),
     ] = None,
-    native: Annotated[bool, typer.Option("--native", help="Keep images' sizes, padded to multiples of f.")] = False,
+    native: Annotated[
+        bool, typer.Option("--native", help="Keep images' sizes, padded to multiples of f.")
+    ] = False,
     moments: Annotated[
-        bool, typer.Option("--moments/--sample", help="Store the posterior's mean and deviation, or one sample of it.")
+        bool,
+        typer.Option(
+            "--moments/--sample",
+            help="Store the posterior's mean and deviation, or one sample of it.",
+        ),
     ] = True,
-    seed: Annotated[int, typer.Option(help="Seed of --sample; noise depends on it and the image's key.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of --sample; noise depends on it and the image's key.")
+    ] = 0,
     dtype: Annotated[
         Literal["float16", "bfloat16", "float32"], typer.Option(help="What latents are stored in.")
     ] = "float16",
-    flip: Annotated[bool, typer.Option("--flip", help="Store the latents of mirrored images as well.")] = False,
-    images: Annotated[bool, typer.Option("--images", help="Store the encoded pixels too, as PNG of one size.")] = False,
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Store the latents of mirrored images as well.")
+    ] = False,
+    images: Annotated[
+        bool, typer.Option("--images", help="Store the encoded pixels too, as PNG of one size.")
+    ] = False,
     classes: Annotated[
-        bool, typer.Option("--classes", help="Folders are classes: store the number of an image's folder as .cls.")
+        bool,
+        typer.Option(
+            "--classes", help="Folders are classes: store the number of an image's folder as .cls."
+        ),
     ] = False,
     shard_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Images in a shard: 1000, with --images fewer for 20; not of input shards."),
+        typer.Option(
+            min=1, help="Images in a shard: 1000, with --images fewer for 20; not of input shards."
+        ),
     ] = None,
     batch_size: BatchSize = 16,
-    threads: Annotated[int, typer.Option(min=1, help="Threads that read images, in each process.")] = 4,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Threads that read images, in each process.")
+    ] = 4,
     memory: Annotated[
-        float | None, typer.Option(metavar="GiB", callback=check_memory, help="Memory of --native; 4 by default.")
+        float | None,
+        typer.Option(
+            metavar="GiB", callback=check_memory, help="Memory of --native; 4 by default."
+        ),
     ] = None,
     precision: Annotated[
-        str, typer.Option(callback=check_precision, help="32, bf16 or fp16: what the encoder computes in.")
+        str,
+        typer.Option(
+            callback=check_precision, help="32, bf16 or fp16: what the encoder computes in."
+        ),
     ] = "32",
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile the encoder; new sizes take time.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the encoder; new sizes take time.")
+    ] = False,
     device: Device = None,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print stats.json to standard output as well.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print stats.json to standard output as well.")
+    ] = False,
 ) -> None:
     """Turn images into WebDataset shards of latents, with their statistics.
 
@@ -91,8 +127,21 @@ def command(
         import torch
 
         from olvae.data.pixels.size_and_range import Sides
-        from olvae.devices import gather, join, keep_freed_memory, leave, precision_name, resolve_device
-        from olvae.export.encoding import EncodeJob, EncodeOptions, ShardInputs, find_inputs, usual_transform
+        from olvae.devices import (
+            gather,
+            join,
+            keep_freed_memory,
+            leave,
+            precision_name,
+            resolve_device,
+        )
+        from olvae.export.encoding import (
+            EncodeJob,
+            EncodeOptions,
+            ShardInputs,
+            find_inputs,
+            usual_transform,
+        )
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
 
@@ -103,13 +152,18 @@ def command(
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
     where = torch.device(resolve_device(device))
     model = found.load().to(where)
-    asked, per_shard = Sides.read(size).node if size else None, shard_size or (0 if images else 1000)
+    asked, per_shard = (
+        Sides.read(size).node if size else None,
+        shard_size or (0 if images else 1000),
+    )
     inputs = find_inputs(data, model.in_channels, per_shard, classes, model.pixel_range, asked)
     if shard_size is not None and isinstance(inputs, ShardInputs):
         raise ConfigError("--shard-size: each of these shards becomes one of latents: leave it out")
     usual = usual_transform(inputs, found.config, model)
     pixels = 0 if native else asked or Sides.of(usual.size).node
-    options = EncodeOptions(pixels, moments, seed, dtype, flip, images, precision_name(precision), usual.resample)
+    options = EncodeOptions(
+        pixels, moments, seed, dtype, flip, images, precision_name(precision), usual.resample
+    )
     stats = None
     with no_empty_folders(out):
         job = EncodeJob(model, inputs, options, out, {"target": found.name, "source": data})
@@ -124,13 +178,19 @@ def command(
 
             compile_networks([_encoder(model, target)], where)
         share = "" if world == 1 else f", 1 of {world} shares"
-        bar = ProgressBar(f"encoding{share}", inputs.count(range(rank, len(inputs), world)), enabled=rank == 0)
+        bar = ProgressBar(
+            f"encoding{share}", inputs.count(range(rank, len(inputs), world)), enabled=rank == 0
+        )
         with job.shards.locked("olvae encode"), bar:
             try:
                 job.run(rank, world, batch_size, threads, int((memory or 4) * GIB), bar.advance)
             except KeyboardInterrupt:
                 if rank == 0:
-                    kept = f"finished shards are in {out}" if job.shards.any_stored() else "no shard is finished yet"
+                    kept = (
+                        f"finished shards are in {out}"
+                        if job.shards.any_stored()
+                        else "no shard is finished yet"
+                    )
                     bar.print(f"stopped: {kept}; the same command continues")
                 sys.exit(stop_code())
             if gather(None) is not None:  # all processes have finished, and this is the first
@@ -140,7 +200,9 @@ def command(
     leave()
 
 
-def _other_factors(stats: Mapping[str, Any], out: Path, target: "Target", model: "Autoencoder") -> Iterator[str]:
+def _other_factors(
+    stats: Mapping[str, Any], out: Path, target: "Target", model: "Autoencoder"
+) -> Iterator[str]:
     """Warn if factors that are known for the model differ from those of these latents."""
     if (means := model.latents_mean) is not None:
         packed = "" if len(means) == model.latent_channels else ", of packed 2x2 positions,"
@@ -149,12 +211,19 @@ def _other_factors(stats: Mapping[str, Any], out: Path, target: "Target", model:
     from olvae.export.exporting import Factors, read_factors
 
     here = Factors(stats["scaling_factor"], stats["shift_factor"], stats["count"])
-    others = {target.name: Factors(model.scaling_factor, model.shift_factor)} if model.factors_known else {}
+    others = (
+        {target.name: Factors(model.scaling_factor, model.shift_factor)}
+        if model.factors_known
+        else {}
+    )
     if target.run is not None and (file := target.run.path / "latents.json").is_file():
         with contextlib.suppress(ValueError):
             others[str(file)] = read_factors(file, target.name)
     for name, other in others.items():
-        scaling, shift = abs(here.scaling / other.scaling - 1), abs(here.shift - other.shift) * other.scaling
+        scaling, shift = (
+            abs(here.scaling / other.scaling - 1),
+            abs(here.shift - other.shift) * other.scaling,
+        )
         if other[:2] != (1.0, 0.0) and max(scaling, shift) > 1e-3:
             images = "" if other.images is None else f" (of {other.images} images)"
             yield (
@@ -169,7 +238,9 @@ def _encoder(model: Any, target: str) -> Any:
     return model.encoder
 
 
-def _report(stats: Mapping[str, Any], out: Path, target: "Target", model: "Autoencoder", as_json: bool) -> None:
+def _report(
+    stats: Mapping[str, Any], out: Path, target: "Target", model: "Autoencoder", as_json: bool
+) -> None:
     from olvae.data.pixels.size_and_range import Sides
     from olvae.data.shards.index import INDEX, Index
 
@@ -177,8 +248,15 @@ def _report(stats: Mapping[str, Any], out: Path, target: "Target", model: "Autoe
         typer.echo(json.dumps(stats, indent=2))
     shards = len(Index.read(out / INDEX).shards)
     of = f" of {Sides.of(stats['size']).short} px" if stats["size"] else ""
-    lost = f"; {n} could not be read, stats.json says why" if (n := stats["unreadable"]["count"]) else ""
-    typer.echo(f"latents: {out}, {stats['count']} images{of} in {shards} shard{'s' * (shards > 1)}{lost}", err=True)
+    lost = (
+        f"; {n} could not be read, stats.json says why"
+        if (n := stats["unreadable"]["count"])
+        else ""
+    )
+    typer.echo(
+        f"latents: {out}, {stats['count']} images{of} in {shards} shard{'s' * (shards > 1)}{lost}",
+        err=True,
+    )
     factors = (f"{name} {stats[name]:.4f}" for name in ("scaling_factor", "shift_factor"))
     typer.echo(f"numbers: {out / 'stats.json'}, {', '.join(factors)}", err=True)
     for line in _other_factors(stats, out, target, model):
@@ -187,16 +265,23 @@ def _report(stats: Mapping[str, Any], out: Path, target: "Target", model: "Autoe
 
 def decode_command(
     target: TargetArgument,
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Shards of latents: a folder, a file, a pattern.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="Shards of latents: a folder, a file, a pattern.")
+    ],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the images to.")],
     config: ConfigFile = None,
     image_format: Annotated[
         Literal["png", "jpg", "npy", "tif", "exr"] | None,
-        typer.Option("--format", help="png, or npy for a range of values and other channels; jpg, tif, exr."),
+        typer.Option(
+            "--format", help="png, or npy for a range of values and other channels; jpg, tif, exr."
+        ),
     ] = None,
     batch_size: BatchSize = 16,
     memory: Annotated[
-        float, typer.Option(metavar="GiB", callback=check_memory, help="What needs more is decoded in tiles.")
+        float,
+        typer.Option(
+            metavar="GiB", callback=check_memory, help="What needs more is decoded in tiles."
+        ),
     ] = 4.0,
     device: Device = None,
     raw: Raw = False,
@@ -223,11 +308,19 @@ def decode_command(
     shards = with_counts(find_shards(source), image_key=LATENT)
     model = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch).load()
     if stats.get("weights", (mine := tensors_sum(model.state_dict()))) != mine:
-        typer.echo(f"note: {stats.get('target')} made these latents, with other weights than {target}'s", err=True)
+        typer.echo(
+            f"note: {stats.get('target')} made these latents, with other weights than {target}'s",
+            err=True,
+        )
     model.to(where)
 
-    with no_empty_folders(out), ProgressBar("decoding", total([shard.images for shard in shards])) as bar:
-        done, unreadable = decode_shards(model, shards, out, image_format, batch_size, int(memory * GIB), bar.advance)
+    with (
+        no_empty_folders(out),
+        ProgressBar("decoding", total([shard.images for shard in shards])) as bar,
+    ):
+        done, unreadable = decode_shards(
+            model, shards, out, image_format, batch_size, int(memory * GIB), bar.advance
+        )
     for error in unreadable:
         typer.echo(f"skipped {error.name}: {error.reason}", err=True)
     typer.echo(f"images: {out}, {done} of them", err=True)

@@ -35,8 +35,25 @@ if TYPE_CHECKING:  # slow to import
     from olvae.evaluation.observers.observer import Observer
     from olvae.evaluation.results import Evaluated, Results
 
-METRICS = ("psnr", "ssim", "ssim_uniform", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid", "fdd")
-PROTOCOLS = ("open-litevae", "latent-diffusion", "dc-ae", "llamagen", "va-vae")  # names; the registries import torch
+METRICS = (
+    "psnr",
+    "ssim",
+    "ssim_uniform",
+    "ms_ssim",
+    "l1",
+    "lpips",
+    "lpips_alex",
+    "rfid",
+    "kid",
+    "fdd",
+)
+PROTOCOLS = (
+    "open-litevae",
+    "latent-diffusion",
+    "dc-ae",
+    "llamagen",
+    "va-vae",
+)  # names; the registries import torch
 OBSERVERS = {
     "colour": "olvae.evaluation.observers.colour.Colour",
     "ifid": "olvae.evaluation.observers.ifid.InterpolatedFID",
@@ -59,11 +76,17 @@ Targets = Annotated[list[str], TARGETS]
 
 TestImages = Annotated[
     str | None,
-    typer.Option(metavar="SRC", help="A folder, shards, a list, ...; by default the first target's test images."),
+    typer.Option(
+        metavar="SRC",
+        help="A folder, shards, a list, ...; by default the first target's test images.",
+    ),
 ]
 
 BatchSize = Annotated[
-    int | None, typer.Option("--batch-size", "-B", min=1, help="Images per batch; by default the config's, or 8.")
+    int | None,
+    typer.Option(
+        "--batch-size", "-B", min=1, help="Images per batch; by default the config's, or 8."
+    ),
 ]
 
 First = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N images.")]
@@ -81,7 +104,10 @@ WeightsDir = Annotated[
 
 Out = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Where results go; by default the run folder, or FILE_results for a file."),
+    typer.Option(
+        metavar="DIR",
+        help="Where results go; by default the run folder, or FILE_results for a file.",
+    ),
 ]
 
 
@@ -99,19 +125,34 @@ def command(
     config_base: ConfigBase = None,
     batch_size: BatchSize = None,
     metrics: Annotated[
-        str, typer.Option(metavar="LIST", callback=comma_list((ALL, *METRICS)), help=f"{', '.join(METRICS)}. {NOT_ALL}")
+        str,
+        typer.Option(
+            metavar="LIST",
+            callback=comma_list((ALL, *METRICS)),
+            help=f"{', '.join(METRICS)}. {NOT_ALL}",
+        ),
     ] = ALL,
     protocol: Annotated[
-        str, typer.Option(metavar="NAME[,NAME]", callback=comma_list(PROTOCOLS), help=f"{', '.join(PROTOCOLS)}.")
+        str,
+        typer.Option(
+            metavar="NAME[,NAME]", callback=comma_list(PROTOCOLS), help=f"{', '.join(PROTOCOLS)}."
+        ),
     ] = "open-litevae",
     data: TestImages = None,
     size: Annotated[
         str | None,
-        typer.Option(metavar="PIXELS", help="256, or 80x256; by default the config's, otherwise the protocol's."),
+        typer.Option(
+            metavar="PIXELS",
+            help="256, or 80x256; by default the config's, otherwise the protocol's.",
+        ),
     ] = None,
     images: First = None,
-    posterior: Annotated[Literal["mode", "sample"] | None, typer.Option(help="By default the protocol's.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the noise, if latents are sampled.")] = 0,
+    posterior: Annotated[
+        Literal["mode", "sample"] | None, typer.Option(help="By default the protocol's.")
+    ] = None,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the noise, if latents are sampled.")
+    ] = 0,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
     weights_dir: WeightsDir = None,
@@ -125,16 +166,25 @@ def command(
     ] = False,
     fit: Annotated[
         str | None,
-        typer.Option(metavar="SRC", help="Images to fit the linear code on; by default the first target's training."),
+        typer.Option(
+            metavar="SRC",
+            help="Images to fit the linear code on; by default the first target's training.",
+        ),
     ] = None,
     cross: Annotated[
-        bool, typer.Option("--cross", help="TEACHER STUDENT: each encoder with each decoder, and the latents' error.")
+        bool,
+        typer.Option(
+            "--cross",
+            help="TEACHER STUDENT: each encoder with each decoder, and the latents' error.",
+        ),
     ] = False,
     precision: Annotated[
         str,
         typer.Option(
             metavar="LIST",
-            callback=comma_list((*PRECISIONS[:3], "fp16-autocast", "bf16-autocast"), aliases=PRECISIONS),
+            callback=comma_list(
+                (*PRECISIONS[:3], "fp16-autocast", "bf16-autocast"), aliases=PRECISIONS
+            ),
             help="fp16, bf16: adds a row in that precision, with its largest activations; with -autocast, under "
             "autocast. float32 is always included.",
         ),
@@ -142,17 +192,25 @@ def command(
     observe: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help=f"Look at more: {', '.join(OBSERVERS)}, or your package.module.Class. May be repeated."
+            metavar="NAME",
+            help=f"Look at more: {', '.join(OBSERVERS)}, or your package.module.Class. May be repeated.",
         ),
     ] = None,
     beside: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="Add rows of an earlier metrics.json. May be repeated.")
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Add rows of an earlier metrics.json. May be repeated."),
     ] = None,
-    mix_protocols: Annotated[bool, typer.Option("--mix-protocols", help="Let --beside mix protocols, marked.")] = False,
+    mix_protocols: Annotated[
+        bool, typer.Option("--mix-protocols", help="Let --beside mix protocols, marked.")
+    ] = False,
     device: Device = None,
     out: Out = None,
-    report: Annotated[bool, typer.Option(help="Write report.html, with galleries and constant colours.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Also print metrics.json to standard output.")] = False,
+    report: Annotated[
+        bool, typer.Option(help="Write report.html, with galleries and constant colours.")
+    ] = True,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Also print metrics.json to standard output.")
+    ] = False,
 ) -> None:
     """Evaluate how well one or several autoencoders reconstruct the same test images.
 
@@ -168,8 +226,12 @@ def command(
 
     Example: olvae evaluate --zoo sdxl,flux2,qwen-image --data photos --size 256 --out zoo
     """
-    if (zoo is None) == (not targets) or (zoo is not None and (not data or not out or baselines or "," in protocol)):
-        raise ConfigError("name TARGETs, as last, or `zoo` with `data`, `out` and one `protocol`, without `baselines`")
+    if (zoo is None) == (not targets) or (
+        zoo is not None and (not data or not out or baselines or "," in protocol)
+    ):
+        raise ConfigError(
+            "name TARGETs, as last, or `zoo` with `data`, `out` and one `protocol`, without `baselines`"
+        )
     check_paths(*(targets := targets or []), data=data)
     check_paths(data=fit)
     check_applies("--fit", fit is not None, "--baselines", baselines)
@@ -185,17 +247,27 @@ def command(
         from olvae.evaluation.zoo import ZOO_METRICS, evaluate_zoo, read_zoo
         from olvae.models.loading.targets import find_target, name_apart
 
-    names = split_commas(metrics) if ALL not in split_commas(metrics) else [*(ZOO_METRICS if zoo else DEFAULT_METRICS)]
+    names = (
+        split_commas(metrics)
+        if ALL not in split_commas(metrics)
+        else [*(ZOO_METRICS if zoo else DEFAULT_METRICS)]
+    )
     pixels = Sides.read(size).node if size else None
     choices = (("posterior", posterior), ("seed", seed), ("size", pixels))
     changes: dict[str, Any] = {name: value for name, value in choices if value is not None}
     protocols = [replace(PRESETS[name], **changes) for name in split_commas(protocol)]
     if seed and all(p.noise_seed is None for p in protocols):
         raise ConfigError("--seed applies to samples: add --posterior sample, or leave it out")
-    find = partial(find_target, config=config, config_base=config_base, raw=raw, allow_mismatch=allow_mismatch)
+    find = partial(
+        find_target, config=config, config_base=config_base, raw=raw, allow_mismatch=allow_mismatch
+    )
     found = name_apart([find(target) for target in targets], [UNTRAINED])
     observers = _observers(
-        cross, split_commas(precision), report, observe or ([] if zoo is None else [*OBSERVERS]), weights_dir
+        cross,
+        split_commas(precision),
+        report,
+        observe or ([] if zoo is None else [*OBSERVERS]),
+        weights_dir,
     )
     observers += [Baselines(found[0], fit)] if baselines else []
     folder = results_folder(out, "".join(targets[:1]), found[0].run if found else None)
@@ -206,14 +278,20 @@ def command(
     if rank := join()[0]:
         logging.getLogger("olvae").setLevel(logging.ERROR)
     device = resolve_device(device)
-    request = Request(found, protocols, names, data, pixels, images, batch_size, weights_dir, device, observers)
+    request = Request(
+        found, protocols, names, data, pixels, images, batch_size, weights_dir, device, observers
+    )
     if device.startswith("cpu") and "fp16" in precision and images is None and not rank:
-        typer.echo("fp16 is very slow on a CPU: --device cuda, or --images N for fewer images", err=True)
+        typer.echo(
+            "fp16 is very slow on a CPU: --device cuda, or --images N for fewer images", err=True
+        )
     if zoo is None:
         evaluated = evaluate(request, with_progress)
     else:
         listed = read_zoo(() if zoo == ALL else split_commas(zoo))
-        evaluated = evaluate_zoo(listed, find, request, folder, _command() if report else None, with_progress)
+        evaluated = evaluate_zoo(
+            listed, find, request, folder, _command() if report else None, with_progress
+        )
     leave()
     if evaluated is not None:
         _finish(evaluated, folder, suffixes, earlier, mix_protocols, report, as_json)
@@ -225,7 +303,14 @@ def _observers(
     crossed: bool, precisions: list[str], report: bool, own: Iterable[str], weights_dir: Path | None
 ) -> list["Observer"]:
     """Make the observers that the flags ask for, in the order of the page."""
-    from olvae.evaluation.observers import bands, cross, flat_colours, gallery, half_precision, not_rgb
+    from olvae.evaluation.observers import (
+        bands,
+        cross,
+        flat_colours,
+        gallery,
+        half_precision,
+        not_rgb,
+    )
     from olvae.evaluation.observers.observer import Observer
 
     observers: list[Observer] = [cross.Cross()] if crossed else []
@@ -233,7 +318,10 @@ def _observers(
     observers += [not_rgb.RealValues(), not_rgb.Transparency(), gallery.Gallery(), bands.Bands()]
     observers += [flat_colours.FlatColours()] if report else []
     arguments = {"ifid": {"weights_dir": weights_dir}}
-    observers += [resolve_class(OBSERVERS.get(name, name), Observer)(**arguments.get(name, {})) for name in own]
+    observers += [
+        resolve_class(OBSERVERS.get(name, name), Observer)(**arguments.get(name, {}))
+        for name in own
+    ]
     return observers
 
 
@@ -257,7 +345,10 @@ def _read_earlier_files(
     taken = {place.resolve() for place in places}
     earlier = {path: Results.read(path, [*_of_earlier_rows(), *observers]) for path in paths}
     if replaced := [str(place) for place in taken if place.is_file()]:
-        typer.echo(f"note: {', '.join(replaced)}: earlier results, which these replace; --out keeps both", err=True)
+        typer.echo(
+            f"note: {', '.join(replaced)}: earlier results, which these replace; --out keeps both",
+            err=True,
+        )
     if over := [path for path in earlier if path.resolve() in taken]:
         raise ConfigError(f"`beside` {over[0]}: new results would overwrite it: set `out`")
     return earlier
@@ -283,7 +374,11 @@ def _finish(
             results = results.beside(earlier, mix)
         except ValueError as reason:
             refused.append(reason)
-        shown = [observer for observer in _of_earlier_rows() if observer.name not in names] if earlier else []
+        shown = (
+            [observer for observer in _of_earlier_rows() if observer.name not in names]
+            if earlier
+            else []
+        )
         evaluated[i] = replace(one, results=results, observers=[*shown, *one.observers])
         suffix = suffixes[results.protocol["name"]]
         written += write_files(evaluated[i], folder, suffix, _command() if page else None).items()
@@ -303,5 +398,7 @@ def results_folder(out: Path | None, target: str, run: Run | None) -> Path:
     elif out is None and Path(target).is_file():
         out = Path(target).with_name(f"{Path(target).stem}_results")
     if out is None:
-        raise ConfigError("--out DIR is missing: the first target is neither a run folder nor a file")
+        raise ConfigError(
+            "--out DIR is missing: the first target is neither a run folder nor a file"
+        )
     return check_folder(out)

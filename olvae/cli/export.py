@@ -6,13 +6,25 @@ from typing import Annotated, Literal
 import typer
 from rich.console import Console
 
-from olvae.cli.options import AllowMismatch, ConfigBase, ConfigFile, Raw, TargetArgument, check_paths, in_flags, loading
+from olvae.cli.options import (
+    AllowMismatch,
+    ConfigBase,
+    ConfigFile,
+    Raw,
+    TargetArgument,
+    check_paths,
+    in_flags,
+    loading,
+)
 
 
 def command(
     target: TargetArgument,
     out: Annotated[
-        Path, typer.Option(metavar="PATH", help="The folder to create; for ldm and comfyui the .safetensors file.")
+        Path,
+        typer.Option(
+            metavar="PATH", help="The folder to create; for ldm and comfyui the .safetensors file."
+        ),
     ],
     layout: Annotated[
         str | None,
@@ -30,23 +42,40 @@ def command(
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
     dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"], typer.Option(help="Round the weights to this dtype.")
+        Literal["float32", "float16", "bfloat16"],
+        typer.Option(help="Round the weights to this dtype."),
     ] = "float32",
     fold: Annotated[
-        bool, typer.Option("--fold", help="Turn self-modulated convolutions into ordinary ones, for inference only.")
+        bool,
+        typer.Option(
+            "--fold",
+            help="Turn self-modulated convolutions into ordinary ones, for inference only.",
+        ),
     ] = False,
     scaling_factor: Annotated[
-        float | None, typer.Option(help="For a diffusion model: 1 / standard deviation of the latents.")
+        float | None,
+        typer.Option(help="For a diffusion model: 1 / standard deviation of the latents."),
     ] = None,
-    shift_factor: Annotated[float | None, typer.Option(help="For a diffusion model: mean of the latents.")] = None,
+    shift_factor: Annotated[
+        float | None, typer.Option(help="For a diffusion model: mean of the latents.")
+    ] = None,
     latents: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Take both factors from what olvae latents or encode wrote.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Take both factors from what olvae latents or encode wrote."
+        ),
     ] = None,
     onnx: Annotated[
-        bool, typer.Option("--onnx", help="Write encoder.onnx and decoder.onnx too; needs open-litevae[onnx].")
+        bool,
+        typer.Option(
+            "--onnx", help="Write encoder.onnx and decoder.onnx too; needs open-litevae[onnx]."
+        ),
     ] = False,
     license_id: Annotated[
-        str | None, typer.Option("--license", metavar="ID", help="The weights' licence by the hub's name: mit, ...")
+        str | None,
+        typer.Option(
+            "--license", metavar="ID", help="The weights' licence by the hub's name: mit, ..."
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the export in --out.")] = False,
 ) -> None:
@@ -61,13 +90,21 @@ def command(
         from olvae.export.exporting import ExportSettings, export_target
         from olvae.models.loading.targets import find_target
 
-        settings = ExportSettings(layout, dtype, fold, onnx, scaling_factor, shift_factor, latents, license_id, force)
+        settings = ExportSettings(
+            layout, dtype, fold, onnx, scaling_factor, shift_factor, latents, license_id, force
+        )
         settings.check(out)
         found = find_target(target, config, config_base, raw, allow_mismatch)
-    with Console(stderr=True).status("writing and comparing" + (", ONNX takes a minute" if onnx else "")):
+    with Console(stderr=True).status(
+        "writing and comparing" + (", ONNX takes a minute" if onnx else "")
+    ):
         differences, notes = export_target(found, out, settings)
     for what, difference in differences.items():
-        typer.echo(f"{what}: " + (f"within {difference:.1e} of the largest value" if difference else "equal"), err=True)
+        typer.echo(
+            f"{what}: "
+            + (f"within {difference:.1e} of the largest value" if difference else "equal"),
+            err=True,
+        )
     for note in notes:
         typer.echo(f"note: {in_flags(note)}", err=True)
     typer.echo(f"export: {out}", err=True)

@@ -5,7 +5,15 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.evaluate import BatchSize, First, Out, Targets, TestImages, WeightsDir, results_folder
+from olvae.cli.evaluate import (
+    BatchSize,
+    First,
+    Out,
+    Targets,
+    TestImages,
+    WeightsDir,
+    results_folder,
+)
 from olvae.cli.options import (
     AllowMismatch,
     ConfigFile,
@@ -30,10 +38,14 @@ def command(
     batch_size: BatchSize = None,
     images: First = None,
     device: Device = None,
-    ifid: Annotated[bool, typer.Option("--ifid", help="Add iFID, of pictures between latents.")] = False,
+    ifid: Annotated[
+        bool, typer.Option("--ifid", help="Add iFID, of pictures between latents.")
+    ] = False,
     weights_dir: WeightsDir = None,
     out: Out = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Also print the report to standard output.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Also print the report to standard output.")
+    ] = False,
 ) -> None:
     """Compare the latents of one or several models, on the same images, with N(0, I).
 
@@ -48,7 +60,12 @@ def command(
     with loading():
         from olvae.checkpoint import tensors_sum
         from olvae.devices import join, leave, resolve_device
-        from olvae.evaluation.latent_report import draw_distribution, encode_latents, print_latents, report_latents
+        from olvae.evaluation.latent_report import (
+            draw_distribution,
+            encode_latents,
+            print_latents,
+            report_latents,
+        )
         from olvae.evaluation.observers.ifid import InterpolatedFID
         from olvae.evaluation.observers.observer import Observer, Subject
         from olvae.evaluation.protocol import open_images_for
@@ -57,7 +74,9 @@ def command(
         from olvae.modules.scaling_factors import FEW_IMAGES
 
     join()
-    found = [find_target(target, config, raw=raw, allow_mismatch=allow_mismatch) for target in targets]
+    found = [
+        find_target(target, config, raw=raw, allow_mismatch=allow_mismatch) for target in targets
+    ]
     folder = results_folder(out, targets[0], found[0].run)
     device = resolve_device(device)
     models = {target.name: target.load() for target in name_apart(found)}
@@ -66,25 +85,37 @@ def command(
     source = open_images_for(models, found[0].config, data)
     if images is not None:
         source.limit(images)
-    shown = with_progress("encoding", source.test_loader(batch_size or (8 if data else None)), source.val_images)
+    shown = with_progress(
+        "encoding", source.test_loader(batch_size or (8 if data else None)), source.val_images
+    )
     accumulators = encode_latents(models, shown, device, source.pixel_range, observer)
     leave()
     if accumulators is None:
         return
     observer = observer if is_examined(observer, subjects, source, device) else Observer()
-    about = {"source": data or place_of(found[0].config["data"]), "images": source.describe_val_images()}
+    about = {
+        "source": data or place_of(found[0].config["data"]),
+        "images": source.describe_val_images(),
+    }
     with ProgressBar("comparing with N(0, I)", len(models), unit="models") as bar:
         sums = {name: tensors_sum(model.state_dict()) for name, model in models.items()}
-        content = report_latents(accumulators, sums, observer, {**about, "size": source.size.node}, bar.advance)
+        content = report_latents(
+            accumulators, sums, observer, {**about, "size": source.size.node}, bar.advance
+        )
     with no_empty_folders(folder):
         folder.mkdir(parents=True, exist_ok=True)
         remove_partials(folder.glob(".partial-*"), idle_s=1.0)
         write_json(content, folder / "latents.json")
-        draw_distribution({row["target"]: row for row in content["results"]}, folder / "latents.png")
+        draw_distribution(
+            {row["target"]: row for row in content["results"]}, folder / "latents.png"
+        )
     print_latents(content, observer)
     n = content["data"]["n"]
     if n < FEW_IMAGES:
-        typer.echo(f"warning: factors of few images, {n}: measure them on {FEW_IMAGES} or more, with --data", err=True)
+        typer.echo(
+            f"warning: factors of few images, {n}: measure them on {FEW_IMAGES} or more, with --data",
+            err=True,
+        )
     if as_json:
         typer.echo(json.dumps(content, indent=2))
     typer.echo(f"numbers: {folder / 'latents.json'}\nfigure:  {folder / 'latents.png'}", err=True)

@@ -58,7 +58,10 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def program(
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and leave.")
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version and leave."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -67,7 +70,10 @@ def program(
 PACKAGE = Path(__file__).parent.parent
 PYTHONS_FORMAT = warnings.formatwarning
 
-MANY_VALUES = ("--base", "-b")  # options that take several values after one flag, as in latent-diffusion's commands
+MANY_VALUES = (
+    "--base",
+    "-b",
+)  # options that take several values after one flag, as in latent-diffusion's commands
 ALONE = {"--zoo": evaluate.ALL}  # options that may stand without a value, and what they mean then
 
 
@@ -80,7 +86,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     warnings.formatwarning = _format_warning
-    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)  # diffusers imports it: a kernel that none needs
+    logging.getLogger("bitsandbytes.backends").setLevel(
+        logging.ERROR
+    )  # diffusers imports it: a kernel that none needs
     try:
         arguments = repeat_flags([argument for argument in given if argument != "--debug"])
         command = typer.main.get_command(app)
@@ -90,13 +98,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (typer.Abort, KeyboardInterrupt):
         code = STOPPED
     except Exception as error:
-        if stop_code() == PREEMPTED:  # a library's import turned KeyboardInterrupt into another error
+        if (
+            stop_code() == PREEMPTED
+        ):  # a library's import turned KeyboardInterrupt into another error
             code = STOPPED
         elif debug:
             raise
         else:
             code = print_error(error, given)
-    if code == STOPPED:  # typer turns Ctrl-C into it; a command that has printed more raises SystemExit
+    if (
+        code == STOPPED
+    ):  # typer turns Ctrl-C into it; a command that has printed more raises SystemExit
         typer.echo("stopped", err=True)
         code = stop_code()
     sys.exit(code if isinstance(code, int) else 0)
@@ -110,7 +122,11 @@ def _keep_examples(command: Any) -> None:
 
 
 def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
 ) -> str:
     """Format this package's warnings in one line, and others as Python does, with their place."""
     if Path(filename).is_relative_to(PACKAGE):
@@ -120,11 +136,15 @@ def _format_warning(
 
 def print_error(error: Exception, arguments: Sequence[str] = ()) -> int:
     """Print one line, or one for each mistake of a config; returns the exit code."""
-    if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # of click, or of typer's copy of it
+    if hasattr(error, "format_message") and hasattr(
+        error, "exit_code"
+    ):  # of click, or of typer's copy of it
         text = error.format_message().replace("Value error, ", "")
         if arguments[:1] == ["train"] and hasattr(error, "option_name"):
             text += _as_setting(error.option_name, arguments)
-        typer.echo(text if "\n" in text else f"error: {text}", err=True)  # more than one line is a help
+        typer.echo(
+            text if "\n" in text else f"error: {text}", err=True
+        )  # more than one line is a help
         return int(error.exit_code)
     if isinstance(error, RuntimeError | ConnectionError | EOFError | TypeError):
         from olvae.data.read_errors import worker_death
@@ -134,13 +154,17 @@ def print_error(error: Exception, arguments: Sequence[str] = ()) -> int:
     text = str(error).strip() or type(error).__name__
     if isinstance(error, OSError) and error.filename and error.strerror:  # the system's own
         text = f"{error.filename}: {error.strerror}"
-    if text.startswith("Caught ") and "Original Traceback" in text:  # from a loader's process: keep its last line
+    if (
+        text.startswith("Caught ") and "Original Traceback" in text
+    ):  # from a loader's process: keep its last line
         last = text.splitlines()[-1]
         text = last.partition(": ")[2] or last
     if not isinstance(error, ValueError | OSError | ArithmeticError):
         text = f"{type(error).__name__}: {text.splitlines()[0]} (--debug shows where)"
     for line in text.splitlines():
-        typer.echo(f"error: {printable(in_flags(line))}", err=True)  # file names may hold a terminal's commands
+        typer.echo(
+            f"error: {printable(in_flags(line))}", err=True
+        )  # file names may hold a terminal's commands
     return 2 if isinstance(error, ConfigError) else 1
 
 
@@ -148,8 +172,14 @@ def _as_setting(option: str, arguments: Sequence[str]) -> str:
     """End the message on an unknown option of ``olvae train`` with the way to write a setting of its config."""
     name, places = option.lstrip("-").rpartition(".")[2].replace("-", "_"), dict[str, str]()
     with contextlib.suppress(ConfigError):
-        places = key_places(load([b for flag, b in pairwise(repeat_flags([*arguments])) if flag in MANY_VALUES]))
-    written = f"{places[name]}=..." if name in places else "KEY=VALUE, as in lightning.trainer.max_steps=20"
+        places = key_places(
+            load([b for flag, b in pairwise(repeat_flags([*arguments])) if flag in MANY_VALUES])
+        )
+    written = (
+        f"{places[name]}=..."
+        if name in places
+        else "KEY=VALUE, as in lightning.trainer.max_steps=20"
+    )
     return f"; settings of the config are written without dashes: {written}"
 
 
@@ -169,7 +199,11 @@ def repeat_flags(arguments: list[str]) -> list[str]:
             out += [flag, argument]
         else:
             flag = None
-            out += [argument, ALONE[argument]] if argument in ALONE and follows.startswith("-") else [argument]
+            out += (
+                [argument, ALONE[argument]]
+                if argument in ALONE and follows.startswith("-")
+                else [argument]
+            )
     return out
 
 

@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.status import Status
 from rich.text import Text
 
@@ -63,7 +71,9 @@ def check_applies(option: str, given: bool, to: str, there: bool) -> None:
 def comma_list(names: Sequence[str], aliases: Sequence[str] = ()) -> Callback:
     """Take names separated by commas; ``aliases`` are accepted, but not shown in the message."""
     accepted = {*names, *aliases}
-    return _checked(lambda text: accepted.issuperset(split_commas(text) or [""]), f"from {', '.join(names)}")
+    return _checked(
+        lambda text: accepted.issuperset(split_commas(text) or [""]), f"from {', '.join(names)}"
+    )
 
 
 def split_commas(text: str) -> list[str]:
@@ -78,17 +88,25 @@ CONFIG_HELP = "The config of a checkpoint, a file or recipe; a run folder has it
 ConfigFile = Annotated[Path | None, typer.Option(metavar="CFG", help=CONFIG_HELP)]
 
 ConfigBase = Annotated[
-    Path | None, typer.Option("--config_base", "--config-base", metavar="DIR", help="Find a run's config here.")
+    Path | None,
+    typer.Option("--config_base", "--config-base", metavar="DIR", help="Find a run's config here."),
 ]
 
-Raw = Annotated[bool, typer.Option("--raw", help="Use the weights as trained, not the averaged ones (EMA).")]
+Raw = Annotated[
+    bool, typer.Option("--raw", help="Use the weights as trained, not the averaged ones (EMA).")
+]
 
 AllowMismatch = Annotated[
-    bool, typer.Option("--allow-mismatch", help="Load weights even if only some of them fit; the others are listed.")
+    bool,
+    typer.Option(
+        "--allow-mismatch",
+        help="Load weights even if only some of them fit; the others are listed.",
+    ),
 ]
 
 Device = Annotated[
-    str | None, typer.Option(callback=check_device, help="cpu or cuda; by default a GPU if there is one.")
+    str | None,
+    typer.Option(callback=check_device, help="cpu or cuda; by default a GPU if there is one."),
 ]
 
 _received: list[int] = []  # signals
@@ -147,7 +165,9 @@ def in_flags(text: str) -> str:
 LINE_EVERY_S = 15.0  # seconds between lines of progress without a terminal
 
 
-def print_rows(title: str, rows: Mapping[str, Mapping[str, str]], names: str, stderr: bool = False) -> None:
+def print_rows(
+    title: str, rows: Mapping[str, Mapping[str, str]], names: str, stderr: bool = False
+) -> None:
     """Print cells by heading, a row for each of the ``names``, in the columns of the terminal."""
     from olvae.evaluation.report import print_grid
     from olvae.evaluation.results import texts
@@ -163,7 +183,11 @@ class ProgressBar:
     """
 
     def __init__(
-        self, description: str, total: float | None = None, enabled: bool = True, unit: str = "images"
+        self,
+        description: str,
+        total: float | None = None,
+        enabled: bool = True,
+        unit: str = "images",
     ) -> None:
         self.description, self.total, self.enabled, self.unit = description, total, enabled, unit
         self.done = 0.0
@@ -172,7 +196,13 @@ class ProgressBar:
         console = Console(stderr=True)
         if enabled and console.is_terminal:
             name = TextColumn("{task.description}", markup=False)
-            columns = (name, BarColumn(), MofNCompleteColumn(), _RateColumn(unit), TimeRemainingColumn())
+            columns = (
+                name,
+                BarColumn(),
+                MofNCompleteColumn(),
+                _RateColumn(unit),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=console, transient=True)
             self._task = self._bar.add_task(description, total=total)
 
@@ -217,7 +247,9 @@ class _RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.{0 if speed >= 10 else 1}f} {self.unit}/s")
 
 
-def with_progress(description: str, batches: "Iterable[Batch]", total: int | None) -> "Iterator[Batch]":
+def with_progress(
+    description: str, batches: "Iterable[Batch]", total: int | None
+) -> "Iterator[Batch]":
     """Show progress over this process's batches as images of all processes, in the first process."""
     from olvae.devices import this_process
 

@@ -27,10 +27,12 @@ from olvae.files import check_folder, legible, reason
 
 def command(
     target: TargetArgument,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Images, or folders of images.")],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for NAME.png and NAME_compare.png.")] = Path(
-        "reconstructions"
-    ),
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Images, or folders of images.")
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder for NAME.png and NAME_compare.png.")
+    ] = Path("reconstructions"),
     config: ConfigFile = None,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
@@ -45,9 +47,14 @@ def command(
             "the CPU. Tiles do not change the result.",
         ),
     ] = None,
-    sample: Annotated[bool, typer.Option("--sample", help="Decode a sample of the posterior, not its mode.")] = False,
+    sample: Annotated[
+        bool, typer.Option("--sample", help="Decode a sample of the posterior, not its mode.")
+    ] = False,
     seed: Annotated[
-        int | None, typer.Option(metavar="N", min=0, help="Seed of --sample, the same for every image; 0 by default.")
+        int | None,
+        typer.Option(
+            metavar="N", min=0, help="Seed of --sample, the same for every image; 0 by default."
+        ),
     ] = None,
 ) -> None:
     """Reconstruct images of any size; write each result, and a picture of input, output and error with the PSNR.
@@ -76,11 +83,17 @@ def command(
     if memory is not None and not isinstance(model, LiteVAE):
         raise ConfigError(f"--memory: {found.name} is always computed whole: leave it out")
     budget = default_memory(where) if memory is None else int(memory * GIB)
-    options = ReconstructOptions(where, budget, (seed or 0) if sample else None, precision_name(precision))
+    options = ReconstructOptions(
+        where, budget, (seed or 0) if sample else None, precision_name(precision)
+    )
     if any(place.with_name(f"{place.name}_compare.png").is_file() for place in places.values()):
-        typer.echo(f"note: {out}: earlier results of these images are replaced; --out keeps both", err=True)
+        typer.echo(
+            f"note: {out}: earlier results of these images are replaced; --out keeps both", err=True
+        )
     with ProgressBar("reconstructing", len(places)) as bar:
-        done = reconstruct_files(model, places, options, lambda line: bar.print(in_flags(legible(line))), bar.set)
+        done = reconstruct_files(
+            model, places, options, lambda line: bar.print(in_flags(legible(line))), bar.set
+        )
     if done:
         typer.echo(f"{done} of {len(places)} reconstructed by {found.name}: {out}", err=True)
     if done < len(places):
@@ -90,8 +103,12 @@ def command(
 def app_command(
     targets: Targets,
     device: Device = None,
-    host: Annotated[str, typer.Option(help="Address to serve on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to serve on; 0 takes a free one.")] = 7860,
+    host: Annotated[
+        str, typer.Option(help="Address to serve on; 0.0.0.0 lets other machines in.")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to serve on; 0 takes a free one.")
+    ] = 7860,
 ) -> None:
     """Look at autoencoders in a browser: drop an image, compare reconstructions under a slider, error, latent, pixels.
 
@@ -107,10 +124,14 @@ def app_command(
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as servers do after one that has just ended
+            probe.setsockopt(
+                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+            )  # as servers do after one that has just ended
             probe.bind(address)
     except OSError as error:
-        raise ConfigError(f"--host {host} --port {port}: can't be served on: {reason(error)}") from error
+        raise ConfigError(
+            f"--host {host} --port {port}: can't be served on: {reason(error)}"
+        ) from error
     with loading():
         from olvae.app import page
         from olvae.devices import resolve_device

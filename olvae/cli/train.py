@@ -13,36 +13,65 @@ from olvae.cli.options import PREEMPTED, STOPPED, check_paths, end_on, loading
 
 def command(
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings, which override all files.")
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings, which override all files."),
     ] = None,
     base: Annotated[
         list[Path] | None,
         typer.Option(
-            "--base", "-b", metavar="CFG [CFG ...]", help="Config files or recipes; later ones override earlier ones."
+            "--base",
+            "-b",
+            metavar="CFG [CFG ...]",
+            help="Config files or recipes; later ones override earlier ones.",
         ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="SRC", help="Images to train on: a folder, shards, a list, a data set. data.params.root."),
+        typer.Option(
+            metavar="SRC",
+            help="Images to train on: a folder, shards, a list, a data set. data.params.root.",
+        ),
     ] = None,
-    logdir: Annotated[Path, typer.Option(help="The folder to create the run folder in.")] = Path("runs"),
+    logdir: Annotated[Path, typer.Option(help="The folder to create the run folder in.")] = Path(
+        "runs"
+    ),
     precision: Annotated[
-        str | None, typer.Option(metavar="{32,bf16,fp16}", help="Floating-point precision; 32 by default.")
+        str | None,
+        typer.Option(metavar="{32,bf16,fp16}", help="Floating-point precision; 32 by default."),
     ] = None,
     gpus: Annotated[
-        str | None, typer.Option(metavar="N_OR_LIST", help="The number of GPUs, or a list: 2, or 0,3. 0 is the CPU.")
+        str | None,
+        typer.Option(
+            metavar="N_OR_LIST", help="The number of GPUs, or a list: 2, or 0,3. 0 is the CPU."
+        ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=2**32 - 1, help="The seed of weights, data order and noise; 0 by default.")
+        int | None,
+        typer.Option(
+            min=0, max=2**32 - 1, help="The seed of weights, data order and noise; 0 by default."
+        ),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="The run's name; by default the first config file's.")] = None,
-    resume: Annotated[Path | None, typer.Option(metavar="RUN_DIR", help="Continue a run in its own folder.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The run's name; by default the first config file's.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN_DIR", help="Continue a run in its own folder.")
+    ] = None,
     allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="With --resume: other data, networks or losses than the run's own.")
+        bool,
+        typer.Option(
+            "--allow-changes",
+            help="With --resume: other data, networks or losses than the run's own.",
+        ),
     ] = False,
     actual_resume: Annotated[
         Path | None,
-        typer.Option("--actual_resume", "--actual-resume", metavar="CKPT", help="Start a new run from weights."),
+        typer.Option(
+            "--actual_resume",
+            "--actual-resume",
+            metavar="CKPT",
+            help="Start a new run from weights.",
+        ),
     ] = None,
     start_from: Annotated[
         str | None,
@@ -53,18 +82,30 @@ def command(
         ),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(metavar="TARGET", help="Learn the latents of this autoencoder, as in distil/both.")
+        str | None,
+        typer.Option(
+            metavar="TARGET", help="Learn the latents of this autoencoder, as in distil/both."
+        ),
     ] = None,
     time_limit: Annotated[
         str | None,
-        typer.Option(metavar="TIME", help="Stop after this time with a checkpoint, and exit with 75: 3h50m, 45m, 2d."),
+        typer.Option(
+            metavar="TIME",
+            help="Stop after this time with a checkpoint, and exit with 75: 3h50m, 45m, 2d.",
+        ),
     ] = None,
     wandb: Annotated[
         str | None,
-        typer.Option(metavar="PROJECT", help="Log to this project of Weights & Biases too; needs pip install wandb."),
+        typer.Option(
+            metavar="PROJECT",
+            help="Log to this project of Weights & Biases too; needs pip install wandb.",
+        ),
     ] = None,
     profile: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Trace N steps into trace.json and trace.txt of the run.")
+        int | None,
+        typer.Option(
+            metavar="N", min=1, help="Trace N steps into trace.json and trace.txt of the run."
+        ),
     ] = None,
 ) -> None:
     """Train an autoencoder.
@@ -89,14 +130,18 @@ def command(
         run = train(plan)
     except TrainingStopped as stopped:
         if is_first():
-            typer.echo(f"continue with: olvae train --resume {quote(str(stopped.run.path))}", err=True)
+            typer.echo(
+                f"continue with: olvae train --resume {quote(str(stopped.run.path))}", err=True
+            )
         # The first process of a machine reports the stop: torchrun kills the others when one exits with an error, and
         # the first one is the last to end.
         sys.exit(0 if local_rank() else PREEMPTED if stopped.preempted else STOPPED)
     except ProcessDiedError as died:
         if not died.run.last_checkpoint.is_file():
             raise
-        raise ChildProcessError(f"{died}; continue with: olvae train --resume {quote(str(died.run.path))}") from died
+        raise ChildProcessError(
+            f"{died}; continue with: olvae train --resume {quote(str(died.run.path))}"
+        ) from died
     if is_first():
         path = quote(str(run.path))
         typer.echo(f"next: olvae evaluate --baselines {path}  (numbers and a report)", err=True)

@@ -53,8 +53,12 @@ SET_BY_TRAINING = {
     "default_root_dir": "the option logdir of olvae train",
     "use_distributed_sampler": "the data source",
     "enable_checkpointing": "lightning.callbacks (KeepCheckpoints)",
-    **dict.fromkeys(("limit_train_batches", "overfit_batches", "fast_dev_run"), "lightning.trainer.max_steps"),
-    **dict.fromkeys(("min_steps", "min_epochs"), "lightning.trainer.max_steps"),  # with which a run would not stop
+    **dict.fromkeys(
+        ("limit_train_batches", "overfit_batches", "fast_dev_run"), "lightning.trainer.max_steps"
+    ),
+    **dict.fromkeys(
+        ("min_steps", "min_epochs"), "lightning.trainer.max_steps"
+    ),  # with which a run would not stop
     "max_time": "the option time-limit of olvae train",
     **dict.fromkeys(("enable_progress_bar", "barebones"), "lightning.callbacks"),
 }
@@ -74,7 +78,9 @@ def import_extra(module: str, extra: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(f"{purpose} needs {module}: pip install 'open-litevae[{extra}]'") from error
+        raise ConfigError(
+            f"{purpose} needs {module}: pip install 'open-litevae[{extra}]'"
+        ) from error
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -118,8 +124,13 @@ def _with_places(mistakes: list[str], config: Mapping[str, Any]) -> list[str]:
 
 def key_places(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the dotted places of Lightning's and the nodes' arguments by name; of equal names, the outermost one."""
-    places = {name: f"lightning.trainer.{name}" for name in arguments_of("lightning.pytorch.Trainer").parameters}
-    return places | {place.rpartition(".")[2]: place for place in reversed(list(_argument_places(config, "")))}
+    places = {
+        name: f"lightning.trainer.{name}"
+        for name in arguments_of("lightning.pytorch.Trainer").parameters
+    }
+    return places | {
+        place.rpartition(".")[2]: place for place in reversed(list(_argument_places(config, "")))
+    }
 
 
 def _argument_places(value: Any, where: str) -> Iterator[str]:
@@ -128,7 +139,9 @@ def _argument_places(value: Any, where: str) -> Iterator[str]:
         return
     if isinstance(value.get("target"), str):
         with contextlib.suppress(ConfigError):
-            yield from (f"{where}params.{name}" for name in arguments_of(value["target"]).parameters)
+            yield from (
+                f"{where}params.{name}" for name in arguments_of(value["target"]).parameters
+            )
     for key, inner in value.items():
         yield from _argument_places(inner, f"{where}{key}.")
 
@@ -146,7 +159,9 @@ def _check_colours(config: Mapping[str, Any]) -> Iterator[str]:
             f"{where}.lpips_weight: its network sees three channels of colour, the images have {channels}: set it to "
             f"0, or name three of them, as in {where}.lpips_channels=[2,1,0]"
         )
-    elif shown is not None and (len(shown) != 3 or not all(0 <= channel < channels for channel in shown)):
+    elif shown is not None and (
+        len(shown) != 3 or not all(0 <= channel < channels for channel in shown)
+    ):
         yield f"{where}.lpips_channels: expected three of {channels} channels, counted from 0, got {list(shown)}"
 
 
@@ -163,7 +178,9 @@ def unknown_keys(given: Mapping[str, Any], known: Sequence[str], prefix: str = "
     """Yield a line for each key that is not known, with the nearest one that is."""
     for key in given:
         if key not in known:
-            yield f"{prefix}{key}: unknown key" + (nearest(str(key), known) or f"; known: {', '.join(known)}")
+            yield f"{prefix}{key}: unknown key" + (
+                nearest(str(key), known) or f"; known: {', '.join(known)}"
+            )
 
 
 def check_arguments(factory: Any, params: Any) -> Iterator[str]:
@@ -177,7 +194,9 @@ def resolve_target(target: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ConfigError(f"target {target!r} does not import: {error}" + _nearest_module(module_name)) from error
+        raise ConfigError(
+            f"target {target!r} does not import: {error}" + _nearest_module(module_name)
+        ) from error
     if not hasattr(module, name):
         near = nearest(name, dir(module))
         raise ConfigError(f"target {target!r} does not import: {module_name} has no {name}{near}")
@@ -225,7 +244,11 @@ def with_paths(node: Mapping[str, Any], change: Callable[[str], str]) -> Config:
         if _holds_nodes(hint):
             params[name] = map_nodes(value, hint, lambda part, _: with_paths(part, change))
         elif _takes_path(hint) and not at_hub:
-            params[name] = [change(part) for part in value] if isinstance(value, list) else value and change(value)
+            params[name] = (
+                [change(part) for part in value]
+                if isinstance(value, list)
+                else value and change(value)
+            )
     return {**node, "params": params}
 
 
@@ -239,7 +262,9 @@ def map_nodes(value: Any, hint: Any, change: Callable[[Any, str], Any]) -> Any:
     if isinstance(value, list) and kinds & {Sequence, list}:
         return [change(part, f".{i}") for i, part in enumerate(value)]
     if isinstance(value, Mapping) and kinds & {Mapping, dict}:
-        return {name: part if part is None else change(part, f".{name}") for name, part in value.items()}
+        return {
+            name: part if part is None else change(part, f".{name}") for name, part in value.items()
+        }
     return value if value is None else change(value, "")
 
 
@@ -260,10 +285,15 @@ def _check_lightning(section: Any) -> Iterator[str]:
     yield from unknown_keys(section, LIGHTNING, "lightning.")
     trainer = section.get("trainer")
     if trainer is not None:
-        yield from _check_arguments(arguments_of("lightning.pytorch.Trainer"), trainer, "lightning.trainer")
+        yield from _check_arguments(
+            arguments_of("lightning.pytorch.Trainer"), trainer, "lightning.trainer"
+        )
         for key in SET_BY_TRAINING.keys() & trainer if isinstance(trainer, Mapping) else ():
             yield f"lightning.trainer.{key}: is set by {SET_BY_TRAINING[key]}; leave it out"
-    for key, filled_in in (("callbacks", ()), ("logger", ("save_dir",))):  # a logger gets the run's folder
+    for key, filled_in in (
+        ("callbacks", ()),
+        ("logger", ("save_dir",)),
+    ):  # a logger gets the run's folder
         nodes = section.get(key)
         if isinstance(nodes, Mapping):
             for name, node in nodes.items():
@@ -319,7 +349,9 @@ class Arguments(NamedTuple):
     known: bool = True  # or of a built-in without a signature, which may take anything
 
 
-def _check_arguments(arguments: Arguments, params: Any, where: str, filled_in: Container[str] = ()) -> Iterator[str]:
+def _check_arguments(
+    arguments: Arguments, params: Any, where: str, filled_in: Container[str] = ()
+) -> Iterator[str]:
     if not isinstance(params, Mapping):
         yield f"{where}: expected a mapping of arguments, got {params!r}"
         return
@@ -338,7 +370,9 @@ def _check_arguments(arguments: Arguments, params: Any, where: str, filled_in: C
 def _check_value(value: Any, hint: Any, where: str) -> Iterator[str]:
     if _holds_nodes(hint):
         mistakes: list[str] = []
-        map_nodes(value, hint, lambda node, place: mistakes.extend(_check_node(node, f"{where}{place}")))
+        map_nodes(
+            value, hint, lambda node, place: mistakes.extend(_check_node(node, f"{where}{place}"))
+        )
         yield from mistakes
     elif hint is not None:
         try:
@@ -353,7 +387,9 @@ def _dotted(target: str) -> tuple[str, str]:
     module, _, name = target.rpartition(".")
     right = module and all(part.isidentifier() for part in (*module.split("."), name))
     if not right or module.count(".") > 30:  # importing takes time by the square of their number
-        raise ConfigError(f"target {target!r} is not a dotted path such as olvae.data.dataset.SamplePhotographs")
+        raise ConfigError(
+            f"target {target!r} is not a dotted path such as olvae.data.dataset.SamplePhotographs"
+        )
     return module, name
 
 
@@ -361,7 +397,9 @@ def _nearest_module(name: str) -> str:
     """End the message on a missing module with the nearest one in its package."""
     package, _, missing = name.rpartition(".")
     try:
-        inside = [info.name for info in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+        inside = [
+            info.name for info in pkgutil.iter_modules(importlib.import_module(package).__path__)
+        ]
     except (ImportError, ValueError, AttributeError):
         return _nearest_module(package) if package else ""
     return nearest(missing, inside)
@@ -381,7 +419,9 @@ def _imported_arguments(factory: Any) -> Arguments:
         return Arguments({}, {}, known=False)
     function = factory.__init__ if inspect.isclass(factory) else factory
     try:
-        return Arguments(parameters, typing.get_type_hints(inspect.unwrap(function), include_extras=True))
+        return Arguments(
+            parameters, typing.get_type_hints(inspect.unwrap(function), include_extras=True)
+        )
     except (NameError, TypeError):  # annotations that exist for type checkers only
         return Arguments(parameters, {})
 
@@ -400,7 +440,9 @@ def arguments_in_source(module: str, name: str) -> Arguments | None:
         hints = typing.get_type_hints(compiled, {}, names, include_extras=True)
     except (AttributeError, LookupError, NameError, OSError, SyntaxError, TypeError):
         return None
-    return Arguments({n: p for n, p in inspect.signature(compiled).parameters.items() if n != "self"}, hints)
+    return Arguments(
+        {n: p for n, p in inspect.signature(compiled).parameters.items() if n != "self"}, hints
+    )
 
 
 def _is_read(module: str) -> bool:
@@ -434,8 +476,13 @@ class _Names(dict[str, Any]):
                 case ast.ClassDef(name=name) | ast.FunctionDef(name=name):
                     self.statements[name] = statement
                 case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
-                    self.statements |= {a.asname or a.name.partition(".")[0]: statement for a in aliases}
-                case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+                    self.statements |= {
+                        a.asname or a.name.partition(".")[0]: statement for a in aliases
+                    }
+                case (
+                    ast.Assign(targets=[ast.Name(id=name)])
+                    | ast.AnnAssign(target=ast.Name(id=name))
+                ):
                     self.statements[name] = statement
 
     def __missing__(self, name: str) -> Any:
@@ -488,5 +535,9 @@ def _constructor(module: str, name: str) -> tuple[_Names, ast.FunctionDef]:
                 return names, typing.cast(ast.FunctionDef, ast.parse("def nothing(): pass").body[0])
             if "__new__" not in own and len(node.bases) == 1:
                 base, _, attribute = ast.unparse(node.bases[0]).partition(".")
-                return _constructor(names.imported(base)[0], attribute) if attribute else _constructor(module, base)
+                return (
+                    _constructor(names.imported(base)[0], attribute)
+                    if attribute
+                    else _constructor(module, base)
+                )
     raise LookupError(f"{module}.{name} has to be imported")

@@ -21,17 +21,45 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 CONFIG_BYTES = 2**21  # the largest config that is read; the longest recipe has 5 kB
 
 OF_THIS_PACKAGE = "olvae.data."
-FOLDER, SHARDS = f"{OF_THIS_PACKAGE}picture_folder.FolderSource", f"{OF_THIS_PACKAGE}shards.webdataset.WebDatasetSource"
+FOLDER, SHARDS = (
+    f"{OF_THIS_PACKAGE}picture_folder.FolderSource",
+    f"{OF_THIS_PACKAGE}shards.webdataset.WebDatasetSource",
+)
 SAMPLES = f"{OF_THIS_PACKAGE}dataset.SamplePhotographs"
 PLACE_KEYS = {"root", "shards", "dataset", "path"}  # arguments that name the images of a source
-DATA_KEYS = ("val_root", "val_dataset", "split", "val_split", "column", "name", "data_files", "data_dir", "revision")
+DATA_KEYS = (
+    "val_root",
+    "val_dataset",
+    "split",
+    "val_split",
+    "column",
+    "name",
+    "data_files",
+    "data_dir",
+    "revision",
+)
 SUFFIXES = (".tar", ".tar.gz", ".tgz")  # of shards
 YAML = (".yaml", ".yml")  # of configs
-PICTURES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".gif")
+PICTURES = (
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".png",
+    ".webp",
+    ".avif",
+    ".bmp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".gif",
+)
 EXTENSIONS = (*PICTURES, ".npy", ".npz", ".exr")
 
 
-def load(paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bool = True) -> Config:
+def load(
+    paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bool = True
+) -> Config:
     """Merge config files and overrides, as :func:`merge_files`, and find the data's source.
 
     Where ``data.params`` has a ``root`` or ``shards`` that the source of ``data.target`` does not take, or a ``root``
@@ -41,10 +69,15 @@ def load(paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bo
     config = merge_files(paths, overrides, resolve)
     data = config.get("data")
     if isinstance(data, dict) and resolve:
-        given = {item.partition("=")[0].removeprefix("data.params.").partition(".")[0] for item in overrides}
+        given = {
+            item.partition("=")[0].removeprefix("data.params.").partition(".")[0]
+            for item in overrides
+        }
         below = merge_files(paths, resolve=False).get("data") if "root" in given else None
         before = below.get("params") if isinstance(below, dict) else None
-        config["data"] = _with_matching_source(data, before if isinstance(before, dict) else {}, given)
+        config["data"] = _with_matching_source(
+            data, before if isinstance(before, dict) else {}, given
+        )
     return config
 
 
@@ -54,13 +87,17 @@ def _with_matching_source(node: Config, before: Config, given: Container[str]) -
     ``given`` are the params that overrides name; ``before`` those without overrides, if ``root`` is given.
     """
     target, params = node.get("target"), node.get("params")
-    if not (isinstance(target, str) and target.startswith(OF_THIS_PACKAGE) and isinstance(params, dict)):
+    if not (
+        isinstance(target, str) and target.startswith(OF_THIS_PACKAGE) and isinstance(params, dict)
+    ):
         return node
     try:
         takes = arguments_of(target).parameters
     except ConfigError:  # a mistake in the target, for the check
         return node
-    if target != SAMPLES and PLACE_KEYS.isdisjoint(takes):  # a mix of sources, say: a key it lacks is for the check
+    if target != SAMPLES and PLACE_KEYS.isdisjoint(
+        takes
+    ):  # a mix of sources, say: a key it lacks is for the check
         return node
     key = next((key for key in ("root", "shards") if key in params and key not in takes), "root")
     place = params.get(key)
@@ -70,13 +107,25 @@ def _with_matching_source(node: Config, before: Config, given: Container[str]) -
         new, named = find_source(place)
     else:
         return node
-    if "root" in given and before.get("root") != place and any(before.get(n) != v for n, v in named.items()):
-        params = {n: v for n, v in params.items() if n in given or n not in DATA_KEYS or v != before.get(n)}
+    if (
+        "root" in given
+        and before.get("root") != place
+        and any(before.get(n) != v for n, v in named.items())
+    ):
+        params = {
+            n: v
+            for n, v in params.items()
+            if n in given or n not in DATA_KEYS or v != before.get(n)
+        }
     if new == target and key in takes:
         return {**node, "params": params}
     accepted = arguments_of(new).parameters
-    dropped = {key, "shards", "val_shards", "index"} if key == "root" else {key}  # another place's parts
-    kept = {n: v for n, v in params.items() if n not in dropped and (n in accepted or n not in takes)}
+    dropped = (
+        {key, "shards", "val_shards", "index"} if key == "root" else {key}
+    )  # another place's parts
+    kept = {
+        n: v for n, v in params.items() if n not in dropped and (n in accepted or n not in takes)
+    }
     return {**node, "target": new, "params": {**kept, **named}}
 
 
@@ -91,7 +140,9 @@ def find_source(src: str) -> tuple[str, Config]:
     """The target of the source that trains on SRC (see :mod:`olvae.data.opening`), and the params that name SRC."""
     kind, _, rest = src.partition(":")
     if Path(src).suffix in YAML:
-        raise ConfigError(f"data.params.root: {src} is a config: name the folder, shards or data set to train on")
+        raise ConfigError(
+            f"data.params.root: {src} is a config: name the folder, shards or data set to train on"
+        )
     if src == "samples":
         return SAMPLES, {}
     if kind == "torchvision":
@@ -111,12 +162,17 @@ def holds_shards(src: str) -> bool:
     path = Path(src).expanduser()
     if path.is_dir():
         tars = False
-        with contextlib.suppress(OSError), os.scandir(path) as entries:  # none if the folder can't be opened
+        with (
+            contextlib.suppress(OSError),
+            os.scandir(path) as entries,
+        ):  # none if the folder can't be opened
             for entry in entries:
                 if is_image_file(entry.name):
                     return False
                 tars = tars or is_shard(entry.name)
-        return tars and not any(is_image_file(name) for *_, names in os.walk(path) for name in names)
+        return tars and not any(
+            is_image_file(name) for *_, names in os.walk(path) for name in names
+        )
     return not is_local(src) or src.endswith(SUFFIXES)
 
 
@@ -150,7 +206,9 @@ def recipes() -> dict[str, Path]:
     return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in paths}
 
 
-def merge_files(paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bool = True) -> Config:
+def merge_files(
+    paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bool = True
+) -> Config:
     """Merge YAML files, later over earlier, then ``key=value`` overrides; interpolations are resolved.
 
     When a node's target changes, the params of the old target are dropped. A file may ``include`` others, by a path
@@ -162,11 +220,17 @@ def merge_files(paths: Sequence[str | Path], overrides: Sequence[str] = (), reso
     for path in paths:
         merged = _merge(merged, _read(path))
     if bad := [item for item in overrides if "=" not in item or item.startswith("=")]:
-        raise ConfigError(*(f"{item}: an override is key=value, as in model.params.embed_dim=8" for item in bad))
+        raise ConfigError(
+            *(f"{item}: an override is key=value, as in model.params.embed_dim=8" for item in bad)
+        )
     try:
         merged = _merge(merged, OmegaConf.from_dotlist(list(overrides)))
         container = OmegaConf.to_container(merged, resolve=resolve)
-    except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:  # TypeError: a key of a list
+    except (
+        yaml.YAMLError,
+        OmegaConfBaseException,
+        TypeError,
+    ) as error:  # TypeError: a key of a list
         raise ConfigError(_one_line(error)) from error
     return typing.cast(Config, container)
 
@@ -182,7 +246,9 @@ def find_config(name: str | Path, folder: Path, includers: tuple[Path, ...]) -> 
     with_suffix = path.with_name(f"{path.name}.yaml") if path.name else path
     if path.is_file():
         return path
-    if with_suffix.is_file() and with_suffix.resolve() not in includers:  # demo.yaml may include the recipe demo
+    if (
+        with_suffix.is_file() and with_suffix.resolve() not in includers
+    ):  # demo.yaml may include the recipe demo
         return with_suffix
     return recipes().get(Path(name).as_posix(), path)
 
@@ -194,7 +260,9 @@ def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] =
         raise ConfigError(f"{path}: includes itself")
     if not path.exists():
         beside = sorted(p.name for p in path.parent.glob("*.yaml"))
-        raise ConfigError(f"{path}: no such config file" + (nearest(path.name, beside) or nearest_recipes(name)))
+        raise ConfigError(
+            f"{path}: no such config file" + (nearest(path.name, beside) or nearest_recipes(name))
+        )
     part = _yaml(path)
     include = part.pop("include", [])
     names = list(include) if isinstance(include, list | ListConfig) else [include]
@@ -210,12 +278,24 @@ def _yaml(path: Path, received: bool = False) -> DictConfig:
     try:
         if path.stat().st_size > CONFIG_BYTES:
             raise ConfigError(f"{path}: larger than {CONFIG_BYTES >> 20} MiB, which no config is")
-        if received and any(isinstance(part, yaml.AliasEvent) for part in yaml.parse(path.read_text("utf-8"))):
-            raise ConfigError(f"{path}: YAML aliases, which may repeat without limit: refused in a received config")
+        if received and any(
+            isinstance(part, yaml.AliasEvent) for part in yaml.parse(path.read_text("utf-8"))
+        ):
+            raise ConfigError(
+                f"{path}: YAML aliases, which may repeat without limit: refused in a received config"
+            )
         part = OmegaConf.load(path)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError, RecursionError) as error:
+    except (
+        yaml.YAMLError,
+        OmegaConfBaseException,
+        UnicodeDecodeError,
+        OSError,
+        RecursionError,
+    ) as error:
         text = reason(error) if isinstance(error, OSError) else _one_line(error)
-        text = text.replace(f' in "{path.absolute()}", ', " at ").replace(' in "<unicode string>", ', " at ")
+        text = text.replace(f' in "{path.absolute()}", ', " at ").replace(
+            ' in "<unicode string>", ', " at "
+        )
         raise ConfigError(f"{path}: not readable as YAML: {text}") from error
     if not isinstance(part, DictConfig):
         raise ConfigError(f"{path}: a config is a mapping with the keys {', '.join(TOP_LEVEL)}")
@@ -236,7 +316,9 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
             old, new = low._get_node(key), high._get_node(key)
             if OmegaConf.is_dict(old) and OmegaConf.is_dict(new):
                 drop_params(low[key], high[key])
-            elif OmegaConf.is_config(old) and OmegaConf.is_config(new) and type(old) is not type(new):
+            elif (
+                OmegaConf.is_config(old) and OmegaConf.is_config(new) and type(old) is not type(new)
+            ):
                 low.pop(key)  # a list and a mapping
 
     drop_params(below, above)
@@ -278,6 +360,14 @@ def nearest_recipes(name: str | Path) -> str:
     known = recipes()
     names = {recipe.rpartition("/")[2].lower(): recipe for recipe in known}
     names |= {recipe.lower(): recipe for recipe in known}
-    asked = Path(name).as_posix().removeprefix("configs/").removesuffix(".yaml").lower()  # a checkout's path
-    close = dict.fromkeys(names[match] for match in difflib.get_close_matches(asked, names, cutoff=0.7))
-    return f"; did you mean {', '.join(close)}?" if close else "; `olvae recipes` lists those of this package"
+    asked = (
+        Path(name).as_posix().removeprefix("configs/").removesuffix(".yaml").lower()
+    )  # a checkout's path
+    close = dict.fromkeys(
+        names[match] for match in difflib.get_close_matches(asked, names, cutoff=0.7)
+    )
+    return (
+        f"; did you mean {', '.join(close)}?"
+        if close
+        else "; `olvae recipes` lists those of this package"
+    )

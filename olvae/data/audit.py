@@ -23,7 +23,14 @@ from olvae.data.dataset import ImageDataset
 from olvae.data.image import Bands, Photo, image_to_tensor
 from olvae.data.opening import open_images
 from olvae.data.picture_folder import Files
-from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BIT_FILE, EIGHT_BITS, PixelRange, Sides, Size
+from olvae.data.pixels.size_and_range import (
+    AS_STORED,
+    EIGHT_BIT_FILE,
+    EIGHT_BITS,
+    PixelRange,
+    Sides,
+    Size,
+)
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards, incomplete
 from olvae.data.shards.latent_source import STATS
@@ -60,10 +67,14 @@ class AuditResult:
     images: int
     unreadable: list[ReadError]
     kinds: dict[str, int] = field(default_factory=dict)  # images by format and mode
-    spreads: dict[str, dict[str, float]] = field(default_factory=dict)  # min, median and max of sides and their ratios
+    spreads: dict[str, dict[str, float]] = field(
+        default_factory=dict
+    )  # min, median and max of sides and their ratios
     smaller: int = 0  # images smaller than ``size``, which training and evaluation would enlarge
     shards: list[ShardFacts] = field(default_factory=list)
-    images_per_s: float | None = None  # of one loader process: reading, decoding and the training transform
+    images_per_s: float | None = (
+        None  # of one loader process: reading, decoding and the training transform
+    )
     problems: list[str] = field(default_factory=list)  # to fix before training
     notes: list[str] = field(default_factory=list)
 
@@ -100,19 +111,27 @@ def check(
     count, tasks = None if source is None else source.images, list[Any](urls)
     if images is not None:
         read, count = partial(_read_images, images), len(images)
-        tasks = [range(i, min(i + IMAGES_PER_TASK, count)) for i in range(0, count, IMAGES_PER_TASK)]
+        tasks = [
+            range(i, min(i + IMAGES_PER_TASK, count)) for i in range(0, count, IMAGES_PER_TASK)
+        ]
     found = _Found()
-    with closing(run_in_processes(read, tasks, workers, lambda done: on_progress(done, count))) as parts:
+    with closing(
+        run_in_processes(read, tasks, workers, lambda done: on_progress(done, count))
+    ) as parts:
         for part in parts:
             for name, facts in vars(part).items():
                 getattr(found, name).extend(facts)
     result = _summarise(src, size, found)
     result.shards = sorted(found.shards, key=lambda shard: urls.index(shard.url))
     _check_shards(result, folders)
-    if channels < 4 and (alpha := sum(count for kind, count in result.kinds.items() if kind.endswith("A"))):
+    if channels < 4 and (
+        alpha := sum(count for kind, count in result.kinds.items() if kind.endswith("A"))
+    ):
         result.notes.append(f"images with alpha, laid over white: {alpha}; `channels` 4 keeps it")
     closed = images.closed if isinstance(images, Files) else ()
-    result.problems += [f"{name}: this folder can't be opened: {reason}" for name, reason, *_ in closed]
+    result.problems += [
+        f"{name}: this folder can't be opened: {reason}" for name, reason, *_ in closed
+    ]
     result.problems += reasons
     lost = len(result.unreadable)
     if not result.images:
@@ -128,16 +147,22 @@ def check(
         with contextlib.suppress(ValueError):  # too many are unreadable
             stream = source.stream(0, 0, LoaderProcess())
             next(stream)
-            result.images_per_s = round(1.0 / seconds_per_image(lambda: next(stream), 1, MEASURE_S), 1)
+            result.images_per_s = round(
+                1.0 / seconds_per_image(lambda: next(stream), 1, MEASURE_S), 1
+            )
     return result
 
 
-def _train_source(src: str, size: Size, channels: int, pixel_range: PixelRange) -> tuple[Source | None, list[str]]:
+def _train_source(
+    src: str, size: Size, channels: int, pixel_range: PixelRange
+) -> tuple[Source | None, list[str]]:
     """The source that would train on SRC, or the reason why it can't."""
     target, named = find_source(src)
     values = {} if target == SAMPLES else {"channels": channels, "range": pixel_range.as_node()}
     try:
-        return instantiate({"target": target, "params": {**named, **values, "size": size, "batch_size": 1}}), []
+        return instantiate(
+            {"target": target, "params": {**named, **values, "size": size, "batch_size": 1}}
+        ), []
     except (ValueError, FileNotFoundError) as error:
         return None, [str(error)]
 
@@ -155,7 +180,9 @@ class _Found:
             photo = open_photo()
             in_memory = "in memory" if isinstance(photo.content, Image.Image) else "array"
             picture = photo.read()
-            values = picture.dtype if isinstance(picture, Bands) and picture.dtype != "uint8" else ""
+            values = (
+                picture.dtype if isinstance(picture, Bands) and picture.dtype != "uint8" else ""
+            )
             kind = f"{photo.format or in_memory} {photo.mode or values}".strip()
             self.images.append((*picture.size, kind))
         except UnreadableImageError as error:
@@ -170,7 +197,9 @@ def _read_images(images: ImageDataset, indices: range, progress: SharedProgress)
     return found
 
 
-def _read_shard(channels: int, pixel_range: PixelRange, url: str, progress: SharedProgress) -> _Found:
+def _read_shard(
+    channels: int, pixel_range: PixelRange, url: str, progress: SharedProgress
+) -> _Found:
     found = _Found()
     reasons: list[str] = []
     for entry in read_shard(Shard(url)):
@@ -187,7 +216,9 @@ def _read_shard(channels: int, pixel_range: PixelRange, url: str, progress: Shar
 
 
 def _summarise(source: str, size: Size, found: _Found) -> AuditResult:
-    result = AuditResult(source, size, len(found.images) + len(found.unreadable), sorted(found.unreadable))
+    result = AuditResult(
+        source, size, len(found.images) + len(found.unreadable), sorted(found.unreadable)
+    )
     if not found.images:
         return result
     widths, heights, kinds = zip(*found.images, strict=True)
@@ -198,8 +229,15 @@ def _summarise(source: str, size: Size, found: _Found) -> AuditResult:
     result.smaller = int(((height < high) | (width < wide)).sum())
     if result.smaller:
         crops = f"{Sides.of(size).short} pixels"
-        result.notes.append(f"{result.smaller} images are smaller than {crops} and would be enlarged")
-    sizes = {"width": width, "height": height, "shorter_side": shorter, "aspect_ratio": width / height}
+        result.notes.append(
+            f"{result.smaller} images are smaller than {crops} and would be enlarged"
+        )
+    sizes = {
+        "width": width,
+        "height": height,
+        "shorter_side": shorter,
+        "aspect_ratio": width / height,
+    }
     for name, v in sizes.items():
         spread = {"min": v.min(), "median": np.median(v), "max": v.max()}
         result.spreads[name] = {key: round(float(value), 4) for key, value in spread.items()}
@@ -209,12 +247,16 @@ def _summarise(source: str, size: Size, found: _Found) -> AuditResult:
 def _check_shards(result: AuditResult, folders: Sequence[Path]) -> None:
     """Add broken shards, and differences between shards and the index beside them, to the problems."""
     result.problems += [f"{shard.url}: {shard.broken}" for shard in result.shards if shard.broken]
-    result.notes += [f"{s.url}: a shard without images" for s in result.shards if not (s.images or s.broken)]
+    result.notes += [
+        f"{s.url}: a shard without images" for s in result.shards if not (s.images or s.broken)
+    ]
     for folder in folders:
         if Path(result.source).expanduser().is_dir() and (missing := incomplete(folder)):
             result.problems.append(f"{folder}: {missing}")
         if not (folder / INDEX).is_file():
-            result.notes.append(f"{folder}: has no {INDEX}: training counts the images of these shards when it starts")
+            result.notes.append(
+                f"{folder}: has no {INDEX}: training counts the images of these shards when it starts"
+            )
             continue
         try:
             records = Index.read(folder / INDEX).shards
@@ -222,9 +264,17 @@ def _check_shards(result: AuditResult, folders: Sequence[Path]) -> None:
             result.notes.append(str(error))
             continue
         if any(record.sha256 is None for record in records.values()):
-            result.notes.append(f"{folder}: {INDEX} has no checksums: damage inside a shard can't be seen")
-        here = {path.name: shard for shard in result.shards if (path := Path(shard.url)).parent == folder}
-        result.problems += [problem for name in here if (problem := _difference(here[name], records.get(name)))]
+            result.notes.append(
+                f"{folder}: {INDEX} has no checksums: damage inside a shard can't be seen"
+            )
+        here = {
+            path.name: shard
+            for shard in result.shards
+            if (path := Path(shard.url)).parent == folder
+        }
+        result.problems += [
+            problem for name in here if (problem := _difference(here[name], records.get(name)))
+        ]
 
 
 def _difference(shard: ShardFacts, record: ShardRecord | None) -> str | None:
@@ -254,11 +304,15 @@ def audit_lines(result: AuditResult) -> Iterator[str]:
 
 def _facts(result: AuditResult) -> dict[str, str]:
     lost = len(result.unreadable)
-    readable = f"{lost:,} of them unreadable ({lost / result.images:.2%})" if lost else "all readable"
+    readable = (
+        f"{lost:,} of them unreadable ({lost / result.images:.2%})" if lost else "all readable"
+    )
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in result.kinds.items())
     facts = {"images": f"{result.images:,}, {readable}", "files": kinds or "-"}
     for name, spread in result.spreads.items():
-        low, middle, high = (format(value, ".2f" if name == "aspect_ratio" else ",.0f") for value in spread.values())
+        low, middle, high = (
+            format(value, ".2f" if name == "aspect_ratio" else ",.0f") for value in spread.values()
+        )
         facts[name.replace("_", " ")] = f"{low} to {high}, median {middle}"
     crops = f"{Sides.of(result.size).short} pixels"
     facts["small"] = f"{result.smaller:,} smaller than {crops}"
@@ -268,7 +322,9 @@ def _facts(result: AuditResult) -> dict[str, str]:
         counts = sorted(shard.images for shard in result.shards)
         each = f"{counts[0]:,}" if counts[0] == counts[-1] else f"{counts[0]:,} to {counts[-1]:,}"
         broken = sum(shard.broken is not None for shard in result.shards)
-        facts["shards"] = f"{len(counts):,}, {each} images each{f'; {broken:,} broken' if broken else ''}"
+        facts["shards"] = (
+            f"{len(counts):,}, {each} images each{f'; {broken:,} broken' if broken else ''}"
+        )
     return facts
 
 
@@ -290,7 +346,9 @@ class Measured:
             low = float(max(_rounded(row[LOW], math.floor), row[0]))
             high = float(min(_rounded(row[HIGH], math.ceil), row[-1]))
             pairs.append([low, high if high > low else low + 1.0])
-        nodata = "" if self.nodata is None else f", {yaml.safe_dump({'nodata': self.nodata}).strip()}"
+        nodata = (
+            "" if self.nodata is None else f", {yaml.safe_dump({'nodata': self.nodata}).strip()}"
+        )
         return f"range: {{pairs: {json.dumps(pairs if len(pairs) > 1 else pairs[0])}, outside: clip{nodata}}}"
 
     def table(self) -> Table:
@@ -326,7 +384,9 @@ def measure(src: str, images: int = 200) -> Measured:
         part[photo.missing(part)] = np.nan
         nodata |= {value for value in (photo.nodata,) if value is not None and math.isfinite(value)}
         if parts and len(part) != len(parts[0]):
-            raise ValueError(f"{photo.name}: {len(part)} channels, but those before it have {len(parts[0])}")
+            raise ValueError(
+                f"{photo.name}: {len(part)} channels, but those before it have {len(parts[0])}"
+            )
         parts.append(part)
     if not parts:
         reasons = "; ".join(f"{error.name}: {error.reason}" for error in unreadable[:1])
@@ -337,7 +397,9 @@ def measure(src: str, images: int = 200) -> Measured:
     finite = np.isfinite(together)
     if not finite.any(1).all():
         raise ValueError(f"{src}: channel {int(np.argmin(finite.any(1)))} has no finite values")
-    rows = np.stack([np.percentile(row[good], PERCENTILES) for row, good in zip(together, finite, strict=True)])
+    rows = np.stack(
+        [np.percentile(row[good], PERCENTILES) for row, good in zip(together, finite, strict=True)]
+    )
     named = nodata.pop() if len(nodata) == 1 else None
     return Measured(len(parts), dict(kinds), rows, float(1.0 - finite.mean()), unreadable, named)
 
@@ -345,7 +407,11 @@ def measure(src: str, images: int = 200) -> Measured:
 def _openers(src: str, count: int) -> Iterator[Callable[[], Photo]]:
     if holds_shards(src):
         entries = (entry for url in find_shards(src) for entry in read_shard(Shard(url)))
-        return (partial(Photo, e.data, e.name, 0, AS_STORED) for e in entries if not isinstance(e, ReadError))
+        return (
+            partial(Photo, e.data, e.name, 0, AS_STORED)
+            for e in entries
+            if not isinstance(e, ReadError)
+        )
     found = open_images(src, 0, AS_STORED)
     numbers = {int(i) for i in np.linspace(0, len(found) - 1, min(count, len(found)))}
     return (partial(found.__getitem__, number) for number in sorted(numbers))

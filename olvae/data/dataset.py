@@ -89,7 +89,9 @@ def bound_held_out(share: float, images: int, fraction: float | None) -> int:
     return min(images - 1, max(round(share), least))
 
 
-def hold_out(images: ImageDataset, fraction: float | None = None) -> tuple[ImageDataset, ImageDataset]:
+def hold_out(
+    images: ImageDataset, fraction: float | None = None
+) -> tuple[ImageDataset, ImageDataset]:
     """Split into images to train with, and about ``fraction`` of all, evenly spread, for validation.
 
     By default that is 5 % (:data:`VAL_FRACTION`), and at least 20 images or, of fewer than 100, a fifth.
@@ -149,7 +151,9 @@ class MappedSource(Source):
 
     def limit(self, images: int) -> None:
         if images > len(self.val):
-            raise ValueError(f"the set has {len(self.val)} images, fewer than the {images} asked for")
+            raise ValueError(
+                f"the set has {len(self.val)} images, fewer than the {images} asked for"
+            )
         self.val = Subset(self.val, range(images))
 
     def stream(self, seed: int, position: int, process: LoaderProcess) -> Iterator[Sample]:
@@ -175,16 +179,29 @@ class MappedSource(Source):
                 yield Sample(None, key, (error.read_error(),))
 
 
-_UNSEEN = ["camera", "chelsea", "coffee", "colosseum", "flower", "gateway-of-india", "picos-de-europa", "safe-landing"]
+_UNSEEN = [
+    "camera",
+    "chelsea",
+    "coffee",
+    "colosseum",
+    "flower",
+    "gateway-of-india",
+    "picos-de-europa",
+    "safe-landing",
+]
 _ALL = sorted((Path(__file__).parent / "photographs").glob("*.jpg"))
 
 PHOTOGRAPHS = tuple(path for path in _ALL if path.stem not in _UNSEEN)
 """For training: JPEG files of this package; LICENCES.txt beside them has authors and licences."""
 
-HELD_OUT = tuple(path for path in _ALL if path.stem in _UNSEEN)  # for validation and test; never trained on
+HELD_OUT = tuple(
+    path for path in _ALL if path.stem in _UNSEEN
+)  # for validation and test; never trained on
 
 
-def sample_photographs(paths: Sequence[Path] = (*PHOTOGRAPHS, *HELD_OUT), channels: int = 3) -> ImageDataset:
+def sample_photographs(
+    paths: Sequence[Path] = (*PHOTOGRAPHS, *HELD_OUT), channels: int = 3
+) -> ImageDataset:
     """The photographs, whole; by default all sixty."""
     return InMemory([(path.name, read_picture(path)) for path in paths], channels)
 
@@ -204,8 +221,16 @@ def _tiles(paths: Sequence[Path], size: Size) -> ImageDataset:
         high, wide = (max(1, round(share * side)) for side in sides)
         for row in range(image.height // high):
             for column in range(image.width // wide):
-                left, top = image.width % wide // 2 + column * wide, image.height % high // 2 + row * high
-                tiles.append((f"{path.name}/{row}-{column}", image.crop((left, top, left + wide, top + high))))
+                left, top = (
+                    image.width % wide // 2 + column * wide,
+                    image.height % high // 2 + row * high,
+                )
+                tiles.append(
+                    (
+                        f"{path.name}/{row}-{column}",
+                        image.crop((left, top, left + wide, top + high)),
+                    )
+                )
     return InMemory(tiles)
 
 
@@ -237,10 +262,10 @@ class SamplePhotographs(MappedSource):
     ) -> None:
         transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
         train, val = sample_photographs(PHOTOGRAPHS), _tiles(HELD_OUT, size)
-        super().__init__(train, val, transform, batch_size, num_workers, samples_per_image=crops_per_photograph)
-        self.crops = (
-            "the held-out sample photographs: bicubic resize of the shorter side to at most two tiles, all whole tiles"
+        super().__init__(
+            train, val, transform, batch_size, num_workers, samples_per_image=crops_per_photograph
         )
+        self.crops = "the held-out sample photographs: bicubic resize of the shorter side to at most two tiles, all whole tiles"
 
     def describe(self) -> str:
         return f"crops of {len(self.train)} photographs, {len(self.val)} tiles of {len(HELD_OUT)} held-out ones"

@@ -10,15 +10,32 @@ from torch import Tensor
 
 from olvae.config import ConfigError, Node, import_extra, instantiate
 from olvae.data.dataset import ImageDataset, MappedSource, hold_out
-from olvae.data.image import ALL_FILTERS, Bands, Photo, Picture, RandomScaleCrop, array_to_picture, stated_picture
-from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BIT_FILE, EIGHT_BITS, PixelRange, RangeNode, Size
+from olvae.data.image import (
+    ALL_FILTERS,
+    Bands,
+    Photo,
+    Picture,
+    RandomScaleCrop,
+    array_to_picture,
+    stated_picture,
+)
+from olvae.data.pixels.size_and_range import (
+    AS_STORED,
+    EIGHT_BIT_FILE,
+    EIGHT_BITS,
+    PixelRange,
+    RangeNode,
+    Size,
+)
 from olvae.data.read_errors import UnreadableImageError
 
 
 class Items(ImageDataset):
     """Pictures of a data set whose items are a picture, or begin with one."""
 
-    def __init__(self, dataset: Any, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> None:
+    def __init__(
+        self, dataset: Any, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS
+    ) -> None:
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise ValueError(f"{type(dataset).__name__}: its items have no numbers")
         self.dataset = dataset
@@ -30,13 +47,19 @@ class Items(ImageDataset):
     def label(self, index: int) -> int | None:
         """An item's second part, if that is an integer: its class."""
         item = self.dataset[index]
-        return item[1] if isinstance(item, tuple) and len(item) > 1 and isinstance(item[1], int) else None
+        return (
+            item[1]
+            if isinstance(item, tuple) and len(item) > 1 and isinstance(item[1], int)
+            else None
+        )
 
     def __getitem__(self, index: int) -> Photo:
         name = f"{type(self.dataset).__name__}[{index}]"
         try:
             item = self.dataset[index]
-            picture = _picture(item[0] if isinstance(item, tuple | list) else item, self.pixel_range)
+            picture = _picture(
+                item[0] if isinstance(item, tuple | list) else item, self.pixel_range
+            )
             return Photo(picture, name, self.channels, self.pixel_range)
         except ImportError:  # a decoder that is not installed reads no image
             raise
@@ -53,11 +76,17 @@ def _picture(item: Any, pixel_range: PixelRange) -> Picture:
         return item
     array = item.permute(1, 2, 0).numpy() if isinstance(item, Tensor) and item.dim() == 3 else item
     dtype = str(getattr(array, "dtype", None))
-    plain = dtype == "uint8" if pixel_range == AS_STORED else pixel_range.eight_bits and not dtype.endswith("int16")
+    plain = (
+        dtype == "uint8"
+        if pixel_range == AS_STORED
+        else pixel_range.eight_bits and not dtype.endswith("int16")
+    )
     if isinstance(array, np.ndarray) and not plain:
         return stated_picture(np.atleast_3d(array), pixel_range)
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
-        raise ValueError(f"an item is a {type(item).__name__}, not a picture: leave out the data set's transform")
+        raise ValueError(
+            f"an item is a {type(item).__name__}, not a picture: leave out the data set's transform"
+        )
     if array.ndim == 2 or array.shape[2] in (1, 3, 4):
         return Image.fromarray(array.squeeze(2) if array.shape[2:] == (1,) else array)
     return array_to_picture(array)
@@ -96,19 +125,27 @@ class TorchvisionSource(MappedSource):
         val = None if val_dataset is None else Items(instantiate(val_dataset), channels, values)
         parts = hold_out(train, val_fraction) if val is None else (train, val)
         transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
-        super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable, range=range)
+        super().__init__(
+            *parts, transform, batch_size, num_workers, channels, max_unreadable, range=range
+        )
 
 
 class Column(ImageDataset):
     """Pictures of a column of a Hugging Face data set, undecoded."""
 
-    def __init__(self, table: Any, column: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> None:
+    def __init__(
+        self, table: Any, column: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS
+    ) -> None:
         from datasets import Image
 
         if column not in table.column_names:
-            raise ConfigError(f"data.params.column: no column {column}; there are {', '.join(table.column_names)}")
+            raise ConfigError(
+                f"data.params.column: no column {column}; there are {', '.join(table.column_names)}"
+            )
         if not isinstance(table.features[column], Image):
-            raise ConfigError(f"data.params.column: {column} holds {table.features[column]}, not images")
+            raise ConfigError(
+                f"data.params.column: {column} holds {table.features[column]}, not images"
+            )
         self.table = table.select_columns([column]).cast_column(column, Image(decode=False))
         self.column = column
         self.channels, self.pixel_range = channels, pixel_range
@@ -121,7 +158,12 @@ class Column(ImageDataset):
         name = f"row {index} of {self.column}"
         if not (content := cell["bytes"] or cell["path"]):
             raise UnreadableImageError(name, "the cell is empty")
-        return Photo(Path(content) if isinstance(content, str) else content, name, self.channels, self.pixel_range)
+        return Photo(
+            Path(content) if isinstance(content, str) else content,
+            name,
+            self.channels,
+            self.pixel_range,
+        )
 
 
 class HuggingFaceSource(MappedSource):
@@ -164,12 +206,23 @@ class HuggingFaceSource(MappedSource):
         range: RangeNode | None = None,  # noqa: A002
     ) -> None:
         values = PixelRange.from_node(range)
-        arguments = {"name": name, "data_files": data_files, "data_dir": data_dir, "revision": revision}
+        arguments = {
+            "name": name,
+            "data_files": data_files,
+            "data_dir": data_dir,
+            "revision": revision,
+        }
         train = Column(load_table(path, split, **arguments), column, channels, values)
-        val = None if val_split is None else Column(load_table(path, val_split, **arguments), column, channels, values)
+        val = (
+            None
+            if val_split is None
+            else Column(load_table(path, val_split, **arguments), column, channels, values)
+        )
         parts = hold_out(train, val_fraction) if val is None else (train, val)
         transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
-        super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable, range=range)
+        super().__init__(
+            *parts, transform, batch_size, num_workers, channels, max_unreadable, range=range
+        )
 
 
 def load_table(path: str | Path, split: str, **arguments: Any) -> Any:

@@ -11,7 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
-from PIL.TiffImagePlugin import BITSPERSAMPLE, IMAGELENGTH, IMAGEWIDTH, SAMPLESPERPIXEL, TiffImageFile
+from PIL.TiffImagePlugin import (
+    BITSPERSAMPLE,
+    IMAGELENGTH,
+    IMAGEWIDTH,
+    SAMPLESPERPIXEL,
+    TiffImageFile,
+)
 from torch import Tensor
 
 from olvae.config import ConfigError
@@ -32,7 +38,9 @@ from olvae.data.pixels.size_and_range import (
 from olvae.data.read_errors import UnreadableImageError
 from olvae.files import legible, reason
 
-logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)  # it prints what it can't read: bands
+logging.getLogger("PIL.TiffImagePlugin").setLevel(
+    logging.CRITICAL
+)  # it prints what it can't read: bands
 
 
 @dataclass
@@ -59,7 +67,10 @@ class Bands:
         return self.size[1]
 
     def resize(
-        self, size: tuple[int, int], resample: Image.Resampling, box: tuple[float, float, float, float] | None = None
+        self,
+        size: tuple[int, int],
+        resample: Image.Resampling,
+        box: tuple[float, float, float, float] | None = None,
     ) -> "Bands":
         return replace(self, bands=[band.resize(size, resample, box=box) for band in self.bands])
 
@@ -84,18 +95,24 @@ def image_to_tensor(image: Picture) -> Tensor:
         return torch.from_numpy(values.astype(image.dtype))
     if isinstance(image, Bands):
         return torch.cat([image_to_tensor(band) for band in image.bands])
-    array: NDArray[np.uint8] = np.array(image, dtype=np.uint8)  # (H, W) or (H, W, C), a writable copy
+    array: NDArray[np.uint8] = np.array(
+        image, dtype=np.uint8
+    )  # (H, W) or (H, W, C), a writable copy
     return torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1).contiguous()
 
 
 def array_to_picture(array: NDArray[np.generic], dtype: str | None = None) -> Bands:
     """(H, W, C) -> a picture, of the array's ``dtype`` by default: uint8, uint16, or float32 for others."""
     dtype = dtype or (array.dtype.name if array.dtype.name in ("uint8", "uint16") else "float32")
-    bands = np.ascontiguousarray(np.moveaxis(array, -1, 0), dtype=np.uint8 if dtype == "uint8" else np.float32)
+    bands = np.ascontiguousarray(
+        np.moveaxis(array, -1, 0), dtype=np.uint8 if dtype == "uint8" else np.float32
+    )
     return Bands([Image.fromarray(band) for band in bands], dtype)
 
 
-def stated_picture(array: NDArray[np.generic], pixel_range: PixelRange, nodata: float | None = None) -> Bands:
+def stated_picture(
+    array: NDArray[np.generic], pixel_range: PixelRange, nodata: float | None = None
+) -> Bands:
     """Values, (H, W, C), as a picture of the range; arguments and ValueError as of :meth:`PixelRange.checked`."""
     if array.dtype == np.uint8 and pixel_range in (EIGHT_BITS, AS_STORED):
         return array_to_picture(array)
@@ -110,7 +127,16 @@ def tensor_to_picture(x: Tensor) -> Bands:
     return array_to_picture(x.permute(1, 2, 0).cpu().numpy())
 
 
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP", *(("AVIF",) if features.check("avif") else ()))
+FORMATS = (
+    "BMP",
+    "GIF",
+    "JPEG",
+    "PNG",
+    "PPM",
+    "TIFF",
+    "WEBP",
+    *(("AVIF",) if features.check("avif") else ()),
+)
 """Formats that are opened, by Pillow's names; others start programs, as EPS does Ghostscript."""
 
 NEW_SUBFILE_TYPE = 254  # a TIFF's tag: bit 0 is set for a smaller copy, bit 2 for a mask
@@ -130,7 +156,11 @@ class Photo:
     """
 
     def __init__(
-        self, content: Path | bytes | Picture, name: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS
+        self,
+        content: Path | bytes | Picture,
+        name: str,
+        channels: int = 3,
+        pixel_range: PixelRange = EIGHT_BITS,
     ) -> None:
         self.name = name
         self.channels = channels
@@ -142,7 +172,9 @@ class Photo:
         try:
             self._image = self._open(content)
             check_size(*self._image.size)  # before EXIF is read, which decodes a PNG
-            self._orientation = _orientation(self._image) if isinstance(self._image, Image.Image) else 1
+            self._orientation = (
+                _orientation(self._image) if isinstance(self._image, Image.Image) else 1
+            )
             self.size = self._upright_size()
         except ConfigError:
             raise
@@ -151,7 +183,9 @@ class Photo:
         if isinstance(self._image, Image.Image) and channels not in MODES:
             raise UnreadableImageError(
                 name,
-                EIGHT_BIT_FILE if not channels else f"{channels} channels are read from .npy, .npz, TIFF and EXR files",
+                EIGHT_BIT_FILE
+                if not channels
+                else f"{channels} channels are read from .npy, .npz, TIFF and EXR files",
             )
 
     def undecoded(self) -> bytes | Picture:
@@ -196,7 +230,9 @@ class Photo:
         return bad if self.nodata is None else bad | (values == nearest_float32(self.nodata))
 
     def _open(self, content: Path | bytes | Picture) -> Picture:
-        if isinstance(content, Bands) and len(content.bands) != (self.channels or len(content.bands)):
+        if isinstance(content, Bands) and len(content.bands) != (
+            self.channels or len(content.bands)
+        ):
             raise ValueError(f"it has {len(content.bands)} channels, not {self.channels}")
         if not isinstance(content, Path | bytes):
             if _is_deep(content):
@@ -215,7 +251,9 @@ class Photo:
             if image is not None and self.pixel_range.eight_bits:
                 raise ValueError(UNSTATED)
         self.suffix = suffix.removeprefix(".")
-        any_channels = self.pixel_range == AS_STORED and self.channels in MODES and suffix in (".tif", ".png")
+        any_channels = (
+            self.pixel_range == AS_STORED and self.channels in MODES and suffix in (".tif", ".png")
+        )
         array, self.nodata = read_array(content, 0 if any_channels else self.channels)
         return stated_picture(array, self.pixel_range, self.nodata)
 
@@ -233,11 +271,15 @@ class Photo:
     def _upright_size(self) -> tuple[int, int]:
         width, height = self._image.size
         if isinstance(self._image, TiffImageFile) and self._orientation in SIDEWAYS:
-            width, height = (self._image.tag_v2[tag] for tag in (IMAGEWIDTH, IMAGELENGTH))  # some Pillows turn .size
+            width, height = (
+                self._image.tag_v2[tag] for tag in (IMAGEWIDTH, IMAGELENGTH)
+            )  # some Pillows turn .size
         return (height, width) if self._orientation in SIDEWAYS else (width, height)
 
 
-def read_picture(path: str | Path, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> Picture:
+def read_picture(
+    path: str | Path, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS
+) -> Picture:
     """Read a picture, turned upright by its EXIF orientation; raise UnreadableImageError if that fails.
 
     Without a stated range it has 8 bits per channel. Three channels are RGB: transparent pictures are laid over white;
@@ -268,17 +310,25 @@ def _open_by_pillow(content: Path | bytes, channels: int) -> Image.Image | None:
     with warnings.catch_warnings():  # Pillow warns from half the size that it refuses
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
-            image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS)
+            image = Image.open(
+                io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS
+            )
         except UnidentifiedImageError:
             if array_suffix(content) != ".tif":
                 raise
             return None
-    if isinstance(image, TiffImageFile) and len(image.getbands()) < channels == image.tag_v2.get(SAMPLESPERPIXEL):
+    if isinstance(image, TiffImageFile) and len(image.getbands()) < channels == image.tag_v2.get(
+        SAMPLESPERPIXEL
+    ):
         if _orientation(image) != 1:
-            raise ValueError(f"{channels} channels are read of upright pictures alone: save it with orientation 1")
+            raise ValueError(
+                f"{channels} channels are read of upright pictures alone: save it with orientation 1"
+            )
         return None
     if isinstance(image, TiffImageFile) and not _is_deep(image) and (pages := _pages(image)) > 1:
-        raise ValueError(f"it holds {pages} pages, not one: save each in a file of its own, or as bands")
+        raise ValueError(
+            f"it holds {pages} pages, not one: save each in a file of its own, or as bands"
+        )
     return image
 
 
@@ -286,8 +336,12 @@ def _is_deep(image: Picture) -> bool:
     """Whether a picture of Pillow has more than 8 bits per channel, which it may cut to 8."""
     if isinstance(image, TiffImageFile) and max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8:
         return True  # in planes Pillow's tiles do not tell
-    tiles = [(part[0], part[3]) for part in getattr(image, "tile", ())]  # a PPM's end with its largest value
-    deep = any(";16" in str(args) or (name.startswith("ppm") and args[-1] > 255) for name, args in tiles)
+    tiles = [
+        (part[0], part[3]) for part in getattr(image, "tile", ())
+    ]  # a PPM's end with its largest value
+    deep = any(
+        ";16" in str(args) or (name.startswith("ppm") and args[-1] > 255) for name, args in tiles
+    )
     return isinstance(image, Image.Image) and (image.mode[0] in "IF" or deep)
 
 
@@ -306,7 +360,10 @@ def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
-        if not image.info.keys() & {"exif", "Raw profile type exif"}:  # Pillow searched behind a PNG's broken pixels
+        if not image.info.keys() & {
+            "exif",
+            "Raw profile type exif",
+        }:  # Pillow searched behind a PNG's broken pixels
             raise
         return 1
 
@@ -320,9 +377,15 @@ def _reason(error: BaseException) -> str:
 
 # Pillow's filters; all but nearest, which is for masks, are antialiased when they shrink.
 FILTERS = {
-    name: Image.Resampling[name.upper()] for name in ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+    name: Image.Resampling[name.upper()]
+    for name in ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 }
-ALL_FILTERS = ("box", "bilinear", "bicubic", "lanczos")  # filters that training draws from by default
+ALL_FILTERS = (
+    "box",
+    "bilinear",
+    "bicubic",
+    "lanczos",
+)  # filters that training draws from by default
 OVERSAMPLING = 2.0  # least ratio of the window to the result for a JPEG that is decoded at a fraction of its size
 
 
@@ -347,17 +410,25 @@ class RandomScaleCrop:
 
     size: Size  # of the result
     min_fraction: float = 0.5  # in (0, 1]
-    filters: Sequence[str] = ALL_FILTERS  # of FILTERS; nearest alone, for masks, is evaluation's as well
+    filters: Sequence[str] = (
+        ALL_FILTERS  # of FILTERS; nearest alone, for masks, is evaluation's as well
+    )
     flip: bool = True  # mirror half of the results
-    shuffle_channels: float = 0.0  # share of the results whose channels are permuted: more colours of few pictures
+    shuffle_channels: float = (
+        0.0  # share of the results whose channels are permuted: more colours of few pictures
+    )
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.shuffle_channels <= 1.0:
-            raise ValueError(f"shuffle_channels must be between 0 and 1, got {self.shuffle_channels}")
+            raise ValueError(
+                f"shuffle_channels must be between 0 and 1, got {self.shuffle_channels}"
+            )
         if not 0.0 < self.min_fraction <= 1.0:
             raise ValueError(f"min_fraction must be above 0 and at most 1, got {self.min_fraction}")
         if not self.filters or not set(self.filters) <= set(FILTERS):
-            raise ValueError(f"filters must be some of {', '.join(FILTERS)}, got {list(self.filters)}")
+            raise ValueError(
+                f"filters must be some of {', '.join(FILTERS)}, got {list(self.filters)}"
+            )
 
     def __call__(self, photo: Picture | Photo, rng: np.random.Generator) -> Picture:
         (width, height), wanted = photo.size, Sides.of(self.size)
@@ -371,7 +442,9 @@ class RandomScaleCrop:
         resample = FILTERS[self.filters[int(rng.integers(len(self.filters)))]]
         shrink = next((n for n in (8, 4, 2) if high >= n * OVERSAMPLING * wanted.height), 1)
         image = photo.read(shrink) if isinstance(photo, Photo) else photo
-        shrunk = round(width / image.width)  # 1, 2, 4 or 8; the last column and row may reach beyond the picture
+        shrunk = round(
+            width / image.width
+        )  # 1, 2, 4 or 8; the last column and row may reach beyond the picture
         box = (left / shrunk, top / shrunk, (left + high * wide) / shrunk, (top + high) / shrunk)
         crop: Picture = image.resize((wanted.width, wanted.height), resample, box=box)
         if self.flip and rng.random() < 0.5:
@@ -385,7 +458,9 @@ class RandomScaleCrop:
     @property
     def evaluation(self) -> "EvalTransform":
         """What evaluation does with the same images: masks are resized by nearest there, too."""
-        return EvalTransform(self.size, resample="nearest" if are_for_masks(self.filters) else "bicubic")
+        return EvalTransform(
+            self.size, resample="nearest" if are_for_masks(self.filters) else "bicubic"
+        )
 
 
 RESIZES = {  # descriptions for the protocol
@@ -429,15 +504,25 @@ class EvalTransform:
 
     def describe(self) -> str:
         """A description for the protocol."""
-        what = "the shorter side" if isinstance(Sides.of(self.size).node, int) else "both sides until they cover it"
+        what = (
+            "the shorter side"
+            if isinstance(Sides.of(self.size).node, int)
+            else "both sides until they cover it"
+        )
         text = RESIZES[self.resize].format(filter=self.resample, what=what)
         if self.resample == "nearest":
-            text = text.replace("antialiased ", "").removeprefix("halved by averaging while twice too large, ")
+            text = text.replace("antialiased ", "").removeprefix(
+                "halved by averaging while twice too large, "
+            )
         return text
 
 
-def resize_shorter_side(image: Picture, size: Size, resample: Image.Resampling = Image.Resampling.BICUBIC) -> Picture:
+def resize_shorter_side(
+    image: Picture, size: Size, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Picture:
     """Resize to a shorter side of ``size`` pixels, or until both sides just cover it; by default bicubic."""
     height, width = Sides.of(size)
     scale = max(width / image.width, height / image.height)
-    return image.resize((max(width, round(image.width * scale)), max(height, round(image.height * scale))), resample)
+    return image.resize(
+        (max(width, round(image.width * scale)), max(height, round(image.height * scale))), resample
+    )

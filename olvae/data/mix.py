@@ -44,7 +44,9 @@ class MixSource(Source):
         self.sources = [instantiate(node) for node in sources]
         for i, source in enumerate(self.sources):
             if not isinstance(source, Source):
-                raise ConfigError(f"data.params.sources.{i}: {sources[i]['target']} is not a source of images")
+                raise ConfigError(
+                    f"data.params.sources.{i}: {sources[i]['target']} is not a source of images"
+                )
             if source.pixel_range != self.pixel_range:
                 raise ConfigError(
                     f"data.params.sources.{i}: values of {source.pixel_range} do not mix with "
@@ -60,20 +62,28 @@ class MixSource(Source):
         if all(source.eval_transform.resample == "nearest" for source in self.sources):  # of masks
             self.eval_transform = replace(self.eval_transform, resample="nearest")
         if any(source.crops for source in self.sources):
-            self.crops = "; ".join(dict.fromkeys(source.describe_val_images() for source in self.sources))
+            self.crops = "; ".join(
+                dict.fromkeys(source.describe_val_images() for source in self.sources)
+            )
 
     def _shares(self, weights: Sequence[float] | None) -> list[int]:
         """Samples of each source in a cycle, at least one of each that has a weight; their sum is :data:`CYCLE`."""
         if weights is None:
             counts = [source.samples_per_epoch for source in self.sources]
             if None in counts:
-                raise ConfigError("data.params.weights: missing, and the number of images of a source is unknown")
+                raise ConfigError(
+                    "data.params.weights: missing, and the number of images of a source is unknown"
+                )
             weights = [float(count or 0) for count in counts]
         if len(weights) != len(self.sources) or min(weights, default=0) < 0 or sum(weights) <= 0:
-            raise ConfigError(f"data.params.weights: expected {len(self.sources)} weights, not all 0, got {weights}")
+            raise ConfigError(
+                f"data.params.weights: expected {len(self.sources)} weights, not all 0, got {weights}"
+            )
         exact = [weight / sum(weights) * CYCLE for weight in weights]
         shares = [max(int(part), 1 if part else 0) for part in exact]
-        by_rest = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])  # most short of its share first
+        by_rest = sorted(
+            range(len(exact)), key=lambda i: shares[i] - exact[i]
+        )  # most short of its share first
         for i in range(CYCLE - sum(shares)):
             shares[by_rest[i % len(shares)]] += 1
         for _ in range(sum(shares) - CYCLE):  # many tiny weights were lifted to 1
@@ -102,7 +112,9 @@ class MixSource(Source):
         cycle, place = divmod(position, CYCLE)
         order = self._order(seed, cycle, process)
         streams = [
-            source.stream(seed, cycle * share + order[:place].count(i), process) if share else iter(())
+            source.stream(seed, cycle * share + order[:place].count(i), process)
+            if share
+            else iter(())
             for i, (source, share) in enumerate(zip(self.sources, self.shares, strict=True))
         ]
         while True:
@@ -114,7 +126,9 @@ class MixSource(Source):
     def _order(self, seed: int, cycle: int, process: LoaderProcess) -> list[int]:
         """The source of each sample of a cycle."""
         rng = np.random.default_rng((seed, cycle, process.index, process.count, 3))
-        order: list[int] = rng.permutation(np.repeat(np.arange(len(self.sources)), self.shares)).tolist()
+        order: list[int] = rng.permutation(
+            np.repeat(np.arange(len(self.sources)), self.shares)
+        ).tolist()
         return order
 
     def once(self, process: LoaderProcess) -> Iterator[Sample]:

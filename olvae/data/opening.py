@@ -43,7 +43,11 @@ def open_source(
         return _build(present_data(config), f"{src}: data.target", size if resized else None)
     if src == "samples":
         return SamplePhotographs(size, min(batch_size, 64), num_workers)
-    common: dict[str, Any] = {"channels": channels, "max_unreadable": 1.0, "range": pixel_range.as_node()}
+    common: dict[str, Any] = {
+        "channels": channels,
+        "max_unreadable": 1.0,
+        "range": pixel_range.as_node(),
+    }
     if holds_shards(src):
         return WebDatasetSource(src, size, 1, num_workers, val_shards=src, **common)
     images = open_images(src, channels, pixel_range)
@@ -68,7 +72,9 @@ def open_test_source(
     params = dict((config.get("data") or {}).get("params") or {})
     if src is not None:
         usual, workers = size or params.get("size") or usual, params.get("num_workers", 0)
-        source = open_source(src, usual, 1, workers, channels, pixel_range, resized=size is not None)
+        source = open_source(
+            src, usual, 1, workers, channels, pixel_range, resized=size is not None
+        )
         if holds_masks(params):
             source.eval_transform = replace(source.eval_transform, resample="nearest")
         return source
@@ -83,8 +89,15 @@ def trains_on(config: Config, src: str) -> bool:
         return False
     given, params = Path(src).expanduser().resolve(), (config.get("data") or {}).get("params") or {}
     nodes = [params, *(node.get("params") or {} for node in _mixed(params))]
-    named = [(name, node[name]) for node in nodes for name in ("root", "shards", "folder") if name in node]
-    for name, place in [(name, p) for name, value in named for p in (value if isinstance(value, list) else [value])]:
+    named = [
+        (name, node[name])
+        for node in nodes
+        for name in ("root", "shards", "folder")
+        if name in node
+    ]
+    for name, place in [
+        (name, p) for name, value in named for p in (value if isinstance(value, list) else [value])
+    ]:
         if isinstance(place, str) and is_local(place):
             trained = Path(split_folders(place)[0]).expanduser().resolve()
             if trained.is_relative_to(given) or (name == "root" and given.is_relative_to(trained)):
@@ -109,7 +122,11 @@ def _resized(node: Config, size: Size) -> Config:
 def _mixed(params: Config) -> list[Config]:
     """The nodes that a source mixes; the ``sources`` of a source of the user's own may be something else."""
     sources = params.get("sources")
-    return sources if isinstance(sources, list) and all(isinstance(part, dict) for part in sources) else []
+    return (
+        sources
+        if isinstance(sources, list) and all(isinstance(part, dict) for part in sources)
+        else []
+    )
 
 
 def open_images(src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> ImageDataset:

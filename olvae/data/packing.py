@@ -24,7 +24,11 @@ from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSa
 from olvae.files import list_skipped, no_empty_folders, reason
 from olvae.pool import OnProgress, SharedProgress, run_in_processes
 
-FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}  # of images that are made smaller, with Pillow's names
+FORMATS = {
+    "jpg": "JPEG",
+    "png": "PNG",
+    "webp": "WEBP",
+}  # of images that are made smaller, with Pillow's names
 
 STORED_AS_IS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", None: "npy"}
 """Formats, by Pillow's name, whose files go into shards unchanged, and their extension there."""
@@ -34,7 +38,9 @@ STORED_AS_IS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", None:
 class PackOptions:
     """Settings that the shards' content depends on, besides the source."""
 
-    shard_size: int = 0  # the most images in a shard, unreadable ones included; 0 for usual_shard_size()
+    shard_size: int = (
+        0  # the most images in a shard, unreadable ones included; 0 for usual_shard_size()
+    )
     seed: int | None = 0  # of the shuffled order of the images; None keeps the source's order
     resize: int | None = None  # pixels of the shorter side to which larger images are made smaller
     format: str = "jpg"  # of images that are made smaller, one of FORMATS
@@ -94,7 +100,9 @@ def pack(
     try:
         with no_empty_folders(out), shards.locked("olvae data pack"):
             shards.begin(plan)
-            with closing(run_in_processes(packer, tasks, workers, lambda n: on_progress(n, len(images)))) as results:
+            with closing(
+                run_in_processes(packer, tasks, workers, lambda n: on_progress(n, len(images)))
+            ) as results:
                 packed = sorted(results)
             unreadable = [
                 {"shard": shard_name(number), "name": error.name, "reason": error.reason}
@@ -102,12 +110,20 @@ def pack(
                 for error in shard.unreadable
             ]
             _check_unreadable(src, unreadable, len(images), max_unreadable)
-            records = {shard_name(number): shard.record for number, shard, _ in packed if shard.record.images}
+            records = {
+                shard_name(number): shard.record
+                for number, shard, _ in packed
+                if shard.record.images
+            }
             index = Index(records, asdict(options), digest, unreadable)
             index.write(out / INDEX)
             shards.remove_state()
     except OSError as error:
-        stays = "; finished shards stay, and the same command continues from there" if is_begun(out) else ""
+        stays = (
+            "; finished shards stay, and the same command continues from there"
+            if is_begun(out)
+            else ""
+        )
         raise OSError(f"{out}: {reason(error)}{stays}") from error
     return Packed(index, sum(found for _, shard, found in packed if shard.record.images))
 
@@ -123,11 +139,15 @@ def _read_index(out: Path, digest: str) -> Index:
     for name, record in index.shards.items():
         shard = out / name
         if not (shard.is_file() and shard.stat().st_size == record.bytes):
-            raise ConfigError(f"`out` {out}: {name} is missing or not of its size: remove the folder to start again")
+            raise ConfigError(
+                f"`out` {out}: {name} is missing or not of its size: remove the folder to start again"
+            )
     return index
 
 
-def _check_unreadable(src: str, unreadable: Sequence[Mapping[str, str]], images: int, max_unreadable: float) -> None:
+def _check_unreadable(
+    src: str, unreadable: Sequence[Mapping[str, str]], images: int, max_unreadable: float
+) -> None:
     """Raise ValueError, or TooManyUnreadableError, with the names of what could not be read."""
     names = list_skipped((skipped["name"], skipped["reason"]) for skipped in unreadable)
     if len(unreadable) == images:
@@ -157,14 +177,18 @@ class _Packer:
         if options.seed is not None:
             self.order = np.random.default_rng(options.seed).permutation(len(images))
 
-    def __call__(self, task: tuple[int, range], progress: SharedProgress) -> tuple[int, FinishedShard, bool]:
+    def __call__(
+        self, task: tuple[int, range], progress: SharedProgress
+    ) -> tuple[int, FinishedShard, bool]:
         number, positions = task
         if finished := self.shards.finished(number):
             progress.advance(len(positions))
             return number, finished, True
         return number, self.shards.write(number, self._samples(positions, progress)), False
 
-    def _samples(self, positions: range, progress: SharedProgress) -> Iterator[WebDatasetSample | ReadError]:
+    def _samples(
+        self, positions: range, progress: SharedProgress
+    ) -> Iterator[WebDatasetSample | ReadError]:
         for position in positions:
             index = int(self.order[position])
             try:
@@ -176,9 +200,14 @@ class _Packer:
     def _files(self, index: int) -> dict[str, bytes]:
         """The image and its description, by extension, sorted."""
         photo = self.images[index]
-        photo = Photo(photo.undecoded(), photo.name, photo.channels, photo.pixel_range)  # the bytes that are stored
+        photo = Photo(
+            photo.undecoded(), photo.name, photo.channels, photo.pixel_range
+        )  # the bytes that are stored
         extension, data, (width, height) = _encode(photo, self.options)
-        details, files = {"name": self.images.key(index), "width": width, "height": height}, {extension: data}
+        details, files = (
+            {"name": self.images.key(index), "width": width, "height": height},
+            {extension: data},
+        )
         if isinstance(self.images, Items) and (label := self.images.label(index)) is not None:
             details["label"], files["cls"] = label, str(label).encode()
         return dict(sorted({**files, "json": json.dumps(details).encode()}.items()))
@@ -193,8 +222,12 @@ def _encode(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, 
         extension = STORED_AS_IS[photo.format] if photo.format else photo.suffix
         return extension, photo.content, picture.size
     if smaller:
-        if isinstance(picture, Bands) and (lost := photo.missing(image_to_tensor(picture).numpy()).sum()):
-            raise UnreadableImageError(photo.name, f"{lost} values are missing, which a resize would mix into others")
+        if isinstance(picture, Bands) and (
+            lost := photo.missing(image_to_tensor(picture).numpy()).sum()
+        ):
+            raise UnreadableImageError(
+                photo.name, f"{lost} values are missing, which a resize would mix into others"
+            )
         picture = resize_shorter_side(picture, size)
     extension = "npy" if isinstance(picture, Bands) else options.format if smaller else "png"
     stream = io.BytesIO()
@@ -202,8 +235,12 @@ def _encode(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, 
         if isinstance(picture, Bands):
             np.save(stream, image_to_tensor(picture).permute(1, 2, 0).numpy())
         else:
-            bare = Image.frombytes(picture.mode, picture.size, picture.tobytes())  # without the file's metadata
-            bare.save(stream, FORMATS[extension], quality=options.quality, subsampling="4:4:4")  # if the format has it
+            bare = Image.frombytes(
+                picture.mode, picture.size, picture.tobytes()
+            )  # without the file's metadata
+            bare.save(
+                stream, FORMATS[extension], quality=options.quality, subsampling="4:4:4"
+            )  # if the format has it
     except (OSError, ValueError) as error:  # a side that is longer than the format allows
         why = f"{picture.width}x{picture.height} pixels can't be stored as {extension}: {reason(error)}"
         raise UnreadableImageError(photo.name, f"{why}: choose `format` png") from error
@@ -218,4 +255,6 @@ def usual_shard_size(images: int) -> int:
 def shard_positions(images: int, at_most: int) -> list[range]:
     """The positions of each shard in the order; the sizes of shards differ by at most one."""
     count = -(-images // at_most)
-    return [range(number * images // count, (number + 1) * images // count) for number in range(count)]
+    return [
+        range(number * images // count, (number + 1) * images // count) for number in range(count)
+    ]

@@ -89,14 +89,20 @@ class FolderSource(MappedSource):
     ) -> None:
         root, val_root = split_folders(root) if val_root is None else (root, val_root)
         train = find_images(root)
-        train, val = _split(root, train, val_fraction) if val_root is None else (train, find_images(val_root))
+        train, val = (
+            _split(root, train, val_fraction)
+            if val_root is None
+            else (train, find_images(val_root))
+        )
         values = PixelRange.from_node(range)
         parts = (
             Files(train, channels, (), values, find_folder(root)),
             Files(val, channels, (), values, find_folder(root if val_root is None else val_root)),
         )
         transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
-        super().__init__(*parts, transform, batch_size, num_workers, channels, max_unreadable, range=range)
+        super().__init__(
+            *parts, transform, batch_size, num_workers, channels, max_unreadable, range=range
+        )
 
 
 def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list[Path]:
@@ -115,8 +121,14 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
     elif path.suffix.lower() == ".txt":
         if not path.is_file():
             raise FileNotFoundError(f"{root}: no such list of images")
-        text = path.read_bytes().decode("utf-8-sig", "surrogateescape")  # of names, which may be other than UTF-8
-        lines = [line for line in map(str.strip, re.split(r"[\r\n]+", text)) if line and not line.startswith("#")]
+        text = path.read_bytes().decode(
+            "utf-8-sig", "surrogateescape"
+        )  # of names, which may be other than UTF-8
+        lines = [
+            line
+            for line in map(str.strip, re.split(r"[\r\n]+", text))
+            if line and not line.startswith("#")
+        ]
         paths = [path.parent / os.path.expanduser(line) for line in lines]  # noqa: PTH111  (~x may be a name)
         if not paths:
             raise FileNotFoundError(f"{root}: this list names no file: write one path per line")
@@ -124,7 +136,11 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
         names = glob.glob(str(path), recursive=True)  # noqa: PTH207  (a Path's own needs the folder apart)
         paths = _without_sidecars(sorted(found for name in names if _is_image(found := Path(name))))
     else:
-        what = "this is a file: name a folder, a pattern or a .txt list" if path.exists() else "no such folder"
+        what = (
+            "this is a file: name a folder, a pattern or a .txt list"
+            if path.exists()
+            else "no such folder"
+        )
         raise FileNotFoundError(f"{root}: {what}{'' if path.exists() else nearest_path(path)}")
     if not paths:
         where = "in this folder" if path.is_dir() else "of this name"
@@ -142,7 +158,9 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
 
     def leave_out(error: OSError) -> None:
         if Path(error.filename) == folder:
-            raise PermissionError(f"{folder}: this folder can't be opened: {error.strerror}") from error
+            raise PermissionError(
+                f"{folder}: this folder can't be opened: {error.strerror}"
+            ) from error
         name, reason = legible(str(error.filename)), error.strerror or str(error)
         closed.append(ReadError(name, reason, lost=False))
         warn_once(f"skipped the folder {name} and everything in it: {reason}")
@@ -188,15 +206,23 @@ def split_folders(root: str | Path) -> tuple[str | Path, str | Path | None]:
     return (train[0], held_out[0]) if train and held_out else (root, None)
 
 
-def _split(root: str | Path, paths: Sequence[Path], fraction: float | None) -> tuple[list[Path], list[Path]]:
+def _split(
+    root: str | Path, paths: Sequence[Path], fraction: float | None
+) -> tuple[list[Path], list[Path]]:
     """Hold out about ``fraction`` of the paths, by the hash of their names; by default as hold_out()."""
     if len(paths) < 2:
-        raise ValueError(f"{root}: one image can't be split into training and validation: set data.params.val_root")
+        raise ValueError(
+            f"{root}: one image can't be split into training and validation: set data.params.val_root"
+        )
     below = _fixed_part(Path(root).expanduser())
     places = {path: _place(below, path) for path in paths}
     share = sum(place < (fraction or VAL_FRACTION) for place in places.values())
-    held_out = set(sorted(paths, key=places.__getitem__)[: bound_held_out(share, len(paths), fraction)])
-    return [path for path in paths if path not in held_out], [path for path in paths if path in held_out]
+    held_out = set(
+        sorted(paths, key=places.__getitem__)[: bound_held_out(share, len(paths), fraction)]
+    )
+    return [path for path in paths if path not in held_out], [
+        path for path in paths if path in held_out
+    ]
 
 
 def _fixed_part(root: Path) -> Path:
@@ -204,7 +230,11 @@ def _fixed_part(root: Path) -> Path:
     if root.is_dir():
         return root
     fixed = takewhile(lambda part: not glob.has_magic(ESCAPED.sub("", part)), root.parts)
-    return root.parent if root.suffix.lower() == ".txt" else Path(*(ESCAPED.sub(r"\1", part) for part in fixed))
+    return (
+        root.parent
+        if root.suffix.lower() == ".txt"
+        else Path(*(ESCAPED.sub(r"\1", part) for part in fixed))
+    )
 
 
 def _place(root: Path, path: Path) -> float:

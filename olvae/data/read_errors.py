@@ -53,7 +53,9 @@ class TooManyUnreadableError(ValueError):
 
 def worker_death(error: BaseException) -> str | None:
     """Explain an error of torch, or of Python while it receives a batch, about a killed loader process; else None."""
-    match = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+))?", str(error))
+    match = re.match(
+        r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+))?", str(error)
+    )
     if match is not None:
         which = f" ({match[1]}) was killed" + (f" ({match[2]})" if match[2] else "")
     elif isinstance(error, ConnectionError | EOFError) and any(
@@ -84,7 +86,9 @@ def read_or_replace(
         except UnreadableImageError as error:
             errors.append(error.read_error())
         item = others[int(np.random.default_rng((*seed, 1, attempt)).integers(len(others)))]
-    raise UnreadableImageError(errors[0].name, f"{errors[0].reason}; nor are {REPLACEMENTS} others drawn in its place")
+    raise UnreadableImageError(
+        errors[0].name, f"{errors[0].reason}; nor are {REPLACEMENTS} others drawn in its place"
+    )
 
 
 @dataclass
@@ -100,7 +104,9 @@ class UnreadableImages:
 class ReadErrors:
     """Counts the read errors of one loader."""
 
-    epoch: int | None  # images in an epoch of training, over all processes; None if unknown, or for a loader that ends
+    epoch: (
+        int | None
+    )  # images in an epoch of training, over all processes; None if unknown, or for a loader that ends
     images: int | None  # all images of the source; None if unknown
     limit: float  # share of those that may be unreadable
     purpose: str  # of the loader, a word for messages
@@ -146,18 +152,24 @@ class ReadErrors:
         for part in parts:
             self.unreadable.reasons.update(part.reasons)
             self.unreadable.images.update(part.images)
-        self.unreadable.delivered = max(part.delivered for part in parts)  # the same in all, so that all decide alike
+        self.unreadable.delivered = max(
+            part.delivered for part in parts
+        )  # the same in all, so that all decide alike
         self._check()
 
     def end_of_epoch(self) -> None:
         """Log the number of images skipped since the last call, if any."""
         if self._skipped:
             images = f"{self._skipped} image{'s' if self._skipped > 1 else ''}"
-            log.warning("%s: %s skipped%s", self.purpose, images, " in this epoch" if self.epoch else "")
+            log.warning(
+                "%s: %s skipped%s", self.purpose, images, " in this epoch" if self.epoch else ""
+            )
         self._skipped = 0
 
     def _check(self) -> None:
-        read = self.images or max(self.unreadable.delivered + self.lost, round(1 / self.limit) if self.limit else 1)
+        read = self.images or max(
+            self.unreadable.delivered + self.lost, round(1 / self.limit) if self.limit else 1
+        )
         few = min(FEW_FILES, (self.images or 0) // 50) if self.limit else 0
         if self.lost > max(self.limit * read, few):
             raise TooManyUnreadableError(

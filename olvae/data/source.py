@@ -53,7 +53,11 @@ class LoaderProcess:
         """Positions in the stream, over all ranks, of this process's samples from its own ``first`` on."""
         for own in count(first):
             batch = own // self.batch_size * self.workers + self.worker
-            yield self.offset + (batch * self.batch_size + own % self.batch_size) * self.world + self.rank
+            yield (
+                self.offset
+                + (batch * self.batch_size + own % self.batch_size) * self.world
+                + self.rank
+            )
 
     def resumed(self, start: int) -> tuple["LoaderProcess", int]:
         """The process whose part this one takes over after ``start`` samples over all ranks, and its position.
@@ -103,12 +107,16 @@ class Batch(TypedDict, total=False):
 class Sample(NamedTuple):
     """A sample, as a loader process reads it."""
 
-    image: Tensor | None  # (C, H, W), or a latent, float32 (n_z, h, w); None if it could not be read
+    image: (
+        Tensor | None
+    )  # (C, H, W), or a latent, float32 (n_z, h, w); None if it could not be read
     key: str
     errors: tuple[ReadError, ...] = ()  # met on the way to it
     label: int | None = None  # number of its class, where the source knows it
     enlarged: bool = False  # whether the picture was smaller than the image
-    moments: Tensor | None = None  # of the image's latent, float32 (2 n_z, h, w), where the source has them
+    moments: Tensor | None = (
+        None  # of the image's latent, float32 (2 n_z, h, w), where the source has them
+    )
 
 
 def eval_sample(photo: Photo, key: str, transform: EvalTransform) -> Sample:
@@ -138,7 +146,9 @@ class Source(ABC):
 
     in_memory = False  # whether its pictures are, so that training takes no loader processes unless it is asked to
     tensor = "image"  # key of the samples' tensors in a batch
-    latent_stats: Sequence[Mapping[str, Any]] = ()  # stats.json of each folder of latents that come with the images
+    latent_stats: Sequence[
+        Mapping[str, Any]
+    ] = ()  # stats.json of each folder of latents that come with the images
     shares_evenly = False  # whether each rank validates on every n-th image, which makes its loader's length known
 
     def __init__(
@@ -165,7 +175,9 @@ class Source(ABC):
         self.pixel_range = PixelRange.from_node(range)
         self.pixel_range.check_channels(channels)
         self.unreadable = UnreadableImages()
-        self.crops: str | None = None  # how the validation images were cut, if they are parts of others
+        self.crops: str | None = (
+            None  # how the validation images were cut, if they are parts of others
+        )
         self.eval_transform = EvalTransform(size)
 
     @property
@@ -209,12 +221,16 @@ class Source(ABC):
 
     def limit(self, images: int) -> None:
         """Evaluate on the first ``images`` images only. Raises ValueError: there are fewer, or an unknown number."""
-        raise ValueError(f"{type(self).__name__} can't be limited to {images} images: give it fewer")
+        raise ValueError(
+            f"{type(self).__name__} can't be limited to {images} images: give it fewer"
+        )
 
     def check_batch(self) -> None:
         """Raise ValueError if a batch is larger than the training images of an epoch."""
         if (n := self.samples_per_epoch) is not None and self.batch_size > n:
-            raise ValueError(f"data.params.batch_size {self.batch_size} is larger than the data: set {n} or less")
+            raise ValueError(
+                f"data.params.batch_size {self.batch_size} is larger than the data: set {n} or less"
+            )
 
     def check_processes(self, world: int) -> None:  # noqa: B027  (most sources can be shared by any number)
         """Raise ValueError if the data can't be shared among the processes of ``world`` ranks."""
@@ -226,11 +242,15 @@ class Source(ABC):
 
     def first_images(self, seed: int, images: int) -> Iterator[Tensor]:
         """The images of :meth:`first_samples`, (C, H, W)."""
-        return (sample.image for sample in self.first_samples(seed, images) if sample.image is not None)
+        return (
+            sample.image for sample in self.first_samples(seed, images) if sample.image is not None
+        )
 
     def train_loader(self, seed: int = 0, start: int = 0) -> "Loader":
         """Endless batches: the stream of ``seed`` from sample ``start`` (counted over all ranks) on."""
-        return Loader(_Samples(self, self.batch_size, seed, start), "training", self.samples_per_epoch)
+        return Loader(
+            _Samples(self, self.batch_size, seed, start), "training", self.samples_per_epoch
+        )
 
     def val_loader(self) -> "Loader":
         """Each validation image once, shared among the ranks."""
@@ -244,7 +264,9 @@ class Source(ABC):
 class _Samples(IterableDataset[Sample]):
     """A source's samples for this rank and loader process: endless from ``start`` on, or without it each once."""
 
-    def __init__(self, source: Source, batch_size: int, seed: int = 0, start: int | None = None) -> None:
+    def __init__(
+        self, source: Source, batch_size: int, seed: int = 0, start: int | None = None
+    ) -> None:
         self.source = source
         self.batch_size = batch_size
         self.seed = seed
@@ -255,7 +277,9 @@ class _Samples(IterableDataset[Sample]):
         images = self.source.val_images
         if self.start is not None or images is None or not self.source.shares_evenly:
             raise TypeError("the number of batches is unknown before reading")
-        return -(-images // this_process()[1])  # the same for all ranks: one with 0 would leave out validation
+        return -(
+            -images // this_process()[1]
+        )  # the same for all ranks: one with 0 would leave out validation
 
     def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
@@ -287,7 +311,9 @@ class Loader(DataLoader[Any]):
             drop_last=dataset.start is not None,
         )
         self.samples = dataset
-        self.read_errors = ReadErrors(epoch, source.images, source.max_unreadable, purpose, source.unreadable)
+        self.read_errors = ReadErrors(
+            epoch, source.images, source.max_unreadable, purpose, source.unreadable
+        )
         self.enlarged = 0
 
     def check_worker_number_rationality(self) -> None:
@@ -322,8 +348,12 @@ def _collate(tensor: str, samples: Sequence[Sample]) -> dict[str, Any]:
     good = [sample for sample in samples if sample.image is not None]
     kinds = {sample.image.dtype: sample.key for sample in good if sample.image is not None}
     if len(kinds) > 1:
-        (one, key), (other, another), *_ = ((str(kind).removeprefix("torch."), key) for kind, key in kinds.items())
-        raise ValueError(f"two kinds of pixels in one batch: {key} is {one}, {another} {other}: convert one of them")
+        (one, key), (other, another), *_ = (
+            (str(kind).removeprefix("torch."), key) for kind, key in kinds.items()
+        )
+        raise ValueError(
+            f"two kinds of pixels in one batch: {key} is {one}, {another} {other}: convert one of them"
+        )
     labels = [sample.label for sample in good if sample.label is not None]
     moments = [sample.moments for sample in good if sample.moments is not None]
     batch: dict[str, Any] = {
@@ -332,7 +362,9 @@ def _collate(tensor: str, samples: Sequence[Sample]) -> dict[str, Any]:
         "enlarged": sum(sample.enlarged for sample in samples),
     }
     if good:
-        batch[tensor] = default_collate([sample.image for sample in good])  # in a worker straight to shared memory
+        batch[tensor] = default_collate(
+            [sample.image for sample in good]
+        )  # in a worker straight to shared memory
         if len(labels) == len(good):
             batch["label"] = torch.tensor(labels)
         if len(moments) == len(good):

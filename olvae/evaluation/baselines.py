@@ -15,7 +15,13 @@ from olvae.evaluation.observers.observer import UNTRAINED, Observer, Subject
 from olvae.evaluation.protocol import open_images_for
 from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.linear_code import LARGEST_PATCH, LinearDecoder, LinearEncoder, crops_and_means, fit_linear_paths
+from olvae.models.linear_code import (
+    LARGEST_PATCH,
+    LinearDecoder,
+    LinearEncoder,
+    crops_and_means,
+    fit_linear_paths,
+)
 from olvae.models.loading.loader import Target
 from olvae.modules.distributions import Deterministic
 from olvae.runs import settings_of
@@ -26,14 +32,18 @@ log = logging.getLogger("olvae")
 class Bicubic(Autoencoder):
     """Shrink images by a factor and enlarge them again, both with Pillow's antialiased bicubic."""
 
-    def __init__(self, factor: int, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> None:
+    def __init__(
+        self, factor: int, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS
+    ) -> None:
         super().__init__()
         self.pixel_range = pixel_range
         self.downscale = factor
         self.in_channels = self.latent_channels = channels
 
     def encode(self, x: Tensor) -> Deterministic:
-        return Deterministic(self._resized(x, x.shape[-1] // self.downscale, x.shape[-2] // self.downscale))
+        return Deterministic(
+            self._resized(x, x.shape[-1] // self.downscale, x.shape[-2] // self.downscale)
+        )
 
     def decode(self, z: Tensor) -> Tensor:
         return self._resized(z, z.shape[-1] * self.downscale, z.shape[-2] * self.downscale)
@@ -41,8 +51,13 @@ class Bicubic(Autoencoder):
     def _resized(self, images: Tensor, width: int, height: int) -> Tensor:
         """Float images in [-1, 1], through pictures of another size."""
         rounds = self.pixel_range.eight_bits
-        pictures = (tensor_to_picture(image) for image in (to_uint8(images) if rounds else images).cpu())
-        resized = [image_to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC)) for picture in pictures]
+        pictures = (
+            tensor_to_picture(image) for image in (to_uint8(images) if rounds else images).cpu()
+        )
+        resized = [
+            image_to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC))
+            for picture in pictures
+        ]
         batch = torch.stack(resized).to(images.device)
         return from_uint8(batch) if rounds else batch
 
@@ -66,8 +81,13 @@ class Baselines(Observer):
         rows: dict[str, Autoencoder] = {}
         if (code := self._linear_code(untrained)) is not None:
             rows[f"linear, {untrained.latent_channels} numbers for {f}x{f} pixels"] = code
-        rows[f"bicubic, {f}x smaller and back"] = Bicubic(f, untrained.in_channels, untrained.pixel_range)
-        if not (isinstance(untrained, LiteVAE) and (untrained.encoder.linear or untrained.decoder.linear)):
+        rows[f"bicubic, {f}x smaller and back"] = Bicubic(
+            f, untrained.in_channels, untrained.pixel_range
+        )
+        if not (
+            isinstance(untrained, LiteVAE)
+            and (untrained.encoder.linear or untrained.decoder.linear)
+        ):
             rows[UNTRAINED] = untrained
         return {**subjects, **{name: Subject(model, baseline=True) for name, model in rows.items()}}
 
@@ -75,20 +95,30 @@ class Baselines(Observer):
         """The best linear code with as many numbers, fitted on training crops; None, with a warning, if it can't be."""
         channels, n, f = like.in_channels, like.latent_channels, like.downscale
         if channels * f**2 > LARGEST_PATCH:
-            log.warning("the linear code has no row: covariances of patches of %dx%d pixels are too large", f, f)
+            log.warning(
+                "the linear code has no row: covariances of patches of %dx%d pixels are too large",
+                f,
+                f,
+            )
             return None
         try:
             source = open_images_for({"the linear code": like}, self._target.config, self._fit)
             shards = source.train if isinstance(source, ShardSource) else ()
-            if self._fit is None and (remote := [shard.url for shard in shards if not is_local(shard.url)]):
+            if self._fit is None and (
+                remote := [shard.url for shard in shards if not is_local(shard.url)]
+            ):
                 log.warning(
-                    "the linear code is fitted on remote training shards (`fit` names others): %s, ...", remote[0]
+                    "the linear code is fitted on remote training shards (`fit` names others): %s, ...",
+                    remote[0],
                 )
             crops, _ = crops_and_means(source, settings_of(self._target.config).seed, f)
         except (ImportError, OSError, RuntimeError, ValueError) as error:  # of any kind of source
             if self._fit is not None:
                 raise
-            log.warning("the linear code has no row, without the images of the training: %s", first_line(error))
+            log.warning(
+                "the linear code has no row, without the images of the training: %s",
+                first_line(error),
+            )
             return None
         code = LiteVAE(LinearEncoder(2 * n, channels, f), LinearDecoder(n, channels, f))
         fit_linear_paths(code, crops, pixel_range=source.pixel_range)

@@ -33,7 +33,14 @@ EDGES = 0.5 * torch.linspace(-5.0, 5.0, 201, dtype=torch.float64).sinh()
 
 SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)  # the bandwidths of the paper's comparison [P Table 6]
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito's, for the colour-blind
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+)  # Okabe and Ito's, for the colour-blind
 DASHES = ("-", "--", "-.", ":")
 
 
@@ -72,15 +79,21 @@ class _Totals:
         else:
             var, std = logvar.exp(), (0.5 * logvar).exp()
             kl = (0.5 * (mean.square() + var - 1.0 - logvar)).sum((0, 2, 3)).cpu()
-            below = torch.stack([torch.special.ndtr((edge - mean) / std).sum() for edge in EDGES.tolist()])
+            below = torch.stack(
+                [torch.special.ndtr((edge - mean) / std).sum() for edge in EDGES.tolist()]
+            )
             mass = below.diff(prepend=below.new_zeros(1), append=below.new_full((1,), mean.numel()))
         low, high = mean.amin((0, 2, 3)).cpu(), mean.amax((0, 2, 3)).cpu()
-        return cls(len(mean), mean.shape[1:], Moments.of(mean, var), kl, low, high, spectra, mass.cpu())
+        return cls(
+            len(mean), mean.shape[1:], Moments.of(mean, var), kl, low, high, spectra, mass.cpu()
+        )
 
     def __add__(self, other: "_Totals") -> "_Totals":
         if self.shape != other.shape:
             shapes = f"{tuple(self.shape)} and {tuple(other.shape)}"
-            raise ValueError(f"latents of different shapes, {shapes}: the images must have one size")
+            raise ValueError(
+                f"latents of different shapes, {shapes}: the images must have one size"
+            )
         return _Totals(
             self.n + other.n,
             self.shape,
@@ -97,7 +110,9 @@ class _Totals:
         scale, shift = self.moments.factors()
         mean, std = self.moments.mean.tolist(), self.moments.std.tolist()
         share = (self.mass / self.mass.sum()).tolist()
-        spectra = zip(("high_frequencies", "high_frequencies_of_images"), self.high.tolist(), strict=True)
+        spectra = zip(
+            ("high_frequencies", "high_frequencies_of_images"), self.high.tolist(), strict=True
+        )
         of = "" if self.kl is None else "_of_posterior_means"
         ends = {f"min{of}": self.minimum.tolist(), f"max{of}": self.maximum.tolist()}
         row = {
@@ -107,7 +122,12 @@ class _Totals:
             "mean": shift,
             "std": 1.0 / scale,
             **{name: high / total for name, (high, total) in spectra if total},
-            "diffusion": {"shift_factor": shift, "scaling_factor": scale, "latents_mean": mean, "latents_std": std},
+            "diffusion": {
+                "shift_factor": shift,
+                "scaling_factor": scale,
+                "latents_mean": mean,
+                "latents_std": std,
+            },
             "channels": {"mean": mean, "std": std, **ends},
         }
         if self.kl is not None:
@@ -150,24 +170,35 @@ class LatentAccumulator:
         self._totals: _Totals | None = None
         self._samples: dict[int, Tensor] = {}  # by key, sorted
 
-    def update(self, posterior: Posterior, keys: Sequence[int], images: Tensor | None = None) -> None:
+    def update(
+        self, posterior: Posterior, keys: Sequence[int], images: Tensor | None = None
+    ) -> None:
         """Add a posterior over (B, n_z, h, w), on any device, with its images' keys: :func:`image_key`.
 
         With the ``images``, (B, C, H, W) on its device, their spectrum is summed as well.
 
         Raise ValueError if it is not finite, or its shape differs from the ones before.
         """
-        device = "cpu" if posterior.mean.device.type == "mps" else posterior.mean.device  # mps has no float64
+        device = (
+            "cpu" if posterior.mean.device.type == "mps" else posterior.mean.device
+        )  # mps has no float64
         mean = posterior.mean.to(device).double()  # (B, C, h, w)
         logvar = None if posterior.deterministic else posterior.logvar.to(device).double()
         if not (mean.isfinite().all() and (logvar is None or logvar.isfinite().all())):
-            raise ValueError("the latents are not finite: the weights may be of a run that diverged")
+            raise ValueError(
+                "the latents are not finite: the weights may be of a run that diverged"
+            )
         std = torch.zeros_like(mean) if logvar is None else (0.5 * logvar).exp()
         samples = {}
         for key, center, spread in zip(keys, mean.cpu(), std.cpu(), strict=True):
-            noise = torch.randn(center.shape, generator=torch.Generator().manual_seed(key), dtype=torch.float64)
+            noise = torch.randn(
+                center.shape, generator=torch.Generator().manual_seed(key), dtype=torch.float64
+            )
             samples[key] = (center + spread * noise).float()
-        self._add(_Totals.of(mean, logvar, None if images is None else images.to(device).double()), samples)
+        self._add(
+            _Totals.of(mean, logvar, None if images is None else images.to(device).double()),
+            samples,
+        )
 
     def merge(self, other: "LatentAccumulator") -> None:
         """Add all batches of another accumulator, for example of another process."""
@@ -187,7 +218,11 @@ class LatentAccumulator:
             skipped["mmd"] = "needs at least two different images"
         else:
             z = torch.stack(list(self._samples.values())).flatten(1)  # (N, C h w)
-            row["mmd"] = {"latents": len(z), "sigmas": list(SIGMAS), "mmd2": mmd2_normal(z).tolist()}
+            row["mmd"] = {
+                "latents": len(z),
+                "sigmas": list(SIGMAS),
+                "mmd2": mmd2_normal(z).tolist(),
+            }
             z.sub_(row["mean"]).mul_(row["diffusion"]["scaling_factor"])
             row["mmd"]["mmd2_scaled"] = mmd2_normal(z).tolist()
             row["mmd"]["standard_error_under_normal"] = mmd2_null_std(*z.shape).tolist()
@@ -212,7 +247,9 @@ def high_and_all(x: Tensor) -> Tensor:
     energies = (bases[0] @ x @ bases[1].T).square().sum((0, 1))  # (h, w)
     energies[0, 0] = 0.0
     h, w = x.shape[-2:]
-    return torch.stack((energies.sum() - energies[: -(-h // 2), : -(-w // 2)].sum(), energies.sum()))
+    return torch.stack(
+        (energies.sum() - energies[: -(-h // 2), : -(-w // 2)].sum(), energies.sum())
+    )
 
 
 def mmd2_normal(z: Tensor, sigmas: Sequence[float] = SIGMAS, chunk: int = 512) -> Tensor:
@@ -233,9 +270,15 @@ def mmd2_normal(z: Tensor, sigmas: Sequence[float] = SIGMAS, chunk: int = 512) -
     pairs = torch.zeros_like(s)
     for start in range(0, n, chunk):
         rows = z[start : start + chunk].double()
-        for other in range(0, start + 1, chunk):  # the matrix is symmetric: its lower triangle of blocks
+        for other in range(
+            0, start + 1, chunk
+        ):  # the matrix is symmetric: its lower triangle of blocks
             inner = rows @ z[other : other + chunk].double().T
-            distance = square[start : start + chunk, None] + square[None, other : other + chunk] - 2.0 * inner
+            distance = (
+                square[start : start + chunk, None]
+                + square[None, other : other + chunk]
+                - 2.0 * inner
+            )
             distance = distance.clamp(min=0.0)  # (rows, columns)
             if other == start:
                 distance.fill_diagonal_(torch.inf)  # excludes i = j
@@ -277,12 +320,17 @@ def encode_latents(
     for model in models.values():
         model.to(device)
     for batch in batches:
-        keys, levels = [image_key(image) for image in batch["image"]], pixel_range.levels(batch["image"])
+        keys, levels = (
+            [image_key(image) for image in batch["image"]],
+            pixel_range.levels(batch["image"]),
+        )
         x = pixel_range.normalise(batch["image"].to(device))
         for name, model in models.items():
             posterior = model.encode(x)
             names = [str(key) for key in keys]
-            observer.update(Observation(name, 0, names, levels, levels, posterior.mean, {}, pixel_range))
+            observer.update(
+                Observation(name, 0, names, levels, levels, posterior.mean, {}, pixel_range)
+            )
             try:
                 accumulators[name].update(posterior, keys, x)
             except ValueError as error:
@@ -310,33 +358,57 @@ def report_latents(
     for name, accumulator in accumulators.items():
         entry = observer.result(name, 0)
         observed = {observer.name: entry} if entry else {}
-        results.append({"target": name, "weights": weights[name], **accumulator.compute(), **observed})
+        results.append(
+            {"target": name, "weights": weights[name], **accumulator.compute(), **observed}
+        )
         advance()
-    return {"data": {**data, "n": results[0]["n"]}, "active_variance": ACTIVE_VARIANCE, "results": results}
+    return {
+        "data": {**data, "n": results[0]["n"]},
+        "active_variance": ACTIVE_VARIANCE,
+        "results": results,
+    }
 
 
 def print_latents(content: Mapping[str, Any], observer: Observer) -> None:
     """Print two tables to standard error, by target: moments, and MMD^2 per bandwidth; then the observer's lines."""
-    console, data, rows = Console(stderr=True), content["data"], {row["target"]: row for row in content["results"]}
+    console, data, rows = (
+        Console(stderr=True),
+        content["data"],
+        {row["target"]: row for row in content["results"]},
+    )
     title = (
         f"latents of {data['n']} images of {Sides.of(data['size'])}; shift is the mean; sigma is the posterior's; "
         "KL in nats per position, over all channels"
     )
     observed = {name: row[observer.name] for name, row in rows.items() if observer.name in row}
     columns = {name: observer.columns(entry) for name, entry in observed.items()}
-    print_grid(console, title, texts({name: _moments(row, columns.get(name, {})) for name, row in rows.items()}))
+    print_grid(
+        console,
+        title,
+        texts({name: _moments(row, columns.get(name, {})) for name, row in rows.items()}),
+    )
     mmds: dict[str, dict[str, str]] = {}
     for name, row in rows.items():
         if row["deterministic"]:
             console.print(f"{escape(name)}: KL and active channels skipped: {NO_DISTRIBUTION}")
         if "high_frequencies_of_images" in row:
             shares = (f"{100 * row[f'high_frequencies{of}']:.0f} %" for of in ("", "_of_images"))
-            console.print("{}: high frequencies have {} of the energy, the images' {}".format(escape(name), *shares))
+            console.print(
+                "{}: high frequencies have {} of the energy, the images' {}".format(
+                    escape(name), *shares
+                )
+            )
         if mmd := row.get("mmd"):
-            kinds = {"": "mmd2", ", scaled": "mmd2_scaled", ", error": "standard_error_under_normal"}
+            kinds = {
+                "": "mmd2",
+                ", scaled": "mmd2_scaled",
+                ", error": "standard_error_under_normal",
+            }
             for suffix, kind in kinds.items():
                 found = zip(mmd["sigmas"], mmd[kind], strict=True)
-                mmds[name + suffix] = {f"{sigma:g}": f"{1000 * value:.3g}" for sigma, value in found}
+                mmds[name + suffix] = {
+                    f"{sigma:g}": f"{1000 * value:.3g}" for sigma, value in found
+                }
     if mmds:
         title = (
             "1000 MMD^2 to N(0, I) by the kernel's bandwidth: of the latents, of (z - shift) x scaling, and the error "
@@ -345,7 +417,9 @@ def print_latents(content: Mapping[str, Any], observer: Observer) -> None:
         print_grid(console, title, texts(mmds))
     else:
         console.print("MMD: skipped, it needs at least two different images")
-    for line in observer.lines([Row(n, data["n"], {}, observed={observer.name: e}) for n, e in observed.items()]):
+    for line in observer.lines(
+        [Row(n, data["n"], {}, observed={observer.name: e}) for n, e in observed.items()]
+    ):
         console.print(escape(line))
 
 
@@ -388,7 +462,11 @@ def draw_distribution(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None
     for i, (name, row) in enumerate(rows.items()):
         density = np.array(row["histogram"]["share"]) / np.diff(edges)
         shift, std = row["mean"], row["std"]
-        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)], "linewidth": 1.8}
+        style = {
+            "color": COLOURS[i % len(COLOURS)],
+            "linestyle": DASHES[i % len(DASHES)],
+            "linewidth": 1.8,
+        }
         raw.plot(centres, density, label=f"{name}: mean {shift:.3g}, std {std:.3g}", **style)
         scaled.plot((centres - shift) / std, density * std, **style)
         reach = max(reach, abs(shift) + 3.5 * std)

@@ -121,9 +121,13 @@ def open_images_for(
 
     Models without a range of values take the others'.
     """
-    stated = list(dict.fromkeys(m.pixel_range for m in models.values() if not m.pixel_range.eight_bits))
+    stated = list(
+        dict.fromkeys(m.pixel_range for m in models.values() if not m.pixel_range.eight_bits)
+    )
     if len(stated) > 1:
-        raise ConfigError(f"the targets take values of {stated[0]} and of {stated[1]}: use a command for each")
+        raise ConfigError(
+            f"the targets take values of {stated[0]} and of {stated[1]}: use a command for each"
+        )
     pixels = stated[0] if stated else EIGHT_BITS
     if len(channels := {model.in_channels: name for name, model in models.items()}) > 1:
         counts = " and ".join(f"{count} ({channels[count]})" for count in sorted(channels))
@@ -132,7 +136,9 @@ def open_images_for(
     if not pixels.eight_bits:
         pixels.check_data(source.pixel_range)
     if source.channels != count:
-        raise ConfigError(f"the images have {source.channels} channels, and {channels[count]} takes {count}")
+        raise ConfigError(
+            f"the images have {source.channels} channels, and {channels[count]} takes {count}"
+        )
     for name, model in models.items():
         if not source.size.fits(f := model.downscale):
             why = f"a latent position stands for {f}x{f} pixels, and {source.size.short} is not a multiple of {f}"
@@ -154,7 +160,9 @@ class Cost:
     decode_macs: int | None
     encode_images_per_s: float | None
     decode_images_per_s: float | None
-    peak_memory_bytes: int | None  # of a batch, beyond weights and images, by a GPU's allocator; None on the CPU
+    peak_memory_bytes: (
+        int | None
+    )  # of a batch, beyond weights and images, by a GPU's allocator; None on the CPU
     batch_size: int  # of the largest batch; it is smaller than requested if there are few images
     device: str  # the GPU's name, or the CPU with its threads
 
@@ -177,7 +185,9 @@ class RoundTrip:
         self.model, self.device, self.seed = model.to(device), device, seed
         self.pixel_range = pixel_range
         self.name = name  # for messages
-        self._times: list[tuple[int, float, float]] = []  # images of a batch, seconds to encode and to decode them
+        self._times: list[
+            tuple[int, float, float]
+        ] = []  # images of a batch, seconds to encode and to decode them
         self._peaks: list[int] = []
 
     @torch.inference_mode()
@@ -198,7 +208,9 @@ class RoundTrip:
             self._times.append((len(images), encoded - start, now(self.device) - drawn))
         finite = y.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
-            raise ArithmeticError(f"{self.name}: its reconstruction of {keys[finite.index(False)]} is not finite")
+            raise ArithmeticError(
+                f"{self.name}: its reconstruction of {keys[finite.index(False)]} is not finite"
+            )
         return Reconstructed(posterior.mean, self.pixel_range.to_levels(y).cpu())
 
     def cost(self, size: Size) -> Cost:
@@ -219,7 +231,9 @@ class RoundTrip:
             decode_images_per_s=images / decode_s if decode_s else None,
             peak_memory_bytes=max(self._peaks[1:] or self._peaks, default=None),
             batch_size=max(batch[0] for batch in self._times or counted),
-            device=torch.cuda.get_device_name(self.device) if self.device.startswith("cuda") else cpu,
+            device=torch.cuda.get_device_name(self.device)
+            if self.device.startswith("cuda")
+            else cpu,
         )
 
 
@@ -227,5 +241,10 @@ def _macs(model: Autoencoder, method: str, *shape: int) -> int | None:
     try:
         return count_macs(model, 1, *shape, method=method)
     except Exception as error:  # a network of the user's own may be more than torch, or need values
-        log.warning("%s: multiplications of `%s` not counted: %s", type(model).__name__, method, first_line(error))
+        log.warning(
+            "%s: multiplications of `%s` not counted: %s",
+            type(model).__name__,
+            method,
+            first_line(error),
+        )
         return None

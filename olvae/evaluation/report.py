@@ -46,7 +46,10 @@ from olvae.metrics import METRICS
 
 ARROWS = {"higher": "\N{NO-BREAK SPACE}↑", "lower": "\N{NO-BREAK SPACE}↓"}
 
-SIDES = (96, 256)  # the longest side of a photograph, in pixels: as small as it may become, and at most
+SIDES = (
+    96,
+    256,
+)  # the longest side of a photograph, in pixels: as small as it may become, and at most
 
 MISSING = "a network is not here: metrics.md says which file to put where"
 
@@ -63,7 +66,9 @@ def print_results(several: Sequence[Evaluated], worded: Callable[[str], str] = s
     rows = several[0].results.rows
     if any(row.cost for row in rows):
         print_grid(console, f"cost: {conditions(rows)}", costs(rows))
-    for line in dict.fromkeys(line for evaluated in several for line in _remarks(evaluated, brief=True)):
+    for line in dict.fromkeys(
+        line for evaluated in several for line in _remarks(evaluated, brief=True)
+    ):
         console.print(worded(line), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -71,7 +76,10 @@ def write_markdown(evaluated: Evaluated, path: Path, head: str = "") -> None:
     """Write metrics.md: a head, the protocol, one table of quality and costs, and what was skipped and why."""
     results = evaluated.results
     cost = costs(results.table)
-    table = {target: {**cells, **cost.get(target, {})} for target, cells in quality(evaluated, counts=True).items()}
+    table = {
+        target: {**cells, **cost.get(target, {})}
+        for target, cells in quality(evaluated, counts=True).items()
+    }
     columns = headings(table)
     lines = [
         f"Protocol {_title(results)}, of {plain(str(results.images['source']))}.",
@@ -107,7 +115,9 @@ def write_csv(results: Results, path: Path) -> None:
                 writer.writerow([row.target, key, *(column.get(key) for column in columns)])
 
 
-def write_files(evaluated: Evaluated, folder: Path, suffix: str = "", command: str | None = None) -> dict[str, Path]:
+def write_files(
+    evaluated: Evaluated, folder: Path, suffix: str = "", command: str | None = None
+) -> dict[str, Path]:
     """Write all files of one protocol; where metrics.json is, the others are its own. Return their paths.
 
     ``suffix`` is added to the files' names. The page shows the ``command`` line; without one, no page is written.
@@ -119,12 +129,18 @@ def write_files(evaluated: Evaluated, folder: Path, suffix: str = "", command: s
         page = None if command is None else render_page(evaluated, command)
         quality(evaluated), json.dumps(evaluated.results.as_dict(), allow_nan=False)
         numbers.unlink(missing_ok=True)  # of an earlier evaluation, after all that may fail
-        written = {what: path for one in evaluated.observers for what, path in one.write(folder, suffix).items()}
+        written = {
+            what: path
+            for one in evaluated.observers
+            for what, path in one.write(folder, suffix).items()
+        }
         if page is not None:
             written["report"] = folder / f"report{suffix}.html"
             with atomic_write(written["report"]) as partial:
                 partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-        if any(row.per_image for row in evaluated.results.rows):  # not of results that were read from files
+        if any(
+            row.per_image for row in evaluated.results.rows
+        ):  # not of results that were read from files
             written["images"] = folder / f"per_image{suffix}.csv"
             write_csv(evaluated.results, written["images"])
         written["table"] = folder / f"metrics{suffix}.md"
@@ -140,7 +156,11 @@ def render_page(evaluated: Evaluated, command: str = "", when: datetime | None =
     """
     results = evaluated.results
     page = Page(results)
-    sections = [(observer, html) for observer in evaluated.observers if (html := observer.section(page)) is not None]
+    sections = [
+        (observer, html)
+        for observer in evaluated.observers
+        if (html := observer.section(page)) is not None
+    ]
     weights = used_weights(results.rows)
     versions = {"Python": platform.python_version(), "open-litevae": __version__}
     return page.render(
@@ -168,9 +188,15 @@ def quality(evaluated: Evaluated, counts: bool = False) -> Table:
     table = {}
     for row, cells in zip(rows, scores(evaluated.results).values(), strict=True):
         entries = [(observer, row.observed.get(observer.name)) for observer in evaluated.observers]
-        columns = [observer.columns(entry).items() for observer, entry in entries if entry is not None]
+        columns = [
+            observer.columns(entry).items() for observer, entry in entries if entry is not None
+        ]
         images = {"images": Cell(str(row.n))} if counts else {}
-        table[row.target] = {**images, **cells, **{name: Cell(text) for added in columns for name, text in added}}
+        table[row.target] = {
+            **images,
+            **cells,
+            **{name: Cell(text) for added in columns for name, text in added},
+        }
     return table
 
 
@@ -201,13 +227,21 @@ def print_grid(console: Console, title: str, table: Table, names: str = "target"
     parts: list[list[str]] = [[]]
     left = room = console.width - 12  # what names keep, and their margin
     for heading in headings(table):
-        texts = [*heading.split(" "), *(text for cells in table.values() for text in _shown(cells, [heading]))]
+        texts = [
+            *heading.split(" "),
+            *(text for cells in table.values() for text in _shown(cells, [heading])),
+        ]
         if (left := left - max(map(len, texts)) - 2) < 0:
             parts += [[]] if parts[-1] else []
             left = room - max(map(len, texts)) - 2
         parts[-1].append(heading)
     for number, columns in enumerate(parts):
-        grid = Grid(title="" if number else escape(title), box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+        grid = Grid(
+            title="" if number else escape(title),
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
         grid.add_column(names, overflow="fold", min_width=8)
         for heading in columns:
             grid.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
@@ -222,7 +256,9 @@ def _shown(cells: Mapping[str, Cell], columns: Sequence[str]) -> Iterator[str]:
 
 
 def _title(results: Results) -> str:
-    return f"{results.protocol['name']} {results.protocol_hash}, {Sides.of(results.protocol['size'])}"
+    return (
+        f"{results.protocol['name']} {results.protocol_hash}, {Sides.of(results.protocol['size'])}"
+    )
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -232,7 +268,9 @@ def _line(cells: Iterable[str]) -> str:
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # installed under another name, such as pillow-simd
+    except (
+        importlib.metadata.PackageNotFoundError
+    ):  # installed under another name, such as pillow-simd
         return "unknown"
 
 
@@ -243,7 +281,10 @@ class Page:
         self.results = results
         # Seven colours of the style sheet, for badges and bars.
         self.colours = {row.target: i % 7 + 1 for i, row in enumerate(results.table)}
-        self._letters = {row.target: ascii_uppercase[i : i + 1] or str(i + 1) for i, row in enumerate(results.table)}
+        self._letters = {
+            row.target: ascii_uppercase[i : i + 1] or str(i + 1)
+            for i, row in enumerate(results.table)
+        }
         self._environment = Environment(
             loader=PackageLoader("olvae.evaluation", "templates"),
             autoescape=True,
@@ -269,11 +310,17 @@ class Page:
 
     def table(self, table: Table, label: str, caption: str = "") -> Markup:
         """A table with a row per target, or nothing if it has no rows."""
-        return self.render("table.html", content=table, label=label, caption=caption) if table else Markup()
+        return (
+            self.render("table.html", content=table, label=label, caption=caption)
+            if table
+            else Markup()
+        )
 
     def mark(self, target: str) -> Markup:
         """A target's letter in its colour."""
-        return Markup('<span class="badge c{}">{}</span>').format(self.colours[target], self._letters[target])
+        return Markup('<span class="badge c{}">{}</span>').format(
+            self.colours[target], self._letters[target]
+        )
 
 
 def side_limit(pictures: int) -> int:
@@ -292,8 +339,14 @@ def picture(image: Tensor, alt: str, limit: int = SIDES[1]) -> Markup:
     longest = max(shown.size)
     if longest <= 128:
         factor = -(-SIDES[1] // longest)
-        shown = shown.resize((shown.width * factor, shown.height * factor), Image.Resampling.NEAREST)
-        options = {"lossless": True, "quality": 20, "method": 0}  # the last two are effort: more saves 5 % of the bytes
+        shown = shown.resize(
+            (shown.width * factor, shown.height * factor), Image.Resampling.NEAREST
+        )
+        options = {
+            "lossless": True,
+            "quality": 20,
+            "method": 0,
+        }  # the last two are effort: more saves 5 % of the bytes
     else:
         shown.thumbnail((limit, limit), Image.Resampling.LANCZOS)
         options = {"quality": 82}

@@ -49,7 +49,9 @@ def confidence(
     return None if drawn is None else _interval(drawn[0], level)
 
 
-def difference(a: Mapping[str, float], b: Mapping[str, float], samples: int = 1000) -> Difference | None:
+def difference(
+    a: Mapping[str, float], b: Mapping[str, float], samples: int = 1000
+) -> Difference | None:
     """The mean of ``a`` minus that of ``b``, both on the same images in every draw; None as :func:`confidence`.
 
     This 95 % interval is narrower than those of a and b suggest. If it excludes 0, the two differ by more than the
@@ -75,7 +77,9 @@ def _bootstrap(values: NDArray[np.float64], samples: int, seed: int) -> NDArray[
     if n < 2:
         return None
     rng, rows = np.random.default_rng(seed), max(1, CHUNK // n)
-    draws = (rng.integers(n, size=(min(rows, samples - done), n)) for done in range(0, samples, rows))
+    draws = (
+        rng.integers(n, size=(min(rows, samples - done), n)) for done in range(0, samples, rows)
+    )
     return np.concatenate([values[:, indices].mean(-1) for indices in draws], axis=-1)
 
 
@@ -92,13 +96,21 @@ class Row:
     n: int  # images
     metrics: Mapping[str, float]  # PSNR may be infinite
     skipped: Mapping[str, str] = field(default_factory=dict)  # by metric, why it has no value
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)  # by metric, 95 % bootstrap over images
-    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by metric, weights, subsets, a warning
+    intervals: Mapping[str, tuple[float, float]] = field(
+        default_factory=dict
+    )  # by metric, 95 % bootstrap over images
+    details: Mapping[str, Mapping[str, Any]] = field(
+        default_factory=dict
+    )  # by metric, weights, subsets, a warning
     cost: Cost | None = None
     observed: Mapping[str, Any] = field(default_factory=dict)  # the observers' entries by name
     baseline: bool = False  # what targets are compared with: bicubic resampling, an untrained model
-    per_image: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # by metric, values by key
-    differences: Mapping[str, Difference] = field(default_factory=dict)  # by metric, from the first row's images
+    per_image: Mapping[str, Mapping[str, float]] = field(
+        default_factory=dict
+    )  # by metric, values by key
+    differences: Mapping[str, Difference] = field(
+        default_factory=dict
+    )  # by metric, from the first row's images
     weights: str | None = None  # their checksum, by which an export knows its own
 
     def as_dict(self) -> dict[str, Any]:
@@ -107,7 +119,9 @@ class Row:
         return {
             "target": self.target,
             "n": self.n,
-            "metrics": {name: value for name, value in self.metrics.items() if name not in infinite},
+            "metrics": {
+                name: value for name, value in self.metrics.items() if name not in infinite
+            },
             "skipped": {**infinite, **self.skipped},
             "intervals": {name: list(ends) for name, ends in self.intervals.items()},
             "details": {name: details for name, details in self.details.items() if details},
@@ -129,7 +143,10 @@ class Row:
             int(row["n"]),
             metrics | {name: math.inf for name, reason in skipped.items() if reason == INFINITE},
             {name: reason for name, reason in skipped.items() if reason != INFINITE},
-            {str(name): (float(low), float(high)) for name, (low, high) in (row.get("intervals") or {}).items()},
+            {
+                str(name): (float(low), float(high))
+                for name, (low, high) in (row.get("intervals") or {}).items()
+            },
             {str(name): dict(details) for name, details in row.get("details", {}).items()},
             Cost(**row["cost"]) if row.get("cost") else None,
             {name: entry for name, entry in row.items() if name not in FIXED},
@@ -144,7 +161,9 @@ class Results:
 
     protocol: Mapping[str, Any]  # Protocol.as_dict()
     protocol_hash: str  # two results are comparable only if it is the same
-    images: Mapping[str, Any]  # source, n, sha256 of the pixels, how many were unreadable or enlarged
+    images: Mapping[
+        str, Any
+    ]  # source, n, sha256 of the pixels, how many were unreadable or enlarged
     rows: Sequence[Row]
     earlier: Sequence[Row] = ()  # rows of earlier results, added by beside()
 
@@ -183,7 +202,9 @@ class Results:
                         observer.columns(entry)
             return cls(protocol, str(content["protocol_hash"]), images, rows)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: not a metrics.json: {type(error).__name__} {error}") from error
+            raise ValueError(
+                f"{path}: not a metrics.json: {type(error).__name__} {error}"
+            ) from error
 
     def beside(self, files: Mapping[Path, "Results"], mix: bool = False) -> "Results":
         """These results, with the rows of earlier ones below, by file. A name that is taken gets a number.
@@ -196,7 +217,9 @@ class Results:
             what = self.not_comparable(earlier)
             if what and not mix:
                 anyway = "to show them in one table anyway, set `mix_protocols`"
-                raise ValueError(f"{path}: has results of {what}, which are not comparable with these; {anyway}")
+                raise ValueError(
+                    f"{path}: has results of {what}, which are not comparable with these; {anyway}"
+                )
             for row in earlier.table:
                 marked = f"{row.target} [{what}]" if what else row.target
                 names = chain([marked], (f"{marked} ({again})" for again in count(2)))
@@ -207,32 +230,48 @@ class Results:
 
     def warnings(self) -> list[str]:
         """Sentences for the reader."""
-        found = [str(d["warning"]) for row in self.rows for d in row.details.values() if "warning" in d]
+        found = [
+            str(d["warning"]) for row in self.rows for d in row.details.values() if "warning" in d
+        ]
         for row in self.rows:
             if equal := row.details.get("psnr", {}).get("equal_images"):
-                found.append(f"{row.target} gives {equal} of {row.n} images back exactly: they are not in its PSNR")
+                found.append(
+                    f"{row.target} gives {equal} of {row.n} images back exactly: they are not in its PSNR"
+                )
         if few := next((row for row in self.rows if row.n < MIN_VAL_IMAGES), None):
             found.append(f"few images, {few.n}: other ones give other numbers")
         if self.images["unreadable"]:
-            found.append(f"unreadable images, which are not in these numbers: {self.images['unreadable']}")
+            found.append(
+                f"unreadable images, which are not in these numbers: {self.images['unreadable']}"
+            )
         if self.images["enlarged"]:
-            found.append(f"images smaller than the crop, which were enlarged: {self.images['enlarged']}")
+            found.append(
+                f"images smaller than the crop, which were enlarged: {self.images['enlarged']}"
+            )
         for name, file in used_weights(self.rows).items():
             if not file["published"]:
                 other = f"rests on a {file['file']} that is not the published file"
-                found.append(f"{METRICS[name].label} {other}: its values are not comparable with published ones")
+                found.append(
+                    f"{METRICS[name].label} {other}: its values are not comparable with published ones"
+                )
         return list(dict.fromkeys(found))
 
     def not_comparable(self, earlier: "Results") -> str:
         """What differs; empty if they are comparable."""
         if earlier.protocol_hash != self.protocol_hash:
             both = {**self.protocol, **earlier.protocol}
-            keys = [k for k in both if k != "name" and earlier.protocol.get(k) != self.protocol.get(k)]
+            keys = [
+                k for k in both if k != "name" and earlier.protocol.get(k) != self.protocol.get(k)
+            ]
             return f"another protocol ({', '.join(keys)})"
         if earlier.images.get("sha256") != self.images["sha256"]:
             return "other images"
         theirs, ours = used_weights(earlier.rows), used_weights(self.rows)
-        names = [METRICS[n].label for n in ours if n in theirs and theirs[n].get("sha256") != ours[n]["sha256"]]
+        names = [
+            METRICS[n].label
+            for n in ours
+            if n in theirs and theirs[n].get("sha256") != ours[n]["sha256"]
+        ]
         return f"other weights of the networks behind {', '.join(names)}" if names else ""
 
 
@@ -266,7 +305,9 @@ class Cell(NamedTuple):
     mark: str = ""
 
 
-Table = Mapping[str, Mapping[str, Cell]]  # by target, cells by heading; where one lacks another's, a dash is shown
+Table = Mapping[
+    str, Mapping[str, Cell]
+]  # by target, cells by heading; where one lacks another's, a dash is shown
 
 
 def headings(table: Table) -> list[str]:
@@ -276,7 +317,10 @@ def headings(table: Table) -> list[str]:
 
 def texts(rows: Mapping[str, Mapping[str, str]]) -> Table:
     """A table of plain texts."""
-    return {target: {heading: Cell(text) for heading, text in cells.items()} for target, cells in rows.items()}
+    return {
+        target: {heading: Cell(text) for heading, text in cells.items()}
+        for target, cells in rows.items()
+    }
 
 
 def number(value: float, digits: int) -> str:
@@ -314,7 +358,9 @@ def scores(results: Results) -> Table:
         interval = spread = ""
         if ends := row.intervals.get(name):
             interval = f"[{', '.join(number(end, digits) for end in ends)}]"
-            spread = f"±{(ends[1] - ends[0]) / 2:.2f}" if name == "psnr" else ""  # the others' would not fit
+            spread = (
+                f"±{(ends[1] - ends[0]) / 2:.2f}" if name == "psnr" else ""
+            )  # the others' would not fit
         return Cell(number(value, digits), interval, spread, "best" if value == best[name] else "")
 
     return {row.target: {METRICS[name].label: cell(row, name) for name in names} for row in rows}
@@ -340,7 +386,9 @@ def differences(results: Results) -> Table:
         return Cell(value, f"[{low}, {high}]", mark=mark)
 
     rows = {
-        row.target: {METRICS[name].label: cell(row, name) for name in METRICS if name in row.differences}
+        row.target: {
+            METRICS[name].label: cell(row, name) for name in METRICS if name in row.differences
+        }
         for row in results.rows[1:]
     }
     return rows if any(rows.values()) else {}
@@ -358,7 +406,11 @@ def meaning(results: Results) -> str:
         name = max(others, key=lambda target: others[target].value)
         value, low, high = others[name]
         chance = ", which other images may reverse" if low <= 0.0 <= high else ""
-        gap = f"{abs(value):.2f} dB {'better' if value > 0 else 'worse'}{chance}" if round(value, 2) else "as good"
+        gap = (
+            f"{abs(value):.2f} dB {'better' if value > 0 else 'worse'}{chance}"
+            if round(value, 2)
+            else "as good"
+        )
         text += f"; the best of the others is {gap}: {name}"
     return f"{text}."
 
@@ -369,7 +421,9 @@ COSTS: Mapping[str, Callable[[Cost], float | None]] = {
     "GMACs decode": lambda cost: None if cost.decode_macs is None else cost.decode_macs / 1e9,
     "img/s encode": lambda cost: cost.encode_images_per_s,
     "img/s decode": lambda cost: cost.decode_images_per_s,
-    "MiB peak": lambda cost: None if cost.peak_memory_bytes is None else cost.peak_memory_bytes / 2**20,
+    "MiB peak": lambda cost: (
+        None if cost.peak_memory_bytes is None else cost.peak_memory_bytes / 2**20
+    ),
 }
 
 
@@ -379,7 +433,9 @@ def costs(rows: Iterable[Row]) -> Table:
     for row in rows:
         if row.cost:
             values = {heading: value(row.cost) for heading, value in COSTS.items()}
-            found[row.target] = {h: Cell(significant(value)) for h, value in values.items() if value is not None}
+            found[row.target] = {
+                h: Cell(significant(value)) for h, value in values.items() if value is not None
+            }
     return found
 
 
@@ -388,8 +444,13 @@ def conditions(rows: Sequence[Row]) -> str:
     found: dict[str, list[str]] = {}
     for row in rows:
         if row.cost:
-            found.setdefault(f"{row.cost.device}, batches of {row.cost.batch_size}", []).append(row.target)
-    parts = [f"{where} ({', '.join(names)})" if len(found) > 1 else where for where, names in found.items()]
+            found.setdefault(f"{row.cost.device}, batches of {row.cost.batch_size}", []).append(
+                row.target
+            )
+    parts = [
+        f"{where} ({', '.join(names)})" if len(found) > 1 else where
+        for where, names in found.items()
+    ]
     if any(row.cost and row.cost.peak_memory_bytes is not None for row in rows):
         parts.append("memory beyond weights and images")
     return "; ".join(parts)

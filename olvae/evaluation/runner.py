@@ -44,7 +44,9 @@ class Request:
     """What to evaluate, on which images, and how; ConfigError if the parts do not fit together."""
 
     targets: Sequence[Target]  # with distinct names
-    protocols: Sequence[Protocol] = (Protocol(),)  # each gives results; those that prepare images alike share a pass
+    protocols: Sequence[Protocol] = (
+        Protocol(),
+    )  # each gives results; those that prepare images alike share a pass
     metrics: Sequence[str] = DEFAULT_METRICS  # names
     data: str | None = None  # a SRC; by default the test images of the first target's config
     size: Size | None = None  # of the images; by default the config's, otherwise the protocol's
@@ -56,7 +58,11 @@ class Request:
 
     def __post_init__(self) -> None:
         targets = [target.name for target in self.targets]
-        lines = [line for o in self.observers for line in o.conflicts(targets, self.metrics, self.observers)]
+        lines = [
+            line
+            for o in self.observers
+            for line in o.conflicts(targets, self.metrics, self.observers)
+        ]
         names = [observer.name for observer in self.observers if observer.name]
         lines += [
             f"`observe`: two entries of metrics.json would be called {name}"
@@ -67,7 +73,9 @@ class Request:
             raise ConfigError(*lines)
 
 
-def evaluate(request: Request, progress: Progress = lambda _, batches, __: batches) -> list[Evaluated] | None:
+def evaluate(
+    request: Request, progress: Progress = lambda _, batches, __: batches
+) -> list[Evaluated] | None:
     """Evaluate targets on the same images, in one process or in all that :func:`olvae.devices.join` found.
 
     Returns one result per protocol in the first process, None in the others. Raises FileNotFoundError or ValueError if
@@ -79,8 +87,13 @@ def evaluate(request: Request, progress: Progress = lambda _, batches, __: batch
         subjects = observer.derive(subjects)
     passes: dict[tuple[Sides, str, str], list[Protocol]] = {}
     for protocol in request.protocols:
-        passes.setdefault((Sides.of(protocol.size), protocol.resize, protocol.resample), []).append(protocol)
-    done = [_one_pass(request, protocols, subjects, observers, progress) for protocols in passes.values()]
+        passes.setdefault((Sides.of(protocol.size), protocol.resize, protocol.resample), []).append(
+            protocol
+        )
+    done = [
+        _one_pass(request, protocols, subjects, observers, progress)
+        for protocols in passes.values()
+    ]
     return [evaluated for part in done for evaluated in part] or None
 
 
@@ -92,23 +105,34 @@ def _one_pass(
     progress: Progress,
 ) -> list[Evaluated]:
     """Results under protocols that prepare images alike; none in every process but the first."""
-    source = _open(request, protocols[0], {name: subject.model for name, subject in subjects.items()})
+    source = _open(
+        request, protocols[0], {name: subject.model for name, subject in subjects.items()}
+    )
     pixels = source.pixel_range
     size, resample = source.size.node, source.eval_transform.resample
     stated = None if pixels.eight_bits else str(pixels)
-    protocols = [replace(p, size=size, resample=resample, crops=source.crops, range=stated) for p in protocols]
-    batch_size = request.batch_size or entry_of(request.targets[0].config, "data.params.batch_size") or 8
+    protocols = [
+        replace(p, size=size, resample=resample, crops=source.crops, range=stated)
+        for p in protocols
+    ]
+    batch_size = (
+        request.batch_size or entry_of(request.targets[0].config, "data.params.batch_size") or 8
+    )
     loader, observers = source.test_loader(batch_size), copy.deepcopy(observers)
 
     # One pass, with metrics in all the variants that the protocols use, and round trips for all ways to draw a latent.
     seeds = list(dict.fromkeys(protocol.noise_seed for protocol in protocols))
     trips = {
-        (name, draw): RoundTrip(subject.model, request.device, None if subject.baseline else seed, name, pixels)
+        (name, draw): RoundTrip(
+            subject.model, request.device, None if subject.baseline else seed, name, pixels
+        )
         for draw, seed in enumerate(seeds)
         for name, subject in subjects.items()
         if draw == 0 or not subject.baseline
     }
-    variants = [protocol.columns.get(name, name) for protocol in protocols for name in request.metrics]
+    variants = [
+        protocol.columns.get(name, name) for protocol in protocols for name in request.metrics
+    ]
     make = build_metrics(variants, request.weights_dir, request.device)
     metrics = {key: make() for key in trips}
     batches = progress("evaluating", loader, source.val_images)
@@ -118,9 +142,21 @@ def _one_pass(
         return []
 
     # The numbers: for every way to draw a latent, then for every protocol.
-    examined = [observer for observer in observers if is_examined(observer, subjects, source, request.device)]
-    costs = {name: trips[name, 0].cost(source.size) for name, subject in subjects.items() if not subject.baseline}
-    weights = {name: tensors_sum(subject.model.state_dict()) for name, subject in subjects.items() if name in costs}
+    examined = [
+        observer
+        for observer in observers
+        if is_examined(observer, subjects, source, request.device)
+    ]
+    costs = {
+        name: trips[name, 0].cost(source.size)
+        for name, subject in subjects.items()
+        if not subject.baseline
+    }
+    weights = {
+        name: tensors_sum(subject.model.state_dict())
+        for name, subject in subjects.items()
+        if name in costs
+    }
     measured = {}
     for name, draw in trips:
         entries = {observer.name: found_by(observer, name, draw) for observer in examined}
@@ -142,20 +178,28 @@ def _one_pass(
         for observer in observers:
             by_name = {row.target: row for row in rows}
             rows = [observer.complete(row, by_name) for row in rows]
-        evaluated.append(Evaluated(Results(complete.as_dict(), complete.hash(), images, rows), observers))
+        evaluated.append(
+            Evaluated(Results(complete.as_dict(), complete.hash(), images, rows), observers)
+        )
     return evaluated
 
 
 def _open(request: Request, protocol: Protocol, models: Mapping[str, Autoencoder]) -> Source:
     try:
-        source = open_images_for(models, request.targets[0].config, request.data, request.size, protocol.size)
+        source = open_images_for(
+            models, request.targets[0].config, request.data, request.size, protocol.size
+        )
     except FileNotFoundError as error:
         if request.data is not None:
             raise
-        raise FileNotFoundError(f"{error}; the config takes its images there: `data` names others") from error
+        raise FileNotFoundError(
+            f"{error}; the config takes its images there: `data` names others"
+        ) from error
     for target in request.targets:
         if request.data is not None and trains_on(target.config, request.data):
-            warn_once(f"{target.name} trains on {request.data}: these numbers are not of held-out images")
+            warn_once(
+                f"{target.name} trains on {request.data}: these numbers are not of held-out images"
+            )
     source.evaluate_with(replace(protocol, size=source.size).transform)
     if request.images is not None:
         source.limit(request.images)
@@ -179,7 +223,9 @@ def observe(
     for batch in batches:
         keys, x = batch["key"], batch["image"]
         for key, image in zip(keys, x, strict=True):
-            digests[key] = hashlib.sha256(repr(tuple(image.shape)).encode() + image.numpy().tobytes()).digest()
+            digests[key] = hashlib.sha256(
+                repr(tuple(image.shape)).encode() + image.numpy().tobytes()
+            ).digest()
         levels = pixel_range.levels(x)
         for (name, draw), trip in trips.items():
             with ExitStack() as stack:
@@ -187,7 +233,9 @@ def observe(
                     stack.enter_context(observer.watch(name, draw, subjects[name], keys))
                 latents, y = trip(keys, x)
             metrics[name, draw].update(keys, levels, y)
-            seen = Observation(name, draw, keys, levels, y, latents, metrics[name, draw].per_image(), pixel_range)
+            seen = Observation(
+                name, draw, keys, levels, y, latents, metrics[name, draw].per_image(), pixel_range
+            )
             for observer in observers:
                 observer.update(seen)
     states = {key: metric.state() for key, metric in metrics.items()}
@@ -210,7 +258,9 @@ def fingerprint(digests: Mapping[str, bytes]) -> str:
     return hashlib.sha256(b"".join(sorted(digests.values()))).hexdigest()
 
 
-def is_examined(observer: Observer, subjects: Mapping[str, Subject], source: Source, device: str) -> bool:
+def is_examined(
+    observer: Observer, subjects: Mapping[str, Subject], source: Source, device: str
+) -> bool:
     """Let an observer look at the models alone; warn and return False after an error: the metrics are there already."""
     try:
         observer.examine(subjects, min(source.size), device)
@@ -230,7 +280,9 @@ def found_by(observer: Observer, target: str, draw: int) -> Any:
     return entry
 
 
-def _describe_images(request: Request, source: Source, loader: Loader, digests: Mapping[str, bytes]) -> dict[str, Any]:
+def _describe_images(
+    request: Request, source: Source, loader: Loader, digests: Mapping[str, bytes]
+) -> dict[str, Any]:
     """Where the images are from, and how many were unreadable or enlarged; whole in the first process."""
     if this_process()[1] > 1:
         loader.read_errors.share()
@@ -240,7 +292,9 @@ def _describe_images(request: Request, source: Source, loader: Loader, digests: 
         "n": len(digests),
         "sha256": fingerprint(digests),
         "unreadable": len({place for _, places, _ in parts for place in places}),
-        "unreadable_files": {name: reason for reasons, _, _ in parts for name, reason in reasons.items()},
+        "unreadable_files": {
+            name: reason for reasons, _, _ in parts for name, reason in reasons.items()
+        },
         "enlarged": sum(enlarged for _, _, enlarged in parts),
     }
 
@@ -249,7 +303,9 @@ def measure(target: str, metrics: MetricSet, n: int, **more: Any) -> Row:
     """A row with all variants of the metrics, from ``n`` images; ``more`` of it is known already."""
     values = metrics.compute()
     details = {name: metric.details for name, metric in metrics.metrics.items()}
-    return Row(target, n, values, metrics.skipped, details=details, per_image=metrics.per_image(), **more)
+    return Row(
+        target, n, values, metrics.skipped, details=details, per_image=metrics.per_image(), **more
+    )
 
 
 def rows_under(protocol: Protocol, measured: Iterable[Row], names: Sequence[str]) -> list[Row]:
@@ -260,7 +316,9 @@ def rows_under(protocol: Protocol, measured: Iterable[Row], names: Sequence[str]
         per_image = _renamed(row.per_image, columns)
         first = rows[0].per_image if rows else {}
         intervals = {name: confidence(values) for name, values in per_image.items()}
-        differences = {name: difference(per_image[name], first[name]) for name in per_image if name in first}
+        differences = {
+            name: difference(per_image[name], first[name]) for name in per_image if name in first
+        }
         rows.append(
             replace(
                 row,

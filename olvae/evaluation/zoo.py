@@ -51,7 +51,11 @@ def read_zoo(names: Sequence[str] = ()) -> list[Entry]:
     content = yaml.safe_load(Path(__file__).with_name("zoo.yaml").read_text(encoding="utf-8"))
     if unknown := [name for name in names if name not in content]:
         raise ConfigError(f"`zoo` {unknown[0]}: not in the list, which has {', '.join(content)}")
-    return [Entry(name, *entry.values()) for name, entry in content.items() if not names or name in names]
+    return [
+        Entry(name, *entry.values())
+        for name, entry in content.items()
+        if not names or name in names
+    ]
 
 
 @dataclass
@@ -77,7 +81,9 @@ class Listed(Observer):
         return dict(entry)
 
     def lines(self, rows: Sequence[Row]) -> Iterator[str]:
-        alike = defaultdict[str, list[str]](list)  # by the reason, which may begin with the autoencoder's place
+        alike = defaultdict[str, list[str]](
+            list
+        )  # by the reason, which may begin with the autoencoder's place
         for name, target, *facts in (entry for entry in read_zoo() if entry.name in self.missing):
             place = target.removeprefix(DIFFUSERS).partition("::")[0]
             reason = self.missing[name].removeprefix(f"{place}: ")
@@ -100,14 +106,22 @@ def evaluate_zoo(
     can't be evaluated is left out, with its reason. ConfigError if the folder is of another request; ValueError if
     there is nothing, or new results are not comparable with those that are there; MissingWeights.
     """
-    if this_process()[1] > 1:  # an error in one alone would leave the others with another autoencoder
+    if (
+        this_process()[1] > 1
+    ):  # an error in one alone would leave the others with another autoencoder
         raise ConfigError("`zoo` runs in one process: start it without torchrun or srun")
     asked, known, there = _asked(request), folder / "request.json", _results(folder)
     before = read_config(known) if known.is_file() else {}
-    if there and (others := [f"`{name}`" for name, value in asked.items() if before.get(name) != value]):
-        raise ConfigError(f"`out` {folder}: has results of other {', '.join(others)}: name another folder")
+    if there and (
+        others := [f"`{name}`" for name, value in asked.items() if before.get(name) != value]
+    ):
+        raise ConfigError(
+            f"`out` {folder}: has results of other {', '.join(others)}: name another folder"
+        )
     for observer in request.observers:
-        observer.derive({})  # raises if its network is missing, before any autoencoder is downloaded
+        observer.derive(
+            {}
+        )  # raises if its network is missing, before any autoencoder is downloaded
     missing: dict[str, str] = {}
     done = there.keys() - _outdated(there, request.weights_dir)
     for entry in (entry for entry in entries if entry.name not in done):
@@ -121,7 +135,9 @@ def evaluate_zoo(
             continue
         for name, earlier in there.items():
             if what := evaluated.results.not_comparable(earlier):
-                raise ValueError(f"`out` {folder}: {name} there has results of {what}: name another folder")
+                raise ValueError(
+                    f"`out` {folder}: {name} there has results of {what}: name another folder"
+                )
         folder.mkdir(parents=True, exist_ok=True)
         write_json(asked, known)
         write_files(evaluated, folder / entry.name, command=command)
@@ -131,7 +147,12 @@ def evaluate_zoo(
     there = _results(folder)  # in the list's order
     first = there.pop(next(iter(there)))
     whole = first.beside({folder / name: results for name, results in there.items()}, mix=True)
-    return [Evaluated(replace(whole, rows=whole.table, earlier=()), [Listed(None, missing), *request.observers])]
+    return [
+        Evaluated(
+            replace(whole, rows=whole.table, earlier=()),
+            [Listed(None, missing), *request.observers],
+        )
+    ]
 
 
 def _results(folder: Path) -> dict[str, Results]:
@@ -144,11 +165,15 @@ def _asked(request: Request) -> dict[str, str]:
     """What all results in a folder share, by setting."""
     protocol, data = request.protocols[0], Path(str(request.data)).expanduser().resolve()
     paths = sorted(data.rglob("*")) if data.is_dir() else [data]
-    read = [path for path in paths if path == data or is_image_file(path.name) or is_shard(path.name)]
+    read = [
+        path for path in paths if path == data or is_image_file(path.name) or is_shard(path.name)
+    ]
     shown = [o.name for o in request.observers if not isinstance(o, HalfPrecision | FlatColours)]
     return {
         "data": str(data if data.exists() else request.data),
-        "files of data": lines_sha256(f"{path} {path.stat().st_size}" for path in read if path.is_file()),
+        "files of data": lines_sha256(
+            f"{path} {path.stat().st_size}" for path in read if path.is_file()
+        ),
         "observe": ", ".join(sorted(shown)),
         "size": str(protocol.size),
         "protocol": protocol.name,
@@ -163,7 +188,9 @@ def _outdated(found: Mapping[str, Results], weights_dir: Path | None) -> set[str
     """Names of results that lack a metric whose network is here by now."""
     outdated: set[str] = set()
     for file in {kind.needs for kind in METRICS.values() if kind.needs}:
-        if lacking := {name for name in found for row in found[name].rows if file.name in str(row.skipped)}:
+        if lacking := {
+            name for name in found for row in found[name].rows if file.name in str(row.skipped)
+        }:
             with contextlib.suppress(MissingWeights):
                 find_weights(file, weights_dir)
                 outdated |= lacking

@@ -50,18 +50,30 @@ def decode_shards(
     that decoding did not make would be replaced.
     """
     pixels = model.pixel_range
-    image_format = image_format or ("png" if pixels.eight_bits and model.in_channels in MODES else "npy")
+    image_format = image_format or (
+        "png" if pixels.eight_bits and model.in_channels in MODES else "npy"
+    )
     if not pixels.eight_bits and f".{image_format}" not in ARRAYS:
-        raise ConfigError(f"`format` {image_format}: 8 bits can't hold values of {pixels}: choose npy, tif or exr")
+        raise ConfigError(
+            f"`format` {image_format}: 8 bits can't hold values of {pixels}: choose npy, tif or exr"
+        )
     if not can_store(f".{image_format}", channels := model.in_channels):
-        raise ConfigError(f"`format` {image_format}: can't hold {channels} channels: choose npy or tif")
+        raise ConfigError(
+            f"`format` {image_format}: can't hold {channels} channels: choose npy or tif"
+        )
     remove_partials(folder.rglob(".partial-*"), idle_s=1.0)
-    ours = set((folder / OURS).read_text(encoding="utf-8").split("\n")) if (folder / OURS).is_file() else set()
+    ours = (
+        set((folder / OURS).read_text(encoding="utf-8").split("\n"))
+        if (folder / OURS).is_file()
+        else set()
+    )
     names, unreadable = set[str](), list[ReadError]()
     for batch in _batches(shards, batch_size, unreadable):
         z = torch.stack([latent.z for latent in batch])  # (B, n_z, h, w)
         if z.shape[1] != model.latent_channels:
-            wrong = f"a latent of {z.shape[1]} channels, but the model's have {model.latent_channels}"
+            wrong = (
+                f"a latent of {z.shape[1]} channels, but the model's have {model.latent_channels}"
+            )
             raise ValueError(f"{batch[0].key}: {wrong}: name the target that encoded it")
         y = model.decode_tiled(z.to(device_of(model)), memory=memory)
         for latent, image in zip(batch, pixels.restore(y).cpu(), strict=True):
@@ -70,11 +82,15 @@ def decode_shards(
             place = folder / name
             if (line := json.dumps(name)) not in ours:
                 if place.exists():
-                    raise ConfigError(f"{place}: is there already, perhaps what was encoded: change `out`")
+                    raise ConfigError(
+                        f"{place}: is there already, perhaps what was encoded: change `out`"
+                    )
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with (folder / OURS).open("a", encoding="utf-8") as file:
                     file.write(f"{line}\n")
-            save_image(crop_to(image, latent.size), place, **(JPEG if image_format == "jpg" else {}))
+            save_image(
+                crop_to(image, latent.size), place, **(JPEG if image_format == "jpg" else {})
+            )
         advance(len(batch))
     if not names:
         reasons = "; ".join(f"{error.name}: {error.reason}" for error in unreadable[:3])
@@ -82,7 +98,9 @@ def decode_shards(
     return len(names), unreadable
 
 
-def _batches(shards: Sequence[Shard], batch_size: int, unreadable: list[ReadError]) -> Iterator[list[_Latent]]:
+def _batches(
+    shards: Sequence[Shard], batch_size: int, unreadable: list[ReadError]
+) -> Iterator[list[_Latent]]:
     """Yield batches of up to ``batch_size`` latents of one shape, in order."""
     batch: list[_Latent] = []
     for entry in chain.from_iterable(read_shard(shard, LATENT) for shard in shards):
@@ -109,4 +127,6 @@ def _name(key: str, image_format: str, taken: set[str]) -> str:
     for name in (f"{short}.{image_format}", f"{path}.{image_format}"):
         if name not in taken:
             return name
-    raise ValueError(f"two latents have the key {key!r}: decode their shards into different folders")
+    raise ValueError(
+        f"two latents have the key {key!r}: decode their shards into different folders"
+    )

@@ -8,7 +8,11 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import (
+    AutoencoderMixin,
+    DecoderOutput,
+    DiagonalGaussianDistribution,
+)
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
@@ -67,8 +71,12 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         auto_map: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
-        given = {name: self.config[name] for name in (*IN_EXPORT, *DERIVED) if name in self.config}  # the arguments
-        built = LiteVAE.from_spec(AutoencoderSpec.from_content(given, type(self).__name__, only_ours=True))
+        given = {
+            name: self.config[name] for name in (*IN_EXPORT, *DERIVED) if name in self.config
+        }  # the arguments
+        built = LiteVAE.from_spec(
+            AutoencoderSpec.from_content(given, type(self).__name__, only_ours=True)
+        )
         self.encoder, self.decoder, self.quantizer = built.encoder, built.decoder, built.quantizer
         self.use_slicing = self.use_tiling = False
         self.tiling_memory: int | None = None
@@ -76,29 +84,43 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         for name, expected in follows.items():
             value = list(given[name]) if isinstance(given[name], tuple) else given[name]
             if value is not None and value != expected:
-                raise ValueError(f"{name} is {value}, but for these networks it is {expected}: leave it out")
+                raise ValueError(
+                    f"{name} is {value}, but for these networks it is {expected}: leave it out"
+                )
         self.register_to_config(**follows)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> "AutoencoderLiteVAE":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any
+    ) -> "AutoencoderLiteVAE":
         """Load an export as diffusers does, with its arguments: a folder, ``olvae:NAME``, or an id of the hub."""
         given = str(pretrained_model_name_or_path)
         run = Run(Path(given if Path(given).is_dir() else find_run(given)))
         if Path(given).is_file() or run.last_checkpoint.is_file():
-            raise ValueError(f"{given}: diffusers loads exports: name the folder that olvae export writes of it")
-        folder = shipped_folder(given) if given.startswith(SHIPPED) else pretrained_model_name_or_path
+            raise ValueError(
+                f"{given}: diffusers loads exports: name the folder that olvae export writes of it"
+            )
+        folder = (
+            shipped_folder(given) if given.startswith(SHIPPED) else pretrained_model_name_or_path
+        )
         name = class_in(inside := Path(folder, kwargs.get("subfolder") or ""))
         if name not in (None, AutoencoderLiteVAE.__name__, cls.__name__):
-            raise ValueError(f"{given}: an export for diffusers' {name}: load it with diffusers.{name}.from_pretrained")
+            raise ValueError(
+                f"{given}: an export for diffusers' {name}: load it with diffusers.{name}.from_pretrained"
+            )
         for file in inside.glob("*.safetensors"):
             check_file(file)
         return super().from_pretrained(folder, **kwargs)  # type: ignore[no-any-return]
 
-    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
         """Save as diffusers does, with checksums in the headers of the weights, and the file for its AutoModel."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if Path(save_directory, WEIGHTS_NAME).is_file():
-            Path(save_directory, WEIGHTS_INDEX).unlink(missing_ok=True)  # of weights that were divided here before
+            Path(save_directory, WEIGHTS_INDEX).unlink(
+                missing_ok=True
+            )  # of weights that were divided here before
         add_sums(Path(save_directory))
         (Path(save_directory) / LOADER_NAME).write_text(LOADER, encoding="utf-8")
 
@@ -107,7 +129,11 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Wrap an autoencoder; the two share the weights."""
         config = autoencoder.export_config()
         model = cls(**{name: value for name, value in config.items() if not name.startswith("_")})
-        model.encoder, model.decoder, model.quantizer = autoencoder.encoder, autoencoder.decoder, autoencoder.quantizer
+        model.encoder, model.decoder, model.quantizer = (
+            autoencoder.encoder,
+            autoencoder.decoder,
+            autoencoder.quantizer,
+        )
         model.training = autoencoder.training
         return model  # type: ignore[no-any-return]
 
@@ -127,14 +153,18 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return self.decoder if self.quantizer is None else self.quantizer.post_quant_conv
 
     @apply_forward_hook
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+    def encode(
+        self, x: Tensor, return_dict: bool = True
+    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Encode (B, C, H, W) in [-1, 1] -> ``latent_dist``, a posterior over (B, n_z, ceil(H/f), ceil(W/f)).
 
         Images are padded to multiples of f by :func:`pad_to_multiple`; decoding returns the padded size.
         """
         model = self.autoencoder
         padded = pad_to_multiple(x, model.downscale)
-        posterior = DiagonalGaussianDistribution(self._run(model.moments, model.moments_within, padded))
+        posterior = DiagonalGaussianDistribution(
+            self._run(model.moments, model.moments_within, padded)
+        )
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     @apply_forward_hook
@@ -171,7 +201,9 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             raise ValueError(f"memory is a number of bytes, at least 1, got {memory}")
         self.use_tiling, self.tiling_memory = True, memory
 
-    def _run(self, whole: Callable[[Tensor], Tensor], within: Callable[[Tensor, int], Tensor], x: Tensor) -> Tensor:
+    def _run(
+        self, whole: Callable[[Tensor], Tensor], within: Callable[[Tensor, int], Tensor], x: Tensor
+    ) -> Tensor:
         """``whole(x)``, image by image and within the memory, if that is enabled."""
         if self.use_slicing and len(x) > 1:
             return torch.cat([self._run(whole, within, one) for one in x.split(1)])
@@ -179,4 +211,6 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         gradients = torch.is_grad_enabled() and (trains or x.requires_grad)
         if not self.use_tiling or gradients:
             return whole(x)
-        return within(x, default_memory(x.device) if self.tiling_memory is None else self.tiling_memory)
+        return within(
+            x, default_memory(x.device) if self.tiling_memory is None else self.tiling_memory
+        )

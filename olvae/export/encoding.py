@@ -38,9 +38,14 @@ from olvae.modules.distributions import in_float32, keyed_generator
 from olvae.modules.scaling_factors import Moments
 from olvae.runs import entry_of
 
-STATE = ".encode"  # folder beside the shards, with the plan and a description of each finished shard
+STATE = (
+    ".encode"  # folder beside the shards, with the plan and a description of each finished shard
+)
 
-WINDOW_BATCHES, WINDOW_BYTES = 8, 2**28  # images of their own sizes among which those of one size are looked for
+WINDOW_BATCHES, WINDOW_BYTES = (
+    8,
+    2**28,
+)  # images of their own sizes among which those of one size are looked for
 
 
 class Item(NamedTuple):
@@ -80,8 +85,14 @@ class DatasetInputs:
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Collect what the shards' bytes depend on, together with the options."""
-        images = lines_sha256([*self.source, *(self.images.state(i) for i in range(len(self.images)))])
-        return {"options": {**options, "shard_size": self.shard_size}, "images": images, "classes": list(self.classes)}
+        images = lines_sha256(
+            [*self.source, *(self.images.state(i) for i in range(len(self.images)))]
+        )
+        return {
+            "options": {**options, "shard_size": self.shard_size},
+            "images": images,
+            "classes": list(self.classes),
+        }
 
 
 @dataclass(frozen=True)
@@ -112,14 +123,19 @@ class ShardInputs:
             elif is_local(source.url):
                 yield entry
             else:  # the network may have failed, so this need not be the end of the shard
-                raise OSError(f"{entry.name}: {entry.reason}; run the same command again to continue")
+                raise OSError(
+                    f"{entry.name}: {entry.reason}; run the same command again to continue"
+                )
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
         names = [
             f"{Path(url).name}:{n}:{file_state(url)}" if is_local(url) else f"{url}:{n}:"
             for url, n in ((shard.url, shard.images) for shard in self.shards)
         ]
-        return {"options": dict(options), "images": lines_sha256([*names, *filter(None, [self.image_key])])}
+        return {
+            "options": dict(options),
+            "images": lines_sha256([*names, *filter(None, [self.image_key])]),
+        }
 
 
 Inputs = DatasetInputs | ShardInputs
@@ -146,21 +162,29 @@ def find_inputs(
         name = json.dumps(load([src]).get("data"), sort_keys=True, default=str)
         pixel_range.check_data(source.pixel_range)
         if source.channels != channels:
-            raise ConfigError(f"{src}: images of {source.channels} channels, and the model takes {channels}")
+            raise ConfigError(
+                f"{src}: images of {source.channels} channels, and the model takes {channels}"
+            )
         transform = source.eval_transform
         if isinstance(source, WebDatasetSource):
-            images = ShardInputs(source.val, source.channels, source.image_key, source.pixel_range, transform)
+            images = ShardInputs(
+                source.val, source.channels, source.image_key, source.pixel_range, transform
+            )
         elif isinstance(source, MappedSource):
             images = source.val
         else:
-            raise ConfigError(f"{src}: {type(source).__name__} can't be encoded: name folders or shards, one by one")
+            raise ConfigError(
+                f"{src}: {type(source).__name__} can't be encoded: name folders or shards, one by one"
+            )
     elif holds_shards(src):
         images = ShardInputs(with_counts(find_shards(src)), channels, None, pixel_range)
     else:
         images = open_images(src, channels, pixel_range)
     if isinstance(images, ShardInputs):
         if classes:
-            raise ConfigError("`classes` is for folders: encode those; shards keep their .cls files, if they have any")
+            raise ConfigError(
+                "`classes` is for folders: encode those; shards keep their .cls files, if they have any"
+            )
         return images
     named = () if isinstance(images, Files) else (name,)
     shard_size = shard_size or usual_shard_size(len(images))
@@ -201,13 +225,21 @@ class EncodeOptions:
         """Raise ValueError unless images of a model can be stored like this."""
         if self.size and not Sides.of(self.size).fits(f := model.downscale):
             short = Sides.of(self.size).short
-            raise ValueError(f"`size` {short}: choose a multiple of {f}, the model's downscaling factor")
+            raise ValueError(
+                f"`size` {short}: choose a multiple of {f}, the model's downscaling factor"
+            )
         if self.images and not self.size:
-            raise ValueError("`images`: images that are stored beside latents have one size: give `size`")
+            raise ValueError(
+                "`images`: images that are stored beside latents have one size: give `size`"
+            )
         if self.images and model.in_channels not in MODES:
-            raise ValueError(f"`images`: PNG stores 1, 3 or 4 channels, but the images have {model.in_channels}")
+            raise ValueError(
+                f"`images`: PNG stores 1, 3 or 4 channels, but the images have {model.in_channels}"
+            )
         if self.images and not model.pixel_range.eight_bits:
-            raise ValueError(f"`images`: they are stored with 8 bits, but have values of {model.pixel_range}")
+            raise ValueError(
+                f"`images`: they are stored with 8 bits, but have values of {model.pixel_range}"
+            )
 
 
 class ReadImage(NamedTuple):
@@ -223,7 +255,11 @@ def _read(options: EncodeOptions, item: Item | ReadError) -> ReadImage | ReadErr
         return item
     try:
         picture = item.open().read()
-        resized = EvalTransform(options.size, resample=options.resample)(picture) if options.size else picture
+        resized = (
+            EvalTransform(options.size, resample=options.resample)(picture)
+            if options.size
+            else picture
+        )
         pixels = image_to_tensor(resized)
         if options.images:
             item = item._replace(files={**item.files, PIXELS: pixel_bytes(pixels)})
@@ -246,7 +282,9 @@ def _read_ahead(
             yield waiting.popleft().result()
 
 
-def _windows(images: Iterable[ReadImage | ReadError], length: int) -> Iterator[list[ReadImage | ReadError]]:
+def _windows(
+    images: Iterable[ReadImage | ReadError], length: int
+) -> Iterator[list[ReadImage | ReadError]]:
     """Divide images into lists of this length, shorter where their pixels exceed :data:`WINDOW_BYTES`."""
     window: list[ReadImage | ReadError] = []
     pixels = 0
@@ -286,14 +324,28 @@ class EncodeJob:
     """
 
     def __init__(
-        self, model: Autoencoder, inputs: Inputs, options: EncodeOptions, folder: Path, describe: Mapping[str, Any]
+        self,
+        model: Autoencoder,
+        inputs: Inputs,
+        options: EncodeOptions,
+        folder: Path,
+        describe: Mapping[str, Any],
     ) -> None:
         options.check(model)
         self.model, self.inputs, self.options = model, inputs, options
         self.shards = ResumableShards(folder, STATE)
         weights = tensors_sum(model.state_dict())
-        self.describe = {**describe, "weights": weights, "downscale": model.downscale, "channels": model.in_channels}
-        unusual = {name: v for name, v in asdict(options).items() if (name, v) != ("resample", EvalTransform.resample)}
+        self.describe = {
+            **describe,
+            "weights": weights,
+            "downscale": model.downscale,
+            "channels": model.in_channels,
+        }
+        unusual = {
+            name: v
+            for name, v in asdict(options).items()
+            if (name, v) != ("resample", EvalTransform.resample)
+        }
         self._plan = {"weights": weights, **inputs.plan(unusual)}
         self.shards.check(self._plan)
 
@@ -331,19 +383,25 @@ class EncodeJob:
         statistics, index, unreadable, lost = _Statistics(), dict[str, Any](), [], 0
         for number, shard in enumerate(finished):
             assert shard is not None
-            unreadable += [{"name": error.name, "reason": error.reason} for error in shard.unreadable]
+            unreadable += [
+                {"name": error.name, "reason": error.reason} for error in shard.unreadable
+            ]
             if shard.unreadable:  # one of them may be the rest of a shard
                 missing = (self.inputs.count(range(number, number + 1)) or 0) - shard.record.images
                 lost += max(missing, len(shard.unreadable))
             if positions := shard.details["positions"]:
-                statistics.add(Moments.from_state(positions, shard.details["sums"]), shard.details["shape"])
+                statistics.add(
+                    Moments.from_state(positions, shard.details["sums"]), shard.details["shape"]
+                )
                 index[self.shards.path(number).name] = {"images": shard.record.images}
         moments, count = statistics.moments, sum(shard["images"] for shard in index.values())
         if moments is None:
             for number in range(len(finished)):
                 self.shards.forget(number)  # so that the same command tries again
             if unreadable:
-                raise ValueError("none of the images could be read: {name}: {reason}".format(**unreadable[0]))
+                raise ValueError(
+                    "none of the images could be read: {name}: {reason}".format(**unreadable[0])
+                )
             raise ValueError("no images in these shards: an image is a file KEY.jpg, KEY.png, ...")
         scaling_factor, shift_factor = moments.factors()
         stats = {
@@ -374,7 +432,11 @@ class EncodeJob:
     ) -> Iterator[WebDatasetSample | ReadError]:
         """Turn images into files of a shard, in their order, and add their latents to the statistics."""
         for window in _windows(images, batch_size * (1 if self.options.size else WINDOW_BATCHES)):
-            latents = iter(self._encode([one for one in window if isinstance(one, ReadImage)], batch_size, memory))
+            latents = iter(
+                self._encode(
+                    [one for one in window if isinstance(one, ReadImage)], batch_size, memory
+                )
+            )
             for one in window:
                 if isinstance(one, ReadError):
                     yield one
@@ -389,17 +451,23 @@ class EncodeJob:
                     yield WebDatasetSample(one.item.name, {**one.item.files, **files})
                 advance(1)
 
-    def _encode(self, images: Sequence[ReadImage], batch_size: int, memory: int) -> list[list[Latent]]:
+    def _encode(
+        self, images: Sequence[ReadImage], batch_size: int, memory: int
+    ) -> list[list[Latent]]:
         """Encode images in batches of one padded size; each image's latent, then the mirrored image's if stored."""
         latents: list[list[Latent]] = [[] for _ in images]
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for i, image in enumerate(images):
-            groups[tuple(-(-side // self.model.downscale) for side in image.pixels.shape[1:])].append(i)
+            groups[
+                tuple(-(-side // self.model.downscale) for side in image.pixels.shape[1:])
+            ].append(i)
         for group in groups.values():
             for start in range(0, len(group), batch_size):
                 batch = group[start : start + batch_size]
                 for ending in ("", "\nflip") if self.options.flip else ("",):
-                    pixels = [_mirrored(images[i].pixels) if ending else images[i].pixels for i in batch]
+                    pixels = [
+                        _mirrored(images[i].pixels) if ending else images[i].pixels for i in batch
+                    ]
                     keys = [images[i].item.key + ending for i in batch]
                     for i, latent in zip(batch, self._latents(pixels, keys, memory), strict=True):
                         latents[i].append(latent)
@@ -413,24 +481,35 @@ class EncodeJob:
             images = [pad_to_multiple(image, self.model.downscale) for image in images]
         x = self.model.pixel_range.normalise(torch.stack(list(images)).to(device))  # (B, C, H, W)
         with autocast(device.type, self.options.precision):
-            posterior = self.model.encode(x) if self.options.size else self.model.encode_within(x, memory)
+            posterior = (
+                self.model.encode(x) if self.options.size else self.model.encode_within(x, memory)
+            )
         posterior = in_float32(posterior)
         means = posterior.mean.cpu()
         stds = [None] * len(keys) if posterior.deterministic else posterior.std.cpu()
         latents = []
         for key, mean, std in zip(keys, means, stds, strict=True):
             if not self.options.moments:
-                mean, std = Latent(mean, std).draw(keyed_generator(f"{self.options.seed}\n{key}")), None
+                mean, std = (
+                    Latent(mean, std).draw(keyed_generator(f"{self.options.seed}\n{key}")),
+                    None,
+                )
             latents.append(Latent(self._rounded(mean), None if std is None else self._rounded(std)))
         return latents
 
     def _rounded(self, exact: Tensor) -> Tensor:
         precision, rounded = self.options.precision, exact.to(DTYPES[self.options.dtype])
         if not exact.isfinite().all():
-            why = "the training run may have diverged" if precision == FULL else f"set `precision` to {FULL}"
+            why = (
+                "the training run may have diverged"
+                if precision == FULL
+                else f"set `precision` to {FULL}"
+            )
             raise ValueError(f"the latents have non-finite values in {precision}: {why}")
         if not rounded.isfinite().all():
-            raise ValueError(f"latents of up to {exact.abs().max():.3g} are too large for {self.options.dtype}")
+            raise ValueError(
+                f"latents of up to {exact.abs().max():.3g} are too large for {self.options.dtype}"
+            )
         return rounded
 
 

@@ -48,32 +48,49 @@ from olvae.runs import TEACHER, Run, config_of, entry_of, find_run, run_of, sett
 TOLERANCE = 1e-5  # of differences over the largest value: a folded or a video network computes in another order
 
 CARD_NAME = "README.md"
-WRITTEN = {CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, LOADER_NAME, "metrics.json", ENCODER, DECODER}  # by some export
+WRITTEN = {
+    CARD_NAME,
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    LOADER_NAME,
+    "metrics.json",
+    ENCODER,
+    DECODER,
+}  # by some export
 MADE_WITH = "made with open-LiteVAE"  # in every card: tells what an export may replace from what was downloaded
 
 HALF = HalfPrecision()  # has the words for what an evaluation found in half precision
 
-ONE_FILE = {"onnx": "ONNX files are written by `format` litevae", "license": "one file has no model card"}
+ONE_FILE = {
+    "onnx": "ONNX files are written by `format` litevae",
+    "license": "one file has no model card",
+}
 
 
 @dataclass(frozen=True)
 class ExportSettings:
     """Settings of an export; by default the format is diffusers for networks of its classes, else litevae."""
 
-    format: str | None = None  # a name of olvae.export.formats.LAYOUTS, or the path of a Layout of your own
+    format: str | None = (
+        None  # a name of olvae.export.formats.LAYOUTS, or the path of a Layout of your own
+    )
     dtype: str = "float32"  # to round the weights to, a name of olvae.devices.DTYPES
     fold: bool = False  # write the self-modulated convolutions as ordinary ones
     onnx: bool = False  # also write encoder.onnx and decoder.onnx
     scaling_factor: float | None = None
     shift_factor: float | None = None
-    latents: Path | None = None  # both factors: what olvae latents or olvae encode wrote, a file or its folder
+    latents: Path | None = (
+        None  # both factors: what olvae latents or olvae encode wrote, a file or its folder
+    )
     license: str | None = None  # of the weights, by the hub's name for it
     force: bool = False  # replace the export that is there
 
     def __post_init__(self) -> None:
         given = {name: value for name in FACTORS[1:] if (value := getattr(self, name)) is not None}
         if self.latents is not None and given:
-            raise ConfigError("`latents` has both factors: leave out `scaling_factor` and `shift_factor`")
+            raise ConfigError(
+                "`latents` has both factors: leave out `scaling_factor` and `shift_factor`"
+            )
         for mistake in check_factors(given, 0):
             raise ConfigError(mistake)
         if self.onnx and self.dtype != "float32":
@@ -104,31 +121,45 @@ class Provenance:
     metrics: Path | None = None
     raw: bool = False  # not averaged
     licence: str | None = None
-    factors_from: str | None = None  # where the scaling and shift factors are from; None if they were not measured
+    factors_from: str | None = (
+        None  # where the scaling and shift factors are from; None if they were not measured
+    )
     data: str | None = None  # the training data in words, where the config does not say
     terms: str | None = None  # what a card said of the licence, word for word
 
 
-def export_target(target: Target, place: Path, settings: ExportSettings) -> tuple[dict[str, float], list[str]]:
+def export_target(
+    target: Target, place: Path, settings: ExportSettings
+) -> tuple[dict[str, float], list[str]]:
     """Load an autoencoder and :func:`export` it, with its factors and its run's numbers in the card; also return notes.
 
     Raises ConfigError where the format or a setting does not suit the model.
     """
     settings.check(place)
     if half := settings_of(target.config).untrained:
-        raise ConfigError(f"{target.given}: its {half} has never been trained: train it first, by distil/{half}")
+        raise ConfigError(
+            f"{target.given}: its {half} has never been trained: train it first, by distil/{half}"
+        )
     loaded = target.load()
     model = loaded.as_litevae(target.given)
-    layout = settings.layout(settings.format or ("litevae" if family_of(model) is None else "diffusers"))
+    layout = settings.layout(
+        settings.format or ("litevae" if family_of(model) is None else "diffusers")
+    )
     if reason := layout.misfit(model):
         raise ConfigError(f"{target.given}: {reason}")
     notes = list(layout.notes(model))
     kept = "latents" not in layout.refused
-    factors_from = _set_factors(model, loaded, target, settings, layout.in_units(model), notes) if kept else None
+    factors_from = (
+        _set_factors(model, loaded, target, settings, layout.in_units(model), notes)
+        if kept
+        else None
+    )
     metrics = None if layout.suffix else _metrics_of(target, loaded, notes)
     stated = (None,) * 3 if layout.suffix else _stated(_own_card(_folder_of(target)))
     licence, data, terms = (settings.license, stated[1], None) if settings.license else stated
-    provenance = Provenance(target.name, target.config, metrics, target.raw, licence, factors_from, data, terms)
+    provenance = Provenance(
+        target.name, target.config, metrics, target.raw, licence, factors_from, data, terms
+    )
     return export(model, place, layout, settings, provenance), notes
 
 
@@ -172,7 +203,9 @@ def export(
             (partial / CARD_NAME).write_text(card, encoding="utf-8")
         differences |= _compare(out, layout, partial)
         if place.is_dir() and (others := _names(place) - _names(partial) - WRITTEN):
-            raise FileExistsError(f"{place}: `force` would delete {', '.join(sorted(others))}, no part of an export")
+            raise FileExistsError(
+                f"{place}: `force` would delete {', '.join(sorted(others))}, no part of an export"
+            )
         _replace(partial, place)
     return differences
 
@@ -182,17 +215,24 @@ def check_place(place: Path, suffix: str = "", force: bool = False) -> None:
 
     Raise FileExistsError for what may not be replaced, and ValueError for a name that does not suit the format.
     """
-    parent, holds_something = nearest_folder(place.absolute().parent), place.is_dir() and any(place.iterdir())
+    parent, holds_something = (
+        nearest_folder(place.absolute().parent),
+        place.is_dir() and any(place.iterdir()),
+    )
     if suffix and (place.is_dir() or place.suffix != suffix):
         raise ValueError(f"{place}: this format is one file: name it, as in vae{suffix}")
     if not suffix and place.suffix in {layout.suffix for layout in LAYOUTS.values()} - {""}:
-        raise ConfigError(f"{place}: names a file, but this format is a folder; `format` ldm is one file")
+        raise ConfigError(
+            f"{place}: names a file, but this format is a folder; `format` ldm is one file"
+        )
     if not parent.is_dir() or (place.is_file() and not suffix):
         raise FileExistsError(f"{place}: {place if parent.is_dir() else parent} is a file")
     if place.is_dir() and place.samefile(Path.cwd()):
         raise FileExistsError(f"{place}: the current folder: name a new folder in it")
     if place.resolve().is_mount():
-        raise FileExistsError(f"{place}: a mount point, which can't be replaced: name a new folder in it")
+        raise FileExistsError(
+            f"{place}: a mount point, which can't be replaced: name a new folder in it"
+        )
     if holds_something and not _is_export(place):
         raise FileExistsError(
             f"{place}: not empty, and not an export: `force` replaces exports only, which hold no folder"
@@ -219,7 +259,9 @@ def _own_card(folder: Path) -> str:
     return text if MADE_WITH in text else ""
 
 
-def _as_exported(model: LiteVAE, dtype: torch.dtype, fold: bool) -> tuple[LiteVAE, dict[str, float]]:
+def _as_exported(
+    model: LiteVAE, dtype: torch.dtype, fold: bool
+) -> tuple[LiteVAE, dict[str, float]]:
     """Fold and round a model in float32; also return by how much folding changed it."""
     differences: dict[str, float] = {}
     out = model.eval()
@@ -227,11 +269,17 @@ def _as_exported(model: LiteVAE, dtype: torch.dtype, fold: bool) -> tuple[LiteVA
         out = model.fold().eval()
         differences["folded"] = _difference("folded", model, out.moments, out.decode)
     rounded = out if dtype == torch.float32 else copy.deepcopy(out).to(dtype)
-    exact = {name: buffer for name, buffer in out.named_buffers() if "running_" in name}  # FLUX.2's factors
+    exact = {
+        name: buffer for name, buffer in out.named_buffers() if "running_" in name
+    }  # FLUX.2's factors
     rounded.load_state_dict(exact, strict=False, assign=True)
     for one, kind in ((out, torch.float32), (rounded, dtype)):
-        if broken := [name for name, tensor in one.state_dict().items() if not tensor.isfinite().all()]:
-            raise ValueError(f"{len(broken)} tensors have values that are not finite in {kind}: {broken[0]}, ...")
+        if broken := [
+            name for name, tensor in one.state_dict().items() if not tensor.isfinite().all()
+        ]:
+            raise ValueError(
+                f"{len(broken)} tensors have values that are not finite in {kind}: {broken[0]}, ..."
+            )
     return rounded, differences
 
 
@@ -241,7 +289,9 @@ def _compare(model: LiteVAE, layout: Layout, path: Path) -> dict[str, float]:
     for name in {*written, *expected}:
         a, b = written.get(name), expected.get(name)
         if a is None or b is None or a.dtype != b.dtype or not torch.equal(a, b.cpu()):
-            raise ValueError(f"{path}: {name} differs from what was written: is the disk full, or broken?")
+            raise ValueError(
+                f"{path}: {name} differs from what was written: is the disk full, or broken?"
+            )
     differences: dict[str, float] = {}
     for loader, moments, decode, for_diffusion in layout.load(path, model):
         known = model.for_diffusion if for_diffusion is None else for_diffusion
@@ -262,11 +312,15 @@ def _difference(what: str, model: LiteVAE, moments: Function, decode: Function) 
     x = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(device_of(model)) * 2 - 1
     own = whole.moments(x)
     z = own.chunk(2, dim=1)[0]
-    compared = z.shape[1] if whole.deterministic else None  # log-variances of -30 would hide what the means are
+    compared = (
+        z.shape[1] if whole.deterministic else None
+    )  # log-variances of -30 would hide what the means are
     pairs = ((own[:, :compared], moments(x)[:, :compared]), (whole.decode(z), decode(z)))
     difference = float(torch.stack([(m - n).abs().max() / m.abs().max() for m, n in pairs]).max())
     if not difference <= TOLERANCE:  # also where it is not a number
-        raise ValueError(f"{what}, the result differs by {difference:.1e} of the largest value: nothing is written")
+        raise ValueError(
+            f"{what}, the result differs by {difference:.1e} of the largest value: nothing is written"
+        )
     return difference
 
 
@@ -303,7 +357,13 @@ def _metrics_of(target: Target, model: Autoencoder, notes: list[str]) -> Path | 
 def _folder_of(target: Target) -> Path:
     """The folder of a run, an export or a shipped model; of another target one that need not exist."""
     given = target.given.removesuffix(RAW).removeprefix(DIFFUSERS)
-    return target.run.path if target.run else shipped_folder(given) if given.startswith(SHIPPED) else Path(given)
+    return (
+        target.run.path
+        if target.run
+        else shipped_folder(given)
+        if given.startswith(SHIPPED)
+        else Path(given)
+    )
 
 
 def _stated(card: str) -> tuple[str | None, str | None, str | None]:
@@ -311,19 +371,32 @@ def _stated(card: str) -> tuple[str | None, str | None, str | None]:
     licence = re.search(r"^license: (?!unknown)(.+)$", card, re.MULTILINE)
     data = re.search(r"^## Training data\n+(.+?)\s*(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
     words = f"Weights: {re.escape(licence[1])}" if licence else "Weights"
-    terms = re.search(rf"^## Licence\s+({words}\b.+?)\s+open-LiteVAE, the code", card, re.MULTILINE | re.DOTALL)
+    terms = re.search(
+        rf"^## Licence\s+({words}\b.+?)\s+open-LiteVAE, the code", card, re.MULTILINE | re.DOTALL
+    )
     return licence and licence[1], data and data[1], terms and terms[1]
 
 
 def _set_factors(
-    model: LiteVAE, loaded: Autoencoder, target: Target, settings: ExportSettings, in_units: bool, notes: list[str]
+    model: LiteVAE,
+    loaded: Autoencoder,
+    target: Target,
+    settings: ExportSettings,
+    in_units: bool,
+    notes: list[str],
 ) -> str | None:
     """Set the factors that the settings give; return where they are from, None if they are not measured."""
     per_channel = model.latents_mean is not None
     given = {name: value for name in FACTORS if (value := getattr(settings, name)) is not None}
     if given and (in_units or per_channel):
-        has = "latents in a diffusion model's units" if in_units else "latents_mean and latents_std per channel"
-        raise ConfigError(f"{target.given}: has {has}: leave out {', '.join(f'`{name}`' for name in given)}")
+        has = (
+            "latents in a diffusion model's units"
+            if in_units
+            else "latents_mean and latents_std per channel"
+        )
+        raise ConfigError(
+            f"{target.given}: has {has}: leave out {', '.join(f'`{name}`' for name in given)}"
+        )
     if in_units:
         return None
     if settings.latents is not None:
@@ -331,18 +404,24 @@ def _set_factors(
         measured = read_factors(file, target.name, tensors_sum(loaded.state_dict()))
         model.scaling_factor, model.shift_factor = measured[:2]
         if measured.images is not None and measured.images < FEW_IMAGES:
-            notes.append(f"the factors are measured on {measured.images} images: {FEW_IMAGES} and more are certain")
+            notes.append(
+                f"the factors are measured on {measured.images} images: {FEW_IMAGES} and more are certain"
+            )
         return f"measured by olvae {'latents' if file.name == 'latents.json' else 'encode'}"
     if given:
         model.set_for_diffusion(given)
         return "given to olvae export"
     if not loaded.factors_known:
         defaults = f"{model.scaling_factor:g} and {model.shift_factor:g} are diffusers' defaults, Stable Diffusion 1's"
-        notes.append(f"{target.given} holds no factors: {defaults}; others need `scaling_factor` and `shift_factor`")
+        notes.append(
+            f"{target.given} holds no factors: {defaults}; others need `scaling_factor` and `shift_factor`"
+        )
         return "diffusers' default, the file holds none"
     if (model.scaling_factor, model.shift_factor) != (1.0, 0.0) or per_channel:
         return f"from {target.name}"
-    notes.append("scaling factor 1 and shift factor 0 are not measured: olvae latents does, then export with `latents`")
+    notes.append(
+        "scaling factor 1 and shift factor 0 are not measured: olvae latents does, then export with `latents`"
+    )
     return None
 
 
@@ -351,7 +430,9 @@ def _factors_file(given: Path) -> Path:
     for file in (given, given / "latents.json", given / "stats.json"):
         if file.is_file():
             return file
-    raise FileNotFoundError(f"`latents` {given}: not what olvae latents or olvae encode wrote, nor its folder")
+    raise FileNotFoundError(
+        f"`latents` {given}: not what olvae latents or olvae encode wrote, nor its folder"
+    )
 
 
 class Factors(NamedTuple):
@@ -370,13 +451,20 @@ def read_factors(path: Path, target: str, weights: str | None = None) -> Factors
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         results = content.get("results", [{**content, "diffusion": content}])
-        found = {result["target"]: [float(result["diffusion"][key]) for key in FACTORS[1:]] for result in results}
+        found = {
+            result["target"]: [float(result["diffusion"][key]) for key in FACTORS[1:]]
+            for result in results
+        }
         sums = {result["target"]: result.get("weights") for result in results}
         images = content.get("count", (content.get("data") or {}).get("n"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: not written by olvae latents or olvae encode: {error!r}") from error
+        raise ValueError(
+            f"{path}: not written by olvae latents or olvae encode: {error!r}"
+        ) from error
     if target not in found and len(found) != 1:
-        raise ValueError(f"{path}: has no factors of {target}, but of {', '.join(found) or 'nothing'}")
+        raise ValueError(
+            f"{path}: has no factors of {target}, but of {', '.join(found) or 'nothing'}"
+        )
     name = target if target in found else next(iter(found))
     if weights is not None and sums[name] not in (None, weights):
         raise ValueError(f"{path}: of latents that {name} made, with other weights than {target}'s")
@@ -387,16 +475,26 @@ def read_factors(path: Path, target: str, weights: str | None = None) -> Factors
 # The model card
 
 
-def model_card(model: LiteVAE, layout: Layout, title: str, provenance: Provenance, onnx: bool) -> str:
+def model_card(
+    model: LiteVAE, layout: Layout, title: str, provenance: Provenance, onnx: bool
+) -> str:
     """Write a model card: Markdown, with the hub's metadata in front."""
     cards = PackageLoader("olvae.export", ".")
     environment = Environment(
-        loader=cards, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+        loader=cards,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.filters["plain"] = plain
     results = None if provenance.metrics is None else Results.read(provenance.metrics, [HALF])
     rows = results.rows if results else []
-    family = [row for row in rows if row.target == rows[0].target or row.target.startswith(f"{rows[0].target}, ")]
+    family = [
+        row
+        for row in rows
+        if row.target == rows[0].target or row.target.startswith(f"{rows[0].target}, ")
+    ]
     return environment.get_template("card.md.jinja").render(
         model=model,
         usage=layout.usage(model),
@@ -426,7 +524,9 @@ def _weights(model: LiteVAE, provenance: Provenance) -> str:
     kinds = [str(dtype_of(model)).removeprefix("torch.")]
     averaged = entry_of(provenance.config, "model.params.use_ema")
     if provenance.raw or averaged is not None:
-        kinds.append("averaged over training (EMA)" if averaged and not provenance.raw else "as trained")
+        kinds.append(
+            "averaged over training (EMA)" if averaged and not provenance.raw else "as trained"
+        )
     if model.folded:
         kinds.append("self-modulated convolutions folded into ordinary ones")
     return ", ".join(kinds)
@@ -448,11 +548,15 @@ def _hub_id(target: str, config: Mapping[str, Any]) -> str | None:
 def _base_models(config: Mapping[str, Any]) -> list[str]:
     """The hub's models that a run, or a run before it that is still here, started from or learned from."""
     weights = settings_of(config).weights or ""
-    found = dict.fromkeys(filter(None, (_hub_id(each, config) for each in (weights, str(entry_of(config, TEACHER))))))
+    found = dict.fromkeys(
+        filter(None, (_hub_id(each, config) for each in (weights, str(entry_of(config, TEACHER)))))
+    )
     path = Path(weights).resolve()
     before = run_of(path) if path.is_file() else Run(path)
     with contextlib.suppress(ConfigError):  # of a run that can't be continued, either
-        return list(found | dict.fromkeys(_base_models(config_of(before)) if weights and before else ()))
+        return list(
+            found | dict.fromkeys(_base_models(config_of(before)) if weights and before else ())
+        )
     return list(found)
 
 

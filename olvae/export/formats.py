@@ -27,10 +27,21 @@ from olvae.modules.others.wrapped import encode_image
 from olvae.modules.sdvae import set_padding
 
 # Names by which ComfyUI knows scaling and shift factor of a tiny autoencoder: SD 1's and 2's, SDXL's, SD3's, FLUX.1's.
-VAE_APPROX = {"taesd": (0.18215, 0), "taesdxl": (0.13025, 0), "taesd3": (1.5305, 0.0609), "taef1": (0.3611, 0.1159)}
+VAE_APPROX = {
+    "taesd": (0.18215, 0),
+    "taesdxl": (0.13025, 0),
+    "taesd3": (1.5305, 0.0609),
+    "taef1": (0.3611, 0.1159),
+}
 
-FACTORS = ("latents", "scaling_factor", "shift_factor")  # settings that say which ones a diffusion model needs
-NO_FACTORS = dict.fromkeys(FACTORS, "the factors are the diffusion model's there, not the autoencoder's")
+FACTORS = (
+    "latents",
+    "scaling_factor",
+    "shift_factor",
+)  # settings that say which ones a diffusion model needs
+NO_FACTORS = dict.fromkeys(
+    FACTORS, "the factors are the diffusion model's there, not the autoencoder's"
+)
 NO_MODULATION = "the networks of this format have no self-modulated convolutions"
 IN_DIFFUSERS = "in diffusers"
 
@@ -47,9 +58,13 @@ class Loaded(NamedTuple):
     """An export, as an independent loader has read it, in float32."""
 
     loader: str  # for reports: "loaded back", "in diffusers"
-    moments: Callable[[Tensor], Tensor]  # images (B, C, H, W) in [-1, 1] to means, then log-variances
+    moments: Callable[
+        [Tensor], Tensor
+    ]  # images (B, C, H, W) in [-1, 1] to means, then log-variances
     decode: Callable[[Tensor], Tensor]  # latents (B, n_z, h, w) to images
-    for_diffusion: Mapping[str, Any] | None = None  # scaling factor and the like; None if the format has no place
+    for_diffusion: Mapping[str, Any] | None = (
+        None  # scaling factor and the like; None if the format has no place
+    )
 
     @classmethod
     def of(cls, model: LiteVAE, loader: str = "loaded back") -> "Loaded":
@@ -63,8 +78,12 @@ class Layout(ABC):
     own names, in a folder with ``config.json`` or in one file.
     """
 
-    suffix: ClassVar[str] = ""  # of the one file that is written; empty if it is a folder, which gets a model card
-    refused: ClassVar[Mapping[str, str]] = {}  # settings of an export that mean nothing here, and why
+    suffix: ClassVar[str] = (
+        ""  # of the one file that is written; empty if it is a folder, which gets a model card
+    )
+    refused: ClassVar[
+        Mapping[str, str]
+    ] = {}  # settings of an export that mean nothing here, and why
 
     def misfit(self, model: LiteVAE) -> str | None:  # noqa: ARG002
         """Say why the format can't hold a model; None if it can."""
@@ -86,7 +105,9 @@ class Layout(ABC):
         """Write a folder or a file that does not exist yet."""
         tensors, config = self.tensors(model), self.config(model)
         if self.suffix:
-            write_tensors(path, tensors, None if config is None else {CONFIG_KEY: json.dumps(config)})
+            write_tensors(
+                path, tensors, None if config is None else {CONFIG_KEY: json.dumps(config)}
+            )
         else:
             path.mkdir()
             write_export(tensors, config or {}, path)
@@ -128,14 +149,22 @@ vae = AutoencoderLiteVAE.from_pretrained("FOLDER_OR_ID")  # in diffusers, in pla
             yield f"latents_mean, latents_std: {own}: decode their latents with LiteVAE.from_diffusion and decode"
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:  # noqa: ARG002
-        theirs = AutoencoderLiteVAE.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False)
-        return [Loaded.of(LiteVAE.from_pretrained(path)), Loaded.of(theirs.autoencoder, IN_DIFFUSERS)]
+        theirs = AutoencoderLiteVAE.from_pretrained(
+            path, torch_dtype=torch.float32, low_cpu_mem_usage=False
+        )
+        return [
+            Loaded.of(LiteVAE.from_pretrained(path)),
+            Loaded.of(theirs.autoencoder, IN_DIFFUSERS),
+        ]
 
 
 class DiffusersLayout(Layout):
     """The folder of a class of diffusers, for networks that it has: AutoencoderKL, AutoencoderKLFlux2, ..."""
 
-    refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, "onnx": "ONNX files are written by `format` litevae"}
+    refused: ClassVar[Mapping[str, str]] = {
+        "fold": NO_MODULATION,
+        "onnx": "ONNX files are written by `format` litevae",
+    }
     instead = "litevae"
 
     def misfit(self, model: LiteVAE) -> str | None:
@@ -161,7 +190,9 @@ class DiffusersLayout(Layout):
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
         kind = getattr(diffusers, _family(model).kind(model))
-        vae: Any = kind.from_pretrained(path, torch_dtype=torch.float32, low_cpu_mem_usage=False).eval()
+        vae: Any = kind.from_pretrained(
+            path, torch_dtype=torch.float32, low_cpu_mem_usage=False
+        ).eval()
         for half in _reflecting(model):
             set_padding(getattr(vae, half), "reflect")
         return [_in_diffusers(vae, model)]
@@ -202,7 +233,9 @@ class OriginalLayout(DiffusersLayout):
         return original_names(kind, family.to_diffusers(model))
 
     def config(self, model: LiteVAE) -> Config | None:
-        return None if isinstance(family_of(model), StableDiffusion) else super().config(model)  # for our own loader
+        return (
+            None if isinstance(family_of(model), StableDiffusion) else super().config(model)
+        )  # for our own loader
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
         back = OriginalLoader().find(str(path), LoadOptions()).load().as_litevae(str(path))
@@ -213,7 +246,11 @@ class OriginalLayout(DiffusersLayout):
     def notes(self, model: LiteVAE) -> Iterator[str]:
         yield from super().notes(model)
         config = _family(model).config(model)
-        if odd := [f"{key} {config[key]}" for key, known in STOCK.items() if config.get(key, known[0]) not in known]:
+        if odd := [
+            f"{key} {config[key]}"
+            for key, known in STOCK.items()
+            if config.get(key, known[0]) not in known
+        ]:
             yield f"ComfyUI and A1111 build Stable Diffusion's widths only, not {', '.join(odd)}"
 
 
@@ -231,9 +268,15 @@ class ComfyUILayout(Layout):
         if (family := family_of(model)) is None:
             rgb = model.in_channels == 3 and model.pixel_range.eight_bits
             return (
-                None if rgb else "images that are not RGB of 8 bits, which ComfyUI's are: `format` litevae can hold it"
+                None
+                if rgb
+                else "images that are not RGB of 8 bits, which ComfyUI's are: `format` litevae can hold it"
             )
-        instead = "`format` diffusers" if OriginalLayout().misfit(model) else "`format` ldm is what ComfyUI loads"
+        instead = (
+            "`format` diffusers"
+            if OriginalLayout().misfit(model)
+            else "`format` ldm is what ComfyUI loads"
+        )
         return f"an {family.kind(model)}: {instead}"
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
@@ -248,7 +291,11 @@ class TinyFilesLayout(DiffusersLayout):
 
     def misfit(self, model: LiteVAE) -> str | None:
         tiny = isinstance(family_of(model), Tiny)
-        return super().misfit(model) if tiny else "only TinyEncoder and TinyDecoder are TAESD's networks"
+        return (
+            super().misfit(model)
+            if tiny
+            else "only TinyEncoder and TinyDecoder are TAESD's networks"
+        )
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
         return {_taesd_name(name): tensor for name, tensor in super().tensors(model).items()}
@@ -259,12 +306,20 @@ class TinyFilesLayout(DiffusersLayout):
     def write(self, model: LiteVAE, path: Path) -> None:
         path.mkdir()
         for half in HALVES:
-            named = {n.removeprefix(f"{half}."): t for n, t in self.tensors(model).items() if n.startswith(half)}
+            named = {
+                n.removeprefix(f"{half}."): t
+                for n, t in self.tensors(model).items()
+                if n.startswith(half)
+            }
             write_tensors(path / f"taesd_{half}.safetensors", named)
 
     def read(self, path: Path) -> Mapping[str, Tensor]:
         files = {half: load_file(path / f"taesd_{half}.safetensors") for half in HALVES}
-        return {f"{half}.{name}": tensor for half, state in files.items() for name, tensor in state.items()}
+        return {
+            f"{half}.{name}": tensor
+            for half, state in files.items()
+            for name, tensor in state.items()
+        }
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
         family, written = _family(model), self.read(path)
@@ -308,7 +363,9 @@ def find_layout(name: str) -> Layout:
     if name in LAYOUTS:
         return LAYOUTS[name]()
     if "." not in name:
-        raise ConfigError(f"`format` {name}: choose from {', '.join(LAYOUTS)}, or name a class, package.module.Class")
+        raise ConfigError(
+            f"`format` {name}: choose from {', '.join(LAYOUTS)}, or name a class, package.module.Class"
+        )
     return resolve_class(name, Layout)()  # type: ignore[type-abstract]
 
 
@@ -334,4 +391,6 @@ def _family(model: LiteVAE) -> Family:
 
 def _reflecting(model: LiteVAE) -> list[str]:
     """List the halves, encoder and decoder, that pad by reflection."""
-    return [half for half in HALVES if getattr(model, half).node["params"].get("padding") == "reflect"]
+    return [
+        half for half in HALVES if getattr(model, half).node["params"].get("padding") == "reflect"
+    ]

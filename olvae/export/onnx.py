@@ -16,13 +16,18 @@ from olvae.models.autoencoder import LiteVAE
 
 ENCODER, DECODER = "encoder.onnx", "decoder.onnx"
 TOLERANCE = 1e-4  # largest difference between onnxruntime and torch, relative to the largest value
-TRACED, CHECKED = (2, 3, 4), ((1, 5, 3), (2, 2, 6), (3, 1, 1))  # batch, and height and width in latent positions
+TRACED, CHECKED = (
+    (2, 3, 4),
+    ((1, 5, 3), (2, 2, 6), (3, 1, 1)),
+)  # batch, and height and width in latent positions
 
 
 class Half(nn.Module):
     """Encoder or decoder as a module: a method of the model, its input's channels, and the factor of its sides."""
 
-    def __init__(self, model: LiteVAE, function: Callable[[Tensor], Tensor], channels: int, factor: int) -> None:
+    def __init__(
+        self, model: LiteVAE, function: Callable[[Tensor], Tensor], channels: int, factor: int
+    ) -> None:
         super().__init__()
         self.model, self.function = model, function
         self.channels, self.factor = channels, factor
@@ -49,22 +54,41 @@ def export_onnx(model: LiteVAE, folder: Path) -> dict[str, float]:
     import_extra("onnxscript", "onnx", "ONNX")
     folded = model if model.folded else model.fold().eval()
     differences: dict[str, float] = {}
-    means = folded.latent_channels if folded.deterministic else None  # log-variances of -30 would hide a difference
+    means = (
+        folded.latent_channels if folded.deterministic else None
+    )  # log-variances of -30 would hide a difference
     for name, names, half, compared in (
-        (ENCODER, ("image", "moments"), Half(folded, folded.moments, folded.in_channels, folded.downscale), means),
-        (DECODER, ("latent", "image"), Half(folded, folded.decode, folded.latent_channels, 1), None),
+        (
+            ENCODER,
+            ("image", "moments"),
+            Half(folded, folded.moments, folded.in_channels, folded.downscale),
+            means,
+        ),
+        (
+            DECODER,
+            ("latent", "image"),
+            Half(folded, folded.decode, folded.latent_channels, 1),
+            None,
+        ),
     ):
         _write(half, names, folder / name)
         session = onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
-        differences[name] = max(_difference(half, session, names, size, compared) for size in CHECKED)
+        differences[name] = max(
+            _difference(half, session, names, size, compared) for size in CHECKED
+        )
         if not differences[name] < TOLERANCE:
-            raise ValueError(f"{name}: onnxruntime differs from torch by {differences[name]:.1e} of the largest value")
+            raise ValueError(
+                f"{name}: onnxruntime differs from torch by {differences[name]:.1e} of the largest value"
+            )
     return differences
 
 
 def _write(half: Half, names: tuple[str, str], file: Path) -> None:
     dim, factor = torch.export.Dim, half.factor
-    height, width = dim("latent_height", min=2), dim("latent_width", min=2)  # torch.export treats 1 as a constant
+    height, width = (
+        dim("latent_height", min=2),
+        dim("latent_width", min=2),
+    )  # torch.export treats 1 as a constant
     sides = {2: height, 3: width} if factor == 1 else {2: factor * height, 3: factor * width}
     how: dict[str, Any] = {
         "input_names": names[:1],
@@ -73,14 +97,20 @@ def _write(half: Half, names: tuple[str, str], file: Path) -> None:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(half, (half.example(*TRACED),), None, dynamo=True, verbose=False, **how)
+        program = torch.onnx.export(
+            half, (half.example(*TRACED),), None, dynamo=True, verbose=False, **how
+        )
     assert program is not None
     program.save(file, external_data=False)
 
 
 @torch.no_grad()
 def _difference(
-    half: Half, session: Any, names: tuple[str, str], size: tuple[int, int, int], channels: int | None
+    half: Half,
+    session: Any,
+    names: tuple[str, str],
+    size: tuple[int, int, int],
+    channels: int | None,
 ) -> float:
     x = half.example(*size)
     (theirs,) = session.run([names[1]], {names[0]: x.numpy()})

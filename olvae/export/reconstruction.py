@@ -25,7 +25,9 @@ class ReconstructOptions:
 
     device: torch.device
     memory: int  # bytes for activations
-    seed: int | None = None  # of samples of the posterior, the same for every image; None decodes the mode
+    seed: int | None = (
+        None  # of samples of the posterior, the same for every image; None decodes the mode
+    )
     precision: str = FULL  # a name of olvae.devices.PRECISIONS
 
 
@@ -47,13 +49,18 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
             if not (has_results and results in image.resolve().parents):
                 found.setdefault(image.resolve(), (image, out / below.with_suffix("")))
     if not found:
-        raise FileNotFoundError(f"no images except those of {out}, the folder of the results: name others")
+        raise FileNotFoundError(
+            f"no images except those of {out}, the folder of the results: name others"
+        )
     places, taken = dict[Path, Path](), set[str]()
     for image, place in found.values():
         whole = place.with_name(image.name)
         numbered = (whole.with_name(f"{whole.name}-{number}") for number in count(2))
         for free in chain((place, whole), numbered):
-            names = {str(free).lower(), f"{free}_compare".lower()}  # some file systems take capitals for the same
+            names = {
+                str(free).lower(),
+                f"{free}_compare".lower(),
+            }  # some file systems take capitals for the same
             if taken.isdisjoint(names):
                 break
         taken |= names
@@ -62,15 +69,22 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
         for suffix in (".png", *ARRAYS, "_compare.png"):
             file = free.with_name(free.name + suffix)
             if file.resolve() in found:
-                raise ConfigError(f"`out` {out}: {file.name} is one of the images: choose another folder")
+                raise ConfigError(
+                    f"`out` {out}: {file.name} is one of the images: choose another folder"
+                )
             if file.exists() and not compared.exists():
-                raise ConfigError(f"`out` {out}: {file.name} is there, and no earlier result: choose another folder")
+                raise ConfigError(
+                    f"`out` {out}: {file.name} is there, and no earlier result: choose another folder"
+                )
     return places
 
 
 @torch.no_grad()
 def reconstruct(
-    model: Autoencoder, image: Tensor, options: ReconstructOptions, progress: Callable[[float], None] | None = None
+    model: Autoencoder,
+    image: Tensor,
+    options: ReconstructOptions,
+    progress: Callable[[float], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Encode and decode an image, (C, H, W) of any size; ``progress`` is called with the fraction that is done.
 
@@ -78,21 +92,36 @@ def reconstruct(
     than 8 bits; and what was decoded, (1, n_z, h, w). Raise ValueError if the reconstruction has non-finite values.
     """
     size = image.shape[-2], image.shape[-1]
-    x = model.pixel_range.normalise(pad_to_multiple(image[None].to(options.device), model.downscale))
+    x = model.pixel_range.normalise(
+        pad_to_multiple(image[None].to(options.device), model.downscale)
+    )
     with autocast(options.device.type, options.precision):
-        posterior = model.encode_within(x, options.memory, progress and (lambda done: progress(0.3 * done)))
+        posterior = model.encode_within(
+            x, options.memory, progress and (lambda done: progress(0.3 * done))
+        )
         del x
         seed = options.seed
-        z = posterior.mode() if seed is None else posterior.sample(torch.Generator(options.device).manual_seed(seed))
-        y = model.decode_tiled(z, None, options.memory, progress and (lambda done: progress(0.3 + 0.7 * done)))
+        z = (
+            posterior.mode()
+            if seed is None
+            else posterior.sample(torch.Generator(options.device).manual_seed(seed))
+        )
+        y = model.decode_tiled(
+            z, None, options.memory, progress and (lambda done: progress(0.3 + 0.7 * done))
+        )
     if not torch.isfinite(y).all():
-        raise ValueError("the reconstruction has non-finite values: set `precision` to 32, or check the weights")
+        raise ValueError(
+            "the reconstruction has non-finite values: set `precision` to 32, or check the weights"
+        )
     return _by_rows(lambda rows: model.pixel_range.to_levels(rows).cpu(), crop_to(y, size)[0]), z
 
 
 def _by_rows(function: Callable[..., Tensor], *images: Tensor) -> Tensor:
     """Apply a function of single pixels to (C, H, W) images, some rows at a time to save memory."""
-    return torch.cat([function(*rows) for rows in zip(*(image.split(64, 1) for image in images), strict=True)], dim=1)
+    return torch.cat(
+        [function(*rows) for rows in zip(*(image.split(64, 1) for image in images), strict=True)],
+        dim=1,
+    )
 
 
 def reconstruct_file(
@@ -148,7 +177,13 @@ def reconstruct_files(
     succeeded = 0
     for number, (source, place) in enumerate(places.items()):
         try:
-            value, result = reconstruct_file(model, source, place, options, lambda part: progress(number + part))  # noqa: B023
+            value, result = reconstruct_file(
+                model,
+                source,
+                place,
+                options,
+                lambda part: progress(number + part),  # noqa: B023  (called before the next image)
+            )
             report(f"{value:6.2f} dB  {source} -> {result}")
             succeeded += 1
         except ValueError as error:

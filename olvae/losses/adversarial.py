@@ -45,7 +45,12 @@ _LOGISTIC = _Loss(lambda r: F.softplus(-r), F.softplus, lambda f: F.softplus(-f)
 ADVERSARIAL_LOSSES = {
     "hinge": _Loss(lambda r: F.relu(1 - r), lambda f: F.relu(1 + f), lambda f: -f, threshold=0.0),
     "logistic": _LOGISTIC,
-    "lsgan": _Loss(lambda r: (r - 1).square() / 2, lambda f: f.square() / 2, lambda f: (f - 1).square() / 2, 0.5),
+    "lsgan": _Loss(
+        lambda r: (r - 1).square() / 2,
+        lambda f: f.square() / 2,
+        lambda f: (f - 1).square() / 2,
+        0.5,
+    ),
     "wgan": _Loss(lambda r: -r, lambda f: f, lambda f: -f, threshold=None),
     "bce": _LOGISTIC,
 }
@@ -57,15 +62,21 @@ def generator_loss(name: str, fake_logits: Sequence[Tensor]) -> Tensor:
     return mean_of_outputs([loss.generator(f) for f in check_logits(fake_logits)])
 
 
-def discriminator_loss(name: str, real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> Tensor:
+def discriminator_loss(
+    name: str, real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]
+) -> Tensor:
     """The discriminator's loss on its logits of images and of detached reconstructions, a scalar in float32."""
     loss = find_loss(name)
     real, fake = _pair(real_logits, fake_logits)
-    return mean_of_outputs([loss.real(r) for r in real]) + mean_of_outputs([loss.fake(f) for f in fake])
+    return mean_of_outputs([loss.real(r) for r in real]) + mean_of_outputs(
+        [loss.fake(f) for f in fake]
+    )
 
 
 @torch.no_grad()
-def discriminator_accuracy(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor], name: str) -> Tensor:
+def discriminator_accuracy(
+    real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor], name: str
+) -> Tensor:
     """The share of logits on the right side of a threshold: 1 for a perfect discriminator, 0.5 for a blind one.
 
     The threshold is the loss's undecided logit: 0 for hinge, logistic and bce, 0.5 for lsgan. wgan's logits are
@@ -98,16 +109,22 @@ def find_loss(name: str) -> _Loss:
 def check_logits(logits: Sequence[Tensor] | Tensor) -> list[Tensor]:
     """Check that logits are the list that a discriminator returns; in float32."""
     if isinstance(logits, Tensor):
-        raise TypeError("logits come as the list that a discriminator returns, got a single tensor: wrap it in [ ]")
+        raise TypeError(
+            "logits come as the list that a discriminator returns, got a single tensor: wrap it in [ ]"
+        )
     if not logits:
         raise ValueError("the list of logits is empty: a discriminator returns at least one tensor")
     return [upcast(t) for t in logits]
 
 
-def _pair(real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+def _pair(
+    real_logits: Sequence[Tensor], fake_logits: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
     real, fake = check_logits(real_logits), check_logits(fake_logits)
     if len(real) != len(fake):
-        raise ValueError(f"{len(real)} real and {len(fake)} fake logit tensors: they come from one discriminator")
+        raise ValueError(
+            f"{len(real)} real and {len(fake)} fake logit tensors: they come from one discriminator"
+        )
     return real, fake
 
 
@@ -123,8 +140,12 @@ def r1_penalty(logits: Sequence[Tensor], real_images: Tensor) -> Tensor:
     the discriminator was called.
     """
     if len(logits) == 0 or any(t.shape[:1] != real_images.shape[:1] for t in logits):
-        raise ValueError("R1 takes the list of logit tensors (B, ...) that the discriminator returned for real_images")
-    total = torch.stack([upcast(t).sum() for t in logits]).sum()  # a sample's gradient is that of its own logits
+        raise ValueError(
+            "R1 takes the list of logit tensors (B, ...) that the discriminator returned for real_images"
+        )
+    total = torch.stack(
+        [upcast(t).sum() for t in logits]
+    ).sum()  # a sample's gradient is that of its own logits
     (gradient,) = torch.autograd.grad(total, real_images, create_graph=True)
     return 0.5 * upcast(gradient).flatten(1).square().sum(dim=1).mean()
 
@@ -162,7 +183,9 @@ class LeCam(nn.Module):
         """The penalty, a scalar in float32; gradients flow to the logits and not to the anchors."""
         real, fake = _pair(real_logits, fake_logits)
         if len(real) != (outputs := self.real_anchors.numel()):
-            raise ValueError(f"LeCam was built for {outputs} logit tensors, got {len(real)}: set num_outputs to fit")
+            raise ValueError(
+                f"LeCam was built for {outputs} logit tensors, got {len(real)}: set num_outputs to fit"
+            )
         if self.training:
             self._move(real, fake)
         terms: list[Tensor] = []
@@ -176,6 +199,8 @@ class LeCam(nn.Module):
         means = torch.stack([t.mean() for t in (*real, *fake)]).to(self.real_anchors.dtype)
         means = mean_over_processes(means)
         decay = self.started * self.decay  # no synchronisation with the device
-        for anchors, new in zip((self.real_anchors, self.fake_anchors), means.chunk(2), strict=True):
+        for anchors, new in zip(
+            (self.real_anchors, self.fake_anchors), means.chunk(2), strict=True
+        ):
             anchors.copy_(torch.lerp(new, anchors, decay))
         self.started.fill_(True)

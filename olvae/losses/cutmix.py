@@ -17,7 +17,9 @@ def cutmix(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     predict its label [D]. Returns the mixed images (B, C, H, W), and a mask (B, 1, H, W): 1 for real pixels, else 0.
     """
     if real.shape != fake.shape or real.ndim != 4:
-        raise ValueError(f"cutmix takes two (B, C, H, W) of one shape, got {tuple(real.shape)}, {tuple(fake.shape)}")
+        raise ValueError(
+            f"cutmix takes two (B, C, H, W) of one shape, got {tuple(real.shape)}, {tuple(fake.shape)}"
+        )
     b, _, h, w = real.shape
     area, top, left, coin = torch.rand(4, b, 1, device=real.device)  # each (B, 1)
     rows = _inside(h, area.sqrt(), top)  # (B, H)
@@ -35,7 +37,9 @@ def _inside(size: int, share: Tensor, place: Tensor) -> Tensor:
     return (pixel >= start) & (pixel < start + length)
 
 
-def cutmix_consistency(mixed_logits: Tensor, real_logits: Tensor, fake_logits: Tensor, mask: Tensor) -> Tensor:
+def cutmix_consistency(
+    mixed_logits: Tensor, real_logits: Tensor, fake_logits: Tensor, mask: Tensor
+) -> Tensor:
     """E (D(mix(x, y)) - mix(D(x), D(y)))^2 over all pixels (Schönfeld et al. 2020), in float32; all (B, 1, H, W)."""
     target = torch.where(mask > 0.5, upcast(real_logits), upcast(fake_logits))
     return (upcast(mixed_logits) - target).square().mean()

@@ -15,7 +15,12 @@ from olvae.modules.base import check_choice, check_not_negative, no_autocast, up
 from olvae.modules.distributions import Posterior
 from olvae.modules.wavelet import dwt2
 
-IMAGE_TERMS = ("rec", *PERCEPTUAL, "wavelet", "gaussian")  # those that compare images; the other one is KL
+IMAGE_TERMS = (
+    "rec",
+    *PERCEPTUAL,
+    "wavelet",
+    "gaussian",
+)  # those that compare images; the other one is KL
 
 
 def l1(x: Tensor, y: Tensor) -> Tensor:
@@ -31,7 +36,11 @@ def charbonnier(x: Tensor, y: Tensor, eps: float = 1e-3) -> Tensor:
     return ((upcast(x) - upcast(y)).square() + eps**2).sqrt().mean()
 
 
-RECONSTRUCTION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": l1, "l2": l2, "charbonnier": charbonnier}
+RECONSTRUCTION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": l1,
+    "l2": l2,
+    "charbonnier": charbonnier,
+}
 
 
 def wavelet_loss(x: Tensor, y: Tensor, eps: float = 1e-3) -> Tensor:
@@ -60,7 +69,9 @@ def gaussian_blur(x: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor
 
 def gaussian_loss(x: Tensor, y: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor:
     """L1 between x - blur(x) and y - blur(y), images (B, C, H, W); 5x5, sigma 1 [D]."""
-    difference = upcast(x) - upcast(y)  # the filter is linear: the difference of the residuals is its residual
+    difference = upcast(x) - upcast(
+        y
+    )  # the filter is linear: the difference of the residuals is its residual
     return l1(difference, gaussian_blur(difference, kernel_size, sigma))
 
 
@@ -146,7 +157,9 @@ class Objective(nn.Module):
         check_not_negative(wavelet_weight=wavelet_weight, gaussian_weight=gaussian_weight)
         by_name = {"rec": rec_weight, perceptual: lpips_weight, "kl": kl_weight}
         by_name |= {"wavelet": wavelet_weight, "gaussian": gaussian_weight}
-        self.weights: dict[str, float] = {name: weight for name, weight in by_name.items() if weight > 0}
+        self.weights: dict[str, float] = {
+            name: weight for name, weight in by_name.items() if weight > 0
+        }
         if not self.weights:
             raise ValueError("every weight of the objective is 0: there is nothing to learn from")
         self.pixel_loss = RECONSTRUCTION[reconstruction]
@@ -155,7 +168,11 @@ class Objective(nn.Module):
             self.perceptual.channels = None if lpips_channels is None else list(lpips_channels)
 
     def forward(
-        self, x: Tensor, reconstruction: Tensor, posterior: Posterior | None, encoded: Tensor | None = None
+        self,
+        x: Tensor,
+        reconstruction: Tensor,
+        posterior: Posterior | None,
+        encoded: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, and each unweighted term by its name; scalars in float32.
 
@@ -173,13 +190,19 @@ class Objective(nn.Module):
 
     def compare(self, x: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         """Each unweighted term of two images by its name: all but KL."""
-        compare: dict[str, Any] = {"rec": self.pixel_loss, "wavelet": wavelet_loss, "gaussian": gaussian_loss}
+        compare: dict[str, Any] = {
+            "rec": self.pixel_loss,
+            "wavelet": wavelet_loss,
+            "gaussian": gaussian_loss,
+        }
         compare |= dict.fromkeys(PERCEPTUAL, self.perceptual)
         return {name: compare[name](x, reconstruction) for name in self.weights if name in compare}
 
     def weighted(self, terms: Mapping[str, Tensor], *names: str) -> Tensor:
         """The weighted sum of those of the named terms that are on."""
-        return torch.stack([self.weights[name] * terms[name] for name in names if name in self.weights]).sum()
+        return torch.stack(
+            [self.weights[name] * terms[name] for name in names if name in self.weights]
+        ).sum()
 
 
 def over(image: Tensor, background: Tensor) -> Tensor:
@@ -216,14 +239,20 @@ class AlphaObjective(Objective):
         weights = rec_weight, lpips_weight, kl_weight, wavelet_weight, gaussian_weight
         super().__init__(reconstruction, *weights, lpips_weights, perceptual)
         if alpha_weight <= 0:
-            raise ValueError(f"alpha_weight must be above 0, got {alpha_weight}: take Objective for opaque images")
+            raise ValueError(
+                f"alpha_weight must be above 0, got {alpha_weight}: take Objective for opaque images"
+            )
         self.weights["alpha"] = alpha_weight
 
     def compare(self, x: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         if x.shape[1] != 4:
-            raise ValueError(f"AlphaObjective takes images of 4 channels, not {x.shape[1]}: set data.params.channels=4")
+            raise ValueError(
+                f"AlphaObjective takes images of 4 channels, not {x.shape[1]}: set data.params.channels=4"
+            )
         random = torch.rand(len(x), 3, 1, 1, device=x.device) * 2.0 - 1.0
         kind = torch.randint(3, (len(x), 1, 1, 1), device=x.device)
-        background = torch.where(kind == 0, -1.0, torch.where(kind == 1, 1.0, random))  # (B, 3, 1, 1)
+        background = torch.where(
+            kind == 0, -1.0, torch.where(kind == 1, 1.0, random)
+        )  # (B, 3, 1, 1)
         colours = super().compare(over(x, background), over(reconstruction, background))
         return {**colours, "alpha": l1(x[:, 3:], reconstruction[:, 3:])}

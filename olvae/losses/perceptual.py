@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from olvae.checkpoint import VGG16, VGG19, WeightsFile, find_weights
 from olvae.modules.base import no_autocast, upcast
-from olvae.modules.frozen import Constant, conv5_4, installed_lite0, lite0_network, perceptual_network
+from olvae.modules.frozen import (
+    Constant,
+    conv5_4,
+    installed_lite0,
+    lite0_network,
+    perceptual_network,
+)
 
 Perceptual = Literal["lpips", "esrgan", "lite0"]
 
@@ -43,7 +49,9 @@ class PerceptualLoss(Constant, ABC):
             super().__init__(build(None))
             return
         if weights is not None and not Path(weights).is_file():
-            raise FileNotFoundError(f"{title} needs {weights}, which is missing: get {origin}, or {REMEDY}")
+            raise FileNotFoundError(
+                f"{title} needs {weights}, which is missing: get {origin}, or {REMEDY}"
+            )
         super().__init__(build(find() if weights is None else Path(weights)))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -70,7 +78,9 @@ class LPIPS(PerceptualLoss):
     """
 
     def __init__(self, weights: str | None = None) -> None:
-        super().__init__("LPIPS", partial(perceptual_network, "vgg"), partial(_find, VGG16), VGG16.url, weights)
+        super().__init__(
+            "LPIPS", partial(perceptual_network, "vgg"), partial(_find, VGG16), VGG16.url, weights
+        )
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         distances: Tensor = self.network(x, y)  # (B, 1, 1, 1)
@@ -108,12 +118,18 @@ class Lite0(PerceptualLoss):
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         stages: Any = self.network.forward_intermediates
-        features = stages(torch.cat([x, y]), indices=self.STAGES, intermediates_only=True)  # each (2B, d, h, w)
+        features = stages(
+            torch.cat([x, y]), indices=self.STAGES, intermediates_only=True
+        )  # each (2B, d, h, w)
         pairs = (F.normalize(feature).chunk(2) for feature in features)
         return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).sum()
 
 
-PERCEPTUAL: dict[str, Callable[[str | None], PerceptualLoss]] = {"lpips": LPIPS, "esrgan": ESRGAN, "lite0": Lite0}
+PERCEPTUAL: dict[str, Callable[[str | None], PerceptualLoss]] = {
+    "lpips": LPIPS,
+    "esrgan": ESRGAN,
+    "lite0": Lite0,
+}
 
 
 def _find(file: WeightsFile) -> Path:
@@ -121,4 +137,6 @@ def _find(file: WeightsFile) -> Path:
 
 
 def _three_channels(x: Tensor) -> Tensor:
-    return x if x.shape[1] == 3 else x.flatten(0, 1)[:, None].expand(-1, 3, -1, -1)  # (B C, 3, H, W)
+    return (
+        x if x.shape[1] == 3 else x.flatten(0, 1)[:, None].expand(-1, 3, -1, -1)
+    )  # (B C, 3, H, W)

@@ -11,9 +11,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from olvae.checkpoint import ALEXNET, DINOV2, INCEPTION, VGG16, MissingWeights, WeightsFile, find_weights, provenance
+from olvae.checkpoint import (
+    ALEXNET,
+    DINOV2,
+    INCEPTION,
+    VGG16,
+    MissingWeights,
+    WeightsFile,
+    find_weights,
+    provenance,
+)
 from olvae.metrics.features import KID, RFID, DINOv2, Extract, Features, Inception, LPIPSDistance
-from olvae.metrics.metric import Kind, Metric, MetricSet, PerImage, l1, ms_ssim, psnr, ssim, ssim_uniform
+from olvae.metrics.metric import (
+    Kind,
+    Metric,
+    MetricSet,
+    PerImage,
+    l1,
+    ms_ssim,
+    psnr,
+    ssim,
+    ssim_uniform,
+)
 
 METRICS: dict[str, Kind] = {
     kind.name: kind
@@ -35,7 +54,9 @@ PIXELS = {"psnr": psnr, "ssim": ssim, "ssim_uniform": ssim_uniform, "ms_ssim": m
 SETS: dict[str, type[RFID | KID]] = {"rfid": RFID, "kid": KID, "fdd": RFID}
 EXTRACTORS: dict[WeightsFile, type[Inception | DINOv2]] = {INCEPTION: Inception, DINOV2: DINOv2}
 
-MakeMetrics = Callable[[], MetricSet]  # makes one target's; all that it makes share networks, and the images' features
+MakeMetrics = Callable[
+    [], MetricSet
+]  # makes one target's; all that it makes share networks, and the images' features
 
 
 def build_metrics(
@@ -75,10 +96,14 @@ def build_metrics(
 
     def make() -> MetricSet:
         metrics: dict[str, Metric] = {}
-        reconstructions: dict[WeightsFile | None, dict[str, Features]] = {file: {} for file in extract}
+        reconstructions: dict[WeightsFile | None, dict[str, Features]] = {
+            file: {} for file in extract
+        }
         for kind in kinds:
             if (file := kind.needs) in extract:
-                metrics[kind.name] = SETS[kind.name](kind, extract[file], reference[file], reconstructions[file])
+                metrics[kind.name] = SETS[kind.name](
+                    kind, extract[file], reference[file], reconstructions[file]
+                )
             else:
                 metrics[kind.name] = PerImage(kind, compare[kind.name], device)
             if kind.needs:

@@ -14,7 +14,10 @@ from olvae.metrics.metric import Kind, Metric, Unavailable, check_pairs
 from olvae.modules.base import full_float32
 from olvae.modules.frozen import Trunk, VisionEncoder, perceptual_network
 
-LPIPS_SIZE: dict[Trunk, int] = {"vgg": 16, "alex": 31}  # least sides in pixels: the last layer still has a position
+LPIPS_SIZE: dict[Trunk, int] = {
+    "vgg": 16,
+    "alex": 31,
+}  # least sides in pixels: the last layer still has a position
 
 Features = NDArray[np.float32]
 Extract = Callable[[Tensor], Features]  # uint8 (B, 3, H, W) to features (B, D)
@@ -32,7 +35,9 @@ class LPIPSDistance:
         if x.shape[1] != 3 or min(x.shape[-2:]) < self._least:
             least = f"3 channels and at least {self._least} pixels"
             raise Unavailable(f"LPIPS needs images of {least}, got {tuple(x.shape[1:])}")
-        distances: Tensor = self._network(x.float() / 127.5 - 1.0, y.float() / 127.5 - 1.0)  # (B, 1, 1, 1)
+        distances: Tensor = self._network(
+            x.float() / 127.5 - 1.0, y.float() / 127.5 - 1.0
+        )  # (B, 1, 1, 1)
         return distances.flatten().double()
 
 
@@ -42,14 +47,18 @@ class Inception:
     def __init__(self, path: Path, device: str | torch.device = "cpu") -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        read_weights_file(path, INCEPTION)  # a safe read: torch-fidelity's would run code from the file
+        read_weights_file(
+            path, INCEPTION
+        )  # a safe read: torch-fidelity's would run code from the file
         try:
             network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
             )
         except RuntimeError as error:  # the names and shapes of load_state_dict, over many lines
             reason = str(error).splitlines()[1:2] or [str(error)]
-            raise ValueError(f"{path} is not a file of Inception weights: {reason[0].strip()[:120]}") from error
+            raise ValueError(
+                f"{path} is not a file of Inception weights: {reason[0].strip()[:120]}"
+            ) from error
         self._network = network.to(device)
         self._device = torch.device(device)
 
@@ -66,7 +75,10 @@ class Inception:
         return array
 
 
-DINOV2_MODEL, DINOV2_SIZE = "vit_large_patch14_dinov2.lvd142m", 224  # timm's name; pixels a side that it sees
+DINOV2_MODEL, DINOV2_SIZE = (
+    "vit_large_patch14_dinov2.lvd142m",
+    224,
+)  # timm's name; pixels a side that it sees
 
 
 class DINOv2:
@@ -89,7 +101,9 @@ class DINOv2:
             raise Unavailable(f"DINOv2 needs images of 3 channels, got {images.shape[1]}")
         images = images.to(self._device)
         with full_float32(images):
-            array: Features = self._network.class_token(images.float() / 127.5 - 1.0, DINOV2_SIZE).cpu().numpy()
+            array: Features = (
+                self._network.class_token(images.float() / 127.5 - 1.0, DINOV2_SIZE).cpu().numpy()
+            )
         return array
 
 
@@ -102,7 +116,11 @@ class SetMetric(Metric):
     """
 
     def __init__(
-        self, kind: Kind, extract: Extract, reference: dict[str, Features], reconstructions: dict[str, Features]
+        self,
+        kind: Kind,
+        extract: Extract,
+        reference: dict[str, Features],
+        reconstructions: dict[str, Features],
     ) -> None:
         super().__init__(kind)
         self._extract = extract
@@ -129,7 +147,9 @@ class SetMetric(Metric):
         keys = sorted(self._reconstructions)
         if len(keys) < 2:
             raise Unavailable(f"{self.kind.label} needs at least 2 images, got {len(keys)}")
-        return np.stack([self._reference[key] for key in keys]), np.stack([self._reconstructions[key] for key in keys])
+        return np.stack([self._reference[key] for key in keys]), np.stack(
+            [self._reconstructions[key] for key in keys]
+        )
 
 
 class RFID(SetMetric):
@@ -158,7 +178,9 @@ def frechet_distance(a: Features, b: Features) -> float:
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    statistics = [{"mu": f.mean(0, dtype=np.float64), "sigma": np.cov(f, rowvar=False)} for f in (a, b)]
+    statistics = [
+        {"mu": f.mean(0, dtype=np.float64), "sigma": np.cov(f, rowvar=False)} for f in (a, b)
+    ]
     return max(0.0, float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]))
 
 
@@ -171,11 +193,17 @@ class KID(SetMetric):
 
     def compute(self) -> float:
         from torch_fidelity.defaults import DEFAULTS
-        from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+        from torch_fidelity.metric_kid import (
+            KEY_METRIC_KID_MEAN,
+            KEY_METRIC_KID_STD,
+            kid_features_to_metric,
+        )
 
         images, reconstructions = (torch.from_numpy(features) for features in self._sets())
         size = min(DEFAULTS["kid_subset_size"], len(images))
-        result = kid_features_to_metric(images, reconstructions, kid_subset_size=size, verbose=False)
+        result = kid_features_to_metric(
+            images, reconstructions, kid_subset_size=size, verbose=False
+        )
         self.details |= {
             "subsets": DEFAULTS["kid_subsets"],
             "subset_size": size,

@@ -43,7 +43,9 @@ class Metric(ABC):
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
-        self.details: dict[str, object] = {}  # what the value depends on, for JSON; "warning" is for the reader
+        self.details: dict[
+            str, object
+        ] = {}  # what the value depends on, for JSON; "warning" is for the reader
 
     @abstractmethod
     def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
@@ -81,7 +83,10 @@ class PerImage(Metric):
     """
 
     def __init__(
-        self, kind: Kind, compare: Callable[[Tensor, Tensor], Tensor], device: str | torch.device = "cpu"
+        self,
+        kind: Kind,
+        compare: Callable[[Tensor, Tensor], Tensor],
+        device: str | torch.device = "cpu",
     ) -> None:
         super().__init__(kind)
         self._compare = compare
@@ -108,7 +113,9 @@ class PerImage(Metric):
         finite = [value for value in self._values.values() if value != math.inf]
         if equal := len(self._values) - len(finite):
             self.details["equal_images"] = equal
-        return math.fsum(finite) / len(finite) if finite else math.inf  # fsum rounds once, whatever the order
+        return (
+            math.fsum(finite) / len(finite) if finite else math.inf
+        )  # fsum rounds once, whatever the order
 
     def per_image(self) -> dict[str, float]:
         return self._values
@@ -116,10 +123,14 @@ class PerImage(Metric):
     def _add(self, values: Iterable[tuple[str, float]]) -> None:
         for key, value in values:
             known = self._values.setdefault(key, value)
-            same = math.isclose(known, value, rel_tol=1e-3, abs_tol=1e-5)  # the same pair, rounded twice
+            same = math.isclose(
+                known, value, rel_tol=1e-3, abs_tol=1e-5
+            )  # the same pair, rounded twice
             if not (same or (math.isnan(known) and math.isnan(value))):
                 differ = f"{self.kind.name} {known:.6g} and {value:.6g}"
-                raise ValueError(f"two different pairs of images have the key {key!r} ({differ}): give each its own")
+                raise ValueError(
+                    f"two different pairs of images have the key {key!r} ({differ}): give each its own"
+                )
 
 
 class MetricSet:
@@ -129,7 +140,9 @@ class MetricSet:
     reasons, at first those of metrics that could not be made.
     """
 
-    def __init__(self, metrics: Mapping[str, Metric], skipped: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, metrics: Mapping[str, Metric], skipped: Mapping[str, str] | None = None
+    ) -> None:
         self.metrics = dict(metrics)
         self.skipped = dict(skipped or {})
 
@@ -179,9 +192,17 @@ class MetricSet:
 def check_pairs(keys: Sequence[str], x: Tensor, y: Tensor) -> None:
     """Raise ValueError unless x and y are levels, uint8 or float32, of one shape (B, C, H, W), with B keys."""
     kinds = (torch.uint8, torch.float32)
-    if x.dtype != y.dtype or x.dtype not in kinds or x.ndim != 4 or x.shape != y.shape or len(keys) != len(x):
+    if (
+        x.dtype != y.dtype
+        or x.dtype not in kinds
+        or x.ndim != 4
+        or x.shape != y.shape
+        or len(keys) != len(x)
+    ):
         got = f"{x.dtype} {tuple(x.shape)}, {y.dtype} {tuple(y.shape)} and {len(keys)} keys"
-        raise ValueError(f"metrics compare uint8 or float32 images of one shape (B, C, H, W), with B keys: got {got}")
+        raise ValueError(
+            f"metrics compare uint8 or float32 images of one shape (B, C, H, W), with B keys: got {got}"
+        )
 
 
 # Comparisons of pairs of images, levels in 0..255: uint8, or float32 for images that have more than 8 bits
@@ -192,9 +213,13 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
     10 log10(255^2 / mean squared error over the image).
     """
-    rows = zip(x.split(64, 2), y.split(64, 2), strict=True)  # large images need little memory, and integers are exact
+    rows = zip(
+        x.split(64, 2), y.split(64, 2), strict=True
+    )  # large images need little memory, and integers are exact
     kind = torch.int if x.dtype == torch.uint8 else torch.double
-    error = torch.stack([(a.to(kind) - b.to(kind)).square().flatten(1).sum(1) for a, b in rows]).sum(0)
+    error = torch.stack(
+        [(a.to(kind) - b.to(kind)).square().flatten(1).sum(1) for a, b in rows]
+    ).sum(0)
     return 10.0 * (255.0**2 / (error.double() / x[0].numel())).log10()
 
 
@@ -220,14 +245,18 @@ def _similarity(x: Tensor, y: Tensor) -> Tensor:
     """
     sums, border = x.new_zeros(2, len(x), dtype=torch.double), SSIM_WINDOW - 1
     height, width = (side - border for side in x.shape[-2:])
-    for top in range(0, height, SSIM_TILE - border):  # the filters are matrices, for which tiles have to be small
+    for top in range(
+        0, height, SSIM_TILE - border
+    ):  # the filters are matrices, for which tiles have to be small
         for left in range(0, width, SSIM_TILE - border):
             tile = ..., slice(top, top + SSIM_TILE), slice(left, left + SSIM_TILE)
             a, b = x[tile].double(), y[tile].double()
             products = torch.stack([a, b, a * a, b * b, a * b])  # (5, B, C, H, W)
             rows, columns = (_windows(side, x.device) for side in a.shape[-2:])
             mean_a, mean_b, aa, bb, ab = rows @ products @ columns.T  # (5, B, C, H - 10, W - 10)
-            contrast = (2 * (ab - mean_a * mean_b) + C2) / ((aa - mean_a**2) + (bb - mean_b**2) + C2)
+            contrast = (2 * (ab - mean_a * mean_b) + C2) / (
+                (aa - mean_a**2) + (bb - mean_b**2) + C2
+            )
             luminance = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
             sums += torch.stack([luminance * contrast, contrast]).flatten(2).sum(2)
     return sums / (x.shape[1] * height * width)
@@ -237,7 +266,9 @@ def _windows(side: int, device: torch.device) -> Tensor:
     """(side - 10, side): the Gaussian window at each position where it fits."""
     places = torch.arange(side, device=device)
     from_centre = places - places[: side - SSIM_WINDOW + 1, None] - SSIM_WINDOW // 2
-    weights = (-0.5 * (from_centre.double() / SIGMA) ** 2).exp() * (from_centre.abs() <= SSIM_WINDOW // 2)
+    weights = (-0.5 * (from_centre.double() / SIGMA) ** 2).exp() * (
+        from_centre.abs() <= SSIM_WINDOW // 2
+    )
     return weights / weights.sum(1, keepdim=True)
 
 
@@ -248,7 +279,8 @@ def ssim_uniform(x: Tensor, y: Tensor) -> Tensor:
 
     pairs = zip(x.cpu().numpy(), y.cpu().numpy(), strict=True)
     return torch.tensor(
-        [structural_similarity(a, b, channel_axis=0, data_range=255) for a, b in pairs], dtype=torch.float64
+        [structural_similarity(a, b, channel_axis=0, data_range=255) for a, b in pairs],
+        dtype=torch.float64,
     )
 
 
@@ -259,7 +291,9 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     The first four give their contrast term, averaged over channels and over the positions where the window fits, the
     last its SSIM, averaged over all positions, with the image reflected at its border. A negative mean counts as 0.
     """
-    _check_size("MS-SSIM with five scales", x, SSIM_WINDOW * 2**4)  # after four halvings the window still fits
+    _check_size(
+        "MS-SSIM with five scales", x, SSIM_WINDOW * 2**4
+    )  # after four halvings the window still fits
     x, y, found = x.double(), y.double(), torch.ones(len(x), dtype=torch.double, device=x.device)
     for weight in SCALES[:-1]:
         found *= _similarity(x, y)[1].relu() ** weight
@@ -270,4 +304,6 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
 
 def _check_size(name: str, x: Tensor, least: int) -> None:
     if min(x.shape[-2:]) < least:
-        raise Unavailable(f"{name} needs images of at least {least} pixels, got {tuple(x.shape[-2:])}")
+        raise Unavailable(
+            f"{name} needs images of at least {least} pixels, got {tuple(x.shape[-2:])}"
+        )

@@ -14,7 +14,13 @@ from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.optimization import mix_seeds
 from olvae.models.parts.part import Model, Step
-from olvae.modules.base import check_betas, check_choice, check_counts, check_not_negative, no_autocast
+from olvae.modules.base import (
+    check_betas,
+    check_choice,
+    check_counts,
+    check_not_negative,
+    no_autocast,
+)
 from olvae.modules.unetgan import power_iteration, shared_weights, stop_power_iterations
 
 LECAM = {"paper": (0.99, False), "code": (0.999, True)}  # decay, and whether there is a ReLU
@@ -68,35 +74,59 @@ class Adversary(nn.Module):
         cutmix_probability: float = 0.0,
     ) -> None:
         super().__init__()
-        check_not_negative(weight=weight, start_step=start_step, ramp_steps=ramp_steps, warmup_updates=warmup_updates)
-        check_not_negative(r1_weight=r1_weight, lecam_weight=lecam_weight, adaptive_max=adaptive_max)
+        check_not_negative(
+            weight=weight,
+            start_step=start_step,
+            ramp_steps=ramp_steps,
+            warmup_updates=warmup_updates,
+        )
+        check_not_negative(
+            r1_weight=r1_weight, lecam_weight=lecam_weight, adaptive_max=adaptive_max
+        )
         check_counts(1, updates_per_step=updates_per_step, r1_every=r1_every)
         if learning_rate_ratio <= 0:
             raise ValueError(f"learning_rate_ratio must be above 0, got {learning_rate_ratio}")
         if not 0 <= cutmix_probability <= 1:
-            raise ValueError(f"cutmix_probability must be between 0 and 1, got {cutmix_probability}")
+            raise ValueError(
+                f"cutmix_probability must be between 0 and 1, got {cutmix_probability}"
+            )
         check_choice(LECAM, lecam_variant=lecam_variant)
         self.discriminator: nn.Module = instantiate(discriminator_config)
         if not isinstance(getattr(self.discriminator, "num_outputs", None), int):
-            raise ConfigError(f"discriminator_config: {discriminator_config['target']} has no num_outputs (of logits)")
+            raise ConfigError(
+                f"discriminator_config: {discriminator_config['target']} has no num_outputs (of logits)"
+            )
         stop_power_iterations(self.discriminator)
-        self.loss, self.weight, self.start_step, self.ramp_steps = loss, weight, start_step, ramp_steps
+        self.loss, self.weight, self.start_step, self.ramp_steps = (
+            loss,
+            weight,
+            start_step,
+            ramp_steps,
+        )
         self.warmup_updates, self.updates_per_step = warmup_updates, updates_per_step
         self.adaptive_weight, self.adaptive_max = adaptive_weight, adaptive_max
         self.learning_rate_ratio, self.betas = learning_rate_ratio, check_betas(betas)
         self.r1_weight, self.r1_every = r1_weight, r1_every
         self.lecam_weight, self.cutmix_probability = lecam_weight, cutmix_probability
         decay, relu = LECAM[lecam_variant]
-        self.lecam = adversarial.LeCam(self.discriminator.num_outputs, decay, relu) if lecam_weight else None
+        self.lecam = (
+            adversarial.LeCam(self.discriminator.num_outputs, decay, relu) if lecam_weight else None
+        )
         self.updates = 0  # of the discriminator so far
 
     def check(self, model: Model, source: Source, max_steps: int) -> None:
         """Raise ConfigError unless it plays before the last step, beside an image loss, and takes the images."""
         if self.start_step >= max_steps:
-            late = f"start_step: {self.start_step} is not below max_steps, {max_steps}: set it lower"
-            raise ConfigError(f"model.params.adversary_config.params.{late}, or model.params.adversary_config=null")
+            late = (
+                f"start_step: {self.start_step} is not below max_steps, {max_steps}: set it lower"
+            )
+            raise ConfigError(
+                f"model.params.adversary_config.params.{late}, or model.params.adversary_config=null"
+            )
         if not set(IMAGE_TERMS) & set(model.loss_weights):
-            raise ConfigError("lossconfig.params: an adversary needs one of the losses that compare images beside it")
+            raise ConfigError(
+                "lossconfig.params: an adversary needs one of the losses that compare images beside it"
+            )
         self.check_image(model.encoder.in_channels, source.size)
 
     def check_image(self, channels: int, size: Size) -> None:
@@ -107,7 +137,9 @@ class Adversary(nn.Module):
                 logits = self.discriminator.eval()(torch.zeros(1, channels, *sides))
         except (ValueError, RuntimeError) as error:
             where = "adversary_config.params.discriminator_config.params"
-            raise ConfigError(f"{where}: it does not take images of {channels}x{sides}: {error}") from error
+            raise ConfigError(
+                f"{where}: it does not take images of {channels}x{sides}: {error}"
+            ) from error
         finally:
             self.discriminator.train()
         if self.cutmix_probability and logits[0].shape[-2:] != sides:
@@ -184,13 +216,20 @@ class Adversary(nn.Module):
         """CutMix and R1, where the update after so many has them: the same in all processes and micro-batches."""
         ramp = min(1.0, updates / self.ramp_steps) if self.ramp_steps else 1.0
         draw = np.random.default_rng(mix_seeds(updates)).random()
-        due = {"CutMix": draw < self.cutmix_probability * ramp, "R1": self.r1_weight and updates % self.r1_every == 0}
+        due = {
+            "CutMix": draw < self.cutmix_probability * ramp,
+            "R1": self.r1_weight and updates % self.r1_every == 0,
+        }
         return [term for term, is_due in due.items() if is_due]
 
-    def _cutmix(self, real: Tensor, fake: Tensor, real_pixels: Tensor, fake_pixels: Tensor) -> Tensor:
+    def _cutmix(
+        self, real: Tensor, fake: Tensor, real_pixels: Tensor, fake_pixels: Tensor
+    ) -> Tensor:
         mixed, mask = cutmix(real, fake)
         logits: list[Tensor] = self.discriminator(mixed)  # (B, 1, H, W), and any of whole images
-        return cutmix_consistency(logits[0], real_pixels, fake_pixels, mask) + cutmix_loss(self.loss, logits, mask)
+        return cutmix_consistency(logits[0], real_pixels, fake_pixels, mask) + cutmix_loss(
+            self.loss, logits, mask
+        )
 
     def _r1(self, real: Tensor) -> Tensor:
         with no_autocast(real):

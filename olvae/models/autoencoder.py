@@ -34,7 +34,9 @@ from olvae.modules.litevae.smc import fold_smc
 
 Progress = Callable[[float], None]  # called from time to time with the fraction that is done
 
-MAX_PARAMETERS = 10**9  # of networks that are built from a file's config; the largest recipe has a tenth
+MAX_PARAMETERS = (
+    10**9
+)  # of networks that are built from a file's config; the largest recipe has a tenth
 
 
 class Autoencoder(nn.Module, ABC):
@@ -57,7 +59,9 @@ class Autoencoder(nn.Module, ABC):
     As in FLUX.2 there may be four of them for each channel: of the positions of a 2x2 patch, row by row."""
     force_upcast: bool = False  # whether pipelines in fp16 should decode in float32
     pixel_range: PixelRange = EIGHT_BITS  # of its images: to [-1, 1] and back to real values
-    factors_known: bool = True  # False if the file has none of these factors, so that they are a guess
+    factors_known: bool = (
+        True  # False if the file has none of these factors, so that they are a guess
+    )
 
     @property
     def for_diffusion(self) -> dict[str, Any]:
@@ -69,7 +73,9 @@ class Autoencoder(nn.Module, ABC):
         if self.latents_mean is None or self.latents_std is None:
             return z / self.scaling_factor + self.shift_factor
         side = 1 if len(self.latents_mean) == z.shape[1] else 2
-        patches = (z.new_tensor(n).view(-1, side, side) for n in (self.latents_mean, self.latents_std))
+        patches = (
+            z.new_tensor(n).view(-1, side, side) for n in (self.latents_mean, self.latents_std)
+        )
         rows, columns = (torch.arange(size, device=z.device) % side for size in z.shape[-2:])
         mean, std = (patch[:, rows[:, None], columns] for patch in patches)  # (n_z, h, w)
         return z * std / self.scaling_factor + mean
@@ -81,8 +87,12 @@ class Autoencoder(nn.Module, ABC):
         """Mean and standard deviation of the latents per channel, (n_z) each, as the factors know them."""
         n_z = self.latent_channels
         mean = torch.tensor(self.latents_mean or [self.shift_factor] * n_z, dtype=torch.float64)
-        std = torch.tensor(self.latents_std or [1.0] * n_z, dtype=torch.float64) / self.scaling_factor
-        return mean.view(n_z, -1).mean(1), std.view(n_z, -1).mean(1)  # over the positions of a patch, if they differ
+        std = (
+            torch.tensor(self.latents_std or [1.0] * n_z, dtype=torch.float64) / self.scaling_factor
+        )
+        return mean.view(n_z, -1).mean(1), std.view(n_z, -1).mean(
+            1
+        )  # over the positions of a patch, if they differ
 
     @abstractmethod
     def encode(self, x: Tensor) -> Posterior:
@@ -94,7 +104,9 @@ class Autoencoder(nn.Module, ABC):
 
     def as_litevae(self, name: str) -> "LiteVAE":
         """The same autoencoder with networks that can be trained and exported; ConfigError if it can't be that."""
-        raise ConfigError(f"{name}: only LiteVAE and AutoencoderKL can be trained and exported here")
+        raise ConfigError(
+            f"{name}: only LiteVAE and AutoencoderKL can be trained and exported here"
+        )
 
     def fold(self) -> "Autoencoder":
         """Return a faster copy for inference, if there is one; by default the model itself."""
@@ -114,7 +126,9 @@ class Autoencoder(nn.Module, ABC):
     ) -> Tensor:
         """``decode(z)`` without gradients in tiles of this side, or within ``memory`` bytes; by default whole."""
         if tile is not None:
-            raise ValueError(f"{type(self).__name__} decodes the whole latent at once: leave `tile` out")
+            raise ValueError(
+                f"{type(self).__name__} decodes the whole latent at once: leave `tile` out"
+            )
         with torch.no_grad():
             return self.decode(z)
 
@@ -160,17 +174,35 @@ class LiteVAE(
     Raises ValueError: encoder and decoder do not fit each other.
     """
 
-    def __init__(self, encoder: Encoder, decoder: Decoder, quantizer: Quantizer | None = None) -> None:
+    def __init__(
+        self, encoder: Encoder, decoder: Decoder, quantizer: Quantizer | None = None
+    ) -> None:
         super().__init__()
         self.encoder, self.decoder, self.quantizer = encoder, decoder, quantizer
-        self.in_channels, self.downscale, self.image_size = encoder.in_channels, encoder.downscale, encoder.image_size
-        self.latent_channels = quantizer.post_quant_conv.in_channels if quantizer else decoder.z_channels
+        self.in_channels, self.downscale, self.image_size = (
+            encoder.in_channels,
+            encoder.downscale,
+            encoder.image_size,
+        )
+        self.latent_channels = (
+            quantizer.post_quant_conv.in_channels if quantizer else decoder.z_channels
+        )
         self.deterministic = encoder.deterministic
         self.folded = False  # whether the self-modulated convolutions are ordinary ones, see fold
         for name, value, other_name, other in (
-            ("latent_dim", encoder.latent_dim, "twice the decoder's z_channels", 2 * decoder.z_channels),
+            (
+                "latent_dim",
+                encoder.latent_dim,
+                "twice the decoder's z_channels",
+                2 * decoder.z_channels,
+            ),
             ("downscale", encoder.downscale, "the decoder's upscale", decoder.upscale),
-            ("in_channels", encoder.in_channels, "the decoder's out_channels", decoder.out_channels),
+            (
+                "in_channels",
+                encoder.in_channels,
+                "the decoder's out_channels",
+                decoder.out_channels,
+            ),
         ):
             if value != other and not (name == "latent_dim" and quantizer is not None):
                 raise ValueError(f"the encoder's {name}, {value}, is not {other_name}, {other}")
@@ -205,9 +237,13 @@ class LiteVAE(
                 f"encoder_config.params.latent_dim is {latent_dim}, but without use_quant the encoder computes the "
                 f"moments of embed_dim = {embed_dim} channels: leave latent_dim out, or set use_quant"
             )
-        encoder = instantiate(encoder_config, **({} if use_quant else {"latent_dim": 2 * embed_dim}))
+        encoder = instantiate(
+            encoder_config, **({} if use_quant else {"latent_dim": 2 * embed_dim})
+        )
         decoder = instantiate(decoder_config)
-        quantizer = Quantizer(encoder.latent_dim, embed_dim, decoder.z_channels) if use_quant else None
+        quantizer = (
+            Quantizer(encoder.latent_dim, embed_dim, decoder.z_channels) if use_quant else None
+        )
         if quantizer is not None and (encoder.linear is not None or decoder.linear is not None):
             quantizer.start_as_identity()
         # In bf16 the means would be spaced 2^-7 at 1 to 2, wider than the deviations that a small KL weight leaves.
@@ -222,7 +258,13 @@ class LiteVAE(
         """Build with fresh weights; ConfigError as :meth:`from_config`, or for more than ``max_parameters``."""
 
         def build() -> "LiteVAE":
-            networks = (spec.encoder_config, spec.decoder_config, spec.embed_dim, spec.use_quant, spec.initial_logvar)
+            networks = (
+                spec.encoder_config,
+                spec.decoder_config,
+                spec.embed_dim,
+                spec.use_quant,
+                spec.initial_logvar,
+            )
             model = cls.from_config(*networks)
             return model.fold() if spec.folded else model
 
@@ -230,7 +272,9 @@ class LiteVAE(
             with torch.device("meta"):
                 parameters = count_parameters(build())
             if parameters > max_parameters:
-                raise ConfigError(f"weights of another model, or too large: {parameters:,} parameters")
+                raise ConfigError(
+                    f"weights of another model, or too large: {parameters:,} parameters"
+                )
         model = build().set_for_diffusion({name: getattr(spec, name) for name in FOR_DIFFUSION})
         model.pixel_range = PixelRange.from_node(spec.pixel_range, "pixel_range")
         return model
@@ -240,7 +284,9 @@ class LiteVAE(
         for name, value in values.items():
             assert name in FOR_DIFFUSION
             number = float(value) if name.endswith("_factor") else value
-            setattr(self, name, [float(v) for v in value] if isinstance(value, Sequence) else number)
+            setattr(
+                self, name, [float(v) for v in value] if isinstance(value, Sequence) else number
+            )
         return self
 
     @classmethod
@@ -275,7 +321,12 @@ class LiteVAE(
             ConfigError: the config is missing, has mistakes, or names code from outside this package.
             ValueError: the weights are not readable, non-finite, or of another model; the message lists the names.
         """
-        access = {"revision": revision, "token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        access = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
         found = locate(path_or_id, config, force_download=force_download, **access)
         if raw and found.weights.suffix == ".safetensors" and is_export(found.weights):
             warnings.warn(f"{path_or_id}: {ONE_KIND}", stacklevel=2)
@@ -288,17 +339,25 @@ class LiteVAE(
         """
         self._check_saveable()
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        state = {name.replace("_orig_mod.", ""): value for name, value in self.state_dict().items()}  # torch.compile's
+        state = {
+            name.replace("_orig_mod.", ""): value for name, value in self.state_dict().items()
+        }  # torch.compile's
         write_export(state, self.export_config(), Path(save_directory))
         return super().save_pretrained(save_directory, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        write_json(self.export_config(), save_directory / CONFIG_NAME)  # which the mixin has just removed
+        write_json(
+            self.export_config(), save_directory / CONFIG_NAME
+        )  # which the mixin has just removed
 
     def _check_saveable(self) -> None:
         self.export_config()
-        if broken := [name for name, tensor in self.state_dict().items() if not tensor.isfinite().all()]:
-            raise ValueError(f"{len(broken)} of the model's tensors have non-finite values ({broken[0]}, ...)")
+        if broken := [
+            name for name, tensor in self.state_dict().items() if not tensor.isfinite().all()
+        ]:
+            raise ValueError(
+                f"{len(broken)} of the model's tensors have non-finite values ({broken[0]}, ...)"
+            )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save to a repository of the Hugging Face hub, which is created if missing; returns the commit's address.
@@ -311,9 +370,14 @@ class LiteVAE(
             return super().push_to_hub(repo_id, **kwargs)
         except (TypeError, ValueError):  # the caller's, such as an id of another form
             raise
-        except Exception as error:  # of HTTP, or of the connection: which class that is depends on the version
+        except (
+            Exception
+        ) as error:  # of HTTP, or of the connection: which class that is depends on the version
             message = first_line(error)
-            if isinstance(error, HfHubHTTPError) and (status := error.response.status_code) in (401, 403):
+            if isinstance(error, HfHubHTTPError) and (status := error.response.status_code) in (
+                401,
+                403,
+            ):
                 message = f"the hub wants a token that may write there: set HF_TOKEN, or run hf auth login ({status})"
             raise OSError(f"{repo_id}: not uploaded: {message}") from error
 
@@ -323,7 +387,9 @@ class LiteVAE(
             return self
         last = self.quantizer.quant_conv if self.quantizer else last_convolution(self.encoder)
         if last is None or last is self.encoder.linear:
-            raise ConfigError(f"initial_logvar: {type(self.encoder).__name__} learns no log-variances: leave it out")
+            raise ConfigError(
+                f"initial_logvar: {type(self.encoder).__name__} learns no log-variances: leave it out"
+            )
         assert last.bias is not None
         last.bias[self.latent_channels :] += shift
         return self
@@ -340,7 +406,11 @@ class LiteVAE(
 
     def export_config(self) -> Config:
         """The config.json of an export; ValueError as :meth:`AutoencoderSpec.to_export`."""
-        given = {"folded": self.folded, "pixel_range": self.pixel_range.as_node(), **self.for_diffusion}
+        given = {
+            "folded": self.folded,
+            "pixel_range": self.pixel_range.as_node(),
+            **self.for_diffusion,
+        }
         spec = AutoencoderSpec(**self.config, **given)
         return spec.to_export(
             block_out_channels=self.decoder.widths,
@@ -363,7 +433,9 @@ class LiteVAE(
                 "pil_to_tensor(image)[None] / 127.5 - 1 makes one"
             )
         if not x.is_floating_point():
-            raise ValueError(f"images are floats in [-1, 1], got {x.dtype}: convert 0..255 by x / 127.5 - 1")
+            raise ValueError(
+                f"images are floats in [-1, 1], got {x.dtype}: convert 0..255 by x / 127.5 - 1"
+            )
         moments = (encode or self.encoder)(x)  # (B, latent_dim, H/f, W/f)
         if self.quantizer is not None:
             moments = self.quantizer.quant_conv(moments)  # (B, 2 n_z, H/f, W/f)
@@ -376,7 +448,11 @@ class LiteVAE(
 
     def posterior(self, moments: Tensor) -> Posterior:
         """The posterior of these moments, (B, 2 n_z, h, w)."""
-        return Deterministic(moments.chunk(2, dim=1)[0]) if self.deterministic else DiagonalGaussian(moments)
+        return (
+            Deterministic(moments.chunk(2, dim=1)[0])
+            if self.deterministic
+            else DiagonalGaussian(moments)
+        )
 
     def encode_within(self, x: Tensor, memory: int, progress: Progress | None = None) -> Posterior:
         """``encode(x)``, equal to rounding, within ``memory`` bytes; large images in strips."""
@@ -384,7 +460,11 @@ class LiteVAE(
 
     @torch.no_grad()
     def decode_tiled(
-        self, z: Tensor, tile: int | None = None, memory: int | None = None, progress: Progress | None = None
+        self,
+        z: Tensor,
+        tile: int | None = None,
+        memory: int | None = None,
+        progress: Progress | None = None,
     ) -> Tensor:
         """``decode(z)``, equal to rounding, in tiles; see :func:`~olvae.models.large.tiling.decode_tiled`."""
         return decode_tiled(self.decoder, self.decoder_input(z), tile, memory, progress)
@@ -400,7 +480,9 @@ class LiteVAE(
     def decoder_input(self, z: Tensor) -> Tensor:
         """(B, n_z, h, w) -> (B, z_channels, h, w): the quantizer's 1x1 convolution, which sees no neighbours."""
         if not isinstance(z, Tensor):
-            raise TypeError(f"latents are a tensor, got {type(z).__name__}: a posterior has .mode() and .sample()")
+            raise TypeError(
+                f"latents are a tensor, got {type(z).__name__}: a posterior has .mode() and .sample()"
+            )
         x: Tensor = z if self.quantizer is None else self.quantizer.post_quant_conv(z)
         return x
 
@@ -413,18 +495,33 @@ class LiteVAE(
 
 
 def load_located(
-    found: Located, weights: Mapping[str, Tensor], allow_mismatch: bool = False, dtype: torch.dtype = torch.float32
+    found: Located,
+    weights: Mapping[str, Tensor],
+    allow_mismatch: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> LiteVAE:
     """Build an autoencoder that was located, and load the weights that were read; in evaluation mode.
 
     ConfigError if the networks can't be built, ValueError as :func:`load_weights`.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # so that the tensors that allow_mismatch leaves fresh are the same every time
+        torch.manual_seed(
+            0
+        )  # so that the tensors that allow_mismatch leaves fresh are the same every time
         try:
-            stored = sum(weight.nbytes for weight in weights.values())  # a parameter takes at least a byte
+            stored = sum(
+                weight.nbytes for weight in weights.values()
+            )  # a parameter takes at least a byte
             model = LiteVAE.from_spec(found.spec, stored)
-        except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:  # by network
-            raise ConfigError(f"{found.origin}: no autoencoder can be built of this: {first_line(error)}") from error
+        except (
+            ArithmeticError,
+            IndexError,
+            RuntimeError,
+            TypeError,
+            ValueError,
+        ) as error:  # by network
+            raise ConfigError(
+                f"{found.origin}: no autoencoder can be built of this: {first_line(error)}"
+            ) from error
     load_weights(model.to(dtype), weights, found.weights, allow_mismatch)
     return model.eval()

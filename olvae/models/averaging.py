@@ -26,14 +26,20 @@ class WeightAverage(Callback):
         self.guard = guard
         self.decay = decay
         self._parameters: dict[str, nn.Parameter] = {}
-        self._other: dict[str, Tensor] = {}  # the average; while the model has it, the weights as trained
+        self._other: dict[
+            str, Tensor
+        ] = {}  # the average; while the model has it, the weights as trained
         self._model_has_average = False
-        self._before: dict[str, Tensor] = {}  # the model's weights while they change places; stays after an exception
+        self._before: dict[
+            str, Tensor
+        ] = {}  # the model's weights while they change places; stays after an exception
         self._steps = 0  # averaged
         self._step = 0  # of the trainer, at the last of them
         self._loaded: dict[str, Tensor] = {}
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if trainer.state.fn != TrainerFn.FITTING or "averaging_state" not in checkpoint:
             return
         self._loaded = checkpoint["state_dict"]
@@ -43,7 +49,9 @@ class WeightAverage(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Copy the weights, on their device."""
         self._parameters = {
-            name: p for name, p in pl_module.named_parameters() if name.startswith(AUTOENCODER) and p.requires_grad
+            name: p
+            for name, p in pl_module.named_parameters()
+            if name.startswith(AUTOENCODER) and p.requires_grad
         }
         self._other = {name: p.detach().clone() for name, p in self._parameters.items()}
         self.restore(self._loaded)
@@ -92,9 +100,13 @@ class WeightAverage(Callback):
         finally:
             self._swap()
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
         if self._before:
-            raise RuntimeError("interrupted while average and weights as trained changed places: nothing is saved")
+            raise RuntimeError(
+                "interrupted while average and weights as trained changed places: nothing is saved"
+            )
         state = checkpoint["state_dict"]
         average, trained = self._other, {name: state[name] for name in self._other}
         if self._model_has_average:
@@ -103,13 +115,19 @@ class WeightAverage(Callback):
         checkpoint["current_model_state"] = trained
         checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._steps)}
 
-    @torch.inference_mode(False)  # validation's mode would make the weights tensors that no step may change
+    @torch.inference_mode(
+        False
+    )  # validation's mode would make the weights tensors that no step may change
     def _swap(self) -> None:
         """Exchange the model's weights and the other ones: each keeps its memory, and nothing is copied."""
         self._before = {name: p.data for name, p in self._parameters.items()}
         for name, p in self._parameters.items():
             p.data = self._other[name]
-        self._other, self._before, self._model_has_average = self._before, {}, not self._model_has_average
+        self._other, self._before, self._model_has_average = (
+            self._before,
+            {},
+            not self._model_has_average,
+        )
 
 
 def find_average(trainer: Trainer) -> WeightAverage | None:

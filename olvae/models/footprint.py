@@ -29,7 +29,9 @@ class Footprint(NamedTuple):
     """Bytes of a training step on one device, and its operations."""
 
     fixed: int  # weights, gradients, the optimizers' states, the averaged copy, constant networks
-    per_image: int  # of a micro-batch: activations for the backward pass, and gradients of activations
+    per_image: (
+        int  # of a micro-batch: activations for the backward pass, and gradients of activations
+    )
     flop: int = 0  # of an image: floating-point operations of products and convolutions, two for each multiply-add
 
     def total(self, images: int) -> int:
@@ -49,7 +51,9 @@ def without_weights(node: Mapping[str, Any]) -> LiteAutoencoderKL:
     return model
 
 
-def footprint(model: LiteAutoencoderKL, size: Size, precision: str, checkpoint: bool | None = None) -> Footprint:
+def footprint(
+    model: LiteAutoencoderKL, size: Size, precision: str, checkpoint: bool | None = None
+) -> Footprint:
     """The footprint of a training step, of both players where the model has an adversary; it may be on any device.
 
     The step runs on tensors without memory, forward and backward; the storages alive at its peak are added up, and its
@@ -58,19 +62,31 @@ def footprint(model: LiteAutoencoderKL, size: Size, precision: str, checkpoint: 
 
     ``checkpoint``: activation checkpointing of both halves; by default as the model has it.
     """
-    few, many = (_step_under(LiveBytes(), model, size, images, precision, checkpoint).peak for images in BATCHES)
+    few, many = (
+        _step_under(LiveBytes(), model, size, images, precision, checkpoint).peak
+        for images in BATCHES
+    )
     counter = FlopCounterMode(display=False)  # in a step of its own: it keeps tensors alive
-    flop = _step_under(counter, model, size, BATCHES[0], precision, checkpoint).get_total_flops() // BATCHES[0]
+    flop = (
+        _step_under(counter, model, size, BATCHES[0], precision, checkpoint).get_total_flops()
+        // BATCHES[0]
+    )
     per_image = (many - few) // (BATCHES[1] - BATCHES[0])
-    trained = [p for player in model.players.values() for p in player.parameters() if p.requires_grad]
-    averaged = [p for p in model.autoencoder.parameters() if p.requires_grad] if model.use_ema else []
+    trained = [
+        p for player in model.players.values() for p in player.parameters() if p.requires_grad
+    ]
+    averaged = (
+        [p for p in model.autoencoder.parameters() if p.requires_grad] if model.use_ema else []
+    )
     held = _bytes(_tensors(model)) + _bytes(averaged) + 2 * _bytes(trained)  # Adam has two moments
     if model.optimizer == "muon":
         held -= _bytes([p for p in model.autoencoder_parameters() if is_matrix(p)])
     return Footprint(held + few - BATCHES[0] * per_image, per_image, flop)
 
 
-def advice(free: int, batch_size: int, accumulated: int, plain: Footprint, checkpointed: Footprint) -> str | None:
+def advice(
+    free: int, batch_size: int, accumulated: int, plain: Footprint, checkpointed: Footprint
+) -> str | None:
     """Suggest what to change where a micro-batch does not fit into the ``free`` bytes of a device; None where it fits.
 
     ``checkpointed`` is the footprint with all checkpointing: ``plain`` where the config has it, or can't have it.
@@ -80,12 +96,16 @@ def advice(free: int, batch_size: int, accumulated: int, plain: Footprint, check
         return None
     remedies = []
     for settings, needs in (("", plain), ("model.params.checkpoint=true ", checkpointed)):
-        fitting = [n for n in range(1, batch_size + 1) if batch_size % n == 0 and needs.total(n) <= room]
+        fitting = [
+            n for n in range(1, batch_size + 1) if batch_size % n == 0 and needs.total(n) <= room
+        ]
         if fitting and (needs != plain or not settings):
             times = accumulated * batch_size // max(fitting)
             smaller = f"data.params.batch_size={max(fitting)} lightning.trainer.accumulate_grad_batches={times}"
             remedies.append(settings + smaller if max(fitting) < batch_size else settings.rstrip())
-    remedy = " or ".join(remedies) or "data.params.size for smaller images, or take narrower networks"
+    remedy = (
+        " or ".join(remedies) or "data.params.size for smaller images, or take narrower networks"
+    )
     return (
         f"a step with {batch_size} image{'' if batch_size == 1 else 's'} needs about "
         f"{MARGIN * plain.total(batch_size) / GIB:.1f} GiB, {free / GIB:.1f} GiB are free: set {remedy}"
@@ -93,13 +113,21 @@ def advice(free: int, batch_size: int, accumulated: int, plain: Footprint, check
 
 
 def _step_under(
-    mode: Any, model: LiteAutoencoderKL, size: Size, images: int, precision: str, checkpoint: bool | None
+    mode: Any,
+    model: LiteAutoencoderKL,
+    size: Size,
+    images: int,
+    precision: str,
+    checkpoint: bool | None,
 ) -> Any:
     """The mode, after it saw a micro-batch, without the tensors that live between steps."""
     with FakeTensorMode():
         fake = without_memory(model, checkpoint)
         batch = torch.empty(images, fake.encoder.in_channels, *Sides.of(size), dtype=torch.uint8)
-        with mode, autocast("cpu", precision_name(precision)):  # both players, at full size, which parts may reduce
+        with (
+            mode,
+            autocast("cpu", precision_name(precision)),
+        ):  # both players, at full size, which parts may reduce
             x, shared = fake.images({"image": batch}), np.random.default_rng(0)
             step = Step(x, None, shared, warming_up=True, adversary_plays=True)
             fake.forward_pass(step)
@@ -128,15 +156,21 @@ def without_memory(model: LiteAutoencoderKL, checkpoint: bool | None = None) -> 
     for tensor in _tensors(model):
         empty = torch.empty(tensor.shape, dtype=tensor.dtype)
         learned = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(empty, requires_grad=tensor.requires_grad) if learned else empty
+        memo[id(tensor)] = (
+            nn.Parameter(empty, requires_grad=tensor.requires_grad) if learned else empty
+        )
     for holder in [part for part in model.modules() if isinstance(part, Constant)]:
         twin = copy.copy(holder)
         twin._held = (copy.deepcopy(holder.network, memo),)
         memo[id(holder)] = twin
     fake = copy.deepcopy(model, memo).train()
-    fake.__dict__["_trainer"] = SimpleNamespace(precision_plugin=None, world_size=1)  # adaptive weights ask it
+    fake.__dict__["_trainer"] = SimpleNamespace(
+        precision_plugin=None, world_size=1
+    )  # adaptive weights ask it
     for module in fake.modules():
-        if isinstance(module, nn.GroupNorm):  # in float32 under a GPU's autocast, and not under a CPU's
+        if isinstance(
+            module, nn.GroupNorm
+        ):  # in float32 under a GPU's autocast, and not under a CPU's
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))
     for half in (fake.encoder, fake.decoder):
         half.train(half in fake.trained_networks)

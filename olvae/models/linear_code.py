@@ -43,7 +43,11 @@ class LinearEncoder(Encoder):
     """
 
     def __init__(
-        self, latent_dim: int = 24, in_channels: int = 3, downscale: int = 8, image_size: int | None = None
+        self,
+        latent_dim: int = 24,
+        in_channels: int = 3,
+        downscale: int = 8,
+        image_size: int | None = None,
     ) -> None:
         super().__init__(latent_dim, in_channels, downscale, image_size or 32 * downscale)
         self.add_linear_path()
@@ -91,11 +95,15 @@ def start_linearly(
     began = monotonic()
     crops, known = crops_and_means(source, seed, model.downscale)
     model.to(device)
-    fit_linear_paths(model, crops, teacher if known is None else known, pixels := source.pixel_range, fresh)
+    fit_linear_paths(
+        model, crops, teacher if known is None else known, pixels := source.pixel_range, fresh
+    )
     latents = teacher if teacher is not None and "encoder" in frozen else _means(model, fresh)
     found: list[float] = []
     if model.decoder.linear is not None and "decoder" in fresh and "decoder" not in frozen:
-        samples = ((s.image, s.moments) for s in source.once(LoaderProcess()) if s.image is not None)
+        samples = (
+            (s.image, s.moments) for s in source.once(LoaderProcess()) if s.image is not None
+        )
         for image, moments in islice(samples, MEASURED_IMAGES + 1):
             with torch.no_grad():
                 if latents is teacher and moments is not None:
@@ -105,10 +113,14 @@ def start_linearly(
                 y = model.decoder.linear_path(model.decoder_input(z))
             found.append(float(psnr(pixels.levels(image[None]), pixels.to_levels(y).cpu())))
     measured = found[:MEASURED_IMAGES]
-    finite = [value for value in measured if value != math.inf]  # as validation leaves out those that come back exactly
+    finite = [
+        value for value in measured if value != math.inf
+    ]  # as validation leaves out those that come back exactly
     mean = sum(finite) / len(finite) if finite else None
     good = "" if mean is None else f"{mean:.2f} dB on {len(measured)} validation images, "
-    line = f"linear code: {good}fitted on {len(crops):,} training crops in {monotonic() - began:.1f} s"
+    line = (
+        f"linear code: {good}fitted on {len(crops):,} training crops in {monotonic() - began:.1f} s"
+    )
     return None if len(found) > MEASURED_IMAGES else mean, line
 
 
@@ -120,7 +132,9 @@ def crops_and_means(source: Source, seed: int, factor: int) -> tuple[Tensor, Ten
     least, most = CROPS
     count = min(most, max(least, POSITIONS // math.prod(source.size // factor)))
     value_bytes = 1 if source.pixel_range.eight_bits else 4
-    count = min(count, max(1, CROP_BYTES // (value_bytes * source.channels * math.prod(source.size))))
+    count = min(
+        count, max(1, CROP_BYTES // (value_bytes * source.channels * math.prod(source.size)))
+    )
     samples = list(source.first_samples(seed, count))
     means = [sample.moments.chunk(2)[0] for sample in samples if sample.moments is not None]
     crops = torch.stack([sample.image for sample in samples if sample.image is not None])
@@ -144,7 +158,9 @@ def fit_linear_paths(
     device = device_of(model)
     f, n, values = model.downscale, model.latent_channels, model.in_channels * model.downscale**2
     if values > LARGEST_PATCH:
-        raise ValueError(f"linear: covariances of patches of {f}x{f} pixels are too large: leave it out")
+        raise ValueError(
+            f"linear: covariances of patches of {f}x{f} pixels are too large: leave it out"
+        )
 
     together = max(1, POSITIONS_AT_A_TIME * f**2 // crops[0, 0].numel())
 
@@ -153,7 +169,11 @@ def fit_linear_paths(
 
     means: Sequence[Tensor] = ()  # once, for both halves
     if teacher is not None:
-        means = teacher.to(device).split(together) if isinstance(teacher, Tensor) else [teacher(x) for x in batches()]
+        means = (
+            teacher.to(device).split(together)
+            if isinstance(teacher, Tensor)
+            else [teacher(x) for x in batches()]
+        )
     if (path := model.encoder.linear if "encoder" in fresh else None) is not None:
         if teacher is None:
             patches = (_vectors(F.pixel_unshuffle(x, f)) for x in batches())
@@ -176,13 +196,17 @@ def fit_linear_paths(
 
 def _means(model: LiteVAE, fresh: Collection[str]) -> Means:
     """The encoder's means; a fresh encoder is its linear path, if it has one."""
-    return (model.encoder.linear if "encoder" in fresh else None) or (lambda x: model.encode(x).mean)
+    return (model.encoder.linear if "encoder" in fresh else None) or (
+        lambda x: model.encode(x).mean
+    )
 
 
 def _windows(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """What a linear path sees at each of its positions: (B, C, H, W) -> (B, C k k, h, w)."""
     margin = (conv.kernel_size[0] - conv.stride[0]) // 2
-    windows = F.unfold(F.pad(x, (margin,) * 4, mode="replicate"), conv.kernel_size, stride=conv.stride)
+    windows = F.unfold(
+        F.pad(x, (margin,) * 4, mode="replicate"), conv.kernel_size, stride=conv.stride
+    )
     height, width = (side // conv.stride[0] for side in x.shape[-2:])
     return windows.view(*windows.shape[:2], height, width)
 
@@ -210,7 +234,9 @@ def mean_and_covariance(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         x = batch.detach().cpu().double()
         count, total, products = count + len(x), total + x.sum(0), products + x.T @ x
     if not products.isfinite().all():
-        raise ValueError("the linear code: not finite: images, or a teacher's latents (set its `dtype` to float32)")
+        raise ValueError(
+            "the linear code: not finite: images, or a teacher's latents (set its `dtype` to float32)"
+        )
     mean = total / count
     return mean, products / count - mean.outer(mean)
 

@@ -79,7 +79,9 @@ class LiteAutoencoderKL(ValidatedModule):
 
     seed = 0  # of the noise in training; set by the trainer
     images_seen = 0  # in training, over all ranks: where a resumed run continues the data
-    linear_psnr: float | None = None  # of the linear code that training started as, on validation images
+    linear_psnr: float | None = (
+        None  # of the linear code that training started as, on validation images
+    )
     flop = 0  # of an image in a step of both players; counted where training runs on a GPU
     rate_factor = 1.0  # of both learning rates: below one after a return to an earlier checkpoint
     _pairs: list[tuple[Tensor, Tensor]]  # for the discriminator's further updates
@@ -123,14 +125,40 @@ class LiteAutoencoderKL(ValidatedModule):
     ) -> None:
         super().__init__(val_metrics, weights_dir)
         check_not_negative(warmup_steps=warmup_steps, gradient_clip_val=gradient_clip_val or 0.0)
-        self.automatic_optimization, self.channels_last, self.sample_posterior = False, channels_last, sample_posterior
-        self.freeze_encoder, self.freeze_decoder, self.checkpoint = freeze_encoder, freeze_decoder, checkpoint
-        self.use_ema, self.ema_decay, self.compiled, self.scheduler = use_ema, ema_decay, compile, scheduler
-        self.optimizer, self.learning_rate, self.betas = optimizer, learning_rate, check_betas(betas)
-        self.warmup_steps, self.decay_steps, self.min_lr_factor = warmup_steps, decay_steps, min_lr_factor
-        self.accumulate_grad_batches, self.gradient_clip_val = accumulate_grad_batches, gradient_clip_val
+        self.automatic_optimization, self.channels_last, self.sample_posterior = (
+            False,
+            channels_last,
+            sample_posterior,
+        )
+        self.freeze_encoder, self.freeze_decoder, self.checkpoint = (
+            freeze_encoder,
+            freeze_decoder,
+            checkpoint,
+        )
+        self.use_ema, self.ema_decay, self.compiled, self.scheduler = (
+            use_ema,
+            ema_decay,
+            compile,
+            scheduler,
+        )
+        self.optimizer, self.learning_rate, self.betas = (
+            optimizer,
+            learning_rate,
+            check_betas(betas),
+        )
+        self.warmup_steps, self.decay_steps, self.min_lr_factor = (
+            warmup_steps,
+            decay_steps,
+            min_lr_factor,
+        )
+        self.accumulate_grad_batches, self.gradient_clip_val = (
+            accumulate_grad_batches,
+            gradient_clip_val,
+        )
 
-        vae = LiteVAE.from_config(encoder_config, decoder_config, embed_dim, use_quant, initial_logvar)
+        vae = LiteVAE.from_config(
+            encoder_config, decoder_config, embed_dim, use_quant, initial_logvar
+        )
         self.encoder, self.decoder, self.quantizer = vae.encoder, vae.decoder, vae.quantizer
         self.loss: nn.Module = instantiate(lossconfig)
         self.adversary: Adversary | None = None
@@ -138,18 +166,25 @@ class LiteAutoencoderKL(ValidatedModule):
             resolve_class(adversary_config["target"], Adversary)
             self.adversary = instantiate(adversary_config)
         given = (scaling_factor, shift_factor, latents_mean, latents_std, force_upcast)
-        self.given_factors = {n: v for n, v in zip(FOR_DIFFUSION, given, strict=True) if v is not None}
+        self.given_factors = {
+            n: v for n, v in zip(FOR_DIFFUSION, given, strict=True) if v is not None
+        }
         self.for_diffusion = vae.set_for_diffusion(self.given_factors).for_diffusion
         self._prepare_networks()
         self.parts = nn.ModuleDict()
         if mistakes := [*(attach_parts(self, parts) if parts else ()), *self._conflicts()]:
             raise ConfigError(*(f"model.params.{mistake}" for mistake in mistakes))
-        self.guard = NonFiniteGuard([self.encoder, self.decoder, self.quantizer, self.adversary, self.parts])
+        self.guard = NonFiniteGuard(
+            [self.encoder, self.decoder, self.quantizer, self.adversary, self.parts]
+        )
         self._pairs = []
 
     def _prepare_networks(self) -> None:
         """Freeze halves, and set their checkpointing and memory layout."""
-        halves = (("encoder", self.encoder, "quant_conv"), ("decoder", self.decoder, "post_quant_conv"))
+        halves = (
+            ("encoder", self.encoder, "quant_conv"),
+            ("decoder", self.decoder, "post_quant_conv"),
+        )
         for half, network, convolution in halves:
             if getattr(self, f"freeze_{half}"):
                 network.requires_grad_(False)
@@ -165,18 +200,28 @@ class LiteAutoencoderKL(ValidatedModule):
         if self.accumulate_grad_batches < 1:
             yield f"accumulate_grad_batches must be at least 1, got {self.accumulate_grad_batches}"
         choices = {"scheduler": ("constant", "cosine"), "optimizer": tuple(OPTIMIZERS)}
-        for name in (name for name, possible in choices.items() if getattr(self, name) not in possible):
+        for name in (
+            name for name, possible in choices.items() if getattr(self, name) not in possible
+        ):
             yield f"{name} must be {' or '.join(choices[name])}, got {getattr(self, name)!r}"
         for name in ("min_lr_factor", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 yield f"{name} must be between 0 and 1, got {getattr(self, name)}"
-        if self.scheduler == "cosine" and self.decay_steps is not None and self.decay_steps <= self.warmup_steps:
+        if (
+            self.scheduler == "cosine"
+            and self.decay_steps is not None
+            and self.decay_steps <= self.warmup_steps
+        ):
             yield f"decay_steps must be more than warmup_steps, {self.warmup_steps}, got {self.decay_steps}"
 
     def _conflicts(self) -> Iterator[str]:
         """One line for each setting that is out of range, or contradicts another one."""
         yield from self._out_of_range()
-        if self.quantizer is None and not self.freeze_encoder and next(self.encoder.parameters(), None) is None:
+        if (
+            self.quantizer is None
+            and not self.freeze_encoder
+            and next(self.encoder.parameters(), None) is None
+        ):
             yield f"freeze_encoder: {type(self.encoder).__name__} has nothing to train: set it to true"
         if self.checkpoint in self.frozen_halves:
             yield f"checkpoint: the {self.checkpoint} is frozen, so it needs nothing for a backward pass: leave it out"
@@ -202,15 +247,25 @@ class LiteAutoencoderKL(ValidatedModule):
     @property
     def players(self) -> dict[str, nn.Module]:
         """The modules of each player, whose gradients no backward pass of the other one touches."""
-        learning = (part for part in self.each_part if any(p.requires_grad for p in part.parameters()))
+        learning = (
+            part for part in self.each_part if any(p.requires_grad for p in part.parameters())
+        )
         modules = (self.encoder, self.decoder, self.quantizer, *learning)
-        sides: dict[str, nn.Module] = {"autoencoder": nn.ModuleList([m for m in modules if m is not None])}
-        return sides if self.adversary is None else {**sides, "discriminator": self.adversary.discriminator}
+        sides: dict[str, nn.Module] = {
+            "autoencoder": nn.ModuleList([m for m in modules if m is not None])
+        }
+        return (
+            sides
+            if self.adversary is None
+            else {**sides, "discriminator": self.adversary.discriminator}
+        )
 
     @property
     def checksums(self) -> dict[str, str]:
         """Checksums of the parts' frozen weights, by part."""
-        return {part.name: found for part in self.each_part if (found := part.checksum()) is not None}
+        return {
+            part.name: found for part in self.each_part if (found := part.checksum()) is not None
+        }
 
     @property
     def loss_weights(self) -> Mapping[str, float]:
@@ -222,7 +277,9 @@ class LiteAutoencoderKL(ValidatedModule):
         """The loss; ConfigError if it is no :class:`Objective`, as in a config for inference."""
         if not isinstance(self.loss, Objective):
             kind = type(self.loss).__name__
-            raise ConfigError(f"model.params.lossconfig is a {kind}, for inference only: to train, take an Objective")
+            raise ConfigError(
+                f"model.params.lossconfig is a {kind}, for inference only: to train, take an Objective"
+            )
         return self.loss
 
     def check(self, source: Source) -> None:
@@ -240,20 +297,30 @@ class LiteAutoencoderKL(ValidatedModule):
                 "in_channels of encoder_config.params and out_channels of decoder_config.params"
             )
         if self.stand_in is None and source.latent_stats:
-            raise ConfigError("data: it has the latents of a teacher, but there is none: set `teacher`")
+            raise ConfigError(
+                "data: it has the latents of a teacher, but there is none: set `teacher`"
+            )
         for part in self.each_part:
             part.check(self, source)
 
-    def prepare(self, source: Source, seed: int, device: torch.device, fresh: Collection[str]) -> Iterator[str]:
+    def prepare(
+        self, source: Source, seed: int, device: torch.device, fresh: Collection[str]
+    ) -> Iterator[str]:
         """Fit and measure what needs images of this seed before a new run's first step; yield lines for its summary.
 
         ``fresh``: the halves with initial weights, whose linear paths are to be fitted.
         """
         if any(getattr(self, half).linear is not None for half in fresh):
             self.parts.to(device)
-            teacher = None if (stand_in := self.stand_in) is None else (lambda x: stand_in.posterior(x).mean)
+            teacher = (
+                None
+                if (stand_in := self.stand_in) is None
+                else (lambda x: stand_in.posterior(x).mean)
+            )
             frozen = self.frozen_halves if teacher else ()
-            self.linear_psnr, line = start_linearly(self.autoencoder, source, seed, device, teacher, fresh, frozen)
+            self.linear_psnr, line = start_linearly(
+                self.autoencoder, source, seed, device, teacher, fresh, frozen
+            )
             yield line
         for part in self.each_part:
             part.prepare(self, source, seed, device)
@@ -267,15 +334,25 @@ class LiteAutoencoderKL(ValidatedModule):
         if self._micro_batch == 0:
             self.guard.begin_step()
         self.guard.begin_micro_batch(batch.get("key", ()))
-        torch.manual_seed(mix_seeds(self.seed, self._iteration, self._micro_batch, self.global_rank))
+        torch.manual_seed(
+            mix_seeds(self.seed, self._iteration, self._micro_batch, self.global_rank)
+        )
         every: int = getattr(self.trainer, "log_every_n_steps")  # noqa: B009  (mypy does not see it)
         batches = self._iteration * self.accumulate_grad_batches + self._micro_batch
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = batches  # by which Lightning decides what it logs
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = (
+            batches  # by which Lightning decides what it logs
+        )
         self.reports = last and every > 0 and (batches + 1) % every == 0
-        adversary = self.adversary if self.adversary is not None and self.adversary.plays(self.global_step) else None
+        adversary = (
+            self.adversary
+            if self.adversary is not None and self.adversary.plays(self.global_step)
+            else None
+        )
         warming_up = adversary is not None and adversary.warms_up(self.global_step)
         shared = np.random.default_rng(mix_seeds(self.seed, self._iteration))
-        step = Step(images, batch.get("moments"), shared, warming_up, adversary_plays=adversary is not None)
+        step = Step(
+            images, batch.get("moments"), shared, warming_up, adversary_plays=adversary is not None
+        )
 
         # Forward: one pass of the autoencoder, for both players. Parts may change the latent and the target.
         with torch.set_grad_enabled(not warming_up):
@@ -293,7 +370,9 @@ class LiteAutoencoderKL(ValidatedModule):
                     total = total + adversary.weight_in(self, step) * step.losses["adversarial"]
                 self.guard.observe({**step.losses, **step.ratios, "loss": total})
                 self._backward("autoencoder", total, last)
-                self.report({f"train/{name}": loss for name, loss in {"loss": total, **step.losses}.items()})
+                self.report(
+                    {f"train/{name}": loss for name, loss in {"loss": total, **step.losses}.items()}
+                )
 
             # The discriminator: its loss on the same reconstruction, without the graph.
             if adversary is not None:
@@ -319,7 +398,9 @@ class LiteAutoencoderKL(ValidatedModule):
                 watching.enter_context(part.watch(self))
                 part.on_images(self, step)
             given = None if stand_in is None else stand_in.posterior(step.images, step.moments)
-            step.encoded = self.encode(step.images) if given is None or not self.freeze_encoder else None
+            step.encoded = (
+                self.encode(step.images) if given is None or not self.freeze_encoder else None
+            )
             posterior = given or step.encoded
             assert posterior is not None
             step.posterior, step.target = posterior, step.images
@@ -340,28 +421,47 @@ class LiteAutoencoderKL(ValidatedModule):
         """
         total = step.images.new_zeros(())
         if step.reconstruction is not None:
-            total, step.losses = self.objective(step.target, step.reconstruction, step.encoded, step.images)
+            total, step.losses = self.objective(
+                step.target, step.reconstruction, step.encoded, step.images
+            )
         for part in self.each_part:
             losses = part.losses(self, step)
             if losses:
-                total = total + torch.stack([weight * loss for loss, weight in losses.values()]).sum()
-                taken = {*step.losses, "adversarial", "loss"}  # by the objective, or by another part
-                of_part = {name: f"{part.name}_{name}" if name in taken else name for name in losses}
+                total = (
+                    total + torch.stack([weight * loss for loss, weight in losses.values()]).sum()
+                )
+                taken = {
+                    *step.losses,
+                    "adversarial",
+                    "loss",
+                }  # by the objective, or by another part
+                of_part = {
+                    name: f"{part.name}_{name}" if name in taken else name for name in losses
+                }
                 step.losses |= {of_part[name]: loss for name, (loss, _) in losses.items()}
         return total
 
-    def ratio_of_gradients(self, step: Step, loss: Tensor, network: nn.Module | None = None) -> Tensor:
+    def ratio_of_gradients(
+        self, step: Step, loss: Tensor, network: nn.Module | None = None
+    ) -> Tensor:
         """|gradient of the weighted image terms| / |gradient of another loss|; see :func:`gradient_ratio`."""
-        ratio = gradient_ratio(self, self.objective.weighted(step.losses, *IMAGE_TERMS), loss, network)
+        ratio = gradient_ratio(
+            self, self.objective.weighted(step.losses, *IMAGE_TERMS), loss, network
+        )
         step.ratios[f"{GRADIENT}{'decoder' if network is None else 'encoder'}'s last layer"] = ratio
         return ratio
 
-    def _discriminator_backward(self, adversary: Adversary, real: Tensor, fake: Tensor, last: bool) -> None:
+    def _discriminator_backward(
+        self, adversary: Adversary, real: Tensor, fake: Tensor, last: bool
+    ) -> None:
         loss, logs = adversary.discriminator_loss(real, fake)
         self.guard.observe({**logs, "the discriminator's loss": loss})
         self._backward("discriminator", loss, last)
         health = {"logits_real", "logits_fake", "accuracy"}
-        self.report({f"{'health' if n in health else 'train'}/{n}": value for n, value in logs.items()}, rare=True)
+        self.report(
+            {f"{'health' if n in health else 'train'}/{n}": value for n, value in logs.items()},
+            rare=True,
+        )
 
     def _backward(self, player: str, loss: Tensor, last: bool) -> None:
         """Add up a player's gradients; the last backward pass of an update averages them over the processes."""
@@ -385,10 +485,16 @@ class LiteAutoencoderKL(ValidatedModule):
         optimizers, schedules = _as_list(self.optimizers()), _as_list(self.lr_schedulers())
         scaler = grad_scaler(self)
         playing = {"autoencoder": autoencoder, "discriminator": adversary is not None}
-        norms = {p: gradient_norm(self, o.optimizer) for o, p in zip(optimizers, playing, strict=False) if playing[p]}
+        norms = {
+            p: gradient_norm(self, o.optimizer)
+            for o, p in zip(optimizers, playing, strict=False)
+            if playing[p]
+        }
         bad = self.guard.is_bad(norms)
         if adversary is not None:
-            self._step_discriminator(adversary, optimizers[1].optimizer, norms["discriminator"], bad)
+            self._step_discriminator(
+                adversary, optimizers[1].optimizer, norms["discriminator"], bad
+            )
         if autoencoder:
             optimizer = optimizers[0]
             self.report({"train/lr": optimizer.param_groups[0]["lr"]})
@@ -416,7 +522,9 @@ class LiteAutoencoderKL(ValidatedModule):
             self._pairs.clear()
         self.guard.end_step(self.global_step, scaler)
 
-    def _step_discriminator(self, adversary: Adversary, optimizer: Optimizer, norm: Tensor, bad: Tensor) -> None:
+    def _step_discriminator(
+        self, adversary: Adversary, optimizer: Optimizer, norm: Tensor, bad: Tensor
+    ) -> None:
         self._clip(optimizer, norm, "train/grad_norm_discriminator")
         scaler = grad_scaler(self)
         self.guard.skip_if(bad, optimizer, scaler)
@@ -430,7 +538,9 @@ class LiteAutoencoderKL(ValidatedModule):
     def _clip(self, optimizer: Optimizer, norm: Tensor, name: str) -> None:
         if self.gradient_clip_val:
             self.report({name: norm})
-            torch.nn.utils.clip_grads_with_norm_(parameters_of(optimizer), self.gradient_clip_val, norm)
+            torch.nn.utils.clip_grads_with_norm_(
+                parameters_of(optimizer), self.gradient_clip_val, norm
+            )
 
     # Lightning's hooks
 
@@ -442,16 +552,27 @@ class LiteAutoencoderKL(ValidatedModule):
         decay_steps = self.decay_steps or self.trainer.max_steps
 
         def factor(step: int) -> float:
-            factor = lr_factor(step, self.scheduler, self.warmup_steps, decay_steps, self.min_lr_factor)
+            factor = lr_factor(
+                step, self.scheduler, self.warmup_steps, decay_steps, self.min_lr_factor
+            )
             return factor * self.rate_factor
 
-        optimizers = [make_optimizer(self.optimizer, self.autoencoder_parameters(), self.learning_rate, self.betas)]
+        optimizers = [
+            make_optimizer(
+                self.optimizer, self.autoencoder_parameters(), self.learning_rate, self.betas
+            )
+        ]
         schedules = [LambdaLR(optimizers[0], factor)]
         if self.adversary is not None:
             rate = self.learning_rate * self.adversary.learning_rate_ratio
-            parameters, start_step = list(self.adversary.discriminator.parameters()), self.adversary.start_step
+            parameters, start_step = (
+                list(self.adversary.discriminator.parameters()),
+                self.adversary.start_step,
+            )
 
-            def own_warmup(updates: int) -> float:  # counted from its first update, times the autoencoder's schedule
+            def own_warmup(
+                updates: int,
+            ) -> float:  # counted from its first update, times the autoencoder's schedule
                 rise = min(1.0, (updates + 1) / max(1, self.warmup_steps))
                 return rise * factor(max(self.global_step, self.warmup_steps, start_step))
 
@@ -468,8 +589,13 @@ class LiteAutoencoderKL(ValidatedModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.images_seen, self._iteration = checkpoint["images_seen"], checkpoint["iteration"]
-        self.rate_factor, self.linear_psnr = checkpoint["rate_factor"], checkpoint.get("linear_psnr")
-        batches = self._iteration * self.accumulate_grad_batches  # of another number in an update than before, perhaps
+        self.rate_factor, self.linear_psnr = (
+            checkpoint["rate_factor"],
+            checkpoint.get("linear_psnr"),
+        )
+        batches = (
+            self._iteration * self.accumulate_grad_batches
+        )  # of another number in an update than before, perhaps
         counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         counts |= {kind: dict.fromkeys(counts[kind], batches) for kind in ("total", "current")}
         for schedule in checkpoint["lr_schedulers"]:
@@ -493,7 +619,9 @@ class LiteAutoencoderKL(ValidatedModule):
             first, *others = _as_list(self.lr_schedulers())
             saved = first.optimizer.param_groups[0]["lr"]
             follow(first)
-            if first.optimizer.param_groups[0]["lr"] != saved:  # else the discriminator's is of its own last update
+            if (
+                first.optimizer.param_groups[0]["lr"] != saved
+            ):  # else the discriminator's is of its own last update
                 for schedule in others:
                     follow(schedule)
         for part in self.each_part:

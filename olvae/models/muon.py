@@ -9,9 +9,13 @@ from torch.optim.adam import adam as adam_update
 
 ITERATION = (3.4445, -4.7750, 2.0315)  # K. Jordan, Muon (2024)
 STEPS = 5
-SMALLEST = 8  # inputs and outputs: below, as at an image's channels, there is no spectrum to speak of
+SMALLEST = (
+    8  # inputs and outputs: below, as at an image's channels, there is no spectrum to speak of
+)
 RMS = 0.6  # of an update's entries at a rate of 1: best on the demo (docs/demo.md) [D]; arXiv 2502.16982, 2.2, has .2
-STACKED = 2**22  # values of the matrices that are stacked, at most: larger ones keep a device busy one by one
+STACKED = (
+    2**22
+)  # values of the matrices that are stacked, at most: larger ones keep a device busy one by one
 
 
 class Muon(torch.optim.Optimizer):
@@ -29,12 +33,20 @@ class Muon(torch.optim.Optimizer):
     Like Adam with fused kernels it skips an update for ``found_inf`` without waiting for the device.
     """
 
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler sets found_inf and grad_scale, and does not wait
+    _step_supports_amp_scaling = (
+        True  # torch.amp.GradScaler sets found_inf and grad_scale, and does not wait
+    )
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float]) -> None:
+    def __init__(
+        self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float]
+    ) -> None:
         parameters = list(params)
-        groups = [{"params": [p for p in parameters if is_matrix(p) == kind]} for kind in (False, True)]
-        super().__init__(groups, {"lr": lr, "betas": betas, "fused": True})  # so loaded steps come to their device
+        groups = [
+            {"params": [p for p in parameters if is_matrix(p) == kind]} for kind in (False, True)
+        ]
+        super().__init__(
+            groups, {"lr": lr, "betas": betas, "fused": True}
+        )  # so loaded steps come to their device
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -56,13 +68,17 @@ class Muon(torch.optim.Optimizer):
                 self._step_matrices(same[i : i + at_once], matrices, found_inf, scale)
         return loss
 
-    def _step_adam(self, group: dict[str, Any], found_inf: Tensor | None, scale: Tensor | None) -> None:
+    def _step_adam(
+        self, group: dict[str, Any], found_inf: Tensor | None, scale: Tensor | None
+    ) -> None:
         trained = [p for p in group["params"] if p.grad is not None]
         for p in trained:
             if not self.state[p]:
                 zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
                 self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
-        kept = [[self.state[p][name] for p in trained] for name in ("exp_avg", "exp_avg_sq", "step")]
+        kept = [
+            [self.state[p][name] for p in trained] for name in ("exp_avg", "exp_avg_sq", "step")
+        ]
         beta1, beta2 = group["betas"]
         adam_update(
             trained, [p.grad for p in trained if p.grad is not None], kept[0], kept[1], [], kept[2],
@@ -71,7 +87,11 @@ class Muon(torch.optim.Optimizer):
         )  # fmt: skip
 
     def _step_matrices(
-        self, same: list[Tensor], group: dict[str, Any], found_inf: Tensor | None, scale: Tensor | None
+        self,
+        same: list[Tensor],
+        group: dict[str, Any],
+        found_inf: Tensor | None,
+        scale: Tensor | None,
     ) -> None:
         """Change weights of one shape, of this group."""
         rate, beta = group["lr"], group["betas"][0]

@@ -28,7 +28,10 @@ log = logging.getLogger("olvae")
 
 def mix_seeds(*numbers: int) -> int:
     """One seed from several numbers, different for each list of them."""
-    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, dtype=np.uint64)[0]) >> 1
+    return (
+        int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, dtype=np.uint64)[0])
+        >> 1
+    )
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -37,7 +40,9 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def lr_factor(step: int, name: str, warmup_steps: int, decay_steps: int, min_factor: float) -> float:
+def lr_factor(
+    step: int, name: str, warmup_steps: int, decay_steps: int, min_factor: float
+) -> float:
     """The factor of the base rate at a step, counted from 0.
 
     Linear from 1/warmup_steps to 1; then 1 (``constant``), or half a cosine down to ``min_factor`` at ``decay_steps``.
@@ -52,7 +57,9 @@ def lr_factor(step: int, name: str, warmup_steps: int, decay_steps: int, min_fac
 
 def follow(schedule: LambdaLR) -> None:
     """Set the learning rates that a schedule has at its step, as those of a resumed run may be another schedule's."""
-    rates = zip(schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    rates = zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    )
     for group, base, factor in rates:
         group["lr"] = base * factor(schedule.last_epoch)
 
@@ -68,7 +75,11 @@ def make_optimizer(
     def keep_settings(loaded: torch.optim.Optimizer) -> None:
         for group in loaded.param_groups:
             before = group.get("initial_lr", group["lr"])
-            group |= {"lr": group["lr"] * (rate / before) if before else rate, "initial_lr": rate, "betas": betas}
+            group |= {
+                "lr": group["lr"] * (rate / before) if before else rate,
+                "initial_lr": rate,
+                "betas": betas,
+            }
 
     optimizer = OPTIMIZERS[name](parameters, lr=rate, betas=betas)
     optimizer.register_load_state_dict_post_hook(_lay_out_moments)
@@ -101,10 +112,14 @@ def gradient_norm(module: pl.LightningModule, optimizer: torch.optim.Optimizer) 
     scaler = grad_scaler(module)
     if scaler is not None:
         scaler.unscale_(optimizer)
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters_of(optimizer) if p.grad is not None])
+    return torch.nn.utils.get_total_norm(
+        [p.grad for p in parameters_of(optimizer) if p.grad is not None]
+    )
 
 
-def gradient_ratio(module: pl.LightningModule, one: Tensor, other: Tensor, network: nn.Module | None = None) -> Tensor:
+def gradient_ratio(
+    module: pl.LightningModule, one: Tensor, other: Tensor, network: nn.Module | None = None
+) -> Tensor:
     """|gradient of one loss| / |gradient of the other| at a network's last layer, the decoder's by default; in float32.
 
     The gradients are those of the whole batch, over all ranks. Under fp16 both losses carry the loss scale, which the
@@ -166,9 +181,14 @@ def compile_networks(networks: Sequence[nn.Module], device: torch.device) -> boo
     """
     try:
         torch.compile(torch.neg, dynamic=False)(torch.zeros(2, device=device))
-    except Exception as error:  # of many kinds: InductorError, InvalidCxxCompiler, CalledProcessError, ...
+    except (
+        Exception
+    ) as error:  # of many kinds: InductorError, InvalidCxxCompiler, CalledProcessError, ...
         if this_process()[0] == 0:
-            log.warning("compile: the networks run uncompiled, because no compiler works here (%s)", first_line(error))
+            log.warning(
+                "compile: the networks run uncompiled, because no compiler works here (%s)",
+                first_line(error),
+            )
         return False
     # A ratio of gradients goes through a graph before its backward pass, which must not reuse the graph's memory.
     torch._functorch.config.donated_buffer = False
@@ -185,10 +205,16 @@ class BadStep(NamedTuple):
     """A step that changed nothing, or but for a further update of the discriminator."""
 
     step: int  # of the autoencoder; several updates of the discriminator's warm-up have the same
-    term: str  # the first non-finite one in the order of computation: a loss, or a player's gradient
-    keys: list[str]  # of the images of the micro-batch with that term, in this process; of all if it is a gradient
+    term: (
+        str  # the first non-finite one in the order of computation: a loss, or a player's gradient
+    )
+    keys: list[
+        str
+    ]  # of the images of the micro-batch with that term, in this process; of all if it is a gradient
     overflow: bool  # fp16's gradients were too large for their scale, which is lowered for that: expected now and then
-    whole: bool = True  # or a further update of the discriminator changed nothing, those before it stand
+    whole: bool = (
+        True  # or a further update of the discriminator changed nothing, those before it stand
+    )
 
 
 @dataclass
@@ -197,14 +223,18 @@ class _Record:
 
     step: int = 0
     keys: list[list[str]] = field(default_factory=list)  # by micro-batch
-    terms: list[tuple[str, int, Tensor]] = field(default_factory=list)  # name, micro-batch and value
+    terms: list[tuple[str, int, Tensor]] = field(
+        default_factory=list
+    )  # name, micro-batch and value
     finite: Tensor = field(init=False)  # by term
     bad: list[Tensor] = field(default_factory=list)  # 1.0 or 0.0, by update
     scale: Tensor | None = None  # of fp16's losses
 
     def read(self) -> BadStep:
         term, batch, _ = self.terms[self.finite.tolist().index(False)]
-        scaled = self.scale is not None and float(self.scale) >= 1  # a lower one is no matter of half precision
+        scaled = (
+            self.scale is not None and float(self.scale) >= 1
+        )  # a lower one is no matter of half precision
         is_gradient = term.startswith(GRADIENT)
         keys = [key for keys in self.keys for key in keys] if is_gradient else self.keys[batch]
         return BadStep(self.step, term, keys, scaled and is_gradient, bool(self.bad[0] > 0))
@@ -250,7 +280,9 @@ class NonFiniteGuard:
 
     def observe(self, terms: Mapping[str, Tensor]) -> None:
         """Record scalars, in the order of their computation."""
-        self._record.terms += [(name, self._batch, value.detach().float()) for name, value in terms.items()]
+        self._record.terms += [
+            (name, self._batch, value.detach().float()) for name, value in terms.items()
+        ]
 
     @staticmethod
     def propagate(loss: Tensor) -> Tensor:
@@ -267,11 +299,15 @@ class NonFiniteGuard:
         squares = {f"{GRADIENT}{player}": norm.square() for player, norm in norms.items()}
         self.observe(squares)
         bad = 1.0 - torch.stack(list(squares.values())).isfinite().all().float()
-        self._record.bad.append(torch.maximum(self._record.bad[0], bad) if self._record.bad else bad)
+        self._record.bad.append(
+            torch.maximum(self._record.bad[0], bad) if self._record.bad else bad
+        )
         return self._record.bad[-1]
 
     @staticmethod
-    def skip_if(bad: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+    def skip_if(
+        bad: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
+    ) -> None:
         """Make the optimizer's next step a no-op if ``bad`` is 1.0; it has to heed ``found_inf``."""
         if scaler is None:
             optimizer.found_inf = bad  # type: ignore[attr-defined]
@@ -286,7 +322,9 @@ class NonFiniteGuard:
         for buffers, before in zip(self._buffers, self._before, strict=True):
             now = torch.cat([b.flatten() for b in buffers])
             kept = torch.where(bad > 0, before, now).split([b.numel() for b in buffers])
-            torch._foreach_copy_(buffers, [value.view_as(b) for value, b in zip(kept, buffers, strict=True)])
+            torch._foreach_copy_(
+                buffers, [value.view_as(b) for value, b in zip(kept, buffers, strict=True)]
+            )
 
     def end_step(self, step: int, scaler: torch.amp.GradScaler | None) -> None:
         self.good = 1.0 - self._record.bad[0]
@@ -307,11 +345,20 @@ class NonFiniteGuard:
         Collective under fp16: a step in which any process had a non-finite loss is an overflow in none.
         """
         records, self._records = self._records, deque(maxlen=MAX_PENDING)
-        flags = torch.stack([torch.stack(record.bad).amax() for record in records]).tolist() if records else []
-        steps = [record.read() if flag else None for flag, record in zip(flags, records, strict=True)]
+        flags = (
+            torch.stack([torch.stack(record.bad).amax() for record in records]).tolist()
+            if records
+            else []
+        )
+        steps = [
+            record.read() if flag else None for flag, record in zip(flags, records, strict=True)
+        ]
         if not dist.is_initialized() or not records or records[0].scale is None:
             return steps
         spoilt = [step is not None and not step.overflow for step in steps]
         agreed = torch.tensor(spoilt, dtype=torch.uint8, device=records[0].bad[0].device)
         dist.all_reduce(agreed, dist.ReduceOp.MAX)
-        return [s and s._replace(overflow=not flag) for s, flag in zip(steps, agreed.tolist(), strict=True)]
+        return [
+            s and s._replace(overflow=not flag)
+            for s, flag in zip(steps, agreed.tolist(), strict=True)
+        ]

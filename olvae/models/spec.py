@@ -32,9 +32,16 @@ SHIPPED_FOLDER = Path(__file__).parent.parent / "pretrained"
 OURS = "olvae."  # begins every target that a received config may name
 CLASS_NAME = "AutoencoderLiteVAE"
 CONFIG_NAME = "config.json"
-AUTO_MAP = {"AutoModel": f"autoencoder_litevae.{CLASS_NAME}"}  # the file beside an export, and its class
+AUTO_MAP = {
+    "AutoModel": f"autoencoder_litevae.{CLASS_NAME}"
+}  # the file beside an export, and its class
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-NETWORKS = ("encoder_config", "decoder_config", "embed_dim", "use_quant")  # what builds the networks
+NETWORKS = (
+    "encoder_config",
+    "decoder_config",
+    "embed_dim",
+    "use_quant",
+)  # what builds the networks
 
 FOR_DIFFUSION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
 """Arguments of :class:`AutoencoderSpec` for the pipeline of a diffusion model; they change nothing here."""
@@ -68,10 +75,14 @@ class AutoencoderSpec:
     latents_mean: Sequence[float | int] | None = None  # n_z numbers, or 4 n_z of 2x2 patches
     latents_std: Sequence[float | int] | None = None  # as many
     force_upcast: bool = False
-    pixel_range: Mapping[str, Any] | Sequence[Any] | None = None  # data.params.range of the training; None for 8 bits
+    pixel_range: Mapping[str, Any] | Sequence[Any] | None = (
+        None  # data.params.range of the training; None for 8 bits
+    )
 
     @classmethod
-    def from_content(cls, content: Mapping[str, Any], origin: str, only_ours: bool) -> "AutoencoderSpec":
+    def from_content(
+        cls, content: Mapping[str, Any], origin: str, only_ours: bool
+    ) -> "AutoencoderSpec":
         """Read the content of a training config, or of an export's config.json; ConfigError if it has mistakes.
 
         ``origin`` is for messages; ``only_ours`` refuses networks from outside of this package, for received configs.
@@ -79,10 +90,16 @@ class AutoencoderSpec:
         if "model" in content:
             found = {key: entry_of(content, f"model.params.{key}") for key in IN_TRAINING}
             params = {key: value for key, value in found.items() if value is not None}
-            params["pixel_range"], origin = entry_of(content, "data.params.range"), f"{origin}: model.params."
+            params["pixel_range"], origin = (
+                entry_of(content, "data.params.range"),
+                f"{origin}: model.params.",
+            )
         else:
             _check_export(content, origin)
-            params, origin = {key: content[key] for key in IN_EXPORT if key in content}, f"{origin}: "
+            params, origin = (
+                {key: content[key] for key in IN_EXPORT if key in content},
+                f"{origin}: ",
+            )
         for mistakes in (  # each only where there is none before it
             _wrong_networks(params, only_ours),
             oversized(params) if only_ours else (),
@@ -96,7 +113,10 @@ class AutoencoderSpec:
     @property
     def ours(self) -> bool:
         """Whether both networks are of this package."""
-        return all(str(node["target"]).startswith(OURS) for node in (self.encoder_config, self.decoder_config))
+        return all(
+            str(node["target"]).startswith(OURS)
+            for node in (self.encoder_config, self.decoder_config)
+        )
 
     def to_export(self, **derived: Any) -> Config:
         """The content of an export's config.json, with the ``derived`` keys.
@@ -105,16 +125,22 @@ class AutoencoderSpec:
         """
         for target in (self.encoder_config["target"], self.decoder_config["target"]):
             if not target.startswith(OURS):
-                raise ValueError(f"{target} is a network of your own: an export holds networks of this package only")
+                raise ValueError(
+                    f"{target} is a network of your own: an export holds networks of this package only"
+                )
         arguments = {name: getattr(self, name) for name in IN_EXPORT}
         if self.pixel_range is None:
             del arguments["pixel_range"]  # other tools know nothing of it
         try:
             content: Config = json.loads(
-                json.dumps({"_class_name": CLASS_NAME, "auto_map": AUTO_MAP, **arguments, **derived})
+                json.dumps(
+                    {"_class_name": CLASS_NAME, "auto_map": AUTO_MAP, **arguments, **derived}
+                )
             )
         except TypeError as error:
-            raise ValueError(f"a network has an argument that JSON can't represent: {error}") from error
+            raise ValueError(
+                f"a network has an argument that JSON can't represent: {error}"
+            ) from error
         return content
 
 
@@ -164,7 +190,9 @@ def _wrong_networks(params: Mapping[str, Any], only_ours: bool) -> Iterator[str]
 def _check_export(content: Mapping[str, Any], origin: str) -> None:
     name = content.get("_class_name", CLASS_NAME)
     if name != CLASS_NAME:
-        raise ConfigError(f"{origin}: the config of diffusers' {name}: as a target, diffusers:FOLDER")
+        raise ConfigError(
+            f"{origin}: the config of diffusers' {name}: as a target, diffusers:FOLDER"
+        )
     given = {key: value for key, value in content.items() if not key.startswith("_")}
     if mistakes := list(unknown_keys(given, (*IN_EXPORT, *DERIVED))):
         raise ConfigError(*(f"{origin}: {mistake}" for mistake in mistakes))
@@ -195,7 +223,9 @@ def check_factors(values: Mapping[str, Any], n_z: int) -> Iterator[str]:
     for key, positive in (("latents_mean", False), ("latents_std", True)):
         several = values.get(key)
         counts = (n_z, 4 * n_z)  # the latter of the positions of 2x2 patches, as FLUX.2's
-        if several is not None and (len(several) not in counts or not all(_is_number(n, positive) for n in several)):
+        if several is not None and (
+            len(several) not in counts or not all(_is_number(n, positive) for n in several)
+        ):
             yield f"{key}: expected {n_z} numbers{' above 0' if positive else ''}, one per channel, got {several!r}"
     if (values.get("latents_mean") is None) != (values.get("latents_std") is None):
         yield "latents_mean, latents_std: give both, or neither"
@@ -212,7 +242,9 @@ def place_in(target: str) -> str:
 
 def is_hub_id(text: str) -> bool:
     """Whether this could be OWNER/NAME on the hub."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None and not text.endswith(WEIGHT_SUFFIXES)
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None and not text.endswith(
+        WEIGHT_SUFFIXES
+    )
 
 
 def split_class(text: str) -> tuple[str, str] | None:
@@ -224,9 +256,13 @@ def split_class(text: str) -> tuple[str, str] | None:
 def shipped_folder(text: str) -> Path:
     """The export that ``olvae:NAME`` is; FileNotFoundError with the names that there are if it is none of them."""
     name = text.removeprefix(SHIPPED)
-    if name not in (names := [config.parent.name for config in SHIPPED_FOLDER.glob("*/config.json")]):
+    if name not in (
+        names := [config.parent.name for config in SHIPPED_FOLDER.glob("*/config.json")]
+    ):
         known = ", ".join(f"{SHIPPED}{name}" for name in sorted(names))
-        raise FileNotFoundError(f"{text}: no model of this name in the package, which has {known or 'none'}")
+        raise FileNotFoundError(
+            f"{text}: no model of this name in the package, which has {known or 'none'}"
+        )
     return SHIPPED_FOLDER / name
 
 
@@ -236,8 +272,12 @@ def check_target(text: str) -> None:
         name = place_in(text)
         if not (Path(name).is_dir() or is_hub_id(name)):
             near = nearest_path(name)
-            raise FileNotFoundError(f"{text}: no such folder, and not an id of the hub (OWNER/NAME){near}")
+            raise FileNotFoundError(
+                f"{text}: no such folder, and not an id of the hub (OWNER/NAME){near}"
+            )
     elif text.startswith(SHIPPED):
         shipped_folder(text)
     elif not (Path(find_run(text)).exists() or is_hub_id(text) or split_class(text)):
-        raise FileNotFoundError(f"{text}: not found{nearest_path(text, named_runs(text)) or f'; a target is {KINDS}'}")
+        raise FileNotFoundError(
+            f"{text}: not found{nearest_path(text, named_runs(text)) or f'; a target is {KINDS}'}"
+        )

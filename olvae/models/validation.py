@@ -36,7 +36,9 @@ class ValidatedModule(pl.LightningModule):
     freeze_decoder: bool
     channels_last: bool
     pixel_range: PixelRange = EIGHT_BITS  # of the source's images
-    reports = False  # whether the last training step logged its values: every log_every_n_steps-th does
+    reports = (
+        False  # whether the last training step logged its values: every log_every_n_steps-th does
+    )
 
     def __init__(self, val_metrics: Sequence[str] = (), weights_dir: str | None = None) -> None:
         super().__init__()
@@ -44,15 +46,23 @@ class ValidatedModule(pl.LightningModule):
         self.weights_dir = weights_dir
         self.logged: dict[str, Tensor | float] = {}  # the values of the last step that logged any
         self._reported: dict[str, Tensor | float] = {}  # to be logged
-        self.validation_values: dict[str, float] = {}  # of the last one, as val/psnr; empty if no image could be read
+        self.validation_values: dict[
+            str, float
+        ] = {}  # of the last one, as val/psnr; empty if no image could be read
         self._make_metrics: tuple[torch.device, MakeMetrics] | None = None
-        self._metrics: dict[str, MetricSet] = {}  # by the weights, val (averaged) or val_raw (as trained)
-        self._sums: dict[tuple[str, str], Any] = {}  # by part and name: sum over images and their number
+        self._metrics: dict[
+            str, MetricSet
+        ] = {}  # by the weights, val (averaged) or val_raw (as trained)
+        self._sums: dict[
+            tuple[str, str], Any
+        ] = {}  # by part and name: sum over images and their number
 
     @property
     def autoencoder(self) -> LiteVAE:
         """The plain module over the same weights (a view: cheap to make, nothing is copied)."""
-        vae = LiteVAE(self.encoder, self.decoder, self.quantizer).set_for_diffusion(self.for_diffusion)
+        vae = LiteVAE(self.encoder, self.decoder, self.quantizer).set_for_diffusion(
+            self.for_diffusion
+        )
         vae.pixel_range = self.pixel_range
         return vae
 
@@ -99,7 +109,9 @@ class ValidatedModule(pl.LightningModule):
         """See :meth:`LiteVAE.forward`; a stand-in, whose moments may be known, takes the place of a frozen half."""
         stand_in = self.stand_in if self.freeze_encoder else None
         posterior = self.encode(x) if stand_in is None else stand_in.posterior(x, moments)
-        return self.decode_trained(posterior.sample() if sample_posterior else posterior.mode()), posterior
+        return self.decode_trained(
+            posterior.sample() if sample_posterior else posterior.mode()
+        ), posterior
 
     def report(self, values: Mapping[str, Tensor | float], rare: bool = False) -> None:
         """Log the values of a step that the loggers take, as means over the processes; the same names in each of them.
@@ -107,17 +119,26 @@ class ValidatedModule(pl.LightningModule):
         At the other steps nothing waits for the device. ``rare`` ones, which not each step has, are logged at the next.
         """
         if self.reports or rare:
-            self._reported |= {name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()}
+            self._reported |= {
+                name: v.detach() if isinstance(v, Tensor) else v for name, v in values.items()
+            }
 
     def _log_reported(self) -> None:
         results = self.trainer.fit_loop.epoch_loop._results
-        for name in [name for name in results if name.startswith(("training_step.", "on_train_batch_end."))]:
+        for name in [
+            name for name in results if name.startswith(("training_step.", "on_train_batch_end."))
+        ]:
             del results[name]  # or Lightning logs an earlier step's again, as of this one
         if not self.reports:
             return
         values, self._reported = self._reported, {}
         if self.trainer.world_size > 1:  # one message for all of them
-            flat = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.device) for v in values.values()])
+            flat = torch.stack(
+                [
+                    torch.as_tensor(v, dtype=torch.float32, device=self.device)
+                    for v in values.values()
+                ]
+            )
             values = dict(zip(values, mean_over_processes(flat).unbind(), strict=True))
         self.logged = values
         # The step, or Lightning counts micro-batches on the logger's axis.
@@ -128,7 +149,9 @@ class ValidatedModule(pl.LightningModule):
         if self._make_metrics is None or self._make_metrics[0] != self.device:
             make = build_metrics(("psnr", "ssim", *self.val_metrics), self.weights_dir, self.device)
             if missing := make().skipped:
-                raise FileNotFoundError("; ".join(f"val_metrics: {name}: {reason}" for name, reason in missing.items()))
+                raise FileNotFoundError(
+                    "; ".join(f"val_metrics: {name}: {reason}" for name, reason in missing.items())
+                )
             self._make_metrics = self.device, make
         return self._make_metrics[1]
 
@@ -145,7 +168,9 @@ class ValidatedModule(pl.LightningModule):
         for weights, metrics in self._metrics.items():
             average = self._average if weights == "val_raw" else None
             with nullcontext() if average is None else average.weights_as_trained():
-                metrics.update(keys, x, self.pixel_range.to_levels(self(images, moments=moments)[0]))
+                metrics.update(
+                    keys, x, self.pixel_range.to_levels(self(images, moments=moments)[0])
+                )
         for part in self.each_part:
             for name, mean in part.validate(cast("Any", self), images, moments).items():
                 summed = np.array([float(mean) * len(x), len(x)])
@@ -154,10 +179,14 @@ class ValidatedModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the values over all processes, without those that are infinite or not available."""
         states = gather(({key: part.state() for key, part in self._metrics.items()}, self._sums))
-        values = [{} if states is None else self._summarise(states[1:])]  # rFID's features go to one process alone
+        values = [
+            {} if states is None else self._summarise(states[1:])
+        ]  # rFID's features go to one process alone
         if dist.is_initialized():
             dist.broadcast_object_list(values)
-        self.validation_values = {} if self.trainer.sanity_checking else values[0]  # of its two batches
+        self.validation_values = (
+            {} if self.trainer.sanity_checking else values[0]
+        )  # of its two batches
         self._metrics = {}
         self.log_dict(values[0])
         self.log("step", float(self.global_step))
@@ -176,6 +205,10 @@ class ValidatedModule(pl.LightningModule):
             if math.isfinite(value)
         }
         for part in self.each_part:
-            means = {name: float(total / n) for (of, name), (total, n) in self._sums.items() if of == part.name}
+            means = {
+                name: float(total / n)
+                for (of, name), (total, n) in self._sums.items()
+                if of == part.name
+            }
             values |= {f"val/{name}": value for name, value in part.summarise(means).items()}
         return values

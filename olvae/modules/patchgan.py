@@ -29,7 +29,8 @@ class PatchGAN(nn.Module):
         widths = [base_channels * min(2**i, 8) for i in range(n_layers + 1)]
         self.first = nn.Conv2d(in_channels, widths[0], kernel_size=4, stride=2, padding=1)
         self.layers = nn.ModuleList(
-            _Layer(widths[i], widths[i + 1], stride=2 if i + 1 < n_layers else 1) for i in range(n_layers)
+            _Layer(widths[i], widths[i + 1], stride=2 if i + 1 < n_layers else 1)
+            for i in range(n_layers)
         )
         self.last = nn.Conv2d(widths[-1], 1, kernel_size=4, stride=1, padding=1)
         for module in self.modules():
@@ -45,7 +46,9 @@ class PatchGAN(nn.Module):
         """(B, in_channels, H, W), sides of at least 4 * 2^n -> [logits of patches (B, 1, ~H/2^n - 2, ~W/2^n - 2)]."""
         if x.ndim != 4 or min(x.shape[-2:]) < self.min_size:
             least = f"(B, C, H, W) of at least {self.min_size}x{self.min_size} pixels"
-            raise ValueError(f"PatchGAN with {len(self.layers)} layers takes images {least}, got {tuple(x.shape)}")
+            raise ValueError(
+                f"PatchGAN with {len(self.layers)} layers takes images {least}, got {tuple(x.shape)}"
+            )
         h = F.leaky_relu(self.first(x), 0.2)  # (B, base, H/2, W/2)
         for layer in self.layers:
             h = layer(h)
@@ -63,14 +66,20 @@ class _SharedBatchNorm(_NormBase):
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         running = self.running_mean, self.running_var
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
-            return F.batch_norm(x, *running, self.weight, self.bias, self.training, self.momentum or 0.0, self.eps)
+            return F.batch_norm(
+                x, *running, self.weight, self.bias, self.training, self.momentum or 0.0, self.eps
+            )
         h = upcast(x)
         var, own = torch.var_mean(h, dim=(0, 2, 3), correction=0)
         mean = mean_over_processes(own)
-        var = mean_over_processes(var + (own - mean).square())  # of squares less a square, float32 keeps no digits
+        var = mean_over_processes(
+            var + (own - mean).square()
+        )  # of squares less a square, float32 keeps no digits
         with torch.no_grad():
             count = x.numel() / x.shape[1] * dist.get_world_size()
-            for buffer, value in zip(running, (mean, var * (count / max(1.0, count - 1))), strict=True):
+            for buffer, value in zip(
+                running, (mean, var * (count / max(1.0, count - 1))), strict=True
+            ):
                 assert buffer is not None
                 buffer.lerp_(value.to(buffer.dtype), self.momentum or 0.0)
         mean, scale = mean[:, None, None], ((var + self.eps).rsqrt() * self.weight)[:, None, None]
@@ -80,7 +89,9 @@ class _SharedBatchNorm(_NormBase):
 class _Layer(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=4, stride=stride, padding=1, bias=False)
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, kernel_size=4, stride=stride, padding=1, bias=False
+        )
         self.norm = _SharedBatchNorm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,7 +26,9 @@ class Moments:
         """Sum over one latent (n_z, h, w), or a batch of them (B, n_z, h, w); no variance for deterministic latents."""
         mean = _by_channel(mean)  # (n_z, positions)
         variance = torch.zeros_like(mean) if variance is None else _by_channel(variance)
-        return cls(mean.shape[1], mean.sum(1).cpu(), mean.square().sum(1).cpu(), variance.sum(1).cpu())
+        return cls(
+            mean.shape[1], mean.sum(1).cpu(), mean.square().sum(1).cpu(), variance.sum(1).cpu()
+        )
 
     @classmethod
     def from_state(cls, positions: int, sums: Sequence[Sequence[float]]) -> "Moments":
@@ -38,7 +40,11 @@ class Moments:
         return self.positions, [self.means.tolist(), self.squares.tolist(), self.variances.tolist()]
 
     def __add__(self, other: "Moments") -> "Moments":
-        sums = (self.means + other.means, self.squares + other.squares, self.variances + other.variances)
+        sums = (
+            self.means + other.means,
+            self.squares + other.squares,
+            self.variances + other.variances,
+        )
         return Moments(self.positions + other.positions, *sums)
 
     @property
@@ -49,7 +55,9 @@ class Moments:
     @property
     def std(self) -> Tensor:
         """The standard deviation of z per channel, (n_z)."""
-        variance = self.squares / self.positions - self.mean.square() + self.variances / self.positions
+        variance = (
+            self.squares / self.positions - self.mean.square() + self.variances / self.positions
+        )
         return variance.clamp(min=0.0).sqrt()
 
     @property

@@ -44,7 +44,9 @@ class _Half(Steps):
             down = ("DownEncoderBlock2D",) * len(channel_mult)
             self.model = vae.Encoder(down_block_types=down, double_z=False, **shared)
         else:
-            self.model = vae.Decoder(up_block_types=("UpDecoderBlock2D",) * len(channel_mult), **shared)
+            self.model = vae.Decoder(
+                up_block_types=("UpDecoderBlock2D",) * len(channel_mult), **shared
+            )
         set_padding(self.model, padding)
 
     def checkpoint_steps(self, on: bool = True) -> None:
@@ -83,7 +85,16 @@ class SDEncoder(_Half, Encoder):
     ) -> None:
         check_counts(1, channels=channels, channel_mult=channel_mult)
         super().__init__(latent_dim, in_channels, 2 ** (len(channel_mult) - 1), image_size)
-        self._build(in_channels, latent_dim, channels, channel_mult, num_res_blocks, norm_groups, attention, padding)
+        self._build(
+            in_channels,
+            latent_dim,
+            channels,
+            channel_mult,
+            num_res_blocks,
+            norm_groups,
+            attention,
+            padding,
+        )
         if linear:
             self.add_linear_path()
 
@@ -115,7 +126,16 @@ class SDDecoder(_Half, Decoder):
     ) -> None:
         check_counts(1, channels=channels, channel_mult=channel_mult)
         super().__init__(z_channels, out_channels, 2 ** (len(channel_mult) - 1))
-        self._build(z_channels, out_channels, channels, channel_mult, num_res_blocks, norm_groups, attention, padding)
+        self._build(
+            z_channels,
+            out_channels,
+            channels,
+            channel_mult,
+            num_res_blocks,
+            norm_groups,
+            attention,
+            padding,
+        )
         if linear:
             self.add_linear_path()
 

@@ -98,7 +98,9 @@ def power_iteration(module: nn.Module) -> None:
     matrices = [norm.original.flatten(1) for norm in norms]  # (out_channels, in_channels k k)
     with no_autocast(matrices[0]):
         for one, other in (("_u", "_v"), ("_v", "_u")):
-            products = [m.mv(getattr(norm[0], other)) for m, norm in zip(matrices, norms, strict=True)]
+            products = [
+                m.mv(getattr(norm[0], other)) for m, norm in zip(matrices, norms, strict=True)
+            ]
             lengths = torch._foreach_clamp_min(torch._foreach_norm(products), 1e-12)
             for norm, product, length in zip(norms, products, lengths, strict=True):
                 torch.div(product, length, out=getattr(norm[0], one))
@@ -124,18 +126,24 @@ class UNetGAN(nn.Module):
 
     num_outputs = 2
 
-    def __init__(self, in_channels: int = 3, base_channels: int = 16, image_size: int = 256) -> None:
+    def __init__(
+        self, in_channels: int = 3, base_channels: int = 16, image_size: int = 256
+    ) -> None:
         super().__init__()
         if image_size < 64 or image_size % 64:
             raise ValueError(f"UNetGAN's image_size must be a multiple of 64, got {image_size}")
-        down, up = ([base_channels * m for m in widths] for widths in _LAYOUTS[256 if image_size >= 256 else 128])
+        down, up = (
+            [base_channels * m for m in widths]
+            for widths in _LAYOUTS[256 if image_size >= 256 else 128]
+        )
         self.down = nn.ModuleList(
             _DownBlock(c_in, c_out) for c_in, c_out in zip([in_channels, *down], down, strict=False)
         )
         self.image_head = SpectralConv2d(down[-1], 1, kernel_size=1)
         skips = [0, *reversed(down[:-1])]
         self.up = nn.ModuleList(
-            _UpBlock(c_in + skip, c_out) for c_in, skip, c_out in zip([down[-1], *up], skips, up, strict=False)
+            _UpBlock(c_in + skip, c_out)
+            for c_in, skip, c_out in zip([down[-1], *up], skips, up, strict=False)
         )
         self.pixel_head = nn.Conv2d(up[-1], 1, kernel_size=1)
         nn.init.orthogonal_(self.pixel_head.weight)
@@ -145,7 +153,9 @@ class UNetGAN(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, in_channels, H, W), sides multiples of 64 -> [logits of pixels (B, 1, H, W), of the image (B, 1)]."""
         if x.ndim != 4 or x.shape[-2] % 64 or x.shape[-1] % 64:
-            raise ValueError(f"UNetGAN takes images (B, C, H, W) with H and W multiples of 64, got {tuple(x.shape)}")
+            raise ValueError(
+                f"UNetGAN takes images (B, C, H, W) with H and W multiples of 64, got {tuple(x.shape)}"
+            )
         features: list[Tensor] = []
         for block in self.down:
             x = block(x, is_image=not features)
@@ -186,7 +196,9 @@ class _UpBlock(_Block):
     """Nearest upsampling; ReLU, conv, ReLU, conv, plus the shortcut."""
 
     def forward(self, x: Tensor, *skip: Tensor) -> Tensor:
-        x = F.interpolate(torch.cat((x, *skip), dim=1), scale_factor=2, mode="nearest")  # (B, in, 2h, 2w)
+        x = F.interpolate(
+            torch.cat((x, *skip), dim=1), scale_factor=2, mode="nearest"
+        )  # (B, in, 2h, 2w)
         h = self.conv1(F.relu(x))
         out: Tensor = self.conv2(F.relu(h)) + self.shortcut(x)
         return out  # (B, out, 2h, 2w)

@@ -68,7 +68,9 @@ def wavedec2(x: Tensor, wavelet: str = "haar", levels: int = 3) -> list[Tensor]:
     return out
 
 
-def waverec2(coefficients: list[Tensor], wavelet: str = "haar", size: tuple[int, int] | None = None) -> Tensor:
+def waverec2(
+    coefficients: list[Tensor], wavelet: str = "haar", size: tuple[int, int] | None = None
+) -> Tensor:
     """The inverse of :func:`wavedec2`; every LL but the coarsest is recomputed, not read."""
     if not coefficients:
         raise ValueError("waverec2 needs at least one level")
@@ -94,11 +96,17 @@ def _pad_to_even(x: Tensor) -> Tensor:
 # a compiler fuses. Eagerly these are bound by fresh memory, hence the two functions below: little beside the output is
 # allocated, a part of the batch at a time that stays in the processor's cache, and the gradient of one is the other.
 
-VALUES_AT_A_TIME = 2**18  # elements of the batch that are transformed at a time on a CPU; an image at least
+VALUES_AT_A_TIME = (
+    2**18
+)  # elements of the batch that are transformed at a time on a CPU; an image at least
 
 
 def _in_a_graph() -> bool:
-    return torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _haar_analysis(x: Tensor) -> Tensor:
@@ -126,12 +134,17 @@ class _Analysis(Function):
         b, c, h, w = x.shape
         channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
         layout = torch.channels_last if channels_last else torch.contiguous_format
-        bands = torch.empty((b, 4 * c, h // 2, w // 2), dtype=x.dtype, device=x.device, memory_format=layout)
+        bands = torch.empty(
+            (b, 4 * c, h // 2, w // 2), dtype=x.dtype, device=x.device, memory_format=layout
+        )
         n = _images_at_a_time(x)
         for part, out in zip(x.split(n), bands.split(n), strict=True):
             ll, dw, dh, dd = out.chunk(4, dim=1)
             left, right = part[..., 0::2], part[..., 1::2]
-            low, high = (left + right).mul_(0.5), (left - right).mul_(0.5)  # along the width: (n, C, 2h, w)
+            low, high = (
+                (left + right).mul_(0.5),
+                (left - right).mul_(0.5),
+            )  # along the width: (n, C, 2h, w)
             for rows, added, subtracted in ((low, ll, dh), (high, dw, dd)):
                 top, bottom = rows[..., 0::2, :], rows[..., 1::2, :]
                 torch.add(top, bottom, out=added)
@@ -179,7 +192,11 @@ def _synthesis_of(bands: Tensor) -> Tensor:
 
 def _images_at_a_time(x: Tensor) -> int:
     images = len(x)
-    return max(1, images * VALUES_AT_A_TIME // max(1, x.numel())) if x.device.type == "cpu" else max(1, images)
+    return (
+        max(1, images * VALUES_AT_A_TIME // max(1, x.numel()))
+        if x.device.type == "cpu"
+        else max(1, images)
+    )
 
 
 # Any orthogonal filter: one axis at a time, as a convolution over the periodically continued signal.
@@ -187,14 +204,18 @@ def _images_at_a_time(x: Tensor) -> int:
 
 def _filter_analysis(x: Tensor, wavelet: str) -> Tensor:
     low_w, high_w = _analysis(x, wavelet)  # each (B, C, 2h, w)
-    low_h = _analysis(torch.cat((low_w, high_w), dim=1).mT, wavelet)  # lowpass, highpass along the height
+    low_h = _analysis(
+        torch.cat((low_w, high_w), dim=1).mT, wavelet
+    )  # lowpass, highpass along the height
     (ll, lh), (hl, hh) = (band.mT.chunk(2, dim=1) for band in low_h)
     return torch.cat((ll, lh, hl, hh), dim=1)  # (B, 4C, h, w)
 
 
 def _filter_synthesis(bands: Tensor, wavelet: str) -> Tensor:
     ll, lh, hl, hh = bands.chunk(4, dim=1)  # each (B, C, h, w)
-    rows = _synthesis(torch.cat((ll, lh), dim=1).mT, torch.cat((hl, hh), dim=1).mT, wavelet).mT  # (B, 2C, 2h, w)
+    rows = _synthesis(
+        torch.cat((ll, lh), dim=1).mT, torch.cat((hl, hh), dim=1).mT, wavelet
+    ).mT  # (B, 2C, 2h, w)
     low_w, high_w = rows.chunk(2, dim=1)
     return _synthesis(low_w, high_w, wavelet)  # (B, C, 2h, 2w)
 
@@ -206,9 +227,13 @@ def _filters(wavelet: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     try:
         filters = pywt.Wavelet(wavelet)
     except ValueError:
-        raise ValueError(f"unknown wavelet {wavelet!r}: take haar, or one of db2 ..., sym2 ..., coif1 ...") from None
+        raise ValueError(
+            f"unknown wavelet {wavelet!r}: take haar, or one of db2 ..., sym2 ..., coif1 ..."
+        ) from None
     if not filters.orthogonal:
-        raise ValueError(f"wavelet {wavelet!r} is not orthogonal: choose one of the db, sym or coif families")
+        raise ValueError(
+            f"wavelet {wavelet!r} is not orthogonal: choose one of the db, sym or coif families"
+        )
     return tuple(filters.rec_lo), tuple(filters.rec_hi)
 
 
@@ -219,7 +244,9 @@ def _periodic(x: Tensor, reach: int) -> Tensor:
     """Continue the last axis periodically on both sides; the padding may be longer than the signal."""
     n = x.shape[-1]
     places = torch.arange(-reach, n + reach, device=x.device)
-    return x.index_select(-1, places.remainder(torch.full_like(places, n)))  # by a tensor, as ONNX has it
+    return x.index_select(
+        -1, places.remainder(torch.full_like(places, n))
+    )  # by a tensor, as ONNX has it
 
 
 def _analysis(x: Tensor, wavelet: str) -> tuple[Tensor, Tensor]:
@@ -234,11 +261,17 @@ def _analysis(x: Tensor, wavelet: str) -> tuple[Tensor, Tensor]:
 
 def _synthesis(low: Tensor, high: Tensor, wavelet: str) -> Tensor:
     """The transpose of _analysis, (..., n) twice -> (..., 2n)."""
-    weight = torch.tensor(_filters(wavelet), dtype=low.dtype, device=low.device)[:, None]  # (2, 1, F)
+    weight = torch.tensor(_filters(wavelet), dtype=low.dtype, device=low.device)[
+        :, None
+    ]  # (2, 1, F)
     n, half = low.shape[-1], weight.shape[-1] // 2
     reach = half // 2 + 1  # coefficients beyond either end that a pixel depends on
-    rows = _periodic(torch.stack((low.reshape(-1, n), high.reshape(-1, n)), dim=1), reach)  # (rows, band, n + 2 reach)
+    rows = _periodic(
+        torch.stack((low.reshape(-1, n), high.reshape(-1, n)), dim=1), reach
+    )  # (rows, band, n + 2 reach)
     with no_autocast(low):
-        x = F.conv_transpose1d(rows, weight, stride=2)  # (rows, 1, ...), from pixel 1 - F/2 - 2 reach on
+        x = F.conv_transpose1d(
+            rows, weight, stride=2
+        )  # (rows, 1, ...), from pixel 1 - F/2 - 2 reach on
     start = 2 * reach + half - 1
     return x[..., start : start + 2 * n].reshape(*low.shape[:-1], 2 * n)

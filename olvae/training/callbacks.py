@@ -30,7 +30,11 @@ from olvae.training.saving import check_written, current_run, last_good
 
 log = logging.getLogger("olvae.training")
 
-SIGNALS: dict[int, str] = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGUSR1: "SIGUSR1"}
+SIGNALS: dict[int, str] = {
+    signal.SIGINT: "Ctrl-C",
+    signal.SIGTERM: "SIGTERM",
+    signal.SIGUSR1: "SIGUSR1",
+}
 WARNING = "bold yellow"
 
 
@@ -51,7 +55,9 @@ class ImageGrids(Callback):
     def on_validation_epoch_start(self, *_: Any) -> None:
         self._batches = []
 
-    def on_validation_batch_end(self, _: pl.Trainer, __: Any, ___: Any, batch: Batch, *____: Any) -> None:
+    def on_validation_batch_end(
+        self, _: pl.Trainer, __: Any, ___: Any, batch: Batch, *____: Any
+    ) -> None:
         if sum(len(one["image"]) for one in self._batches) < self.count:
             self._batches.append(batch)
 
@@ -65,8 +71,12 @@ class ImageGrids(Callback):
         pixels = pl_module.pixel_range
         decoded, posterior = pl_module(pl_module.images({"image": read}), moments=moments)
         images, reconstruction = pixels.levels(read), pixels.to_levels(decoded)
-        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0)).to(posterior.mean)
-        samples = pixels.to_levels(pl_module.decode_trained(pl_module.autoencoder.from_diffusion(noise)))
+        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0)).to(
+            posterior.mean
+        )
+        samples = pixels.to_levels(
+            pl_module.decode_trained(pl_module.autoencoder.from_diffusion(noise))
+        )
         step = trainer.global_step
         grid = labelled_grid(
             {
@@ -121,9 +131,13 @@ class Health(Callback):
     def __init__(self, patience: int = 1000) -> None:
         check_counts(1, patience=patience)
         self.patience = patience
-        self._since: dict[str, int] = {}  # the first step of each symptom that lasts, by its sentence
+        self._since: dict[
+            str, int
+        ] = {}  # the first step of each symptom that lasts, by its sentence
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any
+    ) -> None:
         step = trainer.global_step
         if pl_module.adversary is None or not trainer.is_global_zero or not pl_module.reports:
             return
@@ -178,16 +192,24 @@ class BadSteps(Callback):
         self.in_a_row = in_a_row
         self.returns = returns
         self.rate_factor = rate_factor
-        self.bad = self.returned = 0  # non-finite steps of the whole run, and returns to a checkpoint
+        self.bad = self.returned = (
+            0  # non-finite steps of the whole run, and returns to a checkpoint
+        )
         self._row = 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"bad": self.bad, "returned": self.returned, "row": self._row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.bad, self.returned, self._row = state_dict["bad"], state_dict["returned"], state_dict["row"]
+        self.bad, self.returned, self._row = (
+            state_dict["bad"],
+            state_dict["returned"],
+            state_dict["row"],
+        )
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any
+    ) -> None:
         # At a stop before it is saved: the count, and perhaps a return, belong to the checkpoint.
         if pl_module.reports or trainer.should_stop or pl_module.guard.pending >= MAX_UNREAD_STEPS:
             self._read(trainer, pl_module)
@@ -215,7 +237,10 @@ class BadSteps(Callback):
     def _report(self, trainer: pl.Trainer, bad: list[BadStep]) -> None:
         """Print the first of some non-finite steps, and append all of them to the run's file."""
         path = current_run(trainer).bad_steps
-        lines = ({"step": s.step, "rank": trainer.global_rank, "term": s.term, "keys": s.keys} for s in bad)
+        lines = (
+            {"step": s.step, "rank": trainer.global_rank, "term": s.term, "keys": s.keys}
+            for s in bad
+        )
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
@@ -225,7 +250,9 @@ class BadSteps(Callback):
             what = "step" if all(step.whole for step in bad) else "update"
             others = f", and {len(bad) - 1} of the steps after it are bad too: these {what}s"
             rest = others if bad[1:] else f": this {what}"
-            counted = f"changed nothing ({self.bad} in this run so far); {path.name} names the images"
+            counted = (
+                f"changed nothing ({self.bad} in this run so far); {path.name} names the images"
+            )
             notify(f"step {bad[0].step}: {bad[0].term} is not finite{rest} {counted}", WARNING)
 
     def _return(self, trainer: pl.Trainer, model: LiteAutoencoderKL, last: BadStep) -> None:
@@ -234,7 +261,11 @@ class BadSteps(Callback):
         check_written(trainer)
         if self.returned == self.returns:
             times = "a return" if self.returned == 1 else f"{self.returned} returns"
-            spite = f", in spite of {times} to good weights with a lower learning rate" if self.returned else ""
+            spite = (
+                f", in spite of {times} to good weights with a lower learning rate"
+                if self.returned
+                else ""
+            )
             raise FloatingPointError(
                 f"{last.term} was not finite for {row} steps in a row until step {last.step}{spite}: look at the "
                 f"images named in {run.bad_steps}, lower model.base_learning_rate, or set `precision` to bf16 or 32"
@@ -242,9 +273,15 @@ class BadSteps(Callback):
             )
         self.returned += 1
         where = "there is no checkpoint yet: the weights stay"
-        rates = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        if trainer.strategy.broadcast(run.last_checkpoint.is_file()):  # as the first process sees it
-            where = f"weights and optimizers are those of step {_restore(trainer, model, run)} again"
+        rates = [
+            group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups
+        ]
+        if trainer.strategy.broadcast(
+            run.last_checkpoint.is_file()
+        ):  # as the first process sees it
+            where = (
+                f"weights and optimizers are those of step {_restore(trainer, model, run)} again"
+            )
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         model.rate_factor *= self.rate_factor
         for group, rate in zip(groups, rates, strict=True):
@@ -260,7 +297,9 @@ class BadSteps(Callback):
 def _restore(trainer: pl.Trainer, model: LiteAutoencoderKL, run: Run) -> int:
     """Load weights, average and optimizers of the last checkpoint, and nothing else; return its step."""
     checkpoint = read_checkpoint(run.last_checkpoint)
-    if (average := find_average(trainer)) is not None:  # first: then the model has the weights as trained
+    if (
+        average := find_average(trainer)
+    ) is not None:  # first: then the model has the weights as trained
         average.restore(checkpoint["state_dict"])
     model.load_state_dict(state_dict_of(checkpoint, run.last_checkpoint, raw=True))
     for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -290,11 +329,15 @@ class GracefulStop(Callback):
         return self.agreed and self.reason != SIGNALS[signal.SIGINT]
 
     def on_train_start(self, *_: Any) -> None:
-        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+        if (
+            threading.current_thread() is threading.main_thread()
+        ):  # no other thread may set handlers
             # After Lightning's fit has set handlers of its own, which end training without a checkpoint.
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any
+    ) -> None:
         if not pl_module.update_is_complete:
             return
         if trainer.global_step == trainer.max_steps:
@@ -358,7 +401,9 @@ class StepTrace(Callback):
             self._profile = profile(activities=activities, record_shapes=True)
             self._profile.start()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any
+    ) -> None:
         self._done += pl_module.update_is_complete
         if self._profile is not None and self._done == UNTRACED + self.steps:
             self._write(trainer, self._profile)
@@ -368,7 +413,9 @@ class StepTrace(Callback):
         if self._done < UNTRACED + self.steps and trainer.is_global_zero:
             notify(f"nothing is traced, because that needs {UNTRACED + self.steps} steps", WARNING)
 
-    def on_exception(self, trainer: pl.Trainer, _: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, _: pl.LightningModule, exception: BaseException
+    ) -> None:
         if isinstance(exception, torch.OutOfMemoryError):
             path = current_run(trainer).path / "memory.pickle"
             torch.cuda.memory._dump_snapshot(str(path))
@@ -379,7 +426,9 @@ class StepTrace(Callback):
         folder, on_gpu = current_run(trainer).path, trainer.strategy.root_device.type == "cuda"
         traced.export_chrome_trace(str(folder / "trace.json"))
         averages = traced.key_averages()
-        table = averages.table(sort_by=f"self_{'cuda' if on_gpu else 'cpu'}_time_total", row_limit=50)
+        table = averages.table(
+            sort_by=f"self_{'cuda' if on_gpu else 'cpu'}_time_total", row_limit=50
+        )
         (folder / "trace.txt").write_text(table, encoding="utf-8")
         kernels = sum(row.count for row in averages if row.device_type.name == "CUDA")
         launches = f", {kernels / self.steps:.0f} kernels a step" if on_gpu else ""

@@ -92,26 +92,43 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, sends, tensors = kwargs or {}, func.namespace == "c10d", []
-        self.step.launches += not (sends or func.is_view or func.namespace == "prim" or "empty" in str(func))
+        self.step.launches += not (
+            sends or func.is_view or func.namespace == "prim" or "empty" in str(func)
+        )
         if sends or func is torch.ops.aten.copy_.default:
             tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if sends:
-            shapes = (f"{'x'.join(map(str, t.shape))} {str(t.dtype).removeprefix('torch.')}" for t in tensors)
-            self.step.messages.append(f"{str(func).split('.')[1].strip('_')} of {', '.join(shapes)}")
+            shapes = (
+                f"{'x'.join(map(str, t.shape))} {str(t.dtype).removeprefix('torch.')}"
+                for t in tensors
+            )
+            self.step.messages.append(
+                f"{str(func).split('.')[1].strip('_')} of {', '.join(shapes)}"
+            )
             self.step.nbytes += sum(tensor.nbytes for tensor in tensors)
-        if func is torch.ops.c10d.allreduce_.default:  # DDP takes the sums from the answer, where the fake has none
+        if (
+            func is torch.ops.c10d.allreduce_.default
+        ):  # DDP takes the sums from the answer, where the fake has none
             sums: torch.futures.Future[list[Tensor]] = torch.futures.Future()
             sums.set_result(list(args[0]))
             return args[0], _create_work_from_future(sums).boxed()
         # DDP writes the numbers of the parameters in each bucket into memory, and sends them.
         numbers = func is torch.ops.aten.empty.memory_format and kwargs.get("dtype") == torch.int32
-        real = numbers or (tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors))
+        real = numbers or (
+            tensors and not any(isinstance(tensor, FakeTensor) for tensor in tensors)
+        )
         with unset_fake_temporarily() if real else nullcontext():
             return func(*args, **kwargs)
 
 
 def record_steps(
-    model: LiteAutoencoderKL, images: int, size: Size, precision: str, strategy: str, rank: int, ranks: int
+    model: LiteAutoencoderKL,
+    images: int,
+    size: Size,
+    precision: str,
+    strategy: str,
+    rank: int,
+    ranks: int,
 ) -> dict[str, RankStep]:
     """Train as one of the ranks, on tensors without memory: a step of each kind, with so many images a micro-batch.
 
@@ -125,39 +142,62 @@ def record_steps(
     renamed = None if hook is None else lambda state, bucket: hook(state, bucket)
     mixed = PRECISIONS[precision].lightning
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    settings: Config = {**dict.fromkeys(quiet, False), "limit_val_batches": 0, "use_distributed_sampler": False}
+    settings: Config = {
+        **dict.fromkeys(quiet, False),
+        "limit_val_batches": 0,
+        "use_distributed_sampler": False,
+    }
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
     try:
         with (
             warnings.catch_warnings(),
             mock.patch.dict(os.environ, LOCAL_RANK=str(rank)),
-            mock.patch("torch.distributed.broadcast_object_list"),  # Lightning's own: the same in all ranks
-            mock.patch("torch.nn.utils.clip_grad._has_foreach_support", return_value=True),  # a GPU has it
+            mock.patch(
+                "torch.distributed.broadcast_object_list"
+            ),  # Lightning's own: the same in all ranks
+            mock.patch(
+                "torch.nn.utils.clip_grad._has_foreach_support", return_value=True
+            ),  # a GPU has it
             FakeTensorMode(),
             recorder,
         ):
             warnings.simplefilter("ignore")
             fake = without_memory(model)
             fake.compiled = False
-            fake.__dict__.update(dict.fromkeys(("to", "cpu", "log_dict"), lambda *_: fake))  # there are no values
-            batch = {"image": torch.empty(images, fake.encoder.in_channels, *Sides.of(size), dtype=torch.uint8)}
+            fake.__dict__.update(
+                dict.fromkeys(("to", "cpu", "log_dict"), lambda *_: fake)
+            )  # there are no values
+            batch = {
+                "image": torch.empty(
+                    images, fake.encoder.in_channels, *Sides.of(size), dtype=torch.uint8
+                )
+            }
             pl.Trainer(
                 accelerator="cpu",
                 devices=ranks,
                 strategy=players_strategy(strategy, ddp_comm_hook=renamed, init_sync=False),
-                plugins=[LightningEnvironment(), *([] if mixed == "32-true" else [MixedPrecision(mixed, "cpu")])],
+                plugins=[
+                    LightningEnvironment(),
+                    *([] if mixed == "32-true" else [MixedPrecision(mixed, "cpu")]),
+                ],
                 callbacks=[LambdaCallback(on_train_batch_start=recorder.begin)],
                 max_epochs=1,
                 **settings,
-            ).fit(fake, repeat(batch, (len(FIRST_STEPS) + len(kinds)) * fake.accumulate_grad_batches))
+            ).fit(
+                fake, repeat(batch, (len(FIRST_STEPS) + len(kinds)) * fake.accumulate_grad_batches)
+            )
     except DataDependentOutputException as error:
-        raise ConfigError(f"a step asks for a value, which a dry run does not have: {error}") from error
+        raise ConfigError(
+            f"a step asks for a value, which a dry run does not have: {error}"
+        ) from error
     finally:
         dist.destroy_process_group()
     return recorder.steps
 
 
-def dry_run(config: Config, ranks: int, precision: str | None = None) -> tuple[dict[str, RankStep], list[str]]:
+def dry_run(
+    config: Config, ranks: int, precision: str | None = None
+) -> tuple[dict[str, RankStep], list[str]]:
     """Run the steps of a config's training as the first and the last of some ranks.
 
     Returns the first one's by kind, and sentences on data, learning rate, memory and time. ``precision`` is by default
@@ -180,22 +220,35 @@ def dry_run(config: Config, ranks: int, precision: str | None = None) -> tuple[d
     quieten()
     with torch.device("meta"):
         model = build_model(config, trainer)
-    last, first = (record_steps(model, images, size, precision, strategy, rank, ranks) for rank in (ranks - 1, 0))
+    last, first = (
+        record_steps(model, images, size, precision, strategy, rank, ranks)
+        for rank in (ranks - 1, 0)
+    )
     for name, step in first.items():
-        for number, (one, other) in enumerate(zip_longest(step.messages, last[name].messages, fillvalue="none"), 1):
+        for number, (one, other) in enumerate(
+            zip_longest(step.messages, last[name].messages, fillvalue="none"), 1
+        ):
             if one != other:
                 where = f"{one} on rank 0, and {other} on rank {ranks - 1}"
-                raise ConfigError(f"{name}: message {number} is {where}: they would wait for each other")
+                raise ConfigError(
+                    f"{name}: message {number} is {where}: they would wait for each other"
+                )
     steps = {name: step for name, step in first.items() if name not in FIRST_STEPS}
     needs, batches = footprint(model, size, precision), model.accumulate_grad_batches
-    host_s = LAUNCH_S * max(step.launches for name, step in steps.items() if not name.endswith(LOGGED)) / batches
+    host_s = (
+        LAUNCH_S
+        * max(step.launches for name, step in steps.items() if not name.endswith(LOGGED))
+        / batches
+    )
     whole, each = (f"{n / GIB:.3g} GiB" for n in (needs.total(images), needs.per_image))
     return steps, [
         *notes,
         f"images: {images * batches * ranks} a step = {images} x {batches} accumulated x {ranks} ranks, {size} pixels",
         f"learning rate: {describe_rate(model)}; the number of ranks does not change it",
         f"memory: {whole} a rank in {precision}, {each} for each image of a micro-batch; allow {MARGIN - 1:.0%} more",
-        describe_step(needs.flop, images, peak_tflops("H100", precision), model.compiled, host_s, "an H100"),
+        describe_step(
+            needs.flop, images, peak_tflops("H100", precision), model.compiled, host_s, "an H100"
+        ),
         f"ranks 0 and {ranks - 1} send the same messages in the same order",
     ]
 
@@ -206,7 +259,11 @@ def check_data(source: Source, ranks: int) -> list[str]:
     step, known, val = source.batch_size * ranks, source.samples_per_epoch, source.val_images
     notes = [f"data: {source.describe()}"]
     if known is not None and known < step:
-        notes.append(f"data: {step} images of all ranks are more than an epoch's {known}: some come twice in a step")
+        notes.append(
+            f"data: {step} images of all ranks are more than an epoch's {known}: some come twice in a step"
+        )
     if val is not None and val < ranks:
-        notes.append(f"data: {val} validation images: {ranks - val} ranks have none, and wait for the others")
+        notes.append(
+            f"data: {val} validation images: {ranks - val} ranks have none, and wait for the others"
+        )
     return notes

@@ -19,7 +19,11 @@ from olvae.models.parts.teacher import NO_FACTORS
 from olvae.models.spec import OURS
 from olvae.runs import entry_of
 
-CHANNELS = ("in_channels", "out_channels", "input_channels")  # what networks call the number of image channels
+CHANNELS = (
+    "in_channels",
+    "out_channels",
+    "input_channels",
+)  # what networks call the number of image channels
 
 
 def start_from(config: Config) -> tuple[Mapping[str, Tensor], Config]:
@@ -40,7 +44,9 @@ def start_from(config: Config) -> tuple[Mapping[str, Tensor], Config]:
     source = target.load()
     loaded = source.as_litevae(name)
     if loaded.folded:
-        raise ConfigError(f"{name}: its convolutions are folded, for inference only: start from an export without it")
+        raise ConfigError(
+            f"{name}: its convolutions are folded, for inference only: start from an export without it"
+        )
     channels = entry_of(config, "data.params.channels") or loaded.in_channels
     found = loaded if channels == loaded.in_channels else with_channels(loaded, channels, name)
     for key, value in found.config.items():
@@ -55,9 +61,13 @@ def start_from(config: Config) -> tuple[Mapping[str, Tensor], Config]:
     cfg.check(config)
     weights, fresh = weights_that_fit(found, params, name)
     if fresh and params.get("freeze_decoder"):
-        raise ConfigError(f"{name}: the config's decoder is another one, and frozen: leave freeze_decoder out")
+        raise ConfigError(
+            f"{name}: the config's decoder is another one, and frozen: leave freeze_decoder out"
+        )
     if fresh:
-        warnings.warn(f"{name}: the config's decoder is another one, and starts fresh", stacklevel=2)
+        warnings.warn(
+            f"{name}: the config's decoder is another one, and starts fresh", stacklevel=2
+        )
     return weights, target.config
 
 
@@ -75,7 +85,9 @@ def _set_latents(params: Config, source: Autoencoder, found: LiteVAE, name: str)
     params.setdefault("freeze_encoder", not ("kept" in latents or params.get("freeze_decoder")))
 
 
-def _check_encoder(config: Config, params: Config, loaded: LiteVAE, found: LiteVAE, name: str) -> None:
+def _check_encoder(
+    config: Config, params: Config, loaded: LiteVAE, found: LiteVAE, name: str
+) -> None:
     """Raise ConfigError if an encoder that is frozen changes, or takes images of other values."""
     if (pixels := entry_of(config, "data.params.range")) and not loaded.pixel_range.eight_bits:
         loaded.pixel_range.check_data(PixelRange.from_node(pixels))
@@ -110,12 +122,24 @@ def with_channels(model: LiteVAE, channels: int, name: str) -> LiteVAE:
     weights, wanted = model.state_dict(), out.state_dict()
     other = {key: tensor for key, tensor in weights.items() if tensor.shape != wanted[key].shape}
     if not other:
-        raise ConfigError(f"{name}: sees patches of pixels of {old} channels: it can't be adapted to {channels}")
+        raise ConfigError(
+            f"{name}: sees patches of pixels of {old} channels: it can't be adapted to {channels}"
+        )
     for tensor_name, tensor in other.items():
-        new, axis, shape = wanted[tensor_name], int(tensor_name.startswith("encoder")), list(tensor.shape)
-        if len(shape) <= axis or shape[axis] != old or [*shape[:axis], channels, *shape[axis + 1 :]] != list(new.shape):
+        new, axis, shape = (
+            wanted[tensor_name],
+            int(tensor_name.startswith("encoder")),
+            list(tensor.shape),
+        )
+        if (
+            len(shape) <= axis
+            or shape[axis] != old
+            or [*shape[:axis], channels, *shape[axis + 1 :]] != list(new.shape)
+        ):
             where = f"which {tensor_name} depends on in another way"
-            raise ConfigError(f"{name}: is for images of {old} channels, {where}: it can't be adapted to {channels}")
+            raise ConfigError(
+                f"{name}: is for images of {old} channels, {where}: it can't be adapted to {channels}"
+            )
         weights[tensor_name] = _resized(tensor, axis, channels)
     out.load_state_dict(weights)
     return out.train(model.training)
@@ -134,18 +158,30 @@ def _resized(tensor: Tensor, axis: int, channels: int) -> Tensor:
     return torch.cat((kept, tensor.new_zeros(added)), axis)
 
 
-def weights_that_fit(model: LiteVAE, params: Mapping[str, Any], name: str) -> tuple[dict[str, Tensor], bool]:
+def weights_that_fit(
+    model: LiteVAE, params: Mapping[str, Any], name: str
+) -> tuple[dict[str, Tensor], bool]:
     """The weights for a config's networks, and whether the decoder is another one: then its weights are left out.
 
     ConfigError if the encoder is another one, whose latents would be others.
     """
     weights = model.state_dict()
-    ours = all(str(params[f"{half}_config"]["target"]).startswith(OURS) for half in ("encoder", "decoder"))
+    ours = all(
+        str(params[f"{half}_config"]["target"]).startswith(OURS) for half in ("encoder", "decoder")
+    )
     with torch.random.fork_rng(devices=[]), torch.device("meta" if ours else "cpu"):
         wanted = LiteVAE.from_config(**{key: params[key] for key in model.config}).state_dict()
-    shapes, others = ({key: tensor.shape for key, tensor in state.items()} for state in (weights, wanted))
+    shapes, others = (
+        {key: tensor.shape for key, tensor in state.items()} for state in (weights, wanted)
+    )
     different = {key for key, _ in shapes.items() ^ others.items()}
     if elsewhere := sorted(key for key in different if not key.startswith("decoder.")):
-        raise ConfigError(f"{name}: has another {elsewhere[0]} than the config's: only the decoder may be another one")
-    kept = {key: tensor for key, tensor in weights.items() if not (different and key.startswith("decoder."))}
+        raise ConfigError(
+            f"{name}: has another {elsewhere[0]} than the config's: only the decoder may be another one"
+        )
+    kept = {
+        key: tensor
+        for key, tensor in weights.items()
+        if not (different and key.startswith("decoder."))
+    }
     return kept, bool(different)

@@ -58,7 +58,9 @@ def is_first() -> bool:
 def cluster() -> list[ClusterEnvironment]:
     """Lightning's plugins for the launcher that was found."""
     launcher = find_launcher()
-    if launcher is None and SLURMEnvironment.detect():  # a batch script without srun has one process
+    if (
+        launcher is None and SLURMEnvironment.detect()
+    ):  # a batch script without srun has one process
         launcher = LightningEnvironment()
     return [] if launcher is None else [launcher]
 
@@ -73,10 +75,16 @@ def process_count(trainer_args: Mapping[str, Any]) -> int:
     if (launcher := find_launcher()) is not None:
         try:
             launcher.validate_settings(per_node, nodes)
-            if (started := launcher.world_size()) != per_node * nodes:  # srun without ntasks-per-node
-                raise ValueError(f"srun started {started} process(es), but these name {per_node * nodes} devices")
+            if (
+                started := launcher.world_size()
+            ) != per_node * nodes:  # srun without ntasks-per-node
+                raise ValueError(
+                    f"srun started {started} process(es), but these name {per_node * nodes} devices"
+                )
         except ValueError as error:
-            raise ConfigError(f"`gpus`, or lightning.trainer.devices and num_nodes: {error}") from error
+            raise ConfigError(
+                f"`gpus`, or lightning.trainer.devices and num_nodes: {error}"
+            ) from error
     elif nodes > 1:
         raise ConfigError(
             f"lightning.trainer.num_nodes: {nodes}: start the command on each node with torchrun or srun: "
@@ -98,7 +106,11 @@ def meet() -> tuple[int, int]:
     It is (0, 1) where Lightning starts the others, which join when training begins.
     """
     dump = f"{tempfile.gettempdir()}/olvae_nccl_{slurm_job() or os.getppid()}_rank_"  # and torch adds the rank
-    recorder = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_FR_DUMP_TEMP_FILE": dump, "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
+    recorder = {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_FR_DUMP_TEMP_FILE": dump,
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+    }
     for name, value in recorder.items():
         older = OLDER_NAMES.get(name, name)
         if older not in os.environ:
@@ -181,7 +193,9 @@ class Lockstep(Callback):
         if self._over is None:
             gc.disable()
             self._over = threading.Event()
-            threading.Thread(target=self._watch, args=(trainer, self._over), name="lockstep", daemon=True).start()
+            threading.Thread(
+                target=self._watch, args=(trainer, self._over), name="lockstep", daemon=True
+            ).start()
         self._batches += 1  # global_step stands still in a warm-up of the discriminator
         if self._batches % self.collect_every == 0:
             gc.collect()
@@ -211,14 +225,24 @@ class Lockstep(Callback):
 
     def _compare(self, trainer: pl.Trainer, over: threading.Event) -> None:
         """Note where this process is, and look at the others' notes once it has not moved for half of the patience."""
-        store, rank, noted, since = dist.distributed_c10d._get_default_store(), trainer.global_rank, [""], 0.0
-        keys, host = [f"{PROGRESS_KEY}{other}" for other in range(trainer.world_size)], socket.gethostname()
+        store, rank, noted, since = (
+            dist.distributed_c10d._get_default_store(),
+            trainer.global_rank,
+            [""],
+            0.0,
+        )
+        keys, host = (
+            [f"{PROGRESS_KEY}{other}" for other in range(trainer.world_size)],
+            socket.gethostname(),
+        )
         pause = 0.0  # without one before the first note, which the others wait for
         while not over.wait(pause):
             pause = min(5.0, self.patience_s / 8)
             store.set(keys[rank], f"{self._place} {trainer.global_step} {host}")
             now = time.monotonic()
-            if now - self._moved_at < self.patience_s / 2 or not store.check(keys):  # or one is in its first step
+            if now - self._moved_at < self.patience_s / 2 or not store.check(
+                keys
+            ):  # or one is in its first step
                 continue
             if (found := [store.get(key).decode() for key in keys]) != noted:
                 noted, since = found, now
@@ -235,7 +259,9 @@ class Lockstep(Callback):
         if rank in behind:
             faulthandler.dump_traceback()
         elif rank == waiting[0]:
-            names = ", ".join(f"process {n} on {noted[n][2]} (after step {noted[n][1]})" for n in behind)
+            names = ", ".join(
+                f"process {n} on {noted[n][2]} (after step {noted[n][1]})" for n in behind
+            )
             why = f"the others wait for {names}; its own output has the place in its program"
             notify(f"error: no progress for {self.patience_s:.0f} s: {why}")
         time.sleep(min(10.0, self.patience_s / 2))  # the others read the first process' store
@@ -247,7 +273,9 @@ PEER_DIED = (
     r"closed by (remote )?peer|reset by peer|Broken pipe|remote process exit|"  # gloo, NCCL
     r"NET/IB : Got completion from peer|Connection was likely closed|Did the remote server shutdown"  # NCCL, c10d
 )
-PEER_LATE = r"Watchdog caught collective operation timeout|Timed out waiting \d+ms for"  # NCCL, gloo
+PEER_LATE = (
+    r"Watchdog caught collective operation timeout|Timed out waiting \d+ms for"  # NCCL, gloo
+)
 
 
 def process_death(error: Exception) -> str | None:
@@ -272,13 +300,21 @@ def _watch(run: Run, children: Sequence[subprocess.Popen[Any]], grace: float = 5
     """End this process after another one: on GPUs its collectives do not return; elsewhere they raise, in ``grace``."""
 
     def watch() -> None:
-        while not (failed := [(rank, code) for rank, child in enumerate(children, 1) if (code := child.poll())]):
+        while not (
+            failed := [
+                (rank, code) for rank, child in enumerate(children, 1) if (code := child.poll())
+            ]
+        ):
             if all(child.returncode == 0 for child in children):
                 return
             time.sleep(0.5)
         time.sleep(grace)
         rank, code = failed[0]
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        how = (
+            f"was killed by {signal.Signals(-code).name}"
+            if code < 0
+            else f"ended with exit code {code}"
+        )
         saved = f"; {run.path} can be continued" if run.last_checkpoint.is_file() else ""
         notify(f"error: process {rank} of this training {how}: {WHERE_TO_LOOK}{saved}")
         for child in children:
@@ -296,7 +332,11 @@ def requeue() -> None:
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        why = error.stderr.strip() if isinstance(error, subprocess.CalledProcessError) else error.strerror
+        why = (
+            error.stderr.strip()
+            if isinstance(error, subprocess.CalledProcessError)
+            else error.strerror
+        )
         log.warning("SLURM does not queue job %s again: scontrol requeue: %s", job, why)
     else:
         notify(f"SLURM queues job {job} again")

@@ -20,7 +20,14 @@ from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 
 from olvae import config as cfg
@@ -123,7 +130,9 @@ class StepProgress(ProgressBar):
         self._shown_at = time.monotonic() - max(0.0, self.line_every_s - FIRST_LINE_S)
         if pl_module.flop and self._enabled:
             precision = precision_name(str(trainer.precision).partition("-")[0])
-            self._peak = peak_tflops(torch.cuda.get_device_name(trainer.strategy.root_device), precision)
+            self._peak = peak_tflops(
+                torch.cuda.get_device_name(trainer.strategy.root_device), precision
+            )
             images = getattr(trainer.train_dataloader, "batch_size", 1)
             notify(describe_step(pl_module.flop, images, self._peak, pl_module.compiled))
         if self._enabled and self.console.is_terminal:
@@ -133,7 +142,9 @@ class StepProgress(ProgressBar):
     def on_train_batch_start(self, *_: Any) -> None:
         self._status.batch_arrived()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any
+    ) -> None:
         if not self._enabled:
             return
         if pl_module.reports:  # at other steps, nothing waits for the device
@@ -141,20 +152,31 @@ class StepProgress(ProgressBar):
         step, now = trainer.global_step, time.monotonic()
         self._status.step_ended(step, pl_module.images_seen)
         if pl_module.reports:
-            speed = {"images_per_s": self._status.images_per_s(), "waiting_for_data": self._status.waiting_share()}
+            speed = {
+                "images_per_s": self._status.images_per_s(),
+                "waiting_for_data": self._status.waiting_share(),
+            }
             speed |= {"memory_gib": _memory_gib()}
             if torch.cuda.is_available():
                 speed["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
-                speed |= tflops(pl_module.flop * speed["images_per_s"] / trainer.world_size, self._peak)
+                speed |= tflops(
+                    pl_module.flop * speed["images_per_s"] / trainer.world_size, self._peak
+                )
             pl_module.log_dict({f"speed/{name}": value for name, value in speed.items()})
-        if step != trainer.max_steps and now - self._shown_at < (self.line_every_s if self._bar is None else 0.5):
+        if step != trainer.max_steps and now - self._shown_at < (
+            self.line_every_s if self._bar is None else 0.5
+        ):
             return
         self._shown_at = now
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step)
         else:
             left = timedelta(seconds=round(self._status.seconds_left(trainer.max_steps)))
-            texts = [f"step {step}/{trainer.max_steps}", str(self._status), f"{left} left" if left else ""]
+            texts = [
+                f"step {step}/{trainer.max_steps}",
+                str(self._status),
+                f"{left} left" if left else "",
+            ]
             self.console.print("  ".join(filter(None, texts)), soft_wrap=True)
 
     def on_train_end(self, *_: Any) -> None:
@@ -167,10 +189,16 @@ class StepProgress(ProgressBar):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         self._status.validation_ended()
-        values = {name: v for name, v in pl_module.validation_values.items() if name.startswith("val/")}
+        values = {
+            name: v for name, v in pl_module.validation_values.items() if name.startswith("val/")
+        }
         if values and self._enabled and not trainer.sanity_checking:
-            text = "  ".join(f"{name.removeprefix('val/')} {value:.3f}" for name, value in values.items())
-            self.console.print(f"step {trainer.global_step}: validation  {text}", highlight=False, soft_wrap=True)
+            text = "  ".join(
+                f"{name.removeprefix('val/')} {value:.3f}" for name, value in values.items()
+            )
+            self.console.print(
+                f"step {trainer.global_step}: validation  {text}", highlight=False, soft_wrap=True
+            )
 
 
 def _memory_gib() -> float:
@@ -181,7 +209,11 @@ def _memory_gib() -> float:
         import resource
     except ImportError:  # on Windows
         return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 2**10) / 2**30
+    return (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        * (1 if sys.platform == "darwin" else 2**10)
+        / 2**30
+    )
 
 
 def tflops(flop_per_s: float, peak: float | None) -> dict[str, float]:
@@ -198,7 +230,12 @@ def describe_rate(model: LiteAutoencoderKL, end: str = "") -> str:
 
 
 def describe_step(
-    flop: int, images: int, peak: float | None, compiled: bool, host_s: float = HOST_S, gpu: str = "this GPU"
+    flop: int,
+    images: int,
+    peak: float | None,
+    compiled: bool,
+    host_s: float = HOST_S,
+    gpu: str = "this GPU",
 ) -> str:
     """Describe the operations of a step of some images, and whether they keep a GPU busy while Python launches them."""
     step = flop * images / 1e12
@@ -229,7 +266,13 @@ def step_bar(console: Console, status: Status, done: int, total: int) -> Progres
 
 
 def print_summary(
-    settings: Settings, run: Run, trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source, done: int, seen: int
+    settings: Settings,
+    run: Run,
+    trainer: pl.Trainer,
+    model: LiteAutoencoderKL,
+    source: Source,
+    done: int,
+    seen: int,
 ) -> None:
     """Print networks, data and settings, and warnings; a resumed run has ``done`` steps, and ``seen`` images."""
     table = Table.grid(padding=(0, 2))
@@ -239,16 +282,28 @@ def print_summary(
         table.add_row(f"[bold]{name}", escape(value))
     if done:
         table.add_row("[bold]continued", f"after {done} steps")
-    Console(stderr=True).print(Panel(table, title=f"olvae train: {escape(settings.name)}", expand=False))
+    Console(stderr=True).print(
+        Panel(table, title=f"olvae train: {escape(settings.name)}", expand=False)
+    )
     notify(f"run: {run.path}")
     for sentence in _warnings(trainer, model, source):
         notify(f"warning: {sentence}", "yellow")
 
 
 def _rows(
-    settings: Settings, trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source, done: int, seen: int
+    settings: Settings,
+    trainer: pl.Trainer,
+    model: LiteAutoencoderKL,
+    source: Source,
+    done: int,
+    seen: int,
 ) -> dict[str, str]:
-    vae, size, f, processes = model.autoencoder, source.size, model.autoencoder.downscale, trainer.world_size
+    vae, size, f, processes = (
+        model.autoencoder,
+        source.size,
+        model.autoencoder.downscale,
+        trainer.world_size,
+    )
     images, batches, steps = source.batch_size, model.accumulate_grad_batches, trainer.max_steps
     batch, epoch = images * batches * processes, source.samples_per_epoch
     in_all = seen + (steps - done) * batch
@@ -256,12 +311,18 @@ def _rows(
     end = f" to {model.min_lr_factor * model.learning_rate:g} at step {model.decay_steps or steps}"
     device = trainer.strategy.root_device
     on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else f"CPU process of {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name(device)
+        if on_gpu
+        else f"CPU process of {torch.get_num_threads()} threads"
+    )
     rows = {
         "encoder": _network(model.encoder, (1, vae.encoder.in_channels, *size), size),
         "decoder": _network(model.decoder, (1, vae.decoder.z_channels, *size // f), size),
         "latent": f"f{f}, {vae.latent_channels} channels: {size} -> {size // f}",
-        "objective": ", ".join(f"{weight:g} {name}" for name, weight in model.objective.weights.items()),
+        "objective": ", ".join(
+            f"{weight:g} {name}" for name, weight in model.objective.weights.items()
+        ),
         "data": f"{source.describe()}, {size}; {source.num_workers or 'no'} loader processes",
         "batch": f"{batch} = {images} x {batches} accumulated x {processes} processes",
         "learning rate": describe_rate(model, end if model.scheduler == "cosine" else ""),
@@ -275,7 +336,9 @@ def _rows(
             f"parameters, {adversary.loss}, {'adaptive ' if adversary.adaptive_weight else ''}weight "
             f"{adversary.weight:g} from step {adversary.start_step}"
         )
-    rows |= {part.name.replace("_", " "): text for part in model.each_part if (text := part.describe())}
+    rows |= {
+        part.name.replace("_", " "): text for part in model.each_part if (text := part.describe())
+    }
     if model.frozen_halves:
         rows["trained"] = f"the {'decoder' if model.freeze_encoder else 'encoder'} alone"
     if settings.weights:
@@ -306,7 +369,9 @@ def describe_gain(model: LiteAutoencoderKL) -> str:
     if math.isnan(psnr):
         return ""
     beside = (
-        "" if start is None else f", {abs(psnr - start):.2f} {'below' if psnr < start else 'above'} the linear code"
+        ""
+        if start is None
+        else f", {abs(psnr - start):.2f} {'below' if psnr < start else 'above'} the linear code"
     )
     return f": {psnr:.2f} dB in the last validation{beside}"
 
@@ -346,20 +411,27 @@ def make_loggers(nodes: Mapping[str, Config], run: Run) -> list[Logger]:
     Unless the node says otherwise, CSVLogger writes into ``csv`` in the run's folder, a file for each start of the run,
     and WandbLogger continues the W&B run of the folder's name. ConfigError if one can't be made.
     """
-    loggers: list[Logger] = [TensorBoardLogger(run.path, name="", version="", sub_dir="tensorboard")]
+    loggers: list[Logger] = [
+        TensorBoardLogger(run.path, name="", version="", sub_dir="tensorboard")
+    ]
     unique = run.path.resolve().name
     defaults: dict[str, Config] = {
         "CSVLogger": {"save_dir": str(run.path), "name": "csv"},
         "WandbLogger": {"save_dir": str(run.path), "name": unique, "id": unique, "resume": "allow"},
     }
     for name, node in nodes.items():
-        params = {**defaults.get(node["target"].rpartition(".")[2], {}), **(node.get("params") or {})}
+        params = {
+            **defaults.get(node["target"].rpartition(".")[2], {}),
+            **(node.get("params") or {}),
+        }
         try:
             logger = cfg.instantiate({**node, "params": params})
         except (ModuleNotFoundError, ConfigError) as error:
             raise ConfigError(f"lightning.logger.{name}: {error}") from error
         if not isinstance(logger, Logger):
-            raise ConfigError(f"lightning.logger.{name}: {node['target']} is no logger of Lightning")
+            raise ConfigError(
+                f"lightning.logger.{name}: {node['target']} is no logger of Lightning"
+            )
         loggers.append(logger)
     _silence_tensorboard()
     for logger in loggers:
@@ -383,7 +455,10 @@ def _silence_tensorboard() -> None:
     before = threading.excepthook
 
     def hook(args: threading.ExceptHookArgs) -> None:
-        if not (type(args.thread).__module__.startswith("tensorboard") and isinstance(args.exc_value, OSError)):
+        if not (
+            type(args.thread).__module__.startswith("tensorboard")
+            and isinstance(args.exc_value, OSError)
+        ):
             before(args)
 
     threading.excepthook = hook

@@ -30,15 +30,43 @@ from olvae.models.weight_files import locate_weights
 from olvae.modules.base import HALVES
 from olvae.runs import Run, Settings, find_moved_data, locked, make_data_absolute
 from olvae.training import processes
-from olvae.training.callbacks import BadSteps, GracefulStop, Health, ImageGrids, StepTrace, UnreadableLimit
+from olvae.training.callbacks import (
+    BadSteps,
+    GracefulStop,
+    Health,
+    ImageGrids,
+    StepTrace,
+    UnreadableLimit,
+)
 from olvae.training.origin import start_from
 from olvae.training.processes import Lockstep
-from olvae.training.progress import StepProgress, describe_gain, make_loggers, notify, print_ending, print_summary
+from olvae.training.progress import (
+    StepProgress,
+    describe_gain,
+    make_loggers,
+    notify,
+    print_ending,
+    print_summary,
+)
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
-from olvae.training.settings import Plan, TrainOptions, check_changes, find_changes, read_plan, restarted
+from olvae.training.settings import (
+    Plan,
+    TrainOptions,
+    check_changes,
+    find_changes,
+    read_plan,
+    restarted,
+)
 
-KEPT = ("checkpoints/*.ckpt", "bad_steps.jsonl", "memory.pickle", "trace.json")  # what a run may leave after an error
-RUN_ENV = "OLVAE_RUN"  # the run folder, for the processes that Lightning starts for the other devices
+KEPT = (
+    "checkpoints/*.ckpt",
+    "bad_steps.jsonl",
+    "memory.pickle",
+    "trace.json",
+)  # what a run may leave after an error
+RUN_ENV = (
+    "OLVAE_RUN"  # the run folder, for the processes that Lightning starts for the other devices
+)
 RELEASE_S = 120.0  # within which a network file system frees the locks of a machine that died: NFS after 90 s
 
 
@@ -94,7 +122,9 @@ def train(options: TrainOptions | Plan) -> Run:
         done = prepared.steps_done
         if plan.resumed is not None and done == prepared.trainer_args["max_steps"]:
             if processes.is_first():
-                print_ending(plan.resumed, f"all {done} steps of this run are done: set more to continue")
+                print_ending(
+                    plan.resumed, f"all {done} steps of this run are done: set more to continue"
+                )
             return plan.resumed
         with _run_folder(prepared, held) as run:
             trainer = fit(prepared, run)
@@ -120,8 +150,12 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
     if not isinstance(source, Source):
         raise ConfigError(f"data.target: {config['data']['target']} is not a source of images")
     if plan.resumed is None:
-        processes.choose_workers(source, config["data"], count, int(trainer_args.get("num_nodes", 1)))
-    settings = replace(settings, paths={**settings.paths, **make_data_absolute(config)})  # of fresh downloads
+        processes.choose_workers(
+            source, config["data"], count, int(trainer_args.get("num_nodes", 1))
+        )
+    settings = replace(
+        settings, paths={**settings.paths, **make_data_absolute(config)}
+    )  # of fresh downloads
     quieten()
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     model = build_model(config, trainer_args)
@@ -131,12 +165,18 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
     fresh: Collection[str] = HALVES if settings.weights is None else ()
     if weights is not None:
         loaded = {name.partition(".")[0] for name in weights}  # without a decoder that starts fresh
-        load_weights(model, weights, str(settings.weights), prefixes=tuple(f"{half}." for half in loaded))
+        load_weights(
+            model, weights, str(settings.weights), prefixes=tuple(f"{half}." for half in loaded)
+        )
         fresh = tuple(half for half in HALVES if half not in loaded)
     if plan.options.actual_resume is not None:
-        before = _load_other_run(model, runs.find_run(plan.options.actual_resume, plan.options.logdir))
+        before = _load_other_run(
+            model, runs.find_run(plan.options.actual_resume, plan.options.logdir)
+        )
     checkpoint = {} if plan.resumed is None else _restore(model, plan.resumed, settings)
-    images_seen, steps_done = (int(checkpoint.get(name, 0)) for name in ("images_seen", "global_step"))
+    images_seen, steps_done = (
+        int(checkpoint.get(name, 0)) for name in ("images_seen", "global_step")
+    )
     settings = replace(settings, untrained=untrained_half(model, before), checksums=model.checksums)
     if model.stand_in is not None:
         config["model"]["params"].update(model.for_diffusion)
@@ -156,7 +196,17 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
     trainer_args["strategy"] = "auto" if count == 1 else players_strategy(strategy)
     config["run"] = settings.as_dict()
     return Prepared(
-        plan, settings, config, source, model, trainer_args, stop, images_seen, steps_done, checkpoint, fresh
+        plan,
+        settings,
+        config,
+        source,
+        model,
+        trainer_args,
+        stop,
+        images_seen,
+        steps_done,
+        checkpoint,
+        fresh,
     )
 
 
@@ -169,7 +219,9 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
         done, seen = prepared.steps_done, prepared.images_seen
         print_summary(prepared.settings, run, trainer, model, source, done, seen)
     if device.type == "cuda":
-        free = min(processes.of_each(torch.cuda.mem_get_info(device)[0]))  # so that all processes decide alike
+        free = min(
+            processes.of_each(torch.cuda.mem_get_info(device)[0])
+        )  # so that all processes decide alike
         model.flop = check_memory(model, source, prepared.settings.precision, free, first)
     if resumed is None:
         for line in model.prepare(source, prepared.settings.seed, device, prepared.fresh):
@@ -181,7 +233,9 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
             logger.log_metrics({"val/psnr": model.linear_psnr}, step=0)
     processes.watch_processes(run)
     try:
-        with torch.compiler.set_stance("default") if model.compiled else nullcontext():  # validation changes it
+        with (
+            torch.compiler.set_stance("default") if model.compiled else nullcontext()
+        ):  # validation changes it
             trainer.fit(
                 model,
                 train_dataloaders=source.train_loader(prepared.settings.seed, prepared.images_seen),
@@ -190,7 +244,9 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
                 weights_only=True,
             )
     except SystemExit as error:  # Lightning's answer to a second Ctrl-C
-        raise (TrainingStopped(run) if run.last_checkpoint.is_file() else KeyboardInterrupt) from error
+        raise (
+            TrainingStopped(run) if run.last_checkpoint.is_file() else KeyboardInterrupt
+        ) from error
     except (RuntimeError, ConnectionError, EOFError, TypeError) as error:
         if (cause := processes.process_death(error)) is None:
             raise
@@ -204,7 +260,8 @@ def finish(prepared: Prepared, run: Run, trainer: pl.Trainer) -> None:
     if trainer.is_global_zero:
         stopped = trainer.global_step < trainer.max_steps
         print_ending(
-            run, f"{'stopped' if stopped else 'done'} after {trainer.global_step} steps{describe_gain(prepared.model)}"
+            run,
+            f"{'stopped' if stopped else 'done'} after {trainer.global_step} steps{describe_gain(prepared.model)}",
         )
         if stop.requeues:
             processes.requeue()
@@ -212,7 +269,9 @@ def finish(prepared: Prepared, run: Run, trainer: pl.Trainer) -> None:
         raise TrainingStopped(run, stop.preempted)
 
 
-def check_memory(model: LiteAutoencoderKL, source: Source, precision: str, free: int, warns: bool = True) -> int:
+def check_memory(
+    model: LiteAutoencoderKL, source: Source, precision: str, free: int, warns: bool = True
+) -> int:
     """Warn where a step needs most of the bytes that are free on a GPU; raise ConfigError if not one image fits.
 
     Returns the operations of an image, 0 if they could not be counted.
@@ -221,13 +280,17 @@ def check_memory(model: LiteAutoencoderKL, source: Source, precision: str, free:
         plain = footprint(model, source.size, precision)
         bounded = any(part.needs_activations for part in model.each_part)
         fits = MARGIN * plain.total(source.batch_size) <= free
-        checkpointed = plain if fits or bounded else footprint(model, source.size, precision, checkpoint=True)
+        checkpointed = (
+            plain if fits or bounded else footprint(model, source.size, precision, checkpoint=True)
+        )
     except Exception as error:  # networks of the user's own may need tensors with values: an estimate stops nothing
         sentence: str | None = f"not counted: {first_line(error)}"
         flop = 0
     else:
         flop = plain.flop
-        sentence = advice(free, source.batch_size, model.accumulate_grad_batches, plain, checkpointed)
+        sentence = advice(
+            free, source.batch_size, model.accumulate_grad_batches, plain, checkpointed
+        )
         if plain.total(1) > free:
             raise ConfigError(f"data.params.batch_size: not even one image fits: {sentence}")
     if warns and sentence is not None:
@@ -261,10 +324,14 @@ def build_model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
     node = config["model"]
     if trainer_args.pop("gradient_clip_algorithm", None) not in (None, "norm"):
         raise ConfigError("lightning.trainer.gradient_clip_algorithm: only norm is supported")
-    given = {key: trainer_args.pop(key, None) for key in ("accumulate_grad_batches", "gradient_clip_val")}
+    given = {
+        key: trainer_args.pop(key, None) for key in ("accumulate_grad_batches", "gradient_clip_val")
+    }
     given["learning_rate"] = node.get("base_learning_rate")
     try:
-        model = cfg.instantiate(node, **{key: value for key, value in given.items() if value is not None})
+        model = cfg.instantiate(
+            node, **{key: value for key, value in given.items() if value is not None}
+        )
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if not isinstance(model, LiteAutoencoderKL):
@@ -293,7 +360,9 @@ def untrained_half(model: LiteAutoencoderKL, before: Config | None) -> str | Non
     ``before``: the config of those weights; None if they are fresh.
     """
     fresh = model.frozen_halves if before is None else [runs.settings_of(before).untrained]
-    return next((half for half in model.frozen_halves if half in fresh and not _is_whole(model, half)), None)
+    return next(
+        (half for half in model.frozen_halves if half in fresh and not _is_whole(model, half)), None
+    )
 
 
 def _is_whole(model: LiteAutoencoderKL, half: str) -> bool:
@@ -310,18 +379,26 @@ def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> dict[str
     checkpoint = read_checkpoint(file)
     other = "start a new run from its weights with `actual_resume`"
     if not checkpoint.get("optimizer_states") or "images_seen" not in checkpoint:
-        raise ValueError(f"{file}: has weights only, without what training needs to continue: {other}")
+        raise ValueError(
+            f"{file}: has weights only, without what training needs to continue: {other}"
+        )
     if ("averaging_state" in checkpoint) != model.use_ema:
-        raise ConfigError(f"model.params.use_ema: {model.use_ema}, but the run has {not model.use_ema}: {other}")
+        raise ConfigError(
+            f"model.params.use_ema: {model.use_ema}, but the run has {not model.use_ema}: {other}"
+        )
     before, now = settings.checksums, model.checksums
     if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
         why = f"a resumed run keeps it, with the same weights: {other}"
         raise ConfigError(*(f"model.params.parts.{name}: {why}" for name in changed))
     groups = checkpoint["optimizer_states"][0]["param_groups"]
     if len(groups) != (2 if model.optimizer == "muon" else 1):
-        raise ConfigError(f"model.params.optimizer: {model.optimizer}, but the run has another: {other}")
+        raise ConfigError(
+            f"model.params.optimizer: {model.optimizer}, but the run has another: {other}"
+        )
     if sum(len(group["params"]) for group in groups) != len(model.autoencoder_parameters()):
-        raise ConfigError(f"model.params: these settings train other weights, as of a frozen half: {other}")
+        raise ConfigError(
+            f"model.params: these settings train other weights, as of a frozen half: {other}"
+        )
     load_weights(model, state_dict_of(checkpoint, file), file, prefixes=("",))
     return checkpoint
 
@@ -338,7 +415,9 @@ def _in_batches(trainer_args: Config, model: LiteAutoencoderKL) -> Config:
     """Convert intervals of steps to Lightning's, of batches, and check them; the stream of images has no epochs."""
     args = dict(trainer_args)
     if args.pop("max_epochs", None) not in (None, -1):
-        raise ConfigError("lightning.trainer.max_epochs: a stream of images has no epochs: set max_steps")
+        raise ConfigError(
+            "lightning.trainer.max_epochs: a stream of images has no epochs: set max_steps"
+        )
     usual = {"val_check_interval": 1000, "log_every_n_steps": 20}
     args |= {name: number for name, number in usual.items() if args.get(name) is None}
     for name, least, hint in (
@@ -347,7 +426,9 @@ def _in_batches(trainer_args: Config, model: LiteAutoencoderKL) -> Config:
         ("log_every_n_steps", 0, "; 0 logs none"),
     ):
         if type(steps := args.get(name)) is not int or steps < least:
-            raise ConfigError(f"lightning.trainer.{name}: {steps}: expected a number of steps from {least} on{hint}")
+            raise ConfigError(
+                f"lightning.trainer.{name}: {steps}: expected a number of steps from {least} on{hint}"
+            )
     # Lightning counts batches in both, and refuses an interval longer than the run.
     args["val_check_interval"] = min(args["val_check_interval"], args["max_steps"])
     return args | {name: args[name] * model.accumulate_grad_batches for name in usual}
@@ -356,7 +437,11 @@ def _in_batches(trainer_args: Config, model: LiteAutoencoderKL) -> Config:
 def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
     lightning = prepared.config.get("lightning") or {}
     nodes = lightning.get("callbacks") or {}
-    callbacks = [prepared.stop, *(cfg.instantiate(node) for node in nodes.values()), UnreadableLimit()]
+    callbacks = [
+        prepared.stop,
+        *(cfg.instantiate(node) for node in nodes.values()),
+        UnreadableLimit(),
+    ]
     for default in (BadSteps, KeepCheckpoints, ImageGrids, Health, StepProgress, Lockstep):
         if not any(isinstance(callback, default) for callback in callbacks):
             callbacks.append(default())
@@ -371,7 +456,10 @@ def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
         "benchmark": not on_cpu,  # cuDNN tries its algorithms once for each shape
         "enable_model_summary": False,
         "max_epochs": -1,
-        "plugins": [BackgroundCheckpointIO(resumed_config, prepared.checkpoint), *processes.cluster()],
+        "plugins": [
+            BackgroundCheckpointIO(resumed_config, prepared.checkpoint),
+            *processes.cluster(),
+        ],
         **prepared.trainer_args,
         "callbacks": callbacks,
         "logger": make_loggers(lightning.get("logger") or {}, run),
@@ -387,7 +475,11 @@ def _lock_resumed(run: Run, held: ExitStack) -> None:
     if processes.is_first():
         try:
             held.enter_context(locked(run, patience=RELEASE_S if restarted() else 0.0))
-            for folder in (run.path, run.checkpoints, run.images):  # what a killed process left half-written
+            for folder in (
+                run.path,
+                run.checkpoints,
+                run.images,
+            ):  # what a killed process left half-written
                 remove_partials(folder.glob(".partial-*"))
         except (ConfigError, OSError) as error:
             refusal = str(error)
@@ -410,7 +502,9 @@ def _run_folder(prepared: Prepared, held: ExitStack) -> Iterator[Run]:
     elif processes.meet()[0] > 0:
         yield Run(Path(processes.of_each("")[0]))
     else:
-        run = runs.create(prepared.plan.options.logdir, prepared.settings.name, prepared.settings.precision)
+        run = runs.create(
+            prepared.plan.options.logdir, prepared.settings.name, prepared.settings.precision
+        )
         held.enter_context(locked(run))
         os.environ[RUN_ENV] = processes.of_each(str(run.path))[0]
         try:

@@ -27,8 +27,12 @@ from olvae.runs import Run
 
 log = logging.getLogger("olvae.training")
 
-BETTER = {name: metric.better for name, metric in METRICS.items()}  # higher or lower, by the name of a validation value
-MAX_PENDING = 2  # checkpoints that may wait in host memory to be written: the last and the best of one step
+BETTER = {
+    name: metric.better for name, metric in METRICS.items()
+}  # higher or lower, by the name of a validation value
+MAX_PENDING = (
+    2  # checkpoints that may wait in host memory to be written: the last and the best of one step
+)
 
 
 class CheckpointError(OSError):
@@ -48,7 +52,9 @@ class KeepCheckpoints(Checkpoint):
             which ``best.ckpt`` is chosen; its value and step are in ``best.json``. None keeps no best weights.
     """
 
-    def __init__(self, every_n_steps: int = 1000, keep_every_n_steps: int = 0, best: str | None = "val/psnr") -> None:
+    def __init__(
+        self, every_n_steps: int = 1000, keep_every_n_steps: int = 0, best: str | None = "val/psnr"
+    ) -> None:
         check_counts(1, every_n_steps=every_n_steps)
         check_not_negative(keep_every_n_steps=keep_every_n_steps)
         self.every_n_steps = every_n_steps
@@ -57,14 +63,20 @@ class KeepCheckpoints(Checkpoint):
         self._best_value: float | None = None
         self._saved_step = self._kept_step = 0
         self._saved_images = 0  # beside the step, which stands still in the discriminator's warm-up
-        self._in_step = True  # until training starts: before, a resumed run's optimizers may not be restored
+        self._in_step = (
+            True  # until training starts: before, a resumed run's optimizers may not be restored
+        )
         self._save_after_validation = False
         self._warned = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
-        better = BETTER | {name: which for part in pl_module.each_part for name, which in part.better.items()}
+        better = BETTER | {
+            name: which for part in pl_module.each_part for name, which in part.better.items()
+        }
         metrics = dict.fromkeys(("psnr", "ssim", *pl_module.val_metrics))
-        computed = [f"val/{name}" for name in (*metrics, *(name for name in better if name not in BETTER))]
+        computed = [
+            f"val/{name}" for name in (*metrics, *(name for name in better if name not in BETTER))
+        ]
         computed += [f"val_raw/{name}" for name in metrics if pl_module.use_ema]
         best = self.best or "val/psnr"
         if best not in computed:
@@ -74,7 +86,9 @@ class KeepCheckpoints(Checkpoint):
             )
         self._sign = 1 if better[best.rpartition("/")[2]] == "higher" else -1
         before = self._best_before(current_run(trainer)) if trainer.is_global_zero else None
-        self._best_value = trainer.strategy.broadcast(before)  # a save takes all processes, so one decides
+        self._best_value = trainer.strategy.broadcast(
+            before
+        )  # a save takes all processes, so one decides
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         self._saved_step = self._kept_step = trainer.global_step
@@ -84,9 +98,15 @@ class KeepCheckpoints(Checkpoint):
     def on_train_batch_start(self, *_: Any) -> None:
         self._in_step = True
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any
+    ) -> None:
         step = trainer.global_step
-        if self.keep_every_n_steps and step != self._kept_step and step % self.keep_every_n_steps == 0:
+        if (
+            self.keep_every_n_steps
+            and step != self._kept_step
+            and step % self.keep_every_n_steps == 0
+        ):
             self._save(trainer, pl_module, f"step={step:08d}.ckpt")
             self._kept_step = step
         due = step != self._saved_step and step % self.every_n_steps == 0
@@ -99,15 +119,21 @@ class KeepCheckpoints(Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         self._keep_best(trainer, pl_module)
-        stops = trainer.should_stop and pl_module.images_seen > self._saved_images  # by a callback, as EarlyStopping
+        stops = (
+            trainer.should_stop and pl_module.images_seen > self._saved_images
+        )  # by a callback, as EarlyStopping
         if self._save_after_validation or stops:
             self._save_last(trainer, pl_module)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, exception: BaseException
+    ) -> None:
         # A save takes all processes, and of all errors only TooManyUnreadableError is raised in each of them.
         in_all = trainer.world_size == 1 or isinstance(exception, TooManyUnreadableError)
         useful = not isinstance(exception, FloatingPointError | CheckpointError)
-        useful &= trainer.global_step < trainer.max_steps  # else the run would seem to be done, without its validation
+        useful &= (
+            trainer.global_step < trainer.max_steps
+        )  # else the run would seem to be done, without its validation
         if in_all and useful and not self._in_step and pl_module.images_seen > self._saved_images:
             self._save(trainer, pl_module, "last.ckpt")
 
@@ -123,7 +149,11 @@ class KeepCheckpoints(Checkpoint):
         values = module.validation_values
         if self.best not in values:
             if trainer.is_global_zero and not self._warned:
-                why = f"{self.best} has no finite value" if values else "no validation image could be read"
+                why = (
+                    f"{self.best} has no finite value"
+                    if values
+                    else "no validation image could be read"
+                )
                 log.warning("%s, so best.ckpt is not kept", why)
             self._warned = True
             return
@@ -143,11 +173,19 @@ class KeepCheckpoints(Checkpoint):
             before = json.loads(note.read_text(encoding="utf-8"))
             return float(before["value"]) if before["metric"] == self.best else None
         except (ValueError, KeyError, TypeError, OSError) as error:
-            log.warning("%s: not readable: %s; the next validation replaces it", note, first_line(error))
+            log.warning(
+                "%s: not readable: %s; the next validation replaces it", note, first_line(error)
+            )
             return None
 
-    def _save(self, trainer: pl.Trainer, module: LiteAutoencoderKL, name: str, note: Config | None = None) -> None:
-        values = {n: t for n, t in module.state_dict().items() if isinstance(t, Tensor) and t.is_floating_point()}
+    def _save(
+        self, trainer: pl.Trainer, module: LiteAutoencoderKL, name: str, note: Config | None = None
+    ) -> None:
+        values = {
+            n: t
+            for n, t in module.state_dict().items()
+            if isinstance(t, Tensor) and t.is_floating_point()
+        }
         finite = torch.stack([t.isfinite().all() for t in values.values()])
         if not finite.all():  # one wait for the device
             first = list(values)[finite.tolist().index(False)]
@@ -156,7 +194,9 @@ class KeepCheckpoints(Checkpoint):
                 + last_good(current_run(trainer))
             )
         check_written(trainer, MAX_PENDING - 1)
-        trainer.save_checkpoint(current_run(trainer).checkpoints / name, storage_options=note)  # the first one writes
+        trainer.save_checkpoint(
+            current_run(trainer).checkpoints / name, storage_options=note
+        )  # the first one writes
 
 
 class BackgroundCheckpointIO(TorchCheckpointIO):
@@ -168,13 +208,18 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
     whenever the run is killed; ``checkpoint`` is what was read of such a run, and is emptied as Lightning takes it.
     """
 
-    def __init__(self, config: tuple[Config, Path] | None = None, checkpoint: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, config: tuple[Config, Path] | None = None, checkpoint: dict[str, Any] | None = None
+    ) -> None:
         self._config, self._checkpoint = config, {} if checkpoint is None else checkpoint
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: deque[Future[None]] = deque()
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: dict[str, Any] | None = None
+        self,
+        checkpoint: dict[str, Any],
+        path: str | Path,
+        storage_options: dict[str, Any] | None = None,
     ) -> None:
         """Start to save; the tensors may change as soon as this returns.
 
@@ -220,7 +265,9 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
                 self._config = None
         except Exception as error:
             reason = first_line(error) if path.parent.is_dir() else "the run's folder is gone"
-            raise CheckpointError(f"{path}: the checkpoint could not be written: {reason}") from error
+            raise CheckpointError(
+                f"{path}: the checkpoint could not be written: {reason}"
+            ) from error
 
 
 def check_written(trainer: pl.Trainer, pending: int = 0) -> None:
@@ -241,7 +288,11 @@ def check_written(trainer: pl.Trainer, pending: int = 0) -> None:
 
 def _on_host(value: Any) -> Any:
     """Copy a tensor to host memory, from a GPU without waiting: it has arrived once that is synchronised."""
-    return value.detach().to("cpu", copy=True, non_blocking=True) if isinstance(value, Tensor) else value
+    return (
+        value.detach().to("cpu", copy=True, non_blocking=True)
+        if isinstance(value, Tensor)
+        else value
+    )
 
 
 def _validation_follows(trainer: pl.Trainer) -> bool:

@@ -27,7 +27,10 @@ FREE_SETTINGS = (
     *(f"run.{key}" for key in ("gpus", "precision", "seed")),
     "data.params.num_workers",
     "model.base_learning_rate",
-    *(f"model.params.{key}" for key in ("betas", "decay_steps", "min_lr_factor", "scheduler", "warmup_steps")),
+    *(
+        f"model.params.{key}"
+        for key in ("betas", "decay_steps", "min_lr_factor", "scheduler", "warmup_steps")
+    ),
     *(f"model.params.{key}" for key in ("channels_last", "checkpoint", "compile", "weights_dir")),
     *(f"model.params.{key}" for key in ("ema_decay", "use_ema", "val_metrics")),
     runs.TEACHER,  # a path; its weights have a checksum
@@ -75,9 +78,16 @@ def read_plan(options: TrainOptions) -> Plan:
     A SLURM job that was queued again, or processes that torchrun started again, continue their run. ConfigError for a
     mistake; FileNotFoundError if a config, a run or an autoencoder was not found.
     """
-    if options.resume is None and options.base and (begun := requeued_run(Path(options.logdir), _name(options))):
+    if (
+        options.resume is None
+        and options.base
+        and (begun := requeued_run(Path(options.logdir), _name(options)))
+    ):
         options = TrainOptions(
-            resume=begun.path, time_limit=options.time_limit, gpus=options.gpus, profile=options.profile
+            resume=begun.path,
+            time_limit=options.time_limit,
+            gpus=options.gpus,
+            profile=options.profile,
         )
     resumed = None if options.resume is None else runs.open_run(options.resume, options.logdir)
     previous = None if resumed is None else runs.config_of(resumed)
@@ -85,10 +95,16 @@ def read_plan(options: TrainOptions) -> Plan:
         raise ConfigError("`base` names the config to train, such as demo")
     if resumed is None and options.allow_changes:
         raise ConfigError("`allow_changes` is for `resume`: leave it out")
-    targets = {"model.from": options.start_from, runs.TEACHER: options.teacher or _absolute_teacher(previous)}
+    targets = {
+        "model.from": options.start_from,
+        runs.TEACHER: options.teacher or _absolute_teacher(previous),
+    }
     overrides = [] if options.data is None else [f"data.params.root={json.dumps(options.data)}"]
     if options.wandb is not None:
-        overrides += [f"{WANDB}.target={WANDB_LOGGER}", f"{WANDB}.params.project={json.dumps(options.wandb)}"]
+        overrides += [
+            f"{WANDB}.target={WANDB_LOGGER}",
+            f"{WANDB}.params.project={json.dumps(options.wandb)}",
+        ]
     overrides += options.overrides
     for key, target in targets.items():
         if target is not None:
@@ -96,21 +112,27 @@ def read_plan(options: TrainOptions) -> Plan:
             overrides.append(f"{key}={json.dumps(found)}")
     config = cfg.load([*([] if resumed is None else [resumed.config]), *options.base], overrides)
     if options.teacher is not None:
-        config["model"]["params"]["parts"]["teacher"].setdefault("target", "olvae.models.parts.teacher.Teacher")
+        config["model"]["params"]["parts"]["teacher"].setdefault(
+            "target", "olvae.models.parts.teacher.Teacher"
+        )
     cfg.check(config)
     if config["model"].get("from") is None:
         config["model"].pop("from", None)
     _check_starts(options, config)
     _keep_additions(config, overrides)
     time_limit = None if options.time_limit is None else parse_time(options.time_limit)
-    return Plan(options, config, _settings(options, config, previous), time_limit, resumed, previous)
+    return Plan(
+        options, config, _settings(options, config, previous), time_limit, resumed, previous
+    )
 
 
 def parse_time(text: str) -> float:
     """Convert a time such as 3h50m, 45m, 1d12h or 90s to seconds; ConfigError if it is not one."""
     match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text)
     if not match or not text:
-        raise ConfigError(f"`time_limit` {text}: give days, hours, minutes or seconds, as in 3h50m, 45m or 1d12h")
+        raise ConfigError(
+            f"`time_limit` {text}: give days, hours, minutes or seconds, as in 3h50m, 45m or 1d12h"
+        )
     days, hours, minutes, seconds = (int(number or 0) for number in match.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
 
@@ -121,7 +143,9 @@ def _check_starts(options: TrainOptions, config: Config) -> None:
         "`resume` continues a run": options.resume,
         "`actual_resume` starts one from weights": options.actual_resume,
         "`start_from` starts one from an autoencoder's networks and weights": options.start_from,
-        "model.from names an autoencoder to start from": None if options.start_from else config["model"].get("from"),
+        "model.from names an autoencoder to start from": None
+        if options.start_from
+        else config["model"].get("from"),
     }
     if len(given := [what for what, value in starts.items() if value is not None]) > 1:
         raise ConfigError(f"{', '.join(given)}: give one of them")
@@ -133,7 +157,9 @@ def _keep_additions(config: Config, overrides: Sequence[str]) -> None:
     params, given = (runs.entry_of(one, "model.params") or {} for one in configs)
     for key in given.keys() & set(FROM_START) if "from" in config["model"] else ():
         if not isinstance(given[key], dict) or "target" in given[key]:
-            raise ConfigError(f"model.params.{key}: is that of {config['model']['from']}: leave it out")
+            raise ConfigError(
+                f"model.params.{key}: is that of {config['model']['from']}: leave it out"
+            )
         if "target" in params[key]:
             params[key] = given[key]
 
@@ -153,12 +179,23 @@ def _name(options: TrainOptions) -> str:
 def _settings(options: TrainOptions, config: Config, previous: Config | None) -> Settings:
     """The options over the resumed run's settings, over the defaults."""
     settings = runs.settings_of(config)
-    named = None if options.actual_resume is None else runs.find_run(options.actual_resume, options.logdir)
+    named = (
+        None
+        if options.actual_resume is None
+        else runs.find_run(options.actual_resume, options.logdir)
+    )
     weights = config["model"].get("from") or named
     if previous is None:
         runs.check_name(_name(options))
-        places = [place_in(str(target)) for target in (weights, runs.entry_of(config, runs.TEACHER)) if target]
-        paths = {**settings.paths, **{str(Path(place).absolute()): place for place in places if Path(place).exists()}}
+        places = [
+            place_in(str(target))
+            for target in (weights, runs.entry_of(config, runs.TEACHER))
+            if target
+        ]
+        paths = {
+            **settings.paths,
+            **{str(Path(place).absolute()): place for place in places if Path(place).exists()},
+        }
         settings = Settings(_name(options), initial_seed=options.seed or 0, paths=paths)
     elif options.name not in (None, settings.name):
         raise ConfigError("`name`: a resumed run keeps the name of its folder: leave it out")
@@ -183,16 +220,24 @@ def find_changes(previous: Config, config: Config, settings: Settings) -> dict[s
         return {**whole, "run": {"precision": own.precision, "gpus": own.gpus, "seed": own.seed}}
 
     def text(value: Any) -> str:
-        written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        written = (
+            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        )
         return "not set" if value is ABSENT else written
 
-    changes = differences(compared(previous, runs.settings_of(previous)), compared(config, settings))
+    changes = differences(
+        compared(previous, runs.settings_of(previous)), compared(config, settings)
+    )
     return {key: f"{text(old)} -> {text(new)}" for key, (old, new) in changes.items()}
 
 
 def check_changes(changed: Iterable[str]) -> None:
     """Raise ConfigError unless these settings may change in a resumed run, which has its data, networks and losses."""
-    if keys := [key for key in changed if not any(f"{key}.".startswith(f"{free}.") for free in FREE_SETTINGS)]:
+    if keys := [
+        key
+        for key in changed
+        if not any(f"{key}.".startswith(f"{free}.") for free in FREE_SETTINGS)
+    ]:
         more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
         raise ConfigError(
             f"`resume`: {', '.join(keys[:3])}{more}: this would continue the run with other data, networks or losses: "
@@ -214,7 +259,9 @@ def current_job() -> str | None:
 
 def restarted() -> bool:
     """Whether SLURM queued this job again, or torchrun started its processes again."""
-    return any(int(os.environ.get(f"{of}_RESTART_COUNT") or 0) > 0 for of in ("SLURM", "TORCHELASTIC"))
+    return any(
+        int(os.environ.get(f"{of}_RESTART_COUNT") or 0) > 0 for of in ("SLURM", "TORCHELASTIC")
+    )
 
 
 def requeued_run(logdir: Path, name: str) -> Run | None:

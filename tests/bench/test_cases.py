@@ -18,10 +18,24 @@ def params() -> dict:
 
 
 def test_rows_are_near_what_was_published(network_rows):
-    assert {row.name for row in network_rows if row.group == "encoder"} == {"S", "B", "M", "L", "sd"}
-    assert {row.name for row in network_rows if row.group == "decoder"} == {"open_litevae", "paper_smc", "sd"}
+    assert {row.name for row in network_rows if row.group == "encoder"} == {
+        "S",
+        "B",
+        "M",
+        "L",
+        "sd",
+    }
+    assert {row.name for row in network_rows if row.group == "decoder"} == {
+        "open_litevae",
+        "paper_smc",
+        "sd",
+    }
     unets = {f"UNetGAN-{scale}" for scale in "SML"}
-    assert {row.name for row in network_rows if row.group == "discriminator"} == {"PatchGAN", "GigaGAN", *unets}
+    assert {row.name for row in network_rows if row.group == "discriminator"} == {
+        "PatchGAN",
+        "GigaGAN",
+        *unets,
+    }
     for row in network_rows:
         assert row.params == pytest.approx(row.published_params, rel=0.01), row
         if row.published_macs is not None:
@@ -31,7 +45,9 @@ def test_rows_are_near_what_was_published(network_rows):
 def test_the_peer_of_a_step_runs_forward_twice(monkeypatch):
     calls = []
     encode = LiteAutoencoderKL.encode
-    monkeypatch.setattr(LiteAutoencoderKL, "encode", lambda self, x: calls.append(0) or encode(self, x))
+    monkeypatch.setattr(
+        LiteAutoencoderKL, "encode", lambda self, x: calls.append(0) or encode(self, x)
+    )
     for kind, passes in ((LiteAutoencoderKL, 1), (TwoForwards, 2)):
         calls.clear()
         assert len(time_steps(kind(**params()), 16, 2, 2, "cpu")) == 2
@@ -51,7 +67,9 @@ def short(monkeypatch):
 
 
 def measured(sources, workers=(0,), size=16, batch_size=4) -> list[dict]:
-    setting = Setting("cpu", size, batch_size, sources=[str(source) for source in sources], workers=workers)
+    setting = Setting(
+        "cpu", size, batch_size, sources=[str(source) for source in sources], workers=workers
+    )
     return rows_of("data", cases.GROUPS["data"].cases(setting), "cpu", 1, False)
 
 
@@ -73,7 +91,9 @@ def test_each_source_and_number_of_workers_beside_the_floor(tmp_path, image_fold
 @pytest.mark.usefixtures("short")
 def test_a_config_brings_its_size_and_crops(tmp_path, image_folder, monkeypatch):
     made = []
-    monkeypatch.setattr(RandomScaleCrop, "__call__", lambda self, *_: made.append(self) or picture(0, (24, 24)))
+    monkeypatch.setattr(
+        RandomScaleCrop, "__call__", lambda self, *_: made.append(self) or picture(0, (24, 24))
+    )
     params = {"root": str(image_folder), "size": 24, "batch_size": 1, "min_fraction": 0.9}
     node = {"target": "olvae.data.picture_folder.FolderSource", "params": params}
     (tmp_path / "one.yaml").write_text(yaml.safe_dump({"data": node}))
@@ -85,7 +105,9 @@ def test_a_config_brings_its_size_and_crops(tmp_path, image_folder, monkeypatch)
 @pytest.mark.usefixtures("short")
 def test_what_cannot_be_timed(tmp_path, image_folder):
     write_shards(tmp_path / "shards", (3, 3))
-    with pytest.raises(ConfigError, match=r"`workers` 8: .*shards: 6 training images for 8 processes"):
+    with pytest.raises(
+        ConfigError, match=r"`workers` 8: .*shards: 6 training images for 8 processes"
+    ):
         measured([tmp_path / "shards"], (0, 8), batch_size=1)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"no picture")

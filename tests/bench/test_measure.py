@@ -26,15 +26,33 @@ def test_each_has_a_turn_in_each_round(warm_up):
     assert times["a"].seconds == [first, first + 2]
     assert times["b"].seconds == [first + 1, first + 3]
     assert times["a"].peak_bytes is None
-    assert measure({"a": lambda: [1.0, 2.0]}, "cpu", rounds=2, warm_up=False)["a"].seconds == [1.0, 2.0, 1.0, 2.0]
+    assert measure({"a": lambda: [1.0, 2.0]}, "cpu", rounds=2, warm_up=False)["a"].seconds == [
+        1.0,
+        2.0,
+        1.0,
+        2.0,
+    ]
 
 
 def test_rates_shares_and_ratios():
     limit = Case("product", "limit", "32", lambda: [2.0], 0, work=4e9)
     copied = Case("copy", "limit", "32", lambda: [1.0], 0, work=6e9, unit="bytes")
     peer = Case("sd", "eager", "32", lambda: [2.0], 2, 16, 2, computed_bytes=7)
-    network = Case("S", "eager", "32", lambda: [1.0, 3.0, 5.0], 8, 16, 4, 3e9, limits={"of_product": limit}, peer=peer)
-    first, second, third, fourth = rows_of("made up", [limit, copied, peer, network], "cpu", 1, False)
+    network = Case(
+        "S",
+        "eager",
+        "32",
+        lambda: [1.0, 3.0, 5.0],
+        8,
+        16,
+        4,
+        3e9,
+        limits={"of_product": limit},
+        peer=peer,
+    )
+    first, second, third, fourth = rows_of(
+        "made up", [limit, copied, peer, network], "cpu", 1, False
+    )
     same = {"group": "made up", "variant": "limit", "precision": "32", "spread_ms": 0.0}
     assert first == {**same, "name": "product", "median_ms": 2000.0, "gflop_per_s": 4.0}
     assert second == {**same, "name": "copy", "median_ms": 1000.0, "gbyte_per_s": 6.0}

@@ -39,9 +39,13 @@ def test_everything(olvae, tiny, tmp_path, monkeypatch):
     shares = {f"{row['group']} {key}" for row in measured for key in row if key.startswith("of_")}
     assert shares == {"dwt of_copy", "encoder of_product", "train of_product", "data of_floor"}
     variants = {(row["variant"], row["precision"]) for row in measured if row["group"] == "encoder"}
-    assert variants == {(layout, precision) for layout in ("eager", "channels-last") for precision in ("32", "bf16")}
+    assert variants == {
+        (layout, precision) for layout in ("eager", "channels-last") for precision in ("32", "bf16")
+    }
     steps = {(row["name"][-6:], row["variant"]) for row in measured if row["group"] == "train"}
-    expected = {(config, name) for config in ("a.yaml", "b.yaml") for name in ("plain", cases.EVERY)}
+    expected = {
+        (config, name) for config in ("a.yaml", "b.yaml") for name in ("plain", cases.EVERY)
+    }
     assert steps == expected | {("b.yaml", "two forward passes")}
     ratios = {f"{row['group']} {row['name'][-6:]}" for row in measured if "ratio" in row}
     assert ratios == {"dwt vedec2", "encoder peer", "encoder S", "train b.yaml"}
@@ -76,7 +80,12 @@ def test_mistakes(olvae, arguments, message):
 
 
 def test_a_config_that_starts_from_an_autoencoder(olvae, tmp_path):
-    (tmp_path / "a.yaml").write_text(f"include: {ROOT}/configs/demo.yaml\nmodel: {{from: diffusers:some/vae}}\n")
+    (tmp_path / "a.yaml").write_text(
+        f"include: {ROOT}/configs/demo.yaml\nmodel: {{from: diffusers:some/vae}}\n"
+    )
     code, out, err = olvae("bench", "train", "--config", tmp_path / "a.yaml")
     assert (code, out) == (2, "")
-    assert f"error: {tmp_path}/a.yaml: model.from names an autoencoder: give the run's config.yaml\n" in err
+    assert (
+        f"error: {tmp_path}/a.yaml: model.from names an autoencoder: give the run's config.yaml\n"
+        in err
+    )

@@ -34,7 +34,17 @@ def test_pack_and_check(olvae, done, image_folder, tmp_path):
 
 def test_pack_with_its_options(olvae, done, image_folder, tmp_path):
     (image_folder / "bad.png").touch()
-    options = ("--resize", 20, "--format", "webp", "--quality", 80, "--no-shuffle", "--max-unreadable", 0.1)
+    options = (
+        "--resize",
+        20,
+        "--format",
+        "webp",
+        "--quality",
+        80,
+        "--no-shuffle",
+        "--max-unreadable",
+        0.1,
+    )
     err = done("pack", image_folder, "--out", tmp_path / "shards", *options, "--workers", 1)
     assert "1 unreadable images left out: bad.png (the file is empty)\n" in err
     packed = members(tmp_path / "shards")
@@ -43,25 +53,58 @@ def test_pack_with_its_options(olvae, done, image_folder, tmp_path):
         assert (details["width"], details["height"]) == (24, 20)
         assert details["file"].endswith(".webp")
     packed_with = json.loads((tmp_path / "shards" / "index.json").read_text())["packed"]
-    expected = {"shard_size": 1, "seed": None, "resize": 20, "format": "webp", "quality": 80, "channels": 3}
+    expected = {
+        "shard_size": 1,
+        "seed": None,
+        "resize": 20,
+        "format": "webp",
+        "quality": 80,
+        "channels": 3,
+    }
     assert packed_with == expected
     code, _, err = olvae("pack", image_folder, "--out", tmp_path / "other")
     assert code == 1
-    assert "1 of 13 images can't be read, more than --max-unreadable 0.01: bad.png (the file is empty)" in err
+    assert (
+        "1 of 13 images can't be read, more than --max-unreadable 0.01: bad.png (the file is empty)"
+        in err
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
         (("pack", "PHOTOS", "--out", "OUT", "--quality", "80"), "--resize"),
-        (("pack", "PHOTOS", "--out", "OUT", "--resize", "8", "--format", "gif"), "choose from jpg, png, webp"),
-        (("pack", "PHOTOS", "--out", "OUT", "--resize", "8", "--format", "png", "--quality", "8"), "--quality applies"),
-        (("pack", "PHOTOS", "--out", "OUT", "--seed", "3", "--no-shuffle"), "--seed applies to --shuffle"),
+        (
+            ("pack", "PHOTOS", "--out", "OUT", "--resize", "8", "--format", "gif"),
+            "choose from jpg, png, webp",
+        ),
+        (
+            (
+                "pack",
+                "PHOTOS",
+                "--out",
+                "OUT",
+                "--resize",
+                "8",
+                "--format",
+                "png",
+                "--quality",
+                "8",
+            ),
+            "--quality applies",
+        ),
+        (
+            ("pack", "PHOTOS", "--out", "OUT", "--seed", "3", "--no-shuffle"),
+            "--seed applies to --shuffle",
+        ),
         (("pack", "PHOTOS", "--out", "PHOTOS/out"), "is inside the images' folder"),
     ],
 )
 def test_wrong_usage_is_one_line(refused, image_folder, tmp_path, arguments, line):
-    given = [a.replace("PHOTOS", str(image_folder)).replace("OUT", str(tmp_path / "out")) for a in arguments]
+    given = [
+        a.replace("PHOTOS", str(image_folder)).replace("OUT", str(tmp_path / "out"))
+        for a in arguments
+    ]
     assert line in refused(2, *given)
     assert not (tmp_path / "out").exists()
 
@@ -90,7 +133,10 @@ def test_ctrl_c_says_how_to_go_on(olvae, done, image_folder, tmp_path, monkeypat
     with monkeypatch.context() as patch:
         patch.setattr(ProgressBar, "set", interrupt)
         code, _, err = olvae("pack", image_folder, "--out", out, "--shard-size", 1, "--workers", 1)
-    assert (code, err) == (130, f"stopped: finished shards are in {out}; the same command continues from there\n")
+    assert (code, err) == (
+        130,
+        f"stopped: finished shards are in {out}; the same command continues from there\n",
+    )
     assert not list(out.glob(".packing/.partial-*"))
     assert not (out / "index.json").exists()
     finished = len(list(out.glob("*.tar")))

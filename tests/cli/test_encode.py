@@ -30,7 +30,18 @@ def olvae_on_two(capfd):
 
 def test_there_and_back(olvae, done, target, tmp_path, image_folder):
     latents, images = tmp_path / "latents", tmp_path / "images"
-    encode = ["encode", target, "--data", image_folder, "--size", 16, "--out", latents, "--dtype", "float32"]
+    encode = [
+        "encode",
+        target,
+        "--data",
+        image_folder,
+        "--size",
+        16,
+        "--out",
+        latents,
+        "--dtype",
+        "float32",
+    ]
     code, out, err = olvae(*encode, "--json")
     assert code == 0
     stats = json.loads(out)
@@ -57,7 +68,18 @@ def test_there_and_back(olvae, done, target, tmp_path, image_folder):
 
 
 def test_two_processes_give_what_one_gives(olvae, olvae_on_two, target, tmp_path, image_folder):
-    encode = ["encode", target, "--data", image_folder, "--size", 16, "--shard-size", 3, "--flip", "--images"]
+    encode = [
+        "encode",
+        target,
+        "--data",
+        image_folder,
+        "--size",
+        16,
+        "--shard-size",
+        3,
+        "--flip",
+        "--images",
+    ]
     encode += ["--device", "cpu"]
     assert olvae(*encode, "--out", tmp_path / "one")[0] == 0
     err = olvae_on_two(*encode, "--out", tmp_path / "two")
@@ -68,23 +90,49 @@ def test_two_processes_give_what_one_gives(olvae, olvae_on_two, target, tmp_path
     encode[encode.index(3)] = 1000
     err = olvae_on_two(*encode, "--out", tmp_path / "few")
     assert "note: 1 shard of latents for 2 processes: the others have" in err
-    assert "12 images of 16 px in 12 shards" in olvae(*encode[:6], "--images", "--out", tmp_path / "split")[2]
+    assert (
+        "12 images of 16 px in 12 shards"
+        in olvae(*encode[:6], "--images", "--out", tmp_path / "split")[2]
+    )
 
 
 def test_compiled_or_told_that_it_is_not(olvae, target, tmp_path, image_folder, monkeypatch):
     compiled = []
     monkeypatch.setattr(
-        "olvae.models.optimization.compile_networks", lambda modules, device: compiled.extend(modules) or False
+        "olvae.models.optimization.compile_networks",
+        lambda modules, device: compiled.extend(modules) or False,
     )
     out = tmp_path / "latents"
-    encode = ["encode", target, "--data", image_folder, "--size", 16, "--compile", "--out", out, "--device", "cpu"]
+    encode = [
+        "encode",
+        target,
+        "--data",
+        image_folder,
+        "--size",
+        16,
+        "--compile",
+        "--out",
+        out,
+        "--device",
+        "cpu",
+    ]
     assert olvae(*encode)[0] == 0
     assert [type(module).__name__ for module in compiled] == ["LiteVAE_Encoder"]
 
 
 def test_mistakes_are_one_line(done, refused, target, tmp_path, image_folder):
     def encode(*arguments: object) -> list[object]:
-        return ["encode", target, "--data", image_folder, "--size", 16, "--out", tmp_path / "out", *arguments]
+        return [
+            "encode",
+            target,
+            "--data",
+            image_folder,
+            "--size",
+            16,
+            "--out",
+            tmp_path / "out",
+            *arguments,
+        ]
 
     shards = tmp_path / "shards"
     write_shards(shards, (2,))
@@ -92,18 +140,47 @@ def test_mistakes_are_one_line(done, refused, target, tmp_path, image_folder):
         (encode("--native"), 2, "--native and --size: give one of the two"),
         (encode("--seed", 1), 2, "--seed applies to --sample"),
         (encode("--memory", 1), 2, "--memory applies to --native: give both, or neither"),
-        (["encode", *encode()[1:4], "--native", "--memory", "inf", "--out", tmp_path / "out"], 2, "--memory inf: give"),
-        (encode("--data", shards, "--shard-size", 3), 2, "--shard-size: each of these shards becomes one of latents"),
+        (
+            ["encode", *encode()[1:4], "--native", "--memory", "inf", "--out", tmp_path / "out"],
+            2,
+            "--memory inf: give",
+        ),
+        (
+            encode("--data", shards, "--shard-size", 3),
+            2,
+            "--shard-size: each of these shards becomes one of latents",
+        ),
         (encode("--size", 20), 1, "multiple of 8"),
-        (["encode", target, "--data", image_folder, "--native", "--images", "--out", tmp_path / "out"], 1, "one size"),
+        (
+            [
+                "encode",
+                target,
+                "--data",
+                image_folder,
+                "--native",
+                "--images",
+                "--out",
+                tmp_path / "out",
+            ],
+            1,
+            "one size",
+        ),
         (encode("--data", tmp_path / "nowhere"), 1, "no such folder"),
         (encode("--out", image_folder), 2, "has other files already"),
         (encode("--out", image_folder / "class0/0.png"), 1, "results need a folder"),
-        (["decode", target, image_folder, "--out", image_folder / "class0/0.png"], 1, "results need a folder"),
+        (
+            ["decode", target, image_folder, "--out", image_folder / "class0/0.png"],
+            1,
+            "results need a folder",
+        ),
         (["encode", tmp_path / "gone", *encode()[2:]], 1, "not found; a target is"),
         (["decode", target, image_folder, "--out", tmp_path / "out"], 1, "no stats.json"),
         (["decode", target, tmp_path / "x.tar", "--out", tmp_path / "out"], 1, "no shards"),
-        (["decode", target, tmp_path, "--out", tmp_path / "out", "--memory", "nan"], 2, "--memory nan: give"),
+        (
+            ["decode", target, tmp_path, "--out", tmp_path / "out", "--memory", "nan"],
+            2,
+            "--memory nan: give",
+        ),
     ]
     for arguments, code, text in cases:
         assert text in refused(code, *arguments)
@@ -111,11 +188,17 @@ def test_mistakes_are_one_line(done, refused, target, tmp_path, image_folder):
     done(*encode())
     line = refused(1, *encode("--data", tmp_path / "out", "--out", tmp_path / "again"))
     assert line == "error: no images in these shards: an image is a file KEY.jpg, KEY.png, ...\n"
-    assert "was begun with flip False (now True): give the same options and images" in refused(2, *encode("--flip"))
-    assert "was begun with other images: give the same options" in refused(2, *encode("--data", "samples"))
+    assert "was begun with flip False (now True): give the same options and images" in refused(
+        2, *encode("--flip")
+    )
+    assert "was begun with other images: give the same options" in refused(
+        2, *encode("--data", "samples")
+    )
 
 
-def test_another_command_at_work_in_the_folder(refused, target, tmp_path, image_folder, monkeypatch):
+def test_another_command_at_work_in_the_folder(
+    refused, target, tmp_path, image_folder, monkeypatch
+):
     monkeypatch.setattr("olvae.data.shards.write.LOCK_S", 0.0)
     latents = tmp_path / "latents"
     with ResumableShards(latents, ".encode").locked("olvae encode"):
@@ -126,7 +209,20 @@ def test_another_command_at_work_in_the_folder(refused, target, tmp_path, image_
 
         def work(rank: int) -> None:
             os.environ.update(torchrun(rank, per_node=2))
-            sys.exit(main(["encode", str(target), "--data", str(image_folder), "--size", "24", "--out", str(latents)]))
+            sys.exit(
+                main(
+                    [
+                        "encode",
+                        str(target),
+                        "--data",
+                        str(image_folder),
+                        "--size",
+                        "24",
+                        "--out",
+                        str(latents),
+                    ]
+                )
+            )
 
         fork_each(work, exits=(2, 1))
         assert everything(latents / ".encode") == before
@@ -146,7 +242,18 @@ def test_ctrl_c_says_how_to_go_on(olvae, target, tmp_path, image_folder, monkeyp
 
     monkeypatch.setattr(ResumableShards, "write", interrupt)
     latents = tmp_path / "new" / "latents"
-    encode = ("encode", target, "--data", image_folder, "--size", 16, "--out", latents, "--shard-size", 3)
+    encode = (
+        "encode",
+        target,
+        "--data",
+        image_folder,
+        "--size",
+        16,
+        "--out",
+        latents,
+        "--shard-size",
+        3,
+    )
     code, out, err = olvae(*encode)
     assert (code, out, written) == (130, "", [*range(shards)])
     kept = f"finished shards are in {latents}" if shards else "no shard is finished yet"
@@ -160,7 +267,9 @@ def test_a_failure_leaves_no_folder(done, refused, target, tmp_path, image_folde
     bad.mkdir()
     (bad / "a.png").touch()
     encode = ("encode", target, "--data", bad, "--size", 16, "--out", out)
-    assert refused(1, *encode) == "error: none of the images could be read: a.png: the file is empty\n"
+    assert (
+        refused(1, *encode) == "error: none of the images could be read: a.png: the file is empty\n"
+    )
     assert not out.parent.exists()
     out.mkdir(parents=True)
     refused(1, *encode)

@@ -35,7 +35,9 @@ def metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path, caplog):
-    code, out, err = olvae("evaluate", trained, "--data", photos, "--out", tmp_path, "--baselines", "--json")
+    code, out, err = olvae(
+        "evaluate", trained, "--data", photos, "--out", tmp_path, "--baselines", "--json"
+    )
     assert code == 0
     result = content(tmp_path)
     assert json.loads(out) == result
@@ -49,10 +51,15 @@ def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path, caplog):
     for row in result["results"]:
         assert row["metrics"].keys() == {"psnr", "ssim", "l1"}
         assert row["skipped"].keys() == {"ms_ssim", "lpips", "lpips_alex", "rfid", "kid"}
-        assert all(low < row["metrics"][name] < high for name, (low, high) in row["intervals"].items())
+        assert all(
+            low < row["metrics"][name] < high for name, (low, high) in row["intervals"].items()
+        )
     assert [row.get("baseline") for row in result["results"]] == [None, True, True, True]
     assert result["results"][0]["cost"]["parameters"] > 0
-    assert f"{trained.name} trains on {photos}: these numbers are not of held-out images" in caplog.text
+    assert (
+        f"{trained.name} trains on {photos}: these numbers are not of held-out images"
+        in caplog.text
+    )
     assert err.count("a network is not here: metrics.md says which file to put where") == 1
     assert "vgg16-397923af.pth" in (tmp_path / "metrics.md").read_text()
     table = (tmp_path / "metrics.md").read_text().splitlines()
@@ -64,8 +71,12 @@ def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path, caplog):
     assert mean == pytest.approx(result["results"][0]["metrics"]["psnr"], rel=1e-9)
     assert Image.open(tmp_path / "reconstructions.png").width > 100
     assert not list(tmp_path.glob(".*"))
-    shown = re.findall(r"<h3>.*</h3>", (tmp_path / "report.html").read_text().partition('id="gallery"')[2])
-    assert len(shown) == 3  # the run, linear and bicubic: of what an untrained model makes there is nothing to see
+    shown = re.findall(
+        r"<h3>.*</h3>", (tmp_path / "report.html").read_text().partition('id="gallery"')[2]
+    )
+    assert (
+        len(shown) == 3
+    )  # the run, linear and bicubic: of what an untrained model makes there is nothing to see
 
 
 def test_from_python_it_is_the_same(done, trained, photos, tmp_path):
@@ -77,7 +88,9 @@ def test_from_python_it_is_the_same(done, trained, photos, tmp_path):
             yield batch
             seen.append((description, len(batch["image"]), total))
 
-    request = Request([find_target(trained)], metrics=("psnr", "ssim", "l1"), data=str(photos), batch_size=5)
+    request = Request(
+        [find_target(trained)], metrics=("psnr", "ssim", "l1"), data=str(photos), batch_size=5
+    )
     (evaluated,) = evaluate(request, watched)
     assert seen == [("evaluating", n, 12) for n in (5, 5, 2)]
     done("evaluate", trained, "--data", photos, "-B", 5, "--out", tmp_path, *PIXELS)
@@ -90,7 +103,16 @@ def test_from_python_it_is_the_same(done, trained, photos, tmp_path):
 
 def test_two_processes_and_small_batches_change_nothing(olvae, trained, photos, tmp_path):
     """Of metrics and observers."""
-    arguments = ["evaluate", str(trained), "--data", str(photos), *PIXELS, "--precision", "bf16", "--out"]
+    arguments = [
+        "evaluate",
+        str(trained),
+        "--data",
+        str(photos),
+        *PIXELS,
+        "--precision",
+        "bf16",
+        "--out",
+    ]
     fork_two(main, [*arguments, str(tmp_path / "two"), "-B", "3"])
     assert olvae(*arguments, tmp_path / "one", "-B", 12)[0] == 0
     one, two = content(tmp_path / "one"), content(tmp_path / "two")
@@ -99,7 +121,9 @@ def test_two_processes_and_small_batches_change_nothing(olvae, trained, photos, 
     for first, second in zip(one["results"], two["results"], strict=True):
         assert first["metrics"] == pytest.approx(second["metrics"], rel=1e-3)
         assert first["bands"]["LL3"] == pytest.approx(second["bands"]["LL3"], rel=1e-2)
-        assert first["precision"]["largest"] == pytest.approx(second["precision"]["largest"], rel=2e-2)
+        assert first["precision"]["largest"] == pytest.approx(
+            second["precision"]["largest"], rel=2e-2
+        )
 
 
 def test_several_kinds_of_target_in_one_table(done, trained, photos, tmp_path):
@@ -118,16 +142,32 @@ def test_several_kinds_of_target_in_one_table(done, trained, photos, tmp_path):
 def test_several_protocols_in_one_command(done, trained, photos, tmp_path):
     names = "open-litevae,latent-diffusion,llamagen"
     done("evaluate", trained, "--data", photos, "--protocol", names, "--out", tmp_path, *PIXELS)
-    tables = [content(tmp_path, f"metrics{suffix}.json") for suffix in ("", "_latent-diffusion", "_llamagen")]
+    tables = [
+        content(tmp_path, f"metrics{suffix}.json")
+        for suffix in ("", "_latent-diffusion", "_llamagen")
+    ]
     assert len({table["protocol_hash"] for table in tables}) == 3
     assert len({table["results"][0]["metrics"]["psnr"] for table in tables}) == 3
-    assert tables[0]["images"]["sha256"] == tables[1]["images"]["sha256"] != tables[2]["images"]["sha256"]
+    assert (
+        tables[0]["images"]["sha256"]
+        == tables[1]["images"]["sha256"]
+        != tables[2]["images"]["sha256"]
+    )
 
 
 def test_results_of_another_protocol_are_refused_unless_mixed(olvae, trained, photos, tmp_path):
     def evaluate(out: str, *more: object) -> tuple[int, str, str]:
         return olvae(
-            "evaluate", trained, "--data", photos, "--out", tmp_path / out, "--metrics", "psnr", "--no-report", *more
+            "evaluate",
+            trained,
+            "--data",
+            photos,
+            "--out",
+            tmp_path / out,
+            "--metrics",
+            "psnr",
+            "--no-report",
+            *more,
         )
 
     assert evaluate("first")[0] == 0
@@ -138,13 +178,19 @@ def test_results_of_another_protocol_are_refused_unless_mixed(olvae, trained, ph
     assert len(metrics(tmp_path / "sampled")) == 1  # its own are not lost
     code, _, err = evaluate("mixed", *earlier, "--posterior", "sample", "--mix-protocols")
     assert code == 0
-    assert content(tmp_path / "mixed")["results"][1]["target"] == f"{trained.name} [another protocol (posterior)]"
+    assert (
+        content(tmp_path / "mixed")["results"][1]["target"]
+        == f"{trained.name} [another protocol (posterior)]"
+    )
     (tmp_path / "bad.json").write_text("[]")
     assert "not a metrics.json" in evaluate("bad", "--beside", tmp_path / "bad.json")[2]
     half = content(tmp_path / "first")
     half["results"][0]["precision"] = {"dtype": "fp16"}
     (tmp_path / "half.json").write_text(json.dumps(half))
-    assert "half.json: not a metrics.json: KeyError" in evaluate("bad", "--beside", tmp_path / "half.json")[2]
+    assert (
+        "half.json: not a metrics.json: KeyError"
+        in evaluate("bad", "--beside", tmp_path / "half.json")[2]
+    )
     assert not (tmp_path / "bad").exists()
     assert "new results would overwrite it: set --out" in evaluate("first", *earlier)[2]
 
@@ -233,15 +279,36 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, trained, tmp_path, argum
 
 def test_numbers_never_lie_beside_the_files_of_another_evaluation(olvae, trained, photos, tmp_path):
     """Killed while the results replace earlier ones; the same command then leaves whole ones and nothing else."""
-    arguments = ["evaluate", trained, "--data", photos, "--images", 4, "--metrics", "psnr", "--out", tmp_path]
+    arguments = [
+        "evaluate",
+        trained,
+        "--data",
+        photos,
+        "--images",
+        4,
+        "--metrics",
+        "psnr",
+        "--out",
+        tmp_path,
+    ]
     assert "earlier results" not in olvae(*arguments)[2]
-    replaced = f"note: {tmp_path / 'metrics.json'}: earlier results, which these replace; --out keeps both"
+    replaced = (
+        f"note: {tmp_path / 'metrics.json'}: earlier results, which these replace; --out keeps both"
+    )
     assert replaced in olvae(*arguments)[2]
     before = {path.name for path in tmp_path.iterdir()}
-    assert before == {"metrics.json", "metrics.md", "per_image.csv", "reconstructions.png", "report.html"}
+    assert before == {
+        "metrics.json",
+        "metrics.md",
+        "per_image.csv",
+        "reconstructions.png",
+        "report.html",
+    }
     killed_before(tmp_path, "reconstructions.png", lambda: main([str(a) for a in arguments]))
     (partial,) = tmp_path.glob(".partial-*")
-    assert {path.name for path in tmp_path.iterdir()} == (before | {partial.name}) - {"metrics.json"}
+    assert {path.name for path in tmp_path.iterdir()} == (before | {partial.name}) - {
+        "metrics.json"
+    }
     os.utime(partial, (0, 0))
     assert olvae(*arguments)[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == before

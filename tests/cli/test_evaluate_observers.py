@@ -58,7 +58,16 @@ def evaluate(olvae, trained, tmp_path, monkeypatch):
     (tmp_path / "toys.py").write_text(textwrap.dedent(TOY))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "toys", raising=False)
-    arguments = ("evaluate", trained, "--metrics", "psnr", "--images", 4, "--data", trained.parent.parent / "photos")
+    arguments = (
+        "evaluate",
+        trained,
+        "--metrics",
+        "psnr",
+        "--images",
+        4,
+        "--data",
+        trained.parent.parent / "photos",
+    )
 
     def run(*more):
         return olvae(*arguments, "--out", tmp_path / "out", *more)
@@ -86,7 +95,10 @@ def test_it_is_in_metrics_json_in_the_tables_and_on_the_page(evaluate, trained, 
     [
         (["toys.Nothing"], "toys.Nothing is not a kind of"),
         (["toys.Brighter"], "toys has no Brighter; did you mean Brightness"),
-        (["toys.Brightness", "toys.Brightness"], "two entries of metrics.json would be called brightness"),
+        (
+            ["toys.Brightness", "toys.Brightness"],
+            "two entries of metrics.json would be called brightness",
+        ),
     ],
 )
 def test_mistakes_are_one_line(evaluate, tmp_path, classes, text):

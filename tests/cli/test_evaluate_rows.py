@@ -40,7 +40,19 @@ def overflowing(tmp_path_factory) -> Path:
 
 
 def test_every_encoder_with_every_decoder(done, trained, teacher, photos, tmp_path):
-    arguments = ["evaluate", teacher, trained, "--cross", "--data", photos, "--size", "32", "--images", 5, *PIXELS]
+    arguments = [
+        "evaluate",
+        teacher,
+        trained,
+        "--cross",
+        "--data",
+        photos,
+        "--size",
+        "32",
+        "--images",
+        5,
+        *PIXELS,
+    ]
     protocols = ["--protocol", "open-litevae,latent-diffusion"]
     err = done(*arguments, *protocols, "--baselines", "--out", tmp_path)
     found, a, b = rows(tmp_path), teacher, trained.name
@@ -57,7 +69,10 @@ def test_every_encoder_with_every_decoder(done, trained, teacher, photos, tmp_pa
             y = ((y.clamp(-1, 1) + 1) * 127.5).round().permute(0, 2, 3, 1).numpy().astype(np.uint8)
             expected = np.mean([peak_signal_noise_ratio(p, q) for p, q in zip(x, y, strict=True)])
             assert found[name]["metrics"]["psnr"] == pytest.approx(expected, abs=1e-3)
-        first, second = (model.encode(images).mean.double().transpose(0, 1).flatten(1).numpy() for model in models)
+        first, second = (
+            model.encode(images).mean.double().transpose(0, 1).flatten(1).numpy()
+            for model in models
+        )
     latents, expected = found[b]["latents"], np.sqrt(((second - first) ** 2).mean(1)) / first.std(1)
     assert latents["teacher"] == a
     assert latents["per_channel"] == pytest.approx(list(expected), rel=1e-4)
@@ -81,7 +96,15 @@ def crop(path: Path) -> np.ndarray:
 
 def test_rows_of_precisions(olvae, done, trained, overflowing, photos, tmp_path):
     given = ["--data", photos, "--size", 16, "--images", 5, *PIXELS]
-    arguments = ["evaluate", overflowing, trained, *given, "--precision", "fp16,bf16,32", "--baselines"]
+    arguments = [
+        "evaluate",
+        overflowing,
+        trained,
+        *given,
+        "--precision",
+        "fp16,bf16,32",
+        "--baselines",
+    ]
     err = done(*arguments, "--out", tmp_path / "one")
     found = rows(tmp_path / "one")
     scaled, healthy = overflowing.name, trained.name
@@ -109,8 +132,13 @@ def test_rows_of_precisions(olvae, done, trained, overflowing, photos, tmp_path)
         assert abs(found[name]["metrics"]["psnr"] - found[healthy]["metrics"]["psnr"]) <= 1
         assert found[name]["cost"]["encode_macs"] == found[healthy]["cost"]["encode_macs"]
         assert found[name]["cost"]["encode_images_per_s"] is None
-    line = f"5 of 5 images non-finite, first at {layer}; PSNR {-half['psnr_lost']:+.3f} dB: not safe"
-    assert f"{scaled}, fp16: largest activation {found[scaled]['precision']['largest_value']:,.0f} at {layer} in" in err
+    line = (
+        f"5 of 5 images non-finite, first at {layer}; PSNR {-half['psnr_lost']:+.3f} dB: not safe"
+    )
+    assert (
+        f"{scaled}, fp16: largest activation {found[scaled]['precision']['largest_value']:,.0f} at {layer} in"
+        in err
+    )
     page = (tmp_path / "one" / "report.html").read_text()
     for text in (err, (tmp_path / "one" / "metrics.md").read_text(), page):
         assert line in text
@@ -121,19 +149,42 @@ def test_rows_of_precisions(olvae, done, trained, overflowing, photos, tmp_path)
     plain = rows(tmp_path / "beside")
     assert plain[f"{scaled}, fp16"]["precision"] == half
     assert line in (tmp_path / "beside" / "metrics.md").read_text()
-    for name in ("metrics", "intervals", "bands"):  # without the flag nothing is recorded, and nothing changes
+    for name in (
+        "metrics",
+        "intervals",
+        "bands",
+    ):  # without the flag nothing is recorded, and nothing changes
         assert plain[healthy][name] == found[healthy][name]
     assert "precision" not in plain[healthy]
 
 
 def test_many_images_in_fp16_on_a_cpu_take_long(olvae, trained, tmp_path):
-    arguments = ("--precision", "fp16", "--metrics", "psnr", "--data", tmp_path, "--device", "cpu", "--out", tmp_path)
+    arguments = (
+        "--precision",
+        "fp16",
+        "--metrics",
+        "psnr",
+        "--data",
+        tmp_path,
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+    )
     code, _, err = olvae("evaluate", trained, *arguments)
     assert (code, err.count("fp16 is very slow on a CPU")) == (1, 1)
 
 
 def test_a_sampled_latent_has_activations_of_its_own(done, trained, photos, tmp_path):
-    protocols = ("--protocol", "open-litevae,latent-diffusion", "--precision", "bf16", "--no-report", "--images", 4)
+    protocols = (
+        "--protocol",
+        "open-litevae,latent-diffusion",
+        "--precision",
+        "bf16",
+        "--no-report",
+        "--images",
+        4,
+    )
     done("evaluate", trained, "--data", photos, *PIXELS, *protocols, "--out", tmp_path)
     mode, sampled = rows(tmp_path), rows(tmp_path, "metrics_latent-diffusion.json")
     for name in (trained.name, f"{trained.name}, bf16"):
@@ -149,10 +200,16 @@ def test_a_sampled_latent_has_activations_of_its_own(done, trained, photos, tmp_
     [
         (1, ["--cross"], "--cross takes two targets, TEACHER STUDENT, and got 1"),
         (2, ["--cross", "--precision", "fp16"], "--cross and --precision are two evaluations"),
-        (1, ["--precision", "bf16", "--metrics", "ssim"], "--precision is judged by PSNR: add psnr to --metrics"),
+        (
+            1,
+            ["--precision", "bf16", "--metrics", "ssim"],
+            "--precision is judged by PSNR: add psnr to --metrics",
+        ),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(olvae, trained, photos, tmp_path, targets, arguments, text):
+def test_mistakes_are_one_line_and_leave_nothing(
+    olvae, trained, photos, tmp_path, targets, arguments, text
+):
     given = [trained] * targets + ["--data", photos, "--out", tmp_path / "out", *arguments]
     code, out, err = olvae("evaluate", *given)
     assert (code, out) == (2, ""), err

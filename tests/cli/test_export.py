@@ -36,7 +36,10 @@ def run_folder(tmp_path):
     run = tmp_path / "2026-01-31T12-00-00_tiny_32"
     (run / "checkpoints").mkdir(parents=True)
     raw = {name: t + 1 for name, t in model.state_dict().items()}
-    torch.save({"state_dict": model.state_dict(), "current_model_state": raw}, run / "checkpoints" / "last.ckpt")
+    torch.save(
+        {"state_dict": model.state_dict(), "current_model_state": raw},
+        run / "checkpoints" / "last.ckpt",
+    )
     save(config, run / "config.yaml")
     content = {"protocol": {"name": "p", "version": 1}, "protocol_hash": "h"}
     result = {"target": run.name, "n": 2, "metrics": {"psnr": 20.0}, "skipped": {}}
@@ -49,7 +52,9 @@ def any_command(olvae):
     return olvae.func
 
 
-def test_factors_from_the_folder_of_encode_or_latents(any_command, run_folder, image_folder, tmp_path):
+def test_factors_from_the_folder_of_encode_or_latents(
+    any_command, run_folder, image_folder, tmp_path
+):
     for command, name in (("encode", "stats"), ("latents", "latents")):
         folder, out = tmp_path / command, tmp_path / f"{command}-vae"
         code, _, err = any_command(command, run_folder, "--data", image_folder, "--out", folder)
@@ -59,7 +64,10 @@ def test_factors_from_the_folder_of_encode_or_latents(any_command, run_folder, i
         code, _, err = any_command("export", run_folder, "--out", out, "--latents", folder)
         assert code == 0, err
         vae = LiteVAE.from_pretrained(out)
-        assert (vae.scaling_factor, vae.shift_factor) == (expected["scaling_factor"], expected["shift_factor"])
+        assert (vae.scaling_factor, vae.shift_factor) == (
+            expected["scaling_factor"],
+            expected["shift_factor"],
+        )
         assert f"measured by olvae {command}" in (out / "README.md").read_text()
         assert re.search(r"the factors are measured on \d+ images: 100 and more are certain", err)
     vae.set_for_diffusion({"scaling_factor": 0.5, "shift_factor": 0.0}).save_pretrained(out)
@@ -67,20 +75,34 @@ def test_factors_from_the_folder_of_encode_or_latents(any_command, run_folder, i
         size = ("--size", content["data"]["size"], "--out", tmp_path / f"of-{target.name}")
         code, _, err = any_command("encode", target, "--data", image_folder, *size)
         assert code == 0, err
-        warned = re.search(r"warning: .*vae has scaling_factor 0\.5000, .*: use one pair; olvae export --latents", err)
+        warned = re.search(
+            r"warning: .*vae has scaling_factor 0\.5000, .*: use one pair; olvae export --latents",
+            err,
+        )
         assert bool(warned) == warns == ("use one pair" in err), err
     for values, packed in ((4, ""), (16, ", of packed 2x2 positions,")):
-        units = {"scaling_factor": 1.0, "latents_mean": [0.0] * values, "latents_std": [1.0] * values}
+        units = {
+            "scaling_factor": 1.0,
+            "latents_mean": [0.0] * values,
+            "latents_std": [1.0] * values,
+        }
         vae.set_for_diffusion(units).save_pretrained(out)
-        code, _, err = any_command("encode", out, "--data", image_folder, *size[:3], tmp_path / f"of-{values}")
-        assert f"has latents_mean and latents_std: its diffusion models take these{packed} in place of" in err, err
+        code, _, err = any_command(
+            "encode", out, "--data", image_folder, *size[:3], tmp_path / f"of-{values}"
+        )
+        assert (
+            f"has latents_mean and latents_std: its diffusion models take these{packed} in place of"
+            in err
+        ), err
 
 
 def test_diffusers_is_given_a_run(any_command, run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").symlink_to(run_folder.parent)
     for given in (run_folder, run_folder / "checkpoints" / "last.ckpt", "last"):
-        with pytest.raises(ValueError, match=f"{given}: diffusers loads exports: name the folder that olvae export"):
+        with pytest.raises(
+            ValueError, match=f"{given}: diffusers loads exports: name the folder that olvae export"
+        ):
             AutoencoderLiteVAE.from_pretrained(given)
     with pytest.raises(OSError, match="nothing"):
         AutoencoderLiteVAE.from_pretrained(tmp_path / "nothing", local_files_only=True)
@@ -90,9 +112,18 @@ def test_the_licence_of_a_shipped_model_is_kept_word_for_word(done, tmp_path):
     done("olvae:photos-f8c4", "--out", tmp_path / "shipped")
     assert (tmp_path / "shipped" / "metrics.json").is_file()
     licence = (tmp_path / "shipped" / "README.md").read_text().partition("## Licence")[2]
-    assert licence.startswith("\n\nWeights: apache-2.0, which is this project's view: they hold no photograph")
-    assert "the photographs' licences apply. open-LiteVAE, the code, is under Apache-2.0.\n\n## Use" in licence
-    edited = (tmp_path / "shipped" / "README.md").read_text().replace("license: apache-2.0", "license: mit")
+    assert licence.startswith(
+        "\n\nWeights: apache-2.0, which is this project's view: they hold no photograph"
+    )
+    assert (
+        "the photographs' licences apply. open-LiteVAE, the code, is under Apache-2.0.\n\n## Use"
+        in licence
+    )
+    edited = (
+        (tmp_path / "shipped" / "README.md")
+        .read_text()
+        .replace("license: apache-2.0", "license: mit")
+    )
     (tmp_path / "shipped" / "README.md").write_text(edited)
     done(tmp_path / "shipped", "--out", tmp_path / "edited")
     assert "Weights: mit. open-LiteVAE, the code" in (tmp_path / "edited" / "README.md").read_text()
@@ -103,7 +134,10 @@ def test_from_a_run_to_everything(olvae, done, run_folder, tmp_path):
     code, stdout, err = olvae(run_folder, "--out", out, "--license", "mit")
     assert (code, stdout) == (0, "")
     assert "loaded back: equal\nin diffusers: equal\n" in err
-    assert "scaling factor 1 and shift factor 0 are not measured: olvae latents does, then export with --latents" in err
+    assert (
+        "scaling factor 1 and shift factor 0 are not measured: olvae latents does, then export with --latents"
+        in err
+    )
     assert err.endswith(f"export: {out}\n")
     assert {path.name for path in out.iterdir()} == {
         *("README.md", "config.json", WEIGHTS_NAME, "metrics.json", LOADER_NAME)
@@ -129,7 +163,9 @@ def test_from_a_run_to_everything(olvae, done, run_folder, tmp_path):
     assert first == again
     assert "SamplePhotographs" in first
     assert "Weights: mit." in first
-    code, _, err = olvae(run_folder, "--out", out, "--raw", "--scaling-factor", 2, "--shift-factor", -1, "--force")
+    code, _, err = olvae(
+        run_folder, "--out", out, "--raw", "--scaling-factor", 2, "--shift-factor", -1, "--force"
+    )
     name = run_folder.name
     assert f"metrics.json is left out: it is about {name}, not {name}, raw weights\n" in err
     assert not (out / "metrics.json").exists()
@@ -148,7 +184,9 @@ def test_from_a_run_to_everything(olvae, done, run_folder, tmp_path):
         in olvae(run_folder, "--out", tmp_path / "resumed")[2]
     )
 
-    with pytest.warns(UserWarning, match=r"`?-*raw`? is ignored"):  # nothing tells which ones an export has
+    with pytest.warns(
+        UserWarning, match=r"`?-*raw`? is ignored"
+    ):  # nothing tells which ones an export has
         assert olvae(out, "--out", tmp_path / "again", "--raw")[0] == 0
     assert "as trained" not in (tmp_path / "again" / "README.md").read_text()
 
@@ -176,17 +214,31 @@ def test_mistakes_are_one_line_and_leave_nothing(refused, run_folder, tmp_path):
     for arguments, code, text in (
         ([tmp_path / "missing"], 1, "not found; a target is a run folder"),
         ([odd], 1, "metrics.json: not a metrics.json: KeyError 'results'"),
-        ([run_folder, "--latents", tmp_path / "none.json"], 1, "none.json: not what olvae latents or olvae encode"),
-        ([run_folder, "--latents", tmp_path], 1, "not what olvae latents or olvae encode wrote, nor its folder"),
+        (
+            [run_folder, "--latents", tmp_path / "none.json"],
+            1,
+            "none.json: not what olvae latents or olvae encode",
+        ),
+        (
+            [run_folder, "--latents", tmp_path],
+            1,
+            "not what olvae latents or olvae encode wrote, nor its folder",
+        ),
         ([run_folder, "--latents", "x", "--shift-factor", "1"], 2, "--latents has both factors"),
-        ([run_folder, "--scaling-factor", "0"], 2, "scaling_factor: expected a number above 0, got 0.0"),
+        (
+            [run_folder, "--scaling-factor", "0"],
+            2,
+            "scaling_factor: expected a number above 0, got 0.0",
+        ),
         ([run_folder, "--onnx", "--dtype", "float16"], 2, "--onnx writes float32"),
         ([run_folder, "--config", "a", "--config_base", "b"], 2, "give one of them"),
         (["nobody/nothing-here"], 1, "nobody/nothing-here: no such file or folder here"),
     ):
         assert text in refused(code, *arguments, "--out", out)
         assert not out.exists()
-    assert "not an export: --force replaces exports only" in refused(1, run_folder, "--out", run_folder, "--force")
+    assert "not an export: --force replaces exports only" in refused(
+        1, run_folder, "--out", run_folder, "--force"
+    )
     assert (run_folder / "checkpoints" / "last.ckpt").is_file()
 
 
@@ -241,7 +293,9 @@ def test_stock_networks_go_everywhere(olvae, done, stock_folder, make_stock_run,
         )
     err = done(file, "--out", tmp_path / "back")
     assert f"note: {file} holds no factors: 0.18215 and 0 are diffusers' defaults" in err
-    assert "(diffusers' default, the file holds none)" in (tmp_path / "back" / "README.md").read_text()
+    assert (
+        "(diffusers' default, the file holds none)" in (tmp_path / "back" / "README.md").read_text()
+    )
     code, _, err = olvae(file, "--out", tmp_path / "back", "--force", "--scaling-factor", 0.13025)
     assert "note:" not in err
     assert AutoencoderKL.from_pretrained(tmp_path / "back").config.scaling_factor == 0.13025
@@ -254,23 +308,66 @@ def test_stock_networks_go_everywhere(olvae, done, stock_folder, make_stock_run,
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
 def test_an_untrained_half_is_refused(refused, make_stock_run, tmp_path, half):
     run, out = make_stock_run(run={"untrained": half}), tmp_path / "vae"
-    assert f"its {half} has never been trained: train it first, by distil/{half}" in refused(2, run, "--out", out)
+    assert f"its {half} has never been trained: train it first, by distil/{half}" in refused(
+        2, run, "--out", out
+    )
     assert not out.exists()
 
 
-def test_what_does_not_fit_a_format_is_one_line_and_leaves_nothing(refused, run_folder, stock_folder, tmp_path):
-    stock, other = (f"diffusers:{stock_folder}", "no class of diffusers has these networks: --format litevae is for")
+def test_what_does_not_fit_a_format_is_one_line_and_leaves_nothing(
+    refused, run_folder, stock_folder, tmp_path
+):
+    stock, other = (
+        f"diffusers:{stock_folder}",
+        "no class of diffusers has these networks: --format litevae is for",
+    )
     autoencoder_kl((32, 32), **PER_CHANNEL).save_pretrained(tmp_path / "channels")
     before = sorted(path for path in tmp_path.rglob("*"))
     file, folder = tmp_path / "vae.safetensors", tmp_path / "vae"
     for target, layout, out, arguments, text in (
         (run_folder, "diffusers", folder, [], other),
-        (stock, "diffusers", file, [], "names a file, but this format is a folder; --format ldm is one file"),
-        (stock, None, folder, ["--fold"], "--fold does not go with --format diffusers: the networks of this"),
-        (stock, "diffusers", folder, ["--onnx"], "--onnx does not go with --format diffusers: ONNX files are"),
-        (stock, "ldm", file, ["--license", "mit"], "--license does not go with --format ldm: one file has no"),
-        (stock, "ldm", file, ["--latents", "x"], "--latents does not go with --format ldm: the factors are the"),
-        (f"diffusers:{tmp_path / 'channels'}", None, folder, ["--scaling-factor", "2"], "has latents_mean and"),
+        (
+            stock,
+            "diffusers",
+            file,
+            [],
+            "names a file, but this format is a folder; --format ldm is one file",
+        ),
+        (
+            stock,
+            None,
+            folder,
+            ["--fold"],
+            "--fold does not go with --format diffusers: the networks of this",
+        ),
+        (
+            stock,
+            "diffusers",
+            folder,
+            ["--onnx"],
+            "--onnx does not go with --format diffusers: ONNX files are",
+        ),
+        (
+            stock,
+            "ldm",
+            file,
+            ["--license", "mit"],
+            "--license does not go with --format ldm: one file has no",
+        ),
+        (
+            stock,
+            "ldm",
+            file,
+            ["--latents", "x"],
+            "--latents does not go with --format ldm: the factors are the",
+        ),
+        (
+            f"diffusers:{tmp_path / 'channels'}",
+            None,
+            folder,
+            ["--scaling-factor", "2"],
+            "has latents_mean and",
+        ),
     ):
         form = [] if layout is None else ["--format", layout]
         assert text in refused(2, target, "--out", out, *form, *arguments)

@@ -23,7 +23,13 @@ from tests.test_devices import fork_two
 def test_a_run_on_its_own_test_images(olvae, trained):
     code, out, err = olvae("latents", trained)
     assert (code, out) == (0, "")
-    for text in (trained.name, "4x2x2", "1000 MMD^2", str(trained / "latents.json"), str(trained / "latents.png")):
+    for text in (
+        trained.name,
+        "4x2x2",
+        "1000 MMD^2",
+        str(trained / "latents.json"),
+        str(trained / "latents.png"),
+    ):
         assert text in err, text
     content = json.loads((trained / "latents.json").read_text())
     (result,) = content["results"]
@@ -33,28 +39,43 @@ def test_a_run_on_its_own_test_images(olvae, trained):
     assert min(Image.open(trained / "latents.png").size) > 300
 
 
-def test_ifid_is_that_of_an_evaluation(olvae, done, trained, photos, tmp_path, weights_dir, monkeypatch):
-    monkeypatch.setattr("olvae.evaluation.observers.ifid.Inception", lambda path, device: extract)  # mean colours
+def test_ifid_is_that_of_an_evaluation(
+    olvae, done, trained, photos, tmp_path, weights_dir, monkeypatch
+):
+    monkeypatch.setattr(
+        "olvae.evaluation.observers.ifid.Inception", lambda path, device: extract
+    )  # mean colours
     given = (trained, "--data", photos, "--weights-dir", weights_dir)
     err = done("latents", *given, "--ifid", "--out", tmp_path)
     evaluated = ("--size", 16, "--metrics", "psnr", "--observe", "ifid", "--no-report")
     assert olvae("evaluate", *given, *evaluated, "--out", tmp_path)[0] == 0
-    (row,), (other,) = (json.loads((tmp_path / f"{n}.json").read_text())["results"] for n in ("latents", "metrics"))
+    (row,), (other,) = (
+        json.loads((tmp_path / f"{n}.json").read_text())["results"] for n in ("latents", "metrics")
+    )
     assert row["ifid"].keys() == other["ifid"].keys()
     for key in ("value", "neighbours"):
         assert 0 < row["ifid"][key] == pytest.approx(other["ifid"][key], rel=1e-5)
     assert (row["ifid"]["wrong"], row["ifid"]["checked"]) == (0.0, 12)
-    for text in ("iFID", f"{row['ifid']['value']:.3f}", "iFID: nearest neighbours are at", "0.0% of 12"):
+    for text in (
+        "iFID",
+        f"{row['ifid']['value']:.3f}",
+        "iFID: nearest neighbours are at",
+        "0.0% of 12",
+    ):
         assert text in err
 
 
-def test_pictures_that_are_not_finite_cost_ifid_alone(olvae, trained, tmp_path, monkeypatch, weights_dir, caplog):
+def test_pictures_that_are_not_finite_cost_ifid_alone(
+    olvae, trained, tmp_path, monkeypatch, weights_dir, caplog
+):
     def fail(*_: object) -> None:
         raise ArithmeticError("a picture of neighbours is not finite")
 
     monkeypatch.setattr("olvae.evaluation.observers.ifid.Inception", lambda path, device: extract)
     monkeypatch.setattr("olvae.evaluation.observers.ifid.InterpolatedFID.examine", fail)
-    assert olvae("latents", trained, "--ifid", "--weights-dir", weights_dir, "--out", tmp_path)[0] == 0
+    assert (
+        olvae("latents", trained, "--ifid", "--weights-dir", weights_dir, "--out", tmp_path)[0] == 0
+    )
     (row,) = json.loads((tmp_path / "latents.json").read_text())["results"]
     assert "ifid" not in row
     assert row["std"] > 0
@@ -87,7 +108,9 @@ def test_two_models_on_a_folder(olvae, done, trained, tmp_path, photos):
         "size": config["data"]["params"]["size"],
         "n": 12,
     }
-    pictures = [image_to_tensor(EvalTransform(16)(read_picture(path))) for path in find_images(photos)]
+    pictures = [
+        image_to_tensor(EvalTransform(16)(read_picture(path))) for path in find_images(photos)
+    ]
     with torch.inference_mode():
         posterior = find_target(trained).load().encode(from_uint8(torch.stack(pictures)))
     mean, var = posterior.mean.double().numpy(), posterior.var.double().numpy()
@@ -96,7 +119,9 @@ def test_two_models_on_a_folder(olvae, done, trained, tmp_path, photos):
     scaled = (mean - factors["shift_factor"]) * factors["scaling_factor"]
     assert np.mean(scaled**2 + var * factors["scaling_factor"] ** 2) == pytest.approx(1.0, rel=1e-5)
     assert factors["latents_mean"] == pytest.approx(mean.mean((0, 2, 3)), abs=1e-6)
-    assert factors["latents_std"] == pytest.approx(np.sqrt(mean.var((0, 2, 3)) + var.mean((0, 2, 3))), rel=1e-5)
+    assert factors["latents_std"] == pytest.approx(
+        np.sqrt(mean.var((0, 2, 3)) + var.mean((0, 2, 3))), rel=1e-5
+    )
     err = done("latents", trained, "--data", photos, "--images", 1, "--out", tmp_path / "one")
     assert "MMD: skipped" in err
     assert json.loads((tmp_path / "one/latents.json").read_text())["results"][0]["n"] == 1
@@ -108,7 +133,9 @@ def test_two_processes_give_the_numbers_of_one(olvae, capfd, trained, tmp_path, 
     assert olvae(*command, "--out", tmp_path / "one")[0] == 0
     fork_two(main, [str(a) for a in (*command, "--out", tmp_path / "two")])
     assert capfd.readouterr().err.count("numbers: ") == 1
-    one, two = (json.loads((tmp_path / name / "latents.json").read_text()) for name in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / name / "latents.json").read_text()) for name in ("one", "two")
+    )
     assert one["data"]["n"] == two["data"]["n"] == 3
     for (path, value), (name, other) in zip(numbers(one), numbers(two), strict=True):
         assert (name, other) == (path, pytest.approx(value, rel=1e-6, abs=1e-9))
@@ -117,7 +144,9 @@ def test_two_processes_give_the_numbers_of_one(olvae, capfd, trained, tmp_path, 
 def test_a_deterministic_autoencoder_has_no_kl(olvae, tmp_path, photos):
     taesd().save_pretrained(tmp_path / "tiny")
     out_folder = tmp_path / "out"
-    code, out, err = olvae("latents", f"diffusers:{tmp_path / 'tiny'}", "--data", photos, "--out", out_folder, "--json")
+    code, out, err = olvae(
+        "latents", f"diffusers:{tmp_path / 'tiny'}", "--data", photos, "--out", out_folder, "--json"
+    )
     assert code == 0
     (result,) = json.loads(out)["results"]
     assert result["deterministic"] is True
@@ -145,7 +174,11 @@ def test_mistakes_are_one_line(olvae, refused, trained, tmp_path):
         ([trained, "--weights-dir", tmp_path, *out], 2, "--weights-dir applies to --ifid"),
         ([weights, *out], 2, "name it with --config"),
         ([weights, "--config", tmp_path / "no_data.yaml", *out], 2, "set --data"),
-        ([weights, "--config", tmp_path / "size.yaml", *out], 2, "20 is not a multiple of 8: set `size` to 16"),
+        (
+            [weights, "--config", tmp_path / "size.yaml", *out],
+            2,
+            "20 is not a multiple of 8: set `size` to 16",
+        ),
         ([trained, "--data", broken, *out], 1, "no images"),
     ]
     for arguments, code, text in cases:

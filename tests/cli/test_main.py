@@ -28,7 +28,18 @@ def config(tmp_path, image_folder):
     return path
 
 
-COMMANDS = ("train", "evaluate", "reconstruct", "latents", "encode", "decode", "export", "validate", "tables", "app")
+COMMANDS = (
+    "train",
+    "evaluate",
+    "reconstruct",
+    "latents",
+    "encode",
+    "decode",
+    "export",
+    "validate",
+    "tables",
+    "app",
+)
 GROUPS = ("bench", "data-pack", "data-check", "recipes", "recipes-copy")
 
 
@@ -74,15 +85,33 @@ def test_train_evaluate_and_resume(olvae, done, config, tmp_path):
 def test_warnings_of_a_run(olvae, config, tmp_path, monkeypatch):
     """Of a rate that only rises, more processes than cores, and few held-out images."""
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
-    train = ("train", "--base", config, "--logdir", tmp_path / "runs", "--gpus", "0", "lightning.trainer.max_steps=2")
+    train = (
+        "train",
+        "--base",
+        config,
+        "--logdir",
+        tmp_path / "runs",
+        "--gpus",
+        "0",
+        "lightning.trainer.max_steps=2",
+    )
     _, _, err = olvae(*train, "model.params.warmup_steps=2", "data.params.num_workers=2")
     assert "warning: the learning rate rises until step 2: shorten model.params.warmup_steps" in err
     assert "warning: 2 loader processes on 1 cores: lower data.params.num_workers\n" in err
-    assert "warning: only 3 held-out images: scores are uncertain, and `olvae evaluate` prints by how much" in err
+    assert (
+        "warning: only 3 held-out images: scores are uncertain, and `olvae evaluate` prints by how much"
+        in err
+    )
     for i in range(20):
         Image.new("RGB", (20, 20), (i, 3 * i, 99)).save(tmp_path / f"{i}.png")
-    _, _, err = olvae(*train, "model.params.warmup_steps=1", f"data.params.val_root={tmp_path}/*.png")
-    assert not [text for text in ("the learning rate rises", "loader processes on", "held-out") if text in err]
+    _, _, err = olvae(
+        *train, "model.params.warmup_steps=1", f"data.params.val_root={tmp_path}/*.png"
+    )
+    assert not [
+        text
+        for text in ("the learning rate rises", "loader processes on", "held-out")
+        if text in err
+    ]
 
 
 def test_tables(olvae, monkeypatch, network_rows):
@@ -120,23 +149,34 @@ def test_validate_memory(olvae, config, tmp_path, monkeypatch):
     """A line for each precision, without and with checkpointing; tests/models/test_footprint.py has the numbers."""
     asked = []
     need = SimpleNamespace(fixed=2**30, per_image=2**29, flop=3 * 10**12)
-    monkeypatch.setattr("olvae.models.footprint.footprint", lambda model, *case: asked.append(case) or need)
+    monkeypatch.setattr(
+        "olvae.models.footprint.footprint", lambda model, *case: asked.append(case) or need
+    )
     code, out, err = olvae("validate", "--memory", config)
     assert code == 0
     assert "no mistakes" in err
     assert "at 16x16 pixels" in " ".join(out.split())
     rows = [line.split() for line in out.splitlines() if line.strip().startswith(("32", "bf16"))]
-    cases = [[f"{p},", f"model.params.checkpoint={c}"] for p in ("32", "bf16") for c in ("false", "true")]
+    cases = [
+        [f"{p},", f"model.params.checkpoint={c}"] for p in ("32", "bf16") for c in ("false", "true")
+    ]
     assert rows == [[*case, "1.00", "0.500", "3"] for case in cases]
     assert asked == [((16, 16), p, c) for p in ("32", "bf16") for c in (False, True)]
-    (tmp_path / "bad.yaml").write_text("model: {target: olvae.models.liteautoencoder.LiteAutoencoderKL}\n")
+    (tmp_path / "bad.yaml").write_text(
+        "model: {target: olvae.models.liteautoencoder.LiteAutoencoderKL}\n"
+    )
     assert olvae("validate", "--memory", tmp_path / "bad.yaml")[:2] == (1, "")
 
 
 def test_validate_ranks(olvae, config, monkeypatch):
     """In 80 columns; tests/training/test_dry_run.py has the numbers."""
-    found = {"both, logged": SimpleNamespace(messages=["a", "b"], nbytes=4_405_128, launches=2889)}, ["word " * 30]
-    monkeypatch.setattr("olvae.training.dry_run.dry_run", lambda _, *asked: found if asked == (64, "bf16") else None)
+    found = (
+        {"both, logged": SimpleNamespace(messages=["a", "b"], nbytes=4_405_128, launches=2889)},
+        ["word " * 30],
+    )
+    monkeypatch.setattr(
+        "olvae.training.dry_run.dry_run", lambda _, *asked: found if asked == (64, "bf16") else None
+    )
     monkeypatch.setenv("COLUMNS", "80")
     code, out, err = olvae("validate", "--ranks", 64, "--precision", "bf16", config)
     assert (code, err) == (0, f"{config}: no mistakes\n")
@@ -156,13 +196,33 @@ DEMO = ("train", "--base", "configs/demo.yaml")
         ([*DEMO, "--gpus", "99"], 2, "0 is the CPU"),
         ([*DEMO, "--seed", "x"], 2, "--seed"),
         ([*DEMO, "--lgdir", "x"], 2, "No such option: --lgdir (Possible options: --logdir)"),
-        ([*DEMO, "--max_steps", "20"], 2, "written without dashes: lightning.trainer.max_steps=..."),
-        ([*DEMO, "--data.params.batch-size=3"], 2, "written without dashes: data.params.batch_size=..."),
-        (["train", "--base", "none", "--steps", "20"], 2, "KEY=VALUE, as in lightning.trainer.max_steps=20"),
+        (
+            [*DEMO, "--max_steps", "20"],
+            2,
+            "written without dashes: lightning.trainer.max_steps=...",
+        ),
+        (
+            [*DEMO, "--data.params.batch-size=3"],
+            2,
+            "written without dashes: data.params.batch_size=...",
+        ),
+        (
+            ["train", "--base", "none", "--steps", "20"],
+            2,
+            "KEY=VALUE, as in lightning.trainer.max_steps=20",
+        ),
         ([*DEMO, "data.params.size=60"], 2, "use 56 or 64"),
         ([*DEMO, "model.base_learning_rate=.inf"], 2, "a positive number, got inf"),
-        ([*DEMO, "model.params.encoder_config.params.extractor_mult=[1, -1]"], 2, "must be at least"),
-        ([*DEMO, "data.params.batch_size=6000"], 1, "data.params.batch_size 6000 is larger than the data"),
+        (
+            [*DEMO, "model.params.encoder_config.params.extractor_mult=[1, -1]"],
+            2,
+            "must be at least",
+        ),
+        (
+            [*DEMO, "data.params.batch_size=6000"],
+            1,
+            "data.params.batch_size 6000 is larger than the data",
+        ),
         ([*DEMO, "--actual_resume", "x.ckpt"], 1, "x.ckpt: no such file or folder"),
         (["evaluate", "configs/demo.yaml"], 1, "not a file of weights"),
         (["evaluate", "configs"], 1, "neither a run folder"),
@@ -217,7 +277,15 @@ def test_ctrl_c_is_told(olvae, trained, tmp_path, monkeypatch):
     monkeypatch.setattr("olvae.bench.cases.network_table", interrupted)
     assert olvae("tables") == (130, "", "stopped\n")
     monkeypatch.setattr("olvae.training.run.print_summary", interrupted)
-    command = "train", "--base", trained.parent.parent / "tiny.yaml", "--gpus", 0, "--logdir", tmp_path
+    command = (
+        "train",
+        "--base",
+        trained.parent.parent / "tiny.yaml",
+        "--gpus",
+        0,
+        "--logdir",
+        tmp_path,
+    )
     code, _, err = olvae(*command)
     assert code == 130
     assert err.endswith("_tiny_32: removed: nothing was saved yet\nstopped\n")
@@ -231,7 +299,15 @@ def test_sigterm_before_the_first_step_leaves_no_run(olvae, trained, tmp_path, m
 
     monkeypatch.setattr("olvae.training.run.print_summary", killed)
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    command = ["train", "--base", trained.parent.parent / "tiny.yaml", "--gpus", 0, "--logdir", tmp_path / "runs"]
+    command = [
+        "train",
+        "--base",
+        trained.parent.parent / "tiny.yaml",
+        "--gpus",
+        0,
+        "--logdir",
+        tmp_path / "runs",
+    ]
     code, _, err = olvae(*command)
     assert code == 75
     assert err.endswith("_tiny_32: removed: nothing was saved yet\nstopped\n")
@@ -243,8 +319,12 @@ def test_a_warning_is_one_line(olvae, config, monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back in the end
     assert olvae("validate", config)[0] == 0
     ours = str(ROOT / "olvae" / "cli" / "export.py")
-    assert warnings.formatwarning(UserWarning("ignored"), UserWarning, ours, 9) == "warning: ignored\n"
-    assert "torch.py:9: UserWarning: slow" in warnings.formatwarning(UserWarning("slow"), UserWarning, "/x/torch.py", 9)
+    assert (
+        warnings.formatwarning(UserWarning("ignored"), UserWarning, ours, 9) == "warning: ignored\n"
+    )
+    assert "torch.py:9: UserWarning: slow" in warnings.formatwarning(
+        UserWarning("slow"), UserWarning, "/x/torch.py", 9
+    )
 
 
 def test_debug_shows_the_traceback():
@@ -262,7 +342,9 @@ def test_one_flag_with_several_values():
 
 def test_scripts_of_the_readme():
     for script in ("train.py", "scripts/compute_metrics.py"):
-        done = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         assert "Example: " in done.stdout
 
 
@@ -289,18 +371,38 @@ QUICK: list[tuple[tuple[str, ...], int, str]] = [
     (("train", "--base", "missing"), 2, "missing: no such config file"),
     (("train", "--base", "demo", "data.params.siez=3"), 2, "did you mean size?"),
     (("train", "--base", "demo", "--resume", "missing"), 1, "missing: no such run folder"),
-    (("train", "--base", "finetune/sdxl", "--from", "missing"), 1, "missing: not found; a target is"),
-    (("train", "--base", "distil/both", "--teacher", "diffusers:missing"), 1, "diffusers:missing: no such folder"),
+    (
+        ("train", "--base", "finetune/sdxl", "--from", "missing"),
+        1,
+        "missing: not found; a target is",
+    ),
+    (
+        ("train", "--base", "distil/both", "--teacher", "diffusers:missing"),
+        1,
+        "diffusers:missing: no such folder",
+    ),
     (("evaluate", "test"), 1, "test: not found; did you mean tests?"),
-    (("evaluate", "tests", "--data", "exmaples"), 1, "exmaples: no such folder; did you mean examples?"),
+    (
+        ("evaluate", "tests", "--data", "exmaples"),
+        1,
+        "exmaples: no such folder; did you mean examples?",
+    ),
     (("evaluate", "tests", "olvae:missing"), 1, "olvae:missing: no model of this name"),
     (("evaluate", "tests", "--metrics", "fid"), 2, "--metrics fid: choose from all, psnr"),
     (("latents", "tests", "--device", "gpu"), 2, "--device gpu: choose cpu, cuda, or cuda:N"),
-    (("encode", "tests", "--data", "missing.txt", "--out", "x"), 1, "missing.txt: no such list of images"),
+    (
+        ("encode", "tests", "--data", "missing.txt", "--out", "x"),
+        1,
+        "missing.txt: no such list of images",
+    ),
     (("decode", "tests", "missing", "--out", "x"), 1, "missing: no such folder"),
     (("export", "missing", "--out", "x"), 1, "missing: not found"),
     (("reconstruct", "missing", "x.png", "--out", "x"), 1, "missing: not found"),
-    (("reconstruct", "tests", "x.png", "--out", "x", "--seed", "1"), 2, "--seed applies to --sample"),
+    (
+        ("reconstruct", "tests", "x.png", "--out", "x", "--seed", "1"),
+        2,
+        "--seed applies to --sample",
+    ),
     (("data", "pack", "missing", "--out", "x"), 1, "missing: no such folder"),
     (("data", "check", "missing"), 1, "missing: no such folder"),
 ]
@@ -312,7 +414,9 @@ def answers() -> dict[tuple[str, ...], list[Any]]:
     """By command of :data:`QUICK`, all in one process: exit code, standard error, and whether torch is imported."""
     commands = [command for command, _, _ in QUICK]
     words = [sys.executable, "-c", WITHOUT_TORCH]
-    done = subprocess.run(words, input=json.dumps(commands), cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        words, input=json.dumps(commands), cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return dict(zip(commands, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
@@ -334,7 +438,19 @@ def test_a_terminal_shows_that_a_command_loads(olvae, tmp_path):
 
 
 COMPUTE = [
-    ["evaluate", "WEIGHTS", "--data", "PHOTOS", "--size", "16", "--out", "OUT", "--metrics", "l1", "--no-report"],
+    [
+        "evaluate",
+        "WEIGHTS",
+        "--data",
+        "PHOTOS",
+        "--size",
+        "16",
+        "--out",
+        "OUT",
+        "--metrics",
+        "l1",
+        "--no-report",
+    ],
     ["latents", "WEIGHTS", "--data", "PHOTOS", "--out", "OUT"],
     ["reconstruct", "WEIGHTS", "PHOTOS", "--out", "OUT"],
     ["encode", "WEIGHTS", "--data", "PHOTOS", "--size", "16", "--out", "OUT"],
@@ -353,16 +469,36 @@ def command(request, olvae, trained, tmp_path) -> list[object]:
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (16, 16), "red").save(tmp_path / "photos" / "red.png")
     if request.param[0] == "decode":
-        olvae("encode", trained, "--data", tmp_path / "photos", "--size", 16, "--out", tmp_path / "latents")
+        olvae(
+            "encode",
+            trained,
+            "--data",
+            tmp_path / "photos",
+            "--size",
+            16,
+            "--out",
+            tmp_path / "latents",
+        )
     names = {"WEIGHTS": "weights.pt", "LATENTS": "latents", "OUT": "out", "PHOTOS": "photos"}
-    return [tmp_path / names[argument] if argument in names else argument for argument in request.param]
+    return [
+        tmp_path / names[argument] if argument in names else argument for argument in request.param
+    ]
 
 
-@pytest.mark.parametrize("command", [*COMPUTE[:-1], ["bench", "dwt"]], ids=lambda it: it[0], indirect=True)
+@pytest.mark.parametrize(
+    "command", [*COMPUTE[:-1], ["bench", "dwt"]], ids=lambda it: it[0], indirect=True
+)
 def test_a_device_that_is_not_there(olvae, tmp_path, command):
-    assert olvae(*command, "--device", "gpu") == (2, "", "error: --device gpu: choose cpu, cuda, or cuda:N\n")
+    assert olvae(*command, "--device", "gpu") == (
+        2,
+        "",
+        "error: --device gpu: choose cpu, cuda, or cuda:N\n",
+    )
     code, _, err = olvae(*command, "--device", "cuda:99")
-    assert (code, err) == (2, f"error: --device cuda:99: this machine has {torch.cuda.device_count()} GPUs\n")
+    assert (code, err) == (
+        2,
+        f"error: --device cuda:99: this machine has {torch.cuda.device_count()} GPUs\n",
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -379,6 +515,10 @@ def test_weights_that_fit_in_part_are_for_who_asks(olvae, tmp_path, command):
 
 
 def test_an_error_without_words_in_a_loaders_process_is_told(capsys):
-    error = AssertionError("Caught AssertionError in worker 0.\nOriginal Traceback (...):\n  File\nAssertionError")
+    error = AssertionError(
+        "Caught AssertionError in worker 0.\nOriginal Traceback (...):\n  File\nAssertionError"
+    )
     assert print_error(error) == 1
-    assert capsys.readouterr().err == "error: AssertionError: AssertionError (--debug shows where)\n"
+    assert (
+        capsys.readouterr().err == "error: AssertionError: AssertionError (--debug shows where)\n"
+    )

@@ -42,15 +42,24 @@ def test_encode_shards_and_decode(olvae, done, photos, target, tmp_path):
     with tarfile.open(os.fsencode(tmp_path) + b"/shards/\xe9t\xe9.tar", "w") as archive:
         for path in sorted(photos.iterdir()):
             archive.add(path, path.name)
-    done("encode", target, "--data", tmp_path / "shards", "--size", 16, "--out", tmp_path / "latents")
+    done(
+        "encode", target, "--data", tmp_path / "shards", "--size", 16, "--out", tmp_path / "latents"
+    )
     assert olvae("decode", target, tmp_path / "latents", "--out", tmp_path / "images")[0] == 0
-    names = {str(path.relative_to(tmp_path / "images")) for path in (tmp_path / "images").rglob("*.png")}
+    names = {
+        str(path.relative_to(tmp_path / "images")) for path in (tmp_path / "images").rglob("*.png")
+    }
     assert names == {f"\\xe9t\\xe9/caf\\xe9{i}.png" for i in range(COUNT)}
 
 
 def test_evaluate_and_reconstruct(olvae, done, photos, target, tmp_path):
     out = tmp_path / "evaluation"
-    assert olvae("evaluate", target, "--data", photos, "--size", 16, "--metrics", "psnr", "--out", out)[0] == 0
+    assert (
+        olvae(
+            "evaluate", target, "--data", photos, "--size", 16, "--metrics", "psnr", "--out", out
+        )[0]
+        == 0
+    )
     rows = csv.DictReader(io.StringIO((out / "per_image.csv").read_text(encoding="utf-8")))
     assert {row["key"] for row in rows} == KEYS
     assert "caf\\xe90.jpg" in (out / "report.html").read_text(encoding="utf-8")

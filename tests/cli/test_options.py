@@ -33,8 +33,14 @@ LATENTS = ("encode", "x", "--data", "y", "--out", "z")
     ("command", "message"),
     [
         (("evaluate", "x", "--metrics", ","), "error: --metrics ,: choose from all, psnr, "),
-        (("evaluate", "x", "--protocol", "ours"), "error: --protocol ours: choose from open-litevae, latent-diffusion"),
-        (("evaluate", "x", "--precision", "fp16,fp8"), "error: --precision fp16,fp8: choose from fp16, bf16, 32, "),
+        (
+            ("evaluate", "x", "--protocol", "ours"),
+            "error: --protocol ours: choose from open-litevae, latent-diffusion",
+        ),
+        (
+            ("evaluate", "x", "--precision", "fp16,fp8"),
+            "error: --precision fp16,fp8: choose from fp16, bf16, 32, ",
+        ),
         (("evaluate", "x", "--posterior", "mean"), "'mean' is not one of 'mode"),
         ((*LATENTS, "--dtype", "half"), "'half' is not one of 'float16"),
         ((*LATENTS, "--precision", "8"), "error: --precision 8: choose from fp16, bf16, 32\n"),

@@ -15,7 +15,11 @@ from olvae.data.source import LoaderProcess
 from tests.conftest import tiny_config
 from tests.data.pixels.files import npy, png, tiff, values
 
-BANDS = {"range": {"pairs": [[0, 3000], [0, 40]], "outside": "clip"}, "channels": 2, "size": [16, 24]}
+BANDS = {
+    "range": {"pairs": [[0, 3000], [0, 40]], "outside": "clip"},
+    "channels": 2,
+    "size": [16, 24],
+}
 
 
 @pytest.fixture(scope="session")
@@ -58,16 +62,29 @@ def test_real_values_come_back(olvae, done, run, deep_run, tmp_path):
     unit = model.pixel_range.normalise(torch.from_numpy(x.astype(np.float32)).movedim(-1, 0)[None])
     with torch.inference_mode():
         padded = torch.nn.functional.pad(unit, (0, 2, 0, 7), mode="reflect")
-        expected = model.pixel_range.restore(model.decode(model.encode(padded).mode()))[0, :, :25, :30].movedim(0, -1)
+        expected = model.pixel_range.restore(model.decode(model.encode(padded).mode()))[
+            0, :, :25, :30
+        ].movedim(0, -1)
     (tmp_path / "a.tiff").write_bytes(tiff(x, planarconfig="contig"))
     done("reconstruct", tmp_path / "vae", tmp_path / "a.tiff", "--out", tmp_path / "out")
     np.testing.assert_allclose(read_array(tmp_path / "out" / "a.tif", 2).array, expected, atol=0.05)
-    encode = ["encode", tmp_path / "vae", "--data", images, "--native", "--dtype", "float32", "--flip"]
+    encode = [
+        "encode",
+        tmp_path / "vae",
+        "--data",
+        images,
+        "--native",
+        "--dtype",
+        "float32",
+        "--flip",
+    ]
     assert olvae(*encode, "--out", tmp_path / "latents")[0] == 0
     for suffix in ("npy", "tif", "exr"):
         decode = ["decode", tmp_path / "vae", tmp_path / "latents", "--format", suffix]
         done(*decode, "--out", tmp_path / suffix)
-        np.testing.assert_allclose(read_array(tmp_path / suffix / f"0.{suffix}", 2).array, expected, atol=0.05)
+        np.testing.assert_allclose(
+            read_array(tmp_path / suffix / f"0.{suffix}", 2).array, expected, atol=0.05
+        )
     code, _, err = olvae(*decode[:3], "--format", "png", "--out", tmp_path / "png")
     assert (code, err) == (
         2,
@@ -87,7 +104,9 @@ def test_evaluation_in_the_stated_range(done, run, tmp_path):
     low, high = np.array(BANDS["range"]["pairs"], dtype=float).T[:, :, None, None]
     model, psnrs, squares, absolute, relative = LiteVAE.from_pretrained(run), [], [], [], []
     for sample in instantiate(load([run / "config.yaml"])["data"]).once(LoaderProcess()):
-        unit = (2 * (sample.image.double().numpy() - low) / (high - low) - 1).clip(-1, 1)  # bicubic overshoots
+        unit = (2 * (sample.image.double().numpy() - low) / (high - low) - 1).clip(
+            -1, 1
+        )  # bicubic overshoots
         with torch.inference_mode():
             y = model(torch.from_numpy(unit).float()[None])[0][0].clamp(-1, 1).double().numpy()
         psnrs.append(10 * np.log10(4 / np.square(unit - y).mean()))
@@ -114,14 +133,25 @@ def test_latents_of_oblong_images(olvae, done, run, deep_run, tmp_path):
         assert f"12 images of {folder.name} px" in err
         source = LatentSource(folder, 4)
         assert source.stats["size"] == shape
-        assert next(iter(source.train_loader()))["latent"].shape[2:] == (shape[0] // 8, shape[1] // 8)
+        assert next(iter(source.train_loader()))["latent"].shape[2:] == (
+            shape[0] // 8,
+            shape[1] // 8,
+        )
     code, _, err = olvae("encode", run, *data, "--size", "20x8", "--out", tmp_path / "none")
     assert (code, err.splitlines()[-1][:26]) == (1, "error: --size 20x8: choose")
     code, out, err = olvae("latents", run, *data, "--out", tmp_path / "report", "--json")
     assert code == 0, err
     assert json.loads(out)["data"]["size"] == [16, 24]
     code, _, err = olvae(
-        "data", "check", deep_run / "images", "--size", "16x31", "--channels", 2, "--range", "[0, 3000]"
+        "data",
+        "check",
+        deep_run / "images",
+        "--size",
+        "16x31",
+        "--channels",
+        2,
+        "--range",
+        "[0, 3000]",
     )
     assert "12 images are smaller than 16x31 pixels" in " ".join(err.split())
 
@@ -134,7 +164,11 @@ def test_data_of_another_range_are_refused(olvae, run, tmp_path):
         arguments = [command, run, "--out", tmp_path / "out", "--data"]
         wanted = "error: --data: its values are 0 to 65535, linear, the targets take 0 to 3000, 0 to 40, linear\n"
         assert olvae(*arguments, tmp_path / "other.yaml") == (2, "", wanted)
-        assert olvae(*arguments, "samples") == (2, "", wanted.replace("0 to 65535, linear", "8 bits, 0 to 255"))
+        assert olvae(*arguments, "samples") == (
+            2,
+            "",
+            wanted.replace("0 to 65535, linear", "8 bits, 0 to 255"),
+        )
         assert not (tmp_path / "out").exists()
 
 
@@ -169,11 +203,17 @@ def test_what_can_not_be_measured(tmp_path, olvae):
 def test_check_takes_a_range_and_finds_mixed_kinds(tmp_path, olvae):
     for name, kind in (("a", "uint16"), ("b", "float32"), ("c", "uint16")):
         (tmp_path / f"{name}.npy").write_bytes(npy(values(kind, 2)))
-    code, _, err = olvae("data", "check", tmp_path, "--size", 16, "--channels", 2, "--range", "[0, 65535]")
+    code, _, err = olvae(
+        "data", "check", tmp_path, "--size", 16, "--channels", 2, "--range", "[0, 65535]"
+    )
     assert code == 1
-    assert "several kinds of pixels, which can't share a batch: 2 array uint16, 1 array float32" in " ".join(
-        err.split()
+    assert (
+        "several kinds of pixels, which can't share a batch: 2 array uint16, 1 array float32"
+        in " ".join(err.split())
     )
     assert olvae("data", "check", tmp_path, "--channels", 2, "--range", "[5, 1]")[0] == 2
     code, _, err = olvae("data", "check", tmp_path, "--channels", 2, "--range", "[0, 65535")
-    assert (code, err.splitlines()[-1]) == (2, "error: --range: expected YAML, as in [0, 65535], got [0, 65535")
+    assert (code, err.splitlines()[-1]) == (
+        2,
+        "error: --range: expected YAML, as in [0, 65535], got [0, 65535",
+    )

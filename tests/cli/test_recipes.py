@@ -21,7 +21,9 @@ def test_every_recipe_is_listed_with_a_sentence(olvae, monkeypatch):
     assert (code, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 80
     listed = dict(line.split(maxsplit=1) for line in re.sub(r"\n +", " ", out).splitlines())
-    in_checkout = {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
+    in_checkout = {
+        path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml")
+    }
     assert {f"{name}.yaml" for name in listed} == in_checkout
     assert {"demo", "phase_a", "imagenet/A2", "finetune/sdxl"} <= listed.keys()
     for name, sentence in listed.items():
@@ -32,11 +34,19 @@ def test_every_recipe_is_listed_with_a_sentence(olvae, monkeypatch):
 def test_a_copy_includes_its_recipe_and_has_settings_of_its_own(olvae, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     copy = tmp_path / "mine.yaml"
-    assert olvae("recipes", "copy", "imagenet/A2", copy) == (0, "", f"train with: olvae train --base {copy}\n")
+    assert olvae("recipes", "copy", "imagenet/A2", copy) == (
+        0,
+        "",
+        f"train with: olvae train --base {copy}\n",
+    )
     assert load([copy]) == load(["imagenet/A2"])
     assert yaml.safe_load(copy.read_text()) == {"include": "imagenet/A2"}
     assert copy.read_text().startswith("# ")
-    settings = ["data.params.batch_size=3", "model.params.betas=[0.1, 0.2]", "data.params.root=${oc.env:PHOTOS}"]
+    settings = [
+        "data.params.batch_size=3",
+        "model.params.betas=[0.1, 0.2]",
+        "data.params.root=${oc.env:PHOTOS}",
+    ]
     olvae("recipes", "copy", "phase_a", tmp_path / "a.yaml", *settings)
     assert load([tmp_path / "a.yaml"], resolve=False) == load(["phase_a"], settings, resolve=False)
     olvae("recipes", "copy", "phase_a", "model.params.weights_dir=s3://a/b")
@@ -50,11 +60,20 @@ def test_where_a_copy_goes(olvae, tmp_path, monkeypatch):
     Path("A2.yaml").write_text("mine: 1")
     assert olvae("recipes", "copy", "imagenet/A2") == (1, "", "error: A2.yaml: File exists\n")
     assert Path("A2.yaml").read_text() == "mine: 1"
-    assert "nowhere/demo.yaml: No such file or dir" in olvae("recipes", "copy", "demo", "nowhere/demo.yaml")[2]
-    assert olvae("recipes", "copy", "dmeo")[::2] == (2, "error: dmeo: no such recipe; did you mean demo?\n")
+    assert (
+        "nowhere/demo.yaml: No such file or dir"
+        in olvae("recipes", "copy", "demo", "nowhere/demo.yaml")[2]
+    )
+    assert olvae("recipes", "copy", "dmeo")[::2] == (
+        2,
+        "error: dmeo: no such recipe; did you mean demo?\n",
+    )
     Path("demo.yaml").write_text("include: demo")
     _, _, err = olvae("recipes", "copy", "demo", "other.yaml")
-    assert err == "error: other.yaml: would include demo.yaml in place of the recipe: rename that, or copy elsewhere\n"
+    assert (
+        err
+        == "error: other.yaml: would include demo.yaml in place of the recipe: rename that, or copy elsewhere\n"
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["A2.yaml", "demo.yaml"]
 
 
@@ -104,11 +123,15 @@ def test_commands_take_names(olvae, trained, tmp_path, monkeypatch):
         0,
         "imagenet/A2: no mistakes\nfinetune/sdxl: no mistakes\n",
     )
-    code, _, err = olvae("train", "--base", "phase_a", "distil/both", "--gpus", 0, "--logdir", "runs", "data.size=8")
+    code, _, err = olvae(
+        "train", "--base", "phase_a", "distil/both", "--gpus", 0, "--logdir", "runs", "data.size=8"
+    )
     assert (code, err) == (2, "error: data.size: unknown key; did you mean data.params.size?\n")
     (tmp_path / "photos").symlink_to(trained.parent.parent / "photos")
     weights = shutil.copy(trained / "checkpoints" / "last.ckpt", tmp_path / "a.ckpt")
-    code, _, err = olvae("evaluate", weights, "--config", "demo", "--data", "photos", "--metrics", "psnr")
+    code, _, err = olvae(
+        "evaluate", weights, "--config", "demo", "--data", "photos", "--metrics", "psnr"
+    )
     assert code == 2
     assert "weights of another model" in err  # the demo's networks are found, and are others
 
@@ -118,5 +141,7 @@ def test_version_and_help(olvae):
     assert olvae("-h")[1] == olvae("--help")[1]
     assert olvae("recipes", "-h")[1].count("Example: olvae recipes") == 1
     assert olvae("recipes", "cpoy")[0] == 2
-    done = subprocess.run([sys.executable, "-m", "olvae", "-h"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "olvae", "-h"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     assert "Usage: olvae [OPTIONS] COMMAND" in done.stdout

@@ -31,7 +31,13 @@ def picture(path, size):
 
 def test_every_size_and_the_unreadable(olvae, target, tmp_path):
     photos, out = tmp_path / "photos", tmp_path / "out"
-    sizes = {"dot.png": (1, 1), "a/line.png": (9, 1), "b/line.png": (1, 9), "odd.bmp": (31, 17), "wide.png": (200, 13)}
+    sizes = {
+        "dot.png": (1, 1),
+        "a/line.png": (9, 1),
+        "b/line.png": (1, 9),
+        "odd.bmp": (31, 17),
+        "wide.png": (200, 13),
+    }
     for name, size in sizes.items():
         picture(photos / name, size)
     (photos / "broken.jpg").write_bytes(b"no picture")
@@ -54,7 +60,9 @@ def test_samples_and_precision(done, target, tmp_path):
     results, notes = [], []
     for options in ("", "--sample", "--sample --seed 0", "--sample --seed 1", "--precision bf16"):
         err = done("reconstruct", *target, image, "--out", tmp_path / "out", *options.split())
-        notes.append(f"note: {tmp_path / 'out'}: earlier results of these images are replaced" in err)
+        notes.append(
+            f"note: {tmp_path / 'out'}: earlier results of these images are replaced" in err
+        )
         results.append((tmp_path / "out" / "x.png").read_bytes())
     assert results[1] == results[2]
     assert len(set(results)) == 4
@@ -89,7 +97,10 @@ def test_an_address_that_cannot_be_served_on(refused, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         line = refused(2, "app", "olvae:photos-f8c4", "--port", port)
-    assert line == f"error: --host 127.0.0.1 --port {port}: can't be served on: Address already in use\n"
+    assert (
+        line
+        == f"error: --host 127.0.0.1 --port {port}: can't be served on: Address already in use\n"
+    )
 
 
 def test_the_page_without_gradio(olvae, monkeypatch):

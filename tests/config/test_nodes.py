@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from olvae.config import ConfigError, instantiate, load, recipes, resolve_target, validate, with_paths
+from olvae.config import (
+    ConfigError,
+    instantiate,
+    load,
+    recipes,
+    resolve_target,
+    validate,
+    with_paths,
+)
 from olvae.config.nodes import Node, arguments_in_source, map_nodes
 from olvae.models.spec import AutoencoderSpec
 from tests.conftest import parts, tiny_config
@@ -20,7 +28,10 @@ ROOT = Path(__file__).parent.parent.parent
 
 
 def test_instantiate():
-    assert instantiate({"target": "fractions.Fraction", "params": {"numerator": 1, "denominator": 2}}) == 0.5
+    assert (
+        instantiate({"target": "fractions.Fraction", "params": {"numerator": 1, "denominator": 2}})
+        == 0.5
+    )
     assert instantiate({"target": "fractions.Fraction"}, numerator=3) == 3
     for node, message in (
         ({"params": {}}, "target and params"),
@@ -57,7 +68,10 @@ def test_nodes_in_values(value, hint, places):
 def test_paths_in_nodes_at_any_depth():
     params = {"root": "a", "size": 8, "batch_size": 1}
     folder = {"target": "olvae.data.picture_folder.FolderSource", "params": params}
-    mix = {"target": "olvae.data.mix.MixSource", "params": {"sources": [folder, folder], "weights": [1, 2]}}
+    mix = {
+        "target": "olvae.data.mix.MixSource",
+        "params": {"sources": [folder, folder], "weights": [1, 2]},
+    }
     changed = with_paths(mix, lambda path: f"/{path}")
     assert [node["params"]["root"] for node in changed["params"]["sources"]] == ["/a", "/a"]
     assert params["root"] == "a"
@@ -101,7 +115,10 @@ def test_the_source_says_what_an_import_says():
         assert list(found.parameters) == list(expected)
         for argument, theirs in expected.items():
             ours = found.parameters[argument]
-            assert (ours.kind, ours.default is ours.empty) == (theirs.kind, theirs.default is theirs.empty), argument
+            assert (ours.kind, ours.default is ours.empty) == (
+                theirs.kind,
+                theirs.default is theirs.empty,
+            ), argument
         function = inspect.unwrap(factory.__init__ if inspect.isclass(factory) else factory)
         hints = inspect.get_annotations(function, eval_str=True)
         for argument in found.parameters.keys() & hints:
@@ -161,7 +178,9 @@ def test_a_path_is_no_target(tmp_path):
     (tmp_path / "evil.py").write_text("def Name(x: open('evaluated', 'w')): ...")
     target = f"olvae.{tmp_path}/evil"
     spec = {"target": f"{target}.Name", "params": {}}
-    content = {"model": {"params": {"encoder_config": spec, "decoder_config": spec, "embed_dim": 4}}}
+    content = {
+        "model": {"params": {"encoder_config": spec, "decoder_config": spec, "embed_dim": 4}}
+    }
     with pytest.raises(ConfigError, match="not a dotted path"):
         AutoencoderSpec.from_content(content, "received", only_ours=True)
     assert not Path("evaluated").exists()
@@ -178,7 +197,9 @@ def test_every_mistake_at_once():
     config["data"]["params"]["batch_size"] = "four"
     config["lightning"]["trainer"]["max_step"] = 3
     config["lightning"]["trainer"]["logger"] = True
-    config["lightning"]["callbacks"] = {"grids": {"target": "olvae.training.callbacks.ImageGrids", "params": {"n": 2}}}
+    config["lightning"]["callbacks"] = {
+        "grids": {"target": "olvae.training.callbacks.ImageGrids", "params": {"n": 2}}
+    }
     config["lightning"]["trainer"] |= {"min_steps": 2, "max_time": "00:01:00:00"}
     config["modle"] = {}
     mistakes = validate(config)
@@ -255,7 +276,10 @@ def test_what_an_autoencoder_to_start_from_has_the_values_of(image_folder):
     ]
     config["model"]["from"] = "diffusers:some/vae"
     assert validate(config) == []
-    config["model"]["params"] |= {"encoder_config": {"params": {"padding": "reflect"}}, "use_quant": True}
+    config["model"]["params"] |= {
+        "encoder_config": {"params": {"padding": "reflect"}},
+        "use_quant": True,
+    }
     assert validate(config) == []
     config["model"]["params"] |= {"freeze_encodr": True}
     config["model"]["fron"] = "x"
@@ -287,17 +311,25 @@ def test_what_an_autoencoder_to_start_from_has_the_values_of(image_folder):
     ],
 )
 def test_a_key_of_another_node(key, meant):
-    assert validate(load(["demo_b"], [f"{key}=1"])) == [f"{key}: unknown key; did you mean {meant}?"]
+    assert validate(load(["demo_b"], [f"{key}=1"])) == [
+        f"{key}: unknown key; did you mean {meant}?"
+    ]
 
 
 def test_mistakes_in_parts(image_folder):
     """At any name of the mapping, all at once; null removes a part."""
     teacher = {"autoencoder": "x", "dtype": "float8", "latent_wieght": 1}
-    nodes = parts(teacher=teacher, anchor=None, equivariance={}) | {"mine": {"target": "no.where.Part"}, "other": 3}
+    nodes = parts(teacher=teacher, anchor=None, equivariance={}) | {
+        "mine": {"target": "no.where.Part"},
+        "other": 3,
+    }
     config = tiny_config(image_folder, parts=nodes)
     key, dtype, *rest = sorted(validate(config), key=lambda line: "teacher" not in line)
     where = "model.params.parts"
-    assert dtype == f"{where}.teacher.params.dtype: expected Literal['float32', 'bfloat16', 'float16'], got 'float8'"
+    assert (
+        dtype
+        == f"{where}.teacher.params.dtype: expected Literal['float32', 'bfloat16', 'float16'], got 'float8'"
+    )
     assert key == f"{where}.teacher.params.latent_wieght: unknown key; did you mean latent_weight?"
     assert rest[0].startswith(f"{where}.mine.target: target 'no.where.Part' does not import")
     assert rest[1:] == [f"{where}.other: expected a node of target and params, got 3"]
@@ -310,8 +342,16 @@ def test_mistakes_in_parts(image_folder):
 @pytest.mark.parametrize(
     ("channels", "loss", "message"),
     [
-        (13, {}, "lpips_weight: its network sees three channels of colour, the images have 13: set it to 0, or name"),
-        (13, {"lpips_channels": [3, 2, 13]}, r"lpips_channels: expected three of 13 channels, .* got \[3, 2, 13\]"),
+        (
+            13,
+            {},
+            "lpips_weight: its network sees three channels of colour, the images have 13: set it to 0, or name",
+        ),
+        (
+            13,
+            {"lpips_channels": [3, 2, 13]},
+            r"lpips_channels: expected three of 13 channels, .* got \[3, 2, 13\]",
+        ),
         (13, {"lpips_channels": [3, 2, 1]}, None),
         (1, {"lpips_weight": 0}, None),
         (3, {}, None),

@@ -22,19 +22,28 @@ def test_later_files_and_overrides_win(tmp_path):
     a = write(tmp_path / "a.yaml", "model: {x: 1, y: 1, z: 1}\nlist: [1, 2]")
     b = write(tmp_path / "b.yaml", "model: {y: 2, z: 2}\nlist: [3]")
     merged = load([a, b], ["model.z=3", "model.w=[1, 2]", "rate=1e-4", "name=a=b"])
-    assert merged == {"model": {"x": 1, "y": 2, "z": 3, "w": [1, 2]}, "list": [3], "rate": 1e-4, "name": "a=b"}
+    assert merged == {
+        "model": {"x": 1, "y": 2, "z": 3, "w": [1, 2]},
+        "list": [3],
+        "rate": 1e-4,
+        "name": "a=b",
+    }
     assert load([write(tmp_path / "c.yaml", "size: 64\nother: ${size}")])["other"] == 64
     with pytest.raises(ConfigError, match="key=value"):
         load([], ["model.params"])
 
 
 def test_another_target_has_params_of_its_own(tmp_path):
-    a = write(tmp_path / "a.yaml", "data: {target: a.A, params: {x: 1, y: {target: b.B, params: {z: 1}}}}")
+    a = write(
+        tmp_path / "a.yaml", "data: {target: a.A, params: {x: 1, y: {target: b.B, params: {z: 1}}}}"
+    )
     b = write(tmp_path / "b.yaml", "data: {target: a.C, params: {w: 2}}")
     assert load([a, b]) == {"data": {"target": "a.C", "params": {"w": 2}}}
     same = write(tmp_path / "same.yaml", "data: {target: a.A, params: {w: 2}}")
     assert load([a, same])["data"]["params"].keys() == {"x", "y", "w"}
-    inner = load([a], ["data.params.y.target=b.D", "data.params.y.params.v=3"])["data"]["params"]["y"]
+    inner = load([a], ["data.params.y.target=b.D", "data.params.y.params.v=3"])["data"]["params"][
+        "y"
+    ]
     assert inner == {"target": "b.D", "params": {"v": 3}}
 
 
@@ -60,7 +69,9 @@ def test_includes(tmp_path):
         load([top])
 
 
-@pytest.mark.parametrize(("include", "named"), [("5", "5"), ("[a.yaml, 5]", "5"), ("{a: 1}", "{'a': 1}"), ("", "None")])
+@pytest.mark.parametrize(
+    ("include", "named"), [("5", "5"), ("[a.yaml, 5]", "5"), ("{a: 1}", "{'a': 1}"), ("", "None")]
+)
 def test_includes_that_are_no_paths(tmp_path, include, named):
     write(tmp_path / "a.yaml", "x: 1")
     top = write(tmp_path / "top.yaml", f"include: {include}\ny: 1")
@@ -70,7 +81,9 @@ def test_includes_that_are_no_paths(tmp_path, include, named):
 
 
 def test_a_part_is_changed_or_removed_by_a_later_file(tmp_path):
-    a = write(tmp_path / "a.yaml", "parts: {x: {target: a.A, params: {k: 1, l: 1}}, y: {target: a.B}}")
+    a = write(
+        tmp_path / "a.yaml", "parts: {x: {target: a.A, params: {k: 1, l: 1}}, y: {target: a.B}}"
+    )
     b = write(tmp_path / "b.yaml", "parts: {x: {params: {k: 2}}, y: null, z: {target: a.C}}")
     assert load([a, b])["parts"] == {
         "x": {"target": "a.A", "params": {"k": 2, "l": 1}},
@@ -101,7 +114,9 @@ def test_unreadable_files(tmp_path, text, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["a: [1, 2", "- a\n- b", "a: &a [*a, *a]", "a: {target: x.Y}\na: {b: [\x00]}"])
+@pytest.mark.parametrize(
+    "text", ["a: [1, 2", "- a\n- b", "a: &a [*a, *a]", "a: {target: x.Y}\na: {b: [\x00]}"]
+)
 def test_unreadable_files_of_others(tmp_path, text):
     with pytest.raises(ConfigError) as error:
         read_received(write(tmp_path / "bad.yaml", text))
@@ -129,7 +144,12 @@ def test_a_missing_file_names_the_nearest(tmp_path):
         (
             "torchvision:CIFAR10,root=data,train=false",
             f"{HUB}TorchvisionSource",
-            {"dataset": {"target": "torchvision.datasets.CIFAR10", "params": {"root": "data", "train": False}}},
+            {
+                "dataset": {
+                    "target": "torchvision.datasets.CIFAR10",
+                    "params": {"root": "data", "train": False},
+                }
+            },
         ),
     ],
 )
@@ -145,10 +165,17 @@ def test_every_recipe_takes_every_place(recipe, src, target, named):
 def test_a_folder_of_shards_is_one_of_shards(tmp_path):
     (tmp_path / "0.tar").touch()
     assert load(["folder"], [f"data.params.root={tmp_path}"])["data"]["target"] == SHARDS
-    given = ["data.params.shards=[a.tar, b.tar]", "data.params.val_shards=c.tar", "data.params.flip=false"]
+    given = [
+        "data.params.shards=[a.tar, b.tar]",
+        "data.params.val_shards=c.tar",
+        "data.params.flip=false",
+    ]
     data = load(["folder"], given)["data"]
     assert data["target"] == SHARDS
-    assert data["params"].items() >= {"shards": ["a.tar", "b.tar"], "val_shards": "c.tar", "flip": False}.items()
+    assert (
+        data["params"].items()
+        >= {"shards": ["a.tar", "b.tar"], "val_shards": "c.tar", "flip": False}.items()
+    )
     assert "root" not in data["params"]
 
 
@@ -169,7 +196,14 @@ def test_other_targets_are_left_alone(target):
 
 def test_a_saved_config_is_read_back_unchanged(tmp_path):
     """With the dollar signs of a shell, or of a folder's name: they were escaped in the user's file."""
-    texts = ["${TOKEN}", r"\${x}", r"a\\${x}b", "a ${b} \\${c}", "$5", {"nested": ["${a", "${oc.env:HOME}"]}]
+    texts = [
+        "${TOKEN}",
+        r"\${x}",
+        r"a\\${x}b",
+        "a ${b} \\${c}",
+        "$5",
+        {"nested": ["${a", "${oc.env:HOME}"]},
+    ]
     save({"data": {"params": texts}}, tmp_path / "c.yaml")
     assert load([tmp_path / "c.yaml"])["data"]["params"] == texts
 
@@ -180,7 +214,10 @@ def test_a_stray_tar_does_not_change_a_folder_of_images(tmp_path, image):
     (tmp_path / "n01440764").mkdir()
     if image is not None:
         (tmp_path / image).touch()
-    node = {"target": FOLDER, "params": {"root": str(tmp_path), "val_root": "others", "size": 16, "batch_size": 4}}
+    node = {
+        "target": FOLDER,
+        "params": {"root": str(tmp_path), "val_root": "others", "size": 16, "batch_size": 4},
+    }
     save({"data": node}, tmp_path / "c.yaml")
     assert (load([tmp_path / "c.yaml"])["data"] == node) == (image is not None)
     assert holds_shards(str(tmp_path)) == (image is None)
@@ -214,7 +251,12 @@ DATASET = {"target": "torchvision.datasets.CIFAR10", "params": {"root": "data"}}
     ("target", "place", "parts", "other"),
     [
         (FOLDER, {"root": "photos"}, {"val_root": "a"}, "b"),
-        (f"{HUB}TorchvisionSource", {"dataset": DATASET}, {"val_dataset": DATASET}, "torchvision:STL10,root=data"),
+        (
+            f"{HUB}TorchvisionSource",
+            {"dataset": DATASET},
+            {"val_dataset": DATASET},
+            "torchvision:STL10,root=data",
+        ),
         (
             f"{HUB}HuggingFaceSource",
             {"path": "cifar10"},
@@ -231,7 +273,9 @@ def test_another_data_set_has_none_of_the_old_ones_parts(tmp_path, target, place
     assert node["params"].items() >= common.items()
     assert not parts.keys() & node["params"].keys()
     part = next(iter(parts))
-    kept = load([tmp_path / "c.yaml"], [f'data.params.root="{other}"', f"data.params.{part}=mine"])["data"]["params"]
+    kept = load([tmp_path / "c.yaml"], [f'data.params.root="{other}"', f"data.params.{part}=mine"])[
+        "data"
+    ]["params"]
     assert kept[part] == "mine"
 
 
@@ -241,15 +285,24 @@ def test_the_same_place_keeps_its_parts(tmp_path):
         (f"{HUB}HuggingFaceSource", {"path": "cifar10", "val_split": "test"}, "hf:cifar10"),
     ):
         save({"data": {"target": target, "params": params}}, tmp_path / "c.yaml")
-        assert load([tmp_path / "c.yaml"], [f"data.params.root={src}"])["data"] == {"target": target, "params": params}
+        assert load([tmp_path / "c.yaml"], [f"data.params.root={src}"])["data"] == {
+            "target": target,
+            "params": params,
+        }
     follows = {"root": "photos", "val_root": "${data.params.root}/val"}
     (tmp_path / "c.yaml").write_text(str({"data": {"target": FOLDER, "params": follows}}))
-    assert load([tmp_path / "c.yaml"], ["data.params.root=b"])["data"]["params"] == {"root": "b", "val_root": "b/val"}
+    assert load([tmp_path / "c.yaml"], ["data.params.root=b"])["data"]["params"] == {
+        "root": "b",
+        "val_root": "b/val",
+    }
 
 
 def test_a_mix_is_not_replaced(tmp_path):
     params = {"sources": [], "size": 16, "batch_size": 4}
-    save({"model": {}, "data": {"target": "olvae.data.mix.MixSource", "params": params}}, tmp_path / "c.yaml")
+    save(
+        {"model": {}, "data": {"target": "olvae.data.mix.MixSource", "params": params}},
+        tmp_path / "c.yaml",
+    )
     config = load([tmp_path / "c.yaml"], ["data.params.root=photos"])
     assert config["data"]["params"] == {**params, "root": "photos"}
     assert any(mistake.startswith("data.params.root: unknown key") for mistake in validate(config))

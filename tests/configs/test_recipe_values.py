@@ -96,16 +96,30 @@ ROWS: dict[str, Row] = {
     "B3": {**B0, **unetgan(16)},
     "B4": {**B0, **unetgan(32)},
     "B5": {**B0, **unetgan(64)},
-    **{f"LiteVAE-{scale}": {**A2, ENCODER + "params.scale": scale} for scale in "SML"},  # R: encoder table
+    **{
+        f"LiteVAE-{scale}": {**A2, ENCODER + "params.scale": scale} for scale in "SML"
+    },  # R: encoder table
     "VAE": {**without(A2, *LITEVAES), **BASELINE},
     "VAE_b": {**without(B0, *LITEVAES), **BASELINE, **against("patchgan.PatchGAN")},
     "large_batch": {**without(B0, BATCH, STEPS, "model.base"), **unetgan(64)},  # D: the others
     "paper_f8c12": PAPER,
     "paper_vae_f8c12": {**without(PAPER, *LITEVAES, ENCODER, DECODER), **BASELINE},  # P Table 1
-    "paper_f8c4": {**PAPER, MODEL + "embed_dim": 4, DECODER + "params.z_channels": 4},  # P Table 1: n_z
+    "paper_f8c4": {
+        **PAPER,
+        MODEL + "embed_dim": 4,
+        DECODER + "params.z_channels": 4,
+    },  # P Table 1: n_z
     "paper_f8c12_128": {**PAPER, SIZE: 128, STEPS: 200_000},  # P Table 2a, App. F: ImageNet 128
-    "paper_f8c12_a": {**without(PAPER, ADVERSARY), SIZE: 128, STEPS: 100_000},  # P Table 5: 128-tuned; R: phase A
-    "paper_f8c12_b": {**PAPER, START: 0, STEPS: 50_000},  # R: phase B; with phase A the 150k of 256-full, P Table 5
+    "paper_f8c12_a": {
+        **without(PAPER, ADVERSARY),
+        SIZE: 128,
+        STEPS: 100_000,
+    },  # P Table 5: 128-tuned; R: phase A
+    "paper_f8c12_b": {
+        **PAPER,
+        START: 0,
+        STEPS: 50_000,
+    },  # R: phase B; with phase A the 150k of 256-full, P Table 5
 }
 
 DEFAULTS: dict[str, Row] = {
@@ -125,7 +139,12 @@ DEFAULTS: dict[str, Row] = {
     },
     "olvae.modules.litevae.decoder_model.LiteVAE_Decoder": {"variant": "open_litevae"},  # R
     "olvae.modules.patchgan.PatchGAN": {"base_channels": 64, "n_layers": 3},  # R
-    "olvae.modules.gigagan.GigaGAN": {"base": 4096, "max_channels": 256, "blocks": 2, "attention": (8, 16)},  # R
+    "olvae.modules.gigagan.GigaGAN": {
+        "base": 4096,
+        "max_channels": 256,
+        "blocks": 2,
+        "attention": (8, 16),
+    },  # R
 }
 """Arguments that decide results and that no recipe sets, except where a row has them."""
 
@@ -153,7 +172,9 @@ def test_a_recipe_has_what_its_sources_say(name):
 def test_what_no_recipe_sets(target):
     arguments = inspect.signature(resolve_target(target)).parameters
     defaults = {name: arguments[name].default for name in DEFAULTS[target]}
-    assert {name: tuple(v) if isinstance(v, list) else v for name, v in defaults.items()} == DEFAULTS[target]
+    assert {
+        name: tuple(v) if isinstance(v, list) else v for name, v in defaults.items()
+    } == DEFAULTS[target]
 
 
 def test_decisions_are_marked_where_they_stand():
@@ -161,12 +182,18 @@ def test_decisions_are_marked_where_they_stand():
     for path in FOLDER.iterdir():
         text = path.read_text(encoding="utf-8")
         if re.search(r"\b(lpips_weight|loss|weight): ", text):
-            comments = " ".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#"))
-            assert re.search(r"(No source gives|gives neither).*(\[D\]|our choice)", comments), path.name
+            comments = " ".join(
+                line.lstrip("# ") for line in text.splitlines() if line.startswith("#")
+            )
+            assert re.search(r"(No source gives|gives neither).*(\[D\]|our choice)", comments), (
+                path.name
+            )
 
 
 ADVERSARIES = [
-    path for path in sorted((ROOT / "configs").rglob("*.yaml")) if "adversary_config" in load([path])["model"]["params"]
+    path
+    for path in sorted((ROOT / "configs").rglob("*.yaml"))
+    if "adversary_config" in load([path])["model"]["params"]
 ]
 
 WEIGHTS = {"PatchGAN": 0.05, "GigaGAN": 0.05, "UNetGAN": 0.02}

@@ -72,11 +72,16 @@ def rewrite(path: Path, changed: Mapping[str, bytes | None]) -> None:
     write_tar(path, [(n, new) for n, old in files if (new := changed.get(n, old)) is not None])
 
 
-def write_shard(path: Path, numbers: Sequence[int], broken: Mapping[int, bytes] | None = None) -> Path:
+def write_shard(
+    path: Path, numbers: Sequence[int], broken: Mapping[int, bytes] | None = None
+) -> Path:
     """JPEGs ``NNNN.jpg``, each with a ``NNNN.json``; ``broken`` has other bytes for some."""
     files = []
     for n in numbers:
-        files += [(f"{n:04d}.jpg", (broken or {}).get(n, encoded(n))), (f"{n:04d}.json", json.dumps({"n": n}).encode())]
+        files += [
+            (f"{n:04d}.jpg", (broken or {}).get(n, encoded(n))),
+            (f"{n:04d}.json", json.dumps({"n": n}).encode()),
+        ]
     return write_tar(path, files)
 
 
@@ -95,7 +100,9 @@ def write_classes(folder: Path, counts: Sequence[int]) -> Path:
     first = 0
     for shard, count in enumerate(counts):
         numbers = range(first, first + count)
-        groups = [((f"{n:04d}.jpg", encoded(n)), (f"{n:04d}.cls", f"{n % 5}".encode())) for n in numbers]
+        groups = [
+            ((f"{n:04d}.jpg", encoded(n)), (f"{n:04d}.cls", f"{n % 5}".encode())) for n in numbers
+        ]
         write_tar(folder / f"{shard:03d}.tar", [file for group in groups for file in group])
         first += count
     return folder
@@ -111,7 +118,8 @@ def keys_of(batches: Iterable[dict[str, Any]]) -> list[str]:
 
 def same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> bool:
     return len(a) == len(b) and all(
-        x.keys() == y.keys() and all(torch.equal(x[k], y[k]) if k != "key" else x[k] == y[k] for k in x)
+        x.keys() == y.keys()
+        and all(torch.equal(x[k], y[k]) if k != "key" else x[k] == y[k] for k in x)
         for x, y in zip(a, b, strict=True)
     )
 
@@ -131,8 +139,12 @@ def members(folder: Path) -> dict[str, tuple[bytes, dict[str, Any]]]:
         for name, data in files.items():
             if name.endswith(".json"):
                 details = json.loads(data)
-                details |= {"cls": files[name[:-4] + "cls"].decode()} if name[:-4] + "cls" in files else {}
-                (image,) = (n for n in files if n.startswith(name[:-4]) and n[-4:] not in ("json", ".cls"))
+                details |= (
+                    {"cls": files[name[:-4] + "cls"].decode()} if name[:-4] + "cls" in files else {}
+                )
+                (image,) = (
+                    n for n in files if n.startswith(name[:-4]) and n[-4:] not in ("json", ".cls")
+                )
                 assert details["name"] not in found
                 found[details["name"]] = (files[image], {**details, "file": image})
     return found

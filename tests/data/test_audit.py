@@ -47,7 +47,9 @@ def test_sizes(root):
         ("aspect_ratio", [w / h for w, h in sizes]),
     ):
         measured = sorted(measured)
-        assert tuple(result.spreads[name].values()) == pytest.approx((measured[0], measured[2], measured[4]), abs=1e-4)
+        assert tuple(result.spreads[name].values()) == pytest.approx(
+            (measured[0], measured[2], measured[4]), abs=1e-4
+        )
     assert result.smaller == 2
     assert "2 images are smaller than 64 pixels" in result.notes[0]
 
@@ -84,7 +86,9 @@ def test_a_folder_that_cannot_be_opened(photos, monkeypatch):
     close_folders(monkeypatch, photos / "class1")
     result = check(str(photos), 16, workers=2)
     assert result.images == 12
-    assert result.problems == [f"{photos / 'class1'}: this folder can't be opened: Permission denied"]
+    assert result.problems == [
+        f"{photos / 'class1'}: this folder can't be opened: Permission denied"
+    ]
     close_folders(monkeypatch, photos)
     with pytest.raises(PermissionError, match="photos: this folder can't be opened"):
         check(str(photos), 16, workers=2)
@@ -99,7 +103,9 @@ def test_one_image_is_too_little(tmp_path):
 
 def test_shards_that_are_fine(shards):
     counted = []
-    result = check(str(shards), 16, workers=2, on_progress=lambda done, total: counted.append((done, total)))
+    result = check(
+        str(shards), 16, workers=2, on_progress=lambda done, total: counted.append((done, total))
+    )
     assert (result.images, result.problems, result.unreadable, result.notes) == (24, [], [], [])
     assert [shard.images for shard in result.shards] == [6, 6, 6, 6]
     assert counted[-1] == (24, 24)
@@ -140,16 +146,23 @@ def test_a_changed_shard_and_a_missing_one(shards):
 
 
 def test_an_index_is_missing_or_holds_counts_alone(shards):
-    (shards / "index.json").write_text(json.dumps({"shards": {f"00000{i}.tar": {"images": 6} for i in range(4)}}))
+    (shards / "index.json").write_text(
+        json.dumps({"shards": {f"00000{i}.tar": {"images": 6} for i in range(4)}})
+    )
     result = check(str(shards), 16, workers=2)
     assert result.problems == []
-    assert result.notes == [f"{shards}: index.json has no checksums: damage inside a shard can't be seen"]
+    assert result.notes == [
+        f"{shards}: index.json has no checksums: damage inside a shard can't be seen"
+    ]
     (shards / "index.json").unlink()
     result = check(str(shards), 16, workers=2)
     assert result.problems == []
     (shards / ".packing").mkdir()
     (problem,) = check(str(shards), 16, workers=2).problems
-    assert problem == f"{shards}: its packing was interrupted, so shards are missing: repeat `olvae data pack`"
+    assert (
+        problem
+        == f"{shards}: its packing was interrupted, so shards are missing: repeat `olvae data pack`"
+    )
     note = f"{shards}: has no index.json: training counts the images of these shards when it starts"
     assert result.notes == [note]
 
@@ -200,7 +213,9 @@ def test_percentiles_per_channel_as_numpy_has_them(root, tmp_path):
         (root / f"{number}.npy").write_bytes(npy(array))
     found = measure(str(root))
     together = np.stack(arrays).reshape(-1, 2)
-    np.testing.assert_allclose(found.percentiles[:, 1:4], np.percentile(together, [0.1, 1, 50], axis=0).T)
+    np.testing.assert_allclose(
+        found.percentiles[:, 1:4], np.percentile(together, [0.1, 1, 50], axis=0).T
+    )
     assert (found.images, found.kinds, found.missing) == (5, {"uint16": 5}, 0.0)
     stated = PixelRange.from_node(yaml.safe_load(found.line())["range"])
     assert stated.outside == "clip"
@@ -226,7 +241,11 @@ def test_a_files_own_missing_value_is_no_value_and_is_not_resized(root, tmp_path
     (root / "a.tif").write_bytes(tiff(array, extratags=tags))
     found = measure(str(root))
     assert (found.percentiles[0, [0, -1]].tolist(), found.missing) == ([7, 9], pytest.approx(0.1))
-    assert yaml.safe_load(found.line())["range"] == {"pairs": [7, 9], "outside": "clip", "nodata": -9999}
+    assert yaml.safe_load(found.line())["range"] == {
+        "pairs": [7, 9],
+        "outside": "clip",
+        "nodata": -9999,
+    }
     assert pack(str(root), tmp_path / "whole", PackOptions(channels=1)).index.images == 1
     with pytest.raises(ValueError, match="160 values are missing, which a resize would mix"):
         pack(str(root), tmp_path / "smaller", PackOptions(channels=1, resize=20))

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from olvae.data.dataset import HELD_OUT, PHOTOGRAPHS, ImageDataset, MappedSource, SamplePhotographs, sample_photographs
+from olvae.data.dataset import (
+    HELD_OUT,
+    PHOTOGRAPHS,
+    ImageDataset,
+    MappedSource,
+    SamplePhotographs,
+    sample_photographs,
+)
 from olvae.data.image import Photo, Picture, RandomScaleCrop
 from tests.data.images import be_rank, encoded, keys_of, picture, same, saved, take
 
@@ -65,7 +72,9 @@ def test_another_image_stands_in_for_one_that_cannot_be_read(caplog):
     assert all(len(batch["key"]) == len(batch["image"]) == 4 for batch in batches)
     assert not {"3", "8"} & {*keys_of(batches)}
     assert loader.read_errors.lost == 2
-    totals = [m for m in caplog.messages if "epoch" in m]  # in the second, a stand-in was a broken one too
+    totals = [
+        m for m in caplog.messages if "epoch" in m
+    ]  # in the second, a stand-in was a broken one too
     assert totals == [f"training: {n} images skipped in this epoch" for n in (2, 3)]
 
 
@@ -88,7 +97,13 @@ def test_a_jpeg_that_is_decoded_at_a_fraction_gives_nearly_the_same_crop(seed):
 
 
 def test_mistakes():
-    for arguments in ({"size": 0}, {"batch_size": 0}, {"num_workers": -1}, {"channels": 0}, {"max_unreadable": 2.0}):
+    for arguments in (
+        {"size": 0},
+        {"batch_size": 0},
+        {"num_workers": -1},
+        {"channels": 0},
+        {"max_unreadable": 2.0},
+    ):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             source(**arguments)
     with pytest.raises(ValueError, match="samples_per_image"):
@@ -101,11 +116,19 @@ LICENCES = (FOLDER / "LICENCES.txt").read_text(encoding="utf-8")
 
 
 def test_every_file_has_its_author_and_an_open_licence():
-    assert sorted(re.findall(r"^\S+\.jpg$", LICENCES, re.M)) == sorted(path.name for path in FOLDER.glob("*.jpg"))
+    assert sorted(re.findall(r"^\S+\.jpg$", LICENCES, re.M)) == sorted(
+        path.name for path in FOLDER.glob("*.jpg")
+    )
     for photograph in ALL:
         entry = LICENCES.split(f"\n\n{photograph.name}\n", 1)[1].split("\n\n", 1)[0]
         fields = dict(line.strip().split(": ", 1) for line in entry.splitlines())
-        assert [field for field in fields if field != "Address"] == ["Title", "Author", "Source", "Licence", "Changes"]
+        assert [field for field in fields if field != "Address"] == [
+            "Title",
+            "Author",
+            "Source",
+            "Licence",
+            "Changes",
+        ]
         assert re.fullmatch(r"public domain|CC0 1\.0|CC BY(-SA)? \d\.\d", fields["Licence"])
         assert f"\n  {fields['Licence']} " in LICENCES  # with its address
 
@@ -124,13 +147,19 @@ def test_an_epoch_has_each_photograph_as_often():
 
 def test_the_tiles_are_cut_around_the_centre():
     (batch,) = SamplePhotographs(size=64, batch_size=42).test_loader()
-    coffee = Image.open(FOLDER / "coffee.jpg").resize((192, 128), Image.Resampling.BICUBIC)  # from 456x304
+    coffee = Image.open(FOLDER / "coffee.jpg").resize(
+        (192, 128), Image.Resampling.BICUBIC
+    )  # from 456x304
     place = batch["key"].index("coffee.jpg/1-2")
     expected = np.asarray(coffee.crop((128, 64, 192, 128)))
     assert np.array_equal(batch["image"][place].permute(1, 2, 0).numpy(), expected)
-    gateway = Image.open(FOLDER / "gateway-of-india.jpg").resize((171, 128), Image.Resampling.BICUBIC)  # from 405x304
+    gateway = Image.open(FOLDER / "gateway-of-india.jpg").resize(
+        (171, 128), Image.Resampling.BICUBIC
+    )  # from 405x304
     place = batch["key"].index("gateway-of-india.jpg/0-1")
-    expected = np.asarray(gateway.crop((21 + 64, 0, 21 + 128, 64)))  # of the 43 columns left over, 21 on the left
+    expected = np.asarray(
+        gateway.crop((21 + 64, 0, 21 + 128, 64))
+    )  # of the 43 columns left over, 21 on the left
     assert np.array_equal(batch["image"][place].permute(1, 2, 0).numpy(), expected)
 
 

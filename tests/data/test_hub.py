@@ -13,7 +13,10 @@ from olvae.data.pixels.size_and_range import AS_STORED, PixelRange
 from olvae.data.read_errors import UnreadableImageError
 from tests.data.images import encoded
 
-FAKE = {"target": "torchvision.datasets.FakeData", "params": {"size": 30, "image_size": [3, 24, 20]}}
+FAKE = {
+    "target": "torchvision.datasets.FakeData",
+    "params": {"size": 30, "image_size": [3, 24, 20]},
+}
 
 
 def test_a_data_set_of_torchvision():
@@ -24,7 +27,9 @@ def test_a_data_set_of_torchvision():
     keys = [key for batch in s.val_loader() for key in batch["key"]]
     assert keys == ["00000000", "00000014", "00000029"]
     assert not set(keys) & {key for batch in islice(s.train_loader(), 6) for key in batch["key"]}
-    s = TorchvisionSource(FAKE, 16, 4, val_dataset={**FAKE, "params": {**FAKE["params"], "size": 5}})
+    s = TorchvisionSource(
+        FAKE, 16, 4, val_dataset={**FAKE, "params": {**FAKE["params"], "size": 5}}
+    )
     assert (s.samples_per_epoch, s.val_images) == (30, 5)
 
 
@@ -41,7 +46,11 @@ def test_an_image_folder_with_a_broken_image(image_folder):
 
 def test_an_image_that_torchvisions_own_decoder_cannot_read(image_folder):
     (image_folder / "class1" / "1.png").write_bytes(b"no picture")
-    params = {"root": str(image_folder), "loader": torchvision.io.read_image, "extensions": (".png",)}
+    params = {
+        "root": str(image_folder),
+        "loader": torchvision.io.read_image,
+        "extensions": (".png",),
+    }
     items = Items(torchvision.datasets.DatasetFolder(**params))
     assert items[0].read().size == (48, 40)
     with pytest.raises(UnreadableImageError, match=r"DatasetFolder\[4\]: .*image"):
@@ -66,7 +75,9 @@ def test_items_of_other_kinds():
     tensor = torch.from_numpy(array).permute(2, 0, 1)
     for item in (array, tensor, (Image.fromarray(array), "label"), [tensor, 3]):
         assert np.array_equal(np.asarray(Items(Dataset([item]))[0].read()), array)
-    assert np.array_equal(np.asarray(Items(Dataset([array[..., :1]]), channels=1)[0].read()), array[..., 0])
+    assert np.array_equal(
+        np.asarray(Items(Dataset([array[..., :1]]), channels=1)[0].read()), array[..., 0]
+    )
     with pytest.raises(UnreadableImageError, match="is a Tensor, not a picture: leave out"):
         Items(Dataset([torch.zeros(3, 8, 9)]))[0]
     with pytest.raises(ValueError, match="its items have no numbers"):
@@ -133,7 +144,9 @@ def test_a_column_of_images(table, kind, tmp_path):
     else:
         table.to_parquet(tmp_path / "a.parquet")
         path, arguments = "parquet", {"data_files": str(tmp_path / "a.parquet")}
-    s = HuggingFaceSource(path, 16, 4, column="picture", val_fraction=0.1, max_unreadable=0.2, **arguments)
+    s = HuggingFaceSource(
+        path, 16, 4, column="picture", val_fraction=0.1, max_unreadable=0.2, **arguments
+    )
     assert (s.samples_per_epoch, s.val_images) == ((20, 20) if kind == "dict" else (18, 2))
     loader = s.train_loader()
     assert all(batch["image"].shape == (4, 3, 16, 16) for batch in islice(loader, 10))

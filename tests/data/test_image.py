@@ -7,7 +7,13 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from olvae.data.image import Photo, RandomScaleCrop, image_to_tensor, read_picture, tensor_to_picture
+from olvae.data.image import (
+    Photo,
+    RandomScaleCrop,
+    image_to_tensor,
+    read_picture,
+    tensor_to_picture,
+)
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.data.read_errors import UnreadableImageError
 from tests.data.images import encoded, picture, saved
@@ -31,11 +37,19 @@ def bomb(width: int = 30_000, height: int = 30_000) -> bytes:
     import zlib
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(100)))
+        + chunk(b"IEND", b"")
     )
 
 
@@ -83,7 +97,9 @@ SKIPPED = {
     "broken-avif.jpg": avif_without_an_image(),
     "header.npy": b"\x93NUMPY\x01\x00v\x00{'descr': '|u1', 'shape': (20, 24, 3" + b" " * 81 + b"\n",
     "zip.npy": b"PK\x03\x04" + bytes(100),
-    "pickle.npy": b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,), }" + b" " * 60 + b"\n",
+    "pickle.npy": b"\x93NUMPY\x01\x00v\x00{'descr': '|O', 'fortran_order': False, 'shape': (1,), }"
+    + b" " * 60
+    + b"\n",
     "grey.npy": b"",
 }
 
@@ -139,7 +155,10 @@ def test_jpegs_are_decoded_at_a_fraction_of_their_size(shrink, size, tmp_path):
     small = photo.read(shrink)
     assert photo.size == size
     assert small.size == tuple(-(-side // shrink) for side in size)
-    assert Photo(Path(_write(tmp_path / "a.png", saved(image, "PNG"))), "a.png").read(shrink).size == size
+    assert (
+        Photo(Path(_write(tmp_path / "a.png", saved(image, "PNG"))), "a.png").read(shrink).size
+        == size
+    )
 
 
 def test_a_turned_jpeg_knows_its_upright_size_before_it_is_decoded():
@@ -206,7 +225,10 @@ def test_arrays_of_any_number_of_channels(tmp_path):
     assert read_picture(tmp_path / "B.NPY", 7).size == picture.size
     assert (picture.width, picture.height) == (5, 6)
     assert np.array_equal(image_to_tensor(picture).permute(1, 2, 0).numpy(), array)
-    for bad, message in ((array[..., :3], r"shape \(H, W, 7\)"), (array.astype(float), "expected uint8")):
+    for bad, message in (
+        (array[..., :3], r"shape \(H, W, 7\)"),
+        (array.astype(float), "expected uint8"),
+    ):
         np.save(tmp_path / "bad.npy", bad)
         with pytest.raises(ValueError, match=message):
             read_picture(tmp_path / "bad.npy", 7)

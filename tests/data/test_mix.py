@@ -18,10 +18,18 @@ def nodes(tmp_path, image_folder):
     write_shards(tmp_path / "shards", (5, 9, 6))
     write_shards(tmp_path / "val", (4,))
     folder = {"root": str(image_folder), "size": 16, "batch_size": 1, "val_fraction": 0.1}
-    shards = {"shards": str(tmp_path / "shards"), "size": 16, "batch_size": 1, "val_shards": str(tmp_path / "val")}
+    shards = {
+        "shards": str(tmp_path / "shards"),
+        "size": 16,
+        "batch_size": 1,
+        "val_shards": str(tmp_path / "val"),
+    }
     return [
         {"target": "olvae.data.picture_folder.FolderSource", "params": folder},
-        {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": {**shards, "shuffle": 4}},
+        {
+            "target": "olvae.data.shards.webdataset.WebDatasetSource",
+            "params": {**shards, "shuffle": 4},
+        },
     ]
 
 
@@ -39,7 +47,10 @@ def test_each_source_has_its_share(nodes):
     assert mix(nodes[:1] * 30).shares == [34] * 10 + [33] * 20
     assert sorted(mix(nodes[:1] * 600).shares) == [1] * 200 + [2] * 400
     own = mix(nodes)
-    assert own.shares == [round(1000 * own.sources[0].samples_per_epoch / own.samples_per_epoch), own.shares[1]]
+    assert own.shares == [
+        round(1000 * own.sources[0].samples_per_epoch / own.samples_per_epoch),
+        own.shares[1],
+    ]
     assert sum(own.shares) == 1000
 
 
@@ -56,7 +67,9 @@ def test_it_goes_on_where_a_cycle_ends(nodes, place):
 def test_each_image_has_its_own_key(nodes, i):
     s = mix([nodes[i], nodes[i]])
     alone = [sample.key for sample in s.sources[0].once(LoaderProcess())]
-    assert [sample.key for sample in s.once(LoaderProcess())] == [f"{n}/{key}" for n in (0, 1) for key in alone]
+    assert [sample.key for sample in s.once(LoaderProcess())] == [
+        f"{n}/{key}" for n in (0, 1) for key in alone
+    ]
     drawn = {sample.key for sample in islice(s.stream(0, 0, LoaderProcess()), 1000)}
     assert len(drawn) == s.samples_per_epoch
     assert {key[0] for key in drawn} == {"0", "1"}
@@ -78,11 +91,16 @@ def test_mistakes(nodes):
 
 def test_mistakes_in_its_nodes_are_found_by_validation(nodes):
     config = tiny_config()
-    config["data"] = {"target": "olvae.data.mix.MixSource", "params": {"sources": nodes, "size": 16, "batch_size": 4}}
+    config["data"] = {
+        "target": "olvae.data.mix.MixSource",
+        "params": {"sources": nodes, "size": 16, "batch_size": 4},
+    }
     assert validate(config) == []
     nodes[1]["params"]["shufle"] = 3
     (mistake,) = validate(config)
-    assert mistake.startswith("data.params.sources.1.params.shufle: unknown key; did you mean shuffle?")
+    assert mistake.startswith(
+        "data.params.sources.1.params.shufle: unknown key; did you mean shuffle?"
+    )
 
 
 def test_an_evaluations_transform_reaches_the_sources(nodes):
@@ -92,17 +110,26 @@ def test_an_evaluations_transform_reaches_the_sources(nodes):
     for source in mix(nodes).sources:
         source.eval_transform = EvalTransform(16, "adm", "box")
         for sample in source.once(LoaderProcess()):
-            assert any(key[2:] == sample.key and torch.equal(image, sample.image) for key, image in whole.items())
+            assert any(
+                key[2:] == sample.key and torch.equal(image, sample.image)
+                for key, image in whole.items()
+            )
     assert len(whole) == s.val_images
 
 
 def test_the_protocol_hears_how_each_sources_images_are_made(nodes):
     assert mix(nodes).crops is None
-    samples = {"target": "olvae.data.dataset.SamplePhotographs", "params": {"size": 16, "batch_size": 1}}
+    samples = {
+        "target": "olvae.data.dataset.SamplePhotographs",
+        "params": {"size": 16, "batch_size": 1},
+    }
     images = mix([nodes[0], samples]).describe_val_images()
     assert "tiles" in images
     assert "centre crop" in images
     for node in nodes:
         assert mix(nodes).eval_transform.resample == "bicubic"
         node["params"]["filters"] = ["nearest"]
-    assert mix(nodes).describe_val_images() == "nearest resize of the shorter side (Pillow), centre crop"
+    assert (
+        mix(nodes).describe_val_images()
+        == "nearest resize of the shorter side (Pillow), centre crop"
+    )

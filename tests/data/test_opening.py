@@ -40,7 +40,10 @@ def test_what_stands_for_a_source(tmp_path, image_folder):
     }.items():
         if expected is not None:
             assert count(src) == expected, src
-    assert count(tmp_path / "config.yaml") == open_source(str(tmp_path / "config.yaml"), 1, 1).val_images
+    assert (
+        count(tmp_path / "config.yaml")
+        == open_source(str(tmp_path / "config.yaml"), 1, 1).val_images
+    )
 
 
 def test_unreadable_images_are_skipped_however_many(image_folder):
@@ -105,35 +108,72 @@ def home(tmp_path, monkeypatch) -> Path:
 def test_paths_become_absolute_and_other_values_stay(home):
     (home / "photos" / "2.tar").touch()
     sources = [
-        {"target": FOLDER, "params": {"root": "photos/*.png", "val_root": "./more", "size": 8, "filters": ["box"]}},
-        {"target": SHARDS, "params": {"shards": ["photos/{0..3}.tar", "pipe:cat photos/{0..3}.tar", "s3://b/{1..2}"]}},
-        {"target": FOLDER, "params": {"root": "nowhere", "val_root": str(home / "more"), "size": 8}},
+        {
+            "target": FOLDER,
+            "params": {"root": "photos/*.png", "val_root": "./more", "size": 8, "filters": ["box"]},
+        },
+        {
+            "target": SHARDS,
+            "params": {
+                "shards": ["photos/{0..3}.tar", "pipe:cat photos/{0..3}.tar", "s3://b/{1..2}"]
+            },
+        },
+        {
+            "target": FOLDER,
+            "params": {"root": "nowhere", "val_root": str(home / "more"), "size": 8},
+        },
         {"target": "torchvision.datasets.CIFAR10", "params": {"root": "more", "train": False}},
-        {"target": HUB, "params": {"path": "parquet", "data_files": ["photos/*.png", "data/at_the_hub.png"]}},
+        {
+            "target": HUB,
+            "params": {"path": "parquet", "data_files": ["photos/*.png", "data/at_the_hub.png"]},
+        },
         {"target": HUB, "params": {"path": "more", "data_dir": "more"}},
         {"target": HUB, "params": {"path": "user/photos", "data_dir": "more"}},
     ]
-    config = {"data": {"target": "olvae.data.mix.MixSource", "params": {"size": 8, "sources": sources}}}
+    config = {
+        "data": {"target": "olvae.data.mix.MixSource", "params": {"size": 8, "sources": sources}}
+    }
     escaped = str(home).replace("[", "[[]")
     assert make_data_absolute(config) == {
         f"{escaped}/photos/*.png": "photos/*.png",
         f"{home}/more": "more",
         f"{escaped}/photos/{{0..3}}.tar": "photos/{0..3}.tar",
     }
-    first, second, third, fourth, *sets = (node["params"] for node in config["data"]["params"]["sources"])
-    assert first == {"root": f"{escaped}/photos/*.png", "val_root": f"{home}/more", "size": 8, "filters": ["box"]}
-    assert second["shards"] == [f"{escaped}/photos/{{0..3}}.tar", *sources[1]["params"]["shards"][1:]]
+    first, second, third, fourth, *sets = (
+        node["params"] for node in config["data"]["params"]["sources"]
+    )
+    assert first == {
+        "root": f"{escaped}/photos/*.png",
+        "val_root": f"{home}/more",
+        "size": 8,
+        "filters": ["box"],
+    }
+    assert second["shards"] == [
+        f"{escaped}/photos/{{0..3}}.tar",
+        *sources[1]["params"]["shards"][1:],
+    ]
     assert third == sources[2]["params"]
     assert fourth["root"] == f"{home}/more"
-    assert sets[0] == {"path": "parquet", "data_files": [f"{escaped}/photos/*.png", "data/at_the_hub.png"]}
+    assert sets[0] == {
+        "path": "parquet",
+        "data_files": [f"{escaped}/photos/*.png", "data/at_the_hub.png"],
+    }
     assert sets[1] == {"path": f"{home}/more", "data_dir": f"{home}/more"}
     assert sets[2] == {"path": "user/photos", "data_dir": "more"}  # in the repository
     assert sources[0]["params"]["root"] == "photos/*.png"  # the node that was given is another one
 
 
 def test_a_mix_is_evaluated_at_another_size(home):
-    nodes = [{"target": FOLDER, "params": {"root": root, "size": 8, "batch_size": 1}} for root in ("photos", "more")]
-    config = {"data": {"target": "olvae.data.mix.MixSource", "params": {"sources": nodes, "size": 8, "batch_size": 1}}}
+    nodes = [
+        {"target": FOLDER, "params": {"root": root, "size": 8, "batch_size": 1}}
+        for root in ("photos", "more")
+    ]
+    config = {
+        "data": {
+            "target": "olvae.data.mix.MixSource",
+            "params": {"sources": nodes, "size": 8, "batch_size": 1},
+        }
+    }
     batch = next(iter(open_test_source(config, size=16).val_loader()))
     assert batch["image"].shape[2:] == (16, 16)
     assert nodes[0]["params"]["size"] == 8
@@ -148,7 +188,10 @@ class Named(SamplePhotographs):
 
 
 def test_sources_that_are_no_nodes_are_evaluated_at_another_size():
-    node = {"target": f"{__name__}.Named", "params": {"sources": ["a", "b"], "size": 64, "batch_size": 1}}
+    node = {
+        "target": f"{__name__}.Named",
+        "params": {"sources": ["a", "b"], "size": 64, "batch_size": 1},
+    }
     source = open_test_source({"data": node}, size=32)
     assert (source.size, source.names) == ((32, 32), ["a", "b"])
 
@@ -162,12 +205,16 @@ def test_moved_data_are_one_line_with_both_places(home, tmp_path, monkeypatch, c
     with caplog.at_level(logging.WARNING, "olvae"):
         assert open_test_source(config).images == 4
         assert present_data(config)["params"]["root"] == str(moved / "photos")
-    expected = f"{home / 'photos'}: this run's data are not there any more: taken from {moved / 'photos'}"
+    expected = (
+        f"{home / 'photos'}: this run's data are not there any more: taken from {moved / 'photos'}"
+    )
     assert caplog.messages == [expected]
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="photos: no images of this name"):
         open_test_source(config)
-    assert open_test_source(config, str(moved / "more")).val_images == 4  # with --data nobody asks for them
+    assert (
+        open_test_source(config, str(moved / "more")).val_images == 4
+    )  # with --data nobody asks for them
 
 
 def test_what_a_run_trains_on(home, monkeypatch):
@@ -195,15 +242,25 @@ def test_what_a_run_trains_on(home, monkeypatch):
 def test_other_masks_are_resized_as_the_runs_own(home):
     masks = {"params": {"filters": ["nearest"]}}
     both, half = ({"sources": [masks, node]} for node in (masks, {}))
-    for params, resample in ((masks["params"], "nearest"), (both, "nearest"), (half, "bicubic"), ({}, "bicubic")):
+    for params, resample in (
+        (masks["params"], "nearest"),
+        (both, "nearest"),
+        (half, "bicubic"),
+        ({}, "bicubic"),
+    ):
         config = {"data": {"target": FOLDER, "params": {"size": 8, **params}}}
         assert open_test_source(config, "more").eval_transform.resample == resample
 
 
 def test_the_data_of_another_config_at_a_size(home):
-    cfg.save({"data": {"target": FOLDER, "params": {"root": "more", "size": 16, "batch_size": 1}}}, home / "other.yaml")
+    cfg.save(
+        {"data": {"target": FOLDER, "params": {"root": "more", "size": 16, "batch_size": 1}}},
+        home / "other.yaml",
+    )
     for size, expected in ((None, 16), (8, 8)):
-        source = open_test_source({"data": {"params": {"filters": ["nearest"]}}}, str(home / "other.yaml"), size)
+        source = open_test_source(
+            {"data": {"params": {"filters": ["nearest"]}}}, str(home / "other.yaml"), size
+        )
         assert source.size == Sides.of(expected)
         assert next(iter(source.test_loader()))["image"].shape[-2:] == (expected, expected)
         assert source.eval_transform.resample == "nearest"  # as the run's own masks

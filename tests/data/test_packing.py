@@ -40,11 +40,17 @@ def test_shards_hold_each_file_once_as_it_is_with_counts_and_checksums(photos, t
     pack(str(photos), tmp_path / "out", PackOptions(shard_size=8), workers=2)
     packed = members(tmp_path / "out")
     files = {str(path.relative_to(photos)): path for path in photos.rglob("*") if path.is_file()}
-    assert {name: data for name, (data, _) in packed.items()} == {n: p.read_bytes() for n, p in files.items()}
+    assert {name: data for name, (data, _) in packed.items()} == {
+        n: p.read_bytes() for n, p in files.items()
+    }
     for name, (_, details) in packed.items():
         assert (details["width"], details["height"]) == (24, 20)
         assert details["file"].split(".", 1)[1] == name.rsplit(".", 1)[1]
-    entries = [entry for i in range(4) for entry in read_shard(Shard(str(tmp_path / "out" / f"00000{i}.tar")))]
+    entries = [
+        entry
+        for i in range(4)
+        for entry in read_shard(Shard(str(tmp_path / "out" / f"00000{i}.tar")))
+    ]
     assert [entry.key.split("/")[1] for entry in entries] == [f"{i:08d}" for i in range(30)]
     names = [json.loads(entry.files["json"])["name"] for entry in entries]
     assert names != sorted(names)  # shuffled
@@ -69,7 +75,13 @@ def test_the_same_bytes_with_any_number_of_workers(photos, tmp_path):
     assert len(first) == 6
     with tarfile.open(tmp_path / "out1" / "000000.tar") as archive:
         for member in archive:
-            assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (0, 0, 0, "", "")
+            assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (
+                0,
+                0,
+                0,
+                "",
+                "",
+            )
             assert member.mode == 0o644
 
 
@@ -97,7 +109,9 @@ def test_processes_end_with_the_one_that_began_them(tmp_path):
         time.sleep(60)
 
     context = multiprocessing.get_context("fork")
-    process = context.Process(target=lambda: list(run_in_processes(sleep, [0, 1], 2, lambda _: None)))
+    process = context.Process(
+        target=lambda: list(run_in_processes(sleep, [0, 1], 2, lambda _: None))
+    )
     process.start()
     while len(pids := [path.read_text() for path in tmp_path.iterdir()]) < 2 or not all(pids):
         assert process.is_alive()
@@ -145,7 +159,9 @@ def test_a_finished_pack_that_lost_or_changed_a_shard_is_no_success(photos, tmp_
     pack(str(photos), out, PackOptions(shard_size=8))
     for damage in (lambda shard: shard.write_bytes(shard.read_bytes()[:-512]), Path.unlink):
         damage(out / "000002.tar")
-        with pytest.raises(ConfigError, match=r"out: 000002\.tar is missing or not of its size: remove the folder"):
+        with pytest.raises(
+            ConfigError, match=r"out: 000002\.tar is missing or not of its size: remove the folder"
+        ):
             pack(str(photos), out, PackOptions(shard_size=8))
 
 
@@ -188,14 +204,18 @@ def awkward(photos):
         (photos / name).write_bytes(whole[: len(whole) // 2])
     (photos / "folder.jpg").mkdir()
     (photos / "nowhere.jpg").symlink_to(photos / "missing.jpg")
-    for i, name in enumerate(("two  spaces.png", "dots.in.it.png", "žluťoučký 猫.png", "new\nline.png", "[bold]x.png")):
+    for i, name in enumerate(
+        ("two  spaces.png", "dots.in.it.png", "žluťoučký 猫.png", "new\nline.png", "[bold]x.png")
+    ):
         noise(60 + i).save(photos / name)
     noise(70).save(os.fsencode(photos) + b"/latin\xe9.png")
     return photos
 
 
 def test_unreadable_ones_are_left_out_and_listed(awkward, tmp_path):
-    with pytest.raises(TooManyUnreadableError, match=r"^4 of 40 images can't be read, more than .* 0.05: .*\(") as told:
+    with pytest.raises(
+        TooManyUnreadableError, match=r"^4 of 40 images can't be read, more than .* 0.05: .*\("
+    ) as told:
         pack(str(awkward), tmp_path / "out", PackOptions(shard_size=10), 2, max_unreadable=0.05)
     assert all(name in str(told.value) for name in ("cut.jpg", "cut.png", "empty.jpg", "text.jpg"))
     assert not (tmp_path / "out" / "index.json").exists()
@@ -221,7 +241,9 @@ def test_strips_longer_than_a_format_can_store(photos, tmp_path):
     assert skipped["name"] == "strip.png"
     assert "190x17100 pixels can't be stored as webp: " in skipped["reason"]
     assert skipped["reason"].endswith(": choose `format` png")
-    assert not pack(str(photos), tmp_path / "png", PackOptions(resize=190, format="png")).index.unreadable
+    assert not pack(
+        str(photos), tmp_path / "png", PackOptions(resize=190, format="png")
+    ).index.unreadable
 
 
 def test_a_shard_without_any_readable_image_is_not_written(root, tmp_path):
@@ -259,7 +281,10 @@ def test_a_full_disk_is_told_and_leaves_nothing_half_written(root, tmp_path):
     process = context.Process(target=pack_on_a_small_disk, args=(there, str(root), out, options, 2))
     process.start()
     assert here.poll(60)
-    assert here.recv() == f"{out}: File too large; finished shards stay, and the same command continues from there"
+    assert (
+        here.recv()
+        == f"{out}: File too large; finished shards stay, and the same command continues from there"
+    )
     process.join()
     left = {path.name for path in out.rglob("*.tar")}
     assert left <= {f"00000{i}.tar" for i in range(4)}
@@ -323,7 +348,9 @@ def test_arrays_of_other_channels_are_resized_as_arrays(root, tmp_path):
     small = np.load(io.BytesIO(members(tmp_path / "out")["a.npy"][0]))
     assert small.shape == (20, 30, 5)
     for c in range(5):
-        band = Image.fromarray(np.ascontiguousarray(array[..., c])).resize((30, 20), Image.Resampling.BICUBIC)
+        band = Image.fromarray(np.ascontiguousarray(array[..., c])).resize(
+            (30, 20), Image.Resampling.BICUBIC
+        )
         assert np.array_equal(small[..., c], np.asarray(band))
 
 

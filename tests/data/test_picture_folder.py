@@ -17,7 +17,9 @@ from tests.data.images import close_folders
 
 
 def source(root: Path, **arguments) -> FolderSource:
-    return FolderSource(str(root), **{"size": 16, "batch_size": 4, "val_fraction": 0.2, **arguments})
+    return FolderSource(
+        str(root), **{"size": 16, "batch_size": 4, "val_fraction": 0.2, **arguments}
+    )
 
 
 def batches(loader, count: int) -> list[torch.Tensor]:
@@ -51,7 +53,9 @@ def test_the_split_stays_when_pictures_come(image_folder):
     assert before <= set(source(image_folder).val.paths)
 
 
-@pytest.mark.parametrize(("count", "held_out"), [(2, 1), (9, 1), (56, 11), (100, 20), (300, 20), (2000, None)])
+@pytest.mark.parametrize(
+    ("count", "held_out"), [(2, 1), (9, 1), (56, 11), (100, 20), (300, 20), (2000, None)]
+)
 def test_by_default_not_few_are_held_out(tmp_path, count, held_out):
     """5 % and at least 20, but no more than a fifth; of many images the part that the hash gives."""
     (tmp_path / "list.txt").write_text("\n".join(f"{i}.jpg" for i in range(count)))
@@ -101,16 +105,29 @@ def test_features_and_depths_beside_a_picture_are_no_images(tmp_path):
         (tmp_path / name).touch()
     for root in (tmp_path, tmp_path / "*"):
         assert [path.name for path in find_images(root)] == ["a.jpg", "b.exr", "c.exr", "c.npz"]
-    assert [path.name for path in find_images(tmp_path / "*.npz")] == ["a.npz", "a_0048x0040_sd.npz", "c.npz"]
+    assert [path.name for path in find_images(tmp_path / "*.npz")] == [
+        "a.npz",
+        "a_0048x0040_sd.npz",
+        "c.npz",
+    ]
 
 
 def test_a_list_names_files_whatever_its_lines_look_like(tmp_path, image_folder, monkeypatch):
     """A command, a URL or a pattern in a list that was received is the name of a file, which is not there."""
     monkeypatch.chdir(tmp_path)
-    received = ["pipe:touch executed", "| touch executed", "$(touch executed)", "file:///etc/passwd", "${oc.env:HOME}"]
+    received = [
+        "pipe:touch executed",
+        "| touch executed",
+        "$(touch executed)",
+        "file:///etc/passwd",
+        "${oc.env:HOME}",
+    ]
     good = [str(path) for path in find_images(image_folder)]
     (tmp_path / "list.txt").write_text("\n".join([*received, *good]))
-    assert [str(path) for path in find_images("list.txt")] == [*(str(Path(line)) for line in received), *good]
+    assert [str(path) for path in find_images("list.txt")] == [
+        *(str(Path(line)) for line in received),
+        *good,
+    ]
     s = source("list.txt", val_root=image_folder, max_unreadable=1.0, batch_size=1)
     assert len(batches(s.train_loader(), 2)) == 2
     assert not (tmp_path / "executed").exists()
@@ -142,13 +159,17 @@ def test_lists(image_folder, tmp_path, monkeypatch):
         shutil.copy(images[0], os.fsencode(tmp_path) + b"/" + name)
     relative = os.path.relpath(images[1], tmp_path)
     names = ["# žluťoučký", str(images[0]), "", relative, "~/class0/0.png"]
-    (tmp_path / "list.txt").write_bytes(b"\r\n".join(["\r\n".join(names).encode("utf-8-sig"), *odd]))
+    (tmp_path / "list.txt").write_bytes(
+        b"\r\n".join(["\r\n".join(names).encode("utf-8-sig"), *odd])
+    )
     found = Files(find_images(tmp_path / "list.txt"))
     expected = [images[0], images[1], image_folder / "class0" / "0.png"]
     assert [path.resolve() for path in found.paths[:3]] == expected
     assert [found[i].read().size for i in range(len(found))] == [(48, 40)] * 6
     (tmp_path / "list.txt").write_text("# to be written\n\n")
-    with pytest.raises(FileNotFoundError, match=r"list\.txt: this list names no file: write one path per line"):
+    with pytest.raises(
+        FileNotFoundError, match=r"list\.txt: this list names no file: write one path per line"
+    ):
         find_images(tmp_path / "list.txt")
 
 
@@ -164,7 +185,9 @@ def test_keys_of_a_list_do_not_lead_out_of_its_folder(image_folder, monkeypatch,
 
 def test_names_that_are_no_utf_8_are_keys_that_can_be_written(image_folder):
     for i in range(3):
-        shutil.copy(image_folder / "class0" / "0.png", os.fsencode(image_folder) + b"/caf\xe9%d.png" % i)
+        shutil.copy(
+            image_folder / "class0" / "0.png", os.fsencode(image_folder) + b"/caf\xe9%d.png" % i
+        )
     s = source(image_folder)
     keys = {part.key(i) for part in (s.train, s.val) for i in range(len(part))}
     assert {f"caf\\xe9{i}.png" for i in range(3)} < keys
@@ -173,11 +196,17 @@ def test_names_that_are_no_utf_8_are_keys_that_can_be_written(image_folder):
 
 def test_which_are_held_out_is_the_same_in_every_version(image_folder):
     s = source(image_folder)
-    assert [s.val.key(i) for i in range(len(s.val))] == ["class0/0.png", "class1/10.png", "class2/11.png"]
+    assert [s.val.key(i) for i in range(len(s.val))] == [
+        "class0/0.png",
+        "class1/10.png",
+        "class2/11.png",
+    ]
 
 
 @pytest.mark.parametrize("name", ["photos", "photos [1]", "p?hotos*"])
-def test_which_are_held_out_is_the_same_by_a_pattern_wherever_the_folder_is(image_folder, tmp_path, name):
+def test_which_are_held_out_is_the_same_by_a_pattern_wherever_the_folder_is(
+    image_folder, tmp_path, name
+):
     """Runs keep patterns with the folder they were started in, whose characters are escaped."""
     by_folder = source(image_folder)
     for place in (tmp_path / "here" / name, tmp_path / "there" / name):
@@ -203,7 +232,9 @@ def test_a_folder_that_cannot_be_opened_is_told_once(image_folder, monkeypatch, 
     told = f"skipped the folder {image_folder / 'class1'} and everything in it: Permission denied"
     assert caplog.messages == [told]
     close_folders(monkeypatch, image_folder)
-    with pytest.raises(PermissionError, match="photos: this folder can't be opened: Permission denied"):
+    with pytest.raises(
+        PermissionError, match="photos: this folder can't be opened: Permission denied"
+    ):
         source(image_folder)
 
 

@@ -40,7 +40,10 @@ def test_a_name_that_commands_a_terminal_is_printed_as_text(caplog, capsys):
     account(images=1000).take([ReadError(name, "bad\x1b[2J")], 1)
     assert caplog.messages == ["skipped a\\x1b]0;owned\\x07\\nerror: b.jpg: bad\\x1b[2J"]
     assert print_error(FileNotFoundError(f"{name}: no such folder")) == 1
-    assert capsys.readouterr().err == "error: a\\x1b]0;owned\\x07\nerror: error: b.jpg: no such folder\n"
+    assert (
+        capsys.readouterr().err
+        == "error: a\\x1b]0;owned\\x07\nerror: error: b.jpg: no such folder\n"
+    )
 
 
 def test_several_images_of_one_shard_are_several_lost_and_a_warning_none(caplog):
@@ -53,25 +56,40 @@ def test_several_images_of_one_shard_are_several_lost_and_a_warning_none(caplog)
 
 @pytest.mark.parametrize(
     ("images", "limit", "broken"),
-    [(1000, 0.01, 10), (12, 0.01, 0), (51, 0.01, 1), (200, 0.01, 3), (200, 0.0, 0), (None, 0.01, 1), (20, 0.7, 14)],
+    [
+        (1000, 0.01, 10),
+        (12, 0.01, 0),
+        (51, 0.01, 1),
+        (200, 0.01, 3),
+        (200, 0.0, 0),
+        (None, 0.01, 1),
+        (20, 0.7, 14),
+    ],
 )
 def test_the_limit_is_a_share_of_all_images(images, limit, broken):
     """A few of a small folder may be broken. Where nobody knows how many there are, one of a hundred; ten are named."""
     errors = account(images=images, limit=limit)
     errors.take([ReadError(f"f{i}", "bad") for i in range(broken)], 1)
     more = rf".*, and {broken - 9} more" if broken > 9 else ""
-    with pytest.raises(TooManyUnreadableError, match=rf"{broken + 1} of \d+ images .* {limit:g}: f0 \(bad\){more}"):
+    with pytest.raises(
+        TooManyUnreadableError, match=rf"{broken + 1} of \d+ images .* {limit:g}: f0 \(bad\){more}"
+    ):
         errors.take([ReadError(f"f{broken}", "bad")], 1)
 
 
 def test_one_of_several_processes_does_not_stop_alone_but_with_the_others(monkeypatch):
     mine, other = account(images=1000), account(images=1000)
-    for errors, numbers in ((mine, range(7)), (other, range(3, 10))):  # 10 different ones, 4 that both have met
+    for errors, numbers in (
+        (mine, range(7)),
+        (other, range(3, 10)),
+    ):  # 10 different ones, 4 that both have met
         errors.take([ReadError(f"f{i}", "bad") for i in numbers], 1, world=2)
     mine.take([ReadError(f"f{i}", "bad") for i in range(7)], 1, world=2)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(
-        dist, "all_gather_object", lambda parts, own: parts.__setitem__(slice(None), [own, other.unreadable])
+        dist,
+        "all_gather_object",
+        lambda parts, own: parts.__setitem__(slice(None), [own, other.unreadable]),
     )
     mine.share()
     assert mine.lost == 10  # of 1000, as one process would count
@@ -107,8 +125,14 @@ def test_another_one_stands_in_for_what_cannot_be_read():
 @pytest.mark.parametrize(
     ("text", "start"),
     [
-        ("DataLoader worker (pid 12) is killed by signal: Killed. ", "a loader process (12) was killed (Killed), by"),
-        ("DataLoader worker (pid(s) 12, 13) exited unexpectedly", "a loader process (12, 13) was killed, by"),
+        (
+            "DataLoader worker (pid 12) is killed by signal: Killed. ",
+            "a loader process (12) was killed (Killed), by",
+        ),
+        (
+            "DataLoader worker (pid(s) 12, 13) exited unexpectedly",
+            "a loader process (12, 13) was killed, by",
+        ),
     ],
 )
 def test_a_loader_process_that_was_killed(text, start, capsys):
@@ -116,7 +140,10 @@ def test_a_loader_process_that_was_killed(text, start, capsys):
     assert print_error(RuntimeError(text)) == 1
     assert capsys.readouterr().err.startswith(f"error: {start}")
     assert worker_death(RuntimeError("something else")) is None
-    with pytest.raises(TypeError) as caught, patch("inspect._signature_from_callable", side_effect=RuntimeError(text)):
+    with (
+        pytest.raises(TypeError) as caught,
+        patch("inspect._signature_from_callable", side_effect=RuntimeError(text)),
+    ):
         inspect.getfullargspec(print)  # as when the signal comes here
     assert worker_death(caught.value).startswith(start)
 
@@ -127,5 +154,7 @@ def test_a_batch_whose_sender_was_killed():
     theirs.close()
     with pytest.raises(EOFError) as caught:
         ours.recv()
-    assert worker_death(caught.value).startswith("a loader process was killed, by the system perhaps")
+    assert worker_death(caught.value).startswith(
+        "a loader process was killed, by the system perhaps"
+    )
     assert worker_death(ConnectionResetError("of a server")) is None

@@ -49,7 +49,9 @@ def test_the_order_is_the_seeds_and_the_same_in_every_version():
     assert epoch_order(3, 1, 5).tolist() == second.tolist()
 
 
-def batches(workers: int, rank: int, world: int, batch_size: int, start: int, number: int) -> list[list[int]]:
+def batches(
+    workers: int, rank: int, world: int, batch_size: int, start: int, number: int
+) -> list[list[int]]:
     """Positions that a rank's DataLoader delivers: whole batches of its workers, in turn from worker 0 on."""
     streams = []
     for worker in range(workers):
@@ -65,5 +67,7 @@ def test_whatever_the_workers_and_ranks_batches_hold_the_next_positions(workers,
     ranks = [batches(workers, rank, world, 4, start, 9) for rank in range(world)]
     for number, parts in enumerate(zip(*ranks, strict=True)):
         first = start + number * 4 * world
-        assert sorted(position for part in parts for position in part) == list(range(first, first + 4 * world))
+        assert sorted(position for part in parts for position in part) == list(
+            range(first, first + 4 * world)
+        )
         assert parts[0] == list(range(first, first + 4 * world, world))

@@ -15,7 +15,17 @@ from olvae.data.picture_folder import FolderSource
 from olvae.data.shards.latent_source import LatentSource, PairSource
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, Sample, Source
-from tests.data.images import be_rank, encoded, keys_of, same, saved, take, write_classes, write_shards, write_tar
+from tests.data.images import (
+    be_rank,
+    encoded,
+    keys_of,
+    same,
+    saved,
+    take,
+    write_classes,
+    write_shards,
+    write_tar,
+)
 from tests.export.latents import Blocks, encode
 
 COUNTS = (5, 9, 1, 14, 7, 3, 11)  # 50 images
@@ -29,7 +39,9 @@ def material(tmp_path_factory) -> Path:
     write_shards(root / "val", (4, 3))
     (root / "photos").mkdir()
     for n in range(24):
-        (root / "photos" / f"{n:02d}.jpg").write_bytes(encoded(n)[: 100 if n == 3 else None])  # one is broken
+        (root / "photos" / f"{n:02d}.jpg").write_bytes(
+            encoded(n)[: 100 if n == 3 else None]
+        )  # one is broken
     images = write_classes(root / "classes", (7, 9, 4, 3))
     encode(images, root / "latents", Blocks(), size=32, flip=True, dtype="float32", images=True)
     return root
@@ -40,7 +52,9 @@ def folder(root: Path, **arguments: Any) -> Source:
 
 
 def known_shards(root: Path, **arguments: Any) -> Source:
-    return WebDatasetSource(str(root / "shards"), 16, val_shards=str(root / "val"), shuffle=6, **arguments)
+    return WebDatasetSource(
+        str(root / "shards"), 16, val_shards=str(root / "val"), shuffle=6, **arguments
+    )
 
 
 def unknown_shards(root: Path, **arguments: Any) -> Source:
@@ -58,15 +72,26 @@ def pairs(root: Path, **arguments: Any) -> Source:
 
 def mix(root: Path, **arguments: Any) -> Source:
     photos = {"root": str(root / "photos"), "size": 16, "batch_size": 1, "max_unreadable": 1.0}
-    shards = {"shards": str(root / "shards"), "size": 16, "batch_size": 1, "val_shards": str(root / "val")}
+    shards = {
+        "shards": str(root / "shards"),
+        "size": 16,
+        "batch_size": 1,
+        "val_shards": str(root / "val"),
+    }
     nodes = [
         {"target": "olvae.data.picture_folder.FolderSource", "params": photos},
-        {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": {**shards, "shuffle": 4}},
+        {
+            "target": "olvae.data.shards.webdataset.WebDatasetSource",
+            "params": {**shards, "shuffle": 4},
+        },
     ]
     return MixSource(nodes, size=16, weights=[1, 2], max_unreadable=1.0, **arguments)
 
 
-@pytest.fixture(params=[folder, known_shards, unknown_shards, latents, pairs, mix], ids=lambda make: make.__name__)
+@pytest.fixture(
+    params=[folder, known_shards, unknown_shards, latents, pairs, mix],
+    ids=lambda make: make.__name__,
+)
 def make(request, material) -> "partial[Source]":
     return partial(request.param, material, batch_size=4)
 
@@ -85,7 +110,9 @@ def test_a_stream_continues_anywhere(make, place):
     s, process = make(), LoaderProcess(*place)
     whole = list(islice(s.stream(5, 0, process), 60))
     for position in (0, 1, 5, 6, 17, 33, 50):
-        assert same_samples(list(islice(s.stream(5, position, process), 60 - position)), whole[position:])
+        assert same_samples(
+            list(islice(s.stream(5, position, process), 60 - position)), whole[position:]
+        )
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
@@ -123,7 +150,9 @@ def test_validation_is_each_image_once_in_order(make, batch_size):
     assert len(keys) == len(set(keys)) == s.val_images - len(s.unreadable.images)
 
 
-@pytest.mark.parametrize("kind", [FolderSource, WebDatasetSource, TorchvisionSource, HuggingFaceSource])
+@pytest.mark.parametrize(
+    "kind", [FolderSource, WebDatasetSource, TorchvisionSource, HuggingFaceSource]
+)
 def test_colours_change_places_in_training_alone(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     colour = (250, 100, 0)
@@ -135,12 +164,18 @@ def test_colours_change_places_in_training_alone(kind, tmp_path, monkeypatch):
     where: dict[type[Source], dict[str, Any]] = {
         FolderSource: {"root": photos},
         WebDatasetSource: {"shards": shard, "val_shards": shard},
-        TorchvisionSource: {"dataset": {"target": "torchvision.datasets.ImageFolder", "params": {"root": photos}}},
+        TorchvisionSource: {
+            "dataset": {"target": "torchvision.datasets.ImageFolder", "params": {"root": photos}}
+        },
         HuggingFaceSource: {"path": "imagefolder", "data_dir": photos},
     }
 
     def colours(loader: Any) -> set[tuple[int, ...]]:
-        return {tuple(image[:, 0, 0].tolist()) for batch in islice(loader, 20) for image in batch["image"]}
+        return {
+            tuple(image[:, 0, 0].tolist())
+            for batch in islice(loader, 20)
+            for image in batch["image"]
+        }
 
     s = kind(size=16, batch_size=2, shuffle_channels=0.5, **where[kind])
     assert colours(s.train_loader()) == set(permutations(colour))

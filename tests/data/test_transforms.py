@@ -21,7 +21,9 @@ from olvae.data.image import (
 def gradient(width: int, height: int) -> Image.Image:
     """Red tells the column, green the row."""
     columns, rows = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return Image.fromarray(np.stack((columns, rows, np.zeros_like(rows)), axis=-1).round().astype(np.uint8))
+    return Image.fromarray(
+        np.stack((columns, rows, np.zeros_like(rows)), axis=-1).round().astype(np.uint8)
+    )
 
 
 def spans(crop: Image.Image) -> tuple[float, float]:
@@ -40,11 +42,19 @@ def test_evaluation_of_oblongs_covers_them_and_crops():
     image = Image.effect_noise((90, 61), 80).convert("RGB")
     expected = image.resize((59, 40), Image.Resampling.BICUBIC).crop((21, 0, 37, 40))
     assert np.array_equal(np.asarray(EvalTransform([40, 16])(image)), np.asarray(expected))
-    expected = image.resize((45, 30), Image.Resampling.BOX).resize((45, 30), Image.Resampling.BICUBIC)
-    assert np.array_equal(np.asarray(EvalTransform([10, 45], "adm")(image)), np.asarray(expected.crop((0, 10, 45, 20))))
+    expected = image.resize((45, 30), Image.Resampling.BOX).resize(
+        (45, 30), Image.Resampling.BICUBIC
+    )
+    assert np.array_equal(
+        np.asarray(EvalTransform([10, 45], "adm")(image)),
+        np.asarray(expected.crop((0, 10, 45, 20))),
+    )
     assert EvalTransform([80, 16]).enlarges(image)
     assert not EvalTransform([61, 90]).enlarges(image)
-    assert "bicubic antialiased resize of both sides until they cover it" in EvalTransform([8, 9]).describe()
+    assert (
+        "bicubic antialiased resize of both sides until they cover it"
+        in EvalTransform([8, 9]).describe()
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -54,7 +64,10 @@ def test_oblong_crops(seed):
     width, height = spans(RandomScaleCrop([20, 60], min_fraction=0.5)(gradient(400, 300), rng))
     assert 0.5 - 0.04 < width <= 1
     assert width * 400 * 60 / 59 == pytest.approx(height * 300 * 20 / 19 * 3, abs=8)
-    for size, picture in (([20, 60], (300, 20)), ([56, 72], (72, 100))):  # 72 / (72 / 56) is not quite 56
+    for size, picture in (
+        ([20, 60], (300, 20)),
+        ([56, 72], (72, 100)),
+    ):  # 72 / (72 / 56) is not quite 56
         whole = Image.effect_noise(picture, 80)
         crop = np.asarray(RandomScaleCrop(size, min_fraction=0.1, flip=False)(whole, rng))
         places = np.lib.stride_tricks.sliding_window_view(np.asarray(whole), size)
@@ -110,7 +123,9 @@ def test_channels_change_places():
     crop = RandomScaleCrop(16, shuffle_channels=1.0)
 
     def pixel(transform: RandomScaleCrop, seed: int) -> tuple[int, ...]:
-        return tuple(image_to_tensor(transform(image, np.random.default_rng(seed)))[:, 0, 0].tolist())
+        return tuple(
+            image_to_tensor(transform(image, np.random.default_rng(seed)))[:, 0, 0].tolist()
+        )
 
     seen = {pixel(crop, i) for i in range(100)}
     assert seen == set(permutations((10, 20, 30)))
@@ -119,13 +134,19 @@ def test_channels_change_places():
     assert 140 < kept < 210  # a half, and a sixth of the other half
     deep = array_to_picture(np.full((32, 32, 3), (1000, 2000, 3000), dtype=np.uint16))
     values = image_to_tensor(crop(deep, np.random.default_rng(0)))
-    assert (str(values.dtype), sorted(values[:, 0, 0].tolist())) == ("torch.uint16", [1000, 2000, 3000])
+    assert (str(values.dtype), sorted(values[:, 0, 0].tolist())) == (
+        "torch.uint16",
+        [1000, 2000, 3000],
+    )
 
 
 def test_bands_are_transformed_as_a_picture_is():
     image = Image.effect_noise((90, 61), 80).convert("RGB")
     bands = Bands(image.split())
-    for transform in (EvalTransform(32), lambda p: RandomScaleCrop(32)(p, np.random.default_rng(1))):
+    for transform in (
+        EvalTransform(32),
+        lambda p: RandomScaleCrop(32)(p, np.random.default_rng(1)),
+    ):
         assert torch.equal(image_to_tensor(transform(bands)), image_to_tensor(transform(image)))
 
 
@@ -133,7 +154,9 @@ def test_every_filter_is_used():
     image = Image.effect_noise((64, 64), 80).convert("RGB")
     crop = RandomScaleCrop(16, min_fraction=1.0, filters=("box", "lanczos"), flip=False)
     seen = {np.asarray(crop(image, np.random.default_rng(i))).tobytes() for i in range(30)}
-    expected = {np.asarray(image.resize((16, 16), FILTERS[name])).tobytes() for name in ("box", "lanczos")}
+    expected = {
+        np.asarray(image.resize((16, 16), FILTERS[name])).tobytes() for name in ("box", "lanczos")
+    }
     assert seen == expected
 
 
@@ -154,7 +177,10 @@ def test_mistakes(arguments, message):
 
 def test_crops_are_from_all_sides_as_often():
     crop = RandomScaleCrop(16, min_fraction=0.25, flip=False)
-    crops = [np.asarray(crop(gradient(400, 300), np.random.default_rng(i)), dtype=float) / 255 for i in range(300)]
+    crops = [
+        np.asarray(crop(gradient(400, 300), np.random.default_rng(i)), dtype=float) / 255
+        for i in range(300)
+    ]
     for channel in (0, 1):
         first, last = (np.array([end(c[..., channel]) for c in crops]) for end in (np.min, np.max))
         assert first.max() > 0.6

@@ -28,7 +28,12 @@ def every_command(group: Any = OLVAE, name: str = "olvae") -> Iterator[tuple[str
 
 def flags_of(command: Any) -> set[str]:
     options = (parameter for parameter in command.params if parameter.param_type_name == "option")
-    return {"-h", "--help", "--debug", *(flag for o in options for flag in (*o.opts, *o.secondary_opts))}
+    return {
+        "-h",
+        "--help",
+        "--debug",
+        *(flag for o in options for flag in (*o.opts, *o.secondary_opts)),
+    }
 
 
 def find(words: list[str]) -> tuple[Any, list[str]]:
@@ -37,10 +42,16 @@ def find(words: list[str]) -> tuple[Any, list[str]]:
     while hasattr(command, "commands"):
         if command is OLVAE and words[:1] == ["--version"]:
             break
-        if command.invoke_without_command and command is not OLVAE and (not words or words[0].startswith("-")):
+        if (
+            command.invoke_without_command
+            and command is not OLVAE
+            and (not words or words[0].startswith("-"))
+        ):
             break  # it does something of its own
         assert words, f"a command of {', '.join(command.commands)} is missing"
-        assert words[0] in command.commands, f"no command {words[0]}; there are {', '.join(command.commands)}"
+        assert words[0] in command.commands, (
+            f"no command {words[0]}; there are {', '.join(command.commands)}"
+        )
         command, words = command.commands[words[0]], words[1:]
     return command, words
 
@@ -65,7 +76,9 @@ def check(words: list[str]) -> None:
     elif program == "make":
         makefile = (ROOT / "Makefile").read_text()
         targets = {word for word in rest if "=" not in word}
-        assert targets <= set(re.findall(r"^([a-z-]+):", makefile, re.M)), f"make has no target {rest}"
+        assert targets <= set(re.findall(r"^([a-z-]+):", makefile, re.M)), (
+            f"make has no target {rest}"
+        )
     elif program == "pip":
         _check_pip(rest)
     else:
@@ -77,7 +90,9 @@ def _check_olvae(words: list[str]) -> None:
     parameters = command.make_context(command.name, rest).params
     for value in parameters.values():
         for path in value if isinstance(value, list | tuple) else [value]:
-            assert not str(path).startswith("configs/") or Path(str(path)).exists(), f"{path} does not exist"
+            assert not str(path).startswith("configs/") or Path(str(path)).exists(), (
+                f"{path} does not exist"
+            )
     if parameters.get("base"):
         overrides = [*(parameters.get("overrides") or ())]
         files = [*parameters["base"], *(word for word in overrides if "=" not in word)]
@@ -101,13 +116,22 @@ def _check_python(words: list[str]) -> None:
         for flag in (word for word in rest if word.startswith("-")):
             assert f'add_argument("{flag}"' in Path(script).read_text(), f"{script} has no {flag}"
     else:
-        _check_olvae([{"train.py": "train", "scripts/compute_metrics.py": "evaluate"}[script], *rest])
+        _check_olvae(
+            [{"train.py": "train", "scripts/compute_metrics.py": "evaluate"}[script], *rest]
+        )
 
 
 def _check_pip(words: list[str]) -> None:
     if "-r" in words:
         assert Path(words[words.index("-r") + 1]).is_file()
-    section = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2]
+    section = (
+        (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2]
+    )
     extras = re.findall(r"^(\w+) = \[", section.partition("\n[")[0], re.M)
-    named = [extra for word in words for group in re.findall(r"\[(.+)\]", word) for extra in group.split(",")]
+    named = [
+        extra
+        for word in words
+        for group in re.findall(r"\[(.+)\]", word)
+        for extra in group.split(",")
+    ]
     assert set(named) <= set(extras), f"pip: no extras {named}; there are {', '.join(extras)}"

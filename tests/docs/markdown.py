@@ -19,7 +19,9 @@ DOCS = sorted(
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
 CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
 
-FENCE = re.compile(r"(?:<!-- docs: (?P<mark>.+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+FENCE = re.compile(
+    r"(?:<!-- docs: (?P<mark>.+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
+)
 
 
 class Block(NamedTuple):
@@ -41,7 +43,13 @@ def blocks(file: Path, *languages: str) -> list[Block]:
     """The blocks of a file in these languages, in order; without languages all of them."""
     text = file.read_text(encoding="utf-8")
     found = (
-        Block(file, text.count("\n", 0, m.start("text")) + 1, m["language"], m["text"], m["mark"] or "")
+        Block(
+            file,
+            text.count("\n", 0, m.start("text")) + 1,
+            m["language"],
+            m["text"],
+            m["mark"] or "",
+        )
         for m in FENCE.finditer(text)
     )
     return [block for block in found if not languages or block.language in languages]

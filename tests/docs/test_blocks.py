@@ -13,7 +13,17 @@ import yaml
 from olvae.config import load, resolve_target, validate
 from tests.docs.commands import FLAG, check, every_command, find, flags_of
 from tests.docs.conftest import run_command
-from tests.docs.markdown import CONFIGS, DOCS, EXAMPLES, ROOT, Block, blocks, commands, split_commands, without_blocks
+from tests.docs.markdown import (
+    CONFIGS,
+    DOCS,
+    EXAMPLES,
+    ROOT,
+    Block,
+    blocks,
+    commands,
+    split_commands,
+    without_blocks,
+)
 
 RUN, NETWORK, NAMES = "run", "needs network", "imports only: "
 """Marks: a shell block to run; Python blocks to import from only, for want of a network or for the reason given."""
@@ -39,7 +49,9 @@ def runnable(file: Path) -> list[Block]:
     return [block for block in blocks(file) if block.language == "python" or block.mark == RUN]
 
 
-every_file = pytest.mark.parametrize("file", [*DOCS, *EXAMPLES, *CONFIGS], ids=lambda file: file.name)
+every_file = pytest.mark.parametrize(
+    "file", [*DOCS, *EXAMPLES, *CONFIGS], ids=lambda file: file.name
+)
 
 
 @pytest.mark.parametrize("file", [f for f in DOCS if runnable(f)], ids=lambda file: file.name)
@@ -55,7 +67,9 @@ def test_blocks_run(file, workspace, monkeypatch, capsys):
         code = "\n" * (block.line - 1) + block.text  # so that a traceback names the document's line
         tree = ast.parse(code, str(file))
         if block.mark == NETWORK or block.mark.startswith(NAMES):
-            tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+            tree.body = [
+                node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
+            ]
         exec(compile(tree, str(file), "exec"), namespace)
 
 
@@ -63,7 +77,9 @@ def test_marks_are_few_and_known():
     marked = [block for file in DOCS for block in blocks(file) if block.mark]
     for block in marked:
         allowed = (RUN,) if block.language in ("sh", "console") else (NETWORK,)
-        assert block.mark in allowed or (block.language == "python" and block.mark.startswith(NAMES)), block.place
+        assert block.mark in allowed or (
+            block.language == "python" and block.mark.startswith(NAMES)
+        ), block.place
     assert len([block for block in marked if block.mark != RUN]) <= 3
     marks = sum(file.read_text().count("<!-- docs:") for file in DOCS)
     assert marks == len(marked), "a mark belongs on the line above a block"
@@ -78,7 +94,11 @@ def test_commands_exist(file, tmp_path, monkeypatch):
     save_files(file, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     if file.suffix == ".md":
-        lines = [(block.place, words) for block in blocks(file, "sh", "console") for words in commands(block)]
+        lines = [
+            (block.place, words)
+            for block in blocks(file, "sh", "console")
+            for words in commands(block)
+        ]
     else:
         found = re.findall(r"^(?: {4})?((?:olvae|python) .*)$", file.read_text(), re.M)
         assert found or file.suffix != ".py"
@@ -90,7 +110,9 @@ def test_commands_exist(file, tmp_path, monkeypatch):
             pytest.fail(f"{place}: {' '.join(words)}: {getattr(error, 'message', error)}")
 
 
-@pytest.mark.parametrize("command", [pytest.param(command, id=name) for name, command in every_command()])
+@pytest.mark.parametrize(
+    "command", [pytest.param(command, id=name) for name, command in every_command()]
+)
 def test_examples_in_help_exist(command, monkeypatch):
     monkeypatch.chdir(ROOT)
     examples = re.findall(r"Example: (.*)", command.help)
@@ -116,12 +138,16 @@ def test_names_in_the_text_exist(file):
             resolve_target(name)
     for path in re.findall(r"(?<![\w/.])(?:configs|docs|examples|scripts|tests)/[\w./-]*\w", text):
         assert any((folder / path).exists() for folder in (ROOT, file.parent)), path
-    codes = [" ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", without_blocks(file))]
+    codes = [
+        " ".join(code.split()) for code in re.findall(r"(?<!`)`([^`]+)`(?!`)", without_blocks(file))
+    ]
     known = set().union(*(flags_of(command) for _, command in every_command()))
     for code in codes:
         if code.startswith("olvae "):
             group, *rest = code.split()[1:]
-            for part in rest[0].split("|") if rest and "|" in rest[0] else [None]:  # olvae bench train|data
+            for part in (
+                rest[0].split("|") if rest and "|" in rest[0] else [None]
+            ):  # olvae bench train|data
                 words = [group, *([part, *rest[1:]] if part else rest)]
                 command, rest_of_it = find(words)
                 assert set(FLAG.findall(" ".join(rest_of_it))) <= flags_of(command), code
@@ -138,7 +164,9 @@ def test_links_lead_somewhere(file):
         assert there.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.M)
-            slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            slugs = [
+                re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings
+            ]
             assert anchor[1:] in slugs, f"{target}{anchor}"
 
 

@@ -6,7 +6,11 @@ import pytest
 
 from tests.docs.markdown import ROOT
 
-PROMISES = re.findall(r"^\| (\w.*?) \| (.*`) \|$", (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"), re.M)
+PROMISES = re.findall(
+    r"^\| (\w.*?) \| (.*`) \|$",
+    (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"),
+    re.M,
+)
 
 
 def test_there_are_promises():
@@ -22,4 +26,6 @@ def test_the_test_of_a_promise_exists(promise, tests):
             assert re.search(rf"^{name.removeprefix('make ')}:", makefile, re.M), name
         else:
             assert (ROOT / path).exists(), name
-            assert f"def {function}" in (ROOT / path).read_text(encoding="utf-8") if function else True, name
+            assert (
+                f"def {function}" in (ROOT / path).read_text(encoding="utf-8") if function else True
+            ), name

@@ -19,9 +19,23 @@ REPOSITORY = "https://github.com/open-litevae/open-litevae/blob/main/"
 def build(folder: Path, docs: Path = ROOT / "docs") -> subprocess.CompletedProcess[str]:
     """As ``make docs`` does, from other files, into another folder."""
     config = folder / "mkdocs.yml"
-    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").replace("[docs/hooks.py]", f"[{ROOT}/docs/hooks.py]")
+    text = (
+        (ROOT / "mkdocs.yml")
+        .read_text(encoding="utf-8")
+        .replace("[docs/hooks.py]", f"[{ROOT}/docs/hooks.py]")
+    )
     config.write_text(f"{text}\ndocs_dir: {docs}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", config, "-d", folder / "site"]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "-f",
+        config,
+        "-d",
+        folder / "site",
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -45,18 +59,25 @@ def site(tmp_path_factory) -> dict[Path, Page]:
     folder = tmp_path_factory.mktemp("site")
     done = build(folder)
     assert done.returncode == 0, done.stderr
-    return {path: Page(path.read_text(encoding="utf-8")) for path in (folder / "site").rglob("*.html")}
+    return {
+        path: Page(path.read_text(encoding="utf-8")) for path in (folder / "site").rglob("*.html")
+    }
 
 
 @pytest.mark.slow
 def test_every_document_is_a_page_whose_links_hold(site):
     pages = [path for path in site if path.name == "index.html"]
-    written = [*(path for path in DOCS if ".github" not in path.parts), *ROOT.glob("examples/notebooks/*.ipynb")]
+    written = [
+        *(path for path in DOCS if ".github" not in path.parts),
+        *ROOT.glob("examples/notebooks/*.ipynb"),
+    ]
     assert len(pages) == len([*written, "cli", "reference"])
     for path in pages:
         for link in site[path].links:
             if link.startswith(REPOSITORY):
-                assert (ROOT / unquote(link.removeprefix(REPOSITORY)).partition("#")[0]).exists(), f"{path}: {link}"
+                assert (ROOT / unquote(link.removeprefix(REPOSITORY)).partition("#")[0]).exists(), (
+                    f"{path}: {link}"
+                )
             elif "://" not in link and not link.startswith(("mailto:", "data:")):
                 target, _, anchor = unquote(link).partition("#")
                 there = (path.parent / target).resolve() if target else path
@@ -69,7 +90,9 @@ def test_every_document_is_a_page_whose_links_hold(site):
 def test_generated_pages_have_every_command_and_every_public_name(site):
     anchors = {path.parent.name: page.anchors for path, page in site.items()}
     assert {name.replace(" ", "-") for name, _ in every_command()} <= anchors["cli"]
-    assert {f"olvae.{name}" for name in olvae.__all__ if name != "__version__"} <= anchors["reference"]
+    assert {f"olvae.{name}" for name in olvae.__all__ if name != "__version__"} <= anchors[
+        "reference"
+    ]
 
 
 @pytest.mark.slow
@@ -78,7 +101,9 @@ def test_a_link_to_nowhere_stops_the_build(tmp_path):
     for path in (ROOT / "docs").iterdir():
         (tmp_path / "docs" / path.name).symlink_to(path)
     (tmp_path / "docs" / "data.md").unlink()
-    (tmp_path / "docs" / "data.md").write_text("# Data\n\n[here](nothing.md), [there](training.md#nothing)\n")
+    (tmp_path / "docs" / "data.md").write_text(
+        "# Data\n\n[here](nothing.md), [there](training.md#nothing)\n"
+    )
     done = build(tmp_path, tmp_path / "docs")
     assert done.returncode == 1
     assert "'nothing.md'" in done.stderr
@@ -89,7 +114,9 @@ def test_the_drawn_layers_are_those_of_the_import_contract():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     diagram = re.search(r"^```mermaid\n(.*?)^```$", text, re.M | re.S)
     assert diagram
-    layers = re.search(r"^layers = \[\n(.*?)^\]$", (ROOT / "pyproject.toml").read_text(), re.M | re.S)
+    layers = re.search(
+        r"^layers = \[\n(.*?)^\]$", (ROOT / "pyproject.toml").read_text(), re.M | re.S
+    )
     assert layers
     drawn = [set(box.split(" · ")) for box in re.findall(r'\["(.*?)"\]', diagram[1])]
     assert drawn == [set(re.findall(r"olvae\.(\w+)", line)) for line in layers[1].splitlines()]
@@ -102,4 +129,6 @@ def test_the_walks_name_files_and_functions_that_exist():
     assert len(stops) > 40
     for file, function in stops:
         path = next(path for path in (ROOT / "olvae" / file, ROOT / file) if path.exists())
-        assert not function or re.search(rf"(?:def|class) {function}\b", path.read_text(encoding="utf-8")), function
+        assert not function or re.search(
+            rf"(?:def|class) {function}\b", path.read_text(encoding="utf-8")
+        ), function

@@ -9,7 +9,9 @@ from tests.models.autoencoder_kl import autoencoder_kl
 
 def kl(latent_channels: int = 4) -> DiffusersAutoencoder:
     """Of the shape of :func:`tests.conftest.tiny`."""
-    model = autoencoder_kl((8,) * 4, latent_channels=latent_channels, layers_per_block=1, norm_num_groups=4)
+    model = autoencoder_kl(
+        (8,) * 4, latent_channels=latent_channels, layers_per_block=1, norm_num_groups=4
+    )
     return DiffusersAutoencoder(model).eval()
 
 

@@ -49,7 +49,9 @@ def test_the_linear_code_beats_bicubic_with_as_many_numbers_as_the_target():
     assert [subject.baseline for subject in found.values()] == [False, True, True, True]
     code = found[LINEAR].model
     assert (code.downscale, code.latent_channels, code.training) == (8, 4, False)
-    images = torch.stack([s.image for s in SamplePhotographs(64, 4).once(LoaderProcess()) if s.image is not None])
+    images = torch.stack(
+        [s.image for s in SamplePhotographs(64, 4).once(LoaderProcess()) if s.image is not None]
+    )
     quality = {}
     for name in (LINEAR, BICUBIC):
         with torch.no_grad():
@@ -85,11 +87,15 @@ def test_without_training_images_there_is_no_row_and_a_reason(image_folder, tmp_
     assert LINEAR not in rows(config)
     assert "20 is not a multiple of 8" in caplog.text
     save({"data": config["data"]}, tmp_path / "data.yaml")
-    with pytest.raises(ConfigError, match="linear code: a latent position stands for 8x8 pixels, and 20 is not"):
+    with pytest.raises(
+        ConfigError, match="linear code: a latent position stands for 8x8 pixels, and 20 is not"
+    ):
         rows(config, fit=str(tmp_path / "data.yaml"))
     config["data"]["params"] |= {"size": 16, "channels": 1}
     save({"data": config["data"]}, tmp_path / "gray.yaml")
-    with pytest.raises(ConfigError, match="the images have 1 channels, and the linear code takes 3"):
+    with pytest.raises(
+        ConfigError, match="the images have 1 channels, and the linear code takes 3"
+    ):
         rows(config, fit=str(tmp_path / "gray.yaml"))
 
 
@@ -115,7 +121,9 @@ def test_remote_training_shards_are_read_with_a_line(image_folder, tmp_path, cap
         "params": {"shards": [f"pipe:cat {file}" for file in shards], "size": 16, "batch_size": 4},
     }
     assert LINEAR in rows(config)
-    assert caplog.text.count("is fitted on remote training shards (`fit` names others): pipe:cat") == 1
+    assert (
+        caplog.text.count("is fitted on remote training shards (`fit` names others): pipe:cat") == 1
+    )
     caplog.clear()
     config["data"]["params"]["shards"] = [str(file) for file in shards]
     assert LINEAR in rows(config)
@@ -125,18 +133,34 @@ def test_remote_training_shards_are_read_with_a_line(image_folder, tmp_path, cap
 def test_values_with_a_range_train_and_are_fitted_in_it(tmp_path):
     """In sixteen bits; the linear start, and the linear code as a baseline."""
     for i in range(8):
-        np.save(tmp_path / f"{i}.npy", np.random.default_rng(i).integers(0, 65536, (32, 32, 3), dtype=np.uint16))
-    params = {"root": str(tmp_path), "val_root": str(tmp_path), "size": 16, "batch_size": 2, "range": [0, 65535]}
+        np.save(
+            tmp_path / f"{i}.npy",
+            np.random.default_rng(i).integers(0, 65536, (32, 32, 3), dtype=np.uint16),
+        )
+    params = {
+        "root": str(tmp_path),
+        "val_root": str(tmp_path),
+        "size": 16,
+        "batch_size": 2,
+        "range": [0, 65535],
+    }
     source, stated = FolderSource(**params), PixelRange.from_node([0, 65535])
-    module, batch = LiteAutoencoderKL(**tiny_config()["model"]["params"]), next(iter(source.train_loader()))
+    module, batch = (
+        LiteAutoencoderKL(**tiny_config()["model"]["params"]),
+        next(iter(source.train_loader())),
+    )
     module.check(source)
     assert torch.equal(module.images(batch), stated.normalise(batch["image"]))
     started = LiteVAE(LinearEncoder(8, 3, 8), LinearDecoder(4, 3, 8))
     start_linearly(started, source, 0, torch.device("cpu"))
     node = {"target": "olvae.data.picture_folder.FolderSource", "params": params}
-    fitted = Baselines(Target(None, None, {"data": node}, name="run"))._linear_code(Bicubic(8, 3, stated))
+    fitted = Baselines(Target(None, None, {"data": node}, name="run"))._linear_code(
+        Bicubic(8, 3, stated)
+    )
     for code in (started, fitted):
         with torch.no_grad():
             z = code.encode(stated.normalise(crops_and_means(source, 0, 8)[0])).mean
         torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(z.shape[1]), atol=1e-2, rtol=0)
-        torch.testing.assert_close(z.var((0, 2, 3), correction=0), torch.ones(z.shape[1]), atol=1e-2, rtol=0)
+        torch.testing.assert_close(
+            z.var((0, 2, 3), correction=0), torch.ones(z.shape[1]), atol=1e-2, rtol=0
+        )

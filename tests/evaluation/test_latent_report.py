@@ -33,23 +33,32 @@ def moments():
     return torch.cat((mean, torch.randn(N, C, H, W) - 1.0), dim=1)
 
 
-def accumulate(moments: torch.Tensor, keys: list[int], batch: int, mmd_latents: int = 100) -> LatentAccumulator:
+def accumulate(
+    moments: torch.Tensor, keys: list[int], batch: int, mmd_latents: int = 100
+) -> LatentAccumulator:
     accumulator = LatentAccumulator(mmd_latents)
     for start in range(0, len(keys), batch):
-        accumulator.update(DiagonalGaussian(moments[start : start + batch]), keys[start : start + batch])
+        accumulator.update(
+            DiagonalGaussian(moments[start : start + batch]), keys[start : start + batch]
+        )
     return accumulator
 
 
 def sample(moments: torch.Tensor, keys: list[int]) -> torch.Tensor:
     mean, logvar = moments.double().chunk(2, dim=1)
-    noise = [torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in keys]
+    noise = [
+        torch.randn(mean.shape[1:], generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+        for k in keys
+    ]
     return (mean + (logvar / 2).exp() * torch.stack(noise)).float()
 
 
 def test_the_numbers_of_numpy(moments):
     keys = list(range(N))
     got = accumulate(moments, keys, 4).compute()
-    mean, logvar = (part.double().transpose(0, 1).flatten(1).numpy() for part in moments.chunk(2, dim=1))  # (C, N h w)
+    mean, logvar = (
+        part.double().transpose(0, 1).flatten(1).numpy() for part in moments.chunk(2, dim=1)
+    )  # (C, N h w)
     var = np.exp(logvar)
     std = np.sqrt(mean.var(1) + var.mean(1))
     channels, count = got["channels"], H * W
@@ -60,10 +69,14 @@ def test_the_numbers_of_numpy(moments):
     assert channels["std_of_posterior_means"] == pytest.approx(mean.std(1), rel=1e-12)
     assert channels["min_of_posterior_means"] == mean.min(1).tolist()
     assert channels["max_of_posterior_means"] == mean.max(1).tolist()
-    oracle = kl_divergence(Normal(torch.from_numpy(mean), torch.from_numpy(np.sqrt(var))), Normal(0.0, 1.0))
+    oracle = kl_divergence(
+        Normal(torch.from_numpy(mean), torch.from_numpy(np.sqrt(var))), Normal(0.0, 1.0)
+    )
     assert channels["kl_per_position"] == pytest.approx(oracle.mean(1).numpy(), rel=1e-12)
     assert channels["kl_per_image"] == pytest.approx(oracle.mean(1).numpy() * count, rel=1e-12)
-    assert got["kl_per_image"] == pytest.approx(float(DiagonalGaussian(moments.double()).kl().mean()), rel=1e-6)
+    assert got["kl_per_image"] == pytest.approx(
+        float(DiagonalGaussian(moments.double()).kl().mean()), rel=1e-6
+    )
     assert got["kl_per_position"] == pytest.approx(got["kl_per_image"] / count, rel=1e-12)
     assert channels["posterior_std"] == pytest.approx(np.sqrt(var.mean(1)), rel=1e-9)
     assert got["posterior_std"] == pytest.approx(np.sqrt(var.mean()), rel=1e-9)
@@ -71,9 +84,13 @@ def test_the_numbers_of_numpy(moments):
     assert (factors["latents_mean"], factors["latents_std"]) == (channels["mean"], channels["std"])
     assert got["mean"] == factors["shift_factor"] == pytest.approx(mean.mean(), rel=1e-12)
     assert 1 / got["std"] == pytest.approx(factors["scaling_factor"], rel=1e-15)
-    assert factors["scaling_factor"] == pytest.approx(1 / math.sqrt(mean.var() + var.mean()), rel=1e-12)
+    assert factors["scaling_factor"] == pytest.approx(
+        1 / math.sqrt(mean.var() + var.mean()), rel=1e-12
+    )
     erfc = np.vectorize(math.erfc)
-    below = erfc((mean - EDGES.numpy()[:, None, None]) / np.sqrt(2 * var)).mean((1, 2)) / 2  # (edges,)
+    below = (
+        erfc((mean - EDGES.numpy()[:, None, None]) / np.sqrt(2 * var)).mean((1, 2)) / 2
+    )  # (edges,)
     mass, found = np.diff(below, prepend=0.0, append=1.0), got["histogram"]
     assert [found["below"], *found["share"], found["above"]] == pytest.approx(mass, abs=1e-12)
     assert mass[0] > 0.0005  # some of channel 2 is below the grid
@@ -119,7 +136,10 @@ def test_the_mmd_keeps_the_smallest_keys_and_equal_images_once(moments):
 def test_high_frequencies_by_numpys_fft():
     """The cosine transform is the Fourier transform of the mirrored image, whose other half is the first again."""
     rng = np.random.default_rng(0)
-    latents, images = rng.normal(size=(5, 3, 6, 9)).cumsum(-1).cumsum(-2), rng.normal(size=(5, 2, 24, 36)).cumsum(-1)
+    latents, images = (
+        rng.normal(size=(5, 3, 6, 9)).cumsum(-1).cumsum(-2),
+        rng.normal(size=(5, 2, 24, 36)).cumsum(-1),
+    )
     small = images.reshape(5, 2, 6, 4, 9, 4).mean((3, 5))
     shares = []
     for x in (latents, small):
@@ -175,8 +195,13 @@ def test_deterministic_latents_are_posteriors_of_no_width(moments):
     assert got["mmd"]["mmd2"] == pytest.approx(mmd2_normal(latent).tolist(), rel=1e-6)
     assert got["channels"].pop("min") == latent.transpose(0, 1).flatten(1).amin(1).tolist()
     assert got["channels"].pop("max") == latent.transpose(0, 1).flatten(1).amax(1).tolist()
-    found, others = numbers({**got, "deterministic": [], "mmd": {}, "skipped": {}}), dict(numbers(expected))
-    assert {".mean", ".std", ".channels.mean[0]", ".histogram.share[120]"} <= {name for name, _ in found}
+    found, others = (
+        numbers({**got, "deterministic": [], "mmd": {}, "skipped": {}}),
+        dict(numbers(expected)),
+    )
+    assert {".mean", ".std", ".channels.mean[0]", ".histogram.share[120]"} <= {
+        name for name, _ in found
+    }
     assert not [name for name, _ in found if "kl" in name or "active" in name]
     for name, value in found:
         assert value == pytest.approx(others[name], rel=1e-4, abs=1e-5), name
@@ -212,7 +237,9 @@ def test_several_models_see_the_same_images_in_one_pass():
     got = encode_latents({"a": Halves(2), "b": Halves(4)}, batches)
     a, b = got["a"].compute(), got["b"].compute()
     assert [(row["n"], row["latent_shape"]) for row in (a, b)] == [(9, [3, 4, 4]), (9, [3, 2, 2])]
-    assert a["channels"]["mean"] == pytest.approx((images.double() / 127.5 - 1).mean((0, 2, 3)).tolist(), abs=1e-6)
+    assert a["channels"]["mean"] == pytest.approx(
+        (images.double() / 127.5 - 1).mean((0, 2, 3)).tolist(), abs=1e-6
+    )
     assert b["channels"]["mean"] == pytest.approx(a["channels"]["mean"], abs=1e-6)
 
 
@@ -230,7 +257,9 @@ def test_the_figure_shows_every_model_in_its_colour(tmp_path, moments):
 
 
 def kernel(x: np.ndarray, y: np.ndarray, sigma: float) -> float:
-    return math.exp(-sum((float(a) - float(b)) ** 2 for a, b in zip(x, y, strict=True)) / (2 * sigma**2))
+    return math.exp(
+        -sum((float(a) - float(b)) ** 2 for a, b in zip(x, y, strict=True)) / (2 * sigma**2)
+    )
 
 
 def pair_sum(x: np.ndarray, sigma: float) -> float:
@@ -258,14 +287,19 @@ def test_the_sampling_error_is_the_one_of_many_draws():
     """1000 sets of 30 latents: mean 0 within its error, and the standard deviation of the formula within 10 %."""
     generator = torch.Generator().manual_seed(4)
     sigmas = (1.0, 4.0, 500.0)
-    values = torch.stack([mmd2_normal(torch.randn(30, 5, generator=generator), sigmas) for _ in range(1000)])
+    values = torch.stack(
+        [mmd2_normal(torch.randn(30, 5, generator=generator), sigmas) for _ in range(1000)]
+    )
     expected = mmd2_null_std(30, 5, sigmas)
     assert (values.mean(0).abs() < 4 * expected / math.sqrt(1000)).all()
     assert torch.allclose(values.std(0), expected, rtol=0.1)  # of 1000 draws, skewed: some 3 %
 
 
 def test_images_with_a_range_are_encoded_in_it():
-    images, stated = torch.randint(0, 65536, (5, 3, 8, 8)).to(torch.uint16), PixelRange.from_node([0, 65535])
+    images, stated = (
+        torch.randint(0, 65536, (5, 3, 8, 8)).to(torch.uint16),
+        PixelRange.from_node([0, 65535]),
+    )
     got = encode_latents({"a": Halves(2)}, [{"image": images}], pixel_range=stated)["a"].compute()
     expected = (images.double() / 32767.5 - 1).mean((0, 2, 3))
     assert got["channels"]["mean"] == pytest.approx(expected.tolist(), abs=1e-6)

@@ -62,7 +62,9 @@ class Reader(HTMLParser):
 
 def photographs(size: int) -> tuple[list[str], torch.Tensor]:
     image = torch.from_numpy(data.astronaut()).permute(2, 0, 1)
-    tiles = image.unfold(1, size, size).unfold(2, size, size).permute(1, 2, 0, 3, 4).flatten(0, 1)[:12]
+    tiles = (
+        image.unfold(1, size, size).unfold(2, size, size).permute(1, 2, 0, 3, 4).flatten(0, 1)[:12]
+    )
     return [f"astronaut/tile {i}.png" for i in range(len(tiles))], tiles.contiguous()
 
 
@@ -90,7 +92,9 @@ def page(targets: list[str], size: int = 64) -> Evaluated:
                 {"lpips": "LPIPS needs vgg16-397923af.pth: name its folder with --weights-dir"},
                 {"psnr": (mean - 1.0, mean + 1.25)},
                 {"lpips_alex": {"weights": WEIGHTS}, "kid": {"warning": "12 images are few."}},
-                Cost(3_012_345, 12_000_000_000, 345_678_901, 129.34, 8.8123, 3 << 30, 4, "a GPU") if i == 0 else None,
+                Cost(3_012_345, 12_000_000_000, 345_678_901, 129.34, 8.8123, 3 << 30, 4, "a GPU")
+                if i == 0
+                else None,
                 observed,
                 differences={
                     "psnr": Difference(-2.5, -3.0, -2.0),
@@ -100,7 +104,13 @@ def page(targets: list[str], size: int = 64) -> Evaluated:
             )
         )
     protocol = {"name": "open-litevae", "version": 1, "size": size}
-    images = {"source": "tiles", "n": len(keys), "sha256": "ab" * 32, "unreadable": 0, "enlarged": 0}
+    images = {
+        "source": "tiles",
+        "n": len(keys),
+        "sha256": "ab" * 32,
+        "unreadable": 0,
+        "enlarged": 0,
+    }
     return Evaluated(Results(protocol, "0123456789abcdef", images, rows), [gallery, bands, colours])
 
 
@@ -109,7 +119,10 @@ COMMAND = "olvae evaluate --metrics psnr,lpips,kid runs/a runs/b"
 
 def changed(evaluated: Evaluated, rows: list[Row] | None = None, **changes) -> Evaluated:
     """Other results, with the same pictures."""
-    return replace(evaluated, results=replace(evaluated.results, rows=rows or evaluated.results.rows, **changes))
+    return replace(
+        evaluated,
+        results=replace(evaluated.results, rows=rows or evaluated.results.rows, **changes),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +140,9 @@ def test_it_is_one_balanced_file_without_requests_or_scripts(whole):
         for name, value in attributes.items():
             assert not name.startswith("on")
             if name in ("src", "href", "srcset", "data", "action", "poster"):
-                assert value.startswith("data:image/webp;base64," if tag == "img" else "#"), value[:80]
+                assert value.startswith("data:image/webp;base64," if tag == "img" else "#"), value[
+                    :80
+                ]
     assert "http:" not in html
     assert "https:" not in html
     assert "url(" not in html
@@ -136,7 +151,9 @@ def test_it_is_one_balanced_file_without_requests_or_scripts(whole):
     assert policy["content"].startswith("default-src 'none'")
     links = {a["href"][1:] for tag, a in reader.elements if tag == "a"}
     assert links == {a["id"] for tag, a in reader.elements if "id" in a}
-    assert all(a["alt"] and a["width"] and a["height"] for tag, a in reader.elements if tag == "img")
+    assert all(
+        a["alt"] and a["width"] and a["height"] for tag, a in reader.elements if tag == "img"
+    )
     assert len(html) < 2_000_000
 
 
@@ -151,7 +168,10 @@ def test_what_users_write_is_text():
         {},
         {"psnr": HOSTILE},
         details={
-            "lpips": {"warning": HOSTILE, "weights": dict.fromkeys(("file", "sha256"), HOSTILE) | {"published": 0}}
+            "lpips": {
+                "warning": HOSTILE,
+                "weights": dict.fromkeys(("file", "sha256"), HOSTILE) | {"published": 0},
+            }
         },
         cost=Cost(1, 2, 3, None, None, None, 1, HOSTILE),
         observed={"bands": {HOSTILE: {"mse": 1.0, "share_of_signal": None, "energy_ratio": None}}},
@@ -166,7 +186,9 @@ def test_what_users_write_is_text():
     reader = Reader(render_page(Evaluated(results, [gallery, Bands(), colours]), HOSTILE))
     assert "script" not in {tag for tag, _ in reader.elements}
     assert all(a["src"].startswith("data:") for tag, a in reader.elements if tag == "img")
-    assert not any(name.startswith("on") for _, attributes in reader.elements for name in attributes)
+    assert not any(
+        name.startswith("on") for _, attributes in reader.elements for name in attributes
+    )
     assert sum(HOSTILE in text for _, text in reader.texts) >= 20
     assert any(a.get("alt") == f"input of {HOSTILE}" for _, a in reader.elements)
 
@@ -180,7 +202,9 @@ def test_the_numbers_and_marks(whole):
     assert f'<span class="best">{values[1]:.3f}</span>' not in html
     assert f"[{values[1] - 1:.3f}, {values[1] + 1.25:.3f}]" in text
     assert '<span class="best">1.2e-06</span>' in html  # the lowest; five decimals would be 0
-    assert text.count("skipped LPIPS: LPIPS needs vgg16-397923af.pth") == 1  # one line for all three
+    assert (
+        text.count("skipped LPIPS: LPIPS needs vgg16-397923af.pth") == 1
+    )  # one line for all three
     assert '<span class="worse">\N{MINUS SIGN}2.500</span>' in html
     assert "[\N{MINUS SIGN}3.000, \N{MINUS SIGN}2.000]" in text
     assert '<span class="better">\N{MINUS SIGN}0.050</span>' in html  # lower is better
@@ -189,15 +213,27 @@ def test_the_numbers_and_marks(whole):
     for number in ("3.01", "12.0", "0.346", "129", "8.81", "3,072", "a GPU"):
         assert number in text
     assert "25 November 2026, 03:20 UTC" in text
-    for words in ("0123456789abcdef", "397923af" * 8, "the same", "12 images are few.", COMMAND, LONG, "batches of 4"):
+    for words in (
+        "0123456789abcdef",
+        "397923af" * 8,
+        "the same",
+        "12 images are few.",
+        COMMAND,
+        LONG,
+        "batches of 4",
+    ):
         assert words in text
     assert "12 images of tiles, sha256 abababababababab…" in text
     assert text.startswith(f"one, {LONG}, three: open-litevae, 64 px")
     off = 255 * 10 ** (-values[0] / 20)
     best = f"(PSNR {values[0]:.2f} dB); the best of the others is 2.50 dB worse: {LONG}."
     assert f"one misses a pixel's values by about {off:.1f} of 255 {best}" in text
-    equal = [replace(row, differences={"psnr": Difference(0.0, -0.1, 0.1)}) for row in whole.results.rows]
-    assert meaning(changed(whole, equal).results).endswith(f"; the best of the others is as good: {LONG}.")
+    equal = [
+        replace(row, differences={"psnr": Difference(0.0, -0.1, 0.1)}) for row in whole.results.rows
+    ]
+    assert meaning(changed(whole, equal).results).endswith(
+        f"; the best of the others is as good: {LONG}."
+    )
 
 
 def test_images_stand_side_by_side_with_every_target(whole):
@@ -210,20 +246,28 @@ def test_images_stand_side_by_side_with_every_target(whole):
         key = first.removeprefix("input of ")
         assert others == [f"reconstruction of {key}"] * 3
         found = re.findall(r"PSNR ([\d.]+) dB", row)
-        assert found == [next(f"{e.value:.1f}" for e in r.arbitrary(12) if e.key == key) for r in rankings.values()]
+        assert found == [
+            next(f"{e.value:.1f}" for e in r.arbitrary(12) if e.key == key)
+            for r in rankings.values()
+        ]
 
 
 def test_bars_are_as_long_as_the_error(whole):
     """On a scale of the models' own: a baseline that is far worse leaves their bars readable."""
     first, second, third = whole.results.rows
     huge = {
-        name: {key: 1000.0 * value for key, value in band.items()} for name, band in third.observed["bands"].items()
+        name: {key: 1000.0 * value for key, value in band.items()}
+        for name, band in third.observed["bands"].items()
     }
-    html = render_page(changed(whole, [first, second, replace(third, observed={"bands": huge}, baseline=True)]))
+    html = render_page(
+        changed(whole, [first, second, replace(third, observed={"bands": huge}, baseline=True)])
+    )
     bands = {row.target: row.observed["bands"] for row in (first, second)}
     largest = max(band["mse"] for found in bands.values() for band in found.values())
     widths = [float(width) for width in re.findall(r'class="c[12]" style="width: ([\d.]+)%"', html)]
-    expected = [100 * bands[target][name]["mse"] / largest for name in bands["one"] for target in bands]
+    expected = [
+        100 * bands[target][name]["mse"] / largest for name in bands["one"] for target in bands
+    ]
     assert widths[::2] == pytest.approx(expected, abs=0.01)
     assert max(widths[1::2]) == 100.0
     off = re.findall(r'class="c3 off" style="width: ([\d.]+)%"', html)
@@ -234,9 +278,16 @@ def test_bars_are_as_long_as_the_error(whole):
 def test_baselines_stand_below_all_models(whole):
     first, second, third = whole.results.rows
     earlier = Row("an earlier one", 12, {"psnr": 99.0})
-    results = replace(whole.results, rows=[first, replace(second, baseline=True), third], earlier=[earlier])
+    results = replace(
+        whole.results, rows=[first, replace(second, baseline=True), third], earlier=[earlier]
+    )
     assert [row.target for row in results.table] == ["one", "three", "an earlier one", LONG]
-    assert [Row.from_dict(row.as_dict()).baseline for row in results.table] == [False, False, False, True]
+    assert [Row.from_dict(row.as_dict()).baseline for row in results.table] == [
+        False,
+        False,
+        False,
+        True,
+    ]
     html = render_page(replace(whole, results=results))
     assert "C an earlier one" in Reader(html).all_text()
     assert "99.000" in html
@@ -260,17 +311,23 @@ def test_infinite_values_and_uneven_sets(whole):
 
 def test_small_pictures_are_kept_to_the_pixel_and_large_ones_kept_small():
     def decoded(html: str) -> np.ndarray:
-        data, width, height = re.search(r'base64,(.*?)" width="(.*?)" height="(.*?)"', html).groups()
+        data, width, height = re.search(
+            r'base64,(.*?)" width="(.*?)" height="(.*?)"', html
+        ).groups()
         shown = Image.open(io.BytesIO(base64.b64decode(data)))
         assert shown.size == (int(width), int(height))
         return np.asarray(shown.convert("RGB"))
 
     noise = torch.randint(0, 256, (3, 64, 48), dtype=torch.uint8)
-    assert np.array_equal(decoded(picture(noise, "", 96)), noise.permute(1, 2, 0).numpy().repeat(4, 0).repeat(4, 1))
+    assert np.array_equal(
+        decoded(picture(noise, "", 96)), noise.permute(1, 2, 0).numpy().repeat(4, 0).repeat(4, 1)
+    )
     grey = noise[:1].expand(3, -1, -1).permute(1, 2, 0).numpy()
     assert np.array_equal(decoded(picture(noise[:1], "")), grey.repeat(4, 0).repeat(4, 1))
     _, photograph = photographs(256)
-    reference = Image.fromarray(photograph[0].permute(1, 2, 0).numpy()).resize((160, 160), Image.Resampling.LANCZOS)
+    reference = Image.fromarray(photograph[0].permute(1, 2, 0).numpy()).resize(
+        (160, 160), Image.Resampling.LANCZOS
+    )
     shown = decoded(picture(photograph[0], "", 160))
     assert np.abs(shown.astype(int) - np.asarray(reference)).mean() < 6
     assert len(decoded(picture(photograph[0], ""))) == 256
@@ -286,12 +343,16 @@ def test_a_failure_leaves_the_old_page(tmp_path, whole):
     with pytest.raises(KeyError):
         write_files(changed(whole, [broken, *others]), tmp_path, command=COMMAND)
     assert path.read_text(encoding="utf-8") == before
-    assert Results.read(tmp_path / "metrics.json").as_dict() == whole.results.as_dict()  # and its numbers
+    assert (
+        Results.read(tmp_path / "metrics.json").as_dict() == whole.results.as_dict()
+    )  # and its numbers
     assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize(("size", "width", "dark"), [(64, 390, False), (256, 390, True), (256, 1280, False)])
+@pytest.mark.parametrize(
+    ("size", "width", "dark"), [(64, 390, False), (256, 390, True), (256, 1280, False)]
+)
 def test_in_a_browser(tmp_path, browser, size, width, dark):
     """Nothing is wider than the screen, every picture is there, nothing is asked of the network.
 
@@ -308,10 +369,14 @@ def test_in_a_browser(tmp_path, browser, size, width, dark):
     assert (ask(wide) > 0) or width > 390  # wide tables scroll in their box
     assert ask("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
     assert ask("document.scripts.length") == 0
-    paper = [int(v) for v in re.findall(r"\d+", ask("getComputedStyle(document.body).backgroundColor"))]
+    paper = [
+        int(v) for v in re.findall(r"\d+", ask("getComputedStyle(document.body).backgroundColor"))
+    ]
     assert (sum(paper) / len(paper) < 128) == dark
     visit.page.screenshot(path=tmp_path / "report.png", full_page=True)
     with Image.open(tmp_path / "report.png") as image:
         assert image.width == width
-    assert {url for url in visit.requests if not url.startswith("data:")} == {path.resolve().as_uri()}
+    assert {url for url in visit.requests if not url.startswith("data:")} == {
+        path.resolve().as_uri()
+    }
     assert not visit.problems

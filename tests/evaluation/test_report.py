@@ -9,7 +9,13 @@ from olvae.evaluation.observers.colour import Colour
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.protocol import Cost, Protocol
-from olvae.evaluation.report import print_grid, print_results, write_csv, write_files, write_markdown
+from olvae.evaluation.report import (
+    print_grid,
+    print_results,
+    write_csv,
+    write_files,
+    write_markdown,
+)
 from olvae.evaluation.results import Cell, Evaluated, Results, Row
 from olvae.files import write_json
 from tests.evaluation.test_results import NAME, read_back, results_of, row
@@ -22,7 +28,16 @@ def test_numbers_stay_whole_on_a_narrow_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     print_results([Evaluated(results_of(row()))])
     shown = capsys.readouterr().err
-    for text in ("25.704 ±0.75", " 0.721 ", " 0.961 ", " 0.0312 ", " 0.138 ", " 0.079 ", " 1234 ", " 0.00042 "):
+    for text in (
+        "25.704 ±0.75",
+        " 0.721 ",
+        " 0.961 ",
+        " 0.0312 ",
+        " 0.138 ",
+        " 0.079 ",
+        " 1234 ",
+        " 0.00042 ",
+    ):
         assert text in shown, shown
     table = shown[: shown.index("misses a pixel's values")].rpartition("\n")[0]
     assert max(map(len, table.splitlines())) <= 80
@@ -32,7 +47,11 @@ def test_numbers_stay_whole_on_a_narrow_terminal(capsys, monkeypatch):
 def test_more_columns_than_fit_take_several_tables(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     cells = {f"metric {i}": Cell(f"{i}{i}.{i}{i}{i} ±{i}.00") for i in range(10)}
-    print_grid(Console(stderr=True), "title", {"runs/2026-11-27T12-34-56_a_long_name_bf16": cells, "b": cells})
+    print_grid(
+        Console(stderr=True),
+        "title",
+        {"runs/2026-11-27T12-34-56_a_long_name_bf16": cells, "b": cells},
+    )
     shown = capsys.readouterr().err
     assert max(map(len, shown.splitlines())) <= 80
     assert shown.count("title") == 1
@@ -66,13 +85,22 @@ def test_markdown_has_quality_and_cost_in_one_row(tmp_path):
     )
 
 
-def test_missing_networks_take_one_line_on_the_terminal_and_their_own_in_the_files(tmp_path, capsys):
-    missing = {"lpips": "needs vgg16.pth in x", "rfid": "needs inception.pth in y", "ms_ssim": "too small"}
+def test_missing_networks_take_one_line_on_the_terminal_and_their_own_in_the_files(
+    tmp_path, capsys
+):
+    missing = {
+        "lpips": "needs vgg16.pth in x",
+        "rfid": "needs inception.pth in y",
+        "ms_ssim": "too small",
+    }
     evaluated = Evaluated(results_of(Row("a", 2, {"psnr": 25.0}, missing)))
     print_results([evaluated])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped")]
     assert len(lines) == 2
-    assert "skipped LPIPS, rFID: a network is not here: metrics.md says which file to put where" in lines
+    assert (
+        "skipped LPIPS, rFID: a network is not here: metrics.md says which file to put where"
+        in lines
+    )
     write_markdown(evaluated, tmp_path / "m.md")
     assert (tmp_path / "m.md").read_text().count("- skipped ") == 3
 
@@ -91,11 +119,24 @@ def test_a_page_that_fails_leaves_earlier_results(tmp_path, command):
 
 
 def test_observers_add_lines_below_the_table(tmp_path):
-    def found(dtype: str, value: float, limit: float, lost: float | None = 0.0, broken: int = 0) -> dict:
-        largest = {"largest": {}, "largest_name": "decoder.conv_out", "largest_value": value, "limit": limit}
+    def found(
+        dtype: str, value: float, limit: float, lost: float | None = 0.0, broken: int = 0
+    ) -> dict:
+        largest = {
+            "largest": {},
+            "largest_name": "decoder.conv_out",
+            "largest_value": value,
+            "limit": limit,
+        }
         non_finite = {"images": broken, "values": broken, "first": "decoder.up.0"}
         return {
-            "precision": {"dtype": dtype, **largest, "non_finite": non_finite, "psnr_lost": lost, "safe": not broken}
+            "precision": {
+                "dtype": dtype,
+                **largest,
+                "non_finite": non_finite,
+                "psnr_lost": lost,
+                "safe": not broken,
+            }
         }
 
     latents = {"teacher": "a", "rmse": 0.18, "per_channel": [0.18, None], "teacher_std": [1.0, 0.0]}
@@ -135,15 +176,30 @@ def test_costs_of_earlier_results_stand_in_their_rows(tmp_path):
 def test_the_values_of_images_are_read_again(tmp_path):
     first, second = "ünï\ncode.png", "not utf-8 \udcff.png"
     rows = [
-        Row('a, quoted "name"', 1, {}, per_image={"psnr": {"x/1.png": 1 / 3}, "ssim": {"x/1.png": 0.5}}),
-        Row("b", 2, {}, per_image={"psnr": {first: math.inf}, "lpips": {first: 1e-7, second: 0.25}}),
+        Row(
+            'a, quoted "name"',
+            1,
+            {},
+            per_image={"psnr": {"x/1.png": 1 / 3}, "ssim": {"x/1.png": 0.5}},
+        ),
+        Row(
+            "b", 2, {}, per_image={"psnr": {first: math.inf}, "lpips": {first: 1e-7, second: 0.25}}
+        ),
     ]
     path = tmp_path / "per_image.csv"
     write_csv(results_of(*rows), path)
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         heading, *lines = csv.reader(file)
     assert heading == ["target", "key", "psnr", "ssim", "lpips"]
-    assert [line[:2] for line in lines] == [['a, quoted "name"', "x/1.png"], ["b", second], ["b", first]]
-    assert [line[2:] for line in lines] == [[repr(1 / 3), "0.5", ""], ["", "", "0.25"], ["inf", "", "1e-07"]]
+    assert [line[:2] for line in lines] == [
+        ['a, quoted "name"', "x/1.png"],
+        ["b", second],
+        ["b", first],
+    ]
+    assert [line[2:] for line in lines] == [
+        [repr(1 / 3), "0.5", ""],
+        ["", "", "0.25"],
+        ["inf", "", "1e-07"],
+    ]
     assert float(lines[0][2]) == 1 / 3
     assert [file.name for file in tmp_path.iterdir()] == ["per_image.csv"]

@@ -10,11 +10,20 @@ from olvae.evaluation.protocol import Cost, Protocol
 from olvae.evaluation.results import INFINITE, Results, Row, confidence, difference
 from olvae.files import write_json
 
-IMAGES = {"source": "photos", "n": 90, "sha256": "00", "unreadable": 0, "unreadable_files": {}, "enlarged": 0}
+IMAGES = {
+    "source": "photos",
+    "n": 90,
+    "sha256": "00",
+    "unreadable": 0,
+    "unreadable_files": {},
+    "enlarged": 0,
+}
 
 NAMES = ("psnr", "ssim", "ms_ssim", "l1", "lpips", "lpips_alex", "rfid", "kid")
 
-VALUES = dict(zip(NAMES, (25.704, 0.721, 0.961, 0.0312, 0.138, 0.079, 1234.5, 0.00042), strict=True))
+VALUES = dict(
+    zip(NAMES, (25.704, 0.721, 0.961, 0.0312, 0.138, 0.079, 1234.5, 0.00042), strict=True)
+)
 
 NAME = "2026-01-31T12-00-00_A2_bf16"
 
@@ -51,7 +60,10 @@ def test_what_is_written_is_read_again(tmp_path):
 
 
 def test_a_file_with_the_least_that_a_row_has(tmp_path):
-    protocol, result = {"name": "mine", "version": 1}, {"target": "a", "n": 3, "metrics": {"psnr": 20}}
+    protocol, result = (
+        {"name": "mine", "version": 1},
+        {"target": "a", "n": 3, "metrics": {"psnr": 20}},
+    )
     content = {"protocol": protocol, "protocol_hash": "0", "results": [result]}
     (tmp_path / "metrics.json").write_text(json.dumps(content))
     assert Results.read(tmp_path / "metrics.json").rows == [Row("a", 3, {"psnr": 20.0})]
@@ -60,27 +72,38 @@ def test_a_file_with_the_least_that_a_row_has(tmp_path):
 def test_equal_names_are_counted(tmp_path):
     earlier = read_back(results_of(row()), tmp_path)
     together = results_of(row()).beside({Path("a.json"): earlier, Path("b.json"): earlier})
-    assert [row["target"] for row in together.as_dict()["results"]] == [NAME, f"{NAME} (2)", f"{NAME} (3)"]
+    assert [row["target"] for row in together.as_dict()["results"]] == [
+        NAME,
+        f"{NAME} (2)",
+        f"{NAME} (3)",
+    ]
 
 
 @pytest.mark.parametrize(
     ("earlier", "what"),
     [
-        (results_of(row(), protocol=Protocol(n=80, posterior="sample")), "another protocol (n, posterior)"),
+        (
+            results_of(row(), protocol=Protocol(n=80, posterior="sample")),
+            "another protocol (n, posterior)",
+        ),
         (results_of(row(), sha256="11"), "other images"),
         (results_of(row(sha256="bb")), "other weights of the networks behind LPIPS"),
     ],
 )
 def test_results_that_are_not_comparable_are_refused_unless_mixed(tmp_path, earlier, what):
     other = {Path("a.json"): read_back(earlier, tmp_path)}
-    with pytest.raises(ValueError, match=re.escape(f"a.json: has results of {what}, which are not comparable")):
+    with pytest.raises(
+        ValueError, match=re.escape(f"a.json: has results of {what}, which are not comparable")
+    ):
         results_of(row()).beside(other)
     (added,) = results_of(row()).beside(other, mix=True).earlier
     assert added.target == f"{NAME} [{what}]"
 
 
 def test_few_images_give_a_warning():
-    assert results_of(Row("a", 19, {})).warnings() == ["few images, 19: other ones give other numbers"]
+    assert results_of(Row("a", 19, {})).warnings() == [
+        "few images, 19: other ones give other numbers"
+    ]
     assert results_of(Row("a", 20, {})).warnings() == []
 
 
@@ -148,7 +171,9 @@ def test_what_has_no_interval():
 def test_infinite_values_are_left_out():
     a, b = [30.0, 33.0, 31.0], [30.5, 32.0, 31.0]
     assert confidence(keyed([*a, math.inf])) == confidence(keyed(a))
-    assert difference(keyed([*a, math.inf, 9.0]), keyed([*b, 9.0, math.inf])) == difference(keyed(a), keyed(b))
+    assert difference(keyed([*a, math.inf, 9.0]), keyed([*b, 9.0, math.inf])) == difference(
+        keyed(a), keyed(b)
+    )
 
 
 def test_a_difference_is_paired():
@@ -157,9 +182,13 @@ def test_a_difference_is_paired():
     a, b = hard + rng.normal(0.3, 0.5, size=200), hard + rng.normal(0.0, 0.5, size=200)
     found = difference(keyed(a), keyed(b), samples=4000)
     assert found.value == pytest.approx((a - b).mean(), rel=1e-9)
-    assert (found.low, found.high) == pytest.approx(confidence(keyed(a - b), samples=4000), rel=1e-9)
+    assert (found.low, found.high) == pytest.approx(
+        confidence(keyed(a - b), samples=4000), rel=1e-9
+    )
     low, high = confidence(keyed(a))
     assert found.high - found.low < (high - low) / 5
     assert found.low > 0
     other = difference(keyed(b), keyed(a), samples=4000)
-    assert (other.value, other.low, other.high) == pytest.approx((-found.value, -found.high, -found.low))
+    assert (other.value, other.low, other.high) == pytest.approx(
+        (-found.value, -found.high, -found.low)
+    )

@@ -45,7 +45,9 @@ def run(targets, images, size=3, names=("psnr", "ssim"), order=None, protocol=Pr
     ]
     make = build_metrics([protocol.columns.get(name, name) for name in names])
     trips = {
-        (name, 0): lambda keys, x, target=target: Reconstructed(torch.zeros(len(x), 4, 4, 4), target(keys, x))
+        (name, 0): lambda keys, x, target=target: Reconstructed(
+            torch.zeros(len(x), 4, 4, 4), target(keys, x)
+        )
         for name, target in targets.items()
     }
     metrics = {key: make() for key in trips}
@@ -55,7 +57,9 @@ def run(targets, images, size=3, names=("psnr", "ssim"), order=None, protocol=Pr
 
 
 def test_the_mean_over_images_whatever_the_batches_and_their_order(images):
-    expected = np.mean([peak_signal_noise_ratio(x.numpy(), darker([], x).numpy(), data_range=255) for x in images])
+    expected = np.mean(
+        [peak_signal_noise_ratio(x.numpy(), darker([], x).numpy(), data_range=255) for x in images]
+    )
     seen, (first,) = run({"darker": darker}, images)
     assert first.metrics["psnr"] == pytest.approx(expected, rel=1e-9)
     assert first.n == 7
@@ -80,7 +84,9 @@ def test_differences_from_the_first_row_are_paired(images):
     def darkest(keys, x):
         return darker(keys, darker(keys, x))
 
-    _, (first, second, same) = run({"darker": darker, "darkest": darkest, "same": lambda keys, x: x}, images)
+    _, (first, second, same) = run(
+        {"darker": darker, "darkest": darkest, "same": lambda keys, x: x}, images
+    )
     assert first.differences == {}
     found = second.differences["psnr"]
     assert found.value == pytest.approx(second.metrics["psnr"] - first.metrics["psnr"])
@@ -170,7 +176,9 @@ def test_a_gpu_measures_the_memory_of_a_batch(images, model):
 def test_a_reconstruction_that_is_not_finite_gives_no_number(images, model):
     """As uint8 it would be a black picture, and a PSNR."""
     with torch.no_grad():
-        next(p for name, p in model.decoder.named_parameters() if name.endswith("bias")).fill_(float("nan"))
+        next(p for name, p in model.decoder.named_parameters() if name.endswith("bias")).fill_(
+            float("nan")
+        )
     with pytest.raises(ArithmeticError, match="mine: its reconstruction of image0 is not finite"):
         RoundTrip(model, name="mine")(KEYS, images)
 
@@ -193,7 +201,9 @@ def test_the_hash_is_of_every_choice_and_of_nothing_else():
     changed = [Protocol(**{name: value}) for name, value in CHOICES.items()]
     changed += [Protocol(posterior="sample", seed=1)]
     assert len({protocol.hash() for protocol in [Protocol(), *changed]}) == len(changed) + 1
-    assert CHOICES.keys() | {"name", "seed"} == {field.name for field in dataclasses.fields(Protocol)}
+    assert CHOICES.keys() | {"name", "seed"} == {
+        field.name for field in dataclasses.fields(Protocol)
+    }
     assert Protocol(seed=1).hash() == Protocol().hash()  # the mode draws nothing
     assert Protocol("mine").hash() == Protocol().hash()
     assert Protocol(posterior="sample").hash() == PROTOCOLS["latent-diffusion"].hash()
@@ -206,7 +216,9 @@ def test_presets_differ_in_what_they_say():
 
 
 def test_speeds_are_of_each_half_without_the_first_batch(monkeypatch):
-    clock = iter([0, 100, 100, 200, 300, 302, 302, 303.0])  # a batch warms up; 2 s to encode, 1 s to decode
+    clock = iter(
+        [0, 100, 100, 200, 300, 302, 302, 303.0]
+    )  # a batch warms up; 2 s to encode, 1 s to decode
     monkeypatch.setattr("olvae.evaluation.protocol.now", lambda _: next(clock))
     reconstruct = RoundTrip(tiny())
     for _ in range(2):
@@ -218,7 +230,9 @@ def test_speeds_are_of_each_half_without_the_first_batch(monkeypatch):
 def test_bicubic_keeps_the_sides_of_oblongs_and_rounds_eight_bits_alone():
     x = torch.randint(0, 256, (3, 16, 32), dtype=torch.uint8)
     picture = Image.fromarray(x.permute(1, 2, 0).numpy())
-    back = picture.resize((4, 2), Image.Resampling.BICUBIC).resize((32, 16), Image.Resampling.BICUBIC)
+    back = picture.resize((4, 2), Image.Resampling.BICUBIC).resize(
+        (32, 16), Image.Resampling.BICUBIC
+    )
     y = ((Bicubic(8)(x[None] / 127.5 - 1)[0][0] + 1) * 127.5).round()
     assert np.array_equal(np.asarray(back), y.permute(1, 2, 0).numpy())
     deep = torch.rand(1, 2, 16, 16) * 2 - 1

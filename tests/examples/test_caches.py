@@ -58,16 +58,25 @@ def test_kohya_one_file_beside_each_image(tmp_path, image_folder, kind):
     images = sorted(image_folder.rglob("*.png"))
     assert len(caches(image_folder)) == len(images) == 12
     x = pictures(image_folder)
-    for image, one, mirrored in zip(images, model.encode(x).mean, model.encode(x.flip(-1)).mean, strict=True):
+    for image, one, mirrored in zip(
+        images, model.encode(x).mean, model.encode(x.flip(-1)).mean, strict=True
+    ):
         with np.load(image.with_name(f"{image.stem}_0048x0040_{kind}.npz")) as cache:
             arrays = dict(cache)
-        assert set(arrays) == {f"{n}_2x2" for n in ("latents", "latents_flipped", "original_size", "crop_ltrb")}
+        assert set(arrays) == {
+            f"{n}_2x2" for n in ("latents", "latents_flipped", "original_size", "crop_ltrb")
+        }
         for name, z in (("latents_2x2", one), ("latents_flipped_2x2", mirrored)):
             expected = (z - 0.1159) * 0.3611 if kind == "flux" else z
-            assert (arrays[name].dtype, arrays[name].shape) == (np.float32, (model.latent_channels, 2, 2))
+            assert (arrays[name].dtype, arrays[name].shape) == (
+                np.float32,
+                (model.latent_channels, 2, 2),
+            )
             assert np.allclose(arrays[name], expected.detach().numpy(), atol=1e-6)
         assert arrays["original_size_2x2"].tolist() == [48, 40]
-        assert arrays["crop_ltrb_2x2"].tolist() == pytest.approx([0, 1, 16, 1 + 16 * 40 / 48])  # 48x40 in 16x16
+        assert arrays["crop_ltrb_2x2"].tolist() == pytest.approx(
+            [0, 1, 16, 1 + 16 * 40 / 48]
+        )  # 48x40 in 16x16
 
 
 def test_kohya_leaves_out_what_its_trainer_would_misread(tmp_path, capsys):
@@ -78,7 +87,9 @@ def test_kohya_leaves_out_what_its_trainer_would_misread(tmp_path, capsys):
         picture(i, size).save(photos / f"{i}.png")
     turned = Image.Exif()
     turned[ExifTags.Base.Orientation] = 6
-    Image.linear_gradient("L").resize((48, 40)).convert("RGB").save(photos / "turned.jpg", exif=turned)
+    Image.linear_gradient("L").resize((48, 40)).convert("RGB").save(
+        photos / "turned.jpg", exif=turned
+    )
     encode(photos, tmp_path / "latents", Means(4), size=0, dtype="float32")
     (photos / "3.png").unlink()
     assert kohya(tmp_path / "latents", photos, "--model", "sdxl") == 2
@@ -89,7 +100,9 @@ def test_kohya_leaves_out_what_its_trainer_would_misread(tmp_path, capsys):
     assert "skipped turned.jpg: it is turned by its EXIF orientation" in err
     x = from_uint8(image_to_tensor(picture(2, (16, 24))))[None]
     with np.load(photos / "2_0016x0024_sdxl.npz") as cache:
-        assert np.allclose(cache["latents_3x2"], Means(4).encode(x).mean[0].detach().numpy(), atol=1e-6)
+        assert np.allclose(
+            cache["latents_3x2"], Means(4).encode(x).mean[0].detach().numpy(), atol=1e-6
+        )
         assert cache["crop_ltrb_3x2"].tolist() == [0, 0, 16, 24]
 
 
@@ -107,18 +120,35 @@ def test_kohya_what_it_refuses(tmp_path, image_folder):
 @pytest.mark.parametrize("moments", [False, True])
 def test_lightningdit_latents_labels_and_statistics(tmp_path, image_folder, moments):
     model, out = tiny_vae(), tmp_path / "out"
-    stats = encode(image_folder, tmp_path / "latents", model, classes=True, flip=True, moments=moments, dtype="float32")
+    stats = encode(
+        image_folder,
+        tmp_path / "latents",
+        model,
+        classes=True,
+        flip=True,
+        moments=moments,
+        dtype="float32",
+    )
     assert lightningdit(tmp_path / "latents", "--out", out) == 12
-    assert {path.name for path in out.iterdir()} == {*(f"00000{i}.safetensors" for i in range(3)), "latents_stats.pt"}
+    assert {path.name for path in out.iterdir()} == {
+        *(f"00000{i}.safetensors" for i in range(3)),
+        "latents_stats.pt",
+    }
     parts = [load_file(path) for path in sorted(out.glob("*.safetensors"))]
-    latents, mirrored, labels = (torch.cat([part[n] for part in parts]) for n in ("latents", "latents_flip", "labels"))
+    latents, mirrored, labels = (
+        torch.cat([part[n] for part in parts]) for n in ("latents", "latents_flip", "labels")
+    )
     assert (labels.dtype, labels.tolist()) == (torch.int64, [0] * 4 + [1] * 4 + [2] * 4)
     x = pictures(image_folder)
-    keys = [path.relative_to(image_folder).as_posix() for path in sorted(image_folder.rglob("*.png"))]
+    keys = [
+        path.relative_to(image_folder).as_posix() for path in sorted(image_folder.rglob("*.png"))
+    ]
     for images, ending, got in ((x, "", latents), (x.flip(-1), "\nflip", mirrored)):
         with torch.inference_mode():
             posterior = model.encode(images)
-        noise = [torch.randn(4, 2, 2, generator=keyed_generator(f"0\n{key}{ending}")) for key in keys]
+        noise = [
+            torch.randn(4, 2, 2, generator=keyed_generator(f"0\n{key}{ending}")) for key in keys
+        ]
         assert (got.dtype, got.shape) == (torch.float32, (12, 4, 2, 2))
         assert torch.allclose(got, posterior.mean + posterior.std * torch.stack(noise), atol=1e-4)
     known = torch.load(out / "latents_stats.pt")
@@ -129,7 +159,9 @@ def test_lightningdit_latents_labels_and_statistics(tmp_path, image_folder, mome
 
 def test_lightningdit_labels_of_shards(tmp_path, capsys):
     (tmp_path / "shards").mkdir()
-    write_tar(tmp_path / "shards/000.tar", [("a.jpg", encoded(0)), ("a.cls", b"7"), ("b.jpg", encoded(1))])
+    write_tar(
+        tmp_path / "shards/000.tar", [("a.jpg", encoded(0)), ("a.cls", b"7"), ("b.jpg", encoded(1))]
+    )
     encode(tmp_path / "shards", tmp_path / "latents", flip=True)
     assert lightningdit(tmp_path / "latents", "--out", tmp_path / "out") == 1
     assert "skipped 000000/b: no .cls file with a number" in capsys.readouterr().err
@@ -150,5 +182,7 @@ def test_lightningdit_what_it_refuses(tmp_path, image_folder):
         with pytest.raises(ValueError, match=text):
             lightningdit(tmp_path / str(i), "--out", tmp_path / "out")
     (tmp_path / "out" / "000007.safetensors").touch()
-    with pytest.raises(ValueError, match=r"out: has 000007\.safetensors, of other latents: choose another folder"):
+    with pytest.raises(
+        ValueError, match=r"out: has 000007\.safetensors, of other latents: choose another folder"
+    ):
         lightningdit(tmp_path / "2", "--out", tmp_path / "out")

@@ -27,8 +27,23 @@ def arguments(tmp_path, image_folder):
     with pytest.raises(SystemExit) as leaving:
         olvae(["encode", *given, "--out", str(tmp_path / "latents")])
     assert leaving.value.code == 0
-    sizes = ["--steps=2", "--samples=4", "--batch-size=4", "--width=32", "--depth=1", "--patch=2", "--seeds=0,7"]
-    return [str(tmp_path / "latents"), "--decoder", given[0], "--reference", str(image_folder), *sizes]
+    sizes = [
+        "--steps=2",
+        "--samples=4",
+        "--batch-size=4",
+        "--width=32",
+        "--depth=1",
+        "--patch=2",
+        "--seeds=0,7",
+    ]
+    return [
+        str(tmp_path / "latents"),
+        "--decoder",
+        given[0],
+        "--reference",
+        str(image_folder),
+        *sizes,
+    ]
 
 
 def without_seconds(out):
@@ -37,7 +52,9 @@ def without_seconds(out):
     return document
 
 
-def test_equal_seeds_give_equal_results_and_a_finished_seed_is_kept(example, arguments, tmp_path, monkeypatch):
+def test_equal_seeds_give_equal_results_and_a_finished_seed_is_kept(
+    example, arguments, tmp_path, monkeypatch
+):
     a, b = tmp_path / "a", tmp_path / "b"
     example.main([*arguments, "--out", str(a)])
     torch.rand(3)  # what happened before does not matter
@@ -46,7 +63,9 @@ def test_equal_seeds_give_equal_results_and_a_finished_seed_is_kept(example, arg
     assert alone["seeds"][0] == first["seeds"][1] != first["seeds"][0]
     distances = [seed["frechet_lite0"] for seed in first["seeds"]]
     assert first["frechet_lite0"]["mean"] == pytest.approx(sum(distances) / 2)
-    assert first["frechet_lite0"]["std"] == pytest.approx(abs(distances[0] - distances[1]) / math.sqrt(2))
+    assert first["frechet_lite0"]["std"] == pytest.approx(
+        abs(distances[0] - distances[1]) / math.sqrt(2)
+    )
     assert first["frechet_lite0"]["reconstructions"] > 0
     assert "fid" not in first
     with Image.open(a / "samples.png") as samples:
@@ -71,7 +90,11 @@ def test_a_fresh_model_is_0_and_every_weight_learns(example):
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     model(z, t).square().sum().backward()
-    zero = [name for name, weight in model.named_parameters() if weight.grad is None or not weight.grad.any()]
+    zero = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.grad is None or not weight.grad.any()
+    ]
     assert not [name for name in zero if ".norm1.emb." not in name], zero
 
 

@@ -16,14 +16,21 @@ def crops(folder):
 
 
 @pytest.mark.parametrize("of_config", [False, True])
-def test_every_image_gives_several_crops_and_a_seed_gives_them_again(example, tmp_path, image_folder, of_config):
+def test_every_image_gives_several_crops_and_a_seed_gives_them_again(
+    example, tmp_path, image_folder, of_config
+):
     """In the size that is asked for, whatever a config's own is; a config's validation images are left out."""
     src = image_folder
     if of_config:
-        src, params = tmp_path / "data.yaml", {"root": str(image_folder), "size": 32, "batch_size": 4}
+        src, params = (
+            tmp_path / "data.yaml",
+            {"root": str(image_folder), "size": 32, "batch_size": 4},
+        )
         save({"data": {"target": "olvae.data.picture_folder.FolderSource", "params": params}}, src)
     for out, seed in {"a": 0, "again": 0, "b": 1}.items():
-        example.main([str(src), "--size=16", "--count=30", f"--seed={seed}", "--out", str(tmp_path / out)])
+        example.main(
+            [str(src), "--size=16", "--count=30", f"--seed={seed}", "--out", str(tmp_path / out)]
+        )
     a, again, b = (crops(tmp_path / out) for out in ("a", "again", "b"))
     assert len(a) == len({crop.tobytes() for crop in a}) == 30
     assert {crop.shape for crop in a} == {(16, 16, 3)}
@@ -35,4 +42,6 @@ def test_every_image_gives_several_crops_and_a_seed_gives_them_again(example, tm
 
 def test_a_missing_folder_is_said(example, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
-        example.main([str(tmp_path / "none"), "--size=16", "--count=1", "--out", str(tmp_path / "out")])
+        example.main(
+            [str(tmp_path / "none"), "--size=16", "--count=1", "--out", str(tmp_path / "out")]
+        )

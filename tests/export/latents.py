@@ -54,19 +54,29 @@ class Blocks(Autoencoder):
         return torch.nn.functional.pixel_shuffle(z / self.gain, 4)
 
 
-def encode(source: Path | str, folder: Path, model: Autoencoder | None = None, shard_size: int = 5, **options: Any):
+def encode(
+    source: Path | str,
+    folder: Path,
+    model: Autoencoder | None = None,
+    shard_size: int = 5,
+    **options: Any,
+):
     """What the command does, in this process; stats.json's content."""
     model = tiny_vae() if model is None else model
     batches = {"batch_size": options.pop("batch_size", 3), "threads": options.pop("threads", 2)}
     inputs = find_inputs(str(source), 3, shard_size, options.pop("classes", False))
-    encoder = EncodeJob(model, inputs, EncodeOptions(**{"size": 16, **options}), folder, {"target": "tiny"})
+    encoder = EncodeJob(
+        model, inputs, EncodeOptions(**{"size": 16, **options}), folder, {"target": "tiny"}
+    )
     encoder.run(**batches)
     return encoder.finish()
 
 
 def pictures(folder: Path, size: int = 16) -> Tensor:
     """All images of a folder as a model takes them, in the order of their paths."""
-    images = [image_to_tensor(EvalTransform(size)(read_picture(path))) for path in find_images(folder)]
+    images = [
+        image_to_tensor(EvalTransform(size)(read_picture(path))) for path in find_images(folder)
+    ]
     return from_uint8(torch.stack(images))
 
 

@@ -13,7 +13,12 @@ from olvae.models.loading import diffusers_models
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from tests.models.loading.classes import make
 
-SMALL: dict[str, Any] = {"attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 8, "num_layers": 1}
+SMALL: dict[str, Any] = {
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 8,
+    "num_layers": 1,
+}
 
 
 def flux2(vae: Any) -> Any:
@@ -25,11 +30,18 @@ def flux2(vae: Any) -> Any:
 def qwen_image(vae: Any) -> Any:
     shape = {"in_channels": 16, "out_channels": 4, "axes_dims_rope": (4, 6, 6)}
     transformer = diffusers.QwenImageTransformer2DModel(patch_size=2, **shape, **SMALL)
-    return diffusers.QwenImagePipeline(FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer)
+    return diffusers.QwenImagePipeline(
+        FlowMatchEulerDiscreteScheduler(), vae, None, None, transformer
+    )
 
 
 def tiny(vae: Any) -> Any:
-    shape = {"block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1, "cross_attention_dim": 8}
+    shape = {
+        "block_out_channels": (8, 8),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "cross_attention_dim": 8,
+    }
     blocks = {"down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
               "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D")}  # fmt: skip
     unet = diffusers.UNet2DConditionModel(sample_size=8, attention_head_dim=4, **shape, **blocks)
@@ -39,7 +51,10 @@ def tiny(vae: Any) -> Any:
 
 PIPELINES: dict[str, tuple[Any, dict[str, Any]]] = {
     "AutoencoderKLFlux2": (flux2, {}),
-    "AutoencoderKLQwenImage": (qwen_image, {"prompt_embeds_mask": torch.ones(1, 3, dtype=torch.long)}),
+    "AutoencoderKLQwenImage": (
+        qwen_image,
+        {"prompt_embeds_mask": torch.ones(1, 3, dtype=torch.long)},
+    ),
     "AutoencoderTiny": (tiny, {"guidance_scale": 1.0}),
 }
 
@@ -55,13 +70,18 @@ def main(folder: Path) -> None:
         DiffusersLayout().write(ours, folder / name)
         back = getattr(diffusers, name).from_pretrained(folder / name, low_cpu_mem_usage=False)
         seen, decode = [], back.decode
-        back.decode = lambda z, *a, seen=seen, decode=decode, **k: (seen.append(z), decode(z, *a, **k))[1]
+        back.decode = lambda z, *a, seen=seen, decode=decode, **k: (
+            seen.append(z),
+            decode(z, *a, **k),
+        )[1]
         pipeline = build(back)
         pipeline.set_progress_bar_config(disable=True)
         given = {"prompt_embeds": torch.randn(1, 3, 8), "height": 32, "width": 32, **arguments}
         image = pipeline(num_inference_steps=2, output_type="pt", **given).images
         z = seen[0][:, :, 0] if seen[0].ndim == 5 else seen[0]
-        torch.testing.assert_close(image, (ours.decode(z) / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            image, (ours.decode(z) / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5
+        )
         sys.stdout.write(f"{name} {type(pipeline).__name__}\n")
 
 

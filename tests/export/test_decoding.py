@@ -22,7 +22,9 @@ def shards(folder):
 
 
 def files(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
 
 
 def read(path):
@@ -33,7 +35,9 @@ def test_images_are_those_of_the_decoder(tmp_path, image_folder):
     model = tiny_vae()
     encode(image_folder, tmp_path / "latents", model, dtype="float32", batch_size=5)
     told = []
-    done = decode_shards(model, shards(tmp_path / "latents"), tmp_path / "out", batch_size=4, advance=told.append)
+    done = decode_shards(
+        model, shards(tmp_path / "latents"), tmp_path / "out", batch_size=4, advance=told.append
+    )
     assert (*done, sum(told)) == (12, [], 12)
     paths = sorted((tmp_path / "out").rglob("*.png"))
     wanted = sorted(path.relative_to(image_folder) for path in image_folder.rglob("*.png"))
@@ -41,7 +45,9 @@ def test_images_are_those_of_the_decoder(tmp_path, image_folder):
     with torch.inference_mode():
         images = to_uint8(model.decode(model.encode(pictures(image_folder)).mode()))
     for path, image in zip(paths, images, strict=True):
-        assert (read(path).int() - image.int()).abs().max() <= 1  # rounding at a half may go either way
+        assert (
+            read(path).int() - image.int()
+        ).abs().max() <= 1  # rounding at a half may go either way
 
 
 def test_what_was_encoded_comes_back(tmp_path):
@@ -49,7 +55,9 @@ def test_what_was_encoded_comes_back(tmp_path):
     write_shards(tmp_path / "shards", (3, 2))
     encode(tmp_path / "shards", tmp_path / "latents", Shrunk(3.0), size=32)
     decode_shards(Shrunk(3.0), shards(tmp_path / "latents"), tmp_path / "out", "jpg")
-    names = sorted(path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.jpg"))
+    names = sorted(
+        path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.jpg")
+    )
     assert names == ["000/0000.jpg", "000/0001.jpg", "000/0002.jpg", "001/0003.jpg", "001/0004.jpg"]
     image = from_uint8(read(tmp_path / "out/001/0003.jpg"))
     original = from_uint8(image_to_tensor(picture(3).crop((4, 0, 36, 32))))
@@ -97,7 +105,9 @@ def test_a_killed_command_starts_again_and_leaves_nothing_half_written(tmp_path,
     model, out = tiny_vae(), tmp_path / "out"
     encode(image_folder, tmp_path / "latents", model)
     decode_shards(model, shards(tmp_path / "latents"), tmp_path / "whole")
-    killed_before(out, "class1/4.png", lambda: decode_shards(model, shards(tmp_path / "latents"), out))
+    killed_before(
+        out, "class1/4.png", lambda: decode_shards(model, shards(tmp_path / "latents"), out)
+    )
     (partial,) = (out / "class1").glob(".partial-*")
     os.utime(partial, (0, 0))
     at_work = out / "class1" / ".partial-another.png"
@@ -128,11 +138,15 @@ def test_keys_that_lead_astray(tmp_path, image_folder, key):
 @pytest.mark.parametrize("meta", [b"{", b"{}", b"7", b'{"key": "x", "image": 5}', None])
 def test_broken_latents(tmp_path, image_folder, meta):
     changes = {LATENT: b"\0" * 40} if meta is None else {META: meta}
-    with pytest.raises(ValueError, match=r"no latents to decode: .*x\.latent\.safetensors: not a latent"):
+    with pytest.raises(
+        ValueError, match=r"no latents to decode: .*x\.latent\.safetensors: not a latent"
+    ):
         decode_shards(tiny_vae(), altered(tmp_path, image_folder, **changes), tmp_path / "out")
 
 
 def test_latents_of_another_model(tmp_path, image_folder):
     encode(image_folder, tmp_path / "latents", Shrunk())
-    with pytest.raises(ValueError, match=r"class0/0\.png: a latent of 3 channels, but the model's have 4"):
+    with pytest.raises(
+        ValueError, match=r"class0/0\.png: a latent of 3 channels, but the model's have 4"
+    ):
         decode_shards(tiny_vae(), shards(tmp_path / "latents"), tmp_path / "out")

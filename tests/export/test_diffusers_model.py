@@ -40,7 +40,9 @@ def test_there_and_back(vae, image, tmp_path):
     back = LiteVAE.from_pretrained(tmp_path / "b")
     back.save_pretrained(tmp_path / "c")
     assert weights(tmp_path / "a") == weights(tmp_path / "b") == weights(tmp_path / "c")
-    assert (tmp_path / "a" / "config.json").read_text() == (tmp_path / "c" / "config.json").read_text()
+    assert (tmp_path / "a" / "config.json").read_text() == (
+        tmp_path / "c" / "config.json"
+    ).read_text()
     expected = vae(image)[0]
     assert torch.equal(model(image).sample, expected)
     assert torch.equal(back(image)[0], expected)
@@ -52,8 +54,14 @@ def test_there_and_back(vae, image, tmp_path):
     shared.decoder.train()
     shared = AutoencoderLiteVAE.from_autoencoder(shared.autoencoder)
     shared.enable_tiling(2**30)
-    assert shared(image).sample.requires_grad  # as a half in training mode asks for, with tiling too
-    assert (shared.training, shared.encoder.training, shared.decoder.training) == (False, False, True)
+    assert shared(
+        image
+    ).sample.requires_grad  # as a half in training mode asks for, with tiling too
+    assert (shared.training, shared.encoder.training, shared.decoder.training) == (
+        False,
+        False,
+        True,
+    )
 
 
 def test_an_export_replaces_weights_that_were_divided(vae, image, tmp_path):
@@ -67,7 +75,9 @@ def test_an_export_replaces_weights_that_were_divided(vae, image, tmp_path):
     AutoencoderLiteVAE.from_autoencoder(vae).save_pretrained(tmp_path, max_shard_size="20KB")
     AutoencoderLiteVAE.from_autoencoder(vae).save_pretrained(tmp_path)
     assert torch.equal(AutoencoderLiteVAE.from_pretrained(tmp_path)(image).sample, vae(image)[0])
-    assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["diffusion_pytorch_model.safetensors"]
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == [
+        "diffusion_pytorch_model.safetensors"
+    ]
 
 
 def test_diffusers_auto_model(vae, image, tmp_path, monkeypatch, caplog):
@@ -83,7 +93,9 @@ def test_diffusers_auto_model(vae, image, tmp_path, monkeypatch, caplog):
             AutoModel.from_pretrained(str(folder))
     assert "not expected" not in caplog.text
     monkeypatch.setitem(sys.modules, "olvae", None)
-    with pytest.raises(ImportError, match=r"^this autoencoder needs open-LiteVAE: pip install open-litevae$"):
+    with pytest.raises(
+        ImportError, match=r"^this autoencoder needs open-LiteVAE: pip install open-litevae$"
+    ):
         AutoModel.from_pretrained(str(tmp_path / "a"), trust_remote_code=True)
 
 
@@ -96,13 +108,19 @@ def test_the_interface_is_that_of_autoencoder_kl(vae, image):
     )  # fmt: skip
     assert set(read_by_pipelines) <= set(theirs.config) & set(model.config)
     assert 2 ** (len(model.config.block_out_channels) - 1) == vae.downscale == 8
-    assert (model.config.latent_channels, model.config.scaling_factor, model.config.shift_factor) == (4, 0.5, 0.125)
+    assert (
+        model.config.latent_channels,
+        model.config.scaling_factor,
+        model.config.shift_factor,
+    ) == (4, 0.5, 0.125)
     assert (model.config.sample_size, model.config.force_upcast) == (16, False)
     assert model.config.use_quant_conv == (vae.quantizer is not None)
 
     posterior, ours = model.encode(image).latent_dist, vae.encode(image)
     (other,) = model.encode(image, return_dict=False)
-    assert type(posterior) is type(other) is type(theirs.encode(torch.zeros(1, 3, 16, 16)).latent_dist)
+    assert (
+        type(posterior) is type(other) is type(theirs.encode(torch.zeros(1, 3, 16, 16)).latent_dist)
+    )
     assert torch.equal(posterior.mean, ours.mean)
     assert torch.equal(posterior.logvar, ours.logvar)
     z = posterior.sample(torch.Generator().manual_seed(1))
@@ -130,14 +148,18 @@ def test_slicing_changes_nothing_but_the_batch(vae, image, monkeypatch):
 
 @pytest.fixture
 def large() -> torch.Tensor:
-    return torch.randn(2, 3, 88, 40) * torch.linspace(0.1, 2.0, 88)[:, None]  # statistics differ from row to row
+    return (
+        torch.randn(2, 3, 88, 40) * torch.linspace(0.1, 2.0, 88)[:, None]
+    )  # statistics differ from row to row
 
 
 def watch(model: AutoencoderLiteVAE) -> list[str]:
     """Which halves are run whole, from now on, and on how many images."""
     seen: list[str] = []
     for name in ("encoder", "decoder"):
-        getattr(model, name).register_forward_pre_hook(lambda _, x, name=name: seen.append(f"{name} {len(x[0])}"))
+        getattr(model, name).register_forward_pre_hook(
+            lambda _, x, name=name: seen.append(f"{name} {len(x[0])}")
+        )
     return seen
 
 
@@ -193,7 +215,9 @@ def test_any_size(vae, size):
     x = torch.rand(2, 3, *size) * 2 - 1
     with torch.no_grad():
         mean = model.encode(x).latent_dist.mode()
-        torch.testing.assert_close(mean, vae.encode(pad_to_multiple(x, vae.downscale)).mode(), rtol=0, atol=0)
+        torch.testing.assert_close(
+            mean, vae.encode(pad_to_multiple(x, vae.downscale)).mode(), rtol=0, atol=0
+        )
         assert model.decode(mean).sample.shape == (2, 3, *(8 * -(-side // 8) for side in size))
         expected = crop_to(vae.decode(mean), size)
         torch.testing.assert_close(model(x).sample, expected, rtol=0, atol=0)
@@ -204,7 +228,9 @@ def test_any_size(vae, size):
 def dit() -> DiTTransformer2DModel:
     torch.manual_seed(2)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "sample_size": 4}
-    return DiTTransformer2DModel(in_channels=4, out_channels=4, num_embeds_ada_norm=1000, **sizes).eval()
+    return DiTTransformer2DModel(
+        in_channels=4, out_channels=4, num_embeds_ada_norm=1000, **sizes
+    ).eval()
 
 
 def test_a_pipeline_makes_an_image(vae, tmp_path):
@@ -231,7 +257,8 @@ def test_a_pipeline_makes_an_image(vae, tmp_path):
     assert isinstance(again.vae, AutoencoderLiteVAE)
     assert torch.equal(run(again), images)
     assert torch.equal(
-        LiteVAE.from_pretrained(tmp_path / "vae").decode(torch.ones(1, 4, 2, 2)), vae.decode(torch.ones(1, 4, 2, 2))
+        LiteVAE.from_pretrained(tmp_path / "vae").decode(torch.ones(1, 4, 2, 2)),
+        vae.decode(torch.ones(1, 4, 2, 2)),
     )
 
 
@@ -247,6 +274,7 @@ def test_a_config_that_contradicts_itself_is_refused(vae, tmp_path):
 def test_the_export_of_another_class(tmp_path):
     tiny_kl().save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"an export for diffusers' AutoencoderKL: load it with diffusers\.AutoencoderKL"
+        ValueError,
+        match=r"an export for diffusers' AutoencoderKL: load it with diffusers\.AutoencoderKL",
     ):
         AutoencoderLiteVAE.from_pretrained(tmp_path)

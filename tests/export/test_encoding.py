@@ -59,7 +59,14 @@ def noise(folder: Path, sizes: Sequence[tuple[int, int]]) -> Path:
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_moments_are_those_of_the_model_rounded(tmp_path, image_folder, dtype, batch_size):
     model = tiny_vae()
-    encode(image_folder, tmp_path / "out", model, dtype=str(dtype)[6:], flip=True, batch_size=batch_size)
+    encode(
+        image_folder,
+        tmp_path / "out",
+        model,
+        dtype=str(dtype)[6:],
+        flip=True,
+        batch_size=batch_size,
+    )
     keys = [path.relative_to(image_folder).as_posix() for path in find_images(image_folder)]
     found = tensors(tmp_path / "out")
     assert list(found) == keys
@@ -88,7 +95,14 @@ def test_the_layout(tmp_path, image_folder):
     assert index == {f"00000{i}.tar": {"images": n} for i, n in enumerate((5, 5, 2))}
     assert json.loads((tmp_path / "out/stats.json").read_text()) == stats
     assert stats["latent_shape"] == [4, 2, 2]
-    said = {"count": 12, "size": 16, "moments": True, "dtype": "float16", "flip": False, "target": "tiny"}
+    said = {
+        "count": 12,
+        "size": 16,
+        "moments": True,
+        "dtype": "float16",
+        "flip": False,
+        "target": "tiny",
+    }
     assert said.items() <= stats.items()
     assert stats["unreadable"] == {"count": 0, "images": []}
 
@@ -165,7 +179,9 @@ def test_a_deterministic_autoencoder_gives_its_latent(tmp_path, image_folder):
     found = tensors(tmp_path / "out")
     assert all(set(one) == {"latent"} for one in found.values())
     assert torch.allclose(torch.stack([one["latent"] for one in found.values()]), x, atol=1e-6)
-    assert stats["scaling_factor"] == pytest.approx(1 / float(x.double().std(correction=0)), rel=1e-5)
+    assert stats["scaling_factor"] == pytest.approx(
+        1 / float(x.double().std(correction=0)), rel=1e-5
+    )
 
 
 def test_an_autoencoder_without_weights(tmp_path, image_folder):
@@ -174,13 +190,22 @@ def test_an_autoencoder_without_weights(tmp_path, image_folder):
     bare.gain = 1.0
     for name, model in (("bare", bare), ("same", Shrunk())):
         encode(image_folder, tmp_path / name, model)
-        decode_shards(model, [Shard(str(path)) for path in sorted((tmp_path / name).glob("*.tar"))], tmp_path / name)
+        decode_shards(
+            model,
+            [Shard(str(path)) for path in sorted((tmp_path / name).glob("*.tar"))],
+            tmp_path / name,
+        )
     assert files(tmp_path / "bare") == files(tmp_path / "same")
 
 
 def test_shards_keep_names_and_other_files(tmp_path):
     paths = write_shards(tmp_path / "shards", (3, 2))
-    first = [("0000.jpg", encoded(0)), ("0000.json", b'{"a": 1}'), ("0000.cls", b"7"), ("0000.txt", "ä cat".encode())]
+    first = [
+        ("0000.jpg", encoded(0)),
+        ("0000.json", b'{"a": 1}'),
+        ("0000.cls", b"7"),
+        ("0000.txt", "ä cat".encode()),
+    ]
     write_tar(paths[0], [*first, ("0001.jpg", encoded(1)), ("0001.cls", b"8")])
     stats = encode(tmp_path / "shards", tmp_path / "out")
     found = files(tmp_path / "out")
@@ -203,7 +228,15 @@ def test_images_of_their_own_sizes(tmp_path):
     for i, size in enumerate(sizes):
         picture(i, size).save(tmp_path / f"photos/{i}.png")
     model = tiny_vae()
-    stats = encode(tmp_path / "photos", tmp_path / "out", model, size=0, flip=True, dtype="float32", shard_size=10)
+    stats = encode(
+        tmp_path / "photos",
+        tmp_path / "out",
+        model,
+        size=0,
+        flip=True,
+        dtype="float32",
+        shard_size=10,
+    )
     assert (stats["count"], stats["latent_shape"], stats["size"]) == (6, None, 0)
     found = tensors(tmp_path / "out")
     values = []
@@ -234,7 +267,9 @@ def test_batches_of_padded_images_are_as_one_by_one(tmp_path, many_sizes, flip):
         one = encode(many_sizes, tmp_path / f"{kind}1", model, batch_size=1, **options)
         four = encode(many_sizes, tmp_path / f"{kind}4", model, batch_size=4, **options)
         a, b = files(tmp_path / f"{kind}1"), files(tmp_path / f"{kind}4")
-        assert [list(shard) for shard in a.values()] == [list(shard) for shard in b.values()]  # the same order
+        assert [list(shard) for shard in a.values()] == [
+            list(shard) for shard in b.values()
+        ]  # the same order
         found, batched = tensors(tmp_path / f"{kind}1"), tensors(tmp_path / f"{kind}4")
         for key, kinds in found.items():
             for name, z in kinds.items():
@@ -269,12 +304,20 @@ def test_folders_are_classes_if_asked(tmp_path, image_folder):
         for name, content in shard.items():
             if name.endswith(".latent.json"):
                 folder = json.loads(content)["key"].split("/")[0]
-                assert shard[name.replace("latent.json", "cls")] == folder.removeprefix("class").encode()
+                assert (
+                    shard[name.replace("latent.json", "cls")]
+                    == folder.removeprefix("class").encode()
+                )
     picture(0).save(image_folder / "loose.png")
     with pytest.raises(ConfigError, match=r"`classes`: loose\.png is not in a folder"):
         encode(image_folder, tmp_path / "loose", classes=True)
     write_shards(tmp_path / "shards", (2,))
-    params = {"shards": str(tmp_path / "shards"), "val_shards": str(tmp_path / "shards"), "size": 16, "batch_size": 1}
+    params = {
+        "shards": str(tmp_path / "shards"),
+        "val_shards": str(tmp_path / "shards"),
+        "size": 16,
+        "batch_size": 1,
+    }
     node = {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": params}
     save({"data": node}, tmp_path / "shards.yaml")
     for shards in ("shards", "shards.yaml"):
@@ -308,16 +351,25 @@ def test_a_shard_without_images_and_one_that_is_cut_off(tmp_path):
     paths[2].write_bytes(paths[2].read_bytes()[:4000])
     stats = encode(tmp_path / "shards", tmp_path / "out")
     assert sorted(files(tmp_path / "out")) == ["000001.tar", "000002.tar"]
-    assert list(json.loads((tmp_path / "out/index.json").read_text())["shards"]) == ["000001.tar", "000002.tar"]
+    assert list(json.loads((tmp_path / "out/index.json").read_text())["shards"]) == [
+        "000001.tar",
+        "000002.tar",
+    ]
     names = [error["name"] for error in stats["unreadable"]["images"]]
     assert names[:2] == ["000/0000", "000/0001"]
     assert names[2:] == [str(paths[2])]
-    assert stats["unreadable"]["count"] == 3  # how many images the shard had that is cut off is unknown
+    assert (
+        stats["unreadable"]["count"] == 3
+    )  # how many images the shard had that is cut off is unknown
     paths[2].write_bytes(paths[2].read_bytes()[:700])
     counts = {path.name: {"images": n} for path, n in zip(paths, (2, 3, 3), strict=True)}
     (tmp_path / "shards/index.json").write_text(json.dumps({"shards": counts}))
     stats = encode(tmp_path / "shards", tmp_path / "indexed")
-    assert (stats["count"], stats["unreadable"]["count"], len(stats["unreadable"]["images"])) == (3, 5, 3)
+    assert (stats["count"], stats["unreadable"]["count"], len(stats["unreadable"]["images"])) == (
+        3,
+        5,
+        3,
+    )
 
 
 def test_a_remote_shard_that_fails_is_not_taken_for_finished(tmp_path):
@@ -334,17 +386,27 @@ def test_a_remote_shard_that_fails_is_not_taken_for_finished(tmp_path):
 
 def test_other_images_of_the_same_numbers_and_names_are_other_images():
     data_sets = ["torchvision:FakeData,size=4", "torchvision:FakeData,size=4,random_offset=4"]
-    shards = ["https://here.org/0.tar", "https://there.org/0.tar", "pipe:cat 0.tar?a=0", "pipe:cat 0.tar?a=1"]
+    shards = [
+        "https://here.org/0.tar",
+        "https://there.org/0.tar",
+        "pipe:cat 0.tar?a=0",
+        "pipe:cat 0.tar?a=1",
+    ]
     plans = [find_inputs(source, 3, 2).plan({})["images"] for source in (*data_sets, *shards)]
     shard = find_inputs(shards[0], 3, 2)
-    plans += [replace(shard, image_key=key).plan({})["images"] for key in ("input.png", "target.png")]
+    plans += [
+        replace(shard, image_key=key).plan({})["images"] for key in ("input.png", "target.png")
+    ]
     assert len(set(plans)) == 8
 
 
 def test_images_are_resized_as_in_evaluation(tmp_path, image_folder):
     masks = {"size": 24, "filters": ["nearest"]}
     params = {"root": str(image_folder), "batch_size": 1, **masks}
-    save({"data": {"target": "olvae.data.picture_folder.FolderSource", "params": params}}, tmp_path / "masks.yaml")
+    save(
+        {"data": {"target": "olvae.data.picture_folder.FolderSource", "params": params}},
+        tmp_path / "masks.yaml",
+    )
     trained = {"data": {"params": masks}}
     for source, config, expected in (
         (image_folder, {}, (16, "bicubic")),  # the model's image_size
@@ -354,7 +416,10 @@ def test_images_are_resized_as_in_evaluation(tmp_path, image_folder):
     ):
         usual = usual_transform(find_inputs(str(source), 3, 5), config, tiny_vae())
         assert (Sides.of(usual.size).node, usual.resample) == expected
-    save({"data": {"target": "olvae.data.dataset.SamplePhotographs", "params": {"size": 64}}}, tmp_path / "tiles.yaml")
+    save(
+        {"data": {"target": "olvae.data.dataset.SamplePhotographs", "params": {"size": 64}}},
+        tmp_path / "tiles.yaml",
+    )
     for size, tile in ((None, 64), (80, 80)):
         inputs = find_inputs(str(tmp_path / "tiles.yaml"), 3, 5, size=size)
         assert next(inputs.read(0)).open().size == (tile, tile)
@@ -364,7 +429,10 @@ def test_images_are_resized_as_in_evaluation(tmp_path, image_folder):
     encode(tmp_path / "masks", tmp_path / "out", resample="nearest", images=True)
     content = files(tmp_path / "out")["000000.tar"]["00000000.latent.png"]
     assert set(np.asarray(Image.open(io.BytesIO(content))).flat) == {0, 255}
-    assert "resample" in json.loads((tmp_path / "out" / ".encode" / "plan.json").read_text())["options"]
+    assert (
+        "resample"
+        in json.loads((tmp_path / "out" / ".encode" / "plan.json").read_text())["options"]
+    )
 
 
 def test_a_kill_leaves_nothing_half_written_once_it_is_encoded_again(tmp_path, image_folder):
@@ -373,7 +441,13 @@ def test_a_kill_leaves_nothing_half_written_once_it_is_encoded_again(tmp_path, i
 
     out = tmp_path / "out"
     encode_to(tmp_path / "whole")
-    for name in (".encode/plan.json", "000001.tar", ".encode/000001.json", "index.json", "stats.json"):
+    for name in (
+        ".encode/plan.json",
+        "000001.tar",
+        ".encode/000001.json",
+        "index.json",
+        "stats.json",
+    ):
         killed_before(out, name, lambda: encode_to(out))
         assert not (out / "stats.json").exists()
     encode_to(out)
@@ -418,7 +492,10 @@ def test_what_it_refuses(tmp_path, image_folder):
     with pytest.raises(ValueError, match="PNG stores 1, 3 or 4 channels, but the images have 6"):
         encode(image_folder, tmp_path / "out", multispectral, images=True)
     grey = {"root": str(image_folder), "size": 16, "batch_size": 1, "channels": 1}
-    save({"data": {"target": "olvae.data.picture_folder.FolderSource", "params": grey}}, tmp_path / "grey.yaml")
+    save(
+        {"data": {"target": "olvae.data.picture_folder.FolderSource", "params": grey}},
+        tmp_path / "grey.yaml",
+    )
     with pytest.raises(ConfigError, match="images of 1 channels, and the model takes 3"):
         encode(tmp_path / "grey.yaml", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -426,13 +503,17 @@ def test_what_it_refuses(tmp_path, image_folder):
         encode(image_folder, image_folder)
     with pytest.raises(ValueError, match=r"up to .*e\+05 are too large for float16"):
         encode(image_folder, tmp_path / "large", Shrunk(3e5))
-    with pytest.raises(ValueError, match="non-finite values in 32: the training run may have diverged"):
+    with pytest.raises(
+        ValueError, match="non-finite values in 32: the training run may have diverged"
+    ):
         encode(image_folder, tmp_path / "nan", Shrunk(float("nan")))
     with pytest.raises(ValueError, match="non-finite values in fp16: set `precision` to 32"):
         encode(image_folder, tmp_path / "half", Shrunk(float("nan")), precision="fp16")
     for name in ("large", "nan"):
         assert [path.name for path in (tmp_path / name).iterdir()] == [".encode"]
-    encode(image_folder, tmp_path / "large", Shrunk(3e5), dtype="bfloat16")  # nothing was finished with float16
+    encode(
+        image_folder, tmp_path / "large", Shrunk(3e5), dtype="bfloat16"
+    )  # nothing was finished with float16
     with pytest.raises(ValueError, match="all equal"):
         encode(image_folder, tmp_path / "zero", Shrunk(0.0))
     (tmp_path / "mix.yaml").write_text(

@@ -45,7 +45,10 @@ class NumpyLayout(Layout):
         return [Loaded("loaded back", back.moments, back.decode)]
 
 
-FORMATS = [*(name for name in LAYOUTS if name != "taesd"), f"{__name__}.NumpyLayout"]  # it takes tiny students alone
+FORMATS = [
+    *(name for name in LAYOUTS if name != "taesd"),
+    f"{__name__}.NumpyLayout",
+]  # it takes tiny students alone
 
 FORCE = ExportSettings(force=True)
 
@@ -57,7 +60,9 @@ def layout(request) -> Layout:
 
 @pytest.fixture
 def model(layout) -> LiteVAE:
-    return tiny_litevae() if layout.misfit(tiny_litevae()) is None else ours(autoencoder_kl((32, 32)))
+    return (
+        tiny_litevae() if layout.misfit(tiny_litevae()) is None else ours(autoencoder_kl((32, 32)))
+    )
 
 
 @pytest.fixture
@@ -81,14 +86,18 @@ def test_the_weights_are_the_models_rounded(layout, model, tmp_path, dtype):
     assert not any(differences.values())
     written, expected = layout.read(place), layout.tensors(model)
     assert written.keys() == expected.keys()
-    assert all(torch.equal(written[name], tensor.to(getattr(torch, dtype))) for name, tensor in expected.items())
+    assert all(
+        torch.equal(written[name], tensor.to(getattr(torch, dtype)))
+        for name, tensor in expected.items()
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     assert [path.name for path in place.parent.iterdir()] == [place.name]
     if isinstance(layout, NumpyLayout):
         return
     back = find_target(place).load().as_litevae("vae")  # an export is a target
     assert all(
-        torch.equal(t, model.state_dict()[n].to(getattr(torch, dtype)).float()) for n, t in back.state_dict().items()
+        torch.equal(t, model.state_dict()[n].to(getattr(torch, dtype)).float())
+        for n, t in back.state_dict().items()
     )
     if "latents" not in layout.refused:
         assert back.for_diffusion == model.for_diffusion
@@ -101,7 +110,9 @@ def test_the_weights_are_the_models_rounded(layout, model, tmp_path, dtype):
 def test_two_exports_are_equal_bytes(layout, model, tmp_path):
     for folder in ("first", "second"):
         export(model, tmp_path / folder / f"vae{layout.suffix}", layout)
-    first, second = (content(tmp_path / folder / f"vae{layout.suffix}") for folder in ("first", "second"))
+    first, second = (
+        content(tmp_path / folder / f"vae{layout.suffix}") for folder in ("first", "second")
+    )
     assert first == second
 
 
@@ -113,7 +124,11 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
         (tmp_path / f".{name}.{socket.gethostname()}~{process}-x" / name).mkdir(parents=True)
     export(tiny_litevae(), place)
     here = f".vae.{socket.gethostname()}~{os.getpid()}-x"
-    assert {path.name for path in tmp_path.iterdir()} == {"vae", here, f".other.{socket.gethostname()}~{ended.pid}-x"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "vae",
+        here,
+        f".other.{socket.gethostname()}~{ended.pid}-x",
+    }
 
 
 def test_folded(layout, model, place):
@@ -183,17 +198,28 @@ def full_disk_of_safetensors(_: None) -> None:
     ("method", "spoil", "message"),
     [
         ("read", another_tensor, "differs from what was written: is the disk full"),
-        ("load", another_function, "the result differs by .* of the largest value: nothing is written"),
+        (
+            "load",
+            another_function,
+            "the result differs by .* of the largest value: nothing is written",
+        ),
         ("load", other_factors, "scaling_factor, .* differs from what was written"),
         (None, None, "1 tensors have values that are not finite in torch.float16"),
         ("write", full_disk, "No space left"),
-        ("write", full_disk_of_safetensors, r"^.*/deep/down/vae\S*: not written: I/O error: File too large$"),
+        (
+            "write",
+            full_disk_of_safetensors,
+            r"^.*/deep/down/vae\S*: not written: I/O error: File too large$",
+        ),
     ],
 )
 def test_a_failure_leaves_nothing_and_takes_nothing(
     layout, model, tmp_path, monkeypatch, method, spoil, message, force
 ):
-    place, settings = tmp_path / "deep" / "down" / f"vae{layout.suffix}", ExportSettings(force=force)
+    place, settings = (
+        tmp_path / "deep" / "down" / f"vae{layout.suffix}",
+        ExportSettings(force=force),
+    )
     if force:
         export(model, place, layout)
     before = content(tmp_path)
@@ -210,7 +236,9 @@ def test_a_failure_leaves_nothing_and_takes_nothing(
 
 
 @pytest.mark.parametrize("during", ["old", "new"])
-def test_ctrl_c_between_the_old_and_the_new_keeps_the_old(layout, model, place, tmp_path, monkeypatch, during):
+def test_ctrl_c_between_the_old_and_the_new_keeps_the_old(
+    layout, model, place, tmp_path, monkeypatch, during
+):
     """Python tells of a signal after the call that it came in, when the old one has been moved."""
     export(model, place, layout)
     before = content(place)
@@ -240,14 +268,28 @@ def test_places_that_hold_something_else(layout, model, tmp_path, monkeypatch):
         (tmp_path / "cloned" / ".git").mkdir()
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path / "empty")
-    cases = [(f"photos/cat.png/vae{layout.suffix}", FileExistsError, "cat.png/vae.*: .*cat.png is a file")]
+    cases = [
+        (
+            f"photos/cat.png/vae{layout.suffix}",
+            FileExistsError,
+            "cat.png/vae.*: .*cat.png is a file",
+        )
+    ]
     if layout.suffix:
         instead = f"this format is one file: name it, as in vae{layout.suffix}"
         cases += [("photos", ValueError, instead), ("vae.ckpt", ValueError, instead)]
     else:
         cases += [
-            ("photos", FileExistsError, "not empty, and not an export: `force` replaces exports only"),
-            ("cloned", FileExistsError, "not an export: `force` replaces exports only, which hold no folder"),
+            (
+                "photos",
+                FileExistsError,
+                "not empty, and not an export: `force` replaces exports only",
+            ),
+            (
+                "cloned",
+                FileExistsError,
+                "not an export: `force` replaces exports only, which hold no folder",
+            ),
             ("photos/cat.png", FileExistsError, "cat.png is a file"),
             ("vae.safetensors", ConfigError, "names a file, but this format is a folder"),
             (".", FileExistsError, "the current folder: name a new folder in it"),
@@ -263,7 +305,9 @@ def test_force_deletes_no_file_of_somebody_else(model, tmp_path):
     for name in ("LICENSE.txt", "encoder.onnx"):  # the second is of an earlier export
         (tmp_path / "vae" / name).touch()
     before = content(tmp_path)
-    with pytest.raises(FileExistsError, match=r"vae: `force` would delete LICENSE\.txt, no part of an export$"):
+    with pytest.raises(
+        FileExistsError, match=r"vae: `force` would delete LICENSE\.txt, no part of an export$"
+    ):
         export(model, tmp_path / "vae", settings=FORCE)
     assert content(tmp_path) == before
     (tmp_path / "vae" / "LICENSE.txt").unlink()
@@ -282,12 +326,17 @@ def test_stock_folders_that_were_downloaded_are_not_replaced(tmp_path):
     autoencoder_kl((32, 32)).save_pretrained(tmp_path / "downloaded")
     (tmp_path / "downloaded" / "README.md").write_text("# A VAE\n")
     with pytest.raises(FileExistsError, match="not empty, and not an export"):
-        export(ours(autoencoder_kl((32, 32))), tmp_path / "downloaded", LAYOUTS["diffusers"](), FORCE)
+        export(
+            ours(autoencoder_kl((32, 32))), tmp_path / "downloaded", LAYOUTS["diffusers"](), FORCE
+        )
 
 
 def test_formats_that_do_not_exist():
     for name, message in (
-        ("numpy", "`format` numpy: choose from litevae, diffusers, ldm, comfyui, taesd, or name a class"),
+        (
+            "numpy",
+            "`format` numpy: choose from litevae, diffusers, ldm, comfyui, taesd, or name a class",
+        ),
         ("pathlib.Path", "pathlib.Path is not a kind of olvae.export.formats.Layout"),
         ("olvae.export.formats.Layouts", "has no Layouts"),
     ):
@@ -308,7 +357,11 @@ def test_latents_of_a_run_by_its_word(tmp_path):
 
 def test_factors_of_latents_json(tmp_path):
     def result(name: str, scale: float) -> dict:
-        return {"target": name, "n": 3, "diffusion": {"scaling_factor": scale, "shift_factor": 0.25}}
+        return {
+            "target": name,
+            "n": 3,
+            "diffusion": {"scaling_factor": scale, "shift_factor": 0.25},
+        }
 
     path = tmp_path / "latents.json"
     path.write_text(json.dumps({"data": {}, "results": [result("a", 2.0), result("b", 3.0)]}))
@@ -316,12 +369,19 @@ def test_factors_of_latents_json(tmp_path):
     with pytest.raises(ValueError, match=r"has no factors of c, but of a, b"):
         read_factors(path, "c")
     path.write_text(json.dumps({"results": [result("a", 2.0)]}))
-    assert read_factors(path, "c", "12ab")[:2] == (2.0, 0.25)  # the only one, of a version without checksums
-    path.write_text(json.dumps({"results": [{**result("a", 2.0), "weights": "12ab"}, result("b", 3.0)]}))
+    assert read_factors(path, "c", "12ab")[:2] == (
+        2.0,
+        0.25,
+    )  # the only one, of a version without checksums
+    path.write_text(
+        json.dumps({"results": [{**result("a", 2.0), "weights": "12ab"}, result("b", 3.0)]})
+    )
     assert read_factors(path, "a", "12ab")[:2] == (2.0, 0.25)
     with pytest.raises(ValueError, match=r"of latents that a made, with other weights than a's"):
         read_factors(path, "a", "34cd")
-    path.write_text(json.dumps({"target": "a", "weights": "12ab", "scaling_factor": 2.0, "shift_factor": 0.25}))
+    path.write_text(
+        json.dumps({"target": "a", "weights": "12ab", "scaling_factor": 2.0, "shift_factor": 0.25})
+    )
     assert read_factors(path, "c", "12ab")[:2] == (2.0, 0.25)  # a stats.json, of the same weights
     with pytest.raises(ValueError, match=r"of latents that a made, with other weights than c's"):
         read_factors(path, "c", "34cd")

@@ -28,7 +28,9 @@ DIFFUSERS, LDM, COMFYUI = (LAYOUTS[name]() for name in ("diffusers", "ldm", "com
 
 
 def settings(model: AutoencoderKL) -> dict:
-    return json.loads(json.dumps({name: value for name, value in model.config.items() if name[0] != "_"}))
+    return json.loads(
+        json.dumps({name: value for name, value in model.config.items() if name[0] != "_"})
+    )
 
 
 def assert_equal(tensors: dict, expected: dict) -> None:
@@ -38,14 +40,19 @@ def assert_equal(tensors: dict, expected: dict) -> None:
 
 # litevae
 # diffusers
-@pytest.mark.parametrize("shape", [SHAPES["sdxl"], SHAPES["flux"], PER_CHANNEL], ids=["sdxl", "flux", "per channel"])
+@pytest.mark.parametrize(
+    "shape", [SHAPES["sdxl"], SHAPES["flux"], PER_CHANNEL], ids=["sdxl", "flux", "per channel"]
+)
 def test_autoencoder_kl_there_and_back(shape, tmp_path):
     before = autoencoder_kl(**shape)
     export(ours(before), tmp_path / "vae", DIFFUSERS)
     after, report = AutoencoderKL.from_pretrained(tmp_path / "vae", output_loading_info=True)
     assert not any(report.values())
     assert_equal(after.state_dict(), before.state_dict())
-    assert settings(after) == {**settings(before), "shift_factor": before.config.shift_factor or 0.0}
+    assert settings(after) == {
+        **settings(before),
+        "shift_factor": before.config.shift_factor or 0.0,
+    }
     x = torch.rand(1, 3, 32, 48) * 2 - 1
     with torch.no_grad():
         z = before.encode(x).latent_dist
@@ -53,8 +60,12 @@ def test_autoencoder_kl_there_and_back(shape, tmp_path):
         assert torch.equal(after.decode(z.mode()).sample, before.decode(z.mode()).sample)
     again = find_target(f"diffusers:{tmp_path / 'vae'}").load().as_litevae("vae")
     assert again.for_diffusion == ours(before).for_diffusion
-    assert {"README.md", "config.json", WEIGHTS_NAME} <= {path.name for path in (tmp_path / "vae").iterdir()}
-    assert json.loads((tmp_path / "vae" / "config.json").read_text())["_class_name"] == "AutoencoderKL"
+    assert {"README.md", "config.json", WEIGHTS_NAME} <= {
+        path.name for path in (tmp_path / "vae").iterdir()
+    }
+    assert (
+        json.loads((tmp_path / "vae" / "config.json").read_text())["_class_name"] == "AutoencoderKL"
+    )
 
 
 @pytest.mark.parametrize("halves", [("encoder",), ("encoder", "decoder")])
@@ -78,7 +89,9 @@ def test_reflect_padding(halves, tmp_path):
     export(model, tmp_path / "vae.safetensors", LDM)
     assert_equal(load_file(tmp_path / "vae.safetensors"), latent_diffusion_names(plain))
     for layout in (DIFFUSERS, LDM):
-        assert next(layout.notes(model)).startswith(f"padding: reflect in the {' and the '.join(halves)}, which")
+        assert next(layout.notes(model)).startswith(
+            f"padding: reflect in the {' and the '.join(halves)}, which"
+        )
 
 
 # ldm
@@ -89,7 +102,10 @@ def test_names_bits_and_outputs(kind, tmp_path):
     export(ours(before), file, LDM)
     written = load_file(file)
     assert_equal(written, latent_diffusion_names(before))
-    for name, shape in {  # as anybody can look them up in vae-ft-mse-840000-ema-pruned.safetensors, at full width
+    for (
+        name,
+        shape,
+    ) in {  # as anybody can look them up in vae-ft-mse-840000-ema-pruned.safetensors, at full width
         "encoder.down.1.block.0.nin_shortcut.weight": (64, 32, 1, 1),
         "encoder.mid.attn_1.q.weight": (128, 128, 1, 1),
         "decoder.up.0.block.0.nin_shortcut.weight": (32, 64, 1, 1),
@@ -111,7 +127,9 @@ def test_diffusers_reads_the_file(tmp_path):
     before = autoencoder_kl()
     before.save_pretrained(tmp_path / "config")
     export(ours(before), tmp_path / "vae.safetensors", LDM)
-    after = AutoencoderKL.from_single_file(str(tmp_path / "vae.safetensors"), config=str(tmp_path / "config"))
+    after = AutoencoderKL.from_single_file(
+        str(tmp_path / "vae.safetensors"), config=str(tmp_path / "config")
+    )
     assert_equal(after.state_dict(), before.state_dict())
 
 
@@ -119,7 +137,10 @@ def test_shapes_that_comfyui_does_not_build_are_noted():
     note = "ComfyUI and A1111 build Stable Diffusion's widths only, not "
     for shape, odd in (
         ({"widths": (32, 64)}, [f"{note}block_out_channels [32, 64]"]),
-        ({"widths": (32,), "layers_per_block": 1}, [f"{note}block_out_channels [32], layers_per_block 1"]),
+        (
+            {"widths": (32,), "layers_per_block": 1},
+            [f"{note}block_out_channels [32], layers_per_block 1"],
+        ),
         (
             {"in_channels": 4, "out_channels": 4, "widths": (32, 64)},
             [f"{note}in_channels 4, out_channels 4, block_out_channels [32, 64]"],
@@ -144,9 +165,21 @@ def test_a_range_that_a_format_does_not_say_is_noted():
 @pytest.mark.parametrize(
     ("layout", "changes", "message"),
     [
-        (LDM, {"norm_num_groups": 16}, "16 groups: latent-diffusion always has 32: `format` diffusers can hold it"),
-        (LDM, {"mid_block_add_attention": False}, "no attention in the middle: latent-diffusion always has it"),
-        (DIFFUSERS, None, "the encoder has num_res_blocks 2, the decoder 3: AutoencoderKL has the same in both"),
+        (
+            LDM,
+            {"norm_num_groups": 16},
+            "16 groups: latent-diffusion always has 32: `format` diffusers can hold it",
+        ),
+        (
+            LDM,
+            {"mid_block_add_attention": False},
+            "no attention in the middle: latent-diffusion always has it",
+        ),
+        (
+            DIFFUSERS,
+            None,
+            "the encoder has num_res_blocks 2, the decoder 3: AutoencoderKL has the same in both",
+        ),
         (COMFYUI, {}, "an AutoencoderKL: `format` ldm is what ComfyUI loads"),
     ],
 )
@@ -163,7 +196,9 @@ def test_what_a_format_can_not_express(layout, changes, message, tmp_path):
 @pytest.mark.parametrize("fold", [False, True])
 def test_a_litevae_a_file_a_target(fold, tmp_path):
     model, file = tiny_litevae(), tmp_path / "vae.safetensors"
-    model.set_for_diffusion({"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4, "force_upcast": True})
+    model.set_for_diffusion(
+        {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4, "force_upcast": True}
+    )
     export(model, file, COMFYUI, ExportSettings(fold=fold))
     expected = (model.fold() if fold else model).state_dict()
     assert_equal(load_file(file), {f"olvae.{name}": tensor for name, tensor in expected.items()})
@@ -201,7 +236,9 @@ def test_a_training_config_in_a_header_does_not_count(tmp_path, in_run):
     """Wherever the file lies: beside a run's config, that one counts."""
     model, file = tiny_litevae(), tmp_path / "checkpoints" / "vae.safetensors"
     file.parent.mkdir()
-    write_comfyui(model, file, model={"params": {**model.config, "encoder_config": HARMFUL}}, data=HARMFUL)
+    write_comfyui(
+        model, file, model={"params": {**model.config, "encoder_config": HARMFUL}}, data=HARMFUL
+    )
     assert config_inside(file) is None
     if in_run:
         save({"model": {"params": model.config}}, tmp_path / "config.yaml")
@@ -218,5 +255,7 @@ def test_a_flipped_bit_is_seen(tmp_path):
     whole, key = file.read_bytes(), b'scaling_factor\\": 0'
     for where in (len(whole) - 5, whole.index(key) + len(key) - 1):
         file.write_bytes(whole[:where] + bytes([whole[where] ^ 2]) + whole[where + 1 :])
-        with pytest.raises(ValueError, match=r"vae.safetensors: damaged: its SHA-256 is not the one in its header"):
+        with pytest.raises(
+            ValueError, match=r"vae.safetensors: damaged: its SHA-256 is not the one in its header"
+        ):
             LiteVAE.from_pretrained(file)

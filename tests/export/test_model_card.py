@@ -19,10 +19,17 @@ from tests.models.autoencoder_kl import PER_CHANNEL, autoencoder_kl
 @pytest.fixture
 def metrics(tmp_path) -> Path:
     path = tmp_path / "metrics.json"
-    result = {"target": "a_run", "n": 22, "metrics": {"psnr": 24.6312, "ssim": 0.7}, "skipped": {"rfid": "why"}}
+    result = {
+        "target": "a_run",
+        "n": 22,
+        "metrics": {"psnr": 24.6312, "ssim": 0.7},
+        "skipped": {"rfid": "why"},
+    }
     other = {"target": "bicubic", "n": 22, "metrics": {"ssim": 0.612}, "skipped": {}}
     protocol = {"name": "open-litevae", "version": 1, "size": 64}
-    path.write_text(json.dumps({"protocol": protocol, "protocol_hash": "ab12", "results": [result, other]}))
+    path.write_text(
+        json.dumps({"protocol": protocol, "protocol_hash": "ab12", "results": [result, other]})
+    )
     return path
 
 
@@ -37,7 +44,9 @@ def test_names_that_were_received_are_text(metrics):
     changed["results"][0]["target"] = changed["protocol"]["name"] = name
     metrics.write_text(json.dumps(changed))
     data = {"target": name, "params": {"root": name.replace("/", "")}}
-    card = card_of(tiny_litevae(), Provenance(name, {"data": data, "run": {"weights": name}}, metrics))
+    card = card_of(
+        tiny_litevae(), Provenance(name, {"data": data, "run": {"weights": name}}, metrics)
+    )
     assert card.count("script") > 4
     assert not re.search(r"(?<!\\)<script|(?<!\\)\[x|^# \[|\x1b", card, re.MULTILINE)
 
@@ -45,10 +54,19 @@ def test_names_that_were_received_are_text(metrics):
 def test_the_model_card(metrics, tmp_path):
     config = {
         **tiny_config(),
-        "data": {"target": "olvae.data.picture_folder.FolderSource", "params": {"root": "/home/me/cats"}},
+        "data": {
+            "target": "olvae.data.picture_folder.FolderSource",
+            "params": {"root": "/home/me/cats"},
+        },
         "run": {"weights": "/home/me/runs/2026_a_32/checkpoints/last.ckpt"},
     }
-    export(tiny_litevae(), tmp_path / "vae", None, None, Provenance("a_run", config, metrics, False, "mit", "measured"))
+    export(
+        tiny_litevae(),
+        tmp_path / "vae",
+        None,
+        None,
+        Provenance("a_run", config, metrics, False, "mit", "measured"),
+    )
     card = (tmp_path / "vae" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\n")
     for text in (
@@ -78,9 +96,20 @@ def test_the_model_card(metrics, tmp_path):
 
 
 def measured(target: str, dtype: str, largest: float, safe: bool) -> dict:
-    where = {"largest": {}, "largest_name": "decoder.conv_in", "largest_value": largest, "limit": 65504.0}
+    where = {
+        "largest": {},
+        "largest_name": "decoder.conv_in",
+        "largest_value": largest,
+        "limit": 65504.0,
+    }
     non_finite = {"images": 0, "values": 0, "first": None}
-    precision = {"dtype": dtype, **where, "non_finite": non_finite, "psnr_lost": 0.0 if safe else 0.25, "safe": safe}
+    precision = {
+        "dtype": dtype,
+        **where,
+        "non_finite": non_finite,
+        "psnr_lost": 0.0 if safe else 0.25,
+        "safe": safe,
+    }
     return {"target": target, "n": 22, "metrics": {"psnr": 20.0}, "precision": precision}
 
 
@@ -96,7 +125,11 @@ def test_the_card_says_which_precisions_are_safe(metrics):
 
 
 def test_the_card_of_stock_networks():
-    card = card_of(ours(autoencoder_kl((32, 32), **PER_CHANNEL)), Provenance("sd", factors_from="from sd"), "diffusers")
+    card = card_of(
+        ours(autoencoder_kl((32, 32), **PER_CHANNEL)),
+        Provenance("sd", factors_from="from sd"),
+        "diffusers",
+    )
     for text in (
         "tags: [autoencoder, vae]\n",
         "An autoencoder with the networks of diffusers' AutoencoderKL, f2 with 4 channels, made with open-LiteVAE.",
@@ -113,10 +146,18 @@ def test_the_card_of_stock_networks():
 
 def test_the_card_of_a_student_of_flux2():
     """A LiteVAE, whose factors only pipelines of AutoencoderKL take; one for each position of 2x2."""
-    model = tiny_litevae().set_for_diffusion({"latents_mean": [0.5] * 16, "latents_std": [2.0] * 16})
+    model = tiny_litevae().set_for_diffusion(
+        {"latents_mean": [0.5] * 16, "latents_std": [2.0] * 16}
+    )
     card = card_of(model, Provenance("a_run"))
-    assert "| latents_mean, for 2x2 positions of each channel, row by row: pack them first | 0.5, 0.5, " in card
-    assert "| note | latents_mean, latents_std: pipelines of FLUX.2, Qwen-Image and Wan take them from " in card
+    assert (
+        "| latents_mean, for 2x2 positions of each channel, row by row: pack them first | 0.5, 0.5, "
+        in card
+    )
+    assert (
+        "| note | latents_mean, latents_std: pipelines of FLUX.2, Qwen-Image and Wan take them from "
+        in card
+    )
     assert "| note |" not in card_of(tiny_litevae(), Provenance("a_run"))
 
 
@@ -146,15 +187,23 @@ def test_the_card_names_the_teacher():
 def test_the_card_names_the_models_that_it_is_from(weights, teacher, expected, tmp_path):
     """For the hub, also across a run that started from another one."""
     part = {"teacher": {"params": {"autoencoder": teacher}}} if teacher else {}
-    run = {"weights": weights, "paths": {"/a/exports/gone": "exports/gone", "/a/models/gone": "models/gone"}}
+    run = {
+        "weights": weights,
+        "paths": {"/a/exports/gone": "exports/gone", "/a/models/gone": "models/gone"},
+    }
     config = {"model": {"params": {"parts": part}}, "run": run, "data": {}}
     first = Run(tmp_path / "2026_a_32")
     first.checkpoints.mkdir(parents=True)
     first.last_checkpoint.touch()
     save(config, first.config)
-    for known in (config, *({"run": {"weights": str(start)}} for start in (first.path, first.last_checkpoint))):
+    for known in (
+        config,
+        *({"run": {"weights": str(start)}} for start in (first.path, first.last_checkpoint)),
+    ):
         head = card_of(tiny_litevae(), Provenance("a", known)).partition("\n---\n")[0]
-        assert head.partition("\nbase_model: ")[2] == (f"{expected}\nbase_model_relation: finetune" if expected else "")
+        assert head.partition("\nbase_model: ")[2] == (
+            f"{expected}\nbase_model_relation: finetune" if expected else ""
+        )
     first.config.write_text("model: {}")
     assert "base_model" not in card_of(tiny_litevae(), Provenance("b", known))
 
@@ -170,6 +219,8 @@ def test_the_card_names_the_models_that_it_is_from(weights, teacher, expected, t
 def test_numbers_of_something_else(tmp_path, protocol, entry):
     """A protocol without a name, or an entry that has nothing to show, is a metrics.json of something else."""
     row = {"target": "a", "n": 1, "metrics": {"psnr": 20.0}, "skipped": {}, **entry}
-    (tmp_path / "metrics.json").write_text(json.dumps({"protocol_hash": "0", "results": [row], **protocol}))
+    (tmp_path / "metrics.json").write_text(
+        json.dumps({"protocol_hash": "0", "results": [row], **protocol})
+    )
     with pytest.raises(ValueError, match=r"metrics\.json: not a metrics\.json: KeyError"):
         card_of(tiny_litevae(), Provenance("a", metrics=tmp_path / "metrics.json"))

@@ -15,11 +15,17 @@ from tests.conftest import tiny_config
 SIZES = ((1, 40, 24), (2, 4, 72), (5, 16, 16))
 
 
-def small(encoder: dict | None = None, decoder: dict | None = None, use_quant: bool = False) -> LiteVAE:
+def small(
+    encoder: dict | None = None, decoder: dict | None = None, use_quant: bool = False
+) -> LiteVAE:
     params = tiny_config()["model"]["params"]
-    params["encoder_config"]["params"] |= {"dct_levels": 2} | (encoder or {})  # f4: a graph that is made in seconds
+    params["encoder_config"]["params"] |= {"dct_levels": 2} | (
+        encoder or {}
+    )  # f4: a graph that is made in seconds
     params["decoder_config"]["params"] |= {"channel_mult": [1, 1, 1]} | (decoder or {})
-    return LiteVAE.from_config(params["encoder_config"], params["decoder_config"], 4, use_quant).eval()
+    return LiteVAE.from_config(
+        params["encoder_config"], params["decoder_config"], 4, use_quant
+    ).eval()
 
 
 def assert_close(ours: torch.Tensor, theirs: np.ndarray) -> None:
@@ -27,7 +33,9 @@ def assert_close(ours: torch.Tensor, theirs: np.ndarray) -> None:
 
 
 def check_files(model: LiteVAE, folder: Path) -> None:
-    encoder, decoder = (onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("encoder", "decoder"))
+    encoder, decoder = (
+        onnxruntime.InferenceSession(folder / f"{name}.onnx") for name in ("encoder", "decoder")
+    )
     assert [i.shape[1] for s in (encoder, decoder) for i in s.get_inputs()] == [3, 4]
     for batch, height, width in SIZES:
         x = torch.rand(batch, 3, height, width) * 2 - 1
@@ -46,7 +54,9 @@ def test_files_are_right_at_sizes_not_seen(tmp_path):
     assert max(differences.values()) < 1e-4
     check_files(model, tmp_path / "vae")
     assert "`encoder.onnx` takes `image`" in (tmp_path / "vae" / "README.md").read_text()
-    assert LiteVAE.from_pretrained(tmp_path / "vae").latent_channels == 4  # the files besides do not disturb it
+    assert (
+        LiteVAE.from_pretrained(tmp_path / "vae").latent_channels == 4
+    )  # the files besides do not disturb it
 
 
 @pytest.mark.slow
@@ -81,7 +91,9 @@ def test_a_file_that_differs_is_refused(tmp_path, monkeypatch):
         def save(self, file, external_data):
             Path(file).touch()
 
-    with pytest.raises(ValueError, match=r"encoder.onnx: onnxruntime differs from torch by 1.0e-03"):
+    with pytest.raises(
+        ValueError, match=r"encoder.onnx: onnxruntime differs from torch by 1.0e-03"
+    ):
         export(model, tmp_path / "vae", settings=ExportSettings(onnx=True))
     assert not any(tmp_path.iterdir())
     with pytest.raises(ValueError, match=r"in float32"):
@@ -90,5 +102,7 @@ def test_a_file_that_differs_is_refused(tmp_path, monkeypatch):
 
 def test_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ConfigError, match=r"ONNX needs onnxruntime: pip install 'open-litevae\[onnx\]'"):
+    with pytest.raises(
+        ConfigError, match=r"ONNX needs onnxruntime: pip install 'open-litevae\[onnx\]'"
+    ):
         export_onnx(torch.nn.Linear(1, 1), tmp_path)

@@ -10,8 +10,18 @@ import pytest
 @pytest.mark.slow
 def test_the_pipelines_decode_with_what_was_written_back(tmp_path):
     """In a process with transformers, which is 140 MB, slows every import of diffusers, and is not installed."""
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
-    subprocess.run([*pip, "--target", tmp_path / "site", "transformers", "tokenizers", "regex"], check=True)
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--quiet",
+        "--disable-pip-version-check",
+        "install",
+        "--no-deps",
+    ]
+    subprocess.run(
+        [*pip, "--target", tmp_path / "site", "transformers", "tokenizers", "regex"], check=True
+    )
     environment = {**os.environ, "PYTHONPATH": f".{os.pathsep}{tmp_path / 'site'}"}
     command = [sys.executable, "-m", "tests.export.pipelines", tmp_path / "vae"]
     (tmp_path / "vae").mkdir()

@@ -9,7 +9,12 @@ from PIL import Image
 from olvae.config import ConfigError
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.export import reconstruction as module
-from olvae.export.reconstruction import ReconstructOptions, plan_outputs, reconstruct, reconstruct_file
+from olvae.export.reconstruction import (
+    ReconstructOptions,
+    plan_outputs,
+    reconstruct,
+    reconstruct_file,
+)
 from olvae.models.large.tiling import pad_to_multiple
 from tests.conftest import tiny
 
@@ -38,29 +43,52 @@ def touch(*paths: Path) -> None:
 
 
 def test_every_image_has_a_place_of_its_own(tmp_path):
-    a, b, result, c = (tmp_path / name for name in ("a.png", "in/b.png", "in/out/b.png", "in/deep/b.jpg"))
+    a, b, result, c = (
+        tmp_path / name for name in ("a.png", "in/b.png", "in/out/b.png", "in/deep/b.jpg")
+    )
     out = tmp_path / "in" / "out"
     touch(a, b, result, out / "b_compare.png", c)
-    assert plan_outputs([a, tmp_path / "in", b], out) == {a: out / "a", b: out / "b", c: out / "deep/b"}
+    assert plan_outputs([a, tmp_path / "in", b], out) == {
+        a: out / "a",
+        b: out / "b",
+        c: out / "deep/b",
+    }
     for given, text in (
         ([a, tmp_path / "missing.png"], "no such image or folder"),
         ([out], "no images except those of"),
     ):
         with pytest.raises(FileNotFoundError, match=text):
             plan_outputs(given, out)
-    upper, compare, again = (tmp_path / name for name in ("in/B.bmp", "deep/a_compare.png", "deep/b.png"))
+    upper, compare, again = (
+        tmp_path / name for name in ("in/B.bmp", "deep/a_compare.png", "deep/b.png")
+    )
     touch(upper, compare, again)
     places = plan_outputs([a, b, upper, compare, again], out)
-    assert [place.name for place in places.values()] == ["a", "b", "B.bmp", "a_compare.png", "b.png"]
+    assert [place.name for place in places.values()] == [
+        "a",
+        "b",
+        "B.bmp",
+        "a_compare.png",
+        "b.png",
+    ]
     touch(tmp_path / "other/b.png")
-    assert plan_outputs([b, again, tmp_path / "other/b.png"], out)[tmp_path / "other/b.png"] == out / "b.png-2"
+    assert (
+        plan_outputs([b, again, tmp_path / "other/b.png"], out)[tmp_path / "other/b.png"]
+        == out / "b.png-2"
+    )
     for given, place, text in (
         ([a], tmp_path, r"a\.png is one of the images"),
-        ([tmp_path / "in/deep/b.jpg", tmp_path / "in/b.png"], tmp_path / "in", "is one of the images"),
+        (
+            [tmp_path / "in/deep/b.jpg", tmp_path / "in/b.png"],
+            tmp_path / "in",
+            "is one of the images",
+        ),
     ):
         with pytest.raises(ConfigError, match=text):
             plan_outputs(given, place)
-    assert [*plan_outputs([tmp_path / "in/deep"], tmp_path)] == [c]  # out is around them, not among them
+    assert [*plan_outputs([tmp_path / "in/deep"], tmp_path)] == [
+        c
+    ]  # out is around them, not among them
     touch(out / "x.png")
     touch(tmp_path / "x.jpg")
     with pytest.raises(ConfigError, match=r"x\.png is there, and no earlier result"):

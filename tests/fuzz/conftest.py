@@ -24,11 +24,15 @@ SECONDS = float(os.environ.get("FUZZ_SECONDS", "1500"))
 """For all kinds together: a kind that has had its share leaves out the rest of its inputs."""
 
 started: list[str] = []
-sys.addaudithook(lambda event, arguments: started.append(f"{event} {arguments}") if event in STARTS else None)
+sys.addaudithook(
+    lambda event, arguments: started.append(f"{event} {arguments}") if event in STARTS else None
+)
 
 
 def _memory(key: str) -> int:
-    return 1024 * int(re.search(rf"^{key}:\s+(\d+)", Path("/proc/self/status").read_text(), re.M)[1])  # type: ignore[index]
+    return 1024 * int(
+        re.search(rf"^{key}:\s+(\d+)", Path("/proc/self/status").read_text(), re.M)[1]
+    )  # type: ignore[index]
 
 
 class Watch:
@@ -48,7 +52,11 @@ class Watch:
         with self._limits():
             try:
                 use()
-            except (ValueError, OSError, ArithmeticError) as error:  # which the commands print, a line each
+            except (
+                ValueError,
+                OSError,
+                ArithmeticError,
+            ) as error:  # which the commands print, a line each
                 lines = error.mistakes if isinstance(error, ConfigError) else (str(error),)
         self.outcomes["refused" if lines else "read"] += 1
         assert all(line.strip() and "\n" not in line.strip() for line in lines), lines
@@ -70,7 +78,9 @@ class Watch:
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.outcomes.items()))
-        return f"{self.kind}: {counts}; at most {self.slowest:.1f} s and {self.peak / 2**20:.0f} MiB"
+        return (
+            f"{self.kind}: {counts}; at most {self.slowest:.1f} s and {self.peak / 2**20:.0f} MiB"
+        )
 
 
 @pytest.fixture

@@ -6,7 +6,21 @@ from typing import NamedTuple
 
 from hypothesis import strategies as st
 
-NUMBERS = (0, 1, 7, 255, 2**15, 2**16 - 1, 9000, 10**9, 2**31 - 1, 2**32 - 1, 2**40, 2**63 - 1, 2**64 - 1)
+NUMBERS = (
+    0,
+    1,
+    7,
+    255,
+    2**15,
+    2**16 - 1,
+    9000,
+    10**9,
+    2**31 - 1,
+    2**32 - 1,
+    2**40,
+    2**63 - 1,
+    2**64 - 1,
+)
 """In binary files, in place of others."""
 
 WORDS = (*b'-1 0 9000 1000000000 1e999 -1e-9 NaN null true [] {} "x"'.split(), b"1" * 400)
@@ -28,7 +42,9 @@ class Change(NamedTuple):
 CHANGES = st.lists(
     st.builds(
         Change,
-        st.sampled_from(("flip", "set", "cut", "delete", "splice", "repeat", "number", "word", "word")),
+        st.sampled_from(
+            ("flip", "set", "cut", "delete", "splice", "repeat", "number", "word", "word")
+        ),
         st.floats(0, 1, exclude_max=True),
         st.sampled_from((1, 2, 3, 4, 8, 16, 100, 512, 3000)),
         st.integers(0, 2**16 - 1),

@@ -53,10 +53,14 @@ def inputs(share: float) -> Callable[[Any], Any]:
     """A test of this share of the inputs, each of changes to one of the seeds."""
 
     count, checks = max(1, round(share * INPUTS)), list(HealthCheck)
-    limit = settings(max_examples=count, deadline=None, database=DATABASE, suppress_health_check=checks)
+    limit = settings(
+        max_examples=count, deadline=None, database=DATABASE, suppress_health_check=checks
+    )
 
     def decorate(test: Any) -> Any:
-        limited = limit(example(changes=[], which=0)(given(changes=CHANGES, which=st.integers(0, 999))(test)))
+        limited = limit(
+            example(changes=[], which=0)(given(changes=CHANGES, which=st.integers(0, 999))(test))
+        )
         limited.share = share
         return limited
 
@@ -65,7 +69,10 @@ def inputs(share: float) -> Callable[[Any], Any]:
 
 TURNED = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"
 IMAGES = [
-    *((f"a.{kind.lower()}", saved(picture(0), kind)) for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")),
+    *(
+        (f"a.{kind.lower()}", saved(picture(0), kind))
+        for kind in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM")
+    ),
     *((("a.avif", saved(picture(0), "AVIF")),) if features.check("avif") else ()),
     ("sixteen.png", saved(Image.fromarray(np.full((20, 24), 25_700, dtype=np.uint16)), "PNG")),
     ("alpha.png", saved(picture(0).convert("RGBA"), "PNG")),
@@ -91,7 +98,9 @@ ARRAYS = [
 
 @inputs(0.15)
 def test_arrays(watch, tmp_path_factory, changes, which):
-    name, seed = (*ARRAYS, ("a.exr", half(tmp_path_factory.getbasetemp())))[which % (len(ARRAYS) + 1)]
+    name, seed = (*ARRAYS, ("a.exr", half(tmp_path_factory.getbasetemp())))[
+        which % (len(ARRAYS) + 1)
+    ]
     data = mutate(seed, changes, [content for _, content in ARRAYS])
     stated = PixelRange.from_node({"pairs": [0, 65535], "outside": "clip"})
     watch(lambda: RandomScaleCrop(16)(Photo(data, name, 3, stated), np.random.default_rng(0)))
@@ -142,9 +151,13 @@ def test_shards(watch, shards, changes, which):
                     Photo(entry.data, entry.name).read()
                 except UnreadableImageError:
                     continue
-        source = WebDatasetSource(str(shards / "good.tar"), 8, 1, val_shards=str(file), max_unreadable=1.0)
+        source = WebDatasetSource(
+            str(shards / "good.tar"), 8, 1, val_shards=str(file), max_unreadable=1.0
+        )
         assert len(list(source.val_loader())) <= 1000
-        source = WebDatasetSource([str(file)], 8, 1, val_shards=str(shards / "good.tar"), max_unreadable=1.0)
+        source = WebDatasetSource(
+            [str(file)], 8, 1, val_shards=str(shards / "good.tar"), max_unreadable=1.0
+        )
         list(islice(source.stream(0, 0, LoaderProcess()), 8))
 
     try:
@@ -165,16 +178,29 @@ def model() -> LiteVAE:
 
 
 @pytest.fixture(scope="module")
-def checkpoints(model, tmp_path_factory) -> tuple[Path, list[tuple[bytes, dict[str, bytes] | None]]]:
+def checkpoints(
+    model, tmp_path_factory
+) -> tuple[Path, list[tuple[bytes, dict[str, bytes] | None]]]:
     """A folder with the config, and files of torch: whole, or a pickle with the other records of its archive."""
     folder = tmp_path_factory.mktemp("checkpoints")
     config = tiny_config()
     save({"model": config["model"]}, folder / "a.yaml")
-    content = {"state_dict": model.state_dict(), "epoch": 3, "hyper_parameters": {"a": [1, 2.5, None]}, "s": {1, 2}}
+    content = {
+        "state_dict": model.state_dict(),
+        "epoch": 3,
+        "hyper_parameters": {"a": [1, 2.5, None]},
+        "s": {1, 2},
+    }
     torch.save(content, folder / "seed.pt")
     seeds: list[tuple[bytes, dict[str, bytes] | None]] = [((folder / "seed.pt").read_bytes(), None)]
     small = dict(islice(model.state_dict().items(), 3))
-    for one in (content, small, {**small, "x": bytearray(8)}, {**small, "x": Harmful()}, {**small, "x": np.zeros(3)}):
+    for one in (
+        content,
+        small,
+        {**small, "x": bytearray(8)},
+        {**small, "x": Harmful()},
+        {**small, "x": np.zeros(3)},
+    ):
         torch.save(one, folder / "seed.pt")
         with zipfile.ZipFile(folder / "seed.pt") as archive:
             records = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
@@ -187,7 +213,9 @@ def checkpoints(model, tmp_path_factory) -> tuple[Path, list[tuple[bytes, dict[s
 def test_checkpoints(watch, checkpoints, changes, which):
     folder, seeds = checkpoints
     seed, records = seeds[which % len(seeds)]
-    data = mutate(seed, changes, [content for content, _ in seeds] + [pickle.dumps(bytearray(3), 2)])
+    data = mutate(
+        seed, changes, [content for content, _ in seeds] + [pickle.dumps(bytearray(3), 2)]
+    )
     file = folder / "a.ckpt"
     if records is None:
         file.write_bytes(data)
@@ -196,7 +224,9 @@ def test_checkpoints(watch, checkpoints, changes, which):
             for name, content in {"data.pkl": data, **records}.items():
                 archive.writestr(f"a/{name}", content)
 
-    watch(lambda: (read_weights(file), LiteVAE.from_pretrained(file, allow_mismatch=which % 2 == 0)))
+    watch(
+        lambda: (read_weights(file), LiteVAE.from_pretrained(file, allow_mismatch=which % 2 == 0))
+    )
 
 
 @inputs(0.1)
@@ -263,7 +293,10 @@ def test_latents(watch, latents, changes, which):
         with tarfile.open(shard) as archive:
             files = [(member.name, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
         one = which // 4 % len(files)
-        files[one] = (files[one][0], mutate(files[one][1], changes, [content for _, content in files]))
+        files[one] = (
+            files[one][0],
+            mutate(files[one][1], changes, [content for _, content in files]),
+        )
         write_tar(shard, files)
 
     def use() -> None:
@@ -283,7 +316,9 @@ def test_indexes(watch, tmp_path_factory, changes, which):
         if not (folder / f"{name}.tar").is_file():
             write_shard(folder / f"{name}.tar", range(3))
     shards = {f"{name}.tar": {"images": 3, "bytes": 10, "sha256": "0" * 64} for name in ("a", "b")}
-    seed = json.dumps({"version": 1, "images": 6, "shards": shards, "unreadable": [], "plan": None}).encode()
+    seed = json.dumps(
+        {"version": 1, "images": 6, "shards": shards, "unreadable": [], "plan": None}
+    ).encode()
     (folder / INDEX).write_bytes(mutate(seed, changes, [seed, b"[" * 3000]))
 
     def use() -> None:

@@ -49,10 +49,14 @@ def vae_folder(tmp_path) -> Path:
 @pytest.fixture
 def node(vae_folder, monkeypatch):
     """The node package, imported from its folder as ComfyUI does, with ComfyUI's modules on the CPU."""
-    paths, comfy, management = (ModuleType(n) for n in ("folder_paths", "comfy", "comfy.model_management"))
+    paths, comfy, management = (
+        ModuleType(n) for n in ("folder_paths", "comfy", "comfy.model_management")
+    )
     folders = {"vae": vae_folder}
     paths.get_filename_list = lambda kind: sorted(path.name for path in folders[kind].iterdir())
-    paths.get_full_path = lambda kind, name: str(folders[kind] / name) if (folders[kind] / name).is_file() else None
+    paths.get_full_path = lambda kind, name: (
+        str(folders[kind] / name) if (folders[kind] / name).is_file() else None
+    )
     for name in ("vae_device", "vae_offload_device", "intermediate_device"):
         setattr(management, name, lambda: torch.device("cpu"))
     comfy.model_management = management
@@ -92,7 +96,12 @@ def test_encode_and_decode_are_the_models(node, model, vae_folder, fold):
     assert names == ["litevae.safetensors"]
     vae = load(node)
     assert vae.first_stage_model.folded == fold
-    assert (vae.latent_channels, vae.downscale_ratio, vae.upscale_ratio, vae.output_channels) == (4, 8, 8, 3)
+    assert (vae.latent_channels, vae.downscale_ratio, vae.upscale_ratio, vae.output_channels) == (
+        4,
+        8,
+        8,
+        3,
+    )
     assert (vae.spacial_compression_encode(), vae.spacial_compression_decode()) == (8, 8)
     assert vae.temporal_compression_decode() is None
     pixels = torch.rand(2, 24, 32, 3)  # (B, H, W, C)
@@ -102,7 +111,9 @@ def test_encode_and_decode_are_the_models(node, model, vae_folder, fold):
     torch.testing.assert_close(vae.encode(pixels), z, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(vae.decode(z), image, rtol=1e-4, atol=1e-5)
     assert vae.decode(z).shape == (2, 24, 32, 3)
-    torch.testing.assert_close(vae.decode(z[:, :, None]), image, rtol=1e-4, atol=1e-5)  # a video of one frame
+    torch.testing.assert_close(
+        vae.decode(z[:, :, None]), image, rtol=1e-4, atol=1e-5
+    )  # a video of one frame
 
 
 def test_the_tiled_nodes_give_the_same(node, model, vae_folder):
@@ -124,7 +135,9 @@ def test_sides_are_cropped_around_the_middle(node, model, vae_folder):
     export(model, vae_folder / "litevae.safetensors", COMFYUI)
     vae = load(node)
     pixels = torch.rand(1, 21, 30, 4)  # with alpha
-    torch.testing.assert_close(vae.encode(pixels), vae.encode(pixels[:, 2:18, 3:27, :3]), rtol=0, atol=0)
+    torch.testing.assert_close(
+        vae.encode(pixels), vae.encode(pixels[:, 2:18, 3:27, :3]), rtol=0, atol=0
+    )
     with pytest.raises(ValueError, match=r"an image of 30x7 pixels: at least 8"):
         vae.encode(pixels[:, :7])
 
@@ -135,7 +148,9 @@ def test_devices(node, model, vae_folder, monkeypatch):
     vae = load(node)
     moves, asked = [], []
     to = LiteVAE.to
-    monkeypatch.setattr(LiteVAE, "to", lambda self, device: moves.append(str(device)) or to(self, "cpu"))
+    monkeypatch.setattr(
+        LiteVAE, "to", lambda self, device: moves.append(str(device)) or to(self, "cpu")
+    )
     management = sys.modules["comfy.model_management"]
     management.free_memory = lambda memory, device: asked.append((memory, str(device)))
     z = torch.zeros(1, 4, 2, 2)
@@ -149,12 +164,16 @@ def test_devices(node, model, vae_folder, monkeypatch):
 
 def test_bad_input_is_one_line(node, model, vae_folder):
     model.save_pretrained(vae_folder / "plain")
-    (vae_folder / "plain" / "diffusion_pytorch_model.safetensors").rename(vae_folder / "plain.safetensors")
+    (vae_folder / "plain" / "diffusion_pytorch_model.safetensors").rename(
+        vae_folder / "plain.safetensors"
+    )
     save_file({"x": torch.zeros(1)}, vae_folder / "other.safetensors", metadata={"config": "{"})
     (vae_folder / "broken.safetensors").write_bytes(b"nothing")
     (vae_folder / "old.pt").write_bytes(b"nothing")
     for name in ("plain.safetensors", "other.safetensors", "broken.safetensors", "old.pt"):
-        with pytest.raises(ValueError, match=rf"{name}: not a LiteVAE for ComfyUI: olvae export") as caught:
+        with pytest.raises(
+            ValueError, match=rf"{name}: not a LiteVAE for ComfyUI: olvae export"
+        ) as caught:
             load(node, name)
         assert "\n" not in str(caught.value)
     with pytest.raises(FileNotFoundError, match=r"missing: no such file in models/vae"):

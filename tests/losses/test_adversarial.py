@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from olvae.losses.adversarial import ADVERSARIAL_LOSSES, discriminator_accuracy, discriminator_loss, generator_loss
+from olvae.losses.adversarial import (
+    ADVERSARIAL_LOSSES,
+    discriminator_accuracy,
+    discriminator_loss,
+    generator_loss,
+)
 
 
 def _double(*values: float) -> Tensor:
@@ -20,19 +25,28 @@ E = math.exp
 BY_HAND = {  # name: (discriminator, generator), from the definitions, term by term
     "hinge": (((0 + 1.5) / 2 + 0.75) / 2 + ((0 + 1.5) / 2 + 0.75) / 2, ((3 - 0.5) / 2 + 0.25) / 2),
     "logistic": (
-        ((L(E(-2.0)) + L(E(0.5))) / 2 + L(E(-0.25))) / 2 + ((L(E(-3.0)) + L(E(0.5))) / 2 + L(E(-0.25))) / 2,
+        ((L(E(-2.0)) + L(E(0.5))) / 2 + L(E(-0.25))) / 2
+        + ((L(E(-3.0)) + L(E(0.5))) / 2 + L(E(-0.25))) / 2,
         ((L(E(3.0)) + L(E(-0.5))) / 2 + L(E(0.25))) / 2,
     ),
     "lsgan": (
-        ((0.5 * 1 + 0.5 * 2.25) / 2 + 0.5 * 0.5625) / 2 + ((0.5 * 9 + 0.5 * 0.25) / 2 + 0.5 * 0.0625) / 2,
+        ((0.5 * 1 + 0.5 * 2.25) / 2 + 0.5 * 0.5625) / 2
+        + ((0.5 * 9 + 0.5 * 0.25) / 2 + 0.5 * 0.0625) / 2,
         ((0.5 * 16 + 0.5 * 0.25) / 2 + 0.5 * 1.5625) / 2,
     ),
-    "wgan": (-((2 - 0.5) / 2 + 0.25) / 2 + ((-3 + 0.5) / 2 - 0.25) / 2, -((-3 + 0.5) / 2 - 0.25) / 2),
+    "wgan": (
+        -((2 - 0.5) / 2 + 0.25) / 2 + ((-3 + 0.5) / 2 - 0.25) / 2,
+        -((-3 + 0.5) / 2 - 0.25) / 2,
+    ),
 }
 SIGMOID = lambda t: 1 / (1 + E(-t))  # noqa: E731
 BY_HAND["bce"] = (
     -((math.log(SIGMOID(2.0)) + math.log(SIGMOID(-0.5))) / 2 + math.log(SIGMOID(0.25))) / 2
-    - ((math.log(1 - SIGMOID(-3.0)) + math.log(1 - SIGMOID(0.5))) / 2 + math.log(1 - SIGMOID(-0.25))) / 2,
+    - (
+        (math.log(1 - SIGMOID(-3.0)) + math.log(1 - SIGMOID(0.5))) / 2
+        + math.log(1 - SIGMOID(-0.25))
+    )
+    / 2,
     -((math.log(SIGMOID(-3.0)) + math.log(SIGMOID(0.5))) / 2 + math.log(SIGMOID(-0.25))) / 2,
 )
 
@@ -51,7 +65,9 @@ def test_half_precision_logits_are_taken_in_float32(name: str):
     with torch.autocast("cpu", torch.bfloat16):
         d, g = discriminator_loss(name, [r], [f]), generator_loss(name, [f])
     assert d.dtype == g.dtype == torch.float32
-    assert d.item() == pytest.approx(discriminator_loss(name, [r.double()], [f.double()]).item(), rel=1e-5, abs=1e-5)
+    assert d.item() == pytest.approx(
+        discriminator_loss(name, [r.double()], [f.double()]).item(), rel=1e-5, abs=1e-5
+    )
     assert g.item() == pytest.approx(generator_loss(name, [f.double()]).item(), rel=1e-5, abs=1e-5)
 
 
@@ -68,7 +84,10 @@ def test_accuracy_by_hand():
 
 
 def test_accuracy_of_wgan_ignores_a_constant():
-    real, fake = torch.tensor([3.0, 1.0, -1.0]), torch.tensor([-4.0, -2.0, 0.0])  # means 1, -2: the fence is at -0.5
+    real, fake = (
+        torch.tensor([3.0, 1.0, -1.0]),
+        torch.tensor([-4.0, -2.0, 0.0]),
+    )  # means 1, -2: the fence is at -0.5
     expected = (2 / 3 + 2 / 3) / 2
     for constant in (0.0, 100.0, -7.0):
         accuracy = discriminator_accuracy([real + constant], [fake + constant], "wgan")
@@ -77,7 +96,9 @@ def test_accuracy_of_wgan_ignores_a_constant():
 
 def test_errors():
     t = torch.zeros(2)
-    with pytest.raises(ValueError, match="must be one of hinge, logistic, lsgan, wgan, bce, got 'vanilla'"):
+    with pytest.raises(
+        ValueError, match="must be one of hinge, logistic, lsgan, wgan, bce, got 'vanilla'"
+    ):
         generator_loss("vanilla", [t])
     with pytest.raises(ValueError, match="2 real and 1 fake"):
         discriminator_loss("hinge", [t, t], [t])

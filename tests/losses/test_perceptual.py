@@ -54,7 +54,9 @@ def test_esrgan_equals_torchvisions_vgg19(vgg19):
     assert (outputs[0] < 0).any()
     expected = (outputs[0] - outputs[1]).abs().mean().item()
     ours = ESRGAN(str(vgg19)).double()
-    assert ours(x, y).item() == pytest.approx(expected, rel=1e-7)  # mean and deviation are float32's
+    assert ours(x, y).item() == pytest.approx(
+        expected, rel=1e-7
+    )  # mean and deviation are float32's
     assert expected > 0.01
     assert ours(x, x).item() == 0
 
@@ -63,7 +65,10 @@ def test_lite0_compares_directions_of_the_stages_features(lite0):
     """From hooks on the network's blocks, in float64 with NumPy."""
     found: list[np.ndarray] = []
     blocks = [lite0.network.blocks[i] for i in (0, 1, 2, 4)]
-    handles = [block.register_forward_hook(lambda _, __, y: found.append(y.double().numpy())) for block in blocks]
+    handles = [
+        block.register_forward_hook(lambda _, __, y: found.append(y.double().numpy()))
+        for block in blocks
+    ]
     x, y = torch.rand(2, 2, 3, 40, 32) * 2 - 1
     try:
         for image in (x, y):
@@ -78,7 +83,9 @@ def test_lite0_compares_directions_of_the_stages_features(lite0):
 
 
 def test_lite0_knows_blur_and_not_brightness(lite0):
-    photographs = [np.asarray(Image.open(path).convert("RGB").crop((0, 0, 128, 128))) for path in HELD_OUT[:3]]
+    photographs = [
+        np.asarray(Image.open(path).convert("RGB").crop((0, 0, 128, 128))) for path in HELD_OUT[:3]
+    ]
     x = torch.from_numpy(np.stack(photographs)).movedim(-1, 1) / 127.5 - 1
     blurred = torch.nn.functional.avg_pool2d(x, 3, 1, 1)
     darker = x - (x - blurred).square().mean().sqrt()  # of the same squared error
@@ -109,7 +116,10 @@ def test_three_channels_of_many(lite0, monkeypatch):
 def test_other_channels_are_compared_one_by_one(name, channels, request):
     loss = request.getfixturevalue(name)
     x, y = torch.rand(2, channels, 32, 32), torch.rand(2, channels, 32, 32)
-    grey = [loss(x[:, c : c + 1].expand(-1, 3, -1, -1), y[:, c : c + 1].expand(-1, 3, -1, -1)) for c in range(channels)]
+    grey = [
+        loss(x[:, c : c + 1].expand(-1, 3, -1, -1), y[:, c : c + 1].expand(-1, 3, -1, -1))
+        for c in range(channels)
+    ]
     assert loss(x, y).item() == pytest.approx(torch.stack(grey).mean().item(), rel=1e-5)
 
 
@@ -128,14 +138,22 @@ def test_says_what_is_missing(loss, file, nowhere):
         loss()
     text = str(error.value)
     assert "\n" not in text
-    for part in (file.name, "https://download.pytorch.org/models/", str(nowhere), "lpips_weights", "lpips_weight=0"):
+    for part in (
+        file.name,
+        "https://download.pytorch.org/models/",
+        str(nowhere),
+        "lpips_weights",
+        "lpips_weight=0",
+    ):
         assert part in text
 
 
 def test_a_named_file_that_is_not_there(nowhere):
     with pytest.raises(FileNotFoundError, match=r"elsewhere\.pth"):
         LPIPS("/nowhere/elsewhere.pth")
-    with pytest.raises(FileNotFoundError, match=r"the ESRGAN loss needs elsewhere\.pth.* get .*vgg19-dcbb9e9d"):
+    with pytest.raises(
+        FileNotFoundError, match=r"the ESRGAN loss needs elsewhere\.pth.* get .*vgg19-dcbb9e9d"
+    ):
         ESRGAN("elsewhere.pth")
 
 

@@ -42,7 +42,9 @@ def test_lecam_by_hand():
     penalty = lecam([torch.tensor([3.0]), real[1]], [torch.tensor([1.0]), fake[1]])
     torch.testing.assert_close(lecam.real_anchors, torch.tensor([2.1, 0.5]))
     torch.testing.assert_close(lecam.fake_anchors, torch.tensor([-0.35, -0.5]))
-    assert penalty.item() == pytest.approx(((3 + 0.35) ** 2 + (1 - 2.1) ** 2) / 2 + (1.0**2 + 1.0**2) / 2)
+    assert penalty.item() == pytest.approx(
+        ((3 + 0.35) ** 2 + (1 - 2.1) ** 2) / 2 + (1.0**2 + 1.0**2) / 2
+    )
 
 
 def test_lecam_stands_still_in_evaluation_and_is_saved():
@@ -58,7 +60,9 @@ def test_lecam_stands_still_in_evaluation_and_is_saved():
 
 
 def _lecam_on_two_processes(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
     lecam = LeCam(decay=0.5)
     for value in (1.0, 3.0):
         penalty = lecam([torch.tensor([value + rank])], [torch.tensor([-value - rank])])
@@ -67,7 +71,9 @@ def _lecam_on_two_processes(rank: int, folder: str) -> None:
 
 
 def test_lecam_anchors_are_the_same_on_all_processes(tmp_path: Path):
-    mp.start_processes(_lecam_on_two_processes, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    mp.start_processes(
+        _lecam_on_two_processes, args=(str(tmp_path),), nprocs=2, start_method="fork"
+    )
     lecam = LeCam(decay=0.5)  # one process with both halves of the batch
     for value in (1.0, 3.0):
         penalty = lecam([torch.tensor([value, value + 1])], [torch.tensor([-value, -value - 1])])
@@ -113,7 +119,9 @@ def test_cutmix_statistics():
     _, mask = cutmix(torch.zeros(n, 1, 32, 32), torch.zeros(n, 1, 32, 32))
     share = mask.mean((1, 2, 3)).sort().values
     uniform = (torch.arange(n) + 0.5) / n
-    assert (share - uniform).abs().max() < 0.035  # Kolmogorov-Smirnov, plus half a pixel's rounding of each side
+    assert (
+        share - uniform
+    ).abs().max() < 0.035  # Kolmogorov-Smirnov, plus half a pixel's rounding of each side
     assert share.mean().item() == pytest.approx(0.5, abs=0.01)
     assert share.var().item() == pytest.approx(1 / 12, rel=0.03)
     per_pixel = mask.mean((0, 1))
@@ -147,7 +155,9 @@ def test_only_a_mix_without_a_fake_pixel_is_told_real():
     loss = cutmix_loss("hinge", [pixels, image], mask)
     assert loss.item() == pytest.approx(((1 - 0.3) + 2 * (1 + 0.3)) / 3 / 2, rel=1e-12)
     (gradient,) = torch.autograd.grad(loss, image)
-    torch.testing.assert_close(gradient, torch.tensor([[-1.0], [1.0], [1.0]], dtype=torch.float64) / 6)
+    torch.testing.assert_close(
+        gradient, torch.tensor([[-1.0], [1.0], [1.0]], dtype=torch.float64) / 6
+    )
 
 
 def test_errors():
@@ -156,7 +166,9 @@ def test_errors():
     for logits in (x[0], []):
         with pytest.raises(ValueError, match="list of logit tensors"):
             r1_penalty(logits, x)
-    with pytest.raises(ValueError, match=r"built for 1 logit tensors, got 2: set num_outputs to fit"):
+    with pytest.raises(
+        ValueError, match=r"built for 1 logit tensors, got 2: set num_outputs to fit"
+    ):
         LeCam()([t, t], [t, t])
     with pytest.raises(ValueError, match="1 real and 2 fake"):
         LeCam()([t], [t, t])

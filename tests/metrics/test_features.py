@@ -21,7 +21,15 @@ from torch_fidelity.defaults import DEFAULTS
 from olvae.checkpoint import DINOV2, INCEPTION
 from olvae.cli.main import main as olvae
 from olvae.metrics import METRICS, build_metrics
-from olvae.metrics.features import DINOV2_MODEL, KID, LPIPS_SIZE, RFID, DINOv2, Inception, LPIPSDistance
+from olvae.metrics.features import (
+    DINOV2_MODEL,
+    KID,
+    LPIPS_SIZE,
+    RFID,
+    DINOv2,
+    Inception,
+    LPIPSDistance,
+)
 from olvae.metrics.metric import Unavailable
 from olvae.modules.frozen import TRUNKS, VisionEncoder
 from tests.export.latents import tiny_vae
@@ -77,7 +85,12 @@ def test_kid_of_all_images_is_the_unbiased_mmd(batch):
     expected = within - 2 * kernel(a, b).mean()
     assert kid.compute() == pytest.approx(expected, rel=1e-3)
     assert abs(expected) > 0.1
-    assert kid.details == {"subsets": 100, "subset_size": 40, "seed": 2020, "std": pytest.approx(0, abs=1e-3)}
+    assert kid.details == {
+        "subsets": 100,
+        "subset_size": 40,
+        "seed": 2020,
+        "std": pytest.approx(0, abs=1e-3),
+    }
 
 
 def test_batches_order_and_processes_make_no_difference(batch):
@@ -94,7 +107,9 @@ def test_batches_order_and_processes_make_no_difference(batch):
             metric.update([keys[i] for i in part], x[part], y[part])
     first[0].update(keys[:25], x[:25], y[:25])
     second[0].update(keys[20:], x[20:], y[20:])  # five in both
-    for metric, state in zip(second, pickle.loads(pickle.dumps([metric.state() for metric in first])), strict=True):
+    for metric, state in zip(
+        second, pickle.loads(pickle.dumps([metric.state() for metric in first])), strict=True
+    ):
         metric.merge(state)
     for other in (whole, shuffled, second):
         assert [metric.compute() for metric in other] == values
@@ -130,7 +145,9 @@ def test_one_image_and_few_images(batch):
             metric.compute()
     metrics[0].update(keys[:WIDTH], x[:WIDTH], y[:WIDTH])
     metrics[0].compute()
-    assert "12 images for 12 features: the covariances are singular" in metrics[0].details["warning"]
+    assert (
+        "12 images for 12 features: the covariances are singular" in metrics[0].details["warning"]
+    )
     metrics[0].update(keys, x, y)
     metrics[0].compute()
     assert "warning" not in metrics[0].details
@@ -175,7 +192,9 @@ def without_root(one, two, verbose) -> dict[str, float]:
     return {"frechet_inception_distance": sum(float(np.square(value).sum()) for value in values)}
 
 
-@pytest.mark.parametrize(("n", "whole"), [(2, False), pytest.param(100, True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("n", "whole"), [(2, False), pytest.param(100, True, marks=pytest.mark.slow)]
+)
 def test_equals_torch_fidelity(tmp_path, weights_dir, monkeypatch, n, whole):
     for module in [] if whole else ["metric_fid", "metrics"]:
         monkeypatch.setattr(f"torch_fidelity.{module}.fid_statistics_to_metric", without_root)
@@ -209,11 +228,33 @@ WIDTH_OF_VIT, BLOCKS, HEADS = 24, 2, 3
 
 def published_names(width: int, blocks: int) -> dict[str, tuple[int, ...]]:
     """The tensors of dinov2_vitl14_pretrain.pth, which has 1024 and 24: names and shapes of Meta's file."""
-    block = {"norm1.weight": (width,), "norm1.bias": (width,), "norm2.weight": (width,), "norm2.bias": (width,)}
-    block |= {"attn.qkv.weight": (3 * width, width), "attn.qkv.bias": (3 * width,), "attn.proj.weight": (width, width)}
-    block |= {"attn.proj.bias": (width,), "ls1.gamma": (width,), "ls2.gamma": (width,), "mlp.fc1.bias": (4 * width,)}
-    block |= {"mlp.fc1.weight": (4 * width, width), "mlp.fc2.weight": (width, 4 * width), "mlp.fc2.bias": (width,)}
-    names = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + 37**2, width), "mask_token": (1, width)}
+    block = {
+        "norm1.weight": (width,),
+        "norm1.bias": (width,),
+        "norm2.weight": (width,),
+        "norm2.bias": (width,),
+    }
+    block |= {
+        "attn.qkv.weight": (3 * width, width),
+        "attn.qkv.bias": (3 * width,),
+        "attn.proj.weight": (width, width),
+    }
+    block |= {
+        "attn.proj.bias": (width,),
+        "ls1.gamma": (width,),
+        "ls2.gamma": (width,),
+        "mlp.fc1.bias": (4 * width,),
+    }
+    block |= {
+        "mlp.fc1.weight": (4 * width, width),
+        "mlp.fc2.weight": (width, 4 * width),
+        "mlp.fc2.bias": (width,),
+    }
+    names = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, 1 + 37**2, width),
+        "mask_token": (1, width),
+    }
     names |= {"patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,)}
     names |= {f"blocks.{i}.{name}": shape for i in range(blocks) for name, shape in block.items()}
     return names | {"norm.weight": (width,), "norm.bias": (width,)}
@@ -227,10 +268,15 @@ def dinov2(tmp_path, monkeypatch):
     monkeypatch.setattr(
         vision_transformer,
         "_create_vision_transformer",
-        lambda variant, pretrained=False, **settings: whole(variant, pretrained, **{**settings, **narrow}),
+        lambda variant, pretrained=False, **settings: whole(
+            variant, pretrained, **{**settings, **narrow}
+        ),
     )
     torch.manual_seed(0)
-    tensors = {name: 0.3 * torch.randn(shape) for name, shape in published_names(WIDTH_OF_VIT, BLOCKS).items()}
+    tensors = {
+        name: 0.3 * torch.randn(shape)
+        for name, shape in published_names(WIDTH_OF_VIT, BLOCKS).items()
+    }
     torch.save(tensors, tmp_path / DINOV2.name)
     return tmp_path
 
@@ -238,13 +284,36 @@ def dinov2(tmp_path, monkeypatch):
 def class_tokens(weights: dict[str, torch.Tensor], images: torch.Tensor) -> np.ndarray:
     """By hand in float64: Pillow's resize, patches of 14, attention, LayerScale, the last norm."""
     w = {name: tensor.double() for name, tensor in weights.items()}
-    planes = [Image.fromarray(p.numpy()).resize((224, 224), Image.BICUBIC) for p in images.float().flatten(0, 1)]
-    x = torch.from_numpy(np.stack([np.asarray(plane) for plane in planes])).double().unflatten(0, (-1, 3)) / 255
-    x = (x - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    patches = x.unflatten(3, (16, 14)).unflatten(2, (16, 14)).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-    t = patches @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"]  # (B, 256, D)
+    planes = [
+        Image.fromarray(p.numpy()).resize((224, 224), Image.BICUBIC)
+        for p in images.float().flatten(0, 1)
+    ]
+    x = (
+        torch.from_numpy(np.stack([np.asarray(plane) for plane in planes]))
+        .double()
+        .unflatten(0, (-1, 3))
+        / 255
+    )
+    x = (x - torch.tensor([0.485, 0.456, 0.406])[:, None, None]) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    )[:, None, None]
+    patches = (
+        x.unflatten(3, (16, 14))
+        .unflatten(2, (16, 14))
+        .permute(0, 2, 4, 1, 3, 5)
+        .flatten(3)
+        .flatten(1, 2)
+    )
+    t = (
+        patches @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"]
+    )  # (B, 256, D)
     grid = w["pos_embed"][:, 1:].float().unflatten(1, (37, 37)).movedim(-1, 1)
-    places = nn.functional.interpolate(grid, (16, 16), mode="bicubic", antialias=True).double().flatten(2).mT
+    places = (
+        nn.functional.interpolate(grid, (16, 16), mode="bicubic", antialias=True)
+        .double()
+        .flatten(2)
+        .mT
+    )
     t = torch.cat([(w["cls_token"] + w["pos_embed"][:, :1]).expand(len(t), -1, -1), t + places], 1)
 
     def of(operation: Callable, t: torch.Tensor, name: str, *settings: object) -> torch.Tensor:
@@ -252,7 +321,11 @@ def class_tokens(weights: dict[str, torch.Tensor], images: torch.Tensor) -> np.n
 
     for b in (f"blocks.{i}" for i in range(BLOCKS)):
         normed = of(F.layer_norm, t, f"{b}.norm1", (WIDTH_OF_VIT,))
-        q, k, v = of(F.linear, normed, f"{b}.attn.qkv").unflatten(2, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            of(F.linear, normed, f"{b}.attn.qkv")
+            .unflatten(2, (3, HEADS, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
         seen = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         t = t + w[f"{b}.ls1.gamma"] * of(F.linear, seen, f"{b}.attn.proj")
         inner = of(F.linear, of(F.layer_norm, t, f"{b}.norm2", (WIDTH_OF_VIT,)), f"{b}.mlp.fc1")
@@ -268,9 +341,27 @@ def test_fdd_by_its_command(dinov2, tmp_path, nowhere):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "images" / key)
     model = tiny_vae()
     model.save_pretrained(tmp_path / "vae")
-    given = ["--data", str(tmp_path / "images"), "--size", "32", "--metrics", "fdd", "--weights-dir", str(dinov2)]
+    given = [
+        "--data",
+        str(tmp_path / "images"),
+        "--size",
+        "32",
+        "--metrics",
+        "fdd",
+        "--weights-dir",
+        str(dinov2),
+    ]
     with pytest.raises(SystemExit) as leaving:
-        olvae(["evaluate", str(tmp_path / "vae"), *given, "--no-report", "--out", str(tmp_path / "out")])
+        olvae(
+            [
+                "evaluate",
+                str(tmp_path / "vae"),
+                *given,
+                "--no-report",
+                "--out",
+                str(tmp_path / "out"),
+            ]
+        )
     assert leaving.value.code == 0
     content = json.loads((tmp_path / "out" / "metrics.json").read_text())
     with torch.no_grad():
@@ -291,8 +382,12 @@ def test_the_published_file_fits_its_network():
     """All its names and shapes, without values."""
     with torch.device("meta"):
         tensors = {name: torch.empty(shape) for name, shape in published_names(1024, 24).items()}
-        assert sum(tensor.numel() for tensor in tensors.values()) == 304_368_640  # as published, with the mask token
-        assert VisionEncoder(DINOV2_MODEL, tensors).class_token(torch.empty(1, 3, 64, 64), 224).shape == (1, 1024)
+        assert (
+            sum(tensor.numel() for tensor in tensors.values()) == 304_368_640
+        )  # as published, with the mask token
+        assert VisionEncoder(DINOV2_MODEL, tensors).class_token(
+            torch.empty(1, 3, 64, 64), 224
+        ).shape == (1, 1024)
 
 
 def test_fdd_without_its_network(dinov2, monkeypatch):
@@ -300,7 +395,10 @@ def test_fdd_without_its_network(dinov2, monkeypatch):
     with pytest.raises(Unavailable, match="DINOv2 needs images of 3 channels, got 1"):
         DINOv2(dinov2 / DINOV2.name)(x[:, :1])
     torch.save({"cls_token": torch.zeros(1, 1, 7)}, dinov2 / DINOV2.name)
-    with pytest.raises(ValueError, match=r"dinov2_vitl14_pretrain\.pth is not a file of DINOv2 weights: these are not"):
+    with pytest.raises(
+        ValueError,
+        match=r"dinov2_vitl14_pretrain\.pth is not a file of DINOv2 weights: these are not",
+    ):
         build_metrics(["fdd"], dinov2)
     monkeypatch.setattr("olvae.metrics.find_spec", lambda name: None)
     assert "open-litevae[align]" in build_metrics(["fdd"], dinov2)().skipped["fdd"]
@@ -310,12 +408,16 @@ def test_files_of_something_else(tmp_path, weights_dir):
     path = tmp_path / INCEPTION.name
     state = torch.load(weights_dir / INCEPTION.name, weights_only=True)
     torch.save({**state, "fc.weight": torch.zeros(1000, 2048)}, path)
-    with pytest.raises(ValueError, match=r"is not a file of Inception weights: .*fc\.weight") as error:
+    with pytest.raises(
+        ValueError, match=r"is not a file of Inception weights: .*fc\.weight"
+    ) as error:
         Inception(path)
     assert "\n" not in str(error.value)
     del state["Conv2d_1a_3x3.conv.weight"]
     torch.save(state, path)
-    with pytest.raises(ValueError, match=r"is not a file of Inception weights: .*Conv2d_1a_3x3\.conv\.weight"):
+    with pytest.raises(
+        ValueError, match=r"is not a file of Inception weights: .*Conv2d_1a_3x3\.conv\.weight"
+    ):
         Inception(path)
     path.write_bytes((weights_dir / INCEPTION.name).read_bytes()[:1_000_000])
     with pytest.raises(ValueError, match="cut off"):
@@ -331,7 +433,9 @@ def test_equals_the_lpips_package(trunk, weights_dir, monkeypatch):
     path = weights_dir / TRUNKS[trunk].name
     state = torch.load(path, weights_only=True)
     monkeypatch.setattr(PUBLISHED[trunk], "get_state_dict", lambda *args, **kwargs: state)
-    monkeypatch.setattr(nn.Linear, "reset_parameters", lambda layer: None)  # takes seconds, and is overwritten
+    monkeypatch.setattr(
+        nn.Linear, "reset_parameters", lambda layer: None
+    )  # takes seconds, and is overwritten
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = reference.LPIPS(net=trunk, verbose=False)
@@ -349,10 +453,15 @@ def test_equals_the_lpips_package(trunk, weights_dir, monkeypatch):
     least = torch.zeros(1, 3, LPIPS_SIZE[trunk], 64, dtype=torch.uint8)
     assert ours(least, least).item() == 0.0
     for wrong in (least[:, :, 1:], torch.zeros(1, 4, 64, 64, dtype=torch.uint8)):
-        with pytest.raises(Unavailable, match=f"3 channels and at least {LPIPS_SIZE[trunk]} pixels"):
+        with pytest.raises(
+            Unavailable, match=f"3 channels and at least {LPIPS_SIZE[trunk]} pixels"
+        ):
             ours(wrong, wrong)
 
 
 def test_inception_sees_whole_levels(weights_dir):
-    inception, x = Inception(weights_dir / INCEPTION.name), torch.randint(1, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    inception, x = (
+        Inception(weights_dir / INCEPTION.name),
+        torch.randint(1, 256, (1, 3, 32, 32), dtype=torch.uint8),
+    )
     assert np.array_equal(inception(x.float() - 0.25), inception(x))

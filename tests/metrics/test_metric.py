@@ -26,7 +26,10 @@ def test_batches_order_and_processes_make_no_difference(name):
     assert len(set(whole.per_image().values())) == 7
     order = [3, 6, 0, 5, 1, 4, 2]
     shuffled = run(name, [keys[i] for i in order], x[order], y[order], size=2)
-    first, second = run(name, keys[:4], x[:4], y[:4]), run(name, keys[2:], x[2:], y[2:], size=1)  # two in both
+    first, second = (
+        run(name, keys[:4], x[:4], y[:4]),
+        run(name, keys[2:], x[2:], y[2:], size=1),
+    )  # two in both
     second.merge(pickle.loads(pickle.dumps(first.state())))
     second.merge(second.state())
     rounding = 1e-12 if name in ("psnr", "l1") else 1e-6

@@ -50,7 +50,9 @@ def direct(x: np.ndarray, y: np.ndarray) -> float:
     window /= window.sum()
 
     def mean(a):
-        return correlate1d(correlate1d(a, window, axis=1, mode="mirror"), window, axis=2, mode="mirror")
+        return correlate1d(
+            correlate1d(a, window, axis=1, mode="mirror"), window, axis=2, mode="mirror"
+        )
 
     value = 1.0
     for scale, weight in enumerate((0.0448, 0.2856, 0.3001, 0.2363, 0.1333)):
@@ -63,7 +65,10 @@ def direct(x: np.ndarray, y: np.ndarray) -> float:
             term = (contrast * (2 * mx * my + 6.5025) / (mx**2 + my**2 + 6.5025)).mean()
         value *= term**weight
         c, h, w = x.shape
-        x, y = (a[:, : h // 2 * 2, : w // 2 * 2].reshape(c, h // 2, 2, w // 2, 2).mean((2, 4)) for a in (x, y))
+        x, y = (
+            a[:, : h // 2 * 2, : w // 2 * 2].reshape(c, h // 2, 2, w // 2, 2).mean((2, 4))
+            for a in (x, y)
+        )
     return value
 
 

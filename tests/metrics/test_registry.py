@@ -6,7 +6,9 @@ from olvae.checkpoint import ALEXNET, INCEPTION, VGG16
 from olvae.metrics import METRICS, build_metrics
 from tests.metrics.conftest import pairs
 
-NAMES = [name for name in METRICS if name != "fdd"]  # whose network, with random weights, is tested in test_features
+NAMES = [
+    name for name in METRICS if name != "fdd"
+]  # whose network, with random weights, is tested in test_features
 
 
 def test_all_of_them(weights_dir, nowhere, monkeypatch):
@@ -24,7 +26,12 @@ def test_all_of_them(weights_dir, nowhere, monkeypatch):
         assert metrics[name].compute() > 0
         assert list(metrics[name].per_image()) == keys
     assert metrics["lpips"].compute() != metrics["lpips_alex"].compute()
-    for name, file in (("lpips", VGG16), ("lpips_alex", ALEXNET), ("rfid", INCEPTION), ("kid", INCEPTION)):
+    for name, file in (
+        ("lpips", VGG16),
+        ("lpips_alex", ALEXNET),
+        ("rfid", INCEPTION),
+        ("kid", INCEPTION),
+    ):
         assert metrics[name].details == {"weights": (weights_dir / file.name, file)}
     assert metrics["psnr"].details == {}
     assert not make().metrics["psnr"].state()  # the next target starts empty
@@ -60,4 +67,6 @@ def test_a_gpu_gives_the_same_numbers(weights_dir, nowhere):
         for metric in metrics.values():
             metric.update(keys, x.to(device), y.to(device))
         values.append({name: metric.compute() for name, metric in metrics.items()})
-    assert values[1] == {name: pytest.approx(value, rel=1e-4, abs=1e-4) for name, value in values[0].items()}
+    assert values[1] == {
+        name: pytest.approx(value, rel=1e-4, abs=1e-4) for name, value in values[0].items()
+    }

@@ -6,8 +6,18 @@ import diffusers
 import torch
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "sd1": {"latent_channels": 4, "scaling_factor": 0.18215, "force_upcast": False, "sample_size": 512},
-    "sdxl": {"latent_channels": 4, "scaling_factor": 0.13025, "force_upcast": True, "sample_size": 1024},
+    "sd1": {
+        "latent_channels": 4,
+        "scaling_factor": 0.18215,
+        "force_upcast": False,
+        "sample_size": 512,
+    },
+    "sdxl": {
+        "latent_channels": 4,
+        "scaling_factor": 0.13025,
+        "force_upcast": True,
+        "sample_size": 1024,
+    },
     "sd3": {
         "latent_channels": 16,
         "use_quant_conv": False,
@@ -35,7 +45,9 @@ PER_CHANNEL: dict[str, Any] = {
 """Factors for four latent channels, as some autoencoders have them."""
 
 
-def autoencoder_kl(widths: tuple[int, ...] = (32, 64, 128, 128), **arguments: Any) -> diffusers.AutoencoderKL:
+def autoencoder_kl(
+    widths: tuple[int, ...] = (32, 64, 128, 128), **arguments: Any
+) -> diffusers.AutoencoderKL:
     """With random weights, two blocks a level; in evaluation mode."""
     torch.manual_seed(1)
     return diffusers.AutoencoderKL(
@@ -52,7 +64,9 @@ def autoencoder_kl(widths: tuple[int, ...] = (32, 64, 128, 128), **arguments: An
 
 def tiny_kl(**arguments: Any) -> diffusers.AutoencoderKL:
     """Factor 4, one narrow block a level: for trainings of a few seconds. Biases are random too."""
-    model = autoencoder_kl((8, 8, 16), **{"layers_per_block": 1, "norm_num_groups": 4, "sample_size": 16, **arguments})
+    model = autoencoder_kl(
+        (8, 8, 16), **{"layers_per_block": 1, "norm_num_groups": 4, "sample_size": 16, **arguments}
+    )
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))

@@ -13,8 +13,14 @@ from olvae.data.picture_folder import FolderSource
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.conftest import tiny_config
 
-PATCHGAN = {"target": "olvae.modules.patchgan.PatchGAN", "params": {"base_channels": 4, "n_layers": 1}}
-UNETGAN = {"target": "olvae.modules.unetgan.UNetGAN", "params": {"base_channels": 2, "image_size": 128}}
+PATCHGAN = {
+    "target": "olvae.modules.patchgan.PatchGAN",
+    "params": {"base_channels": 4, "n_layers": 1},
+}
+UNETGAN = {
+    "target": "olvae.modules.unetgan.UNetGAN",
+    "params": {"base_channels": 2, "image_size": 128},
+}
 
 
 def against(discriminator: dict = PATCHGAN, **params) -> dict:
@@ -43,14 +49,25 @@ def source(root: Path, batch_size: int = 4, size: int = 16) -> FolderSource:
 
 def trainer(steps: int, **settings) -> pl.Trainer:
     """A trainer that writes and shows nothing."""
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return pl.Trainer(**{"max_steps": steps, "accelerator": "cpu", "log_every_n_steps": 1, **quiet, **settings})
+    quiet = dict.fromkeys(
+        ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
+    )
+    return pl.Trainer(
+        **{"max_steps": steps, "accelerator": "cpu", "log_every_n_steps": 1, **quiet, **settings}
+    )
 
 
 def fit(
-    model: LiteAutoencoderKL, root: Path, steps: int, batch_size: int = 4, size: int = 16, **settings
+    model: LiteAutoencoderKL,
+    root: Path,
+    steps: int,
+    batch_size: int = 4,
+    size: int = 16,
+    **settings,
 ) -> LiteAutoencoderKL:
-    trainer(steps, limit_val_batches=0, **settings).fit(model, source(root, batch_size, size).train_loader())
+    trainer(steps, limit_val_batches=0, **settings).fit(
+        model, source(root, batch_size, size).train_loader()
+    )
     return model
 
 

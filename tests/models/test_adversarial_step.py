@@ -26,14 +26,18 @@ from tests.models.steps import (
 )
 
 
-@pytest.mark.parametrize(("discriminator", "size"), [(PATCHGAN, 16), (UNETGAN, 64)], ids=["patchgan", "unetgan"])
+@pytest.mark.parametrize(
+    ("discriminator", "size"), [(PATCHGAN, 16), (UNETGAN, 64)], ids=["patchgan", "unetgan"]
+)
 def test_a_step_by_hand(image_folder, discriminator, size):
     """The first update of both sides, repeated without Lightning: each from its own loss, on one reconstruction."""
     settings = {"weight": 0.7, "learning_rate_ratio": 3.0, "betas": [0.2, 0.8], "loss": "logistic"}
     model = fit(build(against(discriminator, **settings)), image_folder, 1, size=size)
     other = build(against(discriminator, **settings))
     judge = other.adversary.discriminator
-    autoencoders = torch.optim.Adam(other.autoencoder_parameters(), lr=1e-4, betas=(0.5, 0.9), fused=True)
+    autoencoders = torch.optim.Adam(
+        other.autoencoder_parameters(), lr=1e-4, betas=(0.5, 0.9), fused=True
+    )
     judges = torch.optim.Adam(judge.parameters(), lr=3e-4, betas=(0.2, 0.8), fused=True)
     x = other.images(next(iter(source(image_folder, size=size).train_loader())))
 
@@ -42,7 +46,9 @@ def test_a_step_by_hand(image_folder, discriminator, size):
     total, _ = other.objective(x, reconstruction, posterior)
     deceit = torch.stack([nn.functional.softplus(-t).mean() for t in judge(reconstruction)]).mean()
     parameters = other.autoencoder_parameters()
-    for p, gradient in zip(parameters, torch.autograd.grad(total + 0.7 * deceit, parameters), strict=True):
+    for p, gradient in zip(
+        parameters, torch.autograd.grad(total + 0.7 * deceit, parameters), strict=True
+    ):
         p.grad = gradient
     loss = sum(
         torch.stack([nn.functional.softplus(sign * t).mean() for t in judge(image)]).mean()
@@ -65,7 +71,15 @@ def test_a_step_by_hand(image_folder, discriminator, size):
 
 
 def test_the_autoencoder_runs_forward_once_a_step(image_folder):
-    model = build(against(updates_per_step=2, adaptive_weight=True, r1_weight=1.0, lecam_weight=1.0, warmup_updates=2))
+    model = build(
+        against(
+            updates_per_step=2,
+            adaptive_weight=True,
+            r1_weight=1.0,
+            lecam_weight=1.0,
+            warmup_updates=2,
+        )
+    )
     calls = []
     model.encoder.register_forward_hook(lambda *_: calls.append("encoder"))
     model.decoder.register_forward_hook(lambda *_: calls.append("decoder"))
@@ -81,13 +95,32 @@ def test_an_update_of_the_discriminator_alone_leaves_the_autoencoder_untouched(i
 
     def look(m: LiteAutoencoderKL) -> None:
         gradients = [p.grad for p in m.autoencoder.parameters()]
-        history.append((m.global_step, m.adversary.updates, snapshot(m.autoencoder), snapshot(m.adversary), gradients))
+        history.append(
+            (
+                m.global_step,
+                m.adversary.updates,
+                snapshot(m.autoencoder),
+                snapshot(m.adversary),
+                gradients,
+            )
+        )
         if len(history) % 2 == 0:  # after an update neither side has gradients left
             assert all(p.grad is None for p in m.parameters())
 
     fit(model, image_folder, 2, callbacks=[Each(look)])
     assert graphs == [False] * 6 + [True] * 4
-    assert [step for step, *_ in history] == [0, 0, 0, 0, 0, 0, 0, 1, 1, 2]  # two micro-batches a step
+    assert [step for step, *_ in history] == [
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        1,
+        1,
+        2,
+    ]  # two micro-batches a step
     assert [count for _, count, *_ in history] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5]
     for _, _, autoencoder, _, gradients in history[:6]:
         assert_same(autoencoder, start)
@@ -100,7 +133,9 @@ def test_an_update_of_the_discriminator_alone_leaves_the_autoencoder_untouched(i
     assert model.images_seen == 5 * 2 * 4
 
 
-@pytest.mark.parametrize("settings", [{"weight": 0.0}, {"start_step": 9}, {"weight": 0.0, "cutmix_probability": 1.0}])
+@pytest.mark.parametrize(
+    "settings", [{"weight": 0.0}, {"start_step": 9}, {"weight": 0.0, "cutmix_probability": 1.0}]
+)
 def test_without_its_weight_the_autoencoder_goes_as_in_phase_a(image_folder, settings):
     discriminator, size = (UNETGAN, 64) if "cutmix_probability" in settings else (PATCHGAN, 16)
     phase_a, phase_b = build(), build(against(discriminator, **settings))
@@ -118,12 +153,19 @@ def test_the_ramp_is_in_the_loss(image_folder):
 
     def look(m: LiteAutoencoderKL) -> None:
         values = metrics(m)
-        pixels = sum(weight * values[f"train/{name}"] for name, weight in m.objective.weights.items())
+        pixels = sum(
+            weight * values[f"train/{name}"] for name, weight in m.objective.weights.items()
+        )
         adversarial = values.get("train/adversarial")
         seen.append(adversarial and (values["train/loss"] - pixels) / adversarial)
 
     fit(model, image_folder, 4, callbacks=[Each(look)])
-    assert seen == [None, pytest.approx(0.2, rel=1e-2), pytest.approx(0.4, rel=1e-2), pytest.approx(0.4, rel=1e-2)]
+    assert seen == [
+        None,
+        pytest.approx(0.2, rel=1e-2),
+        pytest.approx(0.4, rel=1e-2),
+        pytest.approx(0.4, rel=1e-2),
+    ]
 
 
 def ratio_by_hand(model: LiteAutoencoderKL, root: Path) -> tuple[float, Tensor, Tensor, Tensor]:
@@ -135,7 +177,9 @@ def ratio_by_hand(model: LiteAutoencoderKL, root: Path) -> tuple[float, Tensor, 
     weight = model.decoder.conv_out.weight
     pixels = total - model.objective.weights["kl"] * terms["kl"]
     deceit = -model.adversary.discriminator(reconstruction)[0].mean()
-    gradients = [torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (total, pixels, deceit)]
+    gradients = [
+        torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in (total, pixels, deceit)
+    ]
     return (gradients[1].norm() / gradients[2].norm()).item(), *gradients
 
 
@@ -147,11 +191,17 @@ def test_the_adaptive_weight_by_hand(image_folder, updates):
     values = metrics(model)
     assert values["health/adaptive_weight"] == pytest.approx(by_hand, rel=1e-3)
     assert values["health/gradient_ratio"] == pytest.approx(0.3, rel=1e-3)  # what it is for
-    pixels = sum(weight * values[f"train/{name}"] for name, weight in model.objective.weights.items())
-    assert values["train/loss"] == pytest.approx(pixels + 0.3 * by_hand * values["train/adversarial"], rel=1e-4)
+    pixels = sum(
+        weight * values[f"train/{name}"] for name, weight in model.objective.weights.items()
+    )
+    assert values["train/loss"] == pytest.approx(
+        pixels + 0.3 * by_hand * values["train/adversarial"], rel=1e-4
+    )
     (update,) = updates.of(model.autoencoder)
     seen = next(
-        g for p, g in zip(update.parameters, update.gradients, strict=True) if p is model.decoder.conv_out.weight
+        g
+        for p, g in zip(update.parameters, update.gradients, strict=True)
+        if p is model.decoder.conv_out.weight
     )
     torch.testing.assert_close(seen, whole + 0.3 * by_hand * deceit, rtol=1e-3, atol=1e-6)
 
@@ -198,6 +248,13 @@ def test_the_gradient_ratio_is_measured_where_the_loggers_take_it(
 
     monkeypatch.setattr(liteautoencoder, "gradient_ratio", measure)
     model = build(against(warmup_updates=warmup), accumulate_grad_batches=accumulate)
-    fit(model, image_folder, 7, batch_size=2, logger=Logger(tmp_path), log_every_n_steps=3 * accumulate)
+    fit(
+        model,
+        image_folder,
+        7,
+        batch_size=2,
+        logger=Logger(tmp_path),
+        log_every_n_steps=3 * accumulate,
+    )
     assert len(logged) >= 2
     assert measured == logged

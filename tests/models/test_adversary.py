@@ -17,7 +17,14 @@ DISCRIMINATORS = {  # each in small, and an image size for it
     "unetgan": ("olvae.modules.unetgan.UNetGAN", {"base_channels": 2, "image_size": 128}, 64),
     "gigagan": (
         "olvae.modules.gigagan.GigaGAN",
-        {"image_size": 64, "base": 128, "max_channels": 8, "blocks": 1, "attention": [8], "heads": 2},
+        {
+            "image_size": 64,
+            "base": 128,
+            "max_channels": 8,
+            "blocks": 1,
+            "attention": [8],
+            "heads": 2,
+        },
         64,
     ),
 }
@@ -82,7 +89,11 @@ def test_what_was_frozen_stays_frozen_and_a_failure_leaves_the_rest_alone():
 
 @every
 def test_the_discriminators_loss_reaches_every_parameter_and_no_image(kind):
-    settings = {"r1_weight": 1.0, "lecam_weight": 1.0, "cutmix_probability": 1.0 if kind == "unetgan" else 0.0}
+    settings = {
+        "r1_weight": 1.0,
+        "lecam_weight": 1.0,
+        "cutmix_probability": 1.0 if kind == "unetgan" else 0.0,
+    }
     adversary, (real, fake) = build(kind, **settings), images(kind)
     buffers = {name: t.clone() for name, t in adversary.discriminator.named_buffers()}
     real.requires_grad_()
@@ -101,7 +112,9 @@ def test_the_discriminators_loss_reaches_every_parameter_and_no_image(kind):
     assert bottleneck.grad.abs() > 0
     assert not any(value.requires_grad for value in logs.values())
     if kind != "patchgan":  # which has BatchNorm; no loss runs a power iteration
-        assert all(torch.equal(t, buffers[name]) for name, t in adversary.discriminator.named_buffers())
+        assert all(
+            torch.equal(t, buffers[name]) for name, t in adversary.discriminator.named_buffers()
+        )
 
 
 @pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
@@ -111,10 +124,14 @@ def test_both_sides_are_the_losses_of_the_logits(loss):
     assert [t.shape for t in r] == [(2, 1, 64, 64), (2, 1)]
     total, logs = adversary.discriminator_loss(real, fake)
     assert total.item() == pytest.approx(losses.discriminator_loss(loss, r, f).item(), rel=1e-5)
-    assert adversary.generator_loss(fake).item() == pytest.approx(losses.generator_loss(loss, f).item(), rel=1e-5)
+    assert adversary.generator_loss(fake).item() == pytest.approx(
+        losses.generator_loss(loss, f).item(), rel=1e-5
+    )
     assert logs.keys() == {"discriminator", "logits_real", "logits_fake", "accuracy"}
     assert logs["discriminator"].item() == total.item()
-    assert logs["accuracy"].item() == pytest.approx(losses.discriminator_accuracy(r, f, loss).item())
+    assert logs["accuracy"].item() == pytest.approx(
+        losses.discriminator_accuracy(r, f, loss).item()
+    )
     assert logs["logits_real"].item() == pytest.approx(mean(r), rel=1e-4)
     assert logs["logits_fake"].item() == pytest.approx(mean(f), rel=1e-4)
 
@@ -159,7 +176,9 @@ def test_lecam_is_logged_and_weighted_when_it_is_on():
     total, logs = adversary.discriminator_loss(real, fake)
     assert logs.keys() - without.keys() == {"lecam"}
     r, f = logits(adversary, real), logits(adversary, fake)
-    by_hand = mean([(a - b.mean()) ** 2 for a, b in zip(r, f, strict=True)])  # the anchors start at the means
+    by_hand = mean(
+        [(a - b.mean()) ** 2 for a, b in zip(r, f, strict=True)]
+    )  # the anchors start at the means
     by_hand += mean([(b - a.mean()) ** 2 for a, b in zip(r, f, strict=True)])
     assert by_hand > 1e-3
     assert logs["lecam"].item() == pytest.approx(by_hand, rel=1e-4)
@@ -199,14 +218,18 @@ def test_cutmix_in_its_share_of_the_updates_after_a_ramp():
 def test_an_update_is_counted_and_runs_one_power_iteration():
     adversary = build()
     with torch.no_grad():
-        for p in adversary.parameters():  # away from the orthogonal start, where every vector is as good
+        for p in (
+            adversary.parameters()
+        ):  # away from the orthogonal start, where every vector is as good
             p.add_(0.5 * torch.randn_like(p))
     other = UNetGAN(base_channels=2, image_size=128)
     other.load_state_dict(adversary.discriminator.state_dict())
     adversary.updated()
     assert adversary.updates == 1
     other(images()[0])
-    for (name, mine), theirs in zip(adversary.discriminator.named_buffers(), other.buffers(), strict=True):
+    for (name, mine), theirs in zip(
+        adversary.discriminator.named_buffers(), other.buffers(), strict=True
+    ):
         assert torch.equal(mine, theirs), name
 
 
@@ -251,8 +274,18 @@ def test_the_state_survives_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "channels", "size", "message"),
     [
-        ("unetgan", 3, 60, "does not take images of 3x60x60: UNetGAN takes images .* multiples of 64"),
-        ("unetgan", 1, 64, r"discriminator_config\.params: it does not take images of 1x64x64: .*channels"),
+        (
+            "unetgan",
+            3,
+            60,
+            "does not take images of 3x60x60: UNetGAN takes images .* multiples of 64",
+        ),
+        (
+            "unetgan",
+            1,
+            64,
+            r"discriminator_config\.params: it does not take images of 1x64x64: .*channels",
+        ),
     ],
 )
 def test_images_that_do_not_fit(kind, channels, size, message):
@@ -288,7 +321,10 @@ def test_cutmix_needs_a_logit_per_pixel(kind):
         ({"lecam_weight": -1.0}, "lecam_weight must not be negative"),
         ({"lecam_weight": math.nan}, "lecam_weight must not be negative, got nan"),
         ({"learning_rate_ratio": 0.0}, "learning_rate_ratio must be above 0, got 0.0"),
-        ({"lecam_variant": "published"}, "lecam_variant must be one of paper, code, got 'published'"),
+        (
+            {"lecam_variant": "published"},
+            "lecam_variant must be one of paper, code, got 'published'",
+        ),
         ({"cutmix_probability": 1.5}, "cutmix_probability must be between 0 and 1, got 1.5"),
     ],
 )
@@ -302,7 +338,9 @@ def test_a_discriminator_that_is_none():
         Adversary({"target": "olvae.modules.patchgan.PatchGan"})
 
 
-@pytest.mark.parametrize(("variant", "decay", "relu"), [("paper", 0.99, False), ("code", 0.999, True)])
+@pytest.mark.parametrize(
+    ("variant", "decay", "relu"), [("paper", 0.99, False), ("code", 0.999, True)]
+)
 def test_lecams_variants(variant, decay, relu):
     lecam = build("patchgan", lecam_weight=1.0, lecam_variant=variant).lecam
     assert (lecam.decay, lecam.relu) == (decay, relu)

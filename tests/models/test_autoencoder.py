@@ -29,7 +29,9 @@ def test_latent_dim_may_be_left_out_or_be_as_published():
         config = tiny_config()["model"]["params"]
         if latent_dim is not None:
             config["encoder_config"]["params"]["latent_dim"] = latent_dim
-        return LiteVAE.from_config(config["encoder_config"], config["decoder_config"], 4).encoder.latent_dim
+        return LiteVAE.from_config(
+            config["encoder_config"], config["decoder_config"], 4
+        ).encoder.latent_dim
 
     assert {channels(latent_dim) for latent_dim in (None, 4, 8)} == {8}
     with pytest.raises(ConfigError, match="leave latent_dim out"):
@@ -41,7 +43,11 @@ def test_the_quantizer():
     config["encoder_config"]["params"]["latent_dim"] = 10
     vae = LiteVAE.from_config(config["encoder_config"], config["decoder_config"], 6, use_quant=True)
     names = {name for name, _ in vae.named_parameters() if name.startswith("quantizer.")}
-    assert names == {f"quantizer.{conv}.{p}" for conv in ("quant_conv", "post_quant_conv") for p in ("weight", "bias")}
+    assert names == {
+        f"quantizer.{conv}.{p}"
+        for conv in ("quant_conv", "post_quant_conv")
+        for p in ("weight", "bias")
+    }
     assert vae.latent_channels == 6
     x = torch.rand(1, 3, 16, 16)
     z = vae.encode(x).mode()
@@ -100,9 +106,13 @@ def test_sizes_that_do_not_fit():
         tiny().encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match="multiple of 8"):
         tiny().encode(torch.rand(1, 3, 20, 16))
-    with pytest.raises(TypeError, match=r"a tensor \(B, C, H, W\) in \[-1, 1\], got list: .* pil_to_tensor"):
+    with pytest.raises(
+        TypeError, match=r"a tensor \(B, C, H, W\) in \[-1, 1\], got list: .* pil_to_tensor"
+    ):
         tiny().encode([[0.0]])
-    with pytest.raises(TypeError, match=r"got DiagonalGaussian: a posterior has \.mode\(\) and \.sample\(\)"):
+    with pytest.raises(
+        TypeError, match=r"got DiagonalGaussian: a posterior has \.mode\(\) and \.sample\(\)"
+    ):
         tiny().decode(tiny().encode(torch.zeros(1, 3, 16, 16)))
 
 
@@ -110,7 +120,11 @@ def test_sizes_that_do_not_fit():
 @pytest.mark.parametrize("kind", ["litevae", "paper", "sd"])
 def test_the_means_are_float32s_under_autocast(kind, use_quant):
     """Not on bf16's grid, and the last convolution's own of what it gets; without autocast the same bits as torch's."""
-    target = "olvae.modules.sdvae.SDEncoder" if kind == "sd" else "olvae.modules.litevae.encoder_model.LiteVAE_Encoder"
+    target = (
+        "olvae.modules.sdvae.SDEncoder"
+        if kind == "sd"
+        else "olvae.modules.litevae.encoder_model.LiteVAE_Encoder"
+    )
     params = {"channels": 8, "channel_mult": [1, 1, 1, 1], "num_res_blocks": 1, "norm_groups": 4}
     if kind != "sd":
         params = {**TINY_ENCODER, "variant": "paper" if kind == "paper" else "open_litevae"}
@@ -133,7 +147,9 @@ def test_the_means_are_float32s_under_autocast(kind, use_quant):
             moments = vae.moments(x)
         (given,) = inputs
         conv = torch.nn.functional.conv2d
-        network = conv(given.double(), last.weight.double(), last.bias.double(), padding=last.padding)
+        network = conv(
+            given.double(), last.weight.double(), last.bias.double(), padding=last.padding
+        )
         around = torch.nn.functional.pad(x, (4, 4, 4, 4), "replicate")
         network[:, :4] += conv(around.double(), path.weight.double(), path.bias.double(), stride=8)
         if use_quant:

@@ -26,7 +26,9 @@ def run(model: LiteAutoencoderKL, root: Path, steps: int, *callbacks: pl.Callbac
     """Train with a validation every two steps."""
     every = {"val_check_interval": 2, "check_val_every_n_epoch": None, "num_sanity_val_steps": 1}
     training, data = trainer(steps, callbacks=list(callbacks), **every), source(root)
-    training.fit(model, data.train_loader(0, model.images_seen), data.val_loader(), weights_only=True)
+    training.fit(
+        model, data.train_loader(0, model.images_seen), data.val_loader(), weights_only=True
+    )
     return training
 
 
@@ -34,7 +36,12 @@ def test_the_average_is_its_recurrence(image_folder):
     """In float64: the weights after the first step, then decay * average + (1 - decay) * weights at every further one;
     the discriminator's warm-up is no step. After training the model has it."""
     model, seen = build(against(warmup_updates=2), use_ema=True, ema_decay=DECAY), {}
-    fit(model, image_folder, 5, callbacks=[Each(lambda m: seen.setdefault(m.global_step, states(m)))])
+    fit(
+        model,
+        image_folder,
+        5,
+        callbacks=[Each(lambda m: seen.setdefault(m.global_step, states(m)))],
+    )
     assert sorted(seen) == [0, 1, 2, 3, 4, 5]
     for name, tensor in model.state_dict().items():
         if name.startswith(AUTOENCODER):
@@ -64,7 +71,9 @@ def test_validation_and_checkpoints_have_both(image_folder, tmp_path):
 
     training = run(model, image_folder, 2, Look())
     average, trained = seen
-    assert not trained["encoder.aggregator.conv_out.weight"].equal(average["encoder.aggregator.conv_out.weight"])
+    assert not trained["encoder.aggregator.conv_out.weight"].equal(
+        average["encoder.aggregator.conv_out.weight"]
+    )
     training.save_checkpoint(tmp_path / "end.ckpt")
     ours = {n: t for n, t in trained.items() if n.startswith(AUTOENCODER)}
     expected = {n: average[n] if n in ours else t for n, t in trained.items()}
@@ -130,5 +139,9 @@ def test_validations_numbers_are_the_averages(image_folder):
     model, data = build(use_ema=True, ema_decay=DECAY), source(image_folder)
     run(model, image_folder, 2)  # after which the model has the average
     with torch.no_grad():
-        found = [psnr(b["image"], to_uint8(model(from_uint8(b["image"]))[0])) for b in data.val_loader()]
-    assert model.validation_values["val/psnr"] == pytest.approx(float(torch.cat(found).mean()), rel=1e-6)
+        found = [
+            psnr(b["image"], to_uint8(model(from_uint8(b["image"]))[0])) for b in data.val_loader()
+        ]
+    assert model.validation_values["val/psnr"] == pytest.approx(
+        float(torch.cat(found).mean()), rel=1e-6
+    )

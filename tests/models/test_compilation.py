@@ -45,7 +45,15 @@ def networks():
     yield "UNetGAN", UNetGAN(base_channels=2, image_size=128), torch.randn(1, 3, 128, 128)
     yield (
         "GigaGAN",
-        GigaGAN(image_size=64, base=256, max_channels=16, blocks=1, attention=(8,), heads=2, head_channels=8),
+        GigaGAN(
+            image_size=64,
+            base=256,
+            max_channels=16,
+            blocks=1,
+            attention=(8,),
+            heads=2,
+            head_channels=8,
+        ),
         torch.randn(1, 3, 64, 64),
     )
 
@@ -55,7 +63,8 @@ SLOW = ("encoder, paper", "encoder, db2")  # graphs of half a minute on a slow m
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NETWORKS]
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in NETWORKS],
 )
 def test_a_network_is_one_graph_and_gives_the_same(name):
     network, x = NETWORKS[name]
@@ -74,11 +83,21 @@ def graphs(monkeypatch):
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, **options, backend=backend, fullgraph=True))
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda f, **options: compiler(f, **options, backend=backend, fullgraph=True),
+    )
     return graphs
 
 
-SETTINGS = {"r1_weight": 1.0, "r1_every": 1, "lecam_weight": 0.1, "adaptive_weight": True, "updates_per_step": 2}
+SETTINGS = {
+    "r1_weight": 1.0,
+    "r1_every": 1,
+    "lecam_weight": 0.1,
+    "adaptive_weight": True,
+    "updates_per_step": 2,
+}
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
@@ -86,9 +105,13 @@ def test_compiled_training_is_training(image_folder, graphs, precision):
     plain = fit(build(against(**SETTINGS)), image_folder, 2, precision=precision)
     compiled = fit(build(against(**SETTINGS), compile=True), image_folder, 2, precision=precision)
     for graph in graphs[1:3]:  # encoder and decoder, after a trial of the compiler
-        inputs = (node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder")
+        inputs = (
+            node.meta["example_value"] for node in graph.graph.nodes if node.op == "placeholder"
+        )
         half = [x for x in inputs if isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16]
-        assert (len(half) > 1) == (precision == "bf16-mixed")  # weights and biases, beside what comes in
+        assert (len(half) > 1) == (
+            precision == "bf16-mixed"
+        )  # weights and biases, beside what comes in
     assert compiled.encoder._compiled_call_impl is not None
     assert compiled.adversary.discriminator._compiled_call_impl is not None
     assert metrics(compiled) == metrics(plain)
@@ -105,17 +128,24 @@ class PartlyInFloat32(torch.nn.Sequential):
 
 
 def test_a_network_that_turns_autocast_off_is_compiled_as_it_is(graphs):
-    network, x = PartlyInFloat32(torch.nn.Conv2d(3, 2, 1), torch.nn.Conv2d(2, 3, 1)), torch.randn(1, 3, 8, 8)
+    network, x = (
+        PartlyInFloat32(torch.nn.Conv2d(3, 2, 1), torch.nn.Conv2d(2, 3, 1)),
+        torch.randn(1, 3, 8, 8),
+    )
     compile_networks([network], x.device)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(network(x), network.forward(x))
 
 
 @pytest.mark.slow
-def test_a_gradient_ratio_goes_through_a_graph_that_was_compiled_without_one(image_folder, monkeypatch):
+def test_a_gradient_ratio_goes_through_a_graph_that_was_compiled_without_one(
+    image_folder, monkeypatch
+):
     """The first step's backward pass compiles; the second one reports a ratio before its own."""
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, **options, backend="aot_eager"))
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compiler(f, **options, backend="aot_eager")
+    )
     model = fit(build(against(), compile=True), image_folder, 2, log_every_n_steps=2)
     assert "health/gradient_ratio" in metrics(model)
 
@@ -179,32 +209,48 @@ class Launches(TorchDispatchMode):
 
 
 ENCODER, DECODER = "model.params.encoder_config.params", "model.params.decoder_config.params"
-NO_BLOCKS = [f"{ENCODER}.extractor_resblocks=0", f"{ENCODER}.aggregate_resblocks=0", f"{DECODER}.num_res_blocks=0"]
+NO_BLOCKS = [
+    f"{ENCODER}.extractor_resblocks=0",
+    f"{ENCODER}.aggregate_resblocks=0",
+    f"{DECODER}.num_res_blocks=0",
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "overrides", "most"), [("A2", [], 2_150), ("B5", NO_BLOCKS, 1_780)])
+@pytest.mark.parametrize(
+    ("name", "overrides", "most"), [("A2", [], 2_150), ("B5", NO_BLOCKS, 1_780)]
+)
 def test_launches_of_compiled_steps(monkeypatch, name, overrides, most):
     """Whole steps in bfloat16 at full size, forward and backward passes and updates, without LPIPS, on an H100.
 
     B5's encoder and decoder, which are A2's, have no blocks here. Tensors are fake; GroupNorm is in float32.
     """
     compiler, launches, steps = torch.compile, Launches(), []
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compiler(f, **options, backend=launches.compile))
-    monkeypatch.setattr("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True)  # a GPU has it
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compiler(f, **options, backend=launches.compile)
+    )
+    monkeypatch.setattr(
+        "torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True
+    )  # a GPU has it
     h100 = SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(CpuInterface, "get_device_properties", lambda _: h100)
     monkeypatch.setattr(CpuInterface.Worker, "get_device_properties", lambda _: h100)
     DeviceProperties.create.cache_clear()
     without = ["model.params.lossconfig.params.lpips_weight=0", "model.params.val_metrics=[]"]
-    node = load([f"configs/imagenet/{name}.yaml"], [*without, "model.params.gradient_clip_val=1.0", *overrides])
+    node = load(
+        [f"configs/imagenet/{name}.yaml"],
+        [*without, "model.params.gradient_clip_val=1.0", *overrides],
+    )
     model, size = without_weights(node["model"]), node["data"]["params"]["size"]
     settings = {"cpu_backend": "triton", "layout_optimization": False, "fx_graph_cache": False}
     with inductor.patch(settings), FakeTensorMode(), launches:
         fake = without_memory(model)
         fake.__dict__.update(dict.fromkeys(("to", "cpu"), lambda *_: fake))
         batch = {"image": torch.empty(4, 3, size, size, dtype=torch.uint8)}
-        notes = {"callbacks": [Each(lambda _: steps.append(launches.count))], "log_every_n_steps": 0}
+        notes = {
+            "callbacks": [Each(lambda _: steps.append(launches.count))],
+            "log_every_n_steps": 0,
+        }
         bf16 = MixedPrecision("bf16-mixed", "cpu")
         trainer(2, limit_val_batches=0, plugins=[bf16], **notes).fit(fake, repeat(batch, 2))
     DeviceProperties.create.cache_clear()

@@ -7,10 +7,15 @@ import pytest
 from olvae.config import load
 from olvae.models.footprint import without_weights
 
-CONFIGS = {path.stem: path for path in sorted((Path(__file__).parent.parent.parent / "configs/deep").glob("*.yaml"))}
+CONFIGS = {
+    path.stem: path
+    for path in sorted((Path(__file__).parent.parent.parent / "configs/deep").glob("*.yaml"))
+}
 
 
-@pytest.mark.parametrize(("name", "factor"), [("f16c32", 16), ("f16c32_aligned", 16), ("f32c32", 32)])
+@pytest.mark.parametrize(
+    ("name", "factor"), [("f16c32", 16), ("f16c32_aligned", 16), ("f32c32", 32)]
+)
 def test_the_latent_is_what_the_name_says(name, factor):
     """Of the networks as configured; the factors of encoder and decoder agree, or it would not build."""
     if name.endswith("aligned"):

@@ -26,7 +26,9 @@ def test_a_backward_pass_by_hand():
         forward = live.now
         loss.backward()
     pixels, weights = 4 * 2 * 120, 4 * count_parameters(network)
-    assert forward == pixels * (8 + 8) + 4  # the output of the last layer is freed: its sum needs its shape alone
+    assert (
+        forward == pixels * (8 + 8) + 4
+    )  # the output of the last layer is freed: its sum needs its shape alone
     assert live.peak >= pixels * (8 + 8 + 8)  # and the gradient of SiLU's output
     del loss
     assert live.now == weights
@@ -38,7 +40,9 @@ def really_kept(images: int) -> int:
     batch = torch.randint(0, 256, (images, 3, 16, 16), dtype=torch.uint8)
 
     def forward() -> torch.Tensor:
-        step = Step(model.images({"image": batch}), None, None, warming_up=False, adversary_plays=False)
+        step = Step(
+            model.images({"image": batch}), None, None, warming_up=False, adversary_plays=False
+        )
         model.forward_pass(step)
         return model.autoencoder_loss(step)
 
@@ -50,18 +54,26 @@ def test_what_is_held_and_kept():
     model = build()
     before = {name: p.clone() for name, p in model.named_parameters()}
     plain, checkpointed = (footprint(model, 16, "32", checkpoint=on) for on in (None, True))
-    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters())
+    assert all(
+        torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters()
+    )
     assert not model.encoder.checkpoint
     assert not any(module._forward_pre_hooks for module in model.modules())
     kept = (really_kept(12) - really_kept(4)) / 8
     assert kept < plain.per_image < 1.25 * kept  # by gradients of activations
     assert 0.3 * plain.per_image < checkpointed.per_image < 0.7 * plain.per_image
     frozen = footprint(build(freeze_encoder=True, lossconfig=WITHOUT_KL), 16, "32")
-    assert plain.fixed - frozen.fixed >= 2 * 4 * count_parameters(model.encoder)  # neither gradients nor moments
+    assert plain.fixed - frozen.fixed >= 2 * 4 * count_parameters(
+        model.encoder
+    )  # neither gradients nor moments
     matrices = sum(p.numel() for p in model.autoencoder.parameters() if is_matrix(p))
-    assert plain.fixed - footprint(build(optimizer="muon"), 16, "32").fixed == 4 * matrices > 0  # one moment, not two
+    assert (
+        plain.fixed - footprint(build(optimizer="muon"), 16, "32").fixed == 4 * matrices > 0
+    )  # one moment, not two
     against_one = build(against(), use_ema=True)
-    held = 4 * count_parameters(model.autoencoder) + 3 * 4 * count_parameters(against_one.adversary.discriminator)
+    held = 4 * count_parameters(model.autoencoder) + 3 * 4 * count_parameters(
+        against_one.adversary.discriminator
+    )
     assert footprint(against_one, 16, "bf16").fixed - plain.fixed >= held
 
 
@@ -69,10 +81,15 @@ def test_checkpointing_in_diffusers_networks_counts():
     sizes = {"channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 4}
     halves = {"encoder": {"latent_dim": 8}, "decoder": {"z_channels": 4}}
     networks = {
-        f"{half}_config": {"target": f"olvae.modules.sdvae.SD{half.title()}", "params": {**sizes, **params}}
+        f"{half}_config": {
+            "target": f"olvae.modules.sdvae.SD{half.title()}",
+            "params": {**sizes, **params},
+        }
         for half, params in halves.items()
     }
-    plain, checkpointed = (footprint(build(**networks), 16, "32", checkpoint=on) for on in (None, True))
+    plain, checkpointed = (
+        footprint(build(**networks), 16, "32", checkpoint=on) for on in (None, True)
+    )
     assert checkpointed.per_image < 0.7 * plain.per_image
     assert checkpointed.flop > 1.1 * plain.flop
     assert footprint(build(checkpoint=True, **networks), 16, "32") == checkpointed
@@ -82,7 +99,9 @@ def test_operations_of_a_real_step_of_both_players():
     """Through Lightning, with what autograd really computes."""
     with FlopCounterMode(display=False) as counter:
         time_steps(build(against()), 16, 4, 0, "cpu")
-    assert footprint(build(against()), 16, "32").flop == pytest.approx(counter.get_total_flops() / 4, rel=0.01)
+    assert footprint(build(against()), 16, "32").flop == pytest.approx(
+        counter.get_total_flops() / 4, rel=0.01
+    )
 
 
 @pytest.mark.parametrize(
@@ -95,7 +114,9 @@ def test_operations_of_a_real_step_of_both_players():
     ids=["lpips", "esrgan"],
 )
 def test_perceptual_networks_are_counted_without_their_files(monkeypatch, params, weights):
-    monkeypatch.setattr(perceptual, "find_weights", lambda *args, **kwargs: pytest.fail("no file is needed"))
+    monkeypatch.setattr(
+        perceptual, "find_weights", lambda *args, **kwargs: pytest.fail("no file is needed")
+    )
     model = without_weights(tiny_config(lossconfig=objective(**params))["model"])
     assert next(model.parameters()).device.type == "meta"
     found, without = (footprint(m, 32, "bf16") for m in (model, build()))

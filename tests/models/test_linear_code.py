@@ -43,7 +43,9 @@ def code(n: int = 5) -> LiteVAE:
 def patches_of(x: torch.Tensor) -> np.ndarray:
     """(n, h, w, 3 F F) in float64: channel by channel, row by row."""
     n, c, height, width = x.shape
-    blocks = x.double().numpy().reshape(n, c, height // F, F, width // F, F).transpose(0, 2, 4, 1, 3, 5)
+    blocks = (
+        x.double().numpy().reshape(n, c, height // F, F, width // F, F).transpose(0, 2, 4, 1, 3, 5)
+    )
     return blocks.reshape(n, height // F, width // F, c * F * F)
 
 
@@ -72,7 +74,9 @@ def test_the_fit_is_numpys(size):
     inside = patches[:, border : size // F - border, border : size // F - border]
     codes = np.pad(codes * signs, ((0, 0), (1 - border,) * 2, (1 - border,) * 2, (0, 0)), "edge")
     around = sliding_window_view(codes, (3, 3), axis=(1, 2)).reshape(*inside.shape[:3], -1)
-    design = np.concatenate([around, np.ones((*around.shape[:3], 1))], axis=3).reshape(-1, around.shape[-1] + 1)
+    design = np.concatenate([around, np.ones((*around.shape[:3], 1))], axis=3).reshape(
+        -1, around.shape[-1] + 1
+    )
     solution, *_ = np.linalg.lstsq(design, inside.reshape(len(design), -1), rcond=None)
     expected = (design @ solution).reshape(inside.shape)
     with torch.no_grad():
@@ -86,10 +90,15 @@ def test_with_a_teacher_both_halves_fit_its_latents():
     teacher, model, images, seen = code(3), code(3), crops(), []
     fit_linear_paths(model, images, lambda x: seen.append(len(x)) or teacher.encode(x).mean)
     assert sum(seen) == len(images)  # each crop once, for both halves
-    torch.testing.assert_close(model.encoder.linear.weight, teacher.encoder.linear.weight, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        model.encoder.linear.weight, teacher.encoder.linear.weight, rtol=1e-3, atol=1e-4
+    )
     own = code(3)
     own.encoder.load_state_dict(teacher.encoder.state_dict())
-    own.encoder.linear, kept = None, own.encoder.linear  # a decoder alone is fitted to what the encoder gives
+    own.encoder.linear, kept = (
+        None,
+        own.encoder.linear,
+    )  # a decoder alone is fitted to what the encoder gives
     own.encoder.forward = lambda x: torch.cat((kept(x), kept(x)), dim=1)
     fit_linear_paths(own, images)
     torch.testing.assert_close(model.decoder.linear.weight, own.decoder.linear.weight)
@@ -122,7 +131,9 @@ def test_what_is_measured_is_what_validation_will_see(tmp_path, monkeypatch):
         Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / f"{i:02}.png")
     source = FolderSource(str(tmp_path), 16, 4, val_fraction=0.5, channels=1)
     model = LiteVAE(LinearEncoder(8, 1, 4), LinearDecoder(4, 1, 4))
-    monkeypatch.setattr(linear_code, "psnr", lambda x, _: math.inf if x.amin() == x.amax() else 20.0)
+    monkeypatch.setattr(
+        linear_code, "psnr", lambda x, _: math.inf if x.amin() == x.amax() else 20.0
+    )
     mean, line = start_linearly(model, source, 0, CPU)
     assert mean == 20
     assert f"20.00 dB on {source.val_images} validation images" in line
@@ -199,10 +210,15 @@ def test_exports_and_files_have_the_paths(tmp_path):
 
 
 def test_its_psnr_is_behind_a_quantizer(image_folder):
-    model, data = with_quantizer(8).autoencoder, FolderSource(str(image_folder), 32, 4, val_fraction=0.2)
+    model, data = (
+        with_quantizer(8).autoencoder,
+        FolderSource(str(image_folder), 32, 4, val_fraction=0.2),
+    )
     torch.nn.init.orthogonal_(model.quantizer.post_quant_conv.weight)
     found, _ = start_linearly(model, data, 0, CPU, fresh=["decoder"])
     with torch.no_grad():
         images = torch.cat([batch["image"] for batch in data.val_loader()])
-        y = model.decoder.linear_path(model.quantizer.post_quant_conv(model.encode(from_uint8(images)).mean))
+        y = model.decoder.linear_path(
+            model.quantizer.post_quant_conv(model.encode(from_uint8(images)).mean)
+        )
     assert found == pytest.approx(psnr(images, to_uint8(y)).mean().item(), abs=1e-4)

@@ -45,9 +45,19 @@ def narrow_models() -> dict[str, dict[str, Any]]:
         node = load([path])["model"]
         if "from" in node:
             continue
-        networks = ("encoder_config", "decoder_config", "adversary_config", "embed_dim", "use_quant", "initial_logvar")
+        networks = (
+            "encoder_config",
+            "decoder_config",
+            "adversary_config",
+            "embed_dim",
+            "use_quant",
+            "initial_logvar",
+        )
         params = {name: node["params"][name] for name in networks if name in node["params"]}
-        params["lossconfig"] = {"target": "olvae.losses.objective.Objective", "params": {"lpips_weight": 0}}
+        params["lossconfig"] = {
+            "target": "olvae.losses.objective.Objective",
+            "params": {"lpips_weight": 0},
+        }
         if "Tiny" in params["encoder_config"]["target"]:  # whose latents have no distribution
             params["lossconfig"]["params"]["kl_weight"] = 0
         parts = [params["decoder_config"]]
@@ -60,11 +70,16 @@ def narrow_models() -> dict[str, dict[str, Any]]:
         if "adversary_config" in params:
             discriminator = params["adversary_config"]["params"]["discriminator_config"]
             params["adversary_config"]["params"] = {"discriminator_config": discriminator}
-            widths = {"UNetGAN": {"base_channels": 8}, "GigaGAN": {"max_channels": 16, "heads": 2, "head_channels": 8}}
+            widths = {
+                "UNetGAN": {"base_channels": 8},
+                "GigaGAN": {"max_channels": 16, "heads": 2, "head_channels": 8},
+            }
             name = discriminator["target"].rpartition(".")[2]
             discriminator["params"] = {**discriminator.get("params", {}), **widths.get(name, {})}
         name = path.relative_to(ROOT).as_posix()
-        models.setdefault(json.dumps(params, sort_keys=True), (name, {"target": node["target"], "params": params}))
+        models.setdefault(
+            json.dumps(params, sort_keys=True), (name, {"target": node["target"], "params": params})
+        )
     return dict(models.values())
 
 
@@ -78,7 +93,9 @@ def test_every_parameter_of_every_config_learns(name):
     node = NARROW_MODELS[name]
     model = instantiate(node)
     for network in (model.encoder, model.decoder):
-        if network.linear is not None:  # the network beside it starts with zeros, which no gradient passes
+        if (
+            network.linear is not None
+        ):  # the network beside it starts with zeros, which no gradient passes
             torch.nn.init.normal_(last_convolution(network).weight, std=0.1)
     channels = model.encoder.in_channels
     x = torch.rand(1, channels, 32, 32) * 2 - 1
@@ -86,8 +103,14 @@ def test_every_parameter_of_every_config_learns(name):
     total.backward()
     if model.adversary is not None:
         # At the size that it is made for. Squares, because hinge's slopes for real and fake cancel in the biases.
-        size = node["params"]["adversary_config"]["params"]["discriminator_config"].get("params", {}).get("image_size")
-        logits = model.adversary.discriminator(torch.rand(2, channels, size or 64, size or 64) * 2 - 1)
+        size = (
+            node["params"]["adversary_config"]["params"]["discriminator_config"]
+            .get("params", {})
+            .get("image_size")
+        )
+        logits = model.adversary.discriminator(
+            torch.rand(2, channels, size or 64, size or 64) * 2 - 1
+        )
         torch.stack([(t + 0.1).square().mean() for t in logits]).sum().backward()
     for name, p in model.named_parameters():
         assert p.grad is not None, name

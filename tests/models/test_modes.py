@@ -6,17 +6,37 @@ import torch
 from olvae import LiteVAE
 from olvae.config import ConfigError
 from tests.conftest import parts
-from tests.models.steps import WITHOUT_KL, Each, against, assert_same, build, fit, metrics, moved, objective, snapshot
+from tests.models.steps import (
+    WITHOUT_KL,
+    Each,
+    against,
+    assert_same,
+    build,
+    fit,
+    metrics,
+    moved,
+    objective,
+    snapshot,
+)
 
 
 @pytest.mark.parametrize("adversary", [None, against(weight=0.5)], ids=["a", "b"])
 def test_a_frozen_encoder(image_folder, updates, adversary):
-    model = build(adversary, use_quant=True, freeze_encoder=True, use_ema=True, ema_decay=0.5, lossconfig=WITHOUT_KL)
+    model = build(
+        adversary,
+        use_quant=True,
+        freeze_encoder=True,
+        use_ema=True,
+        ema_decay=0.5,
+        lossconfig=WITHOUT_KL,
+    )
     start, modes = snapshot(model), []
     fit(model, image_folder, 3, callbacks=[Each(lambda m: modes.append(m.encoder.training))])
     changed = moved(start, snapshot(model))
     frozen = {name for name in start if name.startswith(("encoder.", "quantizer.quant_conv."))}
-    trained = {name for name in start if name.startswith(("decoder.", "quantizer.post_quant_conv."))}
+    trained = {
+        name for name in start if name.startswith(("decoder.", "quantizer.post_quant_conv."))
+    }
     assert not frozen & changed
     assert len(trained & changed) > 0.9 * len(trained)
     assert modes == [False] * 3
@@ -26,10 +46,18 @@ def test_a_frozen_encoder(image_folder, updates, adversary):
 
 FIXED = {
     "embed_dim": 12,
-    "encoder_config": {"target": "olvae.modules.litevae.encoder_model.WaveletEncoder", "params": {"image_size": 16}},
+    "encoder_config": {
+        "target": "olvae.modules.litevae.encoder_model.WaveletEncoder",
+        "params": {"image_size": 16},
+    },
     "decoder_config": {
         "target": "olvae.modules.litevae.decoder_model.LiteVAE_Decoder",
-        "params": {"channels": 8, "z_channels": 12, "channel_mult": [1, 1, 1, 1], "num_res_blocks": 0},
+        "params": {
+            "channels": 8,
+            "z_channels": 12,
+            "channel_mult": [1, 1, 1, 1],
+            "num_res_blocks": 0,
+        },
     },
     "lossconfig": WITHOUT_KL,
 }
@@ -48,13 +76,21 @@ def test_a_fixed_encoder(image_folder, tmp_path):
 
 
 def test_a_fixed_encoder_says_what_it_needs():
-    with pytest.raises(ConfigError, match=r"freeze_encoder: WaveletEncoder has nothing to train: set it to true"):
+    with pytest.raises(
+        ConfigError, match=r"freeze_encoder: WaveletEncoder has nothing to train: set it to true"
+    ):
         build(**FIXED)
-    with pytest.raises(ConfigError, match=r"initial_logvar: WaveletEncoder learns no log-variances: leave it out"):
+    with pytest.raises(
+        ConfigError, match=r"initial_logvar: WaveletEncoder learns no log-variances: leave it out"
+    ):
         build(freeze_encoder=True, initial_logvar=-4.0, **FIXED)
     narrow = {**FIXED["encoder_config"], "params": {"image_size": 16, "latent_dim": 12}}
     mixed = build(use_quant=True, **{**FIXED, "encoder_config": narrow, "lossconfig": objective()})
-    assert {name for name, _ in mixed.named_parameters() if not name.startswith(("decoder.", "quantizer."))} == set()
+    assert {
+        name
+        for name, _ in mixed.named_parameters()
+        if not name.startswith(("decoder.", "quantizer."))
+    } == set()
 
 
 @pytest.mark.parametrize(
@@ -70,9 +106,18 @@ def test_a_fixed_encoder_says_what_it_needs():
             "parts.anchor: the encoder is frozen",
         ),
         ({"freeze_encoder": True, "freeze_decoder": True}, "nothing is left to train"),
-        ({"freeze_decoder": True, "parts": parts(latent_noise={"std": 0.1})}, "the decoder is frozen"),
-        ({"freeze_decoder": True, "adversary_config": against()}, "an adversary has nothing to train"),
-        ({"checkpoint": True, "parts": parts(activation_bound={"bound": 1.0})}, "checkpoint, parts.activation_bound: "),
+        (
+            {"freeze_decoder": True, "parts": parts(latent_noise={"std": 0.1})},
+            "the decoder is frozen",
+        ),
+        (
+            {"freeze_decoder": True, "adversary_config": against()},
+            "an adversary has nothing to train",
+        ),
+        (
+            {"checkpoint": True, "parts": parts(activation_bound={"bound": 1.0})},
+            "checkpoint, parts.activation_bound: ",
+        ),
         (
             {"checkpoint": "encoder", "freeze_encoder": True, "lossconfig": WITHOUT_KL},
             "checkpoint: the encoder is frozen",
@@ -89,7 +134,11 @@ def test_computing_steps_again_changes_nothing_else(image_folder, checkpoint):
     """Weights after three steps with an adversary and averages, bit for bit; the average keeps its names."""
     settings = {"use_ema": True, "sample_posterior": True}
     plain, again = (
-        fit(build(against(weight=0.5, adaptive_weight=True), checkpoint=value, **settings), image_folder, 3)
+        fit(
+            build(against(weight=0.5, adaptive_weight=True), checkpoint=value, **settings),
+            image_folder,
+            3,
+        )
         for value in (False, checkpoint)
     )
     assert_same(snapshot(plain), snapshot(again))

@@ -37,7 +37,9 @@ def weights(*shapes: tuple[int, ...]) -> list[nn.Parameter]:
 def train(optimizer: torch.optim.Optimizer, steps: int = 4, first: int = 0) -> None:
     for step in range(first, first + steps):
         for p in parameters_of(optimizer):
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + p.numel()))
+            p.grad = torch.randn(
+                p.shape, generator=torch.Generator().manual_seed(100 * step + p.numel())
+            )
         optimizer.step()
 
 
@@ -47,7 +49,12 @@ def test_matrices_against_torchs_muon():
     ours, theirs = weights((8, 24), (24, 8), (12, 8, 3, 3)), weights((8, 24), (24, 8), (12, 72))
     begin = [p.detach().clone() for p in theirs]
     train(Muon(ours, RATE, BETAS))
-    settings = {"weight_decay": 0.0, "momentum": BETAS[0], "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
+    settings = {
+        "weight_decay": 0.0,
+        "momentum": BETAS[0],
+        "nesterov": True,
+        "adjust_lr_fn": "match_rms_adamw",
+    }
     train(torch.optim.Muon(theirs, lr=RATE * RMS / 0.2, **settings))
     for one, other, start in zip(ours, theirs, begin, strict=True):
         change = other.detach() - start
@@ -88,7 +95,10 @@ def test_under_torchs_loss_scaler():
     optimizer, scaler = Muon(scaled, RATE, BETAS), torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(torch.zeros(()))
     train(Muon(plain, RATE, BETAS), 1)
-    for gradients in ([1024 * p.grad for p in plain], [torch.full_like(p, torch.inf) for p in plain]):
+    for gradients in (
+        [1024 * p.grad for p in plain],
+        [torch.full_like(p, torch.inf) for p in plain],
+    ):
         for p, gradient in zip(scaled, gradients, strict=True):
             p.grad = gradient
         scaler.step(optimizer)
@@ -108,7 +118,9 @@ def test_loaded_state_continues_bit_for_bit():
     saved = begun.state_dict()
     saved["state"][0]["step"] = saved["state"][0]["step"].double()
     continued.load_state_dict(saved)
-    assert continued.state[halves[1]]["step"].dtype == torch.float32  # and on the weight's device: for fused kernels
+    assert (
+        continued.state[halves[1]]["step"].dtype == torch.float32
+    )  # and on the weight's device: for fused kernels
     train(continued, 2, first=2)
     assert all(torch.equal(one, two) for one, two in zip(whole, halves, strict=True))
     halves[0].grad, halves[1].grad = None, None

@@ -27,7 +27,11 @@ class Before(pl.Callback):
 
 def state(model: LiteAutoencoderKL) -> dict[str, torch.Tensor]:
     """Weights, buffers, averages and the optimizers' states; not the count of the discriminator's updates."""
-    found = {name: t.clone() for name, t in model.state_dict().items() if not name.endswith("_extra_state")}
+    found = {
+        name: t.clone()
+        for name, t in model.state_dict().items()
+        if not name.endswith("_extra_state")
+    }
     found |= {f"average.{n}": t.clone() for n, t in find_average(model.trainer)._other.items()}
     for i, optimizer in enumerate(model.trainer.optimizers):
         for j, values in optimizer.state_dict()["state"].items():
@@ -69,11 +73,23 @@ def spoil_gradient(model: LiteAutoencoderKL, side: str, factor: float) -> None:
 
 CASES = {
     "a loss is nan": (lambda m: spoil_losses(m, "kl", math.nan), "kl"),
-    "the discriminator's": (lambda m: spoil_discriminator(m, "discriminator", math.nan), "discriminator"),
+    "the discriminator's": (
+        lambda m: spoil_discriminator(m, "discriminator", math.nan),
+        "discriminator",
+    ),
     "LeCam": (lambda m: spoil_discriminator(m, "lecam", math.inf), "lecam"),
-    "a gradient": (lambda m: spoil_gradient(m, "autoencoder", math.inf), "gradient of the autoencoder"),
-    "the other gradient": (lambda m: spoil_gradient(m, "adversary", math.nan), "gradient of the discriminator"),
-    "an infinite square": (lambda m: spoil_gradient(m, "autoencoder", 1e30), "gradient of the autoencoder"),
+    "a gradient": (
+        lambda m: spoil_gradient(m, "autoencoder", math.inf),
+        "gradient of the autoencoder",
+    ),
+    "the other gradient": (
+        lambda m: spoil_gradient(m, "adversary", math.nan),
+        "gradient of the discriminator",
+    ),
+    "an infinite square": (
+        lambda m: spoil_gradient(m, "autoencoder", 1e30),
+        "gradient of the autoencoder",
+    ),
 }
 
 
@@ -88,8 +104,16 @@ def test_a_bad_step_changes_nothing(image_folder, case):
     fit(model, image_folder, 5, callbacks=[before])
     history = before.history
     assert_same(history[BAD], history[BAD + 1])
-    for part in ("encoder.", "adversary.discriminator.", "adversary.lecam.", "average.", "optimizer.1."):
-        assert any(not torch.equal(history[BAD][n], t) for n, t in history[4].items() if n.startswith(part)), part
+    for part in (
+        "encoder.",
+        "adversary.discriminator.",
+        "adversary.lecam.",
+        "average.",
+        "optimizer.1.",
+    ):
+        assert any(
+            not torch.equal(history[BAD][n], t) for n, t in history[4].items() if n.startswith(part)
+        ), part
     assert all(t.isfinite().all() for t in history[4].values())
     seen = model.guard.collect()
     assert [step is None for step in seen] == [True, True, False, True, True]
@@ -113,7 +137,9 @@ def test_one_micro_batch_spoils_the_update_and_is_named(image_folder):
 
 def test_a_bad_update_of_several_of_the_discriminator(image_folder):
     """It alone is undone: what is left is a step with one update."""
-    model = build(against(updates_per_step=2, **EVERYTHING), use_ema=True, accumulate_grad_batches=2)
+    model = build(
+        against(updates_per_step=2, **EVERYTHING), use_ema=True, accumulate_grad_batches=2
+    )
     calls, keys = [], []
     whole, begin = model.adversary.discriminator_loss, model.guard.begin_micro_batch
     model.guard.begin_micro_batch = lambda names: (keys.append(names), begin(names))
@@ -121,7 +147,9 @@ def test_a_bad_update_of_several_of_the_discriminator(image_folder):
     def spoilt(real, fake):
         loss, logs = whole(real, fake)
         calls.append(1)
-        return (loss * math.nan, logs) if len(calls) == 3 else (loss, logs)  # the second update of the first step
+        return (
+            (loss * math.nan, logs) if len(calls) == 3 else (loss, logs)
+        )  # the second update of the first step
 
     model.adversary.discriminator_loss = spoilt
     before, once = Before(), Before()
@@ -151,11 +179,19 @@ def test_a_bad_step_in_the_discriminators_warm_up(image_folder):
     history = []
 
     def look(m: LiteAutoencoderKL) -> None:
-        history.append({n: t.clone() for n, t in m.adversary.state_dict().items() if n != "_extra_state"})
+        history.append(
+            {n: t.clone() for n, t in m.adversary.state_dict().items() if n != "_extra_state"}
+        )
 
     fit(model, image_folder, 1, callbacks=[Each(look)])
     assert_same(history[BAD - 1], history[BAD])
-    assert [step is not None for step in model.guard.collect()] == [False, False, True, False, False]
+    assert [step is not None for step in model.guard.collect()] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 def test_a_loss_that_is_not_finite_makes_all_gradients_so():

@@ -36,14 +36,20 @@ def _guard() -> None:
     """On a build without CUDA, autograd asks for a device guard where a parameter is used: the CPU's does nothing."""
     if not torch.cuda._is_compiled():
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-        registry = (ctypes.c_void_p * 2).in_dll(library, "_ZN3c104impl26device_guard_impl_registryE")
+        registry = (ctypes.c_void_p * 2).in_dll(
+            library, "_ZN3c104impl26device_guard_impl_registryE"
+        )
         registry[1] = registry[1] or registry[0]
 
 
 @contextlib.contextmanager
 def autocast(dtype: torch.dtype) -> Iterator[None]:
     """What torch.autocast("cuda") sets, which turns itself off without a GPU."""
-    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.is_autocast_cache_enabled()
+    before = (
+        torch.is_autocast_enabled("cuda"),
+        torch.get_autocast_dtype("cuda"),
+        torch.is_autocast_cache_enabled(),
+    )
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", dtype)
     torch.set_autocast_cache_enabled(False)
@@ -79,7 +85,9 @@ class Operations(TorchDispatchMode):
 class Optimizer:
     """Lightning's wrapper, as far as a step sees it."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, trainer: SimpleNamespace, counts: bool) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, trainer: SimpleNamespace, counts: bool
+    ) -> None:
         self.optimizer, self.param_groups = optimizer, optimizer.param_groups
         self.zero_grad, self.trainer, self.counts = optimizer.zero_grad, trainer, counts
 
@@ -98,7 +106,9 @@ def on_gpu(model: LiteAutoencoderKL, monkeypatch, dtype: torch.dtype) -> LiteAut
     monkeypatch.setattr("torch.cuda.amp.common.amp_definitely_not_available", lambda: False)
     with GPU:
         model = footprint.without_memory(model)
-    trainer = SimpleNamespace(global_step=0, global_rank=0, world_size=1, log_every_n_steps=2, max_steps=100)
+    trainer = SimpleNamespace(
+        global_step=0, global_rank=0, world_size=1, log_every_n_steps=2, max_steps=100
+    )
     scaler = torch.amp.GradScaler("cuda") if dtype == torch.float16 else None
     trainer.precision_plugin, trainer.strategy, trainer.callbacks = (
         SimpleNamespace(scaler=scaler),
@@ -120,20 +130,33 @@ def on_gpu(model: LiteAutoencoderKL, monkeypatch, dtype: torch.dtype) -> LiteAut
     optimizers, schedules = model.configure_optimizers()
     wrapped = [Optimizer(o, trainer, i == 0) for i, o in enumerate(optimizers)]
     logged = {}
-    model.__dict__.update(optimizers=lambda: wrapped, lr_schedulers=lambda: schedules, manual_backward=fill)
+    model.__dict__.update(
+        optimizers=lambda: wrapped, lr_schedulers=lambda: schedules, manual_backward=fill
+    )
     model.__dict__.update(log_dict=logged.update, logged=logged, log=logged.__setitem__)
-    monkeypatch.setattr("olvae.models.liteautoencoder.gradient_ratio", lambda *_: torch.empty((), device=GPU))
-    monkeypatch.setattr("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True)  # a GPU has it
+    monkeypatch.setattr(
+        "olvae.models.liteautoencoder.gradient_ratio", lambda *_: torch.empty((), device=GPU)
+    )
+    monkeypatch.setattr(
+        "torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True
+    )  # a GPU has it
     for average in trainer.callbacks:
         average.on_fit_start(trainer, model)
     model.on_train_start()
     return model
 
 
-def validate(model: LiteAutoencoderKL, images: torch.Tensor, dtype: torch.dtype, monkeypatch) -> None:
+def validate(
+    model: LiteAutoencoderKL, images: torch.Tensor, dtype: torch.dtype, monkeypatch
+) -> None:
     """Validation, and an evaluation of images on the CPU: they go to the GPU once, and numbers alone come back."""
     monkeypatch.setattr(FakeTensor, "tolist", lambda x: [0.5] * len(x))
-    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+    for name in (
+        "synchronize",
+        "reset_peak_memory_stats",
+        "memory_allocated",
+        "max_memory_allocated",
+    ):
         monkeypatch.setattr(torch.cuda, name, lambda *_: 0)
     model.eval()
     model.on_validation_epoch_start()
@@ -146,16 +169,28 @@ def validate(model: LiteAutoencoderKL, images: torch.Tensor, dtype: torch.dtype,
     monkeypatch.setattr(autoencoder, "to", lambda _: autoencoder, raising=False)  # it is there
     trip = RoundTrip(autoencoder, "cuda:0", seed=0)
     with Operations() as operations, torch.no_grad():
-        done = RoundTrip.__call__.__wrapped__(trip, ["a", "b"], torch.empty_like(images, device="cpu"))
-    assert (done.latents.device, done.images.device, done.images.dtype) == (GPU, torch.device("cpu"), torch.uint8)
+        done = RoundTrip.__call__.__wrapped__(
+            trip, ["a", "b"], torch.empty_like(images, device="cpu")
+        )
+    assert (done.latents.device, done.images.device, done.images.dtype) == (
+        GPU,
+        torch.device("cpu"),
+        torch.uint8,
+    )
     assert len(operations.found) == 3, operations.found  # the images, their noise, the levels
     assert {of for _, of in operations.products} == {torch.float32}
 
 
-def take_steps(config, monkeypatch, steps: int, dtype=torch.bfloat16) -> tuple[LiteAutoencoderKL, list[Operations]]:
+def take_steps(
+    config, monkeypatch, steps: int, dtype=torch.bfloat16
+) -> tuple[LiteAutoencoderKL, list[Operations]]:
     """Steps of two images, of which every second one is logged; the others wait for nothing. Then a validation."""
     size, taken = config["data"]["params"]["size"], []
-    config["model"]["params"] |= {"gradient_clip_val": 1.0, "learning_rate": 1e-4, "val_metrics": []}  # no downloads
+    config["model"]["params"] |= {
+        "gradient_clip_val": 1.0,
+        "learning_rate": 1e-4,
+        "val_metrics": [],
+    }  # no downloads
     without = footprint.without_weights(config["model"])
     with FakeTensorMode():
         model = on_gpu(without, monkeypatch, dtype)

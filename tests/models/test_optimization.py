@@ -6,11 +6,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from olvae.models.optimization import grad_scaler, gradient_ratio, lr_factor, make_optimizer, mix_seeds
+from olvae.models.optimization import (
+    grad_scaler,
+    gradient_ratio,
+    lr_factor,
+    make_optimizer,
+    mix_seeds,
+)
 
 
 def test_seeds_differ_with_every_number_and_with_their_order():
-    grid = [(seed, step, micro, rank) for seed in (0, 1, 7) for step in range(9) for micro in (0, 1) for rank in (0, 1)]
+    grid = [
+        (seed, step, micro, rank)
+        for seed in (0, 1, 7)
+        for step in range(9)
+        for micro in (0, 1)
+        for rank in (0, 1)
+    ]
     seeds = [mix_seeds(*numbers) for numbers in grid]
     assert len(set(seeds)) == len(grid)
     assert seeds == [mix_seeds(*numbers) for numbers in grid]
@@ -26,7 +38,9 @@ def test_rates():
 
 def module(decoder: nn.Module, scaler=None) -> SimpleNamespace:
     """What gradient_ratio asks of a LightningModule in training."""
-    return SimpleNamespace(decoder=decoder, trainer=SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler)))
+    return SimpleNamespace(
+        decoder=decoder, trainer=SimpleNamespace(precision_plugin=SimpleNamespace(scaler=scaler))
+    )
 
 
 def two_losses(decoder: nn.Module) -> tuple[Tensor, Tensor, float]:
@@ -55,7 +69,9 @@ def test_gradient_ratio_by_hand(decoder):
     assert ratio.item() == pytest.approx(by_hand, rel=1e-5)
     assert ratio.item() == pytest.approx(4 * 2**0.5, rel=1e-5)
     assert (ratio.dtype, ratio.requires_grad) == (torch.float32, False)
-    assert gradient_ratio(module(decoder), other, one).item() == pytest.approx(1 / by_hand, rel=1e-5)
+    assert gradient_ratio(module(decoder), other, one).item() == pytest.approx(
+        1 / by_hand, rel=1e-5
+    )
     assert 1e9 < gradient_ratio(module(decoder), one, 0.0 * other).item() < float("inf")
     assert decoder[0].weight.grad is None
     (one + other).backward()  # what follows in a step
@@ -69,7 +85,9 @@ def test_the_loss_scale_does_not_show(decoder):
     assert gradient_ratio(module(decoder, scaler), one, 0.0 * other).item() == pytest.approx(
         gradient_ratio(module(decoder), one, 0.0 * other).item(), rel=1e-5
     )
-    assert gradient_ratio(module(decoder, scaler), one, other).item() == pytest.approx(by_hand, rel=1e-5)
+    assert gradient_ratio(module(decoder, scaler), one, other).item() == pytest.approx(
+        by_hand, rel=1e-5
+    )
 
 
 def test_the_loss_scale_saves_gradients_that_half_precision_would_lose(decoder):
@@ -78,7 +96,9 @@ def test_the_loss_scale_saves_gradients_that_half_precision_would_lose(decoder):
     one, other = (1e-9 * factor * weight.half().float().sum() for factor in (3.0, 1.0))
     assert gradient_ratio(module(decoder), one, other).item() == 0.0
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
-    assert gradient_ratio(module(decoder, scaler), one, other).item() == pytest.approx(3.0, rel=1e-2)
+    assert gradient_ratio(module(decoder, scaler), one, other).item() == pytest.approx(
+        3.0, rel=1e-2
+    )
 
 
 def test_over_ranks_the_gradients_are_averaged_before_their_norm(decoder, monkeypatch):
@@ -104,7 +124,9 @@ def test_loaded_moments_have_the_strides_of_their_parameters(name):
     torch.manual_seed(0)
     weights, gradients = torch.randn(8, 8, 3, 3), torch.randn(3, 8, 8, 3, 3)
 
-    def trained(steps: range, layout: torch.memory_format, state: dict | None = None, start=weights):
+    def trained(
+        steps: range, layout: torch.memory_format, state: dict | None = None, start=weights
+    ):
         parameter = nn.Parameter(start.clone(memory_format=layout))
         optimizer = make_optimizer(name, [parameter], 0.1, (0.5, 0.9))
         if state is not None:
@@ -130,7 +152,10 @@ def test_a_loaded_optimizer_keeps_its_own_rate_and_betas():
     weights = [nn.Parameter(torch.ones(3))]
     before = make_optimizer("adam", weights, 0.3, (0.5, 0.9))
     before.param_groups[0] |= {"initial_lr": 0.3, "lr": 0.3 * 0.7}
-    same, other = make_optimizer("adam", weights, 0.3, (0.5, 0.9)), make_optimizer("adam", weights, 0.03, (0.0, 0.99))
+    same, other = (
+        make_optimizer("adam", weights, 0.3, (0.5, 0.9)),
+        make_optimizer("adam", weights, 0.03, (0.0, 0.99)),
+    )
     for optimizer in (same, other):
         optimizer.load_state_dict(before.state_dict())
     assert same.state_dict() == before.state_dict()

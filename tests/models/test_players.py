@@ -6,7 +6,10 @@ from itertools import repeat
 
 import pytest
 import torch
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
+    allreduce_hook,
+    bf16_compress_hook,
+)
 
 from olvae.models.optimization import PlayersStrategy
 from olvae.modules.base import count_parameters
@@ -47,7 +50,9 @@ class Counting(PlayersStrategy):
 def train(strategy, adversary=None, batches: int = 4, **model):
     module = build(adversary, **model)
     batch = {"image": torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)}
-    trainer(-1, max_epochs=1, devices=1, strategy=strategy, limit_val_batches=0).fit(module, repeat(batch, batches))
+    trainer(-1, max_epochs=1, devices=1, strategy=strategy, limit_val_batches=0).fit(
+        module, repeat(batch, batches)
+    )
     return module
 
 
@@ -61,7 +66,9 @@ def test_each_player_sends_its_own_gradients_once_an_update(accumulated):
     module = train(strategy, against(), accumulate_grad_batches=accumulated)
     updates = 4 // accumulated
     trained = {"autoencoder": module.autoencoder, "discriminator": module.adversary.discriminator}
-    assert totals(strategy) == {name: updates * 4 * count_parameters(part) for name, part in trained.items()}
+    assert totals(strategy) == {
+        name: updates * 4 * count_parameters(part) for name, part in trained.items()
+    }
 
 
 def test_further_updates_and_a_warm_up_send_the_discriminators_alone():
@@ -93,7 +100,9 @@ def test_parameters_that_a_step_does_not_use():
     adversary = against({**PATCHGAN, "target": f"{__name__}.Unused"})
     with pytest.raises(RuntimeError, match="find_unused_parameters"):
         train(PlayersStrategy(), adversary, batches=2)
-    assert train(PlayersStrategy(find_unused_parameters=True), adversary, batches=2).global_step == 2
+    assert (
+        train(PlayersStrategy(find_unused_parameters=True), adversary, batches=2).global_step == 2
+    )
 
 
 def test_a_hook_halves_the_bytes_of_both_players():
@@ -106,10 +115,14 @@ def test_a_hook_halves_the_bytes_of_both_players():
         return bf16_compress_hook(None, bucket)
 
     module = train(PlayersStrategy(ddp_comm_hook=hook), against(), batches=1)
-    assert sum(sent) == count_parameters(module.autoencoder) + count_parameters(module.adversary.discriminator)
+    assert sum(sent) == count_parameters(module.autoencoder) + count_parameters(
+        module.adversary.discriminator
+    )
     plain = snapshot(train("auto", against(), batches=1))
     for name, p in snapshot(module).items():
-        torch.testing.assert_close(p, plain[name], rtol=0, atol=2.5e-4)  # Adam's first step is of the rate, 1e-4
+        torch.testing.assert_close(
+            p, plain[name], rtol=0, atol=2.5e-4
+        )  # Adam's first step is of the rate, 1e-4
 
 
 def test_bfloat16_on_the_wire_of_two_processes_is_the_mean_but_for_its_rounding(updates):
@@ -121,8 +134,13 @@ def test_bfloat16_on_the_wire_of_two_processes_is_the_mean_but_for_its_rounding(
         batch = {"image": torch.full((2, 3, 16, 16), 200 * rank, dtype=torch.uint8)}
         for hook in hooks:
             strategy = PlayersStrategy(ddp_comm_hook=hook)
-            trainer(1, devices=2, strategy=strategy, limit_val_batches=0).fit(build(against()), repeat(batch, 1))
-        found = [torch.cat([g.flatten() for u in half for g in u.gradients]) for half in (updates[:2], updates[2:])]
+            trainer(1, devices=2, strategy=strategy, limit_val_batches=0).fit(
+                build(against()), repeat(batch, 1)
+            )
+        found = [
+            torch.cat([g.flatten() for u in half for g in u.gradients])
+            for half in (updates[:2], updates[2:])
+        ]
         both = [torch.empty_like(found[1]) for _ in range(2)]
         torch.distributed.all_gather(both, found[1])
         assert torch.equal(*both)

@@ -45,10 +45,14 @@ def training_config(model: LiteVAE) -> dict:
 
 def same_weights(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     ours, theirs = a.state_dict(), b.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(t, theirs[name]) for name, t in ours.items())
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(t, theirs[name]) for name, t in ours.items()
+    )
 
 
-@pytest.mark.parametrize("form", ["lightning", "safetensors", "averaged", "model_ema", "run", "export"])
+@pytest.mark.parametrize(
+    "form", ["lightning", "safetensors", "averaged", "model_ema", "run", "export"]
+)
 def test_the_same_weights_through_every_format(reference, form, tmp_path):
     state = reference.state_dict()
     noise = {name: torch.randn_like(t) for name, t in state.items()}
@@ -59,15 +63,21 @@ def test_the_same_weights_through_every_format(reference, form, tmp_path):
     match form:
         case "lightning":  # with what Lightning keeps of OmegaConf's and of its own objects
             hparams = OmegaConf.create({"ddconfig": {"ch_mult": [1, 2]}, "lr": "${x}", "x": 1e-4})
-            torch.save({"state_dict": state | beside, "epoch": 3, "hyper_parameters": hparams}, path)
+            torch.save(
+                {"state_dict": state | beside, "epoch": 3, "hyper_parameters": hparams}, path
+            )
         case "safetensors":
             path = tmp_path / "model.safetensors"
             save_file(state, path)
         case "averaged":
-            torch.save({"state_dict": state, "current_model_state": noise, "averaging_state": {}}, path)
+            torch.save(
+                {"state_dict": state, "current_model_state": noise, "averaging_state": {}}, path
+            )
         case "model_ema":
             average = {f"model_ema.{name.replace('.', '')}": t for name, t in state.items()}
-            torch.save({"state_dict": noise | average | beside | {"model_ema.decay": torch.ones(())}}, path)
+            torch.save(
+                {"state_dict": noise | average | beside | {"model_ema.decay": torch.ones(())}}, path
+            )
         case "run":
             (tmp_path / "checkpoints").mkdir()
             torch.save({"state_dict": state | beside}, tmp_path / "checkpoints" / "last.ckpt")
@@ -84,14 +94,19 @@ def test_the_same_weights_through_every_format(reference, form, tmp_path):
 
 
 def test_the_published_model_is_known_by_its_id_of_the_hub(tmp_path, monkeypatch):
-    state = {name: torch.full(shape, 0.01 * (k % 7)) for k, (name, shape) in enumerate(published_names().items())}
+    state = {
+        name: torch.full(shape, 0.01 * (k % 7))
+        for k, (name, shape) in enumerate(published_names().items())
+    }
     folder = hub_folder(tmp_path, monkeypatch, "RGenDiff/olitevaeB_im_f8c12")
     torch.save({"state_dict": state | {"loss.logvar": torch.zeros(())}}, folder / "olitevae.ckpt")
     model = LiteVAE.from_pretrained("RGenDiff/olitevaeB_im_f8c12")
     assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("dtype", "folded"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
+@pytest.mark.parametrize(
+    ("dtype", "folded"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)]
+)
 def test_saving_and_loading(dtype, folded, tmp_path):
     model = tiny(use_quant=True).to(dtype)
     model = model.fold() if folded else model
@@ -106,7 +121,10 @@ def test_saving_and_loading(dtype, folded, tmp_path):
     compiled = copy.deepcopy(again)
     compiled.encoder = torch.compile(compiled.encoder)  # which renames its tensors
     compiled.save_pretrained(tmp_path / "compiled")
-    assert LiteVAE.from_pretrained(tmp_path / "compiled").state_dict().keys() == again.state_dict().keys()
+    assert (
+        LiteVAE.from_pretrained(tmp_path / "compiled").state_dict().keys()
+        == again.state_dict().keys()
+    )
     again.save_pretrained(tmp_path / "twice")
     for file in (WEIGHTS_NAME, "config.json"):
         assert (tmp_path / "twice" / file).read_bytes() == (tmp_path / file).read_bytes()
@@ -114,7 +132,11 @@ def test_saving_and_loading(dtype, folded, tmp_path):
 
 def test_where_the_config_is_found(tmp_path):
     model = tiny()
-    files = {"checkpoints/step=2.ckpt": "config.yaml", "a/model.ckpt": "a/model.yaml", "b/model.pt": "b/published.yml"}
+    files = {
+        "checkpoints/step=2.ckpt": "config.yaml",
+        "a/model.ckpt": "a/model.yaml",
+        "b/model.pt": "b/published.yml",
+    }
     for weights, config in files.items():
         (tmp_path / weights).parent.mkdir()
         torch.save(model.state_dict(), tmp_path / weights)
@@ -145,7 +167,11 @@ def test_weights_of_another_model(tmp_path):
     with pytest.warns(UserWarning, match=listed):
         loaded = LiteVAE.from_pretrained(tmp_path, allow_mismatch=True)
     own = loaded.state_dict()
-    assert all(torch.equal(own[name], t) for name, t in state.items() if name not in ("decoder.extra", misshapen))
+    assert all(
+        torch.equal(own[name], t)
+        for name, t in state.items()
+        if name not in ("decoder.extra", misshapen)
+    )
     save_file({"encoder.other": torch.zeros(1)}, tmp_path / WEIGHTS_NAME)
     with pytest.raises(ValueError, match=r"of another model"):  # nothing fits: not even on request
         LiteVAE.from_pretrained(tmp_path, allow_mismatch=True)
@@ -159,8 +185,13 @@ def test_broken_files(tmp_path, monkeypatch):
     save_file(state, "whole.safetensors")
     whole = Path("whole.safetensors").read_bytes()
     Path("cut.safetensors").write_bytes(whole[: len(whole) // 2])
-    save_file(state | {"encoder.aggregator.conv_out.bias": torch.full((8,), torch.nan)}, "nan.safetensors")
-    save_file(state | {"encoder.aggregator.conv_out.bias": torch.ones(8, dtype=torch.int8)}, "int8.safetensors")
+    save_file(
+        state | {"encoder.aggregator.conv_out.bias": torch.full((8,), torch.nan)}, "nan.safetensors"
+    )
+    save_file(
+        state | {"encoder.aggregator.conv_out.bias": torch.ones(8, dtype=torch.int8)},
+        "int8.safetensors",
+    )
     torch.save({"fc.weight": torch.zeros(3)}, "other.ckpt")
     torch.save({"state_dict": 3}, "three.ckpt")
     torch.save([1, 2], "list.ckpt")
@@ -184,13 +215,17 @@ def test_a_module_that_a_received_config_names_is_not_imported(tmp_path, monkeyp
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.chdir(tmp_path)
     module = f"came_along_{kind.__name__}_{key}"  # another each time: a module is only run when it is imported first
-    Path(f"{module}.py").write_text("from pathlib import Path; Path('harmed').touch()\nclass Network: pass\n")
+    Path(f"{module}.py").write_text(
+        "from pathlib import Path; Path('harmed').touch()\nclass Network: pass\n"
+    )
     tiny().save_pretrained(tmp_path / "export")
     file = tmp_path / "export" / "config.json"
     content = json.loads(file.read_text())
     content[key]["target"] = f"{module}.Network"
     file.write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=rf"{key}.target: {module}.Network is not a network of this package"):
+    with pytest.raises(
+        ConfigError, match=rf"{key}.target: {module}.Network is not a network of this package"
+    ):
         kind.from_pretrained(tmp_path / "export")
     assert not Path("harmed").exists()
 
@@ -204,10 +239,22 @@ class OwnEncoder(Encoder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"encoder_config.target": "os.system"}, "encoder_config.target: os.system is not a network of this package"),
-        ({"encoder_config.target": "olvae.training.run.train"}, "is not a kind of olvae.modules.base.Encoder"),
-        ({"encoder_config": {"target": "olvae.runs.Run", "params": {"path": "x"}}}, "olvae.runs.Run is not a kind of"),
-        ({"decoder_config.params.chanels": 3}, "decoder_config.params.chanels: unknown key; did you mean channels"),
+        (
+            {"encoder_config.target": "os.system"},
+            "encoder_config.target: os.system is not a network of this package",
+        ),
+        (
+            {"encoder_config.target": "olvae.training.run.train"},
+            "is not a kind of olvae.modules.base.Encoder",
+        ),
+        (
+            {"encoder_config": {"target": "olvae.runs.Run", "params": {"path": "x"}}},
+            "olvae.runs.Run is not a kind of",
+        ),
+        (
+            {"decoder_config.params.chanels": 3},
+            "decoder_config.params.chanels: unknown key; did you mean channels",
+        ),
         ({"embed_dims": 4}, "embed_dims: unknown key; did you mean embed_dim"),
         ({"embed_dim": "four"}, "embed_dim: expected int, got 'four'"),
         ({"scaling_factor": 0}, "scaling_factor: expected a number above 0, got 0"),
@@ -216,15 +263,36 @@ class OwnEncoder(Encoder):
             {**PER_CHANNEL, "latents_mean": [0, 1, 2]},
             r"latents_mean: expected 4 numbers, one per channel, got \[0, 1, 2\]",
         ),
-        ({**PER_CHANNEL, "latents_std": [1, 2, 3, 0]}, "latents_std: expected 4 numbers above 0, one per channel"),
-        ({**PER_CHANNEL, "latents_mean": ["a", 1, 2, 3]}, "latents_mean: expected Sequence.*, got "),
+        (
+            {**PER_CHANNEL, "latents_std": [1, 2, 3, 0]},
+            "latents_std: expected 4 numbers above 0, one per channel",
+        ),
+        (
+            {**PER_CHANNEL, "latents_mean": ["a", 1, 2, 3]},
+            "latents_mean: expected Sequence.*, got ",
+        ),
         ({**PER_CHANNEL, "latents_std": None}, "latents_mean, latents_std: give both, or neither"),
-        ({"decoder_config.params.channels": -4}, "no autoencoder can be built of this: channels must be at least 1"),
-        ({"decoder_config.params.channels": 10**20}, "decoder_config.params.channels: more than 65536"),
-        ({"decoder_config.params.num_res_blocks": 10**9}, "decoder_config.params.num_res_blocks: more than 24"),
+        (
+            {"decoder_config.params.channels": -4},
+            "no autoencoder can be built of this: channels must be at least 1",
+        ),
+        (
+            {"decoder_config.params.channels": 10**20},
+            "decoder_config.params.channels: more than 65536",
+        ),
+        (
+            {"decoder_config.params.num_res_blocks": 10**9},
+            "decoder_config.params.num_res_blocks: more than 24",
+        ),
         ({"decoder_config.params.channel_mult": [1] * 1000}, "channel_mult: more than 10 entries"),
-        ({"encoder_config.params.image_size": 30}, "no autoencoder can be built of this: image_size 30 is not a mul"),
-        ({"_class_name": "AutoencoderKL"}, "the config of diffusers' AutoencoderKL.* diffusers:FOLDER"),
+        (
+            {"encoder_config.params.image_size": 30},
+            "no autoencoder can be built of this: image_size 30 is not a mul",
+        ),
+        (
+            {"_class_name": "AutoencoderKL"},
+            "the config of diffusers' AutoencoderKL.* diffusers:FOLDER",
+        ),
     ],
 )
 def test_configs_with_mistakes(change, message, tmp_path):
@@ -250,9 +318,13 @@ def test_networks_of_ones_own(tmp_path):
     assert not any(tmp_path.iterdir())
     torch.save(model.state_dict(), tmp_path / "model.ckpt")
     save(training_config(model), tmp_path / "model.yaml")
-    with pytest.raises(ConfigError, match=r"OwnEncoder is not a network of this package"):  # a file that came along
+    with pytest.raises(
+        ConfigError, match=r"OwnEncoder is not a network of this package"
+    ):  # a file that came along
         LiteVAE.from_pretrained(tmp_path / "model.ckpt")
-    own = LiteVAE.from_pretrained(tmp_path / "model.ckpt", config=tmp_path / "model.yaml")  # a file one names
+    own = LiteVAE.from_pretrained(
+        tmp_path / "model.ckpt", config=tmp_path / "model.yaml"
+    )  # a file one names
     assert same_weights(own, model)
 
 
@@ -261,11 +333,17 @@ def test_folders_that_hold_none_or_several(tmp_path):
         LiteVAE.from_pretrained(tmp_path)
     model = tiny()
     model.save_pretrained(tmp_path)
-    (tmp_path / f".partial-0123abcd-{WEIGHTS_NAME}").write_bytes(b"half of a file")  # of a save that was killed
-    (tmp_path / "diffusion_pytorch_model.fp16.safetensors").touch()  # as diffusers' repositories keep it
+    (tmp_path / f".partial-0123abcd-{WEIGHTS_NAME}").write_bytes(
+        b"half of a file"
+    )  # of a save that was killed
+    (
+        tmp_path / "diffusion_pytorch_model.fp16.safetensors"
+    ).touch()  # as diffusers' repositories keep it
     assert same_weights(LiteVAE.from_pretrained(tmp_path), model)
     (tmp_path / "second.safetensors").touch()
-    several = r"several files of weights \(diffusion_pytorch_model.safetensors, second.safetensors\): "
+    several = (
+        r"several files of weights \(diffusion_pytorch_model.safetensors, second.safetensors\): "
+    )
     with pytest.raises(FileNotFoundError, match=f"{several}name one of them"):
         LiteVAE.from_pretrained(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").touch()
@@ -273,7 +351,9 @@ def test_folders_that_hold_none_or_several(tmp_path):
         LiteVAE.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"\(empty\): no such file or folder"):
         LiteVAE.from_pretrained("")
-    with pytest.raises(FileNotFoundError, match=r"no such file or folder, and not an id of the hub"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no such file or folder, and not an id of the hub"
+    ):
         LiteVAE.from_pretrained(tmp_path / "missing")
 
 
@@ -292,10 +372,14 @@ def test_a_repository_in_the_cache(cached, tmp_path):
     (cached / "epoch=3.ckpt").unlink()
     assert same_weights(LiteVAE.from_pretrained("RGenDiff/tiny", local_files_only=True), model)
     with pytest.raises(FileNotFoundError, match="not in the hub's cache"):
-        LiteVAE.from_pretrained("RGenDiff/tiny", local_files_only=True, cache_dir=tmp_path / "elsewhere")
+        LiteVAE.from_pretrained(
+            "RGenDiff/tiny", local_files_only=True, cache_dir=tmp_path / "elsewhere"
+        )
     config["model"]["params"]["encoder_config"]["target"] = "subprocess.run"
     save(config, cached / "some_name.yaml")
-    with pytest.raises(ConfigError, match=r"subprocess.run is not a network of this package: refused"):
+    with pytest.raises(
+        ConfigError, match=r"subprocess.run is not a network of this package: refused"
+    ):
         LiteVAE.from_pretrained("RGenDiff/tiny")
 
 
@@ -323,16 +407,24 @@ def test_the_hub_says_no(tmp_path, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    with pytest.raises(FileNotFoundError, match=r"^nobody/nothing: .*no such repository on the hub"):
+    monkeypatch.setattr(
+        huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}"
+    )
+    with pytest.raises(
+        FileNotFoundError, match=r"^nobody/nothing: .*no such repository on the hub"
+    ):
         LiteVAE.from_pretrained("nobody/nothing")
     with pytest.raises(FileNotFoundError, match=r"^a/b@v9: the repository has no such revision"):
         LiteVAE.from_pretrained("a/b", revision="v9")
-    with pytest.raises(OSError, match=r"^me/mine: not uploaded: .* set HF_TOKEN, or run hf auth login \(401\)$"):
+    with pytest.raises(
+        OSError, match=r"^me/mine: not uploaded: .* set HF_TOKEN, or run hf auth login \(401\)$"
+    ):
         tiny().push_to_hub("me/mine")
     server.shutdown()
     server.server_close()
-    with pytest.raises(FileNotFoundError, match=r"^nobody/nothing: .*the hub can't be reached") as caught:
+    with pytest.raises(
+        FileNotFoundError, match=r"^nobody/nothing: .*the hub can't be reached"
+    ) as caught:
         LiteVAE.from_pretrained("nobody/nothing")
     assert "\n" not in str(caught.value)
     with pytest.raises(OSError, match=r"^nobody/nothing: not uploaded"):
@@ -348,10 +440,20 @@ def test_pushing(monkeypatch):
 
         def create_repo(self, repo_id, private, exist_ok):
             calls.append(("create", repo_id, private, exist_ok))
-            return huggingface_hub.RepoUrl(f"https://huggingface.co/{'' if '/' in repo_id else 'me/'}{repo_id}")
+            return huggingface_hub.RepoUrl(
+                f"https://huggingface.co/{'' if '/' in repo_id else 'me/'}{repo_id}"
+            )
 
         def upload_folder(self, repo_id, folder_path, commit_message, revision, **_):
-            calls.append(("upload", repo_id, sorted(p.name for p in folder_path.iterdir()), commit_message, revision))
+            calls.append(
+                (
+                    "upload",
+                    repo_id,
+                    sorted(p.name for p in folder_path.iterdir()),
+                    commit_message,
+                    revision,
+                )
+            )
             assert same_weights(LiteVAE.from_pretrained(folder_path), model)
             card = huggingface_hub.ModelCard.load(folder_path / "README.md")
             assert {"litevae", "model_hub_mixin"} <= set(card.data.tags)
@@ -360,12 +462,20 @@ def test_pushing(monkeypatch):
 
     calls, model = [], tiny()
     monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Api)
-    where = model.push_to_hub("me/mine", private=True, commit_message="First", token="t", branch="b")
+    where = model.push_to_hub(
+        "me/mine", private=True, commit_message="First", token="t", branch="b"
+    )
     assert where.endswith("commit/1")
     assert calls == [
         ("token", "t"),
         ("create", "me/mine", True, True),
-        ("upload", "me/mine", ["README.md", LOADER_NAME, "config.json", WEIGHTS_NAME], "First", "b"),
+        (
+            "upload",
+            "me/mine",
+            ["README.md", LOADER_NAME, "config.json", WEIGHTS_NAME],
+            "First",
+            "b",
+        ),
     ]
     with pytest.raises(ValueError, match=r"Repo id must be in the form"):
         model.push_to_hub("a/b/c")
@@ -394,7 +504,9 @@ def test_a_config_is_a_copy(tmp_path):
     widths = [1, 2]
     params = tiny_config()["model"]["params"]
     params["encoder_config"]["params"]["aggregate_mult"] = widths
-    model = LiteVAE.from_config(**{name: params[name] for name in ("encoder_config", "decoder_config", "embed_dim")})
+    model = LiteVAE.from_config(
+        **{name: params[name] for name in ("encoder_config", "decoder_config", "embed_dim")}
+    )
     config = model.config
     config["encoder_config"]["params"]["wavelet"], widths[1] = "db2", 3
     model.save_pretrained(tmp_path)
@@ -406,7 +518,9 @@ def test_weights_too_large_for_a_dtype_are_refused(tmp_path):
     model = tiny()
     next(model.decoder.parameters()).data[0] = 1e5
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"1 of its tensors have non-finite values in float16 \(decoder\."):
+    with pytest.raises(
+        ValueError, match=r"1 of its tensors have non-finite values in float16 \(decoder\."
+    ):
         LiteVAE.from_pretrained(tmp_path, dtype=torch.float16)
 
 
@@ -457,16 +571,26 @@ def test_what_a_diffusion_model_has_to_know_through_every_format(tmp_path):
     assert AutoencoderLiteVAE.from_autoencoder(again).autoencoder.for_diffusion == FACTORS
 
     config = training_config(model)
-    config["model"]["params"] |= {"scaling_factor": 1, "latents_mean": [0, 1, 2, 3], "latents_std": [1, 2, 3, 4]}
+    config["model"]["params"] |= {
+        "scaling_factor": 1,
+        "latents_mean": [0, 1, 2, 3],
+        "latents_std": [1, 2, 3, 4],
+    }
     save(config, tmp_path / "tiny.yaml")
     torch.save(model.state_dict(), tmp_path / "tiny.ckpt")
     found = LiteVAE.from_pretrained(tmp_path / "tiny.ckpt").for_diffusion
     assert found["latents_std"] == [1.0, 2.0, 3.0, 4.0]
-    assert all(isinstance(value, float) for value in (found["scaling_factor"], *found["latents_mean"]))
+    assert all(
+        isinstance(value, float) for value in (found["scaling_factor"], *found["latents_mean"])
+    )
 
 
 def test_by_default_there_is_nothing_to_know(tmp_path):
-    defaults = dict.fromkeys(FACTORS) | {"scaling_factor": 1.0, "shift_factor": 0.0, "force_upcast": False}
+    defaults = dict.fromkeys(FACTORS) | {
+        "scaling_factor": 1.0,
+        "shift_factor": 0.0,
+        "force_upcast": False,
+    }
     model = tiny()
     assert model.for_diffusion == defaults
     z = torch.randn(2, 4, 2, 2)
@@ -491,14 +615,21 @@ def flip(file: Path, place: int) -> None:
 def test_a_flipped_bit_of_an_export_is_seen(load, tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path)
-    for write in (model.save_pretrained, AutoencoderLiteVAE.from_autoencoder(model).save_pretrained):
+    for write in (
+        model.save_pretrained,
+        AutoencoderLiteVAE.from_autoencoder(model).save_pretrained,
+    ):
         write(tmp_path)
         load(tmp_path)
         flip(tmp_path / WEIGHTS_NAME, -3)
-        with pytest.raises(ValueError, match=r"safetensors: damaged: its SHA-256 is not the one in its head") as caught:
+        with pytest.raises(
+            ValueError, match=r"safetensors: damaged: its SHA-256 is not the one in its head"
+        ) as caught:
             load(tmp_path)
         assert "\n" not in str(caught.value)
-    save_file(model.state_dict(), tmp_path / WEIGHTS_NAME, metadata={"format": "pt"})  # of somebody else: no checksum
+    save_file(
+        model.state_dict(), tmp_path / WEIGHTS_NAME, metadata={"format": "pt"}
+    )  # of somebody else: no checksum
     load(tmp_path)
 
 

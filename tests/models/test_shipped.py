@@ -42,18 +42,26 @@ def test_a_shipped_model_is_a_target_like_its_export(folder):
 
 
 def test_the_names_that_there_are(folder):
-    with pytest.raises(FileNotFoundError, match=r"^olvae:x: no model of this name in the package, which has none$"):
+    with pytest.raises(
+        FileNotFoundError, match=r"^olvae:x: no model of this name in the package, which has none$"
+    ):
         find_target("olvae:x")
     for name in ("b", "a"):
         tiny_litevae().save_pretrained(folder / name)
     for wrong in ("olvae:c", "olvae:", "olvae:../pretrained/a", "olvae:a/config.json"):
-        with pytest.raises(FileNotFoundError, match=r"no model of this name.* has olvae:a, olvae:b$"):
+        with pytest.raises(
+            FileNotFoundError, match=r"no model of this name.* has olvae:a, olvae:b$"
+        ):
             find_target(wrong)
-        with pytest.raises(FileNotFoundError, match=r"no model of this name.* has olvae:a, olvae:b$"):
+        with pytest.raises(
+            FileNotFoundError, match=r"no model of this name.* has olvae:a, olvae:b$"
+        ):
             LiteVAE.from_pretrained(wrong)
 
 
-@pytest.mark.parametrize(("name", "above"), [("photos-f8c12", 5.5), ("photos-f8c4", 2.5), ("photos-f8c12-sharp", 4.5)])
+@pytest.mark.parametrize(
+    ("name", "above"), [("photos-f8c12", 5.5), ("photos-f8c4", 2.5), ("photos-f8c12-sharp", 4.5)]
+)
 def test_the_models_in_the_package_beat_bicubic_on_photographs_never_seen(name, above):
     batch = next(iter(SamplePhotographs(size=256, batch_size=4).test_loader(2)))
     keys, photographs = batch["key"], batch["image"]
@@ -86,8 +94,16 @@ def test_the_card_of_a_model_in_the_package(name):
     assert max(abs(v) for found in colours.values() for v in found["shift"]) <= card_number(
         "are shifted by up to", card
     )
-    greys = max(found["grid"] for name, found in colours.items() if name.split()[0] in ("black", "grey", "white"))
+    greys = max(
+        found["grid"]
+        for name, found in colours.items()
+        if name.split()[0] in ("black", "grey", "white")
+    )
     assert greys <= card_number("deviation of at most", card)
-    assert max(found["grid"] for found in colours.values()) <= card_number("few photographs have, of up to", card)
+    assert max(found["grid"] for found in colours.values()) <= card_number(
+        "few photographs have, of up to", card
+    )
     assert (names.SHIPPED_FOLDER / "LICENCES.txt").read_text().count("\n  Licence: ") == 238
-    assert type(AutoencoderLiteVAE.from_pretrained(f"olvae:{name}")).__name__ == "AutoencoderLiteVAE"
+    assert (
+        type(AutoencoderLiteVAE.from_pretrained(f"olvae:{name}")).__name__ == "AutoencoderLiteVAE"
+    )

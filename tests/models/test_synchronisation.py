@@ -56,9 +56,18 @@ class Between(pl.Callback):
 
 def traced(tmp_path, size: int, **model) -> Waits:
     """Six steps of two images, of which the third and the last are logged."""
-    batch = {"image": torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8), "key": list("ab")}
+    batch = {
+        "image": torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8),
+        "key": list("ab"),
+    }
     mode, module = Waits(), build(gradient_clip_val=1.0, warmup_steps=2, use_ema=True, **model)
-    callbacks = [GracefulStop(), BadSteps(), Health(), KeepCheckpoints(every_n_steps=6), StepProgress(1e-9)]
+    callbacks = [
+        GracefulStop(),
+        BadSteps(),
+        Health(),
+        KeepCheckpoints(every_n_steps=6),
+        StepProgress(1e-9),
+    ]
     trainer = pl.Trainer(
         max_steps=6,
         accelerator="cpu",
@@ -77,14 +86,27 @@ def traced(tmp_path, size: int, **model) -> Waits:
     return mode
 
 
-EVERYTHING = {"cutmix_probability": 1.0, "r1_weight": 1.0, "r1_every": 1, "lecam_weight": 0.1, "adaptive_weight": True}
+EVERYTHING = {
+    "cutmix_probability": 1.0,
+    "r1_weight": 1.0,
+    "r1_every": 1,
+    "lecam_weight": 0.1,
+    "adaptive_weight": True,
+}
 
 
 @pytest.mark.parametrize(
     ("size", "model"),
     [
         (16, {}),
-        (32, {"parts": parts(equivariance={}, latent_noise={"std": 0.1, "relative_to": "data"}, anchor={})}),
+        (
+            32,
+            {
+                "parts": parts(
+                    equivariance={}, latent_noise={"std": 0.1, "relative_to": "data"}, anchor={}
+                )
+            },
+        ),
         (128, {"adversary": against(UNETGAN, **EVERYTHING)}),
     ],
     ids=["phase A", "fine-tuning", "phase B"],
@@ -105,6 +127,8 @@ def test_a_wait_would_be_found():
     mode, x = Waits(), torch.ones(3)
     mode.on = True
     with mode:
-        for count, wait in enumerate((lambda: x[0].item(), lambda: x[x > 0], lambda: torch.equal(x, x)), start=1):
+        for count, wait in enumerate(
+            (lambda: x[0].item(), lambda: x[x > 0], lambda: torch.equal(x, x)), start=1
+        ):
             wait()
             assert len(mode.found) >= count

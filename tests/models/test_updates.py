@@ -12,7 +12,18 @@ from torch import Tensor
 from olvae.data.pixels.size_and_range import from_uint8
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.optimization import mix_seeds
-from tests.models.steps import UNETGAN, Each, against, assert_same, build, fit, metrics, moved, norm, snapshot
+from tests.models.steps import (
+    UNETGAN,
+    Each,
+    against,
+    assert_same,
+    build,
+    fit,
+    metrics,
+    moved,
+    norm,
+    snapshot,
+)
 
 
 def test_accumulation_equals_a_larger_batch_for_both_optimizers(image_folder, updates):
@@ -23,7 +34,9 @@ def test_accumulation_equals_a_larger_batch_for_both_optimizers(image_folder, up
     for model in (small, large):
         model.images = lambda batch: from_uint8(batch["image"]).double()
         torch.manual_seed(1)
-        with torch.no_grad():  # away from the orthogonal start, where power iterations change no weight
+        with (
+            torch.no_grad()
+        ):  # away from the orthogonal start, where power iterations change no weight
             for p in model.adversary.parameters():
                 p.add_(0.1 * torch.randn_like(p))
     fit(small, image_folder, 2, batch_size=2, size=64, precision="64-true")
@@ -43,8 +56,15 @@ def test_accumulation_equals_a_larger_batch_for_both_optimizers(image_folder, up
 def test_several_updates_of_the_discriminator_a_step(image_folder, updates):
     model, counts = build(against(updates_per_step=3), accumulate_grad_batches=2), []
     seen: list[Tensor] = []
-    model.adversary.discriminator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
-    fit(model, image_folder, 2, callbacks=[Each(lambda m: counts.append((m.global_step, m.adversary.updates)))])
+    model.adversary.discriminator.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].detach().clone())
+    )
+    fit(
+        model,
+        image_folder,
+        2,
+        callbacks=[Each(lambda m: counts.append((m.global_step, m.adversary.updates)))],
+    )
     assert counts == [(0, 0), (1, 3), (1, 3), (2, 6)]
     discriminators, autoencoders = updates.of(model.adversary), updates.of(model.autoencoder)
     assert (len(discriminators), len(autoencoders)) == (6, 2)
@@ -93,8 +113,15 @@ def test_clipping_applies_to_both_sides_each_by_its_own_norm(image_folder, updat
 
 
 def test_rates_and_betas_of_the_two(image_folder, updates):
-    schedule = {"scheduler": "cosine", "warmup_steps": 2, "min_lr_factor": 0.5, "learning_rate": 1e-2}
-    model = build(against(learning_rate_ratio=0.25, betas=[0.1, 0.7]), betas=[0.6, 0.95], **schedule)
+    schedule = {
+        "scheduler": "cosine",
+        "warmup_steps": 2,
+        "min_lr_factor": 0.5,
+        "learning_rate": 1e-2,
+    }
+    model = build(
+        against(learning_rate_ratio=0.25, betas=[0.1, 0.7]), betas=[0.6, 0.95], **schedule
+    )
     fit(model, image_folder, 4)
     rates = pytest.approx([0.5e-2, 1e-2, 1e-2, 0.75e-2])
     assert [u.lr for u in updates.of(model.autoencoder)] == rates
@@ -105,7 +132,11 @@ def test_rates_and_betas_of_the_two(image_folder, updates):
 
 @pytest.mark.parametrize("start_step", [0, 3])
 def test_the_discriminators_rate_follows_the_schedule_whenever_it_begins(image_folder, start_step):
-    model = build(against(start_step=start_step, learning_rate_ratio=2.0), scheduler="cosine", learning_rate=1e-3)
+    model = build(
+        against(start_step=start_step, learning_rate_ratio=2.0),
+        scheduler="cosine",
+        learning_rate=1e-3,
+    )
     rates = []
 
     def look(m: LiteAutoencoderKL) -> None:
@@ -119,7 +150,9 @@ def test_the_discriminators_rate_follows_the_schedule_whenever_it_begins(image_f
 def test_the_discriminators_warm_up_stays_below_the_schedule(image_folder, updates):
     model = build(against(start_step=4), scheduler="cosine", warmup_steps=3, learning_rate=1e-3)
     fit(model, image_folder, 9)
-    ours, theirs = ([u.lr for u in updates.of(side)] for side in (model.autoencoder, model.adversary))
+    ours, theirs = (
+        [u.lr for u in updates.of(side)] for side in (model.autoencoder, model.adversary)
+    )
     assert theirs == pytest.approx([ours[4] / 3, ours[5] * 2 / 3, *ours[6:]])
 
 
@@ -148,7 +181,10 @@ class Scaled(MixedPrecision):
 SCALED_RUNS = {
     "plain": ({}, {}),
     "warm-up": ({"warmup_updates": 2}, {"gradient_clip_val": 0.01}),
-    "several updates, accumulated": ({"updates_per_step": 3, "warmup_updates": 3}, {"accumulate_grad_batches": 2}),
+    "several updates, accumulated": (
+        {"updates_per_step": 3, "warmup_updates": 3},
+        {"accumulate_grad_batches": 2},
+    ),
     "adaptive": ({"adaptive_weight": True}, {}),
 }
 
@@ -165,7 +201,9 @@ def test_a_loss_scale_changes_nothing(image_folder, name):
     assert moved(snapshot(build(against(**adversary))), snapshot(scaled))
     one, other = metrics(plain), metrics(scaled)
     assert one == pytest.approx(other, rel=1e-5)
-    alone = 1 if "warmup_updates" in adversary else 0  # a batch on which the discriminator learns alone
+    alone = (
+        1 if "warmup_updates" in adversary else 0
+    )  # a batch on which the discriminator learns alone
     per_step = adversary.get("updates_per_step", 1)
     expected = (3 + alone) * per_step if per_step > 1 else 3 + adversary.get("warmup_updates", 0)
     assert plugin.scaler.scales == [2.0 ** (11 + i) for i in range(expected)]
@@ -185,7 +223,11 @@ def test_an_overflow_on_one_side_skips_the_step_and_lowers_the_scale(image_folde
 
     fit(model, image_folder, 2, plugins=[plugin], callbacks=[Each(look)])
     assert_same(history[0], history[1])
-    assert {name.split(".")[0] for name in moved(history[1], history[2])} == {"encoder", "decoder", "adversary"}
+    assert {name.split(".")[0] for name in moved(history[1], history[2])} == {
+        "encoder",
+        "decoder",
+        "adversary",
+    }
     assert all(p.isfinite().all() for p in history[2].values())
     assert plugin.scaler.scales == [2.0**9, 2.0**9]
     first, second = model.guard.collect()
@@ -198,7 +240,9 @@ def test_an_overflow_on_one_side_skips_the_step_and_lowers_the_scale(image_folde
 def test_an_overflow_in_the_adaptive_weight_is_one(image_folder):
     model = build(against(weight=0.5, adaptive_weight=True))
     before = snapshot(model)
-    fit(model, image_folder, 1, plugins=[Scaled(init_scale=2.0**120)])  # the gradients are finite, their norm is not
+    fit(
+        model, image_folder, 1, plugins=[Scaled(init_scale=2.0**120)]
+    )  # the gradients are finite, their norm is not
     (step,) = model.guard.collect()
     assert (step.term, step.overflow) == ("gradient of the decoder's last layer", True)
     assert_same(before, snapshot(model))
@@ -211,17 +255,27 @@ def test_below_a_scale_of_one_it_is_no_overflow(image_folder):
     assert [step.overflow for step in model.guard.collect()] == [True, False]
 
 
-def test_noise_is_each_batchs_and_processes_own_and_what_they_share_is_the_steps(image_folder, monkeypatch):
+def test_noise_is_each_batchs_and_processes_own_and_what_they_share_is_the_steps(
+    image_folder, monkeypatch
+):
     monkeypatch.setattr(LiteAutoencoderKL, "global_rank", 5)
     model, noise, shared = build(accumulate_grad_batches=2), [], []
     model.seed, forward = 3, model.forward_pass
-    model.forward_pass = lambda s: (noise.append(torch.initial_seed()), shared.append(s.shared.random()), forward(s))
+    model.forward_pass = lambda s: (
+        noise.append(torch.initial_seed()),
+        shared.append(s.shared.random()),
+        forward(s),
+    )
     fit(model, image_folder, 2, batch_size=2)
     assert noise == [mix_seeds(3, update, batch, 5) for update in (0, 1) for batch in (0, 1)]
-    assert shared == [np.random.default_rng(mix_seeds(3, update)).random() for update in (0, 0, 1, 1)]
+    assert shared == [
+        np.random.default_rng(mix_seeds(3, update)).random() for update in (0, 0, 1, 1)
+    ]
 
 
 def test_the_schedule_ends_at_the_step_that_is_set(image_folder, updates):
     model = build(scheduler="cosine", decay_steps=2, min_lr_factor=0.5, learning_rate=1e-2)
     fit(model, image_folder, 4)
-    assert [u.lr for u in updates.of(model.autoencoder)] == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.5e-2])
+    assert [u.lr for u in updates.of(model.autoencoder)] == pytest.approx(
+        [1e-2, 0.75e-2, 0.5e-2, 0.5e-2]
+    )

@@ -19,12 +19,23 @@ from tests.models.test_on_fake_cuda import Operations
 
 cast = base._cast_operands
 NARROW = {"channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1}
-SMALL_GIGAGAN = {"base": 256, "max_channels": 16, "blocks": 1, "attention": (8,), "heads": 2, "head_channels": 8}
+SMALL_GIGAGAN = {
+    "base": 256,
+    "max_channels": 16,
+    "blocks": 1,
+    "attention": (8,),
+    "heads": 2,
+    "head_channels": 8,
+}
 CASTING = {
     "OpenUNet": (partial(OpenUNet, 4, 4, 8, (1, 2), 1), 4, 8),
     "PaperUNet": (partial(PaperUNet, 4, 4, 8, (1, 2), 1, 0.0), 4, 8),
     "decoder": (partial(LiteVAE_Decoder, z_channels=4, linear=True, **NARROW), 4, 8),
-    "decoder with GroupNorm": (partial(LiteVAE_Decoder, z_channels=4, variant="group_norm", **NARROW), 4, 8),
+    "decoder with GroupNorm": (
+        partial(LiteVAE_Decoder, z_channels=4, variant="group_norm", **NARROW),
+        4,
+        8,
+    ),
     "SD's encoder": (partial(SDEncoder, latent_dim=8, norm_groups=4, **NARROW), 3, 16),
     "SD's decoder": (partial(SDDecoder, z_channels=4, norm_groups=4, **NARROW), 4, 8),
     "UNetGAN": (partial(UNetGAN, base_channels=2, image_size=64), 3, 64),
@@ -34,7 +45,9 @@ CASTING = {
 """Networks that cast their weights together; the input's channels and side."""
 
 
-def passed(network: nn.Module, forward, x: torch.Tensor, dtype: torch.dtype) -> tuple[list[torch.Tensor], int]:
+def passed(
+    network: nn.Module, forward, x: torch.Tensor, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], int]:
     """The outputs and the parameters' gradients of two passes, and how many operations they took."""
     network.zero_grad()
     with Operations() as operations:
@@ -45,13 +58,17 @@ def passed(network: nn.Module, forward, x: torch.Tensor, dtype: torch.dtype) -> 
     return [*outputs, *(p.grad for p in network.parameters())], operations.count
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*((name, torch.bfloat16) for name in CASTING), ("decoder", torch.float16)])
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.bfloat16) for name in CASTING), ("decoder", torch.float16)]
+)
 def test_weights_cast_together_are_those_that_autocast_casts(name, dtype):
     make, channels, side = CASTING[name]
     network, x = make(), torch.randn(2, channels, side, side)
     stop_power_iterations(network)
     together, fewer = passed(network, network, x, dtype)
-    alone, operations = passed(network, partial(type(network).forward.__wrapped__, network), x, dtype)
+    alone, operations = passed(
+        network, partial(type(network).forward.__wrapped__, network), x, dtype
+    )
     assert all(t.isfinite().all() for t in alone)
     torch.testing.assert_close(together, alone, rtol=0, atol=0)
     assert fewer < 0.9 * operations
@@ -68,7 +85,9 @@ def test_weights_are_left_to_autocast(mode, monkeypatch):
     """Where they are computed again, in evaluation, where they are no parameters; not after an error."""
     decoder = LiteVAE_Decoder(z_channels=4, **NARROW).train(mode != "eval")
     z, seen = torch.randn(1, 4, 8, 8), []
-    monkeypatch.setattr(base, "_cast_operands", lambda *given: seen.append(given[1]) or cast(*given))
+    monkeypatch.setattr(
+        base, "_cast_operands", lambda *given: seen.append(given[1]) or cast(*given)
+    )
     if mode == "error":
         with pytest.raises(ValueError, match="expected latents"):
             decode(decoder, z[:, :1])
@@ -87,7 +106,9 @@ def test_weights_are_left_to_autocast(mode, monkeypatch):
     before = [dict(m.__dict__) for m in decoder.modules()]
     for _ in range(2):
         decode(decoder, z).backward()
-    assert [m.__dict__.keys() for m in decoder.modules()] == [attributes.keys() for attributes in before]
+    assert [m.__dict__.keys() for m in decoder.modules()] == [
+        attributes.keys() for attributes in before
+    ]
     assert bool(seen) == (mode not in ("checkpoint", "eval"))
     assert all(p.grad is not None and p.grad.dtype == p.dtype for p in decoder.parameters())
 
@@ -112,12 +133,18 @@ def test_what_is_frozen_takes_no_backward_pass():
             loss.backward()
         counts.append(operations.products[torch.ops.aten.convolution_backward, torch.bfloat16])
     assert counts[0] == counts[1] == 4
-    assert [p.grad is not None for p in decoder.parameters()] == [p.requires_grad for p in decoder.parameters()]
+    assert [p.grad is not None for p in decoder.parameters()] == [
+        p.requires_grad for p in decoder.parameters()
+    ]
 
 
 def test_gradients_are_ready_before_the_backward_pass_ends(monkeypatch):
     """DDP sends those of one group of layers while the next one's are computed."""
-    decoder, z, ready = LiteVAE_Decoder(z_channels=4, **NARROW), torch.randn(1, 4, 8, 8, requires_grad=True), []
+    decoder, z, ready = (
+        LiteVAE_Decoder(z_channels=4, **NARROW),
+        torch.randn(1, 4, 8, 8, requires_grad=True),
+        [],
+    )
     monkeypatch.setattr(base, "GROUP_BYTES", sum(p.nbytes for p in decoder.parameters()) // 4)
     for p in decoder.parameters():
         p.register_post_accumulate_grad_hook(lambda p: ready.append(p))
@@ -157,7 +184,11 @@ def test_by_hand():
         (TinyEncoder, {"blocks": []}, r"blocks must be at least 0, got \[\]"),
         (TinyDecoder, {"blocks": []}, r"blocks must be at least 0, got \[\]"),
         (LinearEncoder, {"downscale": 0}, "downscale must be at least 1, got 0"),
-        (LinearEncoder, {"downscale": 12, "image_size": 256}, "image_size 256 is not a multiple of 12"),
+        (
+            LinearEncoder,
+            {"downscale": 12, "image_size": 256},
+            "image_size 256 is not a multiple of 12",
+        ),
         (LinearDecoder, {"upscale": -8}, "upscale must be at least 1, got -8"),
     ],
 )

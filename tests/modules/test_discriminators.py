@@ -67,7 +67,9 @@ def test_bf16_is_close_to_float32(name):
         assert (half.float() - full).abs().max() < 0.05 * largest
 
 
-@pytest.mark.parametrize(("name", "autocast"), [("unetgan", False), ("unetgan", True), ("gigagan", False)])
+@pytest.mark.parametrize(
+    ("name", "autocast"), [("unetgan", False), ("unetgan", True), ("gigagan", False)]
+)
 def test_spectral_norm_bounds_the_largest_singular_value(name, autocast):
     net = small(name)
     layers = [m for m in net.modules() if isinstance(m, SpectralConv2d)]
@@ -75,7 +77,10 @@ def test_spectral_norm_bounds_the_largest_singular_value(name, autocast):
         for layer in layers:  # far from its orthogonal start
             original = layer.parametrizations.weight.original
             original.mul_(7).add_(torch.randn_like(original))
-    assert max(torch.linalg.svdvals(layer.weight.detach().flatten(1))[0].item() for layer in layers) > 1.1
+    assert (
+        max(torch.linalg.svdvals(layer.weight.detach().flatten(1))[0].item() for layer in layers)
+        > 1.1
+    )
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         for _ in range(60):
             power_iteration(net)
@@ -102,8 +107,15 @@ def test_images_that_do_not_fit(name, shape, message):
     [
         (PatchGAN, {"n_layers": 0}, "n_layers must be at least 1"),
         (UNetGAN, {"image_size": 100}, "image_size must be a multiple of 64, got 100"),
-        *((GigaGAN, {"image_size": size}, f"power of two from 64, got {size}") for size in (32, 96, 0)),
-        (GigaGAN, {**GIGA, "attention": (8, 64)}, r"levels of \[32, 16, 8, 4\] px: attention cannot be at \[64\]"),
+        *(
+            (GigaGAN, {"image_size": size}, f"power of two from 64, got {size}")
+            for size in (32, 96, 0)
+        ),
+        (
+            GigaGAN,
+            {**GIGA, "attention": (8, 64)},
+            r"levels of \[32, 16, 8, 4\] px: attention cannot be at \[64\]",
+        ),
         (GigaGAN, {"image_size": 64, "base": 32}, "base at least image_size = 64"),
         (GigaGAN, {"predictors": "some"}, "predictors must be one of ends, all"),
     ],

@@ -8,12 +8,18 @@ def test_kl_is_torchs():
     moments = torch.randn(3, 8, 4, 5, dtype=torch.float64)
     posterior = DiagonalGaussian(moments)
     normal = torch.distributions.Normal(posterior.mean, posterior.std)
-    expected = torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0)).flatten(1).sum(1)
+    expected = (
+        torch.distributions.kl_divergence(normal, torch.distributions.Normal(0.0, 1.0))
+        .flatten(1)
+        .sum(1)
+    )
     torch.testing.assert_close(posterior.kl(), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_samples_have_the_moments():
-    moments = torch.cat((torch.full((1, 1, 300, 300), 2.0), torch.full((1, 1, 300, 300), 0.5).square().log()), dim=1)
+    moments = torch.cat(
+        (torch.full((1, 1, 300, 300), 2.0), torch.full((1, 1, 300, 300), 0.5).square().log()), dim=1
+    )
     sample = DiagonalGaussian(moments).sample(torch.Generator().manual_seed(0))
     assert sample.mean().item() == pytest.approx(2.0, abs=0.01)
     assert sample.std().item() == pytest.approx(0.5, abs=0.01)

@@ -18,7 +18,11 @@ def _small(**options: object) -> GigaGAN:
 def test_outputs(size: int, predictors: str):
     net = _small(image_size=size, predictors=predictors)
     logits = net(torch.randn(2, 3, size, size))
-    sizes = [size // 2] if predictors == "ends" else [size >> i for i in range(1, size.bit_length() - 3)]
+    sizes = (
+        [size // 2]
+        if predictors == "ends"
+        else [size >> i for i in range(1, size.bit_length() - 3)]
+    )
     assert [t.shape for t in logits] == [*((2, 1, s, s) for s in sizes), (2, 1)]
     assert net.num_outputs == len(logits)
     assert all(t.isfinite().all() for t in logits)
@@ -42,20 +46,36 @@ def test_every_level_reads_the_image_at_its_own_size_without_aliasing():
 def _naive_attention(q: list[list[float]], v: list[list[float]]) -> list[list[float]]:
     out = []
     for qi in q:
-        weights = [math.exp(-sum((a - b) ** 2 for a, b in zip(qi, kj, strict=True)) / math.sqrt(len(qi))) for kj in q]
-        out.append([sum(w * vj[e] for w, vj in zip(weights, v, strict=True)) / sum(weights) for e in range(len(v[0]))])
+        weights = [
+            math.exp(-sum((a - b) ** 2 for a, b in zip(qi, kj, strict=True)) / math.sqrt(len(qi)))
+            for kj in q
+        ]
+        out.append(
+            [
+                sum(w * vj[e] for w, vj in zip(weights, v, strict=True)) / sum(weights)
+                for e in range(len(v[0]))
+            ]
+        )
     return out
 
 
 def test_l2_attention_against_loops():
     torch.manual_seed(0)
-    q, v = torch.randn(2, 3, 7, 5, dtype=torch.float64), torch.randn(2, 3, 7, 4, dtype=torch.float64)
+    q, v = (
+        torch.randn(2, 3, 7, 5, dtype=torch.float64),
+        torch.randn(2, 3, 7, 4, dtype=torch.float64),
+    )
     expected = torch.tensor(
-        [[_naive_attention(q[b, h].tolist(), v[b, h].tolist()) for h in range(3)] for b in range(2)],
+        [
+            [_naive_attention(q[b, h].tolist(), v[b, h].tolist()) for h in range(3)]
+            for b in range(2)
+        ],
         dtype=torch.float64,
     )
     torch.testing.assert_close(l2_attention(q, v), expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(l2_attention(q.float(), v.float()).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        l2_attention(q.float(), v.float()).double(), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_l2_attention_far_from_the_origin_and_under_autocast():

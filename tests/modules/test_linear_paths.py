@@ -22,7 +22,9 @@ from olvae.modules.sdvae import SDDecoder, SDEncoder
 SD = {"channels": 8, "channel_mult": (1, 1), "num_res_blocks": 0, "norm_groups": 4}
 
 ENCODERS = {
-    "lite": lambda **more: LiteVAE_Encoder(6, "S", dct_levels=1, extractor_resblocks=1, aggregate_resblocks=1, **more),
+    "lite": lambda **more: LiteVAE_Encoder(
+        6, "S", dct_levels=1, extractor_resblocks=1, aggregate_resblocks=1, **more
+    ),
     "paper": lambda **more: LiteVAE_Encoder(6, "S", "paper", dct_levels=1, **more),
     "packets": lambda **more: LiteVAE_Encoder(6, "S", dct_levels=1, packets=True, **more),
     "sd": lambda **more: SDEncoder(6, **SD, **more),
@@ -93,18 +95,26 @@ def test_an_encoder_starts_as_its_path(kind):
     encoder, x = ENCODERS[kind](linear=True), torch.randn(2, 3, 8, 6)
     moments = encoder(x)
     around = F.pad(x, (1, 1, 1, 1), "replicate")  # patches of 4x4 pixels, 2 apart
-    torch.testing.assert_close(moments[:, :3], F.conv2d(around, encoder.linear.weight, encoder.linear.bias, stride=2))
+    torch.testing.assert_close(
+        moments[:, :3], F.conv2d(around, encoder.linear.weight, encoder.linear.bias, stride=2)
+    )
     assert not moments[:, 3:].any()
     nn.init.normal_(last_convolution(encoder).weight)
-    assert (encoder(x) - moments).abs().mean(dim=(0, 2, 3)).min() > 0  # the network adds to means and log-variances
+    assert (encoder(x) - moments).abs().mean(
+        dim=(0, 2, 3)
+    ).min() > 0  # the network adds to means and log-variances
 
 
 @pytest.mark.parametrize("kind", DECODERS)
 def test_a_decoder_starts_as_its_path(kind):
     decoder, z = DECODERS[kind](linear=True), torch.randn(2, 3, 5, 4)
     image = decoder(z)
-    patches = F.conv2d(F.pad(z, (1, 1, 1, 1), "replicate"), decoder.linear.weight, decoder.linear.bias)
-    torch.testing.assert_close(image, patches.view(2, 3, 2, 2, 5, 4).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 10, 8))
+    patches = F.conv2d(
+        F.pad(z, (1, 1, 1, 1), "replicate"), decoder.linear.weight, decoder.linear.bias
+    )
+    torch.testing.assert_close(
+        image, patches.view(2, 3, 2, 2, 5, 4).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 10, 8)
+    )
     nn.init.normal_(last_convolution(decoder).weight)
     assert (decoder(z) - image).abs().mean() > 0
 
@@ -113,12 +123,16 @@ def test_a_decoder_starts_as_its_path(kind):
 def test_both_paths_and_networks_learn(make):
     network = make(linear=True)
     shape = (1, 3, 8, 8)
-    for _ in range(2):  # from the second step on, gradients pass through the network's last convolution
+    for _ in range(
+        2
+    ):  # from the second step on, gradients pass through the network's last convolution
         network(torch.randn(shape)).square().sum().backward()
         with torch.no_grad():
             for p in network.parameters():
                 p -= 0.01 * p.grad
-    assert all(p.grad.abs().sum() > 0 for p in (*network.linear.parameters(), next(network.parameters())))
+    assert all(
+        p.grad.abs().sum() > 0 for p in (*network.linear.parameters(), next(network.parameters()))
+    )
 
 
 @pytest.mark.parametrize("make", [*ENCODERS.values(), *DECODERS.values()])
@@ -128,9 +142,13 @@ def test_without_it_nothing_changes(make):
     torch.manual_seed(0)
     linear = make(linear=True)
     assert set(linear.state_dict()) - set(plain) == {"linear.weight", "linear.bias"}
-    changed = {name for name, tensor in plain.items() if not tensor.equal(linear.state_dict()[name])}
+    changed = {
+        name for name, tensor in plain.items() if not tensor.equal(linear.state_dict()[name])
+    }
     last = last_convolution(linear)
-    assert changed == {name for name, p in linear.named_parameters() if p is last.weight or p is last.bias}
+    assert changed == {
+        name for name, p in linear.named_parameters() if p is last.weight or p is last.bias
+    }
 
 
 @pytest.mark.parametrize(("factor", "size"), [(2, 4), (3, 3), (8, 16), (16, 32), (32, 32)])

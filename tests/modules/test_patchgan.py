@@ -53,7 +53,9 @@ def network() -> PatchGAN:
 
 
 def images() -> Tensor:
-    return torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return torch.randn(
+        6, 3, 32, 32, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+    )
 
 
 def measured(x: Tensor) -> dict[str, Tensor]:
@@ -64,7 +66,11 @@ def measured(x: Tensor) -> dict[str, Tensor]:
     net(2 * x.detach() + 1)
     loss.backward()
     assert x.grad is not None
-    found = {name: mean_over_processes(p.grad) for name, p in net.named_parameters() if p.grad is not None}
+    found = {
+        name: mean_over_processes(p.grad)
+        for name, p in net.named_parameters()
+        if p.grad is not None
+    }
     found |= dict(net.named_buffers(), loss=mean_over_processes(loss.detach()))
     return found | {"image": x.grad, "evaluated": net.eval()(x.detach())[0].detach()}
 
@@ -102,5 +108,6 @@ def test_in_one_process_it_is_torchs_batch_norm_bit_for_bit():
 
 def test_lightnings_conversion_leaves_it_alone():
     assert not any(
-        isinstance(m, nn.SyncBatchNorm) for m in nn.SyncBatchNorm.convert_sync_batchnorm(network()).modules()
+        isinstance(m, nn.SyncBatchNorm)
+        for m in nn.SyncBatchNorm.convert_sync_batchnorm(network()).modules()
     )

@@ -9,14 +9,21 @@ SMALL = {"channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "norm_group
 
 def networks(**arguments) -> list[nn.Module]:
     torch.manual_seed(0)
-    return [SDEncoder(8, image_size=32, **SMALL, **arguments), SDDecoder(z_channels=4, **SMALL, **arguments)]
+    return [
+        SDEncoder(8, image_size=32, **SMALL, **arguments),
+        SDDecoder(z_channels=4, **SMALL, **arguments),
+    ]
 
 
 def test_reflection_pads_every_convolution_with_a_border():
     """The weights are those of zeros; a network of constant images is constant up to the border."""
-    for zeros, reflect in zip(networks(), networks(padding="reflect", attention=False), strict=True):
+    for zeros, reflect in zip(
+        networks(), networks(padding="reflect", attention=False), strict=True
+    ):
         convolutions = [m for m in reflect.modules() if isinstance(m, nn.Conv2d)]
-        assert {m.padding_mode for m in convolutions if m.kernel_size == (3, 3) and m.stride == (1, 1)} == {"reflect"}
+        assert {
+            m.padding_mode for m in convolutions if m.kernel_size == (3, 3) and m.stride == (1, 1)
+        } == {"reflect"}
         assert {m.padding_mode for m in zeros.modules() if isinstance(m, nn.Conv2d)} == {"zeros"}
     decoder = networks(padding="reflect")[1]
     z = torch.randn(1, 4, 1, 1).expand(1, 4, 6, 8)
@@ -41,7 +48,9 @@ def test_a_strided_convolution_keeps_its_zeros():
 
 def test_without_attention():
     for with_it, without in zip(networks(), networks(attention=False), strict=True):
-        named = {name for name, _ in with_it.named_parameters()} - {name for name, _ in without.named_parameters()}
+        named = {name for name, _ in with_it.named_parameters()} - {
+            name for name, _ in without.named_parameters()
+        }
         assert named
         assert all(".attentions." in name for name in named)
 
@@ -50,5 +59,7 @@ def test_another_padding():
     with pytest.raises(ValueError, match="multiple of 8"):
         SDEncoder(image_size=100)
     for network in (SDEncoder, SDDecoder):
-        with pytest.raises(ValueError, match="padding must be one of zeros, reflect, got 'circular'"):
+        with pytest.raises(
+            ValueError, match="padding must be one of zeros, reflect, got 'circular'"
+        ):
             network(padding="circular", **SMALL)

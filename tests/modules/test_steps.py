@@ -30,7 +30,10 @@ NETWORKS = {
     "SD decoder": (lambda: SDDecoder(z_channels=4, **SD), LATENT),
 }
 WITH_DROPOUT = {
-    "encoder with dropout": (lambda: LiteVAE_Encoder(8, variant="paper", dropout=0.5, **WIDTHS), IMAGE),
+    "encoder with dropout": (
+        lambda: LiteVAE_Encoder(8, variant="paper", dropout=0.5, **WIDTHS),
+        IMAGE,
+    ),
     "decoder with dropout": (lambda: decoder(dropout=0.5), LATENT),
 }
 
@@ -42,16 +45,26 @@ def gradients(network, forward, shape) -> list[torch.Tensor]:
     out = forward(x)
     states = [torch.get_rng_state()]
     out.square().mean().backward()
-    return [out.detach(), *states, torch.get_rng_state(), x.grad, *(p.grad for p in network.parameters())]
+    return [
+        out.detach(),
+        *states,
+        torch.get_rng_state(),
+        x.grad,
+        *(p.grad for p in network.parameters()),
+    ]
 
 
-@pytest.mark.parametrize(("build", "shape"), (NETWORKS | WITH_DROPOUT).values(), ids=NETWORKS | WITH_DROPOUT)
+@pytest.mark.parametrize(
+    ("build", "shape"), (NETWORKS | WITH_DROPOUT).values(), ids=NETWORKS | WITH_DROPOUT
+)
 def test_the_same_gradients_bit_for_bit(build, shape):
     plain = build()
     again = copy.deepcopy(plain)
     again.checkpoint_steps()
     again = copy.deepcopy(again)  # a copy keeps its own steps
-    for one, other in zip(gradients(plain, plain, shape), gradients(again, again, shape), strict=True):
+    for one, other in zip(
+        gradients(plain, plain, shape), gradients(again, again, shape), strict=True
+    ):
         assert torch.equal(one, other)
     assert list(again.state_dict()) == list(plain.state_dict())
     assert again.node == plain.node
@@ -70,7 +83,11 @@ def test_fewer_values_are_kept_and_in_training_only(build, shape):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in ("encoder", "decoder") else pytest.mark.slow) for name in NETWORKS]
+    "name",
+    [
+        pytest.param(name, marks=() if name in ("encoder", "decoder") else pytest.mark.slow)
+        for name in NETWORKS
+    ],
 )
 def test_compiled_in_one_graph(name):
     """Without dropout: backends before Inductor draw other numbers the second time."""
@@ -80,5 +97,7 @@ def test_compiled_in_one_graph(name):
     again = copy.deepcopy(plain)
     again.checkpoint_steps()
     compiled = torch.compile(again, fullgraph=True, backend="eager")
-    for one, other in zip(gradients(plain, plain, shape), gradients(again, compiled, shape), strict=True):
+    for one, other in zip(
+        gradients(plain, plain, shape), gradients(again, compiled, shape), strict=True
+    ):
         assert torch.equal(one, other)

@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olvae.modules.unetgan import SpectralConv2d, UNetGAN, power_iteration, shared_weights, stop_power_iterations
+from olvae.modules.unetgan import (
+    SpectralConv2d,
+    UNetGAN,
+    power_iteration,
+    shared_weights,
+    stop_power_iterations,
+)
 
 
 @pytest.fixture
@@ -32,7 +38,9 @@ def test_function_by_hand(image_size: int):
         h = (z[..., ::2, ::2] + z[..., 1::2, ::2] + z[..., ::2, 1::2] + z[..., 1::2, 1::2]) / 4
         by_size[h.shape[-1]] = h
     bottom = h
-    image_logits = bottom.clamp(min=0).sum((2, 3)) @ net.image_head.weight.flatten(1).T + net.image_head.bias
+    image_logits = (
+        bottom.clamp(min=0).sum((2, 3)) @ net.image_head.weight.flatten(1).T + net.image_head.bias
+    )
     for block in net.up:
         if h is not bottom:
             h = torch.cat((h, by_size[h.shape[-1]]), 1)

@@ -21,14 +21,18 @@ def reference(x: torch.Tensor, wavelet: str, levels: int) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("wavelet", WAVELETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(2, 3, 32, 48), (1, 2, 31, 17), (1, 1, 2, 6), (1, 3, 1, 1), (1, 1, 64, 33)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 32, 48), (1, 2, 31, 17), (1, 1, 2, 6), (1, 3, 1, 1), (1, 1, 64, 33)]
+)
 def test_every_level_is_pywavelets(wavelet, dtype, shape):
     x = torch.randn(shape, dtype=dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     for ours, theirs in zip(wavedec2(x, wavelet, 4), reference(x, wavelet, 4), strict=True):
         assert ours.dtype == dtype
         assert ours.shape == theirs.shape
-        np.testing.assert_allclose(ours.double().numpy(), theirs, atol=tolerance * max(1, np.abs(theirs).max()))
+        np.testing.assert_allclose(
+            ours.double().numpy(), theirs, atol=tolerance * max(1, np.abs(theirs).max())
+        )
 
 
 @pytest.mark.parametrize("wavelet", WAVELETS)
@@ -79,7 +83,9 @@ def test_parts_of_the_batch_equal_plain_operations(shape):
         return [*levels, idwt2(levels[0]), waverec2(levels, size=shape[-2:])]
 
     x = torch.randn(shape)
-    for ours, plain in zip(there_and_back(x), torch.func.vmap(there_and_back)(x[None]), strict=True):
+    for ours, plain in zip(
+        there_and_back(x), torch.func.vmap(there_and_back)(x[None]), strict=True
+    ):
         assert torch.equal(ours, plain[0])
 
 
@@ -101,11 +107,18 @@ def test_half_precision_is_computed_in_float32(wavelet, dtype):
         assert inside.dtype == torch.float32
         assert torch.equal(inside, exact)
         assert torch.equal(idwt2(exact, wavelet), idwt2(exact, wavelet).float())
-    assert torch.equal(idwt2(exact.to(dtype), wavelet), idwt2(exact.to(dtype).float(), wavelet).to(dtype))
+    assert torch.equal(
+        idwt2(exact.to(dtype), wavelet), idwt2(exact.to(dtype).float(), wavelet).to(dtype)
+    )
 
 
 def test_integers_become_float32():
-    assert dwt2(torch.full((1, 1, 2, 2), 200, dtype=torch.uint8)).flatten().tolist() == [400, 0, 0, 0]
+    assert dwt2(torch.full((1, 1, 2, 2), 200, dtype=torch.uint8)).flatten().tolist() == [
+        400,
+        0,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("wavelet", ["haar", "db2"])
@@ -116,9 +129,14 @@ def test_exports_with_dynamic_sizes(wavelet):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return idwt2(dwt2(x, wavelet), wavelet) + dwt2(x, wavelet).sum()
 
-    half_h, half_w = torch.export.Dim("half_h", min=4, max=64), torch.export.Dim("half_w", min=4, max=64)
+    half_h, half_w = (
+        torch.export.Dim("half_h", min=4, max=64),
+        torch.export.Dim("half_w", min=4, max=64),
+    )
     program = torch.export.export(
-        Transform(), (torch.randn(2, 3, 16, 24),), dynamic_shapes={"x": {2: 2 * half_h, 3: 2 * half_w}}
+        Transform(),
+        (torch.randn(2, 3, 16, 24),),
+        dynamic_shapes={"x": {2: 2 * half_h, 3: 2 * half_w}},
     )
     x = torch.randn(2, 3, 10, 32)
     assert torch.allclose(program.module()(x), Transform()(x), atol=1e-4)
@@ -133,7 +151,9 @@ def test_onnx(wavelet, tmp_path):
             return torch.cat(wavedec2(x, wavelet, 2)[1:], dim=1)
 
     path = tmp_path / "dwt.onnx"
-    torch.onnx.export(Transform().eval(), (torch.randn(1, 3, 16, 24),), path, dynamo=True, verbose=False)
+    torch.onnx.export(
+        Transform().eval(), (torch.randn(1, 3, 16, 24),), path, dynamo=True, verbose=False
+    )
     session = onnxruntime.InferenceSession(path)
     x = torch.randn(1, 3, 16, 24)
     (out,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
@@ -142,7 +162,9 @@ def test_onnx(wavelet, tmp_path):
 
 @pytest.mark.parametrize("wavelet", ["haar", "db2"])
 def test_compiles_without_a_graph_break(wavelet):
-    compiled = torch.compile(lambda x: idwt2(dwt2(x, wavelet), wavelet), fullgraph=True, backend="eager")
+    compiled = torch.compile(
+        lambda x: idwt2(dwt2(x, wavelet), wavelet), fullgraph=True, backend="eager"
+    )
     x = torch.randn(1, 3, 8, 8)
     assert torch.allclose(compiled(x), x, atol=1e-5)
     with torch.autocast("cpu", dtype=torch.bfloat16):

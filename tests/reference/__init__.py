@@ -48,7 +48,9 @@ def assert_parity(output: Tensor, expected: dict[str, Any]) -> None:
     assert list(output.shape) == expected["shape"]
     flat = output.detach().flatten().double()
     tolerance = 1e-4 * expected["abs_max"]
-    np.testing.assert_allclose(flat[expected["at"]].numpy(), expected["values"], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(
+        flat[expected["at"]].numpy(), expected["values"], rtol=0, atol=tolerance
+    )
     assert abs(flat.mean().item() - expected["mean"]) < tolerance
     assert abs(flat.std(unbiased=False).item() - expected["std"]) < tolerance
     assert abs(flat.abs().max().item() - expected["abs_max"]) < tolerance

@@ -39,7 +39,9 @@ class Watch:
         self.root, self.kill = str(root), kill
         self.log = os.open(log, os.O_CREAT | os.O_APPEND | os.O_WRONLY) if log is not None else None
         self.counts = Counter[tuple[str, str]]()
-        self.due: tuple[str, int] | None = None  # a file to be cut, and its size before it was opened
+        self.due: tuple[str, int] | None = (
+            None  # a file to be cut, and its size before it was opened
+        )
         self.begun = time.monotonic()
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:

@@ -55,16 +55,27 @@ class Command:
 
     def start(self, folder: Path, **settings: Any) -> subprocess.Popen:
         folder.mkdir(exist_ok=True)
-        words = [sys.executable, "-m", "tests.soak.killed", json.dumps({"root": str(folder), **settings})]
+        words = [
+            sys.executable,
+            "-m",
+            "tests.soak.killed",
+            json.dumps({"root": str(folder), **settings}),
+        ]
         with (folder.parent / "output.txt").open("w") as output:
-            return subprocess.Popen([*words, *map(str, self.arguments(folder))], stdout=output, stderr=output)
+            return subprocess.Popen(
+                [*words, *map(str, self.arguments(folder))], stdout=output, stderr=output
+            )
 
     def whole(self, folder: Path) -> tuple[Mapping[str, Any], list[Write], tuple[float, float]]:
         """The result, each write, and when the first and the last of them were."""
         log = folder.parent / "writes.txt"
         _check(self.start(folder, log=str(log)).wait(), folder)
         writes = [json.loads(line) for line in log.read_text().splitlines()]
-        return self.result(folder), [Write(*write) for _, *write in writes], (writes[0][0], writes[-1][0])
+        return (
+            self.result(folder),
+            [Write(*write) for _, *write in writes],
+            (writes[0][0], writes[-1][0]),
+        )
 
     def killed(self, folder: Path, kill: Kill) -> bool:
         """Start or continue it; whether it was killed rather than ending first."""
@@ -118,13 +129,17 @@ def soak(command: Command, tmp_path: Path, count: int, part: slice = slice(None)
             shutil.rmtree(folder)
             whole = len(history) == 1
             history.clear()
-            if whole and isinstance(kill, float):  # its moment was after the end: less beside it than when it was timed
+            if whole and isinstance(
+                kill, float
+            ):  # its moment was after the end: less beside it than when it was timed
                 kill *= 0.8
             elif whole:
                 break
     _check(command.start(folder).wait(), folder)
     _compare(command.result(folder), expected, history)
-    sys.stdout.write(f"{done} kills, {sum(times.values())} writes, {time.monotonic() - begun:.0f} s")
+    sys.stdout.write(
+        f"{done} kills, {sum(times.values())} writes, {time.monotonic() - begun:.0f} s"
+    )
     assert done >= 0.8 * count
 
 
@@ -135,7 +150,11 @@ def _compare(result: Mapping[str, Any], expected: Mapping[str, Any], history: li
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def photos(folder: Path, count: int) -> Path:
@@ -146,7 +165,14 @@ def photos(folder: Path, count: int) -> Path:
 
 
 def run_of(folder: Path) -> Path | None:
-    return next((path for path in (folder / "runs").glob("*") if (path / "checkpoints/last.ckpt").is_file()), None)
+    return next(
+        (
+            path
+            for path in (folder / "runs").glob("*")
+            if (path / "checkpoints/last.ckpt").is_file()
+        ),
+        None,
+    )
 
 
 def trained(folder: Path) -> dict[str, Any]:
@@ -156,11 +182,15 @@ def trained(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {
         name: content
         for name, content in files(run).items()
-        if not re.match(r"tensorboard/|csv/|wandb/|images/curves.png|checkpoints/.*\.ckpt|hparams", name)
+        if not re.match(
+            r"tensorboard/|csv/|wandb/|images/curves.png|checkpoints/.*\.ckpt|hparams", name
+        )
     }
     for path in (run / "checkpoints").glob("*.ckpt"):
         checkpoint = torch.load(path, weights_only=True)
-        found |= {f"{path.name}: {part}": value for part, value in checkpoint.items() if part != "loops"}
+        found |= {
+            f"{path.name}: {part}": value for part, value in checkpoint.items() if part != "loops"
+        }
     return found
 
 
@@ -177,13 +207,24 @@ def test_train(tmp_path, part, data, adversary):
         write_shards(tmp_path / "shards", (9, 14, 5, 11, 7))
         config["data"] = {
             "target": "olvae.data.shards.webdataset.WebDatasetSource",
-            "params": {"shards": str(tmp_path / "shards"), "size": 16, "batch_size": 2, "num_workers": 2, "shuffle": 4},
+            "params": {
+                "shards": str(tmp_path / "shards"),
+                "size": 16,
+                "batch_size": 2,
+                "num_workers": 2,
+                "shuffle": 4,
+            },
         }
         trainer["accumulate_grad_batches"] = 2
     keep = {"target": "olvae.training.saving.KeepCheckpoints", "params": {"every_n_steps": 4}}
     config["lightning"] = {"trainer": trainer, "callbacks": {"keep": keep}}
     save(config, tmp_path / "tiny.yaml")
-    soak(Command(begun_or_resumed(tmp_path / "tiny.yaml", "--gpus", 0), trained), tmp_path, KILLS, slice(part, None, 4))
+    soak(
+        Command(begun_or_resumed(tmp_path / "tiny.yaml", "--gpus", 0), trained),
+        tmp_path,
+        KILLS,
+        slice(part, None, 4),
+    )
 
 
 def begun_or_resumed(config: Path, *words: object) -> Callable[[Path], list[object]]:
@@ -200,17 +241,27 @@ def begun_or_resumed(config: Path, *words: object) -> Callable[[Path], list[obje
 
 
 LOGGERS = {"csv": {"target": "lightning.pytorch.loggers.CSVLogger"}}
-LOGGERS |= {"wandb": {"target": "lightning.pytorch.loggers.WandbLogger", "params": {"mode": "offline"}}}
+LOGGERS |= {
+    "wandb": {"target": "lightning.pytorch.loggers.WandbLogger", "params": {"mode": "offline"}}
+}
 
 
 def training(tmp_path: Path, *more: object, **trainer: Any) -> Command:
     """A training of a small model as a command, with a CSV and a W&B logger; ``more`` is said when it begins."""
-    config = without_networks(photos(tmp_path / "photos", 40)) if "--from" in more else tiny_config(tmp_path / "photos")
+    config = (
+        without_networks(photos(tmp_path / "photos", 40))
+        if "--from" in more
+        else tiny_config(tmp_path / "photos")
+    )
     photos(tmp_path / "photos", 40)
     config["model"]["params"]["lossconfig"]["params"]["kl_weight"] = 0  # as a teacher wants it
     steps = {"max_steps": 16, "val_check_interval": 4, "log_every_n_steps": 2}
     keep = {"target": "olvae.training.saving.KeepCheckpoints", "params": {"every_n_steps": 4}}
-    config["lightning"] = {"trainer": {**steps, **trainer}, "callbacks": {"keep": keep}, "logger": LOGGERS}
+    config["lightning"] = {
+        "trainer": {**steps, **trainer},
+        "callbacks": {"keep": keep},
+        "logger": LOGGERS,
+    }
     save(config, tmp_path / "cfg.yaml")
     words = more if "devices" in trainer else (*more, "--gpus", 0)
     return Command(begun_or_resumed(tmp_path / "cfg.yaml", *words), trained)
@@ -228,11 +279,15 @@ def test_train_in_two_processes(tmp_path):
 
 def numbers(folder: Path) -> dict[str, Any]:
     """What an evaluation made, but for its times and date."""
-    found: dict[str, Any] = {name: content for name, content in files(folder).items() if "report" not in name}
+    found: dict[str, Any] = {
+        name: content for name, content in files(folder).items() if "report" not in name
+    }
     for name in [name for name in found if name.endswith(("metrics.json", "metrics.md"))]:
         content = found.pop(name)
         if name.endswith("json"):
-            found |= {f"{name} {row['target']}": row["metrics"] for row in json.loads(content)["results"]}
+            found |= {
+                f"{name} {row['target']}": row["metrics"] for row in json.loads(content)["results"]
+            }
     return found
 
 
@@ -252,7 +307,10 @@ def made(tmp_path: Path, what: str) -> Command:
         words += ["--size", 32, "--metrics", "psnr,ssim"] if what == "evaluate" else []
         return Command(lambda folder: [*words, "--out", folder / "out"], numbers)
     name = "out.safetensors" if what in ("ldm", "comfyui") else "out"
-    return Command(lambda folder: ["export", target, "--out", folder / name, "--format", what, "--force"], files)
+    return Command(
+        lambda folder: ["export", target, "--out", folder / name, "--format", what, "--force"],
+        files,
+    )
 
 
 MADE = ["evaluate", "latents", *LAYOUTS]
@@ -269,12 +327,23 @@ def test_a_full_disk(tmp_path, what):
     if what == "train":
         command = training(tmp_path)
     elif what == "pack":
-        words = ["data", "pack", photos(tmp_path / "photos", 20), "--shard-size", 6, "--workers", 1, "--out"]
+        words = [
+            "data",
+            "pack",
+            photos(tmp_path / "photos", 20),
+            "--shard-size",
+            6,
+            "--workers",
+            1,
+            "--out",
+        ]
         command = Command(lambda folder: [*words, folder / "out"], files)
     else:
         command = made(tmp_path, what)
     expected, *_ = command.whole(tmp_path / "whole")
-    sizes = sorted(path.stat().st_size // 2 for path in (tmp_path / "whole").rglob("*") if path.is_file())
+    sizes = sorted(
+        path.stat().st_size // 2 for path in (tmp_path / "whole").rglob("*") if path.is_file()
+    )
     sizes = [size for size in sizes if size > 2**13] or sizes[-1:]  # what it prints has to fit
     folder, failed = tmp_path / "full", 0
     for limit in sorted({sizes[0], sizes[len(sizes) // 2], sizes[-1]}):
@@ -323,19 +392,31 @@ def test_two_runs_in_one_second_and_data_that_changed(tmp_path):
 def test_pack(tmp_path):
     source = photos(tmp_path / "photos", 60)
     words = ["--shard-size", 6, "--resize", 24, "--workers", 2]
-    soak(Command(lambda folder: ["data", "pack", source, "--out", folder / "out", *words], files), tmp_path, KILLS)
+    soak(
+        Command(lambda folder: ["data", "pack", source, "--out", folder / "out", *words], files),
+        tmp_path,
+        KILLS,
+    )
 
 
 def test_encode(tmp_path):
     source = photos(tmp_path / "photos", 30)
     words = ["--data", source, "--size", 32, "--shard-size", 6, "--flip", "--classes"]
     target = "olvae:photos-f8c4"
-    soak(Command(lambda folder: ["encode", target, "--out", folder / "out", *words], files), tmp_path, KILLS // 2)
+    soak(
+        Command(lambda folder: ["encode", target, "--out", folder / "out", *words], files),
+        tmp_path,
+        KILLS // 2,
+    )
 
 
 def test_decode(tmp_path):
     source, target = photos(tmp_path / "photos", 12), "olvae:photos-f8c4"
-    latents = Command(lambda folder: ["encode", target, "--data", source, "--size", 32, "--out", folder], files)
+    latents = Command(
+        lambda folder: ["encode", target, "--data", source, "--size", 32, "--out", folder], files
+    )
     _check(latents.start(tmp_path / "latents").wait(), tmp_path / "latents")
-    command = Command(lambda folder: ["decode", target, tmp_path / "latents", "--out", folder / "out"], files)
+    command = Command(
+        lambda folder: ["decode", target, tmp_path / "latents", "--out", folder / "out"], files
+    )
     soak(command, tmp_path, KILLS // 2)

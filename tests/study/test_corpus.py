@@ -22,7 +22,9 @@ def noise(width, height, seed=0, cell=4):
 
 
 def photograph(name, image):
-    return corpus.Photograph(name, PACKAGE, f"usr/{name}.png", saved(image, "PNG"), Licence("Ada", "CC0-1.0", "a file"))
+    return corpus.Photograph(
+        name, PACKAGE, f"usr/{name}.png", saved(image, "PNG"), Licence("Ada", "CC0-1.0", "a file")
+    )
 
 
 def test_detail_is_the_psnr_after_shrinking():
@@ -111,14 +113,24 @@ def test_a_finished_corpus_is_kept_and_another_recipe_starts_anew(tmp_path, monk
     def contents(path, package):
         made.append(package.name)
         images = {
-            f"usr/{package.name}-{i}.png": saved(noise(300, 300, 10 * len(package.name) + i, 20), "PNG")
+            f"usr/{package.name}-{i}.png": saved(
+                noise(300, 300, 10 * len(package.name) + i, 20), "PNG"
+            )
             for i in range(3)
         }
         return type(
-            "Contents", (), {"photographs": images, "package": package, "licence": lambda *_: Licence("A", "B", "C")}
+            "Contents",
+            (),
+            {
+                "photographs": images,
+                "package": package,
+                "licence": lambda *_: Licence("A", "B", "C"),
+            },
         )()
 
-    monkeypatch.setattr(corpus, "fetch", lambda package, folder, mirror: folder / mirror.rpartition("/")[2])
+    monkeypatch.setattr(
+        corpus, "fetch", lambda package, folder, mirror: folder / mirror.rpartition("/")[2]
+    )
     monkeypatch.setattr(corpus, "Contents", contents)
     monkeypatch.setattr(corpus, "PACKAGES", PACKAGES[:2])
     arguments = ["--out", str(tmp_path / "out")]

@@ -52,7 +52,14 @@ def deb(path, files):
 
 
 def package(path, photographs, source=()):
-    return Package("pictures", "1-1", path.name, hashlib.sha256(path.read_bytes()).hexdigest(), photographs, source)
+    return Package(
+        "pictures",
+        "1-1",
+        path.name,
+        hashlib.sha256(path.read_bytes()).hexdigest(),
+        photographs,
+        source,
+    )
 
 
 def rcc(names, contents, compressed=False):
@@ -101,7 +108,9 @@ def test_photographs_and_their_licences(tmp_path):
         "dog.jpg": b"dog",
         "cow.jpg": b"cow",
     }
-    licences = {name.rpartition("/")[2]: contents.licence(name)[:2] for name in contents.photographs}
+    licences = {
+        name.rpartition("/")[2]: contents.licence(name)[:2] for name in contents.photographs
+    }
     assert licences == {
         "sea.jpg": ("2021 Ada Lovelace", "CC-BY-4.0"),
         "land.jpg": ("2020 Somebody", "GPL-2+"),

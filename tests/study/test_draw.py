@@ -13,7 +13,11 @@ from study.rows import ALL_SIZES, diffusions, rows
 
 ROOT = Path(__file__).parent.parent.parent
 
-BANDS = {f"{kind}{level}": {"mse": 4.0 * level} for level in (1, 2, 3) for kind in ("LL", "LH", "HL", "HH")}
+BANDS = {
+    f"{kind}{level}": {"mse": 4.0 * level}
+    for level in (1, 2, 3)
+    for kind in ("LL", "LH", "HL", "HH")
+}
 
 
 def row(psnr: float, **others: Any) -> dict[str, Any]:
@@ -28,14 +32,22 @@ def row(psnr: float, **others: Any) -> dict[str, Any]:
     }
     sizes = {"64": size, "256": size}
     axes = dict.fromkeys(AXES, 0.25)
-    found = {"sizes": sizes, "frechet_lite0": 3.0, "unexplained": axes, "steps": 10, "processor_seconds": 90.0}
+    found = {
+        "sizes": sizes,
+        "frechet_lite0": 3.0,
+        "unexplained": axes,
+        "steps": 10,
+        "processor_seconds": 90.0,
+    }
     return found | others
 
 
 def worse(found: dict[str, Any]) -> dict[str, Any]:
     """The same row with twice the error in every band."""
     bands = {name: {"mse": 2 * band["mse"]} for name, band in BANDS.items()}
-    return found | {"sizes": {size: of_size | {"bands": bands} for size, of_size in found["sizes"].items()}}
+    return found | {
+        "sizes": {size: of_size | {"bands": bands} for size, of_size in found["sizes"].items()}
+    }
 
 
 def everywhere(found: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +60,9 @@ ROWS = {
     "litevae_1e-3_0": row(24.0),
     "litevae_1e-3_1": row(26.0),
     "sd_5e-4_0": row(23.0),
-    "litevae_linear_1e-3_0": row(27.0, bicubic={"64": {"psnr": 19.0}, "256": {"psnr": 22.0, "ssim": 0.6}}),
+    "litevae_linear_1e-3_0": row(
+        27.0, bicubic={"64": {"psnr": 19.0}, "256": {"psnr": 22.0, "ssim": 0.6}}
+    ),
     "sd_linear_longer_0": row(28.0) | {"steps": 40, "curve": [[0, 40], [25.0, 28.0]]},
     "sd_linear_long_0": everywhere(row(28.0)) | {"curve": [[0, 10], [25.0, 28.0]]},
     "no_wavelet_0": row(25.0),
@@ -59,10 +73,19 @@ ROWS = {
 
 def test_tables_have_means_spreads_and_what_is_missing_is_left_out():
     encoders = TABLES["encoders"](ROWS).splitlines()
-    assert encoders[2] == "| LiteVAE-S | 5.5 | 10 | 5e-4 | 1 | 29.00 | 29.00 | 24 | 144 | 0.700 | 3.0 |"
-    assert encoders[3].startswith("| LiteVAE-S | 5.5 | 10 | 1e-3 * | 2 | 25.00 ± 1.41 | 25.00 ± 1.41 |")
-    assert encoders[3].endswith("| 12 ± 0 | 72 ± 0 | 0.700 ± 0.000 | 3.0 ± 0.0 |")  # details: 3 (4 + 8 + 12)
-    assert encoders[4].startswith("| LiteVAE-S, linear start | 5.5 | 10 | 1e-3 * | 1 | 27.00 | 27.00 |")
+    assert (
+        encoders[2]
+        == "| LiteVAE-S | 5.5 | 10 | 5e-4 | 1 | 29.00 | 29.00 | 24 | 144 | 0.700 | 3.0 |"
+    )
+    assert encoders[3].startswith(
+        "| LiteVAE-S | 5.5 | 10 | 1e-3 * | 2 | 25.00 ± 1.41 | 25.00 ± 1.41 |"
+    )
+    assert encoders[3].endswith(
+        "| 12 ± 0 | 72 ± 0 | 0.700 ± 0.000 | 3.0 ± 0.0 |"
+    )  # details: 3 (4 + 8 + 12)
+    assert encoders[4].startswith(
+        "| LiteVAE-S, linear start | 5.5 | 10 | 1e-3 * | 1 | 27.00 | 27.00 |"
+    )
     longer = TABLES["longer"](ROWS).splitlines()
     assert longer[2:] == [
         "| SD, linear start | 5e-4 | 1 | 2 | 28.00 | 28.00 | 5.0 | 7.0 | 72 | 25.0 | 25.0 | 25.0 | 0.700 | 3.0 |"
@@ -74,11 +97,19 @@ def test_tables_have_means_spreads_and_what_is_missing_is_left_out():
     assert encoders[-1] == "| bicubic |  |  |  |  | 19.00 | 22.00 |  |  | 0.600 |  |"
     assert len(encoders) == 7  # no other row yet, and no linear code beside the baselines' row
     objective = TABLES["objective"](ROWS).splitlines()
-    assert objective[-1] == "| without the wavelet term | 25.00 ± 1.00 | 0.700 | 12.0 | 12.0 | 8.0 | 4.0 | 4.0 ± 1.4 |"
+    assert (
+        objective[-1]
+        == "| without the wavelet term | 25.00 ± 1.00 | 0.700 | 12.0 | 12.0 | 8.0 | 4.0 | 4.0 ± 1.4 |"
+    )
     assert len(objective) == 4
     found = {"reconstructions": 20.0, "decoded_latents": 21.0, "mean": 34.0}
-    samples = {"frechet_lite0": found, "seeds": [{"frechet_lite0": value} for value in (33.0, 35.0)]}
-    assert "| sd | 20.0 | 21.0 | 34.0 ± 1.4 | 13.0 |" in TABLES["diffusion"]({"diffusion_sd": samples})
+    samples = {
+        "frechet_lite0": found,
+        "seeds": [{"frechet_lite0": value} for value in (33.0, 35.0)],
+    }
+    assert "| sd | 20.0 | 21.0 | 34.0 ± 1.4 | 13.0 |" in TABLES["diffusion"](
+        {"diffusion_sd": samples}
+    )
 
 
 def test_a_documents_tables_are_replaced_and_nothing_else(tmp_path):

@@ -35,7 +35,9 @@ def doubled(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[to
     ids=lambda value: type(value).__name__ if isinstance(value, torch.nn.Module) else None,
 )
 @torch.no_grad()
-def test_a_normalized_encoder_does_not_see_how_large_its_last_features_are(encoder, last, normalized):
+def test_a_normalized_encoder_does_not_see_how_large_its_last_features_are(
+    encoder, last, normalized
+):
     x = torch.rand(1, 3, 64, 64) * 2 - 1
     moments = encoder(x)
     encoder.get_submodule(last).register_forward_pre_hook(doubled)
@@ -51,7 +53,11 @@ def test_the_short_path_adds_a_linear_map_of_the_mean_colours():
     means = x.view(2, 3, 8, 8, 8, 8).mean((3, 5))  # of 8x8 pixels
     expected = torch.einsum("nc,bchw->bnhw", encoder.short.weight[:, :, 0, 0], means)
     torch.testing.assert_close(with_it - moments, expected + encoder.short.bias[:, None, None])
-    assert sum(p.numel() for p in encoder.parameters()) - sum(p.numel() for p in encoder.model.parameters()) == 8 * 4
+    assert (
+        sum(p.numel() for p in encoder.parameters())
+        - sum(p.numel() for p in encoder.model.parameters())
+        == 8 * 4
+    )
 
 
 @torch.no_grad()
@@ -62,17 +68,31 @@ def test_shuffled_levels_hold_every_pixel_and_all_else_is_as_large_as_litevae():
         extractor.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     x = torch.rand(2, 3, 64, 64)
     assert shuffled(x).shape == lite(x).shape
-    assert [tuple(level.shape) for level in seen] == [(2, 12, 32, 32), (2, 48, 16, 16), (2, 192, 8, 8)]
-    assert all(torch.equal(level.flatten().sort().values, x.flatten().sort().values) for level in seen)
+    assert [tuple(level.shape) for level in seen] == [
+        (2, 12, 32, 32),
+        (2, 48, 16, 16),
+        (2, 192, 8, 8),
+    ]
+    assert all(
+        torch.equal(level.flatten().sort().values, x.flatten().sort().values) for level in seen
+    )
     more = sum(p.numel() for p in shuffled.parameters()) - sum(p.numel() for p in lite.parameters())
-    assert more == (36 + 180) * 16 * 9  # input channels of the second and the third first convolution
+    assert (
+        more == (36 + 180) * 16 * 9
+    )  # input channels of the second and the third first convolution
 
 
 @torch.no_grad()
 def test_taesds_encoder_has_log_variances_beside_the_same_means():
-    tiny, with_moments = TinyEncoder(latent_dim=8, image_size=64), TinyMoments(latent_dim=8, image_size=64)
+    tiny, with_moments = (
+        TinyEncoder(latent_dim=8, image_size=64),
+        TinyMoments(latent_dim=8, image_size=64),
+    )
     last = with_moments.layers[-1]
-    weights = with_moments.state_dict() | {"layers.14.weight": last.weight[:4], "layers.14.bias": last.bias[:4]}
+    weights = with_moments.state_dict() | {
+        "layers.14.weight": last.weight[:4],
+        "layers.14.bias": last.bias[:4],
+    }
     tiny.load_state_dict(weights)
     x = torch.rand(2, 3, 64, 64) * 2 - 1
     moments = with_moments(x)

@@ -16,7 +16,9 @@ def picture(file, size=224):
     with Image.open(path) as image:
         left, top = (image.width - min(image.size)) // 2, (image.height - min(image.size)) // 2
         square = image.crop((left, top, left + min(image.size), top + min(image.size)))
-        return torch.from_numpy(np.array(square.resize((size, size), Image.Resampling.BICUBIC))).movedim(-1, 0)
+        return torch.from_numpy(
+            np.array(square.resize((size, size), Image.Resampling.BICUBIC))
+        ).movedim(-1, 0)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,8 @@ def lite0():
 
 
 @pytest.mark.parametrize(
-    ("file", "label"), [("panda.jpg", GIANT_PANDA), ("polar-bear.jpg", ICE_BEAR), ("coffee.jpg", ESPRESSO)]
+    ("file", "label"),
+    [("panda.jpg", GIANT_PANDA), ("polar-bear.jpg", ICE_BEAR), ("coffee.jpg", ESPRESSO)],
 )
 def test_the_weights_know_what_is_on_a_photograph(file, label):
     logits = lite0_network(installed_lite0())(picture(file)[None] / 127.5 - 1)
@@ -37,7 +40,9 @@ def test_features_are_what_the_classifier_sees(lite0):
     features = torch.from_numpy(lite0(x))
     assert features.shape == (1, 1280)
     network = lite0_network(installed_lite0())
-    torch.testing.assert_close(network.classifier(features), network(x / 127.5 - 1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        network.classifier(features), network(x / 127.5 - 1), atol=1e-4, rtol=1e-4
+    )
 
 
 def test_features_do_not_depend_on_the_batches(lite0):
@@ -51,7 +56,9 @@ def test_the_distance_is_scipys_in_float64():
     b = (rng.normal(size=(90, 12)) @ rng.normal(size=(12, 12)) + 0.5).astype(np.float32)
     means = [x.mean(0, dtype=np.float64) for x in (a, b)]
     sigmas = [np.cov(x.astype(np.float64), rowvar=False) for x in (a, b)]
-    expected = np.sum((means[0] - means[1]) ** 2) + np.trace(sum(sigmas) - 2 * sqrtm(sigmas[0] @ sigmas[1]).real)
+    expected = np.sum((means[0] - means[1]) ** 2) + np.trace(
+        sum(sigmas) - 2 * sqrtm(sigmas[0] @ sigmas[1]).real
+    )
     assert frechet_lite0(a, b) == pytest.approx(expected, rel=1e-9)
     assert frechet_lite0(a, b) == pytest.approx(frechet_lite0(b, a), rel=1e-9)
 

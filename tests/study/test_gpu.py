@@ -20,22 +20,47 @@ def test_the_page_has_every_table_and_what_matters_comes_first():
 
 
 def test_tables_from_rows():
-    step = {"recipe": "B5", "precision": "bf16", "options": ["compile"], "size": 256, "images": 8, "ms": 50.0}
-    step |= {"images_per_s": 160.0, "tflops": 440.0, "peak": 989, "memory_gib": 12.34, "counted_gib": 11.0}
+    step = {
+        "recipe": "B5",
+        "precision": "bf16",
+        "options": ["compile"],
+        "size": 256,
+        "images": 8,
+        "ms": 50.0,
+    }
+    step |= {
+        "images_per_s": 160.0,
+        "tflops": 440.0,
+        "peak": 989,
+        "memory_gib": 12.34,
+        "counted_gib": 11.0,
+    }
     case = {"variant": "eager", "name": "S"}
-    speeds = [{**case, "precision": p, "images_per_s": speed} for p, speed in (("32", 5.0), ("32", 7.0), ("bf16", 9.0))]
+    speeds = [
+        {**case, "precision": p, "images_per_s": speed}
+        for p, speed in (("32", 5.0), ("32", 7.0), ("bf16", 9.0))
+    ]
     rows = {
         "machine": {"device": "H100", "memory_gib": 79.2},
         "tests": {"tests": 9, "skipped": 1, "failed": ["a.b"]},
         "step_A2_32": {"error": "out of memory"},
         "step_B5_bf16_compile": step,
         "trained_B5": {"recipe": "B5", "images": 4, "kernels": None},
-        "networks_encoder": {"half": "encoder", "rows": [*speeds, {"variant": "limit", "name": "product"}]},
+        "networks_encoder": {
+            "half": "encoder",
+            "rows": [*speeds, {"variant": "limit", "name": "product"}],
+        },
     }
     tables = {name: table(rows).splitlines()[2:] for name, table in TABLES.items()}
-    expected = ["| device | H100 |", "| memory_gib | 79.2 |", "| tests | 7 passed, 1 skipped; failed: a.b |"]
+    expected = [
+        "| device | H100 |",
+        "| memory_gib | 79.2 |",
+        "| tests | 7 passed, 1 skipped; failed: a.b |",
+    ]
     assert tables["gpu-run"] == [*expected, "| step_A2_32 | out of memory |"]
-    assert tables["gpu-steps"] == ["| B5, bf16, compile | 256 | 8 | 50.0 | 160.0 | 440.00 | 44% | 12.3 | 11.0 |"]
+    assert tables["gpu-steps"] == [
+        "| B5, bf16, compile | 256 | 8 | 50.0 | 160.0 | 440.00 | 44% | 12.3 | 11.0 |"
+    ]
     assert tables["gpu-launches"] == ["| B5 | 4 |  |"]
     assert tables["gpu-networks"] == ["| encoder, S |  | 9 | 7 |"]
     assert tables["gpu-pair"] == []
@@ -49,7 +74,9 @@ def test_finished_steps_are_kept_and_failed_ones_tried_again(tmp_path, monkeypat
         assert arguments[-1] == "--quick"
         if name == "tests" and fails:
             raise RuntimeError("too bad")
-        (self.out / "rows" / f"{name}.json").write_text(json.dumps({"device": "Xeon"} if name == "machine" else {}))
+        (self.out / "rows" / f"{name}.json").write_text(
+            json.dumps({"device": "Xeon"} if name == "machine" else {})
+        )
         return ""
 
     monkeypatch.setattr(Bench, "command", command)

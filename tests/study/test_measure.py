@@ -17,7 +17,9 @@ def test_the_share_along_each_axis_is_numpys():
     means, others = (a.astype(float).reshape(6, 3, 2, 8, 3, 8).mean((3, 5)) for a in (x, y))
     for name, axis in AXES.items():
         along, other = ((m * np.array(axis)[:, None, None]).sum(1) for m in (means, others))
-        assert found.compute()[name] == pytest.approx(((other - along) ** 2).mean() / along.var(), rel=1e-9)
+        assert found.compute()[name] == pytest.approx(
+            ((other - along) ** 2).mean() / along.var(), rel=1e-9
+        )
 
 
 def test_gray_reconstructions_lack_all_colour():

@@ -56,7 +56,9 @@ def test_rows_run_after_those_they_need_and_finished_ones_are_kept(tmp_path, mon
 
 def test_a_command_that_fails_names_its_row_and_its_log(tmp_path):
     study = Study(tmp_path, tmp_path, [])
-    with pytest.raises(StudyError, match=r"a: python -c .* exited with 3: too bad: .*a\.txt") as error:
+    with pytest.raises(
+        StudyError, match=r"a: python -c .* exited with 3: too bad: .*a\.txt"
+    ) as error:
         study.command("a", "-c", "print('too bad'); raise SystemExit(3)")
     assert min(study.command("a", "-c", "sum(range(10**6))"), error.value.seconds) > 0
 
@@ -67,7 +69,9 @@ def test_a_row_for_real_stopped_and_continued(tmp_path, monkeypatch):
     for folder in FOLDERS:
         (corpus / folder).mkdir(parents=True)
         for name in ("astronaut", "coffee", "chelsea", "rocket"):
-            Image.fromarray(getattr(data, name)()).resize((512, 512)).save(corpus / folder / f"{name}.png")
+            Image.fromarray(getattr(data, name)()).resize((512, 512)).save(
+                corpus / folder / f"{name}.png"
+            )
     row = Row("a", "latent", ("model.params.lossconfig.params.wavelet_weight=0.5",), 4, sizes=(64,))
     study = Study(corpus, tmp_path / "out", [row])
     command = study.command

@@ -97,7 +97,11 @@ def train_two(train_with, under, tmp_path):
 
         def work(rank: int) -> None:
             under(torchrun(rank, per_node=2))
-            with nullcontext() if raises is None else pytest.raises((ValueError, OSError), match=raises):
+            with (
+                nullcontext()
+                if raises is None
+                else pytest.raises((ValueError, OSError), match=raises)
+            ):
                 run = train_with(*overrides, *devices, **{"name": "two", **options})
                 (tmp_path / f"path{rank}").write_text(str(run.path))
 

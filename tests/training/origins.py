@@ -30,7 +30,13 @@ def phase_b(root: Path) -> dict[str, Any]:
     r1_and_lecam = {"r1_weight": 1.0, "r1_every": 3, "lecam_weight": 0.1}
     times = {"start_step": 1, "ramp_steps": 3, "warmup_updates": 2, "updates_per_step": 2}
     adversary = against(weight=0.3, learning_rate_ratio=2.0, **r1_and_lecam, **times)
-    model = {"use_ema": True, "ema_decay": 0.8, "scheduler": "cosine", "warmup_steps": 2, "decay_steps": 7}
+    model = {
+        "use_ema": True,
+        "ema_decay": 0.8,
+        "scheduler": "cosine",
+        "warmup_steps": 2,
+        "decay_steps": 7,
+    }
     model["parts"] = parts(anchor={"weight": 0.1}, equivariance={"probability": 0.3})
     config = tiny_config(root, adversary_config=adversary, **model)
     config["lightning"]["trainer"]["accumulate_grad_batches"] = 2
@@ -83,7 +89,14 @@ def same(one: Any, other: Any) -> bool:
 def assert_same_checkpoint(one: Run, other: Run, file: str = "last.ckpt") -> None:
     a, b = checkpoint(one, file), checkpoint(other, file)
     averages = ("state_dict", "current_model_state")
-    for part in (*averages, "optimizer_states", "lr_schedulers", "images_seen", "iteration", "global_step"):
+    for part in (
+        *averages,
+        "optimizer_states",
+        "lr_schedulers",
+        "images_seen",
+        "iteration",
+        "global_step",
+    ):
         assert same(a.get(part), b.get(part)), part
 
 

@@ -56,9 +56,15 @@ def config(image_folder) -> dict:
 
 def test_bad_steps_are_printed_counted_and_noted(train_with, config, spoil, capfd):
     spoil(lambda iteration: iteration in (1, 2, 4))
-    run = train_with("lightning.trainer.max_steps=6", "lightning.trainer.log_every_n_steps=2", config=config)
+    run = train_with(
+        "lightning.trainer.max_steps=6", "lightning.trainer.log_every_n_steps=2", config=config
+    )
     notes = [json.loads(line) for line in run.bad_steps.read_text().splitlines()]
-    assert [(note["step"], note["rank"], note["term"]) for note in notes] == [(2, 0, "kl"), (3, 0, "kl"), (5, 0, "kl")]
+    assert [(note["step"], note["rank"], note["term"]) for note in notes] == [
+        (2, 0, "kl"),
+        (3, 0, "kl"),
+        (5, 0, "kl"),
+    ]
     assert all(len(note["keys"]) == 4 for note in notes)
     printed = capfd.readouterr().err
     assert "step 2: kl is not finite: this step changed nothing (1 in this run so far)" in printed
@@ -70,13 +76,21 @@ def test_bad_steps_are_printed_counted_and_noted(train_with, config, spoil, capf
 
 def test_those_that_were_not_read_yet_are_counted_in_the_last_checkpoint(train_with, config, spoil):
     spoil(lambda iteration: iteration in (1, 2))
-    run = train_with("lightning.trainer.max_steps=4", "lightning.trainer.log_every_n_steps=50", config=config)
+    run = train_with(
+        "lightning.trainer.max_steps=4", "lightning.trainer.log_every_n_steps=50", config=config
+    )
     assert checkpoint(run)["callbacks"]["BadSteps"]["bad"] == 2
 
 
-def test_in_a_row_they_lead_back_to_the_checkpoint_with_lower_rates(train_with, config, spoil, capfd):
+def test_in_a_row_they_lead_back_to_the_checkpoint_with_lower_rates(
+    train_with, config, spoil, capfd
+):
     spoil(lambda iteration: iteration in (5, 6, 7))
-    overrides = (*SAVES, "lightning.callbacks.keep.params.every_n_steps=4", *settings(in_a_row=3, rate_factor=0.25))
+    overrides = (
+        *SAVES,
+        "lightning.callbacks.keep.params.every_n_steps=4",
+        *settings(in_a_row=3, rate_factor=0.25),
+    )
     first = ("lightning.trainer.max_steps=8", "lightning.trainer.val_check_interval=20")
     run = train_with(*overrides, *first, config=config)
     assert (
@@ -98,18 +112,28 @@ def test_in_a_row_they_lead_back_to_the_checkpoint_with_lower_rates(train_with, 
 
     resumed = train_with("lightning.trainer.max_steps=10", resume=run.path, allow_changes=True)
     assert checkpoint(resumed)["rate_factor"] == 0.25
-    assert checkpoint(resumed)["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(0.25e-3)
+    assert checkpoint(resumed)["optimizer_states"][0]["param_groups"][0]["lr"] == pytest.approx(
+        0.25e-3
+    )
     assert checkpoint(resumed)["callbacks"]["BadSteps"] == {"bad": 3, "returned": 1, "row": 0}
 
 
-def test_after_so_many_returns_training_stops_and_says_why(train_with, tmp_path, config, spoil, capfd):
+def test_after_so_many_returns_training_stops_and_says_why(
+    train_with, tmp_path, config, spoil, capfd
+):
     spoil(lambda iteration: iteration >= 2)
-    overrides = (*SAVES, "lightning.callbacks.keep.params.every_n_steps=2", *settings(in_a_row=2, returns=2))
+    overrides = (
+        *SAVES,
+        "lightning.callbacks.keep.params.every_n_steps=2",
+        *settings(in_a_row=2, returns=2),
+    )
     with pytest.raises(FloatingPointError) as caught:
         train_with(*overrides, "lightning.trainer.max_steps=20", config=config)
     (path,) = (tmp_path / "runs").iterdir()
     text = one_line(caught)
-    assert text.startswith("kl was not finite for 2 steps in a row until step 8, in spite of 2 returns to good w")
+    assert text.startswith(
+        "kl was not finite for 2 steps in a row until step 8, in spite of 2 returns to good w"
+    )
     assert text.endswith(f"the last good weights are in {path / 'checkpoints' / 'last.ckpt'}")
     saved = torch.load(path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] in (2, 4, 6)
@@ -120,7 +144,9 @@ def test_after_so_many_returns_training_stops_and_says_why(train_with, tmp_path,
 def test_before_the_first_save_the_weights_stay(train_with, tmp_path, config, spoil, capfd):
     spoil(lambda iteration: True)
     steps = ("lightning.trainer.max_steps=20", "lightning.trainer.val_check_interval=20")
-    message = "for 2 steps in a row until step 4, in spite of a return.*lower model.base_learning_rate"
+    message = (
+        "for 2 steps in a row until step 4, in spite of a return.*lower model.base_learning_rate"
+    )
     with pytest.raises(FloatingPointError, match=message):
         train_with(*settings(in_a_row=2, returns=1), *steps, config=config)
     assert "there is no checkpoint yet: the weights stay" in capfd.readouterr().err
@@ -135,9 +161,15 @@ def test_under_fp16_all_processes_count_a_step_that_was_bad_in_one(tmp_path, und
         under(torchrun(rank, per_node=2))
         spoil(lambda iteration: rank == 1 and iteration in (1, 2))
         bad = BadSteps(in_a_row=2)
-        scaled = {"strategy": PlayersStrategy(), "devices": 2, "plugins": [Scaled(init_scale=2.0**10)]}
+        scaled = {
+            "strategy": PlayersStrategy(),
+            "devices": 2,
+            "plugins": [Scaled(init_scale=2.0**10)],
+        }
         batch = {"image": torch.zeros(1, 3, 16, 16, dtype=torch.uint8), "key": [f"image {rank}"]}
-        trained = trainer(4, limit_val_batches=0, callbacks=[bad], default_root_dir=tmp_path, **scaled)
+        trained = trainer(
+            4, limit_val_batches=0, callbacks=[bad], default_root_dir=tmp_path, **scaled
+        )
         trained.fit(build(), repeat(batch, 5))
         assert (bad.bad, bad.returned, trained.global_step) == (2, 1, 4)
 
@@ -147,7 +179,9 @@ def test_under_fp16_all_processes_count_a_step_that_was_bad_in_one(tmp_path, und
     assert terms == {(0, "gradient of the autoencoder", "image 0"), (1, "kl", "image 1")}
 
 
-@pytest.mark.parametrize("wrong", [{"in_a_row": 0}, {"returns": -1}, {"rate_factor": 0}, {"rate_factor": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "wrong", [{"in_a_row": 0}, {"returns": -1}, {"rate_factor": 0}, {"rate_factor": 1.5}], ids=str
+)
 def test_numbers_out_of_range(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         BadSteps(**wrong)

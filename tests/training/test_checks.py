@@ -15,7 +15,8 @@ def test_images_that_equivariance_would_shrink_below_what_lpips_takes(image_fold
     equivariant.check(source(image_folder, size=32))
     equivariant.loss.perceptual = torch.nn.Identity()
     with pytest.raises(
-        ConfigError, match="size: 32: equivariance shrinks images to a quarter, and the perceptual loss needs 16"
+        ConfigError,
+        match="size: 32: equivariance shrinks images to a quarter, and the perceptual loss needs 16",
     ):
         equivariant.check(source(image_folder, size=32))
     equivariant.check(source(image_folder, size=64))

@@ -46,20 +46,37 @@ def assert_close(one: Run, two: Run) -> None:
 
 def test_two_processes_are_one(train_with, train_two, monkeypatch):
     monkeypatch.setattr("olvae.models.linear_code.CROPS", (256, 256))
-    two_steps = ("data.params.size=64", "lightning.trainer.max_steps=2", "lightning.trainer.log_every_n_steps=1")
+    two_steps = (
+        "data.params.size=64",
+        "lightning.trainer.max_steps=2",
+        "lightning.trainer.log_every_n_steps=1",
+    )
     config = load(["configs/demo_b.yaml"], [*SMALL, *two_steps])
     one, two = train_with(WHOLE, config=config), train_two(HALF, config=config)
     assert_close(one, two)
-    values, same = scalars(one.path), scalars(two.path)  # what is logged is of both halves of the batch
-    assert {"train/loss", "train/rec", "train/discriminator", "health/logits_fake", "train/grad_norm"} <= values.keys()
+    values, same = (
+        scalars(one.path),
+        scalars(two.path),
+    )  # what is logged is of both halves of the batch
+    assert {
+        "train/loss",
+        "train/rec",
+        "train/discriminator",
+        "health/logits_fake",
+        "train/grad_norm",
+    } <= values.keys()
     for name in values:
         if name.startswith(("train/", "health/")):
             assert same[name] == pytest.approx(values[name], rel=1e-3, abs=1e-5), name
-    assert any(name.startswith("adversary.discriminator.") for name in checkpoint(one)["state_dict"])
+    assert any(
+        name.startswith("adversary.discriminator.") for name in checkpoint(one)["state_dict"]
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")])
+@pytest.mark.parametrize(
+    "launcher", [(), ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")]
+)
 def test_two_processes_of_the_command_are_one(tmp_path, launcher):
     """Lightning starts the second one, or torchrun starts both."""
 
@@ -80,7 +97,10 @@ def test_two_processes_of_the_command_are_one(tmp_path, launcher):
 def test_two_processes_align_a_latent_as_one(train_with, train_two, vit):
     """The projection's gradient is averaged, and the adaptive factor is that of the whole batch."""
     config = tiny_config(parts={"alignment": node(vit)})
-    config["model"]["params"]["encoder_config"]["params"] |= {"extractor_channels": 16, "aggregate_channels": 16}
+    config["model"]["params"]["encoder_config"]["params"] |= {
+        "extractor_channels": 16,
+        "aggregate_channels": 16,
+    }
     one, two = train_with(*SMALL, WHOLE, config=config), train_two(*SMALL, HALF, config=config)
     assert_close(one, two)
     assert "parts.alignment.projection.weight" in checkpoint(one)["state_dict"]
@@ -91,9 +111,14 @@ def test_two_processes_learn_from_a_teacher_as_one(train_with, train_two, tmp_pa
     """Both halves, through the teacher's decoder too."""
     teacher = {"autoencoder": save_teacher(tmp_path / "teacher"), "decoder_weight": 0.5}
     both = parts(teacher=teacher, activation_bound={"bound": 0.5})
-    config = tiny_config(parts=both, lossconfig=WITHOUT_KL, use_quant=True, use_ema=True, ema_decay=0.5)
+    config = tiny_config(
+        parts=both, lossconfig=WITHOUT_KL, use_quant=True, use_ema=True, ema_decay=0.5
+    )
     # A bias before a GroupNorm of one channel a group has a gradient of rounding alone, which Adam would enlarge.
-    config["model"]["params"]["encoder_config"]["params"] |= {"extractor_channels": 16, "aggregate_channels": 16}
+    config["model"]["params"]["encoder_config"]["params"] |= {
+        "extractor_channels": 16,
+        "aggregate_channels": 16,
+    }
     one, two = train_with(*SMALL, WHOLE, config=config), train_two(*SMALL, HALF, config=config)
     assert_close(one, two)
     std = [checkpoint(run)["state_dict"]["parts.teacher.std"] for run in (one, two)]
@@ -103,7 +128,8 @@ def test_two_processes_learn_from_a_teacher_as_one(train_with, train_two, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("kind", "strategy"), [("folder", UNUSED), pytest.param("shards", "auto", marks=pytest.mark.slow)]
+    ("kind", "strategy"),
+    [("folder", UNUSED), pytest.param("shards", "auto", marks=pytest.mark.slow)],
 )
 def test_a_process_without_a_validation_image_waits_for_the_one_that_has_one(
     train_two, tmp_path, image_folder, kind, strategy
@@ -111,13 +137,18 @@ def test_a_process_without_a_validation_image_waits_for_the_one_that_has_one(
     if kind == "folder":
         (tmp_path / "val").mkdir()
         (image_folder / "class0" / "0.png").rename(tmp_path / "val" / "0.png")
-        data = {"target": "olvae.data.picture_folder.FolderSource", "params": {"root": str(image_folder)}}
+        data = {
+            "target": "olvae.data.picture_folder.FolderSource",
+            "params": {"root": str(image_folder)},
+        }
         data["params"]["val_root"] = str(tmp_path / "val")
     else:
         write_shards(tmp_path / "shards", (8, 8, 1))
         params = {"shards": str(tmp_path / "shards")}
         data = {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": params}
-    config = tiny_config(adversary_config=against())  # a discriminator, whose buffers all processes share
+    config = tiny_config(
+        adversary_config=against()
+    )  # a discriminator, whose buffers all processes share
     config["data"] = {**data, "params": {**data["params"], "size": 16, "batch_size": 4}}
     run = train_two(*SMALL, f"lightning.trainer.strategy={strategy}", config=config)
     assert checkpoint(run)["global_step"] == 5
@@ -125,7 +156,9 @@ def test_a_process_without_a_validation_image_waits_for_the_one_that_has_one(
     assert (best["metric"], best["step"]) == ("val/psnr", 5)
 
 
-def test_too_many_unreadable_images_stop_all_processes_with_a_checkpoint(train_two, tmp_path, image_folder):
+def test_too_many_unreadable_images_stop_all_processes_with_a_checkpoint(
+    train_two, tmp_path, image_folder
+):
     (image_folder / "class2" / "empty.png").touch()  # which is for training, by its hash
     config = tiny_config(image_folder)
     config["data"]["params"]["batch_size"] = 1
@@ -139,11 +172,19 @@ def test_too_many_unreadable_images_stop_all_processes_with_a_checkpoint(train_t
 def test_two_processes_resume_as_one_in_another_layout(train_with, train_two, capfd):
     """Adam's moments take the weights' new strides, PatchGAN its R1; the lock is of a host that died."""
     config = tiny_config(adversary_config=against(r1_weight=1e-3, r1_every=1), use_ema=True)
-    config["model"]["params"]["encoder_config"]["params"] |= {"extractor_channels": 16, "aggregate_channels": 16}
+    config["model"]["params"]["encoder_config"]["params"] |= {
+        "extractor_channels": 16,
+        "aggregate_channels": 16,
+    }
     one, two = train_with(*SMALL, WHOLE, config=config), train_two(*SMALL, HALF, config=config)
     two.lock.write_text("process 1 on another host")
     again = ("lightning.trainer.max_steps=6", "model.params.channels_last=true")
     assert_close(train_with(*again, resume=one.path), train_two(*again, resume=two.path, name=None))
     (state, *_) = checkpoint(two)["optimizer_states"]
-    assert any(s["exp_avg"].is_contiguous(memory_format=torch.channels_last) for s in state["state"].values())
-    assert "sync_dist" not in capfd.readouterr().err  # Lightning's advice at each validation, which would be wrong here
+    assert any(
+        s["exp_avg"].is_contiguous(memory_format=torch.channels_last)
+        for s in state["state"].values()
+    )
+    assert (
+        "sync_dist" not in capfd.readouterr().err
+    )  # Lightning's advice at each validation, which would be wrong here

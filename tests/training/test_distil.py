@@ -65,7 +65,9 @@ def test_the_student_has_the_teachers_factors(train_with, tmp_path, image_folder
     assert find_target(run.path).load().for_diffusion == FACTORS
 
 
-def test_the_student_stands_in_for_the_teacher_in_a_pipeline(train_with, tmp_path, image_folder, target, monkeypatch):
+def test_the_student_stands_in_for_the_teacher_in_a_pipeline(
+    train_with, tmp_path, image_folder, target, monkeypatch
+):
     """From one seed both get the same latents; the images differ as what the two decoders make of these does."""
     run = train_with("lightning.trainer.max_steps=1", config=student(image_folder), teacher=target)
     LiteVAE.from_pretrained(run.path).save_pretrained(tmp_path / "export")
@@ -82,24 +84,34 @@ def test_the_student_stands_in_for_the_teacher_in_a_pipeline(train_with, tmp_pat
         pipeline = diffusers.DiTPipeline(dit(), vae, diffusers.DDIMScheduler())
         pipeline.set_progress_bar_config(disable=True)
         seed = torch.Generator().manual_seed(0)
-        images.append(pipeline([3, 7], num_inference_steps=3, generator=seed, output_type="pt").images)
+        images.append(
+            pipeline([3, 7], num_inference_steps=3, generator=seed, output_type="pt").images
+        )
     assert torch.equal(*latents)
     with torch.no_grad():
-        crossed = teacher.decode(latents[0]).sample - LiteVAE.from_pretrained(run.path).decode(latents[0])
-    difference = (images[0] - images[1]).abs().max()  # images are in [0, 1], reconstructions in [-1, 1]
+        crossed = teacher.decode(latents[0]).sample - LiteVAE.from_pretrained(run.path).decode(
+            latents[0]
+        )
+    difference = (
+        (images[0] - images[1]).abs().max()
+    )  # images are in [0, 1], reconstructions in [-1, 1]
     assert 0 < difference <= crossed.abs().max() / 2 + 1e-5
 
 
 def test_the_deviation_is_measured_on_the_training_images(train_with, image_folder, target):
     """The first 64 of the stream, here each of the seven training images about nine times."""
-    run = train_with("lightning.trainer.max_steps=1", config=student(image_folder), teacher=target, seed=4)
+    run = train_with(
+        "lightning.trainer.max_steps=1", config=student(image_folder), teacher=target, seed=4
+    )
     teacher = find_target(target).load()
     stream = iter(FolderSource(str(image_folder), 16, 4, val_fraction=0.4).train_loader(seed=4))
     images = torch.cat([next(stream)["image"] for _ in range(16)])
     with torch.no_grad():
         means = teacher.encode(from_uint8(images)).mean
     expected = means.double().std((0, 2, 3), unbiased=False).float()
-    torch.testing.assert_close(checkpoint(run)["state_dict"]["parts.teacher.std"], expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        checkpoint(run)["state_dict"]["parts.teacher.std"], expected, rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("node", [{}, {"target": "olvae.models.parts.teacher.Teacher"}])
@@ -107,7 +119,9 @@ def test_teachers_of_the_config(tmp_path, image_folder, target, node):
     given = {**node, "params": {"autoencoder": "another", "decoder_weight": 0.5}}
     save(student(image_folder, parts={"teacher": given}), tmp_path / "cfg.yaml")
     config = read_plan(TrainOptions([tmp_path / "cfg.yaml"], teacher=target)).config
-    assert config["model"]["params"]["parts"] == parts(teacher={"autoencoder": target, "decoder_weight": 0.5})
+    assert config["model"]["params"]["parts"] == parts(
+        teacher={"autoencoder": target, "decoder_weight": 0.5}
+    )
 
 
 def test_names_of_runs_are_looked_up_in_the_folder_of_runs(tmp_path, image_folder):
@@ -142,7 +156,11 @@ def test_the_half_with_fresh_weights(frozen, before, expected):
 
 
 def freezing(frozen: str | None, encoder: Encoder, stand_in: object = None) -> SimpleNamespace:
-    halves = {"encoder": encoder, "decoder": tiny().decoder, "frozen_halves": [frozen] if frozen else []}
+    halves = {
+        "encoder": encoder,
+        "decoder": tiny().decoder,
+        "frozen_halves": [frozen] if frozen else [],
+    }
     return SimpleNamespace(quantizer=None, stand_in=stand_in, **halves)
 
 
@@ -150,10 +168,14 @@ def test_an_encoder_without_weights_or_that_is_the_fitted_linear_code_is_whole()
     """But not beside a teacher, whose latents are learned from the trained half alone."""
     for encoder in (WaveletEncoder(), LinearEncoder()):
         assert untrained_half(freezing("encoder", encoder), None) is None
-    assert untrained_half(freezing("encoder", LinearEncoder(), stand_in=object()), None) == "encoder"
+    assert (
+        untrained_half(freezing("encoder", LinearEncoder(), stand_in=object()), None) == "encoder"
+    )
 
 
-def test_the_decoder_is_trained_after_the_encoder(train_with, image_folder, target, other_teacher, caplog):
+def test_the_decoder_is_trained_after_the_encoder(
+    train_with, image_folder, target, other_teacher, caplog
+):
     one_step = "lightning.trainer.max_steps=1"
     first = train_with(one_step, config=student(image_folder, freeze_decoder=True), teacher=target)
     assert untrained(first) == "decoder"
@@ -161,27 +183,39 @@ def test_the_decoder_is_trained_after_the_encoder(train_with, image_folder, targ
     second = train_with(one_step, config=decoder, teacher=target, actual_resume=first.path)
     assert untrained(second) is None
     before, after = (checkpoint(run)["state_dict"] for run in (first, second))
-    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("encoder."))
+    assert all(
+        torch.equal(before[name], after[name]) for name in before if name.startswith("encoder.")
+    )
     assert "learned from another" not in caplog.text
     train_with(one_step, config=decoder, teacher=other_teacher, actual_resume=first.path)
-    assert f"the encoder of {first.path}, frozen here, learned from another model than" in caplog.text
+    assert (
+        f"the encoder of {first.path}, frozen here, learned from another model than" in caplog.text
+    )
 
 
-def test_weights_without_a_run_are_taken_for_trained(train_with, tmp_path, image_folder, target, monkeypatch):
+def test_weights_without_a_run_are_taken_for_trained(
+    train_with, tmp_path, image_folder, target, monkeypatch
+):
     """A config two folders up is not theirs."""
     first = train_with(
-        "lightning.trainer.max_steps=1", config=student(image_folder, freeze_decoder=True), teacher=target
+        "lightning.trainer.max_steps=1",
+        config=student(image_folder, freeze_decoder=True),
+        teacher=target,
     )
     alone = tmp_path / "else" / "where" / "last.ckpt"
     alone.parent.mkdir(parents=True)
     shutil.copy(first.last_checkpoint, alone)
     shutil.copy(first.config, tmp_path / "else" / "config.yaml")
     config = student(image_folder, freeze_decoder=True)
-    run = train_with("lightning.trainer.max_steps=1", config=config, teacher=target, actual_resume=alone)
+    run = train_with(
+        "lightning.trainer.max_steps=1", config=config, teacher=target, actual_resume=alone
+    )
     assert untrained(run) is None
     monkeypatch.chdir(first.checkpoints)
     config["data"]["params"]["root"] = str(image_folder)
-    run = train_with("lightning.trainer.max_steps=1", config=config, teacher=target, actual_resume="last.ckpt")
+    run = train_with(
+        "lightning.trainer.max_steps=1", config=config, teacher=target, actual_resume="last.ckpt"
+    )
     assert untrained(run) == "decoder"
 
 
@@ -206,7 +240,9 @@ def of_pairs(pairs: Path, **model: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("model", [{}, {"freeze_encoder": True}], ids=["both", "decoder"])
-def test_the_teachers_encoder_does_not_run_where_its_latents_are_known(train_with, pairs, target, monkeypatch, model):
+def test_the_teachers_encoder_does_not_run_where_its_latents_are_known(
+    train_with, pairs, target, monkeypatch, model
+):
     asked, encoded = [], DiffusersAutoencoder.encode
 
     def count(self, x):
@@ -217,11 +253,15 @@ def test_the_teachers_encoder_does_not_run_where_its_latents_are_known(train_wit
     run = train_with(config=of_pairs(pairs, **model), teacher=target)
     assert asked == [1]  # the image that measures its factor
     stats = json.loads((pairs / "stats.json").read_text())
-    assert checkpoint(run)["state_dict"]["parts.teacher.std"].tolist() == pytest.approx(stats["means_std"], rel=1e-6)
+    assert checkpoint(run)["state_dict"]["parts.teacher.std"].tolist() == pytest.approx(
+        stats["means_std"], rel=1e-6
+    )
     shards = [Shard(str(path)) for path in sorted(pairs.glob("*.tar"))]
     entries = [read_latent(entry) for shard in shards for entry in read_shard(shard, LATENT)]
     sides = [latent for one, mirrored, _ in entries for latent in (one, mirrored)]
-    means = torch.cat([latent.mean.double().flatten(1) for latent in sides], dim=1)  # (n_z, all positions)
+    means = torch.cat(
+        [latent.mean.double().flatten(1) for latent in sides], dim=1
+    )  # (n_z, all positions)
     assert stats["means_std"] == pytest.approx(means.std(1, correction=0).tolist(), rel=1e-5)
 
 
@@ -238,23 +278,39 @@ def test_linear_paths_are_fitted_on_the_latents_of_the_data(train_with, pairs, t
 
 
 def test_a_teachers_latents_without_a_teacher(train_with, pairs):
-    with pytest.raises(ConfigError, match=r"^data: it has the latents of a teacher, but there is none") as caught:
+    with pytest.raises(
+        ConfigError, match=r"^data: it has the latents of a teacher, but there is none"
+    ) as caught:
         train_with(config=of_pairs(pairs))
     one_line(caught)
 
 
 def test_latents_of_other_weights(train_with, tmp_path, pairs, target, other_teacher):
     """Beside a teacher, at the start and where a run goes on."""
-    run, other = train_with("lightning.trainer.max_steps=1", config=of_pairs(pairs), teacher=target), other_teacher
-    with pytest.raises(ConfigError, match=r"^data: its latents are of tiny, whose weights are not those") as e:
+    run, other = (
+        train_with("lightning.trainer.max_steps=1", config=of_pairs(pairs), teacher=target),
+        other_teacher,
+    )
+    with pytest.raises(
+        ConfigError, match=r"^data: its latents are of tiny, whose weights are not those"
+    ) as e:
         train_with(config=of_pairs(pairs), teacher=other)
     one_line(e)
     mixed = of_pairs(pairs)
     params = {"sources": [mixed["data"]], "size": 16, "batch_size": 4}
     mixed["data"] = {"target": "olvae.data.mix.MixSource", "params": params}
-    with pytest.raises(ConfigError, match=r"^data: its latents are of tiny, whose weights are not those"):
+    with pytest.raises(
+        ConfigError, match=r"^data: its latents are of tiny, whose weights are not those"
+    ):
         train_with(config=mixed, teacher=other)
-    encode(tmp_path / "photos", tmp_path / "others", find_target(other).load(), shard_size=4, size=16, images=True)
+    encode(
+        tmp_path / "photos",
+        tmp_path / "others",
+        find_target(other).load(),
+        shard_size=4,
+        size=16,
+        images=True,
+    )
     others = f"data.params.folder={tmp_path / 'others'}"
     with pytest.raises(ConfigError, match=r"whose weights are not"):
         train_with("lightning.trainer.max_steps=2", others, resume=run.path, allow_changes=True)
@@ -269,9 +325,13 @@ def test_a_resumed_run_keeps_its_teacher(train_with, tmp_path, image_folder, tar
     shutil.move(tmp_path / "teacher", tmp_path / "moved")
     with pytest.raises(FileNotFoundError, match="no such folder"):
         train_with("lightning.trainer.max_steps=2", resume=run.path)
-    resumed = train_with("lightning.trainer.max_steps=2", resume=run.path, teacher=f"diffusers:{tmp_path / 'moved'}")
+    resumed = train_with(
+        "lightning.trainer.max_steps=2", resume=run.path, teacher=f"diffusers:{tmp_path / 'moved'}"
+    )
     assert checkpoint(resumed)["global_step"] == 2
-    assert load([run.config])["model"]["params"]["parts"]["teacher"]["params"]["autoencoder"].endswith("moved")
+    assert load([run.config])["model"]["params"]["parts"]["teacher"]["params"][
+        "autoencoder"
+    ].endswith("moved")
 
     plain = train_with("lightning.trainer.max_steps=1", config=student(image_folder))
     for path, overrides, options in (
@@ -279,29 +339,48 @@ def test_a_resumed_run_keeps_its_teacher(train_with, tmp_path, image_folder, tar
         (run.path, ("model.params.parts.teacher=null",), {}),
         (plain.path, (), {"teacher": f"diffusers:{tmp_path / 'moved'}"}),
     ):
-        with pytest.raises(ConfigError, match=r"^model.params.parts.teacher: a resumed run keeps it") as caught:
-            train_with("lightning.trainer.max_steps=3", *overrides, resume=path, allow_changes=True, **options)
+        with pytest.raises(
+            ConfigError, match=r"^model.params.parts.teacher: a resumed run keeps it"
+        ) as caught:
+            train_with(
+                "lightning.trainer.max_steps=3",
+                *overrides,
+                resume=path,
+                allow_changes=True,
+                **options,
+            )
         one_line(caught)
 
 
-def test_a_resumed_run_finds_its_teacher_from_another_folder(train_with, tmp_path, image_folder, target, monkeypatch):
+def test_a_resumed_run_finds_its_teacher_from_another_folder(
+    train_with, tmp_path, image_folder, target, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    run = train_with("lightning.trainer.max_steps=1", config=student(image_folder), teacher="diffusers:teacher")
+    run = train_with(
+        "lightning.trainer.max_steps=1", config=student(image_folder), teacher="diffusers:teacher"
+    )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    assert checkpoint(train_with("lightning.trainer.max_steps=2", resume=run.path))["global_step"] == 2
+    assert (
+        checkpoint(train_with("lightning.trainer.max_steps=2", resume=run.path))["global_step"] == 2
+    )
 
 
 def test_the_autoencoder_that_a_run_starts_or_learns_from_has_the_same_values(train_with, tmp_path):
     (root := tmp_path / "deep").mkdir()
     for n in range(8):
-        np.save(root / f"{n}.npy", np.random.default_rng(n).integers(0, 65536, (20, 20, 3), dtype=np.uint16))
+        np.save(
+            root / f"{n}.npy",
+            np.random.default_rng(n).integers(0, 65536, (20, 20, 3), dtype=np.uint16),
+        )
     config = student(root)
     config["data"]["params"]["range"] = [0, 65535]
     deep = train_with("lightning.trainer.max_steps=1", config=config)
     others = f"data.params.root={root}", "data.params.range={pairs: [0, 30000], outside: clip}"
     for place in ({"teacher": str(deep.path)}, {"start_from": str(deep.path)}):
-        with pytest.raises(ConfigError, match=r"its values are 0 to 30000.*the targets take 0 to 65535"):
+        with pytest.raises(
+            ConfigError, match=r"its values are 0 to 30000.*the targets take 0 to 65535"
+        ):
             train_with(*others, config=config, **place)
 
 
@@ -312,7 +391,10 @@ def test_the_shipped_recipes(train_with, image_folder, target, name):
     sizes.append("model.params.decoder_config.params.channels=16")
     if name == "decoder":
         adversary = "model.params.adversary_config.params"
-        sizes += [f"{adversary}.start_step=0", f"{adversary}.discriminator_config.params.image_size=64"]
+        sizes += [
+            f"{adversary}.start_step=0",
+            f"{adversary}.discriminator_config.params.image_size=64",
+        ]
     run = train_with(*sizes, base=[f"configs/distil/{name}.yaml"], teacher=target)
     assert untrained(run) == {"encoder": "decoder", "decoder": "encoder", "both": None}[name]
     assert LiteVAE.from_pretrained(run.path).for_diffusion == FACTORS
@@ -323,11 +405,20 @@ DEMO = "configs/distil/demo.yaml"
 
 def test_the_demo_encodes_what_its_recipe_trains_on():
     """Crops, pairs and windows have one size: a teacher with GroupNorm sees the whole crop, and so do both halves."""
-    (target,) = re.findall(r"^distil-demo:.*\n((?:\t.*\n)+)", Path("Makefile").read_text(), re.MULTILINE)
+    (target,) = re.findall(
+        r"^distil-demo:.*\n((?:\t.*\n)+)", Path("Makefile").read_text(), re.MULTILINE
+    )
     (pairs,) = re.findall(r"^PAIRS = .*--size (\d+)", Path("Makefile").read_text(), re.MULTILINE)
-    data, (crops,) = load([DEMO])["data"]["params"], set(re.findall(r"random_crops.py (\S+)", target))
-    assert [int(size) for size in (pairs, *re.findall(r"random_crops.* --size (\d+)", target))] == [data["size"]] * 2
-    assert load([crops])["data"]["params"]["size"] == data["size"]  # of its validation tiles, which are encoded, too
+    data, (crops,) = (
+        load([DEMO])["data"]["params"],
+        set(re.findall(r"random_crops.py (\S+)", target)),
+    )
+    assert [int(size) for size in (pairs, *re.findall(r"random_crops.* --size (\d+)", target))] == [
+        data["size"]
+    ] * 2
+    assert (
+        load([crops])["data"]["params"]["size"] == data["size"]
+    )  # of its validation tiles, which are encoded, too
     assert target.count(f"--data {crops} $(PAIRS)") == 1
 
 
@@ -335,13 +426,19 @@ def test_the_demo_encodes_what_its_recipe_trains_on():
 def test_a_short_demo(train_with, tmp_path, monkeypatch):
     """With 48 crops and 80 steps: on photographs that neither has seen, both halves are ahead of the linear start."""
     monkeypatch.setattr(linear_code, "CROPS", (48, 48))
-    teacher = find_target(load([DEMO])["model"]["params"]["parts"]["teacher"]["params"]["autoencoder"]).load()
+    teacher = find_target(
+        load([DEMO])["model"]["params"]["parts"]["teacher"]["params"]["autoencoder"]
+    ).load()
     (tmp_path / "crops").mkdir()
     for number, crop in enumerate(SamplePhotographs(128).first_images(0, 48)):
         save_image(crop, tmp_path / "crops" / f"{number:02d}.png")
-    encode(tmp_path / "crops", tmp_path / "pairs", teacher, 48, size=128, images=True, dtype="float32")
+    encode(
+        tmp_path / "crops", tmp_path / "pairs", teacher, 48, size=128, images=True, dtype="float32"
+    )
     data = [f"data.params.{name}={tmp_path / 'pairs'}" for name in ("folder", "val_folder")]
-    x = from_uint8(torch.stack([sample.image for sample in SamplePhotographs(256).once(LoaderProcess())]))  # 8
+    x = from_uint8(
+        torch.stack([sample.image for sample in SamplePhotographs(256).once(LoaderProcess())])
+    )  # 8
     with torch.no_grad():
         z = torch.cat([teacher.encode(image[None]).mean for image in x])
     latents, decoded = [], []
@@ -349,7 +446,14 @@ def test_a_short_demo(train_with, tmp_path, monkeypatch):
         run = train_with(*data, f"lightning.trainer.max_steps={steps}", base=[DEMO])
         model = LiteVAE.from_pretrained(run.path).eval()
         with torch.no_grad():
-            latents.append(float(((model.encode(x).mean - z) / z.std((0, 2, 3), keepdim=True)).square().mean().sqrt()))
+            latents.append(
+                float(
+                    ((model.encode(x).mean - z) / z.std((0, 2, 3), keepdim=True))
+                    .square()
+                    .mean()
+                    .sqrt()
+                )
+            )
             decoded.append(float(psnr(to_uint8(x), to_uint8(model.decode(z))).mean()))
     assert latents[1] < latents[0] < 0.23, latents
     assert decoded[1] - 0.3 > decoded[0] > 24.5, decoded

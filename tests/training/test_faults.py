@@ -37,7 +37,10 @@ def remove(root, name: str = "") -> None:
     ("folder", "warning"),
     [
         ("images", "step=00000003.png: not written: No such file or directory"),
-        ("tensorboard", "TensorBoardLogger: nothing more is logged there: No such file or directory"),
+        (
+            "tensorboard",
+            "TensorBoardLogger: nothing more is logged there: No such file or directory",
+        ),
     ],
 )
 def test_a_folder_that_vanishes_is_a_warning(
@@ -50,9 +53,13 @@ def test_a_folder_that_vanishes_is_a_warning(
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_a_deleted_run_ends_with_one_line_and_stays_deleted(train_with, tmp_path, image_folder, at_step, caplog, capfd):
+def test_a_deleted_run_ends_with_one_line_and_stays_deleted(
+    train_with, tmp_path, image_folder, at_step, caplog, capfd
+):
     at_step(1, lambda: remove(tmp_path / "runs"))
-    with pytest.raises(OSError, match=r"last\.ckpt: the checkpoint could not be written: the run's folder is gone"):
+    with pytest.raises(
+        OSError, match=r"last\.ckpt: the checkpoint could not be written: the run's folder is gone"
+    ):
         train_with(*SAVES, "lightning.trainer.max_steps=9", config=tiny_config(image_folder))
     assert not any((tmp_path / "runs").glob("*"))
     assert "could not be written" not in caplog.text  # it is what the command prints
@@ -65,9 +72,18 @@ def test_a_killed_loader_process_is_one_line_with_the_command_to_continue(
     monkeypatch.delenv("OLVAE_RUN", raising=False)
     at_step(3, lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL))
     save(tiny_config(image_folder), tmp_path / "tiny.yaml")
-    where = ("--base", str(tmp_path / "tiny.yaml"), "--logdir", str(tmp_path / "runs"), "--gpus", "0")
+    where = (
+        "--base",
+        str(tmp_path / "tiny.yaml"),
+        "--logdir",
+        str(tmp_path / "runs"),
+        "--gpus",
+        "0",
+    )
     with pytest.raises(SystemExit) as ended:
-        main(["train", *where, *SAVES, "data.params.num_workers=1", "lightning.trainer.max_steps=99"])
+        main(
+            ["train", *where, *SAVES, "data.params.num_workers=1", "lightning.trainer.max_steps=99"]
+        )
     assert ended.value.code == 1
     (path,) = (tmp_path / "runs").iterdir()
     line = capfd.readouterr().err.splitlines()[-1]
@@ -76,7 +92,9 @@ def test_a_killed_loader_process_is_one_line_with_the_command_to_continue(
     assert line.endswith(f"continue with: olvae train --resume {path}")
 
 
-def test_a_checkpoint_that_the_first_process_can_not_write_ends_both(train_two, image_folder, monkeypatch):
+def test_a_checkpoint_that_the_first_process_can_not_write_ends_both(
+    train_two, image_folder, monkeypatch
+):
     """It alone writes; the next save names the file in each."""
 
     def full_disk(*_: object) -> None:
@@ -84,20 +102,31 @@ def test_a_checkpoint_that_the_first_process_can_not_write_ends_both(train_two, 
 
     monkeypatch.setattr(torch, "save", full_disk)
     ends = r"checkpoints/last\.ckpt: the checkpoint could not be written: .*No space left on device"
-    train_two(*SAVES, "lightning.trainer.max_steps=9", config=tiny_config(image_folder), raises=ends)
+    train_two(
+        *SAVES, "lightning.trainer.max_steps=9", config=tiny_config(image_folder), raises=ends
+    )
 
 
 def test_memory_that_one_process_lacks_ends_both(train_two, image_folder, monkeypatch):
     """As another job's on one GPU; before any of them waits for the others."""
-    on_gpu = SimpleNamespace(is_global_zero=False, strategy=SimpleNamespace(root_device=torch.device("cuda")))
+    on_gpu = SimpleNamespace(
+        is_global_zero=False, strategy=SimpleNamespace(root_device=torch.device("cuda"))
+    )
     monkeypatch.setattr(run, "_trainer", lambda *_: on_gpu)
     monkeypatch.setattr(run, "footprint", lambda *_, **__: Footprint(2**30, 2**30))
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: ([2**40, 2**10][int(os.environ["RANK"])], 2**40))
-    train_two(config=tiny_config(image_folder), raises="not even one image fits: a step with 4 images needs about")
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda _: ([2**40, 2**10][int(os.environ["RANK"])], 2**40)
+    )
+    train_two(
+        config=tiny_config(image_folder),
+        raises="not even one image fits: a step with 4 images needs about",
+    )
 
 
 def test_another_process_that_died(monkeypatch):
-    gloo = RuntimeError("[../gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:59575: Connection reset by peer")
+    gloo = RuntimeError(
+        "[../gloo/transport/tcp/pair.cc:537] Read error [127.0.0.1]:59575: Connection reset by peer"
+    )
     assert process_death(gloo) is None  # of a server perhaps
     monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
     assert process_death(gloo).startswith("another process of this training died")
@@ -113,25 +142,35 @@ def test_another_process_that_died(monkeypatch):
         ),
         ("Last error:\nsocketProgress: Connection closed by remote peer node03<41234>", "died"),
         ("Last error:\nNET/IB : Got completion from peer 10.0.0.2<50452> with error 12", "died"),
-        ("[c10d] recvValue failed on SocketImpl(fd=3): Connection was likely closed. Did the remote server", "died"),
+        (
+            "[c10d] recvValue failed on SocketImpl(fd=3): Connection was likely closed. Did the remote server",
+            "died",
+        ),
         (
             "[Rank 3] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=1234, OpType=ALLREDUCE",
             "hangs or died",
         ),
-        ("[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation", "hangs or died"),
+        (
+            "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 1800000ms for recv operation",
+            "hangs or died",
+        ),
     ],
 )
 def test_words_of_nccl_c10d_and_gloo(monkeypatch, words, verb):
     """As public issues quote them."""
     monkeypatch.setattr(processes.dist, "is_initialized", lambda: True)
-    assert process_death(RuntimeError(words)).startswith(f"another process of this training {verb}: see its own output")
+    assert process_death(RuntimeError(words)).startswith(
+        f"another process of this training {verb}: see its own output"
+    )
 
 
 def test_the_process_that_started_another_says_how_that_one_ended(tmp_path, capfd):
     """It hangs in a collective, as on GPUs."""
 
     def start() -> None:
-        child = subprocess.Popen([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+        child = subprocess.Popen(
+            [sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"]
+        )
         processes._watch(Run(tmp_path), [child], grace=0.1)
         time.sleep(60)
 
@@ -139,4 +178,6 @@ def test_the_process_that_started_another_says_how_that_one_ended(tmp_path, capf
     process.start()
     process.join(60)
     assert process.exitcode == 1
-    assert capfd.readouterr().err.startswith("error: process 1 of this training was killed by SIGKILL: see its own")
+    assert capfd.readouterr().err.startswith(
+        "error: process 1 of this training was killed by SIGKILL: see its own"
+    )

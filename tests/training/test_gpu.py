@@ -17,12 +17,20 @@ def test_both_players_train_in_every_precision(tmp_path, image_folder, monkeypat
     discriminator = {"target": "olvae.modules.patchgan.PatchGAN", "params": {"n_layers": 1}}
     adversary = {
         "target": "olvae.models.adversary.Adversary",
-        "params": {"discriminator_config": discriminator, "adaptive_weight": True, "updates_per_step": 2},
+        "params": {
+            "discriminator_config": discriminator,
+            "adaptive_weight": True,
+            "updates_per_step": 2,
+        },
     }
     config = tiny_config(image_folder, adversary_config=adversary)
     config["lightning"]["trainer"]["gradient_clip_val"] = 1.0
     save(config, tmp_path / "gpu.yaml")
-    run = train(TrainOptions([tmp_path / "gpu.yaml"], logdir=tmp_path / "runs", gpus="1", precision=precision))
+    run = train(
+        TrainOptions(
+            [tmp_path / "gpu.yaml"], logdir=tmp_path / "runs", gpus="1", precision=precision
+        )
+    )
     state = torch.load(run.last_checkpoint, weights_only=True)
     assert state["global_step"] == 4
     assert all(torch.isfinite(t).all() for t in state["state_dict"].values())

@@ -18,9 +18,18 @@ DOMINATES = {"health/gradient_ratio": 3.14}
 WELL = {"health/accuracy": 0.7, "health/gradient_ratio": 0.5}
 
 SENTENCES = {
-    "won": (WON, f"has won: it is right about 97% of its logits. Lower {SETTINGS}.learning_rate_ratio, or set lecam_w"),
-    "blind": (BLIND, "is blind: it is right about 51% of its logits, as a coin would be. Raise " + SETTINGS),
-    "dominates": (DOMINATES, "it is 3.1 times that of the pixel terms. Lower " + SETTINGS + ".weight"),
+    "won": (
+        WON,
+        f"has won: it is right about 97% of its logits. Lower {SETTINGS}.learning_rate_ratio, or set lecam_w",
+    ),
+    "blind": (
+        BLIND,
+        "is blind: it is right about 51% of its logits, as a coin would be. Raise " + SETTINGS,
+    ),
+    "dominates": (
+        DOMINATES,
+        "it is 3.1 times that of the pixel terms. Lower " + SETTINGS + ".weight",
+    ),
 }
 
 
@@ -84,7 +93,9 @@ def test_a_symptom_that_lasts_is_warned_of_again_and_again(watch, values, senten
 @pytest.mark.parametrize("between", [WELL, {}], ids=["well", "not logged"])
 def test_an_interruption_starts_anew(watch, between):
     for at, expected in ((9, [20, 30]), (13, [11, 24])):
-        warnings = watch(Health(patience=10), range(1, 31), lambda step, at=at: between if step == at else WON)
+        warnings = watch(
+            Health(patience=10), range(1, 31), lambda step, at=at: between if step == at else WON
+        )
         assert steps_of(warnings) == expected
 
 
@@ -107,12 +118,16 @@ def test_limits(watch):
     ):
         for values, expected in ((ill, True), (well, False)):
             for value in values:
-                warned = watch(Health(patience=1), [1, 2], lambda _, key=name, v=value: {f"health/{key}": v})
+                warned = watch(
+                    Health(patience=1), [1, 2], lambda _, key=name, v=value: {f"health/{key}": v}
+                )
                 assert bool(warned) == expected, (name, value)
 
 
 def test_values_are_read_where_they_are_logged_once_a_step_in_phase_b_by_the_first_process(watch):
-    warnings = watch(Health(patience=10), range(1, 31), lambda step: WON if step % 5 == 0 else WELL, every=5)
+    warnings = watch(
+        Health(patience=10), range(1, 31), lambda step: WON if step % 5 == 0 else WELL, every=5
+    )
     assert steps_of(warnings) == [15, 25]
     health = Health(patience=2)
     assert watch(health, [0] * 50, lambda _: WON) == []
@@ -126,8 +141,14 @@ def test_values_are_read_where_they_are_logged_once_a_step_in_phase_b_by_the_fir
 @pytest.mark.parametrize(
     ("node", "sentence"),
     [
-        (against({"target": f"{__name__}.Blind"}), "the discriminator is blind: it is right about 50%"),
-        (against({"target": f"{__name__}.Seer"}), "the discriminator has won: it is right about 100%"),
+        (
+            against({"target": f"{__name__}.Blind"}),
+            "the discriminator is blind: it is right about 50%",
+        ),
+        (
+            against({"target": f"{__name__}.Seer"}),
+            "the discriminator has won: it is right about 100%",
+        ),
         (against(weight=1e5), "the adversarial gradient dominates"),
     ],
     ids=SENTENCES,

@@ -24,7 +24,10 @@ def hang(folder, first_dies: bool, rank: int) -> None:
     os.environ.update({**torchrun(rank, per_node=2), "MASTER_ADDR": "localhost"})
     sys.stderr = (folder / f"{rank}.txt").open("w", buffering=1)
     assert join() == (rank, 2)
-    trainer, lockstep = SimpleNamespace(world_size=2, global_rank=rank, global_step=0), Lockstep(patience_s=0.6)
+    trainer, lockstep = (
+        SimpleNamespace(world_size=2, global_rank=rank, global_step=0),
+        Lockstep(patience_s=0.6),
+    )
     for _ in range(2):
         lockstep.on_train_batch_start()
         if rank == 1 and trainer.global_step == 1:
@@ -64,7 +67,9 @@ def test_processes_at_one_place_are_left_to_the_backend(monkeypatch):
 
 @pytest.mark.parametrize("arguments", [{"patience_s": 0}, {"collect_every": 0}])
 def test_settings_out_of_range(arguments):
-    with pytest.raises(ValueError, match="patience_s must be above 0, and collect_every at least 1"):
+    with pytest.raises(
+        ValueError, match="patience_s must be above 0, and collect_every at least 1"
+    ):
         Lockstep(**arguments)
 
 

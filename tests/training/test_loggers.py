@@ -18,7 +18,11 @@ STEPS = ("lightning.trainer.val_check_interval=2", "lightning.trainer.log_every_
 
 
 def scalars_of_tensorboard(run) -> dict[tuple[str, int], float]:
-    return {(tag, step): value for tag, values in scalars(run.path).items() for step, value in values.items()}
+    return {
+        (tag, step): value
+        for tag, values in scalars(run.path).items()
+        for step, value in values.items()
+    }
 
 
 def scalars_of_csv(run) -> dict[tuple[str, int], float]:
@@ -45,13 +49,17 @@ def test_the_same_scalars_also_after_a_resume(train_with, image_folder):
     expected = scalars_of_tensorboard(run)
     names = {name for name, _ in found}
     assert "val/psnr" in names
-    assert found == pytest.approx({key: value for key, value in expected.items() if key[0] in names}, rel=1e-6)
+    assert found == pytest.approx(
+        {key: value for key, value in expected.items() if key[0] in names}, rel=1e-6
+    )
     assert {name for name, _ in expected} - names <= {"epoch", "step", "hp_metric"}
     assert found["speed/memory_gib", 2] > 0 < found["speed/images_per_s", 2]
     assert 0 <= found["speed/waiting_for_data", 2] < 1
     for folder in ("tensorboard", "csv/version_0", "csv/version_1"):
         held, whole = load([run.path / folder / "hparams.yaml"]), load([run.config])
-        assert [held[name] for name in ("model", "data")] == [whole[name] for name in ("model", "data")]
+        assert [held[name] for name in ("model", "data")] == [
+            whole[name] for name in ("model", "data")
+        ]
 
 
 @pytest.fixture
@@ -77,14 +85,17 @@ def test_wandb_offline(train_with, image_folder, wandb):
     assert "olvae.models.liteautoencoder.LiteAutoencoderKL" in str(hyperparameters)
     pieces = sorted((run.path / "wandb").glob("offline-run-*"))
     assert len(pieces) == 2
-    assert {next(piece.glob("run-*.wandb")).stem.removeprefix("run-") for piece in pieces} == {run.path.name}
+    assert {next(piece.glob("run-*.wandb")).stem.removeprefix("run-") for piece in pieces} == {
+        run.path.name
+    }
     pictures = sorted((run.path / "wandb").glob("offline-run-*/files/media/images/val/*.png"))
     drawn = sorted(run.images.glob("step=*.png"))
     assert [Image.open(path).size for path in pictures] == [Image.open(path).size for path in drawn]
 
 
 @pytest.mark.parametrize(
-    ("target", "message"), [("loggers.CometLogger", "comet"), ("callbacks.Timer", "Timer is no logger")]
+    ("target", "message"),
+    [("loggers.CometLogger", "comet"), ("callbacks.Timer", "Timer is no logger")],
 )
 def test_what_is_no_logger(tmp_path, target, message):
     node = {"target": f"lightning.pytorch.{target}"}

@@ -57,13 +57,17 @@ def images(count: int = 2, size: int = 16) -> Tensor:
 
 def photographs(folder: Path) -> Tensor:
     """A fixed batch of the training images, in [-1, 1]."""
-    return from_uint8(next(iter(FolderSource(str(folder), 16, 8, val_fraction=0.2).train_loader()))["image"])
+    return from_uint8(
+        next(iter(FolderSource(str(folder), 16, 8, val_fraction=0.2).train_loader()))["image"]
+    )
 
 
 @torch.no_grad()
 def loss_of(model: nn.Module, x: Tensor) -> float:
     posterior = model.encode(x)
-    return float(Objective(lpips_weight=0, kl_weight=0)(x, model.decode(posterior.mode()), posterior)[0])
+    return float(
+        Objective(lpips_weight=0, kl_weight=0)(x, model.decode(posterior.mode()), posterior)[0]
+    )
 
 
 @torch.no_grad()
@@ -87,9 +91,13 @@ def make_source(kind: str, folder: Path, theirs: diffusers.AutoencoderKL) -> str
 
 
 def test_the_decoder_alone_is_trained(train_with, tmp_path, image_folder, starts):
-    theirs = tiny_kl(block_out_channels=(32, 32, 64), norm_num_groups=32)  # latent-diffusion has 32 groups
+    theirs = tiny_kl(
+        block_out_channels=(32, 32, 64), norm_num_groups=32
+    )  # latent-diffusion has 32 groups
     target = make_source("vae.", tmp_path, theirs)
-    run = train_with("lightning.trainer.max_steps=8", "model.params.scaling_factor=0.18215", start_from=target)
+    run = train_with(
+        "lightning.trainer.max_steps=8", "model.params.scaling_factor=0.18215", start_from=target
+    )
     (start,) = starts
     assert_like(start, theirs)
 
@@ -119,17 +127,26 @@ def test_the_config_of_the_run_is_complete(train_with, tmp_path):
     assert config["run"]["paths"][str(tmp_path / "source")] == str(tmp_path / "source")
     assert config["run"]["untrained"] is None
     shutil.rmtree(tmp_path / "source")
-    factors = {"scaling_factor": 0.5, "shift_factor": 0.25, "latents_mean": None, "latents_std": None}
+    factors = {
+        "scaling_factor": 0.5,
+        "shift_factor": 0.25,
+        "latents_mean": None,
+        "latents_std": None,
+    }
     factors["force_upcast"] = False
     assert {name: params[name] for name in factors} == factors
     assert LiteVAE.from_pretrained(run.path).for_diffusion == factors
     found = find_target(run.path).load()
     assert found.downscale == 4
     for half, mode in ((found.encoder, "zeros"), (found.decoder, "reflect")):
-        assert {m.padding_mode for m in half.modules() if isinstance(m, nn.Conv2d) and any(m.padding)} == {mode}
+        assert {
+            m.padding_mode for m in half.modules() if isinstance(m, nn.Conv2d) and any(m.padding)
+        } == {mode}
 
 
-def test_a_decoder_that_starts_fresh_starts_linearly(train_with, tmp_path, image_folder, starts, monkeypatch):
+def test_a_decoder_that_starts_fresh_starts_linearly(
+    train_with, tmp_path, image_folder, starts, monkeypatch
+):
     """Fitted to the latents of the encoder that is there; the encoder's own path keeps its weights."""
     monkeypatch.setattr(linear_code, "CROPS", (64, 64))
     config = tiny_config()["model"]["params"]
@@ -140,25 +157,33 @@ def test_a_decoder_that_starts_fresh_starts_linearly(train_with, tmp_path, image
     before.save_pretrained(tmp_path / "source")
     wider = "model.params.decoder_config.params.channels=16"
     with pytest.warns(UserWarning, match="starts fresh"):
-        run = train_with("lightning.trainer.max_steps=1", wider, start_from=str(tmp_path / "source"))
+        run = train_with(
+            "lightning.trainer.max_steps=1", wider, start_from=str(tmp_path / "source")
+        )
     (after,) = starts
     assert after.encoder.linear.weight.equal(before.encoder.linear.weight)
     config, expected = load([run.config]), LiteVAE(before.encoder, LinearDecoder(4))
     crops = crops_and_means(instantiate(config["data"]), config["run"]["seed"], 8)[0]
     fit_linear_paths(expected, crops, fresh=["decoder"])
-    torch.testing.assert_close(after.decoder.linear.weight, expected.decoder.linear.weight, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        after.decoder.linear.weight, expected.decoder.linear.weight, rtol=0, atol=1e-5
+    )
 
 
 def test_from_one_of_our_own_runs_and_its_export(train_with, tmp_path, image_folder, starts):
     """With its width and its factors; the objective is the new config's."""
-    config = tiny_config(image_folder, lossconfig=WITHOUT_KL, scaling_factor=0.7, initial_logvar=-4.0)
+    config = tiny_config(
+        image_folder, lossconfig=WITHOUT_KL, scaling_factor=0.7, initial_logvar=-4.0
+    )
     first = train_with("lightning.trainer.max_steps=1", config=config)
     LiteVAE.from_pretrained(first.path).save_pretrained(tmp_path / "export")
     expected = LiteVAE.from_pretrained(first.path)
     for source in (first.path, first.last_checkpoint, tmp_path / "export"):
         second = train_with("lightning.trainer.max_steps=1", start_from=str(source))
         start = starts[-1].state_dict()
-        assert all(torch.equal(tensor, start[name]) for name, tensor in expected.state_dict().items())
+        assert all(
+            torch.equal(tensor, start[name]) for name, tensor in expected.state_dict().items()
+        )
         params = load([second.config])["model"]["params"]
         assert params["encoder_config"]["params"]["extractor_channels"] == 8
         assert params["scaling_factor"] == 0.7
@@ -191,7 +216,9 @@ def test_factors_are_the_sources_and_the_recipes_where_a_file_has_none(tmp_path,
         assert begun["model"]["params"]["scaling_factor"] == expected, (target, given)
     config["model"]["from"] = file
     config["model"]["params"]["scaling_factor"] = None
-    with pytest.raises(ConfigError, match=r"source.safetensors: its file holds no factors") as caught:
+    with pytest.raises(
+        ConfigError, match=r"source.safetensors: its file holds no factors"
+    ) as caught:
         start_from(config)
     one_line(caught)
 
@@ -204,15 +231,24 @@ def test_what_is_trained_is_a_choice(train_with, tmp_path):
     def moved(*overrides: str) -> set[str]:
         runs.append(train_with("lightning.trainer.max_steps=1", *overrides, start_from=target))
         before, after = theirs.state_dict(), find_target(runs[-1].path).load().state_dict()
-        renamed = {name.replace("quantizer.", "").replace("coder.model.", "coder."): t for name, t in after.items()}
+        renamed = {
+            name.replace("quantizer.", "").replace("coder.model.", "coder."): t
+            for name, t in after.items()
+        }
         assert renamed.keys() == before.keys()
-        return {name.partition(".")[0] for name in before if not torch.equal(before[name], renamed[name])}
+        return {
+            name.partition(".")[0]
+            for name in before
+            if not torch.equal(before[name], renamed[name])
+        }
 
     old, new = {"encoder", "quant_conv"}, {"decoder", "post_quant_conv"}
     assert moved("model.params.freeze_decoder=true") == old
     assert moved(EQUIVARIANCE, "model.params.freeze_encoder=false") == old | new
     assert moved(ANCHOR) == old | new
-    state = checkpoint(train_with("lightning.trainer.max_steps=2", resume=runs[-1].path))["state_dict"]
+    state = checkpoint(train_with("lightning.trainer.max_steps=2", resume=runs[-1].path))[
+        "state_dict"
+    ]
     for name, tensor in theirs.encoder.state_dict().items():
         assert torch.equal(state[f"parts.anchor.moments.0.model.{name}"], tensor), name
     assert torch.equal(state["parts.anchor.moments.1.weight"], theirs.quant_conv.weight)
@@ -220,7 +256,9 @@ def test_what_is_trained_is_a_choice(train_with, tmp_path):
 
 def test_the_half_that_a_source_never_trained_stays_untrained(train_with, image_folder):
     one = "lightning.trainer.max_steps=1"
-    fresh = train_with(one, config=tiny_config(image_folder, lossconfig=WITHOUT_KL, freeze_decoder=True))
+    fresh = train_with(
+        one, config=tiny_config(image_folder, lossconfig=WITHOUT_KL, freeze_decoder=True)
+    )
     again = train_with(one, "model.params.freeze_decoder=true", start_from=str(fresh.path))
     assert load([again.config])["run"]["untrained"] == "decoder"
 
@@ -229,18 +267,35 @@ def test_the_half_that_a_source_never_trained_stays_untrained(train_with, image_
     ("overrides", "message"),
     [
         (("model.params.lossconfig.params.kl_weight=0.1",), "kl_weight: the encoder is frozen"),
-        (("model.params.encoder_config.params.channels=64",), ": only the decoder may be another one"),
-        (("model.params.decoder_config.params.paddings=reflect",), "paddings: unknown key; did you mean padding?"),
-        (("model.params.decoder_config.padding=reflect",), "model.params.decoder_config.padding: unknown key"),
-        (("model.params.encoder_config.params.padding=reflect",), "encoder_config.params.padding: reflect, but "),
+        (
+            ("model.params.encoder_config.params.channels=64",),
+            ": only the decoder may be another one",
+        ),
+        (
+            ("model.params.decoder_config.params.paddings=reflect",),
+            "paddings: unknown key; did you mean padding?",
+        ),
+        (
+            ("model.params.decoder_config.padding=reflect",),
+            "model.params.decoder_config.padding: unknown key",
+        ),
+        (
+            ("model.params.encoder_config.params.padding=reflect",),
+            "encoder_config.params.padding: reflect, but ",
+        ),
         (("data.params.size=18",), "18 is not a multiple of 4"),
         (("model.params.embed_dim=8",), "model.params.embed_dim: is that of "),
         (("model.params.encoder_config=null",), "model.params.encoder_config: is that of "),
-        (("model.params.decoder_config.target=olvae.modules.sdvae.SDDecoder",), "decoder_config: is that of "),
+        (
+            ("model.params.decoder_config.target=olvae.modules.sdvae.SDDecoder",),
+            "decoder_config: is that of ",
+        ),
     ],
 )
 def test_settings_that_a_source_does_not_take(train_with, tmp_path, overrides, message):
-    target = make_source("vae.", tmp_path, tiny_kl(block_out_channels=(32, 32, 64), norm_num_groups=32))
+    target = make_source(
+        "vae.", tmp_path, tiny_kl(block_out_channels=(32, 32, 64), norm_num_groups=32)
+    )
     with pytest.raises((ConfigError, ValueError)) as caught:
         train_with("model.params.scaling_factor=0.5", *overrides, start_from=target)
     assert message in one_line(caught)
@@ -250,7 +305,9 @@ def test_settings_that_a_source_does_not_take(train_with, tmp_path, overrides, m
 def test_what_overrides_add_goes_to_the_networks_of_a_target():
     """Not to those of the recipe, which it replaces."""
     added = ["model.params.decoder_config.params.padding=reflect"]
-    params = read_plan(TrainOptions(["folder"], added, start_from="olvae:photos-f8c12")).config["model"]["params"]
+    params = read_plan(TrainOptions(["folder"], added, start_from="olvae:photos-f8c12")).config[
+        "model"
+    ]["params"]
     assert params["decoder_config"] == {"params": {"padding": "reflect"}}
     assert "target" in params["encoder_config"]
 
@@ -260,8 +317,13 @@ def test_sources_that_are_none(train_with, tmp_path):
     weights = tmp_path / "weights"  # without a config beside them
     weights.mkdir()
     state = latent_diffusion_names(tiny_kl())
-    save_file({f"model.diffusion_model.{name}": t for name, t in state.items()}, weights / "unet.safetensors")
-    torch.save({"state_dict": {"main.0.weight": torch.zeros(4, 3, 4, 4)}}, weights / "discriminator.ckpt")
+    save_file(
+        {f"model.diffusion_model.{name}": t for name, t in state.items()},
+        weights / "unet.safetensors",
+    )
+    torch.save(
+        {"state_dict": {"main.0.weight": torch.zeros(4, 3, 4, 4)}}, weights / "discriminator.ckpt"
+    )
     tiny_vae().fold().save_pretrained(tmp_path / "folded")
     for target, message in (
         (str(weights / "unet.safetensors"), "no config beside the weights"),
@@ -295,12 +357,24 @@ def test_one_start_at_a_time(train_with, tmp_path, image_folder):
 
 def small(images: Path, size: int) -> list[str]:
     """Overrides that train a recipe on a few small images, without LPIPS, whose network is a download."""
-    data = {"root": str(images), "size": size, "batch_size": 2, "num_workers": 0, "val_fraction": 0.2}
+    data = {
+        "root": str(images),
+        "size": size,
+        "batch_size": 2,
+        "num_workers": 0,
+        "val_fraction": 0.2,
+    }
     overrides = [f"data.params.{key}={value}" for key, value in data.items()]
-    return [*overrides, "lightning.trainer.max_steps=1", "model.params.lossconfig.params.lpips_weight=0"]
+    return [
+        *overrides,
+        "lightning.trainer.max_steps=1",
+        "model.params.lossconfig.params.lpips_weight=0",
+    ]
 
 
-FINETUNE = sorted(p for p in Path("configs/finetune").glob("*.yaml") if p.stem not in ("sdxl_rgba", "photos"))
+FINETUNE = sorted(
+    p for p in Path("configs/finetune").glob("*.yaml") if p.stem not in ("sdxl_rgba", "photos")
+)
 
 
 @pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.stem)
@@ -319,12 +393,20 @@ def test_the_shipped_recipes(train_with, tmp_path, image_folder, path):
 
 def test_the_model_that_comes_along_is_trained_on(train_with, image_folder):
     """Both halves, from its weights, which the linear code does not replace."""
-    settings = (*small(image_folder, 32), "model.params.warmup_steps=0", "model.params.ema_decay=0.5")
+    settings = (
+        *small(image_folder, 32),
+        "model.params.warmup_steps=0",
+        "model.params.ema_decay=0.5",
+    )
     run = train_with(*settings, base=["finetune/photos"])
-    model, shipped = (LiteVAE.from_pretrained(target) for target in (run.path, "olvae:photos-f8c12"))
+    model, shipped = (
+        LiteVAE.from_pretrained(target) for target in (run.path, "olvae:photos-f8c12")
+    )
     for half in ("encoder", "decoder"):
         after, before = (getattr(found, half).state_dict() for found in (model, shipped))
-        changes = torch.stack([(after[name] - tensor).abs().max() for name, tensor in before.items()])
+        changes = torch.stack(
+            [(after[name] - tensor).abs().max() for name, tensor in before.items()]
+        )
         assert 0 < changes.max() < 1e-2, half
 
 
@@ -341,7 +423,11 @@ def test_sdxl_learns_transparency(train_with, tmp_path):
     run = train_with(*small(tmp_path / "rgba", 16), *quick, base=[recipe], start_from=target)
     export_target(find_target(run.path), tmp_path / "export", ExportSettings())
     back = diffusers.AutoencoderKL.from_pretrained(tmp_path / "export")
-    assert (back.config.in_channels, back.config.out_channels, back.config.scaling_factor) == (4, 4, 0.13025)
+    assert (back.config.in_channels, back.config.out_channels, back.config.scaling_factor) == (
+        4,
+        4,
+        0.13025,
+    )
     old, new = theirs.encoder.conv_in.weight, back.encoder.conv_in.weight
     assert (new[:, 3] != 0).any()
     torch.testing.assert_close(new[:, :3], old, atol=5e-5, rtol=0)  # a step of Adam away
@@ -354,9 +440,20 @@ def test_the_flags(tmp_path, image_folder, capsys, monkeypatch):
     config = without_networks(image_folder)
     config["lightning"]["trainer"]["max_steps"] = 1
     save(config, tmp_path / "cfg.yaml")
-    target, teacher = make_source("diffusers", tmp_path, tiny_kl(scaling_factor=0.7)), f"diffusers:{tmp_path}/teacher"
+    target, teacher = (
+        make_source("diffusers", tmp_path, tiny_kl(scaling_factor=0.7)),
+        f"diffusers:{tmp_path}/teacher",
+    )
     tiny_kl(scaling_factor=0.5).save_pretrained(tmp_path / "teacher")
-    flags = ["train", "--base", str(tmp_path / "cfg.yaml"), "--logdir", str(tmp_path / "runs"), "--gpus", "0"]
+    flags = [
+        "train",
+        "--base",
+        str(tmp_path / "cfg.yaml"),
+        "--logdir",
+        str(tmp_path / "runs"),
+        "--gpus",
+        "0",
+    ]
     with pytest.raises(SystemExit) as done:
         main([*flags, "--from", target, "--teacher", teacher])
     assert done.value.code == 0

@@ -12,7 +12,10 @@ from tests.models.loading.classes import make
 
 MAKE = {
     "KL": tiny_kl,
-    **{name: lambda n=name: make(f"Autoencoder{n}") for name in ("DC", "KLFlux2", "KLQwenImage", "KLWan", "KLKVAE")},
+    **{
+        name: lambda n=name: make(f"Autoencoder{n}")
+        for name in ("DC", "KLFlux2", "KLQwenImage", "KLWan", "KLKVAE")
+    },
 }
 
 
@@ -24,10 +27,14 @@ def test_the_function_is_kept(name):
     z = rgb.encode(x).mean
     rgba = with_channels(rgb, 4, "it")
     assert (rgba.in_channels, rgba.decoder.out_channels, rgba.training) == (4, 4, False)
-    torch.testing.assert_close(rgba.encode(torch.cat((x, torch.rand(1, 1, 16, 16)), 1)).mean, z, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        rgba.encode(torch.cat((x, torch.rand(1, 1, 16, 16)), 1)).mean, z, rtol=1e-4, atol=1e-5
+    )
     torch.testing.assert_close(rgba.decode(z)[:, :3], rgb.decode(z), rtol=1e-4, atol=1e-5)
     back = with_channels(rgba, 3, "it")
-    torch.testing.assert_close(back.decode(back.encode(x).mean), rgb.decode(z), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        back.decode(back.encode(x).mean), rgb.decode(z), rtol=1e-4, atol=1e-5
+    )
     if name == "DC":
         return  # its shortcuts average groups of channels
     grey = with_channels(rgb, 1, "it")
@@ -37,12 +44,21 @@ def test_the_function_is_kept(name):
         mean = rgb.decode(z).mean(1, keepdim=True)
         torch.testing.assert_close(grey.decode(z), mean, rtol=1e-4, atol=1e-5)
     again = with_channels(grey, 3, "it")
-    torch.testing.assert_close(again.decode(z), grey.decode(z).repeat(1, 3, 1, 1), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        again.decode(z), grey.decode(z).repeat(1, 3, 1, 1), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_networks_that_know_the_channels_elsewhere():
-    with pytest.raises(ConfigError, match=r"^it: is for images of 3 channels, which \S+ depends on in another way: it"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^it: is for images of 3 channels, which \S+ depends on in another way: it",
+    ):
         with_channels(tiny_vae(), 4, "it")
-    patches = make("AutoencoderKLWan", in_channels=12, out_channels=12, patch_size=2, is_residual=True)  # Wan 2.2's
-    with pytest.raises(ConfigError, match=r"^it: sees patches of pixels of 3 channels: it can't be adapted to 1$"):
+    patches = make(
+        "AutoencoderKLWan", in_channels=12, out_channels=12, patch_size=2, is_residual=True
+    )  # Wan 2.2's
+    with pytest.raises(
+        ConfigError, match=r"^it: sees patches of pixels of 3 channels: it can't be adapted to 1$"
+    ):
         with_channels(DiffusersAutoencoder(patches).as_litevae("it"), 1, "it")

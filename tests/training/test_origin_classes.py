@@ -38,16 +38,20 @@ def test_trained_exported_and_loaded_by_diffusers(name, changes, train_with, tmp
     before, after = theirs.state_dict(), back.state_dict()
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     halves = {key.partition(".")[0].removesuffix("quant_conv").rstrip("_") for key in moved}
-    assert halves == ({"decoder", "encoder"} if "encoder" in "".join(changes) or ANCHOR in changes else {"decoder"}) | (
-        halves & {"", "post"}
-    )
+    assert halves == (
+        {"decoder", "encoder"}
+        if "encoder" in "".join(changes) or ANCHOR in changes
+        else {"decoder"}
+    ) | (halves & {"", "post"})
     for key in (key for key in moved if before[key].ndim == 5):
         assert torch.equal(before[key][:, :, :-1], after[key][:, :, :-1]), key
     card = (folder / "README.md").read_text()
     assert f"from diffusers import {name}" in card
     assert f"the networks of diffusers' {name}," in card
     found = find_target(folder).load()
-    assert found.for_diffusion == find_target(f"diffusers:{tmp_path / 'source'}").load().for_diffusion
+    assert (
+        found.for_diffusion == find_target(f"diffusers:{tmp_path / 'source'}").load().for_diffusion
+    )
 
 
 def test_a_small_decoder_for_flux2(train_with, tmp_path, capsys):
@@ -56,7 +60,9 @@ def test_a_small_decoder_for_flux2(train_with, tmp_path, capsys):
     theirs.save_pretrained(tmp_path / "source")
     with pytest.warns(UserWarning, match="the config's decoder is another one, and starts fresh"):
         run = train_with(SMALL, start_from=f"diffusers:{tmp_path / 'source'}")
-    back = diffusers.AutoencoderKLFlux2.from_pretrained(exported(run, tmp_path / "vae"), low_cpu_mem_usage=False)
+    back = diffusers.AutoencoderKLFlux2.from_pretrained(
+        exported(run, tmp_path / "vae"), low_cpu_mem_usage=False
+    )
     before, after = theirs.state_dict(), back.state_dict()
     assert back.config.decoder_block_out_channels == [4, 4]
     assert after["decoder.conv_in.weight"].shape != before["decoder.conv_in.weight"].shape
@@ -68,7 +74,9 @@ def test_a_small_decoder_for_flux2(train_with, tmp_path, capsys):
             start_from=f"diffusers:{tmp_path / 'source'}",
         )
     other = "model.params.encoder_config.params.config.block_out_channels=[4,8]"
-    with pytest.raises(ConfigError, match=r"has another encoder.model.*: only the decoder may be another one"):
+    with pytest.raises(
+        ConfigError, match=r"has another encoder.model.*: only the decoder may be another one"
+    ):
         train_with(other, start_from=f"diffusers:{tmp_path / 'source'}")
 
 
@@ -79,7 +87,9 @@ def test_other_image_channels(train_with, tmp_path):
     assert find_target(grey.path).load().in_channels == 1
     with pytest.raises(ConfigError, match="its encoder does not see the channels that are added"):
         train_with("data.params.channels=4", start_from=target)
-    clear = train_with("data.params.channels=4", "model.params.freeze_encoder=false", start_from=target)
+    clear = train_with(
+        "data.params.channels=4", "model.params.freeze_encoder=false", start_from=target
+    )
     assert find_target(clear.path).load().in_channels == 4
 
 
@@ -90,20 +100,32 @@ def test_a_tiny_student(train_with, tmp_path, image_folder):
     config = tiny_config(image_folder, lossconfig=WITHOUT_KL, parts=parts(teacher=teacher))
     module = "olvae.modules.others.tiny"
     config["model"]["params"] |= {
-        "encoder_config": {"target": f"{module}.TinyEncoder", "params": {"channels": 8, "blocks": [1, 1, 1]}},
-        "decoder_config": {"target": f"{module}.TinyDecoder", "params": {"channels": 8, "blocks": [1, 1, 1]}},
+        "encoder_config": {
+            "target": f"{module}.TinyEncoder",
+            "params": {"channels": 8, "blocks": [1, 1, 1]},
+        },
+        "decoder_config": {
+            "target": f"{module}.TinyDecoder",
+            "params": {"channels": 8, "blocks": [1, 1, 1]},
+        },
     }
     run = train_with(config=config)
-    back = diffusers.AutoencoderTiny.from_pretrained(exported(run, tmp_path / "vae"), low_cpu_mem_usage=False)
+    back = diffusers.AutoencoderTiny.from_pretrained(
+        exported(run, tmp_path / "vae"), low_cpu_mem_usage=False
+    )
     assert back.config.scaling_factor == 1
     card = (tmp_path / "vae" / "README.md").read_text()
     assert "no factor is left to apply" in card
     assert "scaling factor" not in card
-    with pytest.raises(ConfigError, match="has latents in a diffusion model's units: leave out `scaling_factor`"):
+    with pytest.raises(
+        ConfigError, match="has latents in a diffusion model's units: leave out `scaling_factor`"
+    ):
         export_target(find_target(run.path), tmp_path / "other", ExportSettings(scaling_factor=0.5))
     found = find_target(run.path).load()
     assert torch.equal(found.encoder.latents_std, torch.full((4, 1, 1), 2.0))
     assert torch.equal(found.decoder.latents_mean, torch.full((4, 1, 1), 0.25))
     config["model"]["params"]["parts"]["teacher"]["params"].pop("logvar_weight")
-    with pytest.raises(ConfigError, match="logvar_weight: the encoder's latents have no distribution: set it to 0"):
+    with pytest.raises(
+        ConfigError, match="logvar_weight: the encoder's latents have no distribution: set it to 0"
+    ):
         train_with(config=config)

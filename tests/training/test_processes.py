@@ -41,12 +41,19 @@ def test_who_started_the_processes(under):
     under(srun(3, nodes=2, per_node=2))
     slurm = find_launcher()
     assert isinstance(slurm, SLURMEnvironment)
-    assert (slurm.global_rank(), slurm.local_rank(), slurm.node_rank(), slurm.world_size()) == (3, 1, 1, 4)
+    assert (slurm.global_rank(), slurm.local_rank(), slurm.node_rank(), slurm.world_size()) == (
+        3,
+        1,
+        1,
+        4,
+    )
     assert not slurm.auto_requeue
     under({"SLURM_JOB_NAME": "interactive"})
     assert find_launcher() is None
     assert cluster() == []
-    under({"SLURM_JOB_NAME": "train", **torchrun(1, per_node=2)})  # one torchrun on each node, by srun
+    under(
+        {"SLURM_JOB_NAME": "train", **torchrun(1, per_node=2)}
+    )  # one torchrun on each node, by srun
     assert isinstance(find_launcher(), TorchElasticEnvironment)
 
 
@@ -57,7 +64,9 @@ def test_a_batch_script_that_calls_python_waits_for_nobody(under, monkeypatch):
     assert join() == (0, 1)
     (plugin,) = cluster()
     assert isinstance(plugin, LightningEnvironment)
-    assert process_count({"devices": 2}) == process_count({"devices": [0, 3]}) == 2  # Lightning starts them
+    assert (
+        process_count({"devices": 2}) == process_count({"devices": [0, 3]}) == 2
+    )  # Lightning starts them
     with pytest.raises(ConfigError, match="start the command on each node with torchrun or srun"):
         process_count({"devices": 2, "num_nodes": 2})
 
@@ -91,7 +100,9 @@ def test_srun_with_one_task_for_several_devices(under, monkeypatch):
     under(srun())
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     assert process_count({"devices": 1}) == 1
-    with pytest.raises(ConfigError, match=r"srun started 1 process\(es\), but these name 4 devices"):
+    with pytest.raises(
+        ConfigError, match=r"srun started 1 process\(es\), but these name 4 devices"
+    ):
         process_count({"devices": 4})
 
 
@@ -109,18 +120,24 @@ def test_srun_with_its_other_option(under, monkeypatch):
         *((6, 64, 8, 6, SRUN), (40, 64, 8, 5, SRUN), (6, 64, 8, 0, {**SRUN, **torchrun()})),
     ],
 )
-def test_loader_processes_are_a_rank_s(image_folder, monkeypatch, under, cores, processes, nodes, workers, launcher):
+def test_loader_processes_are_a_rank_s(
+    image_folder, monkeypatch, under, cores, processes, nodes, workers, launcher
+):
     """Shared by the ranks of a machine, unless srun gave each its own; a number in the config stays."""
     under(launcher)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)))
-    monkeypatch.setattr("olvae.training.processes.MOST_WORKERS", 8)  # as it is where no fixture trains
+    monkeypatch.setattr(
+        "olvae.training.processes.MOST_WORKERS", 8
+    )  # as it is where no fixture trains
     node = tiny_config(image_folder)["data"]
     source = instantiate(node)
     choose_workers(source, node, processes, nodes)
     assert (source.num_workers, node["params"]["num_workers"]) == (workers, workers)
     trainer = SimpleNamespace(world_size=processes, num_nodes=nodes, max_steps=9)
     sources = [SimpleNamespace(val_images=None, num_workers=workers + more) for more in (0, cores)]
-    assert [len(list(_warnings(trainer, SimpleNamespace(warmup_steps=0), each))) for each in sources] == [0, 1]
+    assert [
+        len(list(_warnings(trainer, SimpleNamespace(warmup_steps=0), each))) for each in sources
+    ] == [0, 1]
     node["params"]["num_workers"] = 5
     choose_workers(source, node, processes, nodes)
     assert (source.num_workers, node["params"]["num_workers"]) == (workers, 5)
@@ -131,7 +148,11 @@ def test_loader_processes_are_a_rank_s(image_folder, monkeypatch, under, cores, 
 
 def test_where_nccl_writes(monkeypatch):
     """By the names that the installed torch takes without a warning; what the user names, in either way, stays."""
-    dump, old, new = f"{gettempdir()}/olvae_nccl_7_rank_", list(OLDER_NAMES.values()), list(OLDER_NAMES)
+    dump, old, new = (
+        f"{gettempdir()}/olvae_nccl_7_rank_",
+        list(OLDER_NAMES.values()),
+        list(OLDER_NAMES),
+    )
     for version, own, expected in (
         ("2.8.0+cu128", {}, dict(zip(old, ("2000", dump), strict=True))),
         (torch.__version__, {}, dict(zip(new, ("2000", dump), strict=True))),
@@ -161,8 +182,13 @@ def test_the_recorder_s_settings_are_no_warning(under, capfd):
 def test_as_many_loader_processes_as_can_share_the_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr("olvae.training.processes.MOST_WORKERS", 8)
-    shards = [f"pipe:cat {path}" for path in write_shards(tmp_path, (3, 3, 3))]  # which nobody can count
-    node = {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": {"shards": shards, "size": 8}}
+    shards = [
+        f"pipe:cat {path}" for path in write_shards(tmp_path, (3, 3, 3))
+    ]  # which nobody can count
+    node = {
+        "target": "olvae.data.shards.webdataset.WebDatasetSource",
+        "params": {"shards": shards, "size": 8},
+    }
     node["params"] |= {"val_shards": shards, "batch_size": 1}
     choose_workers(instantiate(node), node, 1, 1)
     assert node["params"]["num_workers"] == 3
@@ -171,7 +197,11 @@ def test_as_many_loader_processes_as_can_share_the_shards(tmp_path, monkeypatch)
 def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under):
     """The first process of all makes it; the others write nothing, and remove nothing. test_ddp.py has torchrun's."""
     save(tiny_config(image_folder, use_ema=True), tmp_path / "tiny.yaml")
-    overrides = ("lightning.trainer.num_nodes=2", "lightning.trainer.max_steps=2", "lightning.trainer.accelerator=cpu")
+    overrides = (
+        "lightning.trainer.num_nodes=2",
+        "lightning.trainer.max_steps=2",
+        "lightning.trainer.accelerator=cpu",
+    )
 
     def work(rank: int) -> None:
         under(srun(rank, nodes=2))
@@ -195,7 +225,9 @@ def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under):
         fork_each(again)  # the first looks, and all of them stop
 
 
-def test_processes_that_torchrun_starts_again_continue_their_run(train_with, image_folder, under, monkeypatch):
+def test_processes_that_torchrun_starts_again_continue_their_run(
+    train_with, image_folder, under, monkeypatch
+):
     """With --max-restarts, and a rdzv_id of their own, as torchrun makes one on a single machine."""
     under({**torchrun(), "TORCHELASTIC_RUN_ID": "a", "MASTER_PORT": str(free_port())})
     train = partial(train_with, config=tiny_config(image_folder))
@@ -210,7 +242,9 @@ def test_processes_that_torchrun_starts_again_continue_their_run(train_with, ima
 def test_processes_that_see_different_folders_stop(monkeypatch):
     monkeypatch.setattr("olvae.training.processes.of_each", lambda run: ["runs/b", run])
     check_same("runs/b")
-    with pytest.raises(ConfigError, match="this process would continue no run, the first one runs/b: a shared file"):
+    with pytest.raises(
+        ConfigError, match="this process would continue no run, the first one runs/b: a shared file"
+    ):
         check_same("")
 
 
@@ -228,7 +262,9 @@ TWO = {"nodes": 2, "per_node": 2}
         (srun(3, **TWO), 0, False),
     ],
 )
-def test_the_first_process_of_a_node_reports_a_stop(monkeypatch, under, capsys, variables, code, hint):
+def test_the_first_process_of_a_node_reports_a_stop(
+    monkeypatch, under, capsys, variables, code, hint
+):
     """Launchers kill all processes when one fails, and the first one still draws its curves."""
     under(variables)
     for preempted in (False, True):
@@ -240,4 +276,6 @@ def test_the_first_process_of_a_node_reports_a_stop(monkeypatch, under, capsys, 
         with pytest.raises(SystemExit) as caught:
             main(["train", "--base", "demo"])
         assert caught.value.code == (75 if code and preempted else code)
-        assert capsys.readouterr().err == ("continue with: olvae train --resume runs/a\n" if hint else "")
+        assert capsys.readouterr().err == (
+            "continue with: olvae train --resume runs/a\n" if hint else ""
+        )

@@ -9,7 +9,9 @@ from tests.conftest import tiny_config
 
 
 def test_steps_are_traced(train_with, image_folder, capfd):
-    run = train_with(f"lightning.trainer.max_steps={UNTRACED + 3}", config=tiny_config(image_folder), profile=2)
+    run = train_with(
+        f"lightning.trainer.max_steps={UNTRACED + 3}", config=tiny_config(image_folder), profile=2
+    )
     events = json.loads((run.path / "trace.json").read_text())["traceEvents"]
     names = [event.get("name") for event in events]
     assert names.count("Optimizer.step#Adam.step") == 2
@@ -18,7 +20,10 @@ def test_steps_are_traced(train_with, image_folder, capfd):
 
 
 def test_a_step_is_an_update_and_too_few_are_a_warning(train_with, image_folder, capfd):
-    settings = ("lightning.trainer.accumulate_grad_batches=2", f"lightning.trainer.max_steps={UNTRACED + 1}")
+    settings = (
+        "lightning.trainer.accumulate_grad_batches=2",
+        f"lightning.trainer.max_steps={UNTRACED + 1}",
+    )
     run = train_with(*settings, config=tiny_config(image_folder), profile=1)
     events = json.loads((run.path / "trace.json").read_text())["traceEvents"]
     assert [event.get("name") for event in events].count("Optimizer.step#Adam.step") == 1

@@ -79,7 +79,9 @@ def test_without_a_terminal_a_line_is_one_line(now, capsys):
     (line,) = capsys.readouterr().err.splitlines()
     assert len(line) > 80
     assert line.endswith("waiting for data 50% (raise data.params.num_workers)  0:00:04 left")
-    StepProgress(line_every_s=0.0).on_train_batch_end(at, SimpleNamespace(reports=False, images_seen=8))
+    StepProgress(line_every_s=0.0).on_train_batch_end(
+        at, SimpleNamespace(reports=False, images_seen=8)
+    )
     assert capsys.readouterr().err == "step 3/10\n"  # its first, from which there is no speed yet
 
 
@@ -97,10 +99,14 @@ def test_without_a_terminal_a_line_is_one_line(now, capsys):
         ("NVIDIA GeForce RTX 4090 Laptop GPU", "bf16-mixed", None),
     ],
 )
-def test_a_gpu_with_too_few_images_is_advised_and_its_share_logged(monkeypatch, capsys, gpu, precision, peak):
+def test_a_gpu_with_too_few_images_is_advised_and_its_share_logged(
+    monkeypatch, capsys, gpu, precision, peak
+):
     monkeypatch.setattr("torch.cuda.get_device_name", lambda _: gpu)
     strategy, loader = SimpleNamespace(root_device="cuda:0"), SimpleNamespace(batch_size=4)
-    trainer = SimpleNamespace(strategy=strategy, precision=precision, train_dataloader=loader, global_step=0)
+    trainer = SimpleNamespace(
+        strategy=strategy, precision=precision, train_dataloader=loader, global_step=0
+    )
     shown = StepProgress()
     shown.on_train_start(trainer, SimpleNamespace(flop=2_740_000_000_000, compiled=False))
     line = capsys.readouterr().err.strip()
@@ -112,7 +118,12 @@ def test_a_gpu_with_too_few_images_is_advised_and_its_share_logged(monkeypatch, 
 
 
 def test_how_many_images_keep_a_gpu_busy():
-    few, many, compiled = (describe_step(10**12, n, 500.0, c) for n, c in ((4, False), (16, False), (4, True)))
-    assert ": about 20 ms on this GPU, less than Python needs for it: with 10 images, or model.params.compile" in few
+    few, many, compiled = (
+        describe_step(10**12, n, 500.0, c) for n, c in ((4, False), (16, False), (4, True))
+    )
+    assert (
+        ": about 20 ms on this GPU, less than Python needs for it: with 10 images, or model.params.compile"
+        in few
+    )
     assert many.endswith("16 TFLOP for 16 a process: about 80 ms on this GPU")
     assert compiled.endswith("about 20 ms on this GPU")

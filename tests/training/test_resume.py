@@ -52,7 +52,9 @@ def steps(run: Run) -> int:
 
 
 def test_a_checkpoint_is_read_once(olvae_train, run, monkeypatch):
-    monkeypatch.setattr(TorchCheckpointIO, "load_checkpoint", lambda *_, **__: pytest.fail("read again"))
+    monkeypatch.setattr(
+        TorchCheckpointIO, "load_checkpoint", lambda *_, **__: pytest.fail("read again")
+    )
     code, err = olvae_train("--resume", run.path, "lightning.trainer.max_steps=3")
     assert code == 0, err
     assert steps(run) == 3
@@ -71,7 +73,13 @@ def test_a_broken_note_of_the_best_weights_is_replaced(olvae_train, run, caplog)
 def test_a_broken_config_is_one_line_that_says_what_to_do(olvae_train, run):
     whole = run.config.read_text()
     remedy = f"start a new run from its weights with --base CFG and --actual_resume {run.last_checkpoint}"
-    for content in ("", whole[: len(whole) // 2], whole[: whole.index("\nrun:")], "model: [", "\0\0\0"):
+    for content in (
+        "",
+        whole[: len(whole) // 2],
+        whole[: whole.index("\nrun:")],
+        "model: [",
+        "\0\0\0",
+    ):
         run.config.write_text(content)
         code, err = olvae_train("--resume", run.path, "lightning.trainer.max_steps=3")
         assert code == 2
@@ -109,7 +117,13 @@ def test_every_file_of_a_run_is_written_whole(olvae_train, tmp_path, image_folde
     (path,) = (tmp_path / "runs").iterdir()
     files = {file for file in path.rglob("*") if file.is_file() and "tfevents" not in file.name}
     whole = {file for file in placed if path in file.parents}
-    assert {file.name for file in whole} >= {"config.yaml", "best.json", "best.ckpt", "last.ckpt", "step=00000001.png"}
+    assert {file.name for file in whole} >= {
+        "config.yaml",
+        "best.json",
+        "best.ckpt",
+        "last.ckpt",
+        "step=00000001.png",
+    }
     others = {".lock", "hparams.yaml", "curves.png"}  # empty; TensorBoard's; a stub's
     assert {file.name for file in files - whole} <= others
 
@@ -164,7 +178,10 @@ def test_a_run_has_one_training_at_a_time(olvae_train, tmp_path, image_folder, m
     first.start()
     try:
         deadline = time.monotonic() + 60
-        while not (saved := [*tmp_path.glob("runs/*/checkpoints/last.ckpt")]) and time.monotonic() < deadline:
+        while (
+            not (saved := [*tmp_path.glob("runs/*/checkpoints/last.ckpt")])
+            and time.monotonic() < deadline
+        ):
             time.sleep(0.05)
         run = Run(saved[0].parent.parent)
         assert f"process {first.pid} on" in run.lock.read_text()
@@ -195,10 +212,19 @@ def test_a_run_has_one_training_at_a_time(olvae_train, tmp_path, image_folder, m
 
 def test_what_differs_from_the_runs_own_settings_is_printed(olvae_train, run, tmp_path):
     """By the flags, a config file and overrides; the config then is the new one. The checkpoint names the run."""
-    save({"model": {"base_learning_rate": 1e-3, "params": {"use_ema": False}}}, tmp_path / "more.yaml")
+    save(
+        {"model": {"base_learning_rate": 1e-3, "params": {"use_ema": False}}},
+        tmp_path / "more.yaml",
+    )
     before = load([run.config])
-    overrides = ("lightning.trainer.max_steps=3", "model.base_learning_rate=0.002", "data.params.num_workers=1")
-    code, err = olvae_train("--resume", run.last_checkpoint, "--base", tmp_path / "more.yaml", "--seed", 3, *overrides)
+    overrides = (
+        "lightning.trainer.max_steps=3",
+        "model.base_learning_rate=0.002",
+        "data.params.num_workers=1",
+    )
+    code, err = olvae_train(
+        "--resume", run.last_checkpoint, "--base", tmp_path / "more.yaml", "--seed", 3, *overrides
+    )
     assert code == 0, err
     assert err.splitlines()[:6] == [
         "settings that differ from the run's own:",
@@ -218,7 +244,11 @@ def test_what_differs_from_the_runs_own_settings_is_printed(olvae_train, run, tm
 
 
 def test_another_schedule_holds_from_the_first_step_on(olvae_train, run):
-    rates = ("model.params.warmup_steps=10", "model.base_learning_rate=0.002", "lightning.trainer.log_every_n_steps=1")
+    rates = (
+        "model.params.warmup_steps=10",
+        "model.base_learning_rate=0.002",
+        "lightning.trainer.log_every_n_steps=1",
+    )
     more = ("lightning.trainer.max_steps=4", "lightning.trainer.accumulate_grad_batches=2")
     code, err = olvae_train("--resume", run.path, *rates, *more)
     assert code == 0, err
@@ -230,8 +260,13 @@ def test_another_schedule_holds_from_the_first_step_on(olvae_train, run):
 
 def test_the_configs_own_precision_may_change(olvae_train, run):
     for steps, precision in ((3, "bf16"), (4, "bf16"), (5, "32")):
-        settings = (f"lightning.trainer.max_steps={steps}", f"lightning.trainer.precision={precision}")
-        code, err = olvae_train("--resume", run.path, *settings, *(["--precision", "32"] if steps == 4 else ()))
+        settings = (
+            f"lightning.trainer.max_steps={steps}",
+            f"lightning.trainer.precision={precision}",
+        )
+        code, err = olvae_train(
+            "--resume", run.path, *settings, *(["--precision", "32"] if steps == 4 else ())
+        )
         assert code == 0, err
         used = "32" if steps == 4 else precision
         assert f"precision {used}" in err
@@ -240,9 +275,14 @@ def test_the_configs_own_precision_may_change(olvae_train, run):
 
 def test_validations_stay_between_updates_of_another_size(olvae_train, run):
     """One within an update would delete its gradients."""
-    for trainer in ({"max_steps": 3}, {"max_steps": 7, "accumulate_grad_batches": 2, "val_check_interval": 2}):
+    for trainer in (
+        {"max_steps": 3},
+        {"max_steps": 7, "accumulate_grad_batches": 2, "val_check_interval": 2},
+    ):
         trainer["log_every_n_steps"] = 2
-        code, err = olvae_train("--resume", run.path, *(f"lightning.trainer.{k}={v}" for k, v in trainer.items()))
+        code, err = olvae_train(
+            "--resume", run.path, *(f"lightning.trainer.{k}={v}" for k, v in trainer.items())
+        )
         assert code == 0, err
     assert [step for step in scalars(run.path)["val/psnr"] if step > 3] == [4, 6, 7]
     assert [step for step in scalars(run.path)["train/loss"] if step > 3] == [4, 6]
@@ -262,7 +302,9 @@ def test_other_data_networks_and_losses_need_a_flag(olvae_train, run, tmp_path):
         assert code == 2
         assert line in err.splitlines()
         key = override.partition("=")[0]
-        assert err.splitlines()[-1].startswith(f"error: --resume: {key}: this would continue the run with other data, ")
+        assert err.splitlines()[-1].startswith(
+            f"error: --resume: {key}: this would continue the run with other data, "
+        )
         assert err.splitlines()[-1].endswith("add --allow-changes")
     assert run.config.read_bytes() == before
 
@@ -290,18 +332,28 @@ def test_other_data_networks_and_losses_need_a_flag(olvae_train, run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("model.params.parts.x.target=olvae.models.parts.anchor.Anchor",), "these weights are of another model: "),
+        (
+            ("model.params.parts.x.target=olvae.models.parts.anchor.Anchor",),
+            "these weights are of another model: ",
+        ),
         (("model.params.freeze_decoder=true",), "train other weights"),
-        (("model.params.optimizer=muon",), "model.params.optimizer: muon, but the run has another: "),
+        (
+            ("model.params.optimizer=muon",),
+            "model.params.optimizer: muon, but the run has another: ",
+        ),
         (
             (f"lightning.callbacks.k={{target: {KEEP['target']}, params: {{best: val/x}}}}",),
             "val/x can't choose the best weights",
         ),
     ],
 )
-def test_what_fails_before_the_first_step_leaves_the_run_as_it_was(olvae_train, run, changes, message):
+def test_what_fails_before_the_first_step_leaves_the_run_as_it_was(
+    olvae_train, run, changes, message
+):
     before = run.last_checkpoint.read_bytes(), run.config.read_bytes()
-    code, err = olvae_train("--resume", run.path, "--allow-changes", "lightning.trainer.max_steps=3", *changes)
+    code, err = olvae_train(
+        "--resume", run.path, "--allow-changes", "lightning.trainer.max_steps=3", *changes
+    )
     assert code > 0
     assert message in err.splitlines()[-1]
     assert (run.last_checkpoint.read_bytes(), run.config.read_bytes()) == before
@@ -318,13 +370,17 @@ def started_here(olvae_train, tmp_path, image_folder, monkeypatch) -> Run:
     return Run(path)
 
 
-def test_a_run_finds_its_relative_data_from_another_folder(olvae_train, started_here, tmp_path, monkeypatch):
+def test_a_run_finds_its_relative_data_from_another_folder(
+    olvae_train, started_here, tmp_path, monkeypatch
+):
     """Its config has both, what was written and where that is; the same word there is other data."""
     photos = tmp_path / "photos"
     config = load([started_here.config])
     assert config["data"]["params"]["root"] == str(photos)
     assert config["run"]["paths"] == {str(photos): "photos"}
-    code, err = olvae_train("--resume", started_here.path, "data.params.root=photos", "lightning.trainer.max_steps=3")
+    code, err = olvae_train(
+        "--resume", started_here.path, "data.params.root=photos", "lightning.trainer.max_steps=3"
+    )
     assert code == 0, err
     assert "data.params.root" not in err  # the same place, written as before
 
@@ -334,7 +390,9 @@ def test_a_run_finds_its_relative_data_from_another_folder(olvae_train, started_
     code, err = olvae_train("--resume", started_here.path, "lightning.trainer.max_steps=4")
     assert code == 0, err
     assert load([started_here.config])["run"]["paths"] == {str(photos): "photos"}
-    code, err = olvae_train("--resume", started_here.path, "data.params.root=photos", "lightning.trainer.max_steps=5")
+    code, err = olvae_train(
+        "--resume", started_here.path, "data.params.root=photos", "lightning.trainer.max_steps=5"
+    )
     assert code == 2
     assert f"  data.params.root: {photos} -> {elsewhere / 'photos'}" in err.splitlines()
     with pytest.raises(SystemExit) as leaving:
@@ -342,7 +400,9 @@ def test_a_run_finds_its_relative_data_from_another_folder(olvae_train, started_
     assert leaving.value.code == 0
 
 
-def test_a_run_that_was_moved_with_its_data_goes_on(olvae_train, started_here, tmp_path, monkeypatch, caplog):
+def test_a_run_that_was_moved_with_its_data_goes_on(
+    olvae_train, started_here, tmp_path, monkeypatch, caplog
+):
     place = tmp_path / "copied"
     place.mkdir()
     for name in ("photos", "runs"):
@@ -355,7 +415,10 @@ def test_a_run_that_was_moved_with_its_data_goes_on(olvae_train, started_here, t
     code, err = olvae_train("--resume", run.path, "lightning.trainer.max_steps=3")
     assert code == 0, err
     (line,) = caplog.messages
-    assert line == f"{tmp_path / 'photos'}: this run's data are not there any more: taken from {place / 'photos'}"
+    assert (
+        line
+        == f"{tmp_path / 'photos'}: this run's data are not there any more: taken from {place / 'photos'}"
+    )
     config = load([run.config])
     assert config["data"]["params"]["root"] == str(place / "photos")
     assert config["run"]["paths"][str(place / "photos")] == "photos"
@@ -369,7 +432,9 @@ def test_the_config_is_replaced_after_the_checkpoint_of_its_settings(olvae_train
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", move)
-    code, err = olvae_train("--resume", run.path, "lightning.trainer.max_steps=3", "model.base_learning_rate=0.002")
+    code, err = olvae_train(
+        "--resume", run.path, "lightning.trainer.max_steps=3", "model.base_learning_rate=0.002"
+    )
     assert code == 0, err
     assert placed.count("config.yaml") == 1
     assert placed.index("config.yaml") == placed.index("last.ckpt") + 1

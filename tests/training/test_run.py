@@ -30,7 +30,13 @@ from tests.training.origins import checkpoint
 @pytest.fixture
 def go(train_with, image_folder):
     """Train the tiny config, changed by overrides; returns the run."""
-    averaged = {"use_ema": True, "ema_decay": 0.8, "scheduler": "cosine", "warmup_steps": 2, "decay_steps": 8}
+    averaged = {
+        "use_ema": True,
+        "ema_decay": 0.8,
+        "scheduler": "cosine",
+        "warmup_steps": 2,
+        "decay_steps": 8,
+    }
     return partial(train_with, config=tiny_config(image_folder, **averaged))
 
 
@@ -38,17 +44,28 @@ def test_what_a_run_leaves(go, whole_training, monkeypatch):
     step, dtypes = LiteAutoencoderKL.training_step, set()
 
     def look(self, batch, batch_idx):
-        dtypes.add(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        dtypes.add(
+            torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
+        )
         return step(self, batch, batch_idx)
 
     monkeypatch.setattr(LiteAutoencoderKL, "training_step", look)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     run = go(name="my_name", precision="bf16", seed=5)
     assert dtypes == {torch.bfloat16}
-    assert not torch.utils.deterministic.fill_uninitialized_memory  # deterministic algorithms, without its price
+    assert (
+        not torch.utils.deterministic.fill_uninitialized_memory
+    )  # deterministic algorithms, without its price
     assert run.path.name.endswith("_my_name_bf16")
-    files = {path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()}
-    assert {"config.yaml", "checkpoints/last.ckpt", "images/step=00000004.png", "images/curves.png"} <= files
+    files = {
+        path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()
+    }
+    assert {
+        "config.yaml",
+        "checkpoints/last.ckpt",
+        "images/step=00000004.png",
+        "images/curves.png",
+    } <= files
     assert not [name for name in files if "partial" in name]
     config = load([run.config])
     assert config["run"] == {
@@ -65,7 +82,10 @@ def test_what_a_run_leaves(go, whole_training, monkeypatch):
     assert checkpoint(run)["images_seen"] == 16
 
     logged = scalars(run.path)
-    names = {f"train/{name}" for name in ("loss", "rec", "kl", "wavelet", "gaussian", "lr")} | {"val/psnr", "val/ssim"}
+    names = {f"train/{name}" for name in ("loss", "rec", "kl", "wavelet", "gaussian", "lr")} | {
+        "val/psnr",
+        "val/ssim",
+    }
     assert names <= set(logged)
     assert list(logged["train/loss"]) == [1, 2, 3, 4]
     assert list(logged["val/psnr"]) == [2, 4]
@@ -89,7 +109,11 @@ def test_a_source_that_nobody_can_count(go, tmp_path):
 
 def test_actual_resume_takes_the_weights_alone(go):
     first = go()
-    second = go("lightning.trainer.max_steps=1", "model.base_learning_rate=1e-9", actual_resume=first.last_checkpoint)
+    second = go(
+        "lightning.trainer.max_steps=1",
+        "model.base_learning_rate=1e-9",
+        actual_resume=first.last_checkpoint,
+    )
     assert second.path != first.path
     before, after = checkpoint(first)["state_dict"], checkpoint(second)
     for name, tensor in before.items():
@@ -98,11 +122,19 @@ def test_actual_resume_takes_the_weights_alone(go):
     assert load([second.config])["run"]["weights"] == str(first.last_checkpoint)
 
 
-def test_a_picture_that_cannot_be_read_is_named_and_the_steps_before_it_are_kept(go, tmp_path, image_folder):
+def test_a_picture_that_cannot_be_read_is_named_and_the_steps_before_it_are_kept(
+    go, tmp_path, image_folder
+):
     for path in sorted(image_folder.rglob("*.png"))[:3]:
         path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"3 of 12 images can't be read.*0\.png \(image file is truncated"):
-        go("lightning.trainer.max_steps=40", "data.params.num_workers=1", "data.params.max_unreadable=0.17")
+    with pytest.raises(
+        ValueError, match=r"3 of 12 images can't be read.*0\.png \(image file is truncated"
+    ):
+        go(
+            "lightning.trainer.max_steps=40",
+            "data.params.num_workers=1",
+            "data.params.max_unreadable=0.17",
+        )
     assert all(any(path.glob("checkpoints/*.ckpt")) for path in (tmp_path / "runs").glob("*"))
 
 
@@ -122,7 +154,9 @@ def test_a_failing_start_leaves_nothing_and_changes_nothing(go, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_signal_to_all_processes(tmp_path, image_folder, quick_training, capfd, monkeypatch, number, code):
+def test_a_signal_to_all_processes(
+    tmp_path, image_folder, quick_training, capfd, monkeypatch, number, code
+):
     """A terminal's Ctrl-C, or a scheduler's signal, reaches the process group, and so the loader's workers: one step
     more, a checkpoint, an exit code that tells them apart."""
     monkeypatch.delenv(RUN_ENV, raising=False)
@@ -191,7 +225,10 @@ def test_other_channels(go, image_folder, channels):
     assert (run.images / "step=00000004.png").is_file()
 
 
-INFERENCE_ONLY = ("model.params.lossconfig.target=torch.nn.Identity", "model.params.lossconfig.params={}")
+INFERENCE_ONLY = (
+    "model.params.lossconfig.target=torch.nn.Identity",
+    "model.params.lossconfig.params={}",
+)
 
 
 @pytest.mark.parametrize(
@@ -200,15 +237,39 @@ INFERENCE_ONLY = ("model.params.lossconfig.target=torch.nn.Identity", "model.par
         (("data.params.root=/nowhere",), {}, "no such folder"),
         ((), {"name": "a/b"}, "`name`"),
         (INFERENCE_ONLY, {}, "inference only"),
-        ((*INFERENCE_ONLY, f"model.params.adversary_config={json.dumps(against())}"), {}, "inference only"),
+        (
+            (*INFERENCE_ONLY, f"model.params.adversary_config={json.dumps(against())}"),
+            {},
+            "inference only",
+        ),
         (("model.params.parts=[1]",), {"teacher": "olvae:photos-f8c4"}, "not an int"),
-        (("lightning.trainer.max_steps=0",), {}, r"trainer\.max_steps: 0: expected a number of steps from 1 on$"),
+        (
+            ("lightning.trainer.max_steps=0",),
+            {},
+            r"trainer\.max_steps: 0: expected a number of steps from 1 on$",
+        ),
         (("lightning.trainer.max_steps=true",), {}, "max_steps: True: expected"),
-        (("lightning.trainer.val_check_interval=0",), {}, "val_check_interval: 0: .*from 1 on; limit_val_batches=0"),
+        (
+            ("lightning.trainer.val_check_interval=0",),
+            {},
+            "val_check_interval: 0: .*from 1 on; limit_val_batches=0",
+        ),
         (("lightning.trainer.log_every_n_steps=-1",), {}, "log_every_n_steps: -1: .*from 0 on"),
-        (("model.params.min_lr_factor=-1", "model.params.ema_decay=2"), {}, "min_lr_factor must be .*\n.*ema_decay"),
-        (("model.params.decay_steps=3", "model.params.warmup_steps=3"), {}, "more than warmup_steps, 3, got 3"),
-        (("lightning.trainer.max_epochs=2",), {}, "a stream of images has no epochs: set max_steps"),
+        (
+            ("model.params.min_lr_factor=-1", "model.params.ema_decay=2"),
+            {},
+            "min_lr_factor must be .*\n.*ema_decay",
+        ),
+        (
+            ("model.params.decay_steps=3", "model.params.warmup_steps=3"),
+            {},
+            "more than warmup_steps, 3, got 3",
+        ),
+        (
+            ("lightning.trainer.max_epochs=2",),
+            {},
+            "a stream of images has no epochs: set max_steps",
+        ),
         (("lightning.trainer.val_check_interval=0.5",), {}, "expected a number of steps"),
         (("model.target=torch.nn.Identity",), {}, "unknown key|is not a LiteAutoencoderKL"),
         (("data=null",), {}, "data: expected a node"),
@@ -223,7 +284,9 @@ def test_mistakes_leave_no_run_folder(go, tmp_path, overrides, options, message)
 
 def test_configs_that_are_no_training(train_with, tmp_path, image_folder):
     config = tiny_config(image_folder)
-    with pytest.raises(ConfigError, match=r"lightning\.trainer\.max_steps: None: expected a number"):
+    with pytest.raises(
+        ConfigError, match=r"lightning\.trainer\.max_steps: None: expected a number"
+    ):
         train_with(config={**config, "lightning": {"trainer": {}}})
     with pytest.raises(ConfigError, match="not a source of images"):
         train_with(config={**config, "data": {"target": "fractions.Fraction"}})
@@ -235,8 +298,14 @@ def test_configs_that_are_no_training(train_with, tmp_path, image_folder):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"start_step": 4}, r"^model\.params\.adversary_config\.params\.start_step: 4 is not below max_steps, 4: set"),
-        ({"discriminator_config": UNETGAN}, "does not take images of 3x16x16: UNetGAN takes .* multiples of 64"),
+        (
+            {"start_step": 4},
+            r"^model\.params\.adversary_config\.params\.start_step: 4 is not below max_steps, 4: set",
+        ),
+        (
+            {"discriminator_config": UNETGAN},
+            "does not take images of 3x16x16: UNetGAN takes .* multiples of 64",
+        ),
         ({"loss": "hinged"}, r"loss: expected Literal\['hinge'"),
         ({"discriminator_config": {"target": "torch.nn.Identity"}}, "num_outputs|does not take"),
     ],
@@ -271,13 +340,31 @@ def test_the_best_weights_are_kept_by_a_named_metric(go):
     kept = run.checkpoints / "best.ckpt"
     assert torch.load(kept, weights_only=True)["global_step"] == best
     note = run.checkpoints / "best.json"
-    assert json.loads(note.read_text()) == {"metric": "val/l1", "value": pytest.approx(values[best]), "step": best}
-    note.write_text('{"metric": "val/l1", "value": 0.0, "step": 2}')  # as if it had been perfect, after last.ckpt
+    assert json.loads(note.read_text()) == {
+        "metric": "val/l1",
+        "value": pytest.approx(values[best]),
+        "step": best,
+    }
+    note.write_text(
+        '{"metric": "val/l1", "value": 0.0, "step": 2}'
+    )  # as if it had been perfect, after last.ckpt
     go("lightning.trainer.max_steps=6", resume=run.path)
     assert torch.load(kept, weights_only=True)["global_step"] == best
-    for wrong, others in (("val/l1", ()), ("psnr", ()), ("val_raw/psnr", ("model.params.use_ema=false",))):
-        with pytest.raises(ValueError, match=rf"best: {wrong} can't choose the best weights, only val/psnr, val/ssim"):
-            go(keep, f"lightning.callbacks.keep.params.best={wrong}", "lightning.trainer.val_check_interval=2", *others)
+    for wrong, others in (
+        ("val/l1", ()),
+        ("psnr", ()),
+        ("val_raw/psnr", ("model.params.use_ema=false",)),
+    ):
+        with pytest.raises(
+            ValueError,
+            match=rf"best: {wrong} can't choose the best weights, only val/psnr, val/ssim",
+        ):
+            go(
+                keep,
+                f"lightning.callbacks.keep.params.best={wrong}",
+                "lightning.trainer.val_check_interval=2",
+                *others,
+            )
     assert len(list(run.path.parent.iterdir())) == 1  # each fails before the first step
 
 
@@ -289,11 +376,15 @@ def test_warnings_that_concern_the_user_are_shown():
         warnings.simplefilter("always")
         quieten()
         for message in (shown, hidden):
-            warnings.warn_explicit(message, RuntimeWarning, "x.py", 1, module="lightning.pytorch.callbacks")
+            warnings.warn_explicit(
+                message, RuntimeWarning, "x.py", 1, module="lightning.pytorch.callbacks"
+            )
     assert [str(warning.message) for warning in caught] == [shown]
 
 
-def test_training_continues_where_no_validation_image_can_be_read(go, tmp_path, capfd, caplog, monkeypatch):
+def test_training_continues_where_no_validation_image_can_be_read(
+    go, tmp_path, capfd, caplog, monkeypatch
+):
     """From the second validation on: the first one's values and best weights are not repeated."""
     held_out = tmp_path / "val"
     held_out.mkdir()
@@ -320,7 +411,9 @@ def test_a_picture_shows_eight_images_however_small_the_batch(go, image_folder):
     sizes = {}
     for batch in (1, 4):
         run = go(
-            "lightning.trainer.max_steps=1", f"data.params.batch_size={batch}", f"data.params.val_root={image_folder}"
+            "lightning.trainer.max_steps=1",
+            f"data.params.batch_size={batch}",
+            f"data.params.val_root={image_folder}",
         )
         sizes[batch] = Image.open(run.images / "step=00000001.png").size
     assert sizes[1] == sizes[4]
@@ -333,7 +426,9 @@ def test_a_metric_of_validation_whose_network_is_missing_is_told_before_training
     assert not (tmp_path / "runs").exists()
 
 
-def test_linear_paths_are_fitted_for_fresh_weights_alone(go, image_folder, capfd, monkeypatch, at_step):
+def test_linear_paths_are_fitted_for_fresh_weights_alone(
+    go, image_folder, capfd, monkeypatch, at_step
+):
     """Not when a run is resumed, nor when it starts from weights."""
     monkeypatch.setattr("olvae.models.linear_code.CROPS", (256, 256))
     config = tiny_config(image_folder)
@@ -341,8 +436,13 @@ def test_linear_paths_are_fitted_for_fresh_weights_alone(go, image_folder, capfd
         config["model"]["params"][half]["params"]["linear"] = True
     run = go(config=config)
     printed = capfd.readouterr().err
-    start = re.search(r"linear code: (\d+\.\d\d) dB on \d validation images, fitted on 256", printed)
-    end = re.search(r"done after 4 steps: (\d+\.\d\d) dB in the last validation, (.*) (above|below) the", printed)
+    start = re.search(
+        r"linear code: (\d+\.\d\d) dB on \d validation images, fitted on 256", printed
+    )
+    end = re.search(
+        r"done after 4 steps: (\d+\.\d\d) dB in the last validation, (.*) (above|below) the",
+        printed,
+    )
     gain = float(end[1]) - float(start[1])
     assert float(end[2]) * (1 if end[3] == "above" else -1) == pytest.approx(gain, abs=0.011)
     curve = scalars(run.path)["val/psnr"]
@@ -351,11 +451,15 @@ def test_linear_paths_are_fitted_for_fresh_weights_alone(go, image_folder, capfd
     go("lightning.trainer.max_steps=5", resume=str(run.path))
     printed = capfd.readouterr().err
     assert "fitted on" not in printed
-    assert re.search(r"done after 5 steps: .* the linear code", printed), "the checkpoint has its value"
+    assert re.search(r"done after 5 steps: .* the linear code", printed), (
+        "the checkpoint has its value"
+    )
     go(config=config, actual_resume=str(run.path))
     assert "linear code" not in capfd.readouterr().err
 
     at_step(0, partial(signal.raise_signal, signal.SIGINT))
     with pytest.raises(TrainingStopped):
         go("lightning.trainer.max_steps=9", config=config)
-    assert "stopped after 1 steps\n" in capfd.readouterr().err, "its two batches of the start are no validation"
+    assert "stopped after 1 steps\n" in capfd.readouterr().err, (
+        "its two batches of the start are no validation"
+    )

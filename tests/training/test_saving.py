@@ -18,13 +18,23 @@ from tests.models.steps import against, build
 
 SAVE = torch.save
 KEEP = "lightning.callbacks.keep"
-EVERY_TWO = (f"{KEEP}.target=olvae.training.saving.KeepCheckpoints", f"{KEEP}.params.every_n_steps=2")
+EVERY_TWO = (
+    f"{KEEP}.target=olvae.training.saving.KeepCheckpoints",
+    f"{KEEP}.params.every_n_steps=2",
+)
 
 
 def content(value: float) -> dict:
     """As a trainer's: nested, with several types."""
-    state = {"a": torch.full((3, 2), value), "b": torch.full((2, 2, 2, 2), value).to(memory_format=torch.channels_last)}
-    return {"state_dict": state, "optimizer_states": [{"state": {0: {"step": torch.tensor(value)}}}], "loops": (1, "x")}
+    state = {
+        "a": torch.full((3, 2), value),
+        "b": torch.full((2, 2, 2, 2), value).to(memory_format=torch.channels_last),
+    }
+    return {
+        "state_dict": state,
+        "optimizer_states": [{"state": {0: {"step": torch.tensor(value)}}}],
+        "loops": (1, "x"),
+    }
 
 
 def load(path: Path) -> dict:
@@ -105,7 +115,9 @@ def test_a_full_disk_leaves_the_file_before_and_is_told(tmp_path, monkeypatch, a
     saving.save_checkpoint(content(2.0), path, storage_options={"step": 2})
     while not saving._pending[0].done():
         time.sleep(0.01)
-    with pytest.raises(OSError, match=r"best\.ckpt: the checkpoint could not be written: .*No space left") as caught:
+    with pytest.raises(
+        OSError, match=r"best\.ckpt: the checkpoint could not be written: .*No space left"
+    ) as caught:
         saving.teardown() if at_the_end else saving.wait(1)
     assert str(tmp_path) in str(caught.value)
     saving.teardown()  # told once
@@ -126,12 +138,19 @@ def test_a_failed_save_does_not_cut_the_next_one_off(tmp_path):
     assert torch.equal(load(tmp_path / "last.ckpt")["state_dict"]["a"], torch.full((3, 2), 2.0))
 
 
-def test_a_run_that_could_not_save_does_not_claim_success(train_with, tmp_path, image_folder, monkeypatch, capfd):
+def test_a_run_that_could_not_save_does_not_claim_success(
+    train_with, tmp_path, image_folder, monkeypatch, capfd
+):
     def last_fails(value: dict, path: Path) -> None:
-        half_a_file(full_disk)(value, path) if value["global_step"] == 4 and "last" in path.name else SAVE(value, path)
+        half_a_file(full_disk)(value, path) if value[
+            "global_step"
+        ] == 4 and "last" in path.name else SAVE(value, path)
 
     monkeypatch.setattr(torch, "save", last_fails)
-    with pytest.raises(OSError, match=r"checkpoints/last\.ckpt: the checkpoint could not be written: .*No space left"):
+    with pytest.raises(
+        OSError,
+        match=r"checkpoints/last\.ckpt: the checkpoint could not be written: .*No space left",
+    ):
         train_with(*EVERY_TWO, config=tiny_config(image_folder))
     assert "done after" not in capfd.readouterr().err
     (run,) = (tmp_path / "runs").iterdir()
@@ -140,7 +159,10 @@ def test_a_run_that_could_not_save_does_not_claim_success(train_with, tmp_path, 
 
 
 def test_a_callback_that_stops_after_a_validation_loses_nothing(train_with, image_folder):
-    stop, params = "lightning.callbacks.stop", {"monitor": "val/psnr", "mode": "max", "patience": 1, "min_delta": 50}
+    stop, params = (
+        "lightning.callbacks.stop",
+        {"monitor": "val/psnr", "mode": "max", "patience": 1, "min_delta": 50},
+    )
     settings = [f"{stop}.target=lightning.pytorch.callbacks.EarlyStopping"]
     settings += [f"{stop}.params.{name}={value}" for name, value in params.items()]
     run = train_with(
@@ -155,14 +177,20 @@ def test_a_callback_that_stops_after_a_validation_loses_nothing(train_with, imag
     assert not all(torch.equal(saved["state_dict"][name], tensor) for name, tensor in raw.items())
 
 
-def test_an_error_within_an_update_keeps_the_last_whole_one(train_with, tmp_path, image_folder, monkeypatch):
+def test_an_error_within_an_update_keeps_the_last_whole_one(
+    train_with, tmp_path, image_folder, monkeypatch
+):
     def breaks(_, trainer, module, *__) -> None:
         if trainer.global_step == 3 and not module.update_is_complete:
             raise OSError("between two micro-batches")
 
     monkeypatch.setattr(UnreadableLimit, "on_train_batch_start", breaks)
     with pytest.raises(OSError, match="between two micro-batches"):
-        train_with(*EVERY_TWO, "lightning.trainer.accumulate_grad_batches=2", config=tiny_config(image_folder))
+        train_with(
+            *EVERY_TWO,
+            "lightning.trainer.accumulate_grad_batches=2",
+            config=tiny_config(image_folder),
+        )
     (run,) = (tmp_path / "runs").iterdir()
     assert load(run / "checkpoints" / "last.ckpt")["global_step"] == 2
 
@@ -195,13 +223,19 @@ def test_weights_and_buffers_that_are_not_finite_are_not_saved(tmp_path):
         keep.on_train_batch_end(trainer, model, None, None, 0)
     assert reads.count == 1
     assert saved == ["last.ckpt"]
-    parameters, buffers = dict(model.adversary.named_parameters()), dict(model.adversary.named_buffers())
+    parameters, buffers = (
+        dict(model.adversary.named_parameters()),
+        dict(model.adversary.named_buffers()),
+    )
     running_var = next(name for name in buffers if name.endswith("running_var"))
     for name, tensor in ((running_var, buffers[running_var]), next(iter(parameters.items()))):
         with torch.no_grad():
             tensor.view(-1)[0] = float("inf")
         keep = KeepCheckpoints(every_n_steps=1)
-        with pytest.raises(FloatingPointError, match=f"non-finite weights at step 3, in adversary.{name}: nothing is"):
+        with pytest.raises(
+            FloatingPointError,
+            match=f"non-finite weights at step 3, in adversary.{name}: nothing is",
+        ):
             keep.on_train_batch_end(trainer, model, None, None, 0)
         with torch.no_grad():
             tensor.view(-1)[0] = 1.0

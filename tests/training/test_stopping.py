@@ -28,7 +28,12 @@ def go(train_with, image_folder):
     """Train a tiny phase B; returns the run."""
 
     def run(steps: int, *overrides: str, **options) -> Run:
-        return train_with(f"lightning.trainer.max_steps={steps}", *overrides, config=phase_b(image_folder), **options)
+        return train_with(
+            f"lightning.trainer.max_steps={steps}",
+            *overrides,
+            config=phase_b(image_folder),
+            **options,
+        )
 
     return run
 
@@ -36,7 +41,12 @@ def go(train_with, image_folder):
 def test_what_is_saved_and_logged_in_phase_b(go):
     run = go(3)
     saved = checkpoint(run)
-    assert {name.split(".")[0] for name in saved["state_dict"]} == {"encoder", "decoder", "adversary", "parts"}
+    assert {name.split(".")[0] for name in saved["state_dict"]} == {
+        "encoder",
+        "decoder",
+        "adversary",
+        "parts",
+    }
     assert {name.split(".")[0] for name in saved["current_model_state"]} == {"encoder", "decoder"}
     assert len(saved["optimizer_states"]) == 2
     assert saved["global_step"] == 3
@@ -84,12 +94,19 @@ def test_a_signal_in_the_warm_up_leaves_a_checkpoint(go, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("saves", [False, True])
-def test_a_second_signal_names_the_run_if_it_can_be_continued(train_with, tmp_path, image_folder, at_step, saves):
+def test_a_second_signal_names_the_run_if_it_can_be_continued(
+    train_with, tmp_path, image_folder, at_step, saves
+):
     keep, every = "lightning.callbacks.keep", 2 if saves else 9
-    settings = [f"{keep}.target=olvae.training.saving.KeepCheckpoints", f"{keep}.params.every_n_steps={every}"]
+    settings = [
+        f"{keep}.target=olvae.training.saving.KeepCheckpoints",
+        f"{keep}.params.every_n_steps={every}",
+    ]
     at_step(3, sys.exit)  # Lightning's answer to an interrupt
     with pytest.raises(KeyboardInterrupt) as stopped:
-        train_with("lightning.trainer.val_check_interval=9", *settings, config=tiny_config(image_folder))
+        train_with(
+            "lightning.trainer.val_check_interval=9", *settings, config=tiny_config(image_folder)
+        )
     assert isinstance(stopped.value, TrainingStopped) == saves
     assert (tmp_path / "runs").exists() == saves
 
@@ -98,7 +115,12 @@ def test_both_sides_take_another_schedule_when_resumed(go, monkeypatch):
     run, rates, update = go(2), [], LiteAutoencoderKL._update
 
     def note(self, *args, **kwargs):
-        rates.append([optimizer.param_groups[0]["lr"] / optimizer.defaults["lr"] for optimizer in self.optimizers()])
+        rates.append(
+            [
+                optimizer.param_groups[0]["lr"] / optimizer.defaults["lr"]
+                for optimizer in self.optimizers()
+            ]
+        )
         update(self, *args, **kwargs)
 
     monkeypatch.setattr(LiteAutoencoderKL, "_update", note)
@@ -110,13 +132,17 @@ def test_times():
     texts = {"3h50m": 13800, "45m": 2700, "90s": 90, "1d12h": 129600, "1h0m5s": 3605}
     assert {text: parse_time(text) for text in texts} == texts
     for text in ("", "3", "1.5h", "50m3h", "3 h", "-1h"):
-        with pytest.raises(ConfigError, match=r"`time_limit` .*: give days, hours, minutes or seconds, as in 3h50m"):
+        with pytest.raises(
+            ConfigError, match=r"`time_limit` .*: give days, hours, minutes or seconds, as in 3h50m"
+        ):
             parse_time(text)
 
 
 def test_the_limit_on_time_stops_as_a_signal_does(train_with, tmp_path, image_folder, capfd):
     with pytest.raises(TrainingStopped) as caught:
-        train_with("lightning.trainer.max_steps=100000", config=tiny_config(image_folder), time_limit="1s")
+        train_with(
+            "lightning.trainer.max_steps=100000", config=tiny_config(image_folder), time_limit="1s"
+        )
     assert caught.value.preempted
     (path,) = (tmp_path / "runs").iterdir()
     assert 0 < checkpoint(Run(path))["global_step"] < 100000
@@ -137,7 +163,9 @@ def job(tmp_path, monkeypatch):
     return tmp_path / "asked.txt"
 
 
-def test_a_requeued_job_continues_its_run(train_with, image_folder, tmp_path, job, monkeypatch, at_step):
+def test_a_requeued_job_continues_its_run(
+    train_with, image_folder, tmp_path, job, monkeypatch, at_step
+):
     """SIGUSR1 is what `#SBATCH --signal=USR1@300` sends before the time is up."""
     command = partial(train_with, config=tiny_config(image_folder))
     whole = command()
@@ -165,13 +193,20 @@ def test_sigusr1_to_any_process_queues_the_job_again(train_with, image_folder, u
         if rank == 1:
             at_step(0, partial(signal.raise_signal, signal.SIGUSR1))
         with pytest.raises(TrainingStopped):
-            train_with("lightning.trainer.max_steps=99", *devices, config=tiny_config(image_folder), name="two")
+            train_with(
+                "lightning.trainer.max_steps=99",
+                *devices,
+                config=tiny_config(image_folder),
+                name="two",
+            )
 
     fork_each(work)
     assert job.read_text() == "requeue 17\n"
 
 
-def test_sigterm_queues_nothing_and_an_array_has_its_own_names(train_with, image_folder, job, monkeypatch, at_step):
+def test_sigterm_queues_nothing_and_an_array_has_its_own_names(
+    train_with, image_folder, job, monkeypatch, at_step
+):
     at_step(0, partial(signal.raise_signal, signal.SIGTERM))
     with pytest.raises(TrainingStopped):
         train_with(config=tiny_config(image_folder))
@@ -186,7 +221,10 @@ def test_what_scontrol_says_is_a_warning(job, monkeypatch, tmp_path, caplog):
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.write_text("#!/bin/sh\necho 'Requested operation is presently disabled' >&2\nexit 1\n")
     requeue()
-    assert "SLURM does not queue job 17 again: scontrol requeue: Requested operation is presently" in caplog.text
+    assert (
+        "SLURM does not queue job 17 again: scontrol requeue: Requested operation is presently"
+        in caplog.text
+    )
     scontrol.unlink()
     monkeypatch.setenv("PATH", str(scontrol.parent))
     requeue()

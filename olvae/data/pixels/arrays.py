@@ -74,12 +74,22 @@ def _check(channels: int, shape: Sequence[int], dtype: Any) -> None:
     dtype = np.dtype(dtype)
     wanted = f"(H, W, {channels or 'channels'})" + ("" if channels > 1 else " or (H, W)")
     if dtype.name not in DTYPES:
-        raise ValueError(f"expected {', '.join(DTYPES)} of shape {wanted}, got {dtype} of shape {tuple(shape)}")
-    if len(shape) not in (2, 3) or 0 in shape or (channels and (shape[2] if len(shape) == 3 else 1) != channels):
-        raise ValueError(f"expected shape {wanted}, got {dtype} of shape {tuple(shape)}: is `channels` right?")
+        raise ValueError(
+            f"expected {', '.join(DTYPES)} of shape {wanted}, got {dtype} of shape {tuple(shape)}"
+        )
+    if (
+        len(shape) not in (2, 3)
+        or 0 in shape
+        or (channels and (shape[2] if len(shape) == 3 else 1) != channels)
+    ):
+        raise ValueError(
+            f"expected shape {wanted}, got {dtype} of shape {tuple(shape)}: is `channels` right?"
+        )
     check_size(shape[1], shape[0])
     if (values := math.prod(shape)) > MAX_VALUES:
-        raise ValueError(f"its header claims {values} values, more than {MAX_VALUES // 2**20} Mi: cut it into tiles")
+        raise ValueError(
+            f"its header claims {values} values, more than {MAX_VALUES // 2**20} Mi: cut it into tiles"
+        )
 
 
 Check = Callable[[Sequence[int], Any], None]
@@ -108,7 +118,10 @@ def _png(file: BinaryIO, check: Check) -> Pixels:
     from_bytes = import_extra("imagecodecs", "pixels", "reading this kind of file").png_decode
     header = file.read(26)
     samples = {0: 1, 2: 3, 4: 2, 6: 4}.get(header[25], 0)
-    check((int.from_bytes(header[20:24], "big"), int.from_bytes(header[16:20], "big"), samples), np.uint16)
+    check(
+        (int.from_bytes(header[20:24], "big"), int.from_bytes(header[16:20], "big"), samples),
+        np.uint16,
+    )
     file.seek(0)
     return Pixels(from_bytes(file.read()))
 
@@ -121,24 +134,36 @@ def _tiff(file: BinaryIO, check: Check, **flags: Any) -> Pixels:
     file.seek(0)
     with tifffile.TiffFile(file, **flags) as tiff:
         if (smaller := sum(len(page.subifds or ()) for page in tiff.pages)) > MAX_SMALLER:
-            raise ValueError(f"it names {smaller} smaller images of itself, more than {MAX_SMALLER}")
-        whole = [one for one in tiff.series if not (one.keyframe.is_reduced or one.keyframe.is_mask)]
-        if len(whole) > 1 and tiff.is_shaped:  # tifffile's own writer describes each page as an image
+            raise ValueError(
+                f"it names {smaller} smaller images of itself, more than {MAX_SMALLER}"
+            )
+        whole = [
+            one for one in tiff.series if not (one.keyframe.is_reduced or one.keyframe.is_mask)
+        ]
+        if (
+            len(whole) > 1 and tiff.is_shaped
+        ):  # tifffile's own writer describes each page as an image
             return _tiff(file, check, is_shaped=False)
         if len(whole) != 1:
-            raise ValueError(f"it holds {len(whole)} images, not one: save each in a file of its own")
+            raise ValueError(
+                f"it holds {len(whole)} images, not one: save each in a file of its own"
+            )
         axes, shape = whole[0].axes, whole[0].shape
         if axes == "YXS" or (axes[:2] == "YX" and shape[2:] == (1,)):
             bands_last = True
         elif axes[-2:] == "YX" and len(axes) in (2, 3):
             bands_last = len(axes) == 2
         else:
-            raise ValueError(f"its axes are {axes}: expected one image with bands, or a page for each band")
+            raise ValueError(
+                f"its axes are {axes}: expected one image with bands, or a page for each band"
+            )
         if whole[0].keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
             raise ValueError("its 0 is white (MINISWHITE): save it with 0 as black")
         check(shape if bands_last else (*shape[1:], shape[0]), whole[0].dtype)
         for page in whole[0].pages:
-            parts = zip(page.dataoffsets, page.databytecounts, strict=True) if page is not None else ()
+            parts = (
+                zip(page.dataoffsets, page.databytecounts, strict=True) if page is not None else ()
+            )
             if any(start + count > end for start, count in parts):
                 raise ValueError("the file ends before its pixels")
         array = whole[0].asarray(maxworkers=1)
@@ -161,7 +186,9 @@ def _exr(file: BinaryIO, check: Check) -> Pixels:
         if not whole.parts:
             raise ValueError("the file ends before its pixels")
         channels = whole.channels()
-        planes = [np.asarray(channels[name].pixels) for name in sorted(channels, key=_layer_and_colour)]
+        planes = [
+            np.asarray(channels[name].pixels) for name in sorted(channels, key=_layer_and_colour)
+        ]
     if any(plane.shape != (height, width) for plane in planes):
         raise ValueError("its channels have several sizes")
     return Pixels(np.stack(planes, axis=-1))

@@ -17,7 +17,9 @@ Size = int | Sequence[int]
 """``data.params.size``: the side of squares in pixels, or height and width, as [80, 256]."""
 
 MAX_PIXELS = 160_000_000  # the largest camera's pictures have 151 million; each takes up to 20 bytes while it is read
-MAX_RATIO = 100  # largest ratio of a picture's sides: resized to size s, it has up to 100 s^2 pixels
+MAX_RATIO = (
+    100  # largest ratio of a picture's sides: resized to size s, it has up to 100 s^2 pixels
+)
 
 
 class Sides(NamedTuple):
@@ -31,7 +33,9 @@ class Sides(NamedTuple):
         """From what a config or JSON has. Raises ValueError unless it is one or two whole numbers from 1 on."""
         sides = (size, size) if isinstance(size, int) else tuple(size)
         if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
-            raise ValueError(f"size must be at least 1, or [height, width] of such numbers, got {size}")
+            raise ValueError(
+                f"size must be at least 1, or [height, width] of such numbers, got {size}"
+            )
         return cls(*sides)
 
     @classmethod
@@ -41,7 +45,9 @@ class Sides(NamedTuple):
             sides = [int(side) for side in text.split("x")]
             return cls.of(sides if len(sides) > 1 else sides[0])
         except ValueError as error:
-            raise ConfigError(f"`size` {text}: expected pixels, as in 256 or, height before width, 80x256") from error
+            raise ConfigError(
+                f"`size` {text}: expected pixels, as in 256 or, height before width, 80x256"
+            ) from error
 
     @property
     def node(self) -> int | list[int]:
@@ -72,9 +78,13 @@ class Sides(NamedTuple):
 def check_size(width: int, height: int) -> None:
     """Raise ValueError for a picture that would take too much memory."""
     if width * height > MAX_PIXELS:
-        raise ValueError(f"its header claims {width}x{height} pixels, more than {MAX_PIXELS // 10**6} million")
+        raise ValueError(
+            f"its header claims {width}x{height} pixels, more than {MAX_PIXELS // 10**6} million"
+        )
     if max(width, height) > MAX_RATIO * min(width, height):
-        raise ValueError(f"{width}x{height} pixels: one side is more than {MAX_RATIO} times the other")
+        raise ValueError(
+            f"{width}x{height} pixels: one side is more than {MAX_RATIO} times the other"
+        )
 
 
 Values = Literal["linear", "log", "log1p"]
@@ -128,9 +138,16 @@ class PixelRange:
     high: tuple[float, ...] = (255.0,)
     values: Values = "linear"  # what is linear between them: the value, its logarithm, or the logarithm of 1 + value
     outside: Outside = "error"  # values outside become the nearest end, or make an image unreadable
-    nodata: float | None = None  # stands for a missing value; images with it, with NaN or infinity are unreadable
-    shown: tuple[int, ...] | None = None  # channels of pictures, counted from 0, one or three; else the first three
-    stretch: tuple[float, float] = (0.0, 1.0)  # fractions of the range that pictures show as black and white
+    nodata: float | None = (
+        None  # stands for a missing value; images with it, with NaN or infinity are unreadable
+    )
+    shown: tuple[int, ...] | None = (
+        None  # channels of pictures, counted from 0, one or three; else the first three
+    )
+    stretch: tuple[float, float] = (
+        0.0,
+        1.0,
+    )  # fractions of the range that pictures show as black and white
     eight_bits: bool = False  # images are uint8, in 0 to 255
 
     @classmethod
@@ -159,16 +176,26 @@ class PixelRange:
 
     def _mistake(self) -> str | None:
         least = {"linear": -math.inf, "log": 0.0, "log1p": -1.0}
-        if self.values not in list(least) or self.outside not in get_args(Outside) or self.eight_bits:
+        if (
+            self.values not in list(least)
+            or self.outside not in get_args(Outside)
+            or self.eight_bits
+        ):
             return f"values is linear, log or log1p, outside clip or error, got {self.values!r} and {self.outside!r}"
         low, high = self._ends(torch.empty(0))
         span = self._curve(high) - self._curve(low)
-        if not ((least[self.values] < low) & (low < high) & (span < math.inf) & (2.0 / span < math.inf)).all():
-            above = "" if self.values == "linear" else f", above {least[self.values]:g} for {self.values}"
-            return (
-                f"expected a finite distance in float32, the first below the second{above}: {self.as_node()['pairs']}"
+        if not (
+            (least[self.values] < low) & (low < high) & (span < math.inf) & (2.0 / span < math.inf)
+        ).all():
+            above = (
+                ""
+                if self.values == "linear"
+                else f", above {least[self.values]:g} for {self.values}"
             )
-        if self.shown is not None and not (len(self.shown) in (1, 3) and all(n >= 0 for n in self.shown)):
+            return f"expected a finite distance in float32, the first below the second{above}: {self.as_node()['pairs']}"
+        if self.shown is not None and not (
+            len(self.shown) in (1, 3) and all(n >= 0 for n in self.shown)
+        ):
             return f"shown: expected one or three channels, counted from 0, got {list(self.shown)}"
         if len(self.stretch) != 2 or not 0.0 <= self.stretch[0] < self.stretch[1] <= 1.0:
             return f"stretch: expected two fractions of the range, as in [0, 0.3], got {list(self.stretch)}"
@@ -179,7 +206,12 @@ class PixelRange:
         if self.eight_bits:
             return None
         pairs = [list(pair) for pair in zip(self.low, self.high, strict=True)]
-        node: dict[str, Any] = {"pairs": pairs, "values": self.values, "outside": self.outside, "nodata": self.nodata}
+        node: dict[str, Any] = {
+            "pairs": pairs,
+            "values": self.values,
+            "outside": self.outside,
+            "nodata": self.nodata,
+        }
         node |= {"shown": self.shown and list(self.shown), "stretch": list(self.stretch)}
         return {name: value for name, value in node.items() if value is not None}
 
@@ -203,7 +235,10 @@ class PixelRange:
 
         How they are shown, and what becomes of values outside, is for the data to say.
         """
-        if any(getattr(found, name) != getattr(self, name) for name in ("low", "high", "values", "eight_bits")):
+        if any(
+            getattr(found, name) != getattr(self, name)
+            for name in ("low", "high", "values", "eight_bits")
+        ):
             raise ConfigError(f"`data`: its values are {found}, the targets take {self}")
 
     def checked(self, array: Array, nodata: float | None = None) -> NDArray[np.float32]:
@@ -266,21 +301,29 @@ class PixelRange:
         return ((levels - low) * (255.0 / (high - low))).clamp(0.0, 255.0).round().to(torch.uint8)
 
     def _ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = (torch.tensor(end, dtype=torch.float32, device=x.device) for end in (self.low, self.high))
+        low, high = (
+            torch.tensor(end, dtype=torch.float32, device=x.device) for end in (self.low, self.high)
+        )
         return low[:, None, None], high[:, None, None]  # (C, 1, 1) or (1, 1, 1)
 
     def _curve(self, x: Tensor) -> Tensor:
         return x if self.values == "linear" else x.log() if self.values == "log" else x.log1p()
 
 
-EIGHT_BIT_FILE = "8 bits per channel, whose range is 0 to 255: leave `range` out, or convert all files"
+EIGHT_BIT_FILE = (
+    "8 bits per channel, whose range is 0 to 255: leave `range` out, or convert all files"
+)
 UNSTATED = (
     "more than 8 bits per channel: state data.params.range, which `olvae data range SRC` measures, "
     "or convert the files to 8 bits"
 )
-UNKEPT = "more than 8 bits per channel, which are not read from this format: convert it to PNG or TIFF"
+UNKEPT = (
+    "more than 8 bits per channel, which are not read from this format: convert it to PNG or TIFF"
+)
 EIGHT_BITS = PixelRange(eight_bits=True)
-AS_STORED = PixelRange((-math.inf,), (math.inf,), outside="clip")  # any values, of any kind of file, unchanged
+AS_STORED = PixelRange(
+    (-math.inf,), (math.inf,), outside="clip"
+)  # any values, of any kind of file, unchanged
 
 
 def _refuse(bad: NDArray[np.bool_], values: NDArray[np.float32], why: str) -> None:
@@ -288,4 +331,6 @@ def _refuse(bad: NDArray[np.bool_], values: NDArray[np.float32], why: str) -> No
     if bad.any():
         row, column, channel = (int(place) for place in np.argwhere(bad)[0])
         where = f"row {row}, column {column}, channel {channel}"
-        raise ValueError(f"{values[row, column, channel]:g} at {where}, counted from 0, and {bad.sum()} in all: {why}")
+        raise ValueError(
+            f"{values[row, column, channel]:g} at {where}, counted from 0, and {bad.sum()} in all: {why}"
+        )

@@ -36,9 +36,13 @@ class Index:
     """The content of ``index.json``."""
 
     shards: Mapping[str, ShardRecord]  # by file name
-    packed: Mapping[str, Any] | None = None  # the options of ``olvae data pack``; None for shards from elsewhere
+    packed: Mapping[str, Any] | None = (
+        None  # the options of ``olvae data pack``; None for shards from elsewhere
+    )
     plan: str | None = None  # a hash of those options and of the source
-    unreadable: Sequence[Mapping[str, str]] = ()  # shard, name and reason of the source's images that are in no shard
+    unreadable: Sequence[
+        Mapping[str, str]
+    ] = ()  # shard, name and reason of the source's images that are in no shard
 
     @property
     def images(self) -> int:
@@ -50,7 +54,13 @@ class Index:
 
     def write(self, path: Path) -> None:
         """Write the file atomically; the same bytes for the same index."""
-        content = {"version": 1, "images": self.images, "bytes": self.bytes, "packed": self.packed, "plan": self.plan}
+        content = {
+            "version": 1,
+            "images": self.images,
+            "bytes": self.bytes,
+            "packed": self.packed,
+            "plan": self.plan,
+        }
         shards = {name: asdict(self.shards[name]) for name in sorted(self.shards)}
         write_json({**content, "unreadable": self.unreadable, "shards": shards}, path)
 
@@ -64,10 +74,20 @@ class Index:
                 name: ShardRecord(int(shard["images"]), shard.get("bytes"), shard.get("sha256"))
                 for name, shard in content["shards"].items()
             }
-            return cls(shards, content.get("packed"), content.get("plan"), content.get("unreadable", ()))
+            return cls(
+                shards, content.get("packed"), content.get("plan"), content.get("unreadable", ())
+            )
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise ValueError(f"{url}: not a readable index of shards: {reason(error)}") from error
 
 
@@ -97,7 +117,9 @@ def _expand(text: str) -> list[str]:
         return [str(file) for file in sorted(path.iterdir()) if is_shard(file.name)]
     try:
         expanded = expand_urls(text)
-    except AssertionError as error:  # raised by webdataset for an environment variable that is not set
+    except (
+        AssertionError
+    ) as error:  # raised by webdataset for an environment variable that is not set
         raise ValueError(f"{text}: {error}") from error
     found: list[str] = []
     for url in expanded:
@@ -130,7 +152,9 @@ def split_shards(
     return shards[:-held_out], shards[-held_out:]
 
 
-def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key: str | None = None) -> list[Shard]:
+def with_counts(
+    urls: Sequence[str], index: str | Path | None = None, image_key: str | None = None
+) -> list[Shard]:
     """Look up the numbers of images of shards in an index, or count them in local shards that have none.
 
     Without ``index``, a path or URL of one, the folders of local shards are searched for :data:`INDEX`. A local shard
@@ -149,7 +173,9 @@ def with_counts(urls: Sequence[str], index: str | Path | None = None, image_key:
     if index is not None:
         given = Index.read(index).shards
         if unknown := [url for url in urls if file_name(url) not in given]:
-            raise ValueError(f"{index}: does not list {unknown[0]}: remove data.params.index, or pack the shards again")
+            raise ValueError(
+                f"{index}: does not list {unknown[0]}: remove data.params.index, or pack the shards again"
+            )
         counts = {url: given[file_name(url)].images for url in urls}
     else:
         counts = counts_beside(urls, image_key)
@@ -173,18 +199,30 @@ def incomplete(folder: Path) -> str | None:
     if is_begun(folder):
         return "its packing was interrupted, so shards are missing: repeat `olvae data pack`"
     try:
-        gone = sorted(name for name in Index.read(folder / INDEX).shards if not (folder / name).is_file())
+        gone = sorted(
+            name for name in Index.read(folder / INDEX).shards if not (folder / name).is_file()
+        )
     except (FileNotFoundError, ValueError):
         return None
     more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
-    return f"shards of {INDEX} are missing: {', '.join(map(printable, gone[:3]))}{more}" if gone else None
+    return (
+        f"shards of {INDEX} are missing: {', '.join(map(printable, gone[:3]))}{more}"
+        if gone
+        else None
+    )
 
 
 def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str, int | None]:
     """Numbers of images in local shards by the indexes in their folders, or counted now; None for remote shards."""
     local = {url: Path(url) for url in urls if is_local(url)}
-    folders = [folder for folder in {path.parent for path in local.values()} if (folder / INDEX).is_file()]
-    indexed = {folder / name: shard for folder in folders for name, shard in Index.read(folder / INDEX).shards.items()}
+    folders = [
+        folder for folder in {path.parent for path in local.values()} if (folder / INDEX).is_file()
+    ]
+    indexed = {
+        folder / name: shard
+        for folder in folders
+        for name, shard in Index.read(folder / INDEX).shards.items()
+    }
     counts: dict[str, int | None] = dict.fromkeys(urls)
     for url, path in local.items():
         if path in indexed:
@@ -203,7 +241,11 @@ def count_images(path: Path, image_key: str | None = None) -> int | None:
         while (member := archive.next()) is not None:
             archive.members = []  # type: ignore[attr-defined]  # which would hold the headers of all
             key, extension = base_plus_ext(member.name)
-            if key not in (None, last) and member.isreg() and is_image(extension.lower(), image_key):
+            if (
+                key not in (None, last)
+                and member.isreg()
+                and is_image(extension.lower(), image_key)
+            ):
                 count, last = count + 1, key
         whole = True
     return count if count or whole else None

@@ -59,15 +59,30 @@ def read_latent(entry: Entry) -> tuple[Latent, Latent | None, dict[str, Any]]:
         meta = json.loads(entry.files[META])
         flipped = _latent(tensors, FLIP) if any(name.endswith(FLIP) for name in tensors) else None
         width, height = meta["image"]
-        return _latent(tensors, ""), flipped, {**meta, "key": str(meta["key"]), "image": [int(width), int(height)]}
-    except (SafetensorError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
-        raise UnreadableImageError(entry.name, f"not a latent of `olvae encode`: {error}") from error
+        return (
+            _latent(tensors, ""),
+            flipped,
+            {**meta, "key": str(meta["key"]), "image": [int(width), int(height)]},
+        )
+    except (
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise UnreadableImageError(
+            entry.name, f"not a latent of `olvae encode`: {error}"
+        ) from error
 
 
 def _latent(tensors: Mapping[str, Tensor], ending: str) -> Latent:
     names = ("latent",) if f"latent{ending}" in tensors else ("mean", "std")
     parts = [tensors[f"{name}{ending}"] for name in names]
-    if parts[0].ndim != 3 or any(part.shape != parts[0].shape or not part.is_floating_point() for part in parts):
+    if parts[0].ndim != 3 or any(
+        part.shape != parts[0].shape or not part.is_floating_point() for part in parts
+    ):
         raise ValueError(", ".join(f"{part.dtype} of shape {tuple(part.shape)}" for part in parts))
     return Latent(*parts)
 
@@ -87,7 +102,10 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
             **{name: int(stats[name]) for name in ("count", "downscale", "channels")},
             "size": stats["size"] and Sides.of(stats["size"]).node,
             **{name: float(stats[name]) for name in ("shift_factor", "scaling_factor")},
-            **{name: [float(x) for x in stats[name]] for name in ("latents_mean", "latents_std", "means_std")},
+            **{
+                name: [float(x) for x in stats[name]]
+                for name in ("latents_mean", "latents_std", "means_std")
+            },
             "latent_shape": None if shape is None else [int(side) for side in shape],
         }
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
@@ -132,21 +150,37 @@ class LatentSource(ShardSource):
     ) -> None:
         self.stats = read_stats(folder)
         if self.stats["latent_shape"] is None and batch_size > 1:
-            raise ValueError(f"{folder}: latents of several shapes don't fit into a batch: set batch_size to 1")
+            raise ValueError(
+                f"{folder}: latents of several shapes don't fit into a batch: set batch_size to 1"
+            )
         self.shift_factor: float | Tensor = self.stats["shift_factor"]
         """Mean of the stored latents; of each channel, (n_z, 1, 1)."""
         self.scaling_factor: float | Tensor = self.stats["scaling_factor"]
         """One over their standard deviation. A diffusion model's samples go back with z / scaling + shift."""
         if per_channel:
-            mean, std = (torch.tensor(self.stats[name])[:, None, None] for name in ("latents_mean", "latents_std"))
+            mean, std = (
+                torch.tensor(self.stats[name])[:, None, None]
+                for name in ("latents_mean", "latents_std")
+            )
             if not bool((std > 0).all()):
-                raise ValueError(f"{folder}: channel {int(std.argmin())} of its latents is the same everywhere")
+                raise ValueError(
+                    f"{folder}: channel {int(std.argmin())} of its latents is the same everywhere"
+                )
             self.shift_factor, self.scaling_factor = mean, 1.0 / std
         self.sample = sample
         self.flip = flip
         shards = with_counts(find_shards(folder), str(Path(folder).expanduser() / INDEX), LATENT)
         size = self.stats["size"] or 1
-        super().__init__(shards, shards, shuffle, LATENT, size, batch_size, num_workers, max_unreadable=max_unreadable)
+        super().__init__(
+            shards,
+            shards,
+            shuffle,
+            LATENT,
+            size,
+            batch_size,
+            num_workers,
+            max_unreadable=max_unreadable,
+        )
 
     @property
     def images(self) -> int | None:
@@ -166,10 +200,14 @@ class LatentSource(ShardSource):
         latent, _, meta = read_latent(entry)
         return self._sample(latent, None, meta["key"], entry)
 
-    def _sample(self, latent: Latent, noise: torch.Generator | None, key: str, entry: Entry) -> Sample:
+    def _sample(
+        self, latent: Latent, noise: torch.Generator | None, key: str, entry: Entry
+    ) -> Sample:
         shape, expected = [*latent.mean.shape], self.stats["latent_shape"]
         if expected is not None and shape != expected:
-            raise UnreadableImageError(entry.name, f"a latent of shape {shape}, but {expected} by {STATS}")
+            raise UnreadableImageError(
+                entry.name, f"a latent of shape {shape}, but {expected} by {STATS}"
+            )
         z: Tensor = (latent.draw(noise) - self.shift_factor) * self.scaling_factor
         return Sample(z, key, label=read_label(entry))
 
@@ -185,7 +223,9 @@ def read_label(entry: Entry) -> int | None:
 def pixel_bytes(pixels: Tensor) -> bytes:
     """Encode pixels, uint8 (C, H, W) with C of 1, 3 or 4, losslessly."""
     stream = io.BytesIO()
-    Image.merge(MODES[len(pixels)], tensor_to_picture(pixels).bands).save(stream, "PNG", compress_level=COMPRESSION)
+    Image.merge(MODES[len(pixels)], tensor_to_picture(pixels).bands).save(
+        stream, "PNG", compress_level=COMPRESSION
+    )
     return stream.getvalue()
 
 
@@ -240,7 +280,9 @@ class PairSource(ShardSource):
         self.flip = flip and self.stats["flip"]
         parts = with_counts(train, image_key=LATENT), with_counts(val, image_key=LATENT)
         channels = self.stats["channels"]
-        super().__init__(*parts, shuffle, LATENT, size, batch_size, num_workers, channels, max_unreadable)
+        super().__init__(
+            *parts, shuffle, LATENT, size, batch_size, num_workers, channels, max_unreadable
+        )
         self.crops = f"at {held_out['size']} pixels: {EvalTransform(held_out['size']).describe()}"
         if self.size.node != held_out["size"]:
             central = f"the central {self.size.node} pixels"
@@ -267,18 +309,26 @@ class PairSource(ShardSource):
         f = self.stats["downscale"]
         high, wide = self.size // f
         if PIXELS not in entry.files or latent is None or latent.std is None:
-            raise UnreadableImageError(entry.name, f"no {PIXELS} beside it, or no mean and std in it")
+            raise UnreadableImageError(
+                entry.name, f"no {PIXELS} beside it, or no mean and std in it"
+            )
         name = f"{entry.name.removesuffix(LATENT)}{PIXELS}"
-        pixels = image_to_tensor(Photo(entry.files[PIXELS], name, self.channels).read())  # (C, H, W)
+        pixels = image_to_tensor(
+            Photo(entry.files[PIXELS], name, self.channels).read()
+        )  # (C, H, W)
         channels, height, width = latent.mean.shape
         fits = pixels.shape[1:] == (height * f, width * f) and height >= high and width >= wide
         if channels != len(self.stats["latents_mean"]) or not fits:
-            raise UnreadableImageError(name, f"{tuple(pixels.shape)} pixels for a latent {tuple(latent.mean.shape)}")
+            raise UnreadableImageError(
+                name, f"{tuple(pixels.shape)} pixels for a latent {tuple(latent.mean.shape)}"
+            )
         if mirror:
             pixels = pixels.flip(-1)
         top, left = choose(height - high + 1), choose(width - wide + 1)
         image = pixels[:, top * f :, left * f :][:, : self.size.height, : self.size.width]
-        mean, std = (part[:, top:, left:][:, :high, :wide].float() for part in (latent.mean, latent.std))
+        mean, std = (
+            part[:, top:, left:][:, :high, :wide].float() for part in (latent.mean, latent.std)
+        )
         moments = torch.cat([mean, (2.0 * std.log()).clamp(*LOGVAR_RANGE)])  # (2 n_z, H/f, W/f)
         return Sample(image, meta["key"], label=read_label(entry), moments=moments)
 
@@ -287,9 +337,13 @@ def _read_stats(folder: str | Path, size: Size | None) -> dict[str, Any]:
     """Read the description of a folder of pairs, with the errors of :class:`PairSource`."""
     stats = read_stats(folder)
     if not stats.get("images"):
-        raise ValueError(f"{folder}: latents without their images: let `olvae encode` store both, in another folder")
+        raise ValueError(
+            f"{folder}: latents without their images: let `olvae encode` store both, in another folder"
+        )
     if missing := [name for name in ("weights", "flip", "target") if name not in stats]:
-        raise ValueError(f"{Path(folder) / STATS}: not a description of latents: without {', '.join(missing)}")
+        raise ValueError(
+            f"{Path(folder) / STATS}: not a description of latents: without {', '.join(missing)}"
+        )
     if stats["latents_std"] == stats["means_std"]:
         raise ValueError(
             f"{folder}: one latent for each image instead of a mean and a standard deviation: encode "

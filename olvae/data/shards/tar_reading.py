@@ -29,13 +29,29 @@ from olvae.data.read_errors import ReadError
 from olvae.files import first_line, legible, reason
 
 _UNPACKING = (zlib.error, lzma.LZMAError, EOFError)
-SHARD_ERRORS = (tarfile.TarError, OSError, ValueError, OverflowError, IndexError, struct.error, *_UNPACKING)
+SHARD_ERRORS = (
+    tarfile.TarError,
+    OSError,
+    ValueError,
+    OverflowError,
+    IndexError,
+    struct.error,
+    *_UNPACKING,
+)
 """Exceptions from reading a broken tar file."""
 
-MAX_FILE_BYTES = 2**30  # largest file in a shard: an uncompressed TIFF of the largest picture that is read
-MAX_EXPANSION = 32  # largest ratio of a compressed shard to its file; arrays of drawings shrink by some ten
-FREE_EXPANSION = 2**26  # bytes that it may have beyond that ratio, because its first block may hold much
-COMPRESSED: Mapping[bytes, Callable[[Any], Any]] = {  # readers of compressed shards by their first bytes
+MAX_FILE_BYTES = (
+    2**30
+)  # largest file in a shard: an uncompressed TIFF of the largest picture that is read
+MAX_EXPANSION = (
+    32  # largest ratio of a compressed shard to its file; arrays of drawings shrink by some ten
+)
+FREE_EXPANSION = (
+    2**26
+)  # bytes that it may have beyond that ratio, because its first block may hold much
+COMPRESSED: Mapping[
+    bytes, Callable[[Any], Any]
+] = {  # readers of compressed shards by their first bytes
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ": lzma.LZMAFile,
@@ -87,12 +103,21 @@ def read_shard(shard: Shard, image_key: str | None = None) -> Iterator[Entry | R
         return True
 
     for group in group_by_keys(_files(shard.url, errors), handler=skip):
-        images = [ext for ext in group if is_image(ext, image_key)]  # a .npz beside a picture is something else
+        images = [
+            ext for ext in group if is_image(ext, image_key)
+        ]  # a .npz beside a picture is something else
         extension = min(images, key=lambda ext: ext.endswith("npz"), default=None)
         if extension is not None:
             key = legible(group["__key__"])
-            others = {ext: group[ext] for ext in group if ext != extension and not ext.startswith("__")}
-            yield Entry(f"{shard.name}/{key}", f"{legible(shard.url)}/{key}.{extension}", group[extension], others)
+            others = {
+                ext: group[ext] for ext in group if ext != extension and not ext.startswith("__")
+            }
+            yield Entry(
+                f"{shard.name}/{key}",
+                f"{legible(shard.url)}/{key}.{extension}",
+                group[extension],
+                others,
+            )
     yield from errors
 
 
@@ -142,7 +167,9 @@ class _Unpacked:
             return self._packed(size)
         part: bytes = self._opened.read1(size)  # what is whole; the next call raises the reason
         if self._opened.tell() > FREE_EXPANSION + MAX_EXPANSION * self._place:
-            raise ValueError(f"it unpacks to more than {MAX_EXPANSION} times its size, a decompression bomb perhaps")
+            raise ValueError(
+                f"it unpacks to more than {MAX_EXPANSION} times its size, a decompression bomb perhaps"
+            )
         return part
 
 
@@ -161,10 +188,16 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 STALL_S = 60.0  # seconds without a byte after which a download is taken up anew
 CONNECT_S = 30.0
-RETRY_S = 60.0  # seconds after a failure during which a download is tried again before it is given up
-PAUSE_S = 1.0  # seconds before the first of these tries; each pause is twice as long as the one before
+RETRY_S = (
+    60.0  # seconds after a failure during which a download is tried again before it is given up
+)
+PAUSE_S = (
+    1.0  # seconds before the first of these tries; each pause is twice as long as the one before
+)
 MAX_RESUMES = 20  # number of times that one download is taken up anew
-CHUNK = 2**20  # bytes that are asked of a download at a time; fsspec passes each on from another thread
+CHUNK = (
+    2**20
+)  # bytes that are asked of a download at a time; fsspec passes each on from another thread
 BLOCK = 2**23  # bytes of a request to an object store
 TEMPORARY = (408, 425, 429)  # HTTP statuses below 500 after which a request is repeated
 
@@ -194,7 +227,11 @@ class _Command:
     def read(self, size: int) -> bytes:
         data: bytes = self._output.read(size)
         if not data and (status := self._process.wait()):
-            why = f"failed with exit status {status}" if status > 0 else f"was ended by {signal.Signals(-status).name}"
+            why = (
+                f"failed with exit status {status}"
+                if status > 0
+                else f"was ended by {signal.Signals(-status).name}"
+            )
             raise OSError(f"the command {why}")
         return data
 
@@ -236,7 +273,11 @@ class _Download:
                 self.close()
                 until = until or time.monotonic() + RETRY_S
                 self._resumes += 1
-                if _is_final(error) or time.monotonic() + pause > until or self._resumes > MAX_RESUMES:
+                if (
+                    _is_final(error)
+                    or time.monotonic() + pause > until
+                    or self._resumes > MAX_RESUMES
+                ):
                     raise OSError(_explain(error)) from error
                 time.sleep(pause)
                 pause *= 2
@@ -259,9 +300,13 @@ class _Download:
             headers["Range"] = f"bytes={self._place}-"
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S)
         client = {"timeout": timeout}  # with trust_env, a .netrc would clash with the hub's token
-        system = fsspec.filesystem("http", encoded=True, client_kwargs=client, skip_instance_cache=True)
+        system = fsspec.filesystem(
+            "http", encoded=True, client_kwargs=client, skip_instance_cache=True
+        )
         # any size: else a request would ask for it
-        self._file = system.open(url, "rb", block_size=0, size=1, headers=headers, proxy=_proxy(url))
+        self._file = system.open(
+            url, "rb", block_size=0, size=1, headers=headers, proxy=_proxy(url)
+        )
         response = self._file.r
         tag = response.headers.get("ETag")
         if self._tag not in (None, tag):
@@ -286,14 +331,18 @@ def _on_the_hub(url: str) -> tuple[str, dict[str, str]]:
     from huggingface_hub import HfFileSystem, get_token, hf_hub_url
 
     file: Any = HfFileSystem(skip_instance_cache=True).resolve_path(url)
-    address = hf_hub_url(file.repo_id, file.path_in_repo, repo_type=file.repo_type, revision=file.revision)
+    address = hf_hub_url(
+        file.repo_id, file.path_in_repo, repo_type=file.repo_type, revision=file.revision
+    )
     token = get_token()
     return address, {"Authorization": f"Bearer {token}"} if token else {}
 
 
 def _status(error: Exception) -> int | None:
     """The HTTP status of an error of aiohttp or of the hub's library."""
-    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    status = getattr(error, "status", None) or getattr(
+        getattr(error, "response", None), "status_code", None
+    )
     return status if isinstance(status, int) else None
 
 
@@ -301,7 +350,9 @@ def _is_final(error: Exception) -> bool:
     """Whether trying again can't help."""
     status = _status(error)
     refused = status is not None and status < 500 and status not in TEMPORARY
-    return refused or isinstance(error, FileNotFoundError | PermissionError | ImportError | ValueError)
+    return refused or isinstance(
+        error, FileNotFoundError | PermissionError | ImportError | ValueError
+    )
 
 
 def _explain(error: Exception) -> str:
@@ -312,7 +363,11 @@ def _explain(error: Exception) -> str:
     if type(error).__name__ in ("ClientPayloadError", "ServerDisconnectedError"):
         return "the connection dropped"
     status = _status(error)
-    return first_line(error) if status is None else f"the server answers {status} {HTTPStatus(status).phrase}"
+    return (
+        first_line(error)
+        if status is None
+        else f"the server answers {status} {HTTPStatus(status).phrase}"
+    )
 
 
 def _reason(error: BaseException) -> str:

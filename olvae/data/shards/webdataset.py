@@ -84,7 +84,9 @@ class ShardSource(Source):
                 "index"
             )
         if images is not None and images < processes:
-            raise ValueError(f"{images} training images for {processes} processes: lower data.params.num_workers")
+            raise ValueError(
+                f"{images} training images for {processes} processes: lower data.params.num_workers"
+            )
 
     def limit(self, images: int) -> None:
         known, left, shards = self.val_images, images, []
@@ -114,7 +116,9 @@ class ShardSource(Source):
                 except UnreadableImageError as error:
                     yield Sample(None, entry.key, (error.read_error(),))
             if missing := range(read, shard.images or 0):
-                name, reason, *_ = errors[-1] if errors else (shard.url, f"has fewer images than by its {INDEX}")
+                name, reason, *_ = (
+                    errors[-1] if errors else (shard.url, f"has fewer images than by its {INDEX}")
+                )
                 errors = [ReadError(name, reason, str(i)) for i in missing]
             if errors:
                 yield Sample(None, shard.url, tuple(errors))
@@ -181,15 +185,29 @@ class WebDatasetSource(ShardSource):
                         f"{len(found)}: correct data.params.shards, or set data.params.val_shards"
                     )
         counted, own = with_counts(train, index, image_key), None if given else index
-        held_out = counted if (val, own) == (train, index) else with_counts(val, own, image_key)  # each is read once
+        held_out = (
+            counted if (val, own) == (train, index) else with_counts(val, own, image_key)
+        )  # each is read once
         parts = counted, held_out
-        super().__init__(*parts, shuffle, image_key, size, batch_size, num_workers, channels, max_unreadable, range)
+        super().__init__(
+            *parts,
+            shuffle,
+            image_key,
+            size,
+            batch_size,
+            num_workers,
+            channels,
+            max_unreadable,
+            range,
+        )
         self.transform, self.eval_transform = transform, transform.evaluation
 
     def describe(self) -> str:
         counts = (self.samples_per_epoch, self.val_images)
         train, val = ("an unknown number of" if count is None else str(count) for count in counts)
-        return f"{train} training images in {len(self.train)} shards, {val} validation and test images"
+        return (
+            f"{train} training images in {len(self.train)} shards, {val} validation and test images"
+        )
 
     def train_sample(self, entry: Entry, rng: np.random.Generator) -> Sample:
         return Sample(image_to_tensor(self.transform(self._photo(entry), rng)), entry.key)
@@ -223,7 +241,9 @@ class _Reader:
     def samples(self, position: int) -> Iterator[Sample]:
         """The process's endless samples, from its own ``position`` on."""
         for block, index in self._from_position(position):
-            yield self._sample(block, index, (self.seed, self.process.index, self.process.count, position))
+            yield self._sample(
+                block, index, (self.seed, self.process.index, self.process.count, position)
+            )
             position += 1
 
     def _sample(self, block: _Block, index: int, seed: tuple[int, ...]) -> Sample:
@@ -252,12 +272,16 @@ class _Reader:
             ahead: list[Entry | ReadError] = []
             for index in range(position, len(block.entries)):
                 yield block, index
-                ahead += islice(following, 1)  # read on while training uses these: no pause between blocks
+                ahead += islice(
+                    following, 1
+                )  # read on while training uses these: no pause between blocks
             position = max(0, position - len(block.entries))
             ahead += following
             block = self._shuffled(epoch, number, ahead)
 
-    def _blocks(self, epoch: int, number: int) -> Iterator[tuple[int, int, Iterator[Entry | ReadError]]]:
+    def _blocks(
+        self, epoch: int, number: int
+    ) -> Iterator[tuple[int, int, Iterator[Entry | ReadError]]]:
         """Epoch, number and entries of each block; each must be read to its end before the next is taken."""
         for epoch in count(epoch):  # noqa: B020  (from the given one on)
             entries = self._epoch(epoch, number * self.source.shuffle)
@@ -268,7 +292,9 @@ class _Reader:
 
     def _epoch(self, epoch: int, skip: int) -> Iterator[Entry | ReadError]:
         """This process's entries of an epoch, in the shards' order."""
-        shards = [self.source.train[i] for i in epoch_order(self.seed, epoch, len(self.source.train))]
+        shards = [
+            self.source.train[i] for i in epoch_order(self.seed, epoch, len(self.source.train))
+        ]
         if self.share is None:
             own = shards[self.process.index :: self.process.count]
             return self._whole(own, [shard for shard in shards if shard not in own])
@@ -293,7 +319,9 @@ class _Reader:
                     errors, read = [], True
         if not read:
             reasons = "; ".join(f"{error.name}: {error.reason}" for error in errors)
-            raise ValueError(f"none of the {len(own) + len(others)} shards could be read: {reasons}")
+            raise ValueError(
+                f"none of the {len(own) + len(others)} shards could be read: {reasons}"
+            )
 
     def _range(self, shards: Sequence[Shard], first: int, last: int) -> Iterator[Entry | ReadError]:
         """The images from ``first`` to ``last`` of shards laid end to end; a ReadError in the place of a lost one."""
@@ -318,7 +346,9 @@ class _Reader:
         yield from (ReadError(shard.url, reason, str(i)) for i in range(max(place, begin), end))
 
     def _shuffled(self, epoch: int, number: int, entries: list[Entry | ReadError]) -> _Block:
-        rng = np.random.default_rng((self.seed, epoch, number, self.process.index, self.process.count, 2))
+        rng = np.random.default_rng(
+            (self.seed, epoch, number, self.process.index, self.process.count, 2)
+        )
         shuffled = [entries[i] for i in rng.permutation(len(entries))]
         good = [entry for entry in shuffled if isinstance(entry, Entry)]
         return _Block(shuffled, good or self._next_good(epoch, number))

@@ -63,7 +63,9 @@ class ResumableShards:
         ``plan["options"]`` is a mapping, whose values the message shows; it names other entries, such as ``images``,
         without their values.
         """
-        others = self.folder.is_dir() and any(path.name != self.state for path in self.folder.iterdir())
+        others = self.folder.is_dir() and any(
+            path.name != self.state for path in self.folder.iterdir()
+        )
         path = self._state / "plan.json"
         if not path.is_file():  # looked for after the listing: another process may be writing both
             if others:
@@ -101,9 +103,15 @@ class ResumableShards:
                 try:
                     lock_file(file, LOCK_S)
                 except BlockingIOError as error:
-                    raise ConfigError(f"`out` {self.folder}: another `{command}` is at work there") from error
+                    raise ConfigError(
+                        f"`out` {self.folder}: another `{command}` is at work there"
+                    ) from error
                 except OSError as error:
-                    log.warning("%s: no lock here (%s): let nothing else write there", self.folder, reason(error))
+                    log.warning(
+                        "%s: no lock here (%s): let nothing else write there",
+                        self.folder,
+                        reason(error),
+                    )
             gather(None)
             try:
                 yield
@@ -122,7 +130,9 @@ class ResumableShards:
         record = ShardRecord(**content["record"])
         if record.images and not (path.is_file() and path.stat().st_size == record.bytes):
             return None
-        return FinishedShard(record, [ReadError(*error) for error in content["unreadable"]], content["details"])
+        return FinishedShard(
+            record, [ReadError(*error) for error in content["unreadable"]], content["details"]
+        )
 
     def write(
         self,
@@ -145,7 +155,9 @@ class ResumableShards:
                             member = tarfile.TarInfo(f"{sample.key}.{extension}")
                             member.size = len(content)
                             archive.addfile(member, io.BytesIO(content))
-            record = ShardRecord(images, partial.stat().st_size if images else 0, file_sha256(partial))
+            record = ShardRecord(
+                images, partial.stat().st_size if images else 0, file_sha256(partial)
+            )
         if not images:
             path.unlink()
         shard = FinishedShard(record, unreadable, details())
@@ -180,5 +192,11 @@ def shard_name(number: int) -> str:
 def _changes(begun: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
     """The differences of two plans in words; options first, because other entries may depend on them."""
     old, new = begun["options"], plan["options"]
-    options = [f"{name} {old.get(name)} (now {value})" for name, value in new.items() if old.get(name) != value]
-    return options or [f"other {name}" for name in {**begun, **plan} if begun.get(name) != plan.get(name)]
+    options = [
+        f"{name} {old.get(name)} (now {value})"
+        for name, value in new.items()
+        if old.get(name) != value
+    ]
+    return options or [
+        f"other {name}" for name in {**begun, **plan} if begun.get(name) != plan.get(name)
+    ]

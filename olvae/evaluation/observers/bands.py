@@ -14,7 +14,9 @@ from olvae.evaluation.results import significant
 from olvae.modules.wavelet import wavedec2
 
 NO_SIGNAL: Mapping[str, float | None] = {"share_of_signal": None, "energy_ratio": None}
-Energies = tuple[float, ...]  # of one image: LL of the last level, then LH, HL, HH of level 1, of level 2, and so on
+Energies = tuple[
+    float, ...
+]  # of one image: LL of the last level, then LH, HL, HH of level 1, of level 2, and so on
 
 
 class Bands(PerImageObserver):
@@ -41,9 +43,13 @@ class Bands(PerImageObserver):
         even = math.gcd(2**self._levels, *batch.x.shape[-2:])
         if even == 1:
             return None
-        signal, out = (wavedec2(images.double(), levels=even.bit_length() - 1) for images in (batch.x, batch.y))
+        signal, out = (
+            wavedec2(images.double(), levels=even.bit_length() - 1) for images in (batch.x, batch.y)
+        )
         error = [b - a for a, b in zip(signal, out, strict=True)]
-        return zip(*(_energies(bands, batch.x[0].numel()) for bands in (error, signal, out)), strict=True)
+        return zip(
+            *(_energies(bands, batch.x[0].numel()) for bands in (error, signal, out)), strict=True
+        )
 
     def summarise(self, columns: Sequence[Any]) -> dict[str, dict[str, float | None]]:
         """The bands, coarse to fine: LL3, LH3, HL3, HH3, LH2, ..., HH1.
@@ -58,28 +64,45 @@ class Bands(PerImageObserver):
         n, levels = len(columns[0]), len(columns[0][0]) // 3
         places = {f"LL{levels}": 0}
         for level in range(levels, 0, -1):
-            places |= {f"{band}{level}": 3 * level - 2 + i for i, band in enumerate(("LH", "HL", "HH"))}
+            places |= {
+                f"{band}{level}": 3 * level - 2 + i for i, band in enumerate(("LH", "HL", "HH"))
+            }
         bands: dict[str, dict[str, float | None]] = {}
         for name, place in places.items():
             error, signal, out = (math.fsum(image[place] for image in side) for side in columns)
-            shares = {"share_of_signal": error / signal, "energy_ratio": out / signal} if signal else NO_SIGNAL
+            shares = (
+                {"share_of_signal": error / signal, "energy_ratio": out / signal}
+                if signal
+                else NO_SIGNAL
+            )
             bands[name] = {"mse": error / n, "signal": signal / n, **shares}
         return bands
 
     def columns(self, entry: Mapping[str, Mapping[str, float | None]]) -> Mapping[str, str]:
         finest = [entry.get(name, {}) for name in ("LH1", "HL1", "HH1")]
         signal = math.fsum(band.get("signal") or 0.0 for band in finest)
-        out = math.fsum((band.get("signal") or 0.0) * (band.get("energy_ratio") or 0.0) for band in finest)
+        out = math.fsum(
+            (band.get("signal") or 0.0) * (band.get("energy_ratio") or 0.0) for band in finest
+        )
         return {"fine detail": f"{significant(100 * out / signal)} %"} if signal else {}
 
     def section(self, page: Page) -> Markup | None:
         """Bars; the longest of a trained model is 100, as an untrained one would make all others invisible."""
         rows = [row for row in page.results.rows if row.observed.get(self.name)]
-        bands = [band for row in rows if not row.baseline for band in row.observed[self.name].values()]
+        bands = [
+            band for row in rows if not row.baseline for band in row.observed[self.name].values()
+        ]
         measures = ("mse", "share_of_signal")
-        longest = {measure: max((band[measure] or 0.0 for band in bands), default=0.0) for measure in measures}
+        longest = {
+            measure: max((band[measure] or 0.0 for band in bands), default=0.0)
+            for measure in measures
+        }
         names = dict.fromkeys(name for row in rows for name in row.observed[self.name])
-        return page.render("bands.html", rows=rows, names=list(names), longest=longest) if rows else None
+        return (
+            page.render("bands.html", rows=rows, names=list(names), longest=longest)
+            if rows
+            else None
+        )
 
 
 def _energies(levels: Sequence[Tensor], size: int) -> list[Energies]:

@@ -29,23 +29,35 @@ class Colour(PerImageObserver):
         """Shifts, then pairs of in and out."""
         x, y = batch.x.double(), batch.y.double()
         pairs = [measure(images) for measure in (_saturation, _contrast) for images in (x, y)]
-        rows: list[Any] = torch.cat(((y - x).mean((2, 3)), torch.stack(pairs, dim=1)), dim=1).tolist()  # (B, C + 4)
+        rows: list[Any] = torch.cat(
+            ((y - x).mean((2, 3)), torch.stack(pairs, dim=1)), dim=1
+        ).tolist()  # (B, C + 4)
         return rows
 
     def summarise(self, columns: Sequence[Any]) -> dict[str, Any]:
-        n, (shifts, pairs) = len(columns[0]), (columns[:-4], [math.fsum(column) for column in columns[-4:]])
+        n, (shifts, pairs) = (
+            len(columns[0]),
+            (columns[:-4], [math.fsum(column) for column in columns[-4:]]),
+        )
         saturation, saturation_out, contrast, contrast_out = pairs
         return {
             "shift": [math.fsum(channel) / n for channel in shifts],
-            "shift_of_images": [math.sqrt(math.fsum(value**2 for value in channel) / n) for channel in shifts],
+            "shift_of_images": [
+                math.sqrt(math.fsum(value**2 for value in channel) / n) for channel in shifts
+            ],
             "saturation": saturation_out / saturation if saturation else None,
             "contrast": contrast_out / contrast if contrast else None,
         }
 
     def columns(self, entry: Mapping[str, Any]) -> Mapping[str, str]:
         shifts = " ".join(f"{value:+.2f}".replace("-", MINUS) for value in entry["shift"])
-        ratios = {name: entry[name] for name in ("saturation", "contrast") if entry[name] is not None}
-        return {"shift": shifts, **{name: f"{significant(100 * ratio)} %" for name, ratio in ratios.items()}}
+        ratios = {
+            name: entry[name] for name in ("saturation", "contrast") if entry[name] is not None
+        }
+        return {
+            "shift": shifts,
+            **{name: f"{significant(100 * ratio)} %" for name, ratio in ratios.items()},
+        }
 
 
 def _saturation(images: Tensor) -> Tensor:

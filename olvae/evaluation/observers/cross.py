@@ -52,7 +52,9 @@ class Cross(PerImageObserver):
         self._crossed: set[str] = set()  # names of the rows without costs
         self._waiting: Tensor | None = None  # the teacher's latents of the batch
 
-    def conflicts(self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence[Observer]) -> Iterator[str]:
+    def conflicts(
+        self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence[Observer]
+    ) -> Iterator[str]:
         if len(targets) != 2:
             yield f"`cross` takes two targets, TEACHER STUDENT, and got {len(targets)}"
 
@@ -75,7 +77,10 @@ class Cross(PerImageObserver):
 
     def measure(self, batch: Observation) -> Iterable[Any] | None:
         """Of each image of the student the teacher's Moments, and the squared differences of the latents."""
-        teacher, self._waiting = self._waiting, batch.latents if batch.target == self._teacher else None
+        teacher, self._waiting = (
+            self._waiting,
+            batch.latents if batch.target == self._teacher else None,
+        )
         if batch.target != self._student:
             return None
         assert teacher is not None, "the teacher comes first"
@@ -85,15 +90,24 @@ class Cross(PerImageObserver):
     def summarise(self, columns: Sequence[Any]) -> dict[str, Any]:
         moments, errors = columns
         total = reduce(add, (Moments.from_state(*state) for state in moments))
-        rms = [math.sqrt(math.fsum(channel) / total.positions) for channel in zip(*errors, strict=True)]
+        rms = [
+            math.sqrt(math.fsum(channel) / total.positions) for channel in zip(*errors, strict=True)
+        ]
         deviations = total.std.tolist()
         per_channel = [
-            None if std <= torch.finfo(torch.float32).eps * abs(mean) else error / std  # constant but for rounding
+            None
+            if std <= torch.finfo(torch.float32).eps * abs(mean)
+            else error / std  # constant but for rounding
             for error, std, mean in zip(rms, deviations, total.mean.tolist(), strict=True)
         ]
         known = [value for value in per_channel if value is not None]
         rmse = math.sqrt(math.fsum(value**2 for value in known) / len(known)) if known else None
-        return {"teacher": self._teacher, "rmse": rmse, "per_channel": per_channel, "teacher_std": deviations}
+        return {
+            "teacher": self._teacher,
+            "rmse": rmse,
+            "per_channel": per_channel,
+            "teacher_std": deviations,
+        }
 
     def complete(self, row: Row, rows: Mapping[str, Row]) -> Row:
         """Crossed rows have no costs: those of their halves stand in the two models' own rows."""
@@ -103,7 +117,8 @@ class Cross(PerImageObserver):
         for row in rows:
             if entry := row.observed.get(self.name):
                 overall, *channels = (
-                    NONE if value is None else f"{value:.3f}" for value in (entry["rmse"], *entry["per_channel"])
+                    NONE if value is None else f"{value:.3f}"
+                    for value in (entry["rmse"], *entry["per_channel"])
                 )
                 error = f"RMS error {overall} in standard deviations of {entry['teacher']}"
                 yield f"latents of {row.target}: {error}; per channel {', '.join(channels)}"

@@ -48,20 +48,28 @@ class FlatColours(Observer):
         models = {
             name: subject.model
             for name, subject in subjects.items()
-            if not subject.baseline and all(p.dtype == torch.float32 for p in subject.model.parameters())
+            if not subject.baseline
+            and all(p.dtype == torch.float32 for p in subject.model.parameters())
         }
         size = colour_size([model.downscale for model in models.values()], size)
         for name, model in models.items():
             side = model.side or size  # the only one that it takes
             colours = reconstruct_colours(model, side, device)
             period = model.downscale
-            self._entries[name] = {"size": side, "period": period, "frame": _frame(side, period), "colours": colours}
+            self._entries[name] = {
+                "size": side,
+                "period": period,
+                "frame": _frame(side, period),
+                "colours": colours,
+            }
 
     def result(self, target: str, draw: int) -> dict[str, Any] | None:
         return self._entries.get(target)
 
     def section(self, page: Page) -> Markup | None:
-        summary = {target: _summary(entry["colours"].values()) for target, entry in self._entries.items()}
+        summary = {
+            target: _summary(entry["colours"].values()) for target, entry in self._entries.items()
+        }
         caption = (
             "Reconstructions of single-colour images show any pattern that the autoencoder adds. Numbers are in steps "
             "of 8-bit values, over all colours: amplitude is the standard deviation over positions without the border, "
@@ -81,7 +89,9 @@ def colour_size(downscales: Sequence[int], largest: int) -> int:
 
 
 @torch.inference_mode()
-def reconstruct_colours(model: Autoencoder, size: int, device: str = "cpu") -> dict[str, dict[str, Any]]:
+def reconstruct_colours(
+    model: Autoencoder, size: int, device: str = "cpu"
+) -> dict[str, dict[str, Any]]:
     """Reconstruct constant colours from the posterior's mode, in full float32, and measure the deviations.
 
     If there are not three channels, the colours are greys and each channel alone. The square images' side is a multiple
@@ -106,11 +116,16 @@ def reconstruct_colours(model: Autoencoder, size: int, device: str = "cpu") -> d
 
 
 def _colours(channels: int) -> dict[str, tuple[int, ...]]:
-    colours: dict[str, tuple[int, ...]] = {name: (value,) * channels for name, value in GREYS.items()}
+    colours: dict[str, tuple[int, ...]] = {
+        name: (value,) * channels for name, value in GREYS.items()
+    }
     if channels == 3:
         colours |= HUES
     elif channels > 1:
-        colours |= {f"channel {i + 1}": tuple(255 * (i == j) for j in range(channels)) for i in range(channels)}
+        colours |= {
+            f"channel {i + 1}": tuple(255 * (i == j) for j in range(channels))
+            for i in range(channels)
+        }
     return colours
 
 

@@ -47,7 +47,11 @@ class Ranking:
 
     def add(self, keys: Sequence[str], values: Sequence[float], x: Tensor, y: Tensor) -> None:
         """Add images and reconstructions, uint8 (B, C, H, W), with their keys and values, which may be infinite."""
-        new = {key: (x[i].cpu().clone(), y[i].cpu().clone()) for i, key in enumerate(keys) if key not in self._values}
+        new = {
+            key: (x[i].cpu().clone(), y[i].cpu().clone())
+            for i, key in enumerate(keys)
+            if key not in self._values
+        }
         self._keep(dict(zip(keys, values, strict=True)), new)
 
     def merge(self, other: "Ranking") -> None:
@@ -67,7 +71,9 @@ class Ranking:
 
         def distance(key: str) -> tuple[float, bytes]:
             value = self._values[key]
-            return 0.0 if value == middle else abs(value - middle), _hash(key)  # the difference of infinities is NaN
+            return 0.0 if value == middle else abs(value - middle), _hash(
+                key
+            )  # the difference of infinities is NaN
 
         pool = sorted(ranked, key=_hash)[: self._pool]
         nearest = sorted((key for key in pool if key not in {*worst, *best}), key=distance)
@@ -79,12 +85,18 @@ class Ranking:
         assert n <= self._pool
         return [self._example(key) for key in sorted(self._images, key=_hash)[:n]]
 
-    def _keep(self, values: Mapping[str, float], images: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    def _keep(
+        self, values: Mapping[str, float], images: Mapping[str, tuple[Tensor, Tensor]]
+    ) -> None:
         for key, value in values.items():
             self._values.setdefault(key, value)
         together = {**images, **self._images}
         ranked = self._ranked(together)
-        wanted = {*ranked[: self._each], *ranked[-self._each :], *sorted(ranked, key=_hash)[: self._pool]}
+        wanted = {
+            *ranked[: self._each],
+            *ranked[-self._each :],
+            *sorted(ranked, key=_hash)[: self._pool],
+        }
         self._images = {key: pair for key, pair in together.items() if key in wanted}
 
     def _ranked(self, keys: Iterable[str]) -> list[str]:
@@ -111,9 +123,16 @@ class Gallery(Observer):
     def update(self, batch: Observation) -> None:
         if self._metric is None:
             lpips = batch.x.shape[1] == 3 and min(batch.x.shape[2:]) >= LPIPS_FROM
-            self._metric = next((name for name in ["lpips"] * lpips + ["psnr"] if name in batch.values), None)
+            self._metric = next(
+                (name for name in ["lpips"] * lpips + ["psnr"] if name in batch.values), None
+            )
         metric = self._metric
-        if metric is not None and metric in batch.values and not batch.draw and batch.target != UNTRAINED:
+        if (
+            metric is not None
+            and metric in batch.values
+            and not batch.draw
+            and batch.target != UNTRAINED
+        ):
             ranking = self.rankings.setdefault(batch.target, Ranking(METRICS[metric].better))
             x, y = batch.pixel_range.picture(batch.x), batch.pixel_range.picture(batch.y)
             ranking.add(batch.keys, [batch.values[metric][key] for key in batch.keys], x, y)
@@ -131,7 +150,9 @@ class Gallery(Observer):
         if self._metric is None or not self.rankings:
             return None
         groups = {target: ranking.examples() for target, ranking in self.rankings.items()}
-        beside = list(zip(*(ranking.arbitrary(BESIDE) for ranking in self.rankings.values()), strict=True))
+        beside = list(
+            zip(*(ranking.arbitrary(BESIDE) for ranking in self.rankings.values()), strict=True)
+        )
         count = sum(len(examples) for named in groups.values() for examples in named.values())
         metric, _, unit = METRICS[self._metric].label.partition(", ")
 
@@ -160,7 +181,9 @@ class Gallery(Observer):
         for target, shown in examples.items():
             images = torch.stack([example.y for example in shown])
             rows[f"{target}: reconstruction"] = images
-            rows[f"{target}: error, black 0 to white {ERROR_RANGE} of 255"] = error_map(inputs, images)
+            rows[f"{target}: error, black 0 to white {ERROR_RANGE} of 255"] = error_map(
+                inputs, images
+            )
         with atomic_write(path) as partial:
             labelled_grid(rows).save(partial)
         return {"figure": path}

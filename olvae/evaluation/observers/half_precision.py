@@ -35,11 +35,20 @@ class InPrecision(Autoencoder):
 
     def __init__(self, model: Autoencoder, precision: str) -> None:
         super().__init__()
-        self.precision, self._autocast = precision.removesuffix(AUTOCAST), precision.endswith(AUTOCAST)
+        self.precision, self._autocast = (
+            precision.removesuffix(AUTOCAST),
+            precision.endswith(AUTOCAST),
+        )
         self.dtype = torch.float32 if self._autocast else PRECISIONS[precision].dtype
         self.model = model if self.dtype == torch.float32 else copy.deepcopy(model).to(self.dtype)
-        self.reconstruction = nn.Identity()  # gets reconstructions that are not finite, for hooks to see
-        self.in_channels, self.pixel_range, self.side = model.in_channels, model.pixel_range, model.side
+        self.reconstruction = (
+            nn.Identity()
+        )  # gets reconstructions that are not finite, for hooks to see
+        self.in_channels, self.pixel_range, self.side = (
+            model.in_channels,
+            model.pixel_range,
+            model.side,
+        )
         self.downscale, self.latent_channels = model.downscale, model.latent_channels
 
     def encode(self, x: Tensor) -> Posterior:
@@ -69,7 +78,9 @@ class InPrecision(Autoencoder):
             if "not implemented for" not in str(error):
                 raise
             wanted = f"choose another `device`, or leave {self.precision} out"
-            raise ConfigError(f"`precision` {self.precision}: torch: {first_line(error)}: {wanted}") from error
+            raise ConfigError(
+                f"`precision` {self.precision}: torch: {first_line(error)}: {wanted}"
+            ) from error
 
 
 def stage_of(name: str) -> str:
@@ -86,14 +97,18 @@ class Activations:
     """The largest activations of modules, and which were not finite, over all images of :meth:`recorded`."""
 
     def __init__(self) -> None:
-        self._largest: dict[str, float] = {}  # by module, in the order of the forward pass; of finite outputs
+        self._largest: dict[
+            str, float
+        ] = {}  # by module, in the order of the forward pass; of finite outputs
         self._broken: set[str] = set()  # modules
         self._lost: dict[str, int] = {}  # by image, non-finite values
 
     def recorded(self, model: InPrecision, keys: Sequence[str]) -> AbstractContextManager[None]:
         """Record the outputs of all modules that give a tensor, while a batch with these keys goes through."""
         modules = {name: module for name, module in model.model.named_modules() if name}
-        return watch_outputs({**modules, "reconstruction": model.reconstruction}, partial(self._add, keys))
+        return watch_outputs(
+            {**modules, "reconstruction": model.reconstruction}, partial(self._add, keys)
+        )
 
     def _add(self, keys: Sequence[str], name: str, output: Tensor) -> None:
         """Add a module's output for a batch: (B, ...), or with a multiple of B in front, as where heads are split.
@@ -103,7 +118,9 @@ class Activations:
         if not output.is_floating_point():
             return
         finite = output.isfinite()
-        self._largest[name] = max(self._largest.get(name, 0.0), float(output.where(finite, 0.0).abs().max()))
+        self._largest[name] = max(
+            self._largest.get(name, 0.0), float(output.where(finite, 0.0).abs().max())
+        )
         if not finite.all():
             self._broken.add(name)
             by_image = output.ndim > 0 and output.shape[0] % len(keys) == 0
@@ -158,12 +175,19 @@ class HalfPrecision(Observer):
     name = "precision"
 
     def __init__(self, precisions: Sequence[str] = (FULL,)) -> None:
-        names = [precision_name(p.removesuffix(AUTOCAST)) + AUTOCAST * p.endswith(AUTOCAST) for p in precisions]
-        self.precisions = tuple(dict.fromkeys([FULL, *(name for name in names if name != FULL + AUTOCAST)]))
+        names = [
+            precision_name(p.removesuffix(AUTOCAST)) + AUTOCAST * p.endswith(AUTOCAST)
+            for p in precisions
+        ]
+        self.precisions = tuple(
+            dict.fromkeys([FULL, *(name for name in names if name != FULL + AUTOCAST)])
+        )
         self._derived: dict[str, tuple[str, str]] = {}  # by row, its target and precision
         self._activations: dict[tuple[str, int], Activations] = {}
 
-    def conflicts(self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence[Observer]) -> Iterator[str]:
+    def conflicts(
+        self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence[Observer]
+    ) -> Iterator[str]:
         if len(self.precisions) > 1 and "psnr" not in metrics:
             yield "`precision` is judged by PSNR: add psnr to `metrics`"
         if len(self.precisions) > 1 and any(isinstance(observer, Cross) for observer in observers):
@@ -178,15 +202,21 @@ class HalfPrecision(Observer):
             for precision in self.precisions:
                 row = name if precision == FULL else f"{name}, {precision}"
                 if row in derived:
-                    raise ConfigError(f"{row}: a target has the name of another's row with `precision`: rename it")
+                    raise ConfigError(
+                        f"{row}: a target has the name of another's row with `precision`: rename it"
+                    )
                 derived[row] = Subject(InPrecision(subject.model, precision), subject.baseline)
                 self._derived[row] = name, precision
         return derived
 
-    def watch(self, target: str, draw: int, subject: Subject, keys: Sequence[str]) -> AbstractContextManager[None]:
+    def watch(
+        self, target: str, draw: int, subject: Subject, keys: Sequence[str]
+    ) -> AbstractContextManager[None]:
         if not isinstance(subject.model, InPrecision):
             return nullcontext()
-        return self._activations.setdefault((target, draw), Activations()).recorded(subject.model, keys)
+        return self._activations.setdefault((target, draw), Activations()).recorded(
+            subject.model, keys
+        )
 
     def state(self) -> Any:
         return self._activations
@@ -204,13 +234,21 @@ class HalfPrecision(Observer):
         if (entry := row.observed.get(self.name)) is None:
             return row
         full, lost = rows[self._derived[row.target][0]], 0.0
-        if row.metrics["psnr"] != full.metrics["psnr"]:  # the means may be of different images: without exact ones
+        if (
+            row.metrics["psnr"] != full.metrics["psnr"]
+        ):  # the means may be of different images: without exact ones
             pairs = finite(full.per_image["psnr"], row.per_image["psnr"])  # (2, n)
             lost = float((pairs[0] - pairs[1]).mean()) if pairs.size else math.inf
         safe = not entry["non_finite"]["values"] and abs(lost) <= TOLERANCE
         entry = {**entry, "psnr_lost": lost if math.isfinite(lost) else None, "safe": safe}
-        speed: dict[str, Any] = dict.fromkeys(("encode_images_per_s", "decode_images_per_s", "peak_memory_bytes"))
-        return replace(row, observed={**row.observed, self.name: entry}, cost=row.cost and replace(row.cost, **speed))
+        speed: dict[str, Any] = dict.fromkeys(
+            ("encode_images_per_s", "decode_images_per_s", "peak_memory_bytes")
+        )
+        return replace(
+            row,
+            observed={**row.observed, self.name: entry},
+            cost=row.cost and replace(row.cost, **speed),
+        )
 
     def lines(self, rows: Sequence[Row]) -> Iterator[str]:
         full: Mapping[str, Any] | None = None
@@ -223,13 +261,19 @@ class HalfPrecision(Observer):
 def _in_words(n: int, entry: Mapping[str, Any], full: Mapping[str, Any] | None) -> str:
     """The verdict on a precision of ``n`` images; ``full`` is the same target in float32."""
     broken, half = entry["non_finite"], entry["dtype"] != FULL
-    largest = full if full and broken["images"] else entry  # in float32 the value that overflows is known
-    first = f"largest activation {significant(largest['largest_value'])} at {largest['largest_name']}"
+    largest = (
+        full if full and broken["images"] else entry
+    )  # in float32 the value that overflows is known
+    first = (
+        f"largest activation {significant(largest['largest_value'])} at {largest['largest_name']}"
+    )
     if largest is not entry:
         first += " in float32"
     if largest["largest_value"] > entry["limit"]:
         first += f", beyond {significant(entry['limit'])}"
-    parts = [first] if half else [first, f"fp16 ends at {significant(torch.finfo(torch.float16).max)}"]
+    parts = (
+        [first] if half else [first, f"fp16 ends at {significant(torch.finfo(torch.float16).max)}"]
+    )
     if broken["images"]:
         parts.append(f"{broken['images']} of {n} images non-finite, first at {broken['first']}")
     if half and entry["psnr_lost"] is not None:

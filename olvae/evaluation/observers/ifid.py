@@ -72,7 +72,9 @@ class InterpolatedFID(PerImageObserver):
             nearest, distances = nearest_neighbours(z.flatten(1), device)
             features = self._decoded(subjects[target].model, z, nearest, device)
             checked = torch.linspace(0, len(z) - 1, min(len(z), CHECKED)).long()
-            spread = sum(float(channel.double().var(0).sum()) for channel in z.unbind(1))  # half the mean square
+            spread = sum(
+                float(channel.double().var(0).sum()) for channel in z.unbind(1)
+            )  # half the mean square
             self._entries[target] = {
                 "value": frechet_distance(images, features),
                 "neighbours": float(distances.mean()) / (2.0 * spread) ** 0.5 if spread else 0.0,
@@ -103,19 +105,28 @@ class InterpolatedFID(PerImageObserver):
 
     def lines(self, rows: Sequence[Row]) -> Iterator[str]:
         found = {row.target: row.observed[self.name] for row in rows if self.name in row.observed}
-        if near := ", ".join(f"{entry['neighbours']:.2f} ({target})" for target, entry in found.items()):
+        if near := ", ".join(
+            f"{entry['neighbours']:.2f} ({target})" for target, entry in found.items()
+        ):
             yield f"iFID: nearest neighbours are at {near} of the distance of any two latents"
             wrong = ", ".join(
-                f"{entry['wrong']:.1%} of {entry['checked']} ({target})" for target, entry in found.items()
+                f"{entry['wrong']:.1%} of {entry['checked']} ({target})"
+                for target, entry in found.items()
             )
             yield f"iFID: of the neighbours, wrong by a direct search: {wrong}"
         warnings = [entry["warning"] for entry in found.values() if entry["warning"]]
-        unknown = [entry["weights"]["file"] for entry in found.values() if not entry["weights"]["published"]]
+        unknown = [
+            entry["weights"]["file"]
+            for entry in found.values()
+            if not entry["weights"]["published"]
+        ]
         warnings += [f"it rests on a {file} that is not the published file" for file in unknown]
         yield from (f"warning: iFID: {warning}" for warning in dict.fromkeys(warnings))
 
 
-def nearest_neighbours(z: Tensor, device: str | torch.device = "cpu", block: int = 1024) -> tuple[Tensor, Tensor]:
+def nearest_neighbours(
+    z: Tensor, device: str | torch.device = "cpu", block: int = 1024
+) -> tuple[Tensor, Tensor]:
     """Find the nearest other row of each row of ``z``, (N, D) in float32 on the CPU, by Euclidean distance.
 
     Returns the rows' numbers, (N,), and their distances in float64, (N,). A block of rows at a time is compared with
@@ -123,7 +134,9 @@ def nearest_neighbours(z: Tensor, device: str | torch.device = "cpu", block: int
     memory is two blocks of rows, and distances of one block, block x N.
     """
     n, mean = len(z), z.mean(0)  # differences of large numbers would lose digits
-    squares = torch.cat([(part - mean).square().sum(1) for part in z.split(block)]).to(device)  # (N,)
+    squares = torch.cat([(part - mean).square().sum(1) for part in z.split(block)]).to(
+        device
+    )  # (N,)
     nearest, distances = [], []
     for start in range(0, n, block):
         part = z[start : start + block]  # (b, D)
@@ -132,9 +145,13 @@ def nearest_neighbours(z: Tensor, device: str | torch.device = "cpu", block: int
             for other in range(0, n, block):
                 products = rows @ (z[other : other + block] - mean).to(device).T
                 scores[:, other : other + block] = squares[other : other + block] - 2.0 * products
-        scores[:, start : start + block].fill_diagonal_(torch.inf)  # a row is no neighbour of its own
+        scores[:, start : start + block].fill_diagonal_(
+            torch.inf
+        )  # a row is no neighbour of its own
         candidates = scores.topk(min(CANDIDATES, n - 1), largest=False).indices.cpu()  # (b, k)
-        exact = torch.stack([(part.double() - z[some].double()).square().sum(1) for some in candidates.T], dim=1)
+        exact = torch.stack(
+            [(part.double() - z[some].double()).square().sum(1) for some in candidates.T], dim=1
+        )
         least, place = exact.min(1)
         nearest.append(candidates.gather(1, place[:, None])[:, 0])
         distances.append(least.sqrt())
@@ -143,6 +160,8 @@ def nearest_neighbours(z: Tensor, device: str | torch.device = "cpu", block: int
 
 def share_of_wrong(z: Tensor, distances: Tensor, checked: Tensor) -> float:
     """Find the share of the rows ``checked`` to which another row is nearer than :func:`nearest_neighbours` found."""
-    direct = torch.cdist(z[checked], z, compute_mode="donot_use_mm_for_euclid_dist")  # of differences, to 7 digits
+    direct = torch.cdist(
+        z[checked], z, compute_mode="donot_use_mm_for_euclid_dist"
+    )  # of differences, to 7 digits
     direct[torch.arange(len(checked)), checked] = torch.inf
     return float((direct.amin(1) < distances[checked] * (1.0 - 1e-5)).float().mean())

@@ -43,7 +43,10 @@ class RealValues(PerImageObserver):
     def summarise(self, columns: Sequence[Any]) -> dict[str, Any]:
         squares, sizes, *means = columns
         entry: dict[str, Any] = {
-            "rmse": [math.sqrt(math.fsum(channel) / len(channel)) for channel in zip(*squares, strict=True)],
+            "rmse": [
+                math.sqrt(math.fsum(channel) / len(channel))
+                for channel in zip(*squares, strict=True)
+            ],
             "mae": [math.fsum(channel) / len(channel) for channel in zip(*sizes, strict=True)],
         }
         for name, rows in zip(("relative", "spectral_angle"), means, strict=True):
@@ -53,7 +56,10 @@ class RealValues(PerImageObserver):
 
     def columns(self, entry: Mapping[str, Any]) -> Mapping[str, str]:
         rmse = math.sqrt(math.fsum(value**2 for value in entry["rmse"]) / len(entry["rmse"]))
-        cells = {"RMSE": significant(rmse), "MAE": significant(math.fsum(entry["mae"]) / len(entry["mae"]))}
+        cells = {
+            "RMSE": significant(rmse),
+            "MAE": significant(math.fsum(entry["mae"]) / len(entry["mae"])),
+        }
         if "relative" in entry:
             cells["relative"] = f"{significant(100 * entry['relative'])} %"
         if "spectral_angle" in entry:
@@ -68,7 +74,9 @@ class RealValues(PerImageObserver):
 
 def _mean(values: Tensor, where: Tensor) -> Tensor:
     """Sum of each image's values and their number, (B, 2)."""
-    return torch.stack((values.where(where, 0.0).flatten(1).sum(1), where.flatten(1).sum(1).double()), dim=1)
+    return torch.stack(
+        (values.where(where, 0.0).flatten(1).sum(1), where.flatten(1).sum(1).double()), dim=1
+    )
 
 
 def _angles(x: Tensor, y: Tensor) -> Tensor:
@@ -91,14 +99,25 @@ class Transparency(PerImageObserver):
         if batch.x.shape[1] != 4 or not batch.pixel_range.eight_bits:
             return None
         x, y = (batch.pixel_range.normalise(levels).double() for levels in (batch.x, batch.y))
-        pairs = [(over(x, x.new_tensor(grey)), over(y, x.new_tensor(grey))) for grey in BACKGROUNDS.values()]
-        errors = torch.stack([(a - b).square().flatten(1).mean(1) for a, b in [*pairs, (x[:, 3:], y[:, 3:])]], dim=1)
+        pairs = [
+            (over(x, x.new_tensor(grey)), over(y, x.new_tensor(grey)))
+            for grey in BACKGROUNDS.values()
+        ]
+        errors = torch.stack(
+            [(a - b).square().flatten(1).mean(1) for a, b in [*pairs, (x[:, 3:], y[:, 3:])]], dim=1
+        )
         rows: list[Any] = (10.0 * (4.0 / errors.clamp_min(4e-10)).log10()).tolist()
         return rows
 
     def summarise(self, columns: Sequence[Any]) -> dict[str, float]:
         names = (*BACKGROUNDS, "alpha")
-        return {name: math.fsum(column) / len(column) for name, column in zip(names, columns, strict=True)}
+        return {
+            name: math.fsum(column) / len(column)
+            for name, column in zip(names, columns, strict=True)
+        }
 
     def columns(self, entry: Mapping[str, Any]) -> Mapping[str, str]:
-        return {(name if name == "alpha" else f"over {name}"): f"{value:.2f}" for name, value in entry.items()}
+        return {
+            (name if name == "alpha" else f"over {name}"): f"{value:.2f}"
+            for name, value in entry.items()
+        }

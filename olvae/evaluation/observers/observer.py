@@ -36,7 +36,9 @@ class Observation:
     x: Tensor  # images, levels of their range, (B, C, H, W), on the CPU: uint8, or float32 for other than 8 bits
     y: Tensor  # their reconstructions, likewise
     latents: Tensor  # the posterior's means, (B, n_z, H/f, W/f), on the device that computes
-    values: Mapping[str, Mapping[str, float]]  # by name of a metric of single images, its values so far by key
+    values: Mapping[
+        str, Mapping[str, float]
+    ]  # by name of a metric of single images, its values so far by key
     pixel_range: PixelRange = EIGHT_BITS
 
 
@@ -49,7 +51,9 @@ class Observer:
     ``package.module.Class`` of a user takes part by ``olvae evaluate``, which builds it without arguments.
     """
 
-    name: str = ""  # of its entry in the rows of metrics.json, and of its section's anchor on the page
+    name: str = (
+        ""  # of its entry in the rows of metrics.json, and of its section's anchor on the page
+    )
     title: str = ""  # of its section
 
     def conflicts(
@@ -62,7 +66,9 @@ class Observer:
         """Choose the subjects to evaluate, by name: those given, and others derived from them."""
         return dict(subjects)
 
-    def watch(self, target: str, draw: int, subject: Subject, keys: Sequence[str]) -> AbstractContextManager[None]:
+    def watch(
+        self, target: str, draw: int, subject: Subject, keys: Sequence[str]
+    ) -> AbstractContextManager[None]:
         """Make a context round the forward pass of a batch; by default, none."""
         return nullcontext()
 

@@ -29,14 +29,14 @@ STYLES = (  # font, ink, paper
     ("DejaVuSansMono", "#ffd75e", "#16365c"),
 )
 COPIES = 3  # lines of each size and style
-WORDS = (
-    "quick brown fox jumps lazy dog Pack my box five Sphinx Vow 1984 3607 52.90 GATE 12B Exit Kg 2026-03-14 Zebra Jelly"
-)
+WORDS = "quick brown fox jumps lazy dog Pack my box five Sphinx Vow 1984 3607 52.90 GATE 12B Exit Kg 2026-03-14 Zebra Jelly"
 CONFIDENCE = 0.5  # a line of an image counts if OCR is as sure of it in the original
 IMAGES, DRAWN = "images", "as drawn"
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
-Line = tuple[str, Box, str]  # a kind, which is IMAGES or the font's size; where it is; its text without spaces
+Line = tuple[
+    str, Box, str
+]  # a kind, which is IMAGES or the font's size; where it is; its text without spaces
 
 
 class Text(PerImageObserver):
@@ -57,7 +57,9 @@ class Text(PerImageObserver):
         self._lines: dict[str, list[Line]] = {}  # of images, by key
         self._pictures: dict[str, Tensor] = {}  # the first page, as drawn and by every target
 
-    def conflicts(self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence[Observer]) -> Iterator[str]:
+    def conflicts(
+        self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence[Observer]
+    ) -> Iterator[str]:
         if not find_spec("rapidocr"):
             yield "`observe` text needs rapidocr: pip install 'open-litevae[text]'"
 
@@ -74,7 +76,10 @@ class Text(PerImageObserver):
     def examine(self, subjects: Mapping[str, Subject], size: int, device: str) -> None:
         if any(subject.model.in_channels != 3 for subject in subjects.values()):
             return
-        trips = {target: RoundTrip(subject.model, device, name=target) for target, subject in subjects.items()}
+        trips = {
+            target: RoundTrip(subject.model, device, name=target)
+            for target, subject in subjects.items()
+        }
         for number, (image, lines) in enumerate(draw_pages(size)):
             key = f"page {number}"
             self._rows.setdefault(DRAWN, {})[key] = _count(lines, image)
@@ -94,11 +99,16 @@ class Text(PerImageObserver):
         sums: dict[str, list[int]] = {}
         for kind, *counts in chain.from_iterable(self._rows.get(target, {}).values()):
             sums[kind] = [a + b for a, b in zip(sums.get(kind, (0, 0)), counts, strict=True)]
-        return {kind: {"error": edits / n, "characters": n} for kind, (edits, n) in sums.items() if n}
+        return {
+            kind: {"error": edits / n, "characters": n} for kind, (edits, n) in sums.items() if n
+        }
 
     def columns(self, entry: Mapping[str, Any]) -> Mapping[str, str]:
         drawn = [rate["error"] for rate in entry["drawn"].values()]
-        rates = {"text errors": entry[IMAGES], "drawn text": {"error": fmean(drawn)} if drawn else None}
+        rates = {
+            "text errors": entry[IMAGES],
+            "drawn text": {"error": fmean(drawn)} if drawn else None,
+        }
         return {heading: _percent(rate) for heading, rate in rates.items() if rate}
 
     def section(self, page: Page) -> Markup | None:
@@ -106,7 +116,10 @@ class Text(PerImageObserver):
             return None
         unread = self._rates(DRAWN)
         rates = {target: self._rates(target) for target in self._pictures if target != DRAWN}
-        table = {target: {f"{kind} px": _percent(rate.get(kind)) for kind in unread} for target, rate in rates.items()}
+        table = {
+            target: {f"{kind} px": _percent(rate.get(kind)) for kind in unread}
+            for target, rate in rates.items()
+        }
         own = ", ".join(f"{kind} px {_percent(rate)}" for kind, rate in unread.items())
         return page.render("text.html", rates=texts(table), own=own, pictures=self._pictures)
 
@@ -122,7 +135,9 @@ def draw_pages(size: int) -> Iterator[tuple[Tensor, list[Line]]]:
     for name, ink, paper in STYLES:
         picture, lines, top = Image.new("RGB", (size, size), paper), list[Line](), margin
         for pixels in SIZES * COPIES:
-            font = ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), pixels)
+            font = ImageFont.truetype(
+                str(Path(get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), pixels
+            )
             height, room = sum(font.getmetrics()), size - 2 * margin
             if max(height, 4 * pixels) > room:
                 continue
@@ -130,7 +145,10 @@ def draw_pages(size: int) -> Iterator[tuple[Tensor, list[Line]]]:
                 yield image_to_tensor(picture), lines
                 picture, lines, top = Image.new("RGB", (size, size), paper), [], margin
             text = " ".join(rng.choices(words, k=size // pixels + 1))
-            text = max((text[:n].strip() for n in range(len(text)) if font.getlength(text[:n]) <= room), key=len)
+            text = max(
+                (text[:n].strip() for n in range(len(text)) if font.getlength(text[:n]) <= room),
+                key=len,
+            )
             ImageDraw.Draw(picture).text((margin, top), text, ink, font)
             lines.append((str(pixels), (0, top - 2, size, top + height + 2), text.replace(" ", "")))
             top += height + margin
@@ -159,7 +177,9 @@ def _engine() -> Any:
     """rapidocr's, with its default models, which are in its wheel."""
     from rapidocr import RapidOCR
 
-    threads = {"EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads()}  # its own would spin on all
+    threads = {
+        "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads()
+    }  # its own would spin on all
     return RapidOCR(params={"Global.log_level": "critical", **threads})
 
 
@@ -173,7 +193,11 @@ def _find(image: Tensor) -> list[Box]:
     """The upright boxes around the lines of an image, uint8 (3, H, W)."""
     quads = _ocr(image, find=True).boxes
     corners = np.empty((0, 4, 2)) if quads is None else np.asarray(quads)
-    ends = np.concatenate((np.floor(corners.min(1)), np.ceil(corners.max(1))), axis=1).clip(min=0).astype(int)
+    ends = (
+        np.concatenate((np.floor(corners.min(1)), np.ceil(corners.max(1))), axis=1)
+        .clip(min=0)
+        .astype(int)
+    )
     return [(left, top, right, bottom) for left, top, right, bottom in ends.tolist()]
 
 

@@ -17,7 +17,12 @@ from torch import Tensor, nn
 
 from olvae.models.large.tiling import GIB, peak_bytes
 from olvae.modules.base import Encoder, dtype_of
-from olvae.modules.litevae.encoder_model import LiteVAE_Encoder, PostActivationBlock, PreActivationBlock, UNet
+from olvae.modules.litevae.encoder_model import (
+    LiteVAE_Encoder,
+    PostActivationBlock,
+    PreActivationBlock,
+    UNet,
+)
 
 Function = Callable[[Tensor], Tensor]
 
@@ -25,7 +30,9 @@ STREAMED = (torch.float32, torch.float16, torch.bfloat16)  # layers' outputs are
 
 
 @torch.no_grad()
-def encode_within(encoder: Encoder, x: Tensor, memory: int, progress: Callable[[float], None] | None = None) -> Tensor:
+def encode_within(
+    encoder: Encoder, x: Tensor, memory: int, progress: Callable[[float], None] | None = None
+) -> Tensor:
     """``encoder(x)``, equal to rounding, taking about ``memory`` bytes beside images and parameters.
 
     As many images at once as fit. One that does not fit is streamed through the UNets: a quarter of the memory is for
@@ -44,9 +51,13 @@ def encode_within(encoder: Encoder, x: Tensor, memory: int, progress: Callable[[
             "memory, or a smaller image"
         )
     if encoder.training or x.dtype not in STREAMED:
-        raise ValueError("streaming takes float32 or half precision, and evaluation mode: call model.eval() first")
+        raise ValueError(
+            "streaming takes float32 or half precision, and evaluation mode: call model.eval() first"
+        )
     levels = range(1 + encoder.skip_levels, encoder.levels + 1) if encoder.extractors else ()
-    sizes = [4.0**-level for level in (*levels, encoder.levels)]  # of the extractors' inputs, and the aggregator's
+    sizes = [
+        4.0**-level for level in (*levels, encoder.levels)
+    ]  # of the extractors' inputs, and the aggregator's
     weights, done, whole = iter(sizes), 0.0, x.shape[0] * sum(sizes)
 
     def stream(unet: nn.Module, h: Tensor) -> Tensor:
@@ -69,7 +80,10 @@ def _bytes_of_one(encoder: Encoder, shape: tuple[int, ...]) -> int:
     return known[key]
 
 
-ON_CPU: Mapping[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # of the planes, whatever torch's defaults are
+ON_CPU: Mapping[str, Any] = {
+    "dtype": torch.float32,
+    "device": "cpu",
+}  # of the planes, whatever torch's defaults are
 
 
 class Plane:
@@ -77,7 +91,9 @@ class Plane:
 
     def __init__(self, channels: int, height: int, width: int, in_memory: bool) -> None:
         self.shape = channels, height, width
-        self.sums = torch.zeros(2, channels, dtype=torch.float64, device="cpu")  # of the values, of their squares
+        self.sums = torch.zeros(
+            2, channels, dtype=torch.float64, device="cpu"
+        )  # of the values, of their squares
         self.rows = torch.empty(height if in_memory else 0, channels, width, **ON_CPU)
         self.file = None if in_memory else tempfile.TemporaryFile(prefix="olvae-")  # noqa: SIM115
 
@@ -122,11 +138,15 @@ class Stream:
     def _free(self, size: int) -> None:
         self.left += size
 
-    def sweep(self, inputs: Sequence[Plane], channels: int, reach: int, run: Callable[..., Tensor]) -> Plane:
+    def sweep(
+        self, inputs: Sequence[Plane], channels: int, reach: int, run: Callable[..., Tensor]
+    ) -> Plane:
         """``run`` over strips of the inputs that are ``reach`` rows wider, on both sides, than those of the output."""
         _, height, width = inputs[0].shape
         out = self.plane(channels, height, width)
-        per_row = 4 * width * 4 * (channels + sum(plane.shape[0] for plane in inputs))  # a layer copies both
+        per_row = (
+            4 * width * 4 * (channels + sum(plane.shape[0] for plane in inputs))
+        )  # a layer copies both
         rows = max(1, self.strip // per_row - 2 * reach)
         for start in range(0, height, rows):
             stop = min(start + rows, height)
@@ -135,11 +155,15 @@ class Stream:
             out.write(start, values[:, :, start - low : stop - low])
         return out
 
-    def conv(self, conv: nn.Module, inputs: Sequence[Plane], before: Function = lambda x: x) -> Plane:
+    def conv(
+        self, conv: nn.Module, inputs: Sequence[Plane], before: Function = lambda x: x
+    ) -> Plane:
         """A convolution over concatenated inputs, after a function of single positions."""
         assert isinstance(conv, nn.Conv2d)
         reach = conv.kernel_size[0] // 2
-        return self.sweep(inputs, conv.out_channels, reach, lambda *strips: conv(before(torch.cat(strips, dim=1))))
+        return self.sweep(
+            inputs, conv.out_channels, reach, lambda *strips: conv(before(torch.cat(strips, dim=1)))
+        )
 
     def norm_silu(self, norm: nn.GroupNorm, inputs: Sequence[Plane]) -> Function:
         """GroupNorm, then SiLU, with the statistics of the whole image."""
@@ -158,13 +182,17 @@ class Stream:
         h = self.conv(block.conv1, inputs)
         h = self.conv(block.conv2, [h], self.norm_silu(block.norm1, [h]))
         activate, skip = self.norm_silu(block.norm2, [h]), block.residual_conv
-        return self.sweep([h, *inputs], h.shape[0], 0, lambda last, *x: activate(last) + skip(torch.cat(x, dim=1)))
+        return self.sweep(
+            [h, *inputs], h.shape[0], 0, lambda last, *x: activate(last) + skip(torch.cat(x, dim=1))
+        )
 
     def pre_activation(self, block: PreActivationBlock, inputs: Sequence[Plane]) -> Plane:
         h = self.conv(block.conv1, inputs, self.norm_silu(block.norm1, inputs))
         activate, conv, skip = self.norm_silu(block.norm2, [h]), block.conv2, block.shortcut
         inputs, channels = [h, *inputs], conv.out_channels
-        return self.sweep(inputs, channels, 1, lambda last, *x: conv(activate(last)) + skip(torch.cat(x, dim=1)))
+        return self.sweep(
+            inputs, channels, 1, lambda last, *x: conv(activate(last)) + skip(torch.cat(x, dim=1))
+        )
 
     def step(self, step: nn.Module, inputs: Sequence[Plane]) -> Plane:
         if isinstance(step, PostActivationBlock):

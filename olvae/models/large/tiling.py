@@ -16,7 +16,10 @@ from torch.utils._pytree import tree_leaves
 from olvae.modules.base import Decoder, Stage, dtype_of
 
 GIB = 2**30
-CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default)  # the latter in inference mode
+CONVOLUTIONS = (
+    torch.ops.aten.convolution.default,
+    torch.ops.aten.conv2d.default,
+)  # the latter in inference mode
 
 Range = tuple[int, int]  # rows or columns: start and stop, without the stop
 
@@ -55,7 +58,9 @@ def receptive_field(decoder: Decoder) -> int | None:
     return max(max(far - low, high - 1 - far) for low, high in needed)
 
 
-def decode_window(paths: Sequence[Sequence[Stage]], z: Tensor, window: tuple[Range, Range]) -> Tensor:
+def decode_window(
+    paths: Sequence[Sequence[Stage]], z: Tensor, window: tuple[Range, Range]
+) -> Tensor:
     """Decode a window of the image, rows and columns in pixels, from the latent positions that it depends on."""
     return reduce(torch.add, [_run_window(stages, z, window) for stages in paths])
 
@@ -68,9 +73,15 @@ def _run_window(stages: Sequence[Stage], z: Tensor, window: tuple[Range, Range])
     rows = _needed(stages, window[0], z.shape[-2])
     columns = _needed(stages, window[1], z.shape[-1])
     h = z[..., slice(*rows[0]), slice(*columns[0])]
-    for stage, (row, next_row), (column, next_column) in zip(stages, pairwise(rows), pairwise(columns), strict=True):
+    for stage, (row, next_row), (column, next_column) in zip(
+        stages, pairwise(rows), pairwise(columns), strict=True
+    ):
         top, left = row[0] * stage.scale, column[0] * stage.scale  # where the stage's output starts
-        h = stage.run(h)[..., next_row[0] - top : next_row[1] - top, next_column[0] - left : next_column[1] - left]
+        h = stage.run(h)[
+            ...,
+            next_row[0] - top : next_row[1] - top,
+            next_column[0] - left : next_column[1] - left,
+        ]
     return h
 
 
@@ -119,7 +130,9 @@ def decode_tiled(
         raise ValueError(f"{sees}: leave `tile` out")
     elif tile is not None and tile < 1:
         raise ValueError(f"a tile has at least one latent position, got {tile}")
-    image = torch.empty(len(z), decoder.out_channels, f * height, f * width, dtype=z.dtype, device=z.device)
+    image = torch.empty(
+        len(z), decoder.out_channels, f * height, f * width, dtype=z.dtype, device=z.device
+    )
     if tile is None or len(z) > together:
         decode = decoder if tile is None else partial(decode_tiled, decoder, tile=tile)
         for start in range(0, len(z), together):
@@ -128,7 +141,9 @@ def decode_tiled(
                 progress(min(1.0, (start + together) / len(z)))
         return image
     assert paths is not None
-    windows = [(rows, columns) for rows in split(height, tile, f) for columns in split(width, tile, f)]
+    windows = [
+        (rows, columns) for rows in split(height, tile, f) for columns in split(width, tile, f)
+    ]
     for done, (rows, columns) in enumerate(windows, start=1):
         image[..., slice(*rows), slice(*columns)] = decode_window(paths, z, (rows, columns))
         if progress is not None:
@@ -145,7 +160,9 @@ def split(size: int, tile: int, f: int) -> list[Range]:
 def tile_bytes(decoder: Decoder, tile: int, shape: tuple[int, ...]) -> int:
     """The bytes of the largest tile of a latent of shape (B, z_channels, h, w); see :func:`peak_bytes`."""
     f = decoder.upscale
-    sides = [(min(tile, size), (size - min(tile, size)) // 2) for size in shape[-2:]]  # in the middle of the latent
+    sides = [
+        (min(tile, size), (size - min(tile, size)) // 2) for size in shape[-2:]
+    ]  # in the middle of the latent
     rows, columns = ((f * start, f * (start + side)) for side, start in sides)
     shape = (shape[0], decoder.z_channels, *shape[-2:])
     return peak_bytes(decoder, lambda d, z: decode_window(d.paths(), z, (rows, columns)), shape)
@@ -153,10 +170,14 @@ def tile_bytes(decoder: Decoder, tile: int, shape: tuple[int, ...]) -> int:
 
 def tile_for(decoder: Decoder, memory: int, shape: tuple[int, ...]) -> int:
     """The largest tile within ``memory`` bytes for a latent of that shape; ValueError if one position takes more."""
-    tile = bisect_right(range(1, max(shape[-2:]) + 1), memory, key=lambda tile: tile_bytes(decoder, tile, shape))
+    tile = bisect_right(
+        range(1, max(shape[-2:]) + 1), memory, key=lambda tile: tile_bytes(decoder, tile, shape)
+    )
     if not tile:
         least = tile_bytes(decoder, 1, shape) / GIB
-        raise ValueError(f"the smallest tile takes {least:.3g} GiB, more than {memory / GIB:.3g}: allow more memory")
+        raise ValueError(
+            f"the smallest tile takes {least:.3g} GiB, more than {memory / GIB:.3g}: allow more memory"
+        )
     return tile
 
 
@@ -165,7 +186,9 @@ def default_memory(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0]) // 2 if device.type == "cuda" else GIB
 
 
-def peak_bytes(module: nn.Module, run: Callable[[Any, Tensor], object], shape: tuple[int, ...]) -> int:
+def peak_bytes(
+    module: nn.Module, run: Callable[[Any, Tensor], object], shape: tuple[int, ...]
+) -> int:
     """The peak of bytes in tensors while ``run(module, x)`` runs without gradients, beside x and parameters.
 
     Computed on the meta device, from shapes alone, in the parameters' dtype, in milliseconds for any size. A
@@ -180,9 +203,13 @@ def peak_bytes(module: nn.Module, run: Callable[[Any, Tensor], object], shape: t
 
 def _meta_copy(module: nn.Module) -> nn.Module:
     """A copy of the module on the meta device, without copying its tensors, and without its hooks."""
-    memo: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in module.buffers()}
+    memo: dict[int, Any] = {
+        id(buffer): torch.empty_like(buffer, device="meta") for buffer in module.buffers()
+    }
     for parameter in module.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+        memo[id(parameter)] = nn.Parameter(
+            torch.empty_like(parameter, device="meta"), requires_grad=False
+        )
     meta = copy.deepcopy(module, memo)
     for part in meta.modules():
         part._forward_hooks.clear()
@@ -199,9 +226,17 @@ class LiveBytes(TorchDispatchMode):
         self.alive: dict[int, Any] = {}
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        known = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        known = {
+            id(leaf.untyped_storage())
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor)
+        }
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor) and id(leaf.untyped_storage()) not in known:

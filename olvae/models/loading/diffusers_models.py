@@ -26,7 +26,15 @@ RAE = "AutoencoderRAE"  # takes and gives [0, 1]
 TINY = "AutoencoderTiny"  # has its latents in a diffusion model's units
 ONE_BY_ONE = "AutoencoderKLHunyuanVideo15"  # its attention mask fits no batch [diffusers 0.42]
 PER_CHANNEL = ("latents_mean", "latents_std")
-REFUSALS = (AttributeError, AssertionError, IndexError, NotImplementedError, RuntimeError, TypeError, ValueError)
+REFUSALS = (
+    AttributeError,
+    AssertionError,
+    IndexError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 """What classes raise for images of another shape than they take."""
 
 NO_IMAGES = {
@@ -62,7 +70,10 @@ class DiffusersAutoencoder(Autoencoder):
         if self.zero_to_one:
             self.image_size = self.side = int(model.decoder_image_size)
         latent = self._measure()
-        self.downscale, self.latent_channels = (self.side or PROBE) // latent.mean.shape[-1], latent.mean.shape[1]
+        self.downscale, self.latent_channels = (
+            (self.side or PROBE) // latent.mean.shape[-1],
+            latent.mean.shape[1],
+        )
         self.deterministic = latent.deterministic
         for factor, value in self._factors().items():
             setattr(self, factor, value)
@@ -75,7 +86,9 @@ class DiffusersAutoencoder(Autoencoder):
     def _measure(self) -> Posterior:
         """Encode and decode an image of each number of channels that the config suggests, until one is accepted."""
         config, p = self.model.config, next(self.model.parameters())
-        channels = [getattr(config, key, None) for key in ("in_channels", "input_channels", "out_channels")]
+        channels = [
+            getattr(config, key, None) for key in ("in_channels", "input_channels", "out_channels")
+        ]
         size, first = self.side or PROBE, None
         for count in dict.fromkeys([n for n in channels if n] + [3]):
             for frames in has_frames(self.model):
@@ -89,7 +102,9 @@ class DiffusersAutoencoder(Autoencoder):
                 shape = latent.mean.shape
                 if latent.mean.ndim != 4 or size % shape[-1] or shape[-1] != shape[-2]:
                     made = tuple(shape[1:])
-                    raise ValueError(f"{self.kind} makes {made} of an image of {size}x{size}: no latent image")
+                    raise ValueError(
+                        f"{self.kind} makes {made} of an image of {size}x{size}: no latent image"
+                    )
                 self._check_decoder(latent.mean, size // shape[-1])
                 return latent
         assert first is not None
@@ -101,7 +116,9 @@ class DiffusersAutoencoder(Autoencoder):
         try:
             made = tuple(self.decode(z).shape)
         except REFUSALS as error:
-            raise ValueError(f"{self.kind} does not decode to an image: {first_line(error)}") from error
+            raise ValueError(
+                f"{self.kind} does not decode to an image: {first_line(error)}"
+            ) from error
         if made != (expected := (1, self.in_channels, f * z.shape[-2], f * z.shape[-1])):
             raise ValueError(f"{self.kind} decodes to {made}, not to an image of {expected}")
 
@@ -109,15 +126,29 @@ class DiffusersAutoencoder(Autoencoder):
         """Find the factors for a diffusion model: in the config, in buffers, or in FLUX.2's batch norm."""
         if self.zero_to_one:  # encode and decode apply them
             return {}
-        config, buffers, n_z = self.model.config, dict(self.model.named_buffers()), self.latent_channels
-        found = {name: value for name in FOR_DIFFUSION if (value := getattr(config, name, None)) is not None}
+        config, buffers, n_z = (
+            self.model.config,
+            dict(self.model.named_buffers()),
+            self.latent_channels,
+        )
+        found = {
+            name: value
+            for name in FOR_DIFFUSION
+            if (value := getattr(config, name, None)) is not None
+        }
         for name in PER_CHANNEL:
             if (value := found.get(name, buffers.get(name))) is not None:
                 values = value.tolist() if isinstance(value, Tensor) else list(value)
-                found[name] = values[:: max(1, len(values) // n_z)]  # one for each frame of a channel: the first
+                found[name] = values[
+                    :: max(1, len(values) // n_z)
+                ]  # one for each frame of a channel: the first
         if "bn.running_var" in buffers:  # of 2x2 positions of each channel
             variance = buffers["bn.running_var"].double() + config.batch_norm_eps
-            found |= zip(PER_CHANNEL, (buffers["bn.running_mean"].tolist(), variance.sqrt().tolist()), strict=True)
+            found |= zip(
+                PER_CHANNEL,
+                (buffers["bn.running_mean"].tolist(), variance.sqrt().tolist()),
+                strict=True,
+            )
         return found
 
     @property
@@ -132,9 +163,17 @@ class DiffusersAutoencoder(Autoencoder):
                 f"{self.kind} takes images of {self.side}x{self.side} only, not {x.shape[-2]}x{x.shape[-1]}"
             )
         if x.shape[-2] % self.downscale or x.shape[-1] % self.downscale:
-            raise ValueError(f"image size {x.shape[-2]}x{x.shape[-1]} is not a multiple of {self.downscale}")
-        latent, distributed = encode_image(self.model, (x + 1) / 2 if self.zero_to_one else x, self.frames)
-        return DiagonalGaussian(latent) if distributed else Deterministic(latent * self.std + self.mean)
+            raise ValueError(
+                f"image size {x.shape[-2]}x{x.shape[-1]} is not a multiple of {self.downscale}"
+            )
+        latent, distributed = encode_image(
+            self.model, (x + 1) / 2 if self.zero_to_one else x, self.frames
+        )
+        return (
+            DiagonalGaussian(latent)
+            if distributed
+            else Deterministic(latent * self.std + self.mean)
+        )
 
     def decode(self, z: Tensor) -> Tensor:
         x = decode_image(self.model, (z - self.mean) / self.std, self.frames)
@@ -158,7 +197,9 @@ class DiffusersLoader(Loader):
 
     def accepts(self, text: str) -> bool:
         path = Path(text)
-        inside = path.is_dir() and (class_in(path) not in (None, CLASS_NAME) or class_in(path / SUBFOLDER) is not None)
+        inside = path.is_dir() and (
+            class_in(path) not in (None, CLASS_NAME) or class_in(path / SUBFOLDER) is not None
+        )
         return text.startswith(DIFFUSERS) or inside
 
     def find(self, text: str, options: LoadOptions) -> Target | Path:
@@ -166,8 +207,14 @@ class DiffusersLoader(Loader):
         if class_in(folder) == CLASS_NAME:  # an export of ours, in a pipeline
             return folder
         if options.raw:
-            warnings.warn(f"{text}: diffusers has one kind of weights: `raw` is ignored", stacklevel=2)
-        return Target(partial(load_diffusers, folder), partial(load_diffusers, folder, trained=False), name=text)
+            warnings.warn(
+                f"{text}: diffusers has one kind of weights: `raw` is ignored", stacklevel=2
+            )
+        return Target(
+            partial(load_diffusers, folder),
+            partial(load_diffusers, folder, trained=False),
+            name=text,
+        )
 
 
 def find_folder(text: str) -> Path:
@@ -207,13 +254,18 @@ def load_diffusers(folder: Path, trained: bool = True) -> DiffusersAutoencoder:
         raise ConfigError(f"{folder}/config.json: not a config of diffusers: it has no _class_name")
     kind: Any = getattr(diffusers, name, None)
     if not getattr(kind, "__module__", "").startswith("diffusers.models.autoencoders."):
-        raise ConfigError(f"{folder}/config.json: {name} is not an autoencoder of diffusers {diffusers.__version__}")
+        raise ConfigError(
+            f"{folder}/config.json: {name} is not an autoencoder of diffusers {diffusers.__version__}"
+        )
     if large := list(oversized(kind.load_config(folder))):
         raise ConfigError(*(f"{folder}/config.json: {line}" for line in large))
     files = [file for suffix in WEIGHT_SUFFIXES for file in sorted(folder.glob(f"*{suffix}"))]
     try:
         with torch.device("meta"):
-            check_parameters(kind.from_config(kind.load_config(folder)), sum(file.stat().st_size for file in files))
+            check_parameters(
+                kind.from_config(kind.load_config(folder)),
+                sum(file.stat().st_size for file in files),
+            )
         for file in files:
             check_file(file)
         if not trained:
@@ -226,14 +278,24 @@ def load_diffusers(folder: Path, trained: bool = True) -> DiffusersAutoencoder:
             ignore_mismatched_sizes=True,  # so that they are in the report
         )
     except NameError as error:
-        raise ValueError(f"{folder}: {name} needs a package that is not installed: {first_line(error)}") from error
+        raise ValueError(
+            f"{folder}: {name} needs a package that is not installed: {first_line(error)}"
+        ) from error
     except Exception as error:  # of many kinds, by what is broken
         raise ValueError(f"{folder}: not a readable {name}: {first_line(error)}") from error
-    misshapen = [f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in report["mismatched_keys"]]
+    misshapen = [
+        f"{name} {tuple(found)} for {tuple(own)}" for name, found, own in report["mismatched_keys"]
+    ]
     if wrong := mismatches([*report["missing_keys"]], [*report["unexpected_keys"]], misshapen):
-        raise ValueError(f"{folder}: these weights are of another model than its config.json: {wrong}")
-    if broken := [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]:
-        raise ValueError(f"{folder}: {len(broken)} of its tensors have non-finite values ({broken[0]}, ...)")
+        raise ValueError(
+            f"{folder}: these weights are of another model than its config.json: {wrong}"
+        )
+    if broken := [
+        name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()
+    ]:
+        raise ValueError(
+            f"{folder}: {len(broken)} of its tensors have non-finite values ({broken[0]}, ...)"
+        )
     return DiffusersAutoencoder(model).eval()
 
 
@@ -241,4 +303,6 @@ def check_parameters(outline: nn.Module, stored: int) -> None:
     """Check that a network on the meta device has no more parameters than its weights have bytes."""
     parameters = count_parameters(outline)
     if stored and parameters > stored:
-        raise ValueError(f"weights of another model: its config has {parameters:,} parameters, they {stored:,} bytes")
+        raise ValueError(
+            f"weights of another model: its config has {parameters:,} parameters, they {stored:,} bytes"
+        )

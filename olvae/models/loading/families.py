@@ -41,7 +41,9 @@ class Family(ABC):
     def spec_of(self, encoder: Config, decoder: Config, n_z: int, **others: Any) -> AutoencoderSpec:
         """The spec of the family's networks with these params, and other arguments of :class:`AutoencoderSpec`."""
         halves = zip(self.networks, (encoder, decoder), strict=True)
-        one, other = ({"target": f"{half.__module__}.{half.__qualname__}", "params": p} for half, p in halves)
+        one, other = (
+            {"target": f"{half.__module__}.{half.__qualname__}", "params": p} for half, p in halves
+        )
         return AutoencoderSpec(one, other, n_z, **others)
 
     @abstractmethod
@@ -50,7 +52,9 @@ class Family(ABC):
 
     def holds(self, model: LiteVAE) -> bool:
         """Whether a model's networks are of this family."""
-        return isinstance(model.encoder, self.networks[0]) and isinstance(model.decoder, self.networks[1])
+        return isinstance(model.encoder, self.networks[0]) and isinstance(
+            model.decoder, self.networks[1]
+        )
 
     def kind(self, model: LiteVAE) -> str:  # noqa: ARG002
         """The class of diffusers that a model is."""
@@ -79,9 +83,13 @@ class StableDiffusion(Family):
         for key, only in (*BLOCKS.items(), ("act_fn", "silu")):
             found = {config[key]} if isinstance(config[key], str) else set(config[key])
             if other := found - {only}:
-                raise ConfigError(f"{name}: {key}: {', '.join(sorted(other))}: only {only} can be trained here")
+                raise ConfigError(
+                    f"{name}: {key}: {', '.join(sorted(other))}: only {only} can be trained here"
+                )
         if config["use_quant_conv"] != config["use_post_quant_conv"]:
-            raise ConfigError(f"{name}: it has one of quant_conv and post_quant_conv: only both or none can be trained")
+            raise ConfigError(
+                f"{name}: it has one of quant_conv and post_quant_conv: only both or none can be trained"
+            )
         widths, n_z = list(config["block_out_channels"]), config["latent_channels"]
         common, size, f = math.gcd(*widths), config["sample_size"], 2 ** (len(widths) - 1)
         shared = {
@@ -94,19 +102,28 @@ class StableDiffusion(Family):
         encoder = {"latent_dim": 2 * n_z, "in_channels": config["in_channels"]}
         encoder["image_size"] = size if isinstance(size, int) and size % f == 0 else max(256, f)
         decoder = {"z_channels": n_z, "out_channels": config["out_channels"]}
-        factors = {factor: config[factor] for factor in FOR_DIFFUSION} | {"shift_factor": config["shift_factor"] or 0.0}
-        return self.spec_of(encoder | shared, decoder | shared, n_z, use_quant=config["use_quant_conv"], **factors)
+        factors = {factor: config[factor] for factor in FOR_DIFFUSION} | {
+            "shift_factor": config["shift_factor"] or 0.0
+        }
+        return self.spec_of(
+            encoder | shared, decoder | shared, n_z, use_quant=config["use_quant_conv"], **factors
+        )
 
     def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return _renamed(state, NAMES)
 
     def config(self, model: LiteVAE) -> dict[str, Any]:
         encoder, decoder = model.encoder.node["params"], model.decoder.node["params"]
-        widths, others = ([half["channels"] * m for m in half["channel_mult"]] for half in (encoder, decoder))
+        widths, others = (
+            [half["channels"] * m for m in half["channel_mult"]] for half in (encoder, decoder)
+        )
         n_z, moments = model.latent_channels, model.encoder.latent_dim
         for what, one, other in (
             ("widths", widths, others),
-            *((key, encoder[key], decoder[key]) for key in ("num_res_blocks", "norm_groups", "attention")),
+            *(
+                (key, encoder[key], decoder[key])
+                for key in ("num_res_blocks", "norm_groups", "attention")
+            ),
             ("moments", moments, 2 * model.decoder.z_channels),
             ("moments", moments, 2 * n_z),
         ):
@@ -142,10 +159,21 @@ class Wrapped(Family):
     kinds, networks = TRAINABLE, (DiffusersEncoder, DiffusersDecoder)
 
     def spec(self, theirs: Any, name: str) -> AutoencoderSpec:  # noqa: ARG002
-        given = {key: value for key, value in theirs.model.config.items() if not key.startswith("_")}
+        given = {
+            key: value for key, value in theirs.model.config.items() if not key.startswith("_")
+        }
         n_z, f = theirs.latent_channels, theirs.downscale
-        shared = {"kind": theirs.kind, "config": json.loads(json.dumps(given)), "frames": theirs.frames}
-        encoder = {"latent_dim": 2 * n_z, "in_channels": theirs.in_channels, "image_size": max(256, f), "downscale": f}
+        shared = {
+            "kind": theirs.kind,
+            "config": json.loads(json.dumps(given)),
+            "frames": theirs.frames,
+        }
+        encoder = {
+            "latent_dim": 2 * n_z,
+            "in_channels": theirs.in_channels,
+            "image_size": max(256, f),
+            "downscale": f,
+        }
         encoder["deterministic"] = theirs.deterministic
         decoder = {"z_channels": n_z, "out_channels": theirs.in_channels, "upscale": f}
         return self.spec_of(shared | encoder, shared | decoder, n_z, **theirs.for_diffusion)
@@ -167,11 +195,15 @@ class Wrapped(Family):
         encoder, decoder = model.encoder.node["params"], model.decoder.node["params"]
         if encoder["kind"] != decoder["kind"]:
             raise ValueError(f"the encoder is {encoder['kind']}'s, the decoder {decoder['kind']}'s")
-        factors = {name: getattr(model, name) for name in FOR_DIFFUSION if name in decoder["config"]}
+        factors = {
+            name: getattr(model, name) for name in FOR_DIFFUSION if name in decoder["config"]
+        }
         return {**decoder["config"], **factors}
 
     def to_diffusers(self, model: LiteVAE) -> dict[str, Tensor]:
-        named = sorted(model.state_dict().items())  # the encoder's last: a fresh decoder has FLUX.2's statistics not
+        named = sorted(
+            model.state_dict().items()
+        )  # the encoder's last: a fresh decoder has FLUX.2's statistics not
         return {name.partition(".model.")[2]: tensor for name, tensor in named}
 
 
@@ -185,16 +217,29 @@ class Tiny(Family):
         widths = {*config["encoder_block_out_channels"], *config["decoder_block_out_channels"]}
         rest = (config["act_fn"], config["upsample_fn"], config["upsampling_scaling_factor"])
         if len(widths) > 1 or rest != ("relu", "nearest", 2):
-            raise ConfigError(f"{name}: only TAESD's form of AutoencoderTiny can be trained: one width, relu, nearest")
+            raise ConfigError(
+                f"{name}: only TAESD's form of AutoencoderTiny can be trained: one width, relu, nearest"
+            )
         shared = {"channels": widths.pop()}
-        encoder = {"in_channels": theirs.in_channels, "latent_dim": 2 * n_z, "blocks": [*config["num_encoder_blocks"]]}
-        decoder = {"z_channels": n_z, "out_channels": theirs.in_channels, "blocks": [*config["num_decoder_blocks"]]}
+        encoder = {
+            "in_channels": theirs.in_channels,
+            "latent_dim": 2 * n_z,
+            "blocks": [*config["num_encoder_blocks"]],
+        }
+        decoder = {
+            "z_channels": n_z,
+            "out_channels": theirs.in_channels,
+            "blocks": [*config["num_decoder_blocks"]],
+        }
         return self.spec_of(shared | encoder, shared | decoder, n_z, **theirs.for_diffusion)
 
     def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         n_z = state["decoder.layers.0.weight"].shape[1]
         plain = {"latents_mean": torch.zeros(n_z, 1, 1), "latents_std": torch.ones(n_z, 1, 1)}
-        return {**state, **{f"{half}.{name}": value for half in HALVES for name, value in plain.items()}}
+        return {
+            **state,
+            **{f"{half}.{name}": value for half in HALVES for name, value in plain.items()},
+        }
 
     def config(self, model: LiteVAE) -> dict[str, Any]:
         halves = {"encoder": model.encoder.node["params"], "decoder": model.decoder.node["params"]}
@@ -203,7 +248,10 @@ class Tiny(Family):
             "out_channels": model.decoder.out_channels,
             "latent_channels": model.latent_channels,
             **{f"num_{half}_blocks": params["blocks"] for half, params in halves.items()},
-            **{f"{n}_block_out_channels": [p["channels"]] * len(p["blocks"]) for n, p in halves.items()},
+            **{
+                f"{n}_block_out_channels": [p["channels"]] * len(p["blocks"])
+                for n, p in halves.items()
+            },
             "force_upcast": model.force_upcast,
             "scaling_factor": 1.0,
             "shift_factor": 0.0,
@@ -223,7 +271,9 @@ class Tiny(Family):
 
 def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     return {
-        next(new + name.removeprefix(old) for old, new in names.items() if name.startswith(old)): tensor
+        next(
+            new + name.removeprefix(old) for old, new in names.items() if name.startswith(old)
+        ): tensor
         for name, tensor in state.items()
     }
 

@@ -15,7 +15,9 @@ class LoadOptions:
     """Options for finding and loading a target."""
 
     config: str | Path | None = None  # of a checkpoint, instead of the one beside it
-    config_base: str | Path | None = None  # a folder in which a run's config is looked for by the run's name
+    config_base: str | Path | None = (
+        None  # a folder in which a run's config is looked for by the run's name
+    )
     raw: bool = False  # the weights as trained, not the averaged ones (EMA)
     allow_mismatch: bool = False  # load the tensors that fit, and warn of the others
 
@@ -33,7 +35,9 @@ class Target:
     fresh: Callable[[], Autoencoder] | None = field(repr=False, default=None)
     config: Config = field(repr=False, default_factory=dict)
     run: Run | None = None
-    raw: bool = False  # whether it has the raw weights that were asked for, not the averaged ones (EMA)
+    raw: bool = (
+        False  # whether it has the raw weights that were asked for, not the averaged ones (EMA)
+    )
     name: str = ""  # by default what the user wrote
     given: str = ""  # what the user wrote; find_target sets it
 

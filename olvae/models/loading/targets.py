@@ -49,7 +49,11 @@ class CheckpointLoader(Loader):
                 raise ValueError(
                     f"{text}: weights of a diffusers autoencoder: as a target, {DIFFUSERS}FOLDER, with config.json"
                 )
-        if config is None and options.config_base is not None and weights.parent.name == "checkpoints":
+        if (
+            config is None
+            and options.config_base is not None
+            and weights.parent.name == "checkpoints"
+        ):
             config = find_config(options.config_base, weights.parent.parent.resolve().name)
         located = locate(text, config=config)
         if located.config and (mistakes := cfg.validate(located.config)):
@@ -72,16 +76,25 @@ def find_config(base: str | Path, run_name: str) -> Path:
     It is ``<run's name>.yaml``, or else ``<config>.yaml``. ConfigError unless there is exactly one.
     """
     names = (run_name, "_".join(run_name.split("_")[1:-1]))
-    by_name = (sorted(file for file in Path(base).rglob("*.y*ml") if file.stem == name) for name in names)
+    by_name = (
+        sorted(file for file in Path(base).rglob("*.y*ml") if file.stem == name) for name in names
+    )
     files = next(filter(None, by_name), [])
     if len(files) != 1:
         found = ", ".join(map(str, files)) or "none"
         wanted = " or ".join(f"{name}.yaml" for name in names if name)
-        raise ConfigError(f"`config_base` {base}: expected one config {wanted}, found {found}: name it with `config`")
+        raise ConfigError(
+            f"`config_base` {base}: expected one config {wanted}, found {found}: name it with `config`"
+        )
     return files[0]
 
 
-LOADERS: tuple[Loader, ...] = (DiffusersLoader(), PackageAndHubLoader(), OriginalLoader(), CheckpointLoader())
+LOADERS: tuple[Loader, ...] = (
+    DiffusersLoader(),
+    PackageAndHubLoader(),
+    OriginalLoader(),
+    CheckpointLoader(),
+)
 """The first that accepts a text finds it."""
 
 
@@ -98,7 +111,9 @@ def find_target(
     missing; ValueError if the file is not readable, or of another kind.
     """
     if config is not None and config_base is not None:
-        raise ConfigError("`config` names the config, `config_base` a folder to search for it: give one of them")
+        raise ConfigError(
+            "`config` names the config, `config_base` a folder to search for it: give one of them"
+        )
     check_target(str(text))
     given = place = str(find_run(text))
     loaders, fetched = LOADERS, False
@@ -113,7 +128,9 @@ def find_target(
             break
         place, loaders, fetched = str(found), LOADERS, True
     suffix = RAW if found.raw else ""
-    return replace(found, name=((not fetched and found.name) or given) + suffix, given=given + suffix)
+    return replace(
+        found, name=((not fetched and found.name) or given) + suffix, given=given + suffix
+    )
 
 
 def name_apart(targets: Sequence[Target], taken: Sequence[str] = ()) -> list[Target]:

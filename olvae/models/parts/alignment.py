@@ -14,7 +14,9 @@ from olvae.models.weight_files import locate_weights
 from olvae.modules.base import check_choice, check_not_negative, no_autocast, upcast
 from olvae.modules.frozen import VisionEncoder, published_weights
 
-ADAPTIVE_MAX = 1e4  # of the factor, where the margins leave almost nothing of the alignment's gradient [D]
+ADAPTIVE_MAX = (
+    1e4  # of the factor, where the margins leave almost nothing of the alignment's gradient [D]
+)
 
 
 class Alignment(Part):
@@ -49,7 +51,9 @@ class Alignment(Part):
         project_distance: bool = False,
     ) -> None:
         super().__init__()
-        check_not_negative(weight=weight, cosine_margin=cosine_margin, distance_margin=distance_margin)
+        check_not_negative(
+            weight=weight, cosine_margin=cosine_margin, distance_margin=distance_margin
+        )
         self.encoder, self.weight, self.adaptive_weight = encoder, weight, adaptive_weight
         self.cosine_margin, self.distance_margin = cosine_margin, distance_margin
         check_choice(("mean", "sample"), of=of)
@@ -99,7 +103,9 @@ class Alignment(Part):
         }
 
     def describe(self) -> str:
-        return f"{self.encoder}, weight {self.weight:g}{', adaptive' if self.adaptive_weight else ''}"
+        return (
+            f"{self.encoder}, weight {self.weight:g}{', adaptive' if self.adaptive_weight else ''}"
+        )
 
 
 def _vision_encoder(name: str, weights: str | None) -> VisionEncoder:
@@ -110,4 +116,6 @@ def _vision_encoder(name: str, weights: str | None) -> VisionEncoder:
         file = locate_weights(published_weights(name) if weights is None else weights)
         return VisionEncoder(name, state_dict_of(read_checkpoint(file), file))
     except OSError as error:
-        raise type(error)(f"{error}; set params.weights of the alignment to a file of {name}'s weights") from error
+        raise type(error)(
+            f"{error}; set params.weights of the alignment to a file of {name}'s weights"
+        ) from error

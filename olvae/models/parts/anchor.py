@@ -47,7 +47,9 @@ class Anchor(Part):
         with torch.no_grad():
             old = DiagonalGaussian(self.moments(step.images))
         assert step.encoded is not None
-        return {"anchor": ((upcast(step.encoded.mean) - upcast(old.mean)).square().mean(), self.weight)}
+        return {
+            "anchor": ((upcast(step.encoded.mean) - upcast(old.mean)).square().mean(), self.weight)
+        }
 
     def describe(self) -> str:
         return f"weight {self.weight:g}"
@@ -55,4 +57,6 @@ class Anchor(Part):
 
 def _networks(model: Model) -> list[nn.Module]:
     """The encoder, and the 1x1 convolution after it where there is one."""
-    return [model.encoder] if model.quantizer is None else [model.encoder, model.quantizer.quant_conv]
+    return (
+        [model.encoder] if model.quantizer is None else [model.encoder, model.quantizer.quant_conv]
+    )

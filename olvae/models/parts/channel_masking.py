@@ -23,7 +23,9 @@ class ChannelMasking(Part):
     def __init__(self, widths: Sequence[int]) -> None:
         super().__init__()
         if not widths or min(widths) < 1 or len(set(widths)) < len(widths):
-            raise ValueError(f"widths must be different numbers of channels, at least 1, got {list(widths)}")
+            raise ValueError(
+                f"widths must be different numbers of channels, at least 1, got {list(widths)}"
+            )
         self.widths = sorted(widths)
 
     def conflicts(self, model: Model) -> Iterable[str]:
@@ -49,7 +51,10 @@ class ChannelMasking(Part):
     def validate(self, model: Model, x: Tensor, moments: Tensor | None) -> Mapping[str, Tensor]:
         z, levels = model.encode(x).mode(), model.pixel_range.to_levels
         decoded = {width: levels(model.decode(z * _first(width, z))) for width in self.widths}
-        return {f"psnr_{width}": psnr(levels(x), y).clamp(max=100.0).mean() for width, y in decoded.items()}
+        return {
+            f"psnr_{width}": psnr(levels(x), y).clamp(max=100.0).mean()
+            for width, y in decoded.items()
+        }
 
     def describe(self) -> str:
         return f"{', '.join(map(str, self.widths))} channels"

@@ -29,13 +29,22 @@ class Equivariance(Part):
     """
 
     def __init__(
-        self, probability: float = 0.5, antialias: bool = False, adversary: bool = True, shrunk: float = 0.25
+        self,
+        probability: float = 0.5,
+        antialias: bool = False,
+        adversary: bool = True,
+        shrunk: float = 0.25,
     ) -> None:
         super().__init__()
         for name, value in {"probability": probability, "shrunk": shrunk}.items():
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must be between 0 and 1, got {value}")
-        self.probability, self.antialias, self.adversary, self.shrunk = probability, antialias, adversary, shrunk
+        self.probability, self.antialias, self.adversary, self.shrunk = (
+            probability,
+            antialias,
+            adversary,
+            shrunk,
+        )
 
     def conflicts(self, model: Model) -> Iterable[str]:
         if model.freeze_decoder and model.stand_in is not None:
@@ -43,7 +52,9 @@ class Equivariance(Part):
 
     def check(self, model: Model, source: Source) -> None:
         if model.objective.perceptual is not None and min(source.size) < 64:
-            needs = "equivariance shrinks images to a quarter, and the perceptual loss needs 16 pixels"
+            needs = (
+                "equivariance shrinks images to a quarter, and the perceptual loss needs 16 pixels"
+            )
             raise ConfigError(
                 f"data.params.size: {source.size.short}: {needs}: use 64 or more, or set lpips_weight to 0"
             )
@@ -55,7 +66,9 @@ class Equivariance(Part):
                     model.adversary.check_image(source.channels, size)
             except ConfigError as error:
                 where = f"model.params.parts.{self.name}.params.adversary"
-                raise ConfigError(f"{where}: set it to false, or change the discriminator: {error}") from error
+                raise ConfigError(
+                    f"{where}: set it to false, or change the discriminator: {error}"
+                ) from error
 
     def on_images(self, model: Model, step: Step) -> None:
         self._alike = not step.warming_up and step.shared.random() < self.probability
@@ -67,7 +80,9 @@ class Equivariance(Part):
 
     def on_latent(self, model: Model, step: Step) -> None:
         if self._alike:
-            step.latent, step.target = transform_alike(step.latent, step.target, step.shared, self.antialias)
+            step.latent, step.target = transform_alike(
+                step.latent, step.target, step.shared, self.antialias
+            )
             step.adversary_plays &= self.adversary
 
     def describe(self) -> str:

@@ -31,12 +31,16 @@ class LatentNoise(Part):
         if self.relative_to == "posterior" and (model.stand_in or model.encoder).deterministic:
             yield f"parts.{self.name}.params.relative_to: the latents have no distribution: set it to data"
         before = model.each_part[: model.each_part.index(self)]
-        if self.relative_to == "posterior" and (moved := [p.name for p in before if isinstance(p, Equivariance)]):
+        if self.relative_to == "posterior" and (
+            moved := [p.name for p in before if isinstance(p, Equivariance)]
+        ):
             yield f"parts.{self.name}: its unit is the posterior's at each position: put it before parts.{moved[0]}"
 
     def on_latent(self, model: Model, step: Step) -> None:
         if self.relative_to == "data":
-            unit = upcast(step.posterior.mean.detach()).std((0, 2, 3), correction=0, keepdim=True)  # (1, n_z, 1, 1)
+            unit = upcast(step.posterior.mean.detach()).std(
+                (0, 2, 3), correction=0, keepdim=True
+            )  # (1, n_z, 1, 1)
         else:
             unit = step.posterior.std.detach()
         step.latent = step.latent + self.std * unit * torch.randn_like(step.latent)

@@ -26,22 +26,36 @@ class Step:
     """A micro-batch on its way through a training step; parts read it, and change it in their first two hooks."""
 
     images: Tensor  # what is encoded: (B, C, H, W) in [-1, 1]
-    moments: Tensor | None  # of a posterior that the data provide for the images, (B, 2 n_z, H/f, W/f)
-    shared: np.random.Generator  # draws the same numbers in every process and every micro-batch of an update
-    warming_up: bool  # the discriminator trains alone: without gradients or losses of the autoencoder
-    adversary_plays: bool  # whether the adversary sees this reconstruction; a part may let it sit out
-    target: Tensor = field(init=False)  # what the reconstruction is compared with; the images, unless a part changes it
+    moments: (
+        Tensor | None
+    )  # of a posterior that the data provide for the images, (B, 2 n_z, H/f, W/f)
+    shared: (
+        np.random.Generator
+    )  # draws the same numbers in every process and every micro-batch of an update
+    warming_up: (
+        bool  # the discriminator trains alone: without gradients or losses of the autoencoder
+    )
+    adversary_plays: (
+        bool  # whether the adversary sees this reconstruction; a part may let it sit out
+    )
+    target: Tensor = field(
+        init=False
+    )  # what the reconstruction is compared with; the images, unless a part changes it
     encoded: Posterior | None = field(init=False)
     """The encoder's posterior; None where a part stands in for a frozen encoder."""
     posterior: Posterior = field(init=False)
     """The posterior that the latent is drawn from: a stand-in's if there is one, else ``encoded``."""
     drawn: Tensor = field(init=False)  # its sample, or its mode without ``sample_posterior``
-    latent: Tensor = field(init=False)  # what the decoder gets, (B, n_z, h, w); ``drawn``, unless a part changes it
+    latent: Tensor = field(
+        init=False
+    )  # what the decoder gets, (B, n_z, h, w); ``drawn``, unless a part changes it
     reconstruction: Tensor | None = field(init=False)
     """(B, C, f h, f w); None where a part stands in for a frozen decoder."""
     losses: dict[str, Tensor] = field(default_factory=dict)
     """Unweighted losses so far, by name: those of the objective, then of the parts in their order."""
-    ratios: dict[str, Tensor] = field(default_factory=dict)  # of gradients, by which losses are weighted
+    ratios: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # of gradients, by which losses are weighted
 
 
 Loss = tuple[Tensor, Tensor | float]  # an unweighted loss, a scalar, and its weight
@@ -58,9 +72,13 @@ class Part(nn.Module):
     latents: ClassVar[Literal["free", "kept", "given"]] = "free"
     """Where training may take the latents: anywhere, no further than where it started, or to another autoencoder's."""
 
-    needs_activations: ClassVar[bool] = False  # whether it looks at activations that checkpointing drops
+    needs_activations: ClassVar[bool] = (
+        False  # whether it looks at activations that checkpointing drops
+    )
 
-    better: ClassVar[Mapping[str, str]] = {}  # ``higher`` or ``lower``, of summarise's values that best.ckpt may follow
+    better: ClassVar[
+        Mapping[str, str]
+    ] = {}  # ``higher`` or ``lower``, of summarise's values that best.ckpt may follow
 
     name: str = ""  # its key under model.params.parts
 
@@ -128,7 +146,9 @@ def attach_parts(model: Model, nodes: Mapping[str, Node | None]) -> Iterator[str
             resolve_class(node["target"], Part)
             part = instantiate(node)
         except ValueError as error:
-            yield from (f"parts.{name}: {mistake}" for mistake in getattr(error, "mistakes", [error]))
+            yield from (
+                f"parts.{name}: {mistake}" for mistake in getattr(error, "mistakes", [error])
+            )
             continue
         part.name = name
         model.parts[name] = part
@@ -137,4 +157,7 @@ def attach_parts(model: Model, nodes: Mapping[str, Node | None]) -> Iterator[str
 
 def first_images(source: Source, seed: int, count: int, device: torch.device) -> Iterator[Tensor]:
     """The first training images of a run, one by one, (1, C, H, W) in [-1, 1]: the same in every process."""
-    return (source.pixel_range.normalise(image[None].to(device)) for image in source.first_images(seed, count))
+    return (
+        source.pixel_range.normalise(image[None].to(device))
+        for image in source.first_images(seed, count)
+    )

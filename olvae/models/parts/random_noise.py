@@ -32,7 +32,10 @@ class RandomNoise(Part):
     """
 
     def __init__(
-        self, how: Literal["add", "interpolate"] = "interpolate", strength: float = 1.0, scale: float = 1.0
+        self,
+        how: Literal["add", "interpolate"] = "interpolate",
+        strength: float = 1.0,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
         check_not_negative(strength=strength, scale=scale)
@@ -40,7 +43,9 @@ class RandomNoise(Part):
         if how == "interpolate" and strength > 1:
             raise ValueError(f"strength must be at most 1 to interpolate, got {strength}")
         if how == "add" and scale != 1:
-            raise ValueError("scale is of the noise to interpolate with: to add, set strength alone")
+            raise ValueError(
+                "scale is of the noise to interpolate with: to add, set strength alone"
+            )
         self.how, self.strength, self.scale = how, strength, scale
 
     def conflicts(self, model: Model) -> Iterable[str]:
@@ -51,7 +56,10 @@ class RandomNoise(Part):
         z = step.latent
         means = upcast(step.posterior.mean.detach())
         unit, mean = torch.std_mean(means, (0, 2, 3), correction=0, keepdim=True)  # (1, n_z, 1, 1)
-        strength, noise = self.strength * torch.rand(len(z), 1, 1, 1, device=z.device), torch.randn_like(z)
+        strength, noise = (
+            self.strength * torch.rand(len(z), 1, 1, 1, device=z.device),
+            torch.randn_like(z),
+        )
         if self.how == "add":
             step.latent = z + strength * unit * noise
         else:

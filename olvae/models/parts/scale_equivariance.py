@@ -39,12 +39,17 @@ class ScaleEquivariance(Part):
                 yield f"parts.{self.name}: parts.{part.name} shrinks latents as well: leave one of them out"
 
     def check(self, model: Model, source: Source) -> None:
-        here, positions = f"model.params.parts.{self.name}.params.factors", source.size // model.autoencoder.downscale
+        here, positions = (
+            f"model.params.parts.{self.name}.params.factors",
+            source.size // model.autoencoder.downscale,
+        )
         if odd := [k for k in self.factors if not positions.fits(k)]:
             raise ConfigError(
                 f"{here}: {odd[0]} does not divide {positions.short} latent positions: change data.params.size"
             )
-        if model.objective.perceptual is not None and min(source.size) < 16 * (most := max(self.factors)):
+        if model.objective.perceptual is not None and min(source.size) < 16 * (
+            most := max(self.factors)
+        ):
             raise ConfigError(
                 f"{here}: {source.size.short} pixels divided by {most} are too few for the perceptual loss"
             )

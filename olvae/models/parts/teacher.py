@@ -52,7 +52,9 @@ class Teacher(Part):
     latents = "given"
     better: ClassVar[Mapping[str, str]] = {"latent_rmse": "lower"}
 
-    std: Tensor  # standard deviation of its means per channel, (n_z), measured before the first step
+    std: (
+        Tensor  # standard deviation of its means per channel, (n_z), measured before the first step
+    )
 
     def __init__(
         self,
@@ -63,11 +65,19 @@ class Teacher(Part):
         decoder_weight: float = 0.0,
     ) -> None:
         super().__init__()
-        check_not_negative(latent_weight=latent_weight, logvar_weight=logvar_weight, decoder_weight=decoder_weight)
+        check_not_negative(
+            latent_weight=latent_weight, logvar_weight=logvar_weight, decoder_weight=decoder_weight
+        )
         if dtype == "float16" and decoder_weight:
-            raise ValueError("decoder_weight: the gradients of a mean over pixels are 0 in float16: use bfloat16")
+            raise ValueError(
+                "decoder_weight: the gradients of a mean over pixels are 0 in float16: use bfloat16"
+            )
         self.target, self.dtype = autoencoder, DTYPES[dtype]
-        self.weights = {"latent": latent_weight, "logvar": logvar_weight, "teacher_decoder": decoder_weight}
+        self.weights = {
+            "latent": latent_weight,
+            "logvar": logvar_weight,
+            "teacher_decoder": decoder_weight,
+        }
         with torch.device("cpu"):
             model = find_target(autoencoder).load()
         self._checksum = tensors_sum(model.state_dict())
@@ -86,10 +96,20 @@ class Teacher(Part):
         return self.model.deterministic
 
     def attach(self, model: Model) -> None:
-        factors = {name: value for name, value in self.model.for_diffusion.items() if name != "force_upcast"}
-        if self.model.latent_channels == model.autoencoder.latent_channels:  # else `conflicts` says so, once
+        factors = {
+            name: value
+            for name, value in self.model.for_diffusion.items()
+            if name != "force_upcast"
+        }
+        if (
+            self.model.latent_channels == model.autoencoder.latent_channels
+        ):  # else `conflicts` says so, once
             given, known = model.given_factors, self.model.factors_known
-            if other := [name for name, factor in factors.items() if known and given.get(name, factor) != factor]:
+            if other := [
+                name
+                for name, factor in factors.items()
+                if known and given.get(name, factor) != factor
+            ]:
                 warn_once(f"model.params: {', '.join(other)}: not {self.target}'s, which are taken")
             model.for_diffusion |= given | factors if known else factors | given
         self.register_buffer("std", torch.ones(model.autoencoder.latent_channels))
@@ -115,7 +135,10 @@ class Teacher(Part):
             yield f"{here}.params.decoder_weight: the encoder is frozen (freeze_encoder): leave it out"
         if not model.freeze_encoder and not any(self.weights.values()):
             yield f"{here}.params: every weight is 0: nothing teaches the encoder"
-        for whose, none in (("teacher", self.deterministic), ("encoder", model.encoder.deterministic)):
+        for whose, none in (
+            ("teacher", self.deterministic),
+            ("encoder", model.encoder.deterministic),
+        ):
             if none and not model.freeze_encoder and self.weights["logvar"]:
                 yield f"{here}.params.logvar_weight: the {whose}'s latents have no distribution: set it to 0"
                 break
@@ -140,16 +163,22 @@ class Teacher(Part):
         else:
             std = self.to(device).measure(first_images(source, seed, STD_IMAGES, device))
         if not bool(std.isfinite().all()):
-            raise ValueError(f"{self.target}: its latents are not finite: set dtype of the teacher to float32")
+            raise ValueError(
+                f"{self.target}: its latents are not finite: set dtype of the teacher to float32"
+            )
         if not bool((std > 0).all()):
-            raise ValueError(f"{self.target}: channel {int(std.argmin())} of its latents is the same everywhere")
+            raise ValueError(
+                f"{self.target}: channel {int(std.argmin())} of its latents is the same everywhere"
+            )
         self.std.copy_(std)
         for half in (model.encoder, model.decoder):
             half.use_latents(*model.autoencoder.statistics())
 
     def measure(self, images: Iterable[Tensor]) -> Tensor:
         """The standard deviation of the means per channel, (n_z), over batches (B, C, H, W) in [-1, 1]."""
-        return reduce(add, (Moments.of(self.posterior(x).mean) for x in images)).std_of_means.float()
+        return reduce(
+            add, (Moments.of(self.posterior(x).mean) for x in images)
+        ).std_of_means.float()
 
     @torch.no_grad()
     def posterior(self, x: Tensor, moments: Tensor | None = None) -> Posterior:
@@ -180,7 +209,11 @@ class Teacher(Part):
     def validate(self, model: Model, x: Tensor, moments: Tensor | None) -> Mapping[str, Tensor]:
         if model.freeze_encoder:
             return {}
-        return {"latent_rmse": latent_loss(model.encode(x).mean, self.posterior(x, moments).mean, self.std)}
+        return {
+            "latent_rmse": latent_loss(
+                model.encode(x).mean, self.posterior(x, moments).mean, self.std
+            )
+        }
 
     def summarise(self, means: Mapping[str, float]) -> Mapping[str, float]:
         """``latent_rmse``: root mean square distance from the teacher's means, in its standard deviations."""

@@ -22,7 +22,9 @@ class SMCBlock(nn.Module):
     add [P App. G].
     """
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float, pre_activation: bool) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, dropout: float, pre_activation: bool
+    ) -> None:
         super().__init__()
         self.pre_activation = pre_activation
         self.conv1 = SMC(in_channels, out_channels)
@@ -94,7 +96,9 @@ class LiteVAE_Decoder(Decoder):
         check_choice(get_args(Variant), variant=variant)
         check_choice(("image", "wavelet", "packets"), output=output)
         if output != "image" and len(channel_mult) < 2:
-            raise ValueError(f"{output} output replaces an upsampling: channel_mult needs two entries or more")
+            raise ValueError(
+                f"{output} output replaces an upsampling: channel_mult needs two entries or more"
+            )
         pre_activation = variant != "open_litevae"
         self.variant = variant
         self.wavelet_levels = {"image": 0, "wavelet": 1, "packets": len(channel_mult) - 1}[output]
@@ -116,7 +120,11 @@ class LiteVAE_Decoder(Decoder):
                 blocks.append(block(width, channels * mult))
                 width = channels * mult
             upsamples = index > self.wavelet_levels
-            levels.append(nn.ModuleDict({"block": blocks} | ({"upsample": Upsample(width)} if upsamples else {})))
+            levels.append(
+                nn.ModuleDict(
+                    {"block": blocks} | ({"upsample": Upsample(width)} if upsamples else {})
+                )
+            )
         self.up = nn.ModuleList(reversed(levels))
 
         self.conv_norm: nn.Module
@@ -131,7 +139,9 @@ class LiteVAE_Decoder(Decoder):
     @casts_together
     def forward(self, z: Tensor) -> Tensor:
         if z.ndim != 4 or z.shape[1] != self.z_channels:
-            raise ValueError(f"expected latents of shape (B, {self.z_channels}, h, w), got {tuple(z.shape)}")
+            raise ValueError(
+                f"expected latents of shape (B, {self.z_channels}, h, w), got {tuple(z.shape)}"
+            )
         h = z
         for stage in self._stages():
             h = self.step(stage.run, h)
@@ -146,7 +156,10 @@ class LiteVAE_Decoder(Decoder):
         for level in reversed(self.up):
             blocks, *upsample = level.children()
             modules += [*blocks.children(), *upsample]
-        out = [Stage(module, _reach(module), scale=2 if isinstance(module, Upsample) else 1) for module in modules]
+        out = [
+            Stage(module, _reach(module), scale=2 if isinstance(module, Upsample) else 1)
+            for module in modules
+        ]
         out.append(Stage(self._head, _reach(self.conv_norm, self.conv_out)))
         return out + [Stage(_inverse_wavelet, 0, scale=2)] * self.wavelet_levels
 

@@ -106,7 +106,11 @@ class UNet(Steps, ABC):
         for step in middle:
             h = self.step(step, h)
         for step in up:
-            h = step(h) if isinstance(step, nn.Conv2d) else self.step(partial(_joined, step), h, skips.pop())
+            h = (
+                step(h)
+                if isinstance(step, nn.Conv2d)
+                else self.step(partial(_joined, step), h, skips.pop())
+            )
         out: Tensor = self.conv_out(h)
         return out
 
@@ -126,7 +130,9 @@ class OpenUNet(UNet):
     Shapes: (B, in_channels, H, W) -> (B, out_channels, H, W).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, channels: int, mult: Sequence[int], blocks: int) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, channels: int, mult: Sequence[int], blocks: int
+    ) -> None:
         super().__init__()
         *widths, middle = (channels * m for m in mult)
         self.init_conv = conv3(in_channels, channels)
@@ -136,7 +142,9 @@ class OpenUNet(UNet):
         for width, wider in zip(widths, [*widths[1:], middle], strict=True):
             level = [PostActivationBlock(width, width) for _ in range(blocks)]
             self.down_blocks.append(nn.ModuleList([*level, conv1(width, wider)]))
-        self.mid_block = nn.Sequential(*(PostActivationBlock(middle, middle) for _ in range(blocks)))
+        self.mid_block = nn.Sequential(
+            *(PostActivationBlock(middle, middle) for _ in range(blocks))
+        )
         for width, wider in zip(reversed(widths), [middle, *reversed(widths[1:])], strict=True):
             level = [PostActivationBlock(2 * width, width) for _ in range(blocks)]
             self.up_blocks.append(nn.ModuleList([conv1(wider, width), *level]))
@@ -158,7 +166,13 @@ class PaperUNet(UNet):
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, channels: int, mult: Sequence[int], blocks: int, dropout: float
+        self,
+        in_channels: int,
+        out_channels: int,
+        channels: int,
+        mult: Sequence[int],
+        blocks: int,
+        dropout: float,
     ) -> None:
         super().__init__()
         self.init_conv = conv3(in_channels, channels)
@@ -171,7 +185,9 @@ class PaperUNet(UNet):
                 down.append(PreActivationBlock(width, channels * m, dropout))
                 width = channels * m
                 skips.append(width)
-        self.mid_blocks = nn.Sequential(*(PreActivationBlock(width, width, dropout) for _ in range(2)))
+        self.mid_blocks = nn.Sequential(
+            *(PreActivationBlock(width, width, dropout) for _ in range(2))
+        )
         for m in reversed(mult):
             for _ in range(blocks):
                 up.append(PreActivationBlock(width + skips.pop(), channels * m, dropout))
@@ -258,26 +274,40 @@ class LiteVAE_Encoder(Encoder):
         super().__init__(latent_dim, in_channels, 2**dct_levels, image_size)
         check_choice(("open_litevae", "paper"), variant=variant)
         if variant == "open_litevae" and (pool != "average" or dropout):
-            raise ValueError("pool and dropout belong to the paper variant: set variant to paper, or leave them out")
+            raise ValueError(
+                "pool and dropout belong to the paper variant: set variant to paper, or leave them out"
+            )
         if not 0 <= skip_levels < dct_levels:
-            raise ValueError(f"skip_levels must be from 0 to {dct_levels - 1}, one level is left, got {skip_levels}")
+            raise ValueError(
+                f"skip_levels must be from 0 to {dct_levels - 1}, one level is left, got {skip_levels}"
+            )
         if packets and (skip_levels or shared_extractor or pool != "average"):
-            raise ValueError("packets has no extractors: leave out skip_levels, shared_extractor and pool")
+            raise ValueError(
+                "packets has no extractors: leave out skip_levels, shared_extractor and pool"
+            )
         extractor = extractor_channels, extractor_mult, extractor_resblocks
         aggregator = aggregate_channels, aggregate_mult, aggregate_resblocks
         widths = _widths(scale, variant, (*extractor, *aggregator))
         self.levels, self.skip_levels, self.wavelet = dct_levels, skip_levels, wavelet
         # [P App. G]: level l divided by 2^l, so that LL stays in the image's range; the published code does not [M].
-        self.band_scales = [2.0**-level if variant == "paper" else 1.0 for level in range(1, dct_levels + 1)]
+        self.band_scales = [
+            2.0**-level if variant == "paper" else 1.0 for level in range(1, dct_levels + 1)
+        ]
 
         bands = 4 * in_channels
-        unet: Callable[..., UNet] = partial(PaperUNet, dropout=dropout) if variant == "paper" else OpenUNet
+        unet: Callable[..., UNet] = (
+            partial(PaperUNet, dropout=dropout) if variant == "paper" else OpenUNet
+        )
         used = 0 if packets else dct_levels - skip_levels
         self.packets = packets
         extractors = 1 if shared_extractor else used
         self.extractors = nn.ModuleList(unet(bands, bands, *widths[:3]) for _ in range(extractors))
-        self.pool_convs = nn.ModuleList(conv3(bands, bands) if pool == "conv" else nn.Identity() for _ in range(used))
-        self.aggregator = unet(in_channels * 4**dct_levels if packets else bands * used, latent_dim, *widths[3:])
+        self.pool_convs = nn.ModuleList(
+            conv3(bands, bands) if pool == "conv" else nn.Identity() for _ in range(used)
+        )
+        self.aggregator = unet(
+            in_channels * 4**dct_levels if packets else bands * used, latent_dim, *widths[3:]
+        )
         if linear:
             self.add_linear_path()
 
@@ -298,12 +328,22 @@ class LiteVAE_Encoder(Encoder):
 
     def _features(self, x: Tensor, apply: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
         features: list[Tensor] = []
-        levels = wavedec2(x, self.wavelet, self.levels)[self.skip_levels :]  # level l: (B, 4C, H/2^l, W/2^l)
-        extractors = [*self.extractors] * (len(levels) // len(self.extractors))  # one, or one per level
-        stages = zip(levels, self.band_scales[self.skip_levels :], extractors, self.pool_convs, strict=True)
-        for level, (bands, band_scale, extractor, pool_conv) in enumerate(stages, start=1 + self.skip_levels):
+        levels = wavedec2(x, self.wavelet, self.levels)[
+            self.skip_levels :
+        ]  # level l: (B, 4C, H/2^l, W/2^l)
+        extractors = [*self.extractors] * (
+            len(levels) // len(self.extractors)
+        )  # one, or one per level
+        stages = zip(
+            levels, self.band_scales[self.skip_levels :], extractors, self.pool_convs, strict=True
+        )
+        for level, (bands, band_scale, extractor, pool_conv) in enumerate(
+            stages, start=1 + self.skip_levels
+        ):
             f = apply(extractor, bands if band_scale == 1.0 else bands * band_scale)
-            features.append(pool_conv(F.avg_pool2d(f, 2 ** (self.levels - level))))  # (B, 4C, H/f, W/f)
+            features.append(
+                pool_conv(F.avg_pool2d(f, 2 ** (self.levels - level)))
+            )  # (B, 4C, H/f, W/f)
         return torch.cat(features, dim=1)
 
 
@@ -334,7 +374,9 @@ class WaveletEncoder(Encoder):
         bands = 4 * in_channels
         if latent_dim not in (bands, 2 * bands):
             misfit = f"has {bands} bands, which latent_dim {latent_dim} does not fit"
-            remedy = f"set embed_dim and z_channels to {bands}, or use_quant with latent_dim {bands}"
+            remedy = (
+                f"set embed_dim and z_channels to {bands}, or use_quant with latent_dim {bands}"
+            )
             raise ValueError(f"a wavelet level of {in_channels} channels {misfit}: {remedy}")
         self.levels, self.wavelet = dct_levels, wavelet
 
@@ -348,23 +390,33 @@ class WaveletEncoder(Encoder):
 
 def _check_images(x: Tensor, encoder: Encoder) -> None:
     if x.ndim != 4 or x.shape[1] != encoder.in_channels:
-        raise ValueError(f"expected images of shape (B, {encoder.in_channels}, H, W), got {tuple(x.shape)}")
+        raise ValueError(
+            f"expected images of shape (B, {encoder.in_channels}, H, W), got {tuple(x.shape)}"
+        )
     (h, w), f = x.shape[-2:], encoder.downscale
     if h % f or w % f:
         padded = f"{-(-h // f) * f}x{-(-w // f) * f}"
-        raise ValueError(f"image size {h}x{w} is not a multiple of {f}: crop or pad it, for example to {padded}")
+        raise ValueError(
+            f"image size {h}x{w} is not a multiple of {f}: crop or pad it, for example to {padded}"
+        )
 
 
-def _widths(scale: str | None, variant: str, given: tuple[int | Sequence[int] | None, ...]) -> Scale:
+def _widths(
+    scale: str | None, variant: str, given: tuple[int | Sequence[int] | None, ...]
+) -> Scale:
     """The preset's widths, overridden by the given ones; the paper has two blocks everywhere [P App. G]."""
     if scale is not None and scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
     widths: dict[str, Any] = SCALES[scale]._asdict() if scale else {}
     if variant == "paper":
         widths.update(extractor_resblocks=2, aggregate_resblocks=2)
-    widths.update({name: value for name, value in zip(Scale._fields, given, strict=True) if value is not None})
+    widths.update(
+        {name: value for name, value in zip(Scale._fields, given, strict=True) if value is not None}
+    )
     if missing := [name for name in Scale._fields if name not in widths]:
-        raise ValueError(f"the encoder needs a scale ({', '.join(SCALES)}) or these widths: {', '.join(missing)}")
+        raise ValueError(
+            f"the encoder needs a scale ({', '.join(SCALES)}) or these widths: {', '.join(missing)}"
+        )
     for name, counts in widths.items():
         check_counts(0 if name.endswith("resblocks") else 1, **{name: counts})
     return Scale(**widths)

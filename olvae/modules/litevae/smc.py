@@ -22,10 +22,14 @@ class SMC(nn.Module):
     Shapes: (B, in_channels, H, W) -> (B, out_channels, H, W), for odd kernel sizes.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, eps: float = 1e-8) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, eps: float = 1e-8
+    ) -> None:
         super().__init__()
         if kernel_size % 2 == 0:
-            raise ValueError(f"SMC needs an odd kernel_size to keep the image's size, got {kernel_size}")
+            raise ValueError(
+                f"SMC needs an odd kernel_size to keep the image's size, got {kernel_size}"
+            )
         self.eps = eps
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         self.scales = nn.Parameter(torch.ones(in_channels))
@@ -40,7 +44,9 @@ class SMC(nn.Module):
             alike.setdefault((layer.conv.weight.shape, layer.eps, trained), []).append(layer)
         weights: dict[SMC, Tensor] = {}
         for (_, eps, _), same in alike.items():
-            weights |= zip(same, _modulate([layer._given() for layer in same], eps).unbind(), strict=True)
+            weights |= zip(
+                same, _modulate([layer._given() for layer in same], eps).unbind(), strict=True
+            )
         return [(weights[layer], layer.conv.bias) for layer in layers]
 
     def _given(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,9 +68,18 @@ class SMC(nn.Module):
 
 def _modulate(given: Sequence[tuple[Tensor, Tensor, Tensor]], eps: float) -> Tensor:
     """w' of n layers of one shape, (n, out_channels, in_channels, k, k), from their weights, scales and gains."""
-    w, scales, gain = (torch.stack(t) if len(t) > 1 else t[0][None] for t in zip(*given, strict=True))
-    w, dtype = upcast(w) * scales[:, None, :, None, None], w.dtype  # in half precision eps and squares are 0
-    w = gain[..., None, None, None] * w * (w.square().sum(dim=(2, 3, 4), keepdim=True) + eps).rsqrt()
+    w, scales, gain = (
+        torch.stack(t) if len(t) > 1 else t[0][None] for t in zip(*given, strict=True)
+    )
+    w, dtype = (
+        upcast(w) * scales[:, None, :, None, None],
+        w.dtype,
+    )  # in half precision eps and squares are 0
+    w = (
+        gain[..., None, None, None]
+        * w
+        * (w.square().sum(dim=(2, 3, 4), keepdim=True) + eps).rsqrt()
+    )
     return w.to(dtype)
 
 

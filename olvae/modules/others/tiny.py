@@ -21,7 +21,9 @@ class Residual(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         convolutions = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3)]
-        self.conv = nn.Sequential(convolutions[0], nn.ReLU(), convolutions[1], nn.ReLU(), convolutions[2])
+        self.conv = nn.Sequential(
+            convolutions[0], nn.ReLU(), convolutions[1], nn.ReLU(), convolutions[2]
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.conv(x) + x)
@@ -93,7 +95,11 @@ class TinyDecoder(_Tiny, Decoder):
     """
 
     def __init__(
-        self, channels: int = 64, z_channels: int = 4, out_channels: int = 3, blocks: Sequence[int] = (3, 3, 3, 1)
+        self,
+        channels: int = 64,
+        z_channels: int = 4,
+        out_channels: int = 3,
+        blocks: Sequence[int] = (3, 3, 3, 1),
     ) -> None:
         check_counts(1, channels=channels)
         check_counts(0, blocks=blocks)
@@ -101,7 +107,10 @@ class TinyDecoder(_Tiny, Decoder):
         layers: list[nn.Module] = [nn.Conv2d(z_channels, channels, 3, padding=1), nn.ReLU()]
         for level, count in enumerate(blocks):
             if level:
-                layers += [nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels, 3, padding=1, bias=False)]
+                layers += [
+                    nn.Upsample(scale_factor=2),
+                    nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                ]
             layers += [Residual(channels) for _ in range(count)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, out_channels, 3, padding=1))
         self._note(z_channels)
@@ -114,7 +123,10 @@ class TinyDecoder(_Tiny, Decoder):
     def stages(self) -> list[Stage]:
         """One layer at a time; see :class:`Stage`."""
         reach = {nn.Conv2d: 1, Residual: 3}
-        layers = [Stage(m, reach.get(type(m), 0), 2 if isinstance(m, nn.Upsample) else 1) for m in self.layers]
+        layers = [
+            Stage(m, reach.get(type(m), 0), 2 if isinstance(m, nn.Upsample) else 1)
+            for m in self.layers
+        ]
         return [Stage(self._bound, 0), *layers, Stage(lambda image: 2 * image - 1, 0)]
 
     def _bound(self, z: Tensor) -> Tensor:

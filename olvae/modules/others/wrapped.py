@@ -8,7 +8,15 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import HALVES, Decoder, Encoder, Steps, autocast_enabled, no_autocast, upcast
+from olvae.modules.base import (
+    HALVES,
+    Decoder,
+    Encoder,
+    Steps,
+    autocast_enabled,
+    no_autocast,
+    upcast,
+)
 from olvae.modules.distributions import deterministic_moments
 
 TRAINABLE = (
@@ -26,7 +34,11 @@ def has_frames(model: nn.Module) -> tuple[bool, ...]:
 
     A 3D convolution takes an image of one channel without a time axis as well, and makes nonsense of it.
     """
-    return (True, False) if any(isinstance(module, nn.Conv3d) for module in model.modules()) else (False, True)
+    return (
+        (True, False)
+        if any(isinstance(module, nn.Conv3d) for module in model.modules())
+        else (False, True)
+    )
 
 
 def encode_image(model: Any, x: Tensor, frames: bool) -> tuple[Tensor, bool]:
@@ -39,7 +51,9 @@ def encode_image(model: Any, x: Tensor, frames: bool) -> tuple[Tensor, bool]:
     if "latent_dist" in output:
         latent = output.latent_dist  # Cosmos' has no variance
         return _without_time(latent.parameters, frames), hasattr(latent, "logvar")
-    return _without_time(output["latents"] if "latents" in output else output["latent"], frames), False
+    return _without_time(
+        output["latents"] if "latents" in output else output["latent"], frames
+    ), False
 
 
 def decode_image(model: Any, z: Tensor, frames: bool) -> Tensor:
@@ -67,12 +81,16 @@ class _Wrapped(Steps):
         if kind not in TRAINABLE:
             raise ValueError(f"{kind}: only {', '.join(TRAINABLE)} can be trained here")
         self.kind, self.model = kind, getattr(diffusers, kind).from_config(dict(config))
-        for other in (name for names in MODULES.values() for name in names if name not in MODULES[half]):
+        for other in (
+            name for names in MODULES.values() for name in names if name not in MODULES[half]
+        ):
             if getattr(self.model, other, None) is not None:
                 setattr(self.model, other, nn.Identity())
         for name, module in self.model.named_modules():
             if name.endswith("time_conv"):
-                module.requires_grad_(False)  # one frame never gets there, and DDP would wait for its gradient
+                module.requires_grad_(
+                    False
+                )  # one frame never gets there, and DDP would wait for its gradient
             if isinstance(module, nn.Conv3d) and _is_causal(module):
                 exact = half == "encoder" and module is self.output_layer
                 module.forward = partial(_on_one_frame, module, exact=exact)  # type: ignore[method-assign]
@@ -81,8 +99,13 @@ class _Wrapped(Steps):
     def output_layer(self) -> nn.Conv2d | nn.Conv3d:
         """The last layer, which definition order does not show: see :func:`~olvae.modules.base.last_convolution`."""
         quant = getattr(self.model, "quant_conv", None)
-        convolutions = (quant, *(getattr(getattr(self.model, half), "conv_out", None) for half in HALVES))
-        found: nn.Conv2d | nn.Conv3d = next(c for c in convolutions if isinstance(c, nn.Conv2d | nn.Conv3d))
+        convolutions = (
+            quant,
+            *(getattr(getattr(self.model, half), "conv_out", None) for half in HALVES),
+        )
+        found: nn.Conv2d | nn.Conv3d = next(
+            c for c in convolutions if isinstance(c, nn.Conv2d | nn.Conv3d)
+        )
         return found
 
     def checkpoint_steps(self, on: bool = True) -> None:
@@ -99,7 +122,9 @@ def _is_causal(conv: Any) -> bool:
     return hasattr(conv, "_padding") and tuple(conv._padding[4:]) == (conv.kernel_size[0] - 1, 0)
 
 
-def _on_one_frame(conv: Any, x: Tensor, cache_x: Tensor | None = None, exact: bool = False) -> Tensor:
+def _on_one_frame(
+    conv: Any, x: Tensor, cache_x: Tensor | None = None, exact: bool = False
+) -> Tensor:
     """Convolve one frame with the last slice of a causal kernel: the others meet zeros. A third of the work.
 
     ``exact`` computes in float32 under autocast.
@@ -111,7 +136,9 @@ def _on_one_frame(conv: Any, x: Tensor, cache_x: Tensor | None = None, exact: bo
     exact = exact and autocast_enabled(x)
     with no_autocast(x) if exact else nullcontext():
         x = upcast(x) if exact else x
-        return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], (top, left))[:, :, None]
+        return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], (top, left))[
+            :, :, None
+        ]
 
 
 class DiffusersEncoder(_Wrapped, Encoder):

@@ -9,7 +9,9 @@ import OpenEXR
 import tifffile
 
 
-def values(kind: str, channels: int = 3, size: tuple[int, int] = (20, 24), seed: int = 0) -> np.ndarray:
+def values(
+    kind: str, channels: int = 3, size: tuple[int, int] = (20, 24), seed: int = 0
+) -> np.ndarray:
     """Noise over what the dtype holds, (H, W, C); floats are in 0..1000, halves exact."""
     rng = np.random.default_rng(seed)
     if kind.startswith("float"):
@@ -49,5 +51,7 @@ def tiff_of_pages(pages: np.ndarray) -> bytes:
 
 
 def exr(channels: dict[str, np.ndarray], path: Path) -> bytes:
-    OpenEXR.File({"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}, channels).write(str(path))
+    OpenEXR.File(
+        {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}, channels
+    ).write(str(path))
     return path.read_bytes()

@@ -32,8 +32,14 @@ BANDS = values("uint16", 13)
 PLANES = np.moveaxis(BANDS, -1, 0)
 
 EXACT: dict[str, tuple[bytes, np.ndarray]] = {
-    **{f"{kind}.npy": (npy(values(kind)), values(kind)) for kind in ("uint16", "int16", "float16", "float32")},
-    **{f"{kind}.npz": (npz(values(kind)), values(kind)) for kind in ("uint16", "int16", "float16", "float32")},
+    **{
+        f"{kind}.npy": (npy(values(kind)), values(kind))
+        for kind in ("uint16", "int16", "float16", "float32")
+    },
+    **{
+        f"{kind}.npz": (npz(values(kind)), values(kind))
+        for kind in ("uint16", "int16", "float16", "float32")
+    },
     "big-endian.npy": (npy(U16.astype(">u2")), U16),
     "one band.tif": (tiff(U16[..., :1]), U16[..., :1]),
     "flat.npy": (npy(U16[..., 0]), U16[..., :1]),
@@ -69,12 +75,23 @@ def test_files_come_back_bit_for_bit(name, tmp_path):
         np.testing.assert_array_equal(array, expected)
     tensor = image_to_tensor(Photo(tmp_path / name, name, expected.shape[2], WIDE).read())
     assert str(tensor.dtype) == f"torch.{'uint16' if expected.dtype == np.uint16 else 'float32'}"
-    np.testing.assert_array_equal(tensor.permute(1, 2, 0).numpy(), expected)  # float32 holds all of these exactly
+    np.testing.assert_array_equal(
+        tensor.permute(1, 2, 0).numpy(), expected
+    )  # float32 holds all of these exactly
 
 
 @pytest.mark.parametrize("kind", ["float16", "float32"])
 @pytest.mark.parametrize(
-    "names", ["RGB", "RGBA", "Z", ("B01", "B02"), "RGBZ", ("G", "B", "GB", "Z"), ("a.R", "a.G", "a.A", "b.B", "b.N")]
+    "names",
+    [
+        "RGB",
+        "RGBA",
+        "Z",
+        ("B01", "B02"),
+        "RGBZ",
+        ("G", "B", "GB", "Z"),
+        ("a.R", "a.G", "a.A", "b.B", "b.N"),
+    ],
 )
 def test_exr(kind, names, tmp_path):
     planes = {name: values(kind, 1, seed=i)[..., 0] for i, name in enumerate(names)}
@@ -91,8 +108,20 @@ def test_a_tiff_whose_zero_is_white():
 
 def claims(entries: dict[int, int]) -> bytes:
     """A grey 16-bit TIFF of one strip whose header says what these tags say."""
-    tags = {256: 100, 257: 100, 258: 16, 259: 1, 262: 1, 273: 8, 277: 1, 278: 100, 279: 20_000} | entries
-    directory = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    tags = {
+        256: 100,
+        257: 100,
+        258: 16,
+        259: 1,
+        262: 1,
+        273: 8,
+        277: 1,
+        278: 100,
+        279: 20_000,
+    } | entries
+    directory = b"".join(
+        struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items())
+    )
     return b"II*\0" + struct.pack("<I", 8) + struct.pack("<H", len(tags)) + directory + bytes(4)
 
 
@@ -105,13 +134,21 @@ def two_sizes() -> bytes:
 
 
 REFUSED = {
-    "a terabyte.tif": (claims({256: 10**6, 257: 10**6, 277: 3, 278: 10**6}), "1000000x1000000 pixels"),
-    "many bands.tif": (claims({256: 12_000, 257: 12_000, 277: 13, 278: 12_000}), "values, more than 256 Mi"),
+    "a terabyte.tif": (
+        claims({256: 10**6, 257: 10**6, 277: 3, 278: 10**6}),
+        "1000000x1000000 pixels",
+    ),
+    "many bands.tif": (
+        claims({256: 12_000, 257: 12_000, 277: 13, 278: 12_000}),
+        "values, more than 256 Mi",
+    ),
     "truncated.tif": (tiff(U16, "rgb")[:2000], "ends before its pixels"),
     "truncated lzw.tif": (tiff(U16, "rgb", compression="lzw")[:1500], "ends before its pixels"),
     "two sizes.tif": (two_sizes(), "holds 2 images"),
     "smaller ones.tif": (  # the tag 65000 becomes 330
-        tiff(U16, "rgb", extratags=[(65000, 4, 3000, [8] * 3000, False)]).replace(b"\xe8\xfd\4\0", b"\x4a\1\4\0"),
+        tiff(U16, "rgb", extratags=[(65000, 4, 3000, [8] * 3000, False)]).replace(
+            b"\xe8\xfd\4\0", b"\x4a\1\4\0"
+        ),
         "it names 3000 smaller images",
     ),
     "pages of colour.tif": (tiff(np.stack((U16, U16)), "rgb"), r"its axes are \w+YXS"),
@@ -135,7 +172,10 @@ def test_what_is_refused_before_memory_is_taken(name):
 
 
 def test_wrong_channels_and_missing_ranges():
-    with pytest.raises(UnreadableImageError, match=r"\(H, W, 12\), got uint16 of shape \(20, 24, 13\): is `channels`"):
+    with pytest.raises(
+        UnreadableImageError,
+        match=r"\(H, W, 12\), got uint16 of shape \(20, 24, 13\): is `channels`",
+    ):
         Photo(EXACT["pixels13.tif"][0], "a.tif", 12, PixelRange.from_node([0, 65535]))
     for name in ("pixels13.tif", "uint16.npy"):
         content, array = EXACT[name]
@@ -143,7 +183,9 @@ def test_wrong_channels_and_missing_ranges():
             Photo(content, name, array.shape[2])
 
 
-@pytest.mark.parametrize("start", ["P6 5 4 65535", "P6 5 4 1023", "P3 5 4 1023", "P5 5 4 65535", "P5 5 4 1023"])
+@pytest.mark.parametrize(
+    "start", ["P6 5 4 65535", "P6 5 4 1023", "P3 5 4 1023", "P5 5 4 65535", "P5 5 4 1023"]
+)
 def test_a_deep_ppm_is_to_be_converted(start):
     """With a range, without one, and where one is measured or images are packed: there is no range to state."""
     for channels, stated in ((3, EIGHT_BITS), (3, WIDE), (0, AS_STORED), (3, AS_STORED)):
@@ -175,7 +217,12 @@ def test_a_missing_value_beyond_float32_is_the_largest_that_it_has():
         with pytest.raises(UnreadableImageError, match="no data there"):
             Photo(content, "a.tif", 1, WIDE)
         with pytest.raises(UnreadableImageError, match="no data there"):
-            Photo(npy(array), "a.npy", 1, replace(WIDE, outside="clip", nodata=-1.7976931348623157e308))
+            Photo(
+                npy(array),
+                "a.npy",
+                1,
+                replace(WIDE, outside="clip", nodata=-1.7976931348623157e308),
+            )
         Photo(content, "a.tif", 1, AS_STORED).missing(array)
 
 
@@ -185,13 +232,17 @@ def test_pages_of_eight_bits_are_no_picture():
         Photo(tiff(np.stack([values("uint8")] * 3), "rgb"), "a.tif")
 
 
-@pytest.mark.parametrize("name", ["colour.png", "grey.png", "colour.tif", "planes3.tif", "float.tif", "uint16.npy"])
+@pytest.mark.parametrize(
+    "name", ["colour.png", "grey.png", "colour.tif", "planes3.tif", "float.tif", "uint16.npy"]
+)
 def test_more_than_eight_bits_need_a_range(name, tmp_path):
     """Of any kind of file, from a path or bytes."""
     (tmp_path / name).write_bytes(EXACT[name][0])
     for content in (EXACT[name][0], tmp_path / name):
         for channels in (1, 3) if name not in ("uint16.npy", "float.tif") else (3,):
-            with pytest.raises(UnreadableImageError, match=r"data\.params\.range, which `olvae data range SRC`"):
+            with pytest.raises(
+                UnreadableImageError, match=r"data\.params\.range, which `olvae data range SRC`"
+            ):
                 Photo(content, name, channels)
 
 
@@ -203,7 +254,9 @@ def test_one_of_sixteen_bits_among_photographs_is_left_out(tmp_path):
     samples = list(source.once(LoaderProcess()))
     assert [sample.image is None for sample in samples] == [False, False, False, True]
     assert UNSTATED in samples[3].errors[0].reason
-    assert all(sample.image is not None for sample in islice(source.stream(0, 0, LoaderProcess()), 8))
+    assert all(
+        sample.image is not None for sample in islice(source.stream(0, 0, LoaderProcess()), 8)
+    )
 
 
 def test_pictures_in_memory_of_sixteen_bits_need_a_range():
@@ -221,14 +274,20 @@ def test_a_missing_library_is_named(monkeypatch):
 @pytest.mark.parametrize("name", [*EXACT, "half.exr"])
 def test_a_pack_keeps_the_bytes(name, root, tmp_path):
     """And shards are trained on with the values of the file."""
-    content = exr({"RGB": values("float16")}, tmp_path / "half.exr") if name == "half.exr" else EXACT[name][0]
+    content = (
+        exr({"RGB": values("float16")}, tmp_path / "half.exr")
+        if name == "half.exr"
+        else EXACT[name][0]
+    )
     for number in range(2):
         (root / f"{number}{name}").write_bytes(content)
     channels = 3 if name == "half.exr" else EXACT[name][1].shape[2]
     pack(str(root), tmp_path / "shards", PackOptions(shard_size=1, channels=channels))
     with tarfile.open(tmp_path / "shards" / "000000.tar") as shard:
         assert content in [shard.extractfile(member).read() for member in shard]
-    source = WebDatasetSource(str(tmp_path / "shards"), 20, 1, channels=channels, range=[-40_000, 70_000])
+    source = WebDatasetSource(
+        str(tmp_path / "shards"), 20, 1, channels=channels, range=[-40_000, 70_000]
+    )
     (sample,) = source.once(LoaderProcess())
     expected = read_array(content).array[:, 2:22].astype(np.float32)  # the centre
     np.testing.assert_array_equal(sample.image.float().permute(1, 2, 0).numpy(), expected)
@@ -239,7 +298,9 @@ def test_batches_of_a_loader_process_keep_their_kind_and_do_not_mix(tmp_path):
     for number in range(4):
         np.save(tmp_path / f"{number}.npy", U16)
     common = {"batch_size": 2, "channels": 3, "range": [-40_000, 70_000]}
-    batch = next(iter(FolderSource(tmp_path, 20, num_workers=1, val_root=tmp_path, **common).val_loader()))
+    batch = next(
+        iter(FolderSource(tmp_path, 20, num_workers=1, val_root=tmp_path, **common).val_loader())
+    )
     assert batch["image"].dtype == torch.uint16
     np.testing.assert_array_equal(batch["image"][1].permute(1, 2, 0), U16[:, 2:22])
     np.save(tmp_path / "1.npy", F32)

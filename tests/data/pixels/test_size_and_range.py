@@ -30,8 +30,12 @@ def test_to_unit_and_back_as_in_float64(node):
     unit = stated.normalise(torch.from_numpy(x)[None])[0]
     expected = 2 * (curve(x.astype(float)) - curve(low)) / (curve(high) - curve(low)) - 1
     np.testing.assert_allclose(unit, expected, atol=2e-6)
-    np.testing.assert_allclose(stated.restore(unit[None])[0], x, rtol=4e-6, atol=2e-6 * np.ptp(pairs))
-    np.testing.assert_allclose(stated.real(stated.levels(torch.from_numpy(x)[None]))[0], x, rtol=9e-6, atol=2e-2)
+    np.testing.assert_allclose(
+        stated.restore(unit[None])[0], x, rtol=4e-6, atol=2e-6 * np.ptp(pairs)
+    )
+    np.testing.assert_allclose(
+        stated.real(stated.levels(torch.from_numpy(x)[None]))[0], x, rtol=9e-6, atol=2e-2
+    )
     ends = torch.tensor([-7.0, 7.0]).expand(1, 2, 1, 2)
     np.testing.assert_allclose(stated.restore(ends)[0, :, 0], pairs, rtol=2e-7)
     assert PixelRange.from_node(json.loads(json.dumps(stated.as_node()))) == stated
@@ -47,7 +51,11 @@ def test_a_ramp_of_sixteen_bits_loses_less_than_half_a_step():
 def test_eight_bits_are_as_ever():
     x = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16)
     assert torch.equal(EIGHT_BITS.normalise(x), x.float() / 127.5 - 1)
-    for same in (EIGHT_BITS.restore(EIGHT_BITS.normalise(x)), EIGHT_BITS.levels(x), EIGHT_BITS.picture(x)):
+    for same in (
+        EIGHT_BITS.restore(EIGHT_BITS.normalise(x)),
+        EIGHT_BITS.levels(x),
+        EIGHT_BITS.picture(x),
+    ):
         assert same.dtype == torch.uint8
         assert torch.equal(same, x)
     assert PixelRange.from_node(None) is EIGHT_BITS
@@ -63,7 +71,10 @@ def test_pictures_by_channels_and_stretch():
 @pytest.mark.parametrize(
     ("node", "message"),
     [
-        ({"pairs": [0, 10]}, "12 at row 1, column 2, channel 0, .* and 2 in all: outside the range, 0 to 10"),
+        (
+            {"pairs": [0, 10]},
+            "12 at row 1, column 2, channel 0, .* and 2 in all: outside the range, 0 to 10",
+        ),
         ({"pairs": [0, 100], "nodata": 12}, "12 at row 1, column 2, channel 0.*: no data"),
         ({"pairs": [0, 100]}, "nan at row 2, column 0, channel 1.*: not a number"),
     ],
@@ -146,13 +157,18 @@ def test_multiples():
 
 @pytest.mark.parametrize("size", [0, [80], [80, 0], [80, 256, 3], [80, 25.6], -8, "64"])
 def test_what_is_no_size(size):
-    with pytest.raises(ValueError, match=r"size must be at least 1, or \[height, width\] of such numbers, got "):
+    with pytest.raises(
+        ValueError, match=r"size must be at least 1, or \[height, width\] of such numbers, got "
+    ):
         Sides.of(size)
 
 
 @pytest.mark.parametrize("text", ["", "0", "80x", "x80", "80x256x3", "8.5", "[80, 256]"])
 def test_what_is_no_argument(text):
-    with pytest.raises(ConfigError, match=r"^`size` .*: expected pixels, as in 256 or, height before width, 80x256$"):
+    with pytest.raises(
+        ConfigError,
+        match=r"^`size` .*: expected pixels, as in 256 or, height before width, 80x256$",
+    ):
         Sides.read(text)
 
 
@@ -167,7 +183,11 @@ def test_a_configs_nodata_replaces_the_files():
 def test_a_model_takes_its_range_however_it_is_shown():
     range_of = PixelRange.from_node
     model = range_of([0, 4000])
-    model.check_data(range_of({"pairs": [0, 4000], "stretch": [0, 0.5], "outside": "clip", "shown": [0], "nodata": -1}))
+    model.check_data(
+        range_of(
+            {"pairs": [0, 4000], "stretch": [0, 0.5], "outside": "clip", "shown": [0], "nodata": -1}
+        )
+    )
     for other in (None, [0, 4001], [-1, 4000], {"pairs": [0, 4000], "values": "log1p"}):
         with pytest.raises(ConfigError, match="the targets take 0 to 4000, linear"):
             model.check_data(range_of(other))

@@ -27,7 +27,9 @@ from tests.data.images import encoded, write_shard, write_shards
 def read(url: str) -> tuple[list[bytes], list[str]]:
     """The images, and the reasons of the errors."""
     items = list(read_shard(Shard(url)))
-    return [i.data for i in items if isinstance(i, Entry)], [i.reason for i in items if isinstance(i, ReadError)]
+    return [i.data for i in items if isinstance(i, Entry)], [
+        i.reason for i in items if isinstance(i, ReadError)
+    ]
 
 
 IMAGES = [encoded(n) for n in range(6)]
@@ -81,13 +83,19 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
     def send_six(self, kind: str, extras: list[str], earlier: int) -> None:
         content = self.server.content
-        start = 0 if "whole" in extras else int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
+        start = (
+            0
+            if "whole" in extras
+            else int(self.headers.get("Range", "bytes=0-")[len("bytes=") : -1])
+        )
         broken = kind != "busy" and ("always" in extras or not earlier)
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(content) - start))
         self.send_header("ETag", f'"{earlier if "new" in extras else 0}"')
         self.end_headers()
-        self.wfile.write(content[start : max(start, len(content) // 2)] if broken else content[start:])
+        self.wfile.write(
+            content[start : max(start, len(content) // 2)] if broken else content[start:]
+        )
         if broken:  # aiohttp forgets what it has not given away yet when a connection closes
             self.server.closing.wait(60 if kind == "stall" else 0.1)
 
@@ -160,7 +168,9 @@ def test_a_proxy_of_the_environment(server, monkeypatch):
 
 def test_a_private_file_of_the_hub(server, monkeypatch, tmp_path):
     """By the user's token, which is in a header and in no command."""
-    file = SimpleNamespace(repo_id="a/b", path_in_repo="cut.tar", repo_type="dataset", revision="main")
+    file = SimpleNamespace(
+        repo_id="a/b", path_in_repo="cut.tar", repo_type="dataset", revision="main"
+    )
     monkeypatch.setattr("huggingface_hub.HfFileSystem.resolve_path", lambda self, url: file)
     monkeypatch.setattr("huggingface_hub.hf_hub_url", lambda repo, name, **_: server.url(name))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -192,7 +202,12 @@ def test_loader_processes_after_the_main_one_has_downloaded(server, tmp_path):
     gc.collect()  # or the loader's processes would close other tests' downloads, for a second each
     write_shards(tmp_path / "s", [6, 6, 6])
     (tmp_path / "s" / "index.json").write_text(
-        json.dumps({"shards": {f"00{i}.tar": {"images": 6} for i in range(3)} | {"stall-always.tar": {"images": 6}}})
+        json.dumps(
+            {
+                "shards": {f"00{i}.tar": {"images": 6} for i in range(3)}
+                | {"stall-always.tar": {"images": 6}}
+            }
+        )
     )
     names = ("s/000.tar", "stall-always.tar", "s/001.tar", "s/002.tar")
     with closing(open_url(server.url("six.tar"))) as open_in_the_main_process:
@@ -209,7 +224,9 @@ def test_loader_processes_after_the_main_one_has_downloaded(server, tmp_path):
         keys = [key for batch in islice(loader, 12) for key in batch["key"]]
         assert time.monotonic() - begun < 60
     assert {key.partition("/")[0] for key in keys} == {"000", "001", "002", "stall-always"}
-    assert loader.read_errors.unreadable.reasons == {server.url("stall-always.tar"): "nothing came for 1 s"}
+    assert loader.read_errors.unreadable.reasons == {
+        server.url("stall-always.tar"): "nothing came for 1 s"
+    }
 
 
 def test_shards_and_their_index(server, tmp_path):
@@ -217,8 +234,12 @@ def test_shards_and_their_index(server, tmp_path):
     urls = find_shards(server.url("s/{000..001}.tar"))
     assert [image for url in urls for image in read(url)[0]] == [encoded(n) for n in range(8)]
     assert next(iter(read_shard(Shard(urls[1])))).key == "001/0003"
-    (tmp_path / "s" / "index.json").write_text(json.dumps({"shards": {f"00{i}.tar": {"images": 4} for i in (0, 1)}}))
+    (tmp_path / "s" / "index.json").write_text(
+        json.dumps({"shards": {f"00{i}.tar": {"images": 4} for i in (0, 1)}})
+    )
     assert [shard.images for shard in with_counts(urls, server.url("s/index.json"))] == [4, 4]
     assert [shard.images for shard in with_counts(urls)] == [None, None]
-    with pytest.raises(ValueError, match=r"index\.json: not a readable index of shards: no such file"):
+    with pytest.raises(
+        ValueError, match=r"index\.json: not a readable index of shards: no such file"
+    ):
         with_counts(["http://a/0.tar"], server.url("404/index.json"))

@@ -16,7 +16,9 @@ def test_an_empty_shard_among_others_and_a_broken_one(tmp_path, caplog):
     Path(paths[3]).write_bytes(b"no tar file" * 100)
     assert [shard.images for shard in with_counts(paths)] == [3, 5, 0, 3]
     (line,) = caplog.messages
-    assert line.startswith(f"skipped {paths[2]}: a shard without images: no file in it ends in .jpg, ")
+    assert line.startswith(
+        f"skipped {paths[2]}: a shard without images: no file in it ends in .jpg, "
+    )
 
 
 def test_ways_to_name_shards(tmp_path, monkeypatch):
@@ -29,7 +31,10 @@ def test_ways_to_name_shards(tmp_path, monkeypatch):
     assert find_shards([f"{folder}/000.tar", f"{folder}/00{{1,2}}.tar"]) == paths
     assert find_shards("http://a/{00..01}.tar") == ["http://a/00.tar", "http://a/01.tar"]
     assert find_shards("pipe:cat {1..2}.tar") == ["pipe:cat 1.tar", "pipe:cat 2.tar"]
-    assert find_shards(f"{folder}/00{{2..4}}.tar")[1:] == [f"{folder}/003.tar", f"{folder}/004.tar"]  # missing ones
+    assert find_shards(f"{folder}/00{{2..4}}.tar")[1:] == [
+        f"{folder}/003.tar",
+        f"{folder}/004.tar",
+    ]  # missing ones
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_shards("~/s") == paths
     for nothing in (str(tmp_path), f"{folder}/x*.tar", f"{folder}/{{7..9}}.tar", []):
@@ -41,7 +46,11 @@ def test_counts_from_an_index_or_by_counting(tmp_path):
     paths = [str(path) for path in write_shards(tmp_path / "s", [3, 5])]
     assert [shard.images for shard in with_counts(paths)] == [3, 5]
     missing = str(tmp_path / "s" / "002.tar")
-    assert [shard.images for shard in with_counts([*paths, missing])] == [3, 5, 4]  # as many as the others have
+    assert [shard.images for shard in with_counts([*paths, missing])] == [
+        3,
+        5,
+        4,
+    ]  # as many as the others have
     assert with_counts(["http://a/0.tar"])[0].images is None
     index = tmp_path / "s" / "index.json"
     index.write_text(json.dumps({"shards": {"000.tar": {"images": 30}, "001.tar": {"images": 50}}}))

@@ -54,7 +54,11 @@ def test_per_channel_each_has_mean_0_and_deviation_1(latents):
     stats = json.loads((latents / "stats.json").read_text())
     by_hand = torch.stack(
         [
-            (other["latent"][:, c] / plain.scaling_factor + plain.shift_factor - stats["latents_mean"][c])
+            (
+                other["latent"][:, c] / plain.scaling_factor
+                + plain.shift_factor
+                - stats["latents_mean"][c]
+            )
             / stats["latents_std"][c]
             for c in range(4)
         ],
@@ -62,7 +66,10 @@ def test_per_channel_each_has_mean_0_and_deviation_1(latents):
     )
     torch.testing.assert_close(one["latent"], by_hand, rtol=1e-4, atol=1e-5)
     assert (by_hand - other["latent"]).abs().max() > 0.01
-    back = [batch / s.scaling_factor + s.shift_factor for s, batch in ((s, one["latent"]), (plain, other["latent"]))]
+    back = [
+        batch / s.scaling_factor + s.shift_factor
+        for s, batch in ((s, one["latent"]), (plain, other["latent"]))
+    ]
     torch.testing.assert_close(*back, rtol=1e-4, atol=1e-5)
 
 
@@ -85,7 +92,9 @@ def test_visits_draw_other_noise_and_other_sides(latents):
     with torch.inference_mode():
         plain, mirrored = model.encode(x), model.encode(x.flip(-1))
     mean = (plain.mean + mirrored.mean)[0].double() / 2
-    var = (plain.var + mirrored.var)[0].double() / 2 + ((plain.mean - mirrored.mean)[0].double() / 2).square()
+    var = (plain.var + mirrored.var)[0].double() / 2 + (
+        (plain.mean - mirrored.mean)[0].double() / 2
+    ).square()
     assert ((z.mean(0) - mean).abs() < 5 * (var / 40).sqrt()).all()
     assert torch.allclose(z.var(0), var, rtol=1.0)
     fixed = source(latents, batch_size=23, sample=False, flip=False)
@@ -120,7 +129,10 @@ def test_validation_gives_each_mode_once_in_order(latents):
         batches = list(loader)
         keys = [key for batch in batches for key in batch["key"]]
         assert keys == [f"{0 if n < 9 else 1 if n < 14 else 2:03d}/{n:04d}" for n in range(23)]
-    modes = torch.cat([batch["latent"] for batch in batches]).double() / s.scaling_factor + s.shift_factor
+    modes = (
+        torch.cat([batch["latent"] for batch in batches]).double() / s.scaling_factor
+        + s.shift_factor
+    )
     stats = json.loads((latents / "stats.json").read_text())
     means = []
     for path in sorted(latents.glob("*.tar")):
@@ -160,17 +172,25 @@ def test_a_latent_of_another_shape_is_unreadable(latents, tensors):
 
 
 def test_what_it_refuses(latents, tmp_path, image_folder):
-    with pytest.raises(FileNotFoundError, match=r"no stats\.json, so these are not latents, or not all of them"):
+    with pytest.raises(
+        FileNotFoundError, match=r"no stats\.json, so these are not latents, or not all of them"
+    ):
         source(image_folder)
     picture(0, (24, 8)).save(image_folder / "wide.png")
     encode(image_folder, tmp_path / "native", size=0)
     with pytest.raises(ValueError, match="several shapes don't fit into a batch"):
         source(tmp_path / "native")
-    shapes = [batch["latent"].shape for batch in source(tmp_path / "native", batch_size=1).val_loader()]
+    shapes = [
+        batch["latent"].shape for batch in source(tmp_path / "native", batch_size=1).val_loader()
+    ]
     assert shapes[0] == (1, 4, 5, 6)
     assert shapes[-1] == (1, 4, 1, 3)
     stats = json.loads((latents / "stats.json").read_text())
-    for broken in ({}, {name: stats[name] for name in stats if name != "latent_shape"}, {**stats, "downscale": None}):
+    for broken in (
+        {},
+        {name: stats[name] for name in stats if name != "latent_shape"},
+        {**stats, "downscale": None},
+    ):
         (latents / "stats.json").write_text(json.dumps(broken))
         with pytest.raises(ValueError, match="not a description of latents"):
             source(latents)

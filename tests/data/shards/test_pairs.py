@@ -61,7 +61,9 @@ def place(image: Tensor, key: str) -> tuple[bool, int, int]:
 
 
 def damage_0011(pairs: Path, **changed: bytes | None) -> None:
-    rewrite(pairs / "000001.tar", {f"0011.latent.{name}": content for name, content in changed.items()})
+    rewrite(
+        pairs / "000001.tar", {f"0011.latent.{name}": content for name, content in changed.items()}
+    )
 
 
 @pytest.mark.parametrize("size", [8, 16, SIDE])
@@ -84,7 +86,12 @@ def test_every_window_and_both_sides_come(pairs):
     for batch in take(source(pairs, size=24).train_loader(seed=0), 60):
         keys |= set(batch["key"])
         seen |= {place(image, key) for image, key in zip(batch["image"], batch["key"], strict=True)}
-    assert seen == {(flip, 4 * row, 4 * column) for flip in (False, True) for row in range(3) for column in range(3)}
+    assert seen == {
+        (flip, 4 * row, 4 * column)
+        for flip in (False, True)
+        for row in range(3)
+        for column in range(3)
+    }
     assert len(keys) == 20
     assert not any(key.startswith("003/") for key in keys)  # held out
 
@@ -95,23 +102,33 @@ def test_nothing_is_mirrored_without_mirrored_latents_or_if_not_wanted(tmp_path,
     encode(images, tmp_path / "pairs", Blocks(), size=SIDE, flip=encoded_too, images=True)
     s = source(tmp_path / "pairs", flip=flip)
     for batch in take(s.train_loader(seed=0), 20):
-        assert not any(place(image, key)[0] for image, key in zip(batch["image"], batch["key"], strict=True))
-    assert s.describe() == ("20 training images in 3 shards, 3 validation and test images, with the latents of tiny")
+        assert not any(
+            place(image, key)[0] for image, key in zip(batch["image"], batch["key"], strict=True)
+        )
+    assert s.describe() == (
+        "20 training images in 3 shards, 3 validation and test images, with the latents of tiny"
+    )
 
 
 def test_validation_is_the_centre_of_each_held_out_image_once_in_order(pairs):
     s, model = source(pairs), Blocks()
     for loader in (s.val_loader(), s.test_loader(2)):
         batches = list(loader)
-        assert [key for batch in batches for key in batch["key"]] == [f"003/{n:04d}" for n in (20, 21, 22)]
+        assert [key for batch in batches for key in batch["key"]] == [
+            f"003/{n:04d}" for n in (20, 21, 22)
+        ]
         for batch in batches:
             for image, key in zip(batch["image"], batch["key"], strict=True):
                 assert place(image, key) == (False, 8, 8)
             with torch.inference_mode():
-                assert torch.equal(batch["moments"][:, :48], model.encode(from_uint8(batch["image"])).mean)
+                assert torch.equal(
+                    batch["moments"][:, :48], model.encode(from_uint8(batch["image"])).mean
+                )
             assert batch["label"].tolist() == [int(key.split("/")[1]) % 5 for key in batch["key"]]
     assert (s.samples_per_epoch, s.val_images, s.images) == (20, 3, 23)
-    assert s.describe().startswith("20 training images in 3 shards, half of them mirrored, 3 validation")
+    assert s.describe().startswith(
+        "20 training images in 3 shards, half of them mirrored, 3 validation"
+    )
     assert s.describe_val_images() == (
         "at 32 pixels: bicubic antialiased resize of the shorter side (Pillow), centre crop, "
         "of which the central 16 pixels, at a multiple of 4"
@@ -127,14 +144,21 @@ def test_by_default_images_are_whole_and_another_folder_may_validate(pairs, tmp_
     s = PairSource(str(pairs), batch_size=4, val_folder=str(tmp_path / "val"))
     assert (s.size.node, s.channels, s.samples_per_epoch, s.val_images) == (SIDE, 3, 23, 5)
     (batch,) = take(s.train_loader(), 1)
-    assert {place(image, key)[1:] for image, key in zip(batch["image"], batch["key"], strict=True)} == {(0, 0)}
-    assert [batch["image"].shape for batch in s.val_loader()] == [(4, 3, SIDE, SIDE), (1, 3, SIDE, SIDE)]
+    assert {
+        place(image, key)[1:] for image, key in zip(batch["image"], batch["key"], strict=True)
+    } == {(0, 0)}
+    assert [batch["image"].shape for batch in s.val_loader()] == [
+        (4, 3, SIDE, SIDE),
+        (1, 3, SIDE, SIDE),
+    ]
     assert s.describe_val_images().startswith("at 40 pixels: ")
 
 
 def test_a_deviation_of_0_is_the_smallest_log_variance(pairs):
     """Rounding to float16 makes zeros of the smallest deviations."""
-    plain, mirrored = (Latent(torch.ones(48, 8, 8).half(), torch.zeros(48, 8, 8).half()) for _ in range(2))
+    plain, mirrored = (
+        Latent(torch.ones(48, 8, 8).half(), torch.zeros(48, 8, 8).half()) for _ in range(2)
+    )
     damage_0011(pairs, safetensors=latent_bytes(plain, mirrored))
     for batch in take(source(pairs).train_loader(seed=0), 10):
         assert batch["moments"].isfinite().all()
@@ -153,7 +177,9 @@ def test_pixels_come_back_as_they_were(channels):
     assert torch.equal(image_to_tensor(Photo(content, "x.png", channels).read()), pixels)
 
 
-@pytest.mark.parametrize("damage", ["no picture", "other pixels", "no pixels", "no latent", "no mirrored latent"])
+@pytest.mark.parametrize(
+    "damage", ["no picture", "other pixels", "no pixels", "no latent", "no mirrored latent"]
+)
 def test_a_broken_pair_is_counted_and_another_one_stands_in(pairs, damage):
     latent = Latent(torch.ones(48, 8, 8), torch.ones(48, 8, 8))
     changed = {
@@ -175,13 +201,18 @@ def test_a_broken_pair_is_counted_and_another_one_stands_in(pairs, damage):
 
 
 def test_a_mix_carries_moments(pairs):
-    node = {"target": "olvae.data.shards.latent_source.PairSource", "params": {"folder": str(pairs), "size": 16}}
+    node = {
+        "target": "olvae.data.shards.latent_source.PairSource",
+        "params": {"folder": str(pairs), "size": 16},
+    }
     node["params"]["batch_size"] = 1
     assert isinstance(instantiate(node), PairSource)
     s = MixSource([node, node], size=16, batch_size=4)
     (batch,) = take(s.train_loader(), 1)
     with torch.inference_mode():
-        assert torch.equal(batch["moments"][:, :48], Blocks().encode(from_uint8(batch["image"])).mean)
+        assert torch.equal(
+            batch["moments"][:, :48], Blocks().encode(from_uint8(batch["image"])).mean
+        )
 
 
 def test_what_it_refuses(pairs, tmp_path):
@@ -192,16 +223,24 @@ def test_what_it_refuses(pairs, tmp_path):
     encode(images, tmp_path / "sampled", Blocks(), size=SIDE, moments=False, images=True)
     encode(images, tmp_path / "points", Shrunk(), size=SIDE, images=True)
     for name in ("sampled", "points"):
-        with pytest.raises(ValueError, match="one latent for each image instead of a mean and a standard deviation"):
+        with pytest.raises(
+            ValueError, match="one latent for each image instead of a mean and a standard deviation"
+        ):
             source(tmp_path / name)
-    for size, text in ((18, "18 is not a multiple of 4"), (36, "36 pixels, but .* have 32"), (0, "at least 1")):
+    for size, text in (
+        (18, "18 is not a multiple of 4"),
+        (36, "36 pixels, but .* have 32"),
+        (0, "at least 1"),
+    ):
         with pytest.raises(ValueError, match=text):
             source(pairs, size=size)
     encode(images, tmp_path / "small", Blocks(), size=16, images=True)
     with pytest.raises(ValueError, match=r"32 pixels, but the images of .*small have 16"):
         source(pairs, size=None, val_folder=str(tmp_path / "small"))
     encode(images, tmp_path / "others", Blocks(0.5), size=SIDE, images=True)
-    with pytest.raises(ValueError, match=r"others has latents of other weights than .*pairs: encode both"):
+    with pytest.raises(
+        ValueError, match=r"others has latents of other weights than .*pairs: encode both"
+    ):
         source(pairs, val_folder=str(tmp_path / "others"))
     write_classes(tmp_path / "one", (5,))
     encode(tmp_path / "one", tmp_path / "single", Blocks(), size=SIDE, images=True)
@@ -209,6 +248,10 @@ def test_what_it_refuses(pairs, tmp_path):
         source(tmp_path / "single")
     stats = json.loads((pairs / "stats.json").read_text())
     for name in ("weights", "flip", "target"):
-        (pairs / "stats.json").write_text(json.dumps({key: stats[key] for key in stats if key != name}))
-        with pytest.raises(ValueError, match=rf"stats\.json: not a description of latents: without {name}"):
+        (pairs / "stats.json").write_text(
+            json.dumps({key: stats[key] for key in stats if key != name})
+        )
+        with pytest.raises(
+            ValueError, match=rf"stats\.json: not a description of latents: without {name}"
+        ):
             source(pairs)

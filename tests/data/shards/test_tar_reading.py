@@ -16,7 +16,9 @@ from tests.data.images import encoded, write_shard, write_tar
 
 def read(path: Path | str, image_key: str | None = None) -> tuple[list[Entry], list[ReadError]]:
     items = list(read_shard(Shard(str(path)), image_key))
-    return [i for i in items if isinstance(i, Entry)], [i for i in items if isinstance(i, ReadError)]
+    return [i for i in items if isinstance(i, Entry)], [
+        i for i in items if isinstance(i, ReadError)
+    ]
 
 
 def test_images_with_their_sidecars_in_order(tmp_path):
@@ -28,13 +30,17 @@ def test_images_with_their_sidecars_in_order(tmp_path):
 
 
 def test_samples_without_an_image_are_left_out(tmp_path):
-    path = write_tar(tmp_path / "a.tar", [("1.txt", b"a"), ("2.txt", b"b"), ("2.png", encoded(2, "PNG"))])
+    path = write_tar(
+        tmp_path / "a.tar", [("1.txt", b"a"), ("2.txt", b"b"), ("2.png", encoded(2, "PNG"))]
+    )
     assert [entry.key for entry in read(path)[0]] == ["a/2"]
     assert count_images(path) == 1
 
 
 def test_the_image_can_be_named(tmp_path):
-    path = write_tar(tmp_path / "a.tar", [("1.mask.png", b"m"), ("1.input.jpg", b"i"), ("2.mask.png", b"m")])
+    path = write_tar(
+        tmp_path / "a.tar", [("1.mask.png", b"m"), ("1.input.jpg", b"i"), ("2.mask.png", b"m")]
+    )
     assert [(e.key, e.data) for e in read(path, "input.jpg")[0]] == [("a/1", b"i")]
     assert count_images(path, "input.jpg") == 1
     assert count_images(path) == 0  # neither extension is an image's alone
@@ -56,7 +62,9 @@ def test_compressed_shards(tmp_path):
 @pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
 def test_compressed_shards_of_several_parts(tmp_path, compress):
     whole = write_shard(tmp_path / "a.tar", range(6)).read_bytes()
-    (tmp_path / "b.tar.gz").write_bytes(b"".join(compress(whole[i : i + 3000]) for i in range(0, len(whole), 3000)))
+    (tmp_path / "b.tar.gz").write_bytes(
+        b"".join(compress(whole[i : i + 3000]) for i in range(0, len(whole), 3000))
+    )
     entries, errors = read(tmp_path / "b.tar.gz")
     assert [entry.data for entry in entries] == [encoded(n) for n in range(6)]
     assert not errors
@@ -84,7 +92,9 @@ def test_a_shard_cut_anywhere_gives_what_is_whole_before_the_cut(tmp_path):
     for place in [0, 1, 511, 512, 513, *(rng.randrange(len(whole)) for _ in range(145))]:
         cut.write_bytes(whole[:place])
         entries, errors = read(cut)
-        assert [entry.data for entry in entries] == [encoded(n) for n in range(sum(end <= place for end in ends))]
+        assert [entry.data for entry in entries] == [
+            encoded(n) for n in range(sum(end <= place for end in ends))
+        ]
         assert errors or place > shard_end
         assert (count_images(cut) or 0) <= len(entries) + 1  # one whose header is there
 
@@ -121,7 +131,9 @@ def test_an_error_says_what_happened_to_a_file_or_a_command(tmp_path):
         "kill -9 $$": "the command was ended by SIGKILL",
     }.items():
         assert [error.reason for error in read(f"pipe:{command}")[1]] == [reason]
-    assert read(f"pipe:cat {path}; head -c 1000000 /dev/zero")[1] == []  # is left when the archive has ended
+    assert (
+        read(f"pipe:cat {path}; head -c 1000000 /dev/zero")[1] == []
+    )  # is left when the archive has ended
 
 
 def test_a_command_that_is_left_at_damage_is_not_blamed(tmp_path):
@@ -129,7 +141,9 @@ def test_a_command_that_is_left_at_damage_is_not_blamed(tmp_path):
     damaged = bytearray(path.read_bytes())
     damaged[512 * 8 : 512 * 60] = b"x" * 512 * 52
     path.write_bytes(damaged)
-    (error,) = read(f"pipe:for i in 1 2 3 4 5 6 7 8 9; do cat {path} {path} {path} || exit 1; done")[1]
+    (error,) = read(
+        f"pipe:for i in 1 2 3 4 5 6 7 8 9; do cat {path} {path} {path} || exit 1; done"
+    )[1]
     assert "exit status" not in error.reason
 
 
@@ -148,7 +162,9 @@ def test_a_file_of_a_shard_that_says_it_is_huge_is_not_read(tmp_path):
         huge = tarfile.TarInfo("b.jpg")
         huge.size, huge.type = 2**33, kind
         path = tmp_path / "a.tar"
-        path.write_bytes(first.tobuf() + image + bytes(-len(image) % 512) + huge.tobuf() + bytes(1024))
+        path.write_bytes(
+            first.tobuf() + image + bytes(-len(image) % 512) + huge.tobuf() + bytes(1024)
+        )
         (entry,), (error,) = read(path)
         assert entry.key == "a/a"
         assert error.reason == "b.jpg: a sparse file, or larger than 1 GiB"

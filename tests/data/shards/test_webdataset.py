@@ -29,7 +29,9 @@ def shards(tmp_path) -> Path:
 
 def source(root: Path, **arguments: Any) -> WebDatasetSource:
     defaults = {"size": 16, "batch_size": 4, "val_shards": str(root / "val"), "shuffle": 6}
-    return WebDatasetSource(arguments.pop("shards", str(root / "shards")), **{**defaults, **arguments})
+    return WebDatasetSource(
+        arguments.pop("shards", str(root / "shards")), **{**defaults, **arguments}
+    )
 
 
 def remote(root: Path) -> list[str]:
@@ -38,7 +40,11 @@ def remote(root: Path) -> list[str]:
 
 
 def keys(
-    s: WebDatasetSource, count: int, position: int = 0, process: LoaderProcess = ALONE, seed: int = 0
+    s: WebDatasetSource,
+    count: int,
+    position: int = 0,
+    process: LoaderProcess = ALONE,
+    seed: int = 0,
 ) -> list[str]:
     return [sample.key for sample in islice(s.stream(seed, position, process), count)]
 
@@ -56,7 +62,11 @@ def test_each_image_once_an_epoch_in_an_order_of_its_own(shards, shuffle):
 def test_known_shards_are_shared_evenly_and_no_image_comes_twice(shards, processes):
     s, share = source(shards), 50 // processes
     for epoch in (0, 1):
-        seen = [key for i in range(processes) for key in keys(s, share, epoch * share, LoaderProcess(i, processes))]
+        seen = [
+            key
+            for i in range(processes)
+            for key in keys(s, share, epoch * share, LoaderProcess(i, processes))
+        ]
         assert len(set(seen)) == len(seen) == share * processes
 
 
@@ -68,7 +78,9 @@ def test_shards_of_unknown_counts_are_shared_whole(shards):
     for i, seen in enumerate(first):
         mine = [int(shard) for shard in order[i::2]]
         count = sum(COUNTS[shard] for shard in mine)
-        assert Counter(key.split("/")[0] for key in seen[:count]) == {f"{m:03d}": COUNTS[m] for m in mine}
+        assert Counter(key.split("/")[0] for key in seen[:count]) == {
+            f"{m:03d}": COUNTS[m] for m in mine
+        }
         assert len(set(seen[:count])) == count
     assert s.samples_per_epoch is None
 
@@ -122,7 +134,9 @@ def test_a_lost_shard_does_not_change_what_the_others_give(shards, damage, caplo
     assert all(k is None or k == sample.key for k, sample in zip(kept, samples, strict=True))
     assert all(sample.image is not None for sample in samples)
     lost = {error.image for sample in samples for error in sample.errors}
-    assert len(lost) == (14 if damage != "cut" else 14 - sum(k.startswith("003") for k in set(keys(s, 50))))
+    assert len(lost) == (
+        14 if damage != "cut" else 14 - sum(k.startswith("003") for k in set(keys(s, 50)))
+    )
     assert keys(s, 20, 60) == [sample.key for sample in samples[60:80]]
     with pytest.raises(
         TooManyUnreadableError,
@@ -138,7 +152,9 @@ def test_an_empty_shard_among_many_is_said_once_and_loses_nothing(shards, counts
         path.write_bytes(bytes(10240))
     urls = sorted(map(str, (shards / "shards").iterdir()))
     if counts == "index":
-        index = {f"{i:03d}.tar": {"images": 0 if i == 3 else count} for i, count in enumerate(COUNTS)}
+        index = {
+            f"{i:03d}.tar": {"images": 0 if i == 3 else count} for i, count in enumerate(COUNTS)
+        }
         (shards / "shards" / "index.json").write_text(json.dumps({"shards": index}))
     if counts == "unknown":
         urls = [f"pipe:cat {url}" for url in urls]
@@ -151,7 +167,9 @@ def test_an_empty_shard_among_many_is_said_once_and_loses_nothing(shards, counts
     assert loader.read_errors.lost == held_out.read_errors.lost == 0
     for url in (urls[3], val[2]):
         assert sum(f"skipped {url}: " in line for line in caplog.messages) == 1
-    alone = LoaderProcess(list(np.random.default_rng((0, 0, 1)).permutation(7)).index(3), 7)  # has the empty one
+    alone = LoaderProcess(
+        list(np.random.default_rng((0, 0, 1)).permutation(7)).index(3), 7
+    )  # has the empty one
     assert keys(s, 12, 5, alone) == keys(s, 17, 0, alone)[5:]
 
 
@@ -176,20 +194,30 @@ def test_a_shard_in_validation_that_has_become_shorter(shards, caplog):
     assert len(keys_of(loader)) == 7
     assert loader.read_errors.lost == 2
     assert f"{shards / 'val'}: shards of index.json are missing: 002.tar" in caplog.messages
-    assert any("000.tar: has fewer images than by its index.json" in message for message in caplog.messages)
+    assert any(
+        "000.tar: has fewer images than by its index.json" in message for message in caplog.messages
+    )
 
 
 def test_a_part_of_which_no_shard_is_there_is_told_before_training(shards):
     pattern = str(shards / "shards" / "{000..009}.tar")  # 000 to 006 are there
-    with pytest.raises(FileNotFoundError, match=r"008\.tar: no such shard, .* for validation, which has 2 of 10"):
+    with pytest.raises(
+        FileNotFoundError, match=r"008\.tar: no such shard, .* for validation, which has 2 of 10"
+    ):
         source(shards, shards=pattern, val_shards=None, val_fraction=0.2)
     assert source(shards, shards=pattern, val_shards=None, val_fraction=0.4).val_images
     with pytest.raises(FileNotFoundError, match=r"x\.tar: no such shard, .* for training"):
-        source(shards, shards=[str(shards / "x.tar"), str(shards / "shards" / "000.tar")], val_shards=None)
+        source(
+            shards,
+            shards=[str(shards / "x.tar"), str(shards / "shards" / "000.tar")],
+            val_shards=None,
+        )
 
 
 def test_too_few_shards_are_told_before_training(shards):
-    with pytest.raises(ValueError, match=r"7 training shards for 8 processes \(4 workers x 2 ranks\)"):
+    with pytest.raises(
+        ValueError, match=r"7 training shards for 8 processes \(4 workers x 2 ranks\)"
+    ):
         source(shards, shards=remote(shards), num_workers=4).check_processes(2)
     source(shards, num_workers=4).check_processes(2)  # known shards can be cut
     with pytest.raises(ValueError, match="50 training images for 64 processes"):

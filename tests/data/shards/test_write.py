@@ -28,10 +28,16 @@ def test_a_shard_and_what_is_known_about_it(shards):
     assert shards.finished(2) is None
     error = ReadError("b.jpg", "the file is empty")
     written = shards.write(2, [*samples(3), error], lambda: {"sum": 3.5})
-    assert (written.record.images, written.unreadable, written.details) == (3, [error], {"sum": 3.5})
+    assert (written.record.images, written.unreadable, written.details) == (
+        3,
+        [error],
+        {"sum": 3.5},
+    )
     assert ResumableShards(shards.folder, ".state").finished(2) == written
     entries = list(read_shard(Shard(str(shards.path(2)))))
-    assert [(entry.data, dict(entry.files)) for entry in entries] == [(b"x" * i, {"cls": b"1"}) for i in range(3)]
+    assert [(entry.data, dict(entry.files)) for entry in entries] == [
+        (b"x" * i, {"cls": b"1"}) for i in range(3)
+    ]
     shards.forget(2)
     assert shards.finished(2) is None
 
@@ -75,7 +81,10 @@ def test_another_plan_is_refused_once_something_is_finished(shards):
     shards.begin(other)
     shards.begin(PLAN)
     shards.write(0, samples(1))
-    with pytest.raises(ConfigError, match=r"out: was begun with size 8 \(now 16\): give the same options and images"):
+    with pytest.raises(
+        ConfigError,
+        match=r"out: was begun with size 8 \(now 16\): give the same options and images",
+    ):
         shards.begin(other)
     with pytest.raises(ConfigError, match="was begun with other images: give"):
         shards.begin({**PLAN, "images": "abd"})

@@ -28,7 +28,9 @@ def bands(keys, x, y, levels: int = 3, size: int = 4):
 
 def pywavelets(images: np.ndarray, levels: int) -> dict[str, float]:
     """Energy per band and image; vertical details are those along the width."""
-    approximation, *details = pywt.wavedec2(images, "haar", mode="periodization", level=levels, axes=(-2, -1))
+    approximation, *details = pywt.wavedec2(
+        images, "haar", mode="periodization", level=levels, axes=(-2, -1)
+    )
     energy = {f"LL{levels}": approximation}
     for level, (horizontal, vertical, diagonal) in zip(range(levels, 0, -1), details, strict=True):
         energy |= {f"LH{level}": vertical, f"HL{level}": horizontal, f"HH{level}": diagonal}
@@ -43,13 +45,21 @@ def test_pywavelets_finds_the_same_energy(levels):
     expected_error, expected_signal = pywavelets(error, levels), pywavelets(signal, levels)
     expected_out = pywavelets(y.double().numpy(), levels)
     assert list(found) == list(expected_error)
-    assert sum(band["mse"] for band in found.values()) == pytest.approx(np.square(error).mean(), rel=1e-12)
+    assert sum(band["mse"] for band in found.values()) == pytest.approx(
+        np.square(error).mean(), rel=1e-12
+    )
     for name, values in found.items():
         assert values["mse"] == pytest.approx(expected_error[name] / x[0].numel(), rel=1e-10)
-        assert values["share_of_signal"] == pytest.approx(expected_error[name] / expected_signal[name], rel=1e-10)
+        assert values["share_of_signal"] == pytest.approx(
+            expected_error[name] / expected_signal[name], rel=1e-10
+        )
         assert values["signal"] == pytest.approx(expected_signal[name] / x[0].numel(), rel=1e-10)
-        assert values["energy_ratio"] == pytest.approx(expected_out[name] / expected_signal[name], rel=1e-10)
-    finest = [sum(of[f"{band}1"] for band in ("LH", "HL", "HH")) for of in (expected_out, expected_signal)]
+        assert values["energy_ratio"] == pytest.approx(
+            expected_out[name] / expected_signal[name], rel=1e-10
+        )
+    finest = [
+        sum(of[f"{band}1"] for band in ("LH", "HL", "HH")) for of in (expected_out, expected_signal)
+    ]
     assert Bands().columns(found) == {"fine detail": f"{100 * finest[0] / finest[1]:.0f} %"}
 
 
@@ -59,7 +69,9 @@ def test_what_is_soft_has_less_fine_detail():
     found = bands(keys, x, soft.repeat_interleave(2, 2).repeat_interleave(2, 3))
     assert Bands().columns(found) == {"fine detail": "0 %"}
     assert found["LL3"]["energy_ratio"] == pytest.approx(1.0, abs=0.01)
-    assert Bands().columns({name: {"mse": 1.0} for name in found}) == {}  # of results that have no energies
+    assert (
+        Bands().columns({name: {"mse": 1.0} for name in found}) == {}
+    )  # of results that have no energies
 
 
 def test_vertical_stripes_are_detail_along_the_width():
@@ -67,7 +79,10 @@ def test_vertical_stripes_are_detail_along_the_width():
     y = x.clone()
     y[..., 1::2] = 10  # mean square 50: half of it the mean, half of it the stripes
     found = bands(["a"], x, y)
-    assert {name: band["mse"] for name, band in found.items() if band["mse"]} == {"LL3": 25.0, "LH1": 25.0}
+    assert {name: band["mse"] for name, band in found.items() if band["mse"]} == {
+        "LL3": 25.0,
+        "LH1": 25.0,
+    }
     assert all(band["share_of_signal"] is None for band in found.values())  # black has no energy
 
 

@@ -32,11 +32,20 @@ def test_scikit_image_finds_the_same(pair):
     x, y = (images.permute(0, 2, 3, 1).numpy() for images in pair)
     difference = y.astype(float) - x
     assert found["shift"] == pytest.approx(difference.mean((0, 1, 2)).tolist())
-    assert found["shift_of_images"] == pytest.approx(np.sqrt((difference.mean((1, 2)) ** 2).mean(0)).tolist())
-    hsv, luma = (rgb2hsv(x), rgb2hsv(y)), [rgb2ycbcr(images)[..., 0].std((1, 2)).mean() for images in (x, y)]
-    chroma = [(images[..., 1] * images[..., 2]).mean() for images in hsv]  # saturation times value: largest - smallest
+    assert found["shift_of_images"] == pytest.approx(
+        np.sqrt((difference.mean((1, 2)) ** 2).mean(0)).tolist()
+    )
+    hsv, luma = (
+        (rgb2hsv(x), rgb2hsv(y)),
+        [rgb2ycbcr(images)[..., 0].std((1, 2)).mean() for images in (x, y)],
+    )
+    chroma = [
+        (images[..., 1] * images[..., 2]).mean() for images in hsv
+    ]  # saturation times value: largest - smallest
     assert found["saturation"] == pytest.approx(chroma[1] / chroma[0])
-    assert found["contrast"] == pytest.approx(luma[1] / luma[0], rel=1e-5)  # its weights are rounded otherwise
+    assert found["contrast"] == pytest.approx(
+        luma[1] / luma[0], rel=1e-5
+    )  # its weights are rounded otherwise
     assert found["saturation"] < 0.9
 
 
@@ -69,7 +78,10 @@ def test_a_grey_image_has_no_saturation_and_a_flat_one_no_contrast():
 def test_order_processes_and_further_draws_make_no_difference(pair):
     x, y = pair
     whole = observed(KEYS, x, y)
-    first, second = observed(KEYS[:4], x[:4], y[:4]), observed(KEYS[:1:-1], x[2:].flip(0), y[2:].flip(0))
+    first, second = (
+        observed(KEYS[:4], x[:4], y[:4]),
+        observed(KEYS[:1:-1], x[2:].flip(0), y[2:].flip(0)),
+    )
     second.merge(pickle.loads(pickle.dumps(first.state())))  # two in both
     second.update(seen("a", KEYS, x, x, draw=1))
     assert second.result("a", 0) == whole.result("a", 0)

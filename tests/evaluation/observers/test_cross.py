@@ -48,7 +48,11 @@ def test_the_error_by_hand():
 
 
 def test_the_error_is_numpys_whatever_batches_and_processes():
-    teacher = torch.randn(7, 3, 4, 5) * torch.tensor([1.0, 0.1, 30.0]).view(3, 1, 1) + torch.randn(7, 3, 1, 1) + 5.0
+    teacher = (
+        torch.randn(7, 3, 4, 5) * torch.tensor([1.0, 0.1, 30.0]).view(3, 1, 1)
+        + torch.randn(7, 3, 1, 1)
+        + 5.0
+    )
     student = teacher + torch.randn(7, 3, 4, 5) * torch.tensor([0.5, 0.5, 1.0]).view(3, 1, 1)
     a, b = (x.double().numpy().transpose(1, 0, 2, 3).reshape(3, -1) for x in (teacher, student))
     expected = np.sqrt(((b - a) ** 2).mean(1)) / a.std(1)
@@ -57,9 +61,16 @@ def test_the_error_is_numpys_whatever_batches_and_processes():
     assert one["teacher_std"] == pytest.approx(list(a.std(1)), rel=1e-9)
     assert one["rmse"] == pytest.approx(np.sqrt((expected**2).mean()), rel=1e-9)
 
-    halves = observed(teacher, student, order=[0, 1, 2, 3]), observed(teacher, student, order=[6, 5, 4, 3])  # 3 in both
+    halves = (
+        observed(teacher, student, order=[0, 1, 2, 3]),
+        observed(teacher, student, order=[6, 5, 4, 3]),
+    )  # 3 in both
     halves[0].merge(pickle.loads(pickle.dumps(halves[1].state())))
-    for other in (observed(teacher, student, 1), observed(teacher, student, 2, [6, 5, 4, 3, 2, 1, 0]), halves[0]):
+    for other in (
+        observed(teacher, student, 1),
+        observed(teacher, student, 2, [6, 5, 4, 3, 2, 1, 0]),
+        halves[0],
+    ):
         assert found(other)["per_channel"] == pytest.approx(one["per_channel"], rel=1e-12)
 
 
@@ -89,11 +100,17 @@ def test_the_encoder_of_one_and_the_decoder_of_the_other():
 
 def test_latents_in_a_diffusion_models_units_are_converted():
     """TAESD's have scaling and shift applied already."""
-    teacher, student = tiny().set_for_diffusion({"scaling_factor": 0.5, "shift_factor": 0.25}), make("AutoencoderTiny")
+    teacher, student = (
+        tiny().set_for_diffusion({"scaling_factor": 0.5, "shift_factor": 0.25}),
+        make("AutoencoderTiny"),
+    )
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     for order in (1, -1):
         given = {"teacher": Subject(teacher), "student": Subject(DiffusersAutoencoder(student))}
-        models = {name: one.model for name, one in Cross().derive(dict(list(given.items())[::order])).items()}
+        models = {
+            name: one.model
+            for name, one in Cross().derive(dict(list(given.items())[::order])).items()
+        }
         with torch.no_grad():
             z = student.encode(x).latents / 0.5 + 0.25
             same(models["student"].encode(x).mean, z)
@@ -104,5 +121,7 @@ def test_latents_in_a_diffusion_models_units_are_converted():
 
 
 def test_latents_of_other_shapes():
-    with pytest.raises(ConfigError, match=r"^a has 4 channels at f8, b 5 at f8: crossed evaluation needs the same"):
+    with pytest.raises(
+        ConfigError, match=r"^a has 4 channels at f8, b 5 at f8: crossed evaluation needs the same"
+    ):
         Cross().derive({"a": Subject(tiny()), "b": Subject(kl(5))})

@@ -14,7 +14,9 @@ from olvae.modules.distributions import DiagonalGaussian
 class Faulty(Autoencoder):
     """Keeps images as they are, but for faults of a known size; its posterior is noisy."""
 
-    def __init__(self, grid: float = 0.0, border: float = 0.0, shift: float = 0.0, channels: int = 3) -> None:
+    def __init__(
+        self, grid: float = 0.0, border: float = 0.0, shift: float = 0.0, channels: int = 3
+    ) -> None:
         super().__init__()
         self.grid, self.border, self.shift, self.channels = grid, border, shift, channels
 
@@ -55,7 +57,9 @@ def test_a_grid_has_the_amplitude_that_was_put_in():
 def test_a_border_is_no_grid():
     grey = reconstruct_colours(Faulty(border=8.0), size=32)["grey 128"]
     assert max(grey["amplitude"], grey["grid"]) < 1e-4
-    assert grey["amplitude_with_border"] == pytest.approx(8.0 * math.sqrt(2 / 32 * 30 / 32), abs=1e-4)
+    assert grey["amplitude_with_border"] == pytest.approx(
+        8.0 * math.sqrt(2 / 32 * 30 / 32), abs=1e-4
+    )
 
 
 def test_what_does_not_repeat_is_not_grid():
@@ -71,7 +75,14 @@ def test_what_does_not_repeat_is_not_grid():
 
 @pytest.mark.parametrize(
     ("downscales", "largest", "size"),
-    [((8,), 256, 128), ((4,), 256, 128), ((8,), 64, 64), ((16, 8), 512, 256), ((32,), 256, 256), ((6, 4), 600, 132)],
+    [
+        ((8,), 256, 128),
+        ((4,), 256, 128),
+        ((8,), 64, 64),
+        ((16, 8), 512, 256),
+        ((32,), 256, 256),
+        ((6, 4), 600, 132),
+    ],
 )
 def test_colours_are_as_small_as_a_grid_allows(downscales, largest, size):
     assert colour_size(downscales, largest) == size
@@ -101,4 +112,6 @@ def test_every_target_in_float32_is_examined():
     assert content == {"size": 64, "period": 4, "frame": 16, "colours": expected}
     assert json.loads(json.dumps(content, allow_nan=False)) == content
     observer.examine({"broken": Subject(Faulty(grid=math.nan))}, 64, "cpu")
-    assert all(colour["grid"] is None for colour in observer.result("broken", 0)["colours"].values())
+    assert all(
+        colour["grid"] is None for colour in observer.result("broken", 0)["colours"].values()
+    )

@@ -26,7 +26,10 @@ def ranking(better, keys, values, x, y, size=7, **sizes) -> Ranking:
 def shown(kept: Ranking) -> dict[str, list[tuple[str, float, int]]]:
     for group in kept.examples().values():
         assert all(torch.equal(e.y, e.x + 1) and e.x.shape == (3, 2, 2) for e in group)
-    return {name: [(e.key, e.value, int(e.x[0, 0, 0])) for e in group] for name, group in kept.examples().items()}
+    return {
+        name: [(e.key, e.value, int(e.x[0, 0, 0])) for e in group]
+        for name, group in kept.examples().items()
+    }
 
 
 def by_hash(keys: list[str]) -> list[str]:
@@ -39,7 +42,9 @@ def test_the_worst_the_median_and_the_best(better, worst):
     groups = shown(ranking(better, keys, values, x, y, each=3, pool=20))
     assert [value for _, value, _ in groups["worst"]] == worst
     assert [value for _, value, _ in groups["best"]] == [99 - value for value in worst][::-1]
-    pool = sorted((values[keys.index(key)] for key in by_hash(keys)[:20]), key=lambda value: abs(value - 49))
+    pool = sorted(
+        (values[keys.index(key)] for key in by_hash(keys)[:20]), key=lambda value: abs(value - 49)
+    )
     assert sorted(value for _, value, _ in groups["median"]) == sorted(pool[:3])
     for group in groups.values():
         assert all(keys[i] == key and values[i] == value for key, value, i in group)
@@ -57,18 +62,30 @@ def test_batches_order_and_processes_make_no_difference():
     picked = [keys[i] for i in order], [values[i] for i in order], x[order], y[order]
     shuffled = ranking("higher", *picked, size=3, pool=12)
     first = ranking("higher", keys[:60], values[:60], x[:60], y[:60], pool=12)
-    second = ranking("higher", keys[40:], values[40:], x[40:], y[40:], size=1, pool=12)  # 20 in both
+    second = ranking(
+        "higher", keys[40:], values[40:], x[40:], y[40:], size=1, pool=12
+    )  # 20 in both
     second.merge(pickle.loads(pickle.dumps(first)))
     second.merge(second)
     for other in (shuffled, second):
         assert shown(other) == shown(whole)
         assert [e.key for e in other.arbitrary(12)] == by_hash(keys)[:12]
     everything = ranking("higher", keys, values, x, y, pool=100)
-    assert len(pickle.dumps(second)) < 0.4 * len(pickle.dumps(everything))  # the other images are gone
+    assert len(pickle.dumps(second)) < 0.4 * len(
+        pickle.dumps(everything)
+    )  # the other images are gone
 
 
 @pytest.mark.parametrize(
-    ("n", "sizes"), [(1, (0, 1, 0)), (2, (0, 2, 0)), (3, (1, 1, 1)), (5, (1, 1, 1)), (11, (3, 3, 3)), (13, (4, 4, 4))]
+    ("n", "sizes"),
+    [
+        (1, (0, 1, 0)),
+        (2, (0, 2, 0)),
+        (3, (1, 1, 1)),
+        (5, (1, 1, 1)),
+        (11, (3, 3, 3)),
+        (13, (4, 4, 4)),
+    ],
 )
 def test_few_images_are_in_one_group_only(n, sizes):
     kept = ranking("higher", *pairs(n))
@@ -106,11 +123,17 @@ def test_one_ranking_a_target_by_the_best_metric_there_is():
     for known, size, first in (
         ({"psnr": scores}, 32, min(values)),
         ({"psnr": scores, "lpips": scores}, 32, max(values)),
-        ({"psnr": scores, "lpips": scores}, 16, min(values)),  # LPIPS says little of so small images
+        (
+            {"psnr": scores, "lpips": scores},
+            16,
+            min(values),
+        ),  # LPIPS says little of so small images
     ):
         observer = Gallery()
         for target, draw in (("a", 0), ("untrained", 0), ("a", 1)):
-            observer.update(seen(target, keys, x[..., :size, :size], y[..., :size, :size], draw, values=known))
+            observer.update(
+                seen(target, keys, x[..., :size, :size], y[..., :size, :size], draw, values=known)
+            )
         other = Gallery()
         other.merge(pickle.loads(pickle.dumps(observer.state())))
         for gallery in (observer, other):

@@ -90,7 +90,12 @@ def test_the_largest_activations_by_hand(images, precision):
     assert found["largest"] == {"encoder": 4.0, "decoder.0": 8.0, "decoder.1": 2.0, "decoder": 2.0}
     assert (found["largest_name"], found["largest_value"]) == ("decoder.0", 8.0)
     assert found["non_finite"] == {"images": 0, "values": 0, "first": None}
-    assert found["limit"] == {"fp16": 65504.0, "bf16": (2 - 2**-7) * 2.0**127, "32": (2 - 2**-23) * 2.0**127}[precision]
+    assert (
+        found["limit"]
+        == {"fp16": 65504.0, "bf16": (2 - 2**-7) * 2.0**127, "32": (2 - 2**-23) * 2.0**127}[
+            precision
+        ]
+    )
 
 
 def test_an_overflow_is_counted_and_named(images):
@@ -122,7 +127,11 @@ def test_what_is_not_finite_is_as_in_a_pipeline(images):
 
     reconstruct = Trip(Broken(1.0, 1.0), "fp16")
     assert reconstruct(KEYS, images)[:, 0, 0].tolist() == [[255, 0, 0, 255]] * 2
-    assert reconstruct.found()["non_finite"] == {"images": 2, "values": 2 * 4 * 3, "first": "reconstruction"}
+    assert reconstruct.found()["non_finite"] == {
+        "images": 2,
+        "values": 2 * 4 * 3,
+        "first": "reconstruction",
+    }
     with pytest.raises(ArithmeticError, match="mine: its reconstruction of white is not finite"):
         Trip(Broken(1.0, 1.0), "32")(KEYS, images)
 
@@ -164,7 +173,11 @@ def test_autocast_leaves_weights_as_they_are(make):
     assert reconstruct.subject.model.model is model
     assert not torch.equal(y, Trip(model, "32")(KEYS, x))
     found = reconstruct.found()
-    assert (found["dtype"], found["autocast"], found["limit"]) == ("bf16", True, (2 - 2**-7) * 2.0**127)
+    assert (found["dtype"], found["autocast"], found["limit"]) == (
+        "bf16",
+        True,
+        (2 - 2**-7) * 2.0**127,
+    )
     assert reconstruct.judged([20.0], [20.0])["safe"]
 
 
@@ -197,7 +210,9 @@ def test_recording_changes_no_pixel_and_gives_no_speed():
     cost = Cost(1, 2, 3, 4.0, 5.0, 6, 7, "CPU")
     rows = [Row("mine", 2, {"psnr": 20.0}, cost=cost, observed={"precision": recorded.found()})]
     rows += [Row("baseline", 2, {}, cost=cost)]
-    first, second = (recorded.observer.complete(row, {row.target: row for row in rows}) for row in rows)
+    first, second = (
+        recorded.observer.complete(row, {row.target: row for row in rows}) for row in rows
+    )
     assert (first.cost, second.cost) == (Cost(1, 2, 3, None, None, None, 7, "CPU"), cost)
     assert first.observed["precision"]["safe"]
 
@@ -258,7 +273,9 @@ def test_an_operator_that_torch_lacks_has_advice(direction, monkeypatch):
         raise RuntimeError(message)
 
     monkeypatch.setattr(model.model, direction, fail)
-    with pytest.raises(ConfigError, match=r"^`precision` fp16: torch: .linalg_inv.*: choose another `device`"):
+    with pytest.raises(
+        ConfigError, match=r"^`precision` fp16: torch: .linalg_inv.*: choose another `device`"
+    ):
         getattr(model, direction)(torch.zeros(1, 1, 2, 2))
     message = "sizes differ"
     with pytest.raises(RuntimeError, match="sizes differ"):

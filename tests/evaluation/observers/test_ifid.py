@@ -34,7 +34,9 @@ def test_scipy_finds_the_same_neighbours(n, block):
 def test_the_share_of_wrong_neighbours_is_that_of_scipy(monkeypatch):
     """One candidate, on a sphere that is large for the distances, where float32's products can't tell."""
     monkeypatch.setattr(ifid, "CANDIDATES", 1)
-    z = 1e4 * torch.nn.functional.normalize(torch.randn(2, 40)).repeat_interleave(50, 0) + torch.randn(100, 40)
+    z = 1e4 * torch.nn.functional.normalize(torch.randn(2, 40)).repeat_interleave(
+        50, 0
+    ) + torch.randn(100, 40)
     nearest, distances = nearest_neighbours(z, block=30)
     direct = cdist(z.double().numpy(), z.double().numpy()) + np.diag(np.full(100, np.inf))
     wrong = (direct.argmin(1) != nearest.numpy())[::3].mean()
@@ -49,7 +51,9 @@ def test_equal_latents_are_each_others_neighbours():
 
 @pytest.fixture
 def setting(weights_dir, monkeypatch):
-    monkeypatch.setattr(ifid, "provenance", lambda path, file: {"file": path.name, "published": False})
+    monkeypatch.setattr(
+        ifid, "provenance", lambda path, file: {"file": path.name, "published": False}
+    )
     model, (keys, x, _) = tiny(), pairs(30, 16)
     with torch.no_grad():
         latents = model.encode(x.float() / 127.5 - 1.0).mean
@@ -74,7 +78,9 @@ def directly(model, x, latents, features) -> float:
     a, b = (features(images).astype(np.float64) for images in (x, y))
     s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = np.trace(sqrtm(s1 @ s2).real) if a.shape[1] < 100 else 0.0
-    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2) - 2.0 * root, distances.min(1).mean()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2) - 2.0 * root, distances.min(
+        1
+    ).mean()
 
 
 def test_the_formula(setting, weights_dir, monkeypatch):
@@ -99,7 +105,8 @@ def test_the_formula(setting, weights_dir, monkeypatch):
     assert observer.columns(found) == {"iFID": f"{found['value']:.3f}"}
 
     first, second = (
-        observed(weights_dir, model, keys[part], x[part], latents[part]) for part in (slice(20), slice(15, 30))
+        observed(weights_dir, model, keys[part], x[part], latents[part])
+        for part in (slice(20), slice(15, 30))
     )
     second.merge(pickle.loads(pickle.dumps(first.state())))  # five in both
     second.examine({"a": Subject(model)}, 16, "cpu")
@@ -111,7 +118,8 @@ def test_with_inception(setting, weights_dir, monkeypatch):
     monkeypatch.setattr(
         "torch_fidelity.metric_fid.fid_statistics_to_metric",
         lambda a, b, verbose: {
-            "frechet_inception_distance": ((a["mu"] - b["mu"]) ** 2).sum() + np.trace(a["sigma"] + b["sigma"])
+            "frechet_inception_distance": ((a["mu"] - b["mu"]) ** 2).sum()
+            + np.trace(a["sigma"] + b["sigma"])
         },
     )
     inception = Inception(weights_dir / INCEPTION.name)

@@ -28,7 +28,9 @@ def test_the_angle_between_spectra_as_in_float64_whatever_the_batches():
         assert value == pytest.approx(entry[name])
     a, b = (np.moveaxis(values, 1, -1).reshape(-1, 6) for values in (x, y))
     good = a.any(1)
-    cosine = (a * b).sum(1)[good] / np.linalg.norm(a[good], axis=1) / np.linalg.norm(b[good], axis=1)
+    cosine = (
+        (a * b).sum(1)[good] / np.linalg.norm(a[good], axis=1) / np.linalg.norm(b[good], axis=1)
+    )
     assert entry["spectral_angle"] == pytest.approx(np.degrees(np.arccos(cosine)).mean(), rel=1e-4)
     np.testing.assert_allclose(entry["rmse"], np.sqrt(np.square(x - y).mean((0, 2, 3))), rtol=1e-4)
     assert set(whole.columns(entry)) == {"RMSE", "MAE", "relative", "angle"}
@@ -61,13 +63,19 @@ def test_psnr_over_three_backgrounds_as_pillow_lays_them():
 
     def flat(image: np.ndarray, grey: str) -> np.ndarray:
         whole = Image.fromarray(image)
-        return np.asarray(Image.alpha_composite(Image.new("RGBA", whole.size, grey), whole).convert("RGB"))
+        return np.asarray(
+            Image.alpha_composite(Image.new("RGBA", whole.size, grey), whole).convert("RGB")
+        )
 
     for name, grey in (("black", "black"), ("grey", "#808080"), ("white", "white")):
         expected = np.mean([psnr(flat(a, grey), flat(b, grey)) for a, b in zip(x, y, strict=True)])
         assert entry[name] == pytest.approx(expected, abs=0.03)  # Pillow rounds
-    assert entry["alpha"] == pytest.approx(np.mean([psnr(x[0, ..., 3], y[0, ..., 3]), 100.0]), abs=1e-3)
+    assert entry["alpha"] == pytest.approx(
+        np.mean([psnr(x[0, ..., 3], y[0, ..., 3]), 100.0]), abs=1e-3
+    )
     assert list(observer.columns(entry)) == ["over black", "over grey", "over white", "alpha"]
     opaque = Transparency()
-    opaque.update(Observation("vae", 0, ["a"], tensors[0][:1, :3], tensors[1][:1, :3], torch.zeros(1), {}))
+    opaque.update(
+        Observation("vae", 0, ["a"], tensors[0][:1, :3], tensors[1][:1, :3], torch.zeros(1), {})
+    )
     assert opaque.result("vae", 0) is None

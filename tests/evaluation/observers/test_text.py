@@ -46,8 +46,14 @@ class Blurred(Autoencoder):
         return Deterministic(x)
 
     def decode(self, z):
-        pictures = [Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()) for image in z]
-        blurred = [np.asarray(picture.filter(ImageFilter.GaussianBlur(self.radius))) for picture in pictures]
+        pictures = [
+            Image.fromarray(((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+            for image in z
+        ]
+        blurred = [
+            np.asarray(picture.filter(ImageFilter.GaussianBlur(self.radius)))
+            for picture in pictures
+        ]
         return torch.from_numpy(np.stack(blurred)).permute(0, 3, 1, 2) / 127.5 - 1.0
 
 
@@ -60,7 +66,9 @@ def test_pages_hold_every_size_that_fits():
             assert all(0 <= top < bottom <= side for _, (_, top, _, bottom), _ in lines)
             paper = image[:, -1, -1][:, None, None]
             assert all((image[:, top:bottom] != paper).any() for _, (_, top, _, bottom), _ in lines)
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(draw_pages(128), draw_pages(128), strict=True))
+    assert all(
+        torch.equal(a[0], b[0]) for a, b in zip(draw_pages(128), draw_pages(128), strict=True)
+    )
 
 
 BOXES = [(0, 0, 16, 8), (0, 8, 16, 16)]
@@ -70,7 +78,11 @@ BOXES = [(0, 0, 16, 8), (0, 8, 16, 16)]
 def reader(monkeypatch):
     """Reads the brightness of a line as a letter, five times; finds two lines in images that are not black."""
     monkeypatch.setattr(text, "_find", lambda image: BOXES if image.any() else [])
-    monkeypatch.setattr(text, "_read", lambda image, box, sure=0.0: 5 * chr(97 + int(image[0, box[1], box[0]]) // 10))
+    monkeypatch.setattr(
+        text,
+        "_read",
+        lambda image, box, sure=0.0: 5 * chr(97 + int(image[0, box[1], box[0]]) // 10),
+    )
 
 
 def test_the_rate_by_hand(reader):

@@ -13,7 +13,12 @@ from tests.models.large.test_tiling import sd
 
 
 def autoencoder(quantizer: bool = False, **encoder) -> LiteVAE:
-    widths = {"extractor_channels": 8, "extractor_mult": (1, 2, 3), "aggregate_channels": 8, "aggregate_mult": (1, 2)}
+    widths = {
+        "extractor_channels": 8,
+        "extractor_mult": (1, 2, 3),
+        "aggregate_channels": 8,
+        "aggregate_mult": (1, 2),
+    }
     if encoder.get("variant") != "paper":
         widths |= {"extractor_resblocks": 2, "aggregate_resblocks": 1}
     vae = LiteVAE(
@@ -39,7 +44,9 @@ def autoencoder(quantizer: bool = False, **encoder) -> LiteVAE:
 )
 def test_strips_give_the_posterior_of_the_whole(arguments, memory):
     vae = autoencoder(**arguments)
-    x = torch.randn(2, 3, 56, 24) * torch.linspace(0.1, 2.0, 56)[:, None]  # statistics differ from strip to strip
+    x = (
+        torch.randn(2, 3, 56, 24) * torch.linspace(0.1, 2.0, 56)[:, None]
+    )  # statistics differ from strip to strip
     assert peak_bytes(vae.encoder, lambda e, images: e(images), x.shape) > memory
     with torch.no_grad():
         whole = vae.encode(x)
@@ -71,14 +78,18 @@ def test_layers_stay_in_memory_as_far_as_it_goes(monkeypatch):
     counts = []
     for memory in (1, 200_000, 400_000):
         files, make = [], tempfile.TemporaryFile
-        monkeypatch.setattr(tempfile, "TemporaryFile", lambda files=files, make=make, **_: files.append(0) or make())
+        monkeypatch.setattr(
+            tempfile, "TemporaryFile", lambda files=files, make=make, **_: files.append(0) or make()
+        )
         autoencoder().encode_within(torch.randn(1, 3, 64, 64), memory)
         monkeypatch.undo()
         counts.append(len(files))
     assert counts == sorted(set(counts), reverse=True)
 
 
-@pytest.mark.parametrize(("arguments", "networks"), [({}, 4), ({"skip_levels": 1}, 3), ({"packets": True}, 1)])
+@pytest.mark.parametrize(
+    ("arguments", "networks"), [({}, 4), ({"skip_levels": 1}, 3), ({"packets": True}, 1)]
+)
 def test_progress_ends_at_one(arguments, networks):
     done = []
     autoencoder(**arguments).encode_within(torch.randn(2, 3, 16, 16), 1, done.append)
@@ -88,7 +99,9 @@ def test_progress_ends_at_one(arguments, networks):
 
 
 def test_mistakes():
-    with pytest.raises(ValueError, match=r"SDEncoder encodes whole images only: .* 24x16 pixels take"):
+    with pytest.raises(
+        ValueError, match=r"SDEncoder encodes whole images only: .* 24x16 pixels take"
+    ):
         sd().encode_within(torch.randn(1, 3, 16, 24), 1)
     vae = autoencoder()
     with pytest.raises(ValueError, match=r"call model\.eval"):

@@ -31,7 +31,15 @@ CONFIGURATIONS = [
         {"channel_mult": (1, 2), "num_res_blocks": 1},
         {"channel_mult": (1, 1), "num_res_blocks": 0, "linear": True},
     )
-] + [{"variant": "paper_smc", "output": "packets", "channel_mult": (1, 1, 1), "num_res_blocks": 0, "linear": True}]
+] + [
+    {
+        "variant": "paper_smc",
+        "output": "packets",
+        "channel_mult": (1, 1, 1),
+        "num_res_blocks": 0,
+        "linear": True,
+    }
+]
 
 
 def decoder(**arguments) -> LiteVAE_Decoder:
@@ -66,7 +74,9 @@ def test_the_stages_are_the_whole_decoder():
     module = LiteVAE_Decoder(channels=4, z_channels=2, channel_mult=(1, 1), num_res_blocks=0).eval()
     z = torch.rand(1, 2, 40, 30)
     with torch.no_grad():
-        torch.testing.assert_close(decode_window(module.paths(), z, ((0, 80), (0, 60))), module(z), rtol=0, atol=0)
+        torch.testing.assert_close(
+            decode_window(module.paths(), z, ((0, 80), (0, 60))), module(z), rtol=0, atol=0
+        )
         field = receptive_field(module)
         poisoned = torch.full_like(z, torch.nan)
         near = ..., slice(20 - field, 21 + field), slice(15 - field, 16 + field)
@@ -92,7 +102,9 @@ def test_tiles_give_the_untiled_image(arguments):
         whole = vae.decode(z)
     for tile in (1, 3, 4, 8, 99):
         for model in (vae, vae.fold()) if tile == 4 else (vae,):
-            assert (model.decode_tiled(z, tile) - whole).abs().max() < 1e-4 * whole.std().clamp(max=1.0)
+            assert (model.decode_tiled(z, tile) - whole).abs().max() < 1e-4 * whole.std().clamp(
+                max=1.0
+            )
 
 
 @pytest.mark.parametrize("arguments", [c for c in CONFIGURATIONS if c["num_res_blocks"] < 2])
@@ -109,7 +121,9 @@ def test_a_seam_would_be_seen(arguments, monkeypatch):
 
 def sd() -> LiteVAE:
     shape = {"channels": 8, "channel_mult": (1, 1), "num_res_blocks": 0, "norm_groups": 4}
-    return LiteVAE(SDEncoder(latent_dim=8, image_size=16, **shape), SDDecoder(z_channels=4, **shape)).eval()
+    return LiteVAE(
+        SDEncoder(latent_dim=8, image_size=16, **shape), SDDecoder(z_channels=4, **shape)
+    ).eval()
 
 
 def test_stable_diffusions_decoder_is_not_tiled():
@@ -150,7 +164,9 @@ def test_a_batch_is_split_before_its_images_are(monkeypatch):
         vae.decode_tiled(z[:1], memory=needs // 2)
         alone = len(tiled)
         assert alone > 1
-        torch.testing.assert_close(vae.decode_tiled(z, memory=needs // 2, progress=done.append), expected)
+        torch.testing.assert_close(
+            vae.decode_tiled(z, memory=needs // 2, progress=done.append), expected
+        )
         assert tiled == [1] * alone * 6
         vae.decoder.register_forward_pre_hook(lambda _, inputs: whole.append(len(inputs[0])))
         torch.testing.assert_close(vae.decode_tiled(z, memory=2 * needs + 1), expected)
@@ -185,7 +201,9 @@ def test_padding_is_numpys_and_crops_back(size, dtype):
     for axis in (2, 3):
         pad = -expected.shape[axis] % 8
         widths = [(0, 0)] * axis + [(0, pad)] + [(0, 0)] * (3 - axis)
-        expected = np.pad(expected, widths, mode="reflect" if pad < expected.shape[axis] else "edge")
+        expected = np.pad(
+            expected, widths, mode="reflect" if pad < expected.shape[axis] else "edge"
+        )
     assert np.array_equal(padded.numpy(), expected)
     assert padded.dtype == dtype
     assert torch.equal(crop_to(padded, size), x)
@@ -200,7 +218,9 @@ def test_an_autoencoder_without_tiles_works_whole():
     z = model.encode_within(x, 1).mode()
     assert torch.equal(z, model.encode(x).mode())
     assert torch.equal(model.decode_tiled(z, memory=1), model.decode(z))
-    with pytest.raises(ValueError, match="Shrunk decodes the whole latent at once: leave `tile` out"):
+    with pytest.raises(
+        ValueError, match="Shrunk decodes the whole latent at once: leave `tile` out"
+    ):
         model.decode_tiled(z, tile=1)
 
 
@@ -210,12 +230,18 @@ def test_batches_quantizer_and_the_largest_tile_within_the_memory():
     with torch.no_grad():
         whole = vae.decode(z)
     fractions = []
-    torch.testing.assert_close(vae.decode_tiled(z, 13, progress=fractions.append), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        vae.decode_tiled(z, 13, progress=fractions.append), whole, rtol=0, atol=1e-5
+    )
     assert fractions == [i / 12 for i in range(1, 13)]
     torch.testing.assert_close(vae.decode_tiled(z, memory=2**21), whole, rtol=0, atol=1e-5)
     assert vae.decode_tiled(z[:0], memory=2**21).shape == (0, *whole.shape[1:])
     tile = tile_for(vae.decoder, 2**21, z.shape)
-    assert tile_bytes(vae.decoder, tile, z.shape) <= 2**21 < tile_bytes(vae.decoder, tile + 1, z.shape)
+    assert (
+        tile_bytes(vae.decoder, tile, z.shape) <= 2**21 < tile_bytes(vae.decoder, tile + 1, z.shape)
+    )
     assert tile_for(vae.decoder, 64 * GIB, z.shape) == 50
-    with pytest.raises(ValueError, match=r"the smallest tile takes .* GiB, more than 9\.31e-08: allow"):
+    with pytest.raises(
+        ValueError, match=r"the smallest tile takes .* GiB, more than 9\.31e-08: allow"
+    ):
         tile_for(vae.decoder, 100, z.shape)

@@ -24,13 +24,19 @@ WAN: dict[str, Any] = {
     "latents_std": [1.5, 2.0, 0.5, 1.0],
 }
 FOUR: dict[str, Any] = {"latent_channels": 4, "block_out_channels": (8,) * 4, "layers_per_block": 1}
-HUNYUAN: dict[str, Any] = {"latent_channels": 4, "block_out_channels": (32,) * 5, "layers_per_block": 1}
+HUNYUAN: dict[str, Any] = {
+    "latent_channels": 4,
+    "block_out_channels": (32,) * 5,
+    "layers_per_block": 1,
+}
 COSMOS = {f"{half}_block_out_channels": (8,) * 4 for half in ("encoder", "decode")}
 LTX2 = {"block_out_channels": (8,) * 4, "decoder_block_out_channels": (16, 32, 64)}
 
 
 def halves(**each: Any) -> dict[str, Any]:
-    return {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in each.items()}
+    return {
+        f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in each.items()
+    }
 
 
 CLASSES: dict[str, dict[str, Any]] = {
@@ -76,7 +82,12 @@ CLASSES: dict[str, dict[str, Any]] = {
         "z_channels": 4,
         "ch_mult": (1, 1, 1),
     },
-    "AutoencoderKLKVAEVideo": {"ch": 32, "ch_mult": (1, 1, 1, 1), "num_res_blocks": 1, "z_channels": 4},
+    "AutoencoderKLKVAEVideo": {
+        "ch": 32,
+        "ch_mult": (1, 1, 1, 1),
+        "num_res_blocks": 1,
+        "z_channels": 4,
+    },
     "AutoencoderKLLTX2Video": {
         "latent_channels": 8,
         "layers_per_block": (1,) * 5,
@@ -91,7 +102,11 @@ CLASSES: dict[str, dict[str, Any]] = {
         "decoder_layers_per_block": (1,) * 5,
     },
     "AutoencoderKLMagvit": {**FOUR, "norm_num_groups": 4},
-    "AutoencoderKLMochi": {"latent_channels": 12, "layers_per_block": (1,) * 5, **halves(block_out_channels=(32,) * 4)},
+    "AutoencoderKLMochi": {
+        "latent_channels": 12,
+        "layers_per_block": (1,) * 5,
+        **halves(block_out_channels=(32,) * 4),
+    },
     "AutoencoderKLQwenImage": WAN,
     "AutoencoderKLQwenImage21": {**WAN, "decoder_base_dim": 8},
     "AutoencoderKLWan": WAN,
@@ -113,7 +128,11 @@ CLASSES: dict[str, dict[str, Any]] = {
         "num_encoder_blocks": (1,) * 4,
         "num_decoder_blocks": (1,) * 4,
     },
-    "Kandinsky6SRVAE": {"latent_channels": 4, "layers_per_block": 1, **halves(block_out_channels=(8, 16, 16, 16, 16))},
+    "Kandinsky6SRVAE": {
+        "latent_channels": 4,
+        "layers_per_block": 1,
+        **halves(block_out_channels=(8, 16, 16, 16, 16)),
+    },
     "VQModel": KL,
 }
 """The arguments of those that take images."""
@@ -136,7 +155,10 @@ NOT_OF_IMAGES: dict[str, dict[str, Any] | None] = {
         "latents_std": (1.0,) * 4,
     },
     "AutoencoderKLMiniMaxH3Audio": None,
-    "AutoencoderKLTemporalDecoder": {"down_block_types": KL["down_block_types"], "block_out_channels": (32, 32)},
+    "AutoencoderKLTemporalDecoder": {
+        "down_block_types": KL["down_block_types"],
+        "block_out_channels": (32, 32),
+    },
     "AutoencoderOobleck": {
         "encoder_hidden_size": 8,
         "decoder_channels": 8,
@@ -180,7 +202,9 @@ def make(name: str, **changes: Any) -> Any:
     assert arguments is not None
     build, forward = autoencoder_rae._build_encoder, autoencoder_rae._ENCODER_FORWARD_FNS["mae"]
     autoencoder_rae._build_encoder = lambda **kwargs: Patches(**kwargs)
-    autoencoder_rae._ENCODER_FORWARD_FNS["mae"] = lambda model, x, _: model.conv(x).flatten(2).transpose(1, 2)
+    autoencoder_rae._ENCODER_FORWARD_FNS["mae"] = lambda model, x, _: (
+        model.conv(x).flatten(2).transpose(1, 2)
+    )
     try:
         model = getattr(diffusers, name)(**{**arguments, **changes}).eval()
     finally:

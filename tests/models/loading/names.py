@@ -26,7 +26,13 @@ def latent_diffusion_names(model: diffusers.AutoencoderKL) -> dict[str, torch.Te
             case [half, "mid_block", "resnets", i, *rest]:
                 new = [half, "mid", f"block_{int(i) + 1}", *rest]
             case [half, "mid_block", "attentions", "0", *layer, kind]:
-                layers = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+                layers = {
+                    "group_norm": "norm",
+                    "to_q": "q",
+                    "to_k": "k",
+                    "to_v": "v",
+                    "to_out.0": "proj_out",
+                }
                 new = [half, "mid", "attn_1", layers[".".join(layer)], kind]
                 if tensor.ndim == 2:
                     tensor = tensor[:, :, None, None]  # 1x1 convolutions there

@@ -21,12 +21,16 @@ def wrapped() -> dict[str, DiffusersAutoencoder]:
     """One of each class that takes images; some need larger ones than other tests measure with."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(diffusers_models, "PROBE", 64)
-        return {name: DiffusersAutoencoder(make(name)) for name in CLASSES if hasattr(diffusers, name)}
+        return {
+            name: DiffusersAutoencoder(make(name)) for name in CLASSES if hasattr(diffusers, name)
+        }
 
 
 def test_no_class_is_forgotten():
     """One of a later diffusers belongs into the tables of tests/models/loading/classes.py and docs/autoencoders.md."""
-    found = {name for name, kind in vars(diffusers.models.autoencoders).items() if inspect.isclass(kind)}
+    found = {
+        name for name, kind in vars(diffusers.models.autoencoders).items() if inspect.isclass(kind)
+    }
     assert found - {*CLASSES, *NOT_OF_IMAGES} == set()
     assert len(found) > 20
 
@@ -43,8 +47,15 @@ def test_encode_and_decode_are_diffusers_own(name, wrapped):
     output = model.encode(given, return_dict=False)[0]
     expected = output if isinstance(output, torch.Tensor) else output.mode()
     posterior = ours.encode(x)
-    assert posterior.mean.shape == (2, ours.latent_channels, side // ours.downscale, side // ours.downscale)
-    torch.testing.assert_close(posterior.mean, expected[:, :, 0] if ours.frames else expected, rtol=1e-5, atol=1e-5)
+    assert posterior.mean.shape == (
+        2,
+        ours.latent_channels,
+        side // ours.downscale,
+        side // ours.downscale,
+    )
+    torch.testing.assert_close(
+        posterior.mean, expected[:, :, 0] if ours.frames else expected, rtol=1e-5, atol=1e-5
+    )
     assert posterior.deterministic == ours.deterministic == (not hasattr(output, "logvar"))
     if posterior.deterministic:
         assert torch.equal(posterior.sample(), posterior.mode())
@@ -53,7 +64,9 @@ def test_encode_and_decode_are_diffusers_own(name, wrapped):
             with pytest.raises(ValueError, match=r"a deterministic latent has no"):
                 ask()
     else:
-        torch.testing.assert_close(posterior.var, output.var[:, :, 0] if ours.frames else output.var)
+        torch.testing.assert_close(
+            posterior.var, output.var[:, :, 0] if ours.frames else output.var
+        )
     image = model.decode(expected, return_dict=False)[0]
     image = image[:, :, 0] if ours.frames else 2 * image - 1 if name == "AutoencoderRAE" else image
     assert image.shape == x.shape
@@ -65,7 +78,8 @@ def test_what_takes_no_images_is_refused_by_name(name):
     if not hasattr(diffusers, name):
         pytest.skip("a later diffusers has it")
     with pytest.raises(
-        ValueError, match=f"^{name} (does not (en|de)code|is an autoencoder of sound|decodes by|makes)"
+        ValueError,
+        match=f"^{name} (does not (en|de)code|is an autoencoder of sound|decodes by|makes)",
     ) as e:
         DiffusersAutoencoder(make(name))
     assert "\n" not in str(e.value)
@@ -73,7 +87,8 @@ def test_what_takes_no_images_is_refused_by_name(name):
 
 def test_factors(wrapped):
     wan, ltx, flux, cosmos, rae = (
-        wrapped[f"Autoencoder{name}"] for name in ("KLWan", "KLLTXVideo", "KLFlux2", "KLCosmos", "RAE")
+        wrapped[f"Autoencoder{name}"]
+        for name in ("KLWan", "KLLTXVideo", "KLFlux2", "KLCosmos", "RAE")
     )
     assert (wan.latents_mean, wan.latents_std) == ([0.1, 0.2, 0.3, 0.4], [1.5, 2.0, 0.5, 1.0])
     assert ltx.latents_std == ltx.model.latents_std.tolist()
@@ -81,7 +96,9 @@ def test_factors(wrapped):
     assert (rae.latents_mean, rae.scaling_factor) == (None, 1.0)
     z, bn = torch.randn(2, 4, 6, 8), flux.model.bn
     std = (bn.running_var + flux.model.config.batch_norm_eps).sqrt()
-    packed = pixel_unshuffle(z, 2) * std[:, None, None] + bn.running_mean[:, None, None]  # as Flux2Pipeline packs them
+    packed = (
+        pixel_unshuffle(z, 2) * std[:, None, None] + bn.running_mean[:, None, None]
+    )  # as Flux2Pipeline packs them
     torch.testing.assert_close(flux.from_diffusion(z), pixel_shuffle(packed, 2))
     assert flux.from_diffusion(z[..., :5, :7]).shape == (2, 4, 5, 7)
 
@@ -92,7 +109,9 @@ def test_an_image_that_is_not_rae_s(wrapped):
     assert wrapped["AutoencoderRAE"].image_size == 16
 
 
-@pytest.mark.parametrize("name", ["AutoencoderKLWan", "AutoencoderKLFlux2", "AutoencoderKLQwenImage21"])
+@pytest.mark.parametrize(
+    "name", ["AutoencoderKLWan", "AutoencoderKLFlux2", "AutoencoderKLQwenImage21"]
+)
 def test_from_a_folder(name, tmp_path):
     make(name).save_pretrained(tmp_path)
     found = find_target(f"diffusers:{tmp_path}").load()
@@ -105,7 +124,9 @@ def test_from_a_folder(name, tmp_path):
 def test_other_numbers_of_channels():
     grey = DiffusersAutoencoder(make("AutoencoderKLWan", in_channels=1, out_channels=1))
     assert (grey.in_channels, grey.frames) == (1, True)
-    patched = DiffusersAutoencoder(make("AutoencoderKLWan", in_channels=12, out_channels=12, patch_size=2))
+    patched = DiffusersAutoencoder(
+        make("AutoencoderKLWan", in_channels=12, out_channels=12, patch_size=2)
+    )
     assert (patched.in_channels, patched.downscale) == (3, 8)  # Wan 2.2's
 
 
@@ -122,8 +143,15 @@ def test_the_table_of_the_documentation(wrapped):
         patches = " and position of a 2x2 patch" if each == 4 else ""
         return f"| {name} | {takes} | {'points' if model.deterministic else 'a distribution'} | {factors}{patches} |"
 
-    lines = PAGE.read_text(encoding="utf-8").partition("\n|---|---|---|---|\n")[2].partition("\n\n")[0].splitlines()
+    lines = (
+        PAGE.read_text(encoding="utf-8")
+        .partition("\n|---|---|---|---|\n")[2]
+        .partition("\n\n")[0]
+        .splitlines()
+    )
     given = {line.split()[1]: line for line in lines}
     built = (*CLASSES, *(name for name, arguments in NOT_OF_IMAGES.items() if arguments))
     assert list(given) == sorted(built, key=str.lower)
-    assert given == {name: row(name) if hasattr(diffusers, name) else line for name, line in given.items()}
+    assert given == {
+        name: row(name) if hasattr(diffusers, name) else line for name, line in given.items()
+    }

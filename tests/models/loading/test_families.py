@@ -23,7 +23,10 @@ from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl, tin
 from tests.models.loading.classes import make
 
 FORMS = {name: (name, {}) for name in TRAINABLE} | {
-    "Wan 2.2": ("AutoencoderKLWan", {"in_channels": 12, "out_channels": 12, "patch_size": 2, "is_residual": True})
+    "Wan 2.2": (
+        "AutoencoderKLWan",
+        {"in_channels": 12, "out_channels": 12, "patch_size": 2, "is_residual": True},
+    )
 }
 VIDEO = {"AutoencoderKLQwenImage", "AutoencoderKLWan"}
 
@@ -31,12 +34,18 @@ VIDEO = {"AutoencoderKLQwenImage", "AutoencoderKLWan"}
 @pytest.fixture(scope="module")
 def pairs() -> dict[str, tuple[DiffusersAutoencoder, LiteVAE]]:
     """Diffusers' model, and ours of it."""
-    found = {n: DiffusersAutoencoder(make(k, **a)).eval() for n, (k, a) in FORMS.items() if hasattr(diffusers, k)}
+    found = {
+        n: DiffusersAutoencoder(make(k, **a)).eval()
+        for n, (k, a) in FORMS.items()
+        if hasattr(diffusers, k)
+    }
     return {name: (theirs, theirs.as_litevae("it")) for name, theirs in found.items()}
 
 
 def arguments(model: Any) -> dict[str, Any]:
-    return json.loads(json.dumps({key: value for key, value in model.config.items() if key[0] != "_"}))
+    return json.loads(
+        json.dumps({key: value for key, value in model.config.items() if key[0] != "_"})
+    )
 
 
 def train(model: LiteVAE, *halves: str) -> None:
@@ -64,7 +73,9 @@ def test_the_same_function_and_the_same_weights(name, pairs):
     )
     torch.testing.assert_close(found.mean, expected.mean, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.var, expected.var, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours.decode(expected.mean), theirs.decode(expected.mean), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours.decode(expected.mean), theirs.decode(expected.mean), rtol=1e-5, atol=1e-5
+    )
     before, after = theirs.model.state_dict(), family_of(ours).to_diffusers(ours)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
@@ -116,7 +127,9 @@ def test_exported_and_compared(name, dtype, pairs, tmp_path):
         torch.nn.init.normal_(weight, std=2 * weight[0].numel() ** -0.5)
     export(ours, tmp_path / "vae", DiffusersLayout(), ExportSettings(dtype=dtype))
     assert find_target(tmp_path / "vae").load().for_diffusion == ours.for_diffusion
-    assert load_file(tmp_path / "vae" / WEIGHTS_NAME)["decoder.conv_in.weight"].dtype == getattr(torch, dtype)
+    assert load_file(tmp_path / "vae" / WEIGHTS_NAME)["decoder.conv_in.weight"].dtype == getattr(
+        torch, dtype
+    )
 
 
 def test_an_export_in_our_own_format(pairs, tmp_path):
@@ -138,7 +151,9 @@ def test_a_smaller_decoder_of_flux2(pairs, tmp_path):
     small.encoder.load_state_dict(ours.encoder.state_dict())
     small.decoder.model.bn.load_state_dict(ours.decoder.model.bn.state_dict())
     DiffusersLayout().write(small, tmp_path / "vae")
-    back = diffusers.AutoencoderKLFlux2.from_pretrained(tmp_path / "vae", low_cpu_mem_usage=False).eval()
+    back = diffusers.AutoencoderKLFlux2.from_pretrained(
+        tmp_path / "vae", low_cpu_mem_usage=False
+    ).eval()
     assert back.config.decoder_block_out_channels == [4, 4]
     assert torch.equal(back.bn.running_var, pairs["AutoencoderKLFlux2"][0].model.bn.running_var)
     z = torch.randn(1, 4, 4, 4)
@@ -200,9 +215,14 @@ def test_encode_and_decode_are_diffusers_own_and_names_go_back(name):
     assert torch.equal(ours.decode(expected.mean), theirs.decode(expected.mean).sample)
     assert isinstance(family_of(ours), StableDiffusion)
     assert not ours.training
-    assert (ours.downscale, ours.latent_channels) == (x.shape[-1] // expected.mean.shape[-1], expected.mean.shape[1])
+    assert (ours.downscale, ours.latent_channels) == (
+        x.shape[-1] // expected.mean.shape[-1],
+        expected.mean.shape[1],
+    )
     assert (ours.quantizer is not None) == theirs.config.use_quant_conv
-    again = diffusers.AutoencoderKL(**StableDiffusion().config(ours))  # nothing in their config is left out
+    again = diffusers.AutoencoderKL(
+        **StableDiffusion().config(ours)
+    )  # nothing in their config is left out
     for key in set(theirs.config) - {"_use_default_values"}:
         given, back = theirs.config[key], again.config[key]
         assert (list(back) if isinstance(back, tuple | list) else back or 0.0) == (
@@ -242,7 +262,9 @@ def test_a_size_that_our_encoder_does_not_take(sample_size):
     [
         (lambda: make("VQModel"), "diffusers' VQModel can be a teacher; those that can be trained"),
         (
-            lambda: tiny_kl(down_block_types=("DownEncoderBlock2D",) * 2 + ("AttnDownEncoderBlock2D",)),
+            lambda: tiny_kl(
+                down_block_types=("DownEncoderBlock2D",) * 2 + ("AttnDownEncoderBlock2D",)
+            ),
             "down_block_types: AttnDownEncoderBlock2D: only DownEncoderBlock2D",
         ),
         (
@@ -275,6 +297,8 @@ def test_what_our_networks_are_not(make, message):
 def test_halves_that_autoencoder_kl_does_not_have(half, params, message):
     ours = ours_of(tiny_kl()).config
     node = ours[f"{half}_config"]
-    mixed = LiteVAE.from_config(**{**ours, f"{half}_config": {**node, "params": {**node["params"], **params}}})
+    mixed = LiteVAE.from_config(
+        **{**ours, f"{half}_config": {**node, "params": {**node["params"], **params}}}
+    )
     with pytest.raises(ValueError, match=message):
         StableDiffusion().config(mixed)

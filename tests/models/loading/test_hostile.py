@@ -16,8 +16,14 @@ from tests.models.autoencoder_kl import autoencoder_kl
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"block_out_channels": [9024] * 4}, "weights of another model: its config has [0-9,]+ parameters"),
-        ({"layers_per_block": 10**9}, "layers_per_block: more than 24 in a config that was received"),
+        (
+            {"block_out_channels": [9024] * 4},
+            "weights of another model: its config has [0-9,]+ parameters",
+        ),
+        (
+            {"layers_per_block": 10**9},
+            "layers_per_block: more than 24 in a config that was received",
+        ),
     ],
 )
 def test_a_config_of_diffusers_builds_no_more_than_its_weights_have(change, message, tmp_path):
@@ -40,7 +46,9 @@ def test_a_flipped_bit_and_a_harmful_pickle_of_a_folder_of_diffusers(tmp_path):
     with pytest.raises(ValueError, match=r"not a readable AutoencoderKL: .* damaged"):
         find_target(f"diffusers:{tmp_path}").load()
     weights.unlink()
-    pickled = b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + (8 * 10**9).to_bytes(5, "little") + b"\x85R."
+    pickled = (
+        b"\x80\x02cbuiltins\nbytearray\n\x8a\x05" + (8 * 10**9).to_bytes(5, "little") + b"\x85R."
+    )
     with zipfile.ZipFile(tmp_path / "diffusion_pytorch_model.bin", "w") as file:
         file.writestr("a/data.pkl", pickled)
         file.writestr("a/data/0", bytes(6 * 10**6))
@@ -49,7 +57,11 @@ def test_a_flipped_bit_and_a_harmful_pickle_of_a_folder_of_diffusers(tmp_path):
 
 
 def test_a_file_of_latent_diffusion_whose_shapes_hold_nothing(tmp_path):
-    shapes = {"encoder.conv_in.weight": (3, 3), "encoder.conv_out.weight": (8, 3), "decoder.conv_in.weight": (0, 4)}
+    shapes = {
+        "encoder.conv_in.weight": (3, 3),
+        "encoder.conv_out.weight": (8, 3),
+        "decoder.conv_in.weight": (0, 4),
+    }
     shapes |= {"decoder.conv_out.weight": (3, 0), "encoder.down.0.block.0.norm1.weight": (0,)}
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}
     tensors["encoder.down.0.block.0.conv1.weight"] = torch.zeros(9024, 0)

@@ -7,7 +7,10 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_wan_vae_to_diffusers
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_vae_checkpoint,
+    convert_wan_vae_to_diffusers,
+)
 from safetensors.torch import save_file
 
 from olvae.export.exporting import export
@@ -40,8 +43,13 @@ def same(found: Any, theirs: Any) -> None:
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderKLWan"])
 def test_the_names_are_those_that_diffusers_converts(kind):
     """Of the published sizes; latent-diffusion's converter knows FLUX.2's quantizers by their other place."""
-    shape = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-    arguments = {} if kind == "AutoencoderKLWan" else {**shape, "block_out_channels": (128, 256, 512, 512)}
+    shape = {
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    }
+    arguments = (
+        {} if kind == "AutoencoderKLWan" else {**shape, "block_out_channels": (128, 256, 512, 512)}
+    )
     with torch.device("meta"):
         model = getattr(diffusers, kind)(**arguments)
     state = model.state_dict()
@@ -52,12 +60,19 @@ def test_the_names_are_those_that_diffusers_converts(kind):
                 "decoder.upsamples.7.time_conv.bias", "decoder.middle.1.to_qkv.weight"} <= named.keys()  # fmt: skip
         assert convert_wan_vae_to_diffusers(dict(named)).keys() == state.keys()
         return
-    known = {name.replace("encoder.quant", "quant").replace("decoder.post", "post"): t for name, t in named.items()}
+    known = {
+        name.replace("encoder.quant", "quant").replace("decoder.post", "post"): t
+        for name, t in named.items()
+    }
     found = convert_ldm_vae_checkpoint(known, model.config)
     kept = {name for name in state if not name.startswith("bn.")}
     assert found.keys() == kept
     assert all(found[name].shape == state[name].shape for name in kept)
-    assert ("decoder.post_quant_conv.weight" in named) == ("bn.running_var" in named) == (kind != "AutoencoderKL")
+    assert (
+        ("decoder.post_quant_conv.weight" in named)
+        == ("bn.running_var" in named)
+        == (kind != "AutoencoderKL")
+    )
 
 
 @pytest.mark.parametrize("kind", FORMS)
@@ -77,8 +92,13 @@ def test_flux2_as_it_is_published_and_in_comfyui(prefix, inside, tmp_path):
     theirs = make("AutoencoderKLFlux2", **FORMS["AutoencoderKLFlux2"])
     named = original_names("AutoencoderKLFlux2", theirs.state_dict())
     if not inside:
-        named = {name.replace("encoder.quant", "quant").replace("decoder.post", "post"): t for name, t in named.items()}
-    save_file({prefix + name: t.contiguous() for name, t in named.items()}, tmp_path / "ae.safetensors")
+        named = {
+            name.replace("encoder.quant", "quant").replace("decoder.post", "post"): t
+            for name, t in named.items()
+        }
+    save_file(
+        {prefix + name: t.contiguous() for name, t in named.items()}, tmp_path / "ae.safetensors"
+    )
     found = find_target(tmp_path / "ae.safetensors").load()
     same(found, theirs)
     assert len(found.latents_mean) == 16
@@ -88,7 +108,10 @@ def test_flux2_as_it_is_published_and_in_comfyui(prefix, inside, tmp_path):
 @pytest.mark.parametrize("widths", [[32, 32], [0, 0], None])
 def test_a_config_beside_is_of_this_file_if_it_has_its_shapes(groups, widths, tmp_path):
     """Where shapes say all; one that is given is believed, and what is wrong with it is one line."""
-    theirs, config = make("AutoencoderKL", block_out_channels=(32, 32), norm_num_groups=32), tmp_path / "config.json"
+    theirs, config = (
+        make("AutoencoderKL", block_out_channels=(32, 32), norm_num_groups=32),
+        tmp_path / "config.json",
+    )
     save_file(original_names("AutoencoderKL", theirs.state_dict()), tmp_path / "vae.safetensors")
     theirs.save_config(tmp_path)
     changes = {"scaling_factor": 0.5, "norm_num_groups": groups, "block_out_channels": widths}
@@ -96,9 +119,15 @@ def test_a_config_beside_is_of_this_file_if_it_has_its_shapes(groups, widths, tm
     found = find_target(tmp_path / "vae.safetensors").load()
     same(found, theirs)
     assert found.model.config.norm_num_groups == 32
-    assert (found.scaling_factor == 0.5) == found.factors_known == (groups == 32 and widths == [32, 32])
+    assert (
+        (found.scaling_factor == 0.5)
+        == found.factors_known
+        == (groups == 32 and widths == [32, 32])
+    )
     if not groups or widths != [32, 32]:
-        with pytest.raises(ValueError, match=r"vae.safetensors: .*: is it another AutoencoderKL\? Then") as caught:
+        with pytest.raises(
+            ValueError, match=r"vae.safetensors: .*: is it another AutoencoderKL\? Then"
+        ) as caught:
             find_target(tmp_path / "vae.safetensors", config=config).load()
         assert "\n" not in str(caught.value)
 
@@ -124,11 +153,14 @@ def test_dc_ae_by_the_config_of_its_class(tmp_path):
         state[name] = tensor
     save_file(state, tmp_path / "dc.safetensors")
     with pytest.raises(
-        ValueError, match=r"dc.safetensors: weights of another model.*: is it another AutoencoderDC\? Then"
+        ValueError,
+        match=r"dc.safetensors: weights of another model.*: is it another AutoencoderDC\? Then",
     ):
         find_target(tmp_path / "dc.safetensors").load()
     theirs.save_config(tmp_path / "configs")
-    found = find_target(tmp_path / "dc.safetensors", config=tmp_path / "configs" / "config.json").load()
+    found = find_target(
+        tmp_path / "dc.safetensors", config=tmp_path / "configs" / "config.json"
+    ).load()
     same(found, theirs)
     theirs.save_config(tmp_path)
     same(find_target(tmp_path / "dc.safetensors").load(), theirs)
@@ -143,8 +175,13 @@ def test_what_has_no_names_of_its_project(tmp_path):
         model = DiffusersAutoencoder(make(kind)).as_litevae("it")
         assert LAYOUTS["ldm"]().misfit(model).startswith(message)
         assert LAYOUTS["comfyui"]().misfit(model) == f"an {kind}: `format` diffusers"
-    for form, instead in ({}, "`format` ldm is what ComfyUI loads"), ({"is_residual": True}, "`format` diffusers"):
-        model = DiffusersAutoencoder(make("AutoencoderKLWan", **WAN, **form)).as_litevae("it")  # Wan 2.1's and 2.2's
+    for form, instead in (
+        ({}, "`format` ldm is what ComfyUI loads"),
+        ({"is_residual": True}, "`format` diffusers"),
+    ):
+        model = DiffusersAutoencoder(make("AutoencoderKLWan", **WAN, **form)).as_litevae(
+            "it"
+        )  # Wan 2.1's and 2.2's
         assert LAYOUTS["comfyui"]().misfit(model) == f"an AutoencoderKLWan: {instead}"
 
 

@@ -38,7 +38,10 @@ def make_run(tmp_path):
         run = tmp_path / name
         (run / "checkpoints").mkdir(parents=True)
         raw = {key: t + 1 for key, t in model.state_dict().items()}
-        torch.save({"state_dict": model.state_dict(), "current_model_state": raw}, run / "checkpoints" / "last.ckpt")
+        torch.save(
+            {"state_dict": model.state_dict(), "current_model_state": raw},
+            run / "checkpoints" / "last.ckpt",
+        )
         save({**config, "run": {"seed": 3}}, run / "config.yaml")
         return run
 
@@ -70,10 +73,16 @@ def test_raw_weights(make_run):
     averaged, raw = find_target(run), find_target(run, raw=True)
     assert (raw.name, raw.raw) == (f"{run.name}, raw weights", True)
     weights = raw.load().state_dict()
-    assert all(torch.equal(weights[name], tensor + 1) for name, tensor in averaged.load().state_dict().items())
+    assert all(
+        torch.equal(weights[name], tensor + 1)
+        for name, tensor in averaged.load().state_dict().items()
+    )
     averaged.load().save_pretrained(run.parent / "export")
     kl().save_pretrained(run.parent / "kl")
-    for place, name in ((run.parent / "export", "export"), (f"diffusers:{run.parent / 'kl'}", None)):
+    for place, name in (
+        (run.parent / "export", "export"),
+        (f"diffusers:{run.parent / 'kl'}", None),
+    ):
         with pytest.warns(UserWarning, match=r"one kind of weights: `raw` is ignored"):
             found = find_target(place, raw=True)
         assert (found.name, found.given, found.raw) == (name or place, str(place), False)
@@ -84,7 +93,9 @@ def test_the_config_by_the_runs_name(make_run, tmp_path):
     (run / "config.yaml").unlink()
     base = tmp_path / "configs"
     (base / "imagenet").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=f"one config {run.name}.yaml or tiny_test.yaml, found none"):
+    with pytest.raises(
+        ConfigError, match=f"one config {run.name}.yaml or tiny_test.yaml, found none"
+    ):
         find_target(run, config_base=base)
     save(tiny_config(), base / "imagenet" / "tiny_test.yaml")
     assert find_target(run, config_base=base).config == tiny_config()
@@ -132,7 +143,9 @@ def test_a_config_that_came_along_builds_no_data(make_run, tmp_path, image):
     named = find_target(received / "model.ckpt", config=run / "config.yaml")
     assert named.config["data"] == tiny_config()["data"]
     assert torch.equal(named.load()(image)[0], find_target(received).load()(image)[0])
-    (tmp_path / "mistaken.yaml").write_text((received / "model.yaml").read_text().replace("command", "comand"))
+    (tmp_path / "mistaken.yaml").write_text(
+        (received / "model.yaml").read_text().replace("command", "comand")
+    )
     with pytest.raises(ConfigError, match=r"data.params.comand"):
         find_target(received / "model.ckpt", config=tmp_path / "mistaken.yaml")
 
@@ -143,7 +156,11 @@ def test_pipelines_and_subfolders(make_run, tmp_path, image, usual_probe, monkey
     model.save_pretrained(tmp_path / "vae")
     taesd().save_pretrained(tmp_path / "taesd")
     assert find_target(f"diffusers:{tmp_path}::taesd").load().encode(image).deterministic
-    for place in (f"diffusers:{tmp_path}", tmp_path, tmp_path / "vae"):  # without diffusers: before it, too
+    for place in (
+        f"diffusers:{tmp_path}",
+        tmp_path,
+        tmp_path / "vae",
+    ):  # without diffusers: before it, too
         assert torch.equal(find_target(place).load()(image)[0], model(image).sample)
         assert not torch.equal(find_target(place).untrained()(image)[0], model(image).sample)
     with pytest.raises(FileNotFoundError, match=r"config.json not found in it: name the subfolder"):
@@ -161,7 +178,9 @@ def test_diffusers_of_the_hub(tmp_path, monkeypatch, image):
     model = kl()
     model.save_pretrained(hub_folder(tmp_path, monkeypatch, "some/pipeline") / "vae")
     assert torch.equal(find_target("diffusers:some/pipeline").load()(image)[0], model(image).sample)
-    with pytest.raises(FileNotFoundError, match=r"pipeline::unet: config.json not found in it: name the subfolder"):
+    with pytest.raises(
+        FileNotFoundError, match=r"pipeline::unet: config.json not found in it: name the subfolder"
+    ):
         find_target("diffusers:some/pipeline::unet")
     with pytest.raises(FileNotFoundError, match=r"some/other: .*hub can't be reached"):
         find_target("diffusers:some/other")
@@ -170,14 +189,19 @@ def test_diffusers_of_the_hub(tmp_path, monkeypatch, image):
 def test_what_is_no_autoencoder_of_diffusers(tmp_path):
     for content, message in (
         ('{"_class_name": "UNet2DModel"}', "UNet2DModel is not an autoencoder"),
-        ('{"_class_name": "AutoencoderNovel"}', "AutoencoderNovel is not an autoencoder of diffusers"),
+        (
+            '{"_class_name": "AutoencoderNovel"}',
+            "AutoencoderNovel is not an autoencoder of diffusers",
+        ),
         ("{", "has no _class_name"),
     ):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ConfigError, match=message):
             find_target(f"diffusers:{tmp_path}").load()
     kl().save_pretrained(tmp_path / "vae")  # beside a config.json of something else
-    assert find_target(f"diffusers:{tmp_path}").load().downscale == 2 ** (len(kl().config.block_out_channels) - 1)
+    assert find_target(f"diffusers:{tmp_path}").load().downscale == 2 ** (
+        len(kl().config.block_out_channels) - 1
+    )
     with pytest.raises(FileNotFoundError, match=r"diffusers:nothing here: no such folder"):
         find_target("diffusers:nothing here")
 
@@ -188,11 +212,15 @@ def test_weights_of_diffusers_that_do_not_fit(tmp_path):
     state = load_file(file)
     first, second, *_ = state
     save_file({name: t for name, t in state.items() if name != first}, file)
-    with pytest.raises(ValueError, match=rf"of another model than its config.json: 1 missing \({first}"):
+    with pytest.raises(
+        ValueError, match=rf"of another model than its config.json: 1 missing \({first}"
+    ):
         find_target(f"diffusers:{tmp_path}").load()
     save_file({**state, second: torch.zeros(3), "more": torch.zeros(1)}, file)
     listed = rf"1 unexpected \(more\); 1 of another shape \({second} \(3,\) for \("
-    with pytest.raises(ValueError, match=rf"of another model than its config.json: {listed}") as caught:
+    with pytest.raises(
+        ValueError, match=rf"of another model than its config.json: {listed}"
+    ) as caught:
         find_target(f"diffusers:{tmp_path}").load()
     assert "\n" not in str(caught.value)
     save_file({**state, second: torch.full_like(state[second], torch.nan)}, file)
@@ -240,14 +268,22 @@ def test_latent_diffusion_that_does_not_fit(tmp_path):
     for change, message in (
         ({"quantize.embedding.weight": torch.zeros(3, 4)}, "vector-quantised"),
         ({"encoder.down.2.attn.0.norm.weight": torch.zeros(64)}, "attention outside the middle"),
-        ({"post_quant_conv.weight": torch.zeros(4, 3, 1, 1)}, "its latent has 3 channels, the decoder takes 4"),
-        ({"encoder.extra.weight": torch.zeros(1)}, "1 of its tensors have no place in AutoencoderKL"),
+        (
+            {"post_quant_conv.weight": torch.zeros(4, 3, 1, 1)},
+            "its latent has 3 channels, the decoder takes 4",
+        ),
+        (
+            {"encoder.extra.weight": torch.zeros(1)},
+            "1 of its tensors have no place in AutoencoderKL",
+        ),
         ({"encoder.mid.block_1.conv1.weight": torch.zeros(1)}, "1 of another shape"),
         ({"encoder.conv_out.bias": torch.full((8,), torch.nan)}, "non-finite"),
         ({"encoder.conv_out.weight": None}, "without encoder.conv_out.weight"),
         ({"encoder.conv_out.bias": None}, r"1 missing \(encoder.conv_out.bias\)"),
     ):
-        changed = {name: tensor for name, tensor in {**state, **change}.items() if tensor is not None}
+        changed = {
+            name: tensor for name, tensor in {**state, **change}.items() if tensor is not None
+        }
         save_file(changed, tmp_path / "kl.safetensors")
         with pytest.raises(ValueError, match=message) as caught:
             find_target(tmp_path / "kl.safetensors").load()
@@ -259,7 +295,9 @@ def test_a_file_is_checked_once_for_each_load(make_run, tmp_path, monkeypatch, k
     run, passes = make_run(), []
     for module, name in ((zipfile.ZipFile, "testzip"), (checkpoint, "tensors_sum")):
         check = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, check=check: passes.append(args) or check(*args))
+        monkeypatch.setattr(
+            module, name, lambda *args, check=check: passes.append(args) or check(*args)
+        )
     path = {"run": run, "export": tmp_path / "export"}.get(kind, tmp_path / "model.ckpt")
     if kind == "export":
         LiteVAE.from_pretrained(run).save_pretrained(path)
@@ -313,14 +351,18 @@ def toy(tmp_path, monkeypatch) -> str:
 def test_a_loader_from_outside(toy, image):
     target = find_target(f"{toy}:4")
     assert target.name == target.given == f"{toy}:4"
-    check_target(f"{toy}:4")  # before torch is imported, a command asks whether there is such a target
+    check_target(
+        f"{toy}:4"
+    )  # before torch is imported, a command asks whether there is such a target
     assert target.load().encode(image).mean.shape == (1, 3, 8, 10)
     assert target.load().image_size == 256
     with pytest.raises(ConfigError, match=r"MeanLoader:4: can't be built without its weights"):
         target.untrained()
     with pytest.raises(FileNotFoundError, match=r"MeanLoader:four: not found; a target is"):
         find_target(f"{toy}:four")
-    with pytest.raises(ConfigError, match=r"toy_loader.Mean is not a kind of olvae.models.loading.loader.Loader"):
+    with pytest.raises(
+        ConfigError, match=r"toy_loader.Mean is not a kind of olvae.models.loading.loader.Loader"
+    ):
         find_target("toy_loader.Mean:4")
     with pytest.raises(ConfigError, match=r"toy_loader.MeanLoder"):
         find_target("toy_loader.MeanLoder:4")
@@ -328,7 +370,9 @@ def test_a_loader_from_outside(toy, image):
 
 def test_what_is_no_target(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"^missing: not found; a target is a run folder, .* diffusers:"):
+    with pytest.raises(
+        FileNotFoundError, match=r"^missing: not found; a target is a run folder, .* diffusers:"
+    ):
         find_target("missing")
     Path("notes.txt").write_text("x")
     with pytest.raises(ValueError, match=r"notes.txt: not a file of weights"):

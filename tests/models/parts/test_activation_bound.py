@@ -23,7 +23,11 @@ class Small(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.twice, self.thrice, self.pair = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False), Pair()
+        self.twice, self.thrice, self.pair = (
+            nn.Linear(1, 1, bias=False),
+            nn.Linear(1, 1, bias=False),
+            Pair(),
+        )
         with torch.no_grad():
             self.twice.weight.fill_(2.0)
             self.thrice.weight.fill_(3.0)
@@ -59,7 +63,9 @@ def test_the_excess_by_hand():
         network(torch.tensor([[100.0]]).half())
     penalty = penalty_of(low)  # 600000 times the bound, squared: beyond fp16
     assert penalty.dtype == torch.float32
-    assert penalty.item() == pytest.approx((200 / 1e-3 - 1) ** 2 + 2 * (600 / 1e-3 - 1) ** 2, rel=1e-3)
+    assert penalty.item() == pytest.approx(
+        (200 / 1e-3 - 1) ** 2 + 2 * (600 / 1e-3 - 1) ** 2, rel=1e-3
+    )
 
 
 def test_the_gradient_of_the_excess_by_finite_differences():
@@ -113,7 +119,9 @@ def test_the_bound_is_on_what_is_trained_and_lowers_it(image_folder, frozen):
 
     def look(m) -> None:
         values = metrics(m)
-        terms = sum(weight * values[f"train/{name}"] for name, weight in m.objective.weights.items())
+        terms = sum(
+            weight * values[f"train/{name}"] for name, weight in m.objective.weights.items()
+        )
         assert values["train/loss"] == pytest.approx(terms + values["train/activation"], rel=1e-5)
         penalties.append(values["train/activation"])
 

@@ -23,7 +23,9 @@ from tests.models.steps import WITHOUT_KL, build, fit, metrics, moved, objective
 timm = pytest.importorskip("timm")
 
 
-def aligned(vit: str, adversary: dict | None = None, alignment: dict | None = None, **model) -> LiteAutoencoderKL:
+def aligned(
+    vit: str, adversary: dict | None = None, alignment: dict | None = None, **model
+) -> LiteAutoencoderKL:
     settings = {"initial_logvar": -4.0, "learning_rate": 1e-3}
     nodes = {"alignment": node(vit, **(alignment or {})), **model.pop("parts", {})}
     return build(adversary, parts=nodes, **{**settings, **model})
@@ -32,7 +34,11 @@ def aligned(vit: str, adversary: dict | None = None, alignment: dict | None = No
 def alone(vit: str, latent_channels: int, **params) -> Alignment:
     """Attached to a model of which it sees no more than this."""
     alignment = Alignment("test_vit", vit, **params)
-    alignment.attach(SimpleNamespace(autoencoder=SimpleNamespace(latent_channels=latent_channels), channels_last=False))
+    alignment.attach(
+        SimpleNamespace(
+            autoencoder=SimpleNamespace(latent_channels=latent_channels), channels_last=False
+        )
+    )
     return alignment
 
 
@@ -58,12 +64,17 @@ def test_dinov2_sees_224_pixels_of_256():
         encoder = VisionEncoder("vit_small_patch14_dinov2.lvd142m", None)
         assert encoder(torch.empty(1, 3, 256, 128), (16, 8)).shape == (1, 384, 16, 8)
     assert encoder._stride * 16 == 224
-    assert published_weights("vit_large_patch14_dinov2.lvd142m") == "timm/vit_large_patch14_dinov2.lvd142m"
+    assert (
+        published_weights("vit_large_patch14_dinov2.lvd142m")
+        == "timm/vit_large_patch14_dinov2.lvd142m"
+    )
 
 
 def test_the_encoder_is_no_part_of_the_model(vit):
     model = aligned(vit)
-    assert [name for name in model.state_dict() if name.startswith("parts.")] == ["parts.alignment.projection.weight"]
+    assert [name for name in model.state_dict() if name.startswith("parts.")] == [
+        "parts.alignment.projection.weight"
+    ]
     assert not any(name.startswith("parts.") for name in model.autoencoder.state_dict())
     other = copy.deepcopy(model)
     assert other.parts["alignment"].features is model.parts["alignment"].features
@@ -77,11 +88,16 @@ def test_the_encoder_is_no_part_of_the_model(vit):
 
 def test_the_terms(vit):
     alignment = alone(vit, 5).double()
-    x, z = torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1, torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    x, z = (
+        torch.rand(2, 3, 32, 32, dtype=torch.float64) * 2 - 1,
+        torch.randn(2, 5, 4, 4, dtype=torch.float64),
+    )
     features = alignment.features(x, (4, 4))
     terms = alignment(x, z)
     projected = torch.einsum("dc,bchw->bdhw", alignment.projection.weight[:, :, 0, 0], z)
-    torch.testing.assert_close(terms["align_cosine"], marginal_cosine_loss(projected, features, 0.5))
+    torch.testing.assert_close(
+        terms["align_cosine"], marginal_cosine_loss(projected, features, 0.5)
+    )
     torch.testing.assert_close(terms["align_distance"], marginal_distance_loss(z, features, 0.25))
     alignment.project_distance = True
     published = alignment(x, z)["align_distance"]
@@ -95,17 +111,23 @@ def test_the_sample_is_the_one_that_is_decoded(vit, image_folder):
     noise = parts(latent_noise={"std": 5.0})
     for others in ({}, noise):
         model, decoded, aligned_with = aligned(vit, alignment=settings, parts=others), [], []
-        model.decoder.register_forward_pre_hook(lambda _, inputs, kept=decoded: kept.append(inputs[0].detach()))
+        model.decoder.register_forward_pre_hook(
+            lambda _, inputs, kept=decoded: kept.append(inputs[0].detach())
+        )
         model.parts["alignment"].register_forward_pre_hook(
             lambda _, inputs, kept=aligned_with: kept.append(inputs[1].detach())
         )
         fit(model, image_folder, 1)
         assert torch.equal(decoded[-1], aligned_with[-1]) == (not others)
-    with pytest.raises(ConfigError, match=r"of: no sample is drawn \(sample_posterior\): set it to mean"):
+    with pytest.raises(
+        ConfigError, match=r"of: no sample is drawn \(sample_posterior\): set it to mean"
+    ):
         aligned(vit, alignment=settings, sample_posterior=False)
 
 
-def by_hand(model: LiteAutoencoderKL, image_folder) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
+def by_hand(
+    model: LiteAutoencoderKL, image_folder
+) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
     """Of the first step: the other losses, the alignment, all terms, and the paper's adaptive factor."""
     x = from_uint8(next(iter(source(image_folder).train_loader()))["image"])
     torch.manual_seed(mix_seeds(0, 0, 0, 0))
@@ -113,9 +135,15 @@ def by_hand(model: LiteAutoencoderKL, image_folder) -> tuple[Tensor, Tensor, dic
     total, terms = model.objective(x, reconstruction, posterior)
     terms |= model.parts["alignment"](x, posterior.mean)
     loss = terms["align_cosine"] + terms["align_distance"]
-    pixels = sum(model.objective.weights[name] * terms[name] for name in ("rec", "wavelet", "gaussian"))
-    weight = (model.quantizer.quant_conv if model.quantizer else model.encoder.aggregator.conv_out).weight
-    norms = [torch.autograd.grad(part, weight, retain_graph=True)[0].norm() for part in (pixels, loss)]
+    pixels = sum(
+        model.objective.weights[name] * terms[name] for name in ("rec", "wavelet", "gaussian")
+    )
+    weight = (
+        model.quantizer.quant_conv if model.quantizer else model.encoder.aggregator.conv_out
+    ).weight
+    norms = [
+        torch.autograd.grad(part, weight, retain_graph=True)[0].norm() for part in (pixels, loss)
+    ]
     return total, loss, terms, norms[0] / norms[1]
 
 
@@ -126,12 +154,16 @@ def test_a_step_by_hand(vit, image_folder, adaptive, use_quant):
     values = metrics(fit(aligned(vit, **settings), image_folder, 1))
     for name, term in terms.items():
         assert values[f"train/{name}"] == pytest.approx(term.item(), rel=1e-5), name
-    assert values.get("health/alignment_weight") == (pytest.approx(factor.item(), rel=1e-4) if adaptive else None)
+    assert values.get("health/alignment_weight") == (
+        pytest.approx(factor.item(), rel=1e-4) if adaptive else None
+    )
     weighted = 0.3 * (factor if adaptive else 1.0) * loss
     assert values["train/loss"] == pytest.approx((total + weighted).item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"use_quant": True, "use_ema": True}, {"checkpoint": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"use_quant": True, "use_ema": True}, {"checkpoint": True}], ids=str
+)
 def test_the_projection_learns_and_the_encoder_does_not(vit, image_folder, settings):
     model = aligned(vit, parts=parts(equivariance={"probability": 1.0}), **settings)
     before = snapshot(model)
@@ -166,7 +198,9 @@ def test_contradictions(vit, settings, message):
 
 def test_images_that_are_not_of_colours(vit):
     grey = tiny_config(parts={"alignment": node(vit)})["model"]["params"]
-    grey["encoder_config"]["params"]["in_channels"] = grey["decoder_config"]["params"]["out_channels"] = 1
+    grey["encoder_config"]["params"]["in_channels"] = grey["decoder_config"]["params"][
+        "out_channels"
+    ] = 1
     with pytest.raises(ConfigError, match="takes images of 3 channels, not 1"):
         LiteAutoencoderKL(**grey)
 
@@ -177,7 +211,11 @@ def test_images_that_are_not_of_colours(vit):
         ({"of": "mode"}, ValueError, "of must be one of mean, sample, got 'mode'"),
         ({"weight": -1}, ValueError, "weight must not be negative, got -1"),
         ({"encoder": "vit_giant_of_nowhere"}, ValueError, "timm has no model vit_giant_of_nowhere"),
-        ({"weights": "/nowhere.pt"}, FileNotFoundError, "nowhere.*set params.weights of the alignment to a file of"),
+        (
+            {"weights": "/nowhere.pt"},
+            FileNotFoundError,
+            "nowhere.*set params.weights of the alignment to a file of",
+        ),
         ({"encoder": "test_vit3"}, ValueError, "these are not the weights of test_vit3"),
     ],
 )

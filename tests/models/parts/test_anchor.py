@@ -68,7 +68,9 @@ def test_bf16_means_are_compared_in_float32():
 
 def test_the_anchor_is_where_training_started(image_folder):
     """From whatever weights were loaded after the model was built."""
-    model = build(against(), parts=parts(anchor={"weight": 1e-6}), use_quant=True, learning_rate=1e-3)
+    model = build(
+        against(), parts=parts(anchor={"weight": 1e-6}), use_quant=True, learning_rate=1e-3
+    )
     anchors = []
     drift(model.encoder)
     start = snapshot(model.encoder)
@@ -86,8 +88,13 @@ def test_the_anchor_is_where_training_started(image_folder):
 
 
 def test_the_anchor_is_in_the_loss(image_folder):
-    values = metrics(fit(build(parts=parts(anchor={"weight": 7.0}), learning_rate=1e-3), image_folder, 3))
+    values = metrics(
+        fit(build(parts=parts(anchor={"weight": 7.0}), learning_rate=1e-3), image_folder, 3)
+    )
     weights = build().objective.weights
-    expected = sum(weight * values[f"train/{name}"] for name, weight in weights.items()) + 7 * values["train/anchor"]
+    expected = (
+        sum(weight * values[f"train/{name}"] for name, weight in weights.items())
+        + 7 * values["train/anchor"]
+    )
     assert values["train/anchor"] > 0
     assert values["train/loss"] == pytest.approx(expected, rel=1e-5)

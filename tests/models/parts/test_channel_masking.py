@@ -73,18 +73,32 @@ def test_the_first_channels_learn_what_matters_most():
 
 @pytest.mark.parametrize("widths", [[], [0, 4], [2, 2]])
 def test_widths_that_make_no_sense(widths):
-    with pytest.raises(ValueError, match="widths must be different numbers of channels, at least 1"):
+    with pytest.raises(
+        ValueError, match="widths must be different numbers of channels, at least 1"
+    ):
         ChannelMasking(widths)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"parts": parts(channel_masking={"widths": [2, 8]})}, "widths: the latent has 4 channels, not 8"),
+        (
+            {"parts": parts(channel_masking={"widths": [2, 8]})},
+            "widths: the latent has 4 channels, not 8",
+        ),
         ({"freeze_decoder": True}, "the decoder is frozen"),
-        ({"parts": parts(channel_masking=WIDTHS, latent_noise={"std": 0.1})}, "put it after parts.latent_noise"),
-        ({"parts": parts(channel_masking=WIDTHS, random_noise={})}, "put it after parts.random_noise"),
-        ({"parts": parts(channel_masking=WIDTHS, anchor={})}, "the latents can't change, so their first channels"),
+        (
+            {"parts": parts(channel_masking=WIDTHS, latent_noise={"std": 0.1})},
+            "put it after parts.latent_noise",
+        ),
+        (
+            {"parts": parts(channel_masking=WIDTHS, random_noise={})},
+            "put it after parts.random_noise",
+        ),
+        (
+            {"parts": parts(channel_masking=WIDTHS, anchor={})},
+            "the latents can't change, so their first channels",
+        ),
     ],
 )
 def test_contradictions(settings, message):

@@ -14,7 +14,18 @@ from olvae.models.parts import equivariance
 from olvae.models.parts.equivariance import Equivariance, sizes_of, transform_alike
 from olvae.models.parts.part import Step
 from tests.conftest import parts
-from tests.models.steps import PATCHGAN, UNETGAN, against, assert_same, build, fit, metrics, moved, snapshot, source
+from tests.models.steps import (
+    PATCHGAN,
+    UNETGAN,
+    against,
+    assert_same,
+    build,
+    fit,
+    metrics,
+    moved,
+    snapshot,
+    source,
+)
 
 
 def generator(seed: int) -> np.random.Generator:
@@ -24,7 +35,9 @@ def generator(seed: int) -> np.random.Generator:
 def by_pil(t: Tensor, height: int, width: int) -> Tensor:
     """Pillow's bilinear filter, which is antialiased, plane by plane in float32."""
     planes = [
-        np.asarray(Image.fromarray(plane.numpy()).resize((width, height), Image.Resampling.BILINEAR))
+        np.asarray(
+            Image.fromarray(plane.numpy()).resize((width, height), Image.Resampling.BILINEAR)
+        )
         for plane in t.flatten(0, 1)
     ]
     return torch.from_numpy(np.stack(planes)).unflatten(0, t.shape[:2])
@@ -48,7 +61,10 @@ def test_latent_and_image_are_scaled_as_pillow_does_and_turned_alike():
 def test_the_published_scales_without_antialiasing():
     """8/32 to 31/32; half the size is then the mean of each 2x2 block, a quarter that of its middle."""
     assert [n / 32 for n in sizes_of(32)] == [n / 32 for n in range(8, 32)]
-    z, x = torch.randn(1, 2, 4, 4, dtype=torch.float64), torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    z, x = (
+        torch.randn(1, 2, 4, 4, dtype=torch.float64),
+        torch.randn(1, 3, 16, 16, dtype=torch.float64),
+    )
     seen = set()
     for seed in range(40):
         outs, plain = transform_alike(z, x, generator(seed)), [z, x]
@@ -57,7 +73,9 @@ def test_the_published_scales_without_antialiasing():
         if n == 3:
             continue
         for out, t in zip(outs, plain, strict=True):
-            blocks = t.unflatten(3, (-1, 4 // n)).unflatten(2, (-1, 4 // n))  # (1, C, n k, s, n k, s)
+            blocks = t.unflatten(3, (-1, 4 // n)).unflatten(
+                2, (-1, 4 // n)
+            )  # (1, C, n k, s, n k, s)
             middle = slice(0, 2) if n == 2 else slice(1, 3)
             means = blocks[:, :, :, middle, :, middle].mean((3, 5)).float()
             assert any(torch.allclose(out, means.rot90(k, (2, 3)), atol=1e-6) for k in (1, 2, 3))
@@ -65,7 +83,8 @@ def test_the_published_scales_without_antialiasing():
 
 
 @pytest.mark.parametrize(
-    ("side", "sizes"), [((1, 1), {1}), ((3, 3), {1, 2}), ((6, 6), {2, 3, 4, 5}), ((5, 3), {3, 5}), ((4, 2), {1, 2})]
+    ("side", "sizes"),
+    [((1, 1), {1}), ((3, 3), {1, 2}), ((6, 6), {2, 3, 4, 5}), ((5, 3), {3, 5}), ((4, 2), {1, 2})],
 )
 def test_only_whole_latent_positions(side, sizes):
     """In float32 from any precision; the global generator is left alone."""
@@ -91,10 +110,14 @@ def test_gradients_reach_the_latent_only():
 
 
 def test_an_equivariance_step_may_pause_the_adversary(image_folder):
-    model = build(against(weight=0.5), parts=parts(equivariance={"probability": 1.0, "adversary": False}))
+    model = build(
+        against(weight=0.5), parts=parts(equivariance={"probability": 1.0, "adversary": False})
+    )
     start, start_d = snapshot(model.autoencoder), snapshot(model.adversary)
     sizes = []
-    model.decoder.register_forward_hook(lambda _, inputs, y: sizes.append((inputs[0].shape[-1], y.shape[-1])))
+    model.decoder.register_forward_hook(
+        lambda _, inputs, y: sizes.append((inputs[0].shape[-1], y.shape[-1]))
+    )
     fit(model, image_folder, 12, size=32)
     assert model.trainer.global_step == 12
     assert model.adversary.updates == 0
@@ -109,31 +132,41 @@ def test_an_equivariance_step_may_pause_the_adversary(image_folder):
 def test_the_adversary_plays_on_these_steps_too(image_folder):
     """On the transformed images, as published."""
     model, seen = build(against(weight=0.5), parts=parts(equivariance={"probability": 1.0})), []
-    model.adversary.discriminator.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[-1]))
+    model.adversary.discriminator.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].shape[-1])
+    )
     fit(model, image_folder, 6, size=32)
     assert model.adversary.updates == 6
     assert set(seen) <= {8, 16, 24}
     assert len(set(seen)) > 1
 
 
-@pytest.mark.parametrize(("discriminator", "size", "fits"), [(PATCHGAN, 64, True), (UNETGAN, 64, False)])
+@pytest.mark.parametrize(
+    ("discriminator", "size", "fits"), [(PATCHGAN, 64, True), (UNETGAN, 64, False)]
+)
 def test_a_discriminator_of_fixed_sizes_is_refused(image_folder, discriminator, size, fits):
     model = build(against(discriminator), parts=parts(equivariance={}))
     if fits:
         model.check(source(image_folder, size=size))
         return
     with pytest.raises(
-        ConfigError, match=r"equivariance\.params\.adversary: set it to false, or change the discriminator: "
+        ConfigError,
+        match=r"equivariance\.params\.adversary: set it to false, or change the discriminator: ",
     ) as error:
         model.check(source(image_folder, size=size))
     assert "\n" not in str(error.value)
-    build(against(discriminator), parts=parts(equivariance={"adversary": False})).check(source(image_folder, size=size))
+    build(against(discriminator), parts=parts(equivariance={"adversary": False})).check(
+        source(image_folder, size=size)
+    )
 
 
 def test_equivariance_is_decided_once_an_update_for_its_share_of_them(image_folder, monkeypatch):
     transform, calls = equivariance.transform_alike, []
     settings = {"probability": 0.5, "adversary": False, "shrunk": 0.5}
-    model, sides = build(against(), parts=parts(equivariance=settings), accumulate_grad_batches=2), []
+    model, sides = (
+        build(against(), parts=parts(equivariance=settings), accumulate_grad_batches=2),
+        [],
+    )
     model.encoder.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
 
     def record(z, x, generator, antialias):
@@ -146,7 +179,9 @@ def test_equivariance_is_decided_once_an_update_for_its_share_of_them(image_fold
     assert calls[::2] == calls[1::2]
     sides = sides[-32:]  # without those of a check before the first step
     assert sides[::2] == sides[1::2]
-    assert 1 <= (shrunk := sum(side < 16 for side in sides[::2])) <= 10  # 4, and three standard deviations of 2
+    assert (
+        1 <= (shrunk := sum(side < 16 for side in sides[::2])) <= 10
+    )  # 4, and three standard deviations of 2
     assert model.adversary.updates == 16 - len(calls) // 2 - shrunk
 
 
@@ -160,7 +195,11 @@ def test_a_quarter_of_the_other_steps_encodes_shrunk_images():
         assert step.adversary_plays == (part.adversary or step.images is x)
         return step.images
 
-    shrunk = [t for seed in range(800) if (t := images(seed, Equivariance(adversary=seed % 2 == 0))) is not x]
+    shrunk = [
+        t
+        for seed in range(800)
+        if (t := images(seed, Equivariance(adversary=seed % 2 == 0))) is not x
+    ]
     assert len(shrunk) == pytest.approx(100, abs=30)  # an eighth, and three standard deviations
     assert {t.shape[-1] for t in shrunk} == {8, 16, 24}
     half = next(t for t in shrunk if t.shape[-1] == 16)
@@ -200,5 +239,9 @@ def test_equivariance_leaves_the_kl_term_alone(image_folder):
     model = build(parts=parts(equivariance={"probability": 1.0}))
     x = model.images(next(iter(source(image_folder, size=32).train_loader())))
     expected = kl_loss(model.encode(x), x).item()
-    assert metrics(fit(model, image_folder, 1, size=32))["train/kl"] == pytest.approx(expected, rel=1e-5)
-    assert metrics(fit(build(), image_folder, 1, size=32))["train/kl"] == pytest.approx(expected, rel=1e-5)
+    assert metrics(fit(model, image_folder, 1, size=32))["train/kl"] == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert metrics(fit(build(), image_folder, 1, size=32))["train/kl"] == pytest.approx(
+        expected, rel=1e-5
+    )

@@ -12,7 +12,9 @@ from tests.conftest import parts
 from tests.models.steps import WITHOUT_KL, assert_same, build, fit, snapshot
 
 
-def noisy(posterior: DiagonalGaussian, std: float, unit: str = "posterior", sample: bool = False) -> Tensor:
+def noisy(
+    posterior: DiagonalGaussian, std: float, unit: str = "posterior", sample: bool = False
+) -> Tensor:
     """What the decoder gets."""
     step = Step(torch.zeros(1), None, None, warming_up=False, adversary_plays=False)
     step.posterior, step.latent = posterior, posterior.sample() if sample else posterior.mode()
@@ -23,7 +25,9 @@ def noisy(posterior: DiagonalGaussian, std: float, unit: str = "posterior", samp
 def latents(model, root, steps=1, **settings) -> list[torch.Tensor]:
     """What the decoder gets in training."""
     seen = []
-    hook = model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach().clone()))
+    hook = model.decoder.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].detach().clone())
+    )
     fit(model, root, steps, **settings)
     hook.remove()
     return seen
@@ -40,7 +44,9 @@ def test_noise_on_the_latent_in_units_of_the_posteriors_deviation():
         ("posterior", True, [1.09**0.5 * s for s in (0.1, 0.5, 1.0, 2.0)]),  # variances add up
     ):
         noise = (noisy(posterior, 0.3, unit, sample) - mean).double()
-        assert noise.std((0, 2, 3)).tolist() == pytest.approx(expected, rel=0.02)  # 1 / sqrt(2 * 80000) is 0.0025
+        assert noise.std((0, 2, 3)).tolist() == pytest.approx(
+            expected, rel=0.02
+        )  # 1 / sqrt(2 * 80000) is 0.0025
         assert noise.mean((0, 2, 3)).abs().max() < 0.03
 
 
@@ -53,7 +59,9 @@ def test_noise_on_the_latent_in_units_of_the_datas_deviation():
     z = noisy(posterior, 0.5, "data")
     noise = (z - mean).double()
     assert noise.std((0, 2, 3)).tolist() == pytest.approx([0.25, 0.5, 1.0, 2.0], rel=0.02)
-    correlation = torch.corrcoef(torch.stack([noise.flatten(), (mean - 5).flatten().double()]))[0, 1]
+    correlation = torch.corrcoef(torch.stack([noise.flatten(), (mean - 5).flatten().double()]))[
+        0, 1
+    ]
     assert abs(correlation) < 0.02
 
 
@@ -66,14 +74,19 @@ def test_noise_does_not_teach_the_encoder_to_hide_from_it():
     """Its size is a constant: the gradient of a latent is that of its mean."""
     moments = torch.randn(2, 8, 3, 3, requires_grad=True)
     for unit in ("posterior", "data"):
-        (gradient,) = torch.autograd.grad(noisy(DiagonalGaussian(moments), 0.7, unit).sum(), moments)
+        (gradient,) = torch.autograd.grad(
+            noisy(DiagonalGaussian(moments), 0.7, unit).sum(), moments
+        )
         assert torch.equal(gradient[:, :4], torch.ones(2, 4, 3, 3))
         assert gradient[:, 4:].abs().max() == 0
 
 
 def test_without_noise_a_step_is_what_it_was(image_folder):
     """Bit for bit; and with noise the decoder gets other latents, in training alone."""
-    plain, zero, other = build(), *(build(parts=parts(latent_noise={"std": std})) for std in (0.0, 0.5))
+    plain, zero, other = (
+        build(),
+        *(build(parts=parts(latent_noise={"std": std})) for std in (0.0, 0.5)),
+    )
     (first,), (second,), (third,) = (latents(model, image_folder) for model in (plain, zero, other))
     assert torch.equal(first, second)
     assert_same(snapshot(plain), snapshot(zero))
@@ -87,9 +100,13 @@ def test_the_posteriors_deviation_is_there_and_in_its_place():
     """Not of an encoder without a distribution; nor where another part has turned the latent, but not the posterior."""
     build(parts=parts(latent_noise={"std": 0.1}, equivariance={}))
     build(parts=parts(equivariance={}, latent_noise={"std": 0.1, "relative_to": "data"}))
-    with pytest.raises(ConfigError, match=r"parts\.latent_noise: .*: put it before parts\.equivariance$"):
+    with pytest.raises(
+        ConfigError, match=r"parts\.latent_noise: .*: put it before parts\.equivariance$"
+    ):
         build(parts=parts(equivariance={}, latent_noise={"std": 0.1}))
     shape = {"latent_dim": 8, "image_size": 16, "channels": 8, "blocks": [0, 0, 0, 0]}
     points = {"target": "olvae.modules.others.tiny.TinyEncoder", "params": shape}
-    with pytest.raises(ConfigError, match="relative_to: the latents have no distribution: set it to data"):
+    with pytest.raises(
+        ConfigError, match="relative_to: the latents have no distribution: set it to data"
+    ):
         build(parts=parts(latent_noise={"std": 0.1}), encoder_config=points, lossconfig=WITHOUT_KL)

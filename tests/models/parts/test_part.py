@@ -68,7 +68,12 @@ def go(tmp_path, image_folder, monkeypatch, quick_training):
     assert validate(config) == []
 
     def run(steps: int, logdir: str = "runs", **options):
-        settings = {"base": [tmp_path / "tiny.yaml"], "logdir": tmp_path / logdir, "gpus": "0", **options}
+        settings = {
+            "base": [tmp_path / "tiny.yaml"],
+            "logdir": tmp_path / logdir,
+            "gpus": "0",
+            **options,
+        }
         return train(TrainOptions(overrides=[f"lightning.trainer.max_steps={steps}"], **settings))
 
     return run
@@ -91,10 +96,14 @@ def test_its_hooks_by_hand(image_folder):
     model = build(parts={"mine": NODE}, learning_rate=1e-3)
     fit(model, image_folder, 1)
     values = metrics(model)
-    terms = sum(weight * values[f"train/{name}"] for name, weight in model.objective.weights.items())
+    terms = sum(
+        weight * values[f"train/{name}"] for name, weight in model.objective.weights.items()
+    )
     assert values["train/gain"] == pytest.approx(1.0)  # from 1 to a goal of 0
     assert values["train/loss"] == pytest.approx(terms + 0.5 * values["train/gain"], rel=1e-6)
-    assert (model.parts["mine"].gain - 1).abs().flatten().tolist() == pytest.approx([1e-3] * 4, rel=0.1)
+    assert (model.parts["mine"].gain - 1).abs().flatten().tolist() == pytest.approx(
+        [1e-3] * 4, rel=0.1
+    )
 
 
 def test_its_values_are_validated_over_all_images(go):
@@ -122,17 +131,28 @@ NAME = "expected a name of letters, digits and underscores, and none of torch's,
 
 def test_two_losses_of_one_name_are_both_logged(image_folder):
     node = {"target": "olvae.models.parts.scale_equivariance.ScaleEquivariance"}
-    model = fit(build(parts={"one": node, "two": node}), image_folder, 1, size=32, log_every_n_steps=1)
+    model = fit(
+        build(parts={"one": node, "two": node}), image_folder, 1, size=32, log_every_n_steps=1
+    )
     terms = {"rec", "kl", "wavelet", "gaussian"} & model.objective.weights.keys()
     parts = ("scale_equivariance", "two_scale_equivariance")
-    logged = {name.removeprefix("train/"): float(value) for name, value in model.logged.items() if "train" in name}
+    logged = {
+        name.removeprefix("train/"): float(value)
+        for name, value in model.logged.items()
+        if "train" in name
+    }
     weighted = [model.objective.weights[name] * logged[name] for name in terms]
-    weighted += [model.parts[part].weight * logged[name] for part, name in zip(("one", "two"), parts, strict=True)]
+    weighted += [
+        model.parts[part].weight * logged[name]
+        for part, name in zip(("one", "two"), parts, strict=True)
+    ]
     assert logged["loss"] == pytest.approx(sum(weighted), rel=1e-5)
 
 
 def test_its_mistakes_are_told_with_all_others(image_folder):
-    config = tiny_config(image_folder, parts={"mine": {**NODE, "params": {"wait": 1, "weight": "much"}}})
+    config = tiny_config(
+        image_folder, parts={"mine": {**NODE, "params": {"wait": 1, "weight": "much"}}}
+    )
     where = "model.params.parts.mine.params"
     assert sorted(validate(config)) == [
         f"{where}.wait: unknown key; did you mean weight?",
@@ -146,7 +166,13 @@ def test_its_mistakes_are_told_with_all_others(image_folder):
         **parts(latent_noise={"std": -1.0}),
     }
     with pytest.raises(ConfigError) as caught:
-        build(parts=nodes, freeze_decoder=True, accumulate_grad_batches=0, scheduler="cosin", optimizer="sgd")
+        build(
+            parts=nodes,
+            freeze_decoder=True,
+            accumulate_grad_batches=0,
+            scheduler="cosin",
+            optimizer="sgd",
+        )
     assert str(caught.value).splitlines() == [
         "model.params.parts.other: torch.nn.Identity is not a kind of olvae.models.parts.part.Part",
         f"model.params.parts.a.b: {NAME}",

@@ -44,7 +44,9 @@ def test_a_single_position_has_no_deviation():
 def test_interpolation_is_uniform_over_samples():
     """(1 - t) z + t scale e in units of mean 0 and variance 1: t is where the regression on z says."""
     z = latents(300, 64)
-    out = ((noisy(z, how="interpolate", strength=0.6, scale=2.0) - SHIFT) / UNIT).double().flatten(1)
+    out = (
+        ((noisy(z, how="interpolate", strength=0.6, scale=2.0) - SHIFT) / UNIT).double().flatten(1)
+    )
     normal = ((z - SHIFT) / UNIT).double().flatten(1)
     t = 1 - (out * normal).mean(1) / normal.square().mean(1)
     assert stats.kstest(t.numpy(), stats.uniform(0, 0.6).cdf).pvalue > 0.01
@@ -65,8 +67,13 @@ def test_the_gradient_of_the_latent_is_what_is_left_of_it(how):
 
 @pytest.mark.parametrize("how", ["add", "interpolate"])
 def test_a_step_in_training_alone(image_folder, how):
-    model, seen = build(parts=parts(random_noise={"how": how, "strength": 0.5}), sample_posterior=False), []
-    hook = model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+    model, seen = (
+        build(parts=parts(random_noise={"how": how, "strength": 0.5}), sample_posterior=False),
+        [],
+    )
+    hook = model.decoder.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].detach())
+    )
     fit(model, image_folder, 2)
     hook.remove()
     assert metrics(model)["train/loss"] > 0

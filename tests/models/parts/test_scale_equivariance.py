@@ -14,7 +14,9 @@ from tests.models.steps import build, fit, metrics, source
 @pytest.mark.parametrize("factor", [2, 4])
 def test_a_shrunk_image_has_the_means_of_blocks(factor):
     x = torch.rand(2, 3, 16, 8, dtype=torch.float64)
-    expected = block_reduce(x.numpy(), (1, 1, factor, factor), lambda blocks, axis: blocks.mean(axis))
+    expected = block_reduce(
+        x.numpy(), (1, 1, factor, factor), lambda blocks, axis: blocks.mean(axis)
+    )
     torch.testing.assert_close(shrink(x, factor), torch.from_numpy(expected))
     bilinear = torch.nn.functional.interpolate(x, scale_factor=0.5, mode="bilinear")
     assert factor != 2 or torch.allclose(shrink(x, 2), bilinear)
@@ -53,7 +55,10 @@ def test_the_factor_is_drawn_once_an_update(image_folder):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"parts": parts(equivariance={}, scale_equivariance={})}, "parts.equivariance shrinks latents as well"),
+        (
+            {"parts": parts(equivariance={}, scale_equivariance={})},
+            "parts.equivariance shrinks latents as well",
+        ),
         ({"parts": parts(scale_equivariance={"weight": -1.0})}, "weight must not be negative"),
         ({"parts": parts(scale_equivariance={"factors": [1]})}, "factors must be at least 2"),
     ],
@@ -65,6 +70,8 @@ def test_contradictions(settings, message):
 
 def test_sizes_that_do_not_divide(image_folder):
     model = build(parts=parts(scale_equivariance={}))
-    with pytest.raises(ConfigError, match=r"params.factors: 4 does not divide 6 latent positions: change data"):
+    with pytest.raises(
+        ConfigError, match=r"params.factors: 4 does not divide 6 latent positions: change data"
+    ):
         model.check(source(image_folder, size=48))
     model.check(source(image_folder, size=32))

@@ -49,9 +49,16 @@ def target(tmp_path) -> str:
     return f"diffusers:{tmp_path / 'teacher'}"
 
 
-def student(target: str, adversary: dict | None = None, teacher: dict | None = None, **model) -> LiteAutoencoderKL:
+def student(
+    target: str, adversary: dict | None = None, teacher: dict | None = None, **model
+) -> LiteAutoencoderKL:
     nodes = parts(teacher={"autoencoder": target, **(teacher or {})}) | model.pop("parts", {})
-    settings = {"lossconfig": WITHOUT_KL, "learning_rate": 1e-3, "initial_logvar": -4.0, "parts": nodes}
+    settings = {
+        "lossconfig": WITHOUT_KL,
+        "learning_rate": 1e-3,
+        "initial_logvar": -4.0,
+        "parts": nodes,
+    }
     return build(adversary, **{**settings, **model})
 
 
@@ -68,11 +75,19 @@ def bits(teacher: Teacher) -> dict[str, Tensor]:
 MODES = {
     "encoder": {"freeze_decoder": True, "parts": parts(activation_bound={"bound": 0.1})},
     "decoder, adversary": {"freeze_encoder": True, "adversary": against(weight=0.1)},
-    "encoder, through the teacher's decoder": {"freeze_decoder": True, "teacher": {"decoder_weight": 0.5}},
+    "encoder, through the teacher's decoder": {
+        "freeze_decoder": True,
+        "teacher": {"decoder_weight": 0.5},
+    },
     "both, adversary": {"adversary": against(weight=0.1, warmup_updates=2)},
-    "both, quantizer, bfloat16": {"use_quant": True, "teacher": {"dtype": "bfloat16", "decoder_weight": 0.5}},
+    "both, quantizer, bfloat16": {
+        "use_quant": True,
+        "teacher": {"dtype": "bfloat16", "decoder_weight": 0.5},
+    },
     "both, other parts": {
-        "parts": parts(latent_noise={"std": 0.5, "relative_to": "data"}, equivariance={"probability": 1.0})
+        "parts": parts(
+            latent_noise={"std": 0.5, "relative_to": "data"}, equivariance={"probability": 1.0}
+        )
     },
 }
 
@@ -104,14 +119,20 @@ def test_none_of_its_tensors_is_anywhere(target, image_folder, tmp_path):
     fit(model, image_folder, 2)
     model.trainer.save_checkpoint(tmp_path / "last.ckpt")
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    theirs = [t for t in bits(teacher_of(model)).values() if t.numel() > 8]  # fewer could be equal by chance
+    theirs = [
+        t for t in bits(teacher_of(model)).values() if t.numel() > 8
+    ]  # fewer could be equal by chance
     found = [leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor)]
     assert {"state_dict", "current_model_state"} <= checkpoint.keys()
     assert len(found) > 200
     for tensor in found:
-        assert not any(tensor.shape == other.shape and torch.equal(tensor, other) for other in theirs)
+        assert not any(
+            tensor.shape == other.shape and torch.equal(tensor, other) for other in theirs
+        )
     assert [name for name in model.state_dict() if "teacher" in name] == ["parts.teacher.std"]
-    assert not {id(p) for p in model.parameters()} & {id(p) for p in teacher_of(model).model.parameters()}
+    assert not {id(p) for p in model.parameters()} & {
+        id(p) for p in teacher_of(model).model.parameters()
+    }
 
 
 def test_a_copy_of_the_student_shares_it_and_starts_alike(target, image_folder):
@@ -126,7 +147,9 @@ def test_a_copy_of_the_student_shares_it_and_starts_alike(target, image_folder):
     copy.deepcopy(model.parts)
 
 
-def test_the_gradient_goes_through_its_decoder_to_the_students_encoder(target, image_folder, updates):
+def test_the_gradient_goes_through_its_decoder_to_the_students_encoder(
+    target, image_folder, updates
+):
     """Against the objective of what it decodes, written down."""
     weights = {"latent_weight": 0.0, "logvar_weight": 0.0, "decoder_weight": 2.0}
     model = student(target, teacher=weights, freeze_decoder=True, sample_posterior=False)
@@ -145,7 +168,9 @@ def test_the_gradient_goes_through_its_decoder_to_the_students_encoder(target, i
 
 def test_the_losses_by_hand(target, image_folder):
     """The sum that is logged, from torch's own divergence and plain arithmetic."""
-    model = student(target, teacher={"latent_weight": 3.0, "logvar_weight": 0.7}, freeze_decoder=True)
+    model = student(
+        target, teacher={"latent_weight": 3.0, "logvar_weight": 0.7}, freeze_decoder=True
+    )
     teacher_of(model).std.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
     plain = copy.deepcopy(model)
     fit(model, image_folder, 1)
@@ -186,14 +211,21 @@ def test_the_decoder_learns_from_the_teachers_latents(target, image_folder, upda
 def validated(model, data) -> float:
     """Mean PSNR of a module's reconstructions of the validation images."""
     batches = [batch["image"] for batch in data.val_loader()]
-    return float(np.mean([float(psnr(x, to_uint8(model(from_uint8(x))[0])).mean()) for x in batches]))
+    return float(
+        np.mean([float(psnr(x, to_uint8(model(from_uint8(x))[0])).mean()) for x in batches])
+    )
 
 
-def test_a_student_with_linear_paths_starts_from_the_teachers_latents(target, image_folder, monkeypatch):
+def test_a_student_with_linear_paths_starts_from_the_teachers_latents(
+    target, image_folder, monkeypatch
+):
     """Least squares from patches to its means, and from its means to patches, by NumPy on the same crops."""
     monkeypatch.setattr(linear_code, "CROPS", (512, 512))
     config = tiny_config()["model"]["params"]
-    nodes = {half: {**config[half], "params": {**config[half]["params"], "linear": True}} for half in HALVES}
+    nodes = {
+        half: {**config[half], "params": {**config[half]["params"], "linear": True}}
+        for half in HALVES
+    }
     model, data = student(target, **nodes), source(image_folder)
     (line,) = model.prepare(data, 0, torch.device("cpu"), fresh=linear_code.HALVES)
     assert line.startswith("linear code: ")
@@ -202,12 +234,20 @@ def test_a_student_with_linear_paths_starts_from_the_teachers_latents(target, im
         means = teacher_of(model).posterior(x).mean
         found = model.encode(x).mean
     around = nn.functional.pad(x, (4, 4, 4, 4), "replicate")  # patches of 16x16 pixels, 8 apart
-    patches = nn.functional.unfold(around, 16, stride=8).movedim(1, 2).reshape(-1, 768).double().numpy()
+    patches = (
+        nn.functional.unfold(around, 16, stride=8).movedim(1, 2).reshape(-1, 768).double().numpy()
+    )
     design = np.column_stack([patches, np.ones(len(patches))])
-    solution, *_ = np.linalg.lstsq(design, means.movedim(1, 3).reshape(-1, 4).double().numpy(), rcond=1e-10)
-    np.testing.assert_allclose(found.movedim(1, 3).reshape(-1, 4).numpy(), design @ solution, atol=1e-3)
+    solution, *_ = np.linalg.lstsq(
+        design, means.movedim(1, 3).reshape(-1, 4).double().numpy(), rcond=1e-10
+    )
+    np.testing.assert_allclose(
+        found.movedim(1, 3).reshape(-1, 4).numpy(), design @ solution, atol=1e-3
+    )
     assert float(teacher_of(model).std.min()) > 0  # the part was prepared as well
-    assert model.linear_psnr == pytest.approx(validated(model, data), abs=1e-4)  # of both halves, as validation has it
+    assert model.linear_psnr == pytest.approx(
+        validated(model, data), abs=1e-4
+    )  # of both halves, as validation has it
     frozen = student(target, **nodes, freeze_encoder=True)
     list(frozen.prepare(data, 0, torch.device("cpu"), fresh=linear_code.HALVES))
     assert frozen.linear_psnr == pytest.approx(validated(frozen, data), abs=1e-4)
@@ -228,7 +268,9 @@ def test_the_deviation_is_torchs_whatever_the_batches(target, batches):
     with torch.no_grad():
         means = teacher.model.encode(x).mean
     expected = means.double().transpose(0, 1).flatten(1).std(1, unbiased=False)
-    torch.testing.assert_close(teacher.measure(x.split(batches)).double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        teacher.measure(x.split(batches)).double(), expected, rtol=1e-6, atol=0
+    )
 
 
 def test_a_channel_without_deviation(target):
@@ -255,7 +297,11 @@ def test_it_computes_in_its_own_precision(target, dtype):
     with torch.autocast("cpu", torch.bfloat16):
         posterior, image = teacher.posterior(x), teacher.decode(z)
     reference, expected = exact.posterior(x), exact.decode(z)
-    pairs = ((posterior.mean, reference.mean), (posterior.logvar, reference.logvar), (image, expected))
+    pairs = (
+        (posterior.mean, reference.mean),
+        (posterior.logvar, reference.logvar),
+        (image, expected),
+    )
     for tensor, other in pairs:
         assert tensor.dtype == torch.float32
         torch.testing.assert_close(tensor, other, rtol=0, atol=DTYPES[dtype])
@@ -272,10 +318,17 @@ def test_a_teacher_without_a_distribution(tmp_path, image_folder):
     fit(model, image_folder, 2)
     assert math.isfinite(metrics(model)["train/loss"])
     assert isinstance(teacher_of(model).posterior(torch.rand(1, 3, 16, 16)), Deterministic)
-    with pytest.raises(ConfigError, match=r"params.logvar_weight: the teacher's latents have no distribution: set it"):
+    with pytest.raises(
+        ConfigError,
+        match=r"params.logvar_weight: the teacher's latents have no distribution: set it",
+    ):
         student(target)
-    student(target, freeze_encoder=True, parts=parts(latent_noise={"std": 0.1, "relative_to": "data"}))
-    with pytest.raises(ConfigError, match="relative_to: the latents have no distribution: set it to data"):
+    student(
+        target, freeze_encoder=True, parts=parts(latent_noise={"std": 0.1, "relative_to": "data"})
+    )
+    with pytest.raises(
+        ConfigError, match="relative_to: the latents have no distribution: set it to data"
+    ):
         student(target, freeze_encoder=True, parts=parts(latent_noise={"std": 0.1}))
 
 
@@ -283,14 +336,19 @@ def test_a_teacher_without_a_distribution(tmp_path, image_folder):
 
 
 @pytest.mark.parametrize(
-    "mode", [{"freeze_decoder": True}, {"use_ema": True, "ema_decay": 0.5}, {"freeze_encoder": True}]
+    "mode",
+    [{"freeze_decoder": True}, {"use_ema": True, "ema_decay": 0.5}, {"freeze_encoder": True}],
 )
 def test_the_latents_error_in_validation_by_hand(target, image_folder, mode):
     """A decoder alone has none."""
-    data = FolderSource(str(image_folder), 16, 4, val_fraction=0.4)  # a batch of four, and one of one
+    data = FolderSource(
+        str(image_folder), 16, 4, val_fraction=0.4
+    )  # a batch of four, and one of one
     model, squares = student(target, **mode), []
     teacher_of(model).std.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
-    trainer(2, val_check_interval=2, check_val_every_n_epoch=None).fit(model, data.train_loader(), data.val_loader())
+    trainer(2, val_check_interval=2, check_val_every_n_epoch=None).fit(
+        model, data.train_loader(), data.val_loader()
+    )
     with torch.no_grad():
         for batch in data.val_loader():
             x = from_uint8(batch["image"])
@@ -305,7 +363,9 @@ def test_the_latents_error_in_validation_by_hand(target, image_folder, mode):
 
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
 def test_the_teachers_half_takes_the_place_of_the_one_that_is_not_trained(target, half):
-    model = student(target, **{f"freeze_{'decoder' if half == 'encoder' else 'encoder'}": True}).eval()
+    model = student(
+        target, **{f"freeze_{'decoder' if half == 'encoder' else 'encoder'}": True}
+    ).eval()
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     theirs = teacher_of(model).model
     with torch.no_grad():
@@ -323,16 +383,29 @@ def test_the_teachers_half_takes_the_place_of_the_one_that_is_not_trained(target
 
 
 def test_the_student_has_its_factors(tmp_path, caplog):
-    factors = {"scaling_factor": 0.5, "latents_mean": [0.0, 1.0, 2.0, 3.0], "latents_std": [1.0, 2.0, 3.0, 4.0]}
+    factors = {
+        "scaling_factor": 0.5,
+        "latents_mean": [0.0, 1.0, 2.0, 3.0],
+        "latents_std": [1.0, 2.0, 3.0, 4.0],
+    }
     tiny_kl(**EIGHT, force_upcast=False, **factors).save_pretrained(tmp_path)
     model = student(f"diffusers:{tmp_path}")
     assert model.for_diffusion == {"shift_factor": 0.0, "force_upcast": False, **factors}
     assert model.autoencoder.for_diffusion == model.for_diffusion
-    assert student(f"diffusers:{tmp_path}", **model.for_diffusion).for_diffusion == model.for_diffusion
+    assert (
+        student(f"diffusers:{tmp_path}", **model.for_diffusion).for_diffusion == model.for_diffusion
+    )
     assert not caplog.text
-    changed = {"scaling_factor": 0.25, "latents_std": None, "shift_factor": 0.5}  # the config of another student
+    changed = {
+        "scaling_factor": 0.25,
+        "latents_std": None,
+        "shift_factor": 0.5,
+    }  # the config of another student
     assert student(f"diffusers:{tmp_path}", **changed).for_diffusion == model.for_diffusion
-    assert f"model.params: scaling_factor, shift_factor: not diffusers:{tmp_path}'s, which are taken" in caplog.text
+    assert (
+        f"model.params: scaling_factor, shift_factor: not diffusers:{tmp_path}'s, which are taken"
+        in caplog.text
+    )
 
 
 def test_a_tiny_student_takes_its_units_when_other_weights_are_loaded(tmp_path):
@@ -341,12 +414,22 @@ def test_a_tiny_student_takes_its_units_when_other_weights_are_loaded(tmp_path):
     tiny_kl(**EIGHT, **factors, scaling_factor=1.0).save_pretrained(tmp_path)
     shape = {"channels": 8, "blocks": [0, 0, 0, 0]}
     nodes = {
-        f"{half}_config": {"target": f"olvae.modules.others.tiny.Tiny{half.title()}", "params": {**shape, **counts}}
-        for half, counts in (("encoder", {"latent_dim": 8, "image_size": 16}), ("decoder", {"z_channels": 4}))
+        f"{half}_config": {
+            "target": f"olvae.modules.others.tiny.Tiny{half.title()}",
+            "params": {**shape, **counts},
+        }
+        for half, counts in (
+            ("encoder", {"latent_dim": 8, "image_size": 16}),
+            ("decoder", {"z_channels": 4}),
+        )
     }
-    model = student(f"diffusers:{tmp_path}", teacher={"logvar_weight": 0.0}, initial_logvar=0.0, **nodes)
+    model = student(
+        f"diffusers:{tmp_path}", teacher={"logvar_weight": 0.0}, initial_logvar=0.0, **nodes
+    )
     for half in (model.encoder, model.decoder):
-        half.use_latents(torch.full((4,), 5.0), torch.full((4,), 7.0))  # as a loaded state dict does
+        half.use_latents(
+            torch.full((4,), 5.0), torch.full((4,), 7.0)
+        )  # as a loaded state dict does
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     data = SimpleNamespace(first_images=lambda seed, count: iter(images), pixel_range=EIGHT_BITS)
     teacher_of(model).prepare(model, data, 0, torch.device("cpu"))
@@ -363,9 +446,18 @@ def test_a_tiny_student_takes_its_units_when_other_weights_are_loaded(tmp_path):
             r"^model.params.parts.teacher: .*has f8, 6 channels, .* set model.params.embed_dim=6",
         ),
         ({**EIGHT, "latent_channels": 6}, "has f8, 6 channels, .*, but the student f8, 4 channels"),
-        ({**EIGHT, "in_channels": 1, "out_channels": 1}, "images of 1 channels, but the student .* of 3 channels"),
-        ({**EIGHT, "latents_mean": [0.1] * 3, "latents_std": [1.0] * 4}, "latents_mean: expected 4"),
-        ({}, r"has f4, 4 channels, .*, but the student f8, 4 channels, .*dct_levels, channel_mult or blocks"),
+        (
+            {**EIGHT, "in_channels": 1, "out_channels": 1},
+            "images of 1 channels, but the student .* of 3 channels",
+        ),
+        (
+            {**EIGHT, "latents_mean": [0.1] * 3, "latents_std": [1.0] * 4},
+            "latents_mean: expected 4",
+        ),
+        (
+            {},
+            r"has f4, 4 channels, .*, but the student f8, 4 channels, .*dct_levels, channel_mult or blocks",
+        ),
     ],
 )
 def test_a_student_of_another_shape(tmp_path, teacher, message):
@@ -380,15 +472,27 @@ def test_a_student_of_another_shape(tmp_path, teacher, message):
     [
         ({"lossconfig": objective()}, "kl_weight: the latents have to be the teacher's"),
         ({"parts": parts(anchor={})}, "parts.anchor: the latents have to be the teacher's"),
-        ({"teacher": {"latent_weight": 0, "logvar_weight": 0}}, "every weight is 0: nothing teaches the encoder"),
-        ({"freeze_encoder": True, "teacher": {"decoder_weight": 1.0}}, "decoder_weight: the encoder is frozen"),
-        ({"freeze_decoder": True, "parts": parts(equivariance={})}, "parts.equivariance: the decoder is frozen"),
+        (
+            {"teacher": {"latent_weight": 0, "logvar_weight": 0}},
+            "every weight is 0: nothing teaches the encoder",
+        ),
+        (
+            {"freeze_encoder": True, "teacher": {"decoder_weight": 1.0}},
+            "decoder_weight: the encoder is frozen",
+        ),
+        (
+            {"freeze_decoder": True, "parts": parts(equivariance={})},
+            "parts.equivariance: the decoder is frozen",
+        ),
         (
             {"freeze_decoder": True, "parts": parts(latent_noise={"std": 0.5})},
             "parts.latent_noise: the decoder is frozen",
         ),
         ({"teacher": {"latent_weight": -1.0}}, "latent_weight must not be negative, got -1"),
-        ({"teacher": {"dtype": "float16", "decoder_weight": 0.1}}, "decoder_weight: .* are 0 in float16: use bfloat16"),
+        (
+            {"teacher": {"dtype": "float16", "decoder_weight": 0.1}},
+            "decoder_weight: .* are 0 in float16: use bfloat16",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other(target, settings, message):

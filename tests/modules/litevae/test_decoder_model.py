@@ -102,5 +102,10 @@ def test_the_papers_block_by_hand():
 
 
 def test_dropout_is_in_both_halves():
-    for network in (LiteVAE_Encoder(8, "S", "paper", dropout=0.25), LiteVAE_Decoder(8, 4, dropout=0.25)):
-        assert {module.p for module in network.modules() if isinstance(module, nn.Dropout)} == {0.25}
+    for network in (
+        LiteVAE_Encoder(8, "S", "paper", dropout=0.25),
+        LiteVAE_Decoder(8, 4, dropout=0.25),
+    ):
+        assert {module.p for module in network.modules() if isinstance(module, nn.Dropout)} == {
+            0.25
+        }

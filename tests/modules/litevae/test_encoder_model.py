@@ -11,7 +11,12 @@ from olvae.modules.wavelet import wavedec2
 from tests.reference import assert_parity, fill, parity_case, recipe_input
 
 # Counted on the published modules with latent_dim = n_z = 12 [M], in units of 1e6 and, at 256x256, 1e9.
-OPEN = {"S": (0.977, 5.43, 5.5), "B": (6.623, 37.10, 37.4), "M": (34.125, 233.95, 234.9), "L": (41.153, 241.14, 242.1)}
+OPEN = {
+    "S": (0.977, 5.43, 5.5),
+    "B": (6.623, 37.10, 37.4),
+    "M": (34.125, 233.95, 234.9),
+    "L": (41.153, 241.14, 242.1),
+}
 # The paper's variant gives 8 moments, n_z = 4.
 PAPER = {"S": 1.0357, "B": 6.7506, "M": 32.7501, "L": 41.4224}
 
@@ -86,7 +91,10 @@ def test_shared_extractor_and_skipped_levels(shared, skip):
     x = torch.rand(1, 3, 32, 32, dtype=torch.float64)
     features = [
         F.avg_pool2d(
-            encoder.extractors[0 if shared else level - skip](wavedec2(x)[level] / 2 ** (level + 1)), 4 >> level
+            encoder.extractors[0 if shared else level - skip](
+                wavedec2(x)[level] / 2 ** (level + 1)
+            ),
+            4 >> level,
         )
         for level in range(skip, 3)
     ]
@@ -101,15 +109,20 @@ def test_packets_are_pywavelets_and_go_to_the_aggregator_alone(variant):
     encoder.aggregator.register_forward_pre_hook(lambda _, args: given.append(args[0]))
     x = torch.rand(1, 1, 12, 20)
     assert encoder(x).shape == (1, 6, 3, 5)
-    nodes = pywt.WaveletPacket2D(x[0, 0].double().numpy(), "haar", "periodization", maxlevel=2).get_level(2)
+    nodes = pywt.WaveletPacket2D(
+        x[0, 0].double().numpy(), "haar", "periodization", maxlevel=2
+    ).get_level(2)
     expected = sorted((np.abs(node.data) for node in nodes), key=lambda band: band.flat[0])
-    ours = sorted(given[0][0].abs().numpy(), key=lambda band: band.flat[0])  # signs of details are conventions
+    ours = sorted(
+        given[0][0].abs().numpy(), key=lambda band: band.flat[0]
+    )  # signs of details are conventions
     scale = 4 if variant == "paper" else 1  # so that the low band is in the image's range
     np.testing.assert_allclose(ours, np.stack(expected) / scale, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"variant": "paper"}, {"shared_extractor": True, "skip_levels": 1}, {"packets": True}]
+    "arguments",
+    [{}, {"variant": "paper"}, {"shared_extractor": True, "skip_levels": 1}, {"packets": True}],
 )
 def test_every_parameter_learns(arguments):
     encoder = LiteVAE_Encoder(6, "S", **arguments)
@@ -125,11 +138,20 @@ def test_every_parameter_learns(arguments):
     [
         (lambda: LiteVAE_Encoder(), "extractor_channels"),
         (lambda: LiteVAE_Encoder(scale="XL"), "S, B, M, L"),
-        (lambda: LiteVAE_Encoder(scale="S", variant="open"), "variant must be one of open_litevae, paper"),
+        (
+            lambda: LiteVAE_Encoder(scale="S", variant="open"),
+            "variant must be one of open_litevae, paper",
+        ),
         (lambda: LiteVAE_Encoder(scale="S", image_size=100), "multiple of 8"),
         (lambda: LiteVAE_Encoder(scale="S", pool="conv"), "paper variant"),
-        (lambda: LiteVAE_Encoder(scale="S", skip_levels=3), "skip_levels must be from 0 to 2, .* got 3"),
-        (lambda: LiteVAE_Encoder(scale="S", packets=True, skip_levels=1), "packets has no extractors"),
+        (
+            lambda: LiteVAE_Encoder(scale="S", skip_levels=3),
+            "skip_levels must be from 0 to 2, .* got 3",
+        ),
+        (
+            lambda: LiteVAE_Encoder(scale="S", packets=True, skip_levels=1),
+            "packets has no extractors",
+        ),
         (lambda: LiteVAE_Encoder(scale="S")(torch.zeros(1, 3, 60, 64)), "64x64"),
         (lambda: LiteVAE_Encoder(scale="S")(torch.zeros(1, 1, 64, 64)), r"\(B, 3, H, W\)"),
     ],
@@ -143,21 +165,27 @@ def test_mistakes(call, message):
 def test_the_fixed_encoder_against_pywavelets(levels):
     x = torch.rand(2, 3, 32, 16, dtype=torch.float64) * 2 - 1
     mean, logvar = WaveletEncoder(dct_levels=levels)(x).chunk(2, dim=1)
-    ll, (horizontal, vertical, diagonal), *_ = pywt.wavedec2(x.numpy(), "haar", level=levels, axes=(-2, -1))
+    ll, (horizontal, vertical, diagonal), *_ = pywt.wavedec2(
+        x.numpy(), "haar", level=levels, axes=(-2, -1)
+    )
     assert mean.shape == (2, 12, 32 >> levels, 16 >> levels)
     assert set(logvar.unique().tolist()) == {-30.0}
     bands = mean.unflatten(1, (4, 3)) * 2**levels
     torch.testing.assert_close(bands[:, 0], torch.from_numpy(ll))
     torch.testing.assert_close(bands[:, 3].abs(), torch.from_numpy(diagonal).abs())
     for theirs in (horizontal, vertical):
-        assert any(torch.allclose(bands[:, i].abs(), torch.from_numpy(theirs).abs()) for i in (1, 2))
+        assert any(
+            torch.allclose(bands[:, i].abs(), torch.from_numpy(theirs).abs()) for i in (1, 2)
+        )
     assert DiagonalGaussian(torch.cat((mean, logvar), 1)).std.max() < 1e-6
 
 
 def test_the_fixed_encoder_has_no_state():
     encoder = WaveletEncoder()
     assert (list(encoder.parameters()), dict(encoder.state_dict())) == ([], {})
-    with pytest.raises(ValueError, match="has 12 bands, which latent_dim 8 does not fit: set embed_dim"):
+    with pytest.raises(
+        ValueError, match="has 12 bands, which latent_dim 8 does not fit: set embed_dim"
+    ):
         WaveletEncoder(latent_dim=8)
     with pytest.raises(ValueError, match="64x64"):
         encoder(torch.zeros(1, 3, 60, 64))

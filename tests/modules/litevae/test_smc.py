@@ -23,12 +23,17 @@ def test_equation_3_in_float64():
     weight = torch.empty_like(smc.conv.weight)
     for o in range(4):
         scaled = [
-            [[(smc.scales[i] * smc.conv.weight[o, i, a, b]).item() for b in range(3)] for a in range(3)]
+            [
+                [(smc.scales[i] * smc.conv.weight[o, i, a, b]).item() for b in range(3)]
+                for a in range(3)
+            ]
             for i in range(3)
         ]
         norm = sum(v * v for plane in scaled for row in plane for v in row) + 1e-8
         weight[o] = smc.gain.item() * torch.tensor(scaled, dtype=torch.float64) / norm**0.5
-    torch.testing.assert_close(smc(x), F.conv2d(x, weight, smc.conv.bias, padding=1), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        smc(x), F.conv2d(x, weight, smc.conv.bias, padding=1), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])

@@ -19,7 +19,9 @@ from tests.models.loading.classes import make
 def student() -> LiteVAE:
     """Two levels, with statistics of a teacher's latents."""
     torch.manual_seed(3)
-    model = LiteVAE(TinyEncoder(8, image_size=16, channels=8, blocks=(1, 2)), TinyDecoder(8, 4, blocks=(2, 1)))
+    model = LiteVAE(
+        TinyEncoder(8, image_size=16, channels=8, blocks=(1, 2)), TinyDecoder(8, 4, blocks=(2, 1))
+    )
     mean, std = torch.tensor([0.5, -1.0, 0.0, 2.0]), torch.tensor([2.0, 0.5, 1.0, 3.0])
     for half in (model.encoder, model.decoder):
         half.use_latents(mean, std)
@@ -42,7 +44,9 @@ def test_the_same_function_as_diffusers():
 @torch.no_grad()
 def test_exact_in_tiles():
     model, z = student(), torch.randn(1, 4, 13, 10)
-    assert receptive_field(model.decoder) == 10  # 1 + 2 * 3 positions, and 1 + 3 + 1 of half their size
+    assert (
+        receptive_field(model.decoder) == 10
+    )  # 1 + 2 * 3 positions, and 1 + 3 + 1 of half their size
     torch.testing.assert_close(model.decode_tiled(z, tile=4), model.decode(z))
 
 
@@ -53,15 +57,22 @@ def test_written_as_diffusers_and_as_taesd(tmp_path):
     z = model.encode(x).mean
     mean, std = model.encoder.latents_mean, model.encoder.latents_std
     export(model, tmp_path / "vae", LAYOUTS["diffusers"]())
-    back = diffusers.AutoencoderTiny.from_pretrained(tmp_path / "vae", low_cpu_mem_usage=False).eval()
+    back = diffusers.AutoencoderTiny.from_pretrained(
+        tmp_path / "vae", low_cpu_mem_usage=False
+    ).eval()
     torch.testing.assert_close(back.encode(x).latents, (z - mean) / std)
     torch.testing.assert_close(back.decode((z - mean) / std).sample, model.decode(z))
     assert (back.config.scaling_factor, back.config.shift_factor) == (1.0, 0.0)
     export(model, tmp_path / "taesd", LAYOUTS["taesd"]())
-    encoder, decoder = (load_file(tmp_path / "taesd" / f"taesd_{half}.safetensors") for half in ("encoder", "decoder"))
+    encoder, decoder = (
+        load_file(tmp_path / "taesd" / f"taesd_{half}.safetensors")
+        for half in ("encoder", "decoder")
+    )
     assert torch.equal(encoder["0.weight"], back.encoder.layers[0].weight)
     assert torch.equal(encoder["1.conv.4.bias"], back.encoder.layers[1].conv[4].bias)
-    assert torch.equal(decoder["1.weight"], back.decoder.layers[0].weight)  # 0 is the bound, 2 a ReLU
+    assert torch.equal(
+        decoder["1.weight"], back.decoder.layers[0].weight
+    )  # 0 is the bound, 2 a ReLU
     assert torch.equal(decoder["3.conv.0.weight"], back.decoder.layers[2].conv[0].weight)
     assert "diffusion model's units" in (tmp_path / "taesd" / "README.md").read_text()
     with pytest.raises(ValueError, match="only TinyEncoder and TinyDecoder are TAESD's"):
@@ -75,14 +86,25 @@ def test_written_as_diffusers_and_as_taesd(tmp_path):
     ("factors", "note"),
     [
         ((0.18215, 0.0), "taesd_decoder.safetensors to ComfyUI/models/vae_approx."),
-        ((0.13025, 0.0), "vae_approx, as taesdxl_encoder.safetensors and taesdxl_decoder.safetensors."),
-        ((1.5305, 0.0609), "vae_approx, as taesd3_encoder.safetensors and taesd3_decoder.safetensors."),
-        ((0.3611, 0.1159), "vae_approx, as taef1_encoder.safetensors and taef1_decoder.safetensors."),
+        (
+            (0.13025, 0.0),
+            "vae_approx, as taesdxl_encoder.safetensors and taesdxl_decoder.safetensors.",
+        ),
+        (
+            (1.5305, 0.0609),
+            "vae_approx, as taesd3_encoder.safetensors and taesd3_decoder.safetensors.",
+        ),
+        (
+            (0.3611, 0.1159),
+            "vae_approx, as taef1_encoder.safetensors and taef1_decoder.safetensors.",
+        ),
         ((1.0, 0.0), "knows none for these: for other programs."),
     ],
 )
 def test_the_scale_of_latents_is_in_the_name_for_comfyui(factors, note):
-    model = student().set_for_diffusion(dict(zip(("scaling_factor", "shift_factor"), factors, strict=True)))
+    model = student().set_for_diffusion(
+        dict(zip(("scaling_factor", "shift_factor"), factors, strict=True))
+    )
     assert next(LAYOUTS["taesd"]().notes(model)).endswith(note)
 
 
@@ -95,10 +117,15 @@ def test_an_export_is_checked_by_its_means(tmp_path, monkeypatch):
         (loaded,) = load(self, path, model)
         return [
             loaded._replace(
-                moments=lambda x: loaded.moments(x) * torch.tensor([1.001, 1.0]).repeat_interleave(4)[:, None, None]
+                moments=lambda x: (
+                    loaded.moments(x)
+                    * torch.tensor([1.001, 1.0]).repeat_interleave(4)[:, None, None]
+                )
             )
         ]
 
     monkeypatch.setattr(LAYOUTS["diffusers"], "load", other)
-    with pytest.raises(ValueError, match=r"the result differs by 1\.0e-03 of the largest value: nothing is written"):
+    with pytest.raises(
+        ValueError, match=r"the result differs by 1\.0e-03 of the largest value: nothing is written"
+    ):
         export(student(), tmp_path / "vae", LAYOUTS["diffusers"]())

@@ -14,19 +14,30 @@ def test_every_trainable_weight_gets_a_gradient_and_the_last_layer_is_the_last(k
     """DDP waits for each; a gradient at the last layer is what the losses are balanced by."""
     model = DiffusersAutoencoder(make(kind)).as_litevae(kind).train()
     f = model.downscale
-    x, z = torch.randn(1, model.in_channels, 4 * f, 4 * f), torch.randn(1, model.latent_channels, 4, 4)
+    x, z = (
+        torch.randn(1, model.in_channels, 4 * f, 4 * f),
+        torch.randn(1, model.latent_channels, 4, 4),
+    )
     for half, given in ((model.encoder, x), (model.decoder, z)):
         last, called = last_convolution(half), dict[str, torch.Tensor]()
-        layers = {n: m for n, m in half.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)}
+        layers = {
+            n: m
+            for n, m in half.named_modules()
+            if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)
+        }
         with watch_outputs(layers, called.__setitem__):
             half(given).square().mean().backward()
         assert last is layers[list(called)[-1]]
         assert last.weight.grad is not None
-        without = [name for name, p in half.named_parameters() if p.requires_grad and p.grad is None]
+        without = [
+            name for name, p in half.named_parameters() if p.requires_grad and p.grad is None
+        ]
         assert without == []
 
 
-@pytest.mark.parametrize("kind", ["AutoencoderKLFlux2", "AutoencoderKLQwenImage", "AutoencoderKLWan"])
+@pytest.mark.parametrize(
+    "kind", ["AutoencoderKLFlux2", "AutoencoderKLQwenImage", "AutoencoderKLWan"]
+)
 def test_the_moments_are_not_rounded_to_half_precision(kind):
     model = DiffusersAutoencoder(make(kind)).as_litevae(kind)
     x = torch.randn(1, model.in_channels, 4 * model.downscale, 4 * model.downscale)
