@@ -1,7 +1,8 @@
 """open-LiteVAE: train, evaluate and export LiteVAE autoencoders for latent diffusion.
 
-docs/api.md documents the public names, with an example each; ``__init__.pyi`` beside this file lists them. A name is
-imported when it is first used, so that ``import olvae`` and the list of commands do not wait for torch.
+docs/api.md documents the public names, with an example each; ``__init__.pyi`` beside this file
+lists them. A name is imported when it is first used, so that ``import olvae`` and the list of
+commands do not wait for torch.
 """
 
 import lazy_loader

@@ -1,4 +1,7 @@
-"""Compare autoencoders on a dropped image in a browser: reconstruction, error, latent, PSNR, SSIM and time of each."""
+"""Compare autoencoders on a dropped image in a browser.
+
+The page shows each model's reconstruction, error, latent, PSNR, SSIM and time.
+"""
 
 import math
 import time
@@ -21,27 +24,42 @@ from olvae.models.large.tiling import default_memory
 from olvae.models.loading.loader import Target
 from olvae.models.loading.targets import find_target, name_apart
 
-if TYPE_CHECKING:  # an extra; imported where the page is built
+# An extra, which is imported where the page is built.
+if TYPE_CHECKING:
     import gradio as gr
 
-MAX_PIXELS = (
-    4_000_000  # limit of an image on the page; one thread reconstructs it in about a minute
-)
-SHOWN_SIDE = 256  # pixels that the longer side of a picture has at least on the page
-DETAIL_SIDES = (16, 32, 64, 128)  # pixels along a side of the enlarged detail
-DELETE_AFTER_S = 3600  # seconds after which a visitor's pictures are deleted
+# The largest image on the page; one thread reconstructs it in about a minute.
+MAX_PIXELS = 4_000_000
+
+# The least number of pixels along the longer side of a picture on the page.
+SHOWN_SIDE = 256
+
+# Pixels along a side of the enlarged detail.
+DETAIL_SIDES = (16, 32, 64, 128)
+
+# Seconds after which a visitor's pictures are deleted.
+DELETE_AFTER_S = 3600
+
+# Columns of the table; on a phone the first ones show.
+_COLUMNS = ["model", "PSNR, dB", "SSIM", "seconds", "latent"]
 
 Captioned = tuple[NDArray[np.uint8], str]
 
 
 class Result(NamedTuple):
-    """One model's reconstruction of one image, and the seconds that encoding and decoding took together."""
+    """One model's reconstruction of one image."""
 
-    y: Tensor  # uint8 (C, H, W)
-    error: Tensor  # uint8 (3, H, W), of olvae.figures.error_map
-    latent: Tensor  # what was decoded, (n_z, h, w)
-    psnr: float  # in dB, infinite for an equal image
-    ssim: float | None  # None if the image is too small for it
+    # uint8 (C, H, W).
+    y: Tensor
+    # uint8 (3, H, W), from olvae.figures.error_map.
+    error: Tensor
+    # The latent that was decoded, (n_z, h, w).
+    latent: Tensor
+    # In dB; infinite for an equal image.
+    psnr: float
+    # None if the image is too small for it.
+    ssim: float | None
+    # Of encoding and decoding together.
     seconds: float
 
 
@@ -53,9 +71,10 @@ class Shown(NamedTuple):
 
 
 def load(targets: Sequence[Target], device: str) -> dict[str, Autoencoder]:
-    """Load models by name, folded for inference; raise ValueError if they take images of different channels."""
+    """Load models by name, folded for inference; ValueError if their images can't be compared."""
     models = {target.name: target.load().fold().to(device).eval() for target in targets}
-    if len(channels := {model.in_channels for model in models.values()}) > 1:
+    channels = {model.in_channels for model in models.values()}
+    if len(channels) > 1:
         raise ValueError(
             f"the targets take images of {' and '.join(map(str, sorted(channels)))} channels"
         )
@@ -66,17 +85,23 @@ def load(targets: Sequence[Target], device: str) -> dict[str, Autoencoder]:
 
 
 def read_image(path: str | Path, channels: int) -> Tensor:
-    """Read an image as uint8 (C, H, W); raise ValueError if it is none, or has more than :data:`MAX_PIXELS`."""
+    """Read an image as uint8 (C, H, W).
+
+    ValueError if it is not an image, or has more than :data:`MAX_PIXELS`.
+    """
     photo = Photo(Path(path), Path(path).name, channels)
-    width, height = photo.size  # the header's: nothing is decoded yet
+    # The size is in the header: nothing is decoded yet.
+    width, height = photo.size
     if width * height > MAX_PIXELS:
-        limit = f"{MAX_PIXELS / 1e6:.0f} million: olvae reconstruct takes any size"
-        raise ValueError(f"{width}x{height} pixels are too many for this page, which takes {limit}")
+        raise ValueError(
+            f"{width}x{height} pixels are too many for this page, which takes "
+            f"{MAX_PIXELS / 1e6:.0f} million: olvae reconstruct takes any size"
+        )
     return image_to_tensor(photo.read())
 
 
 def compare(models: Mapping[str, Autoencoder], x: Tensor, device: str) -> dict[str, Result]:
-    """Reconstruct an image, uint8 (C, H, W), with every model; raise ValueError if a reconstruction is not finite."""
+    """Reconstruct an image, uint8 (C, H, W), with every model; ValueError if one is not finite."""
     where = torch.device(device)
     options = ReconstructOptions(where, default_memory(where))
     found = {}
@@ -88,9 +113,13 @@ def compare(models: Mapping[str, Autoencoder], x: Tensor, device: str) -> dict[s
             raise ValueError(f"{name}: {error}") from error
         seconds = time.perf_counter() - start
         similarity = ssim(x[None], y[None]).item() if min(x.shape[-2:]) >= SSIM_WINDOW else None
-        picture = error_map(x[None], y[None])[0]
         found[name] = Result(
-            y, picture, z[0].float().cpu(), psnr(x[None], y[None]).item(), similarity, seconds
+            y=y,
+            error=error_map(x[None], y[None])[0],
+            latent=z[0].float().cpu(),
+            psnr=psnr(x[None], y[None]).item(),
+            ssim=similarity,
+            seconds=seconds,
         )
     return found
 
@@ -98,26 +127,27 @@ def compare(models: Mapping[str, Autoencoder], x: Tensor, device: str) -> dict[s
 def latent_pictures(latent: Tensor) -> Tensor:
     """Show the channels of a latent (n_z, h, w) as enlarged grey pictures, uint8 (n_z, 1, H, W).
 
-    Black and white are the smallest and the largest value of each channel, and a constant channel is black.
+    Black and white are the smallest and the largest value of each channel, and a constant channel
+    is black.
     """
-    low, high = latent.amin((1, 2), keepdim=True), latent.amax((1, 2), keepdim=True)  # (n_z, 1, 1)
+    low = latent.amin((1, 2), keepdim=True)  # (n_z, 1, 1)
+    high = latent.amax((1, 2), keepdim=True)
     grey = (255.0 * (latent - low) / (high - low).clamp_min(1e-12)).round().to(torch.uint8)
     return enlarged(grey[:, None])
 
 
 def enlarged(image: Tensor) -> Tensor:
-    """Enlarge small pictures, uint8 (..., H, W), pixel by pixel: scaling in a browser would blur them."""
+    """Enlarge small pictures, uint8 (..., H, W), pixel by pixel: a browser would blur them."""
     factor = math.ceil(SHOWN_SIDE / max(image.shape[-2:]))
     return image.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
 
 
 def crop_around(image: Tensor, place: tuple[int, int], side: int) -> Tensor:
-    """Crop a square of ``side`` pixels at most, with its centre as near to ``place`` (x, y) as fits the image."""
+    """Crop a square of at most ``side`` pixels around ``place`` (x, y), moved into the image."""
     height, width = image.shape[-2:]
-    left, top = (
-        min(max(at - side // 2, 0), max(length - side, 0))
-        for at, length in zip(place, (width, height), strict=True)
-    )
+    x, y = place
+    left = min(max(x - side // 2, 0), max(width - side, 0))
+    top = min(max(y - side // 2, 0), max(height - side, 0))
     return image[:, top : top + side, left : left + side]
 
 
@@ -125,94 +155,56 @@ def page(targets: Sequence[str], device: str = "cpu") -> "gr.Blocks":
     """Load TARGETs, and build their page in Gradio."""
     import gradio as gr
 
-    gr.set_static_paths(
-        [HELD_OUT[0].parent]
-    )  # the examples, which Gradio serves from no other folder
+    # The examples' folder: Gradio serves files from no other one.
+    gr.set_static_paths([HELD_OUT[0].parent])
     models = load(name_apart([find_target(target) for target in targets]), device)
-    names, channels = list(models), next(iter(models.values())).in_channels
-    pictures: Mapping[str, Any] = {
-        "format": "png",
-        "object_fit": "contain",
-        "height": "max-content",
-    }
+    names = list(models)
 
+    # What the page does when a user drops an image, and when one clicks on it.
     def look(path: str | None, name: str, side: int) -> tuple[Any, ...]:
-        if path is None:
-            return (None,) * 7
         try:
-            x = read_image(path, channels)
-            shown = Shown(x, compare(models, x, device))
+            return _look(models, device, path, name, side)
         except ValueError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from None
-        errors = [(_array(result.error), model) for model, result in shown.results.items()]
-        return (
-            shown,
-            _table(models, shown),
-            *_choose(shown, name),
-            errors,
-            _array(x),
-            _detail(shown, side),
-        )
 
     def detail_at(shown: Shown | None, side: int, event: gr.SelectData) -> list[Captioned] | None:
         return _detail(shown, side, (int(event.index[0]), int(event.index[1])))
 
     deleting = (DELETE_AFTER_S, DELETE_AFTER_S)
+    pictures: dict[str, Any] = {"format": "png", "object_fit": "contain", "height": "max-content"}
     with gr.Blocks(title="open-LiteVAE", analytics_enabled=False, delete_cache=deleting) as blocks:
         gr.Markdown("# What an autoencoder keeps of an image")
         state = gr.State(time_to_live=DELETE_AFTER_S)
+
+        # Above: the image and the model on the left, the comparison and its numbers on the right.
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 file = gr.File(label="Drop an image", type="filepath", elem_id="file")
-                thumbnail = gr.Image(type="filepath", visible=False)
-                samples = [[str(path)] for path in HELD_OUT[:4]]
-                examples = gr.Dataset(
-                    components=[thumbnail],
-                    samples=samples,
-                    label="or take one of these",
-                    elem_id="examples",
-                )
-                name = gr.Radio(
-                    names, value=names[0], label="Shown beside the original", visible=len(names) > 1
-                )
+                examples = _examples()
+                label = "Shown beside the original"
+                name = gr.Radio(names, value=names[0], label=label, visible=len(names) > 1)
             with gr.Column(scale=2, min_width=360):
-                slider = gr.ImageSlider(
-                    label="original | reconstruction", format="png", elem_id="slider"
-                )
-                columns = [
-                    "model",
-                    "PSNR, dB",
-                    "SSIM",
-                    "seconds",
-                    "latent",
-                ]  # on a phone the first ones show
-                table = gr.Dataframe(
-                    headers=columns,
-                    wrap=True,
-                    label="Numbers",
-                    interactive=False,
-                    elem_id="numbers",
-                )
+                label = "original | reconstruction"
+                slider = gr.ImageSlider(label=label, format="png", elem_id="slider")
+                numbers: dict[str, Any] = {"label": "Numbers", "elem_id": "numbers"}
+                table = gr.Dataframe(headers=_COLUMNS, wrap=True, interactive=False, **numbers)
+
+        # Below: a tab each for errors, latents and single pixels.
         with gr.Tab("Error", render_children=True):
-            gr.Markdown(
-                "Absolute error, mean of the channels: black is 0, white 64 of 255 and above."
-            )
-            errors = gr.Gallery(
-                label="Error", elem_id="errors", columns=min(3, len(names)), **pictures
-            )
+            gr.Markdown("Absolute error, mean of channels: black is 0, white 64 of 255 and above.")
+            columns = min(3, len(names))
+            errors = gr.Gallery(label="Error", elem_id="errors", columns=columns, **pictures)
         with gr.Tab("Latent", render_children=True):
-            gr.Markdown(
-                "Each channel of the latent on its own scale, from its smallest value (black) to its largest."
-            )
+            gr.Markdown("Each channel by itself, from its smallest value (black) to its largest.")
             latent = gr.Gallery(label="Latent channels", elem_id="latent", columns=4, **pictures)
         with gr.Tab("Pixels", render_children=True):
-            gr.Markdown(
-                "Click on the original: beside it is that place with every model, pixel by pixel."
-            )
+            gr.Markdown("Click on the original to see that place with every model, enlarged.")
             side = gr.Radio(list(DETAIL_SIDES), value=DETAIL_SIDES[2], label="Pixels along a side")
             with gr.Row():
                 whole = gr.Image(label="Original", interactive=False, format="png", elem_id="whole")
                 near = gr.Gallery(label="Detail", elem_id="detail", columns=2, **pictures)
+
+        # Events: an image, another model beside the original, another place or size of the detail.
         examples.click(lambda sample: sample[0], examples, file)
         file.change(look, [file, name, side], [state, table, slider, latent, errors, whole, near])
         name.change(_choose, [state, name], [slider, latent])
@@ -221,21 +213,49 @@ def page(targets: Sequence[str], device: str = "cpu") -> "gr.Blocks":
     return blocks
 
 
+def _look(
+    models: Mapping[str, Autoencoder], device: str, path: str | None, name: str, side: int
+) -> tuple[Any, ...]:
+    """Compare the models on an image; return what the page shows, or nothing without an image.
+
+    In order: the state, the table, the slider, the latent, the errors, the original, the detail.
+    """
+    if path is None:
+        return (None,) * 7
+    x = read_image(path, next(iter(models.values())).in_channels)
+    shown = Shown(x, compare(models, x, device))
+    errors = [(_array(result.error), model) for model, result in shown.results.items()]
+    slider, latent = _choose(shown, name)
+    return shown, _table(models, shown), slider, latent, errors, _array(x), _detail(shown, side)
+
+
+def _examples() -> "gr.Dataset":
+    """Build the row of example images to click on."""
+    import gradio as gr
+
+    return gr.Dataset(
+        components=[gr.Image(type="filepath", visible=False)],
+        samples=[[str(path)] for path in HELD_OUT[:4]],
+        label="or take one of these",
+        elem_id="examples",
+    )
+
+
 def _choose(shown: Shown | None, name: str) -> tuple[Any, Any]:
-    """Return the slider's two pictures, and those of the latent."""
+    """Return the slider's two pictures, and the latent's pictures."""
     if shown is None:
         return None, None
     result = shown.results[name]
-    latent = [
-        (_array(channel), f"channel {i + 1}")
-        for i, channel in enumerate(latent_pictures(result.latent))
-    ]
+    latent = []
+    for i, channel in enumerate(latent_pictures(result.latent)):
+        latent.append((_array(channel), f"channel {i + 1}"))
     return (_array(shown.x), _array(result.y)), latent
 
 
 def _detail(
     shown: Shown | None, side: int, place: tuple[int, int] | None = None
 ) -> list[Captioned] | None:
+    """Return enlarged crops of the original and the reconstructions, by default of the middle."""
     if shown is None:
         return None
     height, width = shown.x.shape[-2:]
@@ -247,14 +267,14 @@ def _detail(
 
 
 def _table(models: Mapping[str, Autoencoder], shown: Shown) -> list[list[str]]:
+    """Return a row of :data:`_COLUMNS` per model."""
     rows = []
     for name, result in shown.results.items():
-        psnr = "∞" if math.isinf(result.psnr) else f"{result.psnr:.2f}"
-        ssim = "\N{EN DASH}" if result.ssim is None else f"{result.ssim:.4f}"
+        psnr_text = "∞" if math.isinf(result.psnr) else f"{result.psnr:.2f}"
+        ssim_text = "\N{EN DASH}" if result.ssim is None else f"{result.ssim:.4f}"
         size = "x".join(map(str, result.latent.shape))
-        rows.append(
-            [name, psnr, ssim, f"{result.seconds:.2f}", f"f{models[name].downscale}, {size}"]
-        )
+        latent = f"f{models[name].downscale}, {size}"
+        rows.append([name, psnr_text, ssim_text, f"{result.seconds:.2f}", latent])
     return rows
 
 

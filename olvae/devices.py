@@ -1,4 +1,4 @@
-"""Devices, precision, host memory, cores, and the processes that torchrun or srun started."""
+"""Choose devices and precision, count cores, and join the processes of torchrun or srun."""
 
 import ctypes
 import os
@@ -21,25 +21,29 @@ if TYPE_CHECKING:  # slow to import
 
 
 def resolve_device(device: str | None = None) -> str:
-    """Choose a device: the given one, which has to be there (ConfigError), else a GPU of this process, else the CPU."""
+    """Choose the given device, or else a GPU for this process, or else the CPU.
+
+    ConfigError if this machine does not have the given device.
+    """
     present = torch.cuda.device_count()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if not device.startswith("cuda"):
         return device
     if int(device.partition(":")[2] or 0) >= present:
         raise ConfigError(f"`device` {device}: this machine has {present} GPUs")
-    device = f"cuda:{local_rank() % present}" if device == "cuda" and present > 1 else device
+    if device == "cuda" and present > 1:
+        device = f"cuda:{local_rank() % present}"
     if ":" in device:
-        torch.cuda.set_device(
-            device
-        )  # else what names no GPU takes memory of the first one, in every process
+        # Otherwise tensors on "cuda" would go to the first GPU in every process.
+        torch.cuda.set_device(device)
     return device
 
 
 T = TypeVar("T")
-PATIENCE = timedelta(
-    days=7
-)  # of collectives: shares differ, and torchrun ends all processes if one fails
+
+# Timeout of collectives. Long, because processes with small shares wait for the others; when one
+# fails, torchrun ends all of them anyway.
+PATIENCE = timedelta(days=7)
 
 
 @dataclass(frozen=True)
@@ -58,13 +62,13 @@ PRECISIONS = {
 }
 """The one table of precisions: every flag and setting takes these names."""
 
-# What weights and latents can be stored in.
+# Names of the dtypes that weights and latents can be stored in.
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 _ALIASES = {"16": "fp16", "float16": "fp16", "bfloat16": "bf16", "float32": FULL}
 
 
 def precision_name(text: str) -> str:
-    """Return a name of :data:`PRECISIONS`, also for 16, float16, bfloat16 and float32; else raise ConfigError."""
+    """Return a name of :data:`PRECISIONS`, also for aliases such as float16; else ConfigError."""
     name = _ALIASES.get(text, text)
     if name not in PRECISIONS:
         raise ConfigError(f"`precision` {text}: choose from {', '.join(PRECISIONS)}")
@@ -72,7 +76,7 @@ def precision_name(text: str) -> str:
 
 
 def resolve_precision(precision: str, accelerator: str) -> str:
-    """Return Lightning's name for a precision of training; raise ConfigError for an unknown one, or fp16 on the CPU."""
+    """Return Lightning's name for a training precision; ConfigError if unknown, or fp16 on CPU."""
     name = precision_name(precision)
     if name == "fp16" and accelerator == "cpu":
         raise ConfigError(
@@ -81,8 +85,9 @@ def resolve_precision(precision: str, accelerator: str) -> str:
     return PRECISIONS[name].lightning
 
 
-# Of products and convolutions, in TFLOP/s without sparsity, from the makers' data sheets: of half precision, summed in
-# float32, and of float32, in TF32 where a GPU has it, as torch computes convolutions there.
+# Peak TFLOP/s of products and convolutions, without sparsity, from the makers' data sheets: in half
+# precision, accumulated in float32; and in float32, with TF32 where a GPU has it, because torch
+# computes convolutions in TF32 there. Keys are patterns of names; the first match counts.
 _PEAKS = {
     "B200": (2250, 1125),
     "H[12]00 NVL": (835, 418),
@@ -101,15 +106,20 @@ _WITHOUT_BF16 = r"\bV100|\bT4\b"
 
 
 def peak_tflops(name: str, precision: str) -> float | None:
-    """The most TFLOP/s of a GPU, by torch's name for it, in a precision of :data:`PRECISIONS`; None if unknown."""
+    """Return the peak TFLOP/s of a GPU, by torch's name for it; None if unknown.
+
+    ``precision``: one of :data:`PRECISIONS`.
+    """
     if "MIG" in name or (precision == "bf16" and re.search(_WITHOUT_BF16, name)):
         return None
-    found = (peaks for known, peaks in _PEAKS.items() if re.search(rf"\b(?:{known})\b", name))
-    return next((peaks[precision == FULL] for peaks in found), None)
+    for known, (half, full) in _PEAKS.items():
+        if re.search(rf"\b(?:{known})\b", name):
+            return full if precision == FULL else half
+    return None
 
 
 def autocast(kind: str, precision: str) -> AbstractContextManager[object]:
-    """Return autocast on devices of a kind, such as cuda, to a precision of :data:`PRECISIONS`; none for float32."""
+    """Return autocast for a kind of device, such as cuda; disabled for float32."""
     return torch.autocast(kind, PRECISIONS[precision].dtype, enabled=precision != FULL)
 
 
@@ -121,8 +131,12 @@ def now(device: str) -> float:
 
 
 def seconds_per_image(work: Callable[[], object], images: int, seconds: float) -> float:
-    """Repeat ``work``, which gives ``images`` each time, for some seconds; return the mean time of an image."""
-    start, done = time.perf_counter(), 0
+    """Repeat ``work`` for some seconds; return the mean time of an image.
+
+    ``images``: the number of images that each call of ``work`` does.
+    """
+    start = time.perf_counter()
+    done = 0
     while time.perf_counter() - start < seconds:
         work()
         done += images
@@ -131,7 +145,7 @@ def seconds_per_image(work: Callable[[], object], images: int, seconds: float) -
 
 @contextmanager
 def peak_memory(device: str, peaks: list[int]) -> Iterator[None]:
-    """Append the most bytes that the work in this context takes on a GPU, beyond those allocated before it."""
+    """Append the peak bytes that this context allocates on a GPU, beyond those before it."""
     if not device.startswith("cuda"):
         yield
         return
@@ -142,29 +156,33 @@ def peak_memory(device: str, peaks: list[int]) -> Iterator[None]:
 
 
 def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Choose Lightning's ``accelerator`` and ``devices``; ConfigError if this machine does not have that GPU.
+    """Choose Lightning's ``accelerator`` and ``devices``; ConfigError if a GPU is not there.
 
-    ``gpus``: N for the first N GPUs, "0,2" for a list of them, or 0 for the CPU, with as many processes as
-    lightning.trainer.devices says if its accelerator is cpu; None leaves it to ``trainer``, lightning.trainer: by
-    default every GPU, or the CPU if there is none.
+    ``gpus``: N for the first N GPUs, "0,2" for a list of them, or 0 for the CPU, with
+    lightning.trainer.devices processes if lightning.trainer.accelerator is cpu. None leaves the
+    choice to ``trainer``, lightning.trainer: by default every GPU, or the CPU if there is none.
     """
     present = torch.cuda.device_count()
-    accelerator, devices = trainer.get("accelerator", "auto"), trainer.get("devices", "auto")
+    accelerator = trainer.get("accelerator", "auto")
+    devices = trainer.get("devices", "auto")
+
+    # The command's own setting comes first.
     if gpus is not None:
-        if (given := _count_or_list(gpus)) is None:
+        given = _count_or_list(gpus)
+        if given is None:
             raise ConfigError(
                 f"`gpus` {gpus}: give a number of GPUs, as in 2, or a list, as in 0,2; 0 is the CPU"
             )
         wanted = list(range(given)) if isinstance(given, int) else given
         if not wanted:
-            return {
-                "accelerator": "cpu",
-                "devices": trainer.get("devices", 1) if accelerator == "cpu" else 1,
-            }
+            processes = trainer.get("devices", 1) if accelerator == "cpu" else 1
+            return {"accelerator": "cpu", "devices": processes}
         if max(wanted) >= present:
             has = f"{present} GPU{'s' * (present > 1)}" if present else "no GPU"
             raise ConfigError(f"`gpus` {gpus}: this machine has {has}; 0 is the CPU")
         return {"accelerator": "cuda", "devices": wanted}
+
+    # Otherwise the config's accelerator, and then its devices.
     if accelerator == "auto":
         if not present:
             return {"accelerator": "cpu", "devices": 1}
@@ -186,45 +204,58 @@ def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, A
 
 
 def _count_or_list(text: str) -> int | list[int] | None:
-    """Read a number, or a list as in ``0,2`` or ``0,``, as Lightning does; None for another text."""
-    if not re.fullmatch(r"\d+|(\d+,)+\d*", text := text.replace(" ", "")):
+    """Read a number, or a list as in ``0,2`` or ``0,``, as Lightning does; else return None."""
+    text = text.replace(" ", "")
+    if not re.fullmatch(r"\d+|(\d+,)+\d*", text):
         return None
-    return [int(part) for part in text.split(",") if part] if "," in text else int(text)
+    if "," not in text:
+        return int(text)
+    return [int(part) for part in text.split(",") if part]
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that it frees; returns False for C libraries without that option.
+    """Let this process keep the memory that it frees; return False if the C library can't.
 
-    glibc gives blocks of over 32 MB back to the system at once, and gets fresh pages for the next tensor, which the
-    system clears first. On a CPU that takes up to half of the time of a network on large images. From then on a process
-    holds its peak, and may hold half as much again in gaps: not for commands that promise a limit on memory.
+    glibc gives blocks of over 32 MB back to the system at once, and gets fresh pages for the next
+    tensor, which the system clears first. On a CPU that takes up to half of the time of a network
+    on large images. From then on a process holds its peak, and may hold half as much again in gaps:
+    not for commands that promise a limit on memory.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
-    trim_threshold, mmap_max = -1, -4  # parameters of mallopt(3), from malloc.h
+    # Parameters of mallopt(3), from malloc.h.
+    trim_threshold = -1
+    mmap_max = -4
     set_option = ctypes.CDLL(None).mallopt
     return bool(set_option(mmap_max, 0)) and bool(set_option(trim_threshold, -1))
 
 
 def cores() -> int:
     """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def sharing_cores(ranks: int) -> int:
-    """Count the ranks that share this process's cores, of those on its machine: 1 where srun bound each to its own."""
+    """Count the ranks, of ``ranks`` on this machine, that share this process's cores.
+
+    1 if srun bound each rank to cores of its own.
+    """
     given = int(os.environ.get("SRUN_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_PER_TASK") or 0)
-    by_srun = (
-        "RANK" not in os.environ and srun_environment() is not None
-    )  # srun's one task may be a torchrun
-    return (
-        1 if by_srun and cores() < 2 * given else ranks
-    )  # rounded up to whole cores of two threads
+    # With RANK in the environment, srun's one task is a torchrun, whose ranks share its cores.
+    by_srun = "RANK" not in os.environ and srun_environment() is not None
+    # Below twice its share, because srun rounds up to whole cores of two threads.
+    if by_srun and cores() < 2 * given:
+        return 1
+    return ranks
 
 
 def this_process() -> tuple[int, int]:
     """Return this process's rank and the number of ranks."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def local_rank() -> int:
@@ -238,29 +269,33 @@ def srun_environment() -> "SLURMEnvironment | None":
         return None
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-    if not SLURMEnvironment.detect():  # an interactive shell
+    # In an interactive shell, only the variables are there.
+    if not SLURMEnvironment.detect():
         return None
     if int(os.environ["SLURM_NTASKS"]) > 1 and "SLURM_NTASKS_PER_NODE" not in os.environ:
         raise ConfigError("srun: give it the options ntasks-per-node and nodes, not ntasks")
-    return SLURMEnvironment(auto_requeue=False)  # a job that is queued again would start a new run
+    # A job that is queued again would start a new run.
+    return SLURMEnvironment(auto_requeue=False)
 
 
 def join(backend: str = "gloo", timeout: timedelta = PATIENCE) -> tuple[int, int]:
-    """Join the processes that torchrun or srun started; returns rank and world size, (0, 1) for a single process.
+    """Join the processes that torchrun or srun started; return the rank and the world size.
 
-    From then on the loaders of a :class:`~olvae.data.source.Source` give each process its share. End with
-    :func:`leave`. An existing process group is left as it is. gloo exchanges objects in memory, not tensors of GPUs.
+    That is (0, 1) for a single process. From then on the loaders of a
+    :class:`~olvae.data.source.Source` give each process its share. End with :func:`leave`. An
+    existing process group is left as it is. gloo exchanges objects in memory, not tensors of GPUs.
     """
     if dist.is_initialized():
         return this_process()
-    if "RANK" in os.environ:  # torchrun; also where srun starts one on each node
+    # torchrun first, because srun may start one torchrun on each node.
+    if "RANK" in os.environ:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             dist.init_process_group(backend, timeout=timeout)
-    elif (slurm := srun_environment()) is not None and slurm.world_size() > 1:
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = (
-            slurm.main_address,
-            str(slurm.main_port),
-        )
+        return this_process()
+    slurm = srun_environment()
+    if slurm is not None and slurm.world_size() > 1:
+        os.environ["MASTER_ADDR"] = slurm.main_address
+        os.environ["MASTER_PORT"] = str(slurm.main_port)
         dist.init_process_group(
             backend, timeout=timeout, rank=slurm.global_rank(), world_size=slurm.world_size()
         )
@@ -268,7 +303,7 @@ def join(backend: str = "gloo", timeout: timedelta = PATIENCE) -> tuple[int, int
 
 
 def gather(part: T) -> list[T] | None:
-    """Collect one object of each process, its tensors on the CPU: a list by rank in the first one, None in others."""
+    """Collect one object per process, with tensors on the CPU: a list on rank 0, None on others."""
     rank, world = this_process()
     if world == 1:
         return [part]
@@ -287,8 +322,8 @@ def leave() -> None:
 class Agreement:
     """Agree on a request that any rank may make, so that all ranks follow it at the same step.
 
-    Nothing waits for a device: the flags are reduced between the CPUs while the next step runs, so with several
-    processes the answer comes one call later.
+    Nothing waits for a device: the flags are reduced between the CPUs while the next step runs, so
+    with several processes the answer comes one call later.
     """
 
     def __init__(self) -> None:
@@ -297,19 +332,25 @@ class Agreement:
         self._sent: dist.Work | None = None
 
     def any_asked(self, asked: int, wait: bool = False) -> int:
-        """Return the largest ``asked`` of all ranks in the previous call, with ``wait`` in this one too. Collective.
+        """Return the largest ``asked`` of all ranks in the previous call; all ranks have to call.
 
-        0 asks for nothing; other numbers, up to 255, are for the caller to tell requests apart.
+        ``wait`` includes this call. 0 asks for nothing; the caller tells requests apart by numbers
+        up to 255.
         """
         if this_process()[1] == 1:
             return asked
-        self._group = self._group or dist.new_group(backend="gloo")
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")
+        # Receive the previous call's answer before the flag is used again.
         answer = self._received()
         self._flag.fill_(asked)
         self._sent = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
-        return max(self._received(), answer) if wait else answer
+        if wait:
+            return max(self._received(), answer)
+        return answer
 
     def _received(self) -> int:
+        """Wait for the reduction under way; the flag holds its result."""
         if self._sent is not None:
             self._sent.wait()
         self._sent = None

@@ -14,12 +14,11 @@ from torch import Tensor
 from olvae.config import import_extra
 from olvae.files import atomic_write
 
-ARRAYS = (
-    ".npy",
-    ".tif",
-    ".exr",
-)  # extensions of files that hold real values of any number of channels
-ERROR_RANGE = 64  # error in 8-bit steps that error maps show as white
+# Extensions of files that hold real values of any number of channels.
+ARRAYS = (".npy", ".tif", ".exr")
+
+# The error, in 8-bit steps, that error maps show as white.
+ERROR_RANGE = 64
 
 
 def can_store(suffix: str, channels: int) -> bool:
@@ -28,14 +27,17 @@ def can_store(suffix: str, channels: int) -> bool:
 
 
 def save_image(image: Tensor, path: Path, **options: Any) -> None:
-    """Write an image (C, H, W) atomically, in the format of the extension: uint8, or float32 for an array's file.
+    """Write an image (C, H, W) atomically, in the format of the extension.
 
-    ``options`` are those of Pillow's writer. Raises ValueError if the format can't store this number of channels.
+    Its values are uint8, or float32 for a file of :data:`ARRAYS`. Pillow's writer gets ``options``.
+    ValueError if the format can't store this number of channels.
     """
     channels = image.shape[0]
     array = image.permute(1, 2, 0).contiguous().cpu().numpy()
     if not can_store(path.suffix, channels):
         raise ValueError(f"an image of {channels} channels can't be written as {path.suffix}")
+    # TIFF and Pillow store grey images as (H, W).
+    flat = array[..., 0] if channels == 1 else array
     with atomic_write(path) as partial:
         if path.suffix == ".npy":
             np.save(partial, array)
@@ -43,90 +45,91 @@ def save_image(image: Tensor, path: Path, **options: Any) -> None:
             import tifffile
 
             kind = "rgb" if channels in (3, 4) else "minisblack"
-            bands = array[..., 0] if channels == 1 else array
-            tifffile.imwrite(
-                partial, bands, photometric=kind, planarconfig="contig" if channels > 1 else None
-            )
+            layout = "contig" if channels > 1 else None
+            tifffile.imwrite(partial, flat, photometric=kind, planarconfig=layout)
         elif path.suffix == ".exr":
             _save_exr(array, partial)
         else:
-            Image.fromarray(array[..., 0] if channels == 1 else array).save(partial, **options)
+            Image.fromarray(flat).save(partial, **options)
 
 
 def _save_exr(array: NDArray[np.float32], path: Path) -> None:
     """Write (H, W, C) as Y, R G B, R G B A or numbered channels."""
-    exr, channels = import_extra("OpenEXR", "pixels", "writing .exr"), array.shape[2]
-    names = {1: "Y", 3: "RGB", 4: "RGBA"}.get(channels) or [
-        f"B{number:03d}" for number in range(channels)
-    ]
-    planes = {
-        name: np.ascontiguousarray(array[..., i], dtype=np.float32) for i, name in enumerate(names)
-    }
-    exr.File({"compression": exr.ZIP_COMPRESSION, "type": exr.scanlineimage}, planes).write(
-        str(path)
-    )
+    exr = import_extra("OpenEXR", "pixels", "writing .exr")
+    channels = array.shape[2]
+    numbered = [f"B{number:03d}" for number in range(channels)]
+    names = {1: "Y", 3: "RGB", 4: "RGBA"}.get(channels, numbered)
+    planes = {}
+    for i, name in enumerate(names):
+        planes[name] = np.ascontiguousarray(array[..., i], dtype=np.float32)
+    header = {"compression": exr.ZIP_COMPRESSION, "type": exr.scanlineimage}
+    exr.File(header, planes).write(str(path))
 
 
 def error_map(x: Tensor, y: Tensor) -> Tensor:
-    """Colour the absolute error, averaged over channels, white at 64 of 255: (B, C, H, W) -> uint8 (B, 3, H, W)."""
+    """Colour the mean absolute error of channels: (B, C, H, W) -> uint8 (B, 3, H, W).
+
+    White is an error of 64 of 255 and above.
+    """
     error = (x.float() - y.float()).abs().mean(1) / ERROR_RANGE  # (B, H, W)
-    colours = mpl.colormaps["magma"](error.clamp(0, 1).cpu().numpy(), bytes=True)[
-        ..., :3
-    ]  # (B, H, W, 3)
-    return torch.from_numpy(np.ascontiguousarray(colours)).permute(0, 3, 1, 2)
+    colours = mpl.colormaps["magma"](error.clamp(0, 1).cpu().numpy(), bytes=True)  # (B, H, W, 4)
+    return torch.from_numpy(np.ascontiguousarray(colours[..., :3])).permute(0, 3, 1, 2)
 
 
 def labelled_grid(rows: Mapping[str, Tensor]) -> Image.Image:
-    """Draw a row of pictures per entry, uint8 (N, C, H, W) of one size, below its name, which is never cut off.
+    """Draw a row of pictures per entry, uint8 (N, C, H, W) of one size, below its full name.
 
-    N may differ; see :func:`rgb` for C. Below 128 pixels they are enlarged by a whole factor, pixel by pixel.
+    N may differ; see :func:`rgb` for C. Pictures of fewer than 128 pixels are enlarged by a whole
+    factor, pixel by pixel.
     """
     height, width = next(iter(rows.values())).shape[-2:]
     factor = max(1, -(-128 // min(height, width)))
     size = width * factor, height * factor
-    strips = {
-        name: [rgb(image).resize(size, Image.Resampling.NEAREST) for image in row]
-        for name, row in rows.items()
-    }
+    strips = {}
+    for name, row in rows.items():
+        strips[name] = [rgb(image).resize(size, Image.Resampling.NEAREST) for image in row]
     return _arrange(strips, 1, text=18, gap=4)
 
 
 def comparison(pictures: Mapping[str, Tensor]) -> Image.Image:
-    """Draw pictures of one size, uint8 (C, H, W), each below its name: side by side, or stacked if they are wide.
+    """Draw pictures of one size, uint8 (C, H, W), each below its name.
 
-    A side of more than 1200 pixels is shrunk to that; small pictures are enlarged by a whole factor, pixel by pixel.
+    They stand side by side, or above each other if they are wide. A side of more than 1200 pixels
+    is shrunk to 1200; small pictures are enlarged by a whole factor, pixel by pixel.
     """
     longest = 1200
     height, width = next(iter(pictures.values())).shape[-2:]
-    short, long = min(height, width), max(height, width)
-    factor = max(
-        1, 256 // long, min(-(-16 // short), longest // long)
-    )  # at least 256 long, or 16 wide
+    short = min(height, width)
+    long = max(height, width)
+    # Enlarge to some 256 pixels along the longer side, or, while that fits, 16 along the shorter.
+    factor = max(1, 256 // long, min(-(-16 // short), longest // long))
     scale = min(1.0, longest / long)
     size = max(1, round(width * factor * scale)), max(1, round(height * factor * scale))
     resample = Image.Resampling.NEAREST if scale == 1.0 else Image.Resampling.LANCZOS
     strips = {name: [rgb(picture).resize(size, resample)] for name, picture in pictures.items()}
-    return _arrange(
-        strips, 1 if width > 2 * height else len(pictures), text=max(18, size[0] // 40), gap=8
-    )
+    columns = 1 if width > 2 * height else len(pictures)
+    return _arrange(strips, columns, text=max(18, size[0] // 40), gap=8)
 
 
 def _arrange(
     strips: Mapping[str, Sequence[Image.Image]], columns: int, text: int, gap: int
 ) -> Image.Image:
     """Draw strips of pictures of one size, each below its name, in a number of columns."""
+    # Sizes in pixels: a cell holds the longest strip, or a longer name; text stands 10 apart.
     width, height = next(iter(strips.values()))[0].size
     font = ImageFont.load_default(size=text)
     label = text + 10
     longest = max(len(strip) for strip in strips.values())
     cell = max(longest * (width + gap) - gap, *(int(font.getlength(name)) + 1 for name in strips))
-    across, down = cell + gap, label + height + gap
-    canvas = Image.new(
-        "RGB", (gap + columns * across, gap + -(-len(strips) // columns) * down), "white"
-    )
+    across = cell + gap
+    down = label + height + gap
+    rows = -(-len(strips) // columns)
+    canvas = Image.new("RGB", (gap + columns * across, gap + rows * down), "white")
+
     draw = ImageDraw.Draw(canvas)
     for index, (name, strip) in enumerate(strips.items()):
-        left, top = gap + index % columns * across, gap + index // columns * down
+        left = gap + index % columns * across
+        top = gap + index // columns * down
         draw.text((left, top + 2), name, fill="black", font=font)
         for number, picture in enumerate(strip):
             canvas.paste(picture, (left + number * (width + gap), top + label))
@@ -134,9 +137,10 @@ def _arrange(
 
 
 def rgb(image: Tensor) -> Image.Image:
-    """Turn uint8 (C, H, W) into a picture: one channel is grey, two are red and green, of more the first three.
+    """Turn uint8 (C, H, W) into a picture.
 
-    Four are RGB and alpha, laid over white.
+    One channel is grey, two are red and green, four are RGB and alpha, laid over white. Of other
+    numbers, the first three are shown.
     """
     if image.shape[0] == 4:
         whole = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
@@ -149,15 +153,19 @@ def rgb(image: Tensor) -> Image.Image:
 
 
 def running_mean(values: Sequence[float], window: int) -> NDArray[np.float64]:
-    """The mean of each value and as many before it as make up the window, fewer at the start; NaN while one is NaN."""
+    """Average each value with those before it in the window, fewer at the start.
+
+    NaN while one of them is NaN.
+    """
     counts = np.minimum(np.arange(1, len(values) + 1), window)
     return np.asarray(np.convolve(values, np.ones(window))[: len(values)] / counts)
 
 
 def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:
-    """Plot steps and values into a PNG, one panel per entry; titles of curves of fewer than five points say so.
+    """Plot steps and values into a PNG, one panel per entry.
 
-    From 50 points on they are pale, below their :func:`running_mean` over the last 4 % of all points.
+    From 50 points on a curve is pale, below its :func:`running_mean` over the last 4 % of all
+    points. Titles count the points of curves with fewer than five.
     """
     from matplotlib.figure import Figure
 
@@ -166,25 +174,22 @@ def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], p
     figure = Figure(figsize=(3.2 * columns, 2.4 * rows), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for panel, (name, (steps, values)) in zip(axes, curves.items(), strict=False):
+        # The values, and their running mean.
         points = len(steps)
         window = max(1, points // 25)
-        pale = 1.0 if window == 1 else 0.3
-        panel.plot(
-            steps,
-            values,
-            "C0",
-            linewidth=1.2,
-            marker="o" if points < 20 else "",
-            markersize=3,
-            alpha=pale,
-        )
+        opacity = 1.0 if window == 1 else 0.3
+        line = {"linewidth": 1.2, "markersize": 3, "alpha": opacity}
+        panel.plot(steps, values, "C0", marker="o" if points < 20 else "", **line)
         panel.plot(steps, running_mean(values, window), "C0", linewidth=1.2)
-        panel.set_title(
-            f"{name} ({points} point{'s' * (points != 1)})" if points < 5 else name, fontsize=10
-        )
+
+        title = name
+        if points < 5:
+            title = f"{name} ({points} point{'s' * (points != 1)})"
+        panel.set_title(title, fontsize=10)
         panel.set_xlabel("step", fontsize=8)
         panel.tick_params(labelsize=8)
         panel.grid(alpha=0.3)
+    # Panels of the last row that are left over.
     for panel in axes[len(curves) :]:
         panel.set_axis_off()
     with atomic_write(path) as partial:

@@ -21,16 +21,18 @@ from uuid import uuid4
 
 log = logging.getLogger("olvae")
 
-WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")  # the preferred one first
+# Extensions of files of weights, the preferred one first.
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 @contextmanager
 def atomic_write(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """Yield a temporary path to write to; the file is moved to ``path`` at the end, or removed after an exception.
+    """Yield a temporary path to write to, and move the file to ``path`` at the end.
 
-    It is on the disk before it takes the place of an older one, because the machine may crash as well as the process.
-    The temporary name ends with that of ``path``, so that libraries recognise its extension. It is a new one each
-    time, so that several processes may write the same file at once. It lies beside ``path``, or in ``folder``.
+    After an exception the file is removed instead. It is on the disk before it replaces an older
+    one, because the machine may crash as well as the process. The temporary name ends with the name
+    of ``path``, so that libraries recognise its extension. It is a new one each time, so that
+    several processes may write the same file at once. It lies beside ``path``, or in ``folder``.
     """
     partial = (folder or path.parent) / f".partial-{uuid4().hex[:8]}-{path.name[-50:]}"
     try:
@@ -43,10 +45,11 @@ def atomic_write(path: Path, folder: Path | None = None) -> Iterator[Path]:
 
 
 def file_state(path: str | Path) -> str:
-    """A file's size and time in words, which differ once it is written to."""
+    """Return a file's size and time as text, which changes when the file is written to."""
     try:
         state = Path(path).stat()
-    except (OSError, ValueError):  # ValueError: a name that no file can have
+    except (OSError, ValueError):
+        # ValueError: a name that no file can have.
         return "missing"
     return f"{state.st_size} {state.st_mtime_ns}"
 
@@ -54,24 +57,27 @@ def file_state(path: str | Path) -> str:
 def remove_partials(partials: Iterable[Path], idle_s: float = 0.0) -> None:
     """Remove temporary files of :func:`atomic_write`, ``.partial-*``, that a killed process left.
 
-    Those that were written to in the last ``idle_s`` seconds stay, as another process may be at work.
+    Files that were written to in the last ``idle_s`` seconds stay, as another process may be at
+    work.
     """
     until = time.time() - idle_s
     for partial in partials:
-        with contextlib.suppress(FileNotFoundError):  # it is in its place by now
-            if partial.is_file() and (
-                not idle_s or partial.stat().st_mtime <= until
-            ):  # clocks may jump back
+        # FileNotFoundError: its process has moved it into place by now.
+        with contextlib.suppress(FileNotFoundError):
+            # Without idle_s the time is not asked: clocks may jump back.
+            if partial.is_file() and (not idle_s or partial.stat().st_mtime <= until):
                 partial.unlink()
 
 
 @contextmanager
 def folder_beside(place: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``place``, removed at the end, and remove those of killed processes before.
+    """Yield a temporary folder beside ``place``, and remove it at the end.
 
-    A killed process is one of this machine, by the name of the folder, that runs no more.
+    Folders that killed processes of this machine left are removed first. A folder's name has the
+    machine and the process: ``.PLACE.HOST~PROCESS-RANDOM``.
     """
-    parent, own = nearest_folder(place.parent), f".{place.name[-100:]}.{socket.gethostname()}~"
+    parent = nearest_folder(place.parent)
+    own = f".{place.name[-100:]}.{socket.gethostname()}~"
     for left in parent.glob(f"{glob.escape(own)}*"):
         process = left.name.removeprefix(own).partition("-")[0]
         if process.isdigit() and not _runs(int(process)):
@@ -84,14 +90,16 @@ def _runs(process: int) -> bool:
     try:
         os.kill(process, 0)
     except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # but one of another user
+        # Otherwise it is another user's process.
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
 def lock_file(file: TextIO, patience: float = 0.0) -> None:
-    """Lock an open file for this process, which ends with it; wait up to ``patience`` seconds for another one's end.
+    """Lock an open file until this process ends; wait up to ``patience`` seconds for another one.
 
-    Raise BlockingIOError if another process has it until then, OSError on a system or file system without locks.
+    BlockingIOError if another process still holds it then, OSError on a system or file system
+    without locks.
     """
     try:
         import fcntl
@@ -108,13 +116,16 @@ def lock_file(file: TextIO, patience: float = 0.0) -> None:
 
 
 def write_json(content: Mapping[str, Any], path: Path) -> None:
-    """Write a file of JSON, atomically; raise ValueError for a number that is not finite, which JSON can't express."""
+    """Write a file of JSON, atomically; ValueError for a number that is not finite."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def check_folder(folder: Path) -> Path:
-    """Check, before long work, that files can be written into a folder, new ones too; else raise OSError."""
+    """Check, before long work, that files can be written into a folder; else raise OSError.
+
+    The folder may be a new one.
+    """
     place = nearest_folder(folder)
     if not place.is_dir():
         raise NotADirectoryError(f"{folder}: results need a folder, and {place} is a file")
@@ -137,11 +148,11 @@ def no_empty_folders(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # one that has something in it
-            for new in (
-                path for path in (place, *place.parents) if before in path.parents and path.exists()
-            ):
-                new.rmdir()
+        # OSError: a folder that has something in it.
+        with contextlib.suppress(OSError):
+            for path in (place, *place.parents):
+                if before in path.parents and path.exists():
+                    path.rmdir()
         raise
 
 
@@ -156,13 +167,12 @@ def file_sha256(path: Path) -> str:
 
 def lines_sha256(lines: Iterable[str]) -> str:
     """Return the SHA-256 of lines, such as the names and sizes of files, in hexadecimal."""
-    return hashlib.sha256(
-        "".join(f"{line}\n" for line in lines).encode(errors="surrogateescape")
-    ).hexdigest()
+    text = "".join(f"{line}\n" for line in lines)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def safe_path(key: str) -> PurePosixPath:
-    """Turn the key of an image into a path below a folder; raise ValueError if it leads out, or names no file."""
+    """Turn the key of an image into a path below a folder; ValueError if it leads out of it."""
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts or not path.name:
         raise ValueError(
@@ -172,16 +182,16 @@ def safe_path(key: str) -> PurePosixPath:
 
 
 def nearest_path(path: str | Path, others: Iterable[str] = ()) -> str:
-    """End a message on a missing path with the name beside it, or of ``others``, that is most alike, if one is."""
+    """End a message on a missing path with the most similar name beside it, or of ``others``."""
     path = Path(path)
     try:
         names = [*(other.name for other in path.parent.iterdir()), *others]
     except OSError:
         return ""
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.6)
-    return (
-        f"; did you mean {printable(str(path.with_name(close[0])))}?" if close and path.name else ""
-    )
+    if not close or not path.name:
+        return ""
+    return f"; did you mean {printable(str(path.with_name(close[0])))}?"
 
 
 def reason(error: BaseException) -> str:
@@ -206,10 +216,9 @@ def printable(name: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Put a user's text on one line, with Markdown's characters escaped, except underscores inside a word."""
-    return re.sub(
-        r"([\\|*`<>\[\]#~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", printable(" ".join(text.split()))
-    )
+    """Put a user's text on one line, and escape Markdown, except underscores inside a word."""
+    line = printable(" ".join(text.split()))
+    return re.sub(r"([\\|*`<>\[\]#~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", line)
 
 
 @cache
@@ -221,4 +230,5 @@ def warn_once(message: str) -> None:
 def list_skipped(skipped: Iterable[tuple[str, str]]) -> str:
     """List the first ten names with their reasons, and count the others."""
     texts = [f"{printable(name)} ({reason})" for name, reason in skipped]
-    return ", ".join(texts[:10]) + (f", and {len(texts) - 10} more" if len(texts) > 10 else "")
+    more = f", and {len(texts) - 10} more" if len(texts) > 10 else ""
+    return ", ".join(texts[:10]) + more

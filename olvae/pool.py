@@ -1,4 +1,4 @@
-"""Run tasks in worker processes, which can be stopped between two images and never outlive the main process."""
+"""Run tasks in worker processes that can be stopped, and never outlive the main process."""
 
 import multiprocessing as mp
 import os
@@ -16,9 +16,11 @@ import torch
 T = TypeVar("T")
 R = TypeVar("R")
 
-OnProgress = Callable[[int, int | None], None]  # called with the images done, and all, if known
+# Called with the number of images done, and of all images if it is known.
+OnProgress = Callable[[int, int | None], None]
 
-POLL_S = 0.1  # seconds between looks at the progress, and at whether the main process is alive
+# Seconds between looks at the progress, and at whether the main process is alive.
+POLL_S = 0.1
 
 
 class Cancelled(Exception):  # noqa: N818  (nothing went wrong)
@@ -33,7 +35,7 @@ class SharedProgress:
         self.stop = context.Value("b", 0, lock=False)
 
     def advance(self, images: int = 1) -> None:
-        """Count images, after each of them; raise Cancelled where the task is to end."""
+        """Count images that are done; raise Cancelled if the task should stop."""
         with self.count.get_lock():
             self.count.value += images
         if self.stop.value:
@@ -48,10 +50,11 @@ def run_in_processes(
 ) -> Generator[R, None, None]:
     """Yield the result of ``function`` for every task, in order of completion.
 
-    Close the iterator (``contextlib.closing``) to stop early: tasks end at their next :meth:`SharedProgress.advance`.
-    Worker processes exit by themselves if the main process is killed. The function and the tasks reach them by fork on
-    Linux, elsewhere by pickle. ``on_progress`` gets the number of images done, several times a second; not before the
-    processes are forked, so it may start threads. ChildProcessError if a worker process was killed.
+    Close the iterator (``contextlib.closing``) to stop early: tasks end at their next
+    :meth:`SharedProgress.advance`. Worker processes exit by themselves if the main process is
+    killed. The function and the tasks reach them by fork on Linux, elsewhere by pickle.
+    ``on_progress`` gets the number of images done, several times a second; not before the processes
+    are forked, so it may start threads. ChildProcessError if a worker process was killed.
     """
     context = mp.get_context("fork" if sys.platform == "linux" else None)
     progress = SharedProgress(context)
@@ -71,10 +74,12 @@ def run_in_processes(
             "a worker process was killed, perhaps for lack of memory: lower `workers`"
         ) from error
     finally:
+        # Also after the caller closed the iterator early.
         progress.stop.value = 1
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+# In a worker process: the function, and the progress that it shares with the others.
 _work: tuple[Callable[[Any, SharedProgress], Any], SharedProgress] | None = None
 
 
@@ -83,9 +88,8 @@ def _start_worker(
 ) -> None:
     global _work
     _work = function, progress
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all processes; the main one stops the others
+    # Ctrl-C reaches all processes; the main one stops the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""Run folders: the files in one, its settings, the places of its data, and the lock that one training holds."""
+"""Run folders: their files and settings, where their data are, and the lock while one trains."""
 
 import contextlib
 import glob
@@ -23,53 +23,59 @@ log = logging.getLogger("olvae.training")
 
 @dataclass(frozen=True)
 class Settings:
-    """The settings of a run beside model, data and trainer: the section ``run`` of its config.yaml."""
+    """Settings of a run beside model, data and trainer: section ``run`` of its config.yaml."""
 
-    name: str = ""  # the middle of the run folder's name
-    precision: str = "32"  # or bf16, fp16
-    gpus: str | None = None  # a number, or a list such as 0,2; None leaves it to lightning.trainer
-    seed: int = 0  # of data order and noise
-    initial_seed: int = (
-        0  # of the initial weights: another one where a resumed run changed its seed
-    )
-    weights: str | None = (
-        None  # what training started from, as the user wrote it; None for fresh weights
-    )
-    untrained: str | None = None  # encoder or decoder, if that half still has its initial weights
-    checksums: Mapping[str, str] = field(
-        default_factory=dict
-    )  # of weights that parts only name, a teacher's, by part
-    paths: Mapping[str, str] = field(
-        default_factory=dict
-    )  # paths of data and TARGETs as written, by absolute ones
-    job: str | None = None  # the job of SLURM, or torchrun's rdzv_id, that trains the run
+    # The middle of the run folder's name.
+    name: str = ""
+    # 32, bf16 or fp16.
+    precision: str = "32"
+    # A number, or a list such as 0,2; None leaves it to lightning.trainer.
+    gpus: str | None = None
+    # Seed of data order and noise.
+    seed: int = 0
+    # Seed of the initial weights: it stays when a resumed run changes its seed.
+    initial_seed: int = 0
+    # The weights that training started from, as the user wrote them; None for fresh weights.
+    weights: str | None = None
+    # encoder or decoder, if that half still has its initial weights.
+    untrained: str | None = None
+    # Part -> checksum of weights that the part only names, such as a teacher's.
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    # Absolute path -> path as the user wrote it, for data and TARGETs.
+    paths: Mapping[str, str] = field(default_factory=dict)
+    # The job of SLURM, or torchrun's rdzv_id, that trains the run.
+    job: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the section ``run``; outside of a launcher's job it has no ``job``."""
-        return {
-            key: value for key, value in asdict(self).items() if key != "job" or value is not None
-        }
+        section = asdict(self)
+        if self.job is None:
+            del section["job"]
+        return section
 
 
-LATEST = ("last", "latest")  # what names the newest run of all
+# Words for the newest run of all.
+LATEST = ("last", "latest")
 TEACHER = "model.params.parts.teacher.params.autoencoder"
 
 
 def entry_of(config: Any, path: str) -> Any:
-    """Look up a path of names in nested mappings; None if there is nothing."""
+    """Look up a dotted path of names in nested mappings; None if there is nothing."""
     for name in path.split("."):
         config = config.get(name) if isinstance(config, Mapping) else None
     return config
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
-    """Read the settings of a run from its config; the defaults for a config that is no run's."""
+    """Read the settings of a run from its config; the defaults for a config without a run."""
     section = config.get("run")
-    section = section if isinstance(section, Mapping) else {}
-    known = {
-        one.name: section[one.name] for one in fields(Settings) if section.get(one.name) is not None
-    }
-    return Settings(**{"initial_seed": known.get("seed", 0), **known})
+    known: dict[str, Any] = {}
+    if isinstance(section, Mapping):
+        for one in fields(Settings):
+            if section.get(one.name) is not None:
+                known[one.name] = section[one.name]
+    known.setdefault("initial_seed", known.get("seed", 0))
+    return Settings(**known)
 
 
 @dataclass
@@ -89,10 +95,14 @@ class Run:
 
 
 def create(logdir: str | Path, name: str, precision: str) -> Run:
-    """Make a new run folder. The timestamp and the precision have no underscore, so that the name can be cut out."""
+    """Make a new run folder.
+
+    Neither the timestamp nor the precision has an underscore, so that the name can be cut out.
+    """
     check_name(name)
     check_folder(Path(logdir))
     stamp = datetime.now().astimezone().strftime("%Y-%m-%dT%H-%M-%S")
+    # A number after the timestamp, if another run has started in the same second.
     for attempt in itertools.count():
         suffix = f"-{attempt}" if attempt else ""
         path = Path(logdir) / f"{stamp}{suffix}_{name}_{precision}"
@@ -112,94 +122,117 @@ def check_name(name: str) -> None:
 
 
 def run_of(checkpoint: Path) -> Run | None:
-    """Return the run that a file is a checkpoint of; None if it lies elsewhere, even in a folder of that name."""
+    """Return the run that a checkpoint belongs to; None if it does not lie in a run folder."""
     run = Run(checkpoint.parent.parent)
-    return run if checkpoint.parent.name == run.checkpoints.name and run.config.is_file() else None
+    if checkpoint.parent.name == run.checkpoints.name and run.config.is_file():
+        return run
+    return None
 
 
 def find_run(text: str | Path, logdir: str | Path = "runs") -> str | Path:
-    """Find the run that a word names: the newest of that name in ``logdir``, or ``last`` or ``latest`` of all.
+    """Find a run by its name: the newest of that name in ``logdir``.
 
-    ``elsewhere/NAME`` is of another folder. A file, or a folder that has a run or a model, comes first: one of images
-    does not. What names no run is returned as it is.
+    ``last`` or ``latest`` is the newest of all, and ``elsewhere/NAME`` a run in another folder. A
+    file, or a folder that has a run or a model, comes first, but not a folder of images. A text
+    that names no run is returned as it is.
     """
     path = Path(text)
-    if path.is_file() or _has_model(path) or not path.name or ":" in str(text):
+    suffixes = (".json", *WEIGHT_SUFFIXES)
+    has_model = path.is_dir() and any(
+        file.name == "checkpoints" or file.suffix in suffixes for file in path.iterdir()
+    )
+    if path.is_file() or has_model or not path.name or ":" in str(text):
         return text
     return named_runs(path, logdir).get(path.name, text)
 
 
 def named_runs(text: str | Path, logdir: str | Path = "runs") -> dict[str, Path]:
-    """Find the run of each word that names one in the folder that ``text`` leads to; see :func:`find_run`."""
-    path, begun = Path(text), []
-    for folder in (path.parent if path.parent.name else Path(logdir)).glob("*_*_*"):
+    """Map words to the runs that they name, in the folder of ``text``; see :func:`find_run`."""
+    path = Path(text)
+    parent = path.parent if path.parent.name else Path(logdir)
+    begun = []
+    for folder in parent.glob("*_*_*"):
         match = re.fullmatch(r"(\d{4}-\d\d-\d\dT[\d-]{8})(?:-(\d+))?_(.+)_[^_]+", folder.name)
         if match and Run(folder).last_checkpoint.is_file():
             begun.append((match[1], int(match[2] or 0), folder, match[3]))
-    return {word: folder for *_, folder, name in sorted(begun) for word in (name, *LATEST)}
-
-
-def _has_model(folder: Path) -> bool:
-    files = folder.iterdir() if folder.is_dir() else ()
-    return any(
-        file.name == "checkpoints" or file.suffix in (".json", *WEIGHT_SUFFIXES) for file in files
-    )
+    # By time, so that newer runs overwrite older ones of the same name.
+    found = {}
+    for *_, folder, name in sorted(begun):
+        for word in (name, *LATEST):
+            found[word] = folder
+    return found
 
 
 def open_run(path: str | Path, logdir: str | Path = "runs") -> Run:
-    """Open a run to continue, by folder, last checkpoint or :func:`name <find_run>`; FileNotFoundError if it can't."""
-    run = Run(path := Path(find_run(path, logdir)))
+    """Open a run to continue, by its folder, its last checkpoint or its :func:`name <find_run>`.
+
+    FileNotFoundError if there is no such run, or it can't be continued.
+    """
+    path = Path(find_run(path, logdir))
+    run = Run(path)
     if run.path.is_file():
         run = Run(run.path.parent.parent)
         if path != run.last_checkpoint:
-            other = "start a new run from its weights with `actual_resume`"
-            raise FileNotFoundError(f"{path}: this is a file: name its run folder, or {other}")
+            raise FileNotFoundError(
+                f"{path}: this is a file: name its run folder, or start a new run from its "
+                "weights with `actual_resume`"
+            )
     if not run.path.is_dir():
         if path.name in LATEST:
+            folder = logdir if path.name == str(path) else path.parent
+            raise FileNotFoundError(f"{path}: no run in {folder}")
+        near = nearest_path(path, named_runs(path, logdir))
+        raise FileNotFoundError(f"{path}: no such run folder{near}")
+    for file in (run.config, run.last_checkpoint):
+        if not file.is_file():
+            # With a checkpoint there is a way out.
+            remedy = f": {_without_config(run)}" if run.last_checkpoint.is_file() else ""
             raise FileNotFoundError(
-                f"{path}: no run in {logdir if path.name == str(path) else path.parent}"
+                f"{run.path}: not a run folder that can be continued: "
+                f"{file.relative_to(run.path)} is missing{remedy}"
             )
-        raise FileNotFoundError(
-            f"{path}: no such run folder{nearest_path(path, named_runs(path, logdir))}"
-        )
-    if missing := [file for file in (run.config, run.last_checkpoint) if not file.is_file()]:
-        wrong = f"{run.path}: not a run folder that can be continued: {missing[0].relative_to(run.path)} is missing"
-        raise FileNotFoundError(
-            f"{wrong}: {_without_config(run)}" if run.last_checkpoint.is_file() else wrong
-        )
     return run
 
 
 def config_of(run: Run) -> Config:
-    """Read the config of a run to continue; raise ConfigError, which says what to do instead, if it is broken."""
+    """Read the config of a run to continue; ConfigError with a remedy if it is broken."""
     try:
         config = cfg.load([run.config])
     except ConfigError as error:
         raise ConfigError(f"{error.mistakes[0]}: {_without_config(run)}") from error
-    if missing := [
-        section for section in ("model", "data", "run") if not isinstance(config.get(section), dict)
-    ]:
-        raise ConfigError(f"{run.config}: cut off, {missing[0]} is missing: {_without_config(run)}")
+    for section in ("model", "data", "run"):
+        if not isinstance(config.get(section), dict):
+            raise ConfigError(
+                f"{run.config}: cut off, {section} is missing: {_without_config(run)}"
+            )
     return config
 
 
 def _without_config(run: Run) -> str:
-    again = f"start a new run from its weights with `base` CFG and `actual_resume` {run.last_checkpoint}"
-    return f"put a copy of that file back, or {again}"
+    """Return the remedy for a run whose config is lost."""
+    return (
+        "put a copy of that file back, or start a new run from its weights with `base` CFG and "
+        f"`actual_resume` {run.last_checkpoint}"
+    )
 
 
 def make_data_absolute(config: Config) -> dict[str, str]:
-    """Make the relative paths of a config's data absolute, in place; returns them as written, by their absolute ones.
+    """Make the relative paths of a config's data absolute, in place.
 
-    Only those that lead somewhere from this folder are paths here: others are URLs, commands, ids of the hub.
+    Returns absolute path -> path as written. A relative text is a path only if it exists from this
+    folder; others are URLs, commands, ids of the hub.
     """
     written: dict[str, str] = {}
 
     def change(text: str) -> str:
         if Path(text).expanduser().is_absolute() or not _is_present(text):
             return text
-        folder = str(Path.cwd()) if Path(text).exists() else glob.escape(str(Path.cwd()))
-        written[full := str(Path(folder, text))] = text
+        folder = str(Path.cwd())
+        if not Path(text).exists():
+            # A pattern: the folder's own brackets and stars must not match others.
+            folder = glob.escape(folder)
+        full = str(Path(folder, text))
+        written[full] = text
         return full
 
     config["data"] = with_paths(config["data"], change)
@@ -207,13 +240,13 @@ def make_data_absolute(config: Config) -> dict[str, str]:
 
 
 def present_data(config: Config) -> Config:
-    """The ``data`` of a config with the present places of its files; see :func:`find_moved_data`."""
+    """Return a config's ``data`` with new places of moved files; see :func:`find_moved_data`."""
     found = find_moved_data(config)
     return with_paths(config["data"], lambda text: found.get(text, text))
 
 
 def find_moved_data(config: Config) -> dict[str, str]:
-    """Find data that moved together with the working folder since the run was started: new places by old ones."""
+    """Map old places to new ones, for data that moved with the working folder since the run."""
     written = settings_of(config).paths
     found: dict[str, str] = {}
 
@@ -229,31 +262,33 @@ def find_moved_data(config: Config) -> dict[str, str]:
 
 def _is_present(text: str) -> bool:
     """Whether a path or a pattern, of files or of shards, exists."""
-    if not is_local(text) or Path(text).expanduser().exists():
-        return is_local(text)
+    if not is_local(text):
+        return False
+    if Path(text).expanduser().exists():
+        return True
     from webdataset.shardlists import expand_urls
 
     try:
         for pattern in expand_urls(text):
-            for _ in glob.iglob(pattern, recursive=True):  # noqa: PTH207  (a Path's own needs the folder apart)
+            # One file is enough. Path.glob would need the folder apart from the pattern.
+            for _ in glob.iglob(pattern, recursive=True):  # noqa: PTH207
                 return True
-        return False
-    except (
-        AssertionError,
-        ValueError,
-    ):  # an environment variable that is not set, braces that do not close
-        return False
+    except (AssertionError, ValueError):
+        # An environment variable that is not set, braces that do not close.
+        pass
+    return False
 
 
 @contextlib.contextmanager
 def locked(run: Run, patience: float = 0.0) -> Iterator[None]:
     """Hold a run for one training; raise ConfigError if another process trains it.
 
-    It is an advisory lock of the system, which ends with the process, however that ends; on network file systems whose
-    locks are local to a machine it keeps the processes of one machine apart. On a file system without locks, only warn.
-    The file's text names the holder.
+    It is an advisory lock of the system, which ends with the process, in whatever way it ends. On
+    network file systems with locks local to a machine, only processes of one machine are kept
+    apart. On a file system without locks, only warn. The file's text names the holder.
 
-    ``patience``: seconds to wait for its end: a network file system frees the locks of a machine that died late.
+    ``patience``: seconds to wait for another holder, because a network file system may free the
+    locks of a dead machine late.
     """
     with run.lock.open("a+", encoding="utf-8") as file:
         try:
@@ -267,10 +302,12 @@ def locked(run: Run, patience: float = 0.0) -> Iterator[None]:
         except OSError as error:
             remedy = "make sure that nothing else trains this run"
             log.warning("%s: no lock here (%s): %s", run.path, error.strerror or error, remedy)
-        if hasattr(
-            os, "register_at_fork"
-        ):  # a forked loader process would hold the lock beyond this one's end
+
+        # A forked loader process would hold the lock beyond this one's end.
+        if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=file.close)
+
+        # The holder, for the message above.
         since = datetime.now().astimezone().isoformat(timespec="seconds")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}, since {since}")
@@ -278,5 +315,6 @@ def locked(run: Run, patience: float = 0.0) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # a stale handle must not hide training's own error
+            # A stale handle must not hide training's own error.
+            with contextlib.suppress(OSError):
                 file.truncate(0)

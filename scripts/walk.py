@@ -1,4 +1,4 @@
-"""Trace a command through the package: the files with functions that it runs, in the order of their first calls.
+"""Trace a command through the package: list the files it runs, in order of their first calls.
 
 python scripts/walk.py olvae export demo --out vae
 """
@@ -19,7 +19,7 @@ INSIDE = f"{PACKAGE}{os.sep}"
 
 
 class Walk:
-    """Files of the package, each with the first function called; code that runs during imports is left out."""
+    """Files of the package, each with the first function called; without code of imports."""
 
     def __init__(self) -> None:
         self.first: dict[Path, str] = {}
@@ -35,6 +35,7 @@ class Walk:
         threading.setprofile(None)
 
     def _profile(self, frame: FrameType, event: str, _: Any) -> None:
+        # Each code object counts once; this runs at every call of the traced command.
         code = frame.f_code
         if event != "call" or not code.co_filename.startswith(INSIDE) or code in self._known:
             return
@@ -42,12 +43,13 @@ class Walk:
         is_function = bool(code.co_flags & inspect.CO_OPTIMIZED)
         if path.suffix == ".py" and is_function and not _is_importing(frame):
             self._known.add(code)
-            self.first.setdefault(
-                path.relative_to(PACKAGE.parent), getattr(code, "co_qualname", code.co_name)
-            )
+            # co_qualname is new in Python 3.11.
+            name = getattr(code, "co_qualname", code.co_name)
+            self.first.setdefault(path.relative_to(PACKAGE.parent), name)
 
 
 def _is_importing(frame: FrameType | None) -> bool:
+    """Whether a module of the package is being imported, other than the command itself."""
     while frame is not None:
         if frame.f_code.co_name == "<module>" and PACKAGE in Path(frame.f_code.co_filename).parents:
             return Path(frame.f_code.co_filename).name != "__main__.py"
@@ -56,6 +58,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 
 
 if __name__ == "__main__":
+    # The command sees its own name and arguments.
     sys.argv = sys.argv[1:]
     walk = Walk()
     with walk:

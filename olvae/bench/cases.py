@@ -42,10 +42,8 @@ from olvae.modules.sdvae import SDDecoder, SDEncoder
 from olvae.modules.unetgan import UNetGAN
 from olvae.modules.wavelet import wavedec2
 
-N_Z, F8 = (
-    12,
-    8,
-)  # latent channels, and pixels per latent position along a side, of the networks that are timed
+N_Z = 12  # latent channels of the networks that are timed
+F8 = 8  # their pixels per latent position, along a side
 SCALES: tuple[Literal["S", "B", "M", "L"], ...] = ("S", "B", "M", "L")
 
 Networks = Mapping[str, Callable[[], nn.Module]]
@@ -73,54 +71,54 @@ STEP_OPTIONS: Mapping[str, Mapping[str, bool]] = {
     "compiled": {"compile": True},
     EVERY: {"channels_last": True, "checkpoint": True, "compile": True},
 }
-"""Options of the model by which training steps are measured; the first and the last in each precision."""
+"""Options of the model in timed training steps; the first and the last in each precision."""
 
 SECONDS = 1.0  # of a loader, or of decoding alone, in each round
 FLOOR_IMAGES = 256  # images that are kept undecoded in memory and decoded in turn
 
-Undecoded = tuple[bytes | Picture, str]
+Undecoded = tuple[bytes | Picture, str]  # a file's content, or pixels, and the image's name
 
 
 def network_cases(builders: Networks, channels: int, side: int, setting: Setting) -> list[Case]:
-    """Each network in each precision and memory layout; the peer is the first, plain."""
-    products, x = setting.products(), setting.noise(channels, side)
-    cases, peers = list(products.values()), dict[str, Case]()
-    sizes = setting.size, setting.batch_size
+    """Time each network in each precision and memory layout; the peer is the first one, eager."""
+    products = setting.products()
+    x = setting.noise(channels, side)
+    cases = list(products.values())
+    peers: dict[str, Case] = {}  # by precision; the first case in it
+
+    # The compiled ones are wrapped, so that the eager ones stay eager.
     eager = {name: build().eval().to(setting.device) for name, build in builders.items()}
-    compiled = {
-        name: nn.Sequential(network) for name, network in eager.items()
-    }  # around it: it stays plain itself
+    compiled = {name: nn.Sequential(network) for name, network in eager.items()}
     works = setting.compiled and compile_networks(
         list(compiled.values()), torch.device(setting.device)
     )
     for name, network in eager.items():
-        last = copy.deepcopy(network).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # The layout is changed in place: take a copy.
+        last = copy.deepcopy(network)
+        last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         variants = {
             "eager": (network, torch.contiguous_format),
             "channels-last": (last, torch.channels_last),
-            **({"compiled": (compiled[name], torch.contiguous_format)} if works else {}),
         }
+        if works:
+            variants["compiled"] = (compiled[name], torch.contiguous_format)
         macs = count_macs(network, *x.shape)
         counted = peak_bytes(network, lambda module, images: module(images), x.shape)
         for precision in setting.precisions:
             for variant, (module, layout) in variants.items():
-                run = setting.inference(
-                    partial(module, x.contiguous(memory_format=layout)), precision
-                )
-                peer, limits = peers.get(precision), {"of_product": products[precision]}
-                memory = counted if (variant, precision) == ("eager", FULL) else None
+                images = x.contiguous(memory_format=layout)
                 case = Case(
                     name,
                     variant,
                     precision,
-                    run,
-                    len(x),
-                    *sizes,
-                    macs,
-                    "macs",
-                    limits,
-                    peer,
-                    memory,
+                    run=setting.inference(partial(module, images), precision),
+                    images=len(x),
+                    size=setting.size,
+                    batch_size=setting.batch_size,
+                    work=macs,
+                    limits={"of_product": products[precision]},
+                    peer=peers.get(precision),
+                    computed_bytes=counted if (variant, precision) == ("eager", FULL) else None,
                 )
                 peers.setdefault(precision, case)
                 cases.append(case)
@@ -131,44 +129,36 @@ class _Transform(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         return wavedec2(x, "haar", WAVELET_LEVELS)
 
+    def gradient(self, x: Tensor) -> Tensor:
+        leaf = x.detach().requires_grad_()
+        out = self(leaf)
+        return torch.autograd.grad(out, leaf, out)[0]
+
 
 def _wavelet(setting: Setting) -> list[Case]:
-    """Three levels of Haar, and their gradient, beside a copy of the images and PyWavelets on the CPU.
+    """Three levels of Haar, and their gradient, beside a copy of the images and PyWavelets.
 
-    Each level reads its images or LL once and writes as much; so does its gradient.
+    PyWavelets runs on the CPU. Each level reads its images or LL once and writes as much; so does
+    its gradient.
     """
     x = setting.noise(3, setting.size)
-    target, copied = torch.empty_like(x), 2 * x.nbytes  # read and written
-    sizes = setting.size, setting.batch_size
-    limit = Case(
-        "copy",
-        "limit",
-        FULL,
-        setting.inference(lambda: target.copy_(x)),
-        0,
-        *sizes,
-        copied,
-        "bytes",
-    )
+    sizes = (setting.size, setting.batch_size)
+
+    # The limit: a copy of the images, which are read and written.
+    target = torch.empty_like(x)
+    copied = 2 * x.nbytes
+    copy_images = setting.inference(lambda: target.copy_(x))
+    limit = Case("copy", "limit", FULL, copy_images, 0, *sizes, copied, "bytes")
     once = sum(copied / 4**level for level in range(WAVELET_LEVELS))
 
     def case(name: str, variant: str, run: Work, passes: int, peer: Case | None) -> Case:
-        return Case(
-            name,
-            variant,
-            FULL,
-            run,
-            sizes[1],
-            *sizes,
-            passes * once,
-            "bytes",
-            {"of_copy": limit},
-            peer,
-        )
+        limits = {"of_copy": limit}
+        work = passes * once
+        return Case(name, variant, FULL, run, sizes[1], *sizes, work, "bytes", limits, peer)
 
-    plain = partial(
-        pywt.wavedec2, x.cpu().numpy(), "haar", mode="periodization", level=WAVELET_LEVELS
-    )
+    # The peer, and ours.
+    pixels = x.cpu().numpy()
+    plain = partial(pywt.wavedec2, pixels, "haar", mode="periodization", level=WAVELET_LEVELS)
     peer = case("PyWavelets, on the CPU", "forward", setting.inference(plain), 1, None)
     transforms = {"wavedec2": _Transform()}
     compiled = _Transform()
@@ -176,20 +166,14 @@ def _wavelet(setting: Setting) -> list[Case]:
         transforms["wavedec2, compiled"] = compiled
     cases = [limit, peer]
     for name, transform in transforms.items():
-        backward = clocked(partial(_gradient, transform, x), setting.device)
+        backward = clocked(partial(transform.gradient, x), setting.device)
         cases.append(case(name, "forward", setting.inference(partial(transform, x)), 1, peer))
         cases.append(case(name, "with gradient", backward, 2, None))
     return cases
 
 
-def _gradient(transform: Callable[[Tensor], list[Tensor]], x: Tensor) -> Tensor:
-    leaf = x.detach().requires_grad_()
-    out = transform(leaf)
-    return torch.autograd.grad(out, leaf, out)[0]
-
-
 class TwoForwards(LiteAutoencoderKL):
-    """The training step after another forward pass, one per optimizer, as the published module runs it."""
+    """The training step after another forward pass: one per optimizer, as in the published code."""
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         self(self.images(batch), sample_posterior=True)
@@ -199,11 +183,15 @@ class TwoForwards(LiteAutoencoderKL):
 def _train(setting: Setting) -> list[Case]:
     """Training steps of each config on random images, without LPIPS, which costs all the same."""
     products = setting.products()
-    steps = [case for config in setting.configs for case in _steps(config, setting, products)]
-    return [*products.values(), *steps]
+    cases = list(products.values())
+    for config in setting.configs:
+        cases += _steps(config, setting, products)
+    return cases
 
 
 def _steps(config: str | Path, setting: Setting, products: Mapping[str, Case]) -> Iterator[Case]:
+    """Training steps of a config, by options and precision."""
+    # Their work, counted in a plain step.
     params, size, batch_size = read_step(config, setting.size, setting.batch_size)
     plain = {**params, **dict.fromkeys(STEP_OPTIONS[EVERY], False)}
     with FlopCounterMode(display=False) as counter:
@@ -211,49 +199,49 @@ def _steps(config: str | Path, setting: Setting, products: Mapping[str, Case]) -
     macs = counter.get_total_flops() / 2
 
     def case(model: LiteAutoencoderKL, variant: str, precision: str, peer: Case | None) -> Case:
-        limits, lightning = {"of_product": products[precision]}, PRECISIONS[precision].lightning
+        lightning = PRECISIONS[precision].lightning
         run = partial(time_steps, model, size, batch_size, 2, setting.device, lightning)
-        return Case(
-            str(config),
-            variant,
-            precision,
-            run,
-            batch_size,
-            size,
-            batch_size,
-            macs,
-            "macs",
-            limits,
-            peer,
-        )
+        sizes = (batch_size, size, batch_size)  # images of a step, pixels, batch size
+        limits = {"of_product": products[precision]}
+        return Case(str(config), variant, precision, run, *sizes, macs, "macs", limits, peer)
 
+    # The peer of the steps in float32 of both players.
     peer = None
     if params.get("adversary_config") is not None:
-        yield (peer := case(TwoForwards(**plain), "two forward passes", FULL, None))
+        peer = case(TwoForwards(**plain), "two forward passes", FULL, None)
+        yield peer
     for variant, options in STEP_OPTIONS.items():
         if variant == "compiled" and not setting.compiled:
             continue
-        model = LiteAutoencoderKL(
-            **{**plain, **options, "compile": setting.compiled and "compile" in options}
-        )
-        for precision in setting.precisions if variant in ("plain", EVERY) else [FULL]:
+        chosen = {**plain, **options, "compile": setting.compiled and "compile" in options}
+        model = LiteAutoencoderKL(**chosen)
+        precisions = setting.precisions if variant in ("plain", EVERY) else [FULL]
+        for precision in precisions:
             yield case(model, variant, precision, peer if precision == FULL else None)
 
 
 def read_step(config: str | Path, size: int, batch_size: int) -> tuple[dict[str, Any], int, int]:
-    """The model's params without LPIPS, pixels and batch size: those given, else (0) those of the config."""
+    """Read the model's params without LPIPS, pixels and batch size of a config.
+
+    ``size`` and ``batch_size`` replace the config's, unless 0.
+    """
     loaded = cfg.load([config], ["model.params.lossconfig.params.lpips_weight=0"])
-    if mistakes := cfg.validate(loaded):
+    mistakes = cfg.validate(loaded)
+    if mistakes:
         raise ConfigError(*mistakes)
     if loaded["model"].get("from") is not None:
         raise ConfigError(f"{config}: model.from names an autoencoder: give the run's config.yaml")
-    params, data = loaded["model"]["params"], loaded.get("data", {}).get("params", {})
-    if adversary := params.get("adversary_config"):
+    params = loaded["model"]["params"]
+    data = loaded.get("data", {}).get("params", {})
+    adversary = params.get("adversary_config")
+    if adversary:
         adversary["params"] |= {"start_step": 0, "warmup_updates": 0}  # a step of both players
-    size, batch_size = size or data.get("size", 0), batch_size or data.get("batch_size", 0)
+    size = size or data.get("size", 0)
+    batch_size = batch_size or data.get("batch_size", 0)
     if not batch_size or not size or not isinstance(size, int):
         raise ConfigError(
-            f"{config}: has no data.params.size of squares and batch_size: set `size` and `batch_size`"
+            f"{config}: has no data.params.size of squares and batch_size: "
+            "set `size` and `batch_size`"
         )
     return params, size, batch_size
 
@@ -266,8 +254,8 @@ def time_steps(
     device: str,
     precision: str = "32-true",
 ) -> list[float]:
-    """Train on random images; the seconds of each step but the first, which warms up."""
-    times: list[float] = []
+    """Train on random images; return the seconds of each step but the first, which warms up."""
+    times: list[float] = []  # start and end of each step
 
     def note(*_: Any) -> None:
         times.append(now(device))
@@ -284,25 +272,27 @@ def time_steps(
         enable_model_summary=False,
         callbacks=[LambdaCallback(on_train_batch_start=note, on_train_batch_end=note)],
     )
-    shape = batch_size, model.autoencoder.encoder.in_channels, size, size
-    x = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    shape = (batch_size, model.autoencoder.encoder.in_channels, size, size)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
     trainer.fit(model, repeat({"image": x}, steps + 1))
+    # The first two times are the start and the end of the step that warms up.
     return [end - start for start, end in zip(times[2::2], times[3::2], strict=True)]
 
 
 def _loaders(setting: Setting) -> list[Case]:
     """Training loaders beside decoding and cropping the same images in memory, one by one."""
-    cases, usual = [], 64 if setting.kind == "cpu" else 256
+    cases = []
+    usual = 64 if setting.kind == "cpu" else 256
     for name in setting.sources:
-        source = open_source(
-            name, setting.size or usual, setting.batch_size, resized=setting.size > 0
-        )
+        side = setting.size or usual
+        source = open_source(name, side, setting.batch_size, resized=setting.size > 0)
         source.batch_size = setting.batch_size
-        sizes = source.size.node, setting.batch_size
+        size = source.size.node
+
+        # The limit: one image at a time, in this process.
         decode = partial(_time_images, _floor(name, source), 1)
-        floor = Case(
-            name, "limit: decoding alone", "uint8", decode, 1, source.size.node, 1, 1, "images"
-        )
+        floor = Case(name, "limit: decoding alone", "uint8", decode, 1, size, 1, 1, "images")
         cases.append(floor)
         for workers in setting.workers:
             source.num_workers = workers
@@ -310,10 +300,19 @@ def _loaders(setting: Setting) -> list[Case]:
                 source.check_processes(1)
             except ValueError as error:
                 raise ConfigError(f"`workers` {workers}: {name}: {error}") from error
-            run, work, limits = _loader(source, workers), 1 / max(1, workers), {"of_floor": floor}
-            cases.append(
-                Case(name, f"{workers} workers", "uint8", run, 1, *sizes, work, "images", limits)
+            case = Case(
+                name,
+                f"{workers} workers",
+                "uint8",
+                run=_loader(source, workers),
+                images=1,
+                size=size,
+                batch_size=setting.batch_size,
+                work=1 / max(1, workers),
+                unit="images",
+                limits={"of_floor": floor},
             )
+            cases.append(case)
     return cases
 
 
@@ -322,12 +321,13 @@ def _time_images(work: Callable[[], object], images: int) -> list[float]:
 
 
 def _loader(source: Source, workers: int) -> Work:
-    """Take batches of a source's training loader, once its processes have started and their queues are empty."""
+    """Time batches of a training loader, once its processes run and their queues are empty."""
     seeds = count()
 
     def run() -> list[float]:
         source.num_workers = workers
         batches = iter(source.train_loader(seed=next(seeds)))
+        # Two batches per process may have been read ahead.
         for _ in islice(batches, 2 * max(1, workers) + 1):
             pass
         return _time_images(lambda: next(batches), source.batch_size)
@@ -338,16 +338,16 @@ def _loader(source: Source, workers: int) -> Work:
 def _floor(name: str, source: Source) -> Callable[[], Tensor]:
     """Decode and crop training images that are in memory, in turn."""
     if not isinstance(source, MappedSource | WebDatasetSource):
-        raise ConfigError(
-            f"data.target: {type(source).__name__} can't be timed against decoding alone"
-        )
-    rng, images = np.random.default_rng(0), list[Undecoded]()
+        kind = type(source).__name__
+        raise ConfigError(f"data.target: {kind} can't be timed against decoding alone")
+    rng = np.random.default_rng(0)
 
     def decode(image: Undecoded) -> Tensor:
-        return image_to_tensor(
-            source.transform(Photo(*image, source.channels, source.pixel_range), rng)
-        )
+        photo = Photo(*image, source.channels, source.pixel_range)
+        return image_to_tensor(source.transform(photo, rng))
 
+    # Keep those that can be decoded.
+    images: list[Undecoded] = []
     for image in islice(_undecoded(source), FLOOR_IMAGES):
         with contextlib.suppress(UnreadableImageError):
             decode(image)
@@ -359,10 +359,12 @@ def _floor(name: str, source: Source) -> Callable[[], Tensor]:
 
 
 def _undecoded(source: MappedSource | WebDatasetSource) -> Iterator[Undecoded]:
+    """Read training images without decoding them: shards in order, others at random."""
     if isinstance(source, WebDatasetSource):
         for shard in source.train:
-            entries = read_shard(shard, source.image_key)
-            yield from ((entry.data, entry.name) for entry in entries if isinstance(entry, Entry))
+            for entry in read_shard(shard, source.image_key):
+                if isinstance(entry, Entry):
+                    yield entry.data, entry.name
         return
     for i in np.random.default_rng(0).permutation(len(source.train)):
         with contextlib.suppress(UnreadableImageError):
@@ -374,16 +376,16 @@ class Group(NamedTuple):
     """Cases that are measured in turns."""
 
     cases: Callable[[Setting], list[Case]]
-    warm_up: bool  # whether a round that does not count comes first; where the work itself warms up, none does
-    sizes: Mapping[
-        str, tuple[int, int]
-    ]  # pixels, and images at a time, by default; 0 for those of a config
+    warm_up: bool  # whether a round that does not count comes first; False where the work warms up
+    sizes: Mapping[str, tuple[int, int]]  # default pixels and batch size; 0 for a config's own
 
 
 GROUPS: Mapping[str, Group] = {
     "dwt": Group(_wavelet, True, {"cpu": (256, 16), "cuda": (256, 16)}),
     "encoder": Group(
-        lambda s: network_cases(ENCODERS, 3, s.size, s), True, {"cpu": (64, 1), "cuda": (256, 16)}
+        lambda s: network_cases(ENCODERS, 3, s.size, s),
+        True,
+        {"cpu": (64, 1), "cuda": (256, 16)},
     ),
     "decoder": Group(
         lambda s: network_cases(DECODERS, N_Z, s.size // F8, s),
@@ -398,7 +400,9 @@ GROUPS: Mapping[str, Group] = {
 def bench(
     groups: Sequence[str], setting: Setting, rounds: int, on_group: Callable[[str, int], None]
 ) -> dict[str, Any]:
-    """Measure groups of :data:`GROUPS`, the cases of a group in turns; ``on_group`` hears of each before.
+    """Measure groups of :data:`GROUPS`, the cases of a group in turns.
+
+    ``on_group`` is called before each, with its name and number of cases.
 
     Returns the machine, date, rounds, and ``rows``, see :func:`~olvae.bench.measure.rows_of`.
     """
@@ -406,8 +410,9 @@ def bench(
     for name in groups:
         group = GROUPS[name]
         pixels, images = group.sizes[setting.kind]
-        own = replace(setting, size=setting.size or pixels, batch_size=setting.batch_size or images)
-        cases = group.cases(own)
+        size = setting.size or pixels
+        batch_size = setting.batch_size or images
+        cases = group.cases(replace(setting, size=size, batch_size=batch_size))
         on_group(name, len(cases))
         rows += rows_of(name, cases, setting.device, rounds, group.warm_up)
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -415,7 +420,7 @@ def bench(
 
 
 class NetworkRow(NamedTuple):
-    """A network: parameters, and multiply-accumulates for one 256x256 image, counted and as published."""
+    """A network's parameters, and multiply-accumulates for a 256x256 image, ours and published."""
 
     group: str
     variant: str
@@ -426,21 +431,21 @@ class NetworkRow(NamedTuple):
     published_macs: float | None
 
 
-# Published for other latents than those timed above: the README's encoders have latent_dim = n_z = 12, as the published
-# YAML says [M], the paper's have latent_dim = 2 n_z = 8, and the Stable Diffusion networks have n_z = 4.
-# In millions of parameters and billions of multiply-accumulates.
+# In millions of parameters and billions of multiply-accumulates. Published for other latents than
+# the ones timed above: the README's encoders [R] have latent_dim = n_z = 12, as the published YAML
+# says [M], the paper's [P] have latent_dim = 2 n_z = 8, and the Stable Diffusion networks n_z = 4.
 _PUBLISHED: tuple[tuple[str, str, str, float, float | None, Callable[[], nn.Module]], ...] = (
-    *(
-        ("encoder", "open_litevae", scale, params, macs, partial(LiteVAE_Encoder, 12, scale))
-        for scale, params, macs in zip(
-            SCALES, (0.97, 6.6, 34.0, 41.15), (5.5, 37.4, 234.9, 242.1), strict=True
-        )  # [R]
-    ),
-    *(
-        ("encoder", "paper", scale, params, None, partial(LiteVAE_Encoder, 8, scale, "paper"))
-        for scale, params in zip(SCALES, (1.03, 6.75, 32.75, 41.42), strict=True)  # [P]
-    ),
+    # Encoders
+    ("encoder", "open_litevae", "S", 0.97, 5.5, partial(LiteVAE_Encoder, 12, "S")),  # [R]
+    ("encoder", "open_litevae", "B", 6.6, 37.4, partial(LiteVAE_Encoder, 12, "B")),  # [R]
+    ("encoder", "open_litevae", "M", 34.0, 234.9, partial(LiteVAE_Encoder, 12, "M")),  # [R]
+    ("encoder", "open_litevae", "L", 41.15, 242.1, partial(LiteVAE_Encoder, 12, "L")),  # [R]
+    ("encoder", "paper", "S", 1.03, None, partial(LiteVAE_Encoder, 8, "S", "paper")),  # [P]
+    ("encoder", "paper", "B", 6.75, None, partial(LiteVAE_Encoder, 8, "B", "paper")),  # [P]
+    ("encoder", "paper", "M", 32.75, None, partial(LiteVAE_Encoder, 8, "M", "paper")),  # [P]
+    ("encoder", "paper", "L", 41.42, None, partial(LiteVAE_Encoder, 8, "L", "paper")),  # [P]
     ("encoder", "sd", "sd", 34.16, 137, partial(SDEncoder, latent_dim=8)),  # [R]
+    # Decoders
     ("decoder", "open_litevae", "open_litevae", 53.33, 324, LiteVAE_Decoder),
     (
         "decoder",
@@ -451,23 +456,12 @@ _PUBLISHED: tuple[tuple[str, str, str, float, float | None, Callable[[], nn.Modu
         partial(LiteVAE_Decoder, variant="paper_smc"),
     ),  # [P]
     ("decoder", "sd", "sd", 49.49, 312, partial(SDDecoder, z_channels=4)),  # [R]
-    ("discriminator", "patchgan", "PatchGAN", 2.77, 3.15, PatchGAN),  # [R]
-    ("discriminator", "gigagan", "GigaGAN", 14.38, 3.23, GigaGAN),  # [R]
-    *(
-        (
-            "discriminator",
-            "unetgan",
-            f"UNetGAN-{size}",
-            params,
-            macs,
-            partial(UNetGAN, base_channels=base),
-        )
-        for size, base, params, macs in (
-            ("S", 16, 2.75, 2.31),
-            ("M", 32, 11.0, 9.13),
-            ("L", 64, 44.1, 36.34),
-        )  # [R]
-    ),
+    # Discriminators, all as in [R]
+    ("discriminator", "patchgan", "PatchGAN", 2.77, 3.15, PatchGAN),
+    ("discriminator", "gigagan", "GigaGAN", 14.38, 3.23, GigaGAN),
+    ("discriminator", "unetgan", "UNetGAN-S", 2.75, 2.31, partial(UNetGAN, base_channels=16)),
+    ("discriminator", "unetgan", "UNetGAN-M", 11.0, 9.13, partial(UNetGAN, base_channels=32)),
+    ("discriminator", "unetgan", "UNetGAN-L", 44.1, 36.34, partial(UNetGAN, base_channels=64)),
 )
 
 
@@ -475,16 +469,11 @@ def network_table() -> list[NetworkRow]:
     """Count the published networks on the meta device, so in seconds and without memory."""
     rows = []
     for group, variant, name, params, macs, build in _PUBLISHED:
-        with (
-            ShapesOnly(),
-            torch.device("meta"),
-        ):  # the spectral norms' first power iterations among them
+        # Shapes only, also in the first power iterations of the spectral norms.
+        with ShapesOnly(), torch.device("meta"):
             module = build()
         shape = (module.z_channels, 32, 32) if isinstance(module, Decoder) else (3, 256, 256)
-        counted = count_parameters(module), count_macs(module, 1, *shape)
-        rows.append(
-            NetworkRow(
-                group, variant, name, *counted, params * 1e6, None if macs is None else macs * 1e9
-            )
-        )
+        counted = (count_parameters(module), count_macs(module, 1, *shape))
+        published_macs = None if macs is None else macs * 1e9
+        rows.append(NetworkRow(group, variant, name, *counted, params * 1e6, published_macs))
     return rows

@@ -1,7 +1,7 @@
-"""The instrument of `olvae bench`: time and peak memory of cases in turns, and what the machine reaches at most.
+"""Measure time and peak memory of the cases of `olvae bench`, in turns.
 
-A case's share of a limit compares its rate with that of a plain operation, measured in the same rounds: a matrix
-product, a copy.
+A case's share of a limit compares its rate with the rate of a plain operation, a matrix product or
+a copy, measured in the same rounds: what the machine reaches at most.
 """
 
 import platform
@@ -20,24 +20,22 @@ from torch import Tensor
 from olvae.data.pixels.size_and_range import Size
 from olvae.devices import FULL, PRECISIONS, autocast, now, peak_memory
 
-Work = Callable[
-    [], Sequence[float]
-]  # does something once or several times; returns the seconds of each
+# Does something once or several times; returns the seconds of each.
+Work = Callable[[], Sequence[float]]
 
 K = TypeVar("K", bound=Hashable)
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}  # so large that a product of matrices takes milliseconds
-RATES = {
-    "macs": ("gflop_per_s", 2e-9),
-    "bytes": ("gbyte_per_s", 1e-9),
-}  # entry of the row, and factor
+
+# Unit of work -> the row's entry for its rate, and a factor.
+RATES = {"macs": ("gflop_per_s", 2e-9), "bytes": ("gbyte_per_s", 1e-9)}
 
 
 @dataclass
 class Times:
-    """Measured seconds, in order, and the peak of bytes allocated on the GPU beside what was there; None on a CPU."""
+    """Measured seconds, in order, and peak memory."""
 
     seconds: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
+    peak_bytes: int | None = None  # allocated on the GPU, beside what was there; None on a CPU
 
     @property
     def median(self) -> float:
@@ -45,28 +43,27 @@ class Times:
 
     @property
     def spread(self) -> float:
-        """The interquartile range: the middle half of the times lies within it; 0 for a single one."""
+        """The interquartile range, which has the middle half of the times; 0 for a single one."""
         lower, upper = np.percentile(self.seconds, (25, 75))
         return float(upper - lower)
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """A benchmark: its work, the size of that, and what it is compared with."""
+    """A benchmark: its work, the amount of work, and what it is compared with."""
 
     name: str
     variant: str
     precision: str
     run: Work
-    images: int  # that each of the work's seconds is of; 0 for a limit that has none
+    images: int  # in each measured time; 0 for a limit without images
     size: Size = 0  # pixels; 0 where there are no images
     batch_size: int = 0
     work: float = 0.0  # what these images take, in `unit`
     unit: Literal["macs", "bytes", "images"] = "macs"
-    limits: Mapping[str, "Case"] = field(
-        default_factory=dict
-    )  # work of this unit with nothing in the way, by share
-    peer: "Case | None" = None  # that the ratio of images per second is relative to
+    # Name of a share -> a case that does work of this unit with nothing in the way.
+    limits: Mapping[str, "Case"] = field(default_factory=dict)
+    peer: "Case | None" = None  # the ratio of images per second is relative to it
     computed_bytes: int | None = None  # peak memory counted from shapes, where it can't be measured
 
 
@@ -78,7 +75,7 @@ class Setting:
     size: int = 0  # pixels; 0 for a config's own
     batch_size: int = 0  # 0 for a config's own
     configs: Sequence[str | Path] = ()  # of training steps: files or recipes
-    sources: Sequence[str] = ()  # of images, each a SRC
+    sources: Sequence[str] = ()  # SRC of images
     workers: Sequence[int] = (0, 1, 2)  # numbers of loader processes
     compiled: bool = False  # whether compiled variants are measured, where a compiler works
 
@@ -88,7 +85,7 @@ class Setting:
 
     @property
     def precisions(self) -> list[str]:
-        """float32 and bfloat16, on a GPU also float16."""
+        """float32 and bfloat16; on a GPU also float16."""
         return [FULL, "bf16"] if self.kind == "cpu" else [FULL, "bf16", "fp16"]
 
     def inference(self, function: Callable[[], object], precision: str = FULL) -> Work:
@@ -101,17 +98,17 @@ class Setting:
         return clocked(run, self.device)
 
     def noise(self, channels: int, side: int) -> Tensor:
-        shape = self.batch_size, channels, side, side
+        shape = (self.batch_size, channels, side, side)
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self.device)
 
     def products(self) -> dict[str, Case]:
         """A product of two square matrices in each precision."""
-        cases, side = {}, MATRIX_SIDE[self.kind]
+        cases = {}
+        side = MATRIX_SIDE[self.kind]
         for name in self.precisions:
-            a, b = (
-                torch.randn(side, side, device=self.device, dtype=PRECISIONS[name].dtype)
-                for _ in range(2)
-            )
+            dtype = PRECISIONS[name].dtype
+            a = torch.randn(side, side, device=self.device, dtype=dtype)
+            b = torch.randn(side, side, device=self.device, dtype=dtype)
             run = self.inference(partial(torch.matmul, a, b))
             cases[name] = Case("matrix product", "limit", name, run, 0, work=side**3)
         return cases
@@ -143,18 +140,17 @@ def machine(device: str) -> dict[str, Any]:
 
 def _processor() -> str:
     described = Path("/proc/cpuinfo")  # Linux has it
-    found = (
-        re.search(r"^model name\s*: (.+)$", described.read_text(), re.MULTILINE)
-        if described.is_file()
-        else None
-    )
-    return found[1] if found else platform.processor() or platform.machine()
+    if described.is_file():
+        found = re.search(r"^model name\s*: (.+)$", described.read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def measure(
     work: Mapping[K, Work], device: str, rounds: int, warm_up: bool = True
 ) -> dict[K, Times]:
-    """Measure each in turn, some rounds of all, so that a change of the machine's load meets all of them.
+    """Measure in rounds of all, so that a change of the machine's load meets all of them.
 
     With ``warm_up`` a round that does not count comes first.
     """
@@ -166,9 +162,8 @@ def measure(
                 seconds = run()
             if turn >= 0:
                 times[name].seconds += seconds
-                times[name].peak_bytes = (
-                    max([*peaks, times[name].peak_bytes or 0]) if peaks else None
-                )
+                if peaks:  # on a GPU
+                    times[name].peak_bytes = max([*peaks, times[name].peak_bytes or 0])
     return times
 
 
@@ -177,12 +172,15 @@ def rows_of(
 ) -> list[dict[str, Any]]:
     """Measure the cases of a group; a row for each.
 
-    A row has group, name, variant, precision, size, batch_size, images_per_s, median_ms and spread_ms (interquartile)
-    of what is timed at once, and where they mean something: ratio, of images per second to the peer's; gflop_per_s or
-    gbyte_per_s; shares of limits; peak_memory_bytes, measured on a GPU, else counted from shapes for networks.
+    A row has group, name, variant, precision, size, batch_size, images_per_s, median_ms and
+    spread_ms (interquartile) of what is timed at once, and where they mean something: ratio, of
+    images per second to the peer's; gflop_per_s or gbyte_per_s; shares of limits;
+    peak_memory_bytes, measured on a GPU, else counted from shapes for networks.
     """
     times = measure({case: case.run for case in cases}, device, rounds, warm_up)
     rows = []
+
+    # Entries without a meaning for a case are left out.
     for case, measured in times.items():
         row: dict[str, Any] = {
             "group": group,
@@ -197,14 +195,15 @@ def rows_of(
         if case.peer is not None:
             row["ratio"] = row["images_per_s"] * times[case.peer].median / case.peer.images
         row |= {"median_ms": 1e3 * measured.median, "spread_ms": 1e3 * measured.spread}
+
+        # Rates of the work, and shares of a limit's rate.
         if case.unit in RATES and case.work:
             rate, factor = RATES[case.unit]
             row[rate] = factor * case.work / measured.median
         for share, limit in case.limits.items():
             row[share] = (case.work / measured.median) / (limit.work / times[limit].median)
-        if (
-            peak := case.computed_bytes if measured.peak_bytes is None else measured.peak_bytes
-        ) is not None:
+        peak = case.computed_bytes if measured.peak_bytes is None else measured.peak_bytes
+        if peak is not None:
             row["peak_memory_bytes"] = peak
         rows.append(row)
     return rows

@@ -1,1 +1,4 @@
-"""One file per command, with heavy imports inside the function; imports everything, and nothing imports it."""
+"""One file per command, with heavy imports inside the function.
+
+Imports everything, and nothing imports it.
+"""

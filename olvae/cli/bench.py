@@ -1,7 +1,7 @@
 """Run ``olvae bench`` and ``olvae tables``: speed and memory, parameters and operations."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +11,9 @@ from olvae.cli.options import check_applies, check_device, print_rows, split_com
 from olvae.config import ConfigError
 
 GROUPS = ("dwt", "encoder", "decoder", "train", "data")
-CASE = ("name", "variant", "precision")  # of a row
+
+# Entries of a row that say what was measured; the others are sizes and numbers.
+CASE = ("name", "variant", "precision")
 
 
 def command(
@@ -20,7 +22,9 @@ def command(
     ],
     sources: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SRC]...", help="For data; by default the sample photographs."),
+        typer.Argument(
+            metavar="[SRC]...", help="Sources for data; by default the sample photographs."
+        ),
     ] = None,
     size: Annotated[
         int | None,
@@ -35,18 +39,21 @@ def command(
         list[Path] | None,
         typer.Option(
             metavar="CFG",
-            help="For train; by default demo and demo_b, on a GPU imagenet/A2 and imagenet/B4.",
+            help="Configs for train; by default demo and demo_b, or imagenet/A2 and imagenet/B4 "
+            "on a GPU.",
         ),
     ] = None,
     workers: Annotated[
         str | None,
         typer.Option(
-            metavar="LIST", help="For data: numbers of loader processes; by default 0,1,2."
+            metavar="LIST", help="Numbers of loader processes for data; by default 0,1,2."
         ),
     ] = None,
     rounds: Annotated[
         int | None,
-        typer.Option(min=1, help="Of all cases of a group; by default 3 on a CPU, 10 on a GPU."),
+        typer.Option(
+            min=1, help="How often each case is measured; by default 3 on a CPU, 10 on a GPU."
+        ),
     ] = None,
     compiled: Annotated[
         bool,
@@ -57,19 +64,21 @@ def command(
     device: Annotated[str, typer.Option(callback=check_device, help="cpu or cuda.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
 ) -> None:
-    """Measure speed and memory beside named peers, and beside what the machine reaches at most.
+    """Measure speed and memory, and compare them with named peers and with the machine's limits.
 
-    dwt is the wavelet transform beside PyWavelets, encoder and decoder are the networks beside Stable Diffusion's,
-    train is a step beside one that runs the autoencoder twice, data is loaders beside decoding alone. The cases of a
-    group take turns. Each has a median, the spread of the middle half of its times, and its share of a limit that is
-    measured in the same turns.
+    dwt is the wavelet transform beside PyWavelets, encoder and decoder are the networks beside
+    Stable Diffusion's, train is a step beside one that runs the autoencoder twice, data is loaders
+    beside decoding alone. The cases of a group take turns. Each has a median, the spread of the
+    middle half of its times, and its share of a limit that is measured in the same turns.
 
     Example: olvae bench encoder --device cuda --json > now.json
 
     Example: olvae bench data photos shards --size 256 --workers 1,2
     """
+    # What is wrong with the arguments, before torch is imported.
     chosen = list(GROUPS) if groups == "all" else split_commas(groups)
-    if (unknown := [name for name in chosen if name not in GROUPS]) or not chosen:
+    unknown = [name for name in chosen if name not in GROUPS]
+    if unknown or not chosen:
         raise ConfigError(
             f"GROUPS {', '.join(unknown) or groups}: choose from all, {', '.join(GROUPS)}"
         )
@@ -91,51 +100,66 @@ def command(
     from olvae.devices import keep_freed_memory, resolve_device
     from olvae.training.run import quieten
 
+    # Measure, with the settings of training that bear on speed.
     keep_freed_memory()
     device = resolve_device(device)
-    torch.backends.cudnn.benchmark = True  # as training has it
+    torch.backends.cudnn.benchmark = True
+    usual_configs = ["imagenet/A2", "imagenet/B4"]
+    usual_rounds = 10
+    if device == "cpu":
+        usual_configs = ["demo", "demo_b"]
+        usual_rounds = 3
     setting = Setting(
         device,
         size or 0,
         batch_size or 0,
-        config or (["demo", "demo_b"] if device == "cpu" else ["imagenet/A2", "imagenet/B4"]),
+        config or usual_configs,
         sources or [str(PHOTOGRAPHS[0].parent)],
         [int(number) for number in counts],
         compiled,
     )
     quieten()
-    count = rounds or (3 if device == "cpu" else 10)
     document = bench(
-        chosen, setting, count, lambda name, cases: typer.echo(f"{name}: {cases} cases", err=True)
+        chosen,
+        setting,
+        rounds or usual_rounds,
+        lambda name, cases: typer.echo(f"{name}: {cases} cases", err=True),
     )
+
+    # The whole document as JSON, or a table of each group.
     if as_json:
         typer.echo(json.dumps(document, indent=2))
         return
-    typer.echo(
-        ", ".join(f"{key} {value}" for key, value in document.items() if key != "rows"), err=True
-    )
+    about = [f"{key} {value}" for key, value in document.items() if key != "rows"]
+    typer.echo(", ".join(about), err=True)
     for name in chosen:
-        rows = [row for row in document["rows"] if row["group"] == name]
-        values = {
-            key: {row[key] for row in rows if key in row}
-            for key in ("size", "batch_size", *CASE[1:])
-        }
-        same = {key: found.pop() for key, found in values.items() if len(found) == 1}
-        title = ", ".join([name, *(_words(key, value) for key, value in same.items() if value)])
-        table = {
-            ", ".join(row[key] for key in CASE if key not in same): _cells(row, same)
-            for row in rows
-        }
-        print_rows(title, table, "case", stderr=True)
+        _print_group(name, [row for row in document["rows"] if row["group"] == name])
 
 
-def _words(key: str, value: Any) -> str:
-    return str(value) if key == "variant" else f"{key.replace('_', ' ')} {value}"
+def _print_group(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print the rows of a group as a table; what they have in common goes to its title."""
+    same = {}
+    for key in ("size", "batch_size", *CASE[1:]):
+        values = {row[key] for row in rows if key in row}
+        if len(values) == 1:
+            same[key] = values.pop()
+    title = name
+    for key, value in same.items():
+        if key == "variant" and value:
+            title += f", {value}"
+        elif value:
+            title += f", {key.replace('_', ' ')} {value}"
 
-
-def _cells(row: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, str]:
-    keys = [key for key in row if key not in ("group", *CASE, *named)]
-    return {key.removesuffix("_bytes").replace("_", " "): _cell(key, row[key]) for key in keys}
+    # What differs names the case; the numbers are its cells.
+    table = {}
+    for row in rows:
+        case = ", ".join(row[key] for key in CASE if key not in same)
+        cells = {}
+        for key, value in row.items():
+            if key not in ("group", *CASE, *same):
+                cells[key.removesuffix("_bytes").replace("_", " ")] = _cell(key, value)
+        table[case] = cells
+    print_rows(title, table, "case", stderr=True)
 
 
 def _cell(key: str, value: Any) -> str:
@@ -149,7 +173,7 @@ def _cell(key: str, value: Any) -> str:
 def tables_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Count the parameters and multiply-accumulates in the README's tables, and show them beside the published ones.
+    """Count parameters and multiply-accumulates of the README's tables, beside the published ones.
 
     Example: olvae tables --json > tables.json
     """
@@ -164,9 +188,10 @@ def tables_command(
         cells = {
             "M params": f"{row.params / 1e6:.4f}",
             "published": f"{row.published_params / 1e6:.2f}",
+            "GMACs": f"{row.macs / 1e9:.2f}",
         }
-        cells["GMACs"] = f"{row.macs / 1e9:.2f}"
         if row.published_macs is not None:
             cells["GMACs published"] = f"{row.published_macs / 1e9:.1f}"
+        # A group may be called like its variant, or a variant like its network.
         shown[" ".join(dict.fromkeys((row.group, row.variant, row.name)))] = cells
     print_rows("Networks at 256x256: counted now, and as published", shown, "network")

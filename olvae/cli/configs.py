@@ -1,4 +1,4 @@
-"""Run ``olvae validate``, ``olvae recipes`` and ``olvae recipes copy``: configs, and their mistakes."""
+"""Run ``olvae validate``, ``olvae recipes`` and ``olvae recipes copy``: configs, their mistakes."""
 
 import re
 import shutil
@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from olvae.cli.options import check_applies, check_precision, print_rows
 from olvae.config import ConfigError, load, recipes, validate
 from olvae.config.reading import find_config, nearest_recipes
+from olvae.runs import entry_of
 
 
 def validate_command(
@@ -27,34 +28,44 @@ def validate_command(
         bool,
         typer.Option(
             "--memory",
-            help="Also print what a training step needs on a GPU; takes seconds, and no GPU.",
+            help="Also print the memory that a training step needs on a GPU; needs no GPU.",
         ),
     ] = False,
     ranks: Annotated[
-        int | None, typer.Option(min=2, metavar="N", help="Also print what a step of N GPUs sends.")
+        int | None,
+        typer.Option(min=2, metavar="N", help="Also print what a training step on N GPUs sends."),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(callback=check_precision, help="Of --ranks: 32, bf16, fp16.")
+        str | None,
+        typer.Option(callback=check_precision, help="Precision for --ranks: 32, bf16, fp16."),
     ] = None,
 ) -> None:
     """List every mistake in a config's keys, types and targets at once, without building anything.
 
-    Finds unknown and missing keys, wrong types, and targets that do not import. Exits with 1 if there is a mistake.
+    Finds unknown and missing keys, wrong types, and targets that do not import. Exits with 1 if
+    there is a mistake.
 
     Example: olvae validate mine.yaml imagenet/A2 data.params.size=512
 
     Example: olvae validate --ranks 64 --precision bf16 imagenet/large_batch
     """
     check_applies("--precision", precision is not None, "--ranks", ranks is not None)
-    found, settings = 0, [text for text in configs[1:] if "=" in text and not Path(text).is_file()]
+    # A word with "=" is a setting, unless it is the name of a file.
+    settings = [text for text in configs[1:] if "=" in text and not Path(text).is_file()]
+    found = 0
     for path in [text for text in configs if text not in settings]:
+        # A config that can't be loaded has its mistakes in the error.
         try:
-            mistakes = validate(config := load([path], settings))
+            config = load([path], settings)
+            mistakes = validate(config)
         except ConfigError as error:
             mistakes = list(error.mistakes)
         found += len(mistakes)
         for mistake in mistakes or ["no mistakes"]:
-            typer.echo(mistake if mistake.startswith(path) else f"{path}: {mistake}", err=True)
+            line = mistake if mistake.startswith(path) else f"{path}: {mistake}"
+            typer.echo(line, err=True)
+
+        # Numbers of the networks, which may come from an autoencoder that the config starts from.
         if (memory or ranks is not None) and not mistakes:
             if config["model"].get("from") is not None:
                 from olvae.training.origin import start_from
@@ -69,22 +80,27 @@ def validate_command(
 
 
 def _print_memory(config: dict[str, Any], name: str) -> None:
-    """Tabulate what a training step needs, by precision and checkpointing, at the config's own size."""
+    """Tabulate what a training step needs, by precision and checkpointing, at the config's size."""
     from olvae.data.pixels.size_and_range import Sides
     from olvae.models.footprint import MARGIN, footprint, without_weights
     from olvae.models.large.tiling import GIB
 
-    model, rows = without_weights(config["model"]), {}
-    size = Sides.of(((config.get("data") or {}).get("params") or {}).get("size") or 256)
+    model = without_weights(config["model"])
+    size = Sides.of(entry_of(config, "data.params.size") or 256)
+    rows = {}
     for precision in ("32", "bf16"):
         for checkpoint in (False, True):
             need = footprint(model, size, precision, checkpoint)
-            cells = {"fixed": f"{need.fixed / GIB:.2f}", "per image": f"{need.per_image / GIB:.3f}"}
-            cells["TFLOP per image"] = f"{need.flop / 1e12:.4g}"
-            rows[f"{precision}, model.params.checkpoint={str(checkpoint).lower()}"] = cells
+            rows[f"{precision}, model.params.checkpoint={str(checkpoint).lower()}"] = {
+                "fixed": f"{need.fixed / GIB:.2f}",
+                "per image": f"{need.per_image / GIB:.3f}",
+                "TFLOP per image": f"{need.flop / 1e12:.4g}",
+            }
     print_rows(f"{name}: GiB of a training step on a GPU, at {size} pixels", rows, "precision")
-    terms = "fixed: weights, gradients, optimizers and averages. per image: of a micro-batch"
-    typer.echo(f"{terms}. Allow {MARGIN - 1:.0%} more.")
+    typer.echo(
+        "fixed: weights, gradients, optimizers and averages. per image: of a micro-batch. "
+        f"Allow {MARGIN - 1:.0%} more."
+    )
 
 
 def _print_steps(config: dict[str, Any], name: str, ranks: int, precision: str | None) -> None:
@@ -112,13 +128,14 @@ recipes_app = typer.Typer()
 def show(context: typer.Context) -> None:
     """List the configs that come with this package, or copy one to edit.
 
-    Their names stand wherever a config file is taken: olvae train --base NAME. A file of that name, with .yaml or
-    without, comes first.
+    Use a name wherever a config file is expected: olvae train --base NAME. A file of that name,
+    with .yaml or without, comes first.
 
     Example: olvae recipes
     """
     if context.invoked_subcommand is not None:
         return
+    # Names in one column, descriptions in another, which is at least 20 wide.
     lines = {name: _first_line(path) for name, path in recipes().items()}
     indent = 2 + max(map(len, lines))
     width = max(indent + 20, shutil.get_terminal_size().columns)
@@ -145,20 +162,27 @@ def copy(
 
     Example: olvae recipes copy phase_a mine.yaml data.params.root=photos
     """
+    # FILE may be left out before settings.
     settings = list(overrides or ())
     if file is not None and "=" in file:
-        settings, file = [file, *settings], None
+        settings = [file, *settings]
+        file = None
     known = recipes()
     if name not in known:
         raise ConfigError(f"{name}: no such recipe{nearest_recipes(name)}")
     place = Path(file or f"{Path(name).name}.yaml")
-    if (found := find_config(name, place.parent, (place.resolve(),))).resolve() != known[
-        name
-    ].resolve():
+    found = find_config(name, place.parent, (place.resolve(),))
+    if found.resolve() != known[name].resolve():
         raise ConfigError(
             f"{place}: would include {found} in place of the recipe: rename that, or copy elsewhere"
         )
-    text = f"# {_first_line(known[name])}\n# Settings below the include override the recipe's.\ninclude: {name}\n"
+
+    # The recipe's description, its include, and settings.
+    text = (
+        f"# {_first_line(known[name])}\n"
+        "# Settings below the include override the recipe's.\n"
+        f"include: {name}\n"
+    )
     if settings:
         text += OmegaConf.to_yaml(OmegaConf.create(load((), settings, resolve=False)))
     with place.open("x", encoding="utf-8") as new:  # an error if it exists
@@ -167,6 +191,6 @@ def copy(
 
 
 def _first_line(recipe: Path) -> str:
-    """The first comment line, without the sources that it gives in brackets."""
+    """Return the first comment line, without the sources that it gives in brackets."""
     with recipe.open(encoding="utf-8") as file:
         return re.sub(r" \[[^\]]*\]", "", file.readline().removeprefix("# ").strip())

@@ -16,7 +16,11 @@ app = typer.Typer(
     no_args_is_help=True, help="Pack images into shards; check a source; measure its values."
 )
 
-NUMBERED = "a .txt list of files, samples, torchvision:CIFAR10,root=data, or hf:cifar10,split=test,column=img."
+# Arguments that the commands share; shards can be checked, but not packed again.
+NUMBERED = (
+    "a .txt list of files, samples, torchvision:CIFAR10,root=data, or "
+    "hf:cifar10,split=test,column=img."
+)
 Src = typer.Argument(metavar="SRC", help=f"A folder of images, a pattern, {NUMBERED}")
 CheckSrc = typer.Argument(
     metavar="SRC", help=f"A folder of images or .tar shards, a pattern, a URL, {NUMBERED}"
@@ -37,7 +41,10 @@ def pack(
     src: Annotated[str, Src],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the shards to.")],
     shard_size: Annotated[
-        int, typer.Option(min=0, help="Most images in a shard; 0: 1000, or fewer for 20.")
+        int,
+        typer.Option(
+            min=0, help="Images in a shard at most; 0 = 1000, or fewer, to have 20 shards."
+        ),
     ] = 0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffled order.")] = 0,
     shuffle: Annotated[
@@ -62,8 +69,9 @@ def pack(
 ) -> None:
     """Pack images into WebDataset shards, with an index of counts and checksums.
 
-    JPEG, PNG, WebP, arrays and files of more than 8 bits are stored unchanged, others as PNG. After an interruption,
-    the same command continues where it stopped, and the shards are the same byte for byte.
+    JPEG, PNG, WebP, arrays and files of more than 8 bits are stored unchanged, others as PNG. After
+    an interruption, the same command continues where it stopped, and the shards are the same byte
+    for byte.
 
     Example: olvae data pack photos --out shards --resize 512
     """
@@ -73,12 +81,15 @@ def pack(
         from olvae.data.shards.index import is_begun
         from olvae.devices import cores
 
+    # Settings that would have no effect.
     if resize is None and (image_format is not None or quality is not None):
         raise ConfigError(
             "--format and --quality apply to images that --resize makes smaller: add --resize"
         )
     check_applies("--seed", bool(seed), "--shuffle", shuffle)
     check_applies("--quality", quality is not None, "--format jpg or webp", image_format != "png")
+
+    # Pack; what is finished stays after an interruption.
     order = seed if shuffle else None
     options = packing.PackOptions(
         shard_size, order, resize, image_format or "jpg", quality or 95, channels
@@ -87,21 +98,20 @@ def pack(
         with ProgressBar("packing") as bar:
             packed = packing.pack(src, out, options, workers or cores(), max_unreadable, bar.set)
     except KeyboardInterrupt:
-        begun = is_begun(out)
-        stays = (
-            f": finished shards are in {out}; the same command continues from there"
-            if begun
-            else ""
-        )
-        typer.echo(f"stopped{stays}", err=True)
+        line = "stopped"
+        if is_begun(out):
+            line += f": finished shards are in {out}; the same command continues from there"
+        typer.echo(line, err=True)
         sys.exit(stop_code())
+
+    # Report what was left out, and what there is now, also from an earlier run.
     index = packed.index
     if index.unreadable:
-        skipped = in_flags(
-            list_skipped((skipped["name"], skipped["reason"]) for skipped in index.unreadable)
-        )
+        skipped = in_flags(list_skipped((one["name"], one["reason"]) for one in index.unreadable))
         typer.echo(f"{len(index.unreadable)} unreadable images left out: {skipped}", err=True)
-    found = f", {packed.found} of them from an earlier run" if packed.found else ""
+    found = ""
+    if packed.found:
+        found = f", {packed.found} of them from an earlier run"
     shards = f"{len(index.shards)} shard{'s' * (len(index.shards) != 1)}"
     size = f"{index.images} images, {index.bytes / 1e6:.1f} MB"
     typer.echo(
@@ -113,7 +123,7 @@ def pack(
 def check(
     src: Annotated[str, CheckSrc],
     size: Annotated[
-        str, typer.Option(metavar="PIXELS", help="Of the training crops: 256, or 80x256.")
+        str, typer.Option(metavar="PIXELS", help="Size of the training crops: 256, or 80x256.")
     ] = "256",
     channels: Channels = 3,
     values: Annotated[
@@ -126,7 +136,8 @@ def check(
 ) -> None:
     """Read every image of a source and report problems; exits with 1 if there are any.
 
-    Reports unreadable files, sizes, shards that differ from their index, and the speed of a loader process.
+    Reports unreadable files, sizes, shards that differ from their index, and the speed of a loader
+    process.
 
     Example: olvae data check shards --size 256
     """
@@ -136,17 +147,18 @@ def check(
         from olvae.data.pixels.size_and_range import PixelRange, Sides
         from olvae.devices import cores
 
+    # The range, read as a config's.
+    node = None
     try:
-        node = (
-            None
-            if values is None
-            else load((), [f"data.params.range={values}"])["data"]["params"]["range"]
-        )
+        if values is not None:
+            node = load((), [f"data.params.range={values}"])["data"]["params"]["range"]
     except ConfigError as error:
         raise ConfigError(f"`range`: expected YAML, as in [0, 65535], got {values}") from error
     pixels = PixelRange.from_node(node, "`range`")
     pixels.check_channels(channels, "`range`")
     crops = Sides.read(size).node
+
+    # Read the images, then print what was found.
     with ProgressBar("reading") as bar:
         result = audit.check(
             src, crops, channels, max_unreadable, workers or cores(), bar.set, pixels
@@ -163,12 +175,12 @@ def check(
 @app.command("range")
 def range_command(
     src: Annotated[str, CheckSrc],
-    images: Annotated[int, typer.Option(min=1, metavar="N", help="Most images to read.")] = 200,
+    images: Annotated[int, typer.Option(min=1, metavar="N", help="Read N images at most.")] = 200,
 ) -> None:
-    """Measure the values of images of more than 8 bits: percentiles per channel, and the line for a config.
+    """Measure values of images of more than 8 bits: percentiles per channel, a line for a config.
 
-    The line goes to standard output. It runs from the 0.1th to the 99.9th percentile; state the range that you know
-    where there is one.
+    The line goes to standard output. It runs from the 0.1th to the 99.9th percentile; write the
+    true range instead if you know it.
 
     Example: olvae data range scans
     """
@@ -181,7 +193,9 @@ def range_command(
         skipped = in_flags(list_skipped((error.name, error.reason) for error in found.unreadable))
         typer.echo(f"{len(found.unreadable)} unreadable images left out: {skipped}", err=True)
     kinds = " and ".join(f"{count} of {kind}" for kind, count in found.kinds.items())
-    missing = f"; {found.missing:.2%} of the values are missing" if found.missing else ""
+    missing = ""
+    if found.missing:
+        missing = f"; {found.missing:.2%} of the values are missing"
     typer.echo(
         f"{found.images} images, {kinds}, {len(found.percentiles)} channels{missing}", err=True
     )

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # slow to import
     from olvae.models.autoencoder import Autoencoder
     from olvae.models.loading.loader import Target
 
+# With a default, unlike evaluation's, which takes the config's.
 BatchSize = Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Images at a time.")]
 
 
@@ -45,7 +46,9 @@ def command(
     size: Annotated[
         str | None,
         typer.Option(
-            metavar="PIXELS", help="After resizing and cropping; a config's, or the training's."
+            metavar="PIXELS",
+            help="Size after resizing and cropping; by default SRC's if it is a config, or the "
+            "training's.",
         ),
     ] = None,
     native: Annotated[
@@ -62,7 +65,8 @@ def command(
         int, typer.Option(help="Seed of --sample; noise depends on it and the image's key.")
     ] = 0,
     dtype: Annotated[
-        Literal["float16", "bfloat16", "float32"], typer.Option(help="What latents are stored in.")
+        Literal["float16", "bfloat16", "float32"],
+        typer.Option(help="Dtype that latents are stored in."),
     ] = "float16",
     flip: Annotated[
         bool, typer.Option("--flip", help="Store the latents of mirrored images as well.")
@@ -79,7 +83,9 @@ def command(
     shard_size: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Images in a shard: 1000, with --images fewer for 20; not of input shards."
+            min=1,
+            help="Images in a shard; by default 1000, with --images fewer, to have 20 shards. "
+            "Not for a SRC of shards.",
         ),
     ] = None,
     batch_size: BatchSize = 16,
@@ -94,9 +100,7 @@ def command(
     ] = None,
     precision: Annotated[
         str,
-        typer.Option(
-            callback=check_precision, help="32, bf16 or fp16: what the encoder computes in."
-        ),
+        typer.Option(callback=check_precision, help="Precision of the encoder: 32, bf16 or fp16."),
     ] = "32",
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the encoder; new sizes take time.")
@@ -110,9 +114,10 @@ def command(
 ) -> None:
     """Turn images into WebDataset shards of latents, with their statistics.
 
-    After an interruption, the same command continues, and the result is the same byte for byte. To share the work among
-    processes: torchrun --nproc_per_node 4 --module olvae encode ... The shards, and how to train a diffusion model on
-    them: https://open-litevae.github.io/open-litevae/encode/
+    After an interruption, the same command continues, and the result is the same byte for byte. To
+    share the work among processes: torchrun --nproc_per_node 4 --module olvae encode ... The
+    shards, and how to train a diffusion model on them:
+    https://open-litevae.github.io/open-litevae/encode/
 
     Example: olvae encode demo --data photos --size 128 --out latents
 
@@ -145,18 +150,25 @@ def command(
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
 
+    # The autoencoder, on the device of this process.
     check_folder(out)
     if not native:
-        keep_freed_memory()
+        keep_freed_memory()  # images of one size need the same memory again and again
     rank, world = join()
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
     where = torch.device(resolve_device(device))
     model = found.load().to(where)
-    asked, per_shard = (
-        Sides.read(size).node if size else None,
+
+    # The images, and how they are encoded.
+    asked = Sides.read(size).node if size else None
+    inputs = find_inputs(
+        data,
+        model.in_channels,
         shard_size or (0 if images else 1000),
+        classes,
+        model.pixel_range,
+        asked,
     )
-    inputs = find_inputs(data, model.in_channels, per_shard, classes, model.pixel_range, asked)
     if shard_size is not None and isinstance(inputs, ShardInputs):
         raise ConfigError("--shard-size: each of these shards becomes one of latents: leave it out")
     usual = usual_transform(inputs, found.config, model)
@@ -164,22 +176,27 @@ def command(
     options = EncodeOptions(
         pixels, moments, seed, dtype, flip, images, precision_name(precision), usual.resample
     )
+
+    # Each process encodes its share of the shards; the first one finishes the folder.
     stats = None
     with no_empty_folders(out):
         job = EncodeJob(model, inputs, options, out, {"target": found.name, "source": data})
-        if rank == 0 and (n := len(inputs)) < world:
+        n = len(inputs)
+        if rank == 0 and n < world:
             typer.echo(
-                f"note: {n} shard{'s' * (n > 1)} of latents for {world} processes: the others have nothing to do; a "
-                "smaller --shard-size gives them work, unless the images come in shards",
+                f"note: {n} shard{'s' * (n > 1)} of latents for {world} processes: the others have "
+                "nothing to do; a smaller --shard-size gives them work, unless the images come in "
+                "shards",
                 err=True,
             )
         if compiled:
             from olvae.models.optimization import compile_networks  # brings Lightning, a second
 
             compile_networks([_encoder(model, target)], where)
-        share = "" if world == 1 else f", 1 of {world} shares"
         bar = ProgressBar(
-            f"encoding{share}", inputs.count(range(rank, len(inputs), world)), enabled=rank == 0
+            "encoding" if world == 1 else f"encoding, 1 of {world} shares",
+            inputs.count(range(rank, n, world)),
+            enabled=rank == 0,
         )
         with job.shards.locked("olvae encode"), bar:
             try:
@@ -203,32 +220,41 @@ def command(
 def _other_factors(
     stats: Mapping[str, Any], out: Path, target: "Target", model: "Autoencoder"
 ) -> Iterator[str]:
-    """Warn if factors that are known for the model differ from those of these latents."""
-    if (means := model.latents_mean) is not None:
-        packed = "" if len(means) == model.latent_channels else ", of packed 2x2 positions,"
-        theirs = f"{target.name} has latents_mean and latents_std: its diffusion models take these{packed} in place"
-        yield f"warning: {theirs} of the factors measured here"
+    """Warn if factors that are known for the model differ from the ones of these latents."""
+    means = model.latents_mean
+    if means is not None:
+        packed = ""
+        if len(means) != model.latent_channels:
+            packed = ", of packed 2x2 positions,"
+        yield (
+            f"warning: {target.name} has latents_mean and latents_std: its diffusion models take "
+            f"these{packed} in place of the factors measured here"
+        )
     from olvae.export.exporting import Factors, read_factors
 
+    # Other pairs by where they are from: the model's own, and what olvae latents measured.
     here = Factors(stats["scaling_factor"], stats["shift_factor"], stats["count"])
-    others = (
-        {target.name: Factors(model.scaling_factor, model.shift_factor)}
-        if model.factors_known
-        else {}
-    )
-    if target.run is not None and (file := target.run.path / "latents.json").is_file():
-        with contextlib.suppress(ValueError):
-            others[str(file)] = read_factors(file, target.name)
+    others = {}
+    if model.factors_known:
+        others[target.name] = Factors(model.scaling_factor, model.shift_factor)
+    if target.run is not None:
+        file = target.run.path / "latents.json"
+        if file.is_file():
+            with contextlib.suppress(ValueError):
+                others[str(file)] = read_factors(file, target.name)
+
+    # Differences, relative to the standard deviation; 1 and 0 stand for no measurement.
     for name, other in others.items():
-        scaling, shift = (
-            abs(here.scaling / other.scaling - 1),
-            abs(here.shift - other.shift) * other.scaling,
-        )
+        scaling = abs(here.scaling / other.scaling - 1)
+        shift = abs(here.shift - other.shift) * other.scaling
         if other[:2] != (1.0, 0.0) and max(scaling, shift) > 1e-3:
-            images = "" if other.images is None else f" (of {other.images} images)"
+            images = ""
+            if other.images is not None:
+                images = f" (of {other.images} images)"
             yield (
-                f"warning: {name} has scaling_factor {other.scaling:.4f}, shift_factor {other.shift:.4f}{images}, "
-                f"these latents' are of {here.images} images: use one pair; olvae export --latents {out} takes this one"
+                f"warning: {name} has scaling_factor {other.scaling:.4f}, shift_factor "
+                f"{other.shift:.4f}{images}, these latents' are of {here.images} images: use one "
+                f"pair; olvae export --latents {out} takes this one"
             )
 
 
@@ -241,6 +267,7 @@ def _encoder(model: Any, target: str) -> Any:
 def _report(
     stats: Mapping[str, Any], out: Path, target: "Target", model: "Autoencoder", as_json: bool
 ) -> None:
+    """Print what was written, its factors, and warnings about other factors."""
     from olvae.data.pixels.size_and_range import Sides
     from olvae.data.shards.index import INDEX, Index
 
@@ -248,11 +275,10 @@ def _report(
         typer.echo(json.dumps(stats, indent=2))
     shards = len(Index.read(out / INDEX).shards)
     of = f" of {Sides.of(stats['size']).short} px" if stats["size"] else ""
-    lost = (
-        f"; {n} could not be read, stats.json says why"
-        if (n := stats["unreadable"]["count"])
-        else ""
-    )
+    unreadable = stats["unreadable"]["count"]
+    lost = ""
+    if unreadable:
+        lost = f"; {unreadable} could not be read, stats.json says why"
     typer.echo(
         f"latents: {out}, {stats['count']} images{of} in {shards} shard{'s' * (shards > 1)}{lost}",
         err=True,
@@ -273,21 +299,23 @@ def decode_command(
     image_format: Annotated[
         Literal["png", "jpg", "npy", "tif", "exr"] | None,
         typer.Option(
-            "--format", help="png, or npy for a range of values and other channels; jpg, tif, exr."
+            "--format", help="By default png, or npy where PNG can't hold the values or channels."
         ),
     ] = None,
     batch_size: BatchSize = 16,
     memory: Annotated[
         float,
         typer.Option(
-            metavar="GiB", callback=check_memory, help="What needs more is decoded in tiles."
+            metavar="GiB", callback=check_memory, help="Images that need more are decoded in tiles."
         ),
     ] = 4.0,
     device: Device = None,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
 ) -> None:
-    """Turn the latents of `olvae encode` into images, named by their keys; posteriors are decoded at their mode.
+    """Turn the latents of `olvae encode` into images, named by their keys.
+
+    A posterior is decoded at its mode.
 
     Example: olvae decode demo latents --out images
     """
@@ -302,22 +330,25 @@ def decode_command(
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
 
+    # The shards, and the autoencoder; a folder that is not complete has no stats.json.
     check_folder(out)
     where = resolve_device(device)
     stats = read_stats(source) if Path(source).is_dir() else {}
     shards = with_counts(find_shards(source), image_key=LATENT)
     model = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch).load()
-    if stats.get("weights", (mine := tensors_sum(model.state_dict()))) != mine:
+
+    # Other weights, such as later ones of the same run, may decode these latents, but not as well.
+    mine = tensors_sum(model.state_dict())
+    if stats.get("weights", mine) != mine:
         typer.echo(
             f"note: {stats.get('target')} made these latents, with other weights than {target}'s",
             err=True,
         )
     model.to(where)
 
-    with (
-        no_empty_folders(out),
-        ProgressBar("decoding", total([shard.images for shard in shards])) as bar,
-    ):
+    # Decode; what could not be read is named in the end.
+    count = total([shard.images for shard in shards])
+    with no_empty_folders(out), ProgressBar("decoding", count) as bar:
         done, unreadable = decode_shards(
             model, shards, out, image_format, batch_size, int(memory * GIB), bar.advance
         )

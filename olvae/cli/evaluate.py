@@ -32,9 +32,11 @@ from olvae.files import check_folder
 from olvae.runs import Run, find_run
 
 if TYPE_CHECKING:  # slow to import
-    from olvae.evaluation.observers.observer import Observer
-    from olvae.evaluation.results import Evaluated, Results
+    from olvae.evaluation.observers.observer import Evaluated, Observer
+    from olvae.evaluation.protocol import Protocol
+    from olvae.evaluation.results import Results
 
+# Names of metrics and protocols; their registries import torch, which help has no time for.
 METRICS = (
     "psnr",
     "ssim",
@@ -53,13 +55,15 @@ PROTOCOLS = (
     "dc-ae",
     "llamagen",
     "va-vae",
-)  # names; the registries import torch
+)
+
+# Observers of the package that are asked for by name.
 OBSERVERS = {
     "colour": "olvae.evaluation.observers.colour.Colour",
     "ifid": "olvae.evaluation.observers.ifid.InterpolatedFID",
     "text": "olvae.evaluation.observers.text.Text",
 }
-"""Observers of the package that are asked for by name."""
+
 ALL = "all"
 ZOO_PAGE = """# One table of autoencoders
 
@@ -68,9 +72,11 @@ Made by `{}`, which writes it as zoo.md: all under one protocol, on the same ima
 
 """
 
+# Arguments and flags that olvae latents and olvae app take as well.
 TARGETS = typer.Argument(
     metavar="TARGET...",
-    help="Runs (folder, name, or last), checkpoints, exports, olvae:NAME, hub ids, or diffusers:ID_OR_FOLDER.",
+    help="Runs (folder, name, or last), checkpoints, exports, olvae:NAME, hub ids, or "
+    "diffusers:ID_OR_FOLDER.",
 )
 Targets = Annotated[list[str], TARGETS]
 
@@ -91,7 +97,9 @@ BatchSize = Annotated[
 
 First = Annotated[int | None, typer.Option(min=1, metavar="N", help="Use only the first N images.")]
 
-NOT_ALL = "all: but ssim_uniform and fdd; with --zoo psnr, ssim, lpips, rfid."
+# The registries know the defaults; a test compares them.
+NOT_ALL = "all = every metric except ssim_uniform and fdd (with --zoo: psnr, ssim, lpips, rfid)."
+
 WeightsDir = Annotated[
     Path | None,
     typer.Option(
@@ -117,8 +125,9 @@ def command(
         str | None,
         typer.Option(
             metavar="[NAMES]",
-            help="In place of TARGETs the autoencoders that people use, all or those named, in one table: DIR/zoo.md. "
-            "Continues where it was interrupted. --weights-dir may hold local copies, in a folder for each name.",
+            help="Compare popular autoencoders in one table, DIR/zoo.md, in place of TARGETs: all, "
+            "or these names. Continues where it was interrupted. --weights-dir may hold local "
+            "copies, in a folder for each name.",
         ),
     ] = None,
     config: ConfigFile = None,
@@ -143,12 +152,14 @@ def command(
         str | None,
         typer.Option(
             metavar="PIXELS",
-            help="256, or 80x256; by default the config's, otherwise the protocol's.",
+            help="Size of the images, 256 or 80x256; by default the config's, otherwise the "
+            "protocol's.",
         ),
     ] = None,
     images: First = None,
     posterior: Annotated[
-        Literal["mode", "sample"] | None, typer.Option(help="By default the protocol's.")
+        Literal["mode", "sample"] | None,
+        typer.Option(help="Decode the mode or a sample; by default as the protocol."),
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of the noise, if latents are sampled.")
@@ -160,22 +171,23 @@ def command(
         bool,
         typer.Option(
             "--baselines",
-            help="Add rows for the linear code of equal size, for bicubic resampling, and for the first target "
-            "untrained.",
+            help="Add rows for the linear code of equal size, for bicubic resampling, and for the "
+            "first target untrained.",
         ),
     ] = False,
     fit: Annotated[
         str | None,
         typer.Option(
             metavar="SRC",
-            help="Images to fit the linear code on; by default the first target's training.",
+            help="Images to fit the linear code on; by default the first target's training images.",
         ),
     ] = None,
     cross: Annotated[
         bool,
         typer.Option(
             "--cross",
-            help="TEACHER STUDENT: each encoder with each decoder, and the latents' error.",
+            help="For TEACHER STUDENT: add rows for each encoder with each decoder, and the error "
+            "of the latents.",
         ),
     ] = False,
     precision: Annotated[
@@ -185,15 +197,16 @@ def command(
             callback=comma_list(
                 (*PRECISIONS[:3], "fp16-autocast", "bf16-autocast"), aliases=PRECISIONS
             ),
-            help="fp16, bf16: adds a row in that precision, with its largest activations; with -autocast, under "
-            "autocast. float32 is always included.",
+            help="Add rows in fp16 or bf16, with the largest activations; fp16-autocast and "
+            "bf16-autocast run under autocast. float32 is always included.",
         ),
     ] = "32",
     observe: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help=f"Look at more: {', '.join(OBSERVERS)}, or your package.module.Class. May be repeated.",
+            help=f"Add an observer: {', '.join(OBSERVERS)}, or your package.module.Class. May be "
+            "repeated.",
         ),
     ] = None,
     beside: Annotated[
@@ -201,7 +214,8 @@ def command(
         typer.Option(metavar="FILE", help="Add rows of an earlier metrics.json. May be repeated."),
     ] = None,
     mix_protocols: Annotated[
-        bool, typer.Option("--mix-protocols", help="Let --beside mix protocols, marked.")
+        bool,
+        typer.Option("--mix-protocols", help="Let --beside add rows of other protocols, marked."),
     ] = False,
     device: Device = None,
     out: Out = None,
@@ -214,25 +228,27 @@ def command(
 ) -> None:
     """Evaluate how well one or several autoencoders reconstruct the same test images.
 
-    A metric whose pretrained network is missing is listed as skipped, with what to do about it. Each protocol gives a
-    table of its own. Under torchrun, the processes share the images. Whose choices the protocols are:
-    https://open-litevae.github.io/open-litevae/evaluation/
+    A metric whose pretrained network is missing is listed as skipped, with what to do about it.
+    Each protocol gives a table of its own. Under torchrun, the processes share the images. Where
+    the protocols come from: https://open-litevae.github.io/open-litevae/evaluation/
 
     Example: olvae evaluate -B 16 demo
 
     Example: olvae evaluate my-vae --data photos --precision fp16,bf16,32 --out precisions
 
-    Example: olvae evaluate demo diffusers:stabilityai/sd-vae-ft-mse --data photos --size 256 --out comparison
+    Example: olvae evaluate demo diffusers:stabilityai/sd-vae-ft-mse --data photos --out comparison
 
     Example: olvae evaluate --zoo sdxl,flux2,qwen-image --data photos --size 256 --out zoo
     """
-    if (zoo is None) == (not targets) or (
-        zoo is not None and (not data or not out or baselines or "," in protocol)
-    ):
+    # TARGETs, or the zoo: it has one table, in a folder of its own, for images of the user's.
+    zoo_fits = data and out and not (targets or baselines or "," in protocol)
+    if not (targets if zoo is None else zoo_fits):
         raise ConfigError(
-            "name TARGETs, as last, or `zoo` with `data`, `out` and one `protocol`, without `baselines`"
+            "name TARGETs, as last, or `zoo` with `data`, `out` and one `protocol`, without "
+            "`baselines`"
         )
-    check_paths(*(targets := targets or []), data=data)
+    targets = targets or []
+    check_paths(*targets, data=data)
     check_paths(data=fit)
     check_applies("--fit", fit is not None, "--baselines", baselines)
     check_applies("--mix-protocols", mix_protocols, "--beside", bool(beside))
@@ -241,23 +257,21 @@ def command(
         from olvae.devices import join, keep_freed_memory, leave, resolve_device
         from olvae.evaluation.baselines import Baselines
         from olvae.evaluation.observers.observer import UNTRAINED
-        from olvae.evaluation.protocol import PROTOCOLS as PRESETS
         from olvae.evaluation.report import write_markdown
         from olvae.evaluation.runner import DEFAULT_METRICS, Request, evaluate
         from olvae.evaluation.zoo import ZOO_METRICS, evaluate_zoo, read_zoo
         from olvae.models.loading.targets import find_target, name_apart
 
-    names = (
-        split_commas(metrics)
-        if ALL not in split_commas(metrics)
-        else [*(ZOO_METRICS if zoo else DEFAULT_METRICS)]
-    )
+    # What is measured: metrics, and protocols with the changes that the flags make.
+    names = split_commas(metrics)
+    if ALL in names:
+        names = [*(ZOO_METRICS if zoo else DEFAULT_METRICS)]
     pixels = Sides.read(size).node if size else None
-    choices = (("posterior", posterior), ("seed", seed), ("size", pixels))
-    changes: dict[str, Any] = {name: value for name, value in choices if value is not None}
-    protocols = [replace(PRESETS[name], **changes) for name in split_commas(protocol)]
-    if seed and all(p.noise_seed is None for p in protocols):
-        raise ConfigError("--seed applies to samples: add --posterior sample, or leave it out")
+    protocols = _protocols(
+        split_commas(protocol), {"posterior": posterior, "seed": seed, "size": pixels}
+    )
+
+    # The autoencoders, and what else is looked at: in the zoo, everything.
     find = partial(
         find_target, config=config, config_base=config_base, raw=raw, allow_mismatch=allow_mismatch
     )
@@ -269,13 +283,19 @@ def command(
         observe or ([] if zoo is None else [*OBSERVERS]),
         weights_dir,
     )
-    observers += [Baselines(found[0], fit)] if baselines else []
+    if baselines:
+        observers.append(Baselines(found[0], fit))
+
+    # Where results go, a file for each protocol; earlier results are read before the work.
     folder = results_folder(out, "".join(targets[:1]), found[0].run if found else None)
     suffixes = {p.name: "" if p is protocols[0] else f"_{p.name}" for p in protocols}
-    places = [folder / f"metrics{s}.json" for s in suffixes.values() if found]
+    places = [folder / f"metrics{suffix}.json" for suffix in suffixes.values()] if found else []
     earlier = _read_earlier_files(beside or (), places, observers)
+
+    # Evaluate, in one process or several; the first one has the result.
     keep_freed_memory()
-    if rank := join()[0]:
+    rank, _ = join()
+    if rank:
         logging.getLogger("olvae").setLevel(logging.ERROR)
     device = resolve_device(device)
     request = Request(
@@ -299,6 +319,17 @@ def command(
             write_markdown(evaluated[0], folder / "zoo.md", ZOO_PAGE.format(_command()))
 
 
+def _protocols(names: Iterable[str], settings: Mapping[str, Any]) -> "list[Protocol]":
+    """Return protocols by their names, with the settings that are not None in place of theirs."""
+    from olvae.evaluation.protocol import PROTOCOLS as PRESETS
+
+    changes = {name: value for name, value in settings.items() if value is not None}
+    protocols = [replace(PRESETS[name], **changes) for name in names]
+    if settings["seed"] and all(p.noise_seed is None for p in protocols):
+        raise ConfigError("--seed applies to samples: add --posterior sample, or leave it out")
+    return protocols
+
+
 def _observers(
     crossed: bool, precisions: list[str], report: bool, own: Iterable[str], weights_dir: Path | None
 ) -> list["Observer"]:
@@ -313,24 +344,27 @@ def _observers(
     )
     from olvae.evaluation.observers.observer import Observer
 
-    observers: list[Observer] = [cross.Cross()] if crossed else []
-    observers += [half_precision.HalfPrecision(precisions)] if precisions != ["32"] else []
+    observers: list[Observer] = []
+    if crossed:
+        observers.append(cross.Cross())
+    if precisions != ["32"]:
+        observers.append(half_precision.HalfPrecision(precisions))
     observers += [not_rgb.RealValues(), not_rgb.Transparency(), gallery.Gallery(), bands.Bands()]
-    observers += [flat_colours.FlatColours()] if report else []
-    arguments = {"ifid": {"weights_dir": weights_dir}}
-    observers += [
-        resolve_class(OBSERVERS.get(name, name), Observer)(**arguments.get(name, {}))
-        for name in own
-    ]
+    if report:
+        observers.append(flat_colours.FlatColours())
+    for name in own:
+        arguments = {"weights_dir": weights_dir} if name == "ifid" else {}
+        observers.append(resolve_class(OBSERVERS.get(name, name), Observer)(**arguments))
     return observers
 
 
 def _command() -> str:
+    """Return the command line, as the user can repeat it."""
     return shlex.join([Path(sys.argv[0]).name.replace("__main__.py", "olvae"), *sys.argv[1:]])
 
 
 def _of_earlier_rows() -> "list[Observer]":
-    """Make the observers that show entries of earlier results; others show what they saw themselves."""
+    """Make the observers that can show earlier results; others show only what they saw."""
     from olvae.evaluation.observers import cross, half_precision
 
     return [cross.Cross(), half_precision.HalfPrecision()]
@@ -339,17 +373,22 @@ def _of_earlier_rows() -> "list[Observer]":
 def _read_earlier_files(
     paths: Iterable[Path], places: Iterable[Path], observers: "Iterable[Observer]"
 ) -> "dict[Path, Results]":
-    """Read what `beside` names; ConfigError if new results would overwrite one, a note if they replace others."""
+    """Read the files of `beside`; note which earlier results will be replaced.
+
+    Raise ConfigError if new results would overwrite one of the files.
+    """
     from olvae.evaluation.results import Results
 
     taken = {place.resolve() for place in places}
     earlier = {path: Results.read(path, [*_of_earlier_rows(), *observers]) for path in paths}
-    if replaced := [str(place) for place in taken if place.is_file()]:
+    replaced = [str(place) for place in taken if place.is_file()]
+    if replaced:
         typer.echo(
             f"note: {', '.join(replaced)}: earlier results, which these replace; --out keeps both",
             err=True,
         )
-    if over := [path for path in earlier if path.resolve() in taken]:
+    over = [path for path in earlier if path.resolve() in taken]
+    if over:
         raise ConfigError(f"`beside` {over[0]}: new results would overwrite it: set `out`")
     return earlier
 
@@ -363,27 +402,34 @@ def _finish(
     page: bool,
     as_json: bool,
 ) -> None:
-    """Write and print results beside earlier ones; ValueError, after that, if these are not comparable."""
+    """Write and print results, with earlier ones beside them.
+
+    Earlier ones that are not comparable are left out; raise ValueError for them in the end.
+    """
     from olvae.evaluation.report import print_results, write_files
 
     written: list[tuple[str, Path]] = []
     refused: list[ValueError] = []
     for i, one in enumerate(evaluated):
-        results, names = one.results, [observer.name for observer in one.observers]
+        results = one.results
         try:
             results = results.beside(earlier, mix)
         except ValueError as reason:
             refused.append(reason)
-        shown = (
-            [observer for observer in _of_earlier_rows() if observer.name not in names]
-            if earlier
-            else []
-        )
+
+        # Observers that show earlier rows, as far as they did not look themselves.
+        shown = []
+        if earlier:
+            names = [observer.name for observer in one.observers]
+            shown = [observer for observer in _of_earlier_rows() if observer.name not in names]
         evaluated[i] = replace(one, results=results, observers=[*shown, *one.observers])
+
+        # Files of each protocol; --json prints the first one's.
         suffix = suffixes[results.protocol["name"]]
         written += write_files(evaluated[i], folder, suffix, _command() if page else None).items()
         if as_json and not suffix:
             typer.echo(json.dumps(results.as_dict(), indent=2))
+
     print_results(evaluated, in_flags)
     for what, path in written:
         typer.echo(f"{what + ':':<9}{path}", err=True)
@@ -392,7 +438,7 @@ def _finish(
 
 
 def results_folder(out: Path | None, target: str, run: Run | None) -> Path:
-    """Choose and check the folder of the results: ``out``, the run's folder, or one beside a file of weights."""
+    """Choose and check the results' folder: ``out``, the run's, or one beside a weights file."""
     if out is None and run is not None:
         out = Path(find_run(target))
     elif out is None and Path(target).is_file():

@@ -31,10 +31,11 @@ def command(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="litevae: AutoencoderLiteVAE, for this package and diffusers. diffusers: its own AutoencoderKL. ldm: "
-            "one file with the names of Stable Diffusion's, FLUX's or Wan's project, for ComfyUI and A1111. comfyui: "
-            "one file of a LiteVAE, for the node in integrations/comfyui. taesd: two files of TAESD's networks. Or a "
-            "Layout of your own, package.module.Class. By default diffusers for an AutoencoderKL, else litevae.",
+            help="litevae: AutoencoderLiteVAE, for this package and diffusers. diffusers: its own "
+            "AutoencoderKL. ldm: one file with the names of Stable Diffusion's, FLUX's or Wan's "
+            "project, for ComfyUI and A1111. comfyui: one file of a LiteVAE, for the node in "
+            "integrations/comfyui. taesd: two files of TAESD's networks. Or a Layout of your own, "
+            "package.module.Class. By default diffusers for an AutoencoderKL, else litevae.",
         ),
     ] = None,
     config: ConfigFile = None,
@@ -95,16 +96,16 @@ def command(
         )
         settings.check(out)
         found = find_target(target, config, config_base, raw, allow_mismatch)
-    with Console(stderr=True).status(
-        "writing and comparing" + (", ONNX takes a minute" if onnx else "")
-    ):
+
+    # Write the export and compare it; what was compared is reported with the largest difference.
+    waiting = "writing and comparing"
+    if onnx:
+        waiting += ", ONNX takes a minute"
+    with Console(stderr=True).status(waiting):
         differences, notes = export_target(found, out, settings)
     for what, difference in differences.items():
-        typer.echo(
-            f"{what}: "
-            + (f"within {difference:.1e} of the largest value" if difference else "equal"),
-            err=True,
-        )
+        result = f"within {difference:.1e} of the largest value" if difference else "equal"
+        typer.echo(f"{what}: {result}", err=True)
     for note in notes:
         typer.echo(f"note: {in_flags(note)}", err=True)
     typer.echo(f"export: {out}", err=True)

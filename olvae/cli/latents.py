@@ -39,7 +39,7 @@ def command(
     images: First = None,
     device: Device = None,
     ifid: Annotated[
-        bool, typer.Option("--ifid", help="Add iFID, of pictures between latents.")
+        bool, typer.Option("--ifid", help="Add iFID: FID of images decoded between two latents.")
     ] = False,
     weights_dir: WeightsDir = None,
     out: Out = None,
@@ -49,9 +49,9 @@ def command(
 ) -> None:
     """Compare the latents of one or several models, on the same images, with N(0, I).
 
-    Reports histogram, moments, KL and activity per channel, MMD, and the shift and scaling factors that a diffusion
-    config needs. Under torchrun, processes share the images. What they mean:
-    https://open-litevae.github.io/open-litevae/latents/
+    Reports histogram, moments, KL and activity per channel, MMD, and the shift and scaling factors
+    that a diffusion config needs. Under torchrun, processes share the images. What the numbers
+    mean: https://open-litevae.github.io/open-litevae/latents/
 
     Example: olvae latents demo --data photos --images 1000 --out report
     """
@@ -73,6 +73,7 @@ def command(
         from olvae.models.loading.targets import find_target, name_apart
         from olvae.modules.scaling_factors import FEW_IMAGES
 
+    # Models, what iFID needs of them if asked for, and images that all of them can encode.
     join()
     found = [
         find_target(target, config, raw=raw, allow_mismatch=allow_mismatch) for target in targets
@@ -85,35 +86,42 @@ def command(
     source = open_images_for(models, found[0].config, data)
     if images is not None:
         source.limit(images)
-    shown = with_progress(
-        "encoding", source.test_loader(batch_size or (8 if data else None)), source.val_images
-    )
+
+    # Encode; processes share the images, and the first one has the result.
+    if batch_size is None and data:
+        batch_size = 8
+    batches = source.test_loader(batch_size)
+    shown = with_progress("encoding", batches, source.val_images)
     accumulators = encode_latents(models, shown, device, source.pixel_range, observer)
     leave()
     if accumulators is None:
         return
-    observer = observer if is_examined(observer, subjects, source, device) else Observer()
+
+    # Compute the report; without iFID if that fails.
+    if not is_examined(observer, subjects, source, device):
+        observer = Observer()
     about = {
         "source": data or place_of(found[0].config["data"]),
         "images": source.describe_val_images(),
+        "size": source.size.node,
     }
     with ProgressBar("comparing with N(0, I)", len(models), unit="models") as bar:
         sums = {name: tensors_sum(model.state_dict()) for name, model in models.items()}
-        content = report_latents(
-            accumulators, sums, observer, {**about, "size": source.size.node}, bar.advance
-        )
+        content = report_latents(accumulators, sums, observer, about, bar.advance)
+
+    # Write and print it.
     with no_empty_folders(folder):
         folder.mkdir(parents=True, exist_ok=True)
         remove_partials(folder.glob(".partial-*"), idle_s=1.0)
         write_json(content, folder / "latents.json")
-        draw_distribution(
-            {row["target"]: row for row in content["results"]}, folder / "latents.png"
-        )
+        rows = {row["target"]: row for row in content["results"]}
+        draw_distribution(rows, folder / "latents.png")
     print_latents(content, observer)
     n = content["data"]["n"]
     if n < FEW_IMAGES:
         typer.echo(
-            f"warning: factors of few images, {n}: measure them on {FEW_IMAGES} or more, with --data",
+            f"warning: factors of few images, {n}: measure them on {FEW_IMAGES} or more, with "
+            "--data",
             err=True,
         )
     if as_json:

@@ -70,25 +70,27 @@ def program(
 PACKAGE = Path(__file__).parent.parent
 PYTHONS_FORMAT = warnings.formatwarning
 
-MANY_VALUES = (
-    "--base",
-    "-b",
-)  # options that take several values after one flag, as in latent-diffusion's commands
-ALONE = {"--zoo": evaluate.ALL}  # options that may stand without a value, and what they mean then
+# Options that take several values after one flag, as in latent-diffusion's commands.
+MANY_VALUES = ("--base", "-b")
+
+# Options that may stand without a value, and the value that they have then.
+ALONE = {"--zoo": evaluate.ALL}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command; exits with 2 for wrong usage, 1 for a failure, and a traceback only with ``--debug``.
+    """Run a command; exit with 2 for wrong usage, 1 for a failure, 130 or 75 if it was stopped.
 
-    Ctrl-C and SIGTERM end it with 130 and 75.
+    Ctrl-C stops with 130, SIGTERM with 75. There is a traceback only with ``--debug``.
     """
+    # How to stop, and where messages go; --debug is no option of any command.
     end_on(signal.SIGTERM)
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     warnings.formatwarning = _format_warning
-    logging.getLogger("bitsandbytes.backends").setLevel(
-        logging.ERROR
-    )  # diffusers imports it: a kernel that none needs
+    # diffusers imports bitsandbytes, which warns about a kernel that nobody needs here.
+    logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
+
+    # Run; every error but one of --debug ends as a line and a code.
     try:
         arguments = repeat_flags([argument for argument in given if argument != "--debug"])
         command = typer.main.get_command(app)
@@ -98,17 +100,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (typer.Abort, KeyboardInterrupt):
         code = STOPPED
     except Exception as error:
-        if (
-            stop_code() == PREEMPTED
-        ):  # a library's import turned KeyboardInterrupt into another error
+        if stop_code() == PREEMPTED:
+            # A library's import turned KeyboardInterrupt into another error.
             code = STOPPED
         elif debug:
             raise
         else:
             code = print_error(error, given)
-    if (
-        code == STOPPED
-    ):  # typer turns Ctrl-C into it; a command that has printed more raises SystemExit
+
+    # typer turns Ctrl-C into this code. A command that has printed more raises SystemExit.
+    if code == STOPPED:
         typer.echo("stopped", err=True)
         code = stop_code()
     sys.exit(code if isinstance(code, int) else 0)
@@ -135,51 +136,52 @@ def _format_warning(
 
 
 def print_error(error: Exception, arguments: Sequence[str] = ()) -> int:
-    """Print one line, or one for each mistake of a config; returns the exit code."""
-    if hasattr(error, "format_message") and hasattr(
-        error, "exit_code"
-    ):  # of click, or of typer's copy of it
+    """Print one line, or one for each mistake of a config; return the exit code."""
+    # Wrong usage: an error of click, or of typer's copy of it. Several lines are a help.
+    if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         text = error.format_message().replace("Value error, ", "")
         if arguments[:1] == ["train"] and hasattr(error, "option_name"):
             text += _as_setting(error.option_name, arguments)
-        typer.echo(
-            text if "\n" in text else f"error: {text}", err=True
-        )  # more than one line is a help
+        if "\n" not in text:
+            text = f"error: {text}"
+        typer.echo(text, err=True)
         return int(error.exit_code)
+
+    # A loader's process that was killed shows as one of many errors.
     if isinstance(error, RuntimeError | ConnectionError | EOFError | TypeError):
         from olvae.data.read_errors import worker_death
 
-        if (death := worker_death(error)) is not None:
+        death = worker_death(error)
+        if death is not None:
             error = ChildProcessError(death)
+
+    # The system's own errors have the file apart. A loader's process sends its whole traceback,
+    # whose last line is the error. An unexpected error is printed with its type.
     text = str(error).strip() or type(error).__name__
-    if isinstance(error, OSError) and error.filename and error.strerror:  # the system's own
+    if isinstance(error, OSError) and error.filename and error.strerror:
         text = f"{error.filename}: {error.strerror}"
-    if (
-        text.startswith("Caught ") and "Original Traceback" in text
-    ):  # from a loader's process: keep its last line
+    if text.startswith("Caught ") and "Original Traceback" in text:
         last = text.splitlines()[-1]
         text = last.partition(": ")[2] or last
     if not isinstance(error, ValueError | OSError | ArithmeticError):
         text = f"{type(error).__name__}: {text.splitlines()[0]} (--debug shows where)"
+
+    # Names of files may hold a terminal's commands.
     for line in text.splitlines():
-        typer.echo(
-            f"error: {printable(in_flags(line))}", err=True
-        )  # file names may hold a terminal's commands
+        typer.echo(f"error: {printable(in_flags(line))}", err=True)
     return 2 if isinstance(error, ConfigError) else 1
 
 
 def _as_setting(option: str, arguments: Sequence[str]) -> str:
-    """End the message on an unknown option of ``olvae train`` with the way to write a setting of its config."""
-    name, places = option.lstrip("-").rpartition(".")[2].replace("-", "_"), dict[str, str]()
+    """End the message on an unknown option of ``olvae train``: how to write a config's setting."""
+    name = option.lstrip("-").rpartition(".")[2].replace("-", "_")
+    places: dict[str, str] = {}
     with contextlib.suppress(ConfigError):
-        places = key_places(
-            load([b for flag, b in pairwise(repeat_flags([*arguments])) if flag in MANY_VALUES])
-        )
-    written = (
-        f"{places[name]}=..."
-        if name in places
-        else "KEY=VALUE, as in lightning.trainer.max_steps=20"
-    )
+        words = pairwise(repeat_flags([*arguments]))
+        places = key_places(load([word for flag, word in words if flag in MANY_VALUES]))
+    written = "KEY=VALUE, as in lightning.trainer.max_steps=20"
+    if name in places:
+        written = f"{places[name]}=..."
     return f"; settings of the config are written without dashes: {written}"
 
 
@@ -189,8 +191,9 @@ def repeat_flags(arguments: list[str]) -> list[str]:
     Overrides (key=value) end the list.
     """
     out: list[str] = []
-    flag: str | None = None
-    for argument, follows in zip(arguments, [*arguments, "-"][1:], strict=True):
+    flag: str | None = None  # whose values these are
+    following = [*arguments, "-"][1:]
+    for argument, follows in zip(arguments, following, strict=True):
         if argument in MANY_VALUES:
             flag = argument
             if follows.startswith("-") or _is_override(follows):
@@ -199,15 +202,14 @@ def repeat_flags(arguments: list[str]) -> list[str]:
             out += [flag, argument]
         else:
             flag = None
-            out += (
-                [argument, ALONE[argument]]
-                if argument in ALONE and follows.startswith("-")
-                else [argument]
-            )
+            out.append(argument)
+            if argument in ALONE and follows.startswith("-"):
+                out.append(ALONE[argument])
     return out
 
 
 def _is_override(argument: str) -> bool:
+    """Whether this is KEY=VALUE, and not a path with "=" in the name of a file."""
     return "=" in argument and "/" not in argument.partition("=")[0]
 
 

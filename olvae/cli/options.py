@@ -30,12 +30,15 @@ from olvae.models.spec import check_target
 if TYPE_CHECKING:  # slow to import
     from olvae.data.source import Batch
 
-STOPPED = 130  # exit code after Ctrl-C, as in shells
+# Exit code after Ctrl-C, as in shells.
+STOPPED = 130
 
-PREEMPTED = 75  # after a scheduler's signal or a time limit, EX_TEMPFAIL in sysexits.h: what was begun can be continued
+# Exit code after a scheduler's signal or a time limit, EX_TEMPFAIL in sysexits.h: the command can
+# be continued.
+PREEMPTED = 75
 
+# Names, then aliases, that olvae.devices.precision_name takes, which imports torch.
 PRECISIONS = ("fp16", "bf16", "32", "16", "float16", "bfloat16", "float32")
-"""What :func:`olvae.devices.precision_name`, which imports torch, takes: names, then aliases."""
 
 Callback = Callable[[typer.CallbackParam, str | None], str | None]
 
@@ -81,10 +84,14 @@ def split_commas(text: str) -> list[str]:
     return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
-KINDS = "A run (folder, name, or last), checkpoint, export, olvae:NAME, id of the hub, or diffusers:ID_OR_FOLDER."
+# Arguments and flags that several commands share.
+KINDS = (
+    "A run (folder, name, or last), checkpoint, export, olvae:NAME, id of the hub, or "
+    "diffusers:ID_OR_FOLDER."
+)
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help=KINDS)]
 
-CONFIG_HELP = "The config of a checkpoint, a file or recipe; a run folder has its own."
+CONFIG_HELP = "Config of a checkpoint, a file or a recipe; a run folder has its own."
 ConfigFile = Annotated[Path | None, typer.Option(metavar="CFG", help=CONFIG_HELP)]
 
 ConfigBase = Annotated[
@@ -109,8 +116,11 @@ Device = Annotated[
     typer.Option(callback=check_device, help="cpu or cuda; by default a GPU if there is one."),
 ]
 
-_received: list[int] = []  # signals
-_flags: dict[str, str] = {}  # of the running command, by the names of their settings
+# Signals that have ended the command.
+_received: list[int] = []
+
+# Flags of the running command, by the names of their settings.
+_flags: dict[str, str] = {}
 
 
 def end_on(*numbers: int) -> None:
@@ -132,14 +142,15 @@ def stop_code() -> int:
 
 
 def loading() -> Status:
-    """Show "loading" on a terminal inside the ``with`` block, while torch is imported and weights are read."""
+    """Show "loading" on a terminal inside the ``with`` block, which imports torch."""
     return Console(stderr=True).status("loading")
 
 
 def check_paths(*targets: str, data: str | None = None) -> None:
-    """Raise FileNotFoundError for a missing target or source of data, before anything slow is imported."""
+    """Raise FileNotFoundError for a missing target or source of data, before slow imports."""
     for target in targets:
         check_target(target)
+    # Patterns, URLs, data sets and files that are looked for later.
     no_path = r"[:*?\[{]|\.(ya?ml|tar|tgz|gz)$|^(samples|-)$"
     if data is not None and not re.search(no_path, data) and not Path(data).expanduser().exists():
         what = "list of images" if data.lower().endswith(".txt") else "folder"
@@ -154,15 +165,17 @@ def name_flags(command: Any, arguments: Sequence[str]) -> None:
     for parameter in command.params:
         flag = max(parameter.opts, key=len)
         if flag.startswith("--"):
-            _flags[parameter.name] = _flags[flag.removeprefix("--").replace("-", "_")] = flag
+            _flags[parameter.name] = flag
+            _flags[flag.removeprefix("--").replace("-", "_")] = flag
 
 
 def in_flags(text: str) -> str:
-    """Write settings as this command's flags: the library's "`precision` 64" becomes "--precision 64"."""
+    """Write settings as this command's flags: "`precision` 64" becomes "--precision 64"."""
     return re.sub(r"`(\w+)`", lambda match: _flags.get(match[1], match[0]), text)
 
 
-LINE_EVERY_S = 15.0  # seconds between lines of progress without a terminal
+# Seconds between lines of progress without a terminal.
+LINE_EVERY_S = 15.0
 
 
 def print_rows(
@@ -178,8 +191,8 @@ def print_rows(
 class ProgressBar:
     """Show progress on standard error, inside a ``with`` block; the bar disappears at its end.
 
-    The bar and its thread start with the first count, because worker processes have to be forked before. The total may
-    be unknown; ``enabled`` is False for ranks other than the first.
+    The bar and its thread start with the first count, because worker processes have to be forked
+    before. The total may be unknown; ``enabled`` is False for ranks other than the first.
     """
 
     def __init__(
@@ -189,21 +202,26 @@ class ProgressBar:
         enabled: bool = True,
         unit: str = "images",
     ) -> None:
-        self.description, self.total, self.enabled, self.unit = description, total, enabled, unit
+        self.description = description
+        self.total = total
+        self.enabled = enabled
+        self.unit = unit
         self.done = 0.0
+
+        # A bar on a terminal, lines elsewhere.
         self._line_at = time.monotonic() + LINE_EVERY_S
         self._bar: Progress | None = None
         console = Console(stderr=True)
         if enabled and console.is_terminal:
-            name = TextColumn("{task.description}", markup=False)
-            columns = (
-                name,
+            self._bar = Progress(
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 _RateColumn(unit),
                 TimeRemainingColumn(),
+                console=console,
+                transient=True,
             )
-            self._bar = Progress(*columns, console=console, transient=True)
             self._task = self._bar.add_task(description, total=total)
 
     def __enter__(self) -> "ProgressBar":
@@ -220,13 +238,17 @@ class ProgressBar:
     def set(self, done: float, total: float | None = None) -> None:
         """Set the number of units done, and the total once it is known."""
         self.done = done
-        self.total = self.total if total is None else total
+        if total is not None:
+            self.total = total
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=self.total)
             self._bar.start()
+        # Without a terminal, a line now and then.
         elif self.enabled and time.monotonic() >= self._line_at:
             self._line_at = time.monotonic() + LINE_EVERY_S
-            of_total = "" if self.total is None else f" of {self.total:.0f}"
+            of_total = ""
+            if self.total is not None:
+                of_total = f" of {self.total:.0f}"
             typer.echo(f"{self.description}: {int(done)}{of_total} {self.unit}", err=True)
 
     def print(self, line: str) -> None:
@@ -238,21 +260,27 @@ class ProgressBar:
 
 
 class _RateColumn(ProgressColumn):
+    """Units a second; rich's own column is for bytes."""
+
     def __init__(self, unit: str) -> None:
         super().__init__()
         self.unit = unit
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.{0 if speed >= 10 else 1}f} {self.unit}/s")
+        if speed is None:
+            return Text("")
+        digits = 0 if speed >= 10 else 1
+        return Text(f"{speed:,.{digits}f} {self.unit}/s")
 
 
 def with_progress(
     description: str, batches: "Iterable[Batch]", total: int | None
 ) -> "Iterator[Batch]":
-    """Show progress over this process's batches as images of all processes, in the first process."""
+    """Show progress over batches, in the first process; each process has as many images."""
     from olvae.devices import this_process
 
+    # Other processes go on at the same pace: count their images with each batch here.
     rank, world = this_process()
     with ProgressBar(description, total, enabled=rank == 0) as bar:
         for batch in batches:

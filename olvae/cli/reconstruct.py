@@ -1,4 +1,4 @@
-"""Run ``olvae reconstruct`` and ``olvae app``: look at reconstructions, in files or in a browser."""
+"""Run ``olvae reconstruct`` and ``olvae app``: look at reconstructions in files or a browser."""
 
 import importlib.util
 import socket
@@ -43,8 +43,8 @@ def command(
         typer.Option(
             metavar="GiB",
             callback=check_memory,
-            help="Memory for activations, besides images and weights; by default half of a GPU's free memory, or 1 on "
-            "the CPU. Tiles do not change the result.",
+            help="Memory for activations, besides images and weights; by default half of a GPU's "
+            "free memory, or 1 on the CPU. Tiles do not change the result.",
         ),
     ] = None,
     sample: Annotated[
@@ -57,7 +57,9 @@ def command(
         ),
     ] = None,
 ) -> None:
-    """Reconstruct images of any size; write each result, and a picture of input, output and error with the PSNR.
+    """Reconstruct images of any size; write each result, and input, output and error side by side.
+
+    The picture of the three, NAME_compare.png, has the PSNR in it.
 
     Example: olvae reconstruct olvae:photos-f8c12 photo.jpg
 
@@ -74,18 +76,24 @@ def command(
         from olvae.models.large.tiling import GIB, default_memory
         from olvae.models.loading.targets import find_target
 
+    # What can be refused before weights are read, and where results go.
     check_folder(out)
     where = torch.device(resolve_device(device))
     resolve_precision(precision, where.type)
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
     places = plan_outputs(images, out)
+
+    # The autoencoder; only a LiteVAE can be computed in parts.
     model = found.load().to(where).fold()
     if memory is not None and not isinstance(model, LiteVAE):
         raise ConfigError(f"--memory: {found.name} is always computed whole: leave it out")
     budget = default_memory(where) if memory is None else int(memory * GIB)
-    options = ReconstructOptions(
-        where, budget, (seed or 0) if sample else None, precision_name(precision)
-    )
+    noise = None
+    if sample:
+        noise = seed or 0
+    options = ReconstructOptions(where, budget, noise, precision_name(precision))
+
+    # Reconstruct; images that can't be read are reported, and the exit code is 1.
     if any(place.with_name(f"{place.name}_compare.png").is_file() for place in places.values()):
         typer.echo(
             f"note: {out}: earlier results of these images are replaced; --out keeps both", err=True
@@ -110,9 +118,10 @@ def app_command(
         int, typer.Option(min=0, max=65535, help="Port to serve on; 0 takes a free one.")
     ] = 7860,
 ) -> None:
-    """Look at autoencoders in a browser: drop an image, compare reconstructions under a slider, error, latent, pixels.
+    """Look at autoencoders in a browser: drop an image, compare reconstructions, error, latents.
 
-    Needs open-litevae[app]. Serves this machine only, unless --host says otherwise; asks nothing of the network.
+    Needs open-litevae[app]. Serves this machine only, unless --host says otherwise; asks nothing of
+    the network.
 
     Example: olvae app olvae:photos-f8c12
 
@@ -121,17 +130,20 @@ def app_command(
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError("olvae app needs Gradio: pip install 'open-litevae[app]'")
     check_paths(*targets)
+
+    # Whether the address is free, before anything slow is imported. As servers do, take one whose
+    # server has just ended.
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(
-                socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
-            )  # as servers do after one that has just ended
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
         raise ConfigError(
             f"--host {host} --port {port}: can't be served on: {reason(error)}"
         ) from error
+
+    # Load the autoencoders and serve the page until Ctrl-C.
     with loading():
         from olvae.app import page
         from olvae.devices import resolve_device

@@ -29,7 +29,7 @@ def command(
         str | None,
         typer.Option(
             metavar="SRC",
-            help="Images to train on: a folder, shards, a list, a data set. data.params.root.",
+            help="Images to train on: a folder, shards, a list, a data set; sets data.params.root.",
         ),
     ] = None,
     logdir: Annotated[Path, typer.Option(help="The folder to create the run folder in.")] = Path(
@@ -61,7 +61,7 @@ def command(
         bool,
         typer.Option(
             "--allow-changes",
-            help="With --resume: other data, networks or losses than the run's own.",
+            help="With --resume: allow other data, networks or losses than the run's.",
         ),
     ] = False,
     actual_resume: Annotated[
@@ -78,7 +78,8 @@ def command(
         typer.Option(
             "--from",
             metavar="TARGET",
-            help="Start from an autoencoder that exists, with its networks: diffusers:ID_OR_FOLDER, a file, a run.",
+            help="Start from an existing autoencoder, with its networks: diffusers:ID_OR_FOLDER, a "
+            "file, a run.",
         ),
     ] = None,
     teacher: Annotated[
@@ -114,17 +115,21 @@ def command(
 
     Example: olvae train --base finetune/sdxl --from diffusers:stabilityai/sdxl-vae --data photos
     """
+    # The flags that are given: nothing else is a local variable yet.
     given = {name: value for name, value in locals().items() if value is not None}
     end_on(signal.SIGUSR1)
     check_paths(data=data)
+
+    # Read the config, and find its mistakes, before anything slow is imported.
     from olvae.training.settings import TrainOptions, read_plan
 
-    plan = read_plan(TrainOptions(**given))  # before anything slow is imported
+    plan = read_plan(TrainOptions(**given))
     with loading():
         from olvae.devices import keep_freed_memory, local_rank
         from olvae.training.processes import is_first
         from olvae.training.run import ProcessDiedError, TrainingStopped, train
 
+    # Train; a run that ends early says how to continue.
     keep_freed_memory()
     try:
         run = train(plan)
@@ -133,15 +138,17 @@ def command(
             typer.echo(
                 f"continue with: olvae train --resume {quote(str(stopped.run.path))}", err=True
             )
-        # The first process of a machine reports the stop: torchrun kills the others when one exits with an error, and
-        # the first one is the last to end.
-        sys.exit(0 if local_rank() else PREEMPTED if stopped.preempted else STOPPED)
+        # The first process of a machine reports the stop: torchrun kills the others when one exits
+        # with an error, and the first one is the last to end.
+        code = PREEMPTED if stopped.preempted else STOPPED
+        sys.exit(0 if local_rank() else code)
     except ProcessDiedError as died:
         if not died.run.last_checkpoint.is_file():
             raise
         raise ChildProcessError(
             f"{died}; continue with: olvae train --resume {quote(str(died.run.path))}"
         ) from died
+
     if is_first():
         path = quote(str(run.path))
         typer.echo(f"next: olvae evaluate --baselines {path}  (numbers and a report)", err=True)

@@ -1,7 +1,8 @@
-"""Read configs, check them, and build objects from them, in the open-LiteVAE and latent-diffusion dialect of YAML.
+"""Read configs, check them, and build objects from them.
 
-A node names a ``target`` and its ``params``. A config's top level has ``model``, ``data``, ``lightning`` (``trainer``,
-``callbacks`` and ``logger``), and in a run folder ``run``, the command's own settings.
+The YAML is in the dialect of open-LiteVAE and latent-diffusion: a node names a ``target`` and its
+``params``. A config's top level has ``model``, ``data``, ``lightning`` (``trainer``, ``callbacks``
+and ``logger``), and in a run folder ``run``, the command's own settings.
 """
 
 from olvae.config.nodes import Config as Config

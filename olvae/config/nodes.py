@@ -1,8 +1,7 @@
-"""Resolve, check and build nodes of ``target`` and ``params``; find every mistake of a config before anything is built.
+"""Resolve, check and build nodes of ``target`` and ``params``.
 
-Importing a model takes several times as long as importing torch, because of Lightning. So the arguments of a class of
-this package or of Lightning are read from its source: its constructor is compiled without its body, and the names in
-its annotations are looked up from module to module. Anything unusual, such as a decorator, is left to an import.
+All mistakes of a config are found before anything is built, and without importing its model: the
+arguments of a target are read from its source (see :func:`arguments_in_source`).
 """
 
 import __future__
@@ -45,7 +44,7 @@ SET_BY_TRAINER = {
     "accumulate_grad_batches": "lightning.trainer.accumulate_grad_batches",
     "gradient_clip_val": "lightning.trainer.gradient_clip_val",
 }
-"""Arguments of the model, and the setting from which the trainer fills them in."""
+"""Arguments of the model that the trainer fills in, and the setting that each comes from."""
 
 SET_BY_TRAINING = {
     "callbacks": "lightning.callbacks",
@@ -53,14 +52,15 @@ SET_BY_TRAINING = {
     "default_root_dir": "the option logdir of olvae train",
     "use_distributed_sampler": "the data source",
     "enable_checkpointing": "lightning.callbacks (KeepCheckpoints)",
-    **dict.fromkeys(
-        ("limit_train_batches", "overfit_batches", "fast_dev_run"), "lightning.trainer.max_steps"
-    ),
-    **dict.fromkeys(
-        ("min_steps", "min_epochs"), "lightning.trainer.max_steps"
-    ),  # with which a run would not stop
+    "limit_train_batches": "lightning.trainer.max_steps",
+    "overfit_batches": "lightning.trainer.max_steps",
+    "fast_dev_run": "lightning.trainer.max_steps",
+    # With a minimum, a run would not stop.
+    "min_steps": "lightning.trainer.max_steps",
+    "min_epochs": "lightning.trainer.max_steps",
     "max_time": "the option time-limit of olvae train",
-    **dict.fromkeys(("enable_progress_bar", "barebones"), "lightning.callbacks"),
+    "enable_progress_bar": "lightning.callbacks",
+    "barebones": "lightning.callbacks",
 }
 """Arguments of Lightning's Trainer that this package sets, and the setting to use instead."""
 
@@ -74,7 +74,7 @@ class ConfigError(ValueError):
 
 
 def import_extra(module: str, extra: str, purpose: str) -> Any:
-    """Import a library of one of this package's extras; ConfigError that says how to install it."""
+    """Import a library of an extra; if it is missing, raise ConfigError with the pip command."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -84,7 +84,7 @@ def import_extra(module: str, extra: str, purpose: str) -> Any:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """Return the end of a message on an unknown name: the nearest known one, if one is near."""
+    """End a message on an unknown name: "; did you mean X?", or nothing if no name is near."""
     matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {matches[0]}?" if matches else ""
 
@@ -92,45 +92,55 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def validate(config: Mapping[str, Any]) -> list[str]:
     """List every mistake of a config, one line each, without building anything.
 
-    Finds unknown and missing keys, wrong types and targets that do not import, in nodes at any depth, and suggests the
-    nearest right name; the Trainer's keys are checked against Lightning's signature.
+    Finds unknown and missing keys, wrong types and targets that do not import, in nodes at any
+    depth, and suggests the nearest right name. Lightning's signature decides which keys the Trainer
+    has.
     """
     mistakes = list(unknown_keys(config, TOP_LEVEL))
-    mistakes += _check_model(config["model"]) if "model" in config else ["model: missing"]
+    if "model" in config:
+        mistakes += _check_model(config["model"])
+    else:
+        mistakes.append("model: missing")
     if "data" in config:
         mistakes += _check_node(config["data"], "data")
     if config.get("lightning") is not None:
         mistakes += _check_lightning(config["lightning"])
+    # The colours are checked last, because that needs arguments of the right types.
     return _with_places(mistakes, config) or list(_check_colours(config))
 
 
 def _with_places(mistakes: list[str], config: Mapping[str, Any]) -> list[str]:
-    """Suggest another node's argument for an unknown key: one of its name, or a near one where its node has none."""
+    """Suggest another node's argument for an unknown key: one of its name, or else a similar one.
+
+    A similar one only where the key's own node has none.
+    """
     if not any(": unknown key; " in mistake for mistake in mistakes):
         return mistakes
     places = key_places(config)
-
-    def completed(mistake: str) -> str:
+    completed = []
+    for mistake in mistakes:
+        # As `unknown_keys` writes it: "known:" lists all keys, because no key of the node is near.
         match = re.fullmatch(r"((?:[^:]*\.)?([^.:]+): unknown key); (known:|did) .*", mistake)
         if match is None:
-            return mistake
-        found = [match[2]] if match[2] in places else []
-        if not found and match[3] == "known:":
-            found = difflib.get_close_matches(match[2], places, n=1, cutoff=0.75)
-        return f"{match[1]}; did you mean {places[found[0]]}?" if found else mistake
-
-    return [completed(mistake) for mistake in mistakes]
+            completed.append(mistake)
+            continue
+        start, key, ending = match.groups()
+        found = [key] if key in places else []
+        if not found and ending == "known:":
+            found = difflib.get_close_matches(key, places, n=1, cutoff=0.75)
+        completed.append(f"{start}; did you mean {places[found[0]]}?" if found else mistake)
+    return completed
 
 
 def key_places(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the dotted places of Lightning's and the nodes' arguments by name; of equal names, the outermost one."""
-    places = {
-        name: f"lightning.trainer.{name}"
-        for name in arguments_of("lightning.pytorch.Trainer").parameters
-    }
-    return places | {
-        place.rpartition(".")[2]: place for place in reversed(list(_argument_places(config, "")))
-    }
+    """Map argument names of Lightning's Trainer and all nodes to dotted places, outermost first."""
+    places = {}
+    for name in arguments_of("lightning.pytorch.Trainer").parameters:
+        places[name] = f"lightning.trainer.{name}"
+    # Inner places first, so that outer ones of the same name overwrite them.
+    for place in reversed(list(_argument_places(config, ""))):
+        places[place.rpartition(".")[2]] = place
+    return places
 
 
 def _argument_places(value: Any, where: str) -> Iterator[str]:
@@ -139,30 +149,34 @@ def _argument_places(value: Any, where: str) -> Iterator[str]:
         return
     if isinstance(value.get("target"), str):
         with contextlib.suppress(ConfigError):
-            yield from (
-                f"{where}params.{name}" for name in arguments_of(value["target"]).parameters
-            )
+            for name in arguments_of(value["target"]).parameters:
+                yield f"{where}params.{name}"
     for key, inner in value.items():
         yield from _argument_places(inner, f"{where}{key}.")
 
 
 def _check_colours(config: Mapping[str, Any]) -> Iterator[str]:
-    """Yield a line for a perceptual loss, whose network sees three channels, on images of another number."""
-    channels = ((config.get("data") or {}).get("params") or {}).get("channels", 3)
+    """Yield a line if the perceptual loss, whose network sees RGB, gets other channels."""
+    data = config.get("data") or {}
+    channels = (data.get("params") or {}).get("channels", 3)
     loss = (config["model"].get("params") or {}).get("lossconfig") or {}
     params = {"lpips_weight": 1.0, "lpips_channels": None, **(loss.get("params") or {})}
     if loss.get("target") != "olvae.losses.objective.Objective" or not params["lpips_weight"]:
         return
-    shown, where = params["lpips_channels"], "model.params.lossconfig.params"
-    if shown is None and channels != 3:
+    shown = params["lpips_channels"]
+    where = "model.params.lossconfig.params"
+    if shown is None:
+        if channels != 3:
+            yield (
+                f"{where}.lpips_weight: its network sees three channels of colour, the images have "
+                f"{channels}: set it to 0, or name three of them, as in "
+                f"{where}.lpips_channels=[2,1,0]"
+            )
+    elif len(shown) != 3 or not all(0 <= channel < channels for channel in shown):
         yield (
-            f"{where}.lpips_weight: its network sees three channels of colour, the images have {channels}: set it to "
-            f"0, or name three of them, as in {where}.lpips_channels=[2,1,0]"
+            f"{where}.lpips_channels: expected three of {channels} channels, "
+            f"counted from 0, got {list(shown)}"
         )
-    elif shown is not None and (
-        len(shown) != 3 or not all(0 <= channel < channels for channel in shown)
-    ):
-        yield f"{where}.lpips_channels: expected three of {channels} channels, counted from 0, got {list(shown)}"
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -175,27 +189,26 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def unknown_keys(given: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> Iterator[str]:
-    """Yield a line for each key that is not known, with the nearest one that is."""
+    """Yield a line for each unknown key, with the nearest known one, or all if none is near."""
     for key in given:
         if key not in known:
-            yield f"{prefix}{key}: unknown key" + (
-                nearest(str(key), known) or f"; known: {', '.join(known)}"
-            )
+            ending = nearest(str(key), known) or f"; known: {', '.join(known)}"
+            yield f"{prefix}{key}: unknown key{ending}"
 
 
 def check_arguments(factory: Any, params: Any) -> Iterator[str]:
-    """Yield a line for each mistake in the arguments of a class or function, and of the nodes among them."""
+    """Yield a line for each mistake in the arguments of a class or function, nodes included."""
     yield from _check_arguments(_imported_arguments(factory), params, "")
 
 
 def resolve_target(target: str) -> Any:
-    """Import the class or function that a dotted path names; else raise ConfigError with the nearest right name."""
+    """Import the class or function at a dotted path; ConfigError with the nearest right name."""
     module_name, name = _dotted(target)
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
         raise ConfigError(
-            f"target {target!r} does not import: {error}" + _nearest_module(module_name)
+            f"target {target!r} does not import: {error}{_nearest_module(module_name)}"
         ) from error
     if not hasattr(module, name):
         near = nearest(name, dir(module))
@@ -207,7 +220,7 @@ def resolve_target(target: str) -> Any:
 
 
 def resolve_class(target: str, base: type[T]) -> type[T]:
-    """Import the class derived from ``base`` that a dotted path names; raise ConfigError if it is none."""
+    """Import a subclass of ``base`` by its dotted path; raise ConfigError if it is not one."""
     found = resolve_target(target)
     if not (isinstance(found, type) and issubclass(found, base)):
         raise ConfigError(f"{target} is not a kind of {base.__module__}.{base.__qualname__}")
@@ -215,13 +228,18 @@ def resolve_class(target: str, base: type[T]) -> type[T]:
 
 
 def instantiate(node: Mapping[str, Any], **filled_in: Any) -> Any:
-    """Build what a node describes, with further arguments; ConfigError if it is none, or its params do not fit."""
+    """Build what a node describes, with further arguments.
+
+    ConfigError if it is not a node, or its params do not fit the target's signature.
+    """
     if not isinstance(node, Mapping) or "target" not in node:
         raise ConfigError(f"expected {NODE}, got {node!r}")
     factory = resolve_target(node["target"])
     params = {**(node.get("params") or {}), **filled_in}
+    # Checked before the call, as a TypeError of the call itself may be a bug inside the factory.
     try:
-        with contextlib.suppress(ValueError):  # some built-in classes have no signature
+        # ValueError: some built-in classes have no signature.
+        with contextlib.suppress(ValueError):
             inspect.signature(factory).bind(**params)
     except TypeError as error:
         raise ConfigError(f"{node['target']}: {error}") from error
@@ -229,12 +247,15 @@ def instantiate(node: Mapping[str, Any], **filled_in: Any) -> Any:
 
 
 def with_paths(node: Mapping[str, Any], change: Callable[[str], str]) -> Config:
-    """Copy a node, and those in it, with other paths: strings and lists in arguments whose type allows a Path.
+    """Copy a node, and the nodes in it, with ``change`` applied to each path.
 
-    Those beside a ``path`` that is a repository of the Hugging Face hub are in the repository, and stay.
+    Paths are strings, and lists of strings, in arguments whose type allows a Path. If the node's
+    ``path`` is a repository of the Hugging Face hub, its other paths are files in the repository,
+    and stay.
     """
     if not isinstance(node, dict) or not isinstance(node.get("target"), str):
-        return typing.cast(Config, node)  # instantiate says what is wrong
+        # Not a node: instantiate will report it.
+        return typing.cast(Config, node)
     arguments = arguments_of(node["target"])
     params = dict(node.get("params") or {})
     path = str(params.get("path"))
@@ -244,28 +265,31 @@ def with_paths(node: Mapping[str, Any], change: Callable[[str], str]) -> Config:
         if _holds_nodes(hint):
             params[name] = map_nodes(value, hint, lambda part, _: with_paths(part, change))
         elif _takes_path(hint) and not at_hub:
-            params[name] = (
-                [change(part) for part in value]
-                if isinstance(value, list)
-                else value and change(value)
-            )
+            if isinstance(value, list):
+                params[name] = [change(part) for part in value]
+            elif value:
+                params[name] = change(value)
     return {**node, "params": params}
 
 
 def map_nodes(value: Any, hint: Any, change: Callable[[Any, str], Any]) -> Any:
     """Change the nodes in an argument's value: one node, a list of nodes, or nodes or null by name.
 
-    ``hint`` is the argument's type; ``change`` gets a node and its place in the value, such as ``.name``.
+    ``hint`` is the argument's type; ``change`` gets a node and its place in the value, such as
+    ``.name``.
     """
+    # A single node's type is Annotated, so Mapping among the kinds means nodes by name.
     is_union = typing.get_origin(hint) in (Union, types.UnionType)
-    kinds = {typing.get_origin(part) for part in (typing.get_args(hint) if is_union else (hint,))}
+    alternatives = typing.get_args(hint) if is_union else (hint,)
+    kinds = {typing.get_origin(part) for part in alternatives}
     if isinstance(value, list) and kinds & {Sequence, list}:
         return [change(part, f".{i}") for i, part in enumerate(value)]
     if isinstance(value, Mapping) and kinds & {Mapping, dict}:
-        return {
-            name: part if part is None else change(part, f".{name}") for name, part in value.items()
-        }
-    return value if value is None else change(value, "")
+        changed = {}
+        for name, part in value.items():
+            changed[name] = None if part is None else change(part, f".{name}")
+        return changed
+    return None if value is None else change(value, "")
 
 
 def _holds_nodes(hint: Any) -> bool:
@@ -279,21 +303,23 @@ def _takes_path(hint: Any) -> bool:
 
 
 def _check_lightning(section: Any) -> Iterator[str]:
+    """Yield the mistakes of the section ``lightning``: trainer, callbacks and logger."""
     if not isinstance(section, Mapping):
         yield f"lightning: expected a mapping of {', '.join(LIGHTNING)}, got {section!r}"
         return
     yield from unknown_keys(section, LIGHTNING, "lightning.")
+
+    # The trainer: Lightning's arguments, without those that this package sets.
     trainer = section.get("trainer")
     if trainer is not None:
-        yield from _check_arguments(
-            arguments_of("lightning.pytorch.Trainer"), trainer, "lightning.trainer"
-        )
-        for key in SET_BY_TRAINING.keys() & trainer if isinstance(trainer, Mapping) else ():
-            yield f"lightning.trainer.{key}: is set by {SET_BY_TRAINING[key]}; leave it out"
-    for key, filled_in in (
-        ("callbacks", ()),
-        ("logger", ("save_dir",)),
-    ):  # a logger gets the run's folder
+        arguments = arguments_of("lightning.pytorch.Trainer")
+        yield from _check_arguments(arguments, trainer, "lightning.trainer")
+        if isinstance(trainer, Mapping):
+            for key in SET_BY_TRAINING.keys() & trainer:
+                yield f"lightning.trainer.{key}: is set by {SET_BY_TRAINING[key]}; leave it out"
+
+    # Callbacks and loggers: nodes by name. A logger gets the run's folder as save_dir.
+    for key, filled_in in (("callbacks", ()), ("logger", ("save_dir",))):
         nodes = section.get(key)
         if isinstance(nodes, Mapping):
             for name, node in nodes.items():
@@ -303,15 +329,19 @@ def _check_lightning(section: Any) -> Iterator[str]:
 
 
 def _check_model(node: Any) -> Iterator[str]:
+    """Yield the mistakes of the section ``model``: a node with two keys of its own."""
     if not isinstance(node, Mapping):
         yield f"model: expected {NODE}, got {node!r}"
         return
     yield from unknown_keys(node, ("base_learning_rate", "from", *NODE_KEYS), "model.")
+
     rate = node.get("base_learning_rate", 1e-4)
     if not isinstance(rate, float | int) or isinstance(rate, bool) or not 0 < rate < math.inf:
         yield f"model.base_learning_rate: expected a positive number, got {rate!r}"
+
+    # Arguments that the trainer, or the autoencoder of `from`, fills in may be missing.
     params = node.get("params") or {}
-    filled_in: tuple[str, ...] = ("learning_rate",)  # by the trainer
+    filled_in: tuple[str, ...] = ("learning_rate",)
     if isinstance(params, Mapping):
         for key in SET_BY_TRAINER.keys() & params:
             yield f"model.params.{key}: set {SET_BY_TRAINER[key]} instead"
@@ -320,18 +350,23 @@ def _check_model(node: Any) -> Iterator[str]:
             params = {key: value for key, value in params.items() if key not in FROM_START}
             if not isinstance(node["from"], str):
                 yield f"model.from: expected an autoencoder to start from, got {node['from']!r}"
-    target = {"target": node["target"]} if "target" in node else {}
-    yield from _check_node({**target, "params": params}, "model", filled_in)
+    plain_node = {"params": params}
+    if "target" in node:
+        plain_node["target"] = node["target"]
+    yield from _check_node(plain_node, "model", filled_in)
 
 
 def _check_node(node: Any, where: str, filled_in: Container[str] = ()) -> Iterator[str]:
-    """Yield the mistakes of a node at a place in the config; arguments that are ``filled_in`` may be missing."""
+    """Yield the mistakes of the node at ``where``; arguments in ``filled_in`` may be missing."""
     if not isinstance(node, Mapping):
         yield f"{where}: expected {NODE}, got {node!r}"
         return
     yield from unknown_keys(node, NODE_KEYS, f"{where}.")
-    if not isinstance(node.get("target"), str):
-        yield f"{where}.target: " + ("expected a dotted path" if "target" in node else "missing")
+    if "target" not in node:
+        yield f"{where}.target: missing"
+        return
+    if not isinstance(node["target"], str):
+        yield f"{where}.target: expected a dotted path"
         return
     try:
         arguments = arguments_of(node["target"])
@@ -346,19 +381,22 @@ class Arguments(NamedTuple):
 
     parameters: Mapping[str, inspect.Parameter]
     hints: Mapping[str, Any]
-    known: bool = True  # or of a built-in without a signature, which may take anything
+    # False for a built-in without a signature, which may take anything.
+    known: bool = True
 
 
 def _check_arguments(
     arguments: Arguments, params: Any, where: str, filled_in: Container[str] = ()
 ) -> Iterator[str]:
+    """Yield a line for each unknown or missing argument, and each value of a wrong type."""
     if not isinstance(params, Mapping):
         yield f"{where}: expected a mapping of arguments, got {params!r}"
         return
     prefix = f"{where}." if where else ""
     parameters = arguments.parameters.values()
     named = {a.name: a for a in parameters if a.kind not in (a.VAR_KEYWORD, a.VAR_POSITIONAL)}
-    if arguments.known and not any(a.kind is a.VAR_KEYWORD for a in parameters):
+    takes_others = any(a.kind is a.VAR_KEYWORD for a in parameters)
+    if arguments.known and not takes_others:
         yield from unknown_keys(params, tuple(named), prefix)
     for name, argument in named.items():
         if argument.default is argument.empty and name not in params and name not in filled_in:
@@ -368,6 +406,7 @@ def _check_arguments(
 
 
 def _check_value(value: Any, hint: Any, where: str) -> Iterator[str]:
+    """Yield the mistakes of an argument's value: a wrong type, or mistakes of the nodes in it."""
     if _holds_nodes(hint):
         mistakes: list[str] = []
         map_nodes(
@@ -379,14 +418,16 @@ def _check_value(value: Any, hint: Any, where: str) -> Iterator[str]:
             check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError:
             name = hint.__name__ if inspect.isclass(hint) else str(hint)
-            yield f"{where}: expected {name.replace('typing.', '').replace('collections.abc.', '')}, got {value!r}"
+            name = name.replace("typing.", "").replace("collections.abc.", "")
+            yield f"{where}: expected {name}, got {value!r}"
 
 
 def _dotted(target: str) -> tuple[str, str]:
     """Split a target into its module and the class or function in it."""
     module, _, name = target.rpartition(".")
     right = module and all(part.isidentifier() for part in (*module.split("."), name))
-    if not right or module.count(".") > 30:  # importing takes time by the square of their number
+    # An import takes time by the square of the number of dots, so a long path could hang here.
+    if not right or module.count(".") > 30:
         raise ConfigError(
             f"target {target!r} is not a dotted path such as olvae.data.dataset.SamplePhotographs"
         )
@@ -397,10 +438,10 @@ def _nearest_module(name: str) -> str:
     """End the message on a missing module with the nearest one in its package."""
     package, _, missing = name.rpartition(".")
     try:
-        inside = [
-            info.name for info in pkgutil.iter_modules(importlib.import_module(package).__path__)
-        ]
+        folders = importlib.import_module(package).__path__
+        inside = [info.name for info in pkgutil.iter_modules(folders)]
     except (ImportError, ValueError, AttributeError):
+        # The package is missing too: look one level higher.
         return _nearest_module(package) if package else ""
     return nearest(missing, inside)
 
@@ -413,36 +454,53 @@ def arguments_of(target: str) -> Arguments:
 
 
 def _imported_arguments(factory: Any) -> Arguments:
+    """Find the arguments of a class or function that is imported."""
     try:
         parameters = inspect.signature(factory).parameters
     except ValueError:
         return Arguments({}, {}, known=False)
     function = factory.__init__ if inspect.isclass(factory) else factory
     try:
-        return Arguments(
-            parameters, typing.get_type_hints(inspect.unwrap(function), include_extras=True)
-        )
-    except (NameError, TypeError):  # annotations that exist for type checkers only
-        return Arguments(parameters, {})
+        hints = typing.get_type_hints(inspect.unwrap(function), include_extras=True)
+    except (NameError, TypeError):
+        # Annotations that exist for type checkers only.
+        hints = {}
+    return Arguments(parameters, hints)
+
+
+# Arguments read from source. Importing a model imports Lightning and torch: validating a config
+# would take 7 CPU seconds instead of 0.8. So a constructor of this package or of Lightning is found
+# in the syntax tree of its file, and only its parameters are compiled. The names in its annotations
+# and defaults are looked up from module to module, again in source. Anything unusual, such as a
+# decorator, gives None, and `arguments_of` imports the target after all.
 
 
 def arguments_in_source(module: str, name: str) -> Arguments | None:
-    """Read the arguments of ``module.name`` from its source; None if that takes an import, or the name is wrong."""
+    """Read the arguments of ``module.name`` from its source.
+
+    None if they can't be read without an import, or there is no such name.
+    """
     if not _is_read(module):
         return None
-    stub = ast.parse("def stub(): pass")
     try:
         names, function = _constructor(module, name)
+
+        # A function with the constructor's parameters and no body. Python evaluates its defaults
+        # in `names`, and leaves the annotations as text.
+        stub = ast.parse("def stub(): pass")
         stub.body[0].args = function.args  # type: ignore[attr-defined]
-        as_text = __future__.annotations.compiler_flag  # annotations are not evaluated here
-        exec(compile(ast.fix_missing_locations(stub), names.module, "exec", as_text), {}, names)
+        as_text = __future__.annotations.compiler_flag
+        code = compile(ast.fix_missing_locations(stub), names.module, "exec", as_text)
+        exec(code, {}, names)
         compiled = names.pop("stub")
+
+        # Now the annotations' text is evaluated in `names` too.
         hints = typing.get_type_hints(compiled, {}, names, include_extras=True)
     except (AttributeError, LookupError, NameError, OSError, SyntaxError, TypeError):
         return None
-    return Arguments(
-        {n: p for n, p in inspect.signature(compiled).parameters.items() if n != "self"}, hints
-    )
+    parameters = dict(inspect.signature(compiled).parameters)
+    parameters.pop("self", None)
+    return Arguments(parameters, hints)
 
 
 def _is_read(module: str) -> bool:
@@ -451,6 +509,8 @@ def _is_read(module: str) -> bool:
 
 
 class _AnyAttribute(type):
+    """Metaclass of Unimported: its attributes and subscripts, as in ``x.Y[int]``, are itself."""
+
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -461,24 +521,27 @@ class _AnyAttribute(type):
 
 
 class Unimported(metaclass=_AnyAttribute):
-    """Stand-in for a module or class that is not imported: a value of a config is never an instance of it."""
+    """Stand-in for a module or class that is not imported; no value of a config is an instance."""
 
 
 class _Names(dict[str, Any]):
-    """Names of a module, each resolved when an expression uses it."""
+    """Namespace of a module, in which ``exec`` and ``eval`` look names up.
+
+    It stays empty: Python calls ``__missing__`` for each name that an expression uses.
+    """
 
     def __init__(self, module: str) -> None:
         super().__init__()
         self.module = module
+        # The statement at the module's top level that defines or imports each name.
         self.statements: dict[str, ast.stmt] = {}
         for statement in ast.parse(_file(module).read_bytes()).body:
             match statement:
                 case ast.ClassDef(name=name) | ast.FunctionDef(name=name):
                     self.statements[name] = statement
                 case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
-                    self.statements |= {
-                        a.asname or a.name.partition(".")[0]: statement for a in aliases
-                    }
+                    for alias in aliases:
+                        self.statements[_bound_name(alias)] = statement
                 case (
                     ast.Assign(targets=[ast.Name(id=name)])
                     | ast.AnnAssign(target=ast.Name(id=name))
@@ -487,57 +550,75 @@ class _Names(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         if name not in self.statements and hasattr(builtins, name):
-            raise KeyError(name)  # Python looks for built-in names next
+            # Python looks for built-in names next.
+            raise KeyError(name)
         match self.statements.get(name):
             case ast.Import() | ast.ImportFrom():
                 module, original = self.imported(name)
+                # Only what is loaded already is imported, or the standard library, which is quick.
                 if module in sys.modules or module.partition(".")[0] in sys.stdlib_module_names:
                     found = importlib.import_module(module)
                     return getattr(found, original) if original else found
-                return _names(module)[original] if _is_read(module) and original else Unimported
+                if original and _is_read(module):
+                    return _names(module)[original]
             case ast.Assign(value=value) | ast.AnnAssign(value=value) if value is not None:
+                # A type alias or a constant.
                 return eval(compile(ast.Expression(value), self.module, "eval"), {}, self)
+        # A class of the module itself, an object of another library, or nothing that is known.
         return Unimported
 
     def imported(self, name: str) -> tuple[str, str]:
-        """Return the module that a name is imported from, and its name there, empty for the module itself."""
+        """Return a name's module, and its name there, which is empty for the module itself."""
         statement = self.statements[name]
         assert isinstance(statement, ast.Import | ast.ImportFrom)
-        (alias,) = (a for a in statement.names if name == (a.asname or a.name.partition(".")[0]))
+        (alias,) = (alias for alias in statement.names if name == _bound_name(alias))
         if isinstance(statement, ast.ImportFrom):
             return statement.module or "", alias.name
+        # `import a.b as c` names a.b, `import a.b` names a.
         return (alias.name if alias.asname else name), ""
+
+
+def _bound_name(alias: ast.alias) -> str:
+    """Return the name that an import defines: ``import a.b as c`` c, and ``import a.b`` a."""
+    return alias.asname or alias.name.partition(".")[0]
 
 
 _names = cache(_Names)
 
 
 def _file(module: str) -> Path:
+    """Find a module's file; ``find_spec`` of a submodule would import its packages."""
     package, *rest = module.split(".")
     spec = importlib.util.find_spec(package)
-    path = Path(next(iter((spec and spec.submodule_search_locations) or ("",))), *rest)
+    if spec is None or not spec.submodule_search_locations:
+        raise LookupError(package)
+    path = Path(spec.submodule_search_locations[0], *rest)
     return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def _constructor(module: str, name: str) -> tuple[_Names, ast.FunctionDef]:
-    """Find a function, or the ``__init__`` of a class or of its base; LookupError if it is unusual."""
+    """Find a function, or the ``__init__`` of a class or of its base; LookupError if unusual."""
     names = _names(module)
+    unusual = LookupError(f"{module}.{name} has to be imported")
     match names.statements[name]:
         case ast.ImportFrom():
+            # Imported from where it is defined.
             return _constructor(*names.imported(name))
         case ast.FunctionDef(decorator_list=[]) as function:
             return names, function
-        case ast.ClassDef(decorator_list=[], keywords=[]) as node:
-            own = {part.name: part for part in node.body if isinstance(part, ast.FunctionDef)}
-            if "__new__" not in own and "__init__" in own:
-                return names, own["__init__"]
-            if "__new__" not in own and not node.bases:
-                return names, typing.cast(ast.FunctionDef, ast.parse("def nothing(): pass").body[0])
-            if "__new__" not in own and len(node.bases) == 1:
-                base, _, attribute = ast.unparse(node.bases[0]).partition(".")
-                return (
-                    _constructor(names.imported(base)[0], attribute)
-                    if attribute
-                    else _constructor(module, base)
-                )
-    raise LookupError(f"{module}.{name} has to be imported")
+        case ast.ClassDef(decorator_list=[], keywords=[], bases=bases, body=body):
+            methods = {part.name: part for part in body if isinstance(part, ast.FunctionDef)}
+            if "__new__" in methods:
+                raise unusual
+            if "__init__" in methods:
+                return names, methods["__init__"]
+            if not bases:
+                nothing = ast.parse("def nothing(): pass")
+                return names, typing.cast(ast.FunctionDef, nothing.body[0])
+            if len(bases) == 1:
+                # The base is a name here, or an attribute of an imported module.
+                base, _, attribute = ast.unparse(bases[0]).partition(".")
+                if not attribute:
+                    return _constructor(module, base)
+                return _constructor(names.imported(base)[0], attribute)
+    raise unusual

@@ -1,4 +1,4 @@
-"""Look at a source of images before training: unreadable files, sizes, damaged shards, reading speed; its values."""
+"""Check a source of images before training: files, sizes, shards and speed; measure its values."""
 
 import contextlib
 import json
@@ -41,16 +41,20 @@ from olvae.files import file_sha256, printable
 from olvae.pool import OnProgress, SharedProgress, run_in_processes
 
 MEASURE_S = 3.0  # seconds for which the reading speed is measured
-IMAGES_PER_TASK, PRINTED_NAMES = 64, 10
+IMAGES_PER_TASK = 64
+PRINTED_NAMES = 10
 
 PERCENTILES = (0.0, 0.1, 1.0, 50.0, 99.0, 99.9, 100.0)
-LOW, HIGH = 1, 5  # of these, the ends of the range that is proposed
+LOW, HIGH = 1, 5  # indices in PERCENTILES of the ends of the range that is proposed
 VALUES_PER_IMAGE = 2**14  # of a channel
 
 
 @dataclass(frozen=True)
 class ShardFacts:
-    """A shard, and the reason if it ended early; ``images`` counts those with unreadable pixels as well."""
+    """Facts about a shard; ``broken`` is the reason if it ended early.
+
+    ``images`` counts those with unreadable pixels as well.
+    """
 
     url: str
     images: int
@@ -67,14 +71,12 @@ class AuditResult:
     images: int
     unreadable: list[ReadError]
     kinds: dict[str, int] = field(default_factory=dict)  # images by format and mode
-    spreads: dict[str, dict[str, float]] = field(
-        default_factory=dict
-    )  # min, median and max of sides and their ratios
+    # min, median and max of sides and their ratios
+    spreads: dict[str, dict[str, float]] = field(default_factory=dict)
     smaller: int = 0  # images smaller than ``size``, which training and evaluation would enlarge
     shards: list[ShardFacts] = field(default_factory=list)
-    images_per_s: float | None = (
-        None  # of one loader process: reading, decoding and the training transform
-    )
+    # of one loader process: reading, decoding and the training transform
+    images_per_s: float | None = None
     problems: list[str] = field(default_factory=list)  # to fix before training
     notes: list[str] = field(default_factory=list)
 
@@ -94,62 +96,59 @@ def check(
     on_progress: OnProgress = lambda *_: None,
     pixel_range: PixelRange = EIGHT_BITS,
 ) -> AuditResult:
-    """Read and decode every image of SRC, for training on crops of ``size`` pixels with values of this range.
+    """Read and decode every image of SRC, for training on crops of ``size`` pixels in this range.
 
     Raises FileNotFoundError, ValueError: the source has no images, or latents.
     """
+    # What SRC holds: shards, or numbered images.
     urls = find_shards(src) if holds_shards(src) else []
     folders = sorted({Path(url).parent for url in urls if is_local(url)})
     if any((folder / STATS).is_file() for folder in folders):
         raise ValueError(
-            f"{src}: these are latents of `olvae encode`, not images: {STATS} describes them, and `olvae decode` makes "
-            "images of them"
+            f"{src}: these are latents of `olvae encode`, not images: {STATS} describes them, "
+            "and `olvae decode` makes images of them"
         )
     images = None if urls else open_images(src, channels, pixel_range)
     source, reasons = _train_source(src, size, channels, pixel_range)
-    read: Callable[[Any, SharedProgress], _Found] = partial(_read_shard, channels, pixel_range)
-    count, tasks = None if source is None else source.images, list[Any](urls)
-    if images is not None:
-        read, count = partial(_read_images, images), len(images)
-        tasks = [
-            range(i, min(i + IMAGES_PER_TASK, count)) for i in range(0, count, IMAGES_PER_TASK)
-        ]
+
+    # The tasks for processes: a shard each, or some images.
+    read: Callable[[Any, SharedProgress], _Found]
+    tasks: list[Any] = [*urls]
+    if images is None:
+        read = partial(_read_shard, channels, pixel_range)
+        count = None if source is None else source.images
+    else:
+        read = partial(_read_images, images)
+        count = len(images)
+        for first in range(0, count, IMAGES_PER_TASK):
+            tasks.append(range(first, min(first + IMAGES_PER_TASK, count)))
+
+    # Read everything; the parts arrive in any order.
     found = _Found()
-    with closing(
-        run_in_processes(read, tasks, workers, lambda done: on_progress(done, count))
-    ) as parts:
+    results = run_in_processes(read, tasks, workers, lambda done: on_progress(done, count))
+    with closing(results) as parts:
         for part in parts:
-            for name, facts in vars(part).items():
-                getattr(found, name).extend(facts)
+            found.images += part.images
+            found.unreadable += part.unreadable
+            found.shards += part.shards
+
+    # Facts, notes and problems.
     result = _summarise(src, size, found)
     result.shards = sorted(found.shards, key=lambda shard: urls.index(shard.url))
     _check_shards(result, folders)
-    if channels < 4 and (
-        alpha := sum(count for kind, count in result.kinds.items() if kind.endswith("A"))
-    ):
-        result.notes.append(f"images with alpha, laid over white: {alpha}; `channels` 4 keeps it")
-    closed = images.closed if isinstance(images, Files) else ()
-    result.problems += [
-        f"{name}: this folder can't be opened: {reason}" for name, reason, *_ in closed
-    ]
+    if isinstance(images, Files):
+        for error in images.closed:
+            result.problems.append(f"{error.name}: this folder can't be opened: {error.reason}")
     result.problems += reasons
-    lost = len(result.unreadable)
-    if not result.images:
-        result.problems.append("no images")
-    elif lost > max_unreadable * result.images:
-        result.problems.append(
-            f"{lost} of {result.images} images can't be read, more than `max_unreadable` {max_unreadable:g}"
-        )
-    if not pixel_range.eight_bits and len(result.kinds) > 1:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in result.kinds.items())
-        result.problems.append(f"several kinds of pixels, which can't share a batch: {kinds}")
-    if source is not None and result.images > lost:
-        with contextlib.suppress(ValueError):  # too many are unreadable
+    _check_images(result, channels, max_unreadable, pixel_range)
+
+    # Reading speed; too many unreadable images raise a ValueError.
+    if source is not None and result.images > len(result.unreadable):
+        with contextlib.suppress(ValueError):
             stream = source.stream(0, 0, LoaderProcess())
             next(stream)
-            result.images_per_s = round(
-                1.0 / seconds_per_image(lambda: next(stream), 1, MEASURE_S), 1
-            )
+            seconds = seconds_per_image(lambda: next(stream), 1, MEASURE_S)
+            result.images_per_s = round(1.0 / seconds, 1)
     return result
 
 
@@ -158,18 +157,19 @@ def _train_source(
 ) -> tuple[Source | None, list[str]]:
     """The source that would train on SRC, or the reason why it can't."""
     target, named = find_source(src)
-    values = {} if target == SAMPLES else {"channels": channels, "range": pixel_range.as_node()}
+    params = dict(named)
+    if target != SAMPLES:
+        params |= {"channels": channels, "range": pixel_range.as_node()}
+    params |= {"size": size, "batch_size": 1}
     try:
-        return instantiate(
-            {"target": target, "params": {**named, **values, "size": size, "batch_size": 1}}
-        ), []
+        return instantiate({"target": target, "params": params}), []
     except (ValueError, FileNotFoundError) as error:
         return None, [str(error)]
 
 
 @dataclass
 class _Found:
-    """Facts from one or more tasks; of readable images the width, the height and the kind of file."""
+    """Facts from one or more tasks; for readable images width, height and kind of file."""
 
     images: list[tuple[int, int, str]] = field(default_factory=list)
     unreadable: list[ReadError] = field(default_factory=list)
@@ -178,15 +178,16 @@ class _Found:
     def decode(self, open_photo: Callable[[], Photo], name: str) -> None:
         try:
             photo = open_photo()
-            in_memory = "in memory" if isinstance(photo.content, Image.Image) else "array"
             picture = photo.read()
-            values = (
-                picture.dtype if isinstance(picture, Bands) and picture.dtype != "uint8" else ""
-            )
-            kind = f"{photo.format or in_memory} {photo.mode or values}".strip()
-            self.images.append((*picture.size, kind))
         except UnreadableImageError as error:
             self.unreadable.append(ReadError(name, error.reason))
+            return
+        in_memory = "in memory" if isinstance(photo.content, Image.Image) else "array"
+        values = ""
+        if isinstance(picture, Bands) and picture.dtype != "uint8":
+            values = picture.dtype
+        kind = f"{photo.format or in_memory} {photo.mode or values}".strip()
+        self.images.append((*picture.size, kind))
 
 
 def _read_images(images: ImageDataset, indices: range, progress: SharedProgress) -> _Found:
@@ -216,15 +217,16 @@ def _read_shard(
 
 
 def _summarise(source: str, size: Size, found: _Found) -> AuditResult:
-    result = AuditResult(
-        source, size, len(found.images) + len(found.unreadable), sorted(found.unreadable)
-    )
+    images = len(found.images) + len(found.unreadable)
+    result = AuditResult(source, size, images, sorted(found.unreadable))
     if not found.images:
         return result
     widths, heights, kinds = zip(*found.images, strict=True)
-    width, height = np.array(widths), np.array(heights)
-    shorter = np.minimum(width, height)
     result.kinds = dict(Counter(kinds).most_common())
+
+    # Images smaller than the crops.
+    width = np.array(widths)
+    height = np.array(heights)
     high, wide = Sides.of(size)
     result.smaller = int(((height < high) | (width < wide)).sum())
     if result.smaller:
@@ -232,10 +234,12 @@ def _summarise(source: str, size: Size, found: _Found) -> AuditResult:
         result.notes.append(
             f"{result.smaller} images are smaller than {crops} and would be enlarged"
         )
+
+    # How sizes and shapes spread.
     sizes = {
         "width": width,
         "height": height,
-        "shorter_side": shorter,
+        "shorter_side": np.minimum(width, height),
         "aspect_ratio": width / height,
     }
     for name, v in sizes.items():
@@ -244,18 +248,44 @@ def _summarise(source: str, size: Size, found: _Found) -> AuditResult:
     return result
 
 
+def _check_images(
+    result: AuditResult, channels: int, max_unreadable: float, pixel_range: PixelRange
+) -> None:
+    """Note images with alpha; add unreadable images, and kinds that do not mix, to the problems."""
+    alpha = sum(count for kind, count in result.kinds.items() if kind.endswith("A"))
+    if channels < 4 and alpha:
+        result.notes.append(f"images with alpha, laid over white: {alpha}; `channels` 4 keeps it")
+    lost = len(result.unreadable)
+    if not result.images:
+        result.problems.append("no images")
+    elif lost > max_unreadable * result.images:
+        result.problems.append(
+            f"{lost} of {result.images} images can't be read, "
+            f"more than `max_unreadable` {max_unreadable:g}"
+        )
+    if not pixel_range.eight_bits and len(result.kinds) > 1:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in result.kinds.items())
+        result.problems.append(f"several kinds of pixels, which can't share a batch: {kinds}")
+
+
 def _check_shards(result: AuditResult, folders: Sequence[Path]) -> None:
-    """Add broken shards, and differences between shards and the index beside them, to the problems."""
-    result.problems += [f"{shard.url}: {shard.broken}" for shard in result.shards if shard.broken]
-    result.notes += [
-        f"{s.url}: a shard without images" for s in result.shards if not (s.images or s.broken)
-    ]
+    """Add broken shards, and those that differ from the index beside them, to the problems."""
+    for shard in result.shards:
+        if shard.broken:
+            result.problems.append(f"{shard.url}: {shard.broken}")
+        elif not shard.images:
+            result.notes.append(f"{shard.url}: a shard without images")
     for folder in folders:
-        if Path(result.source).expanduser().is_dir() and (missing := incomplete(folder)):
-            result.problems.append(f"{folder}: {missing}")
+        if Path(result.source).expanduser().is_dir():
+            missing = incomplete(folder)
+            if missing:
+                result.problems.append(f"{folder}: {missing}")
+
+        # The index, where there is one.
         if not (folder / INDEX).is_file():
             result.notes.append(
-                f"{folder}: has no {INDEX}: training counts the images of these shards when it starts"
+                f"{folder}: has no {INDEX}: training counts the images of these shards "
+                "when it starts"
             )
             continue
         try:
@@ -267,23 +297,27 @@ def _check_shards(result: AuditResult, folders: Sequence[Path]) -> None:
             result.notes.append(
                 f"{folder}: {INDEX} has no checksums: damage inside a shard can't be seen"
             )
-        here = {
-            path.name: shard
-            for shard in result.shards
-            if (path := Path(shard.url)).parent == folder
-        }
-        result.problems += [
-            problem for name in here if (problem := _difference(here[name], records.get(name)))
-        ]
+
+        # This folder's shards by name, compared with their records.
+        here = {}
+        for shard in result.shards:
+            path = Path(shard.url)
+            if path.parent == folder:
+                here[path.name] = shard
+        differences = [_difference(shard, records.get(name)) for name, shard in here.items()]
+        result.problems += filter(None, differences)
 
 
 def _difference(shard: ShardFacts, record: ShardRecord | None) -> str | None:
     if record is None:
-        return f"{shard.url}: is not in {INDEX}: remove that file, and training counts the images instead"
+        return (
+            f"{shard.url}: is not in {INDEX}: remove that file, "
+            "and training counts the images instead"
+        )
     if shard.images != record.images:
         return f"{shard.url}: has {shard.images} images, but {record.images} by {INDEX}"
     if record.sha256 is not None and shard.sha256 not in (None, record.sha256):
-        return f"{shard.url}: its checksum is not that of {INDEX}: changed or damaged since"
+        return f"{shard.url}: its checksum differs from {INDEX}: changed or damaged since"
     return None
 
 
@@ -291,40 +325,49 @@ def audit_lines(result: AuditResult) -> Iterator[str]:
     """Describe a source in lines: facts, then the unreadable images, notes and problems."""
     facts = _facts(result)
     width = max(map(len, facts))
-    yield from (f"{name:<{width}}  {fact}" for name, fact in facts.items())
+    for name, fact in facts.items():
+        yield f"{name:<{width}}  {fact}"
     for error in result.unreadable[:PRINTED_NAMES]:
         yield f"unreadable: {printable(error.name)}: {error.reason}"
     if len(result.unreadable) > PRINTED_NAMES:
         yield f"and {len(result.unreadable) - PRINTED_NAMES:,} more; the JSON has all"
-    yield from (f"note: {printable(line)}" for line in result.notes)
-    yield from (f"problem: {printable(line)}" for line in result.problems)
+    for line in result.notes:
+        yield f"note: {printable(line)}"
+    for line in result.problems:
+        yield f"problem: {printable(line)}"
     if not result.problems:
         yield "fine: ready for training"
 
 
 def _facts(result: AuditResult) -> dict[str, str]:
+    # Numbers and kinds of files.
     lost = len(result.unreadable)
-    readable = (
-        f"{lost:,} of them unreadable ({lost / result.images:.2%})" if lost else "all readable"
-    )
+    readable = "all readable"
+    if lost:
+        readable = f"{lost:,} of them unreadable ({lost / result.images:.2%})"
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in result.kinds.items())
     facts = {"images": f"{result.images:,}, {readable}", "files": kinds or "-"}
+
+    # Sizes, and what they mean for crops.
     for name, spread in result.spreads.items():
-        low, middle, high = (
-            format(value, ".2f" if name == "aspect_ratio" else ",.0f") for value in spread.values()
-        )
+        form = ".2f" if name == "aspect_ratio" else ",.0f"
+        low, middle, high = [format(value, form) for value in spread.values()]
         facts[name.replace("_", " ")] = f"{low} to {high}, median {middle}"
     crops = f"{Sides.of(result.size).short} pixels"
     facts["small"] = f"{result.smaller:,} smaller than {crops}"
     if result.images_per_s is not None:
         facts["speed"] = f"{result.images_per_s:,.0f} images/s per loader process at {crops}"
+
+    # Shards.
     if result.shards:
         counts = sorted(shard.images for shard in result.shards)
-        each = f"{counts[0]:,}" if counts[0] == counts[-1] else f"{counts[0]:,} to {counts[-1]:,}"
+        each = f"{counts[0]:,}"
+        if counts[-1] != counts[0]:
+            each += f" to {counts[-1]:,}"
         broken = sum(shard.broken is not None for shard in result.shards)
-        facts["shards"] = (
-            f"{len(counts):,}, {each} images each{f'; {broken:,} broken' if broken else ''}"
-        )
+        facts["shards"] = f"{len(counts):,}, {each} images each"
+        if broken:
+            facts["shards"] += f"; {broken:,} broken"
     return facts
 
 
@@ -334,22 +377,23 @@ class Measured:
 
     images: int  # that were read
     kinds: Mapping[str, int]  # images by dtype
-    percentiles: NDArray[np.float64]  # (channels, 7), those of PERCENTILES over finite values
+    percentiles: NDArray[np.float64]  # (channels, 7): PERCENTILES of the finite values
     missing: float  # share of the values that are not finite, or that their file names as missing
     unreadable: list[ReadError] = field(default_factory=list)
-    nodata: float | None = None  # the value that the files name as missing, if it is one
+    nodata: float | None = None  # the value that the files name as missing, if they name just one
 
     def line(self) -> str:
-        """``range: ...`` for a config: from the percentile .1 to 99.9, for all channels or each."""
+        """``range: ...`` for a config: from percentile .1 to 99.9, for all channels or each."""
         pairs = []
         for row in self.percentiles:
             low = float(max(_rounded(row[LOW], math.floor), row[0]))
             high = float(min(_rounded(row[HIGH], math.ceil), row[-1]))
             pairs.append([low, high if high > low else low + 1.0])
-        nodata = (
-            "" if self.nodata is None else f", {yaml.safe_dump({'nodata': self.nodata}).strip()}"
-        )
-        return f"range: {{pairs: {json.dumps(pairs if len(pairs) > 1 else pairs[0])}, outside: clip{nodata}}}"
+        stated = json.dumps(pairs if len(pairs) > 1 else pairs[0])
+        nodata = ""
+        if self.nodata is not None:
+            nodata = f", {yaml.safe_dump({'nodata': self.nodata}).strip()}"
+        return f"range: {{pairs: {stated}, outside: clip{nodata}}}"
 
     def table(self) -> Table:
         table = Table("channel", *(f"{p:g} %" for p in PERCENTILES), box=None)
@@ -361,10 +405,10 @@ class Measured:
 def measure(src: str, images: int = 200) -> Measured:
     """Read up to ``images`` images, evenly spread or the first of shards, and some values of each.
 
-    Raises ValueError: none can be read, all have 8 bits, or they differ in their number of channels.
+    Raises ValueError: none can be read, all have 8 bits, or their numbers of channels differ.
     """
     kinds: Counter[str] = Counter()
-    parts: list[NDArray[np.float64]] = []
+    parts: list[NDArray[np.float64]] = []  # of each image (C, some values)
     unreadable: list[ReadError] = []
     nodata: set[float] = set()
     for open_photo in _openers(src, images):
@@ -377,48 +421,55 @@ def measure(src: str, images: int = 200) -> Measured:
             unreadable.append(error.read_error())
             continue
         kinds[str(values.dtype).removeprefix("torch.")] += 1
+
+        # Every so many values of each channel; NaN where they are missing.
         step = max(1, values[0].numel() // VALUES_PER_IMAGE)
         while math.gcd(step, values.shape[-1]) > 1:  # or it would see the same columns in every row
             step += 1
         part = values.flatten(1)[:, ::step].double().numpy()
         part[photo.missing(part)] = np.nan
-        nodata |= {value for value in (photo.nodata,) if value is not None and math.isfinite(value)}
+        if photo.nodata is not None and math.isfinite(photo.nodata):
+            nodata.add(photo.nodata)
         if parts and len(part) != len(parts[0]):
             raise ValueError(
                 f"{photo.name}: {len(part)} channels, but those before it have {len(parts[0])}"
             )
         parts.append(part)
+
+    # Refuse a source without values to measure.
     if not parts:
-        reasons = "; ".join(f"{error.name}: {error.reason}" for error in unreadable[:1])
-        raise ValueError(f"{src}: no images can be read{': ' if reasons else ''}{reasons}")
+        why = f": {unreadable[0].name}: {unreadable[0].reason}" if unreadable else ""
+        raise ValueError(f"{src}: no images can be read{why}")
     if set(kinds) == {"uint8"}:
         raise ValueError(f"{src}: {EIGHT_BIT_FILE}")
-    together = np.concatenate(parts, axis=1)
+    together = np.concatenate(parts, axis=1)  # (C, values of all images)
     finite = np.isfinite(together)
     if not finite.any(1).all():
         raise ValueError(f"{src}: channel {int(np.argmin(finite.any(1)))} has no finite values")
-    rows = np.stack(
-        [np.percentile(row[good], PERCENTILES) for row, good in zip(together, finite, strict=True)]
-    )
+
+    # Percentiles of each channel.
+    channels = zip(together, finite, strict=True)
+    rows = np.stack([np.percentile(row[good], PERCENTILES) for row, good in channels])
     named = nodata.pop() if len(nodata) == 1 else None
     return Measured(len(parts), dict(kinds), rows, float(1.0 - finite.mean()), unreadable, named)
 
 
 def _openers(src: str, count: int) -> Iterator[Callable[[], Photo]]:
+    """Yield functions that open an image: each one of shards, else ``count`` evenly spread ones."""
     if holds_shards(src):
-        entries = (entry for url in find_shards(src) for entry in read_shard(Shard(url)))
-        return (
-            partial(Photo, e.data, e.name, 0, AS_STORED)
-            for e in entries
-            if not isinstance(e, ReadError)
-        )
+        for url in find_shards(src):
+            for entry in read_shard(Shard(url)):
+                if not isinstance(entry, ReadError):
+                    yield partial(Photo, entry.data, entry.name, 0, AS_STORED)
+        return
     found = open_images(src, 0, AS_STORED)
     numbers = {int(i) for i in np.linspace(0, len(found) - 1, min(count, len(found)))}
-    return (partial(found.__getitem__, number) for number in sorted(numbers))
+    for number in sorted(numbers):
+        yield partial(found.__getitem__, number)
 
 
 def _rounded(value: float, to: Any) -> float:
-    """To four digits, outwards."""
+    """Round to four digits, by ``to``: math.floor or math.ceil, so that ranges grow."""
     if value == 0.0:
         return 0.0
     step = 10.0 ** (math.floor(math.log10(abs(value))) - 3)

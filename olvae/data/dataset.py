@@ -1,4 +1,4 @@
-"""Sources of numbered pictures (files, arrays, data sets), and the sample photographs of this package."""
+"""Sources of numbered pictures (files, arrays, data sets), and the sample photographs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ class ImageDataset(ABC):
         return f"{index:08d}"
 
     def state(self, index: int) -> str:
-        """A picture's key, and of a file the size and time, by which a repeated command knows what has changed."""
+        """A picture's key, and a file's size and time: a repeated command sees changes by it."""
         return self.key(index)
 
     @abstractmethod
@@ -82,7 +82,7 @@ class InMemory(ImageDataset):
 
 
 def bound_held_out(share: float, images: int, fraction: float | None) -> int:
-    """Bound a validation set: at least 1 image, without ``fraction`` 20 or, of few, a fifth; one is left to train."""
+    """Clamp the validation size to [1, images - 1]; by default to at least 20, or to a fifth."""
     if fraction is not None and not 0.0 < fraction < 1.0:
         raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")
     least = 1 if fraction else max(1, min(MIN_VAL_IMAGES, images // 5))
@@ -92,12 +92,15 @@ def bound_held_out(share: float, images: int, fraction: float | None) -> int:
 def hold_out(
     images: ImageDataset, fraction: float | None = None
 ) -> tuple[ImageDataset, ImageDataset]:
-    """Split into images to train with, and about ``fraction`` of all, evenly spread, for validation.
+    """Split into training images and, evenly spread, about ``fraction`` for validation.
 
-    By default that is 5 % (:data:`VAL_FRACTION`), and at least 20 images or, of fewer than 100, a fifth.
+    By default 5 % (:data:`VAL_FRACTION`), and at least 20 images or, of fewer than 100, a fifth.
     """
-    if (count := len(images)) < 2:
+    count = len(images)
+    if count < 2:
         raise ValueError(f"{count} images can't be split into training and validation")
+
+    # Even spacing keeps the choice free of a random seed.
     share = count * (fraction or VAL_FRACTION)
     held_out = {int(i) for i in np.linspace(0, count - 1, bound_held_out(share, count, fraction))}
     rest = [i for i in range(count) if i not in held_out]
@@ -105,12 +108,13 @@ def hold_out(
 
 
 class MappedSource(Source):
-    """Images by number; the order of training is a function of the seed alone, whatever the workers and ranks.
+    """Images by number. The order of training depends on the seed alone, not on workers and ranks.
 
     Args:
         train, val: the pictures.
-        transform: of a training picture; its size is that of all images.
-        batch_size, num_workers, channels, max_unreadable, range: see :class:`~olvae.data.source.Source`.
+        transform: for training pictures; all images get its size.
+        batch_size, num_workers, channels, max_unreadable, range: see
+            :class:`~olvae.data.source.Source`.
         samples_per_image: number of times that a training picture counts in an epoch.
 
     Raises ValueError: a batch is larger than the training images of an epoch.
@@ -133,8 +137,10 @@ class MappedSource(Source):
         super().__init__(transform.size, batch_size, num_workers, channels, max_unreadable, range)
         if samples_per_image < 1:
             raise ValueError(f"samples_per_image must be at least 1, got {samples_per_image}")
-        self.train, self.val = train, val
-        self.transform, self.eval_transform = transform, transform.evaluation
+        self.train = train
+        self.val = val
+        self.transform = transform
+        self.eval_transform = transform.evaluation
         self.samples_per_image = samples_per_image
         self.check_batch()
 
@@ -161,7 +167,7 @@ class MappedSource(Source):
             yield self._train_sample(number % len(self.train), (seed, place))
 
     def _train_sample(self, index: int, seed: tuple[int, int]) -> Sample:
-        """An image or, if it can't be read, another one, drawn with the same seed."""
+        """Read an image or, if it is broken, another one, drawn and cropped with the same seed."""
 
         def read(index: int, _: list[ReadError]) -> Sample:
             image = self.transform(self.train[index], np.random.default_rng(seed))
@@ -194,9 +200,8 @@ _ALL = sorted((Path(__file__).parent / "photographs").glob("*.jpg"))
 PHOTOGRAPHS = tuple(path for path in _ALL if path.stem not in _UNSEEN)
 """For training: JPEG files of this package; LICENCES.txt beside them has authors and licences."""
 
-HELD_OUT = tuple(
-    path for path in _ALL if path.stem in _UNSEEN
-)  # for validation and test; never trained on
+HELD_OUT = tuple(path for path in _ALL if path.stem in _UNSEEN)
+"""For validation and test; never trained on."""
 
 
 def sample_photographs(
@@ -207,44 +212,46 @@ def sample_photographs(
 
 
 def _tiles(paths: Sequence[Path], size: Size) -> ImageDataset:
-    """Shrink photographs until two tiles cover them, and cut whole tiles without overlap around the centre.
+    """Shrink photographs until two tiles cover them, and cut whole tiles around the centre.
 
-    Smaller photographs are cut as they are; one that is smaller than a tile, into what has its shape.
+    Smaller photographs are cut as they are. One smaller than a tile is cut into the largest
+    windows of the tile's shape.
     """
-    tiles: list[tuple[str, Picture]] = []
+    tiles: list[tuple[str, Picture]] = []  # by name
     sides = Sides.of(size)
     for path in paths:
+        # Shrink the photograph; the tiles of a small one are as large as it allows.
         image = read_picture(path)
         if image.height > 2 * sides.height and image.width > 2 * sides.width:
             image = resize_shorter_side(image, [2 * side for side in sides])
         share = min(1.0, image.height / sides.height, image.width / sides.width)
-        high, wide = (max(1, round(share * side)) for side in sides)
+        high = max(1, round(share * sides.height))
+        wide = max(1, round(share * sides.width))
+
+        # Cut the tiles, row by row; the margins on both sides are equal.
         for row in range(image.height // high):
             for column in range(image.width // wide):
-                left, top = (
-                    image.width % wide // 2 + column * wide,
-                    image.height % high // 2 + row * high,
-                )
-                tiles.append(
-                    (
-                        f"{path.name}/{row}-{column}",
-                        image.crop((left, top, left + wide, top + high)),
-                    )
-                )
+                left = image.width % wide // 2 + column * wide
+                top = image.height % high // 2 + row * high
+                tile = image.crop((left, top, left + wide, top + high))
+                tiles.append((f"{path.name}/{row}-{column}", tile))
     return InMemory(tiles)
 
 
 class SamplePhotographs(MappedSource):
-    """52 photographs to train on and 8 held out, files of this package with a shorter side of 300 to 317 pixels.
+    """52 photographs to train on and 8 held out, which come with this package.
 
-    Validation and test are tiles of the held-out photographs: each is shrunk (bicubic) to a shorter side of 2 ``size``
-    and cut into tiles of ``size`` pixels without overlap: 42 for a ``size`` up to 150 pixels. Larger tiles are cut from
-    the photographs as they are: from 229 pixels on 8, the centre of each. Above 300 pixels it is enlarged.
+    Their shorter sides have 300 to 317 pixels. Validation and test are tiles of the held-out
+    photographs: each is shrunk (bicubic) to a shorter side of 2 ``size`` and cut into tiles of
+    ``size`` pixels without overlap: 42 for a ``size`` up to 150 pixels. Larger tiles are cut from
+    the photographs as they are: from 229 pixels on 8, the centre of each. Above 300 pixels they
+    are enlarged.
 
     Args:
         size, batch_size, num_workers: see :class:`~olvae.data.source.Source`.
         crops_per_photograph: crops of each photograph in an epoch.
-        min_fraction, filters, flip, shuffle_channels: see :class:`~olvae.data.image.RandomScaleCrop`.
+        min_fraction, filters, flip, shuffle_channels: see
+            :class:`~olvae.data.image.RandomScaleCrop`.
     """
 
     in_memory = True
@@ -261,11 +268,16 @@ class SamplePhotographs(MappedSource):
         shuffle_channels: float = 0.5,
     ) -> None:
         transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
-        train, val = sample_photographs(PHOTOGRAPHS), _tiles(HELD_OUT, size)
+        train = sample_photographs(PHOTOGRAPHS)
+        val = _tiles(HELD_OUT, size)
         super().__init__(
             train, val, transform, batch_size, num_workers, samples_per_image=crops_per_photograph
         )
-        self.crops = "the held-out sample photographs: bicubic resize of the shorter side to at most two tiles, all whole tiles"
+        self.crops = (
+            "the held-out sample photographs: bicubic resize of the shorter side to at most two "
+            "tiles, all whole tiles"
+        )
 
     def describe(self) -> str:
-        return f"crops of {len(self.train)} photographs, {len(self.val)} tiles of {len(HELD_OUT)} held-out ones"
+        tiles = f"{len(self.val)} tiles of {len(HELD_OUT)} held-out ones"
+        return f"crops of {len(self.train)} photographs, {tiles}"

@@ -39,7 +39,8 @@ class Items(ImageDataset):
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise ValueError(f"{type(dataset).__name__}: its items have no numbers")
         self.dataset = dataset
-        self.channels, self.pixel_range = channels, pixel_range
+        self.channels = channels
+        self.pixel_range = pixel_range
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -47,19 +48,17 @@ class Items(ImageDataset):
     def label(self, index: int) -> int | None:
         """An item's second part, if that is an integer: its class."""
         item = self.dataset[index]
-        return (
-            item[1]
-            if isinstance(item, tuple) and len(item) > 1 and isinstance(item[1], int)
-            else None
-        )
+        if isinstance(item, tuple) and len(item) > 1 and isinstance(item[1], int):
+            return item[1]
+        return None
 
     def __getitem__(self, index: int) -> Photo:
         name = f"{type(self.dataset).__name__}[{index}]"
         try:
             item = self.dataset[index]
-            picture = _picture(
-                item[0] if isinstance(item, tuple | list) else item, self.pixel_range
-            )
+            if isinstance(item, tuple | list):
+                item = item[0]
+            picture = _picture(item, self.pixel_range)
             return Photo(picture, name, self.channels, self.pixel_range)
         except ImportError:  # a decoder that is not installed reads no image
             raise
@@ -68,21 +67,28 @@ class Items(ImageDataset):
 
 
 def _picture(item: Any, pixel_range: PixelRange) -> Picture:
+    """Convert an item to a picture: one of Pillow, a tensor (C, H, W), or an array (H, W, C)."""
+    # A picture; in Pillow's modes I and F one channel of more than 8 bits, so read it as an array.
     if isinstance(item, Image.Image) and item.mode[0] in "IF" and not pixel_range.eight_bits:
-        item = np.asarray(item)  # Pillow's modes of one channel of more than 8 bits
+        item = np.asarray(item)
     if isinstance(item, Image.Image) and pixel_range not in (EIGHT_BITS, AS_STORED):
         raise ValueError(EIGHT_BIT_FILE)
     if isinstance(item, Image.Image | Bands):
         return item
-    array = item.permute(1, 2, 0).numpy() if isinstance(item, Tensor) and item.dim() == 3 else item
+
+    # An array of values in the stated range. Without one, 16 bits get the advice to state it.
+    array = item
+    if isinstance(item, Tensor) and item.dim() == 3:
+        array = item.permute(1, 2, 0).numpy()
     dtype = str(getattr(array, "dtype", None))
-    plain = (
-        dtype == "uint8"
-        if pixel_range == AS_STORED
-        else pixel_range.eight_bits and not dtype.endswith("int16")
-    )
+    if pixel_range == AS_STORED:
+        plain = dtype == "uint8"
+    else:
+        plain = pixel_range.eight_bits and not dtype.endswith("int16")
     if isinstance(array, np.ndarray) and not plain:
         return stated_picture(np.atleast_3d(array), pixel_range)
+
+    # An array of 8 bits: Pillow's picture if it has the channels of one.
     if not isinstance(array, np.ndarray) or array.dtype != np.uint8:
         raise ValueError(
             f"an item is a {type(item).__name__}, not a picture: leave out the data set's transform"
@@ -93,15 +99,19 @@ def _picture(item: Any, pixel_range: PixelRange) -> Picture:
 
 
 class TorchvisionSource(MappedSource):
-    """Images of torchvision's data sets, or of others whose pictures are numbered, without their labels.
+    """Images of torchvision's data sets, or of others with numbered pictures, without labels.
 
     Args:
-        dataset: the node of the training images, for example ``{target: torchvision.datasets.CIFAR10, params: {root:
-            data, download: true}}``; the data set must give pictures, so leave its ``transform`` out.
-        val_dataset: the node of the validation and test images; without it a part of the first is held out.
+        dataset: the node of the training images, for example ``{target:
+            torchvision.datasets.CIFAR10, params: {root: data, download: true}}``; the data set must
+            give pictures, so leave its ``transform`` out.
+        val_dataset: the node of the validation and test images; without it a part of the first is
+            held out.
         val_fraction: size of that part, see :func:`~olvae.data.dataset.hold_out`.
-        size, batch_size, num_workers, channels, max_unreadable, range: see :class:`~olvae.data.source.Source`.
-        min_fraction, filters, flip, shuffle_channels: see :class:`~olvae.data.image.RandomScaleCrop`.
+        size, batch_size, num_workers, channels, max_unreadable, range: see
+            :class:`~olvae.data.source.Source`.
+        min_fraction, filters, flip, shuffle_channels: see
+            :class:`~olvae.data.image.RandomScaleCrop`.
     """
 
     def __init__(
@@ -121,12 +131,14 @@ class TorchvisionSource(MappedSource):
         range: RangeNode | None = None,  # noqa: A002
     ) -> None:
         values = PixelRange.from_node(range)
-        train = Items(instantiate(dataset), channels, values)
-        val = None if val_dataset is None else Items(instantiate(val_dataset), channels, values)
-        parts = hold_out(train, val_fraction) if val is None else (train, val)
+        train: ImageDataset = Items(instantiate(dataset), channels, values)
+        if val_dataset is None:
+            train, val = hold_out(train, val_fraction)
+        else:
+            val = Items(instantiate(val_dataset), channels, values)
         transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
         super().__init__(
-            *parts, transform, batch_size, num_workers, channels, max_unreadable, range=range
+            train, val, transform, batch_size, num_workers, channels, max_unreadable, range=range
         )
 
 
@@ -148,7 +160,8 @@ class Column(ImageDataset):
             )
         self.table = table.select_columns([column]).cast_column(column, Image(decode=False))
         self.column = column
-        self.channels, self.pixel_range = channels, pixel_range
+        self.channels = channels
+        self.pixel_range = pixel_range
 
     def __len__(self) -> int:
         return len(self.table)
@@ -156,29 +169,30 @@ class Column(ImageDataset):
     def __getitem__(self, index: int) -> Photo:
         cell = self.table[index][self.column] or {"bytes": None, "path": None}
         name = f"row {index} of {self.column}"
-        if not (content := cell["bytes"] or cell["path"]):
+        content = cell["bytes"] or cell["path"]
+        if not content:
             raise UnreadableImageError(name, "the cell is empty")
-        return Photo(
-            Path(content) if isinstance(content, str) else content,
-            name,
-            self.channels,
-            self.pixel_range,
-        )
+        if isinstance(content, str):
+            content = Path(content)
+        return Photo(content, name, self.channels, self.pixel_range)
 
 
 class HuggingFaceSource(MappedSource):
     """Images of a data set, read by the ``datasets`` library.
 
     Args:
-        path: its id on the hub, for example ``cifar10``; a folder that ``save_to_disk`` wrote; or a builder's name,
-            for example ``parquet`` or ``imagefolder``, with ``data_files`` or ``data_dir``.
+        path: its id on the hub, for example ``cifar10``; a folder that ``save_to_disk`` wrote; or a
+            builder's name, for example ``parquet`` or ``imagefolder``, with ``data_files`` or
+            ``data_dir``.
         column: of the images.
         split: for training.
         val_split: for validation and test; without it a part of the training split is held out.
         val_fraction: size of that part, see :func:`~olvae.data.dataset.hold_out`.
         name, data_files, data_dir, revision: passed on to ``datasets.load_dataset``.
-        size, batch_size, num_workers, channels, max_unreadable, range: see :class:`~olvae.data.source.Source`.
-        min_fraction, filters, flip, shuffle_channels: see :class:`~olvae.data.image.RandomScaleCrop`.
+        size, batch_size, num_workers, channels, max_unreadable, range: see
+            :class:`~olvae.data.source.Source`.
+        min_fraction, filters, flip, shuffle_channels: see
+            :class:`~olvae.data.image.RandomScaleCrop`.
 
     Raises ConfigError: the library is not installed, or the column holds no images.
     """
@@ -212,22 +226,27 @@ class HuggingFaceSource(MappedSource):
             "data_dir": data_dir,
             "revision": revision,
         }
-        train = Column(load_table(path, split, **arguments), column, channels, values)
-        val = (
-            None
-            if val_split is None
-            else Column(load_table(path, val_split, **arguments), column, channels, values)
-        )
-        parts = hold_out(train, val_fraction) if val is None else (train, val)
+        table = load_table(path, split, **arguments)
+        train: ImageDataset = Column(table, column, channels, values)
+        if val_split is None:
+            train, val = hold_out(train, val_fraction)
+        else:
+            table = load_table(path, val_split, **arguments)
+            val = Column(table, column, channels, values)
         transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
         super().__init__(
-            *parts, transform, batch_size, num_workers, channels, max_unreadable, range=range
+            train, val, transform, batch_size, num_workers, channels, max_unreadable, range=range
         )
 
 
 def load_table(path: str | Path, split: str, **arguments: Any) -> Any:
-    """A split of a data set, ``train`` of one without splits; ``arguments`` are those of ``datasets.load_dataset``."""
+    """Load a split of a data set; one without splits has ``train``.
+
+    ``arguments`` are passed on to ``datasets.load_dataset``. Raises ConfigError: no such split.
+    """
     datasets = import_extra("datasets", "hf", "HuggingFaceSource")
+
+    # A folder that save_to_disk wrote; load_dataset does not read those.
     if Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():
         splits = datasets.load_from_disk(str(path))
         if not isinstance(splits, datasets.DatasetDict):

@@ -1,4 +1,4 @@
-"""Read image files as pictures, crop and resize them to one size: random for training, fixed for evaluation."""
+"""Read image files as pictures, and crop and resize them: at random to train, fixed to evaluate."""
 
 import io
 import logging
@@ -38,17 +38,16 @@ from olvae.data.pixels.size_and_range import (
 from olvae.data.read_errors import UnreadableImageError
 from olvae.files import legible, reason
 
-logging.getLogger("PIL.TiffImagePlugin").setLevel(
-    logging.CRITICAL
-)  # it prints what it can't read: bands
+# Pillow logs an error for each TIFF that it cannot read; those are read as arrays here.
+logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
 
 @dataclass
 class Bands:
-    """A picture of any number of channels, with Pillow's operations for transforms, band by band.
+    """A picture of any number of channels, with the operations of Pillow that transforms use.
 
-    ``dtype``: of its tensor, uint8, uint16 or float32; the bands of the latter two hold float32, so that resizing
-    rounds nothing.
+    Each operation is applied band by band. ``dtype`` is the dtype of the picture's tensor: uint8,
+    uint16 or float32. The bands of the latter two hold float32, so that resizing rounds nothing.
     """
 
     bands: Sequence[Image.Image]
@@ -90,35 +89,39 @@ def image_to_tensor(image: Picture) -> Tensor:
     """A picture of C channels -> (C, H, W), uint8 but for bands of another dtype."""
     if isinstance(image, Bands) and image.dtype != "uint8":
         values = np.stack([np.asarray(band, dtype=np.float32) for band in image.bands])
-        if image.dtype == "uint16":  # filters overshoot at edges
+        if image.dtype == "uint16":
+            # Resize filters overshoot at edges.
             values = values.round().clip(0, 65535)
         return torch.from_numpy(values.astype(image.dtype))
     if isinstance(image, Bands):
         return torch.cat([image_to_tensor(band) for band in image.bands])
-    array: NDArray[np.uint8] = np.array(
-        image, dtype=np.uint8
-    )  # (H, W) or (H, W, C), a writable copy
+    # (H, W) or (H, W, C); a copy, because torch warns about memory that it may not write to.
+    array: NDArray[np.uint8] = np.array(image, dtype=np.uint8)
     return torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1).contiguous()
 
 
 def array_to_picture(array: NDArray[np.generic], dtype: str | None = None) -> Bands:
-    """(H, W, C) -> a picture, of the array's ``dtype`` by default: uint8, uint16, or float32 for others."""
-    dtype = dtype or (array.dtype.name if array.dtype.name in ("uint8", "uint16") else "float32")
-    bands = np.ascontiguousarray(
-        np.moveaxis(array, -1, 0), dtype=np.uint8 if dtype == "uint8" else np.float32
-    )
+    """(H, W, C) -> a picture of ``dtype``, by default the array's uint8 or uint16, else float32."""
+    if not dtype:
+        dtype = array.dtype.name if array.dtype.name in ("uint8", "uint16") else "float32"
+    stored = np.uint8 if dtype == "uint8" else np.float32
+    bands = np.ascontiguousarray(np.moveaxis(array, -1, 0), dtype=stored)
     return Bands([Image.fromarray(band) for band in bands], dtype)
 
 
 def stated_picture(
     array: NDArray[np.generic], pixel_range: PixelRange, nodata: float | None = None
 ) -> Bands:
-    """Values, (H, W, C), as a picture of the range; arguments and ValueError as of :meth:`PixelRange.checked`."""
+    """An array, (H, W, C), as a picture of this range.
+
+    Arguments and ValueError are as in :meth:`PixelRange.checked`.
+    """
     if array.dtype == np.uint8 and pixel_range in (EIGHT_BITS, AS_STORED):
         return array_to_picture(array)
     if pixel_range.eight_bits:
         raise ValueError(f"{array.dtype.name} of shape {array.shape}: {UNSTATED}")
-    dtype = "uint16" if array.dtype.name == "uint16" else "float32"  # in any order of bytes
+    # The dtype's name is the same for both byte orders.
+    dtype = "uint16" if array.dtype.name == "uint16" else "float32"
     return array_to_picture(pixel_range.checked(array, nodata), dtype)
 
 
@@ -137,7 +140,7 @@ FORMATS = (
     "WEBP",
     *(("AVIF",) if features.check("avif") else ()),
 )
-"""Formats that are opened, by Pillow's names; others start programs, as EPS does Ghostscript."""
+"""Formats to open, by Pillow's names. Others are refused: EPS, for one, would start Ghostscript."""
 
 NEW_SUBFILE_TYPE = 254  # a TIFF's tag: bit 0 is set for a smaller copy, bit 2 for a mask
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
@@ -149,10 +152,11 @@ class Photo:
     Args:
         content: a file's path or its bytes, or a picture in memory.
         name: for errors.
-        channels: 3, 1, 4 or, for arrays, any other number, or 0 for theirs; see :func:`read_picture`.
-        pixel_range: the range that its data state; see :meth:`PixelRange.checked`.
+        channels: 3, 1 or 4; for arrays any number, or 0 for as many as they have. See
+            :func:`read_picture`.
+        pixel_range: the range that the data state; see :meth:`PixelRange.checked`.
 
-    Raises UnreadableImageError: the header is not that of a picture; of an array also for its values.
+    Raises UnreadableImageError: the header can't be read; for an array also if its values can't.
     """
 
     def __init__(
@@ -167,29 +171,35 @@ class Photo:
         self.content = content
         self.pixel_range = pixel_range
         self.suffix = "npy"  # of an array's file, without the dot
-        self.nodata: float | None = None  # what the file itself names as missing
+        self.nodata: float | None = None  # the value that the file itself declares as missing
         self._image: Picture
+        self._orientation = 1
+
+        # Read the header; decoders raise all kinds of errors for a broken file.
         try:
             self._image = self._open(content)
-            check_size(*self._image.size)  # before EXIF is read, which decodes a PNG
-            self._orientation = (
-                _orientation(self._image) if isinstance(self._image, Image.Image) else 1
-            )
+            # Before EXIF is read: that decodes a PNG, which may be a decompression bomb.
+            check_size(*self._image.size)
+            if isinstance(self._image, Image.Image):
+                self._orientation = _orientation(self._image)
             self.size = self._upright_size()
         except ConfigError:
             raise
-        except Exception as error:  # decoders raise all kinds for a broken file
+        except Exception as error:
             raise UnreadableImageError(name, _reason(error)) from error
+
+        # Pillow's pictures have 1, 3 or 4 channels.
         if isinstance(self._image, Image.Image) and channels not in MODES:
-            raise UnreadableImageError(
-                name,
-                EIGHT_BIT_FILE
-                if not channels
-                else f"{channels} channels are read from .npy, .npz, TIFF and EXR files",
-            )
+            why = EIGHT_BIT_FILE
+            if channels:
+                why = f"{channels} channels are read from .npy, .npz, TIFF and EXR files"
+            raise UnreadableImageError(name, why)
 
     def undecoded(self) -> bytes | Picture:
-        """The file's bytes, or the picture in memory. Raises UnreadableImageError if the file can't be read."""
+        """The file's bytes, or the picture in memory.
+
+        Raises UnreadableImageError: the file can't be read.
+        """
         if not isinstance(self.content, Path):
             return self.content
         try:
@@ -204,13 +214,15 @@ class Photo:
 
     @property
     def mode(self) -> str | None:
-        """Pillow's name for the pixels' format in the file, for example RGB or I;16; None for an array."""
+        """Pillow's name for the pixels in the file, for example RGB or I;16; None for an array."""
         return self._image.mode if isinstance(self._image, Image.Image) else None
 
     def read(self, shrink: int = 1) -> Picture:
-        """The pixels, turned upright; UnreadableImageError if the file is broken.
+        """Decode the pixels and turn them upright.
 
         A JPEG is decoded at 1/shrink (1, 2, 4 or 8) of its size, rounded up, which is faster.
+
+        Raises UnreadableImageError: the file is broken.
         """
         image = self._image
         if isinstance(image, Bands):
@@ -225,77 +237,103 @@ class Photo:
             raise UnreadableImageError(self.name, _reason(error)) from error
 
     def missing(self, values: NDArray[np.generic]) -> NDArray[np.bool_]:
-        """Where the file's values are not finite, or what it names as missing."""
+        """A mask of the values that are not finite, or that the file declares as missing."""
         bad: NDArray[np.bool_] = ~np.isfinite(values)
-        return bad if self.nodata is None else bad | (values == nearest_float32(self.nodata))
+        if self.nodata is not None:
+            bad |= values == nearest_float32(self.nodata)
+        return bad
 
     def _open(self, content: Path | bytes | Picture) -> Picture:
-        if isinstance(content, Bands) and len(content.bands) != (
-            self.channels or len(content.bands)
-        ):
-            raise ValueError(f"it has {len(content.bands)} channels, not {self.channels}")
+        # A picture in memory.
+        if isinstance(content, Bands):
+            found = len(content.bands)
+            if self.channels not in (0, found):
+                raise ValueError(f"it has {found} channels, not {self.channels}")
+            return content
         if not isinstance(content, Path | bytes):
             if _is_deep(content):
                 raise ValueError(UNSTATED)
             return content
+
+        # A file without any bytes.
         if not (len(content) if isinstance(content, bytes) else content.stat().st_size):
             raise ValueError("the file is empty")
-        if (suffix := self._array_suffix(content)) is None:
+
+        # Pillow reads the header, unless the file is an array for certain. Only pictures of 8 bits
+        # per channel stay with Pillow; deeper ones are read as arrays, where the format allows it.
+        suffix = self._array_suffix(content)
+        if suffix is None:
             image = _open_by_pillow(content, self.channels)
             if image is not None and not _is_deep(image):
                 if self.pixel_range not in (EIGHT_BITS, AS_STORED):
                     raise ValueError(EIGHT_BIT_FILE)
                 return image
-            if (suffix := array_suffix(content)) is None:
+            suffix = array_suffix(content)
+            if suffix is None:
                 raise ValueError(UNKEPT)
             if image is not None and self.pixel_range.eight_bits:
                 raise ValueError(UNSTATED)
         self.suffix = suffix.removeprefix(".")
-        any_channels = (
-            self.pixel_range == AS_STORED and self.channels in MODES and suffix in (".tif", ".png")
-        )
-        array, self.nodata = read_array(content, 0 if any_channels else self.channels)
+
+        # An array. Where any values will do, a deep TIFF or PNG may have any number of channels.
+        channels = self.channels
+        if self.pixel_range == AS_STORED and channels in MODES and suffix in (".tif", ".png"):
+            channels = 0
+        array, self.nodata = read_array(content, channels)
         return stated_picture(array, self.pixel_range, self.nodata)
 
     def _array_suffix(self, content: Path | bytes) -> str | None:
-        """The kind of file if it is read as an array; None if Pillow is asked first."""
+        """The kind of array that a file holds; None if it may be a picture, for Pillow to open."""
+        # The file's name says that it is an array; its first bytes say which kind.
         named = Path(self.name).suffix.lower()
         if named in (".npy", ".npz", ".exr"):
             return array_suffix(content) or named
-        pillow = self.channels in MODES and self.pixel_range in (EIGHT_BITS, AS_STORED)
-        if pillow and self.pixel_range.eight_bits and isinstance(content, Path):
+
+        # Pillow can't give this number of channels, or this range of values.
+        if self.channels not in MODES or self.pixel_range not in (EIGHT_BITS, AS_STORED):
+            return array_suffix(content)
+
+        # The usual photograph on disk: opened once, by Pillow alone.
+        if self.pixel_range.eight_bits and isinstance(content, Path):
             return None
+
+        # TIFF and PNG have 8 bits per channel or more, which only the header tells.
         suffix = array_suffix(content)
-        return None if pillow and suffix in (".tif", ".png") else suffix
+        return None if suffix in (".tif", ".png") else suffix
 
     def _upright_size(self) -> tuple[int, int]:
         width, height = self._image.size
-        if isinstance(self._image, TiffImageFile) and self._orientation in SIDEWAYS:
-            width, height = (
-                self._image.tag_v2[tag] for tag in (IMAGEWIDTH, IMAGELENGTH)
-            )  # some Pillows turn .size
-        return (height, width) if self._orientation in SIDEWAYS else (width, height)
+        if self._orientation not in SIDEWAYS:
+            return width, height
+        if isinstance(self._image, TiffImageFile):
+            # Some versions of Pillow have turned a TIFF's .size already; the tags are as stored.
+            width = self._image.tag_v2[IMAGEWIDTH]
+            height = self._image.tag_v2[IMAGELENGTH]
+        return height, width
 
 
 def read_picture(
     path: str | Path, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS
 ) -> Picture:
-    """Read a picture, turned upright by its EXIF orientation; raise UnreadableImageError if that fails.
+    """Read a picture, and turn it upright by its EXIF orientation.
 
-    Without a stated range it has 8 bits per channel. Three channels are RGB: transparent pictures are laid over white;
-    greyscale, palette and CMYK are converted by Pillow; only the first of several frames of a GIF is read. One channel
-    is the luma of that; four are RGB and alpha. Any other number of channels is read from a TIFF or a NumPy file, an
-    array of uint8 of shape (H, W, channels).
+    Without a stated range it has 8 bits per channel. Three channels are RGB: transparent pictures
+    are laid over white; greyscale, palette and CMYK are converted by Pillow; of a GIF the first
+    frame is read. One channel is the luma of this RGB; four are RGB and alpha. Any other number
+    of channels is read from a TIFF or a NumPy file, an array of uint8 of shape (H, W, channels).
 
-    With a range it is an array of :data:`~olvae.data.pixels.arrays.DTYPES`, (H, W, channels), as it is in the file.
-    Unreadable are also files of more than 8 bits per channel without a range, of values that the range refuses, of
-    another number of channels, of several pages, or of sizes that :func:`check_size` refuses.
+    With a range it is an array of :data:`~olvae.data.pixels.arrays.DTYPES`, (H, W, channels), as
+    it is in the file.
+
+    Raises UnreadableImageError: the file can't be read, or has more than 8 bits per channel
+    without a stated range, values that the range refuses, another number of channels, several
+    pages, or a size that :func:`check_size` refuses.
     """
     return Photo(Path(path), legible(str(path)), channels, pixel_range).read()
 
 
 def _convert(image: Image.Image, mode: str) -> Image.Image:
-    """From any mode of Pillow to one of :data:`MODES`; see :func:`read_picture` for the rules."""
+    """Convert any mode of Pillow to one of :data:`MODES`, by the rules of :func:`read_picture`."""
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         if mode == "RGBA":
@@ -306,53 +344,58 @@ def _convert(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _open_by_pillow(content: Path | bytes, channels: int) -> Image.Image | None:
-    """Read a picture's header; None for a TIFF that Pillow does not know, or of more channels than it reads."""
-    with warnings.catch_warnings():  # Pillow warns from half the size that it refuses
+    """Read a picture's header; None for a TIFF that only read_array can read.
+
+    Pillow may not know such a TIFF, or reads fewer channels from it than are wanted.
+    """
+    # Pillow warns from half the size that it refuses.
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        file = io.BytesIO(content) if isinstance(content, bytes) else content
         try:
-            image = Image.open(
-                io.BytesIO(content) if isinstance(content, bytes) else content, formats=FORMATS
-            )
+            image = Image.open(file, formats=FORMATS)
         except UnidentifiedImageError:
             if array_suffix(content) != ".tif":
                 raise
             return None
-    if isinstance(image, TiffImageFile) and len(image.getbands()) < channels == image.tag_v2.get(
-        SAMPLESPERPIXEL
-    ):
+    if not isinstance(image, TiffImageFile):
+        return image
+
+    # A TIFF with as many channels as are wanted: Pillow drops some of them.
+    if len(image.getbands()) < channels == image.tag_v2.get(SAMPLESPERPIXEL):
         if _orientation(image) != 1:
             raise ValueError(
-                f"{channels} channels are read of upright pictures alone: save it with orientation 1"
+                f"{channels} channels are read of upright pictures alone: "
+                "save it with orientation 1"
             )
         return None
-    if isinstance(image, TiffImageFile) and not _is_deep(image) and (pages := _pages(image)) > 1:
-        raise ValueError(
-            f"it holds {pages} pages, not one: save each in a file of its own, or as bands"
-        )
+
+    # A TIFF of several pages, without smaller copies and masks of other pages. Pages of a deep one
+    # may be bands, which read_array joins.
+    if not _is_deep(image):
+        pages = 0
+        for page in range(image.n_frames):
+            image.seek(page)
+            pages += not int(image.tag_v2.get(NEW_SUBFILE_TYPE, 0)) & 0b101
+        image.seek(0)
+        if pages > 1:
+            raise ValueError(
+                f"it holds {pages} pages, not one: save each in a file of its own, or as bands"
+            )
     return image
 
 
-def _is_deep(image: Picture) -> bool:
-    """Whether a picture of Pillow has more than 8 bits per channel, which it may cut to 8."""
+def _is_deep(image: Image.Image) -> bool:
+    """Whether a picture of Pillow has more than 8 bits per channel, which Pillow may cut to 8."""
+    # Of a TIFF stored in planes, Pillow's tiles do not show the bits.
     if isinstance(image, TiffImageFile) and max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8:
-        return True  # in planes Pillow's tiles do not tell
-    tiles = [
-        (part[0], part[3]) for part in getattr(image, "tile", ())
-    ]  # a PPM's end with its largest value
-    deep = any(
-        ";16" in str(args) or (name.startswith("ppm") and args[-1] > 255) for name, args in tiles
-    )
-    return isinstance(image, Image.Image) and (image.mode[0] in "IF" or deep)
-
-
-def _pages(image: TiffImageFile) -> int:
-    """The pages of a TIFF, without those that show another one smaller, or its mask."""
-    count = 0
-    for page in range(image.n_frames):
-        image.seek(page)
-        count += not int(image.tag_v2.get(NEW_SUBFILE_TYPE, 0)) & 0b101
-    image.seek(0)
-    return count
+        return True
+    # Tiles name the decoder and its arguments, which end with the largest value for a PPM.
+    for tile in getattr(image, "tile", ()):
+        decoder, arguments = tile[0], tile[3]
+        if ";16" in str(arguments) or (decoder.startswith("ppm") and arguments[-1] > 255):
+            return True
+    return image.mode[0] in "IF"
 
 
 def _orientation(image: Image.Image) -> int:
@@ -360,10 +403,8 @@ def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:
-        if not image.info.keys() & {
-            "exif",
-            "Raw profile type exif",
-        }:  # Pillow searched behind a PNG's broken pixels
+        # Without EXIF in front, Pillow searched for it behind a PNG's pixels: those are broken.
+        if not image.info.keys() & {"exif", "Raw profile type exif"}:
             raise
         return 1
 
@@ -380,13 +421,10 @@ FILTERS = {
     name: Image.Resampling[name.upper()]
     for name in ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 }
-ALL_FILTERS = (
-    "box",
-    "bilinear",
-    "bicubic",
-    "lanczos",
-)  # filters that training draws from by default
-OVERSAMPLING = 2.0  # least ratio of the window to the result for a JPEG that is decoded at a fraction of its size
+ALL_FILTERS = ("box", "bilinear", "bicubic", "lanczos")  # training draws from these by default
+
+# A JPEG is decoded at a fraction of its size if the window then has this ratio to the result.
+OVERSAMPLING = 2.0
 
 
 def are_for_masks(filters: Sequence[str]) -> bool:
@@ -398,25 +436,24 @@ def are_for_masks(filters: Sequence[str]) -> bool:
 class RandomScaleCrop:
     """Stochastic image rescaling [R], random crop and flip.
 
-    Cuts a window of the result's shape at a random place, whose height is a random fraction of that of the largest
-    window in the picture, uniform between ``min_fraction`` and 1, and resizes it to ``size`` with a randomly chosen
-    filter: the same as resizing the picture by a random factor and cropping ``size`` pixels of it [D], at a fraction of
-    the cost. The window has at least ``size`` pixels if the picture has, so that nothing is enlarged. A window of
-    exactly that size is cut at whole pixels.
+    Cuts a window of the result's shape at a random place, and resizes it to ``size`` with a
+    randomly chosen filter. The window's height is a random fraction, uniform between
+    ``min_fraction`` and 1, of the largest window in the picture. This equals resizing the picture
+    by a random factor and cropping ``size`` pixels from it [D], at a fraction of the cost. The
+    window has at least ``size`` pixels if the picture has, so that nothing is enlarged. A window
+    of exactly that size is cut at whole pixels.
 
-    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the window is then still at least twice as high as the result,
-    which changes a pixel by less than 1 of 255 on average (docs/data.md).
+    A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the window is then still at least twice as
+    high as the result, which changes a pixel by less than 1 of 255 on average (docs/data.md).
     """
 
     size: Size  # of the result
     min_fraction: float = 0.5  # in (0, 1]
-    filters: Sequence[str] = (
-        ALL_FILTERS  # of FILTERS; nearest alone, for masks, is evaluation's as well
-    )
+    # Some of FILTERS. Nearest alone is for masks: then evaluation resizes by nearest, too.
+    filters: Sequence[str] = ALL_FILTERS
     flip: bool = True  # mirror half of the results
-    shuffle_channels: float = (
-        0.0  # share of the results whose channels are permuted: more colours of few pictures
-    )
+    # Share of the results whose channels are permuted, to get more colours from few pictures.
+    shuffle_channels: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.shuffle_channels <= 1.0:
@@ -431,22 +468,34 @@ class RandomScaleCrop:
             )
 
     def __call__(self, photo: Picture | Photo, rng: np.random.Generator) -> Picture:
-        (width, height), wanted = photo.size, Sides.of(self.size)
+        # Draw the window, in pixels of the picture: its height, then its place, then the filter.
+        width, height = photo.size
+        wanted = Sides.of(self.size)
         wide = wanted.width / wanted.height  # 1 for a square
         highest = min(width / wide, height)
         high = rng.uniform(max(self.min_fraction * highest, min(wanted.height, highest)), highest)
         left = rng.uniform(0.0, max(0.0, width - high * wide))
         top = rng.uniform(0.0, height - high)
-        if abs(high - wanted.height) < 1e-6:  # but for rounding
-            high, left, top = float(wanted.height), float(round(left)), float(round(top))
+        if abs(high - wanted.height) < 1e-6:
+            # The result's own size, but for rounding: cut at whole pixels.
+            high = float(wanted.height)
+            left = float(round(left))
+            top = float(round(top))
         resample = FILTERS[self.filters[int(rng.integers(len(self.filters)))]]
-        shrink = next((n for n in (8, 4, 2) if high >= n * OVERSAMPLING * wanted.height), 1)
+
+        # Decode the picture, at the smallest size that leaves the window large enough.
+        shrink = 1
+        for factor in (2, 4, 8):
+            if high >= factor * OVERSAMPLING * wanted.height:
+                shrink = factor
         image = photo.read(shrink) if isinstance(photo, Photo) else photo
-        shrunk = round(
-            width / image.width
-        )  # 1, 2, 4 or 8; the last column and row may reach beyond the picture
+
+        # Resize the window; its last column and row may reach beyond a shrunk picture.
+        shrunk = round(width / image.width)  # 1, 2, 4 or 8
         box = (left / shrunk, top / shrunk, (left + high * wide) / shrunk, (top + high) / shrunk)
         crop: Picture = image.resize((wanted.width, wanted.height), resample, box=box)
+
+        # Augment: a random mirror image, and a random order of channels.
         if self.flip and rng.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.shuffle_channels and rng.random() < self.shuffle_channels:
@@ -457,24 +506,28 @@ class RandomScaleCrop:
 
     @property
     def evaluation(self) -> "EvalTransform":
-        """What evaluation does with the same images: masks are resized by nearest there, too."""
-        return EvalTransform(
-            self.size, resample="nearest" if are_for_masks(self.filters) else "bicubic"
-        )
+        """The transform that evaluates on the same images: masks are resized by nearest, too."""
+        resample = "nearest" if are_for_masks(self.filters) else "bicubic"
+        return EvalTransform(self.size, resample=resample)
 
 
-RESIZES = {  # descriptions for the protocol
+# Descriptions for the protocol.
+RESIZES = {
     "shorter side": "{filter} antialiased resize of {what} (Pillow), centre crop",
-    "adm": "halved by averaging while twice too large, {filter} resize of {what} (Pillow), centre crop",
+    "adm": "halved by averaging while twice too large, {filter} resize of {what} (Pillow), "
+    "centre crop",
 }
 
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Resize a picture, then crop its centre, for evaluation; ValueError for an unknown resize or filter.
+    """Resize a picture, then crop its centre, for evaluation.
 
-    ``shorter side`` resizes it to ``size``, as in the results table [R], or until height and width just cover it;
-    ``adm`` halves it by averaging while it is at least twice too large, then resizes (Dhariwal and Nichol 2021).
+    ``shorter side`` resizes it to ``size``, as in the results table [R], or until height and width
+    just cover it; ``adm`` halves it by averaging while it is at least twice too large, then
+    resizes (Dhariwal and Nichol 2021).
+
+    Raises ValueError: ``resize`` or ``resample`` is unknown.
     """
 
     size: Size
@@ -484,17 +537,18 @@ class EvalTransform:
     def __post_init__(self) -> None:
         if self.resize not in RESIZES or self.resample not in FILTERS:
             raise ValueError(
-                f"resize must be one of {', '.join(RESIZES)} and the filter of {', '.join(FILTERS)}, got "
-                f"{self.resize} and {self.resample}"
+                f"resize must be one of {', '.join(RESIZES)} and the filter of "
+                f"{', '.join(FILTERS)}, got {self.resize} and {self.resample}"
             )
 
     def __call__(self, image: Picture) -> Picture:
-        (height, width), resample = Sides.of(self.size), FILTERS[self.resample]
+        height, width = Sides.of(self.size)
         halves = self.resize == "adm" and self.resample != "nearest"
         while halves and image.width >= 2 * width and image.height >= 2 * height:
             image = image.resize((image.width // 2, image.height // 2), FILTERS["box"])
-        image = resize_shorter_side(image, self.size, resample)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = resize_shorter_side(image, self.size, FILTERS[self.resample])
+        left = (image.width - width) // 2
+        top = (image.height - height) // 2
         return image.crop((left, top, left + width, top + height))
 
     def enlarges(self, image: Picture) -> bool:
@@ -504,23 +558,19 @@ class EvalTransform:
 
     def describe(self) -> str:
         """A description for the protocol."""
-        what = (
-            "the shorter side"
-            if isinstance(Sides.of(self.size).node, int)
-            else "both sides until they cover it"
-        )
+        square = isinstance(Sides.of(self.size).node, int)
+        what = "the shorter side" if square else "both sides until they cover it"
         text = RESIZES[self.resize].format(filter=self.resample, what=what)
         if self.resample == "nearest":
-            text = text.replace("antialiased ", "").removeprefix(
-                "halved by averaging while twice too large, "
-            )
+            text = text.replace("antialiased ", "")
+            text = text.removeprefix("halved by averaging while twice too large, ")
         return text
 
 
 def resize_shorter_side(
     image: Picture, size: Size, resample: Image.Resampling = Image.Resampling.BICUBIC
 ) -> Picture:
-    """Resize to a shorter side of ``size`` pixels, or until both sides just cover it; by default bicubic."""
+    """Resize to a shorter side of ``size`` pixels, or until both sides just cover it."""
     height, width = Sides.of(size)
     scale = max(width / image.width, height / image.height)
     return image.resize(

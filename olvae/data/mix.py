@@ -13,16 +13,17 @@ CYCLE = 1000  # samples in which each source has its exact share; weights are as
 
 
 class MixSource(Source):
-    """Training samples of several sources, each in its share; validation and test images of all of them.
+    """Training samples of several sources, each in its share; validation and test images of all.
 
-    In every 1000 samples of a loader process each source has its share exactly, in a random order. The images of a
-    source with few images and a large share come more often.
+    In every 1000 samples of a loader process each source has its share exactly, in a random order.
+    The images of a source with few images and a large share come more often.
 
-    Keys begin with the source's number, as ``0/photo.jpg``, because images of two sources may have the same key.
+    Keys begin with the source's number, as ``0/photo.jpg``, because images of two sources may have
+    the same key.
 
     Args:
-        sources: their nodes. ``size``, ``channels`` and ``range`` must be the same in all; their ``batch_size`` and
-            ``num_workers`` are not used.
+        sources: their nodes. ``size``, ``channels`` and ``range`` must be the same in all; their
+            ``batch_size`` and ``num_workers`` are not used.
         size, batch_size, num_workers, channels, max_unreadable, range: see :class:`Source`.
         weights: of the sources, in any scale; by default their numbers of training images.
 
@@ -42,51 +43,58 @@ class MixSource(Source):
     ) -> None:
         super().__init__(size, batch_size, num_workers, channels, max_unreadable, range)
         self.sources = [instantiate(node) for node in sources]
+
+        # Refuse sources whose images do not fit in one batch.
         for i, source in enumerate(self.sources):
+            where = f"data.params.sources.{i}"
             if not isinstance(source, Source):
-                raise ConfigError(
-                    f"data.params.sources.{i}: {sources[i]['target']} is not a source of images"
-                )
+                raise ConfigError(f"{where}: {sources[i]['target']} is not a source of images")
             if source.pixel_range != self.pixel_range:
                 raise ConfigError(
-                    f"data.params.sources.{i}: values of {source.pixel_range} do not mix with "
+                    f"{where}: values of {source.pixel_range} do not mix with "
                     f"{self.pixel_range}: state one `range` in all"
                 )
             if (source.size, source.channels) != (self.size, channels):
                 raise ConfigError(
-                    f"data.params.sources.{i}: images of {source.channels} channels and {source.size} pixels do not "
-                    f"mix with {channels} channels and {self.size} pixels"
+                    f"{where}: images of {source.channels} channels and {source.size} pixels "
+                    f"do not mix with {channels} channels and {self.size} pixels"
                 )
+
+        # Describe the mix: shares, latents, and how validation images are made.
         self.shares = self._shares(weights)
         self.latent_stats = [stats for source in self.sources for stats in source.latent_stats]
-        if all(source.eval_transform.resample == "nearest" for source in self.sources):  # of masks
+        if all(source.eval_transform.resample == "nearest" for source in self.sources):
+            # All of them are masks.
             self.eval_transform = replace(self.eval_transform, resample="nearest")
         if any(source.crops for source in self.sources):
-            self.crops = "; ".join(
-                dict.fromkeys(source.describe_val_images() for source in self.sources)
-            )
+            crops = [source.describe_val_images() for source in self.sources]
+            self.crops = "; ".join(dict.fromkeys(crops))
 
     def _shares(self, weights: Sequence[float] | None) -> list[int]:
-        """Samples of each source in a cycle, at least one of each that has a weight; their sum is :data:`CYCLE`."""
+        """Samples of each source in a cycle, at least 1 if its weight is above 0, in all CYCLE."""
         if weights is None:
             counts = [source.samples_per_epoch for source in self.sources]
             if None in counts:
                 raise ConfigError(
                     "data.params.weights: missing, and the number of images of a source is unknown"
                 )
+            # A source without training images counts as 0.
             weights = [float(count or 0) for count in counts]
         if len(weights) != len(self.sources) or min(weights, default=0) < 0 or sum(weights) <= 0:
             raise ConfigError(
-                f"data.params.weights: expected {len(self.sources)} weights, not all 0, got {weights}"
+                f"data.params.weights: expected {len(self.sources)} weights, not all 0, "
+                f"got {weights}"
             )
+
+        # Round down, then give the rest to the sources that are most short of their share.
         exact = [weight / sum(weights) * CYCLE for weight in weights]
-        shares = [max(int(part), 1 if part else 0) for part in exact]
-        by_rest = sorted(
-            range(len(exact)), key=lambda i: shares[i] - exact[i]
-        )  # most short of its share first
+        shares = [max(int(part), int(part > 0)) for part in exact]
+        by_rest = sorted(range(len(exact)), key=lambda i: shares[i] - exact[i])
         for i in range(CYCLE - sum(shares)):
             shares[by_rest[i % len(shares)]] += 1
-        for _ in range(sum(shares) - CYCLE):  # many tiny weights were lifted to 1
+
+        # Or take away from the largest, where many tiny weights were lifted to 1.
+        for _ in range(sum(shares) - CYCLE):
             shares[shares.index(max(shares))] -= 1
         return shares
 
@@ -111,31 +119,34 @@ class MixSource(Source):
         process = _alone(process)
         cycle, place = divmod(position, CYCLE)
         order = self._order(seed, cycle, process)
-        streams = [
-            source.stream(seed, cycle * share + order[:place].count(i), process)
-            if share
-            else iter(())
-            for i, (source, share) in enumerate(zip(self.sources, self.shares, strict=True))
-        ]
+
+        # Start each source after its samples of the cycles before, and of this one so far.
+        streams: list[Iterator[Sample]] = []
+        for i, (source, share) in enumerate(zip(self.sources, self.shares, strict=True)):
+            first = cycle * share + order[:place].count(i)
+            streams.append(source.stream(seed, first, process) if share else iter(()))
+
         while True:
             for i in order[place:]:
                 yield _numbered(i, next(streams[i]))
-            cycle, place = cycle + 1, 0
+            cycle += 1
+            place = 0
             order = self._order(seed, cycle, process)
 
     def _order(self, seed: int, cycle: int, process: LoaderProcess) -> list[int]:
         """The source of each sample of a cycle."""
         rng = np.random.default_rng((seed, cycle, process.index, process.count, 3))
-        order: list[int] = rng.permutation(
-            np.repeat(np.arange(len(self.sources)), self.shares)
-        ).tolist()
+        numbers = np.repeat(np.arange(len(self.sources)), self.shares)
+        order: list[int] = rng.permutation(numbers).tolist()
         return order
 
     def once(self, process: LoaderProcess) -> Iterator[Sample]:
+        # An evaluation may have replaced this source's transform, which the others have to follow.
         for source in self.sources:
-            source.evaluate_with(self.eval_transform)  # an evaluation may have put another one here
+            source.evaluate_with(self.eval_transform)
         for i, source in enumerate(self.sources):
-            yield from (_numbered(i, sample) for sample in source.once(_alone(process)))
+            for sample in source.once(_alone(process)):
+                yield _numbered(i, sample)
 
 
 def _alone(process: LoaderProcess) -> LoaderProcess:

@@ -1,7 +1,8 @@
 """Open SRC, the data argument of commands, and the test images of a run.
 
-It is a folder of images or of .tar shards, a pattern or URL of either, a .txt list of files, ``samples``,
-``torchvision:CIFAR10,root=data,train=false``, ``hf:cifar10,split=test,column=img``, or a config.yaml.
+It is a folder of images or of .tar shards, a pattern or URL of either, a .txt list of files,
+``samples``, ``torchvision:CIFAR10,root=data,train=false``, ``hf:cifar10,split=test,column=img``,
+or a config.yaml.
 """
 
 from dataclasses import replace
@@ -30,9 +31,10 @@ def open_source(
     pixel_range: PixelRange = EIGHT_BITS,
     resized: bool = False,
 ) -> Source:
-    """A source that validates on all images of SRC; of a config, the source that it trains with, ``resized`` or not.
+    """Make a source that validates on all images of SRC; for a config, its own source.
 
-    Unreadable images are skipped and counted, however many they are, unless a config says otherwise.
+    A config's images keep the config's size unless ``resized``. Unreadable images are skipped and
+    counted, however many they are, unless a config says otherwise.
 
     Raises ConfigError: SRC is not one of these. FileNotFoundError, ValueError: it has no images.
     """
@@ -62,75 +64,84 @@ def open_test_source(
     pixel_range: PixelRange = EIGHT_BITS,
     usual: Size = 256,
 ) -> Source:
-    """The source to evaluate a model on: SRC if given, else the data of the model's config.
+    """Make the source to evaluate a model on: SRC if given, else the data of the model's config.
 
-    ``size`` of the images is by default that of the data's config, else ``usual``; ``pixel_range`` is for a SRC that is
-    no config. SRC is resized by nearest if the config's images are masks.
+    Without ``size``, images have the size in the config's data, or else ``usual``. ``pixel_range``
+    is for a SRC that is no config. SRC is resized by nearest if the config's images are masks.
 
     Raises ConfigError: there is neither, or the config's data are not a source.
     """
     params = dict((config.get("data") or {}).get("params") or {})
-    if src is not None:
-        usual, workers = size or params.get("size") or usual, params.get("num_workers", 0)
-        source = open_source(
-            src, usual, 1, workers, channels, pixel_range, resized=size is not None
-        )
-        if holds_masks(params):
-            source.eval_transform = replace(source.eval_transform, resample="nearest")
-        return source
-    if not config.get("data"):
-        raise ConfigError("the first target has no data to take images from: set `data`")
-    return _build(present_data(config), "data.target", size)
+    if src is None:
+        if not config.get("data"):
+            raise ConfigError("the first target has no data to take images from: set `data`")
+        return _build(present_data(config), "data.target", size)
+    usual = size or params.get("size") or usual
+    workers = params.get("num_workers", 0)
+    source = open_source(src, usual, 1, workers, channels, pixel_range, resized=size is not None)
+    if holds_masks(params):
+        source.eval_transform = replace(source.eval_transform, resample="nearest")
+    return source
 
 
 def trains_on(config: Config, src: str) -> bool:
-    """Whether this place, a path or a pattern, has training images of a config, unless it is one of its shards."""
+    """Whether SRC, a path or a pattern, overlaps a config's training data.
+
+    Single shards of these data are not noticed.
+    """
     if src == "samples" or ":" in src or Path(src).suffix in (*YAML, ".txt"):
         return False
-    given, params = Path(src).expanduser().resolve(), (config.get("data") or {}).get("params") or {}
+    given = Path(src).expanduser().resolve()
+    params = (config.get("data") or {}).get("params") or {}
+
+    # All places that the config's source, or the sources that it mixes, train on.
     nodes = [params, *(node.get("params") or {} for node in _mixed(params))]
-    named = [
-        (name, node[name])
-        for node in nodes
-        for name in ("root", "shards", "folder")
-        if name in node
-    ]
-    for name, place in [
-        (name, p) for name, value in named for p in (value if isinstance(value, list) else [value])
-    ]:
-        if isinstance(place, str) and is_local(place):
-            trained = Path(split_folders(place)[0]).expanduser().resolve()
-            if trained.is_relative_to(given) or (name == "root" and given.is_relative_to(trained)):
-                return True
+    named: list[tuple[str, str]] = []
+    for node in nodes:
+        for name in ("root", "shards", "folder"):
+            places = node.get(name)
+            if not isinstance(places, list):
+                places = [places]
+            for place in places:
+                if isinstance(place, str) and is_local(place):
+                    named.append((name, place))
+
+    # A place inside SRC counts, and SRC inside a folder that is searched at any depth.
+    for name, place in named:
+        trained = Path(split_folders(place)[0]).expanduser().resolve()
+        if trained.is_relative_to(given) or (name == "root" and given.is_relative_to(trained)):
+            return True
     return False
 
 
 def holds_masks(params: Config) -> bool:
     """Whether a source with these arguments has masks, which evaluation resizes by nearest."""
-    mixed = [node.get("params") or {} for node in _mixed(params)]
-    return all(are_for_masks(part.get("filters") or ()) for part in mixed or [params])
+    parts = [node.get("params") or {} for node in _mixed(params)] or [params]
+    return all(are_for_masks(part.get("filters") or ()) for part in parts)
 
 
 def _resized(node: Config, size: Size) -> Config:
     """A source's node with another size, also in those that it mixes."""
     params = {**(node.get("params") or {}), "size": size}
-    if mixed := _mixed(params):
+    mixed = _mixed(params)
+    if mixed:
         params["sources"] = [_resized(part, size) for part in mixed]
     return {**node, "params": params}
 
 
 def _mixed(params: Config) -> list[Config]:
-    """The nodes that a source mixes; the ``sources`` of a source of the user's own may be something else."""
+    """The nodes that a source mixes; ``sources`` may mean something else to a user's source."""
     sources = params.get("sources")
-    return (
-        sources
-        if isinstance(sources, list) and all(isinstance(part, dict) for part in sources)
-        else []
-    )
+    if isinstance(sources, list) and all(isinstance(part, dict) for part in sources):
+        return sources
+    return []
 
 
 def open_images(src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> ImageDataset:
-    """All images of SRC by number, whole: of any SRC but shards and configs; raises as :func:`open_source`."""
+    """All images of SRC by number, whole. SRC is anything but shards and configs.
+
+    Raises the errors of :func:`open_source`.
+    """
     kind = src.partition(":")[0]
     if src == "samples":
         if pixel_range != AS_STORED:

@@ -1,4 +1,4 @@
-"""Pack the images of any source into WebDataset shards, in parallel and resumably (``olvae data pack``)."""
+"""Pack the images of any source into WebDataset shards, in parallel (``olvae data pack``)."""
 
 import hashlib
 import io
@@ -19,16 +19,13 @@ from olvae.data.opening import open_images
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import AS_STORED
 from olvae.data.read_errors import ReadError, TooManyUnreadableError, UnreadableImageError
-from olvae.data.shards.index import INDEX, PACKING, Index, is_begun
+from olvae.data.shards.index import INDEX, PACKING, Index, ShardRecord, is_begun
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
 from olvae.files import list_skipped, no_empty_folders, reason
 from olvae.pool import OnProgress, SharedProgress, run_in_processes
 
-FORMATS = {
-    "jpg": "JPEG",
-    "png": "PNG",
-    "webp": "WEBP",
-}  # of images that are made smaller, with Pillow's names
+# Formats of images that are made smaller, with Pillow's names.
+FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 STORED_AS_IS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", None: "npy"}
 """Formats, by Pillow's name, whose files go into shards unchanged, and their extension there."""
@@ -38,14 +35,14 @@ STORED_AS_IS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", None:
 class PackOptions:
     """Settings that the shards' content depends on, besides the source."""
 
-    shard_size: int = (
-        0  # the most images in a shard, unreadable ones included; 0 for usual_shard_size()
-    )
+    # the most images in a shard, unreadable ones included; 0 for usual_shard_size()
+    shard_size: int = 0
     seed: int | None = 0  # of the shuffled order of the images; None keeps the source's order
     resize: int | None = None  # pixels of the shorter side to which larger images are made smaller
     format: str = "jpg"  # of images that are made smaller, one of FORMATS
     quality: int = 95  # of JPEG and WebP, 1 to 100
-    channels: int = 3  # of arrays, and of images in memory and resized images; see olvae.data.image.read_picture
+    # of arrays, images in memory and resized images; see olvae.data.image.read_picture
+    channels: int = 3
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -72,15 +69,17 @@ def pack(
 ) -> Packed:
     """Write the images of SRC to ``out/000000.tar``, ``000001.tar``, ... then an ``index.json``.
 
-    A shard holds for each image ``KEY.jpg`` (or .png, .webp, .npy) and ``KEY.json`` with its name in the source, its
-    width and height, upright, and its class where a data set gives one, also in ``KEY.cls``; KEY is its position in the
-    order. Shards and index depend on the source and the options alone. Finished shards of an earlier run are kept. A
-    share of up to ``max_unreadable`` of the images may be unreadable; these are left out.
+    A shard holds for each image ``KEY.jpg`` (or .png, .webp, .npy) and ``KEY.json`` with its name
+    in the source, its width and height, upright, and its class where a data set gives one, also in
+    ``KEY.cls``; KEY is its position in the order. Shards and index depend on the source and the
+    options alone. Finished shards of an earlier run are kept. A share of up to ``max_unreadable``
+    of the images may be unreadable; these are left out.
 
-    Raises ConfigError: the folder holds something else, or shards of other options or images, or lies inside the
-    source. TooManyUnreadableError, ValueError: more images than allowed can't be read, or none. OSError: a shard could
-    not be written.
+    Raises ConfigError: the folder holds something else, or shards of other options or images, or
+    lies inside the source. TooManyUnreadableError, ValueError: more images than allowed can't be
+    read, or none. OSError: a shard could not be written.
     """
+    # What to pack, and whether an earlier run has packed all of it.
     folder = Path(src).expanduser().resolve()
     if folder.is_dir() and out.resolve().is_relative_to(folder):
         raise ConfigError(f"`out` {out}: is inside the images' folder {src}: choose one beside it")
@@ -93,54 +92,57 @@ def pack(
         index = _read_index(out, digest)
         shards.remove_state()  # of a run that was killed while it removed it
         return Packed(index, len(index.shards))
+
+    # The plan of a run; shards that an earlier one left must have the same.
     plan = {"options": asdict(options), "images": digest}
     shards.check(plan)
     tasks = list(enumerate(shard_positions(len(images), options.shard_size)))
     packer = _Packer(images, options, shards)
+
+    # Write the shards, then the index: it tells that the folder is complete.
     try:
         with no_empty_folders(out), shards.locked("olvae data pack"):
             shards.begin(plan)
-            with closing(
-                run_in_processes(packer, tasks, workers, lambda n: on_progress(n, len(images)))
-            ) as results:
+            parts = run_in_processes(packer, tasks, workers, lambda n: on_progress(n, len(images)))
+            with closing(parts) as results:
                 packed = sorted(results)
-            unreadable = [
-                {"shard": shard_name(number), "name": error.name, "reason": error.reason}
-                for number, shard, _ in packed
-                for error in shard.unreadable
-            ]
+            records: dict[str, ShardRecord] = {}
+            unreadable: list[dict[str, str]] = []
+            for number, shard, _ in packed:
+                name = shard_name(number)
+                if shard.record.images:
+                    records[name] = shard.record
+                for lost in shard.unreadable:
+                    unreadable.append({"shard": name, "name": lost.name, "reason": lost.reason})
             _check_unreadable(src, unreadable, len(images), max_unreadable)
-            records = {
-                shard_name(number): shard.record
-                for number, shard, _ in packed
-                if shard.record.images
-            }
             index = Index(records, asdict(options), digest, unreadable)
             index.write(out / INDEX)
             shards.remove_state()
     except OSError as error:
-        stays = (
-            "; finished shards stay, and the same command continues from there"
-            if is_begun(out)
-            else ""
-        )
-        raise OSError(f"{out}: {reason(error)}{stays}") from error
+        why = f"{out}: {reason(error)}"
+        if is_begun(out):
+            why += "; finished shards stay, and the same command continues from there"
+        raise OSError(why) from error
     return Packed(index, sum(found for _, shard, found in packed if shard.record.images))
 
 
 def _read_index(out: Path, digest: str) -> Index:
-    """The index of a complete run. Raises ConfigError: it is of another source or other options, or lacks a shard."""
+    """Read the index of a complete run.
+
+    Raises ConfigError: it belongs to another source or other options, or lacks a shard.
+    """
     index = Index.read(out / INDEX)
     if index.plan != digest:
         raise ConfigError(
-            f"`out` {out}: holds shards of other images or options: name another folder, or remove this one to start "
-            "again"
+            f"`out` {out}: holds shards of other images or options: name another folder, "
+            "or remove this one to start again"
         )
     for name, record in index.shards.items():
         shard = out / name
         if not (shard.is_file() and shard.stat().st_size == record.bytes):
             raise ConfigError(
-                f"`out` {out}: {name} is missing or not of its size: remove the folder to start again"
+                f"`out` {out}: {name} is missing or not of its size: "
+                "remove the folder to start again"
             )
     return index
 
@@ -148,18 +150,20 @@ def _read_index(out: Path, digest: str) -> Index:
 def _check_unreadable(
     src: str, unreadable: Sequence[Mapping[str, str]], images: int, max_unreadable: float
 ) -> None:
-    """Raise ValueError, or TooManyUnreadableError, with the names of what could not be read."""
+    """Raise ValueError or TooManyUnreadableError, with the names of the unreadable images."""
+    lost = len(unreadable)
     names = list_skipped((skipped["name"], skipped["reason"]) for skipped in unreadable)
-    if len(unreadable) == images:
+    if lost == images:
         raise ValueError(f"{src}: none of its {images} images can be read: {names}")
-    if (lost := len(unreadable)) > max_unreadable * images:
+    if lost > max_unreadable * images:
         raise TooManyUnreadableError(
-            f"{lost} of {images} images can't be read, more than `max_unreadable` {max_unreadable:g}: {names}"
+            f"{lost} of {images} images can't be read, "
+            f"more than `max_unreadable` {max_unreadable:g}: {names}"
         )
 
 
 def _source_digest(src: str, images: ImageDataset, options: PackOptions) -> str:
-    """A hash of all that the shards depend on: the options, and the names, sizes and times of files."""
+    """Hash all that the shards depend on: the options, and names, sizes and times of files."""
     digest = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
     if not isinstance(images, Files):
         digest.update(src.encode())
@@ -172,7 +176,9 @@ class _Packer:
     """Writes shards by number, in any process, or finds that they are finished."""
 
     def __init__(self, images: ImageDataset, options: PackOptions, shards: ResumableShards) -> None:
-        self.images, self.options, self.shards = images, options, shards
+        self.images = images
+        self.options = options
+        self.shards = shards
         self.order = np.arange(len(images))
         if options.seed is not None:
             self.order = np.random.default_rng(options.seed).permutation(len(images))
@@ -181,7 +187,8 @@ class _Packer:
         self, task: tuple[int, range], progress: SharedProgress
     ) -> tuple[int, FinishedShard, bool]:
         number, positions = task
-        if finished := self.shards.finished(number):
+        finished = self.shards.finished(number)
+        if finished:
             progress.advance(len(positions))
             return number, finished, True
         return number, self.shards.write(number, self._samples(positions, progress)), False
@@ -199,50 +206,55 @@ class _Packer:
 
     def _files(self, index: int) -> dict[str, bytes]:
         """The image and its description, by extension, sorted."""
+        # Read the bytes once, so that those that are checked are those that are stored.
         photo = self.images[index]
-        photo = Photo(
-            photo.undecoded(), photo.name, photo.channels, photo.pixel_range
-        )  # the bytes that are stored
+        photo = Photo(photo.undecoded(), photo.name, photo.channels, photo.pixel_range)
         extension, data, (width, height) = _encode(photo, self.options)
-        details, files = (
-            {"name": self.images.key(index), "width": width, "height": height},
-            {extension: data},
-        )
-        if isinstance(self.images, Items) and (label := self.images.label(index)) is not None:
-            details["label"], files["cls"] = label, str(label).encode()
-        return dict(sorted({**files, "json": json.dumps(details).encode()}.items()))
+        files = {extension: data}
+        details = {"name": self.images.key(index), "width": width, "height": height}
+        if isinstance(self.images, Items):
+            label = self.images.label(index)
+            if label is not None:
+                details["label"] = label
+                files["cls"] = str(label).encode()
+        files["json"] = json.dumps(details).encode()
+        return dict(sorted(files.items()))
 
 
 def _encode(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, int]]:
     """Extension, bytes and (width, height) of an image's file."""
-    picture = photo.read()  # raises where it can't be decoded, even if its bytes are kept
+    # Keep a file as it is, unless it has to be made smaller; also decode it, to see if it is whole.
+    picture = photo.read()
     size = options.resize or min(picture.size)
     smaller = min(picture.size) > size
     if isinstance(photo.content, bytes) and not smaller and photo.format in STORED_AS_IS:
         extension = STORED_AS_IS[photo.format] if photo.format else photo.suffix
         return extension, photo.content, picture.size
+
+    # Make the picture smaller.
     if smaller:
-        if isinstance(picture, Bands) and (
-            lost := photo.missing(image_to_tensor(picture).numpy()).sum()
-        ):
-            raise UnreadableImageError(
-                photo.name, f"{lost} values are missing, which a resize would mix into others"
-            )
+        if isinstance(picture, Bands):
+            lost = photo.missing(image_to_tensor(picture).numpy()).sum()
+            if lost:
+                raise UnreadableImageError(
+                    photo.name, f"{lost} values are missing, which a resize would mix into others"
+                )
         picture = resize_shorter_side(picture, size)
-    extension = "npy" if isinstance(picture, Bands) else options.format if smaller else "png"
+
+    # Encode it: arrays for .npy; others without the metadata of their file.
+    extension = "npy"
     stream = io.BytesIO()
     try:
         if isinstance(picture, Bands):
             np.save(stream, image_to_tensor(picture).permute(1, 2, 0).numpy())
         else:
-            bare = Image.frombytes(
-                picture.mode, picture.size, picture.tobytes()
-            )  # without the file's metadata
-            bare.save(
-                stream, FORMATS[extension], quality=options.quality, subsampling="4:4:4"
-            )  # if the format has it
+            extension = options.format if smaller else "png"
+            bare = Image.frombytes(picture.mode, picture.size, picture.tobytes())
+            # Formats ignore the settings that they do not have.
+            bare.save(stream, FORMATS[extension], quality=options.quality, subsampling="4:4:4")
     except (OSError, ValueError) as error:  # a side that is longer than the format allows
-        why = f"{picture.width}x{picture.height} pixels can't be stored as {extension}: {reason(error)}"
+        pixels = f"{picture.width}x{picture.height} pixels"
+        why = f"{pixels} can't be stored as {extension}: {reason(error)}"
         raise UnreadableImageError(photo.name, f"{why}: choose `format` png") from error
     return extension, stream.getvalue(), picture.size
 

@@ -15,6 +15,7 @@ from olvae.files import list_skipped, printable
 log = logging.getLogger("olvae.data")
 
 REPLACEMENTS = 20  # number of other images that are tried in place of an unreadable one
+FEW_FILES = 3  # unless the limit is 0, one unreadable file per 50 images is allowed, up to this
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -44,39 +45,46 @@ class UnreadableImageError(ValueError):
         return ReadError(self.name, self.reason, self.image)
 
 
-FEW_FILES = 3  # that may be unreadable among 150 images whatever the share is, 1 among 50
-
-
 class TooManyUnreadableError(ValueError):
     """More images are unreadable than ``max_unreadable`` allows."""
 
 
 def worker_death(error: BaseException) -> str | None:
-    """Explain an error of torch, or of Python while it receives a batch, about a killed loader process; else None."""
+    """Explain an error that a killed loader process caused; None for other errors.
+
+    torch raises it, or Python while it receives a batch.
+    """
     match = re.match(
         r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+))?", str(error)
     )
     if match is not None:
-        which = f" ({match[1]}) was killed" + (f" ({match[2]})" if match[2] else "")
+        which = f" ({match[1]}) was killed"
+        if match[2]:
+            which += f" ({match[2]})"
     elif isinstance(error, ConnectionError | EOFError) and any(
         "multiprocessing" in frame.filename for frame in traceback.extract_tb(error.__traceback__)
     ):
         which = " was killed"
-    else:  # torch raises it in a signal's handler, so within any code: inspect's raises a TypeError for it
-        return None if error.__context__ is None else worker_death(error.__context__)
+    elif error.__context__ is not None:
+        # torch raises in a signal's handler, so within any code, which may raise something else.
+        return worker_death(error.__context__)
+    else:
+        return None
     return (
-        f"a loader process{which}, by the system perhaps because memory ran out: lower data.params.num_workers or "
-        "data.params.batch_size"
+        f"a loader process{which}, by the system perhaps because memory ran out: "
+        "lower data.params.num_workers or data.params.batch_size"
     )
 
 
 def read_or_replace(
     first: T, others: Sequence[T], seed: Sequence[int], read: Callable[[T, list[ReadError]], R]
 ) -> tuple[R, tuple[ReadError, ...]]:
-    """Read ``first`` or, if that fails, one of ``others``, drawn with the sample's seed; returns the errors as well.
+    """Read ``first`` or, if that fails, one of ``others``, drawn with the sample's seed.
 
-    Batches keep their size, and the samples after it stay the same. ``read`` gets the list of errors, to add those that
-    it can read past. Raises UnreadableImageError: none of :data:`REPLACEMENTS` others can be read either.
+    So batches keep their size, and later samples stay the same. ``read`` gets the list of errors,
+    to add those that it can read past. Returns what was read, and all errors.
+
+    Raises UnreadableImageError: none of :data:`REPLACEMENTS` others can be read either.
     """
     errors: list[ReadError] = []
     item = first
@@ -104,12 +112,11 @@ class UnreadableImages:
 class ReadErrors:
     """Counts the read errors of one loader."""
 
-    epoch: (
-        int | None
-    )  # images in an epoch of training, over all processes; None if unknown, or for a loader that ends
+    # images in an epoch of training, over all processes; None if unknown, or for a loader that ends
+    epoch: int | None
     images: int | None  # all images of the source; None if unknown
-    limit: float  # share of those that may be unreadable
-    purpose: str  # of the loader, a word for messages
+    limit: float  # share of all images that may be unreadable
+    purpose: str  # of the loader, as messages name it
     unreadable: UnreadableImages  # shared by the source's loaders
     _delivered: int = field(default=0, init=False)
     _epochs: int = field(default=0, init=False)
@@ -121,12 +128,14 @@ class ReadErrors:
         return len(self.unreadable.images)
 
     def take(self, errors: Iterable[ReadError], delivered: int, world: int = 1) -> None:
-        """Count a batch of this process, with ``delivered`` images, and the errors on the way to it.
+        """Count a batch of this process, with ``delivered`` images, and the errors met before it.
 
-        One of several processes never stops alone, because the others would wait for it: see :meth:`share`.
+        One of several processes never stops alone, because the others would wait for it: see
+        :meth:`share`.
 
         Raises TooManyUnreadableError: the share of unreadable images is above the limit.
         """
+        # Log each file once; an image may be skipped again in each epoch, but is lost once.
         for error in errors:
             if error.name not in self.unreadable.reasons:
                 log.warning("skipped %s: %s", printable(error.name), printable(error.reason))
@@ -134,6 +143,8 @@ class ReadErrors:
             if error.lost:
                 self._skipped += 1
                 self.unreadable.images.add((error.name, error.image))
+
+        # The other processes deliver about as many.
         self._delivered += delivered * world
         self.unreadable.delivered += delivered * world
         if world == 1:
@@ -152,27 +163,28 @@ class ReadErrors:
         for part in parts:
             self.unreadable.reasons.update(part.reasons)
             self.unreadable.images.update(part.images)
-        self.unreadable.delivered = max(
-            part.delivered for part in parts
-        )  # the same in all, so that all decide alike
+        # The same in all processes, so that all decide alike.
+        self.unreadable.delivered = max(part.delivered for part in parts)
         self._check()
 
     def end_of_epoch(self) -> None:
         """Log the number of images skipped since the last call, if any."""
         if self._skipped:
             images = f"{self._skipped} image{'s' if self._skipped > 1 else ''}"
-            log.warning(
-                "%s: %s skipped%s", self.purpose, images, " in this epoch" if self.epoch else ""
-            )
+            when = " in this epoch" if self.epoch else ""
+            log.warning("%s: %s skipped%s", self.purpose, images, when)
         self._skipped = 0
 
     def _check(self) -> None:
-        read = self.images or max(
-            self.unreadable.delivered + self.lost, round(1 / self.limit) if self.limit else 1
-        )
+        read = self.images
+        if not read:
+            # As many as were read, but enough for the limit to allow a first one to be lost.
+            least = round(1 / self.limit) if self.limit else 1
+            read = max(self.unreadable.delivered + self.lost, least)
         few = min(FEW_FILES, (self.images or 0) // 50) if self.limit else 0
         if self.lost > max(self.limit * read, few):
             raise TooManyUnreadableError(
-                f"{self.lost} of {read} images can't be read, more than data.params.max_unreadable = {self.limit:g}: "
+                f"{self.lost} of {read} images can't be read, "
+                f"more than data.params.max_unreadable = {self.limit:g}: "
                 f"{list_skipped(self.unreadable.reasons.items())}"
             )

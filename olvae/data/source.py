@@ -29,8 +29,8 @@ MIN_VAL_IMAGES = 20  # below this number of images, validation means are too noi
 class LoaderProcess:
     """One of a rank's loader processes, and its share of the samples of a stream.
 
-    A DataLoader takes whole batches from its workers in turn, so own sample s of worker w is in batch
-    (s // batch_size) * workers + w of its rank; ranks take every ``world``-th sample.
+    A DataLoader takes whole batches from its workers in turn, so own sample s of worker w is in
+    batch (s // batch_size) * workers + w of its rank; ranks take every ``world``-th sample.
     """
 
     worker: int = 0
@@ -50,18 +50,16 @@ class LoaderProcess:
         return self.workers * self.world
 
     def positions(self, first: int = 0) -> Iterator[int]:
-        """Positions in the stream, over all ranks, of this process's samples from its own ``first`` on."""
+        """Positions in the stream of all ranks, of this process's samples from ``first`` on."""
         for own in count(first):
             batch = own // self.batch_size * self.workers + self.worker
-            yield (
-                self.offset
-                + (batch * self.batch_size + own % self.batch_size) * self.world
-                + self.rank
-            )
+            in_rank = batch * self.batch_size + own % self.batch_size
+            yield self.offset + in_rank * self.world + self.rank
 
     def resumed(self, start: int) -> tuple["LoaderProcess", int]:
-        """The process whose part this one takes over after ``start`` samples over all ranks, and its position.
+        """The process whose part this one continues, and its position.
 
+        ``start`` is the number of samples, over all ranks, that were used before.
         A DataLoader begins with worker 0, which has to continue with the next batch.
         """
         done, offset = divmod(start, self.batch_size * self.world)
@@ -71,12 +69,13 @@ class LoaderProcess:
 
 
 def draws(seed: int, length: int, positions: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Yield each ascending position of an endless stream of ``length`` images with the number of its image.
+    """Yield positions of an endless stream of ``length`` images, each with its image's number.
 
-    Every image comes once per epoch, in an order of its own for each epoch. With its augmentation seeded by (seed, p),
-    the p-th sample depends on the seed and on p alone.
+    The positions ascend. Every image comes once per epoch, and each epoch has another order. If the
+    augmentation is seeded by (seed, p), the p-th sample depends on the seed and on p alone.
     """
-    epoch, order = -1, epoch_order(seed, 0, 0)
+    epoch = -1
+    order = epoch_order(seed, 0, 0)
     for position in positions:
         if position // length != epoch:
             epoch = position // length
@@ -90,12 +89,13 @@ def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
 
 
 class Batch(TypedDict, total=False):
-    """``image``: (B, channels, height, width), which becomes [-1, 1] on the device; ``key``: their B names.
+    """A batch: ``image`` (B, channels, height, width), and ``key``, the names of the B images.
 
-    It is uint8 or, where the source has another :class:`PixelRange`, uint16 or float32.
+    ``image`` is uint8 or, where the source has another :class:`PixelRange`, uint16 or float32; it
+    becomes [-1, 1] on the device.
 
-    Where the source knows classes, ``label``: int64 (B,). Where it has a teacher's latents, ``moments``: float32
-    (B, 2 n_z, height / f, width / f), the means, then the log-variances.
+    Where the source knows classes, ``label`` is int64 (B,). Where it has a teacher's latents,
+    ``moments`` is float32 (B, 2 n_z, height / f, width / f), the means, then the log-variances.
     """
 
     image: Tensor
@@ -107,20 +107,18 @@ class Batch(TypedDict, total=False):
 class Sample(NamedTuple):
     """A sample, as a loader process reads it."""
 
-    image: (
-        Tensor | None
-    )  # (C, H, W), or a latent, float32 (n_z, h, w); None if it could not be read
+    # (C, H, W), or a latent, float32 (n_z, h, w); None if it could not be read
+    image: Tensor | None
     key: str
-    errors: tuple[ReadError, ...] = ()  # met on the way to it
+    errors: tuple[ReadError, ...] = ()  # met before it could be read
     label: int | None = None  # number of its class, where the source knows it
     enlarged: bool = False  # whether the picture was smaller than the image
-    moments: Tensor | None = (
-        None  # of the image's latent, float32 (2 n_z, h, w), where the source has them
-    )
+    # of the image's latent, float32 (2 n_z, h, w), where the source has them
+    moments: Tensor | None = None
 
 
 def eval_sample(photo: Photo, key: str, transform: EvalTransform) -> Sample:
-    """Read an image for validation. Raises UnreadableImageError if the photograph's file is broken."""
+    """Read an image for validation. Raises UnreadableImageError: its file is broken."""
     picture = photo.read()
     return Sample(image_to_tensor(transform(picture)), key, enlarged=transform.enlarges(picture))
 
@@ -131,7 +129,7 @@ def total(counts: Sequence[int | None]) -> int | None:
 
 
 class Source(ABC):
-    """Endless training images, and the validation images, which are also the test images, once each.
+    """Endless training images, and validation images, which are also the test images, once each.
 
     Args:
         size: of the images in pixels: the side of squares, or [height, width].
@@ -139,17 +137,19 @@ class Source(ABC):
         num_workers: loader processes; 0 loads in the training process.
         channels: of the images.
         max_unreadable: share of the images that may be unreadable before training stops.
-        range: of their values, unless they have 8 bits; see :class:`~olvae.data.pixels.size_and_range.PixelRange`.
+        range: of their values, unless they have 8 bits; see
+            :class:`~olvae.data.pixels.size_and_range.PixelRange`.
 
     Raises ValueError: a number is out of its range, or the range has mistakes.
     """
 
-    in_memory = False  # whether its pictures are, so that training takes no loader processes unless it is asked to
+    # whether pictures are in memory, so that training takes no loader processes unless asked to
+    in_memory = False
     tensor = "image"  # key of the samples' tensors in a batch
-    latent_stats: Sequence[
-        Mapping[str, Any]
-    ] = ()  # stats.json of each folder of latents that come with the images
-    shares_evenly = False  # whether each rank validates on every n-th image, which makes its loader's length known
+    # stats.json of each folder of latents that come with the images
+    latent_stats: Sequence[Mapping[str, Any]] = ()
+    # whether each rank validates on every n-th image, which makes its loader's length known
+    shares_evenly = False
 
     def __init__(
         self,
@@ -158,8 +158,10 @@ class Source(ABC):
         num_workers: int = 0,
         channels: int = 3,
         max_unreadable: float = 0.01,
-        range: RangeNode | None = None,  # noqa: A002  (the config's name, here and in the classes below)
+        # The config's name, here and in the classes below.
+        range: RangeNode | None = None,  # noqa: A002
     ) -> None:
+        # Refuse numbers that are out of range.
         for name, number in (("batch_size", batch_size), ("channels", channels)):
             if number < 1:
                 raise ValueError(f"{name} must be at least 1, got {number}")
@@ -167,6 +169,8 @@ class Source(ABC):
             raise ValueError(f"num_workers must not be negative, got {num_workers}")
         if not 0.0 <= max_unreadable <= 1.0:
             raise ValueError(f"max_unreadable must be between 0 and 1, got {max_unreadable}")
+
+        # What the images are, and how they are read.
         self.size = Sides.of(size)
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -175,9 +179,8 @@ class Source(ABC):
         self.pixel_range = PixelRange.from_node(range)
         self.pixel_range.check_channels(channels)
         self.unreadable = UnreadableImages()
-        self.crops: str | None = (
-            None  # how the validation images were cut, if they are parts of others
-        )
+        # How the validation images were cut, if they are parts of others.
+        self.crops: str | None = None
         self.eval_transform = EvalTransform(size)
 
     @property
@@ -216,23 +219,29 @@ class Source(ABC):
 
     def evaluate_with(self, transform: EvalTransform) -> None:
         """Make the validation images like this; only masks stay resized by nearest."""
-        nearest = self.eval_transform.resample == "nearest"
-        self.eval_transform = replace(transform, resample="nearest") if nearest else transform
+        if self.eval_transform.resample == "nearest":
+            transform = replace(transform, resample="nearest")
+        self.eval_transform = transform
 
     def limit(self, images: int) -> None:
-        """Evaluate on the first ``images`` images only. Raises ValueError: there are fewer, or an unknown number."""
+        """Evaluate on the first ``images`` images only.
+
+        Raises ValueError: there are fewer, or an unknown number.
+        """
         raise ValueError(
             f"{type(self).__name__} can't be limited to {images} images: give it fewer"
         )
 
     def check_batch(self) -> None:
         """Raise ValueError if a batch is larger than the training images of an epoch."""
-        if (n := self.samples_per_epoch) is not None and self.batch_size > n:
+        n = self.samples_per_epoch
+        if n is not None and self.batch_size > n:
             raise ValueError(
                 f"data.params.batch_size {self.batch_size} is larger than the data: set {n} or less"
             )
 
-    def check_processes(self, world: int) -> None:  # noqa: B027  (most sources can be shared by any number)
+    # Not abstract, because most sources can be shared by any number of processes.
+    def check_processes(self, world: int) -> None:  # noqa: B027
         """Raise ValueError if the data can't be shared among the processes of ``world`` ranks."""
 
     def first_samples(self, seed: int, images: int) -> Iterator[Sample]:
@@ -242,15 +251,13 @@ class Source(ABC):
 
     def first_images(self, seed: int, images: int) -> Iterator[Tensor]:
         """The images of :meth:`first_samples`, (C, H, W)."""
-        return (
-            sample.image for sample in self.first_samples(seed, images) if sample.image is not None
-        )
+        samples = self.first_samples(seed, images)
+        return (sample.image for sample in samples if sample.image is not None)
 
     def train_loader(self, seed: int = 0, start: int = 0) -> "Loader":
-        """Endless batches: the stream of ``seed`` from sample ``start`` (counted over all ranks) on."""
-        return Loader(
-            _Samples(self, self.batch_size, seed, start), "training", self.samples_per_epoch
-        )
+        """Endless batches: the stream of ``seed`` from sample ``start``, counted over all ranks."""
+        samples = _Samples(self, self.batch_size, seed, start)
+        return Loader(samples, "training", self.samples_per_epoch)
 
     def val_loader(self) -> "Loader":
         """Each validation image once, shared among the ranks."""
@@ -262,7 +269,10 @@ class Source(ABC):
 
 
 class _Samples(IterableDataset[Sample]):
-    """A source's samples for this rank and loader process: endless from ``start`` on, or without it each once."""
+    """A source's samples for this rank and loader process.
+
+    They are endless from ``start`` on, or, without it, the validation images once.
+    """
 
     def __init__(
         self, source: Source, batch_size: int, seed: int = 0, start: int | None = None
@@ -271,20 +281,23 @@ class _Samples(IterableDataset[Sample]):
         self.batch_size = batch_size
         self.seed = seed
         self.start = start
-        self.rank, self.world = 0, 1  # set by the loader, in whose process the ranks are known
+        # The loader sets these, because ranks are known in its process only.
+        self.rank = 0
+        self.world = 1
 
     def __len__(self) -> int:
         images = self.source.val_images
         if self.start is not None or images is None or not self.source.shares_evenly:
             raise TypeError("the number of batches is unknown before reading")
-        return -(
-            -images // this_process()[1]
-        )  # the same for all ranks: one with 0 would leave out validation
+        _, world = this_process()
+        # Rounded up, the same for all ranks: one that has no images would leave out validation.
+        return -(-images // world)
 
     def __iter__(self) -> Iterator[Sample]:
         info = get_worker_info()
-        worker, workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        process = LoaderProcess(worker, workers, self.rank, self.world, self.batch_size)
+        process = LoaderProcess(0, 1, self.rank, self.world, self.batch_size)
+        if info is not None:
+            process = replace(process, worker=info.id, workers=info.num_workers)
         if self.start is None:
             return self.source.once(process)
         process, position = process.resumed(self.start)
@@ -294,8 +307,9 @@ class _Samples(IterableDataset[Sample]):
 class Loader(DataLoader[Any]):
     """Batches of a source, as :class:`Batch` describes them.
 
-    ``read_errors`` counts what could not be read; ``enlarged`` the validation images that were made of smaller
-    pictures. ``epoch`` is the number of images in an epoch of training, over all processes, if known.
+    ``read_errors`` counts the images that could not be read; ``enlarged`` the validation images
+    that were made of smaller pictures. ``epoch`` is the number of images in an epoch of training,
+    over all processes, if known.
     """
 
     def __init__(self, dataset: _Samples, purpose: str, epoch: int | None = None) -> None:
@@ -317,7 +331,7 @@ class Loader(DataLoader[Any]):
         self.enlarged = 0
 
     def check_worker_number_rationality(self) -> None:
-        """Silence torch's long warning of more processes than cores; training prints a line instead."""
+        """Silence torch's warning of more processes than cores; training prints a line instead."""
 
     def __iter__(self) -> Any:
         rank, world = this_process()
@@ -333,27 +347,34 @@ class Loader(DataLoader[Any]):
         self.read_errors.end_of_epoch()
 
 
-_with_workers: weakref.WeakSet[Any] = weakref.WeakSet()
+_with_workers: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators that have loader processes
 
 
 @atexit.register
 def _end_workers() -> None:
-    """End loader processes at exit before multiprocessing does, whose single SIGTERM they survive."""
+    """End loader processes at exit before multiprocessing does, whose single SIGTERM they survive.
+
+    Lightning calls this method, too: torch has no public name for it.
+    """
     for batches in list(_with_workers):
-        batches._shutdown_workers()  # as Lightning does; torch has no public name for it
+        batches._shutdown_workers()
 
 
 def _collate(tensor: str, samples: Sequence[Sample]) -> dict[str, Any]:
-    """A :class:`Batch` of the readable samples, with ``errors`` and the number ``enlarged`` for the loader."""
+    """Make a :class:`Batch` of the readable samples, with ``errors`` and ``enlarged``, a number.
+
+    The loader takes the last two out.
+    """
+    # One kind of pixels a batch.
     good = [sample for sample in samples if sample.image is not None]
     kinds = {sample.image.dtype: sample.key for sample in good if sample.image is not None}
     if len(kinds) > 1:
-        (one, key), (other, another), *_ = (
-            (str(kind).removeprefix("torch."), key) for kind, key in kinds.items()
-        )
+        found = [f"{key} is {str(kind).removeprefix('torch.')}" for kind, key in kinds.items()]
         raise ValueError(
-            f"two kinds of pixels in one batch: {key} is {one}, {another} {other}: convert one of them"
+            f"two kinds of pixels in one batch: {', '.join(found[:2])}: convert one of them"
         )
+
+    # Labels and moments are left out unless all samples have them.
     labels = [sample.label for sample in good if sample.label is not None]
     moments = [sample.moments for sample in good if sample.moments is not None]
     batch: dict[str, Any] = {
@@ -362,9 +383,8 @@ def _collate(tensor: str, samples: Sequence[Sample]) -> dict[str, Any]:
         "enlarged": sum(sample.enlarged for sample in samples),
     }
     if good:
-        batch[tensor] = default_collate(
-            [sample.image for sample in good]
-        )  # in a worker straight to shared memory
+        # In a loader process, torch's function writes straight to shared memory.
+        batch[tensor] = default_collate([sample.image for sample in good])
         if len(labels) == len(good):
             batch["label"] = torch.tensor(labels)
         if len(moments) == len(good):
@@ -372,8 +392,9 @@ def _collate(tensor: str, samples: Sequence[Sample]) -> dict[str, Any]:
     return batch
 
 
-def _leave_interrupts_to_the_trainer(worker: int) -> None:  # noqa: ARG001  (torch's signature)
-    """Let workers survive Ctrl-C and a scheduler's SIGTERM or SIGUSR1 until the training step is done.
+# The argument is in torch's signature.
+def _leave_interrupts_to_the_trainer(worker: int) -> None:  # noqa: ARG001
+    """Let workers survive Ctrl-C and a scheduler's SIGTERM or SIGUSR1 until the step is done.
 
     A second SIGTERM ends a worker: its loader sends it to one that does not end by itself.
     """

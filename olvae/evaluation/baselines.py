@@ -1,4 +1,4 @@
-"""Add baselines to an evaluation: the linear code, bicubic resampling, and the first target before its training."""
+"""Add baselines to an evaluation: linear code, bicubic resampling, the first target untrained."""
 
 import logging
 from collections.abc import Mapping
@@ -41,45 +41,49 @@ class Bicubic(Autoencoder):
         self.in_channels = self.latent_channels = channels
 
     def encode(self, x: Tensor) -> Deterministic:
-        return Deterministic(
-            self._resized(x, x.shape[-1] // self.downscale, x.shape[-2] // self.downscale)
-        )
+        f = self.downscale
+        return Deterministic(self._resized(x, x.shape[-1] // f, x.shape[-2] // f))
 
     def decode(self, z: Tensor) -> Tensor:
-        return self._resized(z, z.shape[-1] * self.downscale, z.shape[-2] * self.downscale)
+        f = self.downscale
+        return self._resized(z, z.shape[-1] * f, z.shape[-2] * f)
 
     def _resized(self, images: Tensor, width: int, height: int) -> Tensor:
-        """Float images in [-1, 1], through pictures of another size."""
+        """Resize float images in [-1, 1] as Pillow's pictures, of 8 bits if the range is."""
         rounds = self.pixel_range.eight_bits
-        pictures = (
-            tensor_to_picture(image) for image in (to_uint8(images) if rounds else images).cpu()
-        )
-        resized = [
-            image_to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC))
-            for picture in pictures
-        ]
+        if rounds:
+            images = to_uint8(images)
+        resized = []
+        for image in images.cpu():
+            picture = tensor_to_picture(image)
+            resized.append(
+                image_to_tensor(picture.resize((width, height), Image.Resampling.BICUBIC))
+            )
         batch = torch.stack(resized).to(images.device)
         return from_uint8(batch) if rounds else batch
 
 
 class Baselines(Observer):
-    """Rows for the linear code of the target's shape, for bicubic resampling, and for the target's networks untrained.
+    """Add rows for the linear code of the target's shape, bicubic resampling, and no training.
 
-    Networks with linear paths have no row of their own: before training they are the linear code.
+    Networks with linear paths have no row "untrained": before training they are the linear code.
 
     Args:
         target: the evaluation's first.
-        fit: the SRC to fit the linear code on; by default the training images of the target's config.
+        fit: the SRC to fit the linear code on; by default the training images of the target's
+            config.
     """
 
     def __init__(self, target: Target, fit: str | None = None) -> None:
-        self._target, self._fit = target, fit
+        self._target = target
+        self._fit = fit
 
     def derive(self, subjects: Mapping[str, Subject]) -> dict[str, Subject]:
         untrained = self._target.untrained()
         f = untrained.downscale
         rows: dict[str, Autoencoder] = {}
-        if (code := self._linear_code(untrained)) is not None:
+        code = self._linear_code(untrained)
+        if code is not None:
             rows[f"linear, {untrained.latent_channels} numbers for {f}x{f} pixels"] = code
         rows[f"bicubic, {f}x smaller and back"] = Bicubic(
             f, untrained.in_channels, untrained.pixel_range
@@ -89,11 +93,17 @@ class Baselines(Observer):
             and (untrained.encoder.linear or untrained.decoder.linear)
         ):
             rows[UNTRAINED] = untrained
-        return {**subjects, **{name: Subject(model, baseline=True) for name, model in rows.items()}}
+        baselines = {name: Subject(model, baseline=True) for name, model in rows.items()}
+        return {**subjects, **baselines}
 
     def _linear_code(self, like: Autoencoder) -> LiteVAE | None:
-        """The best linear code with as many numbers, fitted on training crops; None, with a warning, if it can't be."""
-        channels, n, f = like.in_channels, like.latent_channels, like.downscale
+        """Fit the linear code of a model's shape on training crops; None, with a warning, without.
+
+        If the images were named by ``fit``, their errors are raised.
+        """
+        channels = like.in_channels
+        n = like.latent_channels
+        f = like.downscale
         if channels * f**2 > LARGEST_PATCH:
             log.warning(
                 "the linear code has no row: covariances of patches of %dx%d pixels are too large",
@@ -101,18 +111,20 @@ class Baselines(Observer):
                 f,
             )
             return None
+
+        # Crops of the training images. A source of any kind may fail in many ways.
         try:
             source = open_images_for({"the linear code": like}, self._target.config, self._fit)
             shards = source.train if isinstance(source, ShardSource) else ()
-            if self._fit is None and (
-                remote := [shard.url for shard in shards if not is_local(shard.url)]
-            ):
+            remote = [shard.url for shard in shards if not is_local(shard.url)]
+            if remote and self._fit is None:
                 log.warning(
-                    "the linear code is fitted on remote training shards (`fit` names others): %s, ...",
+                    "the linear code is fitted on remote training shards (`fit` names others): "
+                    "%s, ...",
                     remote[0],
                 )
             crops, _ = crops_and_means(source, settings_of(self._target.config).seed, f)
-        except (ImportError, OSError, RuntimeError, ValueError) as error:  # of any kind of source
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
             if self._fit is not None:
                 raise
             log.warning(
@@ -120,6 +132,7 @@ class Baselines(Observer):
                 first_line(error),
             )
             return None
+
         code = LiteVAE(LinearEncoder(2 * n, channels, f), LinearDecoder(n, channels, f))
         fit_linear_paths(code, crops, pixel_range=source.pixel_range)
         return code.eval()

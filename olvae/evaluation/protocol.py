@@ -1,4 +1,4 @@
-"""Protocols: the choices behind a number, under a name and a hash; and the round trip of images that follows them."""
+"""Evaluation protocols: named and hashed choices; the round trip of images under them."""
 
 import hashlib
 import json
@@ -23,17 +23,23 @@ from olvae.modules.distributions import keyed_generator
 
 log = logging.getLogger("olvae")
 
+# Choices in words. They are part of a protocol's hash: a changed word is another protocol.
 SSIM = {
-    "gaussian": "mean over images; Gaussian window 11, sigma 1.5, K 0.01 and 0.03, range 255, per channel",
-    "uniform": "mean over images; uniform window 7, sample covariance, K 0.01 and 0.03, range 255, per channel",
+    "gaussian": "mean over images; Gaussian window 11, sigma 1.5, K 0.01 and 0.03, range 255, "
+    "per channel",
+    "uniform": "mean over images; uniform window 7, sample covariance, K 0.01 and 0.03, range 255, "
+    "per channel",
 }
 LPIPS = {
     "vgg": "mean over images; lpips 0.1, VGG16 with its linear heads, images in [-1, 1]",
     "alex": "mean over images; lpips 0.1, AlexNet with its linear heads, images in [-1, 1]",
 }
 REFERENCE = "reference: the images themselves"
-DINOV2 = f"timm's DINOv2 ViT-L/14, class token after the last norm, antialiased bicubic resize to 224; {REFERENCE}"
-INCEPTION = "torch-fidelity's Inception (TensorFlow's of 2015-12-05), 2048 features; " + REFERENCE
+DINOV2 = (
+    "timm's DINOv2 ViT-L/14, class token after the last norm, antialiased bicubic resize to 224; "
+    f"{REFERENCE}"
+)
+INCEPTION = f"torch-fidelity's Inception (TensorFlow's of 2015-12-05), 2048 features; {REFERENCE}"
 
 
 @dataclass(frozen=True)
@@ -45,12 +51,12 @@ class Protocol:
     size: Size = 256  # of the images, in pixels
     resize: str = "shorter side"  # this and the next: see olvae.data.image.EvalTransform
     resample: str = "bicubic"
-    posterior: Literal["mode", "sample"] = "mode"  # what a latent is
+    posterior: Literal["mode", "sample"] = "mode"  # a latent is the posterior's mode, or a sample
     seed: int = 0  # of the samples' noise, which also depends on the image's key
     ssim: Literal["gaussian", "uniform"] = "gaussian"  # window
     lpips: Literal["vgg", "alex"] = "vgg"  # network that the name LPIPS stands for
     crops: str | None = None  # how the source makes its test images, if not by ``resize``
-    n: int | None = None  # images
+    n: int | None = None  # number of images
     range: str | None = None  # of their values, unless they have 8 bits
 
     @property
@@ -64,27 +70,32 @@ class Protocol:
 
     @property
     def columns(self) -> Mapping[str, str]:
-        """For metrics with variants, the one that this protocol means by the name."""
+        """By metric, the variant that this protocol means by the metric's name."""
         ssim = {"gaussian": "ssim", "uniform": "ssim_uniform"}[self.ssim]
-        return {"ssim": ssim, "lpips": {"vgg": "lpips", "alex": "lpips_alex"}[self.lpips]}
+        lpips = {"vgg": "lpips", "alex": "lpips_alex"}[self.lpips]
+        return {"ssim": ssim, "lpips": lpips}
 
     def as_dict(self) -> dict[str, Any]:
-        """Every choice in words, as metrics.json has it."""
-        sample = f"one sample, its noise seeded by {self.seed} and the image's key"
+        """Return every choice in words, as in metrics.json."""
+        posterior = "mode"
+        if self.posterior != "mode":
+            posterior = f"one sample, its noise seeded by {self.seed} and the image's key"
+        pixels = "clamped to [-1, 1], rounded to uint8"
+        if self.range is not None:
+            pixels = f"clamped to {self.range}; 255 below stands for the range"
         return {
             "name": self.name,
             "version": self.version,
             "images": self.crops or self.transform.describe(),
             "size": self.size,
             "n": self.n,
-            "posterior": "mode" if self.posterior == "mode" else sample,
+            "posterior": posterior,
             "precision": "float32",
-            "pixels": "clamped to [-1, 1], rounded to uint8"
-            if self.range is None
-            else f"clamped to {self.range}; 255 below stands for the range",
+            "pixels": pixels,
             "psnr": "mean over images of 10 log10(255^2 / MSE), MSE over all values of an image",
             "ssim": SSIM[self.ssim],
-            "ms_ssim": "mean over images; torchmetrics, five scales, the SSIM of each as above, range 255",
+            "ms_ssim": "mean over images; torchmetrics, five scales, the SSIM of each as above, "
+            "range 255",
             "l1": "mean over images of the mean absolute difference, range 1",
             "lpips": LPIPS[self.lpips],
             "rfid": INCEPTION,
@@ -93,12 +104,13 @@ class Protocol:
         }
 
     def hash(self) -> str:
-        """A hash of the choices and the version, not of the name: equal choices are the same protocol."""
+        """Hash the choices and the version. The name is left out: equal choices, equal hash."""
         choices = {key: value for key, value in self.as_dict().items() if key != "name"}
         return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:16]
 
 
-PROTOCOLS = {  # by name; docs/evaluation.md says whose choices they are, with sources
+# By name. docs/evaluation.md says whose choices they are, with sources.
+PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
         Protocol(),
@@ -117,22 +129,28 @@ def open_images_for(
     size: Size | None = None,
     usual: Size = 256,
 ) -> Source:
-    """Open the test images of models, as :func:`open_test_source`; ConfigError unless all models take them.
+    """Open test images as :func:`open_test_source`; ConfigError unless all models take them.
 
-    Models without a range of values take the others'.
+    A model of 8 bits takes the range of values that other models state.
     """
-    stated = list(
-        dict.fromkeys(m.pixel_range for m in models.values() if not m.pixel_range.eight_bits)
-    )
+    # Range of values: models that state one must agree.
+    ranges = [model.pixel_range for model in models.values() if not model.pixel_range.eight_bits]
+    stated = list(dict.fromkeys(ranges))
     if len(stated) > 1:
         raise ConfigError(
             f"the targets take values of {stated[0]} and of {stated[1]}: use a command for each"
         )
     pixels = stated[0] if stated else EIGHT_BITS
-    if len(channels := {model.in_channels: name for name, model in models.items()}) > 1:
+
+    # Channels: by their number, the name of a model that takes it.
+    channels = {model.in_channels: name for name, model in models.items()}
+    if len(channels) > 1:
         counts = " and ".join(f"{count} ({channels[count]})" for count in sorted(channels))
         raise ConfigError(f"the targets take images of {counts} channels: use a command for each")
-    source = open_test_source(config, data, size, count := next(iter(channels)), pixels, usual)
+    count = next(iter(channels))
+
+    # The source may ignore what was asked for: check what it gives.
+    source = open_test_source(config, data, size, count, pixels, usual)
     if not pixels.eight_bits:
         pixels.check_data(source.pixel_range)
     if source.channels != count:
@@ -140,38 +158,44 @@ def open_images_for(
             f"the images have {source.channels} channels, and {channels[count]} takes {count}"
         )
     for name, model in models.items():
-        if not source.size.fits(f := model.downscale):
-            why = f"a latent position stands for {f}x{f} pixels, and {source.size.short} is not a multiple of {f}"
-            raise ConfigError(f"{name}: {why}: set `size` to {source.size.multiples(f)[0].short}")
+        f = model.downscale
+        if not source.size.fits(f):
+            raise ConfigError(
+                f"{name}: a latent position stands for {f}x{f} pixels, and {source.size.short} is "
+                f"not a multiple of {f}: set `size` to {source.size.multiples(f)[0].short}"
+            )
     return source
 
 
 class Reconstructed(NamedTuple):
-    latents: Tensor  # the posterior's means, (B, n_z, H/f, W/f), on the device
-    images: Tensor  # levels of the range, (B, C, H, W), on the CPU: uint8, or float32 for other than 8 bits
+    """A batch of reconstructions, with the means of their posteriors."""
+
+    latents: Tensor  # the means, (B, n_z, H/f, W/f), on the device
+    # Levels of the range, (B, C, H, W), on the CPU: uint8, or float32 for other than 8 bits.
+    images: Tensor
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image of the evaluated size costs. Speed and memory are those of this run's batches and device."""
+    """Cost of one image of the evaluated size. Speed and memory depend on batches and device."""
 
     parameters: int
     encode_macs: int | None  # multiply-accumulates; None if they can't be counted
     decode_macs: int | None
     encode_images_per_s: float | None
     decode_images_per_s: float | None
-    peak_memory_bytes: (
-        int | None
-    )  # of a batch, beyond weights and images, by a GPU's allocator; None on the CPU
+    # Of a batch, beyond weights and images, by a GPU's allocator; None on the CPU.
+    peak_memory_bytes: int | None
     batch_size: int  # of the largest batch; it is smaller than requested if there are few images
     device: str  # the GPU's name, or the CPU with its threads
 
 
 class RoundTrip:
-    """Encode and decode in float32, clamp and, for 8 bits, round to uint8, and measure what that costs.
+    """Encode and decode images in float32, and measure what that costs.
 
-    The model, in evaluation mode, runs on the device; images come and go on the CPU. Without a seed the latent is the
-    posterior's mode, with one a sample, whose noise depends on it and on the image's key.
+    Reconstructions are clamped and, for 8 bits, rounded to uint8. The model, in evaluation mode,
+    runs on the device; images come and go on the CPU. The latent is the posterior's mode; with a
+    ``seed`` it is a sample, whose noise depends on the seed and the image's key.
     """
 
     def __init__(
@@ -182,30 +206,39 @@ class RoundTrip:
         name: str = "the autoencoder",
         pixel_range: PixelRange = EIGHT_BITS,
     ) -> None:
-        self.model, self.device, self.seed = model.to(device), device, seed
+        self.model = model.to(device)
+        self.device = device
+        self.seed = seed
         self.pixel_range = pixel_range
         self.name = name  # for messages
-        self._times: list[
-            tuple[int, float, float]
-        ] = []  # images of a batch, seconds to encode and to decode them
+        # Of each batch: its images, and the seconds to encode and to decode them.
+        self._times: list[tuple[int, float, float]] = []
+        # Of each batch, on a GPU: bytes beyond weights and images.
         self._peaks: list[int] = []
 
     @torch.inference_mode()
     def __call__(self, keys: Sequence[str], x: Tensor) -> Reconstructed:
-        """Reconstruct a batch's images, (B, C, H, W); ArithmeticError for a non-finite result, which levels hide."""
+        """Reconstruct images, (B, C, H, W); ArithmeticError if a reconstruction is not finite."""
         images = self.pixel_range.normalise(x.to(self.device))
         with full_float32(images), peak_memory(self.device, self._peaks):
             start = now(self.device)
             posterior = self.model.encode(images)
             encoded = now(self.device)
+
+            # Sample outside both times. Noise is drawn per image: batches make no difference.
             z = posterior.mode()  # (B, n_z, H/f, W/f)
             if self.seed is not None and not posterior.deterministic:
-                generators = [keyed_generator(f"{self.seed} {key}") for key in keys]
-                noise = [torch.randn(z.shape[1:], generator=generator) for generator in generators]
+                noise = []
+                for key in keys:
+                    generator = keyed_generator(f"{self.seed} {key}")
+                    noise.append(torch.randn(z.shape[1:], generator=generator))
                 z = z + posterior.std * torch.stack(noise).to(z)
+
             drawn = now(self.device)
             y = self.model.decode(z)
             self._times.append((len(images), encoded - start, now(self.device) - drawn))
+
+        # As levels, NaN would be a valid picture.
         finite = y.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
             raise ArithmeticError(
@@ -214,15 +247,20 @@ class RoundTrip:
         return Reconstructed(posterior.mean, self.pixel_range.to_levels(y).cpu())
 
     def cost(self, size: Size) -> Cost:
-        """What images of ``size`` pixels cost: as counted, and as measured so far.
+        """Return the cost of images of ``size`` pixels: counted, and measured so far.
 
         The first batch warms up and is not counted, unless it is the only one.
         """
-        model, sides = self.model, Sides.of(size)
-        threads = torch.get_num_threads()
-        cpu = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+        if self.device.startswith("cuda"):
+            device = torch.cuda.get_device_name(self.device)
+        else:
+            threads = torch.get_num_threads()
+            device = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+
         counted = self._times[1:] or self._times or [(0, 0.0, 0.0)]
         images, encode_s, decode_s = (sum(column) for column in zip(*counted, strict=True))
+        model = self.model
+        sides = Sides.of(size)
         return Cost(
             parameters=count_parameters(model),
             encode_macs=_macs(model, "encode", model.in_channels, *sides),
@@ -231,16 +269,16 @@ class RoundTrip:
             decode_images_per_s=images / decode_s if decode_s else None,
             peak_memory_bytes=max(self._peaks[1:] or self._peaks, default=None),
             batch_size=max(batch[0] for batch in self._times or counted),
-            device=torch.cuda.get_device_name(self.device)
-            if self.device.startswith("cuda")
-            else cpu,
+            device=device,
         )
 
 
 def _macs(model: Autoencoder, method: str, *shape: int) -> int | None:
+    """Count the multiply-accumulates of a method; None, with a warning, if that fails."""
+    # A network of the user's own may do more than torch, or need values.
     try:
         return count_macs(model, 1, *shape, method=method)
-    except Exception as error:  # a network of the user's own may be more than torch, or need values
+    except Exception as error:
         log.warning(
             "%s: multiplications of `%s` not counted: %s",
             type(model).__name__,

@@ -1,34 +1,25 @@
-"""Report results: tables on the terminal, one in Markdown, the values of images as CSV, and one HTML page."""
+"""Report results: tables on the terminal, metrics.md, per_image.csv, and one HTML page."""
 
-import base64
 import csv
 import importlib.metadata
-import io
 import json
-import math
 import platform
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from string import ascii_uppercase
-from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from PIL import Image
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
-from torch import Tensor
 
 from olvae import __version__
 from olvae.data.pixels.size_and_range import Sides
+from olvae.evaluation.observers.observer import Evaluated
+from olvae.evaluation.page import Page
 from olvae.evaluation.results import (
     NONE,
     Cell,
-    Evaluated,
     Results,
     Table,
     conditions,
@@ -37,70 +28,74 @@ from olvae.evaluation.results import (
     headings,
     meaning,
     scores,
-    significant,
     used_weights,
 )
-from olvae.figures import rgb
 from olvae.files import atomic_write, no_empty_folders, plain, remove_partials, write_json
 from olvae.metrics import METRICS
 
-ARROWS = {"higher": "\N{NO-BREAK SPACE}↑", "lower": "\N{NO-BREAK SPACE}↓"}
-
-SIDES = (
-    96,
-    256,
-)  # the longest side of a photograph, in pixels: as small as it may become, and at most
-
 MISSING = "a network is not here: metrics.md says which file to put where"
 
+# Their versions are on the page.
 PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "lpips", "diffusers", "pillow", "numpy")
 
 
 def print_results(several: Sequence[Evaluated], worded: Callable[[str], str] = str) -> None:
-    """Print to standard error: a table per protocol, one of the costs, and what was skipped, in lines as ``worded``."""
+    """Print to standard error: a table per protocol, one of the costs, and remarks in lines.
+
+    ``worded`` changes a remark before it is printed.
+    """
+    # Quality: the title has the number of images if all rows have the same.
     console = Console(stderr=True)
     for evaluated in several:
         counts = {row.n for row in evaluated.results.table}
         images = f", {counts.pop()} images" if len(counts) == 1 else ""
         print_grid(console, f"protocol {_title(evaluated.results)}{images}", quality(evaluated))
+
+    # Costs: as measured under the first protocol.
     rows = several[0].results.rows
     if any(row.cost for row in rows):
         print_grid(console, f"cost: {conditions(rows)}", costs(rows))
-    for line in dict.fromkeys(
-        line for evaluated in several for line in _remarks(evaluated, brief=True)
-    ):
+
+    # Remarks: those that protocols share are printed once.
+    remarks: list[str] = []
+    for evaluated in several:
+        remarks.extend(_remarks(evaluated, brief=True))
+    for line in dict.fromkeys(remarks):
         console.print(worded(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def write_markdown(evaluated: Evaluated, path: Path, head: str = "") -> None:
-    """Write metrics.md: a head, the protocol, one table of quality and costs, and what was skipped and why."""
+    """Write metrics.md: a head, the protocol, one table of quality and costs, and all remarks."""
+    # One table: each target's quality, then its costs.
     results = evaluated.results
     cost = costs(results.table)
-    table = {
-        target: {**cells, **cost.get(target, {})}
-        for target, cells in quality(evaluated, counts=True).items()
-    }
+    table = {}
+    for target, cells in quality(evaluated, counts=True).items():
+        table[target] = {**cells, **cost.get(target, {})}
     columns = headings(table)
+
     lines = [
         f"Protocol {_title(results)}, of {plain(str(results.images['source']))}.",
         "",
         _line(["target", *columns]),
         _line(["---", *["---:"] * len(columns)]),
-        *(_line(map(plain, [target, *_shown(cells, columns)])) for target, cells in table.items()),
-        "",
     ]
+    for target, cells in table.items():
+        lines.append(_line(map(plain, [target, *_shown(cells, columns)])))
+    lines.append("")
     if cost:
         lines += [f"Cost of one image; speed and memory: {plain(conditions(results.table))}.", ""]
-    lines += [f"- {plain(remark)}" for remark in _remarks(evaluated)]
+    for remark in _remarks(evaluated):
+        lines.append(f"- {plain(remark)}")
     with atomic_write(path) as partial:
         partial.write_text(head + "\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
 def write_csv(results: Results, path: Path) -> None:
-    """Write per_image.csv: one line per target and image: target, key, and the metrics of single images.
+    """Write per_image.csv: target, key, and the metrics of single images; a line per both.
 
-    Numbers have all their digits, an infinite PSNR is ``inf``, a metric that a target lacks is empty. UTF-8; the bytes
-    of a file name that is not UTF-8 are kept.
+    Numbers have all their digits, an infinite PSNR is ``inf``, a metric that a target lacks is
+    empty. UTF-8; the bytes of a file name that is not UTF-8 are kept.
     """
     names = list(dict.fromkeys(name for row in results.rows for name in row.per_image))
     with (
@@ -111,38 +106,44 @@ def write_csv(results: Results, path: Path) -> None:
         writer.writerow(["target", "key", *names])
         for row in results.rows:
             columns = [row.per_image.get(name, {}) for name in names]
-            for key in sorted({key for column in columns for key in column}):
-                writer.writerow([row.target, key, *(column.get(key) for column in columns)])
+            for key in sorted(set[str]().union(*columns)):
+                values = [column.get(key) for column in columns]
+                writer.writerow([row.target, key, *values])
 
 
 def write_files(
     evaluated: Evaluated, folder: Path, suffix: str = "", command: str | None = None
 ) -> dict[str, Path]:
-    """Write all files of one protocol; where metrics.json is, the others are its own. Return their paths.
+    """Write all files of one protocol, metrics.json last, and return their paths.
 
-    ``suffix`` is added to the files' names. The page shows the ``command`` line; without one, no page is written.
+    So where metrics.json exists, the other files belong to it. ``suffix`` is added to the files'
+    names. The page shows the ``command`` line; without one, no page is written.
     """
     with no_empty_folders(folder):
         folder.mkdir(parents=True, exist_ok=True)
         remove_partials(folder.glob(".partial-*"), idle_s=1.0)
-        numbers = folder / f"metrics{suffix}.json"
+
+        # Everything that may fail, before earlier results are touched.
         page = None if command is None else render_page(evaluated, command)
-        quality(evaluated), json.dumps(evaluated.results.as_dict(), allow_nan=False)
-        numbers.unlink(missing_ok=True)  # of an earlier evaluation, after all that may fail
-        written = {
-            what: path
-            for one in evaluated.observers
-            for what, path in one.write(folder, suffix).items()
-        }
+        quality(evaluated)
+        json.dumps(evaluated.results.as_dict(), allow_nan=False)
+
+        # Observers' files, and the page.
+        numbers = folder / f"metrics{suffix}.json"
+        numbers.unlink(missing_ok=True)
+        written: dict[str, Path] = {}
+        for observer in evaluated.observers:
+            written.update(observer.write(folder, suffix))
         if page is not None:
             written["report"] = folder / f"report{suffix}.html"
             with atomic_write(written["report"]) as partial:
                 partial.write_text(page, encoding="utf-8", errors="backslashreplace")
-        if any(
-            row.per_image for row in evaluated.results.rows
-        ):  # not of results that were read from files
+
+        # Values of images: results that were read from files have none.
+        if any(row.per_image for row in evaluated.results.rows):
             written["images"] = folder / f"per_image{suffix}.csv"
             write_csv(evaluated.results, written["images"])
+
         written["table"] = folder / f"metrics{suffix}.md"
         write_markdown(evaluated, written["table"])
         write_json(evaluated.results.as_dict(), numbers)
@@ -150,24 +151,34 @@ def write_files(
 
 
 def render_page(evaluated: Evaluated, command: str = "", when: datetime | None = None) -> str:
-    """Render the page as HTML: no script, no request; its pictures are smaller the more there are.
+    """Render the page as HTML, without scripts or requests; more pictures are smaller ones.
 
-    It shows the ``command`` line, and ``when`` the evaluation was made, with the time zone; by default now.
+    It shows the ``command`` line, and ``when`` the evaluation was made, with the time zone; by
+    default now.
     """
+    # Sections of observers that have something to show.
     results = evaluated.results
     page = Page(results)
-    sections = [
-        (observer, html)
-        for observer in evaluated.observers
-        if (html := observer.section(page)) is not None
-    ]
+    sections = []
+    for observer in evaluated.observers:
+        html = observer.section(page)
+        if html is not None:
+            sections.append((observer, html))
+
+    # Versions: a package may be installed under another name, such as pillow-simd.
+    environment = {"Python": platform.python_version(), "open-litevae": __version__}
+    for package in PACKAGES:
+        try:
+            environment[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            environment[package] = "unknown"
+
     weights = used_weights(results.rows)
-    versions = {"Python": platform.python_version(), "open-litevae": __version__}
     return page.render(
         "page.html",
         command=command,
         when=when or datetime.now().astimezone(),
-        environment=versions | {name: _version(name) for name in PACKAGES},
+        environment=environment,
         meaning=meaning(results),
         scores=quality(evaluated),
         counts={row.n for row in results.table},
@@ -182,29 +193,37 @@ def render_page(evaluated: Evaluated, command: str = "", when: datetime | None =
 
 
 def quality(evaluated: Evaluated, counts: bool = False) -> Table:
-    """The metrics and the observers' columns; before them the numbers of images, if asked for or if they differ."""
+    """Make the table of metrics and the observers' columns.
+
+    The numbers of images come first if ``counts`` is set, or if they differ between rows.
+    """
     rows = evaluated.results.table
     counts = counts or len({row.n for row in rows}) > 1
     table = {}
-    for row, cells in zip(rows, scores(evaluated.results).values(), strict=True):
-        entries = [(observer, row.observed.get(observer.name)) for observer in evaluated.observers]
-        columns = [
-            observer.columns(entry).items() for observer, entry in entries if entry is not None
-        ]
-        images = {"images": Cell(str(row.n))} if counts else {}
-        table[row.target] = {
-            **images,
-            **cells,
-            **{name: Cell(text) for added in columns for name, text in added},
-        }
+    for row, metrics in zip(rows, scores(evaluated.results).values(), strict=True):
+        cells = {}
+        if counts:
+            cells["images"] = Cell(str(row.n))
+        cells.update(metrics)
+        for observer in evaluated.observers:
+            entry = row.observed.get(observer.name)
+            if entry is not None:
+                for heading, text in observer.columns(entry).items():
+                    cells[heading] = Cell(text)
+        table[row.target] = cells
     return table
 
 
 def notes(evaluated: Evaluated, brief: bool = False) -> Iterator[str]:
-    """Lines below a table: the observers', and why metrics were skipped; ``brief``, all missing networks in one."""
+    """Yield lines below a table: the observers' lines, and why metrics were skipped.
+
+    ``brief`` gives all metrics that lack a network one line.
+    """
     rows = evaluated.results.table
     for observer in evaluated.observers:
         yield from observer.lines(rows)
+
+    # By reason, the labels of the metrics; a dict keeps each once, in order.
     reasons: dict[str, dict[str, None]] = {}
     for row in rows:
         for name, reason in row.skipped.items():
@@ -212,29 +231,42 @@ def notes(evaluated: Evaluated, brief: bool = False) -> Iterator[str]:
             if brief and kind is not None and kind.needs is not None:
                 reason = MISSING
             reasons.setdefault(reason, {})[name if kind is None else kind.label] = None
-    yield from (f"skipped {', '.join(labels)}: {reason}" for reason, labels in reasons.items())
+    for reason, labels in reasons.items():
+        yield f"skipped {', '.join(labels)}: {reason}"
 
 
 def _remarks(evaluated: Evaluated, brief: bool = False) -> Iterator[str]:
-    if sentence := meaning(evaluated.results):
+    """Yield what the PSNR means, the notes, and the warnings."""
+    sentence = meaning(evaluated.results)
+    if sentence:
         yield sentence
     yield from notes(evaluated, brief)
-    yield from (f"warning: {warning}" for warning in evaluated.results.warnings())
+    for warning in evaluated.results.warnings():
+        yield f"warning: {warning}"
 
 
 def print_grid(console: Console, title: str, table: Table, names: str = "target") -> None:
-    """Print a table, in several parts if its columns need them: numbers stay whole, and the rows' names are folded."""
+    """Print a table, in several parts if its columns need them.
+
+    Numbers stay on one line; names of rows are folded.
+    """
+    # Parts: the columns that fit beside 12 characters for the names and their margin.
     parts: list[list[str]] = [[]]
-    left = room = console.width - 12  # what names keep, and their margin
+    room = console.width - 12
+    left = room
     for heading in headings(table):
-        texts = [
-            *heading.split(" "),
-            *(text for cells in table.values() for text in _shown(cells, [heading])),
-        ]
-        if (left := left - max(map(len, texts)) - 2) < 0:
-            parts += [[]] if parts[-1] else []
-            left = room - max(map(len, texts)) - 2
+        texts = heading.split(" ")
+        for cells in table.values():
+            texts.extend(_shown(cells, [heading]))
+        width = max(map(len, texts)) + 2
+        if width > left:
+            if parts[-1]:
+                parts.append([])
+            left = room
+        left -= width
         parts[-1].append(heading)
+
+    # A grid for each part; the title stands above the first.
     for number, columns in enumerate(parts):
         grid = Grid(
             title="" if number else escape(title),
@@ -251,113 +283,16 @@ def print_grid(console: Console, title: str, table: Table, names: str = "target"
 
 
 def _shown(cells: Mapping[str, Cell], columns: Sequence[str]) -> Iterator[str]:
-    for cell in (cells.get(heading, Cell(NONE)) for heading in columns):
+    """Yield a row's cells as text, by the headings; a dash where it has none."""
+    for heading in columns:
+        cell = cells.get(heading, Cell(NONE))
         yield f"{cell.text} {cell.spread}".strip()
 
 
 def _title(results: Results) -> str:
-    return (
-        f"{results.protocol['name']} {results.protocol_hash}, {Sides.of(results.protocol['size'])}"
-    )
+    size = Sides.of(results.protocol["size"])
+    return f"{results.protocol['name']} {results.protocol_hash}, {size}"
 
 
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except (
-        importlib.metadata.PackageNotFoundError
-    ):  # installed under another name, such as pillow-simd
-        return "unknown"
-
-
-class Page:
-    """Results on their way to the page: renders what observers show of them, in templates of the package."""
-
-    def __init__(self, results: Results) -> None:
-        self.results = results
-        # Seven colours of the style sheet, for badges and bars.
-        self.colours = {row.target: i % 7 + 1 for i, row in enumerate(results.table)}
-        self._letters = {
-            row.target: ascii_uppercase[i : i + 1] or str(i + 1)
-            for i, row in enumerate(results.table)
-        }
-        self._environment = Environment(
-            loader=PackageLoader("olvae.evaluation", "templates"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        self._environment.filters.update(significant=significant, breakable=breakable)
-        self._environment.globals.update(
-            results=results,
-            colours=self.colours,
-            arrows={kind.label: ARROWS[kind.better] for kind in METRICS.values()},
-            dash=Cell(NONE),
-            headings=headings,
-            mark=self.mark,
-            picture=picture,
-            table=self.table,
-        )
-
-    def render(self, template: str, **values: Any) -> Markup:
-        """Fill in one of the package's templates; values are escaped, but for Markup."""
-        return Markup(self._environment.get_template(template).render(**values))
-
-    def table(self, table: Table, label: str, caption: str = "") -> Markup:
-        """A table with a row per target, or nothing if it has no rows."""
-        return (
-            self.render("table.html", content=table, label=label, caption=caption)
-            if table
-            else Markup()
-        )
-
-    def mark(self, target: str) -> Markup:
-        """A target's letter in its colour."""
-        return Markup('<span class="badge c{}">{}</span>').format(
-            self.colours[target], self._letters[target]
-        )
-
-
-def side_limit(pictures: int) -> int:
-    """The longest side at which this number of photographs has 15 million pixels, about 3 MB."""
-    smallest, largest = SIDES
-    return max(smallest, min(largest, math.isqrt(15_000_000 // max(pictures, 1))))
-
-
-def picture(image: Tensor, alt: str, limit: int = SIDES[1]) -> Markup:
-    """A picture, uint8 (C, H, W), inside the page, which scales it to the space that there is.
-
-    Up to 128 pixels a side it is lossless, and enlarged pixel by pixel to at least 256, so that scaling adds no grid
-    of its own; otherwise it is shrunk to the ``limit`` and lossy.
-    """
-    shown = rgb(image)
-    longest = max(shown.size)
-    if longest <= 128:
-        factor = -(-SIDES[1] // longest)
-        shown = shown.resize(
-            (shown.width * factor, shown.height * factor), Image.Resampling.NEAREST
-        )
-        options = {
-            "lossless": True,
-            "quality": 20,
-            "method": 0,
-        }  # the last two are effort: more saves 5 % of the bytes
-    else:
-        shown.thumbnail((limit, limit), Image.Resampling.LANCZOS)
-        options = {"quality": 82}
-    buffer = io.BytesIO()
-    shown.save(buffer, "WEBP", **options)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return Markup('<img src="data:image/webp;base64,{}" width="{}" height="{}" alt="{}">').format(
-        data, shown.width, shown.height, alt
-    )
-
-
-def breakable(name: str) -> Markup:
-    """HTML of a name, which may break after the separators of runs and paths."""
-    return Markup("<wbr>").join(re.split(r"(?<=[/_:-])", name))

@@ -1,12 +1,12 @@
-"""Hold an evaluation's results, with bootstrap intervals, and put them in words: for metrics.json, tables and page."""
+"""Hold an evaluation's results, with bootstrap intervals; format them for tables and the page."""
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,23 +15,14 @@ from olvae.data.source import MIN_VAL_IMAGES
 from olvae.evaluation.protocol import Cost
 from olvae.metrics import METRICS
 
-if TYPE_CHECKING:  # observers import this file
-    from olvae.evaluation.observers.observer import Observer
+# Statistics over images: bootstrap intervals of means and of paired differences.
 
-INFINITE = "infinite: every image equals its reconstruction to the pixel"  # under ``skipped``: JSON has no infinity
-
-FIXED = ("target", "n", "metrics", "skipped", "intervals", "details", "cost", "weights", "baseline")
-"""Names in a row of metrics.json; others are of observers."""
-
-NONE = "-"
-MINUS = "\N{MINUS SIGN}"
-INFINITY = "\N{INFINITY}"
-
-CHUNK = 1 << 22  # values that the bootstrap draws at a time; it bounds memory
+# Values that the bootstrap draws at a time. It bounds memory.
+CHUNK = 1 << 22
 
 
 class Difference(NamedTuple):
-    """One target's value minus another's on the same images, and its interval."""
+    """Mean difference of two targets on the same images, with its interval."""
 
     value: float
     low: float
@@ -41,21 +32,23 @@ class Difference(NamedTuple):
 def confidence(
     values: Mapping[str, float], level: float = 0.95, samples: int = 1000, seed: int = 0
 ) -> tuple[float, float] | None:
-    """The interval that holds the mean in ``level`` of all draws of as many images, with replacement.
+    """Return the bootstrap interval of the mean over images; None for fewer than two images.
 
-    ``values`` are by the images' keys, in any order; infinite ones are left out. None for one image.
+    ``values`` are by image key, in any order. Images with an infinite value are left out.
     """
     drawn = _bootstrap(finite(values), samples, seed)
-    return None if drawn is None else _interval(drawn[0], level)
+    if drawn is None:
+        return None
+    return _interval(drawn[0], level)
 
 
 def difference(
     a: Mapping[str, float], b: Mapping[str, float], samples: int = 1000
 ) -> Difference | None:
-    """The mean of ``a`` minus that of ``b``, both on the same images in every draw; None as :func:`confidence`.
+    """Return mean(a) - mean(b) with a paired interval; None for fewer than two images.
 
-    This 95 % interval is narrower than those of a and b suggest. If it excludes 0, the two differ by more than the
-    choice of images explains.
+    Each draw takes the same images for both, so this 95 % interval is narrower than the intervals
+    of a and b suggest. If it excludes 0, they differ by more than the choice of images explains.
     """
     pair = finite(a, b)
     drawn = _bootstrap(pair, samples, 0)
@@ -66,21 +59,27 @@ def difference(
 
 
 def finite(*rows: Mapping[str, float]) -> NDArray[np.float64]:
-    """(targets, n): the values by the order of their keys, without the images that have an infinite one."""
-    values = np.array([[row[key] for key in sorted(rows[0])] for row in rows])
-    return values[:, np.isfinite(values).all(0)]
+    """Return (targets, n): values sorted by key, without images that have an infinite one."""
+    keys = sorted(rows[0])
+    values = []
+    for row in rows:
+        values.append([row[key] for key in keys])
+    array = np.array(values)
+    return array[:, np.isfinite(array).all(0)]
 
 
 def _bootstrap(values: NDArray[np.float64], samples: int, seed: int) -> NDArray[np.float64] | None:
-    """(targets, n) -> the mean of every draw (targets, samples), or None if there is no interval."""
+    """Draw images with replacement: (targets, n) -> means (targets, samples); None if n < 2."""
     n = values.shape[-1]
     if n < 2:
         return None
-    rng, rows = np.random.default_rng(seed), max(1, CHUNK // n)
-    draws = (
-        rng.integers(n, size=(min(rows, samples - done), n)) for done in range(0, samples, rows)
-    )
-    return np.concatenate([values[:, indices].mean(-1) for indices in draws], axis=-1)
+    rng = np.random.default_rng(seed)
+    rows = max(1, CHUNK // n)
+    means = []
+    for done in range(0, samples, rows):
+        indices = rng.integers(n, size=(min(rows, samples - done), n))
+        means.append(values[:, indices].mean(-1))
+    return np.concatenate(means, axis=-1)
 
 
 def _interval(drawn: NDArray[np.float64], level: float) -> tuple[float, float]:
@@ -88,92 +87,125 @@ def _interval(drawn: NDArray[np.float64], level: float) -> tuple[float, float]:
     return float(low), float(high)
 
 
+# Rows: the numbers of each target, and the contents of metrics.json.
+
+# A reason under ``skipped``: JSON has no infinity.
+INFINITE = "infinite: every image equals its reconstruction to the pixel"
+
+# Names of a row's fields in metrics.json. All other names are entries of observers.
+FIXED = ("target", "n", "metrics", "skipped", "intervals", "details", "cost", "weights", "baseline")
+
+
 @dataclass(frozen=True)
 class Row:
-    """All that is known about one target; the last two are not in metrics.json."""
+    """Everything known about one target. metrics.json lacks ``per_image`` and ``differences``."""
 
     target: str
-    n: int  # images
+    n: int  # number of images
     metrics: Mapping[str, float]  # PSNR may be infinite
     skipped: Mapping[str, str] = field(default_factory=dict)  # by metric, why it has no value
-    intervals: Mapping[str, tuple[float, float]] = field(
-        default_factory=dict
-    )  # by metric, 95 % bootstrap over images
-    details: Mapping[str, Mapping[str, Any]] = field(
-        default_factory=dict
-    )  # by metric, weights, subsets, a warning
+    # By metric, the 95 % bootstrap interval over images.
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    # By metric: pretrained weights, subsets, a warning.
+    details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     cost: Cost | None = None
-    observed: Mapping[str, Any] = field(default_factory=dict)  # the observers' entries by name
-    baseline: bool = False  # what targets are compared with: bicubic resampling, an untrained model
-    per_image: Mapping[str, Mapping[str, float]] = field(
-        default_factory=dict
-    )  # by metric, values by key
-    differences: Mapping[str, Difference] = field(
-        default_factory=dict
-    )  # by metric, from the first row's images
-    weights: str | None = None  # their checksum, by which an export knows its own
+    observed: Mapping[str, Any] = field(default_factory=dict)  # entries by the observer's name
+    baseline: bool = False  # something to compare targets with: bicubic, an untrained model
+    # By metric, values by image key.
+    per_image: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    # By metric, this row minus the first row, on the same images.
+    differences: Mapping[str, Difference] = field(default_factory=dict)
+    weights: str | None = None  # checksum of the model's weights: an export finds its rows by it
 
     def as_dict(self) -> dict[str, Any]:
-        """The row of metrics.json."""
+        """Return the row of metrics.json."""
         infinite = {name: INFINITE for name, value in self.metrics.items() if math.isinf(value)}
-        return {
+        metrics = {name: self.metrics[name] for name in self.metrics if name not in infinite}
+
+        # The order of fields is the order in the file; the last two are written only if set.
+        row: dict[str, Any] = {
             "target": self.target,
             "n": self.n,
-            "metrics": {
-                name: value for name, value in self.metrics.items() if name not in infinite
-            },
+            "metrics": metrics,
             "skipped": {**infinite, **self.skipped},
             "intervals": {name: list(ends) for name, ends in self.intervals.items()},
             "details": {name: details for name, details in self.details.items() if details},
             "cost": asdict(self.cost) if self.cost else None,
             **self.observed,
-            **({"weights": self.weights} if self.weights else {}),
-            **({"baseline": True} if self.baseline else {}),
         }
+        if self.weights:
+            row["weights"] = self.weights
+        if self.baseline:
+            row["baseline"] = True
+        return row
 
     @classmethod
     def from_dict(cls, row: Mapping[str, Any]) -> "Row":
-        """The inverse of :meth:`as_dict`; ValueError, KeyError, TypeError or AttributeError if it is something else."""
-        metrics = {str(name): float(value) for name, value in row["metrics"].items()}
-        if not all(math.isfinite(value) for value in metrics.values()):
+        """Read a row of metrics.json, the inverse of :meth:`as_dict`.
+
+        ValueError, KeyError, TypeError or AttributeError if it is something else.
+        """
+        # Metrics: finite values, and the infinite ones that ``skipped`` names.
+        metrics = {name: float(value) for name, value in row["metrics"].items()}
+        if not all(map(math.isfinite, metrics.values())):
             raise ValueError("it has metrics that are not finite")
-        skipped = {str(name): str(reason) for name, reason in row.get("skipped", {}).items()}
+        skipped = {}
+        for name, reason in row.get("skipped", {}).items():
+            if reason == INFINITE:
+                metrics[name] = math.inf
+            else:
+                skipped[name] = str(reason)
+
+        # All other fields may be absent, but for the target and the number of images.
+        target = str(row["target"])
+        n = int(row["n"])
+        intervals = {}
+        for name, (low, high) in (row.get("intervals") or {}).items():
+            intervals[name] = (float(low), float(high))
+        details = {name: dict(found) for name, found in row.get("details", {}).items()}
+        cost = row.get("cost")
         return cls(
-            str(row["target"]),
-            int(row["n"]),
-            metrics | {name: math.inf for name, reason in skipped.items() if reason == INFINITE},
-            {name: reason for name, reason in skipped.items() if reason != INFINITE},
-            {
-                str(name): (float(low), float(high))
-                for name, (low, high) in (row.get("intervals") or {}).items()
-            },
-            {str(name): dict(details) for name, details in row.get("details", {}).items()},
-            Cost(**row["cost"]) if row.get("cost") else None,
+            target,
+            n,
+            metrics,
+            skipped,
+            intervals,
+            details,
+            Cost(**cost) if cost else None,
             {name: entry for name, entry in row.items() if name not in FIXED},
             bool(row.get("baseline")),
             weights=row.get("weights"),
         )
 
 
+class Wording(typing.Protocol):
+    """How an observer puts its entries into words: what :meth:`Results.read` needs of it."""
+
+    name: str
+
+    def columns(self, entry: Any) -> Mapping[str, str]: ...
+
+    def lines(self, rows: Sequence[Row]) -> Iterator[str]: ...
+
+
 @dataclass(frozen=True)
 class Results:
     """All numbers of an evaluation under one protocol."""
 
-    protocol: Mapping[str, Any]  # Protocol.as_dict()
+    protocol: Mapping[str, Any]  # as_dict() of evaluation.protocol.Protocol
     protocol_hash: str  # two results are comparable only if it is the same
-    images: Mapping[
-        str, Any
-    ]  # source, n, sha256 of the pixels, how many were unreadable or enlarged
+    # Source, n, sha256 of the pixels, how many were unreadable or enlarged.
+    images: Mapping[str, Any]
     rows: Sequence[Row]
     earlier: Sequence[Row] = ()  # rows of earlier results, added by beside()
 
     @property
     def table(self) -> list[Row]:
-        """All rows: the new ones, the earlier ones, and the baselines of both."""
+        """All rows: new ones, earlier ones, and the baselines of both last."""
         return sorted([*self.rows, *self.earlier], key=lambda row: row.baseline)
 
     def as_dict(self) -> dict[str, Any]:
-        """The contents of metrics.json."""
+        """Return the contents of metrics.json."""
         return {
             "protocol": self.protocol,
             "protocol_hash": self.protocol_hash,
@@ -182,34 +214,39 @@ class Results:
         }
 
     @classmethod
-    def read(cls, path: Path, observers: "Sequence[Observer]" = ()) -> "Results":
-        """Read a metrics.json that can be shown: its protocol has a name, these observers have words for its entries.
+    def read(cls, path: Path, observers: Sequence[Wording] = ()) -> "Results":
+        """Read a metrics.json; its protocol has a name, and these observers can show its entries.
 
-        FileNotFoundError if there is none, ValueError if the file is something else.
+        FileNotFoundError if it is missing, ValueError if the file is something else.
         """
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such metrics.json")
         try:
             content = json.loads(path.read_text())
             rows = [Row.from_dict(row) for row in content["results"]]
-            protocol, images = dict(content.get("protocol", {})), dict(content.get("images", {}))
-            if unnamed := {"name", "version"} - protocol.keys():
+            protocol = dict(content.get("protocol", {}))
+            images = dict(content.get("images", {}))
+            unnamed = {"name", "version"} - protocol.keys()
+            if unnamed:
                 raise KeyError(*unnamed)
+
+            # Put every entry into words: what fails must fail here, not after an evaluation.
             for observer in observers:
                 list(observer.lines(rows))
                 for row in rows:
-                    if (entry := row.observed.get(observer.name)) is not None:
+                    entry = row.observed.get(observer.name)
+                    if entry is not None:
                         observer.columns(entry)
             return cls(protocol, str(content["protocol_hash"]), images, rows)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path}: not a metrics.json: {type(error).__name__} {error}"
-            ) from error
+            kind = type(error).__name__
+            raise ValueError(f"{path}: not a metrics.json: {kind} {error}") from error
 
     def beside(self, files: Mapping[Path, "Results"], mix: bool = False) -> "Results":
-        """These results, with the rows of earlier ones below, by file. A name that is taken gets a number.
+        """Add the rows of earlier results, by file. A row whose name is taken gets a number.
 
-        Those that are not comparable, of another protocol or other images, are marked with ``mix``, else ValueError.
+        Results of another protocol or of other images raise ValueError; with ``mix`` their rows
+        are added with the reason in their names.
         """
         taken = {row.target for row in self.table}
         added = []
@@ -222,61 +259,70 @@ class Results:
                 )
             for row in earlier.table:
                 marked = f"{row.target} [{what}]" if what else row.target
-                names = chain([marked], (f"{marked} ({again})" for again in count(2)))
-                name = next(name for name in names if name not in taken)
+                name = marked
+                count = 1
+                while name in taken:
+                    count += 1
+                    name = f"{marked} ({count})"
                 taken.add(name)
                 added.append(replace(row, target=name))
         return replace(self, earlier=[*self.earlier, *added])
 
     def warnings(self) -> list[str]:
-        """Sentences for the reader."""
-        found = [
-            str(d["warning"]) for row in self.rows for d in row.details.values() if "warning" in d
-        ]
+        """Return sentences that limit what the numbers mean, each once."""
+        # Warnings of metrics, and images that have no PSNR.
+        found = []
         for row in self.rows:
-            if equal := row.details.get("psnr", {}).get("equal_images"):
-                found.append(
-                    f"{row.target} gives {equal} of {row.n} images back exactly: they are not in its PSNR"
-                )
-        if few := next((row for row in self.rows if row.n < MIN_VAL_IMAGES), None):
-            found.append(f"few images, {few.n}: other ones give other numbers")
-        if self.images["unreadable"]:
-            found.append(
-                f"unreadable images, which are not in these numbers: {self.images['unreadable']}"
-            )
-        if self.images["enlarged"]:
-            found.append(
-                f"images smaller than the crop, which were enlarged: {self.images['enlarged']}"
-            )
+            for details in row.details.values():
+                if "warning" in details:
+                    found.append(str(details["warning"]))
+        for row in self.rows:
+            equal = row.details.get("psnr", {}).get("equal_images")
+            if equal:
+                images = f"{equal} of {row.n} images"
+                found.append(f"{row.target} gives {images} back exactly: they are not in its PSNR")
+
+        # The images: too few, unreadable, enlarged.
+        few = [row.n for row in self.rows if row.n < MIN_VAL_IMAGES]
+        if few:
+            found.append(f"few images, {few[0]}: other ones give other numbers")
+        unreadable = self.images["unreadable"]
+        if unreadable:
+            found.append(f"unreadable images, which are not in these numbers: {unreadable}")
+        enlarged = self.images["enlarged"]
+        if enlarged:
+            found.append(f"images smaller than the crop, which were enlarged: {enlarged}")
+
+        # The networks behind the metrics.
         for name, file in used_weights(self.rows).items():
             if not file["published"]:
-                other = f"rests on a {file['file']} that is not the published file"
+                rests = f"{METRICS[name].label} rests on a {file['file']}"
                 found.append(
-                    f"{METRICS[name].label} {other}: its values are not comparable with published ones"
+                    f"{rests} that is not the published file: its values are not comparable with "
+                    "published ones"
                 )
         return list(dict.fromkeys(found))
 
     def not_comparable(self, earlier: "Results") -> str:
-        """What differs; empty if they are comparable."""
+        """Say what differs from earlier results; empty if they are comparable."""
         if earlier.protocol_hash != self.protocol_hash:
-            both = {**self.protocol, **earlier.protocol}
-            keys = [
-                k for k in both if k != "name" and earlier.protocol.get(k) != self.protocol.get(k)
-            ]
+            keys = []
+            for key in {**self.protocol, **earlier.protocol}:
+                if key != "name" and earlier.protocol.get(key) != self.protocol.get(key):
+                    keys.append(key)
             return f"another protocol ({', '.join(keys)})"
         if earlier.images.get("sha256") != self.images["sha256"]:
             return "other images"
-        theirs, ours = used_weights(earlier.rows), used_weights(self.rows)
-        names = [
-            METRICS[n].label
-            for n in ours
-            if n in theirs and theirs[n].get("sha256") != ours[n]["sha256"]
-        ]
-        return f"other weights of the networks behind {', '.join(names)}" if names else ""
+        theirs = used_weights(earlier.rows)
+        labels = []
+        for name, file in used_weights(self.rows).items():
+            if name in theirs and theirs[name].get("sha256") != file["sha256"]:
+                labels.append(METRICS[name].label)
+        return f"other weights of the networks behind {', '.join(labels)}" if labels else ""
 
 
 def used_weights(rows: Iterable[Row]) -> dict[str, Mapping[str, Any]]:
-    """By metric, the file of pretrained weights that its values rest on."""
+    """Return, by metric, the file of pretrained weights that its values rest on."""
     found: dict[str, Mapping[str, Any]] = {}
     for row in rows:
         for name, details in row.details.items():
@@ -285,19 +331,18 @@ def used_weights(rows: Iterable[Row]) -> dict[str, Mapping[str, Any]]:
     return found
 
 
-@dataclass(frozen=True)
-class Evaluated:
-    """The results under one protocol, and the observers that show more of them; protocols of one pass share those."""
+# Cells: numbers as text, and tables of them.
 
-    results: Results
-    observers: "Sequence[Observer]" = ()
-
-
-# Numbers as text
+NONE = "-"
+MINUS = "\N{MINUS SIGN}"
+INFINITY = "\N{INFINITY}"
 
 
 class Cell(NamedTuple):
-    """A number as text; its interval in brackets and as ± half its width; a mark: "best", "better", "worse"."""
+    """A number as text, with its interval in brackets, and as ± half its width.
+
+    The mark is "best", "better" or "worse".
+    """
 
     text: str
     interval: str = ""
@@ -305,152 +350,177 @@ class Cell(NamedTuple):
     mark: str = ""
 
 
-Table = Mapping[
-    str, Mapping[str, Cell]
-]  # by target, cells by heading; where one lacks another's, a dash is shown
+# By target, cells by heading. A target that lacks another's heading shows a dash.
+Table = Mapping[str, Mapping[str, Cell]]
 
 
 def headings(table: Table) -> list[str]:
-    """The columns of a table in order."""
+    """Return the columns of a table in order."""
     return list(dict.fromkeys(heading for cells in table.values() for heading in cells))
 
 
 def texts(rows: Mapping[str, Mapping[str, str]]) -> Table:
-    """A table of plain texts."""
-    return {
-        target: {heading: Cell(text) for heading, text in cells.items()}
-        for target, cells in rows.items()
-    }
+    """Make a table of plain texts."""
+    table = {}
+    for target, cells in rows.items():
+        table[target] = {heading: Cell(text) for heading, text in cells.items()}
+    return table
 
 
 def number(value: float, digits: int) -> str:
-    """Format a number with fixed decimals; without any from 1000 on; with an exponent if they would all be 0."""
+    """Format a number with fixed decimals, without any from 1000 on.
+
+    It gets an exponent if all its decimals would be 0.
+    """
     if math.isinf(value):
         return INFINITY if value > 0 else f"{MINUS}{INFINITY}"
     if 0.0 < abs(value) < 0.5 * 10.0**-digits:
         text = f"{value:.1e}"
+    elif abs(value) < 1000:
+        text = f"{value:.{digits}f}"
     else:
-        text = f"{value:.{digits if abs(value) < 1000 else 0}f}"
+        text = f"{value:.0f}"
+    # Only the sign: an exponent keeps its ASCII minus.
     return text.replace("-", MINUS, 1) if value < 0 else text
 
 
 def significant(value: float | None) -> str:
-    """Three significant digits, without an exponent where that is readable: 0.0312, 71,234, 3.39e+38."""
+    """Format three significant digits, with an exponent if needed: 0.0312, 71,234, 3.39e+38."""
     if value is None:
         return NONE
     if math.isinf(value):
         return INFINITY
     if value == 0.0 or not 1e-3 <= abs(value) < 1e9:
         return f"{value:.3g}"
-    return f"{value:,.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:,.{decimals}f}"
 
 
 def scores(results: Results) -> Table:
-    """Columns of a table: metrics with a value in at least one row."""
+    """Make a column for each metric that has a value in at least one row; mark the best values."""
     rows = results.table
-    names = [name for name in METRICS if any(name in row.metrics for row in rows)]
-    best = {name: _best(name, rows) for name in names}
+    table: dict[str, dict[str, Cell]] = {row.target: {} for row in rows}
+    for name, kind in METRICS.items():
+        values = {row.metrics[name] for row in rows if name in row.metrics}
+        if not values:
+            continue
 
-    def cell(row: Row, name: str) -> Cell:
-        value, digits = row.metrics.get(name), METRICS[name].digits
-        if value is None:
-            return Cell(NONE)
-        interval = spread = ""
-        if ends := row.intervals.get(name):
-            interval = f"[{', '.join(number(end, digits) for end in ends)}]"
-            spread = (
-                f"±{(ends[1] - ends[0]) / 2:.2f}" if name == "psnr" else ""
-            )  # the others' would not fit
-        return Cell(number(value, digits), interval, spread, "best" if value == best[name] else "")
+        # Without two different values, none is the best.
+        best = None
+        if len(values) > 1:
+            best = max(values) if kind.better == "higher" else min(values)
 
-    return {row.target: {METRICS[name].label: cell(row, name) for name in names} for row in rows}
-
-
-def _best(name: str, rows: Sequence[Row]) -> float | None:
-    """None if no two values differ."""
-    values = {row.metrics[name] for row in rows if name in row.metrics}
-    if len(values) < 2:
-        return None
-    return max(values) if METRICS[name].better == "higher" else min(values)
+        for row in rows:
+            value = row.metrics.get(name)
+            if value is None:
+                table[row.target][kind.label] = Cell(NONE)
+                continue
+            interval = spread = ""
+            ends = row.intervals.get(name)
+            if ends:
+                low, high = ends
+                interval = f"[{number(low, kind.digits)}, {number(high, kind.digits)}]"
+                # Only PSNR has room for it on a terminal.
+                if name == "psnr":
+                    spread = f"±{(high - low) / 2:.2f}"
+            mark = "best" if value == best else ""
+            cell = Cell(number(value, kind.digits), interval, spread, mark)
+            table[row.target][kind.label] = cell
+    return table
 
 
 def differences(results: Results) -> Table:
-    """Metrics minus those of the first row, which were computed on the same images."""
+    """Make a table of metrics minus the first row's, on the same images; empty without any."""
+    table = {}
+    for row in results.rows[1:]:
+        cells = {}
+        for name, kind in METRICS.items():
+            if name not in row.differences:
+                continue
+            found = row.differences[name]
 
-    def cell(row: Row, name: str) -> Cell:
-        found, kind = row.differences[name], METRICS[name]
-        value, low, high = (("+" if end > 0 else "") + number(end, kind.digits) for end in found)
-        mark = ""
-        if not found.low <= 0.0 <= found.high:
-            mark = "better" if (found.low > 0.0) == (kind.better == "higher") else "worse"
-        return Cell(value, f"[{low}, {high}]", mark=mark)
+            # All three with a sign, also a plus.
+            signed = []
+            for end in found:
+                plus = "+" if end > 0 else ""
+                signed.append(plus + number(end, kind.digits))
+            value, low, high = signed
 
-    rows = {
-        row.target: {
-            METRICS[name].label: cell(row, name) for name in METRICS if name in row.differences
-        }
-        for row in results.rows[1:]
-    }
-    return rows if any(rows.values()) else {}
+            # A mark only if the interval excludes 0.
+            mark = ""
+            if not found.low <= 0.0 <= found.high:
+                is_better = (found.low > 0.0) == (kind.better == "higher")
+                mark = "better" if is_better else "worse"
+            cells[kind.label] = Cell(value, f"[{low}, {high}]", mark=mark)
+        table[row.target] = cells
+    return table if any(table.values()) else {}
 
 
 def meaning(results: Results) -> str:
-    """The first row's PSNR in one sentence, in 8-bit steps and beside the best of the others; empty without one."""
+    """Return one sentence: the first target's PSNR as an 8-bit error, and the best other target.
+
+    Empty if the first target has no finite PSNR.
+    """
     first, *rest = results.rows
     psnr = first.metrics.get("psnr", math.inf)
     if math.isinf(psnr):
         return ""
-    text = f"{first.target} misses a pixel's values by about {255 * 10 ** (-psnr / 20):.1f} of 255 (PSNR {psnr:.2f} dB)"
+    error = f"{255 * 10 ** (-psnr / 20):.1f} of 255 (PSNR {psnr:.2f} dB)"
+    text = f"{first.target} misses a pixel's values by about {error}"
+
     others = {row.target: row.differences["psnr"] for row in rest if "psnr" in row.differences}
-    if others:
-        name = max(others, key=lambda target: others[target].value)
-        value, low, high = others[name]
-        chance = ", which other images may reverse" if low <= 0.0 <= high else ""
-        gap = (
-            f"{abs(value):.2f} dB {'better' if value > 0 else 'worse'}{chance}"
-            if round(value, 2)
-            else "as good"
-        )
-        text += f"; the best of the others is {gap}: {name}"
-    return f"{text}."
+    if not others:
+        return f"{text}."
+    name = max(others, key=lambda target: others[target].value)
+    value, low, high = others[name]
+    gap = "as good"
+    if round(value, 2):
+        gap = f"{abs(value):.2f} dB {'better' if value > 0 else 'worse'}"
+        if low <= 0.0 <= high:
+            gap += ", which other images may reverse"
+    return f"{text}; the best of the others is {gap}: {name}."
 
 
-COSTS: Mapping[str, Callable[[Cost], float | None]] = {
-    "M params": lambda cost: cost.parameters / 1e6,
-    "GMACs encode": lambda cost: None if cost.encode_macs is None else cost.encode_macs / 1e9,
-    "GMACs decode": lambda cost: None if cost.decode_macs is None else cost.decode_macs / 1e9,
-    "img/s encode": lambda cost: cost.encode_images_per_s,
-    "img/s decode": lambda cost: cost.decode_images_per_s,
-    "MiB peak": lambda cost: (
-        None if cost.peak_memory_bytes is None else cost.peak_memory_bytes / 2**20
-    ),
+# By heading, a field of Cost and the unit that it is shown in.
+COSTS = {
+    "M params": ("parameters", 1e6),
+    "GMACs encode": ("encode_macs", 1e9),
+    "GMACs decode": ("decode_macs", 1e9),
+    "img/s encode": ("encode_images_per_s", 1.0),
+    "img/s decode": ("decode_images_per_s", 1.0),
+    "MiB peak": ("peak_memory_bytes", 2.0**20),
 }
 
 
 def costs(rows: Iterable[Row]) -> Table:
-    """The costs of the rows that have any; without what was not measured, as memory on a CPU."""
-    found = {}
+    """Make a table of the rows that have costs, without what was not measured (memory on a CPU)."""
+    table = {}
     for row in rows:
         if row.cost:
-            values = {heading: value(row.cost) for heading, value in COSTS.items()}
-            found[row.target] = {
-                h: Cell(significant(value)) for h, value in values.items() if value is not None
-            }
-    return found
+            cells = {}
+            for heading, (name, unit) in COSTS.items():
+                value = getattr(row.cost, name)
+                if value is not None:
+                    cells[heading] = Cell(significant(value / unit))
+            table[row.target] = cells
+    return table
 
 
 def conditions(rows: Sequence[Row]) -> str:
-    """What the costs were measured on; earlier results may be from another machine."""
+    """Say what the costs were measured on. Earlier results may be from another machine."""
     found: dict[str, list[str]] = {}
+    has_memory = False
     for row in rows:
         if row.cost:
-            found.setdefault(f"{row.cost.device}, batches of {row.cost.batch_size}", []).append(
-                row.target
-            )
-    parts = [
-        f"{where} ({', '.join(names)})" if len(found) > 1 else where
-        for where, names in found.items()
-    ]
-    if any(row.cost and row.cost.peak_memory_bytes is not None for row in rows):
+            where = f"{row.cost.device}, batches of {row.cost.batch_size}"
+            found.setdefault(where, []).append(row.target)
+            if row.cost.peak_memory_bytes is not None:
+                has_memory = True
+
+    # Targets are named only where the machines differ.
+    parts = list(found)
+    if len(found) > 1:
+        parts = [f"{where} ({', '.join(names)})" for where, names in found.items()]
+    if has_memory:
         parts.append("memory beyond weights and images")
     return "; ".join(parts)

@@ -1,4 +1,4 @@
-"""Evaluate a request (targets, images, protocols) in one pass over the images."""
+"""Evaluate a request: targets on the same images, in one pass for protocols that prepare alike."""
 
 import copy
 import hashlib
@@ -17,13 +17,12 @@ from olvae.data.opening import trains_on
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.source import Batch, Loader, Source
 from olvae.devices import gather, this_process
-from olvae.evaluation.observers.observer import Observation, Observer, Subject
+from olvae.evaluation.observers.observer import Evaluated, Observation, Observer, Subject
 from olvae.evaluation.protocol import Protocol, RoundTrip, open_images_for
-from olvae.evaluation.results import FIXED, Evaluated, Results, Row, confidence, difference
+from olvae.evaluation.results import FIXED, Results, Row, confidence, difference
 from olvae.files import first_line, warn_once
 from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.metric import MetricSet
-from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.loader import Target
 from olvae.runs import entry_of
 
@@ -31,10 +30,13 @@ DEFAULT_METRICS = tuple(name for name in METRICS if name not in ("ssim_uniform",
 
 T = TypeVar("T")
 
-Key = tuple[str, int]  # a subject's name, and the way to draw latents; baselines have only 0
+# A subject's name, and the index of a sampling mode (0: the first protocol's). A sampling mode is
+# the posterior's mode, or samples of one noise seed. Baselines draw nothing: they have only 0.
+Key = tuple[str, int]
 
+# Shows progress under a description: wraps batches, and gets the number of images over all
+# processes, if it is known.
 Progress = Callable[[str, Iterable[Batch], int | None], Iterable[Batch]]
-"""Shows progress under a description: wraps batches, with the number of images over all processes if it is known."""
 
 log = logging.getLogger("olvae")
 
@@ -44,9 +46,8 @@ class Request:
     """What to evaluate, on which images, and how; ConfigError if the parts do not fit together."""
 
     targets: Sequence[Target]  # with distinct names
-    protocols: Sequence[Protocol] = (
-        Protocol(),
-    )  # each gives results; those that prepare images alike share a pass
+    # Each gives results. Protocols that prepare images alike share a pass.
+    protocols: Sequence[Protocol] = (Protocol(),)
     metrics: Sequence[str] = DEFAULT_METRICS  # names
     data: str | None = None  # a SRC; by default the test images of the first target's config
     size: Size | None = None  # of the images; by default the config's, otherwise the protocol's
@@ -58,17 +59,15 @@ class Request:
 
     def __post_init__(self) -> None:
         targets = [target.name for target in self.targets]
-        lines = [
-            line
-            for o in self.observers
-            for line in o.conflicts(targets, self.metrics, self.observers)
-        ]
+        lines: list[str] = []
+        for observer in self.observers:
+            lines.extend(observer.conflicts(targets, self.metrics, self.observers))
+
+        # An observer's name is a key of its rows in metrics.json.
         names = [observer.name for observer in self.observers if observer.name]
-        lines += [
-            f"`observe`: two entries of metrics.json would be called {name}"
-            for name in dict.fromkeys(names)
-            if name in FIXED or names.count(name) > 1
-        ]
+        for name in dict.fromkeys(names):
+            if name in FIXED or names.count(name) > 1:
+                lines.append(f"`observe`: two entries of metrics.json would be called {name}")
         if lines:
             raise ConfigError(*lines)
 
@@ -76,25 +75,27 @@ class Request:
 def evaluate(
     request: Request, progress: Progress = lambda _, batches, __: batches
 ) -> list[Evaluated] | None:
-    """Evaluate targets on the same images, in one process or in all that :func:`olvae.devices.join` found.
+    """Evaluate targets on the same images, in all processes that :func:`olvae.devices.join` found.
 
-    Returns one result per protocol in the first process, None in the others. Raises FileNotFoundError or ValueError if
-    images or weights are missing, unreadable, or do not fit the targets.
+    Returns one result per protocol in the first process, None in the others. Raises
+    FileNotFoundError or ValueError if images or weights are missing, unreadable, or do not fit the
+    targets.
     """
+    # Subjects: the targets, and what observers derive from them.
     observers = copy.deepcopy(list(request.observers))
     subjects = {target.name: Subject(target.load()) for target in request.targets}
     for observer in observers:
         subjects = observer.derive(subjects)
+
+    # One pass for all protocols that prepare images alike.
     passes: dict[tuple[Sides, str, str], list[Protocol]] = {}
     for protocol in request.protocols:
-        passes.setdefault((Sides.of(protocol.size), protocol.resize, protocol.resample), []).append(
-            protocol
-        )
-    done = [
-        _one_pass(request, protocols, subjects, observers, progress)
-        for protocols in passes.values()
-    ]
-    return [evaluated for part in done for evaluated in part] or None
+        preparation = (Sides.of(protocol.size), protocol.resize, protocol.resample)
+        passes.setdefault(preparation, []).append(protocol)
+    evaluated = []
+    for protocols in passes.values():
+        evaluated.extend(_one_pass(request, protocols, subjects, observers, progress))
+    return evaluated or None
 
 
 def _one_pass(
@@ -104,91 +105,71 @@ def _one_pass(
     observers: Sequence[Observer],
     progress: Progress,
 ) -> list[Evaluated]:
-    """Results under protocols that prepare images alike; none in every process but the first."""
-    source = _open(
-        request, protocols[0], {name: subject.model for name, subject in subjects.items()}
-    )
+    """Evaluate under protocols that prepare images alike; empty in every process but the first."""
+    # Images. A source may have its own size and crops: the protocols take them over.
+    source = _open(request, protocols[0], subjects)
     pixels = source.pixel_range
-    size, resample = source.size.node, source.eval_transform.resample
-    stated = None if pixels.eight_bits else str(pixels)
-    protocols = [
-        replace(p, size=size, resample=resample, crops=source.crops, range=stated)
-        for p in protocols
-    ]
-    batch_size = (
-        request.batch_size or entry_of(request.targets[0].config, "data.params.batch_size") or 8
-    )
-    loader, observers = source.test_loader(batch_size), copy.deepcopy(observers)
-
-    # One pass, with metrics in all the variants that the protocols use, and round trips for all ways to draw a latent.
-    seeds = list(dict.fromkeys(protocol.noise_seed for protocol in protocols))
-    trips = {
-        (name, draw): RoundTrip(
-            subject.model, request.device, None if subject.baseline else seed, name, pixels
-        )
-        for draw, seed in enumerate(seeds)
-        for name, subject in subjects.items()
-        if draw == 0 or not subject.baseline
+    prepared: dict[str, Any] = {
+        "size": source.size.node,
+        "resample": source.eval_transform.resample,
+        "crops": source.crops,
+        "range": None if pixels.eight_bits else str(pixels),
     }
-    variants = [
-        protocol.columns.get(name, name) for protocol in protocols for name in request.metrics
-    ]
+    protocols = [replace(protocol, **prepared) for protocol in protocols]
+    batch_size = request.batch_size or entry_of(request.targets[0].config, "data.params.batch_size")
+    loader = source.test_loader(batch_size or 8)
+
+    # Round trips: each target in every sampling mode, each baseline once.
+    observers = copy.deepcopy(observers)
+    seeds = list(dict.fromkeys(protocol.noise_seed for protocol in protocols))
+    trips = {}
+    for draw, seed in enumerate(seeds):
+        for name, subject in subjects.items():
+            if draw == 0 or not subject.baseline:
+                noise = None if subject.baseline else seed
+                trips[name, draw] = RoundTrip(subject.model, request.device, noise, name, pixels)
+
+    # Metrics: for each round trip, every variant that a protocol uses.
+    variants = []
+    for protocol in protocols:
+        for name in request.metrics:
+            variants.append(protocol.columns.get(name, name))
     make = build_metrics(variants, request.weights_dir, request.device)
     metrics = {key: make() for key in trips}
+
+    # The pass over the images. All processes take part; the first one gets everything.
     batches = progress("evaluating", loader, source.val_images)
     digests = observe(batches, subjects, trips, metrics, observers, pixels)
     images = _describe_images(request, source, loader, digests or {})
     if digests is None:
         return []
+    n = len(digests)
+    measured = _measure_subjects(subjects, trips, metrics, observers, source, request.device, n)
 
-    # The numbers: for every way to draw a latent, then for every protocol.
-    examined = [
-        observer
-        for observer in observers
-        if is_examined(observer, subjects, source, request.device)
-    ]
-    costs = {
-        name: trips[name, 0].cost(source.size)
-        for name, subject in subjects.items()
-        if not subject.baseline
-    }
-    weights = {
-        name: tensors_sum(subject.model.state_dict())
-        for name, subject in subjects.items()
-        if name in costs
-    }
-    measured = {}
-    for name, draw in trips:
-        entries = {observer.name: found_by(observer, name, draw) for observer in examined}
-        measured[name, draw] = measure(
-            name,
-            metrics[name, draw],
-            len(digests),
-            cost=costs.get(name),
-            weights=weights.get(name),
-            observed={entry: content for entry, content in entries.items() if content is not None},
-            baseline=subjects[name].baseline,
-        )
+    # Results: each protocol takes the rows of its sampling mode, and selects its metric variants.
     evaluated = []
     for protocol in protocols:
-        complete = replace(protocol, n=len(digests))
+        complete = replace(protocol, n=n)
         draw = seeds.index(protocol.noise_seed)
-        found = [measured.get((name, draw), measured[name, 0]) for name in subjects]
+        found = []
+        for name, subject in subjects.items():
+            index = 0 if subject.baseline else draw
+            found.append(measured[name, index])
         rows = rows_under(complete, found, request.metrics)
         for observer in observers:
             by_name = {row.target: row for row in rows}
             rows = [observer.complete(row, by_name) for row in rows]
-        evaluated.append(
-            Evaluated(Results(complete.as_dict(), complete.hash(), images, rows), observers)
-        )
+        results = Results(complete.as_dict(), complete.hash(), images, rows)
+        evaluated.append(Evaluated(results, observers))
     return evaluated
 
 
-def _open(request: Request, protocol: Protocol, models: Mapping[str, Autoencoder]) -> Source:
+def _open(request: Request, protocol: Protocol, subjects: Mapping[str, Subject]) -> Source:
+    """Open the images that a protocol prepares; warn if a target trains on them."""
+    models = {name: subject.model for name, subject in subjects.items()}
+    config = request.targets[0].config
     try:
-        source = open_images_for(
-            models, request.targets[0].config, request.data, request.size, protocol.size
-        )
+        source = open_images_for(models, config, request.data, request.size, protocol.size)
     except FileNotFoundError as error:
         if request.data is not None:
             raise
@@ -214,30 +195,33 @@ def observe(
     observers: Sequence[Observer] = (),
     pixel_range: PixelRange = EIGHT_BITS,
 ) -> dict[str, bytes] | None:
-    """Reconstruct this process's share of the images with every subject, for metrics and observers.
+    """Reconstruct this process's images with every subject; feed metrics and observers.
 
-    Returns a digest of each image's pixels by key, in the first process, whose metrics and observers then hold those of
-    all; None in the others. Raises ValueError if there are no images.
+    Returns, in the first process, a digest of each image's pixels by key; metrics and observers
+    there are merged over all processes. None in the others. Raises ValueError if there are no
+    images.
     """
+    # Batches: every round trip sees the same images.
     digests: dict[str, bytes] = {}
     for batch in batches:
-        keys, x = batch["key"], batch["image"]
+        keys = batch["key"]
+        x = batch["image"]
         for key, image in zip(keys, x, strict=True):
-            digests[key] = hashlib.sha256(
-                repr(tuple(image.shape)).encode() + image.numpy().tobytes()
-            ).digest()
+            pixels = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
+            digests[key] = hashlib.sha256(pixels).digest()
         levels = pixel_range.levels(x)
         for (name, draw), trip in trips.items():
             with ExitStack() as stack:
                 for observer in observers:
                     stack.enter_context(observer.watch(name, draw, subjects[name], keys))
                 latents, y = trip(keys, x)
-            metrics[name, draw].update(keys, levels, y)
-            seen = Observation(
-                name, draw, keys, levels, y, latents, metrics[name, draw].per_image(), pixel_range
-            )
+            found = metrics[name, draw]
+            found.update(keys, levels, y)
+            seen = Observation(name, draw, keys, levels, y, latents, found.per_image(), pixel_range)
             for observer in observers:
                 observer.update(seen)
+
+    # Merge: the first process gets the states of all, its own among them.
     states = {key: metric.state() for key, metric in metrics.items()}
     parts = gather((digests, states, [observer.state() for observer in observers]))
     if parts is None:
@@ -254,53 +238,102 @@ def observe(
 
 
 def fingerprint(digests: Mapping[str, bytes]) -> str:
-    """One digest of a set of images, whatever their order."""
+    """Return one digest of a set of images, whatever their order."""
     return hashlib.sha256(b"".join(sorted(digests.values()))).hexdigest()
+
+
+def _describe_images(
+    request: Request, source: Source, loader: Loader, digests: Mapping[str, bytes]
+) -> dict[str, Any]:
+    """Describe the images' origin, and how many were unreadable or enlarged.
+
+    Called in all processes; the first one's answer covers all.
+    """
+    if this_process()[1] > 1:
+        loader.read_errors.share()
+    parts = gather((source.unreadable.reasons, source.unreadable.images, loader.enlarged)) or []
+
+    # Processes may share an unreadable place, so places are a set.
+    unreadable = set()
+    files = {}
+    enlarged = 0
+    for reasons, places, count in parts:
+        unreadable.update(places)
+        files.update(reasons)
+        enlarged += count
+    return {
+        "source": request.data or place_of(request.targets[0].config["data"]),
+        "n": len(digests),
+        "sha256": fingerprint(digests),
+        "unreadable": len(unreadable),
+        "unreadable_files": files,
+        "enlarged": enlarged,
+    }
+
+
+def _measure_subjects(
+    subjects: Mapping[str, Subject],
+    trips: Mapping[Key, RoundTrip],
+    metrics: Mapping[Key, MetricSet],
+    observers: Sequence[Observer],
+    source: Source,
+    device: str,
+    n: int,
+) -> dict[Key, Row]:
+    """Make a row for each round trip: all metric variants, costs, and the observers' entries."""
+    # Models alone. A target costs the same in every sampling mode.
+    examined = [
+        observer for observer in observers if is_examined(observer, subjects, source, device)
+    ]
+    costs = {}
+    weights = {}
+    for name, subject in subjects.items():
+        if not subject.baseline:
+            costs[name] = trips[name, 0].cost(source.size)
+            weights[name] = tensors_sum(subject.model.state_dict())
+
+    measured = {}
+    for (name, draw), found in metrics.items():
+        entries = {observer.name: found_by(observer, name, draw) for observer in examined}
+        measured[name, draw] = measure(
+            name,
+            found,
+            n,
+            cost=costs.get(name),
+            weights=weights.get(name),
+            observed={entry: content for entry, content in entries.items() if content is not None},
+            baseline=subjects[name].baseline,
+        )
+    return measured
 
 
 def is_examined(
     observer: Observer, subjects: Mapping[str, Subject], source: Source, device: str
 ) -> bool:
-    """Let an observer look at the models alone; warn and return False after an error: the metrics are there already."""
+    """Let an observer run models on its own; after an error, warn and return False."""
+    # Networks and observers may be the user's own: their errors must not cost the metrics.
     try:
         observer.examine(subjects, min(source.size), device)
-    except Exception as error:  # of networks of any kind, and of observers of the user's own
+    except Exception as error:
         log.warning("%s: left out: %s", observer.name, first_line(error))
         return False
     return True
 
 
 def found_by(observer: Observer, target: str, draw: int) -> Any:
-    """What an observer found, for metrics.json; warn and return None after an error, or if JSON can't express it."""
+    """Return an observer's entry for metrics.json; None, with a warning, if it fails."""
+    # It must be expressible in JSON, without NaN and infinity.
     try:
-        json.dumps(entry := observer.result(target, draw), allow_nan=False)
-    except Exception as error:  # of observers of the user's own
+        entry = observer.result(target, draw)
+        json.dumps(entry, allow_nan=False)
+    except Exception as error:
         log.warning("%s: left out: %s", observer.name, first_line(error))
         return None
     return entry
 
 
-def _describe_images(
-    request: Request, source: Source, loader: Loader, digests: Mapping[str, bytes]
-) -> dict[str, Any]:
-    """Where the images are from, and how many were unreadable or enlarged; whole in the first process."""
-    if this_process()[1] > 1:
-        loader.read_errors.share()
-    parts = gather((source.unreadable.reasons, source.unreadable.images, loader.enlarged)) or []
-    return {
-        "source": request.data or place_of(request.targets[0].config["data"]),
-        "n": len(digests),
-        "sha256": fingerprint(digests),
-        "unreadable": len({place for _, places, _ in parts for place in places}),
-        "unreadable_files": {
-            name: reason for reasons, _, _ in parts for name, reason in reasons.items()
-        },
-        "enlarged": sum(enlarged for _, _, enlarged in parts),
-    }
-
-
 def measure(target: str, metrics: MetricSet, n: int, **more: Any) -> Row:
-    """A row with all variants of the metrics, from ``n`` images; ``more`` of it is known already."""
+    """Make a row with all metric variants, from ``n`` images; ``more`` are further fields of it."""
     values = metrics.compute()
     details = {name: metric.details for name, metric in metrics.metrics.items()}
     return Row(
@@ -309,16 +342,22 @@ def measure(target: str, metrics: MetricSet, n: int, **more: Any) -> Row:
 
 
 def rows_under(protocol: Protocol, measured: Iterable[Row], names: Sequence[str]) -> list[Row]:
-    """Rows under a protocol: of each named metric its variant, intervals, and differences from the first row."""
+    """Select the protocol's metric variants; add intervals, and differences from the first row."""
     columns = {name: protocol.columns.get(name, name) for name in names}
     rows: list[Row] = []
     for row in measured:
         per_image = _renamed(row.per_image, columns)
         first = rows[0].per_image if rows else {}
-        intervals = {name: confidence(values) for name, values in per_image.items()}
-        differences = {
-            name: difference(per_image[name], first[name]) for name in per_image if name in first
-        }
+        intervals = {}
+        differences = {}
+        for name, values in per_image.items():
+            interval = confidence(values)
+            if interval:
+                intervals[name] = interval
+            if name in first:
+                paired = difference(values, first[name])
+                if paired:
+                    differences[name] = paired
         rows.append(
             replace(
                 row,
@@ -326,13 +365,13 @@ def rows_under(protocol: Protocol, measured: Iterable[Row], names: Sequence[str]
                 skipped=_renamed(row.skipped, columns),
                 details=_renamed(row.details, columns),
                 per_image=per_image,
-                intervals={name: ends for name, ends in intervals.items() if ends},
-                differences={name: found for name, found in differences.items() if found},
+                intervals=intervals,
+                differences=differences,
             )
         )
     return rows
 
 
 def _renamed(values: Mapping[str, T], columns: Mapping[str, str]) -> dict[str, T]:
-    """Values of metrics under the names of their columns, in the order of the table."""
+    """Select values by metric variant, and name them by column, in the order of the table."""
     return {name: values[variant] for name, variant in columns.items() if variant in values}

@@ -1,4 +1,4 @@
-"""Evaluate the autoencoders that people use under one protocol: a list of them, one at a time, and one table of all."""
+"""Evaluate a list of published autoencoders under one protocol, one at a time, into one table."""
 
 import contextlib
 import logging
@@ -16,9 +16,9 @@ from olvae.config.reading import is_image_file, is_shard
 from olvae.devices import this_process
 from olvae.evaluation.observers.flat_colours import FlatColours
 from olvae.evaluation.observers.half_precision import HalfPrecision
-from olvae.evaluation.observers.observer import Observer, Subject
+from olvae.evaluation.observers.observer import Evaluated, Observer, Subject
 from olvae.evaluation.report import write_files
-from olvae.evaluation.results import Evaluated, Results, Row
+from olvae.evaluation.results import Results, Row
 from olvae.evaluation.runner import Progress, Request, evaluate
 from olvae.files import first_line, lines_sha256, write_json
 from olvae.metrics import METRICS
@@ -31,43 +31,54 @@ log = logging.getLogger("olvae")
 
 
 class Entry(NamedTuple):
-    """An autoencoder of the list: TARGET, class, pixels per latent position, licence by the hub's name."""
+    """An autoencoder of the list."""
 
     name: str
-    target: str
-    kind: str
-    factor: int
-    channels: int
-    licence: str
+    target: str  # a TARGET
+    kind: str  # its class
+    factor: int  # pixels per latent position
+    channels: int  # of the latent
+    licence: str  # as the hub names it
 
     def here(self, folder: Path | None) -> str:
-        """The TARGET: a copy in the folder, a folder or a .safetensors file of this name, if there is one."""
-        places = [] if folder is None else [folder / self.name, folder / f"{self.name}.safetensors"]
-        return next((str(place) for place in places if place.exists()), self.target)
+        """Return the TARGET of a copy in the folder, if there is one; otherwise the entry's own.
+
+        A copy is a folder or a .safetensors file of the entry's name.
+        """
+        if folder is not None:
+            for copy in (folder / self.name, folder / f"{self.name}.safetensors"):
+                if copy.exists():
+                    return str(copy)
+        return self.target
 
 
 def read_zoo(names: Sequence[str] = ()) -> list[Entry]:
-    """Read the list, ``zoo.yaml``, or those of these names; ConfigError for a name that it lacks."""
+    """Read the list, ``zoo.yaml``, or its entries of these names; ConfigError for unknown ones."""
     content = yaml.safe_load(Path(__file__).with_name("zoo.yaml").read_text(encoding="utf-8"))
-    if unknown := [name for name in names if name not in content]:
+    unknown = [name for name in names if name not in content]
+    if unknown:
         raise ConfigError(f"`zoo` {unknown[0]}: not in the list, which has {', '.join(content)}")
-    return [
-        Entry(name, *entry.values())
-        for name, entry in content.items()
-        if not names or name in names
-    ]
+    entries = []
+    for name, entry in content.items():
+        if not names or name in names:
+            entries.append(Entry(name, *entry.values()))
+    return entries
 
 
 @dataclass
 class Listed(Observer):
-    """What the list says of an autoencoder, with its latent as measured; and why others of it have no row."""
+    """Show what the list says about an autoencoder, with its latent as measured.
+
+    For the table of all: why autoencoders of the list have no row.
+    """
 
     entry: Entry | None = None
     missing: Mapping[str, str] = field(default_factory=dict)  # reasons by name
     name = "zoo"
 
     def derive(self, subjects: Mapping[str, Subject]) -> dict[str, Subject]:
-        for model in (subject.model for subject in subjects.values()):
+        for subject in subjects.values():
+            model = subject.model
             if model.in_channels != 3:
                 raise ValueError(f"takes images of {model.in_channels} channels, the others 3")
             self.latent = f"f{model.downscale}, {model.latent_channels}"
@@ -81,13 +92,15 @@ class Listed(Observer):
         return dict(entry)
 
     def lines(self, rows: Sequence[Row]) -> Iterator[str]:
-        alike = defaultdict[str, list[str]](
-            list
-        )  # by the reason, which may begin with the autoencoder's place
-        for name, target, *facts in (entry for entry in read_zoo() if entry.name in self.missing):
-            place = target.removeprefix(DIFFUSERS).partition("::")[0]
-            reason = self.missing[name].removeprefix(f"{place}: ")
-            alike[reason].append("{} ({}, {}, f{}, {} channels, {})".format(name, target, *facts))
+        # By the reason: without the autoencoder's place, which it may begin with, many are alike.
+        alike = defaultdict[str, list[str]](list)
+        for entry in read_zoo():
+            if entry.name in self.missing:
+                name, target, *facts = entry
+                place = target.removeprefix(DIFFUSERS).partition("::")[0]
+                reason = self.missing[name].removeprefix(f"{place}: ")
+                words = "{} ({}, {}, f{}, {} channels, {})".format(name, target, *facts)
+                alike[reason].append(words)
         for reason, entries in alike.items():
             yield f"not here: {'; '.join(entries)}: {reason}"
 
@@ -100,41 +113,50 @@ def evaluate_zoo(
     command: str | None,
     progress: Progress,
 ) -> list[Evaluated] | None:
-    """Evaluate each autoencoder on the request's images, into the folder of its name, unless it has results there.
+    """Evaluate each autoencoder on the request's images, into the folder of its name.
 
-    Those that lack a metric are evaluated again once its network is here. Returns the table of all that is there. What
-    can't be evaluated is left out, with its reason. ConfigError if the folder is of another request; ValueError if
-    there is nothing, or new results are not comparable with those that are there; MissingWeights.
+    One that has results there is skipped, unless they lack a metric whose network is here now.
+    Returns the table of all results in the folder. What can't be evaluated is left out, with its
+    reason. ConfigError if the folder is of another request; ValueError if there is nothing, or new
+    results are not comparable with earlier ones; MissingWeights.
     """
-    if (
-        this_process()[1] > 1
-    ):  # an error in one alone would leave the others with another autoencoder
+    # In several processes, an error in one would leave the others with another autoencoder.
+    if this_process()[1] > 1:
         raise ConfigError("`zoo` runs in one process: start it without torchrun or srun")
-    asked, known, there = _asked(request), folder / "request.json", _results(folder)
+
+    # The folder: of the same request, or new.
+    asked = _asked(request)
+    known = folder / "request.json"
+    there = _results(folder)
     before = read_config(known) if known.is_file() else {}
-    if there and (
-        others := [f"`{name}`" for name, value in asked.items() if before.get(name) != value]
-    ):
+    others = [f"`{name}`" for name, value in asked.items() if before.get(name) != value]
+    if there and others:
         raise ConfigError(
             f"`out` {folder}: has results of other {', '.join(others)}: name another folder"
         )
+
+    # An observer whose network is missing raises here, before any autoencoder is downloaded.
     for observer in request.observers:
-        observer.derive(
-            {}
-        )  # raises if its network is missing, before any autoencoder is downloaded
-    missing: dict[str, str] = {}
+        observer.derive({})
+
+    # Each on its own: the folder is complete after each, so an interrupted command continues.
+    missing = {}
     done = there.keys() - _outdated(there, request.weights_dir)
-    for entry in (entry for entry in entries if entry.name not in done):
+    for entry in entries:
+        if entry.name in done:
+            continue
+        # A copy may be wrong in many ways: it must not end the evaluation of the others.
         try:
             target = replace(find(entry.here(request.weights_dir)), name=entry.name, config={})
             one = replace(request, targets=[target], observers=[Listed(entry), *request.observers])
             [evaluated] = evaluate(one, progress) or []
-        except Exception as error:  # of many kinds, by what is wrong with a copy
+        except Exception as error:
             missing[entry.name] = first_line(error)
             log.warning("%s: %s", entry.name, missing[entry.name])
             continue
         for name, earlier in there.items():
-            if what := evaluated.results.not_comparable(earlier):
+            what = evaluated.results.not_comparable(earlier)
+            if what:
                 raise ValueError(
                     f"`out` {folder}: {name} there has results of {what}: name another folder"
                 )
@@ -142,38 +164,43 @@ def evaluate_zoo(
         write_json(asked, known)
         write_files(evaluated, folder / entry.name, command=command)
         there[entry.name] = evaluated.results
+
+    # The table of all, in the list's order, as the rows of one evaluation.
     if not there:
         raise ValueError(next(iter(missing.values())))
-    there = _results(folder)  # in the list's order
-    first = there.pop(next(iter(there)))
-    whole = first.beside({folder / name: results for name, results in there.items()}, mix=True)
-    return [
-        Evaluated(
-            replace(whole, rows=whole.table, earlier=()),
-            [Listed(None, missing), *request.observers],
-        )
-    ]
+    (_, first), *more = _results(folder).items()
+    whole = first.beside({folder / name: results for name, results in more}, mix=True)
+    rows = replace(whole, rows=whole.table, earlier=())
+    return [Evaluated(rows, [Listed(None, missing), *request.observers])]
 
 
 def _results(folder: Path) -> dict[str, Results]:
-    """The results in the folder, by the name in the list."""
-    places = {entry.name: folder / entry.name / "metrics.json" for entry in read_zoo()}
-    return {name: Results.read(place) for name, place in places.items() if place.is_file()}
+    """Read the results in the folder, by name, in the list's order."""
+    found = {}
+    for entry in read_zoo():
+        place = folder / entry.name / "metrics.json"
+        if place.is_file():
+            found[entry.name] = Results.read(place)
+    return found
 
 
 def _asked(request: Request) -> dict[str, str]:
-    """What all results in a folder share, by setting."""
-    protocol, data = request.protocols[0], Path(str(request.data)).expanduser().resolve()
+    """Describe what all results in a folder share, by setting."""
+    # Files by name and size: another number, name or size of a file makes another set of images.
+    data = Path(str(request.data)).expanduser().resolve()
     paths = sorted(data.rglob("*")) if data.is_dir() else [data]
-    read = [
-        path for path in paths if path == data or is_image_file(path.name) or is_shard(path.name)
-    ]
+    files = []
+    for path in paths:
+        reads = path == data or is_image_file(path.name) or is_shard(path.name)
+        if reads and path.is_file():
+            files.append(f"{path} {path.stat().st_size}")
+
+    # Observers that every evaluation has with a page or with precisions are not asked for by name.
     shown = [o.name for o in request.observers if not isinstance(o, HalfPrecision | FlatColours)]
+    protocol = request.protocols[0]
     return {
         "data": str(data if data.exists() else request.data),
-        "files of data": lines_sha256(
-            f"{path} {path.stat().st_size}" for path in read if path.is_file()
-        ),
+        "files of data": lines_sha256(files),
         "observe": ", ".join(sorted(shown)),
         "size": str(protocol.size),
         "protocol": protocol.name,
@@ -185,12 +212,14 @@ def _asked(request: Request) -> dict[str, str]:
 
 
 def _outdated(found: Mapping[str, Results], weights_dir: Path | None) -> set[str]:
-    """Names of results that lack a metric whose network is here by now."""
-    outdated: set[str] = set()
+    """Return names of results that lack a metric whose network is here by now."""
+    outdated = set()
     for file in {kind.needs for kind in METRICS.values() if kind.needs}:
-        if lacking := {
-            name for name in found for row in found[name].rows if file.name in str(row.skipped)
-        }:
+        lacking = set()
+        for name, results in found.items():
+            if any(file.name in str(row.skipped) for row in results.rows):
+                lacking.add(name)
+        if lacking:
             with contextlib.suppress(MissingWeights):
                 find_weights(file, weights_dir)
                 outdated |= lacking

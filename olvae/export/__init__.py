@@ -1,3 +1,4 @@
-"""Exports of trained models (diffusers, ONNX, ...), shards of latents and back, reconstructions of any size.
+"""Exports of trained models, shards of latents and back, reconstructions of images of any size.
 
-Imports ``olvae.models`` and below, and of evaluation what model cards show; commands import it."""
+Imports ``olvae.models`` and below, and of evaluation what model cards show; commands import it.
+"""

@@ -21,11 +21,17 @@ from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, crop_to
 from olvae.modules.base import device_of
 
-JPEG = {"quality": 95, "subsampling": 0}  # options of Pillow
-OURS = ".decoded"  # file beside the images with the names of those that decoding made, a JSON string a line
+# Options of Pillow.
+JPEG = {"quality": 95, "subsampling": 0}
+
+# File beside the images that names the ones that decoding made, a JSON string a line: these may be
+# replaced.
+OURS = ".decoded"
 
 
 class _Latent(NamedTuple):
+    """A latent to decode, (n_z, h, w), with its image's key, height and width."""
+
     key: str
     z: Tensor
     size: tuple[int, int]
@@ -41,57 +47,64 @@ def decode_shards(
     memory: int = 4 * GIB,
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[int, list[ReadError]]:
-    """Decode every latent, a posterior at its mode, without scaling; padding of images of their own sizes is cropped.
+    """Decode every latent to a file, a posterior at its mode, without scaling; crop padding off.
 
-    Files are named by the images' keys with the format's extension: png, jpg, npy, tif or exr; by default png or, where
-    it can't hold them, npy. What takes more than ``memory`` bytes is tiled. ``advance`` is called with the number of
-    further images. Return the number of images, and the latents that could not be read; raise ValueError if none can,
-    or they are another model's, ConfigError for a format that can't hold the model's channels or range, or if a file
-    that decoding did not make would be replaced.
+    Files are named by the images' keys with the format's extension: png, jpg, npy, tif or exr; by
+    default png or, where it can't hold them, npy. What takes more than ``memory`` bytes is tiled.
+    ``advance`` is called with the number of further images. Return the number of images, and the
+    latents that could not be read. Raise ValueError if there are none to decode, or they are
+    another model's, ConfigError for a format that can't hold the model's channels or range, or if a
+    file that decoding did not make would be replaced.
     """
+    # The format has to hold the model's channels and values.
     pixels = model.pixel_range
-    image_format = image_format or (
-        "png" if pixels.eight_bits and model.in_channels in MODES else "npy"
-    )
+    channels = model.in_channels
+    if not image_format:
+        image_format = "png" if pixels.eight_bits and channels in MODES else "npy"
     if not pixels.eight_bits and f".{image_format}" not in ARRAYS:
         raise ConfigError(
             f"`format` {image_format}: 8 bits can't hold values of {pixels}: choose npy, tif or exr"
         )
-    if not can_store(f".{image_format}", channels := model.in_channels):
+    if not can_store(f".{image_format}", channels):
         raise ConfigError(
             f"`format` {image_format}: can't hold {channels} channels: choose npy or tif"
         )
+    options = JPEG if image_format == "jpg" else {}
+
+    # What an earlier command made here, as lines of JSON.
     remove_partials(folder.rglob(".partial-*"), idle_s=1.0)
-    ours = (
-        set((folder / OURS).read_text(encoding="utf-8").split("\n"))
-        if (folder / OURS).is_file()
-        else set()
-    )
-    names, unreadable = set[str](), list[ReadError]()
+    listing = folder / OURS
+    ours: set[str] = set()
+    if listing.is_file():
+        ours = set(listing.read_text(encoding="utf-8").split("\n"))
+
+    names: set[str] = set()
+    unreadable: list[ReadError] = []
     for batch in _batches(shards, batch_size, unreadable):
         z = torch.stack([latent.z for latent in batch])  # (B, n_z, h, w)
         if z.shape[1] != model.latent_channels:
-            wrong = (
-                f"a latent of {z.shape[1]} channels, but the model's have {model.latent_channels}"
+            raise ValueError(
+                f"{batch[0].key}: a latent of {z.shape[1]} channels, but the model's have "
+                f"{model.latent_channels}: name the target that encoded it"
             )
-            raise ValueError(f"{batch[0].key}: {wrong}: name the target that encoded it")
         y = model.decode_tiled(z.to(device_of(model)), memory=memory)
         for latent, image in zip(batch, pixels.restore(y).cpu(), strict=True):
             name = _name(latent.key, image_format, names)
             names.add(name)
             place = folder / name
-            if (line := json.dumps(name)) not in ours:
+            line = json.dumps(name)
+            # List a file before it is written: an interrupted command may replace it.
+            if line not in ours:
                 if place.exists():
                     raise ConfigError(
                         f"{place}: is there already, perhaps what was encoded: change `out`"
                     )
                 place.parent.mkdir(parents=True, exist_ok=True)
-                with (folder / OURS).open("a", encoding="utf-8") as file:
+                with listing.open("a", encoding="utf-8") as file:
                     file.write(f"{line}\n")
-            save_image(
-                crop_to(image, latent.size), place, **(JPEG if image_format == "jpg" else {})
-            )
+            save_image(crop_to(image, latent.size), place, **options)
         advance(len(batch))
+
     if not names:
         reasons = "; ".join(f"{error.name}: {error.reason}" for error in unreadable[:3])
         raise ValueError(f"no latents to decode{': ' if reasons else ''}{reasons}")
@@ -101,7 +114,7 @@ def decode_shards(
 def _batches(
     shards: Sequence[Shard], batch_size: int, unreadable: list[ReadError]
 ) -> Iterator[list[_Latent]]:
-    """Yield batches of up to ``batch_size`` latents of one shape, in order."""
+    """Yield up to ``batch_size`` latents of one shape, in order; collect the unreadable ones."""
     batch: list[_Latent] = []
     for entry in chain.from_iterable(read_shard(shard, LATENT) for shard in shards):
         if isinstance(entry, ReadError):
@@ -112,7 +125,8 @@ def _batches(
         except UnreadableImageError as error:
             unreadable.append(error.read_error())
             continue
-        z, (width, height) = latent.draw(None), meta["image"]
+        z = latent.draw(None)
+        width, height = meta["image"]
         if batch and (len(batch) == batch_size or batch[0].z.shape != z.shape):
             yield batch
             batch = []
@@ -122,6 +136,7 @@ def _batches(
 
 
 def _name(key: str, image_format: str, taken: set[str]) -> str:
+    """Name a file: a/b.png for the key a/b.jpg; a/b.jpg.png if a/b.png is taken."""
     path = safe_path(key)
     short = path.with_suffix("") if path.suffix.lower() in EXTENSIONS else path
     for name in (f"{short}.{image_format}", f"{path}.{image_format}"):

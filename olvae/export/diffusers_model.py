@@ -38,13 +38,15 @@ from olvae.runs import Run, find_run
 class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     """A LiteVAE with the interface of diffusers' ``AutoencoderKL``.
 
-    ``from_pretrained`` and ``save_pretrained`` are diffusers' own, for the folders that ``olvae export`` writes.
-    As in AutoencoderKL, ``encode`` and ``decode`` work on the model's own latents; pipelines and trainers apply
-    ``config.scaling_factor`` and ``config.shift_factor``: (z - shift_factor) * scaling_factor. ``enable_slicing`` lets
-    a batch take the memory of one image, with the same result.
+    ``from_pretrained`` and ``save_pretrained`` are diffusers' own, for the folders that ``olvae
+    export`` writes. As in AutoencoderKL, ``encode`` and ``decode`` work on the model's own latents;
+    pipelines and trainers apply ``config.scaling_factor`` and ``config.shift_factor``:
+    (z - shift_factor) * scaling_factor. ``enable_slicing`` lets a batch take the memory of one
+    image, with the same result.
 
-    Arguments up to ``force_upcast`` are those of :class:`AutoencoderSpec`, with networks of this package only, because
-    a config may come from the hub. The others are for pipelines, and follow from these: ValueError if they do not.
+    Arguments up to ``force_upcast`` are fields of :class:`AutoencoderSpec`, with networks of this
+    package only, because a config may come from the hub. The others are for pipelines, and follow
+    from these: ValueError if they do not.
     """
 
     @register_to_config  # type: ignore[misc, unused-ignore]
@@ -71,18 +73,24 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         auto_map: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
-        given = {
-            name: self.config[name] for name in (*IN_EXPORT, *DERIVED) if name in self.config
-        }  # the arguments
-        built = LiteVAE.from_spec(
-            AutoencoderSpec.from_content(given, type(self).__name__, only_ours=True)
-        )
-        self.encoder, self.decoder, self.quantizer = built.encoder, built.decoder, built.quantizer
-        self.use_slicing = self.use_tiling = False
+
+        # The networks, from the arguments as diffusers has registered them.
+        given = {name: self.config[name] for name in (*IN_EXPORT, *DERIVED) if name in self.config}
+        spec = AutoencoderSpec.from_content(given, type(self).__name__, only_ours=True)
+        built = LiteVAE.from_spec(spec)
+        self.encoder = built.encoder
+        self.decoder = built.decoder
+        self.quantizer = built.quantizer
+        self.use_slicing = False
+        self.use_tiling = False
         self.tiling_memory: int | None = None
+
+        # What pipelines read: it may be left out, but must not contradict the networks.
         follows = {name: value for name, value in built.export_config().items() if name in DERIVED}
         for name, expected in follows.items():
-            value = list(given[name]) if isinstance(given[name], tuple) else given[name]
+            value = given[name]
+            if isinstance(value, tuple):
+                value = list(value)
             if value is not None and value != expected:
                 raise ValueError(
                     f"{name} is {value}, but for these networks it is {expected}: leave it out"
@@ -93,20 +101,25 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any
     ) -> "AutoencoderLiteVAE":
-        """Load an export as diffusers does, with its arguments: a folder, ``olvae:NAME``, or an id of the hub."""
+        """Load an export as diffusers does: a folder, ``olvae:NAME``, or an id of the hub."""
+        # A run or a checkpoint has no config.json: say what to name in place of it.
         given = str(pretrained_model_name_or_path)
         run = Run(Path(given if Path(given).is_dir() else find_run(given)))
         if Path(given).is_file() or run.last_checkpoint.is_file():
             raise ValueError(
                 f"{given}: diffusers loads exports: name the folder that olvae export writes of it"
             )
-        folder = (
-            shipped_folder(given) if given.startswith(SHIPPED) else pretrained_model_name_or_path
-        )
-        name = class_in(inside := Path(folder, kwargs.get("subfolder") or ""))
+
+        # An export may be for another class, and its weights may be damaged.
+        folder = pretrained_model_name_or_path
+        if given.startswith(SHIPPED):
+            folder = shipped_folder(given)
+        inside = Path(folder, kwargs.get("subfolder") or "")
+        name = class_in(inside)
         if name not in (None, AutoencoderLiteVAE.__name__, cls.__name__):
             raise ValueError(
-                f"{given}: an export for diffusers' {name}: load it with diffusers.{name}.from_pretrained"
+                f"{given}: an export for diffusers' {name}: load it with "
+                f"diffusers.{name}.from_pretrained"
             )
         for file in inside.glob("*.safetensors"):
             check_file(file)
@@ -115,12 +128,11 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def save_pretrained(
         self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any
     ) -> None:
-        """Save as diffusers does, with checksums in the headers of the weights, and the file for its AutoModel."""
+        """Save as diffusers does, with checksums in the weights, and the file for AutoModel."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         if Path(save_directory, WEIGHTS_NAME).is_file():
-            Path(save_directory, WEIGHTS_INDEX).unlink(
-                missing_ok=True
-            )  # of weights that were divided here before
+            # The index of weights that were saved here before in several files.
+            Path(save_directory, WEIGHTS_INDEX).unlink(missing_ok=True)
         add_sums(Path(save_directory))
         (Path(save_directory) / LOADER_NAME).write_text(LOADER, encoding="utf-8")
 
@@ -129,11 +141,9 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Wrap an autoencoder; the two share the weights."""
         config = autoencoder.export_config()
         model = cls(**{name: value for name, value in config.items() if not name.startswith("_")})
-        model.encoder, model.decoder, model.quantizer = (
-            autoencoder.encoder,
-            autoencoder.decoder,
-            autoencoder.quantizer,
-        )
+        model.encoder = autoencoder.encoder
+        model.decoder = autoencoder.decoder
+        model.quantizer = autoencoder.quantizer
         model.training = autoencoder.training
         return model  # type: ignore[no-any-return]
 
@@ -149,32 +159,36 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @property
     def post_quant_conv(self) -> nn.Module:
-        """The module that latents enter; pipelines of ``force_upcast`` read the dtype of its parameters."""
+        """The module that latents enter; with ``force_upcast``, pipelines read its dtype."""
         return self.decoder if self.quantizer is None else self.quantizer.post_quant_conv
 
     @apply_forward_hook
     def encode(
         self, x: Tensor, return_dict: bool = True
     ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Encode (B, C, H, W) in [-1, 1] -> ``latent_dist``, a posterior over (B, n_z, ceil(H/f), ceil(W/f)).
+        """Encode (B, C, H, W) in [-1, 1] to ``latent_dist``, over (B, n_z, ceil(H/f), ceil(W/f)).
 
-        Images are padded to multiples of f by :func:`pad_to_multiple`; decoding returns the padded size.
+        Images are padded to multiples of f by :func:`pad_to_multiple`; decoding returns the padded
+        size.
         """
         model = self.autoencoder
         padded = pad_to_multiple(x, model.downscale)
-        posterior = DiagonalGaussianDistribution(
-            self._run(model.moments, model.moments_within, padded)
-        )
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+        moments = self._run(model.moments, model.moments_within, padded)
+        posterior = DiagonalGaussianDistribution(moments)
+        if return_dict:
+            return AutoencoderKLOutput(latent_dist=posterior)
+        return (posterior,)
 
     @apply_forward_hook
     def decode(  # pipelines pass a generator; nothing here is random
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Decode (B, n_z, h, w) -> ``sample``, (B, C, f h, f w), nominally in [-1, 1], not clamped."""
+        """Decode (B, n_z, h, w) to ``sample``, (B, C, f h, f w), around [-1, 1], not clamped."""
         model = self.autoencoder
         x = self._run(model.decode, lambda z, memory: model.decode_tiled(z, memory=memory), z)
-        return DecoderOutput(sample=x) if return_dict else (x,)
+        if return_dict:
+            return DecoderOutput(sample=x)
+        return (x,)
 
     def forward(
         self,
@@ -183,34 +197,39 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Reconstruct (B, C, H, W), of the same size, from the posterior's mode or from a sample."""
+        """Reconstruct (B, C, H, W), with its size, from the posterior's mode or from a sample."""
         (posterior,) = self.encode(sample, return_dict=False)
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         x = crop_to(self.decode(z, return_dict=False)[0], (sample.shape[-2], sample.shape[-1]))
-        return DecoderOutput(sample=x) if return_dict else (x,)
+        if return_dict:
+            return DecoderOutput(sample=x)
+        return (x,)
 
     def enable_tiling(self, memory: int | None = None) -> None:
-        """Encode and decode large images within a stated memory; the result is the same to rounding.
+        """Encode and decode large images within a memory limit; the result is the same to rounding.
 
-        See :meth:`LiteVAE.decode_tiled` and :meth:`LiteVAE.moments_within`. With gradients, of the input or in training
-        mode, everything is computed whole. ``memory`` is in bytes beside images and weights; by default half of a GPU's
-        free memory, on the CPU 1 GiB. Encoding and decoding raise ValueError if it is too small, or a network can't be
-        tiled, such as Stable Diffusion's.
+        See :meth:`LiteVAE.decode_tiled` and :meth:`LiteVAE.moments_within`. With gradients, of the
+        input or in training mode, everything is computed whole. ``memory`` is in bytes beside
+        images and weights; by default half of a GPU's free memory, on the CPU 1 GiB. Encoding and
+        decoding raise ValueError if it is too small, or a network can't be tiled, such as Stable
+        Diffusion's.
         """
         if memory is not None and memory <= 0:
             raise ValueError(f"memory is a number of bytes, at least 1, got {memory}")
-        self.use_tiling, self.tiling_memory = True, memory
+        self.use_tiling = True
+        self.tiling_memory = memory
 
     def _run(
         self, whole: Callable[[Tensor], Tensor], within: Callable[[Tensor, int], Tensor], x: Tensor
     ) -> Tensor:
-        """``whole(x)``, image by image and within the memory, if that is enabled."""
+        """Compute ``whole(x)``, image by image and within the memory, if that is enabled."""
         if self.use_slicing and len(x) > 1:
             return torch.cat([self._run(whole, within, one) for one in x.split(1)])
         trains = self.training or self.encoder.training or self.decoder.training
         gradients = torch.is_grad_enabled() and (trains or x.requires_grad)
         if not self.use_tiling or gradients:
             return whole(x)
-        return within(
-            x, default_memory(x.device) if self.tiling_memory is None else self.tiling_memory
-        )
+        memory = self.tiling_memory
+        if memory is None:
+            memory = default_memory(x.device)
+        return within(x, memory)

@@ -1,4 +1,4 @@
-"""Encode images to shards of latents with their statistics; resumable, in one process or several."""
+"""Encode images to shards of latents with statistics; resumable, in one process or several."""
 
 import json
 from collections import defaultdict, deque
@@ -38,18 +38,26 @@ from olvae.modules.distributions import in_float32, keyed_generator
 from olvae.modules.scaling_factors import Moments
 from olvae.runs import entry_of
 
-STATE = (
-    ".encode"  # folder beside the shards, with the plan and a description of each finished shard
-)
+# Folder beside the shards, with the plan and a description of each finished shard.
+STATE = ".encode"
 
-WINDOW_BATCHES, WINDOW_BYTES = (
-    8,
-    2**28,
-)  # images of their own sizes among which those of one size are looked for
+# Images of several sizes are grouped by size within a window: this many batches, or fewer if their
+# pixels exceed this many bytes.
+WINDOW_BATCHES = 8
+WINDOW_BYTES = 2**28
+
+# Added to the key of a mirrored image, so that its noise is another; no key has a line break.
+MIRRORED = "\nflip"
+
+
+# Inputs: which images go into which output shard
 
 
 class Item(NamedTuple):
-    """An image to encode: the name of its files in the shard, its key, how to open it, and files to keep with it."""
+    """An image to encode: the name of its files in the shard, its key, how to open it.
+
+    ``files`` are kept beside its latent.
+    """
 
     name: str
     key: str
@@ -59,13 +67,19 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class DatasetInputs:
-    """Images by number: output shard i holds those from i * shard_size on, and files are named by the number."""
+    """Images by number: output shard i holds ``shard_size`` of them from i * shard_size on.
+
+    Files are named by the number.
+    """
 
     images: ImageDataset
     shard_size: int
-    classes: Sequence[str] = ()  # names of folders: a file ``.cls`` has the number of the image's
-    source: Sequence[str] = ()  # the one SRC of images whose numbers do not say which they are
-    transform: EvalTransform | None = None  # of a config
+    # Names of folders; a file ``.cls`` has the number of the image's folder.
+    classes: Sequence[str] = ()
+    # SRC, for images whose states do not say where they are from, as a data set's.
+    source: Sequence[str] = ()
+    # The evaluation's resizing, if SRC is a config.
+    transform: EvalTransform | None = None
 
     def __len__(self) -> int:
         return -(-len(self.images) // self.shard_size)
@@ -80,31 +94,33 @@ class DatasetInputs:
         numbers = {name: str(n).encode() for n, name in enumerate(self.classes)}
         for i in self._range(shard):
             key = self.images.key(i)
-            files = {"cls": numbers[key.split("/")[0]]} if numbers else {}
+            files = {}
+            if numbers:
+                files["cls"] = numbers[key.split("/")[0]]
             yield Item(f"{i:08d}", key, partial(self.images.__getitem__, i), files)
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Collect what the shards' bytes depend on, together with the options."""
-        images = lines_sha256(
-            [*self.source, *(self.images.state(i) for i in range(len(self.images)))]
-        )
+        states = [self.images.state(i) for i in range(len(self.images))]
         return {
             "options": {**options, "shard_size": self.shard_size},
-            "images": images,
+            "images": lines_sha256([*self.source, *states]),
             "classes": list(self.classes),
         }
 
 
 @dataclass(frozen=True)
 class ShardInputs:
-    """One output shard for each input shard; files keep their names, and other files of an image are kept."""
+    """One output shard for each input shard; files keep their names, and an image's others stay."""
 
     shards: Sequence[Shard]
     channels: int
     image_key: str | None = None
     pixel_range: PixelRange = EIGHT_BITS
-    transform: EvalTransform | None = None  # of a config
-    classes: ClassVar[Sequence[str]] = ()  # the .cls files of the shards are kept
+    # The evaluation's resizing, if SRC is a config.
+    transform: EvalTransform | None = None
+    # None here: the .cls files of the shards are kept.
+    classes: ClassVar[Sequence[str]] = ()
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -122,20 +138,23 @@ class ShardInputs:
                 yield Item(name, entry.key, photo, entry.files)
             elif is_local(source.url):
                 yield entry
-            else:  # the network may have failed, so this need not be the end of the shard
+            else:
+                # The network may have failed, so this need not be the end of the shard.
                 raise OSError(
                     f"{entry.name}: {entry.reason}; run the same command again to continue"
                 )
 
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        names = [
-            f"{Path(url).name}:{n}:{file_state(url)}" if is_local(url) else f"{url}:{n}:"
-            for url, n in ((shard.url, shard.images) for shard in self.shards)
-        ]
-        return {
-            "options": dict(options),
-            "images": lines_sha256([*names, *filter(None, [self.image_key])]),
-        }
+        """Collect what the shards' bytes depend on, together with the options."""
+        lines = []
+        for shard in self.shards:
+            if is_local(shard.url):
+                lines.append(f"{Path(shard.url).name}:{shard.images}:{file_state(shard.url)}")
+            else:
+                lines.append(f"{shard.url}:{shard.images}:")
+        if self.image_key:
+            lines.append(self.image_key)
+        return {"options": dict(options), "images": lines_sha256(lines)}
 
 
 Inputs = DatasetInputs | ShardInputs
@@ -149,14 +168,16 @@ def find_inputs(
     pixel_range: PixelRange = EIGHT_BITS,
     size: Size | None = None,
 ) -> Inputs:
-    """Find the images of SRC: of a config its test images, cut for ``size`` if given; of any other SRC all, whole.
+    """Find the images of SRC: a config's test images, cut for ``size`` if given, else all, whole.
 
-    ``shard_size`` is the number of images in an output shard, 0 for that of packing, unless SRC is made of shards; with
-    ``classes`` the folders of SRC are classes. Raises ConfigError also for a config whose data have another range of
-    values.
+    ``shard_size`` is the number of images in an output shard, 0 for the size that packing takes; an
+    SRC of shards ignores it. With ``classes``, the folders of SRC are classes. Raise ConfigError if
+    SRC can't be encoded, also for a config whose data have another range of values.
     """
+    # The images, their resizing if SRC is a config, and what the plan calls SRC.
     images: ImageDataset | ShardInputs
-    name, transform = src, None
+    transform = None
+    name = src
     if Path(src).suffix in YAML:
         source = open_source(src, size or 1, 1, resized=size is not None)
         name = json.dumps(load([src]).get("data"), sort_keys=True, default=str)
@@ -174,60 +195,83 @@ def find_inputs(
             images = source.val
         else:
             raise ConfigError(
-                f"{src}: {type(source).__name__} can't be encoded: name folders or shards, one by one"
+                f"{src}: {type(source).__name__} can't be encoded: name folders or shards, one by "
+                "one"
             )
     elif holds_shards(src):
         images = ShardInputs(with_counts(find_shards(src)), channels, None, pixel_range)
     else:
         images = open_images(src, channels, pixel_range)
+
+    # Shards become one output shard each, and keep the classes that are in them.
     if isinstance(images, ShardInputs):
         if classes:
             raise ConfigError(
-                "`classes` is for folders: encode those; shards keep their .cls files, if they have any"
+                "`classes` is for folders: encode those; shards keep their .cls files, if they "
+                "have any"
             )
         return images
+
+    # Other images are divided into shards by number. Only the state of a file says which it is; a
+    # class is a first folder.
     named = () if isinstance(images, Files) else (name,)
     shard_size = shard_size or usual_shard_size(len(images))
-    return DatasetInputs(images, shard_size, _classes(images) if classes else (), named, transform)
+    folders: list[str] = []
+    if classes:
+        keys = [images.key(i) for i in range(len(images))]
+        loose = [key for key in keys if "/" not in key]
+        if loose:
+            raise ConfigError(f"`classes`: {loose[0]} is not in a folder that could be its class")
+        folders = sorted({key.split("/")[0] for key in keys})
+    return DatasetInputs(images, shard_size, folders, named, transform)
 
 
 def usual_transform(inputs: Inputs, config: Config, model: Autoencoder) -> EvalTransform:
-    """Choose the resizing as evaluation does: that of a config's source, else the size of the training.
+    """Choose the resizing as evaluation does: SRC's own if it is a config, else by training's size.
 
-    Masks are resized by nearest, also where only the training, of this config, says that its images are masks.
+    Masks are resized by nearest, also where only ``config``, the training's, says that they are.
     """
     trained = entry_of(config, "data.params") or {}
     usual = inputs.transform or EvalTransform(trained.get("size") or model.image_size)
-    return replace(usual, resample="nearest") if holds_masks(trained) else usual
+    if holds_masks(trained):
+        return replace(usual, resample="nearest")
+    return usual
 
 
-def _classes(images: ImageDataset) -> list[str]:
-    keys = [images.key(i) for i in range(len(images))]
-    if loose := [key for key in keys if "/" not in key]:
-        raise ConfigError(f"`classes`: {loose[0]} is not in a folder that could be its class")
-    return sorted({key.split("/")[0] for key in keys})
+# Reading: images in order, some of them ahead
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
     """Settings of encoding."""
 
-    size: Size  # in pixels after resizing and cropping the centre; 0 keeps images' sizes, padded to multiples of f
-    moments: bool = True  # store the posterior's mean and standard deviation, else one sample, with noise by the seed
+    # In pixels after resizing and cropping the centre; 0 keeps images' sizes, padded to multiples
+    # of f.
+    size: Size
+    # Store the posterior's mean and standard deviation, else one sample, with noise by the seed.
+    moments: bool = True
     seed: int = 0
-    dtype: str = "float16"  # of the latents, a name of olvae.devices.DTYPES
-    flip: bool = False  # store the mirrored image's latent as well
-    images: bool = False  # store the pixels that are encoded as well, as PNG
-    precision: str = FULL  # that the encoder computes in, a name of olvae.devices.PRECISIONS
-    resample: str = "bicubic"  # the filter of resizing, a name of olvae.data.image.FILTERS
+    # Of the latents, a name of olvae.devices.DTYPES.
+    dtype: str = "float16"
+    # Store the mirrored image's latent as well.
+    flip: bool = False
+    # Store the pixels that are encoded as well, as PNG.
+    images: bool = False
+    # That the encoder computes in, a name of olvae.devices.PRECISIONS.
+    precision: str = FULL
+    # The filter of resizing, a name of olvae.data.image.FILTERS.
+    resample: str = "bicubic"
 
     def check(self, model: Autoencoder) -> None:
         """Raise ValueError unless images of a model can be stored like this."""
-        if self.size and not Sides.of(self.size).fits(f := model.downscale):
-            short = Sides.of(self.size).short
-            raise ValueError(
-                f"`size` {short}: choose a multiple of {f}, the model's downscaling factor"
-            )
+        if self.size:
+            sides = Sides.of(self.size)
+            factor = model.downscale
+            if not sides.fits(factor):
+                raise ValueError(
+                    f"`size` {sides.short}: choose a multiple of {factor}, the model's downscaling "
+                    "factor"
+                )
         if self.images and not self.size:
             raise ValueError(
                 "`images`: images that are stored beside latents have one size: give `size`"
@@ -255,11 +299,9 @@ def _read(options: EncodeOptions, item: Item | ReadError) -> ReadImage | ReadErr
         return item
     try:
         picture = item.open().read()
-        resized = (
-            EvalTransform(options.size, resample=options.resample)(picture)
-            if options.size
-            else picture
-        )
+        resized = picture
+        if options.size:
+            resized = EvalTransform(options.size, resample=options.resample)(picture)
         pixels = image_to_tensor(resized)
         if options.images:
             item = item._replace(files={**item.files, PIXELS: pixel_bytes(pixels)})
@@ -285,29 +327,42 @@ def _read_ahead(
 def _windows(
     images: Iterable[ReadImage | ReadError], length: int
 ) -> Iterator[list[ReadImage | ReadError]]:
-    """Divide images into lists of this length, shorter where their pixels exceed :data:`WINDOW_BYTES`."""
+    """Divide images into lists of this length, shorter where they exceed :data:`WINDOW_BYTES`."""
     window: list[ReadImage | ReadError] = []
     pixels = 0
     for image in images:
         window.append(image)
-        pixels += image.pixels.nbytes if isinstance(image, ReadImage) else 0
+        if isinstance(image, ReadImage):
+            pixels += image.pixels.nbytes
         if len(window) == length or pixels > WINDOW_BYTES:
             yield window
-            window, pixels = [], 0
+            window = []
+            pixels = 0
     if window:
         yield window
 
 
+# Encoding: latents, their files and statistics
+
+
 @dataclass
 class _Statistics:
-    """Moments of latents, and their shape, None if it varies; added shard by shard, so that any process may finish."""
+    """Moments of latents, and their shape, None if it varies.
+
+    They are summed shard by shard, so that any process may finish a folder.
+    """
 
     moments: Moments | None = None
     shape: list[int] | None = None
 
     def add(self, moments: Moments, shape: list[int] | None) -> None:
-        self.shape = shape if self.moments is None or shape == self.shape else None
-        self.moments = moments if self.moments is None else self.moments + moments
+        if self.moments is None:
+            self.moments = moments
+            self.shape = shape
+            return
+        self.moments = self.moments + moments
+        if shape != self.shape:
+            self.shape = None
 
     def details(self) -> dict[str, Any]:
         positions, sums = (0, []) if self.moments is None else self.moments.state()
@@ -317,10 +372,11 @@ class _Statistics:
 class EncodeJob:
     """Encode images into a folder of shards, in one process or several.
 
-    Shard i goes to process i modulo their number. Neither interruptions nor the number of processes change a byte; see
-    :class:`~olvae.data.shards.write.ResumableShards`. The model is on its device, in evaluation mode; ``describe`` has
-    further entries of stats.json, such as the target's name. Raise ConfigError if the folder holds latents of other
-    options, images or weights, or something else.
+    Shard i goes to process i modulo their number. Neither interruptions nor the number of processes
+    change a byte; see :class:`~olvae.data.shards.write.ResumableShards`. The model is on its
+    device, in evaluation mode; ``describe`` has further entries of stats.json, such as the target's
+    name. Raise ConfigError if the folder holds latents of other options, images or weights, or
+    something else.
     """
 
     def __init__(
@@ -332,8 +388,12 @@ class EncodeJob:
         describe: Mapping[str, Any],
     ) -> None:
         options.check(model)
-        self.model, self.inputs, self.options = model, inputs, options
+        self.model = model
+        self.inputs = inputs
+        self.options = options
         self.shards = ResumableShards(folder, STATE)
+
+        # Entries of stats.json, beside the options and what is measured.
         weights = tensors_sum(model.state_dict())
         self.describe = {
             **describe,
@@ -341,12 +401,13 @@ class EncodeJob:
             "downscale": model.downscale,
             "channels": model.in_channels,
         }
-        unusual = {
-            name: v
-            for name, v in asdict(options).items()
-            if (name, v) != ("resample", EvalTransform.resample)
-        }
-        self._plan = {"weights": weights, **inputs.plan(unusual)}
+
+        # The plan leaves out the default filter, as plans of folders begun before it could be
+        # chosen: these can be continued.
+        planned = asdict(options)
+        if options.resample == EvalTransform.resample:
+            del planned["resample"]
+        self._plan = {"weights": weights, **inputs.plan(planned)}
         self.shards.check(self._plan)
 
     def run(
@@ -360,13 +421,15 @@ class EncodeJob:
     ) -> None:
         """Encode this process's shards, except those that are finished.
 
-        Encoding images of their own sizes may take ``memory`` bytes; see :meth:`Autoencoder.encode_within`. ``advance``
-        is called with the number of further images that are done, including those of finished shards. Raise ValueError
-        for latents that are not finite, or too large for the dtype, OSError if a remote shard can't be read now.
+        Encoding images of their own sizes may take ``memory`` bytes; see
+        :meth:`Autoencoder.encode_within`. ``advance`` is called with the number of further images
+        that are done, including the images of finished shards. Raise ValueError for latents that
+        are not finite, or too large for the dtype, OSError if a remote shard can't be read now.
         """
         self.shards.begin(self._plan)
         for shard in range(rank, len(self.inputs), world):
-            if finished := self.shards.finished(shard):
+            finished = self.shards.finished(shard)
+            if finished:
                 advance(finished.record.images + len(finished.unreadable))
                 continue
             statistics = _Statistics()
@@ -375,43 +438,54 @@ class EncodeJob:
             self.shards.write(shard, samples, statistics.details)
 
     def finish(self) -> dict[str, Any]:
-        """Write index.json and last stats.json, whose content is returned; raise ValueError if no image was readable.
+        """Write index.json, then stats.json, and return its content.
 
-        All shards have to be finished, by :meth:`run` of every process.
+        Every process has to have finished its shards by :meth:`run`. Raise ValueError if no image
+        was readable.
         """
+        # Merge the descriptions of the shards; one without a readable image has no file.
         finished = [self.shards.finished(number) for number in range(len(self.inputs))]
-        statistics, index, unreadable, lost = _Statistics(), dict[str, Any](), [], 0
+        statistics = _Statistics()
+        index: dict[str, dict[str, int]] = {}
+        unreadable: list[dict[str, str]] = []
+        lost = 0
         for number, shard in enumerate(finished):
             assert shard is not None
-            unreadable += [
-                {"name": error.name, "reason": error.reason} for error in shard.unreadable
-            ]
-            if shard.unreadable:  # one of them may be the rest of a shard
+            for error in shard.unreadable:
+                unreadable.append({"name": error.name, "reason": error.reason})
+            if shard.unreadable:
+                # One of them may stand for the rest of a shard.
                 missing = (self.inputs.count(range(number, number + 1)) or 0) - shard.record.images
                 lost += max(missing, len(shard.unreadable))
-            if positions := shard.details["positions"]:
-                statistics.add(
-                    Moments.from_state(positions, shard.details["sums"]), shard.details["shape"]
-                )
+            positions = shard.details["positions"]
+            if positions:
+                moments = Moments.from_state(positions, shard.details["sums"])
+                statistics.add(moments, shard.details["shape"])
                 index[self.shards.path(number).name] = {"images": shard.record.images}
-        moments, count = statistics.moments, sum(shard["images"] for shard in index.values())
-        if moments is None:
+
+        # Nothing was encoded: forget the shards, so that the same command tries again.
+        measured = statistics.moments
+        if measured is None:
             for number in range(len(finished)):
-                self.shards.forget(number)  # so that the same command tries again
+                self.shards.forget(number)
             if unreadable:
+                first = unreadable[0]
                 raise ValueError(
-                    "none of the images could be read: {name}: {reason}".format(**unreadable[0])
+                    f"none of the images could be read: {first['name']}: {first['reason']}"
                 )
             raise ValueError("no images in these shards: an image is a file KEY.jpg, KEY.png, ...")
-        scaling_factor, shift_factor = moments.factors()
+
+        # Write stats.json last: a folder without it is not complete.
+        count = sum(shard["images"] for shard in index.values())
+        scaling_factor, shift_factor = measured.factors()
         stats = {
             "count": count,
             "latent_shape": statistics.shape,
             "shift_factor": shift_factor,
             "scaling_factor": scaling_factor,
-            "latents_mean": moments.mean.tolist(),
-            "latents_std": moments.std.tolist(),
-            "means_std": moments.std_of_means.tolist(),
+            "latents_mean": measured.mean.tolist(),
+            "latents_std": measured.std.tolist(),
+            "means_std": measured.std_of_means.tolist(),
             **asdict(self.options),
             **self.describe,
             "classes": list(self.inputs.classes),
@@ -430,81 +504,99 @@ class EncodeJob:
         statistics: _Statistics,
         advance: Callable[[int], None],
     ) -> Iterator[WebDatasetSample | ReadError]:
-        """Turn images into files of a shard, in their order, and add their latents to the statistics."""
-        for window in _windows(images, batch_size * (1 if self.options.size else WINDOW_BATCHES)):
-            latents = iter(
-                self._encode(
-                    [one for one in window if isinstance(one, ReadImage)], batch_size, memory
-                )
-            )
-            for one in window:
-                if isinstance(one, ReadError):
-                    yield one
-                else:
-                    sides = next(latents)
-                    for mean, std in sides:
-                        variance = None if std is None else std.double().square()
-                        statistics.add(Moments.of(mean, variance), list(mean.shape))
-                    (width, height), (_, h, w) = one.size, one.pixels.shape
-                    meta = {"key": one.item.key, "width": width, "height": height, "image": [w, h]}
-                    files = {META: json.dumps(meta).encode(), LATENT: latent_bytes(*sides)}
-                    yield WebDatasetSample(one.item.name, {**one.item.files, **files})
+        """Turn images into the files of a shard, in order, and add their latents to statistics."""
+        # Images of one size make a batch as they come. Of images of their own sizes, a longer
+        # window is collected, in which enough of them have the same size.
+        batches = 1 if self.options.size else WINDOW_BATCHES
+        for window in _windows(images, batch_size * batches):
+            latents = self._encode(window, batch_size, memory)
+            for image, sides in zip(window, latents, strict=True):
+                if isinstance(image, ReadError):
+                    yield image
+                    advance(1)
+                    continue
+
+                # Statistics: z varies by the posterior's variance around its mean.
+                for mean, std in sides:
+                    variance = None if std is None else std.double().square()
+                    statistics.add(Moments.of(mean, variance), list(mean.shape))
+
+                # Files: the original size, the size that the latent stands for, and the latent.
+                width, height = image.size
+                _, h, w = image.pixels.shape
+                meta = {"key": image.item.key, "width": width, "height": height, "image": [w, h]}
+                files = {META: json.dumps(meta).encode(), LATENT: latent_bytes(*sides)}
+                yield WebDatasetSample(image.item.name, {**image.item.files, **files})
                 advance(1)
 
     def _encode(
-        self, images: Sequence[ReadImage], batch_size: int, memory: int
+        self, window: Sequence[ReadImage | ReadError], batch_size: int, memory: int
     ) -> list[list[Latent]]:
-        """Encode images in batches of one padded size; each image's latent, then the mirrored image's if stored."""
-        latents: list[list[Latent]] = [[] for _ in images]
+        """Encode a window in batches of one padded size.
+
+        Return a list for each image: its latent, then the mirrored image's if that is stored. The
+        list of an unreadable image is empty.
+        """
+        # Images are batched by the height and width of their latents; i is the place in the window.
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for i, image in enumerate(images):
-            groups[
-                tuple(-(-side // self.model.downscale) for side in image.pixels.shape[1:])
-            ].append(i)
+        readable: dict[int, ReadImage] = {}
+        for i, image in enumerate(window):
+            if isinstance(image, ReadImage):
+                readable[i] = image
+                sides = [-(-side // self.model.downscale) for side in image.pixels.shape[1:]]
+                groups[tuple(sides)].append(i)
+
+        latents: list[list[Latent]] = [[] for _ in window]
         for group in groups.values():
             for start in range(0, len(group), batch_size):
                 batch = group[start : start + batch_size]
-                for ending in ("", "\nflip") if self.options.flip else ("",):
-                    pixels = [
-                        _mirrored(images[i].pixels) if ending else images[i].pixels for i in batch
-                    ]
-                    keys = [images[i].item.key + ending for i in batch]
-                    for i, latent in zip(batch, self._latents(pixels, keys, memory), strict=True):
-                        latents[i].append(latent)
+                images = [readable[i].pixels for i in batch]
+                keys = [readable[i].item.key for i in batch]
+                encoded = [self._latents(images, keys, memory)]
+                if self.options.flip:
+                    images = [_mirrored(image) for image in images]
+                    keys = [key + MIRRORED for key in keys]
+                    encoded.append(self._latents(images, keys, memory))
+                for n, i in enumerate(batch):
+                    latents[i] = [side[n] for side in encoded]
         return latents
 
     @torch.inference_mode()
     def _latents(self, images: Sequence[Tensor], keys: Sequence[str], memory: int) -> list[Latent]:
-        """Encode images that have one size once they are padded, and round to the stored dtype, on the CPU."""
+        """Encode images of one size after padding; round to the stored dtype, on the CPU."""
+        # Encode the batch: tiled, if images of their own sizes need more memory than given.
         device = device_of(self.model)
         if not self.options.size:
             images = [pad_to_multiple(image, self.model.downscale) for image in images]
         x = self.model.pixel_range.normalise(torch.stack(list(images)).to(device))  # (B, C, H, W)
         with autocast(device.type, self.options.precision):
-            posterior = (
-                self.model.encode(x) if self.options.size else self.model.encode_within(x, memory)
-            )
+            if self.options.size:
+                posterior = self.model.encode(x)
+            else:
+                posterior = self.model.encode_within(x, memory)
         posterior = in_float32(posterior)
+
+        # What is stored of each image: the Gaussian, or one sample of it.
         means = posterior.mean.cpu()
         stds = [None] * len(keys) if posterior.deterministic else posterior.std.cpu()
         latents = []
         for key, mean, std in zip(keys, means, stds, strict=True):
+            latent = Latent(mean, std)
             if not self.options.moments:
-                mean, std = (
-                    Latent(mean, std).draw(keyed_generator(f"{self.options.seed}\n{key}")),
-                    None,
-                )
-            latents.append(Latent(self._rounded(mean), None if std is None else self._rounded(std)))
+                # Noise depends on seed and key alone, not on batches, order or processes.
+                noise = keyed_generator(f"{self.options.seed}\n{key}")
+                latent = Latent(latent.draw(noise))
+            latents.append(Latent(*[self._rounded(part) for part in latent if part is not None]))
         return latents
 
     def _rounded(self, exact: Tensor) -> Tensor:
-        precision, rounded = self.options.precision, exact.to(DTYPES[self.options.dtype])
+        """Round to the stored dtype; ValueError for values that are not finite or too large."""
+        precision = self.options.precision
+        rounded = exact.to(DTYPES[self.options.dtype])
         if not exact.isfinite().all():
-            why = (
-                "the training run may have diverged"
-                if precision == FULL
-                else f"set `precision` to {FULL}"
-            )
+            why = f"set `precision` to {FULL}"
+            if precision == FULL:
+                why = "the training run may have diverged"
             raise ValueError(f"the latents have non-finite values in {precision}: {why}")
         if not rounded.isfinite().all():
             raise ValueError(
@@ -519,9 +611,12 @@ def _mirrored(image: Tensor) -> Tensor:
 
 
 def latent_bytes(*sides: Latent) -> bytes:
-    """Serialise an image's tensors, with those of the mirrored image if given."""
+    """Serialise an image's latent and, if given, the mirrored image's."""
     tensors: dict[str, Tensor] = {}
-    for ending, one in zip(("", FLIP), sides, strict=False):
-        parts = {"latent": one.mean} if one.std is None else {"mean": one.mean, "std": one.std}
-        tensors |= {f"{name}{ending}": part.contiguous() for name, part in parts.items()}
+    for ending, latent in zip(("", FLIP), sides, strict=False):
+        if latent.std is None:
+            tensors[f"latent{ending}"] = latent.mean.contiguous()
+        else:
+            tensors[f"mean{ending}"] = latent.mean.contiguous()
+            tensors[f"std{ending}"] = latent.std.contiguous()
     return save(tensors)

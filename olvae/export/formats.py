@@ -1,4 +1,4 @@
-"""Formats of an export: names of tensors, config, and the independent loader that reads each back."""
+"""Formats of an export: names of tensors, config, and an independent loader to read it back."""
 
 import json
 from abc import ABC, abstractmethod
@@ -26,7 +26,8 @@ from olvae.modules.distributions import deterministic_moments
 from olvae.modules.others.wrapped import encode_image
 from olvae.modules.sdvae import set_padding
 
-# Names by which ComfyUI knows scaling and shift factor of a tiny autoencoder: SD 1's and 2's, SDXL's, SD3's, FLUX.1's.
+# ComfyUI's names of tiny autoencoders, by which it knows their scaling and shift factor: of Stable
+# Diffusion 1 and 2, SDXL, SD3 and FLUX.1.
 VAE_APPROX = {
     "taesd": (0.18215, 0),
     "taesdxl": (0.13025, 0),
@@ -34,11 +35,8 @@ VAE_APPROX = {
     "taef1": (0.3611, 0.1159),
 }
 
-FACTORS = (
-    "latents",
-    "scaling_factor",
-    "shift_factor",
-)  # settings that say which ones a diffusion model needs
+# Settings of an export that say which factors a diffusion model needs.
+FACTORS = ("latents", "scaling_factor", "shift_factor")
 NO_FACTORS = dict.fromkeys(
     FACTORS, "the factors are the diffusion model's there, not the autoencoder's"
 )
@@ -57,14 +55,14 @@ STOCK = {
 class Loaded(NamedTuple):
     """An export, as an independent loader has read it, in float32."""
 
-    loader: str  # for reports: "loaded back", "in diffusers"
-    moments: Callable[
-        [Tensor], Tensor
-    ]  # images (B, C, H, W) in [-1, 1] to means, then log-variances
-    decode: Callable[[Tensor], Tensor]  # latents (B, n_z, h, w) to images
-    for_diffusion: Mapping[str, Any] | None = (
-        None  # scaling factor and the like; None if the format has no place
-    )
+    # For reports: "loaded back", "in diffusers".
+    loader: str
+    # Images (B, C, H, W) in [-1, 1] to means, then log-variances.
+    moments: Callable[[Tensor], Tensor]
+    # Latents (B, n_z, h, w) to images.
+    decode: Callable[[Tensor], Tensor]
+    # Scaling factor and the like; None if the format has no place for them.
+    for_diffusion: Mapping[str, Any] | None = None
 
     @classmethod
     def of(cls, model: LiteVAE, loader: str = "loaded back") -> "Loaded":
@@ -72,25 +70,23 @@ class Loaded(NamedTuple):
 
 
 class Layout(ABC):
-    """A format of export: which models it can hold, how they are written, and how they are loaded back.
+    """A format of export: which models it can hold, how they are written, and how they are loaded.
 
-    A class of your own needs :meth:`load`, and what differs from the default: the weights as safetensors under their
-    own names, in a folder with ``config.json`` or in one file.
+    A class of your own needs :meth:`load`, and what differs from the default: the weights as
+    safetensors under their own names, in a folder with ``config.json`` or in one file.
     """
 
-    suffix: ClassVar[str] = (
-        ""  # of the one file that is written; empty if it is a folder, which gets a model card
-    )
-    refused: ClassVar[
-        Mapping[str, str]
-    ] = {}  # settings of an export that mean nothing here, and why
+    # Of the one file that is written; empty if it is a folder, which gets a model card.
+    suffix: ClassVar[str] = ""
+    # Settings of an export that mean nothing here, and why.
+    refused: ClassVar[Mapping[str, str]] = {}
 
     def misfit(self, model: LiteVAE) -> str | None:  # noqa: ARG002
         """Say why the format can't hold a model; None if it can."""
         return None
 
     def in_units(self, model: LiteVAE) -> bool:  # noqa: ARG002
-        """Whether latents are in a diffusion model's units in this format, so that no factor is left to apply."""
+        """Whether latents here are in a diffusion model's units, with no factor left to apply."""
         return False
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
@@ -98,19 +94,20 @@ class Layout(ABC):
         return model.state_dict()
 
     def config(self, model: LiteVAE) -> Config | None:
-        """Make the content of config.json or of the file's header; None if the format has no config."""
+        """Make the content of config.json or of the file's header; None if there is no config."""
         return model.export_config()
 
     def write(self, model: LiteVAE, path: Path) -> None:
         """Write a folder or a file that does not exist yet."""
-        tensors, config = self.tensors(model), self.config(model)
-        if self.suffix:
-            write_tensors(
-                path, tensors, None if config is None else {CONFIG_KEY: json.dumps(config)}
-            )
-        else:
+        tensors = self.tensors(model)
+        config = self.config(model)
+        if not self.suffix:
             path.mkdir()
             write_export(tensors, config or {}, path)
+        elif config is None:
+            write_tensors(path, tensors, None)
+        else:
+            write_tensors(path, tensors, {CONFIG_KEY: json.dumps(config)})
 
     def read(self, path: Path) -> Mapping[str, Tensor]:
         """Read the tensors that :meth:`write` wrote, under the format's names."""
@@ -118,20 +115,23 @@ class Layout(ABC):
 
     @abstractmethod
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
-        """Load what was written, as its users do; ``model`` is for what the format does not say."""
+        """Load an export as its users do; ``model`` is for what the format does not say."""
 
     def usage(self, model: LiteVAE) -> str:  # noqa: ARG002
-        """Write lines of Python for the card that load the export, named FOLDER_OR_ID, and use it."""
+        """Write Python for the card that loads the export, named FOLDER_OR_ID, and uses it."""
         return ""
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
         """Yield what a user has to know about this model in this format."""
         if not model.pixel_range.eight_bits:
-            yield f"values of images, {model.pixel_range}: what loads this format takes and gives [-1, 1] for them"
+            yield (
+                f"values of images, {model.pixel_range}: what loads this format takes and gives "
+                "[-1, 1] for them"
+            )
 
 
 class LiteVAELayout(Layout):
-    """A folder that this package loads, and diffusers as AutoencoderLiteVAE; holds every network of this package."""
+    """A folder that this package loads, and diffusers as AutoencoderLiteVAE; for our networks."""
 
     def usage(self, model: LiteVAE) -> str:
         return f"""from olvae import AutoencoderLiteVAE, LiteVAE
@@ -141,12 +141,17 @@ z = vae.encode(images).sample()  # images in [-1, 1], (B, {model.in_channels}, H
 images = vae.decode(z)
 
 vae = AutoencoderLiteVAE.from_pretrained("FOLDER_OR_ID")  # in diffusers, in place of AutoencoderKL
-# diffusers.AutoModel.from_pretrained("FOLDER_OR_ID", trust_remote_code=True) loads it without these imports"""
+# diffusers.AutoModel.from_pretrained("FOLDER_OR_ID", trust_remote_code=True) loads it without \
+these imports"""
 
-    def notes(self, model: LiteVAE) -> Iterator[str]:  # the range is in config.json
+    def notes(self, model: LiteVAE) -> Iterator[str]:
+        # Not the range of values, which is in this config.json.
         if model.latents_mean is not None:
-            own = "pipelines of FLUX.2, Qwen-Image and Wan take them from their own class of autoencoder alone"
-            yield f"latents_mean, latents_std: {own}: decode their latents with LiteVAE.from_diffusion and decode"
+            yield (
+                "latents_mean, latents_std: pipelines of FLUX.2, Qwen-Image and Wan take them from "
+                "their own class of autoencoder alone: decode their latents with "
+                "LiteVAE.from_diffusion and decode"
+            )
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:  # noqa: ARG002
         theirs = AutoencoderLiteVAE.from_pretrained(
@@ -159,7 +164,7 @@ vae = AutoencoderLiteVAE.from_pretrained("FOLDER_OR_ID")  # in diffusers, in pla
 
 
 class DiffusersLayout(Layout):
-    """The folder of a class of diffusers, for networks that it has: AutoencoderKL, AutoencoderKLFlux2, ..."""
+    """The folder of a class of diffusers, for networks that it has: AutoencoderKL, and others."""
 
     refused: ClassVar[Mapping[str, str]] = {
         "fold": NO_MODULATION,
@@ -169,10 +174,13 @@ class DiffusersLayout(Layout):
 
     def misfit(self, model: LiteVAE) -> str | None:
         if family_of(model) is None:
-            instead = "`format` litevae is for diffusers' AutoencoderLiteVAE, `format` comfyui for ComfyUI"
-            return f"no class of diffusers has these networks: {instead}"
+            return (
+                "no class of diffusers has these networks: `format` litevae is for diffusers' "
+                "AutoencoderLiteVAE, `format` comfyui for ComfyUI"
+            )
         try:
-            self.tensors(model), self.config(model)
+            self.tensors(model)
+            self.config(model)
             return None
         except ValueError as error:
             return f"{error}: `format` {self.instead} can hold it"
@@ -198,26 +206,39 @@ class DiffusersLayout(Layout):
         return [_in_diffusers(vae, model)]
 
     def usage(self, model: LiteVAE) -> str:
-        kind, frames = _family(model).kind(model), model.encoder.node["params"].get("frames", False)
+        kind = _family(model).kind(model)
+        shape = f"B, {model.in_channels}, H, W"
+        if model.encoder.node["params"].get("frames", False):
+            shape = f"B, {model.in_channels}, 1, H, W"
+
+        # Classes of diffusers differ in what encoding returns: latent, latents or latent_dist.
         latent = ".latent" if model.deterministic else ".latent_dist.sample()"
-        latent += "s" if self.in_units(model) else ""
+        if self.in_units(model):
+            latent += "s"
         return f"""from diffusers import {kind}
 
 vae = {kind}.from_pretrained("FOLDER_OR_ID")
-z = vae.encode(images){latent}  # images in [-1, 1], (B, {model.in_channels}, {"1, " if frames else ""}H, W)
+z = vae.encode(images){latent}  # images in [-1, 1], ({shape})
 images = vae.decode(z).sample"""
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
         yield from super().notes(model)
-        if halves := " and the ".join(_reflecting(model)):
-            how = 'loaders have to set padding_mode="reflect" on every convolution that pads, otherwise borders differ'
-            yield f"padding: reflect in the {halves}, which this format can't say: {how}"
+        halves = " and the ".join(_reflecting(model))
+        if halves:
+            yield (
+                f"padding: reflect in the {halves}, which this format can't say: loaders have to "
+                'set padding_mode="reflect" on every convolution that pads, otherwise borders '
+                "differ"
+            )
         if self.in_units(model):
             yield "latents: in a diffusion model's units, as TAESD's: no factor is left to apply"
 
 
 class OriginalLayout(DiffusersLayout):
-    """One file with the names of its own project: latent-diffusion's for A1111, FLUX.2's, Wan's; ComfyUI reads each."""
+    """One file with its own project's names: latent-diffusion's, FLUX.2's or Wan's; for ComfyUI.
+
+    A1111 reads latent-diffusion's as well.
+    """
 
     suffix = ".safetensors"
     refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, **NO_FACTORS}
@@ -225,17 +246,20 @@ class OriginalLayout(DiffusersLayout):
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
         family = _family(model)
-        config, kind = family.config(model), family.kind(model)
-        if (groups := config.get("norm_num_groups", 32)) != 32:
+        config = family.config(model)
+        kind = family.kind(model)
+        groups = config.get("norm_num_groups", 32)
+        if groups != 32:
             raise ValueError(f"GroupNorm with {groups} groups: latent-diffusion always has 32")
         if not config.get("mid_block_add_attention", True):
             raise ValueError("no attention in the middle: latent-diffusion always has it")
         return original_names(kind, family.to_diffusers(model))
 
     def config(self, model: LiteVAE) -> Config | None:
-        return (
-            None if isinstance(family_of(model), StableDiffusion) else super().config(model)
-        )  # for our own loader
+        # In the header, for our own loader; it knows Stable Diffusion's networks without.
+        if isinstance(family_of(model), StableDiffusion):
+            return None
+        return super().config(model)
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
         back = OriginalLoader().find(str(path), LoadOptions()).load().as_litevae(str(path))
@@ -246,37 +270,37 @@ class OriginalLayout(DiffusersLayout):
     def notes(self, model: LiteVAE) -> Iterator[str]:
         yield from super().notes(model)
         config = _family(model).config(model)
-        if odd := [
-            f"{key} {config[key]}"
-            for key, known in STOCK.items()
-            if config.get(key, known[0]) not in known
-        ]:
+        odd = []
+        for key, known in STOCK.items():
+            if config.get(key, known[0]) not in known:
+                odd.append(f"{key} {config[key]}")
+        if odd:
             yield f"ComfyUI and A1111 build Stable Diffusion's widths only, not {', '.join(odd)}"
 
 
 class ComfyUILayout(Layout):
-    """One file of a LiteVAE with its config in the header, for the ComfyUI node in integrations/comfyui.
+    """One file of a LiteVAE with its config in the header, for the node in integrations/comfyui.
 
-    ComfyUI tells autoencoders apart by single names, such as ``decoder.conv_in.weight``, and loads without strictness:
-    it would take a LiteVAE for Stable Diffusion's and decode noise. So every name has a prefix that it does not know.
+    ComfyUI tells autoencoders apart by single names, such as ``decoder.conv_in.weight``, and loads
+    without strictness: it would take a LiteVAE for Stable Diffusion's and decode noise. So every
+    name has a prefix that it does not know.
     """
 
     suffix = ".safetensors"
     refused = NO_FACTORS
 
     def misfit(self, model: LiteVAE) -> str | None:
-        if (family := family_of(model)) is None:
-            rgb = model.in_channels == 3 and model.pixel_range.eight_bits
+        family = family_of(model)
+        if family is None:
+            if model.in_channels == 3 and model.pixel_range.eight_bits:
+                return None
             return (
-                None
-                if rgb
-                else "images that are not RGB of 8 bits, which ComfyUI's are: `format` litevae can hold it"
+                "images that are not RGB of 8 bits, which ComfyUI's are: `format` litevae can hold "
+                "it"
             )
-        instead = (
-            "`format` diffusers"
-            if OriginalLayout().misfit(model)
-            else "`format` ldm is what ComfyUI loads"
-        )
+        instead = "`format` ldm is what ComfyUI loads"
+        if OriginalLayout().misfit(model):
+            instead = "`format` diffusers"
         return f"an {family.kind(model)}: {instead}"
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
@@ -287,15 +311,12 @@ class ComfyUILayout(Layout):
 
 
 class TinyFilesLayout(DiffusersLayout):
-    """TAESD's two files, taesd_encoder and taesd_decoder, for ComfyUI's models/vae_approx and other programs."""
+    """TAESD's two files, taesd_encoder and taesd_decoder, for ComfyUI's vae_approx and others."""
 
     def misfit(self, model: LiteVAE) -> str | None:
-        tiny = isinstance(family_of(model), Tiny)
-        return (
-            super().misfit(model)
-            if tiny
-            else "only TinyEncoder and TinyDecoder are TAESD's networks"
-        )
+        if not isinstance(family_of(model), Tiny):
+            return "only TinyEncoder and TinyDecoder are TAESD's networks"
+        return super().misfit(model)
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
         return {_taesd_name(name): tensor for name, tensor in super().tensors(model).items()}
@@ -306,24 +327,22 @@ class TinyFilesLayout(DiffusersLayout):
     def write(self, model: LiteVAE, path: Path) -> None:
         path.mkdir()
         for half in HALVES:
-            named = {
-                n.removeprefix(f"{half}."): t
-                for n, t in self.tensors(model).items()
-                if n.startswith(half)
-            }
+            named = {}
+            for name, tensor in self.tensors(model).items():
+                if name.startswith(half):
+                    named[name.removeprefix(f"{half}.")] = tensor
             write_tensors(path / f"taesd_{half}.safetensors", named)
 
     def read(self, path: Path) -> Mapping[str, Tensor]:
-        files = {half: load_file(path / f"taesd_{half}.safetensors") for half in HALVES}
-        return {
-            f"{half}.{name}": tensor
-            for half, state in files.items()
-            for name, tensor in state.items()
-        }
+        tensors = {}
+        for half in HALVES:
+            for name, tensor in load_file(path / f"taesd_{half}.safetensors").items():
+                tensors[f"{half}.{name}"] = tensor
+        return tensors
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
-        family, written = _family(model), self.read(path)
-        vae: Any = diffusers.AutoencoderTiny(**family.config(model))
+        written = self.read(path)
+        vae: Any = diffusers.AutoencoderTiny(**_family(model).config(model))
         vae.load_state_dict({name: written[_taesd_name(name)].float() for name in vae.state_dict()})
         return [_in_diffusers(vae.eval(), model)]
 
@@ -331,20 +350,26 @@ class TinyFilesLayout(DiffusersLayout):
         return ""
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
+        # ComfyUI takes the factors from the name of a file: find the name with these.
         factors = tuple(round(model.for_diffusion[name] or 0, 6) for name in FACTORS[1:])
         files = "taesd_encoder.safetensors and taesd_decoder.safetensors"
         for name, known in VAE_APPROX.items():
             if known == factors:
-                renamed = "" if name == "taesd" else f", as {files.replace('taesd', name)}"
+                renamed = ""
+                if name != "taesd":
+                    renamed = f", as {files.replace('taesd', name)}"
                 yield f"Copy {files} to ComfyUI/models/vae_approx{renamed}."
                 break
         else:
-            yield "ComfyUI takes the scale of latents from a file's name, and knows none for these: for other programs."
+            yield (
+                "ComfyUI takes the scale of latents from a file's name, and knows none for these: "
+                "for other programs."
+            )
         yield from super().notes(model)
 
 
 def _taesd_name(name: str) -> str:
-    """Name a weight as TAESD's files do: layers by number, where the decoder's bound is the first one."""
+    """Name a weight as TAESD's files do: by number; the decoder's bound is layer 0 there."""
     half, _, number, *rest = name.split(".")
     return ".".join((half, str(int(number) + (half == "decoder")), *rest))
 
@@ -359,19 +384,21 @@ LAYOUTS: dict[str, type[Layout]] = {
 
 
 def find_layout(name: str) -> Layout:
-    """Find a format by its name, or by the path of a class of your own; raise ConfigError if there is none."""
+    """Find a format by its name, or by the path of a class of your own; ConfigError if none."""
     if name in LAYOUTS:
         return LAYOUTS[name]()
     if "." not in name:
         raise ConfigError(
-            f"`format` {name}: choose from {', '.join(LAYOUTS)}, or name a class, package.module.Class"
+            f"`format` {name}: choose from {', '.join(LAYOUTS)}, or name a class, "
+            "package.module.Class"
         )
     return resolve_class(name, Layout)()  # type: ignore[type-abstract]
 
 
 def _in_diffusers(vae: Any, model: LiteVAE) -> Loaded:
-    """A class of diffusers as it was loaded; latents in a diffusion model's units are converted."""
-    back, units = DiffusersAutoencoder(vae), _family(model).units(model)
+    """Wrap a class of diffusers as loaded; latents in a diffusion model's units are converted."""
+    back = DiffusersAutoencoder(vae)
+    units = _family(model).units(model)
     if units is not None:
         back.use_latents(*units)
 

@@ -1,1 +1,1 @@
-"""The terms of the training objective and both sides' adversarial losses, as pure functions and small modules."""
+"""The training objective's terms and adversarial losses, as pure functions and small modules."""

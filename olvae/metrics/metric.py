@@ -1,4 +1,4 @@
-"""The contract of a metric (update, merge, compute), a target's metrics together; PSNR, L1, SSIM and MS-SSIM."""
+"""The contract of a metric: update, merge, compute; sets of metrics; PSNR, L1, SSIM, MS-SSIM."""
 
 import math
 from abc import ABC, abstractmethod
@@ -13,9 +13,12 @@ from torch import Tensor
 from olvae.checkpoint import WeightsFile
 from olvae.modules.base import full_float32
 
-SSIM_WINDOW, SIGMA = 11, 1.5  # pixels [Wang et al. 2004]
-C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2  # against divisions by 0
-SSIM_TILE = 256  # pixels along a side of what is filtered at a time
+# SSIM's window and sigma in pixels, and two constants against divisions by 0 [Wang et al. 2004].
+SSIM_WINDOW = 11
+SIGMA = 1.5
+C1 = (0.01 * 255) ** 2
+C2 = (0.03 * 255) ** 2
+SSIM_TILE = 256  # pixels along a side of a tile that is filtered at a time
 SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of MS-SSIM [Wang et al. 2003]
 
 
@@ -37,28 +40,29 @@ class Kind:
 class Metric(ABC):
     """Compares images with one target's reconstructions of them, batch by batch.
 
-    Images are identified by keys, and a key counts once. So the batch size, the order, and images that two processes
-    both saw make no difference. ``other.merge(metric.state())`` joins two processes; merging twice does no harm.
+    Images are identified by keys, and a key counts once. So the batch size, the order, and images
+    that two processes both saw make no difference. ``other.merge(metric.state())`` joins two
+    processes; merging twice does no harm.
     """
 
     def __init__(self, kind: Kind) -> None:
         self.kind = kind
-        self.details: dict[
-            str, object
-        ] = {}  # what the value depends on, for JSON; "warning" is for the reader
+        # What the value depends on, for JSON; "warning" is for the reader.
+        self.details: dict[str, object] = {}
 
     @abstractmethod
     def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
-        """Add images and their reconstructions, B keys and twice levels (B, C, H, W), on any device.
+        """Add images and their reconstructions, with their B keys.
 
-        Levels are uint8 or, of images that have more than 8 bits, float32 in 0..255.
+        Both are levels (B, C, H, W), on any device: uint8 or, for images with more than 8 bits,
+        float32 in 0..255.
 
         Raise Unavailable for a size or number of channels that the metric is not defined for.
         """
 
     @abstractmethod
     def state(self) -> Any:
-        """Everything accumulated so far, to be pickled and merged in another process; not a copy."""
+        """Return everything accumulated, to be pickled and merged elsewhere; not a copy."""
 
     @abstractmethod
     def merge(self, state: Any) -> None:
@@ -66,20 +70,23 @@ class Metric(ABC):
 
     @abstractmethod
     def compute(self) -> float:
-        """The value over all images, infinite if all are equal (PSNR); completes ``details``.
+        """Return the value over all images, and complete ``details``.
+
+        PSNR is infinite if each image equals its reconstruction.
 
         Raise Unavailable if there are too few images.
         """
 
     def per_image(self) -> Mapping[str, float] | None:
-        """The values by key; None if the metric compares the whole sets."""
+        """Return the values by key; None if the metric compares whole sets."""
         return None
 
 
 class PerImage(Metric):
-    """The mean over images of a function of each pair, exactly rounded, without infinite values (PSNR of equal images).
+    """The mean over images of a function of each pair, exactly rounded.
 
-    ``compare`` maps x, y, levels (B, C, H, W) on the device, to one value per pair (B,).
+    Without infinite values (PSNR of equal images). ``compare`` maps x and y, levels (B, C, H, W) on
+    the device, to one value per pair (B,).
     """
 
     def __init__(
@@ -111,33 +118,35 @@ class PerImage(Metric):
         if not self._values:
             raise Unavailable(f"{self.kind.name} needs an image, got none")
         finite = [value for value in self._values.values() if value != math.inf]
-        if equal := len(self._values) - len(finite):
+        equal = len(self._values) - len(finite)
+        if equal:
             self.details["equal_images"] = equal
-        return (
-            math.fsum(finite) / len(finite) if finite else math.inf
-        )  # fsum rounds once, whatever the order
+        if not finite:
+            return math.inf
+        # fsum rounds once, whatever the order.
+        return math.fsum(finite) / len(finite)
 
     def per_image(self) -> dict[str, float]:
         return self._values
 
     def _add(self, values: Iterable[tuple[str, float]]) -> None:
         for key, value in values:
+            # The same pair may be rounded differently in another batch, or on another device.
             known = self._values.setdefault(key, value)
-            same = math.isclose(
-                known, value, rel_tol=1e-3, abs_tol=1e-5
-            )  # the same pair, rounded twice
+            same = math.isclose(known, value, rel_tol=1e-3, abs_tol=1e-5)
             if not (same or (math.isnan(known) and math.isnan(value))):
                 differ = f"{self.kind.name} {known:.6g} and {value:.6g}"
                 raise ValueError(
-                    f"two different pairs of images have the key {key!r} ({differ}): give each its own"
+                    f"two different pairs of images have the key {key!r} ({differ}): "
+                    "give each its own"
                 )
 
 
 class MetricSet:
     """Several metrics of one target, and why some of them have no value.
 
-    A metric that raises :class:`Unavailable` is dropped, in every process once they are merged. ``skipped`` has the
-    reasons, at first those of metrics that could not be made.
+    A metric that raises :class:`Unavailable` is dropped, in every process once they are merged.
+    ``skipped`` has the reason by name; at first for the metrics that could not be made.
     """
 
     def __init__(
@@ -148,6 +157,7 @@ class MetricSet:
 
     def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
         """Add images and their reconstructions; see :meth:`Metric.update`."""
+        # A list, as metrics may be dropped meanwhile.
         for name, metric in list(self.metrics.items()):
             try:
                 metric.update(keys, x, y)
@@ -155,7 +165,7 @@ class MetricSet:
                 self._drop(name, str(reason))
 
     def per_image(self) -> dict[str, Mapping[str, float]]:
-        """By name of a metric that compares single images, its values by key."""
+        """Return the values by key, for each metric that compares single images, by its name."""
         found = {name: metric.per_image() for name, metric in self.metrics.items()}
         return {name: values for name, values in found.items() if values is not None}
 
@@ -173,11 +183,15 @@ class MetricSet:
                 metric.merge(states[name])
 
     def compute(self) -> dict[str, float]:
-        """The values by name, maybe infinite. Metrics without a value are dropped, with the reason in ``skipped``."""
+        """Return the values by name, maybe infinite.
+
+        Metrics without a value are dropped, with the reason in ``skipped``.
+        """
         values = {}
         for name, metric in list(self.metrics.items()):
             try:
-                if math.isnan(value := metric.compute()):
+                value = metric.compute()
+                if math.isnan(value):
                     raise Unavailable("not a number")
                 values[name] = value
             except Unavailable as reason:
@@ -190,22 +204,16 @@ class MetricSet:
 
 
 def check_pairs(keys: Sequence[str], x: Tensor, y: Tensor) -> None:
-    """Raise ValueError unless x and y are levels, uint8 or float32, of one shape (B, C, H, W), with B keys."""
-    kinds = (torch.uint8, torch.float32)
-    if (
-        x.dtype != y.dtype
-        or x.dtype not in kinds
-        or x.ndim != 4
-        or x.shape != y.shape
-        or len(keys) != len(x)
-    ):
-        got = f"{x.dtype} {tuple(x.shape)}, {y.dtype} {tuple(y.shape)} and {len(keys)} keys"
+    """Raise ValueError unless x and y are levels of one shape (B, C, H, W), with B keys."""
+    levels = x.dtype == y.dtype and x.dtype in (torch.uint8, torch.float32)
+    if not levels or x.ndim != 4 or x.shape != y.shape or len(keys) != len(x):
         raise ValueError(
-            f"metrics compare uint8 or float32 images of one shape (B, C, H, W), with B keys: got {got}"
+            "metrics compare uint8 or float32 images of one shape (B, C, H, W), with B keys: "
+            f"got {x.dtype} {tuple(x.shape)}, {y.dtype} {tuple(y.shape)} and {len(keys)} keys"
         )
 
 
-# Comparisons of pairs of images, levels in 0..255: uint8, or float32 for images that have more than 8 bits
+# Comparisons of pairs of images, levels in 0..255: uint8, or float32 for more than 8 bits.
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -213,13 +221,13 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
 
     10 log10(255^2 / mean squared error over the image).
     """
-    rows = zip(
-        x.split(64, 2), y.split(64, 2), strict=True
-    )  # large images need little memory, and integers are exact
+    # 64 rows at a time, so that large images need little memory; sums of integers are exact.
     kind = torch.int if x.dtype == torch.uint8 else torch.double
-    error = torch.stack(
-        [(a.to(kind) - b.to(kind)).square().flatten(1).sum(1) for a, b in rows]
-    ).sum(0)
+    errors = [
+        (a.to(kind) - b.to(kind)).square().flatten(1).sum(1)
+        for a, b in zip(x.split(64, 2), y.split(64, 2), strict=True)
+    ]
+    error = torch.stack(errors).sum(0)
     return 10.0 * (255.0**2 / (error.double() / x[0].numel())).log10()
 
 
@@ -231,74 +239,90 @@ def l1(x: Tensor, y: Tensor) -> Tensor:
 def ssim(x: Tensor, y: Tensor) -> Tensor:
     """SSIM of each image: levels (B, C, H, W) twice, of at least 11 pixels -> float64 (B,).
 
-    Gaussian window of 11 pixels, sigma 1.5, K 0.01 and 0.03, range 255, mean over channels and over the positions where
-    the window fits, as scikit-image's and the paper's.
+    Gaussian window of 11 pixels, sigma 1.5, K 0.01 and 0.03, range 255, mean over channels and over
+    the positions where the window fits, as scikit-image's and the paper's.
     """
     _check_size("SSIM", x, SSIM_WINDOW)
     return _similarity(x, y)[0]
 
 
 def _similarity(x: Tensor, y: Tensor) -> Tensor:
-    """Means of SSIM and of its contrast term where the window fits: levels (B, C, H, W) twice -> float64 (2, B).
+    """Return means of SSIM and of its contrast term where the window fits, float64 (2, B).
 
-    In float64: a variance is a small difference of large squares, which in float32 loses up to 1e-3 of bright images.
+    Levels (B, C, H, W) twice. In float64: a variance is a small difference of large squares, which
+    in float32 loses up to 1e-3 of bright images.
     """
-    sums, border = x.new_zeros(2, len(x), dtype=torch.double), SSIM_WINDOW - 1
-    height, width = (side - border for side in x.shape[-2:])
-    for top in range(
-        0, height, SSIM_TILE - border
-    ):  # the filters are matrices, for which tiles have to be small
-        for left in range(0, width, SSIM_TILE - border):
+    sums = x.new_zeros(2, len(x), dtype=torch.double)
+    border = SSIM_WINDOW - 1
+    # Positions where the window fits.
+    height = x.shape[-2] - border
+    width = x.shape[-1] - border
+    # The filters are matrices, as wide as a tile, so tiles have to be small. They overlap by the
+    # border: each position is in one of them.
+    step = SSIM_TILE - border
+    for top in range(0, height, step):
+        for left in range(0, width, step):
             tile = ..., slice(top, top + SSIM_TILE), slice(left, left + SSIM_TILE)
             a, b = x[tile].double(), y[tile].double()
+
+            # Both, their squares and their product, averaged under the window at each position.
             products = torch.stack([a, b, a * a, b * b, a * b])  # (5, B, C, H, W)
-            rows, columns = (_windows(side, x.device) for side in a.shape[-2:])
+            rows = _windows(a.shape[-2], x.device)
+            columns = _windows(a.shape[-1], x.device)
             mean_a, mean_b, aa, bb, ab = rows @ products @ columns.T  # (5, B, C, H - 10, W - 10)
-            contrast = (2 * (ab - mean_a * mean_b) + C2) / (
-                (aa - mean_a**2) + (bb - mean_b**2) + C2
-            )
+
+            covariance = ab - mean_a * mean_b
+            variances = (aa - mean_a**2) + (bb - mean_b**2)
+            contrast = (2 * covariance + C2) / (variances + C2)
             luminance = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
             sums += torch.stack([luminance * contrast, contrast]).flatten(2).sum(2)
     return sums / (x.shape[1] * height * width)
 
 
 def _windows(side: int, device: torch.device) -> Tensor:
-    """(side - 10, side): the Gaussian window at each position where it fits."""
+    """Return the Gaussian window at each position where it fits: (side - 10, side)."""
     places = torch.arange(side, device=device)
     from_centre = places - places[: side - SSIM_WINDOW + 1, None] - SSIM_WINDOW // 2
-    weights = (-0.5 * (from_centre.double() / SIGMA) ** 2).exp() * (
-        from_centre.abs() <= SSIM_WINDOW // 2
-    )
+    inside = from_centre.abs() <= SSIM_WINDOW // 2
+    weights = (-0.5 * (from_centre.double() / SIGMA) ** 2).exp() * inside
     return weights / weights.sum(1, keepdim=True)
 
 
 def ssim_uniform(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM of each image as scikit-image's default: a uniform window of 7 pixels, sample covariances."""
-    _check_size("SSIM", x, 7)
-    from skimage.metrics import structural_similarity  # slow to import
+    """SSIM of each image as by default in scikit-image.
 
-    pairs = zip(x.cpu().numpy(), y.cpu().numpy(), strict=True)
-    return torch.tensor(
-        [structural_similarity(a, b, channel_axis=0, data_range=255) for a, b in pairs],
-        dtype=torch.float64,
-    )
+    A uniform window of 7 pixels, sample covariances.
+    """
+    _check_size("SSIM", x, 7)
+    # Slow to import.
+    from skimage.metrics import structural_similarity
+
+    values = [
+        structural_similarity(a, b, channel_axis=0, data_range=255)
+        for a, b in zip(x.cpu().numpy(), y.cpu().numpy(), strict=True)
+    ]
+    return torch.tensor(values, dtype=torch.float64)
 
 
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
-    """MS-SSIM of each image by torchmetrics' definition: levels (B, C, H, W) twice, of at least 176 pixels -> (B,).
+    """MS-SSIM of each image by torchmetrics' definition: levels (B, C, H, W) twice -> (B,).
 
-    Range 255, the paper's five weights, the window of :func:`ssim`. Each scale averages 2x2 pixels of the one before.
-    The first four give their contrast term, averaged over channels and over the positions where the window fits, the
-    last its SSIM, averaged over all positions, with the image reflected at its border. A negative mean counts as 0.
+    Sides of at least 176 pixels, range 255, the paper's five weights, the window of :func:`ssim`.
+    Each scale averages 2x2 pixels of the one before. The first four give their contrast term,
+    averaged over channels and over the positions where the window fits. The last gives its SSIM,
+    averaged over all positions, with the image reflected at its border. A negative mean counts
+    as 0.
     """
-    _check_size(
-        "MS-SSIM with five scales", x, SSIM_WINDOW * 2**4
-    )  # after four halvings the window still fits
-    x, y, found = x.double(), y.double(), torch.ones(len(x), dtype=torch.double, device=x.device)
+    # After four halvings the window still fits.
+    _check_size("MS-SSIM with five scales", x, SSIM_WINDOW * 2**4)
+    x, y = x.double(), y.double()
+    found = torch.ones(len(x), dtype=torch.double, device=x.device)
     for weight in SCALES[:-1]:
         found *= _similarity(x, y)[1].relu() ** weight
         x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
-    x, y = (F.pad(image, 4 * [SSIM_WINDOW // 2], mode="reflect") for image in (x, y))
+
+    border = 4 * [SSIM_WINDOW // 2]
+    x, y = F.pad(x, border, mode="reflect"), F.pad(y, border, mode="reflect")
     return found * _similarity(x, y)[0].relu() ** SCALES[-1]
 
 

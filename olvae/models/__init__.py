@@ -1,1 +1,1 @@
-"""The autoencoder as a plain module, its training step and validation, and the files of trained ones."""
+"""The autoencoder: a plain module, its training step and validation, and its files."""

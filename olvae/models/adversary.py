@@ -27,31 +27,36 @@ LECAM = {"paper": (0.99, False), "code": (0.999, True)}  # decay, and whether th
 
 
 class Adversary(nn.Module):
-    """A discriminator with its losses. It owns no optimizer, and sees the autoencoder only through images.
+    """A discriminator with its losses. It owns no optimizer, and sees only the images.
 
     Args:
-        discriminator_config: PatchGAN, GigaGAN or UNetGAN, or any module from images to a list of logit tensors with
-            their number in ``num_outputs``.
-        loss: hinge [D], logistic, lsgan, wgan or bce; hinge and logistic do equally well [P Table 16].
+        discriminator_config: PatchGAN, GigaGAN or UNetGAN, or any module from images to a list of
+            logit tensors with their number in ``num_outputs``.
+        loss: hinge [D], logistic, lsgan, wgan or bce; hinge and logistic do equally well
+            [P Table 16].
         weight: of the adversarial loss in the autoencoder's; constant [P Table 8], 0.1 [D].
         start_step: the autoencoder's step at which the adversary starts to play.
-        ramp_steps: steps over which the weight then grows linearly from 0; and updates of the discriminator over which
-            cutmix_probability does.
-        warmup_updates: updates of the discriminator alone, at the start step, before the autoencoder continues.
+        ramp_steps: steps over which the weight then grows linearly from 0; and updates of the
+            discriminator over which cutmix_probability does.
+        warmup_updates: updates of the discriminator alone, at the start step, before the
+            autoencoder continues.
         updates_per_step: updates of the discriminator for each one of the autoencoder.
-        adaptive_weight: multiply the weight by the ratio of the gradients of the pixel terms and of the adversarial
-            term at the decoder's last layer, as the latent-diffusion code does.
-        adaptive_max: the ratio's ceiling in the unit of that code, whose pixel terms are sums over an image. Here they
-            are means, so the ratio is clamped to adaptive_max / (C H W): for 1e4, 0.051 at 256 pixels.
+        adaptive_weight: multiply the weight by the ratio of the gradients of the pixel terms and of
+            the adversarial term at the decoder's last layer, as the latent-diffusion code does.
+        adaptive_max: the ratio's ceiling in the unit of that code, whose pixel terms are sums over
+            an image. Here they are means, so the ratio is clamped to adaptive_max / (C H W): for
+            1e4, 0.051 at 256 pixels.
         learning_rate_ratio: the discriminator's learning rate over the autoencoder's.
         betas: of the discriminator's Adam.
-        r1_weight: gamma of the R1 penalty, gamma / 2 E |grad_x sum of logits|^2; 0 turns it off. Computed at every
-            r1_every-th update, times r1_every. The sum grows with the number of logits: choose gamma by ``train/r1``.
+        r1_weight: gamma of the R1 penalty, gamma / 2 E |grad_x sum of logits|^2; 0 turns it off.
+            Computed at every r1_every-th update, times r1_every. The sum grows with the number of
+            logits: choose gamma by ``train/r1``.
         lecam_weight: of the LeCam penalty; 0 turns it off.
-        lecam_variant: ``paper``, or ``code`` with the ReLU and the decay of the published code; see :class:`LeCam`.
-        cutmix_probability: share of the discriminator's updates with CutMix: the loss on mixed images plus the
-            consistency term (MSE, weight 1) in place of the normal loss. The published code has 0.5 after a ramp. Needs
-            per-pixel logits, as UNetGAN's.
+        lecam_variant: ``paper``, or ``code`` with the ReLU and the decay of the published code; see
+            :class:`LeCam`.
+        cutmix_probability: share of the discriminator's updates with CutMix: the loss on mixed
+            images plus the consistency term (MSE, weight 1) in place of the normal loss. The
+            published code has 0.5 after a ramp. Needs per-pixel logits, such as UNetGAN's.
     """
 
     def __init__(
@@ -74,14 +79,15 @@ class Adversary(nn.Module):
         cutmix_probability: float = 0.0,
     ) -> None:
         super().__init__()
+        # Ranges of the numbers
         check_not_negative(
             weight=weight,
             start_step=start_step,
             ramp_steps=ramp_steps,
             warmup_updates=warmup_updates,
-        )
-        check_not_negative(
-            r1_weight=r1_weight, lecam_weight=lecam_weight, adaptive_max=adaptive_max
+            r1_weight=r1_weight,
+            lecam_weight=lecam_weight,
+            adaptive_max=adaptive_max,
         )
         check_counts(1, updates_per_step=updates_per_step, r1_every=r1_every)
         if learning_rate_ratio <= 0:
@@ -91,60 +97,66 @@ class Adversary(nn.Module):
                 f"cutmix_probability must be between 0 and 1, got {cutmix_probability}"
             )
         check_choice(LECAM, lecam_variant=lecam_variant)
+
+        # The discriminator: power iterations run once an update, not in each forward pass.
         self.discriminator: nn.Module = instantiate(discriminator_config)
         if not isinstance(getattr(self.discriminator, "num_outputs", None), int):
             raise ConfigError(
-                f"discriminator_config: {discriminator_config['target']} has no num_outputs (of logits)"
+                f"discriminator_config: {discriminator_config['target']} has no num_outputs (of "
+                "logits)"
             )
         stop_power_iterations(self.discriminator)
-        self.loss, self.weight, self.start_step, self.ramp_steps = (
-            loss,
-            weight,
-            start_step,
-            ramp_steps,
-        )
-        self.warmup_updates, self.updates_per_step = warmup_updates, updates_per_step
-        self.adaptive_weight, self.adaptive_max = adaptive_weight, adaptive_max
-        self.learning_rate_ratio, self.betas = learning_rate_ratio, check_betas(betas)
+
+        # The losses, and their schedule
+        self.loss = loss
+        self.weight = weight
+        self.start_step, self.ramp_steps = start_step, ramp_steps
+        self.warmup_updates = warmup_updates
+        self.updates_per_step = updates_per_step
+        self.adaptive_weight = adaptive_weight
+        self.adaptive_max = adaptive_max
+        self.learning_rate_ratio = learning_rate_ratio
+        self.betas = check_betas(betas)
         self.r1_weight, self.r1_every = r1_weight, r1_every
-        self.lecam_weight, self.cutmix_probability = lecam_weight, cutmix_probability
-        decay, relu = LECAM[lecam_variant]
-        self.lecam = (
-            adversarial.LeCam(self.discriminator.num_outputs, decay, relu) if lecam_weight else None
-        )
+        self.cutmix_probability = cutmix_probability
+        self.lecam_weight = lecam_weight
+        self.lecam: adversarial.LeCam | None = None
+        if lecam_weight:
+            decay, relu = LECAM[lecam_variant]
+            self.lecam = adversarial.LeCam(self.discriminator.num_outputs, decay, relu)
         self.updates = 0  # of the discriminator so far
 
     def check(self, model: Model, source: Source, max_steps: int) -> None:
-        """Raise ConfigError unless it plays before the last step, beside an image loss, and takes the images."""
+        """Raise ConfigError if the adversary can't play in this run, or on these images."""
         if self.start_step >= max_steps:
-            late = (
-                f"start_step: {self.start_step} is not below max_steps, {max_steps}: set it lower"
-            )
             raise ConfigError(
-                f"model.params.adversary_config.params.{late}, or model.params.adversary_config=null"
+                f"model.params.adversary_config.params.start_step: {self.start_step} is not below "
+                f"max_steps, {max_steps}: set it lower, or model.params.adversary_config=null"
             )
         if not set(IMAGE_TERMS) & set(model.loss_weights):
             raise ConfigError(
-                "lossconfig.params: an adversary needs one of the losses that compare images beside it"
+                "lossconfig.params: an adversary needs one of the losses that compare images "
+                "beside it"
             )
         self.check_image(model.encoder.in_channels, source.size)
 
     def check_image(self, channels: int, size: Size) -> None:
-        """Run the discriminator on a grey image of this size; ConfigError if it does not take such images."""
+        """Run the discriminator on a grey image; ConfigError if it does not take this size."""
         sides = Sides.of(size)
         try:
             with torch.no_grad():
                 logits = self.discriminator.eval()(torch.zeros(1, channels, *sides))
         except (ValueError, RuntimeError) as error:
-            where = "adversary_config.params.discriminator_config.params"
             raise ConfigError(
-                f"{where}: it does not take images of {channels}x{sides}: {error}"
+                "adversary_config.params.discriminator_config.params: it does not take images of "
+                f"{channels}x{sides}: {error}"
             ) from error
         finally:
             self.discriminator.train()
         if self.cutmix_probability and logits[0].shape[-2:] != sides:
             raise ConfigError(
-                "cutmix_probability needs a discriminator with one logit per pixel first, such as UNetGAN"
+                "cutmix_probability needs a discriminator with one logit per pixel first, such as "
+                "UNetGAN"
             )
 
     def plays(self, step: int) -> bool:
@@ -160,7 +172,10 @@ class Adversary(nn.Module):
         return self.weight * min(1.0, max(0, step - self.start_step + 1) / max(1, self.ramp_steps))
 
     def weight_in(self, model: Model, step: Step) -> Tensor | float:
-        """The weight of the loss ``adversarial`` in this step, times the adaptive weight if that is on; logs health."""
+        """The weight of the loss ``adversarial`` in this step, adaptive if that is on.
+
+        Also reports the adaptive factor, and the adversarial gradient over the image terms'.
+        """
         weight: Tensor | float = self.weight_at(model.global_step)
         if self.adaptive_weight or model.reports:
             ratio = model.ratio_of_gradients(step, step.losses["adversarial"])
@@ -172,7 +187,7 @@ class Adversary(nn.Module):
         return weight
 
     def generator_loss(self, fake: Tensor) -> Tensor:
-        """The autoencoder's loss: its gradient reaches ``fake``, and no parameter of the discriminator."""
+        """The autoencoder's loss: its gradient reaches ``fake``, but not the discriminator."""
         learning = nn.ParameterList(p for p in self.discriminator.parameters() if p.requires_grad)
         learning.requires_grad_(False)
         try:
@@ -181,12 +196,15 @@ class Adversary(nn.Module):
             learning.requires_grad_(True)
 
     def discriminator_loss(self, real: Tensor, fake: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss on images (B, C, H, W), which no gradient reaches; and to log: terms, logits, accuracy.
+        """The loss on images (B, C, H, W), which get no gradient; and values to log.
 
-        ``discriminator`` is the normal loss, in an update with CutMix too.
+        These are the terms, logits and accuracy. ``discriminator`` is the normal loss, also in an
+        update with CutMix.
         """
-        real, fake = real.detach(), fake.detach()
+        real = real.detach()
+        fake = fake.detach()
         with shared_weights(self.discriminator):
+            # The normal loss
             real_logits: list[Tensor] = self.discriminator(real)
             fake_logits: list[Tensor] = self.discriminator(fake)
             total = adversarial.discriminator_loss(self.loss, real_logits, fake_logits)
@@ -196,15 +214,25 @@ class Adversary(nn.Module):
                 "logits_fake": adversarial.mean_of_outputs(fake_logits),
                 "accuracy": adversarial.discriminator_accuracy(real_logits, fake_logits, self.loss),
             }
+
+            # CutMix takes its place; penalties come on top.
             terms = self.rare_terms(self.updates)
             if "CutMix" in terms:
-                logs["cutmix"] = total = self._cutmix(real, fake, real_logits[0], fake_logits[0])
+                mixed, mask = cutmix(real, fake)
+                # (B, 1, H, W), then any logits of whole images
+                logits: list[Tensor] = self.discriminator(mixed)
+                total = cutmix_consistency(logits[0], real_logits[0], fake_logits[0], mask)
+                total = total + cutmix_loss(self.loss, logits, mask)
+                logs["cutmix"] = total
             if self.lecam is not None:
-                logs["lecam"] = term = self.lecam(real_logits, fake_logits)
-                total = total + self.lecam_weight * term
+                logs["lecam"] = self.lecam(real_logits, fake_logits)
+                total = total + self.lecam_weight * logs["lecam"]
             if "R1" in terms:
-                logs["r1"] = term = self._r1(real)
-                total = total + self.r1_weight * self.r1_every * term
+                with no_autocast(real):
+                    image = real.float().requires_grad_()
+                    # `forward`, because a compiled network can't be differentiated twice.
+                    logs["r1"] = adversarial.r1_penalty(self.discriminator.forward(image), image)
+                total = total + self.r1_weight * self.r1_every * logs["r1"]
         return total, {name: value.detach() for name, value in logs.items()}
 
     def updated(self) -> None:
@@ -213,29 +241,18 @@ class Adversary(nn.Module):
         power_iteration(self.discriminator)
 
     def rare_terms(self, updates: int) -> list[str]:
-        """CutMix and R1, where the update after so many has them: the same in all processes and micro-batches."""
+        """Which of CutMix and R1 belong to the update after this number of updates.
+
+        The same in all processes and micro-batches.
+        """
         ramp = min(1.0, updates / self.ramp_steps) if self.ramp_steps else 1.0
         draw = np.random.default_rng(mix_seeds(updates)).random()
-        due = {
-            "CutMix": draw < self.cutmix_probability * ramp,
-            "R1": self.r1_weight and updates % self.r1_every == 0,
-        }
-        return [term for term, is_due in due.items() if is_due]
-
-    def _cutmix(
-        self, real: Tensor, fake: Tensor, real_pixels: Tensor, fake_pixels: Tensor
-    ) -> Tensor:
-        mixed, mask = cutmix(real, fake)
-        logits: list[Tensor] = self.discriminator(mixed)  # (B, 1, H, W), and any of whole images
-        return cutmix_consistency(logits[0], real_pixels, fake_pixels, mask) + cutmix_loss(
-            self.loss, logits, mask
-        )
-
-    def _r1(self, real: Tensor) -> Tensor:
-        with no_autocast(real):
-            image = real.float().requires_grad_()
-            # forward, because a compiled network can't be differentiated twice
-            return adversarial.r1_penalty(self.discriminator.forward(image), image)
+        terms = []
+        if draw < self.cutmix_probability * ramp:
+            terms.append("CutMix")
+        if self.r1_weight and updates % self.r1_every == 0:
+            terms.append("R1")
+        return terms
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.updates)

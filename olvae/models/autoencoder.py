@@ -34,9 +34,8 @@ from olvae.modules.litevae.smc import fold_smc
 
 Progress = Callable[[float], None]  # called from time to time with the fraction that is done
 
-MAX_PARAMETERS = (
-    10**9
-)  # of networks that are built from a file's config; the largest recipe has a tenth
+# Of networks that are built from a file's config; the largest recipe has a tenth.
+MAX_PARAMETERS = 10**9
 
 
 class Autoencoder(nn.Module, ABC):
@@ -51,17 +50,18 @@ class Autoencoder(nn.Module, ABC):
 
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
-    """For a diffusion model, whose input is (z - shift_factor) * scaling_factor; encode and decode use neither."""
+    """For a diffusion model, whose input is (z - shift_factor) * scaling_factor.
+
+    Encode and decode use neither."""
     latents_mean: Sequence[float] | None = None
     latents_std: Sequence[float] | None = None
-    """Per channel, for a diffusion model whose input is (z - latents_mean) * scaling_factor / latents_std.
+    """For a diffusion model whose input is (z - latents_mean) * scaling_factor / latents_std.
 
-    As in FLUX.2 there may be four of them for each channel: of the positions of a 2x2 patch, row by row."""
+    One for each channel, or four, as in FLUX.2: for the positions of a 2x2 patch, row by row."""
     force_upcast: bool = False  # whether pipelines in fp16 should decode in float32
     pixel_range: PixelRange = EIGHT_BITS  # of its images: to [-1, 1] and back to real values
-    factors_known: bool = (
-        True  # False if the file has none of these factors, so that they are a guess
-    )
+    # False if the file has none of these factors, so that they are a guess.
+    factors_known: bool = True
 
     @property
     def for_diffusion(self) -> dict[str, Any]:
@@ -69,30 +69,38 @@ class Autoencoder(nn.Module, ABC):
         return {name: getattr(self, name) for name in FOR_DIFFUSION}
 
     def from_diffusion(self, z: Tensor) -> Tensor:
-        """Undo the scaling for a diffusion model: (B, n_z, h, w) of standard deviation 1 -> a latent to decode."""
+        """Undo the scaling for a diffusion model: latents (B, n_z, h, w) to decode.
+
+        ``z`` has a standard deviation of 1.
+        """
         if self.latents_mean is None or self.latents_std is None:
             return z / self.scaling_factor + self.shift_factor
+
+        # Repeat the numbers of a patch's positions, 1x1 or 2x2, over the latent: (n_z, h, w).
         side = 1 if len(self.latents_mean) == z.shape[1] else 2
-        patches = (
-            z.new_tensor(n).view(-1, side, side) for n in (self.latents_mean, self.latents_std)
-        )
         rows, columns = (torch.arange(size, device=z.device) % side for size in z.shape[-2:])
-        mean, std = (patch[:, rows[:, None], columns] for patch in patches)  # (n_z, h, w)
+        mean, std = (
+            z.new_tensor(numbers).view(-1, side, side)[:, rows[:, None], columns]
+            for numbers in (self.latents_mean, self.latents_std)
+        )
         return z * std / self.scaling_factor + mean
 
     def use_latents(self, mean: Tensor, std: Tensor) -> None:
-        """Convert latents in a diffusion model's units, as TAESD's, to ones of this mean and deviation, (n_z) each."""
+        """Replace a diffusion model's units, as TAESD's, by latents of this mean and deviation.
+
+        Per channel, (n_z) each. Other autoencoders do nothing.
+        """
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents per channel, (n_z) each, as the factors know them."""
+        """Mean and standard deviation of the latents per channel, (n_z) each, by the factors.
+
+        Means over a patch's positions, if these differ.
+        """
         n_z = self.latent_channels
         mean = torch.tensor(self.latents_mean or [self.shift_factor] * n_z, dtype=torch.float64)
-        std = (
-            torch.tensor(self.latents_std or [1.0] * n_z, dtype=torch.float64) / self.scaling_factor
-        )
-        return mean.view(n_z, -1).mean(1), std.view(n_z, -1).mean(
-            1
-        )  # over the positions of a patch, if they differ
+        std = torch.tensor(self.latents_std or [1.0] * n_z, dtype=torch.float64)
+        std = std / self.scaling_factor
+        return mean.view(n_z, -1).mean(1), std.view(n_z, -1).mean(1)
 
     @abstractmethod
     def encode(self, x: Tensor) -> Posterior:
@@ -103,7 +111,7 @@ class Autoencoder(nn.Module, ABC):
         """(B, n_z, h, w) -> (B, C, f h, f w), nominally in [-1, 1], not clamped."""
 
     def as_litevae(self, name: str) -> "LiteVAE":
-        """The same autoencoder with networks that can be trained and exported; ConfigError if it can't be that."""
+        """The same autoencoder as a LiteVAE, to train or export; ConfigError if it can't be one."""
         raise ConfigError(
             f"{name}: only LiteVAE and AutoencoderKL can be trained and exported here"
         )
@@ -112,8 +120,13 @@ class Autoencoder(nn.Module, ABC):
         """Return a faster copy for inference, if there is one; by default the model itself."""
         return self
 
-    def encode_within(self, x: Tensor, memory: int, progress: Progress | None = None) -> Posterior:  # noqa: ARG002
-        """``encode(x)`` without gradients within ``memory`` bytes; by default whole, whatever that takes."""
+    def encode_within(
+        self,
+        x: Tensor,
+        memory: int,  # noqa: ARG002
+        progress: Progress | None = None,  # noqa: ARG002
+    ) -> Posterior:
+        """``encode(x)`` without gradients, in at most ``memory`` bytes; here whole nevertheless."""
         with torch.no_grad():
             return self.encode(x)
 
@@ -124,7 +137,10 @@ class Autoencoder(nn.Module, ABC):
         memory: int | None = None,  # noqa: ARG002
         progress: Progress | None = None,  # noqa: ARG002
     ) -> Tensor:
-        """``decode(z)`` without gradients in tiles of this side, or within ``memory`` bytes; by default whole."""
+        """``decode(z)`` without gradients, in tiles of this side or at most ``memory`` bytes.
+
+        Here whole; ValueError for a ``tile``.
+        """
         if tile is not None:
             raise ValueError(
                 f"{type(self).__name__} decodes the whole latent at once: leave `tile` out"
@@ -133,13 +149,14 @@ class Autoencoder(nn.Module, ABC):
             return self.decode(z)
 
     def forward(self, x: Tensor, sample_posterior: bool = False) -> tuple[Tensor, Posterior]:
-        """Reconstruct from the posterior's mode or a sample; the reconstruction and the posterior."""
+        """Reconstruct from the posterior's mode or a sample; return image and posterior."""
         posterior = self.encode(x)
-        return self.decode(posterior.sample() if sample_posterior else posterior.mode()), posterior
+        latent = posterior.sample() if sample_posterior else posterior.mode()
+        return self.decode(latent), posterior
 
 
 class Quantizer(nn.Module):
-    """The two 1x1 convolutions of the latent-diffusion autoencoders, under their published names [M]."""
+    """The two 1x1 convolutions of latent-diffusion's autoencoders, with published names [M]."""
 
     def __init__(self, latent_dim: int, embed_dim: int, z_channels: int) -> None:
         super().__init__()
@@ -152,8 +169,9 @@ class Quantizer(nn.Module):
             assert isinstance(conv, nn.Conv2d)
             if conv.in_channels != conv.out_channels:
                 raise ConfigError(
-                    f"linear: {name} would change {conv.in_channels} channels to {conv.out_channels}: set latent_dim "
-                    "to 2 embed_dim and z_channels to embed_dim, or leave use_quant out"
+                    f"linear: {name} would change {conv.in_channels} channels to "
+                    f"{conv.out_channels}: set latent_dim to 2 embed_dim and z_channels to "
+                    "embed_dim, or leave use_quant out"
                 )
             nn.init.dirac_(conv.weight)
             assert conv.bias is not None
@@ -169,7 +187,7 @@ class LiteVAE(
     repo_url="https://github.com/open-litevae/open-litevae",
     paper_url="https://arxiv.org/abs/2405.14477",
 ):
-    """An autoencoder for latent diffusion; a quantizer is a 1x1 convolution on either side of the latent.
+    """An autoencoder for latent diffusion: an encoder, a decoder and maybe a :class:`Quantizer`.
 
     Raises ValueError: encoder and decoder do not fit each other.
     """
@@ -179,35 +197,29 @@ class LiteVAE(
     ) -> None:
         super().__init__()
         self.encoder, self.decoder, self.quantizer = encoder, decoder, quantizer
-        self.in_channels, self.downscale, self.image_size = (
-            encoder.in_channels,
-            encoder.downscale,
-            encoder.image_size,
-        )
-        self.latent_channels = (
-            quantizer.post_quant_conv.in_channels if quantizer else decoder.z_channels
-        )
+        self.in_channels = encoder.in_channels
+        self.downscale = encoder.downscale
+        self.image_size = encoder.image_size
+        self.latent_channels = decoder.z_channels
+        if quantizer is not None:
+            self.latent_channels = quantizer.post_quant_conv.in_channels
         self.deterministic = encoder.deterministic
         self.folded = False  # whether the self-modulated convolutions are ordinary ones, see fold
-        for name, value, other_name, other in (
-            (
-                "latent_dim",
-                encoder.latent_dim,
-                "twice the decoder's z_channels",
-                2 * decoder.z_channels,
-            ),
-            ("downscale", encoder.downscale, "the decoder's upscale", decoder.upscale),
-            (
-                "in_channels",
-                encoder.in_channels,
-                "the decoder's out_channels",
-                decoder.out_channels,
-            ),
-        ):
-            if value != other and not (name == "latent_dim" and quantizer is not None):
+
+        # Do the halves fit each other?
+        wanted = {
+            "latent_dim": ("twice the decoder's z_channels", 2 * decoder.z_channels),
+            "downscale": ("the decoder's upscale", decoder.upscale),
+            "in_channels": ("the decoder's out_channels", decoder.out_channels),
+        }
+        if quantizer is not None:
+            del wanted["latent_dim"]  # its convolutions change the number of channels
+        for name, (other_name, other) in wanted.items():
+            value = getattr(encoder, name)
+            if value != other:
                 raise ValueError(f"the encoder's {name}, {value}, is not {other_name}, {other}")
 
-    def as_litevae(self, name: str) -> "LiteVAE":  # noqa: ARG002  (of a message that is not needed)
+    def as_litevae(self, name: str) -> "LiteVAE":  # noqa: ARG002  (for a message of the others)
         return self
 
     @classmethod
@@ -224,50 +236,51 @@ class LiteVAE(
         Args:
             encoder_config, decoder_config: nodes of an Encoder and a Decoder.
             embed_dim: n_z, channels of the latent.
-            use_quant: put a 1x1 convolution on either side of the latent; the encoder's ``latent_dim`` is its width
-                before the convolution. Otherwise ``latent_dim`` may be left out, 2 ``embed_dim``, or ``embed_dim``, as
-                in the published YAML.
-            initial_logvar: added to the bias of the log-variances: at 0 the latent of fresh weights is mostly noise.
+            use_quant: put a 1x1 convolution on either side of the latent; the encoder's
+                ``latent_dim`` is its width before the convolution. Otherwise ``latent_dim`` may be
+                left out, 2 ``embed_dim``, or ``embed_dim``, as in the published YAML.
+            initial_logvar: added to the bias of the log-variances: at 0 the latent of fresh weights
+                is mostly noise.
 
         Raises ConfigError: a node has mistakes, or ``latent_dim`` does not fit.
         """
         latent_dim = (encoder_config.get("params") or {}).get("latent_dim", 2 * embed_dim)
         if not use_quant and latent_dim not in (embed_dim, 2 * embed_dim):
             raise ConfigError(
-                f"encoder_config.params.latent_dim is {latent_dim}, but without use_quant the encoder computes the "
-                f"moments of embed_dim = {embed_dim} channels: leave latent_dim out, or set use_quant"
+                f"encoder_config.params.latent_dim is {latent_dim}, but without use_quant the "
+                f"encoder computes the moments of embed_dim = {embed_dim} channels: leave "
+                "latent_dim out, or set use_quant"
             )
-        encoder = instantiate(
-            encoder_config, **({} if use_quant else {"latent_dim": 2 * embed_dim})
-        )
+        moments = {} if use_quant else {"latent_dim": 2 * embed_dim}
+        encoder = instantiate(encoder_config, **moments)
         decoder = instantiate(decoder_config)
-        quantizer = (
-            Quantizer(encoder.latent_dim, embed_dim, decoder.z_channels) if use_quant else None
-        )
-        if quantizer is not None and (encoder.linear is not None or decoder.linear is not None):
-            quantizer.start_as_identity()
-        # In bf16 the means would be spaced 2^-7 at 1 to 2, wider than the deviations that a small KL weight leaves.
-        quant_conv = None if quantizer is None else quantizer.quant_conv
-        for conv in (last_convolution(encoder), encoder.linear, quant_conv):
+        quantizer = None
+        if use_quant:
+            quantizer = Quantizer(encoder.latent_dim, embed_dim, decoder.z_channels)
+            if encoder.linear is not None or decoder.linear is not None:
+                quantizer.start_as_identity()
+
+        # The moments in float32: in bf16 means of 1 to 2 would be spaced by 2^-7, more than the
+        # deviations that a small KL weight leaves.
+        for conv in (last_convolution(encoder), encoder.linear):
             if conv is not None:
                 keep_in_float32(conv)
+        if quantizer is not None:
+            keep_in_float32(quantizer.quant_conv)
         return cls(encoder, decoder, quantizer)._shift_logvar(initial_logvar)
 
     @classmethod
     def from_spec(cls, spec: AutoencoderSpec, max_parameters: int = MAX_PARAMETERS) -> "LiteVAE":
-        """Build with fresh weights; ConfigError as :meth:`from_config`, or for more than ``max_parameters``."""
+        """Build with fresh weights; ConfigError as :meth:`from_config`, or if it is too large."""
 
         def build() -> "LiteVAE":
-            networks = (
-                spec.encoder_config,
-                spec.decoder_config,
-                spec.embed_dim,
-                spec.use_quant,
-                spec.initial_logvar,
-            )
-            model = cls.from_config(*networks)
-            return model.fold() if spec.folded else model
+            halves = (spec.encoder_config, spec.decoder_config)
+            model = cls.from_config(*halves, spec.embed_dim, spec.use_quant, spec.initial_logvar)
+            if spec.folded:
+                model = model.fold()
+            return model
 
+        # Count on the meta device before any memory is taken.
         if spec.ours:
             with torch.device("meta"):
                 parameters = count_parameters(build())
@@ -283,10 +296,11 @@ class LiteVAE(
         """Set some or all of :attr:`Autoencoder.for_diffusion`."""
         for name, value in values.items():
             assert name in FOR_DIFFUSION
-            number = float(value) if name.endswith("_factor") else value
-            setattr(
-                self, name, [float(v) for v in value] if isinstance(value, Sequence) else number
-            )
+            if isinstance(value, Sequence):
+                value = [float(v) for v in value]
+            elif name.endswith("_factor"):
+                value = float(value)
+            setattr(self, name, value)
         return self
 
     @classmethod
@@ -307,27 +321,33 @@ class LiteVAE(
         """Load a trained autoencoder, in evaluation mode.
 
         Args:
-            path_or_id: a run folder, an export, a file of weights (.safetensors, .ckpt, .pt) with its config in it or
-                beside it, a folder with one of each, ``olvae:NAME`` of a model that ships with this package, or an
-                id of the Hugging Face hub, such as RGenDiff/olitevaeB_im_f8c12.
+            path_or_id: a run folder, an export, a file of weights (.safetensors, .ckpt, .pt) with
+                its config in it or beside it, a folder with one of each, ``olvae:NAME`` of a model
+                that ships with this package, or an id of the Hugging Face hub, such as
+                RGenDiff/olitevaeB_im_f8c12.
             revision, token, cache_dir, force_download, local_files_only: as in huggingface_hub.
-            config: the config instead of the one beside the weights: a YAML file, a config.json, or its content.
+            config: replaces the config beside the weights: a YAML file, a config.json, or its
+                content.
             raw: the weights as trained, not the averaged ones (EMA).
             allow_mismatch: load the tensors that fit, and warn of the others.
             dtype: of the parameters.
 
         Raises:
             FileNotFoundError: it was not found, here or on the hub, or the hub can't be reached.
-            ConfigError: the config is missing, has mistakes, or names code from outside this package.
-            ValueError: the weights are not readable, non-finite, or of another model; the message lists the names.
+            ConfigError: the config is missing, has mistakes, or names code from outside this
+                package.
+            ValueError: the weights are not readable, non-finite, or of another model; the message
+                lists the names.
         """
-        access = {
-            "revision": revision,
-            "token": token,
-            "cache_dir": cache_dir,
-            "local_files_only": local_files_only,
-        }
-        found = locate(path_or_id, config, force_download=force_download, **access)
+        found = locate(
+            path_or_id,
+            config,
+            force_download=force_download,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+        )
         if raw and found.weights.suffix == ".safetensors" and is_export(found.weights):
             warnings.warn(f"{path_or_id}: {ONE_KIND}", stacklevel=2)
         return load_located(found, read_weights(found.weights, raw), allow_mismatch, dtype)
@@ -335,50 +355,48 @@ class LiteVAE(
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> str | None:
         """Write an export, which diffusers reads too, and a short README.md if there is none.
 
-        ValueError if a network is not of this package, or weights are non-finite; then nothing is written.
+        ValueError if a network is not of this package, or weights are non-finite; then nothing is
+        written.
         """
         self._check_saveable()
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        state = {
-            name.replace("_orig_mod.", ""): value for name, value in self.state_dict().items()
-        }  # torch.compile's
+        # torch.compile puts "_orig_mod." into the names of a network's tensors.
+        state = {name.replace("_orig_mod.", ""): t for name, t in self.state_dict().items()}
         write_export(state, self.export_config(), Path(save_directory))
         return super().save_pretrained(save_directory, **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        write_json(
-            self.export_config(), save_directory / CONFIG_NAME
-        )  # which the mixin has just removed
+        # The mixin, which calls this, has just removed the file.
+        write_json(self.export_config(), save_directory / CONFIG_NAME)
 
     def _check_saveable(self) -> None:
         self.export_config()
-        if broken := [
-            name for name, tensor in self.state_dict().items() if not tensor.isfinite().all()
-        ]:
+        broken = [name for name, t in self.state_dict().items() if not t.isfinite().all()]
+        if broken:
             raise ValueError(
                 f"{len(broken)} of the model's tensors have non-finite values ({broken[0]}, ...)"
             )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Save to a repository of the Hugging Face hub, which is created if missing; returns the commit's address.
+        """Save to a repository of the Hugging Face hub, which is created if missing.
 
-        ``kwargs`` are huggingface_hub's: private, commit_message, token, branch, create_pr, ... OSError if the hub
-        refuses, or can't be reached; ValueError as :meth:`save_pretrained`: no repository is made.
+        Returns the commit's address. ``kwargs`` are huggingface_hub's: private, commit_message,
+        token, branch, create_pr, ... OSError if the hub refuses, or can't be reached; ValueError as
+        :meth:`save_pretrained`: no repository is made.
         """
         self._check_saveable()
         try:
             return super().push_to_hub(repo_id, **kwargs)
-        except (TypeError, ValueError):  # the caller's, such as an id of another form
-            raise
-        except (
-            Exception
-        ) as error:  # of HTTP, or of the connection: which class that is depends on the version
+        except (TypeError, ValueError):
+            raise  # the caller's mistake, such as an id of another form
+        except Exception as error:
+            # Of HTTP or the connection; their classes depend on huggingface_hub's version.
             message = first_line(error)
-            if isinstance(error, HfHubHTTPError) and (status := error.response.status_code) in (
-                401,
-                403,
-            ):
-                message = f"the hub wants a token that may write there: set HF_TOKEN, or run hf auth login ({status})"
+            if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+                message = (
+                    "the hub wants a token that may write there: set HF_TOKEN, or run hf auth "
+                    f"login ({error.response.status_code})"
+                )
             raise OSError(f"{repo_id}: not uploaded: {message}") from error
 
     @torch.no_grad()
@@ -388,7 +406,8 @@ class LiteVAE(
         last = self.quantizer.quant_conv if self.quantizer else last_convolution(self.encoder)
         if last is None or last is self.encoder.linear:
             raise ConfigError(
-                f"initial_logvar: {type(self.encoder).__name__} learns no log-variances: leave it out"
+                f"initial_logvar: {type(self.encoder).__name__} learns no log-variances: leave it "
+                "out"
             )
         assert last.bias is not None
         last.bias[self.latent_channels :] += shift
@@ -406,12 +425,12 @@ class LiteVAE(
 
     def export_config(self) -> Config:
         """The config.json of an export; ValueError as :meth:`AutoencoderSpec.to_export`."""
-        given = {
-            "folded": self.folded,
-            "pixel_range": self.pixel_range.as_node(),
+        spec = AutoencoderSpec(
+            **self.config,
+            folded=self.folded,
+            pixel_range=self.pixel_range.as_node(),
             **self.for_diffusion,
-        }
-        spec = AutoencoderSpec(**self.config, **given)
+        )
         return spec.to_export(
             block_out_channels=self.decoder.widths,
             in_channels=self.in_channels,
@@ -423,39 +442,43 @@ class LiteVAE(
         )
 
     def moments(self, x: Tensor, encode: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """(B, C, H, W) in [-1, 1] -> means, then log-variances, (B, 2 n_z, H/f, W/f); float32 under autocast.
+        """(B, C, H, W) in [-1, 1] -> means, then log-variances, (B, 2 n_z, H/f, W/f).
 
-        The encoder's last convolution, its linear path and ``quant_conv`` are computed in float32 there.
+        Under autocast they are float32, as are the encoder's last convolution, its linear path and
+        ``quant_conv``. ``encode`` replaces the encoder's forward pass.
         """
         if not isinstance(x, Tensor):
             raise TypeError(
-                f"images are a tensor (B, C, H, W) in [-1, 1], got {type(x).__name__}: torchvision's "
-                "pil_to_tensor(image)[None] / 127.5 - 1 makes one"
+                f"images are a tensor (B, C, H, W) in [-1, 1], got {type(x).__name__}: "
+                "torchvision's pil_to_tensor(image)[None] / 127.5 - 1 makes one"
             )
         if not x.is_floating_point():
             raise ValueError(
                 f"images are floats in [-1, 1], got {x.dtype}: convert 0..255 by x / 127.5 - 1"
             )
-        moments = (encode or self.encoder)(x)  # (B, latent_dim, H/f, W/f)
+        moments: Tensor = (encode or self.encoder)(x)  # (B, latent_dim, H/f, W/f)
         if self.quantizer is not None:
             moments = self.quantizer.quant_conv(moments)  # (B, 2 n_z, H/f, W/f)
-        return upcast(moments) if autocast_enabled(moments) else moments
+        if autocast_enabled(moments):
+            moments = upcast(moments)
+        return moments
 
     @torch.no_grad()
     def moments_within(self, x: Tensor, memory: int, progress: Progress | None = None) -> Tensor:
-        """:meth:`moments`, equal to rounding, within ``memory`` bytes; see :mod:`olvae.models.large.streaming`."""
+        """:meth:`moments` within ``memory`` bytes, equal up to rounding.
+
+        See :mod:`olvae.models.large.streaming`.
+        """
         return self.moments(x, lambda images: encode_within(self.encoder, images, memory, progress))
 
     def posterior(self, moments: Tensor) -> Posterior:
         """The posterior of these moments, (B, 2 n_z, h, w)."""
-        return (
-            Deterministic(moments.chunk(2, dim=1)[0])
-            if self.deterministic
-            else DiagonalGaussian(moments)
-        )
+        if self.deterministic:
+            return Deterministic(moments.chunk(2, dim=1)[0])
+        return DiagonalGaussian(moments)
 
     def encode_within(self, x: Tensor, memory: int, progress: Progress | None = None) -> Posterior:
-        """``encode(x)``, equal to rounding, within ``memory`` bytes; large images in strips."""
+        """``encode(x)`` within ``memory`` bytes, equal up to rounding; large images in strips."""
         return self.posterior(self.moments_within(x, memory, progress))
 
     @torch.no_grad()
@@ -466,7 +489,10 @@ class LiteVAE(
         memory: int | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        """``decode(z)``, equal to rounding, in tiles; see :func:`~olvae.models.large.tiling.decode_tiled`."""
+        """``decode(z)`` in tiles, equal up to rounding.
+
+        See :func:`~olvae.models.large.tiling.decode_tiled`.
+        """
         return decode_tiled(self.decoder, self.decoder_input(z), tile, memory, progress)
 
     def encode(self, x: Tensor) -> Posterior:
@@ -478,16 +504,18 @@ class LiteVAE(
         return x
 
     def decoder_input(self, z: Tensor) -> Tensor:
-        """(B, n_z, h, w) -> (B, z_channels, h, w): the quantizer's 1x1 convolution, which sees no neighbours."""
+        """(B, n_z, h, w) -> (B, z_channels, h, w): the quantizer's 1x1 convolution, if any."""
         if not isinstance(z, Tensor):
             raise TypeError(
-                f"latents are a tensor, got {type(z).__name__}: a posterior has .mode() and .sample()"
+                f"latents are a tensor, got {type(z).__name__}: a posterior has .mode() and "
+                ".sample()"
             )
-        x: Tensor = z if self.quantizer is None else self.quantizer.post_quant_conv(z)
-        return x
+        if self.quantizer is not None:
+            z = self.quantizer.post_quant_conv(z)
+        return z
 
     def fold(self) -> "LiteVAE":
-        """A copy for inference with ordinary convolutions for the self-modulated ones: same function, faster."""
+        """A faster copy for inference: self-modulated convolutions become ordinary ones."""
         folded = fold_smc(self)
         assert isinstance(folded, LiteVAE)
         folded.folded = True
@@ -500,26 +528,18 @@ def load_located(
     allow_mismatch: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> LiteVAE:
-    """Build an autoencoder that was located, and load the weights that were read; in evaluation mode.
+    """Build a located autoencoder, and load the weights that were read; in evaluation mode.
 
     ConfigError if the networks can't be built, ValueError as :func:`load_weights`.
     """
+    stored = sum(weight.nbytes for weight in weights.values())  # a parameter takes at least a byte
+    # A fixed seed, so that tensors that allow_mismatch leaves fresh are the same every time.
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(
-            0
-        )  # so that the tensors that allow_mismatch leaves fresh are the same every time
+        torch.manual_seed(0)
         try:
-            stored = sum(
-                weight.nbytes for weight in weights.values()
-            )  # a parameter takes at least a byte
             model = LiteVAE.from_spec(found.spec, stored)
-        except (
-            ArithmeticError,
-            IndexError,
-            RuntimeError,
-            TypeError,
-            ValueError,
-        ) as error:  # by network
+        except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            # Which of them depends on the network.
             raise ConfigError(
                 f"{found.origin}: no autoencoder can be built of this: {first_line(error)}"
             ) from error

@@ -1,11 +1,11 @@
-"""The linear code: principal components of patches, decoded by least squares from 3x3 positions, in closed form.
+"""The linear code: principal components of patches, decoded by least squares from 3x3 positions.
 
-Its two networks alone are a baseline; as linear paths beside others they are where training begins.
+Both are computed in closed form. The two networks alone are a baseline; as linear paths beside
+others they are where training begins.
 """
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from itertools import islice
 from time import monotonic
 
 import torch
@@ -21,13 +21,13 @@ from olvae.modules.distributions import deterministic_moments
 
 POSITIONS = 2**16  # latent positions to fit on, hundreds for each unknown of an f8 code
 CROPS = (256, 4096)  # the fewest and the most training crops to take for them
-CROP_BYTES = 2**28  # in memory at most, if that is fewer crops
+CROP_BYTES = 2**28  # of crops in memory, at most
 POSITIONS_AT_A_TIME = 2**13  # positions that are summed at a time
-LARGEST_PATCH = 2**12  # values whose covariances are computed: up to f32 in colour
+LARGEST_PATCH = 2**12  # values, at most, whose covariances are computed: up to f32 in colour
 MEASURED_IMAGES = 256  # of validation, on which a fitted code is measured
 
 LEAST_VARIANCE = (2 / 255) ** 2 / 12
-"""Of rounding to 8 bits, for values in [-1, 1]: components with less than that are not enlarged to unit variance."""
+"""Variance of rounding to 8 bits, in [-1, 1]: smaller components are not enlarged to variance 1."""
 
 Means = Callable[[Tensor], Tensor]
 """Images (B, C, H, W) in [-1, 1] to latents (B, n_z, H/f, W/f)."""
@@ -36,8 +36,8 @@ Means = Callable[[Tensor], Tensor]
 class LinearEncoder(Encoder):
     """An encoder that is a linear path alone, with the smallest log-variances there are.
 
-    Arguments as LiteVAE_Encoder's; ``downscale`` is the side of a patch in pixels, ``image_size`` that of 32 patches
-    unless it is given.
+    Arguments as LiteVAE_Encoder's; ``downscale`` is the side of a patch in pixels, ``image_size``
+    by default the side of 32 patches.
 
     Shapes: (B, in_channels, H, W) in [-1, 1] -> (B, latent_dim, H/downscale, W/downscale).
     """
@@ -58,7 +58,7 @@ class LinearEncoder(Encoder):
 
 
 class LinearDecoder(Decoder):
-    """A decoder that is a linear path alone: a convolution of 3x3 latent positions, rearranged to pixels.
+    """A decoder that is a linear path alone: a 3x3 convolution of latents, rearranged to pixels.
 
     Arguments as LiteVAE_Decoder's; ``upscale`` is the side of a patch in pixels.
 
@@ -85,56 +85,65 @@ def start_linearly(
     fresh: Collection[str] = HALVES,
     frozen: Collection[str] = (),
 ) -> tuple[float | None, str]:
-    """Fit the linear paths on a source's first training crops, the same in every process, and measure the code.
+    """Fit the linear paths on the first training crops, and measure the code they make.
 
-    A teacher takes the place of ``frozen`` halves, its latents in the data that of a teacher. Returns the code's mean
-    PSNR in dB over the validation images, and a line for the summary. PSNR is None without a fitted path of the decoder
-    that trains, or if there are more than :data:`MEASURED_IMAGES` images; the line has that of the first ones. See
-    :func:`fit_linear_paths`.
+    The crops are the same in every process. Frozen halves are replaced by the teacher; if the data
+    carry its latents, those are used instead of running it. See :func:`fit_linear_paths`.
+
+    Returns the mean PSNR in dB over the validation images, and a line for the summary. The mean is
+    None if no path of a trained decoder was fitted, or if there are more than
+    :data:`MEASURED_IMAGES` images; then the line has the mean of the first ones.
     """
     began = monotonic()
+    pixels = source.pixel_range
     crops, known = crops_and_means(source, seed, model.downscale)
     model.to(device)
-    fit_linear_paths(
-        model, crops, teacher if known is None else known, pixels := source.pixel_range, fresh
-    )
-    latents = teacher if teacher is not None and "encoder" in frozen else _means(model, fresh)
+    fit_linear_paths(model, crops, teacher if known is None else known, pixels, fresh)
+
+    # Measure on one image more than needed, to know whether there are more.
+    latents = _means(model, fresh)
+    if teacher is not None and "encoder" in frozen:
+        latents = teacher
     found: list[float] = []
     if model.decoder.linear is not None and "decoder" in fresh and "decoder" not in frozen:
-        samples = (
-            (s.image, s.moments) for s in source.once(LoaderProcess()) if s.image is not None
-        )
-        for image, moments in islice(samples, MEASURED_IMAGES + 1):
+        for sample in source.once(LoaderProcess()):
+            if sample.image is None:
+                continue
+            image = sample.image[None]
             with torch.no_grad():
-                if latents is teacher and moments is not None:
-                    z = moments[None].chunk(2, dim=1)[0].to(device)
+                if latents is teacher and sample.moments is not None:
+                    z = sample.moments[None].chunk(2, dim=1)[0].to(device)
                 else:
-                    z = latents(pixels.normalise(image[None].to(device)))
+                    z = latents(pixels.normalise(image.to(device)))
                 y = model.decoder.linear_path(model.decoder_input(z))
-            found.append(float(psnr(pixels.levels(image[None]), pixels.to_levels(y).cpu())))
+            found.append(float(psnr(pixels.levels(image), pixels.to_levels(y).cpu())))
+            if len(found) > MEASURED_IMAGES:
+                break
+
+    # The mean, without images that come back exactly, as in validation.
     measured = found[:MEASURED_IMAGES]
-    finite = [
-        value for value in measured if value != math.inf
-    ]  # as validation leaves out those that come back exactly
-    mean = sum(finite) / len(finite) if finite else None
-    good = "" if mean is None else f"{mean:.2f} dB on {len(measured)} validation images, "
-    line = (
-        f"linear code: {good}fitted on {len(crops):,} training crops in {monotonic() - began:.1f} s"
-    )
-    return None if len(found) > MEASURED_IMAGES else mean, line
+    finite = [value for value in measured if value != math.inf]
+    line = f"fitted on {len(crops):,} training crops in {monotonic() - began:.1f} s"
+    mean: float | None = None
+    if finite:
+        mean = sum(finite) / len(finite)
+        line = f"{mean:.2f} dB on {len(measured)} validation images, {line}"
+    if len(found) > MEASURED_IMAGES:
+        mean = None
+    return mean, f"linear code: {line}"
 
 
 def crops_and_means(source: Source, seed: int, factor: int) -> tuple[Tensor, Tensor | None]:
-    """The first training crops of a seed, read once, (N, C, H, W), and their latents' means, if the source has them.
+    """The first training crops of a seed, (N, C, H, W), and their latents' means.
 
-    N is such that they have :data:`POSITIONS` latent positions, within :data:`CROPS` and :data:`CROP_BYTES`.
+    The means are None if the source has none. N is such that the crops have :data:`POSITIONS`
+    latent positions, within :data:`CROPS` and :data:`CROP_BYTES`. The data are read once.
     """
     least, most = CROPS
     count = min(most, max(least, POSITIONS // math.prod(source.size // factor)))
     value_bytes = 1 if source.pixel_range.eight_bits else 4
-    count = min(
-        count, max(1, CROP_BYTES // (value_bytes * source.channels * math.prod(source.size)))
-    )
+    crop_bytes = value_bytes * source.channels * math.prod(source.size)
+    count = min(count, max(1, CROP_BYTES // crop_bytes))
     samples = list(source.first_samples(seed, count))
     means = [sample.moments.chunk(2)[0] for sample in samples if sample.moments is not None]
     crops = torch.stack([sample.image for sample in samples if sample.image is not None])
@@ -149,32 +158,37 @@ def fit_linear_paths(
     pixel_range: PixelRange = EIGHT_BITS,
     fresh: Collection[str] = HALVES,
 ) -> None:
-    """Set the encoder's path to whitened principal components, the decoder's to least squares from 3x3 latents.
+    """Fit the linear paths of ``fresh`` halves; the others have weights already.
 
-    Halves that are not ``fresh`` have weights already; a fresh encoder with a linear path is nothing else. Crops are as
-    read, (N, C, H, W). With a teacher's means, or these as known, (N, n, h, w), the encoder's is least squares to them,
-    the decoder's from them.
+    The encoder's path becomes whitened principal components, the decoder's least squares from 3x3
+    latents. A fresh encoder with a linear path has no other output yet. Crops are as read,
+    (N, C, H, W). With a teacher, or its means (N, n, h, w), the encoder's path is least squares to
+    these, and the decoder's path is fitted from them.
     """
     device = device_of(model)
-    f, n, values = model.downscale, model.latent_channels, model.in_channels * model.downscale**2
+    f = model.downscale
+    n = model.latent_channels
+    values = model.in_channels * f**2  # of a patch
     if values > LARGEST_PATCH:
         raise ValueError(
             f"linear: covariances of patches of {f}x{f} pixels are too large: leave it out"
         )
 
+    # Crops in batches; a teacher's means for them are computed once, for both halves.
     together = max(1, POSITIONS_AT_A_TIME * f**2 // crops[0, 0].numel())
 
     def batches() -> Iterator[Tensor]:
         return (pixel_range.normalise(part.to(device)) for part in crops.split(together))
 
-    means: Sequence[Tensor] = ()  # once, for both halves
-    if teacher is not None:
-        means = (
-            teacher.to(device).split(together)
-            if isinstance(teacher, Tensor)
-            else [teacher(x) for x in batches()]
-        )
-    if (path := model.encoder.linear if "encoder" in fresh else None) is not None:
+    means: Sequence[Tensor] = ()
+    if isinstance(teacher, Tensor):
+        means = teacher.to(device).split(together)
+    elif teacher is not None:
+        means = [teacher(x) for x in batches()]
+
+    # The encoder, before the decoder, which is fitted from the encoder's latents.
+    path = model.encoder.linear
+    if path is not None and "encoder" in fresh:
         if teacher is None:
             patches = (_vectors(F.pixel_unshuffle(x, f)) for x in batches())
             _set(path, *principal_components(*mean_and_covariance(patches), n))
@@ -182,31 +196,39 @@ def fit_linear_paths(
             both = zip(batches(), means, strict=True)
             pairs = (torch.cat((_vectors(_windows(x, path)), _vectors(z)), dim=1) for x, z in both)
             _set(path, *least_squares(*mean_and_covariance(pairs), n))
-    if (path := model.decoder.linear) is not None and "decoder" in fresh:
+
+    # The decoder: a patch from its latent position and the ones around, without the border, unless
+    # there is nothing else.
+    path = model.decoder.linear
+    if path is not None and "decoder" in fresh:
 
         def pair(x: Tensor, z: Tensor) -> Tensor:
-            around, patches = _windows(model.decoder_input(z), path), F.pixel_unshuffle(x, f)
-            if min(around.shape[-2:]) > 2:  # else there is nothing but a border
-                around, patches = around[..., 1:-1, 1:-1], patches[..., 1:-1, 1:-1]
+            around = _windows(model.decoder_input(z), path)
+            patches = F.pixel_unshuffle(x, f)
+            if min(around.shape[-2:]) > 2:
+                around = around[..., 1:-1, 1:-1]
+                patches = patches[..., 1:-1, 1:-1]
             return _vectors(torch.cat((around, patches), dim=1))
 
-        latents = means or map(_means(model, fresh), batches())
+        latents: Iterable[Tensor] = means
+        if teacher is None:
+            latents = map(_means(model, fresh), batches())
         _set(path, *least_squares(*mean_and_covariance(map(pair, batches(), latents)), values))
 
 
 def _means(model: LiteVAE, fresh: Collection[str]) -> Means:
     """The encoder's means; a fresh encoder is its linear path, if it has one."""
-    return (model.encoder.linear if "encoder" in fresh else None) or (
-        lambda x: model.encode(x).mean
-    )
+    path = model.encoder.linear
+    if path is not None and "encoder" in fresh:
+        return path
+    return lambda x: model.encode(x).mean
 
 
 def _windows(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """What a linear path sees at each of its positions: (B, C, H, W) -> (B, C k k, h, w)."""
     margin = (conv.kernel_size[0] - conv.stride[0]) // 2
-    windows = F.unfold(
-        F.pad(x, (margin,) * 4, mode="replicate"), conv.kernel_size, stride=conv.stride
-    )
+    padded = F.pad(x, (margin,) * 4, mode="replicate")
+    windows = F.unfold(padded, conv.kernel_size, stride=conv.stride)
     height, width = (side // conv.stride[0] for side in x.shape[-2:])
     return windows.view(*windows.shape[:2], height, width)
 
@@ -218,7 +240,10 @@ def _vectors(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _set(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
-    """Set a convolution to weight x + bias of its inputs, in the order (channel, row, column), or of the middle."""
+    """Set a convolution to weight x + bias of its inputs, in the order (channel, row, column).
+
+    A weight for fewer rows and columns is put in the middle, between zeros.
+    """
     assert conv.bias is not None
     weight = weight.unflatten(1, (conv.in_channels, -1))
     side = math.isqrt(weight.shape[2])
@@ -228,30 +253,39 @@ def _set(conv: nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
 
 
 def mean_and_covariance(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean (p) and covariance (p, p) over all of some batches (n, p), summed in float64 on the CPU."""
-    count, total, products = 0, torch.zeros(()), torch.zeros(())
+    """Mean (p) and covariance (p, p) over batches (n, p), summed in float64 on the CPU."""
+    count = 0
+    total = torch.zeros(())
+    products = torch.zeros(())
     for batch in batches:
         x = batch.detach().cpu().double()
-        count, total, products = count + len(x), total + x.sum(0), products + x.T @ x
+        count += len(x)
+        total = total + x.sum(0)
+        products = products + x.T @ x
     if not products.isfinite().all():
         raise ValueError(
-            "the linear code: not finite: images, or a teacher's latents (set its `dtype` to float32)"
+            "the linear code: not finite: images, or a teacher's latents (set its `dtype` to "
+            "float32)"
         )
     mean = total / count
     return mean, products / count - mean.outer(mean)
 
 
 def least_squares(mean: Tensor, covariance: Tensor, outputs: int) -> tuple[Tensor, Tensor]:
-    """Weight (q, p) and bias (q) from a vector's first values to its last q; the smallest where several are best."""
+    """Weight (q, p) and bias (q) from a vector's first p values to its last q.
+
+    The smallest weight, if several are best.
+    """
     p = len(mean) - outputs
     weight = covariance[p:, :p] @ torch.linalg.pinv(covariance[:p, :p], rtol=1e-12, hermitian=True)
     return weight, mean[p:] - weight @ mean[:p]
 
 
 def principal_components(mean: Tensor, covariance: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Weight (count, p) and bias (count) to the first principal components, whitened: mean 0 and variance 1 each.
+    """Weight (count, p) and bias (count) to the first principal components, whitened.
 
-    The largest weight of each is positive, so that its sign is defined. Beyond p they are 0.
+    Each has mean 0 and variance 1. Its largest weight is positive, so that its sign is defined.
+    Components beyond p are 0.
     """
     variances, axes = torch.linalg.eigh(covariance)  # ascending; axes in columns
     axes = axes.flip(1)[:, :count].T  # (count, p)

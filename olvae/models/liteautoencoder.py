@@ -1,26 +1,26 @@
-"""LiteAutoencoderKL: a training step of the autoencoder and its adversary, under Lightning's manual optimisation."""
+"""LiteAutoencoderKL: the training step of the autoencoder and its adversary."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from olvae.config import ConfigError, Node, instantiate, resolve_class
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.data.source import Batch, Source
 from olvae.losses.objective import IMAGE_TERMS, Objective
 from olvae.models.adversary import Adversary
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.averaging import WeightAverage
+from olvae.models.conflicts import check_source, find_conflicts
 from olvae.models.linear_code import start_linearly
 from olvae.models.optimization import (
     GRADIENT,
-    OPTIMIZERS,
     NonFiniteGuard,
     PlayersStrategy,
     compile_networks,
@@ -28,65 +28,65 @@ from olvae.models.optimization import (
     grad_scaler,
     gradient_norm,
     gradient_ratio,
-    lr_factor,
-    make_optimizer,
+    make_optimizers,
     mix_seeds,
     parameters_of,
 )
-from olvae.models.parts.part import Step, attach_parts
-from olvae.models.spec import FOR_DIFFUSION, check_factors
-from olvae.models.validation import ValidatedModule
-from olvae.modules.base import HALVES, check_betas, check_not_negative
+from olvae.models.parts.part import Part, StandIn, Step, attach_parts
+from olvae.models.spec import FOR_DIFFUSION
+from olvae.models.validation import Validation
+from olvae.modules.base import HALVES, check_betas, check_not_negative, mean_over_processes
 from olvae.modules.distributions import Posterior
 from olvae.modules.unetgan import shared_weights
 
+Pair = tuple[Tensor, Tensor]  # real and fake images of a micro-batch
 
-class LiteAutoencoderKL(ValidatedModule):
+
+class LiteAutoencoderKL(pl.LightningModule):
     """An autoencoder with its objective, its adversary, its parts and their optimizers.
 
-    The weights are held under their published names [M]; ``autoencoder`` is the plain LiteVAE over them.
+    The weights have their published names [M]; ``autoencoder`` is the plain LiteVAE over them.
     ``global_step``, logs, schedules and checkpoint names count updates of the autoencoder.
 
     Args:
-        encoder_config, decoder_config, embed_dim, use_quant, initial_logvar: see :meth:`LiteVAE.from_config`.
-        lossconfig: the :class:`Objective`. With another loss (torch.nn.Identity in the published YAML) the config is
-            for inference only.
-        use_ema, ema_decay: average the weights that are trained; validation and checkpoints use the average.
+        encoder_config, decoder_config, embed_dim, use_quant, initial_logvar: see ``from_config``.
+        lossconfig: the :class:`Objective`. Another loss (Identity in the published YAML) makes the
+            config one for inference only.
+        use_ema, ema_decay: average the trained weights; validation and checkpoints use the average.
         learning_rate: filled in from model.base_learning_rate; not scaled by batch size or devices.
-        optimizer: of the autoencoder's side: Adam, or :class:`Muon`, with which a small network learns more in a step.
+        optimizer: the autoencoder's; with :class:`Muon` a small network learns more in a step.
         betas: Adam's [P App. F]; the first is Muon's momentum.
-        scheduler, warmup_steps, decay_steps, min_lr_factor: see :func:`lr_factor`; decay_steps is the run's last step
-            by default.
+        scheduler, warmup_steps, min_lr_factor: see :func:`lr_factor`.
+        decay_steps: see :func:`lr_factor`; the run's last step by default.
         accumulate_grad_batches, gradient_clip_val: filled in from lightning.trainer.
         channels_last: memory layout of the weights and images; often faster.
-        compile: compile the networks and the objective for training steps; validation stays uncompiled, because its
-            images may have any size.
+        compile: compile the networks and the objective for training steps; validation, whose
+            images may have any size, stays uncompiled.
         adversary_config: the :class:`Adversary` of phase B; None in phase A.
-        sample_posterior: decode a sample of the posterior in training, not its mode.
+        sample_posterior: in training, decode a sample of the posterior, not its mode.
         freeze_encoder, freeze_decoder: train the other half alone.
-        checkpoint: keep only the inputs of each block of the decoder, the encoder, or both (true) for the backward
-            pass, and compute the rest again there: less memory, more time, the same gradients.
-        parts: nodes of further ways to train, each a :class:`~olvae.models.parts.part.Part`, by a name of your choice;
-            null removes one.
-        scaling_factor, shift_factor, latents_mean, latents_std, force_upcast: of the latents for a diffusion model, for
-            exports; by default those of a part that brings latents, such as a teacher.
-        val_metrics: metrics of validation beside PSNR and SSIM, such as lpips and rfid; logged as ``val/…``, and of the
-            weights without averaging as ``val_raw/…``.
-        weights_dir: a folder in which the metrics' pretrained networks are looked for first.
+        checkpoint: of the decoder, the encoder or both (true), keep only each block's inputs for
+            the backward pass, which computes the rest again: less memory, the same gradients.
+        parts: nodes of further ways to train, each a :class:`~olvae.models.parts.part.Part`, by a
+            name of your choice; null removes one.
+        scaling_factor, shift_factor, latents_mean, latents_std, force_upcast: for a diffusion
+            model, in exports; by default from a part that brings latents, such as a teacher.
+        val_metrics: metrics of validation beside PSNR and SSIM, such as lpips and rfid; logged as
+            ``val/...``, and for the weights without averaging as ``val_raw/...``.
+        weights_dir: a folder to search first for the metrics' pretrained networks.
 
     Raises ConfigError: settings are out of range or contradict each other, one line each.
     """
 
-    seed = 0  # of the noise in training; set by the trainer
-    images_seen = 0  # in training, over all ranks: where a resumed run continues the data
-    linear_psnr: float | None = (
-        None  # of the linear code that training started as, on validation images
-    )
+    seed = 0  # of the noise in training
+    pixel_range: PixelRange = EIGHT_BITS  # of the source's images
+    reports = False  # whether this training step logs: every log_every_n_steps-th does
+    images_seen = 0  # over all ranks: where a resumed run continues the data
+    rate_factor = 1.0  # of both learning rates: below 1 after a return to an earlier checkpoint
     flop = 0  # of an image in a step of both players; counted where training runs on a GPU
-    rate_factor = 1.0  # of both learning rates: below one after a return to an earlier checkpoint
-    _pairs: list[tuple[Tensor, Tensor]]  # for the discriminator's further updates
+    linear_psnr: float | None = None  # in validation, of the linear code that training started as
     _micro_batch = 0  # within the update
-    _iteration = 0  # updates of either side; more than global_step by the discriminator's warm-up
+    _iteration = 0  # updates of either side: global_step plus the discriminator's warm-up
 
     def __init__(
         self,
@@ -123,70 +123,57 @@ class LiteAutoencoderKL(ValidatedModule):
         val_metrics: Sequence[str] = (),
         weights_dir: str | None = None,
     ) -> None:
-        super().__init__(val_metrics, weights_dir)
+        super().__init__()
         check_not_negative(warmup_steps=warmup_steps, gradient_clip_val=gradient_clip_val or 0.0)
-        self.automatic_optimization, self.channels_last, self.sample_posterior = (
-            False,
-            channels_last,
-            sample_posterior,
-        )
-        self.freeze_encoder, self.freeze_decoder, self.checkpoint = (
-            freeze_encoder,
-            freeze_decoder,
-            checkpoint,
-        )
-        self.use_ema, self.ema_decay, self.compiled, self.scheduler = (
-            use_ema,
-            ema_decay,
-            compile,
-            scheduler,
-        )
-        self.optimizer, self.learning_rate, self.betas = (
-            optimizer,
-            learning_rate,
-            check_betas(betas),
-        )
-        self.warmup_steps, self.decay_steps, self.min_lr_factor = (
-            warmup_steps,
-            decay_steps,
-            min_lr_factor,
-        )
-        self.accumulate_grad_batches, self.gradient_clip_val = (
-            accumulate_grad_batches,
-            gradient_clip_val,
-        )
+        self.automatic_optimization = False  # the step calls backward passes and optimizers itself
+        self.use_ema, self.ema_decay = use_ema, ema_decay
+        self.optimizer = optimizer
+        self.learning_rate, self.betas = learning_rate, check_betas(betas)
+        self.scheduler = scheduler
+        self.warmup_steps, self.decay_steps = warmup_steps, decay_steps
+        self.min_lr_factor = min_lr_factor
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.gradient_clip_val = gradient_clip_val
+        self.channels_last, self.compiled = channels_last, compile
+        self.sample_posterior = sample_posterior
+        self.freeze_encoder, self.freeze_decoder = freeze_encoder, freeze_decoder
+        self.checkpoint = checkpoint
 
-        vae = LiteVAE.from_config(
-            encoder_config, decoder_config, embed_dim, use_quant, initial_logvar
-        )
+        # The autoencoder; a tuple hides it from torch, which would save its weights twice.
+        networks = (encoder_config, decoder_config, embed_dim, use_quant, initial_logvar)
+        vae = LiteVAE.from_config(*networks)
+        self._autoencoder = (vae,)
         self.encoder, self.decoder, self.quantizer = vae.encoder, vae.decoder, vae.quantizer
+        given = (scaling_factor, shift_factor, latents_mean, latents_std, force_upcast)
+        factors = zip(FOR_DIFFUSION, given, strict=True)
+        self.given_factors = {name: value for name, value in factors if value is not None}
+        self.for_diffusion = vae.set_for_diffusion(self.given_factors).for_diffusion
+
+        # What trains it; then, with everything in place, settings that contradict each other.
         self.loss: nn.Module = instantiate(lossconfig)
         self.adversary: Adversary | None = None
         if adversary_config is not None:
             resolve_class(adversary_config["target"], Adversary)
             self.adversary = instantiate(adversary_config)
-        given = (scaling_factor, shift_factor, latents_mean, latents_std, force_upcast)
-        self.given_factors = {
-            n: v for n, v in zip(FOR_DIFFUSION, given, strict=True) if v is not None
-        }
-        self.for_diffusion = vae.set_for_diffusion(self.given_factors).for_diffusion
         self._prepare_networks()
         self.parts = nn.ModuleDict()
-        if mistakes := [*(attach_parts(self, parts) if parts else ()), *self._conflicts()]:
+        mistakes = [*attach_parts(self, parts or {}), *find_conflicts(self)]
+        if mistakes:
             raise ConfigError(*(f"model.params.{mistake}" for mistake in mistakes))
-        self.guard = NonFiniteGuard(
-            [self.encoder, self.decoder, self.quantizer, self.adversary, self.parts]
-        )
-        self._pairs = []
+        modules = (self.encoder, self.decoder, self.quantizer, self.adversary, self.parts)
+        self.guard = NonFiniteGuard(modules)
+        self._pairs: list[Pair] = []  # one for each micro-batch of the update
+        self.val_metrics = list(val_metrics)
+        self.validation = Validation(self.val_metrics, weights_dir)
+        self.validation_values: dict[str, float] = {}  # of the last one; empty if it read no image
+        self.logged: dict[str, Tensor | float] = {}  # by the last step that logged
+        self._reported: dict[str, Tensor | float] = {}  # to be logged
 
     def _prepare_networks(self) -> None:
         """Freeze halves, and set their checkpointing and memory layout."""
-        halves = (
-            ("encoder", self.encoder, "quant_conv"),
-            ("decoder", self.decoder, "post_quant_conv"),
-        )
-        for half, network, convolution in halves:
-            if getattr(self, f"freeze_{half}"):
+        for half, convolution in (("encoder", "quant_conv"), ("decoder", "post_quant_conv")):
+            network = getattr(self, half)
+            if half in self.frozen_halves:
                 network.requires_grad_(False)
                 if self.quantizer is not None:
                     getattr(self.quantizer, convolution).requires_grad_(False)
@@ -195,49 +182,17 @@ class LiteAutoencoderKL(ValidatedModule):
         if self.channels_last:
             self.to(memory_format=torch.channels_last)
 
-    def _out_of_range(self) -> Iterator[str]:
-        """One line for each setting that has no such value."""
-        if self.accumulate_grad_batches < 1:
-            yield f"accumulate_grad_batches must be at least 1, got {self.accumulate_grad_batches}"
-        choices = {"scheduler": ("constant", "cosine"), "optimizer": tuple(OPTIMIZERS)}
-        for name in (
-            name for name, possible in choices.items() if getattr(self, name) not in possible
-        ):
-            yield f"{name} must be {' or '.join(choices[name])}, got {getattr(self, name)!r}"
-        for name in ("min_lr_factor", "ema_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                yield f"{name} must be between 0 and 1, got {getattr(self, name)}"
-        if (
-            self.scheduler == "cosine"
-            and self.decay_steps is not None
-            and self.decay_steps <= self.warmup_steps
-        ):
-            yield f"decay_steps must be more than warmup_steps, {self.warmup_steps}, got {self.decay_steps}"
+    @property
+    def autoencoder(self) -> LiteVAE:
+        """The plain module over the same weights."""
+        (vae,) = self._autoencoder
+        vae.pixel_range = self.pixel_range  # set by `check`, and factors by a teacher
+        return vae.set_for_diffusion(self.for_diffusion)
 
-    def _conflicts(self) -> Iterator[str]:
-        """One line for each setting that is out of range, or contradicts another one."""
-        yield from self._out_of_range()
-        if (
-            self.quantizer is None
-            and not self.freeze_encoder
-            and next(self.encoder.parameters(), None) is None
-        ):
-            yield f"freeze_encoder: {type(self.encoder).__name__} has nothing to train: set it to true"
-        if self.checkpoint in self.frozen_halves:
-            yield f"checkpoint: the {self.checkpoint} is frozen, so it needs nothing for a backward pass: leave it out"
-        if self.freeze_encoder and self.freeze_decoder:
-            yield "freeze_encoder, freeze_decoder: nothing is left to train"
-        if self.encoder.deterministic and "kl" in self.loss_weights:
-            yield "lossconfig.params.kl_weight: the encoder's latents have no distribution: set it to 0"
-        elif self.freeze_encoder and "kl" in self.loss_weights:
-            why = "the encoder is frozen (freeze_encoder, the default of `start_from`), and KL is a loss of it"
-            yield f"lossconfig.params.kl_weight: {why}: set it to 0, or freeze_encoder to false to train both halves"
-        if self.given_factors or self.parts:
-            yield from check_factors(self.for_diffusion, self.autoencoder.latent_channels)
-        if self.adversary is not None and self.freeze_decoder:
-            yield "adversary_config: the decoder is frozen (freeze_decoder), so an adversary has nothing to train"
-        for part in self.each_part:
-            yield from part.conflicts(self)
+    @property
+    def frozen_halves(self) -> list[str]:
+        """Which of :data:`HALVES` are not trained."""
+        return [half for half in HALVES if getattr(self, f"freeze_{half}")]
 
     @property
     def trained_networks(self) -> list[nn.Module]:
@@ -245,78 +200,72 @@ class LiteAutoencoderKL(ValidatedModule):
         return [getattr(self, half) for half in HALVES if half not in self.frozen_halves]
 
     @property
+    def each_part(self) -> list[Part]:
+        """The parts, in the order of the config."""
+        return [cast("Part", part) for part in self.parts.values()]
+
+    @property
+    def stand_in(self) -> "StandIn | None":
+        """The autoencoder that teaches the decoder and replaces a frozen half, if there is one."""
+        for part in self.each_part:
+            if part.stand_in is not None:
+                return part.stand_in
+        return None
+
+    @property
     def players(self) -> dict[str, nn.Module]:
-        """The modules of each player, whose gradients no backward pass of the other one touches."""
-        learning = (
-            part for part in self.each_part if any(p.requires_grad for p in part.parameters())
-        )
-        modules = (self.encoder, self.decoder, self.quantizer, *learning)
-        sides: dict[str, nn.Module] = {
-            "autoencoder": nn.ModuleList([m for m in modules if m is not None])
-        }
-        return (
-            sides
-            if self.adversary is None
-            else {**sides, "discriminator": self.adversary.discriminator}
-        )
+        """The modules of each player; a backward pass gives gradients to one player alone."""
+        autoencoder = nn.ModuleList([self.encoder, self.decoder])
+        if self.quantizer is not None:
+            autoencoder.append(self.quantizer)
+        for part in self.each_part:
+            if any(p.requires_grad for p in part.parameters()):
+                autoencoder.append(part)
+        players: dict[str, nn.Module] = {"autoencoder": autoencoder}
+        if self.adversary is not None:
+            players["discriminator"] = self.adversary.discriminator
+        return players
 
     @property
     def checksums(self) -> dict[str, str]:
         """Checksums of the parts' frozen weights, by part."""
-        return {
-            part.name: found for part in self.each_part if (found := part.checksum()) is not None
-        }
+        found = {part.name: part.checksum() for part in self.each_part}
+        return {name: checksum for name, checksum in found.items() if checksum is not None}
 
     @property
     def loss_weights(self) -> Mapping[str, float]:
-        """Weights of the objective's terms by name; none for a config that is for inference only."""
+        """Weights of the objective's terms by name; none if the config is for inference only."""
         return self.loss.weights if isinstance(self.loss, Objective) else {}
 
     @property
     def objective(self) -> Objective:
         """The loss; ConfigError if it is no :class:`Objective`, as in a config for inference."""
         if not isinstance(self.loss, Objective):
-            kind = type(self.loss).__name__
             raise ConfigError(
-                f"model.params.lossconfig is a {kind}, for inference only: to train, take an Objective"
+                f"model.params.lossconfig is a {type(self.loss).__name__}, for inference only: to "
+                "train, take an Objective"
             )
         return self.loss
 
     def check(self, source: Source) -> None:
-        """Raise ConfigError if a source's images do not fit in size or channels, or a part can't use them."""
-        f, channels = self.autoencoder.downscale, self.encoder.in_channels
+        """Raise ConfigError if a source's images do not fit the model, or a part can't use them."""
         self.pixel_range = source.pixel_range
-        if not source.size.fits(f):
-            raise ConfigError(
-                f"data.params.size: {source.size.node} is not a multiple of {f}, the model's downscaling factor: "
-                f"use {' or '.join(str(size.node) for size in source.size.multiples(f))}"
-            )
-        if source.channels != channels:
-            raise ConfigError(
-                f"the images have {source.channels} channels, the model takes {channels}: set data.params.channels, or "
-                "in_channels of encoder_config.params and out_channels of decoder_config.params"
-            )
-        if self.stand_in is None and source.latent_stats:
-            raise ConfigError(
-                "data: it has the latents of a teacher, but there is none: set `teacher`"
-            )
+        check_source(self, source)
         for part in self.each_part:
             part.check(self, source)
 
     def prepare(
         self, source: Source, seed: int, device: torch.device, fresh: Collection[str]
     ) -> Iterator[str]:
-        """Fit and measure what needs images of this seed before a new run's first step; yield lines for its summary.
+        """Fit and measure on images of this seed, before a new run's first step.
 
-        ``fresh``: the halves with initial weights, whose linear paths are to be fitted.
+        Yields lines for the run's summary. ``fresh``: the halves with initial weights, whose linear
+        paths are to be fitted.
         """
         if any(getattr(self, half).linear is not None for half in fresh):
             self.parts.to(device)
-            teacher = (
-                None
-                if (stand_in := self.stand_in) is None
-                else (lambda x: stand_in.posterior(x).mean)
-            )
+            stand_in = self.stand_in
+            teacher = None if stand_in is None else (lambda x: stand_in.posterior(x).mean)
             frozen = self.frozen_halves if teacher else ()
             self.linear_psnr, line = start_linearly(
                 self.autoencoder, source, seed, device, teacher, fresh, frozen
@@ -325,36 +274,70 @@ class LiteAutoencoderKL(ValidatedModule):
         for part in self.each_part:
             part.prepare(self, source, seed, device)
 
+    # Forward passes
+
+    def images(self, batch: Batch) -> Tensor:
+        """The batch's images in [-1, 1], (B, C, H, W)."""
+        x = self.pixel_range.normalise(batch["image"])
+        return x.contiguous(memory_format=torch.channels_last) if self.channels_last else x
+
+    def encode(self, x: Tensor) -> Posterior:
+        """See :meth:`LiteVAE.encode`."""
+        return self.autoencoder.encode(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """See :meth:`LiteVAE.decode`."""
+        return self.autoencoder.decode(z)
+
+    def decode_trained(self, z: Tensor) -> Tensor:
+        """Decode, with the stand-in if the decoder is frozen."""
+        stand_in = self.stand_in
+        if stand_in is None or not self.freeze_decoder:
+            return self.decode(z)
+        return stand_in.decode(z)
+
+    def forward(
+        self, x: Tensor, sample_posterior: bool = False, moments: Tensor | None = None
+    ) -> tuple[Tensor, Posterior]:
+        """See :meth:`LiteVAE.forward`; a stand-in (``moments``: its own) replaces a frozen half."""
+        stand_in = self.stand_in if self.freeze_encoder else None
+        posterior = self.encode(x) if stand_in is None else stand_in.posterior(x, moments)
+        latent = posterior.sample() if sample_posterior else posterior.mode()
+        return self.decode_trained(latent), posterior
+
+    def draw(self, posterior: Posterior) -> Tensor:
+        """The latent of a training step, a sample or the mode: (B, n_z, H/f, W/f)."""
+        return posterior.sample() if self.sample_posterior else posterior.mode()
+
     # A training step
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002  (Lightning's signature)
+    def training_step(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002  (Lightning's)
         """One micro-batch; every accumulate_grad_batches-th completes an update of each side."""
         images = self.images(batch)  # (B, C, H, W) in [-1, 1]
         last = self._micro_batch + 1 == self.accumulate_grad_batches
         if self._micro_batch == 0:
             self.guard.begin_step()
         self.guard.begin_micro_batch(batch.get("key", ()))
-        torch.manual_seed(
-            mix_seeds(self.seed, self._iteration, self._micro_batch, self.global_rank)
-        )
-        every: int = getattr(self.trainer, "log_every_n_steps")  # noqa: B009  (mypy does not see it)
-        batches = self._iteration * self.accumulate_grad_batches + self._micro_batch
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = (
-            batches  # by which Lightning decides what it logs
-        )
-        self.reports = last and every > 0 and (batches + 1) % every == 0
-        adversary = (
-            self.adversary
-            if self.adversary is not None and self.adversary.plays(self.global_step)
-            else None
-        )
-        warming_up = adversary is not None and adversary.warms_up(self.global_step)
-        shared = np.random.default_rng(mix_seeds(self.seed, self._iteration))
-        step = Step(
-            images, batch.get("moments"), shared, warming_up, adversary_plays=adversary is not None
-        )
 
-        # Forward: one pass of the autoencoder, for both players. Parts may change the latent and the target.
+        # Noise: torch's differs in each micro-batch and process, `shared` is the same in an update.
+        numbers = (self.seed, self._iteration, self._micro_batch, self.global_rank)
+        torch.manual_seed(mix_seeds(*numbers))
+        shared = np.random.default_rng(mix_seeds(self.seed, self._iteration))
+
+        # Logging: Lightning decides by its count of batches, which a resumed run continues.
+        every: int = getattr(self.trainer, "log_every_n_steps")  # noqa: B009  (mypy misses it)
+        batches = self._iteration * self.accumulate_grad_batches + self._micro_batch
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = batches
+        self.reports = last and every > 0 and (batches + 1) % every == 0
+
+        # Who plays: the autoencoder alone, both, or the discriminator alone while it warms up.
+        adversary = self.adversary
+        if adversary is not None and not adversary.plays(self.global_step):
+            adversary = None
+        warming_up = adversary is not None and adversary.warms_up(self.global_step)
+        step = Step(images, batch.get("moments"), shared, warming_up, adversary is not None)
+
+        # Forward: one pass of the autoencoder for both players; parts may change latent and target.
         with torch.set_grad_enabled(not warming_up):
             self.forward_pass(step)
         if not step.adversary_plays:
@@ -370,21 +353,21 @@ class LiteAutoencoderKL(ValidatedModule):
                     total = total + adversary.weight_in(self, step) * step.losses["adversarial"]
                 self.guard.observe({**step.losses, **step.ratios, "loss": total})
                 self._backward("autoencoder", total, last)
-                self.report(
-                    {f"train/{name}": loss for name, loss in {"loss": total, **step.losses}.items()}
-                )
+                losses = {"loss": total, **step.losses}
+                self.report({f"train/{name}": loss for name, loss in losses.items()})
 
             # The discriminator: its loss on the same reconstruction, without the graph.
             if adversary is not None:
                 assert step.reconstruction is not None
                 pair = (step.target, step.reconstruction.detach())
-                self._discriminator_backward(adversary, *pair, last)
+                self._discriminator_backward(adversary, pair, last)
                 if adversary.updates_per_step > 1:
                     self._pairs.append(pair)
 
         # Step, once every accumulate_grad_batches micro-batches.
-        self._micro_batch = 0 if last else self._micro_batch + 1
+        self._micro_batch += 1
         if last:
+            self._micro_batch = 0
             self._update(adversary, autoencoder=not warming_up)
             self._iteration += 1
             self.images_seen += len(images) * self.accumulate_grad_batches * self.trainer.world_size
@@ -397,27 +380,27 @@ class LiteAutoencoderKL(ValidatedModule):
             for part in self.each_part:
                 watching.enter_context(part.watch(self))
                 part.on_images(self, step)
-            given = None if stand_in is None else stand_in.posterior(step.images, step.moments)
-            step.encoded = (
-                self.encode(step.images) if given is None or not self.freeze_encoder else None
-            )
-            posterior = given or step.encoded
-            assert posterior is not None
-            step.posterior, step.target = posterior, step.images
-            step.drawn = step.latent = self.draw(posterior)
+
+            # Encode: a stand-in gives the posterior; an encoder that learns from it runs as well.
+            if stand_in is None:
+                step.posterior = step.encoded = self.encode(step.images)
+            else:
+                step.posterior = stand_in.posterior(step.images, step.moments)
+                step.encoded = None if self.freeze_encoder else self.encode(step.images)
+            step.target = step.images
+            step.drawn = step.latent = self.draw(step.posterior)
+
+            # Decode, unless the stand-in's decoder takes the place of a frozen one.
             for part in self.each_part:
                 part.on_latent(self, step)
-            decodes = stand_in is None or not self.freeze_decoder
-            step.reconstruction = self.decode(step.latent) if decodes else None
-
-    def draw(self, posterior: Posterior) -> Tensor:
-        """A sample of a posterior in training, or its mode without ``sample_posterior``: (B, n_z, H/f, W/f)."""
-        return posterior.sample() if self.sample_posterior else posterior.mode()
+            step.reconstruction = None
+            if stand_in is None or not self.freeze_decoder:
+                step.reconstruction = self.decode(step.latent)
 
     def autoencoder_loss(self, step: Step) -> Tensor:
-        """The weighted sum of the objective's losses and the parts'; each unweighted one is noted in the step.
+        """The weighted sum of the objective's and the parts' losses; the step gets the unweighted.
 
-        The sum is without the adversary's, whose weight depends on the other gradients.
+        The adversary's is left out, because its weight depends on gradients of the others.
         """
         total = step.images.new_zeros(())
         if step.reconstruction is not None:
@@ -426,45 +409,41 @@ class LiteAutoencoderKL(ValidatedModule):
             )
         for part in self.each_part:
             losses = part.losses(self, step)
-            if losses:
-                total = (
-                    total + torch.stack([weight * loss for loss, weight in losses.values()]).sum()
-                )
-                taken = {
-                    *step.losses,
-                    "adversarial",
-                    "loss",
-                }  # by the objective, or by another part
-                of_part = {
-                    name: f"{part.name}_{name}" if name in taken else name for name in losses
-                }
-                step.losses |= {of_part[name]: loss for name, (loss, _) in losses.items()}
+            if not losses:
+                continue
+            weighted = [weight * loss for loss, weight in losses.values()]
+            total = total + torch.stack(weighted).sum()
+            # A name of the objective's, or of an earlier part's, gets this part's name in front.
+            taken = {*step.losses, "adversarial", "loss"}
+            for name, (loss, _) in losses.items():
+                if name in taken:
+                    name = f"{part.name}_{name}"
+                step.losses[name] = loss
         return total
 
     def ratio_of_gradients(
         self, step: Step, loss: Tensor, network: nn.Module | None = None
     ) -> Tensor:
-        """|gradient of the weighted image terms| / |gradient of another loss|; see :func:`gradient_ratio`."""
-        ratio = gradient_ratio(
-            self, self.objective.weighted(step.losses, *IMAGE_TERMS), loss, network
-        )
-        step.ratios[f"{GRADIENT}{'decoder' if network is None else 'encoder'}'s last layer"] = ratio
+        """|gradient of the weighted image terms| / |gradient of another loss|.
+
+        At the decoder's last layer, or another network's; see :func:`gradient_ratio`.
+        """
+        terms = self.objective.weighted(step.losses, *IMAGE_TERMS)
+        ratio = gradient_ratio(self, terms, loss, network)
+        half = "decoder" if network is None else "encoder"
+        step.ratios[f"{GRADIENT}{half}'s last layer"] = ratio
         return ratio
 
-    def _discriminator_backward(
-        self, adversary: Adversary, real: Tensor, fake: Tensor, last: bool
-    ) -> None:
-        loss, logs = adversary.discriminator_loss(real, fake)
+    def _discriminator_backward(self, adversary: Adversary, pair: Pair, last: bool) -> None:
+        loss, logs = adversary.discriminator_loss(*pair)
         self.guard.observe({**logs, "the discriminator's loss": loss})
         self._backward("discriminator", loss, last)
-        health = {"logits_real", "logits_fake", "accuracy"}
-        self.report(
-            {f"{'health' if n in health else 'train'}/{n}": value for n, value in logs.items()},
-            rare=True,
-        )
+        for name, value in logs.items():
+            group = "health" if name in {"logits_real", "logits_fake", "accuracy"} else "train"
+            self.report({f"{group}/{name}": value}, rare=True)
 
     def _backward(self, player: str, loss: Tensor, last: bool) -> None:
-        """Add up a player's gradients; the last backward pass of an update averages them over the processes."""
+        """Accumulate a player's gradients; an update's last pass averages them over processes."""
         loss = self.guard.propagate(loss / self.accumulate_grad_batches)
         if last and isinstance(self.trainer.strategy, PlayersStrategy):
             self.trainer.strategy.reduce_next(player, loss)
@@ -476,25 +455,28 @@ class LiteAutoencoderKL(ValidatedModule):
         return self._micro_batch == 0
 
     def _update(self, adversary: Adversary | None, autoencoder: bool) -> None:
-        """One update of the autoencoder, and ``updates_per_step`` of the discriminator if the adversary plays.
+        """One update of the autoencoder, and ``updates_per_step`` of the discriminator if it plays.
 
-        Under fp16 both gradients carry the same loss scale, so it may change only after both were used: the
-        discriminator steps first, through the bare scaler; the autoencoder through Lightning, which then updates
-        the scale, and counts the step.
+        Under fp16 both gradients carry the same loss scale, so it may change only after both were
+        used: the discriminator steps first, through the bare scaler; the autoencoder through
+        Lightning, which then updates the scale, and counts the step.
         """
-        optimizers, schedules = _as_list(self.optimizers()), _as_list(self.lr_schedulers())
+        optimizers = _as_list(self.optimizers())
+        schedules = _as_list(self.lr_schedulers())
         scaler = grad_scaler(self)
-        playing = {"autoencoder": autoencoder, "discriminator": adversary is not None}
-        norms = {
-            p: gradient_norm(self, o.optimizer)
-            for o, p in zip(optimizers, playing, strict=False)
-            if playing[p]
-        }
-        bad = self.guard.is_bad(norms)
+
+        # If a gradient is not finite, in any process, then no player's weights change.
+        norms: dict[str, Tensor] = {}
+        if autoencoder:
+            norms["autoencoder"] = gradient_norm(self, optimizers[0].optimizer)
         if adversary is not None:
-            self._step_discriminator(
-                adversary, optimizers[1].optimizer, norms["discriminator"], bad
-            )
+            norms["discriminator"] = gradient_norm(self, optimizers[1].optimizer)
+        bad = self.guard.is_bad(norms)
+
+        # First update: the discriminator, then the autoencoder.
+        if adversary is not None:
+            norm = norms["discriminator"]
+            self._step_discriminator(adversary, optimizers[1].optimizer, norm, bad)
         if autoencoder:
             optimizer = optimizers[0]
             self.report({"train/lr": optimizer.param_groups[0]["lr"]})
@@ -504,14 +486,17 @@ class LiteAutoencoderKL(ValidatedModule):
             optimizer.zero_grad()
             schedules[0].step()
         elif scaler is not None:
-            scaler.update()
+            scaler.update()  # as Lightning's step would have done
         self.guard.end_update()
+
+        # Further updates of the discriminator, on the micro-batches that are kept in `_pairs`.
         if adversary is not None:
             for _ in range(adversary.updates_per_step - 1):
                 self.guard.begin_update()
                 for i, pair in enumerate(self._pairs):
-                    self.guard.return_to(i)
-                    self._discriminator_backward(adversary, *pair, last=i + 1 == len(self._pairs))
+                    self.guard.return_to(i)  # so that a bad loss names this micro-batch's images
+                    last = i + 1 == len(self._pairs)
+                    self._discriminator_backward(adversary, pair, last)
                 norm = gradient_norm(self, optimizers[1].optimizer)
                 bad = self.guard.is_bad({"discriminator": norm})
                 self._step_discriminator(adversary, optimizers[1].optimizer, norm, bad)
@@ -538,94 +523,115 @@ class LiteAutoencoderKL(ValidatedModule):
     def _clip(self, optimizer: Optimizer, norm: Tensor, name: str) -> None:
         if self.gradient_clip_val:
             self.report({name: norm})
-            torch.nn.utils.clip_grads_with_norm_(
-                parameters_of(optimizer), self.gradient_clip_val, norm
-            )
+            parameters = parameters_of(optimizer)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip_val, norm)
 
-    # Lightning's hooks
+    # Logs
 
-    def autoencoder_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the autoencoder's side that training changes."""
-        return [p for p in self.players["autoencoder"].parameters() if p.requires_grad]
+    def report(self, values: Mapping[str, Tensor | float], rare: bool = False) -> None:
+        """Log a step's values as means over the processes; each process reports the same names.
 
-    def configure_optimizers(self) -> Any:
-        decay_steps = self.decay_steps or self.trainer.max_steps
+        At steps that do not log, nothing waits for the device, and only ``rare`` values, which few
+        steps have, are kept for the next one that does.
+        """
+        if self.reports or rare:
+            for name, value in values.items():
+                self._reported[name] = value.detach() if isinstance(value, Tensor) else value
 
-        def factor(step: int) -> float:
-            factor = lr_factor(
-                step, self.scheduler, self.warmup_steps, decay_steps, self.min_lr_factor
-            )
-            return factor * self.rate_factor
+    def _log_reported(self) -> None:
+        # Lightning would log an earlier step's values again, as this one's.
+        results = self.trainer.fit_loop.epoch_loop._results
+        for name in list(results):
+            if name.startswith(("training_step.", "on_train_batch_end.")):
+                del results[name]
+        if not self.reports:
+            return
 
-        optimizers = [
-            make_optimizer(
-                self.optimizer, self.autoencoder_parameters(), self.learning_rate, self.betas
-            )
-        ]
-        schedules = [LambdaLR(optimizers[0], factor)]
-        if self.adversary is not None:
-            rate = self.learning_rate * self.adversary.learning_rate_ratio
-            parameters, start_step = (
-                list(self.adversary.discriminator.parameters()),
-                self.adversary.start_step,
-            )
+        values = self._reported
+        self._reported = {}
+        if self.trainer.world_size > 1:
+            # One message for all values.
+            numbers = [
+                torch.as_tensor(value, dtype=torch.float32, device=self.device)
+                for value in values.values()
+            ]
+            means = mean_over_processes(torch.stack(numbers)).unbind()
+            values = dict(zip(values, means, strict=True))
+        self.logged = values
+        # With the step, or Lightning counts micro-batches on the logger's axis.
+        self.log_dict({**values, "step": float(self.global_step)})
 
-            def own_warmup(
-                updates: int,
-            ) -> float:  # counted from its first update, times the autoencoder's schedule
-                rise = min(1.0, (updates + 1) / max(1, self.warmup_steps))
-                return rise * factor(max(self.global_step, self.warmup_steps, start_step))
+    # Lightning's hooks: validation
 
-            optimizers.append(make_optimizer("adam", parameters, rate, self.adversary.betas))
-            schedules.append(LambdaLR(optimizers[1], own_warmup))
-        return optimizers, schedules
-
-    def configure_callbacks(self) -> list[pl.Callback]:
-        return [WeightAverage(self.guard, self.ema_decay)] if self.use_ema else []
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["images_seen"], checkpoint["iteration"] = self.images_seen, self._iteration
-        checkpoint["rate_factor"], checkpoint["linear_psnr"] = self.rate_factor, self.linear_psnr
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.images_seen, self._iteration = checkpoint["images_seen"], checkpoint["iteration"]
-        self.rate_factor, self.linear_psnr = (
-            checkpoint["rate_factor"],
-            checkpoint.get("linear_psnr"),
-        )
-        batches = (
-            self._iteration * self.accumulate_grad_batches
-        )  # of another number in an update than before, perhaps
-        counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        counts |= {kind: dict.fromkeys(counts[kind], batches) for kind in ("total", "current")}
-        for schedule in checkpoint["lr_schedulers"]:
-            schedule.pop("base_lrs", None)  # the config's, which may have changed
-
-    def on_fit_start(self) -> None:
-        if self.compiled:
-            discriminators = [self.adversary.discriminator] if self.adversary is not None else []
-            compile_networks([*self.trained_networks, self.loss, *discriminators], self.device)
+    def set_up_validation(self) -> None:
+        """Prepare the metrics; FileNotFoundError if a pretrained network is missing."""
+        self.validation.set_up(self.device)
 
     def on_validation_start(self) -> None:
         if self.compiled:
             torch.compiler.set_stance("force_eager")
 
+    def on_validation_epoch_start(self) -> None:
+        self.validation.begin(self)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validation.update(self, batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        values = self.validation.summarise(self.each_part)
+        # Lightning's sanity check has two batches: its values are logged, not kept.
+        self.validation_values = {} if self.trainer.sanity_checking else values
+        self.log_dict(values)
+        self.log("step", float(self.global_step))
+
     def on_validation_end(self) -> None:
         if self.compiled:
             torch.compiler.set_stance("default")
 
+    # Lightning's hooks: training
+
+    def autoencoder_parameters(self) -> list[nn.Parameter]:
+        """The autoencoder's parameters that training changes, with the parts'."""
+        return [p for p in self.players["autoencoder"].parameters() if p.requires_grad]
+
+    def configure_optimizers(self) -> Any:
+        return make_optimizers(self)
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        return [WeightAverage(self.guard, self.ema_decay)] if self.use_ema else []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["images_seen"] = self.images_seen
+        checkpoint["iteration"] = self._iteration
+        checkpoint["rate_factor"] = self.rate_factor
+        checkpoint["linear_psnr"] = self.linear_psnr
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.images_seen = checkpoint["images_seen"]
+        self._iteration = checkpoint["iteration"]
+        self.rate_factor = checkpoint["rate_factor"]
+        self.linear_psnr = checkpoint.get("linear_psnr")
+        # Lightning's counts, in batches: an update may have had another number of them.
+        batches = self._iteration * self.accumulate_grad_batches
+        counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for kind in ("total", "current"):
+            counts[kind] = dict.fromkeys(counts[kind], batches)
+        for schedule in checkpoint["lr_schedulers"]:
+            schedule.pop("base_lrs", None)  # the config's, which may have changed
+
+    def on_fit_start(self) -> None:
+        if self.compiled:
+            networks = [*self.trained_networks, self.loss]
+            if self.adversary is not None:
+                networks.append(self.adversary.discriminator)
+            compile_networks(networks, self.device)
+
     def on_train_start(self) -> None:
-        if self._iteration > 0:
-            first, *others = _as_list(self.lr_schedulers())
-            saved = first.optimizer.param_groups[0]["lr"]
-            follow(first)
-            if (
-                first.optimizer.param_groups[0]["lr"] != saved
-            ):  # else the discriminator's is of its own last update
-                for schedule in others:
-                    follow(schedule)
+        resumed = self._iteration > 0
+        if resumed:
+            follow(_as_list(self.lr_schedulers()))
         for part in self.each_part:
-            part.start(self, resumed=self._iteration > 0)
+            part.start(self, resumed=resumed)
         for half in self.frozen_halves:
             getattr(self, half).eval()
 

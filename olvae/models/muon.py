@@ -1,4 +1,4 @@
-"""Muon: an optimizer that changes matrices of weights by orthogonal matrices, and everything else as Adam does."""
+"""Muon: an optimizer that changes matrices by orthogonal matrices, and the rest like Adam."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -9,44 +9,45 @@ from torch.optim.adam import adam as adam_update
 
 ITERATION = (3.4445, -4.7750, 2.0315)  # K. Jordan, Muon (2024)
 STEPS = 5
-SMALLEST = (
-    8  # inputs and outputs: below, as at an image's channels, there is no spectrum to speak of
-)
-RMS = 0.6  # of an update's entries at a rate of 1: best on the demo (docs/demo.md) [D]; arXiv 2502.16982, 2.2, has .2
-STACKED = (
-    2**22
-)  # values of the matrices that are stacked, at most: larger ones keep a device busy one by one
+# Inputs and outputs: a smaller matrix, as at an image's channels, has hardly a spectrum.
+SMALLEST = 8
+# Of an update's entries at a rate of 1: best on the demo (docs/demo.md) [D]; arXiv 2502.16982, 2.2,
+# has .2.
+RMS = 0.6
+# Values in a stack of matrices, at most: larger matrices keep a device busy one by one.
+STACKED = 2**22
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for weights with two dimensions or more, and 8 or more inputs and outputs; Adam for the rest.
+    """Muon for weights with two dimensions or more, and 8 or more inputs and outputs; else Adam.
 
-    The momentum of a weight's gradient, as a matrix (outputs, inputs x kernel), becomes the nearest orthogonal one: all
-    its singular values are made about 1, so that directions that gradients seldom show are learned as fast as the
-    others. One moment is kept where Adam keeps two. torch's own takes matrices only, one at a time, in bfloat16.
+    The momentum of a weight's gradient, as a matrix (outputs, inputs x kernel), becomes the nearest
+    orthogonal one: all its singular values become about 1, so that directions that gradients seldom
+    show are learned as fast as the others. It keeps one moment, Adam two. torch's own Muon takes
+    matrices only, one at a time, in bfloat16.
 
     Args:
         params: parameters.
-        lr: learning rate, Adam's too; an update of a matrix is about twice as large as Adam's at betas of (.9, .99).
+        lr: learning rate, Adam's too; a matrix changes about twice as much as with Adam at betas of
+            (.9, .99).
         betas: Adam's; the first is the momentum's too.
 
-    Like Adam with fused kernels it skips an update for ``found_inf`` without waiting for the device.
+    Like Adam with fused kernels it skips an update for ``found_inf`` without waiting for the
+    device.
     """
 
-    _step_supports_amp_scaling = (
-        True  # torch.amp.GradScaler sets found_inf and grad_scale, and does not wait
-    )
+    # torch.amp.GradScaler then sets found_inf and grad_scale, and does not wait.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self, params: Iterable[nn.Parameter], lr: float, betas: tuple[float, float]
     ) -> None:
         parameters = list(params)
-        groups = [
-            {"params": [p for p in parameters if is_matrix(p) == kind]} for kind in (False, True)
-        ]
-        super().__init__(
-            groups, {"lr": lr, "betas": betas, "fused": True}
-        )  # so loaded steps come to their device
+        others = [p for p in parameters if not is_matrix(p)]
+        matrices = [p for p in parameters if is_matrix(p)]
+        # "fused", so that the steps of a loaded state come to their device.
+        defaults = {"lr": lr, "betas": betas, "fused": True}
+        super().__init__([{"params": others}, {"params": matrices}], defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -55,9 +56,12 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        scale = getattr(self, "grad_scale", None)
         others, matrices = self.param_groups
         self._step_adam(others, found_inf, scale)
+
+        # Matrices of one shape are stacked: few launches of larger products.
         alike: dict[torch.Size, list[Tensor]] = {}
         for parameter in matrices["params"]:
             if parameter.grad is not None:
@@ -74,16 +78,19 @@ class Muon(torch.optim.Optimizer):
         trained = [p for p in group["params"] if p.grad is not None]
         for p in trained:
             if not self.state[p]:
-                zeros = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-                self.state[p] = {"step": torch.zeros((), device=p.device), **zeros}
-        kept = [
-            [self.state[p][name] for p in trained] for name in ("exp_avg", "exp_avg_sq", "step")
-        ]
+                self.state[p] = {
+                    "step": torch.zeros((), device=p.device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        first = [self.state[p]["exp_avg"] for p in trained]
+        second = [self.state[p]["exp_avg_sq"] for p in trained]
+        steps = [self.state[p]["step"] for p in trained]
         beta1, beta2 = group["betas"]
         adam_update(
-            trained, [p.grad for p in trained if p.grad is not None], kept[0], kept[1], [], kept[2],
-            fused=True, grad_scale=scale, found_inf=found_inf, amsgrad=False, beta1=beta1, beta2=beta2,
-            lr=group["lr"], weight_decay=0.0, eps=1e-8, maximize=False,
+            trained, [p.grad for p in trained if p.grad is not None], first, second, [], steps,
+            fused=True, grad_scale=scale, found_inf=found_inf, amsgrad=False, beta1=beta1,
+            beta2=beta2, lr=group["lr"], weight_decay=0.0, eps=1e-8, maximize=False,
         )  # fmt: skip
 
     def _step_matrices(
@@ -94,20 +101,25 @@ class Muon(torch.optim.Optimizer):
         scale: Tensor | None,
     ) -> None:
         """Change weights of one shape, of this group."""
-        rate, beta = group["lr"], group["betas"][0]
+        beta = group["betas"][0]
         for p in same:
             if not self.state[p]:
                 self.state[p]["exp_avg"] = torch.zeros_like(p)
+
+        # Gradients, without fp16's scale: (n, outputs, inputs x kernel), as the moment.
         moments = [self.state[p]["exp_avg"] for p in same]
-        moment = torch.stack(moments).flatten(2)  # (n, outputs, inputs x kernel)
+        moment = torch.stack(moments).flatten(2)
         gradient = torch.stack([p.grad for p in same if p.grad is not None]).flatten(2)
         if scale is not None:
             gradient = gradient / scale
-        if found_inf is not None:  # a skipped update leaves the moments as they are
+        if found_inf is not None:
+            # With its moment for a gradient, a skipped update leaves the moment as it is.
             gradient = torch.where(found_inf > 0, moment, gradient)
+
+        # Nesterov's momentum, made orthogonal, at the rate.
         moment.lerp_(gradient, 1 - beta)
-        update = orthogonalize(gradient.lerp(moment, beta))  # Nesterov's
-        update *= -rate * RMS * max(update.shape[1:]) ** 0.5
+        update = orthogonalize(gradient.lerp(moment, beta))
+        update *= -group["lr"] * RMS * max(update.shape[1:]) ** 0.5
         if found_inf is not None:
             update *= 1 - found_inf
         shape = (len(same), *same[0].shape)
@@ -121,9 +133,10 @@ def is_matrix(weight: Tensor) -> bool:
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """The orthogonal factor of matrices' polar decompositions, roughly: (n, rows, columns), in float32.
+    """The orthogonal factor of matrices' polar decompositions, roughly: (n, rows, columns).
 
-    A Newton-Schulz iteration brings singular values of .0015 to 1 of the Frobenius norm to .68 to 1.2.
+    In float32. A Newton-Schulz iteration brings singular values of .0015 to 1 of the Frobenius norm
+    to .68 to 1.2.
     """
     a, b, c = ITERATION
     wide = x.shape[1] <= x.shape[2]
@@ -131,6 +144,8 @@ def orthogonalize(x: Tensor) -> Tensor:
         x = x.float() if wide else x.float().mT
         x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
         for _ in range(STEPS):
+            # a x + (b s + c s^2) x with s = x x^T
             square = x @ x.mT
-            x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+            polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+            x = torch.baddbmm(x, polynomial, x, beta=a)
     return x if wide else x.mT.contiguous()

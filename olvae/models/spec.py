@@ -1,14 +1,16 @@
-"""Names of TARGETs, and the part of a training config or of an export's ``config.json`` that builds an autoencoder.
+"""The part of a training config, or of an export's config.json, that builds an autoencoder.
 
-Both are checked here without slow imports. An export is a folder with ``config.json`` and
-``diffusion_pytorch_model.safetensors``: diffusers' layout, with the parameters under their published names, so that
-this package, the hub and diffusers read the same two files.
+Also the names of TARGETs. Both are checked here without slow imports.
+
+An export is a folder with ``config.json`` and ``diffusion_pytorch_model.safetensors``: diffusers'
+layout, with the parameters under their published names, so that this package, the hub and diffusers
+read the same two files.
 """
 
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,31 +22,16 @@ from olvae.config.reading import CONFIG_BYTES
 from olvae.files import WEIGHT_SUFFIXES, nearest_path, reason
 from olvae.runs import entry_of, find_run, named_runs
 
-KINDS = (
-    "a run folder, a run's name (the newest in runs/; last: of all), a .ckpt or .safetensors file, an exported folder, "
-    "olvae:NAME (a model of this package), an id of the Hugging Face hub (OWNER/NAME), diffusers:ID_OR_FOLDER, or "
-    "package.module.Class:ARGUMENT (a Loader of yours)"
-)
-
-DIFFUSERS = "diffusers:"
-SHIPPED = "olvae:"  # a model that ships with this package: the export in olvae/pretrained/NAME
-SHIPPED_FOLDER = Path(__file__).parent.parent / "pretrained"
 OURS = "olvae."  # begins every target that a received config may name
 CLASS_NAME = "AutoencoderLiteVAE"
 CONFIG_NAME = "config.json"
-AUTO_MAP = {
-    "AutoModel": f"autoencoder_litevae.{CLASS_NAME}"
-}  # the file beside an export, and its class
+AUTO_MAP = {"AutoModel": f"autoencoder_litevae.{CLASS_NAME}"}  # the file in an export, its class
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-NETWORKS = (
-    "encoder_config",
-    "decoder_config",
-    "embed_dim",
-    "use_quant",
-)  # what builds the networks
+# What builds the networks
+NETWORKS = ("encoder_config", "decoder_config", "embed_dim", "use_quant")
 
 FOR_DIFFUSION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
-"""Arguments of :class:`AutoencoderSpec` for the pipeline of a diffusion model; they change nothing here."""
+"""Arguments of :class:`AutoencoderSpec` for a diffusion model's pipeline; networks ignore them."""
 
 IN_TRAINING = (*NETWORKS, "initial_logvar", *FOR_DIFFUSION)
 IN_EXPORT = (*NETWORKS, "folded", *FOR_DIFFUSION, "pixel_range")
@@ -62,7 +49,10 @@ MAX_NUMBER = 2**16  # in a received config: channels, sizes in pixels
 
 @dataclass(frozen=True)
 class AutoencoderSpec:
-    """The arguments that build an autoencoder: see ``LiteVAE.from_config`` and the attributes of ``Autoencoder``."""
+    """The arguments that build an autoencoder.
+
+    See ``LiteVAE.from_config``, and the attributes of ``Autoencoder``.
+    """
 
     encoder_config: Node
     decoder_config: Node
@@ -75,79 +65,84 @@ class AutoencoderSpec:
     latents_mean: Sequence[float | int] | None = None  # n_z numbers, or 4 n_z of 2x2 patches
     latents_std: Sequence[float | int] | None = None  # as many
     force_upcast: bool = False
-    pixel_range: Mapping[str, Any] | Sequence[Any] | None = (
-        None  # data.params.range of the training; None for 8 bits
-    )
+    # data.params.range of the training; None for 8 bits
+    pixel_range: Mapping[str, Any] | Sequence[Any] | None = None
 
     @classmethod
     def from_content(
         cls, content: Mapping[str, Any], origin: str, only_ours: bool
     ) -> "AutoencoderSpec":
-        """Read the content of a training config, or of an export's config.json; ConfigError if it has mistakes.
+        """Read the content of a training config, or of an export's config.json.
 
-        ``origin`` is for messages; ``only_ours`` refuses networks from outside of this package, for received configs.
+        ConfigError if it has mistakes. ``origin`` is for messages; ``only_ours`` refuses networks
+        from outside of this package, for received configs.
         """
+        unknown: Iterable[str] = ()
         if "model" in content:
             found = {key: entry_of(content, f"model.params.{key}") for key in IN_TRAINING}
             params = {key: value for key, value in found.items() if value is not None}
-            params["pixel_range"], origin = (
-                entry_of(content, "data.params.range"),
-                f"{origin}: model.params.",
-            )
+            params["pixel_range"] = entry_of(content, "data.params.range")
+            origin = f"{origin}: model.params."
         else:
-            _check_export(content, origin)
-            params, origin = (
-                {key: content[key] for key in IN_EXPORT if key in content},
-                f"{origin}: ",
-            )
-        for mistakes in (  # each only where there is none before it
+            origin = f"{origin}: "
+            name = content.get("_class_name", CLASS_NAME)
+            if name != CLASS_NAME:
+                raise ConfigError(
+                    f"{origin}the config of diffusers' {name}: as a target, diffusers:FOLDER"
+                )
+            params = {key: content[key] for key in IN_EXPORT if key in content}
+            given = {key: value for key, value in content.items() if not key.startswith("_")}
+            unknown = unknown_keys(given, (*IN_EXPORT, *DERIVED))
+
+        # Each check runs only if the ones before found nothing.
+        for mistakes in (
+            unknown,
             _wrong_networks(params, only_ours),
             oversized(params) if only_ours else (),
             check_arguments(cls, params),
             check_factors(params, params.get("embed_dim", 0)),
         ):
-            if lines := [f"{origin}{mistake}" for mistake in mistakes]:
+            lines = [f"{origin}{mistake}" for mistake in mistakes]
+            if lines:
                 raise ConfigError(*lines)
         return cls(**params)
 
     @property
     def ours(self) -> bool:
         """Whether both networks are of this package."""
-        return all(
-            str(node["target"]).startswith(OURS)
-            for node in (self.encoder_config, self.decoder_config)
-        )
+        halves = (self.encoder_config, self.decoder_config)
+        return all(str(node["target"]).startswith(OURS) for node in halves)
 
     def to_export(self, **derived: Any) -> Config:
         """The content of an export's config.json, with the ``derived`` keys.
 
-        ValueError if a network is not of this package, or has an argument that JSON can't represent.
+        ValueError if a network is not of this package, or has an argument that JSON can't have.
         """
         for target in (self.encoder_config["target"], self.decoder_config["target"]):
             if not target.startswith(OURS):
                 raise ValueError(
-                    f"{target} is a network of your own: an export holds networks of this package only"
+                    f"{target} is a network of your own: an export holds networks of this package "
+                    "only"
                 )
         arguments = {name: getattr(self, name) for name in IN_EXPORT}
         if self.pixel_range is None:
             del arguments["pixel_range"]  # other tools know nothing of it
         try:
-            content: Config = json.loads(
-                json.dumps(
-                    {"_class_name": CLASS_NAME, "auto_map": AUTO_MAP, **arguments, **derived}
-                )
+            text = json.dumps(
+                {"_class_name": CLASS_NAME, "auto_map": AUTO_MAP, **arguments, **derived}
             )
         except TypeError as error:
             raise ValueError(
                 f"a network has an argument that JSON can't represent: {error}"
             ) from error
+        content: Config = json.loads(text)  # as it will be read: tuples are lists
         return content
 
 
 def read_config(path: str | Path, received: bool = False) -> Config:
-    """Read a training config (YAML) or the config.json of an export; ConfigError if it is missing, or not readable.
+    """Read a training config (YAML) or the config.json of an export; ConfigError if it can't be.
 
-    ``received``: it may be somebody else's: a YAML file may not name others.
+    ``received``: it may be somebody else's, so a YAML file may not include others.
     """
     path = Path(path)
     if path.suffix != ".json":
@@ -163,7 +158,7 @@ def read_config(path: str | Path, received: bool = False) -> Config:
 
 
 def class_in(folder: Path) -> str | None:
-    """The class, diffusers' or ours, that a folder's config.json names; None if there is no readable one."""
+    """The class, diffusers' or ours, that a folder's config.json names; None without one."""
     try:
         name = read_config(folder / CONFIG_NAME).get("_class_name")
     except ConfigError:
@@ -172,8 +167,11 @@ def class_in(folder: Path) -> str | None:
 
 
 def _wrong_networks(params: Mapping[str, Any], only_ours: bool) -> Iterator[str]:
-    """Yield an error for each target that is no network, or that a received config may not name (not imported)."""
-    from olvae.modules.base import Decoder, Encoder
+    """Yield an error for each target that is no network, or that a received config may not name.
+
+    The latter is not imported.
+    """
+    from olvae.modules.base import Decoder, Encoder  # slow
 
     for key, kind in (("encoder_config", Encoder), ("decoder_config", Decoder)):
         node = params.get(key)
@@ -187,24 +185,14 @@ def _wrong_networks(params: Mapping[str, Any], only_ours: bool) -> Iterator[str]
                 yield f"{key}.target: {error}"
 
 
-def _check_export(content: Mapping[str, Any], origin: str) -> None:
-    name = content.get("_class_name", CLASS_NAME)
-    if name != CLASS_NAME:
-        raise ConfigError(
-            f"{origin}: the config of diffusers' {name}: as a target, diffusers:FOLDER"
-        )
-    given = {key: value for key, value in content.items() if not key.startswith("_")}
-    if mistakes := list(unknown_keys(given, (*IN_EXPORT, *DERIVED))):
-        raise ConfigError(*(f"{origin}: {mistake}" for mistake in mistakes))
-
-
 def oversized(params: Mapping[str, Any]) -> Iterator[str]:
     """Yield an error for each size too large to build even on the meta device."""
     for key, value in params.items():
         if key == "pixel_range":
             continue
         if isinstance(value, Mapping):
-            yield from (f"{key}.{line}" for line in oversized(value))
+            for line in oversized(value):
+                yield f"{key}.{line}"
             continue
         values = list(value) if isinstance(value, list | tuple) else [value]
         counts_layers = str(key).endswith(("blocks", "layers", "levels", "per_block"))
@@ -217,22 +205,39 @@ def oversized(params: Mapping[str, Any]) -> Iterator[str]:
 
 def check_factors(values: Mapping[str, Any], n_z: int) -> Iterator[str]:
     """Yield an error for each invalid scaling or shift factor."""
-    for key, positive in (("scaling_factor", True), ("shift_factor", False)):
-        if not _is_number(value := values.get(key, 1.0), positive):
-            yield f"{key}: expected a number{' above 0' if positive else ''}, got {value!r}"
-    for key, positive in (("latents_mean", False), ("latents_std", True)):
+    # One number each
+    for key, above in (("scaling_factor", " above 0"), ("shift_factor", "")):
+        value = values.get(key, 1.0)
+        if not _is_number(value, positive=bool(above)):
+            yield f"{key}: expected a number{above}, got {value!r}"
+
+    # Per channel, or as FLUX.2's for the four positions of 2x2 patches
+    for key, above in (("latents_mean", ""), ("latents_std", " above 0")):
         several = values.get(key)
-        counts = (n_z, 4 * n_z)  # the latter of the positions of 2x2 patches, as FLUX.2's
-        if several is not None and (
-            len(several) not in counts or not all(_is_number(n, positive) for n in several)
-        ):
-            yield f"{key}: expected {n_z} numbers{' above 0' if positive else ''}, one per channel, got {several!r}"
+        if several is None:
+            continue
+        fits = len(several) in (n_z, 4 * n_z)
+        if not fits or not all(_is_number(n, positive=bool(above)) for n in several):
+            yield f"{key}: expected {n_z} numbers{above}, one per channel, got {several!r}"
     if (values.get("latents_mean") is None) != (values.get("latents_std") is None):
         yield "latents_mean, latents_std: give both, or neither"
 
 
 def _is_number(value: Any, positive: bool) -> bool:
     return math.isfinite(value) and (value > 0 or not positive)
+
+
+# Names of TARGETs
+
+KINDS = (
+    "a run folder, a run's name (the newest in runs/; last: of all), a .ckpt or .safetensors file, "
+    "an exported folder, olvae:NAME (a model of this package), an id of the Hugging Face hub "
+    "(OWNER/NAME), diffusers:ID_OR_FOLDER, or package.module.Class:ARGUMENT (a Loader of yours)"
+)
+
+DIFFUSERS = "diffusers:"
+SHIPPED = "olvae:"  # a model that ships with this package: the export in olvae/pretrained/NAME
+SHIPPED_FOLDER = Path(__file__).parent.parent / "pretrained"
 
 
 def place_in(target: str) -> str:
@@ -242,9 +247,8 @@ def place_in(target: str) -> str:
 
 def is_hub_id(text: str) -> bool:
     """Whether this could be OWNER/NAME on the hub."""
-    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None and not text.endswith(
-        WEIGHT_SUFFIXES
-    )
+    looks_like = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", text) is not None
+    return looks_like and not text.endswith(WEIGHT_SUFFIXES)
 
 
 def split_class(text: str) -> tuple[str, str] | None:
@@ -254,15 +258,12 @@ def split_class(text: str) -> tuple[str, str] | None:
 
 
 def shipped_folder(text: str) -> Path:
-    """The export that ``olvae:NAME`` is; FileNotFoundError with the names that there are if it is none of them."""
+    """The export behind ``olvae:NAME``; FileNotFoundError with all names if there is none."""
     name = text.removeprefix(SHIPPED)
-    if name not in (
-        names := [config.parent.name for config in SHIPPED_FOLDER.glob("*/config.json")]
-    ):
-        known = ", ".join(f"{SHIPPED}{name}" for name in sorted(names))
-        raise FileNotFoundError(
-            f"{text}: no model of this name in the package, which has {known or 'none'}"
-        )
+    names = [config.parent.name for config in SHIPPED_FOLDER.glob("*/config.json")]
+    if name not in names:
+        known = ", ".join(f"{SHIPPED}{name}" for name in sorted(names)) or "none"
+        raise FileNotFoundError(f"{text}: no model of this name in the package, which has {known}")
     return SHIPPED_FOLDER / name
 
 
@@ -271,13 +272,11 @@ def check_target(text: str) -> None:
     if text.startswith(DIFFUSERS):
         name = place_in(text)
         if not (Path(name).is_dir() or is_hub_id(name)):
-            near = nearest_path(name)
             raise FileNotFoundError(
-                f"{text}: no such folder, and not an id of the hub (OWNER/NAME){near}"
+                f"{text}: no such folder, and not an id of the hub (OWNER/NAME){nearest_path(name)}"
             )
     elif text.startswith(SHIPPED):
         shipped_folder(text)
     elif not (Path(find_run(text)).exists() or is_hub_id(text) or split_class(text)):
-        raise FileNotFoundError(
-            f"{text}: not found{nearest_path(text, named_runs(text)) or f'; a target is {KINDS}'}"
-        )
+        remedy = nearest_path(text, named_runs(text)) or f"; a target is {KINDS}"
+        raise FileNotFoundError(f"{text}: not found{remedy}")

@@ -1,6 +1,7 @@
 """Find the files of a trained autoencoder, local or on the hub; write them as an export.
 
-The hub is reached through huggingface_hub, with its environment: HF_HUB_OFFLINE, HF_HOME, HF_ENDPOINT, HF_TOKEN.
+The hub is reached through huggingface_hub, with its environment: HF_HUB_OFFLINE, HF_HOME,
+HF_ENDPOINT, HF_TOKEN.
 """
 
 import json
@@ -48,9 +49,8 @@ if find_spec("olvae") is None:
     raise ImportError("this autoencoder needs open-LiteVAE: pip install open-litevae")
 {CLASS_NAME} = __import__("olvae").{CLASS_NAME}
 """
-WEIGHTS_INDEX = (
-    f"{WEIGHTS_NAME}.index.json"  # diffusers', of weights that it divides into several files
-)
+# diffusers', of weights that it divides into several files
+WEIGHTS_INDEX = f"{WEIGHTS_NAME}.index.json"
 ONE_KIND = "an export has one kind of weights: `raw` is ignored"
 CONFIG_PATTERNS = ("*.json", "*.yaml", "*.yml")
 
@@ -58,17 +58,15 @@ CONFIG_PATTERNS = ("*.json", "*.yaml", "*.yml")
 def snapshot(
     repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (), **access: Any
 ) -> Path:
-    """Download the files of these patterns, or find them in the cache, by huggingface_hub; returns their folder.
+    """Download the files of these patterns, or find them in the cache; return their folder.
 
-    FileNotFoundError if repository or revision do not exist, or the hub can't be reached; OSError if it breaks off.
+    FileNotFoundError if the repository or revision does not exist, or the hub can't be reached;
+    OSError if the connection breaks off.
     """
     where = f"{repo_id}@{access['revision']}" if access.get("revision") else repo_id
+    access = {"allow_patterns": [*patterns], "ignore_patterns": [*ignored], **access}
     try:
-        return Path(
-            snapshot_download(
-                repo_id, allow_patterns=[*patterns], ignore_patterns=[*ignored], **access
-            )
-        )
+        return Path(snapshot_download(repo_id, **access))
     except Exception as error:
         for kind, message in _NOT_FOUND.items():
             if isinstance(error, kind):
@@ -76,24 +74,26 @@ def snapshot(
                     error=first_line(error), why=first_line(error.__cause__ or error)
                 )
                 raise FileNotFoundError(f"{where}: {text}") from error
-        raise OSError(
-            f"{where}: not downloaded: {first_line(error)}"
-        ) from error  # the connection broke off
+        raise OSError(f"{where}: not downloaded: {first_line(error)}") from error
 
 
 _NOT_FOUND: dict[type[Exception], str] = {
     HFValidationError: "no such file or folder, and not an id of the hub",
     GatedRepoError: "access is restricted: ask for it on the hub, then set HF_TOKEN",
-    RepositoryNotFoundError: "no such file or folder here, no such repository on the hub (private: set HF_TOKEN)",
+    RepositoryNotFoundError: (
+        "no such file or folder here, no such repository on the hub (private: set HF_TOKEN)"
+    ),
     RevisionNotFoundError: "the repository has no such revision",
-    LocalEntryNotFoundError: "no such file or folder here, not in the hub's cache, and the hub can't be reached: {why}",
+    LocalEntryNotFoundError: (
+        "no such file or folder here, not in the hub's cache, and the hub can't be reached: {why}"
+    ),
     HfHubHTTPError: "the hub answers: {error}",
 }
-"""Messages for huggingface_hub's errors; the first that fits, since some are kinds of others."""
+"""Messages for huggingface_hub's errors. The first that fits is taken: some derive from others."""
 
 
 PUBLISHED = {"RGenDiff/olitevaeB_im_f8c12": "olitevaeB_im_f8c12"}
-"""Models of the hub without a config of their own, and the recipe that they have been trained by."""
+"""Models of the hub without a config in their repository, and the recipes that trained them."""
 
 
 @dataclass(frozen=True)
@@ -112,43 +112,55 @@ def locate(
 ) -> Located:
     """Find the weights, and the config that belongs to them; see ``LiteVAE.from_pretrained``.
 
-    FileNotFoundError if there are none, ValueError for another file, ConfigError if the config is missing or wrong.
+    FileNotFoundError if there are none, ValueError for another file, ConfigError if the config is
+    missing or wrong.
     """
-    path, given = Path(find_run(path_or_id)), os.fspath(path_or_id)
+    folder = Run(Path(find_run(path_or_id)))
+    given = os.fspath(path_or_id)
     weights = locate_weights(path_or_id, **access)
-    run = Run(path) if weights == Run(path).last_checkpoint else None
+    run = folder if weights == folder.last_checkpoint else None
+
+    # The config: as given, inside the file, beside it, or known by the name on the hub.
     inside = config_inside(weights) if config is None else None
     found = config or inside or _config_beside(weights)
     if found is None and given in PUBLISHED:
         found = recipes()[PUBLISHED[given]]
     if found is None:
         raise ConfigError(
-            f"{given}: no config beside the weights (config.json, config.yaml or {weights.stem}.yaml): put one "
-            "there, or name it with `config`"
+            f"{given}: no config beside the weights (config.json, config.yaml or "
+            f"{weights.stem}.yaml): put one there, or name it with `config`"
         )
-    origin = given if isinstance(found, Mapping) else str(found)
-    own = config is not None or (
-        inside is None and run_of(weights) is not None
-    )  # the user's, not a received one
-    content = found if isinstance(found, Mapping) else read_config(found, received=not own)
+
+    # Is it the user's, or a received one, which may name networks of this package only?
+    own = config is not None or (inside is None and run_of(weights) is not None)
+    if isinstance(found, Mapping):
+        origin = given
+        content = found
+    else:
+        origin = str(found)
+        content = read_config(found, received=not own)
     trusted = "model" in content and own
     spec = AutoencoderSpec.from_content(content, origin, only_ours=not trusted)
     return Located(weights, spec, origin, dict(content) if trusted else {}, run)
 
 
 def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
-    """Find the file of weights of a path, a model of this package, or an id of the hub; see :func:`locate`."""
-    folder, given = Path(find_run(path_or_id)), os.fspath(path_or_id)
+    """Find the file of weights of a path, a model of this package, or an id of the hub.
+
+    See :func:`locate`.
+    """
+    folder = Path(find_run(path_or_id))
+    given = os.fspath(path_or_id)
     if folder.is_file():
         if folder.suffix not in WEIGHT_SUFFIXES:
             raise ValueError(f"{given}: not a file of weights ({', '.join(WEIGHT_SUFFIXES)})")
         return folder
+
+    # The folder. From the hub: files at the top of the repository, safetensors before pickles.
     if given.startswith(SHIPPED):
         folder = shipped_folder(given)
     elif not folder.is_dir() and is_hub_id(given):
-        for suffix in (
-            WEIGHT_SUFFIXES
-        ):  # files at the top of the repository, and safetensors rather than pickles
+        for suffix in WEIGHT_SUFFIXES:
             folder = snapshot(given, [*CONFIG_PATTERNS, f"*{suffix}"], ["*/*"], **access)
             if any(folder.glob(f"*{suffix}")):
                 break
@@ -156,14 +168,13 @@ def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
         raise FileNotFoundError(
             f"{given or '(empty)'}: no such file or folder, and not an id of the hub (OWNER/NAME)"
         )
-    if Run(folder).last_checkpoint.is_file():
-        return Run(folder).last_checkpoint
+    last = Run(folder).last_checkpoint
+    if last.is_file():
+        return last
+
+    # The only file of the first suffix that has one.
     for suffix in WEIGHT_SUFFIXES:
-        files = sorted(folder.glob(f"[!.]*{suffix}"))  # without what a killed process was writing
-        copies = WEIGHTS_NAME.replace(".", ".*.")  # diffusers' in another precision, such as .fp16.
-        files = [
-            file for file in files if folder / WEIGHTS_NAME not in files or not file.match(copies)
-        ]
+        files = _weights_in(folder, suffix)
         if len(files) > 1:
             names = ", ".join(file.name for file in files)
             split = (folder / WEIGHTS_INDEX).is_file()
@@ -174,23 +185,34 @@ def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
         if files:
             return files[0]
     raise FileNotFoundError(
-        f"{given}: neither a run folder (checkpoints/last.ckpt is missing) nor a folder with weights "
-        f"({', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)})"
+        f"{given}: neither a run folder (checkpoints/last.ckpt is missing) nor a folder with "
+        f"weights ({', '.join('*' + suffix for suffix in WEIGHT_SUFFIXES)})"
     )
 
 
+def _weights_in(folder: Path, suffix: str) -> list[Path]:
+    """A folder's files of weights, without the ones that a killed process was writing.
+
+    Beside diffusers' file, its copies in another precision, such as ``.fp16.``, do not count.
+    """
+    files = sorted(folder.glob(f"[!.]*{suffix}"))
+    if folder / WEIGHTS_NAME not in files:
+        return files
+    copies = WEIGHTS_NAME.replace(".", ".*.")
+    return [file for file in files if not file.match(copies)]
+
+
 def config_inside(weights: Path, kinds: Sequence[str] = (CLASS_NAME,)) -> Config | None:
-    """The config.json that a safetensors file of these classes has in its header; None if there is none."""
+    """The config.json in a safetensors file's header; None without one of these classes."""
     if weights.suffix != ".safetensors":
         return None
     try:
         content = json.loads(header_of(weights)[CONFIG_KEY][:CONFIG_BYTES])
     except (OSError, KeyError, ValueError, RecursionError):
-        return None  # it has none; reading the weights will say whether the file is whole
-    is_export = (
-        isinstance(content, dict) and content.get("_class_name") in kinds and "model" not in content
-    )
-    return content if is_export else None
+        return None  # it has none; reading the weights will find out whether the file is whole
+    if not isinstance(content, dict) or content.get("_class_name") not in kinds:
+        return None
+    return None if "model" in content else content
 
 
 def is_export(weights: Path) -> bool:
@@ -199,7 +221,7 @@ def is_export(weights: Path) -> bool:
 
 
 def _config_beside(weights: Path) -> Path | None:
-    """The run's config, or one in the same folder; a folder's only YAML file counts as its config."""
+    """The config in the run folder or beside the weights; a folder's only YAML file counts."""
     run = run_of(weights)
     folder = weights.parent if run is None else run.path
     for name in (CONFIG_NAME, "config.yaml", f"{weights.stem}.yaml"):
@@ -210,9 +232,10 @@ def _config_beside(weights: Path) -> Path | None:
 
 
 def write_export(state: Mapping[str, Tensor], config: Config, folder: Path) -> None:
-    """Write the weights, in their dtype and with a checksum, ``config.json``, and the file that it names.
+    """Write the weights, ``config.json``, and the Python file that it names.
 
-    Weights that diffusers had divided into several files there, and would prefer, are removed.
+    The weights keep their dtype, and get a checksum. Weights in several parts, which diffusers had
+    written there and would prefer, are removed.
     """
     with atomic_write(folder / WEIGHTS_NAME) as partial:
         write_tensors(partial, state)

@@ -1,4 +1,4 @@
-"""Base classes of encoders and decoders, counts of parameters and operations, float32 under autocast."""
+"""Base classes of encoders and decoders; setting checks, operation counts, mixed precision."""
 
 import copy
 import inspect
@@ -19,15 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 HALVES = ("encoder", "decoder")  # of an autoencoder
 
-Inputs = ParamSpec("Inputs")
-Output = TypeVar("Output")
-
 
 class Stage(NamedTuple):
     """A step of a decoder with a finite receptive field.
 
-    The input that a window of the output depends on: the window, ``reach`` positions wider on every side, then divided
-    by ``scale``.
+    A window of the output depends on this window of the input: widen the output's window by
+    ``reach`` positions on every side, then divide it by ``scale``.
     """
 
     run: Callable[[Tensor], Tensor]
@@ -38,9 +35,8 @@ class Stage(NamedTuple):
 class Steps(nn.Module):
     """A network whose forward pass hands its steps to :meth:`step`."""
 
-    checkpoint: bool = (
-        False  # keep each step's inputs alone, and compute it again in the backward pass
-    )
+    # Whether to keep only each step's inputs, and compute the step again in the backward pass.
+    checkpoint: bool = False
 
     def step(self, run: Callable[..., Tensor], *inputs: Tensor | None) -> Tensor:
         """``run(*inputs)``; dropout draws the same numbers when it is computed again."""
@@ -56,43 +52,43 @@ class Steps(nn.Module):
 
 
 def copy_plain(value: Any) -> Any:
-    """Copy lists and mappings, at any depth; modules and all else in them are shared."""
+    """Copy lists and dicts at any depth; share modules and everything else in them."""
     if isinstance(value, list):
         return [copy_plain(inner) for inner in value]
-    return (
-        {key: copy_plain(inner) for key, inner in value.items()}
-        if isinstance(value, dict)
-        else value
-    )
+    if isinstance(value, dict):
+        return {key: copy_plain(inner) for key, inner in value.items()}
+    return value
 
 
 class _Network(Steps):
-    node: dict[
-        str, Any
-    ]  # ``target`` and ``params`` that build this network again, for the config of a saved model
+    """One half of an autoencoder: records its arguments, and may have a linear path."""
+
+    # ``target`` and ``params`` that build this network again, for the config of a saved model.
+    node: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         network = super().__new__(cls)
         bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)
         bound.apply_defaults()
-        params = copy_plain(dict(list(bound.arguments.items())[1:]))  # without self
-        network.__dict__["node"] = {
+        _self, *arguments = bound.arguments.items()
+        network.node = {
             "target": f"{cls.__module__}.{cls.__qualname__}",
-            "params": params,
+            "params": copy_plain(dict(arguments)),
         }
         return network
 
     def __init__(self) -> None:
         super().__init__()
+        # A linear path beside the network: see :func:`olvae.models.linear_code.fit_linear_paths`.
         self.linear: nn.Conv2d | None = None
-        """A linear path beside the network, which :func:`olvae.models.linear_code.fit_linear_paths` fits."""
 
     def use_latents(self, mean: Tensor, std: Tensor) -> None:
-        """Take the mean and the deviation of the latents per channel, (n_z) each, from a part that brings them."""
+        """Take the latents' mean and deviation per channel, (n_z) each, from a part with them."""
 
     def _set_linear_path(self, path: nn.Conv2d) -> None:
-        """Add a path, beside a network that adds nothing to it at first: its last convolution becomes zero."""
-        if (last := last_convolution(self)) is not None:
+        """Add the path, and zero the network's last convolution: at first the path is alone."""
+        last = last_convolution(self)
+        if last is not None:
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
         self.linear = path
@@ -104,37 +100,41 @@ class Encoder(_Network):
     ``image_size`` is the intended size in pixels, at which summaries count operations.
     """
 
-    deterministic: bool = (
-        False  # whether its latents have no distribution, and the log-variances no meaning
-    )
+    # Whether the latents have no distribution, so that the log-variances mean nothing.
+    deterministic: bool = False
 
     def __init__(self, latent_dim: int, in_channels: int, downscale: int, image_size: int) -> None:
         super().__init__()
         check_counts(1, latent_dim=latent_dim, in_channels=in_channels, downscale=downscale)
         if image_size % downscale:
             raise ValueError(f"image_size {image_size} is not a multiple of {downscale}")
-        self.latent_dim, self.in_channels = latent_dim, in_channels
-        self.downscale, self.image_size = downscale, image_size
+        self.latent_dim = latent_dim
+        self.in_channels = in_channels
+        self.downscale = downscale
+        self.image_size = image_size
 
     def add_linear_path(self) -> None:
         """Add a linear path from patches to the means.
 
-        Patches are twice as wide as positions are apart: the fit uses their centres, and training learns to overlap
-        them. For odd factors, and above 16, where covariances of larger patches would need gigabytes, they just touch.
+        Patches are twice as wide as their distance: the fit uses their centres, and training learns
+        to overlap them. Where the factor is odd, or above 16 (the covariances of larger patches
+        would need gigabytes), patches just touch.
         """
         f = self.downscale
         margin = f // 2 if f % 2 == 0 and f <= 16 else 0
-        size, n = f + 2 * margin, self.latent_dim // 2
+        size = f + 2 * margin
+        means = self.latent_dim // 2
         self._set_linear_path(
-            nn.Conv2d(self.in_channels, n, size, f, padding=margin, padding_mode="replicate")
+            nn.Conv2d(self.in_channels, means, size, f, padding=margin, padding_mode="replicate")
         )
 
     def with_linear_path(self, moments: Tensor, x: Tensor) -> Tensor:
-        """The network's moments, (B, latent_dim, H/f, W/f), plus the linear path from the images x in their means."""
+        """Add the linear path from the images x to the means in moments (B, latent_dim, h, w)."""
         if self.linear is None:
             return moments
         mean = self.linear(x)  # (B, latent_dim / 2, H/f, W/f)
-        return torch.cat((moments[:, : mean.shape[1]] + mean, moments[:, mean.shape[1] :]), dim=1)
+        n_z = mean.shape[1]
+        return torch.cat((moments[:, :n_z] + mean, moments[:, n_z:]), dim=1)
 
 
 class Decoder(_Network):
@@ -143,7 +143,9 @@ class Decoder(_Network):
     def __init__(self, z_channels: int, out_channels: int, upscale: int) -> None:
         super().__init__()
         check_counts(1, z_channels=z_channels, out_channels=out_channels, upscale=upscale)
-        self.z_channels, self.out_channels, self.upscale = z_channels, out_channels, upscale
+        self.z_channels = z_channels
+        self.out_channels = out_channels
+        self.upscale = upscale
 
     @property
     def widths(self) -> list[int]:
@@ -160,29 +162,31 @@ class Decoder(_Network):
         )
 
     def linear_path(self, z: Tensor) -> Tensor:
-        """The linear path's image: (B, z_channels, h, w) -> (B, out_channels, upscale h, upscale w)."""
+        """Compute the linear path's image (B, out_channels, upscale h, upscale w) from a latent."""
         assert self.linear is not None
         return F.pixel_shuffle(self.linear(z), self.upscale)
 
     def stages(self) -> list[Stage] | None:
-        """List the steps of the network, to compute it in tiles; None if one depends on the whole image."""
+        """List the network's steps, to run it in tiles; None if one depends on the whole image."""
         return None
 
     def paths(self) -> list[list[Stage]] | None:
-        """Chains of steps from the latent, whose images ``forward`` adds up; None if a step needs the whole image."""
-        if (network := self.stages()) is None:
+        """List the chains of steps that start at the latent; ``forward`` adds up their images.
+
+        None if a step needs the whole image.
+        """
+        network = self.stages()
+        if network is None:
             return None
-        return (
-            [network]
-            if self.linear is None
-            else [network, [Stage(self.linear_path, 1, self.upscale)]]
-        )
+        if self.linear is None:
+            return [network]
+        return [network, [Stage(self.linear_path, 1, self.upscale)]]
 
 
 def last_convolution(network: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
-    """The last convolution: a network's ``output_layer``, or by the order of definition.
+    """Find the last convolution: the network's ``output_layer``, or the last one defined.
 
-    That of a linear path only where there is nothing else.
+    The linear path counts only where there is no other.
     """
     named: nn.Conv2d | nn.Conv3d | None = getattr(network, "output_layer", None)
     if named is not None:
@@ -192,8 +196,163 @@ def last_convolution(network: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
     return found[-1] if found else path
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of a module's first parameter or buffer; the CPU if it has none."""
+    first = next(chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """Return the dtype of a module's first parameter; float32 if it has none."""
+    first = next(module.parameters(), None)
+    return torch.float32 if first is None else first.dtype
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """Average a tensor over all processes; gradients of any order flow; no barrier, no wait.
+
+    In a single process return ``x`` itself.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return x
+    total: Tensor = all_reduce(x)
+    return total / dist.get_world_size()
+
+
+# Checks of settings: each raises ValueError with the setting's name.
+
+
+def check_counts(least: int, **counts: int | Sequence[int]) -> None:
+    """Check numbers of channels, blocks or multiples, one or several each: ``least`` or more."""
+    for name, value in counts.items():
+        several = [value] if isinstance(value, int) else list(value)
+        if not several or min(several) < least:
+            got = value if isinstance(value, int) else several
+            raise ValueError(f"{name} must be at least {least}, got {got}")
+
+
+def check_not_negative(**numbers: float) -> None:
+    """Raise ValueError for a number below 0, or nan."""
+    for name, number in numbers.items():
+        # Not ``number < 0``, which is False for nan.
+        if not number >= 0:
+            raise ValueError(f"{name} must not be negative, got {number}")
+
+
+def check_betas(betas: Sequence[float]) -> tuple[float, float]:
+    """Check the betas of Adam or Muon: two numbers from 0 to below 1."""
+    if len(betas) != 2 or not 0 <= min(betas) <= max(betas) < 1:
+        raise ValueError(f"betas must be two numbers from 0 to below 1, got {list(betas)}")
+    return betas[0], betas[1]
+
+
+def check_choice(choices: Iterable[str], **settings: str) -> None:
+    """Raise ValueError for a setting that is not among the choices."""
+    for name, value in settings.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+# Counting: parameters, multiply-accumulates, outputs of modules.
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+class ShapesOnly(TorchFunctionMode):
+    """Skip normalisations, SiLU and power iterations when counting operations.
+
+    They are slow on the meta device.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.mv:
+            # A column of the matrix has the product's shape.
+            return args[0][:, 0]
+        if func in _SAME_SHAPE:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+_SAME_SHAPE = frozenset((F.normalize, F.group_norm, torch.group_norm, F.silu))
+
+
+def count_macs(module: nn.Module, *shape: int, method: str = "__call__") -> int:
+    """Count the multiply-accumulates of a module's method on an input of this shape.
+
+    In matrix products and convolutions: half of torch's FLOPs, on the meta device, without memory.
+    """
+    tensors = (*module.parameters(), *module.buffers())
+    if any(not tensor.is_meta for tensor in tensors):
+        module = copy.deepcopy(module).to("meta")
+    with torch.no_grad(), ShapesOnly(), FlopCounterMode(display=False) as counter:
+        getattr(module, method)(torch.empty(shape, device="meta"))
+    return int(counter.get_total_flops()) // 2
+
+
+@contextmanager
+def watch_outputs(
+    modules: Mapping[str, nn.Module], record: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    """Call ``record(name, output)`` for each output of these modules that is a tensor."""
+
+    # torch's signature of a hook, after the name.
+    def hook(name: str, module: nn.Module, given: Any, output: Any) -> None:  # noqa: ARG001
+        if isinstance(output, Tensor):
+            record(name, output)
+
+    handles = [
+        module.register_forward_hook(partial(hook, name)) for name, module in modules.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# Mixed precision: what computes in float32 under autocast.
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Return whether autocast is on for the device of ``x`` (devices such as meta have none)."""
+    kind = x.device.type
+    return bool(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Turn autocast off for the device of ``x``."""
+    if autocast_enabled(x):
+        return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()
+
+
+def upcast(x: Tensor) -> Tensor:
+    """``x`` in float32; float64 stays float64."""
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+@contextmanager
+def full_float32(x: Tensor) -> Iterator[None]:
+    """Turn off autocast and cuDNN's TF32 convolutions, for numbers that others compare with."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with no_autocast(x):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 class Float32Conv2d(nn.Conv2d):
-    """A convolution that computes in float32 under autocast; otherwise it is torch's, bit for bit."""
+    """A convolution that computes in float32 under autocast; without autocast it is torch's."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not autocast_enabled(x):
@@ -208,321 +367,125 @@ def keep_in_float32(conv: nn.Module) -> None:
         conv.__class__ = Float32Conv2d
 
 
-def check_counts(least: int, **counts: int | Sequence[int]) -> None:
-    """Check numbers of channels, blocks or multiples, one or several each; ValueError if one is below ``least``."""
-    for name, value in counts.items():
-        given = [value] if isinstance(value, int) else list(value)
-        if not given or min(given) < least:
-            raise ValueError(
-                f"{name} must be at least {least}, got {value if isinstance(value, int) else given}"
-            )
+# Mixed precision: many weights cast in one launch.
+#
+# Autocast casts each float32 weight to half precision in a kernel launch of its own, and its
+# gradient back in another: hundreds of launches in a step, for which a GPU waits. Below, one
+# ``torch._foreach_copy_`` casts a whole group of weights, in two ways:
+#
+# - Eager networks (``casts_together``) cast a group when its first layer is called. For the time of
+#   the pass each layer's ``forward`` is replaced by one that takes the group's copies.
+# - Compiled networks (``compile_in_place``) cast all weights before the graph runs. For the time of
+#   the call the copies take the parameters' places, so the graph gets half precision.
+#
+# Both give the values and gradients that autocast gives.
+#
+# A layer may compute its weight from its parameters, as SMC and SpectralConv2d do. Its class then
+# has ``derive(layers)``, which returns weight and bias of each of these layers, and
+# ``_conv_forward(x, weight, bias)``, which convolves with given ones, as nn.Conv2d has.
 
+Operands = tuple[Tensor, Tensor | None]  # weight and bias of a convolution
 
-def check_not_negative(**numbers: float) -> None:
-    """Raise ValueError for a number below 0, or nan."""
-    for name, number in numbers.items():
-        if not number >= 0:
-            raise ValueError(f"{name} must not be negative, got {number}")
+# Bytes of weights that are cast in one launch: as many as DDP sends in one message.
+GROUP_BYTES = 25 * 2**20
 
-
-def check_betas(betas: Sequence[float]) -> tuple[float, float]:
-    """The betas of Adam or Muon; ValueError unless they are two numbers from 0 to below 1."""
-    if len(betas) != 2 or not 0 <= min(betas) <= max(betas) < 1:
-        raise ValueError(f"betas must be two numbers from 0 to below 1, got {list(betas)}")
-    return betas[0], betas[1]
-
-
-def check_choice(choices: Iterable[str], **settings: str) -> None:
-    """Raise ValueError for a setting that is none of its choices."""
-    for name, value in settings.items():
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def count_parameters(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """The device of a module's first parameter or buffer; the CPU for one without any."""
-    first = next(chain(module.parameters(), module.buffers()), None)
-    return torch.device("cpu") if first is None else first.device
-
-
-def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype of a module's first parameter; float32 for one without any."""
-    first = next(module.parameters(), None)
-    return torch.float32 if first is None else first.dtype
-
-
-class ShapesOnly(TorchFunctionMode):
-    """Skip normalisations, SiLU and power iterations, which are slow on the meta device, when counting operations."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func is torch.mv:
-            return args[0][:, 0]
-        return args[0] if func in _SAME_SHAPE else func(*args, **(kwargs or {}))
-
-
-_SAME_SHAPE = frozenset((F.normalize, F.group_norm, torch.group_norm, F.silu))
-
-
-def count_macs(module: nn.Module, *shape: int, method: str = "__call__") -> int:
-    """Multiply-accumulates of a module's method on an input of this shape, in matrix products and convolutions.
-
-    Half of torch's FLOPs, counted on the meta device, without memory.
-    """
-    if any(not tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
-        module = copy.deepcopy(module).to("meta")
-    with torch.no_grad(), ShapesOnly(), FlopCounterMode(display=False) as counter:
-        getattr(module, method)(torch.empty(shape, device="meta"))
-    return int(counter.get_total_flops()) // 2
-
-
-@contextmanager
-def watch_outputs(
-    modules: Mapping[str, nn.Module], record: Callable[[str, Tensor], None]
-) -> Iterator[None]:
-    """Call ``record`` in this context with the name and the output of each module whose output is a tensor."""
-
-    def hook(name: str, module: nn.Module, given: Any, output: Any) -> None:  # noqa: ARG001  (torch's signature)
-        if isinstance(output, Tensor):
-            record(name, output)
-
-    handles = [
-        module.register_forward_hook(partial(hook, name)) for name, module in modules.items()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def autocast_enabled(x: Tensor) -> bool:
-    """Whether autocast is on for the device of ``x`` (devices such as meta have none)."""
-    kind = x.device.type
-    return bool(torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind))
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Turn autocast off for the device of ``x``."""
-    return torch.autocast(x.device.type, enabled=False) if autocast_enabled(x) else nullcontext()
-
-
-def upcast(x: Tensor) -> Tensor:
-    """``x`` in float32; float64 stays float64."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
-
-
-def mean_over_processes(x: Tensor) -> Tensor:
-    """The mean of a tensor over all processes, to be differentiated as often as needed; no barrier, no wait.
-
-    ``x`` itself in a single process.
-    """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return x
-    total: Tensor = all_reduce(x)
-    return total / dist.get_world_size()
+Inputs = ParamSpec("Inputs")
+Output = TypeVar("Output")
 
 
 class _Cast(torch.autograd.Function):
-    """Tensors in another dtype, and their gradients back in float32: dozens of casts in one launch."""
+    """Cast tensors to another dtype, and their gradients back to float32, one launch each."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+        # A copy without a gradient gives None in backward, not a tensor of zeros.
         ctx.set_materialize_grads(False)
         copies = _in_dtype(tensors, dtype)
+        # One function has made all copies, so all would require gradients, also of frozen weights:
+        # their layers would then compute weight gradients for nothing.
         trained = ctx.needs_input_grad[1:]
-        ctx.mark_non_differentiable(
-            *(copy for copy, needed in zip(copies, trained, strict=True) if not needed)
-        )
+        frozen = [copy for copy, needed in zip(copies, trained, strict=True) if not needed]
+        ctx.mark_non_differentiable(*frozen)
         return tuple(copies)
 
     @staticmethod
     def backward(_: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        cast = iter(_in_dtype([g for g in gradients if g is not None], torch.float32))
-        return None, *(None if g is None else next(cast) for g in gradients)
+        present = [gradient for gradient in gradients if gradient is not None]
+        cast = iter(_in_dtype(present, torch.float32))
+        # The first None is for the dtype.
+        return None, *(None if gradient is None else next(cast) for gradient in gradients)
 
 
 def _in_dtype(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    copies = [torch.empty_like(t, dtype=dtype) for t in tensors]
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
     if copies:
         torch._foreach_copy_(copies, list(tensors))
     return copies
 
 
-Operands = tuple[Tensor, Tensor | None]  # weight and bias of a convolution
+def _cast_operands(layers: Sequence[Any], dtype: torch.dtype) -> dict[Any, Operands]:
+    """Return weight and bias of each layer: float32 ones cast to dtype, others as they are.
 
-GROUP_BYTES = (
-    25 * 2**20
-)  # of weights that are cast in one launch: as many as DDP sends in one message
-
-
-class _Group:
-    """Layers in whose passes weights are cast together, when the first of them is called.
-
-    Not before: a backward pass begins with what was computed last, so gradients of weights that were cast ahead of all
-    layers would have to wait for all layers.
+    Autocast keeps float64 as it is, too.
     """
+    # Weight and bias of each layer; a class with ``derive`` computes them for all its layers.
+    by_derive: dict[Any, list[Any]] = {}
+    for layer in layers:
+        by_derive.setdefault(getattr(type(layer), "derive", None), []).append(layer)
+    operands: dict[Any, Operands] = {}
+    for derive, alike in by_derive.items():
+        pairs = derive(alike) if derive else [(layer.weight, layer.bias) for layer in alike]
+        operands.update(zip(alike, pairs, strict=True))
 
-    def __init__(self) -> None:
-        self.layers: list[Any] = []
-        self._cast: dict[Any, Operands] = {}
+    # Cast those in float32, all in one launch.
+    given: list[Tensor] = []
+    for pair in operands.values():
+        given += [t for t in pair if t is not None and t.dtype == torch.float32]
+    if not given:
+        return operands
+    copies = _Cast.apply(dtype, *given)
 
-    def run(self, layer: Any, x: Tensor) -> Tensor:
-        """A layer's forward pass."""
-        if not autocast_enabled(x):
-            out: Tensor = type(layer).forward(layer, x)
-            return out
-        if not self._cast:
-            with no_autocast(x):
-                self._cast = _cast_operands(
-                    _operands(self.layers), torch.get_autocast_dtype(x.device.type)
-                )
-        weight, bias = self._cast[layer]
-        return (
-            F.linear(x, weight, bias)
-            if type(layer) is nn.Linear
-            else layer._conv_forward(x, weight, bias)
-        )
-
-
-def _operands(layers: Sequence[Any]) -> dict[Any, Operands]:
-    """Weight and bias of each layer; those of a class with ``derive`` are computed by it, for all of its layers."""
-    found: dict[Any, Operands] = {}
-    for derive in dict.fromkeys(getattr(type(layer), "derive", None) for layer in layers):
-        alike = [layer for layer in layers if getattr(type(layer), "derive", None) is derive]
-        found |= zip(
-            alike,
-            derive(alike) if derive else [(layer.weight, layer.bias) for layer in alike],
-            strict=True,
-        )
-    return found
-
-
-def _cast_operands(operands: Mapping[Any, Operands], dtype: torch.dtype) -> dict[Any, Operands]:
-    """Cast tensors in float32; the others are left to autocast, which keeps float64."""
-    given = [
-        t for pair in operands.values() for t in pair if t is not None and t.dtype == torch.float32
-    ]
-    copies = dict(zip(map(id, given), _Cast.apply(dtype, *given) if given else (), strict=True))
+    # By id, because ``==`` compares tensors element by element. Two layers may share a tensor.
+    cast = {id(tensor): copy for tensor, copy in zip(given, copies, strict=True)}
     return {
-        layer: (
-            copies.get(id(weight), weight),
-            bias if bias is None else copies.get(id(bias), bias),
-        )
+        layer: (cast.get(id(weight), weight), cast.get(id(bias), bias))
         for layer, (weight, bias) in operands.items()
     }
 
 
-def _cast_for(network: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Tensor | None:
-    """The first tensor that a pass gets, if weights are cast together for it: in training, under autocast."""
-    x = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
-    return x if x is not None and network.training and autocast_enabled(x) else None
+class _Group:
+    """Layers with weights that are cast together, when the first of them is called in a pass.
 
-
-def casts_together(
-    forward: Callable[Concatenate[Any, Inputs], Output],
-) -> Callable[Concatenate[Any, Inputs], Output]:
-    """Let a network's forward pass in training cast its layers' weights together, where autocast casts each.
-
-    Values and gradients are the same, in fewer launches: one for each 25 MB, so that DDP can send the gradients of
-    some layers while it computes those of others. The last convolution is left to autocast, or a gradient at it alone
-    would take more of the backward pass; so are weights that are not parameters in float32 (pruned ones, float64),
-    and networks with :attr:`Steps.checkpoint`, which compute their casts again. :func:`compile_in_place` sees it.
+    Not earlier: autograd runs backward in the reverse order of the forward pass. If all weights
+    were cast before the first layer, no gradient would be complete before the last moment, and DDP
+    could send none of them while others are computed.
     """
 
-    @wraps(forward)
-    def run(network: Any, /, *args: Inputs.args, **kwargs: Inputs.kwargs) -> Output:
-        alone = torch.compiler.is_compiling() or getattr(network, "checkpoint", False)
-        if alone or _cast_for(network, args, kwargs) is None:
-            return forward(network, *args, **kwargs)
-        last = last_convolution(network)
-        layers = [
-            layer
-            for layer in _layers(network)
-            if layer is not last and "forward" not in layer.__dict__
-        ]
-        try:
-            for group in _groups(layers):
-                for layer in group.layers:  # an attribute hides the method
-                    layer.__dict__["forward"] = partial(group.run, layer)
-            return forward(network, *args, **kwargs)
-        finally:
-            for layer in layers:
-                layer.__dict__.pop("forward", None)
+    def __init__(self) -> None:
+        self.layers: list[Any] = []
+        self._cast: dict[Any, Operands] = {}  # of this pass; empty before its first layer
 
-    # A copy: torch.compile limits how many graphs one piece of code has.
-    run.__code__ = run.__code__.replace()  # type: ignore[attr-defined]
-    run.casts_together = True  # type: ignore[attr-defined]
-    return run
-
-
-def compile_in_place(network: nn.Module) -> None:
-    """Compile a network at its first use; weights of its parts with :func:`casts_together` are cast before each pass.
-
-    A graph would cast each of them in a launch of its own, and each gradient. What is left to autocast is the same;
-    layers that derive their weights do that in the graph, where it becomes one kernel. Other parts may use weights in
-    float32, without autocast, and are left as they are.
-    """
-    network.compile()
-    parts = [
-        module for module in network.modules() if hasattr(type(module).forward, "casts_together")
-    ]
-    layers = dict.fromkeys(
-        layer for part in parts for layer in _layers(part)
-    )  # each once, in order
-    compiled: Callable[..., Any] = network._compiled_call_impl  # type: ignore[assignment]
-    last = last_convolution(network)
-    slots = [
-        (child._parameters, name)
-        for layer in layers
-        for child in layer.modules()
-        for name in (("bias",) if hasattr(layer, "derive") else ("weight", "bias"))
-        if layer is not last
-        and getattr(child._parameters.get(name), "dtype", None) == torch.float32
-    ]
-
-    @wraps(compiled)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        x = _cast_for(network, args, kwargs)
-        if not slots or x is None:
-            return compiled(*args, **kwargs)
-        given = [parameters[name] for parameters, name in slots]
-        with no_autocast(x):
-            cast = _Cast.apply(torch.get_autocast_dtype(x.device.type), *given)
-        try:
-            for (parameters, name), copy in zip(slots, cast, strict=True):
-                parameters[name] = copy
-            return compiled(*args, **kwargs)
-        finally:
-            for (parameters, name), parameter in zip(slots, given, strict=True):
-                parameters[name] = parameter
-
-    network._compiled_call_impl = run
-
-
-def _layers(network: nn.Module) -> Iterator[Any]:
-    """The layers of a network whose weights autocast casts; those that a hook computes before each pass are left."""
-    for child in network.children():
-        if hasattr(child, "derive"):
-            yield child
-        elif type(child) not in (nn.Conv2d, nn.Linear):
-            yield from _layers(child)
-        elif {"weight", "bias"} <= child._parameters.keys():
-            yield child
+    def run(self, layer: Any, x: Tensor) -> Tensor:
+        """Run a layer's forward pass with its weights from the group."""
+        # The network may have turned autocast off for this layer.
+        if not autocast_enabled(x):
+            out: Tensor = type(layer).forward(layer, x)
+            return out
+        if not self._cast:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            with no_autocast(x):
+                self._cast = _cast_operands(self.layers, dtype)
+        weight, bias = self._cast[layer]
+        if type(layer) is nn.Linear:
+            return F.linear(x, weight, bias)
+        convolved: Tensor = layer._conv_forward(x, weight, bias)
+        return convolved
 
 
 def _groups(layers: Sequence[nn.Module]) -> list[_Group]:
-    """Layers in their order, in groups of up to :data:`GROUP_BYTES`."""
-    groups, size = [_Group()], 0
+    """Divide layers, in their order, into groups of up to :data:`GROUP_BYTES`."""
+    groups = [_Group()]
+    size = 0
     for layer in layers:
         nbytes = sum(parameter.nbytes for parameter in layer.parameters())
         if size and size + nbytes > GROUP_BYTES:
@@ -533,13 +496,126 @@ def _groups(layers: Sequence[nn.Module]) -> list[_Group]:
     return groups
 
 
-@contextmanager
-def full_float32(x: Tensor) -> Iterator[None]:
-    """Turn off autocast, and TF32 in convolutions, cuDNN's default: for numbers that are compared with others'."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
+def _layers(network: nn.Module) -> Iterator[Any]:
+    """Find a network's layers with weights that autocast would cast, in the order of definition.
+
+    Layers whose ``weight`` or ``bias`` is no parameter (pruning computes it in a hook before each
+    pass) are left to autocast.
+    """
+    for child in network.children():
+        if hasattr(child, "derive"):
+            yield child
+        elif type(child) not in (nn.Conv2d, nn.Linear):
+            yield from _layers(child)
+        elif {"weight", "bias"} <= child._parameters.keys():
+            yield child
+
+
+def _half_precision_input(
+    network: nn.Module, args: Iterable[Any], kwargs: Mapping[str, Any]
+) -> Tensor | None:
+    """Return a pass's first tensor if the network trains under autocast; else None."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            return value if network.training and autocast_enabled(value) else None
+    return None
+
+
+def casts_together(
+    forward: Callable[Concatenate[Any, Inputs], Output],
+) -> Callable[Concatenate[Any, Inputs], Output]:
+    """Decorate a network's ``forward``: in training under autocast, cast its weights in groups.
+
+    Groups have up to 25 MB, so that DDP can send the gradients of one while the next are computed.
+    Left to autocast are:
+
+    - the last convolution: adaptive weights take gradients at it alone, which would otherwise go
+      through the cast of its whole group;
+    - weights that are no float32 parameters (pruned ones, float64);
+    - networks with :attr:`Steps.checkpoint`, which run layers again after the pass, in backward;
+    - compiled networks: see :func:`compile_in_place`.
+    """
+
+    @wraps(forward)
+    def run(network: Any, /, *args: Inputs.args, **kwargs: Inputs.kwargs) -> Output:
+        alone = torch.compiler.is_compiling() or getattr(network, "checkpoint", False)
+        if alone or _half_precision_input(network, args, kwargs) is None:
+            return forward(network, *args, **kwargs)
+
+        # A layer that has its own ``forward`` already is in an outer network's group, or was
+        # changed by somebody else.
+        last = last_convolution(network)
+        layers = [
+            layer
+            for layer in _layers(network)
+            if layer is not last and "forward" not in layer.__dict__
+        ]
+
+        # An attribute of the instance hides the method of its class: nn.Module's ``__call__`` looks
+        # up ``self.forward``. Removing the attribute brings the method back.
+        try:
+            for group in _groups(layers):
+                for layer in group.layers:
+                    layer.__dict__["forward"] = partial(group.run, layer)
+            return forward(network, *args, **kwargs)
+        finally:
+            for layer in layers:
+                layer.__dict__.pop("forward", None)
+
+    # torch.compile limits how many graphs one code object may have, and all decorated functions
+    # share the code of ``run``. A copy gives each network class a limit of its own.
+    run.__code__ = run.__code__.replace()  # type: ignore[attr-defined]
+    run.casts_together = True  # type: ignore[attr-defined]
+    return run
+
+
+def compile_in_place(network: nn.Module) -> None:
+    """Compile a network at its first use; cast the weights of decorated parts before each pass.
+
+    Otherwise the graph would cast each weight, and each gradient, in a launch of its own. What
+    :func:`casts_together` leaves to autocast is left here, too. Layers with ``derive`` compute
+    their weight in the graph, where it becomes one kernel. Parts without the decorator are left as
+    they are: they may use weights in float32, without autocast.
+    """
+    # torch keeps what it runs in place of ``forward`` in this attribute, and so do we below.
+    network.compile()
+    compiled: Callable[..., Any] = network._compiled_call_impl  # type: ignore[assignment]
+
+    # The layers of decorated parts: each once, in order, though a part may be inside another.
+    layers: dict[Any, None] = {}
+    for part in network.modules():
+        if hasattr(type(part).forward, "casts_together"):
+            layers.update(dict.fromkeys(_layers(part)))
+
+    # Where their float32 parameters are: a module's own table of parameters, and the name in it.
+    last = last_convolution(network)
+    slots: list[tuple[dict[str, Any], str]] = []
+    for layer in layers:
+        if layer is last:
+            continue
+        names = ("bias",) if hasattr(layer, "derive") else ("weight", "bias")
+        for module in layer.modules():
+            for name in names:
+                parameter = module._parameters.get(name)
+                if parameter is not None and parameter.dtype == torch.float32:
+                    slots.append((module._parameters, name))
+
+    @wraps(compiled)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        x = _half_precision_input(network, args, kwargs)
+        if not slots or x is None:
+            return compiled(*args, **kwargs)
+        parameters = [table[name] for table, name in slots]
         with no_autocast(x):
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+            copies = _Cast.apply(torch.get_autocast_dtype(x.device.type), *parameters)
+
+        # Not by setattr, which takes only an nn.Parameter for these names; tables take any tensor.
+        try:
+            for (table, name), copy in zip(slots, copies, strict=True):
+                table[name] = copy
+            return compiled(*args, **kwargs)
+        finally:
+            for (table, name), parameter in zip(slots, parameters, strict=True):
+                table[name] = parameter
+
+    network._compiled_call_impl = run

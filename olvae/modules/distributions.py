@@ -11,7 +11,7 @@ LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp() finite in float32 and bf16
 
 
 def deterministic_moments(mean: Tensor) -> Tensor:
-    """Means, and the smallest log-variances there are: (B, n_z, h, w) -> (B, 2 n_z, h, w)."""
+    """Append the smallest log-variances to means: (B, n_z, h, w) -> (B, 2 n_z, h, w)."""
     return torch.cat((mean, torch.full_like(mean, LOGVAR_RANGE[0])), dim=1)
 
 
@@ -19,7 +19,8 @@ class DiagonalGaussian:
     """A Gaussian per latent element, from the encoder's moments.
 
     Args:
-        moments: (B, 2 n_z, h, w): the means, then the log-variances, which are clamped to [-30, 20].
+        moments: (B, 2 n_z, h, w): the means, then the log-variances, which are clamped to
+            [-30, 20].
     """
 
     deterministic = False
@@ -49,8 +50,12 @@ class DiagonalGaussian:
         return self.mean + self.std * noise
 
     def kl(self) -> Tensor:
-        """KL(self || N(0, I)) of each sample in nats, summed over its latent, in float32 or better: (B,)."""
-        mean, logvar = upcast(self.mean), upcast(self.logvar)
+        """KL(self || N(0, I)) of each sample in nats, summed over its latent: (B,).
+
+        In float32 or better.
+        """
+        mean = upcast(self.mean)
+        logvar = upcast(self.logvar)
         return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)
 
 
@@ -78,7 +83,8 @@ class Deterministic:
     def mode(self) -> Tensor:
         return self.mean
 
-    def sample(self, generator: torch.Generator | None = None) -> Tensor:  # noqa: ARG002  (there is no noise)
+    # ``generator`` is for the same signature as DiagonalGaussian's; there is no noise.
+    def sample(self, generator: torch.Generator | None = None) -> Tensor:  # noqa: ARG002
         """The latent itself."""
         return self.mean
 
@@ -90,17 +96,20 @@ Posterior = DiagonalGaussian | Deterministic
 
 
 def in_float32(posterior: Posterior) -> Posterior:
-    """A posterior that was computed in half precision, so that the rest is not."""
+    """Convert a posterior that was computed in half precision, so that what follows is float32."""
     if isinstance(posterior, Deterministic):
         return Deterministic(posterior.mean.float())
     return DiagonalGaussian(torch.cat((posterior.mean, posterior.logvar), dim=1).float())
 
 
 def keyed_seed(content: bytes) -> int:
-    """The first 63 bits of the SHA-256 of some content: a seed in [0, 2^63) that depends on nothing else."""
+    """Return a seed in [0, 2^63) that depends on the content alone: 63 bits of its SHA-256."""
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "big") >> 1
 
 
 def keyed_generator(content: str) -> torch.Generator:
-    """A generator on the CPU with :func:`keyed_seed`: an image's noise is the same in any batch, order and process."""
+    """Return a CPU generator seeded by :func:`keyed_seed`.
+
+    So an image's noise is the same in any batch, order and process.
+    """
     return torch.Generator().manual_seed(keyed_seed(content.encode()))

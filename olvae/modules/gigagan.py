@@ -1,6 +1,7 @@
 """GigaGAN: a discriminator at several scales, with attention at the coarse ones [R].
 
-Its self-attention is by distance: Lipschitz-continuous, which the dot product is not (Kim et al. 2021).
+Its self-attention is by distance: Lipschitz-continuous, which the dot product is not (Kim et al.
+2021).
 """
 
 from collections.abc import Sequence
@@ -16,10 +17,12 @@ from olvae.modules.unetgan import SpectralConv2d
 
 
 def l2_attention(qk: Tensor, v: Tensor) -> Tensor:
-    """softmax_j(-|q_i - q_j|^2 / sqrt(D)) v_j: q (..., N, D), also the keys, and v (..., N, E) -> (..., N, E).
+    """Attend by distance: softmax_j(-|q_i - q_j|^2 / sqrt(D)) v_j.
 
-    In float32 without autocast (float64 for float64). |q_i|^2 is the same for all j and cancels in the softmax, so it
-    is left out; the mean is subtracted first, which changes no distance and keeps the differences exact.
+    Queries, which are also the keys, (..., N, D) and values (..., N, E) -> (..., N, E), in float32
+    without autocast (float64 for float64). |q_i|^2 is the same for all j and cancels in the
+    softmax, so it is left out. The mean is subtracted first, which changes no distance and keeps
+    the differences exact.
     """
     with no_autocast(qk):
         q = upcast(qk)
@@ -30,10 +33,12 @@ def l2_attention(qk: Tensor, v: Tensor) -> Tensor:
 
 
 class TransformerBlock(nn.Module):
-    """L2-distance attention, then a gated feed-forward network; LayerNorm before, the input added after, each.
+    """L2-distance attention, then a gated feed-forward network.
 
-    The projection to queries and keys has no bias, which no distance depends on; that to values has none either, since
-    the output has one. The feed-forward network is W3 (GELU(W1 x) * W2 x), four times as wide as the input.
+    Each has a LayerNorm before it, and its input is added after it. The projection to queries and
+    keys has no bias, as no distance depends on it; the projection to values has none, since the
+    output has one. The feed-forward network is W3 (GELU(W1 x) * W2 x), four times as wide as the
+    input.
     """
 
     def __init__(self, channels: int, heads: int = 8, head_channels: int = 64) -> None:
@@ -51,13 +56,10 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, channels, H, W) -> the same shape; every pixel attends to every other."""
         h = _channel_norm(x, self.attention_norm)
-        qk, v = (
-            self._split_heads(self.to_qk(h)),
-            self._split_heads(self.to_v(h)),
-        )  # (B, heads, H W, D)
-        attended = (
-            l2_attention(qk, v).mT.flatten(1, 2).unflatten(-1, x.shape[-2:])
-        )  # (B, heads D, H, W)
+        qk = self._split_heads(self.to_qk(h))  # (B, heads, H W, D)
+        v = self._split_heads(self.to_v(h))  # (B, heads, H W, D)
+        attended = l2_attention(qk, v).mT.flatten(1, 2)  # (B, heads D, H W)
+        attended = attended.unflatten(-1, x.shape[-2:])  # (B, heads D, H, W)
         x = x + self.to_out(attended.to(v.dtype))
 
         gate, value = self.gate_and_value(_channel_norm(x, self.feed_forward_norm)).chunk(2, dim=1)
@@ -65,7 +67,8 @@ class TransformerBlock(nn.Module):
         return out
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.flatten(2).unflatten(1, (self.heads, -1)).mT  # type: ignore[no-any-return]  # (B, heads, H W, D)
+        heads: Tensor = x.flatten(2).unflatten(1, (self.heads, -1))  # (B, heads, D, H W)
+        return heads.mT
 
 
 def _channel_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -75,15 +78,15 @@ def _channel_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
 
 
 class GigaGAN(nn.Module):
-    """Levels at half the image's size, a quarter, and so on down to 4 pixels; logits from several of them.
+    """Levels at half the image's size, a quarter, and so on down to 4 pixels; logits from several.
 
-    A level of ``size`` pixels is min(base / size, max_channels) wide. It halves the map from above, adds features
-    of the image at its own size, and applies two 3x3 convolutions; at the sizes in ``attention`` there follow
-    ``blocks`` transformer blocks with a learned position embedding. The predictor of the last level reads its
-    map through a 2x2 convolution of stride 2, as one vector. Spectral norm and orthogonal init throughout, no
-    BatchNorm. At the defaults 14.38 M parameters and 3.27 GMACs; published are 14.38 M and 3.23 G [R]. Not in the
-    README, and decided here: the shortcut around a level, position embeddings, 8 heads, half the width inside
-    predictors [D].
+    A level of ``size`` pixels is min(base / size, max_channels) wide. It halves the map from above,
+    adds features of the image at its own size, and applies two 3x3 convolutions; at the sizes in
+    ``attention`` there follow ``blocks`` transformer blocks with a learned position embedding. The
+    predictor of the last level reads its map through a 2x2 convolution of stride 2, as one vector.
+    Spectral norm and orthogonal init throughout, no BatchNorm. At the defaults 14.38 M parameters
+    and 3.27 GMACs; published are 14.38 M and 3.23 G [R]. Not in the README, and decided here: the
+    shortcut around a level, position embeddings, 8 heads, half the width inside predictors [D].
 
     Args:
         in_channels: the image's channels.
@@ -109,38 +112,43 @@ class GigaGAN(nn.Module):
         head_channels: int = 64,
     ) -> None:
         super().__init__()
+        # A power of two has one bit that is set.
         if image_size < 64 or image_size & (image_size - 1):
             raise ValueError(
                 f"GigaGAN's image_size must be a power of two from 64, got {image_size}"
             )
         if base < image_size or max_channels < 2:
-            least = f"base at least image_size = {image_size} and max_channels at least 2"
             raise ValueError(
-                f"every level of GigaGAN needs two channels: {least}, got {base} and {max_channels}"
+                "every level of GigaGAN needs two channels: base at least image_size = "
+                f"{image_size} and max_channels at least 2, got {base} and {max_channels}"
             )
         check_choice(("ends", "all"), predictors=predictors)
-        sizes = [
-            image_size >> i for i in range(1, image_size.bit_length() - 2)
-        ]  # image_size / 2, ..., 4
-        if unknown := sorted(set(attention) - set(sizes)):
+
+        # The levels' sizes in pixels: image_size / 2, ..., 4.
+        sizes = [image_size >> i for i in range(1, image_size.bit_length() - 2)]
+        unknown = sorted(set(attention) - set(sizes))
+        if unknown:
             raise ValueError(
-                f"GigaGAN at {image_size} px has levels of {sizes} px: attention cannot be at {unknown}"
+                f"GigaGAN at {image_size} px has levels of {sizes} px: "
+                f"attention cannot be at {unknown}"
             )
         widths = [min(base // size, max_channels) for size in sizes]
 
+        # Levels; transformers at some of them, by the index of the level.
         self.image_size = image_size
         self.stem = SpectralConv2d(in_channels, widths[0], kernel_size=3, padding=1)
         self.levels = nn.ModuleList(
             _Level(in_channels, c_in, c_out)
             for c_in, c_out in zip([widths[0], *widths], widths, strict=False)
         )
-        self.transformers = nn.ModuleDict(
-            {
-                str(i): _Transformer(widths[i], size, blocks, heads, head_channels)
-                for i, size in enumerate(sizes)
-                if size in attention and blocks > 0
-            }
-        )
+        self.transformers = nn.ModuleDict()
+        for i, size in enumerate(sizes):
+            if size in attention and blocks > 0:
+                self.transformers[str(i)] = _Transformer(
+                    widths[i], size, blocks, heads, head_channels
+                )
+
+        # Predictors at some levels, and the last level's, which makes one logit per image.
         before_last = range(len(sizes) - 1) if predictors == "all" else [0]
         self.predictors = nn.ModuleDict({str(i): _Predictor(widths[i]) for i in before_last})
         self.reduce = SpectralConv2d(widths[-1], widths[-1], kernel_size=2, stride=2)
@@ -149,12 +157,18 @@ class GigaGAN(nn.Module):
 
     @casts_together
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, in_channels, image_size, image_size) -> [patches' logits (B, 1, s, s), finest first; (B, 1)]."""
+        """Images (B, in_channels, image_size, image_size) -> a list of logits.
+
+        Of patches (B, 1, s, s), finest first, then of the image (B, 1).
+        """
         if x.ndim != 4 or x.shape[-2:] != (self.image_size, self.image_size):
-            size = f"(B, C, {self.image_size}, {self.image_size}), its image_size"
-            raise ValueError(f"this GigaGAN takes images {size}, got {tuple(x.shape)}")
+            raise ValueError(
+                f"this GigaGAN takes images (B, C, {self.image_size}, {self.image_size}), "
+                f"its image_size, got {tuple(x.shape)}"
+            )
         logits: list[Tensor] = []
-        image, h = x, self.stem(x)  # (B, widths[0], S, S)
+        image = x
+        h = self.stem(x)  # (B, widths[0], S, S)
         for i, level in enumerate(self.levels):
             image = _halve(image)  # (B, C, S/2^(i+1), S/2^(i+1))
             h = level(h, image)  # (B, widths[i], S/2^(i+1), S/2^(i+1))
@@ -162,10 +176,8 @@ class GigaGAN(nn.Module):
                 h = self.transformers[str(i)](h)
             if str(i) in self.predictors:
                 logits.append(self.predictors[str(i)](h))
-        vector = self.reduce(F.leaky_relu(h, 0.2)).flatten(1)[
-            ..., None, None
-        ]  # (B, 4 widths[-1], 1, 1)
-        logits.append(self.last_predictor(vector).flatten(1))  # (B, 1)
+        vector = self.reduce(F.leaky_relu(h, 0.2)).flatten(1)  # (B, 4 widths[-1])
+        logits.append(self.last_predictor(vector[..., None, None]).flatten(1))  # (B, 1)
         return logits
 
 
@@ -177,7 +189,7 @@ def _halve(image: Tensor) -> Tensor:
 
 
 class _Level(nn.Module):
-    """Halves the map with a 4x4 convolution, adds the features of the smaller image, then two 3x3 convolutions.
+    """Halve the map with a 4x4 convolution, add features of the image, apply two 3x3 convolutions.
 
     A shortcut goes around all of it: a 1x1 convolution, then the mean of 2x2 pixels, as in UNetGAN.
     """
@@ -216,7 +228,7 @@ class _Transformer(nn.Module):
 
 
 class _Predictor(nn.Module):
-    """Three 1x1 convolutions through half the width with a 1x1 skip, then one logit per position."""
+    """Three 1x1 convolutions through half the width with a 1x1 skip, then a logit per position."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

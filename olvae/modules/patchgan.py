@@ -12,12 +12,14 @@ from olvae.modules.base import casts_together, check_counts, mean_over_processes
 class PatchGAN(nn.Module):
     """4x4 convolutions, BatchNorm, LeakyReLU 0.2; one logit per patch of the image [R].
 
-    ``n_layers`` convolutions of stride 2 and two of stride 1; the width doubles from ``base_channels`` with
-    every layer, up to eight times. The first and the last convolution have no BatchNorm; those with one have no
-    bias. Weights start from N(0, 0.02), BatchNorm's from N(1, 0.02). At the defaults a logit sees 70x70 pixels.
+    ``n_layers`` convolutions of stride 2 and two of stride 1; the width doubles from
+    ``base_channels`` with every layer, up to eight times. The first and the last convolution have
+    no BatchNorm; the others have no bias. Weights start from N(0, 0.02), BatchNorm's from
+    N(1, 0.02). At the defaults a logit sees 70x70 pixels.
 
-    BatchNorm makes a sample's logits depend on its batch: in training, use separate batches for real and fake images.
-    Under torch.distributed its statistics are those of all processes, which have as many images each.
+    BatchNorm makes a sample's logits depend on its batch: in training, use separate batches for
+    real and fake images. Under torch.distributed its statistics are over all processes, which must
+    have equally many images each.
     """
 
     num_outputs = 1
@@ -28,6 +30,7 @@ class PatchGAN(nn.Module):
         self.min_size = 4 * 2**n_layers
         widths = [base_channels * min(2**i, 8) for i in range(n_layers + 1)]
         self.first = nn.Conv2d(in_channels, widths[0], kernel_size=4, stride=2, padding=1)
+        # All but the last of these have stride 2, as the first convolution has.
         self.layers = nn.ModuleList(
             _Layer(widths[i], widths[i + 1], stride=2 if i + 1 < n_layers else 1)
             for i in range(n_layers)
@@ -43,11 +46,14 @@ class PatchGAN(nn.Module):
 
     @casts_together
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, in_channels, H, W), sides of at least 4 * 2^n -> [logits of patches (B, 1, ~H/2^n - 2, ~W/2^n - 2)]."""
+        """(B, in_channels, H, W) -> [logits of patches (B, 1, ~H/2^n - 2, ~W/2^n - 2)].
+
+        Sides have at least 4 * 2^n pixels.
+        """
         if x.ndim != 4 or min(x.shape[-2:]) < self.min_size:
-            least = f"(B, C, H, W) of at least {self.min_size}x{self.min_size} pixels"
             raise ValueError(
-                f"PatchGAN with {len(self.layers)} layers takes images {least}, got {tuple(x.shape)}"
+                f"PatchGAN with {len(self.layers)} layers takes images (B, C, H, W) of at least "
+                f"{self.min_size}x{self.min_size} pixels, got {tuple(x.shape)}"
             )
         h = F.leaky_relu(self.first(x), 0.2)  # (B, base, H/2, W/2)
         for layer in self.layers:
@@ -56,12 +62,14 @@ class PatchGAN(nn.Module):
 
 
 class _SharedBatchNorm(_NormBase):
-    """BatchNorm2d whose statistics in training are those of all processes.
+    """BatchNorm2d with statistics over all processes in training.
 
-    torch's SyncBatchNorm has no second derivative, which R1 takes, and waits for the device twice in each call.
+    torch's SyncBatchNorm has no second derivative, which R1 takes, and waits for the device twice
+    in each call.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        # One process, or evaluation: torch's own.
         if self.training:
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         running = self.running_mean, self.running_var
@@ -69,20 +77,24 @@ class _SharedBatchNorm(_NormBase):
             return F.batch_norm(
                 x, *running, self.weight, self.bias, self.training, self.momentum or 0.0, self.eps
             )
+
+        # Mean and variance over all processes. Not as the mean of squares less the squared mean,
+        # which in float32 would lose its digits.
         h = upcast(x)
         var, own = torch.var_mean(h, dim=(0, 2, 3), correction=0)
         mean = mean_over_processes(own)
-        var = mean_over_processes(
-            var + (own - mean).square()
-        )  # of squares less a square, float32 keeps no digits
+        var = mean_over_processes(var + (own - mean).square())
+
+        # Running statistics, with the unbiased variance, as torch has it.
         with torch.no_grad():
             count = x.numel() / x.shape[1] * dist.get_world_size()
-            for buffer, value in zip(
-                running, (mean, var * (count / max(1.0, count - 1))), strict=True
-            ):
+            unbiased = var * (count / max(1.0, count - 1))
+            for buffer, value in zip(running, (mean, unbiased), strict=True):
                 assert buffer is not None
                 buffer.lerp_(value.to(buffer.dtype), self.momentum or 0.0)
-        mean, scale = mean[:, None, None], ((var + self.eps).rsqrt() * self.weight)[:, None, None]
+
+        mean = mean[:, None, None]
+        scale = ((var + self.eps).rsqrt() * self.weight)[:, None, None]
         return ((h - mean) * scale + self.bias[:, None, None]).to(x.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Accumulate the mean and the standard deviation of latents per channel, and scaling and shift factors from them."""
+"""Accumulate mean and standard deviation of latents per channel; compute scaling factors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,19 +11,23 @@ FEW_IMAGES = 100  # below which other images give noticeably other factors
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over latents z = mean + std * noise, per channel in float64; adding them merges batches and processes.
+    """Sums over latents z = mean + std * noise, per channel in float64.
 
-    The variance of z is the variance of the posterior means plus the mean of the posterior variances.
+    Adding two of them merges batches and processes. The variance of z is the variance of the
+    posterior means plus the mean of the posterior variances.
     """
 
-    positions: int  # number of them that were summed over, for sums of shape (n_z)
+    positions: int  # how many were summed over; the sums below are (n_z)
     means: Tensor  # of the posterior
     squares: Tensor  # of these means
     variances: Tensor  # of the posterior
 
     @classmethod
     def of(cls, mean: Tensor, variance: Tensor | None = None) -> "Moments":
-        """Sum over one latent (n_z, h, w), or a batch of them (B, n_z, h, w); no variance for deterministic latents."""
+        """Sum over one latent (n_z, h, w), or a batch of them (B, n_z, h, w).
+
+        Deterministic latents have no variance.
+        """
         mean = _by_channel(mean)  # (n_z, positions)
         variance = torch.zeros_like(mean) if variance is None else _by_channel(variance)
         return cls(
@@ -36,16 +40,16 @@ class Moments:
         return cls(positions, *torch.tensor(sums, dtype=torch.float64))
 
     def state(self) -> tuple[int, list[list[float]]]:
-        """Plain numbers, for JSON: the positions and the three sums."""
+        """Return plain numbers, for JSON: the positions and the three sums."""
         return self.positions, [self.means.tolist(), self.squares.tolist(), self.variances.tolist()]
 
     def __add__(self, other: "Moments") -> "Moments":
-        sums = (
+        return Moments(
+            self.positions + other.positions,
             self.means + other.means,
             self.squares + other.squares,
             self.variances + other.variances,
         )
-        return Moments(self.positions + other.positions, *sums)
 
     @property
     def mean(self) -> Tensor:
@@ -66,12 +70,14 @@ class Moments:
         return (self.squares / self.positions - self.mean.square()).clamp(min=0.0).sqrt()
 
     def factors(self) -> tuple[float, float]:
-        """The scaling and the shift factor of all channels together: (z - shift) * scaling has mean 0 and variance 1.
+        """Return the scaling and the shift factor of all channels together.
 
-        Raise ValueError if the latents are all equal.
+        (z - shift) * scaling has mean 0 and variance 1. Raise ValueError if the latents are all
+        equal.
         """
         shift = float(self.mean.mean())
         variance = float(((self.squares + self.variances) / self.positions).mean()) - shift**2
+        # Not ``variance <= 0``, which is False for nan.
         if not variance > 0.0:
             raise ValueError("the latents are all equal: they have no scaling factor")
         return variance**-0.5, shift

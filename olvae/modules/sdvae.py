@@ -29,7 +29,8 @@ class _Half(Steps):
         attention: bool,
         padding: Padding,
     ) -> None:
-        from diffusers.models.autoencoders import vae  # seconds, for this network only
+        # Takes seconds, so it is imported for this network only.
+        from diffusers.models.autoencoders import vae
 
         check_counts(0, num_res_blocks=num_res_blocks)
         shared: dict[str, Any] = {
@@ -40,18 +41,19 @@ class _Half(Steps):
             "norm_num_groups": norm_groups,
             "mid_block_add_attention": attention,
         }
+        levels = len(channel_mult)
         if isinstance(self, Encoder):
-            down = ("DownEncoderBlock2D",) * len(channel_mult)
+            down = ("DownEncoderBlock2D",) * levels
             self.model = vae.Encoder(down_block_types=down, double_z=False, **shared)
         else:
-            self.model = vae.Decoder(
-                up_block_types=("UpDecoderBlock2D",) * len(channel_mult), **shared
-            )
+            up = ("UpDecoderBlock2D",) * levels
+            self.model = vae.Decoder(up_block_types=up, **shared)
         set_padding(self.model, padding)
 
     def checkpoint_steps(self, on: bool = True) -> None:
         super().checkpoint_steps(on)
-        self.model.gradient_checkpointing = True  # type: ignore[assignment]  # each level, and the middle; `step` decides
+        # diffusers then calls this function for each level and the middle; `step` decides.
+        self.model.gradient_checkpointing = True  # type: ignore[assignment]
         self.model._gradient_checkpointing_func = self.step  # type: ignore[assignment]
 
 
@@ -63,8 +65,9 @@ class SDEncoder(_Half, Encoder):
         channels, channel_mult, num_res_blocks: base width, its multiples, blocks per level.
         norm_groups: groups of every GroupNorm; divides every width.
         attention: self-attention in the middle.
-        padding: at the borders of every convolution: ``zeros``, as published, or ``reflect``, as in some copies that
-            were fine-tuned with EQ-VAE. Strided convolutions keep their zeros, at the bottom and the right.
+        padding: at the borders of every convolution: ``zeros``, as published, or ``reflect``, as in
+            some copies that were fine-tuned with EQ-VAE. Strided convolutions keep their zeros, at
+            the bottom and the right.
         linear: add a linear path beside the network, as LiteVAE's.
 
     Shapes: (B, in_channels, H, W) -> (B, latent_dim, H/f, W/f), f = 2^(len(channel_mult) - 1).
@@ -106,8 +109,8 @@ class SDEncoder(_Half, Encoder):
 class SDDecoder(_Half, Decoder):
     """Stable Diffusion's convolutional decoder with attention in the middle.
 
-    The first five arguments are LiteVAE_Decoder's, so that a config can exchange the two; the others are
-    :class:`SDEncoder`'s.
+    The first five arguments are LiteVAE_Decoder's, so that a config can exchange the two; the
+    others are :class:`SDEncoder`'s.
 
     Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w), f = 2^(len(channel_mult) - 1).
     """
@@ -148,6 +151,7 @@ class SDDecoder(_Half, Decoder):
 def set_padding(network: nn.Module, padding: Padding) -> None:
     """Set what a network's convolutions see beyond the borders; see :class:`SDEncoder`."""
     check_choice(("zeros", "reflect"), padding=padding)
+    # Convolutions without padding are 1x1, or strided: diffusers pads those outside of them.
     for conv in network.modules():
         if isinstance(conv, nn.Conv2d) and conv.padding != (0, 0):
             conv.padding_mode = padding

@@ -1,4 +1,4 @@
-"""UNetGAN: a discriminator with logits for the whole image and for every pixel (Schönfeld et al. 2020).
+"""UNetGAN: a discriminator with logits for the image and for every pixel (Schönfeld et al. 2020).
 
 Its convolutions have spectral norm, whose power iteration is here too (Miyato et al. 2018).
 """
@@ -14,20 +14,23 @@ from torch.nn.utils.parametrizations import spectral_norm
 
 from olvae.modules.base import Operands, casts_together, no_autocast
 
-_LAYOUTS = {  # facts.md section 3: widths of the down blocks and of the up blocks, in units of base_channels
+# Widths of the blocks on the way down and on the way up, in units of base_channels, by the size in
+# pixels of the published network (Schönfeld et al. 2020, arXiv 2002.12655).
+_LAYOUTS = {
     128: ((1, 2, 4, 8, 16), (8, 4, 2, 1, 1)),
     256: ((1, 2, 4, 8, 8, 16), (8, 8, 4, 2, 1, 1)),
 }
 
 
 class SpectralConv2d(nn.Conv2d):
-    """A convolution divided by its largest singular value (Miyato et al. 2018); orthogonal init, zero bias.
+    """A convolution divided by its largest singular value (Miyato et al. 2018).
 
-    The arguments are Conv2d's. The weight is taken as a matrix (out_channels, in_channels k k). One power iteration per
-    forward pass in training, none in evaluation. The normalised weight is computed in float32 under autocast too.
+    Orthogonal init, zero bias; the arguments are Conv2d's. The weight is taken as a matrix
+    (out_channels, in_channels k k). One power iteration per forward pass in training, none in
+    evaluation. The normalised weight is computed in float32 under autocast too.
     """
 
-    kept: Tensor | None = None  # the normalised weight, inside of :func:`shared_weights`
+    kept: Tensor | None = None  # the normalised weight, within :func:`shared_weights`
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -43,12 +46,14 @@ class SpectralConv2d(nn.Conv2d):
 
     @staticmethod
     def derive(layers: Sequence["SpectralConv2d"]) -> list[Operands]:
-        """The normalised weight and the bias of each."""
+        """Return the normalised weight and the bias of each layer."""
         return [(layer._normalised(), layer.bias) for layer in layers]
 
     def _normalised(self) -> Tensor:
         if self.kept is None:
-            return self.weight  # torch runs a power iteration here
+            # torch runs a power iteration here.
+            return self.weight
+        # It may have a graph from before the layer was frozen, in which no gradient must flow.
         return self.kept if self.norm.original.requires_grad else self.kept.detach()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,10 +64,10 @@ class SpectralConv2d(nn.Conv2d):
 
 
 def stop_power_iterations(module: nn.Module) -> None:
-    """Turn off the power iterations of forward passes: call :func:`power_iteration` once per update instead.
+    """Turn off the power iterations of forward passes; call :func:`power_iteration` per update.
 
-    Then all passes use the same weights, and gradients of k micro-batches add up to those of one batch k times as
-    large.
+    Then all passes of an update use the same weights, and the gradients of k micro-batches add up
+    to the gradient of one batch k times as large.
     """
     for layer in _spectral_layers(module):
         layer.norm[0].n_power_iterations = 0
@@ -70,13 +75,16 @@ def stop_power_iterations(module: nn.Module) -> None:
 
 @contextmanager
 def shared_weights(module: nn.Module) -> Iterator[None]:
-    """Share spectral-normalised weights among the forward passes inside, where a GPU waits for launches, not for sums.
+    """Normalise each weight once for all forward passes in this context.
 
-    Gradients of the passes are then added before the normalisation, not after it, which rounds differently: on a CPU
-    each pass has its own, and in a compiled module. Inside of another such context, this one does nothing. Inside, the
-    weights must not change, and one backward pass takes all passes whose gradients reach them.
+    On a GPU only, where kernel launches take the time; elsewhere, and in a compiled module, each
+    pass normalises its own. The passes' gradients are then added before the normalisation instead
+    of after it, which rounds differently. Within another such context this one does nothing. The
+    weights must not change inside, and one backward pass takes all passes whose gradients reach
+    them.
     """
-    parameters, layers = list(module.parameters()), _spectral_layers(module)
+    parameters = list(module.parameters())
+    layers = _spectral_layers(module)
     on_gpu = module._compiled_call_impl is None and all(p.is_cuda for p in parameters)
     if not on_gpu or any(layer.kept is not None for layer in layers):
         layers = []
@@ -92,18 +100,22 @@ def shared_weights(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def power_iteration(module: nn.Module) -> None:
-    """Run one power iteration of every :class:`SpectralConv2d` in ``module``, in any mode, in float32 as weights."""
-    if not (norms := [layer.norm for layer in _spectral_layers(module)]):
+    """Run one power iteration of every :class:`SpectralConv2d` in ``module``, in any mode.
+
+    In float32, as the weights are.
+    """
+    norms = [layer.norm for layer in _spectral_layers(module)]
+    if not norms:
         return
     matrices = [norm.original.flatten(1) for norm in norms]  # (out_channels, in_channels k k)
     with no_autocast(matrices[0]):
-        for one, other in (("_u", "_v"), ("_v", "_u")):
-            products = [
-                m.mv(getattr(norm[0], other)) for m, norm in zip(matrices, norms, strict=True)
-            ]
+        # u <- W v / |W v|, then v <- W^T u / |W^T u|: torch's iteration, for all layers at once.
+        for updated, other in (("_u", "_v"), ("_v", "_u")):
+            vectors = [getattr(norm[0], other) for norm in norms]
+            products = [m.mv(vector) for m, vector in zip(matrices, vectors, strict=True)]
             lengths = torch._foreach_clamp_min(torch._foreach_norm(products), 1e-12)
             for norm, product, length in zip(norms, products, lengths, strict=True):
-                torch.div(product, length, out=getattr(norm[0], one))
+                torch.div(product, length, out=getattr(norm[0], updated))
             matrices = [m.mT for m in matrices]
 
 
@@ -114,14 +126,15 @@ def _spectral_layers(module: nn.Module) -> list[SpectralConv2d]:
 class UNetGAN(nn.Module):
     """BigGAN-style residual blocks in a U, with spectral norm and orthogonal init [R].
 
-    Each block on the way down halves the image; at its end, ReLU and a sum over the pixels give one logit per image.
-    Each block on the way up doubles it, and all but the first also take the features of the same size from the way
-    down; a plain 1x1 convolution gives one logit per pixel.
+    Each block on the way down halves the image; at its end, ReLU and a sum over the pixels give one
+    logit per image. Each block on the way up doubles it, and all but the first also take the
+    features of the same size from the way down; a plain 1x1 convolution gives one logit per pixel.
 
     Args:
         base_channels: the width: 16, 32, 64 for UNetGAN-S, M, L.
-        image_size: the intended size in pixels: below 256 it has five levels, like the paper's network for 128 px, else
-            six, like that for 256 px. Both take images of any size in multiples of 64.
+        image_size: the intended size in pixels. Below 256 the network has five levels, like the
+            paper's for 128 px, else six, like the paper's for 256 px. Both take images of any size
+            in multiples of 64.
     """
 
     num_outputs = 2
@@ -132,14 +145,17 @@ class UNetGAN(nn.Module):
         super().__init__()
         if image_size < 64 or image_size % 64:
             raise ValueError(f"UNetGAN's image_size must be a multiple of 64, got {image_size}")
-        down, up = (
-            [base_channels * m for m in widths]
-            for widths in _LAYOUTS[256 if image_size >= 256 else 128]
-        )
+        down_widths, up_widths = _LAYOUTS[256 if image_size >= 256 else 128]
+        down = [base_channels * m for m in down_widths]
+        up = [base_channels * m for m in up_widths]
+
+        # Block i leads from the width before, which is the image's channels at first.
         self.down = nn.ModuleList(
             _DownBlock(c_in, c_out) for c_in, c_out in zip([in_channels, *down], down, strict=False)
         )
         self.image_head = SpectralConv2d(down[-1], 1, kernel_size=1)
+
+        # On the way up a block's input is the one before, beside a skip of the same size.
         skips = [0, *reversed(down[:-1])]
         self.up = nn.ModuleList(
             _UpBlock(c_in + skip, c_out)
@@ -151,10 +167,14 @@ class UNetGAN(nn.Module):
 
     @casts_together
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, in_channels, H, W), sides multiples of 64 -> [logits of pixels (B, 1, H, W), of the image (B, 1)]."""
+        """(B, in_channels, H, W) -> [logits of pixels (B, 1, H, W), of the image (B, 1)].
+
+        H and W are multiples of 64.
+        """
         if x.ndim != 4 or x.shape[-2] % 64 or x.shape[-1] % 64:
             raise ValueError(
-                f"UNetGAN takes images (B, C, H, W) with H and W multiples of 64, got {tuple(x.shape)}"
+                "UNetGAN takes images (B, C, H, W) with H and W multiples of 64, "
+                f"got {tuple(x.shape)}"
             )
         features: list[Tensor] = []
         for block in self.down:
@@ -172,8 +192,8 @@ class UNetGAN(nn.Module):
 class _Block(nn.Module):
     """Two 3x3 convolutions and a 1x1 shortcut around them.
 
-    On both ways the shortcut is computed at the larger size, not the smaller one, to match the published operation
-    counts.
+    On both ways the shortcut is computed at the larger size, not the smaller one, to match the
+    published operation counts.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -196,9 +216,8 @@ class _UpBlock(_Block):
     """Nearest upsampling; ReLU, conv, ReLU, conv, plus the shortcut."""
 
     def forward(self, x: Tensor, *skip: Tensor) -> Tensor:
-        x = F.interpolate(
-            torch.cat((x, *skip), dim=1), scale_factor=2, mode="nearest"
-        )  # (B, in, 2h, 2w)
+        x = torch.cat((x, *skip), dim=1)
+        x = F.interpolate(x, scale_factor=2, mode="nearest")  # (B, in, 2h, 2w)
         h = self.conv1(F.relu(x))
         out: Tensor = self.conv2(F.relu(h)) + self.shortcut(x)
         return out  # (B, out, 2h, 2w)

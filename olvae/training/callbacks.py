@@ -1,4 +1,4 @@
-"""Callbacks beside the training step: pictures, imbalance, unreadable images, non-finite steps, stops, traces."""
+"""Callbacks: pictures, imbalance, unreadable images, non-finite steps, stops, and traces."""
 
 import json
 import logging
@@ -39,10 +39,10 @@ WARNING = "bold yellow"
 
 
 class ImageGrids(Callback):
-    """Draw a grid at every validation: inputs, reconstructions, errors, and decoded samples from N(0, I).
+    """Draw a grid at every validation: inputs, reconstructions, errors, and samples from N(0, I).
 
-    It goes to ``images/step=N.png`` in the run folder, TensorBoard and W&B. The weights are those of validation: the
-    averaged ones if there are any.
+    It goes to ``images/step=N.png`` in the run folder, TensorBoard and W&B. The weights are
+    validation's: the averaged ones if there are any.
 
     ``count``: images in a row, the first of validation.
     """
@@ -65,27 +65,32 @@ class ImageGrids(Callback):
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         if not self._batches or trainer.sanity_checking or not trainer.is_global_zero:
             return
+        # The first images, (B, C, H, W), with the latents that the data bring, if they do.
+        moments = None
         given = [one["moments"] for one in self._batches if "moments" in one]
-        moments = torch.cat(given)[: self.count] if given else None
+        if given:
+            moments = torch.cat(given)[: self.count]
         read = torch.cat([one["image"] for one in self._batches])[: self.count]
+
+        # Reconstructions, and noise as a diffusion model would hand it to the decoder.
         pixels = pl_module.pixel_range
         decoded, posterior = pl_module(pl_module.images({"image": read}), moments=moments)
-        images, reconstruction = pixels.levels(read), pixels.to_levels(decoded)
-        noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0)).to(
-            posterior.mean
-        )
-        samples = pixels.to_levels(
-            pl_module.decode_trained(pl_module.autoencoder.from_diffusion(noise))
-        )
+        images = pixels.levels(read)
+        reconstruction = pixels.to_levels(decoded)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(posterior.mean)
+        latent = pl_module.autoencoder.from_diffusion(noise)
+        samples = pixels.to_levels(pl_module.decode_trained(latent))
+
+        # The picture, to the disk and to the loggers.
         step = trainer.global_step
-        grid = labelled_grid(
-            {
-                f"input, held out, step {step}": pixels.picture(images).cpu(),
-                "reconstruction": pixels.picture(reconstruction).cpu(),
-                "error, black 0 to white 64 of 255": error_map(images, reconstruction),
-                "decoded from N(0, I): noise is expected": pixels.picture(samples).cpu(),
-            }
-        )
+        rows = {
+            f"input, held out, step {step}": pixels.picture(images).cpu(),
+            "reconstruction": pixels.picture(reconstruction).cpu(),
+            "error, black 0 to white 64 of 255": error_map(images, reconstruction),
+            "decoded from N(0, I): noise is expected": pixels.picture(samples).cpu(),
+        }
+        grid = labelled_grid(rows)
         path = current_run(trainer).images / f"step={step:08d}.png"
         try:
             with atomic_write(path) as partial:
@@ -103,37 +108,36 @@ SYMPTOMS: tuple[tuple[str, Callable[[float], bool], str], ...] = (
         "health/accuracy",
         lambda accuracy: accuracy > 0.95,
         "the discriminator has won: it is right about {value:.0%} of its logits. "
-        f"Lower {ADVERSARY}.learning_rate_ratio, or set lecam_weight, or r1_weight (such that r1_weight times "
-        "train/r1 is about 1)",
+        f"Lower {ADVERSARY}.learning_rate_ratio, or set lecam_weight, or r1_weight (such that "
+        "r1_weight times train/r1 is about 1)",
     ),
     (
         "health/accuracy",
         lambda accuracy: abs(accuracy - 0.5) < 0.02,
-        "the discriminator is blind: it is right about {value:.0%} of its logits, as a coin would be. "
-        f"Raise {ADVERSARY}.learning_rate_ratio or updates_per_step, or take a larger discriminator",
+        "the discriminator is blind: it is right about {value:.0%} of its logits, as a coin would "
+        f"be. Raise {ADVERSARY}.learning_rate_ratio or updates_per_step, or take a larger "
+        "discriminator",
     ),
     (
         "health/gradient_ratio",
         lambda ratio: ratio > 2.0,
-        "the adversarial gradient dominates: at the decoder's last layer it is {value:.1f} times that of the pixel "
-        f"terms. Lower {ADVERSARY}.weight, or set adaptive_weight",
+        "the adversarial gradient dominates: at the decoder's last layer it is {value:.1f} times "
+        f"the pixel terms' gradient. Lower {ADVERSARY}.weight, or set adaptive_weight",
     ),
 )
-"""Logged values, a condition on each, and the warning for when it has held for long."""
+"""Logged value, a condition on it, and the warning once the condition has held for long."""
 
 
 class Health(Callback):
-    """Warn when autoencoder and discriminator are out of balance, by the values that are logged.
+    """Warn when autoencoder and discriminator are out of balance, judged by logged values.
 
-    ``patience``: steps that a symptom must last, without a break, before a warning, and before each repetition.
+    ``patience``: steps that a symptom must last, without a break, before each warning.
     """
 
     def __init__(self, patience: int = 1000) -> None:
         check_counts(1, patience=patience)
         self.patience = patience
-        self._since: dict[
-            str, int
-        ] = {}  # the first step of each symptom that lasts, by its sentence
+        self._since: dict[str, int] = {}  # sentence of a lasting symptom -> its first step
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any
@@ -145,7 +149,9 @@ class Health(Callback):
             value = float(pl_module.logged.get(name, math.nan))
             if not holds(value):  # no condition holds for nan, a value that was not logged
                 self._since.pop(sentence, None)
-            elif (steps := step - self._since.setdefault(sentence, step)) >= self.patience:
+                continue
+            steps = step - self._since.setdefault(sentence, step)
+            if steps >= self.patience:
                 notify(f"step {step}, for {steps} steps: {sentence.format(value=value)}", WARNING)
                 self._since[sentence] = step
 
@@ -166,17 +172,19 @@ class UnreadableLimit(Callback):
             self._shared = loader.read_errors.lost
 
 
-MAX_UNREAD_STEPS = 1000  # after which flags of non-finite steps are read from the device, if nothing is logged before
+# Steps after which the flags of bad steps are read from the device, even if nothing is logged.
+MAX_UNREAD_STEPS = 1000
 
 
 class BadSteps(Callback):
-    """Log and count non-finite training steps; after several in a row, return to the last checkpoint.
+    """Count non-finite training steps; after several in a row, return to the last checkpoint.
 
-    A step with a non-finite loss or gradient changes nothing: see :class:`~olvae.models.optimization.NonFiniteGuard`.
-    It counts in ``health/bad_steps``, and ``bad_steps.jsonl`` names its images. After ``in_a_row`` of them, weights,
-    averages and optimizers are loaded from ``last.ckpt``, the learning rates are multiplied by ``rate_factor``, and
-    training continues with the next images; after ``returns`` such returns it stops. Under fp16, gradients that were
-    only too large for the loss scale do not count: the scale is lowered.
+    A step with a non-finite loss or gradient changes nothing, see
+    :class:`~olvae.models.optimization.NonFiniteGuard`. It counts in ``health/bad_steps``, and
+    ``bad_steps.jsonl`` names its images. After ``in_a_row`` of them, weights, averages and
+    optimizers are loaded from ``last.ckpt``, the learning rates are multiplied by ``rate_factor``,
+    and training continues with the next images; after ``returns`` such returns it stops. Under
+    fp16, gradients that were only too large for the loss scale do not count: the scale is lowered.
 
     Args:
         in_a_row: non-finite steps before a return.
@@ -192,25 +200,22 @@ class BadSteps(Callback):
         self.in_a_row = in_a_row
         self.returns = returns
         self.rate_factor = rate_factor
-        self.bad = self.returned = (
-            0  # non-finite steps of the whole run, and returns to a checkpoint
-        )
-        self._row = 0
+        self.bad = 0  # non-finite steps of the whole run
+        self.returned = 0  # returns to a checkpoint
+        self._row = 0  # non-finite steps since the last good one
 
     def state_dict(self) -> dict[str, Any]:
         return {"bad": self.bad, "returned": self.returned, "row": self._row}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.bad, self.returned, self._row = (
-            state_dict["bad"],
-            state_dict["returned"],
-            state_dict["row"],
-        )
+        self.bad = state_dict["bad"]
+        self.returned = state_dict["returned"]
+        self._row = state_dict["row"]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any
     ) -> None:
-        # At a stop before it is saved: the count, and perhaps a return, belong to the checkpoint.
+        # Also at a stop, before it is saved: the count, or a return, belongs to the checkpoint.
         if pl_module.reports or trainer.should_stop or pl_module.guard.pending >= MAX_UNREAD_STEPS:
             self._read(trainer, pl_module)
         if pl_module.reports:
@@ -220,6 +225,7 @@ class BadSteps(Callback):
         self._read(trainer, pl_module)
 
     def _read(self, trainer: pl.Trainer, model: LiteAutoencoderKL) -> None:
+        """Count the steps since the last reading; report bad ones, and return if there are many."""
         bad: list[BadStep] = []
         for step in model.guard.collect():
             if step is None:
@@ -237,69 +243,73 @@ class BadSteps(Callback):
     def _report(self, trainer: pl.Trainer, bad: list[BadStep]) -> None:
         """Print the first of some non-finite steps, and append all of them to the run's file."""
         path = current_run(trainer).bad_steps
-        lines = (
-            {"step": s.step, "rank": trainer.global_rank, "term": s.term, "keys": s.keys}
-            for s in bad
-        )
+        rank = trainer.global_rank
+        lines = [{"step": s.step, "rank": rank, "term": s.term, "keys": s.keys} for s in bad]
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write("".join(json.dumps(line) + "\n" for line in lines))
         except OSError as error:  # no reason to stop a training
             log.warning("%s: the images of bad steps are not noted: %s", path, reason(error))
         if trainer.is_global_zero:
+            first = bad[0]
             what = "step" if all(step.whole for step in bad) else "update"
-            others = f", and {len(bad) - 1} of the steps after it are bad too: these {what}s"
-            rest = others if bad[1:] else f": this {what}"
-            counted = (
-                f"changed nothing ({self.bad} in this run so far); {path.name} names the images"
-            )
-            notify(f"step {bad[0].step}: {bad[0].term} is not finite{rest} {counted}", WARNING)
+            rest = f": this {what}"
+            if len(bad) > 1:
+                rest = f", and {len(bad) - 1} of the steps after it are bad too: these {what}s"
+            count = f"({self.bad} in this run so far); {path.name} names the images"
+            message = f"{first.term} is not finite{rest} changed nothing {count}"
+            notify(f"step {first.step}: {message}", WARNING)
 
     def _return(self, trainer: pl.Trainer, model: LiteAutoencoderKL, last: BadStep) -> None:
-        """Load the last checkpoint and lower the learning rates; after too many returns, raise FloatingPointError."""
-        run, row, self._row = current_run(trainer), self._row, 0
+        """Load the last checkpoint and lower the learning rates.
+
+        FloatingPointError after too many returns.
+        """
+        run = current_run(trainer)
+        row = self._row
+        self._row = 0
         check_written(trainer)
         if self.returned == self.returns:
-            times = "a return" if self.returned == 1 else f"{self.returned} returns"
-            spite = (
-                f", in spite of {times} to good weights with a lower learning rate"
-                if self.returned
-                else ""
-            )
+            spite = ""
+            if self.returned:
+                times = "a return" if self.returned == 1 else f"{self.returned} returns"
+                spite = f", in spite of {times} to good weights with a lower learning rate"
             raise FloatingPointError(
-                f"{last.term} was not finite for {row} steps in a row until step {last.step}{spite}: look at the "
-                f"images named in {run.bad_steps}, lower model.base_learning_rate, or set `precision` to bf16 or 32"
-                + last_good(run)
+                f"{last.term} was not finite for {row} steps in a row until step {last.step}"
+                f"{spite}: look at the images named in {run.bad_steps}, lower "
+                "model.base_learning_rate, or set `precision` to bf16 or 32" + last_good(run)
             )
+
+        # The rates are read before and set after, as the optimizers' states have the old ones. The
+        # first process decides whether there is a checkpoint: the others may not see it yet.
         self.returned += 1
         where = "there is no checkpoint yet: the weights stay"
-        rates = [
-            group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups
-        ]
-        if trainer.strategy.broadcast(
-            run.last_checkpoint.is_file()
-        ):  # as the first process sees it
-            where = (
-                f"weights and optimizers are those of step {_restore(trainer, model, run)} again"
-            )
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        rates = [group["lr"] for group in _parameter_groups(trainer)]
+        if trainer.strategy.broadcast(run.last_checkpoint.is_file()):
+            step = _restore(trainer, model, run)
+            where = f"weights and optimizers are back at step {step}"
         model.rate_factor *= self.rate_factor
-        for group, rate in zip(groups, rates, strict=True):
+        for group, rate in zip(_parameter_groups(trainer), rates, strict=True):
             group["lr"] = rate * self.rate_factor
         if trainer.is_global_zero:
             notify(
-                f"step {trainer.global_step}: {row} bad steps in a row: {where}, the learning rate is multiplied by "
-                f"{self.rate_factor:g} (return {self.returned} of {self.returns})",
+                f"step {trainer.global_step}: {row} bad steps in a row: {where}, the learning rate "
+                f"is multiplied by {self.rate_factor:g} "
+                f"(return {self.returned} of {self.returns})",
                 WARNING,
             )
 
 
+def _parameter_groups(trainer: pl.Trainer) -> list[dict[str, Any]]:
+    return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+
+
 def _restore(trainer: pl.Trainer, model: LiteAutoencoderKL, run: Run) -> int:
-    """Load weights, average and optimizers of the last checkpoint, and nothing else; return its step."""
+    """Load weights, average and optimizers of the last checkpoint; return its step."""
     checkpoint = read_checkpoint(run.last_checkpoint)
-    if (
-        average := find_average(trainer)
-    ) is not None:  # first: then the model has the weights as trained
+    # The average first: it also puts the weights as trained back into the model.
+    average = find_average(trainer)
+    if average is not None:
         average.restore(checkpoint["state_dict"])
     model.load_state_dict(state_dict_of(checkpoint, run.last_checkpoint, raw=True))
     for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -308,11 +318,12 @@ def _restore(trainer: pl.Trainer, model: LiteAutoencoderKL, run: Run) -> int:
 
 
 class GracefulStop(Callback):
-    """Stop training after the step, with a checkpoint, at Ctrl-C, SIGTERM or SIGUSR1; at a second signal at once.
+    """Stop training after the step, with a checkpoint, at Ctrl-C, SIGTERM or SIGUSR1.
 
-    A validation that has begun is finished first. The last step is validated whatever the interval, before it is saved.
+    At a second signal it stops at once. A validation that has begun is finished first. The last
+    step is validated whatever the interval, before it is saved.
 
-    ``time_limit``: seconds from now on, after which training stops in the same way; None for no limit.
+    ``time_limit``: seconds from now on, after which training stops in the same way.
     """
 
     def __init__(self, time_limit: float | None = None) -> None:
@@ -329,10 +340,9 @@ class GracefulStop(Callback):
         return self.agreed and self.reason != SIGNALS[signal.SIGINT]
 
     def on_train_start(self, *_: Any) -> None:
-        if (
-            threading.current_thread() is threading.main_thread()
-        ):  # no other thread may set handlers
-            # After Lightning's fit has set handlers of its own, which end training without a checkpoint.
+        # Here, Lightning has set handlers of its own, which end training without a checkpoint:
+        # replace them. No other thread than the main one may set handlers.
+        if threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
 
     def on_train_batch_end(
@@ -353,8 +363,10 @@ class GracefulStop(Callback):
         self._all_stop(wait=True)
 
     def _all_stop(self, wait: bool = False) -> bool:
-        """Whether any process was to stop, and whether one of them by SIGUSR1. Collective."""
-        asked = 0 if self.reason is None else 2 if self.reason == "SIGUSR1" else 1
+        """Agree with all processes whether to stop, and to requeue by SIGUSR1. Collective."""
+        asked = 0
+        if self.reason is not None:
+            asked = 2 if self.reason == "SIGUSR1" else 1
         answer = self._agreement.any_asked(asked, wait)
         self.agreed |= answer > 0
         self.requeues |= answer == 2
@@ -365,6 +377,7 @@ class GracefulStop(Callback):
             signal.signal(*self._before.popitem())
 
     def _ask(self, number: int, _: FrameType | None) -> None:
+        """Handle a signal: note the first one; stop at once at the second."""
         if self.reason is not None:
             raise KeyboardInterrupt
         self._announce(SIGNALS[number])
@@ -374,14 +387,16 @@ class GracefulStop(Callback):
         notify(f"{reason}: stopping after this step, with a checkpoint; a further signal: at once")
 
 
-UNTRACED = 3  # steps before those that are traced: kernels are chosen, memory is allocated, networks are compiled
+# First steps, left out: kernels are chosen, memory is allocated, networks are compiled.
+UNTRACED = 3
 
 
 class StepTrace(Callback):
-    """Trace ``steps`` steps of the first process into ``trace.json`` in the run folder, for https://ui.perfetto.dev.
+    """Trace ``steps`` steps of the first process into ``trace.json``, for https://ui.perfetto.dev.
 
-    ``trace.txt`` has the operations that take most time. If a GPU's memory runs out, ``memory.pickle`` is a snapshot
-    for https://docs.pytorch.org/memory_viz. Raises ValueError for fewer steps than one.
+    ``trace.txt`` has the operations that take most time. If a GPU's memory runs out,
+    ``memory.pickle`` is a snapshot for https://docs.pytorch.org/memory_viz. All are in the run
+    folder. ValueError for fewer steps than one.
     """
 
     def __init__(self, steps: int = 3) -> None:
@@ -396,8 +411,9 @@ class StepTrace(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if self._done == UNTRACED and self._profile is None and trainer.is_global_zero:
-            on_gpu = trainer.strategy.root_device.type == "cuda"
-            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+            activities = [ProfilerActivity.CPU]
+            if trainer.strategy.root_device.type == "cuda":
+                activities.append(ProfilerActivity.CUDA)
             self._profile = profile(activities=activities, record_shapes=True)
             self._profile.start()
 
@@ -423,13 +439,17 @@ class StepTrace(Callback):
 
     def _write(self, trainer: pl.Trainer, traced: profile) -> None:
         traced.stop()
-        folder, on_gpu = current_run(trainer).path, trainer.strategy.root_device.type == "cuda"
-        traced.export_chrome_trace(str(folder / "trace.json"))
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        trace = current_run(trainer).path / "trace.json"
+        traced.export_chrome_trace(str(trace))
+
+        # The operations by the time they take themselves, on the device.
         averages = traced.key_averages()
-        table = averages.table(
-            sort_by=f"self_{'cuda' if on_gpu else 'cpu'}_time_total", row_limit=50
-        )
-        (folder / "trace.txt").write_text(table, encoding="utf-8")
-        kernels = sum(row.count for row in averages if row.device_type.name == "CUDA")
-        launches = f", {kernels / self.steps:.0f} kernels a step" if on_gpu else ""
-        notify(f"{self.steps} steps are traced in {folder / 'trace.json'}{launches}")
+        order = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+        table = averages.table(sort_by=order, row_limit=50)
+        trace.with_suffix(".txt").write_text(table, encoding="utf-8")
+        launches = ""
+        if on_gpu:
+            kernels = sum(row.count for row in averages if row.device_type.name == "CUDA")
+            launches = f", {kernels / self.steps:.0f} kernels a step"
+        notify(f"{self.steps} steps are traced in {trace}{launches}")

@@ -1,4 +1,4 @@
-"""Start a training from an existing autoencoder, which ``model.from`` names; adapt it to other networks."""
+"""Start a training from an existing autoencoder, which ``model.from`` names; adapt it."""
 
 import copy
 import warnings
@@ -19,60 +19,75 @@ from olvae.models.parts.teacher import NO_FACTORS
 from olvae.models.spec import OURS
 from olvae.runs import entry_of
 
-CHANNELS = (
-    "in_channels",
-    "out_channels",
-    "input_channels",
-)  # what networks call the number of image channels
+# What networks call the number of image channels.
+CHANNELS = ("in_channels", "out_channels", "input_channels")
 
 
 def start_from(config: Config) -> tuple[Mapping[str, Tensor], Config]:
     """Load the autoencoder that ``model.from`` names, and put its networks into the config.
 
-    Networks in the config are replaced, except for params without a target, such as ``padding: reflect``, which are
-    added. A decoder that they change in its shapes starts fresh; with images of another number of channels, by
-    ``data.params.channels``, the first and the last convolution change. The autoencoder's factors for a diffusion model
-    replace the config's, unless its file has none, as latent-diffusion's, or the config has a part that brings latents.
-    The decoder alone is trained unless the config says otherwise, or a part keeps or brings its latents. ``model.from``
-    is removed from the config, now complete. ConfigError if the networks can't be trained here, or adapted.
+    - Networks in the config are replaced, except for params without a target, such as
+      ``padding: reflect``, which are added. A decoder whose shapes they change starts fresh.
+    - With another number of image channels in ``data.params.channels``, the first and the last
+      convolution change.
+    - The autoencoder's factors for a diffusion model replace the config's, unless its file has none
+      (as latent-diffusion's) or the config has a part that brings latents.
+    - The decoder alone is trained unless the config says otherwise, or a part keeps or brings its
+      latents.
+    - ``model.from`` is removed from the config, which is then complete.
 
-    Returns the weights for the config's networks, and the autoencoder's training config, empty if it has none.
+    ConfigError if the networks can't be trained here, or adapted.
+
+    Returns the weights for the config's networks, and the autoencoder's training config, empty if
+    it has none.
     """
+    # The autoencoder, with convolutions for the config's number of image channels.
     node = config["model"]
-    name, params = node.pop("from"), dict(node.get("params") or {})
+    name = node.pop("from")
+    params = dict(node.get("params") or {})
     target = find_target(name)
     source = target.load()
     loaded = source.as_litevae(name)
     if loaded.folded:
         raise ConfigError(
-            f"{name}: its convolutions are folded, for inference only: start from an export without it"
+            f"{name}: its convolutions are folded, for inference only: start from an export "
+            "without it"
         )
     channels = entry_of(config, "data.params.channels") or loaded.in_channels
-    found = loaded if channels == loaded.in_channels else with_channels(loaded, channels, name)
+    found = loaded
+    if channels != loaded.in_channels:
+        found = with_channels(loaded, channels, name)
+
+    # Its networks, with the config's additions.
     for key, value in found.config.items():
         given = params.get(key)
-        added = key.endswith("_config") and isinstance(given, Mapping) and "target" not in given
-        params[key] = OmegaConf.to_container(OmegaConf.merge(value, given)) if added else value
+        if key.endswith("_config") and isinstance(given, Mapping) and "target" not in given:
+            params[key] = OmegaConf.to_container(OmegaConf.merge(value, given))
+        else:
+            params[key] = value
     params.pop("initial_logvar", None)
+
+    # Factors and frozen halves. A frozen encoder must keep its latents.
     _set_latents(params, source, found, name)
     if params.get("freeze_encoder"):
         _check_encoder(config, params, loaded, found, name)
     node["params"] = params
     cfg.check(config)
+
     weights, fresh = weights_that_fit(found, params, name)
-    if fresh and params.get("freeze_decoder"):
-        raise ConfigError(
-            f"{name}: the config's decoder is another one, and frozen: leave freeze_decoder out"
-        )
     if fresh:
-        warnings.warn(
-            f"{name}: the config's decoder is another one, and starts fresh", stacklevel=2
-        )
+        other = f"{name}: the config's decoder is another one, and"
+        if params.get("freeze_decoder"):
+            raise ConfigError(f"{other} frozen: leave freeze_decoder out")
+        warnings.warn(f"{other} starts fresh", stacklevel=2)
     return weights, target.config
 
 
 def _set_latents(params: Config, source: Autoencoder, found: LiteVAE, name: str) -> None:
-    """Set the factors for a diffusion model, and whether the encoder is frozen, unless a part brings its latents."""
+    """Set the factors for a diffusion model, and whether the encoder is frozen.
+
+    Leaves both alone if a part brings its own latents.
+    """
     nodes = [node for node in (params.get("parts") or {}).values() if node is not None]
     latents = {cfg.resolve_class(node["target"], Part).latents for node in nodes}
     if "given" in latents:
@@ -88,57 +103,61 @@ def _set_latents(params: Config, source: Autoencoder, found: LiteVAE, name: str)
 def _check_encoder(
     config: Config, params: Config, loaded: LiteVAE, found: LiteVAE, name: str
 ) -> None:
-    """Raise ConfigError if an encoder that is frozen changes, or takes images of other values."""
-    if (pixels := entry_of(config, "data.params.range")) and not loaded.pixel_range.eight_bits:
+    """Raise ConfigError if a frozen encoder changes, or gets images of another range."""
+    pixels = entry_of(config, "data.params.range")
+    if pixels and not loaded.pixel_range.eight_bits:
         loaded.pixel_range.check_data(PixelRange.from_node(pixels))
-    old, new = (half["encoder_config"]["params"].get("padding") for half in (found.config, params))
+    old = found.config["encoder_config"]["params"].get("padding")
+    new = params["encoder_config"]["params"].get("padding")
     if old != new:
         raise ConfigError(
-            f"model.params.encoder_config.params.padding: {new}, but {name} has {old}: with a frozen "
-            "encoder the latents would change at the borders: leave it out, or set freeze_encoder to false"
+            f"model.params.encoder_config.params.padding: {new}, but {name} has {old}: with a "
+            "frozen encoder the latents would change at the borders: leave it out, or set "
+            "freeze_encoder to false"
         )
+    # From one channel, weights are repeated; else further channels get zeros, which see nothing.
     if 1 < loaded.in_channels < found.in_channels:
         raise ConfigError(
-            f"{name}: its encoder does not see the channels that are added: set model.params.freeze_encoder to false, "
-            "or add the part anchor.Anchor"
+            f"{name}: its encoder does not see the channels that are added: set "
+            "model.params.freeze_encoder to false, or add the part anchor.Anchor"
         )
 
 
 def with_channels(model: LiteVAE, channels: int, name: str) -> LiteVAE:
-    """The same autoencoder for images of another number of channels.
+    """Adapt an autoencoder to images of another number of channels.
 
-    The first and the last convolution are widened by zeros or narrowed, and the rest is kept. From and to one channel,
-    an image of equal channels and its mean are encoded and decoded as before.
+    The first and the last convolution are widened by zeros or narrowed; the rest is kept. From and
+    to one channel, an image of equal channels and its mean are encoded and decoded as before.
 
     ConfigError if more than these convolutions depends on the channels, as in a LiteVAE's wavelets.
     """
-    old, config = model.in_channels, copy.deepcopy(model.config)
+    # Build it for these channels: networks have the number in their params, or one level below.
+    old = model.in_channels
+    config = copy.deepcopy(model.config)
     for half in ("encoder_config", "decoder_config"):
         params = config[half]["params"]
         for node in (params, params.get("config") or {}):
             node |= {key: channels for key in CHANNELS if node.get(key) == old}
     with torch.random.fork_rng(devices=[]):
         out = LiteVAE.from_config(**config).set_for_diffusion(model.for_diffusion)
-    weights, wanted = model.state_dict(), out.state_dict()
+
+    # Resize the tensors whose shapes differ: only along their image channels.
+    weights = model.state_dict()
+    wanted = out.state_dict()
     other = {key: tensor for key, tensor in weights.items() if tensor.shape != wanted[key].shape}
     if not other:
         raise ConfigError(
             f"{name}: sees patches of pixels of {old} channels: it can't be adapted to {channels}"
         )
     for tensor_name, tensor in other.items():
-        new, axis, shape = (
-            wanted[tensor_name],
-            int(tensor_name.startswith("encoder")),
-            list(tensor.shape),
-        )
-        if (
-            len(shape) <= axis
-            or shape[axis] != old
-            or [*shape[:axis], channels, *shape[axis + 1 :]] != list(new.shape)
-        ):
-            where = f"which {tensor_name} depends on in another way"
+        axis = int(tensor_name.startswith("encoder"))  # inputs of a convolution; 0 is its outputs
+        shape = list(tensor.shape)
+        resized = [*shape[:axis], channels, *shape[axis + 1 :]]
+        is_image = len(shape) > axis and shape[axis] == old
+        if not is_image or resized != list(wanted[tensor_name].shape):
             raise ConfigError(
-                f"{name}: is for images of {old} channels, {where}: it can't be adapted to {channels}"
+                f"{name}: is for images of {old} channels, which {tensor_name} depends on in "
+                f"another way: it can't be adapted to {channels}"
             )
         weights[tensor_name] = _resized(tensor, axis, channels)
     out.load_state_dict(weights)
@@ -146,7 +165,11 @@ def with_channels(model: LiteVAE, channels: int, name: str) -> LiteVAE:
 
 
 def _resized(tensor: Tensor, axis: int, channels: int) -> Tensor:
-    """Widen or narrow a convolution's weight or bias along its image channels: inputs on axis 1, outputs on axis 0."""
+    """Widen or narrow a convolution's weight or bias along its image channels.
+
+    ``axis``: 1 for the inputs of the first convolution, 0 for the outputs of the last one.
+    """
+    # For equal channels: inputs' weights are summed or shared out, outputs averaged or repeated.
     old = tensor.shape[axis]
     if channels == 1:
         return tensor.sum(axis, keepdim=True) / (1 if axis else old)
@@ -161,27 +184,28 @@ def _resized(tensor: Tensor, axis: int, channels: int) -> Tensor:
 def weights_that_fit(
     model: LiteVAE, params: Mapping[str, Any], name: str
 ) -> tuple[dict[str, Tensor], bool]:
-    """The weights for a config's networks, and whether the decoder is another one: then its weights are left out.
+    """Select the weights for a config's networks; leave out the decoder's if it is another one.
 
-    ConfigError if the encoder is another one, whose latents would be others.
+    Returns the weights, and whether the decoder is another one. ConfigError if the encoder is
+    another one, as its latents would be others.
     """
+    # Shapes of the config's networks. Ours can be built without memory.
     weights = model.state_dict()
     ours = all(
         str(params[f"{half}_config"]["target"]).startswith(OURS) for half in ("encoder", "decoder")
     )
     with torch.random.fork_rng(devices=[]), torch.device("meta" if ours else "cpu"):
         wanted = LiteVAE.from_config(**{key: params[key] for key in model.config}).state_dict()
-    shapes, others = (
-        {key: tensor.shape for key, tensor in state.items()} for state in (weights, wanted)
-    )
-    different = {key for key, _ in shapes.items() ^ others.items()}
-    if elsewhere := sorted(key for key in different if not key.startswith("decoder.")):
+
+    # Names in one of them alone, or of different shapes.
+    shapes = {(key, tensor.shape) for key, tensor in weights.items()}
+    different = {key for key, _ in shapes ^ {(key, t.shape) for key, t in wanted.items()}}
+    elsewhere = sorted(key for key in different if not key.startswith("decoder."))
+    if elsewhere:
         raise ConfigError(
-            f"{name}: has another {elsewhere[0]} than the config's: only the decoder may be another one"
+            f"{name}: has another {elsewhere[0]} than the config's: "
+            "only the decoder may be another one"
         )
-    kept = {
-        key: tensor
-        for key, tensor in weights.items()
-        if not (different and key.startswith("decoder."))
-    }
-    return kept, bool(different)
+    if not different:
+        return dict(weights), False
+    return {key: tensor for key, tensor in weights.items() if not key.startswith("decoder.")}, True

@@ -1,4 +1,4 @@
-"""Processes of a training: torchrun and srun, joining the process group, lockstep, hangs and deaths, requeueing."""
+"""Processes of a training: launchers, the process group, hangs, deaths, and requeueing."""
 
 import faulthandler
 import gc
@@ -43,7 +43,7 @@ MOST_WORKERS = 8  # loader processes of a rank, unless the config gives their nu
 
 
 def find_launcher() -> ClusterEnvironment | None:
-    """Detect torchrun or srun, for Lightning to ask for ranks; None if Lightning starts the processes itself."""
+    """Detect torchrun or srun, whose plugin knows the ranks; None if Lightning starts processes."""
     if TorchElasticEnvironment.detect():  # also where srun starts one torchrun on each node
         return TorchElasticEnvironment()
     return srun_environment()
@@ -52,76 +52,82 @@ def find_launcher() -> ClusterEnvironment | None:
 def is_first() -> bool:
     """Whether this is the first process of a training, known before they meet."""
     launcher = find_launcher()
-    return launcher.global_rank() == 0 if launcher is not None else local_rank() == 0
+    if launcher is None:
+        return local_rank() == 0
+    return launcher.global_rank() == 0
 
 
 def cluster() -> list[ClusterEnvironment]:
     """Lightning's plugins for the launcher that was found."""
     launcher = find_launcher()
-    if (
-        launcher is None and SLURMEnvironment.detect()
-    ):  # a batch script without srun has one process
-        launcher = LightningEnvironment()
-    return [] if launcher is None else [launcher]
+    if launcher is not None:
+        return [launcher]
+    # A batch script without srun has one process: keep Lightning from asking SLURM for ranks.
+    return [LightningEnvironment()] if SLURMEnvironment.detect() else []
 
 
 def process_count(trainer_args: Mapping[str, Any]) -> int:
-    """The number of processes of a run, over all nodes; ConfigError if torchrun or srun started another number.
+    """The number of processes of a run, over all nodes.
 
-    Then Lightning would let each process train a model of its own, or wait for processes that never come.
+    ConfigError if torchrun or srun started another number: Lightning would let each process train
+    a model of its own, or wait for processes that never come.
     """
-    devices, nodes = trainer_args["devices"], int(trainer_args.get("num_nodes", 1))
+    devices = trainer_args["devices"]
+    nodes = int(trainer_args.get("num_nodes", 1))
     per_node = devices if isinstance(devices, int) else len(devices)
-    if (launcher := find_launcher()) is not None:
+    count = per_node * nodes
+    launcher = find_launcher()
+    if launcher is not None:
         try:
             launcher.validate_settings(per_node, nodes)
-            if (
-                started := launcher.world_size()
-            ) != per_node * nodes:  # srun without ntasks-per-node
+            started = launcher.world_size()
+            if started != count:  # by srun without ntasks-per-node
                 raise ValueError(
-                    f"srun started {started} process(es), but these name {per_node * nodes} devices"
+                    f"srun started {started} process(es), but these name {count} devices"
                 )
         except ValueError as error:
-            raise ConfigError(
-                f"`gpus`, or lightning.trainer.devices and num_nodes: {error}"
-            ) from error
+            given = "`gpus`, or lightning.trainer.devices and num_nodes"
+            raise ConfigError(f"{given}: {error}") from error
     elif nodes > 1:
         raise ConfigError(
-            f"lightning.trainer.num_nodes: {nodes}: start the command on each node with torchrun or srun: "
-            "https://open-litevae.github.io/open-litevae/training/ shows how"
+            f"lightning.trainer.num_nodes: {nodes}: start the command on each node with torchrun "
+            "or srun: https://open-litevae.github.io/open-litevae/training/ shows how"
         )
-    return per_node * nodes
+    return count
 
 
 OLDER_NAMES = {
     "TORCH_FR_BUFFER_SIZE": "TORCH_NCCL_TRACE_BUFFER_SIZE",
     "TORCH_FR_DUMP_TEMP_FILE": "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
 }
-"""Names in torch 2.8 of settings by which NCCL writes down at its time limit where each rank is; later they warn."""
+"""Names in torch 2.8 of variables for NCCL's dump at a timeout; later versions warn of them."""
 
 
 def meet() -> tuple[int, int]:
     """Join the processes that torchrun or srun started; return rank and number of processes.
 
-    It is (0, 1) where Lightning starts the others, which join when training begins.
+    Returns (0, 1) if Lightning starts the others, which join when training begins.
     """
-    dump = f"{tempfile.gettempdir()}/olvae_nccl_{slurm_job() or os.getppid()}_rank_"  # and torch adds the rank
+    # At its time limit NCCL writes where each rank is. torch adds the rank to the file's name.
+    dump = f"{tempfile.gettempdir()}/olvae_nccl_{slurm_job() or os.getppid()}_rank_"
     recorder = {
         "TORCH_FR_BUFFER_SIZE": "2000",
         "TORCH_FR_DUMP_TEMP_FILE": dump,
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     }
+    is_older = torch.__version__.startswith("2.8.")
     for name, value in recorder.items():
         older = OLDER_NAMES.get(name, name)
         if older not in os.environ:
-            os.environ.setdefault(older if torch.__version__.startswith("2.8.") else name, value)
+            os.environ.setdefault(older if is_older else name, value)
+
     if find_launcher() is None:
         return 0, 1
     return join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", default_pg_timeout)
 
 
 def of_each(value: T) -> list[T]:
-    """Return the values of all processes that have met, by rank; before they have met, this one's alone."""
+    """Gather a value of each process, by rank; before the processes meet, this one's alone."""
     values = [value]
     if dist.is_initialized():
         values *= dist.get_world_size()
@@ -130,41 +136,48 @@ def of_each(value: T) -> list[T]:
 
 
 def check_same(run: str) -> None:
-    """Raise ConfigError unless all processes that have met continue the run that the first one does: "" for none."""
-    if run != (first := of_each(run)[0]):
+    """Raise ConfigError unless all processes resume the same run; "" for a new one."""
+    first = of_each(run)[0]
+    if run != first:
         raise ConfigError(
-            f"this process would continue {run or 'no run'}, the first one {first or 'none'}: a shared "
-            "file system shows them different folders: try again, or name the run with `resume`"
+            f"this process would continue {run or 'no run'}, the first one {first or 'none'}: "
+            "a shared file system shows them different folders: try again, or name the run with "
+            "`resume`"
         )
 
 
 def choose_workers(source: Source, data: Config, processes: int, nodes: int) -> None:
-    """Set a source's loader processes, in its node ``data`` too, where that leaves them out: as many as cores a rank.
+    """Choose the number of a source's loader processes, unless its node ``data`` gives it.
 
-    They are fewer if the data can't be shared among so many, and none for pictures in memory.
+    As many as cores a rank; fewer if the data can't be shared among so many; none for images in
+    memory. The number is set in the source and in the node.
     """
-    takes, params = arguments_of(data["target"]).parameters, data.setdefault("params", {})
+    takes = arguments_of(data["target"]).parameters
+    params = data.setdefault("params", {})
     if "num_workers" in params or source.in_memory or "num_workers" not in takes:
         return
     own = cores() // sharing_cores(processes // nodes)
-    for source.num_workers in range(min(MOST_WORKERS, *of_each(own)), -1, -1):
+    for workers in range(min(MOST_WORKERS, *of_each(own)), -1, -1):
+        source.num_workers = workers
         with suppress(ValueError):
             source.check_processes(processes)
             break
     params["num_workers"] = source.num_workers
 
 
-PROGRESS_KEY = "olvae/progress/"  # and the rank: in the process group's store
+# Begins the keys in the process group's store under which each rank notes how far it is.
+PROGRESS_KEY = "olvae/progress/"
 
 
 class Lockstep(Callback):
-    """Collect garbage at the same steps in all processes, and end a training in which one hangs, with its name.
+    """Collect garbage at the same steps in all processes, and end a training if one process hangs.
 
-    Left to itself, Python collects in each process at another step, and all wait for each. After the first step a
-    thread notes in the process group's store how far its process is. If none has moved for ``patience_s`` and they are
-    apart, those furthest behind are named and print where their program is, and all exit with 1. If all are at one
-    place it is the network, or a validation: the backend's own time limit ends them. Before the end of a process' first
-    batch nothing is watched, nor is a single process.
+    Left to itself, Python collects in each process at another step, and all wait for each.
+
+    After the first batch a thread notes in the process group's store how far its process is. If no
+    process has moved for ``patience_s`` and some are behind, these print their tracebacks, another
+    one prints which they are, and all exit with 1. If all are at one place, the network or a
+    validation is slow: the backend's own time limit ends them. A single process is not watched.
 
     Args:
         patience_s: seconds without progress; longer than a checkpoint or the slowest batch takes.
@@ -174,9 +187,10 @@ class Lockstep(Callback):
     def __init__(self, patience_s: float = 600.0, collect_every: int = 100) -> None:
         if patience_s <= 0 or collect_every < 1:
             raise ValueError("patience_s must be above 0, and collect_every at least 1")
-        self.patience_s, self.collect_every = patience_s, collect_every
+        self.patience_s = patience_s
+        self.collect_every = collect_every
         self._batches = 0
-        self._place = 0  # batches begun, backward passes begun, batches ended
+        self._place = 0  # batches begun + backward passes begun + batches ended
         self._moved_at = time.monotonic()
         self._over: threading.Event | None = None
 
@@ -193,15 +207,14 @@ class Lockstep(Callback):
         if self._over is None:
             gc.disable()
             self._over = threading.Event()
-            threading.Thread(
-                target=self._watch, args=(trainer, self._over), name="lockstep", daemon=True
-            ).start()
+            watched = (trainer, self._over)
+            threading.Thread(target=self._watch, args=watched, name="lockstep", daemon=True).start()
         self._batches += 1  # global_step stands still in a warm-up of the discriminator
         if self._batches % self.collect_every == 0:
             gc.collect()
 
     def on_validation_batch_end(self, *_: Any) -> None:
-        self._move(0)  # their number may differ
+        self._move(0)  # processes may have different numbers of these batches
 
     def on_train_end(self, *_: Any) -> None:
         if self._over is not None:
@@ -212,74 +225,87 @@ class Lockstep(Callback):
         self.on_train_end()
 
     def _move(self, places: int = 1) -> None:
-        self._place, self._moved_at = self._place + places, time.monotonic()
+        self._place += places
+        self._moved_at = time.monotonic()
 
     def _watch(self, trainer: pl.Trainer, over: threading.Event) -> None:
-        """Compare the processes until training is over, or the process that holds their notes ended."""
+        """Compare the processes until training is over, or process 0, which has the store, ends."""
         try:
             self._compare(trainer, over)
-        except RuntimeError:  # of the store; the main thread may get an error too, and end in order
+        except RuntimeError:
+            # The store is gone. Wait: the main thread may get an error too, and end in order.
             if not over.wait(self.patience_s):
                 notify("error: process 0 of this training ended: see its own output")
                 os._exit(1)
 
     def _compare(self, trainer: pl.Trainer, over: threading.Event) -> None:
-        """Note where this process is, and look at the others' notes once it has not moved for half of the patience."""
-        store, rank, noted, since = (
-            dist.distributed_c10d._get_default_store(),
-            trainer.global_rank,
-            [""],
-            0.0,
-        )
-        keys, host = (
-            [f"{PROGRESS_KEY}{other}" for other in range(trainer.world_size)],
-            socket.gethostname(),
-        )
-        pause = 0.0  # without one before the first note, which the others wait for
+        """Note this process' progress every few seconds; act once all notes stand still."""
+        store = dist.distributed_c10d._get_default_store()
+        rank = trainer.global_rank
+        host = socket.gethostname()
+        keys = [f"{PROGRESS_KEY}{other}" for other in range(trainer.world_size)]
+        notes: list[str] = []  # "place step host" of each rank, as last seen
+        changed_at = 0.0  # when these notes were first seen
+        pause = 0.0  # none before the first note, which the others wait for
         while not over.wait(pause):
             pause = min(5.0, self.patience_s / 8)
             store.set(keys[rank], f"{self._place} {trainer.global_step} {host}")
-            now = time.monotonic()
-            if now - self._moved_at < self.patience_s / 2 or not store.check(
-                keys
-            ):  # or one is in its first step
-                continue
-            if (found := [store.get(key).decode() for key in keys]) != noted:
-                noted, since = found, now
-            elif now - since >= self.patience_s / 2:
-                self._end_if_apart(rank, [note.split(maxsplit=2) for note in noted])
 
-    def _end_if_apart(self, rank: int, noted: list[list[str]]) -> None:
-        """Exit unless all are at one place; the first process that waits names those that it waits for."""
-        places = [int(place) for place, *_ in noted]
-        behind = [other for other, place in enumerate(places) if place == min(places)]
-        waiting = [other for other in range(len(places)) if other not in behind]
+            # Look at the others only while this process stands still, and all have a first note.
+            now = time.monotonic()
+            if now - self._moved_at < self.patience_s / 2 or not store.check(keys):
+                continue
+
+            # All must stand still for the other half of the patience.
+            found = [store.get(key).decode() for key in keys]
+            if found != notes:
+                notes = found
+                changed_at = now
+            elif now - changed_at >= self.patience_s / 2:
+                self._end_if_apart(rank, [note.split(maxsplit=2) for note in notes])
+
+    def _end_if_apart(self, rank: int, notes: list[list[str]]) -> None:
+        """Exit if some ranks are behind; print which (the first waiting rank does).
+
+        ``notes``: place, step and host of each rank.
+        """
+        places = [int(note[0]) for note in notes]
+        furthest_behind = min(places)
+        behind = [other for other, place in enumerate(places) if place == furthest_behind]
+        waiting = [other for other, place in enumerate(places) if place > furthest_behind]
         if not waiting:
             return
         if rank in behind:
             faulthandler.dump_traceback()
         elif rank == waiting[0]:
-            names = ", ".join(
-                f"process {n} on {noted[n][2]} (after step {noted[n][1]})" for n in behind
+            named = []
+            for other in behind:
+                _, step, host = notes[other]
+                named.append(f"process {other} on {host} (after step {step})")
+            why = (
+                f"the others wait for {', '.join(named)}; "
+                "its own output has the place in its program"
             )
-            why = f"the others wait for {names}; its own output has the place in its program"
             notify(f"error: no progress for {self.patience_s:.0f} s: {why}")
-        time.sleep(min(10.0, self.patience_s / 2))  # the others read the first process' store
+        # Process 0 has the store, which the others still read.
+        time.sleep(min(10.0, self.patience_s / 2))
         os._exit(1)
 
 
 WHERE_TO_LOOK = "see its own output, or the system's log of killed processes"
+
+# Words of gloo and NCCL (first line), and of NCCL and c10d, when a peer is gone.
 PEER_DIED = (
-    r"closed by (remote )?peer|reset by peer|Broken pipe|remote process exit|"  # gloo, NCCL
-    r"NET/IB : Got completion from peer|Connection was likely closed|Did the remote server shutdown"  # NCCL, c10d
+    r"closed by (remote )?peer|reset by peer|Broken pipe|remote process exit|"
+    r"NET/IB : Got completion from peer|Connection was likely closed|Did the remote server shutdown"
 )
-PEER_LATE = (
-    r"Watchdog caught collective operation timeout|Timed out waiting \d+ms for"  # NCCL, gloo
-)
+
+# Words of NCCL, and of gloo, at their time limits.
+PEER_LATE = r"Watchdog caught collective operation timeout|Timed out waiting \d+ms for"
 
 
 def process_death(error: Exception) -> str | None:
-    """Explain an error that comes from the death of a loader process or another process of this run; else None."""
+    """Explain an error if it comes from the death of a loader or another process; else None."""
     text = str(error)
     if dist.is_initialized() and re.search(PEER_DIED, text):
         return f"another process of this training died: {WHERE_TO_LOOK}"
@@ -289,32 +315,37 @@ def process_death(error: Exception) -> str | None:
 
 
 def watch_processes(run: Run) -> None:
-    """Exit with a line, in the process in which Lightning starts the others, when one of them ends in an error.
+    """Exit with a message when a process that Lightning started from this one ends in an error.
 
-    Lightning's own observer kills it without a word.
+    Replaces Lightning's own observer, which kills this process without a word.
     """
-    setattr(subprocess_script, "_launch_process_observer", partial(_watch, run))  # noqa: B010  (mypy does not see it)
+    # By setattr, as mypy does not know the name.
+    setattr(subprocess_script, "_launch_process_observer", partial(_watch, run))  # noqa: B010
 
 
 def _watch(run: Run, children: Sequence[subprocess.Popen[Any]], grace: float = 5.0) -> None:
-    """End this process after another one: on GPUs its collectives do not return; elsewhere they raise, in ``grace``."""
+    """End this process ``grace`` seconds after one of the others, from a thread.
+
+    On GPUs its collectives would never return; elsewhere they raise within ``grace``, which tells
+    more.
+    """
 
     def watch() -> None:
-        while not (
-            failed := [
-                (rank, code) for rank, child in enumerate(children, 1) if (code := child.poll())
-            ]
-        ):
-            if all(child.returncode == 0 for child in children):
+        # Wait for the first that fails. An exit code is None while the process runs.
+        while True:
+            codes = [child.poll() for child in children]
+            if any(codes):
+                break
+            if None not in codes:
                 return
             time.sleep(0.5)
         time.sleep(grace)
-        rank, code = failed[0]
-        how = (
-            f"was killed by {signal.Signals(-code).name}"
-            if code < 0
-            else f"ended with exit code {code}"
-        )
+
+        # Still here: say which, and end all.
+        rank, code = next((rank, code) for rank, code in enumerate(codes, 1) if code)
+        how = f"ended with exit code {code}"
+        if code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
         saved = f"; {run.path} can be continued" if run.last_checkpoint.is_file() else ""
         notify(f"error: process {rank} of this training {how}: {WHERE_TO_LOOK}{saved}")
         for child in children:
@@ -325,18 +356,14 @@ def _watch(run: Run, children: Sequence[subprocess.Popen[Any]], grace: float = 5
 
 
 def requeue() -> None:
-    """Requeue this SLURM job; when it starts for the second time, it continues its run."""
+    """Requeue this SLURM job; when it starts again, it continues its run."""
     job = slurm_job()
     if job is None:
         return
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
-        why = (
-            error.stderr.strip()
-            if isinstance(error, subprocess.CalledProcessError)
-            else error.strerror
-        )
+        why = error.strerror if isinstance(error, OSError) else error.stderr.strip()
         log.warning("SLURM does not queue job %s again: scontrol requeue: %s", job, why)
     else:
         notify(f"SLURM queues job {job} again")

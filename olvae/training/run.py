@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from olvae import config as cfg
 from olvae import runs
@@ -58,20 +59,21 @@ from olvae.training.settings import (
     restarted,
 )
 
-KEPT = (
-    "checkpoints/*.ckpt",
-    "bad_steps.jsonl",
-    "memory.pickle",
-    "trace.json",
-)  # what a run may leave after an error
-RUN_ENV = (
-    "OLVAE_RUN"  # the run folder, for the processes that Lightning starts for the other devices
-)
-RELEASE_S = 120.0  # within which a network file system frees the locks of a machine that died: NFS after 90 s
+# What a run may leave after an error: without any of these its folder is removed.
+KEPT = ("checkpoints/*.ckpt", "bad_steps.jsonl", "memory.pickle", "trace.json")
+
+# The run folder, for the processes that Lightning starts for the other devices.
+RUN_ENV = "OLVAE_RUN"
+
+# Seconds until a network file system frees the locks of a machine that died: NFS after 90 s.
+RELEASE_S = 120.0
 
 
 class TrainingStopped(KeyboardInterrupt):
-    """Training of ``run`` ended after a step, with a checkpoint; ``preempted`` by anything but Ctrl-C."""
+    """Training of ``run`` ended after a step, with a checkpoint.
+
+    ``preempted``: by anything but Ctrl-C.
+    """
 
     def __init__(self, run: Run, preempted: bool = False) -> None:
         super().__init__()
@@ -93,19 +95,19 @@ class Prepared:
 
     plan: Plan
     settings: Settings
-    config: Config  # of the run, complete
+    config: Config  # the run's complete config, which its folder gets
     source: Source
     model: LiteAutoencoderKL
     trainer_args: Config
     stop: GracefulStop
-    images_seen: int  # by the resumed run
-    steps_done: int
+    images_seen: int  # by the resumed run; 0 in a new one
+    steps_done: int  # likewise
     checkpoint: dict[str, Any]  # the resumed run's, until Lightning has taken it
-    fresh: Collection[str]  # the halves with initial weights
+    fresh: Collection[str]  # the halves (encoder, decoder) with initial weights
 
 
 def train(options: TrainOptions | Plan) -> Run:
-    """Train with the options of ``olvae train``, or with the plan that ``read_plan`` has made of them.
+    """Train with the options of ``olvae train``, or with the plan that ``read_plan`` made of them.
 
     Returns the run folder, which is made after all of the user's input has been checked.
 
@@ -122,9 +124,8 @@ def train(options: TrainOptions | Plan) -> Run:
         done = prepared.steps_done
         if plan.resumed is not None and done == prepared.trainer_args["max_steps"]:
             if processes.is_first():
-                print_ending(
-                    plan.resumed, f"all {done} steps of this run are done: set more to continue"
-                )
+                title = f"all {done} steps of this run are done: set more to continue"
+                print_ending(plan.resumed, title)
             return plan.resumed
         with _run_folder(prepared, held) as run:
             trainer = fit(prepared, run)
@@ -133,95 +134,88 @@ def train(options: TrainOptions | Plan) -> Run:
 
 
 def prepare(plan: Plan, held: ExitStack) -> Prepared:
-    """Lock a resumed run until ``held`` ends, build data and model, load weights, and check that everything fits."""
+    """Build data and model of a training, load its weights, and check that everything fits.
+
+    A resumed run is locked until ``held`` ends.
+    """
+    # The time limit counts from here. Then all processes meet, and agree on the run to resume.
     stop = GracefulStop(plan.time_limit)
     processes.meet()
-    processes.check_same("" if plan.resumed is None else str(plan.resumed.path))
-    if plan.resumed is not None:
-        _lock_resumed(plan.resumed, held)
+    _lock_resumed(plan.resumed, held)
+
+    # Complete the config: data where they are now, and the networks of `model.from`.
     config, settings = _locate_data(plan)
-    weights, before = start_from(config) if "from" in config["model"] else (None, plan.previous)
+    weights: Mapping[str, Tensor] | None = None
+    weights_config = plan.previous  # of the training that made the weights to start from
+    if "from" in config["model"]:
+        weights, weights_config = start_from(config)
+
+    # Devices, the number of processes, precision.
     trainer_args = dict(runs.entry_of(config, "lightning.trainer") or {})
     trainer_args |= resolve_devices(settings.gpus, trainer_args)
     count = processes.process_count(trainer_args)
     trainer_args["precision"] = resolve_precision(settings.precision, trainer_args["accelerator"])
 
-    source = cfg.instantiate(config["data"])
-    if not isinstance(source, Source):
-        raise ConfigError(f"data.target: {config['data']['target']} is not a source of images")
-    if plan.resumed is None:
-        processes.choose_workers(
-            source, config["data"], count, int(trainer_args.get("num_nodes", 1))
-        )
-    settings = replace(
-        settings, paths={**settings.paths, **make_data_absolute(config)}
-    )  # of fresh downloads
+    # Data, whose paths are made absolute again: opening it may have downloaded some.
+    source = _open_data(plan, config, count, int(trainer_args.get("num_nodes", 1)))
+    settings = replace(settings, paths={**settings.paths, **make_data_absolute(config)})
+
+    # Model, with initial weights by the seed.
     quieten()
     pl.seed_everything(settings.seed, workers=True, verbose=False)
     model = build_model(config, trainer_args)
     model.set_up_validation()  # raises if a metric's network is missing
     model.seed = settings.seed
     model.check(source)
-    fresh: Collection[str] = HALVES if settings.weights is None else ()
-    if weights is not None:
-        loaded = {name.partition(".")[0] for name in weights}  # without a decoder that starts fresh
-        load_weights(
-            model, weights, str(settings.weights), prefixes=tuple(f"{half}." for half in loaded)
-        )
-        fresh = tuple(half for half in HALVES if half not in loaded)
+
+    # Weights to start from: of `model.from`, of another run, or of the resumed run.
+    fresh = _load_networks(model, weights, settings)
     if plan.options.actual_resume is not None:
-        before = _load_other_run(
-            model, runs.find_run(plan.options.actual_resume, plan.options.logdir)
-        )
+        other = runs.find_run(plan.options.actual_resume, plan.options.logdir)
+        weights_config = _load_other_run(model, other)
     checkpoint = {} if plan.resumed is None else _restore(model, plan.resumed, settings)
-    images_seen, steps_done = (
-        int(checkpoint.get(name, 0)) for name in ("images_seen", "global_step")
-    )
-    settings = replace(settings, untrained=untrained_half(model, before), checksums=model.checksums)
+
+    # Note in the config what later runs, and exports, have to know of these weights.
+    untrained = untrained_half(model, weights_config)
+    settings = replace(settings, untrained=untrained, checksums=model.checksums)
     if model.stand_in is not None:
         config["model"]["params"].update(model.for_diffusion)
-
-    trainer_args = _in_batches(trainer_args, model)
-    if steps_done > trainer_args["max_steps"]:
-        raise ConfigError(
-            f"`resume`: this run is at step {steps_done}, after the last of max_steps {trainer_args['max_steps']}: to "
-            f"continue it, set more, as in lightning.trainer.max_steps={2 * steps_done}"
-        )
-    source.check_processes(count)
-    if model.adversary is not None:
-        model.adversary.check(model, source, trainer_args["max_steps"])
-    if trainer_args["accelerator"] in ("cuda", "gpu"):
-        trainer_args.setdefault("sync_batchnorm", True)
-    strategy = strategy_of(trainer_args)
-    trainer_args["strategy"] = "auto" if count == 1 else players_strategy(strategy)
     config["run"] = settings.as_dict()
+
+    # Steps and processes, now that the model has its accumulation, and the run its step.
+    steps_done = int(checkpoint.get("global_step", 0))
+    trainer_args = _fit_trainer_args(trainer_args, model, source, count, steps_done)
     return Prepared(
-        plan,
-        settings,
-        config,
-        source,
-        model,
-        trainer_args,
-        stop,
-        images_seen,
-        steps_done,
-        checkpoint,
-        fresh,
+        plan=plan,
+        settings=settings,
+        config=config,
+        source=source,
+        model=model,
+        trainer_args=trainer_args,
+        stop=stop,
+        images_seen=int(checkpoint.get("images_seen", 0)),
+        steps_done=steps_done,
+        checkpoint=checkpoint,
+        fresh=fresh,
     )
 
 
 def fit(prepared: Prepared, run: Run) -> pl.Trainer:
     """Train to the last step or to a stop; return the trainer."""
-    model, source, resumed = prepared.model, prepared.source, prepared.plan.resumed
+    model = prepared.model
+    source = prepared.source
+    resumed = prepared.plan.resumed
     trainer = _trainer(prepared, run)
-    first, device = trainer.is_global_zero, trainer.strategy.root_device
+    first = trainer.is_global_zero
+    device = trainer.strategy.root_device
+
+    # Before the first step: summary, memory, and what a new run fits or measures on images.
     if first:
         done, seen = prepared.steps_done, prepared.images_seen
         print_summary(prepared.settings, run, trainer, model, source, done, seen)
     if device.type == "cuda":
-        free = min(
-            processes.of_each(torch.cuda.mem_get_info(device)[0])
-        )  # so that all processes decide alike
+        # The least of all processes, so that they decide alike.
+        free = min(processes.of_each(torch.cuda.mem_get_info(device)[0]))
         model.flop = check_memory(model, source, prepared.settings.precision, free, first)
     if resumed is None:
         for line in model.prepare(source, prepared.settings.seed, device, prepared.fresh):
@@ -231,11 +225,11 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
         logger.log_hyperparams(prepared.config)
         if resumed is None and model.linear_psnr is not None:
             logger.log_metrics({"val/psnr": model.linear_psnr}, step=0)
+
+    # Training. The compiler's stance is restored afterwards, as validation changes it.
     processes.watch_processes(run)
     try:
-        with (
-            torch.compiler.set_stance("default") if model.compiled else nullcontext()
-        ):  # validation changes it
+        with torch.compiler.set_stance("default") if model.compiled else nullcontext():
             trainer.fit(
                 model,
                 train_dataloaders=source.train_loader(prepared.settings.seed, prepared.images_seen),
@@ -244,53 +238,54 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
                 weights_only=True,
             )
     except SystemExit as error:  # Lightning's answer to a second Ctrl-C
-        raise (
-            TrainingStopped(run) if run.last_checkpoint.is_file() else KeyboardInterrupt
-        ) from error
+        if run.last_checkpoint.is_file():
+            raise TrainingStopped(run) from error
+        raise KeyboardInterrupt from error
     except (RuntimeError, ConnectionError, EOFError, TypeError) as error:
-        if (cause := processes.process_death(error)) is None:
+        cause = processes.process_death(error)
+        if cause is None:
             raise
         raise ProcessDiedError(cause, run) from error
     return trainer
 
 
 def finish(prepared: Prepared, run: Run, trainer: pl.Trainer) -> None:
-    """Draw the curves and print where the results are; raise TrainingStopped if training was stopped."""
+    """Draw the curves and print where the results are; raise TrainingStopped after a stop."""
     stop = prepared.stop
     if trainer.is_global_zero:
-        stopped = trainer.global_step < trainer.max_steps
-        print_ending(
-            run,
-            f"{'stopped' if stopped else 'done'} after {trainer.global_step} steps{describe_gain(prepared.model)}",
-        )
+        ending = "stopped" if trainer.global_step < trainer.max_steps else "done"
+        gain = describe_gain(prepared.model)
+        print_ending(run, f"{ending} after {trainer.global_step} steps{gain}")
         if stop.requeues:
             processes.requeue()
-    if stop.agreed:  # the caller, Python or make, must not begin what comes after a training
+    # An error, so that the caller, Python or make, does not begin what comes after a training.
+    if stop.agreed:
         raise TrainingStopped(run, stop.preempted)
 
 
 def check_memory(
     model: LiteAutoencoderKL, source: Source, precision: str, free: int, warns: bool = True
 ) -> int:
-    """Warn where a step needs most of the bytes that are free on a GPU; raise ConfigError if not one image fits.
+    """Warn if a step needs most of a GPU's ``free`` bytes.
 
-    Returns the operations of an image, 0 if they could not be counted.
+    Returns the operations per image, 0 if they could not be counted. ConfigError if not even one
+    image fits.
     """
     try:
         plain = footprint(model, source.size, precision)
         bounded = any(part.needs_activations for part in model.each_part)
         fits = MARGIN * plain.total(source.batch_size) <= free
-        checkpointed = (
-            plain if fits or bounded else footprint(model, source.size, precision, checkpoint=True)
-        )
-    except Exception as error:  # networks of the user's own may need tensors with values: an estimate stops nothing
+        checkpointed = plain
+        if not (fits or bounded):
+            checkpointed = footprint(model, source.size, precision, checkpoint=True)
+    except Exception as error:
+        # Networks of the user's own may need tensors with values: an estimate stops nothing.
         sentence: str | None = f"not counted: {first_line(error)}"
         flop = 0
     else:
         flop = plain.flop
-        sentence = advice(
-            free, source.batch_size, model.accumulate_grad_batches, plain, checkpointed
-        )
+        batches = model.accumulate_grad_batches
+        sentence = advice(free, source.batch_size, batches, plain, checkpointed)
         if plain.total(1) > free:
             raise ConfigError(f"data.params.batch_size: not even one image fits: {sentence}")
     if warns and sentence is not None:
@@ -299,39 +294,57 @@ def check_memory(
 
 
 def _locate_data(plan: Plan) -> tuple[Config, Settings]:
-    """Make the data's paths absolute, where they are now, and check what a resumed run's config and settings change."""
-    config, settings = copy.deepcopy(plan.config), plan.settings
+    """Make the data's paths absolute, where they are now, and check a resumed run's changes."""
+    config = copy.deepcopy(plan.config)
     previous = copy.deepcopy(plan.previous)
-    moved, paths = find_moved_data(config), dict(settings.paths)
+
+    # Absolute path -> path as the user wrote it, also of data that moved with the folder.
+    moved = find_moved_data(config)
+    paths = dict(plan.settings.paths)
     paths |= {now: paths[before] for before, now in moved.items()}
     for one in (config, previous):
         if one is not None:
             one["data"] = with_paths(one["data"], lambda text: moved.get(text, text))
             paths |= make_data_absolute(one)
-    settings = replace(settings, paths=paths)
+    settings = replace(plan.settings, paths=paths)
+
+    # Only now, when the same data have the same paths, are both configs compared.
     if previous is not None:
         changes = find_changes(previous, config, settings)
         if changes and processes.is_first():
-            lines = (f"  {key}: {change}" for key, change in changes.items())
+            lines = [f"  {key}: {change}" for key, change in changes.items()]
             notify("\n".join(["settings that differ from the run's own:", *lines]))
         if not plan.options.allow_changes:
             check_changes(changes)
     return config, settings
 
 
+def _open_data(plan: Plan, config: Config, count: int, nodes: int) -> Source:
+    """Build the source of images; a new run's loader processes are chosen by its cores."""
+    source = cfg.instantiate(config["data"])
+    if not isinstance(source, Source):
+        raise ConfigError(f"data.target: {config['data']['target']} is not a source of images")
+    if plan.resumed is None:
+        processes.choose_workers(source, config["data"], count, nodes)
+    return source
+
+
 def build_model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
-    """Build the model; it takes what Lightning leaves to manual optimisation out of the trainer's arguments."""
+    """Build the model of a config.
+
+    Takes out of ``trainer_args`` what manual optimisation does in the model instead of Lightning.
+    """
     node = config["model"]
     if trainer_args.pop("gradient_clip_algorithm", None) not in (None, "norm"):
         raise ConfigError("lightning.trainer.gradient_clip_algorithm: only norm is supported")
     given = {
-        key: trainer_args.pop(key, None) for key in ("accumulate_grad_batches", "gradient_clip_val")
+        "accumulate_grad_batches": trainer_args.pop("accumulate_grad_batches", None),
+        "gradient_clip_val": trainer_args.pop("gradient_clip_val", None),
+        "learning_rate": node.get("base_learning_rate"),
     }
-    given["learning_rate"] = node.get("base_learning_rate")
+    arguments = {key: value for key, value in given.items() if value is not None}
     try:
-        model = cfg.instantiate(
-            node, **{key: value for key, value in given.items() if value is not None}
-        )
+        model = cfg.instantiate(node, **arguments)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     if not isinstance(model, LiteAutoencoderKL):
@@ -340,41 +353,64 @@ def build_model(config: Config, trainer_args: Config) -> LiteAutoencoderKL:
     return model
 
 
-def _load_other_run(model: LiteAutoencoderKL, path: str | Path) -> Config | None:
-    """Load the weights of another run, a checkpoint or an export; return its config, empty for what has none."""
+def _load_networks(
+    model: LiteAutoencoderKL, weights: Mapping[str, Tensor] | None, settings: Settings
+) -> Collection[str]:
+    """Load the weights of ``model.from``; return the halves that keep their initial weights."""
+    if weights is None:
+        return HALVES if settings.weights is None else ()
+    loaded = {name.partition(".")[0] for name in weights}  # without a decoder that starts fresh
+    prefixes = tuple(f"{half}." for half in loaded)
+    load_weights(model, weights, str(settings.weights), prefixes=prefixes)
+    return tuple(half for half in HALVES if half not in loaded)
+
+
+def _load_other_run(model: LiteAutoencoderKL, path: str | Path) -> Config:
+    """Load the weights of another run, a checkpoint or an export.
+
+    Returns the run's config; an empty one if the file belongs to no run.
+    """
     file = locate_weights(path)
     load_weights(model, read_weights(file), file)
     run = runs.run_of(file.resolve())
-    before = {} if run is None else cfg.load([run.config])
-    learned = runs.settings_of(before).checksums
-    for name, checksum in model.checksums.items() if model.frozen_halves else ():
-        if learned.get(name, checksum) != checksum:
-            frozen = f"the {model.frozen_halves[0]} of {path}, frozen here, learned from another model than"
-            warn_once(f"{frozen} model.params.parts.{name}: are their latents the same?")
-    return before
+    config: Config = {}
+    if run is not None:
+        config = cfg.load([run.config])
+
+    # A frozen half's latents suit the parts, such as a teacher, that it was trained with.
+    learned = runs.settings_of(config).checksums
+    if model.frozen_halves:
+        frozen = f"the {model.frozen_halves[0]} of {path}, frozen here,"
+        for name, checksum in model.checksums.items():
+            if learned.get(name, checksum) != checksum:
+                other = f"learned from another model than model.params.parts.{name}"
+                warn_once(f"{frozen} {other}: are their latents the same?")
+    return config
 
 
 def untrained_half(model: LiteAutoencoderKL, before: Config | None) -> str | None:
-    """Find the half that keeps its initial weights: frozen, and not trained with the weights that training starts from.
+    """Return the frozen half that has never been trained, if there is one.
 
-    ``before``: the config of those weights; None if they are fresh.
+    ``before``: config of the run that trained the weights to start from; None for initial weights.
     """
-    fresh = model.frozen_halves if before is None else [runs.settings_of(before).untrained]
-    return next(
-        (half for half in model.frozen_halves if half in fresh and not _is_whole(model, half)), None
-    )
-
-
-def _is_whole(model: LiteAutoencoderKL, half: str) -> bool:
-    """Whether a half needs no training: it has no parameters, or its linear path is fitted, to images."""
-    network = getattr(model, half)
-    if network.linear is not None:
-        return model.stand_in is None
-    return model.quantizer is None and next(network.parameters(), None) is None
+    untrained = model.frozen_halves if before is None else [runs.settings_of(before).untrained]
+    for half in model.frozen_halves:
+        if half not in untrained:
+            continue
+        # Some halves need no training: without parameters, or with a linear path that was fitted to
+        # images. With a stand-in, such as a teacher, it is fitted to the stand-in's latents.
+        network = getattr(model, half)
+        if network.linear is not None:
+            whole = model.stand_in is None
+        else:
+            whole = model.quantizer is None and next(network.parameters(), None) is None
+        if not whole:
+            return half
+    return None
 
 
 def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> dict[str, Any]:
-    """Load the weights of a resumed run, check that it can be continued, and return its checkpoint."""
+    """Load the weights of a resumed run, check that it can continue, and return its checkpoint."""
     file = run.last_checkpoint
     checkpoint = read_checkpoint(file)
     other = "start a new run from its weights with `actual_resume`"
@@ -386,10 +422,16 @@ def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> dict[str
         raise ConfigError(
             f"model.params.use_ema: {model.use_ema}, but the run has {not model.use_ema}: {other}"
         )
-    before, now = settings.checksums, model.checksums
-    if changed := [name for name in {**before, **now} if before.get(name) != now.get(name)]:
+
+    # Parts with weights of their own, such as a teacher: none added, removed or changed.
+    before = settings.checksums
+    now = model.checksums
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
         why = f"a resumed run keeps it, with the same weights: {other}"
         raise ConfigError(*(f"model.params.parts.{name}: {why}" for name in changed))
+
+    # The optimizer's state is by position: the same groups (Muon has two), as many parameters.
     groups = checkpoint["optimizer_states"][0]["param_groups"]
     if len(groups) != (2 if model.optimizer == "muon" else 1):
         raise ConfigError(
@@ -403,16 +445,11 @@ def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> dict[str
     return checkpoint
 
 
-def strategy_of(trainer_args: Config) -> str:
-    """The name in lightning.trainer.strategy; ConfigError unless it is one of :data:`HOOKS`."""
-    name = trainer_args.get("strategy") or "auto"
-    if not isinstance(name, str) or name not in HOOKS:
-        raise ConfigError(f"lightning.trainer.strategy: {name}: choose from {', '.join(HOOKS)}")
-    return name
-
-
-def _in_batches(trainer_args: Config, model: LiteAutoencoderKL) -> Config:
-    """Convert intervals of steps to Lightning's, of batches, and check them; the stream of images has no epochs."""
+def _fit_trainer_args(
+    trainer_args: Config, model: LiteAutoencoderKL, source: Source, count: int, steps_done: int
+) -> Config:
+    """Adapt Lightning's settings to model, data and ``count`` processes, and check them."""
+    # Numbers of steps.
     args = dict(trainer_args)
     if args.pop("max_epochs", None) not in (None, -1):
         raise ConfigError(
@@ -425,41 +462,68 @@ def _in_batches(trainer_args: Config, model: LiteAutoencoderKL) -> Config:
         ("val_check_interval", 1, "; limit_val_batches=0 leaves validation out"),
         ("log_every_n_steps", 0, "; 0 logs none"),
     ):
-        if type(steps := args.get(name)) is not int or steps < least:
-            raise ConfigError(
-                f"lightning.trainer.{name}: {steps}: expected a number of steps from {least} on{hint}"
-            )
-    # Lightning counts batches in both, and refuses an interval longer than the run.
-    args["val_check_interval"] = min(args["val_check_interval"], args["max_steps"])
-    return args | {name: args[name] * model.accumulate_grad_batches for name in usual}
+        steps = args.get(name)
+        if type(steps) is not int or steps < least:  # a bool is no number of steps
+            expected = f"expected a number of steps from {least} on{hint}"
+            raise ConfigError(f"lightning.trainer.{name}: {steps}: {expected}")
+    max_steps = args["max_steps"]
+    if steps_done > max_steps:
+        raise ConfigError(
+            f"`resume`: this run is at step {steps_done}, after the last of max_steps {max_steps}: "
+            f"to continue it, set more, as in lightning.trainer.max_steps={2 * steps_done}"
+        )
+
+    # Intervals: Lightning counts batches, and refuses one longer than the run.
+    args["val_check_interval"] = min(args["val_check_interval"], max_steps)
+    args |= {name: args[name] * model.accumulate_grad_batches for name in usual}
+
+    # Processes, and the discriminator, whose start needs steps and images.
+    source.check_processes(count)
+    if model.adversary is not None:
+        model.adversary.check(model, source, max_steps)
+    if args["accelerator"] in ("cuda", "gpu"):
+        args.setdefault("sync_batchnorm", True)
+    strategy = strategy_of(args)
+    args["strategy"] = "auto" if count == 1 else players_strategy(strategy)
+    return args
+
+
+def strategy_of(trainer_args: Config) -> str:
+    """The name in lightning.trainer.strategy; ConfigError unless it is one of :data:`HOOKS`."""
+    name = trainer_args.get("strategy") or "auto"
+    if not isinstance(name, str) or name not in HOOKS:
+        raise ConfigError(f"lightning.trainer.strategy: {name}: choose from {', '.join(HOOKS)}")
+    return name
 
 
 def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
+    """Make Lightning's trainer, with the config's callbacks, loggers and settings."""
     lightning = prepared.config.get("lightning") or {}
+
+    # Callbacks in the order in which Lightning calls them: the stop first, so that others see it.
     nodes = lightning.get("callbacks") or {}
-    callbacks = [
-        prepared.stop,
-        *(cfg.instantiate(node) for node in nodes.values()),
-        UnreadableLimit(),
-    ]
+    configured = [cfg.instantiate(node) for node in nodes.values()]
+    callbacks = [prepared.stop, *configured, UnreadableLimit()]
     for default in (BadSteps, KeepCheckpoints, ImageGrids, Health, StepProgress, Lockstep):
         if not any(isinstance(callback, default) for callback in callbacks):
             callbacks.append(default())
     if prepared.plan.options.profile:
         callbacks.append(StepTrace(prepared.plan.options.profile))
+
+    # Deterministic on a CPU. torch would also fill uninitialised memory, which nothing reads.
     on_cpu = prepared.trainer_args["accelerator"] == "cpu"
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # as nothing reads it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+    # Settings: our defaults, the config's over them, and last what is not the config's to choose.
     resumed_config = None if prepared.plan.resumed is None else (prepared.config, run.config)
+    checkpoints = BackgroundCheckpointIO(resumed_config, prepared.checkpoint)
     settings: Config = {
         "check_val_every_n_epoch": None,
         "deterministic": on_cpu,
         "benchmark": not on_cpu,  # cuDNN tries its algorithms once for each shape
         "enable_model_summary": False,
         "max_epochs": -1,
-        "plugins": [
-            BackgroundCheckpointIO(resumed_config, prepared.checkpoint),
-            *processes.cluster(),
-        ],
+        "plugins": [checkpoints, *processes.cluster()],
         **prepared.trainer_args,
         "callbacks": callbacks,
         "logger": make_loggers(lightning.get("logger") or {}, run),
@@ -469,21 +533,25 @@ def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
     return pl.Trainer(**settings)
 
 
-def _lock_resumed(run: Run, held: ExitStack) -> None:
-    """Lock a run in the first process of all; the others raise the same error."""
+def _lock_resumed(run: Run | None, held: ExitStack) -> None:
+    """Lock a resumed run in the first process of all until ``held`` ends.
+
+    ConfigError in all processes if it can't be locked, or some have found another run to resume.
+    """
+    processes.check_same("" if run is None else str(run.path))
+    if run is None:
+        return
     refusal = ""
     if processes.is_first():
         try:
             held.enter_context(locked(run, patience=RELEASE_S if restarted() else 0.0))
-            for folder in (
-                run.path,
-                run.checkpoints,
-                run.images,
-            ):  # what a killed process left half-written
+            # Remove what a killed process left half-written.
+            for folder in (run.path, run.checkpoints, run.images):
                 remove_partials(folder.glob(".partial-*"))
         except (ConfigError, OSError) as error:
             refusal = str(error)
-    if refusal := processes.of_each(refusal)[0]:
+    refusal = processes.of_each(refusal)[0]
+    if refusal:
         if dist.is_initialized():
             dist.destroy_process_group()
         raise ConfigError(refusal)
@@ -491,9 +559,10 @@ def _lock_resumed(run: Run, held: ExitStack) -> None:
 
 @contextmanager
 def _run_folder(prepared: Prepared, held: ExitStack) -> Iterator[Run]:
-    """Make and lock a new run's folder in the first process of all; remove it after an end that left nothing in it.
+    """Make and lock a new run's folder in the first process of all; remove it if nothing is in it.
 
-    Processes that Lightning starts get its path by the environment, those of torchrun and srun by the process group.
+    The other processes get its path from the first one: by the environment where Lightning starts
+    them, by the process group under torchrun and srun.
     """
     if prepared.plan.resumed is not None:
         yield prepared.plan.resumed
@@ -502,34 +571,36 @@ def _run_folder(prepared: Prepared, held: ExitStack) -> Iterator[Run]:
     elif processes.meet()[0] > 0:
         yield Run(Path(processes.of_each("")[0]))
     else:
-        run = runs.create(
-            prepared.plan.options.logdir, prepared.settings.name, prepared.settings.precision
-        )
+        settings = prepared.settings
+        run = runs.create(prepared.plan.options.logdir, settings.name, settings.precision)
         held.enter_context(locked(run))
         os.environ[RUN_ENV] = processes.of_each(str(run.path))[0]
         try:
             cfg.save(prepared.config, run.config)
             yield run
         finally:
-            if not any(path for kept in KEPT for path in run.path.glob(kept)):
+            if not any(path for pattern in KEPT for path in run.path.glob(pattern)):
                 shutil.rmtree(run.path, ignore_errors=True)
                 if sys.exc_info()[0] is KeyboardInterrupt:
                     notify(f"{run.path}: removed: nothing was saved yet")
 
 
 def quieten() -> None:
-    """Silence Lightning's notices that our summary replaces, or that are wrong for an endless stream."""
+    """Silence notices that our summary replaces, or that are wrong for an endless stream."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for message in (
         ".*does not have many workers.*",
         ".*Your `IterableDataset` has `__len__` defined.*",
-        ".*module\\(s\\) in eval mode at the start of training.*",  # the anchor, a frozen encoder
+        # The anchor, or a frozen encoder, is in eval mode on purpose.
+        ".*module\\(s\\) in eval mode at the start of training.*",
         ".*You defined a `validation_step` but have no `val_dataloader`.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
         ".*lr_scheduler.step\\(\\).*before.*optimizer.step\\(\\).*",
-        ".*nn.functional.all_reduce is deprecated.*",  # no other has a gradient
-        ".*It is recommended to use `self.log\\(.*sync_dist=True\\)`.*",  # values of validation are of all processes
+        # The deprecated one is the only all-reduce with a gradient.
+        ".*nn.functional.all_reduce is deprecated.*",
+        # Validation's values are of all processes already.
+        ".*It is recommended to use `self.log\\(.*sync_dist=True\\)`.*",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -1,4 +1,4 @@
-"""Read the settings of a training from options and config, and compare those of a resumed run with its own.
+"""Read the settings of a training from options and config; compare a resumed run's with its own.
 
 Importing this module takes no torch, so that mistakes of a config show at once.
 """
@@ -20,27 +20,36 @@ from olvae.config.reading import ABSENT, differences, merge_files
 from olvae.models.spec import check_target, place_in
 from olvae.runs import Run, Settings
 
-WANDB, WANDB_LOGGER = "lightning.logger.wandb", "lightning.pytorch.loggers.WandbLogger"
+WANDB = "lightning.logger.wandb"
+WANDB_LOGGER = "lightning.pytorch.loggers.WandbLogger"
 
 FREE_SETTINGS = (
     "lightning",
-    *(f"run.{key}" for key in ("gpus", "precision", "seed")),
+    "run.gpus",
+    "run.precision",
+    "run.seed",
     "data.params.num_workers",
     "model.base_learning_rate",
-    *(
-        f"model.params.{key}"
-        for key in ("betas", "decay_steps", "min_lr_factor", "scheduler", "warmup_steps")
-    ),
-    *(f"model.params.{key}" for key in ("channels_last", "checkpoint", "compile", "weights_dir")),
-    *(f"model.params.{key}" for key in ("ema_decay", "use_ema", "val_metrics")),
+    "model.params.betas",
+    "model.params.decay_steps",
+    "model.params.min_lr_factor",
+    "model.params.scheduler",
+    "model.params.warmup_steps",
+    "model.params.channels_last",
+    "model.params.checkpoint",
+    "model.params.compile",
+    "model.params.weights_dir",
+    "model.params.ema_decay",
+    "model.params.use_ema",
+    "model.params.val_metrics",
     runs.TEACHER,  # a path; its weights have a checksum
 )
-"""Settings, with all below them, that a resumed run may change: they are neither data, networks nor losses."""
+"""Settings, with all below them, that a resumed run may change: no data, networks or losses."""
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """The options of ``olvae train``, whose help describes them; None for one that was not given."""
+    """The options of ``olvae train``, whose help describes them; None if not given."""
 
     base: Sequence[str | Path] = ()
     overrides: Sequence[str] = ()
@@ -62,10 +71,10 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """A training as its options and config files describe it, checked as far as that takes no torch."""
+    """A training as described by options and config files; checks that need torch come later."""
 
     options: TrainOptions
-    config: Config  # of the run, but for the networks that `model.from` names
+    config: Config  # of the run, but without the networks that `model.from` names
     settings: Settings
     time_limit: float | None  # in seconds
     resumed: Run | None
@@ -73,57 +82,76 @@ class Plan:
 
 
 def read_plan(options: TrainOptions) -> Plan:
-    """Read and check the config that some options name: a resumed run's, the files over it, then the overrides.
+    """Read and check the config that the options describe.
 
-    A SLURM job that was queued again, or processes that torchrun started again, continue their run. ConfigError for a
-    mistake; FileNotFoundError if a config, a run or an autoencoder was not found.
+    Later ones win: a resumed run's config, the config files, overrides, and an autoencoder or
+    teacher given by an option. A SLURM job that was queued again, or processes that torchrun
+    started again, continue their run.
+
+    ConfigError for a mistake; FileNotFoundError if a config, run or autoencoder was not found.
     """
-    if (
-        options.resume is None
-        and options.base
-        and (begun := requeued_run(Path(options.logdir), _name(options)))
-    ):
-        options = TrainOptions(
-            resume=begun.path,
-            time_limit=options.time_limit,
-            gpus=options.gpus,
-            profile=options.profile,
-        )
-    resumed = None if options.resume is None else runs.open_run(options.resume, options.logdir)
-    previous = None if resumed is None else runs.config_of(resumed)
-    if resumed is None and not options.base:
+    # A run that this job has begun is resumed with its own config, whatever the files say now.
+    if options.resume is None and options.base:
+        begun = requeued_run(Path(options.logdir), _name(options))
+        if begun is not None:
+            options = TrainOptions(
+                resume=begun.path,
+                time_limit=options.time_limit,
+                gpus=options.gpus,
+                profile=options.profile,
+            )
+
+    # Files: the resumed run's config, then the files of `base`, which a new run must have.
+    resumed = None
+    previous = None
+    files = list(options.base)
+    if options.resume is not None:
+        resumed = runs.open_run(options.resume, options.logdir)
+        previous = runs.config_of(resumed)
+        files.insert(0, resumed.config)
+    elif not options.base:
         raise ConfigError("`base` names the config to train, such as demo")
-    if resumed is None and options.allow_changes:
+    elif options.allow_changes:
         raise ConfigError("`allow_changes` is for `resume`: leave it out")
-    targets = {
-        "model.from": options.start_from,
-        runs.TEACHER: options.teacher or _absolute_teacher(previous),
-    }
-    overrides = [] if options.data is None else [f"data.params.root={json.dumps(options.data)}"]
-    if options.wandb is not None:
-        overrides += [
-            f"{WANDB}.target={WANDB_LOGGER}",
-            f"{WANDB}.params.project={json.dumps(options.wandb)}",
-        ]
-    overrides += options.overrides
-    for key, target in targets.items():
-        if target is not None:
-            check_target(found := str(runs.find_run(target, options.logdir)))
-            overrides.append(f"{key}={json.dumps(found)}")
-    config = cfg.load([*([] if resumed is None else [resumed.config]), *options.base], overrides)
+
+    # Config: the files, then all overrides.
+    overrides = _overrides(options, previous)
+    config = cfg.load(files, overrides)
     if options.teacher is not None:
-        config["model"]["params"]["parts"]["teacher"].setdefault(
-            "target", "olvae.models.parts.teacher.Teacher"
-        )
+        teacher = config["model"]["params"]["parts"]["teacher"]
+        teacher.setdefault("target", "olvae.models.parts.teacher.Teacher")
     cfg.check(config)
     if config["model"].get("from") is None:
         config["model"].pop("from", None)
     _check_starts(options, config)
     _keep_additions(config, overrides)
+
     time_limit = None if options.time_limit is None else parse_time(options.time_limit)
-    return Plan(
-        options, config, _settings(options, config, previous), time_limit, resumed, previous
-    )
+    settings = _settings(options, config, previous)
+    return Plan(options, config, settings, time_limit, resumed, previous)
+
+
+def _overrides(options: TrainOptions, previous: Config | None) -> list[str]:
+    """Write options as overrides: data and W&B before the user's own, which may refine them."""
+    overrides = []
+    if options.data is not None:
+        overrides.append(f"data.params.root={json.dumps(options.data)}")
+    if options.wandb is not None:
+        overrides.append(f"{WANDB}.target={WANDB_LOGGER}")
+        overrides.append(f"{WANDB}.params.project={json.dumps(options.wandb)}")
+    overrides += options.overrides
+
+    # Autoencoders last. Each may be named by its run.
+    targets = {
+        "model.from": options.start_from,
+        runs.TEACHER: options.teacher or _absolute_teacher(previous),
+    }
+    for key, target in targets.items():
+        if target is not None:
+            found = str(runs.find_run(target, options.logdir))
+            check_target(found)
+            overrides.append(f"{key}={json.dumps(found)}")
+    return overrides
 
 
 def parse_time(text: str) -> float:
@@ -143,33 +171,42 @@ def _check_starts(options: TrainOptions, config: Config) -> None:
         "`resume` continues a run": options.resume,
         "`actual_resume` starts one from weights": options.actual_resume,
         "`start_from` starts one from an autoencoder's networks and weights": options.start_from,
-        "model.from names an autoencoder to start from": None
-        if options.start_from
-        else config["model"].get("from"),
     }
-    if len(given := [what for what, value in starts.items() if value is not None]) > 1:
+    if not options.start_from:  # which has set model.from
+        starts["model.from names an autoencoder to start from"] = config["model"].get("from")
+    given = [what for what, value in starts.items() if value is not None]
+    if len(given) > 1:
         raise ConfigError(f"{', '.join(given)}: give one of them")
 
 
 def _keep_additions(config: Config, overrides: Sequence[str]) -> None:
-    """Leave of the files' networks, which those of ``model.from`` replace, what overrides add; refuse what they set."""
-    configs = config, merge_files((), overrides, resolve=False)
-    params, given = (runs.entry_of(one, "model.params") or {} for one in configs)
-    for key in given.keys() & set(FROM_START) if "from" in config["model"] else ():
+    """With ``model.from``, ignore the config files' networks; keep params that overrides add.
+
+    ConfigError for an override that replaces a network.
+    """
+    if "from" not in config["model"]:
+        return
+    overriding = merge_files((), overrides, resolve=False)
+    params = runs.entry_of(config, "model.params") or {}
+    given = runs.entry_of(overriding, "model.params") or {}
+    for key in given.keys() & set(FROM_START):
         if not isinstance(given[key], dict) or "target" in given[key]:
-            raise ConfigError(
-                f"model.params.{key}: is that of {config['model']['from']}: leave it out"
-            )
+            origin = config["model"]["from"]
+            raise ConfigError(f"model.params.{key}: comes from {origin}: leave it out")
         if "target" in params[key]:
             params[key] = given[key]
 
 
 def _absolute_teacher(previous: Config | None) -> str | None:
-    """The absolute path of a resumed run's teacher, where the one as written leads nowhere from this folder."""
-    place = place_in(target := str(runs.entry_of(previous, runs.TEACHER) or ""))
-    paths = {} if previous is None or Path(place).exists() else runs.settings_of(previous).paths
-    found = [path for path, written in paths.items() if written == place and Path(path).exists()]
-    return target.replace(place, found[0], 1) if found else None
+    """Return a resumed run's teacher by its absolute path, if it is not found as it was written."""
+    target = str(runs.entry_of(previous, runs.TEACHER) or "")
+    place = place_in(target)
+    if previous is None or Path(place).exists():
+        return None
+    for path, written in runs.settings_of(previous).paths.items():
+        if written == place and Path(path).exists():
+            return target.replace(place, path, 1)
+    return None
 
 
 def _name(options: TrainOptions) -> str:
@@ -177,36 +214,40 @@ def _name(options: TrainOptions) -> str:
 
 
 def _settings(options: TrainOptions, config: Config, previous: Config | None) -> Settings:
-    """The options over the resumed run's settings, over the defaults."""
+    """Settle the settings: defaults, then the resumed run's, then ``lightning``'s, then options."""
     settings = runs.settings_of(config)
-    named = (
-        None
-        if options.actual_resume is None
-        else runs.find_run(options.actual_resume, options.logdir)
-    )
-    weights = config["model"].get("from") or named
+    weights = config["model"].get("from") or None
+    if options.actual_resume is not None:
+        weights = runs.find_run(options.actual_resume, options.logdir)
+
+    # A new run has a name and a first seed, and notes paths as the user wrote them.
     if previous is None:
-        runs.check_name(_name(options))
-        places = [
-            place_in(str(target))
-            for target in (weights, runs.entry_of(config, runs.TEACHER))
-            if target
-        ]
-        paths = {
-            **settings.paths,
-            **{str(Path(place).absolute()): place for place in places if Path(place).exists()},
-        }
-        settings = Settings(_name(options), initial_seed=options.seed or 0, paths=paths)
+        name = _name(options)
+        runs.check_name(name)
+        paths = dict(settings.paths)
+        for target in (weights, runs.entry_of(config, runs.TEACHER)):
+            if target:
+                place = place_in(str(target))
+                if Path(place).exists():
+                    paths[str(Path(place).absolute())] = place
+        settings = Settings(name, initial_seed=options.seed or 0, paths=paths)
     elif options.name not in (None, settings.name):
         raise ConfigError("`name`: a resumed run keeps the name of its folder: leave it out")
-    old, new = (runs.entry_of(one, "lightning.trainer") or {} for one in (previous, config))
+
+    # Precision and devices given in `lightning.trainer`, new or by an override, count as options.
+    old = runs.entry_of(previous, "lightning.trainer") or {}
+    new = runs.entry_of(config, "lightning.trainer") or {}
     given = [override.partition("=")[0] for override in options.overrides]
     changed = {k: v for k, v in new.items() if v != old.get(k) or f"lightning.trainer.{k}" in given}
-    gpus = None if changed.keys() & {"devices", "accelerator"} else settings.gpus
+    gpus = settings.gpus
+    if options.gpus is not None:
+        gpus = options.gpus
+    elif changed.keys() & {"devices", "accelerator"}:
+        gpus = None
     return replace(
         settings,
         precision=options.precision or str(changed.get("precision") or settings.precision),
-        gpus=gpus if options.gpus is None else options.gpus,
+        gpus=gpus,
         seed=settings.seed if options.seed is None else options.seed,
         weights=settings.weights if weights is None else str(weights),
         job=current_job(),
@@ -214,58 +255,62 @@ def _settings(options: TrainOptions, config: Config, previous: Config | None) ->
 
 
 def find_changes(previous: Config, config: Config, settings: Settings) -> dict[str, str]:
-    """Compare a resumed run's config and settings with its saved ones: ``OLD -> NEW`` by dotted key."""
+    """Compare a resumed run's config and settings with its saved ones: ``OLD -> NEW`` by key."""
 
     def compared(whole: Config, own: Settings) -> Config:
         return {**whole, "run": {"precision": own.precision, "gpus": own.gpus, "seed": own.seed}}
 
     def text(value: Any) -> str:
-        written = (
-            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-        )
-        return "not set" if value is ABSENT else written
+        if value is ABSENT:
+            return "not set"
+        if isinstance(value, str):
+            return value
+        return json.dumps(value, ensure_ascii=False, default=str)
 
-    changes = differences(
-        compared(previous, runs.settings_of(previous)), compared(config, settings)
-    )
+    before = compared(previous, runs.settings_of(previous))
+    changes = differences(before, compared(config, settings))
     return {key: f"{text(old)} -> {text(new)}" for key, (old, new) in changes.items()}
 
 
 def check_changes(changed: Iterable[str]) -> None:
-    """Raise ConfigError unless these settings may change in a resumed run, which has its data, networks and losses."""
-    if keys := [
-        key
-        for key in changed
-        if not any(f"{key}.".startswith(f"{free}.") for free in FREE_SETTINGS)
-    ]:
+    """Raise ConfigError unless a resumed run may change these settings; see FREE_SETTINGS."""
+    free = tuple(f"{setting}." for setting in FREE_SETTINGS)
+    keys = [key for key in changed if not f"{key}.".startswith(free)]
+    if keys:
         more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
         raise ConfigError(
-            f"`resume`: {', '.join(keys[:3])}{more}: this would continue the run with other data, networks or losses: "
-            "leave that out, start a new run from its weights with `actual_resume`, or add `allow_changes`"
+            f"`resume`: {', '.join(keys[:3])}{more}: this would continue the run with other data, "
+            "networks or losses: leave that out, start a new run from its weights with "
+            "`actual_resume`, or add `allow_changes`"
         )
 
 
 def slurm_job() -> str | None:
     """The SLURM job of this process, by the name that scontrol takes."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    task = os.environ.get("SLURM_ARRAY_TASK_ID")
+    if array and task:
+        return f"{array}_{task}"
+    return os.environ.get("SLURM_JOB_ID")
 
 
 def current_job() -> str | None:
-    """The launcher's job that this process belongs to, which it may start again: SLURM's, else torchrun's rdzv_id."""
+    """This process' job, which its launcher may start again: SLURM's, or torchrun's rdzv_id."""
+    job = slurm_job()
+    if job:
+        return job
     group = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return slurm_job() or (None if group == "none" else f"torchrun {group}")
+    return None if group == "none" else f"torchrun {group}"
 
 
 def restarted() -> bool:
     """Whether SLURM queued this job again, or torchrun started its processes again."""
-    return any(
-        int(os.environ.get(f"{of}_RESTART_COUNT") or 0) > 0 for of in ("SLURM", "TORCHELASTIC")
-    )
+    counts = ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT")
+    return any(int(os.environ.get(count) or 0) > 0 for count in counts)
 
 
 def requeued_run(logdir: Path, name: str) -> Run | None:
-    """Find the run of this name that this job made before its launcher started it again; None if it did not."""
+    """Find the newest run of this name that this job made before its launcher started it again."""
     job = current_job()
     if job is None or not restarted():
         return None

@@ -69,7 +69,7 @@ def test_factors_from_the_folder_of_encode_or_latents(
             expected["shift_factor"],
         )
         assert f"measured by olvae {command}" in (out / "README.md").read_text()
-        assert re.search(r"the factors are measured on \d+ images: 100 and more are certain", err)
+        assert re.search(r"the factors are measured on \d+ images: with fewer than 100", err)
     vae.set_for_diffusion({"scaling_factor": 0.5, "shift_factor": 0.0}).save_pretrained(out)
     for target, warns in ((tmp_path / "encode-vae", False), (out, True)):
         size = ("--size", content["data"]["size"], "--out", tmp_path / f"of-{target.name}")

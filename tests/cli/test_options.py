@@ -23,7 +23,8 @@ def test_names_are_those_of_the_registries():
     assert tuple(devices.PRECISIONS) == PRECISIONS[:3]
     assert {devices.precision_name(name) for name in PRECISIONS} == {*devices.PRECISIONS}
     others = " and ".join(name for name in METRICS if name not in DEFAULT_METRICS)
-    assert f"all: but {others}; with --zoo {', '.join(ZOO_METRICS)}." == evaluate.NOT_ALL
+    zoo = ", ".join(ZOO_METRICS)
+    assert f"all = every metric except {others} (with --zoo: {zoo})." == evaluate.NOT_ALL
 
 
 LATENTS = ("encode", "x", "--data", "y", "--out", "z")

@@ -105,7 +105,7 @@ def test_a_name_or_a_file(tmp_path, monkeypatch):
         ("SDXL", "did you mean finetune/sdxl?"),
         ("phase-a.yaml", "did you mean phase_a"),
         ("configs/demo.yaml", "did you mean demo"),
-        ("quite/another", "`olvae recipes` lists those of this package"),
+        ("quite/another", "`olvae recipes` lists"),
         ("distil/teacher/config", "did you mean distil/teacher"),
     ],
 )

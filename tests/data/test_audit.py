@@ -133,13 +133,13 @@ def test_a_changed_shard_and_a_missing_one(shards):
     problems = check(str(shards), 16, workers=2).problems
     assert problems == [
         f"{shards}: shards of index.json are missing: 000003.tar",
-        f"{shards / '000002.tar'}: its checksum is not that of index.json: changed or damaged since",
+        f"{shards / '000002.tar'}: its checksum differs from index.json: changed or damaged since",
     ]
     shutil.copy(shards / "000000.tar", shards / "new.tar")
     problems = check(str(shards), 16, workers=2).problems
     assert (
-        f"{shards / 'new.tar'}: is not in index.json: remove that file, and training counts the images instead"
-        in problems
+        f"{shards / 'new.tar'}: is not in index.json: remove that file, and training counts the "
+        "images instead" in problems
     )
     picked = check(str(shards / "{000000..000001}.tar"), 16, workers=2)
     assert picked.problems == []

@@ -86,7 +86,7 @@ def test_validation_goes_without_what_cannot_be_read():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_jpeg_that_is_decoded_at_a_fraction_gives_nearly_the_same_crop(seed):
-    """Within 1 of 255 on average for a smooth picture; exactly, where the crop needs every pixel."""
+    """Within 1 of 255 on average for a smooth picture; exact where the crop needs every pixel."""
     content, crop = saved(picture(seed, (900, 701)), "JPEG", quality=95), RandomScaleCrop(64)
     photo, whole = Photo(content, "a.jpg"), Photo(content, "a.jpg").read()
     a, b = (np.asarray(crop(p, np.random.default_rng(seed)), dtype=float) for p in (photo, whole))

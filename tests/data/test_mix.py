@@ -14,7 +14,8 @@ from tests.data.images import write_shards
 
 @pytest.fixture
 def nodes(tmp_path, image_folder):
-    """Twelve pictures in a folder, ten training and one validation; twenty in shards, four for validation."""
+    """Twelve pictures in a folder, ten training and one validation; twenty in shards, four of them
+    for validation."""
     write_shards(tmp_path / "shards", (5, 9, 6))
     write_shards(tmp_path / "val", (4,))
     folder = {"root": str(image_folder), "size": 16, "batch_size": 1, "val_fraction": 0.1}

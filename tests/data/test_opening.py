@@ -218,7 +218,8 @@ def test_moved_data_are_one_line_with_both_places(home, tmp_path, monkeypatch, c
 
 
 def test_what_a_run_trains_on(home, monkeypatch):
-    """The place itself, a part of it or a whole that holds it; not the held-out half, a shard, or another's images."""
+    """The place itself, a part of it or a folder around it; not the held-out half, a shard, or
+    another's images."""
     for name in ("photos/train", "photos/val", "more/deep"):
         (home / name).mkdir(parents=True)
     shards = [str(home / "more" / "0.tar"), "https://a.org/0.tar"]

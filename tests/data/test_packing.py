@@ -1,4 +1,4 @@
-"""Packing: the same images, once each, and the same bytes, whoever packs and however often it is stopped."""
+"""Packing: the same images, once each, and the same bytes, whoever packs and despite stops."""
 
 import fcntl
 import hashlib

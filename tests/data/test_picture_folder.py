@@ -57,7 +57,7 @@ def test_the_split_stays_when_pictures_come(image_folder):
     ("count", "held_out"), [(2, 1), (9, 1), (56, 11), (100, 20), (300, 20), (2000, None)]
 )
 def test_by_default_not_few_are_held_out(tmp_path, count, held_out):
-    """5 % and at least 20, but no more than a fifth; of many images the part that the hash gives."""
+    """5 % and at least 20, but at most a fifth; of many images the part that the hash gives."""
     (tmp_path / "list.txt").write_text("\n".join(f"{i}.jpg" for i in range(count)))
     source = FolderSource(tmp_path / "list.txt", 16, 1)
     given = FolderSource(tmp_path / "list.txt", 16, 1, val_fraction=0.05)
@@ -113,7 +113,7 @@ def test_features_and_depths_beside_a_picture_are_no_images(tmp_path):
 
 
 def test_a_list_names_files_whatever_its_lines_look_like(tmp_path, image_folder, monkeypatch):
-    """A command, a URL or a pattern in a list that was received is the name of a file, which is not there."""
+    """A command, a URL or a pattern in a received list is the name of a missing file."""
     monkeypatch.chdir(tmp_path)
     received = [
         "pipe:touch executed",
@@ -151,7 +151,7 @@ def test_mistakes(image_folder, root, tmp_path):
 
 
 def test_lists(image_folder, tmp_path, monkeypatch):
-    """Absolute and relative paths; a byte order mark and line ends of Windows; bytes that are no UTF-8."""
+    """Absolute and relative paths; Windows' byte order mark and line ends; bytes without UTF-8."""
     monkeypatch.setenv("HOME", str(image_folder))
     images = find_images(image_folder)
     odd = [b"caf\xe9.png", "line\u2028separator.png".encode(), b"~copy.png"]

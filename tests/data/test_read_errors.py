@@ -67,7 +67,7 @@ def test_several_images_of_one_shard_are_several_lost_and_a_warning_none(caplog)
     ],
 )
 def test_the_limit_is_a_share_of_all_images(images, limit, broken):
-    """A few of a small folder may be broken. Where nobody knows how many there are, one of a hundred; ten are named."""
+    """A few of a small folder may be broken. Of an unknown number, one of 100; ten are named."""
     errors = account(images=images, limit=limit)
     errors.take([ReadError(f"f{i}", "bad") for i in range(broken)], 1)
     more = rf".*, and {broken - 9} more" if broken > 9 else ""
@@ -149,7 +149,7 @@ def test_a_loader_process_that_was_killed(text, start, capsys):
 
 
 def test_a_batch_whose_sender_was_killed():
-    """As where the main process receives tensors: the other end of a connection of multiprocessing is gone."""
+    """As in the main process while it receives tensors: multiprocessing's connection breaks."""
     ours, theirs = multiprocessing.Pipe()
     theirs.close()
     with pytest.raises(EOFError) as caught:

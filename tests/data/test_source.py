@@ -52,7 +52,7 @@ def test_the_order_is_the_seeds_and_the_same_in_every_version():
 def batches(
     workers: int, rank: int, world: int, batch_size: int, start: int, number: int
 ) -> list[list[int]]:
-    """Positions that a rank's DataLoader delivers: whole batches of its workers, in turn from worker 0 on."""
+    """Positions that a rank's DataLoader delivers: whole batches of its workers, in turn."""
     streams = []
     for worker in range(workers):
         process, position = LoaderProcess(worker, workers, rank, world, batch_size).resumed(start)

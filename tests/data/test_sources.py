@@ -1,4 +1,4 @@
-"""The contract of a source: it continues anywhere, at any batch size, on two ranks; the order is the seed's alone."""
+"""The contract of a source: it continues anywhere, at any batch size, on two ranks, by the seed."""
 
 from functools import partial
 from itertools import islice, permutations
@@ -33,7 +33,7 @@ COUNTS = (5, 9, 1, 14, 7, 3, 11)  # 50 images
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory) -> Path:
-    """Shards of 50 images and of 7 to validate, a folder of 24 images, latents of 20 and 3 with the images."""
+    """Shards of 50 images and 7 to validate, a folder of 24, latents of 20 and 3 with images."""
     root = tmp_path_factory.mktemp("sources")
     write_shards(root / "shards", COUNTS)
     write_shards(root / "val", (4, 3))

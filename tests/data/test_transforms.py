@@ -27,7 +27,7 @@ def gradient(width: int, height: int) -> Image.Image:
 
 
 def spans(crop: Image.Image) -> tuple[float, float]:
-    """The fraction of width and height that a crop of a gradient covers, but for its border pixels."""
+    """The fraction of width and height that a crop of a gradient covers, except border pixels."""
     array = np.asarray(crop).astype(float)
     return np.ptp(array[..., 0]) / 255, np.ptp(array[..., 1]) / 255
 

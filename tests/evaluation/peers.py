@@ -1,4 +1,4 @@
-"""An AutoencoderKL whose latents have the shape of the tiny LiteVAE's, and batches for observers, for tests."""
+"""An AutoencoderKL with latents of the tiny LiteVAE's shape, and batches for observers."""
 
 import torch
 

@@ -27,7 +27,8 @@ def _few_crops(monkeypatch) -> None:
     monkeypatch.setattr(linear_code, "CROPS", (256, 512))
 
 
-LINEAR, BICUBIC = "linear, 4 numbers for 8x8 pixels", "bicubic, 8x smaller and back"
+LINEAR = "linear, 4 numbers for 8x8 pixels"
+BICUBIC = "bicubic, 8x smaller and back"
 
 
 def target_of(config: dict) -> Target:
@@ -115,7 +116,8 @@ def test_patches_of_thousands_of_values_have_no_row(image_folder, caplog, monkey
 
 def test_remote_training_shards_are_read_with_a_line(image_folder, tmp_path, caplog):
     """Once, before the first is read; local ones without."""
-    shards, config = write_shards(tmp_path / "s", [8, 8]), tiny_config(image_folder)
+    shards = write_shards(tmp_path / "s", [8, 8])
+    config = tiny_config(image_folder)
     config["data"] = {
         "target": "olvae.data.shards.webdataset.WebDatasetSource",
         "params": {"shards": [f"pipe:cat {file}" for file in shards], "size": 16, "batch_size": 4},
@@ -144,11 +146,10 @@ def test_values_with_a_range_train_and_are_fitted_in_it(tmp_path):
         "batch_size": 2,
         "range": [0, 65535],
     }
-    source, stated = FolderSource(**params), PixelRange.from_node([0, 65535])
-    module, batch = (
-        LiteAutoencoderKL(**tiny_config()["model"]["params"]),
-        next(iter(source.train_loader())),
-    )
+    source = FolderSource(**params)
+    stated = PixelRange.from_node([0, 65535])
+    module = LiteAutoencoderKL(**tiny_config()["model"]["params"])
+    batch = next(iter(source.train_loader()))
     module.check(source)
     assert torch.equal(module.images(batch), stated.normalise(batch["image"]))
     started = LiteVAE(LinearEncoder(8, 3, 8), LinearDecoder(4, 3, 8))

@@ -56,12 +56,14 @@ def sample(moments: torch.Tensor, keys: list[int]) -> torch.Tensor:
 def test_the_numbers_of_numpy(moments):
     keys = list(range(N))
     got = accumulate(moments, keys, 4).compute()
+    # (C, N h w)
     mean, logvar = (
         part.double().transpose(0, 1).flatten(1).numpy() for part in moments.chunk(2, dim=1)
-    )  # (C, N h w)
+    )
     var = np.exp(logvar)
     std = np.sqrt(mean.var(1) + var.mean(1))
-    channels, count = got["channels"], H * W
+    channels = got["channels"]
+    count = H * W
     assert got["n"] == N
     assert got["latent_shape"] == [C, H, W]
     assert channels["mean"] == pytest.approx(mean.mean(1), rel=1e-12)
@@ -88,10 +90,10 @@ def test_the_numbers_of_numpy(moments):
         1 / math.sqrt(mean.var() + var.mean()), rel=1e-12
     )
     erfc = np.vectorize(math.erfc)
-    below = (
-        erfc((mean - EDGES.numpy()[:, None, None]) / np.sqrt(2 * var)).mean((1, 2)) / 2
-    )  # (edges,)
-    mass, found = np.diff(below, prepend=0.0, append=1.0), got["histogram"]
+    z_scores = (mean - EDGES.numpy()[:, None, None]) / np.sqrt(2 * var)
+    below = erfc(z_scores).mean((1, 2)) / 2  # (edges,)
+    mass = np.diff(below, prepend=0.0, append=1.0)
+    found = got["histogram"]
     assert [found["below"], *found["share"], found["above"]] == pytest.approx(mass, abs=1e-12)
     assert mass[0] > 0.0005  # some of channel 2 is below the grid
     z = sample(moments, keys)
@@ -134,12 +136,10 @@ def test_the_mmd_keeps_the_smallest_keys_and_equal_images_once(moments):
 
 
 def test_high_frequencies_by_numpys_fft():
-    """The cosine transform is the Fourier transform of the mirrored image, whose other half is the first again."""
+    """The cosine transform is the Fourier transform of the mirrored image."""
     rng = np.random.default_rng(0)
-    latents, images = (
-        rng.normal(size=(5, 3, 6, 9)).cumsum(-1).cumsum(-2),
-        rng.normal(size=(5, 2, 24, 36)).cumsum(-1),
-    )
+    latents = rng.normal(size=(5, 3, 6, 9)).cumsum(-1).cumsum(-2)
+    images = rng.normal(size=(5, 2, 24, 36)).cumsum(-1)
     small = images.reshape(5, 2, 6, 4, 9, 4).mean((3, 5))
     shares = []
     for x in (latents, small):
@@ -164,7 +164,7 @@ def test_high_frequencies_by_numpys_fft():
 
 
 def test_a_dead_channel():
-    """Nothing of the image in channel 1; channel 2 varies by a little less than the threshold, channel 3 by more."""
+    """Channel 1 has nothing of the image, channel 2 just under the threshold, channel 3 above."""
     mean = torch.randn(500, 4, 2, 2)
     mean[:, 1] = 0.0
     mean[:, 2] *= 0.09
@@ -179,15 +179,17 @@ def test_a_dead_channel():
 
 
 def test_deterministic_latents_are_posteriors_of_no_width(moments):
-    """Their numbers are those of Gaussians that are next to points; KL and activity are missing."""
-    latent, keys = moments[:, :C].double(), list(range(N))
+    """Their numbers are the same as of very narrow Gaussians; KL and activity are missing."""
+    latent = moments[:, :C].double()
+    keys = list(range(N))
     latent[:, 0, 0, 0] = EDGES[120]  # an edge, a hair's breadth above it for a point
     points = LatentAccumulator(100)
     for start in range(0, N, 4):
         points.update(Deterministic(latent[start : start + 4]), keys[start : start + 4])
     narrow = torch.cat((latent, torch.full_like(latent, -30.0)), 1)
     narrow[:, 0, 0, 0] += 1e-5
-    got, expected = points.compute(), accumulate(narrow, keys, N).compute()
+    got = points.compute()
+    expected = accumulate(narrow, keys, N).compute()
     assert (got["deterministic"], expected["deterministic"]) == (True, False)
     assert set(got["skipped"]) == {"kl", "active"}
     assert "deterministic" in got["skipped"]["kl"]
@@ -195,10 +197,8 @@ def test_deterministic_latents_are_posteriors_of_no_width(moments):
     assert got["mmd"]["mmd2"] == pytest.approx(mmd2_normal(latent).tolist(), rel=1e-6)
     assert got["channels"].pop("min") == latent.transpose(0, 1).flatten(1).amin(1).tolist()
     assert got["channels"].pop("max") == latent.transpose(0, 1).flatten(1).amax(1).tolist()
-    found, others = (
-        numbers({**got, "deterministic": [], "mmd": {}, "skipped": {}}),
-        dict(numbers(expected)),
-    )
+    found = numbers({**got, "deterministic": [], "mmd": {}, "skipped": {}})
+    others = dict(numbers(expected))
     assert {".mean", ".std", ".channels.mean[0]", ".histogram.share[120]"} <= {
         name for name, _ in found
     }
@@ -275,8 +275,11 @@ def test_the_double_loop(chunk):
     normal = np.exp(-(grid**2) / 2) / math.sqrt(2 * math.pi)
     step = grid[1] - grid[0]
     for sigma, value in zip((0.7, 3.0, 25.0), mmd2_normal(z, (0.7, 3.0, 25.0), chunk), strict=True):
-        one = lambda a, s=sigma: np.sum(np.exp(-((a - grid) ** 2) / (2 * s**2)) * normal) * step  # noqa: E731
-        expected_e = np.mean([math.prod(one(a) for a in row) for row in x])
+
+        def one(a, s=sigma):
+            return np.sum(np.exp(-((a - grid) ** 2) / (2 * s**2)) * normal) * step
+
+        expected_e = np.mean([math.prod(map(one, row)) for row in x])
         gap = np.exp(-((grid[::8, None] - grid[None, ::8]) ** 2) / (2 * sigma**2))
         expected_c = float((normal[::8] @ gap @ normal[::8]) * (8 * step) ** 2) ** 6
         expected = pair_sum(x, sigma) / (9 * 8) - 2 * expected_e + expected_c
@@ -284,7 +287,7 @@ def test_the_double_loop(chunk):
 
 
 def test_the_sampling_error_is_the_one_of_many_draws():
-    """1000 sets of 30 latents: mean 0 within its error, and the standard deviation of the formula within 10 %."""
+    """1000 sets of 30 latents: mean 0 within its error, standard deviation within 10 %."""
     generator = torch.Generator().manual_seed(4)
     sigmas = (1.0, 4.0, 500.0)
     values = torch.stack(
@@ -296,10 +299,8 @@ def test_the_sampling_error_is_the_one_of_many_draws():
 
 
 def test_images_with_a_range_are_encoded_in_it():
-    images, stated = (
-        torch.randint(0, 65536, (5, 3, 8, 8)).to(torch.uint16),
-        PixelRange.from_node([0, 65535]),
-    )
+    images = torch.randint(0, 65536, (5, 3, 8, 8)).to(torch.uint16)
+    stated = PixelRange.from_node([0, 65535])
     got = encode_latents({"a": Halves(2)}, [{"image": images}], pixel_range=stated)["a"].compute()
     expected = (images.double() / 32767.5 - 1).mean((0, 2, 3))
     assert got["channels"]["mean"] == pytest.approx(expected.tolist(), abs=1e-6)

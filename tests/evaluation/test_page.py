@@ -16,10 +16,11 @@ from olvae.evaluation.baselines import Bicubic
 from olvae.evaluation.observers.bands import Bands
 from olvae.evaluation.observers.flat_colours import FlatColours
 from olvae.evaluation.observers.gallery import Gallery
-from olvae.evaluation.observers.observer import Subject
+from olvae.evaluation.observers.observer import Evaluated, Subject
+from olvae.evaluation.page import breakable, picture, side_limit
 from olvae.evaluation.protocol import Cost, RoundTrip
-from olvae.evaluation.report import breakable, picture, render_page, side_limit, write_files
-from olvae.evaluation.results import Difference, Evaluated, Results, Row, meaning
+from olvae.evaluation.report import render_page, write_files
+from olvae.evaluation.results import Difference, Results, Row, meaning
 from olvae.metrics.metric import psnr
 from tests.browser import Visit
 from tests.evaluation.observers.test_flat_colours import Faulty
@@ -33,7 +34,7 @@ VOID = {"meta", "img", "br", "col", "link", "input", "hr"}
 
 
 class Reader(HTMLParser):
-    """The elements, with their attributes and texts; complains of any that is not closed in its place."""
+    """The elements, with their attributes and texts; fails if one is not closed in its place."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -74,7 +75,10 @@ WEIGHTS = {"file": "vgg16-397923af.pth", "sha256": "397923af" * 8, "published": 
 def page(targets: list[str], size: int = 64) -> Evaluated:
     """Real photographs, reduced and enlarged again by as many factors as there are targets."""
     keys, x = photographs(size)
-    rows, gallery, bands, colours = [], Gallery(), Bands(), FlatColours()
+    rows = []
+    gallery = Gallery()
+    bands = Bands()
+    colours = FlatColours()
     faulty = {name: Subject(Faulty(grid=4.0 + i)) for i, name in enumerate(targets[:2])}
     colours.examine(faulty, size, "cpu")
     for i, target in enumerate(targets):
@@ -159,7 +163,8 @@ def test_it_is_one_balanced_file_without_requests_or_scripts(whole):
 
 def test_what_users_write_is_text():
     x = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    gallery, colours = Gallery(), FlatColours()
+    gallery = Gallery()
+    colours = FlatColours()
     gallery.update(seen(HOSTILE, [HOSTILE], x[None], x[None], values={"psnr": {HOSTILE: math.inf}}))
     colours.examine({HOSTILE: Subject(Faulty())}, 16, "cpu")
     first = Row(
@@ -202,9 +207,8 @@ def test_the_numbers_and_marks(whole):
     assert f'<span class="best">{values[1]:.3f}</span>' not in html
     assert f"[{values[1] - 1:.3f}, {values[1] + 1.25:.3f}]" in text
     assert '<span class="best">1.2e-06</span>' in html  # the lowest; five decimals would be 0
-    assert (
-        text.count("skipped LPIPS: LPIPS needs vgg16-397923af.pth") == 1
-    )  # one line for all three
+    # One line for all three.
+    assert text.count("skipped LPIPS: LPIPS needs vgg16-397923af.pth") == 1
     assert '<span class="worse">\N{MINUS SIGN}2.500</span>' in html
     assert "[\N{MINUS SIGN}3.000, \N{MINUS SIGN}2.000]" in text
     assert '<span class="better">\N{MINUS SIGN}0.050</span>' in html  # lower is better
@@ -239,7 +243,8 @@ def test_the_numbers_and_marks(whole):
 def test_images_stand_side_by_side_with_every_target(whole):
     """The same image in a row, and each reconstruction with its own value."""
     table = render_page(whole).split('<table class="beside"')[1].split("</table>")[0]
-    rankings, rows = whole.observers[0].rankings, table.split("<tr>")[2:]
+    rankings = whole.observers[0].rankings
+    rows = table.split("<tr>")[2:]
     assert len(rows) == 4
     for row in rows:
         first, *others = re.findall(r'alt="([^"]*)"', row)
@@ -297,7 +302,8 @@ def test_baselines_stand_below_all_models(whole):
 
 def test_infinite_values_and_uneven_sets(whole):
     images = {"source": "tiles", "n": 2, "sha256": "ab", "unreadable": 0, "enlarged": 0}
-    rows, protocol = [Row("a", 1, {"psnr": math.inf})], {"name": "mine", "size": 8}
+    rows = [Row("a", 1, {"psnr": math.inf})]
+    protocol = {"name": "mine", "size": 8}
     results = Results(protocol, "0", images, rows, earlier=[Row("b", 2, {})])
     html = render_page(Evaluated(results, [Gallery(), Bands(), FlatColours()]))
     assert "∞" in html
@@ -343,9 +349,8 @@ def test_a_failure_leaves_the_old_page(tmp_path, whole):
     with pytest.raises(KeyError):
         write_files(changed(whole, [broken, *others]), tmp_path, command=COMMAND)
     assert path.read_text(encoding="utf-8") == before
-    assert (
-        Results.read(tmp_path / "metrics.json").as_dict() == whole.results.as_dict()
-    )  # and its numbers
+    # And its numbers.
+    assert Results.read(tmp_path / "metrics.json").as_dict() == whole.results.as_dict()
     assert not list(tmp_path.glob(".*"))
 
 
@@ -365,7 +370,8 @@ def test_in_a_browser(tmp_path, browser, size, width, dark):
     ask = visit.page.evaluate
     assert ask("innerWidth") == width
     assert ask("document.documentElement.scrollWidth") <= width
-    wide = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+    boxes = "[...document.querySelectorAll('.scroll')]"
+    wide = f"{boxes}.filter(e => e.scrollWidth > e.clientWidth).length"
     assert (ask(wide) > 0) or width > 390  # wide tables scroll in their box
     assert ask("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
     assert ask("document.scripts.length") == 0

@@ -8,6 +8,7 @@ from rich.console import Console
 from olvae.evaluation.observers.colour import Colour
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.half_precision import HalfPrecision
+from olvae.evaluation.observers.observer import Evaluated
 from olvae.evaluation.protocol import Cost, Protocol
 from olvae.evaluation.report import (
     print_grid,
@@ -16,7 +17,7 @@ from olvae.evaluation.report import (
     write_files,
     write_markdown,
 )
-from olvae.evaluation.results import Cell, Evaluated, Results, Row
+from olvae.evaluation.results import Cell, Results, Row
 from olvae.files import write_json
 from tests.evaluation.test_results import NAME, read_back, results_of, row
 
@@ -70,13 +71,14 @@ def test_markdown_has_quality_and_cost_in_one_row(tmp_path):
     assert (tmp_path / "m.md").read_text() == (
         f"Protocol open-litevae {protocol.hash()}, 64x64, of my_photos.\n"
         "\n"
-        "| target | images | PSNR, dB | M params | GMACs encode | GMACs decode | img/s encode | img/s decode "
-        "| MiB peak |\n"
+        "| target | images | PSNR, dB | M params | GMACs encode | GMACs decode | img/s encode "
+        "| img/s decode | MiB peak |\n"
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
         "| runs/a_b\\|c | 2 | 25.704 ±0.50 | 1.50 | 2.00 | 3.00 | 12.3 | 5.68 | 3.00 |\n"
         "| same | 2 | ∞ | - | - | - | - | - | - |\n"
         "\n"
-        "Cost of one image; speed and memory: CPU, 1 thread, batches of 4; memory beyond weights and images.\n"
+        "Cost of one image; speed and memory: CPU, 1 thread, batches of 4; memory beyond weights "
+        "and images.\n"
         "\n"
         "- runs/a_b\\|c misses a pixel's values by about 13.2 of 255 (PSNR 25.70 dB).\n"
         "- skipped LPIPS: no weights\n"
@@ -150,8 +152,8 @@ def test_observers_add_lines_below_the_table(tmp_path):
     lines = (tmp_path / "m.md").read_text().splitlines()
     assert lines[-4:] == [
         "- a: largest activation 71,234 at decoder.conv_out; fp16 ends at 65,504",
-        "- a, fp16: largest activation 71,234 at decoder.conv_out in float32, beyond 65,504; 3 of 50 images non-finite"
-        ", first at decoder.up.0; PSNR -15.000 dB: not safe",
+        "- a, fp16: largest activation 71,234 at decoder.conv_out in float32, beyond 65,504; 3 of "
+        "50 images non-finite, first at decoder.up.0; PSNR -15.000 dB: not safe",
         "- a, bf16: largest activation 3.14 at decoder.conv_out; PSNR +0.062 dB: safe",
         "- latents of b: RMS error 0.180 in standard deviations of a; per channel 0.180, -",
     ]
@@ -169,12 +171,14 @@ def test_costs_of_earlier_results_stand_in_their_rows(tmp_path):
 
     other = replace(COST, device="a GPU", batch_size=64)
     write_markdown(Evaluated(results_of(row("new", cost=other)).beside(earlier)), tmp_path / "m.md")
-    where = f"a GPU, batches of 64 (new); CPU, 1 thread, batches of 4 ({NAME}); memory beyond weights and images."
+    machines = f"a GPU, batches of 64 (new); CPU, 1 thread, batches of 4 ({NAME})"
+    where = f"{machines}; memory beyond weights and images."
     assert where in (tmp_path / "m.md").read_text()
 
 
 def test_the_values_of_images_are_read_again(tmp_path):
-    first, second = "ünï\ncode.png", "not utf-8 \udcff.png"
+    first = "ünï\ncode.png"
+    second = "not utf-8 \udcff.png"
     rows = [
         Row(
             'a, quoted "name"',

@@ -60,10 +60,8 @@ def test_what_is_written_is_read_again(tmp_path):
 
 
 def test_a_file_with_the_least_that_a_row_has(tmp_path):
-    protocol, result = (
-        {"name": "mine", "version": 1},
-        {"target": "a", "n": 3, "metrics": {"psnr": 20}},
-    )
+    protocol = {"name": "mine", "version": 1}
+    result = {"target": "a", "n": 3, "metrics": {"psnr": 20}}
     content = {"protocol": protocol, "protocol_hash": "0", "results": [result]}
     (tmp_path / "metrics.json").write_text(json.dumps(content))
     assert Results.read(tmp_path / "metrics.json").rows == [Row("a", 3, {"psnr": 20.0})]
@@ -133,7 +131,7 @@ def keyed(values) -> dict[str, float]:
 
 
 def test_two_images_by_hand():
-    """The mean of two draws from {0, 1} is 0, 1/2 and 1 in a quarter, a half and a quarter of the cases."""
+    """The mean of two draws from {0, 1} is 0 in 1/4, 1/2 in 1/2, and 1 in 1/4 of the cases."""
     values = keyed([0.0, 1.0])
     assert confidence(values, level=0.95, samples=4000) == (0.0, 1.0)
     assert confidence(values, level=0.4, samples=4000) == (0.5, 0.5)
@@ -169,7 +167,8 @@ def test_what_has_no_interval():
 
 
 def test_infinite_values_are_left_out():
-    a, b = [30.0, 33.0, 31.0], [30.5, 32.0, 31.0]
+    a = [30.0, 33.0, 31.0]
+    b = [30.5, 32.0, 31.0]
     assert confidence(keyed([*a, math.inf])) == confidence(keyed(a))
     assert difference(keyed([*a, math.inf, 9.0]), keyed([*b, 9.0, math.inf])) == difference(
         keyed(a), keyed(b)
@@ -179,7 +178,8 @@ def test_infinite_values_are_left_out():
 def test_a_difference_is_paired():
     rng = np.random.default_rng(4)
     hard = rng.normal(30.0, 5.0, size=200)  # what both find hard
-    a, b = hard + rng.normal(0.3, 0.5, size=200), hard + rng.normal(0.0, 0.5, size=200)
+    a = hard + rng.normal(0.3, 0.5, size=200)
+    b = hard + rng.normal(0.0, 0.5, size=200)
     found = difference(keyed(a), keyed(b), samples=4000)
     assert found.value == pytest.approx((a - b).mean(), rel=1e-9)
     assert (found.low, found.high) == pytest.approx(

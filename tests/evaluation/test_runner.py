@@ -20,6 +20,7 @@ from olvae.modules.distributions import Posterior
 from tests.conftest import tiny
 
 KEYS = [f"image{i}" for i in range(7)]
+USUAL = Protocol()
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def darker(keys, x):
     return (x.int() * 3 // 4).to(torch.uint8)
 
 
-def run(targets, images, size=3, names=("psnr", "ssim"), order=None, protocol=Protocol()):  # noqa: B008
+def run(targets, images, size=3, names=("psnr", "ssim"), order=None, protocol=USUAL):
     """Which images were seen, and the rows of stand-ins that are functions of keys and images."""
     order = order or list(range(len(images)))
     batches = [
@@ -143,7 +144,8 @@ def test_what_can_not_be_counted_or_examined_loses_no_metric(images, model, capl
     source = SimpleNamespace(size=Sides.of(32))
     assert is_examined(Observer(), {}, source, "cpu")
     broken = Observer()
-    broken.name, broken.examine = "mine", lambda *_: [][0]
+    broken.name = "mine"
+    broken.examine = lambda *_: [][0]
     assert not is_examined(broken, {}, source, "cpu")
     assert "mine: left out: list index out of range" in caplog.text
     broken.result = lambda *_: {"value": math.nan}
@@ -156,7 +158,9 @@ class NumPyAutoencoder(Autoencoder):
 
     def __init__(self, model: Autoencoder) -> None:
         super().__init__()
-        self.in_channels, self.latent_channels, self.downscale = 3, 4, 8
+        self.in_channels = 3
+        self.latent_channels = 4
+        self.downscale = 8
         self.inner = [model]
 
     def encode(self, x: torch.Tensor) -> Posterior:
@@ -216,9 +220,8 @@ def test_presets_differ_in_what_they_say():
 
 
 def test_speeds_are_of_each_half_without_the_first_batch(monkeypatch):
-    clock = iter(
-        [0, 100, 100, 200, 300, 302, 302, 303.0]
-    )  # a batch warms up; 2 s to encode, 1 s to decode
+    # A batch warms up; then 2 s to encode, 1 s to decode.
+    clock = iter([0, 100, 100, 200, 300, 302, 302, 303.0])
     monkeypatch.setattr("olvae.evaluation.protocol.now", lambda _: next(clock))
     reconstruct = RoundTrip(tiny())
     for _ in range(2):

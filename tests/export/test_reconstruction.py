@@ -55,7 +55,7 @@ def test_every_image_has_a_place_of_its_own(tmp_path):
     }
     for given, text in (
         ([a, tmp_path / "missing.png"], "no such image or folder"),
-        ([out], "no images except those of"),
+        ([out], "no images outside of the folder of the results"),
     ):
         with pytest.raises(FileNotFoundError, match=text):
             plan_outputs(given, out)

@@ -164,7 +164,7 @@ def validate(
         model.validation_step({"image": images, "key": ["a", "b"]}, 0)
     assert operations.found == []
     assert operations.products[torch.ops.aten.convolution, dtype] > 10
-    assert model._metrics["val"].per_image().keys() == {"psnr", "ssim"}
+    assert model.validation.metrics["val"].per_image().keys() == {"psnr", "ssim"}
     autoencoder = model.autoencoder
     monkeypatch.setattr(autoencoder, "to", lambda _: autoencoder, raising=False)  # it is there
     trip = RoundTrip(autoencoder, "cuda:0", seed=0)

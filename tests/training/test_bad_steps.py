@@ -94,7 +94,7 @@ def test_in_a_row_they_lead_back_to_the_checkpoint_with_lower_rates(
     first = ("lightning.trainer.max_steps=8", "lightning.trainer.val_check_interval=20")
     run = train_with(*overrides, *first, config=config)
     assert (
-        "weights and optimizers are those of step 4 again, the learning rate is multiplied by 0.25 (return 1 of 3)"
+        "weights and optimizers are back at step 4, the learning rate is multiplied by 0.25 (return 1 of 3)"
         in (" ".join(capfd.readouterr().err.split()))
     )
     spoil(lambda iteration: False)

@@ -292,16 +292,14 @@ def test_latents_of_other_weights(train_with, tmp_path, pairs, target, other_tea
         other_teacher,
     )
     with pytest.raises(
-        ConfigError, match=r"^data: its latents are of tiny, whose weights are not those"
+        ConfigError, match=r"^data: its latents are of tiny, whose weights are not"
     ) as e:
         train_with(config=of_pairs(pairs), teacher=other)
     one_line(e)
     mixed = of_pairs(pairs)
     params = {"sources": [mixed["data"]], "size": 16, "batch_size": 4}
     mixed["data"] = {"target": "olvae.data.mix.MixSource", "params": params}
-    with pytest.raises(
-        ConfigError, match=r"^data: its latents are of tiny, whose weights are not those"
-    ):
+    with pytest.raises(ConfigError, match=r"^data: its latents are of tiny, whose weights are not"):
         train_with(config=mixed, teacher=other)
     encode(
         tmp_path / "photos",

@@ -28,7 +28,7 @@ SENTENCES = {
     ),
     "dominates": (
         DOMINATES,
-        "it is 3.1 times that of the pixel terms. Lower " + SETTINGS + ".weight",
+        "it is 3.1 times the pixel terms' gradient. Lower " + SETTINGS + ".weight",
     ),
 }
 

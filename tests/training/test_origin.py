@@ -284,11 +284,11 @@ def test_the_half_that_a_source_never_trained_stays_untrained(train_with, image_
             "encoder_config.params.padding: reflect, but ",
         ),
         (("data.params.size=18",), "18 is not a multiple of 4"),
-        (("model.params.embed_dim=8",), "model.params.embed_dim: is that of "),
-        (("model.params.encoder_config=null",), "model.params.encoder_config: is that of "),
+        (("model.params.embed_dim=8",), "model.params.embed_dim: comes from "),
+        (("model.params.encoder_config=null",), "model.params.encoder_config: comes from "),
         (
             ("model.params.decoder_config.target=olvae.modules.sdvae.SDDecoder",),
-            "decoder_config: is that of ",
+            "decoder_config: comes from ",
         ),
     ],
 )

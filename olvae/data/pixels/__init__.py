@@ -1,1 +1,1 @@
-"""Pixels of any kind: arrays read from files, and the stated size of images and range of their values."""
+"""Read arrays of pixels from files; state the size of images and the range of their values."""

@@ -1,4 +1,4 @@
-"""Read files of pixels that Pillow would cut to 8 bits or refuse: 16-bit PNG, TIFF, EXR, .npy and .npz."""
+"""Read pixels that Pillow would cut to 8 bits or refuse: 16-bit PNG, TIFF, EXR, .npy and .npz."""
 
 import io
 import math
@@ -14,10 +14,13 @@ from olvae.config import import_extra
 from olvae.data.pixels.size_and_range import Array, check_size
 
 DTYPES = ("uint8", "uint16", "int16", "float16", "float32")
-MAX_VALUES = 2**28  # of an array, all channels: 1 GiB in float32
-MAX_SMALLER = 1000  # images of a pyramid, of all pages together; each is read
+# Largest number of values in an array, all channels: 1 GiB in float32.
+MAX_VALUES = 2**28
+# Largest number of a pyramid's smaller images, of all pages together; each is read.
+MAX_SMALLER = 1000
 
 PNG = b"\x89PNG\r\n\x1a\n"
+# Usual extensions by the first bytes; TIFF is little- or big-endian, classic or BigTIFF.
 MAGIC = {
     b"\x93NUMPY": ".npy",
     b"PK\x03\x04": ".npz",
@@ -30,16 +33,16 @@ MAGIC = {
 
 
 class Pixels(NamedTuple):
-    """An array (H, W, C) of the file's dtype, and the value that the file itself calls missing, if it does."""
+    """An array (H, W, C) of the file's dtype, and the value that the file calls missing, if any."""
 
     array: Array
     nodata: float | None = None
 
 
 def array_suffix(content: Path | bytes) -> str | None:
-    """The usual extension of a file of an array, by its first bytes; None for one that Pillow reads whole.
+    """Find the usual extension of a file of an array, by its first bytes; None if Pillow reads it.
 
-    A PNG of 8 bits is one for Pillow; for a TIFF the caller has to know. Raises OSError.
+    Pillow reads PNG of 8 bits; for a TIFF the caller has to find out. Raises OSError.
     """
     if isinstance(content, Path):
         with content.open("rb") as file:
@@ -47,15 +50,21 @@ def array_suffix(content: Path | bytes) -> str | None:
     else:
         start = content[:26]
     if start.startswith(PNG):
+        # Byte 24 is the header's number of bits.
         return ".png" if start[24:25] == b"\x10" else None
-    return next((suffix for magic, suffix in MAGIC.items() if start.startswith(magic)), None)
+    for magic, suffix in MAGIC.items():
+        if start.startswith(magic):
+            return suffix
+    return None
 
 
 def read_array(content: Path | bytes, channels: int = 0) -> Pixels:
-    """Read a file of an array, known by its first bytes, after a look at its size and type; channels of 0 are any.
+    """Read a file of an array, known by its first bytes, after a check of its size and type.
 
-    Raises ValueError, OSError, a library's own errors: it is broken, or not such a file. ConfigError: a library is
-    missing.
+    ``channels`` of 0 are any.
+
+    Raises ValueError, OSError, a library's own errors: it is broken, or not such a file.
+    ConfigError: a library is missing.
     """
     suffix = array_suffix(content)
     if suffix is None:
@@ -70,28 +79,33 @@ def read_array(content: Path | bytes, channels: int = 0) -> Pixels:
 
 
 def _check(channels: int, shape: Sequence[int], dtype: Any) -> None:
-    """Raise ValueError unless an array is (H, W) or (H, W, C), of a known type and no larger than memory allows."""
+    """Check an array: (H, W) or (H, W, C), a known type, and no larger than memory allows.
+
+    Raises ValueError otherwise.
+    """
     dtype = np.dtype(dtype)
-    wanted = f"(H, W, {channels or 'channels'})" + ("" if channels > 1 else " or (H, W)")
+    wanted = f"(H, W, {channels or 'channels'})"
+    if channels <= 1:
+        wanted += " or (H, W)"
     if dtype.name not in DTYPES:
         raise ValueError(
             f"expected {', '.join(DTYPES)} of shape {wanted}, got {dtype} of shape {tuple(shape)}"
         )
-    if (
-        len(shape) not in (2, 3)
-        or 0 in shape
-        or (channels and (shape[2] if len(shape) == 3 else 1) != channels)
-    ):
+    found = shape[2] if len(shape) == 3 else 1
+    if len(shape) not in (2, 3) or 0 in shape or (channels and found != channels):
         raise ValueError(
             f"expected shape {wanted}, got {dtype} of shape {tuple(shape)}: is `channels` right?"
         )
     check_size(shape[1], shape[0])
-    if (values := math.prod(shape)) > MAX_VALUES:
+    values = math.prod(shape)
+    if values > MAX_VALUES:
         raise ValueError(
-            f"its header claims {values} values, more than {MAX_VALUES // 2**20} Mi: cut it into tiles"
+            f"its header claims {values} values, more than {MAX_VALUES // 2**20} Mi: "
+            "cut it into tiles"
         )
 
 
+# Called with shape and dtype as the header states them, before the pixels are read.
 Check = Callable[[Sequence[int], Any], None]
 
 
@@ -116,39 +130,43 @@ def _npz(file: BinaryIO, check: Check) -> Pixels:
 
 def _png(file: BinaryIO, check: Check) -> Pixels:
     from_bytes = import_extra("imagecodecs", "pixels", "reading this kind of file").png_decode
+    # The header: width, height, bits, and the colour type, which has so many samples a pixel.
     header = file.read(26)
+    width = int.from_bytes(header[16:20], "big")
+    height = int.from_bytes(header[20:24], "big")
     samples = {0: 1, 2: 3, 4: 2, 6: 4}.get(header[25], 0)
-    check(
-        (int.from_bytes(header[20:24], "big"), int.from_bytes(header[16:20], "big"), samples),
-        np.uint16,
-    )
+    check((height, width, samples), np.uint16)
     file.seek(0)
     return Pixels(from_bytes(file.read()))
 
 
 def _tiff(file: BinaryIO, check: Check, **flags: Any) -> Pixels:
-    """One image with bands, interleaved or in planes; or pages of one size, which are bands."""
+    """Read one image with bands, interleaved or in planes; or its pages of one size as bands."""
     import tifffile
 
     end = file.seek(0, io.SEEK_END)
     file.seek(0)
     with tifffile.TiffFile(file, **flags) as tiff:
-        if (smaller := sum(len(page.subifds or ()) for page in tiff.pages)) > MAX_SMALLER:
+        # Find the one image, beside its masks and smaller copies.
+        smaller = sum(len(page.subifds or ()) for page in tiff.pages)
+        if smaller > MAX_SMALLER:
             raise ValueError(
                 f"it names {smaller} smaller images of itself, more than {MAX_SMALLER}"
             )
         whole = [
             one for one in tiff.series if not (one.keyframe.is_reduced or one.keyframe.is_mask)
         ]
-        if (
-            len(whole) > 1 and tiff.is_shaped
-        ):  # tifffile's own writer describes each page as an image
+        # tifffile's own writer describes each page as an image: read them as pages.
+        if len(whole) > 1 and tiff.is_shaped:
             return _tiff(file, check, is_shaped=False)
         if len(whole) != 1:
             raise ValueError(
                 f"it holds {len(whole)} images, not one: save each in a file of its own"
             )
-        axes, shape = whole[0].axes, whole[0].shape
+
+        # Its bands are the last axis or the first one.
+        axes = whole[0].axes
+        shape = whole[0].shape
         if axes == "YXS" or (axes[:2] == "YX" and shape[2:] == (1,)):
             bands_last = True
         elif axes[-2:] == "YX" and len(axes) in (2, 3):
@@ -159,21 +177,28 @@ def _tiff(file: BinaryIO, check: Check, **flags: Any) -> Pixels:
             )
         if whole[0].keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
             raise ValueError("its 0 is white (MINISWHITE): save it with 0 as black")
-        check(shape if bands_last else (*shape[1:], shape[0]), whole[0].dtype)
+        if not bands_last:
+            shape = (*shape[1:], shape[0])
+        check(shape, whole[0].dtype)
+
+        # The pixels, unless the file was cut off before their end.
         for page in whole[0].pages:
-            parts = (
-                zip(page.dataoffsets, page.databytecounts, strict=True) if page is not None else ()
-            )
+            if page is None:
+                continue
+            parts = zip(page.dataoffsets, page.databytecounts, strict=True)
             if any(start + count > end for start, count in parts):
                 raise ValueError("the file ends before its pixels")
         array = whole[0].asarray(maxworkers=1)
-        tag = whole[0].keyframe.tags.get(42113)  # GDAL's, a text
+        # GDAL's tag of the missing value, a text.
+        tag = whole[0].keyframe.tags.get(42113)
     nodata = None if tag is None else float(tag.value)
-    return Pixels(array if bands_last else np.moveaxis(array, 0, -1), nodata)
+    if not bands_last:
+        array = np.moveaxis(array, 0, -1)
+    return Pixels(array, nodata)
 
 
 def _exr(file: BinaryIO, check: Check) -> Pixels:
-    """One part, its channels in the order of their layers, in each R, G, B, A, then others by name."""
+    """Read one part: its channels by layer, in each layer R, G, B, A, then others by name."""
     exr = import_extra("OpenEXR", "pixels", "reading this kind of file")
     with exr.File(file, separate_channels=True, header_only=True) as header:
         if len(header.parts) != 1:
@@ -186,17 +211,19 @@ def _exr(file: BinaryIO, check: Check) -> Pixels:
         if not whole.parts:
             raise ValueError("the file ends before its pixels")
         channels = whole.channels()
-        planes = [
-            np.asarray(channels[name].pixels) for name in sorted(channels, key=_layer_and_colour)
-        ]
+        names = sorted(channels, key=_layer_and_colour)
+        planes = [np.asarray(channels[name].pixels) for name in names]
+    # A channel may be stored at a fraction of the size.
     if any(plane.shape != (height, width) for plane in planes):
         raise ValueError("its channels have several sizes")
     return Pixels(np.stack(planes, axis=-1))
 
 
 def _layer_and_colour(channel: str) -> tuple[str, int, str]:
+    """The key that sorts channels, as LAYER.R or R."""
     layer, _, name = channel.rpartition(".")
-    return layer, "RGBA".index(name) if name in tuple("RGBA") else 4, name
+    colour = "RGBA".index(name) if name in tuple("RGBA") else 4
+    return layer, colour, name
 
 
 READERS: dict[str, Callable[[BinaryIO, Check], Pixels]] = {

@@ -1,4 +1,4 @@
-"""What data state of their images: height and width; the range of values, to [-1, 1] and back, and as pictures."""
+"""Size of images and range of their values, as data state them: check, normalise, restore, show."""
 
 import math
 import operator
@@ -16,10 +16,10 @@ from olvae.config import ConfigError
 Size = int | Sequence[int]
 """``data.params.size``: the side of squares in pixels, or height and width, as [80, 256]."""
 
-MAX_PIXELS = 160_000_000  # the largest camera's pictures have 151 million; each takes up to 20 bytes while it is read
-MAX_RATIO = (
-    100  # largest ratio of a picture's sides: resized to size s, it has up to 100 s^2 pixels
-)
+# The largest camera's pictures have 151 million; reading takes up to 20 bytes for each.
+MAX_PIXELS = 160_000_000
+# Largest ratio of a picture's sides: resized to size s, it has up to 100 s^2 pixels.
+MAX_RATIO = 100
 
 
 class Sides(NamedTuple):
@@ -30,7 +30,7 @@ class Sides(NamedTuple):
 
     @classmethod
     def of(cls, size: Size) -> "Sides":
-        """From what a config or JSON has. Raises ValueError unless it is one or two whole numbers from 1 on."""
+        """Read a config's size: one or two whole numbers from 1 on; ValueError for others."""
         sides = (size, size) if isinstance(size, int) else tuple(size)
         if len(sides) != 2 or not all(isinstance(side, int) and side >= 1 for side in sides):
             raise ValueError(
@@ -40,7 +40,7 @@ class Sides(NamedTuple):
 
     @classmethod
     def read(cls, text: str) -> "Sides":
-        """From a command's argument, 64 or 80x256; ConfigError for others."""
+        """Read a command's argument, 64 or 80x256; ConfigError for others."""
         try:
             sides = [int(side) for side in text.split("x")]
             return cls.of(sides if len(sides) > 1 else sides[0])
@@ -51,12 +51,12 @@ class Sides(NamedTuple):
 
     @property
     def node(self) -> int | list[int]:
-        """What a config or JSON has: one number for squares."""
+        """The size as a config or JSON has it: one number for squares."""
         return self.height if self.height == self.width else [*self]
 
     @property
     def short(self) -> str:
-        """What a command takes, 64 or 80x256."""
+        """The size as a command takes it, 64 or 80x256."""
         return str(self.height) if self.height == self.width else str(self)
 
     def __floordiv__(self, factor: int) -> "Sides":
@@ -71,8 +71,9 @@ class Sides(NamedTuple):
 
     def multiples(self, factor: int) -> tuple["Sides", "Sides"]:
         """The nearest multiples below, or the factor itself, and above."""
-        below, above = self // factor, Sides(*(side + factor - 1 for side in self)) // factor
-        return Sides(*(factor * max(1, n) for n in below)), Sides(*(factor * n for n in above))
+        below = Sides(*(factor * max(1, side // factor) for side in self))
+        above = Sides(*(factor * ((side + factor - 1) // factor) for side in self))
+        return below, above
 
 
 def check_size(width: int, height: int) -> None:
@@ -91,7 +92,8 @@ Values = Literal["linear", "log", "log1p"]
 Outside = Literal["clip", "error"]
 Number = float | int
 
-RangeSettings = TypedDict(  # noqa: UP013  (an assignment, which `validate` can evaluate without an import)
+# An assignment, which `validate` can evaluate without an import.
+RangeSettings = TypedDict(  # noqa: UP013
     "RangeSettings",
     {
         "pairs": Sequence[Number] | Sequence[Sequence[Number]],
@@ -116,7 +118,7 @@ def from_uint8(x: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor) -> Tensor:
-    """Floats, nominally in [-1, 1] -> uint8 in 0..255, clamped and rounded; the inverse of from_uint8."""
+    """Floats, nominally in [-1, 1] -> uint8 in 0..255, clamped, rounded; inverse of from_uint8."""
     return ((x.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
 
 
@@ -129,40 +131,48 @@ def nearest_float32(value: float) -> np.float32:
 
 @dataclass(frozen=True)
 class PixelRange:
-    """The values that become -1 and 1, for all channels or each channel, and what becomes of others.
+    """The values that become -1 and 1, for all channels or each, and the treatment of others.
 
-    Metrics and pictures see levels: 0 to 255 over the range, uint8 for 8-bit images and float32 for others.
+    Metrics and pictures see levels: 0 to 255 over the range, uint8 for 8-bit images and float32 for
+    others.
     """
 
-    low: tuple[float, ...] = (0.0,)  # one number for all channels, or one for each
+    # One number for all channels, or one for each.
+    low: tuple[float, ...] = (0.0,)
     high: tuple[float, ...] = (255.0,)
-    values: Values = "linear"  # what is linear between them: the value, its logarithm, or the logarithm of 1 + value
-    outside: Outside = "error"  # values outside become the nearest end, or make an image unreadable
-    nodata: float | None = (
-        None  # stands for a missing value; images with it, with NaN or infinity are unreadable
-    )
-    shown: tuple[int, ...] | None = (
-        None  # channels of pictures, counted from 0, one or three; else the first three
-    )
-    stretch: tuple[float, float] = (
-        0.0,
-        1.0,
-    )  # fractions of the range that pictures show as black and white
-    eight_bits: bool = False  # images are uint8, in 0 to 255
+    # What is linear between them: the value, its logarithm, or the logarithm of 1 + value.
+    values: Values = "linear"
+    # Values outside become the nearest end, or make an image unreadable.
+    outside: Outside = "error"
+    # Stands for a missing value; images with it, with NaN or infinity are unreadable.
+    nodata: float | None = None
+    # Channels of pictures, counted from 0, one or three; else the first three.
+    shown: tuple[int, ...] | None = None
+    # Fractions of the range that pictures show as black and white.
+    stretch: tuple[float, float] = (0.0, 1.0)
+    # Images are uint8, in 0 to 255.
+    eight_bits: bool = False
 
     @classmethod
     def from_node(cls, node: Any, where: str = "data.params.range") -> "PixelRange":
-        """Read what a config or an export states, a :data:`RangeNode` or None for 8 bits; ConfigError for mistakes."""
+        """Read a range in a config or an export, a :data:`RangeNode` or None for 8 bits.
+
+        Raises ConfigError for mistakes.
+        """
         if node is None:
             return EIGHT_BITS
         settings = dict(node) if isinstance(node, Mapping) else {"pairs": node}
+
+        # Convert each setting to its type.
         try:
             pairs = np.array(settings.pop("pairs"), dtype=float)
-            pairs = pairs[None] if pairs.ndim == 1 else pairs
+            if pairs.ndim == 1:
+                pairs = pairs[None]
             low, high = (tuple(map(float, column)) for column in pairs.T)
-            for name, number in (("shown", operator.index), ("stretch", float)):
-                if name in settings:
-                    settings[name] = tuple(map(number, settings[name]))
+            if "shown" in settings:
+                settings["shown"] = tuple(map(operator.index, settings["shown"]))
+            if "stretch" in settings:
+                settings["stretch"] = tuple(map(float, settings["stretch"]))
             if settings.get("nodata") is not None:
                 settings["nodata"] = float(settings["nodata"])
             found = cls(low, high, **settings)
@@ -170,49 +180,63 @@ class PixelRange:
             wanted = "a pair of numbers, a pair for each channel, or a mapping with these as pairs"
             others = "shown, stretch and nodata are numbers"
             raise ConfigError(f"{where}: expected {wanted} ({others}), got {node!r}") from error
-        if mistake := found._mistake():
+
+        # Then their values must make sense.
+        mistake = found._mistake()
+        if mistake:
             raise ConfigError(f"{where}: {mistake}")
         return found
 
     def _mistake(self) -> str | None:
+        """Describe the first setting that makes no sense; None if all do."""
         least = {"linear": -math.inf, "log": 0.0, "log1p": -1.0}
         if (
             self.values not in list(least)
             or self.outside not in get_args(Outside)
             or self.eight_bits
         ):
-            return f"values is linear, log or log1p, outside clip or error, got {self.values!r} and {self.outside!r}"
+            return (
+                "values is linear, log or log1p, outside clip or error, "
+                f"got {self.values!r} and {self.outside!r}"
+            )
+
+        # The range in float32, as images are normalised: rounding may make both ends equal.
         low, high = self._ends(torch.empty(0))
         span = self._curve(high) - self._curve(low)
-        if not (
-            (least[self.values] < low) & (low < high) & (span < math.inf) & (2.0 / span < math.inf)
-        ).all():
-            above = (
-                ""
-                if self.values == "linear"
-                else f", above {least[self.values]:g} for {self.values}"
+        valid = (least[self.values] < low) & (low < high)
+        if not (valid & (span < math.inf) & (2.0 / span < math.inf)).all():
+            above = ""
+            if self.values != "linear":
+                above = f", above {least[self.values]:g} for {self.values}"
+            return (
+                "expected a finite distance in float32, the first below the second"
+                f"{above}: {self.as_node()['pairs']}"
             )
-            return f"expected a finite distance in float32, the first below the second{above}: {self.as_node()['pairs']}"
+
+        # Settings of pictures.
         if self.shown is not None and not (
             len(self.shown) in (1, 3) and all(n >= 0 for n in self.shown)
         ):
             return f"shown: expected one or three channels, counted from 0, got {list(self.shown)}"
         if len(self.stretch) != 2 or not 0.0 <= self.stretch[0] < self.stretch[1] <= 1.0:
-            return f"stretch: expected two fractions of the range, as in [0, 0.3], got {list(self.stretch)}"
+            return (
+                "stretch: expected two fractions of the range, as in [0, 0.3], "
+                f"got {list(self.stretch)}"
+            )
         return None
 
     def as_node(self) -> Any:
-        """What a config states, ready for JSON; None for 8 bits."""
+        """Write the range as a config states it, ready for JSON; None for 8 bits."""
         if self.eight_bits:
             return None
-        pairs = [list(pair) for pair in zip(self.low, self.high, strict=True)]
         node: dict[str, Any] = {
-            "pairs": pairs,
+            "pairs": [list(pair) for pair in zip(self.low, self.high, strict=True)],
             "values": self.values,
             "outside": self.outside,
             "nodata": self.nodata,
+            "shown": self.shown and list(self.shown),
+            "stretch": list(self.stretch),
         }
-        node |= {"shown": self.shown and list(self.shown), "stretch": list(self.stretch)}
         return {name: value for name, value in node.items() if value is not None}
 
     def __str__(self) -> str:
@@ -222,18 +246,19 @@ class PixelRange:
         return f"{', '.join(dict.fromkeys(pairs))}, {self.values}"
 
     def check_channels(self, channels: int, where: str = "data.params.range") -> None:
-        """Raise ConfigError for another number of pairs, or a channel to be shown that images lack."""
+        """Raise ConfigError for another number of pairs, or a shown channel that images lack."""
         if len(self.low) not in (1, channels):
             raise ConfigError(f"{where}: {len(self.low)} pairs for images of {channels} channels")
         if self.shown is not None and max(self.shown) >= channels:
             raise ConfigError(
-                f"{where}.shown: {list(self.shown)}, but the last of {channels} channels is {channels - 1}"
+                f"{where}.shown: {list(self.shown)}, but the last of {channels} channels is "
+                f"{channels - 1}"
             )
 
     def check_data(self, found: "PixelRange") -> None:
-        """Raise ConfigError unless images, whose values are ``found``, are what models of this range take.
+        """Raise ConfigError unless models of this range take images whose range is ``found``.
 
-        How they are shown, and what becomes of values outside, is for the data to say.
+        The data may show them, and treat values outside, in another way.
         """
         if any(
             getattr(found, name) != getattr(self, name)
@@ -242,18 +267,21 @@ class PixelRange:
             raise ConfigError(f"`data`: its values are {found}, the targets take {self}")
 
     def checked(self, array: Array, nodata: float | None = None) -> NDArray[np.float32]:
-        """Values of a file, (H, W, C), in float32 and inside the range; ValueError that names the first that is not.
+        """Convert a file's values, (H, W, C), to float32 inside the range.
 
-        ``nodata`` is the file's own, which :attr:`nodata` replaces.
+        ``nodata`` is the file's own, which :attr:`nodata` replaces. ValueError names the first
+        value that is missing or outside.
         """
         values = array.astype(np.float32)
         if self == AS_STORED:
             return values
         if array.dtype == np.uint8:
             raise ValueError(EIGHT_BIT_FILE)
-        low, high = (np.array(end, dtype=np.float32) for end in (self.low, self.high))
+        low = np.array(self.low, dtype=np.float32)
+        high = np.array(self.high, dtype=np.float32)
         _refuse(~np.isfinite(values), values, "not a number in the range")
-        if (missing := nodata if self.nodata is None else self.nodata) is not None:
+        missing = nodata if self.nodata is None else self.nodata
+        if missing is not None:
             _refuse(values == nearest_float32(missing), values, "no data there")
         if self.outside == "error":
             _refuse((values < low) | (values > high), values, f"outside the range, {self}")
@@ -265,49 +293,70 @@ class PixelRange:
             return from_uint8(x)
         low, high = self._ends(x)
         x = torch.minimum(torch.maximum(x.float(), low), high)
-        low, span = self._curve(low), self._curve(high) - self._curve(low)
-        return ((self._curve(x) - low) * (2.0 / span) - 1.0).clamp(-1.0, 1.0)
+        start = self._curve(low)
+        span = self._curve(high) - start
+        # Rounding may lead out of [-1, 1].
+        return ((self._curve(x) - start) * (2.0 / span) - 1.0).clamp(-1.0, 1.0)
 
     def restore(self, y: Tensor) -> Tensor:
-        """[-1, 1], (..., C, H, W), clamped -> real values in float32, or uint8 for 8 bits: inverse of normalise."""
+        """[-1, 1], (..., C, H, W), clamped -> float32 values, or uint8; inverse of normalise."""
         if self.eight_bits:
             return to_uint8(y)
         low, high = self._ends(y)
-        start, span = self._curve(low), self._curve(high) - self._curve(low)
+        start = self._curve(low)
+        span = self._curve(high) - start
         y = start + (y.float().clamp(-1.0, 1.0) + 1.0) * (span / 2.0)
-        y = y if self.values == "linear" else y.exp() if self.values == "log" else y.expm1()
+        if self.values == "log":
+            y = y.exp()
+        elif self.values == "log1p":
+            y = y.expm1()
         return torch.minimum(torch.maximum(y, low), high)
 
     def levels(self, x: Tensor) -> Tensor:
         """Images of a batch as they are read -> their levels."""
-        return x if x.dtype == torch.uint8 else self.to_levels(self.normalise(x))
+        if x.dtype == torch.uint8:
+            return x
+        return self.to_levels(self.normalise(x))
 
     def to_levels(self, y: Tensor) -> Tensor:
         """[-1, 1], clamped -> levels; rounded for 8 bits only."""
-        return to_uint8(y) if self.eight_bits else (y.float().clamp(-1.0, 1.0) + 1.0) * 127.5
+        if self.eight_bits:
+            return to_uint8(y)
+        return (y.float().clamp(-1.0, 1.0) + 1.0) * 127.5
 
     def real(self, levels: Tensor) -> Tensor:
         """Levels, (..., C, H, W) -> real values in float32."""
-        return levels.float() if self.eight_bits else self.restore(levels / 127.5 - 1.0)
+        if self.eight_bits:
+            return levels.float()
+        return self.restore(levels / 127.5 - 1.0)
 
     def picture(self, levels: Tensor) -> Tensor:
         """Levels, (..., C, H, W) -> uint8 of the channels that are shown, stretched."""
-        shown = self.shown or (None if self.eight_bits or levels.shape[-3] < 4 else (0, 1, 2))
+        # By default gray, RGB and RGBA are shown whole, and three of more channels.
+        shown = self.shown
+        if shown is None and not self.eight_bits and levels.shape[-3] >= 4:
+            shown = (0, 1, 2)
         if shown is not None:
             levels = levels[..., list(shown), :, :]
         if levels.dtype == torch.uint8:
             return levels
-        low, high = (255.0 * end for end in self.stretch)
+        low = 255.0 * self.stretch[0]
+        high = 255.0 * self.stretch[1]
         return ((levels - low) * (255.0 / (high - low))).clamp(0.0, 255.0).round().to(torch.uint8)
 
     def _ends(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        low, high = (
-            torch.tensor(end, dtype=torch.float32, device=x.device) for end in (self.low, self.high)
-        )
-        return low[:, None, None], high[:, None, None]  # (C, 1, 1) or (1, 1, 1)
+        """The ends of the range on x's device, (C, 1, 1) or (1, 1, 1) each."""
+        low = torch.tensor(self.low, dtype=torch.float32, device=x.device)
+        high = torch.tensor(self.high, dtype=torch.float32, device=x.device)
+        return low[:, None, None], high[:, None, None]
 
     def _curve(self, x: Tensor) -> Tensor:
-        return x if self.values == "linear" else x.log() if self.values == "log" else x.log1p()
+        """Map values to a scale on which the range is linear."""
+        if self.values == "linear":
+            return x
+        if self.values == "log":
+            return x.log()
+        return x.log1p()
 
 
 EIGHT_BIT_FILE = (
@@ -321,9 +370,8 @@ UNKEPT = (
     "more than 8 bits per channel, which are not read from this format: convert it to PNG or TIFF"
 )
 EIGHT_BITS = PixelRange(eight_bits=True)
-AS_STORED = PixelRange(
-    (-math.inf,), (math.inf,), outside="clip"
-)  # any values, of any kind of file, unchanged
+# Any values, of any kind of file, unchanged.
+AS_STORED = PixelRange((-math.inf,), (math.inf,), outside="clip")
 
 
 def _refuse(bad: NDArray[np.bool_], values: NDArray[np.float32], why: str) -> None:
@@ -332,5 +380,6 @@ def _refuse(bad: NDArray[np.bool_], values: NDArray[np.float32], why: str) -> No
         row, column, channel = (int(place) for place in np.argwhere(bad)[0])
         where = f"row {row}, column {column}, channel {channel}"
         raise ValueError(
-            f"{values[row, column, channel]:g} at {where}, counted from 0, and {bad.sum()} in all: {why}"
+            f"{values[row, column, channel]:g} at {where}, counted from 0, "
+            f"and {bad.sum()} in all: {why}"
         )

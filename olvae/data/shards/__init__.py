@@ -1,1 +1,1 @@
-"""Streams of tar files in WebDataset's format: found, indexed, read, shuffled; of images, of latents, of both."""
+"""Find, read and write shards: tar files in WebDataset's format, of images, latents or both."""

@@ -1,4 +1,4 @@
-"""Find shards by folder, pattern or URL, and their numbers of images from ``index.json`` or by counting."""
+"""Find shards by folder, pattern or URL, and look up or count their numbers of images."""
 
 import contextlib
 import glob
@@ -18,8 +18,10 @@ from olvae.data.dataset import bound_held_out
 from olvae.data.shards.tar_reading import SHARD_ERRORS, Shard, file_name, is_image, open_url
 from olvae.files import printable, reason, warn_once, write_json
 
-PACKING = ".packing"  # the folder beside shards that ``olvae data pack`` has not finished, with what it continues from
-INDEX = "index.json"  # the file beside the shards with the number of images in each; ``olvae data pack`` writes it
+# The folder beside shards that ``olvae data pack`` has not finished, with what it continues from.
+PACKING = ".packing"
+# The file beside the shards with the number of images in each; ``olvae data pack`` writes it.
+INDEX = "index.json"
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,14 @@ class ShardRecord:
 class Index:
     """The content of ``index.json``."""
 
-    shards: Mapping[str, ShardRecord]  # by file name
-    packed: Mapping[str, Any] | None = (
-        None  # the options of ``olvae data pack``; None for shards from elsewhere
-    )
-    plan: str | None = None  # a hash of those options and of the source
-    unreadable: Sequence[
-        Mapping[str, str]
-    ] = ()  # shard, name and reason of the source's images that are in no shard
+    # By file name.
+    shards: Mapping[str, ShardRecord]
+    # The options of ``olvae data pack``; None for shards from elsewhere.
+    packed: Mapping[str, Any] | None = None
+    # A hash of those options and of the source.
+    plan: str | None = None
+    # Shard, name and reason of the source's images that are in no shard.
+    unreadable: Sequence[Mapping[str, str]] = ()
 
     @property
     def images(self) -> int:
@@ -60,13 +62,17 @@ class Index:
             "bytes": self.bytes,
             "packed": self.packed,
             "plan": self.plan,
+            "unreadable": self.unreadable,
+            "shards": {name: asdict(self.shards[name]) for name in sorted(self.shards)},
         }
-        shards = {name: asdict(self.shards[name]) for name in sorted(self.shards)}
-        write_json({**content, "unreadable": self.unreadable, "shards": shards}, path)
+        write_json(content, path)
 
     @classmethod
     def read(cls, url: str | Path) -> "Index":
-        """Read an index by path or URL; raises FileNotFoundError if it is missing, ValueError if it is none."""
+        """Read an index by path or URL.
+
+        Raises FileNotFoundError: it is missing. ValueError: it is not an index.
+        """
         try:
             with contextlib.closing(open_url(str(url))) as stream:
                 content = json.loads(b"".join(iter(lambda: stream.read(2**20), b"")))
@@ -92,40 +98,54 @@ class Index:
 
 
 def find_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
-    """List the shards of a folder, a pattern with braces or wildcards, a URL, a pipe, or a list of any of these.
+    """List the shards of a folder, a pattern, a URL, a pipe, or a list of these.
 
-    Warns of a folder that is :func:`incomplete`.
+    A pattern has braces, as in {000..127}, or wildcards. Warns of a folder that is
+    :func:`incomplete`.
 
     Raises FileNotFoundError: there are none, or they are local and none of them exists.
     """
-    given = [str(text) for text in ([shards] if isinstance(shards, str | Path) else shards)]
-    urls = [url for text in given for url in _expand(text)]
+    places = [shards] if isinstance(shards, str | Path) else shards
+    given = [str(place) for place in places]
+    urls: list[str] = []
+    for text in given:
+        urls += _expand(text)
     if not any(may_exist(url) for url in urls):
         raise FileNotFoundError(
-            f"{', '.join(given) or 'shards'}: no shards: name a folder of .tar files, a pattern such as "
-            "data/{000000..000127}.tar, or URLs; `olvae data pack` makes shards of images"
+            f"{', '.join(given) or 'shards'}: no shards: name a folder of .tar files, a pattern "
+            "such as data/{000000..000127}.tar, or URLs; `olvae data pack` makes shards of images"
         )
     return urls
 
 
 def _expand(text: str) -> list[str]:
+    """List the shards of one folder, pattern, URL or pipe; sorted in a folder or pattern."""
     text = re.sub("^file:(//)?", "", text)
     path = Path(text).expanduser()
     if path.is_dir():
-        if missing := incomplete(path):
+        missing = incomplete(path)
+        if missing:
             warn_once(f"{path}: {missing}")
         return [str(file) for file in sorted(path.iterdir()) if is_shard(file.name)]
+
+    # First the braces, as in {000..127}, and environment variables: webdataset raises
+    # AssertionError for a variable that is not set.
     try:
         expanded = expand_urls(text)
-    except (
-        AssertionError
-    ) as error:  # raised by webdataset for an environment variable that is not set
+    except AssertionError as error:
         raise ValueError(f"{text}: {error}") from error
+
+    # Then the wildcards of local paths; a file may also have such a character in its name.
     found: list[str] = []
     for url in expanded:
-        name = str(Path(url).expanduser()) if is_local(url) else url
-        pattern = is_local(url) and glob.has_magic(name) and not Path(name).exists()
-        found += sorted(glob.glob(name)) if pattern else [name]  # noqa: PTH207  (a Path's own needs the folder apart)
+        if not is_local(url):
+            found.append(url)
+            continue
+        name = str(Path(url).expanduser())
+        if glob.has_magic(name) and not Path(name).exists():
+            found += sorted(glob.glob(name))  # noqa: PTH207  (Path.glob needs the folder apart)
+        else:
+            found.append(name)
     return found
 
 
@@ -137,17 +157,20 @@ def may_exist(url: str) -> bool:
 def split_shards(
     shards: list[str], val: list[str] | None, fraction: float, argument: str
 ) -> tuple[list[str], list[str]]:
-    """Split shards for training and validation: ``val``, or else the last ones, a ``fraction`` but at least one.
+    """Split shards for training and validation: ``val``, or else the last ``fraction`` of them.
 
-    ``argument`` of the source names ``val``. ValueError if the fraction is not between 0 and 1, or there is one shard.
+    At least one shard is held out. ``argument`` of the source names ``val``.
+
+    Raises ValueError: the fraction is not between 0 and 1, or there is only one shard.
     """
     held_out = bound_held_out(fraction * len(shards), len(shards), fraction)
     if val is not None:
         return shards, val
     if len(shards) < 2:
         raise ValueError(
-            f"{shards[0]}: one shard can't be split into training and validation: make smaller ones (`shard_size` "
-            f"of `olvae data pack` and `olvae encode`), or set data.params.{argument}"
+            f"{shards[0]}: one shard can't be split into training and validation: make smaller "
+            "ones (`shard_size` of `olvae data pack` and `olvae encode`), or set "
+            f"data.params.{argument}"
         )
     return shards[:-held_out], shards[-held_out:]
 
@@ -155,33 +178,49 @@ def split_shards(
 def with_counts(
     urls: Sequence[str], index: str | Path | None = None, image_key: str | None = None
 ) -> list[Shard]:
-    """Look up the numbers of images of shards in an index, or count them in local shards that have none.
+    """Look up the shards' numbers of images in an index, or count them in local shards without one.
 
-    Without ``index``, a path or URL of one, the folders of local shards are searched for :data:`INDEX`. A local shard
-    that is in no index, and is missing or can't be read, counts as the mean of the others. One without images is named
-    in a warning. ValueError if the index is not readable or lacks a shard, no shard has images, or two have one name.
+    Without ``index``, a path or URL of one, the folders of local shards are searched for
+    :data:`INDEX`. A local shard that is in no index, and is missing or can't be read, counts as the
+    mean of the others. A shard without images gets a warning.
+
+    Raises ValueError: the index is not readable or lacks a shard, no shard has images, or two have
+    the same name.
     """
+    # Names must differ, because the keys of images begin with them.
     shards: dict[str, Shard] = {}
     for url in urls:
-        other = shards.setdefault((shard := Shard(url)).name, shard)
+        shard = Shard(url)
+        other = shards.setdefault(shard.name, shard)
         if other is not shard:
             raise ValueError(
-                f"{other.url} and {url}: shards of the same name, whose images would have the same keys: rename one of "
-                "them, take one folder after the other, or make them two sources of an olvae.data.mix.MixSource"
+                f"{other.url} and {url}: shards of the same name, whose images would have the same "
+                "keys: rename one of them, take one folder after the other, or make them two "
+                "sources of an olvae.data.mix.MixSource"
             )
+
+    # The counts of the index that is given, which has to list all, or else what is known.
     counts: dict[str, int | None]
-    if index is not None:
+    if index is None:
+        counts = counts_beside(urls, image_key)
+    else:
         given = Index.read(index).shards
-        if unknown := [url for url in urls if file_name(url) not in given]:
+        unknown = [url for url in urls if file_name(url) not in given]
+        if unknown:
             raise ValueError(
-                f"{index}: does not list {unknown[0]}: remove data.params.index, or pack the shards again"
+                f"{index}: does not list {unknown[0]}: remove data.params.index, "
+                "or pack the shards again"
             )
         counts = {url: given[file_name(url)].images for url in urls}
-    else:
-        counts = counts_beside(urls, image_key)
-    if empty := [url for url in urls if counts[url] == 0]:
+
+    # Some shards may be empty, but not all.
+    empty = [url for url in urls if counts[url] == 0]
+    if empty:
         wanted = f".{image_key}" if image_key else ", ".join(EXTENSIONS)
-        problem = f"a shard without images: no file in it ends in {wanted} from the first dot of its name on"
+        problem = (
+            f"a shard without images: no file in it ends in {wanted} "
+            "from the first dot of its name on"
+        )
         if len(empty) == len(urls):
             raise ValueError(f"{empty[0]}: {problem}")
         for url in empty:
@@ -195,57 +234,68 @@ def is_begun(folder: Path) -> bool:
 
 
 def incomplete(folder: Path) -> str | None:
-    """Say what a folder of shards lacks: those of its index, or of a packing that was interrupted; None if nothing."""
+    """Describe what a folder lacks, by its index or an interrupted packing; None if complete."""
     if is_begun(folder):
         return "its packing was interrupted, so shards are missing: repeat `olvae data pack`"
     try:
-        gone = sorted(
-            name for name in Index.read(folder / INDEX).shards if not (folder / name).is_file()
-        )
+        listed = Index.read(folder / INDEX).shards
     except (FileNotFoundError, ValueError):
         return None
+    gone = sorted(name for name in listed if not (folder / name).is_file())
+    if not gone:
+        return None
     more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
-    return (
-        f"shards of {INDEX} are missing: {', '.join(map(printable, gone[:3]))}{more}"
-        if gone
-        else None
-    )
+    return f"shards of {INDEX} are missing: {', '.join(map(printable, gone[:3]))}{more}"
 
 
 def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str, int | None]:
-    """Numbers of images in local shards by the indexes in their folders, or counted now; None for remote shards."""
+    """Look up the numbers of images of local shards in their folders' indexes, or count them now.
+
+    Remote shards have None.
+    """
     local = {url: Path(url) for url in urls if is_local(url)}
-    folders = [
-        folder for folder in {path.parent for path in local.values()} if (folder / INDEX).is_file()
-    ]
-    indexed = {
-        folder / name: shard
-        for folder in folders
-        for name, shard in Index.read(folder / INDEX).shards.items()
-    }
+    indexed: dict[Path, ShardRecord] = {}
+    for folder in {path.parent for path in local.values()}:
+        if (folder / INDEX).is_file():
+            for name, shard in Index.read(folder / INDEX).shards.items():
+                indexed[folder / name] = shard
+
     counts: dict[str, int | None] = dict.fromkeys(urls)
     for url, path in local.items():
         if path in indexed:
             counts[url] = indexed[path].images
         elif path.is_file():
             counts[url] = count_images(path, image_key)
+
+    # A local shard that can't be counted is taken for one like the others.
     known = [count for count in counts.values() if count is not None]
     mean = max(1, round(sum(known) / len(known))) if known else 0
-    return {url: mean if url in local and n is None else n for url, n in counts.items()}
+    for url in local:
+        if counts[url] is None:
+            counts[url] = mean
+    return counts
 
 
 def count_images(path: Path, image_key: str | None = None) -> int | None:
-    """Count a local shard's images by its headers, up to where it is damaged; None if that is at its beginning."""
-    count, last, whole = 0, None, False
+    """Count a local shard's images by its headers, up to where it is damaged.
+
+    None if it is damaged before its first image.
+    """
+    count = 0
+    last = None
+    whole = False
     with contextlib.suppress(*SHARD_ERRORS), tarfile.open(path, "r:*") as archive:
         while (member := archive.next()) is not None:
-            archive.members = []  # type: ignore[attr-defined]  # which would hold the headers of all
+            # Forget the members that were read: a large shard's headers fill the memory.
+            archive.members = []  # type: ignore[attr-defined]
+            # Files of one key are one image; None is a name that belongs to no sample.
             key, extension = base_plus_ext(member.name)
             if (
                 key not in (None, last)
                 and member.isreg()
                 and is_image(extension.lower(), image_key)
             ):
-                count, last = count + 1, key
+                count += 1
+                last = key
         whole = True
     return count if count or whole else None

@@ -1,4 +1,4 @@
-"""Read shards of latents: the files of each image, the description beside the shards; batches, also with the images."""
+"""Read latents from shards: an image's files, the folder's description, batches of both sources."""
 
 import io
 import json
@@ -22,17 +22,23 @@ from olvae.data.shards.webdataset import ShardSource
 from olvae.data.source import Sample
 from olvae.modules.distributions import LOGVAR_RANGE
 
-LATENT = "latent.safetensors"  # the posterior's ``mean`` and ``std``, or one ``latent``, each (n_z, h, w)
+# The posterior's ``mean`` and ``std``, or one ``latent``, each (n_z, h, w).
+LATENT = "latent.safetensors"
 
 META = "latent.json"
-"""The extension of an image's ``key``, its ``width`` and ``height`` before it was resized, and the size of the
-``image`` that the latent stands for, [width, height]: the image was padded if that is not a multiple of f."""
+"""The extension of an image's ``key``, its ``width`` and ``height`` before it was resized, and the
+size of the ``image`` that the latent stands for, [width, height]: the image was padded if that is
+not a multiple of f."""
 
-FLIP = "_flip"  # end of the names of the mirrored image's tensors
-STATS = "stats.json"  # the description beside the shards; it is written last, so a folder without one is not complete
+# End of the names of the mirrored image's tensors.
+FLIP = "_flip"
+# The description beside the shards. It is written last: a folder without it is not complete.
+STATS = "stats.json"
 
-PIXELS = "latent.png"  # extension of the pixels; for its dot, sources of images don't take it for an image
-COMPRESSION = 3  # zlib's level: a third of the time of Pillow's 6, and .3 % more bytes for photographs of 256 pixels
+# Extension of the pixels; because of its dot, sources of images don't take the file for an image.
+PIXELS = "latent.png"
+# zlib's level: it takes a third of the time of Pillow's 6, for .3 % more bytes at 256 pixels.
+COMPRESSION = 3
 
 
 class Latent(NamedTuple):
@@ -42,7 +48,7 @@ class Latent(NamedTuple):
     std: Tensor | None = None
 
     def draw(self, generator: torch.Generator | None) -> Tensor:
-        """A sample of the Gaussian, or its mode if ``generator`` is None; float32."""
+        """Draw from the Gaussian, or take its mode if ``generator`` is None; float32."""
         mean = self.mean.float()
         if self.std is None or generator is None:
             return mean
@@ -57,13 +63,13 @@ def read_latent(entry: Entry) -> tuple[Latent, Latent | None, dict[str, Any]]:
     try:
         tensors = load(entry.data)
         meta = json.loads(entry.files[META])
-        flipped = _latent(tensors, FLIP) if any(name.endswith(FLIP) for name in tensors) else None
+        flipped = None
+        if any(name.endswith(FLIP) for name in tensors):
+            flipped = _latent(tensors, FLIP)
         width, height = meta["image"]
-        return (
-            _latent(tensors, ""),
-            flipped,
-            {**meta, "key": str(meta["key"]), "image": [int(width), int(height)]},
-        )
+        latent = _latent(tensors, "")
+        own = {**meta, "key": str(meta["key"]), "image": [int(width), int(height)]}
+        return latent, flipped, own
     except (
         SafetensorError,
         ValueError,
@@ -78,50 +84,58 @@ def read_latent(entry: Entry) -> tuple[Latent, Latent | None, dict[str, Any]]:
 
 
 def _latent(tensors: Mapping[str, Tensor], ending: str) -> Latent:
+    """Take the tensors of one latent, whose names have this ending; ValueError for odd ones."""
     names = ("latent",) if f"latent{ending}" in tensors else ("mean", "std")
     parts = [tensors[f"{name}{ending}"] for name in names]
-    if parts[0].ndim != 3 or any(
-        part.shape != parts[0].shape or not part.is_floating_point() for part in parts
+    shape = parts[0].shape
+    if len(shape) != 3 or any(
+        part.shape != shape or not part.is_floating_point() for part in parts
     ):
         raise ValueError(", ".join(f"{part.dtype} of shape {tuple(part.shape)}" for part in parts))
     return Latent(*parts)
 
 
 def read_stats(folder: str | Path) -> dict[str, Any]:
-    """Read the description of a folder of latents; FileNotFoundError if they are not complete, ValueError if broken."""
+    """Read the description of a folder of latents.
+
+    Raises FileNotFoundError: the latents are not complete. ValueError: the description is broken.
+    """
     path = Path(folder).expanduser() / STATS
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder}: no {STATS}, so these are not latents, or not all of them yet: run `olvae encode` (again)"
+            f"{folder}: no {STATS}, so these are not latents, or not all of them yet: "
+            "run `olvae encode` (again)"
         )
     try:
-        stats = json.loads(path.read_text(encoding="utf-8"))
+        stats: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         shape = stats["latent_shape"]
-        return {
-            **stats,
-            **{name: int(stats[name]) for name in ("count", "downscale", "channels")},
-            "size": stats["size"] and Sides.of(stats["size"]).node,
-            **{name: float(stats[name]) for name in ("shift_factor", "scaling_factor")},
-            **{
-                name: [float(x) for x in stats[name]]
-                for name in ("latents_mean", "latents_std", "means_std")
-            },
-            "latent_shape": None if shape is None else [int(side) for side in shape],
-        }
+        for name in ("count", "downscale", "channels"):
+            stats[name] = int(stats[name])
+        if stats["size"]:
+            stats["size"] = Sides.of(stats["size"]).node
+        for name in ("shift_factor", "scaling_factor"):
+            stats[name] = float(stats[name])
+        for name in ("latents_mean", "latents_std", "means_std"):
+            stats[name] = [float(x) for x in stats[name]]
+        if shape is not None:
+            stats["latent_shape"] = [int(side) for side in shape]
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path}: not a description of latents: {error!r}") from error
+    return stats
 
 
 class LatentSource(ShardSource):
-    """Batches of scaled latents: ``latent``, float32 (B, n_z, h, w), their ``key`` and, with classes, ``label``.
+    """Batches of scaled latents: ``latent``, float32 (B, n_z, h, w), ``key`` and maybe ``label``.
 
-    A latent is (z - shift_factor) * scaling_factor with the numbers of the folder's ``stats.json``, so that over the
-    data its mean is 0 and its standard deviation 1: over all channels together, or of each channel. Each visit draws
-    another z from a posterior. ``train_loader`` is endless and resumable at any sample, shared among loader processes
-    and ranks, in the order that :class:`~olvae.data.shards.webdataset.WebDatasetSource` describes. ``val_loader`` and
+    A latent is (z - shift_factor) * scaling_factor with the numbers of the folder's ``stats.json``,
+    so that over the data its mean is 0 and its standard deviation 1: over all channels together, or
+    of each channel. Each visit draws another z from a posterior. ``train_loader`` is endless and
+    resumable at any sample, shared among loader processes and ranks, in the order that
+    :class:`~olvae.data.shards.webdataset.WebDatasetSource` describes. ``val_loader`` and
     ``test_loader`` give each latent once, in order, from the posterior's mode and not mirrored.
 
-    ``label`` is the number in an image's ``.cls`` file; batches in which an image has none are without.
+    ``label`` is the number in an image's ``.cls`` file. A batch with an image that has no such file
+    has no labels.
 
     Args:
         folder: written by ``olvae encode``.
@@ -129,10 +143,11 @@ class LatentSource(ShardSource):
         shuffle: latents in a shuffled block; two blocks are in memory per loader process.
         sample: in training, draw from the posterior; else take its mode.
         flip: in training, take the mirrored image's latent half of the time, if it was encoded too.
-        per_channel: shift and scale each channel by its own numbers, as VA-VAE's diffusion models do.
+        per_channel: shift and scale each channel by its own numbers, as VA-VAE's diffusion models.
 
-    Raises FileNotFoundError: the folder has no latents, or not all of them yet. ValueError: they have several shapes
-    and can't be put into a batch, there are too few, or a channel that is to be scaled is the same everywhere.
+    Raises FileNotFoundError: the folder has no latents, or not all of them yet. ValueError: they
+    have several shapes and can't be put into a batch, there are too few, or a channel that is to be
+    scaled is the same everywhere.
     """
 
     tensor = "latent"
@@ -153,20 +168,23 @@ class LatentSource(ShardSource):
             raise ValueError(
                 f"{folder}: latents of several shapes don't fit into a batch: set batch_size to 1"
             )
+
+        # The numbers that scale latents.
         self.shift_factor: float | Tensor = self.stats["shift_factor"]
         """Mean of the stored latents; of each channel, (n_z, 1, 1)."""
         self.scaling_factor: float | Tensor = self.stats["scaling_factor"]
-        """One over their standard deviation. A diffusion model's samples go back with z / scaling + shift."""
+        """One over their standard deviation. To undo the scaling: z / scaling + shift."""
         if per_channel:
-            mean, std = (
-                torch.tensor(self.stats[name])[:, None, None]
-                for name in ("latents_mean", "latents_std")
-            )
+            mean = torch.tensor(self.stats["latents_mean"])[:, None, None]
+            std = torch.tensor(self.stats["latents_std"])[:, None, None]
             if not bool((std > 0).all()):
                 raise ValueError(
                     f"{folder}: channel {int(std.argmin())} of its latents is the same everywhere"
                 )
-            self.shift_factor, self.scaling_factor = mean, 1.0 / std
+            self.shift_factor = mean
+            self.scaling_factor = 1.0 / std
+
+        # The same shards serve for training and validation.
         self.sample = sample
         self.flip = flip
         shards = with_counts(find_shards(folder), str(Path(folder).expanduser() / INDEX), LATENT)
@@ -193,7 +211,9 @@ class LatentSource(ShardSource):
         latent, flipped, meta = read_latent(entry)
         if self.flip and flipped is not None and rng.random() < 0.5:
             latent = flipped
-        noise = torch.Generator().manual_seed(int(rng.integers(2**63))) if self.sample else None
+        noise = None
+        if self.sample:
+            noise = torch.Generator().manual_seed(int(rng.integers(2**63)))
         return self._sample(latent, noise, meta["key"], entry)
 
     def val_sample(self, entry: Entry) -> Sample:
@@ -203,7 +223,8 @@ class LatentSource(ShardSource):
     def _sample(
         self, latent: Latent, noise: torch.Generator | None, key: str, entry: Entry
     ) -> Sample:
-        shape, expected = [*latent.mean.shape], self.stats["latent_shape"]
+        shape = [*latent.mean.shape]
+        expected = self.stats["latent_shape"]
         if expected is not None and shape != expected:
             raise UnreadableImageError(
                 entry.name, f"a latent of shape {shape}, but {expected} by {STATS}"
@@ -213,9 +234,14 @@ class LatentSource(ShardSource):
 
 
 def read_label(entry: Entry) -> int | None:
-    """Read the number in an image's ``.cls`` file, if it has one; UnreadableImageError for something else."""
+    """Read the number in an image's ``.cls`` file, if it has one.
+
+    Raises UnreadableImageError: the file holds something else.
+    """
+    if "cls" not in entry.files:
+        return None
     try:
-        return int(entry.files["cls"]) if "cls" in entry.files else None
+        return int(entry.files["cls"])
     except ValueError as error:
         raise UnreadableImageError(entry.name, f"its .cls is not a number: {error}") from error
 
@@ -223,35 +249,37 @@ def read_label(entry: Entry) -> int | None:
 def pixel_bytes(pixels: Tensor) -> bytes:
     """Encode pixels, uint8 (C, H, W) with C of 1, 3 or 4, losslessly."""
     stream = io.BytesIO()
-    Image.merge(MODES[len(pixels)], tensor_to_picture(pixels).bands).save(
-        stream, "PNG", compress_level=COMPRESSION
-    )
+    picture = Image.merge(MODES[len(pixels)], tensor_to_picture(pixels).bands)
+    picture.save(stream, "PNG", compress_level=COMPRESSION)
     return stream.getvalue()
 
 
 class PairSource(ShardSource):
-    """Images with the moments of a teacher's latents, from shards that ``olvae encode`` wrote with ``images``.
+    """Images with the moments of a teacher's latents, written by ``olvae encode`` with ``images``.
 
-    A batch has ``image``, uint8 (B, C, H, W), ``moments``, float32 (B, 2 n_z, H / f, W / f): the means, then the
-    log-variances, which are at least -30; ``key`` and, with classes, ``label``. Nothing is drawn: a trainer
-    draws a new latent at every visit with ``DiagonalGaussian(batch["moments"])``.
+    A batch has ``image``, uint8 (B, C, H, W), ``moments``, float32 (B, 2 n_z, H / f, W / f): the
+    means, then the log-variances, which are at least -30; ``key`` and, with classes, ``label``.
+    Nothing is drawn: a trainer draws a new latent at every visit with
+    ``DiagonalGaussian(batch["moments"])``.
 
-    Training cuts the same window of image and latent, at a random multiple of f, and takes the mirrored image with the
-    latent that was encoded from it; validation cuts the central window. The teacher saw the whole image, so that the
-    latent of a window may depend on its surroundings. The order of training is that of
-    :class:`~olvae.data.shards.webdataset.WebDatasetSource`.
+    Training cuts the same window of image and latent, at a random multiple of f, and takes the
+    mirrored image with the latent that was encoded from it; validation cuts the central window. The
+    teacher saw the whole image, so that the latent of a window may depend on its surroundings. The
+    order of training is the same as :class:`~olvae.data.shards.webdataset.WebDatasetSource` has.
 
     Args:
         folder: written by ``olvae encode`` with ``images``.
         batch_size, num_workers, max_unreadable: see :class:`~olvae.data.source.Source`.
-        size: of the windows, in multiples of the teacher's f; by default that of the images.
-        val_folder: another such folder for validation and test; without it the last shards are held out.
+        size: of the windows, in multiples of the teacher's f; by default the images' size.
+        val_folder: another such folder for validation and test; without it the last shards are
+            held out.
         val_fraction: without val_folder, the share of the shards that is held out, at least one.
         shuffle: pairs in a shuffled block; two blocks are in memory, undecoded, per loader process.
         flip: in training, mirror half of the pairs, if mirrored images were encoded too.
 
-    Raises FileNotFoundError: a folder has no latents, or not all of them yet. ValueError: it has no images, or one
-    latent for each instead of moments; the size does not fit; the folders' teachers differ; there are too few pairs.
+    Raises FileNotFoundError: a folder has no latents, or not all of them yet. ValueError: it has no
+    images, or one latent for each instead of moments; the size does not fit; the folders' teachers
+    differ; there are too few pairs.
     """
 
     def __init__(
@@ -268,21 +296,35 @@ class PairSource(ShardSource):
     ) -> None:
         self.stats = _read_stats(folder, size)
         self.latent_stats = (self.stats,)
-        size = self.stats["size"] if size is None else size
-        held_out = self.stats if val_folder is None else _read_stats(val_folder, size)
-        if held_out["weights"] != self.stats["weights"]:
-            raise ValueError(
-                f"data.params.val_folder: {val_folder} has latents of other weights than {folder}: encode both with "
-                "the same target"
-            )
-        given = None if val_folder is None else find_shards(val_folder)
+        if size is None:
+            size = self.stats["size"]
+
+        # Shards of validation, by the same teacher: another folder's, or the last of this one.
+        held_out = self.stats
+        given = None
+        if val_folder is not None:
+            held_out = _read_stats(val_folder, size)
+            if held_out["weights"] != self.stats["weights"]:
+                raise ValueError(
+                    f"data.params.val_folder: {val_folder} has latents of other weights than "
+                    f"{folder}: encode both with the same target"
+                )
+            given = find_shards(val_folder)
         train, val = split_shards(find_shards(folder), given, val_fraction, "val_folder")
         self.flip = flip and self.stats["flip"]
-        parts = with_counts(train, image_key=LATENT), with_counts(val, image_key=LATENT)
-        channels = self.stats["channels"]
         super().__init__(
-            *parts, shuffle, LATENT, size, batch_size, num_workers, channels, max_unreadable
+            with_counts(train, image_key=LATENT),
+            with_counts(val, image_key=LATENT),
+            shuffle,
+            LATENT,
+            size,
+            batch_size,
+            num_workers,
+            self.stats["channels"],
+            max_unreadable,
         )
+
+        # How validation images were cut: once when they were encoded, once more for a smaller size.
         self.crops = f"at {held_out['size']} pixels: {EvalTransform(held_out['size']).describe()}"
         if self.size.node != held_out["size"]:
             central = f"the central {self.size.node} pixels"
@@ -291,8 +333,9 @@ class PairSource(ShardSource):
     def describe(self) -> str:
         mirrored = ", half of them mirrored" if self.flip else ""
         return (
-            f"{self.samples_per_epoch} training images in {len(self.train)} shards{mirrored}, {self.val_images} "
-            f"validation and test images, with the latents of {self.stats['target']}"
+            f"{self.samples_per_epoch} training images in {len(self.train)} shards{mirrored}, "
+            f"{self.val_images} validation and test images, with the latents of "
+            f"{self.stats['target']}"
         )
 
     def train_sample(self, entry: Entry, rng: np.random.Generator) -> Sample:
@@ -303,62 +346,75 @@ class PairSource(ShardSource):
         return self._window(entry, False, lambda places: (places - 1) // 2)
 
     def _window(self, entry: Entry, mirror: bool, choose: Callable[[int], int]) -> Sample:
-        """Cut a window of the pair; ``choose`` picks one of n places, for the rows and then for the columns."""
+        """Cut a window of the pair; ``choose`` picks one of n places: for rows, then columns."""
+        # The latent, and the pixels that it stands for, (C, H, W).
         plain, mirrored, meta = read_latent(entry)
         latent = mirrored if mirror else plain
-        f = self.stats["downscale"]
-        high, wide = self.size // f
         if PIXELS not in entry.files or latent is None or latent.std is None:
             raise UnreadableImageError(
                 entry.name, f"no {PIXELS} beside it, or no mean and std in it"
             )
         name = f"{entry.name.removesuffix(LATENT)}{PIXELS}"
-        pixels = image_to_tensor(
-            Photo(entry.files[PIXELS], name, self.channels).read()
-        )  # (C, H, W)
+        pixels = image_to_tensor(Photo(entry.files[PIXELS], name, self.channels).read())
+
+        # Their shapes must agree, and a window of (high, wide) positions must fit.
+        f = self.stats["downscale"]
+        high, wide = self.size // f
         channels, height, width = latent.mean.shape
         fits = pixels.shape[1:] == (height * f, width * f) and height >= high and width >= wide
         if channels != len(self.stats["latents_mean"]) or not fits:
             raise UnreadableImageError(
                 name, f"{tuple(pixels.shape)} pixels for a latent {tuple(latent.mean.shape)}"
             )
+
+        # Only the plain pixels are stored; the mirrored latent was encoded from these, mirrored.
         if mirror:
             pixels = pixels.flip(-1)
-        top, left = choose(height - high + 1), choose(width - wide + 1)
+        top = choose(height - high + 1)
+        left = choose(width - wide + 1)
         image = pixels[:, top * f :, left * f :][:, : self.size.height, : self.size.width]
-        mean, std = (
-            part[:, top:, left:][:, :high, :wide].float() for part in (latent.mean, latent.std)
-        )
+        window = (slice(None), slice(top, top + high), slice(left, left + wide))
+        mean = latent.mean[window].float()
+        std = latent.std[window].float()
         moments = torch.cat([mean, (2.0 * std.log()).clamp(*LOGVAR_RANGE)])  # (2 n_z, H/f, W/f)
         return Sample(image, meta["key"], label=read_label(entry), moments=moments)
 
 
 def _read_stats(folder: str | Path, size: Size | None) -> dict[str, Any]:
     """Read the description of a folder of pairs, with the errors of :class:`PairSource`."""
+    # It holds images, what a trainer asks of their teacher, and posteriors: latents that are drawn
+    # from these vary more than their means do.
     stats = read_stats(folder)
     if not stats.get("images"):
         raise ValueError(
-            f"{folder}: latents without their images: let `olvae encode` store both, in another folder"
+            f"{folder}: latents without their images: let `olvae encode` store both, "
+            "in another folder"
         )
-    if missing := [name for name in ("weights", "flip", "target") if name not in stats]:
+    missing = [name for name in ("weights", "flip", "target") if name not in stats]
+    if missing:
         raise ValueError(
             f"{Path(folder) / STATS}: not a description of latents: without {', '.join(missing)}"
         )
     if stats["latents_std"] == stats["means_std"]:
         raise ValueError(
-            f"{folder}: one latent for each image instead of a mean and a standard deviation: encode "
-            "posteriors, not samples of them, with a target that has a distribution, into another folder"
+            f"{folder}: one latent for each image instead of a mean and a standard deviation: "
+            "encode posteriors, not samples of them, with a target that has a distribution, into "
+            "another folder"
         )
+
+    # Windows lie within the images, and begin and end between two latent positions.
     if size is None:
         return stats
-    if any(one > other for one, other in zip(Sides.of(size), Sides.of(stats["size"]), strict=True)):
+    window = Sides.of(size)
+    whole = Sides.of(stats["size"])
+    if window.height > whole.height or window.width > whole.width:
         raise ValueError(
-            f"data.params.size: {size} pixels, but the images of {folder} have {stats['size']}: encode larger ones, "
-            "or train on smaller crops"
+            f"data.params.size: {size} pixels, but the images of {folder} have {stats['size']}: "
+            "encode larger ones, or train on smaller crops"
         )
-    if not Sides.of(size).fits(stats["downscale"]):
+    if not window.fits(stats["downscale"]):
         raise ValueError(
-            f"data.params.size: {size} is not a multiple of {stats['downscale']}, the downscaling factor of the "
-            f"latents of {folder}"
+            f"data.params.size: {size} is not a multiple of {stats['downscale']}, the downscaling "
+            f"factor of the latents of {folder}"
         )
     return stats

@@ -1,4 +1,4 @@
-"""Read shards, tar files in WebDataset's format, from disk, URLs and commands, up to where they are damaged."""
+"""Read shards, tar files in WebDataset's format, from disk, URLs and commands, even if damaged."""
 
 import asyncio
 import bz2
@@ -40,23 +40,20 @@ SHARD_ERRORS = (
 )
 """Exceptions from reading a broken tar file."""
 
-MAX_FILE_BYTES = (
-    2**30
-)  # largest file in a shard: an uncompressed TIFF of the largest picture that is read
-MAX_EXPANSION = (
-    32  # largest ratio of a compressed shard to its file; arrays of drawings shrink by some ten
-)
-FREE_EXPANSION = (
-    2**26
-)  # bytes that it may have beyond that ratio, because its first block may hold much
-COMPRESSED: Mapping[
-    bytes, Callable[[Any], Any]
-] = {  # readers of compressed shards by their first bytes
+# Largest file in a shard: an uncompressed TIFF of the largest picture that is read.
+MAX_FILE_BYTES = 2**30
+# Largest ratio of a compressed shard's content to its file; arrays of drawings shrink by some ten.
+MAX_EXPANSION = 32
+# Bytes of content allowed beyond that ratio, because the first block of a file may hold much.
+FREE_EXPANSION = 2**26
+# Readers of compressed shards by their first bytes.
+COMPRESSED: Mapping[bytes, Callable[[Any], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ": lzma.LZMAFile,
 }
-META = re.compile(r"__[^/]*__($|/)")  # names in WebDataset's shards that belong to no sample
+# Names in WebDataset's shards that belong to no sample.
+META = re.compile(r"__[^/]*__($|/)")
 TAR_NAME = re.compile(r"[^/\s'\"?&=:]+\.(?:tar\.gz|tgz|tar)(?![\w.])")
 
 
@@ -68,7 +65,7 @@ class Shard(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of its file without the extension: with it begin the keys of its images."""
+        """Its file's name without the extension: the keys of its images begin with it."""
         return legible(re.sub(r"\.(tar\.gz|tgz|tar)$", "", file_name(self.url)))
 
 
@@ -83,18 +80,26 @@ class Entry(NamedTuple):
 
 
 def file_name(url: str) -> str:
-    """The name of a shard's file, even inside a command or before a URL's signature; else its end, with a hash."""
-    names, end = [] if is_local(url) else TAR_NAME.findall(url), Path(url).name
-    if names or is_local(url) or end == url:
-        return names[-1] if names else end
+    """Find the name of a shard's file, even in a command or before a URL's signature.
+
+    A URL without such a name gives its end, with a hash of the whole.
+    """
+    end = Path(url).name
+    if is_local(url):
+        return end
+    names: list[str] = TAR_NAME.findall(url)
+    if names:
+        return names[-1]
+    if end == url:
+        return end
     return f"{end}-{hashlib.sha256(url.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
 def read_shard(shard: Shard, image_key: str | None = None) -> Iterator[Entry | ReadError]:
-    """Yield the images of a shard in order, undecoded; last a ReadError if it can't be opened or ends early.
+    """Yield the images of a shard in order, undecoded; then a ReadError if it can't be read whole.
 
-    ``image_key`` is the extension of the image in a group of files of one name, by default the first that is an
-    image's. A group without one is left out.
+    ``image_key`` is the extension of the image in a group of files of one name, by default the
+    first image's. A group without one is left out.
     """
     errors: list[ReadError] = []
 
@@ -103,27 +108,27 @@ def read_shard(shard: Shard, image_key: str | None = None) -> Iterator[Entry | R
         return True
 
     for group in group_by_keys(_files(shard.url, errors), handler=skip):
-        images = [
-            ext for ext in group if is_image(ext, image_key)
-        ]  # a .npz beside a picture is something else
+        images = [ext for ext in group if is_image(ext, image_key)]
+        # A picture comes before a .npz, which then is something else about it.
         extension = min(images, key=lambda ext: ext.endswith("npz"), default=None)
-        if extension is not None:
-            key = legible(group["__key__"])
-            others = {
-                ext: group[ext] for ext in group if ext != extension and not ext.startswith("__")
-            }
-            yield Entry(
-                f"{shard.name}/{key}",
-                f"{legible(shard.url)}/{key}.{extension}",
-                group[extension],
-                others,
-            )
+        if extension is None:
+            continue
+        others = {
+            ext: content
+            for ext, content in group.items()
+            if ext != extension and not ext.startswith("__")
+        }
+        key = legible(group["__key__"])
+        name = f"{legible(shard.url)}/{key}.{extension}"
+        yield Entry(f"{shard.name}/{key}", name, group[extension], others)
     yield from errors
 
 
 def is_image(extension: str, image_key: str | None) -> bool:
-    """Whether an extension is ``image_key`` or, without one, that of a picture format."""
-    return extension == image_key if image_key else f".{extension}" in EXTENSIONS
+    """Whether an extension is ``image_key`` or, without one, a picture format's."""
+    if image_key:
+        return extension == image_key
+    return f".{extension}" in EXTENSIONS
 
 
 def _files(url: str, errors: list[ReadError]) -> Iterator[dict[str, Any]]:
@@ -133,28 +138,45 @@ def _files(url: str, errors: list[ReadError]) -> Iterator[dict[str, Any]]:
             unpacked: Any = _Unpacked(stream)
             with tarfile.open(fileobj=unpacked, mode="r|", tarinfo=_StrictTarInfo) as archive:
                 while (member := archive.next()) is not None:
-                    archive.members = []  # type: ignore[attr-defined]  # which would hold the headers of all
-                    if member.isreg() and not META.match(member.name):
-                        if member.issparse() or member.size > MAX_FILE_BYTES:
-                            name, most = legible(member.name), MAX_FILE_BYTES >> 30
-                            raise ValueError(f"{name}: a sparse file, or larger than {most} GiB")
-                        content: Any = archive.extractfile(member)
-                        yield {"fname": member.name, "data": content.read(), "__url__": url}
-            stream.read(1)  # raises if the command or connection failed at its end
+                    # Forget the members that were read: a large shard's headers fill the memory.
+                    archive.members = []  # type: ignore[attr-defined]
+                    if not member.isreg() or META.match(member.name):
+                        continue
+                    if member.issparse() or member.size > MAX_FILE_BYTES:
+                        raise ValueError(
+                            f"{legible(member.name)}: a sparse file, or larger than "
+                            f"{MAX_FILE_BYTES >> 30} GiB"
+                        )
+                    content: Any = archive.extractfile(member)
+                    yield {"fname": member.name, "data": content.read(), "__url__": url}
+            # Reading at the end raises if the command or connection failed there.
+            stream.read(1)
     except SHARD_ERRORS as error:
         errors.append(ReadError(url, _reason(error)))
 
 
 class _Unpacked:
-    """A stream or, if it is compressed, its content, as long as that is in proportion to the bytes read from it."""
+    """A stream's content, unpacked if it is compressed.
+
+    ValueError if the content is out of proportion to the bytes read from the stream.
+    """
 
     def __init__(self, stream: Any) -> None:
-        self._stream, self._ahead, self._place = stream, b"", 0
-        while len(self._ahead) < 6 and (data := stream.read(6 - len(self._ahead))):
+        self._stream = stream
+        # First bytes, read to recognise the format, that a reader has still to get.
+        self._ahead = b""
+        # Number of packed bytes that the reader took.
+        self._place = 0
+        while len(self._ahead) < 6:
+            data = stream.read(6 - len(self._ahead))
+            if not data:
+                break
             self._ahead += data
-        readers = (reader for first, reader in COMPRESSED.items() if self._ahead.startswith(first))
-        packed: Any = SimpleNamespace(read=self._packed)
-        self._opened = next((reader(packed) for reader in readers), None)
+        self._opened: Any = None
+        for first, reader in COMPRESSED.items():
+            if self._ahead.startswith(first):
+                self._opened = reader(SimpleNamespace(read=self._packed))
+                break
 
     def _packed(self, size: int) -> bytes:
         data: bytes = self._ahead[:size] or self._stream.read(size)
@@ -165,47 +187,52 @@ class _Unpacked:
     def read(self, size: int) -> bytes:
         if self._opened is None:
             return self._packed(size)
-        part: bytes = self._opened.read1(size)  # what is whole; the next call raises the reason
+        # At damage, read1 gives all bytes before it; the next call raises the reason.
+        part: bytes = self._opened.read1(size)
         if self._opened.tell() > FREE_EXPANSION + MAX_EXPANSION * self._place:
             raise ValueError(
-                f"it unpacks to more than {MAX_EXPANSION} times its size, a decompression bomb perhaps"
+                f"it unpacks to more than {MAX_EXPANSION} times its size, "
+                "a decompression bomb perhaps"
             )
         return part
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """Raise ReadError for a damaged or missing header, which tarfile takes for the end of the archive."""
+    """Raise ReadError for a damaged or missing header; tarfile takes it for the archive's end."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictTarInfo":
         try:
             return super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the end mark
+        # The end mark is no damage.
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError("not a tar file, or cut off or damaged") from error
 
 
-STALL_S = 60.0  # seconds without a byte after which a download is taken up anew
+# Seconds without a byte after which a download is resumed.
+STALL_S = 60.0
 CONNECT_S = 30.0
-RETRY_S = (
-    60.0  # seconds after a failure during which a download is tried again before it is given up
-)
-PAUSE_S = (
-    1.0  # seconds before the first of these tries; each pause is twice as long as the one before
-)
-MAX_RESUMES = 20  # number of times that one download is taken up anew
-CHUNK = (
-    2**20
-)  # bytes that are asked of a download at a time; fsspec passes each on from another thread
-BLOCK = 2**23  # bytes of a request to an object store
-TEMPORARY = (408, 425, 429)  # HTTP statuses below 500 after which a request is repeated
+# Seconds after a failure during which a download is tried again before it is given up.
+RETRY_S = 60.0
+# Seconds before the first of these tries; each pause is twice as long as the one before.
+PAUSE_S = 1.0
+# Number of times that one download is resumed.
+MAX_RESUMES = 20
+# Bytes that are asked of a download at a time; fsspec passes each piece on from another thread.
+CHUNK = 2**20
+# Bytes of a request to an object store.
+BLOCK = 2**23
+# HTTP statuses below 500 after which a request is repeated.
+TEMPORARY = (408, 425, 429)
 
 
 def open_url(url: str) -> Any:
-    """Open a file, a URL or a ``pipe:`` command for reading in sequence; OSError if a local file can't be opened.
+    """Open a file, a URL or a ``pipe:`` command for reading in sequence.
 
-    ``read(size)`` may give fewer bytes; it raises OSError, after all bytes that came, when a command or download fails.
+    ``read(size)`` may give fewer bytes. When a command or download fails, it raises OSError after
+    all bytes that came. Raises OSError if a local file can't be opened.
     """
     if url.startswith("pipe:"):
         return _Command(url.removeprefix("pipe:"))
@@ -226,18 +253,18 @@ class _Command:
 
     def read(self, size: int) -> bytes:
         data: bytes = self._output.read(size)
-        if not data and (status := self._process.wait()):
-            why = (
-                f"failed with exit status {status}"
-                if status > 0
-                else f"was ended by {signal.Signals(-status).name}"
-            )
-            raise OSError(f"the command {why}")
+        if data:
+            return data
+        status = self._process.wait()
+        if status > 0:
+            raise OSError(f"the command failed with exit status {status}")
+        if status < 0:
+            raise OSError(f"the command was ended by {signal.Signals(-status).name}")
         return data
 
 
 class _Download:
-    """The bytes of a URL in sequence; after a cut or stalled connection it reads on from the next byte.
+    """The bytes of a URL in sequence; a cut or stalled connection is resumed at the next byte.
 
     Opened and used in one process only: fsspec's event loop does not survive a fork.
     """
@@ -245,8 +272,11 @@ class _Download:
     def __init__(self, url: str) -> None:
         self._url = url
         self._file: Any = None
+        # Bytes that came and were not read yet.
         self._ahead = memoryview(b"")
+        # Number of bytes that came.
         self._place = 0
+        # The version of the file, as far as the server names one.
         self._tag: str | None = None
         self._resumes = 0
 
@@ -258,12 +288,14 @@ class _Download:
     def read(self, size: int) -> bytes:
         if not self._ahead:
             self._ahead = memoryview(self._more())
-        data, self._ahead = self._ahead[:size], self._ahead[size:]
+        data = self._ahead[:size]
+        self._ahead = self._ahead[size:]
         return data.tobytes()
 
     def _more(self) -> bytes:
-        """The next bytes; tries again after temporary failures."""
-        pause, until = PAUSE_S, None
+        """Fetch the next bytes; try again after temporary failures."""
+        pause = PAUSE_S
+        until: float | None = None
         while True:
             try:
                 if self._file is None:
@@ -271,7 +303,8 @@ class _Download:
                 data: bytes = self._file.read(CHUNK)
             except Exception as error:  # each file system raises its own kinds
                 self.close()
-                until = until or time.monotonic() + RETRY_S
+                if until is None:
+                    until = time.monotonic() + RETRY_S
                 self._resumes += 1
                 if (
                     _is_final(error)
@@ -287,6 +320,7 @@ class _Download:
 
     def _open(self) -> None:
         """Open the URL at the byte after the last one that came."""
+        # Object stores: fsspec's file can seek.
         if not self._url.startswith(("http://", "https://", "hf://")):
             system, path = fsspec.url_to_fs(self._url, skip_instance_cache=True)
             self._file = system.open(path, "rb", block_size=BLOCK, cache_type="readahead")
@@ -294,36 +328,39 @@ class _Download:
             return
         import aiohttp
 
-        url, headers = _on_the_hub(self._url) if self._url.startswith("hf://") else (self._url, {})
+        # One HTTP request from that byte on, for the bytes as stored.
+        url = self._url
+        headers: dict[str, str] = {}
+        if url.startswith("hf://"):
+            url, headers = _on_the_hub(url)
         headers["Accept-Encoding"] = "identity"
         if self._place:
             headers["Range"] = f"bytes={self._place}-"
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=STALL_S)
-        client = {"timeout": timeout}  # with trust_env, a .netrc would clash with the hub's token
+        # The proxy is set by hand: with trust_env, a .netrc would clash with the hub's token.
+        client = {"timeout": timeout}
         system = fsspec.filesystem(
             "http", encoded=True, client_kwargs=client, skip_instance_cache=True
         )
-        # any size: else a request would ask for it
-        self._file = system.open(
-            url, "rb", block_size=0, size=1, headers=headers, proxy=_proxy(url)
-        )
+        address = urlsplit(url)
+        proxy = None
+        if not proxy_bypass(address.hostname or ""):
+            proxy = getproxies().get(address.scheme)
+        # Any size will do: without one, fsspec sends a request to learn it.
+        self._file = system.open(url, "rb", block_size=0, size=1, headers=headers, proxy=proxy)
+
+        # Refuse another version than before, and skip what a server without ranges sends again.
         response = self._file.r
         tag = response.headers.get("ETag")
         if self._tag not in (None, tag):
             raise ValueError("it changed while it was read")
         self._tag = tag
         ahead = self._place if response.status != 206 else 0
-        while ahead:  # the server sends everything again
+        while ahead:
             skipped = len(self._file.read(min(ahead, CHUNK)))
             if not skipped:
                 raise ValueError("it changed while it was read")
             ahead -= skipped
-
-
-def _proxy(url: str) -> str | None:
-    """The proxy that the environment names for a URL."""
-    address = urlsplit(url)
-    return None if proxy_bypass(address.hostname or "") else getproxies().get(address.scheme)
 
 
 def _on_the_hub(url: str) -> tuple[str, dict[str, str]]:
@@ -340,9 +377,9 @@ def _on_the_hub(url: str) -> tuple[str, dict[str, str]]:
 
 def _status(error: Exception) -> int | None:
     """The HTTP status of an error of aiohttp or of the hub's library."""
-    status = getattr(error, "status", None) or getattr(
-        getattr(error, "response", None), "status_code", None
-    )
+    status = getattr(error, "status", None)
+    if not status:
+        status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
 
 
@@ -350,12 +387,12 @@ def _is_final(error: Exception) -> bool:
     """Whether trying again can't help."""
     status = _status(error)
     refused = status is not None and status < 500 and status not in TEMPORARY
-    return refused or isinstance(
-        error, FileNotFoundError | PermissionError | ImportError | ValueError
-    )
+    final = FileNotFoundError | PermissionError | ImportError | ValueError
+    return refused or isinstance(error, final)
 
 
 def _explain(error: Exception) -> str:
+    """Say in plain words why a download failed."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
     if isinstance(error, asyncio.TimeoutError):
@@ -363,15 +400,17 @@ def _explain(error: Exception) -> str:
     if type(error).__name__ in ("ClientPayloadError", "ServerDisconnectedError"):
         return "the connection dropped"
     status = _status(error)
-    return (
-        first_line(error)
-        if status is None
-        else f"the server answers {status} {HTTPStatus(status).phrase}"
-    )
+    if status is None:
+        return first_line(error)
+    return f"the server answers {status} {HTTPStatus(status).phrase}"
 
 
 def _reason(error: BaseException) -> str:
+    """Say in one line why a shard can't be read."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
     if isinstance(error, OSError):
-        return "no such file" if isinstance(error, FileNotFoundError) else reason(error)
+        return reason(error)
     text = str(error.args[0]) if error.args else type(error).__name__
+    # webdataset may append " @ " and the file.
     return " ".join(text.partition(" @ ")[0].split())

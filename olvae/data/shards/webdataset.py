@@ -1,4 +1,4 @@
-"""Stream samples of WebDataset shards: endless, shuffled, shared among processes, resumable; or once, in order."""
+"""Stream samples of WebDataset shards: endless, shuffled and resumable; or each once, in order."""
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ class ShardSource(Source):
     Args:
         train, val: the shards, with their counts where they are known.
         shuffle: entries in a block that is shuffled.
-        image_key: the extension of the file that is read in a group; by default the first that is an image's.
+        image_key: the extension of the file that is read in a group; by default the first image's.
         size, batch_size, num_workers, channels, max_unreadable, range: see :class:`Source`.
 
     Raises ValueError: a batch is larger than the training images of an epoch.
@@ -44,7 +44,8 @@ class ShardSource(Source):
         super().__init__(size, batch_size, num_workers, channels, max_unreadable, range)
         if shuffle < 1:
             raise ValueError(f"shuffle must be at least 1, got {shuffle}")
-        self.train, self.val = train, val
+        self.train = train
+        self.val = val
         self.shuffle = shuffle
         self.image_key = image_key
         self._limited = False
@@ -52,14 +53,17 @@ class ShardSource(Source):
 
     @abstractmethod
     def train_sample(self, entry: Entry, rng: np.random.Generator) -> Sample:
-        """Raise UnreadableImageError if it can't be read; another entry of the same block takes its place."""
+        """Make a training sample of an entry.
+
+        Raise UnreadableImageError if it can't be read: another entry of its block replaces it.
+        """
 
     @abstractmethod
     def val_sample(self, entry: Entry) -> Sample:
-        """Raise UnreadableImageError if it can't be read."""
+        """Make a validation sample of an entry; raise UnreadableImageError if it can't be read."""
 
     def entries(self, shard: Shard) -> Iterator[Entry | ReadError]:
-        """Read a shard; last a ReadError if it has no images and that was unknown."""
+        """Read a shard; end with a ReadError if it turns out to have no images."""
         empty = shard.images is None
         for entry in read_shard(shard, self.image_key):
             empty = False
@@ -76,12 +80,13 @@ class ShardSource(Source):
         return total([shard.images for shard in self.val])
 
     def check_processes(self, world: int) -> None:
-        processes, images = max(1, self.num_workers) * world, self.samples_per_epoch
+        processes = max(1, self.num_workers) * world
+        images = self.samples_per_epoch
         if images is None and len(self.train) < processes:
             raise ValueError(
-                f"{len(self.train)} training shards for {processes} processes ({self.num_workers} workers x {world} "
-                "ranks): each needs one of its own: lower data.params.num_workers, pack smaller shards, or give their "
-                "index"
+                f"{len(self.train)} training shards for {processes} processes "
+                f"({self.num_workers} workers x {world} ranks): each needs one of its own: lower "
+                "data.params.num_workers, pack smaller shards, or give their index"
             )
         if images is not None and images < processes:
             raise ValueError(
@@ -89,21 +94,27 @@ class ShardSource(Source):
             )
 
     def limit(self, images: int) -> None:
-        known, left, shards = self.val_images, images, []
+        known = self.val_images
         if known is None or images > known:
             has = "an unknown number of" if known is None else known
             raise ValueError(f"the set has {has} images, {images} were asked for")
+        # The last shard that is read may be cut; `once` stops at the count.
+        left = images
+        shards = []
         for shard in self.val:
-            shards.append(shard._replace(images=min(left, shard.images or 0)))
-            left -= shards[-1].images or 0
-        self.val, self._limited = [shard for shard in shards if shard.images], True
+            kept = min(left, shard.images or 0)
+            shards.append(shard._replace(images=kept))
+            left -= kept
+        self.val = [shard for shard in shards if shard.images]
+        self._limited = True
 
     def stream(self, seed: int, position: int, process: LoaderProcess) -> Iterator[Sample]:
         return _Reader(self, seed, process).samples(position)
 
     def once(self, process: LoaderProcess) -> Iterator[Sample]:
         for shard in self.val[process.index :: process.count]:
-            read, errors = 0, list[ReadError]()
+            read = 0
+            errors: list[ReadError] = []
             for entry in self.entries(shard):
                 if self._limited and read == shard.images:
                     break
@@ -115,11 +126,14 @@ class ShardSource(Source):
                     yield self.val_sample(entry)
                 except UnreadableImageError as error:
                     yield Sample(None, entry.key, (error.read_error(),))
-            if missing := range(read, shard.images or 0):
-                name, reason, *_ = (
-                    errors[-1] if errors else (shard.url, f"has fewer images than by its {INDEX}")
-                )
-                errors = [ReadError(name, reason, str(i)) for i in missing]
+
+            # Images that the index counts and the shard does not have: one error for each.
+            missing = range(read, shard.images or 0)
+            if missing:
+                last = ReadError(shard.url, f"has fewer images than its {INDEX} says")
+                if errors:
+                    last = errors[-1]
+                errors = [ReadError(last.name, last.reason, str(i)) for i in missing]
             if errors:
                 yield Sample(None, shard.url, tuple(errors))
 
@@ -127,27 +141,31 @@ class ShardSource(Source):
 class WebDatasetSource(ShardSource):
     """Images of tar files, local or remote.
 
-    An epoch is all shards, in an order of its own, laid end to end. If the number of images in each shard is known
-    (from an index, or by counting local files at the start), this sequence is cut into n equal parts for n
-    processes, loader processes times ranks: in an epoch no image comes twice, and at most one image per process is
-    left out. If it is unknown, each process takes every n-th shard, and those with fewer images begin the next epoch
-    earlier. Either way streams never end, so all ranks have the same number of batches.
+    An epoch is all shards, in an order of its own, laid end to end. If the number of images in each
+    shard is known (from an index, or by counting local files at the start), this sequence is cut
+    into n equal parts for n processes, loader processes times ranks: in an epoch no image comes
+    twice, and at most one image per process is left out. If it is unknown, each process takes every
+    n-th shard, and processes with fewer images begin the next epoch earlier. Either way streams
+    never end, so all ranks have the same number of batches.
 
-    Each process shuffles its images in blocks of ``shuffle``, so the images in shards should be shuffled already, as
-    ``olvae data pack`` does. To resume, known shards are skipped, and at most one block and the beginning of its
-    shard are read again; unknown ones are read again from the start.
+    Each process shuffles its images in blocks of ``shuffle``, so the images in shards should be
+    shuffled already, as ``olvae data pack`` does. To resume, known shards are skipped, and at most
+    one block and the beginning of its shard are read again; unknown shards are read again from the
+    start.
 
     Args:
-        shards: a folder of .tar files; a pattern such as ``data/{000..127}.tar``; URLs (http, s3, gs, hf and others
-            of fsspec), ``pipe:`` commands; or a list of these.
-        size, batch_size, num_workers, channels, max_unreadable, range: see :class:`~olvae.data.source.Source`.
+        shards: a folder of .tar files; a pattern such as ``data/{000..127}.tar``; URLs (http, s3,
+            gs, hf and others of fsspec), ``pipe:`` commands; or a list of these.
+        size, batch_size, num_workers, channels, max_unreadable, range: see
+            :class:`~olvae.data.source.Source`.
         val_shards: the validation and test images; without it the last shards are held out.
         val_fraction: without val_shards, the share of the shards that is held out, at least one.
-        index: path or URL of the shards' ``index.json``; that of local shards is found beside them.
-        shuffle: images in a shuffled block; two blocks are in memory, undecoded, per loader process.
-        image_key: the extension of the image in a sample that has several, for example ``input.png``; by default
-            the first that is an image's.
-        min_fraction, filters, flip, shuffle_channels: see :class:`~olvae.data.image.RandomScaleCrop`.
+        index: path or URL of the shards' ``index.json``; for local shards it is found beside them.
+        shuffle: images in a shuffled block; each loader process keeps two blocks, undecoded.
+        image_key: the extension of the image in a sample that has several, for example
+            ``input.png``; by default the first image is taken.
+        min_fraction, filters, flip, shuffle_channels: see
+            :class:`~olvae.data.image.RandomScaleCrop`.
 
     Raises:
         FileNotFoundError: no shard is there for training, or for validation.
@@ -174,6 +192,8 @@ class WebDatasetSource(ShardSource):
         range: RangeNode | None = None,  # noqa: A002
     ) -> None:
         transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+
+        # Shards of training and validation; a held-out part may have none that exists.
         found = find_shards(shards)
         given = None if val_shards is None else find_shards(val_shards)
         train, val = split_shards(found, given, val_fraction, "val_shards")
@@ -181,16 +201,21 @@ class WebDatasetSource(ShardSource):
             for part, use in ((train, "training"), (val, "validation")):
                 if not any(may_exist(url) for url in part):
                     raise FileNotFoundError(
-                        f"{part[0]}: no such shard, nor another one for {use}, which has {len(part)} of "
-                        f"{len(found)}: correct data.params.shards, or set data.params.val_shards"
+                        f"{part[0]}: no such shard, nor another one for {use}, which has "
+                        f"{len(part)} of {len(found)}: correct data.params.shards, or set "
+                        "data.params.val_shards"
                     )
-        counted, own = with_counts(train, index, image_key), None if given else index
-        held_out = (
-            counted if (val, own) == (train, index) else with_counts(val, own, image_key)
-        )  # each is read once
-        parts = counted, held_out
+
+        # Their numbers of images; shards that serve for both are counted once.
+        counted = with_counts(train, index, image_key)
+        val_index = None if given else index
+        if (val, val_index) == (train, index):
+            held_out = counted
+        else:
+            held_out = with_counts(val, val_index, image_key)
         super().__init__(
-            *parts,
+            counted,
+            held_out,
             shuffle,
             image_key,
             size,
@@ -200,11 +225,13 @@ class WebDatasetSource(ShardSource):
             max_unreadable,
             range,
         )
-        self.transform, self.eval_transform = transform, transform.evaluation
+        self.transform = transform
+        self.eval_transform = transform.evaluation
 
     def describe(self) -> str:
-        counts = (self.samples_per_epoch, self.val_images)
-        train, val = ("an unknown number of" if count is None else str(count) for count in counts)
+        unknown = "an unknown number of"
+        train = unknown if self.samples_per_epoch is None else self.samples_per_epoch
+        val = unknown if self.val_images is None else self.val_images
         return (
             f"{train} training images in {len(self.train)} shards, {val} validation and test images"
         )
@@ -220,14 +247,33 @@ class WebDatasetSource(ShardSource):
 
 
 class _Block(NamedTuple):
-    """Images that are shuffled together, and those that can replace a lost one."""
+    """Images that are shuffled together, and the readable ones that can replace a lost one."""
 
     entries: list[Entry | ReadError]
     good: list[Entry]
 
 
 class _Reader:
-    """A process's share of a source's endless stream."""
+    """Read a process's share of a source's endless stream, lazily, from any position on.
+
+    Four generators, each fed by the one above it:
+
+    - ``_epoch``: the process's entries of one epoch, in the shards' order. ``_range`` cuts them out
+      of shards with known counts, ``_whole`` takes whole shards;
+    - ``_blocks``: these entries, epoch after epoch, in blocks of ``shuffle`` that are not read yet;
+    - ``_places``: each block is read while the one before it is used, and then shuffled;
+    - ``samples``: the entries in the blocks' shuffled order are decoded.
+
+    Example: shards a and b with 5 and 3 images, 2 processes, shuffle=3. A process has 8 // 2 = 4
+    images an epoch. If epoch 0 has the order b, a, process 1 gets::
+
+        b0 b1 b2 a0 | a1 a2 a3 a4       laid end to end, cut into 2 ranges; the second is its own
+        (a1 a2 a3) (a4)                 its blocks; a block never spans two epochs
+        a3 a1 a2, a4                    its samples, at positions 0 to 3
+
+    Position 6 is place 6 % 4 = 2 of epoch 1: block 2 // 3 = 0, and there the sample at place 2.
+    With unknown counts no position can be computed: blocks are read from epoch 0 on and skipped.
+    """
 
     def __init__(self, source: ShardSource, seed: int, process: LoaderProcess) -> None:
         self.source = source
@@ -239,15 +285,37 @@ class _Reader:
         assert self.share != 0  # check_processes raises
 
     def samples(self, position: int) -> Iterator[Sample]:
-        """The process's endless samples, from its own ``position`` on."""
-        for block, index in self._from_position(position):
-            yield self._sample(
-                block, index, (self.seed, self.process.index, self.process.count, position)
-            )
+        """Yield the process's samples without end, from its own ``position`` on."""
+        for block, index in self._places(position):
+            yield self._sample(block, index, position)
             position += 1
 
-    def _sample(self, block: _Block, index: int, seed: tuple[int, ...]) -> Sample:
-        """A sample of an entry of a block or, if that can't be read, of another one of the same block."""
+    def _places(self, position: int) -> Iterator[tuple[_Block, int]]:
+        """Yield each sample's block and place in it, without end, from a position on."""
+        # The block with the first sample, and how many entries to skip in it (and after it).
+        epoch = 0
+        number = 0
+        skip = position
+        if self.share is not None:
+            epoch, skip = divmod(position, self.share)
+            number, skip = divmod(skip, self.source.shuffle)
+        blocks = self._blocks(epoch, number)
+        epoch, number, entries = next(blocks)
+        block = self._shuffled(epoch, number, list(entries))
+
+        for epoch, number, following in blocks:
+            ahead: list[Entry | ReadError] = []
+            for index in range(skip, len(block.entries)):
+                yield block, index
+                # Read one entry of the next block for each sample: no pause between blocks.
+                ahead += islice(following, 1)
+            skip = max(0, skip - len(block.entries))
+            ahead += following
+            block = self._shuffled(epoch, number, ahead)
+
+    def _sample(self, block: _Block, index: int, position: int) -> Sample:
+        """Decode an entry of a block or, if it can't be read, another one of the same block."""
+        seed = (self.seed, self.process.index, self.process.count, position)
         rng = np.random.default_rng(seed)
 
         def read(entry: Entry | ReadError, errors: list[ReadError]) -> Sample:
@@ -259,42 +327,29 @@ class _Reader:
         sample, errors = read_or_replace(block.entries[index], block.good, seed, read)
         return sample._replace(errors=errors)
 
-    def _from_position(self, position: int) -> Iterator[tuple[_Block, int]]:
-        """Each image's block and place in it, from the process's own ``position`` on, without end."""
-        epoch, number = 0, 0
-        if self.share is not None:
-            epoch, position = divmod(position, self.share)
-            number, position = divmod(position, self.source.shuffle)
-        blocks = self._blocks(epoch, number)
-        epoch, number, entries = next(blocks)
-        block = self._shuffled(epoch, number, list(entries))
-        for epoch, number, following in blocks:
-            ahead: list[Entry | ReadError] = []
-            for index in range(position, len(block.entries)):
-                yield block, index
-                ahead += islice(
-                    following, 1
-                )  # read on while training uses these: no pause between blocks
-            position = max(0, position - len(block.entries))
-            ahead += following
-            block = self._shuffled(epoch, number, ahead)
-
     def _blocks(
         self, epoch: int, number: int
     ) -> Iterator[tuple[int, int, Iterator[Entry | ReadError]]]:
-        """Epoch, number and entries of each block; each must be read to its end before the next is taken."""
+        """Yield epoch, number and entries of each block, from a block of an epoch on.
+
+        The entries are read from the epoch's stream as they are taken, so a block must be read to
+        its end before the next one is taken.
+        """
         for epoch in count(epoch):  # noqa: B020  (from the given one on)
             entries = self._epoch(epoch, number * self.source.shuffle)
+            # Taking the first entry tells whether the epoch has another block.
             for first in entries:
                 yield epoch, number, chain([first], islice(entries, self.source.shuffle - 1))
                 number += 1
             number = 0
 
     def _epoch(self, epoch: int, skip: int) -> Iterator[Entry | ReadError]:
-        """This process's entries of an epoch, in the shards' order."""
-        shards = [
-            self.source.train[i] for i in epoch_order(self.seed, epoch, len(self.source.train))
-        ]
+        """Give this process's entries of an epoch, in the shards' order, all but ``skip``.
+
+        With unknown counts nothing is skipped.
+        """
+        order = epoch_order(self.seed, epoch, len(self.source.train))
+        shards = [self.source.train[i] for i in order]
         if self.share is None:
             own = shards[self.process.index :: self.process.count]
             return self._whole(own, [shard for shard in shards if shard not in own])
@@ -302,9 +357,9 @@ class _Reader:
         return self._range(shards, first + skip, first + self.share)
 
     def _whole(self, own: Sequence[Shard], others: Sequence[Shard]) -> Iterator[Entry]:
-        """Entries of shards with unknown counts; errors come with the next image that is read.
+        """Yield the entries of shards with unknown counts; each brings the errors met before it.
 
-        If none of the process's own shards gives an image, the first of the others that does takes their place.
+        If none of the process's own shards gives an image, the first other one that does is taken.
         """
         errors: list[ReadError] = []
         read = False
@@ -316,7 +371,8 @@ class _Reader:
                     errors.append(entry)
                 else:
                     yield entry._replace(errors=tuple(errors))
-                    errors, read = [], True
+                    errors = []
+                    read = True
         if not read:
             reasons = "; ".join(f"{error.name}: {error.reason}" for error in errors)
             raise ValueError(
@@ -324,41 +380,48 @@ class _Reader:
             )
 
     def _range(self, shards: Sequence[Shard], first: int, last: int) -> Iterator[Entry | ReadError]:
-        """The images from ``first`` to ``last`` of shards laid end to end; a ReadError in the place of a lost one."""
+        """Yield images ``first`` to ``last`` of shards laid end to end; a ReadError for a lost one.
+
+        So the places of all later images stay the same, whatever can't be read.
+        """
         for shard in shards:
             assert shard.images is not None
-            begin, end = max(first, 0), min(last, shard.images)
-            if begin < end:
-                yield from self._part(shard, begin, end)
-            first, last = first - shard.images, last - shard.images
-
-    def _part(self, shard: Shard, begin: int, end: int) -> Iterator[Entry | ReadError]:
-        place, reason = 0, "has fewer images than its index says"
-        for entry in self.source.entries(shard):
-            if isinstance(entry, ReadError):
-                reason = entry.reason
+            # This shard's part of the range, and the range as counted from the next shard's start.
+            begin = max(first, 0)
+            end = min(last, shard.images)
+            first -= shard.images
+            last -= shard.images
+            if begin >= end:
                 continue
-            if place >= begin:
-                yield entry
-            place += 1
-            if place == end:
-                return
-        yield from (ReadError(shard.url, reason, str(i)) for i in range(max(place, begin), end))
+
+            place = 0
+            reason = "has fewer images than its index says"
+            for entry in self.source.entries(shard):
+                if isinstance(entry, ReadError):
+                    reason = entry.reason
+                    continue
+                if place >= begin:
+                    yield entry
+                place += 1
+                if place == end:
+                    break
+            for i in range(max(place, begin), end):
+                yield ReadError(shard.url, reason, str(i))
 
     def _shuffled(self, epoch: int, number: int, entries: list[Entry | ReadError]) -> _Block:
-        rng = np.random.default_rng(
-            (self.seed, epoch, number, self.process.index, self.process.count, 2)
-        )
-        shuffled = [entries[i] for i in rng.permutation(len(entries))]
+        """Shuffle a block; if it has no readable entry, a later block's replace its samples."""
+        seed = (self.seed, epoch, number, self.process.index, self.process.count, 2)
+        order = np.random.default_rng(seed).permutation(len(entries))
+        shuffled = [entries[i] for i in order]
         good = [entry for entry in shuffled if isinstance(entry, Entry)]
-        return _Block(shuffled, good or self._next_good(epoch, number))
+        if good:
+            return _Block(shuffled, good)
 
-    def _next_good(self, epoch: int, number: int) -> list[Entry]:
-        """Entries of the next block that has readable ones, for a block that has none."""
-        for later, _, entries in self._blocks(epoch, number + 1):
-            good = [entry for entry in entries if isinstance(entry, Entry)]
+        # The rest of this epoch, and the whole next one, are searched for readable entries.
+        for later, _, following in self._blocks(epoch, number + 1):
+            good = [entry for entry in following if isinstance(entry, Entry)]
             if good or later > epoch + 1:
                 break
         if not good:
             raise ValueError("none of the shards of a loader process could be read")
-        return good
+        return _Block(shuffled, good)

@@ -1,4 +1,4 @@
-"""Write shards one by one into a folder, resumably: after a kill at any moment the same command continues."""
+"""Write shards one by one into a folder; after a kill at any moment the same command continues."""
 
 import io
 import json
@@ -19,7 +19,8 @@ from olvae.files import atomic_write, file_sha256, lock_file, reason, remove_par
 
 log = logging.getLogger(__name__)
 
-LOCK_S = 5.0  # worker processes of a killed run need a moment to notice
+# Seconds to wait for the lock: worker processes of a killed run need a moment to notice.
+LOCK_S = 5.0
 
 
 class WebDatasetSample(NamedTuple):
@@ -40,11 +41,12 @@ class FinishedShard:
 
 @dataclass(frozen=True)
 class ResumableShards:
-    """Shards ``000000.tar``, ``000001.tar``, ... in a folder, whose writing may be interrupted and continued.
+    """Shards ``000000.tar``, ``000001.tar``, ... in a folder, written with interruptions.
 
-    A folder inside it, the state, holds the plan (everything that the shards' bytes depend on), a JSON file about each
-    finished shard, and half-written files. A shard is moved to its place when it is complete, and only then
-    described. Any process may write any shard; no two should write the same one.
+    A folder inside it, the state, holds the plan (everything that the shards' bytes depend on), a
+    JSON file about each finished shard, and half-written files. A shard is moved to its place when
+    it is complete, and only then described. Any process may write any shard; no two should write
+    the same one.
     """
 
     folder: Path  # made by :meth:`begin`
@@ -58,45 +60,60 @@ class ResumableShards:
         return any(self.folder.glob("*.tar"))
 
     def check(self, plan: Mapping[str, Any]) -> None:
-        """Raise ConfigError if shards of another plan are finished, or the folder holds something else.
+        """Raise ConfigError if shards of another plan are finished, or the folder has other files.
 
-        ``plan["options"]`` is a mapping, whose values the message shows; it names other entries, such as ``images``,
-        without their values.
+        ``plan["options"]`` is a mapping, whose values the message shows; it names other entries,
+        such as ``images``, without their values.
         """
         others = self.folder.is_dir() and any(
             path.name != self.state for path in self.folder.iterdir()
         )
+        # The plan comes after the listing: another process may be writing both.
         path = self._state / "plan.json"
-        if not path.is_file():  # looked for after the listing: another process may be writing both
+        if not path.is_file():
             if others:
                 raise ConfigError(
-                    f"`out` {self.folder}: has other files already: name a new or empty folder, or one that this "
-                    "command began"
+                    f"`out` {self.folder}: has other files already: name a new or empty folder, "
+                    "or one that this command began"
                 )
             return
-        changes = _changes(json.loads(path.read_text(encoding="utf-8")), plan)
+
+        # Differences in words; other entries may depend on the options, so these come first.
+        begun = json.loads(path.read_text(encoding="utf-8"))
+        old = begun["options"]
+        changes = [
+            f"{name} {old.get(name)} (now {value})"
+            for name, value in plan["options"].items()
+            if old.get(name) != value
+        ]
+        if not changes:
+            entries = {**begun, **plan}
+            changes = [f"other {name}" for name in entries if begun.get(name) != plan.get(name)]
         if changes and (any(self._state.glob("[0-9]*.json")) or self.any_stored()):
             raise ConfigError(
-                f"`out` {self.folder}: was begun with {', '.join(changes)}: give the same options and images to "
-                "continue, name another folder, or remove this one to start again"
+                f"`out` {self.folder}: was begun with {', '.join(changes)}: give the same options "
+                "and images to continue, name another folder, or remove this one to start again"
             )
 
     def begin(self, plan: Mapping[str, Any]) -> None:
         """:meth:`check`, remove half-written files of a killed run, then write the plan."""
         self.check(plan)
-        if this_process()[1] == 1:  # another of several may be writing
+        # Of several processes, another one may be writing already.
+        if this_process()[1] == 1:
             self.remove_partials()
         self._state.mkdir(parents=True, exist_ok=True)
         write_json(plan, self._state / "plan.json")
 
     @contextmanager
     def locked(self, command: str) -> Iterator[None]:
-        """Hold the folder's lock; of several processes the first has it, and the others wait until it does.
+        """Hold the folder's lock; the first process takes it, and the others wait until it has it.
 
-        Raise ConfigError if another run, or its child processes, have it for too long; without locks only warn. If what
-        follows raises before the first shard is in its place, remove the state, but not the folder.
+        Raise ConfigError if another run, or its child processes, have it for too long; without
+        locks only warn. If the body raises before the first shard is in its place, remove the
+        state, but not the folder.
         """
         with ExitStack() as held:
+            # One lock for all processes of the run: rank 0 takes it.
             if this_process()[0] == 0:
                 self._state.mkdir(parents=True, exist_ok=True)
                 file = held.enter_context((self._state / "lock").open("w"))
@@ -112,27 +129,31 @@ class ResumableShards:
                         self.folder,
                         reason(error),
                     )
+            # All wait here for the lock.
             gather(None)
+
+            # The folder's user; an interrupted first shard is nothing to continue from.
             try:
                 yield
             except BaseException:
-                alone = this_process()[1] == 1  # of several, another may have begun
+                # Of several processes, another one may have begun a shard.
+                alone = this_process()[1] == 1
                 if alone and not self.any_stored() and not any(self._state.glob(".partial-*")):
                     shutil.rmtree(self._state, ignore_errors=True)
                 raise
 
     def finished(self, number: int) -> FinishedShard | None:
-        """The description of a shard, if it is finished and its file has the right size."""
-        description, path = self._description(number), self.path(number)
+        """Read the description of a shard, if it is finished and its file has the right size."""
+        description = self._description(number)
         if not description.is_file():
             return None
         content = json.loads(description.read_text(encoding="utf-8"))
         record = ShardRecord(**content["record"])
+        path = self.path(number)
         if record.images and not (path.is_file() and path.stat().st_size == record.bytes):
             return None
-        return FinishedShard(
-            record, [ReadError(*error) for error in content["unreadable"]], content["details"]
-        )
+        unreadable = [ReadError(*error) for error in content["unreadable"]]
+        return FinishedShard(record, unreadable, content["details"])
 
     def write(
         self,
@@ -140,24 +161,28 @@ class ResumableShards:
         samples: Iterable[WebDatasetSample | ReadError],
         details: Callable[[], Mapping[str, Any]] = dict,
     ) -> FinishedShard:
-        """Write a shard, the same bytes for the same samples; ``details`` is called after the last of them."""
-        images, unreadable = 0, list[ReadError]()
+        """Write a shard, the same bytes for the same samples; then call ``details``."""
+        images = 0
+        unreadable: list[ReadError] = []
         path = self.path(number)
         remove_partials(self._state.glob(f".partial-*-{path.name}"))
+
+        # The shard, half-written in the state until it is complete.
         with atomic_write(path, self._state) as partial:
             with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as archive:
                 for sample in samples:
                     if isinstance(sample, ReadError):
                         unreadable.append(sample)
-                    else:
-                        images += 1
-                        for extension, content in sample.files.items():
-                            member = tarfile.TarInfo(f"{sample.key}.{extension}")
-                            member.size = len(content)
-                            archive.addfile(member, io.BytesIO(content))
-            record = ShardRecord(
-                images, partial.stat().st_size if images else 0, file_sha256(partial)
-            )
+                        continue
+                    images += 1
+                    for extension, content in sample.files.items():
+                        member = tarfile.TarInfo(f"{sample.key}.{extension}")
+                        member.size = len(content)
+                        archive.addfile(member, io.BytesIO(content))
+            size = partial.stat().st_size if images else 0
+            record = ShardRecord(images, size, file_sha256(partial))
+
+        # Its description, which makes it finished; without images it has no file.
         if not images:
             path.unlink()
         shard = FinishedShard(record, unreadable, details())
@@ -187,16 +212,3 @@ class ResumableShards:
 
 def shard_name(number: int) -> str:
     return f"{number:06d}.tar"
-
-
-def _changes(begun: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
-    """The differences of two plans in words; options first, because other entries may depend on them."""
-    old, new = begun["options"], plan["options"]
-    options = [
-        f"{name} {old.get(name)} (now {value})"
-        for name, value in new.items()
-        if old.get(name) != value
-    ]
-    return options or [
-        f"other {name}" for name in {**begun, **plan} if begun.get(name) != plan.get(name)
-    ]

@@ -1,3 +1,3 @@
 """Observers: one file for each thing that an evaluation looks at besides its metrics.
 
-``observer`` has the contract. They import the rest of ``olvae.evaluation`` but for its runner."""
+``observer`` has the contract. They may import all of ``olvae.evaluation`` except its runner."""

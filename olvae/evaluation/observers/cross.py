@@ -1,4 +1,4 @@
-"""Observe two autoencoders with one latent: every encoder with every decoder, and how far the latents differ."""
+"""Observe two autoencoders with one latent: crossed encoders and decoders, and latents' errors."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,10 +23,13 @@ class Crossed(Autoencoder):
 
     def __init__(self, encoder_of: Autoencoder, decoder_of: Autoencoder) -> None:
         super().__init__()
-        self.encoder_of, self.decoder_of = encoder_of, decoder_of
-        self.in_channels, self.pixel_range = encoder_of.in_channels, encoder_of.pixel_range
+        self.encoder_of = encoder_of
+        self.decoder_of = decoder_of
+        self.in_channels = encoder_of.in_channels
+        self.pixel_range = encoder_of.pixel_range
         self.side = encoder_of.side or decoder_of.side
-        self.downscale, self.latent_channels = encoder_of.downscale, encoder_of.latent_channels
+        self.downscale = encoder_of.downscale
+        self.latent_channels = encoder_of.latent_channels
 
     def encode(self, x: Tensor) -> Posterior:
         return self.encoder_of.encode(x)
@@ -36,12 +39,17 @@ class Crossed(Autoencoder):
 
 
 class Cross(PerImageObserver):
-    """Evaluate each encoder of two targets, teacher then student, with the other's decoder, and compare the latents.
+    """Evaluate each encoder of two targets with the other's decoder, and compare the latents.
 
-    The student's entry has the ``teacher``'s name; ``teacher_std``, the standard deviation of its posterior means per
-    channel; ``per_channel``, the root mean square of student minus teacher over images and positions, divided by it,
-    None where the teacher's channel is constant; and ``rmse``, the root mean square of those over channels. If one has
-    its latents in a diffusion model's units, they are converted to the other's.
+    The first target is the teacher, the second the student, whose entry has:
+
+    - ``teacher``, its name, and ``teacher_std``, the standard deviation of its posterior means per
+      channel;
+    - ``per_channel``, the root mean square of student minus teacher over images and positions,
+      divided by ``teacher_std``; None where the teacher's channel is constant;
+    - ``rmse``, the root mean square of ``per_channel``.
+
+    If one has its latents in a diffusion model's units, they are converted to the other's.
     """
 
     name = "latents"
@@ -59,15 +67,24 @@ class Cross(PerImageObserver):
             yield f"`cross` takes two targets, TEACHER STUDENT, and got {len(targets)}"
 
     def derive(self, subjects: Mapping[str, Subject]) -> dict[str, Subject]:
-        """The two autoencoders, then each encoder with the other's decoder; ConfigError if latents' shapes differ."""
-        (a, first), (b, second) = ((name, subject.model) for name, subject in subjects.items())
+        """The two autoencoders, then each encoder with the other's decoder.
+
+        Raises ConfigError: the latents' shapes differ.
+        """
+        # Both must have the same latent, in the same units.
+        (a, teacher), (b, student) = subjects.items()
+        first = teacher.model
+        second = student.model
         if (first.latent_channels, first.downscale) != (second.latent_channels, second.downscale):
             found = f"{a} has {first.latent_channels} channels at f{first.downscale}"
             other = f"{b} {second.latent_channels} at f{second.downscale}"
             raise ConfigError(f"{found}, {other}: crossed evaluation needs the same latent")
         first.use_latents(*second.statistics())
         second.use_latents(*first.statistics())
-        self._teacher, self._student = a, b
+        self._teacher = a
+        self._student = b
+
+        # The crossed autoencoders, as rows after the two.
         crossed = {
             f"{a}'s encoder, {b}'s decoder": Subject(Crossed(first, second)),
             f"{b}'s encoder, {a}'s decoder": Subject(Crossed(second, first)),
@@ -76,11 +93,10 @@ class Cross(PerImageObserver):
         return {**subjects, **crossed}
 
     def measure(self, batch: Observation) -> Iterable[Any] | None:
-        """Of each image of the student the teacher's Moments, and the squared differences of the latents."""
-        teacher, self._waiting = (
-            self._waiting,
-            batch.latents if batch.target == self._teacher else None,
-        )
+        """For the student's images, the teacher's Moments and the latents' squared differences."""
+        # Each batch comes for the teacher, then for the student.
+        teacher = self._waiting
+        self._waiting = batch.latents if batch.target == self._teacher else None
         if batch.target != self._student:
             return None
         assert teacher is not None, "the teacher comes first"
@@ -90,18 +106,20 @@ class Cross(PerImageObserver):
     def summarise(self, columns: Sequence[Any]) -> dict[str, Any]:
         moments, errors = columns
         total = reduce(add, (Moments.from_state(*state) for state in moments))
-        rms = [
-            math.sqrt(math.fsum(channel) / total.positions) for channel in zip(*errors, strict=True)
-        ]
         deviations = total.std.tolist()
-        per_channel = [
-            None
-            if std <= torch.finfo(torch.float32).eps * abs(mean)
-            else error / std  # constant but for rounding
-            for error, std, mean in zip(rms, deviations, total.mean.tolist(), strict=True)
-        ]
+
+        # Each channel's error in standard deviations, unless it is constant but for rounding.
+        per_channel: list[float | None] = []
+        sums = map(math.fsum, zip(*errors, strict=True))
+        for squares, std, mean in zip(sums, deviations, total.mean.tolist(), strict=True):
+            constant = std <= torch.finfo(torch.float32).eps * abs(mean)
+            rms = math.sqrt(squares / total.positions)
+            per_channel.append(None if constant else rms / std)
+
         known = [value for value in per_channel if value is not None]
-        rmse = math.sqrt(math.fsum(value**2 for value in known) / len(known)) if known else None
+        rmse = None
+        if known:
+            rmse = math.sqrt(math.fsum(value**2 for value in known) / len(known))
         return {
             "teacher": self._teacher,
             "rmse": rmse,
@@ -110,15 +128,16 @@ class Cross(PerImageObserver):
         }
 
     def complete(self, row: Row, rows: Mapping[str, Row]) -> Row:
-        """Crossed rows have no costs: those of their halves stand in the two models' own rows."""
+        """Crossed rows have no costs: the rows of the two models show them."""
         return replace(row, cost=None) if row.target in self._crossed else row
 
     def lines(self, rows: Sequence[Row]) -> Iterator[str]:
         for row in rows:
-            if entry := row.observed.get(self.name):
-                overall, *channels = (
-                    NONE if value is None else f"{value:.3f}"
-                    for value in (entry["rmse"], *entry["per_channel"])
-                )
+            entry = row.observed.get(self.name)
+            if entry:
+                values = []
+                for value in (entry["rmse"], *entry["per_channel"]):
+                    values.append(NONE if value is None else f"{value:.3f}")
+                overall, *channels = values
                 error = f"RMS error {overall} in standard deviations of {entry['teacher']}"
                 yield f"latents of {row.target}: {error}; per channel {', '.join(channels)}"

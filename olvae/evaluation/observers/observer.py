@@ -11,8 +11,8 @@ from markupsafe import Markup
 from torch import Tensor
 
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
-from olvae.evaluation.report import Page
-from olvae.evaluation.results import Row
+from olvae.evaluation.page import Page
+from olvae.evaluation.results import Results, Row
 from olvae.models.autoencoder import Autoencoder
 
 UNTRAINED = "untrained"  # a baseline's name, which no target may have
@@ -20,7 +20,10 @@ UNTRAINED = "untrained"  # a baseline's name, which no target may have
 
 @dataclass(frozen=True)
 class Subject:
-    """An autoencoder that is evaluated: a row of the tables. A baseline draws no latents, and has no cost."""
+    """An autoencoder that is evaluated: a row of the tables.
+
+    A baseline draws no latents, and has no cost.
+    """
 
     model: Autoencoder  # in evaluation mode and, unless an observer derived it, in float32
     baseline: bool = False  # no target, but something to compare targets with
@@ -31,29 +34,29 @@ class Observation:
     """A batch of test images and one subject's reconstructions of them."""
 
     target: str  # the subject's name
-    draw: int  # number of the way to draw latents: 0 is that of the first protocol; baselines have no other
+    draw: int  # index of the sampling mode; 0 is the first protocol's, and baselines have 0 alone
     keys: Sequence[str]  # of the B images
-    x: Tensor  # images, levels of their range, (B, C, H, W), on the CPU: uint8, or float32 for other than 8 bits
+    # images, levels of their range, (B, C, H, W), on the CPU: uint8, or float32 without 8 bits
+    x: Tensor
     y: Tensor  # their reconstructions, likewise
     latents: Tensor  # the posterior's means, (B, n_z, H/f, W/f), on the device that computes
-    values: Mapping[
-        str, Mapping[str, float]
-    ]  # by name of a metric of single images, its values so far by key
+    # by name of a metric of single images, its values so far by key
+    values: Mapping[str, Mapping[str, float]]
     pixel_range: PixelRange = EIGHT_BITS
 
 
 class Observer:
     """Look at something in an evaluation: subclass it, and override what you need.
 
-    An instance describes what to look at; each pass over images works on a deep copy. In order: :meth:`conflicts`,
-    :meth:`derive`, then for each batch and subject :meth:`watch` and :meth:`update`, then in the first process
-    :meth:`merge`, :meth:`examine`, :meth:`result`, :meth:`complete`, and whatever is shown. The class
-    ``package.module.Class`` of a user takes part by ``olvae evaluate``, which builds it without arguments.
+    An instance describes what to look at; each pass over images works on a deep copy. Methods are
+    called in this order: :meth:`conflicts`, :meth:`derive`, then for each batch and subject
+    :meth:`watch` and :meth:`update`, then in the first process :meth:`merge`, :meth:`examine`,
+    :meth:`result`, :meth:`complete`, and whatever is shown. ``olvae evaluate`` also takes a user's
+    class, ``package.module.Class``, and builds it without arguments.
     """
 
-    name: str = (
-        ""  # of its entry in the rows of metrics.json, and of its section's anchor on the page
-    )
+    # of its entry in the rows of metrics.json, and of its section's anchor on the page
+    name: str = ""
     title: str = ""  # of its section
 
     def conflicts(
@@ -73,24 +76,30 @@ class Observer:
         return nullcontext()
 
     def update(self, batch: Observation) -> None:
-        """Take a batch that one subject reconstructed. Keys are unique, but processes may share an image."""
+        """Take a batch that one subject reconstructed.
+
+        Keys are unique, but two processes may have the same image.
+        """
 
     def state(self) -> Any:
-        """Return all that was seen, to be pickled and merged in the first process; not a copy."""
+        """Return all that was observed, to be pickled and merged in the first process; no copy."""
         return None
 
     def merge(self, state: Any) -> None:
         """Add the :meth:`state` of another process."""
 
     def examine(self, subjects: Mapping[str, Subject], size: int, device: str) -> None:
-        """Run something of its own with the subjects, in the first process; ``size``: the images' shorter side."""
+        """Run the subjects on other inputs, in the first process.
+
+        ``size`` is the images' shorter side.
+        """
 
     def result(self, target: str, draw: int) -> Any:
         """Return a row's entry in metrics.json, ready for JSON; None if there is none."""
         return None
 
     def complete(self, row: Row, rows: Mapping[str, Row]) -> Row:
-        """Return a row under one protocol as it should be, by its metrics and entries, and by those of all rows."""
+        """Return a row under one protocol, completed from its own entries and from all rows."""
         return row
 
     def columns(self, entry: Any) -> Mapping[str, str]:
@@ -111,9 +120,10 @@ class Observer:
 
 
 class PerImageObserver(Observer):
-    """Keep a row of numbers of each image, once per target and key, and make an entry of all.
+    """Keep a row of numbers for each image, once per target and key, and make an entry of all.
 
-    Override ``measure``, and ``summarise`` or ``result``. Latents are drawn as in the first protocol.
+    Override ``measure``, and ``summarise`` or ``result``. Latents are drawn as in the first
+    protocol.
     """
 
     def __init__(self) -> None:
@@ -129,10 +139,14 @@ class PerImageObserver(Observer):
 
     @torch.no_grad()
     def update(self, batch: Observation) -> None:
-        if not batch.draw and (rows := self.measure(batch)) is not None:
-            known = self._rows.setdefault(batch.target, {})
-            for key, row in zip(batch.keys, rows, strict=True):
-                known.setdefault(key, row)
+        if batch.draw:
+            return
+        rows = self.measure(batch)
+        if rows is None:
+            return
+        known = self._rows.setdefault(batch.target, {})
+        for key, row in zip(batch.keys, rows, strict=True):
+            known.setdefault(key, row)
 
     def state(self) -> Any:
         return self._rows
@@ -142,5 +156,17 @@ class PerImageObserver(Observer):
             self._rows[target] = rows | self._rows.get(target, {})
 
     def result(self, target: str, draw: int) -> Any:
+        # In the order of keys, whatever the order of batches.
         rows = [row for _, row in sorted(self._rows.get(target, {}).items())]
         return self.summarise(list(zip(*rows, strict=True))) if rows else None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The results under one protocol, and the observers that show more of them.
+
+    Protocols that share a pass over the images share its observers.
+    """
+
+    results: Results
+    observers: Sequence[Observer] = ()

@@ -1,4 +1,4 @@
-"""Observe what becomes of text: what OCR reads in reconstructions against what it reads in the originals."""
+"""Observe text in images: compare OCR of reconstructions with OCR of the originals."""
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,8 +18,8 @@ from torchmetrics.functional.text import char_error_rate
 
 from olvae.data.image import image_to_tensor
 from olvae.evaluation.observers.observer import Observation, Observer, PerImageObserver, Subject
+from olvae.evaluation.page import Page
 from olvae.evaluation.protocol import RoundTrip
-from olvae.evaluation.report import Page
 from olvae.evaluation.results import NONE, texts
 
 SIZES = (8, 10, 12, 16, 20, 24, 32)  # of the fonts, in pixels
@@ -29,24 +29,32 @@ STYLES = (  # font, ink, paper
     ("DejaVuSansMono", "#ffd75e", "#16365c"),
 )
 COPIES = 3  # lines of each size and style
-WORDS = "quick brown fox jumps lazy dog Pack my box five Sphinx Vow 1984 3607 52.90 GATE 12B Exit Kg 2026-03-14 Zebra Jelly"
+WORDS = (
+    "quick brown fox jumps lazy dog Pack my box five Sphinx Vow 1984 3607 52.90 GATE 12B Exit Kg "
+    "2026-03-14 Zebra Jelly"
+)
 CONFIDENCE = 0.5  # a line of an image counts if OCR is as sure of it in the original
-IMAGES, DRAWN = "images", "as drawn"
+IMAGES = "images"  # the kind of lines of the evaluated images
+DRAWN = "as drawn"  # a target's name for the pages themselves
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
-Line = tuple[
-    str, Box, str
-]  # a kind, which is IMAGES or the font's size; where it is; its text without spaces
+# Its kind, which is IMAGES or the font's size; where it is; its text without spaces.
+Line = tuple[str, Box, str]
 
 
 class Text(PerImageObserver):
-    """The character error rate of text in reconstructions, by OCR (rapidocr, with the models of its wheel).
+    """The character error rate of text in reconstructions, by OCR.
 
-    The rate is the number of edits (Levenshtein) from the original's reading to the reconstruction's, both in the boxes
-    that were found in the original, over the characters of the former, without spaces. An entry has it, ``error`` of so
-    many ``characters``, for the evaluated ``images``, None without text in them, and for pages that are ``drawn`` in
-    their size, by the font's size in pixels. ``unread`` is the same of the pages themselves, against what was drawn:
-    OCR's own error. Images have three channels.
+    OCR is rapidocr's, with the models of its wheel. The rate is the number of edits (Levenshtein)
+    from the original's reading to the reconstruction's, both in the boxes that were found in the
+    original, over the characters of the former, without spaces. An entry has ``error``, the rate,
+    and its number of ``characters``:
+
+    - for the evaluated ``images``, None without text in them;
+    - for ``drawn`` pages of the same size, by the font's size in pixels;
+    - ``unread``, OCR's own error: the pages' reading against the text that was drawn.
+
+    Images have three channels.
     """
 
     name = "text"
@@ -55,7 +63,7 @@ class Text(PerImageObserver):
     def __init__(self) -> None:
         super().__init__()  # rows of lines: kind, edits, characters
         self._lines: dict[str, list[Line]] = {}  # of images, by key
-        self._pictures: dict[str, Tensor] = {}  # the first page, as drawn and by every target
+        self._pictures: dict[str, Tensor] = {}  # the first page, by DRAWN and by every target
 
     def conflicts(
         self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence[Observer]
@@ -64,13 +72,19 @@ class Text(PerImageObserver):
             yield "`observe` text needs rapidocr: pip install 'open-litevae[text]'"
 
     def measure(self, batch: Observation) -> Iterable[Any] | None:
-        """Of each image the kind, edits and characters of its lines."""
+        """Kind, edit distance and number of characters per text line of each image."""
         if batch.x.shape[1] != 3:
             return None
+        # Read each original once, for all targets; boxes without text are dropped.
         for key, x in zip(batch.keys, batch.x, strict=True):
-            if key not in self._lines:
-                read = ((IMAGES, box, _read(x, box, CONFIDENCE)) for box in _find(x))
-                self._lines[key] = [line for line in read if line[-1]]
+            if key in self._lines:
+                continue
+            lines: list[Line] = []
+            for box in _find(x):
+                text = _read(x, box, CONFIDENCE)
+                if text:
+                    lines.append((IMAGES, box, text))
+            self._lines[key] = lines
         return [_count(self._lines[key], y) for key, y in zip(batch.keys, batch.y, strict=True)]
 
     def examine(self, subjects: Mapping[str, Subject], size: int, device: str) -> None:
@@ -95,60 +109,70 @@ class Text(PerImageObserver):
         return {IMAGES: found.pop(IMAGES, None), "drawn": found, "unread": self._rates(DRAWN)}
 
     def _rates(self, target: str) -> dict[str, dict[str, float]]:
-        """By kind."""
-        sums: dict[str, list[int]] = {}
-        for kind, *counts in chain.from_iterable(self._rows.get(target, {}).values()):
-            sums[kind] = [a + b for a, b in zip(sums.get(kind, (0, 0)), counts, strict=True)]
+        """The character error rate by kind of lines."""
+        sums: dict[str, tuple[int, int]] = {}  # edits and characters
+        for kind, edits, n in chain.from_iterable(self._rows.get(target, {}).values()):
+            edits_before, n_before = sums.get(kind, (0, 0))
+            sums[kind] = (edits_before + edits, n_before + n)
         return {
             kind: {"error": edits / n, "characters": n} for kind, (edits, n) in sums.items() if n
         }
 
     def columns(self, entry: Mapping[str, Any]) -> Mapping[str, str]:
+        cells = {}
+        if entry[IMAGES]:
+            cells["text errors"] = _percent(entry[IMAGES])
         drawn = [rate["error"] for rate in entry["drawn"].values()]
-        rates = {
-            "text errors": entry[IMAGES],
-            "drawn text": {"error": fmean(drawn)} if drawn else None,
-        }
-        return {heading: _percent(rate) for heading, rate in rates.items() if rate}
+        if drawn:
+            cells["drawn text"] = _percent({"error": fmean(drawn)})
+        return cells
 
     def section(self, page: Page) -> Markup | None:
         if not self._pictures:
             return None
         unread = self._rates(DRAWN)
-        rates = {target: self._rates(target) for target in self._pictures if target != DRAWN}
-        table = {
-            target: {f"{kind} px": _percent(rate.get(kind)) for kind in unread}
-            for target, rate in rates.items()
-        }
+        table = {}
+        for target in self._pictures:
+            if target != DRAWN:
+                rates = self._rates(target)
+                table[target] = {f"{kind} px": _percent(rates.get(kind)) for kind in unread}
         own = ", ".join(f"{kind} px {_percent(rate)}" for kind, rate in unread.items())
         return page.render("text.html", rates=texts(table), own=own, pictures=self._pictures)
 
 
 def draw_pages(size: int) -> Iterator[tuple[Tensor, list[Line]]]:
-    """Draw pages of text, uint8 (3, size, size), the same every time, with the fonts that come with matplotlib.
+    """Draw pages of text, uint8 (3, size, size), the same every time, with matplotlib's fonts.
 
-    Each of :data:`STYLES` has :data:`COPIES` lines of each of :data:`SIZES` that fits, one style to a page.
+    Each of :data:`STYLES` has :data:`COPIES` lines of each of :data:`SIZES` that fits, one style
+    to a page.
     """
     from matplotlib import get_data_path
 
-    rng, words, margin = random.Random(0), WORDS.split(), 4
+    rng = random.Random(0)
+    words = WORDS.split()
+    margin = 4
+    room = size - 2 * margin
     for name, ink, paper in STYLES:
-        picture, lines, top = Image.new("RGB", (size, size), paper), list[Line](), margin
+        file = str(Path(get_data_path()) / "fonts" / "ttf" / f"{name}.ttf")
+        picture = Image.new("RGB", (size, size), paper)
+        lines: list[Line] = []
+        top = margin
         for pixels in SIZES * COPIES:
-            font = ImageFont.truetype(
-                str(Path(get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"), pixels
-            )
-            height, room = sum(font.getmetrics()), size - 2 * margin
+            # Leave out fonts that are too large for the page; begin another page if it is full.
+            font = ImageFont.truetype(file, pixels)
+            height = sum(font.getmetrics())
             if max(height, 4 * pixels) > room:
                 continue
             if top + height > size - margin:
                 yield image_to_tensor(picture), lines
-                picture, lines, top = Image.new("RGB", (size, size), paper), [], margin
+                picture = Image.new("RGB", (size, size), paper)
+                lines = []
+                top = margin
+
+            # As many characters of some words as fit; their box has a little air.
             text = " ".join(rng.choices(words, k=size // pixels + 1))
-            text = max(
-                (text[:n].strip() for n in range(len(text)) if font.getlength(text[:n]) <= room),
-                key=len,
-            )
+            fitting = [n for n in range(len(text)) if font.getlength(text[:n]) <= room]
+            text = max((text[:n].strip() for n in fitting), key=len)
             ImageDraw.Draw(picture).text((margin, top), text, ink, font)
             lines.append((str(pixels), (0, top - 2, size, top + height + 2), text.replace(" ", "")))
             top += height + margin
@@ -161,9 +185,9 @@ def _count(lines: Iterable[Line], image: Tensor) -> list[tuple[str, int, int]]:
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein's: the least number of characters to insert, delete or replace to make ``b`` of ``a``.
+    """Levenshtein distance: the least number of characters to insert, delete or replace.
 
-    torchmetrics' function of this name looks for it among near positions alone; its error rate counts all.
+    torchmetrics' function of this name compares near positions alone; its error rate counts all.
     """
     return round(float(char_error_rate(b, a)) * len(a)) if a else len(b)
 
@@ -174,13 +198,15 @@ def _percent(rate: Mapping[str, float] | None) -> str:
 
 @lru_cache(maxsize=1)
 def _engine() -> Any:
-    """rapidocr's, with its default models, which are in its wheel."""
+    """OCR by rapidocr, with its default models, which are in its wheel."""
     from rapidocr import RapidOCR
 
-    threads = {
-        "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads()
-    }  # its own would spin on all
-    return RapidOCR(params={"Global.log_level": "critical", **threads})
+    settings = {
+        "Global.log_level": "critical",
+        # By default onnxruntime's threads would spin on all cores.
+        "EngineConfig.onnxruntime.intra_op_num_threads": torch.get_num_threads(),
+    }
+    return RapidOCR(params=settings)
 
 
 def _ocr(image: Tensor, find: bool) -> Any:
@@ -192,12 +218,11 @@ def _ocr(image: Tensor, find: bool) -> Any:
 def _find(image: Tensor) -> list[Box]:
     """The upright boxes around the lines of an image, uint8 (3, H, W)."""
     quads = _ocr(image, find=True).boxes
-    corners = np.empty((0, 4, 2)) if quads is None else np.asarray(quads)
-    ends = (
-        np.concatenate((np.floor(corners.min(1)), np.ceil(corners.max(1))), axis=1)
-        .clip(min=0)
-        .astype(int)
-    )
+    if quads is None:
+        return []
+    corners = np.asarray(quads)  # (N, 4, 2)
+    ends = np.concatenate((np.floor(corners.min(1)), np.ceil(corners.max(1))), axis=1)
+    ends = ends.clip(min=0).astype(int)
     return [(left, top, right, bottom) for left, top, right, bottom in ends.tolist()]
 
 

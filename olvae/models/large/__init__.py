@@ -1,1 +1,1 @@
-"""Images of any size within a stated memory: padding, exact tiles for the decoder, strips of rows for the encoder."""
+"""Code images of any size within a memory limit: pad, decode in exact tiles, encode in strips."""

@@ -1,8 +1,8 @@
 """Encode within a memory limit: the same result, layer by layer over the whole image.
 
-Tiles can't do it, because every GroupNorm of the encoder needs the mean and variance of the whole image. So each layer
-runs over the image in strips of rows, and adds up the sums that the next norm needs; layers' outputs are kept in memory
-up to the limit, then in temporary files.
+Tiles can't do it, because every GroupNorm of the encoder needs the mean and variance of the whole
+image. So each layer runs over the image in strips of rows, and adds up the sums that the next norm
+needs; layers' outputs are kept in memory up to the limit, then in temporary files.
 """
 
 import tempfile
@@ -26,40 +26,49 @@ from olvae.modules.litevae.encoder_model import (
 
 Function = Callable[[Tensor], Tensor]
 
-STREAMED = (torch.float32, torch.float16, torch.bfloat16)  # layers' outputs are kept in float32
+# Images' dtypes; layers' outputs are kept in float32.
+STREAMED = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @torch.no_grad()
 def encode_within(
     encoder: Encoder, x: Tensor, memory: int, progress: Callable[[float], None] | None = None
 ) -> Tensor:
-    """``encoder(x)``, equal to rounding, taking about ``memory`` bytes beside images and parameters.
+    """Compute ``encoder(x)``, equal to rounding, in about ``memory`` bytes.
 
-    As many images at once as fit. One that does not fit is streamed through the UNets: a quarter of the memory is for
-    strips on x's device, the rest for layers' outputs on the CPU, and temporary files (in ``TMPDIR``) take what is
-    left. The wavelet transform and the features, no larger than the image, are not counted.
+    Images and parameters come on top. As many images as fit are encoded at once. One that does not
+    fit is streamed through the UNets: a quarter of the memory is for strips on x's device, the rest
+    for layers' outputs on the CPU, and temporary files (in ``TMPDIR``) take the others. The wavelet
+    transform and the features, no larger than the image, are not counted.
 
-    ValueError if the image does not fit, and the encoder is not LiteVAE's; OSError if the disk is too small.
+    ValueError if the image does not fit, and the encoder is not LiteVAE's; OSError if the disk is
+    too small.
     """
+    # Whole images, as many as fit.
     needs = _bytes_of_one(encoder, tuple(x.shape[1:]))
-    if (together := memory // needs) > 0 or not len(x):
+    together = memory // needs
+    if together > 0 or not len(x):
         return torch.cat([encoder(part) for part in x.split(max(1, together))])
     if not isinstance(encoder, LiteVAE_Encoder):
         raise ValueError(
-            f"{type(encoder).__name__} encodes whole images only: LiteVAE's encoder works in strips. "
-            f"{x.shape[-1]}x{x.shape[-2]} pixels take {needs / GIB:.3g} GiB, more than {memory / GIB:.3g}: allow more "
-            "memory, or a smaller image"
+            f"{type(encoder).__name__} encodes whole images only: LiteVAE's encoder works in "
+            f"strips. {x.shape[-1]}x{x.shape[-2]} pixels take {needs / GIB:.3g} GiB, more than "
+            f"{memory / GIB:.3g}: allow more memory, or a smaller image"
         )
     if encoder.training or x.dtype not in STREAMED:
         raise ValueError(
-            "streaming takes float32 or half precision, and evaluation mode: call model.eval() first"
+            "streaming takes float32 or half precision, and evaluation mode: "
+            "call model.eval() first"
         )
-    levels = range(1 + encoder.skip_levels, encoder.levels + 1) if encoder.extractors else ()
-    sizes = [
-        4.0**-level for level in (*levels, encoder.levels)
-    ]  # of the extractors' inputs, and the aggregator's
-    weights, done, whole = iter(sizes), 0.0, x.shape[0] * sum(sizes)
 
+    # Sizes of the UNets' inputs, relative to the image: the extractors', then the aggregator's.
+    levels = range(1 + encoder.skip_levels, encoder.levels + 1) if encoder.extractors else ()
+    sizes = [4.0**-level for level in (*levels, encoder.levels)]
+    whole = x.shape[0] * sum(sizes)
+    weights = iter(sizes)
+    done = 0.0
+
+    # The encoder's own forward pass, whose UNets are streamed, one image after the other.
     def stream(unet: nn.Module, h: Tensor) -> Tensor:
         nonlocal done
         out = torch.cat([Stream(memory, x.device, x.dtype).unet(unet, one) for one in h.split(1)])
@@ -80,24 +89,26 @@ def _bytes_of_one(encoder: Encoder, shape: tuple[int, ...]) -> int:
     return known[key]
 
 
-ON_CPU: Mapping[str, Any] = {
-    "dtype": torch.float32,
-    "device": "cpu",
-}  # of the planes, whatever torch's defaults are
+# Of the planes, whatever torch's defaults are.
+ON_CPU: Mapping[str, Any] = {"dtype": torch.float32, "device": "cpu"}
 
 
 class Plane:
-    """A layer's output over the whole image, (1, C, H, W) in float32, and the sums of its channels."""
+    """A layer's output over the whole image, (1, C, H, W) in float32, and its channels' sums.
+
+    It is stored as (H, C, W), in memory or in a temporary file, so that a strip of rows is one
+    piece.
+    """
 
     def __init__(self, channels: int, height: int, width: int, in_memory: bool) -> None:
         self.shape = channels, height, width
-        self.sums = torch.zeros(
-            2, channels, dtype=torch.float64, device="cpu"
-        )  # of the values, of their squares
+        # Each channel's sum of the values, and of their squares.
+        self.sums = torch.zeros(2, channels, dtype=torch.float64, device="cpu")
         self.rows = torch.empty(height if in_memory else 0, channels, width, **ON_CPU)
         self.file = None if in_memory else tempfile.TemporaryFile(prefix="olvae-")  # noqa: SIM115
 
     def read(self, start: int, stop: int) -> Tensor:
+        """Read a strip, (1, C, rows, W) on the CPU."""
         channels, _, width = self.shape
         if self.file is None:
             rows = self.rows[start:stop]
@@ -105,13 +116,14 @@ class Plane:
             rows = torch.empty(stop - start, channels, width, **ON_CPU)
             self.file.seek(4 * start * channels * width)
             self.file.readinto(rows.numpy().data.cast("B"))
-        return rows.transpose(0, 1)[None]  # (1, C, rows, W)
+        return rows.transpose(0, 1)[None]
 
     def write(self, start: int, values: Tensor) -> None:
+        """Write a strip, (1, C, rows, W), and add it to the sums: each row must come once."""
         channels, _, width = self.shape
         wide = values[0].flatten(1).double()
         self.sums += torch.stack((wide.sum(1), wide.square().sum(1))).cpu()
-        rows = values[0].transpose(0, 1)  # (rows, C, W)
+        rows = values[0].transpose(0, 1)
         if self.file is None:
             self.rows[start : start + rows.shape[0]] = rows
         else:
@@ -120,14 +132,35 @@ class Plane:
 
 
 class Stream:
-    """Run UNets layer by layer, with one strip of rows on the device at a time."""
+    """Run a UNet layer by layer over whole planes, with one strip of rows on the device at a time.
+
+    Three layers of methods:
+
+    - ``unet`` walks through the UNet's blocks as its forward pass does, with planes for tensors;
+      ``step``, ``post_activation`` and ``pre_activation`` do so for one block;
+    - ``conv`` and ``norm_silu`` make one sweep's function. A norm costs no sweep of its own: its
+      input's sums are known, so it is a scale and a shift that the next convolution applies to
+      each strip;
+    - ``sweep`` reads the input planes strip by strip, and writes one output plane.
+
+    Example: a 3x3 convolution (reach 1) over 1000 rows, 300 at a time. For rows 300 to 600 of the
+    output it reads rows 299 to 601 of the input and cuts the first and last row off the result,
+    which the strip's zero padding spoiled. At the image's borders nothing more is read or cut, so
+    the padding is the image's own.
+
+    ``left`` is the memory for planes: each takes its bytes from it until it is garbage, and is a
+    temporary file if they don't suffice. So no variable may hold a plane that is not needed any
+    more.
+    """
 
     def __init__(self, memory: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.device, self.dtype = device, dtype
+        self.device = device
+        self.dtype = dtype
         self.strip = memory // 4
         self.left = memory - self.strip
 
     def plane(self, channels: int, height: int, width: int) -> Plane:
+        """Make an empty plane, in memory if it fits."""
         size = 4 * channels * height * width
         plane = Plane(channels, height, width, in_memory=size <= self.left)
         if plane.file is None:
@@ -141,16 +174,19 @@ class Stream:
     def sweep(
         self, inputs: Sequence[Plane], channels: int, reach: int, run: Callable[..., Tensor]
     ) -> Plane:
-        """``run`` over strips of the inputs that are ``reach`` rows wider, on both sides, than those of the output."""
+        """Make a plane of ``channels`` by ``run``, strip by strip; it gets a strip of each input.
+
+        The inputs' strips are ``reach`` rows wider than the output's, on both sides.
+        """
         _, height, width = inputs[0].shape
         out = self.plane(channels, height, width)
-        per_row = (
-            4 * width * 4 * (channels + sum(plane.shape[0] for plane in inputs))
-        )  # a layer copies both
+        # A row of the inputs and the output in float32, four times: layers copy both.
+        per_row = 4 * width * 4 * (channels + sum(plane.shape[0] for plane in inputs))
         rows = max(1, self.strip // per_row - 2 * reach)
         for start in range(0, height, rows):
             stop = min(start + rows, height)
-            low, high = max(0, start - reach), min(height, stop + reach)
+            low = max(0, start - reach)
+            high = min(height, stop + reach)
             values = run(*(plane.read(low, high).to(self.device, self.dtype) for plane in inputs))
             out.write(start, values[:, :, start - low : stop - low])
         return out
@@ -158,7 +194,7 @@ class Stream:
     def conv(
         self, conv: nn.Module, inputs: Sequence[Plane], before: Function = lambda x: x
     ) -> Plane:
-        """A convolution over concatenated inputs, after a function of single positions."""
+        """Apply a convolution to concatenated inputs, after a function of single positions."""
         assert isinstance(conv, nn.Conv2d)
         reach = conv.kernel_size[0] // 2
         return self.sweep(
@@ -166,35 +202,47 @@ class Stream:
         )
 
     def norm_silu(self, norm: nn.GroupNorm, inputs: Sequence[Plane]) -> Function:
-        """GroupNorm, then SiLU, with the statistics of the whole image."""
+        """Make a function of strips: GroupNorm with the whole image's statistics, then SiLU."""
+        # Mean and 1 / standard deviation of each group, from the sums of its channels.
         _, height, width = inputs[0].shape
         sums = torch.cat([plane.sums for plane in inputs], dim=1)  # (2, C)
         grouped = sums.unflatten(1, (norm.num_groups, -1))  # (2, groups, C / groups)
         repeat = grouped.shape[2]
         mean, square = grouped.sum(2) / (repeat * height * width)
         rstd = (square - mean.square()).clamp(min=0).add(norm.eps).rsqrt()
+
+        # The same for each channel, (C, 1, 1), and the norm's own weight and bias.
         each = torch.stack((mean, rstd)).repeat_interleave(repeat, dim=1)  # (2, C)
         shift, scale = each.float().to(self.device)[:, :, None, None]
-        weight, bias = norm.weight.view(-1, 1, 1), norm.bias.view(-1, 1, 1)
+        weight = norm.weight.view(-1, 1, 1)
+        bias = norm.bias.view(-1, 1, 1)
         return lambda x: F.silu((x.float() - shift) * scale * weight + bias).to(x.dtype)
 
     def post_activation(self, block: PostActivationBlock, inputs: Sequence[Plane]) -> Plane:
         h = self.conv(block.conv1, inputs)
         h = self.conv(block.conv2, [h], self.norm_silu(block.norm1, [h]))
-        activate, skip = self.norm_silu(block.norm2, [h]), block.residual_conv
+        activate = self.norm_silu(block.norm2, [h])
+        skip = block.residual_conv
+        # The last norm and the skip connection in one sweep: both see single positions.
         return self.sweep(
             [h, *inputs], h.shape[0], 0, lambda last, *x: activate(last) + skip(torch.cat(x, dim=1))
         )
 
     def pre_activation(self, block: PreActivationBlock, inputs: Sequence[Plane]) -> Plane:
         h = self.conv(block.conv1, inputs, self.norm_silu(block.norm1, inputs))
-        activate, conv, skip = self.norm_silu(block.norm2, [h]), block.conv2, block.shortcut
-        inputs, channels = [h, *inputs], conv.out_channels
+        activate = self.norm_silu(block.norm2, [h])
+        conv = block.conv2
+        skip = block.shortcut
+        # The second convolution and the skip connection in one sweep.
         return self.sweep(
-            inputs, channels, 1, lambda last, *x: conv(activate(last)) + skip(torch.cat(x, dim=1))
+            [h, *inputs],
+            conv.out_channels,
+            1,
+            lambda last, *x: conv(activate(last)) + skip(torch.cat(x, dim=1)),
         )
 
     def step(self, step: nn.Module, inputs: Sequence[Plane]) -> Plane:
+        """Run a block, or a convolution between levels, on concatenated inputs."""
         if isinstance(step, PostActivationBlock):
             return self.post_activation(step, inputs)
         if isinstance(step, PreActivationBlock):
@@ -202,13 +250,15 @@ class Stream:
         return self.conv(step, inputs)
 
     def unet(self, unet: nn.Module, x: Tensor) -> Tensor:
-        """``unet(x)`` for one image, (1, C, H, W) -> (1, C', H, W) on x's device."""
+        """Compute ``unet(x)`` for one image, (1, C, H, W) -> (1, C', H, W) on x's device."""
         assert isinstance(unet, UNet)
         _, channels, height, width = x.shape
         first = self.plane(channels, height, width)
         first.write(0, x)
         h = self.conv(unet.init_conv, [first])
         del first
+
+        # As in UNet.forward: blocks on the way down leave a skip, blocks on the way up take one.
         skips: list[Plane] = []
         down, middle, up = unet.steps()
         for step in down:
@@ -218,5 +268,8 @@ class Stream:
         for step in middle:
             h = self.step(step, [h])
         for step in up:
-            h = self.step(step, [h] if isinstance(step, nn.Conv2d) else [h, skips.pop()])
+            if isinstance(step, nn.Conv2d):
+                h = self.step(step, [h])
+            else:
+                h = self.step(step, [h, skips.pop()])
         return self.conv(unet.conv_out, [h]).read(0, height).to(x)

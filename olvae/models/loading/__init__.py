@@ -1,1 +1,1 @@
-"""Every TARGET: runs, checkpoints, exports, the hub, diffusers' autoencoders, latent-diffusion's files."""
+"""Load TARGETs: runs, checkpoints, exports, the hub, diffusers' and latent-diffusion's files."""

@@ -1,4 +1,4 @@
-"""Classes of diffusers that can be trained here, and written back: the contract; AutoencoderKL, Tiny, wrapped ones."""
+"""Train classes of diffusers and write them back: AutoencoderKL, AutoencoderTiny, wrapped ones."""
 
 import json
 import math
@@ -29,22 +29,32 @@ NAMES = {
 
 
 class Family(ABC):
-    """Classes of diffusers whose networks are networks of ours: one becomes a LiteVAE, to be trained, and goes back."""
+    """Contract of classes of diffusers whose networks are also ours.
 
-    kinds: ClassVar[Sequence[str]]  # names of the classes
-    networks: ClassVar[tuple[type[Encoder], type[Decoder]]]  # of ours
+    One of these classes becomes a LiteVAE, to be trained, and can be written back.
+    """
+
+    # Names of the classes.
+    kinds: ClassVar[Sequence[str]]
+    # Our networks.
+    networks: ClassVar[tuple[type[Encoder], type[Decoder]]]
 
     @abstractmethod
     def spec(self, theirs: Any, name: str) -> AutoencoderSpec:
-        """Describe the networks of a DiffusersAutoencoder as ours; ConfigError if these lack a part of them."""
+        """Describe the networks of a DiffusersAutoencoder as ours.
+
+        Raises ConfigError: ours lack a part of them.
+        """
 
     def spec_of(self, encoder: Config, decoder: Config, n_z: int, **others: Any) -> AutoencoderSpec:
-        """The spec of the family's networks with these params, and other arguments of :class:`AutoencoderSpec`."""
-        halves = zip(self.networks, (encoder, decoder), strict=True)
-        one, other = (
-            {"target": f"{half.__module__}.{half.__qualname__}", "params": p} for half, p in halves
+        """Make the spec of networks with these params, and other arguments of AutoencoderSpec."""
+        one, other = self.networks
+        return AutoencoderSpec(
+            {"target": f"{one.__module__}.{one.__qualname__}", "params": encoder},
+            {"target": f"{other.__module__}.{other.__qualname__}", "params": decoder},
+            n_z,
+            **others,
         )
-        return AutoencoderSpec(one, other, n_z, **others)
 
     @abstractmethod
     def to_ours(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -52,9 +62,8 @@ class Family(ABC):
 
     def holds(self, model: LiteVAE) -> bool:
         """Whether a model's networks are of this family."""
-        return isinstance(model.encoder, self.networks[0]) and isinstance(
-            model.decoder, self.networks[1]
-        )
+        encoder, decoder = self.networks
+        return isinstance(model.encoder, encoder) and isinstance(model.decoder, decoder)
 
     def kind(self, model: LiteVAE) -> str:  # noqa: ARG002
         """The class of diffusers that a model is."""
@@ -62,36 +71,42 @@ class Family(ABC):
 
     @abstractmethod
     def config(self, model: LiteVAE) -> dict[str, Any]:
-        """The arguments of that class; ValueError if it has none for a setting of the model."""
+        """List that class's arguments; ValueError if it has none for a setting of the model."""
 
     @abstractmethod
     def to_diffusers(self, model: LiteVAE) -> Mapping[str, Tensor]:
         """Rename a model's weights to diffusers'; ValueError if one has no place there."""
 
     def units(self, model: LiteVAE) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
-        """Mean and deviation, (n_z, 1, 1) each, if the class has its latents in a diffusion model's units."""
+        """Mean and deviation, (n_z, 1, 1) each, if the class scales its latents by them."""
         return None
 
 
 class StableDiffusion(Family):
-    """AutoencoderKL, also Stable Diffusion's, SDXL's, SD3's and FLUX.1's, as SDEncoder, SDDecoder and a quantizer."""
+    """AutoencoderKL as SDEncoder, SDDecoder and a quantizer: Stable Diffusion's to FLUX.1's."""
 
-    kinds, networks = ("AutoencoderKL",), (SDEncoder, SDDecoder)
+    kinds = ("AutoencoderKL",)
+    networks = (SDEncoder, SDDecoder)
 
     def spec(self, theirs: Any, name: str) -> AutoencoderSpec:
+        # Our networks have one kind of blocks, and both convolutions beside the latent or none.
         config = theirs.model.config
         for key, only in (*BLOCKS.items(), ("act_fn", "silu")):
             found = {config[key]} if isinstance(config[key], str) else set(config[key])
-            if other := found - {only}:
+            other = found - {only}
+            if other:
                 raise ConfigError(
                     f"{name}: {key}: {', '.join(sorted(other))}: only {only} can be trained here"
                 )
         if config["use_quant_conv"] != config["use_post_quant_conv"]:
             raise ConfigError(
-                f"{name}: it has one of quant_conv and post_quant_conv: only both or none can be trained"
+                f"{name}: it has one of quant_conv and post_quant_conv: "
+                "only both or none can be trained"
             )
-        widths, n_z = list(config["block_out_channels"]), config["latent_channels"]
-        common, size, f = math.gcd(*widths), config["sample_size"], 2 ** (len(widths) - 1)
+
+        # Params of the networks: widths are multiples of a common one.
+        widths = list(config["block_out_channels"])
+        common = math.gcd(*widths)
         shared = {
             "channels": common,
             "channel_mult": [width // common for width in widths],
@@ -99,12 +114,15 @@ class StableDiffusion(Family):
             "norm_groups": config["norm_num_groups"],
             "attention": config["mid_block_add_attention"],
         }
+        n_z = config["latent_channels"]
+        size = config["sample_size"]
+        f = 2 ** (len(widths) - 1)
         encoder = {"latent_dim": 2 * n_z, "in_channels": config["in_channels"]}
         encoder["image_size"] = size if isinstance(size, int) and size % f == 0 else max(256, f)
         decoder = {"z_channels": n_z, "out_channels": config["out_channels"]}
-        factors = {factor: config[factor] for factor in FOR_DIFFUSION} | {
-            "shift_factor": config["shift_factor"] or 0.0
-        }
+
+        factors = {factor: config[factor] for factor in FOR_DIFFUSION}
+        factors["shift_factor"] = config["shift_factor"] or 0.0
         return self.spec_of(
             encoder | shared, decoder | shared, n_z, use_quant=config["use_quant_conv"], **factors
         )
@@ -113,24 +131,25 @@ class StableDiffusion(Family):
         return _renamed(state, NAMES)
 
     def config(self, model: LiteVAE) -> dict[str, Any]:
-        encoder, decoder = model.encoder.node["params"], model.decoder.node["params"]
-        widths, others = (
-            [half["channels"] * m for m in half["channel_mult"]] for half in (encoder, decoder)
-        )
-        n_z, moments = model.latent_channels, model.encoder.latent_dim
-        for what, one, other in (
-            ("widths", widths, others),
-            *(
-                (key, encoder[key], decoder[key])
-                for key in ("num_res_blocks", "norm_groups", "attention")
-            ),
-            ("moments", moments, 2 * model.decoder.z_channels),
-            ("moments", moments, 2 * n_z),
-        ):
+        encoder = model.encoder.node["params"]
+        decoder = model.decoder.node["params"]
+        widths = [encoder["channels"] * m for m in encoder["channel_mult"]]
+        others = [decoder["channels"] * m for m in decoder["channel_mult"]]
+        n_z = model.latent_channels
+        moments = model.encoder.latent_dim
+
+        # AutoencoderKL has one setting for both halves.
+        both: list[tuple[str, Any, Any]] = [("widths", widths, others)]
+        for key in ("num_res_blocks", "norm_groups", "attention"):
+            both.append((key, encoder[key], decoder[key]))
+        both += [("moments", moments, 2 * model.decoder.z_channels), ("moments", moments, 2 * n_z)]
+        for what, one, other in both:
             if one != other:
                 raise ValueError(
-                    f"the encoder has {what} {one}, the decoder {other}: AutoencoderKL has the same in both"
+                    f"the encoder has {what} {one}, the decoder {other}: "
+                    "AutoencoderKL has the same in both"
                 )
+
         quantized = model.quantizer is not None
         return {
             "in_channels": model.in_channels,
@@ -156,13 +175,14 @@ class StableDiffusion(Family):
 class Wrapped(Family):
     """The classes in :data:`TRAINABLE`: each half is diffusers' own module, under its own names."""
 
-    kinds, networks = TRAINABLE, (DiffusersEncoder, DiffusersDecoder)
+    kinds = TRAINABLE
+    networks = (DiffusersEncoder, DiffusersDecoder)
 
     def spec(self, theirs: Any, name: str) -> AutoencoderSpec:  # noqa: ARG002
-        given = {
-            key: value for key, value in theirs.model.config.items() if not key.startswith("_")
-        }
-        n_z, f = theirs.latent_channels, theirs.downscale
+        config = theirs.model.config
+        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        n_z = theirs.latent_channels
+        f = theirs.downscale
         shared = {
             "kind": theirs.kind,
             "config": json.loads(json.dumps(given)),
@@ -173,52 +193,58 @@ class Wrapped(Family):
             "in_channels": theirs.in_channels,
             "image_size": max(256, f),
             "downscale": f,
+            "deterministic": theirs.deterministic,
         }
-        encoder["deterministic"] = theirs.deterministic
         decoder = {"z_channels": n_z, "out_channels": theirs.in_channels, "upscale": f}
         return self.spec_of(shared | encoder, shared | decoder, n_z, **theirs.for_diffusion)
 
     def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # What belongs to neither half, such as FLUX.2's batch norm, goes to both.
         elsewhere = {"encoder": MODULES["decoder"], "decoder": MODULES["encoder"]}
-        return {
-            f"{half}.model.{name}": tensor
-            for name, tensor in state.items()
-            for half, others in elsewhere.items()
-            if name.partition(".")[0] not in others
-        }
+        renamed = {}
+        for name, tensor in state.items():
+            for half, others in elsewhere.items():
+                if name.partition(".")[0] not in others:
+                    renamed[f"{half}.model.{name}"] = tensor
+        return renamed
 
     def kind(self, model: LiteVAE) -> str:
         kind: str = model.decoder.node["params"]["kind"]
         return kind
 
     def config(self, model: LiteVAE) -> dict[str, Any]:
-        encoder, decoder = model.encoder.node["params"], model.decoder.node["params"]
+        encoder = model.encoder.node["params"]
+        decoder = model.decoder.node["params"]
         if encoder["kind"] != decoder["kind"]:
             raise ValueError(f"the encoder is {encoder['kind']}'s, the decoder {decoder['kind']}'s")
-        factors = {
-            name: getattr(model, name) for name in FOR_DIFFUSION if name in decoder["config"]
-        }
-        return {**decoder["config"], **factors}
+        config = dict(decoder["config"])
+        for name in FOR_DIFFUSION:
+            if name in config:
+                config[name] = getattr(model, name)
+        return config
 
     def to_diffusers(self, model: LiteVAE) -> dict[str, Tensor]:
-        named = sorted(
-            model.state_dict().items()
-        )  # the encoder's last: a fresh decoder has FLUX.2's statistics not
+        # Of tensors that both halves have, the encoder's come last and are kept: a fresh decoder
+        # has not FLUX.2's statistics.
+        named = sorted(model.state_dict().items())
         return {name.partition(".model.")[2]: tensor for name, tensor in named}
 
 
 class Tiny(Family):
-    """AutoencoderTiny as TinyEncoder and TinyDecoder; its latents are a diffusion model's, without any factor."""
+    """AutoencoderTiny as TinyEncoder, TinyDecoder; diffusion models take its latents unscaled."""
 
-    kinds, networks = ("AutoencoderTiny",), (TinyEncoder, TinyDecoder)
+    kinds = ("AutoencoderTiny",)
+    networks = (TinyEncoder, TinyDecoder)
 
     def spec(self, theirs: Any, name: str) -> AutoencoderSpec:
-        config, n_z = theirs.model.config, theirs.latent_channels
+        config = theirs.model.config
+        n_z = theirs.latent_channels
         widths = {*config["encoder_block_out_channels"], *config["decoder_block_out_channels"]}
         rest = (config["act_fn"], config["upsample_fn"], config["upsampling_scaling_factor"])
         if len(widths) > 1 or rest != ("relu", "nearest", 2):
             raise ConfigError(
-                f"{name}: only TAESD's form of AutoencoderTiny can be trained: one width, relu, nearest"
+                f"{name}: only TAESD's form of AutoencoderTiny can be trained: "
+                "one width, relu, nearest"
             )
         shared = {"channels": widths.pop()}
         encoder = {
@@ -235,23 +261,25 @@ class Tiny(Family):
 
     def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         n_z = state["decoder.layers.0.weight"].shape[1]
-        plain = {"latents_mean": torch.zeros(n_z, 1, 1), "latents_std": torch.ones(n_z, 1, 1)}
-        return {
-            **state,
-            **{f"{half}.{name}": value for half in HALVES for name, value in plain.items()},
-        }
+        mean = torch.zeros(n_z, 1, 1)
+        std = torch.ones(n_z, 1, 1)
+        ours = dict(state)
+        for half in HALVES:
+            ours[f"{half}.latents_mean"] = mean
+            ours[f"{half}.latents_std"] = std
+        return ours
 
     def config(self, model: LiteVAE) -> dict[str, Any]:
-        halves = {"encoder": model.encoder.node["params"], "decoder": model.decoder.node["params"]}
+        encoder = model.encoder.node["params"]
+        decoder = model.decoder.node["params"]
         return {
             "in_channels": model.in_channels,
             "out_channels": model.decoder.out_channels,
             "latent_channels": model.latent_channels,
-            **{f"num_{half}_blocks": params["blocks"] for half, params in halves.items()},
-            **{
-                f"{n}_block_out_channels": [p["channels"]] * len(p["blocks"])
-                for n, p in halves.items()
-            },
+            "num_encoder_blocks": encoder["blocks"],
+            "num_decoder_blocks": decoder["blocks"],
+            "encoder_block_out_channels": [encoder["channels"]] * len(encoder["blocks"]),
+            "decoder_block_out_channels": [decoder["channels"]] * len(decoder["blocks"]),
             "force_upcast": model.force_upcast,
             "scaling_factor": 1.0,
             "shift_factor": 0.0,
@@ -270,12 +298,12 @@ class Tiny(Family):
 
 
 def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    return {
-        next(
-            new + name.removeprefix(old) for old, new in names.items() if name.startswith(old)
-        ): tensor
-        for name, tensor in state.items()
-    }
+    """Replace the beginning of each name; every name begins with one of ``names``."""
+    renamed = {}
+    for name, tensor in state.items():
+        old = next(old for old in names if name.startswith(old))
+        renamed[names[old] + name.removeprefix(old)] = tensor
+    return renamed
 
 
 FAMILIES: tuple[Family, ...] = (StableDiffusion(), Wrapped(), Tiny())
@@ -283,4 +311,7 @@ FAMILIES: tuple[Family, ...] = (StableDiffusion(), Wrapped(), Tiny())
 
 def family_of(model: LiteVAE) -> Family | None:
     """The family that has a model's networks; None for a LiteVAE's."""
-    return next((family for family in FAMILIES if family.holds(model)), None)
+    for family in FAMILIES:
+        if family.holds(model):
+            return family
+    return None

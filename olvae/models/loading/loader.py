@@ -1,4 +1,4 @@
-"""The contract of a kind of TARGET: a loader finds the autoencoder that a text names, and loads it later."""
+"""Contract of a loader: it finds the autoencoder that a TARGET names, and loads it later."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -14,50 +14,61 @@ from olvae.runs import Run, settings_of
 class LoadOptions:
     """Options for finding and loading a target."""
 
-    config: str | Path | None = None  # of a checkpoint, instead of the one beside it
-    config_base: str | Path | None = (
-        None  # a folder in which a run's config is looked for by the run's name
-    )
-    raw: bool = False  # the weights as trained, not the averaged ones (EMA)
-    allow_mismatch: bool = False  # load the tensors that fit, and warn of the others
+    # Config of a checkpoint, instead of the one beside it.
+    config: str | Path | None = None
+    # A folder in which a run's config is looked for by the run's name.
+    config_base: str | Path | None = None
+    # Load the weights as trained, not the averaged ones (EMA).
+    raw: bool = False
+    # Load the tensors that fit, and warn of the others.
+    allow_mismatch: bool = False
 
 
 @dataclass(frozen=True)
 class Target:
     """An autoencoder that was found, and is not loaded yet.
 
-    ``load`` loads it with its weights, in evaluation mode and float32, anew at each call; ValueError if they are not
-    readable, non-finite, or of another model. ``fresh`` builds it with fresh weights; None if that is not known.
-    ``config`` is the training's; empty without one, or for a received one, whose data must not be built.
+    ``load`` loads it with its weights, in evaluation mode and float32, anew at each call;
+    ValueError if they are not readable, non-finite, or of another model. ``fresh`` builds it with
+    fresh weights; None if that is not known. ``config`` is the training's; empty without one, or
+    for a received one, whose data must not be built.
     """
 
     load: Callable[[], Autoencoder] = field(repr=False)
     fresh: Callable[[], Autoencoder] | None = field(repr=False, default=None)
     config: Config = field(repr=False, default_factory=dict)
     run: Run | None = None
-    raw: bool = (
-        False  # whether it has the raw weights that were asked for, not the averaged ones (EMA)
-    )
-    name: str = ""  # by default what the user wrote
-    given: str = ""  # what the user wrote; find_target sets it
+    # Whether it has the raw weights that were asked for, not the averaged ones (EMA).
+    raw: bool = False
+    # By default what the user wrote.
+    name: str = ""
+    # What the user wrote; find_target sets it.
+    given: str = ""
 
     def untrained(self) -> Autoencoder:
-        """Build the autoencoder as before the first step, by the run's seed; ConfigError if its loader can't."""
+        """Build the autoencoder as before the first step, by the run's seed.
+
+        Raises ConfigError: its loader can't build it.
+        """
         if self.fresh is None:
             raise ConfigError(f"{self.given}: can't be built without its weights")
-        import lightning.pytorch as pl  # a second, which most commands save
+        # Takes a second, which most commands save.
+        import lightning.pytorch as pl
 
         pl.seed_everything(settings_of(self.config).initial_seed, verbose=False)
         return self.fresh().eval()
 
 
 class Loader(ABC):
-    """A kind of TARGET. One of your own is named by its class: TARGET ``package.module.Class:ARGUMENT``."""
+    """A kind of TARGET. Name a loader of yours by its class: ``package.module.Class:ARGUMENT``."""
 
     @abstractmethod
     def accepts(self, text: str) -> bool:
-        """Whether this names a target of this kind, judged quickly by the text and local files."""
+        """Whether a text names a target of this kind; look at the text and local files only."""
 
     @abstractmethod
     def find(self, text: str, options: LoadOptions) -> Target | Path:
-        """Find what the text names, or fetch it: a path is given to the other loaders; errors as ``find_target``'s."""
+        """Find the target that a text names, or fetch it; raise errors as ``find_target`` does.
+
+        The other loaders get a path that is returned.
+        """

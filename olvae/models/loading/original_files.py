@@ -1,6 +1,7 @@
-"""Files of other projects: names of weights in latent-diffusion, FLUX.2, Wan and DC-AE, and a loader of them.
+"""Read files of other projects: latent-diffusion, FLUX.2, Wan, DC-AE; name weights as they do.
 
-diffusers converts the names that are read; those that are written are converted here, and read back by diffusers.
+diffusers converts names that are read. Names that are written are converted here, and diffusers
+reads them back.
 """
 
 import re
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from olvae.checkpoint import load_weights, read_checkpoint, state_dict_of
-from olvae.config import ConfigError
+from olvae.config import Config, ConfigError
 from olvae.files import first_line
 from olvae.models.loading.diffusers_models import DiffusersAutoencoder, check_parameters
 from olvae.models.loading.families import BLOCKS, NAMES
@@ -22,16 +23,18 @@ from olvae.models.spec import CONFIG_NAME, oversized, read_config
 from olvae.models.weight_files import config_inside, is_export, locate_weights
 from olvae.runs import run_of
 
-KL, FLUX2, WAN, QWEN, DC = (
-    f"Autoencoder{name}" for name in ("KL", "KLFlux2", "KLWan", "KLQwenImage", "DC")
-)
+KL = "AutoencoderKL"
+FLUX2 = "AutoencoderKLFlux2"
+WAN = "AutoencoderKLWan"
+QWEN = "AutoencoderKLQwenImage"
+DC = "AutoencoderDC"
 
 MARKERS = {
     "encoder.down.0.block.0.norm1.weight": (KL, FLUX2),
     "decoder.middle.0.residual.0.gamma": (WAN, QWEN),
     "decoder.stages.1.op_list.0.main.conv.conv.bias": (DC,),
 }
-"""Names of which one tells whose file it is, and diffusers' classes of it; the first if no config says."""
+"""A name that identifies a project's files, and diffusers' classes: without a config the first."""
 
 LDM_NAMES = {
     "down_blocks.": "down.",
@@ -48,7 +51,7 @@ LDM_NAMES = {
     "to_v.": "v.",
     "to_out.0.": "proj_out.",
 }
-"""Parts of names in diffusers' AutoencoderKL and in latent-diffusion, where levels of the decoder count backwards."""
+"""Parts of names in diffusers' AutoencoderKL, and in latent-diffusion."""
 
 QUANTIZERS = {"quant_conv.": "encoder.quant_conv.", "post_quant_conv.": "decoder.post_quant_conv."}
 """Where FLUX.2's own files have them."""
@@ -70,26 +73,26 @@ WAN_NAMES = {
     ),
     r"up_blocks\.(\d)\.upsamplers\.0": lambda found: f"upsamples.{4 * int(found[1]) + 3}",
 }
-"""Parts of names in diffusers' AutoencoderKLWan and in Wan's files, whose decoder has four modules to a level."""
+"""Parts of names in diffusers' AutoencoderKLWan, and in Wan's files.
+
+Wan's decoder has four modules to a level."""
 
 
 def original_names(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name the weights of a class of diffusers as its project's files do; ValueError if they have no such names.
+    """Name the weights of a class of diffusers as its project's files do.
 
     In latent-diffusion attention's linear layers are 1x1 convolutions, (C, C, 1, 1).
+
+    Raises ValueError: the project's files have no such names.
     """
-    last = max(
-        (int(level) for level in re.findall(r"decoder\.up_blocks\.(\d+)", " ".join(state))),
-        default=0,
-    )
+    levels = re.findall(r"decoder\.up_blocks\.(\d+)", " ".join(state))
+    last = max(map(int, levels), default=0)
+
+    # Wan and Qwen-Image: the second name is another one in Wan 2.2.
     if kind in (WAN, QWEN):
-        blocks = [
-            f"decoder.up_blocks.{name}.weight"
-            for name in ("3.resnets.2.conv1", "2.upsamplers.0.resample.1")
-        ]
-        if last != 3 or not all(
-            name in state for name in blocks
-        ):  # the second is another one in Wan 2.2
+        first = "decoder.up_blocks.3.resnets.2.conv1.weight"
+        second = "decoder.up_blocks.2.upsamplers.0.resample.1.weight"
+        if last != 3 or first not in state or second not in state:
             raise ValueError(
                 "diffusers knows the names of Wan 2.1's files alone: four levels of two blocks"
             )
@@ -98,14 +101,16 @@ def original_names(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         raise ValueError(
             f"{kind} has no names here but diffusers', which are for `format` diffusers"
         )
+
+    # latent-diffusion, whose decoder's levels count backwards, and FLUX.2.
+    quantizers = {f"^{theirs}": ours for theirs, ours in QUANTIZERS.items()}
     named = {}
     for name, tensor in state.items():
         name = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{last - int(found[1])}", name)
         for theirs, ours in LDM_NAMES.items():
             name = name.replace(theirs, ours)
-        name = _replaced(
-            name, {f"^{theirs}": ours for theirs, ours in QUANTIZERS.items() if kind == FLUX2}
-        )
+        if kind == FLUX2:
+            name = _replaced(name, quantizers)
         named[name] = tensor[:, :, None, None] if tensor.ndim == 2 else tensor
     return named
 
@@ -117,21 +122,24 @@ def _replaced(name: str, patterns: Mapping[str, Any]) -> str:
 
 
 class OriginalLoader(Loader):
-    """A file of latent-diffusion's KL autoencoder, of FLUX.2's, Wan 2.1's or DC-AE's, or a folder with one."""
+    """A file or its folder: latent-diffusion's KL autoencoder, FLUX.2's, Wan 2.1's or DC-AE's."""
 
     def accepts(self, text: str) -> bool:
         try:
             weights = locate_weights(text)
         except (FileNotFoundError, ValueError):
             return False
-        ours = run_of(weights) is not None or is_export(
-            weights
-        )  # known without a look at the weights
-        return not ours and _tensors(weights, check=False)[0] != ""
+        # Runs and exports of ours are known without a look at the weights.
+        if run_of(weights) is not None or is_export(weights):
+            return False
+        kind, _ = _tensors(weights, check=False)
+        return kind != ""
 
     def find(self, text: str, options: LoadOptions) -> Target:
-        weights, raw = locate_weights(text), options.raw
-        kind, config = _config(*_tensors(weights, raw, check=False), weights, options.config)
+        weights = locate_weights(text)
+        raw = options.raw
+        kind, tensors = _tensors(weights, raw, check=False)
+        kind, config = _config(kind, tensors, weights, options.config)
 
         def load() -> DiffusersAutoencoder:
             return _loaded(kind, config, _tensors(weights, raw)[1], weights, options.allow_mismatch)
@@ -140,28 +148,30 @@ class OriginalLoader(Loader):
 
 
 def _tensors(file: Path, raw: bool = False, check: bool = True) -> tuple[str, dict[str, Tensor]]:
-    """The class of a file's autoencoder, and its tensors without the names' prefix; "" and none of another file."""
+    """Read a file's tensors, with their names as in an autoencoder alone, and its class.
+
+    The class is "", without tensors, if the file is of another project.
+    """
+    # Checkpoints of whole models have a prefix before the autoencoder's names.
     state = state_dict_of(read_checkpoint(file, check), file, raw)
-    prefixes = ("first_stage_model.", "vae.", "")
-    matches = (
-        (kinds[0], prefix)
-        for name, kinds in MARKERS.items()
-        for prefix in prefixes
-        if prefix + name in state
-    )
-    kind, prefix = next(matches, ("", ""))
-    if not kind:
-        return kind, {}
+    matches: list[tuple[str, str]] = []
+    for name, kinds in MARKERS.items():
+        for prefix in ("first_stage_model.", "vae.", ""):
+            if prefix + name in state:
+                matches.append((kinds[0], prefix))
+    if not matches:
+        return "", {}
+    kind, prefix = matches[0]
     if f"{prefix}quantize.embedding.weight" in state:
         raise ValueError(
             f"{file}: a vector-quantised autoencoder of latent-diffusion; only the KL ones are read"
         )
     found = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+
+    # FLUX.2's differ by their batch norm, and have the quantizers inside the halves.
     if kind == KL:
-        found = {
-            _replaced(n, {f"^{new}": old for old, new in QUANTIZERS.items()}): t
-            for n, t in found.items()
-        }
+        patterns = {f"^{theirs}": ours for ours, theirs in QUANTIZERS.items()}
+        found = {_replaced(name, patterns): tensor for name, tensor in found.items()}
         kind = FLUX2 if "bn.running_mean" in found else KL
         found = {n: t for n, t in found.items() if n.startswith((*NAMES, "bn."))}
     return kind, found
@@ -170,28 +180,40 @@ def _tensors(file: Path, raw: bool = False, check: bool = True) -> tuple[str, di
 def _config(
     kind: str, tensors: Mapping[str, Tensor], weights: Path, given: str | Path | None
 ) -> tuple[str, dict[str, Any]]:
-    """The class and its arguments: of a config.json of diffusers that is given, in the file's header, or beside it.
+    """Find the class and its arguments, in diffusers' form.
 
-    Without the first two, latent-diffusion's and FLUX.2's are read from the shapes; others' are the defaults.
+    They are in a config.json that is given, in the file's header, or in a config.json beside it.
+    Without the first two, latent-diffusion's and FLUX.2's are read from the shapes; other classes
+    have their defaults.
     """
+    by_shapes = kind in (KL, FLUX2)
     kinds = next(kinds for kinds in MARKERS.values() if kind in kinds)
-    places = [Path(given or ""), weights.with_name(CONFIG_NAME)]
-    own, beside = (
-        read_config(place) if place.name.endswith(".json") and place.is_file() else {}
-        for place in places
-    )
-    contents = (own, config_inside(weights, kinds) or {}, {} if kind in (KL, FLUX2) else beside)
+    own: Config = {}
+    given_file = Path(given or "")
+    if given_file.name.endswith(".json") and given_file.is_file():
+        own = read_config(given_file)
+    beside: Config = {}
+    neighbour = weights.with_name(CONFIG_NAME)
+    if neighbour.is_file():
+        beside = read_config(neighbour)
+
+    # The first that is of the class, or of the other class with the same names.
+    contents = [own, config_inside(weights, kinds) or {}]
+    if not by_shapes:
+        contents.append(beside)
     content = next((content for content in contents if content.get("_class_name") in kinds), None)
+
+    # Else shapes, and what they don't tell from the config beside it, if it agrees with them.
     if content is None:
-        shapes = _latent_diffusion_config(kind, tensors, weights) if kind in (KL, FLUX2) else {}
+        shapes = _latent_diffusion_config(kind, tensors, weights) if by_shapes else {}
         others = any(beside.get(name, value) != value for name, value in shapes.items())
-        content = {
-            **({} if others or beside.get("_class_name") != kind else beside),
-            **shapes,
-            "_class_name": kind,
-        }
+        content = {}
+        if not others and beside.get("_class_name") == kind:
+            content = dict(beside)
+        content |= {**shapes, "_class_name": kind}
     config = {name: value for name, value in content.items() if not name.startswith("_")}
-    if large := list(oversized(config)):
+    large = list(oversized(config))
+    if large:
         raise ConfigError(*(f"{weights}: {line}" for line in large))
     return str(content["_class_name"]), config
 
@@ -204,23 +226,27 @@ def _loaded(
     allow_mismatch: bool = False,
 ) -> DiffusersAutoencoder:
     """Build a class with these weights, in evaluation mode; fresh without weights."""
-    import diffusers  # seconds, which other targets do not need
+    # These imports take seconds, which other targets do not need.
+    import diffusers
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     build = partial(getattr(diffusers, kind).from_config, dict(config))
     try:
+        # Compare sizes before any memory is taken.
         if tensors is not None:
             with torch.device("meta"):
                 check_parameters(build(), sum(tensor.nbytes for tensor in tensors.values()))
         model = build()
+
+        # diffusers converts the names, but not FLUX.2's batch norm, and drops what it doesn't know.
         if tensors is not None:
             converters: Any = SINGLE_FILE_LOADABLE_CLASSES[{FLUX2: KL, QWEN: WAN}.get(kind, kind)]
             converted = dict(
                 converters["checkpoint_mapping_fn"](checkpoint=dict(tensors), config=model.config)
             )
-            converted |= {
-                name: tensor for name, tensor in tensors.items() if name.startswith("bn.")
-            }
+            for name, tensor in tensors.items():
+                if name.startswith("bn."):
+                    converted[name] = tensor
             if kind in (KL, FLUX2) and len(converted) != len(tensors):
                 raise ValueError(
                     f"{len(tensors) - len(converted)} of its tensors have no place in {kind}"
@@ -231,6 +257,8 @@ def _loaded(
         raise ValueError(
             f"{origin}: {text}: is it another {kind}? Then name its config.json with `config`"
         ) from error
+
+    # The factors differ among models of KL and DC: a config alone tells them.
     autoencoder = DiffusersAutoencoder(model).eval()
     autoencoder.factors_known = kind not in (KL, DC) or "scaling_factor" in config
     return autoencoder
@@ -239,55 +267,57 @@ def _loaded(
 def _latent_diffusion_config(
     kind: str, weights: Mapping[str, Tensor], origin: Path
 ) -> dict[str, Any]:
-    """The arguments of AutoencoderKL or AutoencoderKLFlux2, from shapes. GroupNorm always has 32 groups there."""
-    if attention := [
-        name for name in weights if re.match(r"(encoder\.down|decoder\.up)\.\d+\.attn\.", name)
-    ]:
+    """Read the arguments of AutoencoderKL or AutoencoderKLFlux2 from shapes.
+
+    GroupNorm always has 32 groups there.
+    """
+    outside = re.compile(r"(encoder\.down|decoder\.up)\.\d+\.attn\.")
+    attention = [name for name in weights if outside.match(name)]
+    if attention:
         raise ValueError(
-            f"{origin}: attention outside the middle ({attention[0]}), which AutoencoderKL does not have"
+            f"{origin}: attention outside the middle ({attention[0]}), "
+            "which AutoencoderKL does not have"
         )
+
+    # Channels of images and latents, which must agree.
     try:
-        channels, moments = (
-            weights["encoder.conv_in.weight"].shape[1],
-            weights["encoder.conv_out.weight"].shape[0],
-        )
-        latent, output = (
-            weights["decoder.conv_in.weight"].shape[1],
-            weights["decoder.conv_out.weight"].shape[0],
-        )
+        channels = weights["encoder.conv_in.weight"].shape[1]
+        moments = weights["encoder.conv_out.weight"].shape[0]
+        latent = weights["decoder.conv_in.weight"].shape[1]
+        output = weights["decoder.conv_out.weight"].shape[0]
     except KeyError as error:
         raise ValueError(
             f"{origin}: an autoencoder of latent-diffusion, but without {error.args[0]}"
         ) from error
+    embedded = latent
+    if "post_quant_conv.weight" in weights:
+        embedded = weights["post_quant_conv.weight"].shape[1]
+    if moments != 2 * latent or embedded != latent:
+        raise ValueError(
+            f"{origin}: its latent has {embedded} channels, the decoder takes {latent}, "
+            f"the encoder gives {moments}: AutoencoderKL has one width for all"
+        )
+
+    # Levels, and their widths on both ways.
     widths: list[int] = []
     while (first := f"encoder.down.{len(widths)}.block.0.conv1.weight") in weights:
         widths.append(weights[first].shape[0])
-    embedded = (
-        weights["post_quant_conv.weight"].shape[1]
-        if "post_quant_conv.weight" in weights
-        else latent
-    )
-    if moments != 2 * latent or embedded != latent:
-        raise ValueError(
-            f"{origin}: its latent has {embedded} channels, the decoder takes {latent}, the encoder gives {moments}: "
-            "AutoencoderKL has one width for all"
-        )
-    depth, norms = len(widths), re.compile(r"encoder\.down\.0\.block\.\d+\.norm1\.weight")
-    others = [
-        weights[name].shape[0]
-        for i in range(depth)
-        if (name := f"decoder.up.{i}.block.0.conv1.weight") in weights
-    ]
-    return {
+    depth = len(widths)
+    config: dict[str, Any] = {
         "in_channels": channels,
         "out_channels": output,
         **{key: [block] * depth for key, block in BLOCKS.items()},
         "block_out_channels": widths,
-        **(
-            {"decoder_block_out_channels": others if others != widths else None}
-            if kind == FLUX2
-            else {}
-        ),
+    }
+    if kind == FLUX2:
+        others = []
+        for i in range(depth):
+            name = f"decoder.up.{i}.block.0.conv1.weight"
+            if name in weights:
+                others.append(weights[name].shape[0])
+        config["decoder_block_out_channels"] = None if others == widths else others
+    norms = re.compile(r"encoder\.down\.0\.block\.\d+\.norm1\.weight")
+    return config | {
         "layers_per_block": sum(bool(norms.fullmatch(name)) for name in weights),
         "latent_channels": latent,
         "use_quant_conv": "quant_conv.weight" in weights,

@@ -1,4 +1,4 @@
-"""Find what a command's TARGET names; runs, checkpoints and exports of the user, of the hub, and of this package."""
+"""Find the autoencoder that a command's TARGET names; load runs, checkpoints and exports."""
 
 import warnings
 from collections import Counter
@@ -18,17 +18,20 @@ from olvae.models.spec import DIFFUSERS, KINDS, SHIPPED, check_target, is_hub_id
 from olvae.models.weight_files import ONE_KIND, PUBLISHED, is_export, locate, locate_weights
 from olvae.runs import find_run, run_of, settings_of
 
-RAW = ", raw weights"  # ends the name of a target whose raw weights were asked for
+# Ends the name of a target whose raw weights were asked for.
+RAW = ", raw weights"
 
 
 class PackageAndHubLoader(Loader):
-    """``olvae:NAME`` in this package, or OWNER/NAME on the hub, which is downloaded; they may be any loader's."""
+    """Fetch ``olvae:NAME`` of this package, or OWNER/NAME of the hub, for any of the loaders."""
 
     def accepts(self, text: str) -> bool:
         return text.startswith(SHIPPED) or (is_hub_id(text) and not Path(text).exists())
 
     def find(self, text: str, options: LoadOptions) -> Target | Path:
-        return CheckpointLoader().find(text, options) if text in PUBLISHED else locate_weights(text)
+        if text in PUBLISHED:
+            return CheckpointLoader().find(text, options)
+        return locate_weights(text)
 
 
 class CheckpointLoader(Loader):
@@ -38,7 +41,9 @@ class CheckpointLoader(Loader):
         return Path(text).exists()
 
     def find(self, text: str, options: LoadOptions) -> Target:
-        weights, config, raw = locate_weights(text), options.config, options.raw
+        # The file: an export has one kind of weights; one from elsewhere may be diffusers'.
+        weights = locate_weights(text)
+        raw = options.raw
         exported = is_export(weights)
         if raw and exported:
             warnings.warn(f"{text}: {ONE_KIND}", stacklevel=2)
@@ -47,8 +52,12 @@ class CheckpointLoader(Loader):
             state = state_dict_of(read_checkpoint(weights, check=False), weights)
             if any(name.startswith("encoder.down_blocks.") for name in state):
                 raise ValueError(
-                    f"{text}: weights of a diffusers autoencoder: as a target, {DIFFUSERS}FOLDER, with config.json"
+                    f"{text}: weights of a diffusers autoencoder: name it as {DIFFUSERS}FOLDER, "
+                    "a folder with config.json"
                 )
+
+        # Its config: the one that is given, or found by the run's name, or beside it.
+        config = options.config
         if (
             config is None
             and options.config_base is not None
@@ -56,9 +65,12 @@ class CheckpointLoader(Loader):
         ):
             config = find_config(options.config_base, weights.parent.parent.resolve().name)
         located = locate(text, config=config)
-        if located.config and (mistakes := cfg.validate(located.config)):
-            raise ConfigError(*mistakes)
-        if half := settings_of(located.config).untrained:
+        if located.config:
+            mistakes = cfg.validate(located.config)
+            if mistakes:
+                raise ConfigError(*mistakes)
+        half = settings_of(located.config).untrained
+        if half:
             warnings.warn(f"{text}: its {half} has never been trained", stacklevel=2)
         return Target(
             lambda: load_located(located, read_weights(weights, raw), options.allow_mismatch),
@@ -71,20 +83,22 @@ class CheckpointLoader(Loader):
 
 
 def find_config(base: str | Path, run_name: str) -> Path:
-    """Find the YAML file of a run, ``<timestamp>_<config>_<precision>`` [R], in a folder and those below.
+    """Find the YAML file of a run, ``<timestamp>_<config>_<precision>`` [R], anywhere in a folder.
 
     It is ``<run's name>.yaml``, or else ``<config>.yaml``. ConfigError unless there is exactly one.
     """
     names = (run_name, "_".join(run_name.split("_")[1:-1]))
-    by_name = (
-        sorted(file for file in Path(base).rglob("*.y*ml") if file.stem == name) for name in names
-    )
-    files = next(filter(None, by_name), [])
+    files: list[Path] = []
+    for name in names:
+        files = sorted(file for file in Path(base).rglob("*.y*ml") if file.stem == name)
+        if files:
+            break
     if len(files) != 1:
         found = ", ".join(map(str, files)) or "none"
         wanted = " or ".join(f"{name}.yaml" for name in names if name)
         raise ConfigError(
-            f"`config_base` {base}: expected one config {wanted}, found {found}: name it with `config`"
+            f"`config_base` {base}: expected one config {wanted}, found {found}: "
+            "name it with `config`"
         )
     return files[0]
 
@@ -95,7 +109,7 @@ LOADERS: tuple[Loader, ...] = (
     OriginalLoader(),
     CheckpointLoader(),
 )
-"""The first that accepts a text finds it."""
+"""In this order: the first that accepts a text finds it."""
 
 
 def find_target(
@@ -105,20 +119,29 @@ def find_target(
     raw: bool = False,
     allow_mismatch: bool = False,
 ) -> Target:
-    """Find what a TARGET names, one of :data:`~olvae.models.spec.KINDS`, by the options in :class:`LoadOptions`.
+    """Find the autoencoder that a TARGET names, one of :data:`~olvae.models.spec.KINDS`.
 
-    FileNotFoundError if it was not found, or the hub can't be reached; ConfigError if the config has mistakes or is
-    missing; ValueError if the file is not readable, or of another kind.
+    The options are :class:`LoadOptions`. FileNotFoundError if it was not found, or the hub can't be
+    reached; ConfigError if the config has mistakes or is missing; ValueError if the file is not
+    readable, or of another kind.
     """
     if config is not None and config_base is not None:
         raise ConfigError(
             "`config` names the config, `config_base` a folder to search for it: give one of them"
         )
     check_target(str(text))
-    given = place = str(find_run(text))
-    loaders, fetched = LOADERS, False
-    if not Path(given).exists() and (named := split_class(given)):
-        loaders, place = (cfg.resolve_class(named[0], Loader)(),), named[1]  # type: ignore[type-abstract]
+
+    # The user's own loader, package.module.Class:ARGUMENT, or all of ours.
+    given = str(find_run(text))
+    place = given
+    loaders = LOADERS
+    named = None if Path(given).exists() else split_class(given)
+    if named:
+        loaders = (cfg.resolve_class(named[0], Loader)(),)  # type: ignore[type-abstract]
+        place = named[1]
+
+    # A loader may fetch files, and leave the finding to the others.
+    fetched = False
     while True:
         loader = next((loader for loader in loaders if loader.accepts(place)), None)
         if loader is None:
@@ -126,20 +149,28 @@ def find_target(
         found = loader.find(place, LoadOptions(config, config_base, raw, allow_mismatch))
         if isinstance(found, Target):
             break
-        place, loaders, fetched = str(found), LOADERS, True
+        place = str(found)
+        loaders = LOADERS
+        fetched = True
+
+    # Fetched files have names that the user does not know.
+    name = given if fetched or not found.name else found.name
     suffix = RAW if found.raw else ""
-    return replace(
-        found, name=((not fetched and found.name) or given) + suffix, given=given + suffix
-    )
+    return replace(found, name=name + suffix, given=given + suffix)
 
 
 def name_apart(targets: Sequence[Target], taken: Sequence[str] = ()) -> list[Target]:
-    """Rename targets whose names are equal or ``taken``: to what the user wrote, and with a number if still equal."""
+    """Rename targets whose names are equal or ``taken``: to what the user wrote.
+
+    Names that are equal even then get a number.
+    """
     renamed = list(targets)
-    for rename in (lambda target, _: target.given, lambda target, n: f"{target.name} ({n})"):
-        counts, seen = Counter([*(target.name for target in renamed), *taken]), Counter[str]()
+    for numbered in (False, True):
+        counts = Counter([*(target.name for target in renamed), *taken])
+        seen = Counter[str]()
         for i, target in enumerate(renamed):
             seen[target.name] += 1
             if counts[target.name] > 1:
-                renamed[i] = replace(target, name=rename(target, seen[target.name]))
+                name = f"{target.name} ({seen[target.name]})" if numbered else target.given
+                renamed[i] = replace(target, name=name)
     return renamed

@@ -14,29 +14,29 @@ from olvae.models.weight_files import locate_weights
 from olvae.modules.base import check_choice, check_not_negative, no_autocast, upcast
 from olvae.modules.frozen import VisionEncoder, published_weights
 
-ADAPTIVE_MAX = (
-    1e4  # of the factor, where the margins leave almost nothing of the alignment's gradient [D]
-)
+# The largest adaptive factor: the margins may leave almost nothing of the alignment's gradient [D].
+ADAPTIVE_MAX = 1e4
 
 
 class Alignment(Part):
-    """Align the latent with the features of a vision encoder, which is frozen, by a linear projection, which learns.
+    """Align the latent with a frozen vision encoder's features, by a projection that learns.
 
-    The loss is weight * factor * (marginal cosine loss + marginal distance loss). The encoder sees images normalised as
-    it was trained with; VA-VAE's published code leaves that out.
+    The loss is weight * factor * (marginal cosine loss + marginal distance loss). The encoder sees
+    images normalised as in its own training; VA-VAE's published code leaves that out.
 
     Args:
         encoder: a timm model; the paper's is DINOv2, ViT-L.
-        weights: a file of its weights, or an id of the hub; by default what timm has published, downloaded into the
-            hub's cache.
+        weights: a file of its weights, or an id of the hub; by default timm's published weights,
+            downloaded into the hub's cache.
         weight: w_hyper of the paper.
-        adaptive_weight: let the factor be |gradient of the weighted image terms| / |gradient of the alignment| at the
-            encoder's last convolution (quant_conv where there is one), in each step; else it is 1. It costs another
-            backward pass through the decoder.
+        adaptive_weight: in each step, make the factor |gradient of the weighted image terms| /
+            |gradient of the alignment| at the encoder's last convolution (quant_conv where there is
+            one); else it is 1. It costs another backward pass through the decoder.
         cosine_margin, distance_margin: m1 and m2 of the paper.
-        of: the ``mean`` of the posterior [D], or the ``sample`` of it that is decoded, as in the published code.
-        project_distance: let the distance term see the projected latent, as the published code does; by default it sees
-            the latent itself, as in the paper's formula.
+        of: the ``mean`` of the posterior [D], or the ``sample`` that is decoded, as in the
+            published code.
+        project_distance: let the distance term see the projected latent, as the published code
+            does; by default it sees the latent itself, as in the paper's formula.
     """
 
     def __init__(
@@ -54,10 +54,14 @@ class Alignment(Part):
         check_not_negative(
             weight=weight, cosine_margin=cosine_margin, distance_margin=distance_margin
         )
-        self.encoder, self.weight, self.adaptive_weight = encoder, weight, adaptive_weight
-        self.cosine_margin, self.distance_margin = cosine_margin, distance_margin
         check_choice(("mean", "sample"), of=of)
-        self.of, self.project_distance = of, project_distance
+        self.encoder = encoder
+        self.weight = weight
+        self.adaptive_weight = adaptive_weight
+        self.cosine_margin = cosine_margin
+        self.distance_margin = distance_margin
+        self.of = of
+        self.project_distance = project_distance
         self.features = _vision_encoder(encoder, weights)
 
     def attach(self, model: Model) -> None:
@@ -67,22 +71,28 @@ class Alignment(Part):
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def conflicts(self, model: Model) -> Iterable[str]:
-        if (channels := model.encoder.in_channels) != 3:
-            yield f"parts.{self.name}: a vision encoder takes images of 3 channels, not {channels}: leave it out"
+        here = f"parts.{self.name}"
+        channels = model.encoder.in_channels
+        if channels != 3:
+            yield (
+                f"{here}: a vision encoder takes images of 3 channels, not {channels}: leave it out"
+            )
         fixed = ["freeze_encoder"] if model.freeze_encoder else []
         fixed += [f"parts.{part.name}" for part in model.each_part if part.latents != "free"]
         if fixed:
-            yield f"parts.{self.name}: the latents can't change ({', '.join(fixed)}): leave it out"
+            yield f"{here}: the latents can't change ({', '.join(fixed)}): leave it out"
         if self.of == "sample" and not model.sample_posterior:
-            yield f"parts.{self.name}.params.of: no sample is drawn (sample_posterior): set it to mean"
+            yield f"{here}.params.of: no sample is drawn (sample_posterior): set it to mean"
         if self.adaptive_weight and not set(IMAGE_TERMS) & set(model.loss_weights):
-            yield f"parts.{self.name}.params.adaptive_weight: no loss compares images: set it to false"
+            yield f"{here}.params.adaptive_weight: no loss compares images: set it to false"
 
     def losses(self, model: Model, step: Step) -> Mapping[str, Loss]:
         assert step.encoded is not None
-        terms = self(step.images, step.encoded.mean if self.of == "mean" else step.drawn)
+        z = step.encoded.mean if self.of == "mean" else step.drawn
+        terms = self(step.images, z)
         weight: Tensor | float = self.weight
         if self.adaptive_weight:
+            # The last convolution that both the image terms and the alignment depend on.
             last = model.encoder if model.quantizer is None else model.quantizer.quant_conv
             both = terms["align_cosine"] + terms["align_distance"]
             factor = model.ratio_of_gradients(step, both, last).clamp(max=ADAPTIVE_MAX)
@@ -91,24 +101,24 @@ class Alignment(Part):
         return {name: (term, weight) for name, term in terms.items()}
 
     def forward(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
-        """The two unweighted terms by name, of images (B, 3, H, W) and their latents (B, n_z, h, w)."""
-        features, z = self.features(x, z.shape[-2:]), upcast(z)  # (B, d, h, w)
+        """Return both terms without weights, for images (B, 3, H, W) and latents (B, n_z, h, w)."""
+        features = self.features(x, z.shape[-2:])  # (B, d, h, w)
+        z = upcast(z)
         with no_autocast(z):
             projected = self.projection(z)  # (B, d, h, w)
+        compared = projected if self.project_distance else z
         return {
             "align_cosine": marginal_cosine_loss(projected, features, self.cosine_margin),
-            "align_distance": marginal_distance_loss(
-                projected if self.project_distance else z, features, self.distance_margin
-            ),
+            "align_distance": marginal_distance_loss(compared, features, self.distance_margin),
         }
 
     def describe(self) -> str:
-        return (
-            f"{self.encoder}, weight {self.weight:g}{', adaptive' if self.adaptive_weight else ''}"
-        )
+        adaptive = ", adaptive" if self.adaptive_weight else ""
+        return f"{self.encoder}, weight {self.weight:g}{adaptive}"
 
 
 def _vision_encoder(name: str, weights: str | None) -> VisionEncoder:
+    """Build the encoder with its weights; without them on the meta device, for shapes alone."""
     import_extra("timm", "align", "an alignment")
     try:
         if torch.empty(0).device.type == "meta":

@@ -1,4 +1,4 @@
-"""Anchor: keep the latents close to those of the encoder that training started from."""
+"""Anchor: keep the latents close to the ones that training started from."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -12,12 +12,12 @@ from olvae.modules.distributions import DiagonalGaussian
 
 
 class Anchor(Part):
-    """Penalise the mean squared distance between the posterior's means and those of a frozen copy of the encoder.
+    """Penalise the mean squared distance of the posterior's means from a frozen copy's.
 
-    Encoder and decoder can be fine-tuned, and old latents stay usable. The copy is part of the training state, so that
-    a resumed run keeps the latents it started from.
+    Encoder and decoder can be fine-tuned, and old latents stay usable. The frozen copy of the
+    encoder is in checkpoints, so a resumed run keeps the latents that it started from.
 
-    ``weight``: of the loss ``anchor``, not negative.
+    ``weight``: weight of the loss ``anchor``, not negative.
     """
 
     latents = "kept"
@@ -33,30 +33,34 @@ class Anchor(Part):
 
     def conflicts(self, model: Model) -> Iterable[str]:
         if model.freeze_encoder:
-            yield f"parts.{self.name}: the encoder is frozen (freeze_encoder), and so are its latents: leave it out"
+            yield (
+                f"parts.{self.name}: the encoder is frozen (freeze_encoder), and so are its "
+                "latents: leave it out"
+            )
 
     def start(self, model: Model, resumed: bool) -> None:
-        if not resumed:  # whatever weights were loaded since the model was built
+        # Not in `attach`: the starting weights are loaded after the model was built.
+        if not resumed:
             for copied, network in zip(self.moments, _networks(model), strict=True):
                 copied.load_state_dict(network.state_dict())
 
     def train(self, mode: bool = True) -> "Anchor":
+        """Stay in evaluation mode."""
         return super().train(False)
 
     def losses(self, model: Model, step: Step) -> Mapping[str, Loss]:
         with torch.no_grad():
             old = DiagonalGaussian(self.moments(step.images))
         assert step.encoded is not None
-        return {
-            "anchor": ((upcast(step.encoded.mean) - upcast(old.mean)).square().mean(), self.weight)
-        }
+        distance = upcast(step.encoded.mean) - upcast(old.mean)  # (B, n_z, h, w)
+        return {"anchor": (distance.square().mean(), self.weight)}
 
     def describe(self) -> str:
         return f"weight {self.weight:g}"
 
 
 def _networks(model: Model) -> list[nn.Module]:
-    """The encoder, and the 1x1 convolution after it where there is one."""
-    return (
-        [model.encoder] if model.quantizer is None else [model.encoder, model.quantizer.quant_conv]
-    )
+    """List the encoder, and the 1x1 convolution after it where there is one."""
+    if model.quantizer is None:
+        return [model.encoder]
+    return [model.encoder, model.quantizer.quant_conv]

@@ -12,12 +12,13 @@ from olvae.models.parts.random_noise import RandomNoise
 
 
 class ChannelMasking(Part):
-    """Keep a random number of the latent's first channels, and set the others to zero, before the decoder gets it.
+    """Keep a random number of the latent's first channels, and decode the others as zeros.
 
-    DC-AE 1.5 (Chen et al. 2025, arXiv 2508.00413): the first channels learn the structure, the others details. A
-    decoder then takes any of these widths. Validation logs the PSNR of each as ``val/psnr_WIDTH``.
+    DC-AE 1.5 (Chen et al. 2025, arXiv 2508.00413): the first channels learn the structure, the
+    others details. A decoder then takes any of these widths. Validation logs the PSNR of each as
+    ``val/psnr_WIDTH``.
 
-    ``widths``: how many channels may be kept, drawn uniformly for each sample.
+    ``widths``: numbers of channels to keep, drawn uniformly for each sample.
     """
 
     def __init__(self, widths: Sequence[int]) -> None:
@@ -29,19 +30,25 @@ class ChannelMasking(Part):
         self.widths = sorted(widths)
 
     def conflicts(self, model: Model) -> Iterable[str]:
-        here, channels = f"parts.{self.name}", model.autoencoder.latent_channels
+        here = f"parts.{self.name}"
+        channels = model.autoencoder.latent_channels
         if self.widths[-1] > channels:
             yield f"{here}.params.widths: the latent has {channels} channels, not {self.widths[-1]}"
         later = model.each_part[model.each_part.index(self) + 1 :]
-        if noise := [part.name for part in later if isinstance(part, RandomNoise | LatentNoise)]:
+        noise = [part.name for part in later if isinstance(part, RandomNoise | LatentNoise)]
+        if noise:
             yield f"{here}: its channels have to stay zero: put it after parts.{noise[0]}"
         if model.freeze_decoder:
             yield f"{here}: the decoder is frozen (freeze_decoder): leave it out"
         if model.freeze_encoder or any(part.latents != "free" for part in model.each_part):
-            yield f"{here}: the latents can't change, so their first channels can't learn to suffice: leave it out"
+            yield (
+                f"{here}: the latents can't change, so their first channels can't learn to "
+                "suffice: leave it out"
+            )
 
     def on_latent(self, model: Model, step: Step) -> None:
         z = step.latent
+        # The width of each sample by its index, and from it a mask (B, n_z, 1, 1).
         chosen = torch.randint(len(self.widths), (len(z), 1, 1, 1), device=z.device)
         kept = torch.zeros(len(z), z.shape[1], 1, 1, dtype=torch.bool, device=z.device)
         for i, width in enumerate(self.widths):
@@ -49,17 +56,19 @@ class ChannelMasking(Part):
         step.latent = z * kept
 
     def validate(self, model: Model, x: Tensor, moments: Tensor | None) -> Mapping[str, Tensor]:
-        z, levels = model.encode(x).mode(), model.pixel_range.to_levels
-        decoded = {width: levels(model.decode(z * _first(width, z))) for width in self.widths}
-        return {
-            f"psnr_{width}": psnr(levels(x), y).clamp(max=100.0).mean()
-            for width, y in decoded.items()
-        }
+        z = model.encode(x).mode()
+        levels = model.pixel_range.to_levels
+        values = {}
+        for width in self.widths:
+            y = levels(model.decode(z * _first(width, z)))
+            # Clamped, because the mean over images would be infinite for one equal image.
+            values[f"psnr_{width}"] = psnr(levels(x), y).clamp(max=100.0).mean()
+        return values
 
     def describe(self) -> str:
         return f"{', '.join(map(str, self.widths))} channels"
 
 
 def _first(width: int, z: Tensor) -> Tensor:
-    """Whether a channel is one of the first: (1, n_z, 1, 1)."""
+    """Return a mask of the first channels, (1, n_z, 1, 1)."""
     return torch.arange(z.shape[1], device=z.device).view(1, -1, 1, 1) < width

@@ -15,17 +15,19 @@ from olvae.models.parts.part import Model, Part, Step
 
 
 class Equivariance(Part):
-    """On some steps, shrink and rotate the latent and the target image alike before they are compared.
+    """On some steps, shrink and rotate the latent and the target image alike before decoding.
 
-    The choice is the same in all processes and for the whole update. All defaults are those of EQ-VAE's published code.
+    The choice is the same in all processes and for the whole update. All defaults are from EQ-VAE's
+    published code.
 
     Args:
-        probability: of such a step, also the paper's (Kouzelis et al. 2025).
-        antialias: of the scaling.
-        adversary: whether the adversary plays on these steps too; its discriminator then takes images of any size,
-            as PatchGAN does.
-        shrunk: probability of a step, among the others, whose images are shrunk before they are encoded, by the same
-            scales, so that the autoencoder still knows small images; images that come with moments stay whole.
+        probability: share of such steps; the default is also the paper's (Kouzelis et al. 2025).
+        antialias: filter when scaling.
+        adversary: whether the adversary plays on these steps too; its discriminator then has to
+            take images of any size, as PatchGAN does.
+        shrunk: share of steps, among the others, that shrink the images before they are encoded, by
+            the same scales, so that the autoencoder still knows small images. Images that come with
+            moments stay whole.
     """
 
     def __init__(
@@ -39,25 +41,26 @@ class Equivariance(Part):
         for name, value in {"probability": probability, "shrunk": shrunk}.items():
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} must be between 0 and 1, got {value}")
-        self.probability, self.antialias, self.adversary, self.shrunk = (
-            probability,
-            antialias,
-            adversary,
-            shrunk,
-        )
+        self.probability = probability
+        self.antialias = antialias
+        self.adversary = adversary
+        self.shrunk = shrunk
 
     def conflicts(self, model: Model) -> Iterable[str]:
         if model.freeze_decoder and model.stand_in is not None:
-            yield f"parts.{self.name}: the decoder is frozen (freeze_decoder), and nothing is decoded: leave it out"
+            yield (
+                f"parts.{self.name}: the decoder is frozen (freeze_decoder), and nothing is "
+                "decoded: leave it out"
+            )
 
     def check(self, model: Model, source: Source) -> None:
         if model.objective.perceptual is not None and min(source.size) < 64:
-            needs = (
-                "equivariance shrinks images to a quarter, and the perceptual loss needs 16 pixels"
-            )
             raise ConfigError(
-                f"data.params.size: {source.size.short}: {needs}: use 64 or more, or set lpips_weight to 0"
+                f"data.params.size: {source.size.short}: equivariance shrinks images to a quarter, "
+                "and the perceptual loss needs 16 pixels: use 64 or more, or set lpips_weight to 0"
             )
+
+        # The discriminator has to take the smallest and the largest size, also turned.
         common = math.gcd(*source.size // model.autoencoder.downscale)
         sizes = [Sides(*(side * n // common for side in source.size)) for n in sizes_of(common)]
         if model.adversary is not None and self.adversary and sizes:
@@ -71,6 +74,7 @@ class Equivariance(Part):
                 ) from error
 
     def on_images(self, model: Model, step: Step) -> None:
+        # A step transforms latents and targets, or shrinks images, or leaves both as they are.
         self._alike = not step.warming_up and step.shared.random() < self.probability
         whole = step.warming_up or self._alike or step.moments is not None
         if not whole and step.shared.random() < self.shrunk:
@@ -91,33 +95,37 @@ class Equivariance(Part):
 
 
 def sizes_of(positions: int) -> range:
-    """The sizes in latent positions to shrink so many to: of 32, EQ-VAE's published 8 to 31."""
+    """Return the latent positions per side to shrink to: from 32, EQ-VAE's published 8 to 31."""
     return range(math.ceil(positions / 4), positions)
 
 
 def transform_alike(
     z: Tensor, x: Tensor, generator: np.random.Generator, antialias: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Shrink and rotate latents (B, n_z, h, w), and the images (B, C, f h, f w) that they should decode to, alike.
+    """Shrink and rotate latents (B, n_z, h, w) and their target images (B, C, f h, f w) alike.
 
-    The scale is at least a quarter and keeps latent positions whole, the rotation is by 90, 180 or 270 degrees, as in
-    EQ-VAE's published code; both are the same for the whole batch. Scaling is bilinear, in float32. A latent of which
-    no smaller size has whole positions is rotated alone.
+    The scale is at least a quarter and keeps latent positions whole, the rotation is by 90, 180 or
+    270 degrees, as in EQ-VAE's published code; both are the same for the whole batch. Scaling is
+    bilinear, in float32. A latent without a smaller size of whole positions is only rotated.
     """
     scale = _fraction(math.gcd(*z.shape[-2:]), generator)
     turns = 1 + int(generator.integers(3))
-    z, x = (resize(t, scale, antialias).rot90(turns, dims=(-2, -1)) for t in (z, x))
+    z = resize(z, scale, antialias).rot90(turns, dims=(-2, -1))
+    x = resize(x, scale, antialias).rot90(turns, dims=(-2, -1))
     return z, x
 
 
 def _fraction(positions: int, generator: np.random.Generator) -> Fraction:
-    """A scale that keeps so many latent positions whole; 1 if no smaller one does."""
+    """Draw a scale that keeps this number of positions whole; 1 if no smaller one does."""
     sizes = sizes_of(positions) or range(positions, positions + 1)
     return Fraction(sizes[generator.integers(len(sizes))], positions)
 
 
 def resize(t: Tensor, scale: Fraction, antialias: bool) -> Tensor:
-    """Scale (B, C, H, W), whose sides times ``scale`` are whole; bilinear, in float32, unless the scale is 1."""
+    """Scale (B, C, H, W) bilinearly, in float32; sides times ``scale`` have to be whole numbers.
+
+    A scale of 1 returns the tensor itself.
+    """
     if scale == 1:
         return t
     shape = [int(side * scale) for side in t.shape[-2:]]

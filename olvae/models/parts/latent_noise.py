@@ -14,35 +14,42 @@ class LatentNoise(Part):
     """Add Gaussian noise to what the decoder gets in training.
 
     Args:
-        std: its standard deviation, not negative.
-        relative_to: the unit of ``std``: the standard deviation of the ``posterior`` at each element, or of the
-            ``data`` in each channel, measured on the batch.
+        std: standard deviation of the noise, not negative.
+        relative_to: the unit of ``std``: the standard deviation of the ``posterior`` at each
+            element, or of the ``data`` in each channel, measured on the batch.
     """
 
     def __init__(self, std: float, relative_to: Literal["posterior", "data"] = "posterior") -> None:
         super().__init__()
         check_not_negative(std=std)
         check_choice(("posterior", "data"), relative_to=relative_to)
-        self.std, self.relative_to = std, relative_to
+        self.std = std
+        self.relative_to = relative_to
 
     def conflicts(self, model: Model) -> Iterable[str]:
         if model.freeze_decoder:
             yield f"parts.{self.name}: the decoder is frozen (freeze_decoder): leave it out"
-        if self.relative_to == "posterior" and (model.stand_in or model.encoder).deterministic:
-            yield f"parts.{self.name}.params.relative_to: the latents have no distribution: set it to data"
-        before = model.each_part[: model.each_part.index(self)]
-        if self.relative_to == "posterior" and (
-            moved := [p.name for p in before if isinstance(p, Equivariance)]
-        ):
-            yield f"parts.{self.name}: its unit is the posterior's at each position: put it before parts.{moved[0]}"
+        if self.relative_to == "posterior":
+            if (model.stand_in or model.encoder).deterministic:
+                yield (
+                    f"parts.{self.name}.params.relative_to: the latents have no distribution: "
+                    "set it to data"
+                )
+            # Equivariance moves latents to other positions, but not the posterior.
+            before = model.each_part[: model.each_part.index(self)]
+            moved = [part.name for part in before if isinstance(part, Equivariance)]
+            if moved:
+                yield (
+                    f"parts.{self.name}: its unit is the posterior's at each position: "
+                    f"put it before parts.{moved[0]}"
+                )
 
     def on_latent(self, model: Model, step: Step) -> None:
         if self.relative_to == "data":
-            unit = upcast(step.posterior.mean.detach()).std(
-                (0, 2, 3), correction=0, keepdim=True
-            )  # (1, n_z, 1, 1)
+            means = upcast(step.posterior.mean.detach())
+            unit = means.std((0, 2, 3), correction=0, keepdim=True)  # (1, n_z, 1, 1)
         else:
-            unit = step.posterior.std.detach()
+            unit = step.posterior.std.detach()  # (B, n_z, h, w)
         step.latent = step.latent + self.std * unit * torch.randn_like(step.latent)
 
     def describe(self) -> str:

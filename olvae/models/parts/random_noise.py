@@ -10,25 +10,27 @@ from olvae.modules.base import check_choice, check_not_negative, upcast
 
 
 class RandomNoise(Part):
-    """Let the decoder learn from latents under noise whose strength is drawn for each sample, uniformly.
+    """Add noise to the latents, with a strength drawn uniformly for each sample.
 
-    With e from N(0, I), and the latent z in units in which each channel of the batch has mean 0 and variance 1, as a
-    diffusion model sees it:
+    With e from N(0, I), and the latent z scaled so that each channel of the batch has mean 0 and
+    variance 1, as a diffusion model sees it:
 
-    | ``how``       | the decoder gets          | drawn from             | published with                             |
-    |---------------|---------------------------|------------------------|--------------------------------------------|
-    | `add`         | z + s e                   | s in (0, ``strength``) | ``strength`` .8: RAE (arXiv 2510.11690)    |
-    | `interpolate` | (1 - t) z + t ``scale`` e | t in (0, ``strength``) | 1, ``scale`` 3: l-DeTok (arXiv 2507.15856) |
+    | ``how``       | the decoder gets          | drawn from             | published with       |
+    |---------------|---------------------------|------------------------|----------------------|
+    | `add`         | z + s e                   | s in (0, ``strength``) | ``strength`` .8: RAE |
+    | `interpolate` | (1 - t) z + t ``scale`` e | t in (0, ``strength``) | 1, 3: l-DeTok        |
 
-    Formulas and figures are those of the papers' code. There noise is in the latent's own units: RAE's features have a
-    variance near 1, and l-DeTok's ``scale`` is beside what its encoder learns, so our default of 1 is [D], as are the
-    units. They are constants: no gradient tells the encoder to change them. l-DeTok also masks patches of the image,
-    which this does not.
+    RAE is arXiv 2510.11690; l-DeTok, with ``strength`` 1 and ``scale`` 3, is arXiv 2507.15856.
+
+    Formulas and figures are from the papers' code. There noise is in the latent's own units: RAE's
+    features have a variance near 1, and l-DeTok's ``scale`` is beside what its encoder learns, so
+    our default of 1 is [D], as are the units. They are constants: no gradient tells the encoder to
+    change them. l-DeTok also masks patches of the image; this part does not.
 
     Args:
         how: add or interpolate.
         strength: not negative, for ``interpolate`` at most 1.
-        scale: of the noise that is interpolated with; not negative.
+        scale: scale of the noise to interpolate with; not negative.
     """
 
     def __init__(
@@ -46,7 +48,9 @@ class RandomNoise(Part):
             raise ValueError(
                 "scale is of the noise to interpolate with: to add, set strength alone"
             )
-        self.how, self.strength, self.scale = how, strength, scale
+        self.how = how
+        self.strength = strength
+        self.scale = scale
 
     def conflicts(self, model: Model) -> Iterable[str]:
         if model.freeze_decoder:
@@ -54,12 +58,11 @@ class RandomNoise(Part):
 
     def on_latent(self, model: Model, step: Step) -> None:
         z = step.latent
+        # The batch's own statistics put the noise into units of mean 0 and variance 1.
         means = upcast(step.posterior.mean.detach())
         unit, mean = torch.std_mean(means, (0, 2, 3), correction=0, keepdim=True)  # (1, n_z, 1, 1)
-        strength, noise = (
-            self.strength * torch.rand(len(z), 1, 1, 1, device=z.device),
-            torch.randn_like(z),
-        )
+        strength = self.strength * torch.rand(len(z), 1, 1, 1, device=z.device)
+        noise = torch.randn_like(z)
         if self.how == "add":
             step.latent = z + strength * unit * noise
         else:

@@ -13,45 +13,55 @@ from olvae.modules.base import check_counts, check_not_negative, upcast
 
 
 class ScaleEquivariance(Part):
-    """Add weight * L(down x, D(down z)), with L the objective's weighted image terms and D the decoder.
+    """Add weight * L(down x, D(down z)): L are the weighted image terms, D is the decoder.
 
-    Skorokhodov et al. 2025 (arXiv 2502.14831): it takes high frequencies out of the latent that the image does not
-    have. The factor is the same in all processes and for the whole update. Every step trains on the whole latent too,
-    unlike with :class:`~olvae.models.parts.equivariance.Equivariance`, and the adversary sees whole images. It costs a
-    decoding of a quarter or a sixteenth of the positions.
+    Skorokhodov et al. 2025 (arXiv 2502.14831): it takes high frequencies out of the latent that the
+    image does not have. The factor is the same in all processes and for the whole update. Every
+    step trains on the whole latent too, unlike with
+    :class:`~olvae.models.parts.equivariance.Equivariance`, and the adversary sees whole images. It
+    costs a decoding of a quarter or a sixteenth of the positions.
 
     Args:
-        weight: of the further term, beside the objective's [D].
-        factors: by which to shrink, drawn for each update; 2 and 4 are the paper's.
+        weight: weight of this term, beside the objective's [D].
+        factors: factors to shrink by, one drawn for each update; 2 and 4 are the paper's.
     """
 
     def __init__(self, weight: float = 0.25, factors: Sequence[int] = (2, 4)) -> None:
         super().__init__()
         check_not_negative(weight=weight)
         check_counts(2, factors=factors)
-        self.weight, self.factors = weight, list(factors)
+        self.weight = weight
+        self.factors = list(factors)
 
     def conflicts(self, model: Model) -> Iterable[str]:
         if model.freeze_decoder and model.stand_in is not None:
-            yield f"parts.{self.name}: the decoder is frozen (freeze_decoder), and nothing is decoded: leave it out"
+            yield (
+                f"parts.{self.name}: the decoder is frozen (freeze_decoder), and nothing is "
+                "decoded: leave it out"
+            )
         for part in model.each_part:
             if isinstance(part, Equivariance):
-                yield f"parts.{self.name}: parts.{part.name} shrinks latents as well: leave one of them out"
+                yield (
+                    f"parts.{self.name}: parts.{part.name} shrinks latents as well: "
+                    "leave one of them out"
+                )
 
     def check(self, model: Model, source: Source) -> None:
-        here, positions = (
-            f"model.params.parts.{self.name}.params.factors",
-            source.size // model.autoencoder.downscale,
-        )
-        if odd := [k for k in self.factors if not positions.fits(k)]:
+        here = f"model.params.parts.{self.name}.params.factors"
+        positions = source.size // model.autoencoder.downscale
+        for factor in self.factors:
+            if not positions.fits(factor):
+                raise ConfigError(
+                    f"{here}: {factor} does not divide {positions.short} latent positions: "
+                    "change data.params.size"
+                )
+
+        # The perceptual network halves an image four times.
+        most = max(self.factors)
+        if model.objective.perceptual is not None and min(source.size) < 16 * most:
             raise ConfigError(
-                f"{here}: {odd[0]} does not divide {positions.short} latent positions: change data.params.size"
-            )
-        if model.objective.perceptual is not None and min(source.size) < 16 * (
-            most := max(self.factors)
-        ):
-            raise ConfigError(
-                f"{here}: {source.size.short} pixels divided by {most} are too few for the perceptual loss"
+                f"{here}: {source.size.short} pixels divided by {most} are too few "
+                "for the perceptual loss"
             )
 
     def on_latent(self, model: Model, step: Step) -> None:
@@ -60,7 +70,8 @@ class ScaleEquivariance(Part):
     def losses(self, model: Model, step: Step) -> Mapping[str, Loss]:
         if step.reconstruction is None:
             return {}
-        image, latent = (shrink(t, self._factor) for t in (step.target, step.latent))
+        image = shrink(step.target, self._factor)
+        latent = shrink(step.latent, self._factor)
         terms = model.objective.compare(image, model.decode(latent))
         return {"scale_equivariance": (model.objective.weighted(terms, *terms), self.weight)}
 
@@ -69,7 +80,7 @@ class ScaleEquivariance(Part):
 
 
 def shrink(x: Tensor, factor: int) -> Tensor:
-    """Means over blocks of factor x factor, in float32: (B, C, factor h, factor w) -> (B, C, h, w).
+    """Average blocks of factor x factor, in float32: (B, C, factor h, factor w) -> (B, C, h, w).
 
     For a factor of 2 that is bilinear scaling; for larger ones it is antialiased.
     """

@@ -24,37 +24,42 @@ from olvae.modules.frozen import Constant
 from olvae.modules.scaling_factors import Moments
 
 NO_FACTORS = (
-    "its file holds no factors for a diffusion model: set model.params.scaling_factor (Stable Diffusion 1 has 0.18215, "
-    "SDXL 0.13025, SD3 1.5305 with shift_factor 0.0609, FLUX.1 0.3611 with 0.1159)"
+    "its file holds no factors for a diffusion model: set model.params.scaling_factor "
+    "(Stable Diffusion 1 has 0.18215, SDXL 0.13025, SD3 1.5305 with shift_factor 0.0609, "
+    "FLUX.1 0.3611 with 0.1159)"
 )
 
-STD_IMAGES = 64  # of training, on which the standard deviation of the teacher's latents is measured
+# The standard deviation of the teacher's latents is measured on this many training images.
+STD_IMAGES = 64
 
 
 class Teacher(Part):
-    """Let the encoder learn the posterior of a frozen autoencoder, and the decoder images from its latents.
+    """Teach the encoder a frozen autoencoder's posterior, and the decoder images from its latents.
 
-    Where a half of the student is frozen, validation uses the teacher's. Its tensors are in no state dict, optimizer,
-    average or checkpoint, and copies of the student share them; only the standard deviations of its latents are saved.
-    Its factors for a diffusion model become the student's, whatever the config has, or the config's if its file has
-    none; but not force_upcast, which is about a decoder's weights.
+    Where a half of the student is frozen, validation uses the teacher's half. The teacher's tensors
+    are in no state dict, optimizer, average or checkpoint, and copies of the student share them;
+    only the standard deviations of its latents are saved. Its factors for a diffusion model replace
+    the student's, whatever the config has; the config's count if the teacher's file has none.
+    force_upcast is not taken over, because it is about a decoder's weights.
 
     Args:
         autoencoder: a TARGET: ``diffusers:ID_OR_FOLDER``, a file, a run, ...
-        dtype: of its weights and of what it computes; bfloat16 halves its memory and time on a GPU.
-        latent_weight: of the squared distance of the means, in units of the teacher's standard deviation per channel.
-        logvar_weight: of the KL divergence between teacher's and student's Gaussians of equal means, which teaches the
-            log-variances. 0 for a teacher without a distribution.
-        decoder_weight: of the objective's image terms between the image and what the teacher's decoder makes of the
-            student's latents: its gradient goes through that decoder, in bfloat16 or float32. 0 saves the time.
+        dtype: precision of its weights and computation; bfloat16 halves memory and time on a GPU.
+        latent_weight: weight of the squared distance of the means, in units of the teacher's
+            standard deviation per channel.
+        logvar_weight: weight of the KL divergence between the teacher's and the student's Gaussians
+            with equal means, which teaches the log-variances. 0 for a teacher without a
+            distribution.
+        decoder_weight: weight of the objective's image terms between the image and the student's
+            latents, decoded by the teacher: the gradient goes through that decoder, in bfloat16 or
+            float32. 0 saves the time.
     """
 
     latents = "given"
     better: ClassVar[Mapping[str, str]] = {"latent_rmse": "lower"}
 
-    std: (
-        Tensor  # standard deviation of its means per channel, (n_z), measured before the first step
-    )
+    # Standard deviation of the teacher's means per channel, (n_z), measured before the first step.
+    std: Tensor
 
     def __init__(
         self,
@@ -72,7 +77,8 @@ class Teacher(Part):
             raise ValueError(
                 "decoder_weight: the gradients of a mean over pixels are 0 in float16: use bfloat16"
             )
-        self.target, self.dtype = autoencoder, DTYPES[dtype]
+        self.target = autoencoder
+        self.dtype = DTYPES[dtype]
         self.weights = {
             "latent": latent_weight,
             "logvar": logvar_weight,
@@ -96,70 +102,98 @@ class Teacher(Part):
         return self.model.deterministic
 
     def attach(self, model: Model) -> None:
-        factors = {
-            name: value
-            for name, value in self.model.for_diffusion.items()
-            if name != "force_upcast"
-        }
-        if (
-            self.model.latent_channels == model.autoencoder.latent_channels
-        ):  # else `conflicts` says so, once
-            given, known = model.given_factors, self.model.factors_known
-            if other := [
-                name
-                for name, factor in factors.items()
-                if known and given.get(name, factor) != factor
-            ]:
-                warn_once(f"model.params: {', '.join(other)}: not {self.target}'s, which are taken")
-            model.for_diffusion |= given | factors if known else factors | given
+        """Take the teacher's factors for a diffusion model over into the student."""
+        factors = dict(self.model.for_diffusion)
+        factors.pop("force_upcast", None)
+        # If the channels differ, `conflicts` reports that, once.
+        if self.model.latent_channels == model.autoencoder.latent_channels:
+            given = model.given_factors
+            if self.model.factors_known:
+                other = [name for name, value in factors.items() if given.get(name, value) != value]
+                if other:
+                    warn_once(
+                        f"model.params: {', '.join(other)}: not {self.target}'s, which are taken"
+                    )
+                model.for_diffusion |= given | factors
+            else:
+                model.for_diffusion |= factors | given
         self.register_buffer("std", torch.ones(model.autoencoder.latent_channels))
 
     def conflicts(self, model: Model) -> Iterable[str]:
-        here, ours, theirs = f"parts.{self.name}", _shape(model.autoencoder), _shape(self.model)
+        here = f"parts.{self.name}"
+
+        # The student's networks have to fit the teacher's latents and images.
+        ours = _shape(model.autoencoder)
+        theirs = _shape(self.model)
         if ours != theirs:
-            n, f, c = self.model.latent_channels, self.model.downscale, self.model.in_channels
-            images = f"; in_channels of the encoder, out_channels of the decoder and data.params.channels={c}"
+            n = self.model.latent_channels
+            channels = self.model.in_channels
+            images = ""
+            if channels != model.autoencoder.in_channels:
+                images = (
+                    "; in_channels of the encoder, out_channels of the decoder and "
+                    f"data.params.channels={channels}"
+                )
             yield (
-                f"{here}: {self.target} has {theirs}, but the student {ours}: set model.params.embed_dim={n} "
-                f"model.params.decoder_config.params.z_channels={n}, and networks of f{f} (dct_levels, "
-                f"channel_mult or blocks){'' if c == model.autoencoder.in_channels else images}"
+                f"{here}: {self.target} has {theirs}, but the student {ours}: "
+                f"set model.params.embed_dim={n} "
+                f"model.params.decoder_config.params.z_channels={n}, "
+                f"and networks of f{self.model.downscale} "
+                f"(dct_levels, channel_mult or blocks){images}"
             )
         if not self.model.factors_known and "scaling_factor" not in model.given_factors:
             yield f"scaling_factor: {NO_FACTORS}"
+
+        # Nothing else may pull the latents away.
         if "kl" in model.loss_weights:
-            yield "lossconfig.params.kl_weight: the latents have to be the teacher's, KL pulls them away: set it to 0"
+            yield (
+                "lossconfig.params.kl_weight: the latents have to be the teacher's, "
+                "KL pulls them away: set it to 0"
+            )
         for part in model.each_part:
             if part.latents == "kept":
-                yield f"parts.{part.name}: the latents have to be the teacher's, not the initial ones: leave it out"
+                yield (
+                    f"parts.{part.name}: the latents have to be the teacher's, "
+                    "not the initial ones: leave it out"
+                )
+
+        # The weights have to suit what is trained.
         if model.freeze_encoder and self.weights["teacher_decoder"]:
-            yield f"{here}.params.decoder_weight: the encoder is frozen (freeze_encoder): leave it out"
+            yield (
+                f"{here}.params.decoder_weight: the encoder is frozen (freeze_encoder): "
+                "leave it out"
+            )
         if not model.freeze_encoder and not any(self.weights.values()):
             yield f"{here}.params: every weight is 0: nothing teaches the encoder"
-        for whose, none in (
-            ("teacher", self.deterministic),
-            ("encoder", model.encoder.deterministic),
-        ):
-            if none and not model.freeze_encoder and self.weights["logvar"]:
-                yield f"{here}.params.logvar_weight: the {whose}'s latents have no distribution: set it to 0"
-                break
+        without = self.deterministic or model.encoder.deterministic
+        if without and not model.freeze_encoder and self.weights["logvar"]:
+            whose = "teacher" if self.deterministic else "encoder"
+            yield (
+                f"{here}.params.logvar_weight: the {whose}'s latents have no distribution: "
+                "set it to 0"
+            )
 
     def check(self, model: Model, source: Source) -> None:
-        """Raise ConfigError if the data have other values than the teacher's, or latents of another autoencoder."""
-        if not (pixels := self.model.pixel_range).eight_bits:
+        """Raise ConfigError if the data's pixel values or latents are not the teacher's."""
+        pixels = self.model.pixel_range
+        if not pixels.eight_bits:
             pixels.check_data(source.pixel_range)
         for stats in source.latent_stats:
             if stats["weights"] != self._checksum:
                 raise ConfigError(
-                    f"data: its latents are of {stats['target']}, whose weights are not those of {self.target}"
+                    f"data: its latents are of {stats['target']}, "
+                    f"whose weights are not {self.target}'s"
                 )
 
     def prepare(self, model: Model, source: Source, seed: int, device: torch.device) -> None:
-        """Measure the standard deviation of the means per channel; ValueError if one is 0, or not finite.
+        """Measure the standard deviation of the means per channel; ValueError if 0, or not finite.
 
-        The student gets the statistics of the teacher's latents here, when any weights that it starts from are loaded.
+        The student gets the statistics of the teacher's latents here, because its starting weights
+        are loaded by now.
         """
         if isinstance(source, PairSource):
-            std = torch.tensor(source.stats["means_std"])  # over all of its images
+            # Measured over all of the source's images.
+            std = torch.tensor(source.stats["means_std"])
         else:
             std = self.to(device).measure(first_images(source, seed, STD_IMAGES, device))
         if not bool(std.isfinite().all()):
@@ -175,21 +209,23 @@ class Teacher(Part):
             half.use_latents(*model.autoencoder.statistics())
 
     def measure(self, images: Iterable[Tensor]) -> Tensor:
-        """The standard deviation of the means per channel, (n_z), over batches (B, C, H, W) in [-1, 1]."""
-        return reduce(
-            add, (Moments.of(self.posterior(x).mean) for x in images)
-        ).std_of_means.float()
+        """Return the standard deviation of the means per channel, (n_z).
+
+        ``images``: batches (B, C, H, W) in [-1, 1].
+        """
+        moments = (Moments.of(self.posterior(x).mean) for x in images)
+        return reduce(add, moments).std_of_means.float()
 
     @torch.no_grad()
     def posterior(self, x: Tensor, moments: Tensor | None = None) -> Posterior:
-        """The teacher's posterior in float32; nothing is computed if the data provide its moments."""
+        """Return the teacher's posterior in float32, from ``moments`` if the data provide them."""
         if moments is not None:
             return DiagonalGaussian(moments.float())
         with no_autocast(x):
             return in_float32(self.model.encode(x.to(self.dtype)))
 
     def decode(self, z: Tensor) -> Tensor:
-        """(B, n_z, h, w) -> (B, C, f h, f w) in float32; gradients reach z, and no weight."""
+        """Decode (B, n_z, h, w) -> (B, C, f h, f w) in float32; only z gets gradients."""
         with no_autocast(z):
             return self.model.decode(z.to(self.dtype)).float()
 
@@ -209,14 +245,11 @@ class Teacher(Part):
     def validate(self, model: Model, x: Tensor, moments: Tensor | None) -> Mapping[str, Tensor]:
         if model.freeze_encoder:
             return {}
-        return {
-            "latent_rmse": latent_loss(
-                model.encode(x).mean, self.posterior(x, moments).mean, self.std
-            )
-        }
+        means = model.encode(x).mean
+        return {"latent_rmse": latent_loss(means, self.posterior(x, moments).mean, self.std)}
 
     def summarise(self, means: Mapping[str, float]) -> Mapping[str, float]:
-        """``latent_rmse``: root mean square distance from the teacher's means, in its standard deviations."""
+        """Return the RMS distance from the teacher's means, in its standard deviations."""
         return {name: mean**0.5 for name, mean in means.items()}
 
     def checksum(self) -> str:
@@ -228,4 +261,7 @@ class Teacher(Part):
 
 
 def _shape(model: Autoencoder) -> str:
-    return f"f{model.downscale}, {model.latent_channels} channels, for images of {model.in_channels} channels"
+    return (
+        f"f{model.downscale}, {model.latent_channels} channels, "
+        f"for images of {model.in_channels} channels"
+    )

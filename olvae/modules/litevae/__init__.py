@@ -1,1 +1,1 @@
-"""LiteVAE's own networks under their published class paths: encoder, decoder, self-modulated convolution."""
+"""LiteVAE's networks under their published class paths: encoder, decoder, convolution (SMC)."""

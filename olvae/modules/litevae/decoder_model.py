@@ -1,4 +1,7 @@
-"""The LiteVAE decoder: Stable Diffusion's shape with self-modulated convolution [P Eq. 3] and no attention [P 4.2]."""
+"""The LiteVAE decoder: Stable Diffusion's, with self-modulated convolution, without attention.
+
+Convolutions of [P Eq. 3], no attention [P 4.2].
+"""
 
 from collections.abc import Sequence
 from math import gcd
@@ -18,8 +21,8 @@ Variant = Literal["open_litevae", "paper_smc", "group_norm"]
 class SMCBlock(nn.Module):
     """Two SMCs and a plain 1x1 shortcut.
 
-    ``open_litevae``: SMC, SiLU, dropout, SMC, SiLU, add [R][M]; ``paper_smc``: SiLU, SMC, SiLU, dropout, SMC,
-    add [P App. G].
+    ``open_litevae``: SMC, SiLU, dropout, SMC, SiLU, add [R][M]; ``paper_smc``: SiLU, SMC, SiLU,
+    dropout, SMC, add [P App. G].
     """
 
     def __init__(
@@ -64,18 +67,20 @@ class LiteVAE_Decoder(Decoder):
         out_channels: channels of the image.
         channel_mult: multiples of the width, from the image's resolution to the latent's.
         num_res_blocks: blocks per level, less one, as in the latent-diffusion dialect.
-        variant: ``open_litevae`` [R][M] has three middle blocks and SMC, SiLU before the last convolution;
-            ``paper_smc`` [P App. G] has pre-activation blocks, two middle blocks, SiLU before the last;
-            ``group_norm`` is it with GroupNorm and plain convolutions for SMC, which the paper compares with
-            [P Fig. 8], and which an image can't pass in tiles.
-        output: ``image``, or ``wavelet``: instead of the last upsampling it predicts the four level-1 Haar sub-bands
-            in the image's range, and applies the inverse transform (times 2) [P App. G]; or ``packets``: it replaces
-            every upsampling so, and all blocks work at the latent's resolution, for small machines [D].
+        variant: ``open_litevae`` [R][M] has three middle blocks and SMC, SiLU before the last
+            convolution; ``paper_smc`` [P App. G] has pre-activation blocks, two middle blocks, SiLU
+            before the last convolution; ``group_norm`` is the same with GroupNorm and plain
+            convolutions for SMC, which the paper compares with [P Fig. 8]. It cannot decode an
+            image in tiles.
+        output: ``image``; or ``wavelet``: instead of the last upsampling it predicts the four
+            level-1 Haar sub-bands in the image's range, and applies the inverse transform (times 2)
+            [P App. G]; or ``packets``: it replaces every upsampling so, and all blocks work at the
+            latent's resolution, for small machines [D].
         dropout: inside the blocks.
         linear: add a linear path from 3x3 latents to pixels; see :mod:`olvae.models.linear_code`.
 
-    Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w) with f = 2^(len(channel_mult) - 1); [-1, 1],
-    not clamped.
+    Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w) with f = 2^(len(channel_mult) - 1);
+    [-1, 1], not clamped.
     """
 
     def __init__(
@@ -101,6 +106,7 @@ class LiteVAE_Decoder(Decoder):
             )
         pre_activation = variant != "open_litevae"
         self.variant = variant
+        # How many of the upsamplings are inverse wavelet transforms.
         self.wavelet_levels = {"image": 0, "wavelet": 1, "packets": len(channel_mult) - 1}[output]
 
         def block(in_channels: int, out_channels: int) -> nn.Module:
@@ -108,30 +114,31 @@ class LiteVAE_Decoder(Decoder):
                 return PreActivationBlock(in_channels, out_channels, dropout)
             return SMCBlock(in_channels, out_channels, dropout, pre_activation)
 
+        # The middle.
         width = channels * channel_mult[-1]
         self.conv_in = conv3(z_channels, width)
         self.mid = nn.Sequential(*(block(width, width) for _ in range(2 if pre_activation else 3)))
 
-        # `up` is indexed from the finest level, as the published names are [M], and run from the coarsest.
+        # Levels, made and run from the coarsest. `up` is indexed from the finest, as the published
+        # names are [M].
         levels: list[nn.ModuleDict] = []
         for index, mult in reversed(list(enumerate(channel_mult))):
             blocks = nn.ModuleList()
             for _ in range(num_res_blocks + 1):
                 blocks.append(block(width, channels * mult))
                 width = channels * mult
-            upsamples = index > self.wavelet_levels
-            levels.append(
-                nn.ModuleDict(
-                    {"block": blocks} | ({"upsample": Upsample(width)} if upsamples else {})
-                )
-            )
+            level = nn.ModuleDict({"block": blocks})
+            if index > self.wavelet_levels:
+                level["upsample"] = Upsample(width)
+            levels.append(level)
         self.up = nn.ModuleList(reversed(levels))
 
-        self.conv_norm: nn.Module
+        # What comes before the last convolution, and the convolution to pixels or sub-bands.
+        self.conv_norm: nn.Module = nn.Identity()
         if variant == "group_norm":
             self.conv_norm = GroupNorm(gcd(32, width), width)
-        else:
-            self.conv_norm = nn.Identity() if pre_activation else SMC(width, width)
+        elif variant == "open_litevae":
+            self.conv_norm = SMC(width, width)
         self.conv_out = conv3(width, out_channels * 4**self.wavelet_levels)
         if linear:
             self.add_linear_path()
@@ -148,7 +155,10 @@ class LiteVAE_Decoder(Decoder):
         return h if self.linear is None else h + self.linear_path(z)
 
     def stages(self) -> list[Stage] | None:
-        """From the latent to the image, one block at a time; see :class:`Stage`. None with GroupNorm."""
+        """List the steps from latent to image, one block each: see :class:`Stage`.
+
+        None with GroupNorm, which depends on the whole image.
+        """
         return None if self.variant == "group_norm" else self._stages()
 
     def _stages(self) -> list[Stage]:
@@ -156,10 +166,10 @@ class LiteVAE_Decoder(Decoder):
         for level in reversed(self.up):
             blocks, *upsample = level.children()
             modules += [*blocks.children(), *upsample]
-        out = [
-            Stage(module, _reach(module), scale=2 if isinstance(module, Upsample) else 1)
-            for module in modules
-        ]
+        out: list[Stage] = []
+        for module in modules:
+            scale = 2 if isinstance(module, Upsample) else 1
+            out.append(Stage(module, _reach(module), scale))
         out.append(Stage(self._head, _reach(self.conv_norm, self.conv_out)))
         return out + [Stage(_inverse_wavelet, 0, scale=2)] * self.wavelet_levels
 
@@ -173,6 +183,6 @@ def _inverse_wavelet(bands: Tensor) -> Tensor:
 
 
 def _reach(*modules: nn.Module) -> int:
-    """The reach in positions of convolutions in a row; an SMC is one, folded or not."""
+    """Add up the reach, in positions, of convolutions in a row; an SMC is one, folded or not."""
     convolutions = (m for module in modules for m in module.modules() if isinstance(m, nn.Conv2d))
     return sum(conv.kernel_size[0] // 2 for conv in convolutions)

@@ -1,7 +1,8 @@
-"""The LiteVAE encoder: wavelet sub-bands, one extractor per level, one aggregator [P 4.1, Fig. 2]; and their UNets.
+"""The LiteVAE encoder: wavelet sub-bands, an extractor per level, an aggregator [P 4.1, Fig. 2].
 
-The UNets, which extract and aggregate features, have a constant resolution: "down" and "up" are channels only.
-``OpenUNet`` is open-LiteVAE's [R][M], with its parameter names; ``PaperUNet`` is the paper's [P App. G].
+Extractors and aggregator are UNets of constant resolution: "down" and "up" are channels only.
+``OpenUNet`` is open-LiteVAE's [R][M], with its parameter names; ``PaperUNet`` is the paper's
+[P App. G].
 """
 
 from abc import ABC, abstractmethod
@@ -32,7 +33,7 @@ def shortcut(in_channels: int, out_channels: int) -> nn.Module:
 
 
 class GroupNorm(nn.GroupNorm):
-    """torch's, but groups of one value, as in images of one latent position, are allowed and become 0."""
+    """torch's, but a group of one value, as in images of one latent position, is allowed: 0."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
@@ -57,9 +58,10 @@ class PostActivationBlock(nn.Module):
 
 
 class PreActivationBlock(nn.Module):
-    """GroupNorm, SiLU, conv, GroupNorm, SiLU, dropout, conv, then the (1x1-projected) input is added [P App. G].
+    """GroupNorm, SiLU, conv, GroupNorm, SiLU, dropout, conv; adds the input [P App. G].
 
-    The number of groups is gcd(32, channels), because 32 does not divide S's widths [D].
+    A 1x1 convolution projects the input where the width changes. The number of groups is
+    gcd(32, channels), because 32 does not divide S's widths [D].
     """
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0) -> None:
@@ -81,8 +83,8 @@ class PreActivationBlock(nn.Module):
 class UNet(Steps, ABC):
     """Base class of both UNets: levels down, a middle, levels up, with skip connections.
 
-    Each block on the way down leaves its output as a skip, each block on the way up takes one; convolutions change the
-    width.
+    Each block on the way down leaves its output as a skip, each block on the way up takes one;
+    convolutions change the width.
     """
 
     init_conv: nn.Conv2d
@@ -90,7 +92,7 @@ class UNet(Steps, ABC):
 
     @abstractmethod
     def steps(self) -> tuple[list[nn.Module], list[nn.Module], list[nn.Module]]:
-        """Blocks and convolutions on the way down, in the middle, and on the way up."""
+        """List blocks and convolutions on the way down, in the middle, and on the way up."""
 
     @casts_together
     def forward(self, x: Tensor) -> Tensor:
@@ -106,16 +108,17 @@ class UNet(Steps, ABC):
         for step in middle:
             h = self.step(step, h)
         for step in up:
-            h = (
-                step(h)
-                if isinstance(step, nn.Conv2d)
-                else self.step(partial(_joined, step), h, skips.pop())
-            )
+            if isinstance(step, nn.Conv2d):
+                h = step(h)
+            else:
+                # Not a lambda: checkpointing runs it again when ``step`` is the loop's last one.
+                h = self.step(partial(_joined, step), h, skips.pop())
         out: Tensor = self.conv_out(h)
         return out
 
 
 def _joined(block: nn.Module, h: Tensor, skip: Tensor) -> Tensor:
+    """Concatenate within the step, so that checkpoints do not keep the result."""
     out: Tensor = block(torch.cat((h, skip), dim=1))  # (B, 2 width, H, W)
     return out
 
@@ -123,9 +126,10 @@ def _joined(block: nn.Module, h: Tensor, skip: Tensor) -> Tensor:
 class OpenUNet(UNet):
     """open-LiteVAE's UNet [R][M].
 
-    Widths are ``channels * mult``; every width but the last is a level with ``blocks`` residual blocks, whose
-    outputs are skips, and a 1x1 convolution to the next width; the last width is the middle. On the way up a
-    1x1 convolution narrows, then each block takes one skip. Ends in a 1x1 convolution.
+    Widths are ``channels * mult``; every width but the last is a level with ``blocks`` residual
+    blocks, whose outputs are skips, and a 1x1 convolution to the next width; the last width is the
+    middle. On the way up a 1x1 convolution narrows, then each block takes one skip. Ends in a 1x1
+    convolution.
 
     Shapes: (B, in_channels, H, W) -> (B, out_channels, H, W).
     """
@@ -157,10 +161,11 @@ class OpenUNet(UNet):
 
 
 class PaperUNet(UNet):
-    """The paper's UNet [P App. G]: pre-activation blocks, widths change inside a level's first block.
+    """The paper's UNet [P App. G]: pre-activation blocks; a level's first block changes the width.
 
-    ``blocks`` blocks per level down and up, each leaving and taking one skip, and two in the middle; a 3x3
-    convolution at both ends and no norm before the last: that is the layout with the paper's counts [M].
+    ``blocks`` blocks per level down and up, each leaving or taking one skip, and two in the middle;
+    a 3x3 convolution at both ends and no norm before the last: this layout has the paper's counts
+    [M].
 
     Shapes: (B, in_channels, H, W) -> (B, out_channels, H, W).
     """
@@ -178,7 +183,7 @@ class PaperUNet(UNet):
         self.init_conv = conv3(in_channels, channels)
         down: list[nn.Module] = []
         up: list[nn.Module] = []
-        skips: list[int] = []
+        skips: list[int] = []  # widths that the way up takes, last one first
         width = channels
         for m in mult:
             for _ in range(blocks):
@@ -222,27 +227,32 @@ SCALES = {
 class LiteVAE_Encoder(Encoder):
     """Image to moments, or to features if a 1x1 convolution follows.
 
-    Each level of the wavelet transform, 4 * in_channels channels at H/2^l, goes through an extractor of its own, which
-    keeps the shape; the features are pooled to H/2^levels, concatenated, and aggregated to ``latent_dim`` channels.
+    Each level of the wavelet transform, 4 * in_channels channels at H/2^l, goes through an
+    extractor of its own, which keeps the shape; the features are pooled to H/2^levels,
+    concatenated, and aggregated to ``latent_dim`` channels.
 
     Args:
-        latent_dim: channels of the output; the autoencoder sets it to 2 n_z if no 1x1 convolution follows.
+        latent_dim: channels of the output; the autoencoder sets it to 2 n_z if no 1x1 convolution
+            follows.
         scale: a preset of widths: S, B, M or L; further widths override the preset's.
         variant: ``open_litevae`` is the published code [R][M]; ``paper`` is the paper's [P App. G].
         in_channels: channels of the image.
         dct_levels: levels of the wavelet transform; f = 2^levels.
         image_size: the intended size in pixels, at which summaries count operations.
-        extractor_channels, extractor_mult, extractor_resblocks: base width, its multiples, blocks per level.
+        extractor_channels, extractor_mult, extractor_resblocks: base width, its multiples, blocks
+            per level.
         aggregate_channels, aggregate_mult, aggregate_resblocks: the same for the aggregator.
         wavelet: an orthogonal PyWavelets wavelet.
-        pool: to the common resolution: ``average``, or ``conv``, an average and a learned 3x3 convolution [P App. G],
-            in the paper variant only.
+        pool: to the common resolution: ``average``, or ``conv``, an average and a learned 3x3
+            convolution [P App. G], in the paper variant only.
         dropout: in the blocks of the paper variant.
-        shared_extractor: one extractor for all levels [P Table 19]: fewer parameters, as many operations [P App. D.4].
-        skip_levels: how many of the finest levels no extractor sees; 1 of 3 leaves the last two [P Table 21].
-        packets: transform the details further, too, until every value of a patch is a channel at H/f (wavelet packets),
-            and give those to the aggregator alone: no work at finer resolutions, for small machines [D]. What sizes the
-            extractors has no effect then.
+        shared_extractor: one extractor for all levels [P Table 19]: fewer parameters, as many
+            operations [P App. D.4].
+        skip_levels: how many of the finest levels no extractor sees; 1 of 3 leaves the last two
+            [P Table 21].
+        packets: transform the details further, too, until every value of a patch is a channel at
+            H/f (wavelet packets), and give those to the aggregator alone: no work at finer
+            resolutions, for small machines [D]. The extractors' widths have no effect then.
         linear: add a linear path from patches to the means; see :mod:`olvae.models.linear_code`.
 
     Shapes: (B, in_channels, H, W) in [-1, 1] -> (B, latent_dim, H/2^levels, W/2^levels).
@@ -270,44 +280,54 @@ class LiteVAE_Encoder(Encoder):
         packets: bool = False,
         linear: bool = False,
     ) -> None:
+        # Settings that contradict each other.
         check_counts(1, dct_levels=dct_levels)
         super().__init__(latent_dim, in_channels, 2**dct_levels, image_size)
         check_choice(("open_litevae", "paper"), variant=variant)
         if variant == "open_litevae" and (pool != "average" or dropout):
             raise ValueError(
-                "pool and dropout belong to the paper variant: set variant to paper, or leave them out"
+                "pool and dropout belong to the paper variant: set variant to paper, "
+                "or leave them out"
             )
         if not 0 <= skip_levels < dct_levels:
             raise ValueError(
-                f"skip_levels must be from 0 to {dct_levels - 1}, one level is left, got {skip_levels}"
+                f"skip_levels must be from 0 to {dct_levels - 1}, one level is left, "
+                f"got {skip_levels}"
             )
         if packets and (skip_levels or shared_extractor or pool != "average"):
             raise ValueError(
                 "packets has no extractors: leave out skip_levels, shared_extractor and pool"
             )
+
+        # [P App. G]: level l is divided by 2^l, so that LL stays in the image's range. The
+        # published code does not divide [M].
+        self.levels = dct_levels
+        self.skip_levels = skip_levels
+        self.wavelet = wavelet
+        self.packets = packets
+        base = 0.5 if variant == "paper" else 1.0
+        self.band_scales = [base**level for level in range(1, dct_levels + 1)]
+
+        # The first three widths are the extractor's, the others the aggregator's.
         extractor = extractor_channels, extractor_mult, extractor_resblocks
         aggregator = aggregate_channels, aggregate_mult, aggregate_resblocks
         widths = _widths(scale, variant, (*extractor, *aggregator))
-        self.levels, self.skip_levels, self.wavelet = dct_levels, skip_levels, wavelet
-        # [P App. G]: level l divided by 2^l, so that LL stays in the image's range; the published code does not [M].
-        self.band_scales = [
-            2.0**-level if variant == "paper" else 1.0 for level in range(1, dct_levels + 1)
-        ]
+        unet: Callable[..., UNet] = OpenUNet
+        if variant == "paper":
+            unet = partial(PaperUNet, dropout=dropout)
 
+        # Extractors, and what follows the pooling of each level.
         bands = 4 * in_channels
-        unet: Callable[..., UNet] = (
-            partial(PaperUNet, dropout=dropout) if variant == "paper" else OpenUNet
-        )
         used = 0 if packets else dct_levels - skip_levels
-        self.packets = packets
         extractors = 1 if shared_extractor else used
         self.extractors = nn.ModuleList(unet(bands, bands, *widths[:3]) for _ in range(extractors))
         self.pool_convs = nn.ModuleList(
             conv3(bands, bands) if pool == "conv" else nn.Identity() for _ in range(used)
         )
-        self.aggregator = unet(
-            in_channels * 4**dct_levels if packets else bands * used, latent_dim, *widths[3:]
-        )
+
+        # The aggregator sees the features of all levels, or all packets.
+        features = in_channels * 4**dct_levels if packets else bands * used
+        self.aggregator = unet(features, latent_dim, *widths[3:])
         if linear:
             self.add_linear_path()
 
@@ -315,7 +335,7 @@ class LiteVAE_Encoder(Encoder):
         return self.run(x, lambda unet, h: unet(h))
 
     def run(self, x: Tensor, apply: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
-        """``forward``, where ``apply`` runs each UNet on its input."""
+        """Run ``forward`` with ``apply(unet, input)`` for each UNet."""
         _check_images(x, self)
         features = self._packets(x) if self.packets else self._features(x, apply)
         moments = apply(self.aggregator, features)  # (B, latent_dim, H/f, W/f)
@@ -327,34 +347,32 @@ class LiteVAE_Encoder(Encoder):
         return x * self.band_scales[-1]  # (B, C f f, H/f, W/f)
 
     def _features(self, x: Tensor, apply: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
+        # What each level has of its own, from the first that is not skipped.
+        levels = wavedec2(x, self.wavelet, self.levels)[self.skip_levels :]
+        band_scales = self.band_scales[self.skip_levels :]
+        # One extractor per level, or the same one for all.
+        extractors = [*self.extractors] * (len(levels) // len(self.extractors))
+        stages = zip(levels, band_scales, extractors, self.pool_convs, strict=True)
+
         features: list[Tensor] = []
-        levels = wavedec2(x, self.wavelet, self.levels)[
-            self.skip_levels :
-        ]  # level l: (B, 4C, H/2^l, W/2^l)
-        extractors = [*self.extractors] * (
-            len(levels) // len(self.extractors)
-        )  # one, or one per level
-        stages = zip(
-            levels, self.band_scales[self.skip_levels :], extractors, self.pool_convs, strict=True
-        )
         for level, (bands, band_scale, extractor, pool_conv) in enumerate(
             stages, start=1 + self.skip_levels
         ):
+            # bands: (B, 4C, H/2^l, W/2^l)
             f = apply(extractor, bands if band_scale == 1.0 else bands * band_scale)
-            features.append(
-                pool_conv(F.avg_pool2d(f, 2 ** (self.levels - level)))
-            )  # (B, 4C, H/f, W/f)
+            pooled = F.avg_pool2d(f, 2 ** (self.levels - level))  # (B, 4C, H/f, W/f)
+            features.append(pool_conv(pooled))
         return torch.cat(features, dim=1)
 
 
 class WaveletEncoder(Encoder):
-    """An encoder that learns nothing: the latent is the coarsest level of the wavelet transform [P Tables 11 and 12].
+    """The coarsest level of the wavelet transform as latent: nothing learns [P Tables 11 and 12].
 
-    The four sub-bands are divided by 2^levels, so that LL is in the image's range; which of them are kept is ours [D].
-    The decoder is all that trains: set ``freeze_encoder``, and KL's weight to 0.
+    The four sub-bands are divided by 2^levels, so that LL is in the image's range; keeping all of
+    them is our choice [D]. Only the decoder trains: set ``freeze_encoder``, and KL's weight to 0.
 
     Args:
-        latent_dim: 8 in_channels for moments, whose log-variances are the smallest there are; 4 in_channels for the
+        latent_dim: 8 in_channels for moments with the smallest log-variances; 4 in_channels for the
             sub-bands alone, which ``use_quant`` turns into moments of any number of channels.
         in_channels, dct_levels, image_size, wavelet: as LiteVAE_Encoder's.
 
@@ -378,7 +396,8 @@ class WaveletEncoder(Encoder):
                 f"set embed_dim and z_channels to {bands}, or use_quant with latent_dim {bands}"
             )
             raise ValueError(f"a wavelet level of {in_channels} channels {misfit}: {remedy}")
-        self.levels, self.wavelet = dct_levels, wavelet
+        self.levels = dct_levels
+        self.wavelet = wavelet
 
     def forward(self, x: Tensor) -> Tensor:
         _check_images(x, self)
@@ -393,8 +412,10 @@ def _check_images(x: Tensor, encoder: Encoder) -> None:
         raise ValueError(
             f"expected images of shape (B, {encoder.in_channels}, H, W), got {tuple(x.shape)}"
         )
-    (h, w), f = x.shape[-2:], encoder.downscale
+    h, w = x.shape[-2:]
+    f = encoder.downscale
     if h % f or w % f:
+        # -(-h // f) is h / f, rounded up.
         padded = f"{-(-h // f) * f}x{-(-w // f) * f}"
         raise ValueError(
             f"image size {h}x{w} is not a multiple of {f}: crop or pad it, for example to {padded}"
@@ -404,16 +425,17 @@ def _check_images(x: Tensor, encoder: Encoder) -> None:
 def _widths(
     scale: str | None, variant: str, given: tuple[int | Sequence[int] | None, ...]
 ) -> Scale:
-    """The preset's widths, overridden by the given ones; the paper has two blocks everywhere [P App. G]."""
+    """Override the preset's widths by given ones; the paper has two blocks per level [P App. G]."""
     if scale is not None and scale not in SCALES:
         raise ValueError(f"scale must be one of {', '.join(SCALES)}, got {scale!r}")
     widths: dict[str, Any] = SCALES[scale]._asdict() if scale else {}
     if variant == "paper":
         widths.update(extractor_resblocks=2, aggregate_resblocks=2)
-    widths.update(
-        {name: value for name, value in zip(Scale._fields, given, strict=True) if value is not None}
-    )
-    if missing := [name for name in Scale._fields if name not in widths]:
+    for name, value in zip(Scale._fields, given, strict=True):
+        if value is not None:
+            widths[name] = value
+    missing = [name for name in Scale._fields if name not in widths]
+    if missing:
         raise ValueError(
             f"the encoder needs a scale ({', '.join(SCALES)}) or these widths: {', '.join(missing)}"
         )

@@ -14,10 +14,11 @@ from olvae.modules.base import Operands, upcast
 class SMC(nn.Module):
     """A convolution whose filters are scaled per input channel, then normalised to length ``gain``.
 
-    w'(o,i,k) = gain * s_i w(o,i,k) / sqrt(sum_{i,k} (s_i w(o,i,k))^2 + eps)                    [P Eq. 3]
+    w'(o,i,k) = gain * s_i w(o,i,k) / sqrt(sum_{i,k} (s_i w(o,i,k))^2 + eps)             [P Eq. 3]
 
-    The scales s (one per input channel) and the gain (one per layer) are learned and start at 1. Nothing depends on the
-    sample, so at inference the layer is an ordinary convolution: see :meth:`fold`.
+    The scales s (one per input channel) and the gain (one per layer) are learned and start at 1.
+    Nothing depends on the sample, so at inference the layer is an ordinary convolution: see
+    :meth:`fold`.
 
     Shapes: (B, in_channels, H, W) -> (B, out_channels, H, W), for odd kernel sizes.
     """
@@ -37,16 +38,20 @@ class SMC(nn.Module):
 
     @staticmethod
     def derive(layers: Sequence["SMC"]) -> list[Operands]:
-        """w', (out_channels, in_channels, k, k), and the bias of each; those of one shape are computed together."""
+        """Return w', (out_channels, in_channels, k, k), and the bias of each layer.
+
+        Layers of one shape are computed together, which takes as many launches as one layer.
+        """
+        # Trained and frozen layers apart: in a stack all would require gradients.
         alike: dict[Any, list[SMC]] = {}
         for layer in layers:
             trained = tuple(parameter.requires_grad for parameter in layer._given())
             alike.setdefault((layer.conv.weight.shape, layer.eps, trained), []).append(layer)
+
         weights: dict[SMC, Tensor] = {}
         for (_, eps, _), same in alike.items():
-            weights |= zip(
-                same, _modulate([layer._given() for layer in same], eps).unbind(), strict=True
-            )
+            modulated = _modulate([layer._given() for layer in same], eps)
+            weights.update(zip(same, modulated.unbind(), strict=True))
         return [(weights[layer], layer.conv.bias) for layer in layers]
 
     def _given(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -60,31 +65,33 @@ class SMC(nn.Module):
 
     @torch.no_grad()
     def fold(self) -> nn.Conv2d:
-        """The same function as an ordinary convolution, a copy."""
+        """Return a new ordinary convolution that computes the same."""
         conv = copy.deepcopy(self.conv)
-        conv.weight.copy_(self.derive([self])[0][0])
+        ((weight, _),) = self.derive([self])
+        conv.weight.copy_(weight)
         return conv
 
 
 def _modulate(given: Sequence[tuple[Tensor, Tensor, Tensor]], eps: float) -> Tensor:
-    """w' of n layers of one shape, (n, out_channels, in_channels, k, k), from their weights, scales and gains."""
+    """Compute w' of n layers of one shape from their weights, scales and gains.
+
+    (n, out_channels, in_channels, k, k).
+    """
+    # One layer needs no copy of its weight.
     w, scales, gain = (
-        torch.stack(t) if len(t) > 1 else t[0][None] for t in zip(*given, strict=True)
+        torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
+        for tensors in zip(*given, strict=True)
     )
-    w, dtype = (
-        upcast(w) * scales[:, None, :, None, None],
-        w.dtype,
-    )  # in half precision eps and squares are 0
-    w = (
-        gain[..., None, None, None]
-        * w
-        * (w.square().sum(dim=(2, 3, 4), keepdim=True) + eps).rsqrt()
-    )
-    return w.to(dtype)
+    # In half precision eps and the squares would be 0.
+    dtype = w.dtype
+    w = upcast(w) * scales[:, None, :, None, None]
+    scaled = gain[..., None, None, None] * w
+    inverse_length = (w.square().sum(dim=(2, 3, 4), keepdim=True) + eps).rsqrt()
+    return (scaled * inverse_length).to(dtype)
 
 
 def fold_smc(module: nn.Module) -> nn.Module:
-    """A copy of ``module`` with an ordinary Conv2d for every SMC, for inference."""
+    """Copy ``module`` with an ordinary Conv2d for every SMC, for inference."""
     if isinstance(module, SMC):
         return module.fold()
     folded = copy.deepcopy(module)

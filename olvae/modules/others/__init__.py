@@ -1,1 +1,1 @@
-"""Networks of other projects as encoders and decoders of ours: diffusers' whole classes, and TAESD's architecture."""
+"""Networks of other projects as our encoders and decoders: diffusers' classes, and TAESD's."""

@@ -1,6 +1,7 @@
-"""Tiny autoencoder, TAESD's architecture: 3x3 convolutions and ReLU, without norms or attention; a student.
+"""Tiny autoencoder with TAESD's architecture, a student: 3x3 convolutions, ReLU, no norms.
 
-It works on latents in a diffusion model's units, and on images in [0, 1]; here both are converted from and to ours.
+Its layers work on latents in a diffusion model's units, and on images in [0, 1]. Both are converted
+from and to ours here.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from olvae.modules.base import Decoder, Encoder, Stage, Steps, check_counts
 from olvae.modules.distributions import deterministic_moments
 
-SOFT_BOUND = 3.0  # a soft bound on what the decoder takes, in standard deviations
+SOFT_BOUND = 3.0  # of the decoder's input, in standard deviations
 
 
 class Residual(nn.Module):
@@ -30,8 +31,9 @@ class Residual(nn.Module):
 
 
 class _Tiny(Steps):
-    """Layers under TAESD's numbers; mean and deviation of the latents, (n_z, 1, 1): 0 and 1 without a teacher."""
+    """Layers under TAESD's numbers, and the latents' mean and deviation."""
 
+    # Each (n_z, 1, 1); 0 and 1 without a teacher.
     latents_mean: Tensor
     latents_std: Tensor
     layers: nn.Sequential
@@ -49,7 +51,8 @@ class TinyEncoder(_Tiny, Encoder):
     """TAESD's encoder. Its latents have no distribution.
 
     Args:
-        latent_dim, in_channels, image_size: as LiteVAE_Encoder's; the log-variances are the least that there is.
+        latent_dim, in_channels, image_size: as LiteVAE_Encoder's; the log-variances are the
+            smallest there are.
         channels: of every layer.
         blocks: residual blocks of each level, from the image's resolution to the latent's.
 
@@ -78,7 +81,7 @@ class TinyEncoder(_Tiny, Encoder):
         self._note(latent_dim // 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = (x + 1) / 2
+        h = (x + 1) / 2  # from [-1, 1] to [0, 1]
         for layer in self.layers:
             h = self.step(layer, h)
         return deterministic_moments(h * self.latents_std + self.latents_mean)
@@ -121,13 +124,16 @@ class TinyDecoder(_Tiny, Decoder):
         return z
 
     def stages(self) -> list[Stage]:
-        """One layer at a time; see :class:`Stage`."""
+        """List the layers, one by one: see :class:`Stage`."""
         reach = {nn.Conv2d: 1, Residual: 3}
-        layers = [
-            Stage(m, reach.get(type(m), 0), 2 if isinstance(m, nn.Upsample) else 1)
-            for m in self.layers
-        ]
-        return [Stage(self._bound, 0), *layers, Stage(lambda image: 2 * image - 1, 0)]
+        stages = [Stage(self._bound, 0)]
+        for layer in self.layers:
+            scale = 2 if isinstance(layer, nn.Upsample) else 1
+            stages.append(Stage(layer, reach.get(type(layer), 0), scale))
+        # From [0, 1] to [-1, 1].
+        stages.append(Stage(lambda image: 2 * image - 1, 0))
+        return stages
 
     def _bound(self, z: Tensor) -> Tensor:
+        """Normalise the latent, and bound it softly, as TAESD does."""
         return torch.tanh((z - self.latents_mean) / self.latents_std / SOFT_BOUND) * SOFT_BOUND

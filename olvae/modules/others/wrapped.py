@@ -1,4 +1,4 @@
-"""Autoencoders of diffusers as an encoder and a decoder of ours; those of video see an image as one frame."""
+"""Autoencoders of diffusers as our encoders and decoders; video ones see an image as one frame."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -20,44 +20,49 @@ from olvae.modules.base import (
 from olvae.modules.distributions import deterministic_moments
 
 TRAINABLE = (
-    *("AutoencoderDC", "AutoencoderKLFlux2", "AutoencoderKLHunyuanImage", "AutoencoderKLKVAE"),
-    *("AutoencoderKLQwenImage", "AutoencoderKLQwenImage21", "AutoencoderKLWan"),
+    "AutoencoderDC",
+    "AutoencoderKLFlux2",
+    "AutoencoderKLHunyuanImage",
+    "AutoencoderKLKVAE",
+    "AutoencoderKLQwenImage",
+    "AutoencoderKLQwenImage21",
+    "AutoencoderKLWan",
 )
-"""Classes whose halves can be trained on images; of the other video classes an image uses the whole kernels."""
+"""Classes with halves that can be trained on images; other video classes use whole 3D kernels."""
 
 MODULES = {"encoder": ("encoder", "quant_conv"), "decoder": ("decoder", "post_quant_conv")}
 """The modules that belong to one half; others, such as FLUX.2's batch norm, are kept with both."""
 
 
 def has_frames(model: nn.Module) -> tuple[bool, ...]:
-    """List whether a model takes a time axis: both answers, the likelier one first.
+    """Guess whether a model takes a time axis: both answers, the likelier one first.
 
-    A 3D convolution takes an image of one channel without a time axis as well, and makes nonsense of it.
+    A 3D convolution takes an image of one channel without a time axis as well, and makes nonsense
+    of it.
     """
-    return (
-        (True, False)
-        if any(isinstance(module, nn.Conv3d) for module in model.modules())
-        else (False, True)
-    )
+    if any(isinstance(module, nn.Conv3d) for module in model.modules()):
+        return True, False
+    return False, True
 
 
 def encode_image(model: Any, x: Tensor, frames: bool) -> tuple[Tensor, bool]:
-    """Encode (B, C, H, W), as one frame if the model has ``frames``; whether the latent has a distribution, too.
+    """Encode (B, C, H, W), as one frame if the model has ``frames``.
 
-    Returns moments (B, 2 n_z, h, w): means, then log-variances; or a latent (B, n_z, h, w) without a distribution.
-    ValueError if there is more than one frame of them.
+    Returns moments (B, 2 n_z, h, w), means then log-variances, and True; or a latent (B, n_z, h, w)
+    without a distribution, and False. ValueError if that has more than one frame.
     """
     output = model.encode(x[:, :, None] if frames else x)
     if "latent_dist" in output:
-        latent = output.latent_dist  # Cosmos' has no variance
+        # Cosmos' has no variance.
+        latent = output.latent_dist
         return _without_time(latent.parameters, frames), hasattr(latent, "logvar")
-    return _without_time(
-        output["latents"] if "latents" in output else output["latent"], frames
-    ), False
+    # Most classes call it ``latent``, TAESD's ``latents``.
+    name = "latents" if "latents" in output else "latent"
+    return _without_time(output[name], frames), False
 
 
 def decode_image(model: Any, z: Tensor, frames: bool) -> Tensor:
-    """Decode (B, n_z, h, w) to (B, C, f h, f w); ValueError if there is more than one frame of them."""
+    """Decode (B, n_z, h, w) to (B, C, f h, f w); ValueError if that has more than one frame."""
     output = model.decode(z[:, :, None] if frames else z)
     return _without_time(getattr(output, "sample", output), frames)
 
@@ -76,33 +81,39 @@ class _Wrapped(Steps):
     model: Any
 
     def _build(self, kind: str, config: Mapping[str, Any], half: str) -> None:
-        import diffusers  # seconds, for this network only
+        # Takes seconds, so it is imported for this network only.
+        import diffusers
 
         if kind not in TRAINABLE:
             raise ValueError(f"{kind}: only {', '.join(TRAINABLE)} can be trained here")
-        self.kind, self.model = kind, getattr(diffusers, kind).from_config(dict(config))
-        for other in (
-            name for names in MODULES.values() for name in names if name not in MODULES[half]
-        ):
-            if getattr(self.model, other, None) is not None:
-                setattr(self.model, other, nn.Identity())
+        self.kind = kind
+        self.model = getattr(diffusers, kind).from_config(dict(config))
+
+        # Take out the other half.
+        for names in MODULES.values():
+            for name in names:
+                if name not in MODULES[half] and getattr(self.model, name, None) is not None:
+                    setattr(self.model, name, nn.Identity())
+
         for name, module in self.model.named_modules():
+            # One frame never gets there, and DDP would wait for its gradient.
             if name.endswith("time_conv"):
-                module.requires_grad_(
-                    False
-                )  # one frame never gets there, and DDP would wait for its gradient
+                module.requires_grad_(False)
             if isinstance(module, nn.Conv3d) and _is_causal(module):
                 exact = half == "encoder" and module is self.output_layer
-                module.forward = partial(_on_one_frame, module, exact=exact)  # type: ignore[method-assign]
+                forward = partial(_on_one_frame, module, exact=exact)
+                module.forward = forward  # type: ignore[method-assign]
 
     @property
     def output_layer(self) -> nn.Conv2d | nn.Conv3d:
-        """The last layer, which definition order does not show: see :func:`~olvae.modules.base.last_convolution`."""
-        quant = getattr(self.model, "quant_conv", None)
-        convolutions = (
-            quant,
-            *(getattr(getattr(self.model, half), "conv_out", None) for half in HALVES),
-        )
+        """The last layer, for :func:`~olvae.modules.base.last_convolution`.
+
+        The order of definition does not show it.
+        """
+        convolutions = [getattr(self.model, "quant_conv", None)]
+        for half in HALVES:
+            # The half that was taken out has none.
+            convolutions.append(getattr(getattr(self.model, half), "conv_out", None))
         found: nn.Conv2d | nn.Conv3d = next(
             c for c in convolutions if isinstance(c, nn.Conv2d | nn.Conv3d)
         )
@@ -113,32 +124,39 @@ class _Wrapped(Steps):
             raise ValueError(f"checkpoint: diffusers' {self.kind} can't: leave it out")
         super().checkpoint_steps(on)
         for module in self.model.modules():
-            if hasattr(module, "gradient_checkpointing"):  # always on: `step` decides
-                module.gradient_checkpointing, module._gradient_checkpointing_func = True, self.step
+            # Always on: `step` decides.
+            if hasattr(module, "gradient_checkpointing"):
+                module.gradient_checkpointing = True
+                module._gradient_checkpointing_func = self.step
 
 
 def _is_causal(conv: Any) -> bool:
-    """Whether all frames of zeros are before the input, as Wan's are, so that the last slice meets the first frame."""
+    """Return whether a convolution pads in time only before the input, as Wan's do.
+
+    Then the last slice of its kernel meets the first frame.
+    """
+    # Its padding: left, right, top, bottom, before, after.
     return hasattr(conv, "_padding") and tuple(conv._padding[4:]) == (conv.kernel_size[0] - 1, 0)
 
 
 def _on_one_frame(
     conv: Any, x: Tensor, cache_x: Tensor | None = None, exact: bool = False
 ) -> Tensor:
-    """Convolve one frame with the last slice of a causal kernel: the others meet zeros. A third of the work.
+    """Convolve one frame with the last slice of a causal kernel, as the others meet zeros.
 
-    ``exact`` computes in float32 under autocast.
+    A third of the work. ``exact`` computes in float32 under autocast.
     """
+    # Several frames, or one after frames that a cache holds: the whole kernel.
     if x.shape[2] != 1 or cache_x is not None:
         y: Tensor = type(conv).forward(conv, x, cache_x)
         return y
     left, _, top, *_ = conv._padding
     exact = exact and autocast_enabled(x)
     with no_autocast(x) if exact else nullcontext():
-        x = upcast(x) if exact else x
-        return F.conv2d(x[:, :, 0], conv.weight[:, :, -1], conv.bias, conv.stride[1:], (top, left))[
-            :, :, None
-        ]
+        frame = (upcast(x) if exact else x)[:, :, 0]
+        kernel = conv.weight[:, :, -1]
+        y = F.conv2d(frame, kernel, conv.bias, conv.stride[1:], (top, left))
+        return y[:, :, None]
 
 
 class DiffusersEncoder(_Wrapped, Encoder):
@@ -149,7 +167,8 @@ class DiffusersEncoder(_Wrapped, Encoder):
         latent_dim, in_channels, image_size: as LiteVAE_Encoder's.
         downscale: pixels per latent position.
         frames: the network has a time axis, on which an image is one frame.
-        deterministic: its latents have no distribution; the log-variances are the least that there is.
+        deterministic: its latents have no distribution; the log-variances are the smallest there
+            are.
 
     Shapes: (B, in_channels, H, W) -> (B, latent_dim, H/f, W/f).
     """
@@ -166,7 +185,8 @@ class DiffusersEncoder(_Wrapped, Encoder):
         deterministic: bool = False,
     ) -> None:
         super().__init__(latent_dim, in_channels, downscale, image_size)
-        self.frames, self.deterministic = frames, deterministic
+        self.frames = frames
+        self.deterministic = deterministic
         self._build(kind, config, "encoder")
 
     def forward(self, x: Tensor) -> Tensor:

@@ -195,7 +195,8 @@ def test_a_shard_in_validation_that_has_become_shorter(shards, caplog):
     assert loader.read_errors.lost == 2
     assert f"{shards / 'val'}: shards of index.json are missing: 002.tar" in caplog.messages
     assert any(
-        "000.tar: has fewer images than by its index.json" in message for message in caplog.messages
+        "000.tar: has fewer images than its index.json says" in message
+        for message in caplog.messages
     )
 
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 from olvae.evaluation.observers import text
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.observers.text import SIZES, Text, draw_pages
-from olvae.evaluation.report import Page
+from olvae.evaluation.page import Page
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic
 from tests.evaluation.peers import seen
