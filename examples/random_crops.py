@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 from olvae.cli.main import print_error
-from olvae.config import load
 from olvae.data.opening import open_source, open_test_source
+from olvae.data.src import load
 from olvae.figures import save_image
 from olvae.files import check_folder
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     import gradio as gr
 
 # The largest image on the page; one thread reconstructs it in about a minute.
-MAX_PIXELS = 4_000_000
+PAGE_MAX_PIXELS = 4_000_000
 
 # The least number of pixels along the longer side of a picture on the page.
 SHOWN_SIDE = 256
@@ -70,7 +70,7 @@ class Shown(NamedTuple):
     results: Mapping[str, Result]
 
 
-def load(targets: Sequence[Target], device: str) -> dict[str, Autoencoder]:
+def load_choice(targets: Sequence[Target], device: str) -> dict[str, Autoencoder]:
     """Load models by name, folded for inference; ValueError if their images can't be compared."""
     models = {target.name: target.load().fold().to(device).eval() for target in targets}
     channels = {model.in_channels for model in models.values()}
@@ -87,15 +87,15 @@ def load(targets: Sequence[Target], device: str) -> dict[str, Autoencoder]:
 def read_image(path: str | Path, channels: int) -> Tensor:
     """Read an image as uint8 (C, H, W).
 
-    ValueError if it is not an image, or has more than :data:`MAX_PIXELS`.
+    ValueError if it is not an image, or has more than :data:`PAGE_MAX_PIXELS`.
     """
     photo = Photo(Path(path), Path(path).name, channels)
     # The size is in the header: nothing is decoded yet.
     width, height = photo.size
-    if width * height > MAX_PIXELS:
+    if width * height > PAGE_MAX_PIXELS:
         raise ValueError(
             f"{width}x{height} pixels are too many for this page, which takes "
-            f"{MAX_PIXELS / 1e6:.0f} million: olvae reconstruct takes any size"
+            f"{PAGE_MAX_PIXELS / 1e6:.0f} million: olvae reconstruct takes any size"
         )
     return image_to_tensor(photo.read())
 
@@ -157,7 +157,7 @@ def page(targets: Sequence[str], device: str = "cpu") -> "gr.Blocks":
 
     # The examples' folder: Gradio serves files from no other one.
     gr.set_static_paths([HELD_OUT[0].parent])
-    models = load(name_apart([find_target(target) for target in targets]), device)
+    models = load_choice(name_apart([find_target(target) for target in targets]), device)
     names = list(models)
 
     # What the page does when a user drops an image, and when one clicks on it.

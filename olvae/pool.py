@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
-T = TypeVar("T")
-R = TypeVar("R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 # Called with the number of images done, and of all images if it is known.
 OnProgress = Callable[[int, int | None], None]
@@ -43,11 +43,11 @@ class SharedProgress:
 
 
 def run_in_processes(
-    function: Callable[[T, SharedProgress], R],
-    tasks: Sequence[T],
+    function: Callable[[_T, SharedProgress], _R],
+    tasks: Sequence[_T],
     workers: int,
     on_progress: Callable[[int], None],
-) -> Generator[R, None, None]:
+) -> Generator[_R, None, None]:
     """Yield the result of ``function`` for every task, in order of completion.
 
     Close the iterator (``contextlib.closing``) to stop early: tasks end at their next

@@ -197,7 +197,7 @@ def open_run(path: str | Path, logdir: str | Path = "runs") -> Run:
 def config_of(run: Run) -> Config:
     """Read the config of a run to continue; ConfigError with a remedy if it is broken."""
     try:
-        config = cfg.load([run.config])
+        config = cfg.merge_files([run.config])
     except ConfigError as error:
         raise ConfigError(f"{error.mistakes[0]}: {_without_config(run)}") from error
     for section in ("model", "data", "run"):

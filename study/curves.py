@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from olvae.cli.main import print_error
 from olvae.figures import running_mean
 from olvae.files import check_folder
-from olvae.training.progress import read_curves
+from olvae.training.loggers import read_curves
 from study.run import Study, find_run
 
 STEPS = 400

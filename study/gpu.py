@@ -28,10 +28,10 @@ from xml.etree import ElementTree
 import torch
 from torch import nn
 
-from olvae import config as cfg
 from olvae.bench.cases import DECODERS, ENCODERS, F8, N_Z, network_cases, read_step, time_steps
 from olvae.bench.measure import Setting, machine, rows_of
 from olvae.cli.main import print_error
+from olvae.data.src import load
 from olvae.devices import PRECISIONS, peak_tflops, resolve_device
 from olvae.files import check_folder, write_json
 from olvae.models.footprint import MARGIN, footprint
@@ -231,7 +231,7 @@ def _pair(network: str, bench: Bench) -> dict[str, Any]:
     minutes, images = (0.01, 2) if bench.quick else (6.0, 32)
     linear = f"{network}_linear"
     overrides = [*NETWORKS[linear], f"model.base_learning_rate={LONG[linear][0]}"]
-    params = cfg.load([RECIPE], overrides)["model"]["params"]
+    params = load([RECIPE], overrides)["model"]["params"]
     lightning = PRECISIONS[bench.precision].lightning
     seconds = time_steps(
         LiteAutoencoderKL(**params), 64, images, 2 if bench.quick else 20, bench.device, lightning

@@ -22,7 +22,7 @@ from olvae.checkpoint import read_checkpoint
 from olvae.cli.main import print_error
 from olvae.files import check_folder, write_json
 from olvae.runs import Run
-from olvae.training.progress import read_curves
+from olvae.training.loggers import read_curves
 from study.rows import BASELINE, RECIPE, Diffusion, Row, diffusions, rows
 
 THREADS = {"OMP_NUM_THREADS": "1"}

@@ -7,9 +7,9 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from olvae import config as cfg
 from olvae.bench.cases import time_steps
-from olvae.bench.measure import measure
+from olvae.bench.measure import measure_case
+from olvae.data.src import load
 from olvae.files import write_json
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training.run import quieten
@@ -27,11 +27,11 @@ def main(arguments: list[str] | None = None) -> None:
     quieten()
     work = {}
     for name in ("litevae", "sd"):
-        config = cfg.load([RECIPE], list(NETWORKS[name]))
+        config = load([RECIPE], list(NETWORKS[name]))
         data = config["data"]["params"]
         model = LiteAutoencoderKL(**config["model"]["params"])
         work[name] = partial(time_steps, model, data["size"], data["batch_size"], STEPS, "cpu")
-    times = measure(work, "cpu", ROUNDS, warm_up=False)
+    times = measure_case(work, "cpu", ROUNDS, warm_up=False)
     write_json({name: measured.median for name, measured in times.items()}, options.out)
 
 

@@ -39,12 +39,12 @@ def _seed() -> None:
 def usual_probe() -> Iterator[int]:
     """Measure reading speeds for a moment, diffusers' autoencoders on images smaller than a user's, of this side."""
     from olvae.data import audit
-    from olvae.models.loading import diffusers_models
+    from olvae.models.loading import from_diffusers
 
-    usual = diffusers_models.PROBE
+    usual = from_diffusers.PROBE
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(audit, "MEASURE_S", 0.05)
-        patch.setattr(diffusers_models, "PROBE", 32)
+        patch.setattr(from_diffusers, "PROBE", 32)
         yield usual
 
 
@@ -69,15 +69,15 @@ def quick_training() -> Iterator[None]:
     curves and MACs.
     """
     from olvae.models import linear_code
-    from olvae.training import processes, progress
+    from olvae.training import processes, summary
 
     def unplotted(curves: Mapping[str, Any], path: Path) -> None:
         assert all(len(steps) == len(values) > 0 for steps, values in curves.values())
         path.touch()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(progress, "plot_curves", unplotted)
-        patch.setattr(progress, "count_macs", lambda *_: 0)
+        patch.setattr(summary, "plot_curves", unplotted)
+        patch.setattr(summary, "count_macs", lambda *_: 0)
         patch.setattr(processes, "MOST_WORKERS", 0)
         patch.setattr(linear_code, "CROPS", (256, 512))
         yield
@@ -87,11 +87,11 @@ def quick_training() -> Iterator[None]:
 def whole_training(quick_training: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trainings of this test are whole: with curves and MACs."""
     from olvae.figures import plot_curves
-    from olvae.modules.base import count_macs
-    from olvae.training import progress
+    from olvae.modules.counting import count_macs
+    from olvae.training import summary
 
-    monkeypatch.setattr(progress, "plot_curves", plot_curves)
-    monkeypatch.setattr(progress, "count_macs", count_macs)
+    monkeypatch.setattr(summary, "plot_curves", plot_curves)
+    monkeypatch.setattr(summary, "count_macs", count_macs)
 
 
 def smooth_pictures() -> list[Image.Image]:

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from olvae.checkpoint import ALEXNET, INCEPTION, VGG16, VGG19
+from olvae.pretrained_networks import ALEXNET, INCEPTION, VGG16, VGG19
 
 
 def _he(module: nn.Module) -> None:

@@ -5,7 +5,15 @@ import pytest
 import torch
 from PIL import Image
 
-from olvae.app import MAX_PIXELS, compare, crop_around, enlarged, latent_pictures, load, read_image
+from olvae.app import (
+    PAGE_MAX_PIXELS,
+    compare,
+    crop_around,
+    enlarged,
+    latent_pictures,
+    load_choice,
+    read_image,
+)
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.metrics.metric import psnr, ssim
 from olvae.models.loading.targets import find_target
@@ -15,7 +23,7 @@ from tests.conftest import tiny, tiny_config
 @pytest.fixture
 def model(tmp_path):
     tiny().save_pretrained(tmp_path / "small-f8")
-    (loaded,) = load([find_target(str(tmp_path / "small-f8"))], "cpu").values()
+    (loaded,) = load_choice([find_target(str(tmp_path / "small-f8"))], "cpu").values()
     return loaded
 
 
@@ -58,7 +66,7 @@ def test_images_that_are_refused(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"broken\.png: not a readable image"):
         read_image(tmp_path / "broken.png", 3)
-    Image.new("RGB", (MAX_PIXELS // 1000, 1001)).save(tmp_path / "large.png")
+    Image.new("RGB", (PAGE_MAX_PIXELS // 1000, 1001)).save(tmp_path / "large.png")
     with pytest.raises(
         ValueError, match=r"^4000x1001 pixels are too many for this page, which takes 4 million"
     ):
@@ -77,7 +85,7 @@ def test_models_of_other_channels(tmp_path):
     tiny(**params).save_pretrained(tmp_path / "grey")
     tiny().save_pretrained(tmp_path / "colour")
     with pytest.raises(ValueError, match="images of 1 and 3 channels"):
-        load([find_target(str(tmp_path / name)) for name in ("grey", "colour")], "cpu")
+        load_choice([find_target(str(tmp_path / name)) for name in ("grey", "colour")], "cpu")
 
 
 def test_each_channel_has_its_own_scale():

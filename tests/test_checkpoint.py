@@ -14,20 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from olvae.checkpoint import (
+from olvae.checkpoint import load_weights, read_checkpoint, read_weights, write_tensors
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.pretrained_networks import (
     INCEPTION,
     VGG16,
     MissingWeights,
     WeightsFile,
     find_weights,
-    load_weights,
     provenance,
-    read_checkpoint,
-    read_weights,
     read_weights_file,
-    write_tensors,
 )
-from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.conftest import tiny_config
 
 
@@ -279,7 +276,7 @@ def test_downloads_into_the_cache(cache, published, monkeypatch):
 @pytest.mark.parametrize("sent", [b"", b"HTTP/1.0 200 OK\r\nContent-Length: 1000\r\n\r\nhalf"])
 def test_a_server_that_stalls(cache, monkeypatch, sent):
     """Before its answer, and in the middle of the file."""
-    monkeypatch.setattr("olvae.checkpoint.SILENCE_S", 0.2)
+    monkeypatch.setattr("olvae.pretrained_networks.SILENCE_S", 0.2)
     given_up = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
 

@@ -14,16 +14,8 @@ import torch
 import torch.distributed as dist
 
 from olvae.config import ConfigError
-from olvae.devices import (
-    Agreement,
-    gather,
-    join,
-    keep_freed_memory,
-    leave,
-    resolve_device,
-    resolve_devices,
-    resolve_precision,
-)
+from olvae.devices import keep_freed_memory, resolve_device, resolve_devices, resolve_precision
+from olvae.launcher import Agreement, gather, join, leave
 
 
 @pytest.fixture

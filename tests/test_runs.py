@@ -15,7 +15,7 @@ import pytest
 
 from olvae import runs
 from olvae.config import ConfigError
-from olvae.models.spec import check_target
+from olvae.models.target_names import check_target
 from olvae.runs import Run, Settings, create, find_run, locked, open_run, run_of, settings_of
 
 

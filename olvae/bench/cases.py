@@ -28,15 +28,17 @@ from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.tar_reading import Entry, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Batch, Source
+from olvae.data.src import load
 from olvae.devices import FULL, PRECISIONS, now, seconds_per_image
 from olvae.models.large.tiling import peak_bytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import compile_networks
-from olvae.modules.base import Decoder, ShapesOnly, count_macs, count_parameters
+from olvae.modules.base import Decoder
+from olvae.modules.counting import ShapesOnly, count_macs, count_parameters
 from olvae.modules.gigagan import GigaGAN
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.litevae.smc import fold_smc
+from olvae.modules.mixed_precision import compile_networks
 from olvae.modules.patchgan import PatchGAN
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 from olvae.modules.unetgan import UNetGAN
@@ -44,13 +46,15 @@ from olvae.modules.wavelet import wavedec2
 
 N_Z = 12  # latent channels of the networks that are timed
 F8 = 8  # their pixels per latent position, along a side
-SCALES: tuple[Literal["S", "B", "M", "L"], ...] = ("S", "B", "M", "L")
+ENCODER_SCALES: tuple[Literal["S", "B", "M", "L"], ...] = ("S", "B", "M", "L")
 
 Networks = Mapping[str, Callable[[], nn.Module]]
 
 ENCODERS: Networks = {
     "sd": partial(SDEncoder, latent_dim=2 * N_Z),
-    **{scale: partial(LiteVAE_Encoder, scale=scale, latent_dim=2 * N_Z) for scale in SCALES},
+    **{
+        scale: partial(LiteVAE_Encoder, scale=scale, latent_dim=2 * N_Z) for scale in ENCODER_SCALES
+    },
 }
 
 DECODERS: Networks = {
@@ -225,7 +229,7 @@ def read_step(config: str | Path, size: int, batch_size: int) -> tuple[dict[str,
 
     ``size`` and ``batch_size`` replace the config's, unless 0.
     """
-    loaded = cfg.load([config], ["model.params.lossconfig.params.lpips_weight=0"])
+    loaded = load([config], ["model.params.lossconfig.params.lpips_weight=0"])
     mistakes = cfg.validate(loaded)
     if mistakes:
         raise ConfigError(*mistakes)

@@ -147,7 +147,7 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def measure(
+def measure_case(
     work: Mapping[K, Work], device: str, rounds: int, warm_up: bool = True
 ) -> dict[K, Times]:
     """Measure in rounds of all, so that a change of the machine's load meets all of them.
@@ -177,7 +177,7 @@ def rows_of(
     images per second to the peer's; gflop_per_s or gbyte_per_s; shares of limits;
     peak_memory_bytes, measured on a GPU, else counted from shapes for networks.
     """
-    times = measure({case: case.run for case in cases}, device, rounds, warm_up)
+    times = measure_case({case: case.run for case in cases}, device, rounds, warm_up)
     rows = []
 
     # Entries without a meaning for a case are left out.

@@ -11,8 +11,9 @@ import typer
 from omegaconf import OmegaConf
 
 from olvae.cli.options import check_applies, check_precision, print_rows
-from olvae.config import ConfigError, load, recipes, validate
+from olvae.config import ConfigError, recipes, validate
 from olvae.config.reading import find_config, nearest_recipes
+from olvae.data.src import load
 from olvae.runs import entry_of
 
 
@@ -68,7 +69,7 @@ def validate_command(
         # Numbers of the networks, which may come from an autoencoder that the config starts from.
         if (memory or ranks is not None) and not mistakes:
             if config["model"].get("from") is not None:
-                from olvae.training.origin import start_from
+                from olvae.training.start_from import start_from
 
                 start_from(config)
             if memory:

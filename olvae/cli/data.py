@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 
 from olvae.cli.options import ProgressBar, check_applies, check_paths, in_flags, loading, stop_code
-from olvae.config import ConfigError, load
+from olvae.config import ConfigError
+from olvae.data.src import load
 from olvae.files import list_skipped
 
 app = typer.Typer(
@@ -36,8 +37,8 @@ MaxUnreadable = Annotated[
 ]
 
 
-@app.command()
-def pack(
+@app.command("pack")
+def pack_command(
     src: Annotated[str, Src],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the shards to.")],
     shard_size: Annotated[
@@ -119,8 +120,8 @@ def pack(
     )
 
 
-@app.command()
-def check(
+@app.command("check")
+def check_command(
     src: Annotated[str, CheckSrc],
     size: Annotated[
         str, typer.Option(metavar="PIXELS", help="Size of the training crops: 256, or 80x256.")
@@ -160,7 +161,7 @@ def check(
 
     # Read the images, then print what was found.
     with ProgressBar("reading") as bar:
-        result = audit.check(
+        result = audit.audit_source(
             src, crops, channels, max_unreadable, workers or cores(), bar.set, pixels
         )
     if as_json:
@@ -186,9 +187,9 @@ def range_command(
     """
     check_paths(data=src)
     with loading():
-        from olvae.data.audit import measure
+        from olvae.data.value_range import measure_range
 
-    found = measure(src, images)
+    found = measure_range(src, images)
     if found.unreadable:
         skipped = in_flags(list_skipped((error.name, error.reason) for error in found.unreadable))
         typer.echo(f"{len(found.unreadable)} unreadable images left out: {skipped}", err=True)

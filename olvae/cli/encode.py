@@ -17,10 +17,10 @@ from olvae.cli.options import (
     Raw,
     TargetArgument,
     check_applies,
-    check_memory,
     check_paths,
     check_precision,
     loading,
+    memory_option,
     stop_code,
 )
 from olvae.config import ConfigError
@@ -31,7 +31,9 @@ if TYPE_CHECKING:  # slow to import
     from olvae.models.loading.loader import Target
 
 # With a default, unlike evaluation's, which takes the config's.
-BatchSize = Annotated[int, typer.Option("--batch-size", "-B", min=1, help="Images at a time.")]
+EncodeBatchSize = Annotated[
+    int, typer.Option("--batch-size", "-B", min=1, help="Images at a time.")
+]
 
 
 def command(
@@ -88,14 +90,14 @@ def command(
             "Not for a SRC of shards.",
         ),
     ] = None,
-    batch_size: BatchSize = 16,
+    batch_size: EncodeBatchSize = 16,
     threads: Annotated[
         int, typer.Option(min=1, help="Threads that read images, in each process.")
     ] = 4,
     memory: Annotated[
         float | None,
         typer.Option(
-            metavar="GiB", callback=check_memory, help="Memory of --native; 4 by default."
+            metavar="GiB", callback=memory_option, help="Memory of --native; 4 by default."
         ),
     ] = None,
     precision: Annotated[
@@ -132,14 +134,7 @@ def command(
         import torch
 
         from olvae.data.pixels.size_and_range import Sides
-        from olvae.devices import (
-            gather,
-            join,
-            keep_freed_memory,
-            leave,
-            precision_name,
-            resolve_device,
-        )
+        from olvae.devices import keep_freed_memory, precision_name, resolve_device
         from olvae.export.encoding import (
             EncodeJob,
             EncodeOptions,
@@ -147,6 +142,7 @@ def command(
             find_inputs,
             usual_transform,
         )
+        from olvae.launcher import gather, join, leave
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
 
@@ -190,7 +186,7 @@ def command(
                 err=True,
             )
         if compiled:
-            from olvae.models.optimization import compile_networks  # brings Lightning, a second
+            from olvae.modules.mixed_precision import compile_networks
 
             compile_networks([_encoder(model, target)], where)
         bar = ProgressBar(
@@ -230,7 +226,7 @@ def _other_factors(
             f"warning: {target.name} has latents_mean and latents_std: its diffusion models take "
             f"these{packed} in place of the factors measured here"
         )
-    from olvae.export.exporting import Factors, read_factors
+    from olvae.export.factors import Factors, read_factors
 
     # Other pairs by where they are from: the model's own, and what olvae latents measured.
     here = Factors(stats["scaling_factor"], stats["shift_factor"], stats["count"])
@@ -302,11 +298,13 @@ def decode_command(
             "--format", help="By default png, or npy where PNG can't hold the values or channels."
         ),
     ] = None,
-    batch_size: BatchSize = 16,
+    batch_size: EncodeBatchSize = 16,
     memory: Annotated[
         float,
         typer.Option(
-            metavar="GiB", callback=check_memory, help="Images that need more are decoded in tiles."
+            metavar="GiB",
+            callback=memory_option,
+            help="Images that need more are decoded in tiles.",
         ),
     ] = 4.0,
     device: Device = None,
@@ -323,7 +321,7 @@ def decode_command(
     with loading():
         from olvae.checkpoint import tensors_sum
         from olvae.data.shards.index import find_shards, with_counts
-        from olvae.data.shards.latent_source import LATENT, read_stats
+        from olvae.data.shards.latents import LATENT, read_stats
         from olvae.data.source import total
         from olvae.devices import resolve_device
         from olvae.export.decoding import decode_shards

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from olvae.cli.options import (
-    PRECISIONS,
+    PRECISION_NAMES,
     AllowMismatch,
     ConfigBase,
     ConfigFile,
@@ -49,7 +49,7 @@ METRICS = (
     "kid",
     "fdd",
 )
-PROTOCOLS = (
+PROTOCOL_NAMES = (
     "open-litevae",
     "latent-diffusion",
     "dc-ae",
@@ -88,7 +88,7 @@ TestImages = Annotated[
     ),
 ]
 
-BatchSize = Annotated[
+EvaluateBatchSize = Annotated[
     int | None,
     typer.Option(
         "--batch-size", "-B", min=1, help="Images per batch; by default the config's, or 8."
@@ -132,7 +132,7 @@ def command(
     ] = None,
     config: ConfigFile = None,
     config_base: ConfigBase = None,
-    batch_size: BatchSize = None,
+    batch_size: EvaluateBatchSize = None,
     metrics: Annotated[
         str,
         typer.Option(
@@ -144,7 +144,9 @@ def command(
     protocol: Annotated[
         str,
         typer.Option(
-            metavar="NAME[,NAME]", callback=comma_list(PROTOCOLS), help=f"{', '.join(PROTOCOLS)}."
+            metavar="NAME[,NAME]",
+            callback=comma_list(PROTOCOL_NAMES),
+            help=f"{', '.join(PROTOCOL_NAMES)}.",
         ),
     ] = "open-litevae",
     data: TestImages = None,
@@ -195,7 +197,7 @@ def command(
         typer.Option(
             metavar="LIST",
             callback=comma_list(
-                (*PRECISIONS[:3], "fp16-autocast", "bf16-autocast"), aliases=PRECISIONS
+                (*PRECISION_NAMES[:3], "fp16-autocast", "bf16-autocast"), aliases=PRECISION_NAMES
             ),
             help="Add rows in fp16 or bf16, with the largest activations; fp16-autocast and "
             "bf16-autocast run under autocast. float32 is always included.",
@@ -254,12 +256,13 @@ def command(
     check_applies("--mix-protocols", mix_protocols, "--beside", bool(beside))
     with loading():
         from olvae.data.pixels.size_and_range import Sides
-        from olvae.devices import join, keep_freed_memory, leave, resolve_device
+        from olvae.devices import keep_freed_memory, resolve_device
         from olvae.evaluation.baselines import Baselines
         from olvae.evaluation.observers.observer import UNTRAINED
         from olvae.evaluation.report import write_markdown
         from olvae.evaluation.runner import DEFAULT_METRICS, Request, evaluate
         from olvae.evaluation.zoo import ZOO_METRICS, evaluate_zoo, read_zoo
+        from olvae.launcher import join, leave
         from olvae.models.loading.targets import find_target, name_apart
 
     # What is measured: metrics, and protocols with the changes that the flags make.

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from olvae.cli.evaluate import (
-    BatchSize,
+    EvaluateBatchSize,
     First,
     Out,
     Targets,
@@ -25,7 +25,7 @@ from olvae.cli.options import (
     loading,
     with_progress,
 )
-from olvae.config.reading import place_of
+from olvae.data.src import place_of
 from olvae.files import no_empty_folders, remove_partials, write_json
 
 
@@ -35,7 +35,7 @@ def command(
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
     data: TestImages = None,
-    batch_size: BatchSize = None,
+    batch_size: EvaluateBatchSize = None,
     images: First = None,
     device: Device = None,
     ifid: Annotated[
@@ -59,7 +59,7 @@ def command(
     check_applies("--weights-dir", weights_dir is not None, "--ifid", ifid)
     with loading():
         from olvae.checkpoint import tensors_sum
-        from olvae.devices import join, leave, resolve_device
+        from olvae.devices import resolve_device
         from olvae.evaluation.latent_report import (
             draw_distribution,
             encode_latents,
@@ -68,10 +68,11 @@ def command(
         )
         from olvae.evaluation.observers.ifid import InterpolatedFID
         from olvae.evaluation.observers.observer import Observer, Subject
-        from olvae.evaluation.protocol import open_images_for
+        from olvae.evaluation.round_trip import open_images_for
         from olvae.evaluation.runner import is_examined
+        from olvae.launcher import join, leave
         from olvae.models.loading.targets import find_target, name_apart
-        from olvae.modules.scaling_factors import FEW_IMAGES
+        from olvae.modules.moments import FEW_IMAGES
 
     # Models, what iFID needs of them if asked for, and images that all of them can encode.
     join()

@@ -25,7 +25,7 @@ from rich.text import Text
 
 from olvae.config import ConfigError
 from olvae.files import nearest_path
-from olvae.models.spec import check_target
+from olvae.models.target_names import check_target
 
 if TYPE_CHECKING:  # slow to import
     from olvae.data.source import Batch
@@ -38,7 +38,7 @@ STOPPED = 130
 PREEMPTED = 75
 
 # Names, then aliases, that olvae.devices.precision_name takes, which imports torch.
-PRECISIONS = ("fp16", "bf16", "32", "16", "float16", "bfloat16", "float32")
+PRECISION_NAMES = ("fp16", "bf16", "32", "16", "float16", "bfloat16", "float32")
 
 Callback = Callable[[typer.CallbackParam, str | None], str | None]
 
@@ -55,10 +55,10 @@ def _checked(is_valid: Callable[[str], Any], choices: str) -> Callback:
 
 
 check_device = _checked(re.compile(r"cpu(:0)?|cuda(:\d+)?").fullmatch, "cpu, cuda, or cuda:N")
-check_precision = _checked(PRECISIONS.__contains__, f"from {', '.join(PRECISIONS[:3])}")
+check_precision = _checked(PRECISION_NAMES.__contains__, f"from {', '.join(PRECISION_NAMES[:3])}")
 
 
-def check_memory(param: typer.CallbackParam, value: float | None) -> float | None:
+def memory_option(param: typer.CallbackParam, value: float | None) -> float | None:
     """Refuse values of --memory that typer takes for numbers, but are not GiB: 0, nan, inf."""
     if value is not None and not 0 < value < 2**20:
         raise ConfigError(f"{param.opts[0]} {value}: give a number of GiB, for example 2")
@@ -85,11 +85,11 @@ def split_commas(text: str) -> list[str]:
 
 
 # Arguments and flags that several commands share.
-KINDS = (
+TARGET_HELP = (
     "A run (folder, name, or last), checkpoint, export, olvae:NAME, id of the hub, or "
     "diffusers:ID_OR_FOLDER."
 )
-TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help=KINDS)]
+TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help=TARGET_HELP)]
 
 CONFIG_HELP = "Config of a checkpoint, a file or a recipe; a run folder has its own."
 ConfigFile = Annotated[Path | None, typer.Option(metavar="CFG", help=CONFIG_HELP)]
@@ -182,8 +182,8 @@ def print_rows(
     title: str, rows: Mapping[str, Mapping[str, str]], names: str, stderr: bool = False
 ) -> None:
     """Print cells by heading, a row for each of the ``names``, in the columns of the terminal."""
+    from olvae.evaluation.cells import texts
     from olvae.evaluation.report import print_grid
-    from olvae.evaluation.results import texts
 
     print_grid(Console(stderr=stderr), title, texts(rows), names=names)
 
@@ -278,7 +278,7 @@ def with_progress(
     description: str, batches: "Iterable[Batch]", total: int | None
 ) -> "Iterator[Batch]":
     """Show progress over batches, in the first process; each process has as many images."""
-    from olvae.devices import this_process
+    from olvae.launcher import this_process
 
     # Other processes go on at the same pace: count their images with each batch here.
     rank, world = this_process()

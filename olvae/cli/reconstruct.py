@@ -16,10 +16,10 @@ from olvae.cli.options import (
     Raw,
     TargetArgument,
     check_applies,
-    check_memory,
     check_paths,
     in_flags,
     loading,
+    memory_option,
 )
 from olvae.config import ConfigError
 from olvae.files import check_folder, legible, reason
@@ -42,7 +42,7 @@ def command(
         float | None,
         typer.Option(
             metavar="GiB",
-            callback=check_memory,
+            callback=memory_option,
             help="Memory for activations, besides images and weights; by default half of a GPU's "
             "free memory, or 1 on the CPU. Tiles do not change the result.",
         ),

@@ -125,7 +125,8 @@ def command(
 
     plan = read_plan(TrainOptions(**given))
     with loading():
-        from olvae.devices import keep_freed_memory, local_rank
+        from olvae.devices import keep_freed_memory
+        from olvae.launcher import local_rank
         from olvae.training.processes import is_first
         from olvae.training.run import ProcessDiedError, TrainingStopped, train
 

@@ -16,7 +16,7 @@ from olvae.config.nodes import resolve_class as resolve_class
 from olvae.config.nodes import resolve_target as resolve_target
 from olvae.config.nodes import validate as validate
 from olvae.config.nodes import with_paths as with_paths
-from olvae.config.reading import load as load
+from olvae.config.reading import merge_files as merge_files
 from olvae.config.reading import read_received as read_received
 from olvae.config.reading import recipes as recipes
 from olvae.config.reading import save as save

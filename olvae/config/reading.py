@@ -1,11 +1,9 @@
-"""Load configs: YAML files merged with what they include, and the data source for their paths."""
+"""Load configs: YAML files merged with what they include, and overrides."""
 
-import contextlib
 import difflib
-import os
 import re
 import typing
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,7 @@ import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from olvae.config.nodes import TOP_LEVEL, Config, ConfigError, arguments_of, nearest
+from olvae.config.nodes import TOP_LEVEL, Config, ConfigError, nearest
 from olvae.files import atomic_write, reason
 
 # Stands for a value that a config does not have.
@@ -23,223 +21,13 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 # The largest config that is read; the longest recipe has 5 kB.
 CONFIG_BYTES = 2**21
 
-OF_THIS_PACKAGE = "olvae.data."
-FOLDER = f"{OF_THIS_PACKAGE}picture_folder.FolderSource"
-SHARDS = f"{OF_THIS_PACKAGE}shards.webdataset.WebDatasetSource"
-SAMPLES = f"{OF_THIS_PACKAGE}dataset.SamplePhotographs"
 
-# Arguments that name the images of a source.
-PLACE_KEYS = {"root", "shards", "dataset", "path"}
-
-# Arguments that belong to one set of images, and are dropped with it.
-DATA_KEYS = (
-    "val_root",
-    "val_dataset",
-    "split",
-    "val_split",
-    "column",
-    "name",
-    "data_files",
-    "data_dir",
-    "revision",
-)
-
-# Extensions of shards, and of configs.
-SUFFIXES = (".tar", ".tar.gz", ".tgz")
 YAML = (".yaml", ".yml")
-
-PICTURES = (
-    ".jpg",
-    ".jpeg",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".avif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".gif",
-)
-EXTENSIONS = (*PICTURES, ".npy", ".npz", ".exr")
-
-
-def load(
-    paths: Sequence[str | Path], overrides: Sequence[str] = (), resolve: bool = True
-) -> Config:
-    """Merge config files and overrides, as :func:`merge_files`, and find the data's source.
-
-    If ``data.params`` has a ``root`` or ``shards`` that the source in ``data.target`` does not
-    take, or a ``root`` of another kind, the target becomes the source that reads it. Settings that
-    both sources take are kept. But if an override changes the ``root``, other parts of the old
-    data, such as ``val_root``, are dropped.
-    """
-    config = merge_files(paths, overrides, resolve)
-    data = config.get("data")
-    if isinstance(data, dict) and resolve:
-        # The params of the data that overrides set: "data.params.root=x" sets "root".
-        given = set()
-        for item in overrides:
-            key = item.partition("=")[0].removeprefix("data.params.")
-            given.add(key.partition(".")[0])
-
-        # What the files alone say, to see whether an override of the root names other data.
-        before: Config = {}
-        if "root" in given:
-            below = merge_files(paths, resolve=False).get("data")
-            if isinstance(below, dict) and isinstance(below.get("params"), dict):
-                before = below["params"]
-        config["data"] = _with_matching_source(data, before, given)
-    return config
-
-
-def _with_matching_source(node: Config, before: Config, given: Container[str]) -> Config:
-    """Switch ``data.target`` to the source that reads the ``root`` or ``shards`` in its params.
-
-    ``given``: params that overrides set. ``before``: params of the files alone, if ``root`` is
-    given.
-    """
-    # Nodes that stay as they are: other packages' sources, mistakes for the check to report, and
-    # sources that name no images themselves, such as a mix.
-    target = node.get("target")
-    params = node.get("params")
-    if (
-        not isinstance(target, str)
-        or not target.startswith(OF_THIS_PACKAGE)
-        or not isinstance(params, dict)
-    ):
-        return node
-    try:
-        takes = arguments_of(target).parameters
-    except ConfigError:
-        return node
-    if target != SAMPLES and PLACE_KEYS.isdisjoint(takes):
-        return node
-
-    # The key that names the images: one that the target does not take, or else the root.
-    foreign = [key for key in ("root", "shards") if key in params and key not in takes]
-    key = foreign[0] if foreign else "root"
-    place = params.get(key)
-
-    # The source that reads this place, and the params that name the place to it.
-    if key == "shards":
-        source = SHARDS
-        naming = {"shards": place}
-    elif isinstance(place, str):
-        source, naming = find_source(place)
-    else:
-        return node
-
-    # If an override names other data than the files, drop what the files say of the old data.
-    overridden = "root" in given and before.get("root") != place
-    if overridden and any(before.get(name) != value for name, value in naming.items()):
-        params = dict(params)
-        for name in DATA_KEYS:
-            if name in params and name not in given and params[name] == before.get(name):
-                del params[name]
-
-    if source == target and key in takes:
-        return {**node, "params": params}
-
-    # Another source: keep what it takes too, and unknown keys, which the check should report.
-    accepted = arguments_of(source).parameters
-    dropped = {"root", "shards", "val_shards", "index"} if key == "root" else {"shards"}
-    kept = {}
-    for name, value in params.items():
-        if name not in dropped and (name in accepted or name not in takes):
-            kept[name] = value
-    return {**node, "target": source, "params": {**kept, **naming}}
-
-
-def place_of(data: Config) -> str:
-    """Return where a data node's held-out images are: the path it names, or else its target."""
-    params = data.get("params") or {}
-    for key in ("val_root", "val_shards", "root", "shards", "path", "folder"):
-        if params.get(key):
-            return str(params[key])
-    return str(data.get("target"))
-
-
-def find_source(src: str) -> tuple[str, Config]:
-    """Return the target of the source that trains on SRC, and the params that name SRC to it.
-
-    See :mod:`olvae.data.opening` for what SRC can be.
-    """
-    kind, _, rest = src.partition(":")
-    if Path(src).suffix in YAML:
-        raise ConfigError(
-            f"data.params.root: {src} is a config: name the folder, shards or data set to train on"
-        )
-    if src == "samples":
-        return SAMPLES, {}
-    if kind == "torchvision":
-        name, arguments = _split_arguments(rest)
-        node = {"target": f"torchvision.datasets.{name}", "params": arguments}
-        return f"{OF_THIS_PACKAGE}hub.TorchvisionSource", {"dataset": node}
-    if kind == "hf" and "://" not in src:
-        path, arguments = _split_arguments(rest)
-        return f"{OF_THIS_PACKAGE}hub.HuggingFaceSource", {"path": path, **arguments}
-    if holds_shards(src):
-        return SHARDS, {"shards": src}
-    return FOLDER, {"root": src}
-
-
-def holds_shards(src: str) -> bool:
-    """Whether SRC is tar files: a pattern, a URL, a pipe, or a folder of them.
-
-    A folder that has images at any depth is not one of shards.
-    """
-    if src.partition(":")[0] in ("torchvision", "hf") and "://" not in src:
-        return False
-    path = Path(src).expanduser()
-    if not path.is_dir():
-        return not is_local(src) or src.endswith(SUFFIXES)
-
-    # The folder itself first, because a walk through a large tree is slow. A folder that can't be
-    # opened has no shards.
-    tars = False
-    with contextlib.suppress(OSError), os.scandir(path) as entries:
-        for entry in entries:
-            if is_image_file(entry.name):
-                return False
-            tars = tars or is_shard(entry.name)
-    if not tars:
-        return False
-    for *_, names in os.walk(path):
-        for name in names:
-            if is_image_file(name):
-                return False
-    return True
-
-
-def is_shard(name: str) -> bool:
-    """Whether a file is a shard by its name; not ``._x.tar``, which macOS puts beside x.tar."""
-    return name.endswith(SUFFIXES) and not name.startswith(".")
-
-
-def is_image_file(name: str) -> bool:
-    """Whether a file is an image by its name; hidden files are not."""
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
 def is_local(url: str) -> bool:
     """Whether a shard is a local file, rather than a URL or a pipe."""
     return not (url.startswith("pipe:") or "://" in url)
-
-
-def _split_arguments(text: str) -> tuple[str, dict[str, Any]]:
-    """Split ``NAME,key=value,...`` into the name and the arguments; values are YAML."""
-    # Commas inside brackets do not separate.
-    name, *pairs = re.split(r",(?![^\[{]*[\]}])", text)
-    for pair in pairs:
-        if "=" not in pair:
-            raise ConfigError(f"{text}: {pair} is not key=value")
-    arguments = {}
-    for pair in pairs:
-        key, _, value = pair.partition("=")
-        arguments[key] = yaml.safe_load(value)
-    return name, arguments
 
 
 def recipes() -> dict[str, Path]:
@@ -365,13 +153,14 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
         if "target" in low and "target" in high and low.target != high.target:
             low.pop("params", None)
         for key in high:
-            # The nodes themselves: indexing would resolve interpolations.
-            old = low._get_node(key)
-            new = high._get_node(key)
-            both = OmegaConf.is_config(old) and OmegaConf.is_config(new)
-            if OmegaConf.is_dict(old) and OmegaConf.is_dict(new):
+            # Indexing would resolve interpolations, perhaps of values that are still missing.
+            name = str(key)
+            if any(name not in c or OmegaConf.is_interpolation(c, name) for c in (low, high)):
+                continue
+            both = OmegaConf.is_config(low[key]) and OmegaConf.is_config(high[key])
+            if OmegaConf.is_dict(low[key]) and OmegaConf.is_dict(high[key]):
                 drop_params(low[key], high[key])
-            elif both and type(old) is not type(new):
+            elif both and type(low[key]) is not type(high[key]):
                 # A list and a mapping can't be merged: the new one replaces the old one.
                 low.pop(key)
 
@@ -380,7 +169,7 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
 
 
 def save(config: Mapping[str, Any], path: str | Path) -> None:
-    """Write a config as YAML; :func:`~olvae.config.load` reads it back unchanged."""
+    """Write a config as YAML; :func:`~olvae.data.src.load` reads it back unchanged."""
     with atomic_write(Path(path)) as partial:
         OmegaConf.save(OmegaConf.create(_escaped(config)), partial)
 
@@ -396,7 +185,7 @@ def _escaped(value: Any) -> Any:
     return value
 
 
-def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def changed_keys(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Map each dotted key that differs to both values, :data:`ABSENT` where a config has none."""
     flat_before = dict(_leaves(before))
     flat_after = dict(_leaves(after))

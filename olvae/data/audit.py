@@ -1,10 +1,8 @@
-"""Check a source of images before training: files, sizes, shards and speed; measure its values."""
+"""Check a source of images before training: files, sizes, shards and speed."""
 
 import contextlib
-import json
-import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -12,20 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-from numpy.typing import NDArray
 from PIL import Image
-from rich.table import Table
 
 from olvae.config import instantiate
-from olvae.config.reading import SAMPLES, find_source, holds_shards, is_local
+from olvae.config.reading import is_local
 from olvae.data.dataset import ImageDataset
-from olvae.data.image import Bands, Photo, image_to_tensor
+from olvae.data.image import MultiBand, Photo
 from olvae.data.opening import open_images
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import (
-    AS_STORED,
-    EIGHT_BIT_FILE,
     EIGHT_BITS,
     PixelRange,
     Sides,
@@ -33,9 +26,10 @@ from olvae.data.pixels.size_and_range import (
 )
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards, incomplete
-from olvae.data.shards.latent_source import STATS
+from olvae.data.shards.latents import STATS
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.source import LoaderProcess, Source
+from olvae.data.src import SAMPLES, find_source, holds_shards
 from olvae.devices import seconds_per_image
 from olvae.files import file_sha256, printable
 from olvae.pool import OnProgress, SharedProgress, run_in_processes
@@ -43,10 +37,6 @@ from olvae.pool import OnProgress, SharedProgress, run_in_processes
 MEASURE_S = 3.0  # seconds for which the reading speed is measured
 IMAGES_PER_TASK = 64
 PRINTED_NAMES = 10
-
-PERCENTILES = (0.0, 0.1, 1.0, 50.0, 99.0, 99.9, 100.0)
-LOW, HIGH = 1, 5  # indices in PERCENTILES of the ends of the range that is proposed
-VALUES_PER_IMAGE = 2**14  # of a channel
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ class AuditResult:
         return {**content.pop("spreads"), **content, "unreadable": unreadable}
 
 
-def check(
+def audit_source(
     src: str,
     size: Size = 256,
     channels: int = 3,
@@ -184,7 +174,7 @@ class _Found:
             return
         in_memory = "in memory" if isinstance(photo.content, Image.Image) else "array"
         values = ""
-        if isinstance(picture, Bands) and picture.dtype != "uint8":
+        if isinstance(picture, MultiBand) and picture.dtype != "uint8":
             values = picture.dtype
         kind = f"{photo.format or in_memory} {photo.mode or values}".strip()
         self.images.append((*picture.size, kind))
@@ -369,108 +359,3 @@ def _facts(result: AuditResult) -> dict[str, str]:
         if broken:
             facts["shards"] += f"; {broken:,} broken"
     return facts
-
-
-@dataclass
-class Measured:
-    """Values of a source."""
-
-    images: int  # that were read
-    kinds: Mapping[str, int]  # images by dtype
-    percentiles: NDArray[np.float64]  # (channels, 7): PERCENTILES of the finite values
-    missing: float  # share of the values that are not finite, or that their file names as missing
-    unreadable: list[ReadError] = field(default_factory=list)
-    nodata: float | None = None  # the value that the files name as missing, if they name just one
-
-    def line(self) -> str:
-        """``range: ...`` for a config: from percentile .1 to 99.9, for all channels or each."""
-        pairs = []
-        for row in self.percentiles:
-            low = float(max(_rounded(row[LOW], math.floor), row[0]))
-            high = float(min(_rounded(row[HIGH], math.ceil), row[-1]))
-            pairs.append([low, high if high > low else low + 1.0])
-        stated = json.dumps(pairs if len(pairs) > 1 else pairs[0])
-        nodata = ""
-        if self.nodata is not None:
-            nodata = f", {yaml.safe_dump({'nodata': self.nodata}).strip()}"
-        return f"range: {{pairs: {stated}, outside: clip{nodata}}}"
-
-    def table(self) -> Table:
-        table = Table("channel", *(f"{p:g} %" for p in PERCENTILES), box=None)
-        for number, row in enumerate(self.percentiles):
-            table.add_row(str(number), *(f"{value:.5g}" for value in row))
-        return table
-
-
-def measure(src: str, images: int = 200) -> Measured:
-    """Read up to ``images`` images, evenly spread or the first of shards, and some values of each.
-
-    Raises ValueError: none can be read, all have 8 bits, or their numbers of channels differ.
-    """
-    kinds: Counter[str] = Counter()
-    parts: list[NDArray[np.float64]] = []  # of each image (C, some values)
-    unreadable: list[ReadError] = []
-    nodata: set[float] = set()
-    for open_photo in _openers(src, images):
-        if len(parts) == images:
-            break
-        try:
-            photo = open_photo()
-            values = image_to_tensor(photo.read())  # (C, H, W)
-        except UnreadableImageError as error:
-            unreadable.append(error.read_error())
-            continue
-        kinds[str(values.dtype).removeprefix("torch.")] += 1
-
-        # Every so many values of each channel; NaN where they are missing.
-        step = max(1, values[0].numel() // VALUES_PER_IMAGE)
-        while math.gcd(step, values.shape[-1]) > 1:  # or it would see the same columns in every row
-            step += 1
-        part = values.flatten(1)[:, ::step].double().numpy()
-        part[photo.missing(part)] = np.nan
-        if photo.nodata is not None and math.isfinite(photo.nodata):
-            nodata.add(photo.nodata)
-        if parts and len(part) != len(parts[0]):
-            raise ValueError(
-                f"{photo.name}: {len(part)} channels, but those before it have {len(parts[0])}"
-            )
-        parts.append(part)
-
-    # Refuse a source without values to measure.
-    if not parts:
-        why = f": {unreadable[0].name}: {unreadable[0].reason}" if unreadable else ""
-        raise ValueError(f"{src}: no images can be read{why}")
-    if set(kinds) == {"uint8"}:
-        raise ValueError(f"{src}: {EIGHT_BIT_FILE}")
-    together = np.concatenate(parts, axis=1)  # (C, values of all images)
-    finite = np.isfinite(together)
-    if not finite.any(1).all():
-        raise ValueError(f"{src}: channel {int(np.argmin(finite.any(1)))} has no finite values")
-
-    # Percentiles of each channel.
-    channels = zip(together, finite, strict=True)
-    rows = np.stack([np.percentile(row[good], PERCENTILES) for row, good in channels])
-    named = nodata.pop() if len(nodata) == 1 else None
-    return Measured(len(parts), dict(kinds), rows, float(1.0 - finite.mean()), unreadable, named)
-
-
-def _openers(src: str, count: int) -> Iterator[Callable[[], Photo]]:
-    """Yield functions that open an image: each one of shards, else ``count`` evenly spread ones."""
-    if holds_shards(src):
-        for url in find_shards(src):
-            for entry in read_shard(Shard(url)):
-                if not isinstance(entry, ReadError):
-                    yield partial(Photo, entry.data, entry.name, 0, AS_STORED)
-        return
-    found = open_images(src, 0, AS_STORED)
-    numbers = {int(i) for i in np.linspace(0, len(found) - 1, min(count, len(found)))}
-    for number in sorted(numbers):
-        yield partial(found.__getitem__, number)
-
-
-def _rounded(value: float, to: Any) -> float:
-    """Round to four digits, by ``to``: math.floor or math.ceil, so that ranges grow."""
-    if value == 0.0:
-        return 0.0
-    step = 10.0 ** (math.floor(math.log10(abs(value))) - 3)
-    return float(f"{to(value / step) * step:.6g}")

@@ -12,7 +12,7 @@ from olvae.config import ConfigError, Node, import_extra, instantiate
 from olvae.data.dataset import ImageDataset, MappedSource, hold_out
 from olvae.data.image import (
     ALL_FILTERS,
-    Bands,
+    MultiBand,
     Photo,
     Picture,
     RandomScaleCrop,
@@ -73,7 +73,7 @@ def _picture(item: Any, pixel_range: PixelRange) -> Picture:
         item = np.asarray(item)
     if isinstance(item, Image.Image) and pixel_range not in (EIGHT_BITS, AS_STORED):
         raise ValueError(EIGHT_BIT_FILE)
-    if isinstance(item, Image.Image | Bands):
+    if isinstance(item, Image.Image | MultiBand):
         return item
 
     # An array of values in the stated range. Without one, 16 bits get the advice to state it.
@@ -242,7 +242,8 @@ class HuggingFaceSource(MappedSource):
 def load_table(path: str | Path, split: str, **arguments: Any) -> Any:
     """Load a split of a data set; one without splits has ``train``.
 
-    ``arguments`` are passed on to ``datasets.load_dataset``. Raises ConfigError: no such split.
+    ``arguments`` are passed on to ``datasets.load_dataset``. Raises ConfigError: a saved folder has
+    no such split.
     """
     datasets = import_extra("datasets", "hf", "HuggingFaceSource")
 

@@ -43,7 +43,7 @@ logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
 
 @dataclass
-class Bands:
+class MultiBand:
     """A picture of any number of channels, with the operations of Pillow that transforms use.
 
     Each operation is applied band by band. ``dtype`` is the dtype of the picture's tensor: uint8,
@@ -70,48 +70,48 @@ class Bands:
         size: tuple[int, int],
         resample: Image.Resampling,
         box: tuple[float, float, float, float] | None = None,
-    ) -> "Bands":
+    ) -> "MultiBand":
         return replace(self, bands=[band.resize(size, resample, box=box) for band in self.bands])
 
-    def crop(self, box: tuple[int, int, int, int]) -> "Bands":
+    def crop(self, box: tuple[int, int, int, int]) -> "MultiBand":
         return replace(self, bands=[band.crop(box) for band in self.bands])
 
-    def transpose(self, method: Image.Transpose) -> "Bands":
+    def transpose(self, method: Image.Transpose) -> "MultiBand":
         return replace(self, bands=[band.transpose(method) for band in self.bands])
 
 
-Picture = Image.Image | Bands
+Picture = Image.Image | MultiBand
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's modes by number of channels
 
 
 def image_to_tensor(image: Picture) -> Tensor:
     """A picture of C channels -> (C, H, W), uint8 but for bands of another dtype."""
-    if isinstance(image, Bands) and image.dtype != "uint8":
+    if isinstance(image, MultiBand) and image.dtype != "uint8":
         values = np.stack([np.asarray(band, dtype=np.float32) for band in image.bands])
         if image.dtype == "uint16":
             # Resize filters overshoot at edges.
             values = values.round().clip(0, 65535)
         return torch.from_numpy(values.astype(image.dtype))
-    if isinstance(image, Bands):
+    if isinstance(image, MultiBand):
         return torch.cat([image_to_tensor(band) for band in image.bands])
     # (H, W) or (H, W, C); a copy, because torch warns about memory that it may not write to.
     array: NDArray[np.uint8] = np.array(image, dtype=np.uint8)
     return torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1).contiguous()
 
 
-def array_to_picture(array: NDArray[np.generic], dtype: str | None = None) -> Bands:
+def array_to_picture(array: NDArray[np.generic], dtype: str | None = None) -> MultiBand:
     """(H, W, C) -> a picture of ``dtype``, by default the array's uint8 or uint16, else float32."""
     if not dtype:
         dtype = array.dtype.name if array.dtype.name in ("uint8", "uint16") else "float32"
     stored = np.uint8 if dtype == "uint8" else np.float32
     bands = np.ascontiguousarray(np.moveaxis(array, -1, 0), dtype=stored)
-    return Bands([Image.fromarray(band) for band in bands], dtype)
+    return MultiBand([Image.fromarray(band) for band in bands], dtype)
 
 
 def stated_picture(
     array: NDArray[np.generic], pixel_range: PixelRange, nodata: float | None = None
-) -> Bands:
+) -> MultiBand:
     """An array, (H, W, C), as a picture of this range.
 
     Arguments and ValueError are as in :meth:`PixelRange.checked`.
@@ -125,7 +125,7 @@ def stated_picture(
     return array_to_picture(pixel_range.checked(array, nodata), dtype)
 
 
-def tensor_to_picture(x: Tensor) -> Bands:
+def tensor_to_picture(x: Tensor) -> MultiBand:
     """(C, H, W) -> a picture, the inverse of :func:`image_to_tensor`."""
     return array_to_picture(x.permute(1, 2, 0).cpu().numpy())
 
@@ -225,7 +225,7 @@ class Photo:
         Raises UnreadableImageError: the file is broken.
         """
         image = self._image
-        if isinstance(image, Bands):
+        if isinstance(image, MultiBand):
             return image
         try:
             if shrink > 1 and image.format == "JPEG":
@@ -245,7 +245,7 @@ class Photo:
 
     def _open(self, content: Path | bytes | Picture) -> Picture:
         # A picture in memory.
-        if isinstance(content, Bands):
+        if isinstance(content, MultiBand):
             found = len(content.bands)
             if self.channels not in (0, found):
                 raise ValueError(f"it has {found} channels, not {self.channels}")
@@ -322,7 +322,7 @@ def read_picture(
     frame is read. One channel is the luma of this RGB; four are RGB and alpha. Any other number
     of channels is read from a TIFF or a NumPy file, an array of uint8 of shape (H, W, channels).
 
-    With a range it is an array of :data:`~olvae.data.pixels.arrays.DTYPES`, (H, W, channels), as
+    With a range it is an array of :data:`~olvae.data.pixels.arrays.ARRAY_DTYPES`, (H, W, channels), as
     it is in the file.
 
     Raises UnreadableImageError: the file can't be read, or has more than 8 bits per channel
@@ -423,7 +423,8 @@ FILTERS = {
 }
 ALL_FILTERS = ("box", "bilinear", "bicubic", "lanczos")  # training draws from these by default
 
-# A JPEG is decoded at a fraction of its size if the window then has this ratio to the result.
+# A JPEG is decoded at a fraction of its size if the window then is at least this many times as
+# large as the result.
 OVERSAMPLING = 2.0
 
 
@@ -499,9 +500,9 @@ class RandomScaleCrop:
         if self.flip and rng.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if self.shuffle_channels and rng.random() < self.shuffle_channels:
-            channels = crop.bands if isinstance(crop, Bands) else crop.split()
+            channels = crop.bands if isinstance(crop, MultiBand) else crop.split()
             mixed = [channels[i] for i in rng.permutation(len(channels))]
-            crop = replace(crop, bands=mixed) if isinstance(crop, Bands) else Bands(mixed)
+            crop = replace(crop, bands=mixed) if isinstance(crop, MultiBand) else MultiBand(mixed)
         return crop
 
     @property

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from olvae.config import Config, ConfigError, instantiate, load
-from olvae.config.reading import YAML, find_source, holds_shards, is_local
+from olvae.config import Config, ConfigError, instantiate
+from olvae.config.reading import YAML, is_local
 from olvae.data.dataset import ImageDataset, MappedSource, SamplePhotographs, sample_photographs
 from olvae.data.hub import Column, Items, load_table
 from olvae.data.image import RandomScaleCrop, are_for_masks
@@ -19,6 +19,7 @@ from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BITS, PixelRange, 
 from olvae.data.read_errors import ReadError
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
+from olvae.data.src import find_source, holds_shards, load
 from olvae.runs import present_data
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from olvae.config import ConfigError
 from olvae.data.dataset import ImageDataset
 from olvae.data.hub import Items
-from olvae.data.image import Bands, Photo, image_to_tensor, resize_shorter_side
+from olvae.data.image import MultiBand, Photo, image_to_tensor, resize_shorter_side
 from olvae.data.opening import open_images
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import AS_STORED
@@ -25,7 +25,7 @@ from olvae.files import list_skipped, no_empty_folders, reason
 from olvae.pool import OnProgress, SharedProgress, run_in_processes
 
 # Formats of images that are made smaller, with Pillow's names.
-FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
+PACKED_FORMATS = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}
 
 STORED_AS_IS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", None: "npy"}
 """Formats, by Pillow's name, whose files go into shards unchanged, and their extension there."""
@@ -45,8 +45,8 @@ class PackOptions:
     channels: int = 3
 
     def __post_init__(self) -> None:
-        if self.format not in FORMATS:
-            raise ConfigError(f"`format` {self.format}: choose from {', '.join(FORMATS)}")
+        if self.format not in PACKED_FORMATS:
+            raise ConfigError(f"`format` {self.format}: choose from {', '.join(PACKED_FORMATS)}")
         if self.resize is not None and self.channels == 4 and self.format == "jpg":
             raise ConfigError("`format` jpg has no fourth channel: choose png or webp")
 
@@ -233,7 +233,7 @@ def _encode(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, 
 
     # Make the picture smaller.
     if smaller:
-        if isinstance(picture, Bands):
+        if isinstance(picture, MultiBand):
             lost = photo.missing(image_to_tensor(picture).numpy()).sum()
             if lost:
                 raise UnreadableImageError(
@@ -245,13 +245,15 @@ def _encode(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, 
     extension = "npy"
     stream = io.BytesIO()
     try:
-        if isinstance(picture, Bands):
+        if isinstance(picture, MultiBand):
             np.save(stream, image_to_tensor(picture).permute(1, 2, 0).numpy())
         else:
             extension = options.format if smaller else "png"
             bare = Image.frombytes(picture.mode, picture.size, picture.tobytes())
             # Formats ignore the settings that they do not have.
-            bare.save(stream, FORMATS[extension], quality=options.quality, subsampling="4:4:4")
+            bare.save(
+                stream, PACKED_FORMATS[extension], quality=options.quality, subsampling="4:4:4"
+            )
     except (OSError, ValueError) as error:  # a side that is longer than the format allows
         pixels = f"{picture.width}x{picture.height} pixels"
         why = f"{pixels} can't be stored as {extension}: {reason(error)}"

@@ -16,8 +16,8 @@ log = logging.getLogger("olvae.data")
 
 REPLACEMENTS = 20  # number of other images that are tried in place of an unreadable one
 FEW_FILES = 3  # unless the limit is 0, one unreadable file per 50 images is allowed, up to this
-T = TypeVar("T")
-R = TypeVar("R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class ReadError(NamedTuple):
@@ -77,8 +77,8 @@ def worker_death(error: BaseException) -> str | None:
 
 
 def read_or_replace(
-    first: T, others: Sequence[T], seed: Sequence[int], read: Callable[[T, list[ReadError]], R]
-) -> tuple[R, tuple[ReadError, ...]]:
+    first: _T, others: Sequence[_T], seed: Sequence[int], read: Callable[[_T, list[ReadError]], _R]
+) -> tuple[_R, tuple[ReadError, ...]]:
     """Read ``first`` or, if that fails, one of ``others``, drawn with the sample's seed.
 
     So batches keep their size, and later samples stay the same. ``read`` gets the list of errors,

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 from olvae.data.image import EvalTransform, Photo, image_to_tensor
 from olvae.data.pixels.size_and_range import PixelRange, RangeNode, Sides, Size
 from olvae.data.read_errors import ReadError, ReadErrors, UnreadableImages
-from olvae.devices import this_process
+from olvae.launcher import this_process
+from olvae.library_internals import stop_workers
 
 MIN_VAL_IMAGES = 20  # below this number of images, validation means are too noisy to compare models
 
@@ -254,18 +255,18 @@ class Source(ABC):
         samples = self.first_samples(seed, images)
         return (sample.image for sample in samples if sample.image is not None)
 
-    def train_loader(self, seed: int = 0, start: int = 0) -> "Loader":
+    def train_loader(self, seed: int = 0, start: int = 0) -> "BatchLoader":
         """Endless batches: the stream of ``seed`` from sample ``start``, counted over all ranks."""
         samples = _Samples(self, self.batch_size, seed, start)
-        return Loader(samples, "training", self.samples_per_epoch)
+        return BatchLoader(samples, "training", self.samples_per_epoch)
 
-    def val_loader(self) -> "Loader":
+    def val_loader(self) -> "BatchLoader":
         """Each validation image once, shared among the ranks."""
-        return Loader(_Samples(self, self.batch_size), "validation")
+        return BatchLoader(_Samples(self, self.batch_size), "validation")
 
-    def test_loader(self, batch_size: int | None = None) -> "Loader":
+    def test_loader(self, batch_size: int | None = None) -> "BatchLoader":
         """The same as :meth:`val_loader`; ``batch_size`` may differ from training's."""
-        return Loader(_Samples(self, batch_size or self.batch_size), "test")
+        return BatchLoader(_Samples(self, batch_size or self.batch_size), "test")
 
 
 class _Samples(IterableDataset[Sample]):
@@ -304,7 +305,7 @@ class _Samples(IterableDataset[Sample]):
         return self.source.stream(self.seed, position, process)
 
 
-class Loader(DataLoader[Any]):
+class BatchLoader(DataLoader[Any]):
     """Batches of a source, as :class:`Batch` describes them.
 
     ``read_errors`` counts the images that could not be read; ``enlarged`` the validation images
@@ -352,12 +353,9 @@ _with_workers: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators that have l
 
 @atexit.register
 def _end_workers() -> None:
-    """End loader processes at exit before multiprocessing does, whose single SIGTERM they survive.
-
-    Lightning calls this method, too: torch has no public name for it.
-    """
+    """End loader processes at exit before multiprocessing does, whose single SIGTERM they survive."""
     for batches in list(_with_workers):
-        batches._shutdown_workers()
+        stop_workers(batches)
 
 
 def _collate(tensor: str, samples: Sequence[Sample]) -> dict[str, Any]:

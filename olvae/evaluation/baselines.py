@@ -12,7 +12,7 @@ from olvae.data.image import image_to_tensor, tensor_to_picture
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, from_uint8, to_uint8
 from olvae.data.shards.webdataset import ShardSource
 from olvae.evaluation.observers.observer import UNTRAINED, Observer, Subject
-from olvae.evaluation.protocol import open_images_for
+from olvae.evaluation.round_trip import open_images_for
 from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.linear_code import (

@@ -14,14 +14,15 @@ from torch import Tensor
 
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides
 from olvae.data.source import Batch
-from olvae.devices import gather
+from olvae.evaluation.cells import texts
 from olvae.evaluation.observers.observer import Observation, Observer
 from olvae.evaluation.report import print_grid
-from olvae.evaluation.results import Row, texts
+from olvae.evaluation.results import Row
 from olvae.files import atomic_write
+from olvae.launcher import gather
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Posterior, keyed_seed
-from olvae.modules.scaling_factors import Moments
+from olvae.modules.moments import Moments
 
 # A channel is active if its posterior mean varies by more than this over the data (Burda et al.
 # 2016, section 5.1).

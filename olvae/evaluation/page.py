@@ -12,7 +12,8 @@ from markupsafe import Markup
 from PIL import Image
 from torch import Tensor
 
-from olvae.evaluation.results import NONE, Cell, Results, Table, headings, significant
+from olvae.evaluation.cells import NONE, Cell, Table, headings, significant
+from olvae.evaluation.results import Results
 from olvae.figures import rgb
 from olvae.metrics import METRICS
 

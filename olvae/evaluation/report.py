@@ -15,12 +15,9 @@ from rich.table import Table as Grid
 
 from olvae import __version__
 from olvae.data.pixels.size_and_range import Sides
-from olvae.evaluation.observers.observer import Evaluated
-from olvae.evaluation.page import Page
-from olvae.evaluation.results import (
+from olvae.evaluation.cells import (
     NONE,
     Cell,
-    Results,
     Table,
     conditions,
     costs,
@@ -28,8 +25,10 @@ from olvae.evaluation.results import (
     headings,
     meaning,
     scores,
-    used_weights,
 )
+from olvae.evaluation.observers.observer import Evaluated
+from olvae.evaluation.page import Page
+from olvae.evaluation.results import Results, used_weights
 from olvae.files import atomic_write, no_empty_folders, plain, remove_partials, write_json
 from olvae.metrics import METRICS
 

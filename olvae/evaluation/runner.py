@@ -12,15 +12,17 @@ from typing import Any, TypeVar
 
 from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
-from olvae.config.reading import place_of
 from olvae.data.opening import trains_on
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
-from olvae.data.source import Batch, Loader, Source
-from olvae.devices import gather, this_process
+from olvae.data.source import Batch, BatchLoader, Source
+from olvae.data.src import place_of
 from olvae.evaluation.observers.observer import Evaluated, Observation, Observer, Subject
-from olvae.evaluation.protocol import Protocol, RoundTrip, open_images_for
-from olvae.evaluation.results import FIXED, Results, Row, confidence, difference
+from olvae.evaluation.protocol import Protocol
+from olvae.evaluation.results import FIXED, Results, Row
+from olvae.evaluation.round_trip import RoundTrip, open_images_for
+from olvae.evaluation.statistics import confidence, difference
 from olvae.files import first_line, warn_once
+from olvae.launcher import gather, this_process
 from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.metric import MetricSet
 from olvae.models.loading.loader import Target
@@ -28,7 +30,7 @@ from olvae.runs import entry_of
 
 DEFAULT_METRICS = tuple(name for name in METRICS if name not in ("ssim_uniform", "fdd"))
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 # A subject's name, and the index of a sampling mode (0: the first protocol's). A sampling mode is
 # the posterior's mode, or samples of one noise seed. Baselines draw nothing: they have only 0.
@@ -36,7 +38,7 @@ Key = tuple[str, int]
 
 # Shows progress under a description: wraps batches, and gets the number of images over all
 # processes, if it is known.
-Progress = Callable[[str, Iterable[Batch], int | None], Iterable[Batch]]
+BatchProgress = Callable[[str, Iterable[Batch], int | None], Iterable[Batch]]
 
 log = logging.getLogger("olvae")
 
@@ -73,9 +75,9 @@ class Request:
 
 
 def evaluate(
-    request: Request, progress: Progress = lambda _, batches, __: batches
+    request: Request, progress: BatchProgress = lambda _, batches, __: batches
 ) -> list[Evaluated] | None:
-    """Evaluate targets on the same images, in all processes that :func:`olvae.devices.join` found.
+    """Evaluate targets on the same images, in all processes that :func:`olvae.launcher.join` found.
 
     Returns one result per protocol in the first process, None in the others. Raises
     FileNotFoundError or ValueError if images or weights are missing, unreadable, or do not fit the
@@ -103,7 +105,7 @@ def _one_pass(
     protocols: Sequence[Protocol],
     subjects: Mapping[str, Subject],
     observers: Sequence[Observer],
-    progress: Progress,
+    progress: BatchProgress,
 ) -> list[Evaluated]:
     """Evaluate under protocols that prepare images alike; empty in every process but the first."""
     # Images. A source may have its own size and crops: the protocols take them over.
@@ -243,7 +245,7 @@ def fingerprint(digests: Mapping[str, bytes]) -> str:
 
 
 def _describe_images(
-    request: Request, source: Source, loader: Loader, digests: Mapping[str, bytes]
+    request: Request, source: Source, loader: BatchLoader, digests: Mapping[str, bytes]
 ) -> dict[str, Any]:
     """Describe the images' origin, and how many were unreadable or enlarged.
 
@@ -372,6 +374,6 @@ def rows_under(protocol: Protocol, measured: Iterable[Row], names: Sequence[str]
     return rows
 
 
-def _renamed(values: Mapping[str, T], columns: Mapping[str, str]) -> dict[str, T]:
+def _renamed(values: Mapping[str, _T], columns: Mapping[str, str]) -> dict[str, _T]:
     """Select values by metric variant, and name them by column, in the order of the table."""
     return {name: values[variant] for name, variant in columns.items() if variant in values}

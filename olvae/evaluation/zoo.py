@@ -10,27 +10,28 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from olvae.checkpoint import MissingWeights, find_weights
 from olvae.config import ConfigError
-from olvae.config.reading import is_image_file, is_shard
-from olvae.devices import this_process
+from olvae.data.src import is_image_file, is_shard
 from olvae.evaluation.observers.flat_colours import FlatColours
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.observers.observer import Evaluated, Observer, Subject
 from olvae.evaluation.report import write_files
 from olvae.evaluation.results import Results, Row
-from olvae.evaluation.runner import Progress, Request, evaluate
+from olvae.evaluation.runner import BatchProgress, Request, evaluate
 from olvae.files import first_line, lines_sha256, write_json
+from olvae.launcher import this_process
 from olvae.metrics import METRICS
 from olvae.models.loading.loader import Target
-from olvae.models.spec import DIFFUSERS, read_config
+from olvae.models.spec import read_config
+from olvae.models.target_names import DIFFUSERS
+from olvae.pretrained_networks import MissingWeights, find_weights
 
 ZOO_METRICS = ("psnr", "ssim", "lpips", "rfid")
 
 log = logging.getLogger("olvae")
 
 
-class Entry(NamedTuple):
+class Listing(NamedTuple):
     """An autoencoder of the list."""
 
     name: str
@@ -52,7 +53,7 @@ class Entry(NamedTuple):
         return self.target
 
 
-def read_zoo(names: Sequence[str] = ()) -> list[Entry]:
+def read_zoo(names: Sequence[str] = ()) -> list[Listing]:
     """Read the list, ``zoo.yaml``, or its entries of these names; ConfigError for unknown ones."""
     content = yaml.safe_load(Path(__file__).with_name("zoo.yaml").read_text(encoding="utf-8"))
     unknown = [name for name in names if name not in content]
@@ -61,7 +62,7 @@ def read_zoo(names: Sequence[str] = ()) -> list[Entry]:
     entries = []
     for name, entry in content.items():
         if not names or name in names:
-            entries.append(Entry(name, *entry.values()))
+            entries.append(Listing(name, *entry.values()))
     return entries
 
 
@@ -72,7 +73,7 @@ class Listed(Observer):
     For the table of all: why autoencoders of the list have no row.
     """
 
-    entry: Entry | None = None
+    entry: Listing | None = None
     missing: Mapping[str, str] = field(default_factory=dict)  # reasons by name
     name = "zoo"
 
@@ -106,12 +107,12 @@ class Listed(Observer):
 
 
 def evaluate_zoo(
-    entries: Sequence[Entry],
+    entries: Sequence[Listing],
     find: Callable[[str], Target],
     request: Request,
     folder: Path,
     command: str | None,
-    progress: Progress,
+    progress: BatchProgress,
 ) -> list[Evaluated] | None:
     """Evaluate each autoencoder on the request's images, into the folder of its name.
 

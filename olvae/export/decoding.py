@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.config.reading import EXTENSIONS
 from olvae.data.image import MODES
 from olvae.data.read_errors import ReadError, UnreadableImageError
-from olvae.data.shards.latent_source import LATENT, read_latent
+from olvae.data.shards.latents import LATENT, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
+from olvae.data.src import EXTENSIONS
 from olvae.figures import ARRAYS, can_store, save_image
 from olvae.files import remove_partials, safe_path
 from olvae.models.autoencoder import Autoencoder
@@ -26,7 +26,7 @@ JPEG = {"quality": 95, "subsampling": 0}
 
 # File beside the images that names the ones that decoding made, a JSON string a line: these may be
 # replaced.
-OURS = ".decoded"
+DECODED_LIST = ".decoded"
 
 
 class _Latent(NamedTuple):
@@ -73,7 +73,7 @@ def decode_shards(
 
     # What an earlier command made here, as lines of JSON.
     remove_partials(folder.rglob(".partial-*"), idle_s=1.0)
-    listing = folder / OURS
+    listing = folder / DECODED_LIST
     ours: set[str] = set()
     if listing.is_file():
         ours = set(listing.read_text(encoding="utf-8").split("\n"))

@@ -14,8 +14,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from olvae.checkpoint import tensors_sum
-from olvae.config import Config, ConfigError, load
-from olvae.config.reading import YAML, holds_shards, is_local
+from olvae.config import Config, ConfigError
+from olvae.config.reading import YAML, is_local
 from olvae.data.dataset import ImageDataset, MappedSource
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor
 from olvae.data.opening import holds_masks, open_images, open_source
@@ -24,18 +24,27 @@ from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, find_shards, with_counts
-from olvae.data.shards.latent_source import FLIP, LATENT, META, PIXELS, STATS, Latent, pixel_bytes
+from olvae.data.shards.latents import (
+    FLIP,
+    LATENT,
+    LATENT_META,
+    LATENT_PIXELS,
+    STATS,
+    Latent,
+    pixel_bytes,
+)
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.shards.write import ResumableShards, WebDatasetSample
 from olvae.data.source import total
+from olvae.data.src import holds_shards, load
 from olvae.devices import DTYPES, FULL, autocast
 from olvae.files import file_state, lines_sha256, write_json
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, pad_to_multiple
 from olvae.modules.base import device_of
 from olvae.modules.distributions import in_float32, keyed_generator
-from olvae.modules.scaling_factors import Moments
+from olvae.modules.moments import Moments
 from olvae.runs import entry_of
 
 # Folder beside the shards, with the plan and a description of each finished shard.
@@ -304,7 +313,7 @@ def _read(options: EncodeOptions, item: Item | ReadError) -> ReadImage | ReadErr
             resized = EvalTransform(options.size, resample=options.resample)(picture)
         pixels = image_to_tensor(resized)
         if options.images:
-            item = item._replace(files={**item.files, PIXELS: pixel_bytes(pixels)})
+            item = item._replace(files={**item.files, LATENT_PIXELS: pixel_bytes(pixels)})
         return ReadImage(item, pixels, picture.size)
     except UnreadableImageError as error:
         return ReadError(item.key, error.reason)
@@ -525,7 +534,7 @@ class EncodeJob:
                 width, height = image.size
                 _, h, w = image.pixels.shape
                 meta = {"key": image.item.key, "width": width, "height": height, "image": [w, h]}
-                files = {META: json.dumps(meta).encode(), LATENT: latent_bytes(*sides)}
+                files = {LATENT_META: json.dumps(meta).encode(), LATENT: latent_bytes(*sides)}
                 yield WebDatasetSample(image.item.name, {**image.item.files, **files})
                 advance(1)
 

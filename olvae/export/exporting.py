@@ -1,334 +1,34 @@
 """Export an autoencoder with a model card: write beside its place, load back, compare, move."""
 
-import contextlib
 import copy
-import json
-import re
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from safetensors import SafetensorError
 from torch import Tensor
 
 from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
-from olvae.data.pixels.size_and_range import Sides
 from olvae.devices import DTYPES
-from olvae.evaluation.observers.half_precision import HalfPrecision
-from olvae.evaluation.results import Results, scores
+from olvae.evaluation.results import Results
+from olvae.export.factors import find_factors_file, set_factors
 from olvae.export.formats import FACTORS, LAYOUTS, Layout, find_layout
+from olvae.export.model_card import CARD_NAME, Provenance, model_card, own_card, read_card
 from olvae.export.onnx import DECODER, ENCODER, export_onnx
-from olvae.files import folder_beside, nearest_folder, no_empty_folders, plain
+from olvae.files import folder_beside, nearest_folder, no_empty_folders
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.families import family_of
 from olvae.models.loading.loader import Target
 from olvae.models.loading.targets import RAW
-from olvae.models.spec import (
-    CLASS_NAME,
-    CONFIG_NAME,
-    DIFFUSERS,
-    SHIPPED,
-    WEIGHTS_NAME,
-    check_factors,
-    class_in,
-    is_hub_id,
-    place_in,
-    shipped_folder,
-)
+from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, check_factors, class_in
+from olvae.models.target_names import DIFFUSERS, SHIPPED, shipped_folder
 from olvae.models.weight_files import LOADER_NAME
-from olvae.modules.base import HALVES, count_parameters, device_of, dtype_of
-from olvae.modules.scaling_factors import FEW_IMAGES
-from olvae.runs import TEACHER, Run, config_of, entry_of, find_run, run_of, settings_of
-
-# Part 1: scaling and shift factors of the latents
-
-
-class Factors(NamedTuple):
-    """Factors that ``olvae latents`` or ``olvae encode`` measured, on this many images if known."""
-
-    scaling: float
-    shift: float
-    images: int | None = None
-
-
-def read_factors(path: Path, target: str, weights: str | None = None) -> Factors:
-    """Read a target's factors from latents.json of olvae latents or stats.json of olvae encode.
-
-    Raise ValueError if the file has no factors of this target, or they are of other weights, by the
-    weights' checksum.
-    """
-    # latents.json has a result for each target; stats.json is about one.
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        results = content.get("results", [{**content, "diffusion": content}])
-        found = {}
-        for result in results:
-            found[result["target"]] = [float(result["diffusion"][key]) for key in FACTORS[1:]]
-        sums = {result["target"]: result.get("weights") for result in results}
-        images = content.get("count", (content.get("data") or {}).get("n"))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path}: not written by olvae latents or olvae encode: {error!r}"
-        ) from error
-
-    # A file about one target serves under any name, if its weights are the same.
-    if target not in found and len(found) != 1:
-        raise ValueError(
-            f"{path}: has no factors of {target}, but of {', '.join(found) or 'nothing'}"
-        )
-    name = target if target in found else next(iter(found))
-    if weights is not None and sums[name] not in (None, weights):
-        raise ValueError(f"{path}: of latents that {name} made, with other weights than {target}'s")
-    scaling, shift = found[name]
-    return Factors(scaling, shift, images)
-
-
-def find_factors_file(given: Path) -> Path:
-    """Find the file with the factors: ``given`` itself, or in a run or a folder of latents."""
-    given = Path(find_run(given))
-    for file in (given, given / "latents.json", given / "stats.json"):
-        if file.is_file():
-            return file
-    raise FileNotFoundError(
-        f"`latents` {given}: not what olvae latents or olvae encode wrote, nor its folder"
-    )
-
-
-def set_factors(
-    model: LiteVAE,
-    loaded: Autoencoder,
-    target: Target,
-    given: Mapping[str, Any],
-    in_units: bool,
-    notes: list[str],
-) -> str | None:
-    """Set the factors of an export, from the settings in FACTORS that are ``given``.
-
-    ``in_units`` says that latents are in a diffusion model's units, so that there are none. Return
-    where the factors are from, None if they are not measured; then add a note.
-    """
-    # Latents that are scaled already, or per channel, take no pair of factors.
-    per_channel = model.latents_mean is not None
-    if given and (in_units or per_channel):
-        has = "latents_mean and latents_std per channel"
-        if in_units:
-            has = "latents in a diffusion model's units"
-        settings = ", ".join(f"`{name}`" for name in given)
-        raise ConfigError(f"{target.given}: has {has}: leave out {settings}")
-    if in_units:
-        return None
-
-    # Given: measured in a file, or numbers.
-    if "latents" in given:
-        file = find_factors_file(given["latents"])
-        measured = read_factors(file, target.name, tensors_sum(loaded.state_dict()))
-        model.scaling_factor = measured.scaling
-        model.shift_factor = measured.shift
-        if measured.images is not None and measured.images < FEW_IMAGES:
-            notes.append(
-                f"the factors are measured on {measured.images} images: with fewer than "
-                f"{FEW_IMAGES}, other images give noticeably other factors"
-            )
-        if file.name == "latents.json":
-            return "measured by olvae latents"
-        return "measured by olvae encode"
-    if given:
-        model.set_for_diffusion(given)
-        return "given to olvae export"
-
-    # Not given: what the model has; 1 and 0 stand for no measurement.
-    if not loaded.factors_known:
-        notes.append(
-            f"{target.given} holds no factors: {model.scaling_factor:g} and {model.shift_factor:g} "
-            "are diffusers' defaults, Stable Diffusion 1's; others need `scaling_factor` and "
-            "`shift_factor`"
-        )
-        return "diffusers' default, the file holds none"
-    if (model.scaling_factor, model.shift_factor) != (1.0, 0.0) or per_channel:
-        return f"from {target.name}"
-    notes.append(
-        "scaling factor 1 and shift factor 0 are not measured: olvae latents does, then export "
-        "with `latents`"
-    )
-    return None
-
-
-# Part 2: the model card
-
-CARD_NAME = "README.md"
-
-# In every card: tells an export, which may be replaced, from a folder that was downloaded.
-MADE_WITH = "made with open-LiteVAE"
-
-# Has the words for what an evaluation found in half precision.
-HALF = HalfPrecision()
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """Where weights are from: the target's name, training config, metrics.json and licence."""
-
-    name: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Path | None = None
-    # Whether the weights are as trained, not averaged.
-    raw: bool = False
-    licence: str | None = None
-    # Where the scaling and shift factors are from; None if they were not measured.
-    factors_from: str | None = None
-    # The training data in words, where the config does not say.
-    data: str | None = None
-    # What an earlier card has about the licence, word for word.
-    terms: str | None = None
-
-
-def model_card(
-    model: LiteVAE, layout: Layout, title: str, provenance: Provenance, onnx: bool
-) -> str:
-    """Write a model card: Markdown, with the hub's metadata in front."""
-    cards = PackageLoader("olvae.export", ".")
-    environment = Environment(
-        loader=cards,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters["plain"] = plain
-
-    # Networks: their class in diffusers, if it has them, and the size of each half.
-    classes = family_of(model)
-    kind = None if classes is None else classes.kind(model)
-    halves = {}
-    for name in HALVES:
-        half = getattr(model, name)
-        halves[name] = (type(half).__name__, f"{count_parameters(half) / 1e6:.2f}")
-
-    # Training: a teacher in the user's own folder is named without its path.
-    config = provenance.config
-    given = str(entry_of(config, TEACHER) or "")
-    teacher = _hub_id(given, config) or Path(given.removeprefix(DIFFUSERS)).name or None
-
-    # Quality: half precision has rows of its own, named after the first one.
-    results = None if provenance.metrics is None else Results.read(provenance.metrics, [HALF])
-    rows = results.rows if results else []
-    family = []
-    for row in rows:
-        first = rows[0].target
-        if row.target == first or row.target.startswith(f"{first}, "):
-            family.append(row)
-
-    return environment.get_template("card.md.jinja").render(
-        model=model,
-        usage=layout.usage(model),
-        notes=list(layout.notes(model)),
-        in_units=layout.in_units(model),
-        title=title,
-        made_with=MADE_WITH,
-        provenance=provenance,
-        kind=kind,
-        halves=halves,
-        weights=_weights(model, provenance),
-        teacher=teacher,
-        base_models=_base_models(config),
-        results=results,
-        scores=scores(results) if results else {},
-        protocol=results.protocol if results else {},
-        precisions=list(HALF.lines(family)),
-        data=_data(provenance),
-        onnx=onnx,
-    )
-
-
-def _weights(model: LiteVAE, provenance: Provenance) -> str:
-    """Describe the weights: dtype, averaged or as trained, folded."""
-    kinds = [str(dtype_of(model)).removeprefix("torch.")]
-    averaged = entry_of(provenance.config, "model.params.use_ema")
-    if averaged and not provenance.raw:
-        kinds.append("averaged over training (EMA)")
-    elif provenance.raw or averaged is not None:
-        kinds.append("as trained")
-    if model.folded:
-        kinds.append("self-modulated convolutions folded into ordinary ones")
-    return ", ".join(kinds)
-
-
-def _hub_id(target: str, config: Mapping[str, Any]) -> str | None:
-    """Return the hub's repository that a run's TARGET names; None for a path, even one now gone."""
-    place = place_in(target)
-    here = Path(place).exists() or place in settings_of(config).paths.values()
-    return place if is_hub_id(place) and not here else None
-
-
-def _base_models(config: Mapping[str, Any]) -> list[str]:
-    """List the hub's models that a run, or the runs before it, started from or learned from."""
-    weights = settings_of(config).weights or ""
-    found: dict[str, None] = {}
-    for target in (weights, str(entry_of(config, TEACHER))):
-        repository = _hub_id(target, config)
-        if repository:
-            found[repository] = None
-    if weights:
-        path = Path(weights).resolve()
-        before = run_of(path) if path.is_file() else Run(path)
-        # An earlier run may be gone, or have a config that can't be read.
-        with contextlib.suppress(ConfigError):
-            if before:
-                found |= dict.fromkeys(_base_models(config_of(before)))
-    return list(found)
-
-
-def _data(provenance: Provenance) -> str:
-    """Describe the training data: source, folder, crops, steps at most, and earlier weights."""
-    config = provenance.config
-    target = entry_of(config, "data.target")
-    if not target:
-        return provenance.data or "Unknown."
-    text = [f"`{plain(str(target))}`"]
-    root = entry_of(config, "data.params.root")
-    if root:
-        text.append(plain(Path(str(root)).name))
-    size = entry_of(config, "data.params.size")
-    if size:
-        text.append(f"crops of {Sides.of(size)}")
-    steps = entry_of(config, "lightning.trainer.max_steps")
-    if steps:
-        text.append(plain(f"up to {steps} steps"))  # it may have been stopped
-    before = settings_of(config).weights
-    if before:
-        file = Path(before)
-        if file.parent.name == "checkpoints":
-            file = file.parents[1]
-        text.append(f"from the weights of {plain(file.name)}")
-    return f"{', '.join(text)}."
-
-
-def own_card(folder: Path) -> str:
-    """Return the text of the model card in one of our exports; empty for any other folder."""
-    card = folder / CARD_NAME
-    if not card.is_file():
-        return ""
-    text = card.read_text(encoding="utf-8", errors="replace")
-    return text if MADE_WITH in text else ""
-
-
-def read_card(card: str) -> tuple[str | None, str | None, str | None]:
-    """Read the licence, the training data and the terms of the weights in a card."""
-    licence = re.search(r"^license: (?!unknown)(.+)$", card, re.MULTILINE)
-    data = re.search(r"^## Training data\n+(.+?)\s*(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
-    words = f"Weights: {re.escape(licence[1])}" if licence else "Weights"
-    terms = re.search(
-        rf"^## Licence\s+({words}\b.+?)\s+open-LiteVAE, the code", card, re.MULTILINE | re.DOTALL
-    )
-    return licence and licence[1], data and data[1], terms and terms[1]
-
-
-# Part 3: the export
+from olvae.modules.base import device_of, dtype_of
+from olvae.runs import settings_of
 
 # Largest difference, relative to the largest value: folded and video networks reorder sums.
 TOLERANCE = 1e-5
@@ -608,11 +308,13 @@ def _compare(model: LiteVAE, layout: Layout, path: Path) -> dict[str, float]:
     return differences
 
 
-Function = Callable[[Tensor], Tensor]
+NetworkFunction = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
-def _difference(what: str, model: LiteVAE, moments: Function, decode: Function) -> float:
+def _difference(
+    what: str, model: LiteVAE, moments: NetworkFunction, decode: NetworkFunction
+) -> float:
     """Compare moments and reconstructions of an image of noise, relative to the largest value."""
     # In float32: half precision would hide differences.
     whole = model if dtype_of(model) == torch.float32 else copy.deepcopy(model).float()

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from olvae.checkpoint import PRIVATE_PREFIX, write_tensors
 from olvae.config import Config, ConfigError, resolve_class
-from olvae.export.diffusers_model import AutoencoderLiteVAE
+from olvae.export.as_diffusers import AutoencoderLiteVAE
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from olvae.models.loading.families import Family, StableDiffusion, Tiny, family_of
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.models.loading.loader import LoadOptions
 from olvae.models.loading.original_files import OriginalLoader, original_names
 from olvae.models.spec import WEIGHTS_NAME

@@ -18,11 +18,11 @@ ENCODER = "encoder.onnx"
 DECODER = "decoder.onnx"
 
 # Largest difference between onnxruntime and torch, relative to the largest value.
-TOLERANCE = 1e-4
+ONNX_TOLERANCE = 1e-4
 
 # Batch, height and width in latent positions, of the traced input and of the checked ones.
 TRACED = (2, 3, 4)
-CHECKED = ((1, 5, 3), (2, 2, 6), (3, 1, 1))
+ONNX_CHECKED = ((1, 5, 3), (2, 2, 6), (3, 1, 1))
 
 
 class Half(nn.Module):
@@ -54,7 +54,7 @@ def export_onnx(model: LiteVAE, folder: Path) -> dict[str, float]:
 
     The encoder maps ``image`` in [-1, 1] to ``moments`` (means, then log-variances, unclamped), the
     decoder ``latent`` to ``image`` (unclamped). Return each file's largest difference from torch,
-    relative to the largest value. Raise ValueError if it is above :data:`TOLERANCE`, or the model
+    relative to the largest value. Raise ValueError if it is above :data:`ONNX_TOLERANCE`, or the model
     is not float32.
     """
     if {p.dtype for p in model.parameters()} != {torch.float32}:
@@ -78,9 +78,9 @@ def export_onnx(model: LiteVAE, folder: Path) -> dict[str, float]:
         _write(half, names, folder / name)
         session = onnxruntime.InferenceSession(folder / name, providers=["CPUExecutionProvider"])
         differences[name] = max(
-            _difference(half, session, names, size, compared) for size in CHECKED
+            _difference(half, session, names, size, compared) for size in ONNX_CHECKED
         )
-        if not differences[name] < TOLERANCE:
+        if not differences[name] < ONNX_TOLERANCE:
             raise ValueError(
                 f"{name}: onnxruntime differs from torch by {differences[name]:.1e} of the largest "
                 "value"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from olvae.losses.adversarial import check_logits, find_loss, mean_of_outputs
-from olvae.modules.base import upcast
+from olvae.losses.gan_losses import check_logits, find_loss, mean_of_outputs
+from olvae.modules.mixed_precision import upcast
 
 
 def cutmix(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:

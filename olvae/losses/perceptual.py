@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.checkpoint import VGG16, VGG19, WeightsFile, find_weights
-from olvae.modules.base import no_autocast, upcast
 from olvae.modules.frozen import (
-    Constant,
+    Frozen,
     conv5_4,
     installed_lite0,
     lite0_network,
     perceptual_network,
 )
+from olvae.modules.mixed_precision import no_autocast, upcast
+from olvae.pretrained_networks import VGG16, VGG19, WeightsFile, find_weights
 
 Perceptual = Literal["lpips", "esrgan", "lite0"]
 
@@ -28,8 +28,8 @@ REMEDY = (
 )
 
 
-class PerceptualLoss(Constant, ABC):
-    """A distance of images in the features of a frozen network, a constant: see :class:`Constant`.
+class PerceptualLoss(Frozen, ABC):
+    """A distance of images in the features of a frozen network, a constant: see :class:`Frozen`.
 
     ``build`` makes the network from its file of weights; from None without values, to count it.
     ``weights`` names the file; None finds it, by ``find``. FileNotFoundError if it is missing, with

@@ -11,7 +11,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from olvae.checkpoint import (
+from olvae.metrics.features import KID, RFID, DINOv2, Extract, Features, Inception, LPIPSDistance
+from olvae.metrics.metric import (
+    Kind,
+    Metric,
+    MetricSet,
+    PerImage,
+    mean_absolute_error,
+    ms_ssim,
+    psnr,
+    ssim,
+    ssim_uniform,
+)
+from olvae.pretrained_networks import (
     ALEXNET,
     DINOV2,
     INCEPTION,
@@ -20,18 +32,6 @@ from olvae.checkpoint import (
     WeightsFile,
     find_weights,
     provenance,
-)
-from olvae.metrics.features import KID, RFID, DINOv2, Extract, Features, Inception, LPIPSDistance
-from olvae.metrics.metric import (
-    Kind,
-    Metric,
-    MetricSet,
-    PerImage,
-    l1,
-    ms_ssim,
-    psnr,
-    ssim,
-    ssim_uniform,
 )
 
 _KINDS = (
@@ -49,7 +49,13 @@ _KINDS = (
 METRICS: dict[str, Kind] = {kind.name: kind for kind in _KINDS}
 
 # What computes them: a function of pixels; a distance of sets, and the network for its features.
-PIXELS = {"psnr": psnr, "ssim": ssim, "ssim_uniform": ssim_uniform, "ms_ssim": ms_ssim, "l1": l1}
+PIXELS = {
+    "psnr": psnr,
+    "ssim": ssim,
+    "ssim_uniform": ssim_uniform,
+    "ms_ssim": ms_ssim,
+    "l1": mean_absolute_error,
+}
 SETS: dict[str, type[RFID | KID]] = {"rfid": RFID, "kid": KID, "fdd": RFID}
 EXTRACTORS: dict[WeightsFile, type[Inception | DINOv2]] = {INCEPTION: Inception, DINOV2: DINOv2}
 

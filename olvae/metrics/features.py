@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from olvae.checkpoint import DINOV2, INCEPTION, read_weights_file
 from olvae.metrics.metric import Kind, Metric, Unavailable, check_pairs
-from olvae.modules.base import full_float32
 from olvae.modules.frozen import Trunk, VisionEncoder, perceptual_network
+from olvae.modules.mixed_precision import full_float32
+from olvae.pretrained_networks import DINOV2, INCEPTION, read_weights_file
 
 # The smallest sides in pixels at which the last layer still has a position.
 LPIPS_SIZE: dict[Trunk, int] = {"vgg": 16, "alex": 31}

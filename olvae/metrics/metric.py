@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olvae.checkpoint import WeightsFile
-from olvae.modules.base import full_float32
+from olvae.modules.mixed_precision import full_float32
+from olvae.pretrained_networks import WeightsFile
 
 # SSIM's window and sigma in pixels, and two constants against divisions by 0 [Wang et al. 2004].
 SSIM_WINDOW = 11
@@ -19,7 +19,7 @@ SIGMA = 1.5
 C1 = (0.01 * 255) ** 2
 C2 = (0.03 * 255) ** 2
 SSIM_TILE = 256  # pixels along a side of a tile that is filtered at a time
-SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of MS-SSIM [Wang et al. 2003]
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # weights of MS-SSIM [Wang et al. 2003]
 
 
 class Unavailable(ValueError):  # noqa: N818  (a state of the data, with the reason)
@@ -231,7 +231,7 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     return 10.0 * (255.0**2 / (error.double() / x[0].numel())).log10()
 
 
-def l1(x: Tensor, y: Tensor) -> Tensor:
+def mean_absolute_error(x: Tensor, y: Tensor) -> Tensor:
     """Mean of |x - y| / 255 over each image: levels (B, C, H, W) twice -> float64 (B,)."""
     return (x.double() - y.double()).abs().flatten(1).mean(1) / 255.0
 
@@ -317,13 +317,13 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     _check_size("MS-SSIM with five scales", x, SSIM_WINDOW * 2**4)
     x, y = x.double(), y.double()
     found = torch.ones(len(x), dtype=torch.double, device=x.device)
-    for weight in SCALES[:-1]:
+    for weight in MS_SSIM_WEIGHTS[:-1]:
         found *= _similarity(x, y)[1].relu() ** weight
         x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
 
     border = 4 * [SSIM_WINDOW // 2]
     x, y = F.pad(x, border, mode="reflect"), F.pad(y, border, mode="reflect")
-    return found * _similarity(x, y)[0].relu() ** SCALES[-1]
+    return found * _similarity(x, y)[0].relu() ** MS_SSIM_WEIGHTS[-1]
 
 
 def _check_size(name: str, x: Tensor, least: int) -> None:

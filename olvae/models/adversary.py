@@ -9,18 +9,13 @@ from torch import Tensor, nn
 from olvae.config import ConfigError, Node, instantiate
 from olvae.data.pixels.size_and_range import Sides, Size
 from olvae.data.source import Source
-from olvae.losses import adversarial
+from olvae.losses import gan_losses
 from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
 from olvae.losses.objective import IMAGE_TERMS
-from olvae.models.optimization import mix_seeds
 from olvae.models.parts.part import Model, Step
-from olvae.modules.base import (
-    check_betas,
-    check_choice,
-    check_counts,
-    check_not_negative,
-    no_autocast,
-)
+from olvae.models.updates.optimizers import mix_seeds
+from olvae.modules.checks import check_betas, check_choice, check_counts, check_not_negative
+from olvae.modules.mixed_precision import no_autocast
 from olvae.modules.unetgan import power_iteration, shared_weights, stop_power_iterations
 
 LECAM = {"paper": (0.99, False), "code": (0.999, True)}  # decay, and whether there is a ReLU
@@ -120,10 +115,10 @@ class Adversary(nn.Module):
         self.r1_weight, self.r1_every = r1_weight, r1_every
         self.cutmix_probability = cutmix_probability
         self.lecam_weight = lecam_weight
-        self.lecam: adversarial.LeCam | None = None
+        self.lecam: gan_losses.LeCam | None = None
         if lecam_weight:
             decay, relu = LECAM[lecam_variant]
-            self.lecam = adversarial.LeCam(self.discriminator.num_outputs, decay, relu)
+            self.lecam = gan_losses.LeCam(self.discriminator.num_outputs, decay, relu)
         self.updates = 0  # of the discriminator so far
 
     def check(self, model: Model, source: Source, max_steps: int) -> None:
@@ -191,7 +186,7 @@ class Adversary(nn.Module):
         learning = nn.ParameterList(p for p in self.discriminator.parameters() if p.requires_grad)
         learning.requires_grad_(False)
         try:
-            return adversarial.generator_loss(self.loss, self.discriminator(fake))
+            return gan_losses.generator_loss(self.loss, self.discriminator(fake))
         finally:
             learning.requires_grad_(True)
 
@@ -207,12 +202,12 @@ class Adversary(nn.Module):
             # The normal loss
             real_logits: list[Tensor] = self.discriminator(real)
             fake_logits: list[Tensor] = self.discriminator(fake)
-            total = adversarial.discriminator_loss(self.loss, real_logits, fake_logits)
+            total = gan_losses.discriminator_loss(self.loss, real_logits, fake_logits)
             logs = {
                 "discriminator": total.detach(),
-                "logits_real": adversarial.mean_of_outputs(real_logits),
-                "logits_fake": adversarial.mean_of_outputs(fake_logits),
-                "accuracy": adversarial.discriminator_accuracy(real_logits, fake_logits, self.loss),
+                "logits_real": gan_losses.mean_of_outputs(real_logits),
+                "logits_fake": gan_losses.mean_of_outputs(fake_logits),
+                "accuracy": gan_losses.discriminator_accuracy(real_logits, fake_logits, self.loss),
             }
 
             # CutMix takes its place; penalties come on top.
@@ -231,7 +226,7 @@ class Adversary(nn.Module):
                 with no_autocast(real):
                     image = real.float().requires_grad_()
                     # `forward`, because a compiled network can't be differentiated twice.
-                    logs["r1"] = adversarial.r1_penalty(self.discriminator.forward(image), image)
+                    logs["r1"] = gan_losses.r1_penalty(self.discriminator.forward(image), image)
                 total = total + self.r1_weight * self.r1_every * logs["r1"]
         return total, {name: value.detach() for name, value in logs.items()}
 

@@ -19,18 +19,11 @@ from olvae.models.large.streaming import encode_within
 from olvae.models.large.tiling import decode_tiled
 from olvae.models.spec import CONFIG_NAME, FOR_DIFFUSION, AutoencoderSpec
 from olvae.models.weight_files import ONE_KIND, Located, is_export, locate, write_export
-from olvae.modules.base import (
-    Decoder,
-    Encoder,
-    autocast_enabled,
-    copy_plain,
-    count_parameters,
-    keep_in_float32,
-    last_convolution,
-    upcast,
-)
+from olvae.modules.base import Decoder, Encoder, copy_plain, last_convolution
+from olvae.modules.counting import count_parameters
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 from olvae.modules.litevae.smc import fold_smc
+from olvae.modules.mixed_precision import autocast_enabled, keep_in_float32, upcast
 
 Progress = Callable[[float], None]  # called from time to time with the fraction that is done
 

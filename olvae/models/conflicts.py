@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from olvae.config import ConfigError
 from olvae.data.source import Source
-from olvae.models.optimization import OPTIMIZERS
 from olvae.models.parts.part import Model
 from olvae.models.spec import check_factors
+from olvae.models.updates.optimizers import OPTIMIZERS
 
 CHOICES = {"scheduler": ("constant", "cosine"), "optimizer": tuple(OPTIMIZERS)}
 

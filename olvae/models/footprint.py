@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from olvae.config import instantiate, resolve_class
 from olvae.data.pixels.size_and_range import Sides, Size
 from olvae.devices import autocast, precision_name
+from olvae.library_internals import FakeTensorMode
 from olvae.models.large.tiling import GIB, LiveBytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.muon import is_matrix
 from olvae.models.parts.part import Step
-from olvae.modules.frozen import Constant
+from olvae.models.updates.muon import is_matrix
+from olvae.modules.frozen import Frozen
 
 # Memory needed over the estimate: workspaces of convolutions and fragmentation come on top.
 MARGIN = 1.15
@@ -167,7 +167,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _tensors(model: nn.Module) -> list[Tensor]:
     """Parameters and buffers, also of constant networks."""
     networks = [model]
-    networks += [part.network for part in model.modules() if isinstance(part, Constant)]
+    networks += [part.network for part in model.modules() if isinstance(part, Frozen)]
     tensors: list[Tensor] = []
     for network in networks:
         tensors += network.parameters()
@@ -185,7 +185,7 @@ def without_memory(model: LiteAutoencoderKL, checkpoint: bool | None = None) -> 
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = empty
     for holder in list(model.modules()):
-        if isinstance(holder, Constant):
+        if isinstance(holder, Frozen):
             twin = copy.copy(holder)
             twin._held = (copy.deepcopy(holder.network, memo),)
             memo[id(holder)] = twin

@@ -13,30 +13,24 @@ from torch.optim import Optimizer
 from olvae.config import ConfigError, Node, instantiate, resolve_class
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.data.source import Batch, Source
+from olvae.library_internals import count_batches, forget_logged
 from olvae.losses.objective import IMAGE_TERMS, Objective
 from olvae.models.adversary import Adversary
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.averaging import WeightAverage
 from olvae.models.conflicts import check_source, find_conflicts
 from olvae.models.linear_code import start_linearly
-from olvae.models.optimization import (
-    GRADIENT,
-    NonFiniteGuard,
-    PlayersStrategy,
-    compile_networks,
-    follow,
-    grad_scaler,
-    gradient_norm,
-    gradient_ratio,
-    make_optimizers,
-    mix_seeds,
-    parameters_of,
-)
 from olvae.models.parts.part import Part, StandIn, Step, attach_parts
 from olvae.models.spec import FOR_DIFFUSION
+from olvae.models.updates.averaging import WeightAverage
+from olvae.models.updates.ddp import PlayersStrategy
+from olvae.models.updates.gradients import grad_scaler, gradient_norm, gradient_ratio, parameters_of
+from olvae.models.updates.nonfinite import GRADIENT, NonFiniteGuard
+from olvae.models.updates.optimizers import follow, make_optimizers, mix_seeds
 from olvae.models.validation import Validation
-from olvae.modules.base import HALVES, check_betas, check_not_negative, mean_over_processes
+from olvae.modules.base import HALVES, mean_over_processes
+from olvae.modules.checks import check_betas, check_not_negative
 from olvae.modules.distributions import Posterior
+from olvae.modules.mixed_precision import compile_networks
 from olvae.modules.unetgan import shared_weights
 
 Pair = tuple[Tensor, Tensor]  # real and fake images of a micro-batch
@@ -327,7 +321,7 @@ class LiteAutoencoderKL(pl.LightningModule):
         # Logging: Lightning decides by its count of batches, which a resumed run continues.
         every: int = getattr(self.trainer, "log_every_n_steps")  # noqa: B009  (mypy misses it)
         batches = self._iteration * self.accumulate_grad_batches + self._micro_batch
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = batches
+        count_batches(self.trainer, batches)
         self.reports = last and every > 0 and (batches + 1) % every == 0
 
         # Who plays: the autoencoder alone, both, or the discriminator alone while it warms up.
@@ -539,11 +533,7 @@ class LiteAutoencoderKL(pl.LightningModule):
                 self._reported[name] = value.detach() if isinstance(value, Tensor) else value
 
     def _log_reported(self) -> None:
-        # Lightning would log an earlier step's values again, as this one's.
-        results = self.trainer.fit_loop.epoch_loop._results
-        for name in list(results):
-            if name.startswith(("training_step.", "on_train_batch_end.")):
-                del results[name]
+        forget_logged(self.trainer)
         if not self.reports:
             return
 

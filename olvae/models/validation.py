@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from olvae.data.source import Batch
-from olvae.devices import gather
+from olvae.launcher import gather
 from olvae.metrics import MakeMetrics, build_metrics
 from olvae.metrics.metric import MetricSet
-from olvae.models.averaging import find_average
 from olvae.models.parts.part import Model, Part
+from olvae.models.updates.averaging import find_average
 
 
 class Validation:

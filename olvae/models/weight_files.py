@@ -30,14 +30,12 @@ from olvae.models.spec import (
     AUTO_MAP,
     CLASS_NAME,
     CONFIG_NAME,
-    SHIPPED,
     WEIGHTS_NAME,
     AutoencoderSpec,
     class_in,
-    is_hub_id,
     read_config,
-    shipped_folder,
 )
+from olvae.models.target_names import SHIPPED, is_hub_id, shipped_folder
 from olvae.runs import Run, find_run, run_of
 
 CONFIG_KEY = "config"  # in the header of a safetensors file: an export's config.json

@@ -5,7 +5,7 @@ import hashlib
 import torch
 from torch import Tensor
 
-from olvae.modules.base import upcast
+from olvae.modules.mixed_precision import upcast
 
 LOGVAR_RANGE = (-30.0, 20.0)  # keeps exp() finite in float32 and bf16
 

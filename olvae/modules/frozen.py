@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.checkpoint import (
+from olvae.library_internals import move_tensors
+from olvae.modules.mixed_precision import upcast
+from olvae.pretrained_networks import (
     ALEXNET,
     VGG16,
     VGG19,
@@ -20,13 +22,12 @@ from olvae.checkpoint import (
     load_weights_file,
     read_weights_file,
 )
-from olvae.modules.base import upcast
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-class Constant(nn.Module):
+class Frozen(nn.Module):
     """Hold a frozen ``network``, which moves with the module from device to device.
 
     In all else it is no part of the module: not of its parameters, modules or state dict. Copies of
@@ -42,13 +43,13 @@ class Constant(nn.Module):
     def network(self) -> nn.Module:
         return self._held[0]
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Constant":
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> "Frozen":
         # nn.Module's ``to``, ``cuda`` and ``float`` all come here.
-        self.network._apply(fn, recurse)
+        move_tensors(self.network, fn, recurse)
         super()._apply(fn, recurse)
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Constant":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Frozen":
         return self
 
 
@@ -107,7 +108,7 @@ def conv5_4(path: Path | None) -> nn.Module:
     """VGG19 up to its last convolution, before the activation.
 
     Images (B, 3, H, W) in [-1, 1] -> (B, 512, H/16, W/16). ``path`` is the file of
-    :data:`olvae.checkpoint.VGG19`; None gives weights without values, to count the network.
+    :data:`olvae.pretrained_networks.VGG19`; None gives weights without values, to count the network.
     """
     import torchvision
 
@@ -178,8 +179,8 @@ def published_weights(name: str) -> str:
     return str(config.hf_hub_id)
 
 
-class VisionEncoder(Constant):
-    """The last feature map of a timm network, after its last norm; frozen: see :class:`Constant`.
+class VisionEncoder(Frozen):
+    """The last feature map of a timm network, after its last norm; frozen: see :class:`Frozen`.
 
     Args:
         name: of a timm model, which takes images of any size; a tag after a dot names its published

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import casts_together, check_choice, no_autocast, upcast
+from olvae.modules.checks import check_choice
+from olvae.modules.mixed_precision import casts_together, no_autocast, upcast
 from olvae.modules.unetgan import SpectralConv2d
 
 

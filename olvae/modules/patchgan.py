@@ -4,9 +4,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
-from olvae.modules.base import casts_together, check_counts, mean_over_processes, upcast
+from olvae.library_internals import BatchNormBase
+from olvae.modules.base import mean_over_processes
+from olvae.modules.checks import check_counts
+from olvae.modules.mixed_precision import casts_together, upcast
 
 
 class PatchGAN(nn.Module):
@@ -61,7 +63,7 @@ class PatchGAN(nn.Module):
         return [self.last(h)]  # (B, 1, H/2^n - 2, W/2^n - 2)
 
 
-class _SharedBatchNorm(_NormBase):
+class _SharedBatchNorm(BatchNormBase):
     """BatchNorm2d with statistics over all processes in training.
 
     torch's SyncBatchNorm has no second derivative, which R1 takes, and waits for the device twice

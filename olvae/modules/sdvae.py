@@ -8,7 +8,10 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Encoder, Steps, casts_together, check_choice, check_counts
+from olvae.library_internals import set_checkpointing
+from olvae.modules.base import Decoder, Encoder, Steps
+from olvae.modules.checks import check_choice, check_counts
+from olvae.modules.mixed_precision import casts_together
 
 Padding = Literal["zeros", "reflect"]
 
@@ -53,8 +56,7 @@ class _Half(Steps):
     def checkpoint_steps(self, on: bool = True) -> None:
         super().checkpoint_steps(on)
         # diffusers then calls this function for each level and the middle; `step` decides.
-        self.model.gradient_checkpointing = True  # type: ignore[assignment]
-        self.model._gradient_checkpointing_func = self.step  # type: ignore[assignment]
+        set_checkpointing(self.model, self.step)
 
 
 class SDEncoder(_Half, Encoder):

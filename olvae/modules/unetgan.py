@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from olvae.modules.base import Operands, casts_together, no_autocast
+from olvae.library_internals import SPECTRAL_VECTORS, compiled_call, convolve, norms_of_each
+from olvae.modules.mixed_precision import Operands, casts_together, no_autocast
 
 # Widths of the blocks on the way down and on the way up, in units of base_channels, by the size in
 # pixels of the published network (Schönfeld et al. 2020, arXiv 2002.12655).
@@ -59,8 +60,7 @@ class SpectralConv2d(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         with no_autocast(x):
             weight = self._normalised()
-        out: Tensor = self._conv_forward(x, weight, self.bias)
-        return out
+        return convolve(self, x, weight, self.bias)
 
 
 def stop_power_iterations(module: nn.Module) -> None:
@@ -85,7 +85,7 @@ def shared_weights(module: nn.Module) -> Iterator[None]:
     """
     parameters = list(module.parameters())
     layers = _spectral_layers(module)
-    on_gpu = module._compiled_call_impl is None and all(p.is_cuda for p in parameters)
+    on_gpu = compiled_call(module) is None and all(p.is_cuda for p in parameters)
     if not on_gpu or any(layer.kept is not None for layer in layers):
         layers = []
     try:
@@ -110,10 +110,10 @@ def power_iteration(module: nn.Module) -> None:
     matrices = [norm.original.flatten(1) for norm in norms]  # (out_channels, in_channels k k)
     with no_autocast(matrices[0]):
         # u <- W v / |W v|, then v <- W^T u / |W^T u|: torch's iteration, for all layers at once.
-        for updated, other in (("_u", "_v"), ("_v", "_u")):
+        for updated, other in (SPECTRAL_VECTORS, reversed(SPECTRAL_VECTORS)):
             vectors = [getattr(norm[0], other) for norm in norms]
             products = [m.mv(vector) for m, vector in zip(matrices, vectors, strict=True)]
-            lengths = torch._foreach_clamp_min(torch._foreach_norm(products), 1e-12)
+            lengths = norms_of_each(products, least=1e-12)
             for norm, product, length in zip(norms, products, lengths, strict=True):
                 torch.div(product, length, out=getattr(norm[0], updated))
             matrices = [m.mT for m in matrices]

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from olvae.modules.base import autocast_enabled, no_autocast, upcast
+from olvae.library_internals import assume_constant, is_traced
+from olvae.modules.mixed_precision import autocast_enabled, no_autocast, upcast
 
 
 def dwt2(x: Tensor, wavelet: str = "haar") -> Tensor:
@@ -109,11 +110,7 @@ VALUES_AT_A_TIME = 2**18
 
 
 def _in_a_graph() -> bool:
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-    )
+    return torch.compiler.is_compiling() or is_traced()
 
 
 def _haar_analysis(x: Tensor) -> Tensor:
@@ -250,9 +247,8 @@ def _filters(wavelet: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(filters.rec_lo), tuple(filters.rec_hi)
 
 
-# What torch.compiler.assume_constant_result sets, without its imports, which take 2 s: a compiler
-# does not look into pywt.
-_filters._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# A compiler does not look into pywt.
+assume_constant(_filters)
 
 
 def _periodic(x: Tensor, reach: int) -> Tensor:

@@ -16,16 +16,18 @@ from lightning.pytorch.callbacks import Callback
 from torch.profiler import ProfilerActivity, profile
 
 from olvae.checkpoint import read_checkpoint, state_dict_of
-from olvae.data.source import Batch, Loader
-from olvae.devices import Agreement
+from olvae.data.source import Batch, BatchLoader
 from olvae.figures import error_map, labelled_grid
 from olvae.files import atomic_write, reason
-from olvae.models.averaging import find_average
+from olvae.launcher import Agreement
+from olvae.library_internals import dump_memory_history, record_memory_history
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import BadStep
-from olvae.modules.base import check_counts, check_not_negative
+from olvae.models.updates.averaging import find_average
+from olvae.models.updates.nonfinite import BadStep
+from olvae.modules.checks import check_counts, check_not_negative
 from olvae.runs import Run
-from olvae.training.progress import log_picture, notify
+from olvae.training.loggers import log_picture
+from olvae.training.progress import notify
 from olvae.training.saving import check_written, current_run, last_good
 
 log = logging.getLogger("olvae.training")
@@ -165,7 +167,7 @@ class UnreadableLimit(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         loader = trainer.train_dataloader
-        if trainer.world_size == 1 or not isinstance(loader, Loader):
+        if trainer.world_size == 1 or not isinstance(loader, BatchLoader):
             return
         if self._lost.any_asked(loader.read_errors.lost > self._shared):
             loader.read_errors.share()
@@ -180,7 +182,7 @@ class BadSteps(Callback):
     """Count non-finite training steps; after several in a row, return to the last checkpoint.
 
     A step with a non-finite loss or gradient changes nothing, see
-    :class:`~olvae.models.optimization.NonFiniteGuard`. It counts in ``health/bad_steps``, and
+    :class:`~olvae.models.updates.nonfinite.NonFiniteGuard`. It counts in ``health/bad_steps``, and
     ``bad_steps.jsonl`` names its images. After ``in_a_row`` of them, weights, averages and
     optimizers are loaded from ``last.ckpt``, the learning rates are multiplied by ``rate_factor``,
     and training continues with the next images; after ``returns`` such returns it stops. Under
@@ -407,7 +409,7 @@ class StepTrace(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.memory._record_memory_history(max_entries=100_000)
+            record_memory_history(entries=100_000)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         if self._done == UNTRACED and self._profile is None and trainer.is_global_zero:
@@ -434,7 +436,7 @@ class StepTrace(Callback):
     ) -> None:
         if isinstance(exception, torch.OutOfMemoryError):
             path = current_run(trainer).path / "memory.pickle"
-            torch.cuda.memory._dump_snapshot(str(path))
+            dump_memory_history(str(path))
             notify(f"a snapshot of the memory is in {path}")
 
     def _write(self, trainer: pl.Trainer, traced: profile) -> None:

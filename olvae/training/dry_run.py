@@ -17,30 +17,32 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
-from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    FakeTensor,
-    FakeTensorMode,
-    unset_fake_temporarily,
-)
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from olvae import config as cfg
 from olvae.config import Config, ConfigError
 from olvae.data.pixels.size_and_range import Sides, Size
 from olvae.data.source import Source
 from olvae.devices import PRECISIONS, peak_tflops, precision_name
+from olvae.library_internals import (
+    HAS_FOREACH,
+    FakeStore,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    ValueNeededError,
+    tree_leaves,
+    unset_fake_temporarily,
+    work_from_future,
+)
 from olvae.models.adversary import Adversary
 from olvae.models.footprint import MARGIN, footprint, without_memory
 from olvae.models.large.tiling import GIB
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import HOOKS, players_strategy
+from olvae.models.updates.ddp import HOOKS, players_strategy
 from olvae.runs import entry_of
-from olvae.training.progress import describe_rate, describe_step
+from olvae.training.progress import describe_step
 from olvae.training.run import build_model, quieten, strategy_of
+from olvae.training.summary import describe_rate
 
 # Steps before those that are recorded: they make Adam's moments and DDP's buckets.
 FIRST_STEPS = ("first step", "second step")
@@ -132,7 +134,7 @@ class _Recorder(TorchDispatchMode):
         if func is torch.ops.c10d.allreduce_.default:
             sums: torch.futures.Future[list[Tensor]] = torch.futures.Future()
             sums.set_result(list(args[0]))
-            return args[0], _create_work_from_future(sums).boxed()
+            return args[0], work_from_future(sums).boxed()
 
         # DDP writes the numbers of the parameters in each bucket into real memory (int32), and
         # sends them: these tensors, and operations on real tensors alone, are not faked.
@@ -160,7 +162,7 @@ def record_steps(
     Args:
         model: on the meta device; it is not changed.
         images: images in a micro-batch.
-        strategy: one of :data:`~olvae.models.optimization.HOOKS`.
+        strategy: one of :data:`~olvae.models.updates.ddp.HOOKS`.
     """
     kinds = kinds_of_steps(model.adversary)
     usual = next(reversed(kinds.values()))
@@ -178,7 +180,7 @@ def record_steps(
             # What Lightning broadcasts is the same in all ranks.
             mock.patch("torch.distributed.broadcast_object_list"),
             # Clip gradients by the operations of a GPU.
-            mock.patch("torch.nn.utils.clip_grad._has_foreach_support", return_value=True),
+            mock.patch(HAS_FOREACH, return_value=True),
             FakeTensorMode(),
             recorder,
         ):
@@ -208,7 +210,7 @@ def record_steps(
             )
             steps = len(FIRST_STEPS) + len(kinds)
             trainer.fit(fake, repeat(batch, steps * fake.accumulate_grad_batches))
-    except DataDependentOutputException as error:
+    except ValueNeededError as error:
         why = "a step asks for a value, which a dry run does not have"
         raise ConfigError(f"{why}: {error}") from error
     finally:

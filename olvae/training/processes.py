@@ -31,13 +31,15 @@ from olvae.config import Config, ConfigError
 from olvae.config.nodes import arguments_of
 from olvae.data.read_errors import worker_death
 from olvae.data.source import Source
-from olvae.devices import cores, join, local_rank, sharing_cores, srun_environment
+from olvae.devices import cores, sharing_cores
+from olvae.launcher import join, local_rank, srun_environment
+from olvae.library_internals import default_store, observe_processes
 from olvae.runs import Run
 from olvae.training.progress import notify
 from olvae.training.settings import slurm_job
 
 log = logging.getLogger("olvae.training")
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 MOST_WORKERS = 8  # loader processes of a rank, unless the config gives their number
 
@@ -126,7 +128,7 @@ def meet() -> tuple[int, int]:
     return join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", default_pg_timeout)
 
 
-def of_each(value: T) -> list[T]:
+def of_each(value: _T) -> list[_T]:
     """Gather a value of each process, by rank; before the processes meet, this one's alone."""
     values = [value]
     if dist.is_initialized():
@@ -240,7 +242,7 @@ class Lockstep(Callback):
 
     def _compare(self, trainer: pl.Trainer, over: threading.Event) -> None:
         """Note this process' progress every few seconds; act once all notes stand still."""
-        store = dist.distributed_c10d._get_default_store()
+        store = default_store()
         rank = trainer.global_rank
         host = socket.gethostname()
         keys = [f"{PROGRESS_KEY}{other}" for other in range(trainer.world_size)]
@@ -319,8 +321,7 @@ def watch_processes(run: Run) -> None:
 
     Replaces Lightning's own observer, which kills this process without a word.
     """
-    # By setattr, as mypy does not know the name.
-    setattr(subprocess_script, "_launch_process_observer", partial(_watch, run))  # noqa: B010
+    observe_processes(subprocess_script, partial(_watch, run))
 
 
 def _watch(run: Run, children: Sequence[subprocess.Popen[Any]], grace: float = 5.0) -> None:

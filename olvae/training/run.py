@@ -22,11 +22,12 @@ from olvae import runs
 from olvae.checkpoint import load_weights, read_checkpoint, read_weights, state_dict_of
 from olvae.config import Config, ConfigError, with_paths
 from olvae.data.source import Source
+from olvae.data.src import load
 from olvae.devices import resolve_devices, resolve_precision
 from olvae.files import first_line, no_empty_folders, remove_partials, warn_once
 from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import HOOKS, players_strategy
+from olvae.models.updates.ddp import HOOKS, players_strategy
 from olvae.models.weight_files import locate_weights
 from olvae.modules.base import HALVES
 from olvae.runs import Run, Settings, find_moved_data, locked, make_data_absolute
@@ -39,16 +40,9 @@ from olvae.training.callbacks import (
     StepTrace,
     UnreadableLimit,
 )
-from olvae.training.origin import start_from
+from olvae.training.loggers import make_loggers
 from olvae.training.processes import Lockstep
-from olvae.training.progress import (
-    StepProgress,
-    describe_gain,
-    make_loggers,
-    notify,
-    print_ending,
-    print_summary,
-)
+from olvae.training.progress import StepProgress, notify
 from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
 from olvae.training.settings import (
     Plan,
@@ -58,6 +52,8 @@ from olvae.training.settings import (
     read_plan,
     restarted,
 )
+from olvae.training.start_from import start_from
+from olvae.training.summary import describe_gain, print_ending, print_summary
 
 # What a run may leave after an error: without any of these its folder is removed.
 KEPT = ("checkpoints/*.ckpt", "bad_steps.jsonl", "memory.pickle", "trace.json")
@@ -375,7 +371,7 @@ def _load_other_run(model: LiteAutoencoderKL, path: str | Path) -> Config:
     run = runs.run_of(file.resolve())
     config: Config = {}
     if run is not None:
-        config = cfg.load([run.config])
+        config = load([run.config])
 
     # A frozen half's latents suit the parts, such as a teacher, that it was trained with.
     learned = runs.settings_of(config).checksums

@@ -14,15 +14,15 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from olvae import config as cfg
 from olvae.config import Config
 from olvae.data.read_errors import TooManyUnreadableError
 from olvae.files import atomic_write, first_line, write_json
+from olvae.library_internals import tree_map
 from olvae.metrics import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.modules.base import check_counts, check_not_negative
+from olvae.modules.checks import check_counts, check_not_negative
 from olvae.runs import Run
 
 log = logging.getLogger("olvae.training")
@@ -31,7 +31,7 @@ log = logging.getLogger("olvae.training")
 BETTER = {name: metric.better for name, metric in METRICS.items()}
 
 # Checkpoints that may wait in host memory to be written: the last and the best of one step.
-MAX_PENDING = 2
+MAX_PENDING_SAVES = 2
 
 
 class CheckpointError(OSError):
@@ -204,7 +204,7 @@ class KeepCheckpoints(Checkpoint):
                 f"non-finite weights at step {trainer.global_step}, in {first}: nothing is saved"
                 + last_good(run)
             )
-        check_written(trainer, MAX_PENDING - 1)
+        check_written(trainer, MAX_PENDING_SAVES - 1)
         trainer.save_checkpoint(run.checkpoints / name, storage_options=note)
 
 

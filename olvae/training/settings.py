@@ -16,8 +16,9 @@ from olvae import config as cfg
 from olvae import runs
 from olvae.config import Config, ConfigError
 from olvae.config.nodes import FROM_START
-from olvae.config.reading import ABSENT, differences, merge_files
-from olvae.models.spec import check_target, place_in
+from olvae.config.reading import ABSENT, changed_keys, merge_files
+from olvae.data.src import load
+from olvae.models.target_names import check_target, place_in
 from olvae.runs import Run, Settings
 
 WANDB = "lightning.logger.wandb"
@@ -116,7 +117,7 @@ def read_plan(options: TrainOptions) -> Plan:
 
     # Config: the files, then all overrides.
     overrides = _overrides(options, previous)
-    config = cfg.load(files, overrides)
+    config = load(files, overrides)
     if options.teacher is not None:
         teacher = config["model"]["params"]["parts"]["teacher"]
         teacher.setdefault("target", "olvae.models.parts.teacher.Teacher")
@@ -268,7 +269,7 @@ def find_changes(previous: Config, config: Config, settings: Settings) -> dict[s
         return json.dumps(value, ensure_ascii=False, default=str)
 
     before = compared(previous, runs.settings_of(previous))
-    changes = differences(before, compared(config, settings))
+    changes = changed_keys(before, compared(config, settings))
     return {key: f"{text(old)} -> {text(new)}" for key, (old, new) in changes.items()}
 
 
@@ -318,7 +319,7 @@ def requeued_run(logdir: Path, name: str) -> Run | None:
     begun = [run for run in found if run.last_checkpoint.is_file() and run.config.is_file()]
     for run in sorted(begun, key=lambda run: run.config.stat().st_mtime_ns, reverse=True):
         with contextlib.suppress(ConfigError):  # of another run, perhaps
-            settings = runs.settings_of(cfg.load([run.config]))
+            settings = runs.settings_of(load([run.config]))
             if (settings.job, settings.name) == (job, name):
                 return run
     return None

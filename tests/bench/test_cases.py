@@ -4,8 +4,9 @@ import yaml
 from olvae.bench import cases
 from olvae.bench.cases import TwoForwards, read_step, time_steps
 from olvae.bench.measure import Setting, rows_of
-from olvae.config import ConfigError, load
+from olvae.config import ConfigError
 from olvae.data.image import RandomScaleCrop
+from olvae.data.src import load
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import entry_of
 from tests.conftest import tiny_config

@@ -2,7 +2,7 @@ from itertools import count
 
 import pytest
 
-from olvae.bench.measure import Case, Times, measure, rows_of
+from olvae.bench.measure import Case, Times, measure_case, rows_of
 
 
 def test_statistics():
@@ -20,13 +20,13 @@ def test_each_has_a_turn_in_each_round(warm_up):
     def work(name):
         return lambda: order.append(name) or [float(next(number))]
 
-    times = measure({name: work(name) for name in "ab"}, "cpu", rounds=2, warm_up=warm_up)
+    times = measure_case({name: work(name) for name in "ab"}, "cpu", rounds=2, warm_up=warm_up)
     assert "".join(order) == "ab" * (2 + warm_up)
     first = 2 if warm_up else 0
     assert times["a"].seconds == [first, first + 2]
     assert times["b"].seconds == [first + 1, first + 3]
     assert times["a"].peak_bytes is None
-    assert measure({"a": lambda: [1.0, 2.0]}, "cpu", rounds=2, warm_up=False)["a"].seconds == [
+    assert measure_case({"a": lambda: [1.0, 2.0]}, "cpu", rounds=2, warm_up=False)["a"].seconds == [
         1.0,
         2.0,
         1.0,

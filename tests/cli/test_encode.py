@@ -99,7 +99,7 @@ def test_two_processes_give_what_one_gives(olvae, olvae_on_two, target, tmp_path
 def test_compiled_or_told_that_it_is_not(olvae, target, tmp_path, image_folder, monkeypatch):
     compiled = []
     monkeypatch.setattr(
-        "olvae.models.optimization.compile_networks",
+        "olvae.modules.mixed_precision.compile_networks",
         lambda modules, device: compiled.extend(modules) or False,
     )
     out = tmp_path / "latents"

@@ -8,8 +8,9 @@ import pytest
 
 from olvae.evaluation import zoo
 from olvae.evaluation.zoo import read_zoo
-from olvae.models.loading import diffusers_models
-from olvae.models.spec import CLASS_NAME, SHIPPED, SHIPPED_FOLDER
+from olvae.models.loading import from_diffusers
+from olvae.models.spec import CLASS_NAME
+from olvae.models.target_names import SHIPPED, SHIPPED_FOLDER
 from tests.cli.test_evaluate import content
 from tests.conftest import smooth_pictures
 from tests.models.loading.classes import CLASSES, make
@@ -22,7 +23,7 @@ FLAGS = ("--size", 64, "--metrics", "psnr", "--no-report", "--observe", "colour"
 def _offline(monkeypatch):
     """No hub, and models measured on small images."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(diffusers_models, "PROBE", 64)
+    monkeypatch.setattr(from_diffusers, "PROBE", 64)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from olvae.export.formats import Layout
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import LOADER_NAME
-from olvae.training.origin import start_from
+from olvae.training.start_from import start_from
 from tests.conftest import tiny_config
 from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl
 

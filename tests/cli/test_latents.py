@@ -9,10 +9,11 @@ import torch
 from PIL import Image
 
 from olvae.cli.main import main
-from olvae.config import load, save
+from olvae.config import save
 from olvae.data.image import EvalTransform, image_to_tensor, read_picture
 from olvae.data.picture_folder import find_images
 from olvae.data.pixels.size_and_range import from_uint8
+from olvae.data.src import load
 from olvae.models.loading.targets import find_target
 from tests.evaluation.peers import numbers
 from tests.metrics.test_features import extract

@@ -9,7 +9,7 @@ from olvae import devices
 from olvae.cli import evaluate
 from olvae.cli import options as module
 from olvae.cli.main import app
-from olvae.cli.options import PRECISIONS, ProgressBar, in_flags, name_flags
+from olvae.cli.options import PRECISION_NAMES, ProgressBar, in_flags, name_flags
 from olvae.evaluation import protocol
 from olvae.evaluation.runner import DEFAULT_METRICS
 from olvae.evaluation.zoo import ZOO_METRICS
@@ -19,9 +19,9 @@ from olvae.metrics import METRICS
 def test_names_are_those_of_the_registries():
     """Which the command line does not import, as they import torch."""
     assert tuple(METRICS) == evaluate.METRICS
-    assert tuple(protocol.PROTOCOLS) == evaluate.PROTOCOLS
-    assert tuple(devices.PRECISIONS) == PRECISIONS[:3]
-    assert {devices.precision_name(name) for name in PRECISIONS} == {*devices.PRECISIONS}
+    assert tuple(protocol.PROTOCOLS) == evaluate.PROTOCOL_NAMES
+    assert tuple(devices.PRECISIONS) == PRECISION_NAMES[:3]
+    assert {devices.precision_name(name) for name in PRECISION_NAMES} == {*devices.PRECISIONS}
     others = " and ".join(name for name in METRICS if name not in DEFAULT_METRICS)
     zoo = ", ".join(ZOO_METRICS)
     assert f"all = every metric except {others} (with --zoo: {zoo})." == evaluate.NOT_ALL

@@ -8,10 +8,11 @@ import torch
 import yaml
 
 from olvae import LiteVAE
-from olvae.config import instantiate, load, save
+from olvae.config import instantiate, save
 from olvae.data.pixels.arrays import read_array
 from olvae.data.shards.latent_source import LatentSource
 from olvae.data.source import LoaderProcess
+from olvae.data.src import load
 from tests.conftest import tiny_config
 from tests.data.pixels.files import npy, png, tiff, values
 

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from olvae import __version__
-from olvae.config import ConfigError, load
+from olvae.config import ConfigError
+from olvae.data.src import load
 
 ROOT = Path(__file__).parent.parent.parent
 

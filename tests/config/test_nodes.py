@@ -11,16 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from olvae.config import (
-    ConfigError,
-    instantiate,
-    load,
-    recipes,
-    resolve_target,
-    validate,
-    with_paths,
-)
-from olvae.config.nodes import Node, arguments_in_source, map_nodes
+from olvae.config import ConfigError, instantiate, recipes, resolve_target, validate, with_paths
+from olvae.config.nodes import Node, map_nodes
+from olvae.config.source_signatures import arguments_in_source
+from olvae.data.src import load
 from olvae.models.spec import AutoencoderSpec
 from tests.conftest import parts, tiny_config
 
@@ -94,7 +88,7 @@ def read_targets() -> set[str]:
         "lightning.pytorch.callbacks.ModelCheckpoint",
         "lightning.pytorch.callbacks.Callback",
         "olvae.data.picture_folder.FolderSource",
-        "olvae.models.optimization.lr_factor",
+        "olvae.models.updates.optimizers.lr_factor",
         "olvae.training.callbacks.ImageGrids",
     }
 
@@ -149,7 +143,8 @@ lightning: {trainer: {max_step: 1, precision: 7}, callbacks: {a: {target: olvae.
 
 WITHOUT_IMPORTS = """
 import sys
-from olvae.config import load, recipes, validate
+from olvae.config import recipes, validate
+from olvae.data.src import load
 published = "olitevaeB_im_f8c12"  # names torch.nn.Identity
 assert not any(validate(load([name])) for name in recipes() if name != published)
 print(validate(load([sys.argv[1]])))

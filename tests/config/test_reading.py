@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from olvae.config import ConfigError, load, read_received, save, validate
-from olvae.config.reading import ABSENT, differences, holds_shards
+from olvae.config import ConfigError, read_received, save, validate
+from olvae.config.reading import ABSENT, changed_keys
+from olvae.data.src import holds_shards, load
 
 HUB = "olvae.data.hub."
 FOLDER = "olvae.data.picture_folder.FolderSource"
@@ -95,8 +96,8 @@ def test_a_part_is_changed_or_removed_by_a_later_file(tmp_path):
 def test_differences():
     before = {"a": {"x": 1, "y": [1]}, "b": {}, "c": 1}
     after = {"a": {"x": 2, "y": [1]}, "b": {"z": None}, "c": 1}
-    assert differences(before, after) == {"a.x": (1, 2), "b": ({}, ABSENT), "b.z": (ABSENT, None)}
-    assert differences(before, before) == {}
+    assert changed_keys(before, after) == {"a.x": (1, 2), "b": ({}, ABSENT), "b.z": (ABSENT, None)}
+    assert changed_keys(before, before) == {}
 
 
 @pytest.mark.parametrize(

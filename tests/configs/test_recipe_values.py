@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from olvae.config import load, resolve_target
+from olvae.config import resolve_target
+from olvae.data.src import load
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "imagenet"

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import yaml
 
-from olvae.data.audit import audit_lines, check, measure
+from olvae.data.audit import audit_lines, audit_source
 from olvae.data.packing import PackOptions, pack
 from olvae.data.pixels.size_and_range import PixelRange
+from olvae.data.value_range import measure_range
 from tests.data.images import close_folders, noise, saved, write_photos
 from tests.data.pixels.files import npy, tiff, values
 from tests.export.latents import encode
@@ -29,7 +30,9 @@ def shards(photos, tmp_path):
 
 def test_a_folder_that_is_fine(photos):
     counted = []
-    result = check(str(photos), 16, 3, 0.01, 2, lambda done, total: counted.append((done, total)))
+    result = audit_source(
+        str(photos), 16, 3, 0.01, 2, lambda done, total: counted.append((done, total))
+    )
     assert (result.images, result.unreadable, result.problems, result.notes) == (24, [], [], [])
     assert (result.kinds, counted[-1]) == ({"PNG RGB": 24}, (24, 24))
     assert result.images_per_s > 10
@@ -39,7 +42,7 @@ def test_sizes(root):
     sizes = [(300, 40), (160, 80), (64, 64), (63, 200), (130, 128)]
     for i, size in enumerate(sizes):
         noise(i, size).save(root / f"{i}.png")
-    result = check(str(root), 64, workers=2)
+    result = audit_source(str(root), 64, workers=2)
     for name, measured in (
         ("width", [w for w, _ in sizes]),
         ("height", [h for _, h in sizes]),
@@ -62,7 +65,7 @@ def test_kinds_of_files(root):
     rgb.convert("RGBA").save(root / "d.png")
     rgb.save(root / "f.gif")
     np.save(root / "g.npy", np.asarray(rgb))
-    result = check(str(root), 16)
+    result = audit_source(str(root), 16)
     kinds = ["JPEG RGB", "PNG L", "JPEG CMYK", "PNG RGBA", "GIF P", "array"]
     assert result.kinds == dict.fromkeys(kinds, 1)
     assert result.notes == ["images with alpha, laid over white: 1; `channels` 4 keeps it"]
@@ -74,36 +77,36 @@ def test_unreadable_files(photos):
     (photos / "new\nline.png").write_text("no picture")
     (photos / "folder.jpg").mkdir()
     (photos / "nowhere.jpg").symlink_to(photos / "missing.jpg")
-    result = check(str(photos), 16, workers=2)
+    result = audit_source(str(photos), 16, workers=2)
     assert result.images == 27
     assert [error.name for error in result.unreadable] == ["cut.png", "empty.jpg", "new\nline.png"]
     assert result.unreadable[1].reason == "the file is empty"
     assert result.problems == ["3 of 27 images can't be read, more than `max_unreadable` 0.01"]
-    assert check(str(photos), 16, max_unreadable=0.2).problems == []
+    assert audit_source(str(photos), 16, max_unreadable=0.2).problems == []
 
 
 def test_a_folder_that_cannot_be_opened(photos, monkeypatch):
     close_folders(monkeypatch, photos / "class1")
-    result = check(str(photos), 16, workers=2)
+    result = audit_source(str(photos), 16, workers=2)
     assert result.images == 12
     assert result.problems == [
         f"{photos / 'class1'}: this folder can't be opened: Permission denied"
     ]
     close_folders(monkeypatch, photos)
     with pytest.raises(PermissionError, match="photos: this folder can't be opened"):
-        check(str(photos), 16, workers=2)
+        audit_source(str(photos), 16, workers=2)
 
 
 def test_one_image_is_too_little(tmp_path):
     noise(0).save(tmp_path / "one.png")
     for source in (str(tmp_path), f"{tmp_path}/*.png"):
-        (problem,) = check(source, 16).problems
+        (problem,) = audit_source(source, 16).problems
         assert "one image can't be split into training and validation" in problem
 
 
 def test_shards_that_are_fine(shards):
     counted = []
-    result = check(
+    result = audit_source(
         str(shards), 16, workers=2, on_progress=lambda done, total: counted.append((done, total))
     )
     assert (result.images, result.problems, result.unreadable, result.notes) == (24, [], [], [])
@@ -114,7 +117,7 @@ def test_shards_that_are_fine(shards):
 def test_a_truncated_shard(shards):
     data = (shards / "000001.tar").read_bytes()
     (shards / "000001.tar").write_bytes(data[: len(data) // 2])
-    result = check(str(shards), 16, workers=2)
+    result = audit_source(str(shards), 16, workers=2)
     read = result.shards[1].images
     assert 0 < read < 6
     assert result.images == 18 + read
@@ -130,18 +133,18 @@ def test_a_changed_shard_and_a_missing_one(shards):
     data[place + 1] = ord("N")  # of a sidecar: the images are as they were
     (shards / "000002.tar").write_bytes(data)
     (shards / "000003.tar").unlink()
-    problems = check(str(shards), 16, workers=2).problems
+    problems = audit_source(str(shards), 16, workers=2).problems
     assert problems == [
         f"{shards}: shards of index.json are missing: 000003.tar",
         f"{shards / '000002.tar'}: its checksum differs from index.json: changed or damaged since",
     ]
     shutil.copy(shards / "000000.tar", shards / "new.tar")
-    problems = check(str(shards), 16, workers=2).problems
+    problems = audit_source(str(shards), 16, workers=2).problems
     assert (
         f"{shards / 'new.tar'}: is not in index.json: remove that file, and training counts the "
         "images instead" in problems
     )
-    picked = check(str(shards / "{000000..000001}.tar"), 16, workers=2)
+    picked = audit_source(str(shards / "{000000..000001}.tar"), 16, workers=2)
     assert picked.problems == []
 
 
@@ -149,16 +152,16 @@ def test_an_index_is_missing_or_holds_counts_alone(shards):
     (shards / "index.json").write_text(
         json.dumps({"shards": {f"00000{i}.tar": {"images": 6} for i in range(4)}})
     )
-    result = check(str(shards), 16, workers=2)
+    result = audit_source(str(shards), 16, workers=2)
     assert result.problems == []
     assert result.notes == [
         f"{shards}: index.json has no checksums: damage inside a shard can't be seen"
     ]
     (shards / "index.json").unlink()
-    result = check(str(shards), 16, workers=2)
+    result = audit_source(str(shards), 16, workers=2)
     assert result.problems == []
     (shards / ".packing").mkdir()
-    (problem,) = check(str(shards), 16, workers=2).problems
+    (problem,) = audit_source(str(shards), 16, workers=2).problems
     assert (
         problem
         == f"{shards}: its packing was interrupted, so shards are missing: repeat `olvae data pack`"
@@ -170,7 +173,7 @@ def test_an_index_is_missing_or_holds_counts_alone(shards):
 def test_a_shard_without_images(shards):
     (shards / "index.json").unlink()
     (shards / "000001.tar").write_bytes(bytes(10240))
-    result = check(str(shards), 16, workers=2)
+    result = audit_source(str(shards), 16, workers=2)
     assert result.problems == []
     assert f"{shards / '000001.tar'}: a shard without images" in result.notes
 
@@ -180,11 +183,11 @@ def test_latents_are_no_images_even_with_images_beside_them(tmp_path, image_fold
     encode(image_folder, tmp_path / "latents", images=images, classes=True)
     (tmp_path / "latents" / "000000.tar").write_bytes(b"")  # one that can't be read hides nothing
     with pytest.raises(ValueError, match="these are latents of `olvae encode`, not images"):
-        check(str(tmp_path / "latents"), 16, workers=2)
+        audit_source(str(tmp_path / "latents"), 16, workers=2)
 
 
 def test_a_data_set_in_memory():
-    result = check("torchvision:FakeData,size=3")
+    result = audit_source("torchvision:FakeData,size=3")
     assert result.kinds == {"in memory RGB": 3}
     assert result.notes == ["3 images are smaller than 256 pixels and would be enlarged"]
 
@@ -192,7 +195,7 @@ def test_a_data_set_in_memory():
 def test_the_report(photos, shards):
     for name in ("[bold]copy\n.png", *(f"bad{i:02d}.jpg" for i in range(11))):
         (photos / name).touch()
-    lines = list(audit_lines(check(str(photos), 16, workers=2)))
+    lines = list(audit_lines(audit_source(str(photos), 16, workers=2)))
     for line in (
         "images        36, 12 of them unreadable (33.33%)",
         "files         24 PNG RGB",
@@ -202,7 +205,7 @@ def test_the_report(photos, shards):
     ):
         assert line in lines, line
     assert "fine: ready for training" not in lines
-    lines = list(audit_lines(check(str(shards), 16, workers=2)))
+    lines = list(audit_lines(audit_source(str(shards), 16, workers=2)))
     assert lines[-1] == "fine: ready for training"
     assert "shards        4, 6 images each" in lines
 
@@ -211,7 +214,7 @@ def test_percentiles_per_channel_as_numpy_has_them(root, tmp_path):
     arrays = [(values("uint16", 2, seed=n) // np.array([1, 8])).astype(np.uint16) for n in range(5)]
     for number, array in enumerate(arrays):
         (root / f"{number}.npy").write_bytes(npy(array))
-    found = measure(str(root))
+    found = measure_range(str(root))
     together = np.stack(arrays).reshape(-1, 2)
     np.testing.assert_allclose(
         found.percentiles[:, 1:4], np.percentile(together, [0.1, 1, 50], axis=0).T
@@ -221,7 +224,9 @@ def test_percentiles_per_channel_as_numpy_has_them(root, tmp_path):
     assert stated.outside == "clip"
     np.testing.assert_allclose(stated.high, np.percentile(together, 99.9, axis=0), rtol=1e-3)
     pack(str(root), tmp_path / "shards", PackOptions(channels=2))
-    np.testing.assert_array_equal(measure(str(tmp_path / "shards")).percentiles, found.percentiles)
+    np.testing.assert_array_equal(
+        measure_range(str(tmp_path / "shards")).percentiles, found.percentiles
+    )
 
 
 def test_all_columns_count_whatever_the_width(root):
@@ -229,7 +234,7 @@ def test_all_columns_count_whatever_the_width(root):
     array = np.random.default_rng(0).normal(1000, 100, (2048, 2048)).astype(np.float32)
     array[:, 0] = np.nan
     np.save(root / "a.npy", array)
-    found = measure(str(root))
+    found = measure_range(str(root))
     assert found.missing == pytest.approx(1 / 2048, rel=0.2)
     assert found.percentiles[0, 3] == pytest.approx(1000, abs=5)
 
@@ -239,7 +244,7 @@ def test_a_files_own_missing_value_is_no_value_and_is_not_resized(root, tmp_path
     array[:4], array[4] = -9999, 9
     tags = [(42113, "s", 0, "-9999", True)]
     (root / "a.tif").write_bytes(tiff(array, extratags=tags))
-    found = measure(str(root))
+    found = measure_range(str(root))
     assert (found.percentiles[0, [0, -1]].tolist(), found.missing) == ([7, 9], pytest.approx(0.1))
     assert yaml.safe_load(found.line())["range"] == {
         "pairs": [7, 9],

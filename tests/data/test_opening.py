@@ -7,11 +7,11 @@ import pytest
 
 from olvae import config as cfg
 from olvae.config import ConfigError
-from olvae.config.reading import holds_shards
 from olvae.data.dataset import SamplePhotographs
 from olvae.data.opening import open_source, open_test_source, trains_on
 from olvae.data.pixels.size_and_range import Sides
 from olvae.data.shards.index import find_shards
+from olvae.data.src import holds_shards
 from olvae.runs import make_data_absolute, present_data
 from tests.conftest import tiny_config
 from tests.data.images import encoded, write_shards

@@ -9,8 +9,8 @@ from PIL import Image
 from olvae.data.image import (
     FILTERS,
     RESIZES,
-    Bands,
     EvalTransform,
+    MultiBand,
     RandomScaleCrop,
     array_to_picture,
     image_to_tensor,
@@ -142,7 +142,7 @@ def test_channels_change_places():
 
 def test_bands_are_transformed_as_a_picture_is():
     image = Image.effect_noise((90, 61), 80).convert("RGB")
-    bands = Bands(image.split())
+    bands = MultiBand(image.split())
     for transform in (
         EvalTransform(32),
         lambda p: RandomScaleCrop(32)(p, np.random.default_rng(1)),

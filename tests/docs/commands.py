@@ -10,7 +10,8 @@ from torch.distributed.run import get_args_parser
 from typer.main import get_command
 
 from olvae.cli.main import app
-from olvae.config import load, validate
+from olvae.config import validate
+from olvae.data.src import load
 from tests.docs.markdown import ROOT
 
 OLVAE = get_command(app)
@@ -114,7 +115,8 @@ def _check_python(words: list[str]) -> None:
     assert Path(script).is_file(), f"{script} does not exist"
     if script.startswith("examples/"):
         for flag in (word for word in rest if word.startswith("-")):
-            assert f'add_argument("{flag}"' in Path(script).read_text(), f"{script} has no {flag}"
+            known = re.search(rf'add_argument\(\s*"{flag}"', Path(script).read_text())
+            assert known, f"{script} has no {flag}"
     else:
         _check_olvae(
             [{"train.py": "train", "scripts/compute_metrics.py": "evaluate"}[script], *rest]

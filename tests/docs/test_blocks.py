@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from olvae.config import load, resolve_target, validate
+from olvae.config import resolve_target, validate
+from olvae.data.src import load
 from tests.docs.commands import FLAG, check, every_command, find, flags_of
 from tests.docs.conftest import run_command
 from tests.docs.markdown import (

@@ -3,7 +3,7 @@
 import torch
 
 from olvae.evaluation.observers.observer import Observation
-from olvae.models.loading.diffusers_models import DiffusersAutoencoder
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from tests.models.autoencoder_kl import autoencoder_kl
 
 

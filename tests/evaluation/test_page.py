@@ -13,14 +13,16 @@ from PIL import Image
 from skimage import data
 
 from olvae.evaluation.baselines import Bicubic
+from olvae.evaluation.cells import meaning
 from olvae.evaluation.observers.bands import Bands
 from olvae.evaluation.observers.flat_colours import FlatColours
 from olvae.evaluation.observers.gallery import Gallery
 from olvae.evaluation.observers.observer import Evaluated, Subject
 from olvae.evaluation.page import breakable, picture, side_limit
-from olvae.evaluation.protocol import Cost, RoundTrip
 from olvae.evaluation.report import render_page, write_files
-from olvae.evaluation.results import Difference, Results, Row, meaning
+from olvae.evaluation.results import Results, Row
+from olvae.evaluation.round_trip import Cost, RoundTrip
+from olvae.evaluation.statistics import Difference
 from olvae.metrics.metric import psnr
 from tests.browser import Visit
 from tests.evaluation.observers.test_flat_colours import Faulty

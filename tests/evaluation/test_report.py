@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from olvae.evaluation.cells import Cell
 from olvae.evaluation.observers.colour import Colour
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.observers.observer import Evaluated
-from olvae.evaluation.protocol import Cost, Protocol
+from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.report import (
     print_grid,
     print_results,
@@ -17,7 +18,8 @@ from olvae.evaluation.report import (
     write_files,
     write_markdown,
 )
-from olvae.evaluation.results import Cell, Results, Row
+from olvae.evaluation.results import Results, Row
+from olvae.evaluation.round_trip import Cost
 from olvae.files import write_json
 from tests.evaluation.test_results import NAME, read_back, results_of, row
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from olvae.evaluation.protocol import Cost, Protocol
-from olvae.evaluation.results import INFINITE, Results, Row, confidence, difference
+from olvae.evaluation.protocol import Protocol
+from olvae.evaluation.results import INFINITE, Results, Row
+from olvae.evaluation.round_trip import Cost
+from olvae.evaluation.statistics import confidence, difference
 from olvae.files import write_json
 
 IMAGES = {
@@ -155,7 +157,7 @@ def test_the_order_of_images_makes_no_difference_and_the_seed_does():
 def test_memory_is_bounded_without_changing_the_draws(monkeypatch):
     values = keyed(np.random.default_rng(0).normal(size=50))
     whole = confidence(values, samples=100)
-    monkeypatch.setattr("olvae.evaluation.results.CHUNK", 64)  # a row at a time
+    monkeypatch.setattr("olvae.evaluation.statistics.DRAWS_AT_ONCE", 64)  # a row at a time
     assert confidence(values, samples=100) == pytest.approx(whole, rel=1e-12)
 
 

@@ -11,11 +11,12 @@ from skimage.metrics import peak_signal_noise_ratio
 from olvae.data.pixels.size_and_range import PixelRange, Sides
 from olvae.evaluation.baselines import Bicubic
 from olvae.evaluation.observers.observer import Observer
-from olvae.evaluation.protocol import PROTOCOLS, Protocol, Reconstructed, RoundTrip
+from olvae.evaluation.protocol import PROTOCOLS, Protocol
+from olvae.evaluation.round_trip import Reconstructed, RoundTrip
 from olvae.evaluation.runner import fingerprint, found_by, is_examined, measure, observe, rows_under
 from olvae.metrics import build_metrics
 from olvae.models.autoencoder import Autoencoder
-from olvae.modules.base import count_macs
+from olvae.modules.counting import count_macs
 from olvae.modules.distributions import Posterior
 from tests.conftest import tiny
 
@@ -222,7 +223,7 @@ def test_presets_differ_in_what_they_say():
 def test_speeds_are_of_each_half_without_the_first_batch(monkeypatch):
     # A batch warms up; then 2 s to encode, 1 s to decode.
     clock = iter([0, 100, 100, 200, 300, 302, 302, 303.0])
-    monkeypatch.setattr("olvae.evaluation.protocol.now", lambda _: next(clock))
+    monkeypatch.setattr("olvae.evaluation.round_trip.now", lambda _: next(clock))
     reconstruct = RoundTrip(tiny())
     for _ in range(2):
         reconstruct(list("abcd"), torch.zeros(4, 3, 16, 16, dtype=torch.uint8))

@@ -9,8 +9,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
 from olvae.export.formats import DiffusersLayout
-from olvae.models.loading import diffusers_models
-from olvae.models.loading.diffusers_models import DiffusersAutoencoder
+from olvae.models.loading import from_diffusers
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from tests.models.loading.classes import make
 
 SMALL: dict[str, Any] = {
@@ -62,7 +62,7 @@ PIPELINES: dict[str, tuple[Any, dict[str, Any]]] = {
 @torch.no_grad()
 def main(folder: Path) -> None:
     """The image is what our trained decoder makes of the latents that the pipeline hands to diffusers' class."""
-    diffusers_models.PROBE = 32
+    from_diffusers.PROBE = 32
     for name, (build, arguments) in PIPELINES.items():
         ours = DiffusersAutoencoder(make(name)).as_litevae(name).eval()
         for parameter in ours.decoder.parameters():  # as training would

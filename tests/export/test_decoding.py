@@ -8,7 +8,7 @@ from olvae.config import ConfigError
 from olvae.data.image import image_to_tensor
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.data.shards.index import find_shards, with_counts
-from olvae.data.shards.latent_source import LATENT, META
+from olvae.data.shards.latents import LATENT, LATENT_META
 from olvae.data.shards.tar_reading import read_shard
 from olvae.export.decoding import decode_shards
 from olvae.models.large.tiling import crop_to, pad_to_multiple
@@ -122,7 +122,7 @@ def altered(tmp_path, image_folder, **changes):
     encode(image_folder, tmp_path / "latents", shard_size=20)
     (shard,) = shards(tmp_path / "latents")
     entry = next(iter(read_shard(shard, LATENT)))
-    files = {LATENT: entry.data, META: entry.files[META], **changes}
+    files = {LATENT: entry.data, LATENT_META: entry.files[LATENT_META], **changes}
     write_tar(tmp_path / "one.tar", [(f"x.{ext}", content) for ext, content in files.items()])
     return shards(tmp_path / "one.tar")
 
@@ -131,13 +131,15 @@ def altered(tmp_path, image_folder, **changes):
 def test_keys_that_lead_astray(tmp_path, image_folder, key):
     meta = f'{{"key": "{key}", "image": [16, 16]}}'.encode()
     with pytest.raises(ValueError, match="leads out of the folder"):
-        decode_shards(tiny_vae(), altered(tmp_path, image_folder, **{META: meta}), tmp_path / "out")
+        decode_shards(
+            tiny_vae(), altered(tmp_path, image_folder, **{LATENT_META: meta}), tmp_path / "out"
+        )
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("meta", [b"{", b"{}", b"7", b'{"key": "x", "image": 5}', None])
 def test_broken_latents(tmp_path, image_folder, meta):
-    changes = {LATENT: b"\0" * 40} if meta is None else {META: meta}
+    changes = {LATENT: b"\0" * 40} if meta is None else {LATENT_META: meta}
     with pytest.raises(
         ValueError, match=r"no latents to decode: .*x\.latent\.safetensors: not a latent"
     ):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from olvae import LiteVAE
 from olvae.config import ConfigError
-from olvae.export.exporting import ExportSettings, check_place, export, read_factors
+from olvae.export.exporting import ExportSettings, check_place, export
+from olvae.export.factors import read_factors
 from olvae.export.formats import LAYOUTS, Layout, Loaded, find_layout
 from olvae.models.loading.targets import find_target
 from tests.export.tiny import ours, tiny_litevae

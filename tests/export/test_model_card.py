@@ -8,8 +8,9 @@ import pytest
 
 from olvae import LiteVAE
 from olvae.config import save
-from olvae.export.exporting import Provenance, export, model_card
+from olvae.export.exporting import export
 from olvae.export.formats import LAYOUTS
+from olvae.export.model_card import Provenance, model_card
 from olvae.runs import Run
 from tests.conftest import tiny_config
 from tests.export.tiny import ours, tiny_litevae

@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from olvae import LiteVAE
-from olvae.models.loading.diffusers_models import DiffusersAutoencoder
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from tests.conftest import tiny
 
 

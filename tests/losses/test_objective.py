@@ -8,21 +8,18 @@ import pywt
 import torch
 from scipy.ndimage import gaussian_filter
 
-from olvae.losses.objective import (
-    IMAGE_TERMS,
+from olvae.losses.objective import IMAGE_TERMS, AlphaObjective, Objective, over
+from olvae.losses.perceptual import ESRGAN
+from olvae.losses.terms import (
     RECONSTRUCTION,
-    AlphaObjective,
-    Objective,
     gaussian_loss,
     kl_loss,
     latent_loss,
     logvar_loss,
     marginal_cosine_loss,
     marginal_distance_loss,
-    over,
     wavelet_loss,
 )
-from olvae.losses.perceptual import ESRGAN
 from olvae.modules.distributions import DiagonalGaussian
 
 X = torch.tensor([[[[0.5, -0.25], [1.0, 0.0]]]], dtype=torch.float64)

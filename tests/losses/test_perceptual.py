@@ -8,10 +8,10 @@ import torch
 import torchvision
 from PIL import Image
 
-from olvae.checkpoint import VGG16, VGG19
 from olvae.data.dataset import HELD_OUT
 from olvae.losses.perceptual import ESRGAN, LPIPS, Lite0
 from olvae.modules.frozen import conv5_4
+from olvae.pretrained_networks import VGG16, VGG19
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from olvae.losses.adversarial import LeCam, r1_penalty
 from olvae.losses.cutmix import _inside, cutmix, cutmix_consistency, cutmix_loss
+from olvae.losses.gan_losses import LeCam, r1_penalty
 
 
 # R1

@@ -18,7 +18,6 @@ from timm.models import vision_transformer
 from torch import nn
 from torch_fidelity.defaults import DEFAULTS
 
-from olvae.checkpoint import DINOV2, INCEPTION
 from olvae.cli.main import main as olvae
 from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.features import (
@@ -32,6 +31,7 @@ from olvae.metrics.features import (
 )
 from olvae.metrics.metric import Unavailable
 from olvae.modules.frozen import TRUNKS, VisionEncoder
+from olvae.pretrained_networks import DINOV2, INCEPTION
 from tests.export.latents import tiny_vae
 from tests.metrics.conftest import pairs
 

@@ -2,8 +2,8 @@ import shutil
 
 import pytest
 
-from olvae.checkpoint import ALEXNET, INCEPTION, VGG16
 from olvae.metrics import METRICS, build_metrics
+from olvae.pretrained_networks import ALEXNET, INCEPTION, VGG16
 from tests.metrics.conftest import pairs
 
 NAMES = [

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from olvae.models import liteautoencoder
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import mix_seeds
+from olvae.models.updates.optimizers import mix_seeds
 from tests.models.steps import (
     PATCHGAN,
     UNETGAN,

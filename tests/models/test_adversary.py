@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.losses import adversarial as losses
-from olvae.losses.adversarial import ADVERSARIAL_LOSSES
+from olvae.losses import gan_losses as losses
 from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
+from olvae.losses.gan_losses import ADVERSARIAL_LOSSES
 from olvae.models.adversary import Adversary
 from olvae.modules.unetgan import UNetGAN
 

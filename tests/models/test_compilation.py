@@ -18,12 +18,12 @@ from torch._inductor.scheduler import NopKernelSchedulerNode
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from olvae.config import load
+from olvae.data.src import load
 from olvae.models.footprint import without_memory, without_weights
-from olvae.models.optimization import compile_networks
 from olvae.modules.gigagan import GigaGAN
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from olvae.modules.mixed_precision import compile_networks
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 from olvae.modules.unetgan import UNetGAN, stop_power_iterations
 from tests.conftest import TINY_ENCODER

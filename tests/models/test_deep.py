@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from olvae.config import load
+from olvae.data.src import load
 from olvae.models.footprint import without_weights
 
 CONFIGS = {

@@ -7,12 +7,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from olvae.bench.cases import time_steps
 from olvae.config import ConfigError
+from olvae.data.src import load
 from olvae.losses import perceptual
 from olvae.models.footprint import MARGIN, Footprint, advice, footprint, without_weights
 from olvae.models.large.tiling import GIB, LiveBytes
-from olvae.models.muon import is_matrix
 from olvae.models.parts.part import Step
-from olvae.modules.base import count_parameters
+from olvae.models.updates.muon import is_matrix
+from olvae.modules.counting import count_parameters
 from tests.conftest import tiny_config
 from tests.models.steps import WITHOUT_KL, against, build, kept, objective
 
@@ -132,9 +133,8 @@ def test_a_config_for_inference_says_so():
 @pytest.mark.slow
 def test_the_published_recipe():
     """32 images of B5 at 256 pixels do not fit 40 GB; with checkpointing they do."""
-    from olvae import config as cfg
 
-    model = without_weights(cfg.load(["configs/imagenet/B5.yaml"])["model"])
+    model = without_weights(load(["configs/imagenet/B5.yaml"])["model"])
     found = footprint(model, 256, "bf16")
     assert found.per_image / GIB == pytest.approx(1.33, rel=0.1)
     checkpointed = footprint(model, 256, "bf16", checkpoint=True)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from olvae.config import instantiate, load
-from olvae.models.muon import Muon
-from olvae.models.optimization import mix_seeds
+from olvae.config import instantiate
+from olvae.data.src import load
+from olvae.models.updates.muon import Muon
+from olvae.models.updates.optimizers import mix_seeds
 from olvae.modules.base import last_convolution
 from tests.models.steps import build, fit, source
 

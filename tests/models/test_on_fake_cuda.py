@@ -19,8 +19,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from olvae.config import load
-from olvae.evaluation.protocol import RoundTrip
+from olvae.data.src import load
+from olvae.evaluation.round_trip import RoundTrip
 from olvae.models import footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.models.test_synchronisation import WAITS

@@ -9,9 +9,9 @@ from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.data.dataset import SamplePhotographs
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.evaluation.baselines import Bicubic
-from olvae.evaluation.protocol import RoundTrip
+from olvae.evaluation.round_trip import RoundTrip
 from olvae.metrics.metric import psnr
-from olvae.models import spec as names
+from olvae.models import target_names as names
 from olvae.models import weight_files
 from olvae.models.loading.targets import find_target
 from tests.export.tiny import tiny_litevae

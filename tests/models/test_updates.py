@@ -11,7 +11,7 @@ from torch import Tensor
 
 from olvae.data.pixels.size_and_range import from_uint8
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import mix_seeds
+from olvae.models.updates.optimizers import mix_seeds
 from tests.models.steps import (
     UNETGAN,
     Each,

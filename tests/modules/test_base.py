@@ -6,8 +6,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from olvae.models.linear_code import LinearDecoder, LinearEncoder
-from olvae.modules import base
-from olvae.modules.base import check_counts, count_macs, count_parameters
+from olvae.modules import base, mixed_precision
+from olvae.modules.checks import check_counts
+from olvae.modules.counting import count_macs, count_parameters
 from olvae.modules.gigagan import GigaGAN
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder, OpenUNet, PaperUNet, WaveletEncoder
@@ -17,7 +18,7 @@ from olvae.modules.sdvae import SDDecoder, SDEncoder
 from olvae.modules.unetgan import UNetGAN, stop_power_iterations
 from tests.models.test_on_fake_cuda import Operations
 
-cast = base._cast_operands
+cast = mixed_precision._cast_operands
 NARROW = {"channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1}
 SMALL_GIGAGAN = {
     "base": 256,
@@ -145,7 +146,9 @@ def test_gradients_are_ready_before_the_backward_pass_ends(monkeypatch):
         torch.randn(1, 4, 8, 8, requires_grad=True),
         [],
     )
-    monkeypatch.setattr(base, "GROUP_BYTES", sum(p.nbytes for p in decoder.parameters()) // 4)
+    monkeypatch.setattr(
+        mixed_precision, "GROUP_BYTES", sum(p.nbytes for p in decoder.parameters()) // 4
+    )
     for p in decoder.parameters():
         p.register_post_accumulate_grad_hook(lambda p: ready.append(p))
     before = []

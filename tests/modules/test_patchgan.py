@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.devices import join, leave
-from olvae.losses.adversarial import r1_penalty
+from olvae.launcher import join, leave
+from olvae.losses.gan_losses import r1_penalty
 from olvae.modules.base import mean_over_processes
 from olvae.modules.patchgan import PatchGAN
 from tests.test_devices import fork_two

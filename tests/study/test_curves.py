@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from olvae.config import load
+from olvae.data.src import load
 from study.curves import CURVES, main
 
 RESULTS = Path(__file__).parent.parent.parent / "study" / "results" / "curves"

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from olvae import config as cfg
+from olvae.data.src import load
 from study.parts import PARTS, RECIPE, node, read, table
 
 ROOT = Path(__file__).parent.parent.parent
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.mark.parametrize("name", PARTS)
 def test_every_part_is_a_valid_config(name):
-    assert cfg.validate(cfg.load([RECIPE], node(name))) == []
+    assert cfg.validate(load([RECIPE], node(name))) == []
 
 
 def test_the_documents_table_is_that_of_the_files_in_the_repository():

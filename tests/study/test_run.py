@@ -9,6 +9,7 @@ from PIL import Image
 from skimage import data
 
 from olvae import config as cfg
+from olvae.data.src import load
 from study.corpus import FOLDERS
 from study.rows import QUESTIONS, RECIPE, Diffusion, Row, diffusions, rows
 from study.run import Study, StudyError
@@ -20,7 +21,7 @@ def test_every_row_is_a_valid_config(quick):
     assert len({row.name for row in found}) == len(found)
     for row in found:
         assert row.question in QUESTIONS
-        assert cfg.validate(cfg.load([RECIPE], list(row.overrides))) == [], row.name
+        assert cfg.validate(load([RECIPE], list(row.overrides))) == [], row.name
     assert {diffusion.of for diffusion in diffusions(quick)} <= {row.name for row in found}
 
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import BadStep, PlayersStrategy
+from olvae.models.updates.ddp import PlayersStrategy
+from olvae.models.updates.nonfinite import BadStep
 from olvae.training.callbacks import BadSteps
 from tests.conftest import tiny_config
 from tests.models.steps import against, build, trainer

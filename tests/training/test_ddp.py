@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from olvae.config import load
-from olvae.models.optimization import UNUSED
+from olvae.data.src import load
+from olvae.models.updates.ddp import UNUSED
 from olvae.runs import Run
 from tests.conftest import parts, tiny_config
 from tests.data.images import write_shards

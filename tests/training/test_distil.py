@@ -13,19 +13,20 @@ import pytest
 import torch
 
 from olvae import LiteVAE
-from olvae.config import ConfigError, load, save, validate
+from olvae.config import ConfigError, save, validate
 from olvae.data.dataset import SamplePhotographs
 from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
-from olvae.data.shards.latent_source import LATENT, read_latent
+from olvae.data.shards.latents import LATENT, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.source import LoaderProcess
-from olvae.export.diffusers_model import AutoencoderLiteVAE
+from olvae.data.src import load
+from olvae.export.as_diffusers import AutoencoderLiteVAE
 from olvae.figures import save_image
 from olvae.metrics.metric import psnr
 from olvae.models import linear_code
 from olvae.models.linear_code import LinearEncoder
-from olvae.models.loading.diffusers_models import DiffusersAutoencoder
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
 from olvae.modules.base import Encoder
 from olvae.modules.litevae.encoder_model import WaveletEncoder
@@ -33,10 +34,10 @@ from olvae.training.run import untrained_half
 from olvae.training.settings import TrainOptions, read_plan
 from tests.conftest import parts, tiny
 from tests.export.latents import encode
-from tests.export.test_diffusers_model import dit
+from tests.export.test_as_diffusers import dit
 from tests.models.autoencoder_kl import tiny_kl
 from tests.training.origins import EIGHT, FACTORS, checkpoint, one_line, save_teacher, student
-from tests.training.test_origin import small
+from tests.training.test_start_from import small
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from olvae import config as cfg
 from olvae.config import ConfigError
 from olvae.models.adversary import Adversary
 from olvae.models.footprint import without_weights
-from olvae.modules.base import count_parameters
+from olvae.modules.counting import count_parameters
 from olvae.training.dry_run import RankStep, check_data, dry_run, kinds_of_steps, record_steps
 from olvae.training.run import quieten
 from tests.conftest import tiny_config

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from olvae.devices import join
+from olvae.launcher import join
 from olvae.training.processes import PROGRESS_KEY, Lockstep
 from tests.test_devices import fork_each
 from tests.training.conftest import torchrun

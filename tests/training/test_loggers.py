@@ -7,9 +7,10 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from olvae.config import ConfigError, load
+from olvae.config import ConfigError
+from olvae.data.src import load
 from olvae.runs import Run
-from olvae.training.progress import make_loggers
+from olvae.training.loggers import make_loggers
 from tests.conftest import tiny_config
 from tests.training.events import scalars
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from olvae.config import ConfigError
-from olvae.models.loading.diffusers_models import DiffusersAutoencoder
-from olvae.training.origin import with_channels
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder
+from olvae.training.start_from import with_channels
 from tests.export.latents import tiny_vae
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.classes import make

@@ -13,8 +13,9 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 
 from olvae.cli.main import main
-from olvae.config import ConfigError, instantiate, load, save
-from olvae.devices import gather, join, leave
+from olvae.config import ConfigError, instantiate, save
+from olvae.data.src import load
+from olvae.launcher import gather, join, leave
 from olvae.runs import Run, locked
 from olvae.training.processes import (
     OLDER_NAMES,
@@ -25,9 +26,9 @@ from olvae.training.processes import (
     meet,
     process_count,
 )
-from olvae.training.progress import _warnings
 from olvae.training.run import TrainingStopped, train
 from olvae.training.settings import TrainOptions
+from olvae.training.summary import _warnings
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
 from tests.test_devices import fork_each, free_port

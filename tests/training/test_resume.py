@@ -15,7 +15,8 @@ import pytest
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from olvae.cli.main import main
-from olvae.config import load, save
+from olvae.config import save
+from olvae.data.src import load
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 from olvae.training import run as training

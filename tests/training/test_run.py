@@ -16,7 +16,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from olvae.cli.main import main
-from olvae.config import ConfigError, load, save
+from olvae.config import ConfigError, save
+from olvae.data.src import load
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 from olvae.training.run import RUN_ENV, TrainingStopped, quieten

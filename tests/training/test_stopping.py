@@ -9,7 +9,7 @@ import pytest
 
 from olvae.config import ConfigError
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import lr_factor
+from olvae.models.updates.optimizers import lr_factor
 from olvae.runs import Run
 from olvae.training.callbacks import GracefulStop
 from olvae.training.processes import requeue

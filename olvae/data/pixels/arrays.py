@@ -13,7 +13,7 @@ import numpy as np
 from olvae.config import import_extra
 from olvae.data.pixels.size_and_range import Array, check_size
 
-DTYPES = ("uint8", "uint16", "int16", "float16", "float32")
+ARRAY_DTYPES = ("uint8", "uint16", "int16", "float16", "float32")
 # Largest number of values in an array, all channels: 1 GiB in float32.
 MAX_VALUES = 2**28
 # Largest number of a pyramid's smaller images, of all pages together; each is read.
@@ -87,9 +87,9 @@ def _check(channels: int, shape: Sequence[int], dtype: Any) -> None:
     wanted = f"(H, W, {channels or 'channels'})"
     if channels <= 1:
         wanted += " or (H, W)"
-    if dtype.name not in DTYPES:
+    if dtype.name not in ARRAY_DTYPES:
         raise ValueError(
-            f"expected {', '.join(DTYPES)} of shape {wanted}, got {dtype} of shape {tuple(shape)}"
+            f"expected {', '.join(ARRAY_DTYPES)} of shape {wanted}, got {dtype} of shape {tuple(shape)}"
         )
     found = shape[2] if len(shape) == 3 else 1
     if len(shape) not in (2, 3) or 0 in shape or (channels and found != channels):

@@ -332,7 +332,7 @@ class PixelRange:
 
     def picture(self, levels: Tensor) -> Tensor:
         """Levels, (..., C, H, W) -> uint8 of the channels that are shown, stretched."""
-        # By default gray, RGB and RGBA are shown whole, and three of more channels.
+        # By default all channels of 8-bit images are shown, and at most three of others.
         shown = self.shown
         if shown is None and not self.eight_bits and levels.shape[-3] >= 4:
             shown = (0, 1, 2)

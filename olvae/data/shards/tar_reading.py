@@ -24,8 +24,9 @@ from urllib.request import getproxies, proxy_bypass
 import fsspec
 from webdataset.tariterators import group_by_keys
 
-from olvae.config.reading import EXTENSIONS, is_local
+from olvae.config.reading import is_local
 from olvae.data.read_errors import ReadError
+from olvae.data.src import EXTENSIONS
 from olvae.files import first_line, legible, reason
 
 _UNPACKING = (zlib.error, lzma.LZMAError, EOFError)
@@ -221,7 +222,7 @@ PAUSE_S = 1.0
 # Number of times that one download is resumed.
 MAX_RESUMES = 20
 # Bytes that are asked of a download at a time; fsspec passes each piece on from another thread.
-CHUNK = 2**20
+DOWNLOAD_BYTES = 2**20
 # Bytes of a request to an object store.
 BLOCK = 2**23
 # HTTP statuses below 500 after which a request is repeated.
@@ -300,7 +301,7 @@ class _Download:
             try:
                 if self._file is None:
                     self._open()
-                data: bytes = self._file.read(CHUNK)
+                data: bytes = self._file.read(DOWNLOAD_BYTES)
             except Exception as error:  # each file system raises its own kinds
                 self.close()
                 if until is None:
@@ -357,7 +358,7 @@ class _Download:
         self._tag = tag
         ahead = self._place if response.status != 206 else 0
         while ahead:
-            skipped = len(self._file.read(min(ahead, CHUNK)))
+            skipped = len(self._file.read(min(ahead, DOWNLOAD_BYTES)))
             if not skipped:
                 raise ValueError("it changed while it was read")
             ahead -= skipped

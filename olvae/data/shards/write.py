@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from olvae.config import ConfigError
 from olvae.data.read_errors import ReadError
 from olvae.data.shards.index import ShardRecord
-from olvae.devices import gather, this_process
 from olvae.files import atomic_write, file_sha256, lock_file, reason, remove_partials, write_json
+from olvae.launcher import gather, this_process
 
 log = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from markupsafe import Markup
 
+from olvae.evaluation.cells import significant
 from olvae.evaluation.observers.observer import Observation, PerImageObserver
 from olvae.evaluation.page import Page
-from olvae.evaluation.results import significant
 from olvae.modules.wavelet import wavedec2
 
 NO_SIGNAL: Mapping[str, float | None] = {"share_of_signal": None, "energy_ratio": None}

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olvae.evaluation.cells import MINUS, significant
 from olvae.evaluation.observers.observer import Observation, PerImageObserver
-from olvae.evaluation.results import MINUS, significant
 
 LUMA = (0.299, 0.587, 0.114)  # of R, G and B, as in ITU-R BT.601
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from olvae.config import ConfigError
+from olvae.evaluation.cells import NONE
 from olvae.evaluation.observers.observer import Observation, Observer, PerImageObserver, Subject
-from olvae.evaluation.results import NONE, Row
+from olvae.evaluation.results import Row
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Posterior
-from olvae.modules.scaling_factors import Moments
+from olvae.modules.moments import Moments
 
 
 class Crossed(Autoencoder):

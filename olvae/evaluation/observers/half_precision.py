@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from olvae.config import ConfigError
 from olvae.devices import FULL, PRECISIONS, autocast, precision_name
+from olvae.evaluation.cells import significant
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.observer import Observer, Subject
-from olvae.evaluation.results import Row, finite, significant
+from olvae.evaluation.results import Row
+from olvae.evaluation.statistics import finite
 from olvae.files import first_line
 from olvae.models.autoencoder import Autoencoder
-from olvae.modules.base import watch_outputs
+from olvae.modules.counting import watch_outputs
 from olvae.modules.distributions import Posterior, in_float32
 
 AUTOCAST = "-autocast"  # ends the name of a precision
-TOLERANCE = 0.1  # in dB: a precision whose PSNR is further from float32's is not safe
+SAFE_DB = 0.1  # in dB: a precision whose PSNR is further from float32's is not safe
 
 
 class InPrecision(Autoencoder):
@@ -177,7 +179,7 @@ class HalfPrecision(Observer):
       ``values`` over all modules, and the ``first`` module with one;
     - ``psnr_lost``, float32's PSNR minus this one's, over the images that neither gives back
       exactly, None without any;
-    - ``safe``: nothing was non-finite, and PSNR is within :data:`TOLERANCE`.
+    - ``safe``: nothing was non-finite, and PSNR is within :data:`SAFE_DB`.
 
     Args:
         precisions: fp16, bf16, 32, by any of their names, or fp16-autocast, bf16-autocast: weights
@@ -262,7 +264,7 @@ class HalfPrecision(Observer):
         if row.metrics["psnr"] != full.metrics["psnr"]:
             pairs = finite(full.per_image["psnr"], row.per_image["psnr"])  # (2, n)
             lost = float((pairs[0] - pairs[1]).mean()) if pairs.size else math.inf
-        safe = not entry["non_finite"]["values"] and abs(lost) <= TOLERANCE
+        safe = not entry["non_finite"]["values"] and abs(lost) <= SAFE_DB
         entry = {**entry, "psnr_lost": lost if math.isfinite(lost) else None, "safe": safe}
 
         cost = row.cost

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from olvae.evaluation.cells import significant
 from olvae.evaluation.observers.observer import Observation, PerImageObserver
-from olvae.evaluation.results import Row, significant
+from olvae.evaluation.results import Row
 from olvae.losses.objective import over
 
 SPECTRAL = 4  # channels from which a pixel has a spectrum

@@ -17,10 +17,10 @@ from torch import Tensor
 from torchmetrics.functional.text import char_error_rate
 
 from olvae.data.image import image_to_tensor
+from olvae.evaluation.cells import NONE, texts
 from olvae.evaluation.observers.observer import Observation, Observer, PerImageObserver, Subject
 from olvae.evaluation.page import Page
-from olvae.evaluation.protocol import RoundTrip
-from olvae.evaluation.results import NONE, texts
+from olvae.evaluation.round_trip import RoundTrip
 
 SIZES = (8, 10, 12, 16, 20, 24, 32)  # of the fonts, in pixels
 STYLES = (  # font, ink, paper
@@ -34,7 +34,7 @@ WORDS = (
     "2026-03-14 Zebra Jelly"
 )
 CONFIDENCE = 0.5  # a line of an image counts if OCR is as sure of it in the original
-IMAGES = "images"  # the kind of lines of the evaluated images
+TEXT_IMAGES = "images"  # the kind of lines of the evaluated images
 DRAWN = "as drawn"  # a target's name for the pages themselves
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
@@ -83,7 +83,7 @@ class Text(PerImageObserver):
             for box in _find(x):
                 text = _read(x, box, CONFIDENCE)
                 if text:
-                    lines.append((IMAGES, box, text))
+                    lines.append((TEXT_IMAGES, box, text))
             self._lines[key] = lines
         return [_count(self._lines[key], y) for key, y in zip(batch.keys, batch.y, strict=True)]
 
@@ -106,7 +106,11 @@ class Text(PerImageObserver):
 
     def result(self, target: str, draw: int) -> dict[str, Any]:
         found = self._rates(target)
-        return {IMAGES: found.pop(IMAGES, None), "drawn": found, "unread": self._rates(DRAWN)}
+        return {
+            TEXT_IMAGES: found.pop(TEXT_IMAGES, None),
+            "drawn": found,
+            "unread": self._rates(DRAWN),
+        }
 
     def _rates(self, target: str) -> dict[str, dict[str, float]]:
         """The character error rate by kind of lines."""
@@ -120,8 +124,8 @@ class Text(PerImageObserver):
 
     def columns(self, entry: Mapping[str, Any]) -> Mapping[str, str]:
         cells = {}
-        if entry[IMAGES]:
-            cells["text errors"] = _percent(entry[IMAGES])
+        if entry[TEXT_IMAGES]:
+            cells["text errors"] = _percent(entry[TEXT_IMAGES])
         drawn = [rate["error"] for rate in entry["drawn"].values()]
         if drawn:
             cells["drawn text"] = _percent({"error": fmean(drawn)})

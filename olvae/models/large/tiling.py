@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from olvae.library_internals import TorchDispatchMode, forget_hooks, tree_leaves
 from olvae.modules.base import Decoder, Stage, dtype_of
 
 GIB = 2**30
@@ -244,8 +243,7 @@ def _meta_copy(module: nn.Module) -> nn.Module:
         )
     meta = copy.deepcopy(module, memo)
     for part in meta.modules():
-        part._forward_hooks.clear()
-        part._forward_pre_hooks.clear()
+        forget_hooks(part)
     return meta
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from olvae.checkpoint import load_weights, read_checkpoint, state_dict_of
 from olvae.config import Config, ConfigError
 from olvae.files import first_line
-from olvae.models.loading.diffusers_models import DiffusersAutoencoder, check_parameters
 from olvae.models.loading.families import BLOCKS, NAMES
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder, check_parameters
 from olvae.models.loading.loader import Loader, LoadOptions, Target
 from olvae.models.spec import CONFIG_NAME, oversized, read_config
 from olvae.models.weight_files import config_inside, is_export, locate_weights

@@ -11,10 +11,17 @@ from olvae import config as cfg
 from olvae.checkpoint import read_checkpoint, read_weights, state_dict_of
 from olvae.config import ConfigError
 from olvae.models.autoencoder import LiteVAE, load_located
-from olvae.models.loading.diffusers_models import DiffusersLoader
+from olvae.models.loading.from_diffusers import DiffusersLoader
 from olvae.models.loading.loader import Loader, LoadOptions, Target
 from olvae.models.loading.original_files import OriginalLoader
-from olvae.models.spec import DIFFUSERS, KINDS, SHIPPED, check_target, is_hub_id, split_class
+from olvae.models.target_names import (
+    DIFFUSERS,
+    KINDS,
+    SHIPPED,
+    check_target,
+    is_hub_id,
+    split_class,
+)
 from olvae.models.weight_files import ONE_KIND, PUBLISHED, is_export, locate, locate_weights
 from olvae.runs import find_run, run_of, settings_of
 
@@ -63,7 +70,7 @@ class CheckpointLoader(Loader):
             and options.config_base is not None
             and weights.parent.name == "checkpoints"
         ):
-            config = find_config(options.config_base, weights.parent.parent.resolve().name)
+            config = find_run_config(options.config_base, weights.parent.parent.resolve().name)
         located = locate(text, config=config)
         if located.config:
             mistakes = cfg.validate(located.config)
@@ -82,7 +89,7 @@ class CheckpointLoader(Loader):
         )
 
 
-def find_config(base: str | Path, run_name: str) -> Path:
+def find_run_config(base: str | Path, run_name: str) -> Path:
     """Find the YAML file of a run, ``<timestamp>_<config>_<precision>`` [R], anywhere in a folder.
 
     It is ``<run's name>.yaml``, or else ``<config>.yaml``. ConfigError unless there is exactly one.
@@ -119,7 +126,7 @@ def find_target(
     raw: bool = False,
     allow_mismatch: bool = False,
 ) -> Target:
-    """Find the autoencoder that a TARGET names, one of :data:`~olvae.models.spec.KINDS`.
+    """Find the autoencoder that a TARGET names, one of :data:`~olvae.models.target_names.KINDS`.
 
     The options are :class:`LoadOptions`. FileNotFoundError if it was not found, or the hub can't be
     reached; ConfigError if the config has mistakes or is missing; ValueError if the file is not

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.models.parts.part import Loss, Model, Part, Step
-from olvae.modules.base import check_not_negative, upcast, watch_outputs
+from olvae.modules.checks import check_not_negative
+from olvae.modules.counting import watch_outputs
+from olvae.modules.mixed_precision import upcast
 
 
 class ActivationBound(Part):

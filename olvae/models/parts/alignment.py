@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.config import import_extra
-from olvae.losses.objective import IMAGE_TERMS, marginal_cosine_loss, marginal_distance_loss
+from olvae.losses.objective import IMAGE_TERMS
+from olvae.losses.terms import marginal_cosine_loss, marginal_distance_loss
 from olvae.models.parts.part import Loss, Model, Part, Step
 from olvae.models.weight_files import locate_weights
-from olvae.modules.base import check_choice, check_not_negative, no_autocast, upcast
+from olvae.modules.checks import check_choice, check_not_negative
 from olvae.modules.frozen import VisionEncoder, published_weights
+from olvae.modules.mixed_precision import no_autocast, upcast
 
 # The largest adaptive factor: the margins may leave almost nothing of the alignment's gradient [D].
 ADAPTIVE_MAX = 1e4

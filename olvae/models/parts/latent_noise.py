@@ -7,7 +7,8 @@ import torch
 
 from olvae.models.parts.equivariance import Equivariance
 from olvae.models.parts.part import Model, Part, Step
-from olvae.modules.base import check_choice, check_not_negative, upcast
+from olvae.modules.checks import check_choice, check_not_negative
+from olvae.modules.mixed_precision import upcast
 
 
 class LatentNoise(Part):

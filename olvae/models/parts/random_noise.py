@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 
 from olvae.models.parts.part import Model, Part, Step
-from olvae.modules.base import check_choice, check_not_negative, upcast
+from olvae.modules.checks import check_choice, check_not_negative
+from olvae.modules.mixed_precision import upcast
 
 
 class RandomNoise(Part):

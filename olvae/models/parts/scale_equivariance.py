@@ -9,7 +9,8 @@ from olvae.config import ConfigError
 from olvae.data.source import Source
 from olvae.models.parts.equivariance import Equivariance
 from olvae.models.parts.part import Loss, Model, Part, Step
-from olvae.modules.base import check_counts, check_not_negative, upcast
+from olvae.modules.checks import check_counts, check_not_negative
+from olvae.modules.mixed_precision import upcast
 
 
 class ScaleEquivariance(Part):

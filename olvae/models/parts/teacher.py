@@ -14,16 +14,17 @@ from olvae.data.shards.latent_source import PairSource
 from olvae.data.source import Source
 from olvae.devices import DTYPES
 from olvae.files import warn_once
-from olvae.losses.objective import latent_loss, logvar_loss
+from olvae.losses.terms import latent_loss, logvar_loss
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import find_target
 from olvae.models.parts.part import Loss, Model, Part, Step, first_images
-from olvae.modules.base import check_not_negative, no_autocast
+from olvae.modules.checks import check_not_negative
 from olvae.modules.distributions import DiagonalGaussian, Posterior, in_float32
-from olvae.modules.frozen import Constant
-from olvae.modules.scaling_factors import Moments
+from olvae.modules.frozen import Frozen
+from olvae.modules.mixed_precision import no_autocast
+from olvae.modules.moments import Moments
 
-NO_FACTORS = (
+TEACHER_HAS_NO_FACTORS = (
     "its file holds no factors for a diffusion model: set model.params.scaling_factor "
     "(Stable Diffusion 1 has 0.18215, SDXL 0.13025, SD3 1.5305 with shift_factor 0.0609, "
     "FLUX.1 0.3611 with 0.1159)"
@@ -87,7 +88,7 @@ class Teacher(Part):
         with torch.device("cpu"):
             model = find_target(autoencoder).load()
         self._checksum = tensors_sum(model.state_dict())
-        self.frozen = Constant(model.to(self.dtype))
+        self.frozen = Frozen(model.to(self.dtype))
 
     @property
     def model(self) -> Autoencoder:
@@ -142,7 +143,7 @@ class Teacher(Part):
                 f"(dct_levels, channel_mult or blocks){images}"
             )
         if not self.model.factors_known and "scaling_factor" not in model.given_factors:
-            yield f"scaling_factor: {NO_FACTORS}"
+            yield f"scaling_factor: {TEACHER_HAS_NO_FACTORS}"
 
         # Nothing else may pull the latents away.
         if "kl" in model.loss_weights:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Operands, upcast
+from olvae.modules.mixed_precision import Operands, upcast
 
 
 class SMC(nn.Module):

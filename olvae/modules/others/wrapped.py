@@ -8,16 +8,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import (
-    HALVES,
-    Decoder,
-    Encoder,
-    Steps,
-    autocast_enabled,
-    no_autocast,
-    upcast,
-)
+from olvae.library_internals import can_checkpoint, causal_padding, set_checkpointing
+from olvae.modules.base import HALVES, Decoder, Encoder, Steps
 from olvae.modules.distributions import deterministic_moments
+from olvae.modules.mixed_precision import autocast_enabled, no_autocast, upcast
 
 TRAINABLE = (
     "AutoencoderDC",
@@ -120,14 +114,13 @@ class _Wrapped(Steps):
         return found
 
     def checkpoint_steps(self, on: bool = True) -> None:
-        if on and not self.model._supports_gradient_checkpointing:
+        if on and not can_checkpoint(self.model):
             raise ValueError(f"checkpoint: diffusers' {self.kind} can't: leave it out")
         super().checkpoint_steps(on)
         for module in self.model.modules():
             # Always on: `step` decides.
             if hasattr(module, "gradient_checkpointing"):
-                module.gradient_checkpointing = True
-                module._gradient_checkpointing_func = self.step
+                set_checkpointing(module, self.step)
 
 
 def _is_causal(conv: Any) -> bool:
@@ -135,8 +128,8 @@ def _is_causal(conv: Any) -> bool:
 
     Then the last slice of its kernel meets the first frame.
     """
-    # Its padding: left, right, top, bottom, before, after.
-    return hasattr(conv, "_padding") and tuple(conv._padding[4:]) == (conv.kernel_size[0] - 1, 0)
+    padding = causal_padding(conv)
+    return padding is not None and tuple(padding[4:]) == (conv.kernel_size[0] - 1, 0)
 
 
 def _on_one_frame(
@@ -150,7 +143,9 @@ def _on_one_frame(
     if x.shape[2] != 1 or cache_x is not None:
         y: Tensor = type(conv).forward(conv, x, cache_x)
         return y
-    left, _, top, *_ = conv._padding
+    padding = causal_padding(conv)
+    assert padding is not None
+    left, _, top, *_ = padding
     exact = exact and autocast_enabled(x)
     with no_autocast(x) if exact else nullcontext():
         frame = (upcast(x) if exact else x)[:, :, 0]

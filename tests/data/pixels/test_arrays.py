@@ -304,5 +304,5 @@ def test_batches_of_a_loader_process_keep_their_kind_and_do_not_mix(tmp_path):
     assert batch["image"].dtype == torch.uint16
     np.testing.assert_array_equal(batch["image"][1].permute(1, 2, 0), U16[:, 2:22])
     np.save(tmp_path / "1.npy", F32)
-    with pytest.raises(ValueError, match=r"0.npy is uint16, 1.npy float32: convert one"):
+    with pytest.raises(ValueError, match=r"0.npy is uint16, 1.npy is float32: convert one"):
         next(iter(FolderSource(tmp_path, 20, val_root=tmp_path, **common).val_loader()))

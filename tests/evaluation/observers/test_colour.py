@@ -5,8 +5,8 @@ import pytest
 import torch
 from skimage.color import rgb2hsv, rgb2ycbcr
 
+from olvae.evaluation.cells import MINUS
 from olvae.evaluation.observers.colour import Colour
-from olvae.evaluation.results import MINUS
 from tests.evaluation.peers import seen
 
 KEYS = [f"{i}.png" for i in range(6)]

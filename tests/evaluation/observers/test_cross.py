@@ -10,9 +10,9 @@ from olvae.config import ConfigError
 from olvae.evaluation.baselines import Bicubic
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.observer import Subject
-from olvae.evaluation.protocol import Cost
 from olvae.evaluation.results import Row
-from olvae.models.loading.diffusers_models import DiffusersAutoencoder
+from olvae.evaluation.round_trip import Cost
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from tests.conftest import tiny
 from tests.evaluation.peers import kl, seen
 from tests.models.loading.classes import make

@@ -11,8 +11,8 @@ from olvae.config import ConfigError
 from olvae.data.pixels.size_and_range import PixelRange
 from olvae.evaluation.observers.half_precision import HalfPrecision, InPrecision, stage_of
 from olvae.evaluation.observers.observer import Subject
-from olvae.evaluation.protocol import Cost, RoundTrip
 from olvae.evaluation.results import Row
+from olvae.evaluation.round_trip import Cost, RoundTrip
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic
 from tests.conftest import tiny

@@ -8,12 +8,12 @@ import torch
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 
-from olvae.checkpoint import INCEPTION, MissingWeights
 from olvae.evaluation.observers import ifid
 from olvae.evaluation.observers.ifid import InterpolatedFID, nearest_neighbours, share_of_wrong
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.results import Row
 from olvae.metrics.features import Inception
+from olvae.pretrained_networks import INCEPTION, MissingWeights
 from tests.conftest import tiny
 from tests.evaluation.peers import seen
 from tests.metrics.conftest import pairs

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from olvae.models.loading import diffusers_models
-from olvae.models.loading.diffusers_models import DiffusersAutoencoder
+from olvae.models.loading import from_diffusers
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
 from tests.models.loading.classes import CLASSES, NOT_OF_IMAGES, make
 
@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "autoencoders.md"
 def wrapped() -> dict[str, DiffusersAutoencoder]:
     """One of each class that takes images; some need larger ones than other tests measure with."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(diffusers_models, "PROBE", 64)
+        patch.setattr(from_diffusers, "PROBE", 64)
         return {
             name: DiffusersAutoencoder(make(name)) for name in CLASSES if hasattr(diffusers, name)
         }

@@ -13,8 +13,8 @@ from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.export.exporting import ExportSettings, export
 from olvae.export.formats import DiffusersLayout
-from olvae.models.loading.diffusers_models import DiffusersAutoencoder
 from olvae.models.loading.families import StableDiffusion, family_of
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.modules.others.wrapped import TRAINABLE, DiffusersEncoder

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from olvae.export.exporting import export
 from olvae.export.formats import LAYOUTS
-from olvae.models.loading.diffusers_models import DiffusersAutoencoder
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.models.loading.original_files import original_names
 from olvae.models.loading.targets import find_target
 from tests.models.loading.classes import make

@@ -12,7 +12,7 @@ from olvae import LiteVAE, checkpoint
 from olvae.config import ConfigError, save
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target, name_apart
-from olvae.models.spec import check_target
+from olvae.models.target_names import check_target
 from tests.conftest import tiny, tiny_config
 from tests.models.autoencoder_kl import autoencoder_kl
 from tests.models.loading.classes import make
@@ -151,7 +151,7 @@ def test_a_config_that_came_along_builds_no_data(make_run, tmp_path, image):
 
 
 def test_pipelines_and_subfolders(make_run, tmp_path, image, usual_probe, monkeypatch):
-    monkeypatch.setattr("olvae.models.loading.diffusers_models.PROBE", usual_probe)
+    monkeypatch.setattr("olvae.models.loading.from_diffusers.PROBE", usual_probe)
     model = kl()
     model.save_pretrained(tmp_path / "vae")
     taesd().save_pretrained(tmp_path / "taesd")

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.data.pixels.size_and_range import from_uint8
-from olvae.losses.objective import marginal_cosine_loss, marginal_distance_loss
+from olvae.losses.terms import marginal_cosine_loss, marginal_distance_loss
 from olvae.models.footprint import footprint, without_weights
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import mix_seeds
 from olvae.models.parts.alignment import Alignment
+from olvae.models.updates.optimizers import mix_seeds
 from olvae.modules.frozen import VisionEncoder, published_weights
 from tests.conftest import parts, tiny_config
 from tests.models.parts.vision import node

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.losses.objective import kl_loss
+from olvae.losses.terms import kl_loss
 from olvae.models.parts import equivariance
 from olvae.models.parts.equivariance import Equivariance, sizes_of, transform_alike
 from olvae.models.parts.part import Step

@@ -5,8 +5,8 @@ import torch
 from skimage.measure import block_reduce
 
 from olvae.config import ConfigError
-from olvae.models.optimization import mix_seeds
 from olvae.models.parts.scale_equivariance import shrink
+from olvae.models.updates.optimizers import mix_seeds
 from tests.conftest import parts
 from tests.models.steps import build, fit, metrics, source
 

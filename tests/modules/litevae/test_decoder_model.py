@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from olvae.modules.base import count_macs, count_parameters
+from olvae.modules.counting import count_macs, count_parameters
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.litevae.smc import SMC, fold_smc

@@ -4,7 +4,7 @@ import pywt
 import torch
 import torch.nn.functional as F
 
-from olvae.modules.base import count_macs, count_parameters
+from olvae.modules.counting import count_macs, count_parameters
 from olvae.modules.distributions import DiagonalGaussian
 from olvae.modules.litevae.encoder_model import SCALES, LiteVAE_Encoder, WaveletEncoder
 from olvae.modules.wavelet import wavedec2

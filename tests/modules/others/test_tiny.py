@@ -10,7 +10,7 @@ from olvae.config import ConfigError
 from olvae.export.exporting import export
 from olvae.export.formats import LAYOUTS
 from olvae.models.large.tiling import receptive_field
-from olvae.models.loading.diffusers_models import DiffusersAutoencoder
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
 from tests.export.latents import tiny_vae
 from tests.models.loading.classes import make

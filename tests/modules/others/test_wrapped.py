@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from olvae.models.loading.diffusers_models import DiffusersAutoencoder
-from olvae.modules.base import last_convolution, watch_outputs
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder
+from olvae.modules.base import last_convolution
+from olvae.modules.counting import watch_outputs
 from olvae.modules.others.wrapped import TRAINABLE
 from tests.models.loading.classes import make
 

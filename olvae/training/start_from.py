@@ -15,7 +15,7 @@ from olvae.data.pixels.size_and_range import PixelRange
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.targets import find_target
 from olvae.models.parts.part import Part
-from olvae.models.parts.teacher import NO_FACTORS
+from olvae.models.parts.teacher import TEACHER_HAS_NO_FACTORS
 from olvae.models.spec import OURS
 from olvae.runs import entry_of
 
@@ -93,7 +93,7 @@ def _set_latents(params: Config, source: Autoencoder, found: LiteVAE, name: str)
     if "given" in latents:
         return
     if not source.factors_known and params.get("scaling_factor") is None:
-        raise ConfigError(f"{name}: {NO_FACTORS}")
+        raise ConfigError(f"{name}: {TEACHER_HAS_NO_FACTORS}")
     for key, value in found.for_diffusion.items():
         if source.factors_known or params.get(key) is None:
             params[key] = value

@@ -6,13 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from olvae.models.optimization import (
-    grad_scaler,
-    gradient_ratio,
-    lr_factor,
-    make_optimizer,
-    mix_seeds,
-)
+from olvae.models.updates.gradients import grad_scaler, gradient_ratio
+from olvae.models.updates.optimizers import lr_factor, make_optimizer, mix_seeds
 
 
 def test_seeds_differ_with_every_number_and_with_their_order():
@@ -112,7 +107,7 @@ def test_over_ranks_the_gradients_are_averaged_before_their_norm(decoder, monkey
         theirs = gradient if len(calls) == 1 else -0.8 * gradient
         return (gradient + theirs) / 2
 
-    monkeypatch.setattr("olvae.models.optimization.mean_over_processes", mean)
+    monkeypatch.setattr("olvae.models.updates.gradients.mean_over_processes", mean)
     ratio = gradient_ratio(module(decoder), one, other)
     assert len(calls) == 2
     assert ratio.item() == pytest.approx(2**0.5 / 0.1, rel=1e-5)

@@ -4,7 +4,7 @@ import json
 
 import torch
 
-from olvae.modules.scaling_factors import Moments
+from olvae.modules.moments import Moments
 
 
 def test_a_state_through_json_loses_no_digit():

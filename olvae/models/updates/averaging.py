@@ -10,7 +10,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from olvae.checkpoint import AUTOENCODER
-from olvae.models.optimization import NonFiniteGuard
+from olvae.library_internals import add_each, copy_each, scale_each, subtract_each
+from olvae.models.updates.nonfinite import NonFiniteGuard
 
 
 class WeightAverage(Callback):
@@ -78,11 +79,11 @@ class WeightAverage(Callback):
         average: list[Tensor] = list(self._other.values())
         weights: list[Tensor] = list(self._parameters.values())
         if self._steps == 0:
-            torch._foreach_copy_(average, weights)
+            copy_each(average, weights)
         else:
-            difference = torch._foreach_sub(weights, average)
-            torch._foreach_mul_(difference, (1.0 - self.decay) * self.guard.good)
-            torch._foreach_add_(average, difference)
+            difference = subtract_each(weights, average)
+            scale_each(difference, (1.0 - self.decay) * self.guard.good)
+            add_each(average, difference)
         self._steps += 1
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from olvae import LiteVAE
 from olvae.cli.main import main
-from olvae.config import ConfigError, instantiate, load, save, validate
+from olvae.config import ConfigError, instantiate, save, validate
 from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
+from olvae.data.src import load
 from olvae.export.exporting import ExportSettings, export_target
 from olvae.losses.objective import Objective
 from olvae.models import linear_code
@@ -24,8 +25,8 @@ from olvae.models.linear_code import LinearDecoder, crops_and_means, fit_linear_
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target
 from olvae.training import run as training
-from olvae.training.origin import start_from
 from olvae.training.settings import TrainOptions, read_plan
+from olvae.training.start_from import start_from
 from tests.conftest import tiny_config
 from tests.export.latents import tiny_vae
 from tests.models.autoencoder_kl import tiny_kl

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adam import adam as adam_update
 
+from olvae.library_internals import add_each, copy_each
+
 ITERATION = (3.4445, -4.7750, 2.0315)  # K. Jordan, Muon (2024)
 STEPS = 5
 # Inputs and outputs: a smaller matrix, as at an image's channels, has hardly a spectrum.
-SMALLEST = 8
+SMALLEST_MATRIX = 8
 # Of an update's entries at a rate of 1: best on the demo (docs/demo.md) [D]; arXiv 2502.16982, 2.2,
 # has .2.
 RMS = 0.6
@@ -123,13 +125,13 @@ class Muon(torch.optim.Optimizer):
         if found_inf is not None:
             update *= 1 - found_inf
         shape = (len(same), *same[0].shape)
-        torch._foreach_copy_(moments, moment.view(shape).unbind())
-        torch._foreach_add_(same, update.view(shape).unbind())
+        copy_each(moments, moment.view(shape).unbind())
+        add_each(same, update.view(shape).unbind())
 
 
 def is_matrix(weight: Tensor) -> bool:
     """Whether Muon changes a weight by orthogonal matrices."""
-    return weight.ndim > 1 and min(weight.shape[:2]) >= SMALLEST
+    return weight.ndim > 1 and min(weight.shape[:2]) >= SMALLEST_MATRIX
 
 
 def orthogonalize(x: Tensor) -> Tensor:

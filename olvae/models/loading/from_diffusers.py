@@ -14,9 +14,10 @@ from olvae.files import WEIGHT_SUFFIXES, first_line
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.families import FAMILIES
 from olvae.models.loading.loader import Loader, LoadOptions, Target
-from olvae.models.spec import CLASS_NAME, DIFFUSERS, FOR_DIFFUSION, class_in, oversized
+from olvae.models.spec import CLASS_NAME, FOR_DIFFUSION, class_in, oversized
+from olvae.models.target_names import DIFFUSERS
 from olvae.models.weight_files import snapshot
-from olvae.modules.base import count_parameters
+from olvae.modules.counting import count_parameters
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 from olvae.modules.others.wrapped import decode_image, encode_image, has_frames
 
@@ -228,7 +229,7 @@ class DiffusersLoader(Loader):
         return text.startswith(DIFFUSERS) or inside
 
     def find(self, text: str, options: LoadOptions) -> Target | Path:
-        folder = find_folder(text.removeprefix(DIFFUSERS))
+        folder = find_diffusers_folder(text.removeprefix(DIFFUSERS))
         # An export of ours, in a pipeline, is for another loader.
         if class_in(folder) == CLASS_NAME:
             return folder
@@ -243,7 +244,7 @@ class DiffusersLoader(Loader):
         )
 
 
-def find_folder(text: str) -> Path:
+def find_diffusers_folder(text: str) -> Path:
     """Find the folder of an autoencoder, or download it.
 
     ``text`` is a folder or an id of the hub, of an autoencoder or of a pipeline, whose autoencoder

@@ -25,12 +25,11 @@ from olvae.models.spec import (
     DERIVED,
     FOR_DIFFUSION,
     IN_EXPORT,
-    SHIPPED,
     WEIGHTS_NAME,
     AutoencoderSpec,
     class_in,
-    shipped_folder,
 )
+from olvae.models.target_names import SHIPPED, shipped_folder
 from olvae.models.weight_files import LOADER, LOADER_NAME, WEIGHTS_INDEX
 from olvae.runs import Run, find_run
 

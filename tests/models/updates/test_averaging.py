@@ -10,9 +10,9 @@ from olvae.checkpoint import AUTOENCODER, read_weights
 from olvae.config import ConfigError
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.metrics.metric import psnr
-from olvae.models.averaging import WeightAverage
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import NonFiniteGuard
+from olvae.models.updates.averaging import WeightAverage
+from olvae.models.updates.nonfinite import NonFiniteGuard
 from tests.models.steps import Each, against, assert_same, build, fit, source, trainer
 
 DECAY = 0.8

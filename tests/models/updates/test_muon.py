@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from olvae.models.muon import RMS, Muon, orthogonalize
-from olvae.models.optimization import parameters_of
+from olvae.models.updates.gradients import parameters_of
+from olvae.models.updates.muon import RMS, Muon, orthogonalize
 
 RATE, BETAS = 0.01, (0.9, 0.99)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from olvae.losses.adversarial import (
+from olvae.losses.gan_losses import (
     ADVERSARIAL_LOSSES,
     discriminator_accuracy,
     discriminator_loss,

@@ -11,8 +11,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     bf16_compress_hook,
 )
 
-from olvae.models.optimization import PlayersStrategy
-from olvae.modules.base import count_parameters
+from olvae.models.updates.ddp import PlayersStrategy
+from olvae.modules.counting import count_parameters
 from olvae.modules.patchgan import PatchGAN
 from tests.models.steps import PATCHGAN, WITHOUT_KL, against, assert_same, build, snapshot, trainer
 from tests.test_devices import fork_each

@@ -6,9 +6,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from olvae.models.averaging import find_average
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.optimization import NonFiniteGuard
+from olvae.models.updates.averaging import find_average
+from olvae.models.updates.nonfinite import NonFiniteGuard
 from tests.models.steps import Each, against, assert_same, build, fit
 
 EVERYTHING = {"weight": 0.5, "lecam_weight": 0.1}

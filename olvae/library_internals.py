@@ -1,0 +1,212 @@
+"""Private names of torch, Lightning and diffusers that this package relies on, each under a public one.
+
+A release of these libraries may change any of them without notice. No other file uses one, and
+tests/test_library_internals.py looks for each in the installed versions: a new release that lacks one
+fails there, by name.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
+from torch._subclasses import FakeTensor as FakeTensor
+from torch._subclasses import FakeTensorMode as FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_temporarily
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore as FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+
+BatchNormBase = _NormBase
+
+# Raised where a fake tensor is asked for its value.
+ValueNeededError = DataDependentOutputException
+
+# Makes a collective that is done at once.
+work_from_future = _create_work_from_future
+
+# A spectral norm's left and right singular vector, the names of its buffers.
+SPECTRAL_VECTORS = ("_u", "_v")
+
+HAS_FOREACH = "torch.nn.utils.clip_grad._has_foreach_support"  # to patch where a CPU plays a GPU
+
+
+# Many tensors in one launch. The optimizers of torch are built from these; they have no public names.
+
+
+def copy_each(destinations: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensors into others of the same shapes, in one launch on a GPU."""
+    torch._foreach_copy_(list(destinations), list(sources))
+
+
+def add_each(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    """Add to tensors, in place."""
+    torch._foreach_add_(list(tensors), list(others))
+
+
+def subtract_each(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The differences of tensors."""
+    return torch._foreach_sub(list(tensors), list(others))
+
+
+def scale_each(tensors: Sequence[Tensor], factor: float | Tensor) -> None:
+    """Multiply tensors by one number, in place."""
+    torch._foreach_mul_(list(tensors), factor)
+
+
+def norms_of_each(tensors: Sequence[Tensor], least: float) -> Sequence[Tensor]:
+    """The norms of tensors, at least ``least``."""
+    return torch._foreach_clamp_min(torch._foreach_norm(list(tensors)), least)
+
+
+# Modules
+
+
+def convolve(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution as the layer computes it (padding mode, stride, groups), with other weights."""
+    y: Tensor = layer._conv_forward(x, weight, bias)
+    return y
+
+
+def compiled_call(network: nn.Module) -> Callable[..., Any] | None:
+    """What ``network(...)`` calls once ``network.compile()`` has run; None before."""
+    return network._compiled_call_impl
+
+
+def set_compiled_call(network: nn.Module, call: Callable[..., Any]) -> None:
+    """Replace what a compiled network calls."""
+    network._compiled_call_impl = call
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | Tensor | None]:
+    """A module's own parameters by name: the dictionary itself, in which entries can be exchanged."""
+    return module._parameters  # type: ignore[return-value]
+
+
+def move_tensors(network: nn.Module, function: Callable[..., Any], recurse: bool) -> None:
+    """What ``to``, ``half`` and ``cuda`` do to a module, for one that is held outside of the tree."""
+    network._apply(function, recurse)
+
+
+def forget_hooks(module: nn.Module) -> None:
+    """Remove a module's forward hooks, on a copy of which nobody has the handles."""
+    module._forward_hooks.clear()
+    module._forward_pre_hooks.clear()
+
+
+# Compilation and tracing
+
+
+def is_traced() -> bool:
+    """Whether torch.jit or torch.func looks at each operation: neither can use a custom backward pass."""
+    return torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
+
+
+def assume_constant(function: Any) -> None:
+    """As torch.compiler.assume_constant_result does, without its two seconds of imports."""
+    function._dynamo_marked_constant = True
+
+
+def keep_graphs_memory() -> None:
+    """Compile so that a graph can be walked twice: a backward pass must not reuse its memory."""
+    torch._functorch.config.donated_buffer = False
+
+
+# fp16's loss scale
+
+
+def found_inf_of(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The flags, one a device, that make a scaler skip an optimizer's next step."""
+    return list(scaler._found_inf_per_device(optimizer).values())
+
+
+def loss_scale_of(scaler: torch.amp.GradScaler) -> Tensor | None:
+    """The scale on its device; the public ``get_scale`` waits for the device."""
+    return scaler._get_scale_async()
+
+
+# Processes
+
+
+def default_store() -> Any:
+    """The key-value store of the process group, through which CPUs can talk while GPUs work."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def stop_workers(batches: Any) -> None:
+    """End the worker processes of a data loader's iterator, as Lightning does."""
+    batches._shutdown_workers()
+
+
+# A GPU's memory
+
+
+def record_memory_history(entries: int) -> None:
+    """Begin to record allocations."""
+    torch.cuda.memory._record_memory_history(max_entries=entries)
+
+
+def dump_memory_history(path: str) -> None:
+    """Write what was recorded, for pytorch.org/memory_viz."""
+    torch.cuda.memory._dump_snapshot(path)
+
+
+# Lightning
+
+
+def count_batches(trainer: Any, batches: int) -> None:
+    """Set the count by which Lightning decides at which batches it logs."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = batches
+
+
+def forget_logged(trainer: Any) -> None:
+    """Drop the values of earlier steps, which Lightning would log again as this one's."""
+    results = trainer.fit_loop.epoch_loop._results
+    earlier = [
+        name for name in results if name.startswith(("training_step.", "on_train_batch_end."))
+    ]
+    for name in earlier:
+        del results[name]
+
+
+def leave_signals_alone(trainer: Any) -> None:
+    """Turn off the exchange of SIGTERM before each batch, which waits for the device in every process."""
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+
+
+def reducer_of(strategy: Any, module: nn.Module) -> DistributedDataParallel:
+    """Wrap a module in DDP with a Lightning strategy's settings, and its hook on gradients."""
+    reducer: DistributedDataParallel = strategy._setup_model(module)
+    if strategy._ddp_comm_hook is not None:
+        reducer.register_comm_hook(strategy._ddp_comm_state, strategy._ddp_comm_hook)
+    return reducer
+
+
+def observe_processes(subprocess_script: Any, watch: Callable[..., None]) -> None:
+    """Let ``watch`` observe the processes that Lightning's launcher starts; its own kills without a word."""
+    subprocess_script._launch_process_observer = watch
+
+
+# diffusers
+
+
+def can_checkpoint(model: Any) -> bool:
+    """Whether a class of diffusers can keep fewer activations."""
+    return bool(model._supports_gradient_checkpointing)
+
+
+def set_checkpointing(module: Any, function: Callable[..., Any]) -> None:
+    """Let a module of diffusers call its blocks through ``function``."""
+    module.gradient_checkpointing = True
+    module._gradient_checkpointing_func = function
+
+
+def causal_padding(conv: Any) -> Sequence[int] | None:
+    """The padding of a causal convolution in time, (left, right, top, bottom, before, after); else None."""
+    return getattr(conv, "_padding", None)

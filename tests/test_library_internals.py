@@ -1,0 +1,133 @@
+"""Each private name of torch, Lightning and diffusers that the package uses exists in the installed version."""
+
+import ast
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from olvae import library_internals as internals
+
+PACKAGE = Path(internals.__file__).parent
+ROOM = Path(internals.__file__)
+
+DOCUMENTED = {"_asdict", "_replace", "_fields", "_exit"}
+"""Names of the standard library that begin with an underscore and are public."""
+
+PLACES = {
+    # private name: the object of the installed version that has to have it
+    "_foreach_copy_": "torch",
+    "_foreach_add_": "torch",
+    "_foreach_sub": "torch",
+    "_foreach_mul_": "torch",
+    "_foreach_norm": "torch",
+    "_foreach_clamp_min": "torch",
+    "_C": "torch",
+    "_is_tracing": "torch._C",
+    "_are_functorch_transforms_active": "torch._C",
+    "_functorch": "torch",
+    "_conv_forward": "torch.nn:Conv2d",
+    "_apply": "torch.nn:Module",
+    "_compiled_call_impl": "torch.nn:Module",
+    "_parameters": "torch.nn:Identity()",
+    "_forward_hooks": "torch.nn:Identity()",
+    "_forward_pre_hooks": "torch.nn:Identity()",
+    "_found_inf_per_device": "torch.amp:GradScaler",
+    "_get_scale_async": "torch.amp:GradScaler",
+    "_get_default_store": "torch.distributed.distributed_c10d",
+    "_shutdown_workers": "torch.utils.data.dataloader:_MultiProcessingDataLoaderIter",
+    "_record_memory_history": "torch.cuda.memory",
+    "_dump_snapshot": "torch.cuda.memory",
+    "_batches_that_stepped": "lightning.pytorch:Trainer(logger=False).fit_loop.epoch_loop",
+    "_results": "lightning.pytorch:Trainer(logger=False).fit_loop.epoch_loop",
+    "_broadcast_sigterm_tensor": "lightning.pytorch:Trainer(logger=False).fit_loop.epoch_loop",
+    "_launch_process_observer": "lightning.pytorch.strategies.launchers.subprocess_script",
+    "_supports_gradient_checkpointing": "diffusers:AutoencoderKL",
+    "_padding": "diffusers.models.autoencoders.autoencoder_kl_wan:WanCausalConv3d(1, 1, 3, padding=1)",
+}
+
+MENTIONED = {
+    # private name that we set: the library's module whose source has to read it
+    "_gradient_checkpointing_func": "diffusers.models.autoencoders.vae",
+    "_dynamo_marked_constant": "torch._dynamo.utils",
+}
+
+
+def private_attributes(path: Path) -> Iterator[tuple[int, str]]:
+    """Attributes with one leading underscore of anything but ``self``, ``cls`` and ``super()``."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Attribute) and re.match(r"_[^_]", node.attr):
+            owner = ast.unparse(node.value)
+            if owner not in ("self", "cls", "super()") and node.attr not in DOCUMENTED:
+                yield node.lineno, node.attr
+
+
+def resolve(place: str) -> Any:
+    """The object at ``module:expression``."""
+    module, _, expression = place.partition(":")
+    found = importlib.import_module(module)
+    return eval(f"module.{expression}", {"module": found}) if expression else found
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_the_installed_version_has(name):
+    assert hasattr(resolve(PLACES[name]), name), f"{PLACES[name]} has no {name} any more"
+
+
+@pytest.mark.parametrize("name", MENTIONED)
+def test_the_installed_version_reads(name):
+    source = Path(importlib.import_module(MENTIONED[name]).__file__).read_text(encoding="utf-8")
+    assert name in source, f"{MENTIONED[name]} does not read {name} any more"
+
+
+def test_each_private_name_is_listed_here():
+    used = {name for _, name in private_attributes(ROOM)}
+    assert used == PLACES.keys() | MENTIONED.keys()
+
+
+def test_no_other_file_uses_a_library_s_private_name():
+    ours = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                ours.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                if ast.unparse(node.value) in ("self", "cls"):
+                    ours.add(node.attr)
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                ours.add(node.target.id)
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if path == ROOM:
+            continue
+        name = path.relative_to(PACKAGE)
+        found += [
+            f"{name}:{line} {attr}" for line, attr in private_attributes(path) if attr not in ours
+        ]
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.ImportFrom)
+                and node.module
+                and not node.module.startswith("olvae")
+            ):
+                parts = [*node.module.split("."), *(alias.name for alias in node.names)]
+                if any(re.match(r"_[^_]", part) for part in parts):
+                    found.append(f"{name}:{node.lineno} {ast.unparse(node)}")
+    assert not found, "\n".join(found)
+
+
+def test_many_tensors_are_changed_as_one_by_one():
+    tensors = [torch.tensor([3.0, 4.0]), torch.tensor([0.0])]
+    others = [torch.tensor([1.0, 1.0]), torch.tensor([2.0])]
+    assert [n.item() for n in internals.norms_of_each(tensors, 1.0)] == [5.0, 1.0]
+    differences = internals.subtract_each(tensors, others)
+    internals.scale_each(differences, 2.0)
+    assert [d.tolist() for d in differences] == [[4.0, 6.0], [-4.0]]
+    internals.add_each(tensors, others)
+    assert [t.tolist() for t in tensors] == [[4.0, 5.0], [2.0]]
+    internals.copy_each(tensors, others)
+    assert [t.tolist() for t in tensors] == [[1.0, 1.0], [2.0]]
