@@ -18,7 +18,7 @@ from PIL import ExifTags, Image
 from olvae.cli.main import print_error
 from olvae.data.read_errors import ReadError
 from olvae.data.shards.index import find_shards
-from olvae.data.shards.latents import LATENT, read_latent, read_stats
+from olvae.data.shards.latent_files import LATENT, read_latent, read_stats
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.files import atomic_write, safe_path
 from olvae.modules.distributions import keyed_generator

@@ -96,7 +96,7 @@ def _runs(process: int) -> bool:
 
 
 def lock_file(file: TextIO, patience: float = 0.0) -> None:
-    """Lock an open file until this process ends; wait up to ``patience`` seconds for another one.
+    """Lock an open file until it is closed; wait up to ``patience`` seconds for another process.
 
     BlockingIOError if another process still holds it then, OSError on a system or file system
     without locks.
@@ -172,7 +172,7 @@ def lines_sha256(lines: Iterable[str]) -> str:
 
 
 def safe_path(key: str) -> PurePosixPath:
-    """Turn the key of an image into a path below a folder; ValueError if it leads out of it."""
+    """Turn the key of an image into a path below a folder; ValueError for one outside, or no name."""
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts or not path.name:
         raise ValueError(

@@ -1,8 +1,8 @@
-"""Private names of torch, Lightning and diffusers that this package relies on, each under a public one.
+"""Private names of torch, Lightning and diffusers that this package uses, each under a public one.
 
 A release of these libraries may change any of them without notice. No other file uses one, and
-tests/test_library_internals.py looks for each in the installed versions: a new release that lacks one
-fails there, by name.
+tests/test_library_internals.py looks for each in the installed versions: a new release that lacks
+one fails there, by name.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ SPECTRAL_VECTORS = ("_u", "_v")
 HAS_FOREACH = "torch.nn.utils.clip_grad._has_foreach_support"  # to patch where a CPU plays a GPU
 
 
-# Many tensors in one launch. The optimizers of torch are built from these; they have no public names.
+# Many tensors in one launch, as torch's optimizers work: these have no public names.
 
 
 def copy_each(destinations: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -85,17 +85,17 @@ def set_compiled_call(network: nn.Module, call: Callable[..., Any]) -> None:
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | Tensor | None]:
-    """A module's own parameters by name: the dictionary itself, in which entries can be exchanged."""
+    """A module's own parameters by name: the dictionary itself, so entries can be exchanged."""
     return module._parameters  # type: ignore[return-value]
 
 
 def move_tensors(network: nn.Module, function: Callable[..., Any], recurse: bool) -> None:
-    """What ``to``, ``half`` and ``cuda`` do to a module, for one that is held outside of the tree."""
+    """Do to a module outside of the tree what ``to``, ``half`` and ``cuda`` do to one in it."""
     network._apply(function, recurse)
 
 
 def forget_hooks(module: nn.Module) -> None:
-    """Remove a module's forward hooks, on a copy of which nobody has the handles."""
+    """Remove the forward hooks of a copied module: nobody has their handles."""
     module._forward_hooks.clear()
     module._forward_pre_hooks.clear()
 
@@ -104,7 +104,7 @@ def forget_hooks(module: nn.Module) -> None:
 
 
 def is_traced() -> bool:
-    """Whether torch.jit or torch.func looks at each operation: neither can use a custom backward pass."""
+    """Whether torch.jit or torch.func traces operations; neither takes a custom backward pass."""
     return torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
 
 
@@ -176,7 +176,7 @@ def forget_logged(trainer: Any) -> None:
 
 
 def leave_signals_alone(trainer: Any) -> None:
-    """Turn off the exchange of SIGTERM before each batch, which waits for the device in every process."""
+    """Turn off the exchange of SIGTERM before each batch, which waits for every device."""
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
 
@@ -189,7 +189,7 @@ def reducer_of(strategy: Any, module: nn.Module) -> DistributedDataParallel:
 
 
 def observe_processes(subprocess_script: Any, watch: Callable[..., None]) -> None:
-    """Let ``watch`` observe the processes that Lightning's launcher starts; its own kills without a word."""
+    """Let ``watch`` observe the processes that Lightning starts; its own kills in silence."""
     subprocess_script._launch_process_observer = watch
 
 
@@ -208,5 +208,5 @@ def set_checkpointing(module: Any, function: Callable[..., Any]) -> None:
 
 
 def causal_padding(conv: Any) -> Sequence[int] | None:
-    """The padding of a causal convolution in time, (left, right, top, bottom, before, after); else None."""
+    """A convolution's (left, right, top, bottom, before, after), if it is causal in time."""
     return getattr(conv, "_padding", None)

@@ -10,7 +10,7 @@ import typer
 from olvae.cli.options import check_applies, check_device, print_rows, split_commas
 from olvae.config import ConfigError
 
-GROUPS = ("dwt", "encoder", "decoder", "train", "data")
+GROUP_NAMES = ("dwt", "encoder", "decoder", "train", "data")
 
 # Entries of a row that say what was measured; the others are sizes and numbers.
 CASE = ("name", "variant", "precision")
@@ -18,7 +18,7 @@ CASE = ("name", "variant", "precision")
 
 def command(
     groups: Annotated[
-        str, typer.Argument(metavar="GROUPS", help=f"all, or some of {','.join(GROUPS)}.")
+        str, typer.Argument(metavar="GROUP_NAMES", help=f"all, or some of {','.join(GROUP_NAMES)}.")
     ],
     sources: Annotated[
         list[str] | None,
@@ -76,11 +76,11 @@ def command(
     Example: olvae bench data photos shards --size 256 --workers 1,2
     """
     # What is wrong with the arguments, before torch is imported.
-    chosen = list(GROUPS) if groups == "all" else split_commas(groups)
-    unknown = [name for name in chosen if name not in GROUPS]
+    chosen = list(GROUP_NAMES) if groups == "all" else split_commas(groups)
+    unknown = [name for name in chosen if name not in GROUP_NAMES]
     if unknown or not chosen:
         raise ConfigError(
-            f"GROUPS {', '.join(unknown) or groups}: choose from all, {', '.join(GROUPS)}"
+            f"GROUPS {', '.join(unknown) or groups}: choose from all, {', '.join(GROUP_NAMES)}"
         )
     if sources and "data" not in chosen:
         raise ConfigError(f"{sources[0]}: only data takes sources")

@@ -321,7 +321,7 @@ def decode_command(
     with loading():
         from olvae.checkpoint import tensors_sum
         from olvae.data.shards.index import find_shards, with_counts
-        from olvae.data.shards.latents import LATENT, read_stats
+        from olvae.data.shards.latent_files import LATENT, read_stats
         from olvae.data.source import total
         from olvae.devices import resolve_device
         from olvae.export.decoding import decode_shards

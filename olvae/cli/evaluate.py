@@ -37,7 +37,7 @@ if TYPE_CHECKING:  # slow to import
     from olvae.evaluation.results import Results
 
 # Names of metrics and protocols; their registries import torch, which help has no time for.
-METRICS = (
+METRIC_NAMES = (
     "psnr",
     "ssim",
     "ssim_uniform",
@@ -137,8 +137,8 @@ def command(
         str,
         typer.Option(
             metavar="LIST",
-            callback=comma_list((ALL, *METRICS)),
-            help=f"{', '.join(METRICS)}. {NOT_ALL}",
+            callback=comma_list((ALL, *METRIC_NAMES)),
+            help=f"{', '.join(METRIC_NAMES)}. {NOT_ALL}",
         ),
     ] = ALL,
     protocol: Annotated[
@@ -238,7 +238,7 @@ def command(
 
     Example: olvae evaluate my-vae --data photos --precision fp16,bf16,32 --out precisions
 
-    Example: olvae evaluate demo diffusers:stabilityai/sd-vae-ft-mse --data photos --out comparison
+    Example: olvae evaluate demo diffusers:stabilityai/sd-vae-ft-mse --data photos --size 256
 
     Example: olvae evaluate --zoo sdxl,flux2,qwen-image --data photos --size 256 --out zoo
     """

@@ -130,7 +130,7 @@ def _with_places(mistakes: list[str], config: Mapping[str, Any]) -> list[str]:
 
 
 def key_places(config: Mapping[str, Any]) -> dict[str, str]:
-    """Map argument names of Lightning's Trainer and all nodes to dotted places, outermost first."""
+    """Map argument names of Lightning's Trainer and all nodes to dotted places, the outermost of equals."""
     places = {}
     for name in arguments_of("lightning.pytorch.Trainer").parameters:
         places[name] = f"lightning.trainer.{name}"
@@ -158,7 +158,8 @@ def _check_colours(config: Mapping[str, Any]) -> Iterator[str]:
     channels = (data.get("params") or {}).get("channels", 3)
     loss = (config["model"].get("params") or {}).get("lossconfig") or {}
     params = {"lpips_weight": 1.0, "lpips_channels": None, **(loss.get("params") or {})}
-    if loss.get("target") != "olvae.losses.objective.Objective" or not params["lpips_weight"]:
+    takes = arguments_of(loss["target"]).parameters if "target" in loss else {}
+    if "lpips_channels" not in takes or not params["lpips_weight"]:
         return
     shown = params["lpips_channels"]
     where = "model.params.lossconfig.params"

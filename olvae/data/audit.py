@@ -26,7 +26,7 @@ from olvae.data.pixels.size_and_range import (
 )
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards, incomplete
-from olvae.data.shards.latents import STATS
+from olvae.data.shards.latent_files import STATS
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.source import LoaderProcess, Source
 from olvae.data.src import SAMPLES, find_source, holds_shards

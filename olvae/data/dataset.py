@@ -152,6 +152,10 @@ class MappedSource(Source):
     def val_images(self) -> int:
         return len(self.val)
 
+    @property
+    def test_set(self) -> ImageDataset:
+        return self.val
+
     def describe(self) -> str:
         return f"{len(self.train)} training, {len(self.val)} validation and test images"
 

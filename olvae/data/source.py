@@ -149,6 +149,10 @@ class Source(ABC):
     tensor = "image"  # key of the samples' tensors in a batch
     # stats.json of each folder of latents that come with the images
     latent_stats: Sequence[Mapping[str, Any]] = ()
+    # standard deviation per channel of these latents' means, where all come from one folder
+    means_std: Sequence[float] | None = None
+    # extension of the image in a group of a shard's files; None takes the first image's
+    image_key: str | None = None
     # whether each rank validates on every n-th image, which makes its loader's length known
     shares_evenly = False
 
@@ -213,6 +217,11 @@ class Source(ABC):
     @abstractmethod
     def describe(self) -> str:
         """One line for the summary of a run."""
+
+    @property
+    def test_set(self) -> Any:
+        """The test images for `olvae encode`: an ImageDataset, or a list of shards; None for neither."""
+        return None
 
     def describe_val_images(self) -> str:
         """How the validation images are made, for the evaluation's protocol."""

@@ -12,8 +12,6 @@ import yaml
 
 from olvae.config import ConfigError
 from olvae.data.src import is_image_file, is_shard
-from olvae.evaluation.observers.flat_colours import FlatColours
-from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.observers.observer import Evaluated, Observer, Subject
 from olvae.evaluation.report import write_files
 from olvae.evaluation.results import Results, Row
@@ -196,8 +194,11 @@ def _asked(request: Request) -> dict[str, str]:
         if reads and path.is_file():
             files.append(f"{path} {path.stat().st_size}")
 
-    # Observers that every evaluation has with a page or with precisions are not asked for by name.
-    shown = [o.name for o in request.observers if not isinstance(o, HalfPrecision | FlatColours)]
+    # Observers by name, unless every evaluation has them, and what else they choose.
+    shown = [observer.name for observer in request.observers if not observer.always]
+    choices: dict[str, str] = {}
+    for observer in request.observers:
+        choices |= observer.choices()
     protocol = request.protocols[0]
     return {
         "data": str(data if data.exists() else request.data),
@@ -208,7 +209,7 @@ def _asked(request: Request) -> dict[str, str]:
         "posterior": f"{protocol.posterior}, seed {protocol.noise_seed}",
         "metrics": ", ".join(sorted(request.metrics)),
         "images": str(request.images),
-        "precision": str([o.precisions for o in request.observers if isinstance(o, HalfPrecision)]),
+        **choices,
     }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from olvae.checkpoint import tensors_sum
 from olvae.config import Config, ConfigError
 from olvae.config.reading import YAML, is_local
-from olvae.data.dataset import ImageDataset, MappedSource
+from olvae.data.dataset import ImageDataset
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor
 from olvae.data.opening import holds_masks, open_images, open_source
 from olvae.data.packing import usual_shard_size
@@ -24,7 +24,7 @@ from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, find_shards, with_counts
-from olvae.data.shards.latents import (
+from olvae.data.shards.latent_files import (
     FLIP,
     LATENT,
     LATENT_META,
@@ -34,7 +34,6 @@ from olvae.data.shards.latents import (
     pixel_bytes,
 )
 from olvae.data.shards.tar_reading import Shard, read_shard
-from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.shards.write import ResumableShards, WebDatasetSample
 from olvae.data.source import total
 from olvae.data.src import holds_shards, load
@@ -196,13 +195,12 @@ def find_inputs(
                 f"{src}: images of {source.channels} channels, and the model takes {channels}"
             )
         transform = source.eval_transform
-        if isinstance(source, WebDatasetSource):
+        images = source.test_set
+        if isinstance(images, Sequence):
             images = ShardInputs(
-                source.val, source.channels, source.image_key, source.pixel_range, transform
+                images, source.channels, source.image_key, source.pixel_range, transform
             )
-        elif isinstance(source, MappedSource):
-            images = source.val
-        else:
+        elif images is None:
             raise ConfigError(
                 f"{src}: {type(source).__name__} can't be encoded: name folders or shards, one by "
                 "one"

@@ -58,7 +58,7 @@ class Objective(nn.Module):
         check_not_negative(rec_weight=rec_weight, lpips_weight=lpips_weight, kl_weight=kl_weight)
         check_not_negative(wavelet_weight=wavelet_weight, gaussian_weight=gaussian_weight)
 
-        # The terms that are on, by name: the order in which they are computed and logged.
+        # All weights by name, in the order in which terms are logged.
         by_name = {
             "rec": rec_weight,
             perceptual: lpips_weight,
@@ -165,7 +165,7 @@ class AlphaObjective(Objective):
                 "set data.params.channels=4"
             )
 
-        # Of each sample a third: black, white, or a random colour.
+        # For each sample one of three, drawn: black, white, or a random colour.
         random = torch.rand(len(x), 3, 1, 1, device=x.device) * 2.0 - 1.0
         kind = torch.randint(3, (len(x), 1, 1, 1), device=x.device)
         background = torch.where(kind == 1, 1.0, random)  # (B, 3, 1, 1)

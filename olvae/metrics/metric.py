@@ -274,6 +274,7 @@ def _similarity(x: Tensor, y: Tensor) -> Tensor:
             covariance = ab - mean_a * mean_b
             variances = (aa - mean_a**2) + (bb - mean_b**2)
             contrast = (2 * covariance + C2) / (variances + C2)
+            del covariance, variances  # large, and of no use below
             luminance = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
             sums += torch.stack([luminance * contrast, contrast]).flatten(2).sum(2)
     return sums / (x.shape[1] * height * width)

@@ -313,10 +313,10 @@ class LiteAutoencoderKL(pl.LightningModule):
             self.guard.begin_step()
         self.guard.begin_micro_batch(batch.get("key", ()))
 
-        # Noise: torch's differs in each micro-batch and process, `shared` is the same in an update.
+        # Noise: torch's differs in each micro-batch and process, `rng` draws the same in an update.
         numbers = (self.seed, self._iteration, self._micro_batch, self.global_rank)
         torch.manual_seed(mix_seeds(*numbers))
-        shared = np.random.default_rng(mix_seeds(self.seed, self._iteration))
+        rng = np.random.default_rng(mix_seeds(self.seed, self._iteration))
 
         # Logging: Lightning decides by its count of batches, which a resumed run continues.
         every: int = getattr(self.trainer, "log_every_n_steps")  # noqa: B009  (mypy misses it)
@@ -329,7 +329,7 @@ class LiteAutoencoderKL(pl.LightningModule):
         if adversary is not None and not adversary.plays(self.global_step):
             adversary = None
         warming_up = adversary is not None and adversary.warms_up(self.global_step)
-        step = Step(images, batch.get("moments"), shared, warming_up, adversary is not None)
+        step = Step(images, batch.get("moments"), rng, warming_up, adversary is not None)
 
         # Forward: one pass of the autoencoder for both players; parts may change latent and target.
         with torch.set_grad_enabled(not warming_up):

@@ -23,11 +23,11 @@ from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.files import first_line
-from olvae.launcher import this_process
 from olvae.library_internals import (
     compiled_call,
     convolve,
@@ -335,7 +335,7 @@ def compile_networks(networks: Sequence[nn.Module], device: torch.device) -> boo
         torch.compile(torch.neg, dynamic=False)(torch.zeros(2, device=device))
     except Exception as error:
         # Of many kinds: InductorError, InvalidCxxCompiler, CalledProcessError, ...
-        if this_process()[0] == 0:
+        if not dist.is_initialized() or dist.get_rank() == 0:
             message = "compile: the networks run uncompiled, because no compiler works here (%s)"
             log.warning(message, first_line(error))
         return False

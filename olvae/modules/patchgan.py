@@ -71,10 +71,11 @@ class _SharedBatchNorm(BatchNormBase):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        # One process, or evaluation: torch's own.
         if self.training:
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         running = self.running_mean, self.running_var
+
+        # One process, or evaluation: torch's own.
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return F.batch_norm(
                 x, *running, self.weight, self.bias, self.training, self.momentum or 0.0, self.eps

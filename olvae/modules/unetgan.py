@@ -78,7 +78,7 @@ def shared_weights(module: nn.Module) -> Iterator[None]:
     """Normalise each weight once for all forward passes in this context.
 
     On a GPU only, where kernel launches take the time; elsewhere, and in a compiled module, each
-    pass normalises its own. The passes' gradients are then added before the normalisation instead
+    pass normalises its own. Here the passes' gradients are added before the normalisation instead
     of after it, which rounds differently. Within another such context this one does nothing. The
     weights must not change inside, and one backward pass takes all passes whose gradients reach
     them.

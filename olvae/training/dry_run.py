@@ -44,7 +44,7 @@ from olvae.training.progress import describe_step
 from olvae.training.run import build_model, quieten, strategy_of
 from olvae.training.summary import describe_rate
 
-# Steps before those that are recorded: they make Adam's moments and DDP's buckets.
+# Steps before those that are reported: they make Adam's moments and DDP's buckets.
 FIRST_STEPS = ("first step", "second step")
 
 LOGGED = ", logged"  # ends the name of a step whose values go to the loggers

@@ -496,7 +496,7 @@ def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
     """Make Lightning's trainer, with the config's callbacks, loggers and settings."""
     lightning = prepared.config.get("lightning") or {}
 
-    # Callbacks in the order in which Lightning calls them: the stop first, so that others see it.
+    # The stop is first, so that the others see it. Lightning moves `KeepCheckpoints` to the end.
     nodes = lightning.get("callbacks") or {}
     configured = [cfg.instantiate(node) for node in nodes.values()]
     callbacks = [prepared.stop, *configured, UnreadableLimit()]
@@ -532,7 +532,8 @@ def _trainer(prepared: Prepared, run: Run) -> pl.Trainer:
 def _lock_resumed(run: Run | None, held: ExitStack) -> None:
     """Lock a resumed run in the first process of all until ``held`` ends.
 
-    ConfigError in all processes if it can't be locked, or some have found another run to resume.
+    ConfigError in all processes if it can't be locked, and in a process that has found another run
+    to resume than the first one.
     """
     processes.check_same("" if run is None else str(run.path))
     if run is None:

@@ -18,7 +18,7 @@ from olvae.metrics import METRICS
 
 def test_names_are_those_of_the_registries():
     """Which the command line does not import, as they import torch."""
-    assert tuple(METRICS) == evaluate.METRICS
+    assert tuple(METRICS) == evaluate.METRIC_NAMES
     assert tuple(protocol.PROTOCOLS) == evaluate.PROTOCOL_NAMES
     assert tuple(devices.PRECISIONS) == PRECISION_NAMES[:3]
     assert {devices.precision_name(name) for name in PRECISION_NAMES} == {*devices.PRECISIONS}

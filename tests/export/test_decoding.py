@@ -8,7 +8,7 @@ from olvae.config import ConfigError
 from olvae.data.image import image_to_tensor
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.data.shards.index import find_shards, with_counts
-from olvae.data.shards.latents import LATENT, LATENT_META
+from olvae.data.shards.latent_files import LATENT, LATENT_META
 from olvae.data.shards.tar_reading import read_shard
 from olvae.export.decoding import decode_shards
 from olvae.models.large.tiling import crop_to, pad_to_multiple

@@ -263,7 +263,7 @@ def test_noise_is_each_batchs_and_processes_own_and_what_they_share_is_the_steps
     model.seed, forward = 3, model.forward_pass
     model.forward_pass = lambda s: (
         noise.append(torch.initial_seed()),
-        shared.append(s.shared.random()),
+        shared.append(s.rng.random()),
         forward(s),
     )
     fit(model, image_folder, 2, batch_size=2)

@@ -17,7 +17,7 @@ from olvae.config import ConfigError, save, validate
 from olvae.data.dataset import SamplePhotographs
 from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
-from olvae.data.shards.latents import LATENT, read_latent
+from olvae.data.shards.latent_files import LATENT, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.source import LoaderProcess
 from olvae.data.src import load

@@ -12,7 +12,7 @@ from olvae.data.image import EvalTransform, Photo, image_to_tensor
 from olvae.data.pixels.size_and_range import Sides, Size
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.index import INDEX, find_shards, split_shards, with_counts
-from olvae.data.shards.latents import (
+from olvae.data.shards.latent_files import (
     LATENT,
     LATENT_PIXELS,
     STATS,
@@ -178,6 +178,7 @@ class PairSource(ShardSource):
     ) -> None:
         self.stats = _read_stats(folder, size)
         self.latent_stats = (self.stats,)
+        self.means_std = self.stats["means_std"]
         if size is None:
             size = self.stats["size"]
 

@@ -228,6 +228,10 @@ class WebDatasetSource(ShardSource):
         self.transform = transform
         self.eval_transform = transform.evaluation
 
+    @property
+    def test_set(self) -> Sequence[Shard]:
+        return self.val
+
     def describe(self) -> str:
         unknown = "an unknown number of"
         train = unknown if self.samples_per_epoch is None else self.samples_per_epoch

@@ -54,6 +54,7 @@ class Cross(PerImageObserver):
     """
 
     name = "latents"
+    adds_rows = "cross"
 
     def __init__(self) -> None:
         super().__init__()

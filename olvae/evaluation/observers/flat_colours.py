@@ -41,6 +41,7 @@ class FlatColours(Observer):
     """
 
     name = "test_patterns"
+    always = True
     title = "Artefacts on constant colours"
 
     def __init__(self) -> None:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from olvae.config import ConfigError
 from olvae.devices import FULL, PRECISIONS, autocast, precision_name
 from olvae.evaluation.cells import significant
-from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.evaluation.results import Row
 from olvae.evaluation.statistics import finite
@@ -189,6 +188,7 @@ class HalfPrecision(Observer):
     """
 
     name = "precision"
+    always = True
 
     def __init__(self, precisions: Sequence[str] = (FULL,)) -> None:
         names = [FULL]
@@ -200,16 +200,21 @@ class HalfPrecision(Observer):
             if name not in names and name != FULL + AUTOCAST:
                 names.append(name)
         self.precisions = tuple(names)
+        self.adds_rows = "precision" if len(names) > 1 else ""
         self._derived: dict[str, tuple[str, str]] = {}  # by row, its target and precision
         self._activations: dict[tuple[str, int], Activations] = {}  # by row and draw
+
+    def choices(self) -> Mapping[str, str]:
+        return {"precision": str([self.precisions])}
 
     def conflicts(
         self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence[Observer]
     ) -> Iterator[str]:
         if len(self.precisions) > 1 and "psnr" not in metrics:
             yield "`precision` is judged by PSNR: add psnr to `metrics`"
-        if len(self.precisions) > 1 and any(isinstance(observer, Cross) for observer in observers):
-            yield "`cross` and `precision` are two evaluations: leave one of them out"
+        others = [o.adds_rows for o in observers if o is not self and o.adds_rows]
+        if self.adds_rows and others:
+            yield f"`{others[0]}` and `precision` are two evaluations: leave one of them out"
 
     def derive(self, subjects: Mapping[str, Subject]) -> dict[str, Subject]:
         """Every autoencoder in every precision; except in 32, its name ends with the precision."""

@@ -58,6 +58,14 @@ class Observer:
     # of its entry in the rows of metrics.json, and of its section's anchor on the page
     name: str = ""
     title: str = ""  # of its section
+    # The setting by which it makes rows of its own from the targets, if it does.
+    adds_rows: str = ""
+    # Whether every evaluation has it, so that nobody asks for it by name.
+    always = False
+
+    def choices(self) -> Mapping[str, str]:
+        """Return choices, by name, with which an evaluation has other results, for the zoo."""
+        return {}
 
     def conflicts(
         self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence["Observer"]

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from olvae.metrics.metric import psnr
-from olvae.models.parts.latent_noise import LatentNoise
 from olvae.models.parts.part import Model, Part, Step
-from olvae.models.parts.random_noise import RandomNoise
 
 
 class ChannelMasking(Part):
@@ -35,7 +33,7 @@ class ChannelMasking(Part):
         if self.widths[-1] > channels:
             yield f"{here}.params.widths: the latent has {channels} channels, not {self.widths[-1]}"
         later = model.each_part[model.each_part.index(self) + 1 :]
-        noise = [part.name for part in later if isinstance(part, RandomNoise | LatentNoise)]
+        noise = [part.name for part in later if part.adds_noise]
         if noise:
             yield f"{here}: its channels have to stay zero: put it after parts.{noise[0]}"
         if model.freeze_decoder:

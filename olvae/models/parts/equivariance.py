@@ -30,6 +30,8 @@ class Equivariance(Part):
             moments stay whole.
     """
 
+    moves_latents = True
+
     def __init__(
         self,
         probability: float = 0.5,
@@ -75,17 +77,17 @@ class Equivariance(Part):
 
     def on_images(self, model: Model, step: Step) -> None:
         # A step transforms latents and targets, or shrinks images, or leaves both as they are.
-        self._alike = not step.warming_up and step.shared.random() < self.probability
+        self._alike = not step.warming_up and step.rng.random() < self.probability
         whole = step.warming_up or self._alike or step.moments is not None
-        if not whole and step.shared.random() < self.shrunk:
+        if not whole and step.rng.random() < self.shrunk:
             positions = math.gcd(*step.images.shape[-2:]) // model.autoencoder.downscale
-            step.images = resize(step.images, _fraction(positions, step.shared), self.antialias)
+            step.images = resize(step.images, _fraction(positions, step.rng), self.antialias)
             step.adversary_plays &= self.adversary
 
     def on_latent(self, model: Model, step: Step) -> None:
         if self._alike:
             step.latent, step.target = transform_alike(
-                step.latent, step.target, step.shared, self.antialias
+                step.latent, step.target, step.rng, self.antialias
             )
             step.adversary_plays &= self.adversary
 

@@ -5,7 +5,6 @@ from typing import Literal
 
 import torch
 
-from olvae.models.parts.equivariance import Equivariance
 from olvae.models.parts.part import Model, Part, Step
 from olvae.modules.checks import check_choice, check_not_negative
 from olvae.modules.mixed_precision import upcast
@@ -19,6 +18,8 @@ class LatentNoise(Part):
         relative_to: the unit of ``std``: the standard deviation of the ``posterior`` at each
             element, or of the ``data`` in each channel, measured on the batch.
     """
+
+    adds_noise = True
 
     def __init__(self, std: float, relative_to: Literal["posterior", "data"] = "posterior") -> None:
         super().__init__()
@@ -36,9 +37,9 @@ class LatentNoise(Part):
                     f"parts.{self.name}.params.relative_to: the latents have no distribution: "
                     "set it to data"
                 )
-            # Equivariance moves latents to other positions, but not the posterior.
+            # A part that moves latents leaves the posterior where it is.
             before = model.each_part[: model.each_part.index(self)]
-            moved = [part.name for part in before if isinstance(part, Equivariance)]
+            moved = [part.name for part in before if part.moves_latents]
             if moved:
                 yield (
                     f"parts.{self.name}: its unit is the posterior's at each position: "

@@ -3,23 +3,103 @@
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from olvae.config import Node, instantiate, resolve_class
-from olvae.data.source import Source
+from olvae.data.pixels.size_and_range import PixelRange
+from olvae.data.source import Batch, Source
+from olvae.losses.objective import Objective
+from olvae.models.autoencoder import LiteVAE, Quantizer
+from olvae.modules.base import Decoder, Encoder
 from olvae.modules.distributions import Posterior
 
-if TYPE_CHECKING:
-    from olvae.models.liteautoencoder import LiteAutoencoderKL
-    from olvae.models.parts.teacher import Teacher
 
-# The model that a part belongs to.
-Model: TypeAlias = "LiteAutoencoderKL"
-StandIn: TypeAlias = "Teacher"
+class StandIn(Protocol):
+    """An autoencoder whose latents the model learns, and that replaces its frozen halves."""
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether its latents have no distribution."""
+
+    def posterior(self, x: Tensor, moments: Tensor | None = None) -> Posterior:
+        """The posterior of images, or of ``moments`` where the data provide them."""
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Decode latents; only z gets gradients."""
+
+
+class Model(Protocol):
+    """The LiteAutoencoderKL as its parts and helpers see it; it has a docstring for each method."""
+
+    # Networks; ``adversary`` is an Adversary, and None in phase A.
+    encoder: Encoder
+    decoder: Decoder
+    quantizer: Quantizer | None
+    parts: nn.ModuleDict
+    adversary: Any
+
+    # Settings, as its constructor takes them.
+    freeze_encoder: bool
+    freeze_decoder: bool
+    sample_posterior: bool
+    checkpoint: bool | Literal["encoder", "decoder"]
+    channels_last: bool
+    compiled: bool
+    use_ema: bool
+    optimizer: Literal["adam", "muon"]
+    learning_rate: float
+    betas: tuple[float, float]
+    scheduler: Literal["constant", "cosine"]
+    warmup_steps: int
+    decay_steps: int | None
+    min_lr_factor: float
+    accumulate_grad_batches: int
+
+    # Facts about the latents for a diffusion model: those of the settings, and all.
+    given_factors: dict[str, Any]
+    for_diffusion: dict[str, Any]
+
+    # State of the training.
+    pixel_range: PixelRange
+    reports: bool
+    rate_factor: float
+    trainer: Any
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def global_rank(self) -> int: ...
+    @property
+    def global_step(self) -> int: ...
+    @property
+    def autoencoder(self) -> LiteVAE: ...
+    @property
+    def objective(self) -> Objective: ...
+    @property
+    def loss_weights(self) -> Mapping[str, float]: ...
+    @property
+    def each_part(self) -> list["Part"]: ...
+    @property
+    def stand_in(self) -> StandIn | None: ...
+    @property
+    def frozen_halves(self) -> list[str]: ...
+    @property
+    def trained_networks(self) -> list[nn.Module]: ...
+
+    def __call__(self, x: Tensor, *, moments: Tensor | None = None) -> Any: ...
+    def images(self, batch: Batch) -> Tensor: ...
+    def encode(self, x: Tensor) -> Posterior: ...
+    def decode(self, z: Tensor) -> Tensor: ...
+    def draw(self, posterior: Posterior) -> Tensor: ...
+    def report(self, values: Mapping[str, Tensor | float], rare: bool = False) -> None: ...
+    def ratio_of_gradients(
+        self, step: "Step", loss: Tensor, network: nn.Module | None = None
+    ) -> Tensor: ...
+    def autoencoder_parameters(self) -> list[nn.Parameter]: ...
 
 
 @dataclass
@@ -31,7 +111,7 @@ class Step:
     # Moments of a posterior that the data provide for the images: (B, 2 n_z, H/f, W/f).
     moments: Tensor | None
     # Draws the same numbers in every process and every micro-batch of an update.
-    shared: np.random.Generator
+    rng: np.random.Generator
     # The discriminator trains alone: without gradients or losses of the autoencoder.
     warming_up: bool
     # Whether the adversary sees this reconstruction; a part may set it to False.
@@ -64,11 +144,15 @@ class Part(nn.Module):
     ``model`` is the LiteAutoencoderKL that the part belongs to. Parts act in the order of the
     config. Parameters that need gradients are trained with the autoencoder, and not averaged; all
     parameters and buffers are in checkpoints, and in no export. Random numbers come from torch's
-    global generator, which each step seeds, or from ``step.shared``.
+    global generator, which each step seeds, or from ``step.rng``.
     """
 
     latents: ClassVar[Literal["free", "kept", "given"]] = "free"
     """Where training may move the latents: anywhere; not away from their start; to a stand-in's."""
+
+    # Whether the part adds noise to the latent, and whether it shrinks or moves the latent.
+    adds_noise: ClassVar[bool] = False
+    moves_latents: ClassVar[bool] = False
 
     # Whether the part looks at activations, which checkpointing drops.
     needs_activations: ClassVar[bool] = False
@@ -80,7 +164,7 @@ class Part(nn.Module):
     name: str = ""
 
     @property
-    def stand_in(self) -> "StandIn | None":
+    def stand_in(self) -> StandIn | None:
         """An autoencoder of the same latents: teaches the decoder, and replaces frozen halves."""
         return None
 

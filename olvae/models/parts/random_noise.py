@@ -34,6 +34,8 @@ class RandomNoise(Part):
         scale: scale of the noise to interpolate with; not negative.
     """
 
+    adds_noise = True
+
     def __init__(
         self,
         how: Literal["add", "interpolate"] = "interpolate",

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.data.source import Source
-from olvae.models.parts.equivariance import Equivariance
 from olvae.models.parts.part import Loss, Model, Part, Step
 from olvae.modules.checks import check_counts, check_not_negative
 from olvae.modules.mixed_precision import upcast
@@ -41,7 +40,7 @@ class ScaleEquivariance(Part):
                 "decoded: leave it out"
             )
         for part in model.each_part:
-            if isinstance(part, Equivariance):
+            if part.moves_latents:
                 yield (
                     f"parts.{self.name}: parts.{part.name} shrinks latents as well: "
                     "leave one of them out"
@@ -66,7 +65,7 @@ class ScaleEquivariance(Part):
             )
 
     def on_latent(self, model: Model, step: Step) -> None:
-        self._factor = self.factors[step.shared.integers(len(self.factors))]
+        self._factor = self.factors[step.rng.integers(len(self.factors))]
 
     def losses(self, model: Model, step: Step) -> Mapping[str, Loss]:
         if step.reconstruction is None:

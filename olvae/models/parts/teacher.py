@@ -10,7 +10,6 @@ from torch import Tensor
 
 from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
-from olvae.data.shards.latent_source import PairSource
 from olvae.data.source import Source
 from olvae.devices import DTYPES
 from olvae.files import warn_once
@@ -192,9 +191,8 @@ class Teacher(Part):
         The student gets the statistics of the teacher's latents here, because its starting weights
         are loaded by now.
         """
-        if isinstance(source, PairSource):
-            # Measured over all of the source's images.
-            std = torch.tensor(source.stats["means_std"])
+        if source.means_std is not None:
+            std = torch.tensor(source.means_std)
         else:
             std = self.to(device).measure(first_images(source, seed, STD_IMAGES, device))
         if not bool(std.isfinite().all()):

@@ -40,7 +40,7 @@ class SMC(nn.Module):
     def derive(layers: Sequence["SMC"]) -> list[Operands]:
         """Return w', (out_channels, in_channels, k, k), and the bias of each layer.
 
-        Layers of one shape are computed together, which takes as many launches as one layer.
+        Layers of one shape are computed together, in few launches.
         """
         # Trained and frozen layers apart: in a stack all would require gradients.
         alike: dict[Any, list[SMC]] = {}

@@ -50,7 +50,7 @@ def encode_image(model: Any, x: Tensor, frames: bool) -> tuple[Tensor, bool]:
         # Cosmos' has no variance.
         latent = output.latent_dist
         return _without_time(latent.parameters, frames), hasattr(latent, "logvar")
-    # Most classes call it ``latent``, TAESD's ``latents``.
+    # Some classes call it ``latent``, others, such as TAESD's, ``latents``.
     name = "latents" if "latents" in output else "latent"
     return _without_time(output[name], frames), False
 

@@ -9,7 +9,7 @@ from olvae.data.image import EvalTransform, Photo, image_to_tensor
 from olvae.data.pixels.size_and_range import from_uint8
 from olvae.data.read_errors import TooManyUnreadableError
 from olvae.data.shards.latent_source import LatentSource
-from olvae.data.shards.latents import LATENT, read_latent
+from olvae.data.shards.latent_files import LATENT, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.files import write_json
 from tests.data.images import encoded, picture, rewrite, take, write_classes

@@ -16,7 +16,7 @@ from olvae.data.mix import MixSource
 from olvae.data.pixels.size_and_range import from_uint8
 from olvae.data.read_errors import TooManyUnreadableError
 from olvae.data.shards.latent_source import PairSource
-from olvae.data.shards.latents import Latent, pixel_bytes
+from olvae.data.shards.latent_files import Latent, pixel_bytes
 from olvae.export.encoding import latent_bytes
 from tests.data.images import encoded, rewrite, take, write_classes
 from tests.export.latents import Blocks, Shrunk, encode
