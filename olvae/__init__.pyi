@@ -1,4 +1,4 @@
-"""The public names, which docs/api.md documents; ``olvae/__init__.py`` imports each when it is first used."""
+"""The public names, which docs/api.md documents; ``olvae/__init__.py`` imports each when used."""
 
 from .data.dataset import SamplePhotographs as SamplePhotographs
 from .data.hub import HuggingFaceSource as HuggingFaceSource

@@ -39,6 +39,7 @@ DETAIL_SIDES = (16, 32, 64, 128)
 
 # Seconds after which a visitor's pictures are deleted.
 DELETE_AFTER_S = 3600
+DELETING = (DELETE_AFTER_S, DELETE_AFTER_S)  # how often Gradio looks, and from which age
 
 # Columns of the table; on a phone the first ones show.
 _COLUMNS = ["model", "PSNR, dB", "SSIM", "seconds", "latent"]
@@ -98,6 +99,12 @@ def read_image(path: str | Path, channels: int) -> Tensor:
             f"{PAGE_MAX_PIXELS / 1e6:.0f} million: olvae reconstruct takes any size"
         )
     return image_to_tensor(photo.read())
+
+
+def read_and_compare(models: Mapping[str, Autoencoder], path: str, device: str) -> Shown:
+    """Read an image and reconstruct it with every model; ValueError where either is impossible."""
+    x = read_image(path, next(iter(models.values())).in_channels)
+    return Shown(x, compare(models, x, device))
 
 
 def compare(models: Mapping[str, Autoencoder], x: Tensor, device: str) -> dict[str, Result]:
@@ -162,17 +169,19 @@ def page(targets: Sequence[str], device: str = "cpu") -> "gr.Blocks":
 
     # What the page does when a user drops an image, and when one clicks on it.
     def look(path: str | None, name: str, side: int) -> tuple[Any, ...]:
+        if path is None:
+            return (None,) * 7
         try:
-            return _look(models, device, path, name, side)
+            shown = read_and_compare(models, path, device)
         except ValueError as error:
             raise gr.Error(str(error), duration=None, print_exception=False) from None
+        return _look(models, shown, name, side)
 
     def detail_at(shown: Shown | None, side: int, event: gr.SelectData) -> list[Captioned] | None:
         return _detail(shown, side, (int(event.index[0]), int(event.index[1])))
 
-    deleting = (DELETE_AFTER_S, DELETE_AFTER_S)
     pictures: dict[str, Any] = {"format": "png", "object_fit": "contain", "height": "max-content"}
-    with gr.Blocks(title="open-LiteVAE", analytics_enabled=False, delete_cache=deleting) as blocks:
+    with gr.Blocks(title="open-LiteVAE", analytics_enabled=False, delete_cache=DELETING) as blocks:
         gr.Markdown("# What an autoencoder keeps of an image")
         state = gr.State(time_to_live=DELETE_AFTER_S)
 
@@ -213,20 +222,24 @@ def page(targets: Sequence[str], device: str = "cpu") -> "gr.Blocks":
     return blocks
 
 
-def _look(
-    models: Mapping[str, Autoencoder], device: str, path: str | None, name: str, side: int
-) -> tuple[Any, ...]:
-    """Compare the models on an image; return what the page shows, or nothing without an image.
+def _look(models: Mapping[str, Autoencoder], shown: Shown, name: str, side: int) -> tuple[Any, ...]:
+    """Make what the page shows of an image and its reconstructions.
 
     In order: the state, the table, the slider, the latent, the errors, the original, the detail.
     """
-    if path is None:
-        return (None,) * 7
-    x = read_image(path, next(iter(models.values())).in_channels)
-    shown = Shown(x, compare(models, x, device))
     errors = [(_array(result.error), model) for model, result in shown.results.items()]
     slider, latent = _choose(shown, name)
-    return shown, _table(models, shown), slider, latent, errors, _array(x), _detail(shown, side)
+    detail = _detail(shown, side)
+
+    # The table: a row of :data:`_COLUMNS` per model.
+    rows = []
+    for model, result in shown.results.items():
+        psnr_text = "∞" if math.isinf(result.psnr) else f"{result.psnr:.2f}"
+        ssim_text = "\N{EN DASH}" if result.ssim is None else f"{result.ssim:.4f}"
+        sides = "x".join(map(str, result.latent.shape))
+        shape = f"f{models[model].downscale}, {sides}"
+        rows.append([model, psnr_text, ssim_text, f"{result.seconds:.2f}", shape])
+    return shown, rows, slider, latent, errors, _array(shown.x), detail
 
 
 def _examples() -> "gr.Dataset":
@@ -264,18 +277,6 @@ def _detail(
     return [
         (_array(enlarged(crop_around(image, place, side))), name) for name, image in images.items()
     ]
-
-
-def _table(models: Mapping[str, Autoencoder], shown: Shown) -> list[list[str]]:
-    """Return a row of :data:`_COLUMNS` per model."""
-    rows = []
-    for name, result in shown.results.items():
-        psnr_text = "∞" if math.isinf(result.psnr) else f"{result.psnr:.2f}"
-        ssim_text = "\N{EN DASH}" if result.ssim is None else f"{result.ssim:.4f}"
-        size = "x".join(map(str, result.latent.shape))
-        latent = f"f{models[name].downscale}, {size}"
-        rows.append([name, psnr_text, ssim_text, f"{result.seconds:.2f}", latent])
-    return rows
 
 
 def _array(image: Tensor) -> NDArray[np.uint8]:

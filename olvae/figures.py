@@ -48,22 +48,17 @@ def save_image(image: Tensor, path: Path, **options: Any) -> None:
             layout = "contig" if channels > 1 else None
             tifffile.imwrite(partial, flat, photometric=kind, planarconfig=layout)
         elif path.suffix == ".exr":
-            _save_exr(array, partial)
+            exr = import_extra("OpenEXR", "pixels", "writing .exr")
+            # Y, R G B, R G B A or numbered channels.
+            numbered = [f"B{number:03d}" for number in range(channels)]
+            names = {1: "Y", 3: "RGB", 4: "RGBA"}.get(channels, numbered)
+            planes = {}
+            for i, name in enumerate(names):
+                planes[name] = np.ascontiguousarray(array[..., i], dtype=np.float32)
+            header = {"compression": exr.ZIP_COMPRESSION, "type": exr.scanlineimage}
+            exr.File(header, planes).write(str(partial))
         else:
             Image.fromarray(flat).save(partial, **options)
-
-
-def _save_exr(array: NDArray[np.float32], path: Path) -> None:
-    """Write (H, W, C) as Y, R G B, R G B A or numbered channels."""
-    exr = import_extra("OpenEXR", "pixels", "writing .exr")
-    channels = array.shape[2]
-    numbered = [f"B{number:03d}" for number in range(channels)]
-    names = {1: "Y", 3: "RGB", 4: "RGBA"}.get(channels, numbered)
-    planes = {}
-    for i, name in enumerate(names):
-        planes[name] = np.ascontiguousarray(array[..., i], dtype=np.float32)
-    header = {"compression": exr.ZIP_COMPRESSION, "type": exr.scanlineimage}
-    exr.File(header, planes).write(str(path))
 
 
 def error_map(x: Tensor, y: Tensor) -> Tensor:

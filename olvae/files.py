@@ -80,19 +80,17 @@ def folder_beside(place: Path) -> Iterator[Path]:
     own = f".{place.name[-100:]}.{socket.gethostname()}~"
     for left in parent.glob(f"{glob.escape(own)}*"):
         process = left.name.removeprefix(own).partition("-")[0]
-        if process.isdigit() and not _runs(int(process)):
+        if not process.isdigit():
+            continue
+        # Any other error is of a process that runs, of another user.
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
             shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            pass
     with tempfile.TemporaryDirectory(prefix=f"{own}{os.getpid()}-", dir=parent) as folder:
         yield Path(folder)
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except OSError as error:
-        # Otherwise it is another user's process.
-        return not isinstance(error, ProcessLookupError)
-    return True
 
 
 def lock_file(file: TextIO, patience: float = 0.0) -> None:
@@ -172,7 +170,7 @@ def lines_sha256(lines: Iterable[str]) -> str:
 
 
 def safe_path(key: str) -> PurePosixPath:
-    """Turn the key of an image into a path below a folder; ValueError for one outside, or no name."""
+    """Turn an image's key into a path below a folder; ValueError for one outside, or no name."""
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts or not path.name:
         raise ValueError(

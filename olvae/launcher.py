@@ -1,4 +1,4 @@
-"""Join, leave and use the process group of a launcher: torchrun, SLURM or Lightning's own processes."""
+"""Join, leave and use the process group of a launcher: torchrun, SLURM or Lightning itself."""
 
 import os
 from datetime import timedelta

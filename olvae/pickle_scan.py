@@ -1,4 +1,4 @@
-"""Scan a checkpoint's pickles before torch loads them: allowed calls only, and no decompression bomb."""
+"""Scan a checkpoint's pickles before torch loads it: allowed calls only, no decompression bomb."""
 
 import codecs
 import contextlib

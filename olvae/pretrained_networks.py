@@ -1,4 +1,4 @@
-"""Find the files of pretrained networks that metrics and losses use: VGG, AlexNet, Inception, DINOv2."""
+"""Find files of the pretrained networks of metrics and losses: VGG, AlexNet, Inception, DINOv2."""
 
 import http.client
 import os

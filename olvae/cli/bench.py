@@ -156,18 +156,19 @@ def _print_group(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         case = ", ".join(row[key] for key in CASE if key not in same)
         cells = {}
         for key, value in row.items():
-            if key not in ("group", *CASE, *same):
-                cells[key.removesuffix("_bytes").replace("_", " ")] = _cell(key, value)
+            if key in ("group", *CASE, *same):
+                continue
+            # Each kind of number in its unit.
+            text = str(value)
+            if key == "peak_memory_bytes":
+                text = f"{value / 2**20:.0f} MiB"
+            elif key.startswith("of_"):
+                text = f"{value:.0%}"
+            elif isinstance(value, float):
+                text = f"{value:.4g}"
+            cells[key.removesuffix("_bytes").replace("_", " ")] = text
         table[case] = cells
     print_rows(title, table, "case", stderr=True)
-
-
-def _cell(key: str, value: Any) -> str:
-    if key == "peak_memory_bytes":
-        return f"{value / 2**20:.0f} MiB"
-    if key.startswith("of_"):
-        return f"{value:.0%}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def tables_command(

@@ -130,7 +130,7 @@ def _with_places(mistakes: list[str], config: Mapping[str, Any]) -> list[str]:
 
 
 def key_places(config: Mapping[str, Any]) -> dict[str, str]:
-    """Map argument names of Lightning's Trainer and all nodes to dotted places, the outermost of equals."""
+    """Map argument names of Lightning's Trainer and all nodes to dotted places; outer ones win."""
     places = {}
     for name in arguments_of("lightning.pytorch.Trainer").parameters:
         places[name] = f"lightning.trainer.{name}"

@@ -1,10 +1,10 @@
 """Read a class's constructor arguments from its source file, without importing it.
 
 Importing a model imports Lightning and torch, which takes about eight times as long as all the rest
-of `olvae validate`. So a constructor of this package or of Lightning is found in the syntax tree of its file, and
-only its parameters are compiled. The names in its annotations and defaults are looked up from module
-to module, again in source. Anything unusual, such as a decorator, gives None, and the caller imports
-the target after all.
+of `olvae validate`. So a constructor of this package or of Lightning is found in the syntax tree of
+its file, and only its parameters are compiled. The names in its annotations and defaults are looked
+up from module to module, again in source. Anything unusual, such as a decorator, gives None, and
+the caller imports the target after all.
 """
 
 import __future__

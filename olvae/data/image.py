@@ -83,6 +83,7 @@ class MultiBand:
 Picture = Image.Image | MultiBand
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # Pillow's modes by number of channels
+WITH_ALPHA = ("RGBA", "LA", "PA", "La", "RGBa")  # Pillow's modes
 
 
 def image_to_tensor(image: Picture) -> Tensor:
@@ -182,7 +183,16 @@ class Photo:
             check_size(*self._image.size)
             if isinstance(self._image, Image.Image):
                 self._orientation = _orientation(self._image)
-            self.size = self._upright_size()
+
+            # The size, upright.
+            width, height = self._image.size
+            if self._orientation in SIDEWAYS:
+                if isinstance(self._image, TiffImageFile):
+                    # Some versions of Pillow have turned its .size already; the tags are as stored.
+                    width = self._image.tag_v2[IMAGEWIDTH]
+                    height = self._image.tag_v2[IMAGELENGTH]
+                width, height = height, width
+            self.size = (width, height)
         except ConfigError:
             raise
         except Exception as error:
@@ -232,7 +242,17 @@ class Photo:
                 image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
             image.load()
             upright = image if self._orientation == 1 else ImageOps.exif_transpose(image)
-            return _convert(upright, MODES[self.channels])
+
+            # Any mode of Pillow becomes one of MODES, by the rules of :func:`read_picture`.
+            mode = MODES[self.channels]
+            if upright.mode in WITH_ALPHA or "transparency" in upright.info:
+                upright = upright.convert("RGBA")
+                if mode == "RGBA":
+                    return upright
+                white = Image.new("RGBA", upright.size, "white")
+                upright = Image.alpha_composite(white, upright)
+            rgb = upright if upright.mode == "RGB" else upright.convert("RGB")
+            return rgb if mode == "RGB" else rgb.convert(mode)
         except Exception as error:  # decoders raise all kinds for a broken file
             raise UnreadableImageError(self.name, _reason(error)) from error
 
@@ -301,16 +321,6 @@ class Photo:
         suffix = array_suffix(content)
         return None if suffix in (".tif", ".png") else suffix
 
-    def _upright_size(self) -> tuple[int, int]:
-        width, height = self._image.size
-        if self._orientation not in SIDEWAYS:
-            return width, height
-        if isinstance(self._image, TiffImageFile):
-            # Some versions of Pillow have turned a TIFF's .size already; the tags are as stored.
-            width = self._image.tag_v2[IMAGEWIDTH]
-            height = self._image.tag_v2[IMAGELENGTH]
-        return height, width
-
 
 def read_picture(
     path: str | Path, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS
@@ -322,25 +332,14 @@ def read_picture(
     frame is read. One channel is the luma of this RGB; four are RGB and alpha. Any other number
     of channels is read from a TIFF or a NumPy file, an array of uint8 of shape (H, W, channels).
 
-    With a range it is an array of :data:`~olvae.data.pixels.arrays.ARRAY_DTYPES`, (H, W, channels), as
-    it is in the file.
+    With a range it is an array of :data:`~olvae.data.pixels.arrays.ARRAY_DTYPES`, (H, W, channels),
+    as it is in the file.
 
     Raises UnreadableImageError: the file can't be read, or has more than 8 bits per channel
     without a stated range, values that the range refuses, another number of channels, several
     pages, or a size that :func:`check_size` refuses.
     """
     return Photo(Path(path), legible(str(path)), channels, pixel_range).read()
-
-
-def _convert(image: Image.Image, mode: str) -> Image.Image:
-    """Convert any mode of Pillow to one of :data:`MODES`, by the rules of :func:`read_picture`."""
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        if mode == "RGBA":
-            return image
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    rgb = image if image.mode == "RGB" else image.convert("RGB")
-    return rgb if mode == "RGB" else rgb.convert(mode)
 
 
 def _open_by_pillow(content: Path | bytes, channels: int) -> Image.Image | None:

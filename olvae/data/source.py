@@ -220,7 +220,7 @@ class Source(ABC):
 
     @property
     def test_set(self) -> Any:
-        """The test images for `olvae encode`: an ImageDataset, or a list of shards; None for neither."""
+        """Test images for `olvae encode`: an ImageDataset, a list of shards, or None."""
         return None
 
     def describe_val_images(self) -> str:
@@ -362,7 +362,7 @@ _with_workers: weakref.WeakSet[Any] = weakref.WeakSet()  # iterators that have l
 
 @atexit.register
 def _end_workers() -> None:
-    """End loader processes at exit before multiprocessing does, whose single SIGTERM they survive."""
+    """End loader processes at exit before multiprocessing does: they survive its one SIGTERM."""
     for batches in list(_with_workers):
         stop_workers(batches)
 

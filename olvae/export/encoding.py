@@ -561,7 +561,8 @@ class EncodeJob:
                 keys = [readable[i].item.key for i in batch]
                 encoded = [self._latents(images, keys, memory)]
                 if self.options.flip:
-                    images = [_mirrored(image) for image in images]
+                    # Mirrored by an index: torch's flip does not take uint16.
+                    images = [x[..., torch.arange(x.shape[-1] - 1, -1, -1)] for x in images]
                     keys = [key + MIRRORED for key in keys]
                     encoded.append(self._latents(images, keys, memory))
                 for n, i in enumerate(batch):
@@ -610,11 +611,6 @@ class EncodeJob:
                 f"latents of up to {exact.abs().max():.3g} are too large for {self.options.dtype}"
             )
         return rounded
-
-
-def _mirrored(image: Tensor) -> Tensor:
-    """(C, H, W) -> (C, H, W), of any dtype, also uint16, which torch's flip does not take."""
-    return image[..., torch.arange(image.shape[-1] - 1, -1, -1)]
 
 
 def latent_bytes(*sides: Latent) -> bytes:

@@ -236,28 +236,21 @@ def check_place(place: Path, suffix: str = "", force: bool = False) -> None:
             f"{place}: a mount point, which can't be replaced: name a new folder in it"
         )
 
-    # What is there is replaced only if it is an export, and the user wants it.
-    if holds_something and not _is_export(place):
-        raise FileExistsError(
-            f"{place}: not empty, and not an export: `force` replaces exports only, which hold no "
-            "folder"
-        )
+    # What is there is replaced only if it is an export, and the user wants it. An export holds no
+    # folder, and our class or, in another format, our card, which a download of that format lacks.
+    if holds_something:
+        holds_folder = any(path.is_dir() for path in place.iterdir())
+        if holds_folder or not (own_card(place) or class_in(place) == CLASS_NAME):
+            raise FileExistsError(
+                f"{place}: not empty, and not an export: `force` replaces exports only, which hold "
+                "no folder"
+            )
     if (holds_something or place.is_file()) and not force:
         raise FileExistsError(f"{place}: exists: `force` replaces it")
 
 
 def _names(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
-
-
-def _is_export(folder: Path) -> bool:
-    """Recognise our exports: no folder in them, and our class or, in another format, our card.
-
-    A download of another format has no such card.
-    """
-    if any(path.is_dir() for path in folder.iterdir()):
-        return False
-    return bool(own_card(folder)) or class_in(folder) == CLASS_NAME
 
 
 def _as_exported(

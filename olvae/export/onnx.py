@@ -54,8 +54,8 @@ def export_onnx(model: LiteVAE, folder: Path) -> dict[str, float]:
 
     The encoder maps ``image`` in [-1, 1] to ``moments`` (means, then log-variances, unclamped), the
     decoder ``latent`` to ``image`` (unclamped). Return each file's largest difference from torch,
-    relative to the largest value. Raise ValueError if it is above :data:`ONNX_TOLERANCE`, or the model
-    is not float32.
+    relative to the largest value. Raise ValueError if it is above :data:`ONNX_TOLERANCE`, or the
+    model is not float32.
     """
     if {p.dtype for p in model.parameters()} != {torch.float32}:
         raise ValueError("ONNX files are written and checked in float32: leave `dtype` at float32")

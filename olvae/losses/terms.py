@@ -1,4 +1,4 @@
-"""Loss terms: pixel, wavelet, Gaussian and KL losses; losses of two latents, of a latent and features.
+"""Loss terms: pixel, wavelet, Gaussian and KL; of two latents; of a latent and features.
 
 Each is a mean over elements, in float32.
 """

@@ -260,7 +260,20 @@ class LiteVAE(
                 keep_in_float32(conv)
         if quantizer is not None:
             keep_in_float32(quantizer.quant_conv)
-        return cls(encoder, decoder, quantizer)._shift_logvar(initial_logvar)
+        vae = cls(encoder, decoder, quantizer)
+
+        # The bias of the log-variances, in the last convolution before the latent.
+        if initial_logvar != 0:
+            last = quantizer.quant_conv if quantizer else last_convolution(encoder)
+            if last is None or last is encoder.linear:
+                raise ConfigError(
+                    f"initial_logvar: {type(encoder).__name__} learns no log-variances: leave it "
+                    "out"
+                )
+            assert last.bias is not None
+            with torch.no_grad():
+                last.bias[vae.latent_channels :] += initial_logvar
+        return vae
 
     @classmethod
     def from_spec(cls, spec: AutoencoderSpec, max_parameters: int = MAX_PARAMETERS) -> "LiteVAE":
@@ -289,10 +302,10 @@ class LiteVAE(
         """Set some or all of :attr:`Autoencoder.for_diffusion`."""
         for name, value in values.items():
             assert name in FOR_DIFFUSION
-            if isinstance(value, Sequence):
-                value = [float(v) for v in value]
-            elif name.endswith("_factor"):
+            if name.endswith("_factor"):
                 value = float(value)
+            elif isinstance(value, Sequence):
+                value = [float(v) for v in value]
             setattr(self, name, value)
         return self
 
@@ -391,20 +404,6 @@ class LiteVAE(
                     f"login ({error.response.status_code})"
                 )
             raise OSError(f"{repo_id}: not uploaded: {message}") from error
-
-    @torch.no_grad()
-    def _shift_logvar(self, shift: float) -> "LiteVAE":
-        if shift == 0:
-            return self
-        last = self.quantizer.quant_conv if self.quantizer else last_convolution(self.encoder)
-        if last is None or last is self.encoder.linear:
-            raise ConfigError(
-                f"initial_logvar: {type(self.encoder).__name__} learns no log-variances: leave it "
-                "out"
-            )
-        assert last.bias is not None
-        last.bias[self.latent_channels :] += shift
-        return self
 
     @property
     def config(self) -> dict[str, Any]:

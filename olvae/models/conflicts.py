@@ -8,8 +8,6 @@ from olvae.models.parts.part import Model
 from olvae.models.spec import check_factors
 from olvae.models.updates.optimizers import OPTIMIZERS
 
-CHOICES = {"scheduler": ("constant", "cosine"), "optimizer": tuple(OPTIMIZERS)}
-
 
 def find_conflicts(model: Model) -> Iterator[str]:
     """One line for each setting that is out of range, or contradicts another one or a part."""
@@ -55,7 +53,8 @@ def _out_of_range(model: Model) -> Iterator[str]:
     """One line for each setting with an impossible value."""
     if model.accumulate_grad_batches < 1:
         yield f"accumulate_grad_batches must be at least 1, got {model.accumulate_grad_batches}"
-    for name, choices in CHOICES.items():
+    possible = {"scheduler": ("constant", "cosine"), "optimizer": tuple(OPTIMIZERS)}
+    for name, choices in possible.items():
         value = getattr(model, name)
         if value not in choices:
             yield f"{name} must be {' or '.join(choices)}, got {value!r}"

@@ -87,8 +87,8 @@ def start_linearly(
 ) -> tuple[float | None, str]:
     """Fit the linear paths on the first training crops, and measure the code they make.
 
-    The crops are the same in every process. Frozen halves are replaced by the teacher; if the data
-    carry its latents, those are used instead of running it. See :func:`fit_linear_paths`.
+    The crops are the same in every process. A teacher, if there is one, replaces frozen halves; if
+    the data carry its latents, those are used instead of running it. See :func:`fit_linear_paths`.
 
     Returns the mean PSNR in dB over the validation images, and a line for the summary. The mean is
     None if no path of a trained decoder was fitted, or if there are more than

@@ -133,6 +133,13 @@ class LiteAutoencoderKL(pl.LightningModule):
         self.freeze_encoder, self.freeze_decoder = freeze_encoder, freeze_decoder
         self.checkpoint = checkpoint
 
+        # Validation, and values to log.
+        self.val_metrics = list(val_metrics)
+        self.validation = Validation(self.val_metrics, weights_dir)
+        self.validation_values: dict[str, float] = {}  # of the last one; empty if it read no image
+        self.logged: dict[str, Tensor | float] = {}  # by the last step that logged
+        self._reported: dict[str, Tensor | float] = {}  # to be logged
+
         # The autoencoder; a tuple hides it from torch, which would save its weights twice.
         networks = (encoder_config, decoder_config, embed_dim, use_quant, initial_logvar)
         vae = LiteVAE.from_config(*networks)
@@ -154,14 +161,10 @@ class LiteAutoencoderKL(pl.LightningModule):
         mistakes = [*attach_parts(self, parts or {}), *find_conflicts(self)]
         if mistakes:
             raise ConfigError(*(f"model.params.{mistake}" for mistake in mistakes))
+        self.autoencoder.set_for_diffusion(self.for_diffusion)  # a teacher's, perhaps
         modules = (self.encoder, self.decoder, self.quantizer, self.adversary, self.parts)
         self.guard = NonFiniteGuard(modules)
         self._pairs: list[Pair] = []  # one for each micro-batch of the update
-        self.val_metrics = list(val_metrics)
-        self.validation = Validation(self.val_metrics, weights_dir)
-        self.validation_values: dict[str, float] = {}  # of the last one; empty if it read no image
-        self.logged: dict[str, Tensor | float] = {}  # by the last step that logged
-        self._reported: dict[str, Tensor | float] = {}  # to be logged
 
     def _prepare_networks(self) -> None:
         """Freeze halves, and set their checkpointing and memory layout."""
@@ -178,10 +181,14 @@ class LiteAutoencoderKL(pl.LightningModule):
 
     @property
     def autoencoder(self) -> LiteVAE:
-        """The plain module over the same weights."""
+        """The plain module over the same weights; another one if a network has been replaced."""
         (vae,) = self._autoencoder
-        vae.pixel_range = self.pixel_range  # set by `check`, and factors by a teacher
-        return vae.set_for_diffusion(self.for_diffusion)
+        networks = (self.encoder, self.decoder, self.quantizer)
+        if (vae.encoder, vae.decoder, vae.quantizer) != networks:
+            vae = LiteVAE(*networks).set_for_diffusion(self.for_diffusion)
+            vae.pixel_range = self.pixel_range
+            self._autoencoder = (vae,)
+        return vae
 
     @property
     def frozen_halves(self) -> list[str]:
@@ -244,6 +251,7 @@ class LiteAutoencoderKL(pl.LightningModule):
     def check(self, source: Source) -> None:
         """Raise ConfigError if a source's images do not fit the model, or a part can't use them."""
         self.pixel_range = source.pixel_range
+        self.autoencoder.pixel_range = source.pixel_range
         check_source(self, source)
         for part in self.each_part:
             part.check(self, source)
@@ -569,7 +577,7 @@ class LiteAutoencoderKL(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         values = self.validation.summarise(self.each_part)
-        # Lightning's sanity check has two batches: its values are logged, not kept.
+        # Lightning's sanity check has two batches: its values do not count.
         self.validation_values = {} if self.trainer.sanity_checking else values
         self.log_dict(values)
         self.log("step", float(self.global_step))

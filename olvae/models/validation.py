@@ -68,6 +68,7 @@ class Validation:
             with nullcontext() if average is None else average.weights_as_trained():
                 reconstruction = model(images, moments=moments)[0]
                 metrics.update(keys, levels, model.pixel_range.to_levels(reconstruction))
+                del reconstruction  # before the next pass needs the memory
 
         # Parts: means over the batch, weighted by its images.
         for part in model.each_part:

@@ -108,7 +108,8 @@ def conv5_4(path: Path | None) -> nn.Module:
     """VGG19 up to its last convolution, before the activation.
 
     Images (B, 3, H, W) in [-1, 1] -> (B, 512, H/16, W/16). ``path`` is the file of
-    :data:`olvae.pretrained_networks.VGG19`; None gives weights without values, to count the network.
+    :data:`olvae.pretrained_networks.VGG19`; None gives weights without values, to count the
+    network.
     """
     import torchvision
 

@@ -171,7 +171,11 @@ class GigaGAN(nn.Module):
         image = x
         h = self.stem(x)  # (B, widths[0], S, S)
         for i, level in enumerate(self.levels):
-            image = _halve(image)  # (B, C, S/2^(i+1), S/2^(i+1))
+            # Half the size, in float32; a triangle filter four pixels wide prevents aliasing.
+            with no_autocast(image):
+                image = F.interpolate(
+                    upcast(image), scale_factor=0.5, mode="bilinear", antialias=True
+                ).to(image.dtype)  # (B, C, S/2^(i+1), S/2^(i+1))
             h = level(h, image)  # (B, widths[i], S/2^(i+1), S/2^(i+1))
             if str(i) in self.transformers:
                 h = self.transformers[str(i)](h)
@@ -180,13 +184,6 @@ class GigaGAN(nn.Module):
         vector = self.reduce(F.leaky_relu(h, 0.2)).flatten(1)  # (B, 4 widths[-1])
         logits.append(self.last_predictor(vector[..., None, None]).flatten(1))  # (B, 1)
         return logits
-
-
-def _halve(image: Tensor) -> Tensor:
-    """Half the size, through a triangle filter four pixels wide, against aliasing; in float32."""
-    with no_autocast(image):
-        half = F.interpolate(upcast(image), scale_factor=0.5, mode="bilinear", antialias=True)
-    return half.to(image.dtype)
 
 
 class _Level(nn.Module):

@@ -1,8 +1,8 @@
 """Compute in mixed precision: islands in float32, and weights cast together, eagerly or compiled.
 
 Autocast casts each float32 weight to half precision in a kernel launch of its own, and its gradient
-back in another: hundreds of launches in a step, for which a GPU waits. Here one launch casts a whole
-group of weights, in two ways:
+back in another: hundreds of launches in a step, for which a GPU waits. Here one launch casts a
+whole group of weights, in two ways:
 
 - Eager networks (:func:`casts_together`) cast a group when its first layer is called. For the time
   of the pass each layer's ``forward`` is replaced by one that takes the group's copies.

@@ -118,7 +118,11 @@ class KeepCheckpoints(Checkpoint):
         ends = step == trainer.max_steps or trainer.should_stop
         if due or (ends and pl_module.images_seen > self._saved_images):
             self._save_after_validation = True
-            if not _validation_follows(trainer):
+            # Whether a validation follows this batch, as Lightning will decide.
+            batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+            interval = trainer.val_check_batch
+            reached = trainer.should_stop or (interval is not None and batches % interval == 0)
+            if not (trainer.enable_validation and trainer.limit_val_batches != 0 and reached):
                 self._save_last(trainer, pl_module)
         self._in_step = not pl_module.update_is_complete
 
@@ -307,14 +311,6 @@ def check_written(trainer: pl.Trainer, pending: int = 0) -> None:
     failure = trainer.strategy.broadcast(failure)
     if failure:
         raise CheckpointError(failure)
-
-
-def _validation_follows(trainer: pl.Trainer) -> bool:
-    """Whether this batch is followed by a validation, as Lightning will decide."""
-    batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-    every = trainer.val_check_batch
-    due = trainer.should_stop or (every is not None and batches % every == 0)
-    return bool(trainer.enable_validation and trainer.limit_val_batches != 0 and due)
 
 
 def last_good(run: Run) -> str:

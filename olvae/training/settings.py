@@ -124,7 +124,18 @@ def read_plan(options: TrainOptions) -> Plan:
     cfg.check(config)
     if config["model"].get("from") is None:
         config["model"].pop("from", None)
-    _check_starts(options, config)
+
+    # A run starts from one place.
+    starts = {
+        "`resume` continues a run": options.resume,
+        "`actual_resume` starts one from weights": options.actual_resume,
+        "`start_from` starts one from an autoencoder's networks and weights": options.start_from,
+    }
+    if not options.start_from:  # which has set model.from
+        starts["model.from names an autoencoder to start from"] = config["model"].get("from")
+    given = [what for what, value in starts.items() if value is not None]
+    if len(given) > 1:
+        raise ConfigError(f"{', '.join(given)}: give one of them")
     _keep_additions(config, overrides)
 
     time_limit = None if options.time_limit is None else parse_time(options.time_limit)
@@ -164,20 +175,6 @@ def parse_time(text: str) -> float:
         )
     days, hours, minutes, seconds = (int(number or 0) for number in match.groups())
     return float(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
-
-
-def _check_starts(options: TrainOptions, config: Config) -> None:
-    """Check that a run starts from one place."""
-    starts = {
-        "`resume` continues a run": options.resume,
-        "`actual_resume` starts one from weights": options.actual_resume,
-        "`start_from` starts one from an autoencoder's networks and weights": options.start_from,
-    }
-    if not options.start_from:  # which has set model.from
-        starts["model.from names an autoencoder to start from"] = config["model"].get("from")
-    given = [what for what, value in starts.items() if value is not None]
-    if len(given) > 1:
-        raise ConfigError(f"{', '.join(given)}: give one of them")
 
 
 def _keep_additions(config: Config, overrides: Sequence[str]) -> None:

@@ -89,7 +89,8 @@ def _check(channels: int, shape: Sequence[int], dtype: Any) -> None:
         wanted += " or (H, W)"
     if dtype.name not in ARRAY_DTYPES:
         raise ValueError(
-            f"expected {', '.join(ARRAY_DTYPES)} of shape {wanted}, got {dtype} of shape {tuple(shape)}"
+            f"expected {', '.join(ARRAY_DTYPES)} of shape {wanted}, "
+            f"got {dtype} of shape {tuple(shape)}"
         )
     found = shape[2] if len(shape) == 3 else 1
     if len(shape) not in (2, 3) or 0 in shape or (channels and found != channels):

@@ -1,4 +1,4 @@
-"""The files of a latent in a shard, and its statistics: written by `encode`, read by the latent sources."""
+"""The files of a latent in a shard, and its statistics: of `encode`, for the latent sources."""
 
 import io
 import json

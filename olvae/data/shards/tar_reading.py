@@ -307,11 +307,13 @@ class _Download:
                 if until is None:
                     until = time.monotonic() + RETRY_S
                 self._resumes += 1
-                if (
-                    _is_final(error)
-                    or time.monotonic() + pause > until
-                    or self._resumes > MAX_RESUMES
-                ):
+
+                # Give up where trying again can't help, or has not helped.
+                status = _status(error)
+                refused = status is not None and status < 500 and status not in TEMPORARY
+                final = FileNotFoundError | PermissionError | ImportError | ValueError
+                spent = time.monotonic() + pause > until or self._resumes > MAX_RESUMES
+                if refused or isinstance(error, final) or spent:
                     raise OSError(_explain(error)) from error
                 time.sleep(pause)
                 pause *= 2
@@ -333,7 +335,16 @@ class _Download:
         url = self._url
         headers: dict[str, str] = {}
         if url.startswith("hf://"):
-            url, headers = _on_the_hub(url)
+            from huggingface_hub import HfFileSystem, get_token, hf_hub_url
+
+            # The file's address on the Hugging Face hub, and the user's token.
+            file: Any = HfFileSystem(skip_instance_cache=True).resolve_path(url)
+            url = hf_hub_url(
+                file.repo_id, file.path_in_repo, repo_type=file.repo_type, revision=file.revision
+            )
+            token = get_token()
+            if token:
+                headers["Authorization"] = f"Bearer {token}"
         headers["Accept-Encoding"] = "identity"
         if self._place:
             headers["Range"] = f"bytes={self._place}-"
@@ -364,32 +375,12 @@ class _Download:
             ahead -= skipped
 
 
-def _on_the_hub(url: str) -> tuple[str, dict[str, str]]:
-    """The address of a file on the Hugging Face hub, and the user's token as a header."""
-    from huggingface_hub import HfFileSystem, get_token, hf_hub_url
-
-    file: Any = HfFileSystem(skip_instance_cache=True).resolve_path(url)
-    address = hf_hub_url(
-        file.repo_id, file.path_in_repo, repo_type=file.repo_type, revision=file.revision
-    )
-    token = get_token()
-    return address, {"Authorization": f"Bearer {token}"} if token else {}
-
-
 def _status(error: Exception) -> int | None:
     """The HTTP status of an error of aiohttp or of the hub's library."""
     status = getattr(error, "status", None)
     if not status:
         status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
-
-
-def _is_final(error: Exception) -> bool:
-    """Whether trying again can't help."""
-    status = _status(error)
-    refused = status is not None and status < 500 and status not in TEMPORARY
-    final = FileNotFoundError | PermissionError | ImportError | ValueError
-    return refused or isinstance(error, final)
 
 
 def _explain(error: Exception) -> str:

@@ -101,7 +101,7 @@ class Bands(PerImageObserver):
         return {"fine detail": f"{significant(100 * out / signal)} %"}
 
     def section(self, page: Page) -> Markup | None:
-        """Bars, scaled to the longest of a trained model: an untrained one's would hide the others."""
+        """Bars, scaled to a trained model's longest: an untrained one's would hide the others."""
         rows = [row for row in page.results.rows if row.observed.get(self.name)]
         if not rows:
             return None

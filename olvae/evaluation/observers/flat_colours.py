@@ -1,7 +1,7 @@
 """Observe reconstructions of constant colours: they show grids that photographs hide."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -68,9 +68,23 @@ class FlatColours(Observer):
         return self._entries.get(target)
 
     def section(self, page: Page) -> Markup | None:
-        summary = {}
+        # The cells of each target over all its colours, by heading; none if nothing is finite.
+        summary: dict[str, dict[str, str]] = {}
         for target, entry in self._entries.items():
-            summary[target] = _summary(entry["colours"].values())
+            colours = entry["colours"].values()
+            shifts = [abs(v) for colour in colours for v in colour["shift"] if v is not None]
+            known = {}
+            for name in ("grid", "amplitude", "amplitude_with_border"):
+                known[name] = [colour[name] for colour in colours if colour[name] is not None]
+            summary[target] = {}
+            if all((shifts, *known.values())):
+                summary[target] = {
+                    "grid, mean": number(fmean(known["grid"]), 2),
+                    "grid, largest": number(max(known["grid"]), 2),
+                    "amplitude, mean": number(fmean(known["amplitude"]), 2),
+                    "with border, mean": number(fmean(known["amplitude_with_border"]), 2),
+                    "shift, largest": number(max(shifts), 1),
+                }
         caption = (
             "Reconstructions of single-colour images show any pattern that the autoencoder adds. "
             "Numbers are in steps of 8-bit values, over all colours: amplitude is the standard "
@@ -112,8 +126,20 @@ def reconstruct_colours(
     f = model.downscale
     frame = _frame(size, f)
     inner = slice(frame, size - frame)
+
+    # The colours: greys, and the hues of RGB, or each channel alone.
+    channels = model.in_channels
+    colours: dict[str, tuple[int, ...]] = {}
+    for name, value in GREYS.items():
+        colours[name] = (value,) * channels
+    if channels == 3:
+        colours |= HUES
+    elif channels > 1:
+        for i in range(channels):
+            colours[f"channel {i + 1}"] = tuple(255 * (i == j) for j in range(channels))
+
     found: dict[str, dict[str, Any]] = {}
-    for name, colour in _colours(model.in_channels).items():
+    for name, colour in colours.items():
         x = torch.tensor(colour, dtype=torch.uint8, device=device)[None, :, None, None]
         images = from_uint8(x.expand(-1, -1, size, size))
         with full_float32(images):
@@ -132,19 +158,6 @@ def reconstruct_colours(
     return found
 
 
-def _colours(channels: int) -> dict[str, tuple[int, ...]]:
-    """Greys, and the hues of RGB, or each channel alone."""
-    colours: dict[str, tuple[int, ...]] = {}
-    for name, value in GREYS.items():
-        colours[name] = (value,) * channels
-    if channels == 3:
-        colours |= HUES
-    elif channels > 1:
-        for i in range(channels):
-            colours[f"channel {i + 1}"] = tuple(255 * (i == j) for j in range(channels))
-    return colours
-
-
 def _frame(size: int, f: int) -> int:
     """The width of the border that is left out: a quarter of the size, in whole f x f tiles."""
     return size // (4 * f) * f
@@ -152,20 +165,3 @@ def _frame(size: int, f: int) -> int:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _summary(colours: Collection[Mapping[str, Any]]) -> dict[str, str]:
-    """The cells over all colours, by heading."""
-    shifts = [abs(value) for colour in colours for value in colour["shift"] if value is not None]
-    known = {}
-    for name in ("grid", "amplitude", "amplitude_with_border"):
-        known[name] = [colour[name] for colour in colours if colour[name] is not None]
-    if not all((shifts, *known.values())):
-        return {}
-    return {
-        "grid, mean": number(fmean(known["grid"]), 2),
-        "grid, largest": number(max(known["grid"]), 2),
-        "amplitude, mean": number(fmean(known["amplitude"]), 2),
-        "with border, mean": number(fmean(known["amplitude_with_border"]), 2),
-        "shift, largest": number(max(shifts), 1),
-    }

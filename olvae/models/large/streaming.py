@@ -44,8 +44,15 @@ def encode_within(
     ValueError if the image does not fit, and the encoder is not LiteVAE's; OSError if the disk is
     too small.
     """
+    # Peak bytes of encoding one image; remembered, because counting takes half a second.
+    known: dict[tuple[object, ...], int] = encoder.__dict__.setdefault("_image_bytes", {})
+    shape = tuple(x.shape[1:])
+    key = (*shape, dtype_of(encoder))
+    if key not in known:
+        known[key] = peak_bytes(encoder, lambda e, images: e(images), (1, *shape))
+    needs = known[key]
+
     # Whole images, as many as fit.
-    needs = _bytes_of_one(encoder, tuple(x.shape[1:]))
     together = memory // needs
     if together > 0 or not len(x):
         return torch.cat([encoder(part) for part in x.split(max(1, together))])
@@ -78,15 +85,6 @@ def encode_within(
         return out
 
     return encoder.run(x, stream)
-
-
-def _bytes_of_one(encoder: Encoder, shape: tuple[int, ...]) -> int:
-    """Peak bytes of encoding one image; remembered, because counting takes half a second."""
-    known: dict[tuple[object, ...], int] = encoder.__dict__.setdefault("_image_bytes", {})
-    key = (*shape, dtype_of(encoder))
-    if key not in known:
-        known[key] = peak_bytes(encoder, lambda e, images: e(images), (1, *shape))
-    return known[key]
 
 
 # Of the planes, whatever torch's defaults are.

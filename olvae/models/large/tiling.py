@@ -224,16 +224,8 @@ def peak_bytes(
     milliseconds for any size. A convolution's input and output count twice, because oneDNN and
     cuDNN may copy both into another layout.
     """
-    meta = _meta_copy(module)
-    x = torch.empty(shape, dtype=dtype_of(meta), device="meta")
-    with torch.no_grad(), LiveBytes() as live:
-        run(meta, x)
-    return int(live.peak)
-
-
-def _meta_copy(module: nn.Module) -> nn.Module:
-    """Copy a module to the meta device, without copying its tensors, and without its hooks."""
-    # deepcopy takes what the memo has for a tensor, instead of copying it.
+    # Copy the module to the meta device: deepcopy takes what the memo has for a tensor, instead of
+    # copying it.
     memo: dict[int, Any] = {}
     for buffer in module.buffers():
         memo[id(buffer)] = torch.empty_like(buffer, device="meta")
@@ -244,7 +236,11 @@ def _meta_copy(module: nn.Module) -> nn.Module:
     meta = copy.deepcopy(module, memo)
     for part in meta.modules():
         forget_hooks(part)
-    return meta
+
+    x = torch.empty(shape, dtype=dtype_of(meta), device="meta")
+    with torch.no_grad(), LiveBytes() as live:
+        run(meta, x)
+    return int(live.peak)
 
 
 class LiveBytes(TorchDispatchMode):

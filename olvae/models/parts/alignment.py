@@ -64,7 +64,19 @@ class Alignment(Part):
         self.distance_margin = distance_margin
         self.of = of
         self.project_distance = project_distance
-        self.features = _vision_encoder(encoder, weights)
+
+        # The encoder with its weights; without them on the meta device, for shapes alone.
+        import_extra("timm", "align", "an alignment")
+        try:
+            if torch.empty(0).device.type == "meta":
+                self.features = VisionEncoder(encoder, None)
+            else:
+                file = locate_weights(published_weights(encoder) if weights is None else weights)
+                self.features = VisionEncoder(encoder, state_dict_of(read_checkpoint(file), file))
+        except OSError as error:
+            raise type(error)(
+                f"{error}; set params.weights of the alignment to a file of {encoder}'s weights"
+            ) from error
 
     def attach(self, model: Model) -> None:
         channels = model.autoencoder.latent_channels
@@ -117,17 +129,3 @@ class Alignment(Part):
     def describe(self) -> str:
         adaptive = ", adaptive" if self.adaptive_weight else ""
         return f"{self.encoder}, weight {self.weight:g}{adaptive}"
-
-
-def _vision_encoder(name: str, weights: str | None) -> VisionEncoder:
-    """Build the encoder with its weights; without them on the meta device, for shapes alone."""
-    import_extra("timm", "align", "an alignment")
-    try:
-        if torch.empty(0).device.type == "meta":
-            return VisionEncoder(name, None)
-        file = locate_weights(published_weights(name) if weights is None else weights)
-        return VisionEncoder(name, state_dict_of(read_checkpoint(file), file))
-    except OSError as error:
-        raise type(error)(
-            f"{error}; set params.weights of the alignment to a file of {name}'s weights"
-        ) from error

@@ -46,9 +46,10 @@ class _Record:
         """Name the first non-finite term; this waits for the device."""
         term, batch, _ = self.terms[self.finite.tolist().index(False)]
         is_gradient = term.startswith(GRADIENT)
-        keys = self.keys[batch]
         if is_gradient:
             keys = [key for batch_keys in self.keys for key in batch_keys]
+        else:
+            keys = self.keys[batch]
         # A scale below 1 has been lowered so often that half precision is not the reason.
         scaled = self.scale is not None and float(self.scale) >= 1
         return BadStep(self.step, term, keys, scaled and is_gradient, bool(self.bad[0] > 0))

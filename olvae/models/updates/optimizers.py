@@ -17,7 +17,7 @@ from olvae.models.updates.muon import Muon
 def mix_seeds(*numbers: int) -> int:
     """One seed from several numbers, different for each list of them."""
     sequence = np.random.SeedSequence((len(numbers), *numbers))
-    return int(sequence.generate_state(1, dtype=np.uint64)[0]) >> 1  # torch takes 63 bits
+    return int(sequence.generate_state(1, dtype=np.uint64)[0]) >> 1
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -73,11 +73,12 @@ def make_optimizers(model: Model) -> OptimizerLRScheduler:
     if model.adversary is None:
         return optimizers, schedules
     adversary = model.adversary
+    start_step = adversary.start_step
 
     def own_warmup(updates: int) -> float:
         # A warm-up from its own first update, times the autoencoder's schedule after warm-up.
         rise = min(1.0, (updates + 1) / max(1, model.warmup_steps))
-        return rise * factor(max(model.global_step, model.warmup_steps, adversary.start_step))
+        return rise * factor(max(model.global_step, model.warmup_steps, start_step))
 
     rate = model.learning_rate * adversary.learning_rate_ratio
     parameters = list(adversary.discriminator.parameters())

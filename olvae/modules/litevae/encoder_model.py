@@ -339,14 +339,15 @@ class LiteVAE_Encoder(Encoder):
     def run(self, x: Tensor, apply: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
         """Run ``forward`` with ``apply(unet, input)`` for each UNet."""
         _check_images(x, self)
-        features = self._packets(x) if self.packets else self._features(x, apply)
+        if self.packets:
+            features = x
+            for _ in range(self.levels):
+                features = dwt2(features, self.wavelet)
+            features = features * self.band_scales[-1]  # (B, C f f, H/f, W/f)
+        else:
+            features = self._features(x, apply)
         moments = apply(self.aggregator, features)  # (B, latent_dim, H/f, W/f)
         return self.with_linear_path(moments, x)
-
-    def _packets(self, x: Tensor) -> Tensor:
-        for _ in range(self.levels):
-            x = dwt2(x, self.wavelet)
-        return x * self.band_scales[-1]  # (B, C f f, H/f, W/f)
 
     def _features(self, x: Tensor, apply: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
         # What each level has of its own, from the first that is not skipped.

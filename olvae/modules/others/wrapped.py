@@ -93,7 +93,12 @@ class _Wrapped(Steps):
             # One frame never gets there, and DDP would wait for its gradient.
             if name.endswith("time_conv"):
                 module.requires_grad_(False)
-            if isinstance(module, nn.Conv3d) and _is_causal(module):
+            if not isinstance(module, nn.Conv3d):
+                continue
+            # Where a convolution pads in time only before the input, as Wan's do, the last slice of
+            # its kernel meets the first frame.
+            padding = causal_padding(module)
+            if padding is not None and tuple(padding[4:]) == (module.kernel_size[0] - 1, 0):
                 exact = half == "encoder" and module is self.output_layer
                 forward = partial(_on_one_frame, module, exact=exact)
                 module.forward = forward  # type: ignore[method-assign]
@@ -121,15 +126,6 @@ class _Wrapped(Steps):
             # Always on: `step` decides.
             if hasattr(module, "gradient_checkpointing"):
                 set_checkpointing(module, self.step)
-
-
-def _is_causal(conv: Any) -> bool:
-    """Return whether a convolution pads in time only before the input, as Wan's do.
-
-    Then the last slice of its kernel meets the first frame.
-    """
-    padding = causal_padding(conv)
-    return padding is not None and tuple(padding[4:]) == (conv.kernel_size[0] - 1, 0)
 
 
 def _on_one_frame(
