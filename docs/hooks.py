@@ -1,4 +1,5 @@
-"""What MkDocs needs besides docs/: pages made from files elsewhere, from docs/api.md and from the commands; links."""
+"""What MkDocs needs besides docs/: pages made from files elsewhere,
+from docs/api.md and from the commands; links."""
 
 import json
 import posixpath
@@ -82,8 +83,9 @@ def reference() -> str:
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     parts = [
         "# Classes and functions",
-        "The public names, by their docstrings; [examples](api.md) have a page of their own. [P 4.2] is section 4.2 of "
-        "the LiteVAE paper, [R] the open-LiteVAE README, [M] measured on the published modules, [D] decided here.",
+        "The public names, by their docstrings; [examples](api.md) have a page of their own. "
+        "[P 4.2] is section 4.2 of the LiteVAE paper, [R] the open-LiteVAE README, "
+        "[M] measured on the published modules, [D] decided here.",
     ]
     for section in text.split("\n## ")[1:]:
         parts += [
@@ -94,7 +96,8 @@ def reference() -> str:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Links as on GitHub: to a page by its title where the site has it, otherwise into the repository."""
+    """Links as on GitHub: to a page by its title where the site has it,
+    otherwise into the repository."""
     path = page.file.src_uri
     folder = posixpath.dirname(ELSEWHERE.get(path, f"docs/{path}"))
     pages, titles = {file: page for page, file in ELSEWHERE.items()}, dict(titled(config.nav))
@@ -102,9 +105,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     def link(match: re.Match[str]) -> str:
         target = match["target"]
         there = posixpath.normpath(posixpath.join(folder, target or ""))
-        if (
-            not target or not (ROOT / there).exists()
-        ):  # code, another site's, or a mistake, which strictness finds
+        # code, another site's, or a mistake, which strictness finds
+        if not target or not (ROOT / there).exists():
             return match[0]
         here = pages.get(there, there.removeprefix("docs/"))
         text = f"[{titles.get(here, match['file'])}]" if match["file"] else "]"

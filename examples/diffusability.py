@@ -1,12 +1,16 @@
-"""How well a small diffusion model learns a latent space: the Fréchet distance of its samples, over several seeds.
+"""How well a small diffusion model learns a latent space: the Fréchet distance of its samples,
+over several seeds.
 
-Encode images, then train one small diffusion transformer for each seed, and compare its samples with images:
+Encode images, then train one small diffusion transformer for each seed,
+and compare its samples with images:
 
     olvae encode demo --data crops --size 64 --flip --out latents
-    python examples/diffusability.py latents --decoder demo --reference more-crops --out diffusability
+    python examples/diffusability.py latents --decoder demo --reference more-crops \\
+        --out diffusability
 
-Needs `pip install -e '.[study]'`, for the network in whose features images are compared. A seed that is finished is not
-trained again; the same latents, seed and settings give the same samples on the same machine and number of threads.
+Needs `pip install -e '.[study]'`, for the network in whose features images are compared. A seed
+that is finished is not trained again; the same latents, seed and settings give the same samples on
+the same machine and number of threads.
 """
 
 import argparse
@@ -54,7 +58,9 @@ Velocity = Callable[[Tensor, Tensor], Tensor]
 
 
 class DiT(nn.Module):
-    """diffusers' diffusion transformer without classes; each block begins as the identity (adaLN-Zero).
+    """diffusers' diffusion transformer without classes.
+
+    Each block begins as the identity (adaLN-Zero).
 
     Args:
         shape: of a latent, (n_z, h, w).
@@ -71,12 +77,14 @@ class DiT(nn.Module):
         channels, height, side = shape
         if height != side or side % patch:
             raise ValueError(
-                f"latents of {height}x{side}: this needs square ones, whose side --patch {patch} divides"
+                f"latents of {height}x{side}: this needs square ones, whose side --patch {patch} "
+                "divides"
             )
         if width % HEAD:
             raise ValueError(
                 f"--width {width}: give a multiple of {HEAD}, the width of an attention head"
             )
+        # else it would drop the one class there is at random
         self.network = DiTTransformer2DModel(
             num_attention_heads=width // HEAD,
             attention_head_dim=HEAD,
@@ -85,7 +93,7 @@ class DiT(nn.Module):
             sample_size=side,
             patch_size=patch,
             num_embeds_ada_norm=1,
-        ).eval()  # else it would drop the one class there is at random
+        ).eval()
         for layer in (
             *(block.norm1.linear for block in self.network.transformer_blocks),
             self.network.proj_out_1,
@@ -108,7 +116,8 @@ def train(
     """Flow matching: learn the velocity on the straight line from a latent to noise.
 
     Returns:
-        the model with its weights averaged over about the last tenth of the steps, and the loss of every step.
+        the model with its weights averaged over about the last tenth of the steps,
+        and the loss of every step.
     """
     generator = torch.Generator().manual_seed(seed)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(max(0.0, 1 - 10 / steps)))
@@ -118,9 +127,8 @@ def train(
     for batch in islice(source.train_loader(seed), steps):
         z = batch["latent"]  # a new sample of each posterior
         noise = torch.randn(z.shape, generator=generator)
-        t = torch.randn(
-            len(z), generator=generator
-        ).sigmoid()  # logit-normal: more often in the middle
+        # logit-normal: more often in the middle
+        t = torch.randn(len(z), generator=generator).sigmoid()
         at = t[:, None, None, None]
         loss = F.mse_loss(model((1 - at) * z + at * noise, t), noise - z)
         optimizer.zero_grad()
@@ -135,7 +143,10 @@ def train(
 
 @torch.no_grad()
 def sample(velocity: Velocity, noise: Tensor, steps: int = HEUN_STEPS) -> Tensor:
-    """Follow the velocity back from noise to latents, (B, n_z, h, w), by Heun's method; the last step is Euler's."""
+    """Follow the velocity back from noise to latents, (B, n_z, h, w), by Heun's method.
+
+    The last step is Euler's.
+    """
     z = noise
     for t, following in pairwise(torch.linspace(1, 0, steps + 1)):
         slope = velocity(z, t.expand(len(z)))
@@ -149,7 +160,9 @@ def sample(velocity: Velocity, noise: Tensor, steps: int = HEUN_STEPS) -> Tensor
 def samples_of_seed(
     source: LatentSource, args: argparse.Namespace, seed: int
 ) -> tuple[Tensor, dict[str, Any]]:
-    """The latents that a seed's model makes, (N, n_z, h, w), and how it was trained; from its file if there is one.
+    """The latents that a seed's model makes, (N, n_z, h, w), and how it was trained.
+
+    From its file if there is one.
 
     Raises:
         ValueError: the file was made with other settings, or is not one of these.
@@ -205,7 +218,8 @@ def _read(path: Path, wanted: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
     if different := [name for name in wanted if made.get(name) != wanted[name]]:
         name = different[0]
         raise ValueError(
-            f"{path} was made with {name} {made.get(name)}, not {wanted[name]}: name another --out, or remove the file"
+            f"{path} was made with {name} {made.get(name)}, not {wanted[name]}: name another "
+            "--out, or remove the file"
         )
     return latents, record
 
@@ -317,11 +331,13 @@ def open_both(args: argparse.Namespace) -> tuple[LatentSource, Autoencoder]:
         raise ValueError(f"{args.latents}: latents of several sizes: encode them with --size")
     if decoder.latent_channels != shape[0]:
         raise ValueError(
-            f"{args.latents}: {shape[0]} channels, but {args.decoder} decodes {decoder.latent_channels}"
+            f"{args.latents}: {shape[0]} channels, but {args.decoder} decodes "
+            f"{decoder.latent_channels}"
         )
     if decoder.in_channels != 3:
         raise ValueError(
-            f"{args.decoder}: makes images of {decoder.in_channels} channels, not 3, and can't be compared"
+            f"{args.decoder}: makes images of {decoder.in_channels} channels, not 3, and can't "
+            "be compared"
         )
     return source, decoder
 
@@ -350,7 +366,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         images[f"seed {seed}"] = decode(decoder, source, latents)
         results.append(record)
         print(
-            f"seed {seed}: loss {record['loss'][-1]:.3f}, {sum(record['seconds'].values()):.0f} s of processor time"
+            f"seed {seed}: loss {record['loss'][-1]:.3f}, {sum(record['seconds'].values()):.0f} "
+            "s of processor time"
         )
 
     document: dict[str, Any] = {

@@ -1,10 +1,11 @@
-"""Turn shards of `olvae encode` into the latent caches of kohya's sd-scripts: one .npz file beside each image.
+"""Turn shards of `olvae encode` into the latent caches of kohya's sd-scripts:
+one .npz file beside each image.
 
 olvae encode my-vae --data photos --size 512 --flip --dtype float32 --out latents
 python examples/kohya_cache.py latents photos --model sdxl
 
-Names and arrays are those that library/strategy_base.py and strategy_{sd,sd3,flux}.py of kohya-ss/sd-scripts read at
-commit ab0d534 (February 2026). The trainer has not been run on them.
+Names and arrays are those that library/strategy_base.py and strategy_{sd,sd3,flux}.py of
+kohya-ss/sd-scripts read at commit ab0d534 (February 2026). The trainer has not been run on them.
 """
 
 import argparse
@@ -59,8 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
     stats, model = read_stats(args.latents), MODELS[args.model]
     if (len(stats["latents_mean"]), stats["downscale"]) != (model.channels, F):
         raise ValueError(
-            f"{args.model} takes {model.channels} channels at 1/{F} of the image's size, but {args.latents} has "
-            f"{len(stats['latents_mean'])} at 1/{stats['downscale']}"
+            f"{args.model} takes {model.channels} channels at 1/{F} of the image's size, but "
+            f"{args.latents} has {len(stats['latents_mean'])} at 1/{stats['downscale']}"
         )
     written = set[Path]()
     for entry in (
@@ -120,7 +121,8 @@ def unusable(image: Path, meta: dict[str, Any]) -> str | None:
 
 
 def crop(meta: dict[str, Any]) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of the original when it is fitted into the encoded size: what the trainer computes."""
+    """Left, top, right, bottom of the original when it is fitted into the encoded size:
+    what the trainer computes."""
     (width, height), original = meta["image"], (meta["width"], meta["height"])
     scale = min(width / original[0], height / original[1])
     fitted = original[0] * scale, original[1] * scale

@@ -1,10 +1,11 @@
-"""Turn shards of `olvae encode` into the files that LightningDiT reads: safetensors of latents and labels.
+"""Turn shards of `olvae encode` into the files that LightningDiT reads:
+safetensors of latents and labels.
 
 olvae encode my-vae --data imagenet/train --size 256 --flip --classes --dtype float32 --out latents
 python examples/lightningdit_cache.py latents --out dit-latents
 
-Names and shapes are those of extract_features.py and datasets/img_latent_dataset.py of hustvl/LightningDiT. The trainer
-has not been run on them.
+Names and shapes are those of extract_features.py and datasets/img_latent_dataset.py of
+hustvl/LightningDiT. The trainer has not been run on them.
 """
 
 import argparse
@@ -64,7 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
         images += len(tensors["labels"])
     if not images:
         raise ValueError(
-            f"{args.latents}: no image has a label: encode folders with --classes, or shards with .cls"
+            f"{args.latents}: no image has a label: encode folders with --classes, or shards "
+            "with .cls"
         )
     numbers = {
         name: torch.tensor(stats[f"latents_{name}"]).view(1, -1, 1, 1) for name in ("mean", "std")
@@ -76,7 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def shard(url: str, seed: int) -> dict[str, torch.Tensor]:
-    """Read a shard: latents and latents_flip, (N, n_z, h, w), and labels, int64 (N,), of images that have one."""
+    """Read a shard: latents and latents_flip, (N, n_z, h, w), and labels, int64 (N,),
+    of images that have one."""
     latents, mirrored, labels = list[torch.Tensor](), list[torch.Tensor](), list[int]()
     for entry in read_shard(Shard(url), LATENT):
         if isinstance(entry, ReadError):

@@ -1,4 +1,5 @@
-"""Cut random crops out of images, as training does: several of each where there are few, for example to encode.
+"""Cut random crops out of images, as training does: several of each where there are few,
+for example to encode.
 
 python examples/random_crops.py photos --size 64 --count 2000 --out crops
 """
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from olvae.cli.main import print_error
 from olvae.data.opening import open_source, open_test_source
-from olvae.data.src import load
+from olvae.data.places import load
 from olvae.figures import save_image
 from olvae.files import check_folder
 

@@ -1,4 +1,5 @@
-"""Train a small diffusion model on the latents of an exported autoencoder, and generate images with the two.
+"""Train a small diffusion model on the latents of an exported autoencoder,
+and generate images with the two.
 
 It trains on the sample photographs, in about two minutes on one core:
 
@@ -25,7 +26,8 @@ from olvae.figures import labelled_grid
 
 @torch.no_grad()
 def encode(vae: AutoencoderLiteVAE, crops: int, size: int) -> Tensor:
-    """Encode random crops once: means and standard deviations of their posteriors, (2, N, n_z, h, w)."""
+    """Encode random crops once: means and standard deviations of their posteriors,
+    (2, N, n_z, h, w)."""
     parts = []
     for batch in SamplePhotographs(size=size, batch_size=32, shuffle_channels=0).train_loader(
         seed=0
@@ -40,15 +42,17 @@ def encode(vae: AutoencoderLiteVAE, crops: int, size: int) -> Tensor:
 def train(
     unet: UNet2DModel, latents: Tensor, shift: float, scale: float, steps: int
 ) -> list[float]:
-    """Flow matching: learn the velocity on the straight line from a latent to noise. Returns the loss of every step."""
+    """Flow matching: learn the velocity on the straight line from a latent to noise.
+
+    Returns the loss of every step.
+    """
     optimizer = torch.optim.AdamW(unet.parameters(), lr=1e-3)
     decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     losses: list[float] = []
     for step in range(steps):
         mean, std = latents[:, torch.randint(latents.shape[1], (32,))]
-        z = (
-            mean + std * torch.randn_like(mean) - shift
-        ) * scale  # a posterior sample, scaled to mean 0 and variance 1
+        # a posterior sample, scaled to mean 0 and variance 1
+        z = (mean + std * torch.randn_like(mean) - shift) * scale
         noise = torch.randn_like(z)
         t = torch.randn(len(z), 1, 1, 1).sigmoid()  # logit-normal: more often in the middle
         velocity = unet((1 - t) * z + t * noise, 1000 * t.flatten()).sample
@@ -67,7 +71,8 @@ def train(
 def sample(
     unet: UNet2DModel, vae: AutoencoderLiteVAE, shape: tuple[int, ...], shift: float, scale: float
 ) -> Tensor:
-    """Follow the velocity back from noise to latents in 50 Euler steps and decode: images in [-1, 1], (B, 3, H, W)."""
+    """Follow the velocity back from noise to latents in 50 Euler steps and decode:
+    images in [-1, 1], (B, 3, H, W)."""
     z = torch.randn(shape)
     times = torch.linspace(1, 0, 51)
     for t, next_t in pairwise(times):
@@ -97,14 +102,13 @@ def main(arguments: list[str] | None = None) -> list[float]:
         raise ValueError(f"--size {args.size}: choose a multiple of {least}")
     latents = encode(vae, args.crops, args.size)
     shift, scale = vae.config.shift_factor, vae.config.scaling_factor
-    if (shift, scale) == (
-        0.0,
-        1.0,
-    ):  # exported without factors, which olvae latents measures: those of the means
+    # exported without factors, which olvae latents measures: those of the means
+    if (shift, scale) == (0.0, 1.0):
         shift, scale = latents[0].mean().item(), 1 / latents[0].std().item()
     z = (latents[0] - shift) * scale
     print(
-        f"{z.shape[0]} latents of {tuple(z.shape[1:])}, mean {z.mean():.2f}, standard deviation {z.std():.2f}"
+        f"{z.shape[0]} latents of {tuple(z.shape[1:])}, mean {z.mean():.2f}, standard deviation "
+        f"{z.std():.2f}"
     )
 
     unet = UNet2DModel(

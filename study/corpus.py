@@ -1,10 +1,12 @@
-"""Make the study's corpus: photographs from Debian packages, 512 pixels high or wide, some of them held out.
+"""Make the study's corpus: photographs from Debian packages, 512 pixels high or wide,
+some of them held out.
 
     python -m study.corpus --out study/corpus-out
 
-Folders: `train`; `train_tiles`, parts of these of 256 pixels, for small crops at the scale of pictures of that size;
-`held_out`, one picture for each photograph that is never trained on; `held_out_tiles`, parts of these at a larger
-scale. `corpus.json` says where every file is from, with its SHA-256; `LICENCES.txt` who made it.
+Folders: `train`; `train_tiles`, parts of these of 256 pixels, for small crops at the scale of
+pictures of that size; `held_out`, one picture for each photograph that is never trained on;
+`held_out_tiles`, parts of these at a larger scale. `corpus.json` says where every file is from,
+with its SHA-256; `LICENCES.txt` who made it.
 """
 
 import argparse
@@ -31,21 +33,16 @@ from study.debian import Contents, Licence, fetch
 from study.packages import ALIASES, MIRROR, PACKAGES, SAMPLES_HELD_OUT, Package
 
 SIDE = 512  # pixels: the shorter side of whole photographs, both sides of tiles
-SMALLEST = 256  # pixels: photographs with a shorter side below are dropped; also the sides of `train_tiles`
+SMALLEST = 256  # pixels: the shortest side of a photograph; also the sides of `train_tiles`
 HALVED = 1440  # pixels: from this shorter side on, tiles are cut at half the resolution
-LARGEST_PSNR = (
-    42.0  # dB after shrinking to an eighth and back: above, a picture has no detail to speak of
-)
+LARGEST_PSNR = 42.0
+"""In dB, after shrinking to an eighth and back: above, a picture has no detail to speak of."""
+
 DISTANCE = 8  # bits of 64 in which the difference hashes of near-duplicates may differ
 HELD_OUT = 6  # one photograph in so many is held out
 QUALITY = 95
-UNTOLD = (
-    "contents",
-    "images",
-    "resource",
-    "image",
-    "animals",
-)  # folders that tell no photographs apart
+# folders that tell no photographs apart
+UNTOLD = ("contents", "images", "resource", "image", "animals")
 
 FOLDERS = ("train", "train_tiles", "held_out", "held_out_tiles")
 FEATURES = (
@@ -83,11 +80,12 @@ class Photograph(NamedTuple):
 
 
 def photographs(contents: Contents) -> list[Photograph]:
-    """The photographs of a package, by path; they are named after the package and the folders that tell them apart."""
-    found, root = (
-        [],
-        os.path.commonpath([str(PurePosixPath(path).parent) for path in contents.photographs]),
-    )
+    """The photographs of a package, by path.
+
+    They are named after the package and the folders that tell them apart.
+    """
+    found = []
+    root = os.path.commonpath([str(PurePosixPath(path).parent) for path in contents.photographs])
     for path, content in sorted(contents.photographs.items()):
         parts = PurePosixPath(path).relative_to(root).with_suffix("").parts
         title = "-".join(part for part in parts if part not in UNTOLD)
@@ -101,7 +99,8 @@ def _slug(text: str) -> str:
 
 
 def detail(image: Image.Image) -> float:
-    """How well an image survives shrinking to an eighth and back (bicubic): PSNR in dB, low for much detail."""
+    """How well an image survives shrinking to an eighth and back (bicubic): PSNR in dB,
+    low for much detail."""
     small = image.resize(
         (max(1, image.width // 8), max(1, image.height // 8)), Image.Resampling.BICUBIC
     )
@@ -116,7 +115,8 @@ def groups(
     """For each photograph the first name of its group of near-duplicates.
 
     Args:
-        hashes: difference hashes; those at most ``DISTANCE`` bits apart belong together, and so do chains of them.
+        hashes: difference hashes; those at most ``DISTANCE`` bits apart belong together, and so do
+            chains of them.
         aliases: pairs of names that belong together all the same.
     """
     pairs = {frozenset(pair) for pair in aliases}
@@ -130,7 +130,8 @@ def groups(
 
 
 def is_held_out(group: Sequence[str]) -> bool:
-    """Whether photographs that belong together are held out: one group in six, by the hash of its first name."""
+    """Whether photographs that belong together are held out: one group in six,
+    by the hash of its first name."""
     if any(name in SAMPLES_HELD_OUT for name in group):
         return True
     return int.from_bytes(hashlib.sha256(min(group).encode()).digest()[:8], "big") % HELD_OUT == 0
@@ -139,9 +140,10 @@ def is_held_out(group: Sequence[str]) -> bool:
 def cut(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
     """The whole photograph, and tiles of it at a larger scale, each with the end of its name.
 
-    The whole is resized to a shorter side of at most 512 pixels. Tiles are 512 pixels wide and high, do not overlap
-    and lie around the centre. Photographs of 1440 pixels and more are cut at half their resolution, where they are
-    sharp; smaller ones as they are, if they are a quarter larger than the whole.
+    The whole is resized to a shorter side of at most 512 pixels. Tiles are 512 pixels wide and
+    high, do not overlap and lie around the centre. Photographs of 1440 pixels and more are cut at
+    half their resolution, where they are sharp; smaller ones as they are, if they are a quarter
+    larger than the whole.
     """
     yield (
         "",
@@ -159,20 +161,20 @@ def cut(image: Image.Image) -> Iterator[tuple[str, Image.Image]]:
 def _tiles(image: Image.Image, side: int) -> Iterator[tuple[str, Image.Image]]:
     for row in range(image.height // side):
         for column in range(image.width // side):
-            left, top = (
-                image.width % side // 2 + column * side,
-                image.height % side // 2 + row * side,
-            )
+            left = image.width % side // 2 + column * side
+            top = image.height % side // 2 + row * side
             yield f"_{row}{column}", image.crop((left, top, left + side, top + side))
 
 
 def build(found: Sequence[Photograph], out: Path, recipe: str) -> dict[str, Any]:
-    """Write the corpus of these photographs into a folder; pictures that are there already are kept.
+    """Write the corpus of these photographs into a folder.
+
+    Pictures that are there already are kept.
 
     Returns:
-        what corpus.json says: ``photographs`` (where each is from, its group and side), ``dropped`` (with the reason),
-        ``files`` (each with its photograph, size and SHA-256), the recipe's hash, and Pillow's version, on which the
-        bytes of the files depend.
+        what corpus.json says: ``photographs`` (where each is from, its group and side), ``dropped``
+        (with the reason), ``files`` (each with its photograph, size and SHA-256), the recipe's
+        hash, and Pillow's version, on which the bytes of the files depend.
 
     Raises:
         ValueError: two photographs have the same name.
@@ -240,8 +242,14 @@ def build(found: Sequence[Photograph], out: Path, recipe: str) -> dict[str, Any]
 def licences(corpus: dict[str, Any]) -> str:
     """The text of LICENCES.txt: one entry for each photograph."""
     lines = [
-        "The pictures in these folders are made of photographs from Debian packages; each is under the licence that",
-        "its entry names. Changes: cropped, resized, stored as JPEG; stamps were put on one colour.",
+        (
+            "The pictures in these folders are made of photographs from Debian packages; each is "
+            "under the licence that"
+        ),
+        (
+            "its entry names. Changes: cropped, resized, stored as JPEG; stamps were put on one "
+            "colour."
+        ),
     ]
     for name, source in corpus["photographs"].items():
         lines += [
@@ -275,7 +283,10 @@ def recipe_hash() -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Fetch, choose, cut; what an earlier run downloaded and wrote is kept if the rules are the same."""
+    """Fetch, choose, cut.
+
+    What an earlier run downloaded and wrote is kept if the rules are the same.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -291,7 +302,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def make(out: Path, mirror: str) -> dict[str, Any]:
-    """Make the corpus in a folder, unless it is there by these rules. Returns what corpus.json says, as :func:`build`.
+    """Make the corpus in a folder, unless it is there by these rules.
+
+    Returns what corpus.json says, as :func:`build`.
 
     Raises:
         ValueError: a package can't be had, or is not as expected.
@@ -326,9 +339,9 @@ def summary(corpus: dict[str, Any]) -> str:
         folder: sum(name.startswith(f"{folder}/") for name in corpus["files"]) for folder in FOLDERS
     }
     return (
-        f"{len(corpus['photographs']) - held_out} photographs to train on ({counts['train']} pictures, "
-        f"{counts['train_tiles']} tiles), "
-        f"{held_out} held out ({counts['held_out']} pictures and {counts['held_out_tiles']} tiles), "
+        f"{len(corpus['photographs']) - held_out} photographs to train on "
+        f"({counts['train']} pictures, {counts['train_tiles']} tiles), {held_out} held out "
+        f"({counts['held_out']} pictures and {counts['held_out_tiles']} tiles), "
         f"{len(corpus['dropped'])} dropped"
     )
 

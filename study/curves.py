@@ -1,4 +1,5 @@
-"""Draw training curves for docs/symptoms.md: a healthy one, a rate that is too high, a KL weight that is too large.
+"""Draw training curves for docs/symptoms.md: a healthy one, a rate that is too high,
+a KL weight that is too large.
 
     python -m study.curves --out study/out  # ten minutes on one thread
 
@@ -46,7 +47,10 @@ CURVES = {
 
 
 def train(name: str, out: Path) -> dict[str, tuple[list[float], list[float]]]:
-    """Train phase A of the demo with Adam and the case's override; returns steps and values of its two curves."""
+    """Train phase A of the demo with Adam and the case's override.
+
+    Returns steps and values of its two curves.
+    """
     settings = ["model.params.optimizer=adam", f"lightning.trainer.max_steps={STEPS}"]
     settings += ["lightning.trainer.val_check_interval=50", "lightning.trainer.log_every_n_steps=4"]
     settings += filter(None, [CURVES[name].override])

@@ -1,4 +1,5 @@
-"""Debian packages as folders of files: fetched and checked, read without installing, with the licence of each file."""
+"""Debian packages as folders of files: fetched and checked, read without installing,
+with the licence of each file."""
 
 import configparser
 import json
@@ -43,7 +44,8 @@ def fetch(package: Package, folder: Path, mirror: str) -> Path:
         download_url_to_file(address, str(path), package.sha256)
     except HTTPError as error:
         raise ValueError(
-            f"{address}: {error}; a mirror keeps the latest version only, --mirror {SNAPSHOT} has this one"
+            f"{address}: {error}; a mirror keeps the latest version only, --mirror {SNAPSHOT} "
+            "has this one"
         ) from error
     except URLError as error:
         raise ValueError(
@@ -85,7 +87,8 @@ class Contents:
         self._copyright = Copyright(terms.splitlines(), strict=False)
 
     def licence(self, name: str) -> Licence:
-        """From the picture's own metadata (Plasma, Palapeli), or else from the package's copyright file (DEP-5)."""
+        """From the picture's own metadata (Plasma, Palapeli),
+        or else from the package's copyright file (DEP-5)."""
         metadata = self._texts.get(f"{PurePosixPath(name).parent.parent.parent}/metadata.json")
         if metadata is not None:
             plugin = json.loads(metadata)["KPlugin"]
@@ -114,7 +117,10 @@ class Contents:
 
 
 def _files(deb: DebFile) -> Iterator[tuple[str, bytes]]:
-    """Paths and contents of a package's regular files; for Qt's resource files, of the files in them."""
+    """Paths and contents of a package's regular files.
+
+    Of Qt's resource files, those of the files in them.
+    """
     with deb.data.tgz() as archive:
         for member in archive:
             if member.isfile() and (file := archive.extractfile(member)) is not None:
@@ -125,9 +131,10 @@ def _files(deb: DebFile) -> Iterator[tuple[str, bytes]]:
 def resources(content: bytes) -> Iterator[tuple[str, bytes]]:
     """Paths and contents of the files in a binary resource file of Qt (``.rcc``).
 
-    After the mark ``qres``: the version and the offsets of the tree, the data and the names. A node of the tree has
-    the offset of its name, flags, and for a folder the number and the index of its children, which follow one another;
-    for a file the offset of its data. All numbers are big-endian.
+    After the mark ``qres``: the version and the offsets of the tree, the data and the names. A node
+    of the tree has the offset of its name, flags, and for a folder the number and the index of its
+    children, which follow one another; for a file the offset of its data. All numbers are
+    big-endian.
 
     Raises:
         ValueError: it is no such file, or a file in it is compressed by Zstandard.
@@ -140,9 +147,8 @@ def resources(content: bytes) -> Iterator[tuple[str, bytes]]:
     def walk(index: int, folder: str) -> Iterator[tuple[str, bytes]]:
         at = tree + index * node_size
         name_at, flags = struct.unpack_from(">IH", content, at)
-        (length,) = struct.unpack_from(
-            ">H", content, names + name_at
-        )  # in UTF-16 units; a hash of 4 bytes follows
+        # in UTF-16 units; a hash of 4 bytes follows
+        (length,) = struct.unpack_from(">H", content, names + name_at)
         start = names + name_at + 6
         path = folder + content[start : start + 2 * length].decode("utf-16-be") if index else ""
         if flags & TREE_FOLDER:

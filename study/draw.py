@@ -2,8 +2,8 @@
 
     python -m study.draw --rows study/results --document docs/results.md
 
-A table replaces what stands between `<!-- table: NAME -->` and `<!-- end -->`; plots go to the document's images/, and
-with `--runs study/out/runs` so do photographs.
+A table replaces what stands between `<!-- table: NAME -->` and `<!-- end -->`; plots go to the
+document's images/, and with `--runs study/out/runs` so do photographs.
 """
 
 import argparse
@@ -125,7 +125,10 @@ def _bands(row: Mapping[str, Any]) -> list[str]:
 
 
 def _encoders(rows: Found) -> str:
-    """Each network at each of its learning rates; the one with the least error in details is marked."""
+    """Each network at each of its learning rates.
+
+    The one with the least error in details is marked.
+    """
     lines = []
     for network, title in ENCODERS.items():
         at = {
@@ -168,7 +171,8 @@ def _encoder(title: str, rate: str, of_seeds: Sequence[Mapping[str, Any]]) -> li
 
 
 def _longer(rows: Found) -> str:
-    """Each network after more steps, with the coarsest band's error in two: the image's mean, and the rest."""
+    """Each network after more steps, with the coarsest band's error in two: the image's mean,
+    and the rest."""
     lines = []
     for network, (rate, _) in LONGER.items():
         if found := _of_seeds(rows, f"{network}_longer"):
@@ -245,7 +249,10 @@ def _by_size(
 
 
 def _baselines(rows: Found, name: str) -> list[Mapping[str, Any]]:
-    """The sizes of a baseline, from the row beside which it was evaluated; none if that row is not there."""
+    """The sizes of a baseline, from the row beside which it was evaluated.
+
+    None if that row is not there.
+    """
     return [rows[BASELINE][name]] if name in rows.get(BASELINE, {}) else []
 
 
@@ -322,7 +329,8 @@ TABLES: Mapping[str, Callable[[Found], str]] = {
 
 
 def _curves(rows: Found, suffix: str, path: Path) -> None:
-    """PSNR at the crops' size in the trainings of that suffix, by steps and by a thread's minutes."""
+    """PSNR at the crops' size in the trainings of that suffix,
+    by steps and by a thread's minutes."""
     figure = Figure(figsize=(7.2, 3.4), layout="constrained")
     by_steps, by_minutes = figure.subplots(1, 2, sharey=True)
     for i, (network, title) in enumerate(ENCODERS.items()):
@@ -375,7 +383,8 @@ def _plot(rows: Found, path: Path) -> None:
 
 
 def _photographs(runs: Path, path: Path) -> None:
-    """Photographs of the package, which no row has seen, through the encoders' rows of the first seed that has all."""
+    """Photographs of the package, which no row has seen,
+    through the encoders' rows of the first seed that has all."""
     of_seeds = (
         {title: find_run(runs, f"{stem}_{seed}") for title, stem in PICTURED.items()}
         for seed in SEEDS

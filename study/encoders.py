@@ -1,4 +1,5 @@
-"""Encoders of the study that differ from a published one in one place: last norm, path, wavelets, log-variances."""
+"""Encoders of the study that differ from a published one in one place: last norm, path, wavelets,
+log-variances."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,8 @@ GROUPS = 8
 
 
 class UnnormalizedSDEncoder(SDEncoder):
-    """Stable Diffusion's encoder without GroupNorm before its last convolution: a path on which no mean is removed."""
+    """Stable Diffusion's encoder without GroupNorm before its last convolution:
+    a path on which no mean is removed."""
 
     def __init__(self, **params: Any) -> None:
         super().__init__(**params)
@@ -23,7 +25,8 @@ class UnnormalizedSDEncoder(SDEncoder):
 
 
 class ShortPathSDEncoder(SDEncoder):
-    """Stable Diffusion's encoder and, added to its moments, a 1x1 convolution of the mean colours of 8x8 pixels."""
+    """Stable Diffusion's encoder and, added to its moments,
+    a 1x1 convolution of the mean colours of 8x8 pixels."""
 
     def __init__(self, **params: Any) -> None:
         super().__init__(**params)
@@ -35,7 +38,8 @@ class ShortPathSDEncoder(SDEncoder):
 
 
 class NormalizedLiteVAE(LiteVAE_Encoder):
-    """LiteVAE's encoder with GroupNorm and SiLU before its last convolution, as Stable Diffusion's has them."""
+    """LiteVAE's encoder with GroupNorm and SiLU before its last convolution,
+    as Stable Diffusion's has them."""
 
     def __init__(self, **params: Any) -> None:
         super().__init__(**params)
@@ -47,7 +51,8 @@ class NormalizedLiteVAE(LiteVAE_Encoder):
 
 
 class TinyMoments(TinyEncoder):
-    """TAESD's encoder, diffusers' AutoencoderTiny, with log-variances beside its means: twice as many at its end."""
+    """TAESD's encoder, diffusers' AutoencoderTiny, with log-variances beside its means:
+    twice as many at its end."""
 
     deterministic = False
 
@@ -65,10 +70,11 @@ class TinyMoments(TinyEncoder):
 
 
 class ShuffledLiteVAE(LiteVAE_Encoder):
-    """LiteVAE's encoder on pixels of 2x2, 4x4 and 8x8 patches as channels, in place of wavelet levels.
+    """LiteVAE's encoder on pixels of 2x2, 4x4 and 8x8 patches as channels,
+    in place of wavelet levels.
 
-    Level l has 4^l in_channels channels where wavelets have 4 in_channels, so the extractors' first convolutions are
-    wider; all else is LiteVAE's.
+    Level l has 4^l in_channels channels where wavelets have 4 in_channels,
+    so the extractors' first convolutions are wider; all else is LiteVAE's.
     """
 
     def __init__(self, **params: Any) -> None:

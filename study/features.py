@@ -1,4 +1,7 @@
-"""A Fréchet distance in the features of EfficientNet-Lite0, which installs from PyPI; never to be called rFID."""
+"""A Fréchet distance in the features of EfficientNet-Lite0, which installs from PyPI.
+
+Never to be called rFID.
+"""
 
 from collections.abc import Iterable
 
@@ -16,12 +19,16 @@ SIZE = 224
 
 
 class Lite0:
-    """The 1280 pooled features of EfficientNet-Lite0, in float32; images are resized to 224x224 (bicubic)."""
+    """The 1280 pooled features of EfficientNet-Lite0, in float32.
+
+    Images are resized to 224x224 (bicubic).
+    """
 
     def __init__(self, device: str | torch.device = "cpu") -> None:
+        # a third faster
         self._network = lite0_network(installed_lite0()).to(
             device, memory_format=torch.channels_last
-        )  # a third faster
+        )
         self._device = torch.device(device)
 
     @torch.no_grad()
@@ -29,12 +36,8 @@ class Lite0:
         """uint8 (B, 3, H, W) -> float32 (B, 1280)."""
         x = from_uint8(images.to(self._device))
         with full_float32(x):
-            x = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(
-                -1, 1
-            )  # (B, 3, 224, 224)
-            pooled = self._network.forward_head(
-                self._network.forward_features(x), pre_logits=True
-            )  # (B, 1280)
+            x = F.interpolate(x, (SIZE, SIZE), mode="bicubic", antialias=True).clamp(-1, 1)
+            pooled = self._network.forward_head(self._network.forward_features(x), pre_logits=True)
         features: Features = pooled.cpu().numpy()
         return features
 
@@ -44,9 +47,11 @@ class Lite0:
 
 
 def frechet_lite0(a: Features, b: Features) -> float:
-    """The Fréchet distance of two sets of features (N, 1280): :func:`~olvae.metrics.features.frechet_distance`.
+    """The Fréchet distance of two sets of features (N, 1280):
+    :func:`~olvae.metrics.features.frechet_distance`.
 
-    Below some thousands of images it is biased upwards: compare it only between sets of the same size.
+    Below some thousands of images it is biased upwards:
+    compare it only between sets of the same size.
 
     Raises:
         ValueError: a set has fewer than two images.

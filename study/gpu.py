@@ -2,9 +2,9 @@
 
     python -m study.gpu --minutes 40
 
-Steps run in the order of their use, each in a process of its own, and leave OUT/rows/NAME.json. Those that have one are
-kept, those that failed are tried again. The page is filled after each. On a CPU, or with ``--quick``, which tries
-everything at tiny sizes, a copy of the page in OUT is filled.
+Steps run in the order of their use, each in a process of its own, and leave OUT/rows/NAME.json.
+Those that have one are kept, those that failed are tried again. The page is filled after each. On a
+CPU, or with ``--quick``, which tries everything at tiny sizes, a copy of the page in OUT is filled.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from torch import nn
 from olvae.bench.cases import DECODERS, ENCODERS, F8, N_Z, network_cases, read_step, time_steps
 from olvae.bench.measure import Setting, machine, rows_of
 from olvae.cli.main import print_error
-from olvae.data.src import load
+from olvae.data.places import load
 from olvae.devices import PRECISIONS, peak_tflops, resolve_device
 from olvae.files import check_folder, write_json
 from olvae.models.footprint import MARGIN, footprint
@@ -48,7 +48,8 @@ NO_LPIPS = (
     "model.params.val_metrics=[]",
     "lightning.callbacks=null",
 )
-"""Without LPIPS, whose network is a download, in the loss, validation and the choice of the best checkpoint."""
+"""Without LPIPS, whose network is a download, in the loss, validation and
+the choice of the best checkpoint."""
 
 
 @dataclass
@@ -80,7 +81,10 @@ class Bench:
         return self.command(name, "-m", "olvae.cli.main", "train", *flags, *arguments)
 
     def command(self, name: str, *arguments: str, limit_s: float | None = None) -> str:
-        """Run Python with a log of its own, and return that; RuntimeError with its last line if it fails."""
+        """Run Python with a log of its own, and return that.
+
+        RuntimeError with its last line if it fails.
+        """
         log = self.out / "logs" / f"{name}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("w") as file:
@@ -258,10 +262,8 @@ def _pair(network: str, bench: Bench) -> dict[str, Any]:
         "seconds": time.monotonic() - start,
     }
     found["data"] = "the study's corpus" if held_out else "the package's 52 photographs"
-    run, folder = (
-        sorted((bench.out / "runs").glob(f"*_{name}_training_*"))[-1],
-        bench.out / "evaluations" / name,
-    )
+    run = sorted((bench.out / "runs").glob(f"*_{name}_training_*"))[-1]
+    folder = bench.out / "evaluations" / name
     flags = [
         "--size",
         "64" if bench.quick else "256",
@@ -317,7 +319,10 @@ STEPS: Mapping[str, Step] = dict(_steps())
 
 
 def run(bench: Bench, steps: Sequence[str], minutes: float, page: Path) -> None:
-    """Run steps that have no result yet, and fill the page after each; none begins after ``minutes``."""
+    """Run steps that have no result yet, and fill the page after each.
+
+    None begins after ``minutes``.
+    """
     begun, rows, slack = time.monotonic(), bench.out / "rows", 10 if bench.device == "cpu" else 1
     rows.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(steps, 1):
@@ -423,11 +428,15 @@ def _network_table(rows: Found) -> str:
 
 
 def _pair_table(rows: Found) -> str:
+    forms = {"seconds": ".0f", "linear_psnr": ".2f", "psnr": ".2f", "ssim": ".3f"}
     lines = [
-        [f"{row['network']}, linear start, on {row['data']}", str(row["steps"]), _number(row, "seconds", ".0f"),
-         *(_number(row, key, form) for key, form in (("linear_psnr", ".2f"), ("psnr", ".2f"), ("ssim", ".3f")))]
+        [
+            f"{row['network']}, linear start, on {row['data']}",
+            str(row["steps"]),
+            *(_number(row, key, form) for key, form in forms.items()),
+        ]
         for row in _of(rows, "pair_")
-    ]  # fmt: skip
+    ]
     return table(["encoder", "steps", "seconds", "linear code, dB", "dB", "SSIM"], lines)
 
 
@@ -459,9 +468,8 @@ def main(arguments: list[str] | None = None) -> None:
         "--only", nargs="*", choices=STEPS, default=list(STEPS), metavar="STEP", help="by name"
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes")
-    parser.add_argument(
-        "--here", action="store_true", help=argparse.SUPPRESS
-    )  # one step, in this process
+    # one step, in this process
+    parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     tried = options.quick or options.device == "cpu"
     bench = Bench(

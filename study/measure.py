@@ -1,4 +1,5 @@
-"""The Fréchet distance of reconstructions in EfficientNet-Lite0's features, and what colour they lack.
+"""The Fréchet distance of reconstructions in EfficientNet-Lite0's features,
+and what colour they lack.
 
 python -m study.measure TARGET --tiles study/corpus-out/held_out_tiles --out frechet.json
 
@@ -25,11 +26,13 @@ from study.features import Lite0, frechet_lite0
 SIDE = 128  # pixels: a tile is shrunk to twice this, and gives four parts
 
 AXES = {"luma": (1.0, 1.0, 1.0), "red_blue": (1.0, 0.0, -1.0), "green_magenta": (-1.0, 2.0, -1.0)}
-"""Of red, green and blue: along these photographs' colours vary, in this order, by far the most along the first."""
+"""Of red, green and blue: along these photographs' colours vary, in this order,
+by far the most along the first."""
 
 
 class Unexplained:
-    """The share of the variance of 8x8 pixels' mean colours that reconstructions lack, along each of the axes."""
+    """The share of the variance of 8x8 pixels' mean colours that reconstructions lack,
+    along each of the axes."""
 
     def __init__(self) -> None:
         self._axes = F.normalize(torch.tensor(list(AXES.values()), dtype=torch.float64))

@@ -3,7 +3,8 @@
 from typing import NamedTuple
 
 MIRROR = "http://deb.debian.org/debian"
-"""Has the versions below as long as they are in Debian 13 (trixie). Files are checked by SHA-256."""
+"""Has the versions below as long as they are in Debian 13 (trixie). Files are checked
+by SHA-256."""
 
 SNAPSHOT = "https://snapshot.debian.org/archive/debian/20250901T000000Z"
 """Debian as it was on 1 September 2025, for when a later version has replaced one of these."""
@@ -15,9 +16,10 @@ class Package(NamedTuple):
     Args:
         file: its path on a mirror of Debian.
         sha256: of that file.
-        photographs: patterns (``fnmatch``; ``*`` crosses folders) of the paths that are taken. Files inside Qt's
-            resource files (``.rcc``) have paths of their own.
-        source: what the paths start with in Debian's copyright file, ``old`` for ``new`` in each pair.
+        photographs: patterns (``fnmatch``; ``*`` crosses folders) of the paths that are taken.
+            Files inside Qt's resource files (``.rcc``) have paths of their own.
+        source: what the paths start with in Debian's copyright file, ``old`` for ``new`` in each
+            pair.
     """
 
     name: str
@@ -60,10 +62,10 @@ PACKAGES = (
         "b91c2d5209558bc11d8d3a161f22a608857e3f8c735980cfab0d6650b03014ca",
         _paths(
             "usr/share/backgrounds/budgie/@",
-            "abstract-spiral.jpg beacon-street-sunset.jpg blue-periwinkle.jpg canyon-wren.jpg casa-mila.jpg "
-            "extreme-desert-hike.jpg high-trestle-trail.jpg lake-sherburne.jpg oakland-zoo-otters.jpg "
-            "perched-osprey.jpg piazza-gae-aulenti.jpg roman-colosseum.jpg saturnian-profile.jpg "
-            "singaporean-cityscape.jpg tea-gardens.jpg",
+            "abstract-spiral.jpg beacon-street-sunset.jpg blue-periwinkle.jpg canyon-wren.jpg "
+            "casa-mila.jpg extreme-desert-hike.jpg high-trestle-trail.jpg lake-sherburne.jpg "
+            "oakland-zoo-otters.jpg perched-osprey.jpg piazza-gae-aulenti.jpg roman-colosseum.jpg "
+            "saturnian-profile.jpg singaporean-cityscape.jpg tea-gardens.jpg",
         ),
     ),
     Package(
@@ -73,8 +75,9 @@ PACKAGES = (
         "f74676719f9d0128e5310e65ef97d596bcece8b6a43524ab8949ee1be0a4f18c",
         _paths(
             "usr/share/backgrounds/@",
-            "Bridge_*.jpg Dragonfly_*.jpg Picture_*.jpg Wine_*.jpg aitzgorri_*.jpg analogpattern_*.jpg free_*.jpg "
-            "friends_*.jpg greentock_*.jpg life_*.jpg picosdeeuropa_*.jpg seeding_*.jpg sunset_*.jpg",
+            "Bridge_*.jpg Dragonfly_*.jpg Picture_*.jpg Wine_*.jpg aitzgorri_*.jpg "
+            "analogpattern_*.jpg free_*.jpg friends_*.jpg greentock_*.jpg life_*.jpg "
+            "picosdeeuropa_*.jpg seeding_*.jpg sunset_*.jpg",
         ),
         (("usr/share/backgrounds/", "16.04/"),),
     ),
@@ -113,15 +116,16 @@ PACKAGES = (
         (
             *_paths(
                 "gcompris/src/activities/@",
-                "erase/resource/*.webp explore_farm_animals/resource/*.webp explore_monuments/resource/*.webp "
-                "explore_world_animals/resource/*.webp explore_world_music/resource/*.webp "
-                "clickgame/resource/sea*.webp",
+                "erase/resource/*.webp explore_farm_animals/resource/*.webp "
+                "explore_monuments/resource/*.webp explore_world_animals/resource/*.webp "
+                "explore_world_music/resource/*.webp clickgame/resource/sea*.webp",
             ),
             *_paths(
                 "gcompris/src/activities/details/resource/image/@",
-                "Chenonceau_background.webp EgeskovSlotSpejling_background.webp EilanDonanCastle_background.webp "
-                "FanoeWindmill_background.webp GizahPyramids_background.webp Louvre_*_background.webp "
-                "NDP_background.webp Nagoya_background.webp Neuschwanstein_background.webp "
+                "Chenonceau_background.webp EgeskovSlotSpejling_background.webp "
+                "EilanDonanCastle_background.webp FanoeWindmill_background.webp "
+                "GizahPyramids_background.webp Louvre_*_background.webp NDP_background.webp "
+                "Nagoya_background.webp Neuschwanstein_background.webp "
                 "OperaSidney_background.webp TajMahal_background.webp TourEiffel_background.webp "
                 "TowerBridgeLondon_background.webp",
             ),
@@ -135,20 +139,22 @@ PACKAGES = (
         "6312d03a37d0220b10fc91a7467bf2a2a2336e08c2f416de04311d25fd7aeacb",
         _paths(
             "usr/share/tuxpaint/stamps/*/@.png",
-            "albino_peahen crowned_crane helmeted_guineafowl lobster Woodlouse mantis european-bear "
-            "gnu-baby gnu-baby-stand indian_blackbuck Apricot_whole Cherry_Stella Strawberry2 avocado cherimoya "
-            "orange_seville ginger Lightbulb cementmixer stethoscope anemone_red daffodil holm_oak liberia-palm "
-            "rambutan tree336 0_sun 1_mercury 2_venus 3_earth 4_mars 5_jupiter inukshuk-photo railroad_crossing dumper "
+            "albino_peahen crowned_crane helmeted_guineafowl lobster Woodlouse mantis "
+            "european-bear gnu-baby gnu-baby-stand indian_blackbuck Apricot_whole Cherry_Stella "
+            "Strawberry2 avocado cherimoya orange_seville ginger Lightbulb cementmixer "
+            "stethoscope anemone_red daffodil holm_oak liberia-palm rambutan tree336 0_sun "
+            "1_mercury 2_venus 3_earth 4_mars 5_jupiter inukshuk-photo railroad_crossing dumper "
             "firetruck balloon360 indycar wheel_tractor 7spoke256",
         ),
     ),
 )
 """Chosen on contact sheets of every picture of these packages: photographs only.
 
-Wallpapers that are drawn or rendered are left out: the study is about photographs. So gnome-backgrounds, whose 36
-pictures in this release are all renderings, gives none, and with it JPEG XL is not needed; phosh-wallpapers,
-ukui-wallpapers and breeze-wallpaper neither. gcompris-qt-data gives more photographs than all wallpapers together.
-Of Tux Paint's 962 stamps these are the ones that are photographs and at least 256 pixels high and wide; the others are
+Wallpapers that are drawn or rendered are left out: the study is about photographs. So
+gnome-backgrounds, whose 36 pictures in this release are all renderings, gives none, and with it
+JPEG XL is not needed; phosh-wallpapers, ukui-wallpapers and breeze-wallpaper neither.
+gcompris-qt-data gives more photographs than all wallpapers together. Of Tux Paint's 962 stamps
+these are the ones that are photographs and at least 256 pixels high and wide; the others are
 drawings, or smaller.
 """
 
@@ -171,7 +177,10 @@ ALIASES = (
         "gcompris-qt-data_explore-monuments-france-eiffeltower",
     ),
 )
-"""Pairs of one scene, or two crops of one photograph, that no hash recognises; seen on contact sheets."""
+"""Pairs of one scene, or two crops of one photograph, that no hash recognises.
+
+Seen on contact sheets.
+"""
 
 SAMPLES_HELD_OUT = (
     "budgie-backgrounds_roman-colosseum",

@@ -1,9 +1,10 @@
-"""What the parts that are made for diffusion models do: photos-f8c12 trained on with each, then diffusion models on it.
+"""What the parts that are made for diffusion models do: photos-f8c12 trained on with each,
+then diffusion models on it.
 
     python -m study.parts --corpus study/corpus-out --out study/out
 
-Each part leaves OUT/parts/NAME.json; those that are there are kept, and so are finished seeds. The table of
-docs/results.md is made of the files in study/results/parts/.
+Each part leaves OUT/parts/NAME.json; those that are there are kept, and so are finished seeds. The
+table of docs/results.md is made of the files in study/results/parts/.
 """
 
 import argparse
@@ -52,7 +53,10 @@ def node(name: str) -> list[str]:
 
 
 def run(study: Study, name: str) -> dict[str, Any]:
-    """Train on with a part, evaluate, encode, and train the diffusion models; what docs/results.md has of it."""
+    """Train on with a part, evaluate, encode, and train the diffusion models.
+
+    Returns what docs/results.md has of it.
+    """
     model = find_run(study.out / "runs", f"further_{name}")
     if model is None or read_checkpoint(model.last_checkpoint)["global_step"] != 500:
         photographs = (
@@ -72,10 +76,8 @@ def run(study: Study, name: str) -> dict[str, Any]:
         study.command(name, "-m", "olvae.cli.main", "train", *flags, *settings)
         model = find_run(study.out / "runs", f"further_{name}")
         assert model is not None
-    target, places = (
-        str(model.path),
-        [study.out / folder / name for folder in ("evaluations", "latents", "diffusion")],
-    )
+    target = str(model.path)
+    places = [study.out / folder / name for folder in ("evaluations", "latents", "diffusion")]
     evaluation, latents, diffusion = map(str, places)
     held_out = ("--data", str(study.corpus / "held_out"), "--size", "256", "--metrics", "psnr")
     if not (places[0] / "metrics.json").is_file():
@@ -126,7 +128,8 @@ def read(folder: Path = Path(__file__).parent / "results" / "parts") -> dict[str
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: distances to the crops, and of samples to decoded latents, with the deviation over the seeds."""
+    """Markdown: distances to the crops, and of samples to decoded latents,
+    with the deviation over the seeds."""
     headings = [
         "part",
         "dB at 256",

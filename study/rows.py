@@ -76,7 +76,10 @@ NETWORKS = {
         TINY_DECODER,
     ),
 }
-"""The encoders: two published ones, TAESD's, and what sets the first two apart; TAESD's with its own decoder too."""
+"""The encoders: two published ones, TAESD's, and what sets the first two apart.
+
+TAESD's with its own decoder too.
+"""
 
 RUNS = {
     "litevae": {"5e-4": 1, "1e-3": 3, "2e-3": 3},
@@ -90,7 +93,10 @@ RUNS = {
     "tiny": {"1e-3": 3, "2e-3": 1},
     "tiny_whole": {"1e-3": 3, "2e-3": 1},
 }
-"""How many seeds each network is trained with at each learning rate; above 2e-3 the two published ones diverge."""
+"""How many seeds each network is trained with at each learning rate.
+
+Above 2e-3 the two published ones diverge.
+"""
 
 LONGER = {
     "litevae": ("2e-3", 3),
@@ -104,10 +110,12 @@ LONGER = {
     "tiny": ("1e-3", 3),
     "tiny_whole": ("1e-3", 3),
 }
-"""Trained for four times the steps too, in bf16: the networks, their learning rates and numbers of seeds."""
+"""Trained for four times the steps too, in bf16: the networks,
+their learning rates and numbers of seeds."""
 
 LONG = {"litevae_linear": ("1e-3", 36_000), "sd_linear": ("1e-3", 26_400)}
-"""The long pair, in bf16: the networks, their learning rates and steps, which take two hours of a thread each."""
+"""The long pair, in bf16: the networks, their learning rates and steps,
+which take two hours of a thread each."""
 
 SEEDS = (0, 1, 2)
 
@@ -142,7 +150,8 @@ def rows(quick: bool = False) -> list[Row]:
 
 
 def diffusions(quick: bool = False) -> list[Diffusion]:
-    """Diffusion models on the autoencoders of the encoder's question, and on two that regularize the latent more."""
+    """Diffusion models on the autoencoders of the encoder's question,
+    and on two that regularize the latent more."""
     seeds, steps = (SEEDS[:1], 250) if quick else (SEEDS, 2000)
     return [
         Diffusion(f"diffusion_{name}", of, seeds, steps)
@@ -156,7 +165,10 @@ def diffusions(quick: bool = False) -> list[Diffusion]:
 
 
 def details(found: Mapping[str, Any]) -> float:
-    """The mean squared error at 256 pixels in all bands but the coarsest; with that band's it is the pixels'."""
+    """The mean squared error at 256 pixels in all bands but the coarsest.
+
+    With that band's it is the pixels'.
+    """
     bands = found["sizes"]["256"]["bands"]
     return float(sum(band["mse"] for name, band in bands.items() if not name.startswith("LL")))
 

@@ -2,7 +2,8 @@
 
     python -m study.run --corpus study/corpus-out --out study/out
 
-Each row leaves OUT/rows/NAME.json; rows that have one are kept. A run that was stopped goes on from its checkpoint.
+Each row leaves OUT/rows/NAME.json; rows that have one are kept. A run that was stopped goes on from
+its checkpoint.
 """
 
 import argparse
@@ -27,10 +28,11 @@ from study.rows import BASELINE, RECIPE, Diffusion, Row, diffusions, rows
 
 THREADS = {"OMP_NUM_THREADS": "1"}
 VALIDATED = 500
-"""Steps between the points of a row's curve: PSNR of the held-out photographs at the crops' size."""
+"""Steps between the points of a row's curve: PSNR of held-out photographs at the crops' size."""
 
 CROP, CROPS, REFERENCES = 64, 4000, 1000
-"""Pixels and number of the crops that the diffusion models learn, and of others, which samples are compared with."""
+"""Pixels and number of the crops that the diffusion models learn, and of others,
+which samples are compared with."""
 
 
 class StudyError(ValueError):
@@ -82,7 +84,8 @@ class Study:
                     print(f"{count}/{len(self.rows)} {row.name}: {_said(found)}", flush=True)
 
     def cut_crops(self, references: str, number: int) -> None:
-        """Cut the crops that diffusion models learn, and others to compare samples with, unless they are there."""
+        """Cut the crops that diffusion models learn, and others to compare samples with,
+        unless they are there."""
         for seed, name, count in ((0, "crops", CROPS), (1, references, number)):
             folder = self.out / name
             if len(list(folder.glob("*.png"))) < count:
@@ -125,10 +128,8 @@ class Study:
             found["sizes"][str(size)], *baselines = self._evaluate(row, run, size)
             for name, baseline in zip(("linear", "bicubic"), baselines, strict=False):
                 found.setdefault(name, {})[str(size)] = baseline
-        distance, tiles = (
-            self.out / "evaluations" / row.name / "frechet.json",
-            self.corpus / "held_out_tiles",
-        )
+        distance = self.out / "evaluations" / row.name / "frechet.json"
+        tiles = self.corpus / "held_out_tiles"
         self.command(
             row.name,
             "-m",
@@ -317,9 +318,8 @@ def main(arguments: list[str] | None = None) -> None:
                 f"{options.corpus}: no corpus there: python -m study.corpus --out {options.corpus}"
             )
         every: list[Row | Diffusion] = [*rows(options.quick), *diffusions(options.quick)]
-        every.sort(
-            key=lambda row: row.seed if isinstance(row, Row) else 0
-        )  # last what no other row needs
+        # last what no other row needs
+        every.sort(key=lambda row: row.seed if isinstance(row, Row) else 0)
         Study(options.corpus, options.out, every).run(options.jobs)
     except (OSError, ValueError) as error:
         sys.exit(print_error(error))

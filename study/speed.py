@@ -1,4 +1,6 @@
-"""How long a training step of each network takes, in turns, one thread; the study's rows of equal time follow it.
+"""How long a training step of each network takes, in turns, one thread.
+
+The study's rows of equal time follow it.
 
 python -m study.speed --out speed.json
 """
@@ -9,7 +11,7 @@ from pathlib import Path
 
 from olvae.bench.cases import time_steps
 from olvae.bench.measure import measure_case
-from olvae.data.src import load
+from olvae.data.places import load
 from olvae.files import write_json
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.training.run import quieten

@@ -1,4 +1,6 @@
-"""Debian's Chromium, driven by playwright: a fixture, and a page that notes its requests and its console."""
+"""Debian's Chromium, driven by playwright: a fixture, and a page that notes its requests and its
+console.
+"""
 
 import shutil
 from collections.abc import Iterator
@@ -18,7 +20,8 @@ def browser() -> Iterator[Any]:
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         pytest.fail(
-            f"tests marked browser need Chromium on PATH as {', '.join(NAMES)}: apt install chromium"
+            f"tests marked browser need Chromium on PATH as {', '.join(NAMES)}: "
+            "apt install chromium"
         )
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=program, args=FLAGS)
@@ -27,7 +30,9 @@ def browser() -> Iterator[Any]:
 
 
 class Visit:
-    """A page as wide as a screen; `requests` are the addresses it asked for, `problems` what its console shows."""
+    """A page as wide as a screen; `requests` are the addresses it asked for,
+    `problems` what its console shows.
+    """
 
     def __init__(self, browser: Any, width: int, dark: bool = False) -> None:
         self.page = browser.new_page(

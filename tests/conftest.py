@@ -20,9 +20,8 @@ if TYPE_CHECKING:
     from olvae import LiteVAE
 
 torch.set_num_threads(1)
-gc.set_threshold(
-    700, 10, 100
-)  # collections of torch's and Lightning's objects were a tenth of the time
+# Collections of torch's and Lightning's objects were a tenth of the time.
+gc.set_threshold(700, 10, 100)
 
 
 def pytest_collection_finish() -> None:
@@ -37,7 +36,9 @@ def _seed() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def usual_probe() -> Iterator[int]:
-    """Measure reading speeds for a moment, diffusers' autoencoders on images smaller than a user's, of this side."""
+    """Measure reading speeds for a moment, diffusers' autoencoders on images smaller than a
+    user's, of this side.
+    """
     from olvae.data import audit
     from olvae.models.loading import from_diffusers
 
@@ -63,10 +64,10 @@ def network_rows() -> list[Any]:
 
 @pytest.fixture(scope="session")
 def quick_training() -> Iterator[None]:
-    """Trainings in this process neither plot curves nor count MACs nor fork loaders, and fit to few crops.
+    """Trainings here plot no curves, count no MACs, fork no loaders, and fit to few crops.
 
-    Else that is most of the time of a tiny one. A session's, for the fixtures that train; :func:`whole_training` has
-    curves and MACs.
+    Else that is most of the time of a tiny one. A session's, for the fixtures that train;
+    :func:`whole_training` has curves and MACs.
     """
     from olvae.models import linear_code
     from olvae.training import processes, summary
@@ -124,7 +125,9 @@ TINY_ENCODER = {
 
 
 def parts(**params: dict[str, Any] | None) -> dict[str, Any]:
-    """Nodes of the package's parts with these arguments, by the names of their modules; None removes one."""
+    """Nodes of the package's parts with these arguments, by the names of their modules;
+    None removes one.
+    """
     return {
         name: None
         if arguments is None

@@ -19,7 +19,9 @@ def _he(module: nn.Module) -> None:
 
 
 def _classifier_of_torchvision(build) -> dict[str, torch.Tensor]:
-    """A state dict with every name and shape; the classifier's values, which LPIPS has no use for, are zero."""
+    """A state dict with every name and shape; the classifier's values, which LPIPS has no use for,
+    are zero.
+    """
     with torch.device("meta"):
         model = build(weights=None)
     model.features.to_empty(device="cpu").apply(_he)
@@ -60,7 +62,9 @@ def vgg19(weights_dir) -> Path:
 
 @pytest.fixture
 def nowhere(tmp_path, monkeypatch) -> Path:
-    """No weights in the environment, an empty hub cache, and no network; gives the cache's folder."""
+    """No weights in the environment, an empty hub cache, and no network;
+    gives the cache's folder.
+    """
 
     def no_network(*args, **kwargs):
         raise OSError("no network")

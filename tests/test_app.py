@@ -33,7 +33,7 @@ def photograph(*size):
     )
 
 
-def test_what_is_shown_is_what_the_model_makes(model):
+def test_page_shows_what_the_model_makes(model):
     x = photograph(32, 48)
     found = compare({"a": model, "b": model}, x, "cpu")
     posterior = model.encode(from_uint8(x[None]))
@@ -58,18 +58,16 @@ def test_images_too_small_for_ssim(model, size):
 def test_a_model_that_gives_no_numbers_is_named(model):
     with torch.no_grad():
         next(model.decoder.parameters()).fill_(math.nan)
-    with pytest.raises(ValueError, match=r"^broken: the reconstruction has non-finite values"):
+    with pytest.raises(ValueError, match=r"^broken: .* non-finite values"):
         compare({"broken": model}, photograph(16, 16), "cpu")
 
 
-def test_images_that_are_refused(tmp_path):
+def test_page_refuses_broken_and_large_images(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"broken\.png: not a readable image"):
         read_image(tmp_path / "broken.png", 3)
     Image.new("RGB", (PAGE_MAX_PIXELS // 1000, 1001)).save(tmp_path / "large.png")
-    with pytest.raises(
-        ValueError, match=r"^4000x1001 pixels are too many for this page, which takes 4 million"
-    ):
+    with pytest.raises(ValueError, match=r"^4000x1001 pixels are too many .* 4 million"):
         read_image(tmp_path / "large.png", 3)
     Image.new("L", (3, 2), 7).save(tmp_path / "grey.png")
     assert torch.equal(
@@ -77,7 +75,7 @@ def test_images_that_are_refused(tmp_path):
     )
 
 
-def test_models_of_other_channels(tmp_path):
+def test_page_refuses_models_of_different_channels(tmp_path):
     params = tiny_config()["model"]["params"]
     params["encoder_config"]["params"]["in_channels"] = params["decoder_config"]["params"][
         "out_channels"
@@ -88,7 +86,7 @@ def test_models_of_other_channels(tmp_path):
         load_choice([find_target(str(tmp_path / name)) for name in ("grey", "colour")], "cpu")
 
 
-def test_each_channel_has_its_own_scale():
+def test_latent_pictures_have_a_scale_per_channel():
     latent = torch.tensor([[[0.0, 1.0], [2.0, 4.0]], [[-3.0, -3.0], [-3.0, -3.0]]])
     pictures = latent_pictures(latent)
     assert pictures.shape == (2, 1, 256, 256)
@@ -101,7 +99,7 @@ def test_each_channel_has_its_own_scale():
 @pytest.mark.parametrize(
     ("place", "corner"), [((0, 0), (0, 0)), ((9, 4), (7, 2)), ((11, 9), (8, 6)), ((5, 5), (3, 3))]
 )
-def test_a_crop_stays_inside(place, corner):
+def test_crop_around_stays_inside_the_image(place, corner):
     image = torch.arange(12 * 10).view(1, 10, 12)
     left, top = corner
     assert torch.equal(crop_around(image, place, 4), image[:, top : top + 4, left : left + 4])

@@ -1,4 +1,7 @@
-"""The page in a browser, served by the command, as a visitor uses it. Needs Chromium and open-litevae[app]."""
+"""The page in a browser, served by the command, as a visitor uses it.
+
+Needs Chromium and open-litevae[app].
+"""
 
 import json
 import os
@@ -25,7 +28,9 @@ UPLOAD, NUMBERS, TOAST = "#file input[type=file]", "#numbers", "[data-testid=toa
 
 @contextmanager
 def served(tmp_path, *arguments):
-    """The address of ``olvae app``; at the end it gets Ctrl-C, and has printed no traceback of this package."""
+    """The address of ``olvae app``; at the end it gets Ctrl-C,
+    and has printed no traceback of this package.
+    """
     command = [sys.executable, "-m", "olvae", "app", *map(str, arguments), "--port", "0"]
     environment = {**os.environ, "GRADIO_TEMP_DIR": str(tmp_path / "gradio")}
     printed = tmp_path / "printed.txt"
@@ -42,11 +47,12 @@ def served(tmp_path, *arguments):
             yield found[1]
         finally:
             process.send_signal(signal.SIGINT)
+            # Gradio's threads may outlive Python's end.
             assert process.wait(60) in (
                 0,
                 130,
                 -signal.SIGABRT,
-            )  # Gradio's threads may outlive Python's end
+            )
     assert "olvae/app.py" not in printed.read_text()
 
 
@@ -56,7 +62,7 @@ def picture(path, width, height):
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_visit(tmp_path, browser, width):
+def test_page_in_a_browser_compares_models_on_an_uploaded_image(tmp_path, browser, width):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     for name in ("first", "second"):
         tiny().save_pretrained(tmp_path / name)
@@ -112,15 +118,18 @@ def test_a_visit(tmp_path, browser, width):
         assert not elsewhere  # nothing is asked of another machine
 
 
-def test_what_a_visitor_may_not_do(tmp_path):
-    """Thirty requests at once are answered; a huge upload and paths that climb are refused; then all still works."""
+def test_page_refuses_huge_uploads_and_paths_that_climb(tmp_path):
+    """Thirty requests at once are answered; a huge upload and paths that climb are refused;
+    then all still works.
+    """
     from gradio_client import Client, handle_file
 
     tiny().save_pretrained(tmp_path / "small")
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     photo = handle_file(picture(tmp_path / "photo.png", 120, 90))
     with served(tmp_path, tmp_path / "small") as address:
-        # Gradio writes equal pictures to one file, again for each request: a download may meet an empty one.
+        # Gradio writes equal pictures to one file, again for each request: a download may meet an
+        # empty one.
         client = Client(address, verbose=False, download_files=False)
         jobs = [client.submit(photo, "small", 64, api_name="/look") for _ in range(30)]
         assert len({job.result(120)[0]["data"][0][1] for job in jobs}) == 1  # one PSNR

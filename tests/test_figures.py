@@ -28,7 +28,7 @@ def test_error_map_goes_from_black_to_white_at_64():
     assert torch.equal(error_map(x, x + 200), error_map(x, x + 64))
 
 
-def test_the_grid_holds_each_picture_and_is_as_wide_as_its_longest_name():
+def test_labelled_grid_holds_each_picture_and_is_as_wide_as_its_longest_name():
     red = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
     red[:, 0] = 255
     grid = np.asarray(labelled_grid({"red": red, "black": torch.zeros_like(red)[:1]}))
@@ -46,7 +46,7 @@ def test_the_grid_holds_each_picture_and_is_as_wide_as_its_longest_name():
 @pytest.mark.parametrize(
     ("channels", "extension"), [(1, "png"), (3, "png"), (4, "png"), (5, "npy")]
 )
-def test_images_as_files(tmp_path, channels, extension):
+def test_save_image_keeps_every_value(tmp_path, channels, extension):
     image = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
     path = tmp_path / f"x.{extension}"
     save_image(image, path)
@@ -56,20 +56,20 @@ def test_images_as_files(tmp_path, channels, extension):
 
 
 @pytest.mark.parametrize(("channels", "name"), [(2, "x.png"), (4, "x.jpg")])
-def test_formats_without_so_many_channels(tmp_path, channels, name):
+def test_save_image_refuses_formats_without_so_many_channels(tmp_path, channels, name):
     with pytest.raises(ValueError, match=f"{channels} channels can't be written as"):
         save_image(torch.zeros(channels, 2, 2, dtype=torch.uint8), tmp_path / name)
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_running_mean_is_of_the_values_before():
+def test_running_mean_is_of_the_values_before():
     values = [*range(10), math.nan, 3.0, 5.0, 7.0]
     expected = [np.mean(values[max(0, i - 2) : i + 1]) for i in range(14)]
     assert running_mean(values, 3) == pytest.approx(expected, nan_ok=True)
     assert running_mean(values[:10], 1).tolist() == values[:10]
 
 
-def test_a_panel_says_that_its_curves_have_few_points(tmp_path, monkeypatch):
+def test_curve_panel_says_that_its_curves_have_few_points(tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr(Axes, "set_title", lambda _, text, **__: titles.append(text))
     plot_curves({f"of {n}": ([1.0] * n, [2.0] * n) for n in (1, 2, 3, 4, 5)}, tmp_path / "c.png")
@@ -89,7 +89,7 @@ def test_a_panel_says_that_its_curves_have_few_points(tmp_path, monkeypatch):
         ((1000, 1500), (800, 1200)),
     ],
 )
-def test_comparisons_of_any_shape(size, expected):
+def test_comparison_of_pictures_of_any_shape(size, expected):
     red = torch.zeros(3, *size, dtype=torch.uint8)
     red[0] = 255
     figure = np.asarray(comparison({"a": red, "b": red, "c": torch.zeros_like(red)}))

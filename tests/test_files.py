@@ -7,7 +7,7 @@ import pytest
 from olvae.files import atomic_write, check_folder, file_sha256, no_empty_folders, write_json
 
 
-def test_a_file_is_complete_or_as_it_was(tmp_path):
+def test_atomic_write_leaves_a_file_complete_or_as_it_was(tmp_path):
     path = tmp_path / "a.json"
     write_json({"a": 1}, path)
     assert json.loads(path.read_text()) == {"a": 1}
@@ -26,7 +26,7 @@ def test_a_file_is_complete_or_as_it_was(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_the_temporary_file_has_the_extension_and_may_lie_elsewhere(tmp_path):
+def test_atomic_write_temporary_file_has_the_extension_and_may_lie_elsewhere(tmp_path):
     (tmp_path / "drafts").mkdir()
     with atomic_write(tmp_path / "a.png", tmp_path / "drafts") as partial:
         assert partial.parent == tmp_path / "drafts"
@@ -36,7 +36,7 @@ def test_the_temporary_file_has_the_extension_and_may_lie_elsewhere(tmp_path):
     assert not list((tmp_path / "drafts").iterdir())
 
 
-def test_a_file_is_on_the_disk_before_it_takes_the_place(tmp_path, monkeypatch):
+def test_atomic_write_flushes_a_file_before_it_takes_the_place(tmp_path, monkeypatch):
     """Flushed whole, in its own folder, while the old one is still there."""
     (tmp_path / "a").write_text("old")
     seen = []
@@ -53,7 +53,7 @@ def test_a_file_is_on_the_disk_before_it_takes_the_place(tmp_path, monkeypatch):
     assert (tmp_path / "a").read_text() == "new"
 
 
-def test_two_may_write_at_once(tmp_path):
+def test_atomic_write_by_two_at_once(tmp_path):
     with atomic_write(tmp_path / "a") as first, atomic_write(tmp_path / "a") as second:
         assert first != second
         first.write_text("1")
@@ -64,7 +64,7 @@ def test_two_may_write_at_once(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_folders_for_results(tmp_path, monkeypatch):
+def test_check_folder_refuses_files_and_unwritable_places(tmp_path, monkeypatch):
     assert check_folder(tmp_path / "a" / "b") == tmp_path / "a" / "b"
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
@@ -78,7 +78,7 @@ def test_folders_for_results(tmp_path, monkeypatch):
         check_folder(tmp_path / "a")
 
 
-def test_a_failure_leaves_no_empty_folder_that_is_new(tmp_path):
+def test_failed_write_leaves_no_new_empty_folder(tmp_path):
     (tmp_path / "old").mkdir()
 
     def fail(folder: str, *files: str) -> None:

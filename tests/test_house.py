@@ -21,7 +21,7 @@ SYNTAX_NODES_AT_MOST = 212_000
 
 PACKAGE_AT_MOST = 12  # files besides __init__.py
 BODY_AT_MOST = 60  # lines of a function without its signature and docstring
-FUNCTION_AT_MOST = 80
+FUNCTION_AT_MOST = 70  # without its signature
 ARGUMENTS_AT_MOST = 16
 
 # How the code reads for the first time, beside audiocraft, torchtune and edm2, with 5 % of slack.
@@ -40,7 +40,7 @@ LONG = {"training_step"}
 """Functions that may be longer: the training step is read from top to bottom."""
 
 PUBLISHED = {"LiteVAE_Encoder", "LiteVAE_Decoder", "LiteAutoencoderKL", "AutoencoderLiteVAE"}
-"""Classes with constructors that published YAML or diffusers' config.json fixes; so are sources'."""
+"""Classes whose constructors are fixed by published YAML, or by diffusers' config.json."""
 
 SHARED_NAMES = {"command", "app", "log"}
 """Names that each file may have for itself: typer's command and app, the logger."""
@@ -174,7 +174,7 @@ def test_functions_fit_on_a_screen():
             continue
         first = node.body[1] if ast.get_docstring(node) and len(node.body) > 1 else node.body[0]
         body = node.end_lineno - first.lineno + 1
-        whole = node.end_lineno - node.lineno + 1
+        whole = node.end_lineno - node.body[0].lineno + 1
         if body > BODY_AT_MOST or whole > FUNCTION_AT_MOST:
             found.append(f"{place(path, node)} {node.name}: {whole} lines, {body} of its body")
     nothing(found)

@@ -99,7 +99,7 @@ def test_the_hooks_are_tools_of_the_project():
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory) -> Path:
-    """A folder with what pip installs from an index: the sdist of what the Dockerfile copies, and the wheel from it."""
+    """Install as from an index: the sdist of what the Dockerfile copies, and the wheel from it."""
     folder = tmp_path_factory.mktemp("wheel")
     (folder / "source").mkdir()
     for name in COPIED:

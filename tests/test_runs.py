@@ -1,4 +1,6 @@
-"""Run folders: names, opening, settings, and the lock of the one training that a run has at a time."""
+"""Run folders: names, opening, settings, and the lock of the one training that a run has at a
+time.
+"""
 
 import errno
 import multiprocessing
@@ -19,7 +21,7 @@ from olvae.models.target_names import check_target
 from olvae.runs import Run, Settings, create, find_run, locked, open_run, run_of, settings_of
 
 
-def test_names(tmp_path):
+def test_run_names_are_distinct_within_a_second_and_checked(tmp_path):
     """Five of a second differ."""
     made = [create(tmp_path / "logs", "my_demo", "bf16") for _ in range(5)]
     assert len({run.path for run in made}) == 5
@@ -33,7 +35,7 @@ def test_names(tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_open(tmp_path):
+def test_open_run_names_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such run folder"):
         open_run(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match=re.escape(f"last: no run in {tmp_path}")):
@@ -50,7 +52,7 @@ def test_open(tmp_path):
     for file in (run.checkpoints / "best.ckpt", run.config):
         with pytest.raises(
             FileNotFoundError,
-            match=r"a file: name its run folder, or start a new run from its weigh",
+            match=r"a file: name its run folder",
         ):
             open_run(file)
     assert run_of(run.last_checkpoint) == run_of(run.checkpoints / "best.ckpt") == run
@@ -110,7 +112,7 @@ def test_one_word_names_the_newest_run(tmp_path, monkeypatch):
     assert open_run("last") == open_run("runs/a_b") == Run(Path(find_run("last")))
 
 
-def test_settings_are_what_was_written_and_defaults_for_the_rest():
+def test_run_settings_are_what_was_written_and_defaults_for_the_rest():
     settings = Settings(
         name="a", seed=3, initial_seed=2, weights="x.ckpt", paths={"/data/photos": "photos"}
     )
@@ -134,14 +136,16 @@ def refused(run: Run) -> str:
     return str(caught.value)
 
 
-def test_a_lock_names_its_holder_until_the_end_even_after_an_interrupt(run):
+def test_run_lock_names_its_holder_even_after_an_interrupt(run):
     def interrupted() -> None:
         with locked(run):
             raise KeyboardInterrupt
 
     with locked(run):
-        holder = rf"process {os.getpid()} on {re.escape(socket.gethostname())}, since \d{{4}}-\d\d-\d\dT\S+"
-        message = rf"{re.escape(str(run.path))}: is being trained by {holder}: wait for its end, or stop it"
+        host = re.escape(socket.gethostname())
+        holder = rf"process {os.getpid()} on {host}, since \d{{4}}-\d\d-\d\dT\S+"
+        end = "wait for its end, or stop it"
+        message = rf"{re.escape(str(run.path))}: is being trained by {holder}: {end}"
         assert re.fullmatch(message, refused(run))
         assert re.fullmatch(message, refused(run))  # the refused one has not changed it
     for _ in range(2):
@@ -149,7 +153,7 @@ def test_a_lock_names_its_holder_until_the_end_even_after_an_interrupt(run):
             interrupted()
 
 
-def test_a_killed_process_leaves_no_lock_though_its_child_lives(run):
+def test_killed_process_leaves_no_run_lock_though_its_child_lives(run):
     """A loader process outlives a trainer that was killed by some seconds."""
     context = multiprocessing.get_context("fork")
     ready, end = context.Event(), context.Event()
@@ -173,7 +177,7 @@ def test_a_killed_process_leaves_no_lock_though_its_child_lives(run):
     end.set()
 
 
-def test_a_lock_that_ends_soon_is_waited_for(run):
+def test_run_lock_that_ends_soon_is_waited_for(run):
     """As of a machine that died, on a network file system."""
     with ThreadPoolExecutor(1) as thread, ExitStack() as held:
         with locked(run):
@@ -184,7 +188,7 @@ def test_a_lock_that_ends_soon_is_waited_for(run):
         assert f"process {os.getpid()} on" in refused(run)
 
 
-def test_a_file_system_without_locks_is_a_warning(run, monkeypatch, caplog):
+def test_run_lock_on_a_file_system_without_locks_is_a_warning(run, monkeypatch, caplog):
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -192,5 +196,6 @@ def test_a_file_system_without_locks_is_a_warning(run, monkeypatch, caplog):
     with locked(run):
         pass
     assert caplog.messages == [
-        f"{run.path}: no lock here (No locks available): make sure that nothing else trains this run"
+        f"{run.path}: no lock here (No locks available): "
+        "make sure that nothing else trains this run"
     ]

@@ -1,4 +1,5 @@
-"""A ComfyUI node that loads a LiteVAE written by ``olvae export --format comfyui``, for ComfyUI's own VAE nodes."""
+"""A ComfyUI node that loads a LiteVAE written by ``olvae export --format comfyui``,
+for ComfyUI's own VAE nodes."""
 
 from typing import Any
 
@@ -31,8 +32,10 @@ class LoadLiteVAE:
                         "min": 0.1,
                         "max": 1024.0,
                         "step": 0.1,
-                        "tooltip": "What encoding and decoding may take beside images and weights. Larger images are "
-                        "computed in parts; the result is the same.",
+                        "tooltip": (
+                            "What encoding and decoding may take beside images and weights. "
+                            "Larger images are computed in parts; the result is the same."
+                        ),
                     },
                 )
             },

@@ -1,7 +1,7 @@
 """A LiteVAE with the interface of ComfyUI's VAE objects, which its VAE nodes call.
 
-Pixels are (B, H, W, C) in [0, 1] there, latents (B, n_z, h, w) and the autoencoder's own: ComfyUI scales them in the
-diffusion model's latent format, never in the VAE.
+Pixels are (B, H, W, C) in [0, 1] there, latents (B, n_z, h, w) and the autoencoder's own: ComfyUI
+scales them in the diffusion model's latent format, never in the VAE.
 """
 
 from collections.abc import Iterator
@@ -18,12 +18,13 @@ from olvae.models.weight_files import config_inside
 
 
 class VAE:
-    """A LiteVAE for ComfyUI's nodes, on its device while it works, and on its offload device in between.
+    """A LiteVAE for ComfyUI's nodes, on its device while it works,
+    and on its offload device in between.
 
     Args:
         model: in evaluation mode.
-        memory: bytes that encoding and decoding may take beside images and weights. What does not fit is computed in
-            parts that know their surroundings: equal to rounding, without seams.
+        memory: bytes that encoding and decoding may take beside images and weights. What does not
+            fit is computed in parts that know their surroundings: equal to rounding, without seams.
     """
 
     latent_dim = 2
@@ -48,14 +49,15 @@ class VAE:
         """
         if config_inside(Path(path)) is None:
             raise ValueError(
-                f"{path}: not a LiteVAE for ComfyUI: olvae export TARGET --format comfyui writes one; other VAEs are "
-                "for the node Load VAE"
+                f"{path}: not a LiteVAE for ComfyUI: olvae export TARGET --format comfyui writes "
+                "one; other VAEs are for the node Load VAE"
             )
         return cls(LiteVAE.from_pretrained(path), memory)
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, H, W, C) in [0, 1] -> the posterior's means, (B, n_z, H/f, W/f); sides are cropped to multiples
-        of f around the middle, as ComfyUI does.
+        """Pixels (B, H, W, C) in [0, 1] -> the posterior's means, (B, n_z, H/f, W/f).
+
+        Sides are cropped to multiples of f around the middle, as ComfyUI does.
 
         Raises:
             ValueError: the image is smaller than f, or the memory is too small.
@@ -63,7 +65,8 @@ class VAE:
         x = self.vae_encode_crop_pixels(pixels).movedim(-1, 1)  # (B, C, H, W)
         if 0 in x.shape:
             raise ValueError(
-                f"an image of {pixels.shape[2]}x{pixels.shape[1]} pixels: at least {self.downscale_ratio}"
+                f"an image of {pixels.shape[2]}x{pixels.shape[1]} pixels: at least "
+                f"{self.downscale_ratio}"
             )
         with self._at_work() as model:
             x = x.to(self.device, self.vae_dtype) * 2 - 1
@@ -80,8 +83,9 @@ class VAE:
     def decode_tiled(
         self, samples: Tensor, tile_x: int = 64, tile_y: int = 64, *_: Any, **__: Any
     ) -> Tensor:
-        """As :meth:`decode`, in tiles of the smaller of these sides, in latent positions. An overlap need not be given:
-        tiles know their surroundings.
+        """As :meth:`decode`, in tiles of the smaller of these sides, in latent positions.
+
+        An overlap need not be given: tiles know their surroundings.
         """
         return self._decode(samples, min(tile_x, tile_y))
 
@@ -90,7 +94,8 @@ class VAE:
         return self.encode(pixels)
 
     def vae_encode_crop_pixels(self, pixels: Tensor) -> Tensor:
-        """(B, H, W, C) to sides that are multiples of f, around the middle, and without further channels."""
+        """(B, H, W, C) to sides that are multiples of f, around the middle,
+        and without further channels."""
         for axis in (1, 2):
             size, extra = pixels.shape[axis], pixels.shape[axis] % self.downscale_ratio
             pixels = pixels.narrow(axis, extra // 2, size - extra)
@@ -112,8 +117,8 @@ class VAE:
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            "Save VAE can't write a LiteVAE, whose file has its config in it: copy the file in models/vae, or write "
-            "another with olvae export --format comfyui"
+            "Save VAE can't write a LiteVAE, whose file has its config in it: copy the file in "
+            "models/vae, or write another with olvae export --format comfyui"
         )
 
     def throw_exception_if_invalid(self) -> None:
@@ -123,14 +128,13 @@ class VAE:
         z = samples[:, :, 0] if samples.ndim == 5 else samples  # a video latent of one frame
         if z.shape[1] != self.latent_channels:
             raise ValueError(
-                f"a latent of {z.shape[1]} channels, but this VAE's have {self.latent_channels}: it is for another "
-                "diffusion model"
+                f"a latent of {z.shape[1]} channels, but this VAE's have {self.latent_channels}: "
+                "it is for another diffusion model"
             )
         with self._at_work() as model:
             z = z.to(self.device, self.vae_dtype)
-            x = model.decode_tiled(
-                z, tile, self.memory if tile is None else None
-            )  # (B, C, f h, f w)
+            # (B, C, f h, f w)
+            x = model.decode_tiled(z, tile, self.memory if tile is None else None)
             return ((x + 1) / 2).clamp(0, 1).movedim(1, -1).to(self.output_device)
 
     @contextmanager

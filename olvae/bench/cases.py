@@ -24,11 +24,11 @@ from olvae.config import ConfigError
 from olvae.data.dataset import MappedSource
 from olvae.data.image import Photo, Picture, image_to_tensor
 from olvae.data.opening import open_source
+from olvae.data.places import load
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.tar_reading import Entry, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Batch, Source
-from olvae.data.src import load
 from olvae.devices import FULL, PRECISIONS, now, seconds_per_image
 from olvae.models.large.tiling import peak_bytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL

@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from olvae.cli.options import check_applies, check_precision, print_rows
 from olvae.config import ConfigError, recipes, validate
 from olvae.config.reading import find_config, nearest_recipes
-from olvae.data.src import load
+from olvae.data.places import load
 from olvae.runs import entry_of
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from olvae.cli.options import ProgressBar, check_applies, check_paths, in_flags, loading, stop_code
 from olvae.config import ConfigError
-from olvae.data.src import load
+from olvae.data.places import load
 from olvae.files import list_skipped
 
 app = typer.Typer(

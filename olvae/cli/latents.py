@@ -25,7 +25,7 @@ from olvae.cli.options import (
     loading,
     with_progress,
 )
-from olvae.data.src import place_of
+from olvae.data.places import place_of
 from olvae.files import no_empty_folders, remove_partials, write_json
 
 

@@ -17,7 +17,7 @@ from olvae import __version__
 from olvae.cli import bench, configs, data, encode, evaluate, export, latents, reconstruct, train
 from olvae.cli.options import PREEMPTED, STOPPED, end_on, in_flags, name_flags, stop_code
 from olvae.config import ConfigError, key_places
-from olvae.data.src import load
+from olvae.data.places import load
 from olvae.files import printable
 
 app = typer.Typer(

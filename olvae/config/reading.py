@@ -169,7 +169,7 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
 
 
 def save(config: Mapping[str, Any], path: str | Path) -> None:
-    """Write a config as YAML; :func:`~olvae.data.src.load` reads it back unchanged."""
+    """Write a config as YAML; :func:`~olvae.data.places.load` reads it back unchanged."""
     with atomic_write(Path(path)) as partial:
         OmegaConf.save(OmegaConf.create(_escaped(config)), partial)
 

@@ -24,12 +24,12 @@ from olvae.data.pixels.size_and_range import (
     Sides,
     Size,
 )
+from olvae.data.places import SAMPLES, find_source, holds_shards
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards, incomplete
 from olvae.data.shards.latent_files import STATS
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.source import LoaderProcess, Source
-from olvae.data.src import SAMPLES, find_source, holds_shards
 from olvae.devices import seconds_per_image
 from olvae.files import file_sha256, printable
 from olvae.pool import OnProgress, SharedProgress, run_in_processes

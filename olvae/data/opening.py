@@ -16,10 +16,10 @@ from olvae.data.hub import Column, Items, load_table
 from olvae.data.image import RandomScaleCrop, are_for_masks
 from olvae.data.picture_folder import Files, find_folder, find_images, split_folders
 from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BITS, PixelRange, Size
+from olvae.data.places import find_source, holds_shards, load
 from olvae.data.read_errors import ReadError
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
-from olvae.data.src import find_source, holds_shards, load
 from olvae.runs import present_data
 
 

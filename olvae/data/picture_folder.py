@@ -11,8 +11,8 @@ from pathlib import Path
 from olvae.data.dataset import VAL_FRACTION, ImageDataset, MappedSource, bound_held_out
 from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, RangeNode, Size
+from olvae.data.places import EXTENSIONS, is_image_file
 from olvae.data.read_errors import ReadError
-from olvae.data.src import EXTENSIONS, is_image_file
 from olvae.files import file_state, legible, nearest_path, warn_once
 
 ESCAPED = re.compile(r"\[([*?[])\]")  # a character that a pattern means as it is: glob.escape's

@@ -19,10 +19,10 @@ from olvae.data.pixels.size_and_range import (
     AS_STORED,
     EIGHT_BIT_FILE,
 )
+from olvae.data.places import holds_shards
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import find_shards
 from olvae.data.shards.tar_reading import Shard, read_shard
-from olvae.data.src import holds_shards
 
 PERCENTILES = (0.0, 0.1, 1.0, 50.0, 99.0, 99.9, 100.0)
 

@@ -14,8 +14,8 @@ from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
 from olvae.data.opening import trains_on
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
+from olvae.data.places import place_of
 from olvae.data.source import Batch, BatchLoader, Source
-from olvae.data.src import place_of
 from olvae.evaluation.observers.observer import Evaluated, Observation, Observer, Subject
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.results import FIXED, Results, Row

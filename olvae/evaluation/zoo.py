@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from olvae.config import ConfigError
-from olvae.data.src import is_image_file, is_shard
+from olvae.data.places import is_image_file, is_shard
 from olvae.evaluation.observers.observer import Evaluated, Observer, Subject
 from olvae.evaluation.report import write_files
 from olvae.evaluation.results import Results, Row
@@ -128,7 +128,7 @@ def evaluate_zoo(
     known = folder / "request.json"
     there = _results(folder)
     before = read_config(known) if known.is_file() else {}
-    others = [f"`{name}`" for name, value in asked.items() if before.get(name) != value]
+    others = [f"`{name}`" for name in {**asked, **before} if before.get(name) != asked.get(name)]
     if there and others:
         raise ConfigError(
             f"`out` {folder}: has results of other {', '.join(others)}: name another folder"
@@ -194,8 +194,8 @@ def _asked(request: Request) -> dict[str, str]:
         if reads and path.is_file():
             files.append(f"{path} {path.stat().st_size}")
 
-    # Observers by name, unless every evaluation has them, and what else they choose.
-    shown = [observer.name for observer in request.observers if not observer.always]
+    # Observers by name, and what they choose.
+    shown = [observer.name for observer in request.observers if observer.tells_apart]
     choices: dict[str, str] = {}
     for observer in request.observers:
         choices |= observer.choices()

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.data.image import MODES
+from olvae.data.places import EXTENSIONS
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.latent_files import LATENT, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
-from olvae.data.src import EXTENSIONS
 from olvae.figures import ARRAYS, can_store, save_image
 from olvae.files import remove_partials, safe_path
 from olvae.models.autoencoder import Autoencoder

@@ -22,6 +22,7 @@ from olvae.data.opening import holds_masks, open_images, open_source
 from olvae.data.packing import usual_shard_size
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
+from olvae.data.places import holds_shards, load
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, find_shards, with_counts
 from olvae.data.shards.latent_files import (
@@ -36,7 +37,6 @@ from olvae.data.shards.latent_files import (
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.write import ResumableShards, WebDatasetSample
 from olvae.data.source import total
-from olvae.data.src import holds_shards, load
 from olvae.devices import DTYPES, FULL, autocast
 from olvae.files import file_state, lines_sha256, write_json
 from olvae.models.autoencoder import Autoencoder

@@ -32,8 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import mean_over_processes
-from olvae.modules.checks import check_choice
+from olvae.modules.base import check_choice, mean_over_processes
 from olvae.modules.mixed_precision import upcast
 
 

@@ -14,7 +14,7 @@ from olvae.losses.terms import (
     l1,
     wavelet_loss,
 )
-from olvae.modules.checks import check_choice, check_not_negative
+from olvae.modules.base import check_choice, check_not_negative
 from olvae.modules.distributions import Posterior
 from olvae.modules.mixed_precision import upcast
 

@@ -14,7 +14,7 @@ from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.models.parts.part import Model, Step
 from olvae.models.updates.optimizers import mix_seeds
-from olvae.modules.checks import check_betas, check_choice, check_counts, check_not_negative
+from olvae.modules.base import check_betas, check_choice, check_counts, check_not_negative
 from olvae.modules.mixed_precision import no_autocast
 from olvae.modules.unetgan import power_iteration, shared_weights, stop_power_iterations
 

@@ -27,8 +27,7 @@ from olvae.models.updates.gradients import grad_scaler, gradient_norm, gradient_
 from olvae.models.updates.nonfinite import GRADIENT, NonFiniteGuard
 from olvae.models.updates.optimizers import follow, make_optimizers, mix_seeds
 from olvae.models.validation import Validation
-from olvae.modules.base import HALVES, mean_over_processes
-from olvae.modules.checks import check_betas, check_not_negative
+from olvae.modules.base import HALVES, check_betas, check_not_negative, mean_over_processes
 from olvae.modules.distributions import Posterior
 from olvae.modules.mixed_precision import compile_networks
 from olvae.modules.unetgan import shared_weights

@@ -1,7 +1,7 @@
 """Base classes of encoders and decoders, and small helpers on modules."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -11,8 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
-
-from olvae.modules.checks import check_counts
 
 HALVES = ("encoder", "decoder")  # of an autoencoder
 
@@ -214,3 +212,34 @@ def mean_over_processes(x: Tensor) -> Tensor:
         return x
     total: Tensor = all_reduce(x)
     return total / dist.get_world_size()
+
+
+def check_counts(least: int, **counts: int | Sequence[int]) -> None:
+    """Check numbers of channels, blocks or multiples, one or several each: ``least`` or more."""
+    for name, value in counts.items():
+        several = [value] if isinstance(value, int) else list(value)
+        if not several or min(several) < least:
+            got = value if isinstance(value, int) else several
+            raise ValueError(f"{name} must be at least {least}, got {got}")
+
+
+def check_not_negative(**numbers: float) -> None:
+    """Raise ValueError for a number below 0, or nan."""
+    for name, number in numbers.items():
+        # Not ``number < 0``, which is False for nan.
+        if not number >= 0:
+            raise ValueError(f"{name} must not be negative, got {number}")
+
+
+def check_betas(betas: Sequence[float]) -> tuple[float, float]:
+    """Check the betas of Adam or Muon: two numbers from 0 to below 1."""
+    if len(betas) != 2 or not 0 <= min(betas) <= max(betas) < 1:
+        raise ValueError(f"betas must be two numbers from 0 to below 1, got {list(betas)}")
+    return betas[0], betas[1]
+
+
+def check_choice(choices: Iterable[str], **settings: str) -> None:
+    """Raise ValueError for a setting that is not among the choices."""
+    for name, value in settings.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.checks import check_choice
+from olvae.modules.base import check_choice
 from olvae.modules.mixed_precision import casts_together, no_autocast, upcast
 from olvae.modules.unetgan import SpectralConv2d
 

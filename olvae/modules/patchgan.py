@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.library_internals import BatchNormBase
-from olvae.modules.base import mean_over_processes
-from olvae.modules.checks import check_counts
+from olvae.modules.base import check_counts, mean_over_processes
 from olvae.modules.mixed_precision import casts_together, upcast
 
 

@@ -9,8 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from olvae.library_internals import set_checkpointing
-from olvae.modules.base import Decoder, Encoder, Steps
-from olvae.modules.checks import check_choice, check_counts
+from olvae.modules.base import Decoder, Encoder, Steps, check_choice, check_counts
 from olvae.modules.mixed_precision import casts_together
 
 Padding = Literal["zeros", "reflect"]

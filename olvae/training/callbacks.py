@@ -24,7 +24,7 @@ from olvae.library_internals import dump_memory_history, record_memory_history
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.updates.averaging import find_average
 from olvae.models.updates.nonfinite import BadStep
-from olvae.modules.checks import check_counts, check_not_negative
+from olvae.modules.base import check_counts, check_not_negative
 from olvae.runs import Run
 from olvae.training.loggers import log_picture
 from olvae.training.progress import notify

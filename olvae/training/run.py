@@ -21,8 +21,8 @@ from olvae import config as cfg
 from olvae import runs
 from olvae.checkpoint import load_weights, read_checkpoint, read_weights, state_dict_of
 from olvae.config import Config, ConfigError, with_paths
+from olvae.data.places import load
 from olvae.data.source import Source
-from olvae.data.src import load
 from olvae.devices import resolve_devices, resolve_precision
 from olvae.files import first_line, no_empty_folders, remove_partials, warn_once
 from olvae.models.footprint import MARGIN, advice, footprint

@@ -22,7 +22,7 @@ from olvae.files import atomic_write, first_line, write_json
 from olvae.library_internals import tree_map
 from olvae.metrics import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.modules.checks import check_counts, check_not_negative
+from olvae.modules.base import check_counts, check_not_negative
 from olvae.runs import Run
 
 log = logging.getLogger("olvae.training")

@@ -17,7 +17,7 @@ from olvae import runs
 from olvae.config import Config, ConfigError
 from olvae.config.nodes import FROM_START
 from olvae.config.reading import ABSENT, changed_keys, merge_files
-from olvae.data.src import load
+from olvae.data.places import load
 from olvae.models.target_names import check_target, place_in
 from olvae.runs import Run, Settings
 

@@ -6,7 +6,7 @@ from olvae.bench.cases import TwoForwards, read_step, time_steps
 from olvae.bench.measure import Setting, rows_of
 from olvae.config import ConfigError
 from olvae.data.image import RandomScaleCrop
-from olvae.data.src import load
+from olvae.data.places import load
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import entry_of
 from tests.conftest import tiny_config
@@ -18,7 +18,7 @@ def params() -> dict:
     return tiny_config(adversary_config=against())["model"]["params"]
 
 
-def test_rows_are_near_what_was_published(network_rows):
+def test_network_table_sizes_and_macs_are_near_the_published_ones(network_rows):
     assert {row.name for row in network_rows if row.group == "encoder"} == {
         "S",
         "B",
@@ -43,7 +43,7 @@ def test_rows_are_near_what_was_published(network_rows):
             assert row.macs == pytest.approx(row.published_macs, rel=0.02), row
 
 
-def test_the_peer_of_a_step_runs_forward_twice(monkeypatch):
+def test_two_forwards_peer_of_a_training_step_encodes_twice(monkeypatch):
     calls = []
     encode = LiteAutoencoderKL.encode
     monkeypatch.setattr(
@@ -75,7 +75,7 @@ def measured(sources, workers=(0,), size=16, batch_size=4) -> list[dict]:
 
 
 @pytest.mark.usefixtures("short")
-def test_each_source_and_number_of_workers_beside_the_floor(tmp_path, image_folder):
+def test_data_rows_of_each_source_and_number_of_workers_beside_the_floor(tmp_path, image_folder):
     write_shards(tmp_path / "shards", (8, 8))
     rows = measured([image_folder, tmp_path / "shards"], (0, 2))
     expected = [
@@ -90,7 +90,7 @@ def test_each_source_and_number_of_workers_beside_the_floor(tmp_path, image_fold
 
 
 @pytest.mark.usefixtures("short")
-def test_a_config_brings_its_size_and_crops(tmp_path, image_folder, monkeypatch):
+def test_data_rows_take_size_and_crops_from_a_config(tmp_path, image_folder, monkeypatch):
     made = []
     monkeypatch.setattr(
         RandomScaleCrop, "__call__", lambda self, *_: made.append(self) or picture(0, (24, 24))
@@ -104,7 +104,7 @@ def test_a_config_brings_its_size_and_crops(tmp_path, image_folder, monkeypatch)
 
 
 @pytest.mark.usefixtures("short")
-def test_what_cannot_be_timed(tmp_path, image_folder):
+def test_data_of_too_few_or_unreadable_images_is_not_timed(tmp_path, image_folder):
     write_shards(tmp_path / "shards", (3, 3))
     with pytest.raises(
         ConfigError, match=r"`workers` 8: .*shards: 6 training images for 8 processes"

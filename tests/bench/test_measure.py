@@ -5,7 +5,7 @@ import pytest
 from olvae.bench.measure import Case, Times, measure_case, rows_of
 
 
-def test_statistics():
+def test_times_have_median_and_interquartile_spread():
     times = Times([4.0, 1.0, 3.0, 2.0, 10.0])
     assert times.median == 3.0
     assert times.spread == 4.0 - 2.0  # the second and the fourth of five
@@ -14,7 +14,7 @@ def test_statistics():
 
 
 @pytest.mark.parametrize("warm_up", [True, False])
-def test_each_has_a_turn_in_each_round(warm_up):
+def test_measured_cases_take_turns_in_each_round(warm_up):
     order, number = [], count()
 
     def work(name):
@@ -34,7 +34,7 @@ def test_each_has_a_turn_in_each_round(warm_up):
     ]
 
 
-def test_rates_shares_and_ratios():
+def test_rates_shares_of_limits_and_ratios_to_peers():
     limit = Case("product", "limit", "32", lambda: [2.0], 0, work=4e9)
     copied = Case("copy", "limit", "32", lambda: [1.0], 0, work=6e9, unit="bytes")
     peer = Case("sd", "eager", "32", lambda: [2.0], 2, 16, 2, computed_bytes=7)

@@ -1,13 +1,47 @@
 """Commands in this process."""
 
+import contextlib
+import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from olvae.cli.main import main
+from olvae.config import save
+from olvae.files import warn_once
 from olvae.training import run as training
+from tests.conftest import tiny_config
 from tests.export.latents import tiny_vae
+
+
+@pytest.fixture(autouse=True)
+def _warned_of_nothing() -> None:
+    """What earlier tests were warned of is warned of again."""
+    warn_once.cache_clear()
+
+
+class Ended(NamedTuple):
+    """A command that ended: its exit code, and what it wrote."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_once(*arguments: object) -> Ended:
+    """Run a command for a module's fixture, which has no capfd."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")
+        with (
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            pytest.raises(SystemExit) as leaving,
+        ):
+            main([str(a) for a in arguments])
+    return Ended(leaving.value.code or 0, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture
@@ -54,6 +88,14 @@ def target(tmp_path) -> Path:
     """An export."""
     tiny_vae().save_pretrained(tmp_path / "vae")
     return tmp_path / "vae"
+
+
+@pytest.fixture
+def config(tmp_path, image_folder) -> Path:
+    """The file of a tiny training on twelve images."""
+    path: Path = tmp_path / "tiny.yaml"
+    save(tiny_config(image_folder), path)
+    return path
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ def tiny(tmp_path, monkeypatch):
     return ["--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml", "--workers", "0"]
 
 
-def test_everything(olvae, tiny, tmp_path, monkeypatch):
+def test_bench_all_measures_every_group(olvae, tiny, tmp_path, monkeypatch):
     options = ["--size", 16, "-B", 2, "--rounds", 1]
     code, out, err = olvae("bench", "all", *options, *tiny, "--json")
     assert code == 0, err
@@ -73,13 +73,13 @@ def test_everything(olvae, tiny, tmp_path, monkeypatch):
         (["dwt", "--config", "demo"], "--config applies to train: give both, or neither"),
     ],
 )
-def test_mistakes(olvae, arguments, message):
+def test_bench_refuses_wrong_arguments(olvae, arguments, message):
     code, _, err = olvae("bench", *arguments)
     assert code == 2
     assert err.startswith(f"error: {message}")
 
 
-def test_a_config_that_starts_from_an_autoencoder(olvae, tmp_path):
+def test_bench_refuses_a_config_that_starts_from_an_autoencoder(olvae, tmp_path):
     (tmp_path / "a.yaml").write_text(
         f"include: {ROOT}/configs/demo.yaml\nmodel: {{from: diffusers:some/vae}}\n"
     )

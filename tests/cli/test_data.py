@@ -32,7 +32,7 @@ def test_pack_and_check(olvae, done, image_folder, tmp_path):
     assert "12, all readable" in done("check", image_folder, "--size", 32)
 
 
-def test_pack_with_its_options(olvae, done, image_folder, tmp_path):
+def test_pack_resizes_converts_and_counts_the_unreadable(olvae, done, image_folder, tmp_path):
     (image_folder / "bad.png").touch()
     options = (
         "--resize",
@@ -100,7 +100,7 @@ def test_pack_with_its_options(olvae, done, image_folder, tmp_path):
         (("pack", "PHOTOS", "--out", "PHOTOS/out"), "is inside the images' folder"),
     ],
 )
-def test_wrong_usage_is_one_line(refused, image_folder, tmp_path, arguments, line):
+def test_wrong_usage_of_pack_is_one_line(refused, image_folder, tmp_path, arguments, line):
     given = [
         a.replace("PHOTOS", str(image_folder)).replace("OUT", str(tmp_path / "out"))
         for a in arguments
@@ -109,7 +109,7 @@ def test_wrong_usage_is_one_line(refused, image_folder, tmp_path, arguments, lin
     assert not (tmp_path / "out").exists()
 
 
-def test_check_exits_with_1_where_something_is_wrong(olvae, image_folder, tmp_path):
+def test_data_check_exits_with_1_where_something_is_wrong(olvae, image_folder, tmp_path):
     (image_folder / "bad.png").write_text("not a picture")
     code, _, err = olvae("check", image_folder, "--size", 32)
     assert code == 1
@@ -121,7 +121,7 @@ def test_check_exits_with_1_where_something_is_wrong(olvae, image_folder, tmp_pa
     assert "no images in this folder" in err
 
 
-def test_ctrl_c_says_how_to_go_on(olvae, done, image_folder, tmp_path, monkeypatch):
+def test_ctrl_c_while_packing_says_how_to_go_on(olvae, done, image_folder, tmp_path, monkeypatch):
     out = tmp_path / "out"
 
     def interrupt(*_: object) -> None:

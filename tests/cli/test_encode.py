@@ -13,7 +13,7 @@ from olvae.config import ConfigError
 from olvae.data.shards.write import ResumableShards
 from tests.data.images import write_shards
 from tests.export.latents import everything, tiny_vae
-from tests.test_devices import fork_each, fork_two
+from tests.forks import fork_each, fork_two
 from tests.training.conftest import torchrun
 
 
@@ -28,7 +28,7 @@ def olvae_on_two(capfd):
     return run
 
 
-def test_there_and_back(olvae, done, target, tmp_path, image_folder):
+def test_encode_and_decode_there_and_back(olvae, done, target, tmp_path, image_folder):
     latents, images = tmp_path / "latents", tmp_path / "images"
     encode = [
         "encode",
@@ -67,7 +67,7 @@ def test_there_and_back(olvae, done, target, tmp_path, image_folder):
     assert f"note: vae made these latents, with other weights than {tmp_path / 'other'}'s" in err
 
 
-def test_two_processes_give_what_one_gives(olvae, olvae_on_two, target, tmp_path, image_folder):
+def test_two_processes_encode_what_one_encodes(olvae, olvae_on_two, target, tmp_path, image_folder):
     encode = [
         "encode",
         target,
@@ -96,7 +96,7 @@ def test_two_processes_give_what_one_gives(olvae, olvae_on_two, target, tmp_path
     )
 
 
-def test_compiled_or_told_that_it_is_not(olvae, target, tmp_path, image_folder, monkeypatch):
+def test_encode_compiles_the_encoder_alone(olvae, target, tmp_path, image_folder, monkeypatch):
     compiled = []
     monkeypatch.setattr(
         "olvae.modules.mixed_precision.compile_networks",
@@ -120,7 +120,7 @@ def test_compiled_or_told_that_it_is_not(olvae, target, tmp_path, image_folder, 
     assert [type(module).__name__ for module in compiled] == ["LiteVAE_Encoder"]
 
 
-def test_mistakes_are_one_line(done, refused, target, tmp_path, image_folder):
+def test_encode_and_decode_mistakes_are_one_line(done, refused, target, tmp_path, image_folder):
     def encode(*arguments: object) -> list[object]:
         return [
             "encode",
@@ -196,7 +196,7 @@ def test_mistakes_are_one_line(done, refused, target, tmp_path, image_folder):
     )
 
 
-def test_another_command_at_work_in_the_folder(
+def test_encode_refuses_a_folder_where_another_command_is_at_work(
     refused, target, tmp_path, image_folder, monkeypatch
 ):
     monkeypatch.setattr("olvae.data.shards.write.LOCK_S", 0.0)
@@ -229,7 +229,9 @@ def test_another_command_at_work_in_the_folder(
 
 
 @pytest.mark.parametrize("shards", [0, 2])
-def test_ctrl_c_says_how_to_go_on(olvae, target, tmp_path, image_folder, monkeypatch, shards):
+def test_ctrl_c_while_encoding_says_how_to_go_on(
+    olvae, target, tmp_path, image_folder, monkeypatch, shards
+):
     """Where a shard is finished; else it leaves nothing."""
     write = ResumableShards.write
     written = []
@@ -261,7 +263,7 @@ def test_ctrl_c_says_how_to_go_on(olvae, target, tmp_path, image_folder, monkeyp
     assert latents.parent.exists() == bool(shards)
 
 
-def test_a_failure_leaves_no_folder(done, refused, target, tmp_path, image_folder):
+def test_a_failed_encode_or_decode_leaves_no_folder(done, refused, target, tmp_path, image_folder):
     """Of encode where no image can be read, and of decode where no latent can."""
     bad, out = tmp_path / "bad", tmp_path / "new" / "out"
     bad.mkdir()
@@ -282,6 +284,6 @@ def test_a_failure_leaves_no_folder(done, refused, target, tmp_path, image_folde
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_compiling_without_an_encoder_is_one_line():
+def test_encode_compile_without_an_encoder_is_one_line():
     with pytest.raises(ConfigError, match="--compile: mine has no module `encoder`"):
         _encoder(torch.nn.Identity(), "mine")

@@ -19,9 +19,9 @@ from olvae.evaluation.runner import Request, evaluate
 from olvae.models.loading.targets import find_target
 from olvae.runs import Run
 from tests.evaluation.peers import kl
+from tests.forks import fork_two
 from tests.models.loading.test_targets import taesd
 from tests.soak.killed import killed_before
-from tests.test_devices import fork_two
 
 PIXELS = ("--metrics", "psnr,ssim,l1", "--no-report")
 
@@ -34,7 +34,7 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return [row["metrics"] for row in content(folder)["results"]]
 
 
-def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path, caplog):
+def test_evaluate_leaves_metrics_tables_and_pictures(olvae, trained, photos, tmp_path, caplog):
     code, out, err = olvae(
         "evaluate", trained, "--data", photos, "--out", tmp_path, "--baselines", "--json"
     )
@@ -74,12 +74,11 @@ def test_what_an_evaluation_leaves(olvae, trained, photos, tmp_path, caplog):
     shown = re.findall(
         r"<h3>.*</h3>", (tmp_path / "report.html").read_text().partition('id="gallery"')[2]
     )
-    assert (
-        len(shown) == 3
-    )  # the run, linear and bicubic: of what an untrained model makes there is nothing to see
+    # the run, linear and bicubic: of what an untrained model makes there is nothing to see
+    assert len(shown) == 3
 
 
-def test_from_python_it_is_the_same(done, trained, photos, tmp_path):
+def test_evaluate_from_python_gives_the_same_numbers(done, trained, photos, tmp_path):
     """And a caller can watch the batches."""
     seen = []
 
@@ -101,7 +100,9 @@ def test_from_python_it_is_the_same(done, trained, photos, tmp_path):
     assert Results.read(tmp_path / "metrics.json").images == evaluated.results.images
 
 
-def test_two_processes_and_small_batches_change_nothing(olvae, trained, photos, tmp_path):
+def test_evaluate_in_two_processes_and_small_batches_changes_nothing(
+    olvae, trained, photos, tmp_path
+):
     """Of metrics and observers."""
     arguments = [
         "evaluate",
@@ -126,7 +127,7 @@ def test_two_processes_and_small_batches_change_nothing(olvae, trained, photos, 
         )
 
 
-def test_several_kinds_of_target_in_one_table(done, trained, photos, tmp_path):
+def test_evaluate_takes_several_kinds_of_target_in_one_table(done, trained, photos, tmp_path):
     kl().model.save_pretrained(tmp_path / "kl")
     taesd().save_pretrained(tmp_path / "tiny")
     checkpoint = trained / "checkpoints" / "last.ckpt"
@@ -139,7 +140,7 @@ def test_several_kinds_of_target_in_one_table(done, trained, photos, tmp_path):
     assert all(row["cost"]["decode_macs"] > 0 for row in rows)
 
 
-def test_several_protocols_in_one_command(done, trained, photos, tmp_path):
+def test_evaluate_takes_several_protocols_in_one_command(done, trained, photos, tmp_path):
     names = "open-litevae,latent-diffusion,llamagen"
     done("evaluate", trained, "--data", photos, "--protocol", names, "--out", tmp_path, *PIXELS)
     tables = [
@@ -195,7 +196,7 @@ def test_results_of_another_protocol_are_refused_unless_mixed(olvae, trained, ph
     assert "new results would overwrite it: set --out" in evaluate("first", *earlier)[2]
 
 
-def test_a_config_is_found_by_the_runs_name(done, trained, photos, tmp_path):
+def test_evaluate_finds_a_config_by_the_runs_name(done, trained, photos, tmp_path):
     base = tmp_path / "configs"
     base.mkdir()
     shutil.copy(trained.parent.parent / "tiny.yaml", base / "tiny.yaml")
@@ -206,7 +207,7 @@ def test_a_config_is_found_by_the_runs_name(done, trained, photos, tmp_path):
     assert content(run)["images"]["n"] >= 1
 
 
-def test_a_checkpoint_and_its_config_are_enough(done, trained, tmp_path):
+def test_evaluate_takes_a_checkpoint_and_its_config(done, trained, tmp_path):
     """As the original README has it; the results lie beside the file."""
     shutil.copy(trained / "checkpoints" / "last.ckpt", tmp_path)
     done("evaluate", "--config", trained / "config.yaml", "-B", 4, tmp_path / "last.ckpt", *PIXELS)
@@ -224,7 +225,7 @@ def test_a_run_with_a_baselines_name_keeps_its_own_numbers(done, trained, photos
     assert [row["intervals"] for row in rows] == [{}] * 4  # of one image
 
 
-def test_a_run_whose_images_are_gone(olvae, trained, tmp_path):
+def test_evaluate_names_the_images_of_a_run_that_are_gone(olvae, trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     config = (run / "config.yaml").read_text()
@@ -232,12 +233,13 @@ def test_a_run_whose_images_are_gone(olvae, trained, tmp_path):
     code, _, err = olvae("evaluate", run, *PIXELS)
     assert code == 1
     assert err.splitlines()[-1] == (
-        "error: /gone/photos: no such folder; the config takes its images there: --data names others"
+        "error: /gone/photos: no such folder; the config takes its images there: --data names "
+        "others"
     )
     assert not (run / "metrics.json").exists()
 
 
-def test_corrupt_and_small_images_are_counted_and_reported(done, trained, photos, tmp_path):
+def test_evaluate_counts_corrupt_and_small_images(done, trained, photos, tmp_path):
     folder = tmp_path / "photos"
     shutil.copytree(photos, folder)
     (folder / "0.png").write_bytes(b"")
@@ -264,7 +266,9 @@ def test_corrupt_and_small_images_are_counted_and_reported(done, trained, photos
         (["--beside", "nowhere.json"], 1, "no such metrics.json"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(olvae, trained, tmp_path, arguments, code, text):
+def test_evaluate_mistakes_are_one_line_and_leave_nothing(
+    olvae, trained, tmp_path, arguments, code, text
+):
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "BROKEN").mkdir()
     (tmp_path / "BROKEN" / "a.png").write_bytes(b"")
@@ -278,7 +282,10 @@ def test_mistakes_are_one_line_and_leave_nothing(olvae, trained, tmp_path, argum
 
 
 def test_numbers_never_lie_beside_the_files_of_another_evaluation(olvae, trained, photos, tmp_path):
-    """Killed while the results replace earlier ones; the same command then leaves whole ones and nothing else."""
+    """Killed while the results replace earlier ones.
+
+    The same command then leaves whole ones and nothing else.
+    """
     arguments = [
         "evaluate",
         trained,
@@ -314,7 +321,7 @@ def test_numbers_never_lie_beside_the_files_of_another_evaluation(olvae, trained
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
-def test_where_results_go(tmp_path):
+def test_results_folder_is_in_the_run_or_beside_the_weights(tmp_path):
     weights = tmp_path / "step=5.ckpt"
     weights.touch()
     assert results_folder(Path("here"), str(weights), None) == Path("here")

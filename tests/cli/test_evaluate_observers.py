@@ -36,7 +36,8 @@ TOY = """
             return {"brighter by": f"{entry['mean']:+.2f}"}
 
         def lines(self, rows):
-            yield from (f"{row.target}: image by image" for row in rows if "brightness" in row.observed)
+            seen = [row for row in rows if "brightness" in row.observed]
+            yield from (f"{row.target}: image by image" for row in seen)
 
         def section(self, page):
             return Markup("<p>{}</p>").format(f"<{len(self.changes)} targets>")
@@ -75,7 +76,7 @@ def evaluate(olvae, trained, tmp_path, monkeypatch):
     return run
 
 
-def test_it_is_in_metrics_json_in_the_tables_and_on_the_page(evaluate, trained, tmp_path):
+def test_an_observer_is_in_metrics_json_in_the_tables_and_on_the_page(evaluate, trained, tmp_path):
     out = tmp_path / "out"
     code, _, err = evaluate("--observe", "toys.Brightness")
     assert code == 0, err
@@ -101,7 +102,7 @@ def test_it_is_in_metrics_json_in_the_tables_and_on_the_page(evaluate, trained, 
         ),
     ],
 )
-def test_mistakes_are_one_line(evaluate, tmp_path, classes, text):
+def test_mistakes_in_observe_are_one_line(evaluate, tmp_path, classes, text):
     code, _, err = evaluate(*(argument for name in classes for argument in ("--observe", name)))
     assert code == 2
     assert text in err.splitlines()[-1]

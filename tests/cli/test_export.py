@@ -7,6 +7,7 @@ import shutil
 import signal
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import LOADER_NAME
 from olvae.training.start_from import start_from
+from tests.cli.conftest import Ended, run_once
 from tests.conftest import tiny_config
 from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl
 
@@ -29,11 +31,11 @@ def olvae(olvae):
     return partial(olvae, "export")
 
 
-@pytest.fixture
-def run_folder(tmp_path):
+def make_run(folder: Path) -> Path:
+    """A run that was not trained, with averages, raw weights and metrics."""
     config = tiny_config(use_ema=True)
     model = LiteAutoencoderKL(**config["model"]["params"])
-    run = tmp_path / "2026-01-31T12-00-00_tiny_32"
+    run = folder / "2026-01-31T12-00-00_tiny_32"
     (run / "checkpoints").mkdir(parents=True)
     raw = {name: t + 1 for name, t in model.state_dict().items()}
     torch.save(
@@ -48,11 +50,30 @@ def run_folder(tmp_path):
 
 
 @pytest.fixture
+def run_folder(tmp_path) -> Path:
+    return make_run(tmp_path)
+
+
+class Exported(NamedTuple):
+    run: Path
+    folder: Path
+    ended: Ended
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Exported:
+    """A run and its export, not to be changed."""
+    run = make_run(tmp_path_factory.mktemp("exported"))
+    folder = run.parent / "vae"
+    return Exported(run, folder, run_once("export", run, "--out", folder, "--license", "mit"))
+
+
+@pytest.fixture
 def any_command(olvae):
     return olvae.func
 
 
-def test_factors_from_the_folder_of_encode_or_latents(
+def test_export_takes_factors_from_the_folder_of_encode_or_latents(
     any_command, run_folder, image_folder, tmp_path
 ):
     for command, name in (("encode", "stats"), ("latents", "latents")):
@@ -96,19 +117,17 @@ def test_factors_from_the_folder_of_encode_or_latents(
         ), err
 
 
-def test_diffusers_is_given_a_run(any_command, run_folder, tmp_path, monkeypatch):
+def test_from_pretrained_of_diffusers_refuses_a_run(any_command, run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").symlink_to(run_folder.parent)
     for given in (run_folder, run_folder / "checkpoints" / "last.ckpt", "last"):
-        with pytest.raises(
-            ValueError, match=f"{given}: diffusers loads exports: name the folder that olvae export"
-        ):
+        with pytest.raises(ValueError, match=f"{given}: diffusers loads exports"):
             AutoencoderLiteVAE.from_pretrained(given)
     with pytest.raises(OSError, match="nothing"):
         AutoencoderLiteVAE.from_pretrained(tmp_path / "nothing", local_files_only=True)
 
 
-def test_the_licence_of_a_shipped_model_is_kept_word_for_word(done, tmp_path):
+def test_export_keeps_the_licence_of_a_shipped_model_word_for_word(done, tmp_path):
     done("olvae:photos-f8c4", "--out", tmp_path / "shipped")
     assert (tmp_path / "shipped" / "metrics.json").is_file()
     licence = (tmp_path / "shipped" / "README.md").read_text().partition("## Licence")[2]
@@ -129,14 +148,13 @@ def test_the_licence_of_a_shipped_model_is_kept_word_for_word(done, tmp_path):
     assert "Weights: mit. open-LiteVAE, the code" in (tmp_path / "edited" / "README.md").read_text()
 
 
-def test_from_a_run_to_everything(olvae, done, run_folder, tmp_path):
-    out = tmp_path / "vae"
-    code, stdout, err = olvae(run_folder, "--out", out, "--license", "mit")
+def test_an_export_of_a_run_loads_as_litevae_and_in_diffusers(exported):
+    run, out, (code, stdout, err) = exported
     assert (code, stdout) == (0, "")
     assert "loaded back: equal\nin diffusers: equal\n" in err
     assert (
-        "scaling factor 1 and shift factor 0 are not measured: olvae latents does, then export with --latents"
-        in err
+        "scaling factor 1 and shift factor 0 are not measured: olvae latents does, then export "
+        "with --latents" in err
     )
     assert err.endswith(f"export: {out}\n")
     assert {path.name for path in out.iterdir()} == {
@@ -144,38 +162,55 @@ def test_from_a_run_to_everything(olvae, done, run_folder, tmp_path):
     }
     assert "averaged over training (EMA)" in (out / "README.md").read_text()
     x = torch.rand(1, 3, 16, 16)
-    expected = LiteVAE.from_pretrained(run_folder)(x)[0]
+    expected = LiteVAE.from_pretrained(run)(x)[0]
     assert torch.equal(LiteVAE.from_pretrained(out)(x)[0], expected)
     assert torch.equal(AutoencoderLiteVAE.from_pretrained(out)(x).sample, expected)
 
+
+def test_an_export_in_bfloat16_is_folded_and_has_the_measured_factors(done, exported, tmp_path):
     latents = tmp_path / "latents.json"
     factors = {"scaling_factor": 0.5, "shift_factor": 0.125}
     latents.write_text(json.dumps({"results": [{"target": "vae", "diffusion": factors}]}))
-    half = (out, "--out", tmp_path / "half", "--dtype", "bfloat16", "--fold", "--latents")
-    err = done(*half, tmp_path)
+    options = ("--dtype", "bfloat16", "--fold", "--latents", tmp_path)
+    err = done(exported.folder, "--out", tmp_path / "half", *options)
     assert "not measured" not in err
     half = LiteVAE.from_pretrained(tmp_path / "half")
     assert (half.folded, half.scaling_factor, half.shift_factor) == (True, 0.5, 0.125)
+    x = torch.rand(1, 3, 16, 16)
+    expected = LiteVAE.from_pretrained(exported.run)(x)[0]
     torch.testing.assert_close(half(x)[0], expected, rtol=0.1, atol=0.1)
     assert (tmp_path / "half" / "metrics.json").is_file()
-    cards = [(folder / "README.md").read_text() for folder in (out, tmp_path / "half")]
+    cards = [(folder / "README.md").read_text() for folder in (exported.folder, tmp_path / "half")]
     first, again = (card.partition("## Training data")[2].partition("## Use")[0] for card in cards)
     assert first == again
     assert "SamplePhotographs" in first
     assert "Weights: mit." in first
+
+
+def test_an_export_of_raw_weights_replaces_one_and_leaves_out_its_metrics(
+    olvae, exported, tmp_path
+):
+    out = shutil.copytree(exported.folder, tmp_path / "vae")
     code, _, err = olvae(
-        run_folder, "--out", out, "--raw", "--scaling-factor", 2, "--shift-factor", -1, "--force"
+        exported.run, "--out", out, "--raw", "--scaling-factor", 2, "--shift-factor", -1, "--force"
     )
-    name = run_folder.name
+    name = exported.run.name
     assert f"metrics.json is left out: it is about {name}, not {name}, raw weights\n" in err
     assert not (out / "metrics.json").exists()
     assert "Not measured" in (out / "README.md").read_text()
     raw = LiteVAE.from_pretrained(out)
     assert (code, raw.scaling_factor, raw.shift_factor) == (0, 2.0, -1.0)
-    trained = LiteVAE.from_pretrained(run_folder, raw=True).state_dict()
+    trained = LiteVAE.from_pretrained(exported.run, raw=True).state_dict()
     assert all(torch.equal(t, trained[name]) for name, t in raw.state_dict().items())
     assert "float32, as trained" in (out / "README.md").read_text()
 
+    # nothing tells which ones an export has
+    with pytest.warns(UserWarning, match=r"`?-*raw`? is ignored"):
+        assert olvae(out, "--out", tmp_path / "again", "--raw")[0] == 0
+    assert "as trained" not in (tmp_path / "again" / "README.md").read_text()
+
+
+def test_an_export_leaves_out_metrics_of_earlier_weights(olvae, run_folder, tmp_path):
     content = json.loads((run_folder / "metrics.json").read_text())
     content["results"][0]["weights"] = "12ab"
     (run_folder / "metrics.json").write_text(json.dumps(content))
@@ -184,14 +219,8 @@ def test_from_a_run_to_everything(olvae, done, run_folder, tmp_path):
         in olvae(run_folder, "--out", tmp_path / "resumed")[2]
     )
 
-    with pytest.warns(
-        UserWarning, match=r"`?-*raw`? is ignored"
-    ):  # nothing tells which ones an export has
-        assert olvae(out, "--out", tmp_path / "again", "--raw")[0] == 0
-    assert "as trained" not in (tmp_path / "again" / "README.md").read_text()
 
-
-def test_a_polite_kill_leaves_nothing(olvae, run_folder, tmp_path, monkeypatch):
+def test_sigterm_leaves_nothing_of_an_export(olvae, run_folder, tmp_path, monkeypatch):
     def killed(_: Layout, model: LiteVAE, folder: Path) -> None:
         folder.mkdir()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -206,7 +235,7 @@ def test_a_polite_kill_leaves_nothing(olvae, run_folder, tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [run_folder.name]
 
 
-def test_mistakes_are_one_line_and_leave_nothing(refused, run_folder, tmp_path):
+def test_export_mistakes_are_one_line_and_leave_nothing(refused, run_folder, tmp_path):
     out = tmp_path / "vae"
     odd = tmp_path / "odd"
     shutil.copytree(run_folder, odd)
@@ -270,8 +299,11 @@ def make_stock_run(stock_folder, tmp_path):
     return make
 
 
-def test_stock_networks_go_everywhere(olvae, done, stock_folder, make_stock_run, tmp_path):
-    """A run to diffusers' folder, to one file, and back: the same bits as the folder that it began with."""
+def test_export_writes_stock_networks_for_diffusers_and_as_one_file(
+    olvae, done, stock_folder, make_stock_run, tmp_path
+):
+    """A run to diffusers' folder, to one file, and back:
+    the same bits as the folder that it began with."""
     expected = AutoencoderKL.from_pretrained(stock_folder).state_dict()
     run = make_stock_run()
     code, stdout, err = olvae(run, "--out", tmp_path / "diffusers", "--license", "mit")
@@ -288,7 +320,8 @@ def test_stock_networks_go_everywhere(olvae, done, stock_folder, make_stock_run,
         assert (code, stdout) == (0, "")
         assert err == (
             "loaded back: equal\n"
-            "note: ComfyUI and A1111 build Stable Diffusion's widths only, not block_out_channels [32, 32, 64]\n"
+            "note: ComfyUI and A1111 build Stable Diffusion's widths only, not "
+            "block_out_channels [32, 32, 64]\n"
             f"export: {file}\n"
         )
     err = done(file, "--out", tmp_path / "back")
@@ -306,7 +339,7 @@ def test_stock_networks_go_everywhere(olvae, done, stock_folder, make_stock_run,
 
 
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
-def test_an_untrained_half_is_refused(refused, make_stock_run, tmp_path, half):
+def test_export_refuses_an_untrained_half(refused, make_stock_run, tmp_path, half):
     run, out = make_stock_run(run={"untrained": half}), tmp_path / "vae"
     assert f"its {half} has never been trained: train it first, by distil/{half}" in refused(
         2, run, "--out", out
@@ -314,13 +347,11 @@ def test_an_untrained_half_is_refused(refused, make_stock_run, tmp_path, half):
     assert not out.exists()
 
 
-def test_what_does_not_fit_a_format_is_one_line_and_leaves_nothing(
+def test_export_of_what_does_not_fit_a_format_is_one_line_and_leaves_nothing(
     refused, run_folder, stock_folder, tmp_path
 ):
-    stock, other = (
-        f"diffusers:{stock_folder}",
-        "no class of diffusers has these networks: --format litevae is for",
-    )
+    stock = f"diffusers:{stock_folder}"
+    other = "no class of diffusers has these networks: --format litevae is for"
     autoencoder_kl((32, 32), **PER_CHANNEL).save_pretrained(tmp_path / "channels")
     before = sorted(path for path in tmp_path.rglob("*"))
     file, folder = tmp_path / "vae.safetensors", tmp_path / "vae"

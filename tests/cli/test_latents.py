@@ -13,15 +13,15 @@ from olvae.config import save
 from olvae.data.image import EvalTransform, image_to_tensor, read_picture
 from olvae.data.picture_folder import find_images
 from olvae.data.pixels.size_and_range import from_uint8
-from olvae.data.src import load
+from olvae.data.places import load
 from olvae.models.loading.targets import find_target
 from tests.evaluation.peers import numbers
+from tests.forks import fork_two
 from tests.metrics.test_features import extract
 from tests.models.loading.test_targets import taesd
-from tests.test_devices import fork_two
 
 
-def test_a_run_on_its_own_test_images(olvae, trained):
+def test_latents_of_a_run_on_its_own_test_images(olvae, trained):
     code, out, err = olvae("latents", trained)
     assert (code, out) == (0, "")
     for text in (
@@ -43,9 +43,8 @@ def test_a_run_on_its_own_test_images(olvae, trained):
 def test_ifid_is_that_of_an_evaluation(
     olvae, done, trained, photos, tmp_path, weights_dir, monkeypatch
 ):
-    monkeypatch.setattr(
-        "olvae.evaluation.observers.ifid.Inception", lambda path, device: extract
-    )  # mean colours
+    # mean colours
+    monkeypatch.setattr("olvae.evaluation.observers.ifid.Inception", lambda path, device: extract)
     given = (trained, "--data", photos, "--weights-dir", weights_dir)
     err = done("latents", *given, "--ifid", "--out", tmp_path)
     evaluated = ("--size", 16, "--metrics", "psnr", "--observe", "ifid", "--no-report")
@@ -83,15 +82,18 @@ def test_pictures_that_are_not_finite_cost_ifid_alone(
     assert "ifid: left out: a picture of neighbours is not finite" in caplog.text
 
 
-def test_ifid_without_its_network(refused, trained, tmp_path, nowhere):
+def test_ifid_without_its_network_is_refused(refused, trained, tmp_path, nowhere):
     line = refused(1, "latents", trained, "--ifid", "--out", tmp_path / "out")
     assert "pt_inception-2015-12-05-6726825d.pth" in line
     assert "--weights-dir" in line
     assert not (tmp_path / "out").exists()
 
 
-def test_two_models_on_a_folder(olvae, done, trained, tmp_path, photos):
-    """The factors turn this model's latents of these pictures into mean 0 and variance 1; both see the same images."""
+def test_latents_of_two_models_on_a_folder(olvae, done, trained, tmp_path, photos):
+    """The factors turn this model's latents of these pictures into mean 0 and variance 1.
+
+    Both see the same images.
+    """
     config = load([trained / "config.yaml"])
     weights = trained / "checkpoints/last.ckpt"
     out = tmp_path / "report"
@@ -128,8 +130,11 @@ def test_two_models_on_a_folder(olvae, done, trained, tmp_path, photos):
     assert json.loads((tmp_path / "one/latents.json").read_text())["results"][0]["n"] == 1
 
 
-def test_two_processes_give_the_numbers_of_one(olvae, capfd, trained, tmp_path, photos):
-    """One image at a time, so that each is encoded in the same batch; the MMD's noise is the images' own."""
+def test_latents_in_two_processes_have_the_numbers_of_one(olvae, capfd, trained, tmp_path, photos):
+    """One image at a time, so that each is encoded in the same batch.
+
+    The MMD's noise is the images' own.
+    """
     command = ["latents", trained, "--data", photos, "-B", 1, "--device", "cpu", "--images", 3]
     assert olvae(*command, "--out", tmp_path / "one")[0] == 0
     fork_two(main, [str(a) for a in (*command, "--out", tmp_path / "two")])
@@ -158,7 +163,7 @@ def test_a_deterministic_autoencoder_has_no_kl(olvae, tmp_path, photos):
     assert err.count("skipped") >= 4  # three times in the table
 
 
-def test_mistakes_are_one_line(olvae, refused, trained, tmp_path):
+def test_latents_mistakes_are_one_line(olvae, refused, trained, tmp_path):
     config = trained / "config.yaml"
     weights = shutil.copy(trained / "checkpoints/last.ckpt", tmp_path / "loose.ckpt")
     changed = load([config])

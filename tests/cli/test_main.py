@@ -1,12 +1,13 @@
-"""The commands as a user types them, in this process; and once each through the README's scripts."""
+"""The commands as a user types them, in this process.
+
+And once each through the README's scripts.
+"""
 
 import json
-import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,19 +15,10 @@ import torch
 import typer
 from PIL import Image
 
+from olvae import __version__
 from olvae.cli.main import main, print_error, repeat_flags
-from olvae.config import save
-from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.fixture
-def config(tmp_path, image_folder):
-    path = tmp_path / "tiny.yaml"
-    save(tiny_config(image_folder), path)
-    return path
-
 
 COMMANDS = (
     "train",
@@ -55,133 +47,6 @@ def test_help_is_whole_at_80_columns(olvae, monkeypatch, command):
     lines = out.splitlines()
     assert max(len(line) for line in lines if "Example: " not in line) <= 80
     assert not [line for line in lines if line.rstrip().endswith("…")]
-
-
-def test_train_evaluate_and_resume(olvae, done, config, tmp_path):
-    """A run whose learning rate is next to 0 has the metrics of its untrained row."""
-    train = ("train", "--base", config, "--logdir", tmp_path / "runs", "--gpus", "0", "--name", "a")
-    code, out, err = olvae(*train, "--seed", 7, "model.base_learning_rate=1e-12")
-    assert (code, out) == (0, "")
-    (run,) = (tmp_path / "runs").iterdir()
-    batches = "4 = 4 x 1 accumulated x 1 processes"
-    facts = ("parameters", "GMACs", "16x16 -> 2x2", batches, "1e-12, constant", "CPU", str(run))
-    assert [text for text in facts if text not in err] == []
-    code, out, err = olvae("evaluate", "--baselines", "-B", "3", run)
-    assert (code, out) == (0, "")
-    assert "untrained" in err
-    content = json.loads((run / "metrics.json").read_text())
-    assert content["protocol"]["size"] == 16
-    assert len(content["protocol_hash"]) == 16
-    trained, linear, bicubic, untrained = content["results"]
-    assert trained["target"] == run.name
-    assert trained["n"] == linear["n"] == bicubic["n"] == untrained["n"] > 0
-    assert trained["metrics"].keys() == {"psnr", "ssim", "l1"}
-    assert trained["metrics"] == pytest.approx(untrained["metrics"], rel=1e-4)
-    assert (run / "reconstructions.png").is_file()
-    err = done("train", "--resume", run, "lightning.trainer.max_steps=5")
-    assert "done after 5 steps" in err
-
-
-def test_warnings_of_a_run(olvae, config, tmp_path, monkeypatch):
-    """Of a rate that only rises, more processes than cores, and few held-out images."""
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
-    train = (
-        "train",
-        "--base",
-        config,
-        "--logdir",
-        tmp_path / "runs",
-        "--gpus",
-        "0",
-        "lightning.trainer.max_steps=2",
-    )
-    _, _, err = olvae(*train, "model.params.warmup_steps=2", "data.params.num_workers=2")
-    assert "warning: the learning rate rises until step 2: shorten model.params.warmup_steps" in err
-    assert "warning: 2 loader processes on 1 cores: lower data.params.num_workers\n" in err
-    assert (
-        "warning: only 3 held-out images: scores are uncertain, and `olvae evaluate` prints by how much"
-        in err
-    )
-    for i in range(20):
-        Image.new("RGB", (20, 20), (i, 3 * i, 99)).save(tmp_path / f"{i}.png")
-    _, _, err = olvae(
-        *train, "model.params.warmup_steps=1", f"data.params.val_root={tmp_path}/*.png"
-    )
-    assert not [
-        text
-        for text in ("the learning rate rises", "loader processes on", "held-out")
-        if text in err
-    ]
-
-
-def test_tables(olvae, monkeypatch, network_rows):
-    monkeypatch.setattr("olvae.bench.cases.network_table", lambda: network_rows)
-    monkeypatch.setenv("COLUMNS", "80")
-    code, out, err = olvae("tables", "--json")
-    assert (code, err) == (0, "")
-    keys = {"group", "variant", "name", "params", "macs", "published_params", "published_macs"}
-    assert all(row.keys() == keys for row in json.loads(out))
-    shown = olvae("tables")[1]
-    assert "53.3326" in shown
-    assert "encoder open_litevae S" in shown
-    assert max(map(len, shown.splitlines())) <= 80
-
-
-def test_validate(olvae, config, tmp_path):
-    bad = tmp_path / "bad.yaml"
-    bad.write_text("modle: {}\n")
-    code, out, err = olvae("validate", bad, config, tmp_path / "missing.yaml")
-    assert (code, out) == (1, "")
-    assert f"{bad}: modle: unknown key; did you mean model?" in err
-    assert f"{bad}: model: missing" in err
-    assert "missing.yaml: no such config file" in err
-    assert f"{config}: no mistakes" in err
-
-
-def test_validate_settings(olvae, config):
-    code, _, err = olvae("validate", config, "data.params.size=sixteen", "data.params.rot=photos")
-    assert code == 1
-    assert err.count(f"{config}: data.params.") == 2
-    assert "a=1: no such config file" in olvae("validate", "a=1")[2]
-
-
-def test_validate_memory(olvae, config, tmp_path, monkeypatch):
-    """A line for each precision, without and with checkpointing; tests/models/test_footprint.py has the numbers."""
-    asked = []
-    need = SimpleNamespace(fixed=2**30, per_image=2**29, flop=3 * 10**12)
-    monkeypatch.setattr(
-        "olvae.models.footprint.footprint", lambda model, *case: asked.append(case) or need
-    )
-    code, out, err = olvae("validate", "--memory", config)
-    assert code == 0
-    assert "no mistakes" in err
-    assert "at 16x16 pixels" in " ".join(out.split())
-    rows = [line.split() for line in out.splitlines() if line.strip().startswith(("32", "bf16"))]
-    cases = [
-        [f"{p},", f"model.params.checkpoint={c}"] for p in ("32", "bf16") for c in ("false", "true")
-    ]
-    assert rows == [[*case, "1.00", "0.500", "3"] for case in cases]
-    assert asked == [((16, 16), p, c) for p in ("32", "bf16") for c in (False, True)]
-    (tmp_path / "bad.yaml").write_text(
-        "model: {target: olvae.models.liteautoencoder.LiteAutoencoderKL}\n"
-    )
-    assert olvae("validate", "--memory", tmp_path / "bad.yaml")[:2] == (1, "")
-
-
-def test_validate_ranks(olvae, config, monkeypatch):
-    """In 80 columns; tests/training/test_dry_run.py has the numbers."""
-    found = (
-        {"both, logged": SimpleNamespace(messages=["a", "b"], nbytes=4_405_128, launches=2889)},
-        ["word " * 30],
-    )
-    monkeypatch.setattr(
-        "olvae.training.dry_run.dry_run", lambda _, *asked: found if asked == (64, "bf16") else None
-    )
-    monkeypatch.setenv("COLUMNS", "80")
-    code, out, err = olvae("validate", "--ranks", 64, "--precision", "bf16", config)
-    assert (code, err) == (0, f"{config}: no mistakes\n")
-    assert "both, logged 2 4.41 2889" in " ".join(out.split())
-    assert max(map(len, out.splitlines())) <= 80
 
 
 DEMO = ("train", "--base", "configs/demo.yaml")
@@ -229,7 +94,7 @@ DEMO = ("train", "--base", "configs/demo.yaml")
         (["trian"], 2, "No such command"),
     ],
 )
-def test_mistakes_are_one_line(refused, tmp_path, monkeypatch, arguments, code, text):
+def test_command_mistakes_are_one_line(refused, tmp_path, monkeypatch, arguments, code, text):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     if arguments[0] == "train":
         arguments = [*arguments, f"--logdir={tmp_path / 'runs'}"]
@@ -239,7 +104,7 @@ def test_mistakes_are_one_line(refused, tmp_path, monkeypatch, arguments, code, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_file_is_named_once(olvae, tmp_path, monkeypatch):
+def test_an_error_names_its_file_once(olvae, tmp_path, monkeypatch):
     """By its own message, and by the system's."""
     bad = tmp_path / "bad.yaml"
     bad.write_text("model: [\n  a: : b")
@@ -268,8 +133,11 @@ def test_a_failed_evaluation_leaves_no_folder(olvae, trained, tmp_path, monkeypa
         assert not out.parent.exists()
 
 
-def test_ctrl_c_is_told(olvae, trained, tmp_path, monkeypatch):
-    """By the program where the command has no more to say; see test_encode.py, test_data.py and test_run.py."""
+def test_ctrl_c_is_told_with_exit_code_130(olvae, trained, tmp_path, monkeypatch):
+    """By the program where the command has no more to say.
+
+    test_encode.py, test_data.py and training/test_run.py have others.
+    """
 
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -291,30 +159,6 @@ def test_ctrl_c_is_told(olvae, trained, tmp_path, monkeypatch):
     assert err.endswith("_tiny_32: removed: nothing was saved yet\nstopped\n")
 
 
-def test_sigterm_before_the_first_step_leaves_no_run(olvae, trained, tmp_path, monkeypatch):
-    def killed(*_: object) -> None:
-        assert any((tmp_path / "runs").iterdir())
-        signal.raise_signal(signal.SIGTERM)
-        pytest.fail("it went on")
-
-    monkeypatch.setattr("olvae.training.run.print_summary", killed)
-    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    command = [
-        "train",
-        "--base",
-        trained.parent.parent / "tiny.yaml",
-        "--gpus",
-        0,
-        "--logdir",
-        tmp_path / "runs",
-    ]
-    code, _, err = olvae(*command)
-    assert code == 75
-    assert err.endswith("_tiny_32: removed: nothing was saved yet\nstopped\n")
-    signal.signal(signal.SIGTERM, before)
-    assert not (tmp_path / "runs").exists()
-
-
 def test_a_warning_is_one_line(olvae, config, monkeypatch):
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back in the end
     assert olvae("validate", config)[0] == 0
@@ -332,7 +176,7 @@ def test_debug_shows_the_traceback():
         main(["evaluate", "missing", "--debug"])
 
 
-def test_one_flag_with_several_values():
+def test_repeat_flags_takes_one_flag_with_several_values():
     one = ["train", "--base", "a", "--base", "b", "--name", "n", "x=1"]
     assert repeat_flags(["train", "--base", "a", "b", "--name", "n", "x=1"]) == one
     assert repeat_flags(["--base", "a", "model.x=1", "b"]) == ["--base", "a", "model.x=1", "b"]
@@ -340,7 +184,7 @@ def test_one_flag_with_several_values():
         repeat_flags(["--base", "--name", "n"])
 
 
-def test_scripts_of_the_readme():
+def test_scripts_of_the_readme_have_help():
     for script in ("train.py", "scripts/compute_metrics.py"):
         done = subprocess.run(
             [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -352,7 +196,8 @@ WITHOUT_TORCH = """
 import contextlib, io, json, sys
 from olvae.cli.main import main
 for arguments in json.load(sys.stdin):
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         try:
             main(arguments)
         except SystemExit as leaving:
@@ -411,7 +256,8 @@ QUICK: list[tuple[tuple[str, ...], int, str]] = [
 
 @pytest.fixture(scope="module")
 def answers() -> dict[tuple[str, ...], list[Any]]:
-    """By command of :data:`QUICK`, all in one process: exit code, standard error, and whether torch is imported."""
+    """By command of :data:`QUICK`, all in one process: exit code, standard error,
+    and whether torch is imported."""
     commands = [command for command, _, _ in QUICK]
     words = [sys.executable, "-c", WITHOUT_TORCH]
     done = subprocess.run(
@@ -429,8 +275,11 @@ def test_what_is_missing_or_wrong_does_not_wait_for_torch(answers, command, code
 
 
 @pytest.mark.usefixtures("terminal")
-def test_a_terminal_shows_that_a_command_loads(olvae, tmp_path):
-    """Before what the command prints; test_run.py's signal to all processes shows that nothing else gets it."""
+def test_a_terminal_shows_loading(olvae, tmp_path):
+    """Before what the command prints.
+
+    training/test_run.py's signal to all processes shows that nothing else gets it.
+    """
     (tmp_path / "empty").mkdir()
     code, _, err = olvae("latents", tmp_path / "empty")
     assert code == 1
@@ -488,7 +337,7 @@ def command(request, olvae, trained, tmp_path) -> list[object]:
 @pytest.mark.parametrize(
     "command", [*COMPUTE[:-1], ["bench", "dwt"]], ids=lambda it: it[0], indirect=True
 )
-def test_a_device_that_is_not_there(olvae, tmp_path, command):
+def test_a_device_that_is_not_there_is_refused(olvae, tmp_path, command):
     assert olvae(*command, "--device", "gpu") == (
         2,
         "",
@@ -503,7 +352,7 @@ def test_a_device_that_is_not_there(olvae, tmp_path, command):
 
 
 @pytest.mark.parametrize("command", COMPUTE, ids=lambda it: it[0], indirect=True)
-def test_weights_that_fit_in_part_are_for_who_asks(olvae, tmp_path, command):
+def test_weights_that_fit_in_part_need_allow_mismatch(olvae, tmp_path, command):
     code, _, err = olvae(*command)
     assert (code, err.count("\n")) == (1, 1)
     assert "these weights are of another model: 1 missing (decoder.conv_out.bias)" in err
@@ -522,3 +371,14 @@ def test_an_error_without_words_in_a_loaders_process_is_told(capsys):
     assert (
         capsys.readouterr().err == "error: AssertionError: AssertionError (--debug shows where)\n"
     )
+
+
+def test_version_and_help(olvae):
+    assert olvae("--version") == (0, f"olvae {__version__}\n", "")
+    assert olvae("-h")[1] == olvae("--help")[1]
+    assert olvae("recipes", "-h")[1].count("Example: olvae recipes") == 1
+    assert olvae("recipes", "cpoy")[0] == 2
+    done = subprocess.run(
+        [sys.executable, "-m", "olvae", "-h"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "Usage: olvae [OPTIONS] COMMAND" in done.stdout

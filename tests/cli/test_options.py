@@ -16,7 +16,7 @@ from olvae.evaluation.zoo import ZOO_METRICS
 from olvae.metrics import METRICS
 
 
-def test_names_are_those_of_the_registries():
+def test_names_of_flags_are_those_of_the_registries():
     """Which the command line does not import, as they import torch."""
     assert tuple(METRICS) == evaluate.METRIC_NAMES
     assert tuple(protocol.PROTOCOLS) == evaluate.PROTOCOL_NAMES
@@ -48,7 +48,7 @@ LATENTS = ("encode", "x", "--data", "y", "--out", "z")
         (("decode", "x", "y", "--out", "z", "--format", "gif"), "'gif' is not one of 'p"),
     ],
 )
-def test_wrong_values(olvae, command, message):
+def test_wrong_values_of_flags_are_refused(olvae, command, message):
     code, out, err = olvae(*command)
     assert code == 2
     assert message in err
@@ -70,7 +70,7 @@ def test_settings_are_written_as_flags_of_the_running_command(arguments, text, e
     assert in_flags(text) == expected
 
 
-def test_a_line_now_and_then_without_a_terminal(capsys, monkeypatch):
+def test_the_progress_bar_is_a_line_now_and_then_without_a_terminal(capsys, monkeypatch):
     with ProgressBar("packing") as bar:
         bar.set(3, 10)
     assert capsys.readouterr().err == ""  # it was shorter than the first interval
@@ -85,7 +85,7 @@ def test_a_line_now_and_then_without_a_terminal(capsys, monkeypatch):
 
 
 @pytest.mark.usefixtures("terminal")
-def test_a_bar_on_a_terminal(capsys):
+def test_the_progress_bar_on_a_terminal(capsys):
     before = set(threading.enumerate())
     with ProgressBar("[bold]decoding", 10) as bar:
         assert not set(threading.enumerate()) - before  # processes may be forked here
@@ -99,7 +99,7 @@ def test_a_bar_on_a_terminal(capsys):
 
 
 @pytest.mark.usefixtures("terminal")
-def test_other_ranks_show_nothing(capsys, monkeypatch):
+def test_the_progress_bar_of_other_ranks_shows_nothing(capsys, monkeypatch):
     monkeypatch.setattr(module, "LINE_EVERY_S", 0.0)
     with ProgressBar("encoding", 10, enabled=False) as bar:
         bar.advance()

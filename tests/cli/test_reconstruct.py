@@ -1,4 +1,7 @@
-"""``olvae reconstruct`` and ``olvae app`` as a user types them; tests/test_app*.py have the page."""
+"""``olvae reconstruct`` and ``olvae app`` as a user types them.
+
+tests/test_app*.py have the page.
+"""
 
 import importlib.util
 import socket
@@ -29,7 +32,7 @@ def picture(path, size):
     return path
 
 
-def test_every_size_and_the_unreadable(olvae, target, tmp_path):
+def test_reconstruct_takes_every_size_and_names_the_unreadable(olvae, target, tmp_path):
     photos, out = tmp_path / "photos", tmp_path / "out"
     sizes = {
         "dot.png": (1, 1),
@@ -55,7 +58,7 @@ def test_every_size_and_the_unreadable(olvae, target, tmp_path):
         assert max(Image.open(out / f"{name}_compare.png").size) >= 256
 
 
-def test_samples_and_precision(done, target, tmp_path):
+def test_reconstruct_takes_samples_and_precision(done, target, tmp_path):
     image = picture(tmp_path / "x.png", (8, 8))
     results, notes = [], []
     for options in ("", "--sample", "--sample --seed 0", "--sample --seed 1", "--precision bf16"):
@@ -80,19 +83,19 @@ def test_samples_and_precision(done, target, tmp_path):
         (["--out", __file__], 1, "results need a folder"),
     ],
 )
-def test_mistakes(refused, target, tmp_path, options, code, text):
+def test_reconstruct_mistakes_leave_nothing(refused, target, tmp_path, options, code, text):
     image = picture(tmp_path / "x.png", (8, 8))
     assert text in refused(code, "reconstruct", *target, image, "--out", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
 
 
-def test_memory_is_no_promise_of_others_networks(refused, tmp_path):
+def test_memory_is_refused_for_networks_of_others(refused, tmp_path):
     teacher = f"diffusers:{Path(olvae.__file__).parent}/recipes/distil/teacher"
     image = picture(tmp_path / "x.png", (8, 8))
     assert "is always computed whole" in refused(2, "reconstruct", teacher, image, "--memory", 1)
 
 
-def test_an_address_that_cannot_be_served_on(refused, monkeypatch):
+def test_app_refuses_an_address_in_use(refused, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: True)
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
@@ -103,7 +106,7 @@ def test_an_address_that_cannot_be_served_on(refused, monkeypatch):
     )
 
 
-def test_the_page_without_gradio(olvae, monkeypatch):
+def test_app_without_gradio_says_what_to_install(olvae, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     code, _, err = olvae("app", "olvae:photos-f8c4")
     assert code == 2

@@ -1,27 +1,24 @@
-"""Nodes: every mistake of a config at once; targets imported, built, and their arguments read from the source."""
+"""Nodes: every mistake of a config at once, and targets imported and built."""
 
-import importlib
-import inspect
 import re
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 
-from olvae.config import ConfigError, instantiate, recipes, resolve_target, validate, with_paths
+from olvae.config import ConfigError, instantiate, resolve_target, validate, with_paths
 from olvae.config.nodes import Node, map_nodes
-from olvae.config.source_signatures import arguments_in_source
-from olvae.data.src import load
+from olvae.data.places import load
 from olvae.models.spec import AutoencoderSpec
+from tests.config.recipe_targets import read_targets
 from tests.conftest import parts, tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
 
 
-def test_instantiate():
+def test_instantiate_builds_targets_and_names_what_is_wrong():
     assert (
         instantiate({"target": "fractions.Fraction", "params": {"numerator": 1, "denominator": 2}})
         == 0.5
@@ -53,13 +50,13 @@ def test_a_target_of_very_many_parts_is_no_dotted_path():
         ({"x": {"target": "a.A"}, "y": None, "z": 3}, dict[str, Node | None] | None, [".x", ".z"]),
     ],
 )
-def test_nodes_in_values(value, hint, places):
+def test_map_nodes_visits_the_nodes_in_values(value, hint, places):
     visited = []
     assert map_nodes(value, hint, lambda node, place: (visited.append(place), node)[1]) == value
     assert visited == places
 
 
-def test_paths_in_nodes_at_any_depth():
+def test_with_paths_changes_paths_at_any_depth():
     params = {"root": "a", "size": 8, "batch_size": 1}
     folder = {"target": "olvae.data.picture_folder.FolderSource", "params": params}
     mix = {
@@ -71,84 +68,26 @@ def test_paths_in_nodes_at_any_depth():
     assert params["root"] == "a"
 
 
-def targets(node):
-    if isinstance(node, dict):
-        if isinstance(node.get("target"), str):
-            yield node["target"]
-        for part in node.values():
-            yield from targets(part)
-
-
-@cache
-def read_targets() -> set[str]:
-    """Those of this package and Lightning in the recipes, and some others."""
-    named = {target for name in recipes() for target in targets(load([name]))}
-    return {target for target in named if target.startswith(("olvae.", "lightning."))} | {
-        "lightning.pytorch.Trainer",
-        "lightning.pytorch.callbacks.ModelCheckpoint",
-        "lightning.pytorch.callbacks.Callback",
-        "olvae.data.picture_folder.FolderSource",
-        "olvae.models.updates.optimizers.lr_factor",
-        "olvae.training.callbacks.ImageGrids",
-    }
-
-
-def words(hint):
-    """Sorted, as typing has one order for all equal unions: that of the first."""
-    return sorted(re.findall(r"[\w.']+", str(hint)))
-
-
-def test_the_source_says_what_an_import_says():
-    """Names, kinds, defaults and types of arguments."""
-    for target in read_targets():
-        module, _, name = target.rpartition(".")
-        factory = getattr(importlib.import_module(module), name)
-        found = arguments_in_source(module, name)
-        assert found is not None
-        expected = inspect.signature(factory).parameters
-        assert list(found.parameters) == list(expected)
-        for argument, theirs in expected.items():
-            ours = found.parameters[argument]
-            assert (ours.kind, ours.default is ours.empty) == (
-                theirs.kind,
-                theirs.default is theirs.empty,
-            ), argument
-        function = inspect.unwrap(factory.__init__ if inspect.isclass(factory) else factory)
-        hints = inspect.get_annotations(function, eval_str=True)
-        for argument in found.parameters.keys() & hints:
-            assert words(found.hints[argument]) == words(hints[argument]), (target, argument)
-
-
-@pytest.mark.parametrize(
-    ("module", "name"),
-    [
-        ("olvae.no_such_module", "Name"),
-        ("olvae.modules.wavelet", "no_such_name"),
-        ("olvae.config.reading", "TOP_LEVEL"),
-        ("olvae.evaluation.runner", "Request"),
-        ("torch.nn", "Identity"),
-    ],
-)
-def test_what_has_to_be_imported(module, name):
-    assert arguments_in_source(module, name) is None
-
-
 MISTAKES = """
 include: imagenet/B5
 model:
-  params: {use_ema: 3, embed_dimm: 1, encoder_config: {params: {scale: XL, wavelet: 1}}, betas: [a, 1]}
+  params:
+    {use_ema: 3, embed_dimm: 1, encoder_config: {params: {scale: XL, wavelet: 1}}, betas: [a, 1]}
 data: {params: {batch_size: four}}
-lightning: {trainer: {max_step: 1, precision: 7}, callbacks: {a: {target: olvae.training.callbacks.ImageGrids}}}
+lightning:
+  trainer: {max_step: 1, precision: 7}
+  callbacks: {a: {target: olvae.training.callbacks.ImageGrids}}
 """
 
 WITHOUT_IMPORTS = """
 import sys
 from olvae.config import recipes, validate
-from olvae.data.src import load
+from olvae.data.places import load
 published = "olitevaeB_im_f8c12"  # names torch.nn.Identity
 assert not any(validate(load([name])) for name in recipes() if name != published)
 print(validate(load([sys.argv[1]])))
-print(sorted({"torch", "lightning", "torchvision", "torchmetrics", "diffusers", "scipy"} & set(sys.modules)))
+heavy = {"torch", "lightning", "torchvision", "torchmetrics", "diffusers", "scipy"}
+print(sorted(heavy & set(sys.modules)))
 """
 
 
@@ -169,7 +108,8 @@ def test_validating_recipes_imports_neither_torch_nor_lightning(tmp_path):
 
 
 def test_a_path_is_no_target(tmp_path):
-    """A received config must not have a file beside it read, whose annotations would be evaluated."""
+    """A received config must not have a file beside it read,
+    whose annotations would be evaluated."""
     (tmp_path / "evil.py").write_text("def Name(x: open('evaluated', 'w')): ...")
     target = f"olvae.{tmp_path}/evil"
     spec = {"target": f"{target}.Name", "params": {}}
@@ -181,7 +121,7 @@ def test_a_path_is_no_target(tmp_path):
     assert not Path("evaluated").exists()
 
 
-def test_every_mistake_at_once():
+def test_validate_lists_every_mistake_at_once():
     config = tiny_config()
     params = config["model"]["params"]
     params["embed_dimm"] = params.pop("embed_dim")
@@ -203,7 +143,7 @@ def test_every_mistake_at_once():
         "model.params.embed_dimm: unknown key; did you mean embed_dim?",
         "model.params.embed_dim: missing",
         "model.params.use_ema: expected bool, got 'yes'",
-        "model.params.encoder_config.params.extractor_chanels: unknown key; did you mean extractor_channels?",
+        "encoder_config.params.extractor_chanels: unknown key; did you mean extractor_channels?",
         "has no LiteVAEDecoder; did you mean LiteVAE_Decoder?",
         "model.params.lossconfig.target: missing",
         "data.params.batch_size: expected int, got 'four'",
@@ -235,7 +175,7 @@ def test_every_mistake_at_once():
         ("model.params.lossconfig", 3, "expected a node of target and params"),
     ],
 )
-def test_one_mistake(path, value, text):
+def test_validate_names_the_key_of_one_mistake(path, value, text):
     config = tiny_config()
     *folders, key = path.split(".")
     node = config
@@ -248,7 +188,10 @@ def test_one_mistake(path, value, text):
 
 
 def test_numbers_of_yaml_are_what_they_look_like(tmp_path):
-    """YAML 1.1 reads 1e-4 as text; OmegaConf does not, so an int passes for a float and 1e-4 for a number."""
+    """YAML 1.1 reads 1e-4 as text.
+
+    OmegaConf does not, so an int passes for a float and 1e-4 for a number.
+    """
     config = tiny_config()
     config["model"]["params"]["min_lr_factor"] = 1
     text = yaml.dump(config).replace("base_learning_rate: 0.001", "base_learning_rate: 1e-4")
@@ -263,8 +206,9 @@ def without(config: dict, *keys: str) -> dict:
     return {**config, "model": {**config["model"], "params": params}}
 
 
-def test_what_an_autoencoder_to_start_from_has_the_values_of(image_folder):
-    """It is named by a text and not loaded: networks may be missing, replaced, or be params alone."""
+def test_validate_lets_model_from_give_the_networks(image_folder):
+    """It is named by a text and not loaded: networks may be missing, replaced,
+    or be params alone."""
     config = without(tiny_config(image_folder), "encoder_config", "decoder_config", "embed_dim")
     assert sorted(validate(config)) == [
         f"model.params.{key}: missing" for key in ("decoder_config", "embed_dim", "encoder_config")
@@ -305,13 +249,13 @@ def test_what_an_autoencoder_to_start_from_has_the_values_of(image_folder):
         ("model.params.lossconfig.params.kl_weigth", "kl_weight"),
     ],
 )
-def test_a_key_of_another_node(key, meant):
+def test_validate_finds_a_key_of_another_node(key, meant):
     assert validate(load(["demo_b"], [f"{key}=1"])) == [
         f"{key}: unknown key; did you mean {meant}?"
     ]
 
 
-def test_mistakes_in_parts(image_folder):
+def test_validate_finds_mistakes_in_parts(image_folder):
     """At any name of the mapping, all at once; null removes a part."""
     teacher = {"autoencoder": "x", "dtype": "float8", "latent_wieght": 1}
     nodes = parts(teacher=teacher, anchor=None, equivariance={}) | {
@@ -321,9 +265,9 @@ def test_mistakes_in_parts(image_folder):
     config = tiny_config(image_folder, parts=nodes)
     key, dtype, *rest = sorted(validate(config), key=lambda line: "teacher" not in line)
     where = "model.params.parts"
-    assert (
-        dtype
-        == f"{where}.teacher.params.dtype: expected Literal['float32', 'bfloat16', 'float16'], got 'float8'"
+    assert dtype == (
+        f"{where}.teacher.params.dtype: expected Literal['float32', 'bfloat16', 'float16'], "
+        "got 'float8'"
     )
     assert key == f"{where}.teacher.params.latent_wieght: unknown key; did you mean latent_weight?"
     assert rest[0].startswith(f"{where}.mine.target: target 'no.where.Part' does not import")
@@ -340,7 +284,7 @@ def test_mistakes_in_parts(image_folder):
         (
             13,
             {},
-            "lpips_weight: its network sees three channels of colour, the images have 13: set it to 0, or name",
+            "lpips_weight: its network sees three channels of colour, the images have 13",
         ),
         (
             13,
@@ -352,7 +296,7 @@ def test_mistakes_in_parts(image_folder):
         (3, {}, None),
     ],
 )
-def test_a_perceptual_loss_has_three_channels(image_folder, channels, loss, message):
+def test_validate_wants_three_channels_for_a_perceptual_loss(image_folder, channels, loss, message):
     config = tiny_config(image_folder)
     config["data"]["params"] |= {"channels": channels, "range": [0, 10_000]}
     config["model"]["params"]["lossconfig"]["params"] = loss
@@ -361,7 +305,7 @@ def test_a_perceptual_loss_has_three_channels(image_folder, channels, loss, mess
     assert message is None or re.search(message, mistakes[0])
 
 
-def test_a_range_is_checked_without_torch(image_folder):
+def test_validate_checks_a_range_without_torch(image_folder):
     config = tiny_config(image_folder)
     for node in ({"pairs": [0, 1], "values": "lgo"}, {"pair": [0, 1]}, "0 to 1"):
         config["data"]["params"]["range"] = node

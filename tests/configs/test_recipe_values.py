@@ -1,7 +1,10 @@
-"""What the sources say of the recipes in configs/imagenet/, against their values; and what all recipes have in common.
+"""What the sources say of the recipes in configs/imagenet/, against their values.
 
-P is the paper (arXiv 2405.14477v2), R open-LiteVAE's README or its author in issue 3 of its repository, M was measured
-on the published modules. What no source says is our choice, said in the recipes and not repeated here.
+And what all recipes have in common.
+
+P is the paper (arXiv 2405.14477v2), R open-LiteVAE's README or its author in issue 3 of its
+repository, M was measured on the published modules. What no source says is our choice, said in the
+recipes and not repeated here.
 """
 
 import inspect
@@ -13,7 +16,7 @@ from typing import Any
 import pytest
 
 from olvae.config import resolve_target
-from olvae.data.src import load
+from olvae.data.places import load
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "imagenet"
@@ -97,30 +100,20 @@ ROWS: dict[str, Row] = {
     "B3": {**B0, **unetgan(16)},
     "B4": {**B0, **unetgan(32)},
     "B5": {**B0, **unetgan(64)},
-    **{
-        f"LiteVAE-{scale}": {**A2, ENCODER + "params.scale": scale} for scale in "SML"
-    },  # R: encoder table
+    # R: encoder table
+    **{f"LiteVAE-{scale}": {**A2, ENCODER + "params.scale": scale} for scale in "SML"},
     "VAE": {**without(A2, *LITEVAES), **BASELINE},
     "VAE_b": {**without(B0, *LITEVAES), **BASELINE, **against("patchgan.PatchGAN")},
     "large_batch": {**without(B0, BATCH, STEPS, "model.base"), **unetgan(64)},  # D: the others
     "paper_f8c12": PAPER,
     "paper_vae_f8c12": {**without(PAPER, *LITEVAES, ENCODER, DECODER), **BASELINE},  # P Table 1
-    "paper_f8c4": {
-        **PAPER,
-        MODEL + "embed_dim": 4,
-        DECODER + "params.z_channels": 4,
-    },  # P Table 1: n_z
+    # P Table 1: n_z
+    "paper_f8c4": {**PAPER, MODEL + "embed_dim": 4, DECODER + "params.z_channels": 4},
     "paper_f8c12_128": {**PAPER, SIZE: 128, STEPS: 200_000},  # P Table 2a, App. F: ImageNet 128
-    "paper_f8c12_a": {
-        **without(PAPER, ADVERSARY),
-        SIZE: 128,
-        STEPS: 100_000,
-    },  # P Table 5: 128-tuned; R: phase A
-    "paper_f8c12_b": {
-        **PAPER,
-        START: 0,
-        STEPS: 50_000,
-    },  # R: phase B; with phase A the 150k of 256-full, P Table 5
+    # P Table 5: 128-tuned; R: phase A
+    "paper_f8c12_a": {**without(PAPER, ADVERSARY), SIZE: 128, STEPS: 100_000},
+    # R: phase B; with phase A the 150k of 256-full, P Table 5
+    "paper_f8c12_b": {**PAPER, START: 0, STEPS: 50_000},
 }
 
 DEFAULTS: dict[str, Row] = {
@@ -140,12 +133,13 @@ DEFAULTS: dict[str, Row] = {
     },
     "olvae.modules.litevae.decoder_model.LiteVAE_Decoder": {"variant": "open_litevae"},  # R
     "olvae.modules.patchgan.PatchGAN": {"base_channels": 64, "n_layers": 3},  # R
+    # R
     "olvae.modules.gigagan.GigaGAN": {
         "base": 4096,
         "max_channels": 256,
         "blocks": 2,
         "attention": (8, 16),
-    },  # R
+    },
 }
 """Arguments that decide results and that no recipe sets, except where a row has them."""
 
@@ -157,7 +151,7 @@ def leaves(node: Any, path: str = "") -> dict[str, Any]:
     return dict(ChainMap(*(leaves(value, f"{path}.{key}") for key, value in node.items())))
 
 
-def test_every_recipe_has_a_row():
+def test_every_recipe_has_a_row_of_values():
     assert {path.name for path in FOLDER.iterdir()} == {f"{name}.yaml" for name in ROWS}
 
 
@@ -170,7 +164,7 @@ def test_a_recipe_has_what_its_sources_say(name):
 
 
 @pytest.mark.parametrize("target", DEFAULTS)
-def test_what_no_recipe_sets(target):
+def test_defaults_that_no_recipe_sets_are_the_sources(target):
     arguments = inspect.signature(resolve_target(target)).parameters
     defaults = {name: arguments[name].default for name in DEFAULTS[target]}
     assert {
@@ -178,8 +172,9 @@ def test_what_no_recipe_sets(target):
     } == DEFAULTS[target]
 
 
-def test_decisions_are_marked_where_they_stand():
-    """The file that sets the weights of L1 and LPIPS, or an adversarial weight, says that no source gives them."""
+def test_decisions_of_recipes_are_marked_where_they_stand():
+    """The file that sets the weights of L1 and LPIPS, or an adversarial weight,
+    says that no source gives them."""
     for path in FOLDER.iterdir():
         text = path.read_text(encoding="utf-8")
         if re.search(r"\b(lpips_weight|loss|weight): ", text):
@@ -198,12 +193,14 @@ ADVERSARIES = [
 ]
 
 WEIGHTS = {"PatchGAN": 0.05, "GigaGAN": 0.05, "UNetGAN": 0.02}
-"""D: at 0.1 the gradient of a fresh one is 0.9 to 1.3, 1.1 to 1.3, and 2.0 to 5.2 times the pixel terms'."""
+"""D: at 0.1 the gradient of a fresh one is 0.9 to 1.3, 1.1 to 1.3,
+and 2.0 to 5.2 times the pixel terms'."""
 
 
 @pytest.mark.parametrize("path", ADVERSARIES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_adversaries_begin_slowly_with_comparable_weights(path):
-    """And where they play, the best weights are not those of the best PSNR, except in the demo and for students."""
+    """And where they play, the best weights are not those of the best PSNR,
+    except in the demo and for students."""
     found = load([path])
     params = found["model"]["params"]["adversary_config"]["params"]
     assert params["weight"] == WEIGHTS[params["discriminator_config"]["target"].rpartition(".")[2]]
@@ -222,6 +219,6 @@ TRAINABLE = [
 
 
 @pytest.mark.parametrize("path", TRAINABLE, ids=lambda path: str(path.relative_to(ROOT)))
-def test_gradients_are_clipped(path):
+def test_every_recipe_clips_gradients(path):
     """A loss that is large once, and finite, then moves the weights no further than any other."""
     assert load([path])["lightning"]["trainer"]["gradient_clip_val"] > 0

@@ -45,7 +45,8 @@ def encoded(seed: int, file_format: str = "JPEG") -> bytes:
 
 
 def close_folders(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
-    """As if permissions kept them from being listed, which root, as tests may run, is allowed everywhere."""
+    """As if permissions kept them from being listed, which root, as tests may run,
+    is allowed everywhere."""
     scandir = os.scandir
 
     def refused(path: str | Path) -> object:

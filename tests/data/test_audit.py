@@ -28,7 +28,7 @@ def shards(photos, tmp_path):
     return tmp_path / "shards"
 
 
-def test_a_folder_that_is_fine(photos):
+def test_audit_of_a_folder_that_is_fine(photos):
     counted = []
     result = audit_source(
         str(photos), 16, 3, 0.01, 2, lambda done, total: counted.append((done, total))
@@ -38,7 +38,7 @@ def test_a_folder_that_is_fine(photos):
     assert result.images_per_s > 10
 
 
-def test_sizes(root):
+def test_audit_of_sizes(root):
     sizes = [(300, 40), (160, 80), (64, 64), (63, 200), (130, 128)]
     for i, size in enumerate(sizes):
         noise(i, size).save(root / f"{i}.png")
@@ -57,7 +57,7 @@ def test_sizes(root):
     assert "2 images are smaller than 64 pixels" in result.notes[0]
 
 
-def test_kinds_of_files(root):
+def test_audit_of_kinds_of_files(root):
     rgb = noise(0)
     rgb.save(root / "a.jpg")
     rgb.convert("L").save(root / "b.png")
@@ -71,7 +71,7 @@ def test_kinds_of_files(root):
     assert result.notes == ["images with alpha, laid over white: 1; `channels` 4 keeps it"]
 
 
-def test_unreadable_files(photos):
+def test_audit_of_unreadable_files(photos):
     (photos / "empty.jpg").touch()
     (photos / "cut.png").write_bytes(saved(noise(0, (90, 90)), "PNG")[:9000])
     (photos / "new\nline.png").write_text("no picture")
@@ -85,7 +85,7 @@ def test_unreadable_files(photos):
     assert audit_source(str(photos), 16, max_unreadable=0.2).problems == []
 
 
-def test_a_folder_that_cannot_be_opened(photos, monkeypatch):
+def test_audit_of_a_folder_that_cannot_be_opened(photos, monkeypatch):
     close_folders(monkeypatch, photos / "class1")
     result = audit_source(str(photos), 16, workers=2)
     assert result.images == 12
@@ -97,14 +97,14 @@ def test_a_folder_that_cannot_be_opened(photos, monkeypatch):
         audit_source(str(photos), 16, workers=2)
 
 
-def test_one_image_is_too_little(tmp_path):
+def test_audit_of_one_image_is_a_problem(tmp_path):
     noise(0).save(tmp_path / "one.png")
     for source in (str(tmp_path), f"{tmp_path}/*.png"):
         (problem,) = audit_source(source, 16).problems
         assert "one image can't be split into training and validation" in problem
 
 
-def test_shards_that_are_fine(shards):
+def test_audit_of_shards_that_are_fine(shards):
     counted = []
     result = audit_source(
         str(shards), 16, workers=2, on_progress=lambda done, total: counted.append((done, total))
@@ -114,7 +114,7 @@ def test_shards_that_are_fine(shards):
     assert counted[-1] == (24, 24)
 
 
-def test_a_truncated_shard(shards):
+def test_audit_of_a_truncated_shard(shards):
     data = (shards / "000001.tar").read_bytes()
     (shards / "000001.tar").write_bytes(data[: len(data) // 2])
     result = audit_source(str(shards), 16, workers=2)
@@ -127,7 +127,7 @@ def test_a_truncated_shard(shards):
     assert [shard.broken for shard in result.shards].count(None) == 3
 
 
-def test_a_changed_shard_and_a_missing_one(shards):
+def test_audit_of_a_changed_shard_and_a_missing_one(shards):
     data = bytearray((shards / "000002.tar").read_bytes())
     place = data.index(b'"name"')
     data[place + 1] = ord("N")  # of a sidecar: the images are as they were
@@ -148,7 +148,7 @@ def test_a_changed_shard_and_a_missing_one(shards):
     assert picked.problems == []
 
 
-def test_an_index_is_missing_or_holds_counts_alone(shards):
+def test_audit_notes_an_index_that_is_missing_or_has_no_checksums(shards):
     (shards / "index.json").write_text(
         json.dumps({"shards": {f"00000{i}.tar": {"images": 6} for i in range(4)}})
     )
@@ -170,7 +170,7 @@ def test_an_index_is_missing_or_holds_counts_alone(shards):
     assert result.notes == [note]
 
 
-def test_a_shard_without_images(shards):
+def test_audit_notes_a_shard_without_images(shards):
     (shards / "index.json").unlink()
     (shards / "000001.tar").write_bytes(bytes(10240))
     result = audit_source(str(shards), 16, workers=2)
@@ -179,20 +179,20 @@ def test_a_shard_without_images(shards):
 
 
 @pytest.mark.parametrize("images", [False, True])
-def test_latents_are_no_images_even_with_images_beside_them(tmp_path, image_folder, images):
+def test_audit_refuses_latents_even_with_images_beside_them(tmp_path, image_folder, images):
     encode(image_folder, tmp_path / "latents", images=images, classes=True)
     (tmp_path / "latents" / "000000.tar").write_bytes(b"")  # one that can't be read hides nothing
-    with pytest.raises(ValueError, match="these are latents of `olvae encode`, not images"):
+    with pytest.raises(ValueError, match="these are latents"):
         audit_source(str(tmp_path / "latents"), 16, workers=2)
 
 
-def test_a_data_set_in_memory():
+def test_audit_of_a_data_set_in_memory():
     result = audit_source("torchvision:FakeData,size=3")
     assert result.kinds == {"in memory RGB": 3}
     assert result.notes == ["3 images are smaller than 256 pixels and would be enlarged"]
 
 
-def test_the_report(photos, shards):
+def test_audit_lines_have_counts_kinds_and_problems(photos, shards):
     for name in ("[bold]copy\n.png", *(f"bad{i:02d}.jpg" for i in range(11))):
         (photos / name).touch()
     lines = list(audit_lines(audit_source(str(photos), 16, workers=2)))
@@ -210,7 +210,7 @@ def test_the_report(photos, shards):
     assert "shards        4, 6 images each" in lines
 
 
-def test_percentiles_per_channel_as_numpy_has_them(root, tmp_path):
+def test_measure_range_has_numpys_percentiles_per_channel(root, tmp_path):
     arrays = [(values("uint16", 2, seed=n) // np.array([1, 8])).astype(np.uint16) for n in range(5)]
     for number, array in enumerate(arrays):
         (root / f"{number}.npy").write_bytes(npy(array))
@@ -229,7 +229,7 @@ def test_percentiles_per_channel_as_numpy_has_them(root, tmp_path):
     )
 
 
-def test_all_columns_count_whatever_the_width(root):
+def test_measure_range_counts_all_columns_whatever_the_width(root):
     """A step between values that divides the width would see the same columns in every row."""
     array = np.random.default_rng(0).normal(1000, 100, (2048, 2048)).astype(np.float32)
     array[:, 0] = np.nan
@@ -239,7 +239,7 @@ def test_all_columns_count_whatever_the_width(root):
     assert found.percentiles[0, 3] == pytest.approx(1000, abs=5)
 
 
-def test_a_files_own_missing_value_is_no_value_and_is_not_resized(root, tmp_path):
+def test_measure_range_leaves_out_a_files_own_missing_value(root, tmp_path):
     array = np.full((40, 40), 7, dtype=np.float32)
     array[:4], array[4] = -9999, 9
     tags = [(42113, "s", 0, "-9999", True)]
@@ -252,5 +252,5 @@ def test_a_files_own_missing_value_is_no_value_and_is_not_resized(root, tmp_path
         "nodata": -9999,
     }
     assert pack(str(root), tmp_path / "whole", PackOptions(channels=1)).index.images == 1
-    with pytest.raises(ValueError, match="160 values are missing, which a resize would mix"):
+    with pytest.raises(ValueError, match="160 values are missing"):
         pack(str(root), tmp_path / "smaller", PackOptions(channels=1, resize=20))

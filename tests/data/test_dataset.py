@@ -14,10 +14,12 @@ from olvae.data.dataset import (
     ImageDataset,
     MappedSource,
     SamplePhotographs,
+    hold_out,
     sample_photographs,
 )
+from olvae.data.hub import Items
 from olvae.data.image import Photo, Picture, RandomScaleCrop
-from tests.data.images import be_rank, encoded, keys_of, picture, same, saved, take
+from tests.data.images import be_rank, encoded, keys_of, same, take
 
 
 class Pictures(ImageDataset):
@@ -41,7 +43,7 @@ def source(count: int = 20, broken: Sequence[int] = (), **arguments: Any) -> Map
     return MappedSource(train, val, transform, **{"batch_size": 4, **arguments})
 
 
-def test_the_order_is_the_same_with_any_number_of_workers():
+def test_the_order_of_images_is_the_same_with_any_number_of_workers():
     whole = take(source(broken=(3, 8), max_unreadable=0.5).train_loader(3), 9)
     for workers, batches in ((1, 0), (2, 0), (2, 5)):
         s = source(broken=(3, 8), num_workers=workers, max_unreadable=0.5)
@@ -72,9 +74,8 @@ def test_another_image_stands_in_for_one_that_cannot_be_read(caplog):
     assert all(len(batch["key"]) == len(batch["image"]) == 4 for batch in batches)
     assert not {"3", "8"} & {*keys_of(batches)}
     assert loader.read_errors.lost == 2
-    totals = [
-        m for m in caplog.messages if "epoch" in m
-    ]  # in the second, a stand-in was a broken one too
+    # in the second, a stand-in was a broken one too
+    totals = [m for m in caplog.messages if "epoch" in m]
     assert totals == [f"training: {n} images skipped in this epoch" for n in (2, 3)]
 
 
@@ -84,19 +85,7 @@ def test_validation_goes_without_what_cannot_be_read():
     assert loader.read_errors.lost == 5
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_jpeg_that_is_decoded_at_a_fraction_gives_nearly_the_same_crop(seed):
-    """Within 1 of 255 on average for a smooth picture; exact where the crop needs every pixel."""
-    content, crop = saved(picture(seed, (900, 701)), "JPEG", quality=95), RandomScaleCrop(64)
-    photo, whole = Photo(content, "a.jpg"), Photo(content, "a.jpg").read()
-    a, b = (np.asarray(crop(p, np.random.default_rng(seed)), dtype=float) for p in (photo, whole))
-    assert 0 < np.abs(a - b).mean() < 1
-    photo = Photo(content, "a.jpg")
-    a, b = (RandomScaleCrop(300)(p, np.random.default_rng(seed)) for p in (photo, whole))
-    assert a == b
-
-
-def test_mistakes():
+def test_mapped_source_refuses_wrong_arguments():
     for arguments in (
         {"size": 0},
         {"batch_size": 0},
@@ -115,7 +104,7 @@ FOLDER = ALL[0].parent
 LICENCES = (FOLDER / "LICENCES.txt").read_text(encoding="utf-8")
 
 
-def test_every_file_has_its_author_and_an_open_licence():
+def test_every_sample_photograph_has_its_author_and_an_open_licence():
     assert sorted(re.findall(r"^\S+\.jpg$", LICENCES, re.M)) == sorted(
         path.name for path in FOLDER.glob("*.jpg")
     )
@@ -133,33 +122,32 @@ def test_every_file_has_its_author_and_an_open_licence():
         assert f"\n  {fields['Licence']} " in LICENCES  # with its address
 
 
-def test_an_eighth_is_held_out():
+def test_an_eighth_of_the_sample_photographs_is_held_out():
     assert (len(PHOTOGRAPHS), len(HELD_OUT)) == (52, 8)
     assert not set(PHOTOGRAPHS) & set(HELD_OUT)
     assert len(sample_photographs()) == 60
 
 
-def test_an_epoch_has_each_photograph_as_often():
+def test_an_epoch_has_each_sample_photograph_as_often():
     source = SamplePhotographs(size=8, crops_per_photograph=3, batch_size=1)
     drawn = Counter(batch["key"][0] for batch in islice(source.train_loader(), 3 * 52))
     assert drawn == {photograph.name: 3 for photograph in PHOTOGRAPHS}
 
 
-def test_the_tiles_are_cut_around_the_centre():
+def test_tiles_of_sample_photographs_are_cut_around_the_centre():
     (batch,) = SamplePhotographs(size=64, batch_size=42).test_loader()
-    coffee = Image.open(FOLDER / "coffee.jpg").resize(
-        (192, 128), Image.Resampling.BICUBIC
-    )  # from 456x304
+    # from 456x304
+    coffee = Image.open(FOLDER / "coffee.jpg").resize((192, 128), Image.Resampling.BICUBIC)
     place = batch["key"].index("coffee.jpg/1-2")
     expected = np.asarray(coffee.crop((128, 64, 192, 128)))
     assert np.array_equal(batch["image"][place].permute(1, 2, 0).numpy(), expected)
+    # from 405x304
     gateway = Image.open(FOLDER / "gateway-of-india.jpg").resize(
         (171, 128), Image.Resampling.BICUBIC
-    )  # from 405x304
+    )
     place = batch["key"].index("gateway-of-india.jpg/0-1")
-    expected = np.asarray(
-        gateway.crop((21 + 64, 0, 21 + 128, 64))
-    )  # of the 43 columns left over, 21 on the left
+    # of the 43 columns left over, 21 on the left
+    expected = np.asarray(gateway.crop((21 + 64, 0, 21 + 128, 64)))
     assert np.array_equal(batch["image"][place].permute(1, 2, 0).numpy(), expected)
 
 
@@ -173,3 +161,30 @@ def test_tiles_are_enlarged_only_where_they_are_larger_than_the_photograph(size,
         chelsea = np.asarray(Image.open(FOLDER / "chelsea.jpg"))
         image = batch["image"][batch["key"].index("chelsea.jpg/0-0")].permute(1, 2, 0).numpy()
         assert np.array_equal(image, chelsea[22 : 22 + 256, 97 : 97 + 256])
+
+
+class Dataset:
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, index):
+        return self.items[index]
+
+
+def test_hold_out_splits_into_two_parts():
+    def keys(count: int, fraction: float | None) -> list[list[int]]:
+        parts = hold_out(Items(Dataset([None] * count)), fraction)
+        return [[int(part.key(i)) for i in range(len(part))] for part in parts]
+
+    assert keys(2, 0.05) == [[1], [0]]
+    rest, held = keys(1000, 0.05)
+    assert len(held) == 50
+    assert sorted(rest + held) == list(range(1000))
+    assert [len(keys(count, None)[1]) for count in (2, 56, 300, 1000)] == [1, 11, 20, 50]
+    assert [len(part) for part in keys(10, 0.99)] == [1, 9]
+    for arguments in ((1, 0.5), (10, 0.0), (10, 1.0)):
+        with pytest.raises(ValueError, match=r"split|val_fraction"):
+            keys(*arguments)

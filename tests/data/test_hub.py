@@ -6,7 +6,6 @@ import torchvision
 from PIL import Image
 
 from olvae.config import ConfigError
-from olvae.data.dataset import hold_out
 from olvae.data.hub import HuggingFaceSource, Items, TorchvisionSource, load_table
 from olvae.data.image import image_to_tensor
 from olvae.data.pixels.size_and_range import AS_STORED, PixelRange
@@ -19,7 +18,7 @@ FAKE = {
 }
 
 
-def test_a_data_set_of_torchvision():
+def test_torchvision_source_trains_and_validates():
     s = TorchvisionSource(FAKE, size=16, batch_size=4, val_fraction=0.1)
     assert (s.samples_per_epoch, s.val_images) == (27, 3)
     (batch,) = islice(s.train_loader(), 1)
@@ -33,7 +32,7 @@ def test_a_data_set_of_torchvision():
     assert (s.samples_per_epoch, s.val_images) == (30, 5)
 
 
-def test_an_image_folder_with_a_broken_image(image_folder):
+def test_torchvision_source_replaces_a_broken_image(image_folder):
     (image_folder / "class1" / "1.png").write_bytes(b"")
     node = {"target": "torchvision.datasets.ImageFolder", "params": {"root": str(image_folder)}}
     s = TorchvisionSource(node, 16, 4, max_unreadable=0.5)
@@ -68,7 +67,7 @@ class Dataset:
         return self.items[index]
 
 
-def test_items_of_other_kinds():
+def test_items_may_be_arrays_tensors_and_tuples():
     array = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
     import torch
 
@@ -84,7 +83,7 @@ def test_items_of_other_kinds():
         Items(iter([]))
 
 
-def test_pictures_and_arrays_with_a_stated_range():
+def test_items_of_pictures_and_arrays_have_the_stated_range():
     stated = PixelRange.from_node([0, 4000])
     deep = np.full((8, 9), 3000, dtype=np.uint16)
     for item, kind in (
@@ -106,22 +105,6 @@ def test_pictures_and_arrays_with_a_stated_range():
         Items(Dataset([Image.fromarray(deep)]), 1, PixelRange.from_node([0, 255]))[0]
 
 
-def test_parts():
-    def keys(count: int, fraction: float | None) -> list[list[int]]:
-        parts = hold_out(Items(Dataset([None] * count)), fraction)
-        return [[int(part.key(i)) for i in range(len(part))] for part in parts]
-
-    assert keys(2, 0.05) == [[1], [0]]
-    rest, held = keys(1000, 0.05)
-    assert len(held) == 50
-    assert sorted(rest + held) == list(range(1000))
-    assert [len(keys(count, None)[1]) for count in (2, 56, 300, 1000)] == [1, 11, 20, 50]
-    assert [len(part) for part in keys(10, 0.99)] == [1, 9]
-    for arguments in ((1, 0.5), (10, 0.0), (10, 1.0)):
-        with pytest.raises(ValueError, match=r"split|val_fraction"):
-            keys(*arguments)
-
-
 datasets = pytest.importorskip("datasets")
 
 
@@ -134,7 +117,7 @@ def table(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["disk", "parquet", "dict"])
-def test_a_column_of_images(table, kind, tmp_path):
+def test_hugging_face_source_reads_a_column_of_images(table, kind, tmp_path):
     path, arguments = str(tmp_path / "set"), {}
     if kind == "disk":
         table.save_to_disk(path)
@@ -153,7 +136,7 @@ def test_a_column_of_images(table, kind, tmp_path):
     assert s.unreadable.reasons == {"row 7 of picture": "no known picture format"}
 
 
-def test_mistakes(table, tmp_path):
+def test_hugging_face_source_refuses_missing_columns_and_splits(table, tmp_path):
     table.save_to_disk(tmp_path / "set")
     with pytest.raises(ConfigError, match="no column image; there are picture, label"):
         HuggingFaceSource(str(tmp_path / "set"), 16, 4)

@@ -123,7 +123,7 @@ CONVERTED = {
 
 
 @pytest.mark.parametrize("name", SKIPPED)
-def test_what_is_no_picture_is_refused_with_its_name(name, tmp_path):
+def test_read_picture_refuses_what_is_no_picture_with_its_name(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(SKIPPED[name])
     with pytest.raises(UnreadableImageError, match="not a readable image") as from_file:
@@ -136,7 +136,7 @@ def test_what_is_no_picture_is_refused_with_its_name(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", CONVERTED)
-def test_what_is_converted(name, tmp_path):
+def test_pictures_of_other_modes_are_converted_to_rgb(name, tmp_path):
     content, expected = CONVERTED[name]
     for photo in (Photo(content, name), Photo(_write(tmp_path / name, content), name)):
         image = photo.read()
@@ -195,7 +195,7 @@ def test_uint8_and_back_clamped_and_rounded():
     assert to_uint8(torch.tensor([0.5]).bfloat16()).tolist() == [191]
 
 
-def test_pictures_and_tensors():
+def test_pictures_become_tensors_and_come_back():
     array = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     tensor = image_to_tensor(Image.fromarray(array))
     assert tensor.shape == (3, 5, 7)
@@ -212,12 +212,12 @@ def test_pictures_and_tensors():
         ((1, 2, 3, 4), 4, [1, 2, 3, 4]),
     ],
 )
-def test_channels_of_a_picture(tmp_path, colour, channels, expected):
+def test_read_picture_gives_the_asked_channels(tmp_path, colour, channels, expected):
     plain("RGB" if len(colour) == 3 else "RGBA", colour).save(tmp_path / "a.png")
     assert image_to_tensor(read_picture(tmp_path / "a.png", channels))[:, 0, 0].tolist() == expected
 
 
-def test_arrays_of_any_number_of_channels(tmp_path):
+def test_read_picture_takes_arrays_of_any_number_of_channels(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (6, 5, 7), dtype=np.uint8)
     np.save(tmp_path / "a.npy", array)
     picture = read_picture(tmp_path / "a.npy", 7)
@@ -240,7 +240,7 @@ def test_arrays_of_any_number_of_channels(tmp_path):
         read_picture(tmp_path / "a.png", 7)
 
 
-def test_sizes_are_looked_at_before_pixels_are_made():
+def test_picture_sizes_are_checked_before_decoding():
     for size, message in (
         ((178_000_000, 1), "178000000x1 pixels, more than 160 million"),
         ((100, 10_001), "100 times"),

@@ -38,7 +38,7 @@ def mix(nodes, **arguments) -> MixSource:
     return MixSource(nodes, **{"size": 16, "batch_size": 4, **arguments})
 
 
-def test_each_source_has_its_share(nodes):
+def test_each_source_of_a_mix_has_its_share(nodes):
     s = mix(nodes, weights=[3, 1])
     kinds = Counter("png" in sample.key for sample in islice(s.stream(0, 0, LoaderProcess()), 1000))
     assert kinds == {True: 750, False: 250}
@@ -56,7 +56,7 @@ def test_each_source_has_its_share(nodes):
 
 
 @pytest.mark.parametrize("place", [996, 1003])
-def test_it_goes_on_where_a_cycle_ends(nodes, place):
+def test_a_mix_goes_on_where_a_cycle_ends(nodes, place):
     s = mix(nodes, weights=[1, 2])
     whole = list(islice(s.stream(5, 0, LoaderProcess(1, 3)), place + 8))[place:]
     rest = list(islice(s.stream(5, place, LoaderProcess(1, 3)), len(whole)))
@@ -65,7 +65,7 @@ def test_it_goes_on_where_a_cycle_ends(nodes, place):
 
 
 @pytest.mark.parametrize("i", [0, 1])
-def test_each_image_has_its_own_key(nodes, i):
+def test_each_image_of_a_mix_has_its_own_key(nodes, i):
     s = mix([nodes[i], nodes[i]])
     alone = [sample.key for sample in s.sources[0].once(LoaderProcess())]
     assert [sample.key for sample in s.once(LoaderProcess())] == [
@@ -76,7 +76,7 @@ def test_each_image_has_its_own_key(nodes, i):
     assert {key[0] for key in drawn} == {"0", "1"}
 
 
-def test_mistakes(nodes):
+def test_a_mix_refuses_wrong_weights_and_sources(nodes):
     with pytest.raises(ConfigError, match="2 weights, not all 0"):
         mix(nodes, weights=[1])
     with pytest.raises(ConfigError, match="2 weights, not all 0"):
@@ -90,7 +90,7 @@ def test_mistakes(nodes):
         mix([nodes[0], remote])
 
 
-def test_mistakes_in_its_nodes_are_found_by_validation(nodes):
+def test_mistakes_in_a_mixs_nodes_are_found_by_validation(nodes):
     config = tiny_config()
     config["data"] = {
         "target": "olvae.data.mix.MixSource",
@@ -104,7 +104,7 @@ def test_mistakes_in_its_nodes_are_found_by_validation(nodes):
     )
 
 
-def test_an_evaluations_transform_reaches_the_sources(nodes):
+def test_an_evaluations_transform_reaches_the_sources_of_a_mix(nodes):
     s = mix(nodes)
     s.eval_transform = EvalTransform(16, "adm", "box")
     whole = {sample.key: sample.image for sample in s.once(LoaderProcess())}
@@ -118,7 +118,7 @@ def test_an_evaluations_transform_reaches_the_sources(nodes):
     assert len(whole) == s.val_images
 
 
-def test_the_protocol_hears_how_each_sources_images_are_made(nodes):
+def test_a_mix_describes_how_each_sources_images_are_made(nodes):
     assert mix(nodes).crops is None
     samples = {
         "target": "olvae.data.dataset.SamplePhotographs",

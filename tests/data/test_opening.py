@@ -10,8 +10,6 @@ from olvae.config import ConfigError
 from olvae.data.dataset import SamplePhotographs
 from olvae.data.opening import open_source, open_test_source, trains_on
 from olvae.data.pixels.size_and_range import Sides
-from olvae.data.shards.index import find_shards
-from olvae.data.src import holds_shards
 from olvae.runs import make_data_absolute, present_data
 from tests.conftest import tiny_config
 from tests.data.images import encoded, write_shards
@@ -21,7 +19,7 @@ def count(src: object, **arguments: int) -> int:
     return sum(len(b["key"]) for b in open_source(str(src), 16, 4, **arguments).test_loader(4))
 
 
-def test_what_stands_for_a_source(tmp_path, image_folder):
+def test_open_source_takes_folders_lists_patterns_shards_and_configs(tmp_path, image_folder):
     write_shards(tmp_path / "shards", (2, 3))
     (tmp_path / "list.txt").write_text("# two\nphotos/class0/0.png\n\nphotos/class1/1.png\n")
     cfg.save(tiny_config(image_folder), tmp_path / "config.yaml")
@@ -46,7 +44,7 @@ def test_what_stands_for_a_source(tmp_path, image_folder):
     )
 
 
-def test_unreadable_images_are_skipped_however_many(image_folder):
+def test_open_source_skips_unreadable_images_however_many(image_folder):
     for path in sorted(image_folder.rglob("*.png"))[:5]:
         path.write_bytes(b"")
     source = open_source(str(image_folder), 16, 4)
@@ -54,23 +52,7 @@ def test_unreadable_images_are_skipped_however_many(image_folder):
     assert len(source.unreadable.reasons) == 5
 
 
-def test_shards_are_told_from_images(tmp_path, image_folder):
-    assert holds_shards("s3://bucket/{000..010}.tar")
-    assert holds_shards("pipe:aws s3 cp s3://bucket/1.tar -")
-    assert holds_shards("data/*.tar")
-    assert not holds_shards("torchvision:CIFAR10,root=data")
-    assert not holds_shards("hf:cifar10")
-    assert not holds_shards(str(image_folder))
-    assert not holds_shards("photos/*.jpg")
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    for name in ("0.tar", "._0.tar", "._0.jpg"):  # macOS's, of extended attributes
-        (folder / name).touch()
-    assert holds_shards(str(folder))
-    assert find_shards(str(folder)) == [str(folder / "0.tar")]
-
-
-def test_mistakes(tmp_path):
+def test_open_source_refuses_what_is_not_there(tmp_path):
     (tmp_path / "one.jpg").write_bytes(encoded(1))
     for src, error, text in (
         (tmp_path / "nowhere", FileNotFoundError, "no such folder"),
@@ -105,7 +87,7 @@ def home(tmp_path, monkeypatch) -> Path:
     return home
 
 
-def test_paths_become_absolute_and_other_values_stay(home):
+def test_make_data_absolute_changes_paths_alone(home):
     (home / "photos" / "2.tar").touch()
     sources = [
         {
@@ -212,12 +194,11 @@ def test_moved_data_are_one_line_with_both_places(home, tmp_path, monkeypatch, c
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="photos: no images of this name"):
         open_test_source(config)
-    assert (
-        open_test_source(config, str(moved / "more")).val_images == 4
-    )  # with --data nobody asks for them
+    # with --data nobody asks for them
+    assert open_test_source(config, str(moved / "more")).val_images == 4
 
 
-def test_what_a_run_trains_on(home, monkeypatch):
+def test_trains_on_knows_a_runs_images(home, monkeypatch):
     """The place itself, a part of it or a folder around it; not the held-out half, a shard, or
     another's images."""
     for name in ("photos/train", "photos/val", "more/deep"):
@@ -240,7 +221,7 @@ def test_what_a_run_trains_on(home, monkeypatch):
     assert not trains_on({}, str(home))
 
 
-def test_other_masks_are_resized_as_the_runs_own(home):
+def test_open_test_source_resizes_other_masks_as_the_runs_own(home):
     masks = {"params": {"filters": ["nearest"]}}
     both, half = ({"sources": [masks, node]} for node in (masks, {}))
     for params, resample in (
@@ -253,7 +234,7 @@ def test_other_masks_are_resized_as_the_runs_own(home):
         assert open_test_source(config, "more").eval_transform.resample == resample
 
 
-def test_the_data_of_another_config_at_a_size(home):
+def test_open_test_source_takes_another_config_at_a_size(home):
     cfg.save(
         {"data": {"target": FOLDER, "params": {"root": "more", "size": 16, "batch_size": 1}}},
         home / "other.yaml",
@@ -267,7 +248,7 @@ def test_the_data_of_another_config_at_a_size(home):
         assert source.eval_transform.resample == "nearest"  # as the run's own masks
 
 
-def test_data_that_are_no_node_are_refused_as_before(tmp_path):
+def test_open_source_refuses_data_that_are_no_node(tmp_path):
     (tmp_path / "c.yaml").write_text("data: {params: {root: photos}}")
     with pytest.raises(ConfigError, match="expected a node of target and params"):
         open_source(str(tmp_path / "c.yaml"), 8, 1)

@@ -38,7 +38,7 @@ def test_a_worker_outlives_one_sigterm_and_ends_at_the_second(image_folder):
     assert worker.exitcode == 0
 
 
-def test_every_picture_is_in_one_part(image_folder):
+def test_every_picture_is_in_one_part_of_the_split(image_folder):
     s = source(image_folder)
     train, val = set(s.train.paths), set(s.val.paths)
     assert train | val == set(find_images(image_folder))
@@ -56,7 +56,7 @@ def test_the_split_stays_when_pictures_come(image_folder):
 @pytest.mark.parametrize(
     ("count", "held_out"), [(2, 1), (9, 1), (56, 11), (100, 20), (300, 20), (2000, None)]
 )
-def test_by_default_not_few_are_held_out(tmp_path, count, held_out):
+def test_the_default_split_holds_out_not_few(tmp_path, count, held_out):
     """5 % and at least 20, but at most a fifth; of many images the part that the hash gives."""
     (tmp_path / "list.txt").write_text("\n".join(f"{i}.jpg" for i in range(count)))
     source = FolderSource(tmp_path / "list.txt", 16, 1)
@@ -67,7 +67,7 @@ def test_by_default_not_few_are_held_out(tmp_path, count, held_out):
     assert len(given.val) > 80 or held_out is not None
 
 
-def test_a_validation_folder(image_folder, root):
+def test_val_root_is_the_validation_folder(image_folder, root):
     Image.new("RGB", (20, 20), "red").save(root / "a.jpg")
     s = source(image_folder, val_root=str(root))
     assert len(s.train) == 12
@@ -75,7 +75,7 @@ def test_a_validation_folder(image_folder, root):
     assert batch.shape == (1, 3, 16, 16)
 
 
-def test_validation_is_each_picture_once_by_the_evaluation_transform(image_folder):
+def test_validation_of_a_folder_is_each_picture_once_by_the_evaluation_transform(image_folder):
     s = source(image_folder)
     seen = torch.cat(batches(s.val_loader(), 99))
     expected = [np.asarray(EvalTransform(16)(Image.open(p).convert("RGB"))) for p in s.val.paths]
@@ -133,7 +133,7 @@ def test_a_list_names_files_whatever_its_lines_look_like(tmp_path, image_folder,
     assert not (tmp_path / "executed").exists()
 
 
-def test_mistakes(image_folder, root, tmp_path):
+def test_folder_source_refuses_wrong_folders_and_fractions(image_folder, root, tmp_path):
     with pytest.raises(FileNotFoundError, match="no images in this folder"):
         source(root)
     with pytest.raises(FileNotFoundError, match="no such folder"):
@@ -150,7 +150,7 @@ def test_mistakes(image_folder, root, tmp_path):
         source(root)
 
 
-def test_lists(image_folder, tmp_path, monkeypatch):
+def test_a_list_of_images_has_any_paths_and_line_ends(image_folder, tmp_path, monkeypatch):
     """Absolute and relative paths; Windows' byte order mark and line ends; bytes without UTF-8."""
     monkeypatch.setenv("HOME", str(image_folder))
     images = find_images(image_folder)
@@ -167,9 +167,7 @@ def test_lists(image_folder, tmp_path, monkeypatch):
     assert [path.resolve() for path in found.paths[:3]] == expected
     assert [found[i].read().size for i in range(len(found))] == [(48, 40)] * 6
     (tmp_path / "list.txt").write_text("# to be written\n\n")
-    with pytest.raises(
-        FileNotFoundError, match=r"list\.txt: this list names no file: write one path per line"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"list\.txt: this list names no file"):
         find_images(tmp_path / "list.txt")
 
 
@@ -194,7 +192,7 @@ def test_names_that_are_no_utf_8_are_keys_that_can_be_written(image_folder):
     assert len(keys) == 15
 
 
-def test_which_are_held_out_is_the_same_in_every_version(image_folder):
+def test_held_out_pictures_are_the_same_in_every_version(image_folder):
     s = source(image_folder)
     assert [s.val.key(i) for i in range(len(s.val))] == [
         "class0/0.png",
@@ -204,7 +202,7 @@ def test_which_are_held_out_is_the_same_in_every_version(image_folder):
 
 
 @pytest.mark.parametrize("name", ["photos", "photos [1]", "p?hotos*"])
-def test_which_are_held_out_is_the_same_by_a_pattern_wherever_the_folder_is(
+def test_held_out_pictures_of_a_pattern_are_the_same_wherever_the_folder_is(
     image_folder, tmp_path, name
 ):
     """Runs keep patterns with the folder they were started in, whose characters are escaped."""
@@ -232,9 +230,7 @@ def test_a_folder_that_cannot_be_opened_is_told_once(image_folder, monkeypatch, 
     told = f"skipped the folder {image_folder / 'class1'} and everything in it: Permission denied"
     assert caplog.messages == [told]
     close_folders(monkeypatch, image_folder)
-    with pytest.raises(
-        PermissionError, match="photos: this folder can't be opened: Permission denied"
-    ):
+    with pytest.raises(PermissionError, match=r"photos: .*Permission denied"):
         source(image_folder)
 
 

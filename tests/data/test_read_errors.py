@@ -23,7 +23,7 @@ def account(epoch: int | None = None, images: int | None = None, limit: float = 
     return ReadErrors(epoch, images, limit, "training", UnreadableImages())
 
 
-def test_a_file_is_named_once_and_counted_once_but_every_skip_is_in_the_epochs_total(caplog):
+def test_an_unreadable_file_is_named_and_counted_once_but_every_skip_is_in_the_epochs_total(caplog):
     errors = account(epoch=10, images=1000)
     for _ in range(5):
         errors.take([ReadError("a.jpg", "cut off")], 4)
@@ -46,7 +46,7 @@ def test_a_name_that_commands_a_terminal_is_printed_as_text(caplog, capsys):
     )
 
 
-def test_several_images_of_one_shard_are_several_lost_and_a_warning_none(caplog):
+def test_several_unreadable_images_of_one_shard_count_and_warnings_do_not(caplog):
     errors = account(images=1000)
     errors.take([ReadError("a.tar", "cut off", str(i)) for i in range(7)], 4)
     errors.take([ReadError("b.tar", "no images in it", lost=False)], 4)
@@ -66,7 +66,7 @@ def test_several_images_of_one_shard_are_several_lost_and_a_warning_none(caplog)
         (20, 0.7, 14),
     ],
 )
-def test_the_limit_is_a_share_of_all_images(images, limit, broken):
+def test_the_unreadable_limit_is_a_share_of_all_images(images, limit, broken):
     """A few of a small folder may be broken. Of an unknown number, one of 100; ten are named."""
     errors = account(images=images, limit=limit)
     errors.take([ReadError(f"f{i}", "bad") for i in range(broken)], 1)
@@ -77,12 +77,10 @@ def test_the_limit_is_a_share_of_all_images(images, limit, broken):
         errors.take([ReadError(f"f{broken}", "bad")], 1)
 
 
-def test_one_of_several_processes_does_not_stop_alone_but_with_the_others(monkeypatch):
+def test_too_many_unreadable_images_stop_all_processes_together(monkeypatch):
     mine, other = account(images=1000), account(images=1000)
-    for errors, numbers in (
-        (mine, range(7)),
-        (other, range(3, 10)),
-    ):  # 10 different ones, 4 that both have met
+    # 10 different ones, 4 that both have met
+    for errors, numbers in ((mine, range(7)), (other, range(3, 10))):
         errors.take([ReadError(f"f{i}", "bad") for i in numbers], 1, world=2)
     mine.take([ReadError(f"f{i}", "bad") for i in range(7)], 1, world=2)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
@@ -111,7 +109,7 @@ def read_but(broken: Sequence[int]):
     return read
 
 
-def test_another_one_stands_in_for_what_cannot_be_read():
+def test_read_or_replace_takes_another_image_for_what_cannot_be_read():
     assert read_or_replace(3, range(9), (0, 5), read_but(())) == (3, ())
     first = int(np.random.default_rng((0, 5, 1, 0)).integers(9))
     second = int(np.random.default_rng((0, 5, 1, 1)).integers(9))
@@ -135,7 +133,7 @@ def test_another_one_stands_in_for_what_cannot_be_read():
         ),
     ],
 )
-def test_a_loader_process_that_was_killed(text, start, capsys):
+def test_worker_death_names_a_loader_process_that_was_killed(text, start, capsys):
     assert worker_death(RuntimeError(text)).startswith(start)
     assert print_error(RuntimeError(text)) == 1
     assert capsys.readouterr().err.startswith(f"error: {start}")
@@ -148,7 +146,7 @@ def test_a_loader_process_that_was_killed(text, start, capsys):
     assert worker_death(caught.value).startswith(start)
 
 
-def test_a_batch_whose_sender_was_killed():
+def test_worker_death_is_told_for_a_batch_whose_sender_was_killed():
     """As in the main process while it receives tensors: multiprocessing's connection breaks."""
     ours, theirs = multiprocessing.Pipe()
     theirs.close()

@@ -40,7 +40,7 @@ def drawn(number: int, length: int = 7, seed: int = 0, start: int = 0):
     return list(islice(draws(seed, length, count(start)), number))
 
 
-def test_the_order_is_the_seeds_and_the_same_in_every_version():
+def test_draws_are_the_seeds_and_the_same_in_every_version():
     """Runs that are resumed, and published results, rely on it."""
     assert drawn(50) == drawn(50)
     assert drawn(50) != drawn(50, seed=1)

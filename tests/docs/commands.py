@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from olvae.cli.main import app
 from olvae.config import validate
-from olvae.data.src import load
+from olvae.data.places import load
 from tests.docs.markdown import ROOT
 
 OLVAE = get_command(app)
@@ -58,7 +58,9 @@ def find(words: list[str]) -> tuple[Any, list[str]]:
 
 
 def check(words: list[str]) -> None:
-    """Raises if the command would be refused for what it is called with; nothing is run but the parser.
+    """Raises if the command would be refused for what it is called with.
+
+    Nothing is run but the parser.
 
     Paths are relative to the repository, the working directory.
     """

@@ -1,4 +1,5 @@
-"""What the docs assume to be in the working directory: pictures, a run, and what was made with it."""
+"""What the docs assume to be in the working directory: pictures, a run,
+and what was made with it."""
 
 import shutil
 from pathlib import Path
@@ -17,7 +18,10 @@ RUN = "runs/2026-01-31T12-00-00_demo_32"
 
 
 def run_command(words: list[str]) -> None:
-    """Run ``olvae`` here, its arguments expanded as by a shell; --out is made anew, two steps are trained."""
+    """Run ``olvae`` here, its arguments expanded as by a shell.
+
+    --out is made anew, two steps are trained.
+    """
     if "--out" in words:
         shutil.rmtree(words[words.index("--out") + 1], ignore_errors=True)
     arguments: list[str] = []
@@ -31,7 +35,8 @@ def run_command(words: list[str]) -> None:
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory, quick_training) -> Path:
-    """The folder, made once: a tiny model with the demo's name and 12 latent channels stands for the demo's."""
+    """The folder, made once: a tiny model with the demo's name and 12 latent channels stands for
+    the demo's."""
     folder = tmp_path_factory.mktemp("docs")
     rng = np.random.default_rng(0)
     pictures = [*(f"photos/class{i % 3}/{i}.jpg" for i in range(12)), "holiday/1.jpg", "photo.jpg"]

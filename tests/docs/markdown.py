@@ -25,7 +25,10 @@ FENCE = re.compile(
 
 
 class Block(NamedTuple):
-    """A fenced block; ``mark`` is what a comment ``<!-- docs: MARK -->`` on the line above says, or empty."""
+    """A fenced block.
+
+    ``mark`` is what a comment ``<!-- docs: MARK -->`` on the line above says, or empty.
+    """
 
     file: Path
     line: int
@@ -60,7 +63,10 @@ def without_blocks(file: Path) -> str:
 
 
 def commands(block: Block) -> Iterator[list[str]]:
-    """The words of each command of a shell block; of a ``console`` block, of the lines after a prompt."""
+    """The words of each command of a shell block.
+
+    Of a ``console`` block, of the lines after a prompt.
+    """
     for line in block.text.replace("\\\n", " ").splitlines():
         if block.language == "console":
             if not line.startswith("$ "):
@@ -70,7 +76,8 @@ def commands(block: Block) -> Iterator[list[str]]:
 
 
 def split_commands(line: str) -> Iterator[list[str]]:
-    """The words of the commands of a line, which ``&&`` separates, without comments and redirections."""
+    """The words of the commands of a line, which ``&&`` separates,
+    without comments and redirections."""
     command: list[str] = []
     for word in [*shlex.split(line, comments=True), "&&"]:
         if word != "&&":

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from olvae.config import resolve_target, validate
-from olvae.data.src import load
+from olvae.data.places import load
 from tests.docs.commands import FLAG, check, every_command, find, flags_of
 from tests.docs.conftest import run_command
 from tests.docs.markdown import (
@@ -27,7 +27,10 @@ from tests.docs.markdown import (
 )
 
 RUN, NETWORK, NAMES = "run", "needs network", "imports only: "
-"""Marks: a shell block to run; Python blocks to import from only, for want of a network or for the reason given."""
+"""Marks: a shell block to run.
+
+Python blocks to import from only, for want of a network or for the reason given.
+"""
 
 LANGUAGES = ("python", "sh", "console", "yaml", "text", "mermaid")
 
@@ -38,7 +41,8 @@ def of(*languages: str) -> Any:
 
 
 def save_files(file: Path, folder: Path, patch: pytest.MonkeyPatch) -> None:
-    """Write the blocks that begin with a comment of their file's name, to be imported and loaded from the folder."""
+    """Write the blocks that begin with a comment of their file's name,
+    to be imported and loaded from the folder."""
     for block in blocks(file, "python", "yaml"):
         if named := re.match(r"# (\w+)\.(py|yaml)\n", block.text):
             (folder / f"{named[1]}.{named[2]}").write_text(block.text, encoding="utf-8")
@@ -56,8 +60,9 @@ every_file = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize("file", [f for f in DOCS if runnable(f)], ids=lambda file: file.name)
-def test_blocks_run(file, workspace, monkeypatch, capsys):
-    """Python in order, in one namespace per file, and between it the commands that are marked to run."""
+def test_python_blocks_of_the_docs_run(file, workspace, monkeypatch, capsys):
+    """Python in order, in one namespace per file,
+    and between it the commands that are marked to run."""
     save_files(file, workspace, monkeypatch)
     namespace: dict[str, Any] = {"__name__": "docs"}
     for block in runnable(file):
@@ -74,7 +79,7 @@ def test_blocks_run(file, workspace, monkeypatch, capsys):
         exec(compile(tree, str(file), "exec"), namespace)
 
 
-def test_marks_are_few_and_known():
+def test_marks_of_blocks_are_few_and_known():
     marked = [block for file in DOCS for block in blocks(file) if block.mark]
     for block in marked:
         allowed = (RUN,) if block.language in ("sh", "console") else (NETWORK,)
@@ -87,7 +92,7 @@ def test_marks_are_few_and_known():
 
 
 @every_file
-def test_commands_exist(file, tmp_path, monkeypatch):
+def test_commands_of_the_docs_exist(file, tmp_path, monkeypatch):
     """In shell blocks, and in an example's docstring."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for name in ("examples", "scripts", "tests", "train.py", "requirements.txt"):
@@ -131,7 +136,7 @@ def is_module(name: str) -> bool:
 
 
 @every_file
-def test_names_in_the_text_exist(file):
+def test_names_in_the_docs_exist(file):
     """Dotted names of this package, files of this repository, commands and flags in backticks."""
     text = file.read_text(encoding="utf-8")
     for name in re.findall(r"(?<![\w/.])olvae(?:\.\w+)+", text):
@@ -146,9 +151,8 @@ def test_names_in_the_text_exist(file):
     for code in codes:
         if code.startswith("olvae "):
             group, *rest = code.split()[1:]
-            for part in (
-                rest[0].split("|") if rest and "|" in rest[0] else [None]
-            ):  # olvae bench train|data
+            # olvae bench train|data
+            for part in rest[0].split("|") if rest and "|" in rest[0] else [None]:
                 words = [group, *([part, *rest[1:]] if part else rest)]
                 command, rest_of_it = find(words)
                 assert set(FLAG.findall(" ".join(rest_of_it))) <= flags_of(command), code
@@ -157,7 +161,7 @@ def test_names_in_the_text_exist(file):
 
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
-def test_links_lead_somewhere(file):
+def test_links_of_the_docs_lead_somewhere(file):
     for target, anchor in re.findall(r"\]\(([^)#\s]*)(#[^)\s]*)?\)", without_blocks(file)):
         if "://" in target:
             continue
@@ -172,13 +176,13 @@ def test_links_lead_somewhere(file):
 
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda file: file.name)
-def test_code_is_in_blocks_of_a_known_language(file):
+def test_code_of_the_docs_is_in_blocks_of_a_known_language(file):
     for block in blocks(file):
         assert block.language in LANGUAGES, f"{block.place}: {block.language}"
 
 
 @of("yaml")
-def test_yaml_blocks_are_valid_configs(file, tmp_path, monkeypatch):
+def test_yaml_blocks_of_the_docs_are_valid_configs(file, tmp_path, monkeypatch):
     """A block with targets is a part of a config: it is checked over the demo's."""
     save_files(file, tmp_path, monkeypatch)
     for block in blocks(file, "yaml"):
@@ -191,7 +195,8 @@ def test_yaml_blocks_are_valid_configs(file, tmp_path, monkeypatch):
 
 
 def test_the_results_table_is_that_of_its_configs():
-    """Weights and discriminators of the published rows, against the config file that a row names."""
+    """Weights and discriminators of the published rows,
+    against the config file that a row names."""
     page = (ROOT / "docs" / "networks.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| [AB]\d \| `(\w+)` \| \[R\] \| ([\w-]+) \| ([\d./ ]+) \|", page, re.M)
     assert [name for name, _, _ in rows] == ["A1", "A2", "B0", "B1", "B2", "B3", "B4", "B5"]

@@ -13,12 +13,12 @@ PROMISES = re.findall(
 )
 
 
-def test_there_are_promises():
+def test_promises_of_reliability_are_found():
     assert len(PROMISES) > 10
 
 
 @pytest.mark.parametrize(("promise", "tests"), PROMISES, ids=lambda text: text[:40])
-def test_the_test_of_a_promise_exists(promise, tests):
+def test_the_test_of_a_reliability_promise_exists(promise, tests):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for name in re.findall(r"`(.*?)`", tests):
         path, _, function = name.partition("::")

@@ -1,4 +1,5 @@
-"""The documentation as a site: it builds strictly, its links hold, and the generated pages have everything."""
+"""The documentation as a site: it builds strictly, its links hold,
+and the generated pages have everything."""
 
 import re
 import subprocess
@@ -122,7 +123,7 @@ def test_the_drawn_layers_are_those_of_the_import_contract():
     assert drawn == [set(re.findall(r"olvae\.(\w+)", line)) for line in layers[1].splitlines()]
 
 
-def test_the_walks_name_files_and_functions_that_exist():
+def test_walks_of_the_architecture_name_files_and_functions_that_exist():
     """A file and, after it, a function, a class, or a class and its method."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     stops = re.findall(r"`((?:\w+/)*\w+\.py)`(?:\s+`(?:(\w+)\.)?(\w+)`)?", text)

@@ -60,7 +60,7 @@ def test_the_linear_code_beats_bicubic_with_as_many_numbers_as_the_target():
     assert quality[LINEAR] > quality[BICUBIC]
 
 
-def test_it_is_fitted_on_the_training_images_or_on_others(image_folder, tmp_path):
+def test_linear_code_is_fitted_on_the_training_images_or_on_others(image_folder, tmp_path):
     """On the run's crops of its seed: not on its validation images."""
     config = tiny_config(image_folder)
     code = rows(config)[LINEAR].model
@@ -77,7 +77,9 @@ def test_it_is_fitted_on_the_training_images_or_on_others(image_folder, tmp_path
     torch.testing.assert_close(named.encoder.linear.weight, code.encoder.linear.weight)
 
 
-def test_without_training_images_there_is_no_row_and_a_reason(image_folder, tmp_path, caplog):
+def test_linear_code_without_training_images_has_no_row_and_a_reason(
+    image_folder, tmp_path, caplog
+):
     config = tiny_config("/gone")
     assert list(rows(config)) == ["run", BICUBIC, UNTRAINED]
     assert "the linear code has no row" in caplog.text
@@ -88,19 +90,15 @@ def test_without_training_images_there_is_no_row_and_a_reason(image_folder, tmp_
     assert LINEAR not in rows(config)
     assert "20 is not a multiple of 8" in caplog.text
     save({"data": config["data"]}, tmp_path / "data.yaml")
-    with pytest.raises(
-        ConfigError, match="linear code: a latent position stands for 8x8 pixels, and 20 is not"
-    ):
+    with pytest.raises(ConfigError, match=r"linear code: .* 8x8 pixels, and 20"):
         rows(config, fit=str(tmp_path / "data.yaml"))
     config["data"]["params"] |= {"size": 16, "channels": 1}
     save({"data": config["data"]}, tmp_path / "gray.yaml")
-    with pytest.raises(
-        ConfigError, match="the images have 1 channels, and the linear code takes 3"
-    ):
+    with pytest.raises(ConfigError, match="1 channels, and the linear code takes 3"):
         rows(config, fit=str(tmp_path / "gray.yaml"))
 
 
-def test_a_linear_start_has_no_row_of_its_own(image_folder):
+def test_linear_start_has_no_untrained_row_beside_the_linear_code(image_folder):
     """Before training these networks are the linear code."""
     config = tiny_config(image_folder)
     for half in ("encoder_config", "decoder_config"):
@@ -108,13 +106,13 @@ def test_a_linear_start_has_no_row_of_its_own(image_folder):
     assert list(rows(config)) == ["run", LINEAR, BICUBIC]
 
 
-def test_patches_of_thousands_of_values_have_no_row(image_folder, caplog, monkeypatch):
+def test_linear_code_of_too_large_patches_has_no_row(image_folder, caplog, monkeypatch):
     monkeypatch.setattr(baselines, "LARGEST_PATCH", 191)
     assert list(rows(tiny_config(image_folder))) == ["run", BICUBIC, UNTRAINED]
     assert "8x8 pixels are too large" in caplog.text
 
 
-def test_remote_training_shards_are_read_with_a_line(image_folder, tmp_path, caplog):
+def test_linear_code_reads_remote_training_shards_with_a_line(image_folder, tmp_path, caplog):
     """Once, before the first is read; local ones without."""
     shards = write_shards(tmp_path / "s", [8, 8])
     config = tiny_config(image_folder)
@@ -132,7 +130,7 @@ def test_remote_training_shards_are_read_with_a_line(image_folder, tmp_path, cap
     assert "remote" not in caplog.text
 
 
-def test_values_with_a_range_train_and_are_fitted_in_it(tmp_path):
+def test_images_with_a_range_train_and_fit_the_linear_code_in_it(tmp_path):
     """In sixteen bits; the linear start, and the linear code as a baseline."""
     for i in range(8):
         np.save(

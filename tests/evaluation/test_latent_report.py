@@ -53,7 +53,7 @@ def sample(moments: torch.Tensor, keys: list[int]) -> torch.Tensor:
     return (mean + (logvar / 2).exp() * torch.stack(noise)).float()
 
 
-def test_the_numbers_of_numpy(moments):
+def test_latent_statistics_are_numpys(moments):
     keys = list(range(N))
     got = accumulate(moments, keys, 4).compute()
     # (C, N h w)
@@ -103,7 +103,7 @@ def test_the_numbers_of_numpy(moments):
     assert got["mmd"]["standard_error_under_normal"] == mmd2_null_std(N, C * H * W).tolist()
 
 
-def test_neither_batches_nor_order_nor_merging_matter(moments):
+def test_latent_statistics_do_not_depend_on_batches_order_and_merging(moments):
     keys = [image_key(torch.full((3, 2, 2), i, dtype=torch.uint8)) for i in range(N)]
     expected = numbers(accumulate(moments, keys, N, 7).compute())
     order = torch.randperm(N).tolist()
@@ -135,7 +135,7 @@ def test_the_mmd_keeps_the_smallest_keys_and_equal_images_once(moments):
     assert got["mmd"]["mmd2"] == pytest.approx(expected.tolist(), rel=1e-9)
 
 
-def test_high_frequencies_by_numpys_fft():
+def test_latent_high_frequencies_are_those_of_numpys_fft():
     """The cosine transform is the Fourier transform of the mirrored image."""
     rng = np.random.default_rng(0)
     latents = rng.normal(size=(5, 3, 6, 9)).cumsum(-1).cumsum(-2)
@@ -163,7 +163,7 @@ def test_high_frequencies_by_numpys_fft():
     assert float(high / total) == pytest.approx(0.75, abs=0.01)  # white noise
 
 
-def test_a_dead_channel():
+def test_active_channels_leave_out_a_dead_one():
     """Channel 1 has nothing of the image, channel 2 just under the threshold, channel 3 above."""
     mean = torch.randn(500, 4, 2, 2)
     mean[:, 1] = 0.0
@@ -207,7 +207,7 @@ def test_deterministic_latents_are_posteriors_of_no_width(moments):
         assert value == pytest.approx(others[name], rel=1e-4, abs=1e-5), name
 
 
-def test_what_it_refuses(moments):
+def test_latent_statistics_refuse_no_images_two_sizes_and_nan(moments):
     with pytest.raises(ValueError, match="no images"):
         LatentAccumulator().compute()
     accumulator = accumulate(moments, list(range(N)), N)
@@ -243,7 +243,7 @@ def test_several_models_see_the_same_images_in_one_pass():
     assert b["channels"]["mean"] == pytest.approx(a["channels"]["mean"], abs=1e-6)
 
 
-def test_the_figure_shows_every_model_in_its_colour(tmp_path, moments):
+def test_latent_figure_shows_every_model_in_its_colour(tmp_path, moments):
     wide = accumulate(moments, list(range(N)), N).compute()
     one = accumulate(moments[:, [0, 3], :1, :1], list(range(N)), N).compute()  # one channel of 1x1
     points = LatentAccumulator()
@@ -267,7 +267,7 @@ def pair_sum(x: np.ndarray, sigma: float) -> float:
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 512])
-def test_the_double_loop(chunk):
+def test_mmd_to_the_normal_is_the_double_loop(chunk):
     """Pairs of latents by a loop; what N(0, I) gives, in one dimension at a time, by quadrature."""
     z = torch.randn(9, 2, 3, 1) * 1.5 + 0.7
     x = z.double().flatten(1).numpy()
@@ -286,7 +286,7 @@ def test_the_double_loop(chunk):
         assert float(value) == pytest.approx(expected, rel=1e-9, abs=1e-13)
 
 
-def test_the_sampling_error_is_the_one_of_many_draws():
+def test_mmd_sampling_error_is_the_one_of_many_draws():
     """1000 sets of 30 latents: mean 0 within its error, standard deviation within 10 %."""
     generator = torch.Generator().manual_seed(4)
     sigmas = (1.0, 4.0, 500.0)
@@ -298,7 +298,7 @@ def test_the_sampling_error_is_the_one_of_many_draws():
     assert torch.allclose(values.std(0), expected, rtol=0.1)  # of 1000 draws, skewed: some 3 %
 
 
-def test_images_with_a_range_are_encoded_in_it():
+def test_latent_report_encodes_images_with_a_range_in_it():
     images = torch.randint(0, 65536, (5, 3, 8, 8)).to(torch.uint16)
     stated = PixelRange.from_node([0, 65535])
     got = encode_latents({"a": Halves(2)}, [{"image": images}], pixel_range=stated)["a"].compute()

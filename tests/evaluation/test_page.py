@@ -136,7 +136,7 @@ def whole() -> Evaluated:
     return page(["one", LONG, "three"])
 
 
-def test_it_is_one_balanced_file_without_requests_or_scripts(whole):
+def test_page_is_one_balanced_file_without_requests_or_scripts(whole):
     html = render_page(whole, COMMAND)
     reader = Reader(html)
     tags = {tag for tag, _ in reader.elements}
@@ -163,7 +163,7 @@ def test_it_is_one_balanced_file_without_requests_or_scripts(whole):
     assert len(html) < 2_000_000
 
 
-def test_what_users_write_is_text():
+def test_page_escapes_names_that_users_write():
     x = torch.zeros(3, 8, 8, dtype=torch.uint8)
     gallery = Gallery()
     colours = FlatColours()
@@ -200,7 +200,7 @@ def test_what_users_write_is_text():
     assert any(a.get("alt") == f"input of {HOSTILE}" for _, a in reader.elements)
 
 
-def test_the_numbers_and_marks(whole):
+def test_page_has_the_numbers_and_marks_the_best(whole):
     html = render_page(whole, COMMAND, datetime(2026, 11, 25, 3, 20, tzinfo=timezone.utc))
     text = Reader(html).all_text()
     values = [row.metrics["psnr"] for row in whole.results.rows]
@@ -242,7 +242,7 @@ def test_the_numbers_and_marks(whole):
     )
 
 
-def test_images_stand_side_by_side_with_every_target(whole):
+def test_page_images_stand_side_by_side_with_every_target(whole):
     """The same image in a row, and each reconstruction with its own value."""
     table = render_page(whole).split('<table class="beside"')[1].split("</table>")[0]
     rankings = whole.observers[0].rankings
@@ -259,7 +259,7 @@ def test_images_stand_side_by_side_with_every_target(whole):
         ]
 
 
-def test_bars_are_as_long_as_the_error(whole):
+def test_band_bars_are_as_long_as_the_error(whole):
     """On a scale of the models' own: a baseline that is far worse leaves their bars readable."""
     first, second, third = whole.results.rows
     huge = {
@@ -302,7 +302,7 @@ def test_baselines_stand_below_all_models(whole):
     assert breakable("a/b<c") == "a/<wbr>b&lt;c"
 
 
-def test_infinite_values_and_uneven_sets(whole):
+def test_page_of_infinite_values_and_uneven_sets(whole):
     images = {"source": "tiles", "n": 2, "sha256": "ab", "unreadable": 0, "enlarged": 0}
     rows = [Row("a", 1, {"psnr": math.inf})]
     protocol = {"name": "mine", "size": 8}
@@ -317,7 +317,7 @@ def test_infinite_values_and_uneven_sets(whole):
     Reader(html)
 
 
-def test_small_pictures_are_kept_to_the_pixel_and_large_ones_kept_small():
+def test_page_keeps_small_pictures_to_the_pixel_and_large_ones_small():
     def decoded(html: str) -> np.ndarray:
         data, width, height = re.search(
             r'base64,(.*?)" width="(.*?)" height="(.*?)"', html
@@ -360,7 +360,9 @@ def test_a_failure_leaves_the_old_page(tmp_path, whole):
 @pytest.mark.parametrize(
     ("size", "width", "dark"), [(64, 390, False), (256, 390, True), (256, 1280, False)]
 )
-def test_in_a_browser(tmp_path, browser, size, width, dark):
+def test_page_in_a_browser_fits_the_screen_and_requests_nothing(
+    tmp_path, browser, size, width, dark
+):
     """Nothing is wider than the screen, every picture is there, nothing is asked of the network.
 
     The screenshots are for people: they stay in pytest's folder.

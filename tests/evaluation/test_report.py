@@ -27,7 +27,7 @@ COUNTED = Cost(1, 2, 3, None, None, None, 4, "a GPU")
 COST = Cost(1_500_000, 2_000_000_000, 3_000_000_000, 12.34, 5.678, 3 * 2**20, 4, "CPU, 1 thread")
 
 
-def test_numbers_stay_whole_on_a_narrow_terminal(capsys, monkeypatch):
+def test_report_numbers_stay_whole_on_a_narrow_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     print_results([Evaluated(results_of(row()))])
     shown = capsys.readouterr().err
@@ -122,7 +122,7 @@ def test_a_page_that_fails_leaves_earlier_results(tmp_path, command):
         Results.read(tmp_path / "old.json", [Colour()])
 
 
-def test_observers_add_lines_below_the_table(tmp_path):
+def test_observers_add_lines_below_the_markdown_table(tmp_path):
     def found(
         dtype: str, value: float, limit: float, lost: float | None = 0.0, broken: int = 0
     ) -> dict:
@@ -178,7 +178,7 @@ def test_costs_of_earlier_results_stand_in_their_rows(tmp_path):
     assert where in (tmp_path / "m.md").read_text()
 
 
-def test_the_values_of_images_are_read_again(tmp_path):
+def test_per_image_csv_is_read_again(tmp_path):
     first = "ünï\ncode.png"
     second = "not utf-8 \udcff.png"
     rows = [

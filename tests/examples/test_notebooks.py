@@ -21,9 +21,8 @@ def test_a_notebook_is_without_outputs(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
-    monkeypatch.setenv(
-        "PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    )  # where olvae is
+    # where olvae is
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = nbformat.read(path, 4)
@@ -34,6 +33,5 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
         for output in cell.get("outputs", [])
         if "name" in output
     )
-    assert "error:" not in printed, (
-        printed
-    )  # what a command printed whose exit code a notebook ignores
+    # what a command printed whose exit code a notebook ignores
+    assert "error:" not in printed, printed

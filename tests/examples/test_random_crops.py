@@ -16,16 +16,17 @@ def crops(folder):
 
 
 @pytest.mark.parametrize("of_config", [False, True])
-def test_every_image_gives_several_crops_and_a_seed_gives_them_again(
+def test_random_crops_are_several_an_image_and_a_seed_gives_them_again(
     example, tmp_path, image_folder, of_config
 ):
-    """In the size that is asked for, whatever a config's own is; a config's validation images are left out."""
+    """In the size that is asked for, whatever a config's own is.
+
+    A config's validation images are left out.
+    """
     src = image_folder
     if of_config:
-        src, params = (
-            tmp_path / "data.yaml",
-            {"root": str(image_folder), "size": 32, "batch_size": 4},
-        )
+        src = tmp_path / "data.yaml"
+        params = {"root": str(image_folder), "size": 32, "batch_size": 4}
         save({"data": {"target": "olvae.data.picture_folder.FolderSource", "params": params}}, src)
     for out, seed in {"a": 0, "again": 0, "b": 1}.items():
         example.main(
@@ -40,7 +41,7 @@ def test_every_image_gives_several_crops_and_a_seed_gives_them_again(
         example.main([str(src), "--size=16", "--count=29", "--out", str(tmp_path / "b")])
 
 
-def test_a_missing_folder_is_said(example, tmp_path):
+def test_random_crops_names_a_missing_folder(example, tmp_path):
     with pytest.raises(FileNotFoundError, match="no such folder"):
         example.main(
             [str(tmp_path / "none"), "--size=16", "--count=1", "--out", str(tmp_path / "out")]

@@ -11,7 +11,7 @@ def example():
     return load_example("train_diffusion")
 
 
-def test_the_loss_falls_and_images_are_made(example, tmp_path, capsys):
+def test_train_diffusion_lowers_its_loss_and_makes_images(example, tmp_path, capsys):
     tiny_vae().save_pretrained(tmp_path / "vae")
     arguments = [
         str(tmp_path / "vae"),

@@ -38,7 +38,9 @@ class Shrunk(Autoencoder):
 
 
 class Blocks(Autoencoder):
-    """A distribution whose element at a position is a function of the 4x4 pixels there, and of no others."""
+    """A distribution whose element at a position is a function of the 4x4 pixels there,
+    and of no others.
+    """
 
     in_channels, downscale, latent_channels = 3, 4, 48
 

@@ -61,7 +61,9 @@ PIPELINES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @torch.no_grad()
 def main(folder: Path) -> None:
-    """The image is what our trained decoder makes of the latents that the pipeline hands to diffusers' class."""
+    """The image is what our trained decoder makes of the latents that the pipeline hands to
+    diffusers' class.
+    """
     from_diffusers.PROBE = 32
     for name, (build, arguments) in PIPELINES.items():
         ours = DiffusersAutoencoder(make(name)).as_litevae(name).eval()

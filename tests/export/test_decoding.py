@@ -31,7 +31,7 @@ def read(path):
     return image_to_tensor(Image.open(path))
 
 
-def test_images_are_those_of_the_decoder(tmp_path, image_folder):
+def test_decoded_images_are_those_of_the_decoder(tmp_path, image_folder):
     model = tiny_vae()
     encode(image_folder, tmp_path / "latents", model, dtype="float32", batch_size=5)
     told = []
@@ -45,12 +45,11 @@ def test_images_are_those_of_the_decoder(tmp_path, image_folder):
     with torch.inference_mode():
         images = to_uint8(model.decode(model.encode(pictures(image_folder)).mode()))
     for path, image in zip(paths, images, strict=True):
-        assert (
-            read(path).int() - image.int()
-        ).abs().max() <= 1  # rounding at a half may go either way
+        # Rounding at a half may go either way.
+        assert (read(path).int() - image.int()).abs().max() <= 1
 
 
-def test_what_was_encoded_comes_back(tmp_path):
+def test_encoded_latents_decode_to_the_reconstruction(tmp_path):
     """Through a model that loses only what shrinking loses; as jpg, with the keys of shards."""
     write_shards(tmp_path / "shards", (3, 2))
     encode(tmp_path / "shards", tmp_path / "latents", Shrunk(3.0), size=32)
@@ -64,7 +63,7 @@ def test_what_was_encoded_comes_back(tmp_path):
     assert float((image - original).abs().mean()) < 0.07
 
 
-def test_a_format_that_cannot_hold_the_channels_writes_nothing(tmp_path, image_folder):
+def test_decoding_to_a_format_that_cannot_hold_the_channels_writes_nothing(tmp_path, image_folder):
     encode(image_folder, tmp_path / "latents", Shrunk())
     model = Shrunk()
     model.in_channels = 4
@@ -73,7 +72,7 @@ def test_a_format_that_cannot_hold_the_channels_writes_nothing(tmp_path, image_f
     assert not (tmp_path / "out").exists()
 
 
-def test_images_of_their_own_sizes_come_back_in_them(tmp_path):
+def test_decoded_images_have_their_own_sizes(tmp_path):
     (tmp_path / "photos").mkdir()
     for i, size in enumerate([(16, 16), (13, 9), (40, 24)]):
         picture(i, size).save(tmp_path / f"photos/{i}.png")
@@ -90,7 +89,7 @@ def test_images_of_their_own_sizes_come_back_in_them(tmp_path):
         assert (got.int() - expected.int()).abs().max() <= 1
 
 
-def test_names_that_meet(tmp_path):
+def test_decoding_gives_keys_with_one_file_name_different_files(tmp_path):
     for name in ("a.png", "a.bmp", "a.b.png", "a\nb.png"):
         picture(len(name)).save(tmp_path / name)
     encode(tmp_path, tmp_path / "latents")
@@ -100,7 +99,7 @@ def test_names_that_meet(tmp_path):
     assert names == ["a\nb.png", "a.b.png", "a.png", "a.png.png"]
 
 
-def test_a_killed_command_starts_again_and_leaves_nothing_half_written(tmp_path, image_folder):
+def test_killed_decoding_starts_again_and_leaves_nothing_half_written(tmp_path, image_folder):
     """A file that another process is writing at the moment stays."""
     model, out = tiny_vae(), tmp_path / "out"
     encode(image_folder, tmp_path / "latents", model)
@@ -128,7 +127,7 @@ def altered(tmp_path, image_folder, **changes):
 
 
 @pytest.mark.parametrize("key", ["../x", "/x", "a/../../x", "."])
-def test_keys_that_lead_astray(tmp_path, image_folder, key):
+def test_decoding_refuses_keys_that_lead_out_of_the_folder(tmp_path, image_folder, key):
     meta = f'{{"key": "{key}", "image": [16, 16]}}'.encode()
     with pytest.raises(ValueError, match="leads out of the folder"):
         decode_shards(
@@ -138,17 +137,13 @@ def test_keys_that_lead_astray(tmp_path, image_folder, key):
 
 
 @pytest.mark.parametrize("meta", [b"{", b"{}", b"7", b'{"key": "x", "image": 5}', None])
-def test_broken_latents(tmp_path, image_folder, meta):
+def test_decoding_broken_latents_is_refused(tmp_path, image_folder, meta):
     changes = {LATENT: b"\0" * 40} if meta is None else {LATENT_META: meta}
-    with pytest.raises(
-        ValueError, match=r"no latents to decode: .*x\.latent\.safetensors: not a latent"
-    ):
+    with pytest.raises(ValueError, match=r"x\.latent\.safetensors: not a latent"):
         decode_shards(tiny_vae(), altered(tmp_path, image_folder, **changes), tmp_path / "out")
 
 
-def test_latents_of_another_model(tmp_path, image_folder):
+def test_decoding_latents_of_another_model_is_refused(tmp_path, image_folder):
     encode(image_folder, tmp_path / "latents", Shrunk())
-    with pytest.raises(
-        ValueError, match=r"class0/0\.png: a latent of 3 channels, but the model's have 4"
-    ):
+    with pytest.raises(ValueError, match=r"class0/0\.png: a latent of 3 channels"):
         decode_shards(tiny_vae(), shards(tmp_path / "latents"), tmp_path / "out")

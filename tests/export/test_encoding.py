@@ -57,7 +57,7 @@ def noise(folder: Path, sizes: Sequence[tuple[int, int]]) -> Path:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_moments_are_those_of_the_model_rounded(tmp_path, image_folder, dtype, batch_size):
+def test_encoded_moments_are_those_of_the_model_rounded(tmp_path, image_folder, dtype, batch_size):
     model = tiny_vae()
     encode(
         image_folder,
@@ -84,7 +84,7 @@ def test_moments_are_those_of_the_model_rounded(tmp_path, image_folder, dtype, b
     assert not torch.equal(found[keys[0]]["mean"], found[keys[0]]["mean_flip"])
 
 
-def test_the_layout(tmp_path, image_folder):
+def test_encoded_shards_layout_and_stats_json(tmp_path, image_folder):
     stats = encode(image_folder, tmp_path / "out")
     found = files(tmp_path / "out")
     assert [len(shard) for shard in found.values()] == [10, 10, 4]  # 5, 5 and 2 images
@@ -108,7 +108,7 @@ def test_the_layout(tmp_path, image_folder):
 
 
 @pytest.mark.parametrize("source", ["folder", "shards"])
-def test_the_pixels_that_were_encoded_lie_beside_the_latents(tmp_path, image_folder, source):
+def test_encoding_keeps_the_pixels_beside_the_latents(tmp_path, image_folder, source):
     """Everything else is as without them."""
     if source == "shards":
         image_folder = tmp_path / "shards"
@@ -135,7 +135,7 @@ def test_the_pixels_that_were_encoded_lie_beside_the_latents(tmp_path, image_fol
 
 
 @pytest.mark.parametrize("flip", [False, True])
-def test_statistics_are_those_of_olvae_latents(tmp_path, image_folder, flip):
+def test_encoding_statistics_are_those_of_olvae_latents(tmp_path, image_folder, flip):
     model = tiny_vae()
     stats = encode(image_folder, tmp_path / "out", model, dtype="float32", flip=flip)
     x = pictures(image_folder)
@@ -151,7 +151,7 @@ def test_statistics_are_those_of_olvae_latents(tmp_path, image_folder, flip):
     assert stats["latents_std"] == pytest.approx(expected["latents_std"], rel=1e-5)
 
 
-def test_samples_depend_on_seed_and_key_alone(tmp_path):
+def test_encoded_samples_depend_on_seed_and_key_alone(tmp_path):
     noise_folder = noise(tmp_path / "noise", [(16, 16)] * 7)
     options = {"moments": False, "dtype": "float32", "flip": True}
     encode(noise_folder, tmp_path / "a", shard_size=5, batch_size=4, **options)
@@ -173,7 +173,7 @@ def test_samples_depend_on_seed_and_key_alone(tmp_path):
     assert len({float(one[0, 0, 0]) for one in noises}) == len(noises)
 
 
-def test_a_deterministic_autoencoder_gives_its_latent(tmp_path, image_folder):
+def test_encoding_with_a_deterministic_autoencoder_gives_its_latent(tmp_path, image_folder):
     stats = encode(image_folder, tmp_path / "out", Shrunk(), dtype="float32")
     x = torch.nn.functional.avg_pool2d(pictures(image_folder), 2)
     found = tensors(tmp_path / "out")
@@ -184,7 +184,7 @@ def test_a_deterministic_autoencoder_gives_its_latent(tmp_path, image_folder):
     )
 
 
-def test_an_autoencoder_without_weights(tmp_path, image_folder):
+def test_encoding_with_an_autoencoder_without_weights(tmp_path, image_folder):
     bare = Shrunk()
     del bare.gain
     bare.gain = 1.0
@@ -198,7 +198,7 @@ def test_an_autoencoder_without_weights(tmp_path, image_folder):
     assert files(tmp_path / "bare") == files(tmp_path / "same")
 
 
-def test_shards_keep_names_and_other_files(tmp_path):
+def test_encoded_shards_keep_names_and_other_files(tmp_path):
     paths = write_shards(tmp_path / "shards", (3, 2))
     first = [
         ("0000.jpg", encoded(0)),
@@ -221,8 +221,10 @@ def test_shards_keep_names_and_other_files(tmp_path):
     assert json.loads(found["000001.tar"]["0003.latent.json"]) == meta
 
 
-def test_images_of_their_own_sizes(tmp_path):
-    """Odd sizes among others; mirrored before they are padded, so that the padding stays at the right."""
+def test_encoding_images_of_their_own_sizes(tmp_path):
+    """Odd sizes among others; mirrored before they are padded,
+    so that the padding stays at the right.
+    """
     sizes = [(16, 16), (16, 16), (13, 9), (8, 24), (16, 16), (3, 1)]
     (tmp_path / "photos").mkdir()
     for i, size in enumerate(sizes):
@@ -267,9 +269,8 @@ def test_batches_of_padded_images_are_as_one_by_one(tmp_path, many_sizes, flip):
         one = encode(many_sizes, tmp_path / f"{kind}1", model, batch_size=1, **options)
         four = encode(many_sizes, tmp_path / f"{kind}4", model, batch_size=4, **options)
         a, b = files(tmp_path / f"{kind}1"), files(tmp_path / f"{kind}4")
-        assert [list(shard) for shard in a.values()] == [
-            list(shard) for shard in b.values()
-        ]  # the same order
+        # The same order.
+        assert [list(shard) for shard in a.values()] == [list(shard) for shard in b.values()]
         found, batched = tensors(tmp_path / f"{kind}1"), tensors(tmp_path / f"{kind}4")
         for key, kinds in found.items():
             for name, z in kinds.items():
@@ -279,7 +280,9 @@ def test_batches_of_padded_images_are_as_one_by_one(tmp_path, many_sizes, flip):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_half_precision_is_autocast_with_a_posterior_in_float32(tmp_path, image_folder, precision):
+def test_encoding_in_half_precision_is_autocast_with_a_float32_posterior(
+    tmp_path, image_folder, precision
+):
     model, dtype = tiny_vae(), {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     options = {"dtype": "float32", "batch_size": 5}
     stats = encode(image_folder, tmp_path / "half", model, precision=precision, **options)
@@ -297,7 +300,7 @@ def test_half_precision_is_autocast_with_a_posterior_in_float32(tmp_path, image_
     assert 0 < float((full - mean).abs().max()) < 0.1
 
 
-def test_folders_are_classes_if_asked(tmp_path, image_folder):
+def test_encoding_takes_folders_as_classes_if_asked(tmp_path, image_folder):
     stats = encode(image_folder, tmp_path / "out", classes=True)
     assert stats["classes"] == ["class0", "class1", "class2"]
     for shard in files(tmp_path / "out").values():
@@ -325,7 +328,7 @@ def test_folders_are_classes_if_asked(tmp_path, image_folder):
             encode(tmp_path / shards, tmp_path / "more", classes=True)
 
 
-def test_what_cannot_be_read_is_skipped_and_listed(tmp_path, image_folder):
+def test_encoding_skips_and_lists_unreadable_images(tmp_path, image_folder):
     broken = find_images(image_folder)[1]
     whole = encode(image_folder, tmp_path / "whole")
     broken.write_bytes(b"no picture")
@@ -337,7 +340,7 @@ def test_what_cannot_be_read_is_skipped_and_listed(tmp_path, image_folder):
     assert set(tensors(tmp_path / "whole")) - set(tensors(tmp_path / "out")) == {name}
     for path in find_images(image_folder):
         path.write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"none of the images could be read: .*class0/0.png"):
+    with pytest.raises(ValueError, match=r"none of the images .*class0/0.png"):
         encode(image_folder, tmp_path / "none")
     assert [path.name for path in (tmp_path / "none").iterdir()] == [".encode"]
     for number, path in enumerate(find_images(image_folder)):
@@ -345,7 +348,7 @@ def test_what_cannot_be_read_is_skipped_and_listed(tmp_path, image_folder):
     assert encode(image_folder, tmp_path / "none")["count"] == 12  # nothing of the failure is left
 
 
-def test_a_shard_without_images_and_one_that_is_cut_off(tmp_path):
+def test_encoding_a_shard_without_images_and_one_that_is_cut_off(tmp_path):
     paths = write_shards(tmp_path / "shards", (3, 3, 3))
     write_shard(paths[0], [0, 1], broken={0: b"x", 1: b"y"})
     paths[2].write_bytes(paths[2].read_bytes()[:4000])
@@ -358,9 +361,8 @@ def test_a_shard_without_images_and_one_that_is_cut_off(tmp_path):
     names = [error["name"] for error in stats["unreadable"]["images"]]
     assert names[:2] == ["000/0000", "000/0001"]
     assert names[2:] == [str(paths[2])]
-    assert (
-        stats["unreadable"]["count"] == 3
-    )  # how many images the shard had that is cut off is unknown
+    # How many images the shard had that is cut off is unknown.
+    assert stats["unreadable"]["count"] == 3
     paths[2].write_bytes(paths[2].read_bytes()[:700])
     counts = {path.name: {"images": n} for path, n in zip(paths, (2, 3, 3), strict=True)}
     (tmp_path / "shards/index.json").write_text(json.dumps({"shards": counts}))
@@ -372,7 +374,7 @@ def test_a_shard_without_images_and_one_that_is_cut_off(tmp_path):
     )
 
 
-def test_a_remote_shard_that_fails_is_not_taken_for_finished(tmp_path):
+def test_encoding_a_remote_shard_that_fails_is_not_finished(tmp_path):
     write_shards(tmp_path / "shards", (3,))
     shard = tmp_path / "shards/000.tar"
     url = f"pipe:cat {shard}; test ! -e {tmp_path}/down"
@@ -384,7 +386,7 @@ def test_a_remote_shard_that_fails_is_not_taken_for_finished(tmp_path):
     assert encode(url, tmp_path / "out")["count"] == 3
 
 
-def test_other_images_of_the_same_numbers_and_names_are_other_images():
+def test_encoding_plan_tells_other_images_of_the_same_names_apart():
     data_sets = ["torchvision:FakeData,size=4", "torchvision:FakeData,size=4,random_offset=4"]
     shards = [
         "https://here.org/0.tar",
@@ -400,7 +402,7 @@ def test_other_images_of_the_same_numbers_and_names_are_other_images():
     assert len(set(plans)) == 8
 
 
-def test_images_are_resized_as_in_evaluation(tmp_path, image_folder):
+def test_encoding_resizes_images_as_evaluation_does(tmp_path, image_folder):
     masks = {"size": 24, "filters": ["nearest"]}
     params = {"root": str(image_folder), "batch_size": 1, **masks}
     save(
@@ -435,7 +437,7 @@ def test_images_are_resized_as_in_evaluation(tmp_path, image_folder):
     )
 
 
-def test_a_kill_leaves_nothing_half_written_once_it_is_encoded_again(tmp_path, image_folder):
+def test_killed_encoding_leaves_nothing_half_written_when_run_again(tmp_path, image_folder):
     def encode_to(folder: Path) -> None:
         encode(image_folder, folder, shard_size=2, batch_size=4, threads=1, flip=True, images=True)
 
@@ -468,7 +470,7 @@ def test_a_kill_leaves_nothing_half_written_once_it_is_encoded_again(tmp_path, i
         ({"shard_size": 4}, r"shard_size 5 \(now 4\)"),
     ],
 )
-def test_another_job_in_the_same_folder_is_refused(tmp_path, image_folder, change, text):
+def test_encoding_refuses_another_job_in_the_same_folder(tmp_path, image_folder, change, text):
     encode(image_folder, tmp_path / "out")
     before = everything(tmp_path / "out")
     if change.pop("model", None):
@@ -482,14 +484,14 @@ def test_another_job_in_the_same_folder_is_refused(tmp_path, image_folder, chang
     assert everything(tmp_path / "out") == before
 
 
-def test_what_it_refuses(tmp_path, image_folder):
+def test_encoding_refuses_settings_that_do_not_fit(tmp_path, image_folder):
     with pytest.raises(ValueError, match="`size` 20: choose a multiple of 8"):
         encode(image_folder, tmp_path / "out", size=20)
     with pytest.raises(ValueError, match=r"`images`: .*one size"):
         encode(image_folder, tmp_path / "out", size=0, images=True)
     multispectral = Shrunk()
     multispectral.in_channels = 6
-    with pytest.raises(ValueError, match="PNG stores 1, 3 or 4 channels, but the images have 6"):
+    with pytest.raises(ValueError, match=r"PNG stores 1, 3 or 4 channels, .* 6"):
         encode(image_folder, tmp_path / "out", multispectral, images=True)
     grey = {"root": str(image_folder), "size": 16, "batch_size": 1, "channels": 1}
     save(
@@ -503,17 +505,14 @@ def test_what_it_refuses(tmp_path, image_folder):
         encode(image_folder, image_folder)
     with pytest.raises(ValueError, match=r"up to .*e\+05 are too large for float16"):
         encode(image_folder, tmp_path / "large", Shrunk(3e5))
-    with pytest.raises(
-        ValueError, match="non-finite values in 32: the training run may have diverged"
-    ):
+    with pytest.raises(ValueError, match=r"non-finite values in 32: .*diverged"):
         encode(image_folder, tmp_path / "nan", Shrunk(float("nan")))
     with pytest.raises(ValueError, match="non-finite values in fp16: set `precision` to 32"):
         encode(image_folder, tmp_path / "half", Shrunk(float("nan")), precision="fp16")
     for name in ("large", "nan"):
         assert [path.name for path in (tmp_path / name).iterdir()] == [".encode"]
-    encode(
-        image_folder, tmp_path / "large", Shrunk(3e5), dtype="bfloat16"
-    )  # nothing was finished with float16
+    # Nothing was finished with float16.
+    encode(image_folder, tmp_path / "large", Shrunk(3e5), dtype="bfloat16")
     with pytest.raises(ValueError, match="all equal"):
         encode(image_folder, tmp_path / "zero", Shrunk(0.0))
     (tmp_path / "mix.yaml").write_text(

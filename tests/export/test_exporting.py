@@ -1,6 +1,7 @@
-"""What every format of export keeps: exact, compared, whole or not at all; and a format from outside the package."""
+"""What every format of export keeps: exact, compared, whole or not at all;
+and a format from outside the package.
+"""
 
-import json
 import os
 import socket
 import subprocess
@@ -19,7 +20,6 @@ from torch import Tensor
 from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.export.exporting import ExportSettings, check_place, export
-from olvae.export.factors import read_factors
 from olvae.export.formats import LAYOUTS, Layout, Loaded, find_layout
 from olvae.models.loading.targets import find_target
 from tests.export.tiny import ours, tiny_litevae
@@ -46,10 +46,12 @@ class NumpyLayout(Layout):
         return [Loaded("loaded back", back.moments, back.decode)]
 
 
+# It takes tiny students alone.
 FORMATS = [
     *(name for name in LAYOUTS if name != "taesd"),
     f"{__name__}.NumpyLayout",
-]  # it takes tiny students alone
+]
+
 
 FORCE = ExportSettings(force=True)
 
@@ -78,7 +80,7 @@ def content(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_the_weights_are_the_models_rounded(layout, model, tmp_path, dtype):
+def test_exported_weights_are_the_models_rounded(layout, model, tmp_path, dtype):
     if dtype == "bfloat16" and isinstance(layout, NumpyLayout):
         pytest.skip("NumPy has no bfloat16")
     place = tmp_path / "new" / f"vae{layout.suffix}"
@@ -132,7 +134,7 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
     }
 
 
-def test_folded(layout, model, place):
+def test_folded_export_has_ordinary_convolutions_or_is_refused(layout, model, place):
     if "fold" in layout.refused:
         name = next(name for name in FORMATS if type(find_layout(name)) is type(layout))
         with pytest.raises(ConfigError, match=rf"`fold` does not go with `format` {name}: \w+"):
@@ -157,8 +159,10 @@ def test_an_export_is_replaced_only_if_asked(layout, model, place):
     assert content(place) != before
 
 
-def test_a_link_stays_a_link(layout, model, tmp_path):
-    """A file or folder that stands for one on a larger disk: the export goes there, now and when it is replaced."""
+def test_exporting_to_a_symlink_keeps_the_symlink(layout, model, tmp_path):
+    """A file or folder that stands for one on a larger disk:
+    the export goes there, now and when it is replaced.
+    """
     (tmp_path / "disk").mkdir()
     link, goal = tmp_path / f"vae{layout.suffix}", tmp_path / "disk" / f"vae{layout.suffix}"
     link.symlink_to(goal)
@@ -198,14 +202,14 @@ def full_disk_of_safetensors(_: None) -> None:
 @pytest.mark.parametrize(
     ("method", "spoil", "message"),
     [
-        ("read", another_tensor, "differs from what was written: is the disk full"),
+        ("read", another_tensor, "is the disk full"),
         (
             "load",
             another_function,
-            "the result differs by .* of the largest value: nothing is written",
+            "differs by .* nothing is written",
         ),
         ("load", other_factors, "scaling_factor, .* differs from what was written"),
-        (None, None, "1 tensors have values that are not finite in torch.float16"),
+        (None, None, "not finite in torch.float16"),
         ("write", full_disk, "No space left"),
         (
             "write",
@@ -214,13 +218,11 @@ def full_disk_of_safetensors(_: None) -> None:
         ),
     ],
 )
-def test_a_failure_leaves_nothing_and_takes_nothing(
+def test_failed_export_leaves_nothing_and_takes_nothing(
     layout, model, tmp_path, monkeypatch, method, spoil, message, force
 ):
-    place, settings = (
-        tmp_path / "deep" / "down" / f"vae{layout.suffix}",
-        ExportSettings(force=force),
-    )
+    place = tmp_path / "deep" / "down" / f"vae{layout.suffix}"
+    settings = ExportSettings(force=force)
     if force:
         export(model, place, layout)
     before = content(tmp_path)
@@ -237,7 +239,7 @@ def test_a_failure_leaves_nothing_and_takes_nothing(
 
 
 @pytest.mark.parametrize("during", ["old", "new"])
-def test_ctrl_c_between_the_old_and_the_new_keeps_the_old(
+def test_ctrl_c_while_an_export_is_replaced_keeps_the_old_one(
     layout, model, place, tmp_path, monkeypatch, during
 ):
     """Python tells of a signal after the call that it came in, when the old one has been moved."""
@@ -260,7 +262,7 @@ def test_ctrl_c_between_the_old_and_the_new_keeps_the_old(
     assert [path.name for path in tmp_path.iterdir()] == [place.name]
 
 
-def test_places_that_hold_something_else(layout, model, tmp_path, monkeypatch):
+def test_export_refuses_places_that_hold_something_else(layout, model, tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").touch()
     (tmp_path / "empty").mkdir()
@@ -316,7 +318,7 @@ def test_force_deletes_no_file_of_somebody_else(model, tmp_path):
     assert not (tmp_path / "vae" / "encoder.onnx").exists()
 
 
-def test_a_mount_point_is_refused_at_once(tmp_path, monkeypatch):
+def test_export_refuses_a_mount_point_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
     with pytest.raises(FileExistsError, match="a mount point"):
         check_place(tmp_path)
@@ -332,11 +334,11 @@ def test_stock_folders_that_were_downloaded_are_not_replaced(tmp_path):
         )
 
 
-def test_formats_that_do_not_exist():
+def test_unknown_export_formats_are_refused():
     for name, message in (
         (
             "numpy",
-            "`format` numpy: choose from litevae, diffusers, ldm, comfyui, taesd, or name a class",
+            "`format` numpy: choose from litevae, diffusers, ldm, comfyui, taesd",
         ),
         ("pathlib.Path", "pathlib.Path is not a kind of olvae.export.formats.Layout"),
         ("olvae.export.formats.Layouts", "has no Layouts"),
@@ -345,7 +347,7 @@ def test_formats_that_do_not_exist():
             find_layout(name)
 
 
-def test_latents_of_a_run_by_its_word(tmp_path):
+def test_export_settings_refuse_a_run_without_latents_json(tmp_path):
     run = tmp_path / "2026-01-02T03-04-05_photos_32"
     (run / "checkpoints").mkdir(parents=True)
     (run / "checkpoints" / "last.ckpt").touch()
@@ -354,39 +356,3 @@ def test_latents_of_a_run_by_its_word(tmp_path):
         settings.check(tmp_path / "out")
     (run / "latents.json").touch()
     settings.check(tmp_path / "out")
-
-
-def test_factors_of_latents_json(tmp_path):
-    def result(name: str, scale: float) -> dict:
-        return {
-            "target": name,
-            "n": 3,
-            "diffusion": {"scaling_factor": scale, "shift_factor": 0.25},
-        }
-
-    path = tmp_path / "latents.json"
-    path.write_text(json.dumps({"data": {}, "results": [result("a", 2.0), result("b", 3.0)]}))
-    assert read_factors(path, "b")[:2] == (3.0, 0.25)
-    with pytest.raises(ValueError, match=r"has no factors of c, but of a, b"):
-        read_factors(path, "c")
-    path.write_text(json.dumps({"results": [result("a", 2.0)]}))
-    assert read_factors(path, "c", "12ab")[:2] == (
-        2.0,
-        0.25,
-    )  # the only one, of a version without checksums
-    path.write_text(
-        json.dumps({"results": [{**result("a", 2.0), "weights": "12ab"}, result("b", 3.0)]})
-    )
-    assert read_factors(path, "a", "12ab")[:2] == (2.0, 0.25)
-    with pytest.raises(ValueError, match=r"of latents that a made, with other weights than a's"):
-        read_factors(path, "a", "34cd")
-    path.write_text(
-        json.dumps({"target": "a", "weights": "12ab", "scaling_factor": 2.0, "shift_factor": 0.25})
-    )
-    assert read_factors(path, "c", "12ab")[:2] == (2.0, 0.25)  # a stats.json, of the same weights
-    with pytest.raises(ValueError, match=r"of latents that a made, with other weights than c's"):
-        read_factors(path, "c", "34cd")
-    for text in ("", "[]", '{"results": [{"target": "a"}]}'):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=r"not written by olvae latents or olvae encode"):
-            read_factors(path, "a")

@@ -69,7 +69,7 @@ def test_autoencoder_kl_there_and_back(shape, tmp_path):
 
 
 @pytest.mark.parametrize("halves", [("encoder",), ("encoder", "decoder")])
-def test_reflect_padding(halves, tmp_path):
+def test_diffusers_export_of_reflect_padding(halves, tmp_path):
     """The weights give our outputs once the padding is set, and others at the borders before."""
     plain = autoencoder_kl((32, 32))
     model = reflecting(plain, *halves)
@@ -96,16 +96,17 @@ def test_reflect_padding(halves, tmp_path):
 
 # ldm
 @pytest.mark.parametrize("kind", ["sd1", "flux"])
-def test_names_bits_and_outputs(kind, tmp_path):
+def test_ldm_export_has_the_published_names_bits_and_outputs(kind, tmp_path):
     before = autoencoder_kl(**SHAPES[kind])
     file = tmp_path / "vae.safetensors"
     export(ours(before), file, LDM)
     written = load_file(file)
     assert_equal(written, latent_diffusion_names(before))
+    # As anybody can look them up in vae-ft-mse-840000-ema-pruned.safetensors, at full width.
     for (
         name,
         shape,
-    ) in {  # as anybody can look them up in vae-ft-mse-840000-ema-pruned.safetensors, at full width
+    ) in {
         "encoder.down.1.block.0.nin_shortcut.weight": (64, 32, 1, 1),
         "encoder.mid.attn_1.q.weight": (128, 128, 1, 1),
         "decoder.up.0.block.0.nin_shortcut.weight": (32, 64, 1, 1),
@@ -122,7 +123,7 @@ def test_names_bits_and_outputs(kind, tmp_path):
         assert torch.equal(after.decode(z.mode()), before.decode(z.mode()).sample)
 
 
-def test_diffusers_reads_the_file(tmp_path):
+def test_diffusers_reads_an_ldm_export(tmp_path):
     """Its single-file loader, with its own conversion of the names and the widths from a config."""
     before = autoencoder_kl()
     before.save_pretrained(tmp_path / "config")
@@ -149,11 +150,12 @@ def test_shapes_that_comfyui_does_not_build_are_noted():
         assert list(LDM.notes(ours(autoencoder_kl(**shape)))) == odd
 
 
-def test_a_range_that_a_format_does_not_say_is_noted():
+def test_pixel_range_that_a_format_does_not_hold_is_noted():
     model = tiny_litevae()
     model.pixel_range = PixelRange.from_node([0, 4095])
     assert list(COMFYUI.notes(model)) == [
-        "values of images, 0 to 4095, linear: what loads this format takes and gives [-1, 1] for them"
+        "values of images, 0 to 4095, linear: "
+        "what loads this format takes and gives [-1, 1] for them"
     ]
     assert not list(LAYOUTS["litevae"]().notes(model))
     model = ours(autoencoder_kl(widths=(32,)))
@@ -168,22 +170,22 @@ def test_a_range_that_a_format_does_not_say_is_noted():
         (
             LDM,
             {"norm_num_groups": 16},
-            "16 groups: latent-diffusion always has 32: `format` diffusers can hold it",
+            "16 groups: .* 32: `format` diffusers",
         ),
         (
             LDM,
             {"mid_block_add_attention": False},
-            "no attention in the middle: latent-diffusion always has it",
+            "no attention in the middle",
         ),
         (
             DIFFUSERS,
             None,
-            "the encoder has num_res_blocks 2, the decoder 3: AutoencoderKL has the same in both",
+            "num_res_blocks 2, the decoder 3",
         ),
         (COMFYUI, {}, "an AutoencoderKL: `format` ldm is what ComfyUI loads"),
     ],
 )
-def test_what_a_format_can_not_express(layout, changes, message, tmp_path):
+def test_autoencoders_that_a_format_can_not_express_are_refused(layout, changes, message, tmp_path):
     model = ours(autoencoder_kl((32, 32), **(changes or {})))
     if changes is None:
         model.decoder.node["params"]["num_res_blocks"] = 3
@@ -194,7 +196,7 @@ def test_what_a_format_can_not_express(layout, changes, message, tmp_path):
 
 # comfyui; its node is tested in tests/integrations/test_comfyui.py
 @pytest.mark.parametrize("fold", [False, True])
-def test_a_litevae_a_file_a_target(fold, tmp_path):
+def test_comfyui_file_of_a_litevae_is_a_target(fold, tmp_path):
     model, file = tiny_litevae(), tmp_path / "vae.safetensors"
     model.set_for_diffusion(
         {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4, "force_upcast": True}
@@ -225,14 +227,14 @@ def write_comfyui(model: LiteVAE, file: Path, /, **changes: object) -> None:
 HARMFUL = {"target": "os.system", "params": {"command": "touch harmed"}}
 
 
-def test_received_files_build_networks_of_ours_only(tmp_path):
+def test_comfyui_files_build_networks_of_ours_only(tmp_path):
     write_comfyui(tiny_litevae(), tmp_path / "vae.safetensors", encoder_config=HARMFUL)
-    with pytest.raises(ValueError, match=r"os.system is not a network of this package: refused"):
+    with pytest.raises(ValueError, match=r"os.system is not a network"):
         find_target(tmp_path / "vae.safetensors")
 
 
 @pytest.mark.parametrize("in_run", [False, True])
-def test_a_training_config_in_a_header_does_not_count(tmp_path, in_run):
+def test_training_config_in_a_safetensors_header_does_not_count(tmp_path, in_run):
     """Wherever the file lies: beside a run's config, that one counts."""
     model, file = tiny_litevae(), tmp_path / "checkpoints" / "vae.safetensors"
     file.parent.mkdir()
@@ -248,14 +250,12 @@ def test_a_training_config_in_a_header_does_not_count(tmp_path, in_run):
             find_target(file)
 
 
-def test_a_flipped_bit_is_seen(tmp_path):
+def test_flipped_bit_of_a_comfyui_file_is_seen(tmp_path):
     """Of the weights, and of the config in the header."""
     file = tmp_path / "vae.safetensors"
     export(tiny_litevae(), file, COMFYUI)
     whole, key = file.read_bytes(), b'scaling_factor\\": 0'
     for where in (len(whole) - 5, whole.index(key) + len(key) - 1):
         file.write_bytes(whole[:where] + bytes([whole[where] ^ 2]) + whole[where + 1 :])
-        with pytest.raises(
-            ValueError, match=r"vae.safetensors: damaged: its SHA-256 is not the one in its header"
-        ):
+        with pytest.raises(ValueError, match=r"vae.safetensors: damaged: its SHA-256"):
             LiteVAE.from_pretrained(file)

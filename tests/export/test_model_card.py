@@ -38,8 +38,10 @@ def card_of(model: LiteVAE, provenance: Provenance, layout: str = "litevae") -> 
     return model_card(model, LAYOUTS[layout](), "vae", provenance, onnx=False)
 
 
-def test_names_that_were_received_are_text(metrics):
-    """Of the run, its data, its weights and rows: one line each, without HTML, links or cells of their own."""
+def test_model_card_escapes_received_names(metrics):
+    """Of the run, its data, its weights and rows: one line each, without HTML, links or cells of
+    their own.
+    """
     name = "<script>a</script>\n# [x](https://example.org) | \x1b[2J"
     changed = json.loads(metrics.read_text())
     changed["results"][0]["target"] = changed["protocol"]["name"] = name
@@ -52,7 +54,7 @@ def test_names_that_were_received_are_text(metrics):
     assert not re.search(r"(?<!\\)<script|(?<!\\)\[x|^# \[|\x1b", card, re.MULTILINE)
 
 
-def test_the_model_card(metrics, tmp_path):
+def test_model_card_says_data_numbers_and_licence(metrics, tmp_path):
     config = {
         **tiny_config(),
         "data": {
@@ -80,7 +82,8 @@ def test_the_model_card(metrics, tmp_path):
         "| bicubic | 22 | - | 0.612 |",
         "`open-litevae`, version 1, ab12",
         "Half precision: not measured: `olvae evaluate` compares fp16, bf16 and 32.",
-        "`olvae.data.picture_folder.FolderSource`, cats, up to 4 steps, from the weights of 2026_a_32.",
+        "`olvae.data.picture_folder.FolderSource`, cats, up to 4 steps, "
+        "from the weights of 2026_a_32.",
         "Weights: mit.",
         "LiteVAE.from_pretrained(",
     ):
@@ -90,8 +93,14 @@ def test_the_model_card(metrics, tmp_path):
 
     export(tiny_litevae().fold(), tmp_path / "bare", None, None, Provenance("x", raw=True))
     card = (tmp_path / "bare" / "README.md").read_text()
-    for text in ("license: unknown", "Not measured", "not measured: `olvae latents`", "Unknown.", "Not stated;",
-                 "float32, as trained, self-modulated convolutions folded"):  # fmt: skip
+    for text in (
+        "license: unknown",
+        "Not measured",
+        "not measured: `olvae latents`",
+        "Unknown.",
+        "Not stated;",
+        "float32, as trained, self-modulated convolutions folded",
+    ):
         assert text in card
     assert not (tmp_path / "bare" / "metrics.json").exists()
 
@@ -133,8 +142,10 @@ def test_the_card_of_stock_networks():
     )
     for text in (
         "tags: [autoencoder, vae]\n",
-        "An autoencoder with the networks of diffusers' AutoencoderKL, f2 with 4 channels, made with open-LiteVAE.",
-        "| scaling factor | 1 (from sd); a diffusion model takes (z - latents_mean) * scaling / latents_std |",
+        "An autoencoder with the networks of diffusers' AutoencoderKL, f2 with 4 channels, "
+        "made with open-LiteVAE.",
+        "| scaling factor | 1 (from sd); "
+        "a diffusion model takes (z - latents_mean) * scaling / latents_std |",
         "| latents_mean | 0.1, -0.2, 0.3, 0 |",
         "| latents_std | 1.5, 0.5, 2, 1 |",
         "AutoencoderKL.from_pretrained(",
@@ -146,19 +157,20 @@ def test_the_card_of_stock_networks():
 
 
 def test_the_card_of_a_student_of_flux2():
-    """A LiteVAE, whose factors only pipelines of AutoencoderKL take; one for each position of 2x2."""
+    """A LiteVAE, whose factors only pipelines of AutoencoderKL take;
+    one for each position of 2x2.
+    """
     model = tiny_litevae().set_for_diffusion(
         {"latents_mean": [0.5] * 16, "latents_std": [2.0] * 16}
     )
     card = card_of(model, Provenance("a_run"))
-    assert (
-        "| latents_mean, for 2x2 positions of each channel, row by row: pack them first | 0.5, 0.5, "
-        in card
-    )
-    assert (
-        "| note | latents_mean, latents_std: pipelines of FLUX.2, Qwen-Image and Wan take them from "
-        in card
-    )
+    for row in (
+        "| latents_mean, for 2x2 positions of each channel, row by row: pack them first "
+        "| 0.5, 0.5, ",
+        "| note | latents_mean, latents_std: "
+        "pipelines of FLUX.2, Qwen-Image and Wan take them from ",
+    ):
+        assert row in card
     assert "| note |" not in card_of(tiny_litevae(), Provenance("a_run"))
 
 
@@ -217,8 +229,10 @@ def test_the_card_names_the_models_that_it_is_from(weights, teacher, expected, t
         ({"protocol": {"name": "a", "version": 1}}, {"precision": {"dtype": "fp16"}}),
     ],
 )
-def test_numbers_of_something_else(tmp_path, protocol, entry):
-    """A protocol without a name, or an entry that has nothing to show, is a metrics.json of something else."""
+def test_model_card_refuses_metrics_json_of_something_else(tmp_path, protocol, entry):
+    """A protocol without a name, or an entry that has nothing to show,
+    is a metrics.json of something else.
+    """
     row = {"target": "a", "n": 1, "metrics": {"psnr": 20.0}, "skipped": {}, **entry}
     (tmp_path / "metrics.json").write_text(
         json.dumps({"protocol_hash": "0", "results": [row], **protocol})

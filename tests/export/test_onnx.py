@@ -19,9 +19,8 @@ def small(
     encoder: dict | None = None, decoder: dict | None = None, use_quant: bool = False
 ) -> LiteVAE:
     params = tiny_config()["model"]["params"]
-    params["encoder_config"]["params"] |= {"dct_levels": 2} | (
-        encoder or {}
-    )  # f4: a graph that is made in seconds
+    # f4: a graph that is made in seconds.
+    params["encoder_config"]["params"] |= {"dct_levels": 2} | (encoder or {})
     params["decoder_config"]["params"] |= {"channel_mult": [1, 1, 1]} | (decoder or {})
     return LiteVAE.from_config(
         params["encoder_config"], params["decoder_config"], 4, use_quant
@@ -48,15 +47,14 @@ def check_files(model: LiteVAE, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_files_are_right_at_sizes_not_seen(tmp_path):
+def test_onnx_files_are_right_at_sizes_not_seen(tmp_path):
     model = small(use_quant=True)
     differences = export(model, tmp_path / "vae", settings=ExportSettings(onnx=True))
     assert max(differences.values()) < 1e-4
     check_files(model, tmp_path / "vae")
     assert "`encoder.onnx` takes `image`" in (tmp_path / "vae" / "README.md").read_text()
-    assert (
-        LiteVAE.from_pretrained(tmp_path / "vae").latent_channels == 4
-    )  # the files besides do not disturb it
+    # The files besides do not disturb it.
+    assert LiteVAE.from_pretrained(tmp_path / "vae").latent_channels == 4
 
 
 @pytest.mark.slow
@@ -68,13 +66,13 @@ def test_files_are_right_at_sizes_not_seen(tmp_path):
         ({"linear": True}, {"linear": True}),
     ],
 )
-def test_other_networks(encoder, decoder, tmp_path):
+def test_onnx_files_of_other_networks(encoder, decoder, tmp_path):
     model = small(encoder, decoder)
     export_onnx(model, tmp_path)
     check_files(model, tmp_path)
 
 
-def test_a_file_that_differs_is_refused(tmp_path, monkeypatch):
+def test_onnx_file_that_differs_is_refused(tmp_path, monkeypatch):
     class Session:
         def __init__(self, file, providers):
             pass
@@ -100,7 +98,7 @@ def test_a_file_that_differs_is_refused(tmp_path, monkeypatch):
         export_onnx(model.bfloat16(), tmp_path)
 
 
-def test_without_the_extra(tmp_path, monkeypatch):
+def test_onnx_without_onnxruntime_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(
         ConfigError, match=r"ONNX needs onnxruntime: pip install 'open-litevae\[onnx\]'"

@@ -1,4 +1,5 @@
-"""What every input is watched for: time, memory, code that runs, and errors that are not one line."""
+"""What every input is watched for: time, memory, code that runs,
+and errors that are not one line."""
 
 import faulthandler
 import os
@@ -52,11 +53,8 @@ class Watch:
         with self._limits():
             try:
                 use()
-            except (
-                ValueError,
-                OSError,
-                ArithmeticError,
-            ) as error:  # which the commands print, a line each
+            # which the commands print, a line each
+            except (ValueError, OSError, ArithmeticError) as error:
                 lines = error.mistakes if isinstance(error, ConfigError) else (str(error),)
         self.outcomes["refused" if lines else "read"] += 1
         assert all(line.strip() and "\n" not in line.strip() for line in lines), lines

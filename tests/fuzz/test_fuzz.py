@@ -1,4 +1,6 @@
-"""``make fuzz``: mutated files through what reads them. FUZZ_INPUTS and FUZZ_SECONDS bound it, together.
+"""``make fuzz``: mutated files through what reads them.
+
+FUZZ_INPUTS and FUZZ_SECONDS bound it, together.
 
 What fails is kept in ``examples`` beside this file and tried first the next time.
 """
@@ -97,7 +99,7 @@ ARRAYS = [
 
 
 @inputs(0.15)
-def test_arrays(watch, tmp_path_factory, changes, which):
+def test_mutated_arrays_are_read_or_refused(watch, tmp_path_factory, changes, which):
     name, seed = (*ARRAYS, ("a.exr", half(tmp_path_factory.getbasetemp())))[
         which % (len(ARRAYS) + 1)
     ]
@@ -112,7 +114,7 @@ def half(folder: Path) -> bytes:
 
 
 @inputs(0.15)
-def test_images(watch, changes, which):
+def test_mutated_images_are_read_or_refused(watch, changes, which):
     name, seed = IMAGES[which % len(IMAGES)]
     data = mutate(seed, changes, [content for _, content in IMAGES])
 
@@ -132,7 +134,7 @@ def shards(tmp_path_factory) -> Path:
 
 
 @inputs(0.15)
-def test_shards(watch, shards, changes, which):
+def test_mutated_shards_are_read_or_refused(watch, shards, changes, which):
     import gzip
 
     file = shards / ("mutated.tar.gz" if which % 4 == 0 else "mutated.tar")
@@ -181,7 +183,8 @@ def model() -> LiteVAE:
 def checkpoints(
     model, tmp_path_factory
 ) -> tuple[Path, list[tuple[bytes, dict[str, bytes] | None]]]:
-    """A folder with the config, and files of torch: whole, or a pickle with the other records of its archive."""
+    """A folder with the config, and files of torch: whole,
+    or a pickle with the other records of its archive."""
     folder = tmp_path_factory.mktemp("checkpoints")
     config = tiny_config()
     save({"model": config["model"]}, folder / "a.yaml")
@@ -210,7 +213,7 @@ def checkpoints(
 
 
 @inputs(0.2)
-def test_checkpoints(watch, checkpoints, changes, which):
+def test_mutated_checkpoints_are_read_or_refused(watch, checkpoints, changes, which):
     folder, seeds = checkpoints
     seed, records = seeds[which % len(seeds)]
     data = mutate(
@@ -230,7 +233,7 @@ def test_checkpoints(watch, checkpoints, changes, which):
 
 
 @inputs(0.1)
-def test_safetensors(watch, model, tmp_path_factory, changes, which):
+def test_mutated_safetensors_are_read_or_refused(watch, model, tmp_path_factory, changes, which):
     file = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
     state = {f"olvae.{name}": tensor for name, tensor in model.state_dict().items()}
     save_file(state, file, metadata={"format": "pt", "config": json.dumps(model.export_config())})
@@ -247,7 +250,7 @@ def test_safetensors(watch, model, tmp_path_factory, changes, which):
 
 
 @inputs(0.1)
-def test_configs(watch, model, tmp_path_factory, changes, which):
+def test_mutated_configs_are_read_or_refused(watch, model, tmp_path_factory, changes, which):
     folder = tmp_path_factory.getbasetemp() / "config"
     shutil.rmtree(folder, ignore_errors=True)
     if which % 2:
@@ -277,7 +280,7 @@ def latents(tmp_path_factory) -> Path:
 
 
 @inputs(0.1)
-def test_latents(watch, latents, changes, which):
+def test_mutated_latents_are_read_or_refused(watch, latents, changes, which):
     import tarfile
 
     folder = latents / "mutated"
@@ -309,7 +312,7 @@ def test_latents(watch, latents, changes, which):
 
 
 @inputs(0.05)
-def test_indexes(watch, tmp_path_factory, changes, which):
+def test_mutated_indexes_are_read_or_refused(watch, tmp_path_factory, changes, which):
     folder = tmp_path_factory.getbasetemp() / "indexed"
     folder.mkdir(exist_ok=True)
     for name in ("a", "b"):

@@ -52,14 +52,14 @@ BY_HAND["bce"] = (
 
 
 @pytest.mark.parametrize("name", dict.fromkeys((*ADVERSARIAL_LOSSES, *BY_HAND)))
-def test_by_hand(name: str):
+def test_discriminator_and_generator_losses_by_hand(name: str):
     d, g = BY_HAND[name]
     assert discriminator_loss(name, REAL, FAKE).item() == pytest.approx(d, rel=1e-12)
     assert generator_loss(name, FAKE).item() == pytest.approx(g, rel=1e-12)
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL_LOSSES)
-def test_half_precision_logits_are_taken_in_float32(name: str):
+def test_gan_losses_take_half_precision_logits_in_float32(name: str):
     torch.manual_seed(0)
     r, f = torch.randn(4096).bfloat16() + 100, torch.randn(4096).bfloat16() + 100
     with torch.autocast("cpu", torch.bfloat16):
@@ -71,7 +71,7 @@ def test_half_precision_logits_are_taken_in_float32(name: str):
     assert g.item() == pytest.approx(generator_loss(name, [f.double()]).item(), rel=1e-5, abs=1e-5)
 
 
-def test_accuracy_by_hand():
+def test_discriminator_accuracy_by_hand():
     real = [torch.tensor([2.0, -1.0, 0.0, 3.0]), torch.tensor([[0.6, 0.4]])]
     fake = [torch.tensor([-2.0, -1.0, 1.0]), torch.tensor([[0.4]])]
     # fence 0: real right 2.5 of 4, fake 2 of 3; then 2 of 2, 0 of 1
@@ -83,22 +83,19 @@ def test_accuracy_by_hand():
     assert discriminator_accuracy(real, fake, "lsgan").item() == pytest.approx(expected)
 
 
-def test_accuracy_of_wgan_ignores_a_constant():
-    real, fake = (
-        torch.tensor([3.0, 1.0, -1.0]),
-        torch.tensor([-4.0, -2.0, 0.0]),
-    )  # means 1, -2: the fence is at -0.5
+def test_discriminator_accuracy_of_wgan_ignores_a_constant():
+    # Means 1, -2: the fence is at -0.5.
+    real = torch.tensor([3.0, 1.0, -1.0])
+    fake = torch.tensor([-4.0, -2.0, 0.0])
     expected = (2 / 3 + 2 / 3) / 2
     for constant in (0.0, 100.0, -7.0):
         accuracy = discriminator_accuracy([real + constant], [fake + constant], "wgan")
         assert accuracy.item() == pytest.approx(expected)
 
 
-def test_errors():
+def test_gan_losses_refuse_unknown_names_and_unpaired_logits():
     t = torch.zeros(2)
-    with pytest.raises(
-        ValueError, match="must be one of hinge, logistic, lsgan, wgan, bce, got 'vanilla'"
-    ):
+    with pytest.raises(ValueError, match=r"one of hinge, logistic, .*got 'vanilla'"):
         generator_loss("vanilla", [t])
     with pytest.raises(ValueError, match="2 real and 1 fake"):
         discriminator_loss("hinge", [t, t], [t])

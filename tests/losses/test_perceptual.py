@@ -38,7 +38,9 @@ def lite0() -> Lite0:
 
 
 def test_esrgan_equals_torchvisions_vgg19(vgg19):
-    """In float64, the whole network up to the 16th convolution, whose output ReLU has not touched."""
+    """In float64, the whole network up to the 16th convolution,
+    whose output ReLU has not touched.
+    """
     theirs = torchvision.models.vgg19(weights=None, init_weights=False)
     theirs.load_state_dict(torch.load(vgg19, weights_only=True))
     theirs.double().eval()
@@ -54,9 +56,8 @@ def test_esrgan_equals_torchvisions_vgg19(vgg19):
     assert (outputs[0] < 0).any()
     expected = (outputs[0] - outputs[1]).abs().mean().item()
     ours = ESRGAN(str(vgg19)).double()
-    assert ours(x, y).item() == pytest.approx(
-        expected, rel=1e-7
-    )  # mean and deviation are float32's
+    # Mean and deviation are float32's.
+    assert ours(x, y).item() == pytest.approx(expected, rel=1e-7)
     assert expected > 0.01
     assert ours(x, x).item() == 0
 
@@ -93,7 +94,7 @@ def test_lite0_knows_blur_and_not_brightness(lite0):
 
 
 @pytest.mark.parametrize("name", ["loss", "esrgan", "lite0"])
-def test_gradients_reach_the_reconstruction_and_not_the_network(name, request):
+def test_perceptual_gradients_reach_the_reconstruction_and_not_the_network(name, request):
     loss = request.getfixturevalue(name)
     y = (torch.rand(1, 3, 32, 32) * 2 - 1).requires_grad_()
     loss(torch.zeros(1, 3, 32, 32), y).backward()
@@ -104,7 +105,7 @@ def test_gradients_reach_the_reconstruction_and_not_the_network(name, request):
     assert all(p.grad is None for p in loss.network.parameters())
 
 
-def test_three_channels_of_many(lite0, monkeypatch):
+def test_lpips_channels_choose_three_of_many(lite0, monkeypatch):
     x, y = (torch.rand(2, 5, 32, 32) * 2 - 1 for _ in range(2))
     expected = lite0(x[:, [3, 2, 1]], y[:, [3, 2, 1]])
     monkeypatch.setattr(lite0, "channels", [3, 2, 1])
@@ -113,7 +114,7 @@ def test_three_channels_of_many(lite0, monkeypatch):
 
 @pytest.mark.parametrize("name", ["loss", "esrgan", "lite0"])
 @pytest.mark.parametrize("channels", [1, 4])
-def test_other_channels_are_compared_one_by_one(name, channels, request):
+def test_perceptual_losses_compare_other_channels_one_by_one(name, channels, request):
     loss = request.getfixturevalue(name)
     x, y = torch.rand(2, channels, 32, 32), torch.rand(2, channels, 32, 32)
     grey = [
@@ -124,7 +125,7 @@ def test_other_channels_are_compared_one_by_one(name, channels, request):
 
 
 @pytest.mark.parametrize("name", ["loss", "esrgan", "lite0"])
-def test_float32_under_autocast(name, request):
+def test_perceptual_losses_are_float32_under_autocast(name, request):
     loss = request.getfixturevalue(name)
     x, y = torch.rand(1, 3, 32, 32), torch.rand(1, 3, 32, 32)
     outside = loss(x, y)
@@ -133,7 +134,7 @@ def test_float32_under_autocast(name, request):
 
 
 @pytest.mark.parametrize(("loss", "file"), [(LPIPS, VGG16), (ESRGAN, VGG19)])
-def test_says_what_is_missing(loss, file, nowhere):
+def test_missing_perceptual_weights_say_what_to_put_where(loss, file, nowhere):
     with pytest.raises(FileNotFoundError) as error:
         loss()
     text = str(error.value)
@@ -148,7 +149,7 @@ def test_says_what_is_missing(loss, file, nowhere):
         assert part in text
 
 
-def test_a_named_file_that_is_not_there(nowhere):
+def test_perceptual_weights_file_that_is_not_there_is_an_error(nowhere):
     with pytest.raises(FileNotFoundError, match=r"elsewhere\.pth"):
         LPIPS("/nowhere/elsewhere.pth")
     with pytest.raises(
@@ -157,14 +158,14 @@ def test_a_named_file_that_is_not_there(nowhere):
         ESRGAN("elsewhere.pth")
 
 
-def test_the_network_draws_no_random_numbers():
+def test_perceptual_network_draws_no_random_numbers():
     """A training's other networks begin alike with it and without it."""
     before = torch.get_rng_state()
     conv5_4(None)
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_file_of_something_else(tmp_path, vgg):
+def test_perceptual_weights_of_something_else_are_refused(tmp_path, vgg):
     with pytest.raises(ValueError, match=r"not a file of VGG19 weights: features\.\d+\.\w+ is"):
         conv5_4(vgg)
     path = tmp_path / "other.pth"

@@ -6,7 +6,9 @@ from torch import nn
 
 
 def pairs(n: int, size: int, seed: int = 0) -> tuple[list[str], torch.Tensor, torch.Tensor]:
-    """Keys, smooth random images of their own contrast, and their noisy copies, whose noise differs from one to one."""
+    """Keys, smooth random images of their own contrast, and their noisy copies,
+    whose noise differs from one to one.
+    """
     rng = np.random.default_rng(seed)
     coarse = torch.from_numpy(
         rng.normal(size=(n, 3, 6, 6)) * rng.uniform(10, 60, (n, 1, 1, 1))

@@ -1,4 +1,6 @@
-"""LPIPS against its package; rFID and KID against float64 by hand, and on Inception against torch-fidelity."""
+"""LPIPS against its package; rFID and KID against float64 by hand,
+and on Inception against torch-fidelity.
+"""
 
 import json
 import pickle
@@ -93,7 +95,7 @@ def test_kid_of_all_images_is_the_unbiased_mmd(batch):
     }
 
 
-def test_batches_order_and_processes_make_no_difference(batch):
+def test_rfid_and_kid_do_not_depend_on_batches_order_and_processes(batch):
     keys, x, y = batch
     whole = both()
     whole[0].update(keys, x, y)
@@ -115,7 +117,7 @@ def test_batches_order_and_processes_make_no_difference(batch):
         assert [metric.compute() for metric in other] == values
 
 
-def test_features_are_computed_once_and_pickled_once(batch):
+def test_rfid_and_kid_compute_and_pickle_features_once(batch):
     keys, x, y = batch
     seen = []
 
@@ -136,7 +138,7 @@ def test_features_are_computed_once_and_pickled_once(batch):
     assert everything < 2.2 * pair
 
 
-def test_one_image_and_few_images(batch):
+def test_rfid_and_kid_of_one_image_and_of_few_images(batch):
     keys, x, y = batch
     metrics = both()
     metrics[0].update(keys[:1], x[:1], y[:1])
@@ -153,7 +155,7 @@ def test_one_image_and_few_images(batch):
     assert "warning" not in metrics[0].details
 
 
-def test_subsets_of_many_images_do_not_depend_on_the_order(monkeypatch):
+def test_kid_subsets_of_many_images_do_not_depend_on_the_order(monkeypatch):
     monkeypatch.setitem(DEFAULTS, "kid_subsets", 2)
     x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1200, 3, 2, 2), dtype=np.uint8))
     results = []
@@ -187,7 +189,9 @@ def theirs(folder, keys, x, y, weights) -> tuple[float, float]:
 
 
 def without_root(one, two, verbose) -> dict[str, float]:
-    """What the Fréchet distance is computed from; its square root takes seconds with 2048 features."""
+    """What the Fréchet distance is computed from; its square root takes seconds with 2048
+    features.
+    """
     values = ((one[name] - two[name]) for name in ("mu", "sigma"))
     return {"frechet_inception_distance": sum(float(np.square(value).sum()) for value in values)}
 
@@ -195,7 +199,7 @@ def without_root(one, two, verbose) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("n", "whole"), [(2, False), pytest.param(100, True, marks=pytest.mark.slow)]
 )
-def test_equals_torch_fidelity(tmp_path, weights_dir, monkeypatch, n, whole):
+def test_rfid_and_kid_equal_torch_fidelity(tmp_path, weights_dir, monkeypatch, n, whole):
     for module in [] if whole else ["metric_fid", "metrics"]:
         monkeypatch.setattr(f"torch_fidelity.{module}.fid_statistics_to_metric", without_root)
     keys, x, y = pairs(n, 64)
@@ -211,7 +215,7 @@ def test_equals_torch_fidelity(tmp_path, weights_dir, monkeypatch, n, whole):
     assert abs(kid) > 0.01
 
 
-def test_features(weights_dir):
+def test_inception_features_do_not_depend_on_the_batch(weights_dir):
     inception = Inception(weights_dir / INCEPTION.name)
     _, x, _ = pairs(2, 64)
     together, alone = inception(x), inception(x[1:])
@@ -227,7 +231,9 @@ WIDTH_OF_VIT, BLOCKS, HEADS = 24, 2, 3
 
 
 def published_names(width: int, blocks: int) -> dict[str, tuple[int, ...]]:
-    """The tensors of dinov2_vitl14_pretrain.pth, which has 1024 and 24: names and shapes of Meta's file."""
+    """The tensors of dinov2_vitl14_pretrain.pth, which has 1024 and 24:
+    names and shapes of Meta's file.
+    """
     block = {
         "norm1.weight": (width,),
         "norm1.bias": (width,),
@@ -262,7 +268,9 @@ def published_names(width: int, blocks: int) -> dict[str, tuple[int, ...]]:
 
 @pytest.fixture
 def dinov2(tmp_path, monkeypatch):
-    """A folder with random weights under the name, and in the format, of DINOv2's file; the network is a narrow one."""
+    """A folder with random weights under the name, and in the format, of DINOv2's file;
+    the network is a narrow one.
+    """
     whole = vision_transformer._create_vision_transformer
     narrow = {"embed_dim": WIDTH_OF_VIT, "depth": BLOCKS, "num_heads": HEADS}
     monkeypatch.setattr(
@@ -304,9 +312,8 @@ def class_tokens(weights: dict[str, torch.Tensor], images: torch.Tensor) -> np.n
         .flatten(3)
         .flatten(1, 2)
     )
-    t = (
-        patches @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"]
-    )  # (B, 256, D)
+    # (B, 256, D).
+    t = patches @ w["patch_embed.proj.weight"].flatten(1).T + w["patch_embed.proj.bias"]
     grid = w["pos_embed"][:, 1:].float().unflatten(1, (37, 37)).movedim(-1, 1)
     places = (
         nn.functional.interpolate(grid, (16, 16), mode="bicubic", antialias=True)
@@ -333,7 +340,7 @@ def class_tokens(weights: dict[str, torch.Tensor], images: torch.Tensor) -> np.n
     return of(F.layer_norm, t, "norm", (WIDTH_OF_VIT,))[:, 0].numpy()
 
 
-def test_fdd_by_its_command(dinov2, tmp_path, nowhere):
+def test_fdd_by_olvae_evaluate(dinov2, tmp_path, nowhere):
     """From the file to metrics.json."""
     keys, x, _ = pairs(6, 32)
     (tmp_path / "images").mkdir()
@@ -378,33 +385,32 @@ def test_fdd_by_its_command(dinov2, tmp_path, nowhere):
     assert "DINOv2 ViT-L/14" in content["protocol"]["fdd"]
 
 
-def test_the_published_file_fits_its_network():
+def test_published_dinov2_file_fits_its_network():
     """All its names and shapes, without values."""
     with torch.device("meta"):
         tensors = {name: torch.empty(shape) for name, shape in published_names(1024, 24).items()}
-        assert (
-            sum(tensor.numel() for tensor in tensors.values()) == 304_368_640
-        )  # as published, with the mask token
+        # As published, with the mask token.
+        assert sum(tensor.numel() for tensor in tensors.values()) == 304_368_640
         assert VisionEncoder(DINOV2_MODEL, tensors).class_token(
             torch.empty(1, 3, 64, 64), 224
         ).shape == (1, 1024)
 
 
-def test_fdd_without_its_network(dinov2, monkeypatch):
+def test_fdd_without_its_network_is_skipped(dinov2, monkeypatch):
     _, x, _ = pairs(2, 64)
     with pytest.raises(Unavailable, match="DINOv2 needs images of 3 channels, got 1"):
         DINOv2(dinov2 / DINOV2.name)(x[:, :1])
     torch.save({"cls_token": torch.zeros(1, 1, 7)}, dinov2 / DINOV2.name)
     with pytest.raises(
         ValueError,
-        match=r"dinov2_vitl14_pretrain\.pth is not a file of DINOv2 weights: these are not",
+        match=r"dinov2_vitl14_pretrain\.pth is not a file of DINOv2",
     ):
         build_metrics(["fdd"], dinov2)
     monkeypatch.setattr("olvae.metrics.find_spec", lambda name: None)
     assert "open-litevae[align]" in build_metrics(["fdd"], dinov2)().skipped["fdd"]
 
 
-def test_files_of_something_else(tmp_path, weights_dir):
+def test_inception_and_dinov2_files_of_something_else_are_refused(tmp_path, weights_dir):
     path = tmp_path / INCEPTION.name
     state = torch.load(weights_dir / INCEPTION.name, weights_only=True)
     torch.save({**state, "fc.weight": torch.zeros(1000, 2048)}, path)
@@ -428,14 +434,13 @@ PUBLISHED = {"vgg": torchvision.models.VGG16_Weights, "alex": torchvision.models
 
 
 @pytest.mark.parametrize("trunk", ["vgg", "alex"])
-def test_equals_the_lpips_package(trunk, weights_dir, monkeypatch):
+def test_lpips_equals_the_lpips_package(trunk, weights_dir, monkeypatch):
     """The package loads the same file its own way: through torchvision's loader."""
     path = weights_dir / TRUNKS[trunk].name
     state = torch.load(path, weights_only=True)
     monkeypatch.setattr(PUBLISHED[trunk], "get_state_dict", lambda *args, **kwargs: state)
-    monkeypatch.setattr(
-        nn.Linear, "reset_parameters", lambda layer: None
-    )  # takes seconds, and is overwritten
+    # Takes seconds, and is overwritten.
+    monkeypatch.setattr(nn.Linear, "reset_parameters", lambda layer: None)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = reference.LPIPS(net=trunk, verbose=False)
@@ -459,9 +464,7 @@ def test_equals_the_lpips_package(trunk, weights_dir, monkeypatch):
             ours(wrong, wrong)
 
 
-def test_inception_sees_whole_levels(weights_dir):
-    inception, x = (
-        Inception(weights_dir / INCEPTION.name),
-        torch.randint(1, 256, (1, 3, 32, 32), dtype=torch.uint8),
-    )
+def test_inception_rounds_images_to_whole_levels(weights_dir):
+    inception = Inception(weights_dir / INCEPTION.name)
+    x = torch.randint(1, 256, (1, 3, 32, 32), dtype=torch.uint8)
     assert np.array_equal(inception(x.float() - 0.25), inception(x))

@@ -20,16 +20,15 @@ def run(name: str, keys, x, y, size: int = 4) -> PerImage:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_batches_order_and_processes_make_no_difference(name):
+def test_pixel_metrics_do_not_depend_on_batches_order_and_processes(name):
     keys, x, y = pairs(7, 176 if name == "ms_ssim" else 32)
     whole = run(name, keys, x, y, size=7)
     assert len(set(whole.per_image().values())) == 7
     order = [3, 6, 0, 5, 1, 4, 2]
     shuffled = run(name, [keys[i] for i in order], x[order], y[order], size=2)
-    first, second = (
-        run(name, keys[:4], x[:4], y[:4]),
-        run(name, keys[2:], x[2:], y[2:], size=1),
-    )  # two in both
+    # Two in both.
+    first = run(name, keys[:4], x[:4], y[:4])
+    second = run(name, keys[2:], x[2:], y[2:], size=1)
     second.merge(pickle.loads(pickle.dumps(first.state())))
     second.merge(second.state())
     rounding = 1e-12 if name in ("psnr", "l1") else 1e-6
@@ -39,7 +38,7 @@ def test_batches_order_and_processes_make_no_difference(name):
     assert whole.compute() == pytest.approx(sum(whole.per_image().values()) / 7, rel=1e-12)
 
 
-def test_equal_images():
+def test_pixel_metrics_of_equal_images():
     keys, x, y = pairs(3, 176)
     assert {name: run(name, keys, x, x).compute() for name in NAMES} == {
         "psnr": math.inf,
@@ -55,7 +54,7 @@ def test_equal_images():
     assert [math.isinf(value) for value in metric.per_image().values()] == [False, True, False]
 
 
-def test_what_is_not_a_number_is_no_other_pair():
+def test_nan_metric_of_one_pair_is_no_other_pair():
     """A float32 reconstruction that overflows, of a stated range: `compute` has words for it."""
     keys, x, y = pairs(2, 32)
     metric = run("psnr", keys, x.float(), y * math.nan)
@@ -65,7 +64,7 @@ def test_what_is_not_a_number_is_no_other_pair():
         metric.update(keys, x, y)
 
 
-def test_different_images_under_one_key():
+def test_different_images_under_one_key_are_refused():
     keys, x, y = pairs(2, 32)
     with pytest.raises(ValueError, match=r"two different pairs of images have the key '0000\.png'"):
         run("psnr", ["0000.png", "0000.png"], x, y)
@@ -82,7 +81,7 @@ def metric_set(keys, x, y) -> MetricSet:
     return metrics
 
 
-def test_a_set_has_values_or_reasons(nowhere):
+def test_metric_set_has_values_or_reasons(nowhere):
     keys, x, y = pairs(2, 32)
     metrics = metric_set(keys, x, y)
     assert metrics.compute() == {"psnr": run("psnr", keys, x, y).compute()}
@@ -104,7 +103,7 @@ def test_a_metric_that_one_process_dropped_is_dropped_by_all(nowhere):
     assert second.compute() == {"psnr": pytest.approx(run("psnr", keys, x, y).compute(), rel=1e-12)}
 
 
-def test_images_that_do_not_fit_together():
+def test_metric_refuses_images_that_do_not_fit_together():
     keys, x, y = pairs(2, 32)
     metric = run("l1", keys, x, y)
     for bad, message in (
@@ -117,7 +116,7 @@ def test_images_that_do_not_fit_together():
             metric.update(*bad)
 
 
-def test_computes_in_full_precision():
+def test_metrics_compute_in_full_precision():
     """Whatever the evaluation around it does: no autocast, no TF32, no graph."""
     before = torch.backends.cudnn.allow_tf32
     seen = {}

@@ -53,7 +53,7 @@ def mean(tensors: list[Tensor]) -> float:
     return sum(t.mean().item() for t in tensors) / len(tensors)
 
 
-def test_the_weight_from_the_start_step_on():
+def test_adversarial_weight_from_the_start_step_on():
     adversary = build("patchgan", weight=0.3, start_step=10)
     assert [adversary.weight_at(step) for step in (0, 9, 10, 11, 1000)] == [0.0, 0.0, 0.3, 0.3, 0.3]
     assert [adversary.plays(step) for step in (0, 9, 10, 11)] == [False, False, True, True]
@@ -77,7 +77,7 @@ def test_the_generators_loss_reaches_the_image_and_no_parameter(kind):
         assert "_extra_state" in name or "norm" in name or torch.equal(tensor, before[name]), name
 
 
-def test_what_was_frozen_stays_frozen_and_a_failure_leaves_the_rest_alone():
+def test_generator_loss_keeps_frozen_parameters_frozen_after_a_failure_too():
     adversary, (_, fake) = build(), images()
     frozen = next(adversary.parameters()).requires_grad_(False)
     adversary.generator_loss(fake)
@@ -118,7 +118,7 @@ def test_the_discriminators_loss_reaches_every_parameter_and_no_image(kind):
 
 
 @pytest.mark.parametrize("loss", ADVERSARIAL_LOSSES)
-def test_both_sides_are_the_losses_of_the_logits(loss):
+def test_adversary_losses_are_the_gan_losses_of_the_logits(loss):
     adversary, (real, fake) = build(loss=loss), images()
     r, f = logits(adversary, real), logits(adversary, fake)
     assert [t.shape for t in r] == [(2, 1, 64, 64), (2, 1)]
@@ -176,9 +176,8 @@ def test_lecam_is_logged_and_weighted_when_it_is_on():
     total, logs = adversary.discriminator_loss(real, fake)
     assert logs.keys() - without.keys() == {"lecam"}
     r, f = logits(adversary, real), logits(adversary, fake)
-    by_hand = mean(
-        [(a - b.mean()) ** 2 for a, b in zip(r, f, strict=True)]
-    )  # the anchors start at the means
+    # The anchors start at the means.
+    by_hand = mean([(a - b.mean()) ** 2 for a, b in zip(r, f, strict=True)])
     by_hand += mean([(b - a.mean()) ** 2 for a, b in zip(r, f, strict=True)])
     assert by_hand > 1e-3
     assert logs["lecam"].item() == pytest.approx(by_hand, rel=1e-4)
@@ -186,7 +185,9 @@ def test_lecam_is_logged_and_weighted_when_it_is_on():
 
 
 def test_cutmix_takes_the_place_of_the_normal_loss():
-    """Consistency, and half as much for either kind of logits; the normal loss is logged, without a gradient."""
+    """Consistency, and half as much for either kind of logits;
+    the normal loss is logged, without a gradient.
+    """
     adversary, (real, fake) = build(cutmix_probability=1.0), images()
     base, without = build().discriminator_loss(real, fake)
     torch.manual_seed(3)
@@ -215,12 +216,11 @@ def test_cutmix_in_its_share_of_the_updates_after_a_ramp():
     assert build().rare_terms(0) == []
 
 
-def test_an_update_is_counted_and_runs_one_power_iteration():
+def test_adversary_update_is_counted_and_runs_one_power_iteration():
     adversary = build()
     with torch.no_grad():
-        for p in (
-            adversary.parameters()
-        ):  # away from the orthogonal start, where every vector is as good
+        # Away from the orthogonal start, where every vector is as good.
+        for p in adversary.parameters():
             p.add_(0.5 * torch.randn_like(p))
     other = UNetGAN(base_channels=2, image_size=128)
     other.load_state_dict(adversary.discriminator.state_dict())
@@ -233,7 +233,7 @@ def test_an_update_is_counted_and_runs_one_power_iteration():
         assert torch.equal(mine, theirs), name
 
 
-def test_shared_weights_are_those_of_now(monkeypatch):
+def test_shared_spectral_weights_are_those_of_now(monkeypatch):
     """On a GPU: outside of a training step, after an update, after an error, in a copy."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     adversary, (real, fake) = build(), images()
@@ -253,7 +253,7 @@ def test_shared_weights_are_those_of_now(monkeypatch):
         assert losses == [losses[0]] * 3
 
 
-def test_the_state_survives_a_file(tmp_path):
+def test_adversary_state_survives_a_file(tmp_path):
     adversary, (real, fake) = build(lecam_weight=1.0, warmup_updates=4), images()
     for _ in range(3):
         adversary.discriminator_loss(real, fake)
@@ -278,17 +278,17 @@ def test_the_state_survives_a_file(tmp_path):
             "unetgan",
             3,
             60,
-            "does not take images of 3x60x60: UNetGAN takes images .* multiples of 64",
+            "images of 3x60x60: UNetGAN .* multiples of 64",
         ),
         (
             "unetgan",
             1,
             64,
-            r"discriminator_config\.params: it does not take images of 1x64x64: .*channels",
+            r"discriminator_config\.params: .* 1x64x64: .*channels",
         ),
     ],
 )
-def test_images_that_do_not_fit(kind, channels, size, message):
+def test_adversary_refuses_images_that_do_not_fit_the_discriminator(kind, channels, size, message):
     adversary = build(kind)
     before = copy.deepcopy(adversary.state_dict())
     with pytest.raises(ConfigError, match=message) as error:
@@ -299,7 +299,7 @@ def test_images_that_do_not_fit(kind, channels, size, message):
     assert all(torch.equal(t, before[name]) for name, t in adversary.state_dict().items())
 
 
-def test_the_ratio_may_have_no_ceiling():
+def test_adaptive_max_may_be_infinite():
     """As docs/training.md sets it for the weights of taming-transformers."""
     assert build("patchgan", adaptive_max=math.inf).adaptive_max == math.inf
 
@@ -328,12 +328,12 @@ def test_cutmix_needs_a_logit_per_pixel(kind):
         ({"cutmix_probability": 1.5}, "cutmix_probability must be between 0 and 1, got 1.5"),
     ],
 )
-def test_settings_that_make_no_sense(params, message):
+def test_adversary_refuses_settings_that_make_no_sense(params, message):
     with pytest.raises(ValueError, match=message):
         build("patchgan", **params)
 
 
-def test_a_discriminator_that_is_none():
+def test_adversary_names_the_nearest_discriminator():
     with pytest.raises(ConfigError, match=r"PatchGan.*did you mean PatchGAN"):
         Adversary({"target": "olvae.modules.patchgan.PatchGan"})
 

@@ -38,7 +38,7 @@ def test_latent_dim_may_be_left_out_or_be_as_published():
         channels(6)
 
 
-def test_the_quantizer():
+def test_quantizer_is_a_convolution_before_and_after_the_latent():
     config = tiny_config()["model"]["params"]
     config["encoder_config"]["params"]["latent_dim"] = 10
     vae = LiteVAE.from_config(config["encoder_config"], config["decoder_config"], 6, use_quant=True)
@@ -56,14 +56,14 @@ def test_the_quantizer():
     torch.testing.assert_close(vae.decode(z), vae.decoder(vae.quantizer.post_quant_conv(z)))
 
 
-def test_halves_that_do_not_fit():
+def test_encoder_and_decoder_that_do_not_fit_are_refused():
     def encoder(**arguments):
         return LiteVAE_Encoder(**{"latent_dim": 8, "scale": "S", **arguments})
 
     def decoder(**arguments):
         return LiteVAE_Decoder(**{"channels": 8, "z_channels": 4, **arguments})
 
-    with pytest.raises(ValueError, match="latent_dim, 8, is not twice the decoder's z_channels, 6"):
+    with pytest.raises(ValueError, match=r"latent_dim, 8, .* z_channels, 6"):
         LiteVAE(encoder(), decoder(z_channels=3))
     with pytest.raises(ValueError, match="downscale, 4, is not the decoder's upscale, 8"):
         LiteVAE(encoder(dct_levels=2), decoder())
@@ -72,7 +72,7 @@ def test_halves_that_do_not_fit():
     assert LiteVAE(encoder(latent_dim=5), decoder(), Quantizer(5, 3, 4)).latent_channels == 3
 
 
-def test_the_initial_log_variance():
+def test_initial_logvar_shifts_log_variances_alone():
     def moments(**changes):
         torch.manual_seed(0)
         config = tiny_config()["model"]["params"]
@@ -101,25 +101,23 @@ def test_the_posterior_is_float32_under_autocast():
     assert reconstruction.dtype == posterior.mean.dtype == torch.bfloat16
 
 
-def test_sizes_that_do_not_fit():
+def test_autoencoder_refuses_images_that_do_not_fit():
     with pytest.raises(ValueError, match=r"floats in \[-1, 1\], got torch.uint8"):
         tiny().encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match="multiple of 8"):
         tiny().encode(torch.rand(1, 3, 20, 16))
-    with pytest.raises(
-        TypeError, match=r"a tensor \(B, C, H, W\) in \[-1, 1\], got list: .* pil_to_tensor"
-    ):
+    with pytest.raises(TypeError, match=r"\(B, C, H, W\) .* got list: .* pil_to_tensor"):
         tiny().encode([[0.0]])
-    with pytest.raises(
-        TypeError, match=r"got DiagonalGaussian: a posterior has \.mode\(\) and \.sample\(\)"
-    ):
+    with pytest.raises(TypeError, match=r"got DiagonalGaussian: .*\.mode\(\)"):
         tiny().decode(tiny().encode(torch.zeros(1, 3, 16, 16)))
 
 
 @pytest.mark.parametrize("use_quant", [False, True])
 @pytest.mark.parametrize("kind", ["litevae", "paper", "sd"])
 def test_the_means_are_float32s_under_autocast(kind, use_quant):
-    """Not on bf16's grid, and the last convolution's own of what it gets; without autocast the same bits as torch's."""
+    """Not on bf16's grid, and the last convolution's own of what it gets;
+    without autocast the same bits as torch's.
+    """
     target = (
         "olvae.modules.sdvae.SDEncoder"
         if kind == "sd"

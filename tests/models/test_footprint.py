@@ -1,4 +1,6 @@
-"""Estimate of a step's memory: beside what autograd keeps of a real step, and what to do where it does not fit."""
+"""Estimate of a step's memory: beside what autograd keeps of a real step,
+and what to do where it does not fit.
+"""
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from olvae.bench.cases import time_steps
 from olvae.config import ConfigError
-from olvae.data.src import load
+from olvae.data.places import load
 from olvae.losses import perceptual
 from olvae.models.footprint import MARGIN, Footprint, advice, footprint, without_weights
 from olvae.models.large.tiling import GIB, LiveBytes
@@ -18,8 +20,10 @@ from tests.conftest import tiny_config
 from tests.models.steps import WITHOUT_KL, against, build, kept, objective
 
 
-def test_a_backward_pass_by_hand():
-    """Of x (2, 3, 10, 12): what the network keeps, its output and loss, then the gradients that replace them."""
+def test_footprint_of_a_backward_pass_by_hand():
+    """Of x (2, 3, 10, 12): what the network keeps, its output and loss,
+    then the gradients that replace them.
+    """
     network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 2, 1)).to("meta")
     x = torch.randn(2, 3, 10, 12, device="meta")
     with LiveBytes() as live:
@@ -27,9 +31,8 @@ def test_a_backward_pass_by_hand():
         forward = live.now
         loss.backward()
     pixels, weights = 4 * 2 * 120, 4 * count_parameters(network)
-    assert (
-        forward == pixels * (8 + 8) + 4
-    )  # the output of the last layer is freed: its sum needs its shape alone
+    # The output of the last layer is freed: its sum needs its shape alone.
+    assert forward == pixels * (8 + 8) + 4
     assert live.peak >= pixels * (8 + 8 + 8)  # and the gradient of SiLU's output
     del loss
     assert live.now == weights
@@ -50,7 +53,7 @@ def really_kept(images: int) -> int:
     return kept(forward, model)
 
 
-def test_what_is_held_and_kept():
+def test_footprint_is_what_autograd_keeps_of_a_real_step():
     """Against what autograd keeps of a real step, and by hand; the model is left as it is."""
     model = build()
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -64,13 +67,11 @@ def test_what_is_held_and_kept():
     assert kept < plain.per_image < 1.25 * kept  # by gradients of activations
     assert 0.3 * plain.per_image < checkpointed.per_image < 0.7 * plain.per_image
     frozen = footprint(build(freeze_encoder=True, lossconfig=WITHOUT_KL), 16, "32")
-    assert plain.fixed - frozen.fixed >= 2 * 4 * count_parameters(
-        model.encoder
-    )  # neither gradients nor moments
+    # Neither gradients nor moments.
+    assert plain.fixed - frozen.fixed >= 2 * 4 * count_parameters(model.encoder)
     matrices = sum(p.numel() for p in model.autoencoder.parameters() if is_matrix(p))
-    assert (
-        plain.fixed - footprint(build(optimizer="muon"), 16, "32").fixed == 4 * matrices > 0
-    )  # one moment, not two
+    # One moment, not two.
+    assert plain.fixed - footprint(build(optimizer="muon"), 16, "32").fixed == 4 * matrices > 0
     against_one = build(against(), use_ema=True)
     held = 4 * count_parameters(model.autoencoder) + 3 * 4 * count_parameters(
         against_one.adversary.discriminator
@@ -78,7 +79,7 @@ def test_what_is_held_and_kept():
     assert footprint(against_one, 16, "bf16").fixed - plain.fixed >= held
 
 
-def test_checkpointing_in_diffusers_networks_counts():
+def test_footprint_counts_checkpointing_in_diffusers_networks():
     sizes = {"channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 4}
     halves = {"encoder": {"latent_dim": 8}, "decoder": {"z_channels": 4}}
     networks = {
@@ -96,7 +97,7 @@ def test_checkpointing_in_diffusers_networks_counts():
     assert footprint(build(checkpoint=True, **networks), 16, "32") == checkpointed
 
 
-def test_operations_of_a_real_step_of_both_players():
+def test_footprint_has_the_operations_of_a_real_step_of_both_players():
     """Through Lightning, with what autograd really computes."""
     with FlopCounterMode(display=False) as counter:
         time_steps(build(against()), 16, 4, 0, "cpu")
@@ -114,7 +115,7 @@ def test_operations_of_a_real_step_of_both_players():
     ],
     ids=["lpips", "esrgan"],
 )
-def test_perceptual_networks_are_counted_without_their_files(monkeypatch, params, weights):
+def test_footprint_counts_perceptual_networks_without_their_files(monkeypatch, params, weights):
     monkeypatch.setattr(
         perceptual, "find_weights", lambda *args, **kwargs: pytest.fail("no file is needed")
     )
@@ -125,13 +126,13 @@ def test_perceptual_networks_are_counted_without_their_files(monkeypatch, params
     assert found.per_image > without.per_image + 4 * 2 * 64 * 32 * 32
 
 
-def test_a_config_for_inference_says_so():
+def test_footprint_of_a_config_for_inference_is_refused():
     with pytest.raises(ConfigError, match="for inference only"):
         without_weights(tiny_config(lossconfig={"target": "torch.nn.Identity"})["model"])
 
 
 @pytest.mark.slow
-def test_the_published_recipe():
+def test_footprint_of_the_published_recipe():
     """32 images of B5 at 256 pixels do not fit 40 GB; with checkpointing they do."""
 
     model = without_weights(load(["configs/imagenet/B5.yaml"])["model"])
@@ -159,7 +160,7 @@ CHECKPOINT, ACCUMULATE = "model.params.checkpoint=true", "lightning.trainer.accu
         (6, 16, LESS, f"batch_size=8 {ACCUMULATE}=4"),
     ],
 )
-def test_advice(free, batch, footprint, said):
+def test_memory_advice_says_what_would_fit(free, batch, footprint, said):
     found = advice(free * GIB, batch, 2, footprint, LESS)
     assert (found is None) == (said is None)
     if said is not None:

@@ -57,8 +57,10 @@ def linear_config(root=None, **model) -> dict:
 
 
 @pytest.mark.parametrize("size", [8 * F, 2 * F])
-def test_the_fit_is_numpys(size):
-    """The decoder's on positions with all eight neighbours; on all, with copies of the border's, if there are none."""
+def test_linear_code_fit_is_numpys(size):
+    """The decoder's on positions with all eight neighbours;
+    on all, with copies of the border's, if there are none.
+    """
     model, images = code(), crops(size=size)
     fit_linear_paths(model, images)
     patches = patches_of(from_uint8(images))
@@ -85,8 +87,10 @@ def test_the_fit_is_numpys(size):
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_with_a_teacher_both_halves_fit_its_latents():
-    """The teacher's latents are linear in the patches, so that the encoder becomes the teacher's."""
+def test_linear_code_with_a_teacher_fits_its_latents_in_both_halves():
+    """The teacher's latents are linear in the patches,
+    so that the encoder becomes the teacher's.
+    """
     teacher, model, images, seen = code(3), code(3), crops(), []
     fit_linear_paths(model, images, lambda x: seen.append(len(x)) or teacher.encode(x).mean)
     assert sum(seen) == len(images)  # each crop once, for both halves
@@ -95,10 +99,11 @@ def test_with_a_teacher_both_halves_fit_its_latents():
     )
     own = code(3)
     own.encoder.load_state_dict(teacher.encoder.state_dict())
+    # A decoder alone is fitted to what the encoder gives.
     own.encoder.linear, kept = (
         None,
         own.encoder.linear,
-    )  # a decoder alone is fitted to what the encoder gives
+    )
     own.encoder.forward = lambda x: torch.cat((kept(x), kept(x)), dim=1)
     fit_linear_paths(own, images)
     torch.testing.assert_close(model.decoder.linear.weight, own.decoder.linear.weight)
@@ -122,8 +127,10 @@ def test_a_training_begins_as_the_linear_code(image_folder, monkeypatch):
     assert not list(model.prepare(source, 4, CPU, fresh=()))
 
 
-def test_what_is_measured_is_what_validation_will_see(tmp_path, monkeypatch):
-    """Images that come back exactly are left out; beyond a number of images there is nothing to compare with."""
+def test_linear_code_psnr_is_what_validation_will_see(tmp_path, monkeypatch):
+    """Images that come back exactly are left out; beyond a number of images there is nothing to
+    compare with.
+    """
     monkeypatch.setattr(linear_code, "CROPS", (64, 64))
     rng = np.random.default_rng(0)
     for i in range(20):
@@ -143,24 +150,24 @@ def test_what_is_measured_is_what_validation_will_see(tmp_path, monkeypatch):
     assert f"20.00 dB on {source.val_images - 1} validation images" in line
 
 
-def test_patches_of_thousands_of_values_are_refused(monkeypatch):
+def test_linear_code_of_too_large_patches_is_refused(monkeypatch):
     monkeypatch.setattr(linear_code, "LARGEST_PATCH", 47)
-    with pytest.raises(ValueError, match="patches of 4x4 pixels are too large: leave it out"):
+    with pytest.raises(ValueError, match="patches of 4x4 pixels are too large"):
         fit_linear_paths(code(3), crops())
 
 
-def test_latents_that_are_not_finite_fit_nothing():
+def test_linear_code_refuses_non_finite_latents():
     with pytest.raises(ValueError, match="not finite: images, or a teacher's latents"):
         fit_linear_paths(code(3), crops(), lambda x: torch.full((len(x), 3, 8, 8), math.nan))
 
 
-def test_networks_without_paths_are_left_alone(image_folder, monkeypatch):
+def test_linear_code_leaves_networks_without_paths_alone(image_folder, monkeypatch):
     monkeypatch.setattr(linear_code, "crops_and_means", None)
     model = LiteAutoencoderKL(**tiny_config()["model"]["params"])
     assert not list(model.prepare(FolderSource(str(image_folder), 16, 4), 0, CPU, fresh=HALVES))
 
 
-def test_the_crops_are_those_of_the_seed(image_folder, monkeypatch):
+def test_linear_code_crops_are_those_of_the_seed(image_folder, monkeypatch):
     monkeypatch.setattr(linear_code, "CROPS", (8, 16))
     source = FolderSource(str(image_folder), 16, 4)
     first = crops_and_means(source, 0, 8)[0]
@@ -175,7 +182,7 @@ def with_quantizer(latent_dim: int) -> LiteAutoencoderKL:
     return LiteAutoencoderKL(**params)
 
 
-def test_quantizers_start_as_the_identity():
+def test_linear_code_starts_quantizers_as_the_identity():
     model, images = with_quantizer(8).autoencoder, crops(20, 64)
     fit_linear_paths(model, images)
     with torch.no_grad():
@@ -186,7 +193,9 @@ def test_quantizers_start_as_the_identity():
 
 
 def test_a_fresh_decoder_is_fitted_behind_a_trained_quantizer():
-    """Least squares gives the same images from latents and from an invertible mixture of their channels."""
+    """Least squares gives the same images from latents and from an invertible mixture of their
+    channels.
+    """
     model, images = with_quantizer(8).autoencoder, crops(40, 64)
     fit_linear_paths(model, images)
     with torch.no_grad():
@@ -197,7 +206,7 @@ def test_a_fresh_decoder_is_fitted_behind_a_trained_quantizer():
         torch.testing.assert_close(model(from_uint8(images[:2]))[0], expected, rtol=0, atol=1e-3)
 
 
-def test_exports_and_files_have_the_paths(tmp_path):
+def test_exports_have_the_linear_paths(tmp_path):
     model = LiteAutoencoderKL(**linear_config()["model"]["params"]).autoencoder
     fit_linear_paths(model, crops(20, 64))
     torch.nn.init.normal_(model.decoder.conv_out.weight, std=0.01)
@@ -209,11 +218,9 @@ def test_exports_and_files_have_the_paths(tmp_path):
         torch.testing.assert_close(model.fold()(x)[0], model(x)[0], rtol=0, atol=1e-5)
 
 
-def test_its_psnr_is_behind_a_quantizer(image_folder):
-    model, data = (
-        with_quantizer(8).autoencoder,
-        FolderSource(str(image_folder), 32, 4, val_fraction=0.2),
-    )
+def test_linear_code_psnr_is_behind_a_quantizer(image_folder):
+    model = with_quantizer(8).autoencoder
+    data = FolderSource(str(image_folder), 32, 4, val_fraction=0.2)
     torch.nn.init.orthogonal_(model.quantizer.post_quant_conv.weight)
     found, _ = start_linearly(model, data, 0, CPU, fresh=["decoder"])
     with torch.no_grad():

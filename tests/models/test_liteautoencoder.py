@@ -1,4 +1,4 @@
-"""The step of phase A."""
+"""The step of phase A; steps that the backward pass computes again."""
 
 import json
 from functools import partial
@@ -9,20 +9,28 @@ import pytest
 import torch
 
 from olvae.config import instantiate
-from olvae.data.src import load
+from olvae.data.places import load
 from olvae.models.updates.muon import Muon
 from olvae.models.updates.optimizers import mix_seeds
 from olvae.modules.base import last_convolution
-from tests.models.steps import build, fit, source
+from tests.models.steps import (
+    against,
+    assert_same,
+    build,
+    fit,
+    metrics,
+    snapshot,
+    source,
+)
 
 ROOT = Path(__file__).parent.parent.parent
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
-# Phase A
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", ["adam", "muon"])
-def test_a_step_is_the_objective_and_the_optimizer_by_hand(image_folder, name):
+def test_phase_a_step_is_the_objective_and_the_optimizer_by_hand(image_folder, name):
     """The first update, repeated without Lightning: same noise, same loss, same weights."""
     model = fit(build(optimizer=name), image_folder, 1)
     other = build()
@@ -40,7 +48,9 @@ def test_a_step_is_the_objective_and_the_optimizer_by_hand(image_folder, name):
 
 
 def narrow_models() -> dict[str, dict[str, Any]]:
-    """The models of the configs, by the first of those that differ in nothing but their scale, and narrow."""
+    """The models of the configs, by the first of those that differ in nothing but their scale,
+    and narrow.
+    """
     models: dict[str, tuple[str, dict[str, Any]]] = {}
     for path in CONFIGS:
         node = load([path])["model"]
@@ -89,21 +99,24 @@ NARROW_MODELS = narrow_models()
 
 @pytest.mark.parametrize("name", NARROW_MODELS)
 def test_every_parameter_of_every_config_learns(name):
-    """One step's gradient is finite and not zero everywhere, for every parameter; LPIPS and teachers are left out
-    (downloads), nothing is frozen, and a config for inference gets the default objective."""
+    """One step's gradient is finite and not zero everywhere, for every parameter.
+
+    LPIPS and teachers are left out (downloads), nothing is frozen, and a config for inference gets
+    the default objective.
+    """
     node = NARROW_MODELS[name]
     model = instantiate(node)
     for network in (model.encoder, model.decoder):
-        if (
-            network.linear is not None
-        ):  # the network beside it starts with zeros, which no gradient passes
+        # The network beside it starts with zeros, which no gradient passes.
+        if network.linear is not None:
             torch.nn.init.normal_(last_convolution(network).weight, std=0.1)
     channels = model.encoder.in_channels
     x = torch.rand(1, channels, 32, 32) * 2 - 1
     total, _ = model.objective(x, *model(x, sample_posterior=True))
     total.backward()
     if model.adversary is not None:
-        # At the size that it is made for. Squares, because hinge's slopes for real and fake cancel in the biases.
+        # At the size that it is made for. Squares, because hinge's slopes for real and fake cancel
+        # in the biases.
         size = (
             node["params"]["adversary_config"]["params"]["discriminator_config"]
             .get("params", {})
@@ -117,3 +130,25 @@ def test_every_parameter_of_every_config_learns(name):
         assert p.grad is not None, name
         assert torch.isfinite(p.grad).all(), name
         assert p.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("checkpoint", [True, "decoder"])
+def test_checkpointing_changes_nothing_but_memory(image_folder, checkpoint):
+    """Weights after three steps with an adversary and averages, bit for bit;
+    the average keeps its names.
+    """
+    settings = {"use_ema": True, "sample_posterior": True}
+    plain, again = (
+        fit(
+            build(against(weight=0.5, adaptive_weight=True), checkpoint=value, **settings),
+            image_folder,
+            3,
+        )
+        for value in (False, checkpoint)
+    )
+    assert_same(snapshot(plain), snapshot(again))
+    assert metrics(plain) == metrics(again)
+    assert [again.encoder.checkpoint, again.decoder.checkpoint] == [
+        checkpoint in (True, h) for h in ("encoder", "decoder")
+    ]
+    assert list(again.state_dict()) == list(plain.state_dict())

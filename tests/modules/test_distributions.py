@@ -16,7 +16,7 @@ def test_kl_is_torchs():
     torch.testing.assert_close(posterior.kl(), expected, rtol=1e-12, atol=1e-12)
 
 
-def test_samples_have_the_moments():
+def test_posterior_samples_have_the_moments():
     moments = torch.cat(
         (torch.full((1, 1, 300, 300), 2.0), torch.full((1, 1, 300, 300), 0.5).square().log()), dim=1
     )
@@ -46,6 +46,6 @@ def test_the_sample_carries_gradients_to_both_moments():
     assert torch.autograd.gradcheck(sample, moments)
 
 
-def test_odd_channels_are_refused():
+def test_posterior_of_odd_channels_is_refused():
     with pytest.raises(ValueError, match="even number"):
         DiagonalGaussian(torch.zeros(1, 3, 2, 2))

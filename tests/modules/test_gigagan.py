@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from olvae.modules.gigagan import GigaGAN, TransformerBlock, l2_attention
-from tests.modules.test_discriminators import GIGA, nudge
+from tests.modules.test_patchgan_unetgan_gigagan import GIGA, nudge
 
 
 def _small(**options: object) -> GigaGAN:
@@ -15,7 +15,7 @@ def _small(**options: object) -> GigaGAN:
 
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("predictors", ["ends", "all"])
-def test_outputs(size: int, predictors: str):
+def test_gigagan_outputs_at_every_level_and_for_the_image(size: int, predictors: str):
     net = _small(image_size=size, predictors=predictors)
     logits = net(torch.randn(2, 3, size, size))
     sizes = (
@@ -29,7 +29,7 @@ def test_outputs(size: int, predictors: str):
 
 
 @torch.no_grad()
-def test_every_level_reads_the_image_at_its_own_size_without_aliasing():
+def test_gigagan_levels_read_the_image_without_aliasing():
     net = _small(in_channels=1).eval()
     seen: list[Tensor] = []
     for level in net.levels:
@@ -61,10 +61,8 @@ def _naive_attention(q: list[list[float]], v: list[list[float]]) -> list[list[fl
 
 def test_l2_attention_against_loops():
     torch.manual_seed(0)
-    q, v = (
-        torch.randn(2, 3, 7, 5, dtype=torch.float64),
-        torch.randn(2, 3, 7, 4, dtype=torch.float64),
-    )
+    q = torch.randn(2, 3, 7, 5, dtype=torch.float64)
+    v = torch.randn(2, 3, 7, 4, dtype=torch.float64)
     expected = torch.tensor(
         [
             [_naive_attention(q[b, h].tolist(), v[b, h].tolist()) for h in range(3)]

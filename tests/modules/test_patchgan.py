@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from olvae.launcher import join, leave
 from olvae.losses.gan_losses import r1_penalty
+from olvae.modules import patchgan
 from olvae.modules.base import mean_over_processes
 from olvae.modules.patchgan import PatchGAN
-from tests.test_devices import fork_two
+from tests.forks import fork_two
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def small() -> PatchGAN:
     return PatchGAN(base_channels=8)
 
 
-def test_layers_by_hand(small: PatchGAN):
+def test_patchgan_layers_by_hand(small: PatchGAN):
     """The function written out from the state dict: five convolutions, three batch norms."""
     w = small.state_dict()
     x = torch.randn(2, 3, 48, 64)
@@ -35,7 +36,7 @@ def test_layers_by_hand(small: PatchGAN):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_logit_sees_70_by_70_pixels():
+def test_patchgan_logit_sees_70_by_70_pixels():
     torch.manual_seed(0)
     net = PatchGAN(base_channels=4).eval()
     x = torch.randn(1, 3, 160, 160, requires_grad=True)
@@ -59,7 +60,9 @@ def images() -> Tensor:
 
 
 def measured(x: Tensor) -> dict[str, Tensor]:
-    """Losses, their gradients by parameters and images, and buffers, after two passes in training and one after it."""
+    """Losses, their gradients by parameters and images, and buffers,
+    after two passes in training and one after it.
+    """
     net, x = network(), x.requires_grad_()
     logits = net(x)
     loss = logits[0].square().mean() + r1_penalty(logits, x)
@@ -81,7 +84,7 @@ def half(out: Path) -> None:
     leave()
 
 
-def test_two_processes_are_one(tmp_path):
+def test_patchgan_of_two_processes_is_that_of_one(tmp_path):
     fork_two(half, tmp_path)
     whole, halves = measured(images()), [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name in ("image", "evaluated"):
@@ -93,7 +96,7 @@ def test_two_processes_are_one(tmp_path):
         torch.testing.assert_close(part, whole, rtol=1e-9, atol=1e-12)
 
 
-def test_in_one_process_it_is_torchs_batch_norm_bit_for_bit():
+def test_patchgan_norm_in_one_process_is_torchs_batch_norm_bit_for_bit():
     net, other = network(), network()
     for layer in other.layers:
         torchs = nn.BatchNorm2d(layer.norm.num_features).double()
@@ -106,8 +109,21 @@ def test_in_one_process_it_is_torchs_batch_norm_bit_for_bit():
     assert torch.equal(net.eval()(images())[0], other.eval()(images())[0])
 
 
-def test_lightnings_conversion_leaves_it_alone():
+def test_sync_batchnorm_conversion_leaves_patchgan_alone():
     assert not any(
         isinstance(m, nn.SyncBatchNorm)
         for m in nn.SyncBatchNorm.convert_sync_batchnorm(network()).modules()
     )
+
+
+def test_shared_statistics_are_batch_norms_where_the_mean_is_far_from_0(monkeypatch):
+    """Of two processes with equal images: the variance is no difference of squares."""
+    ours = patchgan.PatchGAN(base_channels=4, n_layers=1).layers[0].norm
+    plain = nn.BatchNorm2d(ours.num_features)
+    plain.load_state_dict(ours.state_dict())
+    x = 300.0 + 0.005 * torch.randn(4, ours.num_features, 8, 8)
+    expected = plain(x)
+    monkeypatch.setattr(patchgan.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(patchgan.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(patchgan, "mean_over_processes", lambda values: values)
+    torch.testing.assert_close(ours(x), expected, rtol=1e-3, atol=1e-2)

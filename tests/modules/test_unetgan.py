@@ -26,7 +26,7 @@ def _conv(layer: torch.nn.Conv2d, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("image_size", [128, 256])
 @torch.no_grad()
-def test_function_by_hand(image_size: int):
+def test_unetgan_function_by_hand(image_size: int):
     """The U written out: pooled and unpooled pixel by pixel, skips paired by their size."""
     torch.manual_seed(0)
     net = UNetGAN(base_channels=4, image_size=image_size).double().eval()
@@ -54,14 +54,14 @@ def test_function_by_hand(image_size: int):
 
 @pytest.mark.parametrize("image_size", [128, 256])
 @pytest.mark.parametrize("size", [(64, 64), (64, 192), (128, 64)])
-def test_any_multiple_of_64(image_size: int, size: tuple[int, int]):
+def test_unetgan_takes_any_multiple_of_64(image_size: int, size: tuple[int, int]):
     net = UNetGAN(in_channels=1, base_channels=4, image_size=image_size)
     pixels, image = net(torch.randn(2, 1, *size))
     assert pixels.shape == (2, 1, *size)
     assert image.shape == (2, 1)
 
 
-def test_orthogonal_init_and_where_spectral_norm_is(small: UNetGAN):
+def test_unetgan_orthogonal_init_and_where_spectral_norm_is(small: UNetGAN):
     for name, layer in small.named_modules():
         if isinstance(layer, torch.nn.Conv2d):
             matrix = layer.weight.flatten(1)
@@ -131,7 +131,9 @@ def test_a_power_iteration_is_what_a_training_pass_runs(small: UNetGAN, autocast
 
 
 def test_weights_shared_by_passes_give_the_same_gradients(monkeypatch):
-    """As on a GPU: the sum of the passes' gradients goes through the normalisation once; frozen ones get none of it."""
+    """As on a GPU: the sum of the passes' gradients goes through the normalisation once;
+    frozen ones get none of it.
+    """
     torch.manual_seed(0)
     net = UNetGAN(base_channels=2, image_size=64).double()
     stop_power_iterations(net)

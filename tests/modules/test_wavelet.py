@@ -24,7 +24,7 @@ def reference(x: torch.Tensor, wavelet: str, levels: int) -> list[np.ndarray]:
 @pytest.mark.parametrize(
     "shape", [(2, 3, 32, 48), (1, 2, 31, 17), (1, 1, 2, 6), (1, 3, 1, 1), (1, 1, 64, 33)]
 )
-def test_every_level_is_pywavelets(wavelet, dtype, shape):
+def test_wavelet_levels_are_pywavelets(wavelet, dtype, shape):
     x = torch.randn(shape, dtype=dtype)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     for ours, theirs in zip(wavedec2(x, wavelet, 4), reference(x, wavelet, 4), strict=True):
@@ -38,20 +38,20 @@ def test_every_level_is_pywavelets(wavelet, dtype, shape):
 @pytest.mark.parametrize("wavelet", WAVELETS)
 @pytest.mark.parametrize("size", [(32, 48), (31, 17), (1, 1), (2, 6), (37, 50)])
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
-def test_reconstruction_is_exact(wavelet, size, levels):
+def test_wavelet_reconstruction_is_exact(wavelet, size, levels):
     x = torch.rand(2, 3, *size) * 2 - 1
     back = waverec2(wavedec2(x, wavelet, levels), wavelet, size)
     assert back.shape == x.shape
     assert (back - x).abs().max() < 5e-6
 
 
-def test_parity():
+def test_dwt_parity_with_the_reference():
     case = parity_case("dwt_level1")
     assert_parity(dwt2(recipe_input(case["input"])), case["output"])
 
 
 @pytest.mark.parametrize("wavelet", WAVELETS)
-def test_gradients(wavelet):
+def test_wavelet_transforms_pass_gradcheck(wavelet):
     x = torch.randn(1, 2, 5, 6, dtype=torch.float64, requires_grad=True)
     y = torch.randn(1, 4, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda t: dwt2(t, wavelet), x)
@@ -59,7 +59,7 @@ def test_gradients(wavelet):
     assert torch.autograd.gradgradcheck(lambda t: dwt2(t, wavelet), x)
 
 
-def test_gradients_of_several_levels():
+def test_wavelet_gradients_of_several_levels():
     x = torch.randn(2, 1, 5, 6, dtype=torch.float64, requires_grad=True)
     levels = [level.detach().requires_grad_() for level in wavedec2(x)]
 
@@ -75,8 +75,10 @@ def test_gradients_of_several_levels():
 
 
 @pytest.mark.parametrize("shape", [(5, 3, 260, 180), (2, 2, 7, 9), (0, 3, 8, 8)])
-def test_parts_of_the_batch_equal_plain_operations(shape):
-    """Function transforms, like graphs, have plain operations; eagerly the batch is transformed in parts."""
+def test_wavelets_in_parts_of_the_batch_equal_plain_operations(shape):
+    """Function transforms, like graphs, have plain operations;
+    eagerly the batch is transformed in parts.
+    """
 
     def there_and_back(image: torch.Tensor) -> list[torch.Tensor]:
         levels = wavedec2(image)
@@ -89,7 +91,7 @@ def test_parts_of_the_batch_equal_plain_operations(shape):
         assert torch.equal(ours, plain[0])
 
 
-def test_channels_last_stays():
+def test_wavelets_keep_channels_last():
     x = torch.randn(2, 3, 8, 6).contiguous(memory_format=torch.channels_last)
     assert dwt2(x).is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(dwt2(x), dwt2(x.contiguous()))
@@ -97,7 +99,7 @@ def test_channels_last_stays():
 
 @pytest.mark.parametrize("wavelet", WAVELETS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_computed_in_float32(wavelet, dtype):
+def test_wavelets_of_half_precision_are_computed_in_float32(wavelet, dtype):
     x = torch.randn(1, 3, 16, 16).to(dtype)
     exact = dwt2(x.float(), wavelet)
     assert dwt2(x, wavelet).dtype == dtype
@@ -112,7 +114,7 @@ def test_half_precision_is_computed_in_float32(wavelet, dtype):
     )
 
 
-def test_integers_become_float32():
+def test_wavelets_of_integers_are_float32():
     assert dwt2(torch.full((1, 1, 2, 2), 200, dtype=torch.uint8)).flatten().tolist() == [
         400,
         0,
@@ -122,17 +124,17 @@ def test_integers_become_float32():
 
 
 @pytest.mark.parametrize("wavelet", ["haar", "db2"])
-def test_exports_with_dynamic_sizes(wavelet):
-    """torch.export takes the transform whole, without a graph break, and the result holds for other sizes."""
+def test_wavelets_export_with_dynamic_sizes(wavelet):
+    """torch.export takes the transform whole, without a graph break,
+    and the result holds for other sizes.
+    """
 
     class Transform(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return idwt2(dwt2(x, wavelet), wavelet) + dwt2(x, wavelet).sum()
 
-    half_h, half_w = (
-        torch.export.Dim("half_h", min=4, max=64),
-        torch.export.Dim("half_w", min=4, max=64),
-    )
+    half_h = torch.export.Dim("half_h", min=4, max=64)
+    half_w = torch.export.Dim("half_w", min=4, max=64)
     program = torch.export.export(
         Transform(),
         (torch.randn(2, 3, 16, 24),),
@@ -143,7 +145,7 @@ def test_exports_with_dynamic_sizes(wavelet):
 
 
 @pytest.mark.parametrize("wavelet", ["haar", "db2"])
-def test_onnx(wavelet, tmp_path):
+def test_wavelets_in_onnx(wavelet, tmp_path):
     import onnxruntime
 
     class Transform(torch.nn.Module):
@@ -161,7 +163,7 @@ def test_onnx(wavelet, tmp_path):
 
 
 @pytest.mark.parametrize("wavelet", ["haar", "db2"])
-def test_compiles_without_a_graph_break(wavelet):
+def test_wavelets_compile_without_a_graph_break(wavelet):
     compiled = torch.compile(
         lambda x: idwt2(dwt2(x, wavelet), wavelet), fullgraph=True, backend="eager"
     )
@@ -183,6 +185,6 @@ def test_compiles_without_a_graph_break(wavelet):
         (lambda: waverec2([]), "at least one level"),
     ],
 )
-def test_mistakes(call, message):
+def test_wavelets_refuse_wrong_inputs(call, message):
     with pytest.raises(ValueError, match=message):
         call()

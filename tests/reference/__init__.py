@@ -1,4 +1,4 @@
-"""Numbers and names of the published modules, measured from them [M]; see the recipe in parity.json."""
+"""Numbers and names of the published modules, measured from them [M]; see parity.json."""
 
 import json
 import math

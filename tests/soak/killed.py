@@ -1,10 +1,12 @@
-"""A command that tells what it writes, or is killed there: ``python -m tests.soak.killed SETTINGS evaluate ...``.
+"""A command that tells what it writes, or is killed there:
+``python -m tests.soak.killed SETTINGS evaluate ...``.
 
-SETTINGS are JSON: the ``root`` that is watched, and the ``log`` of its writes, to be made, or the ``kill``, a Write and
-a percentage; ``limit``, the bytes at which a file is as on a full disk; ``back``, seconds by which the clock is slow.
-An audit hook sees a file that is opened for writing, renamed or removed. What is renamed was written under another
-name, by Python or by others, and is whole: cut to a share of it, it is what a kill on the way leaves. A file that stays
-where it was opened is cut at the next such moment.
+SETTINGS are JSON: the ``root`` that is watched, and the ``log`` of its writes, to be made, or the
+``kill``, a Write and a percentage; ``limit``, the bytes at which a file is as on a full disk;
+``back``, seconds by which the clock is slow. An audit hook sees a file that is opened for writing,
+renamed or removed. What is renamed was written under another name, by Python or by others, and is
+whole: cut to a share of it, it is what a kill on the way leaves. A file that stays where it was
+opened is cut at the next such moment.
 """
 
 import json
@@ -25,7 +27,8 @@ PERCENTS = {"open": (0, 50, 100), "rename": (0, 50, 100), "remove": (0,)}
 
 
 class Write(NamedTuple):
-    """The nth time that something happens to a file, whose name has neither a time nor a random number."""
+    """The nth time that something happens to a file,
+    whose name has neither a time nor a random number."""
 
     kind: str
     name: str
@@ -60,7 +63,10 @@ class Watch:
             self.die(*self.due)
         if ".partial-" in path and kind != "rename":  # of which the rename tells
             return
-        changing = r"\d{4}-\d\d-\d\dT[\d-]+_|\d{8}_\d{6}|(?<=tfevents)\..*|[^./]+-\d+-\w{8}(?=/|$)|_\w{20}(?=\.png$)"
+        changing = (
+            r"\d{4}-\d\d-\d\dT[\d-]+_|\d{8}_\d{6}|(?<=tfevents)\..*|"
+            r"[^./]+-\d+-\w{8}(?=/|$)|_\w{20}(?=\.png$)"
+        )
         name = re.sub(changing, "", path[len(self.root) + 1 :])
         self.counts[kind, name] += 1
         write = Write(kind, name, self.counts[kind, name])
@@ -80,7 +86,8 @@ class Watch:
             self.due = path, before
 
     def die(self, path: str | None, before: int = 0) -> None:
-        """Kill this process and those that it started, with so much of the file as a kill on the way leaves."""
+        """Kill this process and those that it started,
+        with so much of the file as a kill on the way leaves."""
         if path is not None and not Path(path).is_dir():  # a folder is moved whole
             os.truncate(path, before + (Path(path).stat().st_size - before) * self.kill[1] // 100)
         os.killpg(0, signal.SIGKILL)
@@ -97,7 +104,8 @@ def watch(root: Path, log: Path | None = None, kill: tuple[Write, int] | None = 
 
 
 def killed_before(root: Path, name: str, work: Callable[[], Any]) -> None:
-    """Do some work in a fork of this process, which is killed when half of a file is written that is to be renamed."""
+    """Do some work in a fork of this process,
+    which is killed when half of a file is written that is to be renamed."""
 
     def watched() -> None:
         watch(root, kill=(Write("rename", name, 1), 50))

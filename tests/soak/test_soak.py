@@ -1,7 +1,7 @@
 """Commands that are killed at random moments and at every write, and continued: ``make soak``.
 
-They end as a command that nobody killed. SOAK_KILLS is the number of kills of each training (25), SOAK_SEED chooses
-them (0).
+They end as a command that nobody killed. SOAK_KILLS is the number of kills of each training (25),
+SOAK_SEED chooses them (0).
 """
 
 import json
@@ -100,8 +100,8 @@ def _check(code: int, folder: Path) -> None:
 def soak(command: Command, tmp_path: Path, count: int, part: slice = slice(None)) -> None:
     """Kill a command so many times, up to two thirds of them at writes, and compare what it makes.
 
-    A command that is killed is continued, and killed again. When it ends before that, its result is compared and the
-    next one starts from nothing.
+    A command that is killed is continued, and killed again. When it ends before that, its result is
+    compared and the next one starts from nothing.
 
     Args:
         part: of the files, each with each percentage, at which to kill it.
@@ -129,9 +129,8 @@ def soak(command: Command, tmp_path: Path, count: int, part: slice = slice(None)
             shutil.rmtree(folder)
             whole = len(history) == 1
             history.clear()
-            if whole and isinstance(
-                kill, float
-            ):  # its moment was after the end: less beside it than when it was timed
+            # its moment was after the end: less beside it than when it was timed
+            if whole and isinstance(kill, float):
                 kill *= 0.8
             elif whole:
                 break
@@ -176,7 +175,10 @@ def run_of(folder: Path) -> Path | None:
 
 
 def trained(folder: Path) -> dict[str, Any]:
-    """Everything of a run but its logs, its curves and what ran it; its checkpoints as what is in them."""
+    """Everything of a run but its logs, its curves and what ran it.
+
+    Its checkpoints as what is in them.
+    """
     run = run_of(folder)
     assert run is not None
     found: dict[str, Any] = {
@@ -198,7 +200,7 @@ def trained(folder: Path) -> dict[str, Any]:
     ("part", "data", "adversary"),
     [(0, "folder", False), (1, "folder", True), (2, "shards", False), (3, "shards", True)],
 )
-def test_train(tmp_path, part, data, adversary):
+def test_killed_trainings_end_as_an_uninterrupted_one(tmp_path, part, data, adversary):
     """The four are killed at a quarter each of the files that all of them write."""
     model = {"adversary_config": against(PATCHGAN, lecam_weight=0.1)} if adversary else {}
     config = tiny_config(photos(tmp_path / "photos", 40), use_ema=True, **model)
@@ -228,7 +230,10 @@ def test_train(tmp_path, part, data, adversary):
 
 
 def begun_or_resumed(config: Path, *words: object) -> Callable[[Path], list[object]]:
-    """Arguments of a training: continued from its last checkpoint; one without is begun again, with these words."""
+    """Arguments of a training: continued from its last checkpoint.
+
+    One without is begun again, with these words.
+    """
 
     def arguments(folder: Path) -> list[object]:
         run = run_of(folder)
@@ -247,7 +252,10 @@ LOGGERS |= {
 
 
 def training(tmp_path: Path, *more: object, **trainer: Any) -> Command:
-    """A training of a small model as a command, with a CSV and a W&B logger; ``more`` is said when it begins."""
+    """A training of a small model as a command, with a CSV and a W&B logger.
+
+    ``more`` is said when it begins.
+    """
     config = (
         without_networks(photos(tmp_path / "photos", 40))
         if "--from" in more
@@ -268,12 +276,12 @@ def training(tmp_path: Path, *more: object, **trainer: Any) -> Command:
 
 
 @pytest.mark.parametrize(("part", "flag"), [(0, "--from"), (1, "--teacher")])
-def test_train_from_another(tmp_path, part, flag):
+def test_killed_trainings_from_an_autoencoder_end_as_an_uninterrupted_one(tmp_path, part, flag):
     tiny().save_pretrained(tmp_path / "vae")
     soak(training(tmp_path, flag, tmp_path / "vae"), tmp_path, KILLS // 3, slice(part, None, 2))
 
 
-def test_train_in_two_processes(tmp_path):
+def test_killed_trainings_in_two_processes_end_as_an_uninterrupted_one(tmp_path):
     soak(training(tmp_path, accelerator="cpu", devices=2), tmp_path, KILLS // 4)
 
 
@@ -317,13 +325,14 @@ MADE = ["evaluate", "latents", *LAYOUTS]
 
 
 @pytest.mark.parametrize("what", MADE)
-def test_made(tmp_path, what):
+def test_killed_evaluations_and_exports_leave_what_an_uninterrupted_one_leaves(tmp_path, what):
     soak(made(tmp_path, what), tmp_path, KILLS // 5)
 
 
 @pytest.mark.parametrize("what", ["train", "pack", *MADE])
-def test_a_full_disk(tmp_path, what):
-    """At half of each file of those that a command writes: an error without a traceback, and the same after it."""
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, what):
+    """At half of each file of those that a command writes: an error without a traceback,
+    and the same after it."""
     if what == "train":
         command = training(tmp_path)
     elif what == "pack":
@@ -375,7 +384,10 @@ def test_a_clock_that_jumps_back_and_a_run_that_moves(tmp_path):
 
 
 def test_two_runs_in_one_second_and_data_that_changed(tmp_path):
-    """Both have a folder of their own; with more pictures than before, a resumed run goes on, and says how many."""
+    """Both have a folder of their own.
+
+    With more pictures than before, a resumed run goes on, and says how many.
+    """
     command = training(tmp_path)
     folder = tmp_path / "both"
     processes = [command.start(folder) for _ in range(2)]
@@ -389,7 +401,7 @@ def test_two_runs_in_one_second_and_data_that_changed(tmp_path):
     assert sum(map(int, found.groups())) == 60
 
 
-def test_pack(tmp_path):
+def test_a_killed_pack_ends_as_an_uninterrupted_one(tmp_path):
     source = photos(tmp_path / "photos", 60)
     words = ["--shard-size", 6, "--resize", 24, "--workers", 2]
     soak(
@@ -399,7 +411,7 @@ def test_pack(tmp_path):
     )
 
 
-def test_encode(tmp_path):
+def test_a_killed_encode_ends_as_an_uninterrupted_one(tmp_path):
     source = photos(tmp_path / "photos", 30)
     words = ["--data", source, "--size", 32, "--shard-size", 6, "--flip", "--classes"]
     target = "olvae:photos-f8c4"
@@ -410,7 +422,7 @@ def test_encode(tmp_path):
     )
 
 
-def test_decode(tmp_path):
+def test_a_killed_decode_ends_as_an_uninterrupted_one(tmp_path):
     source, target = photos(tmp_path / "photos", 12), "olvae:photos-f8c4"
     latents = Command(
         lambda folder: ["encode", target, "--data", source, "--size", 32, "--out", folder], files

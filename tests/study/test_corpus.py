@@ -46,7 +46,7 @@ def test_detail_is_the_psnr_after_shrinking():
         ((2880, 1440), (1024, 512), 2),  # at half its resolution
     ],
 )
-def test_the_whole_and_its_tiles(size, whole, tiles):
+def test_cut_gives_the_whole_and_its_tiles(size, whole, tiles):
     ends, pictures = zip(*corpus.cut(noise(*size)), strict=True)
     assert pictures[0].size == whole
     assert [picture.size for picture in pictures[1:]] == [(512, 512)] * tiles
@@ -70,7 +70,7 @@ def test_one_group_in_six_is_held_out():
     assert all(corpus.is_held_out([name, "0"]) for name in SAMPLES_HELD_OUT)
 
 
-def test_a_corpus(tmp_path, monkeypatch):
+def test_build_groups_selects_and_writes_a_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(corpus, "HELD_OUT", 2)
     pictures = {f"p{i}": noise(700, 660, i, 20) for i in range(6)}
     pictures |= {"p0-small": pictures["p0"].resize((350, 330)), "tiny": noise(200, 400)}
@@ -148,7 +148,7 @@ def test_a_finished_corpus_is_kept_and_another_recipe_starts_anew(tmp_path, monk
     assert len(list((tmp_path / "out").glob("*/*.jpg"))) == 2 * 3  # each picture, and its one tile
 
 
-def test_the_table_of_packages():
+def test_packages_of_the_corpus_have_versions_and_checksums():
     assert len({package.name for package in PACKAGES}) == len(PACKAGES)
     for package in PACKAGES:
         assert package.file.startswith("pool/main/")

@@ -5,13 +5,13 @@ from pathlib import Path
 
 from PIL import Image
 
-from olvae.data.src import load
+from olvae.data.places import load
 from study.curves import CURVES, main
 
 RESULTS = Path(__file__).parent.parent.parent / "study" / "results" / "curves"
 
 
-def test_they_show_what_the_page_says_and_are_drawn_without_training(tmp_path):
+def test_curves_show_what_the_page_says_and_are_drawn_without_training(tmp_path):
     main(
         [
             "--out",

@@ -22,11 +22,15 @@ Copyright: 2021 Ada Lovelace
 License: CC-BY-4.0
 """
 PLASMA = '{"KPlugin": {"Authors": [{"Name": "Ann"}, {"Name": "Bob"}], "License": "CC-BY-SA-4.0"}}'
-PALAPELI = "[Desktop Entry]\nName=Bees\nX-KDE-PluginInfo-Author=Cy\nX-KDE-PluginInfo-License=Public Domain\n"
+PALAPELI = (
+    "[Desktop Entry]\nName=Bees\n"
+    "X-KDE-PluginInfo-Author=Cy\nX-KDE-PluginInfo-License=Public Domain\n"
+)
 
 
 def ar(members):
-    """An archive of Debian's form: 60 bytes before every member, each of which begins at an even place."""
+    """An archive of Debian's form: 60 bytes before every member,
+    each of which begins at an even place."""
     parts = [b"!<arch>\n"]
     for name, content in members.items():
         parts.append(f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode())
@@ -81,7 +85,7 @@ def rcc(names, contents, compressed=False):
     return header + tree + texts + blocks
 
 
-def test_photographs_and_their_licences(tmp_path):
+def test_photographs_of_a_package_have_their_licences(tmp_path):
     path = deb(
         tmp_path / "pictures_1-1_all.deb",
         {
@@ -122,7 +126,7 @@ def test_photographs_and_their_licences(tmp_path):
         Contents(path, package(path, ("*.jpg", "*.tiff")))
 
 
-def test_fetching_checks_and_keeps(tmp_path):
+def test_fetch_checks_and_keeps_a_package(tmp_path):
     mirror = tmp_path / "mirror"
     mirror.mkdir()
     path = mirror / "x.deb"
@@ -131,7 +135,7 @@ def test_fetching_checks_and_keeps(tmp_path):
     assert fetch(wanted, tmp_path / "here", mirror.as_uri()).read_bytes() == b"content"
     path.unlink()  # it is here already
     assert fetch(wanted, tmp_path / "here", mirror.as_uri()).read_bytes() == b"content"
-    with pytest.raises(ValueError, match="name a mirror that can be reached with --mirror"):
+    with pytest.raises(ValueError, match="reached with --mirror"):
         fetch(wanted, tmp_path / "elsewhere", mirror.as_uri())
     path.write_bytes(b"other")
     with pytest.raises(ValueError, match="is not the file that is expected"):

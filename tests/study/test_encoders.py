@@ -77,17 +77,14 @@ def test_shuffled_levels_hold_every_pixel_and_all_else_is_as_large_as_litevae():
         torch.equal(level.flatten().sort().values, x.flatten().sort().values) for level in seen
     )
     more = sum(p.numel() for p in shuffled.parameters()) - sum(p.numel() for p in lite.parameters())
-    assert (
-        more == (36 + 180) * 16 * 9
-    )  # input channels of the second and the third first convolution
+    # input channels of the second and the third first convolution
+    assert more == (36 + 180) * 16 * 9
 
 
 @torch.no_grad()
 def test_taesds_encoder_has_log_variances_beside_the_same_means():
-    tiny, with_moments = (
-        TinyEncoder(latent_dim=8, image_size=64),
-        TinyMoments(latent_dim=8, image_size=64),
-    )
+    tiny = TinyEncoder(latent_dim=8, image_size=64)
+    with_moments = TinyMoments(latent_dim=8, image_size=64)
     last = with_moments.layers[-1]
     weights = with_moments.state_dict() | {
         "layers.14.weight": last.weight[:4],

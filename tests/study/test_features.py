@@ -30,7 +30,7 @@ def lite0():
     ("file", "label"),
     [("panda.jpg", GIANT_PANDA), ("polar-bear.jpg", ICE_BEAR), ("coffee.jpg", ESPRESSO)],
 )
-def test_the_weights_know_what_is_on_a_photograph(file, label):
+def test_lite0_knows_what_is_on_a_photograph(file, label):
     logits = lite0_network(installed_lite0())(picture(file)[None] / 127.5 - 1)
     assert logits.argmax() == label
 
@@ -50,7 +50,7 @@ def test_features_do_not_depend_on_the_batches(lite0):
     np.testing.assert_allclose(lite0.of(images.split(1)), lite0(images), atol=1e-5)
 
 
-def test_the_distance_is_scipys_in_float64():
+def test_frechet_lite0_is_scipys_distance_in_float64():
     rng = np.random.default_rng(0)
     a = rng.normal(size=(80, 12)).astype(np.float32)
     b = (rng.normal(size=(90, 12)) @ rng.normal(size=(12, 12)) + 0.5).astype(np.float32)
@@ -63,6 +63,6 @@ def test_the_distance_is_scipys_in_float64():
     assert frechet_lite0(a, b) == pytest.approx(frechet_lite0(b, a), rel=1e-9)
 
 
-def test_one_image_has_no_covariance(lite0):
+def test_frechet_lite0_needs_two_images(lite0):
     with pytest.raises(ValueError, match="at least 2 images"):
         frechet_lite0(np.zeros((1, 4), np.float32), np.zeros((5, 4), np.float32))

@@ -1,4 +1,7 @@
-"""The run that fills docs/gpu.md: what is kept, what is tried again, the page; the steps themselves in a slow test."""
+"""The run that fills docs/gpu.md: what is kept, what is tried again, the page.
+
+The steps themselves in a slow test.
+"""
 
 import json
 import re
@@ -11,7 +14,7 @@ from study.draw import fill
 from study.gpu import PAGE, STEPS, TABLES, Bench
 
 
-def test_the_page_has_every_table_and_what_matters_comes_first():
+def test_the_page_of_the_gpu_study_has_every_table_and_what_matters_first():
     assert re.findall(r"<!-- table: (\S+) -->", PAGE.read_text(encoding="utf-8")) == list(TABLES)
     names = list(STEPS)
     assert names[:3] == ["machine", "tests", "step_A2_32"]
@@ -19,7 +22,7 @@ def test_the_page_has_every_table_and_what_matters_comes_first():
     assert sum(step.limit_s for step in STEPS.values()) < 90 * 60  # of steps that all hang
 
 
-def test_tables_from_rows():
+def test_tables_of_the_gpu_study_are_made_from_rows():
     step = {
         "recipe": "B5",
         "precision": "bf16",
@@ -66,7 +69,9 @@ def test_tables_from_rows():
     assert tables["gpu-pair"] == []
 
 
-def test_finished_steps_are_kept_and_failed_ones_tried_again(tmp_path, monkeypatch, capsys):
+def test_finished_steps_of_the_gpu_study_are_kept_and_failed_ones_tried_again(
+    tmp_path, monkeypatch, capsys
+):
     tried, fails = [], [True]
 
     def command(self: Bench, name: str, *arguments: str, limit_s: float) -> str:
@@ -98,7 +103,7 @@ def test_finished_steps_are_kept_and_failed_ones_tried_again(tmp_path, monkeypat
     assert page.read_text() == filled  # though there was nothing left to run
 
 
-def test_a_step_that_hangs_ends_with_what_it_started(tmp_path):
+def test_a_step_of_the_gpu_study_that_hangs_ends_with_what_it_started(tmp_path):
     started = tmp_path / "started"
     child = f"import pathlib, time; time.sleep(1); pathlib.Path({str(started)!r}).touch()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
@@ -111,7 +116,7 @@ def test_a_step_that_hangs_ends_with_what_it_started(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_whole_way_on_a_cpu(tmp_path):
+def test_the_gpu_study_runs_on_a_cpu(tmp_path):
     """But compiled steps, which take minutes there."""
     steps = [name for name in STEPS if "compile" not in name]
     gpu.main(["--device", "cpu", "--quick", "--out", str(tmp_path), "--only", *steps])

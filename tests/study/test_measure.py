@@ -7,7 +7,7 @@ import torch
 from study.measure import AXES, Unexplained
 
 
-def test_the_share_along_each_axis_is_numpys():
+def test_the_unexplained_share_along_each_axis_is_numpys():
     rng = np.random.default_rng(0)
     x = rng.integers(0, 256, (6, 3, 16, 24)).astype(np.uint8)
     y = np.clip(x + rng.normal(0, 9, x.shape), 0, 255).astype(np.uint8)

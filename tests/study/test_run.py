@@ -1,4 +1,7 @@
-"""The study's rows and the order in which they run; the commands themselves are replaced, but for one slow test."""
+"""The study's rows and the order in which they run.
+
+The commands themselves are replaced, but for one slow test.
+"""
 
 import json
 from pathlib import Path
@@ -9,14 +12,14 @@ from PIL import Image
 from skimage import data
 
 from olvae import config as cfg
-from olvae.data.src import load
+from olvae.data.places import load
 from study.corpus import FOLDERS
 from study.rows import QUESTIONS, RECIPE, Diffusion, Row, diffusions, rows
 from study.run import Study, StudyError
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_every_row_is_a_valid_config(quick):
+def test_every_row_of_the_study_is_a_valid_config(quick):
     found = rows(quick)
     assert len({row.name for row in found}) == len(found)
     for row in found:
@@ -65,7 +68,7 @@ def test_a_command_that_fails_names_its_row_and_its_log(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_row_for_real_stopped_and_continued(tmp_path, monkeypatch):
+def test_a_row_of_the_study_stopped_and_continued(tmp_path, monkeypatch):
     corpus = tmp_path / "corpus"
     for folder in FOLDERS:
         (corpus / folder).mkdir(parents=True)

@@ -1,4 +1,5 @@
-"""Fixtures that train as the command does: in this process, in two forked ones, and with a launcher's variables."""
+"""Fixtures that train as the command does: in this process, in two forked ones,
+and with a launcher's variables."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -11,7 +12,7 @@ from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 from olvae.training.run import RUN_ENV, train
 from olvae.training.settings import TrainOptions
-from tests.test_devices import fork_each
+from tests.forks import fork_each
 from tests.training.origins import without_networks
 
 
@@ -90,7 +91,10 @@ def under(monkeypatch) -> Callable[[dict[str, str]], None]:
 
 @pytest.fixture
 def train_two(train_with, under, tmp_path):
-    """Train in two processes of torchrun, forked from this one; returns the run, or None if both are to fail."""
+    """Train in two processes of torchrun, forked from this one.
+
+    Returns the run, or None if both are to fail.
+    """
 
     def run(*overrides: str, raises: str | None = None, **options) -> Run | None:
         devices = ("lightning.trainer.accelerator=cpu", "lightning.trainer.devices=2")

@@ -8,7 +8,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 def scalars(run: Path) -> dict[str, dict[int, float]]:
     """Values by tag and step, steps in order; of a step that was logged twice, the later value.
 
-    TensorBoard reads a folder's files by name. Names end in a counter of the process, and `.9` sorts after `.10`.
+    TensorBoard reads a folder's files by name. Names end in a counter of the process,
+    and `.9` sorts after `.10`.
     """
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     by_tag = {}

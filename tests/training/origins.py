@@ -104,3 +104,21 @@ def one_line(caught: pytest.ExceptionInfo) -> str:
     text = str(caught.value)
     assert "\n" not in text.strip(), text
     return text
+
+
+def small(images: Path, size: int) -> list[str]:
+    """Overrides that train a recipe on a few small images, without LPIPS,
+    whose network is a download."""
+    data = {
+        "root": str(images),
+        "size": size,
+        "batch_size": 2,
+        "num_workers": 0,
+        "val_fraction": 0.2,
+    }
+    overrides = [f"data.params.{key}={value}" for key, value in data.items()]
+    return [
+        *overrides,
+        "lightning.trainer.max_steps=1",
+        "model.params.lossconfig.params.lpips_weight=0",
+    ]

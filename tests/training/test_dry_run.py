@@ -1,4 +1,5 @@
-"""A training on many ranks without a GPU: messages against counts by hand, ranks that differ, what follows."""
+"""A training on many ranks without a GPU: messages against counts by hand, ranks that differ,
+what follows."""
 
 import re
 from typing import Any
@@ -46,27 +47,24 @@ def one_step(monkeypatch) -> None:
 
 
 def test_each_player_sends_its_gradients_and_patchgan_its_statistics():
-    """BatchNorm sends mean and variance in each pass of the discriminator, forward and backward, in float32."""
+    """BatchNorm sends mean and variance in each pass of the discriminator, forward and backward,
+    in float32."""
     model, steps = record(
         config(against(PATCHGAN, start_step=3, warmup_updates=2, r1_weight=1.0, r1_every=4)), "fp16"
     )
     kinds = ["autoencoder alone", "discriminator alone", "both", "both, R1", "both, logged"]
     assert list(steps) == ["first step", "second step", *kinds]
     one, other = (4 * count_parameters(player) for player in model.players.values())
-    sent, statistics = (
-        {kind: step.nbytes for kind, step in steps.items()},
-        4 * 8,
-    )  # of the layer's channels
+    sent = {kind: step.nbytes for kind, step in steps.items()}
+    statistics = 4 * 8  # of the layer's channels
     assert sent["autoencoder alone"] == one
     assert sent["discriminator alone"] == other + 2 * 4 * statistics  # real and fake images
     assert sent["both"] == sent["first step"] == one + other + 3 * 4 * statistics < sent["both, R1"]
     assert {message.split()[0] for message in steps["both"].messages} == {"allreduce"}
-    assert re.fullmatch(
-        r"allreduce of \d+ float32", steps["both, logged"].messages[-1]
-    )  # the values, at once
-    assert "broadcast" in {
-        message.split()[0] for message in steps["second step"].messages
-    }  # of DDP's buckets
+    # the values, at once
+    assert re.fullmatch(r"allreduce of \d+ float32", steps["both, logged"].messages[-1])
+    # of DDP's buckets
+    assert "broadcast" in {message.split()[0] for message in steps["second step"].messages}
     assert (
         steps["first step"].launches
         > steps["both"].launches
@@ -82,7 +80,7 @@ def test_each_player_sends_its_gradients_and_patchgan_its_statistics():
     assert kinds_of_steps(model.adversary) == {"both, R1": 0, "both, R1, logged": 0}
 
 
-def test_accumulated_micro_batches_send_once_and_a_hook_half(one_step):
+def test_accumulated_micro_batches_send_once_and_a_bf16_hook_half_as_much(one_step):
     one, two = (record(config(accumulate_grad_batches=n), "bf16")[1]["a step"] for n in (1, 2))
     assert (
         (one.messages, one.launches)
@@ -97,7 +95,7 @@ def test_accumulated_micro_batches_send_once_and_a_hook_half(one_step):
 @pytest.mark.parametrize(
     ("rank", "alone"), [(0, lambda: dist.all_reduce(torch.zeros(3))), (63, dist.barrier)]
 )
-def test_a_rank_that_sends_alone_is_found(one_step, monkeypatch, rank, alone):
+def test_dry_run_finds_a_rank_that_sends_alone(one_step, monkeypatch, rank, alone):
     monkeypatch.setattr(
         Adversary, "updated", lambda self: alone() if dist.get_rank() == rank else None
     )
@@ -109,13 +107,12 @@ def test_a_rank_that_sends_alone_is_found(one_step, monkeypatch, rank, alone):
         dry_run(config(against(PATCHGAN)), 64, "32")
 
 
-def test_data_and_what_follows(one_step, tmp_path):
-    """Too few images for the loader processes of all ranks, or for validation; data that is elsewhere."""
+def test_dry_run_notes_too_few_images_and_data_that_are_elsewhere(one_step, tmp_path):
+    """Too few images for the loader processes of all ranks, or for validation;
+    data that is elsewhere."""
     write_shards(tmp_path / "shards", (5, 3))
-    node, params = (
-        config(warmup_steps=7),
-        {"shards": str(tmp_path / "shards"), "size": 16, "batch_size": 2},
-    )
+    node = config(warmup_steps=7)
+    params = {"shards": str(tmp_path / "shards"), "size": 16, "batch_size": 2}
     node["data"] = {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": params}
     notes = check_data(cfg.instantiate(node["data"]), 4)
     assert notes[1].startswith("data: 8 images of all ranks are more than an epoch's 5")
@@ -127,7 +124,7 @@ def test_data_and_what_follows(one_step, tmp_path):
     notes = "\n".join(dry_run(node, 4, "16")[1])
     assert notes.startswith("data: not checked: nowhere")
     assert (
-        "images: 8 a step = 2 x 1 accumulated x 4 ranks, 16x16 pixels\nlearning rate: 0.001, constant, warm"
-        in notes
+        "images: 8 a step = 2 x 1 accumulated x 4 ranks, 16x16 pixels\n"
+        "learning rate: 0.001, constant, warm" in notes
     )
     assert "about 0 ms on an H100, less than Python needs for it: with" in notes

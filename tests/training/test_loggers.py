@@ -1,4 +1,5 @@
-"""Loggers of ``lightning.logger`` beside TensorBoard: the same scalars, pictures, and the same place after a resume."""
+"""Loggers of ``lightning.logger`` beside TensorBoard: the same scalars, pictures,
+and the same place after a resume."""
 
 import csv
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from olvae.config import ConfigError
-from olvae.data.src import load
+from olvae.data.places import load
 from olvae.runs import Run
 from olvae.training.loggers import make_loggers
 from tests.conftest import tiny_config
@@ -40,7 +41,7 @@ def scalars_of_csv(run) -> dict[tuple[str, int], float]:
     return found
 
 
-def test_the_same_scalars_also_after_a_resume(train_with, image_folder):
+def test_the_csv_logger_has_tensorboards_scalars_also_after_a_resume(train_with, image_folder):
     run = train_with("lightning.trainer.max_steps=2", CSV, *STEPS, config=tiny_config(image_folder))
     first = scalars_of_csv(run)
     assert {step for _, step in first} == {1, 2}
@@ -65,7 +66,10 @@ def test_the_same_scalars_also_after_a_resume(train_with, image_folder):
 
 @pytest.fixture
 def wandb(monkeypatch) -> Iterator[ModuleType]:
-    """W&B offline. Afterwards its run is finished and its service ended: they hook into sys.stderr until then."""
+    """W&B offline.
+
+    Afterwards its run is finished and its service ended: they hook into sys.stderr until then.
+    """
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     import wandb
@@ -75,7 +79,9 @@ def wandb(monkeypatch) -> Iterator[ModuleType]:
     wandb.teardown()
 
 
-def test_wandb_offline(train_with, image_folder, wandb):
+def test_wandb_offline_has_the_project_and_pictures_of_a_resumed_run(
+    train_with, image_folder, wandb
+):
     options = {"config": tiny_config(image_folder), "wandb": "faces"}
     run = train_with("lightning.trainer.max_steps=2", *STEPS, **options)
     assert wandb.run.project == "faces"
@@ -98,7 +104,7 @@ def test_wandb_offline(train_with, image_folder, wandb):
     ("target", "message"),
     [("loggers.CometLogger", "comet"), ("callbacks.Timer", "Timer is no logger")],
 )
-def test_what_is_no_logger(tmp_path, target, message):
+def test_make_loggers_refuses_what_is_no_logger(tmp_path, target, message):
     node = {"target": f"lightning.pytorch.{target}"}
     with pytest.raises(ConfigError, match=rf"^lightning\.logger\.mine: .*{message}"):
         make_loggers({"mine": node}, Run(tmp_path))

@@ -29,7 +29,7 @@ def step(status: Status, now, wait: float, work: float, number: int) -> None:
     status.step_ended(number, number * 8)
 
 
-def test_rates_leave_out_the_first_step(now):
+def test_the_speed_leaves_out_the_first_step(now):
     status = Status()
     step(status, now, 50.0, 10.0, 1)
     for i in (2, 3, 4):
@@ -38,7 +38,7 @@ def test_rates_leave_out_the_first_step(now):
     assert status.seconds_left(10) == 3.0
 
 
-def test_a_share_of_waiting_is_shown_when_it_is_large(now):
+def test_waiting_for_data_is_shown_when_its_share_is_large(now):
     status = Status()
     step(status, now, 9.0, 1.0, 1)
     step(status, now, 0.3, 0.7, 2)
@@ -48,7 +48,7 @@ def test_a_share_of_waiting_is_shown_when_it_is_large(now):
     assert "waiting" not in str(status)
 
 
-def test_validation_is_neither_training_nor_waiting(now):
+def test_validation_counts_neither_as_training_nor_as_waiting(now):
     status = Status()
     step(status, now, 0.0, 1.0, 1)
     step(status, now, 0.0, 1.0, 2)
@@ -58,7 +58,7 @@ def test_validation_is_neither_training_nor_waiting(now):
     assert str(status) == "8.0 images/s"
 
 
-def test_the_bar_stays_on_one_line(now):
+def test_the_progress_bar_stays_on_one_line(now):
     status = Status()
     step(status, now, 9.0, 1.0, 1)
     step(status, now, 0.01, 0.04, 2)
@@ -71,7 +71,7 @@ def test_the_bar_stays_on_one_line(now):
     assert text in re.sub(r"\x1b\[[0-9;]*m", "", line)
 
 
-def test_without_a_terminal_a_line_is_one_line(now, capsys):
+def test_progress_without_a_terminal_is_one_line(now, capsys):
     shown, at = StepProgress(line_every_s=0.0), SimpleNamespace(global_step=3, max_steps=10)
     for number in (1, 2):
         step(shown._status, now, 0.5, 0.5, number)
@@ -117,13 +117,13 @@ def test_a_gpu_with_too_few_images_is_advised_and_its_share_logged(
     assert tflops(0.0, shown._peak) == {}  # not counted
 
 
-def test_how_many_images_keep_a_gpu_busy():
+def test_describe_step_says_how_many_images_keep_a_gpu_busy():
     few, many, compiled = (
         describe_step(10**12, n, 500.0, c) for n, c in ((4, False), (16, False), (4, True))
     )
     assert (
-        ": about 20 ms on this GPU, less than Python needs for it: with 10 images, or model.params.compile"
-        in few
+        ": about 20 ms on this GPU, less than Python needs for it: with 10 images, or "
+        "model.params.compile" in few
     )
     assert many.endswith("16 TFLOP for 16 a process: about 80 ms on this GPU")
     assert compiled.endswith("about 20 ms on this GPU")

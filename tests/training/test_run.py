@@ -1,4 +1,5 @@
-"""Training as the command does it, in small: reproducible, resumable, and strict before it starts."""
+"""Training as the command does it, in small: reproducible, resumable,
+and strict before it starts."""
 
 import json
 import multiprocessing
@@ -17,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from olvae.cli.main import main
 from olvae.config import ConfigError, save
-from olvae.data.src import load
+from olvae.data.places import load
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run
 from olvae.training.run import RUN_ENV, TrainingStopped, quieten
@@ -41,7 +42,7 @@ def go(train_with, image_folder):
     return partial(train_with, config=tiny_config(image_folder, **averaged))
 
 
-def test_what_a_run_leaves(go, whole_training, monkeypatch):
+def test_a_run_leaves_its_config_checkpoints_pictures_and_scalars(go, whole_training, monkeypatch):
     step, dtypes = LiteAutoencoderKL.training_step, set()
 
     def look(self, batch, batch_idx):
@@ -54,9 +55,8 @@ def test_what_a_run_leaves(go, whole_training, monkeypatch):
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     run = go(name="my_name", precision="bf16", seed=5)
     assert dtypes == {torch.bfloat16}
-    assert (
-        not torch.utils.deterministic.fill_uninitialized_memory
-    )  # deterministic algorithms, without its price
+    # deterministic algorithms, without its price
+    assert not torch.utils.deterministic.fill_uninitialized_memory
     assert run.path.name.endswith("_my_name_bf16")
     files = {
         path.relative_to(run.path).as_posix() for path in run.path.rglob("*") if path.is_file()
@@ -94,7 +94,7 @@ def test_what_a_run_leaves(go, whole_training, monkeypatch):
     assert sorted(event.step for event in images) == [2, 4]
 
 
-def test_a_source_that_nobody_can_count(go, tmp_path):
+def test_a_source_of_unknown_length_is_trained_on(go, tmp_path):
     (shard,) = write_shards(tmp_path / "shards", (9,))
     overrides = (
         "data.target=olvae.data.shards.webdataset.WebDatasetSource",
@@ -155,14 +155,17 @@ def test_a_failing_start_leaves_nothing_and_changes_nothing(go, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
-def test_a_signal_to_all_processes(
+def test_a_signal_to_all_processes_leaves_a_checkpoint_and_its_exit_code(
     tmp_path, image_folder, quick_training, capfd, monkeypatch, number, code
 ):
-    """A terminal's Ctrl-C, or a scheduler's signal, reaches the process group, and so the loader's workers: one step
-    more, a checkpoint, an exit code that tells them apart."""
+    """A terminal's Ctrl-C, or a scheduler's signal, reaches the process group, and so the loader's
+    workers: one step more, a checkpoint, an exit code that tells them apart."""
     monkeypatch.delenv(RUN_ENV, raising=False)
     save(tiny_config(image_folder), tmp_path / "c.yaml")
-    arguments = f"train --base {tmp_path}/c.yaml --logdir {tmp_path}/runs --gpus 0 data.params.num_workers=1"
+    arguments = (
+        f"train --base {tmp_path}/c.yaml --logdir {tmp_path}/runs --gpus 0 "
+        "data.params.num_workers=1"
+    )
 
     def command() -> None:
         os.setsid()
@@ -183,7 +186,7 @@ def test_a_signal_to_all_processes(
     assert checkpoint(Run(run))["global_step"] > 0
 
 
-def test_callbacks_of_the_config(go):
+def test_callbacks_of_the_config_are_used(go):
     run = go(
         "lightning.callbacks.keep.target=olvae.training.saving.KeepCheckpoints",
         "lightning.callbacks.keep.params.keep_every_n_steps=2",
@@ -198,8 +201,8 @@ def test_callbacks_of_the_config(go):
 
 
 def test_the_demo_learns(train_with):
-    """30 steps of its networks on smaller crops: 2 dB above the 11.5 dB that untrained weights, or grey, have. The
-    linear start is left out, which has more."""
+    """30 steps of its networks on smaller crops: 2 dB above the 11.5 dB that untrained weights, or
+    grey, have. The linear start is left out, which has more."""
     plain = [f"model.params.{half}_config.params.linear=false" for half in ("encoder", "decoder")]
     small = ["model.params.use_ema=false", "model.params.warmup_steps=10", "data.params.size=32"]
     overrides = ["lightning.trainer.max_steps=30", *small, *plain]
@@ -208,8 +211,11 @@ def test_the_demo_learns(train_with):
 
 
 @pytest.mark.parametrize("channels", [1, 6])
-def test_other_channels(go, image_folder, channels):
-    """Grey images, and arrays of six channels, with a discriminator; LPIPS's part is in test_perceptual."""
+def test_training_on_one_and_six_channels(go, image_folder, channels):
+    """Grey images, and arrays of six channels, with a discriminator.
+
+    LPIPS's part is in test_perceptual.
+    """
     if channels == 6:
         for path in sorted(image_folder.rglob("*.png")):
             rgb = np.asarray(Image.open(path))
@@ -277,13 +283,13 @@ INFERENCE_ONLY = (
         (("data.params.channels=1",), {}, "the images have 1 channels, the model takes 3"),
     ],
 )
-def test_mistakes_leave_no_run_folder(go, tmp_path, overrides, options, message):
+def test_training_mistakes_leave_no_run_folder(go, tmp_path, overrides, options, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         go(*overrides, **options)
     assert not (tmp_path / "runs").exists()
 
 
-def test_configs_that_are_no_training(train_with, tmp_path, image_folder):
+def test_configs_without_max_steps_or_a_source_are_refused(train_with, tmp_path, image_folder):
     config = tiny_config(image_folder)
     with pytest.raises(
         ConfigError, match=r"lightning\.trainer\.max_steps: None: expected a number"
@@ -301,7 +307,7 @@ def test_configs_that_are_no_training(train_with, tmp_path, image_folder):
     [
         (
             {"start_step": 4},
-            r"^model\.params\.adversary_config\.params\.start_step: 4 is not below max_steps, 4: set",
+            r"^model\.params\.adversary_config\.params\.start_step: 4 is not below max_steps, 4",
         ),
         (
             {"discriminator_config": UNETGAN},
@@ -311,7 +317,9 @@ def test_configs_that_are_no_training(train_with, tmp_path, image_folder):
         ({"discriminator_config": {"target": "torch.nn.Identity"}}, "num_outputs|does not take"),
     ],
 )
-def test_adversaries_that_do_not_fit(train_with, tmp_path, image_folder, params, message):
+def test_adversaries_that_do_not_fit_are_refused(
+    train_with, tmp_path, image_folder, params, message
+):
     adversary = against(lecam_weight=1.0)
     adversary["params"] |= params
     with pytest.raises(ConfigError, match=message):
@@ -319,7 +327,7 @@ def test_adversaries_that_do_not_fit(train_with, tmp_path, image_folder, params,
     assert not (tmp_path / "runs").exists()
 
 
-def test_weights_of_another_model(go, tmp_path):
+def test_weights_of_another_model_are_refused(go, tmp_path):
     run = go()
     with pytest.raises(ValueError, match="of another model"):
         go("model.params.decoder_config.params.channels=16", actual_resume=run.last_checkpoint)
@@ -346,9 +354,8 @@ def test_the_best_weights_are_kept_by_a_named_metric(go):
         "value": pytest.approx(values[best]),
         "step": best,
     }
-    note.write_text(
-        '{"metric": "val/l1", "value": 0.0, "step": 2}'
-    )  # as if it had been perfect, after last.ckpt
+    # as if it had been perfect, after last.ckpt
+    note.write_text('{"metric": "val/l1", "value": 0.0, "step": 2}')
     go("lightning.trainer.max_steps=6", resume=run.path)
     assert torch.load(kept, weights_only=True)["global_step"] == best
     for wrong, others in (
@@ -358,7 +365,7 @@ def test_the_best_weights_are_kept_by_a_named_metric(go):
     ):
         with pytest.raises(
             ValueError,
-            match=rf"best: {wrong} can't choose the best weights, only val/psnr, val/ssim",
+            match=rf"best: {wrong} can't choose .*only val/psnr, val/ssim",
         ):
             go(
                 keep,
@@ -369,7 +376,7 @@ def test_the_best_weights_are_kept_by_a_named_metric(go):
     assert len(list(run.path.parent.iterdir())) == 1  # each fails before the first step
 
 
-def test_warnings_that_concern_the_user_are_shown():
+def test_quieten_shows_the_warnings_that_concern_the_user():
     """Of Lightning's, those that are wrong here, or that the summary replaces, are not."""
     shown = "Early stopping conditioned on metric `val/x` which is not available"
     hidden = "The 'train_dataloader' does not have many workers which may be a bottleneck"

@@ -1,4 +1,5 @@
-"""Checkpoints written in a thread: what is in them, in which order, and what is left after a failure."""
+"""Checkpoints written in a thread: what is in them, in which order,
+and what is left after a failure."""
 
 import json
 import time
@@ -56,8 +57,11 @@ def full_disk() -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_what_is_saved_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
-    """The call returns while the writer has not begun; weights, and the dicts around them, then change."""
+def test_a_background_save_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
+    """The call returns while the writer has not begun.
+
+    Weights, and the dicts around them, then change.
+    """
     may_write, saving, given = Event(), BackgroundCheckpointIO(), content(1.0)
 
     def slow(value: object, path: Path) -> None:
@@ -82,8 +86,11 @@ def test_what_is_saved_is_of_the_moment_it_was_asked_for(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
 
 
-def test_saves_keep_their_order(tmp_path, monkeypatch):
-    """Each file is written after the one before, a note after its checkpoint; one may wait for the first alone."""
+def test_background_saves_keep_their_order(tmp_path, monkeypatch):
+    """Each file is written after the one before, a note after its checkpoint.
+
+    One may wait for the first alone.
+    """
     may_write, saving, seen = Event(), BackgroundCheckpointIO(), []
 
     def record(value: object, path: Path) -> None:
@@ -107,7 +114,7 @@ def test_saves_keep_their_order(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("at_the_end", [True, False])
-def test_a_full_disk_leaves_the_file_before_and_is_told(tmp_path, monkeypatch, at_the_end):
+def test_a_full_disk_leaves_the_checkpoint_before_and_is_told(tmp_path, monkeypatch, at_the_end):
     saving, path = BackgroundCheckpointIO(), tmp_path / "best.ckpt"
     saving.save_checkpoint(content(1.0), path, storage_options={"step": 1})
     saving.wait()
@@ -115,9 +122,7 @@ def test_a_full_disk_leaves_the_file_before_and_is_told(tmp_path, monkeypatch, a
     saving.save_checkpoint(content(2.0), path, storage_options={"step": 2})
     while not saving._pending[0].done():
         time.sleep(0.01)
-    with pytest.raises(
-        OSError, match=r"best\.ckpt: the checkpoint could not be written: .*No space left"
-    ) as caught:
+    with pytest.raises(OSError, match=r"best\.ckpt: .*No space left") as caught:
         saving.teardown() if at_the_end else saving.wait(1)
     assert str(tmp_path) in str(caught.value)
     saving.teardown()  # told once
@@ -133,7 +138,7 @@ def test_a_failed_save_does_not_cut_the_next_one_off(tmp_path):
     saving.save_checkpoint(content(1.0), tmp_path / "best.ckpt")
     saving.save_checkpoint(content(2.0), tmp_path / "last.ckpt")
     may_write.set()
-    with pytest.raises(OSError, match=r"best\.ckpt: the checkpoint could not be written"):
+    with pytest.raises(OSError, match=r"best\.ckpt: .*could not be written"):
         saving.teardown()
     assert torch.equal(load(tmp_path / "last.ckpt")["state_dict"]["a"], torch.full((3, 2), 2.0))
 
@@ -159,10 +164,8 @@ def test_a_run_that_could_not_save_does_not_claim_success(
 
 
 def test_a_callback_that_stops_after_a_validation_loses_nothing(train_with, image_folder):
-    stop, params = (
-        "lightning.callbacks.stop",
-        {"monitor": "val/psnr", "mode": "max", "patience": 1, "min_delta": 50},
-    )
+    stop = "lightning.callbacks.stop"
+    params = {"monitor": "val/psnr", "mode": "max", "patience": 1, "min_delta": 50}
     settings = [f"{stop}.target=lightning.pytorch.callbacks.EarlyStopping"]
     settings += [f"{stop}.params.{name}={value}" for name, value in params.items()]
     run = train_with(
@@ -177,7 +180,7 @@ def test_a_callback_that_stops_after_a_validation_loses_nothing(train_with, imag
     assert not all(torch.equal(saved["state_dict"][name], tensor) for name, tensor in raw.items())
 
 
-def test_an_error_within_an_update_keeps_the_last_whole_one(
+def test_an_error_within_an_update_keeps_the_last_whole_checkpoint(
     train_with, tmp_path, image_folder, monkeypatch
 ):
     def breaks(_, trainer, module, *__) -> None:
@@ -206,7 +209,10 @@ class Reads(TorchDispatchMode):
 
 
 def test_weights_and_buffers_that_are_not_finite_are_not_saved(tmp_path):
-    """They are checked with one read of the device. A buffer, as BatchNorm's, has no gradient that would show it."""
+    """They are checked with one read of the device.
+
+    A buffer, as BatchNorm's, has no gradient that would show it.
+    """
     saved, model, keep = [], build(against(lecam_weight=0.1)), KeepCheckpoints(every_n_steps=1)
     trainer = SimpleNamespace(
         default_root_dir=tmp_path,
@@ -223,10 +229,8 @@ def test_weights_and_buffers_that_are_not_finite_are_not_saved(tmp_path):
         keep.on_train_batch_end(trainer, model, None, None, 0)
     assert reads.count == 1
     assert saved == ["last.ckpt"]
-    parameters, buffers = (
-        dict(model.adversary.named_parameters()),
-        dict(model.adversary.named_buffers()),
-    )
+    parameters = dict(model.adversary.named_parameters())
+    buffers = dict(model.adversary.named_buffers())
     running_var = next(name for name in buffers if name.endswith("running_var"))
     for name, tensor in ((running_var, buffers[running_var]), next(iter(parameters.items()))):
         with torch.no_grad():
@@ -234,7 +238,7 @@ def test_weights_and_buffers_that_are_not_finite_are_not_saved(tmp_path):
         keep = KeepCheckpoints(every_n_steps=1)
         with pytest.raises(
             FloatingPointError,
-            match=f"non-finite weights at step 3, in adversary.{name}: nothing is",
+            match=f"non-finite weights at step 3, in adversary.{name}:",
         ):
             keep.on_train_batch_end(trainer, model, None, None, 0)
         with torch.no_grad():
@@ -242,7 +246,7 @@ def test_weights_and_buffers_that_are_not_finite_are_not_saved(tmp_path):
     assert saved == ["last.ckpt"]
 
 
-def test_a_validation_that_is_not_a_number_is_never_the_best():
+def test_a_validation_of_nan_is_never_the_best():
     trainer, keep = SimpleNamespace(sanity_checking=False, global_step=3), KeepCheckpoints()
     keep._sign, saved = 1, []
     keep._save = lambda *arguments: saved.append(arguments[-1]["value"])
@@ -251,7 +255,7 @@ def test_a_validation_that_is_not_a_number_is_never_the_best():
     assert saved == [20.0, 21.0]
 
 
-def test_the_best_of_another_metric_is_none_of_this_one(tmp_path):
+def test_the_best_value_of_another_metric_does_not_count(tmp_path):
     run = Run(tmp_path)
     run.checkpoints.mkdir()
     (run.checkpoints / "best.json").write_text('{"metric": "val/lpips", "value": 0.1, "step": 2}')

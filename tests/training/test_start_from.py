@@ -1,4 +1,5 @@
-"""Runs that start from an autoencoder that exists (--from), or learn from one (--teacher), as the command trains."""
+"""Runs that start from an autoencoder that exists (--from), or learn from one (--teacher),
+as the command trains."""
 
 import copy
 import shutil
@@ -17,7 +18,7 @@ from olvae.cli.main import main
 from olvae.config import ConfigError, instantiate, save, validate
 from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
-from olvae.data.src import load
+from olvae.data.places import load
 from olvae.export.exporting import ExportSettings, export_target
 from olvae.losses.objective import Objective
 from olvae.models import linear_code
@@ -25,14 +26,13 @@ from olvae.models.linear_code import LinearDecoder, crops_and_means, fit_linear_
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target
 from olvae.training import run as training
-from olvae.training.settings import TrainOptions, read_plan
 from olvae.training.start_from import start_from
 from tests.conftest import tiny_config
 from tests.export.latents import tiny_vae
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.test_targets import latent_diffusion_names
 from tests.models.steps import WITHOUT_KL
-from tests.training.origins import checkpoint, one_line, without_networks
+from tests.training.origins import checkpoint, one_line, small, without_networks
 
 ANCHOR = "model.params.parts.anchor.target=olvae.models.parts.anchor.Anchor"
 EQUIVARIANCE = "model.params.parts.equivariance.target=olvae.models.parts.equivariance.Equivariance"
@@ -91,10 +91,9 @@ def make_source(kind: str, folder: Path, theirs: diffusers.AutoencoderKL) -> str
     return str(folder / "source.safetensors")
 
 
-def test_the_decoder_alone_is_trained(train_with, tmp_path, image_folder, starts):
-    theirs = tiny_kl(
-        block_out_channels=(32, 32, 64), norm_num_groups=32
-    )  # latent-diffusion has 32 groups
+def test_start_from_trains_the_decoder_alone(train_with, tmp_path, image_folder, starts):
+    # latent-diffusion has 32 groups
+    theirs = tiny_kl(block_out_channels=(32, 32, 64), norm_num_groups=32)
     target = make_source("vae.", tmp_path, theirs)
     run = train_with(
         "lightning.trainer.max_steps=8", "model.params.scaling_factor=0.18215", start_from=target
@@ -111,7 +110,7 @@ def test_the_decoder_alone_is_trained(train_with, tmp_path, image_folder, starts
     assert loss_of(after, x) < 0.95 * loss_of(start, x)
 
 
-def test_the_config_of_the_run_is_complete(train_with, tmp_path):
+def test_start_from_completes_the_config_of_the_run(train_with, tmp_path):
     """Params without a target are added to what was found."""
     theirs = tiny_kl(scaling_factor=0.5, shift_factor=0.25, force_upcast=False, use_quant_conv=True)
     target = make_source("diffusers", tmp_path, theirs)
@@ -148,7 +147,10 @@ def test_the_config_of_the_run_is_complete(train_with, tmp_path):
 def test_a_decoder_that_starts_fresh_starts_linearly(
     train_with, tmp_path, image_folder, starts, monkeypatch
 ):
-    """Fitted to the latents of the encoder that is there; the encoder's own path keeps its weights."""
+    """Fitted to the latents of the encoder that is there.
+
+    The encoder's own path keeps its weights.
+    """
     monkeypatch.setattr(linear_code, "CROPS", (64, 64))
     config = tiny_config()["model"]["params"]
     for half in linear_code.HALVES:
@@ -171,7 +173,7 @@ def test_a_decoder_that_starts_fresh_starts_linearly(
     )
 
 
-def test_from_one_of_our_own_runs_and_its_export(train_with, tmp_path, image_folder, starts):
+def test_start_from_one_of_our_own_runs_and_its_export(train_with, tmp_path, image_folder, starts):
     """With its width and its factors; the objective is the new config's."""
     config = tiny_config(
         image_folder, lossconfig=WITHOUT_KL, scaling_factor=0.7, initial_logvar=-4.0
@@ -191,7 +193,7 @@ def test_from_one_of_our_own_runs_and_its_export(train_with, tmp_path, image_fol
         assert "initial_logvar" not in params
 
 
-def test_in_the_config_as_well_as_by_flag(train_with, tmp_path, image_folder, starts):
+def test_start_from_in_the_config_as_well_as_by_flag(train_with, tmp_path, image_folder, starts):
     """Networks of the config give way to those that are found, and the flag wins."""
     theirs = tiny_kl()
     target = make_source("diffusers", tmp_path, theirs)
@@ -204,7 +206,9 @@ def test_in_the_config_as_well_as_by_flag(train_with, tmp_path, image_folder, st
         assert "from" not in load([run.config])["model"]
 
 
-def test_factors_are_the_sources_and_the_recipes_where_a_file_has_none(tmp_path, image_folder):
+def test_scaling_factors_are_the_sources_and_the_recipes_where_a_file_has_none(
+    tmp_path, image_folder
+):
     """A scaling_factor of null is none, wherever the value comes from."""
     config = without_networks(image_folder)
     theirs = tiny_kl(block_out_channels=(32, 32, 64), norm_num_groups=32, scaling_factor=0.5)
@@ -224,7 +228,7 @@ def test_factors_are_the_sources_and_the_recipes_where_a_file_has_none(tmp_path,
     one_line(caught)
 
 
-def test_what_is_trained_is_a_choice(train_with, tmp_path):
+def test_start_from_trains_the_halves_that_are_not_frozen(train_with, tmp_path):
     """And an anchor is the source, also in a resumed run."""
     theirs = tiny_kl()
     target, runs = make_source("diffusers", tmp_path, theirs), []
@@ -293,7 +297,9 @@ def test_the_half_that_a_source_never_trained_stays_untrained(train_with, image_
         ),
     ],
 )
-def test_settings_that_a_source_does_not_take(train_with, tmp_path, overrides, message):
+def test_start_from_refuses_settings_that_the_source_does_not_take(
+    train_with, tmp_path, overrides, message
+):
     target = make_source(
         "vae.", tmp_path, tiny_kl(block_out_channels=(32, 32, 64), norm_num_groups=32)
     )
@@ -303,17 +309,7 @@ def test_settings_that_a_source_does_not_take(train_with, tmp_path, overrides, m
     assert not (tmp_path / "runs").exists()
 
 
-def test_what_overrides_add_goes_to_the_networks_of_a_target():
-    """Not to those of the recipe, which it replaces."""
-    added = ["model.params.decoder_config.params.padding=reflect"]
-    params = read_plan(TrainOptions(["folder"], added, start_from="olvae:photos-f8c12")).config[
-        "model"
-    ]["params"]
-    assert params["decoder_config"] == {"params": {"padding": "reflect"}}
-    assert "target" in params["encoder_config"]
-
-
-def test_sources_that_are_none(train_with, tmp_path):
+def test_start_from_refuses_targets_that_are_no_source(train_with, tmp_path):
     """One line each, and no run folder."""
     weights = tmp_path / "weights"  # without a config beside them
     weights.mkdir()
@@ -337,7 +333,7 @@ def test_sources_that_are_none(train_with, tmp_path):
         assert not (tmp_path / "runs").exists()
 
 
-def test_one_start_at_a_time(train_with, tmp_path, image_folder):
+def test_start_from_resume_and_actual_resume_exclude_each_other(train_with, tmp_path, image_folder):
     target = make_source("diffusers", tmp_path, tiny_kl())
     run = train_with("lightning.trainer.max_steps=1", start_from=target)
     before = run.config.read_bytes()
@@ -356,31 +352,15 @@ def test_one_start_at_a_time(train_with, tmp_path, image_folder):
     assert run.config.read_bytes() == before
 
 
-def small(images: Path, size: int) -> list[str]:
-    """Overrides that train a recipe on a few small images, without LPIPS, whose network is a download."""
-    data = {
-        "root": str(images),
-        "size": size,
-        "batch_size": 2,
-        "num_workers": 0,
-        "val_fraction": 0.2,
-    }
-    overrides = [f"data.params.{key}={value}" for key, value in data.items()]
-    return [
-        *overrides,
-        "lightning.trainer.max_steps=1",
-        "model.params.lossconfig.params.lpips_weight=0",
-    ]
-
-
 FINETUNE = sorted(
     p for p in Path("configs/finetune").glob("*.yaml") if p.stem not in ("sdxl_rgba", "photos")
 )
 
 
 @pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.stem)
-def test_the_shipped_recipes(train_with, tmp_path, image_folder, path):
-    """On a small AutoencoderKL: the encoder keeps its bits, the decoder moves, the source's factors are kept."""
+def test_the_shipped_finetune_recipes_train_the_decoder(train_with, tmp_path, image_folder, path):
+    """On a small AutoencoderKL: the encoder keeps its bits, the decoder moves,
+    the source's factors are kept."""
     theirs = tiny_kl(scaling_factor=0.5)
     target = make_source("diffusers", tmp_path, theirs)
     quick = ("model.params.warmup_steps=0", "model.params.ema_decay=0.5")
@@ -392,7 +372,7 @@ def test_the_shipped_recipes(train_with, tmp_path, image_folder, path):
     assert model.scaling_factor == 0.5
 
 
-def test_the_model_that_comes_along_is_trained_on(train_with, image_folder):
+def test_finetune_photos_trains_on_both_halves_of_the_shipped_model(train_with, image_folder):
     """Both halves, from its weights, which the linear code does not replace."""
     settings = (
         *small(image_folder, 32),
@@ -412,7 +392,10 @@ def test_the_model_that_comes_along_is_trained_on(train_with, image_folder):
 
 
 def test_sdxl_learns_transparency(train_with, tmp_path):
-    """Widened by zeros, so that it starts from the opaque reconstruction; alpha is then seen, and goes back."""
+    """Widened by zeros, so that it starts from the opaque reconstruction.
+
+    Alpha is then seen, and goes back.
+    """
     theirs = tiny_kl(scaling_factor=0.13025)
     (tmp_path / "rgba").mkdir()
     for number in range(6):
@@ -435,16 +418,17 @@ def test_sdxl_learns_transparency(train_with, tmp_path):
     assert not torch.equal(new[:, :3], old)
 
 
-def test_the_flags(tmp_path, image_folder, capsys, monkeypatch):
-    """--from and --teacher reach the run, whose encoder learns; factors are the teacher's; a mistake is one line."""
+def test_the_from_and_teacher_flags_reach_the_run(tmp_path, image_folder, capsys, monkeypatch):
+    """--from and --teacher reach the run, whose encoder learns; factors are the teacher's.
+
+    A mistake is one line.
+    """
     monkeypatch.delenv(training.RUN_ENV, raising=False)
     config = without_networks(image_folder)
     config["lightning"]["trainer"]["max_steps"] = 1
     save(config, tmp_path / "cfg.yaml")
-    target, teacher = (
-        make_source("diffusers", tmp_path, tiny_kl(scaling_factor=0.7)),
-        f"diffusers:{tmp_path}/teacher",
-    )
+    target = make_source("diffusers", tmp_path, tiny_kl(scaling_factor=0.7))
+    teacher = f"diffusers:{tmp_path}/teacher"
     tiny_kl(scaling_factor=0.5).save_pretrained(tmp_path / "teacher")
     flags = [
         "train",

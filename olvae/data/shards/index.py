@@ -15,8 +15,8 @@ from webdataset.tariterators import base_plus_ext
 
 from olvae.config.reading import is_local
 from olvae.data.dataset import bound_held_out
+from olvae.data.places import EXTENSIONS, is_shard
 from olvae.data.shards.tar_reading import SHARD_ERRORS, Shard, file_name, is_image, open_url
-from olvae.data.src import EXTENSIONS, is_shard
 from olvae.files import printable, reason, warn_once, write_json
 
 # The folder beside shards that ``olvae data pack`` has not finished, with what it continues from.

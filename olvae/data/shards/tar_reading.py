@@ -25,8 +25,8 @@ import fsspec
 from webdataset.tariterators import group_by_keys
 
 from olvae.config.reading import is_local
+from olvae.data.places import EXTENSIONS
 from olvae.data.read_errors import ReadError
-from olvae.data.src import EXTENSIONS
 from olvae.files import first_line, legible, reason
 
 _UNPACKING = (zlib.error, lzma.LZMAError, EOFError)

@@ -41,7 +41,7 @@ class FlatColours(Observer):
     """
 
     name = "test_patterns"
-    always = True
+    tells_apart = False
     title = "Artefacts on constant colours"
 
     def __init__(self) -> None:

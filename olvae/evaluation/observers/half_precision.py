@@ -188,7 +188,7 @@ class HalfPrecision(Observer):
     """
 
     name = "precision"
-    always = True
+    tells_apart = False  # by its choices
 
     def __init__(self, precisions: Sequence[str] = (FULL,)) -> None:
         names = [FULL]

@@ -60,8 +60,8 @@ class Observer:
     title: str = ""  # of its section
     # The setting by which it makes rows of its own from the targets, if it does.
     adds_rows: str = ""
-    # Whether every evaluation has it, so that nobody asks for it by name.
-    always = False
+    # Whether an evaluation with it is another one than without it, for the zoo.
+    tells_apart = True
 
     def choices(self) -> Mapping[str, str]:
         """Return choices, by name, with which an evaluation has other results, for the zoo."""

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.models.parts.part import Loss, Model, Part, Step
-from olvae.modules.checks import check_not_negative
+from olvae.modules.base import check_not_negative
 from olvae.modules.counting import watch_outputs
 from olvae.modules.mixed_precision import upcast
 

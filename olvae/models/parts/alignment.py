@@ -12,7 +12,7 @@ from olvae.losses.objective import IMAGE_TERMS
 from olvae.losses.terms import marginal_cosine_loss, marginal_distance_loss
 from olvae.models.parts.part import Loss, Model, Part, Step
 from olvae.models.weight_files import locate_weights
-from olvae.modules.checks import check_choice, check_not_negative
+from olvae.modules.base import check_choice, check_not_negative
 from olvae.modules.frozen import VisionEncoder, published_weights
 from olvae.modules.mixed_precision import no_autocast, upcast
 

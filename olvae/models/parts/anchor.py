@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from olvae.models.parts.part import Loss, Model, Part, Step
-from olvae.modules.checks import check_not_negative
+from olvae.modules.base import check_not_negative
 from olvae.modules.distributions import DiagonalGaussian
 from olvae.modules.mixed_precision import upcast
 

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 
 from olvae.models.parts.part import Model, Part, Step
-from olvae.modules.checks import check_choice, check_not_negative
+from olvae.modules.base import check_choice, check_not_negative
 from olvae.modules.mixed_precision import upcast
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from olvae.config import ConfigError
 from olvae.data.source import Source
 from olvae.models.parts.part import Loss, Model, Part, Step
-from olvae.modules.checks import check_counts, check_not_negative
+from olvae.modules.base import check_counts, check_not_negative
 from olvae.modules.mixed_precision import upcast
 
 

@@ -17,7 +17,7 @@ from olvae.losses.terms import latent_loss, logvar_loss
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import find_target
 from olvae.models.parts.part import Loss, Model, Part, Step, first_images
-from olvae.modules.checks import check_not_negative
+from olvae.modules.base import check_not_negative
 from olvae.modules.distributions import DiagonalGaussian, Posterior, in_float32
 from olvae.modules.frozen import Frozen
 from olvae.modules.mixed_precision import no_autocast

@@ -1,0 +1,1 @@
+"""Updates: optimizers, averages, gradients, skipped steps, several processes."""

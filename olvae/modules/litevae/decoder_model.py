@@ -10,8 +10,7 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Stage
-from olvae.modules.checks import check_choice, check_counts
+from olvae.modules.base import Decoder, Stage, check_choice, check_counts
 from olvae.modules.litevae.encoder_model import GroupNorm, PreActivationBlock, conv3, shortcut
 from olvae.modules.litevae.smc import SMC
 from olvae.modules.mixed_precision import casts_together

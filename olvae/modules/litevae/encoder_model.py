@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Encoder, Steps
-from olvae.modules.checks import check_choice, check_counts
+from olvae.modules.base import Encoder, Steps, check_choice, check_counts
 from olvae.modules.distributions import deterministic_moments
 from olvae.modules.mixed_precision import casts_together
 from olvae.modules.wavelet import dwt2, wavedec2

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Encoder, Stage, Steps
-from olvae.modules.checks import check_counts
+from olvae.modules.base import Decoder, Encoder, Stage, Steps, check_counts
 from olvae.modules.distributions import deterministic_moments
 
 SOFT_BOUND = 3.0  # of the decoder's input, in standard deviations

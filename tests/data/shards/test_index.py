@@ -5,12 +5,14 @@ from pathlib import Path
 import pytest
 
 from olvae.data.shards.index import find_shards, with_counts
-from olvae.data.shards.tar_reading import Shard
 from tests.data.images import write_shards
 
 
-def test_an_empty_shard_among_others_and_a_broken_one(tmp_path, caplog):
-    """One without images is said, and has none; one that can't be read has as many as the others have on average."""
+def test_with_counts_of_an_empty_shard_and_a_broken_one(tmp_path, caplog):
+    """One without images is said, and has none.
+
+    One that can't be read has as many as the others have on average.
+    """
     paths = [str(path) for path in write_shards(tmp_path / "s", [3, 5, 1, 1])]
     Path(paths[2]).write_bytes(bytes(10240))
     Path(paths[3]).write_bytes(b"no tar file" * 100)
@@ -21,7 +23,7 @@ def test_an_empty_shard_among_others_and_a_broken_one(tmp_path, caplog):
     )
 
 
-def test_ways_to_name_shards(tmp_path, monkeypatch):
+def test_find_shards_takes_folders_patterns_braces_and_urls(tmp_path, monkeypatch):
     paths = [str(path) for path in write_shards(tmp_path / "s", [1, 1, 1])]
     (tmp_path / "s" / "notes.txt").write_text("")
     folder = str(tmp_path / "s")
@@ -31,10 +33,8 @@ def test_ways_to_name_shards(tmp_path, monkeypatch):
     assert find_shards([f"{folder}/000.tar", f"{folder}/00{{1,2}}.tar"]) == paths
     assert find_shards("http://a/{00..01}.tar") == ["http://a/00.tar", "http://a/01.tar"]
     assert find_shards("pipe:cat {1..2}.tar") == ["pipe:cat 1.tar", "pipe:cat 2.tar"]
-    assert find_shards(f"{folder}/00{{2..4}}.tar")[1:] == [
-        f"{folder}/003.tar",
-        f"{folder}/004.tar",
-    ]  # missing ones
+    # missing ones
+    assert find_shards(f"{folder}/00{{2..4}}.tar")[1:] == [f"{folder}/003.tar", f"{folder}/004.tar"]
     monkeypatch.setenv("HOME", str(tmp_path))
     assert find_shards("~/s") == paths
     for nothing in (str(tmp_path), f"{folder}/x*.tar", f"{folder}/{{7..9}}.tar", []):
@@ -42,15 +42,12 @@ def test_ways_to_name_shards(tmp_path, monkeypatch):
             find_shards(nothing)
 
 
-def test_counts_from_an_index_or_by_counting(tmp_path):
+def test_with_counts_takes_an_index_or_counts(tmp_path):
     paths = [str(path) for path in write_shards(tmp_path / "s", [3, 5])]
     assert [shard.images for shard in with_counts(paths)] == [3, 5]
     missing = str(tmp_path / "s" / "002.tar")
-    assert [shard.images for shard in with_counts([*paths, missing])] == [
-        3,
-        5,
-        4,
-    ]  # as many as the others have
+    # as many as the others have
+    assert [shard.images for shard in with_counts([*paths, missing])] == [3, 5, 4]
     assert with_counts(["http://a/0.tar"])[0].images is None
     index = tmp_path / "s" / "index.json"
     index.write_text(json.dumps({"shards": {"000.tar": {"images": 30}, "001.tar": {"images": 50}}}))
@@ -82,12 +79,6 @@ def test_an_index_knows_shards_whatever_brings_them(tmp_path, url):
     assert shard.name == "000"
 
 
-def test_a_local_shard_may_have_any_name():
-    assert Shard("a b/my photos.v2.tar").name == "my photos.v2"
-    assert [Shard(f"http://h/{name}?s=1").name for name in ("0.tar", "a.1.tar.gz")] == ["0", "a.1"]
-    assert Shard("pipe:make-images").name == "pipe:make-images"
-
-
 @pytest.mark.parametrize(
     "urls",
     [
@@ -99,7 +90,10 @@ def test_a_local_shard_may_have_any_name():
     ],
 )
 def test_shards_of_one_name_are_refused(urls):
-    message = rf"{re.escape(urls[0])} and {re.escape(urls[-1])}: shards of the same name.*: rename one of them, .*Mix"
+    message = (
+        rf"{re.escape(urls[0])} and {re.escape(urls[-1])}: shards of the same name.*: "
+        r"rename one of them, .*Mix"
+    )
     with pytest.raises(ValueError, match=message):
         with_counts(urls)
 

@@ -8,8 +8,8 @@ from safetensors.torch import save
 from olvae.data.image import EvalTransform, Photo, image_to_tensor
 from olvae.data.pixels.size_and_range import from_uint8
 from olvae.data.read_errors import TooManyUnreadableError
-from olvae.data.shards.latent_source import LatentSource
 from olvae.data.shards.latent_files import LATENT, read_latent
+from olvae.data.shards.latent_source import LatentSource
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.files import write_json
 from tests.data.images import encoded, picture, rewrite, take, write_classes
@@ -74,7 +74,7 @@ def test_per_channel_each_has_mean_0_and_deviation_1(latents):
     torch.testing.assert_close(*back, rtol=1e-4, atol=1e-5)
 
 
-def test_per_channel_where_one_is_the_same_everywhere(latents):
+def test_per_channel_refuses_a_channel_without_deviation(latents):
     stats = json.loads((latents / "stats.json").read_text())
     write_json({**stats, "latents_std": [1.0, 0.0, 1.0, 1.0]}, latents / "stats.json")
     source(latents)
@@ -82,7 +82,7 @@ def test_per_channel_where_one_is_the_same_everywhere(latents):
         source(latents, per_channel=True)
 
 
-def test_visits_draw_other_noise_and_other_sides(latents):
+def test_visits_of_a_latent_draw_other_noise_and_other_sides(latents):
     s, model = source(latents, batch_size=23), tiny_vae()
     key, visits = "001/0010", []
     for batch in take(s.train_loader(seed=0), 40):
@@ -112,19 +112,19 @@ def test_visits_draw_other_noise_and_other_sides(latents):
     assert len(sides) == 2
 
 
-def test_labels_and_keys_belong_together(latents):
+def test_labels_and_keys_of_latents_belong_together(latents):
     for batch in take(source(latents).train_loader(seed=0), 12):
         assert batch["label"].tolist() == [int(key.split("/")[1]) % 5 for key in batch["key"]]
         assert batch["label"].dtype == torch.int64
 
 
-def test_without_classes_there_is_no_label(tmp_path, image_folder):
+def test_latents_without_classes_have_no_label(tmp_path, image_folder):
     encode(image_folder, tmp_path / "latents")
     (batch,) = take(source(tmp_path / "latents").train_loader(), 1)
     assert set(batch) == {"latent", "key"}
 
 
-def test_validation_gives_each_mode_once_in_order(latents):
+def test_validation_of_latents_gives_each_mode_once_in_order(latents):
     s = source(latents)
     for loader in (s.val_loader(), s.test_loader(5)):
         batches = list(loader)
@@ -172,10 +172,8 @@ def test_a_latent_of_another_shape_is_unreadable(latents, tensors):
     assert loader.read_errors.lost == 1
 
 
-def test_what_it_refuses(latents, tmp_path, image_folder):
-    with pytest.raises(
-        FileNotFoundError, match=r"no stats\.json, so these are not latents, or not all of them"
-    ):
+def test_latent_source_refuses_other_folders_and_shapes(latents, tmp_path, image_folder):
+    with pytest.raises(FileNotFoundError, match=r"no stats\.json"):
         source(image_folder)
     picture(0, (24, 8)).save(image_folder / "wide.png")
     encode(image_folder, tmp_path / "native", size=0)

@@ -21,7 +21,7 @@ def read(path: Path | str, image_key: str | None = None) -> tuple[list[Entry], l
     ]
 
 
-def test_images_with_their_sidecars_in_order(tmp_path):
+def test_read_shard_gives_images_with_their_sidecars_in_order(tmp_path):
     entries, errors = read(write_shard(tmp_path / "a.tar", range(5)))
     assert [entry.key for entry in entries] == [f"a/{n:04d}" for n in range(5)]
     assert [entry.data for entry in entries] == [encoded(n) for n in range(5)]
@@ -37,7 +37,7 @@ def test_samples_without_an_image_are_left_out(tmp_path):
     assert count_images(path) == 1
 
 
-def test_the_image_can_be_named(tmp_path):
+def test_image_key_names_the_image_of_a_sample(tmp_path):
     path = write_tar(
         tmp_path / "a.tar", [("1.mask.png", b"m"), ("1.input.jpg", b"i"), ("2.mask.png", b"m")]
     )
@@ -46,7 +46,7 @@ def test_the_image_can_be_named(tmp_path):
     assert count_images(path) == 0  # neither extension is an image's alone
 
 
-def test_compressed_shards(tmp_path):
+def test_gzipped_shards_are_read_up_to_damage(tmp_path):
     path = write_shard(tmp_path / "a.tar", range(3))
     zipped = tmp_path / "b.tar.gz"
     zipped.write_bytes(gzip.compress(path.read_bytes()))
@@ -60,7 +60,7 @@ def test_compressed_shards(tmp_path):
 
 
 @pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
-def test_compressed_shards_of_several_parts(tmp_path, compress):
+def test_gzipped_shards_of_several_parts_are_read(tmp_path, compress):
     whole = write_shard(tmp_path / "a.tar", range(6)).read_bytes()
     (tmp_path / "b.tar.gz").write_bytes(
         b"".join(compress(whole[i : i + 3000]) for i in range(0, len(whole), 3000))
@@ -99,7 +99,7 @@ def test_a_shard_cut_anywhere_gives_what_is_whole_before_the_cut(tmp_path):
         assert (count_images(cut) or 0) <= len(entries) + 1  # one whose header is there
 
 
-def test_damage_in_the_middle_keeps_what_came_before_and_is_said(tmp_path):
+def test_damage_in_the_middle_of_a_shard_keeps_what_came_before_and_is_said(tmp_path):
     path = write_shard(tmp_path / "a.tar", range(6))
     with tarfile.open(path) as archive:
         third = [m for m in archive if m.name.endswith(".jpg")][3]
@@ -112,7 +112,7 @@ def test_damage_in_the_middle_keeps_what_came_before_and_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no tar file" * 100, bytes(3000)])
-def test_what_is_no_shard(content, tmp_path):
+def test_read_shard_of_what_is_no_shard_is_an_error(content, tmp_path):
     path = tmp_path / "a.tar"
     path.write_bytes(content)
     entries, errors = read(path)
@@ -122,7 +122,7 @@ def test_what_is_no_shard(content, tmp_path):
         with_counts([str(path)])
 
 
-def test_an_error_says_what_happened_to_a_file_or_a_command(tmp_path):
+def test_an_unreadable_shard_says_what_happened_to_a_file_or_a_command(tmp_path):
     assert read("/nowhere/a.tar")[1] == [ReadError("/nowhere/a.tar", "no such file")]
     path = write_shard(tmp_path / "a.tar", range(6))
     for command, reason in {
@@ -131,9 +131,8 @@ def test_an_error_says_what_happened_to_a_file_or_a_command(tmp_path):
         "kill -9 $$": "the command was ended by SIGKILL",
     }.items():
         assert [error.reason for error in read(f"pipe:{command}")[1]] == [reason]
-    assert (
-        read(f"pipe:cat {path}; head -c 1000000 /dev/zero")[1] == []
-    )  # is left when the archive has ended
+    # is left when the archive has ended
+    assert read(f"pipe:cat {path}; head -c 1000000 /dev/zero")[1] == []
 
 
 def test_a_command_that_is_left_at_damage_is_not_blamed(tmp_path):
@@ -168,3 +167,9 @@ def test_a_file_of_a_shard_that_says_it_is_huge_is_not_read(tmp_path):
         (entry,), (error,) = read(path)
         assert entry.key == "a/a"
         assert error.reason == "b.jpg: a sparse file, or larger than 1 GiB"
+
+
+def test_a_local_shard_may_have_any_name():
+    assert Shard("a b/my photos.v2.tar").name == "my photos.v2"
+    assert [Shard(f"http://h/{name}?s=1").name for name in ("0.tar", "a.1.tar.gz")] == ["0", "a.1"]
+    assert Shard("pipe:make-images").name == "pipe:make-images"

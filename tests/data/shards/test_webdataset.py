@@ -50,7 +50,7 @@ def keys(
 
 
 @pytest.mark.parametrize("shuffle", [1, 6, 7, 1000])
-def test_each_image_once_an_epoch_in_an_order_of_its_own(shards, shuffle):
+def test_each_image_of_shards_once_an_epoch_in_an_order_of_its_own(shards, shuffle):
     seen = keys(source(shards, shuffle=shuffle), 150)
     epochs = [seen[i : i + 50] for i in (0, 50, 100)]
     assert all(len(set(epoch)) == 50 for epoch in epochs)
@@ -85,7 +85,7 @@ def test_shards_of_unknown_counts_are_shared_whole(shards):
     assert s.samples_per_epoch is None
 
 
-def test_images_are_the_pictures_and_validation_is_each_of_them_once(shards):
+def test_validation_of_shards_is_each_picture_once(shards):
     s = source(shards)
     for workers in (0, 2):
         found = take(source(shards, num_workers=workers).val_loader(), 99)
@@ -167,9 +167,8 @@ def test_an_empty_shard_among_many_is_said_once_and_loses_nothing(shards, counts
     assert loader.read_errors.lost == held_out.read_errors.lost == 0
     for url in (urls[3], val[2]):
         assert sum(f"skipped {url}: " in line for line in caplog.messages) == 1
-    alone = LoaderProcess(
-        list(np.random.default_rng((0, 0, 1)).permutation(7)).index(3), 7
-    )  # has the empty one
+    # has the empty one
+    alone = LoaderProcess(list(np.random.default_rng((0, 0, 1)).permutation(7)).index(3), 7)
     assert keys(s, 12, 5, alone) == keys(s, 17, 0, alone)[5:]
 
 
@@ -200,7 +199,7 @@ def test_a_shard_in_validation_that_has_become_shorter(shards, caplog):
     )
 
 
-def test_a_part_of_which_no_shard_is_there_is_told_before_training(shards):
+def test_a_split_of_missing_shards_is_told_before_training(shards):
     pattern = str(shards / "shards" / "{000..009}.tar")  # 000 to 006 are there
     with pytest.raises(
         FileNotFoundError, match=r"008\.tar: no such shard, .* for validation, which has 2 of 10"
@@ -216,9 +215,7 @@ def test_a_part_of_which_no_shard_is_there_is_told_before_training(shards):
 
 
 def test_too_few_shards_are_told_before_training(shards):
-    with pytest.raises(
-        ValueError, match=r"7 training shards for 8 processes \(4 workers x 2 ranks\)"
-    ):
+    with pytest.raises(ValueError, match="7 training shards for 8 processes"):
         source(shards, shards=remote(shards), num_workers=4).check_processes(2)
     source(shards, num_workers=4).check_processes(2)  # known shards can be cut
     with pytest.raises(ValueError, match="50 training images for 64 processes"):
@@ -251,7 +248,7 @@ def test_every_visit_of_an_image_and_every_process_draws_anew(shards):
     assert len(set(drawn)) == 10
 
 
-def test_the_first_images_alone_are_evaluated(shards):
+def test_limit_evaluates_the_first_images_alone(shards):
     s = source(shards)
     s.limit(5)
     assert keys_of(s.val_loader()) == [f"{n // 4:03d}/{n:04d}" for n in range(5)]

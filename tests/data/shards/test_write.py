@@ -24,7 +24,7 @@ def samples(count: int):
     return [WebDatasetSample(f"{i:03d}", {"jpg": b"x" * i, "cls": b"1"}) for i in range(count)]
 
 
-def test_a_shard_and_what_is_known_about_it(shards):
+def test_a_written_shard_and_its_record_are_found_again(shards):
     assert shards.finished(2) is None
     error = ReadError("b.jpg", "the file is empty")
     written = shards.write(2, [*samples(3), error], lambda: {"sum": 3.5})
@@ -54,14 +54,14 @@ def test_a_damaged_shard_is_not_finished(shards, damage):
     assert path.read_bytes() == content
 
 
-def test_a_shard_without_images_has_no_file(shards):
+def test_a_written_shard_without_images_has_no_file(shards):
     shards.write(0, samples(1))
     shards.write(0, [ReadError("a.jpg", "broken")])
     assert not shards.path(0).exists()
     assert shards.finished(0).record.images == 0
 
 
-def test_what_a_failed_or_killed_run_leaves_is_removed(shards):
+def test_partial_shards_of_a_failed_or_killed_run_are_removed(shards):
     def fail():
         yield samples(1)[0]
         raise OSError("the source is gone")
@@ -76,14 +76,14 @@ def test_what_a_failed_or_killed_run_leaves_is_removed(shards):
     assert [path.name for path in shards.folder.iterdir()] == ["000000.tar"]
 
 
-def test_another_plan_is_refused_once_something_is_finished(shards):
+def test_another_plan_is_refused_once_a_shard_is_finished(shards):
     other = {"options": {"size": 16, "flip": False}, "images": "abd"}
     shards.begin(other)
     shards.begin(PLAN)
     shards.write(0, samples(1))
     with pytest.raises(
         ConfigError,
-        match=r"out: was begun with size 8 \(now 16\): give the same options and images",
+        match=r"out: was begun with size 8 \(now 16\)",
     ):
         shards.begin(other)
     with pytest.raises(ConfigError, match="was begun with other images: give"):
@@ -92,7 +92,7 @@ def test_another_plan_is_refused_once_something_is_finished(shards):
     shards.begin(PLAN)
 
 
-def test_without_locks_it_warns(tmp_path, monkeypatch, caplog):
+def test_writing_shards_without_locks_is_a_warning(tmp_path, monkeypatch, caplog):
     def lockless(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -38,7 +38,7 @@ def pywavelets(images: np.ndarray, levels: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3])
-def test_pywavelets_finds_the_same_energy(levels):
+def test_band_energies_are_pywavelets(levels):
     keys, x, y = pairs(5)
     found = bands(keys, x, y, levels)
     signal, error = x.double().numpy(), y.double().numpy() - x.double().numpy()
@@ -63,15 +63,14 @@ def test_pywavelets_finds_the_same_energy(levels):
     assert Bands().columns(found) == {"fine detail": f"{100 * finest[0] / finest[1]:.0f} %"}
 
 
-def test_what_is_soft_has_less_fine_detail():
+def test_soft_reconstructions_have_less_fine_detail():
     keys, x, _ = pairs(2)
     soft = x.double().unfold(2, 2, 2).unfold(3, 2, 2).mean((4, 5)).round().to(torch.uint8)
     found = bands(keys, x, soft.repeat_interleave(2, 2).repeat_interleave(2, 3))
     assert Bands().columns(found) == {"fine detail": "0 %"}
     assert found["LL3"]["energy_ratio"] == pytest.approx(1.0, abs=0.01)
-    assert (
-        Bands().columns({name: {"mse": 1.0} for name in found}) == {}
-    )  # of results that have no energies
+    # Of results that have no energies.
+    assert Bands().columns({name: {"mse": 1.0} for name in found}) == {}
 
 
 def test_vertical_stripes_are_detail_along_the_width():
@@ -86,7 +85,7 @@ def test_vertical_stripes_are_detail_along_the_width():
     assert all(band["share_of_signal"] is None for band in found.values())  # black has no energy
 
 
-def test_batches_order_and_processes_make_no_difference():
+def test_bands_do_not_depend_on_batches_order_and_processes():
     keys, x, y = pairs(7)
     whole = bands(keys, x, y, size=7)
     order = [3, 6, 0, 5, 1, 4, 2]
@@ -97,7 +96,7 @@ def test_batches_order_and_processes_make_no_difference():
     assert second.result("a", 0) == whole
 
 
-def test_fewer_levels_where_the_size_has_no_more():
+def test_bands_have_as_many_levels_as_the_size_allows():
     keys, x, y = pairs(3, height=12)  # twice even
     assert bands(keys, x, y) == bands(keys, x, y, levels=2)
     assert next(iter(bands(keys, x, y))) == "LL2"

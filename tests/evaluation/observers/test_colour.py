@@ -27,7 +27,7 @@ def observed(keys, x, y) -> Colour:
     return observer
 
 
-def test_scikit_image_finds_the_same(pair):
+def test_colour_shift_chroma_and_contrast_are_scikit_images(pair):
     found = observed(KEYS, *pair).result("a", 0)
     x, y = (images.permute(0, 2, 3, 1).numpy() for images in pair)
     difference = y.astype(float) - x
@@ -35,21 +35,17 @@ def test_scikit_image_finds_the_same(pair):
     assert found["shift_of_images"] == pytest.approx(
         np.sqrt((difference.mean((1, 2)) ** 2).mean(0)).tolist()
     )
-    hsv, luma = (
-        (rgb2hsv(x), rgb2hsv(y)),
-        [rgb2ycbcr(images)[..., 0].std((1, 2)).mean() for images in (x, y)],
-    )
-    chroma = [
-        (images[..., 1] * images[..., 2]).mean() for images in hsv
-    ]  # saturation times value: largest - smallest
+    hsv = (rgb2hsv(x), rgb2hsv(y))
+    luma = [rgb2ycbcr(images)[..., 0].std((1, 2)).mean() for images in (x, y)]
+    # Saturation times value: largest - smallest.
+    chroma = [(images[..., 1] * images[..., 2]).mean() for images in hsv]
     assert found["saturation"] == pytest.approx(chroma[1] / chroma[0])
-    assert found["contrast"] == pytest.approx(
-        luma[1] / luma[0], rel=1e-5
-    )  # its weights are rounded otherwise
+    # Its weights are rounded otherwise.
+    assert found["contrast"] == pytest.approx(luma[1] / luma[0], rel=1e-5)
     assert found["saturation"] < 0.9
 
 
-def test_by_hand_and_in_the_table():
+def test_colour_shift_by_hand_and_in_the_table():
     x = torch.zeros(2, 3, 2, 2, dtype=torch.uint8)
     x[:, 0, 0] = 100
     y = x.clone()
@@ -75,13 +71,11 @@ def test_a_grey_image_has_no_saturation_and_a_flat_one_no_contrast():
     assert Colour().columns(found) == {"shift": "+1.00 +1.00"}
 
 
-def test_order_processes_and_further_draws_make_no_difference(pair):
+def test_colour_does_not_depend_on_order_processes_and_further_draws(pair):
     x, y = pair
     whole = observed(KEYS, x, y)
-    first, second = (
-        observed(KEYS[:4], x[:4], y[:4]),
-        observed(KEYS[:1:-1], x[2:].flip(0), y[2:].flip(0)),
-    )
+    first = observed(KEYS[:4], x[:4], y[:4])
+    second = observed(KEYS[:1:-1], x[2:].flip(0), y[2:].flip(0))
     second.merge(pickle.loads(pickle.dumps(first.state())))  # two in both
     second.update(seen("a", KEYS, x, x, draw=1))
     assert second.result("a", 0) == whole.result("a", 0)

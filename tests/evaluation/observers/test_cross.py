@@ -38,8 +38,10 @@ def found(observer: Cross) -> dict:
     return observer.result("student", 0)
 
 
-def test_the_error_by_hand():
-    """The teacher's values are 0 and 2, so their deviation is 1; the student is wrong by 1 once in two positions."""
+def test_latent_error_by_hand():
+    """The teacher's values are 0 and 2, so their deviation is 1;
+    the student is wrong by 1 once in two positions.
+    """
     one = found(observed(torch.tensor([[[[0.0, 2.0]]]]), torch.tensor([[[[1.0, 2.0]]]])))
     assert one["teacher"] == "teacher"
     assert one["teacher_std"] == [1.0]
@@ -47,7 +49,7 @@ def test_the_error_by_hand():
     assert one["rmse"] == pytest.approx(0.5**0.5)
 
 
-def test_the_error_is_numpys_whatever_batches_and_processes():
+def test_latent_error_is_numpys_whatever_batches_and_processes():
     teacher = (
         torch.randn(7, 3, 4, 5) * torch.tensor([1.0, 0.1, 30.0]).view(3, 1, 1)
         + torch.randn(7, 3, 1, 1)
@@ -61,10 +63,11 @@ def test_the_error_is_numpys_whatever_batches_and_processes():
     assert one["teacher_std"] == pytest.approx(list(a.std(1)), rel=1e-9)
     assert one["rmse"] == pytest.approx(np.sqrt((expected**2).mean()), rel=1e-9)
 
+    # 3 in both.
     halves = (
         observed(teacher, student, order=[0, 1, 2, 3]),
         observed(teacher, student, order=[6, 5, 4, 3]),
-    )  # 3 in both
+    )
     halves[0].merge(pickle.loads(pickle.dumps(halves[1].state())))
     for other in (
         observed(teacher, student, 1),
@@ -84,7 +87,7 @@ def test_a_constant_channel_of_the_teacher_has_no_error():
     assert (nothing["rmse"], nothing["per_channel"]) == (None, [None])
 
 
-def test_the_encoder_of_one_and_the_decoder_of_the_other():
+def test_crossed_rows_are_the_encoder_of_one_and_the_decoder_of_the_other():
     a, b = tiny(use_quant=True), kl()
     observer = Cross()
     subjects = observer.derive({"a": Subject(a), "b": Subject(b)})
@@ -100,10 +103,8 @@ def test_the_encoder_of_one_and_the_decoder_of_the_other():
 
 def test_latents_in_a_diffusion_models_units_are_converted():
     """TAESD's have scaling and shift applied already."""
-    teacher, student = (
-        tiny().set_for_diffusion({"scaling_factor": 0.5, "shift_factor": 0.25}),
-        make("AutoencoderTiny"),
-    )
+    teacher = tiny().set_for_diffusion({"scaling_factor": 0.5, "shift_factor": 0.25})
+    student = make("AutoencoderTiny")
     x = torch.rand(2, 3, 16, 16) * 2 - 1
     for order in (1, -1):
         given = {"teacher": Subject(teacher), "student": Subject(DiffusersAutoencoder(student))}
@@ -120,8 +121,6 @@ def test_latents_in_a_diffusion_models_units_are_converted():
             same(models["student"](x)[0], student.decode(student.encode(x).latents).sample)
 
 
-def test_latents_of_other_shapes():
-    with pytest.raises(
-        ConfigError, match=r"^a has 4 channels at f8, b 5 at f8: crossed evaluation needs the same"
-    ):
+def test_crossing_latents_of_other_shapes_is_refused():
+    with pytest.raises(ConfigError, match=r"^a has 4 channels at f8, b 5 at f8"):
         Cross().derive({"a": Subject(tiny()), "b": Subject(kl(5))})

@@ -35,14 +35,16 @@ class Faulty(Autoencoder):
         return y / 127.5
 
 
-def test_an_identity_has_no_artefacts():
+def test_an_identity_has_no_flat_colour_artefacts():
     for colour in reconstruct_colours(Faulty(), size=32).values():
         assert max(map(abs, colour["shift"])) < 1e-4
         assert max(colour["amplitude"], colour["grid"], colour["amplitude_with_border"]) < 1e-4
 
 
 def test_a_grid_has_the_amplitude_that_was_put_in():
-    """Of 16 values one is g higher: their standard deviation is g sqrt(15) / 16, their mean g / 16 higher."""
+    """Of 16 values one is g higher: their standard deviation is g sqrt(15) / 16,
+    their mean g / 16 higher.
+    """
     colours = reconstruct_colours(Faulty(grid=4.0), size=32)
     expected = 4.0 * math.sqrt(15) / 16
     for name in ("grey 64", "grey 128", "grey 192", "black"):
@@ -54,7 +56,7 @@ def test_a_grid_has_the_amplitude_that_was_put_in():
     assert colours["red"]["amplitude"] == pytest.approx(expected * math.sqrt(2 / 3), abs=1e-4)
 
 
-def test_a_border_is_no_grid():
+def test_artefacts_at_the_border_are_no_grid():
     grey = reconstruct_colours(Faulty(border=8.0), size=32)["grey 128"]
     assert max(grey["amplitude"], grey["grid"]) < 1e-4
     assert grey["amplitude_with_border"] == pytest.approx(
@@ -62,7 +64,7 @@ def test_a_border_is_no_grid():
     )
 
 
-def test_what_does_not_repeat_is_not_grid():
+def test_noise_that_does_not_repeat_is_no_grid():
     class Noisy(Faulty):
         def decode(self, z: Tensor) -> Tensor:
             noise = torch.randn(z.shape[1:], generator=torch.Generator().manual_seed(0))
@@ -84,18 +86,18 @@ def test_what_does_not_repeat_is_not_grid():
         ((6, 4), 600, 132),
     ],
 )
-def test_colours_are_as_small_as_a_grid_allows(downscales, largest, size):
+def test_flat_colour_size_is_the_smallest_that_a_grid_allows(downscales, largest, size):
     assert colour_size(downscales, largest) == size
 
 
 @pytest.mark.parametrize(("channels", "colours"), [(1, 5), (2, 7), (3, 11), (4, 9)])
-def test_other_channels(channels, colours):
+def test_flat_colours_of_other_numbers_of_channels(channels, colours):
     found = reconstruct_colours(Faulty(grid=2.0, channels=channels), size=16)
     assert len(found) == colours
     assert all(len(colour["shift"]) == channels for colour in found.values())
 
 
-def test_every_target_in_float32_is_examined():
+def test_flat_colours_examine_every_target_in_float32():
     half = Faulty()
     half.weight = torch.nn.Parameter(torch.zeros(1, dtype=torch.float16))
     observer = FlatColours()

@@ -37,7 +37,7 @@ def by_hash(keys: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize(("better", "worst"), [("higher", [0, 1, 2]), ("lower", [99, 98, 97])])
-def test_the_worst_the_median_and_the_best(better, worst):
+def test_gallery_has_the_worst_the_median_and_the_best_images(better, worst):
     keys, values, x, y = pairs(100)
     groups = shown(ranking(better, keys, values, x, y, each=3, pool=20))
     assert [value for _, value, _ in groups["worst"]] == worst
@@ -50,30 +50,28 @@ def test_the_worst_the_median_and_the_best(better, worst):
         assert all(keys[i] == key and values[i] == value for key, value, i in group)
 
 
-def test_a_pool_with_all_images_gives_the_exact_median():
+def test_gallery_pool_with_all_images_gives_the_exact_median():
     groups = shown(ranking("higher", *pairs(63), each=2, pool=64))
     assert [value for _, value, _ in groups["median"]] in ([30, 31], [31, 32])
 
 
-def test_batches_order_and_processes_make_no_difference():
+def test_gallery_does_not_depend_on_batches_order_and_processes():
     keys, values, x, y = pairs(100)
     whole = ranking("higher", keys, values, x, y, size=100, pool=12)
     order = torch.randperm(100).tolist()
     picked = [keys[i] for i in order], [values[i] for i in order], x[order], y[order]
     shuffled = ranking("higher", *picked, size=3, pool=12)
     first = ranking("higher", keys[:60], values[:60], x[:60], y[:60], pool=12)
-    second = ranking(
-        "higher", keys[40:], values[40:], x[40:], y[40:], size=1, pool=12
-    )  # 20 in both
+    # 20 in both.
+    second = ranking("higher", keys[40:], values[40:], x[40:], y[40:], size=1, pool=12)
     second.merge(pickle.loads(pickle.dumps(first)))
     second.merge(second)
     for other in (shuffled, second):
         assert shown(other) == shown(whole)
         assert [e.key for e in other.arbitrary(12)] == by_hash(keys)[:12]
     everything = ranking("higher", keys, values, x, y, pool=100)
-    assert len(pickle.dumps(second)) < 0.4 * len(
-        pickle.dumps(everything)
-    )  # the other images are gone
+    # The other images are gone.
+    assert len(pickle.dumps(second)) < 0.4 * len(pickle.dumps(everything))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +85,7 @@ def test_batches_order_and_processes_make_no_difference():
         (13, (4, 4, 4)),
     ],
 )
-def test_few_images_are_in_one_group_only(n, sizes):
+def test_gallery_of_few_images_has_each_in_one_group_only(n, sizes):
     kept = ranking("higher", *pairs(n))
     groups = shown(kept)
     assert tuple(len(group) for group in groups.values()) == sizes
@@ -96,7 +94,7 @@ def test_few_images_are_in_one_group_only(n, sizes):
     assert len(kept.arbitrary(8)) == min(n, 8)
 
 
-def test_infinite_values_and_ties():
+def test_gallery_ranks_infinite_values_and_ties():
     keys, _, x, y = pairs(9)
     kept = ranking("higher", keys, [math.inf] * 5 + [30.0] * 4, x, y, each=2, pool=9)
     groups = shown(kept)
@@ -107,7 +105,7 @@ def test_infinite_values_and_ties():
     assert sorted(key for group in groups.values() for key, _, _ in group) == keys  # none twice
 
 
-def test_images_are_copied_out_of_their_batch():
+def test_gallery_images_are_copied_out_of_their_batch():
     keys, values, x, y = pairs(9)
     kept = ranking("higher", keys, values, x, y)
     expected = shown(kept)
@@ -116,10 +114,11 @@ def test_images_are_copied_out_of_their_batch():
     assert shown(kept) == expected
 
 
-def test_one_ranking_a_target_by_the_best_metric_there_is():
+def test_gallery_ranks_by_lpips_and_by_psnr_without_it():
     keys, values, x, y = pairs(6)
     x, y = (images.repeat(1, 1, 16, 16) for images in (x, y))  # 32 px
     scores = dict(zip(keys, values, strict=True))
+    # LPIPS says little of so small images.
     for known, size, first in (
         ({"psnr": scores}, 32, min(values)),
         ({"psnr": scores, "lpips": scores}, 32, max(values)),
@@ -127,7 +126,7 @@ def test_one_ranking_a_target_by_the_best_metric_there_is():
             {"psnr": scores, "lpips": scores},
             16,
             min(values),
-        ),  # LPIPS says little of so small images
+        ),
     ):
         observer = Gallery()
         for target, draw in (("a", 0), ("untrained", 0), ("a", 1)):

@@ -98,7 +98,7 @@ def test_the_largest_activations_by_hand(images, precision):
     )
 
 
-def test_an_overflow_is_counted_and_named(images):
+def test_fp16_overflow_is_counted_and_its_stage_named(images):
     """White is 4 * 30,000 after the first factor, beyond fp16; black is -2 * 30,000, within."""
     model = Tiny(3e4, 2.0**-13)
     reconstruct = Trip(model, "fp16")
@@ -117,8 +117,10 @@ def test_an_overflow_is_counted_and_named(images):
         assert found["non_finite"]["first"] is None
 
 
-def test_what_is_not_finite_is_as_in_a_pipeline(images):
-    """There infinities are clamped, to white and black, and a NaN becomes a 0; in float32 they stay an error."""
+def test_non_finite_values_become_pixels_as_in_a_pipeline(images):
+    """There infinities are clamped, to white and black, and a NaN becomes a 0;
+    in float32 they stay an error.
+    """
     values = torch.tensor([math.inf, -math.inf, math.nan, 1.0])
 
     class Broken(Tiny):
@@ -132,7 +134,7 @@ def test_what_is_not_finite_is_as_in_a_pipeline(images):
         "values": 2 * 4 * 3,
         "first": "reconstruction",
     }
-    with pytest.raises(ArithmeticError, match="mine: its reconstruction of white is not finite"):
+    with pytest.raises(ArithmeticError, match=r"mine: .* of white is not finite"):
         Trip(Broken(1.0, 1.0), "32")(KEYS, images)
 
 
@@ -149,7 +151,7 @@ def test_an_overflow_inside_counts_though_the_output_is_finite(images):
     assert not reconstruct.judged([20.0], [20.0])["safe"]
 
 
-def test_two_processes_are_one(images):
+def test_half_precision_of_two_processes_is_that_of_one(images):
     model = Tiny(3e4, 2.0**-13)
     whole, first, second = (Trip(model, "fp16") for _ in range(3))
     whole(KEYS, images)
@@ -183,7 +185,7 @@ def test_autocast_leaves_weights_as_they_are(make):
 
 @pytest.mark.parametrize("make", [tiny, kl])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_networks_run_as_they_do_in_a_pipeline(make, precision):
+def test_half_precision_networks_run_as_in_a_pipeline(make, precision):
     model, x = make(), torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
     reconstruct = Trip(model, precision)
     y = reconstruct(KEYS, x)
@@ -228,7 +230,7 @@ def test_recording_changes_no_pixel_and_gives_no_speed():
         ([25.0, 70.0], [25.05, math.inf], 0.05, True),  # a blank page, exact in float32
     ],
 )
-def test_the_verdict(images, psnr, full, lost, safe):
+def test_safe_verdict_by_lost_psnr_and_overflow(images, psnr, full, lost, safe):
     reconstruct = Trip(Tiny(2.0, 0.25), "fp16")
     reconstruct(KEYS, images)
     verdict = reconstruct.judged(psnr, full)
@@ -236,7 +238,7 @@ def test_the_verdict(images, psnr, full, lost, safe):
     assert verdict["safe"] == safe
 
 
-def test_stages():
+def test_stage_of_names_the_block_of_a_layer():
     for name, stage in {
         "encoder": "encoder",
         "encoder.extractors.0.down_blocks.1.0.conv1": "encoder.extractors.0",
@@ -249,7 +251,7 @@ def test_stages():
         assert stage_of(name) == stage
 
 
-def test_names_of_precisions_and_rows():
+def test_half_precision_names_of_precisions_and_rows():
     assert HalfPrecision().precisions == HalfPrecision(["float32"]).precisions == ("32",)
     assert HalfPrecision(["fp16", "bfloat16", "16"]).precisions == ("32", "fp16", "bf16")
     assert HalfPrecision(["32-autocast", "16-autocast"]).precisions == ("32", "fp16-autocast")
@@ -259,7 +261,7 @@ def test_names_of_precisions_and_rows():
     assert HalfPrecision().derive({"a": subject}) == {"a": subject}
     derived = HalfPrecision(["fp16"]).derive({"a": subject, "b": subject})
     assert list(derived) == ["a", "a, fp16", "b", "b, fp16"]
-    with pytest.raises(ConfigError, match=r"^a, fp16: a target has the name of another's row"):
+    with pytest.raises(ConfigError, match=r"^a, fp16: .* another's row"):
         HalfPrecision(["fp16"]).derive({"a": subject, "a, fp16": subject})
 
 
@@ -283,7 +285,9 @@ def test_an_operator_that_torch_lacks_has_advice(direction, monkeypatch):
 
 
 def test_a_precision_keeps_range_size_and_the_names_of_weights():
-    """So that images of more than 8 bits, or of one size, are measured as without it, and weights have their names."""
+    """So that images of more than 8 bits, or of one size, are measured as without it,
+    and weights have their names.
+    """
     model = Tiny(1.0, 1.0)
     model.side = 64
     model.pixel_range = PixelRange.from_node([0, 4095])

@@ -1,4 +1,6 @@
-"""iFID against a direct computation in float64: all distances by scipy, the square root by scipy."""
+"""iFID against a direct computation in float64: all distances by scipy, the square root by
+scipy.
+"""
 
 import pickle
 
@@ -21,8 +23,10 @@ from tests.metrics.test_features import extract
 
 
 @pytest.mark.parametrize(("n", "block"), [(2, 1024), (50, 7), (50, 1024), (300, 128)])
-def test_scipy_finds_the_same_neighbours(n, block):
-    """Far from zero and close together, as latents with a large mean are, where float32's squares lose digits."""
+def test_nearest_neighbours_are_scipys(n, block):
+    """Far from zero and close together, as latents with a large mean are,
+    where float32's squares lose digits.
+    """
     z = 300.0 + torch.randn(n, 40) * torch.logspace(-2, 1, 40)
     nearest, distances = nearest_neighbours(z, block=block)
     direct = cdist(z.double().numpy(), z.double().numpy())
@@ -31,8 +35,10 @@ def test_scipy_finds_the_same_neighbours(n, block):
     assert distances.numpy() == pytest.approx(direct.min(1), rel=1e-12)
 
 
-def test_the_share_of_wrong_neighbours_is_that_of_scipy(monkeypatch):
-    """One candidate, on a sphere that is large for the distances, where float32's products can't tell."""
+def test_share_of_wrong_neighbours_is_that_of_scipy(monkeypatch):
+    """One candidate, on a sphere that is large for the distances,
+    where float32's products can't tell.
+    """
     monkeypatch.setattr(ifid, "CANDIDATES", 1)
     z = 1e4 * torch.nn.functional.normalize(torch.randn(2, 40)).repeat_interleave(
         50, 0
@@ -44,7 +50,7 @@ def test_the_share_of_wrong_neighbours_is_that_of_scipy(monkeypatch):
     assert wrong > 0.1
 
 
-def test_equal_latents_are_each_others_neighbours():
+def test_equal_latents_are_each_others_nearest_neighbours():
     nearest, distances = nearest_neighbours(torch.tensor([[1.0, 2.0], [9.0, 9.0], [1.0, 2.0]]))
     assert (nearest[[0, 2]].tolist(), distances[[0, 2]].tolist()) == ([2, 0], [0.0, 0.0])
 
@@ -83,7 +89,7 @@ def directly(model, x, latents, features) -> float:
     ).mean()
 
 
-def test_the_formula(setting, weights_dir, monkeypatch):
+def test_ifid_is_the_formula_in_float64(setting, weights_dir, monkeypatch):
     monkeypatch.setattr(ifid, "Inception", lambda path, device: extract)
     model, keys, x, latents = setting
     expected, distance = directly(model, x, latents, extract)
@@ -113,8 +119,10 @@ def test_the_formula(setting, weights_dir, monkeypatch):
     assert second.result("a", 0) == found
 
 
-def test_with_inception(setting, weights_dir, monkeypatch):
-    """Its random weights are in the published file's format; the root of its covariances takes seconds, see rFID's."""
+def test_ifid_with_inception_is_the_direct_computation(setting, weights_dir, monkeypatch):
+    """Its random weights are in the published file's format;
+    the root of its covariances takes seconds, see rFID's.
+    """
     monkeypatch.setattr(
         "torch_fidelity.metric_fid.fid_statistics_to_metric",
         lambda a, b, verbose: {
@@ -132,7 +140,9 @@ def test_with_inception(setting, weights_dir, monkeypatch):
     assert "3 images for 2048 features" in observer.result("a", 0)["warning"]
 
 
-def test_what_it_refuses(setting, weights_dir, monkeypatch, nowhere):
+def test_ifid_refuses_missing_weights_one_image_and_non_finite_latents(
+    setting, weights_dir, monkeypatch, nowhere
+):
     monkeypatch.setattr(ifid, "Inception", lambda path, device: extract)
     model, keys, x, latents = setting
     with pytest.raises(MissingWeights, match="`weights_dir`"):

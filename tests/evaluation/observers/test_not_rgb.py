@@ -15,7 +15,7 @@ def seen(x: np.ndarray, y: np.ndarray, keys: list[str], stated: PixelRange = STA
     return Observation("vae", 0, keys, *levels, torch.zeros(1), {}, stated)
 
 
-def test_the_angle_between_spectra_as_in_float64_whatever_the_batches():
+def test_spectral_angle_is_float64s_whatever_the_batches():
     x, y = (np.random.default_rng(seed).uniform(0, 9000, (3, 6, 5, 4)) for seed in (0, 1))
     x[0, :, 2, 3] = 0  # a pixel without a spectrum
     whole, parts = RealValues(), [RealValues(), RealValues()]
@@ -36,7 +36,7 @@ def test_the_angle_between_spectra_as_in_float64_whatever_the_batches():
     assert set(whole.columns(entry)) == {"RMSE", "MAE", "relative", "angle"}
 
 
-def test_nothing_for_eight_bits_and_for_what_has_no_spectrum():
+def test_not_rgb_has_nothing_for_eight_bits_and_no_angle_without_a_spectrum():
     observer = RealValues()
     images = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
     observer.update(Observation("vae", 0, ["a"], images, images, torch.zeros(1), {}, EIGHT_BITS))

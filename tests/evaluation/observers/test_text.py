@@ -1,4 +1,6 @@
-"""Text by a stand-in for OCR that reads what is known, and by rapidocr itself where its wheel is installed."""
+"""Text by a stand-in for OCR that reads what is known,
+and by rapidocr itself where its wheel is installed.
+"""
 
 import pickle
 
@@ -17,8 +19,10 @@ from tests.evaluation.peers import seen
 from tests.evaluation.test_results import results_of, row
 
 
-def test_edits_are_the_least_of_all_ways():
-    """Against the recursive definition, on random words; and of a long line of which half is missing."""
+def test_edit_distance_is_the_recursive_definition():
+    """Against the recursive definition, on random words;
+    and of a long line of which half is missing.
+    """
 
     def slow(a, b):
         if not a or not b:
@@ -57,7 +61,7 @@ class Blurred(Autoencoder):
         return torch.from_numpy(np.stack(blurred)).permute(0, 3, 1, 2) / 127.5 - 1.0
 
 
-def test_pages_hold_every_size_that_fits():
+def test_text_pages_hold_every_font_size_that_fits():
     for side, sizes in ((256, SIZES), (64, (8, 10, 12)), (8, ())):
         pages = list(draw_pages(side))
         assert {int(kind) for _, lines in pages for kind, _, _ in lines} == set(sizes)
@@ -76,7 +80,9 @@ BOXES = [(0, 0, 16, 8), (0, 8, 16, 16)]
 
 @pytest.fixture
 def reader(monkeypatch):
-    """Reads the brightness of a line as a letter, five times; finds two lines in images that are not black."""
+    """Reads the brightness of a line as a letter, five times;
+    finds two lines in images that are not black.
+    """
     monkeypatch.setattr(text, "_find", lambda image: BOXES if image.any() else [])
     monkeypatch.setattr(
         text,
@@ -85,7 +91,7 @@ def reader(monkeypatch):
     )
 
 
-def test_the_rate_by_hand(reader):
+def test_text_error_rate_by_hand(reader):
     """Of two images of two lines one reconstruction has one line wrong: 5 of 20 characters."""
     x = torch.full((3, 3, 16, 16), 30, dtype=torch.uint8)
     x[2] = 0  # no text
@@ -106,7 +112,7 @@ def test_the_rate_by_hand(reader):
     assert second.result("mine", 0) == found
 
 
-def test_it_says_what_it_needs(monkeypatch):
+def test_text_without_rapidocr_names_the_extra(monkeypatch):
     monkeypatch.setattr(text, "find_spec", lambda name: None)
     assert "open-litevae[text]" in next(Text().conflicts([], [], []))
 

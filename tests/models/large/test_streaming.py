@@ -42,11 +42,10 @@ def autoencoder(quantizer: bool = False, **encoder) -> LiteVAE:
         ({"packets": True}, 1),
     ],
 )
-def test_strips_give_the_posterior_of_the_whole(arguments, memory):
+def test_streamed_strips_give_the_posterior_of_the_whole(arguments, memory):
     vae = autoencoder(**arguments)
-    x = (
-        torch.randn(2, 3, 56, 24) * torch.linspace(0.1, 2.0, 56)[:, None]
-    )  # statistics differ from strip to strip
+    # Statistics differ from strip to strip.
+    x = torch.randn(2, 3, 56, 24) * torch.linspace(0.1, 2.0, 56)[:, None]
     assert peak_bytes(vae.encoder, lambda e, images: e(images), x.shape) > memory
     with torch.no_grad():
         whole = vae.encode(x)
@@ -56,7 +55,7 @@ def test_strips_give_the_posterior_of_the_whole(arguments, memory):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_planes_are_float32_whatever_torchs_default_is(dtype):
+def test_streaming_planes_are_float32_whatever_torchs_default_is(dtype):
     """Also those in files, with less memory than there is."""
     vae, x = autoencoder(), torch.randn(1, 3, 56, 24)
     expected = vae.encode_within(x, 1).mean
@@ -68,13 +67,13 @@ def test_planes_are_float32_whatever_torchs_default_is(dtype):
     assert all(torch.equal(mean, expected) for mean in found)
 
 
-def test_no_images_and_an_encoder_without_weights():
+def test_streaming_no_images_and_an_encoder_without_weights():
     assert autoencoder().encode_within(torch.zeros(0, 3, 56, 24), 1).mean.shape == (0, 4, 7, 3)
     x = torch.rand(1, 3, 16, 24)
     assert torch.equal(encode_within(WaveletEncoder(), x, 2**30), WaveletEncoder()(x))
 
 
-def test_layers_stay_in_memory_as_far_as_it_goes(monkeypatch):
+def test_streaming_keeps_layers_in_memory_as_far_as_it_goes(monkeypatch):
     counts = []
     for memory in (1, 200_000, 400_000):
         files, make = [], tempfile.TemporaryFile
@@ -90,7 +89,7 @@ def test_layers_stay_in_memory_as_far_as_it_goes(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "networks"), [({}, 4), ({"skip_levels": 1}, 3), ({"packets": True}, 1)]
 )
-def test_progress_ends_at_one(arguments, networks):
+def test_streaming_progress_ends_at_one(arguments, networks):
     done = []
     autoencoder(**arguments).encode_within(torch.randn(2, 3, 16, 16), 1, done.append)
     assert len(done) == networks
@@ -98,10 +97,8 @@ def test_progress_ends_at_one(arguments, networks):
     assert done[-1] == pytest.approx(1.0)
 
 
-def test_mistakes():
-    with pytest.raises(
-        ValueError, match=r"SDEncoder encodes whole images only: .* 24x16 pixels take"
-    ):
+def test_streaming_refuses_whole_image_encoders_training_and_float64():
+    with pytest.raises(ValueError, match=r"SDEncoder .* whole images only: .* 24x16"):
         sd().encode_within(torch.randn(1, 3, 16, 24), 1)
     vae = autoencoder()
     with pytest.raises(ValueError, match=r"call model\.eval"):
@@ -110,8 +107,10 @@ def test_mistakes():
         vae.eval().double().encode_within(torch.randn(1, 3, 16, 16).double(), 1)
 
 
-def test_one_latent_position_in_the_narrowest_networks():
-    """Eight groups of eight channels of one position: every group is one value, which torch's module refuses."""
+def test_streaming_one_latent_position_in_the_narrowest_networks():
+    """Eight groups of eight channels of one position: every group is one value, which torch's
+    module refuses.
+    """
     for variant in ("open_litevae", "paper"):
         vae = autoencoder(variant=variant)
         x = torch.randn(1, 3, 8, 8)
@@ -122,7 +121,7 @@ def test_one_latent_position_in_the_narrowest_networks():
 
 
 @pytest.mark.gpu
-def test_strips_on_a_gpu(monkeypatch):
+def test_streamed_strips_on_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     vae = autoencoder().cuda()
     x = torch.randn(1, 3, 88, 40, device="cuda")

@@ -60,7 +60,7 @@ def seen(module: nn.Module, f: int, size: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("arguments", CONFIGURATIONS)
-def test_the_field_is_what_gradients_reach(arguments):
+def test_receptive_field_is_what_gradients_reach(arguments):
     module = decoder(**arguments)
     field = receptive_field(module)
     for m in (module, fold_smc(module)):
@@ -69,7 +69,7 @@ def test_the_field_is_what_gradients_reach(arguments):
         assert max(left, right) == field
 
 
-def test_the_stages_are_the_whole_decoder():
+def test_decoder_stages_are_the_whole_decoder():
     """A window of everything is everything, and a window reads no latent outside the field."""
     module = LiteVAE_Decoder(channels=4, z_channels=2, channel_mult=(1, 1), num_res_blocks=0).eval()
     z = torch.rand(1, 2, 40, 30)
@@ -108,7 +108,7 @@ def test_tiles_give_the_untiled_image(arguments):
 
 
 @pytest.mark.parametrize("arguments", [c for c in CONFIGURATIONS if c["num_res_blocks"] < 2])
-def test_a_seam_would_be_seen(arguments, monkeypatch):
+def test_tiles_of_too_short_reach_differ_from_the_untiled_image(arguments, monkeypatch):
     """With every stage reaching one position less, the tiles differ by more than the tolerance."""
     vae = autoencoder(**arguments)
     z = torch.randn(1, 4, 12, 12)
@@ -131,7 +131,7 @@ def test_stable_diffusions_decoder_is_not_tiled():
     z = torch.randn(1, 4, 6, 5)
     with pytest.raises(ValueError, match="SDDecoder sees the whole latent"):
         sd().decode_tiled(z, tile=4)
-    with pytest.raises(ValueError, match="can't be tiled; decoding 10x12 pixels whole takes"):
+    with pytest.raises(ValueError, match=r"can't be tiled; .* 10x12 pixels"):
         sd().decode_tiled(z, memory=100)
     vae = sd()
     with torch.no_grad():
@@ -145,8 +145,10 @@ def test_stable_diffusions_decoder_is_not_tiled():
         assert sizes == [7, 3, 3, 1]  # as many images at once as fit
 
 
-def test_a_batch_is_split_before_its_images_are(monkeypatch):
-    """As many whole images at once as fit; where not even one does, each has the tiles that it has alone."""
+def test_tiling_splits_a_batch_before_its_images(monkeypatch):
+    """As many whole images at once as fit; where not even one does, each has the tiles that it has
+    alone.
+    """
 
     def window(paths, z, place):
         if z.device.type != "meta":
@@ -173,7 +175,7 @@ def test_a_batch_is_split_before_its_images_are(monkeypatch):
     assert (len(tiled), whole, done) == (6 * alone, [2, 2, 1], [0.2, 0.4, 0.6, 0.8, 1.0])
 
 
-def test_mistakes():
+def test_tiling_refuses_no_tile_and_both_settings():
     vae = autoencoder(channel_mult=(1, 1), num_res_blocks=0)
     z = torch.randn(1, 4, 2, 2)
     for both in ({}, {"tile": 1, "memory": 1}):
@@ -194,7 +196,7 @@ def test_tiles_on_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 3), (8, 8), (13, 200), (5, 4)])
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_padding_is_numpys_and_crops_back(size, dtype):
+def test_padding_to_a_multiple_is_numpys_and_crops_back(size, dtype):
     x = torch.randint(0, 256, (2, 3, *size)).to(dtype)
     padded = pad_to_multiple(x, 8)
     expected = x.numpy()
@@ -210,7 +212,7 @@ def test_padding_is_numpys_and_crops_back(size, dtype):
     assert pad_to_multiple(x, 1) is x
 
 
-def test_an_autoencoder_without_tiles_works_whole():
+def test_tiling_an_autoencoder_without_tiles_decodes_whole():
     """What commands ask of any model: the interface's own answers."""
     model, x = Shrunk(), torch.rand(1, 3, 4, 6)
     assert model.fold() is model
@@ -218,13 +220,11 @@ def test_an_autoencoder_without_tiles_works_whole():
     z = model.encode_within(x, 1).mode()
     assert torch.equal(z, model.encode(x).mode())
     assert torch.equal(model.decode_tiled(z, memory=1), model.decode(z))
-    with pytest.raises(
-        ValueError, match="Shrunk decodes the whole latent at once: leave `tile` out"
-    ):
+    with pytest.raises(ValueError, match=r"Shrunk .* leave `tile` out"):
         model.decode_tiled(z, tile=1)
 
 
-def test_batches_quantizer_and_the_largest_tile_within_the_memory():
+def test_tiling_takes_the_largest_tile_within_the_memory():
     vae = autoencoder(True, channel_mult=(1, 1), num_res_blocks=0)
     z = torch.randn(2, 4, 50, 37)
     with torch.no_grad():
@@ -241,7 +241,5 @@ def test_batches_quantizer_and_the_largest_tile_within_the_memory():
         tile_bytes(vae.decoder, tile, z.shape) <= 2**21 < tile_bytes(vae.decoder, tile + 1, z.shape)
     )
     assert tile_for(vae.decoder, 64 * GIB, z.shape) == 50
-    with pytest.raises(
-        ValueError, match=r"the smallest tile takes .* GiB, more than 9\.31e-08: allow"
-    ):
+    with pytest.raises(ValueError, match=r"the smallest tile takes .* more than 9\.31e-08"):
         tile_for(vae.decoder, 100, z.shape)

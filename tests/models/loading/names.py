@@ -1,4 +1,6 @@
-"""latent-diffusion's names of an AutoencoderKL's weights, and a folder of the hub's cache, for tests."""
+"""latent-diffusion's names of an AutoencoderKL's weights, and a folder of the hub's cache,
+for tests.
+"""
 
 from pathlib import Path
 

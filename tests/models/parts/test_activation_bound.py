@@ -46,8 +46,10 @@ def penalty_of(bound: ActivationBound) -> Tensor:
     return loss
 
 
-def test_the_excess_by_hand():
-    """Activations 2 and -8 of ``twice``, 6 and -24 of ``thrice``, which are those of the whole too; the bound is 4."""
+def test_activation_bound_excess_by_hand():
+    """Activations 2 and -8 of ``twice``, 6 and -24 of ``thrice``,
+    which are those of the whole too; the bound is 4.
+    """
     network, bound = Small(), ActivationBound(4.0)
     x = torch.tensor([[1.0], [-4.0]])
     with watched(bound, network):
@@ -68,7 +70,7 @@ def test_the_excess_by_hand():
     )
 
 
-def test_the_gradient_of_the_excess_by_finite_differences():
+def test_activation_bound_gradient_by_finite_differences():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.SiLU(), nn.Conv2d(2, 1, 1)).double()
     weights = [p.detach().clone().requires_grad_() for p in network.parameters()]
@@ -89,7 +91,7 @@ def hooks(network: nn.Module) -> int:
     return sum(len(module._forward_hooks) for module in network.modules())
 
 
-def test_hooks_are_removed_after_an_error_too():
+def test_activation_bound_hooks_are_removed_after_an_error_too():
     network, bound = Small(), ActivationBound(4.0)
     with watched(bound, network):
         assert hooks(network) == 4
@@ -110,7 +112,7 @@ def test_a_bound_is_above_zero(bound):
 
 
 @pytest.mark.parametrize("frozen", ["encoder", "decoder"])
-def test_the_bound_is_on_what_is_trained_and_lowers_it(image_folder, frozen):
+def test_activation_bound_lowers_activations_of_what_is_trained(image_folder, frozen):
     pixels = objective(kl_weight=0, wavelet_weight=0)
     settings = {f"freeze_{frozen}": True, "lossconfig": pixels, "learning_rate": 3e-2}
     model, penalties = build(parts=parts(activation_bound={"bound": 0.1}), **settings), []

@@ -32,7 +32,7 @@ def drift(vae: torch.nn.Module) -> None:
 
 
 @pytest.mark.parametrize("use_quant", [False, True])
-def test_the_distance_is_zero_at_first_and_then_that_of_the_means(use_quant):
+def test_anchor_distance_is_zero_at_first_and_then_that_of_the_means(use_quant):
     vae = tiny(use_quant=use_quant).train()
     anchor, x = anchor_of(vae), torch.rand(3, 3, 16, 16)
     old = vae.encode(x).mean.detach()
@@ -44,7 +44,7 @@ def test_the_distance_is_zero_at_first_and_then_that_of_the_means(use_quant):
     assert distance(anchor, x, posterior).item() == pytest.approx(by_hand.item(), rel=1e-5)
 
 
-def test_gradients_reach_the_encoder_and_not_the_copy():
+def test_anchor_gradients_reach_the_encoder_and_not_the_copy():
     vae = tiny(use_quant=True).train()
     anchor, x = anchor_of(vae), torch.rand(2, 3, 16, 16)
     drift(vae)
@@ -56,7 +56,7 @@ def test_gradients_reach_the_encoder_and_not_the_copy():
     assert all(p.grad is None for p in vae.decoder.parameters())
 
 
-def test_bf16_means_are_compared_in_float32():
+def test_anchor_compares_bf16_means_in_float32():
     vae = tiny().train()
     anchor, x = anchor_of(vae), torch.rand(1, 3, 16, 16)
     drift(vae)

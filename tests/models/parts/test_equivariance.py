@@ -43,7 +43,7 @@ def by_pil(t: Tensor, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.stack(planes)).unflatten(0, t.shape[:2])
 
 
-def test_latent_and_image_are_scaled_as_pillow_does_and_turned_alike():
+def test_equivariance_scales_as_pillow_does_and_turns_latent_and_image_alike():
     z, x = torch.randn(2, 3, 8, 8), torch.randn(2, 1, 32, 32)
     seen = set()
     for seed in range(80):
@@ -58,13 +58,13 @@ def test_latent_and_image_are_scaled_as_pillow_does_and_turned_alike():
     assert seen == {(size / 8, turn) for size in range(2, 8) for turn in (1, 2, 3)}
 
 
-def test_the_published_scales_without_antialiasing():
-    """8/32 to 31/32; half the size is then the mean of each 2x2 block, a quarter that of its middle."""
+def test_equivariance_published_scales_without_antialiasing():
+    """8/32 to 31/32; half the size is then the mean of each 2x2 block,
+    a quarter that of its middle.
+    """
     assert [n / 32 for n in sizes_of(32)] == [n / 32 for n in range(8, 32)]
-    z, x = (
-        torch.randn(1, 2, 4, 4, dtype=torch.float64),
-        torch.randn(1, 3, 16, 16, dtype=torch.float64),
-    )
+    z = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    x = torch.randn(1, 3, 16, 16, dtype=torch.float64)
     seen = set()
     for seed in range(40):
         outs, plain = transform_alike(z, x, generator(seed)), [z, x]
@@ -73,9 +73,8 @@ def test_the_published_scales_without_antialiasing():
         if n == 3:
             continue
         for out, t in zip(outs, plain, strict=True):
-            blocks = t.unflatten(3, (-1, 4 // n)).unflatten(
-                2, (-1, 4 // n)
-            )  # (1, C, n k, s, n k, s)
+            # (1, C, n k, s, n k, s).
+            blocks = t.unflatten(3, (-1, 4 // n)).unflatten(2, (-1, 4 // n))
             middle = slice(0, 2) if n == 2 else slice(1, 3)
             means = blocks[:, :, :, middle, :, middle].mean((3, 5)).float()
             assert any(torch.allclose(out, means.rot90(k, (2, 3)), atol=1e-6) for k in (1, 2, 3))
@@ -86,7 +85,7 @@ def test_the_published_scales_without_antialiasing():
     ("side", "sizes"),
     [((1, 1), {1}), ((3, 3), {1, 2}), ((6, 6), {2, 3, 4, 5}), ((5, 3), {3, 5}), ((4, 2), {1, 2})],
 )
-def test_only_whole_latent_positions(side, sizes):
+def test_equivariance_scales_to_whole_latent_positions(side, sizes):
     """In float32 from any precision; the global generator is left alone."""
     z, x = torch.randn(1, 2, *side).bfloat16(), torch.randn(1, 3, 8 * side[0], 8 * side[1])
     seen, before = set(), torch.get_rng_state()
@@ -99,8 +98,10 @@ def test_only_whole_latent_positions(side, sizes):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_gradients_reach_the_latent_only():
-    """Bilinear weights sum to 1: a sum over a share of the pixels has gradients that sum to that share."""
+def test_equivariance_gradients_reach_the_latent_only():
+    """Bilinear weights sum to 1: a sum over a share of the pixels has gradients that sum to that
+    share.
+    """
     for seed in range(20):
         z = torch.randn(1, 2, 8, 8, requires_grad=True)
         z_out, x_out = transform_alike(z, torch.randn(1, 3, 64, 64), generator(seed))
@@ -129,7 +130,7 @@ def test_an_equivariance_step_may_pause_the_adversary(image_folder):
     assert set(sizes) == {(size, 8 * size) for size in (1, 2, 3)}
 
 
-def test_the_adversary_plays_on_these_steps_too(image_folder):
+def test_adversary_plays_on_equivariance_steps_too(image_folder):
     """On the transformed images, as published."""
     model, seen = build(against(weight=0.5), parts=parts(equivariance={"probability": 1.0})), []
     model.adversary.discriminator.register_forward_pre_hook(
@@ -144,14 +145,16 @@ def test_the_adversary_plays_on_these_steps_too(image_folder):
 @pytest.mark.parametrize(
     ("discriminator", "size", "fits"), [(PATCHGAN, 64, True), (UNETGAN, 64, False)]
 )
-def test_a_discriminator_of_fixed_sizes_is_refused(image_folder, discriminator, size, fits):
+def test_equivariance_refuses_a_discriminator_of_fixed_sizes(
+    image_folder, discriminator, size, fits
+):
     model = build(against(discriminator), parts=parts(equivariance={}))
     if fits:
         model.check(source(image_folder, size=size))
         return
     with pytest.raises(
         ConfigError,
-        match=r"equivariance\.params\.adversary: set it to false, or change the discriminator: ",
+        match=r"equivariance\.params\.adversary: .* change the discriminator",
     ) as error:
         model.check(source(image_folder, size=size))
     assert "\n" not in str(error.value)
@@ -163,10 +166,8 @@ def test_a_discriminator_of_fixed_sizes_is_refused(image_folder, discriminator, 
 def test_equivariance_is_decided_once_an_update_for_its_share_of_them(image_folder, monkeypatch):
     transform, calls = equivariance.transform_alike, []
     settings = {"probability": 0.5, "adversary": False, "shrunk": 0.5}
-    model, sides = (
-        build(against(), parts=parts(equivariance=settings), accumulate_grad_batches=2),
-        [],
-    )
+    model = build(against(), parts=parts(equivariance=settings), accumulate_grad_batches=2)
+    sides = []
     model.encoder.register_forward_pre_hook(lambda _, inputs: sides.append(inputs[0].shape[-1]))
 
     def record(z, x, generator, antialias):
@@ -179,13 +180,12 @@ def test_equivariance_is_decided_once_an_update_for_its_share_of_them(image_fold
     assert calls[::2] == calls[1::2]
     sides = sides[-32:]  # without those of a check before the first step
     assert sides[::2] == sides[1::2]
-    assert (
-        1 <= (shrunk := sum(side < 16 for side in sides[::2])) <= 10
-    )  # 4, and three standard deviations of 2
+    # 4, and three standard deviations of 2.
+    assert 1 <= (shrunk := sum(side < 16 for side in sides[::2])) <= 10
     assert model.adversary.updates == 16 - len(calls) // 2 - shrunk
 
 
-def test_a_quarter_of_the_other_steps_encodes_shrunk_images():
+def test_equivariance_encodes_shrunk_images_in_a_quarter_of_the_other_steps():
     """As published; at half the size, without antialiasing, a pixel is the mean of four."""
     model, x = SimpleNamespace(autoencoder=SimpleNamespace(downscale=8)), torch.randn(1, 3, 32, 32)
 
@@ -210,7 +210,7 @@ def test_a_quarter_of_the_other_steps_encodes_shrunk_images():
     assert images(0, always, warming_up=True) is x
 
 
-def test_a_shrunk_image_is_what_its_reconstruction_is_compared_with(image_folder):
+def test_equivariance_compares_with_the_shrunk_image(image_folder):
     model, seen = build(parts=parts(equivariance={"probability": 0.0, "shrunk": 1.0})), []
     model.encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     model.decoder.register_forward_hook(lambda _, z, y: seen.append(y.detach()))

@@ -17,7 +17,9 @@ from olvae.models.parts.part import Part, first_images
 
 
 class Gain(Part):
-    """Multiply the latent by a learned gain per channel, which is drawn towards that of the first training images."""
+    """Multiply the latent by a learned gain per channel,
+    which is drawn towards that of the first training images.
+    """
 
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
@@ -92,7 +94,9 @@ def test_a_run_with_a_part_is_resumed_bit_for_bit_and_exported_without_it(go, ca
 
 
 def test_its_hooks_by_hand(image_folder):
-    """The loss with its weight, under its name; the gradient by Adam's first step, which has the size of the rate."""
+    """The loss with its weight, under its name; the gradient by Adam's first step, which has the
+    size of the rate.
+    """
     model = build(parts={"mine": NODE}, learning_rate=1e-3)
     fit(model, image_folder, 1)
     values = metrics(model)

@@ -93,7 +93,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_a_step_changes(target, image_folder, mode):
+def test_distillation_step_changes_the_students_trained_half_alone(target, image_folder, mode):
     """The student's trained half, and nothing of the teacher or of the other half."""
     model = student(target, use_ema=True, ema_decay=0.5, **MODES[mode])
     teacher, start, before = teacher_of(model), snapshot(model.autoencoder), bits(teacher_of(model))
@@ -113,15 +113,16 @@ def test_what_a_step_changes(target, image_folder, mode):
     assert math.isfinite(metrics(model)["train/loss"])
 
 
-def test_none_of_its_tensors_is_anywhere(target, image_folder, tmp_path):
-    """Not by name, nor by value: in the module, the averaged copy, the checkpoint, the optimizers."""
+def test_teachers_tensors_are_not_in_the_model_nor_its_checkpoint(target, image_folder, tmp_path):
+    """Not by name, nor by value: in the module, the averaged copy, the checkpoint,
+    the optimizers.
+    """
     model = student(target, use_ema=True, teacher={"decoder_weight": 0.5})
     fit(model, image_folder, 2)
     model.trainer.save_checkpoint(tmp_path / "last.ckpt")
     checkpoint = torch.load(tmp_path / "last.ckpt", weights_only=True)
-    theirs = [
-        t for t in bits(teacher_of(model)).values() if t.numel() > 8
-    ]  # fewer could be equal by chance
+    # Fewer could be equal by chance.
+    theirs = [t for t in bits(teacher_of(model)).values() if t.numel() > 8]
     found = [leaf for leaf in tree_leaves(checkpoint) if isinstance(leaf, Tensor)]
     assert {"state_dict", "current_model_state"} <= checkpoint.keys()
     assert len(found) > 200
@@ -135,7 +136,7 @@ def test_none_of_its_tensors_is_anywhere(target, image_folder, tmp_path):
     }
 
 
-def test_a_copy_of_the_student_shares_it_and_starts_alike(target, image_folder):
+def test_copy_of_the_student_shares_the_teacher_and_starts_alike(target, image_folder):
     """A run's untrained baseline is built without it."""
     torch.manual_seed(0)
     model, without = student(target, against()), build(against(), initial_logvar=-4.0)
@@ -147,7 +148,7 @@ def test_a_copy_of_the_student_shares_it_and_starts_alike(target, image_folder):
     copy.deepcopy(model.parts)
 
 
-def test_the_gradient_goes_through_its_decoder_to_the_students_encoder(
+def test_gradient_goes_through_the_teachers_decoder_to_the_students_encoder(
     target, image_folder, updates
 ):
     """Against the objective of what it decodes, written down."""
@@ -166,7 +167,7 @@ def test_the_gradient_goes_through_its_decoder_to_the_students_encoder(
     assert metrics(model)["train/loss"] == pytest.approx(2.0 * loss.item(), rel=1e-5)
 
 
-def test_the_losses_by_hand(target, image_folder):
+def test_teacher_losses_by_hand(target, image_folder):
     """The sum that is logged, from torch's own divergence and plain arithmetic."""
     model = student(
         target, teacher={"latent_weight": 3.0, "logvar_weight": 0.7}, freeze_decoder=True
@@ -219,7 +220,9 @@ def validated(model, data) -> float:
 def test_a_student_with_linear_paths_starts_from_the_teachers_latents(
     target, image_folder, monkeypatch
 ):
-    """Least squares from patches to its means, and from its means to patches, by NumPy on the same crops."""
+    """Least squares from patches to its means, and from its means to patches,
+    by NumPy on the same crops.
+    """
     monkeypatch.setattr(linear_code, "CROPS", (512, 512))
     config = tiny_config()["model"]["params"]
     nodes = {
@@ -245,9 +248,8 @@ def test_a_student_with_linear_paths_starts_from_the_teachers_latents(
         found.movedim(1, 3).reshape(-1, 4).numpy(), design @ solution, atol=1e-3
     )
     assert float(teacher_of(model).std.min()) > 0  # the part was prepared as well
-    assert model.linear_psnr == pytest.approx(
-        validated(model, data), abs=1e-4
-    )  # of both halves, as validation has it
+    # Of both halves, as validation has it.
+    assert model.linear_psnr == pytest.approx(validated(model, data), abs=1e-4)
     frozen = student(target, **nodes, freeze_encoder=True)
     list(frozen.prepare(data, 0, torch.device("cpu"), fresh=linear_code.HALVES))
     assert frozen.linear_psnr == pytest.approx(validated(frozen, data), abs=1e-4)
@@ -262,7 +264,7 @@ def test_a_student_with_linear_paths_starts_from_the_teachers_latents(
 
 
 @pytest.mark.parametrize("batches", [[12], [1, 2, 3, 6]])
-def test_the_deviation_is_torchs_whatever_the_batches(target, batches):
+def test_teachers_latent_deviation_is_torchs_whatever_the_batches(target, batches):
     teacher = teacher_of(student(target))
     x = torch.rand(12, 3, 16, 24) * 2 - 1
     with torch.no_grad():
@@ -273,13 +275,20 @@ def test_the_deviation_is_torchs_whatever_the_batches(target, batches):
     )
 
 
-def test_a_channel_without_deviation(target):
+def source_of(images: Tensor) -> SimpleNamespace:
+    """What a teacher asks of a source of images."""
+    return SimpleNamespace(
+        first_images=lambda seed, count: iter(images), pixel_range=EIGHT_BITS, means_std=None
+    )
+
+
+def test_teacher_with_a_channel_without_deviation_is_refused(target):
     teacher = teacher_of(student(target))
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
-    data = SimpleNamespace(first_images=lambda seed, count: iter(images), pixel_range=EIGHT_BITS)
+    data = source_of(images)
     with torch.no_grad():
         teacher.model.model.quant_conv.weight[2] = 0
-    with pytest.raises(ValueError, match=r"channel 2 of its latents is the same everywhere"):
+    with pytest.raises(ValueError, match=r"channel 2 of its latents"):
         teacher.prepare(None, data, 0, torch.device("cpu"))
     with torch.no_grad():
         teacher.model.model.quant_conv.weight[1] = torch.nan
@@ -288,7 +297,7 @@ def test_a_channel_without_deviation(target):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_it_computes_in_its_own_precision(target, dtype):
+def test_teacher_computes_in_its_own_precision(target, dtype):
     """Whatever precision the student trains in; the moments that are known are taken instead."""
     teacher, exact = (teacher_of(student(target, teacher={"dtype": d})) for d in (dtype, "float32"))
     assert {p.dtype for p in teacher.model.parameters()} == {getattr(torch, dtype)}
@@ -320,15 +329,13 @@ def test_a_teacher_without_a_distribution(tmp_path, image_folder):
     assert isinstance(teacher_of(model).posterior(torch.rand(1, 3, 16, 16)), Deterministic)
     with pytest.raises(
         ConfigError,
-        match=r"params.logvar_weight: the teacher's latents have no distribution: set it",
+        match=r"params.logvar_weight: .* no distribution",
     ):
         student(target)
     student(
         target, freeze_encoder=True, parts=parts(latent_noise={"std": 0.1, "relative_to": "data"})
     )
-    with pytest.raises(
-        ConfigError, match="relative_to: the latents have no distribution: set it to data"
-    ):
+    with pytest.raises(ConfigError, match=r"relative_to: .* no distribution"):
         student(target, freeze_encoder=True, parts=parts(latent_noise={"std": 0.1}))
 
 
@@ -339,11 +346,10 @@ def test_a_teacher_without_a_distribution(tmp_path, image_folder):
     "mode",
     [{"freeze_decoder": True}, {"use_ema": True, "ema_decay": 0.5}, {"freeze_encoder": True}],
 )
-def test_the_latents_error_in_validation_by_hand(target, image_folder, mode):
+def test_teacher_latents_error_in_validation_by_hand(target, image_folder, mode):
     """A decoder alone has none."""
-    data = FolderSource(
-        str(image_folder), 16, 4, val_fraction=0.4
-    )  # a batch of four, and one of one
+    # A batch of four, and one of one.
+    data = FolderSource(str(image_folder), 16, 4, val_fraction=0.4)
     model, squares = student(target, **mode), []
     teacher_of(model).std.copy_(torch.tensor([0.5, 1.0, 2.0, 4.0]))
     trainer(2, val_check_interval=2, check_val_every_n_epoch=None).fit(
@@ -382,7 +388,7 @@ def test_the_teachers_half_takes_the_place_of_the_one_that_is_not_trained(target
 # Factors and refusals
 
 
-def test_the_student_has_its_factors(tmp_path, caplog):
+def test_student_has_the_teachers_factors(tmp_path, caplog):
     factors = {
         "scaling_factor": 0.5,
         "latents_mean": [0.0, 1.0, 2.0, 3.0],
@@ -396,11 +402,12 @@ def test_the_student_has_its_factors(tmp_path, caplog):
         student(f"diffusers:{tmp_path}", **model.for_diffusion).for_diffusion == model.for_diffusion
     )
     assert not caplog.text
+    # The config of another student.
     changed = {
         "scaling_factor": 0.25,
         "latents_std": None,
         "shift_factor": 0.5,
-    }  # the config of another student
+    }
     assert student(f"diffusers:{tmp_path}", **changed).for_diffusion == model.for_diffusion
     assert (
         f"model.params: scaling_factor, shift_factor: not diffusers:{tmp_path}'s, which are taken"
@@ -409,7 +416,9 @@ def test_the_student_has_its_factors(tmp_path, caplog):
 
 
 def test_a_tiny_student_takes_its_units_when_other_weights_are_loaded(tmp_path):
-    """A diffusion model's of the latents: TAESD's own weights, which it may start from, are in units of theirs."""
+    """A diffusion model's of the latents: TAESD's own weights, which it may start from, are in
+    units of theirs.
+    """
     factors = {"latents_mean": [0.0, 1.0, 2.0, 3.0], "latents_std": [1.0, 2.0, 3.0, 4.0]}
     tiny_kl(**EIGHT, **factors, scaling_factor=1.0).save_pretrained(tmp_path)
     shape = {"channels": 8, "blocks": [0, 0, 0, 0]}
@@ -427,11 +436,10 @@ def test_a_tiny_student_takes_its_units_when_other_weights_are_loaded(tmp_path):
         f"diffusers:{tmp_path}", teacher={"logvar_weight": 0.0}, initial_logvar=0.0, **nodes
     )
     for half in (model.encoder, model.decoder):
-        half.use_latents(
-            torch.full((4,), 5.0), torch.full((4,), 7.0)
-        )  # as a loaded state dict does
+        # As a loaded state dict does.
+        half.use_latents(torch.full((4,), 5.0), torch.full((4,), 7.0))
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
-    data = SimpleNamespace(first_images=lambda seed, count: iter(images), pixel_range=EIGHT_BITS)
+    data = source_of(images)
     teacher_of(model).prepare(model, data, 0, torch.device("cpu"))
     for half in (model.encoder, model.decoder):
         assert half.latents_mean.flatten().tolist() == factors["latents_mean"]
@@ -456,11 +464,11 @@ def test_a_tiny_student_takes_its_units_when_other_weights_are_loaded(tmp_path):
         ),
         (
             {},
-            r"has f4, 4 channels, .*, but the student f8, 4 channels, .*dct_levels, channel_mult or blocks",
+            r"has f4, 4 .* the student f8, 4 .*dct_levels",
         ),
     ],
 )
-def test_a_student_of_another_shape(tmp_path, teacher, message):
+def test_student_of_another_shape_than_the_teachers_is_refused(tmp_path, teacher, message):
     tiny_kl(**teacher).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=message) as caught:
         student(f"diffusers:{tmp_path}")
@@ -474,7 +482,7 @@ def test_a_student_of_another_shape(tmp_path, teacher, message):
         ({"parts": parts(anchor={})}, "parts.anchor: the latents have to be the teacher's"),
         (
             {"teacher": {"latent_weight": 0, "logvar_weight": 0}},
-            "every weight is 0: nothing teaches the encoder",
+            "every weight is 0: .* the encoder",
         ),
         (
             {"freeze_encoder": True, "teacher": {"decoder_weight": 1.0}},
@@ -495,7 +503,7 @@ def test_a_student_of_another_shape(tmp_path, teacher, message):
         ),
     ],
 )
-def test_settings_that_contradict_each_other(target, settings, message):
+def test_teacher_settings_that_contradict_each_other_are_refused(target, settings, message):
     with pytest.raises((ConfigError, ValueError), match=message) as caught:
         student(target, **settings)
     assert "\n" not in str(caught.value)

@@ -8,7 +8,9 @@ __all__ = ["node", "vit"]
 
 @pytest.fixture(scope="session")
 def vit(tmp_path_factory) -> str:
-    """Random weights of a ViT of 0.3 M parameters with patches of 16 pixels; skips where timm is not installed."""
+    """Random weights of a ViT of 0.3 M parameters with patches of 16 pixels;
+    skips where timm is not installed.
+    """
     timm = pytest.importorskip("timm")
     path = tmp_path_factory.mktemp("timm") / "vit.pt"
     torch.manual_seed(0)

@@ -32,9 +32,11 @@ def run(model: LiteAutoencoderKL, root: Path, steps: int, *callbacks: pl.Callbac
     return training
 
 
-def test_the_average_is_its_recurrence(image_folder):
-    """In float64: the weights after the first step, then decay * average + (1 - decay) * weights at every further one;
-    the discriminator's warm-up is no step. After training the model has it."""
+def test_ema_is_its_recurrence_in_float64(image_folder):
+    """In float64: the weights after the first step, then decay * average + (1 - decay) * weights.
+
+    The discriminator's warm-up is no step. After training the model has it.
+    """
     model, seen = build(against(warmup_updates=2), use_ema=True, ema_decay=DECAY), {}
     fit(
         model,
@@ -54,7 +56,7 @@ def test_the_average_is_its_recurrence(image_folder):
             assert torch.equal(tensor, seen[5][name]), name
 
 
-def test_validation_and_checkpoints_have_both(image_folder, tmp_path):
+def test_validation_and_checkpoints_have_ema_and_trained_weights(image_folder, tmp_path):
     """The average by the published names, also where it is saved in the middle of a validation."""
     model, seen = build(against(), use_ema=True, ema_decay=DECAY), []
 
@@ -88,7 +90,7 @@ def test_validation_and_checkpoints_have_both(image_folder, tmp_path):
     assert model.validation_values["val/psnr"] != model.validation_values["val_raw/psnr"]
 
 
-def test_there_is_none_unless_asked_for():
+def test_ema_only_if_use_ema_is_set():
     assert build().configure_callbacks() == []
     (callback,) = build(use_ema=True, ema_decay=0.25).configure_callbacks()
     assert isinstance(callback, WeightAverage)
@@ -98,7 +100,7 @@ def test_there_is_none_unless_asked_for():
 
 
 @pytest.mark.parametrize("has_average", [False, True])
-def test_an_interrupt_between_the_two(has_average):
+def test_interrupt_while_ema_and_weights_are_swapped_saves_nothing(has_average):
     """Nothing is saved, and restoring gives each its own again, whichever the model had."""
     trained, average = torch.zeros(2), torch.ones(2)
 
@@ -135,7 +137,7 @@ def test_an_interrupt_between_the_two(has_average):
     assert checkpoint["current_model_state"]["a"].equal(trained)
 
 
-def test_validations_numbers_are_the_averages(image_folder):
+def test_validation_numbers_are_those_of_the_ema(image_folder):
     model, data = build(use_ema=True, ema_decay=DECAY), source(image_folder)
     run(model, image_folder, 2)  # after which the model has the average
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""What each backward pass sends over processes: one process of a gloo group, whose communication hook counts."""
+"""What each backward pass sends over processes: one process of a gloo group, whose communication
+hook counts.
+"""
 
 import gc
 import os
@@ -14,14 +16,16 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
 from olvae.models.updates.ddp import PlayersStrategy
 from olvae.modules.counting import count_parameters
 from olvae.modules.patchgan import PatchGAN
+from tests.forks import fork_each
 from tests.models.steps import PATCHGAN, WITHOUT_KL, against, assert_same, build, snapshot, trainer
-from tests.test_devices import fork_each
 from tests.training.conftest import torchrun
 
 
 @pytest.fixture(autouse=True)
 def _leaves_nothing():
-    """Lightning's launcher gives this process all cores, a process group, and variables that children would inherit."""
+    """Lightning's launcher gives this process all cores, a process group,
+    and variables that children would inherit.
+    """
     before, threads = dict(os.environ), torch.get_num_threads()
     os.environ["OMP_NUM_THREADS"] = "1"
     yield
@@ -61,7 +65,7 @@ def totals(strategy: Counting) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_each_player_sends_its_own_gradients_once_an_update(accumulated):
+def test_ddp_sends_each_players_gradients_once_an_update(accumulated):
     strategy = Counting(gradient_as_bucket_view=True)
     module = train(strategy, against(), accumulate_grad_batches=accumulated)
     updates = 4 // accumulated
@@ -71,7 +75,7 @@ def test_each_player_sends_its_own_gradients_once_an_update(accumulated):
     }
 
 
-def test_further_updates_and_a_warm_up_send_the_discriminators_alone():
+def test_ddp_sends_the_discriminators_alone_in_further_updates_and_warm_up():
     strategy = Counting()
     module = train(strategy, against(updates_per_step=2, warmup_updates=2), batches=3)
     bytes_of = {name: 4 * count_parameters(player) for name, player in module.players.items()}
@@ -82,7 +86,7 @@ def test_further_updates_and_a_warm_up_send_the_discriminators_alone():
     }
 
 
-def test_a_frozen_half_is_not_sent():
+def test_ddp_does_not_send_a_frozen_half():
     strategy = Counting()
     module = train(strategy, lossconfig=WITHOUT_KL, freeze_encoder=True, batches=1)
     assert totals(strategy) == {"autoencoder": 4 * count_parameters(module.decoder)}
@@ -96,7 +100,7 @@ class Unused(PatchGAN):
         self.unused = torch.nn.Parameter(torch.zeros(3))
 
 
-def test_parameters_that_a_step_does_not_use():
+def test_ddp_names_find_unused_parameters():
     adversary = against({**PATCHGAN, "target": f"{__name__}.Unused"})
     with pytest.raises(RuntimeError, match="find_unused_parameters"):
         train(PlayersStrategy(), adversary, batches=2)
@@ -105,7 +109,7 @@ def test_parameters_that_a_step_does_not_use():
     )
 
 
-def test_a_hook_halves_the_bytes_of_both_players():
+def test_ddp_bf16_hook_halves_the_bytes_of_both_players():
     """As `ddp_bf16`, whose sums are of bfloat16."""
     sent = []
 
@@ -120,9 +124,8 @@ def test_a_hook_halves_the_bytes_of_both_players():
     )
     plain = snapshot(train("auto", against(), batches=1))
     for name, p in snapshot(module).items():
-        torch.testing.assert_close(
-            p, plain[name], rtol=0, atol=2.5e-4
-        )  # Adam's first step is of the rate, 1e-4
+        # Adam's first step is of the rate, 1e-4.
+        torch.testing.assert_close(p, plain[name], rtol=0, atol=2.5e-4)
 
 
 def test_bfloat16_on_the_wire_of_two_processes_is_the_mean_but_for_its_rounding(updates):
@@ -151,5 +154,5 @@ def test_bfloat16_on_the_wire_of_two_processes_is_the_mean_but_for_its_rounding(
     fork_each(work)
 
 
-def test_weights_are_those_of_training_without_it():
+def test_weights_with_ddp_are_those_without():
     assert_same(snapshot(train(Counting(), against())), snapshot(train("auto", against())))

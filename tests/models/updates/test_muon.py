@@ -1,4 +1,6 @@
-"""Muon: against NumPy's singular value decomposition, torch's own Muon and torch's Adam; skipped updates."""
+"""Muon: against NumPy's singular value decomposition, torch's own Muon and torch's Adam;
+skipped updates.
+"""
 
 import numpy as np
 import pytest
@@ -12,8 +14,10 @@ RATE, BETAS = 0.01, (0.9, 0.99)
 
 
 @pytest.mark.parametrize("shape", [(12, 108), (108, 12), (16, 16)], ids=str)
-def test_orthogonal_factor_against_numpy(shape):
-    """Singular vectors stay, singular values of a hundredth of the largest to all of it come to about 1."""
+def test_muon_orthogonal_factor_against_numpy(shape):
+    """Singular vectors stay, singular values of a hundredth of the largest to all of it come to
+    about 1.
+    """
     rng = np.random.default_rng(0)
     u, _, v = np.linalg.svd(rng.standard_normal(shape), full_matrices=False)
     given = (u * np.geomspace(0.01, 1, min(shape))) @ v
@@ -44,7 +48,7 @@ def train(optimizer: torch.optim.Optimizer, steps: int = 4, first: int = 0) -> N
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
-def test_matrices_against_torchs_muon():
+def test_muon_matrices_against_torchs_muon():
     """Which iterates in bfloat16, and takes a convolution only as a matrix."""
     ours, theirs = weights((8, 24), (24, 8), (12, 8, 3, 3)), weights((8, 24), (24, 8), (12, 72))
     begin = [p.detach().clone() for p in theirs]
@@ -62,7 +66,7 @@ def test_matrices_against_torchs_muon():
         assert difference < 0.05
 
 
-def test_the_rest_against_adam():
+def test_muon_vectors_and_depthwise_filters_against_adam():
     """Vectors, images' channels and depthwise filters, bit for bit; fused kernels on both sides."""
     shapes = (12,), (1,), (16, 3, 8, 8), (3, 16, 3, 3), (16, 1, 3, 3)
     ours, theirs = weights(*shapes), weights(*shapes)
@@ -71,7 +75,7 @@ def test_the_rest_against_adam():
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
-def test_a_skipped_update_changes_nothing():
+def test_muon_skipped_update_changes_nothing():
     """NaN in the gradients; the next update is as if it had not been there."""
     trained, plain = weights((8, 8, 3, 3), (8,)), weights((8, 8, 3, 3), (8,))
     optimizer, other = Muon(trained, RATE, BETAS), Muon(plain, RATE, BETAS)
@@ -89,8 +93,10 @@ def test_a_skipped_update_changes_nothing():
     assert all(torch.equal(one, two) for one, two in zip(trained, plain, strict=True))
 
 
-def test_under_torchs_loss_scaler():
-    """The scale is taken off by the optimizer; an update with an overflow is skipped, and the scale halved."""
+def test_muon_under_torchs_loss_scaler():
+    """The scale is taken off by the optimizer; an update with an overflow is skipped, and the
+    scale halved.
+    """
     scaled, plain = weights((8, 8, 3, 3), (8,)), weights((8, 8, 3, 3), (8,))
     optimizer, scaler = Muon(scaled, RATE, BETAS), torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(torch.zeros(()))
@@ -107,8 +113,10 @@ def test_under_torchs_loss_scaler():
     assert scaler.get_scale() == 512
 
 
-def test_loaded_state_continues_bit_for_bit():
-    """One moment of a matrix, two of the rest; frozen parameters and a closure as in any optimizer."""
+def test_muon_loaded_state_continues_bit_for_bit():
+    """One moment of a matrix, two of the rest; frozen parameters and a closure as in any
+    optimizer.
+    """
     whole, halves = weights((8, 8), (8,)), weights((8, 8), (8,))
     train(Muon(whole, RATE, BETAS), 4)
     begun = Muon(halves, RATE, BETAS)
@@ -118,9 +126,8 @@ def test_loaded_state_continues_bit_for_bit():
     saved = begun.state_dict()
     saved["state"][0]["step"] = saved["state"][0]["step"].double()
     continued.load_state_dict(saved)
-    assert (
-        continued.state[halves[1]]["step"].dtype == torch.float32
-    )  # and on the weight's device: for fused kernels
+    # And on the weight's device: for fused kernels.
+    assert continued.state[halves[1]]["step"].dtype == torch.float32
     train(continued, 2, first=2)
     assert all(torch.equal(one, two) for one, two in zip(whole, halves, strict=True))
     halves[0].grad, halves[1].grad = None, None

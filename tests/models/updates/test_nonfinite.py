@@ -26,7 +26,9 @@ class Before(pl.Callback):
 
 
 def state(model: LiteAutoencoderKL) -> dict[str, torch.Tensor]:
-    """Weights, buffers, averages and the optimizers' states; not the count of the discriminator's updates."""
+    """Weights, buffers, averages and the optimizers' states;
+    not the count of the discriminator's updates.
+    """
     found = {
         name: t.clone()
         for name, t in model.state_dict().items()
@@ -147,9 +149,8 @@ def test_a_bad_update_of_several_of_the_discriminator(image_folder):
     def spoilt(real, fake):
         loss, logs = whole(real, fake)
         calls.append(1)
-        return (
-            (loss * math.nan, logs) if len(calls) == 3 else (loss, logs)
-        )  # the second update of the first step
+        # The second update of the first step.
+        return (loss * math.nan, logs) if len(calls) == 3 else (loss, logs)
 
     model.adversary.discriminator_loss = spoilt
     before, once = Before(), Before()
@@ -194,8 +195,10 @@ def test_a_bad_step_in_the_discriminators_warm_up(image_folder):
     ]
 
 
-def test_a_loss_that_is_not_finite_makes_all_gradients_so():
-    """Also where its own gradient is zero or finite: on another rank, the average of the gradients is all there is."""
+def test_non_finite_loss_makes_all_gradients_non_finite():
+    """Also where its own gradient is zero or finite: on another rank, the average of the gradients
+    is all there is.
+    """
     x = torch.ones(2, requires_grad=True)
     NonFiniteGuard.propagate(torch.where(x > 0, x * 0 + math.inf, x).sum()).backward()
     assert x.grad.isnan().all()

@@ -12,7 +12,7 @@ from olvae.modules.wavelet import dwt2
 from tests.reference import assert_parity, fill, parity_case, recipe_input
 
 
-def test_counts():
+def test_decoder_parameters_and_macs_are_the_published_ones():
     with torch.device("meta"):
         published, paper = LiteVAE_Decoder(), LiteVAE_Decoder(variant="paper_smc")
     assert round(count_parameters(published) / 1e6, 4) == 53.3326
@@ -22,7 +22,7 @@ def test_counts():
     assert macs == pytest.approx(324, rel=0.02)
 
 
-def test_parity():
+def test_decoder_parity_with_the_reference():
     case = parity_case("decoder")
     with torch.no_grad():
         output = fill(LiteVAE_Decoder(**case["config"]))(recipe_input(case["input"]))
@@ -31,7 +31,7 @@ def test_parity():
 
 @pytest.mark.parametrize("variant", ["open_litevae", "paper_smc"])
 @pytest.mark.parametrize("output", ["image", "wavelet", "packets"])
-def test_shapes_gradients_and_folding(variant, output):
+def test_decoder_shapes_gradients_and_folding(variant, output):
     decoder = LiteVAE_Decoder(8, 4, 3, (1, 2, 2), 1, variant, output)
     z = torch.randn(2, 4, 5, 6)
     x = decoder(z)
@@ -50,7 +50,9 @@ def test_shapes_gradients_and_folding(variant, output):
 
 
 def test_group_norm_is_the_papers_decoder_with_plain_blocks():
-    """The same convolutions: their products are equal; its blocks are diffusers' residual blocks."""
+    """The same convolutions: their products are equal;
+    its blocks are diffusers' residual blocks.
+    """
     plain = LiteVAE_Decoder(8, 4, 3, (1, 2), 0, "group_norm")
     smc = LiteVAE_Decoder(8, 4, 3, (1, 2), 0, "paper_smc")
     folded = fold_smc(smc)
@@ -72,7 +74,9 @@ def test_group_norm_is_the_papers_decoder_with_plain_blocks():
 
 @pytest.mark.parametrize(("output", "levels"), [("wavelet", 1), ("packets", 2)])
 def test_the_last_convolution_predicts_bands_in_the_image_range(output, levels):
-    """It gives half the orthonormal bands of the image at each level: LL is in the image's range."""
+    """It gives half the orthonormal bands of the image at each level:
+    LL is in the image's range.
+    """
     decoder = LiteVAE_Decoder(8, 4, 3, (1, 1, 1), 0, output=output)
     found = []
     decoder.conv_out.register_forward_hook(lambda *args: found.append(args[-1]))
@@ -91,7 +95,7 @@ def test_the_last_convolution_predicts_bands_in_the_image_range(output, levels):
         (lambda: LiteVAE_Decoder(8, 4)(torch.zeros(1, 3, 4, 4)), r"\(B, 4, h, w\)"),
     ],
 )
-def test_mistakes(call, message):
+def test_decoder_refuses_wrong_settings_and_latents(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 

@@ -11,12 +11,12 @@ def randomise(module: torch.nn.Module) -> None:
         torch.nn.init.normal_(p)
 
 
-def test_parity():
+def test_smc_parity_with_the_reference():
     case = parity_case("smc")
     assert_parity(fill(SMC(**case["config"]))(recipe_input(case["input"])), case["output"])
 
 
-def test_equation_3_in_float64():
+def test_smc_is_equation_3_in_float64():
     smc = SMC(3, 4, 3).double()
     randomise(smc)
     x = torch.randn(2, 3, 6, 7, dtype=torch.float64)
@@ -37,7 +37,7 @@ def test_equation_3_in_float64():
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3, 5])
-def test_folds_into_an_ordinary_convolution(kernel_size):
+def test_smc_folds_into_an_ordinary_convolution(kernel_size):
     smc = SMC(5, 7, kernel_size)
     randomise(smc)
     folded = smc.fold()
@@ -46,7 +46,7 @@ def test_folds_into_an_ordinary_convolution(kernel_size):
     torch.testing.assert_close(folded(x), smc(x), rtol=1e-5, atol=1e-5)
 
 
-def test_folding_leaves_the_original_alone():
+def test_smc_folding_leaves_the_original_alone():
     net = torch.nn.Sequential(SMC(3, 4), torch.nn.Sequential(SMC(4, 3)))
     randomise(net)
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -58,7 +58,7 @@ def test_folding_leaves_the_original_alone():
     assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
 
 
-def test_small_filters_in_half_precision():
+def test_smc_of_small_filters_in_half_precision():
     """Their size does not matter, but its square is 0 in float16."""
     smc = SMC(3, 4, 3)
     randomise(smc)
@@ -69,6 +69,6 @@ def test_small_filters_in_half_precision():
     torch.testing.assert_close(half.float(), whole, rtol=2e-2, atol=1e-3)
 
 
-def test_even_kernels_are_refused():
+def test_smc_refuses_even_kernels():
     with pytest.raises(ValueError, match="odd kernel_size"):
         SMC(3, 3, 4)

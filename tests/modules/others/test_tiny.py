@@ -29,7 +29,7 @@ def student() -> LiteVAE:
 
 
 @torch.no_grad()
-def test_the_same_function_as_diffusers():
+def test_tiny_networks_are_the_function_of_diffusers():
     theirs = DiffusersAutoencoder(make("AutoencoderTiny")).eval()
     ours = theirs.as_litevae("it")
     x = torch.rand(2, 3, 16, 24) * 2 - 1
@@ -42,16 +42,15 @@ def test_the_same_function_as_diffusers():
 
 
 @torch.no_grad()
-def test_exact_in_tiles():
+def test_tiny_decoder_is_exact_in_tiles():
     model, z = student(), torch.randn(1, 4, 13, 10)
-    assert (
-        receptive_field(model.decoder) == 10
-    )  # 1 + 2 * 3 positions, and 1 + 3 + 1 of half their size
+    # 1 + 2 * 3 positions, and 1 + 3 + 1 of half their size.
+    assert receptive_field(model.decoder) == 10
     torch.testing.assert_close(model.decode_tiled(z, tile=4), model.decode(z))
 
 
 @torch.no_grad()
-def test_written_as_diffusers_and_as_taesd(tmp_path):
+def test_tiny_student_is_written_as_diffusers_and_as_taesd(tmp_path):
     model = student()
     x = torch.rand(1, 3, 16, 16) * 2 - 1
     z = model.encode(x).mean
@@ -70,15 +69,14 @@ def test_written_as_diffusers_and_as_taesd(tmp_path):
     )
     assert torch.equal(encoder["0.weight"], back.encoder.layers[0].weight)
     assert torch.equal(encoder["1.conv.4.bias"], back.encoder.layers[1].conv[4].bias)
-    assert torch.equal(
-        decoder["1.weight"], back.decoder.layers[0].weight
-    )  # 0 is the bound, 2 a ReLU
+    # 0 is the bound, 2 a ReLU.
+    assert torch.equal(decoder["1.weight"], back.decoder.layers[0].weight)
     assert torch.equal(decoder["3.conv.0.weight"], back.decoder.layers[2].conv[0].weight)
     assert "diffusion model's units" in (tmp_path / "taesd" / "README.md").read_text()
     with pytest.raises(ValueError, match="only TinyEncoder and TinyDecoder are TAESD's"):
         export(tiny_vae(), tmp_path / "other", LAYOUTS["taesd"]())
     model.decoder.use_latents(torch.zeros(4), torch.ones(4))
-    with pytest.raises(ValueError, match="AutoencoderTiny has neither a quantizer nor two units"):
+    with pytest.raises(ValueError, match="AutoencoderTiny has neither a quantizer"):
         export(model, tmp_path / "two", LAYOUTS["diffusers"]())
 
 
@@ -109,7 +107,7 @@ def test_the_scale_of_latents_is_in_the_name_for_comfyui(factors, note):
 
 
 @torch.no_grad()
-def test_an_export_is_checked_by_its_means(tmp_path, monkeypatch):
+def test_tiny_export_is_checked_by_its_means(tmp_path, monkeypatch):
     """The log-variances are -30: a thousandth of these is more than all of the means."""
     load = LAYOUTS["diffusers"].load
 
@@ -125,7 +123,5 @@ def test_an_export_is_checked_by_its_means(tmp_path, monkeypatch):
         ]
 
     monkeypatch.setattr(LAYOUTS["diffusers"], "load", other)
-    with pytest.raises(
-        ValueError, match=r"the result differs by 1\.0e-03 of the largest value: nothing is written"
-    ):
+    with pytest.raises(ValueError, match=r"differs by 1\.0e-03"):
         export(student(), tmp_path / "vae", LAYOUTS["diffusers"]())

@@ -1,4 +1,6 @@
-"""Halves of diffusers' autoencoders: which layer is the last, what an image trains, and float32 where it counts."""
+"""Halves of diffusers' autoencoders: which layer is the last, what an image trains,
+and float32 where it counts.
+"""
 
 import pytest
 import torch
@@ -15,10 +17,8 @@ def test_every_trainable_weight_gets_a_gradient_and_the_last_layer_is_the_last(k
     """DDP waits for each; a gradient at the last layer is what the losses are balanced by."""
     model = DiffusersAutoencoder(make(kind)).as_litevae(kind).train()
     f = model.downscale
-    x, z = (
-        torch.randn(1, model.in_channels, 4 * f, 4 * f),
-        torch.randn(1, model.latent_channels, 4, 4),
-    )
+    x = torch.randn(1, model.in_channels, 4 * f, 4 * f)
+    z = torch.randn(1, model.latent_channels, 4, 4)
     for half, given in ((model.encoder, x), (model.decoder, z)):
         last, called = last_convolution(half), dict[str, torch.Tensor]()
         layers = {
@@ -39,7 +39,7 @@ def test_every_trainable_weight_gets_a_gradient_and_the_last_layer_is_the_last(k
 @pytest.mark.parametrize(
     "kind", ["AutoencoderKLFlux2", "AutoencoderKLQwenImage", "AutoencoderKLWan"]
 )
-def test_the_moments_are_not_rounded_to_half_precision(kind):
+def test_wrapped_encoder_moments_are_not_rounded_to_half_precision(kind):
     model = DiffusersAutoencoder(make(kind)).as_litevae(kind)
     x = torch.randn(1, model.in_channels, 4 * model.downscale, 4 * model.downscale)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):

@@ -1,0 +1,117 @@
+"""``olvae train`` as a user types it."""
+
+import json
+import signal
+
+import pytest
+import torch
+from PIL import Image
+
+
+def test_train_evaluate_and_resume(olvae, done, config, tmp_path):
+    """A run whose learning rate is next to 0 has the metrics of its untrained row."""
+    train = ("train", "--base", config, "--logdir", tmp_path / "runs", "--gpus", "0", "--name", "a")
+    code, out, err = olvae(*train, "--seed", 7, "model.base_learning_rate=1e-12")
+    assert (code, out) == (0, "")
+    (run,) = (tmp_path / "runs").iterdir()
+    batches = "4 = 4 x 1 accumulated x 1 processes"
+    facts = ("parameters", "GMACs", "16x16 -> 2x2", batches, "1e-12, constant", "CPU", str(run))
+    assert [text for text in facts if text not in err] == []
+    code, out, err = olvae("evaluate", "--baselines", "-B", "3", run)
+    assert (code, out) == (0, "")
+    assert "untrained" in err
+    content = json.loads((run / "metrics.json").read_text())
+    assert content["protocol"]["size"] == 16
+    assert len(content["protocol_hash"]) == 16
+    trained, linear, bicubic, untrained = content["results"]
+    assert trained["target"] == run.name
+    assert trained["n"] == linear["n"] == bicubic["n"] == untrained["n"] > 0
+    assert trained["metrics"].keys() == {"psnr", "ssim", "l1"}
+    assert trained["metrics"] == pytest.approx(untrained["metrics"], rel=1e-4)
+    assert (run / "reconstructions.png").is_file()
+    err = done("train", "--resume", run, "lightning.trainer.max_steps=5")
+    assert "done after 5 steps" in err
+
+
+def test_train_warns_of_a_rising_rate_few_cores_and_few_held_out_images(
+    olvae, config, tmp_path, monkeypatch
+):
+    """Of a rate that only rises, more processes than cores, and few held-out images."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    train = (
+        "train",
+        "--base",
+        config,
+        "--logdir",
+        tmp_path / "runs",
+        "--gpus",
+        "0",
+        "lightning.trainer.max_steps=2",
+    )
+    _, _, err = olvae(*train, "model.params.warmup_steps=2", "data.params.num_workers=2")
+    assert "warning: the learning rate rises until step 2: shorten model.params.warmup_steps" in err
+    assert "warning: 2 loader processes on 1 cores: lower data.params.num_workers\n" in err
+    assert (
+        "warning: only 3 held-out images: scores are uncertain, and `olvae evaluate` prints by "
+        "how much" in err
+    )
+    for i in range(20):
+        Image.new("RGB", (20, 20), (i, 3 * i, 99)).save(tmp_path / f"{i}.png")
+    _, _, err = olvae(
+        *train, "model.params.warmup_steps=1", f"data.params.val_root={tmp_path}/*.png"
+    )
+    assert not [
+        text
+        for text in ("the learning rate rises", "loader processes on", "held-out")
+        if text in err
+    ]
+
+
+def test_sigterm_before_the_first_step_leaves_no_run(olvae, trained, tmp_path, monkeypatch):
+    def killed(*_: object) -> None:
+        assert any((tmp_path / "runs").iterdir())
+        signal.raise_signal(signal.SIGTERM)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr("olvae.training.run.print_summary", killed)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    command = [
+        "train",
+        "--base",
+        trained.parent.parent / "tiny.yaml",
+        "--gpus",
+        0,
+        "--logdir",
+        tmp_path / "runs",
+    ]
+    code, _, err = olvae(*command)
+    assert code == 75
+    assert err.endswith("_tiny_32: removed: nothing was saved yet\nstopped\n")
+    signal.signal(signal.SIGTERM, before)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def command(request, olvae, trained, tmp_path) -> list[object]:
+    """A command on weights without one tensor."""
+    weights = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    del weights["decoder.conv_out.bias"]
+    torch.save(weights, tmp_path / "weights.pt")
+    (tmp_path / "weights.yaml").write_bytes((trained / "config.yaml").read_bytes())
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "photos" / "red.png")
+    if request.param[0] == "decode":
+        olvae(
+            "encode",
+            trained,
+            "--data",
+            tmp_path / "photos",
+            "--size",
+            16,
+            "--out",
+            tmp_path / "latents",
+        )
+    names = {"WEIGHTS": "weights.pt", "LATENTS": "latents", "OUT": "out", "PHOTOS": "photos"}
+    return [
+        tmp_path / names[argument] if argument in names else argument for argument in request.param
+    ]

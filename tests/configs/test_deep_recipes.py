@@ -1,0 +1,30 @@
+"""The configs of f16 and f32, as they are and in small."""
+
+from pathlib import Path
+
+import pytest
+
+from olvae.data.places import load
+from olvae.models.footprint import without_weights
+
+CONFIGS = {
+    path.stem: path
+    for path in sorted((Path(__file__).parent.parent.parent / "configs/deep").glob("*.yaml"))
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "factor"), [("f16c32", 16), ("f16c32_aligned", 16), ("f32c32", 32)]
+)
+def test_deep_recipes_have_the_latent_that_their_name_says(name, factor):
+    """Of the networks as configured; the factors of encoder and decoder agree,
+    or it would not build.
+    """
+    if name.endswith("aligned"):
+        pytest.importorskip("timm")
+    model = without_weights(load([CONFIGS[name]])["model"])
+    assert (model.autoencoder.downscale, model.autoencoder.latent_channels) == (factor, 32)
+    assert ("alignment" in model.parts) == name.endswith("aligned")
+    assert model.objective.weights["kl"] == 1e-6
+    if "alignment" in model.parts:
+        assert model.parts["alignment"].projection.weight.shape == (1024, 32, 1, 1)

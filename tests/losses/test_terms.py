@@ -1,0 +1,162 @@
+"""Terms of the objective by hand and against other libraries."""
+
+import math
+
+import numpy as np
+import pytest
+import pywt
+import torch
+from scipy.ndimage import gaussian_filter
+
+from olvae.losses.terms import (
+    RECONSTRUCTION,
+    gaussian_loss,
+    kl_loss,
+    latent_loss,
+    logvar_loss,
+    marginal_cosine_loss,
+    marginal_distance_loss,
+    wavelet_loss,
+)
+from olvae.modules.distributions import DiagonalGaussian
+
+X = torch.tensor([[[[0.5, -0.25], [1.0, 0.0]]]], dtype=torch.float64)
+
+
+# Differences 0.25, -0.5, 2, 0.
+Y = torch.tensor([[[[0.25, 0.25], [-1.0, 0.0]]]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("l1", (0.25 + 0.5 + 2.0) / 4),
+        ("l2", (0.0625 + 0.25 + 4.0) / 4),
+        (
+            "charbonnier",
+            ((0.0625 + 1e-6) ** 0.5 + (0.25 + 1e-6) ** 0.5 + (4 + 1e-6) ** 0.5 + 1e-3) / 4,
+        ),
+    ],
+)
+def test_pixel_losses_by_hand(name, expected):
+    assert RECONSTRUCTION[name](X, Y).item() == pytest.approx(expected, rel=1e-12)
+    assert RECONSTRUCTION[name](X.bfloat16(), Y.bfloat16()).dtype == torch.float32
+
+
+def test_wavelet_loss_is_pywavelets_in_float64():
+    x, y = (torch.rand(2, 3, 8, 10, dtype=torch.float64) for _ in range(2))
+    _, details = pywt.dwt2((x - y).numpy(), "haar")
+    expected = np.mean([np.sqrt(band**2 + 1e-6).mean() for band in details])
+    assert wavelet_loss(x, y).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_gaussian_loss_is_that_of_scipys_residuals():
+    x, y = (torch.randn(2, 3, 8, 8, dtype=torch.float64) for _ in range(2))
+    residual_x, residual_y = (
+        t
+        - torch.from_numpy(
+            gaussian_filter(t.numpy(), 1.0, mode="mirror", truncate=2.0, axes=(2, 3))
+        )
+        for t in (x, y)
+    )
+    expected = (residual_x - residual_y).abs().mean().item()
+    assert gaussian_loss(x, y).item() == pytest.approx(expected, rel=1e-10)
+
+
+def test_kl_loss_by_hand():
+    """Of two images of 12 values: latent values of mean 1 and 0, variance 4 and 1;
+    and of mean 3 and 0, variance 1.
+    """
+    moments = torch.tensor(
+        [[1.0, 0.0, math.log(4.0), 0.0], [3.0, 0.0, 0.0, 0.0]], dtype=torch.float64
+    )
+    expected = 0.5 * ((1 + 4 - 1 - math.log(4.0)) + 9) / 2 / 12
+    posterior = DiagonalGaussian(moments.view(2, 4, 1, 1))
+    assert kl_loss(posterior, torch.zeros(2, 3, 2, 2)).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_latent_loss_by_hand():
+    """Two channels of 1x2, whose deviations are 0.5 and 4."""
+    mean = torch.tensor([[[[1.0, 2.0]], [[0.0, 8.0]]]], dtype=torch.float64)
+    target = torch.tensor([[[[0.5, 2.0]], [[2.0, 0.0]]]], dtype=torch.float64)
+    std = torch.tensor([0.5, 4.0], dtype=torch.float64)
+    expected = (1.0**2 + 0.0 + 0.5**2 + 2.0**2) / 4
+    assert latent_loss(mean, target, std).item() == pytest.approx(expected, rel=1e-12)
+    assert latent_loss(mean.bfloat16(), target, std).dtype == torch.float64
+    assert latent_loss(mean.bfloat16(), target.bfloat16(), std.float()).dtype == torch.float32
+
+
+def test_logvar_loss_is_torchs_divergence_at_equal_means():
+    """KL(target || ours), in nats per element."""
+    logvar, target = (2 * torch.randn(3, 4, 2, 5, dtype=torch.float64) for _ in range(2))
+    mean = torch.randn(3, 4, 2, 5, dtype=torch.float64)
+    ours, theirs = (
+        torch.distributions.Normal(mean, (0.5 * value).exp()) for value in (logvar, target)
+    )
+    expected = torch.distributions.kl_divergence(theirs, ours).mean().item()
+    assert logvar_loss(logvar, target).item() == pytest.approx(expected, rel=1e-10)
+    assert logvar_loss(target, target).item() == 0.0
+    assert logvar_loss(logvar.bfloat16(), target.bfloat16()).dtype == torch.float32
+
+
+# VA-VAE's terms
+def cosine(a: np.ndarray, b: np.ndarray) -> float:
+    return float(a @ b / math.sqrt(a @ a) / math.sqrt(b @ b))
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5])
+def test_marginal_cosine_loss_is_the_formula(margin):
+    z, f = torch.randn(2, 2, 5, 3, 4, dtype=torch.float64)
+    terms = [
+        max(0.0, 1 - margin - cosine(z[b, :, i, j].numpy(), f[b, :, i, j].numpy()))
+        for b in range(2)
+        for i in range(3)
+        for j in range(4)
+    ]
+    assert marginal_cosine_loss(z, f, margin).item() == pytest.approx(np.mean(terms), rel=1e-12)
+    assert marginal_cosine_loss(f, f, margin).item() == pytest.approx(0.0, abs=1e-12)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.25])
+def test_marginal_distance_loss_is_the_formula(margin):
+    z = torch.randn(2, 3, 2, 3, dtype=torch.float64)
+    f = torch.randn(2, 7, 2, 3, dtype=torch.float64)
+    terms = []
+    for b in range(2):
+        for i in range(6):
+            for j in range(6):
+                of_z, of_f = (
+                    cosine(t[b, :, i // 3, i % 3].numpy(), t[b, :, j // 3, j % 3].numpy())
+                    for t in (z, f)
+                )
+                terms.append(max(0.0, abs(of_z - of_f) - margin))
+    assert marginal_distance_loss(z, f, margin).item() == pytest.approx(np.mean(terms), rel=1e-12)
+    assert marginal_distance_loss(f, 3 * f, margin).item() == pytest.approx(0.0, abs=1e-12)
+
+
+LOSSES = [
+    *RECONSTRUCTION.values(),
+    wavelet_loss,
+    gaussian_loss,
+    logvar_loss,
+    marginal_cosine_loss,
+    marginal_distance_loss,
+]
+
+
+every = pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+
+
+@every
+def test_loss_terms_pass_gradcheck(loss):
+    x, y = torch.randn(2, 2, 2, 4, 4, dtype=torch.float64, requires_grad=True).unbind()
+    assert torch.autograd.gradcheck(loss, (x, y))
+
+
+@every
+def test_loss_terms_are_float32_under_autocast(loss):
+    x, y = torch.randn(2, 2, 8, 4, 4)
+    outside = loss(x, y)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(loss(x, y), outside)
+    assert loss(x.bfloat16(), y.bfloat16()).dtype == torch.float32

@@ -1,0 +1,64 @@
+from functools import partial
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from olvae.config import ConfigError
+from olvae.models.loading.targets import find_target
+from tests.models.autoencoder_kl import autoencoder_kl
+from tests.models.loading.names import hub_folder
+
+kl = partial(autoencoder_kl, (32, 32, 64))
+
+
+def test_diffusers_target_of_the_hub(tmp_path, monkeypatch, image):
+    model = kl()
+    model.save_pretrained(hub_folder(tmp_path, monkeypatch, "some/pipeline") / "vae")
+    assert torch.equal(find_target("diffusers:some/pipeline").load()(image)[0], model(image).sample)
+    with pytest.raises(FileNotFoundError, match=r"pipeline::unet: config.json not found"):
+        find_target("diffusers:some/pipeline::unet")
+    with pytest.raises(FileNotFoundError, match=r"some/other: .*hub can't be reached"):
+        find_target("diffusers:some/other")
+
+
+def test_diffusers_folders_without_an_autoencoder_are_refused(tmp_path):
+    for content, message in (
+        ('{"_class_name": "UNet2DModel"}', "UNet2DModel is not an autoencoder"),
+        (
+            '{"_class_name": "AutoencoderNovel"}',
+            "AutoencoderNovel is not an autoencoder of diffusers",
+        ),
+        ("{", "has no _class_name"),
+    ):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(ConfigError, match=message):
+            find_target(f"diffusers:{tmp_path}").load()
+    kl().save_pretrained(tmp_path / "vae")  # beside a config.json of something else
+    assert find_target(f"diffusers:{tmp_path}").load().downscale == 2 ** (
+        len(kl().config.block_out_channels) - 1
+    )
+    with pytest.raises(FileNotFoundError, match=r"diffusers:nothing here: no such folder"):
+        find_target("diffusers:nothing here")
+
+
+def test_diffusers_weights_that_do_not_fit_are_refused(tmp_path):
+    kl().save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    first, second, *_ = state
+    save_file({name: t for name, t in state.items() if name != first}, file)
+    with pytest.raises(ValueError, match=rf"config.json: 1 missing \({first}"):
+        find_target(f"diffusers:{tmp_path}").load()
+    save_file({**state, second: torch.zeros(3), "more": torch.zeros(1)}, file)
+    listed = rf"1 unexpected \(more\); 1 of another shape \({second} \(3,\) for \("
+    with pytest.raises(ValueError, match=rf"config.json: {listed}") as caught:
+        find_target(f"diffusers:{tmp_path}").load()
+    assert "\n" not in str(caught.value)
+    save_file({**state, second: torch.full_like(state[second], torch.nan)}, file)
+    with pytest.raises(ValueError, match=rf"non-finite values \({second}"):
+        find_target(f"diffusers:{tmp_path}").load()
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"not a readable AutoencoderKL") as caught:
+        find_target(f"diffusers:{tmp_path}").load()
+    assert "\n" not in str(caught.value)

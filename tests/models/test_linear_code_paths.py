@@ -1,0 +1,167 @@
+"""Linear paths beside networks, and their closed form against NumPy's."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from olvae.models.linear_code import (
+    LEAST_VARIANCE,
+    LinearDecoder,
+    LinearEncoder,
+    least_squares,
+    mean_and_covariance,
+    principal_components,
+)
+from olvae.modules.base import last_convolution
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
+from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from olvae.modules.sdvae import SDDecoder, SDEncoder
+
+SD = {"channels": 8, "channel_mult": (1, 1), "num_res_blocks": 0, "norm_groups": 4}
+
+ENCODERS = {
+    "lite": lambda **more: LiteVAE_Encoder(
+        6, "S", dct_levels=1, extractor_resblocks=1, aggregate_resblocks=1, **more
+    ),
+    "paper": lambda **more: LiteVAE_Encoder(6, "S", "paper", dct_levels=1, **more),
+    "packets": lambda **more: LiteVAE_Encoder(6, "S", dct_levels=1, packets=True, **more),
+    "sd": lambda **more: SDEncoder(6, **SD, **more),
+}
+DECODERS = {
+    variant: lambda variant=variant, **more: LiteVAE_Decoder(8, 3, 3, (1, 1), 0, variant, **more)
+    for variant in ("open_litevae", "paper_smc", "group_norm")
+} | {
+    "wavelet": lambda **more: LiteVAE_Decoder(8, 3, 3, (1, 1), 0, output="wavelet", **more),
+    "packets": lambda **more: LiteVAE_Decoder(8, 3, 3, (1, 1), 0, output="packets", **more),
+    "sd": lambda **more: SDDecoder(**SD, z_channels=3, **more),
+}
+
+
+def samples(p: int, q: int = 0, n: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
+    """Correlated samples with means, in two parts of different sizes."""
+    rng = torch.Generator().manual_seed(1)
+    x = torch.randn(n, p, generator=rng) @ torch.randn(p, p, generator=rng) + 3.0
+    return x, x @ torch.randn(p, q, generator=rng) + torch.randn(n, q, generator=rng) - 1.0
+
+
+def components(x: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return principal_components(*mean_and_covariance(x.split(150)), count)
+
+
+def fitted(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return least_squares(*mean_and_covariance(torch.cat((x, y), dim=1).split(150)), y.shape[1])
+
+
+def test_principal_components_are_numpys():
+    x, _ = samples(7)
+    weight, bias = components(x, 3)
+    variances, axes = np.linalg.eigh(np.cov(x.double().numpy(), rowvar=False, bias=True))
+    expected = (axes / np.sqrt(variances))[:, ::-1][:, :3].T
+    expected *= np.sign(expected[np.arange(3), np.abs(expected).argmax(1)])[:, None]
+    np.testing.assert_allclose(weight.numpy(), expected, rtol=1e-9, atol=1e-12)
+    codes = x.double() @ weight.T + bias
+    np.testing.assert_allclose(np.cov(codes.numpy(), rowvar=False, bias=True), np.eye(3), atol=1e-9)
+    np.testing.assert_allclose(codes.mean(0).numpy(), np.zeros(3), atol=1e-9)
+
+
+def test_least_squares_of_dependent_inputs_is_the_smallest_solution():
+    x, y = samples(3, 2)
+    twice = torch.cat((x, x), dim=1)
+    weight, _ = fitted(twice, y)
+    torch.testing.assert_close(weight[:, :3], weight[:, 3:])
+    torch.testing.assert_close(weight[:, :3] * 2, fitted(x, y)[0])
+
+
+def test_principal_components_of_rounding_noise_are_not_enlarged():
+    """A grey picture has one channel's worth of components; the others stay small, and finite."""
+    x = torch.randn(500, 1).expand(-1, 3)
+    weight, _ = components(x, 3)
+    assert weight.isfinite().all()
+    assert weight.abs().max() <= LEAST_VARIANCE**-0.5
+
+
+def test_principal_components_beyond_the_values_are_zero():
+    x, _ = samples(3)
+    weight, bias = components(x, 5)
+    assert weight.shape == (5, 3)
+    assert not weight[3:].any()
+    assert not bias[3:].any()
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_encoder_starts_as_its_linear_path(kind):
+    encoder, x = ENCODERS[kind](linear=True), torch.randn(2, 3, 8, 6)
+    moments = encoder(x)
+    around = F.pad(x, (1, 1, 1, 1), "replicate")  # patches of 4x4 pixels, 2 apart
+    torch.testing.assert_close(
+        moments[:, :3], F.conv2d(around, encoder.linear.weight, encoder.linear.bias, stride=2)
+    )
+    assert not moments[:, 3:].any()
+    nn.init.normal_(last_convolution(encoder).weight)
+    # The network adds to means and log-variances.
+    assert (encoder(x) - moments).abs().mean(dim=(0, 2, 3)).min() > 0
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_decoder_starts_as_its_linear_path(kind):
+    decoder, z = DECODERS[kind](linear=True), torch.randn(2, 3, 5, 4)
+    image = decoder(z)
+    patches = F.conv2d(
+        F.pad(z, (1, 1, 1, 1), "replicate"), decoder.linear.weight, decoder.linear.bias
+    )
+    torch.testing.assert_close(
+        image, patches.view(2, 3, 2, 2, 5, 4).permute(0, 1, 4, 2, 5, 3).reshape(2, 3, 10, 8)
+    )
+    nn.init.normal_(last_convolution(decoder).weight)
+    assert (decoder(z) - image).abs().mean() > 0
+
+
+@pytest.mark.parametrize("make", [*ENCODERS.values(), *DECODERS.values()])
+def test_linear_paths_and_networks_both_learn(make):
+    network = make(linear=True)
+    shape = (1, 3, 8, 8)
+    # From the second step on, gradients pass through the network's last convolution.
+    for _ in range(2):
+        network(torch.randn(shape)).square().sum().backward()
+        with torch.no_grad():
+            for p in network.parameters():
+                p -= 0.01 * p.grad
+    assert all(
+        p.grad.abs().sum() > 0 for p in (*network.linear.parameters(), next(network.parameters()))
+    )
+
+
+@pytest.mark.parametrize("make", [*ENCODERS.values(), *DECODERS.values()])
+def test_linear_path_changes_nothing_else_of_a_network(make):
+    torch.manual_seed(0)
+    plain = make().state_dict()
+    torch.manual_seed(0)
+    linear = make(linear=True)
+    assert set(linear.state_dict()) - set(plain) == {"linear.weight", "linear.bias"}
+    changed = {
+        name for name, tensor in plain.items() if not tensor.equal(linear.state_dict()[name])
+    }
+    last = last_convolution(linear)
+    assert changed == {
+        name for name, p in linear.named_parameters() if p is last.weight or p is last.bias
+    }
+
+
+@pytest.mark.parametrize(("factor", "size"), [(2, 4), (3, 3), (8, 16), (16, 32), (32, 32)])
+def test_linear_path_patches_are_twice_the_factor(factor, size):
+    """Twice the factor, but where that has no middle or is very large;
+    the latent is of the right size in any case.
+    """
+    encoder = LinearEncoder(4, 3, factor, 4 * factor)
+    assert encoder.linear.kernel_size == (size, size)
+    assert encoder(torch.rand(1, 3, 2 * factor, factor)).shape == (1, 4, 2, 1)
+
+
+def test_linear_code_alone_is_an_encoder_and_a_decoder():
+    encoder, decoder = LinearEncoder(8, 1, downscale=4), LinearDecoder(4, 1, upscale=4)
+    moments = encoder(torch.rand(2, 1, 8, 12))
+    assert moments.shape == (2, 8, 2, 3)
+    assert (moments[:, 4:] == -30).all()
+    assert decoder(moments[:, :4]).shape == (2, 1, 8, 12)

@@ -1,0 +1,283 @@
+"""Updates of the two optimizers: accumulation, clipping, rates, and fp16's loss scale."""
+
+import copy
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import Tensor
+
+from olvae.data.pixels.size_and_range import from_uint8
+from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.updates.optimizers import mix_seeds
+from tests.models.steps import (
+    UNETGAN,
+    Each,
+    against,
+    assert_same,
+    build,
+    fit,
+    metrics,
+    moved,
+    norm,
+    snapshot,
+)
+
+
+def test_accumulation_equals_a_larger_batch_for_both_optimizers(image_folder, updates):
+    """3 x 2 images give the gradients of 6; in float64, because hinge and ReLU turn a rounding
+    into a jump.
+    """
+    settings = {"sample_posterior": False}
+    small = build(against(UNETGAN, weight=0.5), accumulate_grad_batches=3, **settings)
+    large = build(against(UNETGAN, weight=0.5), **settings)
+    for model in (small, large):
+        model.images = lambda batch: from_uint8(batch["image"]).double()
+        torch.manual_seed(1)
+        # Away from the orthogonal start, where power iterations change no weight.
+        with torch.no_grad():
+            for p in model.adversary.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+    fit(small, image_folder, 2, batch_size=2, size=64, precision="64-true")
+    fit(large, image_folder, 2, batch_size=6, size=64, precision="64-true")
+    assert small.trainer.global_step == large.trainer.global_step == 2
+    assert small.images_seen == large.images_seen == 12
+    assert small.adversary.updates == large.adversary.updates == 2
+    for part in ("autoencoder", "adversary"):
+        accumulated, whole = (updates.of(getattr(model, part)) for model in (small, large))
+        assert len(accumulated) == len(whole) == 2
+        for one, other in zip(accumulated, whole, strict=True):
+            assert norm(other.gradients) > 0.1
+            for a, b in zip(one.gradients, other.gradients, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+def test_several_updates_of_the_discriminator_a_step(image_folder, updates):
+    model, counts = build(against(updates_per_step=3), accumulate_grad_batches=2), []
+    seen: list[Tensor] = []
+    model.adversary.discriminator.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0].detach().clone())
+    )
+    fit(
+        model,
+        image_folder,
+        2,
+        callbacks=[Each(lambda m: counts.append((m.global_step, m.adversary.updates)))],
+    )
+    assert counts == [(0, 0), (1, 3), (1, 3), (2, 6)]
+    discriminators, autoencoders = updates.of(model.adversary), updates.of(model.autoencoder)
+    assert (len(discriminators), len(autoencoders)) == (6, 2)
+    assert model.trainer.global_step == 2
+    for i in (0, 3):  # the same images each time, by weights that have moved on
+        first, second, third = discriminators[i : i + 3]
+        assert norm([a - b for a, b in zip(first.gradients, second.gradients, strict=True)]) > 0
+        assert norm([a - b for a, b in zip(second.gradients, third.gradients, strict=True)]) > 0
+    # A step: for each micro-batch generator, real, fake; then twice real, fake of each.
+    assert len(seen) == 2 * (2 * 3 + 2 * 2 * 2)
+    _, r1, f1, _, r2, f2, *again = seen[:14]
+    for pair in (again[:4], again[4:]):
+        assert all(torch.equal(a, b) for a, b in zip(pair, (r1, f1, r2, f2), strict=True))
+    assert not torch.equal(seen[14 + 1], r1)
+
+
+def test_further_discriminator_updates_have_gradients_of_their_own(image_folder, updates):
+    """The second update of a step equals a first one from the weights after it,
+    on the same images.
+    """
+    model, second = build(against(UNETGAN, updates_per_step=2)), build(against(UNETGAN))
+    between = {}
+
+    def look(module, inputs):
+        if module.training and not between and len(updates.of(model.adversary)) == 1:
+            between.update(copy.deepcopy(module.state_dict()))
+
+    model.adversary.discriminator.register_forward_pre_hook(look)
+    fit(model, image_folder, 1, size=64)
+    second.adversary.discriminator.load_state_dict(between)
+    fit(second, image_folder, 1, size=64)
+    _, expected = updates.of(model.adversary)
+    (update,) = updates.of(second.adversary)
+    for a, b in zip(update.gradients, expected.gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_clipping_applies_to_both_sides_each_by_its_own_norm(image_folder, updates):
+    free = fit(build(against(weight=1.0)), image_folder, 1)
+    clipped = fit(build(against(weight=1.0), gradient_clip_val=1e-3), image_folder, 1)
+    values = metrics(clipped)
+    names = {"autoencoder": "train/grad_norm", "adversary": "train/grad_norm_discriminator"}
+    for part, name in names.items():
+        (before,), (after,) = updates.of(getattr(free, part)), updates.of(getattr(clipped, part))
+        assert norm(before.gradients) > 0.01
+        assert norm(after.gradients) == pytest.approx(1e-3, rel=1e-2)
+        assert values[name] == pytest.approx(norm(before.gradients), rel=1e-4)
+
+
+def test_learning_rates_and_betas_of_both_optimizers(image_folder, updates):
+    schedule = {
+        "scheduler": "cosine",
+        "warmup_steps": 2,
+        "min_lr_factor": 0.5,
+        "learning_rate": 1e-2,
+    }
+    model = build(
+        against(learning_rate_ratio=0.25, betas=[0.1, 0.7]), betas=[0.6, 0.95], **schedule
+    )
+    fit(model, image_folder, 4)
+    rates = pytest.approx([0.5e-2, 1e-2, 1e-2, 0.75e-2])
+    assert [u.lr for u in updates.of(model.autoencoder)] == rates
+    assert [4 * u.lr for u in updates.of(model.adversary)] == rates
+    assert {u.betas for u in updates.of(model.autoencoder)} == {(0.6, 0.95)}
+    assert {u.betas for u in updates.of(model.adversary)} == {(0.1, 0.7)}
+
+
+@pytest.mark.parametrize("start_step", [0, 3])
+def test_the_discriminators_rate_follows_the_schedule_whenever_it_begins(image_folder, start_step):
+    model = build(
+        against(start_step=start_step, learning_rate_ratio=2.0),
+        scheduler="cosine",
+        learning_rate=1e-3,
+    )
+    rates = []
+
+    def look(m: LiteAutoencoderKL) -> None:
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in m.trainer.optimizers])
+
+    fit(model, image_folder, 6, callbacks=[Each(look)])
+    assert all(theirs == pytest.approx(2 * ours) for ours, theirs in rates[start_step + 1 :])
+    assert rates[-1][0] < rates[0][0]
+
+
+def test_the_discriminators_warm_up_stays_below_the_schedule(image_folder, updates):
+    model = build(against(start_step=4), scheduler="cosine", warmup_steps=3, learning_rate=1e-3)
+    fit(model, image_folder, 9)
+    ours, theirs = (
+        [u.lr for u in updates.of(side)] for side in (model.autoencoder, model.adversary)
+    )
+    assert theirs == pytest.approx([ours[4] / 3, ours[5] * 2 / 3, *ours[6:]])
+
+
+# fp16's loss scale, with two optimizers: Lightning's own plugin and torch's own scaler, on the CPU.
+# Only autocast is left out, so that float32 is exact under a scale that is a power of two, and a
+# run must equal one without a scale.
+class Scaler(torch.amp.GradScaler):
+    """Counts its updates."""
+
+    def __init__(self, **settings) -> None:
+        super().__init__("cpu", **settings)
+        self.scales: list[float] = []
+
+    def update(self, new_scale=None) -> None:
+        super().update(new_scale)
+        self.scales.append(self.get_scale())
+
+
+class Scaled(MixedPrecision):
+    def __init__(self, **settings) -> None:
+        super().__init__("16-mixed", "cpu", Scaler(**settings))
+
+    def autocast_context_manager(self):
+        return nullcontext()
+
+
+SCALED_RUNS = {
+    "plain": ({}, {}),
+    "warm-up": ({"warmup_updates": 2}, {"gradient_clip_val": 0.01}),
+    "several updates, accumulated": (
+        {"updates_per_step": 3, "warmup_updates": 3},
+        {"accumulate_grad_batches": 2},
+    ),
+    "adaptive": ({"adaptive_weight": True}, {}),
+}
+
+
+@pytest.mark.parametrize("name", SCALED_RUNS)
+def test_loss_scale_changes_no_weights(image_folder, name):
+    """The scale doubles at every update: one that came between the two sides' steps would show."""
+    adversary, settings = SCALED_RUNS[name]
+    adversary = {"weight": 0.5, **adversary}
+    plain = fit(build(against(**adversary), **settings), image_folder, 3)
+    plugin = Scaled(init_scale=2.0**10, growth_interval=1)
+    scaled = fit(build(against(**adversary), **settings), image_folder, 3, plugins=[plugin])
+    assert_same(snapshot(plain), snapshot(scaled))
+    assert moved(snapshot(build(against(**adversary))), snapshot(scaled))
+    one, other = metrics(plain), metrics(scaled)
+    assert one == pytest.approx(other, rel=1e-5)
+    # A batch on which the discriminator learns alone.
+    alone = 1 if "warmup_updates" in adversary else 0
+    per_step = adversary.get("updates_per_step", 1)
+    expected = (3 + alone) * per_step if per_step > 1 else 3 + adversary.get("warmup_updates", 0)
+    assert plugin.scaler.scales == [2.0 ** (11 + i) for i in range(expected)]
+
+
+@pytest.mark.parametrize(("side", "clip"), [("autoencoder", 1.0), ("adversary", None)])
+def test_an_overflow_on_one_side_skips_the_step_and_lowers_the_scale(image_folder, side, clip):
+    plugin = Scaled(init_scale=2.0**10)
+    model = build(against(weight=0.5), gradient_clip_val=clip)
+    overflow, history = {"now": True}, [snapshot(model)]
+    victim = next(p for p in getattr(model, side).parameters())
+    victim.register_hook(lambda g: g * float("inf") if overflow["now"] else g)
+
+    def look(m: LiteAutoencoderKL) -> None:
+        overflow["now"] = False
+        history.append(snapshot(m))
+
+    fit(model, image_folder, 2, plugins=[plugin], callbacks=[Each(look)])
+    assert_same(history[0], history[1])
+    assert {name.split(".")[0] for name in moved(history[1], history[2])} == {
+        "encoder",
+        "decoder",
+        "adversary",
+    }
+    assert all(p.isfinite().all() for p in history[2].values())
+    assert plugin.scaler.scales == [2.0**9, 2.0**9]
+    first, second = model.guard.collect()
+    player = {"autoencoder": "autoencoder", "adversary": "discriminator"}[side]
+    assert first.term == f"gradient of the {player}"
+    assert first.overflow
+    assert second is None
+
+
+def test_fp16_overflow_in_the_adaptive_weight_is_one(image_folder):
+    model = build(against(weight=0.5, adaptive_weight=True))
+    before = snapshot(model)
+    # The gradients are finite, their norm is not.
+    fit(model, image_folder, 1, plugins=[Scaled(init_scale=2.0**120)])
+    (step,) = model.guard.collect()
+    assert (step.term, step.overflow) == ("gradient of the decoder's last layer", True)
+    assert_same(before, snapshot(model))
+
+
+def test_non_finite_gradients_below_a_loss_scale_of_one_are_no_overflow(image_folder):
+    model = build(gradient_clip_val=1.0)
+    next(model.autoencoder.parameters()).register_hook(lambda g: g * float("inf"))
+    fit(model, image_folder, 2, plugins=[Scaled(init_scale=2.0)])
+    assert [step.overflow for step in model.guard.collect()] == [True, False]
+
+
+def test_noise_seeds_are_each_batchs_and_processes_own_and_shared_draws_the_steps(
+    image_folder, monkeypatch
+):
+    monkeypatch.setattr(LiteAutoencoderKL, "global_rank", 5)
+    model, noise, shared = build(accumulate_grad_batches=2), [], []
+    model.seed, forward = 3, model.forward_pass
+    model.forward_pass = lambda s: (
+        noise.append(torch.initial_seed()),
+        shared.append(s.rng.random()),
+        forward(s),
+    )
+    fit(model, image_folder, 2, batch_size=2)
+    assert noise == [mix_seeds(3, update, batch, 5) for update in (0, 1) for batch in (0, 1)]
+    assert shared == [
+        np.random.default_rng(mix_seeds(3, update)).random() for update in (0, 0, 1, 1)
+    ]
+
+
+def test_schedule_ends_at_decay_steps(image_folder, updates):
+    model = build(scheduler="cosine", decay_steps=2, min_lr_factor=0.5, learning_rate=1e-2)
+    fit(model, image_folder, 4)
+    assert [u.lr for u in updates.of(model.autoencoder)] == pytest.approx(
+        [1e-2, 0.75e-2, 0.5e-2, 0.5e-2]
+    )

@@ -1,0 +1,141 @@
+"""Received configs: mistakes, code that they name, and sizes beyond their weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from olvae import AutoencoderLiteVAE, LiteVAE
+from olvae.config import ConfigError, save
+from tests.conftest import tiny
+from tests.models.files import PER_CHANNEL, same_weights, training_config
+
+
+@pytest.mark.parametrize("kind", [LiteVAE, AutoencoderLiteVAE])
+@pytest.mark.parametrize("key", ["encoder_config", "decoder_config"])
+def test_a_module_that_a_received_config_names_is_not_imported(tmp_path, monkeypatch, kind, key):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    # Another each time: a module is only run when it is imported first.
+    module = f"came_along_{kind.__name__}_{key}"
+    Path(f"{module}.py").write_text(
+        "from pathlib import Path; Path('harmed').touch()\nclass Network: pass\n"
+    )
+    tiny().save_pretrained(tmp_path / "export")
+    file = tmp_path / "export" / "config.json"
+    content = json.loads(file.read_text())
+    content[key]["target"] = f"{module}.Network"
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        ConfigError, match=rf"{key}.target: {module}.Network is not a network of this package"
+    ):
+        kind.from_pretrained(tmp_path / "export")
+    assert not Path("harmed").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"encoder_config.target": "os.system"},
+            "encoder_config.target: os.system is not a network of this package",
+        ),
+        (
+            {"encoder_config.target": "olvae.training.run.train"},
+            "is not a kind of olvae.modules.base.Encoder",
+        ),
+        (
+            {"encoder_config": {"target": "olvae.runs.Run", "params": {"path": "x"}}},
+            "olvae.runs.Run is not a kind of",
+        ),
+        (
+            {"decoder_config.params.chanels": 3},
+            "decoder_config.params.chanels: unknown key; did you mean channels",
+        ),
+        ({"embed_dims": 4}, "embed_dims: unknown key; did you mean embed_dim"),
+        ({"embed_dim": "four"}, "embed_dim: expected int, got 'four'"),
+        ({"scaling_factor": 0}, "scaling_factor: expected a number above 0, got 0"),
+        ({"shift_factor": float("nan")}, "shift_factor: expected a number, got nan"),
+        (
+            {**PER_CHANNEL, "latents_mean": [0, 1, 2]},
+            r"latents_mean: expected 4 numbers, one per channel, got \[0, 1, 2\]",
+        ),
+        (
+            {**PER_CHANNEL, "latents_std": [1, 2, 3, 0]},
+            "latents_std: expected 4 numbers above 0, one per channel",
+        ),
+        (
+            {**PER_CHANNEL, "latents_mean": ["a", 1, 2, 3]},
+            "latents_mean: expected Sequence.*, got ",
+        ),
+        ({**PER_CHANNEL, "latents_std": None}, "latents_mean, latents_std: give both, or neither"),
+        (
+            {"decoder_config.params.channels": -4},
+            "channels must be at least 1",
+        ),
+        (
+            {"decoder_config.params.channels": 10**20},
+            "decoder_config.params.channels: more than 65536",
+        ),
+        (
+            {"decoder_config.params.num_res_blocks": 10**9},
+            "decoder_config.params.num_res_blocks: more than 24",
+        ),
+        ({"decoder_config.params.channel_mult": [1] * 1000}, "channel_mult: more than 10 entries"),
+        (
+            {"encoder_config.params.image_size": 30},
+            "image_size 30 is not a mul",
+        ),
+        (
+            {"_class_name": "AutoencoderKL"},
+            "the config of diffusers' AutoencoderKL.* diffusers:FOLDER",
+        ),
+    ],
+)
+def test_received_configs_with_mistakes_are_refused(change, message, tmp_path):
+    tiny().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for key, value in change.items():
+        *path, last = key.split(".")
+        node = content
+        for part in path:
+            node = node[part]
+        node[last] = value
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=f"config.json: .*{message}") as caught:
+        LiteVAE.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_received_config_builds_no_more_than_its_weights_have(tmp_path):
+    """Nor takes long to say so: 9,000 channels would be 20 GB."""
+    tiny().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    content["decoder_config"]["params"]["channels"] = 9000
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    for kind in (LiteVAE, AutoencoderLiteVAE):
+        with pytest.raises(ConfigError, match=r"too large: [\d,]+ parameters$"):
+            kind.from_pretrained(tmp_path)
+
+
+def test_received_yaml_is_not_interpolated_and_includes_nothing(tmp_path):
+    """Without what it includes, without variables of the environment, and without aliases,
+    which may repeat.
+    """
+    model = tiny()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "other.yaml").write_text("model: {}\n")
+    config = tmp_path / "model.yaml"
+    save(training_config(model), config)
+    assert same_weights(LiteVAE.from_pretrained(tmp_path / "model.safetensors"), model)
+    text = config.read_text()
+    config.write_text(text.replace("embed_dim: 4", "embed_dim: ${oc.env:HOME}"))
+    with pytest.raises(ConfigError, match=r"embed_dim: expected int, got '\$\{oc.env:HOME\}'"):
+        LiteVAE.from_pretrained(tmp_path / "model.safetensors")
+    config.write_text("include: other.yaml\n")
+    with pytest.raises(ConfigError, match="include: unknown key"):
+        LiteVAE.from_pretrained(tmp_path / "model.safetensors")
+    config.write_text("a: &a [x, x]\nb: [*a, *a]\n")
+    with pytest.raises(ConfigError, match=r"YAML aliases.*: refused"):
+        LiteVAE.from_pretrained(tmp_path / "model.safetensors")

@@ -1,0 +1,175 @@
+"""Weights cast together under autocast: the values, the operations, and when it is not done."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+from olvae.modules import mixed_precision
+from olvae.modules.gigagan import GigaGAN
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
+from olvae.modules.litevae.encoder_model import OpenUNet, PaperUNet
+from olvae.modules.patchgan import PatchGAN
+from olvae.modules.sdvae import SDDecoder, SDEncoder
+from olvae.modules.unetgan import UNetGAN, stop_power_iterations
+from tests.models.test_liteautoencoder_on_fake_cuda import Operations
+
+cast = mixed_precision._cast_operands
+
+
+NARROW = {"channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1}
+
+
+SMALL_GIGAGAN = {
+    "base": 256,
+    "max_channels": 16,
+    "blocks": 1,
+    "attention": (8,),
+    "heads": 2,
+    "head_channels": 8,
+}
+
+
+CASTING = {
+    "OpenUNet": (partial(OpenUNet, 4, 4, 8, (1, 2), 1), 4, 8),
+    "PaperUNet": (partial(PaperUNet, 4, 4, 8, (1, 2), 1, 0.0), 4, 8),
+    "decoder": (partial(LiteVAE_Decoder, z_channels=4, linear=True, **NARROW), 4, 8),
+    "decoder with GroupNorm": (
+        partial(LiteVAE_Decoder, z_channels=4, variant="group_norm", **NARROW),
+        4,
+        8,
+    ),
+    "SD's encoder": (partial(SDEncoder, latent_dim=8, norm_groups=4, **NARROW), 3, 16),
+    "SD's decoder": (partial(SDDecoder, z_channels=4, norm_groups=4, **NARROW), 4, 8),
+    "UNetGAN": (partial(UNetGAN, base_channels=2, image_size=64), 3, 64),
+    "GigaGAN": (partial(GigaGAN, image_size=64, **SMALL_GIGAGAN), 3, 64),
+    "PatchGAN": (partial(PatchGAN, base_channels=4), 3, 64),
+}
+"""Networks that cast their weights together; the input's channels and side."""
+
+
+def passed(
+    network: nn.Module, forward, x: torch.Tensor, dtype: torch.dtype
+) -> tuple[list[torch.Tensor], int]:
+    """The outputs and the parameters' gradients of two passes,
+    and how many operations they took.
+    """
+    network.zero_grad()
+    with Operations() as operations:
+        with torch.autocast("cpu", dtype, cache_enabled=False):
+            given = [forward(x), forward(x.flip(0) + 1)]
+        outputs = [t for out in given for t in (out if isinstance(out, list) else [out])]
+        torch.stack([t.float().square().mean() for t in outputs]).sum().backward()
+    return [*outputs, *(p.grad for p in network.parameters())], operations.count
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*((name, torch.bfloat16) for name in CASTING), ("decoder", torch.float16)]
+)
+def test_weights_cast_together_are_those_that_autocast_casts(name, dtype):
+    make, channels, side = CASTING[name]
+    network, x = make(), torch.randn(2, channels, side, side)
+    stop_power_iterations(network)
+    together, fewer = passed(network, network, x, dtype)
+    alone, operations = passed(
+        network, partial(type(network).forward.__wrapped__, network), x, dtype
+    )
+    assert all(t.isfinite().all() for t in alone)
+    torch.testing.assert_close(together, alone, rtol=0, atol=0)
+    assert fewer < 0.9 * operations
+    assert network.state_dict().keys() == make().state_dict().keys()
+
+
+def decode(decoder: LiteVAE_Decoder, z: torch.Tensor, cached: bool = False) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=cached):
+        return decoder(z).float().square().mean()
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "eval", "error", "pruned", "float64"])
+def test_weights_are_left_to_autocast(mode, monkeypatch):
+    """Where they are computed again, in evaluation, where they are no parameters;
+    not after an error.
+    """
+    decoder = LiteVAE_Decoder(z_channels=4, **NARROW).train(mode != "eval")
+    z, seen = torch.randn(1, 4, 8, 8), []
+    monkeypatch.setattr(
+        mixed_precision, "_cast_operands", lambda *given: seen.append(given[1]) or cast(*given)
+    )
+    if mode == "error":
+        with pytest.raises(ValueError, match="expected latents"):
+            decode(decoder, z[:, :1])
+        decoder.mid[2].forward = lambda _: [][0]  # once weights are cast
+        with pytest.raises(IndexError):
+            decode(decoder, z)
+        del decoder.mid[2].forward
+        assert seen
+    if mode == "checkpoint":
+        decoder.checkpoint_steps()
+    if mode == "pruned":
+        for layer in (decoder.conv_in, decoder.up[0]["block"][0].nin_shortcut):
+            prune.l1_unstructured(layer, "weight", 0.5)
+    if mode == "float64":
+        decoder, z = decoder.double(), z.double()
+    before = [dict(m.__dict__) for m in decoder.modules()]
+    for _ in range(2):
+        decode(decoder, z).backward()
+    assert [m.__dict__.keys() for m in decoder.modules()] == [
+        attributes.keys() for attributes in before
+    ]
+    assert bool(seen) == (mode not in ("checkpoint", "eval"))
+    assert all(p.grad is not None and p.grad.dtype == p.dtype for p in decoder.parameters())
+
+
+def test_cast_weights_in_calls_by_keyword():
+    decoder, z = LiteVAE_Decoder(z_channels=4, **NARROW), torch.randn(1, 4, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(decoder(z=z), decoder(z))
+
+
+def test_frozen_layers_take_no_backward_pass():
+    """Of a decoder whose last layers are trained, through which no other one's gradient goes."""
+    decoder, counts = LiteVAE_Decoder(z_channels=4, **NARROW), []
+    trained = [decoder.conv_out, decoder.up[0]["block"][1]]
+    decoder.requires_grad_(False)
+    for module in trained:
+        module.requires_grad_(True)
+    for forward in (decoder, partial(type(decoder).forward.__wrapped__, decoder)):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            loss = forward(torch.randn(1, 4, 8, 8)).float().square().mean()
+        with Operations() as operations:
+            loss.backward()
+        counts.append(operations.products[torch.ops.aten.convolution_backward, torch.bfloat16])
+    assert counts[0] == counts[1] == 4
+    assert [p.grad is not None for p in decoder.parameters()] == [
+        p.requires_grad for p in decoder.parameters()
+    ]
+
+
+def test_gradients_are_ready_before_the_backward_pass_ends(monkeypatch):
+    """DDP sends those of one group of layers while the next one's are computed."""
+    decoder = LiteVAE_Decoder(z_channels=4, **NARROW)
+    z = torch.randn(1, 4, 8, 8, requires_grad=True)
+    ready = []
+    monkeypatch.setattr(
+        mixed_precision, "GROUP_BYTES", sum(p.nbytes for p in decoder.parameters()) // 4
+    )
+    for p in decoder.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: ready.append(p))
+    before = []
+    decoder.conv_in.register_full_backward_pre_hook(lambda *_: before.append(len(ready)))
+    decode(decoder, z).backward()
+    assert before[0] > 0.6 * len(ready) == 0.6 * len(list(decoder.parameters()))
+
+
+def test_a_gradient_at_the_last_convolution_takes_no_other():
+    """An adaptive weight measures two of them in a step."""
+    decoder, counts = LiteVAE_Decoder(z_channels=4, **NARROW), []
+    for length in (1, 2):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = decoder(torch.randn(1, 4, 8, 8)).float().square().mean()
+        with Operations() as operations:
+            torch.autograd.grad(loss, [decoder.conv_out.weight, decoder.conv_in.weight][:length])
+        counts.append(operations.count)
+    assert counts[0] < 12 < counts[1] / 4

@@ -1,0 +1,44 @@
+"""Processes that meet, gather and agree; in one process there is nobody to meet."""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from olvae.launcher import Agreement, gather, join, leave
+from tests.forks import fork_two
+
+
+def meet(out: Path) -> None:
+    rank, world = join()
+    assert join() == (rank, world)
+    first = gather({"rank": rank, "z": torch.full((2,), float(rank))})
+    second = gather(None if rank else 7)
+    assert (first is None) == (rank > 0) == (second is None)
+    agreement = Agreement()  # the second process asks at its second call, the first one at the end
+    answers = [agreement.any_asked(asked) for asked in (False, rank == 1, False, False)]
+    answers.append(agreement.any_asked(2 if rank == 0 else 1, wait=True))
+    both = gather(answers)
+    if first:
+        out.write_text(f"{world} {[(p['rank'], p['z'].tolist()) for p in first]} {second} {both}")
+    leave()
+    assert gather(1) == [1]
+
+
+def test_gather_of_two_processes_gives_the_first_what_each_has(tmp_path):
+    fork_two(meet, tmp_path / "out")
+    answers = [0, 0, 1, 0, 2]
+    expected = f"2 [(0, [0.0, 0.0]), (1, [1.0, 1.0])] [7, None] {[answers, answers]}"
+    assert (tmp_path / "out").read_text() == expected
+
+
+def test_one_process_gathers_and_agrees_alone(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert join() == (0, 1)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("RANK", "0")
+    assert join() == (0, 1)
+    assert not dist.is_initialized()
+    assert gather("mine") == ["mine"]
+    assert [Agreement().any_asked(asked) for asked in (False, True)] == [False, True]
+    leave()

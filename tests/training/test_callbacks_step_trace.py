@@ -1,0 +1,36 @@
+"""`--profile`: a trace that other programs read."""
+
+import json
+
+import pytest
+
+from olvae.training.callbacks import UNTRACED, StepTrace
+from tests.conftest import tiny_config
+
+
+def test_profile_traces_steps(train_with, image_folder, capfd):
+    run = train_with(
+        f"lightning.trainer.max_steps={UNTRACED + 3}", config=tiny_config(image_folder), profile=2
+    )
+    events = json.loads((run.path / "trace.json").read_text())["traceEvents"]
+    names = [event.get("name") for event in events]
+    assert names.count("Optimizer.step#Adam.step") == 2
+    assert "aten::convolution" in (run.path / "trace.txt").read_text()
+    assert f"2 steps are traced in {run.path / 'trace.json'}" in capfd.readouterr().err
+
+
+def test_a_traced_step_is_an_update_and_too_few_are_a_warning(train_with, image_folder, capfd):
+    settings = (
+        "lightning.trainer.accumulate_grad_batches=2",
+        f"lightning.trainer.max_steps={UNTRACED + 1}",
+    )
+    run = train_with(*settings, config=tiny_config(image_folder), profile=1)
+    events = json.loads((run.path / "trace.json").read_text())["traceEvents"]
+    assert [event.get("name") for event in events].count("Optimizer.step#Adam.step") == 1
+    train_with(*settings, config=tiny_config(image_folder), profile=2)
+    assert f"nothing is traced, because that needs {UNTRACED + 2} steps" in capfd.readouterr().err
+
+
+def test_step_trace_refuses_zero_steps():
+    with pytest.raises(ValueError, match="at least 1"):
+        StepTrace(0)

@@ -1,0 +1,47 @@
+"""Model and data that do not fit each other, or the device, before a run begins."""
+
+import pytest
+import torch
+
+from olvae.config import ConfigError
+from olvae.models.footprint import MARGIN, footprint
+from olvae.training.run import check_memory
+from tests.conftest import parts
+from tests.models.steps import against, build, source
+
+
+def test_images_that_equivariance_would_shrink_below_lpips_size_are_refused(image_folder):
+    equivariant = build(parts=parts(equivariance={}))
+    equivariant.check(source(image_folder, size=32))
+    equivariant.loss.perceptual = torch.nn.Identity()
+    with pytest.raises(
+        ConfigError,
+        match=r"size: 32: equivariance .* needs 16",
+    ):
+        equivariant.check(source(image_folder, size=32))
+    equivariant.check(source(image_folder, size=64))
+
+
+def test_an_adversary_needs_a_loss_that_compares_images_beside_it(image_folder):
+    playing = build(against())
+    playing.objective.weights = {"kl": 1e-6}
+    with pytest.raises(ConfigError, match="one of the losses that compare images"):
+        playing.adversary.check(playing, source(image_folder), 4)
+
+
+def test_memory_is_checked_before_the_first_step(image_folder, capfd, monkeypatch):
+    images, plain = source(image_folder), build()
+    counted = footprint(plain, 16, "32")
+    monkeypatch.setattr("olvae.training.run.footprint", lambda *_, **__: counted)
+    enough = int(MARGIN * counted.total(4)) + 1
+    assert check_memory(plain, images, "32", enough) == counted.flop > 0
+    check_memory(plain, images, "32", enough - 2, warns=False)
+    assert capfd.readouterr().err == ""
+    check_memory(plain, images, "32", enough - 2)
+    err = capfd.readouterr().err
+    assert "warning: memory: a step with 4 images needs about 0.0 GiB" in err
+    assert "set data.params.batch_size=2 lightning.trainer.accumulate_grad_batches=2" in err
+    check_memory(build(parts=parts(activation_bound={"bound": 1.0})), images, "32", 2**20)
+    assert "checkpoint" not in capfd.readouterr().err  # which a bound excludes
+    with pytest.raises(ConfigError, match="not even one image fits: a step with 4 images"):
+        check_memory(plain, images, "32", counted.total(1) - 1)

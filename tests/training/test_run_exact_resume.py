@@ -1,0 +1,104 @@
+"""A run that was stopped and resumed equals one that was not, bit for bit: weights, averages,
+optimizers, counts."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import parts, tiny_config
+from tests.data.images import write_shards
+from tests.models.autoencoder_kl import tiny_kl
+from tests.models.steps import against
+from tests.training.origins import (
+    assert_same_checkpoint,
+    checkpoint,
+    phase_b,
+    save_teacher,
+    student,
+    without_networks,
+)
+
+AVERAGED = {
+    "use_ema": True,
+    "ema_decay": 0.8,
+    "scheduler": "cosine",
+    "warmup_steps": 2,
+    "decay_steps": 4,
+}
+
+Case = tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]
+"""A config, options, and overrides."""
+
+
+def shards(tmp_path: Path, images: Path) -> Case:
+    write_shards(tmp_path / "shards", (5, 9, 6))
+    config = tiny_config(images, **AVERAGED, optimizer="muon")
+    train, held_out = f"{tmp_path}/shards/{{000..001}}.tar", f"{tmp_path}/shards/002.tar"
+    params = {
+        "shards": train,
+        "val_shards": held_out,
+        "size": 16,
+        "batch_size": 4,
+        "shuffle": 4,
+        "num_workers": 2,
+    }
+    config["data"] = {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": params}
+    return config, {}, ()
+
+
+def everything_of_phase_b(tmp_path: Path, images: Path) -> Case:
+    """Two batches an update, made in a process of the loader."""
+    return phase_b(images), {}, ("data.params.num_workers=1",)
+
+
+def started_from_another(tmp_path: Path, images: Path) -> Case:
+    """Whose folder is gone when the run is resumed."""
+    tiny_kl().save_pretrained(tmp_path / "gone")
+    config = without_networks(
+        images, use_ema=True, ema_decay=0.5, parts=parts(latent_noise={"std": 0.1})
+    )
+    return config, {"start_from": f"diffusers:{tmp_path / 'gone'}"}, ()
+
+
+def taught_both(tmp_path: Path, images: Path, **model: Any) -> Case:
+    accumulated = ("lightning.trainer.accumulate_grad_batches=2",)
+    return student(images, **model), {"teacher": save_teacher(tmp_path / "teacher")}, accumulated
+
+
+def taught_decoder(tmp_path: Path, images: Path) -> Case:
+    return taught_both(
+        tmp_path, images, freeze_encoder=True, use_ema=True, adversary_config=against(weight=0.1)
+    )
+
+
+CASES = (shards, everything_of_phase_b, started_from_another, taught_both, taught_decoder)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
+    train_with, tmp_path, image_folder, case: Callable[..., Case]
+):
+    config, options, overrides = case(tmp_path, image_folder)
+    whole, half = (
+        train_with(f"lightning.trainer.max_steps={steps}", *overrides, config=config, **options)
+        for steps in (5, 2)
+    )
+    shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+    resumed = train_with("lightning.trainer.max_steps=5", resume=half.path)
+    assert resumed.path == half.path
+    assert_same_checkpoint(whole, resumed)
+
+
+def test_another_seed_gives_other_weights(train_with, image_folder):
+    one = ("lightning.trainer.max_steps=1", "lightning.trainer.limit_val_batches=0")
+    first, other = (
+        train_with(*one, config=tiny_config(image_folder), seed=seed) for seed in (3, 4)
+    )
+    name = "encoder.extractors.0.init_conv.weight"
+    assert not torch.equal(
+        checkpoint(first)["state_dict"][name], checkpoint(other)["state_dict"][name]
+    )

@@ -1,0 +1,63 @@
+"""Other image channels: the new networks' function against the old ones'."""
+
+import pytest
+import torch
+
+from olvae.config import ConfigError
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder
+from olvae.training.start_from import with_channels
+from tests.export.latents import tiny_vae
+from tests.models.autoencoder_kl import tiny_kl
+from tests.models.loading.classes import make
+
+MAKE = {
+    "KL": tiny_kl,
+    **{
+        name: lambda n=name: make(f"Autoencoder{n}")
+        for name in ("DC", "KLFlux2", "KLQwenImage", "KLWan", "KLKVAE")
+    },
+}
+
+
+@pytest.mark.parametrize("name", MAKE)
+@torch.no_grad()
+def test_with_channels_keeps_the_function_of_the_networks(name):
+    rgb = DiffusersAutoencoder(MAKE[name]()).eval().as_litevae("it")
+    x = torch.rand(1, 3, 16, 16) * 2 - 1
+    z = rgb.encode(x).mean
+    rgba = with_channels(rgb, 4, "it")
+    assert (rgba.in_channels, rgba.decoder.out_channels, rgba.training) == (4, 4, False)
+    torch.testing.assert_close(
+        rgba.encode(torch.cat((x, torch.rand(1, 1, 16, 16)), 1)).mean, z, rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(rgba.decode(z)[:, :3], rgb.decode(z), rtol=1e-4, atol=1e-5)
+    back = with_channels(rgba, 3, "it")
+    torch.testing.assert_close(
+        back.decode(back.encode(x).mean), rgb.decode(z), rtol=1e-4, atol=1e-5
+    )
+    if name == "DC":
+        return  # its shortcuts average groups of channels
+    grey = with_channels(rgb, 1, "it")
+    expected = rgb.encode(x[:, :1].repeat(1, 3, 1, 1)).mean
+    torch.testing.assert_close(grey.encode(x[:, :1]).mean, expected, rtol=1e-4, atol=1e-4)
+    if "Wan" not in name and "Qwen" not in name:  # which clamp the image
+        mean = rgb.decode(z).mean(1, keepdim=True)
+        torch.testing.assert_close(grey.decode(z), mean, rtol=1e-4, atol=1e-5)
+    again = with_channels(grey, 3, "it")
+    torch.testing.assert_close(
+        again.decode(z), grey.decode(z).repeat(1, 3, 1, 1), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_with_channels_refuses_networks_that_know_the_channels_elsewhere():
+    with pytest.raises(
+        ConfigError,
+        match=r"^it: is for images of 3 channels",
+    ):
+        with_channels(tiny_vae(), 4, "it")
+    # Wan 2.2's
+    patches = make(
+        "AutoencoderKLWan", in_channels=12, out_channels=12, patch_size=2, is_residual=True
+    )
+    with pytest.raises(ConfigError, match=r"^it: sees patches of pixels of 3 channels"):
+        with_channels(DiffusersAutoencoder(patches).as_litevae("it"), 1, "it")
