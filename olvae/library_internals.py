@@ -11,25 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch._subclasses import FakeTensor as FakeTensor
 from torch._subclasses import FakeTensorMode as FakeTensorMode
-from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch._subclasses.fake_tensor import unset_fake_temporarily as unset_fake_temporarily
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore as FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 
 BatchNormBase = _NormBase
-
-# Raised where a fake tensor is asked for its value.
-ValueNeededError = DataDependentOutputException
-
-# Makes a collective that is done at once.
-work_from_future = _create_work_from_future
 
 # A spectral norm's left and right singular vector, the names of its buffers.
 SPECTRAL_VECTORS = ("_u", "_v")
@@ -210,3 +200,36 @@ def set_checkpointing(module: Any, function: Callable[..., Any]) -> None:
 def causal_padding(conv: Any) -> Sequence[int] | None:
     """A convolution's (left, right, top, bottom, before, after), if it is causal in time."""
     return getattr(conv, "_padding", None)
+
+
+# The dry run, which alone imports these: training does not depend on them
+
+
+def fake_store() -> Any:
+    """A store for the process group "fake", whose collectives send nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    return FakeStore()
+
+
+def work_from_future(future: Any) -> Any:
+    """A collective that is done when a future is."""
+    from torch._C._distributed_c10d import (  # type: ignore[attr-defined]
+        _create_work_from_future,
+    )
+
+    return _create_work_from_future(future)
+
+
+def real_tensors() -> Any:
+    """A context within a FakeTensorMode in which tensors are real."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    return unset_fake_temporarily()
+
+
+def value_needed_error() -> type[Exception]:
+    """Raised where a fake tensor is asked for its value."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException
+
+    return DataDependentOutputException

@@ -18,7 +18,7 @@ CASE = ("name", "variant", "precision")
 
 def command(
     groups: Annotated[
-        str, typer.Argument(metavar="GROUP_NAMES", help=f"all, or some of {','.join(GROUP_NAMES)}.")
+        str, typer.Argument(metavar="GROUPS", help=f"all, or some of {','.join(GROUP_NAMES)}.")
     ],
     sources: Annotated[
         list[str] | None,

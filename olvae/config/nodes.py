@@ -158,8 +158,14 @@ def _check_colours(config: Mapping[str, Any]) -> Iterator[str]:
     channels = (data.get("params") or {}).get("channels", 3)
     loss = (config["model"].get("params") or {}).get("lossconfig") or {}
     params = {"lpips_weight": 1.0, "lpips_channels": None, **(loss.get("params") or {})}
-    takes = arguments_of(loss["target"]).parameters if "target" in loss else {}
-    if "lpips_channels" not in takes or not params["lpips_weight"]:
+    target = loss.get("target")
+    if not isinstance(target, str) or not params["lpips_weight"]:
+        return
+    try:
+        takes = arguments_of(target).parameters
+    except ConfigError:
+        return  # a loss that is not installed, in a config for inference
+    if "lpips_channels" not in takes:
         return
     shown = params["lpips_channels"]
     where = "model.params.lossconfig.params"

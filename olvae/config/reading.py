@@ -154,7 +154,7 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
             low.pop("params", None)
         for key in high:
             # Indexing would resolve interpolations, perhaps of values that are still missing.
-            name = str(key)
+            name = typing.cast(str, key)
             if any(name not in c or OmegaConf.is_interpolation(c, name) for c in (low, high)):
                 continue
             both = OmegaConf.is_config(low[key]) and OmegaConf.is_config(high[key])

@@ -86,6 +86,14 @@ def load(
     return config
 
 
+def with_source(config: Config) -> Config:
+    """Copy a config that was read from a file, with the source that reads its data."""
+    data = config.get("data")
+    if not isinstance(data, dict):
+        return config
+    return {**config, "data": _with_matching_source(data, {}, ())}
+
+
 def _with_matching_source(node: Config, before: Config, given: Container[str]) -> Config:
     """Switch ``data.target`` to the source that reads the ``root`` or ``shards`` in its params.
 

@@ -196,7 +196,7 @@ def _asked(request: Request) -> dict[str, str]:
 
     # Observers by name, and what they choose.
     shown = [observer.name for observer in request.observers if observer.tells_apart]
-    choices: dict[str, str] = {}
+    choices = {"precision": "[]"}  # without an observer of precisions
     for observer in request.observers:
         choices |= observer.choices()
     protocol = request.protocols[0]

@@ -18,6 +18,7 @@ from olvae import config as cfg
 from olvae.config import Config, ConfigError, Node
 from olvae.config.nodes import check_arguments, unknown_keys
 from olvae.config.reading import CONFIG_BYTES
+from olvae.data.places import load
 from olvae.files import reason
 from olvae.runs import entry_of
 
@@ -145,7 +146,7 @@ def read_config(path: str | Path, received: bool = False) -> Config:
     """
     path = Path(path)
     if path.suffix != ".json":
-        return cfg.read_received(path) if received else cfg.merge_files([path])
+        return cfg.read_received(path) if received else load([path])
     try:
         with path.open(encoding="utf-8") as file:
             content = json.loads(file.read(CONFIG_BYTES))

@@ -25,13 +25,13 @@ from olvae.data.source import Source
 from olvae.devices import PRECISIONS, peak_tflops, precision_name
 from olvae.library_internals import (
     HAS_FOREACH,
-    FakeStore,
     FakeTensor,
     FakeTensorMode,
     TorchDispatchMode,
-    ValueNeededError,
+    fake_store,
+    real_tensors,
     tree_leaves,
-    unset_fake_temporarily,
+    value_needed_error,
     work_from_future,
 )
 from olvae.models.adversary import Adversary
@@ -141,7 +141,7 @@ class _Recorder(TorchDispatchMode):
         numbers = func is torch.ops.aten.empty.memory_format and kwargs.get("dtype") == torch.int32
         faked = any(isinstance(tensor, FakeTensor) for tensor in tensors)
         real = numbers or (tensors and not faked)
-        with unset_fake_temporarily() if real else nullcontext():
+        with real_tensors() if real else nullcontext():
             return func(*args, **kwargs)
 
 
@@ -172,7 +172,7 @@ def record_steps(
     hook = HOOKS[strategy]
     renamed = None if hook is None else lambda state, bucket: hook(state, bucket)
     mixed = PRECISIONS[precision].lightning
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
+    dist.init_process_group("fake", store=fake_store(), rank=rank, world_size=ranks)
     try:
         with (
             warnings.catch_warnings(),
@@ -210,7 +210,7 @@ def record_steps(
             )
             steps = len(FIRST_STEPS) + len(kinds)
             trainer.fit(fake, repeat(batch, steps * fake.accumulate_grad_batches))
-    except ValueNeededError as error:
+    except value_needed_error() as error:
         why = "a step asks for a value, which a dry run does not have"
         raise ConfigError(f"{why}: {error}") from error
     finally:

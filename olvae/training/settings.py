@@ -17,7 +17,7 @@ from olvae import runs
 from olvae.config import Config, ConfigError
 from olvae.config.nodes import FROM_START
 from olvae.config.reading import ABSENT, changed_keys, merge_files
-from olvae.data.places import load
+from olvae.data.places import load, with_source
 from olvae.models.target_names import check_target, place_in
 from olvae.runs import Run, Settings
 
@@ -108,7 +108,7 @@ def read_plan(options: TrainOptions) -> Plan:
     files = list(options.base)
     if options.resume is not None:
         resumed = runs.open_run(options.resume, options.logdir)
-        previous = runs.config_of(resumed)
+        previous = with_source(runs.config_of(resumed))
         files.insert(0, resumed.config)
     elif not options.base:
         raise ConfigError("`base` names the config to train, such as demo")

@@ -311,3 +311,9 @@ def test_validate_checks_a_range_without_torch(image_folder):
         config["data"]["params"]["range"] = node
         (mistake,) = validate(config)
         assert mistake.startswith("data.params.range: expected ")
+
+
+def test_a_loss_that_is_not_installed_does_not_end_validation():
+    """As in the config of a model for inference, whose class takes any arguments."""
+    node = {"target": "builtins.dict", "params": {"lossconfig": {"target": "no.such.Loss"}}}
+    assert validate({"model": node}) == []

@@ -6,8 +6,9 @@ The source of the data that they name.
 from pathlib import Path
 
 import pytest
+import yaml
 
-from olvae.config import ConfigError, read_received, save
+from olvae.config import ConfigError, merge_files, read_received, save
 from olvae.config.reading import ABSENT, changed_keys
 from olvae.data.places import load
 
@@ -144,3 +145,11 @@ def test_a_saved_config_is_read_back_unchanged(tmp_path):
     ]
     save({"data": {"params": texts}}, tmp_path / "c.yaml")
     assert load([tmp_path / "c.yaml"])["data"]["params"] == texts
+
+
+@pytest.mark.parametrize(("below", "above"), [({2: [1]}, {2: {"a": 1}}), ({2: {"a": 1}}, {2: [1]})])
+def test_merge_replaces_a_list_by_a_mapping_under_a_key_that_is_a_number(tmp_path, below, above):
+    for name, content in (("below", below), ("above", above)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"model": content}))
+    merged = merge_files([tmp_path / "below.yaml", tmp_path / "above.yaml"])
+    assert merged["model"] == above

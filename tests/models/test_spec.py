@@ -8,6 +8,7 @@ from safetensors.torch import save_file
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import ConfigError, save
+from olvae.models.spec import read_config
 from tests.conftest import tiny
 from tests.models.files import PER_CHANNEL, same_weights, training_config
 
@@ -139,3 +140,17 @@ def test_received_yaml_is_not_interpolated_and_includes_nothing(tmp_path):
     config.write_text("a: &a [x, x]\nb: [*a, *a]\n")
     with pytest.raises(ConfigError, match=r"YAML aliases.*: refused"):
         LiteVAE.from_pretrained(tmp_path / "model.safetensors")
+
+
+def test_a_config_beside_weights_gets_the_source_that_reads_its_data(tmp_path):
+    """As `olvae train --base` does: here a folder's source, and a root that holds shards."""
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "0.tar").touch()
+    node = {
+        "target": "olvae.data.picture_folder.FolderSource",
+        "params": {"root": str(tmp_path / "shards"), "size": 32, "batch_size": 1},
+    }
+    save({"model": {}, "data": node}, tmp_path / "config.yaml")
+    data = read_config(tmp_path / "config.yaml")["data"]
+    assert data["target"] == "olvae.data.shards.webdataset.WebDatasetSource"
+    assert data["params"]["shards"] == str(tmp_path / "shards")
