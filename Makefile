@@ -16,15 +16,16 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: could not make $(VENV) (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
 $(VENV)/.installed: $(VENV)/bin/python pyproject.toml requirements.txt
-	$(PIP) install --quiet -e .
+	@echo "# PyTorch for CUDA is 2 GB on Linux. For CPUs, 200 MB: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make"
+	$(PIP) install -e .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install --quiet -e '.[dev]'
+	$(PIP) install -e '.[dev]'
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	$(PIP) install --quiet -e '.[docs]'
+	$(PIP) install -e '.[docs]'
 	@touch $@
 
 demo: $(VENV)/.installed ## train both phases on bundled photographs, evaluate, leave pictures and numbers (CPU, minutes)
@@ -117,7 +118,7 @@ test-network: $(VENV)/.installed-dev ## the checks that need the internet
 	$(BIN)/python -m pytest -m network
 
 test-browser: $(VENV)/.installed-dev ## the checks that need Chromium (apt install chromium)
-	$(PIP) install --quiet -e '.[browser]'
+	$(PIP) install -e '.[browser]'
 	$(BIN)/python -m pytest -m browser
 
 soak: $(VENV)/.installed-dev ## kill whatever writes files, again and again, and compare what it makes (more than half an hour)

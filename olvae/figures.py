@@ -48,7 +48,7 @@ def save_image(image: Tensor, path: Path, **options: Any) -> None:
             layout = "contig" if channels > 1 else None
             tifffile.imwrite(partial, flat, photometric=kind, planarconfig=layout)
         elif path.suffix == ".exr":
-            exr = import_extra("OpenEXR", "pixels", "writing .exr")
+            exr = import_extra("OpenEXR", "OpenEXR", "writing .exr")
             # Y, R G B, R G B A or numbered channels.
             numbered = [f"B{number:03d}" for number in range(channels)]
             names = {1: "Y", 3: "RGB", 4: "RGBA"}.get(channels, numbered)

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import glob
 import hashlib
 import json
@@ -10,19 +11,27 @@ import os
 import re
 import shutil
 import socket
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 from uuid import uuid4
 
 log = logging.getLogger("olvae")
 
 # Extensions of files of weights, the preferred one first.
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+# Ends the name of a folder that gives way to a new one.
+OLD = ".old"
+
+
+# Errors of a disk that say nothing of the file: full, over a quota or a limit, read-only.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @contextmanager
@@ -33,6 +42,8 @@ def atomic_write(path: Path, folder: Path | None = None) -> Iterator[Path]:
     one, because the machine may crash as well as the process. The temporary name ends with the name
     of ``path``, so that libraries recognise its extension. It is a new one each time, so that
     several processes may write the same file at once. It lies beside ``path``, or in ``folder``.
+
+    OSError names ``path`` if the disk is full or the like, also where a library hides the reason.
     """
     partial = (folder or path.parent) / f".partial-{uuid4().hex[:8]}-{path.name[-50:]}"
     try:
@@ -40,6 +51,20 @@ def atomic_write(path: Path, folder: Path | None = None) -> Iterator[Path]:
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        if error.errno in DISK_ERRORS and error.filename in (None, str(partial)):
+            error.filename = str(path)
+        raise
+    except RuntimeError as error:
+        # A library may hide the system's reason: a few more bytes meet the same obstacle.
+        try:
+            if partial.exists():
+                with partial.open("ab") as more:
+                    more.write(bytes(2**16))
+                    os.fsync(more.fileno())
+        except OSError as cause:
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -73,12 +98,57 @@ def remove_partials(partials: Iterable[Path], idle_s: float = 0.0) -> None:
 def folder_beside(place: Path) -> Iterator[Path]:
     """Yield a temporary folder beside ``place``, and remove it at the end.
 
-    Folders that killed processes of this machine left are removed first. A folder's name has the
-    machine and the process: ``.PLACE.HOST~PROCESS-RANDOM``.
+    Folders that killed processes of this machine left are removed first, after :func:`put_back`. A
+    folder's name has the machine and the process: ``.PLACE.HOST~PROCESS-RANDOM``.
     """
-    parent = nearest_folder(place.parent)
-    own = f".{place.name[-100:]}.{socket.gethostname()}~"
-    for left in parent.glob(f"{glob.escape(own)}*"):
+    put_back(place)
+    for left in _left_beside(place):
+        shutil.rmtree(left, ignore_errors=True)
+    prefix = f"{_beside(place)}{os.getpid()}-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=nearest_folder(place.parent)) as folder:
+        yield Path(folder)
+
+
+def replace_folder(new: Path, place: Path) -> None:
+    """Move a new folder or file to ``place``; a folder that is there is moved beside ``new``.
+
+    If it fails, the old folder is moved back; after a kill, :func:`put_back` does that.
+    """
+    old = new.with_name(place.name + OLD)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        if place.is_dir():
+            place.replace(old)
+        new.replace(place)
+    except (OSError, KeyboardInterrupt):
+        if old.exists() and not place.exists():
+            old.replace(place)
+        raise
+
+
+def put_back(place: Path) -> None:
+    """Move a folder to its place if a process was killed after it had been moved away.
+
+    It may be another place of this name: with a new ``place.parent``, the folder above is searched.
+    """
+    for left in _left_beside(place):
+        home = left.parent / place.name
+        old = left / (place.name + OLD)
+        # An empty folder there gives way.
+        taken = home.is_file() or (home.is_dir() and any(home.iterdir()))
+        if old.is_dir() and not taken:
+            old.replace(home)
+
+
+def _beside(place: Path) -> str:
+    """Begin the names of temporary folders beside a place, before the process."""
+    return f".{place.name[-100:]}.{socket.gethostname()}~"
+
+
+def _left_beside(place: Path) -> Iterator[Path]:
+    """Find temporary folders beside a place that killed processes of this machine left."""
+    own = _beside(place)
+    for left in nearest_folder(place.parent).glob(f"{glob.escape(own)}*"):
         process = left.name.removeprefix(own).partition("-")[0]
         if not process.isdigit():
             continue
@@ -86,11 +156,9 @@ def folder_beside(place: Path) -> Iterator[Path]:
         try:
             os.kill(int(process), 0)
         except ProcessLookupError:
-            shutil.rmtree(left, ignore_errors=True)
+            yield left
         except OSError:
             pass
-    with tempfile.TemporaryDirectory(prefix=f"{own}{os.getpid()}-", dir=parent) as folder:
-        yield Path(folder)
 
 
 def lock_file(file: TextIO, patience: float = 0.0) -> None:
@@ -117,6 +185,65 @@ def write_json(content: Mapping[str, Any], path: Path) -> None:
     """Write a file of JSON, atomically; ValueError for a number that is not finite."""
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+class _SilentAfterError:
+    """A stream of text that is silent, instead of an error, once it can't be written."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except BlockingIOError:
+            # A non-blocking pipe is full: this text is lost, and later ones may find room.
+            pass
+        except OSError:
+            self._silence()
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._silence()
+
+    def _silence(self) -> None:
+        """Send what follows to nowhere, with Python's last flush of the stream."""
+        # OSError: a stream without a descriptor, which then fails in silence at each write.
+        with contextlib.suppress(OSError), Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+@contextmanager
+def unread_output() -> Iterator[None]:
+    """Keep working where nobody reads the output, as after ``| head`` or in a closed terminal.
+
+    Standard output and standard error are silent from the first error on.
+    """
+    before = sys.stdout, sys.stderr
+    ours = [stream and cast(TextIO, _SilentAfterError(stream)) for stream in before]
+    sys.stdout, sys.stderr = ours
+    try:
+        yield
+    finally:
+        for stream in filter(None, ours):
+            stream.flush()
+        # Another program's stream, set in between, stays.
+        if sys.stdout is ours[0]:
+            sys.stdout = before[0]
+        if sys.stderr is ours[1]:
+            sys.stderr = before[1]
 
 
 def check_folder(folder: Path) -> Path:
@@ -174,7 +301,7 @@ def safe_path(key: str) -> PurePosixPath:
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts or not path.name:
         raise ValueError(
-            f"the key {key!r} leads out of the folder of the images: do not trust its shard"
+            f"the key {key[:60]!r} leads out of the folder of the images: do not trust its shard"
         )
     return path
 
@@ -217,6 +344,11 @@ def plain(text: str) -> str:
     """Put a user's text on one line, and escape Markdown, except underscores inside a word."""
     line = printable(" ".join(text.split()))
     return re.sub(r"([\\|*`<>\[\]#~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", line)
+
+
+def counted(number: int, noun: str) -> str:
+    """Count things in words: 1 step, 2 steps."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 @cache

@@ -9,7 +9,7 @@ import re
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ class Settings:
 
     # The middle of the run folder's name.
     name: str = ""
+    # When the run's folder was made, in UTC: ISO 8601. None in runs of versions before this one.
+    begun: str | None = None
     # 32, bf16 or fp16.
     precision: str = "32"
     # A number, or a list such as 0,2; None leaves it to lightning.trainer.
@@ -47,10 +49,11 @@ class Settings:
     job: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the section ``run``; outside of a launcher's job it has no ``job``."""
+        """Return the section ``run``; without ``job`` or ``begun`` where there is none."""
         section = asdict(self)
-        if self.job is None:
-            del section["job"]
+        for key in ("job", "begun"):
+            if section[key] is None:
+                del section[key]
         return section
 
 
@@ -93,6 +96,21 @@ class Run:
         self.metrics = self.path / "metrics.json"
         self.lock = self.path / ".lock"
 
+    @property
+    def newest_checkpoint(self) -> Path:
+        """``last.ckpt``, or ``best.ckpt`` where a full disk has left that one alone."""
+        best = self.checkpoints / "best.ckpt"
+        if best.is_file() and not self.last_checkpoint.is_file():
+            return best
+        return self.last_checkpoint
+
+
+# The name of a run folder, in any text but a path: its time, its NAME and its precision. It may end
+# a sentence.
+FOLDER_NAME = re.compile(
+    r"(?<![\w/])(\d{4}-\d\d-\d\dT[\d-]{8}(?:-\d+)?)_([\w.+=-]+)_([A-Za-z0-9]+)(?![\w/+=-])(?!\.\w)"
+)
+
 
 def create(logdir: str | Path, name: str, precision: str) -> Run:
     """Make a new run folder.
@@ -113,6 +131,26 @@ def create(logdir: str | Path, name: str, precision: str) -> Run:
     run.checkpoints.mkdir()
     run.images.mkdir()
     return run
+
+
+def utc_text(seconds: float | None = None) -> str:
+    """Write a Unix time, by default now, in UTC, as :class:`Settings` has it in ``begun``."""
+    if seconds is None:
+        return datetime.now(timezone.utc).isoformat()
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat()
+
+
+def begun_at(run: Run) -> float:
+    """Return the Unix time at which a run began; of a run that did not note it, a file's time."""
+    # The line alone, as there may be many runs, and YAML takes long.
+    if run.config.is_file():
+        text = run.config.read_text(encoding="utf-8", errors="replace")
+        line = re.search(r"^  begun: '?([^'\n]+)'?$", text, re.MULTILINE)
+        with contextlib.suppress(ValueError):
+            if line is not None:
+                return datetime.fromisoformat(line[1]).timestamp()
+    file = run.config if run.config.is_file() else run.newest_checkpoint
+    return file.stat().st_mtime
 
 
 def check_name(name: str) -> None:
@@ -153,9 +191,11 @@ def named_runs(text: str | Path, logdir: str | Path = "runs") -> dict[str, Path]
     begun = []
     for folder in parent.glob("*_*_*"):
         match = re.fullmatch(r"(\d{4}-\d\d-\d\dT[\d-]{8})(?:-(\d+))?_(.+)_[^_]+", folder.name)
-        if match and Run(folder).last_checkpoint.is_file():
-            begun.append((match[1], int(match[2] or 0), folder, match[3]))
-    # By time, so that newer runs overwrite older ones of the same name.
+        if match and Run(folder).newest_checkpoint.is_file():
+            order = (begun_at(Run(folder)), match[1], int(match[2] or 0))
+            begun.append((*order, folder, match[3]))
+    # By an absolute time, as the one in the name is of a zone that it does not tell. So newer runs
+    # overwrite older ones of the same name.
     found = {}
     for *_, folder, name in sorted(begun):
         for word in (name, *LATEST):
@@ -172,7 +212,7 @@ def open_run(path: str | Path, logdir: str | Path = "runs") -> Run:
     run = Run(path)
     if run.path.is_file():
         run = Run(run.path.parent.parent)
-        if path != run.last_checkpoint:
+        if path != run.newest_checkpoint:
             raise FileNotFoundError(
                 f"{path}: this is a file: name its run folder, or start a new run from its "
                 "weights with `actual_resume`"
@@ -183,10 +223,10 @@ def open_run(path: str | Path, logdir: str | Path = "runs") -> Run:
             raise FileNotFoundError(f"{path}: no run in {folder}")
         near = nearest_path(path, named_runs(path, logdir))
         raise FileNotFoundError(f"{path}: no such run folder{near}")
-    for file in (run.config, run.last_checkpoint):
+    for file in (run.config, run.newest_checkpoint):
         if not file.is_file():
             # With a checkpoint there is a way out.
-            remedy = f": {_without_config(run)}" if run.last_checkpoint.is_file() else ""
+            remedy = f": {_without_config(run)}" if run.newest_checkpoint.is_file() else ""
             raise FileNotFoundError(
                 f"{run.path}: not a run folder that can be continued: "
                 f"{file.relative_to(run.path)} is missing{remedy}"
@@ -212,7 +252,7 @@ def _without_config(run: Run) -> str:
     """Return the remedy for a run whose config is lost."""
     return (
         "put a copy of that file back, or start a new run from its weights with `base` CFG and "
-        f"`actual_resume` {run.last_checkpoint}"
+        f"`actual_resume` {run.newest_checkpoint}"
     )
 
 

@@ -1,6 +1,6 @@
 """The page in a browser, served by the command, as a visitor uses it.
 
-Needs Chromium and open-litevae[app].
+Needs Chromium and Gradio.
 """
 
 import json

@@ -2,6 +2,7 @@
 
 import pickle
 import resource
+import struct
 import zipfile
 
 import numpy as np
@@ -107,7 +108,50 @@ HEXADECIMAL = CODECS + b"X\x01\x00\x00\x00aX\x03\x00\x00\x00hex\x86R."
 LONG = b"X" + (2**22).to_bytes(4, "little") + b"a" * 2**22
 
 
+NAMED = CODECS + b"X\x01\x00\x00\x00aU\x05asciiU\x0bnamereplace\x87R."
+
 REPEATED = CODECS + b"q\x00" + LONG + b"q\x01" + b"h\x00h\x01\x85R" * 2**12 + b"."
+
+
+def called_again(name: str, shared: bytes, call: bytes, times: int = 20_000) -> bytes:
+    """A pickle that calls a function on one shared argument: five bytes for each call."""
+    module, _, last = name.rpartition(".")
+    function = f"c{module}\n{last}\n".encode() + b"q\x01"
+    return b"\x80\x02](" + shared + b"q\x00" + function + (b"h\x01h\x00" + call) * times + b"e."
+
+
+NUMBERS = b"](" + b"".join(b"M" + n.to_bytes(2, "little") for n in range(20_000)) + b"e"
+PAIRS = b"](" + b"".join(b"M" + n.to_bytes(2, "little") + b"N\x86" for n in range(20_000)) + b"e"
+STATE = b"}(" + b"".join(b"X\x04\x00\x00\x00%04dN" % n for n in range(9_999)) + b"u"
+TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n"
+STORAGE = b"(U\x07storagectorch\nByteStorage\nU\x010U\x03cpuK\x01tQ"
+SHAPE = b"K\x00J\xff\xff\xff\x7f\x85K\x00\x85"
+SPREAD = TENSOR + b"(" + STORAGE + SHAPE + b"\x89ccollections\nOrderedDict\n)RtR"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        called_again("builtins.set", NUMBERS + b"\x85", b"R"),
+        called_again("collections.Counter", NUMBERS + b"\x85", b"R"),
+        called_again("collections.OrderedDict", PAIRS + b"\x85", b"R"),
+        called_again("torch.Size", NUMBERS + b"\x85", b"R"),
+        called_again("torch.Size", NUMBERS + b"\x85", b"\x81"),
+        called_again("collections.OrderedDict", STATE, b"").replace(
+            b"h\x01h\x00", b"h\x01)Rh\x00b"
+        ),
+        called_again("builtins.set", SPREAD + b"\x85", b"R", times=1),
+        called_again("builtins.set", SPREAD, b"R", times=1),
+        called_again("torch.storage.UntypedStorage", b"J\xff\xff\xff\x7f\x85", b"R"),
+    ],
+    ids=[
+        *("set", "counter", "ordered-dict", "size", "new-size", "state", "tensor"),
+        *("unpacked-tensor", "storage"),
+    ],
+)
+def test_calls_on_one_shared_argument_are_counted(tmp_path, content):
+    """Each takes some bytes of the file, and as much memory as the argument has."""
+    refused(archive(tmp_path / "a.ckpt", content, **{"a/data/0": b"0"}), "a decompression bomb")
 
 
 @pytest.mark.parametrize(
@@ -122,9 +166,10 @@ REPEATED = CODECS + b"q\x00" + LONG + b"q\x01" + b"h\x00h\x01\x85R" * 2**12 + b"
             "objects other than tensors",
         ),
         (HEXADECIMAL, "decompression bomb"),
+        (NAMED, "decompression bomb"),
         (REPEATED, "decompression bomb"),
     ],
-    ids=["bytearray", "tensor", "hexadecimal", "repeated"],
+    ids=["bytearray", "tensor", "hexadecimal", "named", "repeated"],
 )
 def test_a_pickle_that_allocates_is_refused(tmp_path, content, message):
     refused(archive(tmp_path / "a.ckpt", content), message)
@@ -135,6 +180,25 @@ def test_a_compressed_checkpoint_is_refused(tmp_path):
         archive(tmp_path / "a.ckpt", pickle.dumps({}), zipfile.ZIP_DEFLATED),
         "a decompression bomb perhaps",
     )
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["32 bits", "64 bits"])
+def test_a_zip_with_two_directories_is_refused(tmp_path, wide):
+    """Python reads the directory before the end record, torch the one at the stated offset."""
+    first = archive(tmp_path / "first.ckpt", pickle.dumps({"a": "torch reads this"}, 2))
+    path = archive(tmp_path / "a.ckpt", pickle.dumps({"a": "Python reads this"}, 2))
+    inner = first.read_bytes()
+    content = inner[:-22] + path.read_bytes()[:-22]
+    if wide:
+        # The end record with 64 bits, and its locator
+        size, offset = map(int.from_bytes, (inner[-10:-6][::-1], inner[-6:-2][::-1]))
+        record = b"PK\6\6" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, 3, 3, size, offset)
+        content += record + b"PK\6\7" + struct.pack("<IQI", 0, len(content), 1)
+    path.write_bytes(content + inner[-22:])
+    assert torch.load(path) == {"a": "torch reads this"}
+    refused(path, "readers of zip files would find other directories in it")
+    path.write_bytes(inner + b"PK\5\6" + bytes(18))
+    refused(path, "readers of zip files would find other directories in it")
 
 
 def test_plain_values_and_other_packages_objects_beside_the_weights(tmp_path):

@@ -37,7 +37,7 @@ def test_the_node_for_comfyui_can_be_registered():
     assert re.fullmatch(r"[a-z](?:[._-]?[a-z0-9])*", node["project"]["name"])
     assert "comfyui" not in node["project"]["name"]
     assert node["project"]["version"] == __version__
-    assert node["project"]["dependencies"] == [whole["project"]["name"]]
+    assert node["project"]["dependencies"] == [f"{whole['project']['name']} @ git+{ADDRESS}"]
     assert node["project"]["urls"]["Repository"] == ADDRESS
     assert node["project"]["license"] == {"text": whole["project"]["license"]}
     assert node["tool"]["comfy"].keys() >= {"PublisherId", "DisplayName"}
@@ -58,6 +58,28 @@ def test_the_repository_has_one_address():
         ), file
     assert named["pyproject.toml"]
     assert named["README.md"]
+
+
+def test_no_command_installs_a_name_that_is_on_no_index():
+    """Anybody could register it: pip gets names of libraries, the clone, or its address."""
+    kinds = ("*.py", "*.pyi", "*.toml", "*.md", "*.yml", "*.yaml", "*.ipynb", "*.html", "*.txt")
+    listed = subprocess.check_output(["git", "ls-files", *kinds], cwd=ROOT, text=True).split()
+    pattern = re.compile(r"open-litevae\[|pip install [^\n]*(?<![\w/.-])open-litevae(?![\w.-])")
+    found = []
+    for file in listed:
+        text = (ROOT / file).read_text(encoding="utf-8")
+        found += [f"{file}: {match}" for match in pattern.findall(text)]
+    # The package's own extras that contain others, which pip takes from the clone.
+    assert [line for line in found if not line.startswith(("pyproject.toml", "tests/"))] == []
+    assert found
+
+
+def test_make_shows_what_pip_fetches_and_names_the_build_for_cpus():
+    made = subprocess.check_output(["make", "-n", "-B", "demo"], cwd=ROOT, text=True)
+    (line,) = (line for line in made.splitlines() if " install -e ." in line)
+    assert "--quiet" not in line
+    for text in (made.partition(line)[0], (ROOT / "README.md").read_text(encoding="utf-8")):
+        assert "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make" in text
 
 
 def test_the_workflows_run_what_contributors_run():

@@ -16,9 +16,19 @@ from pathlib import Path
 import pytest
 
 from olvae import runs
-from olvae.config import ConfigError
+from olvae.config import ConfigError, save
 from olvae.models.target_names import check_target
-from olvae.runs import Run, Settings, create, find_run, locked, open_run, run_of, settings_of
+from olvae.runs import (
+    FOLDER_NAME,
+    Run,
+    Settings,
+    create,
+    find_run,
+    locked,
+    open_run,
+    run_of,
+    settings_of,
+)
 
 
 def test_run_names_are_distinct_within_a_second_and_checked(tmp_path):
@@ -112,12 +122,74 @@ def test_one_word_names_the_newest_run(tmp_path, monkeypatch):
     assert open_run("last") == open_run("runs/a_b") == Run(Path(find_run("last")))
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("best is 2026-11-30T10-55-15_demo_32.", ["2026-11-30T10-55-15_demo_32"]),
+        ("2026-11-30T10-55-15_a.b_32: 2026-11-30T10-55-15-2_c_d_bf16, raw",
+         ["2026-11-30T10-55-15_a.b_32", "2026-11-30T10-55-15-2_c_d_bf16"]),
+        ("runs/2026-11-30T10-55-15_demo_32", []),
+        ("2026-11-30T10-55-15_demo_32/checkpoints, 2026-11-30T10-55-15_demo_32.ckpt", []),
+    ],
+)  # fmt: skip
+def test_folders_of_runs_are_found_in_sentences_but_not_in_paths(text, found):
+    assert [match[0] for match in FOLDER_NAME.finditer(text)] == found
+
+
+def test_a_run_with_its_best_checkpoint_alone_is_named_too(tmp_path):
+    """As after a full disk; also without a config, whose time it then takes from the checkpoint."""
+    for name in ("older", "newer"):
+        run = create(tmp_path, name, "32")
+        (run.checkpoints / "best.ckpt").touch()
+        os.utime(run.newest_checkpoint, (1, 1) if name == "older" else None)
+    assert [find_run(word, tmp_path) for word in ("last", "newer")] == [run.path, run.path]
+    assert Path(find_run("older", tmp_path)).name.endswith("_older_32")
+
+
+@pytest.fixture
+def in_zone(monkeypatch):
+    """Change the local time zone; back to the machine's at the end."""
+
+    def change(zone: str) -> None:
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+
+    yield change
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_the_newest_run_is_so_in_any_time_zone(tmp_path, in_zone):
+    """The names have a local time; the order is by the time in config.yaml, else by the file's."""
+    made = []
+    for zone, name in (("Asia/Tokyo", "a"), ("UTC", "a"), ("America/New_York", "b")):
+        in_zone(zone)
+        run = create(tmp_path, name, "32")
+        run.last_checkpoint.touch()
+        made.append(run)
+    assert sorted(run.path.name for run in made) == [run.path.name for run in reversed(made)]
+
+    def newest() -> list[Path]:
+        return [Path(find_run(word, tmp_path)) for word in ("a", "last")]
+
+    for i, run in enumerate(made):
+        run.config.write_text("run:\n  name: a\n")
+        os.utime(run.config, (i, i))
+    assert newest() == [made[1].path, made[2].path]
+    for i, run in enumerate(made):
+        settings = Settings(name="a", begun=runs.utc_text(1e9 - i))
+        save({"run": settings.as_dict()}, run.config)
+    assert newest() == [made[0].path, made[0].path]
+    made[2].config.write_text("run:\n  begun: yesterday\n")
+    assert newest() == [made[0].path, made[2].path]
+
+
 def test_run_settings_are_what_was_written_and_defaults_for_the_rest():
     settings = Settings(
         name="a", seed=3, initial_seed=2, weights="x.ckpt", paths={"/data/photos": "photos"}
     )
     assert settings_of({"run": settings.as_dict()}) == settings
-    assert "job" not in settings.as_dict()
+    assert not {"job", "begun"} & set(settings.as_dict())
     assert settings_of({"run": {"seed": 5, "gpus": None, "an_older_key": 1}}) == Settings(
         seed=5, initial_seed=5
     )

@@ -127,8 +127,15 @@ def clocked(function: Callable[[], object], device: str) -> Work:
 
 def machine(device: str) -> dict[str, Any]:
     """The device's name, threads, torch's version; on a GPU whether float32 is computed in TF32."""
+    if device == "cpu":
+        listing = Path("/proc/cpuinfo")  # Linux has it
+        text = listing.read_text() if listing.is_file() else ""
+        found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+        name = found[1] if found else platform.processor() or platform.machine()
+    else:
+        name = torch.cuda.get_device_name(device)
     described: dict[str, Any] = {
-        "device": _processor() if device == "cpu" else torch.cuda.get_device_name(device),
+        "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
@@ -136,15 +143,6 @@ def machine(device: str) -> dict[str, Any]:
         described["tf32_convolutions"] = torch.backends.cudnn.allow_tf32
         described["tf32_products"] = torch.backends.cuda.matmul.allow_tf32
     return described
-
-
-def _processor() -> str:
-    described = Path("/proc/cpuinfo")  # Linux has it
-    if described.is_file():
-        found = re.search(r"^model name\s*: (.+)$", described.read_text(), re.MULTILINE)
-        if found:
-            return found[1]
-    return platform.processor() or platform.machine()
 
 
 def measure_case(

@@ -11,7 +11,7 @@ from rich.console import Console
 from olvae.cli.options import ProgressBar, check_applies, check_paths, in_flags, loading, stop_code
 from olvae.config import ConfigError
 from olvae.data.places import load
-from olvae.files import list_skipped
+from olvae.files import list_skipped, printable
 
 app = typer.Typer(
     no_args_is_help=True, help="Pack images into shards; check a source; measure its values."
@@ -200,5 +200,12 @@ def range_command(
     typer.echo(
         f"{found.images} images, {kinds}, {len(found.percentiles)} channels{missing}", err=True
     )
+    if found.stack:
+        typer.echo(
+            f"note: {printable(found.stack)}: its {len(found.percentiles)} channels are the pages "
+            "of a TIFF: if they are slices of a stack and not bands, save each in a file of its "
+            "own",
+            err=True,
+        )
     Console(stderr=True).print(found.table())
     typer.echo(found.line())

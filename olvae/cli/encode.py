@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,7 +24,7 @@ from olvae.cli.options import (
     stop_code,
 )
 from olvae.config import ConfigError
-from olvae.files import check_folder, no_empty_folders
+from olvae.files import check_folder, no_empty_folders, printable
 
 if TYPE_CHECKING:  # slow to import
     from olvae.models.autoencoder import Autoencoder
@@ -213,20 +213,46 @@ def command(
     leave()
 
 
-def _other_factors(
-    stats: Mapping[str, Any], out: Path, target: "Target", model: "Autoencoder"
-) -> Iterator[str]:
-    """Warn if factors that are known for the model differ from the ones of these latents."""
+def _encoder(model: Any, target: str) -> Any:
+    if not hasattr(model, "encoder"):
+        raise ConfigError(f"--compile: {target} has no module `encoder` to compile: leave it out")
+    return model.encoder
+
+
+def _report(
+    stats: Mapping[str, Any], out: Path, target: "Target", model: "Autoencoder", as_json: bool
+) -> None:
+    """Print what was written, its factors, and warnings about other factors."""
+    from olvae.data.pixels.size_and_range import Sides
+    from olvae.data.shards.index import INDEX, Index
+    from olvae.export.factors import Factors, read_factors
+
+    if as_json:
+        typer.echo(json.dumps(stats, indent=2))
+    shards = len(Index.read(out / INDEX).shards)
+    of = f" of {Sides.of(stats['size']).short} px" if stats["size"] else ""
+    unreadable = stats["unreadable"]["count"]
+    lost = ""
+    if unreadable:
+        lost = f"; {unreadable} could not be read, stats.json says why"
+    typer.echo(
+        f"latents: {out}, {stats['count']} images{of} in {shards} shard{'s' * (shards > 1)}{lost}",
+        err=True,
+    )
+    factors = (f"{name} {stats[name]:.4f}" for name in ("scaling_factor", "shift_factor"))
+    typer.echo(f"numbers: {out / 'stats.json'}, {', '.join(factors)}", err=True)
+
+    # Warn if factors that are known for the model differ from the ones of these latents.
     means = model.latents_mean
     if means is not None:
         packed = ""
         if len(means) != model.latent_channels:
             packed = ", of packed 2x2 positions,"
-        yield (
+        typer.echo(
             f"warning: {target.name} has latents_mean and latents_std: its diffusion models take "
-            f"these{packed} in place of the factors measured here"
+            f"these{packed} in place of the factors measured here",
+            err=True,
         )
-    from olvae.export.factors import Factors, read_factors
 
     # Other pairs by where they are from: the model's own, and what olvae latents measured.
     here = Factors(stats["scaling_factor"], stats["shift_factor"], stats["count"])
@@ -247,42 +273,12 @@ def _other_factors(
             images = ""
             if other.images is not None:
                 images = f" (of {other.images} images)"
-            yield (
+            typer.echo(
                 f"warning: {name} has scaling_factor {other.scaling:.4f}, shift_factor "
                 f"{other.shift:.4f}{images}, these latents' are of {here.images} images: use one "
-                f"pair; olvae export --latents {out} takes this one"
+                f"pair; olvae export --latents {out} takes this one",
+                err=True,
             )
-
-
-def _encoder(model: Any, target: str) -> Any:
-    if not hasattr(model, "encoder"):
-        raise ConfigError(f"--compile: {target} has no module `encoder` to compile: leave it out")
-    return model.encoder
-
-
-def _report(
-    stats: Mapping[str, Any], out: Path, target: "Target", model: "Autoencoder", as_json: bool
-) -> None:
-    """Print what was written, its factors, and warnings about other factors."""
-    from olvae.data.pixels.size_and_range import Sides
-    from olvae.data.shards.index import INDEX, Index
-
-    if as_json:
-        typer.echo(json.dumps(stats, indent=2))
-    shards = len(Index.read(out / INDEX).shards)
-    of = f" of {Sides.of(stats['size']).short} px" if stats["size"] else ""
-    unreadable = stats["unreadable"]["count"]
-    lost = ""
-    if unreadable:
-        lost = f"; {unreadable} could not be read, stats.json says why"
-    typer.echo(
-        f"latents: {out}, {stats['count']} images{of} in {shards} shard{'s' * (shards > 1)}{lost}",
-        err=True,
-    )
-    factors = (f"{name} {stats[name]:.4f}" for name in ("scaling_factor", "shift_factor"))
-    typer.echo(f"numbers: {out / 'stats.json'}, {', '.join(factors)}", err=True)
-    for line in _other_factors(stats, out, target, model):
-        typer.echo(line, err=True)
 
 
 def decode_command(
@@ -331,17 +327,24 @@ def decode_command(
     # The shards, and the autoencoder; a folder that is not complete has no stats.json.
     check_folder(out)
     where = resolve_device(device)
-    stats = read_stats(source) if Path(source).is_dir() else {}
+    descriptions = [read_stats(source)] if Path(source).is_dir() else []
     shards = with_counts(find_shards(source), image_key=LATENT)
+    if not descriptions:
+        # Beside single shards, it may be missing, or of something else.
+        for folder in sorted({Path(shard.url).parent for shard in shards}):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                descriptions.append(read_stats(folder))
     model = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch).load()
 
     # Other weights, such as later ones of the same run, may decode these latents, but not as well.
     mine = tensors_sum(model.state_dict())
-    if stats.get("weights", mine) != mine:
-        typer.echo(
-            f"note: {stats.get('target')} made these latents, with other weights than {target}'s",
-            err=True,
-        )
+    for stats in descriptions:
+        if stats.get("weights", mine) != mine:
+            typer.echo(
+                f"note: {stats.get('target')} made these latents, with other weights than "
+                f"{target}'s",
+                err=True,
+            )
     model.to(where)
 
     # Decode; what could not be read is named in the end.
@@ -351,5 +354,5 @@ def decode_command(
             model, shards, out, image_format, batch_size, int(memory * GIB), bar.advance
         )
     for error in unreadable:
-        typer.echo(f"skipped {error.name}: {error.reason}", err=True)
+        typer.echo(f"skipped {printable(error.name)}: {printable(error.reason)}", err=True)
     typer.echo(f"images: {out}, {done} of them", err=True)

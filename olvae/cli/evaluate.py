@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,7 @@ from olvae.cli.options import (
     with_progress,
 )
 from olvae.config import ConfigError, resolve_class
+from olvae.data.places import check_outside
 from olvae.files import check_folder
 from olvae.runs import Run, find_run
 
@@ -290,7 +292,7 @@ def command(
         observers.append(Baselines(found[0], fit))
 
     # Where results go, a file for each protocol; earlier results are read before the work.
-    folder = results_folder(out, "".join(targets[:1]), found[0].run if found else None)
+    folder = results_folder(out, "".join(targets[:1]), found[0].run if found else None, data)
     suffixes = {p.name: "" if p is protocols[0] else f"_{p.name}" for p in protocols}
     places = [folder / f"metrics{suffix}.json" for suffix in suffixes.values()] if found else []
     earlier = _read_earlier_files(beside or (), places, observers)
@@ -440,8 +442,12 @@ def _finish(
         raise refused[0]
 
 
-def results_folder(out: Path | None, target: str, run: Run | None) -> Path:
-    """Choose and check the results' folder: ``out``, the run's, or one beside a weights file."""
+def results_folder(out: Path | None, target: str, run: Run | None, data: str | None = None) -> Path:
+    """Choose and check the results' folder: ``out``, the run's, or one beside a weights file.
+
+    Raise ConfigError if it is inside the folder that is read of ``data``: the next use would read
+    the results' pictures. A folder of shards with pictures in it would be one of pictures.
+    """
     if out is None and run is not None:
         out = Path(find_run(target))
     elif out is None and Path(target).is_file():
@@ -450,4 +456,8 @@ def results_folder(out: Path | None, target: str, run: Run | None) -> Path:
         raise ConfigError(
             "--out DIR is missing: the first target is neither a run folder nor a file"
         )
+    if data is not None and os.path.isdir(Path(data).expanduser()):  # noqa: PTH112  # of any length
+        from olvae.data.picture_folder import split_folders
+
+        check_outside(out, str(split_folders(data)[1] or data))
     return check_folder(out)

@@ -66,10 +66,19 @@ def command(
             metavar="DIR", help="Take both factors from what olvae latents or encode wrote."
         ),
     ] = None,
+    per_channel: Annotated[
+        bool,
+        typer.Option(
+            "--per-channel",
+            help="Take a mean and a deviation for each channel from --latents, in place of both "
+            "factors.",
+        ),
+    ] = False,
     onnx: Annotated[
         bool,
         typer.Option(
-            "--onnx", help="Write encoder.onnx and decoder.onnx too; needs open-litevae[onnx]."
+            "--onnx",
+            help="Write encoder.onnx and decoder.onnx too; needs onnx, onnxscript, onnxruntime.",
         ),
     ] = False,
     license_id: Annotated[
@@ -92,7 +101,16 @@ def command(
         from olvae.models.loading.targets import find_target
 
         settings = ExportSettings(
-            layout, dtype, fold, onnx, scaling_factor, shift_factor, latents, license_id, force
+            layout,
+            dtype,
+            fold,
+            onnx,
+            scaling_factor,
+            shift_factor,
+            latents,
+            per_channel,
+            license_id,
+            force,
         )
         settings.check(out)
         found = find_target(target, config, config_base, raw, allow_mismatch)

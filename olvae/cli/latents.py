@@ -79,7 +79,7 @@ def command(
     found = [
         find_target(target, config, raw=raw, allow_mismatch=allow_mismatch) for target in targets
     ]
-    folder = results_folder(out, targets[0], found[0].run)
+    folder = results_folder(out, targets[0], found[0].run, data)
     device = resolve_device(device)
     models = {target.name: target.load() for target in name_apart(found)}
     observer = InterpolatedFID(weights_dir) if ifid else Observer()

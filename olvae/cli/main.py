@@ -1,7 +1,9 @@
 """Run the command ``olvae``: collect the commands, print errors in one line, exit with a code."""
 
 import contextlib
+import itertools
 import logging
+import os
 import re
 import signal
 import sys
@@ -17,6 +19,7 @@ from olvae import __version__
 from olvae.cli import bench, configs, data, encode, evaluate, export, latents, reconstruct, train
 from olvae.cli.options import PREEMPTED, STOPPED, end_on, in_flags, name_flags, stop_code
 from olvae.config import ConfigError, key_places
+from olvae.config.reading import YAML
 from olvae.data.places import load
 from olvae.files import printable
 
@@ -74,6 +77,9 @@ PYTHONS_FORMAT = warnings.formatwarning
 # Options that take several values after one flag, as in latent-diffusion's commands.
 MANY_VALUES = ("--base", "-b")
 
+# Options that name an input, of which a second one would take the place of the first.
+ONE_INPUT = ("--data", "--fit", "--from", "--teacher")
+
 # Options that may stand without a value, and the value that they have then.
 ALONE = {"--zoo": evaluate.ALL}
 
@@ -94,9 +100,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Run; every error but one of --debug ends as a line and a code.
     try:
         arguments = repeat_flags([argument for argument in given if argument != "--debug"])
+        _check_one_input(arguments)
         command = typer.main.get_command(app)
         _keep_examples(command)
         name_flags(command, arguments)
+        _check_quotes(arguments)
         code = command(args=arguments, prog_name="olvae", standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         code = STOPPED
@@ -207,6 +215,38 @@ def repeat_flags(arguments: list[str]) -> list[str]:
             if argument in ALONE and follows.startswith("-"):
                 out.append(ALONE[argument])
     return out
+
+
+def _check_one_input(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for two inputs of one option: click would drop the first in silence."""
+    for flag in ONE_INPUT:
+        given = []
+        for argument, follows in pairwise([*arguments, ""]):
+            if argument == flag:
+                given.append(follows)
+            elif argument.startswith(f"{flag}="):
+                given.append(argument.partition("=")[2])
+        if len(given) > 1:
+            hint = ""
+            if flag in ("--data", "--fit"):
+                hint = "; a .txt list may name images of several folders"
+            raise ConfigError(f"{flag} is given twice, {', '.join(given)}: give one{hint}")
+
+
+def _check_quotes(arguments: Sequence[str]) -> None:
+    """Refuse ``--data a.png b.png``, which a shell makes of a pattern without quotes."""
+    if "--data" not in arguments:
+        return
+    following = arguments[arguments.index("--data") + 1 :]
+    kind = Path(following[0]).suffix if following else ""
+    alike = itertools.takewhile(lambda name: Path(name).suffix == kind, following)
+    files = [name for name in alike if os.path.isfile(name)]  # noqa: PTH113  # of any length
+    if kind not in ("", ".txt", *YAML) and len(files) > 1:
+        pattern = Path(files[0]).with_name(f"*{kind}")
+        raise ConfigError(
+            f"--data: {len(files)} files, of a pattern without quotes perhaps, which the shell "
+            f"expands: quote it, --data '{pattern}'"
+        )
 
 
 def _is_override(argument: str) -> bool:

@@ -1,5 +1,6 @@
 """Arguments, checks of values, exit codes and the progress bar that several commands share."""
 
+import os
 import re
 import signal
 import threading
@@ -134,6 +135,23 @@ def end_on(*numbers: int) -> None:
     if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
         for number in numbers:
             signal.signal(number, end)
+
+
+def ignore_echoes(numbers: Iterable[int], seconds: float, code: int) -> None:
+    """Let these signals do nothing for some seconds, and then end the process with this code.
+
+    The ones that are ignored stay so, as SIGHUP under nohup.
+    """
+    begun = time.monotonic()
+
+    def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (Python's signature)
+        if time.monotonic() - begun > seconds:
+            os._exit(code)
+
+    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+        for number in numbers:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, end)
 
 
 def stop_code() -> int:

@@ -63,7 +63,7 @@ def command(
 
     Example: olvae reconstruct olvae:photos-f8c12 photo.jpg
 
-    Example: olvae reconstruct demo photo.jpg holiday/ --out reconstructions
+    Example: olvae reconstruct demo photo.jpg photos/ --out reconstructions
     """
     check_applies("--seed", seed is not None, "--sample", sample)
     check_paths(target)
@@ -120,15 +120,15 @@ def app_command(
 ) -> None:
     """Look at autoencoders in a browser: drop an image, compare reconstructions, error, latents.
 
-    Needs open-litevae[app]. Serves this machine only, unless --host says otherwise; asks nothing of
-    the network.
+    Needs Gradio (pip install gradio). Serves this machine only, unless --host says otherwise; asks
+    nothing of the network.
 
     Example: olvae app olvae:photos-f8c12
 
     Example: olvae app demo diffusers:stabilityai/sd-vae-ft-mse --port 0
     """
     if importlib.util.find_spec("gradio") is None:
-        raise ConfigError("olvae app needs Gradio: pip install 'open-litevae[app]'")
+        raise ConfigError("olvae app needs Gradio: pip install gradio")
     check_paths(*targets)
 
     # Whether the address is free, before anything slow is imported. As servers do, take one whose

@@ -8,9 +8,11 @@ from typing import Annotated
 
 import typer
 
-from olvae.cli.options import PREEMPTED, STOPPED, check_paths, end_on, loading
+from olvae.cli.options import PREEMPTED, STOPPED, check_paths, end_on, ignore_echoes, loading
+from olvae.files import unread_output
 
 
+@unread_output()
 def command(
     overrides: Annotated[
         list[str] | None,
@@ -118,6 +120,9 @@ def command(
     # The flags that are given: nothing else is a local variable yet.
     given = {name: value for name, value in locals().items() if value is not None}
     end_on(signal.SIGUSR1)
+    # A closed terminal's, which nohup ignores.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        end_on(signal.SIGHUP)
     check_paths(data=data)
 
     # Read the config, and find its mistakes, before anything slow is imported.
@@ -127,6 +132,7 @@ def command(
     with loading():
         from olvae.devices import keep_freed_memory
         from olvae.launcher import local_rank
+        from olvae.training.callbacks import ECHO_S, SIGNALS
         from olvae.training.processes import is_first
         from olvae.training.run import ProcessDiedError, TrainingStopped, train
 
@@ -135,16 +141,20 @@ def command(
     try:
         run = train(plan)
     except TrainingStopped as stopped:
+        # The first process of a machine reports the stop: torchrun kills the others when one exits
+        # with an error, and the first one is the last to end.
+        code = PREEMPTED if stopped.preempted else STOPPED
+        if local_rank():
+            code = 0
+        # An echo of the signal would change the exit code, while Python ends as well.
+        ignore_echoes(SIGNALS, ECHO_S, code)
         if is_first():
             typer.echo(
                 f"continue with: olvae train --resume {quote(str(stopped.run.path))}", err=True
             )
-        # The first process of a machine reports the stop: torchrun kills the others when one exits
-        # with an error, and the first one is the last to end.
-        code = PREEMPTED if stopped.preempted else STOPPED
-        sys.exit(0 if local_rank() else code)
+        sys.exit(code)
     except ProcessDiedError as died:
-        if not died.run.last_checkpoint.is_file():
+        if not died.run.newest_checkpoint.is_file():
             raise
         raise ChildProcessError(
             f"{died}; continue with: olvae train --resume {quote(str(died.run.path))}"

@@ -49,6 +49,8 @@ SET_BY_TRAINING = {
     "default_root_dir": "the option logdir of olvae train",
     "use_distributed_sampler": "the data source",
     "enable_checkpointing": "lightning.callbacks (KeepCheckpoints)",
+    # They write the checkpoints, and join the processes of a launcher.
+    "plugins": "olvae train",
     "limit_train_batches": "lightning.trainer.max_steps",
     "overfit_batches": "lightning.trainer.max_steps",
     "fast_dev_run": "lightning.trainer.max_steps",
@@ -70,14 +72,15 @@ class ConfigError(ValueError):
         self.mistakes = mistakes
 
 
-def import_extra(module: str, extra: str, purpose: str) -> Any:
-    """Import a library of an extra; if it is missing, raise ConfigError with the pip command."""
+def import_extra(module: str, packages: str, purpose: str) -> Any:
+    """Import a library of an extra; if it is missing, raise ConfigError with the pip command.
+
+    ``packages``: names on PyPI of all that the purpose needs.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ConfigError(
-            f"{purpose} needs {module}: pip install 'open-litevae[{extra}]'"
-        ) from error
+        raise ConfigError(f"{purpose} needs {module}: pip install {packages}") from error
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -321,6 +324,12 @@ def _check_lightning(section: Any) -> Iterator[str]:
         if isinstance(trainer, Mapping):
             for key in SET_BY_TRAINING.keys() & trainer:
                 yield f"lightning.trainer.{key}: is set by {SET_BY_TRAINING[key]}; leave it out"
+            epochs = trainer.get("check_val_every_n_epoch")
+            if epochs not in (None, 1):
+                yield (
+                    f"lightning.trainer.check_val_every_n_epoch: {epochs}: a stream of images has "
+                    "no epochs, so nothing would be validated: set val_check_interval, in steps"
+                )
 
     # Callbacks and loggers: nodes by name. A logger gets the run's folder as save_dir.
     for key, filled_in in (("callbacks", ()), ("logger", ("save_dir",))):

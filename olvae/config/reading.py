@@ -20,7 +20,8 @@ ABSENT = object()
 RECIPES = Path(__file__).parent.parent / "recipes"
 # The largest config that is read; the longest recipe has 5 kB.
 CONFIG_BYTES = 2**21
-
+# Of lists and mappings in a received config; the deepest recipe has 7.
+MAX_DEPTH = 50
 
 YAML = (".yaml", ".yml")
 
@@ -116,13 +117,25 @@ def _yaml(path: Path, received: bool = False) -> DictConfig:
     try:
         if path.stat().st_size > CONFIG_BYTES:
             raise ConfigError(f"{path}: larger than {CONFIG_BYTES >> 20} MiB, which no config is")
+
+        # Refuse what takes memory or time without limit, at its first sign: events come one by one.
         if received:
-            events = yaml.parse(path.read_text("utf-8"))
-            if any(isinstance(event, yaml.AliasEvent) for event in events):
-                raise ConfigError(
-                    f"{path}: YAML aliases, which may repeat without limit: "
-                    "refused in a received config"
-                )
+            depth = 0
+            for event in yaml.parse(path.read_text("utf-8")):
+                if isinstance(event, yaml.AliasEvent):
+                    raise ConfigError(
+                        f"{path}: YAML aliases, which may repeat without limit: "
+                        "refused in a received config"
+                    )
+                if isinstance(event, yaml.CollectionStartEvent):
+                    depth += 1
+                elif isinstance(event, yaml.CollectionEndEvent):
+                    depth -= 1
+                if depth > MAX_DEPTH:
+                    raise ConfigError(
+                        f"{path}: lists and mappings more than {MAX_DEPTH} deep: "
+                        "refused in a received config"
+                    )
         part = OmegaConf.load(path)
     except (
         yaml.YAMLError,

@@ -1,8 +1,9 @@
 """Check a source of images before training: files, sizes, shards and speed."""
 
 import contextlib
+import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -14,8 +15,8 @@ from PIL import Image
 
 from olvae.config import instantiate
 from olvae.config.reading import is_local
-from olvae.data.dataset import ImageDataset
-from olvae.data.image import MultiBand, Photo
+from olvae.data.dataset import ImageDataset, MappedSource
+from olvae.data.image import MultiBand, Photo, image_to_tensor
 from olvae.data.opening import open_images
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import (
@@ -29,14 +30,16 @@ from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards, incomplete
 from olvae.data.shards.latent_files import STATS
 from olvae.data.shards.tar_reading import Shard, read_shard
+from olvae.data.shards.webdataset import ShardSource
 from olvae.data.source import LoaderProcess, Source
 from olvae.devices import seconds_per_image
-from olvae.files import file_sha256, printable
+from olvae.files import file_sha256, list_skipped, printable
 from olvae.pool import OnProgress, SharedProgress, run_in_processes
 
 MEASURE_S = 3.0  # seconds for which the reading speed is measured
 IMAGES_PER_TASK = 64
 PRINTED_NAMES = 10
+ROWS_AT_A_TIME = 256  # of a picture that is hashed
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,8 @@ class AuditResult:
     images: int
     unreadable: list[ReadError]
     kinds: dict[str, int] = field(default_factory=dict)  # images by format and mode
+    # images by colour profile, of those whose profile is not sRGB
+    profiles: dict[str, int] = field(default_factory=dict)
     # min, median and max of sides and their ratios
     spreads: dict[str, dict[str, float]] = field(default_factory=dict)
     smaller: int = 0  # images smaller than ``size``, which training and evaluation would enlarge
@@ -121,6 +126,9 @@ def audit_source(
             found.images += part.images
             found.unreadable += part.unreadable
             found.shards += part.shards
+            found.pixels += part.pixels
+            found.profiles += part.profiles
+            found.profile_errors += part.profile_errors
 
     # Facts, notes and problems.
     result = _summarise(src, size, found)
@@ -131,6 +139,7 @@ def audit_source(
             result.problems.append(f"{error.name}: this folder can't be opened: {error.reason}")
     result.problems += reasons
     _check_images(result, channels, max_unreadable, pixel_range)
+    _check_held_out(result, source, found)
 
     # Reading speed; too many unreadable images raise a ValueError.
     if source is not None and result.images > len(result.unreadable):
@@ -164,8 +173,12 @@ class _Found:
     images: list[tuple[int, int, str]] = field(default_factory=list)
     unreadable: list[ReadError] = field(default_factory=list)
     shards: list[ShardFacts] = field(default_factory=list)
+    # A path or, in a shard, its URL; the image's name; a hash of its pixels.
+    pixels: list[tuple[str, str, str]] = field(default_factory=list)
+    profiles: Counter[str] = field(default_factory=Counter)  # names of those that are not sRGB
+    profile_errors: Counter[str] = field(default_factory=Counter)  # why they can't be used
 
-    def decode(self, open_photo: Callable[[], Photo], name: str) -> None:
+    def decode(self, open_photo: Callable[[], Photo], name: str, place: str) -> None:
         try:
             photo = open_photo()
             picture = photo.read()
@@ -179,11 +192,22 @@ class _Found:
         kind = f"{photo.format or in_memory} {photo.mode or values}".strip()
         self.images.append((*picture.size, kind))
 
+        # The pixels, some rows at a time.
+        digest = hashlib.sha256(f"{picture.size}".encode())
+        for top in range(0, picture.height, ROWS_AT_A_TIME):
+            box = (0, top, picture.width, min(top + ROWS_AT_A_TIME, picture.height))
+            digest.update(image_to_tensor(picture.crop(box)).numpy().data)
+        self.pixels.append((place, name, digest.hexdigest()))
+        self.profiles.update(filter(None, [photo.profile]))
+        self.profile_errors.update(filter(None, [photo.profile_error]))
+
 
 def _read_images(images: ImageDataset, indices: range, progress: SharedProgress) -> _Found:
     found = _Found()
     for index in indices:
-        found.decode(partial(images.__getitem__, index), images.key(index))
+        key = images.key(index)
+        place = str(images.paths[index]) if isinstance(images, Files) else key
+        found.decode(partial(images.__getitem__, index), key, place)
         progress.advance()
     return found
 
@@ -197,7 +221,8 @@ def _read_shard(
         if isinstance(entry, ReadError):
             reasons.append(entry.reason)
         else:
-            found.decode(partial(Photo, entry.data, entry.name, channels, pixel_range), entry.key)
+            photo = partial(Photo, entry.data, entry.name, channels, pixel_range)
+            found.decode(photo, entry.key, url)
             progress.advance()
     has_index = is_local(url) and Path(url).is_file() and Path(url).with_name(INDEX).is_file()
     digest = file_sha256(Path(url)) if has_index else None
@@ -225,6 +250,18 @@ def _summarise(source: str, size: Size, found: _Found) -> AuditResult:
             f"{result.smaller} images are smaller than {crops} and would be enlarged"
         )
 
+    # Colours: profiles that change them, and some that can't.
+    result.profiles = dict(found.profiles.most_common())
+    if result.profiles:
+        result.notes.append(
+            f"converted to sRGB by their colour profile: {_counts(result.profiles)}"
+        )
+    if found.profile_errors:
+        result.notes.append(
+            "left as they are, because their colour profile can't be used: "
+            f"{_counts(found.profile_errors)}"
+        )
+
     # How sizes and shapes spread.
     sizes = {
         "width": width,
@@ -236,6 +273,13 @@ def _summarise(source: str, size: Size, found: _Found) -> AuditResult:
         spread = {"min": v.min(), "median": np.median(v), "max": v.max()}
         result.spreads[name] = {key: round(float(value), 4) for key, value in spread.items()}
     return result
+
+
+def _counts(kinds: Mapping[str, int]) -> str:
+    """List the ten most common kinds with their counts, and count the others."""
+    common = [f"{count:,} {kind}" for kind, count in Counter(kinds).most_common(10)]
+    more = f", and {len(kinds) - 10:,} more" if len(kinds) > 10 else ""
+    return ", ".join(common) + more
 
 
 def _check_images(
@@ -254,8 +298,34 @@ def _check_images(
             f"more than `max_unreadable` {max_unreadable:g}"
         )
     if not pixel_range.eight_bits and len(result.kinds) > 1:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in result.kinds.items())
-        result.problems.append(f"several kinds of pixels, which can't share a batch: {kinds}")
+        result.problems.append(
+            f"several kinds of pixels, which can't share a batch: {_counts(result.kinds)}"
+        )
+
+
+def _check_held_out(result: AuditResult, source: Source | None, found: _Found) -> None:
+    """Add validation images whose pixels are those of a training image to the problems."""
+    parts: list[set[str]] = []  # places of training, and of validation
+    if isinstance(source, ShardSource):
+        parts = [{shard.url for shard in shards} for shards in (source.train, source.val)]
+    elif isinstance(source, MappedSource):
+        files = [part for part in (source.train, source.val) if isinstance(part, Files)]
+        parts = [{str(path) for path in part.paths} for part in files]
+    if len(parts) < 2:
+        return
+    trained, held_out = parts
+
+    # A training image by its pixels, then the validation images that are one.
+    names = {digest: name for place, name, digest in found.pixels if place in trained}
+    copies = []
+    for place, name, digest in sorted(found.pixels):
+        if place in held_out and digest in names:
+            copies.append((name, f"the pixels of {names[digest]}"))
+    if copies:
+        result.problems.append(
+            f"{len(copies)} of the validation images are training images as well: "
+            f"{list_skipped(copies)}: keep one of each"
+        )
 
 
 def _check_shards(result: AuditResult, folders: Sequence[Path]) -> None:
@@ -335,8 +405,8 @@ def _facts(result: AuditResult) -> dict[str, str]:
     readable = "all readable"
     if lost:
         readable = f"{lost:,} of them unreadable ({lost / result.images:.2%})"
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in result.kinds.items())
-    facts = {"images": f"{result.images:,}, {readable}", "files": kinds or "-"}
+    kinds = _counts(result.kinds) or "-"
+    facts = {"images": f"{result.images:,}, {readable}", "files": kinds}
 
     # Sizes, and what they mean for crops.
     for name, spread in result.spreads.items():

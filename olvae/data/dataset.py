@@ -38,6 +38,10 @@ class ImageDataset(ABC):
         """A picture's key, and a file's size and time: a repeated command sees changes by it."""
         return self.key(index)
 
+    def identity(self, index: int) -> str:
+        """A picture's key, and a file's size: the same for a copy of the data."""
+        return self.key(index)
+
     @abstractmethod
     def __getitem__(self, index: int) -> Photo:
         """Raises UnreadableImageError if the picture can't be read."""
@@ -58,6 +62,9 @@ class Subset(ImageDataset):
 
     def state(self, index: int) -> str:
         return self.images.state(self.indices[index])
+
+    def identity(self, index: int) -> str:
+        return self.images.identity(self.indices[index])
 
     def __getitem__(self, index: int) -> Photo:
         return self.images[self.indices[index]]
@@ -156,6 +163,9 @@ class MappedSource(Source):
     def test_set(self) -> ImageDataset:
         return self.val
 
+    def val_identities(self) -> Iterator[str]:
+        return (self.val.identity(index) for index in range(len(self.val)))
+
     def describe(self) -> str:
         return f"{len(self.train)} training, {len(self.val)} validation and test images"
 
@@ -215,33 +225,6 @@ def sample_photographs(
     return InMemory([(path.name, read_picture(path)) for path in paths], channels)
 
 
-def _tiles(paths: Sequence[Path], size: Size) -> ImageDataset:
-    """Shrink photographs until two tiles cover them, and cut whole tiles around the centre.
-
-    Smaller photographs are cut as they are. One smaller than a tile is cut into the largest
-    windows of the tile's shape.
-    """
-    tiles: list[tuple[str, Picture]] = []  # by name
-    sides = Sides.of(size)
-    for path in paths:
-        # Shrink the photograph; the tiles of a small one are as large as it allows.
-        image = read_picture(path)
-        if image.height > 2 * sides.height and image.width > 2 * sides.width:
-            image = resize_shorter_side(image, [2 * side for side in sides])
-        share = min(1.0, image.height / sides.height, image.width / sides.width)
-        high = max(1, round(share * sides.height))
-        wide = max(1, round(share * sides.width))
-
-        # Cut the tiles, row by row; the margins on both sides are equal.
-        for row in range(image.height // high):
-            for column in range(image.width // wide):
-                left = image.width % wide // 2 + column * wide
-                top = image.height % high // 2 + row * high
-                tile = image.crop((left, top, left + wide, top + high))
-                tiles.append((f"{path.name}/{row}-{column}", tile))
-    return InMemory(tiles)
-
-
 class SamplePhotographs(MappedSource):
     """52 photographs to train on and 8 held out, which come with this package.
 
@@ -273,7 +256,25 @@ class SamplePhotographs(MappedSource):
     ) -> None:
         transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
         train = sample_photographs(PHOTOGRAPHS)
-        val = _tiles(HELD_OUT, size)
+        tiles: list[tuple[str, Picture]] = []  # by name
+        sides = Sides.of(size)
+        for path in HELD_OUT:
+            # Shrink the photograph; the tiles of a small one are as large as it allows.
+            image = read_picture(path)
+            if image.height > 2 * sides.height and image.width > 2 * sides.width:
+                image = resize_shorter_side(image, [2 * side for side in sides])
+            share = min(1.0, image.height / sides.height, image.width / sides.width)
+            high = max(1, round(share * sides.height))
+            wide = max(1, round(share * sides.width))
+
+            # Cut the tiles, row by row; the margins on both sides are equal.
+            for row in range(image.height // high):
+                for column in range(image.width // wide):
+                    left = image.width % wide // 2 + column * wide
+                    top = image.height % high // 2 + row * high
+                    tile = image.crop((left, top, left + wide, top + high))
+                    tiles.append((f"{path.name}/{row}-{column}", tile))
+        val = InMemory(tiles)
         super().__init__(
             train, val, transform, batch_size, num_workers, samples_per_image=crops_per_photograph
         )

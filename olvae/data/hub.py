@@ -1,4 +1,4 @@
-"""Data sets of torchvision and of the Hugging Face hub (the latter with the extra ``hf``)."""
+"""Data sets of torchvision and of the Hugging Face hub (the latter with ``datasets``)."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -245,7 +245,7 @@ def load_table(path: str | Path, split: str, **arguments: Any) -> Any:
     ``arguments`` are passed on to ``datasets.load_dataset``. Raises ConfigError: a saved folder has
     no such split.
     """
-    datasets = import_extra("datasets", "hf", "HuggingFaceSource")
+    datasets = import_extra("datasets", "datasets", "HuggingFaceSource")
 
     # A folder that save_to_disk wrote; load_dataset does not read those.
     if Path(path, "dataset_dict.json").is_file() or Path(path, "state.json").is_file():

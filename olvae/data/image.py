@@ -22,6 +22,7 @@ from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.data.pixels.arrays import array_suffix, read_array
+from olvae.data.pixels.colour_profiles import PROFILE_ERRORS, convert_to_srgb, read_profile
 from olvae.data.pixels.size_and_range import (
     AS_STORED,
     EIGHT_BIT_FILE,
@@ -146,6 +147,14 @@ FORMATS = (
 NEW_SUBFILE_TYPE = 254  # a TIFF's tag: bit 0 is set for a smaller copy, bit 2 for a mask
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
+# Most pixels that a byte of a file can hold. A block of 8 x 8 of a JPEG takes two bits, of a
+# progressive one a bit. A code of a GIF has 12 bits, and stands for 4096 pixels at most.
+PIXELS_A_BYTE = {"JPEG": 256, "MPO": 256, "GIF": 2731}
+PIXELS_A_BYTE_PROGRESSIVE = 512
+
+# Pixels that are converted at a time, so that few copies of a large picture are in memory.
+STRIP_PIXELS = 2**22
+
 
 class Photo:
     """A picture whose header has been read; its pixels are decoded by :meth:`read`.
@@ -173,6 +182,10 @@ class Photo:
         self.pixel_range = pixel_range
         self.suffix = "npy"  # of an array's file, without the dot
         self.nodata: float | None = None  # the value that the file itself declares as missing
+        self.pages = 0  # of a TIFF, if they became its channels
+        # After reading: the name of a colour profile other than sRGB, or why it could not be used.
+        self.profile: str | None = None
+        self.profile_error: str | None = None
         self._image: Picture
         self._orientation = 1
 
@@ -181,6 +194,7 @@ class Photo:
             self._image = self._open(content)
             # Before EXIF is read: that decodes a PNG, which may be a decompression bomb.
             check_size(*self._image.size)
+            self._check_bytes()
             if isinstance(self._image, Image.Image):
                 self._orientation = _orientation(self._image)
 
@@ -227,10 +241,12 @@ class Photo:
         """Pillow's name for the pixels in the file, for example RGB or I;16; None for an array."""
         return self._image.mode if isinstance(self._image, Image.Image) else None
 
-    def read(self, shrink: int = 1) -> Picture:
-        """Decode the pixels and turn them upright.
+    def read(self, shrink: int = 1, masks: bool = False) -> Picture:
+        """Decode the pixels, turn them upright, and convert them to sRGB by the file's profile.
 
-        A JPEG is decoded at 1/shrink (1, 2, 4 or 8) of its size, rounded up, which is faster.
+        Pixels stay as they are if the profile can't be used, and those of ``masks``, which are no
+        colours. A JPEG is decoded at 1/shrink (1, 2, 4 or 8) of its size, rounded up, which is
+        faster.
 
         Raises UnreadableImageError: the file is broken.
         """
@@ -242,19 +258,64 @@ class Photo:
                 image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
             image.load()
             upright = image if self._orientation == 1 else ImageOps.exif_transpose(image)
+            profile = None if masks else image.info.get("icc_profile")
 
-            # Any mode of Pillow becomes one of MODES, by the rules of :func:`read_picture`.
-            mode = MODES[self.channels]
-            if upright.mode in WITH_ALPHA or "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-                if mode == "RGBA":
-                    return upright
-                white = Image.new("RGBA", upright.size, "white")
-                upright = Image.alpha_composite(white, upright)
-            rgb = upright if upright.mode == "RGB" else upright.convert("RGB")
-            return rgb if mode == "RGB" else rgb.convert(mode)
+            # A large picture in strips of rows.
+            width, height = upright.size
+            rows = max(1, STRIP_PIXELS // width)
+            if height <= rows or (upright.mode == MODES[self.channels] == "RGB" and not profile):
+                return self._converted(upright, profile)
+            whole = Image.new(MODES[self.channels], upright.size)
+            for top in range(0, height, rows):
+                box = (0, top, width, min(top + rows, height))
+                whole.paste(self._converted(upright.crop(box), profile), box)
+            return whole
         except Exception as error:  # decoders raise all kinds for a broken file
             raise UnreadableImageError(self.name, _reason(error)) from error
+
+    def _check_bytes(self) -> None:
+        """Raise ValueError if a file is too small for the pixels that its header claims."""
+        if not isinstance(self._image, Image.Image) or self.format not in PIXELS_A_BYTE:
+            return
+        if isinstance(self.content, Path):
+            size = self.content.stat().st_size
+        elif isinstance(self.content, bytes):
+            size = len(self.content)
+        else:
+            return
+        most = PIXELS_A_BYTE[self.format]
+        if self._image.info.get("progressive"):
+            most = PIXELS_A_BYTE_PROGRESSIVE
+        width, height = self._image.size
+        if width * height > most * size:
+            raise ValueError(
+                f"its header claims {width}x{height} pixels, more than its {size} bytes can hold"
+            )
+
+    def _converted(self, image: Image.Image, profile: bytes | None) -> Image.Image:
+        """Any mode of Pillow as one of MODES, by the rules of :func:`read_picture`."""
+        # To sRGB; unchanged if the profile can't be used.
+        if profile:
+            try:
+                known = read_profile(profile)
+                converted = convert_to_srgb(image, known)
+            except PROFILE_ERRORS as error:
+                self.profile_error = reason(error)
+            else:
+                if converted is not image:
+                    self.profile = known.name
+                image = converted
+
+        # The mode, any transparency over white.
+        mode = MODES[self.channels]
+        if image.mode in WITH_ALPHA or "transparency" in image.info:
+            image = image.convert("RGBA")
+            if mode == "RGBA":
+                return image
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image)
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        return rgb if mode == "RGB" else rgb.convert(mode)
 
     def missing(self, values: NDArray[np.generic]) -> NDArray[np.bool_]:
         """A mask of the values that are not finite, or that the file declares as missing."""
@@ -299,7 +360,7 @@ class Photo:
         channels = self.channels
         if self.pixel_range == AS_STORED and channels in MODES and suffix in (".tif", ".png"):
             channels = 0
-        array, self.nodata = read_array(content, channels)
+        array, self.nodata, self.pages = read_array(content, channels)
         return stated_picture(array, self.pixel_range, self.nodata)
 
     def _array_suffix(self, content: Path | bytes) -> str | None:
@@ -328,9 +389,10 @@ def read_picture(
     """Read a picture, and turn it upright by its EXIF orientation.
 
     Without a stated range it has 8 bits per channel. Three channels are RGB: transparent pictures
-    are laid over white; greyscale, palette and CMYK are converted by Pillow; of a GIF the first
-    frame is read. One channel is the luma of this RGB; four are RGB and alpha. Any other number
-    of channels is read from a TIFF or a NumPy file, an array of uint8 of shape (H, W, channels).
+    are laid over white; greyscale, palette and CMYK are converted by Pillow, and colours of an
+    embedded profile to sRGB; of a GIF the first frame is read. One channel is the luma of this RGB;
+    four are RGB and alpha. Any other number of channels is read from a TIFF or a NumPy file, an
+    array of uint8 of shape (H, W, channels).
 
     With a range it is an array of :data:`~olvae.data.pixels.arrays.ARRAY_DTYPES`, (H, W, channels),
     as it is in the file.
@@ -488,7 +550,8 @@ class RandomScaleCrop:
         for factor in (2, 4, 8):
             if high >= factor * OVERSAMPLING * wanted.height:
                 shrink = factor
-        image = photo.read(shrink) if isinstance(photo, Photo) else photo
+        masks = are_for_masks(self.filters)
+        image = photo.read(shrink, masks) if isinstance(photo, Photo) else photo
 
         # Resize the window; its last column and row may reach beyond a shrunk picture.
         shrunk = round(width / image.width)  # 1, 2, 4 or 8

@@ -106,6 +106,9 @@ class MixSource(Source):
     def val_images(self) -> int | None:
         return total([source.val_images for source in self.sources])
 
+    def val_identities(self) -> Iterator[str]:
+        return (line for source in self.sources for line in source.val_identities())
+
     def describe(self) -> str:
         parts = zip(self.shares, self.sources, strict=True)
         return "; ".join(f"{share / CYCLE:.1%} {source.describe()}" for share, source in parts)

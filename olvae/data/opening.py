@@ -5,6 +5,8 @@ It is a folder of images or of .tar shards, a pattern or URL of either, a .txt l
 or a config.yaml.
 """
 
+import contextlib
+import glob
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,14 @@ from olvae.config.reading import YAML, is_local
 from olvae.data.dataset import ImageDataset, MappedSource, SamplePhotographs, sample_photographs
 from olvae.data.hub import Column, Items, load_table
 from olvae.data.image import RandomScaleCrop, are_for_masks
-from olvae.data.picture_folder import Files, find_folder, find_images, split_folders
+from olvae.data.picture_folder import (
+    Files,
+    find_folder,
+    find_images,
+    find_parts,
+    say_parts,
+    split_folders,
+)
 from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BITS, PixelRange, Size
 from olvae.data.places import find_source, holds_shards, load
 from olvae.data.read_errors import ReadError
@@ -32,10 +41,12 @@ def open_source(
     pixel_range: PixelRange = EIGHT_BITS,
     resized: bool = False,
 ) -> Source:
-    """Make a source that validates on all images of SRC; for a config, its own source.
+    """Make a source that validates on the images of SRC; for a config, its own source.
 
-    A config's images keep the config's size unless ``resized``. Unreadable images are skipped and
-    counted, however many they are, unless a config says otherwise.
+    They are all images, but of a folder with training and validation images the latter; a part
+    without images gives way to the other. A config's images keep the config's size unless
+    ``resized``. Unreadable images are skipped and counted, however many they are, unless a config
+    says otherwise.
 
     Raises ConfigError: SRC is not one of these. FileNotFoundError, ValueError: it has no images.
     """
@@ -53,8 +64,23 @@ def open_source(
     }
     if holds_shards(src):
         return WebDatasetSource(src, size, 1, num_workers, val_shards=src, **common)
-    images = open_images(src, channels, pixel_range)
-    return MappedSource(images, images, RandomScaleCrop(size), 1, num_workers, **common)
+
+    # A folder's two parts, of which one without images gives way to the other; or all of it.
+    parts: list[ImageDataset] = []
+    train, held_out = split_folders(src)
+    if held_out is not None:
+        rule = "{train} is evaluated, as {val} has no images"
+        for part in (train, held_out):
+            with contextlib.suppress(FileNotFoundError):
+                parts.append(open_images(str(part), channels, pixel_range))
+                if part == held_out:
+                    rule = "{val} is evaluated, and {train} is for training"
+        if parts:
+            say_parts(src, rule)
+    if not parts:
+        parts.append(open_images(src, channels, pixel_range))
+    crop = RandomScaleCrop(size)
+    return MappedSource(parts[0], parts[-1], crop, 1, num_workers, **common)
 
 
 def open_test_source(
@@ -86,19 +112,21 @@ def open_test_source(
 
 
 def trains_on(config: Config, src: str) -> bool:
-    """Whether SRC, a path or a pattern, overlaps a config's training data.
+    """Whether images that SRC evaluates, a path, a pattern or a list, are a config's for training.
 
     Single shards of these data are not noticed.
     """
-    if src == "samples" or ":" in src or Path(src).suffix in (*YAML, ".txt"):
+    if src == "samples" or ":" in src or Path(src).suffix in YAML:
         return False
-    given = Path(src).expanduser().resolve()
+    given = Path(split_folders(src)[1] or src).expanduser().resolve()
     params = (config.get("data") or {}).get("params") or {}
 
     # All places that the config's source, or the sources that it mixes, train on.
     nodes = [params, *(node.get("params") or {} for node in _mixed(params))]
     named: list[tuple[str, str]] = []
     for node in nodes:
+        if isinstance(node.get("root"), str) and _trains_on_files(node, src):
+            return True
         for name in ("root", "shards", "folder"):
             places = node.get(name)
             if not isinstance(places, list):
@@ -107,11 +135,28 @@ def trains_on(config: Config, src: str) -> bool:
                 if isinstance(place, str) and is_local(place):
                     named.append((name, place))
 
-    # A place inside SRC counts, and SRC inside a folder that is searched at any depth.
+    # A place inside SRC counts, and SRC inside a folder that is searched at any depth; of a list
+    # its files alone.
+    if given.suffix == ".txt" and not given.is_dir():
+        return False
     for name, place in named:
         trained = Path(split_folders(place)[0]).expanduser().resolve()
         if trained.is_relative_to(given) or (name == "root" and given.is_relative_to(trained)):
             return True
+    return False
+
+
+def _trains_on_files(node: Config, src: str) -> bool:
+    """Whether a folder source trains on a file of SRC, if one of the two is a list or a pattern."""
+    places = [Path(place).expanduser() for place in (node["root"], src)]
+    if not any(place.suffix == ".txt" or glob.has_magic(str(place)) for place in places):
+        return False
+    # The files may be gone, or there may be none.
+    with contextlib.suppress(OSError, ValueError):
+        parts = find_parts(node["root"], node.get("val_root"), node.get("val_fraction"))
+        given = find_images(split_folders(src)[1] or src)
+        trained = {path.resolve() for path in parts[0]}
+        return any(path.resolve() in trained for path in given)
     return False
 
 
@@ -136,6 +181,17 @@ def _mixed(params: Config) -> list[Config]:
     if isinstance(sources, list) and all(isinstance(part, dict) for part in sources):
         return sources
     return []
+
+
+def open_training_images(
+    src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS
+) -> ImageDataset:
+    """As :func:`open_images`, but of a folder with both parts the training images alone."""
+    train, held_out = split_folders(src)
+    if held_out is not None:
+        say_parts(src, "takes {train}, and {val} is held out: {path} takes that")
+        src = str(train)
+    return open_images(src, channels, pixel_range)
 
 
 def open_images(src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> ImageDataset:

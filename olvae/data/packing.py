@@ -15,9 +15,10 @@ from olvae.config import ConfigError
 from olvae.data.dataset import ImageDataset
 from olvae.data.hub import Items
 from olvae.data.image import MultiBand, Photo, image_to_tensor, resize_shorter_side
-from olvae.data.opening import open_images
+from olvae.data.opening import open_training_images
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import AS_STORED
+from olvae.data.places import check_outside
 from olvae.data.read_errors import ReadError, TooManyUnreadableError, UnreadableImageError
 from olvae.data.shards.index import INDEX, PACKING, Index, ShardRecord, is_begun
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
@@ -80,14 +81,19 @@ def pack(
     read, or none. OSError: a shard could not be written.
     """
     # What to pack, and whether an earlier run has packed all of it.
-    folder = Path(src).expanduser().resolve()
-    if folder.is_dir() and out.resolve().is_relative_to(folder):
-        raise ConfigError(f"`out` {out}: is inside the images' folder {src}: choose one beside it")
-    images = open_images(src, options.channels, AS_STORED)
+    check_outside(out, src)
+    images = open_training_images(src, options.channels, AS_STORED)
     if not options.shard_size:
         options = replace(options, shard_size=usual_shard_size(len(images)))
     shards = ResumableShards(out, PACKING)
-    digest = _source_digest(src, images, options)
+
+    # A hash of all that the shards depend on: the options, and names, sizes and times of files.
+    hashed = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
+    if not isinstance(images, Files):
+        hashed.update(src.encode())
+    for position in range(len(images)):
+        hashed.update(f"{images.state(position)}\0".encode(errors="surrogateescape"))
+    digest = hashed.hexdigest()
     if (out / INDEX).is_file():
         index = _read_index(out, digest)
         shards.remove_state()  # of a run that was killed while it removed it
@@ -160,16 +166,6 @@ def _check_unreadable(
             f"{lost} of {images} images can't be read, "
             f"more than `max_unreadable` {max_unreadable:g}: {names}"
         )
-
-
-def _source_digest(src: str, images: ImageDataset, options: PackOptions) -> str:
-    """Hash all that the shards depend on: the options, and names, sizes and times of files."""
-    digest = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
-    if not isinstance(images, Files):
-        digest.update(src.encode())
-    for index in range(len(images)):
-        digest.update(f"{images.state(index)}\0".encode(errors="surrogateescape"))
-    return digest.hexdigest()
 
 
 class _Packer:

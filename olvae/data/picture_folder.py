@@ -4,6 +4,7 @@ import glob
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -16,8 +17,9 @@ from olvae.data.read_errors import ReadError
 from olvae.files import file_state, legible, nearest_path, warn_once
 
 ESCAPED = re.compile(r"\[([*?[])\]")  # a character that a pattern means as it is: glob.escape's
+# Names of the two parts of a data set, in upper or lower case; an earlier one comes first.
 TRAIN_FOLDERS = ("train", "training")
-VAL_FOLDERS = ("val", "validation", "test")
+VAL_FOLDERS = ("val", "valid", "validation", "test")
 
 
 class Files(ImageDataset):
@@ -52,6 +54,10 @@ class Files(ImageDataset):
     def state(self, index: int) -> str:
         return f"{self.key(index)}\0{file_state(self.paths[index])}"
 
+    def identity(self, index: int) -> str:
+        # The time is left out: it is another one in a copy.
+        return f"{self.key(index)} {file_state(self.paths[index]).partition(' ')[0]}"
+
     def __getitem__(self, index: int) -> Photo:
         path = self.paths[index]
         return Photo(path, legible(str(path)), self.channels, self.pixel_range)
@@ -67,8 +73,8 @@ class FolderSource(MappedSource):
         size, batch_size, num_workers, max_unreadable, range: see
             :class:`~olvae.data.source.Source`.
         val_root: the validation and test images, in the same three ways. Without it, if root has
-            the folders ``train`` and ``val`` (or ``validation``, or ``test``), those are the two
-            parts.
+            the folders ``train`` and ``val`` (or ``valid``, ``validation``, or ``test``, in any
+            case), those are the two parts; the log names what else is there.
         val_fraction: without either, the share of the images that is held out, by a hash of the
             path below root, so that it does not change when images are added. By default 5 %, and
             at least 20 images or, of fewer than 100, a fifth: up to about 400 images, adding some
@@ -98,14 +104,12 @@ class FolderSource(MappedSource):
         range: RangeNode | None = None,  # noqa: A002
     ) -> None:
         # The files of both parts: of two folders, or of one, a fixed part of it held out.
+        train_paths, val_paths = find_parts(root, val_root, val_fraction)
         if val_root is None:
+            say_parts(root, "trains on {train}, and {val} is held out")
             root, val_root = split_folders(root)
-        paths = find_images(root)
         if val_root is None:
             val_root = root
-            train_paths, val_paths = _split(root, paths, val_fraction)
-        else:
-            train_paths, val_paths = paths, find_images(val_root)
 
         values = PixelRange.from_node(range)
         train = Files(train_paths, channels, (), values, find_folder(root))
@@ -157,8 +161,25 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
         raise FileNotFoundError(f"{root}: no such folder{nearest_path(path)}")
     if not paths:
         where = "in this folder" if path.is_dir() else "of this name"
-        raise FileNotFoundError(f"{root}: no images {where} (looked for {', '.join(EXTENSIONS)})")
+        raise FileNotFoundError(
+            f"{root}: no images {where} (looked for {', '.join(EXTENSIONS)}){_other_files(path)}"
+        )
     return paths
+
+
+def _other_files(folder: Path) -> str:
+    """End of a message that counts the files of a folder by their extensions, if there are any."""
+    kinds: Counter[str] = Counter()
+    for _, _, files in os.walk(folder):
+        for name in files:
+            stem, kind = os.path.splitext(name)  # noqa: PTH122
+            if kind in (".gz", ".bz2", ".xz"):
+                kind = os.path.splitext(stem)[1] + kind  # noqa: PTH122
+            kinds[kind.lower() or "without an extension"] += 1
+    if not kinds:
+        return ""
+    found = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
+    return f": it has {found}; convert them first, to PNG or TIFF for example"
 
 
 def find_folder(root: str | Path) -> Path | None:
@@ -219,23 +240,64 @@ def _without_sidecars(paths: list[Path]) -> list[Path]:
 def split_folders(root: str | Path) -> tuple[str | Path, str | Path | None]:
     """The folders of training and of validation images, if a data set has both."""
     folder = Path(root).expanduser()
+    names = [name for name in _folders_in(folder) if name.lower() in TRAIN_FOLDERS + VAL_FOLDERS]
 
-    # os.path.isdir is False in a folder that can't be entered, where Path.is_dir raises an error.
-    def first_of(names: Sequence[str]) -> str | None:
-        for name in names:
-            if os.path.isdir(folder / name):  # noqa: PTH112
-                return str(folder / name)
-        return None
+    def first_of(parts: Sequence[str]) -> str | None:
+        found = [name for name in names if name.lower() in parts]
+        if not found:
+            return None
+        return str(folder / min(found, key=lambda name: parts.index(name.lower())))
 
     train = first_of(TRAIN_FOLDERS)
     held_out = first_of(VAL_FOLDERS)
     return (train, held_out) if train and held_out else (root, None)
 
 
-def _split(
-    root: str | Path, paths: Sequence[Path], fraction: float | None
+def say_parts(root: str | Path, rule: str) -> None:
+    """Log what a command takes of a data set that has both parts, and what it leaves out.
+
+    ``rule`` has ``{train}`` and ``{val}`` in place of the parts' names, ``{path}`` of val's path.
+    """
+    train, val = (Path(part or root) for part in split_folders(root))
+    if train == val:
+        return
+    # The path last: it may have braces itself.
+    rule = rule.replace("{train}", f"{train.name}/").replace("{val}", f"{val.name}/")
+    line = f"{root}: {rule.replace('{path}', str(val))}"
+
+    # Other folders, and images beside both parts.
+    folder = Path(root).expanduser()
+    others = [f"{name}/" for name in _folders_in(folder) if name not in (train.name, val.name)]
+    images = sum(is_image_file(name) for name in os.listdir(folder))  # noqa: PTH208
+    if images:
+        others.append(f"{images} images beside them")
+    if others:
+        line += f"; left out: {', '.join(others)}"
+    warn_once(line)
+
+
+def _folders_in(folder: Path) -> list[str]:
+    """The names of the folders in a folder, sorted; none if it can't be opened."""
+    # os.path.isdir is False in a folder that can't be entered, where Path.is_dir raises an error.
+    try:
+        names = sorted(os.listdir(folder))  # noqa: PTH208
+    except OSError:
+        return []
+    shown = (name for name in names if name[0] != ".")
+    return [name for name in shown if os.path.isdir(folder / name)]  # noqa: PTH112
+
+
+def find_parts(
+    root: str | Path, val_root: str | Path | None = None, val_fraction: float | None = None
 ) -> tuple[list[Path], list[Path]]:
-    """Hold out about ``fraction`` of the paths, by their names' hash; defaults as hold_out()."""
+    """The files of training and of validation images; arguments as of :class:`FolderSource`."""
+    if val_root is None:
+        root, val_root = split_folders(root)
+    paths = find_images(root)
+    if val_root is not None:
+        return paths, find_images(val_root)
+
+    # Hold out about `val_fraction` of the paths, by their names' hash; defaults as hold_out().
     if len(paths) < 2:
         raise ValueError(
             f"{root}: one image can't be split into training and validation: "
@@ -258,8 +320,8 @@ def _split(
         places[path] = int.from_bytes(digest[:8], "big") / 2**64
 
     # The first places are held out, so adding images changes few of them.
-    share = sum(place < (fraction or VAL_FRACTION) for place in places.values())
-    count = bound_held_out(share, len(paths), fraction)
+    share = sum(place < (val_fraction or VAL_FRACTION) for place in places.values())
+    count = bound_held_out(share, len(paths), val_fraction)
     held_out = set(sorted(paths, key=places.__getitem__)[:count])
     train = [path for path in paths if path not in held_out]
     return train, [path for path in paths if path in held_out]

@@ -213,6 +213,13 @@ def holds_shards(src: str) -> bool:
     return True
 
 
+def check_outside(out: Path, src: str) -> None:
+    """Raise ConfigError if results would be among the images of a folder."""
+    folder = Path(src).expanduser().resolve()
+    if folder.is_dir() and out.resolve().is_relative_to(folder):
+        raise ConfigError(f"`out` {out}: is inside the images' folder {src}: choose one beside it")
+
+
 def is_shard(name: str) -> bool:
     """Whether a file is a shard by its name; not ``._x.tar``, which macOS puts beside x.tar."""
     return name.endswith(SUFFIXES) and not name.startswith(".")

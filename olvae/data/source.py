@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 from olvae.data.image import EvalTransform, Photo, image_to_tensor
 from olvae.data.pixels.size_and_range import PixelRange, RangeNode, Sides, Size
 from olvae.data.read_errors import ReadError, ReadErrors, UnreadableImages
+from olvae.files import lines_sha256
 from olvae.launcher import this_process
 from olvae.library_internals import stop_workers
 
@@ -120,7 +121,7 @@ class Sample(NamedTuple):
 
 def eval_sample(photo: Photo, key: str, transform: EvalTransform) -> Sample:
     """Read an image for validation. Raises UnreadableImageError: its file is broken."""
-    picture = photo.read()
+    picture = photo.read(masks=transform.resample == "nearest")
     return Sample(image_to_tensor(transform(picture)), key, enlarged=transform.enlarges(picture))
 
 
@@ -155,6 +156,8 @@ class Source(ABC):
     image_key: str | None = None
     # whether each rank validates on every n-th image, which makes its loader's length known
     shares_evenly = False
+    # batches of each of so many ranks that a training's validation takes; None for all images
+    val_limit: tuple[int, int] | None = None
 
     def __init__(
         self,
@@ -226,6 +229,47 @@ class Source(ABC):
     def describe_val_images(self) -> str:
         """How the validation images are made, for the evaluation's protocol."""
         return self.crops or self.eval_transform.describe()
+
+    def val_identities(self) -> Iterator[str]:
+        """What tells the validation images from others: names, sizes of files, as far as known."""
+        yield f"{self.val_images} images"
+
+    def describe_val_set(self) -> str:
+        """Name the images that training validates on: number, size, and a digest of them.
+
+        Two scores are of the same images if their texts are equal.
+        """
+        limit = ""
+        lines = [self.describe_val_images(), *self.val_identities()]
+        if self.val_limit is not None:
+            batches, world = self.val_limit
+            limit = f"{batches} batches of {self.batch_size} x {world} processes, of "
+            # Where ranks do not take every n-th image, each loader process has a part of its own.
+            lines.append("" if self.shares_evenly else f"{self.num_workers} loader processes")
+        number = "an unknown number of" if self.val_images is None else self.val_images
+        return f"{limit}{number} images, {self.size}, {lines_sha256(lines)[:16]}"
+
+    def validated(self) -> Iterator[Sample]:
+        """Samples of the images that training validates on, over all ranks."""
+        if self.val_limit is None:
+            yield from self.once(LoaderProcess())
+            return
+        batches, world = self.val_limit
+        workers = max(1, self.num_workers)
+        for rank in range(world):
+            readers = [
+                self.once(LoaderProcess(worker, workers, rank, world, self.batch_size))
+                for worker in range(workers)
+            ]
+            # A loader takes a batch of each process in turn, and leaves out unreadable ones.
+            left = batches
+            while readers and left:
+                reader = readers.pop(0)
+                batch = list(islice(reader, self.batch_size))
+                if batch:
+                    readers.append(reader)
+                    left -= any(sample.image is not None for sample in batch)
+                    yield from batch
 
     def evaluate_with(self, transform: EvalTransform) -> None:
         """Make the validation images like this; only masks stay resized by nearest."""
@@ -401,10 +445,10 @@ def _collate(tensor: str, samples: Sequence[Sample]) -> dict[str, Any]:
 
 # The argument is in torch's signature.
 def _leave_interrupts_to_the_trainer(worker: int) -> None:  # noqa: ARG001
-    """Let workers survive Ctrl-C and a scheduler's SIGTERM or SIGUSR1 until the step is done.
+    """Let workers survive the signals that stop a training until its step is done.
 
     A second SIGTERM ends a worker: its loader sends it to one that does not end by itself.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, lambda *_: os._exit(0)))

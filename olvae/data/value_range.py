@@ -41,6 +41,7 @@ class Measured:
     missing: float  # share of the values that are not finite, or that their file names as missing
     unreadable: list[ReadError] = field(default_factory=list)
     nodata: float | None = None  # the value that the files name as missing, if they name just one
+    stack: str | None = None  # a file whose channels are pages, perhaps slices of a stack
 
     def line(self) -> str:
         """``range: ...`` for a config: from percentile .1 to 99.9, for all channels or each."""
@@ -71,6 +72,7 @@ def measure_range(src: str, images: int = 200) -> Measured:
     parts: list[NDArray[np.float64]] = []  # of each image (C, some values)
     unreadable: list[ReadError] = []
     nodata: set[float] = set()
+    stack = None
     for open_photo in _openers(src, images):
         if len(parts) == images:
             break
@@ -80,6 +82,8 @@ def measure_range(src: str, images: int = 200) -> Measured:
         except UnreadableImageError as error:
             unreadable.append(error.read_error())
             continue
+        if photo.pages:
+            stack = photo.name
         kinds[str(values.dtype).removeprefix("torch.")] += 1
 
         # Every so many values of each channel; NaN where they are missing.
@@ -111,7 +115,8 @@ def measure_range(src: str, images: int = 200) -> Measured:
     channels = zip(together, finite, strict=True)
     rows = np.stack([np.percentile(row[good], PERCENTILES) for row, good in channels])
     named = nodata.pop() if len(nodata) == 1 else None
-    return Measured(len(parts), dict(kinds), rows, float(1.0 - finite.mean()), unreadable, named)
+    missing = float(1.0 - finite.mean())
+    return Measured(len(parts), dict(kinds), rows, missing, unreadable, named, stack)
 
 
 def _openers(src: str, count: int) -> Iterator[Callable[[], Photo]]:

@@ -4,6 +4,8 @@ import base64
 import io
 import math
 import re
+from collections import Counter
+from collections.abc import Sequence
 from string import ascii_uppercase
 from typing import Any
 
@@ -16,6 +18,7 @@ from olvae.evaluation.cells import NONE, Cell, Table, headings, significant
 from olvae.evaluation.results import Results
 from olvae.figures import rgb
 from olvae.metrics import METRICS
+from olvae.runs import FOLDER_NAME
 
 ARROWS = {"higher": "\N{NO-BREAK SPACE}↑", "lower": "\N{NO-BREAK SPACE}↓"}
 
@@ -28,6 +31,8 @@ class Page:
 
     def __init__(self, results: Results) -> None:
         self.results = results
+
+        self._names = shown_names([row.target for row in results.table])
 
         # Badges: a letter, and one of seven colours of the style sheet, which bars use as well.
         self.colours: dict[str, int] = {}
@@ -44,7 +49,11 @@ class Page:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._environment.filters.update(significant=significant, breakable=breakable)
+        self._environment.filters.update(
+            significant=significant,
+            shown=self.shown,
+            breakable=lambda target: breakable(self.shown(target)),
+        )
         self._environment.globals.update(
             results=results,
             colours=self.colours,
@@ -66,11 +75,31 @@ class Page:
             return Markup()
         return self.render("table.html", content=table, label=label, caption=caption)
 
+    def shown(self, text: str) -> str:
+        """Write the folders of runs in a target, or in a sentence about targets, as on the page."""
+        return FOLDER_NAME.sub(lambda match: self._names.get(match[0], match[0]), text)
+
     def mark(self, target: str) -> Markup:
         """Render a target's letter in its colour."""
         return Markup('<span class="badge c{}">{}</span>').format(
             self.colours[target], self._letters[target]
         )
+
+
+def shown_names(targets: Sequence[str]) -> dict[str, str]:
+    """Map the folders of runs in the targets to the runs' names.
+
+    With the time where two have one name; as they are where two have that too.
+    """
+    folders = {match[0]: match for target in targets for match in FOLDER_NAME.finditer(target)}
+    shown: dict[str, str] = {}
+    for form in ("{1}", "{1} ({0})"):
+        names = {folder: form.format(*match.groups()) for folder, match in folders.items()}
+        counts = Counter([*targets, *shown.values(), *names.values()])
+        for folder, name in names.items():
+            if counts[name] == 1:
+                shown.setdefault(folder, name)
+    return shown
 
 
 def side_limit(pictures: int) -> int:

@@ -34,6 +34,9 @@ from olvae.metrics import METRICS
 
 MISSING = "a network is not here: metrics.md says which file to put where"
 
+# A cell that starts so is a formula to spreadsheets, or a text with an apostrophe in front.
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
+
 # Their versions are on the page.
 PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "lpips", "diffusers", "pillow", "numpy")
 
@@ -94,8 +97,13 @@ def write_csv(results: Results, path: Path) -> None:
     """Write per_image.csv: target, key, and the metrics of single images; a line per both.
 
     Numbers have all their digits, an infinite PSNR is ``inf``, a metric that a target lacks is
-    empty. UTF-8; the bytes of a file name that is not UTF-8 are kept.
+    empty. UTF-8; the bytes of a file name that is not UTF-8 are kept. Spreadsheets run a cell that
+    starts as a formula: such a name gets an apostrophe in front, and so does one that has it.
     """
+
+    def inert(name: str) -> str:
+        return f"'{name}" if name.startswith(FORMULA) else name
+
     names = list(dict.fromkeys(name for row in results.rows for name in row.per_image))
     with (
         atomic_write(path) as partial,
@@ -107,7 +115,7 @@ def write_csv(results: Results, path: Path) -> None:
             columns = [row.per_image.get(name, {}) for name in names]
             for key in sorted(set[str]().union(*columns)):
                 values = [column.get(key) for column in columns]
-                writer.writerow([row.target, key, *values])
+                writer.writerow([inert(row.target), inert(key), *values])
 
 
 def write_files(

@@ -205,9 +205,11 @@ def observe(
     """
     # Batches: every round trip sees the same images.
     digests: dict[str, bytes] = {}
+    read = 0
     for batch in batches:
         keys = batch["key"]
         x = batch["image"]
+        read += len(keys)
         for key, image in zip(keys, x, strict=True):
             pixels = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
             digests[key] = hashlib.sha256(pixels).digest()
@@ -225,10 +227,10 @@ def observe(
 
     # Merge: the first process gets the states of all, its own among them.
     states = {key: metric.state() for key, metric in metrics.items()}
-    parts = gather((digests, states, [observer.state() for observer in observers]))
+    parts = gather((digests, states, [observer.state() for observer in observers], read))
     if parts is None:
         return None
-    for part, measured, observed in parts:
+    for part, measured, observed, _ in parts:
         digests.update(part)
         for subject_and_draw, state in measured.items():
             metrics[subject_and_draw].merge(state)
@@ -236,6 +238,14 @@ def observe(
             observer.merge(state)
     if not digests:
         raise ValueError("the test set has no images that can be read")
+
+    # A list may name a file twice: its key is read again.
+    read = sum(count for *_, count in parts)
+    if read > len(digests):
+        warn_once(
+            f"{read} images were read, {len(digests)} are measured: the others repeat a key, such "
+            "as a line of a list, and count once"
+        )
     return digests
 
 

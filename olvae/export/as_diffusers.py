@@ -104,7 +104,7 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         # A run or a checkpoint has no config.json: say what to name in place of it.
         given = str(pretrained_model_name_or_path)
         run = Run(Path(given if Path(given).is_dir() else find_run(given)))
-        if Path(given).is_file() or run.last_checkpoint.is_file():
+        if Path(given).is_file() or run.newest_checkpoint.is_file():
             raise ValueError(
                 f"{given}: diffusers loads exports: name the folder that olvae export writes of it"
             )
@@ -152,6 +152,7 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         plain = LiteVAE(self.encoder, self.decoder, self.quantizer)
         plain.folded = self.config["folded"]
         plain.pixel_range = PixelRange.from_node(self.config.get("pixel_range"), "pixel_range")
+        plain.pixel_range.check_channels(plain.in_channels, "pixel_range")
         plain.set_for_diffusion({name: self.config[name] for name in FOR_DIFFUSION})
         plain.training = self.training  # its halves, which are this module's own, keep theirs
         return plain

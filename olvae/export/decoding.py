@@ -1,10 +1,11 @@
 """Decode shards of latents to files of images."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
-from typing import NamedTuple
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from olvae.config import ConfigError
 from olvae.data.image import MODES
 from olvae.data.places import EXTENSIONS
 from olvae.data.read_errors import ReadError, UnreadableImageError
-from olvae.data.shards.latent_files import LATENT, read_latent
+from olvae.data.shards.latent_files import LATENT, Latent, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.figures import ARRAYS, can_store, save_image
 from olvae.files import remove_partials, safe_path
@@ -28,10 +29,16 @@ JPEG = {"quality": 95, "subsampling": 0}
 # replaced.
 DECODED_LIST = ".decoded"
 
+# The longest name of a file on most systems, and half of the longest path, in bytes.
+NAME_BYTES = 255
+PATH_BYTES = 2048
+
 
 class _Latent(NamedTuple):
     """A latent to decode, (n_z, h, w), with its image's key, height and width."""
 
+    # Of its file, for errors.
+    name: str
     key: str
     z: Tensor
     size: tuple[int, int]
@@ -80,7 +87,7 @@ def decode_shards(
 
     names: set[str] = set()
     unreadable: list[ReadError] = []
-    for batch in _batches(shards, batch_size, unreadable):
+    for batch in _batches(shards, batch_size, model, unreadable):
         z = torch.stack([latent.z for latent in batch])  # (B, n_z, h, w)
         if z.shape[1] != model.latent_channels:
             raise ValueError(
@@ -88,7 +95,12 @@ def decode_shards(
                 f"{model.latent_channels}: name the target that encoded it"
             )
         y = model.decode_tiled(z.to(device_of(model)), memory=memory)
-        for latent, image in zip(batch, pixels.restore(y).cpu(), strict=True):
+        finite = y.isfinite().flatten(1).all(1).tolist()
+        for latent, image, whole in zip(batch, pixels.restore(y).cpu(), finite, strict=True):
+            if not whole:
+                reason = f"{_short(latent.key)} decodes to values that are not finite"
+                unreadable.append(ReadError(latent.name, reason))
+                continue
             name = _name(latent.key, image_format, names)
             names.add(name)
             place = folder / name
@@ -112,7 +124,7 @@ def decode_shards(
 
 
 def _batches(
-    shards: Sequence[Shard], batch_size: int, unreadable: list[ReadError]
+    shards: Sequence[Shard], batch_size: int, model: Autoencoder, unreadable: list[ReadError]
 ) -> Iterator[list[_Latent]]:
     """Yield up to ``batch_size`` latents of one shape, in order; collect the unreadable ones."""
     batch: list[_Latent] = []
@@ -122,6 +134,7 @@ def _batches(
             continue
         try:
             latent, _, meta = read_latent(entry)
+            _check_place(entry.name, latent, meta, model)
         except UnreadableImageError as error:
             unreadable.append(error.read_error())
             continue
@@ -130,18 +143,53 @@ def _batches(
         if batch and (len(batch) == batch_size or batch[0].z.shape != z.shape):
             yield batch
             batch = []
-        batch.append(_Latent(meta["key"], z, (height, width)))
+        batch.append(_Latent(entry.name, meta["key"], z, (height, width)))
     if batch:
         yield batch
 
 
+def _check_place(name: str, latent: Latent, meta: Mapping[str, Any], model: Autoencoder) -> None:
+    """Raise UnreadableImageError for a key that no file can have, or a size of another latent."""
+    key = meta["key"]
+    width, height = meta["image"]
+    channels, high, wide = latent.mean.shape
+    f = model.downscale
+    try:
+        file = os.fsencode(f"{_without_extension(key)}.png")
+    except UnicodeEncodeError as error:
+        raise UnreadableImageError(name, f"the key {_short(key)} is not text") from error
+    except ValueError as error:
+        raise UnreadableImageError(name, str(error)) from error
+    longest = max(len(part) for part in file.split(b"/"))
+    if b"\0" in file or longest > NAME_BYTES or len(file) > PATH_BYTES:
+        raise UnreadableImageError(name, f"the key {_short(key)} can't name a file")
+    fits = (high, wide) == (-(-height // f), -(-width // f))
+    # Other channels are another model's, which ends the command.
+    if channels == model.latent_channels and not fits:
+        raise UnreadableImageError(
+            name,
+            f"{_short(key)} has {width}x{height} pixels, but a latent of {wide}x{high} positions, "
+            f"f{f}",
+        )
+
+
+def _short(key: str) -> str:
+    """Quote a key of a shard, at most 60 characters of it."""
+    return repr(key if len(key) <= 60 else f"{key[:57]}...")
+
+
 def _name(key: str, image_format: str, taken: set[str]) -> str:
     """Name a file: a/b.png for the key a/b.jpg; a/b.jpg.png if a/b.png is taken."""
-    path = safe_path(key)
-    short = path.with_suffix("") if path.suffix.lower() in EXTENSIONS else path
-    for name in (f"{short}.{image_format}", f"{path}.{image_format}"):
+    for path in (_without_extension(key), safe_path(key)):
+        name = f"{path}.{image_format}"
         if name not in taken:
             return name
     raise ValueError(
         f"two latents have the key {key!r}: decode their shards into different folders"
     )
+
+
+def _without_extension(key: str) -> PurePosixPath:
+    """Turn a key into a path without an image's extension; ValueError as :func:`safe_path`."""
+    path = safe_path(key)
+    return path.with_suffix("") if path.suffix.lower() in EXTENSIONS else path

@@ -18,7 +18,7 @@ from olvae.config import Config, ConfigError
 from olvae.config.reading import YAML, is_local
 from olvae.data.dataset import ImageDataset
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor
-from olvae.data.opening import holds_masks, open_images, open_source
+from olvae.data.opening import holds_masks, open_source, open_training_images
 from olvae.data.packing import usual_shard_size
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
@@ -208,7 +208,7 @@ def find_inputs(
     elif holds_shards(src):
         images = ShardInputs(with_counts(find_shards(src)), channels, None, pixel_range)
     else:
-        images = open_images(src, channels, pixel_range)
+        images = open_training_images(src, channels, pixel_range)
 
     # Shards become one output shard each, and keep the classes that are in them.
     if isinstance(images, ShardInputs):
@@ -305,7 +305,7 @@ def _read(options: EncodeOptions, item: Item | ReadError) -> ReadImage | ReadErr
     if isinstance(item, ReadError):
         return item
     try:
-        picture = item.open().read()
+        picture = item.open().read(masks=options.resample == "nearest")
         resized = picture
         if options.size:
             resized = EvalTransform(options.size, resample=options.resample)(picture)

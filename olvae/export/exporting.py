@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from olvae.checkpoint import tensors_sum
+from olvae.checkpoint import read_checkpoint, tensors_sum
 from olvae.config import ConfigError
 from olvae.devices import DTYPES
 from olvae.evaluation.results import Results
@@ -19,14 +19,20 @@ from olvae.export.factors import find_factors_file, set_factors
 from olvae.export.formats import FACTORS, LAYOUTS, Layout, find_layout
 from olvae.export.model_card import CARD_NAME, Provenance, model_card, own_card, read_card
 from olvae.export.onnx import DECODER, ENCODER, export_onnx
-from olvae.files import folder_beside, nearest_folder, no_empty_folders
+from olvae.files import (
+    folder_beside,
+    nearest_folder,
+    no_empty_folders,
+    put_back,
+    replace_folder,
+)
 from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.loading.families import family_of
+from olvae.models.loading.families import drop_factors, family_of
 from olvae.models.loading.loader import Target
 from olvae.models.loading.targets import RAW
 from olvae.models.spec import CLASS_NAME, CONFIG_NAME, WEIGHTS_NAME, check_factors, class_in
 from olvae.models.target_names import DIFFUSERS, SHIPPED, shipped_folder
-from olvae.models.weight_files import LOADER_NAME
+from olvae.models.weight_files import LOADER_NAME, locate_weights
 from olvae.modules.base import device_of, dtype_of
 from olvae.runs import settings_of
 
@@ -59,6 +65,8 @@ class ExportSettings:
     shift_factor: float | None = None
     # Both factors: what olvae latents or olvae encode wrote, a file or its folder.
     latents: Path | None = None
+    # Of the latents, take a mean and a deviation for each channel in place of both factors.
+    per_channel: bool = False
     # The weights' licence, by the hub's name for it.
     license: str | None = None
     # Replace the export that is there.
@@ -71,6 +79,8 @@ class ExportSettings:
             raise ConfigError(
                 "`latents` has both factors: leave out `scaling_factor` and `shift_factor`"
             )
+        if self.per_channel and latents is None:
+            raise ConfigError("`per_channel` takes its numbers from `latents`: give both")
         for mistake in check_factors(given, 0):
             raise ConfigError(mistake)
         if self.onnx and self.dtype != "float32":
@@ -111,6 +121,7 @@ def export_target(
     the model.
     """
     # Before loading, which takes time: the place, the settings, and whether there is a result yet.
+    put_back(place.resolve())
     settings.check(place)
     half = settings_of(target.config).untrained
     if half:
@@ -126,13 +137,15 @@ def export_target(
     reason = layout.misfit(model)
     if reason:
         raise ConfigError(f"{target.given}: {reason}")
+    if target.factors_outdated and not layout.in_units(model):
+        drop_factors(model)
     notes = list(layout.notes(model))
 
     # Its factors, unless the format has no place for them.
     factors_from = None
     if "latents" not in layout.refused:
         factors_from = set_factors(
-            model, loaded, target, settings.given_factors(), layout.in_units(model), notes
+            model, loaded, target, settings.given_factors(), layout, notes, settings.per_channel
         )
 
     # The card cites the target's numbers and what its own card states, but for a new licence.
@@ -142,10 +155,24 @@ def export_target(
         metrics = _find_metrics(target, loaded, notes)
         licence, data, terms = read_card(own_card(_folder_of(target)))
     if settings.license:
-        licence = settings.license
-        terms = None
+        licence, terms = settings.license, None
+
+    # The steps after which a run's weights were saved; the tensors stay in the file.
+    steps = None
+    if target.run is not None:
+        weights = locate_weights(target.given.removesuffix(RAW))
+        noted = read_checkpoint(weights, check=False).get("global_step")
+        steps = noted if isinstance(noted, int) else None
     provenance = Provenance(
-        target.name, target.config, metrics, target.raw, licence, factors_from, data, terms
+        target.name,
+        target.config,
+        metrics,
+        target.raw,
+        licence,
+        factors_from,
+        data,
+        terms,
+        steps,
     )
     return export(model, place, layout, settings, provenance), notes
 
@@ -171,6 +198,7 @@ def export(
     layout = layout or LAYOUTS["litevae"]()
     settings = settings or ExportSettings()
     title = Path(place).absolute().name
+    put_back(Path(place).resolve())
     check_place(Path(place), layout.suffix, settings.force)
     place = Path(place).resolve()  # the goal of a link is replaced, not the link
     reason = layout.misfit(model)
@@ -203,7 +231,7 @@ def export(
                     f"{place}: `force` would delete {', '.join(sorted(others))}, no part of an "
                     "export"
                 )
-        _replace(partial, place)
+        replace_folder(partial, place)
     return differences
 
 
@@ -326,20 +354,6 @@ def _difference(
             "written"
         )
     return difference
-
-
-def _replace(partial: Path, place: Path) -> None:
-    """Move an export to its place; an old folder is removed only after that."""
-    old = partial.with_name(f"{partial.name}.old")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if place.is_dir():
-            place.replace(old)
-        partial.replace(place)
-    except (OSError, KeyboardInterrupt):
-        if old.exists() and not place.exists():
-            old.replace(place)
-        raise
 
 
 def _find_metrics(target: Target, model: Autoencoder, notes: list[str]) -> Path | None:

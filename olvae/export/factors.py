@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 
 from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
-from olvae.export.formats import FACTORS
+from olvae.data.shards.latent_files import STATS
+from olvae.export.formats import FACTORS, Layout
 from olvae.models.autoencoder import Autoencoder, LiteVAE
+from olvae.models.loading.from_diffusers import PER_CHANNEL
 from olvae.models.loading.loader import Target
+from olvae.models.spec import UNMEASURED, check_factors
 from olvae.modules.moments import FEW_IMAGES
 from olvae.runs import find_run
 
@@ -20,6 +23,9 @@ class Factors(NamedTuple):
     scaling: float
     shift: float
     images: int | None = None
+    # Of each channel; None where the file has none.
+    mean: list[float] | None = None
+    std: list[float] | None = None
 
 
 def read_factors(path: Path, target: str, weights: str | None = None) -> Factors:
@@ -34,7 +40,13 @@ def read_factors(path: Path, target: str, weights: str | None = None) -> Factors
         results = content.get("results", [{**content, "diffusion": content}])
         found = {}
         for result in results:
-            found[result["target"]] = [float(result["diffusion"][key]) for key in FACTORS[1:]]
+            numbers = result["diffusion"]
+            pair = [float(numbers[key]) for key in FACTORS[1:]]
+            channels = []
+            for key in PER_CHANNEL:
+                several = numbers.get(key)
+                channels.append(several and [float(number) for number in several])
+            found[result["target"]] = (pair, channels)
         sums = {result["target"]: result.get("weights") for result in results}
         images = content.get("count", (content.get("data") or {}).get("n"))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -50,8 +62,10 @@ def read_factors(path: Path, target: str, weights: str | None = None) -> Factors
     name = target if target in found else next(iter(found))
     if weights is not None and sums[name] not in (None, weights):
         raise ValueError(f"{path}: of latents that {name} made, with other weights than {target}'s")
-    scaling, shift = found[name]
-    return Factors(scaling, shift, images)
+    (scaling, shift), (mean, std) = found[name]
+    for mistake in check_factors({"scaling_factor": scaling, "shift_factor": shift}, 0):
+        raise ValueError(f"{path}: {mistake}")
+    return Factors(scaling, shift, images, mean, std)
 
 
 def find_factors_file(given: Path) -> Path:
@@ -70,22 +84,28 @@ def set_factors(
     loaded: Autoencoder,
     target: Target,
     given: Mapping[str, Any],
-    in_units: bool,
+    layout: Layout,
     notes: list[str],
+    by_channel: bool = False,
 ) -> str | None:
     """Set the factors of an export, from the settings in FACTORS that are ``given``.
 
-    ``in_units`` says that latents are in a diffusion model's units, so that there are none. Return
-    where the factors are from, None if they are not measured; then add a note.
+    ``by_channel`` takes ``latents_mean`` and ``latents_std`` of the file in place of the pair. A
+    layout whose latents are in a diffusion model's units has no factors. Return where they are
+    from, None if they are not measured; then add a note.
     """
     # Latents that are scaled already, or per channel, take no pair of factors.
+    in_units = layout.in_units(model)
     per_channel = model.latents_mean is not None
-    if given and (in_units or per_channel):
+    if given and (in_units or (per_channel and not by_channel)):
         has = "latents_mean and latents_std per channel"
         if in_units:
             has = "latents in a diffusion model's units"
         settings = ", ".join(f"`{name}`" for name in given)
-        raise ConfigError(f"{target.given}: has {has}: leave out {settings}")
+        remedy = f"leave out {settings}"
+        if "latents" in given and not in_units:
+            remedy += ", or add `per_channel`"
+        raise ConfigError(f"{target.given}: has {has}: {remedy}")
     if in_units:
         return None
 
@@ -93,32 +113,82 @@ def set_factors(
     if "latents" in given:
         file = find_factors_file(given["latents"])
         measured = read_factors(file, target.name, tensors_sum(loaded.state_dict()))
-        model.scaling_factor = measured.scaling
-        model.shift_factor = measured.shift
+        if by_channel:
+            _set_per_channel(model, layout, measured, file)
+        else:
+            model.scaling_factor = measured.scaling
+            model.shift_factor = measured.shift
+
+        # What a user has to know about them.
+        if measured.std is not None and file.name == STATS and not by_channel:
+            notes.append(
+                "one factor for all channels: a diffusion model that was trained on these shards "
+                "by LatentSource(per_channel=True) needs `per_channel`"
+            )
         if measured.images is not None and measured.images < FEW_IMAGES:
             notes.append(
                 f"the factors are measured on {measured.images} images: with fewer than "
                 f"{FEW_IMAGES}, other images give noticeably other factors"
             )
-        if file.name == "latents.json":
-            return "measured by olvae latents"
-        return "measured by olvae encode"
+        command = "latents" if file.name == "latents.json" else "encode"
+        return f"measured by olvae {command}"
     if given:
         model.set_for_diffusion(given)
         return "given to olvae export"
 
-    # Not given: what the model has; 1 and 0 stand for no measurement.
+    # Not given: what the model has.
+    origin, note = _own_factors(model, loaded, target)
+    notes.extend(note)
+    return origin
+
+
+def _own_factors(
+    model: LiteVAE, loaded: Autoencoder, target: Target
+) -> tuple[str | None, list[str]]:
+    """Find where a model's own factors are from, None if they are not measured; and a note."""
+    # The config's are of the weights that training started from.
+    per_channel = model.latents_mean is not None
+    moved = f"{target.given}: training has moved the latents since its factors were measured"
+    if target.factors_outdated and per_channel:
+        return "of the weights that it started from", [
+            f"{moved}: latents_mean and latents_std are of the weights that it started from; "
+            "olvae latents measures new ones, then export with `latents` and `per_channel`"
+        ]
+    if target.factors_outdated:
+        return None, [
+            f"{moved}: they are left out; olvae latents measures new ones, then export with "
+            "`latents`"
+        ]
+
+    # 1 and 0 stand for no measurement.
     if not loaded.factors_known:
-        notes.append(
+        return "diffusers' default, the file holds none", [
             f"{target.given} holds no factors: {model.scaling_factor:g} and {model.shift_factor:g} "
             "are diffusers' defaults, Stable Diffusion 1's; others need `scaling_factor` and "
             "`shift_factor`"
-        )
-        return "diffusers' default, the file holds none"
+        ]
     if (model.scaling_factor, model.shift_factor) != (1.0, 0.0) or per_channel:
-        return f"from {target.name}"
-    notes.append(
+        return f"from {target.name}", []
+    return None, [
         "scaling factor 1 and shift factor 0 are not measured: olvae latents does, then export "
         "with `latents`"
-    )
-    return None
+    ]
+
+
+def _set_per_channel(model: LiteVAE, layout: Layout, measured: Factors, file: Path) -> None:
+    """Give each channel mean 0 and deviation 1, as LatentSource does with ``per_channel``.
+
+    ConfigError if the format has no place for that, ValueError if the file has no such numbers.
+    """
+    config = layout.config(model)
+    if config is not None and PER_CHANNEL[0] not in config:
+        raise ConfigError(
+            f"`per_channel`: {config.get('_class_name', 'this format')} has no place for "
+            f"{' and '.join(PER_CHANNEL)}: `format` litevae has"
+        )
+    if measured.mean is None or measured.std is None:
+        raise ValueError(f"{file}: has no {' and '.join(PER_CHANNEL)}: measure again")
+    units = {**UNMEASURED, **dict(zip(PER_CHANNEL, (measured.mean, measured.std), strict=True))}
+    for mistake in check_factors(units, model.latent_channels):
+        raise ValueError(f"{file}: {mistake}")
+    model.set_for_diffusion(units)

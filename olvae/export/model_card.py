@@ -15,7 +15,7 @@ from olvae.evaluation.cells import scores
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.results import Results
 from olvae.export.formats import Layout
-from olvae.files import plain
+from olvae.files import counted, plain
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.loading.families import family_of
 from olvae.models.target_names import DIFFUSERS, is_hub_id, place_in
@@ -48,6 +48,8 @@ class Provenance:
     data: str | None = None
     # What an earlier card has about the licence, word for word.
     terms: str | None = None
+    # The steps after which the weights were saved, where their file says.
+    steps: int | None = None
 
 
 def model_card(
@@ -147,7 +149,7 @@ def _base_models(config: Mapping[str, Any]) -> list[str]:
 
 
 def _data(provenance: Provenance) -> str:
-    """Describe the training data: source, folder, crops, steps at most, and earlier weights."""
+    """Describe the training data: source, folder, crops, steps, and earlier weights."""
     config = provenance.config
     target = entry_of(config, "data.target")
     if not target:
@@ -159,9 +161,11 @@ def _data(provenance: Provenance) -> str:
     size = entry_of(config, "data.params.size")
     if size:
         text.append(f"crops of {Sides.of(size)}")
-    steps = entry_of(config, "lightning.trainer.max_steps")
-    if steps:
-        text.append(plain(f"up to {steps} steps"))  # it may have been stopped
+    most = entry_of(config, "lightning.trainer.max_steps")
+    if provenance.steps is not None:
+        text.append(counted(provenance.steps, "step"))
+    elif most:
+        text.append(plain(f"up to {most} steps"))  # it may have been stopped
     before = settings_of(config).weights
     if before:
         file = Path(before)

@@ -1,6 +1,6 @@
 """Write encoder and decoder as ONNX files for any batch, height and width, checked in onnxruntime.
 
-Needs the extra: ``pip install 'open-litevae[onnx]'``.
+Needs ``pip install onnx onnxscript onnxruntime``.
 """
 
 import warnings
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from olvae.config import import_extra
 from olvae.models.autoencoder import LiteVAE
 
+ONNX_PACKAGES = "onnx onnxscript onnxruntime"
 ENCODER = "encoder.onnx"
 DECODER = "decoder.onnx"
 
@@ -59,8 +60,8 @@ def export_onnx(model: LiteVAE, folder: Path) -> dict[str, float]:
     """
     if {p.dtype for p in model.parameters()} != {torch.float32}:
         raise ValueError("ONNX files are written and checked in float32: leave `dtype` at float32")
-    onnxruntime = import_extra("onnxruntime", "onnx", "ONNX")
-    import_extra("onnxscript", "onnx", "ONNX")
+    onnxruntime = import_extra("onnxruntime", ONNX_PACKAGES, "ONNX")
+    import_extra("onnxscript", ONNX_PACKAGES, "ONNX")
 
     # For each half: file, names of input and output, module, and how many channels are compared. Of
     # a deterministic encoder only the means: log-variances of -30 would hide a difference.

@@ -84,7 +84,7 @@ def build_metrics(
     missing: dict[WeightsFile, str] = {}
     for file in dict.fromkeys(kind.needs for kind in kinds if kind.needs):
         if file is DINOV2 and not find_spec("timm"):
-            missing[file] = "DINOv2 needs timm: pip install 'open-litevae[align]'"
+            missing[file] = "DINOv2 needs timm: pip install timm"
             continue
         try:
             paths[file] = find_weights(file, weights_dir)

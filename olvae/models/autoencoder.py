@@ -296,6 +296,7 @@ class LiteVAE(
                 )
         model = build().set_for_diffusion({name: getattr(spec, name) for name in FOR_DIFFUSION})
         model.pixel_range = PixelRange.from_node(spec.pixel_range, "pixel_range")
+        model.pixel_range.check_channels(model.in_channels, "pixel_range")
         return model
 
     def set_for_diffusion(self, values: Mapping[str, Any]) -> "LiteVAE":

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
-from olvae.data.source import LoaderProcess, Source
+from olvae.data.source import Source
 from olvae.metrics.metric import psnr
 from olvae.models.autoencoder import LiteVAE
 from olvae.modules.base import HALVES, Decoder, Encoder, Stage, device_of
@@ -90,8 +90,8 @@ def start_linearly(
     The crops are the same in every process. A teacher, if there is one, replaces frozen halves; if
     the data carry its latents, those are used instead of running it. See :func:`fit_linear_paths`.
 
-    Returns the mean PSNR in dB over the validation images, and a line for the summary. The mean is
-    None if no path of a trained decoder was fitted, or if there are more than
+    Returns the mean PSNR in dB over the images that training validates on, and a line for the
+    summary. The mean is None if no path of a trained decoder was fitted, or if there are more than
     :data:`MEASURED_IMAGES` images; then the line has the mean of the first ones.
     """
     began = monotonic()
@@ -106,7 +106,7 @@ def start_linearly(
         latents = teacher
     found: list[float] = []
     if model.decoder.linear is not None and "decoder" in fresh and "decoder" not in frozen:
-        for sample in source.once(LoaderProcess()):
+        for sample in source.validated():
             if sample.image is None:
                 continue
             image = sample.image[None]

@@ -73,12 +73,15 @@ class LiteAutoencoderKL(pl.LightningModule):
 
     seed = 0  # of the noise in training
     pixel_range: PixelRange = EIGHT_BITS  # of the source's images
-    reports = False  # whether this training step logs: every log_every_n_steps-th does
+    reports = False  # whether an update that logs, every log_every_n_steps-th, ends here
     images_seen = 0  # over all ranks: where a resumed run continues the data
     rate_factor = 1.0  # of both learning rates: below 1 after a return to an earlier checkpoint
     flop = 0  # of an image in a step of both players; counted where training runs on a GPU
+    val_set: str | None = None  # the images of validation: see `Source.describe_val_set`
     linear_psnr: float | None = None  # in validation, of the linear code that training started as
     _micro_batch = 0  # within the update
+    _logs = False  # whether the update does
+    _in_update: set[str]  # names that it, of either side, has reported
     _iteration = 0  # updates of either side: global_step plus the discriminator's warm-up
 
     def __init__(
@@ -137,7 +140,7 @@ class LiteAutoencoderKL(pl.LightningModule):
         self.validation = Validation(self.val_metrics, weights_dir)
         self.validation_values: dict[str, float] = {}  # of the last one; empty if it read no image
         self.logged: dict[str, Tensor | float] = {}  # by the last step that logged
-        self._reported: dict[str, Tensor | float] = {}  # to be logged
+        self._reported: dict[str, list[Tensor | float]] = {}  # to be logged, by micro-batch
 
         # The autoencoder; a tuple hides it from torch, which would save its weights twice.
         networks = (encoder_config, decoder_config, embed_dim, use_quant, initial_logvar)
@@ -318,6 +321,7 @@ class LiteAutoencoderKL(pl.LightningModule):
         last = self._micro_batch + 1 == self.accumulate_grad_batches
         if self._micro_batch == 0:
             self.guard.begin_step()
+            self._in_update = set()
         self.guard.begin_micro_batch(batch.get("key", ()))
 
         # Noise: torch's differs in each micro-batch and process, `rng` draws the same in an update.
@@ -327,9 +331,10 @@ class LiteAutoencoderKL(pl.LightningModule):
 
         # Logging: Lightning decides by its count of batches, which a resumed run continues.
         every: int = getattr(self.trainer, "log_every_n_steps")  # noqa: B009  (mypy misses it)
-        batches = self._iteration * self.accumulate_grad_batches + self._micro_batch
-        count_batches(self.trainer, batches)
-        self.reports = last and every > 0 and (batches + 1) % every == 0
+        batches = self._iteration * self.accumulate_grad_batches
+        count_batches(self.trainer, batches + self._micro_batch)
+        self._logs = every > 0 and (batches + self.accumulate_grad_batches) % every == 0
+        self.reports = last and self._logs
 
         # Who plays: the autoencoder alone, both, or the discriminator alone while it warms up.
         adversary = self.adversary
@@ -494,6 +499,7 @@ class LiteAutoencoderKL(pl.LightningModule):
         if adversary is not None:
             for _ in range(adversary.updates_per_step - 1):
                 self.guard.begin_update()
+                self._in_update = set()
                 for i, pair in enumerate(self._pairs):
                     self.guard.return_to(i)  # so that a bad loss names this micro-batch's images
                     last = i + 1 == len(self._pairs)
@@ -530,21 +536,27 @@ class LiteAutoencoderKL(pl.LightningModule):
     # Logs
 
     def report(self, values: Mapping[str, Tensor | float], rare: bool = False) -> None:
-        """Log a step's values as means over the processes; each process reports the same names.
+        """Log values as means over an update's micro-batches and the processes.
 
-        At steps that do not log, nothing waits for the device, and only ``rare`` values, which few
-        steps have, are kept for the next one that does.
+        Each process reports the same names. At steps that do not log, nothing waits for the device,
+        and only ``rare`` values, which few steps have, are kept for the next one that does.
         """
-        if self.reports or rare:
-            for name, value in values.items():
-                self._reported[name] = value.detach() if isinstance(value, Tensor) else value
+        if not (self._logs or rare):
+            return
+        for name, value in values.items():
+            if name not in self._in_update:
+                self._reported[name] = []
+                self._in_update.add(name)
+            self._reported[name].append(value.detach() if isinstance(value, Tensor) else value)
 
     def _log_reported(self) -> None:
         forget_logged(self.trainer)
         if not self.reports:
             return
 
-        values = self._reported
+        values: dict[str, Tensor | float] = {}
+        for name, parts in self._reported.items():
+            values[name] = parts[0] if len(parts) == 1 else sum(parts) / len(parts)
         self._reported = {}
         if self.trainer.world_size > 1:
             # One message for all values.
@@ -602,12 +614,15 @@ class LiteAutoencoderKL(pl.LightningModule):
         checkpoint["iteration"] = self._iteration
         checkpoint["rate_factor"] = self.rate_factor
         checkpoint["linear_psnr"] = self.linear_psnr
+        checkpoint["val_set"] = self.val_set
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.images_seen = checkpoint["images_seen"]
         self._iteration = checkpoint["iteration"]
         self.rate_factor = checkpoint["rate_factor"]
-        self.linear_psnr = checkpoint.get("linear_psnr")
+        # A number of other images is not to be compared.
+        if self.val_set is None or checkpoint.get("val_set") in (None, self.val_set):
+            self.linear_psnr = checkpoint.get("linear_psnr")
         # Lightning's counts, in batches: an update may have had another number of them.
         batches = self._iteration * self.accumulate_grad_batches
         counts = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

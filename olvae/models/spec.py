@@ -33,6 +33,14 @@ NETWORKS = ("encoder_config", "decoder_config", "embed_dim", "use_quant")
 FOR_DIFFUSION = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast")
 """Arguments of :class:`AutoencoderSpec` for a diffusion model's pipeline; networks ignore them."""
 
+# Of a model whose latents nobody has measured.
+UNMEASURED: Mapping[str, float | None] = {
+    "scaling_factor": 1.0,
+    "shift_factor": 0.0,
+    "latents_mean": None,
+    "latents_std": None,
+}
+
 IN_TRAINING = (*NETWORKS, "initial_logvar", *FOR_DIFFUSION)
 IN_EXPORT = (*NETWORKS, "folded", *FOR_DIFFUSION, "pixel_range")
 

@@ -36,10 +36,15 @@ def split_class(text: str) -> tuple[str, str] | None:
     return None if match is None else (match[1], match[2])
 
 
+def shipped_names() -> list[str]:
+    """List the models of this package, which TARGETs name with :data:`SHIPPED` before them."""
+    return [config.parent.name for config in SHIPPED_FOLDER.glob("*/config.json")]
+
+
 def shipped_folder(text: str) -> Path:
     """The export behind ``olvae:NAME``; FileNotFoundError with all names if there is none."""
     name = text.removeprefix(SHIPPED)
-    names = [config.parent.name for config in SHIPPED_FOLDER.glob("*/config.json")]
+    names = shipped_names()
     if name not in names:
         known = ", ".join(f"{SHIPPED}{name}" for name in sorted(names)) or "none"
         raise FileNotFoundError(f"{text}: no model of this name in the package, which has {known}")
@@ -58,4 +63,6 @@ def check_target(text: str) -> None:
         shipped_folder(text)
     elif not (Path(find_run(text)).exists() or is_hub_id(text) or split_class(text)):
         remedy = nearest_path(text, named_runs(text)) or f"; a target is {KINDS}"
+        if text in shipped_names():
+            remedy = f"; did you mean {SHIPPED}{text}?"
         raise FileNotFoundError(f"{text}: not found{remedy}")

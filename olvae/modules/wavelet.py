@@ -37,7 +37,14 @@ def dwt2(x: Tensor, wavelet: str = "haar") -> Tensor:
     odd_w = y.shape[-1] % 2
     if odd_h or odd_w:
         y = F.pad(y, (0, odd_w, 0, odd_h), mode="replicate")  # (B, C, 2h, 2w)
-    bands = _haar_analysis(y) if wavelet == "haar" else _filter_analysis(y, wavelet)
+    if wavelet == "haar":
+        bands = _haar_analysis(y)
+    else:
+        low_w, high_w = _analyse_rows(y, wavelet)  # each (B, C, 2h, w)
+        low_h, high_h = _analyse_rows(torch.cat((low_w, high_w), dim=1).mT, wavelet)
+        ll, lh = low_h.mT.chunk(2, dim=1)
+        hl, hh = high_h.mT.chunk(2, dim=1)
+        bands = torch.cat((ll, lh, hl, hh), dim=1)
     return _in_dtype_of(bands, x)  # (B, 4C, h, w)
 
 
@@ -53,7 +60,15 @@ def idwt2(y: Tensor, wavelet: str = "haar", size: tuple[int, int] | None = None)
     if size is not None and ((size[0] + 1) // 2 != h or (size[1] + 1) // 2 != w):
         raise ValueError(f"bands of {h}x{w} do not belong to an image of {size[0]}x{size[1]}")
     bands = upcast(y)
-    x = _haar_synthesis(bands) if wavelet == "haar" else _filter_synthesis(bands, wavelet)
+    if wavelet == "haar":
+        x = _haar_synthesis(bands)
+    else:
+        ll, lh, hl, hh = bands.chunk(4, dim=1)  # each (B, C, h, w)
+        low_h = torch.cat((ll, lh), dim=1).mT  # (B, 2C, w, h)
+        high_h = torch.cat((hl, hh), dim=1).mT
+        rows = _synthesise_rows(low_h, high_h, wavelet).mT  # (B, 2C, 2h, w)
+        low_w, high_w = rows.chunk(2, dim=1)
+        x = _synthesise_rows(low_w, high_w, wavelet)
     if size is not None:
         x = x[..., : size[0], : size[1]]
     return _in_dtype_of(x, y)
@@ -209,25 +224,6 @@ def _images_at_a_time(x: Tensor) -> int:
 
 
 # Any orthogonal filter: one axis at a time, as a convolution over the periodic signal.
-
-
-def _filter_analysis(x: Tensor, wavelet: str) -> Tensor:
-    """(B, C, 2h, 2w) -> bands (B, 4C, h, w)."""
-    low_w, high_w = _analyse_rows(x, wavelet)  # each (B, C, 2h, w)
-    low_h, high_h = _analyse_rows(torch.cat((low_w, high_w), dim=1).mT, wavelet)
-    ll, lh = low_h.mT.chunk(2, dim=1)
-    hl, hh = high_h.mT.chunk(2, dim=1)
-    return torch.cat((ll, lh, hl, hh), dim=1)
-
-
-def _filter_synthesis(bands: Tensor, wavelet: str) -> Tensor:
-    """Bands (B, 4C, h, w) -> (B, C, 2h, 2w)."""
-    ll, lh, hl, hh = bands.chunk(4, dim=1)  # each (B, C, h, w)
-    low_h = torch.cat((ll, lh), dim=1).mT  # (B, 2C, w, h)
-    high_h = torch.cat((hl, hh), dim=1).mT
-    rows = _synthesise_rows(low_h, high_h, wavelet).mT  # (B, 2C, 2h, w)
-    low_w, high_w = rows.chunk(2, dim=1)
-    return _synthesise_rows(low_w, high_w, wavelet)
 
 
 def _filters(wavelet: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

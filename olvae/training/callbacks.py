@@ -6,7 +6,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -35,8 +36,13 @@ log = logging.getLogger("olvae.training")
 SIGNALS: dict[int, str] = {
     signal.SIGINT: "Ctrl-C",
     signal.SIGTERM: "SIGTERM",
+    signal.SIGHUP: "SIGHUP",
     signal.SIGUSR1: "SIGUSR1",
 }
+
+# Seconds in which further signals are the first one's echo: torchrun forwards a terminal's Ctrl-C
+# to processes that have it already, and schedulers repeat theirs.
+ECHO_S = 1.0
 WARNING = "bold yellow"
 
 
@@ -287,7 +293,7 @@ class BadSteps(Callback):
         self.returned += 1
         where = "there is no checkpoint yet: the weights stay"
         rates = [group["lr"] for group in _parameter_groups(trainer)]
-        if trainer.strategy.broadcast(run.last_checkpoint.is_file()):
+        if trainer.strategy.broadcast(run.newest_checkpoint.is_file()):
             step = _restore(trainer, model, run)
             where = f"weights and optimizers are back at step {step}"
         model.rate_factor *= self.rate_factor
@@ -308,22 +314,24 @@ def _parameter_groups(trainer: pl.Trainer) -> list[dict[str, Any]]:
 
 def _restore(trainer: pl.Trainer, model: LiteAutoencoderKL, run: Run) -> int:
     """Load weights, average and optimizers of the last checkpoint; return its step."""
-    checkpoint = read_checkpoint(run.last_checkpoint)
+    file = run.newest_checkpoint
+    checkpoint = read_checkpoint(file)
     # The average first: it also puts the weights as trained back into the model.
     average = find_average(trainer)
     if average is not None:
         average.restore(checkpoint["state_dict"])
-    model.load_state_dict(state_dict_of(checkpoint, run.last_checkpoint, raw=True))
+    model.load_state_dict(state_dict_of(checkpoint, file, raw=True))
     for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
         optimizer.load_state_dict(state)
     return int(checkpoint["global_step"])
 
 
 class GracefulStop(Callback):
-    """Stop training after the step, with a checkpoint, at Ctrl-C, SIGTERM or SIGUSR1.
+    """Stop training after the step, with a checkpoint, at Ctrl-C, SIGTERM, SIGHUP or SIGUSR1.
 
-    At a second signal it stops at once. A validation that has begun is finished first. The last
-    step is validated whatever the interval, before it is saved.
+    At a second signal, :data:`ECHO_S` seconds after the first or later, it stops at once. A
+    validation that has begun is finished first. The last step is validated whatever the interval,
+    before it is saved.
 
     ``time_limit``: seconds from now on, after which training stops in the same way.
     """
@@ -333,19 +341,31 @@ class GracefulStop(Callback):
         self.agreed = False  # whether all processes stop; the same in each
         self.requeues = False  # whether SIGUSR1 reached any of them
         self._end = math.inf if time_limit is None else time.monotonic() + time_limit
+        self._announced_at = math.inf
         self._agreement = Agreement()
-        self._before: dict[int, Any] = {}
+        # Handlers outside of training, and the signals whose handlers are replaced now.
+        self._outer: dict[int, Any] = {number: signal.getsignal(number) for number in SIGNALS}
+        self._replaced: set[int] = set()
 
     @property
     def preempted(self) -> bool:
         """Whether anything but Ctrl-C in this process ended training."""
-        return self.agreed and self.reason != SIGNALS[signal.SIGINT]
+        stops = self.agreed or self.reason is not None
+        return stops and self.reason != SIGNALS[signal.SIGINT]
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle signals as in training, so that an echo of the first one changes nothing."""
+        self._listen()
+        try:
+            yield
+        finally:
+            self.teardown()
 
     def on_train_start(self, *_: Any) -> None:
         # Here, Lightning has set handlers of its own, which end training without a checkpoint:
-        # replace them. No other thread than the main one may set handlers.
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        # replace them.
+        self._listen()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, *_: Any
@@ -375,18 +395,39 @@ class GracefulStop(Callback):
         return self.agreed
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        while self._before:
-            signal.signal(*self._before.popitem())
+        while self._replaced:
+            number = self._replaced.pop()
+            signal.signal(number, self._outer[number])
 
-    def _ask(self, number: int, _: FrameType | None) -> None:
-        """Handle a signal: note the first one; stop at once at the second."""
-        if self.reason is not None:
+    def _listen(self) -> None:
+        # No other thread than the main one may set handlers.
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number, handler in self._outer.items():
+            # nohup ignores SIGHUP, which is to stay so.
+            under_nohup = SIGNALS[number] == "SIGHUP" and handler is signal.SIG_IGN
+            if handler is not None and not under_nohup:
+                signal.signal(number, self._ask)
+                self._replaced.add(number)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        """Handle a signal: note the first one; stop at once at a later one that is no echo."""
+        if self.reason is None:
+            self._announce(SIGNALS[number])
+        elif time.monotonic() - self._announced_at >= ECHO_S:
+            # The command's own handler knows the exit code.
+            outer = self._outer[number]
+            if callable(outer):
+                outer(number, frame)
             raise KeyboardInterrupt
-        self._announce(SIGNALS[number])
 
     def _announce(self, reason: str) -> None:
+        self._announced_at = time.monotonic()
         self.reason = reason
-        notify(f"{reason}: stopping after this step, with a checkpoint; a further signal: at once")
+        notify(
+            f"{reason}: stopping after this step, with a checkpoint; a further signal, after a "
+            "second: at once"
+        )
 
 
 # First steps, left out: kernels are chosen, memory is allocated, networks are compiled.

@@ -347,7 +347,7 @@ def _watch(run: Run, children: Sequence[subprocess.Popen[Any]], grace: float = 5
         how = f"ended with exit code {code}"
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
-        saved = f"; {run.path} can be continued" if run.last_checkpoint.is_file() else ""
+        saved = f"; {run.path} can be continued" if run.newest_checkpoint.is_file() else ""
         notify(f"error: process {rank} of this training {how}: {WHERE_TO_LOOK}{saved}")
         for child in children:
             child.kill()

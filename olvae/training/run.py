@@ -24,9 +24,19 @@ from olvae.config import Config, ConfigError, with_paths
 from olvae.data.places import load
 from olvae.data.source import Source
 from olvae.devices import resolve_devices, resolve_precision
-from olvae.files import first_line, no_empty_folders, remove_partials, warn_once
+from olvae.files import (
+    counted,
+    first_line,
+    no_empty_folders,
+    reason,
+    remove_partials,
+    unread_output,
+    warn_once,
+)
 from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.loading.loader import factors_outdated
+from olvae.models.spec import UNMEASURED
 from olvae.models.updates.ddp import HOOKS, players_strategy
 from olvae.models.weight_files import locate_weights
 from olvae.modules.base import HALVES
@@ -53,7 +63,12 @@ from olvae.training.settings import (
     restarted,
 )
 from olvae.training.start_from import start_from
-from olvae.training.summary import describe_gain, print_ending, print_summary
+from olvae.training.summary import (
+    describe_gain,
+    describe_new_rate,
+    print_ending,
+    print_summary,
+)
 
 # What a run may leave after an error: without any of these its folder is removed.
 KEPT = ("checkpoints/*.ckpt", "bad_steps.jsonl", "memory.pickle", "trace.json")
@@ -102,10 +117,12 @@ class Prepared:
     fresh: Collection[str]  # the halves (encoder, decoder) with initial weights
 
 
+@unread_output()
 def train(options: TrainOptions | Plan) -> Run:
     """Train with the options of ``olvae train``, or with the plan that ``read_plan`` made of them.
 
-    Returns the run folder, which is made after all of the user's input has been checked.
+    Returns the run folder, which is made after all of the user's input has been checked. Output
+    that can't be written is left out.
 
     Raises:
         ConfigError: a mistake in the config or the options.
@@ -144,7 +161,7 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
     weights: Mapping[str, Tensor] | None = None
     weights_config = plan.previous  # of the training that made the weights to start from
     if "from" in config["model"]:
-        weights, weights_config = start_from(config)
+        weights, weights_config = start_from(config, plan.options.overrides)
 
     # Devices, the number of processes, precision.
     trainer_args = dict(runs.entry_of(config, "lightning.trainer") or {})
@@ -168,7 +185,7 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
     fresh = _load_networks(model, weights, settings)
     if plan.options.actual_resume is not None:
         other = runs.find_run(plan.options.actual_resume, plan.options.logdir)
-        weights_config = _load_other_run(model, other)
+        weights_config = _load_other_run(model, other, config)
     checkpoint = {} if plan.resumed is None else _restore(model, plan.resumed, settings)
 
     # Note in the config what later runs, and exports, have to know of these weights.
@@ -181,6 +198,7 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
     # Steps and processes, now that the model has its accumulation, and the run its step.
     steps_done = int(checkpoint.get("global_step", 0))
     trainer_args = _fit_trainer_args(trainer_args, model, source, count, steps_done)
+    _name_val_set(model, source, trainer_args, count, checkpoint.get("val_set"))
     return Prepared(
         plan=plan,
         settings=settings,
@@ -207,8 +225,7 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
 
     # Before the first step: summary, memory, and what a new run fits or measures on images.
     if first:
-        done, seen = prepared.steps_done, prepared.images_seen
-        print_summary(prepared.settings, run, trainer, model, source, done, seen)
+        _print_start(prepared, run, trainer)
     if device.type == "cuda":
         # The least of all processes, so that they decide alike.
         free = min(processes.of_each(torch.cuda.mem_get_info(device)[0]))
@@ -230,12 +247,12 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
                 model,
                 train_dataloaders=source.train_loader(prepared.settings.seed, prepared.images_seen),
                 val_dataloaders=source.val_loader(),
-                ckpt_path=None if resumed is None else str(run.last_checkpoint),
+                ckpt_path=None if resumed is None else str(run.newest_checkpoint),
                 weights_only=True,
             )
     except SystemExit as error:  # Lightning's answer to a second Ctrl-C
-        if run.last_checkpoint.is_file():
-            raise TrainingStopped(run) from error
+        if run.newest_checkpoint.is_file():
+            raise TrainingStopped(run, prepared.stop.preempted) from error
         raise KeyboardInterrupt from error
     except (RuntimeError, ConnectionError, EOFError, TypeError) as error:
         cause = processes.process_death(error)
@@ -245,15 +262,27 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
     return trainer
 
 
+def _print_start(prepared: Prepared, run: Run, trainer: pl.Trainer) -> None:
+    """Print the summary, and a line if a resumed run's learning rate is not as it was."""
+    model, previous = prepared.model, prepared.plan.previous
+    done, seen = prepared.steps_done, prepared.images_seen
+    print_summary(prepared.settings, run, trainer, model, prepared.source, done, seen)
+    if previous is not None:
+        line = describe_new_rate(model, trainer.max_steps, prepared.checkpoint, previous)
+        if line:
+            notify(f"warning: {line}", "yellow")
+
+
 def finish(prepared: Prepared, run: Run, trainer: pl.Trainer) -> None:
     """Draw the curves and print where the results are; raise TrainingStopped after a stop."""
     stop = prepared.stop
     if trainer.is_global_zero:
         ending = "stopped" if trainer.global_step < trainer.max_steps else "done"
         gain = describe_gain(prepared.model)
-        print_ending(run, f"{ending} after {trainer.global_step} steps{gain}")
-        if stop.requeues:
-            processes.requeue()
+        with stop.listening() if stop.agreed else nullcontext():
+            print_ending(run, f"{ending} after {counted(trainer.global_step, 'step')}{gain}")
+            if stop.requeues:
+                processes.requeue()
     # An error, so that the caller, Python or make, does not begin what comes after a training.
     if stop.agreed:
         raise TrainingStopped(run, stop.preempted)
@@ -361,10 +390,12 @@ def _load_networks(
     return tuple(half for half in HALVES if half not in loaded)
 
 
-def _load_other_run(model: LiteAutoencoderKL, path: str | Path) -> Config:
+def _load_other_run(model: LiteAutoencoderKL, path: str | Path, own: Config) -> Config:
     """Load the weights of another run, a checkpoint or an export.
 
-    Returns the run's config; an empty one if the file belongs to no run.
+    Factors in this run's ``own`` config that the other one's training outdated are reset.
+
+    Returns the other run's config; an empty one if the file belongs to no run.
     """
     file = locate_weights(path)
     load_weights(model, read_weights(file), file)
@@ -372,6 +403,7 @@ def _load_other_run(model: LiteAutoencoderKL, path: str | Path) -> Config:
     config: Config = {}
     if run is not None:
         config = load([run.config])
+    _drop_outdated_factors(model, own, config)
 
     # A frozen half's latents suit the parts, such as a teacher, that it was trained with.
     learned = runs.settings_of(config).checksums
@@ -382,6 +414,20 @@ def _load_other_run(model: LiteAutoencoderKL, path: str | Path) -> Config:
                 other = f"learned from another model than model.params.parts.{name}"
                 warn_once(f"{frozen} {other}: are their latents the same?")
     return config
+
+
+def _drop_outdated_factors(model: LiteAutoencoderKL, config: Config, other: Config) -> None:
+    """Reset factors in the config that the other run has too, if its training outdated them.
+
+    Other numbers may be measured on its weights, and a teacher's are of the teacher's latents.
+    """
+    params = config["model"]["params"]
+    theirs = runs.entry_of(other, "model.params") or {}
+    equal = all(params.get(name) == theirs.get(name) for name in UNMEASURED)
+    if equal and model.stand_in is None and factors_outdated(other):
+        params.update(UNMEASURED)
+        model.for_diffusion.update(UNMEASURED)
+        model.autoencoder.set_for_diffusion(UNMEASURED)
 
 
 def untrained_half(model: LiteAutoencoderKL, before: Config | None) -> str | None:
@@ -407,8 +453,11 @@ def untrained_half(model: LiteAutoencoderKL, before: Config | None) -> str | Non
 
 def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> dict[str, Any]:
     """Load the weights of a resumed run, check that it can continue, and return its checkpoint."""
-    file = run.last_checkpoint
+    file = run.newest_checkpoint
     checkpoint = read_checkpoint(file)
+    if file != run.last_checkpoint and processes.is_first():
+        step = checkpoint.get("global_step")
+        notify(f"{run.last_checkpoint}: is missing: continuing from {file.name}, at step {step}")
     other = "start a new run from its weights with `actual_resume`"
     if not checkpoint.get("optimizer_states") or "images_seen" not in checkpoint:
         raise ValueError(
@@ -484,6 +533,41 @@ def _fit_trainer_args(
     return args
 
 
+def validation_limit(source: Source, limit: Any, count: int) -> tuple[int, int] | None:
+    """Convert Lightning's ``limit_val_batches`` to batches of each of ``count`` processes.
+
+    None if all images are validated.
+    """
+    # Batches of each process, if they are known.
+    batches = None
+    if source.val_images is not None and source.shares_evenly:
+        batches = -(-source.val_images // (count * source.batch_size))
+    if isinstance(limit, float) and batches is not None:
+        limit = int(limit * batches)
+    if not isinstance(limit, int) or (batches is not None and limit >= batches):
+        return None
+    return limit, count
+
+
+def _name_val_set(
+    model: LiteAutoencoderKL, source: Source, trainer_args: Config, count: int, before: str | None
+) -> None:
+    """Name the images of validation, and print it where the resumed run had others."""
+    limit = trainer_args.get("limit_val_batches")
+    if limit == 0:
+        model.val_set = before  # for a later resume, which validates again
+        return
+    source.val_limit = validation_limit(source, limit, count)
+    model.val_set = source.describe_val_set()
+    if before not in (None, model.val_set) and processes.is_first():
+        notify(
+            f"validation images that differ from the run's own: {before} -> {model.val_set}: "
+            "scores before and after can't be compared, so `best` starts anew; some may have been "
+            "trained on",
+            "yellow",
+        )
+
+
 def strategy_of(trainer_args: Config) -> str:
     """The name in lightning.trainer.strategy; ConfigError unless it is one of :data:`HOOKS`."""
     name = trainer_args.get("strategy") or "auto"
@@ -545,8 +629,10 @@ def _lock_resumed(run: Run | None, held: ExitStack) -> None:
             # Remove what a killed process left half-written.
             for folder in (run.path, run.checkpoints, run.images):
                 remove_partials(folder.glob(".partial-*"))
-        except (ConfigError, OSError) as error:
+        except ConfigError as error:
             refusal = str(error)
+        except OSError as error:
+            refusal = f"{error.filename or run.path}: {reason(error)}"
     refusal = processes.of_each(refusal)[0]
     if refusal:
         if dist.is_initialized():
@@ -570,6 +656,7 @@ def _run_folder(prepared: Prepared, held: ExitStack) -> Iterator[Run]:
     else:
         settings = prepared.settings
         run = runs.create(prepared.plan.options.logdir, settings.name, settings.precision)
+        prepared.config["run"]["begun"] = runs.utc_text()
         held.enter_context(locked(run))
         os.environ[RUN_ENV] = processes.of_each(str(run.path))[0]
         try:

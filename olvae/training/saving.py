@@ -18,10 +18,11 @@ from torch import Tensor
 from olvae import config as cfg
 from olvae.config import Config
 from olvae.data.read_errors import TooManyUnreadableError
-from olvae.files import atomic_write, first_line, write_json
+from olvae.files import atomic_write, first_line, reason, write_json
 from olvae.library_internals import tree_map
 from olvae.metrics import METRICS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.updates.averaging import find_average
 from olvae.modules.base import check_counts, check_not_negative
 from olvae.runs import Run
 
@@ -42,8 +43,9 @@ class KeepCheckpoints(Checkpoint):
     """Save ``last.ckpt`` at an interval, the last step and a stop, ``best.ckpt`` by validation.
 
     Both are in ``checkpoints/``. At a step that is validated, they are saved after the validation,
-    so that it is repeated after a kill. Non-finite weights are never saved. An error between two
-    updates, such as an unreadable image, saves too.
+    so that it is repeated after a kill. The end of a training saves, whether it validates or not.
+    Non-finite weights are never saved. An error between two updates, such as an unreadable image,
+    saves too.
 
     Args:
         every_n_steps: updates of the autoencoder between two saves of ``last.ckpt``.
@@ -62,14 +64,21 @@ class KeepCheckpoints(Checkpoint):
         self.keep_every_n_steps = keep_every_n_steps
         self.best = best
         self._best_value: float | None = None
+        self._val_set: str | None = None  # the images of validation
+        self._val_set_before: str | None = None  # the ones of a resumed run's checkpoint
         self._saved_step = 0  # of last.ckpt
         self._saved_images = 0  # too, as the step stands still in the discriminator's warm-up
         self._kept_step = 0  # of step=N.ckpt
-        # Not to be saved now: within an update, and before training starts, when a resumed run's
-        # optimizers may not be restored yet.
-        self._in_step = True
+        # Not to be saved now: before training starts, when a resumed run's optimizers may not be
+        # restored yet, and within an update.
+        self._started = False
+        self._in_step = False
         self._save_after_validation = False
         self._warned = False
+
+    def on_load_checkpoint(self, *args: Any) -> None:
+        checkpoint: dict[str, Any] = args[-1]
+        self._val_set_before = checkpoint.get("val_set")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         # Names of all values that a validation will have: of metrics, of parts, and of the metrics
@@ -92,6 +101,7 @@ class KeepCheckpoints(Checkpoint):
             )
         self._sign = 1 if better[best.rpartition("/")[2]] == "higher" else -1
         # A save takes all processes, so the first one decides.
+        self._val_set = pl_module.val_set
         before = self._best_before(current_run(trainer)) if trainer.is_global_zero else None
         self._best_value = trainer.strategy.broadcast(before)
 
@@ -99,7 +109,7 @@ class KeepCheckpoints(Checkpoint):
         self._saved_step = trainer.global_step
         self._kept_step = trainer.global_step
         self._saved_images = pl_module.images_seen
-        self._in_step = False
+        self._started = True
 
     def on_train_batch_start(self, *_: Any) -> None:
         self._in_step = True
@@ -133,6 +143,11 @@ class KeepCheckpoints(Checkpoint):
         if self._save_after_validation or stops:
             self._save_last(trainer, pl_module)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
+        # Whatever else decided not to validate: a training that ends well is never lost.
+        if pl_module.images_seen > self._saved_images:
+            self._save_last(trainer, pl_module)
+
     def on_exception(
         self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL, exception: BaseException
     ) -> None:
@@ -141,7 +156,19 @@ class KeepCheckpoints(Checkpoint):
         # After the last step the run would seem to be done, without its validation.
         useful = trainer.global_step < trainer.max_steps
         useful &= not isinstance(exception, FloatingPointError | CheckpointError)
-        if in_all and useful and not self._in_step and pl_module.images_seen > self._saved_images:
+        useful &= self._started and pl_module.images_seen > self._saved_images
+        if not (in_all and useful):
+            return
+        # A callback before this one, such as the progress, may have failed after a whole update.
+        # Then the average, whose turn is later, still has to move. An interrupt may be within it.
+        if self._in_step and isinstance(exception, Exception):
+            batches = trainer.fit_loop.epoch_loop.batch_progress.state_dict()["current"]
+            over = batches["processed"] == batches["ready"] and pl_module.update_is_complete
+            average = find_average(trainer)
+            if over and average is not None:
+                average.on_train_batch_end(trainer)
+            self._in_step = not over
+        if not self._in_step:
             self._save(trainer, pl_module, "last.ckpt")
 
     def _save_last(self, trainer: pl.Trainer, module: LiteAutoencoderKL) -> None:
@@ -170,16 +197,21 @@ class KeepCheckpoints(Checkpoint):
         if improved and math.isfinite(value):
             self._best_value = value
             note = {"metric": self.best, "value": value, "step": trainer.global_step}
+            if self._val_set is not None:
+                note["val_set"] = self._val_set
             self._save(trainer, module, "best.ckpt", note)
 
     def _best_before(self, run: Run) -> float | None:
-        """Read a resumed run's best value, if it is of the same metric."""
+        """Read a resumed run's best value, if it is of the same metric and validation images."""
         note = run.checkpoints / "best.json"
         if not note.is_file():
             return None
         try:
             before = json.loads(note.read_text(encoding="utf-8"))
-            if before["metric"] == self.best:
+            # Without a name in runs of versions before this one.
+            val_set = before.get("val_set", self._val_set_before)
+            same = self._val_set is None or val_set in (None, self._val_set)
+            if before["metric"] == self.best and same:
                 return float(before["value"])
         except (ValueError, KeyError, TypeError, OSError) as error:
             why = first_line(error)
@@ -290,8 +322,12 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
                 cfg.save(*self._config)
                 self._config = None
         except Exception as error:
-            reason = first_line(error) if path.parent.is_dir() else "the run's folder is gone"
-            message = f"{path}: the checkpoint could not be written: {reason}"
+            why = first_line(error)
+            if not path.parent.is_dir():
+                why = "the run's folder is gone"
+            elif isinstance(error, OSError):
+                why = reason(error)
+            message = f"{path}: the checkpoint could not be written: {why}"
             raise CheckpointError(message) from error
 
 
@@ -315,10 +351,10 @@ def check_written(trainer: pl.Trainer, pending: int = 0) -> None:
 
 def last_good(run: Run) -> str:
     """End an error message about lost weights with the place of good ones, if there are any."""
-    last = run.last_checkpoint
-    if not last.exists():
+    newest = run.newest_checkpoint
+    if not newest.exists():
         return ""
-    return f"; the last good weights are in {last}"
+    return f"; the last good weights are in {newest}"
 
 
 def current_run(trainer: pl.Trainer) -> Run:

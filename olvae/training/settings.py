@@ -121,6 +121,11 @@ def read_plan(options: TrainOptions) -> Plan:
     if options.teacher is not None:
         teacher = config["model"]["params"]["parts"]["teacher"]
         teacher.setdefault("target", "olvae.models.parts.teacher.Teacher")
+    if config.get("run", ABSENT) != ({} if previous is None else previous).get("run", ABSENT):
+        raise ConfigError(
+            "run: training writes this section itself: leave it out, and give `seed`, `precision`, "
+            "`gpus` or `name` instead, or continue the run by `resume`"
+        )
     cfg.check(config)
     if config["model"].get("from") is None:
         config["model"].pop("from", None)
@@ -140,6 +145,9 @@ def read_plan(options: TrainOptions) -> Plan:
 
     time_limit = None if options.time_limit is None else parse_time(options.time_limit)
     settings = _settings(options, config, previous)
+    if resumed is not None:
+        # Of a run that did not note it, before its config, whose time stands for it, is replaced.
+        settings = replace(settings, begun=runs.utc_text(runs.begun_at(resumed)))
     return Plan(options, config, settings, time_limit, resumed, previous)
 
 
@@ -313,7 +321,7 @@ def requeued_run(logdir: Path, name: str) -> Run | None:
     if job is None or not restarted():
         return None
     found = [Run(path) for path in logdir.glob(f"*_{name}_*")]
-    begun = [run for run in found if run.last_checkpoint.is_file() and run.config.is_file()]
+    begun = [run for run in found if run.newest_checkpoint.is_file() and run.config.is_file()]
     for run in sorted(begun, key=lambda run: run.config.stat().st_mtime_ns, reverse=True):
         with contextlib.suppress(ConfigError):  # of another run, perhaps
             settings = runs.settings_of(load([run.config]))

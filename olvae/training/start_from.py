@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,12 @@ from torch import Tensor
 
 from olvae import config as cfg
 from olvae.config import Config, ConfigError
+from olvae.config.reading import merge_files
 from olvae.data.pixels.size_and_range import PixelRange
 from olvae.models.autoencoder import Autoencoder, LiteVAE
-from olvae.models.loading.targets import find_target
-from olvae.models.parts.part import Part
+from olvae.models.loading.families import drop_factors
+from olvae.models.loading.loader import rules_of_latents
+from olvae.models.loading.targets import find_without_options
 from olvae.models.parts.teacher import TEACHER_HAS_NO_FACTORS
 from olvae.models.spec import OURS
 from olvae.runs import entry_of
@@ -23,7 +25,9 @@ from olvae.runs import entry_of
 CHANNELS = ("in_channels", "out_channels", "input_channels")
 
 
-def start_from(config: Config) -> tuple[Mapping[str, Tensor], Config]:
+def start_from(
+    config: Config, overrides: Sequence[str] = ()
+) -> tuple[Mapping[str, Tensor], Config]:
     """Load the autoencoder that ``model.from`` names, and put its networks into the config.
 
     - Networks in the config are replaced, except for params without a target, such as
@@ -31,7 +35,9 @@ def start_from(config: Config) -> tuple[Mapping[str, Tensor], Config]:
     - With another number of image channels in ``data.params.channels``, the first and the last
       convolution change.
     - The autoencoder's factors for a diffusion model replace the config's, unless its file has none
-      (as latent-diffusion's) or the config has a part that brings latents.
+      (as latent-diffusion's) or the config has a part that brings latents. Without any if its
+      encoder was trained since they were measured: then those of ``overrides``, which are in the
+      config already, count.
     - The decoder alone is trained unless the config says otherwise, or a part keeps or brings its
       latents.
     - ``model.from`` is removed from the config, which is then complete.
@@ -45,7 +51,7 @@ def start_from(config: Config) -> tuple[Mapping[str, Tensor], Config]:
     node = config["model"]
     name = node.pop("from")
     params = dict(node.get("params") or {})
-    target = find_target(name)
+    target = find_without_options(name)
     source = target.load()
     loaded = source.as_litevae(name)
     if loaded.folded:
@@ -57,6 +63,10 @@ def start_from(config: Config) -> tuple[Mapping[str, Tensor], Config]:
     found = loaded
     if channels != loaded.in_channels:
         found = with_channels(loaded, channels, name)
+    measured: Mapping[str, Any] = {}
+    if target.factors_outdated:
+        drop_factors(found)
+        measured = entry_of(merge_files((), overrides, resolve=False), "model.params") or {}
 
     # Its networks, with the config's additions.
     for key, value in found.config.items():
@@ -68,7 +78,7 @@ def start_from(config: Config) -> tuple[Mapping[str, Tensor], Config]:
     params.pop("initial_logvar", None)
 
     # Factors and frozen halves. A frozen encoder must keep its latents.
-    _set_latents(params, source, found, name)
+    _set_latents(params, source, found, name, measured)
     if params.get("freeze_encoder"):
         _check_encoder(config, params, loaded, found, name)
     node["params"] = params
@@ -83,19 +93,25 @@ def start_from(config: Config) -> tuple[Mapping[str, Tensor], Config]:
     return weights, target.config
 
 
-def _set_latents(params: Config, source: Autoencoder, found: LiteVAE, name: str) -> None:
+def _set_latents(
+    params: Config,
+    source: Autoencoder,
+    found: LiteVAE,
+    name: str,
+    measured: Mapping[str, Any],
+) -> None:
     """Set the factors for a diffusion model, and whether the encoder is frozen.
 
-    Leaves both alone if a part brings its own latents.
+    Leaves both alone if a part brings its own latents. Those in ``measured`` are the user's.
     """
-    nodes = [node for node in (params.get("parts") or {}).values() if node is not None]
-    latents = {cfg.resolve_class(node["target"], Part).latents for node in nodes}
+    latents = rules_of_latents(params)
     if "given" in latents:
         return
     if not source.factors_known and params.get("scaling_factor") is None:
         raise ConfigError(f"{name}: {TEACHER_HAS_NO_FACTORS}")
     for key, value in found.for_diffusion.items():
-        if source.factors_known or params.get(key) is None:
+        given = params.get(key) is not None
+        if not given or (source.factors_known and measured.get(key) is None):
             params[key] = value
     params.setdefault("freeze_encoder", not ("kept" in latents or params.get("freeze_decoder")))
 

@@ -10,13 +10,16 @@ from rich.markup import escape
 from rich.panel import Panel
 from rich.table import Table
 
+from olvae.config import Config
 from olvae.data.pixels.size_and_range import Sides
 from olvae.data.source import MIN_VAL_IMAGES, Source
 from olvae.devices import cores, sharing_cores
 from olvae.figures import plot_curves
+from olvae.files import counted
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.updates.optimizers import lr_factor
 from olvae.modules.counting import count_macs, count_parameters
-from olvae.runs import Run, Settings
+from olvae.runs import Run, Settings, entry_of
 from olvae.training.loggers import read_curves
 from olvae.training.progress import FIRST_LINE_S, notify
 
@@ -40,7 +43,7 @@ def print_summary(
     for name, value in _rows(settings, trainer, model, source, done, seen).items():
         table.add_row(f"[bold]{name}", escape(value))
     if done:
-        table.add_row("[bold]continued", f"after {done} steps")
+        table.add_row("[bold]continued", f"after {counted(done, 'step')}")
     title = f"olvae train: {escape(settings.name)}"
     Console(stderr=True).print(Panel(table, title=title, expand=False))
     notify(f"run: {run.path}")
@@ -146,6 +149,34 @@ def _warnings(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> 
         )
     if workers > own:
         yield f"{workers} loader processes on {own} cores: lower data.params.num_workers"
+
+
+def describe_new_rate(
+    model: LiteAutoencoderKL, max_steps: int, checkpoint: Config, previous: Config
+) -> str:
+    """Say that a resumed run's learning rate is not as it was; nothing if it is.
+
+    ``previous`` is the config that the run had, ``checkpoint`` has the rate of its next step.
+    """
+    before = float(checkpoint["optimizer_states"][0]["param_groups"][0]["lr"])
+    end = model.decay_steps or max_steps
+    factor = lr_factor(
+        checkpoint["global_step"], model.scheduler, model.warmup_steps, end, model.min_lr_factor
+    )
+    now = model.learning_rate * factor * checkpoint["rate_factor"]
+    if math.isclose(before, now, rel_tol=1e-3):
+        return ""
+    line = f"the learning rate is {now:.3g} from this step on, and would have been {before:.3g}"
+
+    # A cosine that ends elsewhere, perhaps only because there are more steps.
+    old_end = entry_of(previous, "model.params.decay_steps")
+    old_end = old_end or entry_of(previous, "lightning.trainer.max_steps")
+    if model.scheduler == "cosine" and old_end != end:
+        line += (
+            f": its cosine ends at step {end} instead of {old_end}; model.params.decay_steps="
+            f"{old_end} leaves it as it was"
+        )
+    return line
 
 
 def describe_gain(model: LiteAutoencoderKL) -> str:

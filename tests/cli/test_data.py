@@ -7,6 +7,7 @@ import pytest
 
 from olvae.cli.options import ProgressBar
 from tests.data.images import members, noise
+from tests.data.pixels.files import tiff_of_pages, values
 
 
 @pytest.fixture
@@ -143,3 +144,9 @@ def test_ctrl_c_while_packing_says_how_to_go_on(olvae, done, image_folder, tmp_p
     assert 0 < finished < 32
     err = done("pack", image_folder, "--out", out, "--shard-size", 1)
     assert f"in 32 shards, {finished} of them from an earlier run" in err
+
+
+def test_the_range_of_a_stack_says_that_pages_are_no_channels(done, tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff_of_pages(values("uint16", 40).transpose(2, 0, 1)))
+    err = done("range", tmp_path)
+    assert f"note: {tmp_path / 'a.tif'}: its 40 channels are the pages of a TIFF" in err

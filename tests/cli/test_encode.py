@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,8 +64,13 @@ def test_encode_and_decode_there_and_back(olvae, done, target, tmp_path, image_f
     assert len([*images.rglob("*.png")]) == 12
     done("decode", target, latents, "--out", images)  # its own images may be replaced
     tiny_vae(1).save_pretrained(tmp_path / "other")
-    err = done("decode", tmp_path / "other", latents, "--out", tmp_path / "more")
-    assert f"note: vae made these latents, with other weights than {tmp_path / 'other'}'s" in err
+    for number, shards in enumerate((latents, latents / "000000.tar", latents / "00*.tar")):
+        err = done("decode", tmp_path / "other", shards, "--out", tmp_path / f"more{number}")
+        note = f"note: vae made these latents, with other weights than {tmp_path / 'other'}'s\n"
+        assert err.count(note) == 1
+    (latents / "stats.json").write_text("{}")  # without a description, nothing is known
+    err = done("decode", target, latents / "000000.tar", "--out", images)
+    assert err == f"images: {images}, 12 of them\n"
 
 
 def test_two_processes_encode_what_one_encodes(olvae, olvae_on_two, target, tmp_path, image_folder):
@@ -121,12 +127,12 @@ def test_encode_compiles_the_encoder_alone(olvae, target, tmp_path, image_folder
 
 
 def test_encode_and_decode_mistakes_are_one_line(done, refused, target, tmp_path, image_folder):
-    def encode(*arguments: object) -> list[object]:
+    def encode(*arguments: object, data: Path | str = image_folder) -> list[object]:
         return [
             "encode",
             target,
             "--data",
-            image_folder,
+            data,
             "--size",
             16,
             "--out",
@@ -146,7 +152,7 @@ def test_encode_and_decode_mistakes_are_one_line(done, refused, target, tmp_path
             "--memory inf: give",
         ),
         (
-            encode("--data", shards, "--shard-size", 3),
+            encode("--shard-size", 3, data=shards),
             2,
             "--shard-size: each of these shards becomes one of latents",
         ),
@@ -165,7 +171,7 @@ def test_encode_and_decode_mistakes_are_one_line(done, refused, target, tmp_path
             1,
             "one size",
         ),
-        (encode("--data", tmp_path / "nowhere"), 1, "no such folder"),
+        (encode(data=tmp_path / "nowhere"), 1, "no such folder"),
         (encode("--out", image_folder), 2, "has other files already"),
         (encode("--out", image_folder / "class0/0.png"), 1, "results need a folder"),
         (
@@ -186,13 +192,13 @@ def test_encode_and_decode_mistakes_are_one_line(done, refused, target, tmp_path
         assert text in refused(code, *arguments)
         assert not (tmp_path / "out").exists()
     done(*encode())
-    line = refused(1, *encode("--data", tmp_path / "out", "--out", tmp_path / "again"))
+    line = refused(1, *encode("--out", tmp_path / "again", data=tmp_path / "out"))
     assert line == "error: no images in these shards: an image is a file KEY.jpg, KEY.png, ...\n"
     assert "was begun with flip False (now True): give the same options and images" in refused(
         2, *encode("--flip")
     )
     assert "was begun with other images: give the same options" in refused(
-        2, *encode("--data", "samples")
+        2, *encode(data="samples")
     )
 
 

@@ -251,6 +251,21 @@ def test_evaluate_counts_corrupt_and_small_images(done, trained, photos, tmp_pat
     assert "images smaller than the crop, which were enlarged: 1" in err
 
 
+def test_lines_of_a_list_that_repeat(done, trained, photos, tmp_path, caplog):
+    files = sorted(photos.rglob("*.png"))[:4]
+    lines = [str(path) for path in (files[0], files[1], files[0], files[1], *files[2:])]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    options = ("--data", tmp_path / "list.txt", "--out", tmp_path / "out", *PIXELS)
+    for asked, read, measured in ((["--images", 5], 5, 3), ([], 6, 4)):
+        done("evaluate", trained, *options, *asked)
+        assert content(tmp_path / "out")["images"]["n"] == measured
+        assert f"{read} images were read, {measured} are measured: the others" in caplog.text
+    (tmp_path / "list.txt").write_text("\n".join(map(str, files)))
+    caplog.clear()
+    done("evaluate", trained, *options)
+    assert "images were read" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "text"),
     [
@@ -319,6 +334,34 @@ def test_numbers_never_lie_beside_the_files_of_another_evaluation(olvae, trained
     os.utime(partial, (0, 0))
     assert olvae(*arguments)[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("command", ["evaluate", "latents"])
+def test_results_are_not_among_the_images(command, olvae, trained, photos):
+    """The next use of the folder would take the results' pictures for images."""
+    before = sorted(photos.rglob("*"))
+    for out in (photos, photos / "new"):
+        code, _, err = olvae(command, trained, "--data", photos, "--out", out)
+        wanted = f"--out {out}: is inside the images' folder {photos}: choose one beside it"
+        assert (code, err.splitlines()[-1]) == (2, f"error: {wanted}")
+    assert sorted(photos.rglob("*")) == before
+
+
+def test_results_may_be_beside_the_part_that_is_read(tmp_path):
+    """Of a data set with both parts only the pictures for validation are read."""
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
+    report = tmp_path / "report"
+    assert results_folder(report, "", None, str(tmp_path)) == report
+    with pytest.raises(ConfigError, match=f"is inside the images' folder {tmp_path / 'val'}"):
+        results_folder(tmp_path / "val" / "report", "", None, str(tmp_path))
+
+
+def test_results_beside_weights_among_the_images_are_refused(tmp_path):
+    weights = tmp_path / "vae.safetensors"
+    weights.touch()
+    with pytest.raises(ConfigError, match="vae_results: is inside the images' folder"):
+        results_folder(None, str(weights), None, str(tmp_path))
 
 
 def test_results_folder_is_in_the_run_or_beside_the_weights(tmp_path):

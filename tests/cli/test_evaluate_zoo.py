@@ -181,25 +181,26 @@ NEEDED = (
     ("arguments", "message"),
     [
         (
-            ("--zoo", "flux3", "--data", ".", "--out", "x", *FLAGS),
+            ("--zoo", "flux3", "--data", "photos", "--out", "x", *FLAGS),
             "--zoo flux3: not in the list, which has photos",
         ),
-        (("--zoo", "--data", ".", "demo", "--out", "x"), NEEDED),
+        (("--zoo", "--data", "photos", "demo", "--out", "x"), NEEDED),
         (("--zoo", "--out", "x"), NEEDED),
         ((), NEEDED),
         (
-            ("--zoo", "sdxl", "--data", ".", "--out", "x", *FLAGS),
+            ("--zoo", "sdxl", "--data", "photos", "--out", "x", *FLAGS),
             "stabilityai/sdxl-vae: no such file or folder here",
         ),
         (
-            ("--zoo", "sdxl", "--data", ".", "--out", "x"),
+            ("--zoo", "sdxl", "--data", "photos", "--out", "x"),
             "pt_inception-2015-12-05-6726825d.pth is not in",
         ),
     ],
 )
 def test_zoo_refuses_wrong_arguments(olvae, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.png").touch()
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").touch()
     code, _, err = olvae("evaluate", *arguments)
     assert code in (1, 2)
     assert f"error: {message}" in err

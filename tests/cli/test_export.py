@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import save
+from olvae.data.shards.latent_source import LatentSource
 from olvae.export.formats import Layout
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.spec import WEIGHTS_NAME
@@ -39,7 +40,7 @@ def make_run(folder: Path) -> Path:
     (run / "checkpoints").mkdir(parents=True)
     raw = {name: t + 1 for name, t in model.state_dict().items()}
     torch.save(
-        {"state_dict": model.state_dict(), "current_model_state": raw},
+        {"state_dict": model.state_dict(), "current_model_state": raw, "global_step": 3},
         run / "checkpoints" / "last.ckpt",
     )
     save(config, run / "config.yaml")
@@ -117,6 +118,50 @@ def test_export_takes_factors_from_the_folder_of_encode_or_latents(
         ), err
 
 
+def test_factors_per_channel_are_the_ones_that_latent_source_scales_with(
+    any_command, olvae, refused, run_folder, image_folder, tmp_path
+):
+    """Back and forth; without the flag a note names it, and a format without a place refuses it."""
+    folder = tmp_path / "latents"
+    code, _, err = any_command("encode", run_folder, "--data", image_folder, "--out", folder)
+    assert code == 0, err
+    out = tmp_path / "vae"
+    code, _, err = olvae(run_folder, "--out", out, "--latents", folder)
+    assert code == 0, err
+    assert "LatentSource(per_channel=True) needs --per-channel\n" in err
+    code, _, err = olvae(run_folder, "--out", out, "--latents", folder, "--per-channel", "--force")
+    assert code == 0, err
+    assert "needs --per-channel" not in err
+    assert "latents_std | " in (out / "README.md").read_text()
+
+    vae = LiteVAE.from_pretrained(out)
+    theirs = AutoencoderLiteVAE.from_pretrained(out).config
+    stats = json.loads((folder / "stats.json").read_text())
+    assert (vae.latents_mean, vae.latents_std) == (stats["latents_mean"], stats["latents_std"])
+    assert (theirs.latents_mean, theirs.latents_std) == (vae.latents_mean, vae.latents_std)
+    assert (vae.scaling_factor, vae.shift_factor) == (1.0, 0.0)
+    plain, scaled = (
+        next(iter(LatentSource(folder, 3, per_channel=channels).val_loader()))["latent"]
+        for channels in (False, True)
+    )
+    z = plain / stats["scaling_factor"] + stats["shift_factor"]
+    torch.testing.assert_close(vae.from_diffusion(scaled), z)
+
+    assert "--per-channel takes its numbers from --latents" in refused(
+        2, run_folder, "--out", tmp_path / "other", "--per-channel"
+    )
+    content = json.loads((folder / "stats.json").read_text())
+    for change, message in (
+        ({"latents_std": None}, "has no latents_mean and latents_std: measure again"),
+        ({"latents_mean": [0.0]}, "latents_mean: expected 4 numbers, one per channel, got [0.0]"),
+        ({"latents_std": [0.0] * 4}, "latents_std: expected 4 numbers above 0"),
+    ):
+        (tmp_path / "stats.json").write_text(json.dumps(content | change))
+        given = (run_folder, "--out", tmp_path / "other", "--latents", tmp_path / "stats.json")
+        assert message in refused(1, *given, "--per-channel")
+        assert not (tmp_path / "other").exists()
+
+
 def test_from_pretrained_of_diffusers_refuses_a_run(any_command, run_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("runs").symlink_to(run_folder.parent)
@@ -183,7 +228,8 @@ def test_an_export_in_bfloat16_is_folded_and_has_the_measured_factors(done, expo
     cards = [(folder / "README.md").read_text() for folder in (exported.folder, tmp_path / "half")]
     first, again = (card.partition("## Training data")[2].partition("## Use")[0] for card in cards)
     assert first == again
-    assert "SamplePhotographs" in first
+    # The steps of these weights, as the run may have been stopped before its last one.
+    assert "SamplePhotographs`, crops of 16x16, 3 steps." in first
     assert "Weights: mit." in first
 
 

@@ -89,6 +89,9 @@ DEMO = ("train", "--base", "configs/demo.yaml")
             "data.params.batch_size 6000 is larger than the data",
         ),
         ([*DEMO, "--actual_resume", "x.ckpt"], 1, "x.ckpt: no such file or folder"),
+        ([*DEMO, "--data", "a", "--data=b"], 2, "--data is given twice, a, b: give one; a .txt"),
+        ([*DEMO, "--teacher", "a", "--teacher", "b"], 2, "--teacher is given twice, a, b: give"),
+        (["evaluate", "x", "--data", "a", "--data", "b"], 2, "--data is given twice, a, b: give"),
         (["evaluate", "configs/demo.yaml"], 1, "not a file of weights"),
         (["evaluate", "configs"], 1, "neither a run folder"),
         (["trian"], 2, "No such command"),
@@ -174,6 +177,35 @@ def test_a_warning_is_one_line(olvae, config, monkeypatch):
 def test_debug_shows_the_traceback():
     with pytest.raises(FileNotFoundError, match="not found"):
         main(["evaluate", "missing", "--debug"])
+
+
+@pytest.mark.parametrize(
+    "command", [("train", "--base", "demo"), ("evaluate", "demo"), ("latents", "demo")]
+)
+def test_a_pattern_without_quotes_is_one_line(refused, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ten").mkdir()
+    for i in range(10):
+        Image.new("RGB", (8, 8)).save(tmp_path / "ten" / f"{i}.png")
+    files = [f"ten/{i}.png" for i in range(10)]
+    line = refused(2, *command, "--data", *files)
+    assert "--data: 10 files, of a pattern without quotes" in line
+    assert "quote it, --data 'ten/*.png'" in line
+
+
+@pytest.mark.parametrize("kind", [".yaml", ".yml", ".txt"])
+def test_configs_and_lists_after_data_are_no_pattern(refused, tmp_path, monkeypatch, kind):
+    """One of them may be the command's own argument."""
+    monkeypatch.chdir(tmp_path)
+    names = [f"data{kind}", f"cfg{kind}"]
+    for name in names:
+        (tmp_path / name).touch()
+    assert "--base names the config to train" in refused(2, "train", "--data", *names)
+
+
+def test_a_name_that_is_too_long_for_a_file_is_no_pattern(refused):
+    name = f"pipe:cat {'a' * 300}.tar"
+    assert "--base names the config to train" in refused(2, "train", "--data", name)
 
 
 def test_repeat_flags_takes_one_flag_with_several_values():

@@ -30,7 +30,8 @@ FLAGS = {
     "olvae decode": "--out --config --format --batch-size -B --memory --device --raw "
     "--allow-mismatch",
     "olvae export": "--out --format --config --config_base --config-base --raw --allow-mismatch "
-    "--dtype --fold --scaling-factor --shift-factor --latents --onnx --license --force",
+    "--dtype --fold --scaling-factor --shift-factor --latents --per-channel --onnx --license "
+    "--force",
     "olvae validate": "--memory --ranks --precision",
     "olvae tables": "--json",
     "olvae data": "",

@@ -58,6 +58,18 @@ def test_reconstruct_takes_every_size_and_names_the_unreadable(olvae, target, tm
         assert max(Image.open(out / f"{name}_compare.png").size) >= 256
 
 
+def test_a_full_disk_is_one_line_with_the_file(olvae, target, tmp_path, full_disk):
+    photo = picture(tmp_path / "photo.png", (64, 64))
+    with full_disk(1000):
+        code, _, err = olvae("reconstruct", *target, photo, "--out", tmp_path / "out")
+    assert code == 1
+    assert "[Errno" not in err
+    place = tmp_path / "out"
+    assert err.startswith(f"error: {place}")
+    assert err.endswith(": File too large\n")
+    assert err.count("\n") == 1
+
+
 def test_reconstruct_takes_samples_and_precision(done, target, tmp_path):
     image = picture(tmp_path / "x.png", (8, 8))
     results, notes = [], []
@@ -110,4 +122,4 @@ def test_app_without_gradio_says_what_to_install(olvae, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     code, _, err = olvae("app", "olvae:photos-f8c4")
     assert code == 2
-    assert "olvae app needs Gradio: pip install 'open-litevae[app]'" in err
+    assert "olvae app needs Gradio: pip install gradio" in err

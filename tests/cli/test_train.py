@@ -1,11 +1,18 @@
 """``olvae train`` as a user types it."""
 
 import json
+import os
 import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from PIL import Image
+
+from olvae.runs import Run
+from olvae.training.run import TrainingStopped
 
 
 def test_train_evaluate_and_resume(olvae, done, config, tmp_path):
@@ -89,6 +96,40 @@ def test_sigterm_before_the_first_step_leaves_no_run(olvae, trained, tmp_path, m
     assert err.endswith("_tiny_32: removed: nothing was saved yet\nstopped\n")
     signal.signal(signal.SIGTERM, before)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def stopped(olvae, trained, monkeypatch) -> Callable[[], int]:
+    """Run a training that is stopped before its first step; returns the exit code."""
+
+    def stop(_: object) -> None:
+        raise TrainingStopped(Run(trained), preempted=True)
+
+    monkeypatch.setattr("olvae.training.run.train", stop)
+    return lambda: olvae("train", "--base", trained.parent.parent / "tiny.yaml", "--gpus", 0)[0]
+
+
+def test_a_signal_after_a_stop_counts_again_after_a_second(stopped, monkeypatch):
+    """An echo does not change the exit code, but a process that does not end can be ended."""
+    now = [100.0]
+    ended: list[int] = []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(os, "_exit", ended.append)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert stopped() == 75
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.raise_signal(number)
+    assert ended == []
+    now[0] += 1.1
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.raise_signal(number)
+    assert ended == [75, 75]
+
+
+def test_a_training_in_a_thread_can_be_stopped(stopped):
+    """Where no handlers can be set."""
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(stopped).result() == 75
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 The source of the data that they name.
 """
 
+import time
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,17 @@ def test_read_received_refuses_unreadable_files(tmp_path, text):
         read_received(write(tmp_path / "bad.yaml", text))
     assert "\n" not in str(error.value)
     assert str(error.value).count(str(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("text", ["a: " + "[" * 10_000, "{a: " * 10_000, "- " * 10_000])
+def test_a_deep_file_of_others_is_refused_at_once(tmp_path, text):
+    """YAML's parser looks through all open brackets at each: 10 kB would take 17 seconds."""
+    path = write(tmp_path / "deep.yaml", text)
+    start = time.process_time()
+    with pytest.raises(ConfigError, match=r"lists and mappings more than 50 deep: refused"):
+        read_received(path)
+    assert time.process_time() - start < 2
+    assert read_received(write(tmp_path / "a.yaml", "a: " + "[" * 40 + "]" * 40))["a"]
 
 
 def test_a_missing_config_file_names_the_nearest(tmp_path):

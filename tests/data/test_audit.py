@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from olvae.data.audit import audit_lines, audit_source
+from olvae.data.image import Photo
 from olvae.data.packing import PackOptions, pack
 from olvae.data.pixels.size_and_range import PixelRange
 from olvae.data.value_range import measure_range
@@ -36,6 +37,18 @@ def test_audit_of_a_folder_that_is_fine(photos):
     assert (result.images, result.unreadable, result.problems, result.notes) == (24, [], [], [])
     assert (result.kinds, counted[-1]) == ({"PNG RGB": 24}, (24, 24))
     assert result.images_per_s > 10
+
+
+def test_a_note_has_the_ten_most_common_profiles(root, monkeypatch):
+    """The result, and so the JSON, has all."""
+    write_photos(root, [f"{i}.png" for i in range(12)])
+    named = property(lambda photo: photo.content.stem, lambda *_: None)
+    monkeypatch.setattr(Photo, "profile", named, raising=False)
+    result = audit_source(str(root), 16, workers=0)
+    (note,) = [note for note in result.notes if note.startswith("converted to sRGB")]
+    assert note.count("1 ") == 10
+    assert note.endswith(", and 2 more")
+    assert len(result.profiles) == 12
 
 
 def test_audit_of_sizes(root):
@@ -254,3 +267,29 @@ def test_measure_range_leaves_out_a_files_own_missing_value(root, tmp_path):
     assert pack(str(root), tmp_path / "whole", PackOptions(channels=1)).index.images == 1
     with pytest.raises(ValueError, match="160 values are missing"):
         pack(str(root), tmp_path / "smaller", PackOptions(channels=1, resize=20))
+
+
+def test_validation_images_that_are_trained_on_are_named_by_content(tmp_path):
+    """A copy, one in another format, and one by another spelling; in folders, lists and shards."""
+    photos = write_photos(tmp_path / "set", [f"train/{i}.png" for i in range(4)] + ["val/4.png"])
+    assert audit_source(str(photos), 16).problems == []
+    shutil.copy(photos / "train" / "1.png", photos / "val" / "copy.png")
+    noise(2).save(photos / "val" / "other.tif")
+    (problem,) = audit_source(str(photos), 16, workers=2).problems
+    assert problem == (
+        "2 of the validation images are training images as well: val/copy.png (the pixels of "
+        "train/1.png), val/other.tif (the pixels of train/2.png): keep one of each"
+    )
+
+    # A list, with a fifth of its images held out.
+    names = [f"{prefix}{i}.png" for prefix in ("train/", "train/../train/") for i in range(4)]
+    (photos / "list.txt").write_text("\n".join(names))
+    (problem,) = audit_source(str(photos / "list.txt"), 16).problems
+    assert problem.startswith("1 of the validation images are training images as well")
+
+    # The last shard is held out.
+    several = write_photos(tmp_path / "several", [f"{i}.png" for i in range(4)])
+    shutil.copy(several / "0.png", several / "4.png")
+    pack(str(several), tmp_path / "shards", PackOptions(shard_size=1, seed=None))
+    (problem,) = audit_source(str(tmp_path / "shards"), 16).problems
+    assert "000004/00000004 (the pixels of 000000/00000000)" in problem

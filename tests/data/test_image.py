@@ -1,4 +1,6 @@
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +9,7 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from olvae.data import image as image_module
 from olvae.data.image import (
     Photo,
     RandomScaleCrop,
@@ -249,3 +252,59 @@ def test_picture_sizes_are_checked_before_decoding():
             Photo(bomb(*size), "a.png")
     for size in ((14_204, 10_652), (1000, 100_000)):  # the largest camera's, a long strip
         assert Photo(b"P6 %d %d 255\n" % size + bytes(9), "a.ppm").size == size
+
+
+def claiming(data: bytes, marker: bytes, offset: int, sides: bytes) -> bytes:
+    """A file with other sides in its header."""
+    place = data.index(marker) + offset
+    return data[:place] + sides + data[place + 4 :]
+
+
+LARGE = (12_000).to_bytes(2, "big") + (13_000).to_bytes(2, "big")
+CLAIMS = {
+    "a.jpg": claiming(saved(plain(), "JPEG"), b"\xff\xc0", 5, LARGE),
+    "progressive.jpg": claiming(saved(plain(), "JPEG", progressive=True), b"\xff\xc2", 5, LARGE),
+    "a.gif": claiming(saved(plain("P", 0), "GIF"), b"GIF8", 6, b"\x60\xea\xd0\x07"),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_a_file_too_small_for_the_pixels_that_it_claims(name, tmp_path):
+    """Pillow gives a grey picture."""
+    path = tmp_path / name
+    path.write_bytes(CLAIMS[name])
+    for content in (path, CLAIMS[name]):
+        with pytest.raises(UnreadableImageError, match=r"pixels, more than its \d+ bytes can hold"):
+            Photo(content, name)
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_pictures_of_one_colour_are_as_small_as_their_format_allows(progressive):
+    flat = Image.new("L", (3000, 2000), 90)
+    for content in (
+        saved(flat, "JPEG", optimize=True, progressive=progressive, quality=1),
+        saved(flat, "GIF"),
+        saved(flat.convert("P"), "GIF"),
+    ):
+        np.testing.assert_allclose(np.asarray(Photo(content, "flat").read()), 90, atol=8)
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_strips_of_a_large_picture_are_converted_as_the_whole(name, channels, monkeypatch):
+    whole = np.asarray(Photo(CONVERTED[name][0], name, channels).read())
+    monkeypatch.setattr(image_module, "STRIP_PIXELS", 24 * 7)
+    np.testing.assert_array_equal(Photo(CONVERTED[name][0], name, channels).read(), whole)
+
+
+def test_a_large_picture_with_alpha_is_in_memory_twice_at_most(tmp_path):
+    """Its 400 kB have 16 million pixels, 64 MB; strips and libraries may take 96 MB more."""
+    Image.new("RGBA", (4000, 4000)).save(tmp_path / "a.png")
+    code = (
+        "import resource, sys; from pathlib import Path; from olvae.data.image import Photo\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "start = peak(); Photo(Path(sys.argv[1]), 'a').read(); print(peak() - start)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(found.stdout) < (2 * 64 + 96) * 1000

@@ -9,10 +9,11 @@ from olvae import config as cfg
 from olvae.config import ConfigError
 from olvae.data.dataset import SamplePhotographs
 from olvae.data.opening import open_source, open_test_source, trains_on
+from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.size_and_range import Sides
 from olvae.runs import make_data_absolute, present_data
 from tests.conftest import tiny_config
-from tests.data.images import encoded, write_shards
+from tests.data.images import encoded, write_photos, write_shards
 
 
 def count(src: object, **arguments: int) -> int:
@@ -42,6 +43,14 @@ def test_open_source_takes_folders_lists_patterns_shards_and_configs(tmp_path, i
         count(tmp_path / "config.yaml")
         == open_source(str(tmp_path / "config.yaml"), 1, 1).val_images
     )
+
+
+@pytest.mark.parametrize(("full", "empty"), [("val", "train"), ("train", "val")])
+def test_open_source_takes_the_one_part_that_has_images(tmp_path, caplog, full, empty):
+    folder = write_photos(tmp_path / "set", [f"{full}/0.png", f"{full}/1.png"])
+    (folder / empty).mkdir()
+    assert count(folder) == 2
+    assert f"{folder}: {full}/ is evaluated" in caplog.messages[0]
 
 
 def test_open_source_skips_unreadable_images_however_many(image_folder):
@@ -206,12 +215,17 @@ def test_trains_on_knows_a_runs_images(home, monkeypatch):
     shards = [str(home / "more" / "0.tar"), "https://a.org/0.tar"]
     sources = [{"params": {"root": str(home / "photos")}}, {"params": {"shards": shards}}]
     config = {"data": {"target": "olvae.data.mix.MixSource", "params": {"sources": sources}}}
-    trained = ("photos", "photos/train", "photos/train/*.png", "more", "more/0.tar")
+    trained = ("photos/train", "photos/train/*.png", "more", "more/0.tar")
     assert all(trains_on(config, str(home / place)) for place in trained)
-    others = [home / "photos" / "val", home / "photos" / "train2", home / "more" / "deep"]
+    others = [
+        home / "photos",
+        home / "photos" / "val",
+        home / "photos" / "train2",
+        home / "more" / "deep",
+    ]
     monkeypatch.setenv("HOME", str(home))
-    assert trains_on(config, "~/photos")
-    assert trains_on({"data": {"params": {"root": "~/photos"}}}, str(home / "photos"))
+    assert trains_on(config, "~/photos/train")
+    assert trains_on({"data": {"params": {"root": "~/photos"}}}, str(home / "photos" / "train"))
     monkeypatch.chdir(home / "photos" / "train")
     elsewhere = ("https://a.org/0.tar", "samples", "torchvision:CIFAR10", "other.yaml", "list.txt")
     assert not any(trains_on(config, str(place)) for place in (*others, *elsewhere))
@@ -219,6 +233,22 @@ def test_trains_on_knows_a_runs_images(home, monkeypatch):
     assert trains_on(folder, str(home / "more"))
     assert not trains_on(folder, str(home / "more" / "3.tar"))  # which may be held out
     assert not trains_on({}, str(home))
+
+
+def test_lists_and_patterns_of_what_a_run_trains_on(home, image_folder):
+    """Image by image: those that the run holds out are none."""
+    source = FolderSource(image_folder, 16, 1)
+    config = {"data": {"params": {"root": str(image_folder)}}}
+    (home / "held_out.txt").write_text("\n".join(map(str, source.val.paths)))
+    (home / "trained.txt").write_text(
+        "\n".join(map(str, [*source.val.paths, *source.train.paths[:1]]))
+    )
+    assert not trains_on(config, str(home / "held_out.txt"))
+    assert trains_on(config, str(home / "trained.txt"))
+    assert trains_on(config, str(image_folder / "../*/class0/*.png"))
+    listed = {"data": {"params": {"root": str(home / "trained.txt"), "val_fraction": 0.01}}}
+    assert trains_on(listed, str(image_folder))
+    assert not trains_on(listed, str(home / "gone.txt"))
 
 
 def test_open_test_source_resizes_other_masks_as_the_runs_own(home):

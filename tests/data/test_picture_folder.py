@@ -11,9 +11,12 @@ import torch
 from PIL import Image
 
 from olvae.data.image import EvalTransform
-from olvae.data.opening import open_images
+from olvae.data.opening import open_images, open_source
+from olvae.data.packing import PackOptions, pack
 from olvae.data.picture_folder import Files, FolderSource, find_images
-from tests.data.images import close_folders
+from olvae.export.encoding import find_inputs
+from olvae.files import warn_once
+from tests.data.images import close_folders, keys_of, members, write_photos
 
 
 def source(root: Path, **arguments) -> FolderSource:
@@ -240,3 +243,58 @@ def test_a_folder_that_can_be_listed_but_not_entered(image_folder, monkeypatch):
 
     monkeypatch.setattr(Path, "is_file", closed)
     assert len(find_images(image_folder)) == 12
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [("train", "val"), ("train", "valid"), ("Train", "Val"), ("TRAINING", "Validation")],
+)
+def test_one_rule_for_both_parts_in_every_command(train, val, tmp_path, caplog):
+    """A line names the rule and what it leaves out."""
+    names = [f"{train}/{i}.png" for i in range(4)] + [f"{val}/{i}.png" for i in range(4, 6)]
+    folder = write_photos(tmp_path / "set", [*names, "other/6.png", "7.png"])
+    warn_once.cache_clear()
+    trained = FolderSource(folder, 16, 1)
+    evaluated = open_source(str(folder), 16, 1)
+    encoded = find_inputs(str(folder), 3, 0)
+    pack(str(folder), tmp_path / "shards", PackOptions())
+    packed = [details["name"] for _, details in members(tmp_path / "shards").values()]
+    wanted = {f"{i}.png" for i in range(4)}
+    assert {path.name for path in trained.train.paths} == set(packed) == wanted
+    assert {encoded.images.key(i) for i in range(len(encoded.images))} == wanted
+    for source in (trained, evaluated):
+        assert keys_of(source.val_loader()) == ["4.png", "5.png"]
+    rest = "; left out: other/, 1 images beside them"
+    assert caplog.messages == [
+        f"{folder}: trains on {train}/, and {val}/ is held out{rest}",
+        f"{folder}: {val}/ is evaluated, and {train}/ is for training{rest}",
+        f"{folder}: takes {train}/, and {val}/ is held out: {folder / val} takes that{rest}",
+    ]
+
+
+def test_parts_of_a_folder_with_braces_in_its_name(tmp_path, caplog):
+    folder = write_photos(tmp_path / "{} {val}", ["train/0.png", "val/1.png"])
+    assert len(find_inputs(str(folder), 3, 0).images) == 1
+    (line,) = caplog.messages
+    assert line == f"{folder}: takes train/, and val/ is held out: {folder / 'val'} takes that"
+
+
+def test_a_folder_without_both_parts_is_taken_whole(tmp_path, caplog):
+    folder = write_photos(tmp_path / "set", ["train/0.png", "values/1.png", "2.png"])
+    assert len(open_source(str(folder), 16, 1).val) == 3
+    assert len(find_inputs(str(folder), 3, 0).images) == 3
+    assert caplog.messages == []
+
+
+def test_a_folder_without_images_says_what_is_there(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("a.HEIC", "b.heic", "deep/c.nii.gz", "deep/notes"):
+        (tmp_path / name).touch()
+    message = r"no images in this folder \(.*\): it has 2 \.heic, 1 .*convert them first"
+    with pytest.raises(FileNotFoundError, match=message) as error:
+        find_images(tmp_path)
+    assert "1 .nii.gz" in str(error.value)
+    assert "1 without an extension" in str(error.value)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"\.exr\)$"):
+        find_images(tmp_path / "empty")

@@ -8,12 +8,16 @@ from itertools import count, islice
 import numpy as np
 import pytest
 
+from olvae.data.packing import PackOptions, pack
 from olvae.data.picture_folder import FolderSource
+from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, draws, epoch_order
 
 SCRIPT = """
 import sys
+from olvae.data.packing import PackOptions, pack
 from olvae.data.picture_folder import FolderSource
+from olvae.data.shards.webdataset import WebDatasetSource
 
 source = FolderSource(sys.argv[1], 16, 2, num_workers=1)
 kept = [iter(source.test_loader()), iter(source.train_loader(0))]
@@ -71,3 +75,21 @@ def test_whatever_the_workers_and_ranks_batches_hold_the_next_positions(workers,
             range(first, first + 4 * world)
         )
         assert parts[0] == list(range(first, first + 4 * world, world))
+
+
+@pytest.mark.parametrize("limit", [1, 2, 9])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_limited_validation_is_the_first_batches_of_its_loader(image_folder, limit, workers):
+    """Each loader process has whole shards; here one shard has more images than another."""
+    pack(str(image_folder), image_folder.parent / "packed", PackOptions(shard_size=5))
+    shards = sorted(str(path) for path in (image_folder.parent / "packed").glob("*.tar"))
+    streamed = WebDatasetSource(shards, 16, 2, workers, val_shards=shards)
+    for source in (FolderSource(str(image_folder), 16, 2, workers, val_fraction=0.5), streamed):
+        source.val_limit = (limit, 1)
+        batches = islice(iter(source.val_loader()), limit)
+        expected = [key for batch in batches for key in batch["key"]]
+        assert [sample.key for sample in source.validated()] == expected
+        # The text says which.
+        whole = source.describe_val_set()
+        source.val_limit = None
+        assert source.describe_val_set() != whole

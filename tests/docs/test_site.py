@@ -17,6 +17,19 @@ from tests.docs.markdown import DOCS, ROOT
 REPOSITORY = "https://github.com/open-litevae/open-litevae/blob/main/"
 
 
+def test_a_number_that_begins_a_line_is_of_a_list():
+    """Markdown makes an item of a sentence's last number, where a line breaks before it."""
+    found = []
+    for file in [file for file in DOCS if file.suffix == ".md"]:
+        last = 0
+        for line in file.read_text(encoding="utf-8").splitlines():
+            match = re.match(r"\s*(\d+)[.)] ", line)
+            if match and int(match[1]) not in (1, last + 1):
+                found.append(f"{file.name}: {line}")
+            last = int(match[1]) if match else last
+    assert found == []
+
+
 def build(folder: Path, docs: Path = ROOT / "docs") -> subprocess.CompletedProcess[str]:
     """As ``make docs`` does, from other files, into another folder."""
     config = folder / "mkdocs.yml"

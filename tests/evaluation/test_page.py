@@ -30,6 +30,7 @@ from tests.evaluation.peers import seen
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=https://example.org/x.png onerror=alert(1)>"
 
+NAME = "olitevaeB_im_f8c12_imagenet_phaseB_unetgan_large_ema, raw weights"
 LONG = "2026-11-25T03-04-24_olitevaeB_im_f8c12_imagenet_phaseB_unetgan_large_ema_bf16, raw weights"
 
 VOID = {"meta", "img", "br", "col", "link", "input", "hr"}
@@ -225,14 +226,14 @@ def test_page_has_the_numbers_and_marks_the_best(whole):
         "the same",
         "12 images are few.",
         COMMAND,
-        LONG,
+        NAME,
         "batches of 4",
     ):
         assert words in text
     assert "12 images of tiles, sha256 abababababababab…" in text
-    assert text.startswith(f"one, {LONG}, three: open-litevae, 64 px")
+    assert text.startswith(f"one, {NAME}, three: open-litevae, 64 px")
     off = 255 * 10 ** (-values[0] / 20)
-    best = f"(PSNR {values[0]:.2f} dB); the best of the others is 2.50 dB worse: {LONG}."
+    best = f"(PSNR {values[0]:.2f} dB); the best of the others is 2.50 dB worse: {NAME}."
     assert f"one misses a pixel's values by about {off:.1f} of 255 {best}" in text
     equal = [
         replace(row, differences={"psnr": Difference(0.0, -0.1, 0.1)}) for row in whole.results.rows
@@ -240,6 +241,34 @@ def test_page_has_the_numbers_and_marks_the_best(whole):
     assert meaning(changed(whole, equal).results).endswith(
         f"; the best of the others is as good: {LONG}."
     )
+
+
+@pytest.mark.parametrize(
+    ("targets", "shown"),
+    [
+        (["2026-11-30T10-55-15_demo_32", "olvae:photos-f8c4"], ["demo", "olvae:photos-f8c4"]),
+        (["2026-11-30T10-55-15-2_a_b_32, raw weights", "2026-11-30T10-55-15-2_a_b_32, bf16"],
+         ["a_b, raw weights", "a_b, bf16"]),
+        (["2026-11-30T10-55-15_demo_32", "2026-12-01T00-00-00_demo_32", "c"],
+         ["demo (2026-11-30T10-55-15)", "demo (2026-12-01T00-00-00)", "c"]),
+        (["2026-11-30T10-55-15_demo_32", "2026-11-30T10-55-15_demo_bf16", "demo"],
+         ["2026-11-30T10-55-15_demo_32", "2026-11-30T10-55-15_demo_bf16", "demo"]),
+        (["runs/2026-11-30T10-55-15_demo_32", "2026-11-30T10-55-15_demo_32/a.ckpt"],
+         ["runs/2026-11-30T10-55-15_demo_32", "2026-11-30T10-55-15_demo_32/a.ckpt"]),
+    ],
+)  # fmt: skip
+def test_a_run_has_its_name_and_the_time_where_two_have_one(targets, shown):
+    evaluated = page(targets)
+    html = render_page(evaluated, f"olvae evaluate runs/{targets[0]}")
+    reader = Reader(html)
+    title = f"{', '.join(shown)}: open-litevae, 64 px"
+    assert [text for tag, text in reader.texts if tag == "title"] == [title]
+    assert f"{shown[0]} misses a pixel's values by about" in reader.all_text()
+    for name in shown:
+        assert f"<span>{breakable(name)}</span></span></th>" in html  # a row
+        assert f"</span> {breakable(name)}</th>" in html  # a column of the gallery
+    assert f"olvae evaluate runs/{targets[0]}" in html
+    assert [row.target for row in evaluated.results.rows] == targets
 
 
 def test_page_images_stand_side_by_side_with_every_target(whole):

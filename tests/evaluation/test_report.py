@@ -209,3 +209,17 @@ def test_per_image_csv_is_read_again(tmp_path):
     ]
     assert float(lines[0][2]) == 1 / 3
     assert [file.name for file in tmp_path.iterdir()] == ["per_image.csv"]
+
+
+def test_names_that_spreadsheets_would_run(tmp_path):
+    """Each gets one apostrophe, which a reader takes away; negative numbers stay numbers."""
+    names = ["=1+1.png", "+1.png", "-1.png", "@a.png", "\t=1.png", "'=1.png"]
+    names += ["a=1.png", " =1.png"]
+    row = Row("=cmd", len(names), {}, per_image={"psnr": dict.fromkeys(names, -1.5)})
+    write_csv(results_of(row), tmp_path / "per_image.csv")
+    with (tmp_path / "per_image.csv").open(newline="", encoding="utf-8") as file:
+        _, *lines = csv.reader(file)
+    assert {(target, value) for target, _, value in lines} == {("'=cmd", "-1.5")}
+    keys = [key for _, key, _ in lines]
+    assert not [key for key in keys if key[0] in "=+-@\t"]
+    assert sorted(key.removeprefix("'") for key in keys) == sorted(names)

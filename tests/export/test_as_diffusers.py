@@ -95,7 +95,7 @@ def test_diffusers_auto_model(vae, image, tmp_path, monkeypatch, caplog):
     assert "not expected" not in caplog.text
     monkeypatch.setitem(sys.modules, "olvae", None)
     with pytest.raises(
-        ImportError, match=r"^this autoencoder needs open-LiteVAE: pip install open-litevae$"
+        ImportError, match=r"^this autoencoder needs open-LiteVAE: pip install git\+https://github"
     ):
         AutoModel.from_pretrained(str(tmp_path / "a"), trust_remote_code=True)
 

@@ -1,8 +1,12 @@
+import json
+import math
 import os
+import re
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 
 from olvae.config import ConfigError
 from olvae.data.image import image_to_tensor
@@ -129,7 +133,7 @@ def altered(tmp_path, image_folder, **changes):
 @pytest.mark.parametrize("key", ["../x", "/x", "a/../../x", "."])
 def test_decoding_refuses_keys_that_lead_out_of_the_folder(tmp_path, image_folder, key):
     meta = f'{{"key": "{key}", "image": [16, 16]}}'.encode()
-    with pytest.raises(ValueError, match="leads out of the folder"):
+    with pytest.raises(ValueError, match=r"no latents to decode: .*leads out of the folder"):
         decode_shards(
             tiny_vae(), altered(tmp_path, image_folder, **{LATENT_META: meta}), tmp_path / "out"
         )
@@ -141,6 +145,68 @@ def test_decoding_broken_latents_is_refused(tmp_path, image_folder, meta):
     changes = {LATENT: b"\0" * 40} if meta is None else {LATENT_META: meta}
     with pytest.raises(ValueError, match=r"x\.latent\.safetensors: not a latent"):
         decode_shards(tiny_vae(), altered(tmp_path, image_folder, **changes), tmp_path / "out")
+
+
+def latent_bytes(**changes):
+    """A posterior of 2x2 positions for tiny_vae, with other tensors in place of some."""
+    return save({"mean": torch.zeros(4, 2, 2), "std": torch.ones(4, 2, 2), **changes})
+
+
+def meta_bytes(key, image=(16, 16)):
+    return json.dumps({"key": key, "width": 16, "height": 16, "image": image}).encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "meta", "message"),
+    [
+        (latent_bytes(mean=torch.full((4, 2, 2), math.nan)), None, "mean has values that are not"),
+        (latent_bytes(mean=torch.full((4, 2, 2), 3e38)), None, "mean has values that are not"),
+        (latent_bytes(std=torch.full((4, 2, 2), math.inf)), None, "std has values that are not"),
+        (latent_bytes(std=torch.full((4, 2, 2), -1.0)), None, "std has negative values"),
+        (
+            latent_bytes(mean=torch.zeros(4, 0, 4), std=torch.ones(4, 0, 4)),
+            None,
+            r"of shape \(4, 0, 4\)",
+        ),
+        (None, meta_bytes("bad", (-5, -5)), "of an image of -5x-5 pixels"),
+        (None, meta_bytes("bad", (16, 9999)), "'bad' has 16x9999 pixels, but a latent of 2x2"),
+        (None, meta_bytes("bad", (8, 16)), "'bad' has 8x16 pixels, but a latent of 2x2"),
+        (None, meta_bytes("a\0b"), r"the key 'a\\x00b' can't name a file"),
+        (None, meta_bytes("\ud800"), r"the key '\\ud800' is not text"),
+        (None, meta_bytes("k" * 300), "the key 'kkkkk.*\\.\\.\\.' can't name a file"),
+        (None, meta_bytes("k/" * 1500), "the key 'k/k/.*' can't name a file"),
+        (None, meta_bytes("../x"), "the key '../x' leads out of the folder"),
+    ],
+)
+def test_a_bad_latent_is_named_and_the_others_are_decoded(tmp_path, data, meta, message):
+    """With its shard and its files' name."""
+    (tmp_path / "shards").mkdir()
+    files = [("a.latent.safetensors", latent_bytes()), ("a.latent.json", meta_bytes("a"))]
+    files += [("bad.latent.safetensors", data or latent_bytes())]
+    files += [("bad.latent.json", meta or meta_bytes("bad"))]
+    files += [("c.latent.safetensors", latent_bytes()), ("c.latent.json", meta_bytes("c"))]
+    write_tar(tmp_path / "shards" / "0.tar", files)
+    done, (error,) = decode_shards(tiny_vae(), shards(tmp_path / "shards"), tmp_path / "out")
+    assert done == 2
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == ["a.png", "c.png"]
+    assert error.name.startswith(str(tmp_path / "shards" / "0.tar"))
+    assert error.name.endswith("bad.latent.safetensors")
+    assert re.search(message, error.reason), error.reason
+
+
+def test_a_latent_that_decodes_to_no_picture(tmp_path):
+    """Its values are allowed, but the decoder makes none of them."""
+    (tmp_path / "shards").mkdir()
+    model = Shrunk()
+    files = [("a.latent.safetensors", save({"latent": torch.zeros(3, 8, 8)}))]
+    files += [("a.latent.json", meta_bytes("a"))]
+    files += [("b.latent.safetensors", save({"latent": torch.full((3, 8, 8), 1e5)}))]
+    files += [("b.latent.json", meta_bytes("b"))]
+    write_tar(tmp_path / "shards" / "0.tar", files)
+    model.gain.data.fill_(1e-35)
+    done, (error,) = decode_shards(model, shards(tmp_path / "shards"), tmp_path / "out")
+    assert done == 1
+    assert error.reason == "'b' decodes to values that are not finite"
 
 
 def test_decoding_latents_of_another_model_is_refused(tmp_path, image_folder):

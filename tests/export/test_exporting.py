@@ -2,7 +2,10 @@
 and a format from outside the package.
 """
 
+import json
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 from collections import defaultdict
@@ -19,11 +22,12 @@ from torch import Tensor
 
 from olvae import LiteVAE
 from olvae.config import ConfigError
-from olvae.export.exporting import ExportSettings, check_place, export
+from olvae.export.exporting import ExportSettings, check_place, export, export_target
 from olvae.export.formats import LAYOUTS, Layout, Loaded, find_layout
 from olvae.models.loading.targets import find_target
 from tests.export.tiny import ours, tiny_litevae
 from tests.models.autoencoder_kl import autoencoder_kl
+from tests.models.loading.classes import make
 
 
 class NumpyLayout(Layout):
@@ -132,6 +136,47 @@ def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
         here,
         f".other.{socket.gethostname()}~{ended.pid}-x",
     }
+
+
+def killed_between_the_old_and_the_new(model: LiteVAE, place: Path) -> None:
+    """Replace an export in a process that dies when the old one has been moved away."""
+    move = Path.replace
+
+    def work() -> None:
+        def die(self: Path, target: Path) -> Path:
+            if target == place:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return move(self, target)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "replace", die)
+            export(model, place, settings=FORCE)
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    assert not place.exists()
+
+
+def test_a_kill_between_the_old_and_the_new_loses_neither(tmp_path, monkeypatch):
+    """The next export finds the old one at its place: on a full disk, and without `force`."""
+    model, place = tiny_litevae(), tmp_path / "vae"
+    export(model, place)
+    before = content(place)
+    killed_between_the_old_and_the_new(model, place)
+    with monkeypatch.context() as patch:
+        patch.setattr(Layout, "write", lambda *_: full_disk(None))
+        with pytest.raises(OSError, match="No space left"):
+            export(model, place, settings=FORCE)
+    assert content(tmp_path) == {f"vae/{name}": data for name, data in before.items()}
+
+    killed_between_the_old_and_the_new(model, place)
+    with pytest.raises(FileExistsError, match="vae: exists: `force` replaces it"):
+        export(model, place)
+    assert content(place) == before
+    export(model, place, settings=FORCE)
+    assert [path.name for path in tmp_path.iterdir()] == ["vae"]
 
 
 def test_folded_export_has_ordinary_convolutions_or_is_refused(layout, model, place):
@@ -356,3 +401,22 @@ def test_export_settings_refuse_a_run_without_latents_json(tmp_path):
         settings.check(tmp_path / "out")
     (run / "latents.json").touch()
     settings.check(tmp_path / "out")
+
+
+def test_a_class_without_a_place_for_factors_per_channel(tmp_path):
+    """It refuses them; the classes whose latents are scaled so take new ones."""
+    numbers = {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4}
+    pair = {"scaling_factor": 2.0, "shift_factor": 0.1}
+    latents = tmp_path / "stats.json"
+    latents.write_text(json.dumps({"target": "vae", "count": 200, **pair, **numbers}))
+    settings = ExportSettings(latents=latents, per_channel=True)
+    for name in ("AutoencoderKLFlux2", "AutoencoderKLQwenImage"):
+        make(name).save_pretrained(tmp_path / name)
+    flux = find_target(f"diffusers:{tmp_path / 'AutoencoderKLFlux2'}")
+    with pytest.raises(ConfigError, match="`per_channel`: AutoencoderKLFlux2 has no place for"):
+        export_target(flux, tmp_path / "flux", settings)
+    qwen = find_target(f"diffusers:{tmp_path / 'AutoencoderKLQwenImage'}")
+    export_target(qwen, tmp_path / "qwen", settings)
+    back = find_target(f"diffusers:{tmp_path / 'qwen'}").load().for_diffusion
+    assert {name: back[name] for name in numbers} == numbers
+    assert (back["scaling_factor"], back["shift_factor"]) == (1.0, 0.0)

@@ -1,8 +1,13 @@
 import json
+import math
 
 import pytest
 
+from olvae.config import ConfigError
+from olvae.export.exporting import ExportSettings, export_target
 from olvae.export.factors import read_factors
+from olvae.models.loading.targets import find_target
+from tests.models.loading.classes import make
 
 
 def test_factors_are_read_from_latents_json(tmp_path):
@@ -36,7 +41,24 @@ def test_factors_are_read_from_latents_json(tmp_path):
     assert read_factors(path, "c", "12ab")[:2] == (2.0, 0.25)  # a stats.json, of the same weights
     with pytest.raises(ValueError, match=r"a made, with other weights than c's"):
         read_factors(path, "c", "34cd")
+    for scale, message in ((math.nan, "nan"), (-2.0, r"-2\.0"), (0.0, r"0\.0")):
+        path.write_text(json.dumps({"results": [result("a", scale)]}))
+        expected = f"scaling_factor: expected a number above 0, got {message}"
+        with pytest.raises(ValueError, match=rf"latents\.json: {expected}"):
+            read_factors(path, "a")
     for text in ("", "[]", '{"results": [{"target": "a"}]}'):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"not written by olvae latents or olvae encode"):
             read_factors(path, "a")
+
+
+def test_measured_factors_may_replace_those_per_channel(tmp_path):
+    make("AutoencoderKLQwenImage").save_pretrained(tmp_path / "qwen")
+    target = find_target(f"diffusers:{tmp_path / 'qwen'}")
+    (tmp_path / "latents.json").touch()
+    for settings, remedy in (
+        (ExportSettings(latents=tmp_path), "leave out `latents`, or add `per_channel`"),
+        (ExportSettings(scaling_factor=2.0), "leave out `scaling_factor`"),
+    ):
+        with pytest.raises(ConfigError, match=f"per channel: {remedy}$"):
+            export_target(target, tmp_path / "out", settings)

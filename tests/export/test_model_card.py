@@ -89,6 +89,8 @@ def test_model_card_says_data_numbers_and_licence(metrics, tmp_path):
     ):
         assert text in card
     assert "/home/me" not in card
+    stopped = Provenance("a_run", config, steps=1)
+    assert "cats, 1 step, from the weights of" in card_of(tiny_litevae(), stopped)
     assert (tmp_path / "vae" / "metrics.json").read_bytes() == metrics.read_bytes()
 
     export(tiny_litevae().fold(), tmp_path / "bare", None, None, Provenance("x", raw=True))

@@ -101,6 +101,6 @@ def test_onnx_file_that_differs_is_refused(tmp_path, monkeypatch):
 def test_onnx_without_onnxruntime_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(
-        ConfigError, match=r"ONNX needs onnxruntime: pip install 'open-litevae\[onnx\]'"
+        ConfigError, match=r"ONNX needs onnxruntime: pip install onnx onnxscript onnxruntime"
     ):
         export_onnx(torch.nn.Linear(1, 1), tmp_path)

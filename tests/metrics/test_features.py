@@ -407,7 +407,7 @@ def test_fdd_without_its_network_is_skipped(dinov2, monkeypatch):
     ):
         build_metrics(["fdd"], dinov2)
     monkeypatch.setattr("olvae.metrics.find_spec", lambda name: None)
-    assert "open-litevae[align]" in build_metrics(["fdd"], dinov2)().skipped["fdd"]
+    assert "pip install timm" in build_metrics(["fdd"], dinov2)().skipped["fdd"]
 
 
 def test_inception_and_dinov2_files_of_something_else_are_refused(tmp_path, weights_dir):

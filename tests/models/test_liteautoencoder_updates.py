@@ -54,6 +54,27 @@ def test_accumulation_equals_a_larger_batch_for_both_optimizers(image_folder, up
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("updates_per_step", [1, 2])
+def test_logged_losses_are_means_over_the_micro_batches(image_folder, updates_per_step):
+    """Of the update that logs alone, and of the discriminator's last one in it."""
+    logged = []
+    for k in (3, 1):
+        model = build(
+            against(UNETGAN, weight=0.5, updates_per_step=updates_per_step),
+            accumulate_grad_batches=k,
+            sample_posterior=False,
+        )
+        model.images = lambda batch: from_uint8(batch["image"]).double()
+        settings = {"size": 64, "precision": "64-true", "log_every_n_steps": 2 * k}
+        fit(model, image_folder, 2, batch_size=6 // k, **settings)
+        logged.append(metrics(model))
+    means, whole = logged
+    # The ratio of gradients is measured in the last micro-batch alone.
+    assert means.pop("health/gradient_ratio") != whole.pop("health/gradient_ratio")
+    assert {"train/loss", "train/rec", "train/discriminator", "health/accuracy"} <= set(means)
+    assert means == pytest.approx(whole, rel=1e-5)
+
+
 def test_several_updates_of_the_discriminator_a_step(image_folder, updates):
     model, counts = build(against(updates_per_step=3), accumulate_grad_batches=2), []
     seen: list[Tensor] = []

@@ -84,6 +84,7 @@ def test_a_module_that_a_received_config_names_is_not_imported(tmp_path, monkeyp
             "decoder_config.params.num_res_blocks: more than 24",
         ),
         ({"decoder_config.params.channel_mult": [1] * 1000}, "channel_mult: more than 10 entries"),
+        ({"pixel_range": [[0, 9]] * 100_000}, "pixel_range: 100000 pairs for images of 3 channels"),
         (
             {"encoder_config.params.image_size": 30},
             "image_size 30 is not a mul",

@@ -9,9 +9,12 @@ from safetensors.torch import load_file, save_file
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import ConfigError, save
+from olvae.models.loading.targets import find_target
 from olvae.models.spec import WEIGHTS_NAME
+from olvae.models.weight_files import locate
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+from olvae.runs import Run
 from tests.conftest import tiny
 from tests.models.files import same_weights, training_config
 from tests.reference import fill, parity_case
@@ -81,9 +84,31 @@ def test_config_is_found_beside_weights_and_in_run_folders(tmp_path):
             LiteVAE.from_pretrained(tmp_path / weights)
         save(training_config(model), tmp_path / config)
         assert same_weights(LiteVAE.from_pretrained((tmp_path / weights).parent), model)
+        # Beside a file that is named by itself, another YAML may be about something else.
+        if config == "b/published.yml":
+            with pytest.raises(
+                ConfigError, match=r"no config beside .*model\.yaml\): put one there"
+            ):
+                find_target(tmp_path / weights)
+            (tmp_path / config).rename(tmp_path / "b" / "model.yml")
+        assert same_weights(find_target(tmp_path / weights).load(), model)
     (tmp_path / "config.json").write_text("[" * 100_000)
     with pytest.raises(ConfigError, match=r"config.json: not readable as JSON: .*"):
         LiteVAE.from_pretrained(tmp_path / "checkpoints" / "step=2.ckpt")
+
+
+def test_a_run_with_its_best_checkpoint_alone_has_these_weights(tmp_path):
+    """As after a full disk: the run is still one, with its config."""
+    model = tiny()
+    save(training_config(model), tmp_path / "config.yaml")
+    best = tmp_path / "checkpoints" / "best.ckpt"
+    best.parent.mkdir()
+    torch.save({"state_dict": model.state_dict()}, best)
+    found = locate(tmp_path)
+    assert (found.weights, found.run) == (best, Run(tmp_path))
+    torch.save({"state_dict": model.state_dict()}, best.with_name("last.ckpt"))
+    assert locate(tmp_path).weights.name == "last.ckpt"
+    assert same_weights(LiteVAE.from_pretrained(tmp_path), model)
 
 
 def test_weights_of_another_model_are_refused_or_warned_of(tmp_path):

@@ -15,6 +15,7 @@ from olvae.config import ConfigError, save
 from olvae.data.dataset import SamplePhotographs
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.metrics.metric import psnr
+from olvae.models.loading.targets import find_target
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import LOADER_NAME
 from tests.conftest import tiny
@@ -45,6 +46,7 @@ def test_hub_repository_in_the_cache_is_loaded(cached, tmp_path):
     save(config, cached / "some_name.yaml")
     torch.save({"state_dict": model.state_dict()}, cached / "epoch=3.ckpt")
     assert same_weights(LiteVAE.from_pretrained("RGenDiff/tiny"), model)
+    assert same_weights(find_target("RGenDiff/tiny").load(), model)
     save_file(model.state_dict(), cached / "weights.safetensors")  # goes before a pickle
     (cached / "epoch=3.ckpt").unlink()
     assert same_weights(LiteVAE.from_pretrained("RGenDiff/tiny", local_files_only=True), model)

@@ -157,6 +157,22 @@ def test_bad_steps_before_the_first_checkpoint_keep_the_weights(
     assert len(noted.read_text().splitlines()) == 4
 
 
+def test_bad_steps_return_to_the_best_checkpoint_where_there_is_no_last(
+    train_with, config, spoil, capfd
+):
+    """As in a run that is continued after a full disk."""
+    overrides = settings(in_a_row=2, returns=1)
+    run = train_with(*overrides, "lightning.trainer.max_steps=2", config=config)
+    run.last_checkpoint.unlink()
+    spoil(lambda iteration: iteration >= 2)
+    steps = ("lightning.trainer.max_steps=20", "lightning.trainer.val_check_interval=20")
+    with pytest.raises(FloatingPointError) as caught:
+        train_with(*steps, resume=run.path)
+    assert "weights and optimizers are back at step 2" in " ".join(capfd.readouterr().err.split())
+    best = run.checkpoints / "best.ckpt"
+    assert one_line(caught).endswith(f"the last good weights are in {best}")
+
+
 def test_under_fp16_all_processes_count_a_bad_step_of_one(tmp_path, under, spoil):
     """The others see gradients of nan alone, as they do after an overflow, which does not count."""
 

@@ -8,6 +8,7 @@ import re
 import signal
 import time
 import warnings
+from datetime import datetime, timedelta, timezone
 from functools import partial
 
 import numpy as np
@@ -20,6 +21,7 @@ from olvae.cli.main import main
 from olvae.config import ConfigError, save
 from olvae.data.places import load
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.loading.targets import find_target
 from olvae.runs import Run
 from olvae.training.run import RUN_ENV, TrainingStopped, quieten
 from tests.conftest import tiny_config
@@ -69,6 +71,8 @@ def test_a_run_leaves_its_config_checkpoints_pictures_and_scalars(go, whole_trai
     } <= files
     assert not [name for name in files if "partial" in name]
     config = load([run.config])
+    begun = datetime.fromisoformat(config["run"].pop("begun"))
+    assert timedelta() < datetime.now(timezone.utc) - begun < timedelta(minutes=10)
     assert config["run"] == {
         "name": "my_name",
         "precision": "bf16",
@@ -106,6 +110,21 @@ def test_a_source_of_unknown_length_is_trained_on(go, tmp_path):
     assert checkpoint(go("lightning.trainer.max_steps=3", *overrides))["global_step"] == 3
     with pytest.raises(ValueError, match="1 training shards for 2 processes"):
         go(*overrides, "data.params.num_workers=2")
+
+
+@pytest.mark.parametrize("own", [0.5, 0.25])
+def test_actual_resume_leaves_out_factors_that_training_has_outdated(go, own):
+    """Equal ones are of the weights that the other run started from; other numbers are kept."""
+    factor = "model.params.scaling_factor=0.5"
+    start = go("lightning.trainer.max_steps=1")
+    moved = go("lightning.trainer.max_steps=1", factor, actual_resume=start.path)
+    assert find_target(moved.path).factors_outdated
+    no_kl = "model.params.lossconfig.params.kl_weight=0"
+    frozen = ("model.params.freeze_encoder=true", no_kl, f"model.params.scaling_factor={own}")
+    run = go("lightning.trainer.max_steps=1", *frozen, actual_resume=moved.path)
+    expected = 1.0 if own == 0.5 else own
+    assert load([run.config])["model"]["params"]["scaling_factor"] == expected
+    assert find_target(run.path).load().scaling_factor == expected
 
 
 def test_actual_resume_takes_the_weights_alone(go):
@@ -154,12 +173,20 @@ def test_a_failing_start_leaves_nothing_and_changes_nothing(go, tmp_path):
         go(resume=run.path, name="other")
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    ("signals", "pause_s", "code"),
+    [
+        ([signal.SIGINT] * 2, 0.02, 130),  # under torchrun, which forwards a second one
+        ([signal.SIGTERM] * 5, 0.15, 75),
+        ([signal.SIGHUP], 0.0, 75),  # of a terminal that is closed
+    ],
+)
 def test_a_signal_to_all_processes_leaves_a_checkpoint_and_its_exit_code(
-    tmp_path, image_folder, quick_training, capfd, monkeypatch, number, code
+    tmp_path, image_folder, quick_training, capfd, monkeypatch, signals, pause_s, code
 ):
     """A terminal's Ctrl-C, or a scheduler's signal, reaches the process group, and so the loader's
-    workers: one step more, a checkpoint, an exit code that tells them apart."""
+    workers: one step more, a checkpoint, an exit code that tells them apart. An echo within a
+    second changes nothing."""
     monkeypatch.delenv(RUN_ENV, raising=False)
     save(tiny_config(image_folder), tmp_path / "c.yaml")
     arguments = (
@@ -169,6 +196,8 @@ def test_a_signal_to_all_processes_leaves_a_checkpoint_and_its_exit_code(
 
     def command() -> None:
         os.setsid()
+        # Whoever runs the tests may ignore it, as nohup does.
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
         main([*arguments.split(), "lightning.trainer.max_steps=100000"])
 
     process = multiprocessing.get_context("fork").Process(target=command)
@@ -176,8 +205,12 @@ def test_a_signal_to_all_processes_leaves_a_checkpoint_and_its_exit_code(
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("runs/*/images/step=*.png")) and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, number)
+    for number in signals:
+        os.killpg(process.pid, number)
+        time.sleep(pause_s)
     process.join(120)
+    if process.exitcode is None:
+        os.killpg(process.pid, signal.SIGKILL)
     errors = capfd.readouterr().err
     assert process.exitcode == code, errors
     assert errors.count("stopped after") == errors.count("\nstopped") == 1
@@ -278,6 +311,7 @@ INFERENCE_ONLY = (
             "a stream of images has no epochs: set max_steps",
         ),
         (("lightning.trainer.val_check_interval=0.5",), {}, "expected a number of steps"),
+        (("run.seed=5",), {}, "^run: .*: leave it out, and give `seed`, `precision`, `gpus` or"),
         (("model.target=torch.nn.Identity",), {}, "unknown key|is not a LiteAutoencoderKL"),
         (("data=null",), {}, "data: expected a node"),
         (("data.params.channels=1",), {}, "the images have 1 channels, the model takes 3"),
@@ -287,6 +321,22 @@ def test_training_mistakes_leave_no_run_folder(go, tmp_path, overrides, options,
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         go(*overrides, **options)
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_settings_of_a_run_are_options(go, tmp_path):
+    """In a config file, as a run's own, or over a resumed run's."""
+    run = go(seed=3, precision="bf16")
+    for settings in (
+        {"base": [run.config]},
+        {"resume": run.path, "overrides": ["run.seed=5"]},
+        {"resume": run.path, "overrides": ["run.name=b"]},
+    ):
+        with pytest.raises(ConfigError, match=r"^run: training writes this section itself: leave"):
+            go(**settings)
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    before = load([run.config])["run"]
+    again = go("lightning.trainer.max_steps=5", resume=run.path, base=[run.config])
+    assert load([again.config])["run"] == before
 
 
 def test_configs_without_max_steps_or_a_source_are_refused(train_with, tmp_path, image_folder):
@@ -353,6 +403,7 @@ def test_the_best_weights_are_kept_by_a_named_metric(go):
         "metric": "val/l1",
         "value": pytest.approx(values[best]),
         "step": best,
+        "val_set": checkpoint(run)["val_set"],
     }
     # as if it had been perfect, after last.ckpt
     note.write_text('{"metric": "val/l1", "value": 0.0, "step": 2}')
@@ -468,6 +519,6 @@ def test_linear_paths_are_fitted_for_fresh_weights_alone(
     at_step(0, partial(signal.raise_signal, signal.SIGINT))
     with pytest.raises(TrainingStopped):
         go("lightning.trainer.max_steps=9", config=config)
-    assert "stopped after 1 steps\n" in capfd.readouterr().err, (
+    assert "stopped after 1 step\n" in capfd.readouterr().err, (
         "its two batches of the start are no validation"
     )

@@ -5,17 +5,20 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from olvae.cli.main import main
 from olvae.config import save
 from olvae.models.footprint import Footprint
+from olvae.runs import Run
 from olvae.training import run
 from tests.conftest import tiny_config
-from tests.training.origins import checkpoint
+from tests.training.origins import assert_same_checkpoint, checkpoint
 
 SAVES = (
     "lightning.callbacks.keep.target=olvae.training.saving.KeepCheckpoints",
@@ -58,6 +61,54 @@ def test_a_deleted_run_ends_with_one_line_and_stays_deleted(
     assert not any((tmp_path / "runs").glob("*"))
     assert "could not be written" not in caplog.text  # it is what the command prints
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_training_whose_output_nobody_reads_goes_on(
+    train_with, image_folder, at_step, monkeypatch
+):
+    """After `| head`, or in a terminal that was closed."""
+    reader, writer = os.pipe()
+    lines = "lightning.callbacks.progress"
+    progress = (
+        f"{lines}.target=olvae.training.progress.StepProgress",
+        f"{lines}.params.line_every_s=0",
+    )
+    with os.fdopen(writer, "w") as unread:
+        monkeypatch.setattr(sys, "stderr", unread)
+        at_step(2, lambda: os.close(reader))
+        run = train_with(*progress, config=tiny_config(image_folder))
+        assert sys.stderr is unread
+    assert checkpoint(run)["global_step"] == 4
+
+
+class Fails(Callback):
+    """A user's own callback with a mistake that shows after some steps."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        if trainer.global_step == self.step:
+            raise ZeroDivisionError
+
+
+def test_a_callback_that_fails_after_a_step_leaves_the_step(train_with, tmp_path, image_folder):
+    """Bit for bit, with the average, whose turn comes after the callback's."""
+    config = tiny_config(image_folder, use_ema=True)
+    config["lightning"]["trainer"]["val_check_interval"] = 4
+    whole = train_with(config=config)
+    fails = "lightning.callbacks.fails"
+    with pytest.raises(ZeroDivisionError):
+        train_with(
+            f"{fails}.target={__name__}.Fails",
+            f"{fails}.params.step=2",
+            config=config,
+            name="failed",
+        )
+    (path,) = (tmp_path / "runs").glob("*_failed_*")
+    assert checkpoint(Run(path))["global_step"] == 2
+    resumed = train_with(f"{fails}.params.step=9", resume=path)
+    assert_same_checkpoint(resumed, whole)
 
 
 def test_a_killed_loader_process_is_one_line_with_the_command_to_continue(

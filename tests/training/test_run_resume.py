@@ -62,6 +62,57 @@ def test_resume_reads_the_checkpoint_once(olvae_train, run, monkeypatch):
     assert steps(run) == 3
 
 
+def test_the_last_run_is_the_newest_whatever_the_time_zone(
+    olvae_train, tmp_path, image_folder, run, monkeypatch
+):
+    """A resumed run writes its config anew, and is no newer by that; so one of an older version."""
+    shutil.rmtree(run.path)
+    cfg = tmp_path / "cfg.yaml"
+    save(tiny_config(image_folder), cfg)
+    runs = []
+    with monkeypatch.context() as patch:
+        for zone, name in (("Asia/Tokyo", "older"), ("UTC", "newer")):
+            patch.setenv("TZ", zone)
+            time.tzset()
+            code, err = olvae_train("--base", cfg, "--name", name, "lightning.trainer.max_steps=1")
+            assert code == 0, err
+            runs += [Run(path) for path in (tmp_path / "runs").glob(f"*_{name}_32")]
+    time.tzset()
+    older, newer = runs
+    lines = older.config.read_text().splitlines(keepends=True)
+    begun = older.config.stat()
+    older.config.write_text("".join(line for line in lines if "  begun: " not in line))
+    os.utime(older.config, ns=(begun.st_atime_ns, begun.st_mtime_ns))
+    for word, resumed in (("older", older), ("last", newer), ("latest", newer)):
+        more = steps(resumed) + 1
+        code, err = olvae_train("--resume", word, f"lightning.trainer.max_steps={more}")
+        assert code == 0, err
+        assert steps(resumed) == more
+    for each in runs:
+        assert "begun" in load([each.config])["run"]
+
+
+def test_a_run_without_its_last_checkpoint_continues_from_the_best(train_with, image_folder, capfd):
+    """As after a full disk, bit for bit."""
+    config = tiny_config(image_folder)
+    whole = train_with(config=config)
+    begun = train_with("lightning.trainer.max_steps=2", config=config)
+    begun.last_checkpoint.unlink()
+    capfd.readouterr()
+    train_with("lightning.trainer.max_steps=4", resume=begun.path)
+    line = f"{begun.last_checkpoint}: is missing: continuing from best.ckpt, at step 2\n"
+    assert line in capfd.readouterr().err
+    assert_same_checkpoint(begun, whole)
+
+
+def test_a_lock_that_can_not_be_opened_is_one_line(olvae_train, run):
+    """As in a read-only place, without Python's number of the error."""
+    run.lock.unlink(missing_ok=True)
+    run.lock.mkdir()
+    code, err = olvae_train("--resume", run.path, "lightning.trainer.max_steps=3")
+    assert (code, err) == (2, f"error: {run.lock}: Is a directory\n")
+
+
 def test_a_broken_best_json_is_replaced(olvae_train, run, caplog):
     note = run.checkpoints / "best.json"
     note.write_text("")
@@ -269,8 +320,32 @@ def test_resume_takes_another_schedule_from_the_first_step_on(olvae_train, run):
     assert code == 0, err
     logged = scalars(run.path)["train/lr"]
     assert [logged[step] for step in (3, 4)] == pytest.approx([0.002 * 0.3, 0.002 * 0.4])
+    assert "the learning rate is 0.0006 from this step on, and would have been 0.001\n" in err
     images = checkpoint(run)["images_seen"]
     assert f"4: {images} images, " in err  # two steps of a batch, two of twice as many
+
+
+def test_a_cosine_that_ends_later_is_told(olvae_train, tmp_path, image_folder):
+    """More steps raise the rate; with the same end there is nothing to tell."""
+    config = tiny_config(image_folder, scheduler="cosine", min_lr_factor=0.1)
+    config["lightning"]["trainer"] |= {"log_every_n_steps": 1}
+    save(config, tmp_path / "c.yaml")
+    code, err = olvae_train("--base", tmp_path / "c.yaml")
+    assert code == 0, err
+    assert "the learning rate is" not in err
+    (run,) = map(Run, (tmp_path / "runs").iterdir())
+    code, err = olvae_train("--resume", run.path, "lightning.trainer.max_steps=8")
+    assert code == 0, err
+    (line,) = [line for line in err.splitlines() if "the learning rate is" in line]
+    assert line == (
+        "warning: the learning rate is 0.00055 from this step on, and would have been 0.0001: its "
+        "cosine ends at step 8 instead of 4; model.params.decay_steps=4 leaves it as it was"
+    )
+    assert scalars(run.path)["train/lr"][5] == pytest.approx(0.00055)
+    same = ("model.params.decay_steps=8", "lightning.trainer.max_steps=9")
+    code, err = olvae_train("--resume", run.path, *same)
+    assert code == 0, err
+    assert "the learning rate is" not in err
 
 
 def test_resume_may_change_the_configs_precision(olvae_train, run):

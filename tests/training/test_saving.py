@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from olvae.runs import Run
@@ -131,6 +132,17 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_is_told(tmp_path, monkeypa
     assert sorted(file.name for file in tmp_path.iterdir()) == ["best.ckpt", "best.json"]
 
 
+def test_a_disk_that_fills_up_in_a_save_is_its_cause(tmp_path, full_disk):
+    """Not torch's "unexpected pos 8128 vs 8000"."""
+    saving = BackgroundCheckpointIO()
+    path = tmp_path / "last.ckpt"
+    with full_disk(8192):
+        saving.save_checkpoint({"a": torch.zeros(9999)}, path)
+        with pytest.raises(OSError, match="written") as caught:
+            saving.wait()
+    assert str(caught.value) == f"{path}: the checkpoint could not be written: File too large"
+
+
 def test_a_failed_save_does_not_cut_the_next_one_off(tmp_path):
     saving, may_write = BackgroundCheckpointIO(), Event()
     saving._writer.submit(may_write.wait)  # so that both are asked for before the first is written
@@ -178,6 +190,27 @@ def test_a_callback_that_stops_after_a_validation_loses_nothing(train_with, imag
     assert saved["global_step"] == saved["averaging_state"]["n_averaged"] == 4
     raw = saved["current_model_state"]
     assert not all(torch.equal(saved["state_dict"][name], tensor) for name, tensor in raw.items())
+
+
+class ValidatesNever(Callback):
+    """Changes Lightning's mind on validations after the trainer was made."""
+
+    def on_train_start(self, trainer: Trainer, *_: object) -> None:
+        trainer.check_val_every_n_epoch = 2
+
+
+def test_the_end_of_a_training_saves_where_no_validation_comes(train_with, image_folder):
+    run = train_with(
+        f"lightning.callbacks.never.target={__name__}.ValidatesNever",
+        config=tiny_config(image_folder, use_ema=True),
+    )
+    saved = load(run.last_checkpoint)
+    assert saved["global_step"] == saved["averaging_state"]["n_averaged"] == 4
+    raw = saved["current_model_state"]
+    assert not all(torch.equal(saved["state_dict"][name], tensor) for name, tensor in raw.items())
+    assert not list(run.checkpoints.glob("best*"))
+    resumed = train_with("lightning.trainer.max_steps=5", resume=run.path)
+    assert load(resumed.last_checkpoint)["global_step"] == 5
 
 
 def test_an_error_within_an_update_keeps_the_last_whole_checkpoint(

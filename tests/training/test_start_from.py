@@ -228,6 +228,46 @@ def test_scaling_factors_are_the_sources_and_the_recipes_where_a_file_has_none(
     one_line(caught)
 
 
+@pytest.mark.parametrize(
+    ("settings", "own"),
+    [
+        (("model.params.freeze_encoder=false",), False),
+        (("model.params.freeze_encoder=true",), True),
+        ((f"{ANCHOR}", "model.params.parts.anchor.params.weight=1"), True),
+    ],
+    ids=["trained", "frozen", "anchored"],
+)
+def test_factors_of_the_start_are_not_a_trained_encoders(train_with, tmp_path, settings, own):
+    """The export and the next run leave them out; a number that is given replaces both."""
+    target = make_source("diffusers", tmp_path, tiny_kl(scaling_factor=0.5, shift_factor=0.25))
+    run = train_with("lightning.trainer.max_steps=1", *settings, start_from=target)
+    found = find_target(run.path)
+    assert found.load().scaling_factor == 0.5
+    _, notes = export_target(found, tmp_path / "vae", ExportSettings())
+    expected = (0.5, 0.25) if own else (1.0, 0.0)
+    back = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").config
+    assert (back.scaling_factor, back.shift_factor) == expected
+    assert any("left out; olvae latents measures new ones" in note for note in notes) != own
+    card = (tmp_path / "vae" / "README.md").read_text()
+    assert ("(not measured: `olvae latents` does)" in card) != own
+    assert (f"(from {run.path.name})" in card) == own
+
+    config = without_networks(tmp_path)
+    config["model"]["from"] = str(run.path)
+    start_from(config)
+    params = config["model"]["params"]
+    assert (params["scaling_factor"], params["shift_factor"]) == expected
+
+    factor = "model.params.scaling_factor=0.75"
+    after = train_with("lightning.trainer.max_steps=1", factor, start_from=str(run.path))
+    assert find_target(after.path).load().scaling_factor == (0.5 if own else 0.75)
+
+    _, notes = export_target(found, tmp_path / "given", ExportSettings(scaling_factor=2.0))
+    back = diffusers.AutoencoderKL.from_pretrained(tmp_path / "given").config
+    assert (back.scaling_factor, back.shift_factor) == (2.0, expected[1])
+    assert not notes
+
+
 def test_start_from_trains_the_halves_that_are_not_frozen(train_with, tmp_path):
     """And an anchor is the source, also in a resumed run."""
     theirs = tiny_kl()
@@ -330,6 +370,7 @@ def test_start_from_refuses_targets_that_are_no_source(train_with, tmp_path):
         with pytest.raises((ConfigError, FileNotFoundError, ValueError)) as caught:
             train_with(start_from=target)
         assert message in one_line(caught), target
+        assert "`config`" not in one_line(caught), target  # which train has not
         assert not (tmp_path / "runs").exists()
 
 

@@ -16,6 +16,8 @@ from olvae.data.pixels.size_and_range import Array, check_size
 ARRAY_DTYPES = ("uint8", "uint16", "int16", "float16", "float32")
 # Largest number of values in an array, all channels: 1 GiB in float32.
 MAX_VALUES = 2**28
+# Largest header of a NumPy array in bytes; version 1 has two bytes for its length.
+MAX_HEADER = 2**16
 # Largest number of a pyramid's smaller images, of all pages together; each is read.
 MAX_SMALLER = 1000
 
@@ -33,10 +35,11 @@ MAGIC = {
 
 
 class Pixels(NamedTuple):
-    """An array (H, W, C) of the file's dtype, and the value that the file calls missing, if any."""
+    """An array (H, W, C) of the file's dtype, with what the file says about it."""
 
     array: Array
-    nodata: float | None = None
+    nodata: float | None = None  # the value that stands for a missing one
+    pages: int = 0  # of a TIFF, if they became the channels
 
 
 def array_suffix(content: Path | bytes) -> str | None:
@@ -71,11 +74,11 @@ def read_array(content: Path | bytes, channels: int = 0) -> Pixels:
         raise ValueError("8 bits per channel, or no known format of arrays")
     stream: Any = io.BytesIO(content) if isinstance(content, bytes) else content.open("rb")
     with stream as file:
-        array, nodata = READERS[suffix](file, partial(_check, channels))
+        array, nodata, pages = READERS[suffix](file, partial(_check, channels))
     if array.ndim == 2:
         array = array[..., None]
     _check(channels, array.shape, array.dtype)
-    return Pixels(array, nodata)
+    return Pixels(array, nodata, pages)
 
 
 def _check(channels: int, shape: Sequence[int], dtype: Any) -> None:
@@ -113,6 +116,11 @@ Check = Callable[[Sequence[int], Any], None]
 def _npy(file: BinaryIO, check: Check) -> Pixels:
     reading: Any = np.lib.format
     version = reading.read_magic(file)
+    length = int.from_bytes(file.read(2 if version == (1, 0) else 4), "little")
+    if length > MAX_HEADER:
+        raise ValueError(f"its header claims to have {length} bytes, more than {MAX_HEADER}")
+    file.seek(0)
+    reading.read_magic(file)
     header = reading.read_array_header_1_0 if version == (1, 0) else reading.read_array_header_2_0
     shape, _, dtype = header(file)
     check(shape, dtype)
@@ -130,7 +138,7 @@ def _npz(file: BinaryIO, check: Check) -> Pixels:
 
 
 def _png(file: BinaryIO, check: Check) -> Pixels:
-    from_bytes = import_extra("imagecodecs", "pixels", "reading this kind of file").png_decode
+    from_bytes = import_extra("imagecodecs", "imagecodecs", "reading this kind of file").png_decode
     # The header: width, height, bits, and the colour type, which has so many samples a pixel.
     header = file.read(26)
     width = int.from_bytes(header[16:20], "big")
@@ -193,14 +201,17 @@ def _tiff(file: BinaryIO, check: Check, **flags: Any) -> Pixels:
         # GDAL's tag of the missing value, a text.
         tag = whole[0].keyframe.tags.get(42113)
     nodata = None if tag is None else float(tag.value)
+    # Planes of one page (S) and what the file calls channels (C) are no pages.
+    pages = 0
     if not bands_last:
+        pages = 0 if axes[0] in "SC" else len(array)
         array = np.moveaxis(array, 0, -1)
-    return Pixels(array, nodata)
+    return Pixels(array, nodata, pages)
 
 
 def _exr(file: BinaryIO, check: Check) -> Pixels:
     """Read one part: its channels by layer, in each layer R, G, B, A, then others by name."""
-    exr = import_extra("OpenEXR", "pixels", "reading this kind of file")
+    exr = import_extra("OpenEXR", "OpenEXR", "reading this kind of file")
     with exr.File(file, separate_channels=True, header_only=True) as header:
         if len(header.parts) != 1:
             raise ValueError(f"it has {len(header.parts)} parts, not one")

@@ -16,7 +16,7 @@ from olvae.config import ConfigError
 Size = int | Sequence[int]
 """``data.params.size``: the side of squares in pixels, or height and width, as [80, 256]."""
 
-# The largest camera's pictures have 151 million; reading takes up to 20 bytes for each.
+# The largest camera's pictures have 151 million; reading takes up to 12 bytes for each.
 MAX_PIXELS = 160_000_000
 # Largest ratio of a picture's sides: resized to size s, it has up to 100 s^2 pixels.
 MAX_RATIO = 100

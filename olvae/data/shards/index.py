@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import fsspec
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
@@ -17,7 +18,7 @@ from olvae.config.reading import is_local
 from olvae.data.dataset import bound_held_out
 from olvae.data.places import EXTENSIONS, is_shard
 from olvae.data.shards.tar_reading import SHARD_ERRORS, Shard, file_name, is_image, open_url
-from olvae.files import printable, reason, warn_once, write_json
+from olvae.files import first_line, printable, reason, warn_once, write_json
 
 # The folder beside shards that ``olvae data pack`` has not finished, with what it continues from.
 PACKING = ".packing"
@@ -101,8 +102,8 @@ class Index:
 def find_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
     """List the shards of a folder, a pattern, a URL, a pipe, or a list of these.
 
-    A pattern has braces, as in {000..127}, or wildcards. Warns of a folder that is
-    :func:`incomplete`.
+    A pattern has braces, as in {000..127}, or wildcards; the URL of a folder ends with a slash.
+    Warns of a folder that is :func:`incomplete`.
 
     Raises FileNotFoundError: there are none, or they are local and none of them exists.
     """
@@ -136,18 +137,45 @@ def _expand(text: str) -> list[str]:
     except AssertionError as error:
         raise ValueError(f"{text}: {error}") from error
 
-    # Then the wildcards of local paths; a file may also have such a character in its name.
+    # Then the wildcards of paths, and remote folders. The web has neither, and a question mark
+    # there begins a query.
     found: list[str] = []
     for url in expanded:
-        if not is_local(url):
+        is_folder = url.endswith("/")
+        on_the_web = url.startswith(("pipe:", "http:", "https:"))
+        if is_local(url):
+            # A file may also have a wildcard's character in its name.
+            name = str(Path(url).expanduser())
+            if glob.has_magic(name) and not Path(name).exists():
+                found += sorted(glob.glob(name))  # noqa: PTH207  (Path.glob needs the folder apart)
+            else:
+                found.append(name)
+        elif on_the_web or not (is_folder or glob.has_magic(url)):
             found.append(url)
-            continue
-        name = str(Path(url).expanduser())
-        if glob.has_magic(name) and not Path(name).exists():
-            found += sorted(glob.glob(name))  # noqa: PTH207  (Path.glob needs the folder apart)
         else:
-            found.append(name)
+            found += _list_remote(url)
     return found
+
+
+def _list_remote(url: str) -> list[str]:
+    """List the shards of a remote folder, whose URL ends with a slash, or of a pattern; sorted."""
+    is_folder = url.endswith("/")
+    pattern = f"{url}*" if is_folder else url
+    try:
+        system, place = fsspec.url_to_fs(pattern, skip_instance_cache=True)
+        # A shard may have a wildcard's character in its name here as well.
+        if not is_folder and system.exists(place):
+            return [url]
+        names = sorted(system.glob(place))
+    except Exception as error:  # each file system raises its own kinds
+        raise OSError(f"{url}: can't be listed: {first_line(error)}") from error
+
+    # Names lack the protocol and, in some systems, the host: these are put before them.
+    if is_folder:
+        names = [name for name in names if is_shard(name.rpartition("/")[2])]
+    if pattern.endswith(place):
+        return [pattern.removesuffix(place) + name for name in names]
+    return [system.unstrip_protocol(name) for name in names]
 
 
 def may_exist(url: str) -> bool:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +39,10 @@ LATENT_PIXELS = "latent.png"
 COMPRESSION = 3
 
 
+# No autoencoder has larger latents, and squares of much larger ones overflow.
+LARGEST = 1e6
+
+
 class Latent(NamedTuple):
     """An image's Gaussian, ``mean`` and ``std``, or one latent with std None; (n_z, h, w)."""
 
@@ -63,9 +68,11 @@ def read_latent(entry: Entry) -> tuple[Latent, Latent | None, dict[str, Any]]:
         flipped = None
         if any(name.endswith(FLIP) for name in tensors):
             flipped = _latent(tensors, FLIP)
-        width, height = meta["image"]
+        width, height = [int(side) for side in meta["image"]]
+        if min(width, height) < 1:
+            raise ValueError(f"of an image of {width}x{height} pixels")
         latent = _latent(tensors, "")
-        own = {**meta, "key": str(meta["key"]), "image": [int(width), int(height)]}
+        own = {**meta, "key": str(meta["key"]), "image": [width, height]}
         return latent, flipped, own
     except (
         SafetensorError,
@@ -85,10 +92,20 @@ def _latent(tensors: Mapping[str, Tensor], ending: str) -> Latent:
     names = ("latent",) if f"latent{ending}" in tensors else ("mean", "std")
     parts = [tensors[f"{name}{ending}"] for name in names]
     shape = parts[0].shape
-    if len(shape) != 3 or any(
-        part.shape != shape or not part.is_floating_point() for part in parts
+    if (
+        len(shape) != 3
+        or 0 in shape
+        or any(part.shape != shape or not part.is_floating_point() for part in parts)
     ):
         raise ValueError(", ".join(f"{part.dtype} of shape {tuple(part.shape)}" for part in parts))
+
+    # Values that a decoder, or a diffusion model, would spread or turn into nothing.
+    for name, part in zip(names, parts, strict=True):
+        values = part.float()
+        if not bool((values.abs() <= LARGEST).all()):
+            raise ValueError(f"{name}{ending} has values that are not finite, or above {LARGEST:g}")
+        if name == "std" and bool((values < 0).any()):
+            raise ValueError(f"{name}{ending} has negative values")
     return Latent(*parts)
 
 
@@ -116,9 +133,32 @@ def read_stats(folder: str | Path) -> dict[str, Any]:
             stats[name] = [float(x) for x in stats[name]]
         if shape is not None:
             stats["latent_shape"] = [int(side) for side in shape]
+        _check_numbers(stats)
     except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path}: not a description of latents: {error!r}") from error
     return stats
+
+
+def _check_numbers(stats: Mapping[str, Any]) -> None:
+    """Raise ValueError for numbers that no latents have: by name, with what was expected."""
+    several = ("latents_mean", "latents_std", "means_std")
+    for name in ("shift_factor", "scaling_factor", *several):
+        values = stats[name] if name in several else [stats[name]]
+        if not all(math.isfinite(value) for value in values):
+            raise ValueError(f"{name}: expected finite numbers, got {stats[name]}")
+    if stats["scaling_factor"] <= 0:
+        raise ValueError(
+            f"scaling_factor: expected a number above 0, got {stats['scaling_factor']}"
+        )
+
+    # The deviation of a channel that is the same everywhere is 0.
+    shape = stats["latent_shape"]
+    channels = shape[0] if shape else len(stats["latents_mean"])
+    for name in several:
+        if len(stats[name]) != channels:
+            raise ValueError(f"{name}: expected {channels} numbers, one per channel")
+        if name != "latents_mean" and min(stats[name]) < 0:
+            raise ValueError(f"{name}: expected no negative number, got {stats[name]}")
 
 
 def read_label(entry: Entry) -> int | None:

@@ -132,6 +132,11 @@ class LatentSource(ShardSource):
             raise UnreadableImageError(
                 entry.name, f"a latent of shape {shape}, but {expected} by {STATS}"
             )
+        channels = len(self.stats["latents_mean"])
+        if shape[0] != channels:
+            raise UnreadableImageError(
+                entry.name, f"a latent of {shape[0]} channels, but {channels} by {STATS}"
+            )
         z: Tensor = (latent.draw(noise) - self.shift_factor) * self.scaling_factor
         return Sample(z, key, label=read_label(entry))
 

@@ -37,6 +37,7 @@ SHARD_ERRORS = (
     OverflowError,
     IndexError,
     struct.error,
+    RecursionError,
     *_UNPACKING,
 )
 """Exceptions from reading a broken tar file."""
@@ -401,6 +402,8 @@ def _reason(error: BaseException) -> str:
     """Say in one line why a shard can't be read."""
     if isinstance(error, FileNotFoundError):
         return "no such file"
+    if isinstance(error, RecursionError):
+        return "too many headers of long names or attributes in a row"
     if isinstance(error, OSError):
         return reason(error)
     text = str(error.args[0]) if error.args else type(error).__name__

@@ -14,6 +14,7 @@ from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_repl
 from olvae.data.shards.index import INDEX, find_shards, may_exist, split_shards, with_counts
 from olvae.data.shards.tar_reading import Entry, Shard, read_shard
 from olvae.data.source import LoaderProcess, Sample, Source, epoch_order, eval_sample, total
+from olvae.files import file_state
 
 
 class ShardSource(Source):
@@ -79,6 +80,11 @@ class ShardSource(Source):
     def val_images(self) -> int | None:
         return total([shard.images for shard in self.val])
 
+    def val_identities(self) -> Iterator[str]:
+        for shard in self.val:
+            size = file_state(shard.url).partition(" ")[0]  # "missing" for a URL
+            yield f"{shard.name} {shard.images} {size}"
+
     def check_processes(self, world: int) -> None:
         processes = max(1, self.num_workers) * world
         images = self.samples_per_epoch
@@ -127,13 +133,21 @@ class ShardSource(Source):
                 except UnreadableImageError as error:
                     yield Sample(None, entry.key, (error.read_error(),))
 
-            # Images that the index counts and the shard does not have: one error for each.
+            # Images that the index counts and the shard does not have: one error for each. Without
+            # an index, nobody knows what comes after the end.
             missing = range(read, shard.images or 0)
-            if missing:
-                last = ReadError(shard.url, f"has fewer images than its {INDEX} says")
-                if errors:
-                    last = errors[-1]
-                errors = [ReadError(last.name, last.reason, str(i)) for i in missing]
+            ended = errors[-1] if errors else None
+            if missing and ended:
+                count = f"{len(missing)} images by its {INDEX}, or as many or more without one"
+                reason = f"{ended.reason}; the rest of the shard is missing: {count}"
+                errors = [ReadError(ended.name, reason, str(i)) for i in missing]
+            elif missing:
+                reason = f"has fewer images than its {INDEX} says"
+                errors = [ReadError(shard.url, reason, str(i)) for i in missing]
+            elif ended and ended.lost:
+                count = "an unknown number of images, because no index counts them"
+                reason = f"{ended.reason}; the rest of the shard is missing: {count}"
+                errors[-1] = ended._replace(reason=reason)
             if errors:
                 yield Sample(None, shard.url, tuple(errors))
 

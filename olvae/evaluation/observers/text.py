@@ -69,7 +69,7 @@ class Text(PerImageObserver):
         self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence[Observer]
     ) -> Iterator[str]:
         if not find_spec("rapidocr"):
-            yield "`observe` text needs rapidocr: pip install 'open-litevae[text]'"
+            yield "`observe` text needs rapidocr: pip install rapidocr onnxruntime"
 
     def measure(self, batch: Observation) -> Iterable[Any] | None:
         """Kind, edit distance and number of characters per text line of each image."""

@@ -63,30 +63,29 @@ def receptive_field(decoder: Decoder) -> int | None:
 def decode_window(
     paths: Sequence[Sequence[Stage]], z: Tensor, window: tuple[Range, Range]
 ) -> Tensor:
-    """Decode a window of the image, rows and columns in pixels, from the positions it needs."""
-    return reduce(torch.add, [_run_window(stages, z, window) for stages in paths])
+    """Decode a window of the image, rows and columns in pixels, from the positions it needs.
 
-
-def _run_window(stages: Sequence[Stage], z: Tensor, window: tuple[Range, Range]) -> Tensor:
-    """Compute one path's window, cutting off between two stages whatever the rest does not need.
-
-    At the image's borders nothing is cut, so the zero padding there is the whole image's.
+    Whatever the rest does not need is cut off between two stages. At the image's borders nothing is
+    cut, so the zero padding there is the whole image's.
     """
-    rows = _needed(stages, window[0], z.shape[-2])
-    columns = _needed(stages, window[1], z.shape[-1])
-    h = z[..., slice(*rows[0]), slice(*columns[0])]
-    for stage, (row, next_row), (column, next_column) in zip(
-        stages, pairwise(rows), pairwise(columns), strict=True
-    ):
-        # Where the stage's output starts, in its own positions.
-        top = row[0] * stage.scale
-        left = column[0] * stage.scale
-        h = stage.run(h)[
-            ...,
-            next_row[0] - top : next_row[1] - top,
-            next_column[0] - left : next_column[1] - left,
-        ]
-    return h
+    outputs = []
+    for stages in paths:
+        rows = _needed(stages, window[0], z.shape[-2])
+        columns = _needed(stages, window[1], z.shape[-1])
+        h = z[..., slice(*rows[0]), slice(*columns[0])]
+        for stage, (row, next_row), (column, next_column) in zip(
+            stages, pairwise(rows), pairwise(columns), strict=True
+        ):
+            # Where the stage's output starts, in its own positions.
+            top = row[0] * stage.scale
+            left = column[0] * stage.scale
+            h = stage.run(h)[
+                ...,
+                next_row[0] - top : next_row[1] - top,
+                next_column[0] - left : next_column[1] - left,
+            ]
+        outputs.append(h)
+    return reduce(torch.add, outputs)
 
 
 def _needed(stages: Sequence[Stage], wanted: Range, size: int) -> list[Range]:

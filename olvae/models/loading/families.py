@@ -11,7 +11,7 @@ from torch import Tensor
 
 from olvae.config import Config, ConfigError
 from olvae.models.autoencoder import LiteVAE
-from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
+from olvae.models.spec import FOR_DIFFUSION, UNMEASURED, AutoencoderSpec
 from olvae.modules.base import HALVES, Decoder, Encoder
 from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
 from olvae.modules.others.wrapped import MODULES, TRAINABLE, DiffusersDecoder, DiffusersEncoder
@@ -307,6 +307,15 @@ def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str,
 
 
 FAMILIES: tuple[Family, ...] = (StableDiffusion(), Wrapped(), Tiny())
+
+
+def drop_factors(model: LiteVAE) -> None:
+    """Reset a model's factors, which its training has outdated.
+
+    Factors per channel of a class of diffusers stay, as it can't be without.
+    """
+    if model.latents_mean is None or not isinstance(family_of(model), Wrapped):
+        model.set_for_diffusion(UNMEASURED)
 
 
 def family_of(model: LiteVAE) -> Family | None:

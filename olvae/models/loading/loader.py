@@ -1,13 +1,15 @@
 """Contract of a loader: it finds the autoencoder that a TARGET names, and loads it later."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from olvae.config import Config, ConfigError
+from olvae.config import Config, ConfigError, resolve_target
 from olvae.models.autoencoder import Autoencoder
-from olvae.runs import Run, settings_of
+from olvae.models.spec import UNMEASURED
+from olvae.runs import Run, entry_of, settings_of
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,8 @@ class LoadOptions:
     raw: bool = False
     # Load the tensors that fit, and warn of the others.
     allow_mismatch: bool = False
+    # Whether another loader has fetched the file, from a repository that the user named.
+    fetched: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,11 @@ class Target:
     # What the user wrote; find_target sets it.
     given: str = ""
 
+    @property
+    def factors_outdated(self) -> bool:
+        """As :func:`factors_outdated` of its config."""
+        return factors_outdated(self.config)
+
     def untrained(self) -> Autoencoder:
         """Build the autoencoder as before the first step, by the run's seed.
 
@@ -57,6 +66,24 @@ class Target:
 
         pl.seed_everything(settings_of(self.config).initial_seed, verbose=False)
         return self.fresh().eval()
+
+
+def factors_outdated(config: Config) -> bool:
+    """Whether the factors in a run's config are of the weights that it started from.
+
+    Its encoder was trained since, and no part held the latents.
+    """
+    params = entry_of(config, "model.params") or {}
+    if settings_of(config).weights is None or params.get("freeze_encoder"):
+        return False
+    measured = [params.get(name) not in (None, value) for name, value in UNMEASURED.items()]
+    return any(measured) and not {"given", "kept"} & rules_of_latents(params)
+
+
+def rules_of_latents(params: Mapping[str, Any]) -> set[str]:
+    """Collect what the parts in a config's ``model.params`` say of latents: free, kept or given."""
+    nodes = [node for node in (params.get("parts") or {}).values() if node is not None]
+    return {str(getattr(resolve_target(node["target"]), "latents", "free")) for node in nodes}
 
 
 class Loader(ABC):

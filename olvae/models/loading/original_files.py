@@ -255,7 +255,7 @@ def _loaded(
     except Exception as error:  # of many kinds, by what is wrong with the config
         text = first_line(error).removeprefix(f"{origin}: ")
         raise ValueError(
-            f"{origin}: {text}: is it another {kind}? Then name its config.json with `config`"
+            f"{origin}: {text}: is it another {kind}? Then put its config.json beside it"
         ) from error
 
     # The factors differ among models of KL and DC: a config alone tells them.

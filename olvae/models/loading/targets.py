@@ -22,7 +22,14 @@ from olvae.models.target_names import (
     is_hub_id,
     split_class,
 )
-from olvae.models.weight_files import ONE_KIND, PUBLISHED, is_export, locate, locate_weights
+from olvae.models.weight_files import (
+    ONE_KIND,
+    OR_CONFIG,
+    PUBLISHED,
+    is_export,
+    locate,
+    locate_weights,
+)
 from olvae.runs import find_run, run_of, settings_of
 
 # Ends the name of a target whose raw weights were asked for.
@@ -71,9 +78,11 @@ class CheckpointLoader(Loader):
             and weights.parent.name == "checkpoints"
         ):
             config = find_run_config(options.config_base, weights.parent.parent.resolve().name)
-        located = locate(text, config=config)
+        located = locate(text, config, options.fetched)
         if located.config:
-            mistakes = cfg.validate(located.config)
+            # Without its trainer: a finished run may have settings that are refused today.
+            loaded = {key: part for key, part in located.config.items() if key != "lightning"}
+            mistakes = cfg.validate(loaded)
             if mistakes:
                 raise ConfigError(*mistakes)
         half = settings_of(located.config).untrained
@@ -153,7 +162,7 @@ def find_target(
         loader = next((loader for loader in loaders if loader.accepts(place)), None)
         if loader is None:
             raise FileNotFoundError(f"{given}: not found; a target is {KINDS}")
-        found = loader.find(place, LoadOptions(config, config_base, raw, allow_mismatch))
+        found = loader.find(place, LoadOptions(config, config_base, raw, allow_mismatch, fetched))
         if isinstance(found, Target):
             break
         place = str(found)
@@ -164,6 +173,14 @@ def find_target(
     name = given if fetched or not found.name else found.name
     suffix = RAW if found.raw else ""
     return replace(found, name=name + suffix, given=given + suffix)
+
+
+def find_without_options(text: str) -> Target:
+    """Find a TARGET that a config names, which has no options: no message asks for one."""
+    try:
+        return find_target(text)
+    except ConfigError as error:
+        raise ConfigError(*(line.replace(OR_CONFIG, "") for line in error.mistakes)) from error
 
 
 def name_apart(targets: Sequence[Target], taken: Sequence[str] = ()) -> list[Target]:

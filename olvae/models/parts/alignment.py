@@ -66,7 +66,7 @@ class Alignment(Part):
         self.project_distance = project_distance
 
         # The encoder with its weights; without them on the meta device, for shapes alone.
-        import_extra("timm", "align", "an alignment")
+        import_extra("timm", "timm", "an alignment")
         try:
             if torch.empty(0).device.type == "meta":
                 self.features = VisionEncoder(encoder, None)

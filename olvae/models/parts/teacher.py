@@ -14,8 +14,9 @@ from olvae.data.source import Source
 from olvae.devices import DTYPES
 from olvae.files import warn_once
 from olvae.losses.terms import latent_loss, logvar_loss
-from olvae.models.autoencoder import Autoencoder
-from olvae.models.loading.targets import find_target
+from olvae.models.autoencoder import Autoencoder, LiteVAE
+from olvae.models.loading.families import drop_factors
+from olvae.models.loading.targets import find_without_options
 from olvae.models.parts.part import Loss, Model, Part, Step, first_images
 from olvae.modules.base import check_not_negative
 from olvae.modules.distributions import DiagonalGaussian, Posterior, in_float32
@@ -39,7 +40,8 @@ class Teacher(Part):
     Where a half of the student is frozen, validation uses the teacher's half. The teacher's tensors
     are in no state dict, optimizer, average or checkpoint, and copies of the student share them;
     only the standard deviations of its latents are saved. Its factors for a diffusion model replace
-    the student's, whatever the config has; the config's count if the teacher's file has none.
+    the student's, whatever the config has; the config's count if the teacher's file has none, or
+    its training has outdated them.
     force_upcast is not taken over, because it is about a decoder's weights.
 
     Args:
@@ -84,9 +86,13 @@ class Teacher(Part):
             "logvar": logvar_weight,
             "teacher_decoder": decoder_weight,
         }
+        target = find_without_options(autoencoder)
         with torch.device("cpu"):
-            model = find_target(autoencoder).load()
+            model = target.load()
         self._checksum = tensors_sum(model.state_dict())
+        self.factors_measured = model.factors_known and not target.factors_outdated
+        if target.factors_outdated and isinstance(model, LiteVAE):
+            drop_factors(model)
         self.frozen = Frozen(model.to(self.dtype))
 
     @property
@@ -108,7 +114,7 @@ class Teacher(Part):
         # If the channels differ, `conflicts` reports that, once.
         if self.model.latent_channels == model.autoencoder.latent_channels:
             given = model.given_factors
-            if self.model.factors_known:
+            if self.factors_measured:
                 other = [name for name, value in factors.items() if given.get(name, value) != value]
                 if other:
                     warn_once(

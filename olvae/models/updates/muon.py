@@ -61,7 +61,25 @@ class Muon(torch.optim.Optimizer):
         found_inf = getattr(self, "found_inf", None)
         scale = getattr(self, "grad_scale", None)
         others, matrices = self.param_groups
-        self._step_adam(others, found_inf, scale)
+
+        # Adam for the others.
+        trained = [p for p in others["params"] if p.grad is not None]
+        for p in trained:
+            if not self.state[p]:
+                self.state[p] = {
+                    "step": torch.zeros((), device=p.device),
+                    "exp_avg": torch.zeros_like(p),
+                    "exp_avg_sq": torch.zeros_like(p),
+                }
+        first = [self.state[p]["exp_avg"] for p in trained]
+        second = [self.state[p]["exp_avg_sq"] for p in trained]
+        steps = [self.state[p]["step"] for p in trained]
+        beta1, beta2 = others["betas"]
+        adam_update(
+            trained, [p.grad for p in trained if p.grad is not None], first, second, [], steps,
+            fused=True, grad_scale=scale, found_inf=found_inf, amsgrad=False, beta1=beta1,
+            beta2=beta2, lr=others["lr"], weight_decay=0.0, eps=1e-8, maximize=False,
+        )  # fmt: skip
 
         # Matrices of one shape are stacked: few launches of larger products.
         alike: dict[torch.Size, list[Tensor]] = {}
@@ -73,27 +91,6 @@ class Muon(torch.optim.Optimizer):
             for i in range(0, len(same), at_once):
                 self._step_matrices(same[i : i + at_once], matrices, found_inf, scale)
         return loss
-
-    def _step_adam(
-        self, group: dict[str, Any], found_inf: Tensor | None, scale: Tensor | None
-    ) -> None:
-        trained = [p for p in group["params"] if p.grad is not None]
-        for p in trained:
-            if not self.state[p]:
-                self.state[p] = {
-                    "step": torch.zeros((), device=p.device),
-                    "exp_avg": torch.zeros_like(p),
-                    "exp_avg_sq": torch.zeros_like(p),
-                }
-        first = [self.state[p]["exp_avg"] for p in trained]
-        second = [self.state[p]["exp_avg_sq"] for p in trained]
-        steps = [self.state[p]["step"] for p in trained]
-        beta1, beta2 = group["betas"]
-        adam_update(
-            trained, [p.grad for p in trained if p.grad is not None], first, second, [], steps,
-            fused=True, grad_scale=scale, found_inf=found_inf, amsgrad=False, beta1=beta1,
-            beta2=beta2, lr=group["lr"], weight_decay=0.0, eps=1e-8, maximize=False,
-        )  # fmt: skip
 
     def _step_matrices(
         self,

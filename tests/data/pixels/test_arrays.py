@@ -5,6 +5,7 @@ import struct
 import sys
 import tarfile
 import warnings
+import zipfile
 from dataclasses import replace
 from itertools import islice
 
@@ -135,7 +136,16 @@ def two_sizes() -> bytes:
     return stream.getvalue()
 
 
+def long_header() -> bytes:
+    """An .npz whose array's header claims 4 GiB, and has 256 KiB of them."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.npy", b"\x93NUMPY\x02\0\xff\xff\xff\xff" + b" " * 2**18)
+    return stream.getvalue()
+
+
 REFUSED = {
+    "long header.npz": (long_header(), "its header claims to have 4294967295 bytes"),
     "a terabyte.tif": (
         claims({256: 10**6, 257: 10**6, 277: 3, 278: 10**6}),
         "1000000x1000000 pixels",

@@ -2,8 +2,11 @@ import json
 import re
 from pathlib import Path
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
+from olvae.data.opening import open_source
 from olvae.data.shards.index import find_shards, with_counts
 from tests.data.images import write_shards
 
@@ -114,3 +117,44 @@ def test_commands_and_urls_that_end_alike_are_different_shards(urls):
     assert names == [shard.name for shard in with_counts(urls)]
     with pytest.raises(ValueError, match="shards of the same name"):
         with_counts([urls[0], urls[0]])
+
+
+def test_remote_folders_and_patterns_are_listed(tmp_path):
+    """By fsspec, here in its file system in memory; the web has no folders."""
+    system = fsspec.filesystem("memory")
+    for path in write_shards(tmp_path / "s", [3, 5, 2]):
+        system.pipe_file(f"/bucket/d/{path.name}", path.read_bytes())
+    system.pipe_file("/bucket/d/index.json", b"{}")
+    urls = [f"memory://bucket/d/00{i}.tar" for i in range(3)]
+    assert find_shards("memory://bucket/d/") == urls
+    assert find_shards("memory://bucket/d/*.tar") == urls
+    assert find_shards("memory://bucket/d/00[12].tar") == urls[1:]
+    source = open_source("memory://bucket/d/", 16, 1)
+    assert len([*source.val_loader()]) == 10
+    for url in ("https://a.org/d/?x=1", "s3://a/000.tar", "pipe:cat *.tar"):
+        assert find_shards(url) == [url]
+    with pytest.raises(FileNotFoundError, match=r"memory://bucket/none/: no shards"):
+        find_shards("memory://bucket/none/")
+    with pytest.raises(OSError, match=r"nosuch://a/: can't be listed: .*nosuch"):
+        find_shards("nosuch://a/")
+
+
+class Hosted(MemoryFileSystem):
+    """Files at a host, which is no part of their names, as of FTP."""
+
+    protocol = "hosted"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return re.sub("^hosted://[^/]*", "", path).rstrip("/")
+
+
+def test_remote_shards_keep_their_host_and_their_own_names():
+    """A shard whose name has a wildcard's character is no pattern."""
+    fsspec.register_implementation("hosted", Hosted, clobber=True)
+    urls = [f"hosted://user@host:21/hosted/{name}.tar" for name in ("0", "1", "a[1]")]
+    for url in urls:
+        fsspec.filesystem("memory").pipe_file(Hosted._strip_protocol(url), b"x")
+    assert find_shards("hosted://user@host:21/hosted/") == urls
+    assert find_shards("hosted://user@host:21/hosted/[01].tar") == urls[:2]
+    assert find_shards(urls[2]) == urls[2:]

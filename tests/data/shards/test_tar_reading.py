@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from olvae.data.audit import audit_source
+from olvae.data.opening import open_source
 from olvae.data.read_errors import ReadError
 from olvae.data.shards.index import count_images, with_counts
 from olvae.data.shards.tar_reading import Entry, Shard, read_shard
@@ -173,3 +175,24 @@ def test_a_local_shard_may_have_any_name():
     assert Shard("a b/my photos.v2.tar").name == "my photos.v2"
     assert [Shard(f"http://h/{name}?s=1").name for name in ("0.tar", "a.1.tar.gz")] == ["0", "a.1"]
     assert Shard("pipe:make-images").name == "pipe:make-images"
+
+
+@pytest.mark.parametrize("kind", [b"x", b"L"])
+def test_thousands_of_headers_in_a_row_are_one_unreadable_shard(kind, tmp_path, caplog):
+    """Attributes and long names, each of which tarfile reads within the one before."""
+    header = tarfile.TarInfo("a")
+    header.type = kind
+    path = write_shard(tmp_path / "s.tar", range(2))
+    whole = path.read_bytes().rstrip(b"\0")
+    path.write_bytes(whole + bytes(-len(whole) % 512) + header.tobuf() * 3000)
+    good = write_shard(tmp_path / "t.tar", range(2, 4))
+    entries, errors = read(path)
+    assert [entry.key for entry in entries] == ["s/0000", "s/0001"]
+    assert [error.reason for error in errors] == [
+        "too many headers of long names or attributes in a row"
+    ]
+    assert [shard.images for shard in with_counts([str(path), str(good)])] == [2, 2]
+    result = audit_source(str(tmp_path), 16)
+    assert (result.images, result.problems[0]) == (4, f"{path}: {errors[0].reason}")
+    found = [batch["key"][0] for batch in open_source(str(tmp_path), 16, 1).val_loader()]
+    assert found == ["s/0000", "s/0001", "t/0002", "t/0003"]

@@ -1,5 +1,6 @@
 import io
 import json
+import tarfile
 from collections import Counter
 from itertools import islice
 from pathlib import Path
@@ -183,6 +184,27 @@ def test_a_broken_shard_in_validation(shards):
     found = keys_of(loader)
     assert found[-3:] == ["001/0004", "001/0005", "001/0006"]
     assert loader.read_errors.lost == 7 - len(found)
+
+
+@pytest.mark.parametrize("counted", ["index", "headers"])
+def test_the_rest_of_a_truncated_shard_is_missing(counted, shards, caplog):
+    path = shards / "val" / "000.tar"
+    with tarfile.open(path) as archive:
+        second = [member for member in archive if member.name.endswith(".jpg")][1]
+    path.write_bytes(path.read_bytes()[: second.offset])
+    if counted == "index":
+        counts = {"000.tar": {"images": 4}, "001.tar": {"images": 3}}
+        (shards / "val" / "index.json").write_text(json.dumps({"shards": counts}))
+    loader = source(shards, max_unreadable=0.9).val_loader()
+    assert keys_of(loader) == ["000/0000", "001/0004", "001/0005", "001/0006"]
+    (line,) = [line for line in caplog.messages if "000.tar" in line]
+    assert "cut off or damaged; the rest of the shard is missing: " in line
+    if counted == "index":
+        assert line.endswith(": 3 images by its index.json, or as many or more without one")
+        assert loader.read_errors.lost == 3
+    else:
+        assert line.endswith(": an unknown number of images, because no index counts them")
+        assert loader.read_errors.lost == 1
 
 
 def test_a_shard_in_validation_that_has_become_shorter(shards, caplog):

@@ -114,7 +114,7 @@ def test_text_error_rate_by_hand(reader):
 
 def test_text_without_rapidocr_names_the_extra(monkeypatch):
     monkeypatch.setattr(text, "find_spec", lambda name: None)
-    assert "open-litevae[text]" in next(Text().conflicts([], [], []))
+    assert "pip install rapidocr onnxruntime" in next(Text().conflicts([], [], []))
 
 
 def test_small_fonts_are_lost_to_blur_first(monkeypatch):

@@ -5,9 +5,10 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+import yaml
 
 from olvae import LiteVAE, checkpoint
-from olvae.config import ConfigError, save
+from olvae.config import ConfigError, save, validate
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target, name_apart
 from tests.conftest import tiny, tiny_config
@@ -58,6 +59,15 @@ def test_a_run_its_checkpoint_and_its_export_are_the_same_model(make_run, image)
     torch.manual_seed(3)  # the run's
     expected = tiny().state_dict()
     assert all(torch.equal(t, expected[name]) for name, t in untrained.state_dict().items())
+
+
+def test_a_finished_run_may_have_settings_of_a_trainer_that_are_refused_today(make_run):
+    run = make_run()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["lightning"] = {"trainer": {"check_val_every_n_epoch": 2, "plugins": []}}
+    assert len(validate(config)) == 2
+    save(config, run / "config.yaml")
+    assert find_target(run).config["lightning"] == config["lightning"]
 
 
 def test_raw_weights_of_a_target(make_run):
@@ -200,3 +210,10 @@ def test_unknown_targets_are_refused(tmp_path, monkeypatch):
     Path("notes.txt").write_text("x")
     with pytest.raises(ValueError, match=r"notes.txt: not a file of weights"):
         find_target("notes.txt")
+
+
+def test_a_model_of_the_package_without_its_prefix():
+    with pytest.raises(
+        FileNotFoundError, match=r"^photos-f8c12: not found; did you mean olvae:photos-f8c12\?$"
+    ):
+        find_target("photos-f8c12")

@@ -229,5 +229,5 @@ def test_alignment_refuses_wrong_parameters(vit, params, error, message):
 
 def test_alignment_without_timm_names_the_extra(monkeypatch, vit):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConfigError, match=r"pip install 'open-litevae\[align\]'"):
+    with pytest.raises(ConfigError, match=r"pip install timm"):
         Alignment("test_vit", vit)

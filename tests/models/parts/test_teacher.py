@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from olvae.config import ConfigError
+from olvae.config import ConfigError, save
 from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.size_and_range import EIGHT_BITS, from_uint8, to_uint8
 from olvae.metrics.metric import psnr
@@ -413,6 +413,22 @@ def test_student_has_the_teachers_factors(tmp_path, caplog):
         f"model.params: scaling_factor, shift_factor: not diffusers:{tmp_path}'s, which are taken"
         in caplog.text
     )
+
+
+def test_a_teachers_outdated_factors_are_not_the_students(tmp_path):
+    """A run whose encoder was trained has factors of its start; those of the config count."""
+    config = tiny_config(scaling_factor=0.5, shift_factor=0.25)
+    model = LiteAutoencoderKL(**config["model"]["params"])
+    (tmp_path / "checkpoints").mkdir()
+    state = {"state_dict": model.state_dict()}
+    torch.save(state, tmp_path / "checkpoints" / "last.ckpt")
+    save({**config, "run": {"weights": "diffusers:start"}}, tmp_path / "config.yaml")
+    learner = student(str(tmp_path))
+    assert (learner.for_diffusion["scaling_factor"], teacher_of(learner).model.shift_factor) == (
+        1.0,
+        0.0,
+    )
+    assert student(str(tmp_path), scaling_factor=0.75).for_diffusion["scaling_factor"] == 0.75
 
 
 def test_a_tiny_student_takes_its_units_when_other_weights_are_loaded(tmp_path):
