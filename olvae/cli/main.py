@@ -77,7 +77,7 @@ PYTHONS_FORMAT = warnings.formatwarning
 # Options that take several values after one flag, as in latent-diffusion's commands.
 MANY_VALUES = ("--base", "-b")
 
-# Options that name an input, of which a second one would take the place of the first.
+# Options that name one input: a second one would replace the first.
 ONE_INPUT = ("--data", "--fit", "--from", "--teacher")
 
 # Options that may stand without a value, and the value that they have then.

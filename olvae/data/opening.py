@@ -65,7 +65,7 @@ def open_source(
     if holds_shards(src):
         return WebDatasetSource(src, size, 1, num_workers, val_shards=src, **common)
 
-    # A folder's two parts, of which one without images gives way to the other; or all of it.
+    # The two parts of a folder; one without images gives way to the other. Else all of it.
     parts: list[ImageDataset] = []
     train, held_out = split_folders(src)
     if held_out is not None:

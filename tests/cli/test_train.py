@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-import torch
 from PIL import Image
 
 from olvae.runs import Run
@@ -130,29 +129,3 @@ def test_a_training_in_a_thread_can_be_stopped(stopped):
     """Where no handlers can be set."""
     with ThreadPoolExecutor(1) as thread:
         assert thread.submit(stopped).result() == 75
-
-
-@pytest.fixture
-def command(request, olvae, trained, tmp_path) -> list[object]:
-    """A command on weights without one tensor."""
-    weights = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    del weights["decoder.conv_out.bias"]
-    torch.save(weights, tmp_path / "weights.pt")
-    (tmp_path / "weights.yaml").write_bytes((trained / "config.yaml").read_bytes())
-    (tmp_path / "photos").mkdir()
-    Image.new("RGB", (16, 16), "red").save(tmp_path / "photos" / "red.png")
-    if request.param[0] == "decode":
-        olvae(
-            "encode",
-            trained,
-            "--data",
-            tmp_path / "photos",
-            "--size",
-            16,
-            "--out",
-            tmp_path / "latents",
-        )
-    names = {"WEIGHTS": "weights.pt", "LATENTS": "latents", "OUT": "out", "PHOTOS": "photos"}
-    return [
-        tmp_path / names[argument] if argument in names else argument for argument in request.param
-    ]
