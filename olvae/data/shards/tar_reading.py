@@ -4,6 +4,7 @@ import asyncio
 import bz2
 import gzip
 import hashlib
+import logging
 import lzma
 import re
 import signal
@@ -27,7 +28,9 @@ from webdataset.tariterators import group_by_keys
 from olvae.config.reading import is_local
 from olvae.data.places import EXTENSIONS
 from olvae.data.read_errors import ReadError
-from olvae.files import first_line, legible, reason
+from olvae.files import first_line, legible, printable, reason
+
+log = logging.getLogger("olvae.data")
 
 _UNPACKING = (zlib.error, lzma.LZMAError, EOFError)
 SHARD_ERRORS = (
@@ -218,6 +221,12 @@ STALL_S = 60.0
 CONNECT_S = 30.0
 # Seconds after a failure during which a download is tried again before it is given up.
 RETRY_S = 60.0
+# Seconds of failures after which a line says that a download is tried again.
+SILENCE_S = 10.0
+# What remains of that time with each download in a row that a store has failed.
+SHORTER = 0.25
+# Number of such downloads after which a store is left alone for as long as RETRY_S.
+FAILED_IN_A_ROW = 3
 # Seconds before the first of these tries; each pause is twice as long as the one before.
 PAUSE_S = 1.0
 # Number of times that one download is resumed.
@@ -265,6 +274,10 @@ class _Command:
         return data
 
 
+# By store: the number of downloads in a row that this process gave up, and the time of the last.
+_failures: dict[str, tuple[int, float]] = {}
+
+
 class _Download:
     """The bytes of a URL in sequence; a cut or stalled connection is resumed at the next byte.
 
@@ -281,6 +294,8 @@ class _Download:
         # The version of the file, as far as the server names one.
         self._tag: str | None = None
         self._resumes = 0
+        address = urlsplit(url)
+        self._store = f"{address.scheme}://{address.netloc}"
 
     def close(self) -> None:
         if self._file is not None:
@@ -295,9 +310,19 @@ class _Download:
         return data.tobytes()
 
     def _more(self) -> bytes:
-        """Fetch the next bytes; try again after temporary failures."""
+        """Fetch the next bytes; try again after temporary failures.
+
+        A store that has failed other downloads, with no success since, is tried for a shorter time,
+        and then left alone for a while: one that is down ends a command within some two minutes.
+        """
         pause = PAUSE_S
+        began = time.monotonic()
+        failed, last = _failures.get(self._store, (0, began))
+        given_up = failed >= FAILED_IN_A_ROW and began < last + RETRY_S
+        if given_up and not self._place:
+            raise OSError(f"not tried, as {failed} downloads in a row from there have failed")
         until: float | None = None
+        noted = False
         while True:
             try:
                 if self._file is None:
@@ -306,7 +331,7 @@ class _Download:
             except Exception as error:  # each file system raises its own kinds
                 self.close()
                 if until is None:
-                    until = time.monotonic() + RETRY_S
+                    until = time.monotonic() + RETRY_S * SHORTER**failed
                 self._resumes += 1
 
                 # Give up where trying again can't help, or has not helped.
@@ -314,11 +339,27 @@ class _Download:
                 refused = status is not None and status < 500 and status not in TEMPORARY
                 final = FileNotFoundError | PermissionError | ImportError | ValueError
                 spent = time.monotonic() + pause > until or self._resumes > MAX_RESUMES
-                if refused or isinstance(error, final) or spent:
+                if refused or isinstance(error, final):
                     raise OSError(_explain(error)) from error
+                if spent:
+                    _failures[self._store] = (failed + 1, time.monotonic())
+                    raise OSError(_explain(error)) from error
+
+                # Break the silence once, before a pause that would last beyond it.
+                since = time.monotonic() - began
+                if since + pause > SILENCE_S and not noted:
+                    noted = True
+                    log.warning(
+                        "%s: %s; trying again, for %.0f s so far (%.0f s at most)",
+                        printable(self._url),
+                        _explain(error),
+                        since,
+                        since + until - time.monotonic(),
+                    )
                 time.sleep(pause)
                 pause *= 2
             else:
+                _failures.pop(self._store, None)
                 self._place += len(data)
                 return data
 

@@ -148,6 +148,34 @@ def test_images_before_the_end_of_a_download_are_kept_and_the_reason_is_a_line(
     assert (len(server.asked(name)) == 1) == name.startswith("4")  # a refusal is final
 
 
+def test_a_line_breaks_the_silence_of_a_download_that_is_tried_again(server, monkeypatch, caplog):
+    monkeypatch.setattr(tar_reading, "SILENCE_S", 0.3)
+    assert read(server.url("503.tar"))[1] == ["the server answers 503 Service Unavailable"]
+    (line,) = caplog.messages
+    assert line.startswith(
+        f"{server.url('503.tar')}: the server answers 503 Service Unavailable; trying again, for 0 "
+    )
+
+
+def test_a_store_that_is_down_is_waited_for_less_and_less(server, monkeypatch):
+    """One that answers again is waited for as long as before."""
+    down = "the server answers 503 Service Unavailable"
+    names = [f"503-{n}.tar" for n in range(5)]
+    reasons = [read(server.url(name))[1] for name in names]
+    left_alone = "not tried, as 3 downloads in a row from there have failed"
+    assert reasons == [[down]] * 3 + [[left_alone]] * 2
+    tries = [len(server.asked(name)) for name in names]
+    assert tries[0] > tries[1] > tries[2]
+    assert tries[3:] == [0, 0]
+
+    # After a while it is asked again.
+    monkeypatch.setattr(tar_reading, "RETRY_S", 0.0)
+    assert read(server.url("six.tar")) == (IMAGES, [])
+    monkeypatch.setattr(tar_reading, "RETRY_S", 0.9)
+    assert read(server.url("503-5.tar"))[1] == [down]
+    assert len(server.asked("503-5.tar")) == tries[0]
+
+
 def test_a_download_where_nobody_listens():
     images, (reason,) = read("http://127.0.0.1:1/a.tar")
     assert not images
