@@ -241,6 +241,14 @@ class Photo:
         """Pillow's name for the pixels in the file, for example RGB or I;16; None for an array."""
         return self._image.mode if isinstance(self._image, Image.Image) else None
 
+    @property
+    def icc_profile(self) -> bytes | None:
+        """The file's colour profile, as stored; None for an array, and where there is none."""
+        if isinstance(self._image, MultiBand):
+            return None
+        profile: bytes | None = self._image.info.get("icc_profile")
+        return profile
+
     def read(self, shrink: int = 1, masks: bool = False) -> Picture:
         """Decode the pixels, turn them upright, and convert them to sRGB by the file's profile.
 
@@ -258,7 +266,7 @@ class Photo:
                 image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
             image.load()
             upright = image if self._orientation == 1 else ImageOps.exif_transpose(image)
-            profile = None if masks else image.info.get("icc_profile")
+            profile = None if masks else self.icc_profile
 
             # A large picture in strips of rows.
             width, height = upright.size

@@ -14,7 +14,7 @@ from PIL import Image
 from olvae.config import ConfigError
 from olvae.data.dataset import ImageDataset
 from olvae.data.hub import Items
-from olvae.data.image import MultiBand, Photo, image_to_tensor, resize_shorter_side
+from olvae.data.image import MODES, MultiBand, Photo, image_to_tensor, resize_shorter_side
 from olvae.data.opening import open_training_images
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import AS_STORED
@@ -237,7 +237,14 @@ def _encode(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, 
                 )
         picture = resize_shorter_side(picture, size)
 
-    # Encode it: arrays for .npy; others without the metadata of their file.
+    # Keep pixels that a colour profile changes as they are, with the profile: they may be masks.
+    profile = None
+    own = [channels for channels, mode in MODES.items() if mode == photo.mode]
+    if photo.profile and own and not smaller:
+        picture = Photo(photo.content, photo.name, own[0]).read(masks=True)
+        profile = photo.icc_profile
+
+    # Encode it: arrays for .npy; others without the other metadata of their file.
     extension = "npy"
     stream = io.BytesIO()
     try:
@@ -248,7 +255,11 @@ def _encode(photo: Photo, options: PackOptions) -> tuple[str, bytes, tuple[int, 
             bare = Image.frombytes(picture.mode, picture.size, picture.tobytes())
             # Formats ignore the settings that they do not have.
             bare.save(
-                stream, PACKED_FORMATS[extension], quality=options.quality, subsampling="4:4:4"
+                stream,
+                PACKED_FORMATS[extension],
+                quality=options.quality,
+                subsampling="4:4:4",
+                icc_profile=profile,
             )
     except (OSError, ValueError) as error:  # a side that is longer than the format allows
         pixels = f"{picture.width}x{picture.height} pixels"

@@ -11,6 +11,7 @@ from PIL import Image, ImageCms
 from olvae.data.audit import audit_lines, audit_source
 from olvae.data.image import Photo, RandomScaleCrop, image_to_tensor
 from olvae.data.packing import PackOptions, pack
+from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import eval_sample
 from tests.data.images import noise, saved
@@ -137,7 +138,7 @@ def test_packs_and_their_images_are_in_srgb_and_the_check_counts(tmp_path):
     assert "note: converted to sRGB by their colour profile: 3 Adobe RGB (1998)" in lines
     assert any("can't be used: 1 cannot open profile" in line for line in lines)
 
-    # Shards, whose files keep the profile or are sRGB already.
+    # Shards, whose files keep the profile, or are sRGB where they were made smaller.
     pack(str(tmp_path / "photos"), tmp_path / "same", PackOptions(shard_size=3, seed=None))
     pack(str(tmp_path / "photos"), tmp_path / "small", PackOptions(3, None, 20, "png"))
     stored = {"a": 0, "rocket": 4}
@@ -148,3 +149,20 @@ def test_packs_and_their_images_are_in_srgb_and_the_check_counts(tmp_path):
         direct = source.eval_transform(Photo(path, name).read())
         difference = images[stored[name]].int() - image_to_tensor(direct).int()
         assert difference.abs().max() <= (1 if folder == "small" else 0)
+
+
+def test_packed_masks_keep_their_values_whatever_their_format(tmp_path):
+    """A file that becomes a PNG keeps its pixels and its profile, so shards are like the folder."""
+    (tmp_path / "masks").mkdir()
+    files = {"a.png": ("L", DOT_GAIN), "b.tif": ("L", DOT_GAIN), "c.tif": ("RGB", ADOBE_RGB)}
+    for name, (mode, data) in files.items():
+        noise(3).convert(mode).save(tmp_path / "masks" / name, icc_profile=data)
+    pack(str(tmp_path / "masks"), tmp_path / "s", PackOptions(shard_size=3, seed=None))
+    (shard,) = [*(tmp_path / "s").glob("*.tar")]
+    for entry, (name, (mode, _)) in zip(read_shard(Shard(str(shard))), files.items(), strict=True):
+        wanted = np.asarray(noise(3).convert(mode).convert("RGB"))
+        packed = Photo(entry.data, name)
+        np.testing.assert_array_equal(np.asarray(packed.read(masks=True)), wanted)
+        direct = Photo(tmp_path / "masks" / name, name)
+        np.testing.assert_array_equal(np.asarray(packed.read()), np.asarray(direct.read()))
+        assert packed.profile == direct.profile is not None
