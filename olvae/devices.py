@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from olvae.config import ConfigError
+from olvae.files import counted
 
 if TYPE_CHECKING:  # slow to import
     pass
@@ -29,7 +30,7 @@ def resolve_device(device: str | None = None) -> str:
     if not device.startswith("cuda"):
         return device
     if int(device.partition(":")[2] or 0) >= present:
-        raise ConfigError(f"`device` {device}: this machine has {present} GPUs")
+        raise ConfigError(f"`device` {device}: this machine has {counted(present, 'GPU')}")
     if device == "cuda" and present > 1:
         device = f"cuda:{local_rank() % present}"
     if ":" in device:

@@ -346,9 +346,9 @@ def plain(text: str) -> str:
     return re.sub(r"([\\|*`<>\[\]#~]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", line)
 
 
-def counted(number: int, noun: str) -> str:
-    """Count things in words: 1 step, 2 steps."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(number: int, noun: str, ending: str = "s") -> str:
+    """Count things in words: 1 step, 2 steps; ``ending`` makes a plural."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{ending}"
 
 
 @cache

@@ -7,6 +7,7 @@ import torch
 
 from olvae.config import ConfigError
 from olvae.devices import keep_freed_memory, resolve_device, resolve_devices, resolve_precision
+from olvae.files import counted
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_resolve_device_takes_each_process_its_own_gpu(monkeypatch, gpus, local,
     if gpus > 2:
         assert resolve_device("cuda:2") == current[-1] == "cuda:2"
     else:
-        with pytest.raises(ConfigError, match=f"this machine has {gpus} GPUs"):
+        with pytest.raises(ConfigError, match=f"this machine has {counted(gpus, 'GPU')}"):
             resolve_device("cuda:2")
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from olvae.cli.options import ProgressBar, check_applies, check_paths, in_flags, loading, stop_code
 from olvae.config import ConfigError
 from olvae.data.places import load
-from olvae.files import list_skipped, printable
+from olvae.files import counted, list_skipped, printable
 
 app = typer.Typer(
     no_args_is_help=True, help="Pack images into shards; check a source; measure its values."
@@ -109,12 +109,14 @@ def pack_command(
     index = packed.index
     if index.unreadable:
         skipped = in_flags(list_skipped((one["name"], one["reason"]) for one in index.unreadable))
-        typer.echo(f"{len(index.unreadable)} unreadable images left out: {skipped}", err=True)
+        typer.echo(
+            f"{counted(len(index.unreadable), 'unreadable image')} left out: {skipped}", err=True
+        )
     found = ""
     if packed.found:
         found = f", {packed.found} of them from an earlier run"
     shards = f"{len(index.shards)} shard{'s' * (len(index.shards) != 1)}"
-    size = f"{index.images} images, {index.bytes / 1e6:.1f} MB"
+    size = f"{counted(index.images, 'image')}, {index.bytes / 1e6:.1f} MB"
     typer.echo(
         f"{size} in {shards}{found}\nshards:  {out}\nindex:   {out / 'index.json'}", err=True
     )
@@ -192,13 +194,17 @@ def range_command(
     found = measure_range(src, images)
     if found.unreadable:
         skipped = in_flags(list_skipped((error.name, error.reason) for error in found.unreadable))
-        typer.echo(f"{len(found.unreadable)} unreadable images left out: {skipped}", err=True)
+        typer.echo(
+            f"{counted(len(found.unreadable), 'unreadable image')} left out: {skipped}", err=True
+        )
     kinds = " and ".join(f"{count} of {kind}" for kind, count in found.kinds.items())
     missing = ""
     if found.missing:
         missing = f"; {found.missing:.2%} of the values are missing"
     typer.echo(
-        f"{found.images} images, {kinds}, {len(found.percentiles)} channels{missing}", err=True
+        f"{counted(found.images, 'image')}, {kinds}, "
+        f"{counted(len(found.percentiles), 'channel')}{missing}",
+        err=True,
     )
     if found.stack:
         typer.echo(

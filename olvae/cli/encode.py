@@ -24,7 +24,7 @@ from olvae.cli.options import (
     stop_code,
 )
 from olvae.config import ConfigError
-from olvae.files import check_folder, no_empty_folders, printable
+from olvae.files import check_folder, counted, no_empty_folders, printable
 
 if TYPE_CHECKING:  # slow to import
     from olvae.models.autoencoder import Autoencoder
@@ -230,13 +230,14 @@ def _report(
     if as_json:
         typer.echo(json.dumps(stats, indent=2))
     shards = len(Index.read(out / INDEX).shards)
+    images = counted(stats["count"], "image")
     of = f" of {Sides.of(stats['size']).short} px" if stats["size"] else ""
     unreadable = stats["unreadable"]["count"]
     lost = ""
     if unreadable:
         lost = f"; {unreadable} could not be read, stats.json says why"
     typer.echo(
-        f"latents: {out}, {stats['count']} images{of} in {shards} shard{'s' * (shards > 1)}{lost}",
+        f"latents: {out}, {images}{of} in {counted(shards, 'shard')}{lost}",
         err=True,
     )
     factors = (f"{name} {stats[name]:.4f}" for name in ("scaling_factor", "shift_factor"))

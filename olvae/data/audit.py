@@ -33,7 +33,7 @@ from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import ShardSource
 from olvae.data.source import LoaderProcess, Source
 from olvae.devices import seconds_per_image
-from olvae.files import file_sha256, list_skipped, printable
+from olvae.files import counted, file_sha256, list_skipped, printable
 from olvae.pool import OnProgress, SharedProgress, run_in_processes
 
 MEASURE_S = 3.0  # seconds for which the reading speed is measured
@@ -247,7 +247,7 @@ def _summarise(source: str, size: Size, found: _Found) -> AuditResult:
     if result.smaller:
         crops = f"{Sides.of(size).short} pixels"
         result.notes.append(
-            f"{result.smaller} images are smaller than {crops} and would be enlarged"
+            f"{counted(result.smaller, 'image')} would be enlarged, being smaller than {crops}"
         )
 
     # Colours: profiles that change them, and some that can't.
@@ -375,7 +375,7 @@ def _difference(shard: ShardFacts, record: ShardRecord | None) -> str | None:
             "and training counts the images instead"
         )
     if shard.images != record.images:
-        return f"{shard.url}: has {shard.images} images, but {record.images} by {INDEX}"
+        return f"{shard.url}: has {counted(shard.images, 'image')}, but {record.images} by {INDEX}"
     if record.sha256 is not None and shard.sha256 not in (None, record.sha256):
         return f"{shard.url}: its checksum differs from {INDEX}: changed or damaged since"
     return None
@@ -425,7 +425,7 @@ def _facts(result: AuditResult) -> dict[str, str]:
         if counts[-1] != counts[0]:
             each += f" to {counts[-1]:,}"
         broken = sum(shard.broken is not None for shard in result.shards)
-        facts["shards"] = f"{len(counts):,}, {each} images each"
+        facts["shards"] = f"{len(counts):,}, {each} image{'s' * (each != '1')} each"
         if broken:
             facts["shards"] += f"; {broken:,} broken"
     return facts

@@ -20,6 +20,7 @@ from olvae.data.image import (
 from olvae.data.pixels.size_and_range import RangeNode, Sides, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.source import MIN_VAL_IMAGES, LoaderProcess, Sample, Source, draws, eval_sample
+from olvae.files import counted
 
 VAL_FRACTION = 0.05  # default share of the images that is held out for validation
 
@@ -105,7 +106,7 @@ def hold_out(
     """
     count = len(images)
     if count < 2:
-        raise ValueError(f"{count} images can't be split into training and validation")
+        raise ValueError(f"{counted(count, 'image')} can't be split into training and validation")
 
     # Even spacing keeps the choice free of a random seed.
     share = count * (fraction or VAL_FRACTION)
@@ -172,7 +173,7 @@ class MappedSource(Source):
     def limit(self, images: int) -> None:
         if images > len(self.val):
             raise ValueError(
-                f"the set has {len(self.val)} images, fewer than the {images} asked for"
+                f"the set has {counted(len(self.val), 'image')}, fewer than the {images} asked for"
             )
         self.val = Subset(self.val, range(images))
 

@@ -37,7 +37,7 @@ from olvae.data.pixels.size_and_range import (
     nearest_float32,
 )
 from olvae.data.read_errors import UnreadableImageError
-from olvae.files import legible, reason
+from olvae.files import counted, legible, reason
 
 # Pillow logs an error for each TIFF that it cannot read; those are read as arrays here.
 logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
@@ -337,7 +337,7 @@ class Photo:
         if isinstance(content, MultiBand):
             found = len(content.bands)
             if self.channels not in (0, found):
-                raise ValueError(f"it has {found} channels, not {self.channels}")
+                raise ValueError(f"it has {counted(found, 'channel')}, not {self.channels}")
             return content
         if not isinstance(content, Path | bytes):
             if _is_deep(content):

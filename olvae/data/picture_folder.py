@@ -14,7 +14,7 @@ from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, RangeNode, Size
 from olvae.data.places import EXTENSIONS, is_image_file
 from olvae.data.read_errors import ReadError
-from olvae.files import file_state, legible, nearest_path, warn_once
+from olvae.files import counted, file_state, legible, nearest_path, warn_once
 
 ESCAPED = re.compile(r"\[([*?[])\]")  # a character that a pattern means as it is: glob.escape's
 # Names of the two parts of a data set, in upper or lower case; an earlier one comes first.
@@ -270,7 +270,7 @@ def say_parts(root: str | Path, rule: str) -> None:
     others = [f"{name}/" for name in _folders_in(folder) if name not in (train.name, val.name)]
     images = sum(is_image_file(name) for name in os.listdir(folder))  # noqa: PTH208
     if images:
-        others.append(f"{images} images beside them")
+        others.append(f"{counted(images, 'image')} beside them")
     if others:
         line += f"; left out: {', '.join(others)}"
     warn_once(line)

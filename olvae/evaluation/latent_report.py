@@ -18,7 +18,7 @@ from olvae.evaluation.cells import texts
 from olvae.evaluation.observers.observer import Observation, Observer
 from olvae.evaluation.report import print_grid
 from olvae.evaluation.results import Row
-from olvae.files import atomic_write
+from olvae.files import atomic_write, counted
 from olvae.launcher import gather
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Posterior, keyed_seed
@@ -416,8 +416,8 @@ def print_latents(content: Mapping[str, Any], observer: Observer) -> None:
         others = observer.columns(observed[name]) if name in observed else {}
         moments[name] = _moments(row, others)
     title = (
-        f"latents of {data['n']} images of {Sides.of(data['size'])}; shift is the mean; sigma is "
-        "the posterior's; KL in nats per position, over all channels"
+        f"latents of {counted(data['n'], 'image')} of {Sides.of(data['size'])}; shift is the mean; "
+        "sigma is the posterior's; KL in nats per position, over all channels"
     )
     print_grid(console, title, texts(moments))
 

@@ -29,7 +29,7 @@ from olvae.evaluation.cells import (
 from olvae.evaluation.observers.observer import Evaluated
 from olvae.evaluation.page import Page
 from olvae.evaluation.results import Results, used_weights
-from olvae.files import atomic_write, no_empty_folders, plain, remove_partials, write_json
+from olvae.files import atomic_write, counted, no_empty_folders, plain, remove_partials, write_json
 from olvae.metrics import METRICS
 
 MISSING = "a network is not here: metrics.md says which file to put where"
@@ -50,7 +50,7 @@ def print_results(several: Sequence[Evaluated], worded: Callable[[str], str] = s
     console = Console(stderr=True)
     for evaluated in several:
         counts = {row.n for row in evaluated.results.table}
-        images = f", {counts.pop()} images" if len(counts) == 1 else ""
+        images = f", {counted(counts.pop(), 'image')}" if len(counts) == 1 else ""
         print_grid(console, f"protocol {_title(evaluated.results)}{images}", quality(evaluated))
 
     # Costs: as measured under the first protocol.

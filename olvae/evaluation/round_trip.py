@@ -13,7 +13,7 @@ from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.source import Source
 from olvae.devices import now, peak_memory
 from olvae.evaluation.protocol import log
-from olvae.files import first_line
+from olvae.files import counted, first_line
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.counting import count_macs, count_parameters
 from olvae.modules.distributions import keyed_generator
@@ -53,7 +53,8 @@ def open_images_for(
         pixels.check_data(source.pixel_range)
     if source.channels != count:
         raise ConfigError(
-            f"the images have {source.channels} channels, and {channels[count]} takes {count}"
+            f"the images have {counted(source.channels, 'channel')}, "
+            f"and {channels[count]} takes {count}"
         )
     for name, model in models.items():
         f = model.downscale

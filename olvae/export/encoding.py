@@ -38,7 +38,7 @@ from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.write import ResumableShards, WebDatasetSample
 from olvae.data.source import total
 from olvae.devices import DTYPES, FULL, autocast
-from olvae.files import file_state, lines_sha256, write_json
+from olvae.files import counted, file_state, lines_sha256, write_json
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, pad_to_multiple
 from olvae.modules.base import device_of
@@ -192,7 +192,8 @@ def find_inputs(
         pixel_range.check_data(source.pixel_range)
         if source.channels != channels:
             raise ConfigError(
-                f"{src}: images of {source.channels} channels, and the model takes {channels}"
+                f"{src}: images of {counted(source.channels, 'channel')}, "
+                f"and the model takes {channels}"
             )
         transform = source.eval_transform
         images = source.test_set

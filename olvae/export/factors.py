@@ -9,6 +9,7 @@ from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
 from olvae.data.shards.latent_files import STATS
 from olvae.export.formats import FACTORS, Layout
+from olvae.files import counted
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.from_diffusers import PER_CHANNEL
 from olvae.models.loading.loader import Target
@@ -127,7 +128,7 @@ def set_factors(
             )
         if measured.images is not None and measured.images < FEW_IMAGES:
             notes.append(
-                f"the factors are measured on {measured.images} images: with fewer than "
+                f"the factors are measured on {counted(measured.images, 'image')}: with fewer than "
                 f"{FEW_IMAGES}, other images give noticeably other factors"
             )
         command = "latents" if file.name == "latents.json" else "encode"

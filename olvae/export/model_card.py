@@ -165,7 +165,7 @@ def _data(provenance: Provenance) -> str:
     if provenance.steps is not None:
         text.append(counted(provenance.steps, "step"))
     elif most:
-        text.append(plain(f"up to {most} steps"))  # it may have been stopped
+        text.append(plain(f"up to {counted(most, 'step')}"))  # it may have been stopped
     before = settings_of(config).weights
     if before:
         file = Path(before)

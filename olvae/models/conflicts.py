@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from olvae.config import ConfigError
 from olvae.data.source import Source
+from olvae.files import counted
 from olvae.models.parts.part import Model
 from olvae.models.spec import check_factors
 from olvae.models.updates.optimizers import OPTIMIZERS
@@ -83,8 +84,8 @@ def check_source(model: Model, source: Source) -> None:
     channels = model.encoder.in_channels
     if source.channels != channels:
         raise ConfigError(
-            f"the images have {source.channels} channels, the model takes {channels}: set "
-            "data.params.channels, or in_channels of encoder_config.params and out_channels of "
+            f"the images have {counted(source.channels, 'channel')}, the model takes {channels}: "
+            "set data.params.channels, or in_channels of encoder_config.params and out_channels of "
             "decoder_config.params"
         )
     if model.stand_in is None and source.latent_stats:

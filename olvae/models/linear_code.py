@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.data.source import Source
+from olvae.files import counted
 from olvae.metrics.metric import psnr
 from olvae.models.autoencoder import LiteVAE
 from olvae.modules.base import HALVES, Decoder, Encoder, Stage, device_of
@@ -127,7 +128,7 @@ def start_linearly(
     mean: float | None = None
     if finite:
         mean = sum(finite) / len(finite)
-        line = f"{mean:.2f} dB on {len(measured)} validation images, {line}"
+        line = f"{mean:.2f} dB on {counted(len(measured), 'validation image')}, {line}"
     if len(found) > MEASURED_IMAGES:
         mean = None
     return mean, f"linear code: {line}"

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.data.source import Batch, BatchLoader
 from olvae.figures import error_map, labelled_grid
-from olvae.files import atomic_write, reason
+from olvae.files import atomic_write, counted, reason
 from olvae.launcher import Agreement
 from olvae.library_internals import dump_memory_history, record_memory_history
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -495,4 +495,4 @@ class StepTrace(Callback):
         if on_gpu:
             kernels = sum(row.count for row in averages if row.device_type.name == "CUDA")
             launches = f", {kernels / self.steps:.0f} kernels a step"
-        notify(f"{self.steps} steps are traced in {trace}{launches}")
+        notify(f"{counted(self.steps, 'step')} traced in {trace}{launches}")

@@ -137,7 +137,7 @@ def train(options: TrainOptions | Plan) -> Run:
         done = prepared.steps_done
         if plan.resumed is not None and done == prepared.trainer_args["max_steps"]:
             if processes.is_first():
-                title = f"all {done} steps of this run are done: set more to continue"
+                title = f"this run is done, after {counted(done, 'step')}: set more to continue"
                 print_ending(plan.resumed, title)
             return plan.resumed
         with _run_folder(prepared, held) as run:
@@ -536,14 +536,20 @@ def _fit_trainer_args(
 def validation_limit(source: Source, limit: Any, count: int) -> tuple[int, int] | None:
     """Convert Lightning's ``limit_val_batches`` to batches of each of ``count`` processes.
 
-    None if all images are validated.
+    None if all images are validated. Raises ConfigError: it is a fraction of less than a batch.
     """
     # Batches of each process, if they are known.
     batches = None
     if source.val_images is not None and source.shares_evenly:
         batches = -(-source.val_images // (count * source.batch_size))
     if isinstance(limit, float) and batches is not None:
-        limit = int(limit * batches)
+        share = limit
+        limit = int(share * batches)
+        if share > 0 and not limit:
+            raise ConfigError(
+                f"lightning.trainer.limit_val_batches: {share:g}: no batch remains of the "
+                f"{batches} in all: set a number of batches, such as 1; 0 leaves validation out"
+            )
     if not isinstance(limit, int) or (batches is not None and limit >= batches):
         return None
     return limit, count

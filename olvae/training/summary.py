@@ -80,17 +80,21 @@ def _rows(
     if model.scheduler == "cosine":
         lowest = model.min_lr_factor * model.learning_rate
         end = f" to {lowest:g} at step {model.decay_steps or steps}"
-    device = f"CPU process of {torch.get_num_threads()} threads"
+    ranks = counted(processes, "process", "es")
+    workers = "no loader processes"
+    if source.num_workers:
+        workers = counted(source.num_workers, "loader process", "es")
+    device = f"CPU process of {counted(torch.get_num_threads(), 'thread')}"
     if trainer.strategy.root_device.type == "cuda":
         device = torch.cuda.get_device_name(trainer.strategy.root_device)
     terms = [f"{weight:g} {name}" for name, weight in model.objective.weights.items()]
     rows = {
         "encoder": _network(model.encoder, (1, vae.encoder.in_channels, *size), size),
         "decoder": _network(model.decoder, (1, vae.decoder.z_channels, *size // f), size),
-        "latent": f"f{f}, {vae.latent_channels} channels: {size} -> {size // f}",
+        "latent": f"f{f}, {counted(vae.latent_channels, 'channel')}: {size} -> {size // f}",
         "objective": ", ".join(terms),
-        "data": f"{source.describe()}, {size}; {source.num_workers or 'no'} loader processes",
-        "batch": f"{batch} = {images} x {batches} accumulated x {processes} processes",
+        "data": f"{source.describe()}, {size}; {workers}",
+        "batch": f"{batch} = {images} x {batches} accumulated x {ranks}",
         "learning rate": describe_rate(model, end),
         "steps": f"{steps}: {in_all:,} images{each}; the time left is shown after "
         f"{FIRST_LINE_S:.0f} seconds",
@@ -127,7 +131,7 @@ def _network(module: torch.nn.Module, shape: tuple[int, ...], size: Sides) -> st
 
 def describe_rate(model: LiteAutoencoderKL, end: str = "") -> str:
     """Describe the learning rate, its schedule, the schedule's ``end`` if given, and warm-up."""
-    warm_up = f", warm-up {model.warmup_steps} steps" if model.warmup_steps else ""
+    warm_up = f", warm-up {counted(model.warmup_steps, 'step')}" if model.warmup_steps else ""
     muon = " with Muon" if model.optimizer == "muon" else ""
     return f"{model.learning_rate:g}{muon}, {model.scheduler}{end}{warm_up}"
 
@@ -139,8 +143,8 @@ def _warnings(trainer: pl.Trainer, model: LiteAutoencoderKL, source: Source) -> 
     workers = source.num_workers * sharing_cores(trainer.world_size // trainer.num_nodes)
     if images is not None and images < MIN_VAL_IMAGES:
         yield (
-            f"only {images} held-out images: scores are uncertain, and `olvae evaluate` prints by "
-            "how much"
+            f"only {counted(images, 'held-out image')}: scores are uncertain, and `olvae evaluate` "
+            "prints by how much"
         )
     if model.warmup_steps >= trainer.max_steps:
         yield (

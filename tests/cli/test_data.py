@@ -47,7 +47,7 @@ def test_pack_resizes_converts_and_counts_the_unreadable(olvae, done, image_fold
         0.1,
     )
     err = done("pack", image_folder, "--out", tmp_path / "shards", *options, "--workers", 1)
-    assert "1 unreadable images left out: bad.png (the file is empty)\n" in err
+    assert "1 unreadable image left out: bad.png (the file is empty)\n" in err
     packed = members(tmp_path / "shards")
     assert list(packed) == sorted(packed)
     for _, details in packed.values():

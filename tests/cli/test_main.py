@@ -17,6 +17,7 @@ from PIL import Image
 
 from olvae import __version__
 from olvae.cli.main import main, print_error, repeat_flags
+from olvae.files import counted
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -378,7 +379,7 @@ def test_a_device_that_is_not_there_is_refused(olvae, tmp_path, command):
     code, _, err = olvae(*command, "--device", "cuda:99")
     assert (code, err) == (
         2,
-        f"error: --device cuda:99: this machine has {torch.cuda.device_count()} GPUs\n",
+        f"error: --device cuda:99: this machine has {counted(torch.cuda.device_count(), 'GPU')}\n",
     )
     assert not (tmp_path / "out").exists()
 

@@ -155,7 +155,7 @@ def test_latents_of_oblong_images(olvae, done, run, deep_run, tmp_path):
         "--range",
         "[0, 3000]",
     )
-    assert "12 images are smaller than 16x31 pixels" in " ".join(err.split())
+    assert "12 images would be enlarged, being smaller than 16x31 pixels" in " ".join(err.split())
 
 
 def test_data_of_another_range_are_refused(olvae, run, tmp_path):

@@ -20,7 +20,7 @@ def test_train_evaluate_and_resume(olvae, done, config, tmp_path):
     code, out, err = olvae(*train, "--seed", 7, "model.base_learning_rate=1e-12")
     assert (code, out) == (0, "")
     (run,) = (tmp_path / "runs").iterdir()
-    batches = "4 = 4 x 1 accumulated x 1 processes"
+    batches = "4 = 4 x 1 accumulated x 1 process"
     facts = ("parameters", "GMACs", "16x16 -> 2x2", batches, "1e-12, constant", "CPU", str(run))
     assert [text for text in facts if text not in err] == []
     code, out, err = olvae("evaluate", "--baselines", "-B", "3", run)

@@ -67,7 +67,7 @@ def test_audit_of_sizes(root):
             (measured[0], measured[2], measured[4]), abs=1e-4
         )
     assert result.smaller == 2
-    assert "2 images are smaller than 64 pixels" in result.notes[0]
+    assert "2 images would be enlarged, being smaller than 64 pixels" in result.notes[0]
 
 
 def test_audit_of_kinds_of_files(root):
@@ -202,7 +202,7 @@ def test_audit_refuses_latents_even_with_images_beside_them(tmp_path, image_fold
 def test_audit_of_a_data_set_in_memory():
     result = audit_source("torchvision:FakeData,size=3")
     assert result.kinds == {"in memory RGB": 3}
-    assert result.notes == ["3 images are smaller than 256 pixels and would be enlarged"]
+    assert result.notes == ["3 images would be enlarged, being smaller than 256 pixels"]
 
 
 def test_audit_lines_have_counts_kinds_and_problems(photos, shards):

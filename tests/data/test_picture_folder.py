@@ -264,7 +264,7 @@ def test_one_rule_for_both_parts_in_every_command(train, val, tmp_path, caplog):
     assert {encoded.images.key(i) for i in range(len(encoded.images))} == wanted
     for source in (trained, evaluated):
         assert keys_of(source.val_loader()) == ["4.png", "5.png"]
-    rest = "; left out: other/, 1 images beside them"
+    rest = "; left out: other/, 1 image beside them"
     assert caplog.messages == [
         f"{folder}: trains on {train}/, and {val}/ is held out{rest}",
         f"{folder}: {val}/ is evaluated, and {train}/ is for training{rest}",

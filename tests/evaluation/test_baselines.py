@@ -94,7 +94,7 @@ def test_linear_code_without_training_images_has_no_row_and_a_reason(
         rows(config, fit=str(tmp_path / "data.yaml"))
     config["data"]["params"] |= {"size": 16, "channels": 1}
     save({"data": config["data"]}, tmp_path / "gray.yaml")
-    with pytest.raises(ConfigError, match="1 channels, and the linear code takes 3"):
+    with pytest.raises(ConfigError, match="1 channel, and the linear code takes 3"):
         rows(config, fit=str(tmp_path / "gray.yaml"))
 
 

@@ -498,7 +498,7 @@ def test_encoding_refuses_settings_that_do_not_fit(tmp_path, image_folder):
         {"data": {"target": "olvae.data.picture_folder.FolderSource", "params": grey}},
         tmp_path / "grey.yaml",
     )
-    with pytest.raises(ConfigError, match="images of 1 channels, and the model takes 3"):
+    with pytest.raises(ConfigError, match="images of 1 channel, and the model takes 3"):
         encode(tmp_path / "grey.yaml", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="has other files already"):

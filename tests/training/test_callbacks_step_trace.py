@@ -16,7 +16,7 @@ def test_profile_traces_steps(train_with, image_folder, capfd):
     names = [event.get("name") for event in events]
     assert names.count("Optimizer.step#Adam.step") == 2
     assert "aten::convolution" in (run.path / "trace.txt").read_text()
-    assert f"2 steps are traced in {run.path / 'trace.json'}" in capfd.readouterr().err
+    assert f"2 steps traced in {run.path / 'trace.json'}" in capfd.readouterr().err
 
 
 def test_a_traced_step_is_an_update_and_too_few_are_a_warning(train_with, image_folder, capfd):

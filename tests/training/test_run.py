@@ -314,7 +314,7 @@ INFERENCE_ONLY = (
         (("run.seed=5",), {}, "^run: .*: leave it out, and give `seed`, `precision`, `gpus` or"),
         (("model.target=torch.nn.Identity",), {}, "unknown key|is not a LiteAutoencoderKL"),
         (("data=null",), {}, "data: expected a node"),
-        (("data.params.channels=1",), {}, "the images have 1 channels, the model takes 3"),
+        (("data.params.channels=1",), {}, "the images have 1 channel, the model takes 3"),
     ],
 )
 def test_training_mistakes_leave_no_run_folder(go, tmp_path, overrides, options, message):

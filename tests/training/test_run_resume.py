@@ -223,7 +223,7 @@ def test_a_kill_in_a_validation_does_not_leave_that_validation_out(
     before = killed.last_checkpoint.read_bytes()
     code, err = olvae_train("--resume", killed.path)
     assert code == 0, err
-    assert err.startswith("all 4 steps of this run are done: set more to continue\n")
+    assert err.startswith("this run is done, after 4 steps: set more to continue\n")
     assert (killed.images / "curves.png").is_file()
     code, err = olvae_train("--resume", killed.path, "lightning.trainer.max_steps=3")
     assert code == 2
@@ -404,7 +404,7 @@ def test_resume_with_other_data_networks_or_losses_needs_allow_changes(olvae_tra
     changed = ("--resume", run.path, "--allow-changes", f"data.params.root={others}")
     code, err = olvae_train(*changed)
     assert code == 0
-    assert "all 2 steps of this run are done" in err
+    assert "this run is done, after 2 steps" in err
     assert run.config.read_bytes() == before
     for name in ("0.png", "3.png", "6.png", "9.png"):
         (others / name).unlink()

@@ -5,6 +5,7 @@ import json
 import pytest
 from PIL import Image
 
+from olvae.config import ConfigError
 from olvae.data.picture_folder import FolderSource
 from olvae.runs import Run
 from olvae.training.run import validation_limit
@@ -134,3 +135,10 @@ def test_a_limit_that_holds_all_images_is_none(image_folder, limit, count, batch
     source = FolderSource(image_folder, 16, 2, val_root=image_folder / "class0")
     assert source.val_images == 4
     assert validation_limit(source, limit, count) == batches
+
+
+def test_a_fraction_of_less_than_a_batch_is_refused(train_with, image_folder):
+    config = linear_config(image_folder)
+    for given in ("0.001", "0.3"):
+        with pytest.raises(ConfigError, match=rf"limit_val_batches: {given}: no batch remains of"):
+            train_with(f"lightning.trainer.limit_val_batches={given}", config=config)

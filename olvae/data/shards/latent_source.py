@@ -24,6 +24,7 @@ from olvae.data.shards.latent_files import (
 from olvae.data.shards.tar_reading import Entry
 from olvae.data.shards.webdataset import ShardSource
 from olvae.data.source import Sample
+from olvae.files import counted
 from olvae.modules.distributions import LOGVAR_RANGE
 
 
@@ -108,7 +109,7 @@ class LatentSource(ShardSource):
         return self.samples_per_epoch  # the same ones for validation
 
     def describe(self) -> str:
-        return f"{self.samples_per_epoch} latents in {len(self.train)} shards"
+        return f"{self.samples_per_epoch} latents in {counted(len(self.train), 'shard')}"
 
     def train_sample(self, entry: Entry, rng: np.random.Generator) -> Sample:
         latent, flipped, meta = read_latent(entry)
@@ -219,9 +220,10 @@ class PairSource(ShardSource):
             self.crops += f", of which {central}, at a multiple of {self.stats['downscale']}"
 
     def describe(self) -> str:
+        shards = counted(len(self.train), "shard")
         mirrored = ", half of them mirrored" if self.flip else ""
         return (
-            f"{self.samples_per_epoch} training images in {len(self.train)} shards{mirrored}, "
+            f"{self.samples_per_epoch} training images in {shards}{mirrored}, "
             f"{self.val_images} validation and test images, with the latents of "
             f"{self.stats['target']}"
         )

@@ -14,7 +14,7 @@ from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_repl
 from olvae.data.shards.index import INDEX, find_shards, may_exist, split_shards, with_counts
 from olvae.data.shards.tar_reading import Entry, Shard, read_shard
 from olvae.data.source import LoaderProcess, Sample, Source, epoch_order, eval_sample, total
-from olvae.files import file_state
+from olvae.files import counted, file_state
 
 
 class ShardSource(Source):
@@ -90,20 +90,21 @@ class ShardSource(Source):
         images = self.samples_per_epoch
         if images is None and len(self.train) < processes:
             raise ValueError(
-                f"{len(self.train)} training shards for {processes} processes "
+                f"{counted(len(self.train), 'training shard')} for {processes} processes "
                 f"({self.num_workers} workers x {world} ranks): each needs one of its own: lower "
                 "data.params.num_workers, pack smaller shards, or give their index"
             )
         if images is not None and images < processes:
             raise ValueError(
-                f"{images} training images for {processes} processes: lower data.params.num_workers"
+                f"{counted(images, 'training image')} for {processes} processes: "
+                "lower data.params.num_workers"
             )
 
     def limit(self, images: int) -> None:
         known = self.val_images
         if known is None or images > known:
-            has = "an unknown number of" if known is None else known
-            raise ValueError(f"the set has {has} images, {images} were asked for")
+            has = "an unknown number of images" if known is None else counted(known, "image")
+            raise ValueError(f"the set has {has}, {images} were asked for")
         # The last shard that is read may be cut; `once` stops at the count.
         left = images
         shards = []
@@ -138,7 +139,8 @@ class ShardSource(Source):
             missing = range(read, shard.images or 0)
             ended = errors[-1] if errors else None
             if missing and ended:
-                count = f"{len(missing)} images by its {INDEX}, or as many or more without one"
+                images = counted(len(missing), "image")
+                count = f"{images} by its {INDEX}, or as many or more without one"
                 reason = f"{ended.reason}; the rest of the shard is missing: {count}"
                 errors = [ReadError(ended.name, reason, str(i)) for i in missing]
             elif missing:
@@ -250,9 +252,8 @@ class WebDatasetSource(ShardSource):
         unknown = "an unknown number of"
         train = unknown if self.samples_per_epoch is None else self.samples_per_epoch
         val = unknown if self.val_images is None else self.val_images
-        return (
-            f"{train} training images in {len(self.train)} shards, {val} validation and test images"
-        )
+        shards = counted(len(self.train), "shard")
+        return f"{train} training images in {shards}, {val} validation and test images"
 
     def train_sample(self, entry: Entry, rng: np.random.Generator) -> Sample:
         return Sample(image_to_tensor(self.transform(self._photo(entry), rng)), entry.key)

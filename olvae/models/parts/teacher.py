@@ -12,7 +12,7 @@ from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
 from olvae.data.source import Source
 from olvae.devices import DTYPES
-from olvae.files import warn_once
+from olvae.files import counted, warn_once
 from olvae.losses.terms import latent_loss, logvar_loss
 from olvae.models.autoencoder import Autoencoder, LiteVAE
 from olvae.models.loading.families import drop_factors
@@ -267,6 +267,6 @@ class Teacher(Part):
 
 def _shape(model: Autoencoder) -> str:
     return (
-        f"f{model.downscale}, {model.latent_channels} channels, "
-        f"for images of {model.in_channels} channels"
+        f"f{model.downscale}, {counted(model.latent_channels, 'channel')}, "
+        f"for images of {counted(model.in_channels, 'channel')}"
     )

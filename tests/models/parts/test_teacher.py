@@ -472,7 +472,7 @@ def test_a_tiny_student_takes_its_units_when_other_weights_are_loaded(tmp_path):
         ({**EIGHT, "latent_channels": 6}, "has f8, 6 channels, .*, but the student f8, 4 channels"),
         (
             {**EIGHT, "in_channels": 1, "out_channels": 1},
-            "images of 1 channels, but the student .* of 3 channels",
+            "images of 1 channel, but the student .* of 3 channels",
         ),
         (
             {**EIGHT, "latents_mean": [0.1] * 3, "latents_std": [1.0] * 4},
