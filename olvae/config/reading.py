@@ -22,6 +22,9 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 CONFIG_BYTES = 2**21
 # Of lists and mappings in a received config; the deepest recipe has 7.
 MAX_DEPTH = 50
+# Of YAML's events in a received config, about one for each key and value; the longest recipe has
+# 133, and a thousand shards by name are a thousand more.
+MAX_EVENTS = 20_000
 
 YAML = (".yaml", ".yml")
 
@@ -121,7 +124,12 @@ def _yaml(path: Path, received: bool = False) -> DictConfig:
         # Refuse what takes memory or time without limit, at its first sign: events come one by one.
         if received:
             depth = 0
-            for event in yaml.parse(path.read_text("utf-8")):
+            for number, event in enumerate(yaml.parse(path.read_text("utf-8"))):
+                if number > MAX_EVENTS:
+                    raise ConfigError(
+                        f"{path}: more than {MAX_EVENTS:,} keys and values: "
+                        "refused in a received config"
+                    )
                 if isinstance(event, yaml.AliasEvent):
                     raise ConfigError(
                         f"{path}: YAML aliases, which may repeat without limit: "

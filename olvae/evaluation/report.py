@@ -94,15 +94,17 @@ def write_markdown(evaluated: Evaluated, path: Path, head: str = "") -> None:
 
 
 def write_csv(results: Results, path: Path) -> None:
-    """Write per_image.csv: target, key, and the metrics of single images; a line per both.
+    r"""Write per_image.csv: target, key, and the metrics of single images; a line per both.
 
     Numbers have all their digits, an infinite PSNR is ``inf``, a metric that a target lacks is
     empty. UTF-8; the bytes of a file name that is not UTF-8 are kept. Spreadsheets run a cell that
-    starts as a formula: such a name gets an apostrophe in front, and so does one that has it.
+    starts as a formula: such a name gets an apostrophe in front, and so does one that has it. A
+    carriage return, which csv writes without quotes and would end the line, becomes ``\r``.
     """
 
     def inert(name: str) -> str:
-        return f"'{name}" if name.startswith(FORMULA) else name
+        safe = name.replace("\r", r"\r")
+        return f"'{safe}" if name.startswith(FORMULA) else safe
 
     names = list(dict.fromkeys(name for row in results.rows for name in row.per_image))
     with (

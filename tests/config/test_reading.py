@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from olvae.config import ConfigError, merge_files, read_received, save
-from olvae.config.reading import ABSENT, changed_keys
+from olvae.config.reading import ABSENT, CONFIG_BYTES, MAX_EVENTS, changed_keys, recipes
 from olvae.data.places import load
 
 
@@ -134,6 +134,27 @@ def test_a_deep_file_of_others_is_refused_at_once(tmp_path, text):
         read_received(path)
     assert time.process_time() - start < 2
     assert read_received(write(tmp_path / "a.yaml", "a: " + "[" * 40 + "]" * 40))["a"]
+
+
+@pytest.mark.parametrize(
+    "text", ["a: [" + "[]," * 690_000 + "]", "a:\n" + "- 1\n" * 500_000, "--- \n" * 400_000]
+)
+def test_a_long_file_of_others_is_refused_at_once(tmp_path, text):
+    """Flat lists of 2 MiB would take ten seconds and more."""
+    path = write(tmp_path / "long.yaml", text)
+    start = time.process_time()
+    with pytest.raises(ConfigError, match=r"more than 20,000 keys and values: refused"):
+        read_received(path)
+    assert time.process_time() - start < 2
+    names = "".join(f"- s3://bucket/{n:06}.tar\n" for n in range(2000))
+    assert len(read_received(write(tmp_path / "a.yaml", f"a:\n{names}"))["a"]) == 2000
+
+
+def test_no_recipe_comes_near_the_limits_of_a_received_config():
+    for path in recipes().values():
+        text = path.read_text("utf-8")
+        assert len(list(yaml.parse(text))) < MAX_EVENTS / 20
+        assert len(text) < CONFIG_BYTES / 20
 
 
 def test_a_missing_config_file_names_the_nearest(tmp_path):

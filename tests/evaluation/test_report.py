@@ -211,6 +211,18 @@ def test_per_image_csv_is_read_again(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["per_image.csv"]
 
 
+def test_a_carriage_return_in_a_name_ends_no_line(tmp_path):
+    names = ["a\rb.png", "c\r\nd.png", "\r.png"]
+    row = Row("t\r", len(names), {}, per_image={"psnr": dict.fromkeys(names, 1.5)})
+    write_csv(results_of(row), tmp_path / "per_image.csv")
+    with (tmp_path / "per_image.csv").open(newline="", encoding="utf-8") as file:
+        _, *lines = csv.reader(file)
+    assert sorted(key.removeprefix("'") for _, key, _ in lines) == sorted(
+        [r"a\rb.png", "c\\r\nd.png", r"\r.png"]
+    )
+    assert {(target, value) for target, _, value in lines} == {(r"t\r", "1.5")}
+
+
 def test_names_that_spreadsheets_would_run(tmp_path):
     """Each gets one apostrophe, which a reader takes away; negative numbers stay numbers."""
     names = ["=1+1.png", "+1.png", "-1.png", "@a.png", "\t=1.png", "'=1.png"]
