@@ -139,14 +139,15 @@ def export_target(
         raise ConfigError(f"{target.given}: {reason}")
     if target.factors_outdated and not layout.in_units(model):
         drop_factors(model)
-    notes = list(layout.notes(model))
 
-    # Its factors, unless the format has no place for them.
+    # Its factors, unless the format has no place for them; then what the format says of them.
+    notes: list[str] = []
     factors_from = None
     if "latents" not in layout.refused:
         factors_from = set_factors(
             model, loaded, target, settings.given_factors(), layout, notes, settings.per_channel
         )
+    notes += layout.notes(model)
 
     # The card cites the target's numbers and what its own card states, but for a new licence.
     metrics = None

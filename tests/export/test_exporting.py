@@ -420,3 +420,17 @@ def test_a_class_without_a_place_for_factors_per_channel(tmp_path):
     back = find_target(f"diffusers:{tmp_path / 'qwen'}").load().for_diffusion
     assert {name: back[name] for name in numbers} == numbers
     assert (back["scaling_factor"], back["shift_factor"]) == (1.0, 0.0)
+
+
+def test_what_a_format_says_of_factors_per_channel_is_said_of_measured_ones(tmp_path):
+    """They are in the model only after its notes were made."""
+    model = tiny_litevae()
+    channels = model.latent_channels
+    export(model, tmp_path / "first")
+    numbers = {"latents_mean": [0.5] * channels, "latents_std": [2.0] * channels}
+    latents = tmp_path / "stats.json"
+    pair = {"scaling_factor": 2.0, "shift_factor": 0.1}
+    latents.write_text(json.dumps({"target": "vae", "count": 200, **pair, **numbers}))
+    settings = ExportSettings(latents=latents, per_channel=True)
+    _, notes = export_target(find_target(str(tmp_path / "first")), tmp_path / "second", settings)
+    assert notes[-1].startswith("latents_mean, latents_std: pipelines of FLUX.2")
