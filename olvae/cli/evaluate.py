@@ -457,7 +457,7 @@ def results_folder(out: Path | None, target: str, run: Run | None, data: str | N
             "--out DIR is missing: the first target is neither a run folder nor a file"
         )
     if data is not None and os.path.isdir(Path(data).expanduser()):  # noqa: PTH112  # of any length
-        from olvae.data.picture_folder import split_folders
+        from olvae.data.opening import evaluated_place
 
-        check_outside(out, str(split_folders(data)[1] or data))
+        check_outside(out, evaluated_place(data))
     return check_folder(out)

@@ -111,6 +111,21 @@ def open_test_source(
     return source
 
 
+def evaluated_place(src: str) -> str:
+    """The place whose images SRC evaluates: of a folder with both parts the validation images.
+
+    They give way to the training images where there are none.
+    """
+    train, held_out = split_folders(src)
+    if held_out is None:
+        return src
+    for part in (held_out, train):
+        with contextlib.suppress(FileNotFoundError):
+            find_images(part)
+            return str(part)
+    return str(held_out)
+
+
 def trains_on(config: Config, src: str) -> bool:
     """Whether images that SRC evaluates, a path, a pattern or a list, are a config's for training.
 
@@ -118,14 +133,15 @@ def trains_on(config: Config, src: str) -> bool:
     """
     if src == "samples" or ":" in src or Path(src).suffix in YAML:
         return False
-    given = Path(split_folders(src)[1] or src).expanduser().resolve()
+    evaluated = evaluated_place(src)
+    given = Path(evaluated).expanduser().resolve()
     params = (config.get("data") or {}).get("params") or {}
 
     # All places that the config's source, or the sources that it mixes, train on.
     nodes = [params, *(node.get("params") or {} for node in _mixed(params))]
     named: list[tuple[str, str]] = []
     for node in nodes:
-        if isinstance(node.get("root"), str) and _trains_on_files(node, src):
+        if isinstance(node.get("root"), str) and _trains_on_files(node, evaluated):
             return True
         for name in ("root", "shards", "folder"):
             places = node.get(name)
@@ -154,7 +170,7 @@ def _trains_on_files(node: Config, src: str) -> bool:
     # The files may be gone, or there may be none.
     with contextlib.suppress(OSError, ValueError):
         parts = find_parts(node["root"], node.get("val_root"), node.get("val_fraction"))
-        given = find_images(split_folders(src)[1] or src)
+        given = find_images(src)
         trained = {path.resolve() for path in parts[0]}
         return any(path.resolve() in trained for path in given)
     return False

@@ -214,10 +214,16 @@ def holds_shards(src: str) -> bool:
 
 
 def check_outside(out: Path, src: str) -> None:
-    """Raise ConfigError if results would be among the images of a folder."""
+    """Raise ConfigError if results would be among the images of a folder, or in one of shards.
+
+    A folder of shards with pictures inside is one of images: see :func:`holds_shards`.
+    """
     folder = Path(src).expanduser().resolve()
     if folder.is_dir() and out.resolve().is_relative_to(folder):
-        raise ConfigError(f"`out` {out}: is inside the images' folder {src}: choose one beside it")
+        raise ConfigError(
+            f"`out` {out}: is inside the images' folder {src}, whose next use would take the "
+            "results' pictures for images: choose one beside it"
+        )
 
 
 def is_shard(name: str) -> bool:

@@ -342,7 +342,10 @@ def test_results_are_not_among_the_images(command, olvae, trained, photos):
     before = sorted(photos.rglob("*"))
     for out in (photos, photos / "new"):
         code, _, err = olvae(command, trained, "--data", photos, "--out", out)
-        wanted = f"--out {out}: is inside the images' folder {photos}: choose one beside it"
+        wanted = (
+            f"--out {out}: is inside the images' folder {photos}, whose next use would take the "
+            "results' pictures for images: choose one beside it"
+        )
         assert (code, err.splitlines()[-1]) == (2, f"error: {wanted}")
     assert sorted(photos.rglob("*")) == before
 

@@ -1,9 +1,11 @@
 """Data that are found again from another folder."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from olvae import config as cfg
 from olvae.config import ConfigError
@@ -233,6 +235,17 @@ def test_trains_on_knows_a_runs_images(home, monkeypatch):
     assert trains_on(folder, str(home / "more"))
     assert not trains_on(folder, str(home / "more" / "3.tar"))  # which may be held out
     assert not trains_on({}, str(home))
+
+
+def test_trains_on_knows_what_is_evaluated_where_a_part_is_empty(image_folder, tmp_path):
+    """With an empty val/, the training images are."""
+    (tmp_path / "set" / "val").mkdir(parents=True)
+    shutil.move(image_folder, tmp_path / "set" / "train")
+    config = {"data": {"params": {"root": str(tmp_path / "set" / "train")}}}
+    assert open_source(str(tmp_path / "set"), 16, 1).val_images > 0
+    assert trains_on(config, str(tmp_path / "set"))
+    Image.new("RGB", (20, 20)).save(tmp_path / "set" / "val" / "a.png")
+    assert not trains_on(config, str(tmp_path / "set"))
 
 
 def test_lists_and_patterns_of_what_a_run_trains_on(home, image_folder):
