@@ -198,7 +198,7 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
     # Steps and processes, now that the model has its accumulation, and the run its step.
     steps_done = int(checkpoint.get("global_step", 0))
     trainer_args = _fit_trainer_args(trainer_args, model, source, count, steps_done)
-    _name_val_set(model, source, trainer_args, count, checkpoint.get("val_set"))
+    _name_val_set(model, source, trainer_args, count, checkpoint)
     return Prepared(
         plan=plan,
         settings=settings,
@@ -556,15 +556,26 @@ def validation_limit(source: Source, limit: Any, count: int) -> tuple[int, int] 
 
 
 def _name_val_set(
-    model: LiteAutoencoderKL, source: Source, trainer_args: Config, count: int, before: str | None
+    model: LiteAutoencoderKL, source: Source, trainer_args: Config, count: int, resumed: Config
 ) -> None:
-    """Name the images of validation, and print it where the resumed run had others."""
+    """Name the images of validation; print it where the ``resumed`` checkpoint has others, or none.
+
+    An empty ``resumed`` is of a new run.
+    """
+    before = resumed.get("val_set")
     limit = trainer_args.get("limit_val_batches")
     if limit == 0:
         model.val_set = before  # for a later resume, which validates again
         return
     source.val_limit = validation_limit(source, limit, count)
     model.val_set = source.describe_val_set()
+    if resumed and "val_set" not in resumed and processes.is_first():
+        notify(
+            "this run was begun by a version that did not note its validation images: they may be "
+            "others now, some of them trained on, if its folder has parts such as train/ and "
+            f"valid/, which were one set then. From now on they are {model.val_set}",
+            "yellow",
+        )
     if before not in (None, model.val_set) and processes.is_first():
         notify(
             f"validation images that differ from the run's own: {before} -> {model.val_set}: "

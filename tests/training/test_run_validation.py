@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from PIL import Image
 
 from olvae.config import ConfigError
@@ -76,6 +77,18 @@ def test_best_without_the_name_of_its_images_is_of_the_checkpoints(train_with, p
     add(tmp_path / "held_out")
     train_with("lightning.trainer.max_steps=8", resume=perfect.path, allow_changes=True)
     assert best_step(perfect) == 8
+
+
+def test_a_run_that_did_not_note_its_images_is_noted(train_with, perfect, capfd):
+    """As of earlier versions, for which train/ and valid/ were one set; then it is noted."""
+    content = torch.load(perfect.last_checkpoint, weights_only=False)
+    del content["val_set"]
+    torch.save(content, perfect.last_checkpoint)
+    line = "this run was begun by a version that did not note its validation images: they may be"
+    for steps, times in ((6, 1), (8, 0)):
+        capfd.readouterr()
+        train_with(f"lightning.trainer.max_steps={steps}", resume=perfect.path)
+        assert capfd.readouterr().err.count(line) == times
 
 
 def test_a_resume_without_validation_keeps_the_name_of_its_images(
