@@ -222,7 +222,7 @@ CONNECT_S = 30.0
 # Seconds after a failure during which a download is tried again before it is given up.
 RETRY_S = 60.0
 # Seconds of failures after which a line says that a download is tried again.
-SILENCE_S = 10.0
+NOTE_S = 10.0
 # What remains of that time with each download in a row that a store has failed.
 SHORTER = 0.25
 # Number of such downloads after which a store is left alone for as long as RETRY_S.
@@ -347,7 +347,7 @@ class _Download:
 
                 # Break the silence once, before a pause that would last beyond it.
                 since = time.monotonic() - began
-                if since + pause > SILENCE_S and not noted:
+                if since + pause > NOTE_S and not noted:
                     noted = True
                     log.warning(
                         "%s: %s; trying again, for %.0f s so far (%.0f s at most)",

@@ -149,7 +149,7 @@ def test_images_before_the_end_of_a_download_are_kept_and_the_reason_is_a_line(
 
 
 def test_a_line_breaks_the_silence_of_a_download_that_is_tried_again(server, monkeypatch, caplog):
-    monkeypatch.setattr(tar_reading, "SILENCE_S", 0.3)
+    monkeypatch.setattr(tar_reading, "NOTE_S", 0.3)
     assert read(server.url("503.tar"))[1] == ["the server answers 503 Service Unavailable"]
     (line,) = caplog.messages
     assert line.startswith(
