@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    ?= $(BIN)/python -m pip --disable-pip-version-check
 RUNS   ?= runs
 
-.PHONY: demo distil-demo study gpu models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs test test-random test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
+.PHONY: demo distil-demo study gpu models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs notebooks test test-random test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -97,6 +97,9 @@ photos-f8c12-sharp: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-docs ## the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+notebooks: $(VENV)/.installed-dev ## run the notebooks of examples/ and store their outputs in them (CPU, minutes)
+	$(BIN)/python scripts/run_notebooks.py
 
 test: $(VENV)/.installed-dev ## the whole test suite
 	$(BIN)/python -m pytest -n 2

@@ -22,9 +22,7 @@ def command(
     ],
     sources: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[SRC]...", help="Sources for data; by default the sample photographs."
-        ),
+        typer.Argument(metavar="SRC", help="Sources for data; by default the sample photographs."),
     ] = None,
     size: Annotated[
         int | None,

@@ -21,7 +21,7 @@ def validate_command(
     configs: Annotated[
         list[str],
         typer.Argument(
-            metavar="CFG... [KEY=VALUE]...",
+            metavar="CFG|KEY=VALUE",
             help="Configs, each checked on its own, with these settings.",
         ),
     ],
@@ -156,7 +156,7 @@ def copy(
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings to write over the recipe's."),
+        typer.Argument(metavar="KEY=VALUE", help="Settings to write over the recipe's."),
     ] = None,
 ) -> None:
     """Write a config of your own, which includes a recipe and overrides its settings.

@@ -76,7 +76,7 @@ Made by `{}`, which writes it as zoo.md: all under one protocol, on the same ima
 
 # Arguments and flags that olvae latents and olvae app take as well.
 TARGETS = typer.Argument(
-    metavar="TARGET...",
+    metavar="TARGET",
     help="Runs (folder, name, or last), checkpoints, exports, olvae:NAME, hub ids, or "
     "diffusers:ID_OR_FOLDER.",
 )

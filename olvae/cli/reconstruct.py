@@ -28,7 +28,7 @@ from olvae.files import check_folder, legible, reason
 def command(
     target: TargetArgument,
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="Images, or folders of images.")
+        list[Path], typer.Argument(metavar="IMAGE", help="Images, or folders of images.")
     ],
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder for NAME.png and NAME_compare.png.")

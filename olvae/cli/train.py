@@ -16,7 +16,7 @@ from olvae.files import unread_output
 def command(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Settings, which override all files."),
+        typer.Argument(metavar="KEY=VALUE", help="Settings, which override all files."),
     ] = None,
     base: Annotated[
         list[Path] | None,

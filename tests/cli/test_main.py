@@ -4,6 +4,7 @@ And once each through the README's scripts.
 """
 
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -48,6 +49,7 @@ def test_help_is_whole_at_80_columns(olvae, monkeypatch, command):
     lines = out.splitlines()
     assert max(len(line) for line in lines if "Example: " not in line) <= 80
     assert not [line for line in lines if line.rstrip().endswith("…")]
+    assert not re.search(r"\.\.\.[\]}]*\.\.\.", lines[0])  # {TARGET...}... says it twice
 
 
 DEMO = ("train", "--base", "configs/demo.yaml")
