@@ -31,4 +31,5 @@ def test_what_comfyui_takes_is_dated():
     claims = [p for p in paragraphs if re.search(r"ComfyUI[^.|]* (takes|knows|reads)", p)]
     assert claims
     for claim in claims:
-        assert DATED.search(claim) and VERSION.search(claim), claim
+        assert DATED.search(claim), claim
+        assert VERSION.search(claim), claim

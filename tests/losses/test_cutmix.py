@@ -47,7 +47,7 @@ def test_cutmix_consistency_by_hand():
 
 
 def test_cutmix_loss_by_hand():
-    """Three fake pixels and one real one, and the image's logit, labelled fake: their losses are summed."""
+    """Three fake pixels and one real one, and the image's logit, labelled fake: a sum of both."""
     mask = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]], dtype=torch.float64)
     pixels = torch.tensor([[[[0.25, -0.5], [0.5, 2.0]]]], dtype=torch.float64)
     image = torch.tensor([[0.4]], dtype=torch.float64)
