@@ -63,8 +63,12 @@ PROTOCOL_NAMES = (
 OBSERVERS = {
     "colour": "olvae.evaluation.observers.colour.Colour",
     "ifid": "olvae.evaluation.observers.ifid.InterpolatedFID",
+    "ifid_nearest": "olvae.evaluation.observers.ifid.NearestFID",
+    "interpolated_precision": "olvae.evaluation.observers.ifid.InterpolatedPrecision",
+    "linear_probe": "olvae.evaluation.observers.linear_probe.LinearProbe",
     "text": "olvae.evaluation.observers.text.Text",
 }
+ZOO_OBSERVERS = ("colour", "ifid", "text")  # of --zoo, unless others are named
 
 ALL = "all"
 ZOO_PAGE = """# One table of autoencoders
@@ -285,7 +289,7 @@ def command(
         cross,
         split_commas(precision),
         report,
-        observe or ([] if zoo is None else [*OBSERVERS]),
+        observe or ([] if zoo is None else ZOO_OBSERVERS),
         weights_dir,
     )
     if baselines:
@@ -347,6 +351,7 @@ def _observers(
         half_precision,
         not_rgb,
     )
+    from olvae.evaluation.observers.interpolated import Interpolated
     from olvae.evaluation.observers.observer import Observer
 
     observers: list[Observer] = []
@@ -358,8 +363,9 @@ def _observers(
     if report:
         observers.append(flat_colours.FlatColours())
     for name in own:
-        arguments = {"weights_dir": weights_dir} if name == "ifid" else {}
-        observers.append(resolve_class(OBSERVERS.get(name, name), Observer)(**arguments))
+        found = resolve_class(OBSERVERS.get(name, name), Observer)
+        arguments = {"weights_dir": weights_dir} if issubclass(found, Interpolated) else {}
+        observers.append(found(**arguments))
     return observers
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from olvae.losses.gan_losses import check_logits, find_loss, mean_of_outputs
+from olvae.losses.gan_losses import check_logits, find_loss
 from olvae.modules.mixed_precision import upcast
 
 
@@ -59,7 +59,8 @@ def cutmix_loss(name: str, mixed_logits: Sequence[Tensor], mask: Tensor) -> Tens
     The logits are of pixels, (B, 1, H, W), like the mask, then of whole images, any number of
     tensors (B, ...). A pixel's logit has its pixel's label; an image's logit has the label "fake",
     unless the mix has no fake pixel [D]: a rectangle may fill the image. The mean is over each
-    tensor, then over the list.
+    tensor. The means are summed over the list, as in the published code, where the consistency term
+    beside them has weight 1.
     """
     loss = find_loss(name)
     # A discriminator returns the pixels' logits first.
@@ -70,4 +71,4 @@ def cutmix_loss(name: str, mixed_logits: Sequence[Tensor], mask: Tensor) -> Tens
         # (B, 1, ...), with as many axes as the logits.
         wholly_real = real.flatten(1).all(dim=1).view(-1, *(1,) * (t.ndim - 1))
         terms.append(torch.where(wholly_real, loss.real(t), loss.fake(t)))
-    return mean_of_outputs(terms)
+    return torch.stack([t.mean() for t in terms]).sum()

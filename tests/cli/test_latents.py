@@ -44,7 +44,9 @@ def test_ifid_is_that_of_an_evaluation(
     olvae, done, trained, photos, tmp_path, weights_dir, monkeypatch
 ):
     # mean colours
-    monkeypatch.setattr("olvae.evaluation.observers.ifid.Inception", lambda path, device: extract)
+    monkeypatch.setattr(
+        "olvae.evaluation.observers.interpolated.Inception", lambda path, device: extract
+    )
     given = (trained, "--data", photos, "--weights-dir", weights_dir)
     err = done("latents", *given, "--ifid", "--out", tmp_path)
     evaluated = ("--size", 16, "--metrics", "psnr", "--observe", "ifid", "--no-report")
@@ -59,7 +61,7 @@ def test_ifid_is_that_of_an_evaluation(
     for text in (
         "iFID",
         f"{row['ifid']['value']:.3f}",
-        "iFID: nearest neighbours are at",
+        "iFID: neighbours are at",
         "0.0% of 12",
     ):
         assert text in err
@@ -71,7 +73,9 @@ def test_pictures_that_are_not_finite_cost_ifid_alone(
     def fail(*_: object) -> None:
         raise ArithmeticError("a picture of neighbours is not finite")
 
-    monkeypatch.setattr("olvae.evaluation.observers.ifid.Inception", lambda path, device: extract)
+    monkeypatch.setattr(
+        "olvae.evaluation.observers.interpolated.Inception", lambda path, device: extract
+    )
     monkeypatch.setattr("olvae.evaluation.observers.ifid.InterpolatedFID.examine", fail)
     assert (
         olvae("latents", trained, "--ifid", "--weights-dir", weights_dir, "--out", tmp_path)[0] == 0

@@ -47,26 +47,26 @@ def test_cutmix_consistency_by_hand():
 
 
 def test_cutmix_loss_by_hand():
-    """Three fake pixels and one real one, and the image's logit, which is told "fake"."""
+    """Three fake pixels and one real one, and the image's logit, labelled fake: a sum of both."""
     mask = torch.tensor([[[[1.0, 0.0], [0.0, 0.0]]]], dtype=torch.float64)
     pixels = torch.tensor([[[[0.25, -0.5], [0.5, 2.0]]]], dtype=torch.float64)
     image = torch.tensor([[0.4]], dtype=torch.float64)
     on_pixels = ((1 - 0.25) + (1 - 0.5) + (1 + 0.5) + (1 + 2.0)) / 4
     assert cutmix_loss("hinge", [pixels], mask).item() == pytest.approx(on_pixels, rel=1e-12)
-    both = (on_pixels + (1 + 0.4)) / 2
+    both = on_pixels + (1 + 0.4)
     assert cutmix_loss("hinge", [pixels, image], mask).item() == pytest.approx(both, rel=1e-12)
 
 
-def test_cutmix_image_logit_is_told_real_only_without_a_fake_pixel():
+def test_cutmix_image_logit_is_labelled_real_only_without_a_fake_pixel():
     mask = torch.stack([torch.full((1, 4, 4), share, dtype=torch.float64) for share in (1, 0, 1)])
     mask[2, 0, 0, 0] = 0
     image = torch.tensor([[0.3], [0.3], [0.3]], dtype=torch.float64, requires_grad=True)
     pixels = torch.where(mask > 0.5, 1.0, -1.0)  # no loss on pixels
     loss = cutmix_loss("hinge", [pixels, image], mask)
-    assert loss.item() == pytest.approx(((1 - 0.3) + 2 * (1 + 0.3)) / 3 / 2, rel=1e-12)
+    assert loss.item() == pytest.approx(((1 - 0.3) + 2 * (1 + 0.3)) / 3, rel=1e-12)
     (gradient,) = torch.autograd.grad(loss, image)
     torch.testing.assert_close(
-        gradient, torch.tensor([[-1.0], [1.0], [1.0]], dtype=torch.float64) / 6
+        gradient, torch.tensor([[-1.0], [1.0], [1.0]], dtype=torch.float64) / 3
     )
 
 

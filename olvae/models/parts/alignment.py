@@ -16,15 +16,17 @@ from olvae.modules.base import check_choice, check_not_negative
 from olvae.modules.frozen import VisionEncoder, published_weights
 from olvae.modules.mixed_precision import no_autocast, upcast
 
-# The largest adaptive factor: the margins may leave almost nothing of the alignment's gradient [D].
-ADAPTIVE_MAX = 1e4
+# The largest adaptive factor of the published code, whose image terms are sums over an image: the
+# margins may leave almost nothing of the alignment's gradient. Here they are means.
+ADAPTIVE_MAX = 1e8
 
 
 class Alignment(Part):
     """Align the latent with a frozen vision encoder's features, by a projection that learns.
 
     The loss is weight * factor * (marginal cosine loss + marginal distance loss). The encoder sees
-    images normalised as in its own training; VA-VAE's published code leaves that out.
+    images normalised as in its own training, and resized by antialiased bicubic interpolation.
+    VA-VAE's published code does not normalise, and resizes bilinearly without antialiasing.
 
     Args:
         encoder: a timm model; the paper's is DINOv2, ViT-L.
@@ -33,7 +35,8 @@ class Alignment(Part):
         weight: w_hyper of the paper.
         adaptive_weight: in each step, make the factor |gradient of the weighted image terms| /
             |gradient of the alignment| at the encoder's last convolution (quant_conv where there is
-            one); else it is 1. It costs another backward pass through the decoder.
+            one); else it is 1. At most the published code's 1e8 beside sums, here 1e8 / (C H W):
+            509 at 256 pixels. It costs another backward pass through the decoder.
         cosine_margin, distance_margin: m1 and m2 of the paper.
         of: the ``mean`` of the posterior [D], or the ``sample`` that is decoded, as in the
             published code.
@@ -109,7 +112,8 @@ class Alignment(Part):
             # The last convolution that both the image terms and the alignment depend on.
             last = model.encoder if model.quantizer is None else model.quantizer.quant_conv
             both = terms["align_cosine"] + terms["align_distance"]
-            factor = model.ratio_of_gradients(step, both, last).clamp(max=ADAPTIVE_MAX)
+            most = ADAPTIVE_MAX / step.target[0].numel()
+            factor = model.ratio_of_gradients(step, both, last).clamp(max=most)
             model.report({"health/alignment_weight": factor})
             weight = self.weight * factor
         return {name: (term, weight) for name, term in terms.items()}

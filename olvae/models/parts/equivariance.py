@@ -18,7 +18,8 @@ class Equivariance(Part):
     """On some steps, shrink and rotate the latent and the target image alike before decoding.
 
     The choice is the same in all processes and for the whole update. All defaults are from EQ-VAE's
-    published code.
+    published code. Its losses are sums over the image, so that a step at scale s weighs s^2 there,
+    .42 on average. Here they are means: every step weighs the same, 1 / s^2 times as much.
 
     Args:
         probability: share of such steps; the default is also the paper's (Kouzelis et al. 2025).

@@ -1,5 +1,5 @@
-"""iFID against a direct computation in float64: all distances by scipy, the square root by
-scipy.
+"""iFID and its precision against direct computations in float64: distances and the square root
+by scipy.
 """
 
 import pickle
@@ -9,12 +9,14 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
+from scipy.special import softmax
 
-from olvae.evaluation.observers import ifid
-from olvae.evaluation.observers.ifid import InterpolatedFID, nearest_neighbours, share_of_wrong
+from olvae.evaluation.observers import interpolated
+from olvae.evaluation.observers.ifid import InterpolatedFID, InterpolatedPrecision, NearestFID
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.results import Row
 from olvae.metrics.features import Inception
+from olvae.modules.distributions import keyed_seed
 from olvae.pretrained_networks import INCEPTION, MissingWeights
 from tests.conftest import tiny
 from tests.evaluation.peers import seen
@@ -22,43 +24,10 @@ from tests.metrics.conftest import pairs
 from tests.metrics.test_features import extract
 
 
-@pytest.mark.parametrize(("n", "block"), [(2, 1024), (50, 7), (50, 1024), (300, 128)])
-def test_nearest_neighbours_are_scipys(n, block):
-    """Far from zero and close together, as latents with a large mean are,
-    where float32's squares lose digits.
-    """
-    z = 300.0 + torch.randn(n, 40) * torch.logspace(-2, 1, 40)
-    nearest, distances = nearest_neighbours(z, block=block)
-    direct = cdist(z.double().numpy(), z.double().numpy())
-    np.fill_diagonal(direct, np.inf)
-    assert nearest.tolist() == direct.argmin(1).tolist()
-    assert distances.numpy() == pytest.approx(direct.min(1), rel=1e-12)
-
-
-def test_share_of_wrong_neighbours_is_that_of_scipy(monkeypatch):
-    """One candidate, on a sphere that is large for the distances,
-    where float32's products can't tell.
-    """
-    monkeypatch.setattr(ifid, "CANDIDATES", 1)
-    z = 1e4 * torch.nn.functional.normalize(torch.randn(2, 40)).repeat_interleave(
-        50, 0
-    ) + torch.randn(100, 40)
-    nearest, distances = nearest_neighbours(z, block=30)
-    direct = cdist(z.double().numpy(), z.double().numpy()) + np.diag(np.full(100, np.inf))
-    wrong = (direct.argmin(1) != nearest.numpy())[::3].mean()
-    assert share_of_wrong(z, distances, torch.arange(0, 100, 3)) == pytest.approx(wrong)
-    assert wrong > 0.1
-
-
-def test_equal_latents_are_each_others_nearest_neighbours():
-    nearest, distances = nearest_neighbours(torch.tensor([[1.0, 2.0], [9.0, 9.0], [1.0, 2.0]]))
-    assert (nearest[[0, 2]].tolist(), distances[[0, 2]].tolist()) == ([2, 0], [0.0, 0.0])
-
-
 @pytest.fixture
 def setting(weights_dir, monkeypatch):
     monkeypatch.setattr(
-        ifid, "provenance", lambda path, file: {"file": path.name, "published": False}
+        interpolated, "provenance", lambda path, file: {"file": path.name, "published": False}
     )
     model, (keys, x, _) = tiny(), pairs(30, 16)
     with torch.no_grad():
@@ -66,8 +35,8 @@ def setting(weights_dir, monkeypatch):
     return model, keys, x, latents
 
 
-def observed(weights_dir, model, keys, x, latents, size=7) -> InterpolatedFID:
-    observer = InterpolatedFID(weights_dir)
+def observed(weights_dir, model, keys, x, latents, size=7, kind=InterpolatedFID) -> InterpolatedFID:
+    observer = kind(weights_dir)
     observer.derive({"a": Subject(model)})
     for i in range(0, len(keys), size):
         part = slice(i, i + size)
@@ -75,25 +44,48 @@ def observed(weights_dir, model, keys, x, latents, size=7) -> InterpolatedFID:
     return observer
 
 
-def directly(model, x, latents, features) -> float:
+def between(x, latents, kind) -> tuple[torch.Tensor, np.ndarray]:
+    """The latents between neighbours, and the neighbours' distances."""
     z = latents.flatten(1).double().numpy()
-    distances = cdist(z, z) + np.diag(np.full(len(z), np.inf))
+    distances = cdist(z, z)
+    if kind is NearestFID:
+        apart = distances + np.diag(np.full(len(z), np.inf))
+        return (latents + latents[apart.argmin(1)]) / 2.0, apart.min(1)
+    cosine = 1.0 - cdist(z, z, "cosine")
+    np.fill_diagonal(cosine, -np.inf)
+    middle, chosen = [], []
+    for i in range(len(z)):
+        similar = np.argsort(-cosine[i])[: min(10, len(z) - 1)]
+        chances = softmax(-(distances[i, similar] ** 2) / z.shape[1])
+        draw = keyed_seed(x[i].numpy().tobytes()) % 2**53 / 2**53
+        j = similar[np.searchsorted(chances.cumsum(), draw)]
+        omega = np.arccos(cosine[i, j])
+        middle.append((z[i] + z[j]) * np.sin(omega / 2) / np.sin(omega))
+        chosen.append(distances[i, j])
+    return torch.from_numpy(np.array(middle)).float().view_as(latents), np.array(chosen)
+
+
+def decoded(model, middle) -> torch.Tensor:
     with torch.no_grad():
-        y = model.decode((latents + latents[distances.argmin(1)]) / 2.0)
-    y = ((y.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+        y = model.decode(middle)
+    return ((y.clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+def directly(model, x, latents, features, kind=InterpolatedFID) -> float:
+    middle, distances = between(x, latents, kind)
+    y = decoded(model, middle)
     a, b = (features(images).astype(np.float64) for images in (x, y))
     s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
     root = np.trace(sqrtm(s1 @ s2).real) if a.shape[1] < 100 else 0.0
-    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2) - 2.0 * root, distances.min(
-        1
-    ).mean()
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2) - 2.0 * root, distances.mean()
 
 
-def test_ifid_is_the_formula_in_float64(setting, weights_dir, monkeypatch):
-    monkeypatch.setattr(ifid, "Inception", lambda path, device: extract)
+@pytest.mark.parametrize("kind", [InterpolatedFID, NearestFID])
+def test_ifid_is_the_formula_in_float64(setting, weights_dir, monkeypatch, kind):
+    monkeypatch.setattr(interpolated, "Inception", lambda path, device: extract)
     model, keys, x, latents = setting
-    expected, distance = directly(model, x, latents, extract)
-    observer = observed(weights_dir, model, keys, x, latents)
+    expected, distance = directly(model, x, latents, extract, kind)
+    observer = observed(weights_dir, model, keys, x, latents, kind=kind)
     observer.update(seen("a", keys, x, x, latents=latents + 1.0, draw=1))  # of another draw
     observer.examine({"a": Subject(model)}, 16, "cpu")
     found = observer.result("a", 0)
@@ -103,15 +95,17 @@ def test_ifid_is_the_formula_in_float64(setting, weights_dir, monkeypatch):
     typical = np.sqrt((pairwise**2).sum() / (30 * 29))
     assert found["neighbours"] == pytest.approx(distance / typical)
     assert found["warning"] is None  # 30 images for 12 features
-    lines = list(observer.lines([Row(name, 30, {}, observed={"ifid": found}) for name in "ab"]))
-    assert lines[0].startswith(f"iFID: nearest neighbours are at {found['neighbours']:.2f} (a), ")
+    lines = list(
+        observer.lines([Row(name, 30, {}, observed={observer.name: found}) for name in "ab"])
+    )
+    assert lines[0].startswith(f"iFID: neighbours are at {found['neighbours']:.2f} (a), ")
     assert len(lines) == 3
     assert lines[1].endswith("0.0% of 30 (a), 0.0% of 30 (b)")
     assert lines[2].endswith("is not the published file")
-    assert observer.columns(found) == {"iFID": f"{found['value']:.3f}"}
+    assert list(observer.columns(found).values()) == [f"{found['value']:.3f}"]
 
     first, second = (
-        observed(weights_dir, model, keys[part], x[part], latents[part])
+        observed(weights_dir, model, keys[part], x[part], latents[part], kind=kind)
         for part in (slice(20), slice(15, 30))
     )
     second.merge(pickle.loads(pickle.dumps(first.state())))  # five in both
@@ -131,7 +125,7 @@ def test_ifid_with_inception_is_the_direct_computation(setting, weights_dir, mon
         },
     )
     inception = Inception(weights_dir / INCEPTION.name)
-    monkeypatch.setattr(ifid, "Inception", lambda path, device: inception)
+    monkeypatch.setattr(interpolated, "Inception", lambda path, device: inception)
     model, keys, x, latents = (part if i == 0 else part[:3] for i, part in enumerate(setting))
     observer = observed(weights_dir, model, keys, x, latents)
     observer.examine({"a": Subject(model)}, 16, "cpu")
@@ -143,7 +137,7 @@ def test_ifid_with_inception_is_the_direct_computation(setting, weights_dir, mon
 def test_ifid_refuses_missing_weights_one_image_and_non_finite_latents(
     setting, weights_dir, monkeypatch, nowhere
 ):
-    monkeypatch.setattr(ifid, "Inception", lambda path, device: extract)
+    monkeypatch.setattr(interpolated, "Inception", lambda path, device: extract)
     model, keys, x, latents = setting
     with pytest.raises(MissingWeights, match="`weights_dir`"):
         InterpolatedFID().derive({"a": Subject(model)})
@@ -153,3 +147,24 @@ def test_ifid_refuses_missing_weights_one_image_and_non_finite_latents(
     broken = observed(weights_dir, model, keys, x, latents * torch.inf)
     with pytest.raises(ArithmeticError, match="not finite"):
         broken.examine({"a": Subject(model)}, 16, "cpu")
+
+
+def test_precision_is_the_share_of_pictures_near_an_image(setting, weights_dir, monkeypatch):
+    monkeypatch.setattr(interpolated, "Inception", lambda path, device: extract)
+    model, keys, x, latents = setting
+    # Far from each other, so that some pictures between them are near no image.
+    latents = 20.0 * latents
+    observer = observed(weights_dir, model, keys, x, latents, kind=InterpolatedPrecision)
+    observer.examine({"a": Subject(model)}, 16, "cpu")
+    found = observer.result("a", 0)
+    images = extract(x).astype(np.float64)
+    pictures = extract(decoded(model, between(x, latents, InterpolatedFID)[0])).astype(np.float64)
+    radius = np.sort(cdist(images, images), axis=1)[:, 3]
+    expected = (cdist(pictures, images) <= radius).any(1).mean()
+    assert found["value"] == pytest.approx(expected)
+    assert 0.0 < expected < 1.0
+    assert observer.columns(found) == {"precision": f"{expected:.3f}"}
+    few = observed(weights_dir, model, keys[:3], x[:3], latents[:3], kind=InterpolatedPrecision)
+    few.examine({"a": Subject(model)}, 16, "cpu")
+    assert observer.columns(few.result("a", 0)) == {"precision": "skipped"}
+    assert "more than 3 images" in few.result("a", 0)["warning"]

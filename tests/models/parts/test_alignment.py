@@ -163,6 +163,16 @@ def test_alignment_step_by_hand(vit, image_folder, adaptive, use_quant):
     assert values["train/loss"] == pytest.approx((total + weighted).item(), rel=1e-5)
 
 
+def test_alignment_factor_is_at_most_that_of_the_published_code(vit, image_folder, monkeypatch):
+    """1e8 where image terms are sums; here they are means."""
+    model = aligned(vit)
+    monkeypatch.setattr(
+        LiteAutoencoderKL, "ratio_of_gradients", lambda *_: torch.tensor(3e7, dtype=torch.float32)
+    )
+    fit(model, image_folder, 1)
+    assert metrics(model)["health/alignment_weight"] == pytest.approx(1e8 / (3 * 16 * 16))
+
+
 @pytest.mark.parametrize(
     "settings", [{"use_quant": True, "use_ema": True}, {"checkpoint": True}], ids=str
 )
