@@ -48,6 +48,10 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     from these: ValueError if they do not.
     """
 
+    _supports_gradient_checkpointing = True
+    # Blocks whose output is added to their input: device_map="auto" keeps each on one device.
+    _no_split_modules = ("PostActivationBlock", "PreActivationBlock", "SMCBlock", "ResnetBlock2D")
+
     @register_to_config  # type: ignore[misc, unused-ignore]
     def __init__(
         self,
@@ -123,6 +127,24 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         for file in inside.glob("*.safetensors"):
             check_file(file)
         return super().from_pretrained(folder, **kwargs)  # type: ignore[no-any-return]
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: object = None) -> None:
+        """Compute activations again in backward, in training mode, which saves memory.
+
+        ValueError for a function: the networks take torch's own.
+        """
+        if gradient_checkpointing_func is not None:
+            raise ValueError("gradient_checkpointing_func: the networks take torch's own: leave it")
+        for network in (self.encoder, self.decoder):
+            network.checkpoint_steps(True)
+
+    def disable_gradient_checkpointing(self) -> None:
+        for network in (self.encoder, self.decoder):
+            network.checkpoint_steps(False)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return any(getattr(module, "checkpoint", False) for module in self.modules())
 
     def save_pretrained(
         self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any

@@ -276,6 +276,8 @@ class OriginalLayout(DiffusersLayout):
                 odd.append(f"{key} {config[key]}")
         if odd:
             yield f"ComfyUI and A1111 build Stable Diffusion's widths only, not {', '.join(odd)}"
+        if any(block.startswith("Attn") for block in config.get("down_block_types", ())):
+            yield "ComfyUI and A1111 build attention in the middle only, not at levels as here"
 
 
 class ComfyUILayout(Layout):

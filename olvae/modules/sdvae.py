@@ -3,7 +3,7 @@
 Together, with ``use_quant: true`` and the encoder's ``latent_dim`` at 2 n_z, they are the SD-VAE.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -29,12 +29,17 @@ class _Half(Steps):
         num_res_blocks: int,
         norm_groups: int,
         attention: bool,
+        attention_levels: Sequence[int],
         padding: Padding,
     ) -> None:
         # Takes seconds, so it is imported for this network only.
         from diffusers.models.autoencoders import vae
 
         check_counts(0, num_res_blocks=num_res_blocks)
+        levels = len(channel_mult)
+        for level in attention_levels:
+            if level not in range(levels):
+                raise ValueError(f"attention_levels: {level}: there are levels 0 to {levels - 1}")
         shared: dict[str, Any] = {
             "in_channels": in_channels,
             "out_channels": out_channels,
@@ -43,12 +48,12 @@ class _Half(Steps):
             "norm_num_groups": norm_groups,
             "mid_block_add_attention": attention,
         }
-        levels = len(channel_mult)
+        blocks = block_types(levels, attention_levels)
         if isinstance(self, Encoder):
-            down = ("DownEncoderBlock2D",) * levels
+            down = tuple(blocks["down_block_types"])
             self.model = vae.Encoder(down_block_types=down, double_z=False, **shared)
         else:
-            up = ("UpDecoderBlock2D",) * levels
+            up = tuple(blocks["up_block_types"])
             self.model = vae.Decoder(up_block_types=up, **shared)
         set_padding(self.model, padding)
 
@@ -66,6 +71,8 @@ class SDEncoder(_Half, Encoder):
         channels, channel_mult, num_res_blocks: base width, its multiples, blocks per level.
         norm_groups: groups of every GroupNorm; divides every width.
         attention: self-attention in the middle.
+        attention_levels: levels with self-attention after each block: 0 is the image's, the last
+            one the latent's. CompVis's kl-f16 and kl-f32 have it at the last.
         padding: at the borders of every convolution: ``zeros``, as published, or ``reflect``, as in
             some copies that were fine-tuned with EQ-VAE. Strided convolutions keep their zeros, at
             the bottom and the right.
@@ -84,6 +91,7 @@ class SDEncoder(_Half, Encoder):
         num_res_blocks: int = 2,
         norm_groups: int = 32,
         attention: bool = True,
+        attention_levels: Sequence[int] = (),
         padding: Padding = "zeros",
         linear: bool = False,
     ) -> None:
@@ -97,6 +105,7 @@ class SDEncoder(_Half, Encoder):
             num_res_blocks,
             norm_groups,
             attention,
+            attention_levels,
             padding,
         )
         if linear:
@@ -125,6 +134,7 @@ class SDDecoder(_Half, Decoder):
         num_res_blocks: int = 2,
         norm_groups: int = 32,
         attention: bool = True,
+        attention_levels: Sequence[int] = (),
         padding: Padding = "zeros",
         linear: bool = False,
     ) -> None:
@@ -138,6 +148,7 @@ class SDDecoder(_Half, Decoder):
             num_res_blocks,
             norm_groups,
             attention,
+            attention_levels,
             padding,
         )
         if linear:
@@ -147,6 +158,20 @@ class SDDecoder(_Half, Decoder):
     def forward(self, z: Tensor) -> Tensor:
         image: Tensor = self.model(z)
         return image if self.linear is None else image + self.linear_path(z)
+
+
+def block_types(levels: int, attention_levels: Collection[int]) -> dict[str, list[str]]:
+    """Name diffusers' blocks of an AutoencoderKL, with attention at some levels.
+
+    The decoder's begin at the latent.
+    """
+    down: list[str] = []
+    up: list[str] = []
+    for level in range(levels):
+        attention = "Attn" if level in attention_levels else ""
+        down.append(f"{attention}DownEncoderBlock2D")
+        up.insert(0, f"{attention}UpDecoderBlock2D")
+    return {"down_block_types": down, "up_block_types": up}
 
 
 def set_padding(network: nn.Module, padding: Padding) -> None:

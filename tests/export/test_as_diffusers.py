@@ -278,3 +278,58 @@ def test_the_export_of_another_class(tmp_path):
         match=r"load it with diffusers\.AutoencoderKL",
     ):
         AutoencoderLiteVAE.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16], ids=str)
+def test_diffusers_casts_every_convolution_layer_by_layer(vae, image, storage):
+    """Self-modulated ones too, whose weight only their own convolution uses."""
+    model = AutoencoderLiteVAE.from_autoencoder(vae)
+    expected = model(image).sample
+    model.enable_layerwise_casting(storage_dtype=storage, compute_dtype=torch.float32)
+    stored = [name for name, p in model.named_parameters() if p.dtype == storage]
+    assert any("conv1.conv.weight" in name for name in stored)
+    # Rounded weights: bfloat16 keeps 8 bits, float8 4 bits.
+    error = (model(image).sample - expected).abs().max()
+    assert 0.0 < error < (0.2 if storage == torch.float8_e4m3fn else 0.02)
+
+
+@pytest.mark.parametrize("how", ["sequential", "group"])
+def test_diffusers_offloads_every_weight(vae, image, how):
+    """Sequential offloading of pipelines leaves all weights on the meta device between calls."""
+    from accelerate import cpu_offload
+    from diffusers.hooks import apply_group_offloading
+
+    model = AutoencoderLiteVAE.from_autoencoder(vae)
+    expected = model(image).sample
+    cpu = torch.device("cpu")
+    if how == "sequential":
+        cpu_offload(model, execution_device=cpu, offload_buffers=True)
+        assert all(p.device.type == "meta" for p in model.parameters())
+    else:
+        apply_group_offloading(
+            model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level"
+        )
+    assert torch.equal(model(image).sample, expected)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(vae, image):
+    model = AutoencoderLiteVAE.from_autoencoder(vae)
+    model.train()
+    gradients = []
+    for switch in (model.enable_gradient_checkpointing, model.disable_gradient_checkpointing):
+        switch()
+        assert model.is_gradient_checkpointing == (not gradients)
+        model.zero_grad()
+        model(image).sample.square().mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters()})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+    with pytest.raises(ValueError, match="torch's own"):
+        model.enable_gradient_checkpointing(lambda run, *inputs: run(*inputs))
+
+
+def test_a_device_map_is_taken(vae, image, tmp_path):
+    vae.save_pretrained(tmp_path)
+    model = AutoencoderLiteVAE.from_pretrained(tmp_path, device_map="auto")
+    assert torch.equal(model(image).sample, vae(image)[0])

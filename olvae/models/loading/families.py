@@ -15,9 +15,7 @@ from olvae.models.spec import FOR_DIFFUSION, UNMEASURED, AutoencoderSpec
 from olvae.modules.base import HALVES, Decoder, Encoder
 from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
 from olvae.modules.others.wrapped import MODULES, TRAINABLE, DiffusersDecoder, DiffusersEncoder
-from olvae.modules.sdvae import SDDecoder, SDEncoder
-
-BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+from olvae.modules.sdvae import SDDecoder, SDEncoder, block_types
 
 NAMES = {
     "encoder.": "encoder.model.",
@@ -89,15 +87,23 @@ class StableDiffusion(Family):
     networks = (SDEncoder, SDDecoder)
 
     def spec(self, theirs: Any, name: str) -> AutoencoderSpec:
-        # Our networks have one kind of blocks, and both convolutions beside the latent or none.
+        # Our networks have two kinds of blocks, the same in both halves, and one activation.
         config = theirs.model.config
-        for key, only in (*BLOCKS.items(), ("act_fn", "silu")):
-            found = {config[key]} if isinstance(config[key], str) else set(config[key])
-            other = found - {only}
-            if other:
+        levels = len(config["block_out_channels"])
+        attention_levels = []
+        for level, block in enumerate(config["down_block_types"]):
+            if block.startswith("Attn"):
+                attention_levels.append(level)
+        for key, known in block_types(levels, attention_levels).items():
+            if list(config[key]) != known:
                 raise ConfigError(
-                    f"{name}: {key}: {', '.join(sorted(other))}: only {only} can be trained here"
+                    f"{name}: {key}: {', '.join(config[key])}: beside this encoder only "
+                    f"{', '.join(known)} can be trained here"
                 )
+        if config["act_fn"] != "silu":
+            raise ConfigError(f"{name}: act_fn: {config['act_fn']}: only silu can be trained here")
+
+        # Both convolutions beside the latent, or none.
         if config["use_quant_conv"] != config["use_post_quant_conv"]:
             raise ConfigError(
                 f"{name}: it has one of quant_conv and post_quant_conv: "
@@ -113,6 +119,7 @@ class StableDiffusion(Family):
             "num_res_blocks": config["layers_per_block"],
             "norm_groups": config["norm_num_groups"],
             "attention": config["mid_block_add_attention"],
+            "attention_levels": attention_levels,
         }
         n_z = config["latent_channels"]
         size = config["sample_size"]
@@ -140,7 +147,7 @@ class StableDiffusion(Family):
 
         # AutoencoderKL has one setting for both halves.
         both: list[tuple[str, Any, Any]] = [("widths", widths, others)]
-        for key in ("num_res_blocks", "norm_groups", "attention"):
+        for key in ("num_res_blocks", "norm_groups", "attention", "attention_levels"):
             both.append((key, encoder[key], decoder[key]))
         both += [("moments", moments, 2 * model.decoder.z_channels), ("moments", moments, 2 * n_z)]
         for what, one, other in both:
@@ -154,7 +161,7 @@ class StableDiffusion(Family):
         return {
             "in_channels": model.in_channels,
             "out_channels": model.decoder.out_channels,
-            **{key: [block] * len(widths) for key, block in BLOCKS.items()},
+            **block_types(len(widths), encoder["attention_levels"]),
             "block_out_channels": widths,
             "layers_per_block": encoder["num_res_blocks"],
             "latent_channels": n_z,

@@ -16,11 +16,12 @@ from torch import Tensor
 from olvae.checkpoint import load_weights, read_checkpoint, state_dict_of
 from olvae.config import Config, ConfigError
 from olvae.files import first_line
-from olvae.models.loading.families import BLOCKS, NAMES
+from olvae.models.loading.families import NAMES
 from olvae.models.loading.from_diffusers import DiffusersAutoencoder, check_parameters
 from olvae.models.loading.loader import Loader, LoadOptions, Target
 from olvae.models.spec import CONFIG_NAME, oversized, read_config
 from olvae.models.weight_files import config_inside, is_export, locate_weights
+from olvae.modules.sdvae import block_types
 from olvae.runs import run_of
 
 KL = "AutoencoderKL"
@@ -41,6 +42,7 @@ LDM_NAMES = {
     "mid_block.resnets.0.": "mid.block_1.",
     "mid_block.resnets.1.": "mid.block_2.",
     "mid_block.attentions.0.": "mid.attn_1.",
+    "attentions.": "attn.",
     "resnets.": "block.",
     "samplers.0.": "sample.",
     "conv_shortcut.": "nin_shortcut.",
@@ -119,6 +121,14 @@ def _replaced(name: str, patterns: Mapping[str, Any]) -> str:
     for pattern, new in patterns.items():
         name = re.sub(pattern, new, name)
     return name
+
+
+def _level_attention(name: str, levels: int) -> str:
+    """Name a weight of attention at a level as diffusers does; the decoder's count backwards."""
+    half, _, level, _, number, layer, kind = name.split(".")
+    block = f"down_blocks.{level}" if half == "encoder" else f"up_blocks.{levels - 1 - int(level)}"
+    theirs = {"norm": "group_norm", "proj_out": "to_out.0"}.get(layer, f"to_{layer}")
+    return f"{half}.{block}.attentions.{number}.{theirs}.{kind}"
 
 
 class OriginalLoader(Loader):
@@ -238,15 +248,22 @@ def _loaded(
                 check_parameters(build(), sum(tensor.nbytes for tensor in tensors.values()))
         model = build()
 
-        # diffusers converts the names, but not FLUX.2's batch norm, and drops what it doesn't know.
+        # diffusers converts the names, but not FLUX.2's batch norm and attention outside of the
+        # middle, and drops what it doesn't know.
         if tensors is not None:
+            at_levels = {n: t for n, t in tensors.items() if kind == KL and ".attn." in n}
+            others = {n: t for n, t in tensors.items() if n not in at_levels}
             converters: Any = SINGLE_FILE_LOADABLE_CLASSES[{FLUX2: KL, QWEN: WAN}.get(kind, kind)]
             converted = dict(
-                converters["checkpoint_mapping_fn"](checkpoint=dict(tensors), config=model.config)
+                converters["checkpoint_mapping_fn"](checkpoint=others, config=model.config)
             )
             for name, tensor in tensors.items():
                 if name.startswith("bn."):
                     converted[name] = tensor
+            for name, tensor in at_levels.items():
+                levels = len(model.config["block_out_channels"])
+                matrix = tensor.flatten(1) if tensor.ndim > 1 else tensor
+                converted[_level_attention(name, levels)] = matrix
             if kind in (KL, FLUX2) and len(converted) != len(tensors):
                 raise ValueError(
                     f"{len(tensors) - len(converted)} of its tensors have no place in {kind}"
@@ -271,14 +288,6 @@ def _latent_diffusion_config(
 
     GroupNorm always has 32 groups there.
     """
-    outside = re.compile(r"(encoder\.down|decoder\.up)\.\d+\.attn\.")
-    attention = [name for name in weights if outside.match(name)]
-    if attention:
-        raise ValueError(
-            f"{origin}: attention outside the middle ({attention[0]}), "
-            "which AutoencoderKL does not have"
-        )
-
     # Channels of images and latents, which must agree.
     try:
         channels = weights["encoder.conv_in.weight"].shape[1]
@@ -303,10 +312,11 @@ def _latent_diffusion_config(
     while (first := f"encoder.down.{len(widths)}.block.0.conv1.weight") in weights:
         widths.append(weights[first].shape[0])
     depth = len(widths)
+    attention_levels = [i for i in range(depth) if f"encoder.down.{i}.attn.0.q.weight" in weights]
     config: dict[str, Any] = {
         "in_channels": channels,
         "out_channels": output,
-        **{key: [block] * depth for key, block in BLOCKS.items()},
+        **block_types(depth, attention_levels),
         "block_out_channels": widths,
     }
     if kind == FLUX2:

@@ -32,7 +32,9 @@ class SMC(nn.Module):
                 f"SMC needs an odd kernel_size to keep the image's size, got {kernel_size}"
             )
         self.eps = eps
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        self.conv = _ModulatedConv2d(
+            in_channels, out_channels, kernel_size, eps, padding=kernel_size // 2
+        )
         self.scales = nn.Parameter(torch.ones(in_channels))
         self.gain = nn.Parameter(torch.ones(1))
 
@@ -58,7 +60,8 @@ class SMC(nn.Module):
         return self.conv.weight, self.scales, self.gain
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, *self.derive([self])[0])
+        out: Tensor = self.conv(x, self.scales, self.gain)
+        return out
 
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.conv2d(x, weight, bias, padding=self.conv.padding)
@@ -66,10 +69,31 @@ class SMC(nn.Module):
     @torch.no_grad()
     def fold(self) -> nn.Conv2d:
         """Return a new ordinary convolution that computes the same."""
-        conv = copy.deepcopy(self.conv)
         ((weight, _),) = self.derive([self])
-        conv.weight.copy_(weight)
-        return conv
+        given = self.conv
+        size = given.kernel_size[0]
+        folded = nn.Conv2d(given.in_channels, given.out_channels, size, padding=size // 2)
+        folded.weight = nn.Parameter(weight, given.weight.requires_grad)
+        folded.bias = copy.deepcopy(given.bias)
+        return folded.train(given.training)
+
+
+class _ModulatedConv2d(nn.Conv2d):
+    """An SMC's convolution, which takes the SMC's scales and gain as inputs.
+
+    It uses its own weight in its own ``forward``, so that what hooks itself to modules finds it
+    there: offloading to the CPU, storage in another dtype.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, eps: float, padding: int
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=padding)
+        self.eps = eps
+
+    def forward(self, x: Tensor, scales: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
+        weight = _modulate([(self.weight, scales, gain)], self.eps)[0]
+        return F.conv2d(x, weight, self.bias, padding=self.padding)
 
 
 def _modulate(given: Sequence[tuple[Tensor, Tensor, Tensor]], eps: float) -> Tensor:

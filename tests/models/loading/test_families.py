@@ -268,7 +268,7 @@ def test_sample_size_that_our_encoder_does_not_take_becomes_256(sample_size):
             lambda: tiny_kl(
                 down_block_types=("DownEncoderBlock2D",) * 2 + ("AttnDownEncoderBlock2D",)
             ),
-            "down_block_types: AttnDownEncoderBlock2D",
+            "up_block_types: UpDecoderBlock2D",
         ),
         (
             lambda: tiny_kl(up_block_types=("AttnUpDecoderBlock2D",) + ("UpDecoderBlock2D",) * 2),

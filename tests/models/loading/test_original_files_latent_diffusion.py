@@ -4,10 +4,14 @@ from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
+from olvae.export.exporting import export
+from olvae.export.formats import find_layout
 from olvae.models.loading.targets import find_target
 from tests.models.autoencoder_kl import autoencoder_kl
+from tests.models.loading.compvis import CompVisKL, with_random_weights
 from tests.models.loading.names import latent_diffusion_names
 
 
@@ -64,7 +68,10 @@ def test_latent_diffusion_files_that_do_not_fit_are_refused(tmp_path):
     state = latent_diffusion_names(kl())
     for change, message in (
         ({"quantize.embedding.weight": torch.zeros(3, 4)}, "vector-quantised"),
-        ({"encoder.down.2.attn.0.norm.weight": torch.zeros(64)}, "attention outside the middle"),
+        (
+            {"encoder.down.2.attn.0.norm.weight": torch.zeros(64)},
+            "unexpected .*encoder.down_blocks.2.attentions.0.group_norm.weight",
+        ),
         (
             {"post_quant_conv.weight": torch.zeros(4, 3, 1, 1)},
             "3 channels, the decoder takes 4",
@@ -85,3 +92,31 @@ def test_latent_diffusion_files_that_do_not_fit_are_refused(tmp_path):
         with pytest.raises(ValueError, match=message) as caught:
             find_target(tmp_path / "kl.safetensors").load()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("attention", [(), (2,), (1, 2)], ids=str)
+def test_attention_at_levels_is_read_and_computed_as_compvis_does(attention, tmp_path, image):
+    """As kl-f16 and kl-f32 have it, beside attention in the middle."""
+    theirs = with_random_weights(CompVisKL(attention=attention))
+    save_file(theirs.state_dict(), tmp_path / "kl.safetensors")
+    found = find_target(tmp_path / "kl.safetensors").load()
+    with torch.no_grad():
+        moments, y = theirs(image)
+        torch.testing.assert_close(found.encode(image).mean, moments[:, :4], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found(image)[0], y, rtol=1e-4, atol=1e-5)
+
+    # Ours, to be trained, and written back under CompVis's names.
+    ours = found.as_litevae("kl").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(ours.encode(image).mean, moments[:, :4], rtol=1e-4, atol=1e-5)
+    export(ours, tmp_path / "back.safetensors", find_layout("ldm"))
+    back = CompVisKL(attention=attention)
+    back.load_state_dict(load_file(tmp_path / "back.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(back.eval()(image)[1], y)
+    export(ours, tmp_path / "folder", find_layout("diffusers"))
+    with torch.no_grad():
+        again = AutoencoderKL.from_pretrained(tmp_path / "folder")(image).sample
+    torch.testing.assert_close(again, y, rtol=1e-4, atol=1e-5)
+    notes = " ".join(find_layout("ldm").notes(ours))
+    assert ("not at levels" in notes) == bool(attention)
