@@ -317,16 +317,24 @@ def decode_command(
     check_paths(target, data=source)
     with loading():
         from olvae.checkpoint import tensors_sum
+        from olvae.data.places import holds_pictures
         from olvae.data.shards.index import find_shards, with_counts
         from olvae.data.shards.latent_files import LATENT, read_stats
         from olvae.data.source import total
         from olvae.devices import resolve_device
-        from olvae.export.decoding import decode_shards
+        from olvae.export.decoding import DECODED_LIST, decode_shards
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
 
-    # The shards, and the autoencoder; a folder that is not complete has no stats.json.
+    # The folder: among other pictures, the decoded ones would be taken for images.
     check_folder(out)
+    if holds_pictures(out) and not (out / DECODED_LIST).is_file():
+        raise ConfigError(
+            f"`out` {out}: it has pictures that were not decoded, perhaps what was encoded: "
+            "choose another folder"
+        )
+
+    # The shards, and the autoencoder; a folder that is not complete has no stats.json.
     where = resolve_device(device)
     descriptions = [read_stats(source)] if Path(source).is_dir() else []
     shards = with_counts(find_shards(source), image_key=LATENT)

@@ -204,13 +204,16 @@ def holds_shards(src: str) -> bool:
             if is_image_file(entry.name):
                 return False
             tars = tars or is_shard(entry.name)
-    if not tars:
-        return False
-    for *_, names in os.walk(path):
+    return tars and not holds_pictures(path)
+
+
+def holds_pictures(folder: Path) -> bool:
+    """Whether a folder has a picture, at any depth."""
+    for *_, names in os.walk(folder):
         for name in names:
             if is_image_file(name):
-                return False
-    return True
+                return True
+    return False
 
 
 def check_outside(out: Path, src: str) -> None:

@@ -57,7 +57,7 @@ def test_encode_and_decode_there_and_back(olvae, done, target, tmp_path, image_f
     os.utime(image_folder / "class0" / "0.png")  # newer than its latent
     code, out, err = olvae("decode", target, latents, "--out", image_folder)
     assert code == 2
-    assert "0.png: is there already, perhaps what was encoded: change --out" in err
+    assert "it has pictures that were not decoded, perhaps what was encoded: choose" in err
     assert {path: path.read_bytes() for path in image_folder.rglob("*.*")} == originals
     code, out, err = olvae("decode", target, latents, "--out", images)
     assert (code, out, err) == (0, "", f"images: {images}, 12 of them\n")
