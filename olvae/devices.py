@@ -17,7 +17,7 @@ from olvae.files import counted
 
 if TYPE_CHECKING:  # slow to import
     pass
-from olvae.launcher import local_rank, srun_environment
+from olvae.launcher import local_rank, local_ranks, srun_environment
 
 
 def resolve_device(device: str | None = None) -> str:
@@ -242,3 +242,8 @@ def sharing_cores(ranks: int) -> int:
     if by_srun and cores() < 2 * given:
         return 1
     return ranks
+
+
+def cores_of_rank() -> int:
+    """Count the cores for each of the ranks that share this process's."""
+    return max(1, cores() // sharing_cores(local_ranks()))

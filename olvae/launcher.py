@@ -1,6 +1,10 @@
 """Join, leave and use the process group of a launcher: torchrun, SLURM or Lightning itself."""
 
+import logging
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -8,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from olvae.config import ConfigError
+from olvae.library_internals import default_store
 
 if TYPE_CHECKING:  # slow to import
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -18,6 +23,19 @@ _T = TypeVar("_T")
 # Timeout of collectives. Long, because processes with small shares wait for the others; when one
 # fails, torchrun ends all of them anyway.
 PATIENCE = timedelta(days=7)
+
+# Seconds that the first process of :func:`together` has to print an error.
+PRINTING_S = 0.5
+
+# Key in the process group's store under which a process of :func:`together` notes that it failed.
+FAILED = "olvae/failed"
+
+# Whether this process is inside of :func:`together`.
+_is_together = False
+
+
+class FailedProcessError(Exception):
+    """Raised in :func:`together` after an error of one process: the argument, once all have it."""
 
 
 def this_process() -> tuple[int, int]:
@@ -30,6 +48,14 @@ def this_process() -> tuple[int, int]:
 def local_rank() -> int:
     """Return this process's rank on its machine, as torchrun, srun and Lightning set it."""
     return int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+
+
+def local_ranks() -> int:
+    """Return the number of ranks on this machine, as torchrun and srun set it."""
+    if this_process()[1] == 1:
+        return 1
+    names = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")
+    return int(next((os.environ[name] for name in names if name in os.environ), 1))
 
 
 def srun_environment() -> "SLURMEnvironment | None":
@@ -76,9 +102,79 @@ def gather(part: _T) -> list[_T] | None:
     rank, world = this_process()
     if world == 1:
         return [part]
+    if _is_together:
+        of_each(None)
     parts: list[_T | None] | None = [None] * world if rank == 0 else None
     dist.gather_object(part, parts, dst=0)
     return cast("list[_T] | None", parts)
+
+
+def of_each(value: _T, error: Exception | None = None) -> list[_T]:
+    """Collect one value per process, in all processes; before they meet, this one's alone.
+
+    Raise FailedProcessError in all of them if one has an ``error``.
+    """
+    if not dist.is_initialized():
+        return [value]
+    pairs = [(value, error)] * dist.get_world_size()
+    dist.all_gather_object(pairs, (value, error))
+    for _, failure in pairs:
+        if failure is not None:
+            raise FailedProcessError(failure)
+    return [value for value, _ in pairs]
+
+
+@contextmanager
+def together() -> Iterator[tuple[int, int]]:
+    """:func:`join`, and let an error of one process end the body in all of them; leave at its end.
+
+    The first process raises the error, the others exit in silence with a command's code for it.
+    They notice it in :func:`gather`, :func:`of_each`, :func:`check_others` and at the body's end.
+    Warnings of the package are the first process's, but for each one's unreadable images.
+    ChildProcessError if another process died.
+    """
+    global _is_together
+    rank, world = join()
+    if world == 1:
+        yield rank, world
+        return
+    own: Exception | None = None
+    _is_together = True
+    logging.getLogger("olvae").disabled = rank > 0
+    try:
+        # Exchange errors at the end, unless the body has done it: then the failure has an argument.
+        try:
+            yield rank, world
+        except FailedProcessError as failed:
+            if failed.args:
+                raise
+        except Exception as error:
+            own = error
+            default_store().set(FAILED, "")
+        of_each(None, own)
+    except FailedProcessError as failed:
+        (first,) = failed.args
+        if rank == 0:
+            raise own or first from None
+        # A launcher ends the first process as soon as another has ended: let it print.
+        time.sleep(PRINTING_S)
+        raise SystemExit(2 if isinstance(first, ConfigError) else 1) from own
+    except RuntimeError as error:
+        raise ChildProcessError(
+            "another process of this command died: see its own output, or the system's log of "
+            "killed processes"
+        ) from (own or error)
+    finally:
+        _is_together = False
+        logging.getLogger("olvae").disabled = False
+        # Its threads would abort a process that ends within the group.
+        dist.destroy_process_group()
+
+
+def check_others() -> None:
+    """Raise FailedProcessError if another process of :func:`together` has failed."""
+    if _is_together and default_store().check([FAILED]):
+        raise FailedProcessError
 
 
 def leave() -> None:

@@ -6,12 +6,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
+
+from olvae.launcher import check_others, gather, this_process
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
@@ -47,36 +50,52 @@ def run_in_processes(
     tasks: Sequence[_T],
     workers: int,
     on_progress: Callable[[int], None],
-) -> Generator[_R, None, None]:
-    """Yield the result of ``function`` for every task, in order of completion.
+) -> list[_R] | None:
+    """Return the results of ``function`` for all tasks, in their order.
 
-    Close the iterator (``contextlib.closing``) to stop early: tasks end at their next
+    Each rank of :func:`olvae.launcher.join` does its share of them; the first one gets all results,
+    the others None. After an exception, as of Ctrl-C or another rank, tasks end at their next
     :meth:`SharedProgress.advance`. Worker processes exit by themselves if the main process is
     killed. The function and the tasks reach them by fork on Linux, elsewhere by pickle.
-    ``on_progress`` gets the number of images done, several times a second; not before the processes
-    are forked, so it may start threads. ChildProcessError if a worker process was killed.
+    ``on_progress`` gets the number of images done, as if all ranks were equally fast, several times
+    a second; not before the processes are forked, so it may start threads. ChildProcessError if a
+    worker process was killed.
     """
+    rank, world = this_process()
+    own = tasks[rank::world]
     context = mp.get_context("fork" if sys.platform == "linux" else None)
     progress = SharedProgress(context)
-    processes = max(1, min(workers, len(tasks)))
+    processes = max(1, min(workers, len(own)))
     executor = ProcessPoolExecutor(
         processes, context, _start_worker, (function, progress, os.getpid())
     )
+
+    # A task in each process and one more, so that none has to wait for this one.
+    coming = enumerate(own)
+    waiting: dict[Future[_R], int] = {}
+    results: dict[int, _R] = {}
     try:
-        waiting = {executor.submit(_run_task, task) for task in tasks}
-        while waiting:
-            done, waiting = wait(waiting, POLL_S, FIRST_COMPLETED)
-            on_progress(progress.count.get_obj().value)
+        while len(results) < len(own):
+            for number, task in islice(coming, 2 * processes - len(waiting)):
+                waiting[executor.submit(_run_task, task)] = number
+            done, _ = wait(waiting, POLL_S, FIRST_COMPLETED)
+            on_progress(progress.count.get_obj().value * world)
+            check_others()
             for future in done:
-                yield future.result()
+                results[waiting.pop(future)] = future.result()
     except BrokenProcessPool as error:
         raise ChildProcessError(
             "a worker process was killed, perhaps for lack of memory: lower `workers`"
         ) from error
     finally:
-        # Also after the caller closed the iterator early.
         progress.stop.value = 1
         executor.shutdown(wait=True, cancel_futures=True)
+
+    # Put the shares together again.
+    parts = gather([results[number] for number in sorted(results)])
+    if parts is None:
+        return None
+    return [parts[number % world][number // world] for number in range(len(tasks))]
 
 
 # In a worker process: the function, and the progress that it shares with the others.

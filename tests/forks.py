@@ -14,7 +14,9 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def fork_two(function: Callable[..., object], *arguments: object) -> None:
+def fork_two(
+    function: Callable[..., object], *arguments: object, exits: Sequence[int] = (0, 0)
+) -> None:
     """Call a function in two children of this process, as torchrun would;
     they have what is imported already.
     """
@@ -30,12 +32,12 @@ def fork_two(function: Callable[..., object], *arguments: object) -> None:
         )
         function(*arguments)
 
-    fork_each(work)
+    fork_each(work, exits)
 
 
 def fork_each(work: Callable[[int], None], exits: Sequence[int] = (0, 0)) -> None:
     """Call ``work`` with 0 and with 1, each in a child of this process, with a port;
-    fail if one of them does.
+    fail unless they end with these codes.
     """
     port = str(free_port())
 

@@ -1,11 +1,17 @@
 """Processes that meet, gather and agree; in one process there is nobody to meet."""
 
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 
-from olvae.launcher import Agreement, gather, join, leave
+from olvae.config import ConfigError
+from olvae.launcher import Agreement, check_others, gather, join, leave, of_each, together
 from tests.forks import fork_two
 
 
@@ -30,6 +36,45 @@ def test_gather_of_two_processes_gives_the_first_what_each_has(tmp_path):
     answers = [0, 0, 1, 0, 2]
     expected = f"2 [(0, [0.0, 0.0]), (1, [1.0, 1.0])] [7, None] {[answers, answers]}"
     assert (tmp_path / "out").read_text() == expected
+
+
+def fail(where: str, error: Exception) -> None:
+    """Fail in the second process, where the first one is in another part of its work."""
+    with together() as (rank, world):
+        assert of_each(rank) == [0, 1]
+        if rank == 1 and where != "nowhere":
+            raise error
+        if where == "while it works":
+            while True:
+                check_others()
+        elif where == "where it gathers":
+            gather(rank)
+    assert join() == (rank, world)  # has left, and may join again
+    leave()
+
+
+@pytest.mark.parametrize("where", ["while it works", "where it gathers", "at its end"])
+@pytest.mark.parametrize("kind", [ConfigError, OSError])
+def test_an_error_of_one_process_is_raised_in_the_first_and_ends_the_others(where, kind, capfd):
+    def work() -> None:
+        with suppress_in_first(kind):
+            fail(where, kind("one line", "and another"))
+
+    fork_two(work, exits=(0, 2 if kind is ConfigError else 1))
+    assert capfd.readouterr().err.count("caught") == 1
+
+
+@contextmanager
+def suppress_in_first(kind: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kind as error:
+        sys.stderr.write(f"caught {error}\n")
+        assert os.environ["RANK"] == "0"
+
+
+def test_processes_that_succeed_leave_together():
+    fork_two(fail, "nowhere", None)
 
 
 def test_one_process_gathers_and_agrees_alone(monkeypatch):

@@ -27,7 +27,7 @@ CheckSrc = typer.Argument(
     metavar="SRC", help=f"A folder of images or .tar shards, a pattern, a URL, {NUMBERED}"
 )
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Worker processes; one per core by default.")
+    int | None, typer.Option(min=1, help="Worker processes; one per core by default, of all ranks.")
 ]
 Channels = Annotated[
     int, typer.Option(min=1, help="Channels: 1, 3 or 4; any number for .npy arrays.")
@@ -72,7 +72,7 @@ def pack_command(
 
     JPEG, PNG, WebP, arrays and files of more than 8 bits are stored unchanged, others as PNG. After
     an interruption, the same command continues where it stopped, and the shards are the same byte
-    for byte.
+    for byte. Under torchrun or srun, ranks share the work.
 
     Example: olvae data pack photos --out shards --resize 512
     """
@@ -80,7 +80,8 @@ def pack_command(
     with loading():
         from olvae.data import packing
         from olvae.data.shards.index import is_begun
-        from olvae.devices import cores
+        from olvae.devices import cores_of_rank
+        from olvae.launcher import together
 
     # Settings that would have no effect.
     if resize is None and (image_format is not None or quality is not None):
@@ -92,34 +93,37 @@ def pack_command(
 
     # Pack; what is finished stays after an interruption.
     order = seed if shuffle else None
-    options = packing.PackOptions(
-        shard_size, order, resize, image_format or "jpg", quality or 95, channels
-    )
-    try:
-        with ProgressBar("packing") as bar:
-            packed = packing.pack(src, out, options, workers or cores(), max_unreadable, bar.set)
-    except KeyboardInterrupt:
-        line = "stopped"
-        if is_begun(out):
-            line += f": finished shards are in {out}; the same command continues from there"
-        typer.echo(line, err=True)
-        sys.exit(stop_code())
+    with together() as (rank, _), ProgressBar("packing", enabled=rank == 0) as bar:
+        options = packing.PackOptions(
+            shard_size, order, resize, image_format or "jpg", quality or 95, channels
+        )
+        try:
+            packed = packing.pack(
+                src, out, options, workers or cores_of_rank(), max_unreadable, bar.set
+            )
+        except KeyboardInterrupt:
+            line = "stopped"
+            if is_begun(out):
+                line += f": finished shards are in {out}; the same command continues from there"
+            if rank == 0:
+                typer.echo(line, err=True)
+            sys.exit(stop_code())
 
     # Report what was left out, and what there is now, also from an earlier run.
-    index = packed.index
-    if index.unreadable:
-        skipped = in_flags(list_skipped((one["name"], one["reason"]) for one in index.unreadable))
+    if packed is not None:
+        index = packed.index
+        if index.unreadable:
+            skipped = list_skipped((one["name"], one["reason"]) for one in index.unreadable)
+            lost = counted(len(index.unreadable), "unreadable image")
+            typer.echo(f"{lost} left out: {in_flags(skipped)}", err=True)
+        found = ""
+        if packed.found:
+            found = f", {packed.found} of them from an earlier run"
+        shards = counted(len(index.shards), "shard")
+        size = f"{counted(index.images, 'image')}, {index.bytes / 1e6:.1f} MB"
         typer.echo(
-            f"{counted(len(index.unreadable), 'unreadable image')} left out: {skipped}", err=True
+            f"{size} in {shards}{found}\nshards:  {out}\nindex:   {out / 'index.json'}", err=True
         )
-    found = ""
-    if packed.found:
-        found = f", {packed.found} of them from an earlier run"
-    shards = f"{len(index.shards)} shard{'s' * (len(index.shards) != 1)}"
-    size = f"{counted(index.images, 'image')}, {index.bytes / 1e6:.1f} MB"
-    typer.echo(
-        f"{size} in {shards}{found}\nshards:  {out}\nindex:   {out / 'index.json'}", err=True
-    )
 
 
 @app.command("check")
@@ -140,7 +144,7 @@ def check_command(
     """Read every image of a source and report problems; exits with 1 if there are any.
 
     Reports unreadable files, sizes, shards that differ from their index, and the speed of a loader
-    process.
+    process. Under torchrun or srun, ranks share the work.
 
     Example: olvae data check shards --size 256
     """
@@ -148,7 +152,8 @@ def check_command(
     with loading():
         from olvae.data import audit
         from olvae.data.pixels.size_and_range import PixelRange, Sides
-        from olvae.devices import cores
+        from olvae.devices import cores_of_rank
+        from olvae.launcher import together
 
     # The range, read as a config's.
     node = None
@@ -161,11 +166,13 @@ def check_command(
     pixels.check_channels(channels, "`range`")
     crops = Sides.read(size).node
 
-    # Read the images, then print what was found.
-    with ProgressBar("reading") as bar:
+    # Read the images; the first rank prints what all of them found.
+    with together() as (rank, _), ProgressBar("reading", enabled=rank == 0) as bar:
         result = audit.audit_source(
-            src, crops, channels, max_unreadable, workers or cores(), bar.set, pixels
+            src, crops, channels, max_unreadable, workers or cores_of_rank(), bar.set, pixels
         )
+    if result is None:
+        return
     if as_json:
         typer.echo(json.dumps(result.as_dict(), indent=2))
     else:

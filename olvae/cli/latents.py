@@ -70,31 +70,33 @@ def command(
         from olvae.evaluation.observers.observer import Observer, Subject
         from olvae.evaluation.round_trip import open_images_for
         from olvae.evaluation.runner import is_examined
-        from olvae.launcher import join, leave
+        from olvae.launcher import together
         from olvae.models.loading.targets import find_target, name_apart
         from olvae.modules.moments import FEW_IMAGES
 
     # Models, what iFID needs of them if asked for, and images that all of them can encode.
-    join()
-    found = [
-        find_target(target, config, raw=raw, allow_mismatch=allow_mismatch) for target in targets
-    ]
-    folder = results_folder(out, targets[0], found[0].run, data)
-    device = resolve_device(device)
-    models = {target.name: target.load() for target in name_apart(found)}
-    observer = InterpolatedFID(weights_dir) if ifid else Observer()
-    subjects = observer.derive({name: Subject(model) for name, model in models.items()})
-    source = open_images_for(models, found[0].config, data)
-    if images is not None:
-        source.limit(images)
+    with together() as (_, world):
+        found = [
+            find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
+            for target in targets
+        ]
+        folder = results_folder(out, targets[0], found[0].run, data)
+        device = resolve_device(device)
+        models = {target.name: target.load() for target in name_apart(found)}
+        observer = InterpolatedFID(weights_dir) if ifid else Observer()
+        subjects = observer.derive({name: Subject(model) for name, model in models.items()})
+        source = open_images_for(models, found[0].config, data)
+        if images is not None:
+            source.limit(images)
 
-    # Encode; processes share the images, and the first one has the result.
-    if batch_size is None and data:
-        batch_size = 8
-    batches = source.test_loader(batch_size)
-    shown = with_progress("encoding", batches, source.val_images)
-    accumulators = encode_latents(models, shown, device, source.pixel_range, observer)
-    leave()
+        # Encode; processes share the images, and the first one has the result.
+        if batch_size is None and data:
+            batch_size = 8
+        batches = source.test_loader(batch_size)
+        shown = with_progress("encoding", batches, source.val_images)
+        accumulators = encode_latents(models, shown, device, source.pixel_range, observer)
+        if world > 1:
+            batches.read_errors.share()
     if accumulators is None:
         return
 

@@ -255,11 +255,11 @@ class ProgressBar:
 
     def set(self, done: float, total: float | None = None) -> None:
         """Set the number of units done, and the total once it is known."""
-        self.done = done
         if total is not None:
             self.total = total
+        self.done = done if self.total is None else min(done, self.total)
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, total=self.total)
+            self._bar.update(self._task, completed=self.done, total=self.total)
             self._bar.start()
         # Without a terminal, a line now and then.
         elif self.enabled and time.monotonic() >= self._line_at:
@@ -267,7 +267,7 @@ class ProgressBar:
             of_total = ""
             if self.total is not None:
                 of_total = f" of {self.total:.0f}"
-            typer.echo(f"{self.description}: {int(done)}{of_total} {self.unit}", err=True)
+            typer.echo(f"{self.description}: {int(self.done)}{of_total} {self.unit}", err=True)
 
     def print(self, line: str) -> None:
         """Print a line to standard error, above the bar if there is one."""
@@ -296,7 +296,7 @@ def with_progress(
     description: str, batches: "Iterable[Batch]", total: int | None
 ) -> "Iterator[Batch]":
     """Show progress over batches, in the first process; each process has as many images."""
-    from olvae.launcher import this_process
+    from olvae.launcher import check_others, this_process
 
     # Other processes go on at the same pace: count their images with each batch here.
     rank, world = this_process()
@@ -304,3 +304,4 @@ def with_progress(
         for batch in batches:
             yield batch
             bar.advance(len(batch["image"]) * world)
+            check_others()

@@ -1,10 +1,9 @@
-"""Check a source of images before training: files, sizes, shards and speed."""
+"""Check a source of images before training, by many processes: files, sizes, shards, speed."""
 
 import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from olvae.config import instantiate
+from olvae.config import ConfigError, instantiate
 from olvae.config.reading import is_local
 from olvae.data.dataset import ImageDataset, MappedSource
 from olvae.data.image import MultiBand, Photo, image_to_tensor
@@ -33,7 +32,8 @@ from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import ShardSource
 from olvae.data.source import LoaderProcess, Source
 from olvae.devices import seconds_per_image
-from olvae.files import counted, file_sha256, list_skipped, printable
+from olvae.files import counted, file_sha256, lines_sha256, list_skipped, printable
+from olvae.launcher import of_each, this_process
 from olvae.pool import OnProgress, SharedProgress, run_in_processes
 
 MEASURE_S = 3.0  # seconds for which the reading speed is measured
@@ -90,8 +90,11 @@ def audit_source(
     workers: int = 1,
     on_progress: OnProgress = lambda *_: None,
     pixel_range: PixelRange = EIGHT_BITS,
-) -> AuditResult:
+) -> AuditResult | None:
     """Read and decode every image of SRC, for training on crops of ``size`` pixels in this range.
+
+    Of several ranks (:func:`olvae.launcher.join`), each reads its share by ``workers`` processes,
+    and the first one returns the result, the others None.
 
     Raises FileNotFoundError, ValueError: the source has no images, or latents.
     """
@@ -104,7 +107,10 @@ def audit_source(
             "and `olvae decode` makes images of them"
         )
     images = None if urls else open_images(src, channels, pixel_range)
-    source, reasons = _train_source(src, size, channels, pixel_range)
+    source: Source | None = None
+    reasons: list[str] = []
+    if this_process()[0] == 0:
+        source, reasons = _train_source(src, size, channels, pixel_range)
 
     # The tasks for processes: a shard each, or some images.
     read: Callable[[Any, SharedProgress], _Found]
@@ -117,22 +123,25 @@ def audit_source(
         count = len(images)
         for first in range(0, count, IMAGES_PER_TASK):
             tasks.append(range(first, min(first + IMAGES_PER_TASK, count)))
+    if len(set(of_each(lines_sha256(map(str, tasks))))) > 1:
+        raise ConfigError(f"{src}: the processes see different files there")
 
-    # Read everything; the parts arrive in any order.
+    # Read everything; the first rank gets what all have found, in the order of the tasks.
+    parts = run_in_processes(read, tasks, workers, lambda done: on_progress(done, count))
+    if parts is None:
+        return None
     found = _Found()
-    results = run_in_processes(read, tasks, workers, lambda done: on_progress(done, count))
-    with closing(results) as parts:
-        for part in parts:
-            found.images += part.images
-            found.unreadable += part.unreadable
-            found.shards += part.shards
-            found.pixels += part.pixels
-            found.profiles += part.profiles
-            found.profile_errors += part.profile_errors
+    for part in parts:
+        found.images += part.images
+        found.unreadable += part.unreadable
+        found.shards += part.shards
+        found.pixels += part.pixels
+        found.profiles += part.profiles
+        found.profile_errors += part.profile_errors
 
     # Facts, notes and problems.
     result = _summarise(src, size, found)
-    result.shards = sorted(found.shards, key=lambda shard: urls.index(shard.url))
+    result.shards = found.shards
     _check_shards(result, folders)
     if isinstance(images, Files):
         for error in images.closed:

@@ -1,10 +1,9 @@
-"""Pack the images of any source into WebDataset shards, in parallel (``olvae data pack``)."""
+"""Pack the images of any source into WebDataset shards, by many processes (``olvae data pack``)."""
 
 import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from olvae.data.read_errors import ReadError, TooManyUnreadableError, Unreadable
 from olvae.data.shards.index import INDEX, PACKING, Index, ShardRecord, is_begun
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
 from olvae.files import list_skipped, no_empty_folders, reason
+from olvae.launcher import of_each, this_process
 from olvae.pool import OnProgress, SharedProgress, run_in_processes
 
 # Formats of images that are made smaller, with Pillow's names.
@@ -67,7 +67,7 @@ def pack(
     workers: int = 1,
     max_unreadable: float = 0.01,
     on_progress: OnProgress = lambda *_: None,
-) -> Packed:
+) -> Packed | None:
     """Write the images of SRC to ``out/000000.tar``, ``000001.tar``, ... then an ``index.json``.
 
     A shard holds for each image ``KEY.jpg`` (or .png, .webp, .npy) and ``KEY.json`` with its name
@@ -76,28 +76,29 @@ def pack(
     options alone. Finished shards of an earlier run are kept. A share of up to ``max_unreadable``
     of the images may be unreadable; these are left out.
 
+    Of several ranks (:func:`olvae.launcher.join`), each writes its share of the shards by
+    ``workers`` processes, and the first one the index; the others return None.
+
     Raises ConfigError: the folder holds something else, or shards of other options or images, or
     lies inside the source. TooManyUnreadableError, ValueError: more images than allowed can't be
     read, or none. OSError: a shard could not be written.
     """
-    # What to pack, and whether an earlier run has packed all of it.
+    # What to pack.
     check_outside(out, src)
     images = open_training_images(src, options.channels, AS_STORED)
     if not options.shard_size:
         options = replace(options, shard_size=usual_shard_size(len(images)))
+    digest = hash_of(src, images, options)
     shards = ResumableShards(out, PACKING)
 
-    # A hash of all that the shards depend on: the options, and names, sizes and times of files.
-    hashed = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
-    if not isinstance(images, Files):
-        hashed.update(src.encode())
-    for position in range(len(images)):
-        hashed.update(f"{images.state(position)}\0".encode(errors="surrogateescape"))
-    digest = hashed.hexdigest()
-    if (out / INDEX).is_file():
+    # Perhaps an earlier run has packed all of it, as the first rank sees it.
+    seen = of_each((digest, (out / INDEX).is_file()))
+    if any(other != seen[0][0] for other, _ in seen):
+        raise ConfigError(f"{src}: processes see different names, sizes or times of files there")
+    if seen[0][1]:
         index = _read_index(out, digest)
         shards.remove_state()  # of a run that was killed while it removed it
-        return Packed(index, len(index.shards))
+        return Packed(index, len(index.shards)) if this_process()[0] == 0 else None
 
     # The plan of a run; shards that an earlier one left must have the same.
     plan = {"options": asdict(options), "images": digest}
@@ -109,19 +110,17 @@ def pack(
     try:
         with no_empty_folders(out), shards.locked("olvae data pack"):
             shards.begin(plan)
-            parts = run_in_processes(packer, tasks, workers, lambda n: on_progress(n, len(images)))
-            with closing(parts) as results:
-                packed = sorted(results)
-            records: dict[str, ShardRecord] = {}
-            unreadable: list[dict[str, str]] = []
-            for number, shard, _ in packed:
-                name = shard_name(number)
-                if shard.record.images:
-                    records[name] = shard.record
-                for lost in shard.unreadable:
-                    unreadable.append({"shard": name, "name": lost.name, "reason": lost.reason})
-            _check_unreadable(src, unreadable, len(images), max_unreadable)
-            index = Index(records, asdict(options), digest, unreadable)
+            packed = run_in_processes(
+                packer, tasks, workers, lambda done: on_progress(done, len(images))
+            )
+            if packed is None:
+                return None
+            index = _make_index(packed, options, digest)
+            _check_unreadable(src, index.unreadable, len(images), max_unreadable)
+            missing = [name for name in index.shards if not shards.folder.joinpath(name).is_file()]
+            if missing:
+                raise FileNotFoundError(f"no {missing[0]}: all machines have to share this folder")
+            shards.remove_partials()
             index.write(out / INDEX)
             shards.remove_state()
     except OSError as error:
@@ -130,6 +129,31 @@ def pack(
             why += "; finished shards stay, and the same command continues from there"
         raise OSError(why) from error
     return Packed(index, sum(found for _, shard, found in packed if shard.record.images))
+
+
+def _make_index(
+    packed: Sequence[tuple[int, FinishedShard, bool]], options: PackOptions, digest: str
+) -> Index:
+    """Make the index of all shards, sorted."""
+    records: dict[str, ShardRecord] = {}
+    unreadable: list[dict[str, str]] = []
+    for number, shard, _ in packed:
+        name = shard_name(number)
+        if shard.record.images:
+            records[name] = shard.record
+        for lost in shard.unreadable:
+            unreadable.append({"shard": name, "name": lost.name, "reason": lost.reason})
+    return Index(records, asdict(options), digest, unreadable)
+
+
+def hash_of(src: str, images: ImageDataset, options: PackOptions) -> str:
+    """Hash all that the shards depend on: the options, and names, sizes and times of files."""
+    hashed = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
+    if not isinstance(images, Files):
+        hashed.update(src.encode())
+    for position in range(len(images)):
+        hashed.update(f"{images.state(position)}\0".encode(errors="surrogateescape"))
+    return hashed.hexdigest()
 
 
 def _read_index(out: Path, digest: str) -> Index:

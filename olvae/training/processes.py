@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -32,14 +32,13 @@ from olvae.config.nodes import arguments_of
 from olvae.data.read_errors import worker_death
 from olvae.data.source import Source
 from olvae.devices import cores, sharing_cores
-from olvae.launcher import join, local_rank, srun_environment
+from olvae.launcher import join, local_rank, of_each, srun_environment
 from olvae.library_internals import default_store, observe_processes
 from olvae.runs import Run
 from olvae.training.progress import notify
 from olvae.training.settings import slurm_job
 
 log = logging.getLogger("olvae.training")
-_T = TypeVar("_T")
 
 MOST_WORKERS = 8  # loader processes of a rank, unless the config gives their number
 
@@ -126,15 +125,6 @@ def meet() -> tuple[int, int]:
     if find_launcher() is None:
         return 0, 1
     return join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", default_pg_timeout)
-
-
-def of_each(value: _T) -> list[_T]:
-    """Gather a value of each process, by rank; before the processes meet, this one's alone."""
-    values = [value]
-    if dist.is_initialized():
-        values *= dist.get_world_size()
-        dist.all_gather_object(values, value)
-    return values
 
 
 def check_same(run: str) -> None:

@@ -33,6 +33,7 @@ from olvae.files import (
     unread_output,
     warn_once,
 )
+from olvae.launcher import of_each
 from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.loader import factors_outdated
@@ -228,7 +229,7 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
         _print_start(prepared, run, trainer)
     if device.type == "cuda":
         # The least of all processes, so that they decide alike.
-        free = min(processes.of_each(torch.cuda.mem_get_info(device)[0]))
+        free = min(of_each(torch.cuda.mem_get_info(device)[0]))
         model.flop = check_memory(model, source, prepared.settings.precision, free, first)
     if resumed is None:
         for line in model.prepare(source, prepared.settings.seed, device, prepared.fresh):
@@ -650,7 +651,7 @@ def _lock_resumed(run: Run | None, held: ExitStack) -> None:
             refusal = str(error)
         except OSError as error:
             refusal = f"{error.filename or run.path}: {reason(error)}"
-    refusal = processes.of_each(refusal)[0]
+    refusal = of_each(refusal)[0]
     if refusal:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -669,13 +670,13 @@ def _run_folder(prepared: Prepared, held: ExitStack) -> Iterator[Run]:
     elif RUN_ENV in os.environ and "LOCAL_RANK" in os.environ and processes.find_launcher() is None:
         yield Run(Path(os.environ[RUN_ENV]))
     elif processes.meet()[0] > 0:
-        yield Run(Path(processes.of_each("")[0]))
+        yield Run(Path(of_each("")[0]))
     else:
         settings = prepared.settings
         run = runs.create(prepared.plan.options.logdir, settings.name, settings.precision)
         prepared.config["run"]["begun"] = runs.utc_text()
         held.enter_context(locked(run))
-        os.environ[RUN_ENV] = processes.of_each(str(run.path))[0]
+        os.environ[RUN_ENV] = of_each(str(run.path))[0]
         try:
             cfg.save(prepared.config, run.config)
             yield run

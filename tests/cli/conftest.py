@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from olvae.files import warn_once
 from olvae.training import run as training
 from tests.conftest import tiny_config
 from tests.export.latents import tiny_vae
+from tests.forks import fork_two
 
 
 @pytest.fixture(autouse=True)
@@ -55,6 +56,18 @@ def olvae(capfd, monkeypatch, quick_training) -> Callable[..., tuple[int, str, s
             main([str(a) for a in arguments])
         out, err = capfd.readouterr()
         return leaving.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def olvae_on_two(capfd) -> Callable[..., str]:
+    """Run a command in two processes, as torchrun does; what both write to standard error."""
+
+    def run(*arguments: object, exits: Sequence[int] = (0, 0)) -> str:
+        capfd.readouterr()
+        fork_two(main, [str(a) for a in arguments], exits=exits)
+        return capfd.readouterr().err
 
     return run
 

@@ -14,19 +14,8 @@ from olvae.config import ConfigError
 from olvae.data.shards.write import ResumableShards
 from tests.data.images import write_shards
 from tests.export.latents import everything, tiny_vae
-from tests.forks import fork_each, fork_two
+from tests.forks import fork_each
 from tests.training.conftest import torchrun
-
-
-@pytest.fixture
-def olvae_on_two(capfd):
-    """Run a command in two processes; what both write to standard error."""
-
-    def run(*arguments: object) -> str:
-        fork_two(main, [str(a) for a in arguments])
-        return capfd.readouterr().err
-
-    return run
 
 
 def test_encode_and_decode_there_and_back(olvae, done, target, tmp_path, image_folder):

@@ -1,6 +1,7 @@
 """``olvae latents`` as a user types it, on runs that were trained for two steps."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -14,6 +15,7 @@ from olvae.data.image import EvalTransform, image_to_tensor, read_picture
 from olvae.data.picture_folder import find_images
 from olvae.data.pixels.size_and_range import from_uint8
 from olvae.data.places import load
+from olvae.evaluation.latent_report import LatentAccumulator
 from olvae.models.loading.targets import find_target
 from tests.evaluation.peers import numbers
 from tests.forks import fork_two
@@ -149,6 +151,46 @@ def test_latents_in_two_processes_have_the_numbers_of_one(olvae, capfd, trained,
     assert one["data"]["n"] == two["data"]["n"] == 3
     for (path, value), (name, other) in zip(numbers(one), numbers(two), strict=True):
         assert (name, other) == (path, pytest.approx(value, rel=1e-6, abs=1e-9))
+
+
+def test_unreadable_images_of_all_processes_end_latents_together(
+    olvae, olvae_on_two, trained, tmp_path, photos
+):
+    """As in one process, at the same limit."""
+    shutil.copytree(photos, tmp_path / "photos")
+    for i in range(4):
+        (tmp_path / "photos" / f"bad{i}.png").touch()
+    config = load([trained / "config.yaml"])
+    config["data"]["params"]["val_root"] = str(tmp_path / "photos")
+    save(config, tmp_path / "config.yaml")
+    weights = shutil.copy(trained / "checkpoints/last.ckpt", tmp_path / "loose.ckpt")
+    command = ["latents", weights, "--config", tmp_path / "config.yaml", "--device", "cpu"]
+    command += ["--out", tmp_path / "out"]
+    code, _, one = olvae(*command)
+    assert code == 1
+    err = olvae_on_two(*command, exits=(1, 1))
+    assert one.count("error: ") == err.count("error: ") == 1
+    assert "images can't be read, more than data.params.max_unreadable" in err
+    for i in range(4):
+        assert err.count(f"bad{i}.png (the file is empty)") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_in_one_process_ends_latents_with_one_line(
+    olvae_on_two, trained, tmp_path, photos, monkeypatch
+):
+    update = LatentAccumulator.update
+
+    def fail(self, *arguments):
+        if os.environ["RANK"] == "1":
+            raise ValueError("not finite")
+        update(self, *arguments)
+
+    monkeypatch.setattr(LatentAccumulator, "update", fail)
+    out = tmp_path / "out"
+    command = ("latents", trained, "--data", photos, "-B", 1, "--device", "cpu", "--out", out)
+    assert olvae_on_two(*command, exits=(1, 1)) == f"error: {trained.name}: not finite\n"
+    assert not out.exists()
 
 
 def test_a_deterministic_autoencoder_has_no_kl(olvae, tmp_path, photos):

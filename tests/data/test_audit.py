@@ -127,6 +127,28 @@ def test_audit_of_shards_that_are_fine(shards):
     assert counted[-1] == (24, 24)
 
 
+class CountedUrl(str):
+    """A shard's URL that counts its comparisons."""
+
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        CountedUrl.compared += 1
+        return str.__eq__(self, other)
+
+
+def test_audit_compares_each_shard_with_few_others(shards, monkeypatch):
+    (shards / "index.json").unlink()
+    for i in range(4, 60):
+        shutil.copy(shards / "000000.tar", shards / f"{i:06d}.tar")
+    urls = [CountedUrl(path) for path in sorted(shards.glob("*.tar"))]
+    monkeypatch.setattr("olvae.data.audit.find_shards", lambda src: urls)
+    result = audit_source(str(shards), 16, workers=2)
+    assert [shard.url for shard in result.shards] == [str(url) for url in urls]
+    assert CountedUrl.compared <= 10 * len(urls)  # for 60 shards, 1770 by a search of each
+
+
 def test_audit_of_a_truncated_shard(shards):
     data = (shards / "000001.tar").read_bytes()
     (shards / "000001.tar").write_bytes(data[: len(data) // 2])

@@ -371,7 +371,8 @@ class _Reader:
         shards = [self.source.train[i] for i in order]
         if self.share is None:
             own = shards[self.process.index :: self.process.count]
-            return self._whole(own, [shard for shard in shards if shard not in own])
+            del shards[self.process.index :: self.process.count]
+            return self._whole(own, shards)
         first = self.process.index * self.share
         return self._range(shards, first + skip, first + self.share)
 
@@ -382,8 +383,8 @@ class _Reader:
         """
         errors: list[ReadError] = []
         read = False
-        for shard in chain(own, others):
-            if read and shard not in own:
+        for place, shard in enumerate(chain(own, others)):
+            if read and place >= len(own):
                 return
             for entry in self.source.entries(shard):
                 if isinstance(entry, ReadError):

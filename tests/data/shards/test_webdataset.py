@@ -12,6 +12,7 @@ from PIL import Image
 
 from olvae.data.image import EvalTransform
 from olvae.data.read_errors import TooManyUnreadableError
+from olvae.data.shards.tar_reading import Shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, Sample
 from tests.data.images import encoded, keys_of, same, take, write_shard, write_shards
@@ -250,6 +251,19 @@ def test_too_few_shards_are_told_before_training(shards):
         source(shards, shuffle=0)
     with pytest.raises(ValueError, match="val_fraction"):
         source(shards, val_fraction=1.0)
+
+
+def test_unknown_shards_are_dealt_without_a_comparison_of_each_with_all(shards, monkeypatch):
+    compared = []
+    equal = Shard.__eq__
+    s = source(shards, shards=remote(shards))
+    s.train = [s.train[0]._replace(url=f"{s.train[0].url} #{i}") for i in range(400)]
+    monkeypatch.setattr(
+        Shard, "__eq__", lambda one, other: compared.append(one) or equal(one, other)
+    )
+    for i in range(2):
+        assert keys(s, 3, process=LoaderProcess(i, 2))
+    assert len(compared) <= 10 * len(s.train)
 
 
 def test_shards_none_of_which_can_be_read_end_training():
