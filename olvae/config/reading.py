@@ -99,7 +99,11 @@ def find_config(name: str | Path, folder: Path, includers: tuple[Path, ...]) -> 
         # A file demo.yaml may itself include the recipe demo.
         if with_suffix.is_file() and with_suffix.resolve() not in includers:
             return with_suffix
-    return recipes().get(Path(name).as_posix(), path)
+    # In a checkout without links, as git makes on Windows, configs is a file.
+    recipe = Path(name).as_posix()
+    if recipe.startswith("configs/") and not (folder / "configs").is_dir():
+        recipe = recipe.removeprefix("configs/").removesuffix(".yaml")
+    return recipes().get(recipe, path)
 
 
 def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] = ()) -> DictConfig:
