@@ -66,6 +66,7 @@ def test_atomic_write_flushes_a_file_before_it_takes_the_place(tmp_path, monkeyp
     assert (tmp_path / "a").read_text() == "new"
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize(
     "write",
     [
@@ -180,6 +181,7 @@ open("done", "w").close()
     assert (ended.returncode, (tmp_path / "done").exists()) == (0, True)
 
 
+@pytest.mark.posix
 def test_lines_that_nobody_reads_are_no_error(monkeypatch):
     reader, writer = os.pipe()
     os.close(reader)

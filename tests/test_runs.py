@@ -146,6 +146,7 @@ def test_a_run_with_its_best_checkpoint_alone_is_named_too(tmp_path):
     assert Path(find_run("older", tmp_path)).name.endswith("_older_32")
 
 
+@pytest.mark.posix
 @pytest.fixture
 def in_zone(monkeypatch):
     """Change the local time zone; back to the machine's at the end."""
@@ -208,6 +209,7 @@ def refused(run: Run) -> str:
     return str(caught.value)
 
 
+@pytest.mark.posix
 def test_run_lock_names_its_holder_even_after_an_interrupt(run):
     def interrupted() -> None:
         with locked(run):

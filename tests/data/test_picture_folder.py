@@ -25,6 +25,7 @@ def source(root: Path, **arguments) -> FolderSource:
     )
 
 
+@pytest.mark.posix
 def batches(loader, count: int) -> list[torch.Tensor]:
     return [batch["image"] for batch in islice(loader, count)]
 
@@ -78,6 +79,7 @@ def test_val_root_is_the_validation_folder(image_folder, root):
     assert batch.shape == (1, 3, 16, 16)
 
 
+@pytest.mark.posix
 def test_validation_of_a_folder_is_each_picture_once_by_the_evaluation_transform(image_folder):
     s = source(image_folder)
     seen = torch.cat(batches(s.val_loader(), 99))
@@ -204,7 +206,9 @@ def test_held_out_pictures_are_the_same_in_every_version(image_folder):
     ]
 
 
-@pytest.mark.parametrize("name", ["photos", "photos [1]", "p?hotos*"])
+@pytest.mark.parametrize(
+    "name", ["photos", "photos [1]", pytest.param("p?hotos*", marks=pytest.mark.posix)]
+)
 def test_held_out_pictures_of_a_pattern_are_the_same_wherever_the_folder_is(
     image_folder, tmp_path, name
 ):

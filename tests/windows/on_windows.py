@@ -37,6 +37,8 @@ from olvae.runs import Run
 from tests.cli.conftest import run_once
 from tests.conftest import smooth_pictures, tiny_config
 
+pytestmark = pytest.mark.skipif(not ON_WINDOWS, reason="needs Windows, or sitecustomize.py")
+
 
 @contextmanager
 def other_process(code: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
@@ -53,8 +55,7 @@ def other_process(code: str, *arguments: object) -> Iterator[subprocess.Popen[st
         process.stdout.close()
 
 
-def test_this_is_windows():
-    assert ON_WINDOWS
+def test_signals_are_the_ones_of_windows():
     assert sorted(SIGNALS.values()) == ["Ctrl-C", "SIGBREAK", "SIGTERM"]
 
 
