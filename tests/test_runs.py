@@ -146,7 +146,6 @@ def test_a_run_with_its_best_checkpoint_alone_is_named_too(tmp_path):
     assert Path(find_run("older", tmp_path)).name.endswith("_older_32")
 
 
-@pytest.mark.posix
 @pytest.fixture
 def in_zone(monkeypatch):
     """Change the local time zone; back to the machine's at the end."""
@@ -160,6 +159,7 @@ def in_zone(monkeypatch):
     time.tzset()
 
 
+@pytest.mark.posix
 def test_the_newest_run_is_so_in_any_time_zone(tmp_path, in_zone):
     """The names have a local time; the order is by the time in config.yaml, else by the file's."""
     made = []
@@ -209,7 +209,6 @@ def refused(run: Run) -> str:
     return str(caught.value)
 
 
-@pytest.mark.posix
 def test_run_lock_names_its_holder_even_after_an_interrupt(run):
     def interrupted() -> None:
         with locked(run):
@@ -227,6 +226,7 @@ def test_run_lock_names_its_holder_even_after_an_interrupt(run):
             interrupted()
 
 
+@pytest.mark.posix
 def test_killed_process_leaves_no_run_lock_though_its_child_lives(run):
     """A loader process outlives a trainer that was killed by some seconds."""
     context = multiprocessing.get_context("fork")

@@ -117,7 +117,6 @@ def test_an_unknown_recipe_name_gives_a_hint(tmp_path, monkeypatch, name, hint):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.posix
 def test_recipes_in_configs_are_found_where_that_is_no_link(tmp_path, monkeypatch):
     """Git on Windows writes the link as a file; a folder of that name is the user's own."""
     monkeypatch.chdir(tmp_path)
@@ -130,6 +129,7 @@ def test_recipes_in_configs_are_found_where_that_is_no_link(tmp_path, monkeypatc
         load(["configs/imagenet/A2.yaml"])
 
 
+@pytest.mark.posix
 def test_commands_take_names_of_recipes(olvae, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert olvae("validate", "imagenet/A2", "finetune/sdxl")[::2] == (

@@ -25,11 +25,11 @@ def source(root: Path, **arguments) -> FolderSource:
     )
 
 
-@pytest.mark.posix
 def batches(loader, count: int) -> list[torch.Tensor]:
     return [batch["image"] for batch in islice(loader, count)]
 
 
+@pytest.mark.posix
 def test_a_worker_outlives_one_sigterm_and_ends_at_the_second(image_folder):
     iterator = iter(source(image_folder, num_workers=1).train_loader())
     next(iterator)
@@ -79,7 +79,6 @@ def test_val_root_is_the_validation_folder(image_folder, root):
     assert batch.shape == (1, 3, 16, 16)
 
 
-@pytest.mark.posix
 def test_validation_of_a_folder_is_each_picture_once_by_the_evaluation_transform(image_folder):
     s = source(image_folder)
     seen = torch.cat(batches(s.val_loader(), 99))
@@ -87,6 +86,7 @@ def test_validation_of_a_folder_is_each_picture_once_by_the_evaluation_transform
     assert np.array_equal(seen.permute(0, 2, 3, 1).numpy(), np.stack(expected))
 
 
+@pytest.mark.posix
 def test_each_image_is_found_once_whatever_leads_to_it(image_folder):
     expected = find_images(image_folder)
     (image_folder / "notes.txt").write_text("no image")
