@@ -29,21 +29,21 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	@touch $@
 
 demo: $(VENV)/.installed ## train both phases on bundled photographs, evaluate, leave pictures and numbers (CPU, minutes)
-	$(BIN)/python train.py --base configs/demo.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name demo
-	$(BIN)/python train.py --base configs/demo_b.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name demo_b \
+	$(BIN)/python train.py --base demo --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name demo
+	$(BIN)/python train.py --base demo_b --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name demo_b \
 		--actual_resume $(RUNS)/demo
 	$(BIN)/python scripts/compute_metrics.py --baselines --size 256 --metrics psnr,ssim \
 		--out "$$(ls -d $(RUNS)/*_demo_b_32 | tail -n 1)" \
 		$(RUNS)/demo $(RUNS)/demo_b
 
-TEACHER = diffusers:configs/distil/teacher
+TEACHER = diffusers:olvae/recipes/distil/teacher
 PAIRS = --size 128 --images --dtype float32
 
 distil-demo: $(VENV)/.installed ## distil a small AutoencoderKL into a LiteVAE with the same latents, and cross their halves (CPU, minutes)
-	$(BIN)/python examples/random_crops.py configs/demo_b.yaml --size 128 --count 512 --out $(RUNS)/distil_crops
+	$(BIN)/python examples/random_crops.py olvae/recipes/demo_b.yaml --size 128 --count 512 --out $(RUNS)/distil_crops
 	$(BIN)/python -m olvae encode $(TEACHER) --data $(RUNS)/distil_crops $(PAIRS) --out $(RUNS)/distil_pairs
-	$(BIN)/python -m olvae encode $(TEACHER) --data configs/demo_b.yaml $(PAIRS) --out $(RUNS)/distil_val
-	$(BIN)/python train.py --base configs/distil/demo.yaml --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name distil \
+	$(BIN)/python -m olvae encode $(TEACHER) --data olvae/recipes/demo_b.yaml $(PAIRS) --out $(RUNS)/distil_val
+	$(BIN)/python train.py --base distil/demo --logdir $(RUNS) --gpus 0 --precision 32 --seed 0 --name distil \
 		data.params.folder=$(RUNS)/distil_pairs data.params.val_folder=$(RUNS)/distil_val
 	$(BIN)/python scripts/compute_metrics.py --cross --data samples --size 256 --metrics psnr,ssim \
 		--out "$$(ls -d $(RUNS)/*_distil_32 | tail -n 1)" \

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from olvae.files import atomic_write
+from olvae.files import ON_WINDOWS, atomic_write
 from olvae.pickle_scan import EXPANDED_BYTES, UNREADABLE, scan_pickle
 
 # A checkpoint may also hold a loss, a discriminator and so on.
@@ -243,11 +243,14 @@ def header_of(path: Path) -> dict[str, str]:
 def _read_torch(path: Path, legacy: bool = False, check: bool = True) -> Any:
     """Read a file of ``torch.save``: plain values, and tensors on the CPU, mapped from the file.
 
+    On Windows they are read into memory, because a file that is mapped can't be replaced there.
+
     ``legacy`` accepts files that torch before 1.6 wrote, which are not scanned; only for known
     files.
     """
-    mapped = not legacy or zipfile.is_zipfile(path)
-    names = scan_pickle(path, check) if mapped else set()
+    is_zip = not legacy or zipfile.is_zipfile(path)
+    names = scan_pickle(path, check) if is_zip else set()
+    mapped = is_zip and not ON_WINDOWS
     ignored = "Detected pickle protocol|TypedStorage is deprecated"
     try:
         with (

@@ -1,15 +1,17 @@
-"""Write files atomically, check folders for results, print file names and errors on one line."""
+"""Write and lock files as the system can, know its signals, print names and errors on one line."""
 
 import contextlib
 import difflib
 import errno
 import glob
 import hashlib
+import importlib
 import json
 import logging
 import os
 import re
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -26,9 +28,26 @@ log = logging.getLogger("olvae")
 # Extensions of files of weights, the preferred one first.
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
+# Seconds to wait, on Windows, for another process that reads a file which is to be replaced.
+READER_S = 10.0
+
+# The byte of a file that a lock takes on Windows: behind the text, which others could not read.
+LOCKED_BYTE = 2**30
+
 # Ends the name of a folder that gives way to a new one.
 OLD = ".old"
 
+
+# Signals that end a command, of those that this system has, as messages name them. Windows has
+# neither SIGHUP nor SIGUSR1, and other systems have no SIGBREAK: Ctrl-Break, or a closed console.
+SIGNALS: dict[int, str] = {
+    getattr(signal, name): "Ctrl-C" if name == "SIGINT" else name
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGBREAK")
+    if hasattr(signal, name)
+}
+
+# Python has this signal on Windows alone.
+ON_WINDOWS = "SIGBREAK" in SIGNALS.values()
 
 # Errors of a disk that say nothing of the file: full, over a quota or a limit, read-only.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -48,9 +67,17 @@ def atomic_write(path: Path, folder: Path | None = None) -> Iterator[Path]:
     partial = (folder or path.parent) / f".partial-{uuid4().hex[:8]}-{path.name[-50:]}"
     try:
         yield partial
-        with partial.open("rb") as file:
+        # Windows writes back only what is open for writing.
+        with partial.open("r+b") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
+        until = time.monotonic() + (READER_S if ON_WINDOWS else 0)
+        while partial.exists():
+            try:
+                partial.replace(path)
+            except PermissionError:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(0.1)
     except OSError as error:
         if error.errno in DISK_ERRORS and error.filename in (None, str(partial)):
             error.filename = str(path)
@@ -137,6 +164,8 @@ def put_back(place: Path) -> None:
         # An empty folder there gives way.
         taken = home.is_file() or (home.is_dir() and any(home.iterdir()))
         if old.is_dir() and not taken:
+            if home.is_dir():
+                home.rmdir()
             old.replace(home)
 
 
@@ -152,32 +181,45 @@ def _left_beside(place: Path) -> Iterator[Path]:
         process = left.name.removeprefix(own).partition("-")[0]
         if not process.isdigit():
             continue
-        # Any other error is of a process that runs, of another user.
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
+        if not is_running(int(process)):
             yield left
-        except OSError:
-            pass
+
+
+def is_running(process: int) -> bool:
+    """Whether a process of this machine, of any user, has this number."""
+    if ON_WINDOWS:
+        # There, os.kill would send Ctrl-C.
+        psutil: Any = importlib.import_module("psutil")
+        return bool(psutil.pid_exists(process))
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        # It is another user's.
+        return True
+    return True
 
 
 def lock_file(file: TextIO, patience: float = 0.0) -> None:
     """Lock an open file until it is closed; wait up to ``patience`` seconds for another process.
 
-    BlockingIOError if another process still holds it then, OSError on a system or file system
-    without locks.
+    BlockingIOError if another process still holds it then, OSError on a file system without locks.
     """
-    try:
-        import fcntl
-    except ImportError as error:
-        raise OSError("the system has no flock") from error
+    system: Any = importlib.import_module("msvcrt" if ON_WINDOWS else "fcntl")
+    held = PermissionError if ON_WINDOWS else BlockingIOError
     until = time.monotonic() + patience
     while True:
         try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not ON_WINDOWS:
+                system.flock(file, system.LOCK_EX | system.LOCK_NB)
+            else:
+                file.seek(LOCKED_BYTE)
+                system.locking(file.fileno(), system.LK_NBLCK, 1)
+            return
+        except held as error:
             if time.monotonic() >= until:
-                raise
+                raise BlockingIOError(error.errno, error.strerror) from error
             time.sleep(min(0.2, patience))
 
 
@@ -296,14 +338,28 @@ def lines_sha256(lines: Iterable[str]) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
+# Names that no file has on Windows: with characters that it reserves, and of devices.
+RESERVED = re.compile(r'[<>:"\\|?*\x00-\x1f]|[. ]$')
+DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)( *\..*)?", re.IGNORECASE)
+
+
 def safe_path(key: str) -> PurePosixPath:
-    """Turn an image's key into a path below a folder; ValueError for one outside, or no name."""
+    """Turn an image's key into a path below a folder; ValueError for one outside, or no name.
+
+    On Windows, characters that no name has there become %3a, and con becomes %con.
+    """
     path = PurePosixPath(key)
     if path.is_absolute() or ".." in path.parts or not path.name:
         raise ValueError(
             f"the key {key[:60]!r} leads out of the folder of the images: do not trust its shard"
         )
-    return path
+    if not ON_WINDOWS:
+        return path
+    parts = []
+    for part in path.parts:
+        name = RESERVED.sub(lambda found: f"%{ord(found[0]):02x}", part)
+        parts.append(f"%{name}" if DEVICES.fullmatch(name) else name)
+    return PurePosixPath(*parts)
 
 
 def nearest_path(path: str | Path, others: Iterable[str] = ()) -> str:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from olvae.files import SIGNALS
 from olvae.launcher import check_others, gather, this_process
 
 _T = TypeVar("_T")
@@ -107,14 +108,18 @@ def _start_worker(
 ) -> None:
     global _work
     _work = function, progress
-    # Ctrl-C reaches all processes; the main one stops the others.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A console's Ctrl-C and Ctrl-Break reach all processes; the main one stops the others.
+    for number, name in SIGNALS.items():
+        if name in ("Ctrl-C", "SIGBREAK"):
+            signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
     threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
 
 
 def _exit_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
+    # On Windows, a parent's number outlives it.
+    process = mp.parent_process()
+    while os.getppid() == parent and (process is None or process.is_alive()):
         time.sleep(POLL_S)
     os._exit(1)
 

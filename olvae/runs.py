@@ -15,7 +15,7 @@ from typing import Any
 
 from olvae import config as cfg
 from olvae.config import Config, ConfigError, with_paths
-from olvae.config.reading import is_local
+from olvae.config.reading import expand_braces, is_local
 from olvae.files import WEIGHT_SUFFIXES, check_folder, lock_file, nearest_path, warn_once
 
 log = logging.getLogger("olvae.training")
@@ -108,7 +108,7 @@ class Run:
 # The name of a run folder, in any text but a path: its time, its NAME and its precision. It may end
 # a sentence.
 FOLDER_NAME = re.compile(
-    r"(?<![\w/])(\d{4}-\d\d-\d\dT[\d-]{8}(?:-\d+)?)_([\w.+=-]+)_([A-Za-z0-9]+)(?![\w/+=-])(?!\.\w)"
+    r"(?<![\w/\\])(\d{4}-\d\d-\d\dT[\d-]{8}(?:-\d+)?)_([\w.+=-]+)_([A-Za-z0-9]+)(?![\w/\\+=-])(?!\.\w)"
 )
 
 
@@ -179,7 +179,7 @@ def find_run(text: str | Path, logdir: str | Path = "runs") -> str | Path:
     has_model = path.is_dir() and any(
         file.name == "checkpoints" or file.suffix in suffixes for file in path.iterdir()
     )
-    if path.is_file() or has_model or not path.name or ":" in str(text):
+    if path.is_file() or has_model or not path.name or ":" in str(text).removeprefix(path.drive):
         return text
     return named_runs(path, logdir).get(path.name, text)
 
@@ -306,10 +306,8 @@ def _is_present(text: str) -> bool:
         return False
     if Path(text).expanduser().exists():
         return True
-    from webdataset.shardlists import expand_urls
-
     try:
-        for pattern in expand_urls(text):
+        for pattern in expand_braces(text):
             # One file is enough. Path.glob would need the folder apart from the pattern.
             for _ in glob.iglob(pattern, recursive=True):  # noqa: PTH207
                 return True

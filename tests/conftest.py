@@ -2,7 +2,7 @@
 
 import copy
 import gc
-import resource
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch.nn.utils import parametrizations
 
+from olvae.files import SIGNALS
 from tests.browser import browser  # noqa: F401  (a fixture)
 from tests.models.parts.vision import vit  # noqa: F401  (a fixture)
 from tests.pretrained import nowhere, vgg19, weights_dir  # noqa: F401  (fixtures)
@@ -32,6 +33,14 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out, where there is no fork, what needs it, or else POSIX."""
+    if not hasattr(os, "fork"):
+        for item in items:
+            if item.get_closest_marker("posix"):
+                item.add_marker(pytest.mark.skip(reason="needs POSIX"))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -40,8 +49,7 @@ def _seed() -> None:
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
     """Handlers that a command leaves do not stay."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    before = {number: signal.getsignal(number) for number in numbers}
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -111,6 +119,8 @@ def whole_training(quick_training: None, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture
 def full_disk() -> Callable[[int], AbstractContextManager[None]]:
     """Let no file of this process grow beyond a number of bytes, inside of a ``with`` block."""
+
+    import resource
 
     @contextmanager
     def limit(size: int) -> Iterator[None]:

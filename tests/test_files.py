@@ -73,6 +73,7 @@ def test_atomic_write_flushes_a_file_before_it_takes_the_place(tmp_path, monkeyp
         lambda path: torch.save(torch.zeros(5000), path),  # "unexpected pos 4096 vs 4000"
     ],
 )
+@pytest.mark.posix
 def test_a_full_disk_is_named_with_the_file(tmp_path, full_disk, write):
     path = tmp_path / "a.pt"
     with full_disk(4096), pytest.raises(OSError, match="File too large") as caught:
@@ -189,6 +190,7 @@ def test_lines_that_nobody_reads_are_no_error(monkeypatch):
             sys.stderr.writelines(["a line\n", "another\n"])
 
 
+@pytest.mark.posix
 def test_output_is_heard_again_after_a_pipe_was_full(monkeypatch):
     """A non-blocking one, as a program that starts this one may give."""
     reader, writer = os.pipe()

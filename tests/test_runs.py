@@ -159,6 +159,7 @@ def in_zone(monkeypatch):
     time.tzset()
 
 
+@pytest.mark.posix
 def test_the_newest_run_is_so_in_any_time_zone(tmp_path, in_zone):
     """The names have a local time; the order is by the time in config.yaml, else by the file's."""
     made = []
@@ -225,6 +226,7 @@ def test_run_lock_names_its_holder_even_after_an_interrupt(run):
             interrupted()
 
 
+@pytest.mark.posix
 def test_killed_process_leaves_no_run_lock_though_its_child_lives(run):
     """A loader process outlives a trainer that was killed by some seconds."""
     context = multiprocessing.get_context("fork")

@@ -129,7 +129,7 @@ def machine(device: str) -> dict[str, Any]:
     """The device's name, threads, torch's version; on a GPU whether float32 is computed in TF32."""
     if device == "cpu":
         listing = Path("/proc/cpuinfo")  # Linux has it
-        text = listing.read_text() if listing.is_file() else ""
+        text = listing.read_text(encoding="utf-8", errors="replace") if listing.is_file() else ""
         found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
         name = found[1] if found else platform.processor() or platform.machine()
     else:

@@ -4,13 +4,12 @@ import re
 import shutil
 import textwrap
 from pathlib import Path
-from shlex import quote
 from typing import Annotated, Any
 
 import typer
 from omegaconf import OmegaConf
 
-from olvae.cli.options import check_applies, check_precision, print_rows
+from olvae.cli.options import check_applies, check_precision, print_rows, shell_word
 from olvae.config import ConfigError, recipes, validate
 from olvae.config.reading import find_config, nearest_recipes
 from olvae.data.places import load
@@ -188,7 +187,7 @@ def copy(
         text += OmegaConf.to_yaml(OmegaConf.create(load((), settings, resolve=False)))
     with place.open("x", encoding="utf-8") as new:  # an error if it exists
         new.write(text)
-    typer.echo(f"train with: olvae train --base {quote(str(place))}", err=True)
+    typer.echo(f"train with: olvae train --base {shell_word(place)}", err=True)
 
 
 def _first_line(recipe: Path) -> str:

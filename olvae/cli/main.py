@@ -1,11 +1,11 @@
 """Run the command ``olvae``: collect the commands, print errors in one line, exit with a code."""
 
 import contextlib
+import io
 import itertools
 import logging
 import os
 import re
-import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from olvae.cli.options import PREEMPTED, STOPPED, end_on, in_flags, name_flags, 
 from olvae.config import ConfigError, key_places
 from olvae.config.reading import YAML
 from olvae.data.places import load
-from olvae.files import printable
+from olvae.files import SIGNALS, printable
 
 app = typer.Typer(
     name="olvae",
@@ -87,13 +87,17 @@ ALONE = {"--zoo": evaluate.ALL}
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command; exit with 2 for wrong usage, 1 for a failure, 130 or 75 if it was stopped.
 
-    Ctrl-C stops with 130, SIGTERM with 75. There is a traceback only with ``--debug``.
+    Ctrl-C stops with 130, SIGTERM with 75, and so does Ctrl-Break on Windows. There is a traceback
+    only with ``--debug``.
     """
     # How to stop, and where messages go; --debug is no option of any command.
-    end_on(signal.SIGTERM)
+    end_on(*(number for number, name in SIGNALS.items() if name in ("SIGTERM", "SIGBREAK")))
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     warnings.formatwarning = _format_warning
+    # A pipe on Windows has a code page, without most letters of files' names.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     # diffusers imports bitsandbytes, which warns about a kernel that nobody needs here.
     logging.getLogger("bitsandbytes.backends").setLevel(logging.ERROR)
 
@@ -251,7 +255,7 @@ def _check_quotes(arguments: Sequence[str]) -> None:
 
 def _is_override(argument: str) -> bool:
     """Whether this is KEY=VALUE, and not a path with "=" in the name of a file."""
-    return "=" in argument and "/" not in argument.partition("=")[0]
+    return "=" in argument and not re.search(r"[/\\]", argument.partition("=")[0])
 
 
 if __name__ == "__main__":

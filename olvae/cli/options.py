@@ -2,7 +2,9 @@
 
 import os
 import re
+import shlex
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +27,7 @@ from rich.status import Status
 from rich.text import Text
 
 from olvae.config import ConfigError
-from olvae.files import nearest_path
+from olvae.files import ON_WINDOWS, nearest_path
 from olvae.models.target_names import check_target
 
 if TYPE_CHECKING:  # slow to import
@@ -152,6 +154,11 @@ def ignore_echoes(numbers: Iterable[int], seconds: float, code: int) -> None:
         for number in numbers:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, end)
+
+
+def shell_word(path: Path) -> str:
+    """Write a path as one word of a command line: of POSIX shells, or of PowerShell and cmd."""
+    return subprocess.list2cmdline([str(path)]) if ON_WINDOWS else shlex.quote(str(path))
 
 
 def stop_code() -> int:

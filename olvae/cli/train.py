@@ -3,13 +3,20 @@
 import signal
 import sys
 from pathlib import Path
-from shlex import quote
 from typing import Annotated
 
 import typer
 
-from olvae.cli.options import PREEMPTED, STOPPED, check_paths, end_on, ignore_echoes, loading
-from olvae.files import unread_output
+from olvae.cli.options import (
+    PREEMPTED,
+    STOPPED,
+    check_paths,
+    end_on,
+    ignore_echoes,
+    loading,
+    shell_word,
+)
+from olvae.files import SIGNALS, unread_output
 
 
 @unread_output()
@@ -119,10 +126,11 @@ def command(
     """
     # The flags that are given: nothing else is a local variable yet.
     given = {name: value for name, value in locals().items() if value is not None}
-    end_on(signal.SIGUSR1)
-    # A closed terminal's, which nohup ignores.
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        end_on(signal.SIGHUP)
+    for number, signal_name in SIGNALS.items():
+        # SIGHUP is a closed terminal's, which nohup ignores. Python ends on Ctrl-C itself.
+        ignored = signal_name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN
+        if signal_name != "Ctrl-C" and not ignored:
+            end_on(number)
     check_paths(data=data)
 
     # Read the config, and find its mistakes, before anything slow is imported.
@@ -132,7 +140,7 @@ def command(
     with loading():
         from olvae.devices import keep_freed_memory
         from olvae.launcher import local_rank
-        from olvae.training.callbacks import ECHO_S, SIGNALS
+        from olvae.training.callbacks import ECHO_S
         from olvae.training.processes import is_first
         from olvae.training.run import ProcessDiedError, TrainingStopped, train
 
@@ -150,17 +158,17 @@ def command(
         ignore_echoes(SIGNALS, ECHO_S, code)
         if is_first():
             typer.echo(
-                f"continue with: olvae train --resume {quote(str(stopped.run.path))}", err=True
+                f"continue with: olvae train --resume {shell_word(stopped.run.path)}", err=True
             )
         sys.exit(code)
     except ProcessDiedError as died:
         if not died.run.newest_checkpoint.is_file():
             raise
         raise ChildProcessError(
-            f"{died}; continue with: olvae train --resume {quote(str(died.run.path))}"
+            f"{died}; continue with: olvae train --resume {shell_word(died.run.path)}"
         ) from died
 
     if is_first():
-        path = quote(str(run.path))
+        path = shell_word(run.path)
         typer.echo(f"next: olvae evaluate --baselines {path}  (numbers and a report)", err=True)
         typer.echo(f"  or: olvae reconstruct {path} PHOTO  (pictures)", err=True)

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from olvae.config.nodes import TOP_LEVEL, Config, ConfigError, nearest
-from olvae.files import atomic_write, reason
+from olvae.files import ON_WINDOWS, atomic_write, reason
 
 # Stands for a value that a config does not have.
 ABSENT = object()
@@ -32,6 +32,19 @@ YAML = (".yaml", ".yml")
 def is_local(url: str) -> bool:
     """Whether a shard is a local file, rather than a URL or a pipe."""
     return not (url.startswith("pipe:") or "://" in url)
+
+
+def expand_braces(text: str) -> list[str]:
+    """List the paths, or URLs, that a text with {000..127} and environment variables stands for.
+
+    AssertionError for a variable that is not set.
+    """
+    from webdataset.shardlists import expand_urls
+
+    # A backslash would escape what follows, but on Windows it separates folders.
+    if ON_WINDOWS and is_local(text):
+        text = text.replace("\\", "/")
+    return list(expand_urls(text))
 
 
 def recipes() -> dict[str, Path]:
@@ -89,7 +102,11 @@ def find_config(name: str | Path, folder: Path, includers: tuple[Path, ...]) -> 
         # A file demo.yaml may itself include the recipe demo.
         if with_suffix.is_file() and with_suffix.resolve() not in includers:
             return with_suffix
-    return recipes().get(Path(name).as_posix(), path)
+    # In a checkout without links, as git makes on Windows, configs is a file.
+    recipe = Path(name).as_posix()
+    if recipe.startswith("configs/") and not (folder / "configs").is_dir():
+        recipe = recipe.removeprefix("configs/").removesuffix(".yaml")
+    return recipes().get(recipe, path)
 
 
 def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] = ()) -> DictConfig:

@@ -49,7 +49,8 @@ class Files(ImageDataset):
         return len(self.paths)
 
     def key(self, index: int) -> str:
-        return legible(os.path.relpath(self.paths[index], self.root))
+        below = os.path.relpath(self.paths[index], self.root)
+        return legible(Path(below).as_posix())
 
     def state(self, index: int) -> str:
         return f"{self.key(index)}\0{file_state(self.paths[index])}"

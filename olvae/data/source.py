@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate, get_w
 from olvae.data.image import EvalTransform, Photo, image_to_tensor
 from olvae.data.pixels.size_and_range import PixelRange, RangeNode, Sides, Size
 from olvae.data.read_errors import ReadError, ReadErrors, UnreadableImages
-from olvae.files import lines_sha256
+from olvae.files import SIGNALS, lines_sha256
 from olvae.launcher import this_process
 from olvae.library_internals import stop_workers
 
@@ -449,6 +449,6 @@ def _leave_interrupts_to_the_trainer(worker: int) -> None:  # noqa: ARG001
 
     A second SIGTERM ends a worker: its loader sends it to one that does not end by itself.
     """
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, lambda *_: os._exit(0)))

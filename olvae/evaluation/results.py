@@ -146,7 +146,7 @@ class Results:
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such metrics.json")
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
             rows = [Row.from_dict(row) for row in content["results"]]
             protocol = dict(content.get("protocol", {}))
             images = dict(content.get("images", {}))

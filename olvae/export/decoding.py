@@ -17,7 +17,7 @@ from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.latent_files import LATENT, Latent, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.figures import ARRAYS, can_store, save_image
-from olvae.files import remove_partials, safe_path
+from olvae.files import ON_WINDOWS, remove_partials, safe_path
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, crop_to
 from olvae.modules.base import device_of
@@ -102,7 +102,7 @@ def decode_shards(
                 unreadable.append(ReadError(latent.name, reason))
                 continue
             name = _name(latent.key, image_format, names)
-            names.add(name)
+            names.add(name.lower() if ON_WINDOWS else name)
             place = folder / name
             line = json.dumps(name)
             # List a file before it is written: an interrupted command may replace it.
@@ -182,7 +182,8 @@ def _name(key: str, image_format: str, taken: set[str]) -> str:
     """Name a file: a/b.png for the key a/b.jpg; a/b.jpg.png if a/b.png is taken."""
     for path in (_without_extension(key), safe_path(key)):
         name = f"{path}.{image_format}"
-        if name not in taken:
+        # Windows does not tell capitals.
+        if (name.lower() if ON_WINDOWS else name) not in taken:
             return name
     raise ValueError(
         f"two latents have the key {key!r}: decode their shards into different folders"

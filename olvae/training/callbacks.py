@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.data.source import Batch, BatchLoader
 from olvae.figures import error_map, labelled_grid
-from olvae.files import atomic_write, counted, reason
+from olvae.files import SIGNALS, atomic_write, counted, reason
 from olvae.launcher import Agreement
 from olvae.library_internals import dump_memory_history, record_memory_history
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -32,13 +32,6 @@ from olvae.training.progress import notify
 from olvae.training.saving import check_written, current_run, last_good
 
 log = logging.getLogger("olvae.training")
-
-SIGNALS: dict[int, str] = {
-    signal.SIGINT: "Ctrl-C",
-    signal.SIGTERM: "SIGTERM",
-    signal.SIGHUP: "SIGHUP",
-    signal.SIGUSR1: "SIGUSR1",
-}
 
 # Seconds in which further signals are the first one's echo: torchrun forwards a terminal's Ctrl-C
 # to processes that have it already, and schedulers repeat theirs.
@@ -327,7 +320,7 @@ def _restore(trainer: pl.Trainer, model: LiteAutoencoderKL, run: Run) -> int:
 
 
 class GracefulStop(Callback):
-    """Stop training after the step, with a checkpoint, at Ctrl-C, SIGTERM, SIGHUP or SIGUSR1.
+    """Stop training after the step, with a checkpoint, at Ctrl-C, SIGTERM and others of SIGNALS.
 
     At a second signal, :data:`ECHO_S` seconds after the first or later, it stops at once. A
     validation that has begun is finished first. The last step is validated whatever the interval,

@@ -1,5 +1,6 @@
 """Show the progress of a training: the bar, speed and time left."""
 
+import importlib
 import logging
 import math
 import sys
@@ -22,6 +23,7 @@ from rich.progress import (
 from rich.table import Column
 
 from olvae.devices import peak_tflops, precision_name
+from olvae.files import ON_WINDOWS
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 
 log = logging.getLogger("olvae.training")
@@ -200,10 +202,11 @@ def _memory_gib() -> float:
     """The most memory that this process has taken: of its GPU, or without one of the machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    try:
-        import resource
-    except ImportError:  # on Windows
-        return math.nan
+    if ON_WINDOWS:
+        psutil: Any = importlib.import_module("psutil")
+        return float(psutil.Process().memory_info().peak_wset / 2**30)
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 

@@ -21,7 +21,8 @@ def test_every_recipe_is_listed_with_a_sentence(olvae, monkeypatch):
     assert max(map(len, out.splitlines())) <= 80
     listed = dict(line.split(maxsplit=1) for line in re.sub(r"\n +", " ", out).splitlines())
     in_checkout = {
-        path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml")
+        path.relative_to(ROOT / "olvae" / "recipes").as_posix()
+        for path in (ROOT / "olvae" / "recipes").rglob("*.yaml")
     }
     assert {f"{name}.yaml" for name in listed} == in_checkout
     assert {"demo", "phase_a", "imagenet/A2", "finetune/sdxl"} <= listed.keys()
@@ -103,7 +104,7 @@ def test_a_config_file_comes_before_a_recipe_of_its_name(tmp_path, monkeypatch):
         ("A2", "did you mean imagenet/A2?"),
         ("SDXL", "did you mean finetune/sdxl?"),
         ("phase-a.yaml", "did you mean phase_a"),
-        ("configs/demo.yaml", "did you mean demo"),
+        ("configs/dmeo.yaml", "did you mean demo"),
         ("quite/another", "`olvae recipes` lists"),
         ("distil/teacher/config", "did you mean distil/teacher"),
     ],
@@ -116,6 +117,19 @@ def test_an_unknown_recipe_name_gives_a_hint(tmp_path, monkeypatch, name, hint):
     assert "\n" not in str(error.value)
 
 
+def test_recipes_in_configs_are_found_where_that_is_no_link(tmp_path, monkeypatch):
+    """Git on Windows writes the link as a file; a folder of that name is the user's own."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").write_text("olvae/recipes")
+    for name in ("configs/imagenet/A2.yaml", "configs/imagenet/A2"):
+        assert load([name]) == load(["imagenet/A2"])
+    (tmp_path / "configs").unlink()
+    (tmp_path / "configs").mkdir()
+    with pytest.raises(ConfigError, match="no such config file"):
+        load(["configs/imagenet/A2.yaml"])
+
+
+@pytest.mark.posix
 def test_commands_take_names_of_recipes(olvae, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert olvae("validate", "imagenet/A2", "finetune/sdxl")[::2] == (

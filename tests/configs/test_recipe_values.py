@@ -19,7 +19,7 @@ from olvae.config import resolve_target
 from olvae.data.places import load
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "configs" / "imagenet"
+FOLDER = ROOT / "olvae" / "recipes" / "imagenet"
 
 Row = dict[str, Any]
 
@@ -188,7 +188,7 @@ def test_decisions_of_recipes_are_marked_where_they_stand():
 
 ADVERSARIES = [
     path
-    for path in sorted((ROOT / "configs").rglob("*.yaml"))
+    for path in sorted((ROOT / "olvae" / "recipes").rglob("*.yaml"))
     if "adversary_config" in load([path])["model"]["params"]
 ]
 
@@ -213,7 +213,9 @@ def test_adversaries_begin_slowly_with_comparable_weights(path):
 
 TRAINABLE = [
     path
-    for path in sorted([*(ROOT / "configs").rglob("*.yaml"), *(ROOT / "study").glob("*.yaml")])
+    for path in sorted(
+        [*(ROOT / "olvae" / "recipes").rglob("*.yaml"), *(ROOT / "study").glob("*.yaml")]
+    )
     if load([path]).get("lightning")
 ]
 

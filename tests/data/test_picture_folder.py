@@ -29,6 +29,7 @@ def batches(loader, count: int) -> list[torch.Tensor]:
     return [batch["image"] for batch in islice(loader, count)]
 
 
+@pytest.mark.posix
 def test_a_worker_outlives_one_sigterm_and_ends_at_the_second(image_folder):
     iterator = iter(source(image_folder, num_workers=1).train_loader())
     next(iterator)
@@ -85,6 +86,7 @@ def test_validation_of_a_folder_is_each_picture_once_by_the_evaluation_transform
     assert np.array_equal(seen.permute(0, 2, 3, 1).numpy(), np.stack(expected))
 
 
+@pytest.mark.posix
 def test_each_image_is_found_once_whatever_leads_to_it(image_folder):
     expected = find_images(image_folder)
     (image_folder / "notes.txt").write_text("no image")
@@ -204,7 +206,9 @@ def test_held_out_pictures_are_the_same_in_every_version(image_folder):
     ]
 
 
-@pytest.mark.parametrize("name", ["photos", "photos [1]", "p?hotos*"])
+@pytest.mark.parametrize(
+    "name", ["photos", "photos [1]", pytest.param("p?hotos*", marks=pytest.mark.posix)]
+)
 def test_held_out_pictures_of_a_pattern_are_the_same_wherever_the_folder_is(
     image_folder, tmp_path, name
 ):

@@ -85,7 +85,9 @@ def check(words: list[str]) -> None:
     elif program == "pip":
         _check_pip(rest)
     else:
-        assert program in ("cd", "export", "git", "hf"), f"{program}: what kind of command is this?"
+        assert program in ("cd", "export", "git", "hf", "py"), (
+            f"{program}: what kind of command is this?"
+        )
 
 
 def _check_olvae(words: list[str]) -> None:
@@ -93,9 +95,9 @@ def _check_olvae(words: list[str]) -> None:
     parameters = command.make_context(command.name, rest).params
     for value in parameters.values():
         for path in value if isinstance(value, list | tuple) else [value]:
-            assert not str(path).startswith("configs/") or Path(str(path)).exists(), (
-                f"{path} does not exist"
-            )
+            place = str(path).removeprefix("diffusers:")
+            is_here = not place.startswith("olvae/recipes") or (ROOT / place).exists()
+            assert is_here, f"{path} does not exist"
     if parameters.get("base"):
         overrides = [*(parameters.get("overrides") or ())]
         files = [*parameters["base"], *(word for word in overrides if "=" not in word)]

@@ -45,7 +45,8 @@ def prepared(tmp_path_factory, quick_training) -> Path:
         size = (300, 280) if name == "photo.jpg" else (72, 66)
         small = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
         small.resize(size, Image.Resampling.BICUBIC).save(folder / name)
-    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "olvae").mkdir()
+    (folder / "olvae" / "recipes").symlink_to(ROOT / "olvae" / "recipes")
     config = tiny_config("photos", embed_dim=12, use_ema=True)
     config["model"]["params"]["decoder_config"]["params"]["z_channels"] = 12
     with pytest.MonkeyPatch.context() as patch:

@@ -17,7 +17,7 @@ DOCS = sorted(
     ]
 )
 EXAMPLES = sorted(ROOT.glob("examples/*.py"))
-CONFIGS = sorted(ROOT.glob("configs/**/*.yaml"))
+CONFIGS = sorted(ROOT.glob("olvae/recipes/**/*.yaml"))
 
 FENCE = re.compile(
     r"(?:<!-- docs: (?P<mark>.+?) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S
@@ -67,7 +67,9 @@ def commands(block: Block) -> Iterator[list[str]]:
 
     Of a ``console`` block, of the lines after a prompt.
     """
-    for line in block.text.replace("\\\n", " ").splitlines():
+    # shlex would take PowerShell's backslashes away.
+    text = block.text.replace(".venv\\Scripts\\", "").replace("\\\n", " ")
+    for line in text.splitlines():
         if block.language == "console":
             if not line.startswith("$ "):
                 continue

@@ -26,7 +26,7 @@ from tests.models.steps import (
 ROOT = Path(__file__).parent.parent.parent
 
 
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted((ROOT / "olvae" / "recipes").rglob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", ["adam", "muon"])

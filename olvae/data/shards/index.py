@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
-from olvae.config.reading import is_local
+from olvae.config.reading import expand_braces, is_local
 from olvae.data.dataset import bound_held_out
 from olvae.data.places import EXTENSIONS, is_shard
 from olvae.data.shards.tar_reading import SHARD_ERRORS, Shard, file_name, is_image, open_url
@@ -133,7 +132,7 @@ def _expand(text: str) -> list[str]:
     # First the braces, as in {000..127}, and environment variables: webdataset raises
     # AssertionError for a variable that is not set.
     try:
-        expanded = expand_urls(text)
+        expanded = expand_braces(text)
     except AssertionError as error:
         raise ValueError(f"{text}: {error}") from error
 

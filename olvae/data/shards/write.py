@@ -14,10 +14,21 @@ from typing import Any, NamedTuple
 from olvae.config import ConfigError
 from olvae.data.read_errors import ReadError
 from olvae.data.shards.index import ShardRecord
-from olvae.files import atomic_write, file_sha256, lock_file, reason, remove_partials, write_json
+from olvae.files import (
+    ON_WINDOWS,
+    atomic_write,
+    file_sha256,
+    lock_file,
+    reason,
+    remove_partials,
+    write_json,
+)
 from olvae.launcher import gather, this_process
 
 log = logging.getLogger(__name__)
+
+# The lock's file, in the state.
+LOCK = "lock"
 
 # Seconds to wait for the lock: worker processes of a killed run need a moment to notice.
 LOCK_S = 5.0
@@ -113,10 +124,14 @@ class ResumableShards:
         state, but not the folder.
         """
         with ExitStack() as held:
+            # Windows removes no open file: the lock goes last, once it is closed.
+            if ON_WINDOWS:
+                held.callback(self.remove_state, lock_alone=True)
+
             # One lock for all processes of the run: rank 0 takes it.
             if this_process()[0] == 0:
                 self._state.mkdir(parents=True, exist_ok=True)
-                file = held.enter_context((self._state / "lock").open("w"))
+                file = held.enter_context((self._state / LOCK).open("a", encoding="utf-8"))
                 try:
                     lock_file(file, LOCK_S)
                 except BlockingIOError as error:
@@ -198,8 +213,10 @@ class ResumableShards:
         for folder in (self.folder, self._state):
             remove_partials(folder.glob(".partial-*"))
 
-    def remove_state(self) -> None:
-        """Remove the state, once the shards are complete."""
+    def remove_state(self, lock_alone: bool = False) -> None:
+        """Remove the state, once the shards are complete; or only if nothing but a lock is left."""
+        if lock_alone and any(path.name != LOCK for path in self._state.glob("*")):
+            return
         shutil.rmtree(self._state, ignore_errors=True)
 
     @property
