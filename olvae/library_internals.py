@@ -138,7 +138,7 @@ def stop_workers(batches: Any) -> None:
 
 
 def record_memory_history(entries: int) -> None:
-    """Begin to record allocations, without the stacks, which would slow what is traced."""
+    """Begin to record allocations, without stacks: these would slow the traced steps."""
     torch.cuda.memory._record_memory_history(context=None, max_entries=entries)
 
 

@@ -295,11 +295,13 @@ def time_and_memory(
     alone: list[float] = []
     at = [0.0]  # the clock when the step, or those at once, began
 
-    def begin(trainer: Any, model: Any, batch: Any, number: int) -> None:
+    def begin(*given: Any) -> None:
+        number = given[-1]
         if number <= steps + 1:
             at[0] = now(device)
 
-    def end(trainer: Any, model: Any, outputs: Any, batch: Any, number: int) -> None:
+    def end(*given: Any) -> None:
+        number = given[-1]
         if 0 < number <= steps:
             alone.append(now(device) - at[0])
         elif number == 2 * steps:
@@ -348,7 +350,7 @@ def _networks(half: str, bench: Bench) -> dict[str, Any]:
     names = {"encoder": ("S", "B", "M", "L"), "decoder": ("open_litevae", "open_litevae, folded")}[
         half
     ]
-    builders: dict[str, Callable[[], "nn.Module"]] = {
+    builders: dict[str, Callable[[], nn.Module]] = {
         "AutoencoderKL": lambda: getattr(_kl(), half),
         "AutoencoderTiny": lambda: getattr(_tiny(), half),
         **{name: ours[name] for name in (names[:1] if bench.quick else names)},

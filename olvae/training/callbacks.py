@@ -499,11 +499,10 @@ class StepTrace(Callback):
 
 
 def count_kernels(averages: Iterable[FunctionEventAvg]) -> int:
-    """Count the kernels of a trace: what ran on the GPU, but copies, memsets and annotations."""
-    return sum(
-        row.count
-        for row in averages
-        if row.device_type.name == "CUDA"
-        and not row.is_user_annotation
-        and not row.key.startswith(("Memcpy", "Memset"))
-    )
+    """Count the kernels of a trace: all that ran on the GPU but copies, memsets and annotations."""
+    kernels = 0
+    for row in averages:
+        moved = str(row.key).startswith(("Memcpy", "Memset"))
+        if row.device_type.name == "CUDA" and not row.is_user_annotation and not moved:
+            kernels += row.count
+    return kernels

@@ -153,7 +153,7 @@ def test_a_step_of_the_gpu_study_begins_only_if_it_can_end(tmp_path, tried, caps
 
 def test_the_gpu_study_starts_where_hardly_anything_is_installed(tmp_path):
     """To begin, no step's packages are needed, nor site-packages (``-S``)."""
-    blocked = "olvae torch numpy lightning omegaconf pywt matplotlib".split()
+    blocked = ["olvae", "torch", "numpy", "lightning", "omegaconf", "pywt", "matplotlib"]
     code = f"import sys; sys.modules.update(dict.fromkeys({blocked})); from study import gpu; "
     code += "gpu.main(['--only', 'machine', '--quick', '--out', sys.argv[1], '--device', 'cpu'])"
     python = [sys.executable, "-S", "-c", code, str(tmp_path)]
