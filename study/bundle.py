@@ -45,17 +45,18 @@ def make(out: Path, python: str | None, have: Collection[str]) -> None:
     if (ROOT / CORPUS).is_dir():
         shutil.copytree(ROOT / CORPUS, out / CORPUS)
 
-    # Wheels: what pip would install, less what is there.
+    # Wheels: the versions that pip would install here, less what is there.
     wheels = out / "wheels"
     pip("wheel", "--no-deps", "--wheel-dir", str(wheels), SOURCE_ALONE)
-    target = ["--find-links", str(wheels)]
+    links = ["--find-links", str(wheels)]
+    target = [*links]
     if python is not None:
         target += ["--only-binary=:all:", "--implementation=cp", f"--python-version={python}"]
         target += [f"--platform={platform}" for platform in PLATFORMS]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
         asked = ["-r", str(ROOT / "requirements.txt"), *TESTS, "--target", folder]
-        pip("install", "--dry-run", "--ignore-installed", f"--report={report}", *target, *asked)
+        pip("install", "--dry-run", "--ignore-installed", f"--report={report}", *links, *asked)
         installed = json.loads(report.read_text(encoding="utf-8"))["install"]
     found = {plain(item["metadata"]["name"]): item["metadata"]["version"] for item in installed}
     wanted = [
