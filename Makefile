@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    ?= $(BIN)/python -m pip --disable-pip-version-check
 RUNS   ?= runs
 
-.PHONY: demo distil-demo study gpu models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs notebooks test test-random test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
+.PHONY: demo distil-demo study gpu gpu-bundle study-parts models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs notebooks test test-random test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -57,8 +57,12 @@ study: $(VENV)/.installed-dev ## the study of docs/results.md: photographs, trai
 	cp docs/results.md $(STUDY)/results.md
 	$(BIN)/python -m study.draw --rows $(STUDY)/rows --runs $(STUDY)/runs --document $(STUDY)/results.md
 
-gpu: $(VENV)/.installed-dev ## what only a GPU can show, into docs/gpu.md; finished steps are kept (40 minutes, or MINUTES=N)
-	$(BIN)/python -m study.gpu --minutes $(or $(MINUTES),40) $(if $(QUICK),--device cpu --quick)
+gpu: $(if $(wildcard wheels),,$(VENV)/.installed-dev) ## what only a GPU can show, into docs/gpu.md; finished steps are kept (40 minutes, or MINUTES=N)
+	$(if $(wildcard wheels),PYTHON=$(PYTHON) sh study/gpu.sh,$(BIN)/python -m study.gpu) --minutes $(or $(MINUTES),40) $(if $(QUICK),--device cpu --quick)
+
+gpu-bundle: $(VENV)/bin/python ## the same for a machine without a network: gpu-bundle/ (FOR=3.12: its Python; HAVE="numpy scipy": what it has)
+	rm -rf gpu-bundle
+	$(BIN)/python -m study.bundle gpu-bundle $(if $(FOR),--python $(FOR)) $(if $(HAVE),--have $(HAVE))
 
 study-parts: $(VENV)/.installed-dev ## what the parts for diffusion models do to photos-f8c12, as in docs/results.md (CPU)
 	$(BIN)/python -m study.corpus --out study/corpus-out

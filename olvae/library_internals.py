@@ -138,8 +138,8 @@ def stop_workers(batches: Any) -> None:
 
 
 def record_memory_history(entries: int) -> None:
-    """Begin to record allocations."""
-    torch.cuda.memory._record_memory_history(max_entries=entries)
+    """Begin to record allocations, without stacks: these would slow the traced steps."""
+    torch.cuda.memory._record_memory_history(context=None, max_entries=entries)
 
 
 def dump_memory_history(path: str) -> None:

@@ -7,8 +7,6 @@ document's images/, and with `--runs study/out/runs` so do photographs.
 """
 
 import argparse
-import json
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -26,9 +24,7 @@ from olvae.models.autoencoder import LiteVAE
 from study.measure import AXES
 from study.rows import ALL_SIZES, BASELINE, LONGER, RECIPES, RUNS, SEEDS, details
 from study.run import find_run
-
-Found = Mapping[str, Mapping[str, Any]]
-"""The rows' files by name."""
+from study.tables import Found, fill, read_rows, table
 
 SIZE = "256"
 
@@ -51,47 +47,6 @@ PICTURED = {
     "LiteVAE-S + norm": "litevae_norm_1e-3",
     "linear start": "litevae_linear_1e-3",
 }
-
-
-def read_rows(folder: Path) -> dict[str, dict[str, Any]]:
-    """The files of a folder by row.
-
-    Raises:
-        FileNotFoundError: it has none.
-    """
-    found = {
-        path.stem: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(folder.glob("*.json"))
-    }
-    if not found:
-        raise FileNotFoundError(f"{folder}: no rows there: python -m study.run makes them")
-    return found
-
-
-def fill(
-    document: str, rows: Found, tables: Mapping[str, Callable[[Found], str]] | None = None
-) -> str:
-    """The document with its tables made again, by default the study's.
-
-    Raises:
-        ValueError: it names a table that does not exist.
-    """
-
-    known = TABLES if tables is None else tables
-
-    def made(match: re.Match[str]) -> str:
-        name = match[1]
-        if name not in known:
-            raise ValueError(f"no table is named {name}: choose from {', '.join(known)}")
-        return f"<!-- table: {name} -->\n\n{known[name](rows)}\n\n<!-- end -->"
-
-    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", made, document, flags=re.DOTALL)
-
-
-def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown, with numbers on the right."""
-    rule = ["---", *("--:" for _ in headings[1:])]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *lines))
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -414,7 +369,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         rows = read_rows(options.rows)
         options.document.write_text(
-            fill(options.document.read_text(encoding="utf-8"), rows), encoding="utf-8"
+            fill(options.document.read_text(encoding="utf-8"), rows, TABLES), encoding="utf-8"
         )
         images = options.document.parent / "images"
         images.mkdir(exist_ok=True)

@@ -12,9 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
 import numpy as np
-import pywt
 import torch
-from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.callbacks import Callback, LambdaCallback
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -145,6 +144,8 @@ def _wavelet(setting: Setting) -> list[Case]:
     PyWavelets runs on the CPU. Each level reads its images or LL once and writes as much; so does
     its gradient.
     """
+    import pywt
+
     x = setting.noise(3, setting.size)
     sizes = (setting.size, setting.batch_size)
 
@@ -258,30 +259,47 @@ def time_steps(
     device: str,
     precision: str = "32-true",
 ) -> list[float]:
-    """Train on random images; return the seconds of each step but the first, which warms up."""
+    """Train on random images; return the seconds of each step but the first, which warms up.
+
+    An upper bound: the device is waited for before and after each step, as training never does.
+    """
     times: list[float] = []  # start and end of each step
 
     def note(*_: Any) -> None:
         times.append(now(device))
 
+    watch = LambdaCallback(on_train_batch_start=note, on_train_batch_end=note)
+    train_on_noise(model, size, batch_size, steps + 1, device, precision, watch)
+    # The first two times are the start and the end of the step that warms up.
+    return [end - start for start, end in zip(times[2::2], times[3::2], strict=True)]
+
+
+def train_on_noise(
+    model: LiteAutoencoderKL,
+    size: int,
+    batch_size: int,
+    steps: int,
+    device: str,
+    precision: str,
+    watch: Callback,
+) -> None:
+    """Train on random images, for a callback to measure it."""
     trainer = pl.Trainer(
         accelerator="cpu" if device == "cpu" else "cuda",
         devices=1,
         precision=precision,  # type: ignore[arg-type]
-        max_steps=steps + 1,
+        max_steps=steps,
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[LambdaCallback(on_train_batch_start=note, on_train_batch_end=note)],
+        callbacks=[watch],
     )
     shape = (batch_size, model.autoencoder.encoder.in_channels, size, size)
     generator = torch.Generator().manual_seed(0)
     x = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    trainer.fit(model, repeat({"image": x}, steps + 1))
-    # The first two times are the start and the end of the step that warms up.
-    return [end - start for start, end in zip(times[2::2], times[3::2], strict=True)]
+    trainer.fit(model, repeat({"image": x}, steps))
 
 
 def _loaders(setting: Setting) -> list[Case]:

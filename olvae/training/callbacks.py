@@ -6,7 +6,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile
 
 from olvae.checkpoint import read_checkpoint, state_dict_of
@@ -486,6 +487,15 @@ class StepTrace(Callback):
         trace.with_suffix(".txt").write_text(table, encoding="utf-8")
         launches = ""
         if on_gpu:
-            kernels = sum(row.count for row in averages if row.device_type.name == "CUDA")
-            launches = f", {kernels / self.steps:.0f} kernels a step"
+            launches = f", {count_kernels(averages) / self.steps:.0f} kernels a step"
         notify(f"{counted(self.steps, 'step')} traced in {trace}{launches}")
+
+
+def count_kernels(averages: Iterable[FunctionEventAvg]) -> int:
+    """Count the kernels of a trace: all that ran on the GPU but copies, memsets and annotations."""
+    kernels = 0
+    for row in averages:
+        moved = str(row.key).startswith(("Memcpy", "Memset"))
+        if row.device_type.name == "CUDA" and not row.is_user_annotation and not moved:
+            kernels += row.count
+    return kernels

@@ -114,13 +114,13 @@ def test_tables_of_the_study_have_means_and_spreads():
 
 def test_a_documents_tables_are_replaced_and_nothing_else(tmp_path):
     text = "before\n\n<!-- table: scales -->\nold\n<!-- end -->\n\nafter\n"
-    filled = fill(text, ROWS)
+    filled = fill(text, ROWS, TABLES)
     assert filled.startswith("before\n\n<!-- table: scales -->\n\n| decoder | 64 px | 256 px |")
     assert filled.endswith("<!-- end -->\n\nafter\n")
     assert "old" not in filled
-    assert fill(filled, ROWS) == filled
+    assert fill(filled, ROWS, TABLES) == filled
     with pytest.raises(ValueError, match="no table is named costs: choose from encoders"):
-        fill("<!-- table: costs -->\n<!-- end -->", ROWS)
+        fill("<!-- table: costs -->\n<!-- end -->", ROWS, TABLES)
 
 
 def test_draw_fills_a_document_and_draws(tmp_path):
@@ -139,5 +139,5 @@ def test_draw_fills_a_document_and_draws(tmp_path):
 def test_the_documents_tables_are_those_of_the_rows_in_the_repository():
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     rows_there = read_rows(ROOT / "study" / "results")
-    assert fill(results, rows_there) == results
+    assert fill(results, rows_there, TABLES) == results
     assert rows_there.keys() == {row.name for row in (*rows(), *diffusions())}

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
-from olvae.training.callbacks import UNTRACED, StepTrace
+from olvae.training.callbacks import UNTRACED, StepTrace, count_kernels
 from tests.conftest import tiny_config
 
 
@@ -34,3 +36,19 @@ def test_a_traced_step_is_an_update_and_too_few_are_a_warning(train_with, image_
 def test_step_trace_refuses_zero_steps():
     with pytest.raises(ValueError, match="at least 1"):
         StepTrace(0)
+
+
+def test_copies_memsets_and_annotations_are_no_kernels():
+    def event(name: str, number: int, **options) -> FunctionEvent:
+        on = {"device_type": DeviceType.CUDA, "stack": [], **options}
+        return FunctionEvent(number, name, 0, 10 * number, 10 * number + 5, **on)
+
+    names = ("ampere_gemm", "ampere_gemm", "triton_red_fused_0", "Memcpy HtoD (Pinned -> Device)")
+    events = [event(name, number) for number, name in enumerate((*names, "Memset (Device)"))]
+    events.append(event("Optimizer.step#Adam.step", 5, is_user_annotation=True))
+    events.append(event("aten::convolution", 6, device_type=DeviceType.CPU))
+    traced = EventList(events, use_device="cuda")
+    traced._build_tree()
+    averages = traced.key_averages()
+    assert len(averages) == 6
+    assert count_kernels(averages) == 3

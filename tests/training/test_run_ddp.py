@@ -110,6 +110,49 @@ def test_two_processes_align_a_latent_as_one(train_with, train_two, vit):
 
 
 @pytest.mark.slow
+def test_two_compiled_processes_train_as_two_uncompiled(train_two, vit, tmp_path, monkeypatch):
+    """Steps of both players, a part with parameters, and validation: equal to the bit.
+
+    The graphs are run by plain PyTorch. PatchGAN is in pieces: PyTorch 2.13 does not trace the
+    exchange of its BatchNorm's statistics.
+    """
+    compiler, compiled_by = torch.compile, tmp_path / "compiled_by"
+
+    def backend(graph, inputs):
+        with compiled_by.open("a") as file:
+            file.write(os.environ["RANK"])
+        return graph.forward
+
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **options: compiler(f, **options, backend=backend)
+    )
+    config = tiny_config(parts={"alignment": node(vit)}, adversary_config=against())
+    config["model"]["params"]["encoder_config"]["params"] |= {
+        "extractor_channels": 16,
+        "aggregate_channels": 16,
+    }
+    plain = train_two(*SMALL, HALF, config=config, name="plain")
+    assert not compiled_by.exists()
+    compiled = train_two(*SMALL, HALF, "model.params.compile=true", config=config)
+    # At least a trial of the compiler, the encoder, the decoder and PatchGAN.
+    ranks = compiled_by.read_text()
+    assert ranks.count("0") == ranks.count("1") >= 4
+
+    one, two = checkpoint(plain), checkpoint(compiled)
+    names = one["state_dict"].keys()
+    assert names == two["state_dict"].keys()
+    assert {"parts.alignment.projection.weight"} < names
+    assert any(name.startswith("adversary.discriminator.") for name in names)
+    for name, tensor in one["state_dict"].items():
+        assert torch.equal(tensor, two["state_dict"][name]), name
+    values, same = scalars(plain.path), scalars(compiled.path)
+    assert "val/psnr" in values
+    for name in values:
+        if name.startswith(("train/", "val/", "health/")):
+            assert same[name] == values[name], name
+
+
+@pytest.mark.slow
 def test_two_processes_learn_from_a_teacher_as_one(train_with, train_two, tmp_path):
     """Both halves, through the teacher's decoder too."""
     teacher = {"autoencoder": save_teacher(tmp_path / "teacher"), "decoder_weight": 0.5}
