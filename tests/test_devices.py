@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from olvae.config import ConfigError
-from olvae.devices import keep_freed_memory, resolve_device, resolve_devices, resolve_precision
+from olvae.devices import (
+    autocast,
+    full_float32,
+    keep_freed_memory,
+    resolve_device,
+    resolve_devices,
+    resolve_precision,
+    tf32,
+)
 
 
 @pytest.fixture
@@ -65,10 +73,43 @@ def test_resolve_devices_refuses_gpus_that_are_not_there(gpus, flag, there, mess
         resolve_devices(None, {"devices": "two"})
 
 
+def settings():
+    """Whether convolutions and products may be TF32's."""
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize(
+    ("precision", "allowed", "dtype"),
+    [
+        ("32", False, torch.float32),
+        ("tf32", True, torch.float32),
+        ("bf16", False, torch.bfloat16),
+        ("fp16", False, torch.float16),
+    ],
+)
+def test_tf32_is_allowed_by_name_alone_and_restored(precision, allowed, dtype):
+    before, x = settings(), torch.ones(2, 2)
+    assert before == (True, False)  # torch's own
+    with autocast("cpu", precision):
+        assert settings() == (allowed, allowed)
+        assert (x @ x).dtype == dtype
+        with full_float32(x):
+            assert settings() == (False, False)
+            assert (x @ x).dtype == torch.float32
+        assert settings() == (allowed, allowed)
+        assert (x @ x).dtype == dtype
+    assert settings() == before
+    with pytest.raises(KeyError), autocast("cpu", precision), tf32(not allowed):
+        raise KeyError
+    assert settings() == before
+    with full_float32(torch.empty(1, device="meta")):  # where there is no autocast
+        assert settings() == (False, False)
+
+
 def test_resolve_precision_of_names_and_accelerators():
     assert [resolve_precision(p, "cpu") for p in ("32", "bf16")] == ["32-true", "bf16-mixed"]
     assert [resolve_precision(p, "cuda") for p in ("16", "fp16", "float16")] == ["16-mixed"] * 3
-    with pytest.raises(ConfigError, match="choose from fp16, bf16, 32"):
+    with pytest.raises(ConfigError, match="choose from fp16, bf16, tf32, 32"):
         resolve_precision("64", "cuda")
     with pytest.raises(ConfigError, match="needs a GPU"):
         resolve_precision("16", "cpu")

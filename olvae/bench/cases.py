@@ -265,7 +265,7 @@ def time_steps(
         times.append(now(device))
 
     trainer = pl.Trainer(
-        accelerator="cpu" if device == "cpu" else "cuda",
+        accelerator=device.partition(":")[0],
         devices=1,
         precision=precision,  # type: ignore[arg-type]
         max_steps=steps + 1,
@@ -413,7 +413,7 @@ def bench(
     rows = []
     for name in groups:
         group = GROUPS[name]
-        pixels, images = group.sizes[setting.kind]
+        pixels, images = group.sizes.get(setting.kind, group.sizes["cuda"])
         size = setting.size or pixels
         batch_size = setting.batch_size or images
         cases = group.cases(replace(setting, size=size, batch_size=batch_size))

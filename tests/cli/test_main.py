@@ -57,7 +57,7 @@ DEMO = ("train", "--base", "configs/demo.yaml")
     [
         (["train"], 2, "--base names the config"),
         (["train", "--base"], 2, "--base"),
-        ([*DEMO, "--precision", "64"], 2, "error: --precision 64: choose from fp16, bf16, 32"),
+        ([*DEMO, "--precision", "64"], 2, "error: --precision 64: choose from fp16, bf16, tf32, 32"),
         ([*DEMO, "--gpus", "99"], 2, "0 is the CPU"),
         ([*DEMO, "--seed", "x"], 2, "--seed"),
         ([*DEMO, "--lgdir", "x"], 2, "No such option: --lgdir (Possible options: --logdir)"),
@@ -266,7 +266,7 @@ QUICK: list[tuple[tuple[str, ...], int, str]] = [
     ),
     (("evaluate", "tests", "olvae:missing"), 1, "olvae:missing: no model of this name"),
     (("evaluate", "tests", "--metrics", "fid"), 2, "--metrics fid: choose from all, psnr"),
-    (("latents", "tests", "--device", "gpu"), 2, "--device gpu: choose cpu, cuda, or cuda:N"),
+    (("latents", "tests", "--device", "gpu"), 2, "--device gpu: choose cpu, cuda, cuda:N, or mps"),
     (
         ("encode", "tests", "--data", "missing.txt", "--out", "x"),
         1,
@@ -373,7 +373,7 @@ def test_a_device_that_is_not_there_is_refused(olvae, tmp_path, command):
     assert olvae(*command, "--device", "gpu") == (
         2,
         "",
-        "error: --device gpu: choose cpu, cuda, or cuda:N\n",
+        "error: --device gpu: choose cpu, cuda, cuda:N, or mps\n",
     )
     code, _, err = olvae(*command, "--device", "cuda:99")
     assert (code, err) == (

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from olvae.data.pixels.size_and_range import to_uint8
+from olvae.devices import full_float32
 from olvae.evaluation.cells import number
 from olvae.evaluation.observers.observer import Observation, PerImageObserver, Subject
 from olvae.evaluation.results import Row
 from olvae.metrics.features import Features, Inception, few_images, frechet_distance
 from olvae.models.autoencoder import Autoencoder
-from olvae.modules.mixed_precision import full_float32
 from olvae.pretrained_networks import INCEPTION, find_weights, provenance
 
 IMAGES = ""  # a key beside the targets' names, which are not empty
