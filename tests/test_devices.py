@@ -15,6 +15,7 @@ from olvae.devices import (
     resolve_precision,
     tf32,
 )
+from olvae.training.processes import process_count
 
 
 @pytest.fixture
@@ -71,6 +72,53 @@ def test_resolve_devices_refuses_gpus_that_are_not_there(gpus, flag, there, mess
     gpus(2)
     with pytest.raises(ConfigError, match=r"trainer\.devices: 'two': .*list of GPUs"):
         resolve_devices(None, {"devices": "two"})
+
+
+@pytest.fixture
+def on_mac(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("gpus_wanted", "trainer", "expected"),
+    [
+        (None, {}, ("mps", 1)),
+        ("1", {}, ("mps", [0])),
+        ("0,", {}, ("mps", [0])),
+        ("0", {}, ("cpu", 1)),
+        (None, {"accelerator": "mps"}, ("mps", 1)),
+        (None, {"accelerator": "gpu", "devices": 1}, ("mps", 1)),
+        (None, {"accelerator": "cpu", "devices": 2}, ("cpu", 2)),
+    ],
+)
+def test_a_mac_has_one_gpu(on_mac, gpus_wanted, trainer, expected):
+    assert tuple(resolve_devices(gpus_wanted, trainer).values()) == expected
+
+
+def test_what_a_mac_does_not_have_is_refused(on_mac):
+    assert [resolve_device(name) for name in (None, "mps", "mps:0", "cpu")] == [
+        *("mps", "mps", "mps:0", "cpu")
+    ]
+    with pytest.raises(ConfigError, match="`device` cuda: this machine has no cuda"):
+        resolve_device("cuda")
+    with pytest.raises(ConfigError, match="`gpus` 2: this machine has 1 GPU; 0 is the CPU"):
+        resolve_devices("2", {})
+    with pytest.raises(ConfigError, match="accelerator: cuda: this machine has no cuda"):
+        resolve_devices(None, {"accelerator": "cuda"})
+    with pytest.raises(ConfigError, match="2 processes can't share a Mac's GPU: `gpus` 0"):
+        process_count({"accelerator": "mps", "devices": 2})
+    assert resolve_precision("fp16", "mps") == "16-mixed"
+
+
+def test_a_machine_without_mps_refuses_it(gpus):
+    gpus(2)
+    with pytest.raises(ConfigError, match="`device` mps: this machine has no mps"):
+        resolve_device("mps")
+    with pytest.raises(ConfigError, match="accelerator: mps: this machine has no mps"):
+        resolve_devices(None, {"accelerator": "mps"})
+    gpus(0)
+    with pytest.raises(ConfigError, match="accelerator: mps: this machine has no GPU"):
+        resolve_devices(None, {"accelerator": "mps"})
 
 
 def settings():

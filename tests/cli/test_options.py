@@ -44,7 +44,10 @@ LATENTS = ("encode", "x", "--data", "y", "--out", "z")
         ),
         (("evaluate", "x", "--posterior", "mean"), "'mean' is not one of 'mode"),
         ((*LATENTS, "--dtype", "half"), "'half' is not one of 'float16"),
-        ((*LATENTS, "--precision", "8"), "error: --precision 8: choose from fp16, bf16, tf32, 32\n"),
+        (
+            (*LATENTS, "--precision", "8"),
+            "error: --precision 8: choose from fp16, bf16, tf32, 32\n",
+        ),
         (("decode", "x", "y", "--out", "z", "--format", "gif"), "'gif' is not one of 'p"),
     ],
 )
