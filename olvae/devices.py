@@ -6,18 +6,28 @@ import platform
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.files import counted
-
-if TYPE_CHECKING:  # slow to import
-    pass
 from olvae.launcher import local_rank, local_ranks, srun_environment
+
+MPS = "mps"  # torch's name for the GPU of a Mac, "Metal performance shaders"
+
+
+def present_gpus() -> tuple[str, int]:
+    """The kind of the GPUs that torch can use here, cuda or mps, and how many there are.
+
+    A build for ROCm calls AMD's cuda. A Mac's GPU counts from macOS 14 on, and on arm64 alone.
+    """
+    if torch.backends.mps.is_available():
+        return MPS, 1
+    return "cuda", torch.cuda.device_count()
 
 
 def resolve_device(device: str | None = None) -> str:
@@ -25,15 +35,18 @@ def resolve_device(device: str | None = None) -> str:
 
     ConfigError if this machine does not have the given device.
     """
-    present = torch.cuda.device_count()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not device.startswith("cuda"):
+    kind, present = present_gpus()
+    if device is None:
+        device = kind if kind == MPS or torch.cuda.is_available() else "cpu"
+    wanted, _, number = device.partition(":")
+    if wanted == "cpu":
         return device
-    if int(device.partition(":")[2] or 0) >= present:
-        raise ConfigError(f"`device` {device}: this machine has {counted(present, 'GPU')}")
+    if wanted != kind or int(number or 0) >= present:
+        has = counted(present, "GPU") if wanted == kind else f"no {wanted}"
+        raise ConfigError(f"`device` {device}: this machine has {has}")
     if device == "cuda" and present > 1:
         device = f"cuda:{local_rank() % present}"
-    if ":" in device:
+    if wanted == "cuda" and ":" in device:
         # Otherwise tensors on "cuda" would go to the first GPU in every process.
         torch.cuda.set_device(device)
     return device
@@ -41,16 +54,22 @@ def resolve_device(device: str | None = None) -> str:
 
 @dataclass(frozen=True)
 class Precision:
-    """A precision to compute in: the dtype of autocast, and Lightning's name for training in it."""
+    """A precision to compute in: the dtype of autocast, and Lightning's name for training in it.
+
+    ``tf32``: whether a GPU may round what float32 products and convolutions multiply to TF32's 10
+    bits.
+    """
 
     dtype: torch.dtype
     lightning: Literal["16-mixed", "bf16-mixed", "32-true"]
+    tf32: bool = False
 
 
 FULL = "32"
 PRECISIONS = {
     "fp16": Precision(torch.float16, "16-mixed"),
     "bf16": Precision(torch.bfloat16, "bf16-mixed"),
+    "tf32": Precision(torch.float32, "32-true", tf32=True),
     FULL: Precision(torch.float32, "32-true"),
 }
 """The one table of precisions: every flag and setting takes these names."""
@@ -107,19 +126,65 @@ def peak_tflops(name: str, precision: str) -> float | None:
         return None
     for known, (half, full) in _PEAKS.items():
         if re.search(rf"\b(?:{known})\b", name):
-            return full if precision == FULL else half
+            return full if PRECISIONS[precision].dtype == torch.float32 else half
     return None
 
 
-def autocast(kind: str, precision: str) -> AbstractContextManager[object]:
-    """Return autocast for a kind of device, such as cuda; disabled for float32."""
-    return torch.autocast(kind, PRECISIONS[precision].dtype, enabled=precision != FULL)
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Let a GPU compute products and convolutions of float32 in TF32, or not; then as before.
+
+    torch's own defaults are TF32 for convolutions, and float32 for products. torch's newer names
+    of the two settings, ``fp32_precision``, can't be mixed with these.
+    """
+    convolutions = torch.backends.cudnn
+    products = torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        convolutions.allow_tf32, products.allow_tf32 = before
+
+
+@contextmanager
+def autocast(kind: str, precision: str) -> Iterator[None]:
+    """Compute in a precision of :data:`PRECISIONS`, on a kind of device such as cuda.
+
+    Half precision is autocast's. What is computed in float32 has no TF32, unless the precision is
+    tf32: then numbers of two machines can be compared.
+    """
+    chosen = PRECISIONS[precision]
+    half = chosen.dtype != torch.float32
+    casting: AbstractContextManager[object] = nullcontext()
+    if torch.amp.is_autocast_available(kind):  # meta has none
+        casting = torch.autocast(kind, chosen.dtype, enabled=half)
+    with tf32(chosen.tf32), casting:
+        yield
+
+
+def full_float32(x: Tensor) -> AbstractContextManager[None]:
+    """Compute in float32 on the device of ``x``, for numbers that others compare with."""
+    return autocast(x.device.type, FULL)
+
+
+def device_name(device: str | torch.device) -> str:
+    """Name a device: a GPU's model, or the CPU with the number of threads."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return torch.cuda.get_device_name(device)
+    if kind == MPS:
+        return "Apple GPU"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def now(device: str) -> float:
     """Synchronise the device, and read a clock, in seconds."""
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
+    elif device.startswith(MPS):
+        torch.mps.synchronize()
     return time.perf_counter()
 
 
@@ -138,7 +203,10 @@ def seconds_per_image(work: Callable[[], object], images: int, seconds: float) -
 
 @contextmanager
 def peak_memory(device: str, peaks: list[int]) -> Iterator[None]:
-    """Append the peak bytes that this context allocates on a GPU, beyond those before it."""
+    """Append the peak bytes that this context allocates on a GPU, beyond those before it.
+
+    mps counts no peak.
+    """
     if not device.startswith("cuda"):
         yield
         return
@@ -155,7 +223,7 @@ def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, A
     lightning.trainer.devices processes if lightning.trainer.accelerator is cpu. None leaves the
     choice to ``trainer``, lightning.trainer: by default every GPU, or the CPU if there is none.
     """
-    present = torch.cuda.device_count()
+    kind, present = present_gpus()
     accelerator = trainer.get("accelerator", "auto")
     devices = trainer.get("devices", "auto")
 
@@ -173,18 +241,21 @@ def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, A
         if max(wanted) >= present:
             has = f"{present} GPU{'s' * (present > 1)}" if present else "no GPU"
             raise ConfigError(f"`gpus` {gpus}: this machine has {has}; 0 is the CPU")
-        return {"accelerator": "cuda", "devices": wanted}
+        return {"accelerator": kind, "devices": wanted}
 
     # Otherwise the config's accelerator, and then its devices.
     if accelerator == "auto":
         if not present:
             return {"accelerator": "cpu", "devices": 1}
-        accelerator = "cuda"
-    on_gpu = accelerator in ("cuda", "gpu")
-    if on_gpu and not present:
+        accelerator = kind
+    on_gpu = accelerator in ("cuda", "gpu", MPS)
+    if on_gpu and (not present or accelerator not in ("gpu", kind)):
+        has = f"no {accelerator}" if present else "no GPU"
         raise ConfigError(
-            f"lightning.trainer.accelerator: {accelerator}: this machine has no GPU; cpu is the CPU"
+            f"lightning.trainer.accelerator: {accelerator}: this machine has {has}; cpu is the CPU"
         )
+    if kind == MPS and on_gpu:
+        accelerator = kind
     if devices in ("auto", -1, "-1"):
         devices = present if on_gpu else 1
     elif isinstance(devices, str):

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olvae.data.pixels.size_and_range import from_uint8
+from olvae.devices import full_float32
 from olvae.metrics.features import Features, frechet_distance
 from olvae.modules.frozen import installed_lite0, lite0_network
-from olvae.modules.mixed_precision import full_float32
 
 SIZE = 224
 

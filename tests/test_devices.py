@@ -6,8 +6,17 @@ import pytest
 import torch
 
 from olvae.config import ConfigError
-from olvae.devices import keep_freed_memory, resolve_device, resolve_devices, resolve_precision
+from olvae.devices import (
+    autocast,
+    full_float32,
+    keep_freed_memory,
+    resolve_device,
+    resolve_devices,
+    resolve_precision,
+    tf32,
+)
 from olvae.files import counted
+from olvae.training.processes import process_count
 
 
 @pytest.fixture
@@ -66,10 +75,90 @@ def test_resolve_devices_refuses_gpus_that_are_not_there(gpus, flag, there, mess
         resolve_devices(None, {"devices": "two"})
 
 
+@pytest.fixture
+def on_mac(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("gpus_wanted", "trainer", "expected"),
+    [
+        (None, {}, ("mps", 1)),
+        ("1", {}, ("mps", [0])),
+        ("0,", {}, ("mps", [0])),
+        ("0", {}, ("cpu", 1)),
+        (None, {"accelerator": "mps"}, ("mps", 1)),
+        (None, {"accelerator": "gpu", "devices": 1}, ("mps", 1)),
+        (None, {"accelerator": "cpu", "devices": 2}, ("cpu", 2)),
+    ],
+)
+def test_a_mac_has_one_gpu(on_mac, gpus_wanted, trainer, expected):
+    assert tuple(resolve_devices(gpus_wanted, trainer).values()) == expected
+
+
+def test_what_a_mac_does_not_have_is_refused(on_mac):
+    assert [resolve_device(name) for name in (None, "mps", "mps:0", "cpu")] == [
+        *("mps", "mps", "mps:0", "cpu")
+    ]
+    with pytest.raises(ConfigError, match="`device` cuda: this machine has no cuda"):
+        resolve_device("cuda")
+    with pytest.raises(ConfigError, match="`gpus` 2: this machine has 1 GPU; 0 is the CPU"):
+        resolve_devices("2", {})
+    with pytest.raises(ConfigError, match="accelerator: cuda: this machine has no cuda"):
+        resolve_devices(None, {"accelerator": "cuda"})
+    with pytest.raises(ConfigError, match="2 processes can't share a Mac's GPU: `gpus` 0"):
+        process_count({"accelerator": "mps", "devices": 2})
+    assert resolve_precision("fp16", "mps") == "16-mixed"
+
+
+def test_a_machine_without_mps_refuses_it(gpus):
+    gpus(2)
+    with pytest.raises(ConfigError, match="`device` mps: this machine has no mps"):
+        resolve_device("mps")
+    with pytest.raises(ConfigError, match="accelerator: mps: this machine has no mps"):
+        resolve_devices(None, {"accelerator": "mps"})
+    gpus(0)
+    with pytest.raises(ConfigError, match="accelerator: mps: this machine has no GPU"):
+        resolve_devices(None, {"accelerator": "mps"})
+
+
+def settings():
+    """Whether convolutions and products may be TF32's."""
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize(
+    ("precision", "allowed", "dtype"),
+    [
+        ("32", False, torch.float32),
+        ("tf32", True, torch.float32),
+        ("bf16", False, torch.bfloat16),
+        ("fp16", False, torch.float16),
+    ],
+)
+def test_tf32_is_allowed_by_name_alone_and_restored(precision, allowed, dtype):
+    before, x = settings(), torch.ones(2, 2)
+    assert before == (True, False)  # torch's own
+    with autocast("cpu", precision):
+        assert settings() == (allowed, allowed)
+        assert (x @ x).dtype == dtype
+        with full_float32(x):
+            assert settings() == (False, False)
+            assert (x @ x).dtype == torch.float32
+        assert settings() == (allowed, allowed)
+        assert (x @ x).dtype == dtype
+    assert settings() == before
+    with pytest.raises(KeyError), autocast("cpu", precision), tf32(not allowed):
+        raise KeyError
+    assert settings() == before
+    with full_float32(torch.empty(1, device="meta")):  # where there is no autocast
+        assert settings() == (False, False)
+
+
 def test_resolve_precision_of_names_and_accelerators():
     assert [resolve_precision(p, "cpu") for p in ("32", "bf16")] == ["32-true", "bf16-mixed"]
     assert [resolve_precision(p, "cuda") for p in ("16", "fp16", "float16")] == ["16-mixed"] * 3
-    with pytest.raises(ConfigError, match="choose from fp16, bf16, 32"):
+    with pytest.raises(ConfigError, match="choose from fp16, bf16, tf32, 32"):
         resolve_precision("64", "cuda")
     with pytest.raises(ConfigError, match="needs a GPU"):
         resolve_precision("16", "cpu")

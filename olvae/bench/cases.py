@@ -285,7 +285,7 @@ def train_on_noise(
 ) -> None:
     """Train on random images, for a callback to measure it."""
     trainer = pl.Trainer(
-        accelerator="cpu" if device == "cpu" else "cuda",
+        accelerator=device.partition(":")[0],
         devices=1,
         precision=precision,  # type: ignore[arg-type]
         max_steps=steps,
@@ -431,7 +431,7 @@ def bench(
     rows = []
     for name in groups:
         group = GROUPS[name]
-        pixels, images = group.sizes[setting.kind]
+        pixels, images = group.sizes.get(setting.kind, group.sizes["cuda"])
         size = setting.size or pixels
         batch_size = setting.batch_size or images
         cases = group.cases(replace(setting, size=size, batch_size=batch_size))

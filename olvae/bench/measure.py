@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from olvae.data.pixels.size_and_range import Size
-from olvae.devices import FULL, PRECISIONS, autocast, now, peak_memory
+from olvae.devices import FULL, PRECISIONS, autocast, device_name, now, peak_memory
 
 # Does something once or several times; returns the seconds of each.
 Work = Callable[[], Sequence[float]]
@@ -104,7 +104,7 @@ class Setting:
     def products(self) -> dict[str, Case]:
         """A product of two square matrices in each precision."""
         cases = {}
-        side = MATRIX_SIDE[self.kind]
+        side = MATRIX_SIDE.get(self.kind, MATRIX_SIDE["cuda"])
         for name in self.precisions:
             dtype = PRECISIONS[name].dtype
             a = torch.randn(side, side, device=self.device, dtype=dtype)
@@ -126,20 +126,20 @@ def clocked(function: Callable[[], object], device: str) -> Work:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The device's name, threads, torch's version; on a GPU whether float32 is computed in TF32."""
+    """The device's name, threads, torch's version; with CUDA whether training in 32 has TF32."""
     if device == "cpu":
         listing = Path("/proc/cpuinfo")  # Linux has it
         text = listing.read_text(encoding="utf-8", errors="replace") if listing.is_file() else ""
         found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
         name = found[1] if found else platform.processor() or platform.machine()
     else:
-        name = torch.cuda.get_device_name(device)
+        name = device_name(device)
     described: dict[str, Any] = {
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    if device != "cpu":
+    if device.startswith("cuda"):
         described["tf32_convolutions"] = torch.backends.cudnn.allow_tf32
         described["tf32_products"] = torch.backends.cuda.matmul.allow_tf32
     return described

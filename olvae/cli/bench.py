@@ -59,7 +59,7 @@ def command(
             "--compile", help="Measure compiled variants too; compiling takes minutes on a CPU."
         ),
     ] = False,
-    device: Annotated[str, typer.Option(callback=check_device, help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(callback=check_device, help="cpu, cuda or mps.")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
 ) -> None:
     """Measure speed and memory, and compare them with named peers and with the machine's limits.

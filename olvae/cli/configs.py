@@ -37,7 +37,7 @@ def validate_command(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(callback=check_precision, help="Precision for --ranks: 32, bf16, fp16."),
+        typer.Option(callback=check_precision, help="Precision for --ranks: 32, tf32, bf16, fp16."),
     ] = None,
 ) -> None:
     """List every mistake in a config's keys, types and targets at once, without building anything.

@@ -102,7 +102,9 @@ def command(
     ] = None,
     precision: Annotated[
         str,
-        typer.Option(callback=check_precision, help="Precision of the encoder: 32, bf16 or fp16."),
+        typer.Option(
+            callback=check_precision, help="Precision of the encoder: 32, tf32, bf16 or fp16."
+        ),
     ] = "32",
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the encoder; new sizes take time.")

@@ -203,9 +203,9 @@ def command(
         typer.Option(
             metavar="LIST",
             callback=comma_list(
-                (*PRECISION_NAMES[:3], "fp16-autocast", "bf16-autocast"), aliases=PRECISION_NAMES
+                (*PRECISION_NAMES[:4], "fp16-autocast", "bf16-autocast"), aliases=PRECISION_NAMES
             ),
-            help="Add rows in fp16 or bf16, with the largest activations; fp16-autocast and "
+            help="Add rows in fp16, bf16 or tf32, with the largest activations; fp16-autocast and "
             "bf16-autocast run under autocast. float32 is always included.",
         ),
     ] = "32",

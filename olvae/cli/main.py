@@ -176,7 +176,14 @@ def print_error(error: Exception, arguments: Sequence[str] = ()) -> int:
     if text.startswith("Caught ") and "Original Traceback" in text:
         last = text.splitlines()[-1]
         text = last.partition(": ")[2] or last
-    if not isinstance(error, ValueError | OSError | ArithmeticError):
+    if isinstance(error, NotImplementedError) and "PYTORCH_ENABLE_MPS_FALLBACK" in text:
+        operator = text.partition("'")[2].partition("'")[0]
+        text = (
+            f"{operator}: torch can't compute it on a Mac's GPU: set the environment variable "
+            "PYTORCH_ENABLE_MPS_FALLBACK=1, which computes it on the CPU, or choose the CPU: "
+            "--device cpu, or olvae train --gpus 0"
+        )
+    elif not isinstance(error, ValueError | OSError | ArithmeticError):
         text = f"{type(error).__name__}: {text.splitlines()[0]} (--debug shows where)"
 
     # Names of files may hold a terminal's commands.

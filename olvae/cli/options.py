@@ -41,7 +41,7 @@ STOPPED = 130
 PREEMPTED = 75
 
 # Names, then aliases, that olvae.devices.precision_name takes, which imports torch.
-PRECISION_NAMES = ("fp16", "bf16", "32", "16", "float16", "bfloat16", "float32")
+PRECISION_NAMES = ("fp16", "bf16", "tf32", "32", "16", "float16", "bfloat16", "float32")
 
 Callback = Callable[[typer.CallbackParam, str | None], str | None]
 
@@ -57,8 +57,10 @@ def _checked(is_valid: Callable[[str], Any], choices: str) -> Callback:
     return check
 
 
-check_device = _checked(re.compile(r"cpu(:0)?|cuda(:\d+)?").fullmatch, "cpu, cuda, or cuda:N")
-check_precision = _checked(PRECISION_NAMES.__contains__, f"from {', '.join(PRECISION_NAMES[:3])}")
+check_device = _checked(
+    re.compile(r"(cpu|mps)(:0)?|cuda(:\d+)?").fullmatch, "cpu, cuda, cuda:N, or mps"
+)
+check_precision = _checked(PRECISION_NAMES.__contains__, f"from {', '.join(PRECISION_NAMES[:4])}")
 
 
 def memory_option(param: typer.CallbackParam, value: float | None) -> float | None:
@@ -116,7 +118,7 @@ AllowMismatch = Annotated[
 
 Device = Annotated[
     str | None,
-    typer.Option(callback=check_device, help="cpu or cuda; by default a GPU if there is one."),
+    typer.Option(callback=check_device, help="cpu, cuda or mps; by default a GPU if there is one."),
 ]
 
 # Signals that have ended the command.

@@ -37,7 +37,7 @@ def command(
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
     device: Device = None,
-    precision: Annotated[str, typer.Option(help="32, bf16 or fp16.")] = "32",
+    precision: Annotated[str, typer.Option(help="32, tf32, bf16 or fp16.")] = "32",
     memory: Annotated[
         float | None,
         typer.Option(

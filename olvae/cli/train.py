@@ -46,7 +46,9 @@ def command(
     ),
     precision: Annotated[
         str | None,
-        typer.Option(metavar="{32,bf16,fp16}", help="Floating-point precision; 32 by default."),
+        typer.Option(
+            metavar="{32,tf32,bf16,fp16}", help="Floating-point precision; 32 by default."
+        ),
     ] = None,
     gpus: Annotated[
         str | None,

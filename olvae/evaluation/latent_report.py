@@ -14,6 +14,7 @@ from torch import Tensor
 
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides
 from olvae.data.source import Batch
+from olvae.devices import full_float32
 from olvae.evaluation.cells import texts
 from olvae.evaluation.observers.observer import Observation, Observer
 from olvae.evaluation.report import print_grid
@@ -22,6 +23,7 @@ from olvae.files import atomic_write, counted
 from olvae.launcher import gather
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Posterior, keyed_seed
+from olvae.modules.mixed_precision import in_float64
 from olvae.modules.moments import Moments
 
 # A channel is active if its posterior mean varies by more than this over the data (Burda et al.
@@ -195,12 +197,8 @@ class LatentAccumulator:
         With the ``images``, (B, C, H, W) on its device, their spectrum is summed as well.
         ValueError if it is not finite, or its shape differs from earlier ones.
         """
-        # In float64, which mps lacks.
-        device = posterior.mean.device
-        if device.type == "mps":
-            device = torch.device("cpu")
-        mean = posterior.mean.to(device).double()  # (B, C, h, w)
-        logvar = None if posterior.deterministic else posterior.logvar.to(device).double()
+        mean = in_float64(posterior.mean)  # (B, C, h, w)
+        logvar = None if posterior.deterministic else in_float64(posterior.logvar)
         if not (mean.isfinite().all() and (logvar is None or logvar.isfinite().all())):
             raise ValueError(
                 "the latents are not finite: the weights may be of a run that diverged"
@@ -216,7 +214,7 @@ class LatentAccumulator:
             samples[key] = (center + spread * noise).float()
 
         if images is not None:
-            images = images.to(device).double()
+            images = in_float64(images)
         self._add(_Totals.of(mean, logvar, images), samples)
 
     def merge(self, other: "LatentAccumulator") -> None:
@@ -357,7 +355,8 @@ def encode_latents(
         levels = pixel_range.levels(batch["image"])
         x = pixel_range.normalise(batch["image"].to(device))
         for name, model in models.items():
-            posterior = model.encode(x)
+            with full_float32(x):
+                posterior = model.encode(x)
             observer.update(
                 Observation(name, 0, names, levels, levels, posterior.mean, {}, pixel_range)
             )

@@ -11,13 +11,12 @@ from olvae.config import Config, ConfigError
 from olvae.data.opening import open_test_source
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.source import Source
-from olvae.devices import now, peak_memory
+from olvae.devices import device_name, full_float32, now, peak_memory
 from olvae.evaluation.protocol import log
 from olvae.files import counted, first_line
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.counting import count_macs, count_parameters
 from olvae.modules.distributions import keyed_generator
-from olvae.modules.mixed_precision import full_float32
 
 
 def open_images_for(
@@ -150,12 +149,6 @@ class RoundTrip:
 
         The first batch warms up and is not counted, unless it is the only one.
         """
-        if self.device.startswith("cuda"):
-            device = torch.cuda.get_device_name(self.device)
-        else:
-            threads = torch.get_num_threads()
-            device = f"CPU, {threads} thread{'s' if threads > 1 else ''}"
-
         counted = self._times[1:] or self._times or [(0, 0.0, 0.0)]
         images, encode_s, decode_s = (sum(column) for column in zip(*counted, strict=True))
         model = self.model
@@ -168,7 +161,7 @@ class RoundTrip:
             decode_images_per_s=images / decode_s if decode_s else None,
             peak_memory_bytes=max(self._peaks[1:] or self._peaks, default=None),
             batch_size=max(batch[0] for batch in self._times or counted),
-            device=device,
+            device=device_name(self.device),
         )
 
 

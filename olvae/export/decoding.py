@@ -16,6 +16,7 @@ from olvae.data.places import EXTENSIONS
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.latent_files import LATENT, Latent, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
+from olvae.devices import full_float32
 from olvae.figures import ARRAYS, can_store, save_image
 from olvae.files import ON_WINDOWS, remove_partials, safe_path
 from olvae.models.autoencoder import Autoencoder
@@ -94,7 +95,9 @@ def decode_shards(
                 f"{batch[0].key}: a latent of {z.shape[1]} channels, but the model's have "
                 f"{model.latent_channels}: name the target that encoded it"
             )
-        y = model.decode_tiled(z.to(device_of(model)), memory=memory)
+        z = z.to(device_of(model))
+        with full_float32(z):
+            y = model.decode_tiled(z, memory=memory)
         finite = y.isfinite().flatten(1).all(1).tolist()
         for latent, image, whole in zip(batch, pixels.restore(y).cpu(), finite, strict=True):
             if not whole:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olvae.modules.distributions import Posterior
-from olvae.modules.mixed_precision import no_autocast, upcast
+from olvae.modules.mixed_precision import no_autocast, upcast, without_tf32
 from olvae.modules.wavelet import dwt2
 
 
@@ -46,20 +46,25 @@ def wavelet_loss(x: Tensor, y: Tensor, eps: float = 1e-3) -> Tensor:
 
 
 def gaussian_blur(x: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor:
-    """Separable Gaussian filter with reflected borders, in float32; (B, C, H, W) to the same."""
+    """Separable Gaussian filter with reflected borders, in float32; (B, C, H, W) to the same.
+
+    Never in TF32: on CUDA it is computed in float64.
+    """
     # The kernel of one axis.
     x = upcast(x)
     radius = kernel_size // 2
     offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
     kernel = torch.exp(-0.5 * (offsets / sigma).square())
-    kernel = kernel / kernel.sum()
+    kernel = without_tf32(kernel / kernel.sum())
 
     # Along the width, then along the height, each channel by itself.
     channels = x.shape[1]
-    x = F.pad(x, (radius, radius, radius, radius), mode="reflect")
+    dtype = x.dtype
+    x = without_tf32(F.pad(x, (radius, radius, radius, radius), mode="reflect"))
     with no_autocast(x):
         x = F.conv2d(x, kernel.view(1, 1, 1, -1).expand(channels, 1, 1, -1), groups=channels)
-        return F.conv2d(x, kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+        x = F.conv2d(x, kernel.view(1, 1, -1, 1).expand(channels, 1, -1, 1), groups=channels)
+    return x.to(dtype)
 
 
 def gaussian_loss(x: Tensor, y: Tensor, kernel_size: int = 5, sigma: float = 1.0) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from olvae.devices import full_float32
 from olvae.metrics.metric import Kind, Metric, Unavailable, check_pairs
 from olvae.modules.frozen import Trunk, VisionEncoder, perceptual_network
-from olvae.modules.mixed_precision import full_float32
+from olvae.modules.mixed_precision import in_float64
 from olvae.pretrained_networks import DINOV2, INCEPTION, read_weights_file
 
 # The smallest sides in pixels at which the last layer still has a position.
@@ -36,7 +37,7 @@ class LPIPSDistance:
         x = x.float() / 127.5 - 1.0
         y = y.float() / 127.5 - 1.0
         distances: Tensor = self._network(x, y)  # (B, 1, 1, 1)
-        return distances.flatten().double()
+        return in_float64(distances.flatten())
 
 
 class Inception:

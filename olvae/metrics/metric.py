@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from olvae.modules.mixed_precision import full_float32
+from olvae.devices import full_float32
+from olvae.modules.mixed_precision import in_float64
 from olvae.pretrained_networks import WeightsFile
 
 # SSIM's window and sigma in pixels, and two constants against divisions by 0 [Wang et al. 2004].
@@ -105,7 +106,7 @@ class PerImage(Metric):
         check_pairs(keys, x, y)
         x, y = x.to(self._device), y.to(self._device)
         with full_float32(x):
-            values = self._compare(x, y).double().tolist()
+            values = in_float64(self._compare(x, y)).tolist()
         self._add(zip(keys, values, strict=True))
 
     def state(self) -> dict[str, float]:
@@ -213,7 +214,8 @@ def check_pairs(keys: Sequence[str], x: Tensor, y: Tensor) -> None:
         )
 
 
-# Comparisons of pairs of images, levels in 0..255: uint8, or float32 for more than 8 bits.
+# Comparisons of pairs of images, levels in 0..255: uint8, or float32 for more than 8 bits. They
+# compute in float64, on the CPU where the images' device has none.
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
@@ -222,18 +224,18 @@ def psnr(x: Tensor, y: Tensor) -> Tensor:
     10 log10(255^2 / mean squared error over the image).
     """
     # 64 rows at a time, so that large images need little memory; sums of integers are exact.
-    kind = torch.int if x.dtype == torch.uint8 else torch.double
+    exact = Tensor.int if x.dtype == torch.uint8 else in_float64
     errors = [
-        (a.to(kind) - b.to(kind)).square().flatten(1).sum(1)
+        (exact(a) - exact(b)).square().flatten(1).sum(1)
         for a, b in zip(x.split(64, 2), y.split(64, 2), strict=True)
     ]
     error = torch.stack(errors).sum(0)
-    return 10.0 * (255.0**2 / (error.double() / x[0].numel())).log10()
+    return 10.0 * (255.0**2 / (in_float64(error) / x[0].numel())).log10()
 
 
 def mean_absolute_error(x: Tensor, y: Tensor) -> Tensor:
     """Mean of |x - y| / 255 over each image: levels (B, C, H, W) twice -> float64 (B,)."""
-    return (x.double() - y.double()).abs().flatten(1).mean(1) / 255.0
+    return (in_float64(x) - in_float64(y)).abs().flatten(1).mean(1) / 255.0
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
@@ -252,7 +254,7 @@ def _similarity(x: Tensor, y: Tensor) -> Tensor:
     Levels (B, C, H, W) twice. In float64: a variance is a small difference of large squares, which
     in float32 loses up to 1e-3 of bright images.
     """
-    sums = x.new_zeros(2, len(x), dtype=torch.double)
+    sums = torch.zeros((), dtype=torch.double)
     border = SSIM_WINDOW - 1
     # Positions where the window fits.
     height = x.shape[-2] - border
@@ -263,12 +265,12 @@ def _similarity(x: Tensor, y: Tensor) -> Tensor:
     for top in range(0, height, step):
         for left in range(0, width, step):
             tile = ..., slice(top, top + SSIM_TILE), slice(left, left + SSIM_TILE)
-            a, b = x[tile].double(), y[tile].double()
+            a, b = in_float64(x[tile]), in_float64(y[tile])
 
             # Both, their squares and their product, averaged under the window at each position.
             products = torch.stack([a, b, a * a, b * b, a * b])  # (5, B, C, H, W)
-            rows = _windows(a.shape[-2], x.device)
-            columns = _windows(a.shape[-1], x.device)
+            rows = _windows(a.shape[-2], a.device)
+            columns = _windows(a.shape[-1], a.device)
             mean_a, mean_b, aa, bb, ab = rows @ products @ columns.T  # (5, B, C, H - 10, W - 10)
 
             covariance = ab - mean_a * mean_b
@@ -276,7 +278,7 @@ def _similarity(x: Tensor, y: Tensor) -> Tensor:
             contrast = (2 * covariance + C2) / (variances + C2)
             del covariance, variances  # large, and of no use below
             luminance = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
-            sums += torch.stack([luminance * contrast, contrast]).flatten(2).sum(2)
+            sums = sums + torch.stack([luminance * contrast, contrast]).flatten(2).sum(2)
     return sums / (x.shape[1] * height * width)
 
 
@@ -316,7 +318,7 @@ def ms_ssim(x: Tensor, y: Tensor) -> Tensor:
     """
     # After four halvings the window still fits.
     _check_size("MS-SSIM with five scales", x, SSIM_WINDOW * 2**4)
-    x, y = x.double(), y.double()
+    x, y = in_float64(x), in_float64(y)
     found = torch.ones(len(x), dtype=torch.double, device=x.device)
     for weight in MS_SSIM_WEIGHTS[:-1]:
         found *= _similarity(x, y)[1].relu() ** weight

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from olvae.data.source import Batch
+from olvae.devices import tf32
 from olvae.launcher import gather
 from olvae.metrics import MakeMetrics, build_metrics
 from olvae.metrics.metric import MetricSet
@@ -53,8 +54,12 @@ class Validation:
         if model.use_ema and find_average(model.trainer) is not None:
             self.metrics["val_raw"] = make()
 
+    @tf32(False)
     def update(self, model: Model, batch: Batch, number: int) -> None:
-        """Add a batch; ``number`` counts the batches of this process."""
+        """Add a batch; ``number`` counts the batches of this process.
+
+        Without TF32, whatever training computes in.
+        """
         images = model.images(batch)
         levels = model.pixel_range.levels(batch["image"])
         moments = batch.get("moments")

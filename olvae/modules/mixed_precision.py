@@ -18,7 +18,7 @@ A layer may compute its weight from its parameters, as SMC and SpectralConv2d do
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -57,16 +57,17 @@ def upcast(x: Tensor) -> Tensor:
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-@contextmanager
-def full_float32(x: Tensor) -> Iterator[None]:
-    """Turn off autocast and cuDNN's TF32 convolutions, for numbers that others compare with."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with no_autocast(x):
-            yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
+def in_float64(x: Tensor) -> Tensor:
+    """``x`` in float64, on its device, or for mps, which has no float64, on the CPU."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def without_tf32(x: Tensor) -> Tensor:
+    """``x`` for a convolution that must not be TF32's: in float64 on CUDA, else as it is.
+
+    TF32 is a setting of the moment, and a backward pass or a compiled graph runs at another.
+    """
+    return x.double() if x.is_cuda else x
 
 
 class Float32Conv2d(nn.Conv2d):

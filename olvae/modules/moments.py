@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from olvae.modules.mixed_precision import in_float64
+
 FEW_IMAGES = 100  # below which other images give noticeably other factors
 
 
@@ -85,4 +87,4 @@ class Moments:
 
 def _by_channel(latents: Tensor) -> Tensor:
     """(n_z, h, w) or (B, n_z, h, w) -> (n_z, positions) in float64."""
-    return latents.double().movedim(-3, 0).flatten(1)
+    return in_float64(latents).movedim(-3, 0).flatten(1)

@@ -8,9 +8,10 @@ The signal is continued periodically (PyWavelets' mode "periodization"), so that
 coefficients per band and the transform stays orthonormal for every filter length. An odd side is
 first made even by repeating its last row or column, as PyWavelets does.
 
-Everything is computed in float32 (float64 for float64), under autocast too: half-precision input
-comes back as float32 inside an autocast region, like torch's own float32 operations there, and in
-its own dtype outside.
+Everything is computed in float32 (float64 for float64), under autocast too, and never in TF32,
+neither backwards nor compiled: on CUDA, filters other than Haar's are applied in float64.
+Half-precision input comes back as float32 inside an autocast region, like torch's own float32
+operations there, and in its own dtype outside.
 """
 
 from typing import Any
@@ -21,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from olvae.library_internals import assume_constant, is_traced
-from olvae.modules.mixed_precision import autocast_enabled, no_autocast, upcast
+from olvae.modules.mixed_precision import autocast_enabled, no_autocast, upcast, without_tf32
 
 
 def dwt2(x: Tensor, wavelet: str = "haar") -> Tensor:
@@ -263,7 +264,8 @@ def _analyse_rows(x: Tensor, wavelet: str) -> tuple[Tensor, Tensor]:
     weight = torch.tensor(_filters(wavelet), dtype=x.dtype, device=x.device)[:, None]  # (2, 1, F)
     rows = _periodic(x.reshape(-1, 1, x.shape[-1]), weight.shape[-1] // 2 - 1)
     with no_autocast(x):
-        low, high = F.conv1d(rows, weight, stride=2).unbind(1)  # each (rows, n)
+        bands = F.conv1d(without_tf32(rows), without_tf32(weight), stride=2).to(x.dtype)
+    low, high = bands.unbind(1)  # each (rows, n)
     shape = (*x.shape[:-1], x.shape[-1] // 2)
     return low.reshape(shape), high.reshape(shape)
 
@@ -280,7 +282,8 @@ def _synthesise_rows(low: Tensor, high: Tensor, wavelet: str) -> Tensor:
     bands = torch.stack((low.reshape(-1, n), high.reshape(-1, n)), dim=1)  # (rows, band, n)
     bands = _periodic(bands, reach)
     with no_autocast(low):
-        x = F.conv_transpose1d(bands, weight, stride=2)  # (rows, 1, ...)
+        x = F.conv_transpose1d(without_tf32(bands), without_tf32(weight), stride=2)
+    x = x.to(low.dtype)  # (rows, 1, ...)
 
     # Its first pixel has the index 1 - F/2 - 2 reach.
     start = 2 * reach + half - 1

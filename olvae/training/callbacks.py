@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.data.source import Batch, BatchLoader
+from olvae.devices import tf32
 from olvae.figures import error_map, labelled_grid
 from olvae.files import SIGNALS, atomic_write, counted, reason
 from olvae.launcher import Agreement
@@ -63,6 +64,7 @@ class ImageGrids(Callback):
         if sum(len(one["image"]) for one in self._batches) < self.count:
             self._batches.append(batch)
 
+    @tf32(False)
     @torch.no_grad()
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: LiteAutoencoderKL) -> None:
         if not self._batches or trainer.sanity_checking or not trainer.is_global_zero:
@@ -469,7 +471,8 @@ class StepTrace(Callback):
     def on_exception(
         self, trainer: pl.Trainer, _: pl.LightningModule, exception: BaseException
     ) -> None:
-        if isinstance(exception, torch.OutOfMemoryError):
+        on_cuda = trainer.strategy.root_device.type == "cuda"
+        if on_cuda and isinstance(exception, torch.OutOfMemoryError):
             path = current_run(trainer).path / "memory.pickle"
             dump_memory_history(str(path))
             notify(f"a snapshot of the memory is in {path}")

@@ -157,7 +157,7 @@ class StepProgress(ProgressBar):
             speed = {
                 "images_per_s": self._status.images_per_s(),
                 "waiting_for_data": self._status.waiting_share(),
-                "memory_gib": _memory_gib(),
+                "memory_gib": _memory_gib(trainer.strategy.root_device),
             }
             if torch.cuda.is_available():
                 speed["reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
@@ -198,8 +198,13 @@ class StepProgress(ProgressBar):
             self.console.print(line, highlight=False, soft_wrap=True)
 
 
-def _memory_gib() -> float:
-    """The most memory that this process has taken: of its GPU, or without one of the machine."""
+def _memory_gib(device: torch.device) -> float:
+    """The most memory that this process has taken: of its GPU, or without one of the machine.
+
+    mps counts no peak: what it has now.
+    """
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory() / 2**30
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     if ON_WINDOWS:

@@ -23,7 +23,7 @@ from olvae.checkpoint import load_weights, read_checkpoint, read_weights, state_
 from olvae.config import Config, ConfigError, with_paths
 from olvae.data.places import load
 from olvae.data.source import Source
-from olvae.devices import resolve_devices, resolve_precision
+from olvae.devices import PRECISIONS, precision_name, resolve_devices, resolve_precision, tf32
 from olvae.files import (
     counted,
     first_line,
@@ -240,10 +240,13 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
         if resumed is None and model.linear_psnr is not None:
             logger.log_metrics({"val/psnr": model.linear_psnr}, step=0)
 
-    # Training. The compiler's stance is restored afterwards, as validation changes it.
+    # Training. The compiler's stance is restored afterwards, as validation changes it. In float32,
+    # torch's own settings of TF32 stay, unless the precision is tf32.
     processes.watch_processes(run)
+    named = PRECISIONS[precision_name(prepared.settings.precision)]
+    stance = torch.compiler.set_stance("default") if model.compiled else nullcontext()
     try:
-        with torch.compiler.set_stance("default") if model.compiled else nullcontext():
+        with stance, tf32(True) if named.tf32 else nullcontext():
             trainer.fit(
                 model,
                 train_dataloaders=source.train_loader(prepared.settings.seed, prepared.images_seen),

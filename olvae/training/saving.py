@@ -278,7 +278,7 @@ class BackgroundCheckpointIO(TorchCheckpointIO):
 
         def on_host(value: Any) -> Any:
             if isinstance(value, Tensor):
-                return value.detach().to("cpu", copy=True, non_blocking=True)
+                return value.detach().to("cpu", copy=True, non_blocking=value.is_cuda)
             return value
 
         # Copies from a GPU are started all at once, and have arrived after one wait.

@@ -13,7 +13,7 @@ from rich.table import Table
 from olvae.config import Config
 from olvae.data.pixels.size_and_range import Sides
 from olvae.data.source import MIN_VAL_IMAGES, Source
-from olvae.devices import cores, sharing_cores
+from olvae.devices import cores, device_name, sharing_cores
 from olvae.figures import plot_curves
 from olvae.files import counted
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -85,8 +85,8 @@ def _rows(
     if source.num_workers:
         workers = counted(source.num_workers, "loader process", "es")
     device = f"CPU process of {counted(torch.get_num_threads(), 'thread')}"
-    if trainer.strategy.root_device.type == "cuda":
-        device = torch.cuda.get_device_name(trainer.strategy.root_device)
+    if trainer.strategy.root_device.type != "cpu":
+        device = device_name(trainer.strategy.root_device)
     terms = [f"{weight:g} {name}" for name, weight in model.objective.weights.items()]
     rows = {
         "encoder": _network(model.encoder, (1, vae.encoder.in_channels, *size), size),

@@ -60,7 +60,11 @@ DEMO = ("train", "--base", "configs/demo.yaml")
     [
         (["train"], 2, "--base names the config"),
         (["train", "--base"], 2, "--base"),
-        ([*DEMO, "--precision", "64"], 2, "error: --precision 64: choose from fp16, bf16, 32"),
+        (
+            [*DEMO, "--precision", "64"],
+            2,
+            "error: --precision 64: choose from fp16, bf16, tf32, 32",
+        ),
         ([*DEMO, "--gpus", "99"], 2, "0 is the CPU"),
         ([*DEMO, "--seed", "x"], 2, "--seed"),
         ([*DEMO, "--lgdir", "x"], 2, "No such option: --lgdir (Possible options: --logdir)"),
@@ -269,7 +273,7 @@ QUICK: list[tuple[tuple[str, ...], int, str]] = [
     ),
     (("evaluate", "tests", "olvae:missing"), 1, "olvae:missing: no model of this name"),
     (("evaluate", "tests", "--metrics", "fid"), 2, "--metrics fid: choose from all, psnr"),
-    (("latents", "tests", "--device", "gpu"), 2, "--device gpu: choose cpu, cuda, or cuda:N"),
+    (("latents", "tests", "--device", "gpu"), 2, "--device gpu: choose cpu, cuda, cuda:N, or mps"),
     (
         ("encode", "tests", "--data", "missing.txt", "--out", "x"),
         1,
@@ -376,7 +380,7 @@ def test_a_device_that_is_not_there_is_refused(olvae, tmp_path, command):
     assert olvae(*command, "--device", "gpu") == (
         2,
         "",
-        "error: --device gpu: choose cpu, cuda, or cuda:N\n",
+        "error: --device gpu: choose cpu, cuda, cuda:N, or mps\n",
     )
     code, _, err = olvae(*command, "--device", "cuda:99")
     assert (code, err) == (
@@ -384,6 +388,21 @@ def test_a_device_that_is_not_there_is_refused(olvae, tmp_path, command):
         f"error: --device cuda:99: this machine has {counted(torch.cuda.device_count(), 'GPU')}\n",
     )
     assert not (tmp_path / "out").exists()
+
+
+def test_an_operator_that_a_mac_lacks_is_named_with_torchs_way_out(capsys):
+    """torch's own message, which is long."""
+    error = NotImplementedError(
+        "The operator 'aten::col2im' is not currently implemented for the MPS device. If you want "
+        "this op to be considered for addition please comment on ... As a temporary fix, you can "
+        "set the environment variable `PYTORCH_ENABLE_MPS_FALLBACK=1` to use the CPU as a fallback "
+        "for this op. WARNING: this will be slower than running natively on MPS."
+    )
+    assert print_error(error) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith("error: aten::col2im: torch can't compute it on a Mac's GPU: set ")
+    assert "PYTORCH_ENABLE_MPS_FALLBACK=1" in err
 
 
 @pytest.mark.parametrize("command", COMPUTE, ids=lambda it: it[0], indirect=True)

@@ -20,7 +20,7 @@ def test_names_of_flags_are_those_of_the_registries():
     """Which the command line does not import, as they import torch."""
     assert tuple(METRICS) == evaluate.METRIC_NAMES
     assert tuple(protocol.PROTOCOLS) == evaluate.PROTOCOL_NAMES
-    assert tuple(devices.PRECISIONS) == PRECISION_NAMES[:3]
+    assert tuple(devices.PRECISIONS) == PRECISION_NAMES[:4]
     assert {devices.precision_name(name) for name in PRECISION_NAMES} == {*devices.PRECISIONS}
     others = " and ".join(name for name in METRICS if name not in DEFAULT_METRICS)
     zoo = ", ".join(ZOO_METRICS)
@@ -40,11 +40,14 @@ LATENTS = ("encode", "x", "--data", "y", "--out", "z")
         ),
         (
             ("evaluate", "x", "--precision", "fp16,fp8"),
-            "error: --precision fp16,fp8: choose from fp16, bf16, 32, ",
+            "error: --precision fp16,fp8: choose from fp16, bf16, tf32, 32, ",
         ),
         (("evaluate", "x", "--posterior", "mean"), "'mean' is not one of 'mode"),
         ((*LATENTS, "--dtype", "half"), "'half' is not one of 'float16"),
-        ((*LATENTS, "--precision", "8"), "error: --precision 8: choose from fp16, bf16, 32\n"),
+        (
+            (*LATENTS, "--precision", "8"),
+            "error: --precision 8: choose from fp16, bf16, tf32, 32\n",
+        ),
         (("decode", "x", "y", "--out", "z", "--format", "gif"), "'gif' is not one of 'p"),
     ],
 )

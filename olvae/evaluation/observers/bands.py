@@ -11,6 +11,7 @@ from markupsafe import Markup
 from olvae.evaluation.cells import significant
 from olvae.evaluation.observers.observer import Observation, PerImageObserver
 from olvae.evaluation.page import Page
+from olvae.modules.mixed_precision import in_float64
 from olvae.modules.wavelet import wavedec2
 
 NO_SIGNAL: Mapping[str, float | None] = {"share_of_signal": None, "energy_ratio": None}
@@ -47,8 +48,8 @@ class Bands(PerImageObserver):
             return None
         levels = even.bit_length() - 1
         size = batch.x[0].numel()
-        signal = wavedec2(batch.x.double(), levels=levels)
-        out = wavedec2(batch.y.double(), levels=levels)
+        signal = wavedec2(in_float64(batch.x), levels=levels)
+        out = wavedec2(in_float64(batch.y), levels=levels)
         error = [b - a for a, b in zip(signal, out, strict=True)]
 
         # Energies per pixel value; each level's bands are (B, 4 C, h, w), with LL first.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from olvae.evaluation.cells import MINUS, significant
 from olvae.evaluation.observers.observer import Observation, PerImageObserver
+from olvae.modules.mixed_precision import in_float64
 
 LUMA = (0.299, 0.587, 0.114)  # of R, G and B, as in ITU-R BT.601
 
@@ -32,8 +33,8 @@ class Colour(PerImageObserver):
 
     def measure(self, batch: Observation) -> Iterable[Any]:
         """Shifts, then pairs of in and out."""
-        x = batch.x.double()
-        y = batch.y.double()
+        x = in_float64(batch.x)
+        y = in_float64(batch.y)
         shifts = (y - x).mean((2, 3))  # (B, C)
         pairs = [_saturation(x), _saturation(y), _contrast(x), _contrast(y)]
         rows: list[Any] = torch.cat((shifts, torch.stack(pairs, dim=1)), dim=1).tolist()

@@ -16,6 +16,7 @@ from olvae.evaluation.observers.observer import Observation, Observer, PerImageO
 from olvae.evaluation.results import Row
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Posterior
+from olvae.modules.mixed_precision import in_float64
 from olvae.modules.moments import Moments
 
 
@@ -102,7 +103,7 @@ class Cross(PerImageObserver):
         if batch.target != self._student:
             return None
         assert teacher is not None, "the teacher comes first"
-        errors = (batch.latents.double() - teacher.double()).square().sum((2, 3))  # (B, n_z)
+        errors = (in_float64(batch.latents) - in_float64(teacher)).square().sum((2, 3))  # (B, n_z)
         return zip((Moments.of(latent).state() for latent in teacher), errors.tolist(), strict=True)
 
     def summarise(self, columns: Sequence[Any]) -> dict[str, Any]:

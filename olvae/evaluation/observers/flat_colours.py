@@ -9,11 +9,11 @@ import torch
 from markupsafe import Markup
 
 from olvae.data.pixels.size_and_range import from_uint8
+from olvae.devices import full_float32
 from olvae.evaluation.cells import number, texts
 from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.evaluation.page import Page
 from olvae.models.autoencoder import Autoencoder
-from olvae.modules.mixed_precision import full_float32
 
 GREYS = {"black": 0, "grey 64": 64, "grey 128": 128, "grey 192": 192, "white": 255}
 HUES = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from olvae.config import ConfigError
-from olvae.devices import FULL, PRECISIONS, autocast, precision_name
+from olvae.devices import FULL, PRECISIONS, autocast, precision_name, tf32
 from olvae.evaluation.cells import significant
 from olvae.evaluation.observers.observer import Observer, Subject
 from olvae.evaluation.results import Row
@@ -72,9 +72,11 @@ class InPrecision(Autoencoder):
     @contextmanager
     def _computing(self, x: Tensor) -> Iterator[None]:
         """Compute under autocast if asked for; explain operators that this precision lacks."""
-        cast = self._autocast and not x.is_meta
+        computing = tf32(PRECISIONS[self.precision].tf32)
+        if self._autocast and not x.is_meta:
+            computing = autocast(x.device.type, self.precision)
         try:
-            with autocast(x.device.type, self.precision) if cast else nullcontext():
+            with computing:
                 yield
         except RuntimeError as error:
             if "not implemented for" not in str(error):
@@ -181,10 +183,10 @@ class HalfPrecision(Observer):
     - ``safe``: nothing was non-finite, and PSNR is within :data:`SAFE_DB`.
 
     Args:
-        precisions: fp16, bf16, 32, by any of their names, or fp16-autocast, bf16-autocast: weights
-            in float32, under autocast, as in training and many pipelines. 32 is always among them,
-            and first, because others are compared with it. With 32 alone, nothing is done and
-            nothing recorded. ConfigError for an unknown name.
+        precisions: fp16, bf16, tf32, 32, by any of their names, or fp16-autocast, bf16-autocast:
+            weights in float32, under autocast, as in training and many pipelines. 32 is always
+            among them, and first, because others are compared with it. With 32 alone, nothing is
+            done and nothing recorded. ConfigError for an unknown name.
     """
 
     name = "precision"
@@ -194,10 +196,10 @@ class HalfPrecision(Observer):
         names = [FULL]
         for precision in precisions:
             name = precision_name(precision.removesuffix(AUTOCAST))
-            if precision.endswith(AUTOCAST):
-                name += AUTOCAST
             # float32 under autocast is float32.
-            if name not in names and name != FULL + AUTOCAST:
+            if precision.endswith(AUTOCAST) and PRECISIONS[name].dtype != torch.float32:
+                name += AUTOCAST
+            if name not in names:
                 names.append(name)
         self.precisions = tuple(names)
         self.adds_rows = "precision" if len(names) > 1 else ""

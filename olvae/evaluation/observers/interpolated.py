@@ -15,7 +15,7 @@ from olvae.metrics.features import Features, Inception
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import check_choice
 from olvae.modules.distributions import keyed_seed
-from olvae.modules.mixed_precision import full_float32
+from olvae.devices import full_float32
 from olvae.pretrained_networks import INCEPTION, find_weights, provenance
 
 How = Literal["paper", "nearest"]

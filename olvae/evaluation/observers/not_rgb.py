@@ -11,6 +11,7 @@ from olvae.evaluation.cells import significant
 from olvae.evaluation.observers.observer import Observation, PerImageObserver
 from olvae.evaluation.results import Row
 from olvae.losses.objective import over
+from olvae.modules.mixed_precision import in_float64
 
 SPECTRAL = 4  # channels from which a pixel has a spectrum
 BACKGROUNDS = {"black": -1.0, "grey": 0.0, "white": 1.0}
@@ -31,8 +32,8 @@ class RealValues(PerImageObserver):
         pixels = batch.pixel_range
         if pixels.eight_bits:
             return None
-        x = pixels.real(batch.x).double()
-        y = pixels.real(batch.y).double()
+        x = in_float64(pixels.real(batch.x))
+        y = in_float64(pixels.real(batch.y))
         error = y - x
         squares = error.square().mean((2, 3))  # (B, C)
         sizes = error.abs().mean((2, 3))
@@ -97,8 +98,8 @@ class Transparency(PerImageObserver):
     def measure(self, batch: Observation) -> Iterable[Any] | None:
         if batch.x.shape[1] != 4 or not batch.pixel_range.eight_bits:
             return None
-        x = batch.pixel_range.normalise(batch.x).double()
-        y = batch.pixel_range.normalise(batch.y).double()
+        x = in_float64(batch.pixel_range.normalise(batch.x))
+        y = in_float64(batch.pixel_range.normalise(batch.y))
         pairs = []
         for grey in BACKGROUNDS.values():
             paper = x.new_tensor(grey)

@@ -23,6 +23,7 @@ from olvae.modules.litevae.encoder_model import (
     PreActivationBlock,
     UNet,
 )
+from olvae.modules.mixed_precision import in_float64
 
 Function = Callable[[Tensor], Tensor]
 
@@ -119,7 +120,7 @@ class Plane:
     def write(self, start: int, values: Tensor) -> None:
         """Write a strip, (1, C, rows, W), and add it to the sums: each row must come once."""
         channels, _, width = self.shape
-        wide = values[0].flatten(1).double()
+        wide = in_float64(values[0].flatten(1))
         self.sums += torch.stack((wide.sum(1), wide.square().sum(1))).cpu()
         rows = values[0].transpose(0, 1)
         if self.file is None:

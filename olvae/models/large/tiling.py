@@ -209,6 +209,9 @@ def tile_for(decoder: Decoder, memory: int, shape: tuple[int, ...]) -> int:
 
 def default_memory(device: torch.device) -> int:
     """The default limit in bytes: half of a GPU's free memory, or 1 GiB on the CPU."""
+    if device.type == "mps":
+        free = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+        return max(GIB, free // 2)
     if device.type != "cuda":
         return GIB
     return int(torch.cuda.mem_get_info(device)[0]) // 2

@@ -59,8 +59,9 @@ class NonFiniteGuard:
     """Observe the losses and gradients of each step on the device; undo a step with a bad one.
 
     The optimizers of a bad step get ``found_inf``, by which fused kernels and Muon skip an update.
-    Buffers that the forward passes changed, such as BatchNorm's and LeCam's, are put back. After a
-    bad first update the step's further ones are skipped; a bad further one is undone alone.
+    On mps, where kernels ignored it before torch 2.14, they lose their gradients as well. Buffers
+    that the forward passes changed, such as BatchNorm's and LeCam's, are put back. After a bad
+    first update the step's further ones are skipped; a bad further one is undone alone.
 
     Order of calls in a step:
 
@@ -73,7 +74,8 @@ class NonFiniteGuard:
        again: :meth:`return_to`, then its losses as in 2; then 3
     5. :meth:`end_step`
 
-    Between steps, when a wait for the device is acceptable: :meth:`collect`. Nothing else waits.
+    Between steps, when a wait for the device is acceptable: :meth:`collect`. Nothing else waits,
+    but :meth:`skip_if` on mps.
     """
 
     def __init__(self, modules: Iterable[nn.Module | None]) -> None:
@@ -140,7 +142,12 @@ class NonFiniteGuard:
     def skip_if(
         bad: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None
     ) -> None:
-        """Make the optimizer's next step a no-op if ``bad`` is 1.0; it must heed ``found_inf``."""
+        """Make the optimizer's next step a no-op if ``bad`` is 1.0; it must heed ``found_inf``.
+
+        On mps an optimizer has to leave parameters without gradients alone, as torch's do.
+        """
+        if bad.device.type == "mps" and bad > 0:
+            optimizer.zero_grad()
         if scaler is None:
             optimizer.found_inf = bad  # type: ignore[attr-defined]
             return

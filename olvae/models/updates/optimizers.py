@@ -92,6 +92,8 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """An optimizer of :data:`OPTIMIZERS`, which can skip an update without a host-device sync.
 
+    See :class:`~olvae.models.updates.nonfinite.NonFiniteGuard`, also for mps.
+
     When a state is loaded, betas stay as here, and the saved rate is scaled to this base rate, so
     that what a schedule has made of it stays.
     """

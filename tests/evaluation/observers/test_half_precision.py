@@ -255,7 +255,8 @@ def test_half_precision_names_of_precisions_and_rows():
     assert HalfPrecision().precisions == HalfPrecision(["float32"]).precisions == ("32",)
     assert HalfPrecision(["fp16", "bfloat16", "16"]).precisions == ("32", "fp16", "bf16")
     assert HalfPrecision(["32-autocast", "16-autocast"]).precisions == ("32", "fp16-autocast")
-    with pytest.raises(ConfigError, match="`precision` fp8: choose from fp16, bf16, 32"):
+    assert HalfPrecision(["tf32-autocast", "tf32"]).precisions == ("32", "tf32")
+    with pytest.raises(ConfigError, match="`precision` fp8: choose from fp16, bf16, tf32, 32"):
         HalfPrecision(["fp16", "fp8"])
     subject = Subject(Tiny(1.0, 1.0))
     assert HalfPrecision().derive({"a": subject}) == {"a": subject}

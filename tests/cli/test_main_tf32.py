@@ -1,0 +1,63 @@
+"""Which commands compute convolutions without TF32: by torch's settings during each of them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+DEFAULT = (True, False)  # torch's: convolutions in TF32, products in float32
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The settings of (convolutions, products) at each convolution with memory."""
+    convolve, found = F.conv2d, set()
+
+    def noted(x, *args, **kwargs):
+        if not x.is_meta:
+            settings = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+            found.add((torch.is_grad_enabled(), *settings))
+        return convolve(x, *args, **kwargs)
+
+    monkeypatch.setattr(F, "conv2d", noted)
+    yield found
+    assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == DEFAULT
+
+
+@pytest.mark.parametrize(("precision", "allowed"), [("32", False), ("tf32", True), ("bf16", False)])
+def test_encode_and_reconstruct_have_tf32_by_name_alone(
+    seen, done, target, image_folder, tmp_path, precision, allowed
+):
+    wanted = ["--precision", precision]
+    latents = tmp_path / "latents"
+    done("encode", target, "--data", image_folder, "--size", 16, "--out", latents, *wanted)
+    done("reconstruct", target, image_folder, "--out", tmp_path / "images", *wanted)
+    assert seen == {(False, allowed, allowed)}
+
+
+def test_other_commands_compute_without_tf32(seen, done, target, image_folder, tmp_path):
+    given = (target, "--data", image_folder, "--size", 16)
+    done("encode", *given, "--out", tmp_path / "latents")
+    done("decode", target, tmp_path / "latents", "--out", tmp_path / "images")
+    done("latents", target, "--data", image_folder, "--out", tmp_path / "report")
+    done("evaluate", *given, "--metrics", "psnr", "--no-report", "--out", tmp_path / "scores")
+    assert seen == {(False, False, False)}
+
+
+def test_evaluate_adds_a_row_in_tf32(seen, done, target, image_folder, tmp_path):
+    err = done(
+        *("evaluate", target, "--data", image_folder, "--size", 16, "--metrics", "psnr"),
+        *("--no-report", "--out", tmp_path, "--precision", "tf32"),
+    )
+    assert ", tf32" in err
+    assert seen == {(False, False, False), (False, True, True)}
+
+
+@pytest.mark.parametrize(
+    ("precision", "training"), [("32", DEFAULT), ("bf16", DEFAULT), ("tf32", (True, True))]
+)
+def test_training_keeps_torchs_settings_and_validation_has_no_tf32(
+    seen, done, config, tmp_path, precision, training
+):
+    done("train", "--base", config, "--logdir", tmp_path, "--gpus", 0, "--precision", precision)
+    assert {settings[1:] for settings in seen if settings[0]} == {training}
+    assert {settings[1:] for settings in seen if not settings[0]} == {(False, False)}
