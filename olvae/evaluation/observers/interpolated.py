@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olvae.data.pixels.size_and_range import to_uint8
+from olvae.devices import full_float32
 from olvae.evaluation.observers.observer import Observation, PerImageObserver, Subject
 from olvae.metrics.features import Features, Inception
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import check_choice
 from olvae.modules.distributions import keyed_seed
-from olvae.devices import full_float32
 from olvae.pretrained_networks import INCEPTION, find_weights, provenance
 
 How = Literal["paper", "nearest"]
