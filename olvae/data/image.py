@@ -15,6 +15,7 @@ from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     IMAGELENGTH,
     IMAGEWIDTH,
+    SAMPLEFORMAT,
     SAMPLESPERPIXEL,
     TiffImageFile,
 )
@@ -144,6 +145,7 @@ FORMATS = (
 )
 """Formats to open, by Pillow's names. Others are refused: EPS, for one, would start Ghostscript."""
 
+SIGNED = 2  # a TIFF's SampleFormat: integers below 0, too
 NEW_SUBFILE_TYPE = 254  # a TIFF's tag: bit 0 is set for a smaller copy, bit 2 for a mask
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
@@ -421,6 +423,9 @@ def _open_by_pillow(content: Path | bytes, channels: int) -> Image.Image | None:
             return None
     if not isinstance(image, TiffImageFile):
         return image
+    # Pillow takes these for 0 to 255.
+    if SIGNED in image.tag_v2.get(SAMPLEFORMAT, ()) and not _is_deep(image):
+        raise ValueError("8 bits per channel from -128 to 127: save it with 0 to 255")
 
     # A TIFF with as many channels as are wanted: Pillow drops some of them.
     if len(image.getbands()) < channels == image.tag_v2.get(SAMPLESPERPIXEL):

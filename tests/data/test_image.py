@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -308,3 +309,13 @@ def test_a_large_picture_with_alpha_is_in_memory_twice_at_most(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(found.stdout) < (2 * 64 + 96) * 1000
+
+
+def test_a_tiff_of_signed_bytes_is_refused(tmp_path):
+    """Pillow reads -128 as 128 and -1 as 255."""
+    values = np.arange(-128, 128, dtype=np.int8).reshape(16, 16)
+    tifffile.imwrite(tmp_path / "signed.tif", values, photometric="minisblack")
+    tifffile.imwrite(tmp_path / "bytes.tif", values.view(np.uint8), photometric="minisblack")
+    with pytest.raises(UnreadableImageError, match="from -128 to 127: save it with 0 to 255"):
+        read_picture(tmp_path / "signed.tif")
+    assert np.asarray(read_picture(tmp_path / "bytes.tif"))[0, 0].tolist() == [128] * 3
