@@ -92,6 +92,8 @@ DEMO = ("train", "--base", "configs/demo.yaml")
         ([*DEMO, "--data", "a", "--data=b"], 2, "--data is given twice, a, b: give one; a .txt"),
         ([*DEMO, "--teacher", "a", "--teacher", "b"], 2, "--teacher is given twice, a, b: give"),
         (["evaluate", "x", "--data", "a", "--data", "b"], 2, "--data is given twice, a, b: give"),
+        ([*DEMO, "--data", ""], 2, "--data is empty: give a value, or leave it out"),
+        (["evaluate", "x", "--size="], 2, "--size is empty: give a value, or leave it out"),
         (["evaluate", "configs/demo.yaml"], 1, "not a file of weights"),
         (["evaluate", "configs"], 1, "neither a run folder"),
         (["trian"], 2, "No such command"),
