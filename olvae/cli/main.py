@@ -121,6 +121,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if code == STOPPED:
         typer.echo("stopped", err=True)
         code = stop_code()
+        # If the interrupt came through code that was compiled from text, as dataclasses' is,
+        # `python -m` would end by SIGINT, without this code. Python forgets it at the next text.
+        exec("")
     sys.exit(code if isinstance(code, int) else 0)
 
 
