@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Run; every error but one of --debug ends as a line and a code.
     try:
         arguments = repeat_flags([argument for argument in given if argument != "--debug"])
-        _check_one_input(arguments)
+        _check_inputs(arguments)
         command = typer.main.get_command(app)
         _keep_examples(command)
         name_flags(command, arguments)
@@ -125,6 +125,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if code == STOPPED:
         typer.echo("stopped", err=True)
         code = stop_code()
+        # If the interrupt came through code that was compiled from text, as dataclasses' is,
+        # `python -m` would end by SIGINT, without this code. Python forgets it at the next text.
+        exec("")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -228,8 +231,18 @@ def repeat_flags(arguments: list[str]) -> list[str]:
     return out
 
 
-def _check_one_input(arguments: Sequence[str]) -> None:
-    """Raise ConfigError for two inputs of one option: click would drop the first in silence."""
+def _check_inputs(arguments: Sequence[str]) -> None:
+    """Raise ConfigError for an empty value, or two inputs of one option.
+
+    An empty text would be the current folder, or as good as no option; of two inputs click would
+    drop the first in silence.
+    """
+    for flag, value in pairwise([*arguments, "end"]):
+        if flag.startswith("--") and (not value or re.fullmatch(r"--[\w-]+=", flag)):
+            raise ConfigError(
+                f"{flag.rstrip('=')} is empty: give a value, or leave it out; "
+                "a variable of the shell is not set, perhaps"
+            )
     for flag in ONE_INPUT:
         given = []
         for argument, follows in pairwise([*arguments, ""]):

@@ -1,10 +1,12 @@
 """Read image files as pictures, and crop and resize them: at random to train, fixed to evaluate."""
 
+import contextlib
 import io
 import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from PIL.TiffImagePlugin import (
     BITSPERSAMPLE,
     IMAGELENGTH,
     IMAGEWIDTH,
+    SAMPLEFORMAT,
     SAMPLESPERPIXEL,
     TiffImageFile,
 )
@@ -144,6 +147,8 @@ FORMATS = (
 )
 """Formats to open, by Pillow's names. Others are refused: EPS, for one, would start Ghostscript."""
 
+MAX_PAGES = 1000  # of a TIFF, with its smaller copies; each is read
+SIGNED = 2  # a TIFF's SampleFormat: integers below 0, too
 NEW_SUBFILE_TYPE = 254  # a TIFF's tag: bit 0 is set for a smaller copy, bit 2 for a mask
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
@@ -429,6 +434,9 @@ def _open_by_pillow(content: Path | bytes, channels: int) -> Image.Image | None:
             return None
     if not isinstance(image, TiffImageFile):
         return image
+    # Pillow takes these for 0 to 255.
+    if SIGNED in image.tag_v2.get(SAMPLEFORMAT, ()) and not _is_deep(image):
+        raise ValueError("8 bits per channel from -128 to 127: save it with 0 to 255")
 
     # A TIFF with as many channels as are wanted: Pillow drops some of them.
     if len(image.getbands()) < channels == image.tag_v2.get(SAMPLESPERPIXEL):
@@ -443,9 +451,12 @@ def _open_by_pillow(content: Path | bytes, channels: int) -> Image.Image | None:
     # may be bands, which read_array joins.
     if not _is_deep(image):
         pages = 0
-        for page in range(image.n_frames):
-            image.seek(page)
-            pages += not int(image.tag_v2.get(NEW_SUBFILE_TYPE, 0)) & 0b101
+        with contextlib.suppress(EOFError):
+            for page in count():
+                image.seek(page)
+                pages += not int(image.tag_v2.get(NEW_SUBFILE_TYPE, 0)) & 0b101
+                if page == MAX_PAGES:
+                    raise ValueError(f"it holds more than {MAX_PAGES} pages")
         image.seek(0)
         if pages > 1:
             raise ValueError(

@@ -67,7 +67,7 @@ def test_bench_all_measures_every_group(olvae, tiny, tmp_path, monkeypatch):
         (["encoder", "--size", 100], "--size 100: must be a multiple of 8, such as 96"),
         (["data", "--workers", "a"], "--workers a: give numbers of processes"),
         (["data", "--workers", "²"], "--workers ²: give numbers of processes"),
-        (["data", "--workers", ""], "--workers : give numbers of processes"),
+        (["data", "--workers", ""], "--workers is empty: give a value"),
         ([","], "GROUPS ,: choose from all, dwt"),
         (["dwt", "--workers", 0], "--workers applies to data: give both, or neither"),
         (["dwt", "--config", "demo"], "--config applies to train: give both, or neither"),

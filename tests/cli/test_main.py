@@ -4,6 +4,7 @@ And once each through the README's scripts.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -99,6 +100,8 @@ DEMO = ("train", "--base", "configs/demo.yaml")
         ([*DEMO, "--data", "a", "--data=b"], 2, "--data is given twice, a, b: give one; a .txt"),
         ([*DEMO, "--teacher", "a", "--teacher", "b"], 2, "--teacher is given twice, a, b: give"),
         (["evaluate", "x", "--data", "a", "--data", "b"], 2, "--data is given twice, a, b: give"),
+        ([*DEMO, "--data", ""], 2, "--data is empty: give a value, or leave it out"),
+        (["evaluate", "x", "--size="], 2, "--size is empty: give a value, or leave it out"),
         (["evaluate", "configs/demo.yaml"], 1, "not a file of weights"),
         (["evaluate", "configs"], 1, "neither a run folder"),
         (["trian"], 2, "No such command"),
@@ -167,6 +170,25 @@ def test_ctrl_c_is_told_with_exit_code_130(olvae, trained, tmp_path, monkeypatch
     code, _, err = olvae(*command)
     assert code == 130
     assert err.endswith("_tiny_32: removed: nothing was saved yet\nstopped\n")
+
+
+def test_ctrl_c_inside_code_made_of_text_has_the_same_exit_code(tmp_path):
+    """As while a module with dataclasses is imported. Python then ends by SIGINT, under -m."""
+    (tmp_path / "interrupted.py").write_text(
+        "from olvae.bench import cases\n"
+        "from olvae.cli.main import main\n"
+        "cases.network_table = lambda *_: exec('raise KeyboardInterrupt')\n"
+        "main(['tables'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "stopped\n")
 
 
 def test_a_warning_is_one_line(olvae, config, monkeypatch):

@@ -1,10 +1,12 @@
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
@@ -36,7 +38,6 @@ def flipped(data: bytes, where: float) -> bytes:
 
 def bomb(width: int = 30_000, height: int = 30_000) -> bytes:
     """A PNG whose header claims so many pixels."""
-    import struct
     import zlib
 
     def chunk(kind: bytes, content: bytes) -> bytes:
@@ -308,3 +309,27 @@ def test_a_large_picture_with_alpha_is_in_memory_twice_at_most(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "a.png")]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(found.stdout) < (2 * 64 + 96) * 1000
+
+
+def test_a_tiff_of_thousands_of_pages_is_refused_before_all_are_read():
+    """Each took half a millisecond, so that 7 MB kept a reader busy for half a minute."""
+    tags = [(256, 4), (257, 4), (258, 8), (259, 1), (262, 1), (273, 8), (277, 1), (279, 16)]
+    page = struct.pack("<H", len(tags))
+    page += b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
+    pages = 60_000
+    content = bytearray(b"II*\0\x08\0\0\0")
+    for left in reversed(range(pages)):
+        following = len(content) + len(page) + 4 if left else 0
+        content += page + struct.pack("<I", following)
+    with pytest.raises(UnreadableImageError, match="it holds more than 1000 pages"):
+        Photo(bytes(content), "pages.tif")
+
+
+def test_a_tiff_of_signed_bytes_is_refused(tmp_path):
+    """Pillow reads -128 as 128 and -1 as 255."""
+    values = np.arange(-128, 128, dtype=np.int8).reshape(16, 16)
+    tifffile.imwrite(tmp_path / "signed.tif", values, photometric="minisblack")
+    tifffile.imwrite(tmp_path / "bytes.tif", values.view(np.uint8), photometric="minisblack")
+    with pytest.raises(UnreadableImageError, match="from -128 to 127: save it with 0 to 255"):
+        read_picture(tmp_path / "signed.tif")
+    assert np.asarray(read_picture(tmp_path / "bytes.tif"))[0, 0].tolist() == [128] * 3

@@ -307,23 +307,33 @@ def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str
 def count_images(path: Path, image_key: str | None = None) -> int | None:
     """Count a local shard's images by its headers, up to where it is damaged.
 
-    None if it is damaged before its first image.
+    None if it is damaged before its first image. Pictures that nothing reads get a warning, one for
+    a folder: links, and without an ``image_key`` those whose names have several dots.
     """
     count = 0
     last = None
     whole = False
+    left_out: set[str] = set()  # keys of such pictures
     with contextlib.suppress(*SHARD_ERRORS), tarfile.open(path, "r:*") as archive:
         while (member := archive.next()) is not None:
             # Forget the members that were read: a large shard's headers fill the memory.
             archive.members = []  # type: ignore[attr-defined]
             # Files of one key are one image; None is a name that belongs to no sample.
             key, extension = base_plus_ext(member.name)
-            if (
-                key not in (None, last)
-                and member.isreg()
-                and is_image(extension.lower(), image_key)
-            ):
+            if key in (None, last):
+                continue
+            extension = extension.lower()
+            if member.isreg() and is_image(extension, image_key):
                 count += 1
                 last = key
+                left_out.discard(key)
+            elif not image_key and not member.isdir() and is_image(extension.split(".")[-1], None):
+                left_out.add(key)
         whole = True
+    if left_out:
+        warn_once(
+            f"{path.parent}: pictures of its shards are left out: links, or names with several "
+            "dots, as a.b.jpg, of which all from the first dot on is the extension: store files, "
+            "and rename them or set data.params.image_key"
+        )
     return count if count or whole else None

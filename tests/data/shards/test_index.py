@@ -1,5 +1,6 @@
 import json
 import re
+import tarfile
 from pathlib import Path
 
 import fsspec
@@ -7,8 +8,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from olvae.data.opening import open_source
-from olvae.data.shards.index import find_shards, with_counts
-from tests.data.images import write_shards
+from olvae.data.shards.index import count_images, find_shards, with_counts
+from tests.data.images import encoded, write_shards, write_tar
 
 
 def test_with_counts_of_an_empty_shard_and_a_broken_one(tmp_path, caplog):
@@ -158,3 +159,25 @@ def test_remote_shards_keep_their_host_and_their_own_names():
     assert find_shards("hosted://user@host:21/hosted/") == urls
     assert find_shards("hosted://user@host:21/hosted/[01].tar") == urls[:2]
     assert find_shards(urls[2]) == urls[2:]
+
+
+@pytest.mark.parametrize("kind", ["dots", tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_pictures_of_a_shard_that_nothing_reads_are_not_left_out_in_silence(kind, tmp_path, caplog):
+    path = write_tar(tmp_path / "a.tar", [("1.jpg", encoded(1)), ("photo.v2.jpg", encoded(2))])
+    if kind != "dots":
+        write_tar(path, [("1.jpg", encoded(1))])
+        link = tarfile.TarInfo("2.jpg")
+        link.type = kind
+        link.linkname = "1.jpg"
+        with tarfile.open(path, "a") as archive:
+            archive.addfile(link)
+    assert count_images(path) == 1
+    (line,) = caplog.messages
+    assert line.startswith(f"{tmp_path}: pictures of its shards are left out: links, or names with")
+
+
+def test_other_pictures_of_an_image_are_not_left_out(tmp_path, caplog):
+    files = [("1.depth.png", encoded(1, "PNG")), ("1.jpg", encoded(1)), ("1.seg.png", b"s")]
+    assert count_images(write_tar(tmp_path / "a.tar", files)) == 1
+    assert count_images(write_tar(tmp_path / "b.tar", files[:1]), "depth.png") == 1
+    assert not caplog.messages
