@@ -88,13 +88,19 @@ def _start_worker(
 ) -> None:
     global _work
     _work = function, progress
+    start_worker(parent)
+
+
+def start_worker(parent: int, *_: object) -> None:
+    """Let a process that works for ``parent`` use one thread, ignore Ctrl-C, and end with it."""
     # Ctrl-C reaches all processes; the main one stops the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
+    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
 
 
-def _exit_with_parent(parent: int) -> None:
+def exit_with_parent(parent: int) -> None:
+    """Wait until this process' parent ends, and exit at once."""
     while os.getppid() == parent:
         time.sleep(POLL_S)
     os._exit(1)
