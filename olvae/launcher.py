@@ -1,18 +1,24 @@
 """Join, leave and use the process group of a launcher: torchrun, SLURM or Lightning itself."""
 
 import logging
+import multiprocessing as mp
 import os
+import signal
+import subprocess
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from olvae.config import ConfigError
-from olvae.library_internals import default_store
+from olvae.library_internals import default_store, observe_processes
 
 if TYPE_CHECKING:  # slow to import
     from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -23,6 +29,9 @@ _T = TypeVar("_T")
 # Timeout of collectives. Long, because processes with small shares wait for the others; when one
 # fails, torchrun ends all of them anyway.
 PATIENCE = timedelta(days=7)
+
+# Seconds between looks at the progress of others, and at whether they are alive.
+POLL_S = 0.1
 
 # Seconds that the first process of :func:`together` has to print an error.
 PRINTING_S = 0.5
@@ -95,6 +104,74 @@ def join(backend: str = "gloo", timeout: timedelta = PATIENCE) -> tuple[int, int
             backend, timeout=timeout, rank=slurm.global_rank(), world_size=slurm.world_size()
         )
     return this_process()
+
+
+def start_each(accelerator: str, devices: int | list[int]) -> None:
+    """Start this command again for each further device, as Lightning does, and join them all.
+
+    ConfigError if torchrun or srun started this process: they say how many there are.
+    """
+    if "RANK" in os.environ or srun_environment() is not None:
+        raise ConfigError("`gpus`: torchrun or srun has started the processes: leave it out")
+    # slow to import
+    from lightning.fabric import Fabric
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.fabric.strategies.ddp import DDPStrategy
+    from lightning.fabric.strategies.launchers import subprocess_script
+
+    # None outlives the others: the first watches its children, which watch it.
+    observe_processes(subprocess_script, partial(end_with_children, "command", str))
+    if local_rank() > 0:
+        threading.Thread(target=exit_with_parent, args=(os.getppid(),), daemon=True).start()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        strategy=DDPStrategy(process_group_backend="gloo", timeout=PATIENCE),
+        plugins=LightningEnvironment(),
+    ).launch()
+
+
+WHERE_TO_LOOK = "see its own output, or the system's log of killed processes"
+
+
+def end_with_children(
+    work: str,
+    saved: Callable[[], str],
+    children: Sequence[subprocess.Popen[Any]],
+    grace: float = 5.0,
+) -> None:
+    """End this process ``grace`` seconds after one that it started fails, from a thread.
+
+    On GPUs its collectives would never return; elsewhere they raise within ``grace``, which tells
+    more. The line about it names the ``work``, and ends with what ``saved`` returns.
+    """
+
+    def watch() -> None:
+        # Wait for the first that fails. An exit code is None while the process runs.
+        while True:
+            codes = [child.poll() for child in children]
+            if any(codes):
+                break
+            if None not in codes:
+                return
+            time.sleep(0.5)
+        time.sleep(grace)
+
+        # Still here: say which, and end all.
+        rank, code = next((rank, code) for rank, code in enumerate(codes, 1) if code)
+        how = f"ended with exit code {code}"
+        if code < 0:
+            how = f"was killed by {signal.Signals(-code).name}"
+        line = f"error: process {rank} of this {work} {how}: {WHERE_TO_LOOK}{saved()}"
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+        for child in children:
+            child.kill()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch processes", daemon=True).start()
 
 
 def gather(part: _T) -> list[_T] | None:
@@ -220,3 +297,12 @@ class Agreement:
             self._sent.wait()
         self._sent = None
         return int(self._flag.numpy())
+
+
+def exit_with_parent(parent: int) -> None:
+    """Wait until this process's parent ends, and exit at once."""
+    # On Windows, a parent's number outlives it.
+    process = mp.parent_process()
+    while os.getppid() == parent and (process is None or process.is_alive()):
+        time.sleep(POLL_S)
+    os._exit(1)

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -15,16 +14,13 @@ from typing import Any, TypeVar
 import torch
 
 from olvae.files import SIGNALS
-from olvae.launcher import check_others, gather, this_process
+from olvae.launcher import POLL_S, check_others, exit_with_parent, gather, this_process
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 # Called with the number of images done, and of all images if it is known.
 OnProgress = Callable[[int, int | None], None]
-
-# Seconds between looks at the progress, and at whether the main process is alive.
-POLL_S = 0.1
 
 
 class Cancelled(Exception):  # noqa: N818  (nothing went wrong)
@@ -108,20 +104,17 @@ def _start_worker(
 ) -> None:
     global _work
     _work = function, progress
+    start_worker(parent)
+
+
+def start_worker(parent: int, *_: object) -> None:
+    """Let a process that works for ``parent`` use one thread, ignore Ctrl-C, and end with it."""
     # A console's Ctrl-C and Ctrl-Break reach all processes; the main one stops the others.
     for number, name in SIGNALS.items():
         if name in ("Ctrl-C", "SIGBREAK"):
             signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
-    threading.Thread(target=_exit_with_parent, args=(parent,), daemon=True).start()
-
-
-def _exit_with_parent(parent: int) -> None:
-    # On Windows, a parent's number outlives it.
-    process = mp.parent_process()
-    while os.getppid() == parent and (process is None or process.is_alive()):
-        time.sleep(POLL_S)
-    os._exit(1)
+    threading.Thread(target=exit_with_parent, args=(parent,), daemon=True).start()
 
 
 def _run_task(task: Any) -> Any:

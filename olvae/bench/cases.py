@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from olvae import config as cfg
+from olvae.bench.encode_parts import encode_cases
 from olvae.bench.measure import Case, Setting, Work, clocked, machine, rows_of
 from olvae.config import ConfigError
 from olvae.data.dataset import MappedSource
@@ -416,6 +417,7 @@ GROUPS: Mapping[str, Group] = {
     ),
     "train": Group(_train, False, {"cpu": (0, 0), "cuda": (0, 0)}),
     "data": Group(_loaders, False, {"cpu": (0, 16), "cuda": (0, 32)}),
+    "encode": Group(encode_cases, True, {"cpu": (256, 16), "cuda": (256, 16)}),
 }
 
 

@@ -10,7 +10,7 @@ import typer
 from olvae.cli.options import check_applies, check_device, print_rows, split_commas
 from olvae.config import ConfigError
 
-GROUP_NAMES = ("dwt", "encoder", "decoder", "train", "data")
+GROUP_NAMES = ("dwt", "encoder", "decoder", "train", "data", "encode")
 
 # Entries of a row that say what was measured; the others are sizes and numbers.
 CASE = ("name", "variant", "precision")
@@ -22,7 +22,10 @@ def command(
     ],
     sources: Annotated[
         list[str] | None,
-        typer.Argument(metavar="SRC", help="Sources for data; by default the sample photographs."),
+        typer.Argument(
+            metavar="SRC",
+            help="Sources for data and encode; by default the sample photographs.",
+        ),
     ] = None,
     size: Annotated[
         int | None,
@@ -44,7 +47,8 @@ def command(
     workers: Annotated[
         str | None,
         typer.Option(
-            metavar="LIST", help="Numbers of loader processes for data; by default 0,1,2."
+            metavar="LIST",
+            help="Numbers of loader processes for data and encode; by default 0,1,2.",
         ),
     ] = None,
     rounds: Annotated[
@@ -66,8 +70,9 @@ def command(
 
     dwt is the wavelet transform beside PyWavelets, encoder and decoder are the networks beside
     Stable Diffusion's, train is a step beside one that runs the autoencoder twice, data is loaders
-    beside decoding alone. The cases of a group take turns. Each has a median, the spread of the
-    middle half of its times, and its share of a limit that is measured in the same turns.
+    beside decoding alone, encode is `olvae encode` with a network of no cost. The cases of a group
+    take turns. Each has a median, the spread of the middle half of its times, and its share of a
+    limit that is measured in the same turns.
 
     Example: olvae bench encoder --device cuda --json > now.json
 
@@ -80,9 +85,10 @@ def command(
         raise ConfigError(
             f"GROUPS {', '.join(unknown) or groups}: choose from all, {', '.join(GROUP_NAMES)}"
         )
-    if sources and "data" not in chosen:
-        raise ConfigError(f"{sources[0]}: only data takes sources")
-    check_applies("--workers", workers is not None, "data", "data" in chosen)
+    loads = "data" in chosen or "encode" in chosen
+    if sources and not loads:
+        raise ConfigError(f"{sources[0]}: only data and encode take sources")
+    check_applies("--workers", workers is not None, "data or encode", loads)
     check_applies("--config", bool(config), "train", "train" in chosen)
     if size is not None and size % 8:
         raise ConfigError(f"`size` {size}: must be a multiple of 8, such as {size // 8 * 8}")

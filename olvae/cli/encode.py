@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,9 @@ from olvae.files import check_folder, counted, no_empty_folders, printable
 if TYPE_CHECKING:  # slow to import
     from olvae.models.autoencoder import Autoencoder
     from olvae.models.loading.loader import Target
+
+# By default one GPU has at most this many processes that read images for it.
+MOST_READERS = 16
 
 # With a default, unlike evaluation's, which takes the config's.
 EncodeBatchSize = Annotated[
@@ -92,8 +96,13 @@ def command(
     ] = None,
     batch_size: EncodeBatchSize = 16,
     threads: Annotated[
-        int, typer.Option(min=1, help="Threads that read images, in each process.")
-    ] = 4,
+        int | None,
+        typer.Option(
+            min=1,
+            help="Readers of images for each GPU, in processes of their own; by default one per "
+            f"core, up to {MOST_READERS}.",
+        ),
+    ] = None,
     memory: Annotated[
         float | None,
         typer.Option(
@@ -110,6 +119,13 @@ def command(
         bool, typer.Option("--compile", help="Compile the encoder; new sizes take time.")
     ] = False,
     device: Device = None,
+    gpus: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N_OR_LIST",
+            help="Share the shards among several GPUs: their number, or a list: 2, or 0,3.",
+        ),
+    ] = None,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
     as_json: Annotated[
@@ -119,7 +135,7 @@ def command(
     """Turn images into WebDataset shards of latents, with their statistics.
 
     After an interruption, the same command continues, and the result is the same byte for byte. To
-    share the work among processes: torchrun --nproc_per_node 4 --module olvae encode ... The
+    share the work among GPUs: --gpus 4; among machines: torchrun ... --module olvae encode ... The
     shards, and how to train a diffusion model on them:
     https://open-litevae.github.io/open-litevae/encode/
 
@@ -136,15 +152,20 @@ def command(
         import torch
 
         from olvae.data.pixels.size_and_range import Sides
-        from olvae.devices import keep_freed_memory, precision_name, resolve_device
-        from olvae.export.encoding import (
-            EncodeJob,
+        from olvae.devices import (
+            cores,
+            keep_freed_memory,
+            precision_name,
+            sharing_cores,
+        )
+        from olvae.export.encode_inputs import (
             EncodeOptions,
             ShardInputs,
             find_inputs,
             usual_transform,
         )
-        from olvae.launcher import gather, join, leave
+        from olvae.export.encoding import EncodeJob
+        from olvae.launcher import gather, join, leave, start_each
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
 
@@ -152,9 +173,9 @@ def command(
     check_folder(out)
     if not native:
         keep_freed_memory()  # images of one size need the same memory again and again
-    rank, world = join()
+    own, devices = own_device(device, gpus)
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
-    where = torch.device(resolve_device(device))
+    where = torch.device(own)
     model = found.load().to(where)
 
     # The images, and how they are encoded.
@@ -179,6 +200,11 @@ def command(
     stats = None
     with no_empty_folders(out):
         job = EncodeJob(model, inputs, options, out, {"target": found.name, "source": data})
+        if len(devices) > 1:
+            start_each("cuda", devices)
+        rank, world = join()
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or world)
+        readers = threads or min(MOST_READERS, max(1, cores() // sharing_cores(here)))
         n = len(inputs)
         if rank == 0 and n < world:
             typer.echo(
@@ -198,7 +224,7 @@ def command(
         )
         with job.shards.locked("olvae encode"), bar:
             try:
-                job.run(rank, world, batch_size, threads, int((memory or 4) * GIB), bar.advance)
+                job.run(rank, world, batch_size, readers, int((memory or 4) * GIB), bar.advance)
             except KeyboardInterrupt:
                 if rank == 0:
                     kept = (
@@ -213,6 +239,21 @@ def command(
     if stats is not None:
         _report(stats, out, found, model, as_json)
     leave()
+
+
+def own_device(device: str | None, gpus: str | None) -> tuple[str, list[int]]:
+    """Choose this process's device; also return the GPUs of all, if ``gpus`` names some."""
+    from olvae.devices import resolve_device, resolve_devices
+    from olvae.launcher import local_rank
+
+    if gpus is None:
+        return resolve_device(device), []
+    if device is not None:
+        raise ConfigError("--gpus and --device: give one of the two")
+    devices = resolve_devices(gpus, {})["devices"]
+    if isinstance(devices, int):
+        return "cpu", []
+    return resolve_device(f"cuda:{devices[local_rank()]}"), devices
 
 
 def _encoder(model: Any, target: str) -> Any:

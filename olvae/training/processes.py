@@ -5,7 +5,6 @@ import gc
 import logging
 import os
 import re
-import signal
 import socket
 import subprocess
 import tempfile
@@ -32,7 +31,14 @@ from olvae.config.nodes import arguments_of
 from olvae.data.read_errors import worker_death
 from olvae.data.source import Source
 from olvae.devices import MPS, cores, sharing_cores
-from olvae.launcher import join, local_rank, of_each, srun_environment
+from olvae.launcher import (
+    WHERE_TO_LOOK,
+    end_with_children,
+    join,
+    local_rank,
+    of_each,
+    srun_environment,
+)
 from olvae.library_internals import default_store, observe_processes
 from olvae.runs import Run
 from olvae.training.progress import notify
@@ -286,8 +292,6 @@ class Lockstep(Callback):
         os._exit(1)
 
 
-WHERE_TO_LOOK = "see its own output, or the system's log of killed processes"
-
 # Words of gloo and NCCL (first line), and of NCCL and c10d, when a peer is gone.
 PEER_DIED = (
     r"closed by (remote )?peer|reset by peer|Broken pipe|remote process exit|"
@@ -317,35 +321,12 @@ def watch_processes(run: Run) -> None:
 
 
 def _watch(run: Run, children: Sequence[subprocess.Popen[Any]], grace: float = 5.0) -> None:
-    """End this process ``grace`` seconds after one of the others, from a thread.
+    """End this process if one of the others fails, with a word about the run."""
 
-    On GPUs its collectives would never return; elsewhere they raise within ``grace``, which tells
-    more.
-    """
+    def saved() -> str:
+        return f"; {run.path} can be continued" if run.newest_checkpoint.is_file() else ""
 
-    def watch() -> None:
-        # Wait for the first that fails. An exit code is None while the process runs.
-        while True:
-            codes = [child.poll() for child in children]
-            if any(codes):
-                break
-            if None not in codes:
-                return
-            time.sleep(0.5)
-        time.sleep(grace)
-
-        # Still here: say which, and end all.
-        rank, code = next((rank, code) for rank, code in enumerate(codes, 1) if code)
-        how = f"ended with exit code {code}"
-        if code < 0:
-            how = f"was killed by {signal.Signals(-code).name}"
-        saved = f"; {run.path} can be continued" if run.newest_checkpoint.is_file() else ""
-        notify(f"error: process {rank} of this training {how}: {WHERE_TO_LOOK}{saved}")
-        for child in children:
-            child.kill()
-        os._exit(1)
-
-    threading.Thread(target=watch, name="watch processes", daemon=True).start()
+    end_with_children("training", saved, children, grace)
 
 
 def requeue() -> None:

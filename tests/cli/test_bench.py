@@ -37,7 +37,13 @@ def test_bench_all_measures_every_group(olvae, tiny, tmp_path, monkeypatch):
     measured = [row for row in document["rows"] if "limit" not in row["variant"]]
     assert all(row["median_ms"] > 0 and row["images_per_s"] > 0 for row in measured)
     shares = {f"{row['group']} {key}" for row in measured for key in row if key.startswith("of_")}
-    assert shares == {"dwt of_copy", "encoder of_product", "train of_product", "data of_floor"}
+    assert shares == {
+        "dwt of_copy",
+        "encoder of_product",
+        "train of_product",
+        "data of_floor",
+        "encode of_reading",
+    }
     variants = {(row["variant"], row["precision"]) for row in measured if row["group"] == "encoder"}
     assert variants == {
         (layout, precision) for layout in ("eager", "channels-last") for precision in ("32", "bf16")
@@ -63,13 +69,13 @@ def test_bench_all_measures_every_group(olvae, tiny, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["dwt,networks"], "GROUPS networks: choose from all, dwt, encoder, "),
-        (["dwt", "photos"], "photos: only data takes sources"),
+        (["dwt", "photos"], "photos: only data and encode take sources"),
         (["encoder", "--size", 100], "--size 100: must be a multiple of 8, such as 96"),
         (["data", "--workers", "a"], "--workers a: give numbers of processes"),
         (["data", "--workers", "²"], "--workers ²: give numbers of processes"),
         (["data", "--workers", ""], "--workers is empty: give a value"),
         ([","], "GROUPS ,: choose from all, dwt"),
-        (["dwt", "--workers", 0], "--workers applies to data: give both, or neither"),
+        (["dwt", "--workers", 0], "--workers applies to data or encode: give both, or neither"),
         (["dwt", "--config", "demo"], "--config applies to train: give both, or neither"),
     ],
 )

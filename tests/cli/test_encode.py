@@ -2,7 +2,10 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,8 @@ from tests.data.images import write_shards
 from tests.export.latents import everything, tiny_vae
 from tests.forks import fork_each
 from tests.training.conftest import torchrun
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_encode_and_decode_there_and_back(olvae, done, target, tmp_path, image_folder):
@@ -89,6 +94,68 @@ def test_two_processes_encode_what_one_encodes(olvae, olvae_on_two, target, tmp_
         "12 images of 16 px in 12 shards"
         in olvae(*encode[:6], "--images", "--out", tmp_path / "split")[2]
     )
+
+
+TWO_GPUS = """
+import sys
+from olvae import launcher
+from olvae.cli import encode, main
+
+start = launcher.start_each
+launcher.start_each = lambda _, devices: start("cpu", len(devices))
+encode.own_device = lambda *_: ("cpu", [0, 1])
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_one_command_starts_a_process_for_each_gpu(olvae, target, tmp_path, image_folder):
+    """On the CPU, which stands for two GPUs; where one process is killed, the other ends too."""
+    (tmp_path / "olvae.py").write_text(TWO_GPUS)
+    encode = ["encode", target, "--data", image_folder, "--size", 16, "--shard-size", 3]
+
+    def start(folder: str, **env: str) -> subprocess.Popen:
+        words = [tmp_path / "olvae.py", *encode, "--gpus", 2, "--out", tmp_path / folder]
+        command = [sys.executable, *map(str, words)]
+        # The script's own folder would come first, and it is named like the package.
+        env |= {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env)
+
+    assert olvae(*encode, "--device", "cpu", "--out", tmp_path / "one")[0] == 0
+    two = start("two")
+    _, err = two.communicate(timeout=200)
+    assert two.returncode == 0
+    assert everything(tmp_path / "one") == everything(tmp_path / "two")
+    assert err.startswith(f"latents: {tmp_path / 'two'}, 12 images of 16 px in 4 shards\n"), err
+
+    # Killed as soon as it is there.
+    killed = start("killed")
+    children = Path(f"/proc/{killed.pid}/task/{killed.pid}/children")
+    until = time.monotonic() + 100
+    while not children.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    _, err = killed.communicate(timeout=200)
+    assert killed.returncode == 1
+    assert err == (
+        "error: process 1 of this command was killed by SIGKILL: see its own output, or the "
+        "system's log of killed processes\n"
+    )
+    done = start("killed")
+    _, err = done.communicate(timeout=200)
+    assert (done.returncode, everything(tmp_path / "one")) == (0, everything(tmp_path / "killed"))
+
+
+def test_gpus_are_refused_where_another_launcher_gives_them(
+    refused, target, tmp_path, image_folder, monkeypatch
+):
+    encode = ["encode", target, "--data", image_folder, "--size", 16, "--out", tmp_path / "out"]
+    assert "--gpus and --device: give one" in refused(2, *encode, "--gpus", 2, "--device", "cpu")
+    assert "this machine has no GPU" in refused(2, *encode, "--gpus", 9)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("olvae.cli.encode.own_device", lambda *_: ("cpu", [0, 1]))
+    assert "--gpus: torchrun or srun has started" in refused(2, *encode, "--gpus", 2)
+    assert not (tmp_path / "out").exists()
 
 
 def test_encode_compiles_the_encoder_alone(olvae, target, tmp_path, image_folder, monkeypatch):

@@ -14,7 +14,7 @@ from olvae.data.image import EvalTransform
 from olvae.data.opening import open_images, open_source
 from olvae.data.packing import PackOptions, pack
 from olvae.data.picture_folder import Files, FolderSource, find_images
-from olvae.export.encoding import find_inputs
+from olvae.export.encode_inputs import find_inputs
 from olvae.files import warn_once
 from tests.data.images import close_folders, keys_of, members, write_photos
 

@@ -10,7 +10,8 @@ from olvae import LiteVAE
 from olvae.data.image import EvalTransform, image_to_tensor, read_picture
 from olvae.data.picture_folder import find_images
 from olvae.data.pixels.size_and_range import from_uint8
-from olvae.export.encoding import EncodeJob, EncodeOptions, find_inputs
+from olvae.export.encode_inputs import EncodeOptions, find_inputs
+from olvae.export.encoding import EncodeJob
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic, DiagonalGaussian
 from tests.conftest import tiny
@@ -65,7 +66,7 @@ def encode(
 ):
     """What the command does, in this process; stats.json's content."""
     model = tiny_vae() if model is None else model
-    batches = {"batch_size": options.pop("batch_size", 3), "threads": options.pop("threads", 2)}
+    batches = {"batch_size": options.pop("batch_size", 3), "workers": options.pop("workers", 2)}
     inputs = find_inputs(str(source), 3, shard_size, options.pop("classes", False))
     encoder = EncodeJob(
         model, inputs, EncodeOptions(**{"size": 16, **options}), folder, {"target": "tiny"}

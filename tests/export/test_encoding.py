@@ -18,7 +18,7 @@ from olvae.data.pixels.size_and_range import Sides, from_uint8
 from olvae.data.shards.tar_reading import Shard
 from olvae.evaluation.latent_report import LatentAccumulator
 from olvae.export.decoding import decode_shards
-from olvae.export.encoding import find_inputs, usual_transform
+from olvae.export.encode_inputs import find_inputs, usual_transform
 from olvae.models.large.tiling import pad_to_multiple
 from tests.data.images import encoded, picture, write_shard, write_shards, write_tar
 from tests.export.latents import Blocks, Shrunk, encode, everything, pictures, tiny_vae
@@ -424,7 +424,7 @@ def test_encoding_resizes_images_as_evaluation_does(tmp_path, image_folder):
     )
     for size, tile in ((None, 64), (80, 80)):
         inputs = find_inputs(str(tmp_path / "tiles.yaml"), 3, 5, size=size)
-        assert next(inputs.read(0)).open().size == (tile, tile)
+        assert inputs.open(next(inputs.read(0)).image).size == (tile, tile)
     (tmp_path / "masks").mkdir()
     mask = np.random.default_rng(0).integers(0, 2, (40, 40, 3), dtype=np.uint8) * 255
     Image.fromarray(mask).save(tmp_path / "masks" / "0.png")
@@ -439,7 +439,7 @@ def test_encoding_resizes_images_as_evaluation_does(tmp_path, image_folder):
 
 def test_killed_encoding_leaves_nothing_half_written_when_run_again(tmp_path, image_folder):
     def encode_to(folder: Path) -> None:
-        encode(image_folder, folder, shard_size=2, batch_size=4, threads=1, flip=True, images=True)
+        encode(image_folder, folder, shard_size=2, batch_size=4, workers=1, flip=True, images=True)
 
     out = tmp_path / "out"
     encode_to(tmp_path / "whole")
