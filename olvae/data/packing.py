@@ -121,7 +121,9 @@ def pack(
                 for lost in shard.unreadable:
                     unreadable.append({"shard": name, "name": lost.name, "reason": lost.reason})
             _check_unreadable(src, unreadable, len(images), max_unreadable)
-            index = Index(records, asdict(options), digest, unreadable)
+            stored = [number for number, shard, _ in packed if shard.record.images]
+            located = shards.write_offsets(stored)
+            index = Index(records, asdict(options), digest, unreadable, located)
             index.write(out / INDEX)
             shards.remove_state()
     except OSError as error:
