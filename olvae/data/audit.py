@@ -28,8 +28,8 @@ from olvae.data.places import SAMPLES, find_source, holds_shards
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards, incomplete
 from olvae.data.shards.latent_files import STATS
+from olvae.data.shards.shard_source import ShardSource
 from olvae.data.shards.tar_reading import Shard, read_shard
-from olvae.data.shards.webdataset import ShardSource
 from olvae.data.source import LoaderProcess, Source
 from olvae.devices import seconds_per_image
 from olvae.files import counted, file_sha256, lines_sha256, list_skipped, printable

@@ -118,6 +118,16 @@ class MixSource(Source):
             source.num_workers = self.num_workers
             source.check_processes(world)
 
+    def keep_old_order(self) -> None:
+        for source in self.sources:
+            source.keep_old_order()
+
+    def describe_new_processes(self) -> str | None:
+        return (
+            "other loader processes than before: of this epoch, some images of the mixed sources "
+            "come again and some do not come"
+        )
+
     def stream(self, seed: int, position: int, process: LoaderProcess) -> Iterator[Sample]:
         process = _alone(process)
         cycle, place = divmod(position, CYCLE)

@@ -121,6 +121,8 @@ def pack(
             if missing:
                 raise FileNotFoundError(f"no {missing[0]}: all machines have to share this folder")
             shards.remove_partials()
+            stored = [number for number, shard, _ in packed if shard.record.images]
+            index = replace(index, offsets=shards.write_offsets(stored))
             index.write(out / INDEX)
             shards.remove_state()
     except OSError as error:

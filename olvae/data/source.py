@@ -70,6 +70,41 @@ class LoaderProcess:
         return replace(self, worker=worker, offset=offset), batches * self.batch_size
 
 
+class Layout(NamedTuple):
+    """The loader processes that share a stream from a sample on, counted over all ranks."""
+
+    start: int
+    workers: int  # of each rank
+    world: int  # ranks
+    batch_size: int
+
+    @property
+    def processes(self) -> int:
+        return self.workers * self.world
+
+    def same_processes(self, other: "Layout") -> bool:
+        return self[1:] == other[1:]
+
+    def used(self, until: int) -> list[int]:
+        """Samples that each process, by its index, gave before sample ``until`` of the stream.
+
+        A DataLoader takes whole batches from its workers in turn.
+        """
+        batches = (until - self.start) // (self.batch_size * self.world)
+        used = []
+        for worker in range(self.workers):
+            taken = len(range(worker, batches, self.workers)) * self.batch_size
+            used += [taken] * self.world
+        return used
+
+
+def continued(layouts: Sequence[Layout], now: Layout) -> tuple[Layout, ...]:
+    """Add the processes that continue a stream to those before them, unless they are the same."""
+    if layouts and layouts[-1].same_processes(now):
+        return tuple(layouts)
+    return (*layouts, now)
+
+
 def draws(seed: int, length: int, positions: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Yield positions of an endless stream of ``length`` images, each with its image's number.
 
@@ -213,6 +248,28 @@ class Source(ABC):
         A function of the arguments: started at any position, it equals the rest of a stream from 0.
         """
 
+    def continued_stream(
+        self,
+        seed: int,
+        start: int,
+        process: LoaderProcess,
+        layouts: Sequence[Layout],  # noqa: ARG002
+    ) -> Iterator[Sample]:
+        """A process's samples from sample ``start`` on, counted over all ranks.
+
+        ``layouts`` are the processes that shared the stream so far, the present ones last.
+        """
+        process, position = process.resumed(start)
+        return self.stream(seed, position, process)
+
+    # Not abstract, because most sources have but one order.
+    def keep_old_order(self) -> None:  # noqa: B027
+        """Take the order of training that was the only one before November 2026."""
+
+    def describe_new_processes(self) -> str | None:
+        """Say what comes twice if other processes continue an epoch; None if nothing does."""
+        return None
+
     @abstractmethod
     def once(self, process: LoaderProcess) -> Iterator[Sample]:
         """A process's share of the validation images, each once."""
@@ -308,9 +365,18 @@ class Source(ABC):
         samples = self.first_samples(seed, images)
         return (sample.image for sample in samples if sample.image is not None)
 
-    def train_loader(self, seed: int = 0, start: int = 0) -> "BatchLoader":
-        """Endless batches: the stream of ``seed`` from sample ``start``, counted over all ranks."""
-        samples = _Samples(self, self.batch_size, seed, start)
+    def layout(self, start: int, world: int) -> Layout:
+        """The loader processes of so many ranks, which share the stream from a sample on."""
+        return Layout(start, max(1, self.num_workers), world, self.batch_size)
+
+    def train_loader(
+        self, seed: int = 0, start: int = 0, layouts: Sequence[Layout] = ()
+    ) -> "BatchLoader":
+        """Endless batches: the stream of ``seed`` from sample ``start``, counted over all ranks.
+
+        ``layouts`` are the processes that shared it so far, if others did before the present ones.
+        """
+        samples = _Samples(self, self.batch_size, seed, start, layouts)
         return BatchLoader(samples, "training", self.samples_per_epoch)
 
     def val_loader(self) -> "BatchLoader":
@@ -329,12 +395,18 @@ class _Samples(IterableDataset[Sample]):
     """
 
     def __init__(
-        self, source: Source, batch_size: int, seed: int = 0, start: int | None = None
+        self,
+        source: Source,
+        batch_size: int,
+        seed: int = 0,
+        start: int | None = None,
+        layouts: Sequence[Layout] = (),
     ) -> None:
         self.source = source
         self.batch_size = batch_size
         self.seed = seed
         self.start = start
+        self.layouts = layouts
         # The loader sets these, because ranks are known in its process only.
         self.rank = 0
         self.world = 1
@@ -354,8 +426,7 @@ class _Samples(IterableDataset[Sample]):
             process = replace(process, worker=info.id, workers=info.num_workers)
         if self.start is None:
             return self.source.once(process)
-        process, position = process.resumed(self.start)
-        return self.source.stream(self.seed, position, process)
+        return self.source.continued_stream(self.seed, self.start, process, self.layouts)
 
 
 class BatchLoader(DataLoader[Any]):

@@ -10,7 +10,7 @@ from torch import Tensor
 from olvae.config.reading import is_local
 from olvae.data.image import image_to_tensor, tensor_to_picture
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, from_uint8, to_uint8
-from olvae.data.shards.webdataset import ShardSource
+from olvae.data.shards.shard_source import ShardSource
 from olvae.evaluation.observers.observer import UNTRAINED, Observer, Subject
 from olvae.evaluation.round_trip import open_images_for
 from olvae.files import first_line

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from olvae.config import ConfigError, Node, instantiate, resolve_class
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
-from olvae.data.source import Batch, Source
+from olvae.data.source import Batch, Layout, Source
 from olvae.library_internals import count_batches, forget_logged
 from olvae.losses.objective import IMAGE_TERMS, Objective
 from olvae.models.adversary import Adversary
@@ -75,6 +75,7 @@ class LiteAutoencoderKL(pl.LightningModule):
     pixel_range: PixelRange = EIGHT_BITS  # of the source's images
     reports = False  # whether an update that logs, every log_every_n_steps-th, ends here
     images_seen = 0  # over all ranks: where a resumed run continues the data
+    layouts: Sequence[Layout] = ()  # the loader processes so far, the present ones last
     rate_factor = 1.0  # of both learning rates: below 1 after a return to an earlier checkpoint
     flop = 0  # of an image in a step of both players; counted where training runs on a GPU
     val_set: str | None = None  # the images of validation: see `Source.describe_val_set`
@@ -611,6 +612,7 @@ class LiteAutoencoderKL(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["images_seen"] = self.images_seen
+        checkpoint["layouts"] = [list(layout) for layout in self.layouts]
         checkpoint["iteration"] = self._iteration
         checkpoint["rate_factor"] = self.rate_factor
         checkpoint["linear_psnr"] = self.linear_psnr

@@ -22,7 +22,7 @@ from olvae import runs
 from olvae.checkpoint import load_weights, read_checkpoint, read_weights, state_dict_of
 from olvae.config import Config, ConfigError, with_paths
 from olvae.data.places import load
-from olvae.data.source import Source
+from olvae.data.source import Layout, Source, continued
 from olvae.devices import PRECISIONS, precision_name, resolve_devices, resolve_precision, tf32
 from olvae.files import (
     counted,
@@ -200,6 +200,8 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
     steps_done = int(checkpoint.get("global_step", 0))
     trainer_args = _fit_trainer_args(trainer_args, model, source, count, steps_done)
     _name_val_set(model, source, trainer_args, count, checkpoint)
+    images_seen = int(checkpoint.get("images_seen", 0))
+    model.layouts = _continue_order(source, checkpoint, images_seen, count)
     return Prepared(
         plan=plan,
         settings=settings,
@@ -208,11 +210,30 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
         model=model,
         trainer_args=trainer_args,
         stop=stop,
-        images_seen=int(checkpoint.get("images_seen", 0)),
+        images_seen=images_seen,
         steps_done=steps_done,
         checkpoint=checkpoint,
         fresh=fresh,
     )
+
+
+def _continue_order(
+    source: Source, checkpoint: Mapping[str, Any], images_seen: int, world: int
+) -> tuple[Layout, ...]:
+    """List the loader processes so far; print a line where new ones repeat images of an epoch."""
+    now = source.layout(images_seen, world)
+    if not checkpoint:
+        return (now,)
+    # Runs from before November 2026 have no list, and blocks of one shard after the other.
+    if "layouts" not in checkpoint:
+        source.keep_old_order()
+        return (now._replace(start=0),)
+    before = [Layout(*numbers) for numbers in checkpoint["layouts"]]
+    layouts = continued(before, now)
+    line = source.describe_new_processes()
+    if len(layouts) > len(before) and line and processes.is_first():
+        notify(f"warning: {line}", "yellow")
+    return layouts
 
 
 def fit(prepared: Prepared, run: Run) -> pl.Trainer:
@@ -249,7 +270,9 @@ def fit(prepared: Prepared, run: Run) -> pl.Trainer:
         with stance, tf32(True) if named.tf32 else nullcontext():
             trainer.fit(
                 model,
-                train_dataloaders=source.train_loader(prepared.settings.seed, prepared.images_seen),
+                train_dataloaders=source.train_loader(
+                    prepared.settings.seed, prepared.images_seen, model.layouts
+                ),
                 val_dataloaders=source.val_loader(),
                 ckpt_path=None if resumed is None else str(run.newest_checkpoint),
                 weights_only=True,

@@ -31,7 +31,7 @@ from olvae.config import save
 from olvae.data.image import EvalTransform, Photo, RandomScaleCrop
 from olvae.data.pixels.size_and_range import PixelRange
 from olvae.data.read_errors import ReadError, UnreadableImageError
-from olvae.data.shards.index import INDEX, Index, counts_beside
+from olvae.data.shards.index import INDEX, Index, known_shards
 from olvae.data.shards.latent_source import LatentSource, PairSource
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
@@ -325,7 +325,7 @@ def test_mutated_indexes_are_read_or_refused(watch, tmp_path_factory, changes, w
     (folder / INDEX).write_bytes(mutate(seed, changes, [seed, b"[" * 3000]))
 
     def use() -> None:
-        counts_beside([str(folder / "a.tar")])
+        known_shards([str(folder / "a.tar")])
         source = WebDatasetSource(folder, 8, 1, max_unreadable=1.0)
         list(islice(iter(source.val_loader()), 8))
         list(islice(source.stream(0, 0, LoaderProcess()), 8))

@@ -4,19 +4,18 @@ import contextlib
 import glob
 import json
 import re
-import tarfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import fsspec
-from webdataset.tariterators import base_plus_ext
 
 from olvae.config.reading import expand_braces, is_local
 from olvae.data.dataset import bound_held_out
 from olvae.data.places import EXTENSIONS, is_shard
-from olvae.data.shards.tar_reading import SHARD_ERRORS, Shard, file_name, is_image, open_url
+from olvae.data.shards.offsets import OFFSETS, scan
+from olvae.data.shards.tar_reading import Shard, file_name, open_url
 from olvae.files import first_line, printable, reason, warn_once, write_json
 
 # The folder beside shards that ``olvae data pack`` has not finished, with what it continues from.
@@ -46,6 +45,9 @@ class Index:
     plan: str | None = None
     # Shard, name and reason of the source's images that are in no shard.
     unreadable: Sequence[Mapping[str, str]] = ()
+    # Whether a file of offsets beside it says where each image begins, and for which image key.
+    offsets: bool = False
+    image_key: str | None = None
 
     @property
     def images(self) -> int:
@@ -54,6 +56,24 @@ class Index:
     @property
     def bytes(self) -> int:
         return sum(shard.bytes or 0 for shard in self.shards.values())
+
+    def located(self, url: str, image_key: str | None) -> dict[str, Shard]:
+        """Describe the shards by file name, with where to read their offsets.
+
+        ``url`` is this index's path or URL. Their own urls are left empty.
+        """
+        beside = f"{url.rpartition('/')[0]}/{OFFSETS}"
+        if is_local(url):
+            beside = str(Path(url).with_name(OFFSETS))
+        known = self.offsets and self.image_key == image_key
+        first = 0
+        found = {}
+        for name in sorted(self.shards):
+            images = self.shards[name].images
+            place = (beside, first) if known else None
+            found[name] = Shard("", images, place)
+            first += images
+        return found
 
     def write(self, path: Path) -> None:
         """Write the file atomically; the same bytes for the same index."""
@@ -64,6 +84,8 @@ class Index:
             "packed": self.packed,
             "plan": self.plan,
             "unreadable": self.unreadable,
+            "offsets": self.offsets,
+            "image_key": self.image_key,
             "shards": {name: asdict(self.shards[name]) for name in sorted(self.shards)},
         }
         write_json(content, path)
@@ -82,7 +104,12 @@ class Index:
                 for name, shard in content["shards"].items()
             }
             return cls(
-                shards, content.get("packed"), content.get("plan"), content.get("unreadable", ())
+                shards,
+                content.get("packed"),
+                content.get("plan"),
+                content.get("unreadable", ()),
+                bool(content.get("offsets", False)),
+                content.get("image_key"),
             )
         except FileNotFoundError:
             raise
@@ -227,22 +254,22 @@ def with_counts(
                 "sources of an olvae.data.mix.MixSource"
             )
 
-    # The counts of the index that is given, which has to list all, or else what is known.
-    counts: dict[str, int | None]
+    # What the index that is given says, which has to list all, or else what is known.
+    found: dict[str, Shard]
     if index is None:
-        counts = counts_beside(urls, image_key)
+        found = known_shards(urls, image_key)
     else:
-        given = Index.read(index).shards
+        given = Index.read(index).located(str(index), image_key)
         unknown = [url for url in urls if file_name(url) not in given]
         if unknown:
             raise ValueError(
                 f"{index}: does not list {unknown[0]}: remove data.params.index, "
                 "or pack the shards again"
             )
-        counts = {url: given[file_name(url)].images for url in urls}
+        found = {url: given[file_name(url)] for url in urls}
 
     # Some shards may be empty, but not all.
-    empty = [url for url in urls if counts[url] == 0]
+    empty = [url for url in urls if found[url].images == 0]
     if empty:
         wanted = f".{image_key}" if image_key else ", ".join(EXTENSIONS)
         problem = (
@@ -253,7 +280,12 @@ def with_counts(
             raise ValueError(f"{empty[0]}: {problem}")
         for url in empty:
             warn_once(f"skipped {url}: {problem}")
-    return [Shard(url, counts[url]) for url in urls]
+    listed = []
+    for url in urls:
+        # A command's output has no middle to begin in.
+        offsets = None if url.startswith("pipe:") else found[url].offsets
+        listed.append(Shard(url, found[url].images, offsets))
+    return listed
 
 
 def is_begun(folder: Path) -> bool:
@@ -276,64 +308,33 @@ def incomplete(folder: Path) -> str | None:
     return f"shards of {INDEX} are missing: {', '.join(map(printable, gone[:3]))}{more}"
 
 
-def counts_beside(urls: Sequence[str], image_key: str | None = None) -> dict[str, int | None]:
-    """Look up the numbers of images of local shards in their folders' indexes, or count them now.
+def known_shards(urls: Sequence[str], image_key: str | None = None) -> dict[str, Shard]:
+    """Look up local shards in their folders' indexes, or count their images now, by headers.
 
-    Remote shards have None.
+    Remote shards have no number of images.
     """
     local = {url: Path(url) for url in urls if is_local(url)}
-    indexed: dict[Path, ShardRecord] = {}
+    indexed: dict[Path, Shard] = {}
     for folder in {path.parent for path in local.values()}:
         if (folder / INDEX).is_file():
-            for name, shard in Index.read(folder / INDEX).shards.items():
+            listed = Index.read(folder / INDEX).located(str(folder / INDEX), image_key)
+            for name, shard in listed.items():
                 indexed[folder / name] = shard
 
-    counts: dict[str, int | None] = dict.fromkeys(urls)
+    # A damaged shard has its images before the damage, unless there is none.
+    shards = {url: Shard(url) for url in urls}
     for url, path in local.items():
         if path in indexed:
-            counts[url] = indexed[path].images
+            shards[url] = indexed[path]
         elif path.is_file():
-            counts[url] = count_images(path, image_key)
+            offsets, whole = scan(path, image_key)
+            if len(offsets) or whole:
+                shards[url] = Shard(url, len(offsets))
 
     # A local shard that can't be counted is taken for one like the others.
-    known = [count for count in counts.values() if count is not None]
+    known = [shard.images for shard in shards.values() if shard.images is not None]
     mean = max(1, round(sum(known) / len(known))) if known else 0
     for url in local:
-        if counts[url] is None:
-            counts[url] = mean
-    return counts
-
-
-def count_images(path: Path, image_key: str | None = None) -> int | None:
-    """Count a local shard's images by its headers, up to where it is damaged.
-
-    None if it is damaged before its first image. Pictures that nothing reads get a warning, one for
-    a folder: links, and without an ``image_key`` those whose names have several dots.
-    """
-    count = 0
-    last = None
-    whole = False
-    left_out: set[str] = set()  # keys of such pictures
-    with contextlib.suppress(*SHARD_ERRORS), tarfile.open(path, "r:*") as archive:
-        while (member := archive.next()) is not None:
-            # Forget the members that were read: a large shard's headers fill the memory.
-            archive.members = []  # type: ignore[attr-defined]
-            # Files of one key are one image; None is a name that belongs to no sample.
-            key, extension = base_plus_ext(member.name)
-            if key in (None, last):
-                continue
-            extension = extension.lower()
-            if member.isreg() and is_image(extension, image_key):
-                count += 1
-                last = key
-                left_out.discard(key)
-            elif not image_key and not member.isdir() and is_image(extension.split(".")[-1], None):
-                left_out.add(key)
-        whole = True
-    if left_out:
-        warn_once(
-            f"{path.parent}: pictures of its shards are left out: links, or names with several "
-            "dots, as a.b.jpg, of which all from the first dot on is the extension: store files, "
-            "and rename them or set data.params.image_key"
-        )
-    return count if count or whole else None
+        if shards[url].images is None:
+            shards[url] = Shard(url, mean)
+    return shards

@@ -21,8 +21,8 @@ from olvae.data.shards.latent_files import (
     read_latent,
     read_stats,
 )
+from olvae.data.shards.shard_source import ShardSource
 from olvae.data.shards.tar_reading import Entry
-from olvae.data.shards.webdataset import ShardSource
 from olvae.data.source import Sample
 from olvae.files import counted
 from olvae.modules.distributions import LOGVAR_RANGE

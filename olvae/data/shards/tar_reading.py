@@ -67,6 +67,8 @@ class Shard(NamedTuple):
 
     url: str
     images: int | None = None
+    # The file of an index with the offsets of images, and the number of this shard's first.
+    offsets: tuple[str, int] | None = None
 
     @property
     def name(self) -> str:
@@ -100,8 +102,12 @@ def file_name(url: str) -> str:
     return f"{end}-{hashlib.sha256(url.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
-def read_shard(shard: Shard, image_key: str | None = None) -> Iterator[Entry | ReadError]:
+def read_shard(
+    shard: Shard, image_key: str | None = None, begin: int = 0
+) -> Iterator[Entry | ReadError]:
     """Yield the images of a shard in order, undecoded; then a ReadError if it can't be read whole.
+
+    ``begin`` is the byte at which to begin, which has to be that of a header.
 
     ``image_key`` is the extension of the image in a group of files of one name, by default the
     first image's. A group without one is left out.
@@ -112,7 +118,7 @@ def read_shard(shard: Shard, image_key: str | None = None) -> Iterator[Entry | R
         errors.append(ReadError(shard.url, _reason(error), lost=False))
         return True
 
-    for group in group_by_keys(_files(shard.url, errors), handler=skip):
+    for group in group_by_keys(_files(shard.url, errors, begin), handler=skip):
         images = [ext for ext in group if is_image(ext, image_key)]
         # A picture comes before a .npz, which then is something else about it.
         extension = min(images, key=lambda ext: ext.endswith("npz"), default=None)
@@ -136,11 +142,11 @@ def is_image(extension: str, image_key: str | None) -> bool:
     return f".{extension}" in EXTENSIONS
 
 
-def _files(url: str, errors: list[ReadError]) -> Iterator[dict[str, Any]]:
+def _files(url: str, errors: list[ReadError], begin: int = 0) -> Iterator[dict[str, Any]]:
     """Yield the files of a tar file, compressed or not; add to ``errors`` if it ends early."""
     try:
-        with closing(open_url(url)) as stream:
-            unpacked: Any = _Unpacked(stream)
+        with closing(open_url(url, begin)) as stream:
+            unpacked: Any = stream if begin else _Unpacked(stream)
             with tarfile.open(fileobj=unpacked, mode="r|", tarinfo=_StrictTarInfo) as archive:
                 while (member := archive.next()) is not None:
                     # Forget the members that were read: a large shard's headers fill the memory.
@@ -239,15 +245,20 @@ BLOCK = 2**23
 TEMPORARY = (408, 425, 429)
 
 
-def open_url(url: str) -> Any:
-    """Open a file, a URL or a ``pipe:`` command for reading in sequence.
+def open_url(url: str, begin: int = 0) -> Any:
+    """Open a file, a URL or a ``pipe:`` command for reading in sequence, from a byte on.
 
-    ``read(size)`` may give fewer bytes. When a command or download fails, it raises OSError after
-    all bytes that came. Raises OSError if a local file can't be opened.
+    A command is always read from its start. ``read(size)`` may give fewer bytes. When a command or
+    download fails, it raises OSError after all bytes that came. Raises OSError if a local file
+    can't be opened.
     """
     if url.startswith("pipe:"):
         return _Command(url.removeprefix("pipe:"))
-    return Path(url).open("rb") if is_local(url) else _Download(url)
+    if not is_local(url):
+        return _Download(url, begin)
+    file = Path(url).open("rb")  # noqa: SIM115  (the caller closes it)
+    file.seek(begin)
+    return file
 
 
 class _Command:
@@ -284,13 +295,13 @@ class _Download:
     Opened and used in one process only: fsspec's event loop does not survive a fork.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, begin: int = 0) -> None:
         self._url = url
         self._file: Any = None
         # Bytes that came and were not read yet.
         self._ahead = memoryview(b"")
-        # Number of bytes that came.
-        self._place = 0
+        # Number of bytes that came, and of those before the first that is asked for.
+        self._place = begin
         # The version of the file, as far as the server names one.
         self._tag: str | None = None
         self._resumes = 0

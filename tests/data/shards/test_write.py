@@ -70,8 +70,13 @@ def test_partial_shards_of_a_failed_or_killed_run_are_removed(shards):
         shards.write(0, fail())
     assert [path.name for path in shards.folder.rglob("*")] == [".state", "plan.json"]
     (shards.folder / ".state" / ".partial-12345678-000000.tar").write_bytes(b"half")
-    shards.write(0, samples(1))
+    again = ResumableShards(shards.folder, shards.state)
+    again.write(0, samples(1))
     assert sorted(path.name for path in shards.folder.rglob("*.tar")) == ["000000.tar"]
+    assert again.write_offsets([0])
+    assert (shards.folder / "index.offsets").read_bytes() == bytes(4)
+    assert not again.write_offsets([0, 1])
+    (shards.folder / "index.offsets").unlink()
     shards.remove_state()
     assert [path.name for path in shards.folder.iterdir()] == ["000000.tar"]
 

@@ -1,0 +1,194 @@
+"""The order of training over real shards: mixed, continued by other processes, read in parts."""
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from olvae.data.read_errors import ReadError
+from olvae.data.shards import shard_source
+from olvae.data.shards.tar_reading import Entry, Shard, read_shard
+from olvae.data.shards.webdataset import WebDatasetSource
+from olvae.data.source import Layout, LoaderProcess
+from tests.data.images import encoded, write_shards, write_tar
+
+COUNTS = (5, 9, 1, 14, 7, 3, 11)  # 50 images
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    write_shards(tmp_path / "shards", COUNTS)
+    write_shards(tmp_path / "val", (4, 3))
+    return tmp_path
+
+
+def source(root: Path, **arguments: Any) -> WebDatasetSource:
+    defaults = {"size": 16, "batch_size": 2, "val_shards": str(root / "val"), "shuffle": 6}
+    return WebDatasetSource(str(root / "shards"), **{**defaults, **arguments})
+
+
+def batches(s: WebDatasetSource, layouts: list[Layout], until: int) -> list[str]:
+    """Keys of all ranks' samples from the last layout's start on, as its loaders give them."""
+    now = layouts[-1]
+    s.num_workers, s.batch_size = now.workers, now.batch_size
+    streams: dict[tuple[int, int], Iterator[Any]] = {}
+    found = []
+    for number in range((until - now.start) // (now.batch_size * now.world)):
+        for rank in range(now.world):
+            worker = number % now.workers
+            if (worker, rank) not in streams:
+                process = LoaderProcess(worker, now.workers, rank, now.world, now.batch_size)
+                streams[worker, rank] = s.continued_stream(3, now.start, process, layouts)
+            found += [sample.key for sample in islice(streams[worker, rank], now.batch_size)]
+    return found
+
+
+@pytest.mark.parametrize("interleave", [1, 3, 32])
+@pytest.mark.parametrize("then", [(1, 2, 2), (4, 1, 3), (1, 1, 2)], ids=str)
+def test_an_epoch_that_other_processes_continue_has_each_image_once(shards, interleave, then):
+    s = source(shards, interleave=interleave)
+    first = Layout(0, 2, 2, 2)
+    second = Layout(24, *then)
+    seen = batches(s, [first], 24)
+    seen += batches(s, [first, second], 24 + 24 // (then[1] * then[2]) * then[1] * then[2])
+    assert max(Counter(seen).values()) == 1
+    assert len(seen) >= 50 - 12
+
+
+def test_interleave_of_one_lays_shards_end_to_end(shards):
+    """Written down again by hand: the shards in the epoch's order, cut into parts, in blocks."""
+    s = source(shards, interleave=1)
+    order = np.random.default_rng((0, 0, 1)).permutation(7)
+    names = [f"{number:03d}" for number in range(7)]
+    laid = [(int(i), image) for i in order for image in range(COUNTS[i])]
+    part = laid[25:50]
+    expected = []
+    for block in range(5):
+        entries = part[6 * block : 6 * block + 6]
+        shuffled = np.random.default_rng((0, 0, block, 1, 2, 2)).permutation(len(entries))
+        expected += [entries[i] for i in shuffled]
+    found = [sample.key for sample in islice(s.stream(0, 0, LoaderProcess(1, 2)), 25)]
+    everything = sorted(set(found))
+    by_shard = Counter(key.split("/")[0] for key in everything)
+    assert by_shard == Counter(names[shard] for shard, _ in part)
+    assert [key.split("/")[0] for key in found] == [names[shard] for shard, _ in expected]
+
+
+def sorted_by_class(root: Path, classes: int, images: int) -> Path:
+    picture = encoded(0)
+    (root / "shards").mkdir(parents=True)
+    for number in range(classes):
+        files = [(f"c{number:03d}_{i:04d}.jpg", picture) for i in range(images)]
+        write_tar(root / "shards" / f"{number:03d}.tar", files)
+    return root
+
+
+def classes_in_a_batch(s: WebDatasetSource, monkeypatch: pytest.MonkeyPatch) -> float:
+    monkeypatch.setattr(
+        WebDatasetSource,
+        "train_sample",
+        lambda _self, entry, _rng: shard_source.Sample(None, entry.key),
+    )
+    samples = islice(s.stream(0, 0, LoaderProcess(batch_size=16)), 640)
+    keys = [sample.key.split("/")[1][:4] for sample in samples]
+    return float(np.mean([len(set(keys[i : i + 16])) for i in range(0, 640, 16)]))
+
+
+def test_shards_that_are_sorted_by_class_give_mixed_batches(tmp_path, monkeypatch):
+    root = sorted_by_class(tmp_path, 64, 64)
+    write_shards(tmp_path / "val", (4, 3))
+    one = source(root, shuffle=64, batch_size=16, interleave=1)
+    many = source(root, shuffle=500, batch_size=16)
+    assert many.interleave == 32
+    assert classes_in_a_batch(one, monkeypatch) == 1.0
+    assert classes_in_a_batch(many, monkeypatch) >= 12.0
+
+
+class Counting:
+    """Count the entries that are read of shards."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.read = 0
+        monkeypatch.setattr(shard_source, "read_shard", self)
+
+    def __call__(self, *arguments: Any) -> Iterator[Entry | ReadError]:
+        for entry in read_shard(*arguments):
+            self.read += isinstance(entry, Entry)
+            yield entry
+
+
+@pytest.mark.parametrize("interleave", [1, 32])
+@pytest.mark.parametrize("processes", [1, 5, 40])
+def test_processes_read_little_more_than_they_use(tmp_path, monkeypatch, interleave, processes):
+    """Of few and large shards, each begins in the middle, not at the first byte."""
+    root = sorted_by_class(tmp_path, 3, 200)
+    write_shards(tmp_path / "val", (4, 3))
+    s = source(root, interleave=interleave, shuffle=5)
+    counting = Counting(monkeypatch)
+    used = 0
+    for index in range(processes):
+        share = 600 // processes
+        used += len(list(islice(s.stream(0, 0, LoaderProcess(index, processes)), share)))
+    # Each process has read one entry of its next block for each sample.
+    assert counting.read <= 1.1 * used + processes * 5
+
+
+def test_a_resumed_process_begins_where_it_was(tmp_path, monkeypatch):
+    root = sorted_by_class(tmp_path, 2, 300)
+    write_shards(tmp_path / "val", (4, 3))
+    s = source(root, shuffle=10)
+    whole = [sample.key for sample in islice(s.stream(0, 0, LoaderProcess()), 560)]
+    counting = Counting(monkeypatch)
+    rest = [sample.key for sample in islice(s.stream(0, 540, LoaderProcess()), 20)]
+    assert rest == whole[540:]
+    assert counting.read <= 60
+
+
+def test_a_shard_that_ends_early_loses_its_own_images_alone(shards):
+    cut = shards / "shards" / "003.tar"
+    content = cut.read_bytes()
+    s = source(shards, batch_size=1)
+    cut.write_bytes(content[: len(content) // 2])
+    samples = list(islice(s.stream(0, 0, LoaderProcess()), 50))
+    lost = {error.image for sample in samples for error in sample.errors}
+    assert 0 < len(lost) < 14
+    keys = {sample.key for sample in samples}
+    others = sum(COUNTS) - COUNTS[3]
+    assert len([key for key in keys if not key.startswith("003/")]) == others
+
+
+def test_unknown_shards_say_what_other_processes_repeat(shards):
+    unknown = WebDatasetSource(
+        [f"pipe:cat {path}" for path in sorted((shards / "shards").iterdir())],
+        size=16,
+        batch_size=2,
+        val_shards=str(shards / "val"),
+    )
+    assert "olvae data index" in unknown.describe_new_processes()
+    assert source(shards).describe_new_processes() is None
+    assert unknown.interleave == 1
+    old = source(shards)
+    old.keep_old_order()
+    assert old.interleave == 1
+    chosen = source(shards, interleave=4)
+    chosen.keep_old_order()
+    assert chosen.interleave == 4
+    with pytest.raises(ValueError, match="interleave must be at least 1"):
+        source(shards, interleave=0)
+
+
+def test_offsets_of_an_index_are_used_for_remote_shards(shards):
+    """The bytes are those of the middle of the file."""
+    from olvae.data.shards.offsets import BLOCK, offsets_of
+
+    path = shards / "shards" / "003.tar"
+    offsets = offsets_of(Shard(str(path)))
+    assert len(offsets) == 14
+    everything = [entry.key for entry in read_shard(Shard(str(path)))]
+    for image in (0, 1, 7, 13):
+        rest = read_shard(Shard(str(path)), None, int(offsets[image]) * BLOCK)
+        assert [entry.key for entry in rest] == everything[image:]
