@@ -286,7 +286,15 @@ class EncodeJob:
             "unreadable": {"count": lost, "images": unreadable},
         }
         self.shards.remove_partials()
-        write_json({"version": 1, "images": count, "shards": index}, self.shards.folder / INDEX)
+        stored = [n for n in range(len(finished)) if self.shards.path(n).name in index]
+        content = {
+            "version": 1,
+            "images": count,
+            "offsets": self.shards.write_offsets(stored),
+            "image_key": LATENT,
+            "shards": index,
+        }
+        write_json(content, self.shards.folder / INDEX)
         write_json(stats, self.shards.folder / STATS)
         return stats
 

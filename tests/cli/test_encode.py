@@ -84,7 +84,7 @@ def test_two_processes_encode_what_one_encodes(olvae, olvae_on_two, target, tmp_
     assert olvae(*encode, "--out", tmp_path / "one")[0] == 0
     err = olvae_on_two(*encode, "--out", tmp_path / "two")
     assert everything(tmp_path / "one") == everything(tmp_path / "two")
-    assert len(everything(tmp_path / "two")) == 4 + 2
+    assert len(everything(tmp_path / "two")) == 4 + 3
     assert err.count("12 images of 16 px in 4 shards") == 1  # the first says it, the other nothing
     assert "nothing to do" not in err
     encode[encode.index(3)] = 1000

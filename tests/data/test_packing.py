@@ -64,7 +64,11 @@ def test_packed_shards_hold_each_file_as_it_is_with_counts_and_checksums(photos,
         assert (shard["bytes"], shard["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
     assert index["bytes"] == sum(shard["bytes"] for shard in index["shards"].values())
     assert index["packed"]["shard_size"] == 8
-    assert sorted(shards_of(tmp_path / "out")) == [*sorted(index["shards"]), "index.json"]
+    assert sorted(shards_of(tmp_path / "out")) == [
+        *sorted(index["shards"]),
+        "index.json",
+        "index.offsets",
+    ]
 
 
 def test_packs_have_the_same_bytes_with_any_number_of_workers(photos, tmp_path):
@@ -72,7 +76,7 @@ def test_packs_have_the_same_bytes_with_any_number_of_workers(photos, tmp_path):
         pack(str(photos), tmp_path / f"out{workers}", PackOptions(shard_size=7), workers)
     first, second = shards_of(tmp_path / "out1"), shards_of(tmp_path / "out2")
     assert first == second
-    assert len(first) == 6
+    assert len(first) == 7
     with tarfile.open(tmp_path / "out1" / "000000.tar") as archive:
         for member in archive:
             assert (member.mtime, member.uid, member.gid, member.uname, member.gname) == (
@@ -249,7 +253,7 @@ def test_a_shard_without_any_readable_image_is_not_written(root, tmp_path):
     noise(0).save(root / "b.png")
     packed = pack(str(root), tmp_path / "out", PackOptions(shard_size=1, seed=None), 1, 1.0)
     assert list(packed.index.shards) == ["000001.tar"]
-    assert sorted(shards_of(tmp_path / "out")) == ["000001.tar", "index.json"]
+    assert sorted(shards_of(tmp_path / "out")) == ["000001.tar", "index.json", "index.offsets"]
     (root / "b.png").write_text("nor this")
     with pytest.raises(ValueError, match=r"none of its 2 images can be read: a\.png"):
         pack(str(root), tmp_path / "new" / "none", PackOptions(), 1, 1.0)

@@ -104,7 +104,10 @@ def test_an_error_in_the_writer_or_in_the_encoder_ends_an_encoding(
         encode(image_folder, tmp_path / "stopped", Interrupted(), shard_size=2, batch_size=1)
     # What was before it is finished; nothing of the third shard is left.
     found = {path.name for path in (tmp_path / "stopped").rglob("*") if path.is_file()}
-    assert found == {"plan.json", *(f"00000{i}.{kind}" for i in (0, 1) for kind in ("tar", "json"))}
+    assert found == {
+        "plan.json",
+        *(f"00000{i}.{kind}" for i in (0, 1) for kind in ("tar", "json", "offsets")),
+    }
     assert threading.active_count() <= 2  # pytest's own
     encode(image_folder, tmp_path / "stopped", Blocks(), shard_size=2, batch_size=1)
     encode(image_folder, tmp_path / "whole", Blocks(), shard_size=2, batch_size=1)

@@ -74,10 +74,11 @@ def scan(path: str | Path, image_key: str | None = None) -> tuple[Offsets, bool]
                 key = prefix
                 begin = member.offset // BLOCK
             extension = extension.lower()
+            if prefix == key and offsets[-1:] == [begin]:
+                continue  # another file of an image that was found
             if member.isreg() and is_image(extension, image_key):
                 left_out.discard(prefix)
-                if offsets[-1:] != [begin]:
-                    offsets.append(begin)
+                offsets.append(begin)
             elif not image_key and is_image(extension.split(".")[-1], None):
                 left_out.add(prefix)
         whole = True
