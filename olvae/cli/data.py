@@ -126,6 +126,47 @@ def pack_command(
         )
 
 
+@app.command("index")
+def index_command(
+    src: Annotated[
+        str, typer.Argument(metavar="SRC", help="Shards: a folder, a pattern, or URLs with braces.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for the index; by default the shards' own."),
+    ] = None,
+    image_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="EXT", help="Extension of the images, as data.params.image_key of a config."
+        ),
+    ] = None,
+    workers: Workers = None,
+) -> None:
+    """Count the images in shards that have no index, and note where each begins.
+
+    With it, training reads the middle of a shard without its beginning, mixes images of many
+    shards, and continues an epoch with any number of processes. Remote shards are read once.
+
+    Example: olvae data index 's3://bucket/{000..127}.tar' --out index
+    """
+    with loading():
+        from olvae.data.shards.indexing import index_shards
+        from olvae.devices import cores_of_rank
+        from olvae.launcher import together
+
+    with together() as (rank, _), ProgressBar("indexing", unit="shards", enabled=rank == 0) as bar:
+        found = index_shards(src, out, image_key, workers or cores_of_rank(), bar.set)
+    if found is None:
+        return
+    place, index, damaged = found
+    if damaged:
+        listed = list_skipped((name, "can't be read to its end") for name in damaged)
+        typer.echo(in_flags(f"{counted(len(damaged), 'damaged shard')}: {listed}"), err=True)
+    shards = counted(len(index.shards), "shard")
+    typer.echo(f"{counted(index.images, 'image')} in {shards}\nindex: {place}", err=True)
+
+
 @app.command("check")
 def check_command(
     src: Annotated[str, CheckSrc],

@@ -6,8 +6,10 @@ little-endian 32-bit integers: shard after shard, in the order of their names.
 
 import contextlib
 import tarfile
+from contextlib import ExitStack, closing
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import numpy as np
@@ -15,12 +17,21 @@ from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
 
 from olvae.config.reading import is_local
-from olvae.data.shards.tar_reading import COMPRESSED, META, SHARD_ERRORS, Shard, is_image
+from olvae.data.shards.tar_reading import (
+    META,
+    SHARD_ERRORS,
+    Shard,
+    StrictTarInfo,
+    Unpacked,
+    is_image,
+    open_url,
+)
 from olvae.files import warn_once
 
 OFFSETS = "index.offsets"
 BLOCK = tarfile.BLOCKSIZE  # bytes
 KIND = np.dtype("<u4")
+NO_OFFSET = 2**32 - 1  # of images in a compressed shard, which can't be read from its middle
 
 Offsets = NDArray[np.uint32]
 
@@ -32,6 +43,7 @@ def offsets_of(shard: Shard, image_key: str | None = None) -> Offsets | None:
     None where both are impossible: it is compressed, or remote. A damaged shard has those before
     the damage.
     """
+    located = None
     if shard.offsets is not None and shard.images:
         file, first = shard.offsets
         length = shard.images * KIND.itemsize
@@ -40,30 +52,38 @@ def offsets_of(shard: Shard, image_key: str | None = None) -> Offsets | None:
             stream.seek(first * KIND.itemsize)
             content = stream.read(length)
         if len(content) == length:
-            return np.frombuffer(content, KIND)
-    if not is_local(shard.url):
-        return None
-    with contextlib.suppress(OSError), Path(shard.url).open("rb") as stream:
-        start = stream.read(6)
-        if not any(start.startswith(first) for first in COMPRESSED):
-            return scan(shard.url, image_key)[0]
-    return None
+            located = np.frombuffer(content, KIND)
+    found = located
+    if found is None and is_local(shard.url):
+        found = scan(shard.url, image_key)[0]
+    packed = found is not None and len(found) > 0 and found[0] == NO_OFFSET
+    return None if packed else found
 
 
-def scan(path: str | Path, image_key: str | None = None) -> tuple[Offsets, bool]:
-    """Read the headers of a local shard; return where its images begin, and whether it is whole.
+def scan(url: str | Path, image_key: str | None = None) -> tuple[Offsets, bool]:
+    """Read the headers of a shard; return where its images begin, and whether it is whole.
 
     An image begins with the first file of its group, which are the files in a row with one key. In
-    a compressed shard the places are of the unpacked content. Pictures that nothing reads get a
-    warning, one for a folder: links, and without an ``image_key`` those whose names have several
-    dots.
+    a compressed shard all are :data:`NO_OFFSET`. A local shard's contents are skipped, a remote one
+    is read whole. Pictures that nothing reads get a warning, one for a folder: links, and without
+    an ``image_key`` those whose names have several dots.
     """
     offsets: list[int] = []
     whole = False
+    packed = False
     left_out: set[str] = set()  # keys of such pictures
     key = None
     begin = 0
-    with contextlib.suppress(*SHARD_ERRORS), tarfile.open(path, "r:*") as archive:
+    with ExitStack() as opened:
+        opened.enter_context(contextlib.suppress(*SHARD_ERRORS))
+        stream = opened.enter_context(closing(open_url(str(url))))
+        unpacked: Any = Unpacked(stream)
+        packed = unpacked.packed
+        if is_local(str(url)):
+            archive = tarfile.open(url, "r:*", tarinfo=StrictTarInfo)  # noqa: SIM115
+        else:
+            archive = tarfile.open(fileobj=unpacked, mode="r|", tarinfo=StrictTarInfo)  # noqa: SIM115
+        opened.enter_context(archive)
         while (member := archive.next()) is not None:
             # Forget the members that were read: a large shard's headers fill the memory.
             archive.members = []  # type: ignore[attr-defined]
@@ -73,9 +93,9 @@ def scan(path: str | Path, image_key: str | None = None) -> tuple[Offsets, bool]
             if member.isreg() and prefix != key:
                 key = prefix
                 begin = member.offset // BLOCK
-            extension = extension.lower()
             if prefix == key and offsets[-1:] == [begin]:
                 continue  # another file of an image that was found
+            extension = extension.lower()
             if member.isreg() and is_image(extension, image_key):
                 left_out.discard(prefix)
                 offsets.append(begin)
@@ -84,8 +104,11 @@ def scan(path: str | Path, image_key: str | None = None) -> tuple[Offsets, bool]
         whole = True
     if left_out:
         warn_once(
-            f"{Path(path).parent}: pictures of its shards are left out: links, or names with "
-            "several dots, as a.b.jpg, of which all from the first dot on is the extension: store "
-            "files, and rename them or set data.params.image_key"
+            f"{str(url).rpartition('/')[0]}: pictures of its shards are left out: links, or names "
+            "with several dots, as a.b.jpg, of which all from the first dot on is the extension: "
+            "store files, and rename them or set data.params.image_key"
         )
-    return np.array(offsets, KIND), whole
+    found = np.array(offsets, KIND)
+    if packed:
+        found[:] = NO_OFFSET
+    return found, whole

@@ -146,8 +146,8 @@ def _files(url: str, errors: list[ReadError], begin: int = 0) -> Iterator[dict[s
     """Yield the files of a tar file, compressed or not; add to ``errors`` if it ends early."""
     try:
         with closing(open_url(url, begin)) as stream:
-            unpacked: Any = stream if begin else _Unpacked(stream)
-            with tarfile.open(fileobj=unpacked, mode="r|", tarinfo=_StrictTarInfo) as archive:
+            unpacked: Any = stream if begin else Unpacked(stream)
+            with tarfile.open(fileobj=unpacked, mode="r|", tarinfo=StrictTarInfo) as archive:
                 while (member := archive.next()) is not None:
                     # Forget the members that were read: a large shard's headers fill the memory.
                     archive.members = []  # type: ignore[attr-defined]
@@ -166,7 +166,7 @@ def _files(url: str, errors: list[ReadError], begin: int = 0) -> Iterator[dict[s
         errors.append(ReadError(url, _reason(error)))
 
 
-class _Unpacked:
+class Unpacked:
     """A stream's content, unpacked if it is compressed.
 
     ValueError if the content is out of proportion to the bytes read from the stream.
@@ -188,6 +188,7 @@ class _Unpacked:
             if self._ahead.startswith(first):
                 self._opened = reader(SimpleNamespace(read=self._packed))
                 break
+        self.packed = self._opened is not None
 
     def _packed(self, size: int) -> bytes:
         data: bytes = self._ahead[:size] or self._stream.read(size)
@@ -208,11 +209,11 @@ class _Unpacked:
         return part
 
 
-class _StrictTarInfo(tarfile.TarInfo):
+class StrictTarInfo(tarfile.TarInfo):
     """Raise ReadError for a damaged or missing header; tarfile takes it for the archive's end."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictTarInfo":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "StrictTarInfo":
         try:
             return super().frombuf(buf, encoding, errors)
         # The end mark is no damage.

@@ -1,0 +1,132 @@
+"""Indexes of shards from elsewhere: counts and offsets, against what reading them gives."""
+
+import gzip
+import json
+
+import numpy as np
+import pytest
+
+from olvae.config import ConfigError
+from olvae.data.shards.index import with_counts
+from olvae.data.shards.indexing import index_shards
+from olvae.data.shards.offsets import BLOCK, NO_OFFSET, offsets_of
+from olvae.data.shards.tar_reading import Shard, read_shard
+from olvae.data.shards.webdataset import WebDatasetSource
+from tests.data.images import encoded, write_shards, write_tar
+
+COUNTS = (5, 9, 1, 4)
+
+
+def keys(shard: Shard, begin: int = 0) -> list[str]:
+    return [entry.key for entry in read_shard(shard, None, begin)]
+
+
+def test_an_index_counts_images_and_finds_where_each_begins(tmp_path):
+    write_shards(tmp_path, COUNTS)
+    place, index, damaged = index_shards(str(tmp_path), workers=2)
+    assert place == tmp_path / "index.json"
+    assert (index.images, damaged) == (19, [])
+    content = json.loads(place.read_text())
+    assert [shard["images"] for shard in content["shards"].values()] == list(COUNTS)
+    assert (tmp_path / "index.offsets").stat().st_size == 4 * 19
+
+    shards = with_counts([str(tmp_path / f"{i:03d}.tar") for i in range(4)])
+    for shard, count in zip(shards, COUNTS, strict=True):
+        offsets = offsets_of(shard)
+        assert len(offsets) == count
+        everything = keys(shard)
+        for image in range(count):
+            assert keys(shard, int(offsets[image]) * BLOCK) == everything[image:]
+
+
+def test_offsets_begin_with_a_groups_first_file_and_long_names(tmp_path):
+    """Other files of an image come before it, and headers of long names before the file."""
+    long = "n" * 150
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("1.txt", b"one"),
+            ("1.jpg", encoded(1)),
+            ("note.txt", b"no image"),
+            (f"{long}.json", b"{}"),
+            (f"{long}.jpg", encoded(2)),
+        ],
+    )
+    offsets = offsets_of(Shard(str(path)))
+    (entry, *rest) = read_shard(Shard(str(path)), None, int(offsets[1]) * BLOCK)
+    assert (entry.key, [*entry.files], rest) == (f"a/{long}", ["json"], [])
+    first = next(iter(read_shard(Shard(str(path)), None, int(offsets[0]) * BLOCK)))
+    assert [*first.files] == ["txt"]
+    assert len(offsets) == 2
+
+
+def test_remote_shards_are_indexed_once_and_read_from_their_middle(tmp_path, monkeypatch):
+    import fsspec
+
+    write_shards(tmp_path / "here", COUNTS)
+    memory = fsspec.filesystem("memory")
+    urls = []
+    for path in sorted((tmp_path / "here").iterdir()):
+        memory.pipe(f"/indexed/{path.name}", path.read_bytes())
+        urls.append(f"memory://indexed/{path.name}")
+    with pytest.raises(ConfigError, match="`out`: name a folder"):
+        index_shards(urls)
+    index_shards(urls, tmp_path / "index")
+    whole = tmp_path / "index" / "index.json"
+    shards = with_counts(urls, str(whole))
+    assert [shard.images for shard in shards] == list(COUNTS)
+    offsets = offsets_of(shards[1])
+    assert keys(shards[1], int(offsets[7]) * BLOCK) == keys(shards[1])[7:]
+
+    source = WebDatasetSource(urls, 16, 2, index=str(whole), val_shards=urls[:1])
+    assert source.interleave == 32
+    assert source.describe_new_processes() is None
+
+
+def test_compressed_shards_have_counts_and_no_offsets(tmp_path):
+    write_shards(tmp_path / "plain", (3,))
+    packed = tmp_path / "a.tar.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "plain" / "000.tar").read_bytes()))
+    _, index, _ = index_shards(str(packed))
+    assert index.images == 3
+    assert np.fromfile(tmp_path / "index.offsets", "<u4").tolist() == [NO_OFFSET] * 3
+    (shard,) = with_counts([str(packed)])
+    assert offsets_of(shard) is None
+
+
+def test_damaged_and_empty_shards_are_named(tmp_path):
+    write_shards(tmp_path, (6, 4))
+    cut = tmp_path / "000.tar"
+    content = cut.read_bytes()
+    cut.write_bytes(content[: len(content) // 2])
+    _, index, damaged = index_shards(str(tmp_path))
+    assert damaged == ["000.tar"]
+    assert 0 < index.shards["000.tar"].images < 6
+    (tmp_path / "none").mkdir()
+    write_tar(tmp_path / "none" / "a.tar", [("1.txt", b"a")])
+    with pytest.raises(ValueError, match="no images in these shards"):
+        index_shards(str(tmp_path / "none"))
+
+
+def test_what_a_packs_index_says_of_its_shards_stays(tmp_path):
+    write_shards(tmp_path, (2, 3))
+    old = {"images": 9, "bytes": 7, "sha256": "ab"}
+    (tmp_path / "index.json").write_text(json.dumps({"shards": {"000.tar": old}, "plan": "p"}))
+    _, index, _ = index_shards(str(tmp_path))
+    found = index.shards["000.tar"]
+    assert (found.images, found.bytes, found.sha256, index.plan) == (2, 7, "ab", "p")
+
+
+def test_another_image_key_has_offsets_of_its_own(tmp_path):
+    write_tar(tmp_path / "a.tar", [("1.x.png", encoded(1, "PNG")), ("2.png", encoded(2, "PNG"))])
+    index_shards(str(tmp_path), image_key="x.png")
+    path = str(tmp_path / "a.tar")
+    assert with_counts([path], image_key="x.png")[0].offsets is not None
+    assert with_counts([path])[0].offsets is None
+
+
+def test_two_shards_of_one_name_are_refused(tmp_path):
+    write_shards(tmp_path / "a", (1,))
+    write_shards(tmp_path / "b", (1,))
+    with pytest.raises(ValueError, match=r"000.tar: two shards have this name"):
+        index_shards([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out")
