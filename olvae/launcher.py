@@ -1,6 +1,7 @@
 """Join, leave and use the process group of a launcher: torchrun, SLURM or Lightning itself."""
 
 import os
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -79,6 +80,23 @@ def gather(part: _T) -> list[_T] | None:
     parts: list[_T | None] | None = [None] * world if rank == 0 else None
     dist.gather_object(part, parts, dst=0)
     return cast("list[_T] | None", parts)
+
+
+def gather_parts(parts: Iterable[_T]) -> Iterator[_T]:
+    """Yield on rank 0 the parts of all other ranks, one of each at a time; nothing elsewhere.
+
+    So the memory is one part of each rank, whatever their number. Every rank has to iterate to the
+    end. Parts are not None, and rank 0's own are not read.
+    """
+    rank, world = this_process()
+    own = iter(parts)
+    left = [world > 1]
+    while left[0]:
+        found = gather(next(own, None) if rank else None) or []
+        received = [part for part in found if part is not None]
+        yield from received
+        left = [bool(received)]
+        dist.broadcast_object_list(left)
 
 
 def leave() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from olvae.launcher import Agreement, gather, join, leave
+from olvae.launcher import Agreement, gather, gather_parts, join, leave
 from tests.forks import fork_two
 
 
@@ -32,6 +32,29 @@ def test_gather_of_two_processes_gives_the_first_what_each_has(tmp_path):
     assert (tmp_path / "out").read_text() == expected
 
 
+def meet_in_parts(out: Path) -> None:
+    rank, _ = join()
+    held = []
+
+    def parts():
+        for part in range(3 if rank else 9):
+            held.append(part)
+            yield rank, part
+
+    found = list(gather_parts(parts()))
+    again = list(gather_parts([]))
+    everything = gather((found, again, held))
+    if everything:
+        out.write_text(str(everything))
+    leave()
+
+
+def test_gather_parts_gives_the_first_process_those_of_the_others(tmp_path):
+    fork_two(meet_in_parts, tmp_path / "out")
+    expected = [([(1, 0), (1, 1), (1, 2)], [], []), ([], [], [0, 1, 2])]
+    assert (tmp_path / "out").read_text() == str(expected)
+
+
 def test_one_process_gathers_and_agrees_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert join() == (0, 1)
@@ -40,5 +63,6 @@ def test_one_process_gathers_and_agrees_alone(monkeypatch):
     assert join() == (0, 1)
     assert not dist.is_initialized()
     assert gather("mine") == ["mine"]
+    assert list(gather_parts(["mine"])) == []
     assert [Agreement().any_asked(asked) for asked in (False, True)] == [False, True]
     leave()
