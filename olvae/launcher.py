@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -252,6 +252,23 @@ def check_others() -> None:
     """Raise FailedProcessError if another process of :func:`together` has failed."""
     if _is_together and default_store().check([FAILED]):
         raise FailedProcessError
+
+
+def gather_parts(parts: Iterable[_T]) -> Iterator[_T]:
+    """Yield on rank 0 the parts of all other ranks, one of each at a time; nothing elsewhere.
+
+    So the memory is one part of each rank, whatever their number. Every rank has to iterate to the
+    end. Parts are not None, and rank 0's own are not read.
+    """
+    rank, world = this_process()
+    own = iter(parts)
+    left = [world > 1]
+    while left[0]:
+        found = gather(next(own, None) if rank else None) or []
+        received = [part for part in found if part is not None]
+        yield from received
+        left = [bool(received)]
+        dist.broadcast_object_list(left)
 
 
 def leave() -> None:

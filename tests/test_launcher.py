@@ -11,7 +11,16 @@ import torch
 import torch.distributed as dist
 
 from olvae.config import ConfigError
-from olvae.launcher import Agreement, check_others, gather, join, leave, of_each, together
+from olvae.launcher import (
+    Agreement,
+    check_others,
+    gather,
+    gather_parts,
+    join,
+    leave,
+    of_each,
+    together,
+)
 from tests.forks import fork_two
 
 
@@ -77,6 +86,29 @@ def test_processes_that_succeed_leave_together():
     fork_two(fail, "nowhere", None)
 
 
+def meet_in_parts(out: Path) -> None:
+    rank, _ = join()
+    held = []
+
+    def parts():
+        for part in range(3 if rank else 9):
+            held.append(part)
+            yield rank, part
+
+    found = list(gather_parts(parts()))
+    again = list(gather_parts([]))
+    everything = gather((found, again, held))
+    if everything:
+        out.write_text(str(everything))
+    leave()
+
+
+def test_gather_parts_gives_the_first_process_those_of_the_others(tmp_path):
+    fork_two(meet_in_parts, tmp_path / "out")
+    expected = [([(1, 0), (1, 1), (1, 2)], [], []), ([], [], [0, 1, 2])]
+    assert (tmp_path / "out").read_text() == str(expected)
+
+
 def test_one_process_gathers_and_agrees_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert join() == (0, 1)
@@ -85,5 +117,6 @@ def test_one_process_gathers_and_agrees_alone(monkeypatch):
     assert join() == (0, 1)
     assert not dist.is_initialized()
     assert gather("mine") == ["mine"]
+    assert list(gather_parts(["mine"])) == []
     assert [Agreement().any_asked(asked) for asked in (False, True)] == [False, True]
     leave()

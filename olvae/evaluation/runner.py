@@ -22,7 +22,7 @@ from olvae.evaluation.results import FIXED, Results, Row
 from olvae.evaluation.round_trip import RoundTrip, open_images_for
 from olvae.evaluation.statistics import confidence, difference
 from olvae.files import first_line, warn_once
-from olvae.launcher import gather, this_process
+from olvae.launcher import gather, gather_parts, this_process
 from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.metric import MetricSet
 from olvae.models.loading.loader import Target
@@ -225,15 +225,17 @@ def observe(
             for observer in observers:
                 observer.update(seen)
 
-    # Merge: the first process gets the states of all, its own among them.
-    states = {key: metric.state() for key, metric in metrics.items()}
-    parts = gather((digests, states, [observer.state() for observer in observers], read))
+    # Merge metrics in the first process, in parts, because networks' features are large.
+    states = ((trip, state) for trip, found in metrics.items() for state in found.states())
+    for subject_and_draw, state in gather_parts(states):
+        metrics[subject_and_draw].merge(state)
+
+    # Merge the rest: the first process gets everything of all, its own among them.
+    parts = gather((digests, [observer.state() for observer in observers], read))
     if parts is None:
         return None
-    for part, measured, observed, _ in parts:
+    for part, observed, _ in parts:
         digests.update(part)
-        for subject_and_draw, state in measured.items():
-            metrics[subject_and_draw].merge(state)
         for observer, state in zip(observers, observed, strict=True):
             observer.merge(state)
     if not digests:

@@ -6,9 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# Values that the bootstrap draws at a time. It bounds memory.
-DRAWS_AT_ONCE = 1 << 22
-
 
 class Difference(NamedTuple):
     """Mean difference of two targets on the same images, with its interval."""
@@ -62,13 +59,14 @@ def _bootstrap(values: NDArray[np.float64], samples: int, seed: int) -> NDArray[
     n = values.shape[-1]
     if n < 2:
         return None
+    # A target's values side by side: finite() leaves those of one image so, and numpy reads and
+    # adds numbers that lie apart six times slower, and adds them less exactly.
+    values = np.ascontiguousarray(values)
     rng = np.random.default_rng(seed)
-    rows = max(1, DRAWS_AT_ONCE // n)
-    means = []
-    for done in range(0, samples, rows):
-        indices = rng.integers(n, size=(min(rows, samples - done), n))
-        means.append(values[:, indices].mean(-1))
-    return np.concatenate(means, axis=-1)
+    means = np.empty((len(values), samples))
+    for sample in range(samples):
+        means[:, sample] = values.take(rng.integers(n, size=n), axis=1).mean(-1)
+    return means
 
 
 def _interval(drawn: NDArray[np.float64], level: float) -> tuple[float, float]:

@@ -11,7 +11,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from olvae.metrics.features import KID, RFID, DINOv2, Extract, Features, Inception, LPIPSDistance
+from olvae.metrics.features import (
+    KID,
+    RFID,
+    DINOv2,
+    Extract,
+    FeatureFile,
+    Inception,
+    LPIPSDistance,
+)
 from olvae.metrics.metric import (
     Kind,
     Metric,
@@ -61,7 +69,7 @@ EXTRACTORS: dict[WeightsFile, type[Inception | DINOv2]] = {INCEPTION: Inception,
 
 # Makes one target's metrics; all that it makes share networks, and the images' features.
 MakeMetrics = Callable[[], MetricSet]
-_Stores = dict[WeightsFile | None, dict[str, Features]]  # features by network and key
+_Files = dict[WeightsFile | None, FeatureFile]  # by network
 
 
 def build_metrics(
@@ -96,7 +104,7 @@ def build_metrics(
     kinds = [kind for kind in kinds if kind.name not in skipped]
     weights = {file: provenance(path, file) for file, path in paths.items()}
 
-    # Networks, which all targets share; by network, the images' features by key.
+    # Networks, which all targets share, and by network the images' features.
     compare: dict[str, Callable[[Tensor, Tensor], Tensor]] = {**PIXELS}
     if VGG16 in paths:
         compare["lpips"] = LPIPSDistance("vgg", paths[VGG16], device)
@@ -105,11 +113,11 @@ def build_metrics(
     extract: dict[WeightsFile | None, Extract] = {
         file: network(paths[file], device) for file, network in EXTRACTORS.items() if file in paths
     }
-    reference: _Stores = {file: {} for file in extract}
+    reference: _Files = {file: FeatureFile() for file in extract}
 
     def make() -> MetricSet:
         metrics: dict[str, Metric] = {}
-        reconstructions: _Stores = {file: {} for file in extract}
+        reconstructions: _Files = {file: FeatureFile() for file in extract}
         for kind in kinds:
             file = kind.needs
             if file in extract:

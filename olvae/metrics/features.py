@@ -1,6 +1,8 @@
 """Metrics of networks' features: LPIPS of pairs; rFID, KID (Inception), FDD (DINOv2) of sets."""
 
-from collections.abc import Callable, Sequence
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from olvae.devices import full_float32
+from olvae.launcher import this_process
 from olvae.metrics.metric import Kind, Metric, Unavailable, check_pairs
 from olvae.modules.frozen import Trunk, VisionEncoder, perceptual_network
 from olvae.modules.mixed_precision import in_float64
@@ -20,6 +23,10 @@ LPIPS_SIZE: dict[Trunk, int] = {"vgg": 16, "alex": 31}
 
 Features = NDArray[np.float32]
 Extract = Callable[[Tensor], Features]  # uint8 (B, 3, H, W) to features (B, D)
+Gaussian = dict[str, NDArray[np.float64]]  # "mu" (D,) and "sigma" (D, D), as torch-fidelity's
+
+# Rows of features in memory at a time: 32 MB of Inception's, and 64 MB where they are float64.
+ROWS_AT_ONCE = 4096
 
 
 class LPIPSDistance:
@@ -107,21 +114,95 @@ class DINOv2:
         return array
 
 
+class FeatureFile:
+    """Features by key in a temporary file: memory holds the keys, and some rows at a time.
+
+    The file lies in ``TMPDIR`` without a name, so it ends with this object, and with the process
+    however that ends.
+    """
+
+    def __init__(self) -> None:
+        self.places: dict[str, int] = {}  # rows of the file, by key
+        self.width = 0
+        # Opened late: loader processes, forked before, would keep a copy, and the disk's space.
+        self._file: Any = None
+        self._sent = 0  # rows that left by unsent()
+
+    def add(self, keys: Sequence[str], features: Features) -> None:
+        """Append the features (B, D) of B distinct keys; a key that is there keeps its own.
+
+        Raises OSError, with the remedy, if the disk is full.
+        """
+        new = [row for row, key in enumerate(keys) if key not in self.places]
+        if not new:
+            return
+        rows = np.ascontiguousarray(features[new], np.float32)
+        try:
+            self._file = self._file or tempfile.TemporaryFile(prefix="olvae-")  # noqa: SIM115
+            self._file.seek(0, os.SEEK_END)
+            self._file.write(rows.data.cast("B"))
+            self._file.flush()
+        except OSError as error:
+            why = f"{error.strerror}; set `TMPDIR` to a folder with room for features of images"
+            raise OSError(error.errno, why, tempfile.gettempdir()) from error
+        self.width = rows.shape[1]
+        for row in new:
+            self.places[keys[row]] = len(self.places)
+
+    def read(self, keys: Sequence[str]) -> Features:
+        """Return the features of keys, (B, D)."""
+        # Mapped for this read only: pages of a lasting map would count as this process's memory.
+        shape = (len(self.places), self.width)
+        rows = np.memmap(self._file, np.float32, "r", shape=shape)
+        return np.asarray(rows[[self.places[key] for key in keys]])
+
+    def unsent(self) -> Iterator[tuple[list[str], Features]]:
+        """Yield keys and their features that were not yielded before, some rows at a time.
+
+        The first process gets as many from all others together as it reads at a time.
+        """
+        keys = list(self.places)[self._sent :]
+        self._sent = len(self.places)
+        rows = max(1, ROWS_AT_ONCE // this_process()[1])
+        for start in range(0, len(keys), rows):
+            some = keys[start : start + rows]
+            yield some, self.read(some)
+
+    def moments(self, keys: Sequence[str]) -> Gaussian:
+        """Return the mean and the unbiased covariance of the features of keys, at least two.
+
+        In float64 and in two passes, as the products are of differences from the mean: sums of
+        plain squares would lose digits. Keys in one order give the same bits, whatever the order
+        of the file.
+        """
+        n = len(keys)
+        mean = np.zeros(self.width)
+        for block in self._blocks(keys):
+            mean += block.sum(0, dtype=np.float64)
+        mean /= n
+        covariance = np.zeros((self.width, self.width))
+        for block in self._blocks(keys):
+            difference = block - mean
+            covariance += difference.T @ difference
+        covariance *= 1.0 / (n - 1)
+        return {"mu": mean, "sigma": covariance}
+
+    def _blocks(self, keys: Sequence[str]) -> Iterator[Features]:
+        for start in range(0, len(keys), ROWS_AT_ONCE):
+            yield self.read(keys[start : start + ROWS_AT_ONCE])
+
+
 class SetMetric(Metric):
     """A distance between the features of all images and of one target's reconstructions.
 
-    All features are kept, 8 KB of Inception per image and side: KID draws subsets from them, and an
-    image that two processes saw could not be taken back out of the sums of a Gaussian. Each is
-    computed once per key, and pickled once: all targets share the images' features by key, and the
-    metrics of a target share its reconstructions' features.
+    All features are kept in files, 8 KB of Inception per image and side: KID draws subsets from
+    them, and an image that two processes saw could not be taken back out of the sums of a Gaussian.
+    Each is computed once per key, and sent once: all targets share the images' features by key, and
+    the metrics of a target share its reconstructions' features.
     """
 
     def __init__(
-        self,
-        kind: Kind,
-        extract: Extract,
-        reference: dict[str, Features],
-        reconstructions: dict[str, Features],
+        self, kind: Kind, extract: Extract, reference: FeatureFile, reconstructions: FeatureFile
     ) -> None:
         super().__init__(kind)
         self._extract = extract
@@ -130,31 +211,28 @@ class SetMetric(Metric):
 
     def update(self, keys: Sequence[str], x: Tensor, y: Tensor) -> None:
         check_pairs(keys, x, y)
-        for store, images in ((self._reference, x), (self._reconstructions, y)):
-            # Images that are not in the store yet, which another metric may share, by their places.
-            new = {key: place for place, key in enumerate(keys) if key not in store}
+        for file, images in ((self._reference, x), (self._reconstructions, y)):
+            # Images that are not in the file yet, which another metric may share, by their places.
+            new = {key: place for place, key in enumerate(keys) if key not in file.places}
             if new:
-                features = self._extract(images[list(new.values())])
-                # Copies, so that a pickled row does not bring its whole batch along.
-                store.update((key, row.copy()) for key, row in zip(new, features, strict=True))
+                file.add(list(new), self._extract(images[list(new.values())]))
 
-    def state(self) -> tuple[dict[str, Features], dict[str, Features]]:
-        return self._reference, self._reconstructions
+    def states(self) -> Iterator[tuple[bool, list[str], Features]]:
+        for is_reference, file in ((True, self._reference), (False, self._reconstructions)):
+            for keys, features in file.unsent():
+                yield is_reference, keys, features
 
     def merge(self, state: Any) -> None:
-        for own, other in zip(self.state(), state, strict=True):
-            # The first value stays, as a key counts once.
-            for key, features in other.items():
-                own.setdefault(key, features)
+        is_reference, keys, features = state
+        file = self._reference if is_reference else self._reconstructions
+        file.add(keys, features)
 
-    def _sets(self) -> tuple[Features, Features]:
-        """Features of images and of reconstructions, (N, D) each, in the order of the keys."""
-        keys = sorted(self._reconstructions)
+    def _keys(self) -> list[str]:
+        """Return the keys of the images, sorted, at least two."""
+        keys = sorted(self._reconstructions.places)
         if len(keys) < 2:
             raise Unavailable(f"{self.kind.label} needs at least 2 images, got {len(keys)}")
-        images = np.stack([self._reference[key] for key in keys])
-        reconstructions = np.stack([self._reconstructions[key] for key in keys])
-        return images, reconstructions
+        return keys
 
 
 class RFID(SetMetric):
@@ -164,13 +242,14 @@ class RFID(SetMetric):
     """
 
     def compute(self) -> float:
-        images, reconstructions = self._sets()
-        self.details["features"] = images.shape[1]
+        keys = self._keys()
+        width = self._reference.width
+        self.details["features"] = width
         self.details.pop("warning", None)
-        warning = few_images(*images.shape)
+        warning = few_images(len(keys), width)
         if warning:
             self.details["warning"] = warning
-        return frechet_distance(images, reconstructions)
+        return _frechet(self._reference.moments(keys), self._reconstructions.moments(keys))
 
 
 def few_images(n: int, width: int) -> str | None:
@@ -193,12 +272,15 @@ def frechet_distance(a: Features, b: Features) -> float:
     of the product has rounding errors of about 1e-4, which may make the distance between equal sets
     negative; it is then given as 0.
     """
+    sets = [{"mu": f.mean(0, dtype=np.float64), "sigma": np.cov(f, rowvar=False)} for f in (a, b)]
+    return _frechet(*sets)
+
+
+def _frechet(a: Gaussian, b: Gaussian) -> float:
+    """See :func:`frechet_distance`."""
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-    statistics = [
-        {"mu": f.mean(0, dtype=np.float64), "sigma": np.cov(f, rowvar=False)} for f in (a, b)
-    ]
-    result = fid_statistics_to_metric(*statistics, verbose=False)
+    result = fid_statistics_to_metric(a, b, verbose=False)
     return max(0.0, float(result[KEY_METRIC_FID]))
 
 
@@ -206,27 +288,28 @@ class KID(SetMetric):
     """Mean over random subsets of the unbiased squared MMD with a cubic kernel.
 
     By torch-fidelity's function with its defaults: 100 subsets of 1000 images (of all N if there
-    are fewer), drawn with seed 2020 from the images sorted by key. Equal sets give a value slightly
-    below 0.
+    are fewer), drawn with seed 2020 from the images sorted by key, as torch-fidelity draws them,
+    but one at a time from files. Equal sets give a value slightly below 0.
     """
 
     def compute(self) -> float:
         from torch_fidelity.defaults import DEFAULTS
-        from torch_fidelity.metric_kid import (
-            KEY_METRIC_KID_MEAN,
-            KEY_METRIC_KID_STD,
-            kid_features_to_metric,
-        )
+        from torch_fidelity.metric_kid import kernel_mmd
 
-        images, reconstructions = map(torch.from_numpy, self._sets())
-        size = min(DEFAULTS["kid_subset_size"], len(images))
-        result = kid_features_to_metric(
-            images, reconstructions, kid_subset_size=size, verbose=False
-        )
+        keys = self._keys()
+        size = min(DEFAULTS["kid_subset_size"], len(keys))
+        rng = np.random.RandomState(DEFAULTS["rng_seed"])
+        distances = []
+        for _ in range(DEFAULTS["kid_subsets"]):
+            drawn = []
+            for file in (self._reference, self._reconstructions):
+                places = rng.choice(len(keys), size, replace=False)
+                drawn.append(file.read([keys[place] for place in places]))
+            distances.append(float(kernel_mmd(*drawn)))
         self.details |= {
             "subsets": DEFAULTS["kid_subsets"],
             "subset_size": size,
             "seed": DEFAULTS["rng_seed"],
-            "std": float(result[KEY_METRIC_KID_STD]),
+            "std": float(np.std(distances)),
         }
-        return float(result[KEY_METRIC_KID_MEAN])
+        return float(np.mean(distances))

@@ -2,7 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -42,8 +42,8 @@ class Metric(ABC):
     """Compares images with one target's reconstructions of them, batch by batch.
 
     Images are identified by keys, and a key counts once. So the batch size, the order, and images
-    that two processes both saw make no difference. ``other.merge(metric.state())`` joins two
-    processes; merging twice does no harm.
+    that two processes both saw make no difference. To join two processes, ``merge`` in one each of
+    the ``states`` of the other; merging twice does no harm.
     """
 
     def __init__(self, kind: Kind) -> None:
@@ -62,12 +62,15 @@ class Metric(ABC):
         """
 
     @abstractmethod
-    def state(self) -> Any:
-        """Return everything accumulated, to be pickled and merged elsewhere; not a copy."""
+    def states(self) -> Iterator[Any]:
+        """Yield everything accumulated, in parts to be pickled and merged elsewhere; not copies.
+
+        What is large comes in parts of bounded size, and only once: metrics share it.
+        """
 
     @abstractmethod
     def merge(self, state: Any) -> None:
-        """Add the :meth:`state` of the same metric in another process."""
+        """Add one of the :meth:`states` of the same metric in another process."""
 
     @abstractmethod
     def compute(self) -> float:
@@ -109,8 +112,8 @@ class PerImage(Metric):
             values = in_float64(self._compare(x, y)).tolist()
         self._add(zip(keys, values, strict=True))
 
-    def state(self) -> dict[str, float]:
-        return self._values
+    def states(self) -> Iterator[dict[str, float]]:
+        yield self._values
 
     def merge(self, state: Mapping[str, float]) -> None:
         self._add(state.items())
@@ -170,18 +173,21 @@ class MetricSet:
         found = {name: metric.per_image() for name, metric in self.metrics.items()}
         return {name: values for name, values in found.items() if values is not None}
 
-    def state(self) -> Any:
-        """See :meth:`Metric.state`."""
-        return {name: metric.state() for name, metric in self.metrics.items()}, self.skipped
+    def states(self) -> Iterator[Any]:
+        """See :meth:`Metric.states`."""
+        yield self.skipped, {}
+        for name, metric in self.metrics.items():
+            for state in metric.states():
+                yield {}, {name: state}
 
     def merge(self, state: Any) -> None:
-        """Add the :meth:`state` of the same metrics in another process."""
-        states, skipped = state
+        """Add one of the :meth:`states` of the same metrics in another process."""
+        skipped, states = state
         for name, reason in list(skipped.items()):
             self._drop(name, reason)
-        for name, metric in self.metrics.items():
-            if name in states:
-                metric.merge(states[name])
+        for name, content in states.items():
+            if name in self.metrics:
+                self.metrics[name].merge(content)
 
     def compute(self) -> dict[str, float]:
         """Return the values by name, maybe infinite.

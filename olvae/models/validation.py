@@ -1,7 +1,7 @@
 """Validation during training: metrics of the averaged weights and of the weights as trained."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from olvae.data.source import Batch
 from olvae.devices import tf32
-from olvae.launcher import gather
+from olvae.launcher import gather, gather_parts
 from olvae.metrics import MakeMetrics, build_metrics
 from olvae.metrics.metric import MetricSet
 from olvae.models.parts.part import Model, Part
@@ -83,9 +83,15 @@ class Validation:
 
     def summarise(self, parts: Sequence[Part]) -> dict[str, float]:
         """The values over all processes, without infinite and unavailable ones; collective."""
-        states = {weights: metrics.state() for weights, metrics in self.metrics.items()}
         # One process computes the values, because rFID's features are large; then all get them.
-        gathered = gather((states, self.sums))
+        states = (
+            (weights, state)
+            for weights, metrics in self.metrics.items()
+            for state in metrics.states()
+        )
+        for weights, state in gather_parts(states):
+            self.metrics[weights].merge(state)
+        gathered = gather(self.sums)
         values: list[dict[str, float]] = [{}]
         if gathered is not None:
             values = [self._merge(gathered[1:], parts)]
@@ -94,11 +100,11 @@ class Validation:
         self.metrics = {}
         return values[0]
 
-    def _merge(self, others: Sequence[Any], parts: Sequence[Part]) -> dict[str, float]:
-        """The values of this process and the others together."""
-        for states, sums in others:
-            for weights, state in states.items():
-                self.metrics[weights].merge(state)
+    def _merge(
+        self, others: Sequence[Mapping[tuple[str, str], Any]], parts: Sequence[Part]
+    ) -> dict[str, float]:
+        """The values of this process and the others together, whose metrics are merged."""
+        for sums in others:
             for key, summed in sums.items():
                 self.sums[key] = self.sums.get(key, 0.0) + summed
 

@@ -4,6 +4,7 @@ and on Inception against torch-fidelity.
 
 import json
 import pickle
+import tracemalloc
 import warnings
 from collections.abc import Callable
 
@@ -19,8 +20,10 @@ from scipy.linalg import sqrtm
 from timm.models import vision_transformer
 from torch import nn
 from torch_fidelity.defaults import DEFAULTS
+from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
 from olvae.cli.main import main as olvae
+from olvae.launcher import gather_parts, join, leave
 from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.features import (
     DINOV2_MODEL,
@@ -28,13 +31,16 @@ from olvae.metrics.features import (
     LPIPS_SIZE,
     RFID,
     DINOv2,
+    FeatureFile,
     Inception,
     LPIPSDistance,
+    frechet_distance,
 )
 from olvae.metrics.metric import Unavailable
 from olvae.modules.frozen import TRUNKS, VisionEncoder
 from olvae.pretrained_networks import DINOV2, INCEPTION
 from tests.export.latents import tiny_vae
+from tests.forks import fork_two
 from tests.metrics.conftest import pairs
 
 WIDTH = 12
@@ -51,7 +57,7 @@ def batch():
 
 
 def both(reference=None, extractor=extract):
-    shared = (extractor, {} if reference is None else reference, {})
+    shared = (extractor, FeatureFile() if reference is None else reference, FeatureFile())
     return RFID(METRICS["rfid"], *shared), KID(METRICS["kid"], *shared)
 
 
@@ -109,15 +115,14 @@ def test_rfid_and_kid_do_not_depend_on_batches_order_and_processes(batch):
             metric.update([keys[i] for i in part], x[part], y[part])
     first[0].update(keys[:25], x[:25], y[:25])
     second[0].update(keys[20:], x[20:], y[20:])  # five in both
-    for metric, state in zip(
-        second, pickle.loads(pickle.dumps([metric.state() for metric in first])), strict=True
-    ):
-        metric.merge(state)
+    for state in pickle.loads(pickle.dumps(list(first[0].states()))):
+        second[0].merge(state)
+        second[1].merge(state)
     for other in (whole, shuffled, second):
         assert [metric.compute() for metric in other] == values
 
 
-def test_rfid_and_kid_compute_and_pickle_features_once(batch):
+def test_rfid_and_kid_compute_and_send_features_once(batch):
     keys, x, y = batch
     seen = []
 
@@ -125,7 +130,7 @@ def test_rfid_and_kid_compute_and_pickle_features_once(batch):
         seen.append(len(images))
         return extract(images)
 
-    reference: dict = {}
+    reference = FeatureFile()
     targets = [both(reference, counting) for _ in range(3)]
     for number, both_metrics in enumerate(targets):
         for metric in both_metrics:
@@ -133,9 +138,105 @@ def test_rfid_and_kid_compute_and_pickle_features_once(batch):
     assert sum(seen) == 4 * 40  # the images, and three targets' reconstructions
     values = [[metric.compute() for metric in target] for target in targets]
     assert len({value for pair in values for value in pair}) == 6
-    pair = len(pickle.dumps(targets[0][0].state()))
-    everything = len(pickle.dumps([metric.state() for target in targets for metric in target]))
-    assert everything < 2.2 * pair
+    sent = [len(state[1]) for target in targets for metric in target for state in metric.states()]
+    assert sent == 4 * [40]
+
+    # What came afterwards is sent alone, as in a second validation.
+    targets[0][1].update(["new"], x[:1], y[:1])
+    assert [state[1] for state in targets[0][0].states()] == [["new"], ["new"]]
+
+
+def measured_by_two(keys, x, y, out) -> None:
+    """Two processes that share the images, but for five that both saw."""
+    rank, _ = join()
+    metrics = both()
+    own = range(22) if rank == 0 else range(39, 16, -1)
+    for start in range(0, len(own), 5):
+        part = list(own[start : start + 5])
+        metrics[0].update([keys[i] for i in part], x[part], y[part])
+    sent = []
+    for state in gather_parts(metrics[0].states()):
+        sent.append(len(state[1]))
+        metrics[0].merge(state)
+    if rank == 0:
+        out.write_text(json.dumps([[metric.compute() for metric in metrics], sent]))
+    leave()
+
+
+def test_two_processes_get_what_one_gets_to_the_bit(batch, tmp_path, monkeypatch):
+    """In parts of 4 rows of each process, and with images that both saw."""
+    monkeypatch.setattr("olvae.metrics.features.ROWS_AT_ONCE", 8)
+    keys, x, y = batch
+    alone = both()
+    alone[0].update(keys, x, y)
+    fork_two(measured_by_two, keys, x, y, tmp_path / "out")
+    values, sent = json.loads((tmp_path / "out").read_text())
+    assert values == [metric.compute() for metric in alone]
+    assert sent == 2 * [4, 4, 4, 4, 4, 3]
+
+
+@pytest.mark.parametrize("rows", [4096, 100])
+def test_metrics_from_a_file_are_those_of_arrays(rows, monkeypatch):
+    """Today's values to the bit if the images are read at once, else to rounding. The features are
+    far from 0, as sums of plain squares would lose digits there.
+    """
+    monkeypatch.setattr("olvae.metrics.features.ROWS_AT_ONCE", rows)
+    monkeypatch.setitem(DEFAULTS, "kid_subsets", 3)
+    rng = np.random.default_rng(0)
+    mixed = rng.normal(size=(16, 16))
+    a = (rng.normal(size=(1300, 16)) @ mixed + 1000).astype(np.float32)
+    b = (rng.normal(size=(1300, 16)) @ mixed + 1000.2).astype(np.float32)
+    keys = [f"{i:04}" for i in range(1300)]
+    metrics = both()
+    for part in np.array_split(rng.permutation(1300), 7):
+        some = [keys[i] for i in part]
+        for place, rows_of in ((True, a), (False, b)):
+            metrics[0].merge((place, some, rows_of[part]))
+
+    rfid, kid = (metric.compute() for metric in metrics)
+    expected = frechet_distance(a, b)
+    assert expected > 0.1
+    assert rfid == (expected if rows == 4096 else pytest.approx(expected, rel=1e-9))
+    theirs = kid_features_to_metric(*map(torch.from_numpy, (a, b)), verbose=False)
+    assert kid == theirs[KEY_METRIC_KID_MEAN]
+
+
+def test_memory_for_features_does_not_grow_with_the_images(monkeypatch):
+    """Bytes that Python and numpy hold: of an image, the keys but not the features, 2 KB twice."""
+    monkeypatch.setattr("olvae.metrics.features.ROWS_AT_ONCE", 64)
+    monkeypatch.setitem(DEFAULTS, "kid_subset_size", 64)
+    peaks = []
+    for images in (500, 2500):
+        rng = np.random.default_rng(0)
+        metrics, first = both(), both()
+        tracemalloc.start()
+        for start in range(0, images, 50):
+            keys = [str(start + i) for i in range(50)]
+            for place in (True, False):
+                metrics[0].merge((place, keys, rng.normal(size=(50, 512)).astype(np.float32)))
+        for state in metrics[0].states():
+            first[0].merge(state)
+        for metric in first:
+            metric.compute()
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[1] - peaks[0]) / 2000 < 1000
+
+
+def test_features_leave_no_file_and_a_full_disk_has_a_remedy(
+    batch, tmp_path, monkeypatch, full_disk
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    keys, x, y = batch
+    metrics = both()
+    metrics[0].update(keys, x, y)
+    assert not list(tmp_path.iterdir())
+    with (
+        full_disk(1000),
+        pytest.raises(OSError, match="File too large; set `TMPDIR` to a folder") as error,
+    ):
+        both()[0].update(keys, x, y)
+    assert error.value.filename == str(tmp_path)
 
 
 def test_rfid_and_kid_of_one_image_and_of_few_images(batch):

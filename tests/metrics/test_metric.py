@@ -11,6 +11,12 @@ from tests.metrics.conftest import pairs
 NAMES = ["psnr", "ssim", "ssim_uniform", "ms_ssim", "l1"]
 
 
+def merge(own, other) -> None:
+    """As from another process."""
+    for state in other.states():
+        own.merge(pickle.loads(pickle.dumps(state)))
+
+
 def run(name: str, keys, x, y, size: int = 4) -> PerImage:
     make = build_metrics([name])
     metric = make().metrics[name]
@@ -29,8 +35,8 @@ def test_pixel_metrics_do_not_depend_on_batches_order_and_processes(name):
     # Two in both.
     first = run(name, keys[:4], x[:4], y[:4])
     second = run(name, keys[2:], x[2:], y[2:], size=1)
-    second.merge(pickle.loads(pickle.dumps(first.state())))
-    second.merge(second.state())
+    merge(second, first)
+    merge(second, second)
     rounding = 1e-12 if name in ("psnr", "l1") else 1e-6
     for other in (shuffled, second):
         assert other.compute() == pytest.approx(whole.compute(), rel=rounding)
@@ -58,7 +64,7 @@ def test_nan_metric_of_one_pair_is_no_other_pair():
     """A float32 reconstruction that overflows, of a stated range: `compute` has words for it."""
     keys, x, y = pairs(2, 32)
     metric = run("psnr", keys, x.float(), y * math.nan)
-    metric.merge(metric.state())
+    merge(metric, metric)
     assert math.isnan(metric.compute())
     with pytest.raises(ValueError, match="two different pairs"):
         metric.update(keys, x, y)
@@ -70,7 +76,7 @@ def test_different_images_under_one_key_are_refused():
         run("psnr", ["0000.png", "0000.png"], x, y)
     other = run("psnr", keys, x, x.flip(0))
     with pytest.raises(ValueError, match="two different pairs"):
-        other.merge(run("psnr", keys, x, y).state())
+        merge(other, run("psnr", keys, x, y))
 
 
 def metric_set(keys, x, y) -> MetricSet:
@@ -96,10 +102,10 @@ def test_metric_set_has_values_or_reasons(nowhere):
 def test_a_metric_that_one_process_dropped_is_dropped_by_all(nowhere):
     keys, x, y = pairs(5, 32)
     first, second = metric_set(keys[:3], x[:3], y[:3]), metric_set([], x, y)
-    second.merge(pickle.loads(pickle.dumps(first.state())))
+    merge(second, first)
     assert "176 pixels" in second.skipped["ms_ssim"]
-    second.merge(metric_set(keys[2:], x[2:], y[2:]).state())
-    second.merge(second.state())
+    merge(second, metric_set(keys[2:], x[2:], y[2:]))
+    merge(second, second)
     assert second.compute() == {"psnr": pytest.approx(run("psnr", keys, x, y).compute(), rel=1e-12)}
 
 
