@@ -28,11 +28,13 @@ from olvae.data.places import SAMPLES, find_source, holds_shards
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards, incomplete
 from olvae.data.shards.latent_files import STATS
-from olvae.data.shards.shard_source import ShardSource
+from olvae.data.shards.offsets import LABEL_BYTES
+from olvae.data.shards.order import describe_sorted
+from olvae.data.shards.shard_source import INTERLEAVE, ShardSource
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.source import LoaderProcess, Source
 from olvae.devices import seconds_per_image
-from olvae.files import counted, file_sha256, lines_sha256, list_skipped, printable
+from olvae.files import counted, file_sha256, legible, lines_sha256, list_skipped, printable
 from olvae.launcher import of_each, this_process
 from olvae.pool import OnProgress, SharedProgress, run_in_processes
 
@@ -40,6 +42,7 @@ MEASURE_S = 3.0  # seconds for which the reading speed is measured
 IMAGES_PER_TASK = 64
 PRINTED_NAMES = 10
 ROWS_AT_A_TIME = 256  # of a picture that is hashed
+BATCH = 16  # images for which the classes in a batch are counted
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class ShardFacts:
     images: int
     sha256: str | None
     broken: str | None
+    classes: Sequence[str] = ()  # of its images, by their .cls files
 
 
 @dataclass
@@ -78,6 +82,8 @@ class AuditResult:
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
         content: dict[str, Any] = asdict(self)
+        for shard in content["shards"]:
+            shard["classes"] = len(shard["classes"])
         unreadable = [{"name": error.name, "reason": error.reason} for error in self.unreadable]
         return {**content.pop("spreads"), **content, "unreadable": unreadable}
 
@@ -143,6 +149,13 @@ def audit_source(
     result = _summarise(src, size, found)
     result.shards = found.shards
     _check_shards(result, folders)
+    # Classes by shard, for a usual batch, as training reads them.
+    everything = {label for shard in result.shards for label in shard.classes}
+    if everything:
+        own = sum(len(shard.classes) for shard in result.shards) / len(result.shards)
+        line = describe_sorted(BATCH, own, len(everything), INTERLEAVE)
+        result.notes += filter(None, [line])
+
     if isinstance(images, Files):
         for error in images.closed:
             result.problems.append(f"{error.name}: this folder can't be opened: {error.reason}")
@@ -226,17 +239,22 @@ def _read_shard(
 ) -> _Found:
     found = _Found()
     reasons: list[str] = []
+    classes: set[str] = set()
     for entry in read_shard(Shard(url)):
         if isinstance(entry, ReadError):
             reasons.append(entry.reason)
         else:
+            if "cls" in entry.files:
+                classes.add(legible(entry.files["cls"][:LABEL_BYTES].decode(errors="replace")))
             photo = partial(Photo, entry.data, entry.name, channels, pixel_range)
             found.decode(photo, entry.key, url)
             progress.advance()
     has_index = is_local(url) and Path(url).is_file() and Path(url).with_name(INDEX).is_file()
     digest = file_sha256(Path(url)) if has_index else None
     images = len(found.images) + len(found.unreadable)
-    found.shards.append(ShardFacts(url, images, digest, "; ".join(reasons) or None))
+    found.shards.append(
+        ShardFacts(url, images, digest, "; ".join(reasons) or None, sorted(classes))
+    )
     return found
 
 
@@ -344,6 +362,7 @@ def _check_shards(result: AuditResult, folders: Sequence[Path]) -> None:
             result.problems.append(f"{shard.url}: {shard.broken}")
         elif not shard.images:
             result.notes.append(f"{shard.url}: a shard without images")
+
     for folder in folders:
         if Path(result.source).expanduser().is_dir():
             missing = incomplete(folder)

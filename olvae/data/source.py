@@ -266,6 +266,10 @@ class Source(ABC):
     def keep_old_order(self) -> None:  # noqa: B027
         """Take the order of training that was the only one before November 2026."""
 
+    def describe_sorted(self) -> str | None:
+        """Say that batches have few classes, because the images are sorted; None if unknown."""
+        return None
+
     def describe_new_processes(self) -> str | None:
         """Say what comes twice if other processes continue an epoch; None if nothing does."""
         return None

@@ -220,7 +220,10 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
 def _continue_order(
     source: Source, checkpoint: Mapping[str, Any], images_seen: int, world: int
 ) -> tuple[Layout, ...]:
-    """List the loader processes so far; print a line where new ones repeat images of an epoch."""
+    """List the loader processes so far; warn of sorted shards, and of images that come again."""
+    line = source.describe_sorted()
+    if line and processes.is_first():
+        notify(f"warning: {line}", "yellow")
     now = source.layout(images_seen, world)
     if not checkpoint:
         return (now,)

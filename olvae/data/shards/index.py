@@ -48,6 +48,8 @@ class Index:
     # Whether a file of offsets beside it says where each image begins, and for which image key.
     offsets: bool = False
     image_key: str | None = None
+    # Classes in a shard on average, and in all, by the images' ``.cls`` files; None if unknown.
+    classes: tuple[float, int] | None = None
 
     @property
     def images(self) -> int:
@@ -71,7 +73,7 @@ class Index:
         for name in sorted(self.shards):
             images = self.shards[name].images
             place = (beside, first) if known else None
-            found[name] = Shard("", images, place)
+            found[name] = Shard("", images, place, self.classes)
             first += images
         return found
 
@@ -86,6 +88,7 @@ class Index:
             "unreadable": self.unreadable,
             "offsets": self.offsets,
             "image_key": self.image_key,
+            "classes": self.classes,
             "shards": {name: asdict(self.shards[name]) for name in sorted(self.shards)},
         }
         write_json(content, path)
@@ -103,6 +106,7 @@ class Index:
                 name: ShardRecord(int(shard["images"]), shard.get("bytes"), shard.get("sha256"))
                 for name, shard in content["shards"].items()
             }
+            classes = content.get("classes")
             return cls(
                 shards,
                 content.get("packed"),
@@ -110,6 +114,7 @@ class Index:
                 content.get("unreadable", ()),
                 bool(content.get("offsets", False)),
                 content.get("image_key"),
+                classes and (float(classes[0]), int(classes[1])),
             )
         except FileNotFoundError:
             raise
@@ -284,7 +289,7 @@ def with_counts(
     for url in urls:
         # A command's output has no middle to begin in.
         offsets = None if url.startswith("pipe:") else found[url].offsets
-        listed.append(Shard(url, found[url].images, offsets))
+        listed.append(Shard(url, found[url].images, offsets, found[url].classes))
     return listed
 
 
@@ -327,9 +332,9 @@ def known_shards(urls: Sequence[str], image_key: str | None = None) -> dict[str,
         if path in indexed:
             shards[url] = indexed[path]
         elif path.is_file():
-            offsets, whole = scan(path, image_key)
-            if len(offsets) or whole:
-                shards[url] = Shard(url, len(offsets))
+            scanned = scan(path, image_key)
+            if len(scanned.offsets) or scanned.whole:
+                shards[url] = Shard(url, len(scanned.offsets))
 
     # A local shard that can't be counted is taken for one like the others.
     known = [shard.images for shard in shards.values() if shard.images is not None]

@@ -8,12 +8,10 @@ from pathlib import Path
 from olvae.config import ConfigError
 from olvae.config.reading import is_local
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards
-from olvae.data.shards.offsets import OFFSETS, Offsets, scan
+from olvae.data.shards.offsets import OFFSETS, Scanned, scan
 from olvae.data.shards.tar_reading import file_name
 from olvae.files import atomic_write
 from olvae.pool import OnProgress, SharedProgress, run_in_processes
-
-Scanned = tuple[Offsets, bool]
 
 
 def index_shards(
@@ -51,7 +49,7 @@ def index_shards(
     if found is None:
         return None
     scanned = dict(zip(names, found, strict=True))
-    if not any(len(offsets) for offsets, _ in scanned.values()):
+    if not any(len(one.offsets) for one in scanned.values()):
         raise ValueError(f"{urls[0]}: no images in these shards, or none that can be read")
 
     # The offsets first: an index that names them is the last thing that is written.
@@ -62,18 +60,21 @@ def index_shards(
     records = {}
     with atomic_write(out / OFFSETS) as partial_file, partial_file.open("wb") as stream:
         for name in sorted(scanned):
-            offsets, _ = scanned[name]
+            offsets = scanned[name].offsets
             stream.write(offsets.tobytes())
             known = before.shards.get(name, ShardRecord(0))
             records[name] = ShardRecord(len(offsets), known.bytes, known.sha256)
-    index = Index(
-        records, before.packed, before.plan, before.unreadable, offsets=True, image_key=image_key
-    )
+
+    # Classes, where images have them.
+    counts = [len(one.classes) for one in scanned.values()]
+    everything = set().union(*(one.classes for one in scanned.values()))
+    classes = (sum(counts) / len(counts), len(everything)) if everything else None
+    index = Index(records, before.packed, before.plan, before.unreadable, True, image_key, classes)
     index.write(out / INDEX)
-    return out / INDEX, index, [name for name, (_, whole) in scanned.items() if not whole]
+    return out / INDEX, index, [name for name, one in scanned.items() if not one.whole]
 
 
 def _scan(url: str, progress: SharedProgress, image_key: str | None) -> Scanned:
-    found = scan(url, image_key)
+    found = scan(url, image_key, classes=True)
     progress.advance()
     return found

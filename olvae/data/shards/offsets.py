@@ -6,10 +6,11 @@ little-endian 32-bit integers: shard after shard, in the order of their names.
 
 import contextlib
 import tarfile
+from collections.abc import Set
 from contextlib import ExitStack, closing
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
@@ -31,6 +32,7 @@ from olvae.files import warn_once
 OFFSETS = "index.offsets"
 BLOCK = tarfile.BLOCKSIZE  # bytes
 KIND = np.dtype("<u4")
+LABEL_BYTES = 1024  # a .cls file is smaller
 NO_OFFSET = 2**32 - 1  # of images in a compressed shard, which can't be read from its middle
 
 Offsets = NDArray[np.uint32]
@@ -55,13 +57,21 @@ def offsets_of(shard: Shard, image_key: str | None = None) -> Offsets | None:
             located = np.frombuffer(content, KIND)
     found = located
     if found is None and is_local(shard.url):
-        found = scan(shard.url, image_key)[0]
+        found = scan(shard.url, image_key).offsets
     packed = found is not None and len(found) > 0 and found[0] == NO_OFFSET
     return None if packed else found
 
 
-def scan(url: str | Path, image_key: str | None = None) -> tuple[Offsets, bool]:
-    """Read the headers of a shard; return where its images begin, and whether it is whole.
+class Scanned(NamedTuple):
+    """Where a shard's images begin, whether it is whole, and the classes in it, if asked for."""
+
+    offsets: Offsets
+    whole: bool
+    classes: Set[bytes] = frozenset()
+
+
+def scan(url: str | Path, image_key: str | None = None, classes: bool = False) -> Scanned:
+    """Read the headers of a shard, and its ``.cls`` files if ``classes`` are asked for.
 
     An image begins with the first file of its group, which are the files in a row with one key. In
     a compressed shard all are :data:`NO_OFFSET`. A local shard's contents are skipped, a remote one
@@ -72,6 +82,7 @@ def scan(url: str | Path, image_key: str | None = None) -> tuple[Offsets, bool]:
     whole = False
     packed = False
     left_out: set[str] = set()  # keys of such pictures
+    labels: set[bytes] = set()
     key = None
     begin = 0
     with ExitStack() as opened:
@@ -93,6 +104,9 @@ def scan(url: str | Path, image_key: str | None = None) -> tuple[Offsets, bool]:
             if member.isreg() and prefix != key:
                 key = prefix
                 begin = member.offset // BLOCK
+            if classes and extension == "cls" and member.isreg() and member.size < LABEL_BYTES:
+                content = archive.extractfile(member)
+                labels.add(content.read() if content else b"")
             if prefix == key and offsets[-1:] == [begin]:
                 continue  # another file of an image that was found
             extension = extension.lower()
@@ -111,4 +125,4 @@ def scan(url: str | Path, image_key: str | None = None) -> tuple[Offsets, bool]:
     found = np.array(offsets, KIND)
     if packed:
         found[:] = NO_OFFSET
-    return found, whole
+    return Scanned(found, whole, labels)

@@ -187,3 +187,23 @@ def _left(
             first += length
         yield from one.places.part(first, begin + share)
     yield from one.places.part(processes * share, len(one.places))
+
+
+def classes_in_a_batch(batch: int, classes: float) -> float:
+    """How many classes a batch has on average, of so many that are equally frequent."""
+    return classes * (1.0 - (1.0 - 1.0 / classes) ** batch)
+
+
+def describe_sorted(batch: int, in_a_shard: float, in_all: int, interleave: int) -> str | None:
+    """Say what shards that are sorted by class do to a batch; None if that is little.
+
+    Little is up to a tenth fewer classes in it than if all images were mixed.
+    """
+    mixed = classes_in_a_batch(batch, in_all)
+    found = classes_in_a_batch(batch, min(in_all, max(1.0, in_a_shard * interleave)))
+    if found > 0.9 * mixed:
+        return None
+    return (
+        f"the shards are sorted by class: one has {in_a_shard:.1f} of {in_all} classes, so that a "
+        f"batch of {batch} has about {found:.1f} of them, and {mixed:.1f} if all images were mixed"
+    )

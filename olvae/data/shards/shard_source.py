@@ -13,7 +13,7 @@ from olvae.data.pixels.size_and_range import RangeNode, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.shards.index import INDEX
 from olvae.data.shards.offsets import BLOCK, offsets_of
-from olvae.data.shards.order import Deal, Group, Places, Round
+from olvae.data.shards.order import Deal, Group, Places, Round, describe_sorted
 from olvae.data.shards.tar_reading import Entry, Shard, read_shard
 from olvae.data.source import Layout, LoaderProcess, Sample, Source, epoch_order, total
 from olvae.files import counted, file_state
@@ -140,6 +140,13 @@ class ShardSource(Source):
             return super().continued_stream(seed, start, process, layouts)
         process, position = process.resumed(start - layouts[-1].start)
         return _Reader(self, seed, process, layouts).samples(position)
+
+    def describe_sorted(self) -> str | None:
+        known = [shard.classes for shard in self.train if shard.classes is not None]
+        if len(known) < len(self.train):
+            return None
+        line = describe_sorted(self.batch_size, *known[0], self.interleave)
+        return line and f"{line}: raise data.params.interleave, or mix the shards"
 
     def keep_old_order(self) -> None:
         if self._usual_interleave:

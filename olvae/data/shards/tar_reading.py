@@ -69,6 +69,8 @@ class Shard(NamedTuple):
     images: int | None = None
     # The file of an index with the offsets of images, and the number of this shard's first.
     offsets: tuple[str, int] | None = None
+    # By its index, classes in a shard on average, and in all.
+    classes: tuple[float, int] | None = None
 
     @property
     def name(self) -> str:

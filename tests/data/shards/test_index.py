@@ -172,13 +172,13 @@ def test_pictures_of_a_shard_that_nothing_reads_are_not_left_out_in_silence(kind
         link.linkname = "1.jpg"
         with tarfile.open(path, "a") as archive:
             archive.addfile(link)
-    assert len(scan(path)[0]) == 1
+    assert len(scan(path).offsets) == 1
     (line,) = caplog.messages
     assert line.startswith(f"{tmp_path}: pictures of its shards are left out: links, or names with")
 
 
 def test_other_pictures_of_an_image_are_not_left_out(tmp_path, caplog):
     files = [("1.depth.png", encoded(1, "PNG")), ("1.jpg", encoded(1)), ("1.seg.png", b"s")]
-    assert len(scan(write_tar(tmp_path / "a.tar", files))[0]) == 1
-    assert len(scan(write_tar(tmp_path / "b.tar", files[:1]), "depth.png")[0]) == 1
+    assert len(scan(write_tar(tmp_path / "a.tar", files)).offsets) == 1
+    assert len(scan(write_tar(tmp_path / "b.tar", files[:1]), "depth.png").offsets) == 1
     assert not caplog.messages

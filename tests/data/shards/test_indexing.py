@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from olvae.config import ConfigError
+from olvae.data.audit import audit_source
 from olvae.data.shards.index import with_counts
 from olvae.data.shards.indexing import index_shards
 from olvae.data.shards.offsets import BLOCK, NO_OFFSET, offsets_of
@@ -130,3 +131,27 @@ def test_two_shards_of_one_name_are_refused(tmp_path):
     write_shards(tmp_path / "b", (1,))
     with pytest.raises(ValueError, match=r"000.tar: two shards have this name"):
         index_shards([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out")
+
+
+def test_sorted_shards_are_described_by_their_index_and_by_a_check(tmp_path):
+    for number in range(40):
+        files = []
+        for i in range(3):
+            files += [(f"{i}.jpg", encoded(number)), (f"{i}.cls", str(number).encode())]
+        write_tar(tmp_path / f"{number:03d}.tar", files)
+    before = WebDatasetSource(str(tmp_path), 16, 16)
+    assert before.describe_sorted() is None  # nobody knows
+    _, index, _ = index_shards(str(tmp_path))
+    assert index.classes == (1.0, 40)
+    source = WebDatasetSource(str(tmp_path), 16, 16, interleave=2)
+    assert "about 2.0 of them" in source.describe_sorted()
+    assert WebDatasetSource(str(tmp_path), 16, 16).describe_sorted() is None  # 32 of 40 at once
+
+    result = audit_source(str(tmp_path), 16)
+    assert result.as_dict()["shards"][0]["classes"] == 1
+    assert not [note for note in result.notes if "sorted by class" in note]
+    for number in range(40, 400):
+        files = [("0.jpg", encoded(1)), ("0.cls", str(number).encode())]
+        write_tar(tmp_path / f"{number:03d}.tar", files)
+    (note,) = [n for n in audit_source(str(tmp_path), 16).notes if "sorted by class" in n]
+    assert "one has 1.0 of 400 classes" in note

@@ -6,7 +6,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from olvae.data.shards.order import Deal, Group, Places
+from olvae.data.shards.order import (
+    Deal,
+    Group,
+    Places,
+    classes_in_a_batch,
+    describe_sorted,
+)
 from olvae.data.source import Layout, continued
 
 
@@ -146,3 +152,20 @@ def test_a_hundred_thousand_shards_are_dealt_without_looking_at_images():
     ends = list(one.places.part(0, len(one.places)))
     assert all(a[1] <= b[0] for a, b in pairwise(ends))
     assert np.sum([b - a for a, b in ends]) == len(one.places)
+
+
+def test_classes_in_a_batch_are_those_that_draws_give():
+    rng = np.random.default_rng(0)
+    for classes in (1, 7, 32, 1000):
+        drawn = [len(set(rng.integers(classes, size=16))) for _ in range(4000)]
+        assert classes_in_a_batch(16, classes) == pytest.approx(np.mean(drawn), rel=0.01)
+
+
+def test_shards_that_are_sorted_by_class_are_described():
+    """ImageNet's own shards: one class each; read one by one, and 32 at once; and mixed ones."""
+    line = describe_sorted(16, 1.0, 1000, 1)
+    assert "one has 1.0 of 1000 classes" in line
+    assert "a batch of 16 has about 1.0 of them, and 15.9 if all images were mixed" in line
+    assert "about 12.7 of them" in describe_sorted(16, 1.0, 1000, 32)
+    assert describe_sorted(16, 600.0, 1000, 1) is None
+    assert describe_sorted(16, 1.0, 1, 1) is None

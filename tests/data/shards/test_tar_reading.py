@@ -25,7 +25,7 @@ def read(path: Path | str, image_key: str | None = None) -> tuple[list[Entry], l
 
 
 def count_images(path: Path, image_key: str | None = None) -> int:
-    return len(scan(path, image_key)[0])
+    return len(scan(path, image_key).offsets)
 
 
 def test_read_shard_gives_images_with_their_sidecars_in_order(tmp_path):
