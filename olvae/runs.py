@@ -108,7 +108,8 @@ class Run:
 # The name of a run folder, in any text but a path: its time, its NAME and its precision. It may end
 # a sentence.
 FOLDER_NAME = re.compile(
-    r"(?<![\w/\\])(\d{4}-\d\d-\d\dT[\d-]{8}(?:-\d+)?)_([\w.+=-]+)_([A-Za-z0-9]+)(?![\w/\\+=-])(?!\.\w)"
+    r"(?<![\w/\\])(\d{4}-\d\d-\d\dT[\d-]{8}(?:-\d+)?)_([\w.+=-]+)_([A-Za-z0-9]+)"
+    r"(?![\w/\\+=-])(?!\.\w)"
 )
 
 

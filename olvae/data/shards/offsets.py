@@ -90,11 +90,10 @@ def scan(url: str | Path, image_key: str | None = None, classes: bool = False) -
         stream = opened.enter_context(closing(open_url(str(url))))
         unpacked: Any = Unpacked(stream)
         packed = unpacked.packed
+        source: dict[str, Any] = {"fileobj": unpacked, "mode": "r|"}
         if is_local(str(url)):
-            archive = tarfile.open(url, "r:*", tarinfo=StrictTarInfo)  # noqa: SIM115
-        else:
-            archive = tarfile.open(fileobj=unpacked, mode="r|", tarinfo=StrictTarInfo)  # noqa: SIM115
-        opened.enter_context(archive)
+            source = {"name": url, "mode": "r:*"}
+        archive = opened.enter_context(tarfile.open(**source, tarinfo=StrictTarInfo))
         while (member := archive.next()) is not None:
             # Forget the members that were read: a large shard's headers fill the memory.
             archive.members = []  # type: ignore[attr-defined]
@@ -119,7 +118,7 @@ def scan(url: str | Path, image_key: str | None = None, classes: bool = False) -
     if left_out:
         warn_once(
             f"{str(url).rpartition('/')[0]}: pictures of its shards are left out: links, or names "
-            "with several dots, as a.b.jpg, of which all from the first dot on is the extension: "
+            "with several dots, as a.b.jpg, whose extension begins at the first dot: "
             "store files, and rename them or set data.params.image_key"
         )
     found = np.array(offsets, KIND)

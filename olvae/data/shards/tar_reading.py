@@ -109,7 +109,7 @@ def read_shard(
 ) -> Iterator[Entry | ReadError]:
     """Yield the images of a shard in order, undecoded; then a ReadError if it can't be read whole.
 
-    ``begin`` is the byte at which to begin, which has to be that of a header.
+    ``begin`` is the byte at which to begin, the first one of a header.
 
     ``image_key`` is the extension of the image in a group of files of one name, by default the
     first image's. A group without one is left out.

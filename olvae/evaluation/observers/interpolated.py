@@ -159,7 +159,7 @@ class Interpolated(PerImageObserver):
         return self._entries.get(target)
 
     def notes(self, label: str, found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-        """Yield lines about entries by target: how near neighbours are, and what is doubtful."""
+        """Yield lines about entries by target: how near neighbours are, and warnings."""
         near = []
         wrong = []
         for target, entry in found.items():

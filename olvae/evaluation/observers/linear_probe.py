@@ -22,7 +22,7 @@ class LinearProbe(PerImageObserver):
     Spearman -.82). A latent's mean over its positions, n_z numbers that are standardised over the
     set, goes through a multinomial logistic regression with a weight decay of 1e-3, fitted to the
     minimum. ``accuracy`` is the share of images whose folder is found, in a cross-validation of
-    five parts, the same for all targets; ``chance`` is that of the largest class. Classes are the
+    five parts, the same for all targets; ``chance`` is the largest class's. Classes are the
     folders with at least five images; there have to be two.
     """
 
