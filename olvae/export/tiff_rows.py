@@ -35,13 +35,13 @@ COMPRESSIONS = {
     32946: "deflate",
     50000: "ZSTD",
 }
-JPEG = 7
+JPEG_TILES = 7
 # Most bytes of a packed tile, for each of its bytes unpacked; noise grows a little.
 MOST_PACKED = 2
 
 
 class TiffRows:
-    """One image in a TIFF, of which some rows are in memory at a time.
+    """One image in a TIFF, with some of its rows in memory at a time.
 
     Args:
         tiff: a ``tifffile.TiffFile``.
@@ -102,7 +102,7 @@ class TiffRows:
                 raise ValueError(f"{samples} channels of {page.dtype}, {page.photometric.name}")
         else:
             kinds = {"MINISBLACK": ((1, ()),), "RGB": ((3, ()), (4, (2,)))}
-            if page.compression == JPEG:
+            if page.compression == JPEG_TILES:
                 kinds["YCBCR"] = ((3, ()),)
             found = samples, tuple(int(kind) for kind in page.extrasamples)
             if page.dtype != np.uint8 or found not in kinds.get(page.photometric.name, ()):
@@ -194,7 +194,7 @@ class TiffRows:
         self.tiff.filehandle.seek(page.dataoffsets[index])
         data = self.tiff.filehandle.read(count)
         tables = {}
-        if page.compression == JPEG:
+        if page.compression == JPEG_TILES:
             # A decoder would believe the size in the tile's own header.
             width, height = Image.open(io.BytesIO(data), formats=["JPEG"]).size
             if width > self.tile[1] or height > self.tile[0]:

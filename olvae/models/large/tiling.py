@@ -23,7 +23,7 @@ Range = tuple[int, int]
 
 
 class Windows(Protocol):
-    """A latent of which windows are read, as ``z[..., rows, columns]``: a tensor, or a file's."""
+    """A latent whose windows are read, as ``z[..., rows, columns]``: a tensor, or a file's."""
 
     @property
     def shape(self) -> Sequence[int]: ...
