@@ -277,11 +277,11 @@ class Photo:
             width, height = upright.size
             rows = max(1, STRIP_PIXELS // width)
             if height <= rows or (upright.mode == MODES[self.channels] == "RGB" and not profile):
-                return self._converted(upright, profile)
+                return self.converted(upright, profile)
             whole = Image.new(MODES[self.channels], upright.size)
             for top in range(0, height, rows):
                 box = (0, top, width, min(top + rows, height))
-                whole.paste(self._converted(upright.crop(box), profile), box)
+                whole.paste(self.converted(upright.crop(box), profile), box)
             return whole
         except Exception as error:  # decoders raise all kinds for a broken file
             raise UnreadableImageError(self.name, _reason(error)) from error
@@ -305,7 +305,7 @@ class Photo:
                 f"its header claims {width}x{height} pixels, more than its {size} bytes can hold"
             )
 
-    def _converted(self, image: Image.Image, profile: bytes | None) -> Image.Image:
+    def converted(self, image: Image.Image, profile: bytes | None) -> Image.Image:
         """Any mode of Pillow as one of MODES, by the rules of :func:`read_picture`."""
         # To sRGB; unchanged if the profile can't be used.
         if profile:

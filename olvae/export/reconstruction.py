@@ -1,22 +1,54 @@
 """Reconstruct images of any size with an autoencoder, and write files that show the result."""
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.data.image import MODES, image_to_tensor, read_picture
 from olvae.data.picture_folder import find_images
+from olvae.data.pixels.size_and_range import TooManyPixelsError
+from olvae.data.read_errors import UnreadableImageError
 from olvae.devices import FULL, autocast
+from olvae.export.tiff_rows import TiffRows, open_rows
 from olvae.figures import ARRAYS, comparison, error_map, save_image
 from olvae.files import atomic_write
 from olvae.metrics.metric import psnr
-from olvae.models.autoencoder import Autoencoder
-from olvae.models.large.tiling import crop_to, pad_to_multiple
+from olvae.models.autoencoder import Autoencoder, DecoderInput, LiteVAE
+from olvae.models.large.streaming import Plane, Stream, Strips, encode_strips
+from olvae.models.large.tiling import (
+    crop_to,
+    decode_window,
+    pad_to_multiple,
+    peak_bytes,
+    split,
+    tile_for,
+)
+from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
+
+# Side of the tiles of a large image's reconstruction in pixels, and of its pictures at least; the
+# largest file that is no BigTIFF.
+TILE = 256
+LONGEST = 2400
+MOST_CLASSIC = 2**32 - 2**25
+
+NOT_FINITE = "the reconstruction has non-finite values: set `precision` to 32, or check the weights"
+ONLY_WHOLE = "larger ones are read piece by piece by a LiteVAE alone, and without `sample`"
+AS_TILES = (
+    "save it as a tiled TIFF, which is read piece by piece: "
+    "vips copy '{}' '{}.tif[tile,bigtiff]', or gdal_translate -co TILED=YES -co BIGTIFF=IF_SAFER"
+)
 
 
 @dataclass(frozen=True)
@@ -112,9 +144,7 @@ def reconstruct(
             z = posterior.sample(torch.Generator(options.device).manual_seed(options.seed))
         y = model.decode_tiled(z, None, options.memory, lambda done: report(0.3 + 0.7 * done))
     if not torch.isfinite(y).all():
-        raise ValueError(
-            "the reconstruction has non-finite values: set `precision` to 32, or check the weights"
-        )
+        raise ValueError(NOT_FINITE)
     return _by_rows(lambda rows: model.pixel_range.to_levels(rows).cpu(), crop_to(y, size)[0]), z
 
 
@@ -134,11 +164,33 @@ def reconstruct_file(
     """Read an image, write its reconstruction and the comparison; return PSNR in dB and path.
 
     The reconstruction is ``place``.png, or .npy where PNG lacks such channels; real values are
-    written as the image's kind of file, or .npy. Raise ValueError that names the image if it can't
-    be read or reconstructed; then nothing is written.
+    written as the image's kind of file, or .npy. A TIFF that is too large for the memory is
+    reconstructed by :class:`LargeImage`. Raise ValueError that names the image if it can't be read
+    or reconstructed; then nothing is written.
     """
     pixels = model.pixel_range
-    image = image_to_tensor(read_picture(source, model.in_channels, pixels))
+
+    # By rows, if the networks do not see the whole image at once. A sample's noise is drawn whole.
+    advice = ONLY_WHOLE
+    if (
+        isinstance(model, LiteVAE)
+        and isinstance(model.encoder, LiteVAE_Encoder)
+        and model.decoder.paths() is not None
+        and options.seed is None
+    ):
+        advice = AS_TILES.format(source.name, source.stem)
+        rows = open_rows(source, model.in_channels, pixels, options.memory)
+        if rows is not None:
+            with closing(rows):
+                return LargeImage(model, model.encoder, rows, options, progress).write(place)
+
+    # Or in memory.
+    try:
+        image = image_to_tensor(read_picture(source, model.in_channels, pixels))
+    except UnreadableImageError as error:
+        if isinstance(error.__cause__, TooManyPixelsError | Image.DecompressionBombError):
+            raise ValueError(f"{error}: {advice}") from error
+        raise
     try:
         y, _ = reconstruct(model, image, options, progress)
     except ValueError as error:
@@ -167,6 +219,139 @@ def reconstruct_file(
     with atomic_write(place.with_name(f"{place.name}_compare.png")) as partial:
         figure.save(partial)
     return value, result
+
+
+class LargeImage:
+    """The reconstruction of an image that is never in memory as a whole, nor is its latent.
+
+    The encoder reads strips of rows, as :func:`~olvae.models.large.streaming.encode_strips` does.
+    The decoder's tiles are those of :func:`reconstruct`, row by row, and each row of tiles is
+    written before the next one is decoded.
+    """
+
+    def __init__(
+        self,
+        model: LiteVAE,
+        encoder: LiteVAE_Encoder,
+        image: TiffRows,
+        options: ReconstructOptions,
+        progress: Callable[[float], None] | None = None,
+    ) -> None:
+        self.model = model
+        self.encoder = encoder
+        self.image = image
+        self.options = options
+        self.report = progress or (lambda _: None)
+        # Of pixels that were written: the squared error, and pictures, shrunk by this factor.
+        self.error = 0.0
+        self.factor = 2 ** max(0, (max(image.height, image.width) // LONGEST).bit_length() - 1)
+        self.pictures: list[list[Tensor]] = [[], [], []]
+
+    @torch.no_grad()
+    def write(self, place: Path) -> tuple[float, Path]:
+        """Write ``place``.tif, in tiles, and the comparison; return PSNR in dB and path.
+
+        Raise ValueError that names the image if it can't be reconstructed.
+        """
+        import tifffile
+
+        channels, height, width = self.image.shape
+        pixels = self.model.pixel_range
+        dtype = np.dtype("uint8" if pixels.eight_bits else "float32")
+        result = place.with_name(f"{place.name}.tif")
+        try:
+            with autocast(self.options.device.type, self.options.precision):
+                latent = self.encode()
+                result.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(result) as partial:
+                    tifffile.imwrite(
+                        partial,
+                        self.tiles(self.decode(latent)),
+                        shape=(height, width, channels),
+                        dtype=dtype,
+                        tile=(TILE, TILE),
+                        photometric="rgb" if channels in (3, 4) else "minisblack",
+                        planarconfig="contig",
+                        bigtiff=math.prod(self.image.shape) * dtype.itemsize > MOST_CLASSIC,
+                    )
+        except UnreadableImageError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{self.image.name}: {error}") from error
+
+        # The comparison: input, output and error side by side.
+        mean = torch.tensor(self.error / math.prod(self.image.shape), dtype=torch.double)
+        value = (10.0 * (255.0**2 / mean).log10()).item()
+        names = (f"input {width}x{height}", f"output {value:.2f} dB", "error, white: 64/255")
+        whole = [torch.cat(parts, dim=1) for parts in self.pictures]
+        with atomic_write(place.with_name(f"{place.name}_compare.png")) as partial:
+            comparison(dict(zip(names, whole, strict=True))).save(partial)
+        return value, result
+
+    def encode(self) -> Plane:
+        """Encode the image, padded as :func:`reconstruct` does."""
+        f = self.model.downscale
+        channels, height, width = self.image.shape
+
+        def read(start: int, stop: int) -> Tensor:
+            x = self.image.read(start, min(stop, height))[None].to(self.options.device)
+            return self.model.pixel_range.normalise(pad_to_multiple(x, f))
+
+        padded = Strips((channels, -(-height // f) * f, -(-width // f) * f), read)
+        stream = Stream(self.options.memory, self.options.device, torch.float32)
+        return encode_strips(self.encoder, padded, stream, lambda done: self.report(0.3 * done))
+
+    def decode(self, latent: Plane) -> Iterator[Tensor]:
+        """Decode a row of tiles after the other: levels (C, rows, W)."""
+        channels, height, width = self.image.shape
+        decoder = self.model.decoder
+        paths = decoder.paths()
+        assert paths is not None
+        z = DecoderInput(self.model, latent, self.options.device)
+        tile = max(z.shape)
+        if peak_bytes(decoder, lambda d, x: d(x), z.shape) > self.options.memory:
+            tile = tile_for(decoder, self.options.memory, z.shape)
+        dtype = torch.uint8 if self.model.pixel_range.eight_bits else torch.float32
+        for rows in split(z.shape[2], tile, decoder.upscale):
+            bottom = min(rows[1], height)
+            band = torch.empty(channels, bottom - rows[0], width, dtype=dtype)
+            for columns in split(z.shape[3], tile, decoder.upscale):
+                y = decode_window(paths, z, (rows, columns))[0]
+                if not torch.isfinite(y).all():
+                    raise ValueError(NOT_FINITE)
+                y = crop_to(y, (bottom - rows[0], width - columns[0]))
+                band[:, :, slice(*columns)] = self.model.pixel_range.to_levels(y)
+            self.report(0.3 + 0.7 * bottom / height)
+            yield band
+
+    def tiles(self, bands: Iterator[Tensor]) -> Iterator[NDArray[Any]]:
+        """Cut bands into the file's tiles, (rows, columns, C), and compare them with the input."""
+        pixels = self.model.pixel_range
+        _, height, width = self.image.shape
+        held = next(bands)
+        for top in range(0, height, TILE):
+            rows = min(TILE, height - top)
+            while held.shape[1] < rows:
+                held = torch.cat((held, next(bands)), dim=1)
+            y = held[:, :rows]
+            held = held[:, rows:]
+            self.compare(pixels.levels(self.image.read(top, top + rows)), y)
+            values = (y if pixels.eight_bits else pixels.real(y)).permute(1, 2, 0).numpy()
+            for left in range(0, width, TILE):
+                yield values[:, left : left + TILE]
+
+    def compare(self, x: Tensor, y: Tensor) -> None:
+        """Add levels of some rows, (C, rows, W), to the error and to the pictures."""
+        for a, b in zip(x.split(64, 1), y.split(64, 1), strict=True):
+            self.error += (a.double() - b.double()).square().sum().item()
+        shown = (
+            self.model.pixel_range.picture(x),
+            self.model.pixel_range.picture(y),
+            _by_rows(lambda a, b: error_map(a[None], b[None])[0], x, y),
+        )
+        for pictures, picture in zip(self.pictures, shown, strict=True):
+            small = F.avg_pool2d(picture.float(), self.factor, ceil_mode=True)
+            pictures.append(small.round().to(torch.uint8))
 
 
 def reconstruct_files(

@@ -15,7 +15,7 @@ from olvae.checkpoint import load_weights, read_weights
 from olvae.config import Config, ConfigError, instantiate
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.files import first_line, write_json
-from olvae.models.large.streaming import encode_within
+from olvae.models.large.streaming import Plane, encode_within
 from olvae.models.large.tiling import decode_tiled
 from olvae.models.spec import CONFIG_NAME, FOR_DIFFUSION, AutoencoderSpec
 from olvae.models.weight_files import ONE_KIND, Located, is_export, locate, write_export
@@ -513,6 +513,26 @@ class LiteVAE(
         assert isinstance(folded, LiteVAE)
         folded.folded = True
         return folded
+
+
+class DecoderInput:
+    """Windows of what a decoder takes for the posterior's mode, of moments in a plane.
+
+    See :class:`~olvae.models.large.tiling.Windows`.
+    """
+
+    def __init__(self, model: LiteVAE, encoded: Plane, device: torch.device) -> None:
+        self.model = model
+        self.encoded = encoded
+        self.device = device
+        self.shape = (1, model.decoder.z_channels, *encoded.shape[1:])
+
+    def __getitem__(self, window: tuple[Any, slice, slice]) -> Tensor:
+        # All that follows the encoder sees single positions.
+        _, rows, columns = window
+        encoded = self.encoded.read(rows.start, rows.stop)[..., columns].to(self.device)
+        moments = self.model.moments(encoded, lambda part: part)
+        return self.model.decoder_input(self.model.posterior(moments).mode())
 
 
 def load_located(

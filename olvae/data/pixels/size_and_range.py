@@ -76,10 +76,14 @@ class Sides(NamedTuple):
         return below, above
 
 
-def check_size(width: int, height: int) -> None:
+class TooManyPixelsError(ValueError):
+    """A picture is larger than those that are read at once."""
+
+
+def check_size(width: int, height: int, most: float = MAX_PIXELS) -> None:
     """Raise ValueError for a picture that would take too much memory."""
-    if width * height > MAX_PIXELS:
-        raise ValueError(
+    if width * height > most:
+        raise TooManyPixelsError(
             f"its header claims {width}x{height} pixels, more than {MAX_PIXELS // 10**6} million"
         )
     if max(width, height) > MAX_RATIO * min(width, height):

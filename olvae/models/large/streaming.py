@@ -8,7 +8,8 @@ needs; layers' outputs are kept in memory up to the limit, then in temporary fil
 import tempfile
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,8 +40,7 @@ def encode_within(
 
     Images and parameters come on top. As many images as fit are encoded at once. One that does not
     fit is streamed through the UNets: a quarter of the memory is for strips on x's device, the rest
-    for layers' outputs on the CPU, and temporary files (in ``TMPDIR``) take the others. The wavelet
-    transform and the features, no larger than the image, are not counted.
+    for layers' outputs on the CPU, and temporary files (in ``TMPDIR``) take the others.
 
     ValueError if the image does not fit, and the encoder is not LiteVAE's; OSError if the disk is
     too small.
@@ -69,23 +69,73 @@ def encode_within(
             "call model.eval() first"
         )
 
-    # Sizes of the UNets' inputs, relative to the image: the extractors', then the aggregator's.
-    levels = range(1 + encoder.skip_levels, encoder.levels + 1) if encoder.extractors else ()
-    sizes = [4.0**-level for level in (*levels, encoder.levels)]
-    whole = x.shape[0] * sum(sizes)
-    weights = iter(sizes)
-    done = 0.0
+    # One image after the other.
+    moments = []
+    for number, image in enumerate(x.split(1)):
 
-    # The encoder's own forward pass, whose UNets are streamed, one image after the other.
-    def stream(unet: nn.Module, h: Tensor) -> Tensor:
-        nonlocal done
-        out = torch.cat([Stream(memory, x.device, x.dtype).unet(unet, one) for one in h.split(1)])
-        done += x.shape[0] * next(weights)
-        if progress is not None:
-            progress(done / whole)
-        return out
+        def report(done: float, number: int = number) -> None:
+            if progress is not None:
+                progress((number + done) / len(x))
 
-    return encoder.run(x, stream)
+        def rows(start: int, stop: int, image: Tensor = image) -> Tensor:
+            return image[:, :, start:stop]
+
+        stream = Stream(memory, x.device, x.dtype)
+        whole = encode_strips(encoder, Strips(shape, rows), stream, report)
+        moments.append(whole.read(0, whole.shape[1]).to(x))
+    return torch.cat(moments)
+
+
+class Strips(NamedTuple):
+    """An image that is read by strips of rows: (C, H, W), and a function of start and stop.
+
+    It returns floats (1, C, rows, W) in [-1, 1]. H and W are multiples of the encoder's downscale.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[int, int], Tensor]
+
+
+@torch.no_grad()
+def encode_strips(
+    encoder: LiteVAE_Encoder,
+    image: Strips,
+    stream: "Stream",
+    progress: Callable[[float], None] = lambda _: None,
+) -> "Plane":
+    """Compute ``encoder(x)`` of an image that need not be in memory; return a plane of moments.
+
+    The image is read once from top to bottom, but for a few rows between two strips.
+    """
+    planes = stream.look(encoder, image)
+    linear = planes.pop() if encoder.linear is not None else None
+
+    # Each level's extractor takes its plane from the first place, and adds its features at the end.
+    stages = encoder.stages()
+    sizes = [plane.shape[1] * plane.shape[2] for plane in planes[: len(stages)]]
+    sizes.append(image.shape[1] * image.shape[2] // encoder.downscale**2)
+    for number, (extractor, factor, pool_conv) in enumerate(stages, start=1):
+        h = stream.unet(extractor, [planes.pop(0)])
+        if factor > 1:
+            h = stream.sweep([h], h.shape[0], 0, partial(F.avg_pool2d, kernel_size=factor), factor)
+        if isinstance(pool_conv, nn.Conv2d):
+            h = stream.conv(pool_conv, [h])
+        planes.append(h)
+        del h
+        progress(sum(sizes[:number]) / sum(sizes))
+
+    # The aggregator, and the linear path beside it.
+    moments = stream.unet(encoder.aggregator, planes)
+    progress(1.0)
+    if linear is None:
+        return moments
+    n_z = linear.shape[0]
+    return stream.sweep(
+        [moments, linear],
+        moments.shape[0],
+        0,
+        lambda given, mean: torch.cat((given[:, :n_z] + mean, given[:, n_z:]), dim=1),
+    )
 
 
 # Of the planes, whatever torch's defaults are.
@@ -133,8 +183,9 @@ class Plane:
 class Stream:
     """Run a UNet layer by layer over whole planes, with one strip of rows on the device at a time.
 
-    Three layers of methods:
+    Layers of methods:
 
+    - ``look`` makes the first planes from the image;
     - ``unet`` walks through the UNet's blocks as its forward pass does, with planes for tensors;
       ``step``, ``post_activation`` and ``pre_activation`` do so for one block;
     - ``conv`` and ``norm_silu`` make one sweep's function. A norm costs no sweep of its own: its
@@ -170,23 +221,58 @@ class Stream:
     def _free(self, size: int) -> None:
         self.left += size
 
+    def look(self, encoder: LiteVAE_Encoder, image: Strips) -> list[Plane]:
+        """Make planes of what the first UNets see, and a last one of the linear path, if any.
+
+        Wavelets longer than Haar's need the whole image at once.
+        """
+        f = encoder.downscale
+        channels, height, width = image.shape
+        rows = height
+        if encoder.wavelet == "haar":
+            # A value of the image in float32, and copies of it and of its bands.
+            rows = f * max(1, self.strip // (32 * channels * width * f))
+        planes: list[Plane] = []
+        for start in range(0, height, rows):
+            # The patches of the linear path reach less than f rows beyond the strip.
+            stop = min(start + rows, height)
+            low = max(0, start - f)
+            x = image.read(low, min(height, stop + f)).to(self.device, self.dtype)
+            parts = encoder.seen(x[:, :, start - low : stop - low])
+            if encoder.linear is not None:
+                parts.append(encoder.linear(x)[:, :, (start - low) // f : (stop - low) // f])
+            scales = [(stop - start) // part.shape[2] for part in parts]
+            if not planes:
+                for part, scale in zip(parts, scales, strict=True):
+                    planes.append(self.plane(part.shape[1], height // scale, width // scale))
+            for plane, part, scale in zip(planes, parts, scales, strict=True):
+                plane.write(start // scale, part)
+        return planes
+
     def sweep(
-        self, inputs: Sequence[Plane], channels: int, reach: int, run: Callable[..., Tensor]
+        self,
+        inputs: Sequence[Plane],
+        channels: int,
+        reach: int,
+        run: Callable[..., Tensor],
+        shrink: int = 1,
     ) -> Plane:
         """Make a plane of ``channels`` by ``run``, strip by strip; it gets a strip of each input.
 
-        The inputs' strips are ``reach`` rows wider than the output's, on both sides.
+        The inputs' strips are ``reach`` rows wider than the output's, on both sides. The output is
+        ``shrink`` times smaller.
         """
-        _, height, width = inputs[0].shape
+        height, width = (side // shrink for side in inputs[0].shape[1:])
         out = self.plane(channels, height, width)
         # A row of the inputs and the output in float32, four times: layers copy both.
-        per_row = 4 * width * 4 * (channels + sum(plane.shape[0] for plane in inputs))
+        per_row = 4 * width * 4 * (channels + sum(plane.shape[0] for plane in inputs) * shrink**2)
         rows = max(1, self.strip // per_row - 2 * reach)
         for start in range(0, height, rows):
             stop = min(start + rows, height)
             low = max(0, start - reach)
             high = min(height, stop + reach)
-            values = run(*(plane.read(low, high).to(self.device, self.dtype) for plane in inputs))
+            strips = (plane.read(shrink * low, shrink * high) for plane in inputs)
+            values = run(*(strip.to(self.device, self.dtype) for strip in strips))
             out.write(start, values[:, :, start - low : stop - low])
         return out
 
@@ -248,14 +334,11 @@ class Stream:
             return self.pre_activation(step, inputs)
         return self.conv(step, inputs)
 
-    def unet(self, unet: nn.Module, x: Tensor) -> Tensor:
-        """Compute ``unet(x)`` for one image, (1, C, H, W) -> (1, C', H, W) on x's device."""
+    def unet(self, unet: nn.Module, inputs: list[Plane]) -> Plane:
+        """Run a UNet on concatenated inputs; the list is emptied, so that they can be freed."""
         assert isinstance(unet, UNet)
-        _, channels, height, width = x.shape
-        first = self.plane(channels, height, width)
-        first.write(0, x)
-        h = self.conv(unet.init_conv, [first])
-        del first
+        h = self.conv(unet.init_conv, inputs)
+        inputs.clear()
 
         # As in UNet.forward: blocks on the way down leave a skip, blocks on the way up take one.
         skips: list[Plane] = []
@@ -271,4 +354,4 @@ class Stream:
                 h = self.step(step, [h])
             else:
                 h = self.step(step, [h, skips.pop()])
-        return self.conv(unet.conv_out, [h]).read(0, height).to(x)
+        return self.conv(unet.conv_out, [h])

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from itertools import pairwise
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,15 @@ CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.defaul
 
 # Rows or columns: start and stop, without the stop.
 Range = tuple[int, int]
+
+
+class Windows(Protocol):
+    """A latent whose windows are read, as ``z[..., rows, columns]``: a tensor, or a file's."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+    def __getitem__(self, window: Any, /) -> Tensor: ...
 
 
 def pad_to_multiple(x: Tensor, f: int) -> Tensor:
@@ -61,7 +70,7 @@ def receptive_field(decoder: Decoder) -> int | None:
 
 
 def decode_window(
-    paths: Sequence[Sequence[Stage]], z: Tensor, window: tuple[Range, Range]
+    paths: Sequence[Sequence[Stage]], z: Windows, window: tuple[Range, Range]
 ) -> Tensor:
     """Decode a window of the image, rows and columns in pixels, from the positions it needs.
 

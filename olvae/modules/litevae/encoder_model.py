@@ -333,38 +333,43 @@ class LiteVAE_Encoder(Encoder):
             self.add_linear_path()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.run(x, lambda unet, h: unet(h))
-
-    def run(self, x: Tensor, apply: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
-        """Run ``forward`` with ``apply(unet, input)`` for each UNet."""
         _check_images(x, self)
+        features = self.seen(x)
+        if not self.packets:
+            features = [
+                pool_conv(F.avg_pool2d(extractor(bands), factor))  # (B, 4C, H/f, W/f)
+                for bands, (extractor, factor, pool_conv) in zip(
+                    features, self.stages(), strict=True
+                )
+            ]
+        whole = torch.cat(features, dim=1) if len(features) > 1 else features[0]
+        return self.with_linear_path(self.aggregator(whole), x)
+
+    def seen(self, x: Tensor) -> list[Tensor]:
+        """Transform images into what the first UNets see.
+
+        A level's sub-bands for each extractor, (B, 4C, H/2^l, W/2^l), the finest first; or all
+        packets for the aggregator, (B, C f f, H/f, W/f).
+        """
         if self.packets:
             features = x
             for _ in range(self.levels):
                 features = dwt2(features, self.wavelet)
-            features = features * self.band_scales[-1]  # (B, C f f, H/f, W/f)
-        else:
-            features = self._features(x, apply)
-        moments = apply(self.aggregator, features)  # (B, latent_dim, H/f, W/f)
-        return self.with_linear_path(moments, x)
-
-    def _features(self, x: Tensor, apply: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
-        # What each level has of its own, from the first that is not skipped.
+            return [features * self.band_scales[-1]]
         levels = wavedec2(x, self.wavelet, self.levels)[self.skip_levels :]
-        band_scales = self.band_scales[self.skip_levels :]
-        # One extractor per level, or the same one for all.
-        extractors = [*self.extractors] * (len(levels) // len(self.extractors))
-        stages = zip(levels, band_scales, extractors, self.pool_convs, strict=True)
+        scales = self.band_scales[self.skip_levels :]
+        return [
+            bands if scale == 1.0 else bands * scale
+            for bands, scale in zip(levels, scales, strict=True)
+        ]
 
-        features: list[Tensor] = []
-        for level, (bands, band_scale, extractor, pool_conv) in enumerate(
-            stages, start=1 + self.skip_levels
-        ):
-            # bands: (B, 4C, H/2^l, W/2^l)
-            f = apply(extractor, bands if band_scale == 1.0 else bands * band_scale)
-            pooled = F.avg_pool2d(f, 2 ** (self.levels - level))  # (B, 4C, H/f, W/f)
-            features.append(pool_conv(pooled))
-        return torch.cat(features, dim=1)
+    def stages(self) -> list[tuple[nn.Module, int, nn.Module]]:
+        """Each level's extractor, factor of its pooling, and convolution after that."""
+        # One extractor per level, or the same one for all.
+        used = len(self.pool_convs)
+        extractors = [*self.extractors] * (used // max(1, len(self.extractors)))
+        factors = [2**level for level in reversed(range(used))]
+        return list(zip(extractors, factors, self.pool_convs, strict=True))
 
 
 class WaveletEncoder(Encoder):

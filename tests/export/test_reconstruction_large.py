@@ -1,0 +1,210 @@
+import subprocess
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from olvae.data.image import image_to_tensor, read_picture
+from olvae.data.pixels.size_and_range import PixelRange
+from olvae.export import reconstruction as module
+from olvae.export.reconstruction import ReconstructOptions, reconstruct, reconstruct_file
+from tests.conftest import tiny
+from tests.data.pixels.files import tiff, values
+from tests.data.test_image import bomb
+from tests.models.large.test_streaming import autoencoder
+from tests.models.large.test_tiling import sd
+
+SMALL = ReconstructOptions(torch.device("cpu"), memory=2**22)
+DEEP = PixelRange.from_node([-40_000, 70_000])
+
+
+def smooth(height: int, width: int) -> np.ndarray:
+    """Colours that differ from place to place, uint8 (H, W, 3)."""
+    small = Image.fromarray(values("uint8", 3, (height // 8 + 1, width // 8 + 1)))
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize(
+    ("size", "make"),
+    [
+        ((403, 701), autoencoder),
+        ((203, 1001), lambda: autoencoder(packets=True, linear=True)),
+        ((403, 505), lambda: autoencoder(quantizer=True, wavelet="db2")),
+        ((300, 401), lambda: autoencoder(variant="paper", pool="conv", shared_extractor=True)),
+    ],
+)
+def test_a_large_tiff_is_reconstructed_as_in_memory(size, make, tmp_path, monkeypatch):
+    """Bit for bit, in many strips and tiles."""
+    vae = make()
+    source = tmp_path / "large.tif"
+    source.write_bytes(tiff(smooth(*size), "rgb", tile=(64, 64), compression="zlib"))
+    whole, _ = reconstruct(vae, image_to_tensor(read_picture(source)), SMALL)
+
+    done: list[float] = []
+    value, result = reconstruct_file(vae, source, tmp_path / "out/large", SMALL, done.append)
+    written = torch.from_numpy(tifffile.imread(result)).permute(2, 0, 1)
+    assert torch.equal(written, whole)
+    assert len(done) >= 3
+    assert done == sorted(done)
+    assert done[-1] == 1.0
+    with tifffile.TiffFile(result) as file:
+        assert file.pages.first.tile == (256, 256)
+    assert sorted(path.name for path in result.parent.iterdir()) == [
+        "large.tif",
+        "large_compare.png",
+    ]
+
+    # PSNR and the comparison are those of an image in memory.
+    monkeypatch.setattr(module, "open_rows", lambda *_: None)
+    usual, _ = reconstruct_file(vae, source, tmp_path / "usual", SMALL)
+    assert value == pytest.approx(usual, abs=1e-9)
+    a, b = (
+        np.asarray(Image.open(path), dtype=int)
+        for path in (tmp_path / "out/large_compare.png", tmp_path / "usual_compare.png")
+    )
+    assert a.shape == b.shape
+    assert np.array_equal(a, b)
+
+
+def test_a_large_tiff_of_real_values_is_reconstructed_as_in_memory(tmp_path):
+    vae = tiny()
+    vae.pixel_range = DEEP
+    source = tmp_path / "deep.tif"
+    source.write_bytes(tiff(values("uint16", 3, (203, 605)), "rgb", tile=(64, 64)))
+    whole, _ = reconstruct(vae, image_to_tensor(read_picture(source, 3, DEEP)), SMALL)
+    _, result = reconstruct_file(vae, source, tmp_path / "out", SMALL)
+    assert result.name == "out.tif"
+    written = tifffile.imread(result)
+    assert written.dtype == np.float32
+    assert np.array_equal(written, DEEP.real(whole).permute(1, 2, 0).numpy())
+
+
+def of_equal_tiles(path: Path, side: int) -> None:
+    """Write a file of a few MB with side x side pixels."""
+    tile = zlib.compress(bytes(256 * 256 * 3))
+    tifffile.imwrite(
+        path,
+        iter([tile] * (-(-side // 256)) ** 2),
+        shape=(side, side, 3),
+        dtype=np.uint8,
+        tile=(256, 256),
+        photometric="rgb",
+        compression="zlib",
+    )
+
+
+def test_what_is_too_large_is_refused_with_advice(tmp_path):
+    """Files of another kind, and networks that see the whole image."""
+    (tmp_path / "a.png").write_bytes(bomb(20_000, 20_000))
+    with pytest.raises(ValueError, match=r"million pixels: .*: vips copy 'a.png' 'a.tif\[tile,"):
+        reconstruct_file(tiny(), tmp_path / "a.png", tmp_path / "out", SMALL)
+    of_equal_tiles(tmp_path / "a.tif", 20_000)
+    for vae, options in ((sd(), SMALL), (tiny(), replace(SMALL, seed=0))):
+        with pytest.raises(
+            ValueError, match=r"million.*: .* by a LiteVAE alone, and without `samp"
+        ):
+            reconstruct_file(vae, tmp_path / "a.tif", tmp_path / "out", options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.tif"]
+
+
+def test_a_large_tiff_that_breaks_off_leaves_nothing(tmp_path):
+    """Bytes in the last tile are no packed pixels."""
+    content = bytearray(tiff(smooth(600, 500), "rgb", tile=(64, 64), compression="zlib"))
+    source = tmp_path / "large.tif"
+    source.write_bytes(content)
+    with tifffile.TiffFile(source) as file:
+        start = file.pages.first.dataoffsets[-1]
+        count = file.pages.first.databytecounts[-1]
+    content[start : start + count] = bytes(count)
+    source.write_bytes(content)
+    with pytest.raises(ValueError, match=r"large\.tif: not a readable image: in its rows") as error:
+        reconstruct_file(tiny(), source, tmp_path / "out", SMALL)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["large.tif"]
+
+
+@pytest.mark.parametrize("failure", [ValueError, OSError, KeyboardInterrupt])
+def test_a_failure_between_tiles_leaves_nothing(failure, tmp_path, monkeypatch):
+    source = tmp_path / "large.tif"
+    source.write_bytes(tiff(smooth(600, 500), "rgb", tile=(64, 64)))
+    calls = []
+    whole = module.decode_window
+
+    def decode(*arguments):
+        calls.append(0)
+        if len(calls) == 5:
+            raise failure("no more")
+        return whole(*arguments)
+
+    monkeypatch.setattr(module, "decode_window", decode)
+    with pytest.raises(failure):
+        reconstruct_file(tiny(), source, tmp_path / "out", SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["large.tif"]
+
+
+def test_non_finite_values_of_a_large_tiff_are_refused(tmp_path):
+    vae = tiny()
+    torch.nn.init.constant_(vae.decoder.conv_in.bias, torch.nan)
+    source = tmp_path / "large.tif"
+    source.write_bytes(tiff(smooth(600, 500), "rgb", tile=(64, 64)))
+    with pytest.raises(ValueError, match=r"large\.tif: .* non-finite values"):
+        reconstruct_file(vae, source, tmp_path / "out", SMALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["large.tif"]
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import torch
+from olvae.export.reconstruction import ReconstructOptions, reconstruct_file
+from tests.conftest import tiny
+
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+options = ReconstructOptions(torch.device("cpu"), memory=int(sys.argv[1]))
+for path in sys.argv[2:]:
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = resident("VmRSS")
+    reconstruct_file(tiny(), Path(path), Path(path).parent / "out", options)
+    print(resident("VmHWM") - before)
+"""
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+
+def peaks(memory: int, *paths: Path) -> list[int]:
+    """Reconstruct TIFFs in one new process; the bytes that each adds to those in use before."""
+    command = [sys.executable, "-c", MEASURE, str(memory), *map(str, paths)]
+    found = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [int(line) for line in found.stdout.split()]
+
+
+@on_linux
+def test_memory_does_not_grow_with_the_height(tmp_path):
+    """Ten times the pixels: in memory they would take 70 MB more, and as bytes 4."""
+    paths = []
+    for height in (1200, 1200, 12_000):
+        path = tmp_path / f"{len(paths)}.tif"
+        paths.append(path)
+        path.write_bytes(tiff(smooth(height, 124), "rgb", tile=(64, 64)))
+    _, small, large = peaks(2**21, *paths)
+    assert large - small < 24e6
+
+
+@on_linux
+@pytest.mark.slow
+def test_four_hundred_million_pixels_in_a_few_hundred_megabytes(tmp_path):
+    """In memory 64 million would take 4.5 GB; 400 million are refused there."""
+    of_equal_tiles(tmp_path / "8000.tif", 8000)
+    of_equal_tiles(tmp_path / "20000.tif", 20_000)
+    memory = 2**28
+    first, second = peaks(memory, tmp_path / "8000.tif", tmp_path / "20000.tif")
+    assert first < 2.5 * memory
+    assert second < 3.5 * memory
