@@ -22,6 +22,7 @@ from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_repl
 from olvae.data.source import MIN_VAL_IMAGES, LoaderProcess, Sample, Source, draws, eval_sample
 
 VAL_FRACTION = 0.05  # default share of the images that is held out for validation
+MAX_VAL_IMAGES = 10_000  # held out by default: 5 % of more would take long, and tell no more
 
 
 class ImageDataset(ABC):
@@ -89,11 +90,16 @@ class InMemory(ImageDataset):
 
 
 def bound_held_out(share: float, images: int, fraction: float | None) -> int:
-    """Clamp the validation size to [1, images - 1]; by default to at least 20, or to a fifth."""
+    """Clamp the validation size to [1, images - 1].
+
+    By default it is at least 20, or a fifth, and at most :data:`MAX_VAL_IMAGES`.
+    """
     if fraction is not None and not 0.0 < fraction < 1.0:
         raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")
-    least = 1 if fraction else max(1, min(MIN_VAL_IMAGES, images // 5))
-    return min(images - 1, max(round(share), least))
+    if fraction is not None:
+        return min(images - 1, max(round(share), 1))
+    least = max(1, min(MIN_VAL_IMAGES, images // 5))
+    return min(images - 1, MAX_VAL_IMAGES, max(round(share), least))
 
 
 def hold_out(
@@ -101,7 +107,8 @@ def hold_out(
 ) -> tuple[ImageDataset, ImageDataset]:
     """Split into training images and, evenly spread, about ``fraction`` for validation.
 
-    By default 5 % (:data:`VAL_FRACTION`), and at least 20 images or, of fewer than 100, a fifth.
+    By default 5 % (:data:`VAL_FRACTION`), at least 20 images or, of fewer than 100, a fifth, and at
+    most 10,000 (:data:`MAX_VAL_IMAGES`).
     """
     count = len(images)
     if count < 2:
@@ -167,7 +174,8 @@ class MappedSource(Source):
         return (self.val.identity(index) for index in range(len(self.val)))
 
     def describe(self) -> str:
-        return f"{len(self.train)} training, {len(self.val)} validation and test images"
+        held_out = f"{len(self.val)} validation and test images{self.bound}"
+        return f"{len(self.train)} training, {held_out}"
 
     def limit(self, images: int) -> None:
         if images > len(self.val):

@@ -9,11 +9,18 @@ from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from olvae.data.dataset import VAL_FRACTION, ImageDataset, MappedSource, bound_held_out
+from olvae.data.dataset import (
+    MAX_VAL_IMAGES,
+    VAL_FRACTION,
+    ImageDataset,
+    MappedSource,
+    bound_held_out,
+)
 from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, RangeNode, Size
 from olvae.data.places import EXTENSIONS, is_image_file
 from olvae.data.read_errors import ReadError
+from olvae.data.source import BOUND
 from olvae.files import file_state, legible, nearest_path, warn_once
 
 ESCAPED = re.compile(r"\[([*?[])\]")  # a character that a pattern means as it is: glob.escape's
@@ -76,9 +83,9 @@ class FolderSource(MappedSource):
             the folders ``train`` and ``val`` (or ``valid``, ``validation``, or ``test``, in any
             case), those are the two parts; the log names what else is there.
         val_fraction: without either, the share of the images that is held out, by a hash of the
-            path below root, so that it does not change when images are added. By default 5 %, and
-            at least 20 images or, of fewer than 100, a fifth: up to about 400 images, adding some
-            may change which ones.
+            path below root, so that it does not change when images are added. By default 5 %, at
+            least 20 images or, of fewer than 100, a fifth, and at most 10,000: up to about 400
+            images, and above 200,000, adding some may change which ones.
         min_fraction, filters, flip, shuffle_channels: see :class:`RandomScaleCrop`.
         channels: of the images: 1, 3, 4 or any other number, see
             :func:`~olvae.data.image.read_picture`.
@@ -110,6 +117,8 @@ class FolderSource(MappedSource):
             root, val_root = split_folders(root)
         if val_root is None:
             val_root = root
+            if val_fraction is None and len(val_paths) == MAX_VAL_IMAGES:
+                self.bound = BOUND
 
         values = PixelRange.from_node(range)
         train = Files(train_paths, channels, (), values, find_folder(root))

@@ -25,6 +25,7 @@ from olvae.launcher import this_process
 from olvae.library_internals import stop_workers
 
 MIN_VAL_IMAGES = 20  # below this number of images, validation means are too noisy to compare models
+BOUND = " (at most 10,000 without data.params.val_fraction)"
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,8 @@ class Source(ABC):
     image_key: str | None = None
     # whether each rank validates on every n-th image, which makes its loader's length known
     shares_evenly = False
+    # :data:`BOUND`, for the description, if fewer images than 5 % are held out
+    bound = ""
     # batches of each of so many ranks that a training's validation takes; None for all images
     val_limit: tuple[int, int] | None = None
 
