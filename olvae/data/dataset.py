@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
@@ -71,6 +72,30 @@ class Subset(ImageDataset):
         return self.images[self.indices[index]]
 
 
+class AllBut(Sequence[int]):
+    """The numbers below ``count`` but for some, ascending, in the memory of those left out."""
+
+    def __init__(self, count: int, left_out: Sequence[int]) -> None:
+        self._all = count
+        # How many kept numbers lie below each one that is left out.
+        self._kept_before = np.array(left_out) - np.arange(len(left_out))
+
+    def __len__(self) -> int:
+        return self._all - len(self._kept_before)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        place = range(len(self))[index]
+        return place + int(np.searchsorted(self._kept_before, place, side="right"))
+
+
 @dataclass
 class InMemory(ImageDataset):
     """Pictures in memory, by name."""
@@ -116,9 +141,9 @@ def hold_out(
 
     # Even spacing keeps the choice free of a random seed.
     share = count * (fraction or VAL_FRACTION)
-    held_out = {int(i) for i in np.linspace(0, count - 1, bound_held_out(share, count, fraction))}
-    rest = [i for i in range(count) if i not in held_out]
-    return Subset(images, rest), Subset(images, sorted(held_out))
+    spaced = np.linspace(0, count - 1, bound_held_out(share, count, fraction))
+    held_out = sorted({int(i) for i in spaced})
+    return Subset(images, AllBut(count, held_out)), Subset(images, held_out)
 
 
 class MappedSource(Source):
