@@ -32,7 +32,7 @@ from olvae.config.nodes import arguments_of
 from olvae.data.read_errors import worker_death
 from olvae.data.source import Source
 from olvae.devices import cores, sharing_cores
-from olvae.launcher import join, local_rank, of_each, srun_environment
+from olvae.launcher import allow_open_files, join, local_rank, of_each, srun_environment
 from olvae.library_internals import default_store, observe_processes
 from olvae.runs import Run
 from olvae.training.progress import notify
@@ -77,6 +77,8 @@ def process_count(trainer_args: Mapping[str, Any]) -> int:
     nodes = int(trainer_args.get("num_nodes", 1))
     per_node = devices if isinstance(devices, int) else len(devices)
     count = per_node * nodes
+    if count > 1:
+        allow_open_files(count)
     launcher = find_launcher()
     if launcher is not None:
         try:
