@@ -211,18 +211,34 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
         warn_once(f"skipped the folder {name} and everything in it: {reason}")
 
     seen = set()  # folders, with links resolved
-    for top, folders, files in os.walk(folder, onerror=leave_out, followlinks=True):
+    waiting = [str(folder)]
+    while waiting:
+        top = waiting.pop()
+        try:
+            with os.scandir(top) as found:
+                entries = list(found)
+        except OSError as error:
+            leave_out(error)
+            continue
         real = Path(top).resolve()
         if real in seen:
-            folders.clear()
             continue
         seen.add(real)
-        # os.walk enters the folders that stay in this list.
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            path = Path(top) / name
-            if _is_image(path):
-                yield path
+
+        # What an entry is was listed with its name: only a link is asked for it.
+        folders = []
+        for entry in entries:
+            try:
+                is_folder = entry.is_dir()
+                is_image = is_image_file(entry.name) and entry.is_file()
+            except OSError:
+                is_folder = False
+                is_image = _is_image(Path(entry.path))
+            if is_folder and not entry.name.startswith("."):
+                folders.append(entry.path)
+            elif is_image:
+                yield Path(entry.path)
+        waiting += sorted(folders, reverse=True)
 
 
 def _is_image(path: Path) -> bool:
@@ -324,7 +340,10 @@ def find_parts(
     # Each path has a place in [0, 1): the hash of its name below the folder.
     places = {}
     for path in paths:
-        name = path.relative_to(folder) if path.is_relative_to(folder) else path
+        try:
+            name = path.relative_to(folder)
+        except ValueError:
+            name = path
         digest = hashlib.sha256(name.as_posix().encode(errors="surrogateescape")).digest()
         places[path] = int.from_bytes(digest[:8], "big") / 2**64
 

@@ -317,3 +317,23 @@ def test_a_share_of_a_large_folder_is_bounded_unless_it_is_given(tmp_path, monke
     assert given.describe().endswith(f" {given.val_images} validation and test images")
     assert set(by_default.val.paths) < set(given.val.paths)
     assert not FolderSource(names, 16, 4, val_root=names).bound
+
+
+def test_find_images_asks_the_system_once_a_folder_and_not_for_each_file(tmp_path, monkeypatch):
+    for number in range(60):
+        folder = tmp_path / f"f{number % 2}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.jpg").touch()
+    (tmp_path / "f0" / "link.jpg").symlink_to(tmp_path / "f1" / "1.jpg")
+    (tmp_path / "f0" / "gone.jpg").symlink_to(tmp_path / "nothing.jpg")
+    (tmp_path / "f0" / "loop.jpg").symlink_to(tmp_path / "f0" / "loop.jpg")
+    os.mkfifo(tmp_path / "f0" / "pipe.jpg")
+    asked = []
+    stat = os.stat
+    monkeypatch.setattr(
+        os, "stat", lambda *args, **kwargs: asked.append(1) or stat(*args, **kwargs)
+    )
+    found = find_images(tmp_path)
+    assert len(asked) < 10
+    assert len(found) == 61
+    assert tmp_path / "f0" / "link.jpg" in found
