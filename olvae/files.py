@@ -413,8 +413,12 @@ def warn_once(message: str) -> None:
     log.warning(printable(message))
 
 
-def list_skipped(skipped: Iterable[tuple[str, str]]) -> str:
-    """List the first ten names with their reasons, and count the others."""
+def list_skipped(skipped: Iterable[tuple[str, str]], count: int | None = None) -> str:
+    """List the first ten names with their reasons, and count the others.
+
+    ``count`` is the number of all, if ``skipped`` has the first ones alone.
+    """
     texts = [f"{printable(name)} ({reason})" for name, reason in skipped]
-    more = f", and {len(texts) - 10} more" if len(texts) > 10 else ""
+    others = (len(texts) if count is None else count) - 10
+    more = f", and {others} more" if others > 0 else ""
     return ", ".join(texts[:10]) + more

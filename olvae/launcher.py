@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -39,8 +39,16 @@ PRINTING_S = 0.5
 # Key in the process group's store under which a process of :func:`together` notes that it failed.
 FAILED = "olvae/failed"
 
+# Open files that a process needs beside the sockets to others, at least.
+OWN_FILES = 30
+# Raise the limit on them no further: some programs that a process starts try to close all.
+MOST_FILES = 65_536
+
 # Whether this process is inside of :func:`together`.
 _is_together = False
+
+# The process group, and the one of gloo beside it for the CPUs, if that was made.
+_group_of_cpus: tuple[Any, Any] = (None, None)
 
 
 class FailedProcessError(Exception):
@@ -82,6 +90,30 @@ def srun_environment() -> "SLURMEnvironment | None":
     return SLURMEnvironment(auto_requeue=False)
 
 
+def allow_open_files(ranks: int) -> None:
+    """Raise this process's limit on open files as far as it may, for its sockets to other ranks.
+
+    ConfigError if the limit is too low. The first process has two sockets for each other one.
+    """
+    try:
+        import resource
+    except ImportError:  # on Windows, which has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = OWN_FILES + 2 * ranks
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        raise ConfigError(
+            f"{ranks} processes need at least {needed} open files in each, and only {soft} are "
+            f"allowed: raise the limit on every machine (`ulimit -n {4 * needed}`, or its "
+            "administrator does), or start fewer"
+        )
+
+
 def join(backend: str = "gloo", timeout: timedelta = PATIENCE) -> tuple[int, int]:
     """Join the processes that torchrun or srun started; return the rank and the world size.
 
@@ -93,11 +125,14 @@ def join(backend: str = "gloo", timeout: timedelta = PATIENCE) -> tuple[int, int
         return this_process()
     # torchrun first, because srun may start one torchrun on each node.
     if "RANK" in os.environ:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world > 1:
+            allow_open_files(world)
             dist.init_process_group(backend, timeout=timeout)
         return this_process()
     slurm = srun_environment()
     if slurm is not None and slurm.world_size() > 1:
+        allow_open_files(slurm.world_size())
         os.environ["MASTER_ADDR"] = slurm.main_address
         os.environ["MASTER_PORT"] = str(slurm.main_port)
         dist.init_process_group(
@@ -278,6 +313,21 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def group_of_cpus() -> Any:
+    """The process group's gloo, which CPUs talk through, one for all uses: None if it has one.
+
+    A further group would connect each two processes once more.
+    """
+    global _group_of_cpus
+    if "cpu:gloo" in dist.get_backend_config():
+        return None
+    world, group = _group_of_cpus
+    if world is not dist.group.WORLD:
+        group = dist.new_group(backend="gloo")
+        _group_of_cpus = (dist.group.WORLD, group)
+    return group
+
+
 class Agreement:
     """Agree on a request that any rank may make, so that all ranks follow it at the same step.
 
@@ -286,7 +336,6 @@ class Agreement:
     """
 
     def __init__(self) -> None:
-        self._group: Any = None
         self._flag = torch.zeros((), dtype=torch.uint8)
         self._sent: dist.Work | None = None
 
@@ -298,12 +347,11 @@ class Agreement:
         """
         if this_process()[1] == 1:
             return asked
-        if self._group is None:
-            self._group = dist.new_group(backend="gloo")
+        group = group_of_cpus()
         # Receive the previous call's answer before the flag is used again.
         answer = self._received()
         self._flag.fill_(asked)
-        self._sent = dist.all_reduce(self._flag, dist.ReduceOp.MAX, self._group, async_op=True)
+        self._sent = dist.all_reduce(self._flag, dist.ReduceOp.MAX, group, async_op=True)
         if wait:
             return max(self._received(), answer)
         return answer

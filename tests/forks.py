@@ -36,7 +36,7 @@ def fork_two(
 
 
 def fork_each(work: Callable[[int], None], exits: Sequence[int] = (0, 0)) -> None:
-    """Call ``work`` with 0 and with 1, each in a child of this process, with a port;
+    """Call ``work`` with 0, 1 and so on, each in a child of this process, with a port;
     fail unless they end with these codes.
     """
     port = str(free_port())
@@ -50,7 +50,7 @@ def fork_each(work: Callable[[int], None], exits: Sequence[int] = (0, 0)) -> Non
     # have.
     gc.collect()
     context = multiprocessing.get_context("fork")
-    both = [context.Process(target=watched, args=(rank,)) for rank in range(2)]
+    both = [context.Process(target=watched, args=(rank,)) for rank in range(len(exits))]
     for process in both:
         process.start()
     for process in both:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
+from typing import overload
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from olvae.data.source import MIN_VAL_IMAGES, LoaderProcess, Sample, Source, dra
 from olvae.files import counted
 
 VAL_FRACTION = 0.05  # default share of the images that is held out for validation
+MAX_VAL_IMAGES = 10_000  # held out by default: 5 % of more would take long, and tell no more
 
 
 class ImageDataset(ABC):
@@ -71,6 +73,30 @@ class Subset(ImageDataset):
         return self.images[self.indices[index]]
 
 
+class AllBut(Sequence[int]):
+    """The numbers below ``count`` but for some, ascending, in the memory of those left out."""
+
+    def __init__(self, count: int, left_out: Sequence[int]) -> None:
+        self._all = count
+        # How many kept numbers lie below each one that is left out.
+        self._kept_before = np.array(left_out) - np.arange(len(left_out))
+
+    def __len__(self) -> int:
+        return self._all - len(self._kept_before)
+
+    @overload
+    def __getitem__(self, index: int) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[int]: ...
+
+    def __getitem__(self, index: int | slice) -> int | list[int]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        place = range(len(self))[index]
+        return place + int(np.searchsorted(self._kept_before, place, side="right"))
+
+
 @dataclass
 class InMemory(ImageDataset):
     """Pictures in memory, by name."""
@@ -90,11 +116,16 @@ class InMemory(ImageDataset):
 
 
 def bound_held_out(share: float, images: int, fraction: float | None) -> int:
-    """Clamp the validation size to [1, images - 1]; by default to at least 20, or to a fifth."""
+    """Clamp the validation size to [1, images - 1].
+
+    By default it is at least 20, or a fifth, and at most :data:`MAX_VAL_IMAGES`.
+    """
     if fraction is not None and not 0.0 < fraction < 1.0:
         raise ValueError(f"val_fraction must be between 0 and 1, got {fraction}")
-    least = 1 if fraction else max(1, min(MIN_VAL_IMAGES, images // 5))
-    return min(images - 1, max(round(share), least))
+    if fraction is not None:
+        return min(images - 1, max(round(share), 1))
+    least = max(1, min(MIN_VAL_IMAGES, images // 5))
+    return min(images - 1, MAX_VAL_IMAGES, max(round(share), least))
 
 
 def hold_out(
@@ -102,7 +133,8 @@ def hold_out(
 ) -> tuple[ImageDataset, ImageDataset]:
     """Split into training images and, evenly spread, about ``fraction`` for validation.
 
-    By default 5 % (:data:`VAL_FRACTION`), and at least 20 images or, of fewer than 100, a fifth.
+    By default 5 % (:data:`VAL_FRACTION`), at least 20 images or, of fewer than 100, a fifth, and at
+    most 10,000 (:data:`MAX_VAL_IMAGES`).
     """
     count = len(images)
     if count < 2:
@@ -110,9 +142,9 @@ def hold_out(
 
     # Even spacing keeps the choice free of a random seed.
     share = count * (fraction or VAL_FRACTION)
-    held_out = {int(i) for i in np.linspace(0, count - 1, bound_held_out(share, count, fraction))}
-    rest = [i for i in range(count) if i not in held_out]
-    return Subset(images, rest), Subset(images, sorted(held_out))
+    spaced = np.linspace(0, count - 1, bound_held_out(share, count, fraction))
+    held_out = sorted({int(i) for i in spaced})
+    return Subset(images, AllBut(count, held_out)), Subset(images, held_out)
 
 
 class MappedSource(Source):
@@ -168,7 +200,8 @@ class MappedSource(Source):
         return (self.val.identity(index) for index in range(len(self.val)))
 
     def describe(self) -> str:
-        return f"{len(self.train)} training, {len(self.val)} validation and test images"
+        held_out = f"{len(self.val)} validation and test images{self.bound}"
+        return f"{len(self.train)} training, {held_out}"
 
     def limit(self, images: int) -> None:
         if images > len(self.val):

@@ -9,11 +9,18 @@ from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
-from olvae.data.dataset import VAL_FRACTION, ImageDataset, MappedSource, bound_held_out
+from olvae.data.dataset import (
+    MAX_VAL_IMAGES,
+    VAL_FRACTION,
+    ImageDataset,
+    MappedSource,
+    bound_held_out,
+)
 from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, RangeNode, Size
 from olvae.data.places import EXTENSIONS, is_image_file
 from olvae.data.read_errors import ReadError
+from olvae.data.source import BOUND
 from olvae.files import counted, file_state, legible, nearest_path, warn_once
 
 ESCAPED = re.compile(r"\[([*?[])\]")  # a character that a pattern means as it is: glob.escape's
@@ -77,9 +84,9 @@ class FolderSource(MappedSource):
             the folders ``train`` and ``val`` (or ``valid``, ``validation``, or ``test``, in any
             case), those are the two parts; the log names what else is there.
         val_fraction: without either, the share of the images that is held out, by a hash of the
-            path below root, so that it does not change when images are added. By default 5 %, and
-            at least 20 images or, of fewer than 100, a fifth: up to about 400 images, adding some
-            may change which ones.
+            path below root, so that it does not change when images are added. By default 5 %, at
+            least 20 images or, of fewer than 100, a fifth, and at most 10,000: up to about 400
+            images, and above 200,000, adding some may change which ones.
         min_fraction, filters, flip, shuffle_channels: see :class:`RandomScaleCrop`.
         channels: of the images: 1, 3, 4 or any other number, see
             :func:`~olvae.data.image.read_picture`.
@@ -111,6 +118,8 @@ class FolderSource(MappedSource):
             root, val_root = split_folders(root)
         if val_root is None:
             val_root = root
+            if val_fraction is None and len(val_paths) == MAX_VAL_IMAGES:
+                self.bound = BOUND
 
         values = PixelRange.from_node(range)
         train = Files(train_paths, channels, (), values, find_folder(root))
@@ -203,18 +212,34 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
         warn_once(f"skipped the folder {name} and everything in it: {reason}")
 
     seen = set()  # folders, with links resolved
-    for top, folders, files in os.walk(folder, onerror=leave_out, followlinks=True):
+    waiting = [str(folder)]
+    while waiting:
+        top = waiting.pop()
+        try:
+            with os.scandir(top) as found:
+                entries = list(found)
+        except OSError as error:
+            leave_out(error)
+            continue
         real = Path(top).resolve()
         if real in seen:
-            folders.clear()
             continue
         seen.add(real)
-        # os.walk enters the folders that stay in this list.
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            path = Path(top) / name
-            if _is_image(path):
-                yield path
+
+        # What an entry is was listed with its name: only a link is asked for it.
+        folders = []
+        for entry in entries:
+            try:
+                is_folder = entry.is_dir()
+                is_image = is_image_file(entry.name) and entry.is_file()
+            except OSError:
+                is_folder = False
+                is_image = _is_image(Path(entry.path))
+            if is_folder and not entry.name.startswith("."):
+                folders.append(entry.path)
+            elif is_image:
+                yield Path(entry.path)
+        waiting += sorted(folders, reverse=True)
 
 
 def _is_image(path: Path) -> bool:
@@ -316,7 +341,10 @@ def find_parts(
     # Each path has a place in [0, 1): the hash of its name below the folder.
     places = {}
     for path in paths:
-        name = path.relative_to(folder) if path.is_relative_to(folder) else path
+        try:
+            name = path.relative_to(folder)
+        except ValueError:
+            name = path
         digest = hashlib.sha256(name.as_posix().encode(errors="surrogateescape")).digest()
         places[path] = int.from_bytes(digest[:8], "big") / 2**64
 

@@ -1,10 +1,12 @@
 """Replace, count and log unreadable images; stop if their share is too large."""
 
+import hashlib
 import logging
 import re
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -16,6 +18,8 @@ log = logging.getLogger("olvae.data")
 
 REPLACEMENTS = 20  # number of other images that are tried in place of an unreadable one
 FEW_FILES = 3  # unless the limit is 0, one unreadable file per 50 images is allowed, up to this
+ERRORS_AT_A_TIME = 1000  # of a process, in one exchange with the others
+SHARED_NAMES = 10  # unreadable files of other processes, which this one can name
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -99,13 +103,39 @@ def read_or_replace(
     )
 
 
+def _digest(name: str, image: str = "") -> int:
+    """Shorten a file's name, or an image's, to 64 bits, the same in all processes."""
+    text = f"{name}\0{image}".encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
+
+
 @dataclass
 class UnreadableImages:
     """All files that the loaders of a source could not read."""
 
-    reasons: dict[str, str] = field(default_factory=dict)  # by file
-    images: set[tuple[str, str]] = field(default_factory=set)  # lost ones, each by file and image
+    reasons: dict[str, str] = field(default_factory=dict)  # by file, of this process's files
+    elsewhere: dict[str, str] = field(default_factory=dict)  # the first files of other processes
+    # Digests of the files and of the lost images of all processes, as far as they were shared.
+    files: set[int] = field(default_factory=set)
+    lost: set[int] = field(default_factory=set)
+    # Digests of a file and of its lost image, or None, that the other processes do not have yet.
+    unshared: list[tuple[int, int | None]] = field(default_factory=list)
     delivered: int = 0  # images that were read
+
+    def list_files(self) -> str:
+        """List the first files with their reasons, and count the others."""
+        named = {**self.reasons, **self.elsewhere}
+        return list_skipped(named.items(), len(self.files))
+
+    def merge(self, errors: Iterable[tuple[int, int | None]], reasons: Mapping[str, str]) -> None:
+        """Add what another process has met, or this one itself."""
+        for file, image in errors:
+            self.files.add(file)
+            if image is not None:
+                self.lost.add(image)
+        for name, reason in reasons.items():
+            if len(self.elsewhere) < SHARED_NAMES and name not in self.reasons:
+                self.elsewhere.setdefault(name, reason)
 
 
 @dataclass
@@ -125,7 +155,7 @@ class ReadErrors:
     @property
     def lost(self) -> int:
         """Images that could not be read, each counted once."""
-        return len(self.unreadable.images)
+        return len(self.unreadable.lost)
 
     def take(self, errors: Iterable[ReadError], delivered: int, world: int = 1) -> None:
         """Count a batch of this process, with ``delivered`` images, and the errors met before it.
@@ -136,13 +166,19 @@ class ReadErrors:
         Raises TooManyUnreadableError: the share of unreadable images is above the limit.
         """
         # Log each file once; an image may be skipped again in each epoch, but is lost once.
+        known = self.unreadable
         for error in errors:
-            if error.name not in self.unreadable.reasons:
+            file = _digest(error.name)
+            image = _digest(error.name, error.image) if error.lost else None
+            new_file = file not in known.files
+            new_image = image is not None and image not in known.lost
+            if new_file:
                 log.warning("skipped %s: %s", printable(error.name), printable(error.reason))
-                self.unreadable.reasons[error.name] = error.reason
-            if error.lost:
-                self._skipped += 1
-                self.unreadable.images.add((error.name, error.image))
+                known.reasons[error.name] = error.reason
+            if world > 1 and (new_file or new_image):
+                known.unshared.append((file, image))
+            known.merge([(file, image)], {})
+            self._skipped += error.lost
 
         # The other processes deliver about as many.
         self._delivered += delivered * world
@@ -158,13 +194,23 @@ class ReadErrors:
 
         Raises TooManyUnreadableError: the share of unreadable images is above the limit.
         """
-        parts = [self.unreadable] * dist.get_world_size()
-        dist.all_gather_object(parts, self.unreadable)
-        for part in parts:
-            self.unreadable.reasons.update(part.reasons)
-            self.unreadable.images.update(part.images)
-        # The same in all processes, so that all decide alike.
-        self.unreadable.delivered = max(part.delivered for part in parts)
+        known = self.unreadable
+        names = dict(islice(known.reasons.items(), SHARED_NAMES))
+        waiting = True
+        while waiting:
+            # A bounded part of the errors that the others do not have; names come with the first.
+            new = known.unshared[:ERRORS_AT_A_TIME]
+            del known.unshared[:ERRORS_AT_A_TIME]
+            own = (new, names, known.delivered, len(known.unshared))
+            parts = [own] * dist.get_world_size()
+            dist.all_gather_object(parts, own)
+            for errors, reasons, _, _ in parts:
+                known.merge(errors, reasons)
+            names = {}
+
+            # The same in all processes, so that all decide alike.
+            known.delivered = max(delivered for *_, delivered, _ in parts)
+            waiting = any(left for *_, left in parts)
         self._check()
 
     def end_of_epoch(self) -> None:
@@ -186,5 +232,5 @@ class ReadErrors:
             raise TooManyUnreadableError(
                 f"{self.lost} of {read} images can't be read, "
                 f"more than data.params.max_unreadable = {self.limit:g}: "
-                f"{list_skipped(self.unreadable.reasons.items())}"
+                f"{self.unreadable.list_files()}"
             )

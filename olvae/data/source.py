@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from olvae.data.image import EvalTransform, Photo, image_to_tensor
+from olvae.data.order.permutation import Permutation
 from olvae.data.pixels.size_and_range import PixelRange, RangeNode, Sides, Size
 from olvae.data.read_errors import ReadError, ReadErrors, UnreadableImages
 from olvae.files import SIGNALS, lines_sha256
@@ -25,6 +26,8 @@ from olvae.launcher import this_process
 from olvae.library_internals import stop_workers
 
 MIN_VAL_IMAGES = 20  # below this number of images, validation means are too noisy to compare models
+MOST_LISTED = 2**20  # images in an epoch whose order is an array
+BOUND = " (at most 10,000 without data.params.val_fraction)"
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,18 @@ def draws(seed: int, length: int, positions: Iterable[int]) -> Iterator[tuple[in
 
     The positions ascend. Every image comes once per epoch, and each epoch has another order. If the
     augmentation is seeded by (seed, p), the p-th sample depends on the seed and on p alone.
+    More than :data:`MOST_LISTED` images are not listed in their order, which takes 8 bytes an image
+    in each loader process, but computed one by one.
     """
     epoch = -1
-    order = epoch_order(seed, 0, 0)
+    order: NDArray[np.int64] | Permutation = epoch_order(seed, 0, 0)
     for position in positions:
         if position // length != epoch:
             epoch = position // length
-            order = epoch_order(seed, epoch, length)
+            if length > MOST_LISTED:
+                order = Permutation(length, (seed, epoch, 1))
+            else:
+                order = epoch_order(seed, epoch, length)
         yield position, int(order[position % length])
 
 
@@ -191,6 +199,8 @@ class Source(ABC):
     image_key: str | None = None
     # whether each rank validates on every n-th image, which makes its loader's length known
     shares_evenly = False
+    # :data:`BOUND`, for the description, if fewer images than 5 % are held out
+    bound = ""
     # batches of each of so many ranks that a training's validation takes; None for all images
     val_limit: tuple[int, int] | None = None
 

@@ -265,21 +265,19 @@ def _describe_images(
     """
     if this_process()[1] > 1:
         loader.read_errors.share()
-    parts = gather((source.unreadable.reasons, source.unreadable.images, loader.enlarged)) or []
+    parts = gather((source.unreadable.reasons, loader.enlarged)) or []
 
-    # Processes may share an unreadable place, so places are a set.
-    unreadable = set()
+    # Each process names the files that it met; they have counted all images together.
     files = {}
     enlarged = 0
-    for reasons, places, count in parts:
-        unreadable.update(places)
+    for reasons, count in parts:
         files.update(reasons)
         enlarged += count
     return {
         "source": request.data or place_of(request.targets[0].config["data"]),
         "n": len(digests),
         "sha256": fingerprint(digests),
-        "unreadable": len(unreadable),
+        "unreadable": loader.read_errors.lost,
         "unreadable_files": files,
         "enlarged": enlarged,
     }

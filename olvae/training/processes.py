@@ -33,6 +33,7 @@ from olvae.data.source import Source
 from olvae.devices import MPS, cores, sharing_cores
 from olvae.launcher import (
     WHERE_TO_LOOK,
+    allow_open_files,
     end_with_children,
     join,
     local_rank,
@@ -85,6 +86,8 @@ def process_count(trainer_args: Mapping[str, Any]) -> int:
     count = per_node * nodes
     if count > 1 and trainer_args.get("accelerator") == MPS:
         raise ConfigError(f"{count} processes can't share a Mac's GPU: `gpus` 0 is the CPU")
+    if count > 1:
+        allow_open_files(count)
     launcher = find_launcher()
     if launcher is not None:
         try:

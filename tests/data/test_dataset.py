@@ -1,4 +1,5 @@
 import re
+import tracemalloc
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
@@ -11,6 +12,7 @@ from PIL import Image
 from olvae.data.dataset import (
     HELD_OUT,
     PHOTOGRAPHS,
+    AllBut,
     ImageDataset,
     MappedSource,
     SamplePhotographs,
@@ -174,6 +176,27 @@ class Dataset:
         return self.items[index]
 
 
+def test_hold_out_lists_no_images_that_are_kept():
+    tracemalloc.start()
+    train, val = hold_out(Pictures(10**8))
+    used = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert used < 10**7
+    assert (len(train), len(val)) == (10**8 - 10_000, 10_000)
+    assert [val.key(i) for i in (0, 1, 9999)] == ["0", "10001", "99999999"]
+    kept = [train.key(i) for i in (0, 9999, 10_000, len(train) - 1)]
+    assert kept == ["1", "10000", "10002", "99999998"]
+
+
+def test_all_but_some_numbers_are_a_sequence():
+    kept = AllBut(10, [0, 3, 4, 9])
+    assert list(kept) == [1, 2, 5, 6, 7, 8]
+    assert kept[1:3] == [2, 5]
+    assert kept[-1] == 8
+    with pytest.raises(IndexError):
+        kept[6]
+
+
 def test_hold_out_splits_into_two_parts():
     def keys(count: int, fraction: float | None) -> list[list[int]]:
         parts = hold_out(Items(Dataset([None] * count)), fraction)
@@ -184,6 +207,7 @@ def test_hold_out_splits_into_two_parts():
     assert len(held) == 50
     assert sorted(rest + held) == list(range(1000))
     assert [len(keys(count, None)[1]) for count in (2, 56, 300, 1000)] == [1, 11, 20, 50]
+    assert [len(keys(220_000, fraction)[1]) for fraction in (None, 0.05)] == [10_000, 11_000]
     assert [len(part) for part in keys(10, 0.99)] == [1, 9]
     for arguments in ((1, 0.5), (10, 0.0), (10, 1.0)):
         with pytest.raises(ValueError, match=r"split|val_fraction"):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from olvae.data import dataset, picture_folder
 from olvae.data.image import EvalTransform
 from olvae.data.opening import open_images, open_source
 from olvae.data.packing import PackOptions, pack
@@ -302,3 +303,41 @@ def test_a_folder_without_images_says_what_is_there(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"\.exr\)$"):
         find_images(tmp_path / "empty")
+
+
+def test_a_share_of_a_large_folder_is_bounded_unless_it_is_given(tmp_path, monkeypatch):
+    """The bound is 10,000; here it is 100, to be quick."""
+    monkeypatch.setattr(dataset, "MAX_VAL_IMAGES", 100)
+    monkeypatch.setattr(picture_folder, "MAX_VAL_IMAGES", 100)
+    names = tmp_path / "list.txt"
+    names.write_text("".join(f"{i}.jpg\n" for i in range(2200)))
+    by_default = FolderSource(names, 16, 4)
+    given = FolderSource(names, 16, 4, val_fraction=0.05)
+    assert by_default.describe() == (
+        "2100 training, 100 validation and test images "
+        "(at most 10,000 without data.params.val_fraction)"
+    )
+    assert given.val_images > 100
+    assert given.describe().endswith(f" {given.val_images} validation and test images")
+    assert set(by_default.val.paths) < set(given.val.paths)
+    assert not FolderSource(names, 16, 4, val_root=names).bound
+
+
+def test_find_images_asks_the_system_once_a_folder_and_not_for_each_file(tmp_path, monkeypatch):
+    for number in range(60):
+        folder = tmp_path / f"f{number % 2}"
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.jpg").touch()
+    (tmp_path / "f0" / "link.jpg").symlink_to(tmp_path / "f1" / "1.jpg")
+    (tmp_path / "f0" / "gone.jpg").symlink_to(tmp_path / "nothing.jpg")
+    (tmp_path / "f0" / "loop.jpg").symlink_to(tmp_path / "f0" / "loop.jpg")
+    os.mkfifo(tmp_path / "f0" / "pipe.jpg")
+    asked = []
+    stat = os.stat
+    monkeypatch.setattr(
+        os, "stat", lambda *args, **kwargs: asked.append(1) or stat(*args, **kwargs)
+    )
+    found = find_images(tmp_path)
+    assert len(asked) < 10
+    assert len(found) == 61
+    assert tmp_path / "f0" / "link.jpg" in found

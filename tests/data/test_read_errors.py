@@ -1,6 +1,8 @@
 import inspect
 import multiprocessing
+import pickle
 from collections.abc import Sequence
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -17,6 +19,8 @@ from olvae.data.read_errors import (
     read_or_replace,
     worker_death,
 )
+from olvae.launcher import join, leave
+from tests.forks import fork_two
 
 
 def account(epoch: int | None = None, images: int | None = None, limit: float = 0.01) -> ReadErrors:
@@ -77,27 +81,86 @@ def test_the_unreadable_limit_is_a_share_of_all_images(images, limit, broken):
         errors.take([ReadError(f"f{broken}", "bad")], 1)
 
 
-def test_too_many_unreadable_images_stop_all_processes_together(monkeypatch):
-    mine, other = account(images=1000), account(images=1000)
-    # 10 different ones, 4 that both have met
-    for errors, numbers in ((mine, range(7)), (other, range(3, 10))):
-        errors.take([ReadError(f"f{i}", "bad") for i in numbers], 1, world=2)
-    mine.take([ReadError(f"f{i}", "bad") for i in range(7)], 1, world=2)
-    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(
-        dist,
-        "all_gather_object",
-        lambda parts, own: parts.__setitem__(slice(None), [own, other.unreadable]),
-    )
-    mine.share()
-    assert mine.lost == 10  # of 1000, as one process would count
-    assert mine.unreadable.delivered == 4
-    other.unreadable.delivered = 20
-    mine.share()
-    assert mine.unreadable.delivered == 20  # all divide by the same
-    other.take([ReadError("f10", "bad")], 1, world=2)
-    with pytest.raises(TooManyUnreadableError, match="11 of 1000"):
-        mine.share()
+def lose(errors: ReadErrors, numbers: Sequence[int]) -> None:
+    errors.take([ReadError(f"f{i}", "bad") for i in numbers], 1, world=2)
+
+
+def share_counted(errors: ReadErrors) -> list[int]:
+    """Share, and return the bytes that this process sends in each exchange."""
+    sent = []
+    exchange = dist.all_gather_object
+
+    def counted(parts: list[Any], own: Any) -> None:
+        sent.append(len(pickle.dumps(own)))
+        exchange(parts, own)
+
+    with patch.object(dist, "all_gather_object", counted):
+        errors.share()
+    return sent
+
+
+def lose_many() -> None:
+    rank, _ = join()
+    errors = account(images=100_000, limit=0.05)
+    lose(errors, range(2400) if rank == 0 else range(4899, 2299, -1))
+    sent = share_counted(errors)
+    assert errors.lost == 4900  # the hundred that both have met count once
+    assert len(sent) == 3
+    assert max(sent) < 40_000
+    assert len(errors.unreadable.elsewhere) == 10
+
+    # Each error travels once: one more takes no more than the first ten names do.
+    lose(errors, [] if rank == 0 else [9000])
+    (again,) = share_counted(errors)
+    assert again < 1000
+    assert errors.lost == 4901
+    lose(errors, range(100))  # known to both
+    assert not errors.unreadable.unshared
+
+    # All stop together, and name files of the others as well.
+    lose(errors, range(10_000, 10_100) if rank == 0 else [])
+    message = r"5001 of 100000 images can't .* = 0\.05: f\d+ \(bad\), .*, and 4991 more"
+    with pytest.raises(TooManyUnreadableError, match=message):
+        errors.share()
+    leave()
+
+
+def test_many_unreadable_images_travel_once_and_a_bounded_number_at_a_time():
+    fork_two(lose_many)
+
+
+def test_processes_that_read_everything_name_the_files_of_another():
+    def share() -> None:
+        rank, _ = join()
+        errors = account(images=1000, limit=0.0)
+        lose(errors, [7] if rank else [])
+        with pytest.raises(TooManyUnreadableError, match=r"1 of 1000 .*: f7 \(bad\)$"):
+            errors.share()
+        leave()
+
+    fork_two(share)
+
+
+def test_too_many_unreadable_images_stop_all_processes_together():
+    def share() -> None:
+        rank, _ = join()
+        errors = account(images=1000)
+        # 10 different ones, 4 that both have met
+        lose(errors, range(7) if rank == 0 else range(3, 10))
+        lose(errors, range(7) if rank == 0 else range(0))
+        errors.share()
+        assert errors.lost == 10  # of 1000, as one process would count
+        assert errors.unreadable.delivered == 4
+        if rank:
+            errors.unreadable.delivered = 20
+        errors.share()
+        assert errors.unreadable.delivered == 20  # all divide by the same
+        lose(errors, [10] if rank else [])
+        with pytest.raises(TooManyUnreadableError, match="11 of 1000"):
+            errors.share()
+        leave()
+
+    fork_two(share)
 
 
 def read_but(broken: Sequence[int]):

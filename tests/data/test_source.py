@@ -2,12 +2,14 @@
 
 import subprocess
 import sys
+import tracemalloc
 import warnings
 from itertools import count, islice
 
 import numpy as np
 import pytest
 
+from olvae.data.order.permutation import Permutation
 from olvae.data.packing import PackOptions, pack
 from olvae.data.picture_folder import FolderSource
 from olvae.data.shards.webdataset import WebDatasetSource
@@ -51,6 +53,22 @@ def test_draws_are_the_seeds_and_the_same_in_every_version():
     first, second = (np.random.default_rng((3, epoch, 1)).permutation(5) for epoch in (0, 1))
     assert drawn(3, length=5, seed=3, start=4) == [(4, first[4]), (5, second[0]), (6, second[1])]
     assert epoch_order(3, 1, 5).tolist() == second.tolist()
+
+
+@pytest.mark.parametrize(("length", "computed"), [(2**20, False), (2**20 + 1, True)])
+def test_draws_of_more_than_a_million_images_are_computed_and_not_listed(length, computed):
+    start = 3 * length - 2  # the end of an epoch, and another one's begin
+    tracemalloc.start()
+    found = drawn(4, length, seed=2, start=start)
+    used = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (used < 100_000) == computed
+    if computed:
+        orders = [Permutation(length, (2, epoch, 1)) for epoch in (2, 3)]
+    else:
+        orders = [epoch_order(2, epoch, length) for epoch in (2, 3)]
+    numbers = [orders[0][length - 2], orders[0][length - 1], orders[1][0], orders[1][1]]
+    assert found == [(start + i, number) for i, number in enumerate(numbers)]
 
 
 def batches(

@@ -146,7 +146,7 @@ def test_validation_is_each_image_once_in_order(make, batch_size):
     s = make()
     keys = keys_of(s.test_loader(batch_size))
     assert keys == [sample.key for sample in s.once(LoaderProcess()) if sample.image is not None]
-    assert len(keys) == len(set(keys)) == s.val_images - len(s.unreadable.images)
+    assert len(keys) == len(set(keys)) == s.val_images - len(s.unreadable.lost)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 
 from olvae.config.reading import expand_braces, is_local
-from olvae.data.dataset import bound_held_out
+from olvae.data.dataset import MAX_VAL_IMAGES, VAL_FRACTION, bound_held_out
 from olvae.data.places import EXTENSIONS, is_shard
 from olvae.data.shards.offsets import OFFSETS, scan
 from olvae.data.shards.tar_reading import Shard, file_name, open_url
+from olvae.data.source import BOUND
 from olvae.files import first_line, printable, reason, warn_once, write_json
 
 # The folder beside shards that ``olvae data pack`` has not finished, with what it continues from.
@@ -215,24 +217,54 @@ def may_exist(url: str) -> bool:
 
 
 def split_shards(
-    shards: list[str], val: list[str] | None, fraction: float, argument: str
-) -> tuple[list[str], list[str]]:
+    shards: list[str],
+    val: list[str] | None,
+    fraction: float | None,
+    argument: str,
+    index: str | Path | None = None,
+) -> tuple[list[str], list[str], str]:
     """Split shards for training and validation: ``val``, or else the last ``fraction`` of them.
 
-    At least one shard is held out. ``argument`` of the source names ``val``.
+    At least one shard is held out; by default 5 % or, by their index, no more than have
+    :data:`~olvae.data.dataset.MAX_VAL_IMAGES` images: then a note for the source's description
+    comes with them. ``argument`` of the source names ``val``.
 
     Raises ValueError: the fraction is not between 0 and 1, or there is only one shard.
     """
-    held_out = bound_held_out(fraction * len(shards), len(shards), fraction)
+    share = VAL_FRACTION if fraction is None else fraction
+    held_out = bound_held_out(share * len(shards), len(shards), share)
     if val is not None:
-        return shards, val
+        return shards, val, ""
     if len(shards) < 2:
         raise ValueError(
             f"{shards[0]}: one shard can't be split into training and validation: make smaller "
             "ones (`shard_size` of `olvae data pack` and `olvae encode`), or set "
             f"data.params.{argument}"
         )
-    return shards[:-held_out], shards[-held_out:]
+
+    # By default the index, where there is one, bounds a share of two shards or more.
+    bound = ""
+    if fraction is None and held_out > 1:
+        sums = np.cumsum(images_listed(shards[-held_out:], index)[::-1])
+        fitting = max(1, int(np.searchsorted(sums, MAX_VAL_IMAGES, side="right")))
+        if fitting < held_out:
+            held_out = fitting
+            bound = BOUND
+    return shards[:-held_out], shards[-held_out:], bound
+
+
+def images_listed(urls: Sequence[str], index: str | Path | None = None) -> list[int]:
+    """Look up numbers of images in an index, or in those beside local shards; 0 if not listed."""
+    listed: dict[str, int] = {}
+    if index is not None:
+        given = Index.read(index).shards
+        listed = {url: given[file_name(url)].images for url in urls if file_name(url) in given}
+        return [listed.get(url, 0) for url in urls]
+    for folder in {Path(url).parent for url in urls if is_local(url)}:
+        if (folder / INDEX).is_file():
+            for name, shard in Index.read(folder / INDEX).shards.items():
+                listed[str(folder / name)] = shard.images
+    return [listed.get(str(Path(url)), 0) for url in urls]
 
 
 def with_counts(

@@ -161,7 +161,8 @@ class PairSource(ShardSource):
         size: of the windows, in multiples of the teacher's f; by default the images' size.
         val_folder: another such folder for validation and test; without it the last shards are
             held out.
-        val_fraction: without val_folder, the share of the shards that is held out, at least one.
+        val_fraction: without val_folder, the share of the shards that is held out, at least one. By
+            default 5 %, but no more than hold 10,000 images by their index.
         shuffle: pairs in a shuffled block; two blocks are in memory, undecoded, per loader process.
         flip: in training, mirror half of the pairs, if mirrored images were encoded too.
 
@@ -177,7 +178,7 @@ class PairSource(ShardSource):
         size: Size | None = None,
         num_workers: int = 0,
         val_folder: str | Path | None = None,
-        val_fraction: float = 0.05,
+        val_fraction: float | None = None,
         shuffle: int = 500,
         flip: bool = True,
         max_unreadable: float = 0.01,
@@ -199,7 +200,9 @@ class PairSource(ShardSource):
                     f"{folder}: encode both with the same target"
                 )
             given = find_shards(val_folder)
-        train, val = split_shards(find_shards(folder), given, val_fraction, "val_folder")
+        train, val, self.bound = split_shards(
+            find_shards(folder), given, val_fraction, "val_folder"
+        )
         self.flip = flip and self.stats["flip"]
         super().__init__(
             with_counts(train, image_key=LATENT),
@@ -224,7 +227,7 @@ class PairSource(ShardSource):
         mirrored = ", half of them mirrored" if self.flip else ""
         return (
             f"{self.samples_per_epoch} training images in {shards}{mirrored}, "
-            f"{self.val_images} validation and test images, with the latents of "
+            f"{self.val_images} validation and test images{self.bound}, with the latents of "
             f"{self.stats['target']}"
         )
 

@@ -35,7 +35,8 @@ class WebDatasetSource(ShardSource):
         size, batch_size, num_workers, channels, max_unreadable, range: see
             :class:`~olvae.data.source.Source`.
         val_shards: the validation and test images; without it the last shards are held out.
-        val_fraction: without val_shards, the share of the shards that is held out, at least one.
+        val_fraction: without val_shards, the share of the shards that is held out, at least one. By
+            default 5 %, but no more than hold 10,000 images by their index.
         index: path or URL of the shards' ``index.json``; for local shards it is found beside them.
         shuffle: images in a shuffled block; each loader process keeps two blocks, undecoded.
         image_key: the extension of the image in a sample that has several, for example
@@ -55,7 +56,7 @@ class WebDatasetSource(ShardSource):
         batch_size: int,
         num_workers: int = 0,
         val_shards: str | Path | Sequence[str | Path] | None = None,
-        val_fraction: float = 0.05,
+        val_fraction: float | None = None,
         index: str | Path | None = None,
         shuffle: int = 500,
         image_key: str | None = None,
@@ -73,7 +74,7 @@ class WebDatasetSource(ShardSource):
         # Shards of training and validation; a held-out part may have none that exists.
         found = find_shards(shards)
         given = None if val_shards is None else find_shards(val_shards)
-        train, val = split_shards(found, given, val_fraction, "val_shards")
+        train, val, self.bound = split_shards(found, given, val_fraction, "val_shards", index)
         if given is None:
             for part, use in ((train, "training"), (val, "validation")):
                 if not any(may_exist(url) for url in part):
@@ -115,7 +116,8 @@ class WebDatasetSource(ShardSource):
         train = unknown if self.samples_per_epoch is None else self.samples_per_epoch
         val = unknown if self.val_images is None else self.val_images
         shards = counted(len(self.train), "shard")
-        return f"{train} training images in {shards}, {val} validation and test images"
+        held_out = f"{val} validation and test images{self.bound}"
+        return f"{train} training images in {shards}, {held_out}"
 
     def train_sample(self, entry: Entry, rng: np.random.Generator) -> Sample:
         return Sample(image_to_tensor(self.transform(self._photo(entry), rng)), entry.key)

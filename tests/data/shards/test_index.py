@@ -10,6 +10,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from olvae.data.opening import open_source
 from olvae.data.shards.index import find_shards, with_counts
 from olvae.data.shards.offsets import scan
+from olvae.data.shards.webdataset import WebDatasetSource
 from tests.data.images import encoded, write_shards, write_tar
 
 
@@ -182,3 +183,37 @@ def test_other_pictures_of_an_image_are_not_left_out(tmp_path, caplog):
     assert len(scan(write_tar(tmp_path / "a.tar", files)).offsets) == 1
     assert len(scan(write_tar(tmp_path / "b.tar", files[:1]), "depth.png").offsets) == 1
     assert not caplog.messages
+
+
+def test_shards_of_ten_thousand_images_are_held_out_unless_a_share_is_given(tmp_path):
+    """By an index; 3 of 60 shards are 5 %."""
+    names = [f"{i:03d}.tar" for i in range(60)]
+    for name in names:
+        (tmp_path / name).touch()
+
+    def held_out(images: int, fraction: float | None = None) -> tuple[list[str], str]:
+        records = {name: {"images": images} for name in names}
+        (tmp_path / "index.json").write_text(json.dumps({"shards": records}))
+        source = WebDatasetSource(str(tmp_path), 16, 4, val_fraction=fraction)
+        return [Path(shard.url).name for shard in source.val], source.describe()
+
+    few, _ = held_out(3000)
+    assert few == names[-3:]
+    bounded, text = held_out(5000)
+    assert bounded == names[-2:]
+    assert text == (
+        "290000 training images in 58 shards, 10000 validation and test images "
+        "(at most 10,000 without data.params.val_fraction)"
+    )
+    assert held_out(5001)[0] == held_out(90_000)[0] == names[-1:]
+    assert held_out(5001, 0.05) == (
+        names[-3:],
+        "285057 training images in 57 shards, 15003 validation and test images",
+    )
+
+    # Without an index the last 5 % are held out as before, and where an index is given, by that.
+    (tmp_path / "index.json").rename(tmp_path / "other.json")
+    urls = [f"http://a/{name}" for name in names]
+    assert len(WebDatasetSource(urls, 16, 4).val) == 3
+    given = WebDatasetSource(urls, 16, 4, index=tmp_path / "other.json")
+    assert len(given.val) == 1

@@ -1,0 +1,1 @@
+"""Orders in which the images of a large source are drawn."""
