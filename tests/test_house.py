@@ -16,13 +16,13 @@ NODES = [node for tree in TREES.values() for node in ast.walk(tree)]
 LINES = [line for text in TEXTS.values() for line in text.splitlines()]
 
 # What the code holds may not grow unnoticed. Lines and statements are free: unfolding makes both.
-FILES_AT_MOST = 170
-SYNTAX_NODES_AT_MOST = 222_000
+FILES_AT_MOST = 190
+SYNTAX_NODES_AT_MOST = 245_000
 
 PACKAGE_AT_MOST = 12  # files besides __init__.py
 BODY_AT_MOST = 60  # lines of a function without its signature and docstring
 FUNCTION_AT_MOST = 70  # without its signature
-ARGUMENTS_AT_MOST = 16
+ARGUMENTS_AT_MOST = 17
 
 # How the code reads for the first time, beside audiocraft, torchtune and edm2, with 5 % of slack.
 NODES_A_LINE = 6.5 * 1.05  # theirs: 5.4, 2.9, 6.9

@@ -79,6 +79,14 @@ class AuditResult:
     problems: list[str] = field(default_factory=list)  # to fix before training
     notes: list[str] = field(default_factory=list)
 
+    def note_sorted_classes(self) -> None:
+        """Note that shards are sorted by class, for a usual batch, as training reads them."""
+        everything = {label for shard in self.shards for label in shard.classes}
+        if everything:
+            own = sum(len(shard.classes) for shard in self.shards) / len(self.shards)
+            line = describe_sorted(BATCH, own, len(everything), INTERLEAVE)
+            self.notes += filter(None, [line])
+
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
         content: dict[str, Any] = asdict(self)
@@ -149,13 +157,7 @@ def audit_source(
     result = _summarise(src, size, found)
     result.shards = found.shards
     _check_shards(result, folders)
-    # Classes by shard, for a usual batch, as training reads them.
-    everything = {label for shard in result.shards for label in shard.classes}
-    if everything:
-        own = sum(len(shard.classes) for shard in result.shards) / len(result.shards)
-        line = describe_sorted(BATCH, own, len(everything), INTERLEAVE)
-        result.notes += filter(None, [line])
-
+    result.note_sorted_classes()
     if isinstance(images, Files):
         for error in images.closed:
             result.problems.append(f"{error.name}: this folder can't be opened: {error.reason}")

@@ -161,6 +161,7 @@ class MappedSource(Source):
     """
 
     shares_evenly = True
+    _listed = False  # whether an epoch of any size is listed in its order
 
     def __init__(
         self,
@@ -211,8 +212,12 @@ class MappedSource(Source):
         self.val = Subset(self.val, range(images))
 
     def stream(self, seed: int, position: int, process: LoaderProcess) -> Iterator[Sample]:
-        for place, number in draws(seed, self.samples_per_epoch, process.positions(position)):
+        positions = process.positions(position)
+        for place, number in draws(seed, self.samples_per_epoch, positions, self._listed):
             yield self._train_sample(number % len(self.train), (seed, place))
+
+    def keep_old_order(self) -> None:
+        self._listed = True
 
     def _train_sample(self, index: int, seed: tuple[int, int]) -> Sample:
         """Read an image or, if it is broken, another one, drawn and cropped with the same seed."""

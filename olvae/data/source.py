@@ -108,20 +108,22 @@ def continued(layouts: Sequence[Layout], now: Layout) -> tuple[Layout, ...]:
     return (*layouts, now)
 
 
-def draws(seed: int, length: int, positions: Iterable[int]) -> Iterator[tuple[int, int]]:
+def draws(
+    seed: int, length: int, positions: Iterable[int], listed: bool = False
+) -> Iterator[tuple[int, int]]:
     """Yield positions of an endless stream of ``length`` images, each with its image's number.
 
     The positions ascend. Every image comes once per epoch, and each epoch has another order. If the
     augmentation is seeded by (seed, p), the p-th sample depends on the seed and on p alone.
     More than :data:`MOST_LISTED` images are not listed in their order, which takes 8 bytes an image
-    in each loader process, but computed one by one.
+    in each loader process, but computed one by one, unless ``listed`` asks for the old order.
     """
     epoch = -1
     order: NDArray[np.int64] | Permutation = epoch_order(seed, 0, 0)
     for position in positions:
         if position // length != epoch:
             epoch = position // length
-            if length > MOST_LISTED:
+            if length > MOST_LISTED and not listed:
                 order = Permutation(length, (seed, epoch, 1))
             else:
                 order = epoch_order(seed, epoch, length)

@@ -200,8 +200,7 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
     steps_done = int(checkpoint.get("global_step", 0))
     trainer_args = _fit_trainer_args(trainer_args, model, source, count, steps_done)
     _name_val_set(model, source, trainer_args, count, checkpoint)
-    images_seen = int(checkpoint.get("images_seen", 0))
-    model.layouts = _continue_order(source, checkpoint, images_seen, count)
+    model.layouts = _continue_order(source, checkpoint, count)
     return Prepared(
         plan=plan,
         settings=settings,
@@ -210,7 +209,7 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
         model=model,
         trainer_args=trainer_args,
         stop=stop,
-        images_seen=images_seen,
+        images_seen=int(checkpoint.get("images_seen", 0)),
         steps_done=steps_done,
         checkpoint=checkpoint,
         fresh=fresh,
@@ -218,13 +217,13 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
 
 
 def _continue_order(
-    source: Source, checkpoint: Mapping[str, Any], images_seen: int, world: int
+    source: Source, checkpoint: Mapping[str, Any], world: int
 ) -> tuple[Layout, ...]:
     """List the loader processes so far; warn of sorted shards, and of images that come again."""
     line = source.describe_sorted()
     if line and processes.is_first():
         notify(f"warning: {line}", "yellow")
-    now = source.layout(images_seen, world)
+    now = source.layout(int(checkpoint.get("images_seen", 0)), world)
     if not checkpoint:
         return (now,)
     # Runs from before November 2026 have no list, and blocks of one shard after the other.

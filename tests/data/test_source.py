@@ -13,7 +13,7 @@ from olvae.data.order.permutation import Permutation
 from olvae.data.packing import PackOptions, pack
 from olvae.data.picture_folder import FolderSource
 from olvae.data.shards.webdataset import WebDatasetSource
-from olvae.data.source import LoaderProcess, draws, epoch_order
+from olvae.data.source import MOST_LISTED, LoaderProcess, draws, epoch_order
 
 SCRIPT = """
 import sys
@@ -111,3 +111,11 @@ def test_a_limited_validation_is_the_first_batches_of_its_loader(image_folder, l
         whole = source.describe_val_set()
         source.val_limit = None
         assert source.describe_val_set() != whole
+
+
+def test_runs_from_before_keep_their_order_of_more_than_a_million_images():
+    n = MOST_LISTED + 7
+    numbers = [number for _, number in draws(3, n, range(40))]
+    listed = [number for _, number in draws(3, n, range(40), listed=True)]
+    assert listed == epoch_order(3, 0, n)[:40].tolist()
+    assert numbers != listed

@@ -44,7 +44,7 @@ def index_shards(
         raise ValueError(f"{name}: two shards have this name: index one folder after the other")
 
     # Scan all of them, each in one process.
-    scanner = partial(_scan, image_key=image_key)
+    scanner = partial(scan_shard, image_key=image_key)
     found = run_in_processes(scanner, urls, workers, lambda done: on_progress(done, len(urls)))
     if found is None:
         return None
@@ -74,7 +74,8 @@ def index_shards(
     return out / INDEX, index, [name for name, one in scanned.items() if not one.whole]
 
 
-def _scan(url: str, progress: SharedProgress, image_key: str | None) -> Scanned:
+def scan_shard(url: str, progress: SharedProgress, image_key: str | None) -> Scanned:
+    """Scan a shard as a task of :func:`index_shards`."""
     found = scan(url, image_key, classes=True)
     progress.advance()
     return found

@@ -94,7 +94,7 @@ class Places:
 
 @dataclass(frozen=True)
 class Round:
-    """An epoch, or what is left of one, which is cut into equal parts for all processes."""
+    """An epoch, or the rest of one, to be cut into equal parts for all processes."""
 
     epoch: int
     places: Places
@@ -139,7 +139,7 @@ class Deal:
         while any(used):
             one = self.round(begun)
             share = one.share(layout.processes)
-            intervals = list(_left(one, layout.processes, used, seed, shuffle))
+            intervals = list(places_left(one, layout.processes, used, seed, shuffle))
             left = Places.of(intervals)
             if len(left):
                 rests.append(Round(one.epoch, left, one.dealt + 1))
@@ -166,7 +166,7 @@ class Deal:
         return len(self._rests) + epochs, place
 
 
-def _left(
+def places_left(
     one: Round, processes: int, used: Sequence[int], seed: int, shuffle: int
 ) -> Iterator[tuple[int, int]]:
     """Yield the intervals of a round's places that processes have not used.

@@ -123,7 +123,7 @@ def _replaced(name: str, patterns: Mapping[str, Any]) -> str:
     return name
 
 
-def _level_attention(name: str, levels: int) -> str:
+def level_attention_name(name: str, levels: int) -> str:
     """Name a weight of attention at a level as diffusers does; the decoder's count backwards."""
     half, _, level, _, number, layer, kind = name.split(".")
     block = f"down_blocks.{level}" if half == "encoder" else f"up_blocks.{levels - 1 - int(level)}"
@@ -263,7 +263,7 @@ def _loaded(
             for name, tensor in at_levels.items():
                 levels = len(model.config["block_out_channels"])
                 matrix = tensor.flatten(1) if tensor.ndim > 1 else tensor
-                converted[_level_attention(name, levels)] = matrix
+                converted[level_attention_name(name, levels)] = matrix
             if kind in (KL, FLUX2) and len(converted) != len(tensors):
                 raise ValueError(
                     f"{len(tensors) - len(converted)} of its tensors have no place in {kind}"
