@@ -22,7 +22,7 @@ from olvae.evaluation.results import FIXED, Results, Row
 from olvae.evaluation.round_trip import RoundTrip, open_images_for
 from olvae.evaluation.statistics import confidence, difference
 from olvae.files import first_line, warn_once
-from olvae.launcher import gather, gather_parts, this_process
+from olvae.launcher import check_others, gather, gather_parts, this_process
 from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.metric import MetricSet
 from olvae.models.loading.loader import Target
@@ -207,6 +207,7 @@ def observe(
     digests: dict[str, bytes] = {}
     read = 0
     for batch in batches:
+        check_others()
         keys = batch["key"]
         x = batch["image"]
         read += len(keys)
