@@ -1,5 +1,6 @@
 """Observe how well a linear classifier tells the images' folders apart by their mean latents."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -35,11 +36,13 @@ class LinearProbe(PerImageObserver):
 
     def summarise(self, columns: Sequence[Any]) -> dict[str, Any]:
         folders, means = columns
-        classes = sorted({name for name in folders if folders.count(name) >= FOLDS})
+        images = Counter(folders)
+        classes = sorted(name for name in images if images[name] >= FOLDS)
         if len(classes) < 2:
             return {"accuracy": None, "classes": len(classes)}
-        kept = [i for i, name in enumerate(folders) if name in classes]
-        labels = torch.tensor([classes.index(folders[i]) for i in kept])  # (N,)
+        numbers = {name: number for number, name in enumerate(classes)}
+        kept = [i for i, name in enumerate(folders) if name in numbers]
+        labels = torch.tensor([numbers[folders[i]] for i in kept])  # (N,)
         z = torch.tensor([means[i] for i in kept], dtype=torch.float64)  # (N, n_z)
         return {
             "accuracy": cross_validated_accuracy(z, labels),
