@@ -24,14 +24,18 @@ class LinearProbe(PerImageObserver):
     set, goes through a multinomial logistic regression with a weight decay of 1e-3, fitted to the
     minimum. ``accuracy`` is the share of images whose folder is found, in a cross-validation of
     five parts, the same for all targets; ``chance`` is that of the largest class. Classes are the
-    folders with at least five images; there have to be two.
+    folders with at least five images; there have to be two. Shards are no folders, but may have
+    some inside.
     """
 
     name = "linear_probe"
 
     def measure(self, batch: Observation) -> list[tuple[str, list[float]]]:
         means = batch.latents.mean((2, 3), dtype=torch.float32).cpu().tolist()
-        folders = [str(PurePosixPath(key).parent) for key in batch.keys]
+        paths = [PurePosixPath(key) for key in batch.keys]
+        if batch.shards:
+            paths = [path.relative_to(path.parts[0]) for path in paths]
+        folders = [str(path.parent) for path in paths]
         return list(zip(folders, means, strict=True))
 
     def summarise(self, columns: Sequence[Any]) -> dict[str, Any]:
