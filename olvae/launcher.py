@@ -297,13 +297,12 @@ def gather_parts(parts: Iterable[_T]) -> Iterator[_T]:
     """
     rank, world = this_process()
     own = iter(parts)
-    left = [world > 1]
-    while left[0]:
+    more = world > 1
+    while more:
         found = gather(next(own, None) if rank else None) or []
         received = [part for part in found if part is not None]
         yield from received
-        left = [bool(received)]
-        dist.broadcast_object_list(left)
+        more = of_each(bool(received))[0]
 
 
 def leave() -> None:

@@ -165,44 +165,46 @@ def command(
             usual_transform,
         )
         from olvae.export.encoding import EncodeJob
-        from olvae.launcher import gather, join, leave, start_each
+        from olvae.launcher import gather, start_each, together
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
 
-    # The autoencoder, on the device of this process.
+    # The device of this process; with --gpus, the others start.
     check_folder(out)
     if not native:
         keep_freed_memory()  # images of one size need the same memory again and again
     own, devices = own_device(device, gpus)
-    found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
-    where = torch.device(own)
-    model = found.load().to(where)
-
-    # The images, and how they are encoded.
-    asked = Sides.read(size).node if size else None
-    inputs = find_inputs(
-        data,
-        model.in_channels,
-        shard_size or (0 if images else 1000),
-        classes,
-        model.pixel_range,
-        asked,
-    )
-    if shard_size is not None and isinstance(inputs, ShardInputs):
-        raise ConfigError("--shard-size: each of these shards becomes one of latents: leave it out")
-    usual = usual_transform(inputs, found.config, model)
-    pixels = 0 if native else asked or Sides.of(usual.size).node
-    options = EncodeOptions(
-        pixels, moments, seed, dtype, flip, images, precision_name(precision), usual.resample
-    )
-
-    # Each process encodes its share of the shards; the first one finishes the folder.
+    if len(devices) > 1:
+        start_each("cuda", devices)
     stats = None
-    with no_empty_folders(out):
+    with together() as (rank, world), no_empty_folders(out):
+        # The autoencoder.
+        found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
+        where = torch.device(own)
+        model = found.load().to(where)
+
+        # The images, and how they are encoded.
+        asked = Sides.read(size).node if size else None
+        inputs = find_inputs(
+            data,
+            model.in_channels,
+            shard_size or (0 if images else 1000),
+            classes,
+            model.pixel_range,
+            asked,
+        )
+        if shard_size is not None and isinstance(inputs, ShardInputs):
+            raise ConfigError(
+                "--shard-size: each of these shards becomes one of latents: leave it out"
+            )
+        usual = usual_transform(inputs, found.config, model)
+        pixels = 0 if native else asked or Sides.of(usual.size).node
+        options = EncodeOptions(
+            pixels, moments, seed, dtype, flip, images, precision_name(precision), usual.resample
+        )
+
+        # Each process encodes its share of the shards; the first one finishes the folder.
         job = EncodeJob(model, inputs, options, out, {"target": found.name, "source": data})
-        if len(devices) > 1:
-            start_each("cuda", devices)
-        rank, world = join()
         here = int(os.environ.get("LOCAL_WORLD_SIZE") or world)
         readers = threads or min(MOST_READERS, max(1, cores() // sharing_cores(here)))
         n = len(inputs)
@@ -238,7 +240,6 @@ def command(
                 stats = job.finish()
     if stats is not None:
         _report(stats, out, found, model, as_json)
-    leave()
 
 
 def own_device(device: str | None, gpus: str | None) -> tuple[str, list[int]]:

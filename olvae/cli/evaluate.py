@@ -268,7 +268,7 @@ def command(
         from olvae.evaluation.report import write_markdown
         from olvae.evaluation.runner import DEFAULT_METRICS, Request, evaluate
         from olvae.evaluation.zoo import ZOO_METRICS, evaluate_zoo, read_zoo
-        from olvae.launcher import join, leave
+        from olvae.launcher import together
         from olvae.models.loading.targets import find_target, name_apart
 
     # What is measured: metrics, and protocols with the changes that the flags make.
@@ -280,48 +280,63 @@ def command(
         split_commas(protocol), {"posterior": posterior, "seed": seed, "size": pixels}
     )
 
-    # The autoencoders, and what else is looked at: in the zoo, everything.
-    find = partial(
-        find_target, config=config, config_base=config_base, raw=raw, allow_mismatch=allow_mismatch
-    )
-    found = name_apart([find(target) for target in targets], [UNTRAINED])
-    observers = _observers(
-        cross,
-        split_commas(precision),
-        report,
-        observe or ([] if zoo is None else ZOO_OBSERVERS),
-        weights_dir,
-    )
-    if baselines:
-        observers.append(Baselines(found[0], fit))
+    # In one process or several; the first one has the result.
+    with together() as (rank, _):
+        if rank:
+            logging.getLogger("olvae").setLevel(logging.ERROR)
 
-    # Where results go, a file for each protocol; earlier results are read before the work.
-    folder = results_folder(out, "".join(targets[:1]), found[0].run if found else None, data)
-    suffixes = {p.name: "" if p is protocols[0] else f"_{p.name}" for p in protocols}
-    places = [folder / f"metrics{suffix}.json" for suffix in suffixes.values()] if found else []
-    earlier = _read_earlier_files(beside or (), places, observers)
+        # The autoencoders, and what else is looked at: in the zoo, everything.
+        find = partial(
+            find_target,
+            config=config,
+            config_base=config_base,
+            raw=raw,
+            allow_mismatch=allow_mismatch,
+        )
+        found = name_apart([find(target) for target in targets], [UNTRAINED])
+        observers = _observers(
+            cross,
+            split_commas(precision),
+            report,
+            observe or ([] if zoo is None else ZOO_OBSERVERS),
+            weights_dir,
+        )
+        if baselines:
+            observers.append(Baselines(found[0], fit))
 
-    # Evaluate, in one process or several; the first one has the result.
-    keep_freed_memory()
-    rank, _ = join()
-    if rank:
-        logging.getLogger("olvae").setLevel(logging.ERROR)
-    device = resolve_device(device)
-    request = Request(
-        found, protocols, names, data, pixels, images, batch_size, weights_dir, device, observers
-    )
-    if device.startswith("cpu") and "fp16" in precision and images is None and not rank:
-        typer.echo(
-            "fp16 is very slow on a CPU: --device cuda, or --images N for fewer images", err=True
+        # Where results go, a file for each protocol; earlier results are read before the work.
+        folder = results_folder(out, "".join(targets[:1]), found[0].run if found else None, data)
+        suffixes = {p.name: "" if p is protocols[0] else f"_{p.name}" for p in protocols}
+        places = [folder / f"metrics{suffix}.json" for suffix in suffixes.values()] if found else []
+        earlier = _read_earlier_files(beside or (), places, observers)
+
+        # Evaluate.
+        keep_freed_memory()
+        device = resolve_device(device)
+        request = Request(
+            found,
+            protocols,
+            names,
+            data,
+            pixels,
+            images,
+            batch_size,
+            weights_dir,
+            device,
+            observers,
         )
-    if zoo is None:
-        evaluated = evaluate(request, with_progress)
-    else:
-        listed = read_zoo(() if zoo == ALL else split_commas(zoo))
-        evaluated = evaluate_zoo(
-            listed, find, request, folder, _command() if report else None, with_progress
-        )
-    leave()
+        if device.startswith("cpu") and "fp16" in precision and images is None and not rank:
+            typer.echo(
+                "fp16 is very slow on a CPU: --device cuda, or --images N for fewer images",
+                err=True,
+            )
+        if zoo is None:
+            evaluated = evaluate(request, with_progress)
+        else:
+            listed = read_zoo(() if zoo == ALL else split_commas(zoo))
+            evaluated = evaluate_zoo(
+                listed, find, request, folder, _command() if report else None, with_progress
+            )
     if evaluated is not None:
         _finish(evaluated, folder, suffixes, earlier, mix_protocols, report, as_json)
         if zoo is not None:

@@ -53,7 +53,10 @@ class TooManyUnreadableError(ValueError):
     """More images are unreadable than ``max_unreadable`` allows."""
 
 
-def worker_death(error: BaseException) -> str | None:
+FEWER_LOADERS = "lower data.params.num_workers or data.params.batch_size"
+
+
+def worker_death(error: BaseException, remedy: str = FEWER_LOADERS) -> str | None:
     """Explain an error that a killed loader process caused; None for other errors.
 
     torch raises it, or Python while it receives a batch.
@@ -71,13 +74,10 @@ def worker_death(error: BaseException) -> str | None:
         which = " was killed"
     elif error.__context__ is not None:
         # torch raises in a signal's handler, so within any code, which may raise something else.
-        return worker_death(error.__context__)
+        return worker_death(error.__context__, remedy)
     else:
         return None
-    return (
-        f"a loader process{which}, by the system perhaps because memory ran out: "
-        "lower data.params.num_workers or data.params.batch_size"
-    )
+    return f"a loader process{which}, by the system perhaps because memory ran out: {remedy}"
 
 
 def read_or_replace(

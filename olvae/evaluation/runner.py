@@ -15,6 +15,7 @@ from olvae.config import ConfigError
 from olvae.data.opening import trains_on
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.places import place_of
+from olvae.data.shards.shard_source import ShardSource
 from olvae.data.source import Batch, BatchLoader, Source
 from olvae.evaluation.observers.observer import Evaluated, Observation, Observer, Subject
 from olvae.evaluation.protocol import Protocol
@@ -22,7 +23,7 @@ from olvae.evaluation.results import FIXED, Results, Row
 from olvae.evaluation.round_trip import RoundTrip, open_images_for
 from olvae.evaluation.statistics import confidence, difference
 from olvae.files import first_line, warn_once
-from olvae.launcher import gather, gather_parts, this_process
+from olvae.launcher import check_others, gather, gather_parts, this_process
 from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.metric import MetricSet
 from olvae.models.loading.loader import Target
@@ -141,7 +142,8 @@ def _one_pass(
 
     # The pass over the images. All processes take part; the first one gets everything.
     batches = progress("evaluating", loader, source.val_images)
-    digests = observe(batches, subjects, trips, metrics, observers, pixels)
+    shards = isinstance(source, ShardSource)
+    digests = observe(batches, subjects, trips, metrics, observers, pixels, shards)
     images = _describe_images(request, source, loader, digests or {})
     if digests is None:
         return []
@@ -196,9 +198,11 @@ def observe(
     metrics: Mapping[Key, MetricSet],
     observers: Sequence[Observer] = (),
     pixel_range: PixelRange = EIGHT_BITS,
+    shards: bool = False,
 ) -> dict[str, bytes] | None:
     """Reconstruct this process's images with every subject; feed metrics and observers.
 
+    With ``shards``, keys begin with the names of shards.
     Returns, in the first process, a digest of each image's pixels by key; metrics and observers
     there are merged over all processes. None in the others. Raises ValueError if there are no
     images.
@@ -207,6 +211,7 @@ def observe(
     digests: dict[str, bytes] = {}
     read = 0
     for batch in batches:
+        check_others()
         keys = batch["key"]
         x = batch["image"]
         read += len(keys)
@@ -221,7 +226,8 @@ def observe(
                 latents, y = trip(keys, x)
             found = metrics[name, draw]
             found.update(keys, levels, y)
-            seen = Observation(name, draw, keys, levels, y, latents, found.per_image(), pixel_range)
+            values = found.per_image()
+            seen = Observation(name, draw, keys, levels, y, latents, values, pixel_range, shards)
             for observer in observers:
                 observer.update(seen)
 

@@ -17,7 +17,7 @@ from olvae.evaluation.report import write_files
 from olvae.evaluation.results import Results, Row
 from olvae.evaluation.runner import BatchProgress, Request, evaluate
 from olvae.files import first_line, lines_sha256, write_json
-from olvae.launcher import this_process
+from olvae.launcher import FailedProcessError, this_process
 from olvae.metrics import METRICS
 from olvae.models.loading.loader import Target
 from olvae.models.spec import read_config
@@ -149,6 +149,8 @@ def evaluate_zoo(
             target = replace(find(entry.here(request.weights_dir)), name=entry.name, config={})
             one = replace(request, targets=[target], observers=[Listed(entry), *request.observers])
             [evaluated] = evaluate(one, progress) or []
+        except FailedProcessError:
+            raise
         except Exception as error:
             missing[entry.name] = first_line(error)
             log.warning("%s: %s", entry.name, missing[entry.name])

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader
 
 from olvae.checkpoint import tensors_sum
 from olvae.data.image import EvalTransform
-from olvae.data.read_errors import ReadError
+from olvae.data.read_errors import ReadError, worker_death
 from olvae.data.shards.index import INDEX
 from olvae.data.shards.latent_files import (
     FLIP,
@@ -50,7 +50,7 @@ from olvae.export.encode_inputs import (
     windows_of,
 )
 from olvae.files import write_json
-from olvae.launcher import POLL_S
+from olvae.launcher import POLL_S, check_others
 from olvae.library_internals import stop_workers
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, pad_to_multiple
@@ -193,7 +193,8 @@ class EncodeJob:
         :meth:`Autoencoder.encode_within`. ``advance`` is called with the number of further images
         that are done, including the images of finished shards; not before the readers are forked,
         so it may start threads. Raise ValueError for latents that are not finite, or too large for
-        the dtype, OSError if a remote shard can't be read now.
+        the dtype, OSError if a remote shard can't be read now, ChildProcessError if a reader was
+        killed.
         """
         self.shards.begin(self._plan)
 
@@ -227,6 +228,11 @@ class EncodeJob:
             advance(done)
         try:
             self._write_behind(self.started(units.images(read), batch_size, memory), advance)
+        except (RuntimeError, ConnectionError, EOFError, TypeError) as error:
+            death = worker_death(error, "lower `threads`")
+            if death is None:
+                raise
+            raise ChildProcessError(death) from error
         finally:
             if workers:
                 stop_workers(read)
@@ -375,6 +381,7 @@ class EncodeJob:
 
             try:
                 for window in started:
+                    check_others()
                     put(window)
                     if writing.done():
                         break

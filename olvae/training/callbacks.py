@@ -465,17 +465,25 @@ class StepTrace(Callback):
             self._profile = None
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._drop()
         if self._done < UNTRACED + self.steps and trainer.is_global_zero:
             notify(f"nothing is traced, because that needs {UNTRACED + self.steps} steps", WARNING)
 
     def on_exception(
         self, trainer: pl.Trainer, _: pl.LightningModule, exception: BaseException
     ) -> None:
+        self._drop()
         on_cuda = trainer.strategy.root_device.type == "cuda"
         if on_cuda and isinstance(exception, torch.OutOfMemoryError):
             path = current_run(trainer).path / "memory.pickle"
             dump_memory_history(str(path))
             notify(f"a snapshot of the memory is in {path}")
+
+    def _drop(self) -> None:
+        """Stop a trace that the run's end cuts off: a process that exits in one crashes."""
+        if self._profile is not None:
+            self._profile.stop()
+            self._profile = None
 
     def _write(self, trainer: pl.Trainer, traced: profile) -> None:
         traced.stop()

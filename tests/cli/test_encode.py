@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from olvae.cli.encode import _encoder
 from olvae.cli.main import main
 from olvae.config import ConfigError
 from olvae.data.shards.write import ResumableShards
+from olvae.export.encode_inputs import Reader
 from tests.data.images import write_shards
 from tests.export.latents import everything, tiny_vae
 from tests.forks import fork_each
@@ -94,6 +97,49 @@ def test_two_processes_encode_what_one_encodes(olvae, olvae_on_two, target, tmp_
         "12 images of 16 px in 12 shards"
         in olvae(*encode[:6], "--images", "--out", tmp_path / "split")[2]
     )
+
+
+def test_an_error_of_one_process_ends_the_others_with_one_line(
+    done, olvae_on_two, target, tmp_path, image_folder, monkeypatch
+):
+    """Before the first has done its share; the same command continues."""
+    encode = ("encode", target, "--data", image_folder, "--size", 16, "--shard-size", 1, "-B", 1)
+    write = ResumableShards.write
+
+    def fill_up(self, number, samples, details):
+        if number == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
+        if number % 2 == 0:
+            time.sleep(0.3)
+        return write(self, number, samples, details)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableShards, "write", fill_up)
+        err = olvae_on_two(*encode, "--out", out, exits=(1, 1))
+    assert err == f"error: {out / '000003.tar'}: File too large\n"
+    assert len(list(out.glob("*0.tar")) + list(out.glob("*[2468].tar"))) < 6
+    done(*encode, "--out", out)
+    done(*encode, "--out", tmp_path / "whole")
+    assert everything(out) == everything(tmp_path / "whole")
+    err = olvae_on_two(*encode, "--out", out, "--seed", 1, "--sample", exits=(2, 2))
+    assert err.startswith(f"error: --out {out}: was begun with ")
+    assert err.count("\n") == 1
+
+
+def test_a_reader_that_was_killed_is_named_with_the_option_that_helps(
+    olvae_on_two, target, tmp_path, image_folder, monkeypatch
+):
+    def die(self, items):
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(self, items)
+
+    read = Reader.__getitem__
+    monkeypatch.setattr(Reader, "__getitem__", die)
+    encode = ("encode", target, "--data", image_folder, "--size", 16, "--shard-size", 3)
+    err = olvae_on_two(*encode, "--out", tmp_path / "out", exits=(1, 1))
+    assert re.fullmatch(r"error: a loader process .* memory ran out: lower --threads\n", err)
 
 
 TWO_GPUS = """
@@ -286,7 +332,7 @@ def test_encode_refuses_a_folder_where_another_command_is_at_work(
                 )
             )
 
-        fork_each(work, exits=(2, 1))
+        fork_each(work, exits=(2, 2))
         assert everything(latents / ".encode") == before
 
 

@@ -127,6 +127,22 @@ def test_evaluate_in_two_processes_and_small_batches_changes_nothing(
         )
 
 
+def test_an_error_of_one_process_ends_the_others_with_one_line(
+    olvae_on_two, trained, photos, tmp_path, monkeypatch
+):
+    """Where images are read, and where the first one merges."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "there")
+
+    arguments = ["evaluate", trained, "--data", photos, "--metrics", "psnr", "--out", tmp_path]
+    line = "error: there: No space left on device\n"
+    for place in ("update", "merge"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"olvae.metrics.metric.MetricSet.{place}", full)
+            assert olvae_on_two(*arguments, exits=(1, 1)) == line
+
+
 def test_evaluate_takes_several_kinds_of_target_in_one_table(done, trained, photos, tmp_path):
     kl().model.save_pretrained(tmp_path / "kl")
     taesd().save_pretrained(tmp_path / "tiny")

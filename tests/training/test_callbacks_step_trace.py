@@ -1,8 +1,10 @@
 """`--profile`: a trace that other programs read."""
 
 import json
+from contextlib import suppress
 
 import pytest
+import torch
 from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList, FunctionEvent
 
@@ -31,6 +33,22 @@ def test_a_traced_step_is_an_update_and_too_few_are_a_warning(train_with, image_
     assert [event.get("name") for event in events].count("Optimizer.step#Adam.step") == 1
     train_with(*settings, config=tiny_config(image_folder), profile=2)
     assert f"nothing is traced, because that needs {UNTRACED + 2} steps" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_no_trace_is_open_after_training(train_with, at_step, image_folder, error):
+    """A process that exits within one crashes, with another code than the command's."""
+
+    def interrupt() -> None:
+        assert torch.autograd._profiler_enabled()
+        if error is not None:
+            raise error
+
+    at_step(UNTRACED, interrupt)
+    steps = f"lightning.trainer.max_steps={UNTRACED + 1}"
+    with suppress(KeyboardInterrupt, SystemExit):
+        train_with(steps, config=tiny_config(image_folder), profile=9)
+    assert not torch.autograd._profiler_enabled()
 
 
 def test_step_trace_refuses_zero_steps():

@@ -1,5 +1,6 @@
 """Observe how well a linear classifier tells the images' folders apart by their mean latents."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any
@@ -23,23 +24,29 @@ class LinearProbe(PerImageObserver):
     set, goes through a multinomial logistic regression with a weight decay of 1e-3, fitted to the
     minimum. ``accuracy`` is the share of images whose folder is found, in a cross-validation of
     five parts, the same for all targets; ``chance`` is the largest class's. Classes are the
-    folders with at least five images; there have to be two.
+    folders with at least five images; there have to be two. Shards are no folders, but may have
+    some inside.
     """
 
     name = "linear_probe"
 
     def measure(self, batch: Observation) -> list[tuple[str, list[float]]]:
         means = batch.latents.mean((2, 3), dtype=torch.float32).cpu().tolist()
-        folders = [str(PurePosixPath(key).parent) for key in batch.keys]
+        paths = [PurePosixPath(key) for key in batch.keys]
+        if batch.shards:
+            paths = [path.relative_to(path.parts[0]) for path in paths]
+        folders = [str(path.parent) for path in paths]
         return list(zip(folders, means, strict=True))
 
     def summarise(self, columns: Sequence[Any]) -> dict[str, Any]:
         folders, means = columns
-        classes = sorted({name for name in folders if folders.count(name) >= FOLDS})
+        images = Counter(folders)
+        classes = sorted(name for name in images if images[name] >= FOLDS)
         if len(classes) < 2:
             return {"accuracy": None, "classes": len(classes)}
-        kept = [i for i, name in enumerate(folders) if name in classes]
-        labels = torch.tensor([classes.index(folders[i]) for i in kept])  # (N,)
+        numbers = {name: number for number, name in enumerate(classes)}
+        kept = [i for i, name in enumerate(folders) if name in numbers]
+        labels = torch.tensor([numbers[folders[i]] for i in kept])  # (N,)
         z = torch.tensor([means[i] for i in kept], dtype=torch.float64)  # (N, n_z)
         return {
             "accuracy": cross_validated_accuracy(z, labels),

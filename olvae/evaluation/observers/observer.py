@@ -43,6 +43,7 @@ class Observation:
     # by name of a metric of single images, its values so far by key
     values: Mapping[str, Mapping[str, float]]
     pixel_range: PixelRange = EIGHT_BITS
+    shards: bool = False  # whether keys begin with the names of shards
 
 
 class Observer:

@@ -1,5 +1,7 @@
 """The linear probe against scipy's minimiser, and folders that can and can't be told apart."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -53,6 +55,19 @@ def test_folders_that_differ_are_found_and_equal_ones_are_not():
     assert (found["classes"], found["n"], found["chance"]) == (3, 60, pytest.approx(1 / 3))
     assert found["accuracy"] > 0.95
     assert entry(*latents(3, 40, apart=0.0))["accuracy"] < 0.55
+
+
+def test_a_shard_is_no_folder_but_may_have_some_inside():
+    keys, z = latents(2, 12, apart=5.0)
+
+    def of_shards(keys: list[str]) -> dict:
+        probe = LinearProbe()
+        probe.update(replace(seen("t", keys, latents=z), shards=True))
+        return probe.result("t", 0)
+
+    assert of_shards([f"{i % 2:06d}/{i:08d}" for i in range(24)])["accuracy"] is None
+    inside = of_shards([f"{i % 2:06d}/{key}" for i, key in enumerate(keys)])
+    assert (inside["classes"], inside["accuracy"] > 0.95) == (2, True)
 
 
 def test_the_accuracy_does_not_depend_on_the_order_of_images():
