@@ -37,6 +37,7 @@ FLAGS = {
     "olvae data": "",
     "olvae data pack": "--out --shard-size --seed --shuffle --no-shuffle --resize --format "
     "--quality --channels --max-unreadable --workers",
+    "olvae data index": "--out --image-key --workers",
     "olvae data check": "--size --channels --range --max-unreadable --workers --json",
     "olvae data range": "--images",
     "olvae recipes": "",

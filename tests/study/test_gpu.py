@@ -28,7 +28,7 @@ def test_the_page_of_the_gpu_study_has_every_table_and_what_matters_first():
     assert names[-2:] == ["pair_litevae", "pair_sd"]
     assert names.index("trained_A2") > names.index("step_B5_bf16_compile")
     assert all(step.needs_s < 300 and step.needs_s < step.limit_s for step in STEPS.values())
-    assert set(gpu.PRECISIONS) == set(PRECISIONS)
+    assert set(gpu.PRECISIONS) == set(PRECISIONS) - {"tf32"}
     assert sum(step.limit_s for step in STEPS.values()) < 90 * 60  # of steps that all hang
 
 

@@ -108,7 +108,7 @@ def test_a_source_of_unknown_length_is_trained_on(go, tmp_path):
         "data.params.batch_size=4",
     )
     assert checkpoint(go("lightning.trainer.max_steps=3", *overrides))["global_step"] == 3
-    with pytest.raises(ValueError, match="1 training shards for 2 processes"):
+    with pytest.raises(ValueError, match="1 training shard for 2 processes"):
         go(*overrides, "data.params.num_workers=2")
 
 
