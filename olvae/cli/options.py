@@ -125,7 +125,7 @@ Device = Annotated[
 # Signals that have ended the command, each with its time.
 _received: list[tuple[int, float]] = []
 
-# Signals of which only echoes are left, as the command ends.
+# Signals whose echoes alone are awaited: the command ends.
 _echoes: list[int] = []
 
 # Flags of the running command, by the names of their settings.
