@@ -46,6 +46,10 @@ SIGNALS: dict[int, str] = {
     if hasattr(signal, name)
 }
 
+# Seconds in which further signals are the first one's echo: torchrun forwards a terminal's Ctrl-C
+# to processes that have it already, and schedulers repeat theirs.
+ECHO_S = 1.0
+
 # Python has this signal on Windows alone.
 ON_WINDOWS = "SIGBREAK" in SIGNALS.values()
 

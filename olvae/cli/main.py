@@ -17,11 +17,19 @@ import typer
 
 from olvae import __version__
 from olvae.cli import bench, configs, data, encode, evaluate, export, latents, reconstruct, train
-from olvae.cli.options import PREEMPTED, STOPPED, end_on, in_flags, name_flags, stop_code
+from olvae.cli.options import (
+    PREEMPTED,
+    STOPPED,
+    end_on,
+    ignore_echoes,
+    in_flags,
+    name_flags,
+    stop_code,
+)
 from olvae.config import ConfigError, key_places
 from olvae.config.reading import YAML
 from olvae.data.places import load
-from olvae.files import SIGNALS, printable
+from olvae.files import ECHO_S, SIGNALS, printable
 
 app = typer.Typer(
     name="olvae",
@@ -123,8 +131,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     # typer turns Ctrl-C into this code. A command that has printed more raises SystemExit.
     if code == STOPPED:
-        typer.echo("stopped", err=True)
         code = stop_code()
+        ignore_echoes(ECHO_S, code)
+        typer.echo("stopped", err=True)
         # If the interrupt came through code that was compiled from text, as dataclasses' is,
         # `python -m` would end by SIGINT, without this code. Python forgets it at the next text.
         exec("")

@@ -1,5 +1,6 @@
 """Arguments, checks of values, exit codes and the progress bar that several commands share."""
 
+import atexit
 import os
 import re
 import shlex
@@ -27,7 +28,7 @@ from rich.status import Status
 from rich.text import Text
 
 from olvae.config import ConfigError
-from olvae.files import ON_WINDOWS, nearest_path
+from olvae.files import ECHO_S, ON_WINDOWS, SIGNALS, nearest_path
 from olvae.models.target_names import check_target
 
 if TYPE_CHECKING:  # slow to import
@@ -121,28 +122,42 @@ Device = Annotated[
     typer.Option(callback=check_device, help="cpu, cuda or mps; by default a GPU if there is one."),
 ]
 
-# Signals that have ended the command.
-_received: list[int] = []
+# Signals that have ended the command, each with its time.
+_received: list[tuple[int, float]] = []
+
+# Signals whose echoes alone are awaited: the command ends.
+_echoes: list[int] = []
 
 # Flags of the running command, by the names of their settings.
 _flags: dict[str, str] = {}
 
 
 def end_on(*numbers: int) -> None:
-    """Let these signals end the command as Ctrl-C does, with the exit code :data:`PREEMPTED`."""
+    """Let these signals end the command as Ctrl-C does, with the exit code :data:`PREEMPTED`.
+
+    Ctrl-C is among them, with its own code. An echo of the first signal does not disturb what is
+    tidied up.
+    """
     _received.clear()
 
     def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (Python's signature)
-        _received.append(number)
+        now = time.monotonic()
+        if _received and now - _received[0][1] < ECHO_S:
+            return
+        _received.append((number, now))
         raise KeyboardInterrupt
 
-    if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-        for number in numbers:
-            signal.signal(number, end)
+    if threading.current_thread() is not threading.main_thread():
+        return  # no other thread may set handlers
+    for number in numbers:
+        signal.signal(number, end)
+    # A command in the background of a script ignores Ctrl-C.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, end)
 
 
-def ignore_echoes(numbers: Iterable[int], seconds: float, code: int) -> None:
-    """Let these signals do nothing for some seconds, and then end the process with this code.
+def ignore_echoes(seconds: float, code: int) -> None:
+    """Let signals do nothing for some seconds, and then end the process with this code.
 
     The ones that are ignored stay so, as SIGHUP under nohup.
     """
@@ -153,9 +168,21 @@ def ignore_echoes(numbers: Iterable[int], seconds: float, code: int) -> None:
             os._exit(code)
 
     if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-        for number in numbers:
+        for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, end)
+                _echoes.append(number)
+
+
+@atexit.register
+def _keep_code() -> None:
+    """Ignore echoes for good.
+
+    Python takes handlers away before it has ended, and then a signal would be the exit code. This
+    is called last of such functions, because libraries are imported later.
+    """
+    for number in _echoes:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def shell_word(path: Path) -> str:
@@ -164,8 +191,8 @@ def shell_word(path: Path) -> str:
 
 
 def stop_code() -> int:
-    """Return the exit code of a command that was interrupted."""
-    return PREEMPTED if _received else STOPPED
+    """Return the exit code of a command that was interrupted, by the signal that came first."""
+    return PREEMPTED if _received and _received[0][0] != signal.SIGINT else STOPPED
 
 
 def loading() -> Status:

@@ -17,6 +17,7 @@ from olvae.cli.options import (
     TargetArgument,
     check_applies,
     check_paths,
+    check_precision,
     in_flags,
     loading,
     memory_option,
@@ -37,7 +38,9 @@ def command(
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
     device: Device = None,
-    precision: Annotated[str, typer.Option(help="32, tf32, bf16 or fp16.")] = "32",
+    precision: Annotated[
+        str, typer.Option(callback=check_precision, help="32, tf32, bf16 or fp16.")
+    ] = "32",
     memory: Annotated[
         float | None,
         typer.Option(
@@ -70,7 +73,7 @@ def command(
     with loading():
         import torch
 
-        from olvae.devices import precision_name, resolve_device, resolve_precision
+        from olvae.devices import precision_name, resolve_device
         from olvae.export.reconstruction import ReconstructOptions, plan_outputs, reconstruct_files
         from olvae.models.autoencoder import LiteVAE
         from olvae.models.large.tiling import GIB, default_memory
@@ -79,7 +82,6 @@ def command(
     # What can be refused before weights are read, and where results go.
     check_folder(out)
     where = torch.device(resolve_device(device))
-    resolve_precision(precision, where.type)
     found = find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
     places = plan_outputs(images, out)
 

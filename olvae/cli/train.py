@@ -16,7 +16,7 @@ from olvae.cli.options import (
     loading,
     shell_word,
 )
-from olvae.files import SIGNALS, unread_output
+from olvae.files import ECHO_S, SIGNALS, unread_output
 
 
 @unread_output()
@@ -142,7 +142,6 @@ def command(
     with loading():
         from olvae.devices import keep_freed_memory
         from olvae.launcher import local_rank
-        from olvae.training.callbacks import ECHO_S
         from olvae.training.processes import is_first
         from olvae.training.run import ProcessDiedError, TrainingStopped, train
 
@@ -157,7 +156,7 @@ def command(
         if local_rank():
             code = 0
         # An echo of the signal would change the exit code, while Python ends as well.
-        ignore_echoes(SIGNALS, ECHO_S, code)
+        ignore_echoes(ECHO_S, code)
         if is_first():
             typer.echo(
                 f"continue with: olvae train --resume {shell_word(stopped.run.path)}", err=True

@@ -21,7 +21,7 @@ from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.data.source import Batch, BatchLoader
 from olvae.devices import tf32
 from olvae.figures import error_map, labelled_grid
-from olvae.files import SIGNALS, atomic_write, counted, reason
+from olvae.files import ECHO_S, SIGNALS, atomic_write, counted, reason
 from olvae.launcher import Agreement
 from olvae.library_internals import dump_memory_history, record_memory_history
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -35,9 +35,6 @@ from olvae.training.saving import check_written, current_run, last_good
 
 log = logging.getLogger("olvae.training")
 
-# Seconds in which further signals are the first one's echo: torchrun forwards a terminal's Ctrl-C
-# to processes that have it already, and schedulers repeat theirs.
-ECHO_S = 1.0
 WARNING = "bold yellow"
 
 

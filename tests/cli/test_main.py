@@ -458,3 +458,41 @@ def test_version_and_help(olvae):
         [sys.executable, "-m", "olvae", "-h"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "Usage: olvae [OPTIONS] COMMAND" in done.stdout
+
+
+SLOW_TO_END = """
+import os, signal, sys, time
+from olvae.bench import cases
+from olvae.cli.main import main
+
+class Ended:
+    def __del__(self, kill=os.kill, own=os.getpid(), number=getattr(signal, sys.argv[1])):
+        kill(own, number)  # as the interpreter ends
+
+number = getattr(signal, sys.argv[1])
+tidied = []
+
+def stopped(*_):
+    try:
+        os.kill(os.getpid(), number)
+    finally:
+        os.kill(os.getpid(), number)
+        tidied.append(Ended())
+        print("tidied up", flush=True)
+
+cases.network_table = stopped
+main(["tables"])
+"""
+
+
+@pytest.mark.posix
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 75)])
+def test_echoes_of_a_signal_change_neither_the_tidying_up_nor_the_exit_code(number, code):
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW_TO_END, number],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (code, "tidied up\n", "stopped\n")

@@ -1,8 +1,10 @@
-"""Which commands compute convolutions without TF32: by torch's settings during each of them."""
+"""Precisions of commands: who computes convolutions without TF32, by torch's settings in each."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+
+from olvae.cli.options import PRECISION_NAMES
 
 DEFAULT = (True, False)  # torch's: convolutions in TF32, products in float32
 
@@ -61,3 +63,17 @@ def test_training_keeps_torchs_settings_and_validation_has_no_tf32(
     done("train", "--base", config, "--logdir", tmp_path, "--gpus", 0, "--precision", precision)
     assert {settings[1:] for settings in seen if settings[0]} == {training}
     assert {settings[1:] for settings in seen if not settings[0]} == {(False, False)}
+
+
+@pytest.mark.parametrize("command", ["encode", "reconstruct", "evaluate"])
+def test_every_precision_of_the_help_is_accepted_on_a_cpu(
+    done, target, image_folder, tmp_path, command
+):
+    given = [image_folder]
+    if command != "reconstruct":
+        given = ["--data", image_folder, "--size", 16]
+    if command == "evaluate":
+        given += ["--metrics", "psnr", "--no-report"]
+    for name in PRECISION_NAMES:
+        out = tmp_path / name
+        done(command, target, *given, "--out", out, "--device", "cpu", "--precision", name)

@@ -89,7 +89,7 @@ def test_reconstruct_takes_samples_and_precision(done, target, tmp_path):
     [
         (["--memory", "nan"], 2, "--memory nan: give a number of GiB"),
         (["--memory", "-1"], 2, "--memory -1.0: give a number of GiB"),
-        (["--precision", "16", "--device", "cpu"], 2, "use bf16 or 32 on the CPU"),
+        (["--precision", "8"], 2, "--precision 8: choose from fp16, bf16, tf32, 32"),
         (["missing.png"], 1, "missing.png: no such image or folder"),
         (["--memory", "0.000001"], 1, "the smallest tile takes"),
         (["--out", __file__], 1, "results need a folder"),
