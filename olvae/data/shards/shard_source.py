@@ -141,9 +141,14 @@ class ShardSource(Source):
         process, position = process.resumed(start - layouts[-1].start)
         return _Reader(self, seed, process, layouts).samples(position)
 
-    def keep_old_order(self) -> None:
+    @property
+    def order(self) -> int:
+        return self.interleave
+
+    def keep_order(self, order: int | None) -> None:
+        # An index that came since may have changed what is usual.
         if self._usual_interleave:
-            self.interleave = 1
+            self.interleave = order or 1
 
     def describe_new_processes(self) -> str | None:
         if self.samples_per_epoch is not None:
