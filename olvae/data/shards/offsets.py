@@ -11,7 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
@@ -35,6 +34,9 @@ NO_OFFSET = 2**32 - 1  # of images in a compressed shard, which can't be read fr
 
 Offsets = NDArray[np.uint32]
 
+# Files of offsets that could not be read, which are not tried again.
+_unread: set[str] = set()
+
 
 @lru_cache(maxsize=256)
 def offsets_of(shard: Shard, image_key: str | None = None) -> Offsets | None:
@@ -44,15 +46,22 @@ def offsets_of(shard: Shard, image_key: str | None = None) -> Offsets | None:
     the damage.
     """
     located = None
-    if shard.offsets is not None and shard.images:
+    if shard.offsets is not None and shard.images and shard.offsets[0] not in _unread:
         file, first = shard.offsets
         length = shard.images * KIND.itemsize
         content = b""
-        with contextlib.suppress(OSError, ValueError), fsspec.open(file, "rb") as stream:
-            stream.seek(first * KIND.itemsize)
-            content = stream.read(length)
+        # Tried again as shards are.
+        with (
+            contextlib.suppress(OSError, ValueError),
+            closing(open_url(file, first * KIND.itemsize)) as stream,
+        ):
+            while len(content) < length and (data := stream.read(length - len(content))):
+                content += data
         if len(content) == length:
             located = np.frombuffer(content, KIND)
+        else:
+            _unread.add(file)
+            warn_once(f"{file}: can't be read whole: training reads shards from their beginnings")
     found = located
     if found is None and is_local(shard.url):
         found = scan(shard.url, image_key)[0]

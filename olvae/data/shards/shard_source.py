@@ -19,6 +19,7 @@ from olvae.data.source import Layout, LoaderProcess, Sample, Source, epoch_order
 from olvae.files import counted, file_state
 
 INTERLEAVE = 32  # shards that are read at once
+FRUITLESS = 3  # images in a row that can't be read, after which the rest of a shard is lost
 NO_PLACES = Places.of([])
 
 
@@ -405,11 +406,12 @@ class _OpenShard:
         self._shard = shard
         self._entries: Iterator[Entry | ReadError] | None = None
         self._next = 0  # number of the image that comes next
+        self._fruitless = 0  # images in a row that could not be read
         self._reason = f"has fewer images than its {INDEX} says"
 
     def take(self, image: int) -> Entry | ReadError:
         """Read an image; a ReadError if the shard ends or is damaged before it."""
-        if self._entries is None or image > self._next:
+        if self._entries is None or (image > self._next and self._fruitless < FRUITLESS):
             self._seek(image)
         assert self._entries is not None
         for entry in self._entries:
@@ -418,7 +420,9 @@ class _OpenShard:
                 continue
             self._next += 1
             if self._next > image:
+                self._fruitless = 0
                 return entry
+        self._fruitless += 1
         return ReadError(self._shard.url, self._reason, str(image))
 
     def _seek(self, image: int) -> None:

@@ -236,7 +236,8 @@ SHORTER = 0.25
 FAILED_IN_A_ROW = 3
 # Seconds before the first of these tries; each pause is twice as long as the one before.
 PAUSE_S = 1.0
-# Number of times that one download is resumed.
+# Number of times that one download is resumed, and once more for each DOWNLOAD_BYTES that came:
+# servers close the connection of a shard that is read slowly, as one of many.
 MAX_RESUMES = 20
 # Bytes that are asked of a download at a time; fsspec passes each piece on from another thread.
 DOWNLOAD_BYTES = 2**20
@@ -303,6 +304,7 @@ class _Download:
         self._ahead = memoryview(b"")
         # Number of bytes that came, and of those before the first that is asked for.
         self._place = begin
+        self._begin = begin
         # The version of the file, as far as the server names one.
         self._tag: str | None = None
         self._resumes = 0
@@ -331,7 +333,7 @@ class _Download:
         began = time.monotonic()
         failed, last = _failures.get(self._store, (0, began))
         given_up = failed >= FAILED_IN_A_ROW and began < last + RETRY_S
-        if given_up and not self._place:
+        if given_up and self._place == self._begin:
             raise OSError(f"not tried, as {failed} downloads in a row from there have failed")
         until: float | None = None
         noted = False
@@ -350,7 +352,8 @@ class _Download:
                 status = _status(error)
                 refused = status is not None and status < 500 and status not in TEMPORARY
                 final = FileNotFoundError | PermissionError | ImportError | ValueError
-                spent = time.monotonic() + pause > until or self._resumes > MAX_RESUMES
+                resumes = MAX_RESUMES + (self._place - self._begin) // DOWNLOAD_BYTES
+                spent = time.monotonic() + pause > until or self._resumes > resumes
                 if refused or isinstance(error, final):
                     raise OSError(_explain(error)) from error
                 if spent:
