@@ -14,7 +14,7 @@ from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_repl
 from olvae.data.shards.index import INDEX
 from olvae.data.shards.offsets import BLOCK, offsets_of
 from olvae.data.shards.order import Deal, Group, Places, Round
-from olvae.data.shards.tar_reading import Entry, Shard, read_shard
+from olvae.data.shards.tar_reading import Entry, Shard, is_packed, read_shard
 from olvae.data.source import Layout, LoaderProcess, Sample, Source, epoch_order, total
 from olvae.files import counted, file_state
 
@@ -61,7 +61,10 @@ class ShardSource(Source):
         self.shuffle = shuffle
         self.image_key = image_key
         counted = all(shard.images is not None for shard in train)
-        in_the_middle = all(is_local(shard.url) or shard.offsets for shard in train)
+        # Shards of one set are compressed alike: the first one tells.
+        in_the_middle = all(is_local(shard.url) or shard.offsets for shard in train) and not any(
+            is_packed(shard.url) for shard in train[:1]
+        )
         usual = INTERLEAVE if counted and in_the_middle else 1
         self.interleave = usual if interleave is None else interleave
         self._usual_interleave = interleave is None

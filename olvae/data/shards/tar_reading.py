@@ -209,6 +209,16 @@ class Unpacked:
         return part
 
 
+def is_packed(url: str) -> bool:
+    """Whether a shard is compressed, by its name or, if it is local, by its first bytes."""
+    if file_name(url).endswith((".gz", ".tgz")):
+        return True
+    if not is_local(url) or not Path(url).is_file():
+        return False
+    with Path(url).open("rb") as file:
+        return file.read(6).startswith(tuple(COMPRESSED))
+
+
 class StrictTarInfo(tarfile.TarInfo):
     """Raise ReadError for a damaged or missing header; tarfile takes it for the archive's end."""
 
