@@ -259,7 +259,13 @@ def with_counts(
     if index is None:
         found = known_shards(urls, image_key)
     else:
-        given = Index.read(index).located(str(index), image_key)
+        read = Index.read(index)
+        if read.image_key not in (None, image_key):
+            raise ValueError(
+                f"{index}: is of images of the image_key {read.image_key}, not {image_key}: repeat "
+                "`olvae data index` for these"
+            )
+        given = read.located(str(index), image_key)
         unknown = [url for url in urls if file_name(url) not in given]
         if unknown:
             raise ValueError(
@@ -317,7 +323,10 @@ def known_shards(urls: Sequence[str], image_key: str | None = None) -> dict[str,
     indexed: dict[Path, Shard] = {}
     for folder in {path.parent for path in local.values()}:
         if (folder / INDEX).is_file():
-            listed = Index.read(folder / INDEX).located(str(folder / INDEX), image_key)
+            index = Index.read(folder / INDEX)
+            if index.image_key not in (None, image_key):
+                continue  # its numbers are of other images
+            listed = index.located(str(folder / INDEX), image_key)
             for name, shard in listed.items():
                 indexed[folder / name] = shard
 
@@ -327,8 +336,8 @@ def known_shards(urls: Sequence[str], image_key: str | None = None) -> dict[str,
         if path in indexed:
             shards[url] = indexed[path]
         elif path.is_file():
-            offsets, whole = scan(path, image_key)
-            if len(offsets) or whole:
+            offsets, error = scan(path, image_key)
+            if len(offsets) or error is None:
                 shards[url] = Shard(url, len(offsets))
 
     # A local shard that can't be counted is taken for one like the others.

@@ -69,8 +69,8 @@ def offsets_of(shard: Shard, image_key: str | None = None) -> Offsets | None:
     return None if packed else found
 
 
-def scan(url: str | Path, image_key: str | None = None) -> tuple[Offsets, bool]:
-    """Read the headers of a shard; return where its images begin, and whether it is whole.
+def scan(url: str | Path, image_key: str | None = None) -> tuple[Offsets, Exception | None]:
+    """Read the headers of a shard; return where its images begin, and what kept it from its end.
 
     An image begins with the first file of its group, which are the files in a row with one key. In
     a compressed shard all are :data:`NO_OFFSET`. A local shard's contents are skipped, a remote one
@@ -78,39 +78,40 @@ def scan(url: str | Path, image_key: str | None = None) -> tuple[Offsets, bool]:
     an ``image_key`` those whose names have several dots.
     """
     offsets: list[int] = []
-    whole = False
+    error: Exception | None = None
     packed = False
     left_out: set[str] = set()  # keys of such pictures
     key = None
     begin = 0
-    with ExitStack() as opened:
-        opened.enter_context(contextlib.suppress(*SHARD_ERRORS))
-        stream = opened.enter_context(closing(open_url(str(url))))
-        unpacked: Any = Unpacked(stream)
-        packed = unpacked.packed
-        if is_local(str(url)):
-            archive = tarfile.open(url, "r:*", tarinfo=StrictTarInfo)  # noqa: SIM115
-        else:
-            archive = tarfile.open(fileobj=unpacked, mode="r|", tarinfo=StrictTarInfo)  # noqa: SIM115
-        opened.enter_context(archive)
-        while (member := archive.next()) is not None:
-            # Forget the members that were read: a large shard's headers fill the memory.
-            archive.members = []  # type: ignore[attr-defined]
-            prefix, extension = base_plus_ext(member.name)
-            if prefix is None or member.isdir() or META.match(member.name):
-                continue
-            if member.isreg() and prefix != key:
-                key = prefix
-                begin = member.offset // BLOCK
-            if prefix == key and offsets[-1:] == [begin]:
-                continue  # another file of an image that was found
-            extension = extension.lower()
-            if member.isreg() and is_image(extension, image_key):
-                left_out.discard(prefix)
-                offsets.append(begin)
-            elif not image_key and is_image(extension.split(".")[-1], None):
-                left_out.add(prefix)
-        whole = True
+    try:
+        with ExitStack() as opened:
+            stream = opened.enter_context(closing(open_url(str(url))))
+            unpacked: Any = Unpacked(stream)
+            packed = unpacked.packed
+            if is_local(str(url)):
+                archive = tarfile.open(url, "r:*", tarinfo=StrictTarInfo)  # noqa: SIM115
+            else:
+                archive = tarfile.open(fileobj=unpacked, mode="r|", tarinfo=StrictTarInfo)  # noqa: SIM115
+            opened.enter_context(archive)
+            while (member := archive.next()) is not None:
+                # Forget the members that were read: a large shard's headers fill the memory.
+                archive.members = []  # type: ignore[attr-defined]
+                prefix, extension = base_plus_ext(member.name)
+                if prefix is None or member.isdir() or META.match(member.name):
+                    continue
+                if member.isreg() and prefix != key:
+                    key = prefix
+                    begin = member.offset // BLOCK
+                if prefix == key and offsets[-1:] == [begin]:
+                    continue  # another file of an image that was found
+                extension = extension.lower()
+                if member.isreg() and is_image(extension, image_key):
+                    left_out.discard(prefix)
+                    offsets.append(begin)
+                elif not image_key and is_image(extension.split(".")[-1], None):
+                    left_out.add(prefix)
+    except SHARD_ERRORS as raised:
+        error = raised
     if left_out:
         warn_once(
             f"{str(url).rpartition('/')[0]}: pictures of its shards are left out: links, or names "
@@ -120,4 +121,4 @@ def scan(url: str | Path, image_key: str | None = None) -> tuple[Offsets, bool]:
     found = np.array(offsets, KIND)
     if packed:
         found[:] = NO_OFFSET
-    return found, whole
+    return found, error

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from olvae.config import ConfigError
-from olvae.data.shards.index import with_counts
+from olvae.data.shards.index import Index, with_counts
 from olvae.data.shards.indexing import index_shards
 from olvae.data.shards.offsets import BLOCK, NO_OFFSET, offsets_of
 from olvae.data.shards.tar_reading import Shard, read_shard
@@ -130,3 +130,46 @@ def test_two_shards_of_one_name_are_refused(tmp_path):
     write_shards(tmp_path / "b", (1,))
     with pytest.raises(ValueError, match=r"000.tar: two shards have this name"):
         index_shards([str(tmp_path / "a"), str(tmp_path / "b")], tmp_path / "out")
+
+
+def test_a_shard_that_can_not_be_fetched_is_not_one_without_images(tmp_path):
+    """The index has the others; so training names the one that it lacks."""
+    write_shards(tmp_path, COUNTS)
+    (tmp_path / "index.json").unlink(missing_ok=True)
+    places = [str(tmp_path / "000.tar"), f"pipe:cat {tmp_path}/gone/9.tar", f"{tmp_path}/008.tar"]
+    with pytest.raises(OSError, match=r"2 shards could not be read: .*exit status 1.*008.tar"):
+        index_shards(places, tmp_path / "index")
+    assert [*Index.read(tmp_path / "index" / "index.json").shards] == ["000.tar"]
+    with pytest.raises(ValueError, match="does not list"):
+        with_counts(places, tmp_path / "index" / "index.json")
+
+
+def test_an_index_of_other_shards_is_not_replaced(tmp_path):
+    write_shards(tmp_path, COUNTS)
+    index_shards(str(tmp_path))
+    with pytest.raises(ConfigError, match="lists other shards, such as 002"):
+        index_shards(str(tmp_path / "{000..001}.tar"))
+    for name in ("002.tar", "003.tar"):
+        (tmp_path / name).unlink()
+    assert index_shards(str(tmp_path / "{000..001}.tar"))[1].images == 14
+
+
+def test_an_index_of_another_image_key_does_not_count(tmp_path):
+    files = [("1.jpg", encoded(1)), ("2.jpg", encoded(2)), ("2.mask.png", encoded(2, "PNG"))]
+    path = write_tar(tmp_path / "a.tar", files)
+    index_shards(str(path), image_key="mask.png")
+    assert [shard.images for shard in with_counts([str(path)], None, "mask.png")] == [1]
+    assert [shard.images for shard in with_counts([str(path)])] == [2]
+    with pytest.raises(ValueError, match=r"image_key mask\.png, not None"):
+        with_counts([str(path)], tmp_path / "index.json")
+
+
+def test_compressed_shards_are_read_one_after_the_other(tmp_path):
+    write_shards(tmp_path / "shards", COUNTS)
+    for file in (tmp_path / "shards").glob("*.tar"):
+        file.write_bytes(gzip.compress(file.read_bytes()))
+    for index in (False, True):
+        source = WebDatasetSource(str(tmp_path / "shards"), size=16, batch_size=2)
+        assert source.interleave == 1
+        if not index:
+            index_shards(str(tmp_path / "shards"))
