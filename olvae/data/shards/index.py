@@ -26,7 +26,7 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A shard's images and, unless it is from elsewhere, the bytes and the SHA-256 of its file."""
+    """A shard's images, a local one's bytes, and the SHA-256 of one that was packed here."""
 
     images: int
     bytes: int | None = None
@@ -71,7 +71,7 @@ class Index:
         for name in sorted(self.shards):
             images = self.shards[name].images
             place = (beside, first) if known else None
-            found[name] = Shard("", images, place)
+            found[name] = Shard("", images, place, self.shards[name].bytes)
             first += images
         return found
 
@@ -288,10 +288,20 @@ def with_counts(
             warn_once(f"skipped {url}: {problem}")
     listed = []
     for url in urls:
-        # A command's output has no middle to begin in.
+        # A command's output has no middle to begin in, and a changed file another one.
         offsets = None if url.startswith("pipe:") else found[url].offsets
+        if offsets and is_changed(url, found[url].bytes):
+            warn_once(f"{url}: changed since its {INDEX}, by its size: its headers are read anew")
+            offsets = None
         listed.append(Shard(url, found[url].images, offsets))
     return listed
+
+
+def is_changed(url: str, size: int | None) -> bool:
+    """Whether a local shard has another size than when it was indexed, if that is known."""
+    if size is None or not is_local(url) or not Path(url).is_file():
+        return False
+    return Path(url).stat().st_size != size
 
 
 def is_begun(folder: Path) -> bool:

@@ -55,8 +55,9 @@ def index_shards(
     if found is None:
         return None
     scanned = dict(zip(names, found, strict=True))
+    places_by_name = dict(zip(names, urls, strict=True))
     lost = []
-    for name, url in zip(names, urls, strict=True):
+    for name, url in places_by_name.items():
         error = scanned[name][1]
         if _is_unfetched(url, error):
             lost.append((url, reason(error)))
@@ -75,7 +76,11 @@ def index_shards(
             offsets, _ = scanned[name]
             stream.write(offsets.tobytes())
             known = before.shards.get(name, ShardRecord(0))
-            records[name] = ShardRecord(len(offsets), known.bytes, known.sha256)
+            url = places_by_name[name]
+            size = known.bytes
+            if size is None and is_local(url):
+                size = Path(url).stat().st_size
+            records[name] = ShardRecord(len(offsets), size, known.sha256)
     index = Index(
         records, before.packed, before.plan, before.unreadable, offsets=True, image_key=image_key
     )

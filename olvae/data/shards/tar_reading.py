@@ -69,6 +69,7 @@ class Shard(NamedTuple):
     images: int | None = None
     # The file of an index with the offsets of images, and the number of this shard's first.
     offsets: tuple[str, int] | None = None
+    bytes: int | None = None  # of the file when it was indexed
 
     @property
     def name(self) -> str:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from olvae.data.shards.indexing import index_shards
 from olvae.data.shards.offsets import BLOCK, NO_OFFSET, offsets_of
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
+from olvae.data.source import LoaderProcess
 from tests.data.images import encoded, write_shards, write_tar
 
 COUNTS = (5, 9, 1, 4)
@@ -173,3 +175,21 @@ def test_compressed_shards_are_read_one_after_the_other(tmp_path):
         assert source.interleave == 1
         if not index:
             index_shards(str(tmp_path / "shards"))
+
+
+def test_shards_that_were_replaced_since_their_index_are_scanned_anew(tmp_path, caplog):
+    """Of the old offsets, some lie amid a file, and others begin another image."""
+    write_shards(tmp_path / "shards", (30, 30))
+    write_shards(tmp_path / "val", (4,))
+    index_shards(str(tmp_path / "shards"))
+    for name in ("000", "001"):
+        files = [(f"{i:04d}.jpg", encoded(i) + bytes(600 * (i % 3))) for i in range(30)]
+        write_tar(tmp_path / "shards" / f"{name}.tar", files)
+    source = WebDatasetSource(
+        str(tmp_path / "shards"), size=16, batch_size=2, val_shards=str(tmp_path / "val")
+    )
+    parts = [islice(source.stream(0, 0, LoaderProcess(i, 3)), 20) for i in range(3)]
+    samples = [sample for part in parts for sample in part]
+    assert len({sample.key for sample in samples}) == 60
+    assert not any(sample.errors for sample in samples)
+    assert "changed since its index.json" in caplog.text
