@@ -59,7 +59,7 @@ def index_shards(
     lost = []
     for name, url in places_by_name.items():
         error = scanned[name][1]
-        if _is_unfetched(url, error):
+        if error is not None and _is_unfetched(url, error):
             lost.append((url, reason(error)))
             del scanned[name]
     problem = f"{counted(len(lost), 'shard')} could not be read: {list_skipped(lost)}"
@@ -106,7 +106,7 @@ def _index_before(out: Path, urls: Sequence[str], names: Sequence[str]) -> Index
     return before
 
 
-def _is_unfetched(url: str, error: Exception | None) -> bool:
+def _is_unfetched(url: str, error: Exception) -> bool:
     """Whether a shard could not be opened or fetched, and is perhaps not damaged."""
     if not isinstance(error, OSError) or isinstance(error, gzip.BadGzipFile):
         return False
