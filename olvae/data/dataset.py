@@ -216,8 +216,12 @@ class MappedSource(Source):
         for place, number in draws(seed, self.samples_per_epoch, positions, self._listed):
             yield self._train_sample(number % len(self.train), (seed, place))
 
-    def keep_old_order(self) -> None:
-        self._listed = True
+    @property
+    def order(self) -> str:
+        return "listed" if self._listed else "computed"
+
+    def keep_order(self, order: str | None) -> None:
+        self._listed = order != "computed"
 
     def _train_sample(self, index: int, seed: tuple[int, int]) -> Sample:
         """Read an image or, if it is broken, another one, drawn and cropped with the same seed."""

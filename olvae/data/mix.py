@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -118,9 +119,14 @@ class MixSource(Source):
             source.num_workers = self.num_workers
             source.check_processes(world)
 
-    def keep_old_order(self) -> None:
-        for source in self.sources:
-            source.keep_old_order()
+    @property
+    def order(self) -> Any:
+        return [source.order for source in self.sources]
+
+    def keep_order(self, order: Any) -> None:
+        orders = order or [None] * len(self.sources)
+        for source, own in zip(self.sources, orders, strict=False):
+            source.keep_order(own)
 
     def describe_new_processes(self) -> str | None:
         return (

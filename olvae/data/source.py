@@ -274,9 +274,14 @@ class Source(ABC):
         process, position = process.resumed(start)
         return self.stream(seed, position, process)
 
+    @property
+    def order(self) -> Any:
+        """What the order of training depends on besides its arguments, for a checkpoint."""
+        return None
+
     # Not abstract, because most sources have but one order.
-    def keep_old_order(self) -> None:  # noqa: B027
-        """Take the order of training that was the only one before November 2026."""
+    def keep_order(self, order: Any) -> None:  # noqa: B027
+        """Take the :attr:`order` of a resumed run; None for those from before November 2026."""
 
     def describe_sorted(self) -> str | None:
         """Say that batches have few classes, because the images are sorted; None if unknown."""

@@ -76,6 +76,7 @@ class LiteAutoencoderKL(pl.LightningModule):
     reports = False  # whether an update that logs, every log_every_n_steps-th, ends here
     images_seen = 0  # over all ranks: where a resumed run continues the data
     layouts: Sequence[Layout] = ()  # the loader processes so far, the present ones last
+    order: Any = None  # of the source's images
     rate_factor = 1.0  # of both learning rates: below 1 after a return to an earlier checkpoint
     flop = 0  # of an image in a step of both players; counted where training runs on a GPU
     val_set: str | None = None  # the images of validation: see `Source.describe_val_set`
@@ -613,6 +614,7 @@ class LiteAutoencoderKL(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["images_seen"] = self.images_seen
         checkpoint["layouts"] = [list(layout) for layout in self.layouts]
+        checkpoint["order"] = self.order
         checkpoint["iteration"] = self._iteration
         checkpoint["rate_factor"] = self.rate_factor
         checkpoint["linear_psnr"] = self.linear_psnr

@@ -201,6 +201,7 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
     trainer_args = _fit_trainer_args(trainer_args, model, source, count, steps_done)
     _name_val_set(model, source, trainer_args, count, checkpoint)
     model.layouts = _continue_order(source, checkpoint, count)
+    model.order = source.order
     return Prepared(
         plan=plan,
         settings=settings,
@@ -227,8 +228,8 @@ def _continue_order(
     if not checkpoint:
         return (now,)
     # Runs from before November 2026 have no list, and blocks of one shard after the other.
+    source.keep_order(checkpoint.get("order"))
     if "layouts" not in checkpoint:
-        source.keep_old_order()
         return (now._replace(start=0),)
     before = [Layout(*numbers) for numbers in checkpoint["layouts"]]
     layouts = continued(before, now)

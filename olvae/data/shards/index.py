@@ -28,7 +28,7 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """A shard's images and, unless it is from elsewhere, the bytes and the SHA-256 of its file."""
+    """A shard's images, a local one's bytes, and the SHA-256 of one that was packed here."""
 
     images: int
     bytes: int | None = None
@@ -75,7 +75,8 @@ class Index:
         for name in sorted(self.shards):
             images = self.shards[name].images
             place = (beside, first) if known else None
-            found[name] = Shard("", images, place, self.classes)
+            size = self.shards[name].bytes
+            found[name] = Shard("", images, place, size, self.classes)
             first += images
         return found
 
@@ -296,7 +297,13 @@ def with_counts(
     if index is None:
         found = known_shards(urls, image_key)
     else:
-        given = Index.read(index).located(str(index), image_key)
+        read = Index.read(index)
+        if read.image_key not in (None, image_key):
+            raise ValueError(
+                f"{index}: is of images of the image_key {read.image_key}, not {image_key}: repeat "
+                "`olvae data index` for these"
+            )
+        given = read.located(str(index), image_key)
         unknown = [url for url in urls if file_name(url) not in given]
         if unknown:
             raise ValueError(
@@ -319,10 +326,21 @@ def with_counts(
             warn_once(f"skipped {url}: {problem}")
     listed = []
     for url in urls:
-        # A command's output has no middle to begin in.
+        # A command's output has no middle to begin in, and a changed file another one.
         offsets = None if url.startswith("pipe:") else found[url].offsets
-        listed.append(Shard(url, found[url].images, offsets, found[url].classes))
+        if offsets and is_changed(url, found[url].bytes):
+            warn_once(f"{url}: changed since its {INDEX}, by its size: its headers are read anew")
+            offsets = None
+        shard = found[url]._replace(url=url, offsets=offsets)
+        listed.append(shard)
     return listed
+
+
+def is_changed(url: str, size: int | None) -> bool:
+    """Whether a local shard has another size than when it was indexed, if that is known."""
+    if size is None or not is_local(url) or not Path(url).is_file():
+        return False
+    return Path(url).stat().st_size != size
 
 
 def is_begun(folder: Path) -> bool:
@@ -354,7 +372,10 @@ def known_shards(urls: Sequence[str], image_key: str | None = None) -> dict[str,
     indexed: dict[Path, Shard] = {}
     for folder in {path.parent for path in local.values()}:
         if (folder / INDEX).is_file():
-            listed = Index.read(folder / INDEX).located(str(folder / INDEX), image_key)
+            index = Index.read(folder / INDEX)
+            if index.image_key not in (None, image_key):
+                continue  # its numbers are of other images
+            listed = index.located(str(folder / INDEX), image_key)
             for name, shard in listed.items():
                 indexed[folder / name] = shard
 
@@ -365,7 +386,7 @@ def known_shards(urls: Sequence[str], image_key: str | None = None) -> dict[str,
             shards[url] = indexed[path]
         elif path.is_file():
             scanned = scan(path, image_key)
-            if len(scanned.offsets) or scanned.whole:
+            if len(scanned.offsets) or scanned.error is None:
                 shards[url] = Shard(url, len(scanned.offsets))
 
     # A local shard that can't be counted is taken for one like the others.

@@ -12,7 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import fsspec
 import numpy as np
 from numpy.typing import NDArray
 from webdataset.tariterators import base_plus_ext
@@ -37,6 +36,9 @@ NO_OFFSET = 2**32 - 1  # of images in a compressed shard, which can't be read fr
 
 Offsets = NDArray[np.uint32]
 
+# Files of offsets that could not be read, which are not tried again.
+_unread: set[str] = set()
+
 
 @lru_cache(maxsize=256)
 def offsets_of(shard: Shard, image_key: str | None = None) -> Offsets | None:
@@ -46,15 +48,22 @@ def offsets_of(shard: Shard, image_key: str | None = None) -> Offsets | None:
     the damage.
     """
     located = None
-    if shard.offsets is not None and shard.images:
+    if shard.offsets is not None and shard.images and shard.offsets[0] not in _unread:
         file, first = shard.offsets
         length = shard.images * KIND.itemsize
         content = b""
-        with contextlib.suppress(OSError, ValueError), fsspec.open(file, "rb") as stream:
-            stream.seek(first * KIND.itemsize)
-            content = stream.read(length)
+        # Tried again as shards are.
+        with (
+            contextlib.suppress(OSError, ValueError),
+            closing(open_url(file, first * KIND.itemsize)) as stream,
+        ):
+            while len(content) < length and (data := stream.read(length - len(content))):
+                content += data
         if len(content) == length:
             located = np.frombuffer(content, KIND)
+        else:
+            _unread.add(file)
+            warn_once(f"{file}: can't be read whole: training reads shards from their beginnings")
     found = located
     if found is None and is_local(shard.url):
         found = scan(shard.url, image_key).offsets
@@ -63,10 +72,10 @@ def offsets_of(shard: Shard, image_key: str | None = None) -> Offsets | None:
 
 
 class Scanned(NamedTuple):
-    """Where a shard's images begin, whether it is whole, and the classes in it, if asked for."""
+    """Where a shard's images begin, what kept it from its end, and its classes, if asked for."""
 
     offsets: Offsets
-    whole: bool
+    error: Exception | None
     classes: Set[bytes] = frozenset()
 
 
@@ -79,42 +88,43 @@ def scan(url: str | Path, image_key: str | None = None, classes: bool = False) -
     an ``image_key`` those whose names have several dots.
     """
     offsets: list[int] = []
-    whole = False
+    error: Exception | None = None
     packed = False
     left_out: set[str] = set()  # keys of such pictures
     labels: set[bytes] = set()
     key = None
     begin = 0
-    with ExitStack() as opened:
-        opened.enter_context(contextlib.suppress(*SHARD_ERRORS))
-        stream = opened.enter_context(closing(open_url(str(url))))
-        unpacked: Any = Unpacked(stream)
-        packed = unpacked.packed
-        source: dict[str, Any] = {"fileobj": unpacked, "mode": "r|"}
-        if is_local(str(url)):
-            source = {"name": url, "mode": "r:*"}
-        archive = opened.enter_context(tarfile.open(**source, tarinfo=StrictTarInfo))
-        while (member := archive.next()) is not None:
-            # Forget the members that were read: a large shard's headers fill the memory.
-            archive.members = []  # type: ignore[attr-defined]
-            prefix, extension = base_plus_ext(member.name)
-            if prefix is None or member.isdir() or META.match(member.name):
-                continue
-            if member.isreg() and prefix != key:
-                key = prefix
-                begin = member.offset // BLOCK
-            if classes and extension == "cls" and member.isreg() and member.size < LABEL_BYTES:
-                content = archive.extractfile(member)
-                labels.add(content.read() if content else b"")
-            if prefix == key and offsets[-1:] == [begin]:
-                continue  # another file of an image that was found
-            extension = extension.lower()
-            if member.isreg() and is_image(extension, image_key):
-                left_out.discard(prefix)
-                offsets.append(begin)
-            elif not image_key and is_image(extension.split(".")[-1], None):
-                left_out.add(prefix)
-        whole = True
+    try:
+        with ExitStack() as opened:
+            stream = opened.enter_context(closing(open_url(str(url))))
+            unpacked: Any = Unpacked(stream)
+            packed = unpacked.packed
+            source: dict[str, Any] = {"fileobj": unpacked, "mode": "r|"}
+            if is_local(str(url)):
+                source = {"name": url, "mode": "r:*"}
+            archive = opened.enter_context(tarfile.open(**source, tarinfo=StrictTarInfo))
+            while (member := archive.next()) is not None:
+                # Forget the members that were read: a large shard's headers fill the memory.
+                archive.members = []  # type: ignore[attr-defined]
+                prefix, extension = base_plus_ext(member.name)
+                if prefix is None or member.isdir() or META.match(member.name):
+                    continue
+                if member.isreg() and prefix != key:
+                    key = prefix
+                    begin = member.offset // BLOCK
+                if classes and extension == "cls" and member.isreg() and member.size < LABEL_BYTES:
+                    content = archive.extractfile(member)
+                    labels.add(content.read() if content else b"")
+                if prefix == key and offsets[-1:] == [begin]:
+                    continue  # another file of an image that was found
+                extension = extension.lower()
+                if member.isreg() and is_image(extension, image_key):
+                    left_out.discard(prefix)
+                    offsets.append(begin)
+                elif not image_key and is_image(extension.split(".")[-1], None):
+                    left_out.add(prefix)
+    except SHARD_ERRORS as raised:
+        error = raised
     if left_out:
         warn_once(
             f"{str(url).rpartition('/')[0]}: pictures of its shards are left out: links, or names "
@@ -124,4 +134,4 @@ def scan(url: str | Path, image_key: str | None = None, classes: bool = False) -
     found = np.array(offsets, KIND)
     if packed:
         found[:] = NO_OFFSET
-    return Scanned(found, whole, labels)
+    return Scanned(found, error, labels)

@@ -14,11 +14,12 @@ from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_repl
 from olvae.data.shards.index import INDEX
 from olvae.data.shards.offsets import BLOCK, offsets_of
 from olvae.data.shards.order import Deal, Group, Places, Round, describe_sorted
-from olvae.data.shards.tar_reading import Entry, Shard, read_shard
+from olvae.data.shards.tar_reading import Entry, Shard, is_packed, read_shard
 from olvae.data.source import Layout, LoaderProcess, Sample, Source, epoch_order, total
 from olvae.files import counted, file_state
 
 INTERLEAVE = 32  # shards that are read at once
+FRUITLESS = 3  # images in a row that can't be read, after which the rest of a shard is lost
 NO_PLACES = Places.of([])
 
 
@@ -60,7 +61,10 @@ class ShardSource(Source):
         self.shuffle = shuffle
         self.image_key = image_key
         counted = all(shard.images is not None for shard in train)
-        in_the_middle = all(is_local(shard.url) or shard.offsets for shard in train)
+        # Shards of one set are compressed alike: the first one tells.
+        in_the_middle = all(is_local(shard.url) or shard.offsets for shard in train) and not any(
+            is_packed(shard.url) for shard in train[:1]
+        )
         usual = INTERLEAVE if counted and in_the_middle else 1
         self.interleave = usual if interleave is None else interleave
         self._usual_interleave = interleave is None
@@ -148,9 +152,14 @@ class ShardSource(Source):
         line = describe_sorted(self.batch_size, *known[0], self.interleave)
         return line and f"{line}: raise data.params.interleave, or mix the shards"
 
-    def keep_old_order(self) -> None:
+    @property
+    def order(self) -> int:
+        return self.interleave
+
+    def keep_order(self, order: int | None) -> None:
+        # An index that came since may have changed what is usual.
         if self._usual_interleave:
-            self.interleave = 1
+            self.interleave = order or 1
 
     def describe_new_processes(self) -> str | None:
         if self.samples_per_epoch is not None:
@@ -407,11 +416,12 @@ class _OpenShard:
         self._shard = shard
         self._entries: Iterator[Entry | ReadError] | None = None
         self._next = 0  # number of the image that comes next
+        self._fruitless = 0  # images in a row that could not be read
         self._reason = f"has fewer images than its {INDEX} says"
 
     def take(self, image: int) -> Entry | ReadError:
         """Read an image; a ReadError if the shard ends or is damaged before it."""
-        if self._entries is None or image > self._next:
+        if self._entries is None or (image > self._next and self._fruitless < FRUITLESS):
             self._seek(image)
         assert self._entries is not None
         for entry in self._entries:
@@ -420,7 +430,9 @@ class _OpenShard:
                 continue
             self._next += 1
             if self._next > image:
+                self._fruitless = 0
                 return entry
+        self._fruitless += 1
         return ReadError(self._shard.url, self._reason, str(image))
 
     def _seek(self, image: int) -> None:

@@ -69,6 +69,7 @@ class Shard(NamedTuple):
     images: int | None = None
     # The file of an index with the offsets of images, and the number of this shard's first.
     offsets: tuple[str, int] | None = None
+    bytes: int | None = None  # of the file when it was indexed
     # By its index, classes in a shard on average, and in all.
     classes: tuple[float, int] | None = None
 
@@ -211,6 +212,16 @@ class Unpacked:
         return part
 
 
+def is_packed(url: str) -> bool:
+    """Whether a shard is compressed, by its name or, if it is local, by its first bytes."""
+    if file_name(url).endswith((".gz", ".tgz")):
+        return True
+    if not is_local(url) or not Path(url).is_file():
+        return False
+    with Path(url).open("rb") as file:
+        return file.read(6).startswith(tuple(COMPRESSED))
+
+
 class StrictTarInfo(tarfile.TarInfo):
     """Raise ReadError for a damaged or missing header; tarfile takes it for the archive's end."""
 
@@ -238,7 +249,8 @@ SHORTER = 0.25
 FAILED_IN_A_ROW = 3
 # Seconds before the first of these tries; each pause is twice as long as the one before.
 PAUSE_S = 1.0
-# Number of times that one download is resumed.
+# Number of times that one download is resumed, and once more for each DOWNLOAD_BYTES that came:
+# servers close the connection of a shard that is read slowly, as one of many.
 MAX_RESUMES = 20
 # Bytes that are asked of a download at a time; fsspec passes each piece on from another thread.
 DOWNLOAD_BYTES = 2**20
@@ -305,6 +317,7 @@ class _Download:
         self._ahead = memoryview(b"")
         # Number of bytes that came, and of those before the first that is asked for.
         self._place = begin
+        self._begin = begin
         # The version of the file, as far as the server names one.
         self._tag: str | None = None
         self._resumes = 0
@@ -333,7 +346,7 @@ class _Download:
         began = time.monotonic()
         failed, last = _failures.get(self._store, (0, began))
         given_up = failed >= FAILED_IN_A_ROW and began < last + RETRY_S
-        if given_up and not self._place:
+        if given_up and self._place == self._begin:
             raise OSError(f"not tried, as {failed} downloads in a row from there have failed")
         until: float | None = None
         noted = False
@@ -352,7 +365,8 @@ class _Download:
                 status = _status(error)
                 refused = status is not None and status < 500 and status not in TEMPORARY
                 final = FileNotFoundError | PermissionError | ImportError | ValueError
-                spent = time.monotonic() + pause > until or self._resumes > MAX_RESUMES
+                resumes = MAX_RESUMES + (self._place - self._begin) // DOWNLOAD_BYTES
+                spent = time.monotonic() + pause > until or self._resumes > resumes
                 if refused or isinstance(error, final):
                     raise OSError(_explain(error)) from error
                 if spent:

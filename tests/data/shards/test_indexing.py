@@ -2,17 +2,19 @@
 
 import gzip
 import json
+from itertools import islice
 
 import numpy as np
 import pytest
 
 from olvae.config import ConfigError
 from olvae.data.audit import audit_source
-from olvae.data.shards.index import with_counts
+from olvae.data.shards.index import Index, with_counts
 from olvae.data.shards.indexing import index_shards
 from olvae.data.shards.offsets import BLOCK, NO_OFFSET, offsets_of
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
+from olvae.data.source import LoaderProcess
 from tests.data.images import encoded, write_shards, write_tar
 
 COUNTS = (5, 9, 1, 4)
@@ -155,3 +157,64 @@ def test_sorted_shards_are_described_by_their_index_and_by_a_check(tmp_path):
         write_tar(tmp_path / f"{number:03d}.tar", files)
     (note,) = [n for n in audit_source(str(tmp_path), 16).notes if "sorted by class" in n]
     assert "one has 1.0 of 400 classes" in note
+
+
+def test_a_shard_that_can_not_be_fetched_is_not_one_without_images(tmp_path):
+    """The index has the others; so training names the one that it lacks."""
+    write_shards(tmp_path, COUNTS)
+    (tmp_path / "index.json").unlink(missing_ok=True)
+    places = [str(tmp_path / "000.tar"), f"pipe:cat {tmp_path}/gone/9.tar", f"{tmp_path}/008.tar"]
+    with pytest.raises(OSError, match=r"2 shards could not be read: .*exit status 1.*008.tar"):
+        index_shards(places, tmp_path / "index")
+    assert [*Index.read(tmp_path / "index" / "index.json").shards] == ["000.tar"]
+    with pytest.raises(ValueError, match="does not list"):
+        with_counts(places, tmp_path / "index" / "index.json")
+
+
+def test_an_index_of_other_shards_is_not_replaced(tmp_path):
+    write_shards(tmp_path, COUNTS)
+    index_shards(str(tmp_path))
+    with pytest.raises(ConfigError, match="lists other shards, such as 002"):
+        index_shards(str(tmp_path / "{000..001}.tar"))
+    for name in ("002.tar", "003.tar"):
+        (tmp_path / name).unlink()
+    assert index_shards(str(tmp_path / "{000..001}.tar"))[1].images == 14
+
+
+def test_an_index_of_another_image_key_does_not_count(tmp_path):
+    files = [("1.jpg", encoded(1)), ("2.jpg", encoded(2)), ("2.mask.png", encoded(2, "PNG"))]
+    path = write_tar(tmp_path / "a.tar", files)
+    index_shards(str(path), image_key="mask.png")
+    assert [shard.images for shard in with_counts([str(path)], None, "mask.png")] == [1]
+    assert [shard.images for shard in with_counts([str(path)])] == [2]
+    with pytest.raises(ValueError, match=r"image_key mask\.png, not None"):
+        with_counts([str(path)], tmp_path / "index.json")
+
+
+def test_compressed_shards_are_read_one_after_the_other(tmp_path):
+    write_shards(tmp_path / "shards", COUNTS)
+    for file in (tmp_path / "shards").glob("*.tar"):
+        file.write_bytes(gzip.compress(file.read_bytes()))
+    for index in (False, True):
+        source = WebDatasetSource(str(tmp_path / "shards"), size=16, batch_size=2)
+        assert source.interleave == 1
+        if not index:
+            index_shards(str(tmp_path / "shards"))
+
+
+def test_shards_that_were_replaced_since_their_index_are_scanned_anew(tmp_path, caplog):
+    """Of the old offsets, some lie amid a file, and others begin another image."""
+    write_shards(tmp_path / "shards", (30, 30))
+    write_shards(tmp_path / "val", (4,))
+    index_shards(str(tmp_path / "shards"))
+    for name in ("000", "001"):
+        files = [(f"{i:04d}.jpg", encoded(i) + bytes(600 * (i % 3))) for i in range(30)]
+        write_tar(tmp_path / "shards" / f"{name}.tar", files)
+    source = WebDatasetSource(
+        str(tmp_path / "shards"), size=16, batch_size=2, val_shards=str(tmp_path / "val")
+    )
+    parts = [islice(source.stream(0, 0, LoaderProcess(i, 3)), 20) for i in range(3)]
+    samples = [sample for part in parts for sample in part]
+    assert len({sample.key for sample in samples}) == 60
+    assert not any(sample.errors for sample in samples)
+    assert "changed since its index.json" in caplog.text

@@ -172,10 +172,10 @@ def test_unknown_shards_say_what_other_processes_repeat(shards):
     assert source(shards).describe_new_processes() is None
     assert unknown.interleave == 1
     old = source(shards)
-    old.keep_old_order()
+    old.keep_order(None)
     assert old.interleave == 1
     chosen = source(shards, interleave=4)
-    chosen.keep_old_order()
+    chosen.keep_order(None)
     assert chosen.interleave == 4
     with pytest.raises(ValueError, match="interleave must be at least 1"):
         source(shards, interleave=0)

@@ -19,8 +19,11 @@ from fsspec.implementations.memory import MemoryFile
 from olvae.data.read_errors import ReadError
 from olvae.data.shards import tar_reading
 from olvae.data.shards.index import find_shards, with_counts
+from olvae.data.shards.indexing import index_shards
+from olvae.data.shards.offsets import offsets_of
 from olvae.data.shards.tar_reading import Entry, Shard, open_url, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
+from olvae.data.source import LoaderProcess
 from tests.data.images import encoded, write_shard, write_shards
 
 
@@ -285,3 +288,47 @@ def test_shards_by_url_and_their_index(server, tmp_path):
     assert [shard.images for shard in with_counts(urls)] == [None, None]
     with pytest.raises(ValueError, match=r"index\.json: .*no such file"):
         with_counts(["http://a/0.tar"], server.url("404/index.json"))
+
+
+def test_offsets_are_read_again_after_a_failure(server):
+    offsets = offsets_of(Shard("http://127.0.0.1:9/a.tar", 6, (server.url("busy.tar"), 2)))
+    assert offsets.tobytes() == server.content[8:32]
+    assert offsets_of(Shard("http://127.0.0.1:9/b.tar", 6, (server.url("404.tar"), 0))) is None
+    assert offsets_of(Shard("http://127.0.0.1:9/c.tar", 6, (server.url("404.tar"), 6))) is None
+    assert len(server.asked("404.tar")) == 1
+
+
+def test_a_shard_may_be_resumed_more_often_the_more_of_it_came(server, monkeypatch):
+    """As one of many that are read at once, whose server does not wait for a slow reader."""
+    monkeypatch.setattr(tar_reading, "MAX_RESUMES", 0)
+    monkeypatch.setattr(tar_reading, "DOWNLOAD_BYTES", 1024)
+    assert read(server.url("cut.tar")) == (IMAGES, [])
+    images, reasons = read(server.url("404.tar"))
+    assert (images, len(reasons)) == ([], 1)
+
+
+def test_a_store_that_is_down_is_left_alone_from_the_middle_of_shards_too(tmp_path, monkeypatch):
+    write_shards(tmp_path / "shards", (20, 20, 20, 20))
+    write_shards(tmp_path / "val", (4,))
+    index_shards(str(tmp_path / "shards"), tmp_path / "index")
+    opened: list[str] = []
+    monkeypatch.setattr(tar_reading._Download, "_open", failing(opened))
+    source = WebDatasetSource(
+        "http://nowhere.invalid/{000..003}.tar",
+        size=16,
+        batch_size=2,
+        val_shards=str(tmp_path / "val"),
+        index=tmp_path / "index" / "index.json",
+        shuffle=10,
+    )
+    with pytest.raises(ValueError, match="none of the shards"):
+        next(source.stream(0, 0, LoaderProcess(1, 2)))
+    assert len(opened) < 20
+
+
+def failing(opened: list[str]) -> Any:
+    def fail(self: Any) -> None:
+        opened.append(self._url)
+        raise ConnectionRefusedError("down")
+
+    return fail
