@@ -101,7 +101,7 @@ class Index:
         state = file_state(url)
         if state == "missing":  # or remote
             return cls.read_now(str(url))
-        return _unchanged(str(url), state)
+        return read_unchanged(str(url), state)
 
     @classmethod
     def read_now(cls, url: str) -> "Index":
@@ -136,7 +136,8 @@ class Index:
 
 
 @lru_cache(maxsize=4)
-def _unchanged(url: str, state: str) -> Index:  # noqa: ARG001  (a change makes it another key)
+def read_unchanged(url: str, state: str) -> Index:  # noqa: ARG001
+    """Read a local index, once for each :func:`~olvae.files.file_state` of it."""
     return Index.read_now(url)
 
 

@@ -17,17 +17,17 @@ from olvae.files import counted
 class WebDatasetSource(ShardSource):
     """Images of tar files, local or remote.
 
-    An epoch is all shards, in an order of its own, laid end to end. If the number of images in each
-    shard is known (from an index, or by counting local files at the start), this sequence is cut
-    into n equal parts for n processes, loader processes times ranks: in an epoch no image comes
-    twice, and at most one image per process is left out. If it is unknown, each process takes every
-    n-th shard, and processes with fewer images begin the next epoch earlier. Either way streams
-    never end, so all ranks have the same number of batches.
+    An epoch takes the shards in an order of its own, in groups of ``interleave``, and the images of
+    a group from all its shards in turn. If the number of images in each shard is known (from an
+    index, or by local files' headers at the start), this order is cut into n equal parts for n
+    processes, loader processes times ranks: in an epoch no image comes twice, and at most one image
+    per process is left out, also if other processes continue it. If it is unknown, each process
+    takes every n-th shard, and processes with fewer images begin the next epoch earlier. Either way
+    streams never end, so all ranks have the same number of batches.
 
-    Each process shuffles its images in blocks of ``shuffle``, so the images in shards should be
-    shuffled already, as ``olvae data pack`` does. To resume, known shards are skipped, and at most
-    one block and the beginning of its shard are read again; unknown shards are read again from the
-    start.
+    Each process shuffles its images in blocks of ``shuffle``. To resume, a process begins in the
+    middle of shards that are local or have offsets in their index, and reads at most one block
+    again; unknown shards are read again from the start.
 
     Args:
         shards: a folder of .tar files; a pattern such as ``data/{000..127}.tar``; URLs (http, s3,
@@ -42,6 +42,9 @@ class WebDatasetSource(ShardSource):
             ``input.png``; by default the first image is taken.
         min_fraction, filters, flip, shuffle_channels: see
             :class:`~olvae.data.image.RandomScaleCrop`.
+        interleave: shards that a block is taken from at once, which stay open; by default 32 where
+            counts are known and shards can be read from the middle, else 1. With 1 they are laid
+            end to end.
 
     Raises:
         FileNotFoundError: no shard is there for training, or for validation.
