@@ -3,9 +3,11 @@
 import contextlib
 import glob
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from olvae.data.places import EXTENSIONS, is_shard
 from olvae.data.shards.offsets import OFFSETS, scan
 from olvae.data.shards.tar_reading import Shard, file_name, open_url
 from olvae.data.source import BOUND
-from olvae.files import first_line, printable, reason, warn_once, write_json
+from olvae.files import file_state, first_line, printable, reason, warn_once, write_json
 
 # The folder beside shards that ``olvae data pack`` has not finished, with what it continues from.
 PACKING = ".packing"
@@ -26,7 +28,7 @@ PACKING = ".packing"
 INDEX = "index.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ShardRecord:
     """A shard's images, a local one's bytes, and the SHA-256 of one that was packed here."""
 
@@ -98,12 +100,20 @@ class Index:
 
     @classmethod
     def read(cls, url: str | Path) -> "Index":
-        """Read an index by path or URL.
+        """Read an index by path or URL; a local file again only if it has changed.
 
         Raises FileNotFoundError: it is missing. ValueError: it is not an index.
         """
+        state = file_state(url)
+        if state == "missing":  # or remote
+            return cls.read_now(str(url))
+        return read_unchanged(str(url), state)
+
+    @classmethod
+    def read_now(cls, url: str) -> "Index":
+        """Read an index as :meth:`read` does, whether it has changed or not."""
         try:
-            with contextlib.closing(open_url(str(url))) as stream:
+            with contextlib.closing(open_url(url)) as stream:
                 content = json.loads(b"".join(iter(lambda: stream.read(2**20), b"")))
             shards = {
                 name: ShardRecord(int(shard["images"]), shard.get("bytes"), shard.get("sha256"))
@@ -131,6 +141,12 @@ class Index:
             RecursionError,
         ) as error:
             raise ValueError(f"{url}: not a readable index of shards: {reason(error)}") from error
+
+
+@lru_cache(maxsize=4)
+def read_unchanged(url: str, state: str) -> Index:  # noqa: ARG001
+    """Read a local index, once for each :func:`~olvae.files.file_state` of it."""
+    return Index.read_now(url)
 
 
 def find_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:
@@ -162,7 +178,10 @@ def _expand(text: str) -> list[str]:
         missing = incomplete(path)
         if missing:
             warn_once(f"{path}: {missing}")
-        return [str(file) for file in sorted(path.iterdir()) if is_shard(file.name)]
+        before = "" if path == Path() else str(path / "_")[:-1]
+        with os.scandir(path) as entries:
+            names = sorted(entry.name for entry in entries if is_shard(entry.name))
+        return [before + name for name in names]
 
     # First the braces, as in {000..127}, and environment variables: webdataset raises
     # AssertionError for a variable that is not set.
@@ -326,21 +345,10 @@ def with_counts(
             warn_once(f"skipped {url}: {problem}")
     listed = []
     for url in urls:
-        # A command's output has no middle to begin in, and a changed file another one.
+        # A command's output has no middle to begin in.
         offsets = None if url.startswith("pipe:") else found[url].offsets
-        if offsets and is_changed(url, found[url].bytes):
-            warn_once(f"{url}: changed since its {INDEX}, by its size: its headers are read anew")
-            offsets = None
-        shard = found[url]._replace(url=url, offsets=offsets)
-        listed.append(shard)
+        listed.append(found[url]._replace(url=url, offsets=offsets))
     return listed
-
-
-def is_changed(url: str, size: int | None) -> bool:
-    """Whether a local shard has another size than when it was indexed, if that is known."""
-    if size is None or not is_local(url) or not Path(url).is_file():
-        return False
-    return Path(url).stat().st_size != size
 
 
 def is_begun(folder: Path) -> bool:
@@ -356,7 +364,10 @@ def incomplete(folder: Path) -> str | None:
         listed = Index.read(folder / INDEX).shards
     except (FileNotFoundError, ValueError):
         return None
-    gone = sorted(name for name in listed if not (folder / name).is_file())
+    # One listing: asking for each of 100,000 files takes a second, or minutes over a network.
+    with os.scandir(folder) as entries:
+        here = {entry.name for entry in entries if entry.is_file()}
+    gone = sorted(listed.keys() - here)
     if not gone:
         return None
     more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
@@ -368,24 +379,25 @@ def known_shards(urls: Sequence[str], image_key: str | None = None) -> dict[str,
 
     Remote shards have no number of images.
     """
-    local = {url: Path(url) for url in urls if is_local(url)}
-    indexed: dict[Path, Shard] = {}
-    for folder in {path.parent for path in local.values()}:
-        if (folder / INDEX).is_file():
-            index = Index.read(folder / INDEX)
-            if index.image_key not in (None, image_key):
-                continue  # its numbers are of other images
-            listed = index.located(str(folder / INDEX), image_key)
-            for name, shard in listed.items():
-                indexed[folder / name] = shard
+    local = {url: os.path.split(url) for url in urls if is_local(url)}
+    indexed: dict[str, dict[str, Shard]] = {}
+    for folder in {folder for folder, _ in local.values()}:
+        place = Path(folder, INDEX)
+        indexed[folder] = {}
+        if not place.is_file():
+            continue
+        index = Index.read(place)
+        # With another image key its numbers are of other images.
+        if index.image_key in (None, image_key):
+            indexed[folder] = index.located(str(place), image_key)
 
     # A damaged shard has its images before the damage, unless there is none.
     shards = {url: Shard(url) for url in urls}
-    for url, path in local.items():
-        if path in indexed:
-            shards[url] = indexed[path]
-        elif path.is_file():
-            scanned = scan(path, image_key)
+    for url, (folder, name) in local.items():
+        if name in indexed[folder]:
+            shards[url] = indexed[folder][name]
+        elif Path(url).is_file():
+            scanned = scan(url, image_key)
             if len(scanned.offsets) or scanned.error is None:
                 shards[url] = Shard(url, len(scanned.offsets))
 

@@ -48,7 +48,14 @@ def offsets_of(shard: Shard, image_key: str | None = None) -> Offsets | None:
     the damage.
     """
     located = None
-    if shard.offsets is not None and shard.images and shard.offsets[0] not in _unread:
+    known = shard.offsets is not None and shard.images and shard.offsets[0] not in _unread
+    # A file that was replaced since has its images elsewhere.
+    if known and shard.bytes is not None and is_local(shard.url):
+        with contextlib.suppress(OSError):
+            known = Path(shard.url).stat().st_size == shard.bytes
+        if not known:
+            warn_once(f"{shard.url}: changed since it was indexed: its headers are read anew")
+    if known and shard.offsets is not None and shard.images:
         file, first = shard.offsets
         length = shard.images * KIND.itemsize
         content = b""

@@ -46,6 +46,9 @@ class WebDatasetSource(ShardSource):
             ``input.png``; by default the first image is taken.
         min_fraction, filters, flip, shuffle_channels: see
             :class:`~olvae.data.image.RandomScaleCrop`.
+        interleave: shards that a block is taken from at once, which stay open; by default 32 where
+            counts are known and shards can be read from the middle, else 1. With 1 they are laid
+            end to end.
 
     Raises:
         FileNotFoundError: no shard is there for training, or for validation.

@@ -2,13 +2,16 @@ import json
 import re
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from olvae.data.opening import open_source
-from olvae.data.shards.index import find_shards, with_counts
+from olvae.data.shards import index
+from olvae.data.shards.index import Index, find_shards, with_counts
+from olvae.data.shards.indexing import index_shards
 from olvae.data.shards.offsets import scan
 from olvae.data.shards.webdataset import WebDatasetSource
 from tests.data.images import encoded, write_shards, write_tar
@@ -217,3 +220,37 @@ def test_shards_of_ten_thousand_images_are_held_out_unless_a_share_is_given(tmp_
     assert len(WebDatasetSource(urls, 16, 4).val) == 3
     given = WebDatasetSource(urls, 16, 4, index=tmp_path / "other.json")
     assert len(given.val) == 1
+
+
+def test_an_index_is_parsed_once_and_no_shard_is_asked_for_by_itself(tmp_path, monkeypatch):
+    write_shards(tmp_path, [2] * 12)
+    index_shards(str(tmp_path))
+    read: list[str] = []
+    asked: list[str] = []
+    open_url, stat = index.open_url, Path.stat
+
+    def note_read(url: str) -> Any:
+        read.append(url)
+        return open_url(url)
+
+    def note_stat(path: Path, **options: Any) -> Any:
+        asked.append(path.name)
+        return stat(path, **options)
+
+    monkeypatch.setattr(index, "open_url", note_read)
+    monkeypatch.setattr(Path, "stat", note_stat)
+    for _ in range(2):
+        found = with_counts(find_shards(tmp_path))
+    assert [shard.images for shard in found] == [2] * 12
+    assert read == [str(tmp_path / "index.json")]
+    # The first one alone, as a sign that there are any.
+    assert {name for name in asked if name.endswith(".tar")} == {"000.tar"}
+
+
+def test_an_index_that_has_changed_is_read_again(tmp_path):
+    write_shards(tmp_path, [2, 3])
+    place, _, _ = index_shards(str(tmp_path))
+    assert Index.read(place).images == 5
+    write_shards(tmp_path, [2, 3, 4])
+    index_shards(str(tmp_path))
+    assert Index.read(place).images == 9

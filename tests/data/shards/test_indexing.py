@@ -217,4 +217,4 @@ def test_shards_that_were_replaced_since_their_index_are_scanned_anew(tmp_path, 
     samples = [sample for part in parts for sample in part]
     assert len({sample.key for sample in samples}) == 60
     assert not any(sample.errors for sample in samples)
-    assert "changed since its index.json" in caplog.text
+    assert "changed since it was indexed" in caplog.text
