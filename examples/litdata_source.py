@@ -24,7 +24,7 @@ from litdata.utilities.env import _DistributedEnv, _WorkerEnv
 from olvae.data.image import Photo, RandomScaleCrop, image_to_tensor
 from olvae.data.pixels.size_and_range import Size
 from olvae.data.read_errors import UnreadableImageError
-from olvae.data.source import Layout, LoaderProcess, Sample, Source, eval_sample
+from olvae.data.source import LoaderLayout, LoaderProcess, Sample, Source, eval_sample
 
 
 class LitDataSource(Source):
@@ -84,7 +84,7 @@ class LitDataSource(Source):
             used = 0
 
     def continued_stream(
-        self, seed: int, start: int, process: LoaderProcess, layouts: Sequence[Layout]
+        self, seed: int, start: int, process: LoaderProcess, layouts: Sequence[LoaderLayout]
     ) -> Iterator[Sample]:
         if len(layouts) < 2:
             yield from super().continued_stream(seed, start, process, layouts)

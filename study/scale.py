@@ -27,7 +27,7 @@ from olvae.data.shards.indexing import index_shards
 from olvae.data.shards.tar_reading import Entry, Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.shards.write import ResumableShards, WebDatasetSample
-from olvae.data.source import Layout, LoaderProcess, Sample, draws
+from olvae.data.source import LoaderLayout, LoaderProcess, Sample, draws
 from olvae.metrics.features import FeatureFile
 from olvae.pool import SharedProgress, run_in_processes
 
@@ -130,8 +130,8 @@ def open_indexed(folder: Path, n: int) -> Work:
 def resume(folder: Path, n: int) -> Work:
     shards = linked_shards(folder / "shards", n, 100)
     source = Undecoded(str(shards), 16, 16)
-    now = Layout(16 * 64 * (n // 32), 8, 4, 16)
-    layouts = [Layout(0, 8, 64, 16), now]
+    now = LoaderLayout(16 * 64 * (n // 32), 8, 4, 16)
+    layouts = [LoaderLayout(0, 8, 64, 16), now]
     process = LoaderProcess(3, 8, 2, 4, 16)
     return lambda: next(source.continued_stream(0, now.start, process, layouts))
 
@@ -235,7 +235,7 @@ GROWTH = (
 # Single figures.
 
 
-def keys_of(source: Undecoded, layouts: Sequence[Layout], until: int) -> Counter[str]:
+def keys_of(source: Undecoded, layouts: Sequence[LoaderLayout], until: int) -> Counter[str]:
     """The samples from the last layout's start on, by key, over all its processes."""
     now = layouts[-1]
     source.num_workers = now.workers
@@ -254,8 +254,8 @@ def keys_of(source: Undecoded, layouts: Sequence[Layout], until: int) -> Counter
 def repeated(folder: Path) -> str:
     source = Undecoded(str(linked_shards(folder / "shards", 68, 100)), 16, 4, val_fraction=4 / 68)
     images = 6400
-    first = Layout(0, 4, 2, 4)
-    second = Layout(images // 2, 8, 2, 4)
+    first = LoaderLayout(0, 4, 2, 4)
+    second = LoaderLayout(images // 2, 8, 2, 4)
     seen = keys_of(source, [first], second.start)
     seen += keys_of(source, [first, second], images)
     twice = sum(number > 1 for number in seen.values()) / images

@@ -69,7 +69,7 @@ def encode_cases(setting: Setting) -> list[Case]:
             if isinstance(variant, int):
                 workers = variant
                 shown = f"whole, {workers} readers"
-            run = partial(_time, setting, inputs, shown, workers)
+            run = partial(time_part, setting, inputs, shown, workers)
             work = 1 / max(1, workers)
             case = Case(name, shown, "uint8", run, 1, *size, work, "images", read)
             if shown == "reading":
@@ -78,7 +78,7 @@ def encode_cases(setting: Setting) -> list[Case]:
     return cases
 
 
-def _time(setting: Setting, inputs: Inputs, part: str, workers: int) -> list[float]:
+def time_part(setting: Setting, inputs: Inputs, part: str, workers: int) -> list[float]:
     """Return the seconds of an image in a part of encoding, in a folder that is removed."""
     model = FreeEncoder().to(setting.device)
     options = EncodeOptions(setting.size)

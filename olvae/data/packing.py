@@ -115,7 +115,7 @@ def pack(
             )
             if packed is None:
                 return None
-            index = _make_index(packed, options, digest)
+            index = make_index(packed, options, digest)
             _check_unreadable(src, index.unreadable, len(images), max_unreadable)
             missing = [name for name in index.shards if not shards.folder.joinpath(name).is_file()]
             if missing:
@@ -133,7 +133,7 @@ def pack(
     return Packed(index, sum(found for _, shard, found in packed if shard.record.images))
 
 
-def _make_index(
+def make_index(
     packed: Sequence[tuple[int, FinishedShard, bool]], options: PackOptions, digest: str
 ) -> Index:
     """Make the index of all shards, sorted."""

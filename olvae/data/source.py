@@ -73,7 +73,7 @@ class LoaderProcess:
         return replace(self, worker=worker, offset=offset), batches * self.batch_size
 
 
-class Layout(NamedTuple):
+class LoaderLayout(NamedTuple):
     """The loader processes that share a stream from a sample on, counted over all ranks."""
 
     start: int
@@ -85,7 +85,7 @@ class Layout(NamedTuple):
     def processes(self) -> int:
         return self.workers * self.world
 
-    def same_processes(self, other: "Layout") -> bool:
+    def same_processes(self, other: "LoaderLayout") -> bool:
         return self[1:] == other[1:]
 
     def used(self, until: int) -> list[int]:
@@ -101,7 +101,7 @@ class Layout(NamedTuple):
         return used
 
 
-def continued(layouts: Sequence[Layout], now: Layout) -> tuple[Layout, ...]:
+def continued(layouts: Sequence[LoaderLayout], now: LoaderLayout) -> tuple[LoaderLayout, ...]:
     """Add the processes that continue a stream to those before them, unless they are the same."""
     if layouts and layouts[-1].same_processes(now):
         return tuple(layouts)
@@ -265,7 +265,7 @@ class Source(ABC):
         seed: int,
         start: int,
         process: LoaderProcess,
-        layouts: Sequence[Layout],  # noqa: ARG002
+        layouts: Sequence[LoaderLayout],  # noqa: ARG002
     ) -> Iterator[Sample]:
         """A process's samples from sample ``start`` on, counted over all ranks.
 
@@ -386,12 +386,12 @@ class Source(ABC):
         samples = self.first_samples(seed, images)
         return (sample.image for sample in samples if sample.image is not None)
 
-    def layout(self, start: int, world: int) -> Layout:
+    def layout(self, start: int, world: int) -> LoaderLayout:
         """The loader processes of so many ranks, which share the stream from a sample on."""
-        return Layout(start, max(1, self.num_workers), world, self.batch_size)
+        return LoaderLayout(start, max(1, self.num_workers), world, self.batch_size)
 
     def train_loader(
-        self, seed: int = 0, start: int = 0, layouts: Sequence[Layout] = ()
+        self, seed: int = 0, start: int = 0, layouts: Sequence[LoaderLayout] = ()
     ) -> "BatchLoader":
         """Endless batches: the stream of ``seed`` from sample ``start``, counted over all ranks.
 
@@ -421,7 +421,7 @@ class _Samples(IterableDataset[Sample]):
         batch_size: int,
         seed: int = 0,
         start: int | None = None,
-        layouts: Sequence[Layout] = (),
+        layouts: Sequence[LoaderLayout] = (),
     ) -> None:
         self.source = source
         self.batch_size = batch_size

@@ -317,9 +317,9 @@ class EncodeJob:
         for shard, units in groupby(images, itemgetter(0)):
             yield shard, [], []
             for window in windows_of((image for _, unit in units for image in unit), length):
-                yield shard, window, self._start(window, batch_size, memory)
+                yield shard, window, self.begin_window(window, batch_size, memory)
 
-    def _start(self, window: Window, batch_size: int, memory: int) -> list[_Batch]:
+    def begin_window(self, window: Window, batch_size: int, memory: int) -> list[_Batch]:
         """Encode a window in batches of one padded size: images, then the same ones mirrored."""
         # Images are batched by the height and width of their latents; i is the place in the window.
         groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -339,7 +339,7 @@ class EncodeJob:
                 batches.append(_Batch(places, keys, self._latents(images, memory)))
                 if self.options.flip:
                     keys = [key + MIRRORED for key in keys]
-                    latents = self._latents([_mirrored(image) for image in images], memory)
+                    latents = self._latents([mirrored(image) for image in images], memory)
                     batches.append(_Batch(places, keys, latents))
         return batches
 
@@ -370,7 +370,7 @@ class EncodeJob:
         """Write shards in a thread, while this one starts the encoder on what comes next."""
         queue: Queue[Started | Cancelled | None] = Queue(UNWRITTEN)
         with ThreadPoolExecutor(1) as thread:
-            writing = thread.submit(self.write, _taken(queue), advance)
+            writing = thread.submit(self.write, taken_from(queue), advance)
 
             def put(item: Started | Cancelled | None) -> None:
                 # The queue stays full if writing has failed.
@@ -409,7 +409,7 @@ class EncodeJob:
             # An image's latent, then the mirrored image's if that is stored.
             latents: list[list[Latent]] = [[] for _ in window]
             for batch in batches:
-                for i, latent in zip(batch.places, self._stored(batch), strict=True):
+                for i, latent in zip(batch.places, self.latents_of(batch), strict=True):
                     latents[i].append(latent)
 
             for image, sides in zip(window, latents, strict=True):
@@ -431,7 +431,7 @@ class EncodeJob:
                 yield WebDatasetSample(image.item.name, {**image.item.files, **files})
                 advance(1)
 
-    def _stored(self, batch: _Batch) -> list[Latent]:
+    def latents_of(self, batch: _Batch) -> list[Latent]:
         """Wait for a batch's latents, and round them: the Gaussian, or one sample of it.
 
         Raise ValueError for values that are not finite or too large.
@@ -467,7 +467,7 @@ class EncodeJob:
         raise ValueError(f"the latents have non-finite values in {precision}: {why}")
 
 
-def _taken(queue: "Queue[Started | Cancelled | None]") -> Iterator[Started]:
+def taken_from(queue: "Queue[Started | Cancelled | None]") -> Iterator[Started]:
     """Take windows from a queue until None comes."""
     while True:
         item = queue.get()
@@ -478,7 +478,7 @@ def _taken(queue: "Queue[Started | Cancelled | None]") -> Iterator[Started]:
         yield item
 
 
-def _mirrored(image: Tensor) -> Tensor:
+def mirrored(image: Tensor) -> Tensor:
     """Mirror pixels, whole; torch's flip does not take uint16."""
     if image.dtype == torch.uint16:
         return image.view(torch.int16).flip(-1).view(torch.uint16)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from olvae.config import ConfigError, Node, instantiate, resolve_class
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
-from olvae.data.source import Batch, Layout, Source
+from olvae.data.source import Batch, LoaderLayout, Source
 from olvae.library_internals import count_batches, forget_logged
 from olvae.losses.objective import IMAGE_TERMS, Objective
 from olvae.models.adversary import Adversary
@@ -75,7 +75,7 @@ class LiteAutoencoderKL(pl.LightningModule):
     pixel_range: PixelRange = EIGHT_BITS  # of the source's images
     reports = False  # whether an update that logs, every log_every_n_steps-th, ends here
     images_seen = 0  # over all ranks: where a resumed run continues the data
-    layouts: Sequence[Layout] = ()  # the loader processes so far, the present ones last
+    layouts: Sequence[LoaderLayout] = ()  # the loader processes so far, the present ones last
     order: Any = None  # of the source's images
     rate_factor = 1.0  # of both learning rates: below 1 after a return to an earlier checkpoint
     flop = 0  # of an image in a step of both players; counted where training runs on a GPU

@@ -22,7 +22,7 @@ from olvae import runs
 from olvae.checkpoint import load_weights, read_checkpoint, read_weights, state_dict_of
 from olvae.config import Config, ConfigError, with_paths
 from olvae.data.places import load
-from olvae.data.source import Layout, Source, continued
+from olvae.data.source import LoaderLayout, Source, continued
 from olvae.devices import PRECISIONS, precision_name, resolve_devices, resolve_precision, tf32
 from olvae.files import (
     counted,
@@ -190,18 +190,16 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
     checkpoint = {} if plan.resumed is None else _restore(model, plan.resumed, settings)
 
     # Note in the config what later runs, and exports, have to know of these weights.
-    untrained = untrained_half(model, weights_config)
-    settings = replace(settings, untrained=untrained, checksums=model.checksums)
+    half = untrained_half(model, weights_config)
+    settings = replace(settings, untrained=half, checksums=model.checksums)
     if model.stand_in is not None:
         config["model"]["params"].update(model.for_diffusion)
     config["run"] = settings.as_dict()
 
     # Steps and processes, now that the model has its accumulation, and the run its step.
-    steps_done = int(checkpoint.get("global_step", 0))
-    trainer_args = _fit_trainer_args(trainer_args, model, source, count, steps_done)
+    trainer_args = _fit_trainer_args(trainer_args, model, source, count, checkpoint)
     _name_val_set(model, source, trainer_args, count, checkpoint)
-    model.layouts = _continue_order(source, checkpoint, count)
-    model.order = source.order
+    continue_order(model, source, checkpoint, count)
     return Prepared(
         plan=plan,
         settings=settings,
@@ -211,32 +209,31 @@ def prepare(plan: Plan, held: ExitStack) -> Prepared:
         trainer_args=trainer_args,
         stop=stop,
         images_seen=int(checkpoint.get("images_seen", 0)),
-        steps_done=steps_done,
+        steps_done=int(checkpoint.get("global_step", 0)),
         checkpoint=checkpoint,
         fresh=fresh,
     )
 
 
-def _continue_order(
-    source: Source, checkpoint: Mapping[str, Any], world: int
-) -> tuple[Layout, ...]:
-    """List the loader processes so far; warn of sorted shards, and of images that come again."""
-    line = source.describe_sorted()
-    if line and processes.is_first():
-        notify(f"warning: {line}", "yellow")
+def continue_order(
+    model: LiteAutoencoderKL, source: Source, checkpoint: Mapping[str, Any], world: int
+) -> None:
+    """Give the model what its checkpoints say of the order; warn of sorted or repeated images."""
+    lines = [source.describe_sorted()]
     now = source.layout(int(checkpoint.get("images_seen", 0)), world)
-    if not checkpoint:
-        return (now,)
-    # Runs from before November 2026 have no list, and blocks of one shard after the other.
-    source.keep_order(checkpoint.get("order"))
-    if "layouts" not in checkpoint:
-        return (now._replace(start=0),)
-    before = [Layout(*numbers) for numbers in checkpoint["layouts"]]
-    layouts = continued(before, now)
-    line = source.describe_new_processes()
-    if len(layouts) > len(before) and line and processes.is_first():
-        notify(f"warning: {line}", "yellow")
-    return layouts
+    before: list[LoaderLayout] = []
+    if checkpoint:
+        # Runs from before November 2026 have no list, and blocks of one shard after the other.
+        source.keep_order(checkpoint.get("order"))
+        listed = checkpoint.get("layouts", [now._replace(start=0)])
+        before = [LoaderLayout(*numbers) for numbers in listed]
+    model.layouts = continued(before, now)
+    model.order = source.order
+    if before and len(model.layouts) > len(before):
+        lines.append(source.describe_new_processes())
+    for line in filter(None, lines):
+        if processes.is_first():
+            notify(f"warning: {line}", "yellow")
 
 
 def fit(prepared: Prepared, run: Run) -> pl.Trainer:
@@ -521,7 +518,11 @@ def _restore(model: LiteAutoencoderKL, run: Run, settings: Settings) -> dict[str
 
 
 def _fit_trainer_args(
-    trainer_args: Config, model: LiteAutoencoderKL, source: Source, count: int, steps_done: int
+    trainer_args: Config,
+    model: LiteAutoencoderKL,
+    source: Source,
+    count: int,
+    checkpoint: Mapping[str, Any],
 ) -> Config:
     """Adapt Lightning's settings to model, data and ``count`` processes, and check them."""
     # Numbers of steps.
@@ -542,6 +543,7 @@ def _fit_trainer_args(
             expected = f"expected a number of steps from {least} on{hint}"
             raise ConfigError(f"lightning.trainer.{name}: {steps}: {expected}")
     max_steps = args["max_steps"]
+    steps_done = int(checkpoint.get("global_step", 0))
     if steps_done > max_steps:
         raise ConfigError(
             f"`resume`: this run is at step {steps_done}, after the last of max_steps {max_steps}: "

@@ -195,7 +195,7 @@ def test_no_batch_waits_for_a_gpu(tmp_path, image_folder, monkeypatch):
         job.model.gain = torch.nn.Parameter(torch.empty((), device="cuda:0"))
         pixels = torch.empty(3, 16, 16, dtype=torch.uint8)
         window = [ReadImage(Item(str(i), str(i), i), pixels, (16, 16)) for i in range(2)]
-        (batch,) = job._start(window, 4, 2**30)
+        (batch,) = job.begin_window(window, 4, 2**30)
     there = ["torch.float32 from cuda to cpu, {'non_blocking': True}"] * 2
     assert calls == [
         "pinned",

@@ -45,7 +45,7 @@ def index_shards(
     if amount > 1:
         raise ValueError(f"{name}: two shards have this name: index one folder after the other")
 
-    before = _index_before(out, urls, names)
+    before = index_before(out, urls, names)
 
     # Scan all of them, each in one process.
     scanner = partial(scan_shard, image_key=image_key)
@@ -57,7 +57,7 @@ def index_shards(
     lost = []
     for name, url in places_by_name.items():
         error = scanned[name].error
-        if error is not None and _is_unfetched(url, error):
+        if error is not None and is_unfetched(url, error):
             lost.append((url, reason(error)))
             del scanned[name]
     problem = f"{counted(len(lost), 'shard')} could not be read: {list_skipped(lost)}"
@@ -91,7 +91,7 @@ def index_shards(
     return out / INDEX, index, [name for name, one in scanned.items() if one.error]
 
 
-def _index_before(out: Path, urls: Sequence[str], names: Sequence[str]) -> Index:
+def index_before(out: Path, urls: Sequence[str], names: Sequence[str]) -> Index:
     """Read the index that is there; ConfigError if it lists other shards, which would be lost."""
     if not (out / INDEX).is_file():
         return Index(shards={})
@@ -107,7 +107,7 @@ def _index_before(out: Path, urls: Sequence[str], names: Sequence[str]) -> Index
     return before
 
 
-def _is_unfetched(url: str, error: Exception) -> bool:
+def is_unfetched(url: str, error: Exception) -> bool:
     """Whether a shard could not be opened or fetched, and is perhaps not damaged."""
     if not isinstance(error, OSError) or isinstance(error, gzip.BadGzipFile):
         return False

@@ -29,7 +29,7 @@ from olvae.data.shards.tar_reading import (
 from olvae.files import warn_once
 
 OFFSETS = "index.offsets"
-BLOCK = tarfile.BLOCKSIZE  # bytes
+TAR_BLOCK = tarfile.BLOCKSIZE  # bytes
 KIND = np.dtype("<u4")
 LABEL_BYTES = 1024  # a .cls file is smaller
 NO_OFFSET = 2**32 - 1  # of images in a compressed shard, which can't be read from its middle
@@ -118,7 +118,7 @@ def scan(url: str | Path, image_key: str | None = None, classes: bool = False) -
                     continue
                 if member.isreg() and prefix != key:
                     key = prefix
-                    begin = member.offset // BLOCK
+                    begin = member.offset // TAR_BLOCK
                 if classes and extension == "cls" and member.isreg() and member.size < LABEL_BYTES:
                     content = archive.extractfile(member)
                     labels.add(content.read() if content else b"")

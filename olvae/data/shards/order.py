@@ -1,13 +1,14 @@
 """Which images of shards each loader process reads: interleaved, cut into equal parts, dealt anew.
 
 An epoch's images have places, 0 to N - 1. Shards come in a random order, in groups; within a group
-places go from shard to shard in turn (:class:`Group`), so that neighbours are of many shards. The
-places are cut into equal parts, one for each loader process of all ranks, and a process shuffles
-its part in blocks.
+places go from shard to shard in turn (:class:`ShardGroup`), so that neighbours are of many shards.
+The places are cut into equal parts, one for each loader process of all ranks, and a process
+shuffles its part in blocks.
 
 When a run continues with other processes, what is left of an epoch is computed from the processes
-that there were (:class:`~olvae.data.source.Layout`), and dealt to the new ones (:class:`Deal`). So
-each image comes once in an epoch all the same, but for fewer than there are processes.
+that there were (:class:`~olvae.data.source.LoaderLayout`), and dealt to the new ones
+(:class:`Deal`). So each image comes once in an epoch all the same, but for fewer than there are
+processes.
 """
 
 from bisect import bisect_right
@@ -18,10 +19,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from olvae.data.source import Layout
+from olvae.data.source import LoaderLayout
 
 
-class Group:
+class ShardGroup:
     """Images of shards with these ``counts``, taken from all shards in turn, in proportion.
 
     There are as many rows as the largest shard has images. A shard with c of R images has one in
@@ -124,7 +125,9 @@ class Deal:
         seed, shuffle: of the stream; images in a block.
     """
 
-    def __init__(self, images: int, layouts: Sequence[Layout], seed: int, shuffle: int) -> None:
+    def __init__(
+        self, images: int, layouts: Sequence[LoaderLayout], seed: int, shuffle: int
+    ) -> None:
         self.whole = Places.of([(0, images)])
         self.count = layouts[-1].processes
         self._rests: list[Round] = []  # before the first whole epoch
@@ -132,7 +135,7 @@ class Deal:
         for before, now in pairwise(layouts):
             self._continue(before, before.used(now.start), seed, shuffle)
 
-    def _continue(self, layout: Layout, used: list[int], seed: int, shuffle: int) -> None:
+    def _continue(self, layout: LoaderLayout, used: list[int], seed: int, shuffle: int) -> None:
         """Replace the rounds that processes have begun by what they left of them."""
         rests = []
         begun = 0

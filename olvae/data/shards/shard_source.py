@@ -12,10 +12,10 @@ from olvae.config.reading import is_local
 from olvae.data.pixels.size_and_range import RangeNode, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.shards.index import INDEX
-from olvae.data.shards.offsets import BLOCK, offsets_of
-from olvae.data.shards.order import Deal, Group, Places, Round, describe_sorted
+from olvae.data.shards.offsets import TAR_BLOCK, offsets_of
+from olvae.data.shards.order import Deal, Places, Round, ShardGroup, describe_sorted
 from olvae.data.shards.tar_reading import Entry, Shard, is_packed, read_shard
-from olvae.data.source import Layout, LoaderProcess, Sample, Source, epoch_order, total
+from olvae.data.source import LoaderLayout, LoaderProcess, Sample, Source, epoch_order, total
 from olvae.files import counted, file_state
 
 INTERLEAVE = 32  # shards that are read at once
@@ -138,7 +138,7 @@ class ShardSource(Source):
         return _Reader(self, seed, process).samples(position)
 
     def continued_stream(
-        self, seed: int, start: int, process: LoaderProcess, layouts: Sequence[Layout]
+        self, seed: int, start: int, process: LoaderProcess, layouts: Sequence[LoaderLayout]
     ) -> Iterator[Sample]:
         if len(layouts) < 2 or self.samples_per_epoch is None:
             return super().continued_stream(seed, start, process, layouts)
@@ -243,7 +243,7 @@ class _Reader:
         source: ShardSource,
         seed: int,
         process: LoaderProcess,
-        layouts: Sequence[Layout] = (),
+        layouts: Sequence[LoaderLayout] = (),
     ) -> None:
         self.source = source
         self.seed = seed
@@ -254,7 +254,7 @@ class _Reader:
         self.deal: Deal | None = None
         if images is not None:
             assert images >= process.count  # check_processes raises
-            now = Layout(0, process.workers, process.world, process.batch_size)
+            now = LoaderLayout(0, process.workers, process.world, process.batch_size)
             self.deal = Deal(images, layouts or [now], seed, source.shuffle)
 
     def samples(self, position: int) -> Iterator[Sample]:
@@ -379,7 +379,7 @@ class _Reader:
                 found = bisect_right(ends, begin)
                 if found != number:
                     number = found
-                    group = Group([shard.images or 0 for shard in groups[number]])
+                    group = ShardGroup([shard.images or 0 for shard in groups[number]])
                     open_shards = [_OpenShard(self.source, shard) for shard in groups[number]]
                 start = ends[number] - images[number]
                 until = min(end, ends[number])
@@ -443,7 +443,7 @@ class _OpenShard:
         if offsets is not None and len(offsets):
             # A shard that is damaged before this image is read from the last one that is whole.
             self._next = min(image, len(offsets) - 1)
-            begin = int(offsets[self._next]) * BLOCK
+            begin = int(offsets[self._next]) * TAR_BLOCK
             self._entries = self._source.entries(self._shard, begin)
         elif self._entries is None:
             self._entries = self._source.entries(self._shard)

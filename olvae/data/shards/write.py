@@ -17,7 +17,7 @@ import numpy as np
 from olvae.config import ConfigError
 from olvae.data.read_errors import ReadError
 from olvae.data.shards.index import ShardRecord
-from olvae.data.shards.offsets import BLOCK, KIND, OFFSETS
+from olvae.data.shards.offsets import KIND, OFFSETS, TAR_BLOCK
 from olvae.files import (
     ON_WINDOWS,
     atomic_write,
@@ -193,7 +193,7 @@ class ResumableShards:
                     if isinstance(sample, ReadError):
                         unreadable.append(sample)
                         continue
-                    offsets.append(archive.offset // BLOCK)
+                    offsets.append(archive.offset // TAR_BLOCK)
                     for extension, content in sample.files.items():
                         member = tarfile.TarInfo(f"{sample.key}.{extension}")
                         member.size = len(content)

@@ -11,7 +11,7 @@ from olvae.config import ConfigError
 from olvae.data.audit import audit_source
 from olvae.data.shards.index import Index, with_counts
 from olvae.data.shards.indexing import index_shards
-from olvae.data.shards.offsets import BLOCK, NO_OFFSET, offsets_of
+from olvae.data.shards.offsets import NO_OFFSET, TAR_BLOCK, offsets_of
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess
@@ -39,7 +39,7 @@ def test_an_index_counts_images_and_finds_where_each_begins(tmp_path):
         assert len(offsets) == count
         everything = keys(shard)
         for image in range(count):
-            assert keys(shard, int(offsets[image]) * BLOCK) == everything[image:]
+            assert keys(shard, int(offsets[image]) * TAR_BLOCK) == everything[image:]
 
 
 def test_offsets_begin_with_a_groups_first_file_and_long_names(tmp_path):
@@ -56,9 +56,9 @@ def test_offsets_begin_with_a_groups_first_file_and_long_names(tmp_path):
         ],
     )
     offsets = offsets_of(Shard(str(path)))
-    (entry, *rest) = read_shard(Shard(str(path)), None, int(offsets[1]) * BLOCK)
+    (entry, *rest) = read_shard(Shard(str(path)), None, int(offsets[1]) * TAR_BLOCK)
     assert (entry.key, [*entry.files], rest) == (f"a/{long}", ["json"], [])
-    first = next(iter(read_shard(Shard(str(path)), None, int(offsets[0]) * BLOCK)))
+    first = next(iter(read_shard(Shard(str(path)), None, int(offsets[0]) * TAR_BLOCK)))
     assert [*first.files] == ["txt"]
     assert len(offsets) == 2
 
@@ -79,7 +79,7 @@ def test_remote_shards_are_indexed_once_and_read_from_their_middle(tmp_path, mon
     shards = with_counts(urls, str(whole))
     assert [shard.images for shard in shards] == list(COUNTS)
     offsets = offsets_of(shards[1])
-    assert keys(shards[1], int(offsets[7]) * BLOCK) == keys(shards[1])[7:]
+    assert keys(shards[1], int(offsets[7]) * TAR_BLOCK) == keys(shards[1])[7:]
 
     source = WebDatasetSource(urls, 16, 2, index=str(whole), val_shards=urls[:1])
     assert source.interleave == 32

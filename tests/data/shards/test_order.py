@@ -8,17 +8,17 @@ import pytest
 
 from olvae.data.shards.order import (
     Deal,
-    Group,
     Places,
+    ShardGroup,
     classes_in_a_batch,
     describe_sorted,
 )
-from olvae.data.source import Layout, continued
+from olvae.data.source import LoaderLayout, continued
 
 
 def test_group_takes_from_all_shards_in_turn_and_in_proportion():
     """Rows of 5: two of b's 3 images are in the first three, and each row has one of a."""
-    group = Group([5, 3])
+    group = ShardGroup([5, 3])
     order = [(0, 0), (0, 1), (1, 0), (0, 2), (0, 3), (1, 1), (0, 4), (1, 2)]
     assert list(group.at(0, 8)) == order
     for first in range(9):
@@ -28,7 +28,7 @@ def test_group_takes_from_all_shards_in_turn_and_in_proportion():
 
 @pytest.mark.parametrize("counts", [[4], [7, 7, 7], [1, 100, 0, 13], [3, 0]], ids=str)
 def test_group_has_each_image_once_and_each_shard_in_order(counts):
-    group = Group(counts)
+    group = ShardGroup(counts)
     found = list(group.at(0, group.images))
     expected = [(shard, i) for shard, count in enumerate(counts) for i in range(count)]
     assert sorted(found) == expected
@@ -37,7 +37,7 @@ def test_group_has_each_image_once_and_each_shard_in_order(counts):
 
 
 def test_one_shard_after_the_other_is_a_group_of_one():
-    assert list(Group([6]).at(2, 5)) == [(0, 2), (0, 3), (0, 4)]
+    assert list(ShardGroup([6]).at(2, 5)) == [(0, 2), (0, 3), (0, 4)]
 
 
 def test_places_are_cut_and_joined():
@@ -56,7 +56,7 @@ class Stream:
         self.images, self.shuffle, self.seed = images, shuffle, 3
         self.used: dict[int, Counter[int]] = {}
 
-    def run(self, layouts: list[Layout], until: int) -> None:
+    def run(self, layouts: list[LoaderLayout], until: int) -> None:
         """Use the samples of the last layout up to a number over all ranks."""
         now = layouts[-1]
         deal = Deal(self.images, layouts, self.seed, self.shuffle)
@@ -87,7 +87,7 @@ LAYOUTS = {
 def test_each_image_comes_once_in_an_epoch_whatever_processes_share_it(name):
     images = 200
     stream = Stream(images, shuffle=7)
-    layouts = [Layout(*numbers) for numbers in LAYOUTS[name]]
+    layouts = [LoaderLayout(*numbers) for numbers in LAYOUTS[name]]
     ends = [layout.start for layout in layouts[1:]] + [3 * images]
     for i, until in enumerate(ends):
         stream.run(layouts[: i + 1], until)
@@ -105,11 +105,11 @@ def test_the_old_way_repeats_a_quarter_of_the_images():
     images = 1024
     stream = Stream(images, shuffle=16)
     half = 512
-    stream.run([Layout(0, 4, 2, 2)], half)
+    stream.run([LoaderLayout(0, 4, 2, 2)], half)
     before = set(stream.used[0])
     stream.used = {}
-    stream.run([Layout(0, 8, 2, 2)], images)
-    later = Deal(images, [Layout(0, 8, 2, 2)], 3, 16)
+    stream.run([LoaderLayout(0, 8, 2, 2)], images)
+    later = Deal(images, [LoaderLayout(0, 8, 2, 2)], 3, 16)
     again = set()
     for index in range(16):
         share = later.round(0).share(16)
@@ -118,15 +118,15 @@ def test_the_old_way_repeats_a_quarter_of_the_images():
 
 
 def test_processes_that_are_the_same_continue_the_same_deal():
-    first = Layout(0, 2, 1, 4)
-    assert continued([first], Layout(64, 2, 1, 4)) == (first,)
-    other = Layout(64, 2, 1, 8)
+    first = LoaderLayout(0, 2, 1, 4)
+    assert continued([first], LoaderLayout(64, 2, 1, 4)) == (first,)
+    other = LoaderLayout(64, 2, 1, 8)
     assert continued([first], other) == (first, other)
     assert continued([], other) == (other,)
 
 
 def test_a_change_between_two_epochs_deals_whole_ones():
-    layouts = [Layout(0, 2, 1, 5), Layout(100, 4, 1, 5)]
+    layouts = [LoaderLayout(0, 2, 1, 5), LoaderLayout(100, 4, 1, 5)]
     deal = Deal(100, layouts, 0, 10)
     assert deal.round(0).epoch == 1
     assert deal.round(0).dealt == 0
@@ -134,7 +134,7 @@ def test_a_change_between_two_epochs_deals_whole_ones():
 
 
 def test_a_rest_of_fewer_images_than_processes_is_left_out():
-    layouts = [Layout(0, 1, 1, 2), Layout(98, 8, 1, 2)]
+    layouts = [LoaderLayout(0, 1, 1, 2), LoaderLayout(98, 8, 1, 2)]
     deal = Deal(100, layouts, 0, 10)
     assert [len(deal.round(i).places) for i in range(2)] == [2, 100]
     assert deal.find(0) == (1, 0)
@@ -143,7 +143,7 @@ def test_a_rest_of_fewer_images_than_processes_is_left_out():
 def test_a_hundred_thousand_shards_are_dealt_without_looking_at_images():
     """Work per change is the number of processes, not of images."""
     images = 10**8
-    layouts = [Layout(0, 8, 64, 16), Layout(16 * 64 * 1000, 8, 32, 16)]
+    layouts = [LoaderLayout(0, 8, 64, 16), LoaderLayout(16 * 64 * 1000, 8, 32, 16)]
     deal = Deal(images, layouts, 0, 500)
     one = deal.round(0)
     assert images - 16 * 64 * 1000 - len(one.places) == 0

@@ -13,7 +13,7 @@ from olvae.data.read_errors import ReadError
 from olvae.data.shards import shard_source
 from olvae.data.shards.tar_reading import Entry, Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
-from olvae.data.source import Layout, LoaderProcess
+from olvae.data.source import LoaderLayout, LoaderProcess
 from tests.data.images import encoded, write_shards, write_tar
 
 COUNTS = (5, 9, 1, 14, 7, 3, 11)  # 50 images
@@ -31,7 +31,7 @@ def source(root: Path, **arguments: Any) -> WebDatasetSource:
     return WebDatasetSource(str(root / "shards"), **{**defaults, **arguments})
 
 
-def batches(s: WebDatasetSource, layouts: list[Layout], until: int) -> list[str]:
+def batches(s: WebDatasetSource, layouts: list[LoaderLayout], until: int) -> list[str]:
     """Keys of all ranks' samples from the last layout's start on, as its loaders give them."""
     now = layouts[-1]
     s.num_workers, s.batch_size = now.workers, now.batch_size
@@ -51,8 +51,8 @@ def batches(s: WebDatasetSource, layouts: list[Layout], until: int) -> list[str]
 @pytest.mark.parametrize("then", [(1, 2, 2), (4, 1, 3), (1, 1, 2)], ids=str)
 def test_an_epoch_that_other_processes_continue_has_each_image_once(shards, interleave, then):
     s = source(shards, interleave=interleave)
-    first = Layout(0, 2, 2, 2)
-    second = Layout(24, *then)
+    first = LoaderLayout(0, 2, 2, 2)
+    second = LoaderLayout(24, *then)
     seen = batches(s, [first], 24)
     seen += batches(s, [first, second], 24 + 24 // (then[1] * then[2]) * then[1] * then[2])
     assert max(Counter(seen).values()) == 1
@@ -183,12 +183,12 @@ def test_unknown_shards_say_what_other_processes_repeat(shards):
 
 def test_offsets_of_an_index_are_used_for_remote_shards(shards):
     """The bytes are those of the middle of the file."""
-    from olvae.data.shards.offsets import BLOCK, offsets_of
+    from olvae.data.shards.offsets import TAR_BLOCK, offsets_of
 
     path = shards / "shards" / "003.tar"
     offsets = offsets_of(Shard(str(path)))
     assert len(offsets) == 14
     everything = [entry.key for entry in read_shard(Shard(str(path)))]
     for image in (0, 1, 7, 13):
-        rest = read_shard(Shard(str(path)), None, int(offsets[image]) * BLOCK)
+        rest = read_shard(Shard(str(path)), None, int(offsets[image]) * TAR_BLOCK)
         assert [entry.key for entry in rest] == everything[image:]
