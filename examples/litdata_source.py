@@ -1,16 +1,17 @@
-"""Train on images in LitData's format, in LitData's own order: pip install litdata
+"""Train on images in LitData's format, in LitData's own order.
 
-    olvae train --base my.yaml
+    python -m pytest tests/examples/test_litdata_source.py
 
-with examples/ in PYTHONPATH, and in my.yaml:
+makes such folders and trains on them, after: pip install litdata. To train on yours, put examples/
+in PYTHONPATH, and these lines in a config::
 
     data:
       target: litdata_source.LitDataSource
       params: {folder: chunks/train, val_folder: chunks/val, size: 64, batch_size: 16}
 
 LitData chooses the chunks and the shuffled order of each loader process, and deals the rest of an
-epoch to other processes when a run continues with these. Written for LitData 0.2.76; the two names
-with an underscore are not part of its documented interface.
+epoch to other processes when a run continues with these. Written for LitData 0.2.76; names with an
+underscore are not part of its documented interface.
 """
 
 from collections.abc import Iterator, Sequence
