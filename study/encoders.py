@@ -1,10 +1,8 @@
 """Encoders of the study that differ from a published one in one place: last norm, path, wavelets,
 log-variances."""
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -86,9 +84,5 @@ class ShuffledLiteVAE(LiteVAE_Encoder):
                 self.in_channels * 4**level, first.out_channels, 3, padding=1
             )
 
-    def _features(self, x: Tensor, apply: Callable[[nn.Module, Tensor], Tensor]) -> Tensor:
-        features: list[Tensor] = []
-        for level, extractor in enumerate(self.extractors, start=1):
-            f = apply(extractor, F.pixel_unshuffle(x, 2**level))  # (B, 4C, H/2^l, W/2^l)
-            features.append(F.avg_pool2d(f, 2 ** (self.levels - level)))  # (B, 4C, H/f, W/f)
-        return torch.cat(features, dim=1)
+    def seen(self, x: Tensor) -> list[Tensor]:
+        return [F.pixel_unshuffle(x, 2**level) for level in range(1, self.levels + 1)]

@@ -54,7 +54,11 @@ def same_training(folders):
         assert torch.equal(tensor, mac["state_dict"][name]), name
 
 
-@pytest.mark.parametrize("nodes", [SOME, OTHERS], ids=[",".join(SOME), ",".join(OTHERS)])
+@pytest.mark.parametrize(
+    "nodes",
+    [SOME, pytest.param(OTHERS, marks=pytest.mark.slow)],
+    ids=[",".join(SOME), ",".join(OTHERS)],
+)
 def test_training_and_validation_with_parts_on_a_mac(on_both, config, nodes):
     folders = on_both(
         "train", "--base", config, f"model.params.parts={json.dumps(nodes)}",
@@ -63,7 +67,7 @@ def test_training_and_validation_with_parts_on_a_mac(on_both, config, nodes):
     same_training(folders)
 
 
-@pytest.mark.parametrize("name", ["teacher", "alignment"])
+@pytest.mark.parametrize("name", ["teacher", pytest.param("alignment", marks=pytest.mark.slow)])
 def test_training_with_another_network_on_a_mac(on_both, config, target, vit, name):
     given = {
         "teacher": {"autoencoder": str(target)},
@@ -80,7 +84,13 @@ def test_training_with_another_network_on_a_mac(on_both, config, target, vit, na
 
 @pytest.mark.parametrize(
     ("precision", "optimizer"),
-    [("32", "adam"), ("bf16", "muon"), ("tf32", "muon"), ("fp16", "adam")],
+    [
+        ("bf16", "muon"),
+        *(
+            pytest.param(*others, marks=pytest.mark.slow)
+            for others in (("32", "adam"), ("tf32", "muon"), ("fp16", "adam"))
+        ),
+    ],
 )
 def test_training_of_both_players_on_a_mac(on_both, config, precision, optimizer):
     """fp16 is a GPU's alone."""

@@ -8,7 +8,7 @@ from itertools import islice
 
 import pytest
 
-from olvae.data.source import Layout, LoaderProcess
+from olvae.data.source import LoaderLayout, LoaderProcess
 from tests.data.images import encoded
 from tests.examples.loading import ROOT, load_example
 
@@ -52,8 +52,8 @@ def test_each_process_has_its_part_of_an_epoch_and_continues_in_it(source):
 
 
 def test_other_processes_continue_an_epoch(source):
-    first = Layout(0, 2, 1, 2)
-    now = Layout(20, 3, 1, 2)
+    first = LoaderLayout(0, 2, 1, 2)
+    now = LoaderLayout(20, 3, 1, 2)
     seen = Counter()
     for worker in range(2):
         process = LoaderProcess(worker, 2, batch_size=2)

@@ -21,6 +21,7 @@ def pytest_there(*arguments: str, timeout: float) -> None:
     assert int(re.findall(r"(\d+) passed", done.stdout)[-1]) > 10 or "slow" in arguments
 
 
+@pytest.mark.slow
 def test_what_windows_does_otherwise_works():
     pytest_there("tests/windows/on_windows.py", timeout=280)
 
