@@ -65,7 +65,13 @@ def test_training_keeps_torchs_settings_and_validation_has_no_tf32(
     assert {settings[1:] for settings in seen if not settings[0]} == {(False, False)}
 
 
-@pytest.mark.parametrize("command", ["encode", "reconstruct", "evaluate"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "encode",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("reconstruct", "evaluate")),
+    ],
+)
 def test_every_precision_of_the_help_is_accepted_on_a_cpu(
     done, target, image_folder, tmp_path, command
 ):

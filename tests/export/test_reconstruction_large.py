@@ -187,6 +187,7 @@ def peaks(memory: int, *paths: Path) -> list[int]:
 
 
 @on_linux
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_height(tmp_path):
     """Ten times the pixels: in memory they would take 70 MB more, and as bytes 4."""
     paths = []

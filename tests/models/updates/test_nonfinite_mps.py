@@ -17,8 +17,8 @@ def mac(monkeypatch):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "muon"])
-@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
-@pytest.mark.parametrize("case", ["a loss is nan", "LeCam"])
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("16-mixed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["a loss is nan", pytest.param("LeCam", marks=pytest.mark.slow)])
 def test_a_bad_step_changes_nothing_on_mps(image_folder, case, precision, optimizer):
     spoil, term = CASES[case]
     model = build(against(**EVERYTHING), use_ema=True, gradient_clip_val=1.0, optimizer=optimizer)
