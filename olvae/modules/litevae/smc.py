@@ -92,7 +92,7 @@ class _ModulatedConv2d(nn.Conv2d):
         self.eps = eps
 
     def forward(self, x: Tensor, scales: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
-        weight = _modulate([(self.weight, scales, gain)], self.eps)[0]
+        (weight,) = _modulate([(self.weight, scales, gain)], self.eps).unbind()
         return F.conv2d(x, weight, self.bias, padding=self.padding)
 
 
