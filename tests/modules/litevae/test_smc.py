@@ -72,3 +72,16 @@ def test_smc_of_small_filters_in_half_precision():
 def test_smc_refuses_even_kernels():
     with pytest.raises(ValueError, match="odd kernel_size"):
         SMC(3, 3, 4)
+
+
+def test_smc_and_its_derived_weight_have_the_same_gradients_bit_for_bit():
+    """Training casts weights in groups under autocast, and computes them one by one without."""
+    smc = SMC(5, 7, 3).to(memory_format=torch.channels_last)
+    randomise(smc)
+    x = torch.randn(2, 5, 8, 9).to(memory_format=torch.channels_last)
+    gradients = []
+    for run in (smc, lambda x: F.conv2d(x, *smc.derive([smc])[0], padding=1)):
+        smc.zero_grad()
+        run(x).square().sum().backward()
+        gradients.append([p.grad.clone() for p in smc.parameters()])
+    assert all(map(torch.equal, *gradients))
