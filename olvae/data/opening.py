@@ -21,6 +21,7 @@ from olvae.data.picture_folder import (
     find_folder,
     find_images,
     find_parts,
+    has_images,
     say_parts,
     split_folders,
 )
@@ -119,11 +120,7 @@ def evaluated_place(src: str) -> str:
     train, held_out = split_folders(src)
     if held_out is None:
         return src
-    for part in (held_out, train):
-        with contextlib.suppress(FileNotFoundError):
-            find_images(part)
-            return str(part)
-    return str(held_out)
+    return str(next(filter(has_images, (held_out, train)), held_out))
 
 
 def trains_on(config: Config, src: str) -> bool:

@@ -200,17 +200,6 @@ def find_folder(root: str | Path) -> Path | None:
 
 def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
     """Find images at any depth; each folder once, however many links lead to it."""
-
-    def leave_out(error: OSError) -> None:
-        if Path(error.filename) == folder:
-            raise PermissionError(
-                f"{folder}: this folder can't be opened: {error.strerror}"
-            ) from error
-        name = legible(str(error.filename))
-        reason = error.strerror or str(error)
-        closed.append(ReadError(name, reason, lost=False))
-        warn_once(f"skipped the folder {name} and everything in it: {reason}")
-
     seen = set()  # folders, with links resolved
     waiting = [str(folder)]
     while waiting:
@@ -219,7 +208,14 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
             with os.scandir(top) as found:
                 entries = list(found)
         except OSError as error:
-            leave_out(error)
+            if top == str(folder):
+                raise PermissionError(
+                    f"{folder}: this folder can't be opened: {error.strerror}"
+                ) from error
+            name = legible(top)
+            reason = error.strerror or str(error)
+            closed.append(ReadError(name, reason, lost=False))
+            warn_once(f"skipped the folder {name} and everything in it: {reason}")
             continue
         real = Path(top).resolve()
         if real in seen:
@@ -240,6 +236,11 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
             elif is_image:
                 yield Path(entry.path)
         waiting += sorted(folders, reverse=True)
+
+
+def has_images(folder: str | Path) -> bool:
+    """Whether :func:`find_images` finds any in a folder; it stops at the first one."""
+    return next(_walk(Path(folder), []), None) is not None
 
 
 def _is_image(path: Path) -> bool:
@@ -266,7 +267,7 @@ def _without_sidecars(paths: list[Path]) -> list[Path]:
 def split_folders(root: str | Path) -> tuple[str | Path, str | Path | None]:
     """The folders of training and of validation images, if a data set has both."""
     folder = Path(root).expanduser()
-    names = [name for name in _folders_in(folder) if name.lower() in TRAIN_FOLDERS + VAL_FOLDERS]
+    names = _folders_in(folder, TRAIN_FOLDERS + VAL_FOLDERS)
 
     def first_of(parts: Sequence[str]) -> str | None:
         found = [name for name in names if name.lower() in parts]
@@ -302,15 +303,19 @@ def say_parts(root: str | Path, rule: str) -> None:
     warn_once(line)
 
 
-def _folders_in(folder: Path) -> list[str]:
-    """The names of the folders in a folder, sorted; none if it can't be opened."""
+def _folders_in(folder: Path, parts: Sequence[str] | None = None) -> list[str]:
+    """The names of the folders in a folder, sorted; of ``parts`` alone, in any case, if given.
+
+    None of them if the folder can't be opened.
+    """
     # os.path.isdir is False in a folder that can't be entered, where Path.is_dir raises an error.
     try:
         names = sorted(os.listdir(folder))  # noqa: PTH208
     except OSError:
         return []
-    shown = (name for name in names if name[0] != ".")
-    return [name for name in shown if os.path.isdir(folder / name)]  # noqa: PTH112
+    # By name first: a folder may have a million images, and each question takes a while.
+    wanted = [n for n in names if n[0] != "." and (parts is None or n.lower() in parts)]
+    return [name for name in wanted if os.path.isdir(folder / name)]  # noqa: PTH112
 
 
 def find_parts(

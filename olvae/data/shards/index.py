@@ -100,53 +100,45 @@ class Index:
 
     @classmethod
     def read(cls, url: str | Path) -> "Index":
-        """Read an index by path or URL; a local file again only if it has changed.
+        """Read an index by path or URL: a local file again if it has changed, a remote one once.
 
         Raises FileNotFoundError: it is missing. ValueError: it is not an index.
         """
-        state = file_state(url)
-        if state == "missing":  # or remote
-            return cls.read_now(str(url))
-        return read_unchanged(str(url), state)
-
-    @classmethod
-    def read_now(cls, url: str) -> "Index":
-        """Read an index as :meth:`read` does, whether it has changed or not."""
-        try:
-            with contextlib.closing(open_url(url)) as stream:
-                content = json.loads(b"".join(iter(lambda: stream.read(2**20), b"")))
-            shards = {
-                name: ShardRecord(int(shard["images"]), shard.get("bytes"), shard.get("sha256"))
-                for name, shard in content["shards"].items()
-            }
-            classes = content.get("classes")
-            return cls(
-                shards,
-                content.get("packed"),
-                content.get("plan"),
-                content.get("unreadable", ()),
-                bool(content.get("offsets", False)),
-                content.get("image_key"),
-                classes and (float(classes[0]), int(classes[1])),
-            )
-        except FileNotFoundError:
-            raise
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            ArithmeticError,
-            RecursionError,
-        ) as error:
-            raise ValueError(f"{url}: not a readable index of shards: {reason(error)}") from error
+        return read_unchanged(str(url), file_state(url))
 
 
 @lru_cache(maxsize=4)
 def read_unchanged(url: str, state: str) -> Index:  # noqa: ARG001
-    """Read a local index, once for each :func:`~olvae.files.file_state` of it."""
-    return Index.read_now(url)
+    """Read an index, once for each :func:`~olvae.files.file_state` of it."""
+    try:
+        with contextlib.closing(open_url(url)) as stream:
+            content = json.loads(b"".join(iter(lambda: stream.read(2**20), b"")))
+        shards = {
+            name: ShardRecord(int(shard["images"]), shard.get("bytes"), shard.get("sha256"))
+            for name, shard in content["shards"].items()
+        }
+        classes = content.get("classes")
+        return Index(
+            shards,
+            content.get("packed"),
+            content.get("plan"),
+            content.get("unreadable", ()),
+            bool(content.get("offsets", False)),
+            content.get("image_key"),
+            classes and (float(classes[0]), int(classes[1])),
+        )
+    except FileNotFoundError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as error:
+        raise ValueError(f"{url}: not a readable index of shards: {reason(error)}") from error
 
 
 def find_shards(shards: str | Path | Sequence[str | Path]) -> list[str]:

@@ -47,35 +47,39 @@ def offsets_of(shard: Shard, image_key: str | None = None) -> Offsets | None:
     None where both are impossible: it is compressed, or remote. A damaged shard has those before
     the damage.
     """
-    located = None
-    known = shard.offsets is not None and shard.images and shard.offsets[0] not in _unread
-    # A file that was replaced since has its images elsewhere.
-    if known and shard.bytes is not None and is_local(shard.url):
-        with contextlib.suppress(OSError):
-            known = Path(shard.url).stat().st_size == shard.bytes
-        if not known:
-            warn_once(f"{shard.url}: changed since it was indexed: its headers are read anew")
-    if known and shard.offsets is not None and shard.images:
-        file, first = shard.offsets
-        length = shard.images * KIND.itemsize
-        content = b""
-        # Tried again as shards are.
-        with (
-            contextlib.suppress(OSError, ValueError),
-            closing(open_url(file, first * KIND.itemsize)) as stream,
-        ):
-            while len(content) < length and (data := stream.read(length - len(content))):
-                content += data
-        if len(content) == length:
-            located = np.frombuffer(content, KIND)
-        else:
-            _unread.add(file)
-            warn_once(f"{file}: can't be read whole: training reads shards from their beginnings")
-    found = located
+    found = listed_offsets(shard)
     if found is None and is_local(shard.url):
         found = scan(shard.url, image_key).offsets
     packed = found is not None and len(found) > 0 and found[0] == NO_OFFSET
     return None if packed else found
+
+
+def listed_offsets(shard: Shard) -> Offsets | None:
+    """Read a shard's part of its index's file of offsets; None if there is none that fits."""
+    if shard.offsets is None or not shard.images or shard.offsets[0] in _unread:
+        return None
+    # A file that was replaced since has its images elsewhere.
+    if shard.bytes is not None and is_local(shard.url):
+        with contextlib.suppress(OSError):
+            if Path(shard.url).stat().st_size != shard.bytes:
+                warn_once(f"{shard.url}: changed since it was indexed: its headers are read anew")
+                return None
+
+    # Tried again as shards are.
+    file, first = shard.offsets
+    length = shard.images * KIND.itemsize
+    content = b""
+    with (
+        contextlib.suppress(OSError, ValueError),
+        closing(open_url(file, first * KIND.itemsize)) as stream,
+    ):
+        while len(content) < length and (data := stream.read(length - len(content))):
+            content += data
+    if len(content) < length:
+        _unread.add(file)
+        warn_once(f"{file}: can't be read whole: training reads shards from their beginnings")
+        return None
+    return np.frombuffer(content, KIND)
 
 
 class Scanned(NamedTuple):
@@ -108,7 +112,8 @@ def scan(url: str | Path, image_key: str | None = None, classes: bool = False) -
             packed = unpacked.packed
             source: dict[str, Any] = {"fileobj": unpacked, "mode": "r|"}
             if is_local(str(url)):
-                source = {"name": url, "mode": "r:*"}
+                stream.seek(0)
+                source = {"fileobj": stream, "mode": "r:*"}
             archive = opened.enter_context(tarfile.open(**source, tarinfo=StrictTarInfo))
             while (member := archive.next()) is not None:
                 # Forget the members that were read: a large shard's headers fill the memory.
