@@ -5,10 +5,9 @@ places go from shard to shard in turn (:class:`ShardGroup`), so that neighbours 
 The places are cut into equal parts, one for each loader process of all ranks, and a process
 shuffles its part in blocks.
 
-When a run continues with other processes, what is left of an epoch is computed from the processes
-that there were (:class:`~olvae.data.source.LoaderLayout`), and dealt to the new ones
-(:class:`Deal`). So each image comes once in an epoch all the same, but for fewer than there are
-processes.
+When a run continues with other processes, they share the images that the earlier ones
+(:class:`~olvae.data.source.LoaderLayout`) have not used of an epoch (:class:`Deal`). So no image
+comes twice in an epoch, and fewer are left out than there are processes.
 """
 
 from bisect import bisect_right

@@ -303,6 +303,10 @@ class _Reader:
         sample, errors = read_or_replace(block.entries[index], block.good, seed, read)
         return sample._replace(errors=errors)
 
+    def _round(self, one: int) -> Round:
+        """A round by its number; with unknown counts an epoch, whose places nobody knows."""
+        return Round(one, NO_PLACES) if self.deal is None else self.deal.round(one)
+
     def _blocks(
         self, one: int, number: int
     ) -> Iterator[tuple[int, int, Iterator[Entry | ReadError]]]:
@@ -324,14 +328,13 @@ class _Reader:
 
         With unknown counts nothing is skipped.
         """
-        epoch = one if self.deal is None else self.deal.round(one).epoch
-        order = epoch_order(self.seed, epoch, len(self.source.train))
+        found = self._round(one)
+        order = epoch_order(self.seed, found.epoch, len(self.source.train))
         shards = [self.source.train[i] for i in order]
         if self.deal is None:
             own = shards[self.process.index :: self.process.count]
             del shards[self.process.index :: self.process.count]
             return self._whole(own, shards)
-        found = self.deal.round(one)
         share = found.share(self.process.count)
         first = self.process.index * share
         return self._entries(shards, found, first + skip, first + share)
@@ -389,8 +392,7 @@ class _Reader:
 
     def _shuffled(self, one: int, number: int, entries: list[Entry | ReadError]) -> _Block:
         """Shuffle a block; if it has no readable entry, a later block's replace its samples."""
-        round_ = Round(one, NO_PLACES) if self.deal is None else self.deal.round(one)
-        order = round_.block_order(
+        order = self._round(one).block_order(
             self.seed, number, self.process.index, self.process.count, len(entries)
         )
         shuffled = [entries[i] for i in order]

@@ -21,9 +21,9 @@ class WebDatasetSource(ShardSource):
     (from an index, or by counting local files at the start), images of ``interleave`` shards at a
     time follow in turn; this sequence is cut into n equal parts for n processes, loader processes
     times ranks: in an epoch no image comes twice, and at most one image per process is left out.
-    Other processes may continue an epoch, with what is left of it. If it is unknown, each process
-    takes every n-th shard, and processes with fewer images begin the next epoch earlier. Either way
-    streams never end, so all ranks have the same number of batches.
+    Other processes may continue an epoch: they share the rest of it. If the numbers are unknown,
+    each process takes every n-th shard, and processes with fewer images begin the next epoch
+    earlier. Either way streams never end, so all ranks have the same number of batches.
 
     Each process shuffles its images in blocks of ``shuffle``, so the images in shards should be
     shuffled already, as ``olvae data pack`` does. To resume, known shards are entered at the image
@@ -40,8 +40,6 @@ class WebDatasetSource(ShardSource):
             default 5 %, but no more than hold 10,000 images by their index.
         index: path or URL of the shards' ``index.json``; for local shards it is found beside them.
         shuffle: images in a shuffled block; each loader process keeps two blocks, undecoded.
-        interleave: shards whose images alternate; by default 32 where a shard can be read from its
-            middle, else 1.
         image_key: the extension of the image in a sample that has several, for example
             ``input.png``; by default the first image is taken.
         min_fraction, filters, flip, shuffle_channels: see
