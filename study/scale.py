@@ -21,13 +21,14 @@ from unittest.mock import patch
 import numpy as np
 
 from olvae.data import audit
+from olvae.data.order.permutation import draws
 from olvae.data.shards import shard_source
 from olvae.data.shards.index import INDEX, find_shards
 from olvae.data.shards.indexing import index_shards
 from olvae.data.shards.tar_reading import Entry, Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.shards.write import ResumableShards, WebDatasetSample
-from olvae.data.source import LoaderLayout, LoaderProcess, Sample, draws
+from olvae.data.source import LoaderLayout, LoaderProcess, Sample
 from olvae.metrics.features import FeatureFile
 from olvae.pool import SharedProgress, run_in_processes
 

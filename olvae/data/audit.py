@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,7 +34,7 @@ from olvae.data.shards.shard_source import INTERLEAVE, ShardSource
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.source import LoaderProcess, Source
 from olvae.devices import seconds_per_image
-from olvae.files import counted, file_sha256, legible, lines_sha256, list_skipped, printable
+from olvae.files import counted, file_sha256, lines_sha256, list_skipped, printable
 from olvae.launcher import of_each, this_process
 from olvae.pool import OnProgress, SharedProgress, run_in_processes
 
@@ -56,7 +56,7 @@ class ShardFacts:
     images: int
     sha256: str | None
     broken: str | None
-    classes: Sequence[str] = ()  # of its images, by their .cls files
+    classes: Set[bytes] = frozenset()  # of its images, by their .cls files
 
 
 @dataclass
@@ -241,22 +241,20 @@ def _read_shard(
 ) -> _Found:
     found = _Found()
     reasons: list[str] = []
-    classes: set[str] = set()
+    classes: set[bytes] = set()
     for entry in read_shard(Shard(url)):
         if isinstance(entry, ReadError):
             reasons.append(entry.reason)
         else:
             if "cls" in entry.files:
-                classes.add(legible(entry.files["cls"][:LABEL_BYTES].decode(errors="replace")))
+                classes.add(entry.files["cls"][:LABEL_BYTES])
             photo = partial(Photo, entry.data, entry.name, channels, pixel_range)
             found.decode(photo, entry.key, url)
             progress.advance()
     has_index = is_local(url) and Path(url).is_file() and Path(url).with_name(INDEX).is_file()
     digest = file_sha256(Path(url)) if has_index else None
     images = len(found.images) + len(found.unreadable)
-    found.shards.append(
-        ShardFacts(url, images, digest, "; ".join(reasons) or None, sorted(classes))
-    )
+    found.shards.append(ShardFacts(url, images, digest, "; ".join(reasons) or None, classes))
     return found
 
 

@@ -18,9 +18,17 @@ from olvae.data.image import (
     read_picture,
     resize_shorter_side,
 )
+from olvae.data.order.permutation import draws
 from olvae.data.pixels.size_and_range import RangeNode, Sides, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
-from olvae.data.source import MIN_VAL_IMAGES, LoaderProcess, Sample, Source, draws, eval_sample
+from olvae.data.source import (
+    BOUND,
+    MIN_VAL_IMAGES,
+    LoaderProcess,
+    Sample,
+    Source,
+    eval_sample,
+)
 from olvae.files import counted
 
 VAL_FRACTION = 0.05  # default share of the images that is held out for validation
@@ -184,6 +192,11 @@ class MappedSource(Source):
         self.eval_transform = transform.evaluation
         self.samples_per_image = samples_per_image
         self.check_batch()
+
+    def note_bound(self, held_out: int, fraction: float | None) -> None:
+        """Say in the description that the usual share was bounded, if it was."""
+        if fraction is None and held_out == MAX_VAL_IMAGES:
+            self.bound = BOUND
 
     @property
     def samples_per_epoch(self) -> int:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from olvae.config import ConfigError, Node, import_extra, instantiate
-from olvae.data.dataset import MAX_VAL_IMAGES, ImageDataset, MappedSource, hold_out
+from olvae.data.dataset import ImageDataset, MappedSource, hold_out
 from olvae.data.image import (
     ALL_FILTERS,
     MultiBand,
@@ -28,7 +28,6 @@ from olvae.data.pixels.size_and_range import (
     Size,
 )
 from olvae.data.read_errors import UnreadableImageError
-from olvae.data.source import BOUND
 
 
 class Items(ImageDataset):
@@ -135,8 +134,7 @@ class TorchvisionSource(MappedSource):
         train: ImageDataset = Items(instantiate(dataset), channels, values)
         if val_dataset is None:
             train, val = hold_out(train, val_fraction)
-            if val_fraction is None and len(val) == MAX_VAL_IMAGES:
-                self.bound = BOUND
+            self.note_bound(len(val), val_fraction)
         else:
             val = Items(instantiate(val_dataset), channels, values)
         transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
@@ -233,8 +231,7 @@ class HuggingFaceSource(MappedSource):
         train: ImageDataset = Column(table, column, channels, values)
         if val_split is None:
             train, val = hold_out(train, val_fraction)
-            if val_fraction is None and len(val) == MAX_VAL_IMAGES:
-                self.bound = BOUND
+            self.note_bound(len(val), val_fraction)
         else:
             table = load_table(path, val_split, **arguments)
             val = Column(table, column, channels, values)

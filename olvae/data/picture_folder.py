@@ -10,7 +10,6 @@ from itertools import takewhile
 from pathlib import Path
 
 from olvae.data.dataset import (
-    MAX_VAL_IMAGES,
     VAL_FRACTION,
     ImageDataset,
     MappedSource,
@@ -20,7 +19,6 @@ from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, RangeNode, Size
 from olvae.data.places import EXTENSIONS, is_image_file
 from olvae.data.read_errors import ReadError
-from olvae.data.source import BOUND
 from olvae.files import counted, file_state, legible, nearest_path, warn_once
 
 ESCAPED = re.compile(r"\[([*?[])\]")  # a character that a pattern means as it is: glob.escape's
@@ -118,8 +116,7 @@ class FolderSource(MappedSource):
             root, val_root = split_folders(root)
         if val_root is None:
             val_root = root
-            if val_fraction is None and len(val_paths) == MAX_VAL_IMAGES:
-                self.bound = BOUND
+            self.note_bound(len(val_paths), val_fraction)
 
         values = PixelRange.from_node(range)
         train = Files(train_paths, channels, (), values, find_folder(root))

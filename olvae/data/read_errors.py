@@ -10,9 +10,9 @@ from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import torch.distributed as dist
 
-from olvae.files import list_skipped, printable
+from olvae.files import counted, list_skipped, printable
+from olvae.launcher import of_each
 
 log = logging.getLogger("olvae.data")
 
@@ -201,9 +201,7 @@ class ReadErrors:
             # A bounded part of the errors that the others do not have; names come with the first.
             new = known.unshared[:ERRORS_AT_A_TIME]
             del known.unshared[:ERRORS_AT_A_TIME]
-            own = (new, names, known.delivered, len(known.unshared))
-            parts = [own] * dist.get_world_size()
-            dist.all_gather_object(parts, own)
+            parts = of_each((new, names, known.delivered, len(known.unshared)))
             for errors, reasons, _, _ in parts:
                 known.merge(errors, reasons)
             names = {}
@@ -216,7 +214,7 @@ class ReadErrors:
     def end_of_epoch(self) -> None:
         """Log the number of images skipped since the last call, if any."""
         if self._skipped:
-            images = f"{self._skipped} image{'s' if self._skipped > 1 else ''}"
+            images = counted(self._skipped, "image")
             when = " in this epoch" if self.epoch else ""
             log.warning("%s: %s skipped%s", self.purpose, images, when)
         self._skipped = 0

@@ -5,20 +5,17 @@ import os
 import signal
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from typing import Any, NamedTuple, TypedDict
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from olvae.data.image import EvalTransform, Photo, image_to_tensor
-from olvae.data.order.permutation import Permutation
 from olvae.data.pixels.size_and_range import PixelRange, RangeNode, Sides, Size
 from olvae.data.read_errors import ReadError, ReadErrors, UnreadableImages
 from olvae.files import SIGNALS, lines_sha256
@@ -26,7 +23,6 @@ from olvae.launcher import this_process
 from olvae.library_internals import stop_workers
 
 MIN_VAL_IMAGES = 20  # below this number of images, validation means are too noisy to compare models
-MOST_LISTED = 2**20  # images in an epoch whose order is an array
 BOUND = " (at most 10,000 without data.params.val_fraction)"
 
 
@@ -85,9 +81,6 @@ class LoaderLayout(NamedTuple):
     def processes(self) -> int:
         return self.workers * self.world
 
-    def same_processes(self, other: "LoaderLayout") -> bool:
-        return self[1:] == other[1:]
-
     def used(self, until: int) -> list[int]:
         """Samples that each process, by its index, gave before sample ``until`` of the stream.
 
@@ -103,36 +96,9 @@ class LoaderLayout(NamedTuple):
 
 def continued(layouts: Sequence[LoaderLayout], now: LoaderLayout) -> tuple[LoaderLayout, ...]:
     """Add the processes that continue a stream to those before them, unless they are the same."""
-    if layouts and layouts[-1].same_processes(now):
+    if layouts and layouts[-1][1:] == now[1:]:
         return tuple(layouts)
     return (*layouts, now)
-
-
-def draws(
-    seed: int, length: int, positions: Iterable[int], listed: bool = False
-) -> Iterator[tuple[int, int]]:
-    """Yield positions of an endless stream of ``length`` images, each with its image's number.
-
-    The positions ascend. Every image comes once per epoch, and each epoch has another order. If the
-    augmentation is seeded by (seed, p), the p-th sample depends on the seed and on p alone.
-    More than :data:`MOST_LISTED` images are not listed in their order, which takes 8 bytes an image
-    in each loader process, but computed one by one, unless ``listed`` asks for the old order.
-    """
-    epoch = -1
-    order: NDArray[np.int64] | Permutation = epoch_order(seed, 0, 0)
-    for position in positions:
-        if position // length != epoch:
-            epoch = position // length
-            if length > MOST_LISTED and not listed:
-                order = Permutation(length, (seed, epoch, 1))
-            else:
-                order = epoch_order(seed, epoch, length)
-        yield position, int(order[position % length])
-
-
-def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
-    """A permutation of ``length`` images or shards, another one for each epoch."""
-    return np.random.default_rng((seed, epoch, 1)).permutation(length)
 
 
 class Batch(TypedDict, total=False):

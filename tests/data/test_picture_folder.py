@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from olvae.data import dataset, picture_folder
+from olvae.data import dataset
 from olvae.data.image import EvalTransform
 from olvae.data.opening import open_images, open_source
 from olvae.data.packing import PackOptions, pack
@@ -308,7 +308,6 @@ def test_a_folder_without_images_says_what_is_there(tmp_path):
 def test_a_share_of_a_large_folder_is_bounded_unless_it_is_given(tmp_path, monkeypatch):
     """The bound is 10,000; here it is 100, to be quick."""
     monkeypatch.setattr(dataset, "MAX_VAL_IMAGES", 100)
-    monkeypatch.setattr(picture_folder, "MAX_VAL_IMAGES", 100)
     names = tmp_path / "list.txt"
     names.write_text("".join(f"{i}.jpg\n" for i in range(2200)))
     by_default = FolderSource(names, 16, 4)

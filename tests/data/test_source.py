@@ -9,11 +9,11 @@ from itertools import count, islice
 import numpy as np
 import pytest
 
-from olvae.data.order.permutation import Permutation
+from olvae.data.order.permutation import MOST_LISTED, Permutation, draws, epoch_order
 from olvae.data.packing import PackOptions, pack
 from olvae.data.picture_folder import FolderSource
 from olvae.data.shards.webdataset import WebDatasetSource
-from olvae.data.source import MOST_LISTED, LoaderProcess, draws, epoch_order
+from olvae.data.source import LoaderProcess
 
 SCRIPT = """
 import sys

@@ -1,8 +1,11 @@
-"""Permute any number of images in no memory: where each one comes is computed, not listed."""
+"""The order in which images are drawn by number: listed, or computed in no memory for very many."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+
+MOST_LISTED = 2**20  # images in an epoch whose order is an array
 
 WORD = 2**64 - 1
 ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: its products spread over all bits
@@ -44,3 +47,30 @@ class Permutation:
             index = left << half | right
             if index < self.length:
                 return index
+
+
+def draws(
+    seed: int, length: int, positions: Iterable[int], listed: bool = False
+) -> Iterator[tuple[int, int]]:
+    """Yield positions of an endless stream of ``length`` images, each with its image's number.
+
+    The positions ascend. Every image comes once per epoch, and each epoch has another order. If the
+    augmentation is seeded by (seed, p), the p-th sample depends on the seed and on p alone.
+    More than :data:`MOST_LISTED` images are not listed in their order, which takes 8 bytes an image
+    in each loader process, but computed one by one, unless ``listed`` asks for the old order.
+    """
+    epoch = -1
+    order: NDArray[np.int64] | Permutation = epoch_order(seed, 0, 0)
+    for position in positions:
+        if position // length != epoch:
+            epoch = position // length
+            if length > MOST_LISTED and not listed:
+                order = Permutation(length, (seed, epoch, 1))
+            else:
+                order = epoch_order(seed, epoch, length)
+        yield position, int(order[position % length])
+
+
+def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
+    """A permutation of ``length`` images or shards, another one for each epoch."""
+    return np.random.default_rng((seed, epoch, 1)).permutation(length)

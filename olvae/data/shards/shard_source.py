@@ -9,13 +9,14 @@ from typing import NamedTuple
 import numpy as np
 
 from olvae.config.reading import is_local
+from olvae.data.order.permutation import epoch_order
 from olvae.data.pixels.size_and_range import RangeNode, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
 from olvae.data.shards.index import INDEX
 from olvae.data.shards.offsets import TAR_BLOCK, offsets_of
 from olvae.data.shards.order import Deal, Places, Round, ShardGroup, describe_sorted
 from olvae.data.shards.tar_reading import Entry, Shard, is_packed, read_shard
-from olvae.data.source import LoaderLayout, LoaderProcess, Sample, Source, epoch_order, total
+from olvae.data.source import LoaderLayout, LoaderProcess, Sample, Source, total
 from olvae.files import counted, file_state
 
 INTERLEAVE = 32  # shards that are read at once
