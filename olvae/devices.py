@@ -175,8 +175,7 @@ def device_name(device: str | torch.device) -> str:
         return torch.cuda.get_device_name(device)
     if kind == MPS:
         return "Apple GPU"
-    threads = torch.get_num_threads()
-    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"
+    return f"CPU, {counted(torch.get_num_threads(), 'thread')}"
 
 
 def now(device: str) -> float:
@@ -239,7 +238,7 @@ def resolve_devices(gpus: str | None, trainer: Mapping[str, Any]) -> dict[str, A
             processes = trainer.get("devices", 1) if accelerator == "cpu" else 1
             return {"accelerator": "cpu", "devices": processes}
         if max(wanted) >= present:
-            has = f"{present} GPU{'s' * (present > 1)}" if present else "no GPU"
+            has = counted(present, "GPU") if present else "no GPU"
             raise ConfigError(f"`gpus` {gpus}: this machine has {has}; 0 is the CPU")
         return {"accelerator": kind, "devices": wanted}
 

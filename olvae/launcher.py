@@ -30,6 +30,9 @@ _T = TypeVar("_T")
 # fails, torchrun ends all of them anyway.
 PATIENCE = timedelta(days=7)
 
+# Of a message about a process that died.
+WHERE_TO_LOOK = "see its own output, or the system's log of killed processes"
+
 # Seconds between looks at the progress of others, and at whether they are alive.
 POLL_S = 0.1
 
@@ -68,11 +71,12 @@ def local_rank() -> int:
 
 
 def local_ranks() -> int:
-    """Return the number of ranks on this machine, as torchrun and srun set it."""
-    if this_process()[1] == 1:
+    """Return the number of ranks on this machine, as torchrun and srun set it; else of all."""
+    _, world = this_process()
+    if world == 1:
         return 1
     names = ("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE")
-    return int(next((os.environ[name] for name in names if name in os.environ), 1))
+    return int(next((os.environ[name] for name in names if name in os.environ), world))
 
 
 def srun_environment() -> "SLURMEnvironment | None":
@@ -166,9 +170,6 @@ def start_each(accelerator: str, devices: int | list[int]) -> None:
         strategy=DDPStrategy(process_group_backend="gloo", timeout=PATIENCE),
         plugins=LightningEnvironment(),
     ).launch()
-
-
-WHERE_TO_LOOK = "see its own output, or the system's log of killed processes"
 
 
 def end_with_children(
@@ -272,10 +273,8 @@ def together() -> Iterator[tuple[int, int]]:
         time.sleep(PRINTING_S)
         raise SystemExit(2 if isinstance(first, ConfigError) else 1) from own
     except RuntimeError as error:
-        raise ChildProcessError(
-            "another process of this command died: see its own output, or the system's log of "
-            "killed processes"
-        ) from (own or error)
+        line = f"another process of this command died: {WHERE_TO_LOOK}"
+        raise ChildProcessError(line) from (own or error)
     finally:
         _is_together = False
         logging.getLogger("olvae").disabled = False
@@ -296,13 +295,14 @@ def gather_parts(parts: Iterable[_T]) -> Iterator[_T]:
     end. Parts are not None, and rank 0's own are not read.
     """
     rank, world = this_process()
-    own = iter(parts)
-    more = world > 1
-    while more:
-        found = gather(next(own, None) if rank else None) or []
-        received = [part for part in found if part is not None]
-        yield from received
-        more = of_each(bool(received))[0]
+    own = iter(parts if rank else ())
+    while world > 1:
+        part = next(own, None)
+        if not any(of_each(part is not None)):
+            return
+        for received in gather(part) or []:
+            if received is not None:
+                yield received
 
 
 def leave() -> None:

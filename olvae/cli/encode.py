@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -153,10 +152,9 @@ def command(
 
         from olvae.data.pixels.size_and_range import Sides
         from olvae.devices import (
-            cores,
+            cores_of_rank,
             keep_freed_memory,
             precision_name,
-            sharing_cores,
         )
         from olvae.export.encode_inputs import (
             EncodeOptions,
@@ -205,8 +203,7 @@ def command(
 
         # Each process encodes its share of the shards; the first one finishes the folder.
         job = EncodeJob(model, inputs, options, out, {"target": found.name, "source": data})
-        here = int(os.environ.get("LOCAL_WORLD_SIZE") or world)
-        readers = threads or min(MOST_READERS, max(1, cores() // sharing_cores(here)))
+        readers = threads or min(MOST_READERS, cores_of_rank())
         n = len(inputs)
         if rank == 0 and n < world:
             typer.echo(

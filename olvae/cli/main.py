@@ -29,7 +29,7 @@ from olvae.cli.options import (
 from olvae.config import ConfigError, key_places
 from olvae.config.reading import YAML
 from olvae.data.places import load
-from olvae.files import ECHO_S, SIGNALS, printable
+from olvae.files import SIGNALS, printable
 
 app = typer.Typer(
     name="olvae",
@@ -132,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # typer turns Ctrl-C into this code. A command that has printed more raises SystemExit.
     if code == STOPPED:
         code = stop_code()
-        ignore_echoes(ECHO_S, code)
+        ignore_echoes(code)
         typer.echo("stopped", err=True)
         # If the interrupt came through code that was compiled from text, as dataclasses' is,
         # `python -m` would end by SIGINT, without this code. Python forgets it at the next text.

@@ -136,7 +136,7 @@ def end_on(*numbers: int) -> None:
     """Let these signals end the command as Ctrl-C does, with the exit code :data:`PREEMPTED`.
 
     Ctrl-C is among them, with its own code. An echo of the first signal does not disturb what is
-    tidied up.
+    tidied up. SIGHUP under nohup, and Ctrl-C for a command in a script's background, stay ignored.
     """
     _received.clear()
 
@@ -149,22 +149,21 @@ def end_on(*numbers: int) -> None:
 
     if threading.current_thread() is not threading.main_thread():
         return  # no other thread may set handlers
-    for number in numbers:
-        signal.signal(number, end)
-    # A command in the background of a script ignores Ctrl-C.
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
-        signal.signal(signal.SIGINT, end)
+    for number in (*numbers, signal.SIGINT):
+        may_stay = SIGNALS[number] in ("SIGHUP", "Ctrl-C")
+        if not (may_stay and signal.getsignal(number) is signal.SIG_IGN):
+            signal.signal(number, end)
 
 
-def ignore_echoes(seconds: float, code: int) -> None:
-    """Let signals do nothing for some seconds, and then end the process with this code.
+def ignore_echoes(code: int) -> None:
+    """Let signals do nothing for :data:`ECHO_S`, and then end the process with this code.
 
     The ones that are ignored stay so, as SIGHUP under nohup.
     """
     begun = time.monotonic()
 
     def end(number: int, frame: FrameType | None) -> None:  # noqa: ARG001  (Python's signature)
-        if time.monotonic() - begun > seconds:
+        if time.monotonic() - begun > ECHO_S:
             os._exit(code)
 
     if threading.current_thread() is threading.main_thread():  # no other thread may set handlers

@@ -1,6 +1,5 @@
 """Run ``olvae train``: train from config files, or continue a run."""
 
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +15,7 @@ from olvae.cli.options import (
     loading,
     shell_word,
 )
-from olvae.files import ECHO_S, SIGNALS, unread_output
+from olvae.files import SIGNALS, unread_output
 
 
 @unread_output()
@@ -128,11 +127,7 @@ def command(
     """
     # The flags that are given: nothing else is a local variable yet.
     given = {name: value for name, value in locals().items() if value is not None}
-    for number, signal_name in SIGNALS.items():
-        # SIGHUP is a closed terminal's, which nohup ignores. Python ends on Ctrl-C itself.
-        ignored = signal_name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN
-        if signal_name != "Ctrl-C" and not ignored:
-            end_on(number)
+    end_on(*SIGNALS)
     check_paths(data=data)
 
     # Read the config, and find its mistakes, before anything slow is imported.
@@ -156,7 +151,7 @@ def command(
         if local_rank():
             code = 0
         # An echo of the signal would change the exit code, while Python ends as well.
-        ignore_echoes(ECHO_S, code)
+        ignore_echoes(code)
         if is_first():
             typer.echo(
                 f"continue with: olvae train --resume {shell_word(stopped.run.path)}", err=True

@@ -73,7 +73,7 @@ class InPrecision(Autoencoder):
     def _computing(self, x: Tensor) -> Iterator[None]:
         """Compute under autocast if asked for; explain operators that this precision lacks."""
         computing = tf32(PRECISIONS[self.precision].tf32)
-        if self._autocast and not x.is_meta:
+        if self._autocast:
             computing = autocast(x.device.type, self.precision)
         try:
             with computing:

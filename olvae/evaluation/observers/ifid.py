@@ -1,6 +1,6 @@
 """Observe iFID and its precision: compare pictures between neighbouring latents with images."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,6 @@ import torch
 
 from olvae.evaluation.cells import number
 from olvae.evaluation.observers.interpolated import Interpolated
-from olvae.evaluation.results import Row
 from olvae.metrics.features import Features, few_images, frechet_distance
 
 PRECISION_NEIGHBOURS = 3  # k of Kynkäänniemi et al. 2019
@@ -24,6 +23,7 @@ class InterpolatedFID(Interpolated):
     """
 
     name = "ifid"
+    label = "iFID"
 
     def compare(self, images: Features, pictures: Features) -> Mapping[str, Any]:
         return {
@@ -33,10 +33,6 @@ class InterpolatedFID(Interpolated):
 
     def columns(self, entry: Mapping[str, Any]) -> Mapping[str, str]:
         return {"iFID": number(entry["value"], 3)}
-
-    def lines(self, rows: Sequence[Row]) -> Iterator[str]:
-        found = {row.target: row.observed[self.name] for row in rows if self.name in row.observed}
-        return self.notes("iFID", found)
 
 
 class NearestFID(InterpolatedFID):
@@ -60,6 +56,7 @@ class InterpolatedPrecision(Interpolated):
     """
 
     name = "interpolated_precision"
+    label = "precision"
 
     def compare(self, images: Features, pictures: Features) -> Mapping[str, Any]:
         from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, prc_features_to_metric
@@ -78,7 +75,3 @@ class InterpolatedPrecision(Interpolated):
     def columns(self, entry: Mapping[str, Any]) -> Mapping[str, str]:
         value = entry["value"]
         return {"precision": "skipped" if value is None else number(value, 3)}
-
-    def lines(self, rows: Sequence[Row]) -> Iterator[str]:
-        found = {row.target: row.observed[self.name] for row in rows if self.name in row.observed}
-        return self.notes("precision", found)

@@ -12,6 +12,7 @@ from torch import Tensor
 from olvae.data.pixels.size_and_range import to_uint8
 from olvae.devices import full_float32
 from olvae.evaluation.observers.observer import Observation, PerImageObserver, Subject
+from olvae.evaluation.results import Row
 from olvae.metrics.features import Features, Inception
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.base import check_choice
@@ -39,7 +40,8 @@ class Interpolated(PerImageObserver):
     Latents are posterior means, in float32, and flattened. All are kept, so 50,000 of 12x32x32 take
     2.5 GB for each target, and all are searched.
 
-    A subclass computes the numbers in :meth:`compare`. An entry also has:
+    A subclass computes the numbers in :meth:`compare`, and has a ``label`` for lines. An entry also
+    has:
 
     - ``neighbours``, the mean distance of neighbours over the root mean square distance of any two
       latents: near 1 there are no real neighbours, and the pictures are double exposures;
@@ -52,6 +54,8 @@ class Interpolated(PerImageObserver):
         how: to choose the neighbour and to interpolate.
         normalise: shift and scale each channel to mean 0 and deviation 1 first.
     """
+
+    label = ""
 
     def __init__(
         self,
@@ -158,8 +162,10 @@ class Interpolated(PerImageObserver):
     def result(self, target: str, draw: int) -> dict[str, Any] | None:
         return self._entries.get(target)
 
-    def notes(self, label: str, found: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-        """Yield lines about entries by target: how near neighbours are, and warnings."""
+    def lines(self, rows: Sequence[Row]) -> Iterator[str]:
+        # How near neighbours are, by target.
+        found = {row.target: row.observed[self.name] for row in rows if self.name in row.observed}
+        label = self.label
         near = []
         wrong = []
         for target, entry in found.items():

@@ -31,10 +31,7 @@ class SMC(nn.Module):
             raise ValueError(
                 f"SMC needs an odd kernel_size to keep the image's size, got {kernel_size}"
             )
-        self.eps = eps
-        self.conv = _ModulatedConv2d(
-            in_channels, out_channels, kernel_size, eps, padding=kernel_size // 2
-        )
+        self.conv = _ModulatedConv2d(in_channels, out_channels, kernel_size, eps)
         self.scales = nn.Parameter(torch.ones(in_channels))
         self.gain = nn.Parameter(torch.ones(1))
 
@@ -48,7 +45,7 @@ class SMC(nn.Module):
         alike: dict[Any, list[SMC]] = {}
         for layer in layers:
             trained = tuple(parameter.requires_grad for parameter in layer._given())
-            alike.setdefault((layer.conv.weight.shape, layer.eps, trained), []).append(layer)
+            alike.setdefault((layer.conv.weight.shape, layer.conv.eps, trained), []).append(layer)
 
         weights: dict[SMC, Tensor] = {}
         for (_, eps, _), same in alike.items():
@@ -72,7 +69,10 @@ class SMC(nn.Module):
         ((weight, _),) = self.derive([self])
         given = self.conv
         size = given.kernel_size[0]
-        folded = nn.Conv2d(given.in_channels, given.out_channels, size, padding=size // 2)
+        # On the meta device nothing is drawn: both parameters are replaced.
+        folded = nn.Conv2d(
+            given.in_channels, given.out_channels, size, padding=size // 2, device="meta"
+        )
         folded.weight = nn.Parameter(weight, given.weight.requires_grad)
         folded.bias = copy.deepcopy(given.bias)
         return folded.train(given.training)
@@ -85,10 +85,8 @@ class _ModulatedConv2d(nn.Conv2d):
     there: offloading to the CPU, storage in another dtype.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, eps: float, padding: int
-    ) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, padding=padding)
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, eps: float) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
         self.eps = eps
 
     def forward(self, x: Tensor, scales: Tensor, gain: Tensor) -> Tensor:  # type: ignore[override]
