@@ -1,24 +1,16 @@
 """Read image files as pictures, and crop and resize them: at random to train, fixed to evaluate."""
 
-import contextlib
-import io
-import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageOps
 from PIL.TiffImagePlugin import (
-    BITSPERSAMPLE,
     IMAGELENGTH,
     IMAGEWIDTH,
-    SAMPLEFORMAT,
-    SAMPLESPERPIXEL,
     TiffImageFile,
 )
 from torch import Tensor
@@ -26,6 +18,7 @@ from torch import Tensor
 from olvae.config import ConfigError
 from olvae.data.pixels.arrays import array_suffix, read_array
 from olvae.data.pixels.colour_profiles import PROFILE_ERRORS, convert_to_srgb, read_profile
+from olvae.data.pixels.pillow_files import exif_orientation, is_deep, open_by_pillow
 from olvae.data.pixels.size_and_range import (
     AS_STORED,
     EIGHT_BIT_FILE,
@@ -41,9 +34,6 @@ from olvae.data.pixels.size_and_range import (
 )
 from olvae.data.read_errors import UnreadableImageError
 from olvae.files import counted, legible, reason
-
-# Pillow logs an error for each TIFF that it cannot read; those are read as arrays here.
-logging.getLogger("PIL.TiffImagePlugin").setLevel(logging.CRITICAL)
 
 
 @dataclass
@@ -135,21 +125,6 @@ def tensor_to_picture(x: Tensor) -> MultiBand:
     return array_to_picture(x.permute(1, 2, 0).cpu().numpy())
 
 
-FORMATS = (
-    "BMP",
-    "GIF",
-    "JPEG",
-    "PNG",
-    "PPM",
-    "TIFF",
-    "WEBP",
-    *(("AVIF",) if features.check("avif") else ()),
-)
-"""Formats to open, by Pillow's names. Others are refused: EPS, for one, would start Ghostscript."""
-
-MAX_PAGES = 1000  # of a TIFF, with its smaller copies; each is read
-SIGNED = 2  # a TIFF's SampleFormat: integers below 0, too
-NEW_SUBFILE_TYPE = 254  # a TIFF's tag: bit 0 is set for a smaller copy, bit 2 for a mask
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 # Most pixels that a byte of a file can hold. A block of 8 x 8 of a JPEG takes two bits, of a
@@ -201,7 +176,7 @@ class Photo:
             check_size(*self._image.size)
             self._check_bytes()
             if isinstance(self._image, Image.Image):
-                self._orientation = _orientation(self._image)
+                self._orientation = exif_orientation(self._image)
 
             # The size, upright.
             width, height = self._image.size
@@ -345,7 +320,7 @@ class Photo:
                 raise ValueError(f"it has {counted(found, 'channel')}, not {self.channels}")
             return content
         if not isinstance(content, Path | bytes):
-            if _is_deep(content):
+            if is_deep(content):
                 raise ValueError(UNSTATED)
             return content
 
@@ -357,8 +332,8 @@ class Photo:
         # per channel stay with Pillow; deeper ones are read as arrays, where the format allows it.
         suffix = self._array_suffix(content)
         if suffix is None:
-            image = _open_by_pillow(content, self.channels)
-            if image is not None and not _is_deep(image):
+            image = open_by_pillow(content, self.channels)
+            if image is not None and not is_deep(image):
                 if self.pixel_range not in (EIGHT_BITS, AS_STORED):
                     raise ValueError(EIGHT_BIT_FILE)
                 return image
@@ -415,78 +390,6 @@ def read_picture(
     pages, or a size that :func:`check_size` refuses.
     """
     return Photo(Path(path), legible(str(path)), channels, pixel_range).read()
-
-
-def _open_by_pillow(content: Path | bytes, channels: int) -> Image.Image | None:
-    """Read a picture's header; None for a TIFF that only read_array can read.
-
-    Pillow may not know such a TIFF, or reads fewer channels from it than are wanted.
-    """
-    # Pillow warns from half the size that it refuses.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        file = io.BytesIO(content) if isinstance(content, bytes) else content
-        try:
-            image = Image.open(file, formats=FORMATS)
-        except UnidentifiedImageError:
-            if array_suffix(content) != ".tif":
-                raise
-            return None
-    if not isinstance(image, TiffImageFile):
-        return image
-    # Pillow takes these for 0 to 255.
-    if SIGNED in image.tag_v2.get(SAMPLEFORMAT, ()) and not _is_deep(image):
-        raise ValueError("8 bits per channel from -128 to 127: save it with 0 to 255")
-
-    # A TIFF with as many channels as are wanted: Pillow drops some of them.
-    if len(image.getbands()) < channels == image.tag_v2.get(SAMPLESPERPIXEL):
-        if _orientation(image) != 1:
-            raise ValueError(
-                f"{channels} channels are read of upright pictures alone: "
-                "save it with orientation 1"
-            )
-        return None
-
-    # A TIFF of several pages, without smaller copies and masks of other pages. Pages of a deep one
-    # may be bands, which read_array joins.
-    if not _is_deep(image):
-        pages = 0
-        with contextlib.suppress(EOFError):
-            for page in count():
-                image.seek(page)
-                pages += not int(image.tag_v2.get(NEW_SUBFILE_TYPE, 0)) & 0b101
-                if page == MAX_PAGES:
-                    raise ValueError(f"it holds more than {MAX_PAGES} pages")
-        image.seek(0)
-        if pages > 1:
-            raise ValueError(
-                f"it holds {pages} pages, not one: save each in a file of its own, or as bands"
-            )
-    return image
-
-
-def _is_deep(image: Image.Image) -> bool:
-    """Whether a picture of Pillow has more than 8 bits per channel, which Pillow may cut to 8."""
-    # Of a TIFF stored in planes, Pillow's tiles do not show the bits.
-    if isinstance(image, TiffImageFile) and max(image.tag_v2.get(BITSPERSAMPLE, (1,))) > 8:
-        return True
-    # Tiles name the decoder and its arguments, which end with the largest value for a PPM.
-    for tile in getattr(image, "tile", ()):
-        decoder, arguments = tile[0], tile[3]
-        if ";16" in str(arguments) or (decoder.startswith("ppm") and arguments[-1] > 255):
-            return True
-    return image.mode[0] in "IF"
-
-
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation; upright if EXIF is broken, because the pixels may still be whole."""
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:
-        # Without EXIF in front, Pillow searched for it behind a PNG's pixels: those are broken.
-        if not image.info.keys() & {"exif", "Raw profile type exif"}:
-            raise
-        return 1
 
 
 def _reason(error: BaseException) -> str:

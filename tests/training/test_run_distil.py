@@ -30,7 +30,7 @@ from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
 from olvae.modules.base import Encoder
 from olvae.modules.litevae.encoder_model import WaveletEncoder
-from olvae.training.run import untrained_half
+from olvae.training.starting_weights import untrained_half
 from tests.conftest import parts, tiny
 from tests.export.latents import encode
 from tests.export.test_as_diffusers import dit
