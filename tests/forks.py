@@ -1,4 +1,4 @@
-"""Two processes as torchrun starts them, as children of the test's."""
+"""Processes as torchrun starts them, as children of the test's."""
 
 import faulthandler
 import gc
@@ -14,18 +14,18 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def fork_two(
+def fork_ranks(
     function: Callable[..., object], *arguments: object, exits: Sequence[int] = (0, 0)
 ) -> None:
-    """Call a function in two children of this process, as torchrun would;
-    they have what is imported already.
+    """Call a function in two children of this process, or one for each exit code, as torchrun
+    would; they have what is imported already.
     """
 
     def work(rank: int) -> None:
         os.environ.update(
             {
                 "MASTER_ADDR": "127.0.0.1",
-                "WORLD_SIZE": "2",
+                "WORLD_SIZE": str(len(exits)),
                 "RANK": str(rank),
                 "LOCAL_RANK": str(rank),
             }

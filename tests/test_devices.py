@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 
+from olvae.cli.encode import own_device
 from olvae.config import ConfigError
 from olvae.devices import (
     autocast,
@@ -109,6 +110,7 @@ def test_what_a_mac_does_not_have_is_refused(on_mac):
     with pytest.raises(ConfigError, match="2 processes can't share a Mac's GPU: `gpus` 0"):
         process_count({"accelerator": "mps", "devices": 2})
     assert resolve_precision("fp16", "mps") == "16-mixed"
+    assert own_device(None, "1") == ("mps:0", [0])
 
 
 def test_a_machine_without_mps_refuses_it(gpus):

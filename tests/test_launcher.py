@@ -21,7 +21,7 @@ from olvae.launcher import (
     of_each,
     together,
 )
-from tests.forks import fork_two
+from tests.forks import fork_ranks
 
 
 def meet(out: Path) -> None:
@@ -41,7 +41,7 @@ def meet(out: Path) -> None:
 
 
 def test_gather_of_two_processes_gives_the_first_what_each_has(tmp_path):
-    fork_two(meet, tmp_path / "out")
+    fork_ranks(meet, tmp_path / "out")
     answers = [0, 0, 1, 0, 2]
     expected = f"2 [(0, [0.0, 0.0]), (1, [1.0, 1.0])] [7, None] {[answers, answers]}"
     assert (tmp_path / "out").read_text() == expected
@@ -67,7 +67,7 @@ def test_an_error_of_one_process_is_raised_in_the_first_and_ends_the_others(wher
         with suppress_in_first(kind):
             fail(where, kind("one line", "and another"))
 
-    fork_two(work, exits=(0, 2 if kind is ConfigError else 1))
+    fork_ranks(work, exits=(0, 2 if kind is ConfigError else 1))
     assert capfd.readouterr().err.count("caught") == 1
 
 
@@ -81,7 +81,7 @@ def suppress_in_first(kind: type[Exception]) -> Iterator[None]:
 
 
 def test_processes_that_succeed_leave_together():
-    fork_two(fail, "nowhere", None)
+    fork_ranks(fail, "nowhere", None)
 
 
 def meet_in_parts(out: Path) -> None:
@@ -102,7 +102,7 @@ def meet_in_parts(out: Path) -> None:
 
 
 def test_gather_parts_gives_the_first_process_those_of_the_others(tmp_path):
-    fork_two(meet_in_parts, tmp_path / "out")
+    fork_ranks(meet_in_parts, tmp_path / "out")
     expected = [([(1, 0), (1, 1), (1, 2)], [], []), ([], [], [0, 1, 2])]
     assert (tmp_path / "out").read_text() == str(expected)
 

@@ -1,8 +1,6 @@
 """Open files of processes that meet: how many, and what is said if too few are allowed."""
 
-import os
 import resource
-from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -12,22 +10,12 @@ import torch.distributed as dist
 from olvae.config import ConfigError
 from olvae.launcher import Agreement, gather, join, leave, of_each
 from olvae.training.processes import process_count
-from tests.forks import fork_each
+from tests.forks import fork_ranks
 
 
 def count_sockets() -> int:
     links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
     return sum(str(link.readlink()).startswith("socket:") for link in links)
-
-
-def fork(world: int, work: Callable[[], None]) -> None:
-    def ranked(rank: int) -> None:
-        numbers = {"WORLD_SIZE": world, "RANK": rank, "LOCAL_RANK": rank}
-        os.environ.update({name: str(number) for name, number in numbers.items()})
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-        work()
-
-    fork_each(ranked, exits=[0] * world)
 
 
 def sockets_of_ranks(world: int, folder: Path, config: str | None = None) -> list[int]:
@@ -46,7 +34,7 @@ def sockets_of_ranks(world: int, folder: Path, config: str | None = None) -> lis
         (folder / str(rank)).write_text(str(count_sockets()))
         leave()
 
-    fork(world, work)
+    fork_ranks(work, exits=[0] * world)
     return [int((folder / str(rank)).read_text()) for rank in range(world)]
 
 
@@ -72,7 +60,7 @@ def test_a_limit_that_may_be_raised_is_no_obstacle():
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (4000, 4000)
         leave()
 
-    fork(2, work)
+    fork_ranks(work, exits=[0] * 2)
 
 
 @pytest.mark.parametrize(

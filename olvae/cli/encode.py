@@ -248,10 +248,11 @@ def own_device(device: str | None, gpus: str | None) -> tuple[str, list[int]]:
         return resolve_device(device), []
     if device is not None:
         raise ConfigError("--gpus and --device: give one of the two")
-    devices = resolve_devices(gpus, {})["devices"]
+    chosen = resolve_devices(gpus, {})
+    devices = chosen["devices"]
     if isinstance(devices, int):
         return "cpu", []
-    return resolve_device(f"cuda:{devices[local_rank()]}"), devices
+    return resolve_device(f"{chosen['accelerator']}:{devices[local_rank()]}"), devices
 
 
 def _encoder(model: Any, target: str) -> Any:

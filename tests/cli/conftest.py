@@ -14,7 +14,7 @@ from olvae.files import warn_once
 from olvae.training import run as training
 from tests.conftest import tiny_config
 from tests.export.latents import tiny_vae
-from tests.forks import fork_two
+from tests.forks import fork_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +66,7 @@ def olvae_on_two(capfd) -> Callable[..., str]:
 
     def run(*arguments: object, exits: Sequence[int] = (0, 0)) -> str:
         capfd.readouterr()
-        fork_two(main, [str(a) for a in arguments], exits=exits)
+        fork_ranks(main, [str(a) for a in arguments], exits=exits)
         return capfd.readouterr().err
 
     return run

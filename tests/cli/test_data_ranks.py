@@ -12,7 +12,7 @@ import pytest
 from olvae.cli.main import main
 from olvae.data.packing import _Packer
 from tests.data.images import noise, write_photos
-from tests.forks import fork_two
+from tests.forks import fork_ranks
 
 
 @pytest.fixture
@@ -145,7 +145,7 @@ def test_two_ranks_check_what_one_process_checks(olvae, done, capfd, photos, tmp
     check = ("data", "check", src, "--size", 16, "--json", "--workers", 2)
     code, out, err = olvae(*check)
     assert (code, err) == (1, "")
-    fork_two(main, [str(a) for a in check], exits=(1, 0))
+    fork_ranks(main, [str(a) for a in check], exits=(1, 0))
     two, err = capfd.readouterr()
     assert err == ""
     one, both = json.loads(out), json.loads(two)

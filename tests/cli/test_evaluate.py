@@ -19,7 +19,7 @@ from olvae.evaluation.runner import Request, evaluate
 from olvae.models.loading.targets import find_target
 from olvae.runs import Run
 from tests.evaluation.peers import kl
-from tests.forks import fork_two
+from tests.forks import fork_ranks
 from tests.models.loading.test_targets import taesd
 from tests.soak.killed import killed_before
 
@@ -114,7 +114,7 @@ def test_evaluate_in_two_processes_and_small_batches_changes_nothing(
         "bf16",
         "--out",
     ]
-    fork_two(main, [*arguments, str(tmp_path / "two"), "-B", "3"])
+    fork_ranks(main, [*arguments, str(tmp_path / "two"), "-B", "3"])
     assert olvae(*arguments, tmp_path / "one", "-B", 12)[0] == 0
     one, two = content(tmp_path / "one"), content(tmp_path / "two")
     assert one["images"] == two["images"]

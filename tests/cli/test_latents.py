@@ -18,7 +18,7 @@ from olvae.data.places import load
 from olvae.evaluation.latent_report import LatentAccumulator
 from olvae.models.loading.targets import find_target
 from tests.evaluation.peers import numbers
-from tests.forks import fork_two
+from tests.forks import fork_ranks
 from tests.metrics.test_features import extract
 from tests.models.loading.test_targets import taesd
 
@@ -143,7 +143,7 @@ def test_latents_in_two_processes_have_the_numbers_of_one(olvae, capfd, trained,
     """
     command = ["latents", trained, "--data", photos, "-B", 1, "--device", "cpu", "--images", 3]
     assert olvae(*command, "--out", tmp_path / "one")[0] == 0
-    fork_two(main, [str(a) for a in (*command, "--out", tmp_path / "two")])
+    fork_ranks(main, [str(a) for a in (*command, "--out", tmp_path / "two")])
     assert capfd.readouterr().err.count("numbers: ") == 1
     one, two = (
         json.loads((tmp_path / name / "latents.json").read_text()) for name in ("one", "two")

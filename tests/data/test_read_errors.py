@@ -20,7 +20,7 @@ from olvae.data.read_errors import (
     worker_death,
 )
 from olvae.launcher import join, leave
-from tests.forks import fork_two
+from tests.forks import fork_ranks
 
 
 def account(epoch: int | None = None, images: int | None = None, limit: float = 0.01) -> ReadErrors:
@@ -126,7 +126,7 @@ def lose_many() -> None:
 
 
 def test_many_unreadable_images_travel_once_and_a_bounded_number_at_a_time():
-    fork_two(lose_many)
+    fork_ranks(lose_many)
 
 
 def test_processes_that_read_everything_name_the_files_of_another():
@@ -138,7 +138,7 @@ def test_processes_that_read_everything_name_the_files_of_another():
             errors.share()
         leave()
 
-    fork_two(share)
+    fork_ranks(share)
 
 
 def test_too_many_unreadable_images_stop_all_processes_together():
@@ -160,7 +160,7 @@ def test_too_many_unreadable_images_stop_all_processes_together():
             errors.share()
         leave()
 
-    fork_two(share)
+    fork_ranks(share)
 
 
 def read_but(broken: Sequence[int]):

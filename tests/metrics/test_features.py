@@ -40,7 +40,7 @@ from olvae.metrics.metric import Unavailable
 from olvae.modules.frozen import TRUNKS, VisionEncoder
 from olvae.pretrained_networks import DINOV2, INCEPTION
 from tests.export.latents import tiny_vae
-from tests.forks import fork_two
+from tests.forks import fork_ranks
 from tests.metrics.conftest import pairs
 
 WIDTH = 12
@@ -169,7 +169,7 @@ def test_two_processes_get_what_one_gets_to_the_bit(batch, tmp_path, monkeypatch
     keys, x, y = batch
     alone = both()
     alone[0].update(keys, x, y)
-    fork_two(measured_by_two, keys, x, y, tmp_path / "out")
+    fork_ranks(measured_by_two, keys, x, y, tmp_path / "out")
     values, sent = json.loads((tmp_path / "out").read_text())
     assert values == [metric.compute() for metric in alone]
     assert sent == 2 * [4, 4, 4, 4, 4, 3]

@@ -7,10 +7,8 @@ accelerator, so gradients are filled in.
 """
 
 import contextlib
-import ctypes
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +21,7 @@ from olvae.data.places import load
 from olvae.evaluation.round_trip import RoundTrip
 from olvae.models import footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from tests.cuda_guard import stand_in_for_cuda_guard
 from tests.models.test_liteautoencoder_synchronisation import WAITS
 
 GPU = torch.device("cuda:0")
@@ -33,15 +32,7 @@ COUNTED = (ATEN.convolution.default, ATEN.convolution_backward.default, ATEN.mv.
 
 @pytest.fixture(autouse=True, scope="module")
 def _guard() -> None:
-    """On a build without CUDA, autograd asks for a device guard where a parameter is used:
-    the CPU's does nothing.
-    """
-    if not torch.cuda._is_compiled():
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-        registry = (ctypes.c_void_p * 2).in_dll(
-            library, "_ZN3c104impl26device_guard_impl_registryE"
-        )
-        registry[1] = registry[1] or registry[0]
+    stand_in_for_cuda_guard()
 
 
 @contextlib.contextmanager

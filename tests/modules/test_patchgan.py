@@ -12,7 +12,7 @@ from olvae.losses.gan_losses import r1_penalty
 from olvae.modules import patchgan
 from olvae.modules.base import mean_over_processes
 from olvae.modules.patchgan import PatchGAN
-from tests.forks import fork_two
+from tests.forks import fork_ranks
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def half(out: Path) -> None:
 
 
 def test_patchgan_of_two_processes_is_that_of_one(tmp_path):
-    fork_two(half, tmp_path)
+    fork_ranks(half, tmp_path)
     whole, halves = measured(images()), [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for name in ("image", "evaluated"):
         both = torch.cat([part.pop(name) for part in halves])

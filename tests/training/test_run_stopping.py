@@ -117,31 +117,25 @@ def test_a_signal_counts_again_after_a_second(monkeypatch, number, handler):
     """Then the handler that was there before ends the process, with its exit code."""
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    before = signal.signal(number, handler)
+    signal.signal(number, handler)
     stop = GracefulStop()
-    try:
-        with stop.listening():
+    with stop.listening():
+        signal.raise_signal(number)
+        now[0] += 0.9
+        signal.raise_signal(number)
+        now[0] += 0.2
+        with pytest.raises((KeyboardInterrupt, SystemExit)) as ended:
             signal.raise_signal(number)
-            now[0] += 0.9
-            signal.raise_signal(number)
-            now[0] += 0.2
-            with pytest.raises((KeyboardInterrupt, SystemExit)) as ended:
-                signal.raise_signal(number)
-        assert signal.getsignal(number) is handler
-    finally:
-        signal.signal(number, before)
+    assert signal.getsignal(number) is handler
     assert ended.type is (SystemExit if handler is leave else KeyboardInterrupt)
     assert stop.preempted == (number == signal.SIGTERM)
 
 
 def test_a_closed_terminal_does_not_stop_a_training_under_nohup():
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop = GracefulStop()
-    try:
-        with stop.listening():
-            signal.raise_signal(signal.SIGHUP)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    with stop.listening():
+        signal.raise_signal(signal.SIGHUP)
     assert stop.reason is None
 
 
