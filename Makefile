@@ -84,7 +84,7 @@ before = $(if $(call saved,$@),,$(run))
 define SHIP
 	$(BIN)/olvae evaluate $(RUNS)/$@ --baselines --fit study/corpus-out/train_tiles --data study/corpus-out/held_out --size 256 --metrics psnr,ssim
 	$(BIN)/olvae latents $(RUNS)/$@ --data study/corpus-out/train_tiles --images 1000
-	$(BIN)/olvae export $(RUNS)/$@ --out $@ --force --license apache-2.0 --latents $(RUNS)/$@
+	$(BIN)/olvae export $(RUNS)/$@ --out $@ --force --dtype float16 --license apache-2.0 --latents $(RUNS)/$@
 endef
 
 photos-f8c4: CHANNELS = model.params.embed_dim=4 model.params.decoder_config.params.z_channels=4

@@ -28,30 +28,38 @@ class WeightsFile:
     # The network, for messages.
     what: str
     url: str
+    sha256: str
     # Another name under which the same file is published.
     alias: str | None = None
-    # The first digits of its SHA-256, if they do not end its name.
-    digits: str | None = None
 
     @property
     def name(self) -> str:
         return self.url.rpartition("/")[2]
 
-    @property
-    def sha256(self) -> str:
-        return self.digits or self.name.removesuffix(".pth")[-8:]
 
+VGG16 = WeightsFile(
+    "VGG16",
+    "https://download.pytorch.org/models/vgg16-397923af.pth",
+    "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
+)
 
-VGG16 = WeightsFile("VGG16", "https://download.pytorch.org/models/vgg16-397923af.pth")
+VGG19 = WeightsFile(
+    "VGG19",
+    "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
+    "dcbb9e9dad569fff7a846263a77324fc34978fea2bfb039c012d710e1776ae44",
+)
 
-VGG19 = WeightsFile("VGG19", "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth")
-
-ALEXNET = WeightsFile("AlexNet", "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth")
+ALEXNET = WeightsFile(
+    "AlexNet",
+    "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
+    "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
+)
 
 INCEPTION = WeightsFile(
     "Inception",
     "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
     "pt_inception-2015-12-05-6726825d.pth",
+    "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
     # torch-fidelity's name.
     alias="weights-inception-2015-12-05-6726825d.pth",
 )
@@ -59,7 +67,7 @@ INCEPTION = WeightsFile(
 DINOV2 = WeightsFile(
     "DINOv2",
     "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
-    digits="d5383ea8f4877b2472eb973e0fd72d55",
+    "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428",
 )
 
 
@@ -154,7 +162,7 @@ def provenance(path: Path, file: WeightsFile) -> dict[str, object]:
     """Describe a file beside a result: its name and SHA-256, and if it is the published file."""
     state = path.stat()
     digest = _sha256(path.resolve(), state.st_size, state.st_mtime_ns)
-    return {"file": path.name, "sha256": digest, "published": digest.startswith(file.sha256)}
+    return {"file": path.name, "sha256": digest, "published": digest == file.sha256}
 
 
 @lru_cache(maxsize=16)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 CORPUS = Path("study", "corpus-out")
-TESTS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis")
+TESTS = ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "lpips", "scikit-image")
 OF_PYTORCH = re.compile(r"torch|torchvision|triton|(nvidia|cuda)-.*")
 SOURCE_ALONE = "antlr4-python3-runtime==4.9.*"
 """omegaconf's, of which PyPI has no wheel."""

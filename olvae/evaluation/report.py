@@ -38,7 +38,7 @@ MISSING = "a network is not here: metrics.md says which file to put where"
 FORMULA = ("=", "+", "-", "@", "\t", "\r", "'")
 
 # Their versions are on the page.
-PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "lpips", "diffusers", "pillow", "numpy")
+PACKAGES = ("torch", "torchmetrics", "torch-fidelity", "diffusers", "pillow", "numpy")
 
 
 def print_results(several: Sequence[Evaluated], worded: Callable[[str], str] = str) -> None:

@@ -75,7 +75,7 @@ class PerceptualLoss(Frozen, ABC):
 
 
 class LPIPS(PerceptualLoss):
-    """Learned perceptual distance (Zhang et al. 2018), VGG, version 0.1, by the lpips package.
+    """Learned perceptual distance (Zhang et al. 2018), VGG, version 0.1.
 
     ``weights`` is torchvision's file of VGG16, vgg16-397923af.pth; see :class:`PerceptualLoss`.
     """

@@ -30,7 +30,7 @@ ROWS_AT_ONCE = 4096
 
 
 class LPIPSDistance:
-    """LPIPS of each pair (Zhang et al. 2018), version 0.1, by the lpips package, in float32."""
+    """LPIPS of each pair (Zhang et al. 2018), version 0.1, in float32."""
 
     def __init__(self, trunk: Trunk, path: Path, device: str | torch.device = "cpu") -> None:
         self._least = LPIPS_SIZE[trunk]

@@ -14,9 +14,11 @@ from olvae.devices import full_float32
 from olvae.modules.mixed_precision import in_float64
 from olvae.pretrained_networks import WeightsFile
 
-# SSIM's window and sigma in pixels, and two constants against divisions by 0 [Wang et al. 2004].
+# SSIM's windows and sigma in pixels, and two constants against divisions by 0 [Wang et al. 2004].
 SSIM_WINDOW = 11
 SIGMA = 1.5
+UNIFORM_WINDOW = 7
+SAMPLE = UNIFORM_WINDOW**2 / (UNIFORM_WINDOW**2 - 1)  # makes means of products sample covariances
 C1 = (0.01 * 255) ** 2
 C2 = (0.03 * 255) ** 2
 SSIM_TILE = 256  # pixels along a side of a tile that is filtered at a time
@@ -254,14 +256,23 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     return _similarity(x, y)[0]
 
 
-def _similarity(x: Tensor, y: Tensor) -> Tensor:
+def ssim_uniform(x: Tensor, y: Tensor) -> Tensor:
+    """SSIM of each image as by default in scikit-image, otherwise as :func:`ssim`.
+
+    A uniform window of 7 pixels, sample covariances.
+    """
+    _check_size("SSIM", x, UNIFORM_WINDOW)
+    return _similarity(x, y, uniform=True)[0]
+
+
+def _similarity(x: Tensor, y: Tensor, uniform: bool = False) -> Tensor:
     """Return means of SSIM and of its contrast term where the window fits, float64 (2, B).
 
     Levels (B, C, H, W) twice. In float64: a variance is a small difference of large squares, which
     in float32 loses up to 1e-3 of bright images.
     """
     sums = torch.zeros((), dtype=torch.double)
-    border = SSIM_WINDOW - 1
+    border = (UNIFORM_WINDOW if uniform else SSIM_WINDOW) - 1
     # Positions where the window fits.
     height = x.shape[-2] - border
     width = x.shape[-1] - border
@@ -275,12 +286,20 @@ def _similarity(x: Tensor, y: Tensor) -> Tensor:
 
             # Both, their squares and their product, averaged under the window at each position.
             products = torch.stack([a, b, a * a, b * b, a * b])  # (5, B, C, H, W)
-            rows = _windows(a.shape[-2], a.device)
-            columns = _windows(a.shape[-1], a.device)
-            mean_a, mean_b, aa, bb, ab = rows @ products @ columns.T  # (5, B, C, H - 10, W - 10)
+            if uniform:
+                planes = F.avg_pool2d(products.flatten(0, 2), UNIFORM_WINDOW, stride=1)
+                averages = planes.unflatten(0, products.shape[:3])
+            else:
+                rows = _windows(a.shape[-2], a.device)
+                columns = _windows(a.shape[-1], a.device)
+                averages = rows @ products @ columns.T
+            mean_a, mean_b, aa, bb, ab = averages  # (5, B, C, H - border, W - border)
 
             covariance = ab - mean_a * mean_b
             variances = (aa - mean_a**2) + (bb - mean_b**2)
+            if uniform:
+                covariance *= SAMPLE
+                variances *= SAMPLE
             contrast = (2 * covariance + C2) / (variances + C2)
             del covariance, variances  # large, and of no use below
             luminance = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
@@ -295,22 +314,6 @@ def _windows(side: int, device: torch.device) -> Tensor:
     inside = from_centre.abs() <= SSIM_WINDOW // 2
     weights = (-0.5 * (from_centre.double() / SIGMA) ** 2).exp() * inside
     return weights / weights.sum(1, keepdim=True)
-
-
-def ssim_uniform(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM of each image as by default in scikit-image.
-
-    A uniform window of 7 pixels, sample covariances.
-    """
-    _check_size("SSIM", x, 7)
-    # Slow to import.
-    from skimage.metrics import structural_similarity
-
-    values = [
-        structural_similarity(a, b, channel_axis=0, data_range=255)
-        for a, b in zip(x.cpu().numpy(), y.cpu().numpy(), strict=True)
-    ]
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def ms_ssim(x: Tensor, y: Tensor) -> Tensor:

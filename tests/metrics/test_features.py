@@ -4,6 +4,7 @@ and on Inception against torch-fidelity.
 
 import json
 import pickle
+import sys
 import tracemalloc
 import warnings
 from collections.abc import Callable
@@ -536,23 +537,36 @@ PUBLISHED = {"vgg": torchvision.models.VGG16_Weights, "alex": torchvision.models
 
 @pytest.mark.parametrize("trunk", ["vgg", "alex"])
 def test_lpips_equals_the_lpips_package(trunk, weights_dir, monkeypatch):
-    """The package loads the same file its own way: through torchvision's loader."""
+    """Bit for bit, with its gradients, where the package is not installed.
+
+    The package loads the same file its own way: through torchvision's loader.
+    """
     path = weights_dir / TRUNKS[trunk].name
     state = torch.load(path, weights_only=True)
     monkeypatch.setattr(PUBLISHED[trunk], "get_state_dict", lambda *args, **kwargs: state)
-    # Takes seconds, and is overwritten.
+    # Take seconds, and are overwritten.
     monkeypatch.setattr(nn.Linear, "reset_parameters", lambda layer: None)
+    monkeypatch.setattr(nn.init, "normal_", lambda tensor, *_: tensor)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         theirs = reference.LPIPS(net=trunk, verbose=False)
+    monkeypatch.setitem(sys.modules, "lpips", None)
     ours = LPIPSDistance(trunk, path)
     _, x, y = pairs(3, 64)
     with torch.no_grad():
         values = ours(x, y)
-        expected = theirs(*((image.float() / 127.5 - 1) for image in (x, y))).flatten()
         assert ours(x, x).tolist() == [0.0, 0.0, 0.0]
+    results = []
+    for network in (theirs, ours._network):
+        a, b = ((image.float() / 127.5 - 1).requires_grad_() for image in (x, y))
+        distances = network(a, b)
+        distances.mean().backward()
+        results.append((distances, a.grad, b.grad))
+    for expected, found in zip(*results, strict=True):
+        assert torch.equal(expected, found)
+        assert found.isfinite().all()
     assert values.dtype == torch.float64
-    assert values.tolist() == pytest.approx(expected.tolist(), rel=1e-5)
+    assert torch.equal(values, results[0][0].double().flatten())
     assert min(values) > 1e-3
     assert len({round(value, 6) for value in values.tolist()}) == 3
 

@@ -1,10 +1,19 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import correlate1d
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from olvae.metrics.metric import Unavailable, mean_absolute_error, ms_ssim, psnr, ssim
+from olvae.metrics.metric import (
+    Unavailable,
+    mean_absolute_error,
+    ms_ssim,
+    psnr,
+    ssim,
+    ssim_uniform,
+)
 from tests.metrics.conftest import pairs
 
 
@@ -42,6 +51,28 @@ def test_ssim_is_scikit_images(pair, kind):
             use_sample_covariance=False,
         )
         assert value.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["noise", "large", "bright", "flat", "float"])
+def test_ssim_with_a_uniform_window_is_scikit_images(pair, kind, monkeypatch):
+    """By its defaults; it computes uint8 images in float64, and float32 ones in float32."""
+    if kind == "large":
+        pair = [image.repeat(1, 1, 4, 9) for image in pair]
+    elif kind == "bright":
+        pair = [255 - image // 64 for image in pair]
+    elif kind == "flat":
+        pair = [torch.full((2, 3, 64, 64), level, dtype=torch.uint8) for level in (255, 254)]
+    elif kind == "float":
+        pair = [image + torch.rand(image.shape) * 0.9 for image in pair]
+    monkeypatch.setitem(sys.modules, "skimage.metrics", None)
+    values = ssim_uniform(*pair)
+    assert values.dtype == torch.float64
+    for value, x, y in zip(values, *pair, strict=True):
+        expected = structural_similarity(
+            x.double().numpy(), y.double().numpy(), data_range=255, channel_axis=0
+        )
+        assert value.item() == pytest.approx(expected, abs=1e-12)
+        assert kind != "noise" or abs(value.item() - expected) < 1e-15
 
 
 def direct(x: np.ndarray, y: np.ndarray) -> float:
@@ -97,7 +128,7 @@ def test_psnr_and_mean_absolute_error_by_hand():
     assert mean_absolute_error(y, x).tolist() == mean_absolute_error(x, y).tolist()
 
 
-@pytest.mark.parametrize(("metric", "least"), [(ssim, 11), (ms_ssim, 176)])
+@pytest.mark.parametrize(("metric", "least"), [(ssim, 11), (ssim_uniform, 7), (ms_ssim, 176)])
 def test_ssim_and_ms_ssim_refuse_images_that_are_too_small(metric, least):
     for shape in ((1, 3, least - 1, 200), (1, 3, 200, least - 1)):
         x = torch.zeros(shape, dtype=torch.uint8)

@@ -4,6 +4,7 @@ import re
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.data.dataset import SamplePhotographs
@@ -104,6 +105,14 @@ def test_card_of_a_shipped_model_has_its_numbers(name):
         "few photographs have, of up to", card
     )
     assert (names.SHIPPED_FOLDER / "LICENCES.txt").read_text().count("\n  Licence: ") == 238
-    assert (
-        type(AutoencoderLiteVAE.from_pretrained(f"olvae:{name}")).__name__ == "AutoencoderLiteVAE"
-    )
+    vae = AutoencoderLiteVAE.from_pretrained(f"olvae:{name}")
+    assert type(vae).__name__ == "AutoencoderLiteVAE"
+
+    # Stored in half precision, and loaded in float32.
+    (file,) = folder.glob("*.safetensors")
+    stored = load_file(file)
+    assert file.stat().st_size < 2.3e6
+    assert "| weights | float16, " in card
+    assert {tensor.dtype for tensor in stored.values()} == {torch.float16}
+    for loaded in (vae, LiteVAE.from_pretrained(f"olvae:{name}")):
+        assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float32}
