@@ -32,18 +32,17 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.stats import spearmanr
 from torch import Tensor
 
 from examples.diffusability import BATCH, DiT, decode, features, read_images, sample, train
@@ -58,29 +57,15 @@ from olvae.metrics.features import Extract
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.linear_code import LinearDecoder, LinearEncoder, fit_linear_paths
 from olvae.models.loading.targets import find_target
-from study import draw, predictors
+from study import predictors
 from study.features import Lite0, frechet_lite0
 from study.latent_maps import MAPS, LatentMap, fit
+from study.maps_table import AUTOENCODERS, SEEDS, read, table
 from study.run import CROP, Study
 
-CONTROL = "plain"
-SEEDS = (0, 1, 2)
 CHANNELS, FACTOR = 12, 8
 OTHERS = 500
 """Crops that no diffusion model learns, for its loss and for the predictors."""
-
-AUTOENCODERS = {"f8c12": "olvae:photos-f8c12", "linear": "the linear code"}
-"""Titles by name; the linear code is fitted on the crops and kept in OUT/linear."""
-
-MEASURED = {
-    "high_frequencies": "high frequencies",
-    "spectrum_divergence": "spectrum's KL",
-    "local_correlation": "local correlation",
-    "equivariance_error": "EQ error",
-    "ifid": "iFID, Lite0",
-    "precision": "precision",
-}
-"""Headings of the predictors, each measured before the diffusion models are trained."""
 
 
 @dataclass(frozen=True)
@@ -304,73 +289,6 @@ def run(autoencoders: Iterable[Encoded], results: Path, maps: Iterable[str] = tu
                     f"{seconds:.0f} s",
                     flush=True,
                 )
-
-
-def read(folder: Path = Path(__file__).parent / "results" / "maps") -> dict[str, dict[str, Any]]:
-    """The files of a folder by autoencoder and map: predictors, and the numbers of all seeds.
-
-    An autoencoder's entry `baselines` has its distances without a diffusion model.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for autoencoder in AUTOENCODERS:
-        if not (folder / f"{autoencoder}.json").is_file():
-            continue
-        rows: dict[str, Any] = {"baselines": _read(folder / f"{autoencoder}.json")}
-        for name in MAPS:
-            stem = f"{autoencoder}_{name}"
-            if not (folder / f"{stem}.json").is_file():
-                continue
-            paths = [folder / f"{stem}_{seed}.json" for seed in SEEDS]
-            seeds = [_read(path) for path in paths if path.is_file()]
-            rows[name] = {"predictors": _read(folder / f"{stem}.json"), "seeds": seeds}
-        found[autoencoder] = rows
-    return found
-
-
-def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
-
-
-def differs(control: list[float], row: list[float]) -> bool:
-    """Whether two rows differ, by the rule that was written down before the runs."""
-    if min(len(control), len(row)) < 2:
-        return False
-    gap = abs(fmean(control) - fmean(row))
-    pooled = ((stdev(control) ** 2 + stdev(row) ** 2) / 2) ** 0.5
-    return gap > 2 * pooled and gap > max(control) - min(control)
-
-
-def table(rows: Mapping[str, Any]) -> str:
-    """Markdown, of one autoencoder: what diffusion models found, then the predictors.
-
-    * marks a difference from the control. The last line has rank correlations over the maps,
-    Spearman's, of the loss and of each predictor with the samples' distance.
-    """
-    measured = {
-        name: [
-            [seed[key] for seed in rows[name]["seeds"]]
-            for key in ("frechet_lite0_to_decoded", "loss_in_linear")
-        ]
-        for name in MAPS
-        if name in rows and rows[name]["seeds"]
-    }
-    lines = []
-    for name, numbers in measured.items():
-        cells = []
-        for values, control, digits in zip(numbers, measured[CONTROL], (1, 3), strict=True):
-            mark = " *" if name != CONTROL and differs(control, values) else ""
-            cells.append(f"{draw.spread(values, digits)}{mark}")
-        of_row = [f"{rows[name]['predictors'][key]:.3g}" for key in MEASURED]
-        lines.append([MAPS[name], *cells, *of_row])
-    headings = ["map", "samples to decoded latents", "loss / linear", *MEASURED.values()]
-    if len(measured) > 2:
-        distances = [fmean(numbers[0]) for numbers in measured.values()]
-        others = [[fmean(numbers[1]) for numbers in measured.values()]]
-        others += [[rows[name]["predictors"][key] for name in measured] for key in MEASURED]
-        ranks = [f"{spearmanr(distances, values).statistic:.2f}" for values in others]
-        lines.append(["rank correlation with samples", "", *ranks])
-    return draw.table(headings, lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
