@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    ?= $(BIN)/python -m pip --disable-pip-version-check
 RUNS   ?= runs
 
-.PHONY: demo distil-demo study study-scale gpu gpu-bundle study-parts models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs notebooks test test-random test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
+.PHONY: demo distil-demo study study-scale gpu gpu-bundle study-parts study-maps models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs notebooks test test-random test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -67,6 +67,10 @@ gpu-bundle: $(VENV)/bin/python ## the same for a machine without a network: gpu-
 study-parts: $(VENV)/.installed-dev ## what the parts for diffusion models do to photos-f8c12, as in docs/results.md (CPU)
 	$(BIN)/python -m study.corpus --out study/corpus-out
 	$(BIN)/python -m study.parts --corpus study/corpus-out --out study/out
+
+study-maps: $(VENV)/.installed-dev ## which statistic of a latent a diffusion model learns by, as in docs/results.md (CPU, two hours of a thread; finished rows are kept)
+	$(BIN)/python -m study.corpus --out study/corpus-out
+	$(BIN)/python -m study.maps --corpus study/corpus-out --out study/out/maps
 
 study-scale: $(VENV)/.installed-dev ## what grows with images, shards, processes and tasks, as in docs/hundred_million.md (CPU, minutes)
 	$(BIN)/python -m study.scale

@@ -9,8 +9,9 @@ document's images/, and with `--runs study/out/runs` so do photographs.
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import torch
@@ -21,10 +22,11 @@ from olvae.data.dataset import SamplePhotographs
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.figures import labelled_grid
 from olvae.models.autoencoder import LiteVAE
+from study import maps_table
 from study.measure import AXES
 from study.rows import ALL_SIZES, BASELINE, LONGER, RECIPES, RUNS, SEEDS, details
 from study.run import find_run
-from study.tables import Found, fill, read_rows, table
+from study.tables import Found, fill, read_rows, spread, table
 
 SIZE = "256"
 
@@ -47,12 +49,6 @@ PICTURED = {
     "LiteVAE-S + norm": "litevae_norm_1e-3",
     "linear start": "litevae_linear_1e-3",
 }
-
-
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Mean, and the standard deviation over seeds where there are several."""
-    text = f"{mean(values):.{digits}f}"
-    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
 
 
 def _of_seeds(rows: Found, stem: str) -> list[Mapping[str, Any]]:
@@ -271,6 +267,10 @@ def _diffusion(rows: Found) -> str:
     )
 
 
+def _maps(autoencoder: str, rows: Found) -> str:  # noqa: ARG001
+    return maps_table.table(maps_table.read().get(autoencoder, {}))
+
+
 TABLES: Mapping[str, Callable[[Found], str]] = {
     "encoders": _encoders,
     "longer": _longer,
@@ -280,6 +280,8 @@ TABLES: Mapping[str, Callable[[Found], str]] = {
     ),
     "scales": _scales,
     "diffusion": _diffusion,
+    # of files in study/results/maps/, whatever the rows
+    **{f"maps_{name}": partial(_maps, name) for name in maps_table.AUTOENCODERS},
 }
 
 

@@ -17,8 +17,9 @@ from typing import Any
 from olvae.checkpoint import read_checkpoint
 from olvae.cli.main import print_error
 from olvae.files import check_folder, write_json
-from study import draw
 from study.run import CROP, Study, find_run
+from study.tables import spread
+from study.tables import table as as_table
 
 RECIPE = Path(__file__).parent / "parts.yaml"
 
@@ -152,10 +153,10 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
                 TITLES[name],
                 f"{row['psnr']:.2f}",
                 *floors,
-                *(draw.spread(values, 1) for values in seeds),
+                *(spread(values, 1) for values in seeds),
             ]
         )
-    return draw.table(headings, lines)
+    return as_table(headings, lines)
 
 
 def main(arguments: list[str] | None = None) -> None:

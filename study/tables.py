@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 Found = Mapping[str, Mapping[str, Any]]
@@ -53,3 +54,9 @@ def table(headings: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
         return NOTHING
     rule = ["---", *("--:" for _ in headings[1:])]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (headings, rule, *lines))
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, and the standard deviation over seeds where there are several."""
+    text = f"{mean(values):.{digits}f}"
+    return f"{text} ± {stdev(values):.{digits}f}" if len(values) > 1 else text
