@@ -20,6 +20,7 @@ from torch import Tensor
 from olvae import config as cfg
 from olvae import runs
 from olvae.config import Config, ConfigError, with_paths
+from olvae.data.shards.index import share_indexes
 from olvae.data.source import LoaderLayout, Source, continued
 from olvae.devices import PRECISIONS, precision_name, resolve_devices, resolve_precision, tf32
 from olvae.files import (
@@ -372,6 +373,7 @@ def _locate_data(plan: Plan) -> tuple[Config, Settings]:
 
 def _open_data(plan: Plan, config: Config, count: int, nodes: int) -> Source:
     """Build the source of images; a new run's loader processes are chosen by its cores."""
+    share_indexes(config["data"])
     source = cfg.instantiate(config["data"])
     if not isinstance(source, Source):
         raise ConfigError(f"data.target: {config['data']['target']} is not a source of images")

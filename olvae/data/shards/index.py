@@ -5,7 +5,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,11 +21,14 @@ from olvae.data.shards.offsets import OFFSETS, scan
 from olvae.data.shards.tar_reading import Shard, file_name, open_url
 from olvae.data.source import BOUND
 from olvae.files import file_state, first_line, printable, reason, warn_once, write_json
+from olvae.launcher import from_first, this_process
 
 # The folder beside shards that ``olvae data pack`` has not finished, with what it continues from.
 PACKING = ".packing"
 # The file beside the shards with the number of images in each; ``olvae data pack`` writes it.
 INDEX = "index.json"
+# Contents of indexes that the first process has read for all, by path or URL and state.
+_shared: dict[tuple[str, str], bytes] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +110,59 @@ class Index:
         return read_unchanged(str(url), file_state(url))
 
 
+def read_whole(url: str) -> bytes:
+    """Read a file by path or URL."""
+    with contextlib.closing(open_url(url)) as stream:
+        return b"".join(iter(lambda: stream.read(2**20), b""))
+
+
+def share_indexes(places: Any) -> None:
+    """Let the first process read indexes for all of them, each of which has to call.
+
+    ``places`` names shards, or is the node of a source. :meth:`Index.read` then takes what came
+    from the first process, unless this one's file has another size or time.
+    """
+    if this_process()[1] == 1:
+        return
+
+    def read() -> dict[tuple[str, str], bytes]:
+        found = {}
+        for url in sorted(set(named_indexes(places))):
+            key = (url, file_state(url))
+            # Where this fails, reading it again says what is wrong.
+            with contextlib.suppress(OSError, ValueError):
+                if key not in _shared:
+                    found[key] = read_whole(url)
+        return found
+
+    _shared.update(from_first(read))
+
+
+def named_indexes(places: Any, name: str = "") -> Iterator[str]:
+    """Find the indexes beside shards and in arguments ``index``, of nested nodes as well."""
+    if isinstance(places, Mapping):
+        for key, value in places.items():
+            yield from named_indexes(value, key)
+    elif isinstance(places, list | tuple):
+        for place in places:
+            yield from named_indexes(place, name)
+    elif isinstance(places, str | Path):
+        text = str(places)
+        beside = Path(text).parent if is_shard(text) else Path(text)
+        if name == "index":
+            yield text
+        elif is_local(text) and file_state(beside / INDEX) != "missing":
+            yield str(beside / INDEX)
+
+
 @lru_cache(maxsize=4)
-def read_unchanged(url: str, state: str) -> Index:  # noqa: ARG001
+def read_unchanged(url: str, state: str) -> Index:
     """Read an index, once for each :func:`~olvae.files.file_state` of it."""
     try:
-        with contextlib.closing(open_url(url)) as stream:
-            content = json.loads(b"".join(iter(lambda: stream.read(2**20), b"")))
+        key = (url, state)
+        content = json.loads(_shared.get(key) or read_whole(url))
+        if key in _shared:
+            _shared[key] = b""  # it was needed once
         shards = {
             name: ShardRecord(int(shard["images"]), shard.get("bytes"), shard.get("sha256"))
             for name, shard in content["shards"].items()
