@@ -238,9 +238,9 @@ def of_each(value: _T, error: Exception | None = None) -> list[_T]:
 
 
 def from_first(make: Callable[[], _T]) -> _T:
-    """Let the first process make a value for all of them, each of which has to call.
+    """Make a value in the first process, and give it, or its error, to all others.
 
-    Its error is raised in all.
+    Every process has to call.
     """
     rank, world = this_process()
     if world == 1:

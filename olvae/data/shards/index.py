@@ -117,7 +117,7 @@ def read_whole(url: str) -> bytes:
 
 
 def share_indexes(places: Any) -> None:
-    """Let the first process read indexes for all of them, each of which has to call.
+    """Read indexes in the first process, and give them to all others; every process has to call.
 
     ``places`` names shards, or is the node of a source. :meth:`Index.read` then takes what came
     from the first process, unless this one's file has another size or time.
