@@ -14,7 +14,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from olvae import config as cfg
@@ -31,7 +30,7 @@ from olvae.files import (
     remove_partials,
     unread_output,
 )
-from olvae.launcher import of_each
+from olvae.launcher import leave, of_each
 from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.updates.ddp import HOOKS, players_strategy
@@ -573,8 +572,7 @@ def _lock_resumed(run: Run | None, held: ExitStack) -> None:
             refusal = f"{error.filename or run.path}: {reason(error)}"
     refusal = of_each(refusal)[0]
     if refusal:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
         raise ConfigError(refusal)
 
 

@@ -66,6 +66,10 @@ class Index:
     def bytes(self) -> int:
         return sum(shard.bytes or 0 for shard in self.shards.values())
 
+    def counts(self, image_key: str | None) -> bool:
+        """Whether its numbers are of images of this key, and not of others in the same shards."""
+        return self.image_key in (None, image_key)
+
     def located(self, url: str, image_key: str | None) -> dict[str, Shard]:
         """Describe the shards by file name, with where to read their offsets.
 
@@ -284,6 +288,7 @@ def split_shards(
     fraction: float | None,
     argument: str,
     index: str | Path | None = None,
+    image_key: str | None = None,
 ) -> tuple[list[str], list[str], str]:
     """Split shards for training and validation: ``val``, or else the last ``fraction`` of them.
 
@@ -307,7 +312,7 @@ def split_shards(
     # By default the index, where there is one, bounds a share of two shards or more.
     bound = ""
     if fraction is None and held_out > 1:
-        sums = np.cumsum(images_listed(shards[-held_out:], index)[::-1])
+        sums = np.cumsum(images_listed(shards[-held_out:], index, image_key)[::-1])
         fitting = max(1, int(np.searchsorted(sums, MAX_VAL_IMAGES, side="right")))
         if fitting < held_out:
             held_out = fitting
@@ -315,7 +320,9 @@ def split_shards(
     return shards[:-held_out], shards[-held_out:], bound
 
 
-def images_listed(urls: Sequence[str], index: str | Path | None = None) -> list[int]:
+def images_listed(
+    urls: Sequence[str], index: str | Path | None = None, image_key: str | None = None
+) -> list[int]:
     """Look up numbers of images in an index, or in those beside local shards; 0 if not listed."""
     listed: dict[str, int] = {}
     if index is not None:
@@ -323,8 +330,11 @@ def images_listed(urls: Sequence[str], index: str | Path | None = None) -> list[
         listed = {url: given[file_name(url)].images for url in urls if file_name(url) in given}
         return [listed.get(url, 0) for url in urls]
     for folder in {Path(url).parent for url in urls if is_local(url)}:
-        if (folder / INDEX).is_file():
-            for name, shard in Index.read(folder / INDEX).shards.items():
+        if not (folder / INDEX).is_file():
+            continue
+        beside = Index.read(folder / INDEX)
+        if beside.counts(image_key):
+            for name, shard in beside.shards.items():
                 listed[str(folder / name)] = shard.images
     return [listed.get(str(Path(url)), 0) for url in urls]
 
@@ -359,7 +369,7 @@ def with_counts(
         found = known_shards(urls, image_key)
     else:
         read = Index.read(index)
-        if read.image_key not in (None, image_key):
+        if not read.counts(image_key):
             raise ValueError(
                 f"{index}: is of images of the image_key {read.image_key}, not {image_key}: repeat "
                 "`olvae data index` for these"
@@ -429,8 +439,7 @@ def known_shards(urls: Sequence[str], image_key: str | None = None) -> dict[str,
         if not place.is_file():
             continue
         index = Index.read(place)
-        # With another image key its numbers are of other images.
-        if index.image_key in (None, image_key):
+        if index.counts(image_key):
             indexed[folder] = index.located(str(place), image_key)
 
     # A damaged shard has its images before the damage, unless there is none.

@@ -12,7 +12,14 @@ from fsspec.implementations.memory import MemoryFileSystem
 from olvae.config import save
 from olvae.data.opening import open_source
 from olvae.data.shards import index
-from olvae.data.shards.index import Index, find_shards, read_unchanged, share_indexes, with_counts
+from olvae.data.shards.index import (
+    Index,
+    find_shards,
+    read_unchanged,
+    share_indexes,
+    split_shards,
+    with_counts,
+)
 from olvae.data.shards.indexing import index_shards
 from olvae.data.shards.offsets import scan
 from olvae.data.shards.webdataset import WebDatasetSource
@@ -224,6 +231,19 @@ def test_shards_of_ten_thousand_images_are_held_out_unless_a_share_is_given(tmp_
     assert len(WebDatasetSource(urls, 16, 4).val) == 3
     given = WebDatasetSource(urls, 16, 4, index=tmp_path / "other.json")
     assert len(given.val) == 1
+
+
+def test_an_index_of_another_image_key_bounds_no_validation_set(tmp_path):
+    paths = write_shards(tmp_path, [2] * 60)
+    records = {path.name: {"images": 6000} for path in paths}
+    content = {"shards": records, "image_key": "x.png"}
+    (tmp_path / "index.json").write_text(json.dumps(content))
+    urls = [str(path) for path in paths]
+    assert index.images_listed(urls, image_key="x.png") == [6000] * 60
+    assert index.images_listed(urls) == [0] * 60
+    assert len(split_shards(urls, None, None, "val", image_key="x.png")[1]) == 1
+    assert len(split_shards(urls, None, None, "val")[1]) == 3
+    assert len(WebDatasetSource(urls, 16, 4).val) == 3
 
 
 def test_an_index_is_parsed_once_and_no_shard_is_asked_for_by_itself(tmp_path, monkeypatch):
