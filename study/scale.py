@@ -232,6 +232,49 @@ def share(_: Path, n: int) -> Work:
     return work
 
 
+def draw(_: Path, n: int) -> Work:
+    return lambda: [*draws(0, n, iter(range(0, n, n // 1000)))]
+
+
+def moments(_: Path, n: int) -> Work:
+    rows = np.random.default_rng(0).standard_normal((100, 2048)).astype(np.float32)
+    keys = [f"{number:08d}" for number in range(n)]
+
+    def work() -> None:
+        file = FeatureFile()
+        for start in range(0, n, 100):
+            file.add(keys[start : start + 100], rows[: n - start])
+        file.moments(keys)
+
+    return work
+
+
+def sparse_tiff(place: Path, height: int, width: int) -> None:
+    """One tile, and the file leaves out all others."""
+    tiles = -(-height // 256) * -(-width // 256)
+    tifffile.imwrite(
+        place,
+        iter([np.zeros((256, 256, 3), np.uint8), *[None] * (tiles - 1)]),
+        shape=(height, width, 3),
+        dtype=np.uint8,
+        tile=(256, 256),
+        photometric="rgb",
+    )
+
+
+def rows_of_tiff(folder: Path, n: int) -> Work:
+    sparse_tiff(folder / "a.tif", n, 2048)
+
+    def work() -> None:
+        rows = open_rows(folder / "a.tif", 3, EIGHT_BITS, 2**22)
+        assert rows is not None
+        for top in range(0, n, 64):
+            rows.read(top, top + 64)
+        rows.close()
+
+    return work
+
+
 GROWTH = (
     Growth(
         "an epoch's start on remote shards without an index",
@@ -304,6 +347,30 @@ GROWTH = (
         (100, 200, 400),
         intervals,
         "3 s at 50,000, 19 s at 200,000",
+    ),
+    Growth(
+        "mean and covariance of an evaluation's features",
+        "images",
+        (4_000, 8_000, 16_000),
+        (500, 1_000, 2_000),
+        moments,
+        "all in memory",
+    ),
+    Growth(
+        "the place of 1000 images in the order of all, in each loader process",
+        "images",
+        (2**22, 2**24, 10**8),
+        (2**21, 2**23, 2**25),
+        draw,
+        "a list of all",
+    ),
+    Growth(
+        "reading a TIFF of 2048 columns by rows",
+        "rows",
+        (16_384, 32_768, 65_536),
+        (1_024, 2_048, 4_096),
+        rows_of_tiff,
+        "refused from 160 million pixels on",
     ),
     Growth(
         "unreadable images that 512 ranks exchange, and three more one by one",
@@ -447,16 +514,7 @@ def sockets(folder: Path) -> str:
 def large_tiff(folder: Path) -> str:
     side = 30_000
     place = folder / "a.tif"
-    # One tile, and the file leaves out all others.
-    tiles = [np.zeros((256, 256, 3), np.uint8), *[None] * ((-(-side // 256)) ** 2 - 1)]
-    tifffile.imwrite(
-        place,
-        iter(tiles),
-        shape=(side, side, 3),
-        dtype=np.uint8,
-        tile=(256, 256),
-        photometric="rgb",
-    )
+    sparse_tiff(place, side, side)
     tracemalloc.start()
     rows = open_rows(place, 3, EIGHT_BITS, 2**30)
     assert rows is not None
