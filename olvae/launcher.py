@@ -237,6 +237,29 @@ def of_each(value: _T, error: Exception | None = None) -> list[_T]:
     return [value for value, _ in pairs]
 
 
+def from_first(make: Callable[[], _T]) -> _T:
+    """Make a value in the first process, and give it, or its error, to all others.
+
+    Every process has to call.
+    """
+    rank, world = this_process()
+    if world == 1:
+        return make()
+    if _is_together:
+        of_each(None)
+    made: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            made[0] = make()
+        except Exception as error:
+            made[1] = error
+    dist.broadcast_object_list(made, src=0)
+    value, failure = made
+    if failure is not None:
+        raise failure
+    return cast("_T", value)
+
+
 @contextmanager
 def together() -> Iterator[tuple[int, int]]:
     """:func:`join`, and let an error of one process end the body in all of them; leave at its end.
@@ -308,7 +331,8 @@ def gather_parts(parts: Iterable[_T]) -> Iterator[_T]:
 def leave() -> None:
     """Wait for all processes, and leave the group."""
     if dist.is_initialized():
-        dist.barrier()
+        # A barrier of NCCL would need each one's GPU.
+        of_each(None)
         dist.destroy_process_group()
 
 

@@ -14,6 +14,7 @@ from olvae.config import ConfigError
 from olvae.launcher import (
     Agreement,
     check_others,
+    from_first,
     gather,
     gather_parts,
     join,
@@ -107,6 +108,25 @@ def test_gather_parts_gives_the_first_process_those_of_the_others(tmp_path):
     assert (tmp_path / "out").read_text() == str(expected)
 
 
+def take_from_first() -> None:
+    def make() -> int:
+        if os.environ["RANK"] == "1":
+            raise AssertionError
+        return 7
+
+    def fail_in_first() -> None:
+        raise ValueError(os.environ["RANK"])
+
+    with together():
+        assert from_first(make) == 7
+        with pytest.raises(ValueError, match="0"):
+            from_first(fail_in_first)
+
+
+def test_the_first_process_makes_a_value_or_an_error_for_all():
+    fork_two(take_from_first)
+
+
 def test_one_process_gathers_and_agrees_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert join() == (0, 1)
@@ -115,6 +135,7 @@ def test_one_process_gathers_and_agrees_alone(monkeypatch):
     assert join() == (0, 1)
     assert not dist.is_initialized()
     assert gather("mine") == ["mine"]
+    assert from_first(lambda: "mine") == "mine"
     assert list(gather_parts(["mine"])) == []
     assert [Agreement().any_asked(asked) for asked in (False, True)] == [False, True]
     leave()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -125,6 +126,14 @@ def command(
             help="Share the shards among several GPUs: their number, or a list: 2, or 0,3.",
         ),
     ] = None,
+    shards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="A-B",
+            help="Encode these shards of latents alone, both ends included; the first one is 0. "
+            "Other commands, such as an array of jobs, do others into the same --out.",
+        ),
+    ] = None,
     raw: Raw = False,
     allow_mismatch: AllowMismatch = False,
     as_json: Annotated[
@@ -134,9 +143,9 @@ def command(
     """Turn images into WebDataset shards of latents, with their statistics.
 
     After an interruption, the same command continues, and the result is the same byte for byte. To
-    share the work among GPUs: --gpus 4; among machines: torchrun ... --module olvae encode ... The
-    shards, and how to train a diffusion model on them:
-    https://open-litevae.github.io/open-litevae/encode/
+    share the work among GPUs: --gpus 4; among machines: torchrun ... --module olvae encode ...;
+    among jobs that start one by one: --shards. The shards, and how to train a diffusion model on
+    them: https://open-litevae.github.io/open-litevae/encode/
 
     Example: olvae encode demo --data photos --size 128 --out latents
 
@@ -146,6 +155,7 @@ def command(
     check_applies("--memory", memory is not None, "--native", native)
     if native and size is not None:
         raise ConfigError("--native and --size: give one of the two")
+    part = part_of(shards)
     check_paths(target, data=data)
     with loading():
         import torch
@@ -202,9 +212,9 @@ def command(
         )
 
         # Each process encodes its share of the shards; the first one finishes the folder.
-        job = EncodeJob(model, inputs, options, out, {"target": found.name, "source": data})
+        job = EncodeJob(model, inputs, options, out, {"target": found.name, "source": data}, part)
         readers = threads or min(MOST_READERS, cores_of_rank())
-        n = len(inputs)
+        n = len(job.numbers)
         if rank == 0 and n < world:
             typer.echo(
                 f"note: {n} shard{'s' * (n > 1)} of latents for {world} processes: the others have "
@@ -218,7 +228,7 @@ def command(
             compile_networks([_encoder(model, target)], where)
         bar = ProgressBar(
             "encoding" if world == 1 else f"encoding, 1 of {world} shares",
-            inputs.count(range(rank, n, world)),
+            inputs.count(job.numbers[rank::world]),
             enabled=rank == 0,
         )
         with job.shards.locked("olvae encode"), bar:
@@ -233,10 +243,27 @@ def command(
                     )
                     bar.print(f"stopped: {kept}; the same command continues")
                 sys.exit(stop_code())
-            if gather(None) is not None:  # all processes have finished, and this is the first
+            # All processes have finished, and this is the first; perhaps all other commands, too.
+            if gather(None) is not None and job.is_complete():
                 stats = job.finish()
     if stats is not None:
         _report(stats, out, found, model, as_json)
+    elif rank == 0:
+        typer.echo(
+            f"latents: {out}, shards {shards} of 0-{len(inputs) - 1}: others are not complete "
+            "yet; the command that completes them writes index.json and stats.json",
+            err=True,
+        )
+
+
+def part_of(shards: str | None) -> range | None:
+    """Read the first and the last number of --shards."""
+    if shards is None:
+        return None
+    match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", shards)
+    if match is None or int(match[1]) > int(match[2]):
+        raise ConfigError(f"--shards {shards}: give the first and the last number, such as 0-9")
+    return range(int(match[1]), int(match[2]) + 1)
 
 
 def own_device(device: str | None, gpus: str | None) -> tuple[str, list[int]]:

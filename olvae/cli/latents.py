@@ -75,7 +75,7 @@ def command(
         from olvae.modules.moments import FEW_IMAGES
 
     # Models, what iFID needs of them if asked for, and images that all of them can encode.
-    with together() as (_, world):
+    with together():
         found = [
             find_target(target, config, raw=raw, allow_mismatch=allow_mismatch)
             for target in targets
@@ -95,8 +95,7 @@ def command(
         batches = source.test_loader(batch_size)
         shown = with_progress("encoding", batches, source.val_images)
         accumulators = encode_latents(models, shown, device, source.pixel_range, observer)
-        if world > 1:
-            batches.read_errors.share()
+        batches.read_errors.share()
     if accumulators is None:
         return
 

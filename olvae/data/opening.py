@@ -28,6 +28,7 @@ from olvae.data.picture_folder import (
 from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BITS, PixelRange, Size
 from olvae.data.places import find_source, holds_shards, load
 from olvae.data.read_errors import ReadError
+from olvae.data.shards.index import share_indexes
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
 from olvae.runs import present_data
@@ -51,6 +52,7 @@ def open_source(
 
     Raises ConfigError: SRC is not one of these. FileNotFoundError, ValueError: it has no images.
     """
+    share_indexes(src)
     if Path(src).suffix in YAML:
         config = load([src])
         if "data" not in config:
@@ -230,6 +232,7 @@ def open_images(src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BIT
 
 
 def _build(node: Config, where: str, size: Size | None = None) -> Source:
+    share_indexes(node)
     source = instantiate(node if size is None else _resized(node, size))
     if not isinstance(source, Source):
         raise ConfigError(f"{where}: {node['target']} is not a source of images")

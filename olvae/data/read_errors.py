@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from olvae.files import counted, list_skipped, printable
-from olvae.launcher import of_each
+from olvae.launcher import of_each, this_process
 
 log = logging.getLogger("olvae.data")
 
@@ -190,10 +190,12 @@ class ReadErrors:
             self.end_of_epoch()
 
     def share(self) -> None:
-        """Add the counts of the other processes. Collective: all raise or none.
+        """Add the counts of the other processes, if there are any. Collective: all raise or none.
 
         Raises TooManyUnreadableError: the share of unreadable images is above the limit.
         """
+        if this_process()[1] == 1:
+            return
         known = self.unreadable
         names = dict(islice(known.reasons.items(), SHARED_NAMES))
         waiting = True

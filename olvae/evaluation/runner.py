@@ -23,7 +23,7 @@ from olvae.evaluation.results import FIXED, Results, Row
 from olvae.evaluation.round_trip import RoundTrip, open_images_for
 from olvae.evaluation.statistics import confidence, difference
 from olvae.files import first_line, warn_once
-from olvae.launcher import check_others, gather, gather_parts, this_process
+from olvae.launcher import check_others, gather, gather_parts
 from olvae.metrics import METRICS, build_metrics
 from olvae.metrics.metric import MetricSet
 from olvae.models.loading.loader import Target
@@ -269,8 +269,7 @@ def _describe_images(
 
     Called in all processes; the first one's answer covers all.
     """
-    if this_process()[1] > 1:
-        loader.read_errors.share()
+    loader.read_errors.share()
     parts = gather((source.unreadable.reasons, loader.enlarged)) or []
 
     # Each process names the files that it met; they have counted all images together.

@@ -24,7 +24,7 @@ from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.places import holds_shards, load
 from olvae.data.read_errors import ReadError, UnreadableImageError
-from olvae.data.shards.index import find_shards, with_counts
+from olvae.data.shards.index import find_shards, share_indexes, with_counts
 from olvae.data.shards.latent_files import LATENT_PIXELS, pixel_bytes
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.source import total
@@ -196,6 +196,7 @@ def find_inputs(
                 "one"
             )
     elif holds_shards(src):
+        share_indexes(src)
         images = ShardInputs(with_counts(find_shards(src)), channels, None, pixel_range)
     else:
         images = open_training_images(src, channels, pixel_range)

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from operator import itemgetter
 from os import getpid
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from olvae.checkpoint import tensors_sum
+from olvae.config import ConfigError
 from olvae.data.image import EvalTransform
 from olvae.data.read_errors import ReadError, worker_death
 from olvae.data.shards.index import INDEX
@@ -49,7 +50,7 @@ from olvae.export.encode_inputs import (
     Window,
     windows_of,
 )
-from olvae.files import write_json
+from olvae.files import counted, write_json
 from olvae.launcher import POLL_S, check_others
 from olvae.library_internals import stop_workers
 from olvae.models.autoencoder import Autoencoder
@@ -136,11 +137,13 @@ class _Statistics:
 class EncodeJob:
     """Encode images into a folder of shards, in one process or several.
 
-    Shard i goes to process i modulo their number. Neither interruptions nor the number of processes
-    change a byte; see :class:`~olvae.data.shards.write.ResumableShards`. The model is on its
-    device, in evaluation mode; ``describe`` has further entries of stats.json, such as the target's
-    name. Raise ConfigError if the folder holds latents of other options, images or weights, or
-    something else.
+    Shard i goes to process i modulo their number. Other jobs may do other parts of the shards at
+    the same time, each by its ``part``, a range of their numbers. Neither interruptions nor the
+    number of processes or parts change a byte; see
+    :class:`~olvae.data.shards.write.ResumableShards`. The model is on its device, in evaluation
+    mode; ``describe`` has further entries of stats.json, such as the target's name. Raise
+    ConfigError if the folder holds latents of other options, images or weights, or something else,
+    or if there are no shards of some of the part's numbers.
     """
 
     def __init__(
@@ -150,12 +153,19 @@ class EncodeJob:
         options: EncodeOptions,
         folder: Path,
         describe: Mapping[str, Any],
+        part: range | None = None,
     ) -> None:
         options.check(model)
         self.model = model
         self.inputs = inputs
         self.options = options
-        self.shards = ResumableShards(folder, STATE)
+        self.shards = ResumableShards(folder, STATE, part)
+        self.numbers = range(len(inputs)) if part is None else part
+        if self.numbers.stop > len(inputs):
+            raise ConfigError(
+                f"`shards` {self.numbers[0]}-{self.numbers[-1]}: these images make "
+                f"{counted(len(inputs), 'shard')} of latents, 0-{len(inputs) - 1}"
+            )
         # The stream of a GPU on which latents come back.
         device = device_of(model)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -201,7 +211,7 @@ class EncodeJob:
         # Leave out what is finished.
         shards = []
         done = 0
-        for shard in range(rank, len(self.inputs), world):
+        for shard in self.numbers[rank::world]:
             finished = self.shards.finished(shard)
             if finished is None:
                 shards.append(shard)
@@ -236,6 +246,13 @@ class EncodeJob:
         finally:
             if workers:
                 stop_workers(read)
+
+    def is_complete(self) -> bool:
+        """Whether other jobs' parts are finished, once this one's is."""
+        # The numbers after this part first: an array of jobs mostly begins parts in their order.
+        after = range(self.numbers.stop, len(self.inputs))
+        others = chain(after, range(self.numbers.start))
+        return all(self.shards.finished(number) is not None for number in others)
 
     def finish(self) -> dict[str, Any]:
         """Write index.json, then stats.json, and return its content.
@@ -291,7 +308,8 @@ class EncodeJob:
             "classes": list(self.inputs.classes),
             "unreadable": {"count": lost, "images": unreadable},
         }
-        self.shards.remove_partials()
+        if self.shards.part is None:
+            self.shards.remove_partials()
         stored = [n for n in range(len(finished)) if self.shards.path(n).name in index]
         content = {
             "version": 1,

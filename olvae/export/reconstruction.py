@@ -19,6 +19,7 @@ from olvae.config import ConfigError
 from olvae.data.image import MODES, image_to_tensor, read_picture
 from olvae.data.picture_folder import find_images
 from olvae.data.pixels.size_and_range import TooManyPixelsError
+from olvae.data.places import EXTENSIONS
 from olvae.data.read_errors import UnreadableImageError
 from olvae.devices import FULL, autocast
 from olvae.export.tiff_rows import TiffRows, open_rows
@@ -48,6 +49,13 @@ ONLY_WHOLE = "larger ones are read piece by piece by a LiteVAE alone, and withou
 AS_TILES = (
     "save it as a tiled TIFF, which is read piece by piece: "
     "vips copy '{}' '{}.tif[tile,bigtiff]', or gdal_translate -co TILED=YES -co BIGTIFF=IF_SAFER"
+)
+# Files of Zarr: each of its folders has one of them.
+ZARR = (".zarray", ".zgroup", "zarr.json")
+ZARR_AS_TILES = (
+    "Zarr is not read: save it as a tiled TIFF, which is read piece by piece: gdal_translate "
+    "-co TILED=YES -co BIGTIFF=IF_SAFER 'ZARR:\"{}\"' '{}.tif', or by the lines of "
+    "https://open-litevae.github.io/open-litevae/any_size/#larger-than-memory"
 )
 
 
@@ -80,7 +88,7 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
             raise FileNotFoundError(f"{path}: no such image or folder")
         is_folder = path.is_dir()
         has_results = results.is_relative_to(path.resolve())
-        for image in find_images(path) if is_folder else [path]:
+        for image in images_in(path) if is_folder else [path]:
             below = image.relative_to(path) if is_folder else Path(image.name)
             if not (has_results and results in image.resolve().parents):
                 found.setdefault(image.resolve(), (image, out / below.with_suffix("")))
@@ -114,6 +122,13 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
                     "folder"
                 )
     return places
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Find the images of a folder; ConfigError if the folder is a Zarr."""
+    if any((folder / name).is_file() for name in ZARR):
+        raise ConfigError(f"{folder}: {ZARR_AS_TILES.format(folder, folder.stem)}")
+    return find_images(folder)
 
 
 @torch.no_grad()
@@ -189,6 +204,10 @@ def reconstruct_file(
         image = image_to_tensor(read_picture(source, model.in_channels, pixels))
     except UnreadableImageError as error:
         if isinstance(error.__cause__, TooManyPixelsError | Image.DecompressionBombError):
+            raise ValueError(f"{error}: {advice}") from error
+        # JPEG 2000, formats of slide scanners and the like: libvips and GDAL read many.
+        if not source.name.lower().endswith(EXTENSIONS):
+            advice = AS_TILES.format(source.name, source.stem)
             raise ValueError(f"{error}: {advice}") from error
         raise
     try:

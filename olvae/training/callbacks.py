@@ -166,7 +166,7 @@ class UnreadableLimit(Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         loader = trainer.train_dataloader
-        if trainer.world_size == 1 or not isinstance(loader, BatchLoader):
+        if not isinstance(loader, BatchLoader):
             return
         if self._lost.any_asked(loader.read_errors.lost > self._shared):
             loader.read_errors.share()

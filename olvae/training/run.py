@@ -14,12 +14,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from olvae import config as cfg
 from olvae import runs
 from olvae.config import Config, ConfigError, with_paths
+from olvae.data.shards.index import share_indexes
 from olvae.data.source import LoaderLayout, Source, continued
 from olvae.devices import PRECISIONS, precision_name, resolve_devices, resolve_precision, tf32
 from olvae.files import (
@@ -30,7 +30,7 @@ from olvae.files import (
     remove_partials,
     unread_output,
 )
-from olvae.launcher import of_each
+from olvae.launcher import leave, of_each
 from olvae.models.footprint import MARGIN, advice, footprint
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.updates.ddp import HOOKS, players_strategy
@@ -372,6 +372,7 @@ def _locate_data(plan: Plan) -> tuple[Config, Settings]:
 
 def _open_data(plan: Plan, config: Config, count: int, nodes: int) -> Source:
     """Build the source of images; a new run's loader processes are chosen by its cores."""
+    share_indexes(config["data"])
     source = cfg.instantiate(config["data"])
     if not isinstance(source, Source):
         raise ConfigError(f"data.target: {config['data']['target']} is not a source of images")
@@ -571,8 +572,7 @@ def _lock_resumed(run: Run | None, held: ExitStack) -> None:
             refusal = f"{error.filename or run.path}: {reason(error)}"
     refusal = of_each(refusal)[0]
     if refusal:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave()
         raise ConfigError(refusal)
 
 

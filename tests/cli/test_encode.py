@@ -99,6 +99,63 @@ def test_two_processes_encode_what_one_encodes(olvae, olvae_on_two, target, tmp_
     )
 
 
+def test_an_array_of_commands_encodes_what_one_encodes(
+    olvae, done, target, tmp_path, image_folder, monkeypatch, capfd
+):
+    """At the same time into one folder; one of them is killed within a shard, and repeated."""
+    encode = ["encode", target, "--data", image_folder, "--size", 16, "--shard-size", 2, "--flip"]
+    one = tmp_path / "one"
+    out = tmp_path / "array"
+    done(*encode, "--out", one)
+    encode += ["--out", out, "--shards"]
+    parts = ("0-1", "2-4", "5-5")
+    write = ResumableShards.write
+
+    def killed_within_shard_3(self, number, samples, details):
+        def cut():
+            yield next(samples)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        return write(self, number, cut() if number == 3 else samples, details)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumableShards, "write", killed_within_shard_3)
+        fork_each(lambda i: main([str(a) for a in (*encode, parts[i])]), exits=(0, -9, 0))
+    err = capfd.readouterr().err
+    for part in ("0-1", "5-5"):
+        line = f"latents: {out}, shards {part} of 0-5: others are not complete yet; the command "
+        assert f"{line}that completes them writes index.json and stats.json\n" in err
+    names = {f"00000{number}.tar" for number in (0, 1, 2, 5)}
+    assert everything(out).keys() == names
+    assert len([*out.rglob(".partial-*")]) == 1
+
+    err = done(*encode, parts[1])
+    assert f"latents: {out}, 12 images of 16 px in 6 shards\n" in err
+    assert everything(out) == everything(one)
+    state = everything(out / ".encode")
+    assert state.keys() - everything(one / ".encode").keys() == {f"lock-{part}" for part in parts}
+    assert not [*out.rglob(".partial-*")]
+    done(*encode[:-1])  # without --shards the whole is complete as well
+    assert everything(out) == everything(one)
+
+
+def test_parts_that_do_not_fit_are_refused(olvae, refused, target, tmp_path, image_folder):
+    out = tmp_path / "out"
+    encode = ["encode", target, "--data", image_folder, "--shard-size", 3, "--out", out]
+    encode += ["--size", 16, "--shards"]
+    for text in ("1", "3-1", "a-b", "-1-2", "1-2,4"):
+        line = refused(2, *encode, text)
+        assert line == (
+            f"error: --shards {text}: give the first and the last number, such as 0-9\n"
+        )
+    line = "error: --shards 2-4: these images make 4 shards of latents, 0-3\n"
+    assert refused(2, *encode, "2-4") == line
+    assert not out.exists()
+    assert olvae(*encode, "2-3")[0] == 0
+    line = refused(2, *encode, "0-1", "--flip")
+    assert "was begun with flip False (now True): give the same options" in line
+
+
 def test_an_error_of_one_process_ends_the_others_with_one_line(
     done, olvae_on_two, target, tmp_path, image_folder, monkeypatch
 ):

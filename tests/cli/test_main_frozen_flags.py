@@ -26,7 +26,7 @@ FLAGS = {
     "--ifid --weights-dir --weights_dir --out --json",
     "olvae encode": "--data --out --config --size --native --moments --sample --seed --dtype "
     "--flip --images --classes --shard-size --batch-size -B --threads --memory --precision "
-    "--compile --device --gpus --raw --allow-mismatch --json",
+    "--compile --device --gpus --shards --raw --allow-mismatch --json",
     "olvae decode": "--out --config --format --batch-size -B --memory --device --raw "
     "--allow-mismatch",
     "olvae export": "--out --format --config --config_base --config-base --raw --allow-mismatch "

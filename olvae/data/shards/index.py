@@ -5,7 +5,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,11 +21,14 @@ from olvae.data.shards.offsets import OFFSETS, scan
 from olvae.data.shards.tar_reading import Shard, file_name, open_url
 from olvae.data.source import BOUND
 from olvae.files import file_state, first_line, printable, reason, warn_once, write_json
+from olvae.launcher import from_first, this_process
 
 # The folder beside shards that ``olvae data pack`` has not finished, with what it continues from.
 PACKING = ".packing"
 # The file beside the shards with the number of images in each; ``olvae data pack`` writes it.
 INDEX = "index.json"
+# Contents of indexes that the first process has read for all, by path or URL and state.
+_shared: dict[tuple[str, str], bytes] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,10 @@ class Index:
     @property
     def bytes(self) -> int:
         return sum(shard.bytes or 0 for shard in self.shards.values())
+
+    def counts(self, image_key: str | None) -> bool:
+        """Whether its numbers are of images of this key, and not of others in the same shards."""
+        return self.image_key in (None, image_key)
 
     def located(self, url: str, image_key: str | None) -> dict[str, Shard]:
         """Describe the shards by file name, with where to read their offsets.
@@ -107,12 +114,59 @@ class Index:
         return read_unchanged(str(url), file_state(url))
 
 
+def read_whole(url: str) -> bytes:
+    """Read a file by path or URL."""
+    with contextlib.closing(open_url(url)) as stream:
+        return b"".join(iter(lambda: stream.read(2**20), b""))
+
+
+def share_indexes(places: Any) -> None:
+    """Read indexes in the first process, and give them to all others; every process has to call.
+
+    ``places`` names shards, or is the node of a source. :meth:`Index.read` then takes what came
+    from the first process, unless this one's file has another size or time.
+    """
+    if this_process()[1] == 1:
+        return
+
+    def read() -> dict[tuple[str, str], bytes]:
+        found = {}
+        for url in sorted(set(named_indexes(places))):
+            key = (url, file_state(url))
+            # Where this fails, reading it again says what is wrong.
+            with contextlib.suppress(OSError, ValueError):
+                if key not in _shared:
+                    found[key] = read_whole(url)
+        return found
+
+    _shared.update(from_first(read))
+
+
+def named_indexes(places: Any, name: str = "") -> Iterator[str]:
+    """Find the indexes beside shards and in arguments ``index``, of nested nodes as well."""
+    if isinstance(places, Mapping):
+        for key, value in places.items():
+            yield from named_indexes(value, key)
+    elif isinstance(places, list | tuple):
+        for place in places:
+            yield from named_indexes(place, name)
+    elif isinstance(places, str | Path):
+        text = str(places)
+        beside = Path(text).parent if is_shard(text) else Path(text)
+        if name == "index":
+            yield text
+        elif is_local(text) and file_state(beside / INDEX) != "missing":
+            yield str(beside / INDEX)
+
+
 @lru_cache(maxsize=4)
-def read_unchanged(url: str, state: str) -> Index:  # noqa: ARG001
+def read_unchanged(url: str, state: str) -> Index:
     """Read an index, once for each :func:`~olvae.files.file_state` of it."""
     try:
-        with contextlib.closing(open_url(url)) as stream:
-            content = json.loads(b"".join(iter(lambda: stream.read(2**20), b"")))
+        key = (url, state)
+        content = json.loads(_shared.get(key) or read_whole(url))
+        if key in _shared:
+            _shared[key] = b""  # it was needed once
         shards = {
             name: ShardRecord(int(shard["images"]), shard.get("bytes"), shard.get("sha256"))
             for name, shard in content["shards"].items()
@@ -234,6 +288,7 @@ def split_shards(
     fraction: float | None,
     argument: str,
     index: str | Path | None = None,
+    image_key: str | None = None,
 ) -> tuple[list[str], list[str], str]:
     """Split shards for training and validation: ``val``, or else the last ``fraction`` of them.
 
@@ -257,7 +312,7 @@ def split_shards(
     # By default the index, where there is one, bounds a share of two shards or more.
     bound = ""
     if fraction is None and held_out > 1:
-        sums = np.cumsum(images_listed(shards[-held_out:], index)[::-1])
+        sums = np.cumsum(images_listed(shards[-held_out:], index, image_key)[::-1])
         fitting = max(1, int(np.searchsorted(sums, MAX_VAL_IMAGES, side="right")))
         if fitting < held_out:
             held_out = fitting
@@ -265,7 +320,9 @@ def split_shards(
     return shards[:-held_out], shards[-held_out:], bound
 
 
-def images_listed(urls: Sequence[str], index: str | Path | None = None) -> list[int]:
+def images_listed(
+    urls: Sequence[str], index: str | Path | None = None, image_key: str | None = None
+) -> list[int]:
     """Look up numbers of images in an index, or in those beside local shards; 0 if not listed."""
     listed: dict[str, int] = {}
     if index is not None:
@@ -273,8 +330,11 @@ def images_listed(urls: Sequence[str], index: str | Path | None = None) -> list[
         listed = {url: given[file_name(url)].images for url in urls if file_name(url) in given}
         return [listed.get(url, 0) for url in urls]
     for folder in {Path(url).parent for url in urls if is_local(url)}:
-        if (folder / INDEX).is_file():
-            for name, shard in Index.read(folder / INDEX).shards.items():
+        if not (folder / INDEX).is_file():
+            continue
+        beside = Index.read(folder / INDEX)
+        if beside.counts(image_key):
+            for name, shard in beside.shards.items():
                 listed[str(folder / name)] = shard.images
     return [listed.get(str(Path(url)), 0) for url in urls]
 
@@ -309,7 +369,7 @@ def with_counts(
         found = known_shards(urls, image_key)
     else:
         read = Index.read(index)
-        if read.image_key not in (None, image_key):
+        if not read.counts(image_key):
             raise ValueError(
                 f"{index}: is of images of the image_key {read.image_key}, not {image_key}: repeat "
                 "`olvae data index` for these"
@@ -379,8 +439,7 @@ def known_shards(urls: Sequence[str], image_key: str | None = None) -> dict[str,
         if not place.is_file():
             continue
         index = Index.read(place)
-        # With another image key its numbers are of other images.
-        if index.image_key in (None, image_key):
+        if index.counts(image_key):
             indexed[folder] = index.located(str(place), image_key)
 
     # A damaged shard has its images before the damage, unless there is none.

@@ -24,12 +24,12 @@ def index_shards(
 ) -> tuple[Path, Index, list[str]] | None:
     """Write ``index.json`` and ``index.offsets`` of shards: beside them, or into ``out``.
 
-    What an index that is there says of their bytes and checksums stays. Returns the place of the
-    index, its content, and the names of shards that can't be read whole, whose images before the
-    damage are counted; None in all processes but the first. Raises ConfigError if remote shards
-    have no ``out``, or shards of several folders, or the index there lists others; ValueError if
-    two have one name, or none has an image; OSError, once the index has the others, if some could
-    not be fetched.
+    What an index that is there says of checksums stays, unless a shard has another size. Returns
+    the place of the index, its content, and the names of shards that can't be read whole, whose
+    images before the damage are counted; None in all processes but the first. Raises ConfigError if
+    remote shards have no ``out``, or shards of several folders, or the index there lists others;
+    ValueError if two have one name, or none has an image; OSError, once the index has the others,
+    if some could not be fetched.
     """
     # Where the index belongs.
     urls = find_shards(places)
@@ -75,10 +75,10 @@ def index_shards(
             stream.write(offsets.tobytes())
             known = before.shards.get(name, ShardRecord(0))
             url = places_by_name[name]
-            size = known.bytes
-            if size is None and is_local(url):
-                size = Path(url).stat().st_size
-            records[name] = ShardRecord(len(offsets), size, known.sha256)
+            size = Path(url).stat().st_size if is_local(url) else known.bytes
+            # The checksum of a file of another size is another file's.
+            checksum = known.sha256 if known.bytes in (None, size) else None
+            records[name] = ShardRecord(len(offsets), size, checksum)
 
     # Classes, where images have them.
     counts = [len(one.classes) for one in scanned.values()]

@@ -201,7 +201,7 @@ class PairSource(ShardSource):
                 )
             given = find_shards(val_folder)
         train, val, self.bound = split_shards(
-            find_shards(folder), given, val_fraction, "val_folder"
+            find_shards(folder), given, val_fraction, "val_folder", image_key=LATENT
         )
         self.flip = flip and self.stats["flip"]
         super().__init__(

@@ -78,7 +78,9 @@ class WebDatasetSource(ShardSource):
         # Shards of training and validation; a held-out part may have none that exists.
         found = find_shards(shards)
         given = None if val_shards is None else find_shards(val_shards)
-        train, val, self.bound = split_shards(found, given, val_fraction, "val_shards", index)
+        train, val, self.bound = split_shards(
+            found, given, val_fraction, "val_shards", index, image_key
+        )
         if given is None:
             for part, use in ((train, "training"), (val, "validation")):
                 if not any(may_exist(url) for url in part):

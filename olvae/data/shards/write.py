@@ -31,7 +31,7 @@ from olvae.launcher import gather, this_process
 
 log = logging.getLogger(__name__)
 
-# The lock's file, in the state.
+# The lock's file, in the state; a part's has its first and last number behind.
 LOCK = "lock"
 
 # Seconds to wait for the lock: worker processes of a killed run need a moment to notice.
@@ -61,14 +61,20 @@ class ResumableShards:
     A folder inside it, the state, holds the plan (everything that the shards' bytes depend on), a
     JSON file about each finished shard, and half-written files. A shard is moved to its place when
     it is complete, and only then described. Any process may write any shard; no two should write
-    the same one.
+    the same one. So may commands that know nothing of each other, if each has a ``part``.
     """
 
     folder: Path  # made by :meth:`begin`
     state: str  # name of the folder inside it
+    part: range | None = None  # numbers that this command writes, while others write others
 
     def path(self, number: int) -> Path:
         return self.folder / shard_name(number)
+
+    @property
+    def alone(self) -> bool:
+        """Whether no other process may be writing into the folder, while this one has its lock."""
+        return self.part is None and this_process()[1] == 1
 
     def any_stored(self) -> bool:
         """Whether a shard is in its place already."""
@@ -104,7 +110,9 @@ class ResumableShards:
         if not changes:
             entries = {**begun, **plan}
             changes = [f"other {name}" for name in entries if begun.get(name) != plan.get(name)]
-        if changes and (any(self._state.glob("[0-9]*.json")) or self.any_stored()):
+        finished = any(self._state.glob("[0-9]*.json")) or self.any_stored()
+        # Another command may be at work on its part of the same plan.
+        if changes and (finished or self.part is not None):
             raise ConfigError(
                 f"`out` {self.folder}: was begun with {', '.join(changes)}: give the same options "
                 "and images to continue, name another folder, or remove this one to start again"
@@ -113,8 +121,7 @@ class ResumableShards:
     def begin(self, plan: Mapping[str, Any]) -> None:
         """:meth:`check`, remove half-written files of a killed run, then write the plan."""
         self.check(plan)
-        # Of several processes, another one may be writing already.
-        if this_process()[1] == 1:
+        if self.alone:
             self.remove_partials()
         self._state.mkdir(parents=True, exist_ok=True)
         write_json(plan, self._state / "plan.json")
@@ -123,9 +130,9 @@ class ResumableShards:
     def locked(self, command: str) -> Iterator[None]:
         """Hold the folder's lock; the first process takes it, and the others wait until it has it.
 
-        Raise ConfigError if another run, or its child processes, have it for too long; without
-        locks only warn. If the body raises before the first shard is in its place, remove the
-        state, but not the folder.
+        Commands with parts that do not overlap hold locks of their own. Raise ConfigError if
+        another run, or its child processes, have it for too long; without locks only warn. If the
+        body raises before the first shard is in its place, remove the state, but not the folder.
         """
         with ExitStack() as held:
             # Windows removes no open file: the lock goes last, once it is closed.
@@ -135,9 +142,16 @@ class ResumableShards:
             # One lock for all processes of the run: rank 0 takes it.
             if this_process()[0] == 0:
                 self._state.mkdir(parents=True, exist_ok=True)
-                file = held.enter_context((self._state / LOCK).open("a", encoding="utf-8"))
+                place = self._state / lock_name(self.part)
+                file = held.enter_context(place.open("a", encoding="utf-8"))
                 try:
                     lock_file(file, LOCK_S)
+                    # Nobody may hold a lock of some of these shards: of two commands that begin at
+                    # once, one at least finds the other's.
+                    for other in self._state.glob(f"{LOCK}*"):
+                        if other != place and overlaps(other.name, self.part):
+                            with other.open("a", encoding="utf-8") as theirs:
+                                lock_file(theirs, LOCK_S)
                 except BlockingIOError as error:
                     raise ConfigError(
                         f"`out` {self.folder}: another `{command}` is at work there"
@@ -155,9 +169,9 @@ class ResumableShards:
             try:
                 yield
             except BaseException:
-                # Of several processes, another one may have begun a shard.
-                alone = this_process()[1] == 1
-                if alone and not self.any_stored() and not any(self._state.glob(".partial-*")):
+                # Another process may have begun a shard.
+                begun = self.any_stored() or any(self._state.glob(".partial-*"))
+                if self.alone and not begun:
                     shutil.rmtree(self._state, ignore_errors=True)
                 raise
 
@@ -258,6 +272,16 @@ class ResumableShards:
 
     def _offsets(self, number: int) -> Path:
         return self._state / f"{number:06d}.offsets"
+
+
+def lock_name(part: range | None) -> str:
+    return LOCK if part is None else f"{LOCK}-{part[0]}-{part[-1]}"
+
+
+def overlaps(lock: str, part: range | None) -> bool:
+    """Whether a lock, by its :func:`lock_name`, is of some of a part's shards."""
+    ends = [int(end) for end in lock.split("-")[1:]]
+    return part is None or not ends or (ends[0] <= part[-1] and part[0] <= ends[1])
 
 
 def shard_name(number: int) -> str:

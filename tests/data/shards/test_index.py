@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -8,13 +9,23 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from olvae.config import save
 from olvae.data.opening import open_source
 from olvae.data.shards import index
-from olvae.data.shards.index import Index, find_shards, with_counts
+from olvae.data.shards.index import (
+    Index,
+    find_shards,
+    read_unchanged,
+    share_indexes,
+    split_shards,
+    with_counts,
+)
 from olvae.data.shards.indexing import index_shards
 from olvae.data.shards.offsets import scan
 from olvae.data.shards.webdataset import WebDatasetSource
+from olvae.launcher import join, leave
 from tests.data.images import encoded, write_shards, write_tar
+from tests.forks import fork_two
 
 
 def test_with_counts_of_an_empty_shard_and_a_broken_one(tmp_path, caplog):
@@ -222,6 +233,19 @@ def test_shards_of_ten_thousand_images_are_held_out_unless_a_share_is_given(tmp_
     assert len(given.val) == 1
 
 
+def test_an_index_of_another_image_key_bounds_no_validation_set(tmp_path):
+    paths = write_shards(tmp_path, [2] * 60)
+    records = {path.name: {"images": 6000} for path in paths}
+    content = {"shards": records, "image_key": "x.png"}
+    (tmp_path / "index.json").write_text(json.dumps(content))
+    urls = [str(path) for path in paths]
+    assert index.images_listed(urls, image_key="x.png") == [6000] * 60
+    assert index.images_listed(urls) == [0] * 60
+    assert len(split_shards(urls, None, None, "val", image_key="x.png")[1]) == 1
+    assert len(split_shards(urls, None, None, "val")[1]) == 3
+    assert len(WebDatasetSource(urls, 16, 4).val) == 3
+
+
 def test_an_index_is_parsed_once_and_no_shard_is_asked_for_by_itself(tmp_path, monkeypatch):
     write_shards(tmp_path, [2] * 12)
     index_shards(str(tmp_path))
@@ -254,3 +278,56 @@ def test_an_index_that_has_changed_is_read_again(tmp_path):
     write_shards(tmp_path, [2, 3, 4])
     index_shards(str(tmp_path))
     assert Index.read(place).images == 9
+
+
+@pytest.mark.parametrize("where", ["beside", "given", "in a mix"])
+def test_the_first_process_reads_an_index_for_all(tmp_path, where, monkeypatch):
+    """A local one beside shards, and a remote one that a config names."""
+    folder = tmp_path / "shards"
+    write_shards(folder, [2, 3])
+    place, _, _ = index_shards(str(folder))
+    params = {"shards": str(folder), "size": 16, "batch_size": 1}
+    if where != "beside":
+        place = place.rename(tmp_path / "other.json")
+        params["index"] = f"file://{place}"
+    node = {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": params}
+    if where == "in a mix":
+        common = {"size": 16, "batch_size": 1, "sources": [node, node]}
+        node = {"target": "olvae.data.mix.MixSource", "params": common}
+    save({"data": node}, tmp_path / "data.yaml")
+    log = tmp_path / "log"
+    open_url = index.open_url
+
+    def note_read(url: str) -> Any:
+        stream = open_url(url)
+        with log.open("a") as file:
+            file.write(f"{os.environ['RANK']} {url}\n")
+        return stream
+
+    def work() -> None:
+        join()
+        for _ in range(2):
+            source = open_source(str(tmp_path / "data.yaml"), 16, 1)
+            assert source.samples_per_epoch == (4 if where == "in a mix" else 2)
+        leave()
+
+    monkeypatch.setattr(index, "open_url", note_read)
+    read_unchanged.cache_clear()
+    fork_two(work)
+    assert log.read_text() == f"0 {params.get('index', place)}\n"
+
+
+def test_an_index_that_the_first_process_can_not_read_is_named_in_all(tmp_path):
+    write_shards(tmp_path, [2, 3])
+    (tmp_path / "index.json").write_text("{")
+
+    def work() -> None:
+        join()
+        with pytest.raises(ValueError, match="not a readable index of shards"):
+            open_source(str(tmp_path), 16, 1)
+        share_indexes({"index": "file:///gone.json"})
+        with pytest.raises(ValueError, match=r"gone\.json"):
+            WebDatasetSource(str(tmp_path), 16, 1, index="file:///gone.json")
+        leave()
+
+    fork_two(work)

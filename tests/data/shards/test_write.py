@@ -2,6 +2,7 @@
 
 import errno
 import json
+from contextlib import nullcontext
 
 import pytest
 
@@ -105,3 +106,44 @@ def test_writing_shards_without_locks_is_a_warning(tmp_path, monkeypatch, caplog
     with ResumableShards(tmp_path / "out", ".state").locked("it"):
         pass
     assert "no lock here (No locks available): let nothing else write there" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "free"),
+    [
+        (range(2, 5), range(4, 6), False),
+        (range(2, 5), range(2, 5), False),
+        (range(2, 5), range(3, 4), False),
+        (range(2, 5), None, False),
+        (None, range(2, 5), False),
+        (range(2, 5), range(5, 12), True),
+        (range(2, 5), range(2), True),
+    ],
+)
+def test_commands_write_parts_at_the_same_time_unless_they_overlap(
+    tmp_path, monkeypatch, first, then, free
+):
+    monkeypatch.setattr("olvae.data.shards.write.LOCK_S", 0.0)
+    refusal = pytest.raises(ConfigError, match="out: another `it` is at work there")
+    two = ResumableShards(tmp_path / "out", ".state", then)
+    one = ResumableShards(tmp_path / "out", ".state", first)
+    with one.locked("it"), nullcontext() if free else refusal, two.locked("it"):
+        pass
+    with two.locked("it"):
+        pass
+
+
+def test_a_part_leaves_the_files_and_the_plan_of_other_parts(tmp_path):
+    one = ResumableShards(tmp_path / "out", ".state", range(2))
+    one.begin(PLAN)
+    partial = tmp_path / "out" / ".state" / ".partial-12345678-000001.tar"
+    partial.touch()
+    two = ResumableShards(tmp_path / "out", ".state", range(2, 4))
+    two.begin(PLAN)
+    with pytest.raises(RuntimeError), two.locked("it"):
+        raise RuntimeError
+    with pytest.raises(ConfigError, match="was begun with other images"):
+        two.begin({**PLAN, "images": "abd"})
+    assert partial.exists()
+    one.write(1, samples(1))
+    assert not partial.exists()
