@@ -124,7 +124,7 @@ def take_from_first() -> None:
 
 
 def test_the_first_process_makes_a_value_or_an_error_for_all():
-    fork_two(take_from_first)
+    fork_ranks(take_from_first)
 
 
 def test_one_process_gathers_and_agrees_alone(monkeypatch):
