@@ -15,9 +15,12 @@ RUN apt-get update \
 ENV PATH=/opt/olvae/bin:$PATH
 
 WORKDIR /src
+# pyproject.toml has the versions.
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir torch torchvision --index-url "https://download.pytorch.org/whl/${TORCH}"
 COPY pyproject.toml README.md LICENSE ./
 COPY olvae olvae
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir '.[train]'
 
 # Downloaded weights are cached in /work too; any user may be named with --user.

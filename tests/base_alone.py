@@ -55,8 +55,9 @@ def use(readme: Path, picture: str, out: str) -> None:
             assert vae(torch.zeros(1, 3, 32, 32))[0].isfinite().all()
     assert run("--version") == run("--help") == 0
     assert run("reconstruct", "olvae:photos-f8c4", picture, "--out", out) == 0
-    for command in (["validate", "demo"], ["evaluate", "olvae:photos-f8c4"], ["train", "--base", "demo"]):
-        assert run(*command) == 2
+    assert run("validate", "demo") == 2
+    assert run("evaluate", "olvae:photos-f8c4") == 2
+    assert run("train", "--base", "demo") == 2
 
 
 if __name__ == "__main__":

@@ -306,9 +306,7 @@ def test_the_wheel_alone_uses_a_model_in_an_empty_environment(installed, tmp_pat
     assert not re.search(r"^(lightning|torchvision|diffusers|matplotlib|scipy) ", found, re.M)
     photograph = ROOT / "olvae" / "data" / "photographs" / "grass.jpg"
     script = [ROOT / "tests" / "base_alone.py", ROOT / "README.md", photograph, tmp_path / "out"]
-    done = subprocess.run(
-        [binaries / "python", *script], env=environment, cwd=tmp_path, text=True
-    )
+    done = subprocess.run([binaries / "python", *script], env=environment, cwd=tmp_path, text=True)
     assert done.returncode == 0
     done = subprocess.run(
         [binaries / "olvae", "reconstruct", "olvae:photos-f8c12", photograph],
