@@ -19,8 +19,6 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union
 
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
-
 from olvae.config.source_signatures import Arguments, arguments_in_source
 
 Config = dict[str, Any]
@@ -457,6 +455,8 @@ def _check_value(value: Any, hint: Any, where: str) -> Iterator[str]:
         )
         yield from mistakes
     elif hint is not None:
+        from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
         try:
             check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError:
