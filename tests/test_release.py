@@ -297,7 +297,7 @@ def test_the_wheel_alone_uses_a_model_in_an_empty_environment(installed, tmp_pat
     (wheel,) = (installed.parent / "index" / "simple" / "open-litevae").glob("*.whl")
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", venv], check=True)
-    binaries = next(venv.glob("*/python*")).parent
+    binaries = venv / ("Scripts" if os.name == "nt" else "bin")
     subprocess.run([binaries / "python", "-m", "pip", "install", "--quiet", wheel], check=True)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     found = subprocess.check_output(
