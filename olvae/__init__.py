@@ -5,8 +5,22 @@ lists them. A name is imported when it is first used, so that ``import olvae`` a
 commands do not wait for torch.
 """
 
+from typing import Any
+
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_import, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        return _import(name)
+    except ModuleNotFoundError as error:
+        from olvae.config import missing_package
+
+        missing = missing_package(error)
+        if missing is None:
+            raise
+        raise ImportError(f"olvae.{name} {missing}") from error

@@ -55,14 +55,14 @@ def make(out: Path, python: str | None, have: Collection[str]) -> None:
         target += [f"--platform={platform}" for platform in PLATFORMS]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.json")
-        asked = ["-r", str(ROOT / "requirements.txt"), *TESTS, "--target", folder]
+        asked = [f"{ROOT}[train]", *TESTS, "--target", folder]
         pip("install", "--dry-run", "--ignore-installed", f"--report={report}", *links, *asked)
         installed = json.loads(report.read_text(encoding="utf-8"))["install"]
     found = {plain(item["metadata"]["name"]): item["metadata"]["version"] for item in installed}
     wanted = [
         f"{name}=={version}"
         for name, version in found.items()
-        if not OF_PYTORCH.fullmatch(name) and name not in set(map(plain, have))
+        if not OF_PYTORCH.fullmatch(name) and name not in {"open-litevae", *map(plain, have)}
     ]
     pip("download", "--no-deps", "--dest", str(wheels), *target, *wanted)
     size = sum(path.stat().st_size for path in wheels.iterdir()) / 1e6

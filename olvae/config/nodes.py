@@ -19,8 +19,6 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union
 
-from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
-
 from olvae.config.source_signatures import Arguments, arguments_in_source
 
 Config = dict[str, Any]
@@ -64,6 +62,27 @@ SET_BY_TRAINING = {
 """Arguments of Lightning's Trainer that this package sets, and the setting to use instead."""
 
 
+ADDRESS = "https://github.com/open-litevae/open-litevae"  # the package is on no index
+
+TRAIN = (
+    "aiohttp",
+    "diffusers",
+    "fsspec",
+    "jinja2",
+    "lightning",
+    "markupsafe",
+    "matplotlib",
+    "psutil",
+    "pywt",
+    "tensorboard",
+    "torch_fidelity",
+    "torchmetrics",
+    "torchvision",
+    "webdataset",
+)
+"""Names, for import, of the packages in the extra ``train``: using a model needs none of them."""
+
+
 class ConfigError(ValueError):
     """One or more mistakes of a config, one line each."""
 
@@ -81,6 +100,20 @@ def import_extra(module: str, packages: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ConfigError(f"{purpose} needs {module}: pip install {packages}") from error
+
+
+def missing_package(error: BaseException | None) -> str | None:
+    """Return what to do about a package of the extra ``train`` that an error misses, or None."""
+    while error is not None:
+        if isinstance(error, ModuleNotFoundError):
+            package = (error.name or "").partition(".")[0]
+            if package in TRAIN:
+                return (
+                    f"needs {package}: pip install 'open-litevae[train] @ git+{ADDRESS}', "
+                    "or in a clone pip install -e '.[train]'"
+                )
+        error = error.__cause__
+    return None
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
@@ -214,6 +247,8 @@ def resolve_target(target: str) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
+        if missing_package(error):
+            raise
         raise ConfigError(
             f"target {target!r} does not import: {error}{_nearest_module(module_name)}"
         ) from error
@@ -418,6 +453,8 @@ def _check_value(value: Any, hint: Any, where: str) -> Iterator[str]:
         )
         yield from mistakes
     elif hint is not None:
+        from typeguard import CollectionCheckStrategy, TypeCheckError, check_type
+
         try:
             check_type(value, hint, collection_check_strategy=CollectionCheckStrategy.ALL_ITEMS)
         except TypeCheckError:

@@ -1,18 +1,20 @@
-"""Load configs: YAML files merged with what they include, and overrides."""
+"""Load configs: YAML files merged with what they include, and overrides.
+
+The functions import OmegaConf and YAML, which using a model does not wait for.
+"""
 
 import difflib
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any
 
 from olvae.config.nodes import TOP_LEVEL, Config, ConfigError, nearest
 from olvae.files import ON_WINDOWS, atomic_write, reason
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # Stands for a value that a config does not have.
 ABSENT = object()
@@ -66,6 +68,10 @@ def merge_files(
     ConfigError if a file is missing, is not a mapping or includes itself, or an override is not
     ``key=value``.
     """
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     merged = OmegaConf.create({})
     for path in paths:
         merged = _merge(merged, _read(path))
@@ -89,6 +95,8 @@ def read_received(path: Path) -> Config:
 
     Includes and interpolations are not followed, and aliases, which can fill memory, are refused.
     """
+    from omegaconf import OmegaConf
+
     return typing.cast(Config, OmegaConf.to_container(_yaml(path, received=True), resolve=False))
 
 
@@ -109,8 +117,12 @@ def find_config(name: str | Path, folder: Path, includers: tuple[Path, ...]) -> 
     return recipes().get(recipe, path)
 
 
-def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] = ()) -> DictConfig:
+def _read(
+    name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] = ()
+) -> "DictConfig":
     """Read a file over what it includes; ``includers`` are the files on the way to it."""
+    from omegaconf import ListConfig
+
     path = find_config(name, folder, includers)
     if path.resolve() in includers:
         raise ConfigError(f"{path}: includes itself")
@@ -132,8 +144,12 @@ def _read(name: str | Path, folder: Path = Path(), includers: tuple[Path, ...] =
     return part
 
 
-def _yaml(path: Path, received: bool = False) -> DictConfig:
+def _yaml(path: Path, received: bool = False) -> "DictConfig":
     """Read one file as it is; refuse aliases if it is ``received`` from somebody else."""
+    import yaml
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         if path.stat().st_size > CONFIG_BYTES:
             raise ConfigError(f"{path}: larger than {CONFIG_BYTES >> 20} MiB, which no config is")
@@ -184,10 +200,11 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split("\n    full_key")[0].split())
 
 
-def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
+def _merge(below: "DictConfig", above: "DictConfig") -> "DictConfig":
     """Merge ``above`` into ``below``; where the target changes, the old target's params go."""
+    from omegaconf import OmegaConf
 
-    def drop_params(low: DictConfig, high: DictConfig) -> None:
+    def drop_params(low: "DictConfig", high: "DictConfig") -> None:
         if "target" in low and "target" in high and low.target != high.target:
             low.pop("params", None)
         for key in high:
@@ -203,11 +220,13 @@ def _merge(below: DictConfig, above: DictConfig) -> DictConfig:
                 low.pop(key)
 
     drop_params(below, above)
-    return typing.cast(DictConfig, OmegaConf.unsafe_merge(below, above))
+    return typing.cast("DictConfig", OmegaConf.unsafe_merge(below, above))
 
 
 def save(config: Mapping[str, Any], path: str | Path) -> None:
     """Write a config as YAML; :func:`~olvae.data.places.load` reads it back unchanged."""
+    from omegaconf import OmegaConf
+
     with atomic_write(Path(path)) as partial:
         OmegaConf.save(OmegaConf.create(_escaped(config)), partial)
 

@@ -4,26 +4,27 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import ModelHubMixin
-from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor, nn
 
 from olvae.checkpoint import load_weights, read_weights
 from olvae.config import Config, ConfigError, instantiate
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
-from olvae.files import first_line, write_json
+from olvae.files import first_line
 from olvae.models.large.streaming import Plane, encode_within
 from olvae.models.large.tiling import decode_tiled
-from olvae.models.spec import CONFIG_NAME, FOR_DIFFUSION, AutoencoderSpec
+from olvae.models.spec import FOR_DIFFUSION, AutoencoderSpec
 from olvae.models.weight_files import ONE_KIND, Located, is_export, locate, write_export
 from olvae.modules.base import Decoder, Encoder, copy_plain, last_convolution
 from olvae.modules.counting import count_parameters
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 from olvae.modules.litevae.smc import fold_smc
 from olvae.modules.mixed_precision import autocast_enabled, keep_in_float32, upcast
+
+if TYPE_CHECKING:
+    from olvae.models.on_the_hub import HubExport
 
 Progress = Callable[[float], None]  # called from time to time with the fraction that is done
 
@@ -171,15 +172,7 @@ class Quantizer(nn.Module):
             nn.init.zeros_(conv.bias)
 
 
-class LiteVAE(
-    Autoencoder,
-    ModelHubMixin,
-    library_name="diffusers",
-    pipeline_tag="image-to-image",
-    tags=["autoencoder", "vae", "litevae"],
-    repo_url="https://github.com/open-litevae/open-litevae",
-    paper_url="https://arxiv.org/abs/2405.14477",
-):
+class LiteVAE(Autoencoder):
     """An autoencoder for latent diffusion: an encoder, a decoder and maybe a :class:`Quantizer`.
 
     Raises ValueError: encoder and decoder do not fit each other.
@@ -311,7 +304,7 @@ class LiteVAE(
         return self
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # other arguments than the mixin's
+    def from_pretrained(
         cls,
         path_or_id: str | Path,
         *,
@@ -365,24 +358,7 @@ class LiteVAE(
         ValueError if a network is not of this package, or weights are non-finite; then nothing is
         written.
         """
-        self._check_saveable()
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        # torch.compile puts "_orig_mod." into the names of a network's tensors.
-        state = {name.replace("_orig_mod.", ""): t for name, t in self.state_dict().items()}
-        write_export(state, self.export_config(), Path(save_directory))
-        return super().save_pretrained(save_directory, **kwargs)
-
-    def _save_pretrained(self, save_directory: Path) -> None:
-        # The mixin, which calls this, has just removed the file.
-        write_json(self.export_config(), save_directory / CONFIG_NAME)
-
-    def _check_saveable(self) -> None:
-        self.export_config()
-        broken = [name for name, t in self.state_dict().items() if not t.isfinite().all()]
-        if broken:
-            raise ValueError(
-                f"{len(broken)} of the model's tensors have non-finite values ({broken[0]}, ...)"
-            )
+        return self._on_the_hub().save_pretrained(save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Save to a repository of the Hugging Face hub, which is created if missing.
@@ -391,20 +367,21 @@ class LiteVAE(
         token, branch, create_pr, ... OSError if the hub refuses, or can't be reached; ValueError as
         :meth:`save_pretrained`: no repository is made.
         """
-        self._check_saveable()
-        try:
-            return super().push_to_hub(repo_id, **kwargs)
-        except (TypeError, ValueError):
-            raise  # the caller's mistake, such as an id of another form
-        except Exception as error:
-            # Of HTTP or the connection; their classes depend on huggingface_hub's version.
-            message = first_line(error)
-            if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-                message = (
-                    "the hub wants a token that may write there: set HF_TOKEN, or run hf auth "
-                    f"login ({error.response.status_code})"
-                )
-            raise OSError(f"{repo_id}: not uploaded: {message}") from error
+        return self._on_the_hub().push_to_hub(repo_id, **kwargs)
+
+    def _on_the_hub(self) -> "HubExport":
+        """Make the export that is saved or uploaded; ValueError as :meth:`save_pretrained`."""
+        from olvae.models.on_the_hub import HubExport  # slow to import
+
+        config = self.export_config()
+        # torch.compile puts "_orig_mod." into the names of a network's tensors.
+        state = {name.replace("_orig_mod.", ""): t for name, t in self.state_dict().items()}
+        broken = [name for name, t in state.items() if not t.isfinite().all()]
+        if broken:
+            raise ValueError(
+                f"{len(broken)} of the model's tensors have non-finite values ({broken[0]}, ...)"
+            )
+        return HubExport(lambda folder: write_export(state, config, folder), config)
 
     @property
     def config(self) -> dict[str, Any]:

@@ -1,8 +1,4 @@
-"""Find the files of a trained autoencoder, local or on the hub; write them as an export.
-
-The hub is reached through huggingface_hub, with its environment: HF_HUB_OFFLINE, HF_HOME,
-HF_ENDPOINT, HF_TOKEN.
-"""
+"""Find the files of a trained autoencoder, local or on the hub; write them as an export."""
 
 import json
 import os
@@ -11,21 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from torch import Tensor
 
 from olvae.checkpoint import header_of, write_tensors
-from olvae.config import Config, ConfigError, recipes
+from olvae.config import ADDRESS, Config, ConfigError, recipes
 from olvae.config.reading import CONFIG_BYTES
-from olvae.files import WEIGHT_SUFFIXES, atomic_write, first_line, write_json
+from olvae.files import WEIGHT_SUFFIXES, atomic_write, write_json
 from olvae.models.spec import (
     AUTO_MAP,
     CLASS_NAME,
@@ -38,7 +25,6 @@ from olvae.models.spec import (
 from olvae.models.target_names import SHIPPED, is_hub_id, shipped_folder
 from olvae.runs import Run, find_run, run_of
 
-ADDRESS = "https://github.com/open-litevae/open-litevae"  # the package is on no index
 CONFIG_KEY = "config"  # in the header of a safetensors file: an export's config.json
 LOADER_NAME = f"{AUTO_MAP['AutoModel'].partition('.')[0]}.py"
 LOADER = f"""# diffusers' AutoModel.from_pretrained(..., trust_remote_code=True) runs this file.
@@ -54,43 +40,6 @@ ONE_KIND = "an export has one kind of weights: `raw` is ignored"
 # Ends a message where the command has an option for the config.
 OR_CONFIG = ", or name it with `config`"
 CONFIG_PATTERNS = ("*.json", "*.yaml", "*.yml")
-
-
-def snapshot(
-    repo_id: str, patterns: Sequence[str], ignored: Sequence[str] = (), **access: Any
-) -> Path:
-    """Download the files of these patterns, or find them in the cache; return their folder.
-
-    FileNotFoundError if the repository or revision does not exist, or the hub can't be reached;
-    OSError if the connection breaks off.
-    """
-    where = f"{repo_id}@{access['revision']}" if access.get("revision") else repo_id
-    access = {"allow_patterns": [*patterns], "ignore_patterns": [*ignored], **access}
-    try:
-        return Path(snapshot_download(repo_id, **access))
-    except Exception as error:
-        for kind, message in _NOT_FOUND.items():
-            if isinstance(error, kind):
-                text = message.format(
-                    error=first_line(error), why=first_line(error.__cause__ or error)
-                )
-                raise FileNotFoundError(f"{where}: {text}") from error
-        raise OSError(f"{where}: not downloaded: {first_line(error)}") from error
-
-
-_NOT_FOUND: dict[type[Exception], str] = {
-    HFValidationError: "no such file or folder, and not an id of the hub",
-    GatedRepoError: "access is restricted: ask for it on the hub, then set HF_TOKEN",
-    RepositoryNotFoundError: (
-        "no such file or folder here, no such repository on the hub (private: set HF_TOKEN)"
-    ),
-    RevisionNotFoundError: "the repository has no such revision",
-    LocalEntryNotFoundError: (
-        "no such file or folder here, not in the hub's cache, and the hub can't be reached: {why}"
-    ),
-    HfHubHTTPError: "the hub answers: {error}",
-}
-"""Messages for huggingface_hub's errors. The first that fits is taken: some derive from others."""
 
 
 PUBLISHED = {"RGenDiff/olitevaeB_im_f8c12": "olitevaeB_im_f8c12"}
@@ -166,6 +115,8 @@ def locate_weights(path_or_id: str | Path, **access: Any) -> Path:
     if given.startswith(SHIPPED):
         folder = shipped_folder(given)
     elif not folder.is_dir() and is_hub_id(given):
+        from olvae.models.on_the_hub import snapshot  # slow to import
+
         for suffix in WEIGHT_SUFFIXES:
             folder = snapshot(given, [*CONFIG_PATTERNS, f"*{suffix}"], ["*/*"], **access)
             if any(folder.glob(f"*{suffix}")):

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.flop_counter import FlopCounterMode
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -46,6 +45,8 @@ def count_macs(module: nn.Module, *shape: int, method: str = "__call__") -> int:
 
     In matrix products and convolutions: half of torch's FLOPs, on the meta device, without memory.
     """
+    from torch.utils.flop_counter import FlopCounterMode
+
     tensors = (*module.parameters(), *module.buffers())
     if any(not tensor.is_meta for tensor in tensors):
         module = copy.deepcopy(module).to("meta")

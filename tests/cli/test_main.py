@@ -125,7 +125,7 @@ def test_an_error_names_its_file_once(olvae, tmp_path, monkeypatch):
     assert (code, err.count(str(tmp_path))) == (2, 1)
     assert err.startswith(f"error: {bad}: not readable as YAML: ")
     assert err.endswith(" at line 2, column 6\n")
-    monkeypatch.setattr("olvae.config.reading.OmegaConf.load", lambda _: tmp_path.read_bytes())
+    monkeypatch.setattr("omegaconf.OmegaConf.load", lambda _: tmp_path.read_bytes())
     assert olvae("validate", bad)[2].endswith(f"{bad}: not readable as YAML: Is a directory\n")
     monkeypatch.setattr("olvae.bench.cases.network_table", tmp_path.read_bytes)
     assert olvae("tables") == (1, "", f"error: {tmp_path}: Is a directory\n")

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from itertools import dropwhile
+from itertools import dropwhile, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +130,13 @@ def _check_python(words: list[str]) -> None:
 def _check_pip(words: list[str]) -> None:
     if "-r" in words:
         assert Path(words[words.index("-r") + 1]).is_file()
-    section = (
-        (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]\n")[2]
+    project = (ROOT / "pyproject.toml").read_text()
+    extras, groups = (
+        re.findall(r"^(\w+) = \[", project.partition(f"[{table}]")[2].partition("\n[")[0], re.M)
+        for table in ("project.optional-dependencies", "dependency-groups")
     )
-    extras = re.findall(r"^(\w+) = \[", section.partition("\n[")[0], re.M)
+    for flag, group in pairwise(words):
+        assert flag != "--group" or group in groups, f"pip: no group {group}; there are {groups}"
     named = [
         extra
         for word in words

@@ -12,8 +12,8 @@ from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.evaluation.baselines import Bicubic
 from olvae.evaluation.round_trip import RoundTrip
 from olvae.metrics.metric import psnr
+from olvae.models import on_the_hub
 from olvae.models import target_names as names
-from olvae.models import weight_files
 from olvae.models.loading.targets import find_target
 from tests.export.tiny import tiny_litevae
 
@@ -26,7 +26,7 @@ def folder(tmp_path, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr(weight_files, "snapshot_download", refuse)
+    monkeypatch.setattr(on_the_hub, "snapshot_download", refuse)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     return tmp_path / "pretrained"
 

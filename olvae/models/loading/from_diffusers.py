@@ -16,7 +16,6 @@ from olvae.models.loading.families import FAMILIES
 from olvae.models.loading.loader import Loader, LoadOptions, Target
 from olvae.models.spec import CLASS_NAME, FOR_DIFFUSION, class_in, oversized
 from olvae.models.target_names import DIFFUSERS
-from olvae.models.weight_files import snapshot
 from olvae.modules.counting import count_parameters
 from olvae.modules.distributions import Deterministic, DiagonalGaussian, Posterior
 from olvae.modules.others.wrapped import decode_image, encode_image, has_frames
@@ -258,6 +257,8 @@ def find_diffusers_folder(text: str) -> Path:
     root = Path(name)
     on_hub = not root.is_dir()
     if on_hub:
+        from olvae.models.on_the_hub import snapshot  # slow to import
+
         root = snapshot(name, [f"{prefix}config.json" for prefix in prefixes])
 
     # The first config that names a class or, for a better error, any.
