@@ -29,8 +29,8 @@ from PIL import Image
 from olvae.cli.main import print_error
 from olvae.data.image import resize_shorter_side
 from olvae.files import atomic_write, check_folder, file_sha256, write_json
-from study.debian import Contents, Licence, fetch
-from study.packages import ALIASES, MIRROR, PACKAGES, SAMPLES_HELD_OUT, Package
+from study.debian import Contents, Licence, fetch, system_mirror
+from study.packages import ALIASES, PACKAGES, SAMPLES_HELD_OUT, Package
 
 SIDE = 512  # pixels: the shorter side of whole photographs, both sides of tiles
 SMALLEST = 256  # pixels: the shortest side of a photograph; also the sides of `train_tiles`
@@ -293,7 +293,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("study/corpus-out"), help="the corpus's folder"
     )
-    parser.add_argument("--mirror", default=MIRROR, help=f"a mirror of Debian (default: {MIRROR})")
+    parser.add_argument("--mirror", help="a mirror of Debian (default: the one that apt uses here)")
     given = parser.parse_args(arguments)
     try:
         print(summary(make(given.out, given.mirror)))
@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(print_error(error))
 
 
-def make(out: Path, mirror: str) -> dict[str, Any]:
+def make(out: Path, mirror: str | None) -> dict[str, Any]:
     """Make the corpus in a folder, unless it is there by these rules.
 
     Returns what corpus.json says, as :func:`build`.
@@ -320,6 +320,7 @@ def make(out: Path, mirror: str) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
         mark.write_text(recipe)
     if not finished.exists():
+        mirror = mirror or system_mirror()
         found = []
         for package in PACKAGES:
             contents = Contents(fetch(package, out / "packages", mirror), package)

@@ -3,7 +3,9 @@ with the licence of each file."""
 
 import configparser
 import json
+import shutil
 import struct
+import subprocess
 import zlib
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
@@ -27,6 +29,25 @@ class Licence(NamedTuple):
     author: str
     licence: str
     stated_in: str
+
+
+def system_mirror() -> str:
+    """Find the mirror of Debian that this machine's apt installs from.
+
+    Raises:
+        ValueError: there is no apt, or it has read no index of Debian's.
+    """
+    listed = ""
+    if shutil.which("apt-get") is not None:
+        targets = ("--format", "$(REPO_URI)", "Created-By: Packages", "Label: Debian")
+        done = subprocess.run(["apt-get", "indextargets", *targets], capture_output=True, text=True)
+        listed = done.stdout
+    if not listed:
+        raise ValueError(
+            "apt names no mirror of Debian on this machine: name one with --mirror, "
+            "or on Debian run apt-get update first"
+        )
+    return listed.splitlines()[0]
 
 
 def fetch(package: Package, folder: Path, mirror: str) -> Path:

@@ -2,12 +2,9 @@
 
 from typing import NamedTuple
 
-MIRROR = "http://deb.debian.org/debian"
-"""Has the versions below as long as they are in Debian 13 (trixie). Files are checked
-by SHA-256."""
-
 SNAPSHOT = "https://snapshot.debian.org/archive/debian/20250901T000000Z"
-"""Debian as it was on 1 September 2025, for when a later version has replaced one of these."""
+"""Debian as it was on 1 September 2025. A mirror has the versions below as long as they are
+in Debian 13 (trixie). Files are checked by SHA-256."""
 
 
 class Package(NamedTuple):
