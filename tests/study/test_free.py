@@ -67,6 +67,16 @@ def test_photographs_by_one_author_are_on_one_side(tmp_path, monkeypatch):
     assert ("sky_p0", "sky_p1") in belong_together([(it.name, it.licence.author) for it in found])
 
 
+def test_a_picture_that_was_exchanged_is_refused():
+    """By its own SHA-256, and taken with the licence of its row if that is right."""
+    row = ROWS[0]
+    package = next(it for it in FREE if it.name == row.package)
+    contents = Contents.__new__(Contents)
+    contents.package, contents.photographs = package, {row.path: b"another"}
+    with pytest.raises(ValueError, match=r"is not free\.tsv's picture"):
+        corpus.photographs(contents, free=True)
+
+
 @pytest.mark.posix
 def test_npm_fetches_its_packages(tmp_path, monkeypatch):
     archive = io.BytesIO()
