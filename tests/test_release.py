@@ -43,8 +43,40 @@ def test_the_node_for_comfyui_can_be_registered():
     assert node["project"]["version"] == __version__
     assert node["project"]["dependencies"] == [f"{whole['project']['name']} @ git+{ADDRESS}"]
     assert node["project"]["urls"]["Repository"] == ADDRESS
-    assert node["project"]["license"] == {"text": whole["project"]["license"]}
+    assert node["project"]["license"] == {"text": "Apache-2.0"}
     assert node["tool"]["comfy"].keys() >= {"PublisherId", "DisplayName"}
+
+
+def test_the_readme_tells_the_project_from_its_namesake():
+    sentences = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split()).split(". ")
+    (sentence,) = (text for text in sentences if "RGenDiff/open-litevae" in text)
+    assert "independent clean-room implementation" in sentence
+    assert "AGPL" in sentence
+
+
+def test_the_wheel_names_the_licence_of_every_picture():
+    """The package's expression and REUSE.toml have what LICENCES.txt says of each file."""
+    read = pytest.importorskip("tomllib").loads  # since Python 3.11
+    project = read((ROOT / "pyproject.toml").read_text())["project"]
+    annotations = read((ROOT / "REUSE.toml").read_text())["annotations"]
+    reused = {file: it["SPDX-License-Identifier"] for it in annotations for file in it["path"]}
+    text = (ROOT / "olvae/data/photographs/LICENCES.txt").read_text(encoding="utf-8")
+    entries = re.findall(r"^(\S+\.jpg)\n(?:  .+\n)*?  Licence: (.+)", text, re.M)
+    named = {
+        f"olvae/data/photographs/{picture}": "LicenseRef-Public-Domain"
+        if licence == "public domain"
+        else licence.replace(" ", "-")
+        for picture, licence in entries
+    }
+    assert len(named) == 60
+    assert {file: reused.get(file) for file in named} == named
+    ours = ["Apache-2.0", "BSD-2-Clause"]  # the code, and LPIPS' heads
+    assert reused["olvae/modules/lpips_heads/**"] == ours[1]
+    assert project["license"].split(" AND ") == [*ours, *sorted(set(named.values()))]
+    assert "olvae/data/photographs/LICENCES.txt" in project["license-files"]
+    assert "olvae/modules/lpips_heads/LICENSE" in project["license-files"]
+    texts = {path.stem for path in (ROOT / "LICENSES").iterdir()}
+    assert texts == set(project["license"].split(" AND "))
 
 
 def test_the_repository_has_one_address():
@@ -282,6 +314,9 @@ def test_the_description_of_the_wheel_needs_no_repository(installed):
     (metadata,) = installed.glob("open_litevae-*.dist-info/METADATA")
     message = message_from_string(metadata.read_text(encoding="utf-8"))
     assert message["Version"] == __version__
+    assert "CC-BY-SA-4.0" in message["License-Expression"]
+    for file in message.get_all("License-File"):
+        assert (metadata.parent / "licenses" / file).read_bytes() == (ROOT / file).read_bytes()
     links = re.findall(r"(!?)\[[^\]]*\]\(([^)]+)\)", message.get_payload())
     ours = [(picture, url) for picture, url in links if url.startswith(ADDRESS)]
     assert len(ours) > 10

@@ -212,3 +212,12 @@ def test_hold_out_splits_into_two_parts():
     for arguments in ((1, 0.5), (10, 0.0), (10, 1.0)):
         with pytest.raises(ValueError, match=r"split|val_fraction"):
             keys(*arguments)
+
+
+def test_the_card_of_the_demos_teacher_names_the_terms_of_its_pictures():
+    entries = re.findall(r"^(\S+)\.jpg\n(?:  .+\n)*?  Licence: (.+)", LICENCES, re.M)
+    alike = {name for name, licence in entries if "BY-SA" in licence}
+    trained = alike & {path.stem for path in PHOTOGRAPHS}
+    card = (FOLDER.parents[1] / "recipes" / "distil" / "teacher" / "README.md").read_text()
+    counts = f"{len(alike)} of the {len(entries)}, and {len(trained)} of the {len(PHOTOGRAPHS)},"
+    assert f"{counts} are under CC BY-SA" in " ".join(card.split())

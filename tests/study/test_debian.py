@@ -1,13 +1,15 @@
 import hashlib
 import io
 import lzma
+import shutil
 import struct
+import subprocess
 import tarfile
 import zlib
 
 import pytest
 
-from study.debian import Contents, fetch
+from study.debian import Contents, fetch, system_mirror
 from study.packages import Package
 
 COPYRIGHT = """\
@@ -124,6 +126,33 @@ def test_photographs_of_a_package_have_their_licences(tmp_path):
     }
     with pytest.raises(ValueError, match=r"pictures 1-1 has no \*\.tiff"):
         Contents(path, package(path, ("*.jpg", "*.tiff")))
+
+
+@pytest.mark.posix
+def test_the_mirror_is_the_one_of_the_machine(tmp_path, monkeypatch):
+    """By an apt-get that lists what apt's own does, or nothing, or isn't there."""
+    apt = tmp_path / "apt-get"
+    apt.write_text("#!/bin/sh\nprintf 'http://one/debian/\\nhttp://two/debian/\\n'\n")
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert system_mirror() == "http://one/debian/"
+    apt.write_text("#!/bin/sh\n")
+    with pytest.raises(ValueError, match="name one with --mirror"):
+        system_mirror()
+    apt.unlink()
+    with pytest.raises(ValueError, match="name one with --mirror"):
+        system_mirror()
+
+
+@pytest.mark.skipif(shutil.which("apt-get") is None, reason="needs apt")
+def test_apt_understands_what_it_is_asked():
+    """The mirror is one of the addresses in apt's own listing of all its indexes."""
+    listed = subprocess.check_output(["apt-get", "indextargets"], text=True)
+    if "Label: Debian\n" not in listed:
+        with pytest.raises(ValueError, match="apt-get update"):
+            system_mirror()
+    else:
+        assert f"Repo-URI: {system_mirror()}\n" in listed
 
 
 def test_fetch_checks_and_keeps_a_package(tmp_path):
