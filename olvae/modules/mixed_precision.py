@@ -40,7 +40,7 @@ from olvae.modules.base import last_convolution
 
 
 def autocast_enabled(x: Tensor) -> bool:
-    """Return whether autocast is on for the device of ``x``, of which meta has none."""
+    """Return whether autocast is on for the device of ``x``; never for meta, which lacks it."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
