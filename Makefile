@@ -1,18 +1,18 @@
-# Everything a checkout needs is Python >= 3.10, make and git; every target makes .venv first if it is missing.
+# Everything a checkout needs is Python >= 3.11, make and git; every target makes .venv first if it is missing.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    ?= $(BIN)/python -m pip --disable-pip-version-check
 RUNS   ?= runs
 
-.PHONY: demo distil-demo study study-scale gpu gpu-bundle study-parts study-maps models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs notebooks test test-random test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
+.PHONY: demo distil-demo study study-scale gpu gpu-bundle study-parts study-maps models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs notebooks audit rehearse test test-random test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 $(VENV)/bin/python:
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "error: open-LiteVAE needs Python 3.10 or newer, this is %d.%d: make PYTHON=python3.11 ..." % v[:2] or 0)'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and "error: open-LiteVAE needs Python 3.11 or newer, this is %d.%d: make PYTHON=python3.11 ..." % v[:2] or 0)'
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: could not make $(VENV) (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 
 # Old versions of pip know no groups of packages.
@@ -156,8 +156,15 @@ lint: $(VENV)/.installed-dev ## ruff, mypy, the import contract, the files for G
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml .github/ISSUE_TEMPLATE/question.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
+	$(BIN)/zizmor --offline --quiet .github
 	$(BIN)/hadolint Dockerfile
 	$(BIN)/reuse lint --lines
+
+audit: $(VENV)/.installed-dev ## ask PyPI for known vulnerabilities of what is installed (needs the internet)
+	$(BIN)/pip-audit --skip-editable --progress-spinner off
+
+rehearse: $(VENV)/.installed-dev ## release into an index on this machine: tag, wheel, pip install, an export that another installation loads
+	$(BIN)/python scripts/rehearse_release.py
 
 format: $(VENV)/.installed-dev ## let ruff format and fix
 	$(BIN)/ruff format .

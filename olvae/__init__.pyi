@@ -26,8 +26,10 @@ from .metrics import METRICS as METRICS
 from .metrics import build_metrics as build_metrics
 from .models.adversary import Adversary as Adversary
 from .models.autoencoder import LiteVAE as LiteVAE
+from .models.large.tiling import GIB as GIB
 from .models.liteautoencoder import LiteAutoencoderKL as LiteAutoencoderKL
 from .models.loading.targets import find_target as find_target
+from .models.weight_files import config_inside as config_inside
 from .modules.gigagan import GigaGAN as GigaGAN
 from .modules.patchgan import PatchGAN as PatchGAN
 from .modules.unetgan import UNetGAN as UNetGAN

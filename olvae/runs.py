@@ -9,7 +9,7 @@ import re
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +137,8 @@ def create(logdir: str | Path, name: str, precision: str) -> Run:
 def utc_text(seconds: float | None = None) -> str:
     """Write a Unix time, by default now, in UTC, as :class:`Settings` has it in ``begun``."""
     if seconds is None:
-        return datetime.now(timezone.utc).isoformat()
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat()
+        return datetime.now(UTC).isoformat()
+    return datetime.fromtimestamp(seconds, UTC).isoformat()
 
 
 def begun_at(run: Run) -> float:

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -194,7 +194,7 @@ def _machine(bench: Bench) -> dict[str, Any]:
 
     from olvae.bench.measure import machine
 
-    found = {**machine(bench.device), "date": datetime.now(timezone.utc).date().isoformat()}
+    found = {**machine(bench.device), "date": datetime.now(UTC).date().isoformat()}
     if bench.device != "cpu":
         memory = torch.cuda.get_device_properties(bench.device).total_memory / GIB
         found |= {"memory_gib": memory, "cuda": torch.version.cuda, "rocm": torch.version.hip}

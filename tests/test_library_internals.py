@@ -3,12 +3,16 @@
 import ast
 import importlib
 import re
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from olvae import library_internals as internals
 
@@ -96,6 +100,23 @@ def test_the_installed_version_reads(name):
 def test_each_private_name_is_listed_here():
     used = {name for _, name in private_attributes(ROOM)}
     assert used == PLACES.keys() | MENTIONED.keys()
+
+
+@pytest.mark.parametrize("name", ["torch", "lightning", "diffusers"])
+def test_the_versions_end_where_they_are_tried(name):
+    """A later release may lack a private name: pip must not bring it to a user first."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    lines = project["dependencies"] + project["optional-dependencies"]["train"]
+    declared = [Requirement(line) for line in lines]
+    (specifier,) = (it.specifier for it in declared if it.name == name)
+    installed = Version(version(name))
+    assert specifier.contains(installed), "if the suite passes with it, raise the bound"
+    assert not specifier.contains(f"{installed.major}.{installed.minor + 20}")
+    if name == "lightning":  # GHSA-w37p-236h-pfx3
+        assert specifier.contains("2.6.1")
+        assert not specifier.contains("2.6.2")
+        assert not specifier.contains("2.6.3")
+        assert specifier.contains("2.6.4")
 
 
 def test_no_other_file_uses_a_library_s_private_name():

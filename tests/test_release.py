@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from email import message_from_string
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,8 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.version import Version
 from PIL import Image
 
 from olvae import __version__
@@ -26,6 +29,11 @@ ROOT = Path(__file__).parent.parent
 COPIED = " ".join(re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), re.M)).split()
 ADDRESS = yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"]
 
+WORKFLOWS = {
+    path.stem: yaml.safe_load(path.read_text())
+    for path in (ROOT / ".github" / "workflows").glob("*.yml")
+}
+
 
 def test_the_citation_has_the_version():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
@@ -33,15 +41,17 @@ def test_the_citation_has_the_version():
 
 def test_the_node_for_comfyui_can_be_registered():
     """By what the registry's specification asks of its file."""
-    read = pytest.importorskip("tomllib").loads  # since Python 3.11
     node, whole = (
-        read((ROOT / place / "pyproject.toml").read_text())
+        tomllib.loads((ROOT / place / "pyproject.toml").read_text())
         for place in ("integrations/comfyui", ".")
     )
     assert re.fullmatch(r"[a-z](?:[._-]?[a-z0-9])*", node["project"]["name"])
     assert "comfyui" not in node["project"]["name"]
     assert node["project"]["version"] == __version__
-    assert node["project"]["dependencies"] == [f"{whole['project']['name']} @ git+{ADDRESS}"]
+    (dependency,) = map(Requirement, node["project"]["dependencies"])
+    assert dependency.name == whole["project"]["name"]
+    assert dependency.specifier.contains(__version__)
+    assert not dependency.specifier.contains(f"{Version(__version__).major + 1}.0")
     assert node["project"]["urls"]["Repository"] == ADDRESS
     assert node["project"]["license"] == {"text": "Apache-2.0"}
     assert node["tool"]["comfy"].keys() >= {"PublisherId", "DisplayName"}
@@ -56,7 +66,7 @@ def test_the_readme_tells_the_project_from_its_namesake():
 
 def test_the_wheel_names_the_licence_of_every_picture():
     """The package's expression and REUSE.toml have what LICENCES.txt says of each file."""
-    read = pytest.importorskip("tomllib").loads  # since Python 3.11
+    read = tomllib.loads
     project = read((ROOT / "pyproject.toml").read_text())["project"]
     annotations = read((ROOT / "REUSE.toml").read_text())["annotations"]
     reused = {file: it["SPDX-License-Identifier"] for it in annotations for file in it["path"]}
@@ -113,7 +123,7 @@ def test_no_command_installs_a_name_that_is_on_no_index():
 
 
 def project() -> dict[str, Any]:
-    read = pytest.importorskip("tomllib").loads  # since Python 3.11
+    read = tomllib.loads
     return read((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -204,11 +214,8 @@ def test_make_shows_what_pip_fetches_and_takes_the_build_for_cpus():
 
 def test_the_workflows_run_what_contributors_run():
     """Their make targets and scripts exist, and the Pythons are those that the package names."""
-    workflows = [
-        yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")
-    ]
-    jobs = {name: job for workflow in workflows for name, job in workflow["jobs"].items()}
-    lines = [step["run"] for job in jobs.values() for step in job.get("steps", []) if "run" in step]
+    jobs = [job for workflow in WORKFLOWS.values() for job in workflow["jobs"].values()]
+    lines = [step["run"] for job in jobs for step in job.get("steps", []) if "run" in step]
     made = [words for line in lines if line.startswith("make ") for words in split_commands(line)]
     assert {"lint", "test", "docs"} <= {words[1] for words in made}
     for words in made:
@@ -216,9 +223,37 @@ def test_the_workflows_run_what_contributors_run():
     for script in re.findall(r"\.ci/\w+", "\n".join(lines)):
         assert os.access(ROOT / script, os.X_OK), script
     named = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text())
-    matrix = jobs["test"]["strategy"]["matrix"]
-    assert matrix["python"] == named
-    assert matrix["include"] == [{"python": named[0], "resolution": "lowest-direct"}]
+    assert WORKFLOWS["test"]["jobs"]["test"]["strategy"]["matrix"]["python"] == named
+    lowest = WORKFLOWS["test"]["jobs"]["lowest"]
+    assert lowest["env"] == {"UV_RESOLUTION": "lowest-direct"}
+    assert [
+        step["with"]["python-version"] for step in lowest["steps"] if "setup-python" in str(step)
+    ] == [named[0]]
+    assert not any("continue-on-error" in job for job in jobs)
+
+
+def test_each_action_is_pinned_to_one_commit():
+    """By its hash, which nobody can move; the same version of it everywhere."""
+    used = set()
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        used |= set(re.findall(r"uses: ([^$\s].*)", path.read_text()))
+    assert used
+    for line in used:
+        assert re.fullmatch(r"[\w./-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", line), line
+    assert len({line.partition("@")[0] for line in used}) == len(used)
+
+
+def test_docker_has_the_torch_that_it_is_asked_for():
+    """CI builds each image that the docs name, with versions of torch from its own index alone."""
+    dockerfile = (ROOT / "Dockerfile").read_text()
+    (default,) = re.findall(r"^ARG TORCH=(\w+)$", dockerfile, re.M)
+    for page in (dockerfile, (ROOT / "docs" / "install.md").read_text(encoding="utf-8")):
+        named = {default, *re.findall(r"--build-arg TORCH=(\w+)", page)}
+        assert named == set(WORKFLOWS["test"]["jobs"]["image"]["strategy"]["matrix"]["torch"])
+    assert "--extra-index-url" not in dockerfile
+    (select,) = re.findall(r"grep .+? pyproject.toml \| tr -d '\"'", dockerfile)
+    selected = subprocess.check_output(select, shell=True, cwd=ROOT, text=True).splitlines()
+    assert [re.split("[<>=]", line)[0] for line in selected] == ["torch", "torchvision"]
 
 
 def test_docker_is_sent_what_it_copies():

@@ -5,7 +5,7 @@ from typing import Any
 
 import folder_paths
 
-from olvae.models.large.tiling import GIB
+from olvae import GIB
 
 from .vae import VAE
 

@@ -13,8 +13,7 @@ import torch
 from comfy import model_management
 from torch import Tensor
 
-from olvae import LiteVAE
-from olvae.models.weight_files import config_inside
+from olvae import LiteVAE, config_inside
 
 
 class VAE:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from functools import partial
 from itertools import count, cycle, islice, repeat
 from pathlib import Path
@@ -439,7 +439,7 @@ def bench(
         cases = group.cases(replace(setting, size=size, batch_size=batch_size))
         on_group(name, len(cases))
         rows += rows_of(name, cases, setting.device, rounds, group.warm_up)
-    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    date = datetime.now(UTC).isoformat(timespec="seconds")
     return {**machine(setting.device), "date": date, "rounds": rounds, "rows": rows}
 
 

@@ -13,7 +13,8 @@ from olvae.cli.options import check_applies, check_precision, print_rows, shell_
 from olvae.config import ConfigError, recipes, validate
 from olvae.config.reading import find_config, nearest_recipes
 from olvae.data.places import load
-from olvae.runs import entry_of
+from olvae.models.target_names import check_target
+from olvae.runs import TEACHER, entry_of
 
 
 def validate_command(
@@ -59,7 +60,20 @@ def validate_command(
             config = load([path], settings)
             mistakes = validate(config)
         except ConfigError as error:
-            mistakes = list(error.mistakes)
+            config, mistakes = {}, list(error.mistakes)
+
+        # The autoencoders that a training would load.
+        for place in ("model.from", TEACHER):
+            target = entry_of(config, place)
+            if target is None:
+                continue
+            try:
+                check_target(str(target))
+            except FileNotFoundError as error:
+                mistakes.append(
+                    f"{place}: {error}; name another TARGET, or go where this one is (a teacher "
+                    "in olvae/recipes is in a clone of the repository, not in the package)"
+                )
         found += len(mistakes)
         for mistake in mistakes or ["no mistakes"]:
             line = mistake if mistake.startswith(path) else f"{path}: {mistake}"

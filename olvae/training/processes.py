@@ -112,7 +112,7 @@ OLDER_NAMES = {
     "TORCH_FR_BUFFER_SIZE": "TORCH_NCCL_TRACE_BUFFER_SIZE",
     "TORCH_FR_DUMP_TEMP_FILE": "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
 }
-"""Names in torch 2.8 of variables for NCCL's dump at a timeout; later versions warn of them."""
+"""Older names of variables for NCCL's dump at a timeout; torch warns of them, 2.8 of the first."""
 
 
 def meet() -> tuple[int, int]:
@@ -131,7 +131,8 @@ def meet() -> tuple[int, int]:
     for name, value in recorder.items():
         older = OLDER_NAMES.get(name, name)
         if older not in os.environ:
-            os.environ.setdefault(older if is_older else name, value)
+            takes_older = is_older and name != "TORCH_FR_BUFFER_SIZE"
+            os.environ.setdefault(older if takes_older else name, value)
 
     if find_launcher() is None:
         return 0, 1

@@ -21,6 +21,22 @@ def test_validate_takes_settings(olvae, config):
     assert "a=1: no such config file" in olvae("validate", "a=1")[2]
 
 
+def test_validate_names_an_autoencoder_that_is_not_there(olvae, tmp_path, monkeypatch):
+    """As of an installed package: the teacher of this recipe is in the repository alone."""
+    assert olvae("validate", "distil/demo")[0] == 0
+    monkeypatch.chdir(tmp_path)
+    code, _, err = olvae("validate", "distil/demo", "demo", "distil/encoder")
+    assert code == 1
+    place = "model.params.parts.teacher.params.autoencoder"
+    folder = "diffusers:olvae/recipes/distil/teacher: no such folder"
+    assert f"distil/demo: {place}: {folder}" in err
+    assert "in a clone of the repository" in err
+    assert err.count(": no mistakes") == 2
+    code, _, err = olvae("validate", "demo", "model.from=elsewhere.safetensors")
+    assert code == 1
+    assert "demo: model.from: elsewhere.safetensors: not found" in err
+
+
 def test_validate_memory_has_a_row_for_each_precision_and_checkpointing(
     olvae, config, tmp_path, monkeypatch
 ):

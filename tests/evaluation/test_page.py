@@ -3,7 +3,7 @@ import io
 import math
 import re
 from dataclasses import replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 
 import numpy as np
@@ -202,7 +202,7 @@ def test_page_escapes_names_that_users_write():
 
 
 def test_page_has_the_numbers_and_marks_the_best(whole):
-    html = render_page(whole, COMMAND, datetime(2026, 11, 25, 3, 20, tzinfo=timezone.utc))
+    html = render_page(whole, COMMAND, datetime(2026, 11, 25, 3, 20, tzinfo=UTC))
     text = Reader(html).all_text()
     values = [row.metrics["psnr"] for row in whole.results.rows]
     assert values[0] > values[1] > values[2]

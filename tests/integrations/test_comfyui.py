@@ -1,6 +1,7 @@
 """The node for ComfyUI, on a stub of what ComfyUI gives to nodes,
 and the names that ComfyUI's own loader looks for."""
 
+import ast
 import importlib.util
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import olvae
 from olvae import LiteVAE
 from olvae.export.exporting import ExportSettings, export
 from olvae.export.formats import LAYOUTS
@@ -96,6 +98,20 @@ def load(node, name: str = "litevae.safetensors", **inputs):
     with torch.inference_mode():  # as ComfyUI runs its nodes
         (vae,) = getattr(kind(), kind.FUNCTION)(vae_name=name, **inputs)
     return vae
+
+
+def test_the_node_uses_public_names_alone():
+    """Later versions of the package keep these."""
+    imported = [
+        node
+        for path in NODE.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Import | ast.ImportFrom) and "olvae" in ast.unparse(node)
+    ]
+    names = {alias.name for node in imported for alias in node.names}
+    assert names == {"LiteVAE", "GIB", "config_inside"}
+    assert {node.module for node in imported} == {"olvae"}
+    assert names <= set(olvae.__all__)
 
 
 def test_the_stock_loader_recognises_the_plain_export_and_not_this_one(model, tmp_path):

@@ -157,10 +157,10 @@ def test_meet_sets_where_the_nccl_recorder_writes(monkeypatch):
     old = list(OLDER_NAMES.values())
     new = list(OLDER_NAMES)
     for version, own, expected in (
-        ("2.8.0+cu128", {}, dict(zip(old, ("2000", dump), strict=True))),
-        (torch.__version__, {}, dict(zip(new, ("2000", dump), strict=True))),
-        (torch.__version__, {old[1]: "/own"}, {new[0]: "2000", old[1]: "/own"}),
-        (torch.__version__, {new[1]: "/own"}, {new[0]: "2000", new[1]: "/own"}),
+        ("2.8.0+cu128", {}, {new[0]: "2000", old[1]: dump}),
+        ("2.9.0", {}, dict(zip(new, ("2000", dump), strict=True))),
+        ("2.9.0", {old[1]: "/own"}, {new[0]: "2000", old[1]: "/own"}),
+        ("2.9.0", {new[1]: "/own"}, {new[0]: "2000", new[1]: "/own"}),
     ):
         variables = {"SLURM_JOB_ID": "7", **own}
         monkeypatch.setattr(os, "environ", variables)

@@ -8,7 +8,7 @@ import re
 import signal
 import time
 import warnings
-from datetime import datetime, timedelta, timezone
+from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import numpy as np
@@ -72,7 +72,7 @@ def test_a_run_leaves_its_config_checkpoints_pictures_and_scalars(go, whole_trai
     assert not [name for name in files if "partial" in name]
     config = load([run.config])
     begun = datetime.fromisoformat(config["run"].pop("begun"))
-    assert timedelta() < datetime.now(timezone.utc) - begun < timedelta(minutes=10)
+    assert timedelta() < datetime.now(UTC) - begun < timedelta(minutes=10)
     assert config["run"] == {
         "name": "my_name",
         "precision": "bf16",
