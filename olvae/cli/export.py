@@ -34,7 +34,7 @@ def command(
             help="litevae: AutoencoderLiteVAE, for this package and diffusers. diffusers: its own "
             "AutoencoderKL. ldm: one file with the names of Stable Diffusion's, FLUX's or Wan's "
             "project, for ComfyUI and A1111. comfyui: one file of a LiteVAE, for the node in "
-            "integrations/comfyui. taesd: two files of TAESD's networks. Or a Layout of your own, "
+            "integrations/comfyui. taesd: two files of TAESD's or TAEF2's networks. Or a Layout of your own, "
             "package.module.Class. By default diffusers for an AutoencoderKL, else litevae.",
         ),
     ] = None,

@@ -243,6 +243,15 @@ class Tiny(Family):
     kinds = ("AutoencoderTiny",)
     networks = (TinyEncoder, TinyDecoder)
 
+    def holds(self, model: LiteVAE) -> bool:
+        if not super().holds(model):
+            return False
+        # TAEF2's and TAESANA's networks have parts that AutoencoderTiny lacks.
+        encoder = model.encoder.node["params"]
+        decoder = model.decoder.node["params"]
+        others = (encoder["pool"], encoder["stem"], decoder["pool"], decoder["channel_mult"])
+        return not any(others)
+
     def spec(self, theirs: Any, name: str) -> AutoencoderSpec:
         config = theirs.model.config
         n_z = theirs.latent_channels
