@@ -18,7 +18,13 @@ from olvae.models.autoencoder import LiteVAE
 from olvae.models.loading.families import Family, StableDiffusion, Tiny, family_of
 from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.models.loading.loader import LoadOptions
-from olvae.models.loading.original_files import OriginalLoader, original_names
+from olvae.models.loading.original_files import (
+    QWEN,
+    WAN,
+    OriginalLoader,
+    original_names,
+    without_frames,
+)
 from olvae.models.loading.tiny_files import TinyLoader
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import CONFIG_KEY, write_export
@@ -283,6 +289,23 @@ class OriginalLayout(DiffusersLayout):
             yield "ComfyUI and A1111 build attention in the middle only, not at levels as here"
 
 
+class ImageLayout(OriginalLayout):
+    """One file of Qwen-Image's or Wan's autoencoder for images alone, as Qwen2D: flat kernels."""
+
+    def misfit(self, model: LiteVAE) -> str | None:
+        family = family_of(model)
+        if family is None or family.kind(model) not in (WAN, QWEN):
+            return "only Qwen-Image's and Wan's autoencoders have kernels in time to leave out"
+        return None
+
+    def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
+        return without_frames(_family(model).to_diffusers(model))
+
+    def notes(self, model: LiteVAE) -> Iterator[str]:
+        yield from super().notes(model)
+        yield "kernels: for images alone; keep the old file for videos"
+
+
 class ComfyUILayout(Layout):
     """One file of a LiteVAE with its config in the header, for the node in integrations/comfyui.
 
@@ -409,6 +432,7 @@ LAYOUTS: dict[str, type[Layout]] = {
     "ldm": OriginalLayout,
     "comfyui": ComfyUILayout,
     "taesd": TinyFilesLayout,
+    "qwen2d": ImageLayout,
 }
 
 

@@ -1,7 +1,7 @@
-"""Tiny autoencoders with the architectures of TAESD, TAEF2 and TAESANA: 3x3 convolutions and ReLU.
+"""Tiny autoencoders, TAESD's, TAEF2's and TAESANA's networks: 3x3 convolutions and ReLU.
 
-Their layers work on latents in a diffusion model's units, and on images in [0, 1]. Both are converted
-from and to ours here.
+Their layers work on latents in a diffusion model's units, and on images in [0, 1]. Both are
+converted from and to ours here.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ POOL_WIDTH = 4  # times as many channels inside
 
 
 class Residual(nn.Module):
-    """Three 3x3 convolutions beside the identity; with ``pool``, after a norm of the whole image."""
+    """Three 3x3 convolutions beside the identity; with ``pool`` after norms of the whole image."""
 
     def __init__(self, channels: int, pool: bool = False) -> None:
         super().__init__()

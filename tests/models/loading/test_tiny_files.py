@@ -170,15 +170,15 @@ def test_half_of_an_autoencoder_and_another_architecture_are_one_line(taesd):
     state = load_file(file)
     del state["14.bias"]
     save_file(state, file)
-    with pytest.raises(ValueError, match="not the layers of TAESD, TAEF2 or TAESANA"):
+    with pytest.raises(ValueError, match="not the layers of TAESD"):
         find_target(taesd).load()
     del state["3.conv.2.weight"]
     save_file({**state, "14.bias": torch.zeros(4)}, file)
-    with pytest.raises(ValueError, match=r"of another model: 1 missing \(encoder.layers.3.conv.2"):
+    with pytest.raises(ValueError, match=r"model: 1 missing \(encoder\.layers\.3\.conv\.2"):
         find_target(taesd).load()
     file.unlink()
     decoder = taesd / "taesd_decoder.safetensors"
-    with pytest.raises(FileNotFoundError, match="the decoder alone: put taesd_encoder.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"decoder alone: put taesd_encoder\.safetens"):
         find_target(decoder)
 
 
