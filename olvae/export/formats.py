@@ -255,7 +255,7 @@ class OriginalLayout(DiffusersLayout):
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
         family = _family(model)
-        config = family.config(model)
+        config = family.original_config(model)
         kind = family.kind(model)
         groups = config.get("norm_num_groups", 32)
         if groups != 32:
@@ -278,7 +278,7 @@ class OriginalLayout(DiffusersLayout):
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
         yield from super().notes(model)
-        config = _family(model).config(model)
+        config = _family(model).original_config(model)
         odd = []
         for key, known in STOCK.items():
             if config.get(key, known[0]) not in known:

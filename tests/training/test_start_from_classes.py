@@ -4,7 +4,7 @@ as the commands train and export them."""
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from olvae.config import ConfigError
 from olvae.export.exporting import ExportSettings, export_target
@@ -13,6 +13,7 @@ from olvae.modules.others.tiny import TinyEncoder
 from tests.conftest import parts, tiny_config
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.classes import make
+from tests.models.loading.compvis import CompVisKL, with_random_weights
 from tests.models.loading.test_tiny_files import publish
 from tests.models.steps import WITHOUT_KL
 
@@ -166,3 +167,17 @@ def test_a_student_of_taef2s_architecture_learns_from_its_files(train_with, tmp_
     run = train_with(config=config)
     export_target(find_target(run.path), tmp_path / "student", ExportSettings(format="taesd"))
     assert find_target(tmp_path / "student").load().latent_channels == 32
+
+
+def test_latents_of_another_width_than_the_networks_are_trained(train_with, tmp_path):
+    """CompVis's ``embed_dim`` beside ``z_channels``, and back to its names."""
+    theirs = with_random_weights(CompVisKL((32, 32), embedded=3, blocks=1))
+    save_file(theirs.state_dict(), tmp_path / "kl.safetensors")
+    run = train_with(
+        "model.params.freeze_encoder=false",
+        "model.params.scaling_factor=0.5",
+        start_from=str(tmp_path / "kl.safetensors"),
+    )
+    out = tmp_path / "back.safetensors"
+    export_target(find_target(run.path), out, ExportSettings(format="ldm"))
+    theirs.load_state_dict(load_file(out))

@@ -30,6 +30,9 @@ WAN = "AutoencoderKLWan"
 QWEN = "AutoencoderKLQwenImage"
 DC = "AutoencoderDC"
 
+# latent-diffusion's argument for the channels of latents, where the networks have other ones.
+EMBED_DIM = "embed_dim"
+
 # A name of Qwen2D's file: diffusers' names, and kernels for images alone.
 QWEN_2D = "decoder.mid_block.attentions.0.norm.gamma"
 KERNEL_DEPTH = 3  # of the kernels that it was made of
@@ -281,7 +284,17 @@ def _loaded(
     import diffusers
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    build = partial(getattr(diffusers, kind).from_config, dict(config))
+    arguments = dict(config)
+    embed_dim = arguments.pop(EMBED_DIM, None)
+
+    def build() -> Any:
+        model = getattr(diffusers, kind).from_config(arguments)
+        if embed_dim is not None:
+            z_channels = model.config["latent_channels"]
+            model.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
+            model.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        return model
+
     try:
         # Compare sizes before any memory is taken.
         if tensors is not None:
@@ -345,12 +358,15 @@ def _latent_diffusion_config(
             f"{origin}: an autoencoder of latent-diffusion, but without {error.args[0]}"
         ) from error
     embedded = latent
+    stored = moments
     if "post_quant_conv.weight" in weights:
         embedded = weights["post_quant_conv.weight"].shape[1]
-    if moments != 2 * latent or embedded != latent:
+    if "quant_conv.weight" in weights:
+        stored = weights["quant_conv.weight"].shape[0]
+    if moments != 2 * latent or stored != 2 * embedded:
         raise ValueError(
-            f"{origin}: its latent has {embedded} channels, the decoder takes {latent}, "
-            f"the encoder gives {moments}: AutoencoderKL has one width for all"
+            f"{origin}: its latent has {embedded} channels, the decoder takes {latent}, the "
+            f"encoder gives {moments} and quant_conv {stored}, which have to be twice as many"
         )
 
     # Levels, and their widths on both ways.
@@ -372,6 +388,8 @@ def _latent_diffusion_config(
             if name in weights:
                 others.append(weights[name].shape[0])
         config["decoder_block_out_channels"] = None if others == widths else others
+    if embedded != latent:
+        config[EMBED_DIM] = embedded
     norms = re.compile(r"encoder\.down\.0\.block\.\d+\.norm1\.weight")
     return config | {
         "layers_per_block": sum(bool(norms.fullmatch(name)) for name in weights),
