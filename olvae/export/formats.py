@@ -337,6 +337,13 @@ class ComfyUILayout(Layout):
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:  # noqa: ARG002
         return [Loaded.of(LiteVAE.from_pretrained(path))]
 
+    def notes(self, model: LiteVAE) -> Iterator[str]:
+        yield (
+            "this file needs the node in integrations/comfyui: with ComfyUI's own Load VAE a "
+            'workflow ends with "VAE is invalid: None"'
+        )
+        yield from super().notes(model)
+
 
 class TinyFilesLayout(DiffusersLayout):
     """Two files of TAESD's, TAEF2's or TAESANA's networks, for ComfyUI's vae_approx and others."""
