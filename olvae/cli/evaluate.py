@@ -66,6 +66,7 @@ OBSERVERS = {
     "ifid_nearest": "olvae.evaluation.observers.ifid.NearestFID",
     "interpolated_precision": "olvae.evaluation.observers.ifid.InterpolatedPrecision",
     "linear_probe": "olvae.evaluation.observers.linear_probe.LinearProbe",
+    "round_trips": "olvae.evaluation.observers.pixels.round_trips.RoundTrips",
     "text": "olvae.evaluation.observers.text.Text",
 }
 ZOO_OBSERVERS = ("colour", "ifid", "text")  # of --zoo, unless others are named
