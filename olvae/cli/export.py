@@ -80,7 +80,8 @@ def command(
         bool,
         typer.Option(
             "--onnx",
-            help="Write encoder.onnx and decoder.onnx too; needs onnx, onnxscript, onnxruntime.",
+            help="Write encoder.onnx and decoder.onnx too, or VAE_encoder.onnx beside "
+            "VAE.safetensors; needs onnx, onnxscript, onnxruntime.",
         ),
     ] = False,
     license_id: Annotated[

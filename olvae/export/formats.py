@@ -175,10 +175,7 @@ these imports"""
 class DiffusersLayout(Layout):
     """The folder of a class of diffusers, for networks that it has: AutoencoderKL, and others."""
 
-    refused: ClassVar[Mapping[str, str]] = {
-        "fold": NO_MODULATION,
-        "onnx": "ONNX files are written by `format` litevae",
-    }
+    refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION}
     instead = "litevae"
 
     def misfit(self, model: LiteVAE) -> str | None:

@@ -23,7 +23,7 @@ from olvae.runs import run_of
 
 # Begins the names of each half where one file has both, as in ComfyUI.
 PREFIXES = {half: f"taesd_{half}." for half in HALVES}
-BLOCK = re.compile(r"(taesd_(en|de)coder\.)?\d+\.conv\.0\.weight")
+RESIDUAL_BLOCK = re.compile(r"(taesd_(en|de)coder\.)?\d+\.conv\.0\.weight")
 
 # The decoder's layer 0 bounds the latent, and has no weights.
 FIRST_LAYER = {"encoder": 0, "decoder": 1}
@@ -45,7 +45,7 @@ class TinyLoader(Loader):
         if file is None or run_of(file) is not None or is_export(file):
             return False
         names = state_dict_of(read_checkpoint(file, check=False), file)
-        return any(BLOCK.fullmatch(name) for name in names)
+        return any(RESIDUAL_BLOCK.fullmatch(name) for name in names)
 
     def find(self, text: str, options: LoadOptions) -> Target:
         for name, given in (("config", options.config), ("raw", options.raw)):
