@@ -168,7 +168,7 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         logger = logging.getLogger(ModelMixin.__module__)
         logger.addFilter(_of_something)
         try:
-            return super().to(*args, **kwargs)  # type: ignore[no-any-return]
+            return super().to(*args, **kwargs)  # type: ignore[misc, no-any-return]
         finally:
             logger.removeFilter(_of_something)
 

@@ -55,7 +55,7 @@ class TinyLoader(Loader):
         assert file is not None
         spec = _spec(_read(file, check=False), text)
 
-        def load() -> TinyFiles:
+        def load() -> LiteVAE:
             tensors = _read(file)
             # Fresh weights, which are replaced, must not draw from the caller's generator.
             with torch.random.fork_rng(devices=[]):
