@@ -218,7 +218,7 @@ def without_frames(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return flat
 
 
-def _with_frames(model: nn.Module, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_frames(model: nn.Module, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Undo :func:`without_frames`; zeros stand where one frame sees nothing."""
     whole = dict(flat)
     for name, own in model.state_dict().items():
@@ -315,7 +315,7 @@ def _loaded(
                     converters["checkpoint_mapping_fn"](checkpoint=others, config=model.config)
                 )
             if is_flat(tensors):
-                converted = _with_frames(model, converted)
+                converted = with_frames(model, converted)
             for name, tensor in tensors.items():
                 if name.startswith("bn."):
                     converted[name] = tensor
