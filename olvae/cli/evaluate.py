@@ -61,11 +61,12 @@ PROTOCOL_NAMES = (
 
 # Observers of the package that are asked for by name.
 OBSERVERS = {
-    "colour": "olvae.evaluation.observers.colour.Colour",
+    "colour": "olvae.evaluation.observers.pixels.colour.Colour",
     "ifid": "olvae.evaluation.observers.ifid.InterpolatedFID",
     "ifid_nearest": "olvae.evaluation.observers.ifid.NearestFID",
     "interpolated_precision": "olvae.evaluation.observers.ifid.InterpolatedPrecision",
     "linear_probe": "olvae.evaluation.observers.linear_probe.LinearProbe",
+    "round_trips": "olvae.evaluation.observers.pixels.round_trips.RoundTrips",
     "text": "olvae.evaluation.observers.text.Text",
 }
 ZOO_OBSERVERS = ("colour", "ifid", "text")  # of --zoo, unless others are named
@@ -358,16 +359,10 @@ def _observers(
     crossed: bool, precisions: list[str], report: bool, own: Iterable[str], weights_dir: Path | None
 ) -> list["Observer"]:
     """Make the observers that the flags ask for, in the order of the page."""
-    from olvae.evaluation.observers import (
-        bands,
-        cross,
-        flat_colours,
-        gallery,
-        half_precision,
-        not_rgb,
-    )
+    from olvae.evaluation.observers import cross, gallery, half_precision
     from olvae.evaluation.observers.interpolated import Interpolated
     from olvae.evaluation.observers.observer import Observer
+    from olvae.evaluation.observers.pixels import bands, flat_colours, not_rgb
 
     observers: list[Observer] = []
     if crossed:

@@ -23,7 +23,8 @@ def command(
     out: Annotated[
         Path,
         typer.Option(
-            metavar="PATH", help="The folder to create; for ldm and comfyui the .safetensors file."
+            metavar="PATH",
+            help="The folder to create; for ldm, comfyui and qwen2d the .safetensors file.",
         ),
     ],
     layout: Annotated[
@@ -34,7 +35,8 @@ def command(
             help="litevae: AutoencoderLiteVAE, for this package and diffusers. diffusers: its own "
             "AutoencoderKL. ldm: one file with the names of Stable Diffusion's, FLUX's or Wan's "
             "project, for ComfyUI and A1111. comfyui: one file of a LiteVAE, for the node in "
-            "integrations/comfyui. taesd: two files of TAESD's networks. Or a Layout of your own, "
+            "integrations/comfyui. taesd: two files of TAESD's or TAEF2's networks. qwen2d: one "
+            "file of Qwen-Image's or Wan's for images alone. Or a Layout of your own, "
             "package.module.Class. By default diffusers for an AutoencoderKL, else litevae.",
         ),
     ] = None,
@@ -78,7 +80,8 @@ def command(
         bool,
         typer.Option(
             "--onnx",
-            help="Write encoder.onnx and decoder.onnx too; needs onnx, onnxscript, onnxruntime.",
+            help="Write encoder.onnx and decoder.onnx too, or VAE_encoder.onnx beside "
+            "VAE.safetensors; needs onnx, onnxscript, onnxruntime.",
         ),
     ] = False,
     license_id: Annotated[

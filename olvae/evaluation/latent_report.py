@@ -150,8 +150,10 @@ class _Totals:
             variances = moments.variances / moments.positions
             kl = self.kl / moments.positions
             active = moments.std_of_means.square() > ACTIVE_VARIANCE
+            whole = moments.std_of_means.square() + variances
             row |= {
                 "posterior_std": float(variances.mean().sqrt()),
+                "noise_share": float(variances.mean() / whole.mean()),
                 "kl_per_position": float(kl.sum()),
                 "kl_per_image": float(kl.sum()) * positions,
                 "active_channels": int(active.sum()),
@@ -159,6 +161,7 @@ class _Totals:
             row["channels"] |= {
                 "std_of_posterior_means": moments.std_of_means.tolist(),
                 "posterior_std": variances.sqrt().tolist(),
+                "noise_share": (variances / whole).tolist(),
                 "kl_per_position": kl.tolist(),
                 "kl_per_image": (kl * positions).tolist(),
                 "active": active.tolist(),
@@ -426,6 +429,12 @@ def print_latents(content: Mapping[str, Any], observer: Observer) -> None:
     for name, row in rows.items():
         if row["deterministic"]:
             console.print(f"{escape(name)}: KL and active channels skipped: {NO_DISTRIBUTION}")
+        if "noise_share" in row:
+            share = f"{100 * row['noise_share']:.3g} % of the variance of its samples"
+            console.print(
+                f"{escape(name)}: {share} is the posterior's noise: stored moments let each visit "
+                "draw it anew, a stored sample has it forever"
+            )
         if "high_frequencies_of_images" in row:
             share = f"{100 * row['high_frequencies']:.0f} % of the energy"
             of_images = f"{100 * row['high_frequencies_of_images']:.0f} %"

@@ -1,5 +1,6 @@
 """LiteVAE as a model of diffusers, for its pipelines in place of AutoencoderKL."""
 
+import logging
 from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
@@ -32,6 +33,11 @@ from olvae.models.spec import (
 from olvae.models.target_names import SHIPPED, shipped_folder
 from olvae.models.weight_files import LOADER, LOADER_NAME, WEIGHTS_INDEX
 from olvae.runs import Run, find_run
+
+
+def _of_something(record: logging.LogRecord) -> bool:
+    # diffusers 0.42 warns whenever a model is cast, also of an empty list.
+    return "should be kept in float32: []" not in record.getMessage()
 
 
 class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
@@ -156,6 +162,15 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             Path(save_directory, WEIGHTS_INDEX).unlink(missing_ok=True)
         add_sums(Path(save_directory))
         (Path(save_directory) / LOADER_NAME).write_text(LOADER, encoding="utf-8")
+
+    def to(self, *args: Any, **kwargs: Any) -> "AutoencoderLiteVAE":
+        """Move and cast, without diffusers' warning of modules in float32: there are none."""
+        logger = logging.getLogger(ModelMixin.__module__)
+        logger.addFilter(_of_something)
+        try:
+            return super().to(*args, **kwargs)  # type: ignore[misc, no-any-return]
+        finally:
+            logger.removeFilter(_of_something)
 
     @classmethod
     def from_autoencoder(cls, autoencoder: LiteVAE) -> "AutoencoderLiteVAE":

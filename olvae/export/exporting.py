@@ -42,10 +42,7 @@ TOLERANCE = 1e-5
 # Files that some export writes.
 WRITTEN = {CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, LOADER_NAME, "metrics.json", ENCODER, DECODER}
 
-ONE_FILE = {
-    "onnx": "ONNX files are written by `format` litevae",
-    "license": "one file has no model card",
-}
+ONE_FILE = {"license": "one file has no model card"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class ExportSettings:
     dtype: str = "float32"
     # Write the self-modulated convolutions as ordinary ones.
     fold: bool = False
-    # Also write encoder.onnx and decoder.onnx.
+    # Also write encoder.onnx and decoder.onnx, in the folder or, named after it, beside the file.
     onnx: bool = False
     scaling_factor: float | None = None
     shift_factor: float | None = None
@@ -83,8 +80,10 @@ class ExportSettings:
             raise ConfigError("`per_channel` takes its numbers from `latents`: give both")
         for mistake in check_factors(given, 0):
             raise ConfigError(mistake)
-        if self.onnx and self.dtype != "float32":
-            raise ConfigError(f"`onnx` writes float32: leave out `dtype` {self.dtype}, or `onnx`")
+        if self.onnx and self.dtype == "bfloat16":
+            raise ConfigError(
+                "`onnx` writes float32, or float16: leave out `dtype` bfloat16, or `onnx`"
+            )
 
     def given_factors(self) -> dict[str, Any]:
         """Collect the settings of :data:`FACTORS` that are given, by name."""
@@ -202,6 +201,9 @@ def export(
     put_back(Path(place).resolve())
     check_place(Path(place), layout.suffix, settings.force)
     place = Path(place).resolve()  # the goal of a link is replaced, not the link
+
+    prefix = f"{place.stem}_" if layout.suffix else ""
+    graphs = _graphs_beside(place, prefix, settings) if prefix else []
     reason = layout.misfit(model)
     if reason:
         raise ValueError(reason)
@@ -215,7 +217,8 @@ def export(
         except SafetensorError as error:  # a full disk, for example
             raise OSError(f"{place}: not written: {error}") from error
         if settings.onnx:
-            differences |= export_onnx(out, partial)
+            traced = _in_units(out) if layout.in_units(out) else out
+            differences |= export_onnx(traced, beside if prefix else partial, prefix)
         if not layout.suffix:
             provenance = provenance or Provenance(title)
             if provenance.metrics is not None:
@@ -232,6 +235,8 @@ def export(
                     f"{place}: `force` would delete {', '.join(sorted(others))}, no part of an "
                     "export"
                 )
+        for graph in graphs:
+            (beside / graph.name).replace(graph)
         replace_folder(partial, place)
     return differences
 
@@ -305,6 +310,26 @@ def _as_exported(
                 f"{len(broken)} tensors have values that are not finite in {kind}: {broken[0]}, ..."
             )
     return rounded, differences
+
+
+def _graphs_beside(place: Path, prefix: str, settings: ExportSettings) -> list[Path]:
+    """The ONNX files beside an export that is one file; FileExistsError if one may not go there."""
+    if not settings.onnx:
+        return []
+    graphs = [place.with_name(f"{prefix}{name}") for name in (ENCODER, DECODER)]
+    for graph in graphs:
+        if graph.exists() and not settings.force:
+            raise FileExistsError(f"{graph}: exists: `force` replaces it")
+    return graphs
+
+
+def _in_units(model: LiteVAE) -> LiteVAE:
+    """Copy a tiny autoencoder, with latents in a diffusion model's units."""
+    traced = copy.deepcopy(model)
+    n_z = traced.latent_channels
+    for half in (traced.encoder, traced.decoder):
+        half.use_latents(torch.zeros(n_z), torch.ones(n_z))
+    return traced
 
 
 def _compare(model: LiteVAE, layout: Layout, path: Path) -> dict[str, float]:

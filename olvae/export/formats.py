@@ -18,21 +18,30 @@ from olvae.models.autoencoder import LiteVAE
 from olvae.models.loading.families import Family, StableDiffusion, Tiny, family_of
 from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.models.loading.loader import LoadOptions
-from olvae.models.loading.original_files import OriginalLoader, original_names
+from olvae.models.loading.original_files import (
+    QWEN,
+    WAN,
+    OriginalLoader,
+    original_names,
+    without_frames,
+)
+from olvae.models.loading.tiny_files import TinyLoader
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import CONFIG_KEY, write_export
 from olvae.modules.base import HALVES
 from olvae.modules.distributions import deterministic_moments
+from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
 from olvae.modules.others.wrapped import encode_image
 from olvae.modules.sdvae import set_padding
 
 # ComfyUI's names of tiny autoencoders, by which it knows their scaling and shift factor: of Stable
-# Diffusion 1 and 2, SDXL, SD3 and FLUX.1.
+# Diffusion 1 and 2, SDXL, SD3, FLUX.1 and, in a network of its own, FLUX.2.
 VAE_APPROX = {
     "taesd": (0.18215, 0),
     "taesdxl": (0.13025, 0),
     "taesd3": (1.5305, 0.0609),
     "taef1": (0.3611, 0.1159),
+    "taef2": (1, 0),
 }
 
 # Settings of an export that say which factors a diffusion model needs.
@@ -166,10 +175,7 @@ these imports"""
 class DiffusersLayout(Layout):
     """The folder of a class of diffusers, for networks that it has: AutoencoderKL, and others."""
 
-    refused: ClassVar[Mapping[str, str]] = {
-        "fold": NO_MODULATION,
-        "onnx": "ONNX files are written by `format` litevae",
-    }
+    refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION}
     instead = "litevae"
 
     def misfit(self, model: LiteVAE) -> str | None:
@@ -246,7 +252,7 @@ class OriginalLayout(DiffusersLayout):
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
         family = _family(model)
-        config = family.config(model)
+        config = family.original_config(model)
         kind = family.kind(model)
         groups = config.get("norm_num_groups", 32)
         if groups != 32:
@@ -269,7 +275,7 @@ class OriginalLayout(DiffusersLayout):
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
         yield from super().notes(model)
-        config = _family(model).config(model)
+        config = _family(model).original_config(model)
         odd = []
         for key, known in STOCK.items():
             if config.get(key, known[0]) not in known:
@@ -278,6 +284,23 @@ class OriginalLayout(DiffusersLayout):
             yield f"ComfyUI and A1111 build Stable Diffusion's widths only, not {', '.join(odd)}"
         if any(block.startswith("Attn") for block in config.get("down_block_types", ())):
             yield "ComfyUI and A1111 build attention in the middle only, not at levels as here"
+
+
+class ImageLayout(OriginalLayout):
+    """One file of Qwen-Image's or Wan's autoencoder for images alone, as Qwen2D: flat kernels."""
+
+    def misfit(self, model: LiteVAE) -> str | None:
+        family = family_of(model)
+        if family is None or family.kind(model) not in (WAN, QWEN):
+            return "only Qwen-Image's and Wan's autoencoders have kernels in time to leave out"
+        return None
+
+    def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
+        return without_frames(_family(model).to_diffusers(model))
+
+    def notes(self, model: LiteVAE) -> Iterator[str]:
+        yield from super().notes(model)
+        yield "kernels: for images alone; keep the old file for videos"
 
 
 class ComfyUILayout(Layout):
@@ -311,17 +334,32 @@ class ComfyUILayout(Layout):
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:  # noqa: ARG002
         return [Loaded.of(LiteVAE.from_pretrained(path))]
 
+    def notes(self, model: LiteVAE) -> Iterator[str]:
+        yield (
+            "this file needs the node in integrations/comfyui: with ComfyUI's own Load VAE a "
+            'workflow ends with "VAE is invalid: None"'
+        )
+        yield from super().notes(model)
+
 
 class TinyFilesLayout(DiffusersLayout):
-    """TAESD's two files, taesd_encoder and taesd_decoder, for ComfyUI's vae_approx and others."""
+    """Two files of TAESD's, TAEF2's or TAESANA's networks, for ComfyUI's vae_approx and others."""
 
     def misfit(self, model: LiteVAE) -> str | None:
-        if not isinstance(family_of(model), Tiny):
+        if not isinstance(model.encoder, TinyEncoder) or not isinstance(model.decoder, TinyDecoder):
             return "only TinyEncoder and TinyDecoder are TAESD's networks"
-        return super().misfit(model)
+        try:
+            self.tensors(model)
+            return None
+        except ValueError as error:
+            return f"{error}: `format` {self.instead} can hold it"
+
+    def in_units(self, model: LiteVAE) -> bool:  # noqa: ARG002
+        return True
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
-        return {_taesd_name(name): tensor for name, tensor in super().tensors(model).items()}
+        tensors = Tiny().to_diffusers(model)
+        return {_taesd_name(name): tensor for name, tensor in tensors.items()}
 
     def config(self, model: LiteVAE) -> Config | None:  # noqa: ARG002
         return None
@@ -333,16 +371,24 @@ class TinyFilesLayout(DiffusersLayout):
             for name, tensor in self.tensors(model).items():
                 if name.startswith(half):
                     named[name.removeprefix(f"{half}.")] = tensor
-            write_tensors(path / f"taesd_{half}.safetensors", named)
+            write_tensors(path / f"{_tiny_kind(model)}_{half}.safetensors", named)
 
     def read(self, path: Path) -> Mapping[str, Tensor]:
         tensors = {}
         for half in HALVES:
-            for name, tensor in load_file(path / f"taesd_{half}.safetensors").items():
+            (file,) = path.glob(f"*_{half}.safetensors")
+            for name, tensor in load_file(file).items():
                 tensors[f"{half}.{name}"] = tensor
         return tensors
 
     def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:
+        # diffusers has TAESD's networks alone.
+        if family_of(model) is None:
+            back = TinyLoader().find(str(path), LoadOptions()).load()
+            mean, std = Tiny().units(model)
+            back.use_latents(mean.flatten(), std.flatten())
+            assert isinstance(back, LiteVAE)
+            return [Loaded.of(back)._replace(for_diffusion=None)]
         written = self.read(path)
         vae: Any = diffusers.AutoencoderTiny(**_family(model).config(model))
         vae.load_state_dict({name: written[_taesd_name(name)].float() for name in vae.state_dict()})
@@ -352,14 +398,15 @@ class TinyFilesLayout(DiffusersLayout):
         return ""
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
-        # ComfyUI takes the factors from the name of a file: find the name with these.
+        # ComfyUI takes network and factors from the name of a file: find the name with these.
         factors = tuple(round(model.for_diffusion[name] or 0, 6) for name in FACTORS[1:])
-        files = "taesd_encoder.safetensors and taesd_decoder.safetensors"
+        kind = _tiny_kind(model)
+        files = f"{kind}_encoder.safetensors and {kind}_decoder.safetensors"
         for name, known in VAE_APPROX.items():
-            if known == factors:
+            if known == factors and kind == ("taef2" if name == "taef2" else "taesd"):
                 renamed = ""
-                if name != "taesd":
-                    renamed = f", as {files.replace('taesd', name)}"
+                if name != kind:
+                    renamed = f", as {files.replace(kind, name)}"
                 yield f"Copy {files} to ComfyUI/models/vae_approx{renamed}."
                 break
         else:
@@ -368,6 +415,13 @@ class TinyFilesLayout(DiffusersLayout):
                 "for other programs."
             )
         yield from super().notes(model)
+
+
+def _tiny_kind(model: LiteVAE) -> str:
+    """Name the tiny network that a model has, as its files are called."""
+    if model.decoder.node["params"]["pool"]:
+        return "taef2"
+    return "taesana" if model.encoder.node["params"]["stem"] else "taesd"
 
 
 def _taesd_name(name: str) -> str:
@@ -382,6 +436,7 @@ LAYOUTS: dict[str, type[Layout]] = {
     "ldm": OriginalLayout,
     "comfyui": ComfyUILayout,
     "taesd": TinyFilesLayout,
+    "qwen2d": ImageLayout,
 }
 
 

@@ -18,6 +18,7 @@ from olvae.evaluation.results import Results
 from olvae.evaluation.runner import Request, evaluate
 from olvae.models.loading.targets import find_target
 from olvae.runs import Run
+from tests.conftest import tiny
 from tests.evaluation.peers import kl
 from tests.forks import fork_ranks
 from tests.models.loading.test_targets import taesd
@@ -391,3 +392,17 @@ def test_results_folder_is_in_the_run_or_beside_the_weights(tmp_path):
     assert results_folder(None, str(weights), None) == tmp_path / "step=5_results"
     with pytest.raises(ConfigError, match="--out DIR"):
         results_folder(None, str(tmp_path), None)  # an export
+
+
+def test_passes_of_a_model_are_shown(olvae, tmp_path, image_folder):
+    """Asked for by name: in the line below the tables, on the page, and in metrics.json."""
+    tiny().save_pretrained(tmp_path / "vae")
+    flags = ["--size", 16, "--metrics", "psnr", "--images", 4, "--observe", "round_trips"]
+    code, out, err = olvae(
+        "evaluate", tmp_path / "vae", "--data", image_folder, *flags, "--out", tmp_path / "out"
+    )
+    assert code == 0, err
+    assert "after 1, 2, 5, 10 passes PSNR" in " ".join((out + err).split())
+    (row,) = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"]
+    assert row["round_trips"]["1"]["psnr"] == pytest.approx(row["metrics"]["psnr"])
+    assert "After several passes" in (tmp_path / "out" / "report.html").read_text()

@@ -210,7 +210,7 @@ def test_zoo_refuses_wrong_arguments(olvae, arguments, message, tmp_path, monkey
 def test_every_entry_of_the_zoo_is_on_its_page():
     """Our own models come first, with the figures of their cards.
 
-    Every other entry is a row, or the page says why.
+    Every entry is in the list, as the file has it.
     """
     entries, page = read_zoo(), PAGE.read_text(encoding="utf-8")
     own = [entry.name for entry in entries if entry.target.startswith(SHIPPED)]
@@ -220,9 +220,15 @@ def test_every_entry_of_the_zoo_is_on_its_page():
     assert [entry.name for entry in entries[: len(own)]] == own
     for entry in entries:
         assert entry.kind in CLASSES or entry.kind == CLASS_NAME
-        assert (
-            f"| {entry.name} |" in page or f"{entry.name} ({entry.target}, {entry.kind}, " in page
-        )
+        facts = (entry.kind, entry.factor, entry.channels, entry.licence)
+        line = " | ".join([entry.name, f"`{entry.target}`", *map(str, facts)])
+        assert page.count(f"| {line} | ") == 1, line
+    listed = page.partition("## Fill it")[0]
+    assert listed.count("\n| ") - 1 == len(entries)
+    assert f"A list of {len(entries)} autoencoders" in page
+    # A list is no result.
+    readme = PAGE.parents[1] / "README.md"
+    assert "zoo.md" not in readme.read_text(encoding="utf-8")
     for name in own:
         card = json.loads((SHIPPED_FOLDER / name / "metrics.json").read_text())
         assert f"| {name} | 39 | {card['results'][0]['metrics']['psnr']:.3f} " in page

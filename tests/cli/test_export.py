@@ -302,7 +302,7 @@ def test_export_mistakes_are_one_line_and_leave_nothing(refused, run_folder, tmp
             2,
             "scaling_factor: expected a number above 0, got 0.0",
         ),
-        ([run_folder, "--onnx", "--dtype", "float16"], 2, "--onnx writes float32"),
+        ([run_folder, "--onnx", "--dtype", "bfloat16"], 2, "--onnx writes float32, or float16"),
         ([run_folder, "--config", "a", "--config_base", "b"], 2, "give one of them"),
         (["nobody/nothing-here"], 1, "nobody/nothing-here: no such file or folder here"),
     ):
@@ -413,13 +413,6 @@ def test_export_of_what_does_not_fit_a_format_is_one_line_and_leaves_nothing(
             folder,
             ["--fold"],
             "--fold does not go with --format diffusers: the networks of this",
-        ),
-        (
-            stock,
-            "diffusers",
-            folder,
-            ["--onnx"],
-            "--onnx does not go with --format diffusers: ONNX files are",
         ),
         (
             stock,

@@ -82,6 +82,9 @@ def test_latent_statistics_are_numpys(moments):
     assert got["kl_per_position"] == pytest.approx(got["kl_per_image"] / count, rel=1e-12)
     assert channels["posterior_std"] == pytest.approx(np.sqrt(var.mean(1)), rel=1e-9)
     assert got["posterior_std"] == pytest.approx(np.sqrt(var.mean()), rel=1e-9)
+    noise = var.mean(1) / std**2
+    assert channels["noise_share"] == pytest.approx(noise, rel=1e-9)
+    assert got["noise_share"] == pytest.approx(var.mean() / (std**2).mean(), rel=1e-9)
     factors = got["diffusion"]
     assert (factors["latents_mean"], factors["latents_std"]) == (channels["mean"], channels["std"])
     assert got["mean"] == factors["shift_factor"] == pytest.approx(mean.mean(), rel=1e-12)

@@ -14,10 +14,10 @@ from skimage import data
 
 from olvae.evaluation.baselines import Bicubic
 from olvae.evaluation.cells import meaning
-from olvae.evaluation.observers.bands import Bands
-from olvae.evaluation.observers.flat_colours import FlatColours
 from olvae.evaluation.observers.gallery import Gallery
 from olvae.evaluation.observers.observer import Evaluated, Subject
+from olvae.evaluation.observers.pixels.bands import Bands
+from olvae.evaluation.observers.pixels.flat_colours import FlatColours
 from olvae.evaluation.page import breakable, picture, side_limit
 from olvae.evaluation.report import render_page, write_files
 from olvae.evaluation.results import Results, Row

@@ -6,10 +6,10 @@ import pytest
 from rich.console import Console
 
 from olvae.evaluation.cells import Cell
-from olvae.evaluation.observers.colour import Colour
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.half_precision import HalfPrecision
 from olvae.evaluation.observers.observer import Evaluated
+from olvae.evaluation.observers.pixels.colour import Colour
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.report import (
     print_grid,

@@ -50,9 +50,9 @@ class NumpyLayout(Layout):
         return [Loaded("loaded back", back.moments, back.decode)]
 
 
-# It takes tiny students alone.
+# They take tiny students alone, and Qwen-Image's and Wan's autoencoders.
 FORMATS = [
-    *(name for name in LAYOUTS if name != "taesd"),
+    *(name for name in LAYOUTS if name not in ("taesd", "qwen2d")),
     f"{__name__}.NumpyLayout",
 ]
 
@@ -383,7 +383,7 @@ def test_unknown_export_formats_are_refused():
     for name, message in (
         (
             "numpy",
-            "`format` numpy: choose from litevae, diffusers, ldm, comfyui, taesd",
+            "`format` numpy: choose from litevae, diffusers, ldm, comfyui, taesd, qwen2d",
         ),
         ("pathlib.Path", "pathlib.Path is not a kind of olvae.export.formats.Layout"),
         ("olvae.export.formats.Layouts", "has no Layouts"),

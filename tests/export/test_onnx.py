@@ -9,8 +9,12 @@ import torch
 from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.export.exporting import ExportSettings, export
+from olvae.export.formats import LAYOUTS
 from olvae.export.onnx import export_onnx
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from tests.conftest import tiny_config
+from tests.models.autoencoder_kl import autoencoder_kl
+from tests.models.loading.classes import make
 
 SIZES = ((1, 40, 24), (2, 4, 72), (5, 16, 16))
 
@@ -94,8 +98,66 @@ def test_onnx_file_that_differs_is_refused(tmp_path, monkeypatch):
     ):
         export(model, tmp_path / "vae", settings=ExportSettings(onnx=True))
     assert not any(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"in float32"):
+    with pytest.raises(ValueError, match=r"in float32 and float16, not torch.bfloat16"):
         export_onnx(model.bfloat16(), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("AutoencoderTiny", "float32"),
+        ("AutoencoderKL", "float16"),
+        ("AutoencoderKLWan", "float32"),
+    ],
+)
+def test_onnx_files_beside_diffusers_classes_are_diffusers_networks(kind, dtype, tmp_path):
+    """A tiny student's latents are in a diffusion model's units, as its weights' beside them."""
+    theirs = make(kind)
+    model = DiffusersAutoencoder(theirs).as_litevae("it").eval()
+    for half in (model.encoder, model.decoder):
+        half.use_latents(torch.full((4,), 3.0), torch.full((4,), 2.0))
+    export(model, tmp_path / "vae", LAYOUTS["diffusers"](), ExportSettings(onnx=True, dtype=dtype))
+    encoder, decoder = (
+        onnxruntime.InferenceSession(tmp_path / "vae" / f"{half}.onnx")
+        for half in ("encoder", "decoder")
+    )
+    f = model.downscale
+    x = torch.rand(2, 3, 4 * f, 6 * f) * 2 - 1
+    kept = x.numpy().astype(dtype)
+    (moments,) = encoder.run(["moments"], {"image": kept})
+    n_z = model.latent_channels
+    (image,) = decoder.run(["image"], {"latent": moments[:, :n_z]})
+    whole = DiffusersAutoencoder(theirs)
+    expected = whole.encode(torch.from_numpy(kept).float()).mean.detach()
+    tolerance = 1e-4 if dtype == "float32" else 2e-2
+    for found, wanted in ((moments[:, :n_z], expected), (image, whole.decode(expected).detach())):
+        assert found.dtype == dtype
+        error = np.abs(found.astype("float32") - wanted.numpy()).max()
+        assert error < tolerance * float(wanted.abs().max())
+
+
+@pytest.mark.slow
+def test_onnx_files_beside_a_format_that_is_one_file(tmp_path):
+    model = DiffusersAutoencoder(autoencoder_kl((32,))).as_litevae("it").eval()
+    settings = ExportSettings(onnx=True)
+    layout = LAYOUTS["ldm"]()
+    export(model, tmp_path / "kl.safetensors", layout, settings)
+    names = ["kl.safetensors", "kl_decoder.onnx", "kl_encoder.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    (tmp_path / "kl.safetensors").unlink()
+    with pytest.raises(FileExistsError, match=r"kl_encoder.onnx: exists: `force` replaces it"):
+        export(model, tmp_path / "kl.safetensors", layout, settings)
+
+
+def test_a_network_that_torch_does_not_trace_is_one_line(tmp_path, monkeypatch):
+    def trace(*args, **kwargs):
+        raise torch.onnx.errors.OnnxExporterError("step 3/3") from NotImplementedError("no cast\nx")
+
+    monkeypatch.setattr(torch.onnx, "export", trace)
+    with pytest.raises(ValueError, match=r"can't trace this network: .* no cast$"):
+        export(small(), tmp_path / "vae", settings=ExportSettings(onnx=True))
+    assert not any(tmp_path.iterdir())
 
 
 def test_onnx_without_onnxruntime_names_the_extra(tmp_path, monkeypatch):

@@ -49,7 +49,8 @@ LOOKED_FOR = [
     "pre_block.attn.zero_k_bias",
 ]
 """Names of which one tells ComfyUI's loader what an autoencoder is (comfy/sd.py, VAE.__init__, as
-read in November 2026). Without any of them it warns "No VAE weights detected"."""
+read in November 2026). Without any of them it warns "No VAE weights detected", and then fails with
+"ERROR: VAE is invalid: None"."""
 
 
 @pytest.fixture

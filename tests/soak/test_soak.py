@@ -27,6 +27,7 @@ from olvae.export.formats import LAYOUTS
 from tests.conftest import tiny, tiny_config
 from tests.data.images import picture, write_shards
 from tests.models.autoencoder_kl import autoencoder_kl
+from tests.models.loading.classes import make
 from tests.models.loading.test_targets import taesd
 from tests.models.steps import PATCHGAN, against
 from tests.soak.killed import PERCENTS, Write
@@ -308,13 +309,16 @@ def made(tmp_path: Path, what: str) -> Command:
     elif what == "taesd":
         taesd().save_pretrained(tmp_path / "vae")
         target = f"diffusers:{target}"
+    elif what == "qwen2d":
+        make("AutoencoderKLQwenImage").save_pretrained(tmp_path / "vae")
+        target = f"diffusers:{target}"
     else:
         tiny().save_pretrained(tmp_path / "vae")
     if what in ("evaluate", "latents"):
         words = [what, target, "--data", photos(tmp_path / "photos", 12)]
         words += ["--size", 32, "--metrics", "psnr,ssim"] if what == "evaluate" else []
         return Command(lambda folder: [*words, "--out", folder / "out"], numbers)
-    name = "out.safetensors" if what in ("ldm", "comfyui") else "out"
+    name = "out.safetensors" if what in ("ldm", "comfyui", "qwen2d") else "out"
     return Command(
         lambda folder: ["export", target, "--out", folder / name, "--format", what, "--force"],
         files,

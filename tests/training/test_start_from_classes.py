@@ -4,13 +4,17 @@ as the commands train and export them."""
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from olvae.config import ConfigError
 from olvae.export.exporting import ExportSettings, export_target
 from olvae.models.loading.targets import find_target
+from olvae.modules.others.tiny import TinyEncoder
 from tests.conftest import parts, tiny_config
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.classes import make
+from tests.models.loading.compvis import CompVisKL, with_random_weights
+from tests.models.loading.test_tiny_files import publish
 from tests.models.steps import WITHOUT_KL
 
 ANCHOR = "model.params.parts.anchor.target=olvae.models.parts.anchor.Anchor"
@@ -127,3 +131,53 @@ def test_a_tiny_student_is_exported_as_autoencoder_tiny(train_with, tmp_path, im
     config["model"]["params"]["parts"]["teacher"]["params"].pop("logvar_weight")
     with pytest.raises(ConfigError, match=r"logvar_weight: .*set it to 0"):
         train_with(config=config)
+
+
+def test_taef2s_files_are_trained_and_written_again(train_with, tmp_path):
+    publish("taef2", tmp_path)
+    run = train_with(
+        "model.params.freeze_encoder=false",
+        "lightning.trainer.max_steps=2",
+        start_from=str(tmp_path),
+    )
+    out = tmp_path / "trained"
+    export_target(find_target(run.path), out, ExportSettings(format="taesd"))
+    for half in ("encoder", "decoder"):
+        before = torch.load(tmp_path / f"taef2_{half}.pth", weights_only=True)
+        after = load_file(out / f"taef2_{half}.safetensors")
+        assert {name: t.shape for name, t in before.items()} == {
+            name: t.shape for name, t in after.items()
+        }
+        assert all(not torch.equal(before[name].float(), after[name]) for name in before)
+    assert isinstance(find_target(exported(run, tmp_path / "vae")).load().encoder, TinyEncoder)
+
+
+def test_a_student_of_taef2s_architecture_learns_from_its_files(train_with, tmp_path):
+    publish("taef2", tmp_path)
+    target = "olvae.modules.others.tiny.Tiny"
+    shape = {"channels": 8, "pool": True}
+    config = tiny_config(
+        tmp_path / "photos",
+        embed_dim=32,
+        encoder_config={"target": f"{target}Encoder", "params": shape},
+        decoder_config={"target": f"{target}Decoder", "params": {**shape, "z_channels": 32}},
+        lossconfig=WITHOUT_KL,
+        parts=parts(teacher={"autoencoder": str(tmp_path), "logvar_weight": 0.0}),
+    )
+    run = train_with(config=config)
+    export_target(find_target(run.path), tmp_path / "student", ExportSettings(format="taesd"))
+    assert find_target(tmp_path / "student").load().latent_channels == 32
+
+
+def test_latents_of_another_width_than_the_networks_are_trained(train_with, tmp_path):
+    """CompVis's ``embed_dim`` beside ``z_channels``, and back to its names."""
+    theirs = with_random_weights(CompVisKL((32, 32), embedded=3, blocks=1))
+    save_file(theirs.state_dict(), tmp_path / "kl.safetensors")
+    run = train_with(
+        "model.params.freeze_encoder=false",
+        "model.params.scaling_factor=0.5",
+        start_from=str(tmp_path / "kl.safetensors"),
+    )
+    out = tmp_path / "back.safetensors"
+    export_target(find_target(run.path), out, ExportSettings(format="ldm"))
+    theirs.load_state_dict(load_file(out))

@@ -71,6 +71,10 @@ class Family(ABC):
     def config(self, model: LiteVAE) -> dict[str, Any]:
         """List that class's arguments; ValueError if it has none for a setting of the model."""
 
+    def original_config(self, model: LiteVAE) -> dict[str, Any]:
+        """As :meth:`config`, for files of the class's project, which may hold more."""
+        return self.config(model)
+
     @abstractmethod
     def to_diffusers(self, model: LiteVAE) -> Mapping[str, Tensor]:
         """Rename a model's weights to diffusers'; ValueError if one has no place there."""
@@ -121,23 +125,33 @@ class StableDiffusion(Family):
             "attention": config["mid_block_add_attention"],
             "attention_levels": attention_levels,
         }
-        n_z = config["latent_channels"]
+        z_channels = config["latent_channels"]
         size = config["sample_size"]
         f = 2 ** (len(widths) - 1)
-        encoder = {"latent_dim": 2 * n_z, "in_channels": config["in_channels"]}
+        encoder = {"latent_dim": 2 * z_channels, "in_channels": config["in_channels"]}
         encoder["image_size"] = size if isinstance(size, int) and size % f == 0 else max(256, f)
-        decoder = {"z_channels": n_z, "out_channels": config["out_channels"]}
+        decoder = {"z_channels": z_channels, "out_channels": config["out_channels"]}
 
         factors = {factor: config[factor] for factor in FOR_DIFFUSION}
         factors["shift_factor"] = config["shift_factor"] or 0.0
-        return self.spec_of(
-            encoder | shared, decoder | shared, n_z, use_quant=config["use_quant_conv"], **factors
-        )
+        quantized = config["use_quant_conv"]
+        n_z = theirs.latent_channels
+        return self.spec_of(encoder | shared, decoder | shared, n_z, use_quant=quantized, **factors)
 
     def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return _renamed(state, NAMES)
 
     def config(self, model: LiteVAE) -> dict[str, Any]:
+        config = self.original_config(model)
+        z_channels = model.decoder.z_channels
+        if model.latent_channels != z_channels:
+            raise ValueError(
+                f"latents of {model.latent_channels} channels, networks of {z_channels}: "
+                "AutoencoderKL has one number for both"
+            )
+        return config
+
+    def original_config(self, model: LiteVAE) -> dict[str, Any]:
         encoder = model.encoder.node["params"]
         decoder = model.decoder.node["params"]
         widths = [encoder["channels"] * m for m in encoder["channel_mult"]]
@@ -149,7 +163,7 @@ class StableDiffusion(Family):
         both: list[tuple[str, Any, Any]] = [("widths", widths, others)]
         for key in ("num_res_blocks", "norm_groups", "attention", "attention_levels"):
             both.append((key, encoder[key], decoder[key]))
-        both += [("moments", moments, 2 * model.decoder.z_channels), ("moments", moments, 2 * n_z)]
+        both.append(("moments", moments, 2 * model.decoder.z_channels))
         for what, one, other in both:
             if one != other:
                 raise ValueError(
@@ -242,6 +256,15 @@ class Tiny(Family):
 
     kinds = ("AutoencoderTiny",)
     networks = (TinyEncoder, TinyDecoder)
+
+    def holds(self, model: LiteVAE) -> bool:
+        if not super().holds(model):
+            return False
+        # TAEF2's and TAESANA's networks have parts that AutoencoderTiny lacks.
+        encoder = model.encoder.node["params"]
+        decoder = model.decoder.node["params"]
+        others = (encoder["pool"], encoder["stem"], decoder["pool"], decoder["channel_mult"])
+        return not any(others)
 
     def spec(self, theirs: Any, name: str) -> AutoencoderSpec:
         config = theirs.model.config

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from olvae.checkpoint import load_weights, read_checkpoint, state_dict_of
 from olvae.config import Config, ConfigError
@@ -30,9 +30,17 @@ WAN = "AutoencoderKLWan"
 QWEN = "AutoencoderKLQwenImage"
 DC = "AutoencoderDC"
 
+# latent-diffusion's argument for the channels of latents, where the networks have other ones.
+EMBED_DIM = "embed_dim"
+
+# A name of Qwen2D's file: diffusers' names, and kernels for images alone.
+QWEN_2D = "decoder.mid_block.attentions.0.norm.gamma"
+KERNEL_DEPTH = 3  # of the kernels that it was made of
+
 MARKERS = {
     "encoder.down.0.block.0.norm1.weight": (KL, FLUX2),
     "decoder.middle.0.residual.0.gamma": (WAN, QWEN),
+    QWEN_2D: (QWEN, WAN),
     "decoder.stages.1.op_list.0.main.conv.conv.bias": (DC,),
 }
 """A name that identifies a project's files, and diffusers' classes: without a config the first."""
@@ -57,6 +65,9 @@ LDM_NAMES = {
 
 QUANTIZERS = {"quant_conv.": "encoder.quant_conv.", "post_quant_conv.": "decoder.post_quant_conv."}
 """Where FLUX.2's own files have them."""
+
+# The first kernel of Wan's and Qwen-Image's decoder, in their names and in diffusers'.
+FIRST_KERNELS = ("decoder.conv1.weight", "decoder.conv_in.weight")
 
 WAN_NAMES = {
     r"^quant_conv": "conv1",
@@ -177,6 +188,8 @@ def _tensors(file: Path, raw: bool = False, check: bool = True) -> tuple[str, di
             f"{file}: a vector-quantised autoencoder of latent-diffusion; only the KL ones are read"
         )
     found = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+    if kind == QWEN and not is_flat(found):
+        return "", {}
 
     # FLUX.2's differ by their batch norm, and have the quantizers inside the halves.
     if kind == KL:
@@ -185,6 +198,37 @@ def _tensors(file: Path, raw: bool = False, check: bool = True) -> tuple[str, di
         kind = FLUX2 if "bn.running_mean" in found else KL
         found = {n: t for n, t in found.items() if n.startswith((*NAMES, "bn."))}
     return kind, found
+
+
+def is_flat(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether Wan's or Qwen-Image's kernels are for images alone, (out, in, h, w)."""
+    return any(name in tensors and tensors[name].ndim == 4 for name in FIRST_KERNELS)
+
+
+def without_frames(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keep of Wan's or Qwen-Image's weights what one frame needs, with diffusers' names.
+
+    Of each kernel, (out, in, t, h, w), the last slice in time; no convolutions in time.
+    """
+    flat = {}
+    for name, tensor in state.items():
+        in_time = tensor.ndim == 5 or (name.endswith("gamma") and tensor.ndim == 4)
+        if "time_conv" not in name:
+            flat[name] = tensor[:, :, -1] if in_time else tensor
+    return flat
+
+
+def with_frames(model: nn.Module, flat: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Undo :func:`without_frames`; zeros stand where one frame sees nothing."""
+    whole = dict(flat)
+    for name, own in model.state_dict().items():
+        tensor = flat.get(name)
+        if tensor is None and "time_conv" in name:
+            whole[name] = torch.zeros_like(own)
+        elif tensor is not None and tensor.ndim == own.ndim - 1:
+            whole[name] = tensor.new_zeros(*tensor.shape[:2], *own.shape[2:])
+            whole[name][:, :, -1] = tensor
+    return whole
 
 
 def _config(
@@ -240,12 +284,23 @@ def _loaded(
     import diffusers
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    build = partial(getattr(diffusers, kind).from_config, dict(config))
+    arguments = dict(config)
+    embed_dim = arguments.pop(EMBED_DIM, None)
+
+    def build() -> Any:
+        model = getattr(diffusers, kind).from_config(arguments)
+        if embed_dim is not None:
+            z_channels = model.config["latent_channels"]
+            model.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
+            model.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+        return model
+
     try:
         # Compare sizes before any memory is taken.
         if tensors is not None:
             with torch.device("meta"):
-                check_parameters(build(), sum(tensor.nbytes for tensor in tensors.values()))
+                stored = sum(tensor.nbytes for tensor in tensors.values())
+                check_parameters(build(), KERNEL_DEPTH * stored if is_flat(tensors) else stored)
         model = build()
 
         # diffusers converts the names, but not FLUX.2's batch norm and attention outside of the
@@ -254,9 +309,13 @@ def _loaded(
             at_levels = {n: t for n, t in tensors.items() if kind == KL and ".attn." in n}
             others = {n: t for n, t in tensors.items() if n not in at_levels}
             converters: Any = SINGLE_FILE_LOADABLE_CLASSES[{FLUX2: KL, QWEN: WAN}.get(kind, kind)]
-            converted = dict(
-                converters["checkpoint_mapping_fn"](checkpoint=others, config=model.config)
-            )
+            converted = others
+            if QWEN_2D not in tensors:
+                converted = dict(
+                    converters["checkpoint_mapping_fn"](checkpoint=others, config=model.config)
+                )
+            if is_flat(tensors):
+                converted = with_frames(model, converted)
             for name, tensor in tensors.items():
                 if name.startswith("bn."):
                     converted[name] = tensor
@@ -299,12 +358,15 @@ def _latent_diffusion_config(
             f"{origin}: an autoencoder of latent-diffusion, but without {error.args[0]}"
         ) from error
     embedded = latent
+    stored = moments
     if "post_quant_conv.weight" in weights:
         embedded = weights["post_quant_conv.weight"].shape[1]
-    if moments != 2 * latent or embedded != latent:
+    if "quant_conv.weight" in weights:
+        stored = weights["quant_conv.weight"].shape[0]
+    if moments != 2 * latent or stored != 2 * embedded:
         raise ValueError(
-            f"{origin}: its latent has {embedded} channels, the decoder takes {latent}, "
-            f"the encoder gives {moments}: AutoencoderKL has one width for all"
+            f"{origin}: its latent has {embedded} channels, the decoder takes {latent}, the "
+            f"encoder gives {moments} and quant_conv {stored}, which have to be twice as many"
         )
 
     # Levels, and their widths on both ways.
@@ -326,6 +388,8 @@ def _latent_diffusion_config(
             if name in weights:
                 others.append(weights[name].shape[0])
         config["decoder_block_out_channels"] = None if others == widths else others
+    if embedded != latent:
+        config[EMBED_DIM] = embedded
     norms = re.compile(r"encoder\.down\.0\.block\.\d+\.norm1\.weight")
     return config | {
         "layers_per_block": sum(bool(norms.fullmatch(name)) for name in weights),

@@ -14,6 +14,7 @@ from olvae.models.autoencoder import LiteVAE, load_located
 from olvae.models.loading.from_diffusers import DiffusersLoader
 from olvae.models.loading.loader import Loader, LoadOptions, Target
 from olvae.models.loading.original_files import OriginalLoader
+from olvae.models.loading.tiny_files import TinyLoader
 from olvae.models.target_names import (
     DIFFUSERS,
     KINDS,
@@ -122,6 +123,7 @@ def find_run_config(base: str | Path, run_name: str) -> Path:
 LOADERS: tuple[Loader, ...] = (
     DiffusersLoader(),
     PackageAndHubLoader(),
+    TinyLoader(),
     OriginalLoader(),
     CheckpointLoader(),
 )

@@ -1,7 +1,7 @@
-"""Tiny autoencoder with TAESD's architecture, a student: 3x3 convolutions, ReLU, no norms.
+"""Tiny autoencoders, TAESD's, TAEF2's and TAESANA's networks: 3x3 convolutions and ReLU.
 
-Its layers work on latents in a diffusion model's units, and on images in [0, 1]. Both are converted
-from and to ours here.
+Their layers work on latents in a diffusion model's units, and on images in [0, 1]. Both are
+converted from and to ours here.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,32 @@ from olvae.modules.distributions import deterministic_moments
 SOFT_BOUND = 3.0  # of the decoder's input, in standard deviations
 
 
-class Residual(nn.Module):
-    """Three 3x3 convolutions beside the identity."""
+POOL_GROUPS = 4  # of the norm in a block that sees the whole image
+POOL_WIDTH = 4  # times as many channels inside
 
-    def __init__(self, channels: int) -> None:
+
+class Residual(nn.Module):
+    """Three 3x3 convolutions beside the identity; with ``pool`` after norms of the whole image."""
+
+    def __init__(self, channels: int, pool: bool = False) -> None:
         super().__init__()
+        self.pool = None
+        if pool:
+            inside = POOL_WIDTH * channels
+            self.pool = nn.Sequential(
+                nn.Conv2d(channels, inside, 1, bias=False),
+                nn.GroupNorm(POOL_GROUPS, inside),
+                nn.ReLU(),
+                nn.Conv2d(inside, channels, 1, bias=False),
+            )
         convolutions = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3)]
         self.conv = nn.Sequential(
             convolutions[0], nn.ReLU(), convolutions[1], nn.ReLU(), convolutions[2]
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.pool is not None:
+            x = x + self.pool(x)
         return F.relu(self.conv(x) + x)
 
 
@@ -48,15 +63,19 @@ class _Tiny(Steps):
 
 
 class TinyEncoder(_Tiny, Encoder):
-    """TAESD's encoder. Its latents have no distribution.
+    """TAESD's encoder; TAEF2's or TAESANA's by its arguments. Its latents have no distribution.
 
     Args:
         latent_dim, in_channels, image_size: as LiteVAE_Encoder's; the log-variances are the
             smallest there are.
         channels: of every layer.
         blocks: residual blocks of each level, from the image's resolution to the latent's.
+        pool: the latent's level sees the whole image through norms, as TAEF2's.
+        stem: widths of strided convolutions in place of the first one, as TAESANA's 32 and 64;
+            ``blocks`` then begins after them.
 
-    Shapes: (B, in_channels, H, W) -> (B, latent_dim, H/f, W/f), f = 2^(len(blocks) - 1).
+    Shapes: (B, in_channels, H, W) -> (B, latent_dim, H/f, W/f),
+    f = 2^(len(blocks) - 1 + len(stem)).
     """
 
     deterministic = True
@@ -68,15 +87,30 @@ class TinyEncoder(_Tiny, Encoder):
         image_size: int = 256,
         channels: int = 64,
         blocks: Sequence[int] = (1, 3, 3, 3),
+        pool: bool = False,
+        stem: Sequence[int] = (),
     ) -> None:
         check_counts(1, channels=channels)
         check_counts(0, blocks=blocks)
-        super().__init__(latent_dim, in_channels, 2 ** (len(blocks) - 1), image_size)
-        layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, 3, padding=1)]
+        downscale = 2 ** (len(blocks) - 1 + len(stem))
+        super().__init__(latent_dim, in_channels, downscale, image_size)
+
+        # To the width of the blocks, at the image's resolution or by the stem.
+        layers: list[nn.Module] = []
+        width = in_channels
+        for wider in stem:
+            layers += [nn.Conv2d(width, wider, 3, stride=2, padding=1), nn.ReLU()]
+            width = wider
+        if not stem:
+            layers.append(nn.Conv2d(in_channels, channels, 3, padding=1))
+        elif width != channels:
+            raise ValueError(f"stem: the last width, {width}, is not `channels`, {channels}")
+
+        last = len(blocks) - 1
         for level, count in enumerate(blocks):
             if level:
                 layers.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1, bias=False))
-            layers += [Residual(channels) for _ in range(count)]
+            layers += [Residual(channels, pool and level == last) for _ in range(count)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels, latent_dim // 2, 3, padding=1))
         self._note(latent_dim // 2)
 
@@ -88,11 +122,14 @@ class TinyEncoder(_Tiny, Encoder):
 
 
 class TinyDecoder(_Tiny, Decoder):
-    """TAESD's decoder, whose tiles equal the whole image.
+    """TAESD's decoder, whose tiles equal the whole image; TAEF2's or TAESANA's by its arguments.
 
     Args:
         channels, z_channels, out_channels: as LiteVAE_Decoder's.
         blocks: residual blocks of each level, from the latent's resolution to the image's.
+        pool: the latent's level sees the whole image through norms, as TAEF2's: no tiles.
+        channel_mult: multiples of ``channels`` by level, from the image's to the latent's; by
+            default 1. TAESANA has 1, 1, 1, 1, 2, 4.
 
     Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w), f = 2^(len(blocks) - 1).
     """
@@ -103,28 +140,42 @@ class TinyDecoder(_Tiny, Decoder):
         z_channels: int = 4,
         out_channels: int = 3,
         blocks: Sequence[int] = (3, 3, 3, 1),
+        pool: bool = False,
+        channel_mult: Sequence[int] | None = None,
     ) -> None:
-        check_counts(1, channels=channels)
+        multiples = channel_mult or [1] * len(blocks)
+        check_counts(1, channels=channels, channel_mult=multiples)
         check_counts(0, blocks=blocks)
+        if len(multiples) != len(blocks):
+            raise ValueError(
+                f"channel_mult: {len(multiples)} levels, but `blocks` has {len(blocks)}"
+            )
         super().__init__(z_channels, out_channels, 2 ** (len(blocks) - 1))
-        layers: list[nn.Module] = [nn.Conv2d(z_channels, channels, 3, padding=1), nn.ReLU()]
-        for level, count in enumerate(blocks):
+        self.pool = pool
+
+        widths = [channels * multiple for multiple in reversed(multiples)]
+        layers: list[nn.Module] = [nn.Conv2d(z_channels, widths[0], 3, padding=1), nn.ReLU()]
+        for level, (count, width) in enumerate(zip(blocks, widths, strict=True)):
             if level:
+                before = widths[level - 1]
                 layers += [
                     nn.Upsample(scale_factor=2),
-                    nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+                    nn.Conv2d(before, width, 3, padding=1, bias=False),
                 ]
-            layers += [Residual(channels) for _ in range(count)]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, out_channels, 3, padding=1))
+            layers += [Residual(width, pool and level == 0) for _ in range(count)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], out_channels, 3, padding=1))
         self._note(z_channels)
 
     def forward(self, z: Tensor) -> Tensor:
-        for stage in self.stages():
+        for stage in self._layers():
             z = self.step(stage.run, z)
         return z
 
-    def stages(self) -> list[Stage]:
-        """List the layers, one by one: see :class:`Stage`."""
+    def stages(self) -> list[Stage] | None:
+        """List the layers, one by one: see :class:`Stage`. None with ``pool``."""
+        return None if self.pool else self._layers()
+
+    def _layers(self) -> list[Stage]:
         reach = {nn.Conv2d: 1, Residual: 3}
         stages = [Stage(self._bound, 0)]
         for layer in self.layers:

@@ -13,7 +13,7 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_wan_vae_to_diffusers,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from olvae.export.exporting import export
 from olvae.export.formats import LAYOUTS
@@ -202,4 +202,56 @@ def test_sizes_in_a_header_are_not_believed(tmp_path):
     named = original_names("AutoencoderKLWan", theirs.state_dict())
     save_file(named, tmp_path / "vae.safetensors", metadata={"config": json.dumps(config)})
     with pytest.raises(ValueError, match=r"vae.safetensors: base_dim: more than"):
+        find_target(tmp_path / "vae.safetensors")
+
+
+def flat(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Qwen2D's tensors, written from its shapes: every kernel and norm loses its axis of time."""
+    kept = {name: tensor for name, tensor in state.items() if "time_conv" not in name}
+    for name, tensor in kept.items():
+        if tensor.ndim == 5:
+            kept[name] = tensor[:, :, -1].contiguous()
+        elif name.endswith("gamma") and tensor.ndim == 4:
+            kept[name] = tensor.flatten(1)[:, :, None]
+    return kept
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("names", ["diffusers'", "Wan's"])
+def test_qwen2d_is_qwen_images_autoencoder_for_one_frame(names, tmp_path):
+    kind, file = "AutoencoderKLQwenImage", tmp_path / "Qwen2D_VAE.safetensors"
+    theirs = make(kind, **WAN)
+    state = theirs.state_dict()
+    if names == "Wan's":
+        state = original_names(kind, state)
+    config = {**theirs.config, "_class_name": kind}
+    stored = {name: tensor.half() for name, tensor in flat(state).items()}
+    save_file(stored, file, metadata={"config": json.dumps(config)})
+    found = find_target(file).load()
+    x = torch.rand(1, 3, 1, 16, 16) * 2 - 1
+    theirs.half().float()
+    expected = theirs.encode(x).latent_dist.mean
+    torch.testing.assert_close(found.encode(x[:, :, 0]).mean, expected[:, :, 0])
+    torch.testing.assert_close(
+        found.decode(expected[:, :, 0]), theirs.decode(expected).sample[:, :, 0]
+    )
+
+    # And back: the file that was read.
+    out = tmp_path / "out.safetensors"
+    model = found.as_litevae("it").eval()
+    export(model, out, LAYOUTS["qwen2d"]())
+    again = load_file(out)
+    wanted = flat(theirs.state_dict())
+    assert again.keys() == wanted.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in wanted.items())
+    same(find_target(out).load(), found.model)
+
+
+def test_qwen2d_is_for_qwen_images_and_wans_autoencoders(tmp_path):
+    model = DiffusersAutoencoder(make("AutoencoderKLFlux2")).as_litevae("it")
+    assert "only Qwen-Image's and Wan's" in LAYOUTS["qwen2d"]().misfit(model)
+    # A whole one with diffusers' names is a folder's.
+    theirs = make("AutoencoderKLQwenImage", **WAN)
+    save_file(theirs.state_dict(), tmp_path / "vae.safetensors")
+    with pytest.raises(ValueError, match="weights of a diffusers autoencoder"):
         find_target(tmp_path / "vae.safetensors")

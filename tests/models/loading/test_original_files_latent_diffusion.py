@@ -120,3 +120,30 @@ def test_attention_at_levels_is_read_and_computed_as_compvis_does(attention, tmp
     torch.testing.assert_close(again, y, rtol=1e-4, atol=1e-5)
     notes = " ".join(find_layout("ldm").notes(ours))
     assert ("not at levels" in notes) == bool(attention)
+
+
+@pytest.mark.parametrize("embedded", [3, 6])
+def test_latents_of_another_width_than_the_networks_are_read_and_written(embedded, tmp_path, image):
+    """CompVis's `embed_dim` beside `z_channels`; AutoencoderKL has one number for both."""
+    theirs = with_random_weights(CompVisKL(embedded=embedded))
+    save_file(theirs.state_dict(), tmp_path / "kl.safetensors")
+    target = find_target(tmp_path / "kl.safetensors")
+    found = target.load()
+    assert found.latent_channels == target.untrained().latent_channels == embedded
+    ours = found.as_litevae("kl").eval()
+    with torch.no_grad():
+        moments, y = theirs(image)
+        mean = moments[:, :embedded]
+        for model in (found, ours):
+            torch.testing.assert_close(model.encode(image).mean, mean, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(model(image)[0], y, rtol=1e-4, atol=1e-5)
+
+    export(ours, tmp_path / "back.safetensors", find_layout("ldm"))
+    back = CompVisKL(embedded=embedded)
+    back.load_state_dict(load_file(tmp_path / "back.safetensors"))
+    with torch.no_grad():
+        assert torch.equal(back.eval()(image)[1], y)
+    misfit = find_layout("diffusers").misfit(ours)
+    assert f"latents of {embedded} channels, networks of 4" in misfit
+    assert "`format` litevae can hold it" in misfit
+    export(ours, tmp_path / "litevae")

@@ -6,7 +6,7 @@ import torch
 from skimage.color import rgb2hsv, rgb2ycbcr
 
 from olvae.evaluation.cells import MINUS
-from olvae.evaluation.observers.colour import Colour
+from olvae.evaluation.observers.pixels.colour import Colour
 from tests.evaluation.peers import seen
 
 KEYS = [f"{i}.png" for i in range(6)]

@@ -5,8 +5,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from olvae.evaluation.observers.flat_colours import FlatColours, colour_size, reconstruct_colours
 from olvae.evaluation.observers.observer import Subject
+from olvae.evaluation.observers.pixels.flat_colours import (
+    FlatColours,
+    colour_size,
+    reconstruct_colours,
+)
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import DiagonalGaussian
 

@@ -4,8 +4,8 @@ import torch
 from PIL import Image
 
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
-from olvae.evaluation.observers.not_rgb import RealValues, Transparency
 from olvae.evaluation.observers.observer import Observation
+from olvae.evaluation.observers.pixels.not_rgb import RealValues, Transparency
 
 STATED = PixelRange.from_node({"pairs": [0, 10_000], "values": "log1p"})
 

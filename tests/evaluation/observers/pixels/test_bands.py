@@ -5,7 +5,7 @@ import pytest
 import pywt
 import torch
 
-from olvae.evaluation.observers.bands import Bands
+from olvae.evaluation.observers.pixels.bands import Bands
 from tests.evaluation.peers import seen
 
 

@@ -1,0 +1,1 @@
+"""Observers that compare pixels: bands, colours, patterns, values and transparency, passes."""

@@ -1,0 +1,195 @@
+"""Files of tiny autoencoders: TAESD's, TAEF2's and TAESANA's names and shapes, random weights,
+against plain networks.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from olvae.export.exporting import ExportSettings, export_target
+from olvae.export.formats import LAYOUTS
+from olvae.models.loading.targets import find_target
+from olvae.modules.others.tiny import TinyEncoder
+
+
+def conv(a: int, b: int, **kwargs) -> nn.Conv2d:
+    return nn.Conv2d(a, b, 3, padding=1, **kwargs)
+
+
+class Bound(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x / 3).tanh() * 3
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, pooled: bool = False) -> None:
+        super().__init__()
+        self.conv = nn.Sequential(
+            conv(width, width), nn.ReLU(), conv(width, width), nn.ReLU(), conv(width, width)
+        )
+        if pooled:
+            self.pool = nn.Sequential(
+                nn.Conv2d(width, 4 * width, 1, bias=False),
+                nn.GroupNorm(4, 4 * width),
+                nn.ReLU(),
+                nn.Conv2d(4 * width, width, 1, bias=False),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "pool"):
+            x = x + self.pool(x)
+        return (self.conv(x) + x).relu()
+
+
+def down(width: int, pooled: bool = False) -> Iterable[nn.Module]:
+    return conv(width, width, stride=2, bias=False), *(Block(width, pooled) for _ in range(3))
+
+
+def up(width: int, narrower: int, pooled: bool = False) -> Iterable[nn.Module]:
+    blocks = [Block(width, pooled) for _ in range(3)]
+    return *blocks, nn.UpsamplingNearest2d(scale_factor=2), conv(width, narrower, bias=False)
+
+
+def plain(kind: str) -> tuple[nn.Sequential, nn.Sequential]:
+    """Encoder and decoder as published, by facts.md 12, with random weights."""
+    torch.manual_seed(5)
+    if kind == "taesana":
+        encoder = [conv(3, 32, stride=2), nn.ReLU(), conv(32, 64, stride=2), nn.ReLU(), Block(64)]
+        encoder += [*down(64), *down(64), *down(64), conv(64, 32)]
+        decoder = [Bound(), conv(32, 256), nn.ReLU(), *up(256, 128), *up(128, 64)]
+        decoder += [*up(64, 64), *up(64, 64), *up(64, 64), Block(64), conv(64, 3)]
+    else:
+        pooled, n_z = (True, 32) if kind == "taef2" else (False, 4)
+        encoder = [conv(3, 64), Block(64), *down(64), *down(64), *down(64, pooled), conv(64, n_z)]
+        decoder = [Bound(), conv(n_z, 64), nn.ReLU(), *up(64, 64, pooled), *up(64, 64)]
+        decoder += [*up(64, 64), Block(64), conv(64, 3)]
+    return nn.Sequential(*encoder), nn.Sequential(*decoder)
+
+
+KINDS = ["taesd", "taef2", "taesana"]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> str:
+    return request.param
+
+
+def publish(kind: str, folder: Path) -> None:
+    """Write the two files as they are published: pickles, in float16 where TAEF2's are."""
+    for half, network in zip(("encoder", "decoder"), plain(kind), strict=True):
+        state = network.state_dict()
+        if kind == "taef2":
+            state = {name: tensor.half() for name, tensor in state.items()}
+        torch.save(state, folder / f"{kind}_{half}.pth")
+
+
+@pytest.fixture
+def folder(kind, tmp_path) -> Path:
+    publish(kind, tmp_path)
+    return tmp_path
+
+
+def networks(kind: str, folder: Path) -> tuple[nn.Sequential, nn.Sequential]:
+    halves = plain(kind)
+    for half, network in zip(("encoder", "decoder"), halves, strict=True):
+        network.load_state_dict(torch.load(folder / f"{kind}_{half}.pth", weights_only=True))
+    return halves
+
+
+@torch.no_grad()
+def test_tiny_files_are_the_published_networks(kind, folder):
+    encoder, decoder = networks(kind, folder)
+    image = torch.rand(1, 3, 32, 64)
+    z = encoder(image)
+    places = [folder / f"{kind}_encoder.pth", folder / f"{kind}_decoder.pth", folder]
+    for place in places:
+        found = find_target(place).load()
+        assert found.downscale == image.shape[-1] // z.shape[-1]
+        assert found.latent_channels == z.shape[1]
+        assert found.encode(2 * image - 1).deterministic
+        torch.testing.assert_close(found.encode(2 * image - 1).mean, z, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.decode(z), 2 * decoder(z) - 1, rtol=0, atol=1e-5)
+    if kind == "taef2":
+        with pytest.raises(ValueError, match="sees the whole latent at every position"):
+            found.decode_tiled(z, tile=4)
+    else:
+        torch.testing.assert_close(found.decode_tiled(z, tile=1), found.decode(z))
+
+
+@torch.no_grad()
+def test_tiny_files_are_written_again(kind, folder):
+    """And our own folder is a TARGET, with ComfyUI's names."""
+    out = folder / "out"
+    settings = ExportSettings(format="taesd")
+    _, notes = export_target(find_target(folder), out, settings)
+    for half in ("encoder", "decoder"):
+        before = torch.load(folder / f"{kind}_{half}.pth", weights_only=True)
+        after = load_file(out / f"{kind}_{half}.safetensors")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name].float(), after[name]) for name in before)
+    assert ("taef2_decoder.safetensors to ComfyUI/models/vae_approx." in notes[0]) == (
+        kind == "taef2"
+    )
+    image = torch.rand(1, 3, 32, 32) * 2 - 1
+    one, other = find_target(folder).load(), find_target(out).load()
+    assert torch.equal(one(image)[0], other(image)[0])
+
+
+def test_only_taesds_networks_are_of_a_class_of_diffusers(kind, folder):
+    model = find_target(folder).load()
+    misfit = LAYOUTS["diffusers"]().misfit(model)
+    assert (misfit is None) == (kind == "taesd")
+    assert LAYOUTS["litevae"]().misfit(model) is None
+    assert (LAYOUTS["comfyui"]().misfit(model) is None) == (kind != "taesd")
+
+
+@pytest.fixture
+def taesd(tmp_path) -> Path:
+    for half, network in zip(("encoder", "decoder"), plain("taesd"), strict=True):
+        save_file(network.state_dict(), tmp_path / f"taesd_{half}.safetensors")
+    return tmp_path
+
+
+def test_one_file_with_both_halves_as_in_comfyui(taesd):
+    expected = find_target(taesd).load().state_dict()
+    both = {}
+    for half in ("encoder", "decoder"):
+        for name, tensor in load_file(taesd / f"taesd_{half}.safetensors").items():
+            both[f"taesd_{half}.{name}"] = tensor
+    save_file(both, taesd / "both.safetensors")
+    found = find_target(taesd / "both.safetensors").load().state_dict()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+
+
+def test_half_of_an_autoencoder_and_another_architecture_are_one_line(taesd):
+    file = taesd / "taesd_encoder.safetensors"
+    state = load_file(file)
+    del state["14.bias"]
+    save_file(state, file)
+    with pytest.raises(ValueError, match="not the layers of TAESD"):
+        find_target(taesd).load()
+    del state["3.conv.2.weight"]
+    save_file({**state, "14.bias": torch.zeros(4)}, file)
+    with pytest.raises(ValueError, match=r"model: 1 missing \(encoder\.layers\.3\.conv\.2"):
+        find_target(taesd).load()
+    file.unlink()
+    decoder = taesd / "taesd_decoder.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"decoder alone: put taesd_encoder\.safetens"):
+        find_target(decoder)
+
+
+def test_latents_are_converted_to_another_models_units(taesd):
+    model, image = find_target(taesd).load(), torch.rand(1, 3, 16, 16)
+    z, decoded = model.encode(image).mean, model(image)[0]
+    mean, std = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.full((4,), 5.0)
+    model.use_latents(mean, std)
+    torch.testing.assert_close(
+        model.encode(image).mean, 5 * z + mean[:, None, None], rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(model(image)[0], decoded)
+    unknown = find_target(taesd).fresh()
+    assert isinstance(unknown.encoder, TinyEncoder)
