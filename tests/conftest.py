@@ -55,6 +55,17 @@ def _signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _lasting() -> Iterator[None]:
+    """Caches that a module's tests leave are looked at by no later collection, nor copied by forks
+    for its sake.
+    """
+    yield
+    if len(gc.get_objects()) > 200_000:
+        gc.collect()
+        gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def usual_probe() -> Iterator[int]:
     """Measure reading speeds for a moment, diffusers' autoencoders on images smaller than a
@@ -85,12 +96,15 @@ def network_rows() -> list[Any]:
 
 @pytest.fixture(scope="session")
 def quick_training() -> Iterator[None]:
-    """Trainings here plot no curves, count no MACs, fork no loaders, and fit to few crops.
+    """Trainings here plot no curves, count no MACs, fork no loaders, fit to few crops, and
+    measure teachers on few; encodings fork no readers.
 
     Else that is most of the time of a tiny one. A session's, for the fixtures that train;
     :func:`whole_training` has curves and MACs.
     """
+    from olvae.cli import encode
     from olvae.models import linear_code
+    from olvae.models.parts import teacher
     from olvae.training import processes, summary
 
     def unplotted(curves: Mapping[str, Any], path: Path) -> None:
@@ -102,6 +116,8 @@ def quick_training() -> Iterator[None]:
         patch.setattr(summary, "count_macs", lambda *_: 0)
         patch.setattr(processes, "MOST_WORKERS", 0)
         patch.setattr(linear_code, "CROPS", (256, 512))
+        patch.setattr(teacher, "STD_IMAGES", 16)
+        patch.setattr(encode, "MOST_READERS", 0)
         yield
 
 
