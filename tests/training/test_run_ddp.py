@@ -50,6 +50,7 @@ def test_two_processes_train_as_one(train_with, train_two, monkeypatch):
     monkeypatch.setattr("olvae.models.linear_code.CROPS", (256, 256))
     two_steps = (
         "data.params.size=64",
+        "lightning.trainer.limit_val_batches=1",
         "lightning.trainer.max_steps=2",
         "lightning.trainer.log_every_n_steps=1",
     )
