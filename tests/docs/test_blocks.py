@@ -32,8 +32,8 @@ RUN, NETWORK, NAMES = "run", "needs network", "imports only: "
 Python blocks to import from only, for want of a network or for the reason given.
 """
 
-SLOW = ("any_size.md", "api.md", "extending.md", "not-rgb.md")
-"""Pages whose blocks train or load large models for seconds."""
+SLOW = ("any_size.md", "api.md", "encode.md", "export.md", "extending.md", "not-rgb.md")
+"""Pages whose blocks take seconds."""
 
 LANGUAGES = ("python", "sh", "console", "powershell", "yaml", "text", "mermaid")
 

@@ -239,6 +239,7 @@ each is a launch at least.
 )
 def test_operations_of_half_precision_steps_on_fake_cuda(monkeypatch, dtype, optimizer, more):
     """Of both players, with LeCam and CutMix; Muon's matrices are many small products."""
+    # Three seconds: a fake operation costs a hundred microseconds, and the steps have thousands.
     penalties = [
         f"model.params.optimizer={optimizer}",
         f"{A}.start_step=0",

@@ -47,6 +47,7 @@ def assert_close(one: Run, two: Run) -> None:
 
 
 def test_two_processes_train_as_one(train_with, train_two, monkeypatch):
+    # Five seconds: three trainings of the demo, which needs 64 pixels for its discriminator.
     monkeypatch.setattr("olvae.models.linear_code.CROPS", (256, 256))
     two_steps = (
         "data.params.size=64",

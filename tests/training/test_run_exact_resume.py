@@ -86,6 +86,8 @@ CASES = (shards, everything_of_phase_b, started_from_another, taught_both, taugh
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     train_with, tmp_path, image_folder, case: Callable[..., Case]
 ):
+    # Shards and phase B take up to four seconds: three trainings, in loader processes or of two
+    # players.
     config, options, overrides = case(tmp_path, image_folder)
     whole, half = (
         train_with(f"lightning.trainer.max_steps={steps}", *overrides, config=config, **options)
