@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    ?= $(BIN)/python -m pip --disable-pip-version-check
 RUNS   ?= runs
 
-.PHONY: demo distil-demo study study-scale gpu gpu-bundle study-parts study-maps models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs notebooks audit rehearse test test-random test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
+.PHONY: demo distil-demo study study-scale gpu gpu-bundle study-parts study-maps models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs notebooks audit rehearse test test-fast test-random test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -120,6 +120,9 @@ notebooks: $(VENV)/.installed-dev ## run the notebooks of examples/ and store th
 
 test: $(VENV)/.installed-dev ## the whole test suite
 	$(BIN)/python -m pytest -n 2
+
+test-fast: $(VENV)/.installed-dev ## the tests of the files that git says changed, and the contracts (a minute)
+	$(BIN)/python scripts/changed_tests.py -n 2
 
 test-random: $(VENV)/.installed-dev ## the whole test suite three times, each in another order; it prints the seed to repeat one
 	for i in 1 2 3; do $(BIN)/python -m pytest -v -n 2 -p randomly || exit 1; done

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.nn.utils import parametrizations
 
 from olvae.files import SIGNALS
@@ -55,6 +56,17 @@ def _signals() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _lasting() -> Iterator[None]:
+    """Caches that a module's tests leave are looked at by no later collection, nor copied by forks
+    for its sake.
+    """
+    yield
+    if len(gc.get_objects()) > 200_000:
+        gc.collect()
+        gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def usual_probe() -> Iterator[int]:
     """Measure reading speeds for a moment, diffusers' autoencoders on images smaller than a
@@ -85,23 +97,36 @@ def network_rows() -> list[Any]:
 
 @pytest.fixture(scope="session")
 def quick_training() -> Iterator[None]:
-    """Trainings here plot no curves, count no MACs, fork no loaders, and fit to few crops.
+    """Trainings here plot no curves, count no MACs, fork no loaders, fit to few crops, measure
+    teachers on few, and draw two images; encodings fork no readers, and latents have no picture.
 
     Else that is most of the time of a tiny one. A session's, for the fixtures that train;
     :func:`whole_training` has curves and MACs.
     """
+    from olvae.cli import encode
+    from olvae.evaluation import latent_report
     from olvae.models import linear_code
-    from olvae.training import processes, summary
+    from olvae.models.parts import teacher
+    from olvae.training import callbacks, processes, summary
 
     def unplotted(curves: Mapping[str, Any], path: Path) -> None:
         assert all(len(steps) == len(values) > 0 for steps, values in curves.values())
         path.touch()
+
+    whole_grid = callbacks.labelled_grid
+
+    def grid_of_two(rows: Mapping[str, Tensor]) -> Image.Image:
+        return whole_grid({name: row[:2] for name, row in rows.items()})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(summary, "plot_curves", unplotted)
         patch.setattr(summary, "count_macs", lambda *_: 0)
         patch.setattr(processes, "MOST_WORKERS", 0)
         patch.setattr(linear_code, "CROPS", (256, 512))
+        patch.setattr(teacher, "STD_IMAGES", 16)
+        patch.setattr(encode, "MOST_READERS", 0)
+        patch.setattr(callbacks, "labelled_grid", grid_of_two)
+        patch.setattr(latent_report, "draw_distribution", lambda _, path: path.touch())
         yield
 
 

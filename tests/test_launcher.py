@@ -61,8 +61,14 @@ def fail(where: str, error: Exception) -> None:
             gather(rank)
 
 
-@pytest.mark.parametrize("where", ["while it works", "where it gathers", "at its end"])
-@pytest.mark.parametrize("kind", [ConfigError, OSError])
+@pytest.mark.parametrize(
+    ("kind", "where"),
+    [
+        (ConfigError, "while it works"),
+        (ConfigError, "where it gathers"),
+        (OSError, "at its end"),
+    ],
+)
 def test_an_error_of_one_process_is_raised_in_the_first_and_ends_the_others(where, kind, capfd):
     def work() -> None:
         with suppress_in_first(kind):

@@ -27,7 +27,8 @@ def tiny(tmp_path, monkeypatch):
     return ["--config", tmp_path / "a.yaml", "--config", tmp_path / "b.yaml", "--workers", "0"]
 
 
-def test_bench_all_measures_every_group(olvae, tiny, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_bench_all_measures_every_group(olvae, tiny):
     options = ["--size", 16, "-B", 2, "--rounds", 1]
     code, out, err = olvae("bench", "all", *options, *tiny, "--json")
     assert code == 0, err
@@ -56,8 +57,10 @@ def test_bench_all_measures_every_group(olvae, tiny, tmp_path, monkeypatch):
     ratios = {f"{row['group']} {row['name'][-6:]}" for row in measured if "ratio" in row}
     assert ratios == {"dwt vedec2", "encoder peer", "encoder S", "train b.yaml"}
 
+
+def test_bench_prints_a_table_of_80_columns(olvae, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    code, out, err = olvae("bench", "dwt", *options)
+    code, out, err = olvae("bench", "dwt", "--size", 16, "-B", 2, "--rounds", 1)
     assert (code, out) == (0, "")
     table = err.partition("\n")[2].partition("\n")[2]
     assert "dwt, size 16, batch size 2, precision 32" in " ".join(err.split())

@@ -122,7 +122,7 @@ def test_ranks_that_see_other_images_pack_nothing(olvae_on_two, photos, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_ranks_check_what_one_process_checks(olvae, done, capfd, photos, tmp_path, packed):
     """Copies are found by content, whichever ranks have read them."""
     for i in range(70):  # two tasks

@@ -195,7 +195,7 @@ def test_a_reader_that_was_killed_is_named_with_the_option_that_helps(
     read = Reader.__getitem__
     monkeypatch.setattr(Reader, "__getitem__", die)
     encode = ("encode", target, "--data", image_folder, "--size", 16, "--shard-size", 3)
-    err = olvae_on_two(*encode, "--out", tmp_path / "out", exits=(1, 1))
+    err = olvae_on_two(*encode, "--threads", 1, "--out", tmp_path / "out", exits=(1, 1))
     assert re.fullmatch(r"error: a loader process .* memory ran out: lower --threads\n", err)
 
 

@@ -15,7 +15,7 @@ from olvae.data.image import EvalTransform, image_to_tensor, read_picture
 from olvae.data.picture_folder import find_images
 from olvae.data.pixels.size_and_range import from_uint8
 from olvae.data.places import load
-from olvae.evaluation.latent_report import LatentAccumulator
+from olvae.evaluation.latent_report import LatentAccumulator, draw_distribution
 from olvae.models.loading.targets import find_target
 from tests.evaluation.peers import numbers
 from tests.forks import fork_ranks
@@ -23,7 +23,8 @@ from tests.metrics.test_features import extract
 from tests.models.loading.test_targets import taesd
 
 
-def test_latents_of_a_run_on_its_own_test_images(olvae, trained):
+def test_latents_of_a_run_on_its_own_test_images(olvae, trained, monkeypatch):
+    monkeypatch.setattr("olvae.evaluation.latent_report.draw_distribution", draw_distribution)
     code, out, err = olvae("latents", trained)
     assert (code, out) == (0, "")
     for text in (
@@ -42,6 +43,7 @@ def test_latents_of_a_run_on_its_own_test_images(olvae, trained):
     assert min(Image.open(trained / "latents.png").size) > 300
 
 
+@pytest.mark.slow
 def test_ifid_is_that_of_an_evaluation(
     olvae, done, trained, photos, tmp_path, weights_dir, monkeypatch
 ):

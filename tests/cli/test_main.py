@@ -172,13 +172,22 @@ def test_ctrl_c_is_told_with_exit_code_130(olvae, trained, tmp_path, monkeypatch
     assert err.endswith("_tiny_32: removed: nothing was saved yet\nstopped\n")
 
 
+STAND_IN = """
+import sys
+from types import SimpleNamespace
+from olvae.cli.main import main
+
+def table(counted):
+    sys.modules["olvae.bench.cases"] = SimpleNamespace(network_table=counted)
+
+"""
+"""Lets `olvae tables` call something else, without torch, whose import takes seconds."""
+
+
 def test_ctrl_c_inside_code_made_of_text_has_the_same_exit_code(tmp_path):
     """As while a module with dataclasses is imported. Python then ends by SIGINT, under -m."""
     (tmp_path / "interrupted.py").write_text(
-        "from olvae.bench import cases\n"
-        "from olvae.cli.main import main\n"
-        "cases.network_table = lambda *_: exec('raise KeyboardInterrupt')\n"
-        "main(['tables'])\n"
+        f"{STAND_IN}table(lambda *_: exec('raise KeyboardInterrupt'))\nmain(['tables'])\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "interrupted"],
@@ -460,10 +469,8 @@ def test_version_and_help(olvae):
     assert "Usage: olvae [OPTIONS] COMMAND" in done.stdout
 
 
-SLOW_TO_END = """
-import os, signal, sys, time
-from olvae.bench import cases
-from olvae.cli.main import main
+SLOW_TO_END = f"""{STAND_IN}
+import os, signal
 
 class Ended:
     def __del__(self, kill=os.kill, own=os.getpid(), number=getattr(signal, sys.argv[1])):
@@ -480,7 +487,7 @@ def stopped(*_):
         tidied.append(Ended())
         print("tidied up", flush=True)
 
-cases.network_table = stopped
+table(stopped)
 main(["tables"])
 """
 

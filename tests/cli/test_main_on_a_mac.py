@@ -54,9 +54,10 @@ def same_training(folders):
         assert torch.equal(tensor, mac["state_dict"][name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "nodes",
-    [SOME, pytest.param(OTHERS, marks=pytest.mark.slow)],
+    [SOME, OTHERS],
     ids=[",".join(SOME), ",".join(OTHERS)],
 )
 def test_training_and_validation_with_parts_on_a_mac(on_both, config, nodes):
@@ -67,7 +68,8 @@ def test_training_and_validation_with_parts_on_a_mac(on_both, config, nodes):
     same_training(folders)
 
 
-@pytest.mark.parametrize("name", ["teacher", pytest.param("alignment", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["teacher", "alignment"])
 def test_training_with_another_network_on_a_mac(on_both, config, target, vit, name):
     given = {
         "teacher": {"autoencoder": str(target)},
@@ -97,7 +99,7 @@ def test_training_of_both_players_on_a_mac(on_both, config, precision, optimizer
     adversary = json.dumps(against(lecam_weight=0.1, r1_weight=0.1))
     folders = on_both(
         "train", "--base", config, f"model.params.adversary_config={adversary}",
-        f"model.params.optimizer={optimizer}", "--logdir",
+        f"model.params.optimizer={optimizer}", "lightning.trainer.max_steps=2", "--logdir",
         cpu=("--gpus", 0, "--precision", "32" if precision == "fp16" else precision),
         mac=("--precision", precision, "lightning.trainer.accelerator=mps"),
     )  # fmt: skip
@@ -105,6 +107,7 @@ def test_training_of_both_players_on_a_mac(on_both, config, precision, optimizer
         same_training(folders)
 
 
+@pytest.mark.slow
 def test_evaluate_on_a_mac(on_both, target, image_folder, weights_dir):
     folders = on_both(
         "evaluate", target, "--data", image_folder, "--size", 32, "--metrics",
@@ -129,12 +132,14 @@ def test_encode_decode_and_latents_on_a_mac(on_both, done, target, image_folder,
     assert len({(out / "latents.json").read_text() for out in report}) == 1
 
 
+@pytest.mark.slow
 def test_encode_in_strips_on_a_mac(on_both, target, image_folder):
     native = ("--data", image_folder, "--native", "--memory", 0.001)
     strips = on_both("encode", target, *native, "--out")
     assert everything(strips[0]) == everything(strips[1])
 
 
+@pytest.mark.slow
 def test_reconstruct_on_a_mac(on_both, target, image_folder):
     folders = on_both("reconstruct", target, image_folder, "--sample", "--out")
     cpu, mac = (everything(out) for out in folders)

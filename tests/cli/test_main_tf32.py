@@ -25,7 +25,10 @@ def seen(monkeypatch):
     assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == DEFAULT
 
 
-@pytest.mark.parametrize(("precision", "allowed"), [("32", False), ("tf32", True), ("bf16", False)])
+@pytest.mark.parametrize(
+    ("precision", "allowed"),
+    [("32", False), ("tf32", True), pytest.param("bf16", False, marks=pytest.mark.slow)],
+)
 def test_encode_and_reconstruct_have_tf32_by_name_alone(
     seen, done, target, image_folder, tmp_path, precision, allowed
 ):

@@ -298,6 +298,7 @@ def test_strips_of_a_large_picture_are_converted_as_the_whole(name, channels, mo
     np.testing.assert_array_equal(Photo(CONVERTED[name][0], name, channels).read(), whole)
 
 
+@pytest.mark.slow
 def test_a_large_picture_with_alpha_is_in_memory_twice_at_most(tmp_path):
     """Its 400 kB have 16 million pixels, 64 MB; strips and libraries may take 96 MB more."""
     Image.new("RGBA", (4000, 4000)).save(tmp_path / "a.png")

@@ -123,7 +123,9 @@ def test_a_sources_loader_continues_at_any_batch(make, batch_size):
     assert not same(take(s.train_loader(4), 12), whole)
 
 
-@pytest.mark.parametrize("make", [folder, known_shards, mix], indirect=True)
+@pytest.mark.parametrize(
+    "make", [folder, known_shards, pytest.param(mix, marks=pytest.mark.slow)], indirect=True
+)
 def test_loader_processes_continue_for_each_of_two_ranks(make, monkeypatch):
     """With two workers per rank; the ranks share the validation images."""
     seen: list[set[str]] = []

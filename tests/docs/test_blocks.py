@@ -32,6 +32,9 @@ RUN, NETWORK, NAMES = "run", "needs network", "imports only: "
 Python blocks to import from only, for want of a network or for the reason given.
 """
 
+SLOW = ("any_size.md", "api.md", "encode.md", "export.md", "extending.md", "not-rgb.md")
+"""Pages whose blocks take seconds."""
+
 LANGUAGES = ("python", "sh", "console", "powershell", "yaml", "text", "mermaid")
 
 
@@ -59,7 +62,15 @@ every_file = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("file", [f for f in DOCS if runnable(f)], ids=lambda file: file.name)
+@pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param(file, marks=pytest.mark.slow if file.name in SLOW else ())
+        for file in DOCS
+        if runnable(file)
+    ],
+    ids=lambda file: file.name,
+)
 def test_python_blocks_of_the_docs_run(file, workspace, monkeypatch, capsys):
     """Python in order, in one namespace per file,
     and between it the commands that are marked to run."""

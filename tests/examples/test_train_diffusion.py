@@ -23,10 +23,10 @@ def test_train_diffusion_lowers_its_loss_and_makes_images(example, tmp_path, cap
         str(tmp_path / "out"),
         "--size=32",
         "--crops=20",
-        "--steps=25",
+        "--steps=15",
     ]
     losses = example.main(arguments)
-    assert len(losses) == 25
+    assert len(losses) == 15
     assert sum(losses[-5:]) < sum(losses[:5])
     out = capsys.readouterr().out
     assert "20 latents of (4, 4, 4), mean 0.00, standard deviation 1.00" in out.replace(
@@ -59,7 +59,7 @@ def own(tmp_path):
     return [str(tmp_path / "vae"), "--latents", str(tmp_path / "latents")]
 
 
-@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("per_channel", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_own_latents_train_a_model_whose_samples_are_decoded(
     example, own, per_channel, tmp_path, capsys, monkeypatch
 ):

@@ -64,9 +64,9 @@ def encode(
     shard_size: int = 5,
     **options: Any,
 ):
-    """What the command does, in this process; stats.json's content."""
+    """What the command does, in this process, which also reads the images; stats.json's content."""
     model = tiny_vae() if model is None else model
-    batches = {"batch_size": options.pop("batch_size", 3), "workers": options.pop("workers", 2)}
+    batches = {"batch_size": options.pop("batch_size", 3), "workers": options.pop("workers", 0)}
     inputs = find_inputs(str(source), 3, shard_size, options.pop("classes", False))
     encoder = EncodeJob(
         model, inputs, EncodeOptions(**{"size": 16, **options}), folder, {"target": "tiny"}

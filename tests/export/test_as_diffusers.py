@@ -163,7 +163,7 @@ def watch(model: AutoencoderLiteVAE) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("slicing", [False, True])
+@pytest.mark.parametrize("slicing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_tiling_gives_the_whole_result_within_the_memory(vae, large, tmp_path, slicing):
     vae.save_pretrained(tmp_path)
     model = AutoencoderLiteVAE.from_pretrained(tmp_path)

@@ -51,7 +51,7 @@ def test_readers_end_with_an_encoding_and_with_its_process(tmp_path, image_folde
         return [int(child) for child in listed]
 
     before = children(os.getpid())
-    encode(image_folder, tmp_path / "out")
+    encode(image_folder, tmp_path / "out", workers=2)
     assert set(children(os.getpid())) <= set(before)
 
     # A killed process: its readers notice.
@@ -59,7 +59,8 @@ def test_readers_end_with_an_encoding_and_with_its_process(tmp_path, image_folde
         "import time; from pathlib import Path; from tests.export.latents import Blocks, encode\n"
         "class Slow(Blocks):\n"
         "    def encode(self, x): print('begun', flush=True); time.sleep(60)\n"
-        f"encode(Path({str(image_folder)!r}), Path({str(tmp_path / 'killed')!r}), Slow())"
+        f"encode(Path({str(image_folder)!r}), Path({str(tmp_path / 'killed')!r}), Slow(), "
+        "workers=2)"
     )
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"begun\n"
@@ -88,7 +89,7 @@ def test_an_error_in_the_writer_or_in_the_encoder_ends_an_encoding(
 
     monkeypatch.setattr(ResumableShards, "write", full)
     with pytest.raises(OSError, match=r"No space left on device: '000001.tar'"):
-        encode(image_folder, tmp_path / "full", shard_size=1, batch_size=1)
+        encode(image_folder, tmp_path / "full", shard_size=1, batch_size=1, workers=2)
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "full").glob("*.tar")] == ["000000.tar"]
 
@@ -102,7 +103,14 @@ def test_an_error_in_the_writer_or_in_the_encoder_ends_an_encoding(
             return super().encode(x)
 
     with pytest.raises(KeyboardInterrupt):
-        encode(image_folder, tmp_path / "stopped", Interrupted(), shard_size=2, batch_size=1)
+        encode(
+            image_folder,
+            tmp_path / "stopped",
+            Interrupted(),
+            shard_size=2,
+            batch_size=1,
+            workers=2,
+        )
     # What was before it is finished; nothing of the third shard is left.
     found = {path.name for path in (tmp_path / "stopped").rglob("*") if path.is_file()}
     assert found == {

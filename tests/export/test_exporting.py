@@ -83,7 +83,9 @@ def content(path: Path) -> dict[str, bytes]:
     return {str(file.relative_to(path)): file.read_bytes() for file in files}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("float16", marks=pytest.mark.slow), "bfloat16"]
+)
 def test_exported_weights_are_the_models_rounded(layout, model, tmp_path, dtype):
     if dtype == "bfloat16" and isinstance(layout, NumpyLayout):
         pytest.skip("NumPy has no bfloat16")
@@ -243,23 +245,27 @@ def full_disk_of_safetensors(_: None) -> None:
     raise SafetensorError("I/O error: File too large")
 
 
-@pytest.mark.parametrize("force", [False, True])
+FAILURES = [
+    ("read", another_tensor, "is the disk full"),
+    ("load", another_function, "differs by .* nothing is written"),
+    ("load", other_factors, "scaling_factor, .* differs from what was written"),
+    (None, None, "not finite in torch.float16"),
+    ("write", full_disk, "No space left"),
+    (
+        "write",
+        full_disk_of_safetensors,
+        r"^.*/deep/down/vae\S*: not written: I/O error: File too large$",
+    ),
+]
+
+
 @pytest.mark.parametrize(
-    ("method", "spoil", "message"),
+    ("method", "spoil", "message", "force"),
     [
-        ("read", another_tensor, "is the disk full"),
-        (
-            "load",
-            another_function,
-            "differs by .* nothing is written",
-        ),
-        ("load", other_factors, "scaling_factor, .* differs from what was written"),
-        (None, None, "not finite in torch.float16"),
-        ("write", full_disk, "No space left"),
-        (
-            "write",
-            full_disk_of_safetensors,
-            r"^.*/deep/down/vae\S*: not written: I/O error: File too large$",
+        *((*failure, False) for failure in FAILURES),
+        *(
+            pytest.param(*failure, True, marks=() if full_disk in failure else pytest.mark.slow)
+            for failure in FAILURES
         ),
     ],
 )

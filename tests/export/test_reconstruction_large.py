@@ -33,10 +33,18 @@ def smooth(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("size", "make"),
     [
-        ((403, 701), autoencoder),
         ((203, 1001), lambda: autoencoder(packets=True, linear=True)),
-        ((403, 505), lambda: autoencoder(quantizer=True, wavelet="db2")),
-        ((300, 401), lambda: autoencoder(variant="paper", pool="conv", shared_extractor=True)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ((403, 701), autoencoder),
+                ((403, 505), lambda: autoencoder(quantizer=True, wavelet="db2")),
+                (
+                    (300, 401),
+                    lambda: autoencoder(variant="paper", pool="conv", shared_extractor=True),
+                ),
+            )
+        ),
     ],
 )
 def test_a_large_tiff_is_reconstructed_as_in_memory(size, make, tmp_path, monkeypatch):

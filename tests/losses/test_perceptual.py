@@ -41,9 +41,10 @@ def test_esrgan_equals_torchvisions_vgg19(vgg19):
     """In float64, the whole network up to the 16th convolution,
     whose output ReLU has not touched.
     """
-    theirs = torchvision.models.vgg19(weights=None, init_weights=False)
-    theirs.load_state_dict(torch.load(vgg19, weights_only=True))
-    theirs.double().eval()
+    with torch.device("meta"):
+        theirs = torchvision.models.vgg19(weights=None)
+    theirs.load_state_dict(torch.load(vgg19, weights_only=True), assign=True)
+    theirs.features.double().eval()
     outputs: list[torch.Tensor] = []
     convolutions = [layer for layer in theirs.features if isinstance(layer, torch.nn.Conv2d)]
     assert len(convolutions) == 16

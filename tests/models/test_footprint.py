@@ -54,10 +54,10 @@ def really_kept(images: int) -> int:
 
 
 def test_footprint_is_what_autograd_keeps_of_a_real_step():
-    """Against what autograd keeps of a real step, and by hand; the model is left as it is."""
+    """The model is left as it is."""
     model = build()
     before = {name: p.clone() for name, p in model.named_parameters()}
-    plain, checkpointed = (footprint(model, 16, "32", checkpoint=on) for on in (None, True))
+    plain = footprint(model, 16, "32")
     assert all(
         torch.equal(p, before[name]) and p.grad is None for name, p in model.named_parameters()
     )
@@ -65,6 +65,14 @@ def test_footprint_is_what_autograd_keeps_of_a_real_step():
     assert not any(module._forward_pre_hooks for module in model.modules())
     kept = (really_kept(12) - really_kept(4)) / 8
     assert kept < plain.per_image < 1.25 * kept  # by gradients of activations
+
+
+@pytest.mark.slow
+def test_footprint_of_other_settings():
+    """With checkpointing, frozen, with one moment, and of both players."""
+    model = build()
+    plain, checkpointed = (footprint(model, 16, "32", checkpoint=on) for on in (None, True))
+    assert not model.encoder.checkpoint
     assert 0.3 * plain.per_image < checkpointed.per_image < 0.7 * plain.per_image
     frozen = footprint(build(freeze_encoder=True, lossconfig=WITHOUT_KL), 16, "32")
     # Neither gradients nor moments.
@@ -79,6 +87,7 @@ def test_footprint_is_what_autograd_keeps_of_a_real_step():
     assert footprint(against_one, 16, "bf16").fixed - plain.fixed >= held
 
 
+@pytest.mark.slow
 def test_footprint_counts_checkpointing_in_diffusers_networks():
     sizes = {"channels": 8, "channel_mult": [1, 2], "num_res_blocks": 1, "norm_groups": 4}
     halves = {"encoder": {"latent_dim": 8}, "decoder": {"z_channels": 4}}
@@ -111,7 +120,10 @@ def test_footprint_has_the_operations_of_a_real_step_of_both_players():
     [
         # VGG16's convolutions; a weight for each channel of five layers
         ({"lpips_weight": 1}, 14_714_688 + 64 + 128 + 256 + 512 + 512),
-        ({"lpips_weight": 1, "perceptual": "esrgan"}, 20_024_384),  # VGG19's convolutions
+        # VGG19's convolutions
+        pytest.param(
+            {"lpips_weight": 1, "perceptual": "esrgan"}, 20_024_384, marks=pytest.mark.slow
+        ),
     ],
     ids=["lpips", "esrgan"],
 )

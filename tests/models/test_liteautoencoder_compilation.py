@@ -61,7 +61,8 @@ def networks():
 
 
 NETWORKS = {name: (network, x) for name, network, x in networks()}
-SLOW = ("encoder, paper", "encoder, db2")  # graphs of half a minute on a slow machine
+SLOW = ("encoder, paper", "encoder, db2", "decoder, open_litevae", "GigaGAN")
+"""Graphs of seconds: of its kind another one stays."""
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("precision", ["32", "bf16-mixed"])
+@pytest.mark.parametrize("precision", [pytest.param("32", marks=pytest.mark.slow), "bf16-mixed"])
 def test_compiled_training_is_training(image_folder, graphs, precision):
     plain = fit(build(against(**SETTINGS)), image_folder, 2, precision=precision)
     compiled = fit(build(against(**SETTINGS), compile=True), image_folder, 2, precision=precision)

@@ -219,10 +219,18 @@ each is a launch at least.
 """
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize(("optimizer", "more"), [("adam", 0), ("muon", 450)])
+@pytest.mark.parametrize(
+    ("optimizer", "more", "dtype"),
+    [
+        ("muon", 450, torch.bfloat16),
+        pytest.param("muon", 450, torch.float16, marks=pytest.mark.slow),
+        pytest.param("adam", 0, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("adam", 0, torch.float16, marks=pytest.mark.slow),
+    ],
+)
 def test_operations_of_half_precision_steps_on_fake_cuda(monkeypatch, dtype, optimizer, more):
     """Of both players, with LeCam and CutMix; Muon's matrices are many small products."""
+    # Three seconds: a fake operation costs a hundred microseconds, and the steps have thousands.
     penalties = [
         f"model.params.optimizer={optimizer}",
         f"{A}.start_step=0",

@@ -214,7 +214,13 @@ SCALED_RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", SCALED_RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("plain", "adaptive") else ())
+        for name in SCALED_RUNS
+    ],
+)
 def test_loss_scale_changes_no_weights(image_folder, name):
     """The scale doubles at every update: one that came between the two sides' steps would show."""
     adversary, settings = SCALED_RUNS[name]

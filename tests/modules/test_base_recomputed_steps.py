@@ -88,10 +88,7 @@ def test_recomputed_steps_keep_fewer_values_and_in_training_only(build, shape):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=() if name in ("encoder", "decoder") else pytest.mark.slow)
-        for name in NETWORKS
-    ],
+    [pytest.param(name, marks=() if name == "decoder" else pytest.mark.slow) for name in NETWORKS],
 )
 def test_recomputed_steps_compile_in_one_graph(name):
     """Without dropout: backends before Inductor draw other numbers the second time."""

@@ -123,7 +123,7 @@ def test_wavelets_of_integers_are_float32():
     ]
 
 
-@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+@pytest.mark.parametrize("wavelet", [pytest.param("haar", marks=pytest.mark.slow), "db2"])
 def test_wavelets_export_with_dynamic_sizes(wavelet):
     """torch.export takes the transform whole, without a graph break,
     and the result holds for other sizes.
@@ -144,7 +144,7 @@ def test_wavelets_export_with_dynamic_sizes(wavelet):
     assert torch.allclose(program.module()(x), Transform()(x), atol=1e-4)
 
 
-@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+@pytest.mark.parametrize("wavelet", [pytest.param("haar", marks=pytest.mark.slow), "db2"])
 def test_wavelets_in_onnx(wavelet, tmp_path):
     import onnxruntime
 

@@ -24,6 +24,7 @@ def write_wheel(folder: Path, name: str, tag: str = "py3-none-any") -> None:
             archive.writestr(file, text)
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_installed_and_what_does_not_fit_is_named(tmp_path, capfd):
     write_wheel(tmp_path, "olvae_missing")
     write_wheel(tmp_path, "olvae_for_another", "cp39-cp39-win32")

@@ -151,6 +151,7 @@ def test_a_step_of_the_gpu_study_begins_only_if_it_can_end(tmp_path, tried, caps
     )
 
 
+@pytest.mark.slow
 def test_the_gpu_study_starts_where_hardly_anything_is_installed(tmp_path):
     """To begin, no step's packages are needed, nor site-packages (``-S``)."""
     blocked = ["olvae", "torch", "numpy", "lightning", "omegaconf", "pywt", "matplotlib"]

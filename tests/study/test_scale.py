@@ -30,7 +30,17 @@ def operations(work: Callable[[], object]) -> int:
     return count
 
 
-@pytest.mark.parametrize("row", GROWTH, ids=lambda row: row.what)
+QUICK = ("writing shards", "opening shards", "an epoch's start", "`data index`, once")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, marks=() if row.what.startswith(QUICK) else pytest.mark.slow)
+        for row in GROWTH
+    ],
+    ids=lambda row: row.what,
+)
 def test_no_work_grows_much_faster_than_its_size(row, tmp_path):
     counts = []
     for size in row.small:

@@ -47,9 +47,11 @@ def assert_close(one: Run, two: Run) -> None:
 
 
 def test_two_processes_train_as_one(train_with, train_two, monkeypatch):
+    # Five seconds: three trainings of the demo, which needs 64 pixels for its discriminator.
     monkeypatch.setattr("olvae.models.linear_code.CROPS", (256, 256))
     two_steps = (
         "data.params.size=64",
+        "lightning.trainer.limit_val_batches=1",
         "lightning.trainer.max_steps=2",
         "lightning.trainer.log_every_n_steps=1",
     )

@@ -28,6 +28,7 @@ from olvae.models import linear_code
 from olvae.models.linear_code import LinearEncoder
 from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
+from olvae.models.parts.teacher import STD_IMAGES
 from olvae.modules.base import Encoder
 from olvae.modules.litevae.encoder_model import WaveletEncoder
 from olvae.training.starting_weights import untrained_half
@@ -108,9 +109,10 @@ def test_the_student_stands_in_for_the_teacher_in_a_pipeline(
 
 
 def test_the_teachers_deviation_is_measured_on_the_training_images(
-    train_with, image_folder, target
+    train_with, image_folder, target, monkeypatch
 ):
     """The first 64 of the stream, here each of the seven training images about nine times."""
+    monkeypatch.setattr("olvae.models.parts.teacher.STD_IMAGES", STD_IMAGES)
     run = train_with(
         "lightning.trainer.max_steps=1", config=student(image_folder), teacher=target, seed=4
     )
@@ -367,7 +369,9 @@ def test_a_teacher_or_start_with_another_range_of_values_is_refused(train_with, 
             train_with(*others, config=config, **place)
 
 
-@pytest.mark.parametrize("name", ["encoder", "decoder", "both"])
+@pytest.mark.parametrize(
+    "name", ["encoder", "decoder", pytest.param("both", marks=pytest.mark.slow)]
+)
 def test_the_shipped_distil_recipes_train_their_halves(train_with, image_folder, target, name):
     """On a small teacher and small images; the half that is not trained keeps its fresh weights."""
     sizes = [*small(image_folder, 64), "model.params.encoder_config.params.scale=S"]

@@ -68,7 +68,15 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("others", OTHERS.values(), ids=OTHERS)
+@pytest.mark.parametrize(
+    "others",
+    [
+        pytest.param(
+            others, marks=pytest.mark.slow if name in ("workers", "batches") else (), id=name
+        )
+        for name, others in OTHERS.items()
+    ],
+)
 def test_other_loader_processes_continue_an_epoch(train_with, tmp_path, image_folder, keys, others):
     run = train_with(STEPS(6), config=config(tmp_path, image_folder))
     train_with(*others, resume=run.path, allow_changes=True)
@@ -79,6 +87,7 @@ def test_other_loader_processes_continue_an_epoch(train_with, tmp_path, image_fo
 def test_two_ranks_continue_an_epoch_and_one_after_them(
     train_with, train_two, tmp_path, image_folder, keys
 ):
+    # Three seconds: four processes train, with two loader processes each or one.
     run = train_with(STEPS(6), config=config(tmp_path, image_folder))
     train_two(
         "data.params.batch_size=2",

@@ -51,8 +51,8 @@ def shards(tmp_path: Path, images: Path) -> Case:
 
 
 def everything_of_phase_b(tmp_path: Path, images: Path) -> Case:
-    """Two batches an update, made in a process of the loader."""
-    return phase_b(images), {}, ("data.params.num_workers=1",)
+    """Two batches an update."""
+    return phase_b(images), {}, ()
 
 
 def started_from_another(tmp_path: Path, images: Path) -> Case:
@@ -78,10 +78,16 @@ def taught_decoder(tmp_path: Path, images: Path) -> Case:
 CASES = (shards, everything_of_phase_b, started_from_another, taught_both, taught_decoder)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=pytest.mark.slow if case is taught_both else ()) for case in CASES],
+    ids=lambda case: case.__name__,
+)
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     train_with, tmp_path, image_folder, case: Callable[..., Case]
 ):
+    # Shards and phase B take up to four seconds: three trainings, in loader processes or of two
+    # players.
     config, options, overrides = case(tmp_path, image_folder)
     whole, half = (
         train_with(f"lightning.trainer.max_steps={steps}", *overrides, config=config, **options)

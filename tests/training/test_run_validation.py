@@ -46,10 +46,10 @@ def replace(folder) -> None:
 @pytest.mark.parametrize(
     ("change", "overrides"),
     [
-        (add, ()),
+        pytest.param(add, (), marks=pytest.mark.slow),
         (replace, ()),
         (None, ("lightning.trainer.limit_val_batches=2",)),
-        (None, ("data.params.size=32",)),
+        pytest.param(None, ("data.params.size=32",), marks=pytest.mark.slow),
     ],
 )
 def test_best_starts_anew_on_other_images(train_with, perfect, tmp_path, capfd, change, overrides):

@@ -233,7 +233,9 @@ def test_scaling_factors_are_the_sources_and_the_recipes_where_a_file_has_none(
     [
         (("model.params.freeze_encoder=false",), False),
         (("model.params.freeze_encoder=true",), True),
-        ((f"{ANCHOR}", "model.params.parts.anchor.params.weight=1"), True),
+        pytest.param(
+            (f"{ANCHOR}", "model.params.parts.anchor.params.weight=1"), True, marks=pytest.mark.slow
+        ),
     ],
     ids=["trained", "frozen", "anchored"],
 )
@@ -398,7 +400,14 @@ FINETUNE = sorted(
 )
 
 
-@pytest.mark.parametrize("path", FINETUNE, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=() if path.stem in ("sdxl", "flux") else pytest.mark.slow)
+        for path in FINETUNE
+    ],
+    ids=lambda path: path.stem,
+)
 def test_the_shipped_finetune_recipes_train_the_decoder(train_with, tmp_path, image_folder, path):
     """On a small AutoencoderKL: the encoder keeps its bits, the decoder moves,
     the source's factors are kept."""

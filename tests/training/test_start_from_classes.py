@@ -30,7 +30,7 @@ def exported(run, folder):
     ("name", "changes"),
     [
         ("AutoencoderKLQwenImage", [ANCHOR, "model.params.use_ema=true"]),
-        ("AutoencoderKLFlux2", ["model.params.use_ema=true"]),
+        pytest.param("AutoencoderKLFlux2", ["model.params.use_ema=true"], marks=pytest.mark.slow),
         ("AutoencoderDC", ["model.params.freeze_encoder=false"]),
     ],
 )

@@ -36,8 +36,8 @@ def autoencoder(quantizer: bool = False, **encoder) -> LiteVAE:
     [
         ({}, 100_000),
         ({"variant": "paper", "pool": "conv"}, 1),
-        ({"wavelet": "db2"}, 1),
-        ({"quantizer": True}, 1),
+        pytest.param({"wavelet": "db2"}, 1, marks=pytest.mark.slow),
+        pytest.param({"quantizer": True}, 1, marks=pytest.mark.slow),
         ({"shared_extractor": True, "skip_levels": 1, "linear": True}, 1),
         ({"packets": True}, 1),
     ],

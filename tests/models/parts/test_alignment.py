@@ -186,6 +186,7 @@ def test_alignment_projection_learns_and_the_encoder_does_not(vit, image_folder,
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_alignment_memory_is_counted_without_its_file(vit):
     config = tiny_config(parts={"alignment": node("/nowhere.pt")})["model"]
     found = footprint(without_weights(config), 16, "32")

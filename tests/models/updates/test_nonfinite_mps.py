@@ -16,7 +16,7 @@ def mac(monkeypatch):
         yield mac
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "muon"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adam", marks=pytest.mark.slow), "muon"])
 @pytest.mark.parametrize("precision", ["32-true", pytest.param("16-mixed", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", ["a loss is nan", pytest.param("LeCam", marks=pytest.mark.slow)])
 def test_a_bad_step_changes_nothing_on_mps(image_folder, case, precision, optimizer):
