@@ -21,7 +21,7 @@ from olvae.data.picture_folder import find_images
 from olvae.data.pixels.size_and_range import TooManyPixelsError
 from olvae.data.places import EXTENSIONS
 from olvae.data.read_errors import UnreadableImageError
-from olvae.devices import FULL, autocast
+from olvae.devices import FULL, autocast, return_freed_memory
 from olvae.export.tiff_rows import TiffRows, open_rows
 from olvae.figures import ARRAYS, comparison, error_map, save_image
 from olvae.files import atomic_write
@@ -281,6 +281,7 @@ class LargeImage:
         try:
             with autocast(self.options.device.type, self.options.precision):
                 latent = self.encode()
+                return_freed_memory()
                 result.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_write(result) as partial:
                     tifffile.imwrite(
@@ -302,9 +303,10 @@ class LargeImage:
         mean = torch.tensor(self.error / math.prod(self.image.shape), dtype=torch.double)
         value = (10.0 * (255.0**2 / mean).log10()).item()
         names = (f"input {width}x{height}", f"output {value:.2f} dB", "error, white: 64/255")
-        whole = [torch.cat(parts, dim=1) for parts in self.pictures]
+        whole = {name: torch.cat(self.pictures.pop(0), dim=1) for name in names}
+        return_freed_memory()
         with atomic_write(place.with_name(f"{place.name}_compare.png")) as partial:
-            comparison(dict(zip(names, whole, strict=True))).save(partial)
+            comparison(whole).save(partial)
         return value, result
 
     def encode(self) -> Plane:
@@ -321,7 +323,10 @@ class LargeImage:
         return encode_strips(self.encoder, padded, stream, lambda done: self.report(0.3 * done))
 
     def decode(self, latent: Plane) -> Iterator[Tensor]:
-        """Decode a row of tiles after the other: levels (C, rows, W)."""
+        """Decode levels, (C, rows, W), for a row of the file's tiles after the other.
+
+        Each is overwritten later.
+        """
         channels, height, width = self.image.shape
         decoder = self.model.decoder
         paths = decoder.paths()
@@ -330,31 +335,40 @@ class LargeImage:
         tile = max(z.shape)
         if peak_bytes(decoder, lambda d, x: d(x), z.shape) > self.options.memory:
             tile = tile_for(decoder, self.options.memory, z.shape)
+        rows_of_tiles = split(z.shape[2], tile, decoder.upscale)
+
+        # One band for every row of tiles, below what is left of the row before: less than a tile
+        # of the file.
         dtype = torch.uint8 if self.model.pixel_range.eight_bits else torch.float32
-        for rows in split(z.shape[2], tile, decoder.upscale):
+        most = max(stop - start for start, stop in rows_of_tiles)
+        band = torch.empty(channels, TILE + most, width, dtype=dtype)
+        held = 0
+        for rows in rows_of_tiles:
             bottom = min(rows[1], height)
-            band = torch.empty(channels, bottom - rows[0], width, dtype=dtype)
+            filled = held + bottom - rows[0]
             for columns in split(z.shape[3], tile, decoder.upscale):
                 y = decode_window(paths, z, (rows, columns))[0]
                 if not torch.isfinite(y).all():
                     raise ValueError(NOT_FINITE)
                 y = crop_to(y, (bottom - rows[0], width - columns[0]))
-                band[:, :, slice(*columns)] = self.model.pixel_range.to_levels(y)
+                band[:, held:filled, slice(*columns)] = self.model.pixel_range.to_levels(y)
+                del y
+                return_freed_memory()
             self.report(0.3 + 0.7 * bottom / height)
-            yield band
+
+            # All that fills tiles of the file.
+            whole = filled if bottom == height else filled // TILE * TILE
+            for top in range(0, whole, TILE):
+                yield band[:, top : min(top + TILE, whole)]
+            held = filled - whole
+            band[:, :held] = band[:, whole:filled]
 
     def tiles(self, bands: Iterator[Tensor]) -> Iterator[NDArray[Any]]:
-        """Cut bands into the file's tiles, (rows, columns, C), and compare them with the input."""
+        """Cut rows of tiles into tiles, (rows, columns, C), and compare them with the input."""
         pixels = self.model.pixel_range
         _, height, width = self.image.shape
-        held = next(bands)
-        for top in range(0, height, TILE):
-            rows = min(TILE, height - top)
-            while held.shape[1] < rows:
-                held = torch.cat((held, next(bands)), dim=1)
-            y = held[:, :rows]
-            held = held[:, rows:]
-            self.compare(pixels.levels(self.image.read(top, top + rows)), y)
+        for top, y in zip(range(0, height, TILE), bands, strict=True):
+            self.compare(pixels.levels(self.image.read(top, top + y.shape[1])), y)
             values = (y if pixels.eight_bits else pixels.real(y)).permute(1, 2, 0).numpy()
             for left in range(0, width, TILE):
                 yield values[:, left : left + TILE]

@@ -93,13 +93,13 @@ def test_a_large_tiff_of_real_values_is_reconstructed_as_in_memory(tmp_path):
     assert np.array_equal(written, DEEP.real(whole).permute(1, 2, 0).numpy())
 
 
-def of_equal_tiles(path: Path, side: int) -> None:
-    """Write a file of a few MB with side x side pixels."""
+def of_equal_tiles(path: Path, height: int, width: int) -> None:
+    """Write a file of at most a few MB with that many pixels."""
     tile = zlib.compress(bytes(256 * 256 * 3))
     tifffile.imwrite(
         path,
-        iter([tile] * (-(-side // 256)) ** 2),
-        shape=(side, side, 3),
+        iter([tile] * (-(-height // 256) * -(-width // 256))),
+        shape=(height, width, 3),
         dtype=np.uint8,
         tile=(256, 256),
         photometric="rgb",
@@ -112,7 +112,7 @@ def test_what_is_too_large_is_refused_with_advice(tmp_path):
     (tmp_path / "a.png").write_bytes(bomb(20_000, 20_000))
     with pytest.raises(ValueError, match=r"million pixels: .*: vips copy 'a.png' 'a.tif\[tile,"):
         reconstruct_file(tiny(), tmp_path / "a.png", tmp_path / "out", SMALL)
-    of_equal_tiles(tmp_path / "a.tif", 20_000)
+    of_equal_tiles(tmp_path / "a.tif", 20_000, 20_000)
     for vae, options in ((sd(), SMALL), (tiny(), replace(SMALL, seed=0))):
         with pytest.raises(
             ValueError, match=r"million.*: .* by a LiteVAE alone, and without `samp"
@@ -209,11 +209,12 @@ def test_memory_does_not_grow_with_the_height(tmp_path):
 
 @on_linux
 @pytest.mark.slow
-def test_four_hundred_million_pixels_in_a_few_hundred_megabytes(tmp_path):
-    """In memory 64 million would take 4.5 GB; 400 million are refused there."""
-    of_equal_tiles(tmp_path / "8000.tif", 8000)
-    of_equal_tiles(tmp_path / "20000.tif", 20_000)
-    memory = 2**28
-    first, second = peaks(memory, tmp_path / "8000.tif", tmp_path / "20000.tif")
-    assert first < 2.5 * memory
-    assert second < 3.5 * memory
+def test_memory_is_not_kept_after_it_is_freed(tmp_path):
+    """Beside 64 MiB of layers there are a row of the decoder's tiles, 15 MB, and the file's.
+
+    With gaps that the C library keeps between windows, and three rows of tiles, it was 3.4 times.
+    """
+    of_equal_tiles(tmp_path / "wide.tif", 1024, 5000)
+    memory = 2**26
+    (peak,) = peaks(memory, tmp_path / "wide.tif")
+    assert peak < 2.9 * memory
