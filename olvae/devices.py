@@ -296,8 +296,8 @@ def keep_freed_memory() -> bool:
 def return_freed_memory() -> None:
     """Give the memory that this process freed back to the system, if the C library keeps any.
 
-    glibc keeps freed blocks of up to 32 MB. Later ones of other sizes don't fit into the gaps, since
-    small ones that stay in use lie between them.
+    glibc keeps freed blocks of up to 32 MB. Later blocks of other sizes don't fit into the gaps,
+    since small ones that stay in use lie between them.
     """
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
