@@ -237,7 +237,8 @@ def notes(evaluated: Evaluated, brief: bool = False) -> Iterator[str]:
     for row in rows:
         for name, reason in row.skipped.items():
             kind = METRICS.get(name)
-            if brief and kind is not None and kind.needs is not None:
+            file = None if kind is None else kind.needs
+            if brief and file is not None and reason.startswith(file.name):
                 reason = MISSING
             reasons.setdefault(reason, {})[name if kind is None else kind.label] = None
     for reason, labels in reasons.items():

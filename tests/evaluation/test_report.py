@@ -21,6 +21,7 @@ from olvae.evaluation.report import (
 from olvae.evaluation.results import Results, Row
 from olvae.evaluation.round_trip import Cost
 from olvae.files import write_json
+from olvae.pretrained_networks import INCEPTION, VGG16
 from tests.evaluation.test_results import NAME, read_back, results_of, row
 
 COUNTED = Cost(1, 2, 3, None, None, None, 4, "a GPU")
@@ -93,9 +94,9 @@ def test_missing_networks_take_one_line_on_the_terminal_and_their_own_in_the_fil
     tmp_path, capsys
 ):
     missing = {
-        "lpips": "needs vgg16.pth in x",
-        "rfid": "needs inception.pth in y",
-        "ms_ssim": "too small",
+        "lpips": f"{VGG16.name} is not in x",
+        "rfid": f"{INCEPTION.name} is not in y",
+        "lpips_alex": "LPIPS needs images of at least 31 pixels",
     }
     evaluated = Evaluated(results_of(Row("a", 2, {"psnr": 25.0}, missing)))
     print_results([evaluated])
@@ -105,6 +106,7 @@ def test_missing_networks_take_one_line_on_the_terminal_and_their_own_in_the_fil
         "skipped LPIPS, rFID: a network is not here: metrics.md says which file to put where"
         in lines
     )
+    assert "skipped LPIPS Alex: LPIPS needs images of at least 31 pixels" in lines
     write_markdown(evaluated, tmp_path / "m.md")
     assert (tmp_path / "m.md").read_text().count("- skipped ") == 3
 

@@ -6,7 +6,7 @@ import logging
 import shutil
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -124,7 +124,15 @@ class ResumableShards:
         if self.alone:
             self.remove_partials()
         self._state.mkdir(parents=True, exist_ok=True)
-        write_json(plan, self._state / "plan.json")
+        path = self._state / "plan.json"
+        with ExitStack() as held:
+            if self.part is not None and not path.is_file():
+                # Parts may begin at once: one by one, so that each finds the plan of the first.
+                file = held.enter_context((self._state / "plan.lock").open("a", encoding="utf-8"))
+                with suppress(OSError):
+                    lock_file(file, LOCK_S)
+                self.check(plan)
+            write_json(plan, path)
 
     @contextmanager
     def locked(self, command: str) -> Iterator[None]:

@@ -2,7 +2,9 @@
 
 import errno
 import json
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
+from threading import Barrier
 
 import pytest
 
@@ -147,3 +149,30 @@ def test_a_part_leaves_the_files_and_the_plan_of_other_parts(tmp_path):
     assert partial.exists()
     one.write(1, samples(1))
     assert not partial.exists()
+
+
+def test_of_parts_that_begin_at_once_with_other_options_one_is_refused(tmp_path):
+    """Each has looked for a plan before the other wrote one."""
+    met = Barrier(2, timeout=20)
+
+    class Met(ResumableShards):
+        checks = 0
+
+        def check(self, plan):
+            super().check(plan)
+            Met.checks += 1
+            if Met.checks <= 2:
+                met.wait()
+
+    def begin(number):
+        part = Met(tmp_path / "out", ".state", range(number, number + 1))
+        part.begin({**PLAN, "images": str(number)})
+        return number
+
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(begin, number) for number in range(2)]
+    (failed,) = (job.exception() for job in jobs if job.exception())
+    assert "was begun with other images" in str(failed)
+    (begun,) = (job.result() for job in jobs if not job.exception())
+    plan = json.loads((tmp_path / "out" / ".state" / "plan.json").read_text())
+    assert plan["images"] == str(begun)
