@@ -23,26 +23,13 @@ from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.figures import labelled_grid
 from olvae.models.autoencoder import LiteVAE
 from study import maps_table
+from study.differences import DIFFERENCES, differences
 from study.measure import AXES
-from study.rows import ALL_SIZES, BASELINE, LONGER, RECIPES, RUNS, SEEDS, details
+from study.rows import ALL_SIZES, BASELINE, ENCODERS, LONGER, RECIPES, RUNS, SEEDS, details
 from study.run import find_run
 from study.tables import Found, fill, read_rows, spread, table
 
 SIZE = "256"
-
-ENCODERS = {
-    "litevae": "LiteVAE-S",
-    "litevae_norm": "LiteVAE-S, GroupNorm at its end",
-    "litevae_shuffle": "LiteVAE-S on shuffled pixels",
-    "litevae_linear": "LiteVAE-S, linear start",
-    "sd": "SD, 48 channels",
-    "sd_free": "SD without its last GroupNorm",
-    "sd_short": "SD with a path from mean colours",
-    "sd_linear": "SD, linear start",
-    "tiny": "TAESD's, 64 channels",
-    "tiny_whole": "TAESD's, and its decoder",
-}
-"""The question of the encoders: its networks' titles."""
 
 PICTURED = {
     "SD, no last norm": "sd_free_1e-3",
@@ -280,6 +267,7 @@ TABLES: Mapping[str, Callable[[Found], str]] = {
     ),
     "scales": _scales,
     "diffusion": _diffusion,
+    **{f"differences_{claim}": partial(differences, claim) for claim in DIFFERENCES},
     # of files in study/results/maps/, whatever the rows
     **{f"maps_{name}": partial(_maps, name) for name in maps_table.AUTOENCODERS},
 }

@@ -81,6 +81,20 @@ NETWORKS = {
 TAESD's with its own decoder too.
 """
 
+ENCODERS = {
+    "litevae": "LiteVAE-S",
+    "litevae_norm": "LiteVAE-S, GroupNorm at its end",
+    "litevae_shuffle": "LiteVAE-S on shuffled pixels",
+    "litevae_linear": "LiteVAE-S, linear start",
+    "sd": "SD, 48 channels",
+    "sd_free": "SD without its last GroupNorm",
+    "sd_short": "SD with a path from mean colours",
+    "sd_linear": "SD, linear start",
+    "tiny": "TAESD's, 64 channels",
+    "tiny_whole": "TAESD's, and its decoder",
+}
+"""The networks' titles in tables."""
+
 RUNS = {
     "litevae": {"5e-4": 1, "1e-3": 3, "2e-3": 3},
     "litevae_norm": {"1e-3": 2, "2e-3": 3},
