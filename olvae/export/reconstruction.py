@@ -22,7 +22,8 @@ from olvae.data.pixels.size_and_range import TooManyPixelsError
 from olvae.data.places import EXTENSIONS
 from olvae.data.read_errors import UnreadableImageError
 from olvae.devices import FULL, autocast, return_freed_memory
-from olvae.export.tiff_rows import TiffRows, open_rows
+from olvae.export.raster_rows import open_raster, raster_driver, read_raster
+from olvae.export.tiff_rows import ImageRows, open_rows
 from olvae.figures import ARRAYS, comparison, error_map, save_image
 from olvae.files import atomic_write
 from olvae.metrics.metric import psnr
@@ -49,13 +50,6 @@ ONLY_WHOLE = "larger ones are read piece by piece by a LiteVAE alone, and withou
 AS_TILES = (
     "save it as a tiled TIFF, which is read piece by piece: "
     "vips copy '{}' '{}.tif[tile,bigtiff]', or gdal_translate -co TILED=YES -co BIGTIFF=IF_SAFER"
-)
-# Files of Zarr: each of its folders has one of them.
-ZARR = (".zarray", ".zgroup", "zarr.json")
-ZARR_AS_TILES = (
-    "Zarr is not read: save it as a tiled TIFF, which is read piece by piece: gdal_translate "
-    "-co TILED=YES -co BIGTIFF=IF_SAFER 'ZARR:\"{}\"' '{}.tif', or by the lines of "
-    "https://open-litevae.github.io/open-litevae/any_size/#larger-than-memory"
 )
 
 
@@ -86,9 +80,9 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
     for path in given:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such image or folder")
-        is_folder = path.is_dir()
+        is_folder = path.is_dir() and not raster_driver(path)
         has_results = results.is_relative_to(path.resolve())
-        for image in images_in(path) if is_folder else [path]:
+        for image in find_images(path) if is_folder else [path]:
             below = image.relative_to(path) if is_folder else Path(image.name)
             if not (has_results and results in image.resolve().parents):
                 found.setdefault(image.resolve(), (image, out / below.with_suffix("")))
@@ -122,13 +116,6 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
                     "folder"
                 )
     return places
-
-
-def images_in(folder: Path) -> list[Path]:
-    """Find the images of a folder; ConfigError if the folder is a Zarr."""
-    if any((folder / name).is_file() for name in ZARR):
-        raise ConfigError(f"{folder}: {ZARR_AS_TILES.format(folder, folder.stem)}")
-    return find_images(folder)
 
 
 @torch.no_grad()
@@ -179,11 +166,12 @@ def reconstruct_file(
     """Read an image, write its reconstruction and the comparison; return PSNR in dB and path.
 
     The reconstruction is ``place``.png, or .npy where PNG lacks such channels; real values are
-    written as the image's kind of file, or .npy. A TIFF that is too large for the memory is
-    reconstructed by :class:`LargeImage`. Raise ValueError that names the image if it can't be read
-    or reconstructed; then nothing is written.
+    written as the image's kind of file, or .npy. A TIFF, JPEG 2000 or Zarr that is too large for
+    the memory is reconstructed by :class:`LargeImage`. Raise ValueError that names the image if it
+    can't be read or reconstructed; then nothing is written.
     """
     pixels = model.pixel_range
+    file = (source, model.in_channels, pixels, options.memory)
 
     # By rows, if the networks do not see the whole image at once. A sample's noise is drawn whole.
     advice = ONLY_WHOLE
@@ -194,19 +182,21 @@ def reconstruct_file(
         and options.seed is None
     ):
         advice = AS_TILES.format(source.name, source.stem)
-        rows = open_rows(source, model.in_channels, pixels, options.memory)
+        rows = open_raster(*file) or open_rows(*file)
         if rows is not None:
             with closing(rows):
                 return LargeImage(model, model.encoder, rows, options, progress).write(place)
 
     # Or in memory.
     try:
-        image = image_to_tensor(read_picture(source, model.in_channels, pixels))
+        image = read_raster(*file)
+        if image is None:
+            image = image_to_tensor(read_picture(source, model.in_channels, pixels))
     except UnreadableImageError as error:
         if isinstance(error.__cause__, TooManyPixelsError | Image.DecompressionBombError):
             raise ValueError(f"{error}: {advice}") from error
-        # JPEG 2000, formats of slide scanners and the like: libvips and GDAL read many.
-        if not source.name.lower().endswith(EXTENSIONS):
+        # Formats of slide scanners and the like: libvips and GDAL read many.
+        if not source.name.lower().endswith(EXTENSIONS) and not raster_driver(source):
             advice = AS_TILES.format(source.name, source.stem)
             raise ValueError(f"{error}: {advice}") from error
         raise
@@ -252,7 +242,7 @@ class LargeImage:
         self,
         model: LiteVAE,
         encoder: LiteVAE_Encoder,
-        image: TiffRows,
+        image: ImageRows,
         options: ReconstructOptions,
         progress: Callable[[float], None] | None = None,
     ) -> None:

@@ -40,7 +40,79 @@ JPEG_TILES = 7
 MOST_PACKED = 2
 
 
-class TiffRows:
+class ImageRows:
+    """One image in a file, with two of its bands in memory at a time: rows of tiles.
+
+    Subclasses read a band, check the pixels, and call :meth:`take_tiles`.
+
+    Args:
+        name: for errors.
+        size: height and width.
+        channels, pixel_range: as :func:`~olvae.data.image.read_picture`'s.
+
+    Raises ValueError: a side is too long for the other.
+    """
+
+    # The file's own value for a missing one, and its ICC profile.
+    nodata: float | None = None
+    profile: bytes | None = None
+
+    def __init__(
+        self, name: str, size: tuple[int, int], channels: int, pixel_range: PixelRange
+    ) -> None:
+        self.name = name
+        self.height, self.width = size
+        self.shape = (channels, self.height, self.width)
+        self.pixel_range = pixel_range
+        check_size(self.width, self.height, most=math.inf)
+        # Pixels are a picture's, by Pillow's modes, or an array's.
+        self.photo: Photo | None = None
+        if pixel_range.eight_bits and channels in MODES:
+            self.photo = Photo(Image.new("L", (1, 1)), name, channels)
+        # The last bands that were read: strips overlap a little.
+        self.band = lru_cache(maxsize=2)(self.read_band)
+
+    def take_tiles(self, tile: tuple[int, int], pixel_bytes: int, memory: float) -> None:
+        """Set the tiles' height and width; ValueError if a row of them takes too much memory."""
+        self.tile = tile
+        self.across = -(-self.width // tile[1])
+        self.tile_bytes = math.prod(tile) * pixel_bytes
+        gib = self.tile_bytes * self.across / 2**30
+        if gib * 2**30 > memory:
+            raise ValueError(
+                f"its tiles are {tile[1]}x{tile[0]} pixels, and a row of them takes "
+                f"{gib:.3g} GiB: allow more memory, or save it in smaller tiles"
+            )
+
+    def read_band(self, number: int) -> Array:
+        """Read a row of tiles, (rows, W, samples)."""
+        raise NotImplementedError
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Read rows, (C, rows, W), as :func:`~olvae.data.image.read_picture` would.
+
+        Raises UnreadableImageError.
+        """
+        try:
+            parts = []
+            for number in range(start // self.tile[0], -(-stop // self.tile[0])):
+                top = number * self.tile[0]
+                parts.append(self.band(number)[max(0, start - top) : stop - top])
+            array = np.concatenate(parts)
+            if self.photo is None:
+                return image_to_tensor(stated_picture(array, self.pixel_range, self.nodata))
+            image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+            return image_to_tensor(self.photo.converted(image, self.profile))
+        except Exception as error:  # decoders raise all kinds for a broken file
+            where = f"in its rows {start} to {stop - 1}: {reason(error)}"
+            raise UnreadableImageError(self.name, where) from error
+
+    def close(self) -> None:
+        """Close the file."""
+        raise NotImplementedError
+
+
+class TiffRows(ImageRows):
     """One image in a TIFF, with some of its rows in memory at a time.
 
     Args:
@@ -56,41 +128,28 @@ class TiffRows:
         self, tiff: Any, name: str, channels: int, pixel_range: PixelRange, memory: int
     ) -> None:
         self.tiff = tiff
-        self.name = name
-        self.pixel_range = pixel_range
         self.page = page = tiff.pages.first
-        self.height = page.imagelength
-        self.width = page.imagewidth
-        self.shape = (channels, self.height, self.width)
 
-        # One image, beside its masks and smaller copies; its pixels as Pillow's mode, or an array.
+        # One image, beside its masks and smaller copies.
         whole = sum(not (one.is_reduced or one.is_mask) for one in tiff.pages)
         if whole != 1:
             raise ValueError(f"it holds {whole} images, not one: save each in a file of its own")
-        check_size(self.width, self.height, most=math.inf)
-        self.photo: Photo | None = None
-        if pixel_range.eight_bits and channels in MODES:
-            self.photo = Photo(Image.new("L", (1, 1)), name, channels)
+        super().__init__(name, (page.imagelength, page.imagewidth), channels, pixel_range)
         self.check_pixels(channels)
+        self.profile = page.iccprofile
+        nodata = page.tags.valueof(42113)
+        if self.photo is None and nodata is not None:
+            self.nodata = float(nodata)
 
         # The tiles, or strips as wide as the image; plain pixels need neither.
         self.planes = page.samplesperpixel if page.planarconfig == 2 else 1
         self.plain = page.is_final
-        self.tile = page.tile or (min(page.rowsperstrip, self.height), self.width)
+        tile = page.tile or (min(page.rowsperstrip, self.height), self.width)
         if self.plain:
-            self.tile = (PLAIN_ROWS, self.width)
-        self.across = -(-self.width // self.tile[1])
+            tile = (PLAIN_ROWS, self.width)
+        self.take_tiles(tile, page.samplesperpixel * page.dtype.itemsize, memory)
         self.down = -(-self.height // self.tile[0])
-        self.tile_bytes = math.prod(self.tile) * page.samplesperpixel * page.dtype.itemsize
-        gib = self.tile_bytes * self.across / 2**30
-        if gib * 2**30 > memory:
-            raise ValueError(
-                f"its tiles are {self.tile[1]}x{self.tile[0]} pixels, and a row of them takes "
-                f"{gib:.3g} GiB: allow more memory, or save it in smaller tiles"
-            )
         self.check_bytes()
-        # The last rows of tiles that were read: strips overlap a little.
-        self.band = lru_cache(maxsize=2)(self.read_band)
 
     def check_pixels(self, channels: int) -> None:
         """Raise ValueError for pixels of another kind than are read here."""
@@ -136,27 +195,6 @@ class TiffRows:
             raise ValueError("the file ends before its pixels")
         if not self.plain and max(page.databytecounts) > MOST_PACKED * self.tile_bytes + 2**14:
             raise ValueError("one of its tiles has more bytes than its pixels take")
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """Read rows, (C, rows, W), as :func:`~olvae.data.image.read_picture` would.
-
-        Raises UnreadableImageError.
-        """
-        try:
-            parts = []
-            for number in range(start // self.tile[0], -(-stop // self.tile[0])):
-                top = number * self.tile[0]
-                parts.append(self.band(number)[max(0, start - top) : stop - top])
-            array = np.concatenate(parts)
-            if self.photo is None:
-                nodata = self.page.tags.valueof(42113)
-                missing = None if nodata is None else float(nodata)
-                return image_to_tensor(stated_picture(array, self.pixel_range, missing))
-            image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-            return image_to_tensor(self.photo.converted(image, self.page.iccprofile))
-        except Exception as error:  # decoders raise all kinds for a broken file
-            where = f"in its rows {start} to {stop - 1}: {reason(error)}"
-            raise UnreadableImageError(self.name, where) from error
 
     def read_band(self, number: int) -> Array:
         """Read a row of tiles, (rows, W, samples)."""
@@ -207,6 +245,11 @@ class TiffRows:
         self.tiff.close()
 
 
+def too_large(pixels: int, channels: int, memory: float) -> bool:
+    """Whether an image has too many pixels, or takes too many bytes, for memory."""
+    return pixels > MAX_PIXELS or pixels * channels * BYTES_A_VALUE > memory
+
+
 def open_rows(path: Path, channels: int, pixel_range: PixelRange, memory: int) -> TiffRows | None:
     """Open a TIFF whose image would take more than ``memory`` bytes in a reconstruction.
 
@@ -226,7 +269,7 @@ def open_rows(path: Path, channels: int, pixel_range: PixelRange, memory: int) -
     try:
         page = tiff.pages.first
         pixels = page.imagelength * page.imagewidth
-        if pixels > MAX_PIXELS or pixels * channels * BYTES_A_VALUE > memory:
+        if too_large(pixels, channels, memory):
             return TiffRows(tiff, legible(str(path)), channels, pixel_range, memory)
     except Exception as error:
         if pixels > MAX_PIXELS:

@@ -1,0 +1,293 @@
+import json
+import logging
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+import imagecodecs
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+from olvae.config import ConfigError
+from olvae.data.image import image_to_tensor, read_picture
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
+from olvae.data.read_errors import UnreadableImageError
+from olvae.export import tiff_rows
+from olvae.export.raster_rows import open_raster, read_raster
+from tests.data.pixels.files import tiff, values
+from tests.data.test_image import bomb
+from tests.export.rasters import jpeg_2000, with_profile, zarr
+
+SIZE = (93, 150)
+RGB = values("uint8", 3, SIZE)
+BANDS = np.moveaxis(values("float32", 13, SIZE), -1, 0)
+DEEP = PixelRange.from_node([-40_000, 70_000])
+MEMORY = 400_000  # too little for the image, enough for a row of tiles
+
+
+def planes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(np.moveaxis(array, -1, 0))
+
+
+def codes(path: Path) -> None:
+    path.write_bytes(imagecodecs.jpeg2k_encode(RGB, level=0, reversible=True, codecformat="j2k"))
+
+
+FILES = {
+    "tiles": (RGB, lambda path: jpeg_2000(path, RGB)),
+    "tiles of RGB": (RGB, lambda path: jpeg_2000(path, RGB, photometric="RGB")),
+    "one tile": (RGB, lambda path: jpeg_2000(path, RGB, tile=256)),
+    "without boxes": (RGB, codes),
+    "grey": (RGB[..., :1], lambda path: jpeg_2000(path, RGB[..., :1])),
+    "alpha": (
+        values("uint8", 4, SIZE),
+        lambda path: jpeg_2000(path, values("uint8", 4, SIZE), photometric="RGB", alpha="yes"),
+    ),
+    "16 bits": (
+        values("uint16", 3, SIZE),
+        lambda path: jpeg_2000(path, values("uint16", 3, SIZE)),
+    ),
+    "Zarr": (RGB, lambda path: zarr(path, planes(RGB), (3, 32, 48))),
+    "Zarr, blosc": (RGB, lambda path: zarr(path, planes(RGB), (1, 32, 48), "blosc")),
+    "Zarr, zstd": (RGB, lambda path: zarr(path, planes(RGB), (2, 50, 150), "zstd")),
+    "Zarr, grey": (RGB[..., :1], lambda path: zarr(path, RGB[..., 0].copy(), (32, 48))),
+    "Zarr, OME": (RGB, lambda path: zarr(path, planes(RGB)[None, :, None], (1, 1, 1, 32, 48))),
+    "Zarr, 13 bands": (
+        np.moveaxis(BANDS, 0, -1),
+        lambda path: zarr(path, BANDS, (5, 32, 48)),
+    ),
+    "Zarr, int16": (
+        values("int16", 3, SIZE),
+        lambda path: zarr(path, planes(values("int16", 3, SIZE)).astype(">i2"), (3, 32, 48)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_rows_are_those_of_the_same_picture_as_tiff(name, tmp_path):
+    array, write = FILES[name]
+    write(tmp_path / "a")
+    channels = 13 if name == "Zarr, 13 bands" else 3
+    pixel_range = EIGHT_BITS if array.dtype == np.uint8 else DEEP
+    photometric = "rgb" if array.shape[2] in (3, 4) else "minisblack"
+    extra = {"extrasamples": ["unassalpha"]} if array.shape[2] == 4 else {}
+    flat = array[..., 0] if array.shape[2] == 1 else np.ascontiguousarray(array)
+    (tmp_path / "a.tif").write_bytes(tiff(flat, photometric, planarconfig="contig", **extra))
+    whole = image_to_tensor(read_picture(tmp_path / "a.tif", channels, pixel_range))
+
+    rows = open_raster(tmp_path / "a", channels, pixel_range, MEMORY)
+    assert rows.shape == whole.shape
+    for start, stop in ((0, 93), (0, 1), (63, 65), (5, 88), (92, 93), (0, 64)):
+        assert torch.equal(rows.read(start, stop), whole[:, start:stop])
+    rows.close()
+    assert torch.equal(read_raster(tmp_path / "a", channels, pixel_range, MEMORY), whole)
+    if array.dtype == np.uint8 and array.shape[2] == 3:
+        assert np.array_equal(whole.permute(1, 2, 0), array)
+
+
+def test_a_window_is_a_row_of_tiles(tmp_path, monkeypatch):
+    """Each is read once for strips that follow each other, and two are kept."""
+    jpeg_2000(tmp_path / "a.jp2", RGB, tile=32)
+    zarr(tmp_path / "a.zarr", planes(RGB), (3, 32, 48))
+    for name in ("a.jp2", "a.zarr"):
+        rows = open_raster(tmp_path / name, 3, EIGHT_BITS, MEMORY)
+        dataset = rows.dataset
+        windows = []
+
+        class Counted:
+            def read(self, window, dataset=dataset, windows=windows):
+                windows.append(window)
+                return dataset.read(window=window)
+
+        rows.dataset = Counted()
+        for start in range(0, 93, 8):
+            rows.read(start, min(93, start + 12))
+        assert windows == [((top, min(93, top + 32)), (0, 150)) for top in (0, 32, 64)]
+        assert rows.band.cache_info().maxsize == 2
+        dataset.close()
+
+
+def test_a_profile_is_converted_as_a_pngs(tmp_path):
+    """Red and green change places."""
+    primaries = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = primaries.replace(b"rXYZ", b"tXYZ").replace(b"gXYZ", b"rXYZ")
+    swapped = swapped.replace(b"tXYZ", b"gXYZ")
+    jpeg_2000(tmp_path / "a.jp2", RGB, photometric="RGB")
+    with_profile(tmp_path / "a.jp2", swapped)
+    Image.fromarray(RGB).save(tmp_path / "a.png", icc_profile=swapped)
+    found = read_raster(tmp_path / "a.jp2", 3, EIGHT_BITS, MEMORY)
+    assert torch.equal(found, image_to_tensor(read_picture(tmp_path / "a.png")))
+    assert not np.array_equal(found.permute(1, 2, 0), RGB)
+
+
+def test_small_images_and_other_files_are_for_the_usual_reader(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "a.png").write_bytes(bomb(20, 20))
+    jpeg_2000(tmp_path / "a.jp2", RGB)
+    for name in ("folder", "a.png", "missing.jp2"):
+        assert open_raster(tmp_path / name, 3, EIGHT_BITS, MEMORY) is None
+        assert read_raster(tmp_path / name, 3, EIGHT_BITS, MEMORY) is None
+    assert open_raster(tmp_path / "a.jp2", 3, EIGHT_BITS, RGB.size * 24) is None
+    assert open_raster(tmp_path / "a.jp2", 3, EIGHT_BITS, RGB.size * 24 - 1) is not None
+
+
+def claiming(path: Path, size: tuple[int, int], tile: int) -> None:
+    """A JPEG 2000 with other numbers in its headers."""
+    jpeg_2000(path, RGB)
+    content = bytearray(path.read_bytes())
+    struct.pack_into(">II", content, content.index(b"ihdr") + 4, *reversed(size))
+    start = content.index(b"\xff\x4f\xff\x51")
+    struct.pack_into(">II", content, start + 8, *size)
+    struct.pack_into(">II", content, start + 24, tile, tile)
+    path.write_bytes(content)
+
+
+def truncated(path: Path) -> None:
+    jpeg_2000(path, RGB)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def described(path: Path, **changes: object) -> None:
+    """A Zarr with other numbers in its description."""
+    zarr(path, planes(RGB), (3, 32, 48))
+    file = path / ".zarray"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def colours(path: Path, number: int) -> None:
+    jpeg_2000(path, RGB, photometric="RGB")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"colr") + 10] = number
+    path.write_bytes(content)
+
+
+def of_group(path: Path, name: str) -> None:
+    path.mkdir()
+    (path / name).write_text('{"zarr_format": 2}')
+
+
+def bare(path: Path) -> None:
+    path.write_bytes(b"\0\0\0\x0cjP  \r\n\x87\n")
+
+
+FOUR = values("uint8", 4, SIZE)
+REFUSED = {
+    "header alone": (bare, "not a readable image"),
+    "wide": (lambda p: claiming(p, (20_000, 100), 512), "one side is more than 100 times"),
+    "tiles of 2^31": (lambda p: claiming(p, (40_000, 40_000), 2**31 - 1), "allow more memory"),
+    "16 bits": (lambda p: jpeg_2000(p, RGB.astype(np.uint16)), "3 channels of uint16: save it as"),
+    "four bands": (lambda p: jpeg_2000(p, FOUR), "4 channels of uint8: save it as grey, RGB"),
+    "two bands": (lambda p: jpeg_2000(p, FOUR[..., :2]), "2 channels of uint8: save it as grey"),
+    "LAB": (lambda p: colours(p, 14), "its colours are neither a profile's nor sRGB"),
+    "Zarr of (H, W, C)": (
+        lambda p: zarr(p, RGB, (32, 48, 3)),
+        "93 channels of uint8: .*; of Zarr, arrays of format 2 are read, .bands, rows, columns.",
+    ),
+    "Zarr's group": (lambda p: of_group(p, ".zgroup"), "a group's have names, as a/0; of Zarr"),
+    "Zarr's format 3": (lambda p: of_group(p, "zarr.json"), "no array of format 2.*lines that"),
+    "Zarr that runs code": (lambda p: described(p, compressor={"id": "pickle"}), "pickle"),
+    "Zarr's huge chunks": (
+        lambda p: described(p, chunks=[3, 2**20, 2**20]),
+        "a tile takes|its tiles are|chunk",
+    ),
+    "Zarr's deep chunks": (lambda p: described(p, chunks=[1000, 32, 48]), "a tile takes 0.00143"),
+    "Zarr's broken description": (lambda p: described(p, shape="all"), "; of Zarr"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_can_not_be_read_is_refused_in_a_line(name, tmp_path, capfd, caplog):
+    write, message = REFUSED[name]
+    write(tmp_path / "a")
+    with pytest.raises(UnreadableImageError, match=message) as error:
+        open_raster(tmp_path / "a", 3, EIGHT_BITS, MEMORY)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith(str(tmp_path / "a"))
+    assert not capfd.readouterr().err
+    assert not [record for record in caplog.records if record.levelno < logging.CRITICAL]
+
+
+def bombs(path: Path, compressor: str) -> None:
+    """Chunks that unpack to 64 MB."""
+    zarr(path, planes(RGB), (3, 32, 48), compressor)
+    content = getattr(imagecodecs, f"{compressor}_encode")(bytes(2**26))
+    for file in path.glob("[0-9]*"):
+        file.write_bytes(content)
+
+
+BROKEN = {
+    "truncated": truncated,
+    "claims": lambda path: claiming(path, (30_000, 30_000), 512),
+    "zlib": lambda path: bombs(path, "zlib"),
+    "zstd": lambda path: bombs(path, "zstd"),
+    "blosc": lambda path: bombs(path, "blosc"),
+    "cut": lambda path: (
+        zarr(path, planes(RGB), (3, 32, 48)),
+        (path / "0.0.0").write_bytes(b"\0" * 9),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_pixels_end_in_a_line_that_names_the_rows(name, tmp_path, capfd):
+    BROKEN[name](tmp_path / "a")
+    rows = open_raster(tmp_path / "a", 3, EIGHT_BITS, 2**26, small=True)
+    with pytest.raises(UnreadableImageError, match=r"in its rows 0 to 92: ") as error:
+        rows.read(0, 93)
+    assert "\n" not in str(error.value)
+    assert "See previous" not in str(error.value)
+    assert not capfd.readouterr().err
+
+
+def test_too_many_pixels_are_not_read_whole(tmp_path):
+    claiming(tmp_path / "a", (30_000, 30_000), 512)
+    with pytest.raises(UnreadableImageError, match="30000x30000 pixels, more than 160 million"):
+        read_raster(tmp_path / "a", 3, EIGHT_BITS, 2**30)
+
+
+def test_a_jpeg_2000_of_one_tile_is_in_memory_packed(tmp_path, monkeypatch):
+    """A band of it would fit, its bytes do not."""
+    monkeypatch.setattr(tiff_rows, "MAX_PIXELS", 1000)
+    noise = values("uint8", 3, (700, 700))
+    jpeg_2000(tmp_path / "one", noise, tile=1024)
+    jpeg_2000(tmp_path / "many", noise, tile=128)
+    stored = (tmp_path / "one").stat().st_size
+    with pytest.raises(UnreadableImageError, match=r"a tile takes .* GiB: allow more memory"):
+        open_raster(tmp_path / "one", 3, EIGHT_BITS, stored - 1)
+    assert open_raster(tmp_path / "many", 3, EIGHT_BITS, stored // 4) is not None
+
+
+def test_files_beside_the_image_are_not_read(tmp_path):
+    """GDAL's own: they would state other colours, or a missing value."""
+    jpeg_2000(tmp_path / "a.jp2", RGB, photometric="RGB")
+    (tmp_path / "a.jp2.aux.xml").write_text(
+        '<PAMDataset><PAMRasterBand band="1"><NoDataValue>7</NoDataValue>'
+        "<ColorInterp>Alpha</ColorInterp></PAMRasterBand></PAMDataset>"
+    )
+    rows = open_raster(tmp_path / "a.jp2", 3, EIGHT_BITS, MEMORY)
+    assert rows.dataset.nodata is None
+    assert np.array_equal(rows.read(0, 93).permute(1, 2, 0), RGB)
+    rows.close()
+
+
+def test_without_rasterio_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
+    jpeg_2000(tmp_path / "a.jp2", RGB)
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    for read in (open_raster, read_raster):
+        with pytest.raises(ConfigError, match=r"JPEG 2000 and Zarr needs rasterio: pip install"):
+            read(tmp_path / "a.jp2", 3, EIGHT_BITS, MEMORY)
+
+
+def test_chunks_that_are_not_stored_are_the_fill_value(tmp_path):
+    """As Zarr defines them, which leaves empty ones out."""
+    zarr(tmp_path / "a", planes(RGB), (3, 32, 48))
+    (tmp_path / "a/0.0.0").unlink()
+    expected = RGB.copy()
+    expected[:32, :48] = 0
+    found = read_raster(tmp_path / "a", 3, EIGHT_BITS, MEMORY)
+    assert np.array_equal(found.permute(1, 2, 0), expected)
+    shutil.rmtree(tmp_path / "a")
