@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,13 +315,16 @@ def _as_exported(
 
 def _graphs_beside(place: Path, prefix: str, settings: ExportSettings) -> list[Path]:
     """The ONNX files beside an export that is one file; FileExistsError if one may not go there."""
-    if not settings.onnx:
-        return []
     graphs = [place.with_name(f"{prefix}{name}") for name in (ENCODER, DECODER)]
     for graph in graphs:
-        if graph.exists() and not settings.force:
+        if graph.exists() and not settings.onnx:
+            warnings.warn(
+                f"{graph}: of an earlier export, and not replaced: add `onnx`, or delete it",
+                stacklevel=2,
+            )
+        elif graph.exists() and not settings.force:
             raise FileExistsError(f"{graph}: exists: `force` replaces it")
-    return graphs
+    return graphs if settings.onnx else []
 
 
 def _in_units(model: LiteVAE) -> LiteVAE:

@@ -43,6 +43,7 @@ VAE_APPROX = {
     "taef1": (0.3611, 0.1159),
     "taef2": (1, 0),
 }
+FLUX2_CHANNELS = 32  # because (1, 0) are also factors that nobody measured
 
 # Settings of an export that say which factors a diffusion model needs.
 FACTORS = ("latents", "scaling_factor", "shift_factor")
@@ -403,7 +404,11 @@ class TinyFilesLayout(DiffusersLayout):
         kind = _tiny_kind(model)
         files = f"{kind}_encoder.safetensors and {kind}_decoder.safetensors"
         for name, known in VAE_APPROX.items():
-            if known == factors and kind == ("taef2" if name == "taef2" else "taesd"):
+            fits = kind == "taesd"
+            if name == "taef2":
+                pooled = kind == "taef2" and model.encoder.node["params"]["pool"]
+                fits = pooled and model.latent_channels == FLUX2_CHANNELS
+            if known == factors and fits:
                 renamed = ""
                 if name != kind:
                     renamed = f", as {files.replace(kind, name)}"

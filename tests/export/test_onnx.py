@@ -150,6 +150,15 @@ def test_onnx_files_beside_a_format_that_is_one_file(tmp_path):
         export(model, tmp_path / "kl.safetensors", layout, settings)
 
 
+def test_onnx_files_of_an_earlier_export_do_not_stay_in_silence(tmp_path):
+    model = DiffusersAutoencoder(autoencoder_kl((32,))).as_litevae("it").eval()
+    (tmp_path / "kl_decoder.onnx").touch()
+    with pytest.warns(
+        UserWarning, match=r"kl_decoder.onnx: of an earlier export, and not replaced"
+    ):
+        export(model, tmp_path / "kl.safetensors", LAYOUTS["ldm"]())
+
+
 def test_a_network_that_torch_does_not_trace_is_one_line(tmp_path, monkeypatch):
     def trace(*args, **kwargs):
         raise torch.onnx.errors.OnnxExporterError("step 3/3") from NotImplementedError("no cast\nx")

@@ -67,14 +67,17 @@ class TinyLoader(Loader):
 
 
 def _first_file(text: str) -> Path | None:
-    """The file that is named, or a folder's only encoder; None if there is none."""
+    """The file that is named, or a folder's only encoder or decoder; None if there is none."""
     path = Path(text)
     if not path.is_dir():
         return path if path.is_file() and path.suffix in WEIGHT_SUFFIXES else None
-    encoders: list[Path] = []
-    for suffix in WEIGHT_SUFFIXES:
-        encoders += path.glob(f"[!.]*_encoder{suffix}")
-    return encoders[0] if len(encoders) == 1 else None
+    for half in HALVES:
+        files: list[Path] = []
+        for suffix in WEIGHT_SUFFIXES:
+            files += path.glob(f"[!.]*_{half}{suffix}")
+        if files:
+            return files[0] if len(files) == 1 else None
+    return None
 
 
 def _read(file: Path, check: bool = True) -> dict[str, Tensor]:
@@ -119,6 +122,8 @@ def _spec(tensors: Mapping[str, Tensor], origin: str) -> AutoencoderSpec:
         ) from error
     if n_z != z_channels:
         raise ValueError(f"{origin}: the encoder makes {n_z} channels, the decoder {z_channels}")
+    if len(encoder["stem"]) + len(encoder["blocks"]) != len(decoder["blocks"]):
+        raise ValueError(f"{origin}: the halves have unlike numbers of levels: is a layer missing?")
     encoder |= {"latent_dim": 2 * n_z, "in_channels": image_channels}
     decoder |= {"z_channels": n_z, "out_channels": image_channels}
     return Tiny().spec_of(encoder, decoder, n_z)

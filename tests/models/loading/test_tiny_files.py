@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from olvae import LiteVAE
 from olvae.export.exporting import ExportSettings, export_target
 from olvae.export.formats import LAYOUTS
 from olvae.models.loading.targets import find_target
-from olvae.modules.others.tiny import TinyEncoder
+from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
 
 
 def conv(a: int, b: int, **kwargs) -> nn.Conv2d:
@@ -178,8 +179,28 @@ def test_half_of_an_autoencoder_and_another_architecture_are_one_line(taesd):
         find_target(taesd).load()
     file.unlink()
     decoder = taesd / "taesd_decoder.safetensors"
-    with pytest.raises(FileNotFoundError, match=r"decoder alone: put taesd_encoder\.safetens"):
-        find_target(decoder)
+    for target in (decoder, taesd):
+        with pytest.raises(FileNotFoundError, match=r"decoder alone: put taesd_encoder\.safetens"):
+            find_target(target)
+
+
+def test_a_decoder_without_its_last_layer_is_named(taesd):
+    file = taesd / "taesd_decoder.safetensors"
+    state = load_file(file)
+    del state["19.bias"]
+    save_file(state, file)
+    with pytest.raises(ValueError, match=f"^{taesd}: the halves have unlike numbers of levels"):
+        find_target(taesd).load()
+
+
+@pytest.mark.parametrize(
+    ("n_z", "pool", "known"), [(32, True, True), (12, True, False), (32, False, False)]
+)
+def test_only_flux2s_network_is_called_taef2_for_comfyui(n_z, pool, known):
+    """Factors that nobody measured are 1 and 0, TAEF2's."""
+    model = LiteVAE(TinyEncoder(2 * n_z, pool=pool), TinyDecoder(z_channels=n_z, pool=True))
+    note = next(LAYOUTS["taesd"]().notes(model))
+    assert ("models/vae_approx" in note) == known
 
 
 def test_latents_are_converted_to_another_models_units(taesd):
