@@ -17,7 +17,7 @@ ENV PATH=/opt/olvae/bin:$PATH
 
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
-RUN grep -oE '"torch(vision)?[<>=][^"]*"' pyproject.toml | tr -d '"' > torch.txt \
+RUN sed -nE 's/^ *"(torch(vision)?[<>=].*)",$/\1/p' pyproject.toml > torch.txt \
     && pip install --no-cache-dir --index-url "https://download.pytorch.org/whl/${TORCH}" --requirement torch.txt
 COPY olvae olvae
 # hadolint ignore=DL3013
