@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    ?= $(BIN)/python -m pip --disable-pip-version-check
 RUNS   ?= runs
 
-.PHONY: demo distil-demo study study-scale gpu gpu-bundle study-parts study-maps models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs notebooks audit rehearse test test-fast test-random test-portable test-slow test-gpu test-network test-browser soak fuzz lint format clean help
+.PHONY: demo distil-demo study study-scale gpu gpu-bundle study-parts study-maps models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs notebooks audit rehearse test test-fast test-random test-portable curves test-slow test-gpu test-network test-browser soak fuzz lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -130,6 +130,10 @@ test-random: $(VENV)/.installed-dev ## the whole test suite three times, each in
 test-portable: $(VENV)/.installed-dev ## the whole test suite with the kernels of older processors: AVX2, then SSE4.1
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m pytest -n 2
 	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(BIN)/python -m pytest -n 2
+
+curves: $(VENV)/.installed-dev ## record the first losses of every recipe, with AVX512 and AVX2, and name those that moved
+	$(BIN)/python -m tests.configs.recipe_curves
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(BIN)/python -m tests.configs.recipe_curves
 
 test-slow: $(VENV)/.installed-dev $(VENV)/.installed-docs ## the checks that take minutes
 	$(BIN)/python -m pytest -m slow --timeout=1800

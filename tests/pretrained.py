@@ -18,7 +18,7 @@ def _he(module: nn.Module) -> None:
             nn.init.uniform_(module.bias, -0.1, 0.1)
 
 
-def _classifier_of_torchvision(build) -> dict[str, torch.Tensor]:
+def classifier_of_torchvision(build) -> dict[str, torch.Tensor]:
     """A state dict with every name and shape; the classifier's values, which LPIPS has no use for,
     are zero.
     """
@@ -36,8 +36,8 @@ def weights_dir(tmp_path_factory) -> Path:
     """Randomly initialised weights in the published files' format."""
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
-    torch.save(_classifier_of_torchvision(torchvision.models.vgg16), folder / VGG16.name)
-    torch.save(_classifier_of_torchvision(torchvision.models.alexnet), folder / ALEXNET.name)
+    torch.save(classifier_of_torchvision(torchvision.models.vgg16), folder / VGG16.name)
+    torch.save(classifier_of_torchvision(torchvision.models.alexnet), folder / ALEXNET.name)
     inception = torchvision.models.inception_v3(
         weights=None, num_classes=1008, aux_logits=False, init_weights=False
     )
@@ -56,7 +56,7 @@ def vgg19(weights_dir) -> Path:
     """The same of VGG19, which few tests need."""
     path: Path = weights_dir / VGG19.name
     torch.manual_seed(0)
-    torch.save(_classifier_of_torchvision(torchvision.models.vgg19), path)
+    torch.save(classifier_of_torchvision(torchvision.models.vgg19), path)
     return path
 
 
