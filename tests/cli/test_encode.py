@@ -133,7 +133,8 @@ def test_an_array_of_commands_encodes_what_one_encodes(
     assert f"latents: {out}, 12 images of 16 px in 6 shards\n" in err
     assert everything(out) == everything(one)
     state = everything(out / ".encode")
-    assert state.keys() - everything(one / ".encode").keys() == {f"lock-{part}" for part in parts}
+    locks = {"plan.lock", *(f"lock-{part}" for part in parts)}
+    assert state.keys() - everything(one / ".encode").keys() == locks
     assert not [*out.rglob(".partial-*")]
     done(*encode[:-1])  # without --shards the whole is complete as well
     assert everything(out) == everything(one)

@@ -25,7 +25,7 @@ from olvae.evaluation.round_trip import Cost, RoundTrip
 from olvae.evaluation.statistics import Difference
 from olvae.metrics.metric import psnr
 from tests.browser import Visit
-from tests.evaluation.observers.test_flat_colours import Faulty
+from tests.evaluation.observers.pixels.test_flat_colours import Faulty
 from tests.evaluation.peers import seen
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=https://example.org/x.png onerror=alert(1)>"

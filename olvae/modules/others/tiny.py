@@ -144,8 +144,8 @@ class TinyDecoder(_Tiny, Decoder):
         channel_mult: Sequence[int] | None = None,
     ) -> None:
         multiples = channel_mult or [1] * len(blocks)
-        check_counts(1, channels=channels, channel_mult=multiples)
         check_counts(0, blocks=blocks)
+        check_counts(1, channels=channels, channel_mult=multiples)
         if len(multiples) != len(blocks):
             raise ValueError(
                 f"channel_mult: {len(multiples)} levels, but `blocks` has {len(blocks)}"

@@ -25,7 +25,7 @@ from olvae.data.shards.offsets import scan
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.launcher import join, leave
 from tests.data.images import encoded, write_shards, write_tar
-from tests.forks import fork_two
+from tests.forks import fork_ranks
 
 
 def test_with_counts_of_an_empty_shard_and_a_broken_one(tmp_path, caplog):
@@ -313,7 +313,7 @@ def test_the_first_process_reads_an_index_for_all(tmp_path, where, monkeypatch):
 
     monkeypatch.setattr(index, "open_url", note_read)
     read_unchanged.cache_clear()
-    fork_two(work)
+    fork_ranks(work)
     assert log.read_text() == f"0 {params.get('index', place)}\n"
 
 
@@ -330,4 +330,4 @@ def test_an_index_that_the_first_process_can_not_read_is_named_in_all(tmp_path):
             WebDatasetSource(str(tmp_path), 16, 1, index="file:///gone.json")
         leave()
 
-    fork_two(work)
+    fork_ranks(work)
