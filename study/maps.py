@@ -28,7 +28,6 @@ noise and the noise of samples between rows. The table of docs/results.md is mad
 study/results/maps/.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -61,7 +60,7 @@ from study import predictors
 from study.features import Lite0, frechet_lite0
 from study.latent_maps import MAPS, LatentMap, fit
 from study.maps_table import AUTOENCODERS, SEEDS, read, table
-from study.run import CROP, Study
+from study.run import CROP, Study, corpus_and_out
 
 CHANNELS, FACTOR = 12, 8
 OTHERS = 500
@@ -292,14 +291,7 @@ def run(autoencoders: Iterable[Encoded], results: Path, maps: Iterable[str] = tu
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--corpus", type=Path, default=Path("study/corpus-out"), help="what study.corpus made"
-    )
-    parser.add_argument("--out", type=Path, default=Path("study/out/maps"))
-    options = parser.parse_args(arguments)
+    options = corpus_and_out(__doc__, "study/out/maps").parse_args(arguments)
     try:
         keep_freed_memory()
         results = check_folder(options.out) / "results"

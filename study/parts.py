@@ -7,7 +7,6 @@ Each part leaves OUT/parts/NAME.json; those that are there are kept, and so are 
 table of docs/results.md is made of the files in study/results/parts/.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from typing import Any
 from olvae.checkpoint import read_checkpoint
 from olvae.cli.main import print_error
 from olvae.files import check_folder, write_json
-from study.run import CROP, Study, find_run
+from study.run import CROP, Study, corpus_and_out, find_run
 from study.tables import spread
 from study.tables import table as as_table
 
@@ -160,14 +159,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--corpus", type=Path, default=Path("study/corpus-out"), help="what study.corpus made"
-    )
-    parser.add_argument("--out", type=Path, default=Path("study/out"))
-    options = parser.parse_args(arguments)
+    options = corpus_and_out(__doc__, "study/out").parse_args(arguments)
     try:
         check_folder(options.out)
         study = Study(options.corpus, options.out, [])

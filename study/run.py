@@ -300,14 +300,20 @@ def _said(found: dict[str, Any]) -> str:
     return f"{psnr}, {found['processor_seconds']:.0f} s"
 
 
-def main(arguments: list[str] | None = None) -> None:
+def corpus_and_out(description: str | None, out: str) -> argparse.ArgumentParser:
+    """Make a parser of the arguments that every part of the study has."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--corpus", type=Path, default=Path("study/corpus-out"), help="what study.corpus made"
     )
-    parser.add_argument("--out", type=Path, default=Path("study/out"))
+    parser.add_argument("--out", type=Path, default=Path(out))
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = corpus_and_out(__doc__, "study/out")
     parser.add_argument("--quick", action="store_true", help="an eighth of the steps, one seed")
     parser.add_argument("--jobs", type=int, default=2, help="rows at a time")
     options = parser.parse_args(arguments)

@@ -327,8 +327,8 @@ class LargeImage:
             tile = tile_for(decoder, self.options.memory, z.shape)
         rows_of_tiles = split(z.shape[2], tile, decoder.upscale)
 
-        # One band for every row of tiles, below what is left of the row before: less than a tile
-        # of the file.
+        # One band serves every row of tiles. At its top are the rows before them that do not fill a
+        # tile of the file yet.
         dtype = torch.uint8 if self.model.pixel_range.eight_bits else torch.float32
         most = max(stop - start for start, stop in rows_of_tiles)
         band = torch.empty(channels, TILE + most, width, dtype=dtype)

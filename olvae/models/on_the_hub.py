@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from olvae.config import Config
+from olvae.config import ADDRESS, Config
 from olvae.files import first_line, write_json
 from olvae.models.spec import CONFIG_NAME
 
@@ -65,7 +65,7 @@ class HubExport(
     library_name="diffusers",
     pipeline_tag="image-to-image",
     tags=["autoencoder", "vae", "litevae"],
-    repo_url="https://github.com/open-litevae/open-litevae",
+    repo_url=ADDRESS,
     paper_url="https://arxiv.org/abs/2405.14477",
 ):
     """An export as huggingface_hub's mixin takes it, which adds a short card, and uploads."""

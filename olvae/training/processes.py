@@ -108,9 +108,10 @@ def process_count(trainer_args: Mapping[str, Any]) -> int:
     return count
 
 
+DUMP_FILE = "TORCH_FR_DUMP_TEMP_FILE"
 OLDER_NAMES = {
     "TORCH_FR_BUFFER_SIZE": "TORCH_NCCL_TRACE_BUFFER_SIZE",
-    "TORCH_FR_DUMP_TEMP_FILE": "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
+    DUMP_FILE: "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
 }
 """Older names of variables for NCCL's dump at a timeout; torch warns of them, 2.8 of the first."""
 
@@ -122,17 +123,15 @@ def meet() -> tuple[int, int]:
     """
     # At its time limit NCCL writes where each rank is. torch adds the rank to the file's name.
     dump = f"{tempfile.gettempdir()}/olvae_nccl_{slurm_job() or os.getppid()}_rank_"
+    is_older = torch.__version__.startswith("2.8.")
     recorder = {
         "TORCH_FR_BUFFER_SIZE": "2000",
-        "TORCH_FR_DUMP_TEMP_FILE": dump,
+        OLDER_NAMES[DUMP_FILE] if is_older else DUMP_FILE: dump,
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
     }
-    is_older = torch.__version__.startswith("2.8.")
     for name, value in recorder.items():
-        older = OLDER_NAMES.get(name, name)
-        if older not in os.environ:
-            takes_older = is_older and name != "TORCH_FR_BUFFER_SIZE"
-            os.environ.setdefault(older if takes_older else name, value)
+        if OLDER_NAMES.get(name, name) not in os.environ:
+            os.environ.setdefault(name, value)
 
     if find_launcher() is None:
         return 0, 1

@@ -24,6 +24,19 @@ def pair():
     return x, (x.int() + noise).clamp(0, 255).to(torch.uint8)
 
 
+def of_kind(pair, kind):
+    """Make two images larger than a tile, bright, flat or not whole; as they are if of noise."""
+    if kind == "large":
+        return [image.repeat(1, 1, 4, 9) for image in pair]
+    if kind == "bright":
+        return [255 - image // 64 for image in pair]
+    if kind == "flat":
+        return [torch.full((2, 3, 64, 64), level, dtype=torch.uint8) for level in (255, 254)]
+    if kind == "float":
+        return [image + torch.rand(image.shape) * 0.9 for image in pair]
+    return pair
+
+
 def test_psnr_is_scikit_images(pair):
     for value, x, y in zip(psnr(*pair), *pair, strict=True):
         expected = peak_signal_noise_ratio(x.numpy(), y.numpy(), data_range=255)
@@ -33,12 +46,8 @@ def test_psnr_is_scikit_images(pair):
 @pytest.mark.parametrize("kind", ["noise", "large", "bright", "flat"])
 def test_ssim_is_scikit_images(pair, kind):
     """Also of more than one tile, and where a variance is a small difference of large squares."""
-    if kind == "large":
-        pair = [image.repeat(1, 1, 4, 9) for image in pair]
-    elif kind == "bright":
-        pair = [255 - image // 64 for image in pair]
-    elif kind == "flat":
-        pair = [torch.full((2, 3, 64, 64), level, dtype=torch.uint8) for level in (255, 254)]
+    pair = of_kind(pair, kind)
+    if kind == "flat":
         assert ssim(pair[0], pair[0]).tolist() == pytest.approx([1.0, 1.0], abs=1e-12)
     for value, x, y in zip(ssim(*pair), *pair, strict=True):
         expected = structural_similarity(
@@ -56,14 +65,7 @@ def test_ssim_is_scikit_images(pair, kind):
 @pytest.mark.parametrize("kind", ["noise", "large", "bright", "flat", "float"])
 def test_ssim_with_a_uniform_window_is_scikit_images(pair, kind, monkeypatch):
     """By its defaults; it computes uint8 images in float64, and float32 ones in float32."""
-    if kind == "large":
-        pair = [image.repeat(1, 1, 4, 9) for image in pair]
-    elif kind == "bright":
-        pair = [255 - image // 64 for image in pair]
-    elif kind == "flat":
-        pair = [torch.full((2, 3, 64, 64), level, dtype=torch.uint8) for level in (255, 254)]
-    elif kind == "float":
-        pair = [image + torch.rand(image.shape) * 0.9 for image in pair]
+    pair = of_kind(pair, kind)
     monkeypatch.setitem(sys.modules, "skimage.metrics", None)
     values = ssim_uniform(*pair)
     assert values.dtype == torch.float64

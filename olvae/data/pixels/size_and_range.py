@@ -329,11 +329,15 @@ class PixelRange:
             return to_uint8(y)
         return (y.float().clamp(-1.0, 1.0) + 1.0) * 127.5
 
+    def from_levels(self, levels: Tensor) -> Tensor:
+        """Levels -> float32 in [-1, 1]; inverse of to_levels."""
+        return levels.float() / 127.5 - 1.0
+
     def real(self, levels: Tensor) -> Tensor:
         """Levels, (..., C, H, W) -> real values in float32."""
         if self.eight_bits:
             return levels.float()
-        return self.restore(levels / 127.5 - 1.0)
+        return self.restore(self.from_levels(levels))
 
     def picture(self, levels: Tensor) -> Tensor:
         """Levels, (..., C, H, W) -> uint8 of the channels that are shown, stretched."""

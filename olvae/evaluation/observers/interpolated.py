@@ -22,7 +22,7 @@ from olvae.pretrained_networks import INCEPTION, find_weights, provenance
 How = Literal["paper", "nearest"]
 
 IMAGES = ""  # a key beside the targets' names, which are not empty
-DRAWN_FROM = 10  # most similar latents, of which one is drawn
+DRAWN_FROM = 10  # most similar latents: one of them is drawn
 CANDIDATES = 4  # more rows than needed by float32, whose distances are computed again in float64
 CHECKED = 64  # latents whose neighbours are searched once more, by differences
 

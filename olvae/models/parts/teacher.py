@@ -163,7 +163,7 @@ class Teacher(Part):
                     "not the initial ones: leave it out"
                 )
 
-        # The weights have to suit what is trained.
+        # A weight without a half to train is a mistake.
         if model.freeze_encoder and self.weights["teacher_decoder"]:
             yield (
                 f"{here}.params.decoder_weight: the encoder is frozen (freeze_encoder): "

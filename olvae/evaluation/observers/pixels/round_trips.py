@@ -73,7 +73,7 @@ class RoundTrips(PerImageObserver):
 
     def _pass(self, model: Autoencoder, levels: Tensor, batch: Observation) -> Tensor:
         """Encode and decode levels, 0 to 255; ArithmeticError if the result is not finite."""
-        images = levels.to(batch.latents.device).float() / (LEVELS / 2) - 1
+        images = batch.pixel_range.from_levels(levels.to(batch.latents.device))
         with full_float32(images):
             y = model.decode(model.encode(images).mode())
         if not bool(y.isfinite().all()):
