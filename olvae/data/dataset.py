@@ -45,6 +45,10 @@ class ImageDataset(ABC):
         """A unique name for each picture, without leading slash; by default its number."""
         return f"{index:08d}"
 
+    def file(self, index: int) -> str:
+        """The file that a picture is a part of, by its name: a volume's, a scene's."""
+        return self.key(index)
+
     def state(self, index: int) -> str:
         """A picture's key, and a file's size and time: a repeated command sees changes by it."""
         return self.key(index)
@@ -70,6 +74,9 @@ class Subset(ImageDataset):
 
     def key(self, index: int) -> str:
         return self.images.key(self.indices[index])
+
+    def file(self, index: int) -> str:
+        return self.images.file(self.indices[index])
 
     def state(self, index: int) -> str:
         return self.images.state(self.indices[index])
