@@ -186,11 +186,11 @@ def _trains_on_files(node: Config, src: str) -> bool:
         return False
     # The files may be gone, or there may be none.
     with contextlib.suppress(OSError, ValueError):
-        split = [node.get(name) for name in ("val_root", "val_fraction")]
-        parts = find_parts(node["root"], *split, node.get("hold_out_by", FILE))
-        given = find_images(src)
+        names = ("val_root", "val_fraction", "hold_out_by")
+        given = {name: node[name] for name in names if name in node}
+        parts = find_parts(node["root"], **given)
         trained = {path.resolve() for path in parts[0]}
-        return any(path.resolve() in trained for path in given)
+        return any(path.resolve() in trained for path in find_images(src))
     return False
 
 

@@ -134,13 +134,12 @@ class FolderSource(MappedSource):
             self.note_bound(len(val_paths), val_fraction)
 
         values = PixelRange.from_node(range)
-        parts = []
-        for paths, place in ((train_paths, root), (val_paths, val_root)):
-            named = naming_folder(place)
-            parts.append(Files(paths, channels, (), values, find_folder(place), named))
+        train = Files(train_paths, channels, (), values, find_folder(root), naming_folder(root))
+        val = Files(val_paths, channels, (), values, find_folder(val_root), naming_folder(val_root))
         transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
         super().__init__(
-            *parts,
+            train,
+            val,
             transform,
             batch_size,
             num_workers,
@@ -152,7 +151,7 @@ class FolderSource(MappedSource):
         if not own_split:
             self.warn_of_shared_groups()
         elif hold_out_by == FILE:
-            warn_of_slices(parts)
+            warn_of_slices([train, val])
 
 
 def warn_of_slices(parts: Sequence[Files]) -> None:

@@ -321,9 +321,7 @@ def split_shards(
     return shards[:-held_out], shards[-held_out:], bound
 
 
-def check_packed(
-    urls: Sequence[str], hold_out_by: str, index: str | Path | None = None
-) -> None:
+def check_packed(urls: Sequence[str], hold_out_by: str, index: str | Path | None = None) -> None:
     """Check that shards were packed in whole groups, so that none is on both sides.
 
     Raises ValueError: their index, or those beside local shards, say otherwise, or there is none.
