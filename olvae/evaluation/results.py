@@ -212,7 +212,9 @@ class Results:
             found.append(f"few images, {few[0]}: other ones give other numbers")
         groups = self.images.get("groups")
         if groups is not None and groups < MIN_VAL_IMAGES:
-            found.append(f"few groups, {groups}: their intervals are too narrow, and one has none")
+            found.append(
+                f"few groups, {groups}: intervals over so few are too narrow; of one there are none"
+            )
         unreadable = self.images["unreadable"]
         if unreadable:
             found.append(f"unreadable images, which are not in these numbers: {unreadable}")

@@ -59,8 +59,8 @@ COMPRESSED: Mapping[bytes, Callable[[Any], Any]] = {
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ": lzma.LZMAFile,
 }
-# Extensions of the files that say what an image is, of `olvae encode` and of `olvae data pack`.
-DETAILS = ("latent.json", "json")
+# Extensions of the files that say what an image is, of `olvae data pack` and of `olvae encode`.
+DETAILS = ("json", "latent.json")
 # Names in WebDataset's shards that belong to no sample.
 META = re.compile(r"__[^/]*__($|/)")
 TAR_NAME = re.compile(r"[^/\s'\"?&=:]+\.(?:tar\.gz|tgz|tar)(?![\w.])")
@@ -94,13 +94,12 @@ class Entry(NamedTuple):
 
     @property
     def details(self) -> Mapping[str, Any]:
-        """The entries of its JSON file, such as `olvae data pack` writes; empty without one."""
+        """The entries of its JSON files, such as `olvae data pack` writes; empty without any."""
+        found: dict[str, Any] = {}
         for extension in DETAILS:
-            with suppress(KeyError, ValueError, RecursionError):
-                details = json.loads(self.files[extension])
-                if isinstance(details, dict):
-                    return details
-        return {}
+            with suppress(KeyError, ValueError, TypeError, RecursionError):
+                found |= json.loads(self.files[extension])
+        return found
 
     @property
     def group(self) -> str | None:
