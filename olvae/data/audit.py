@@ -17,7 +17,7 @@ from olvae.config.reading import is_local
 from olvae.data.dataset import ImageDataset, MappedSource
 from olvae.data.image import MultiBand, Photo, image_to_tensor
 from olvae.data.opening import open_images
-from olvae.data.order.groups import FILE, Grouping
+from olvae.data.order.groups import FILE, Grouping, shared_groups
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import (
     EIGHT_BITS,
@@ -151,13 +151,7 @@ def audit_source(
         return None
     found = _Found()
     for part in parts:
-        found.images += part.images
-        found.unreadable += part.unreadable
-        found.shards += part.shards
-        found.pixels += part.pixels
-        found.groups |= part.groups
-        found.profiles += part.profiles
-        found.profile_errors += part.profile_errors
+        found.add(part)
 
     # Facts, notes and problems.
     result = _summarise(src, size, found)
@@ -211,6 +205,15 @@ class _Found:
     groups: set[tuple[str, str]] = field(default_factory=set)  # of shards: URL and a group in it
     profiles: Counter[str] = field(default_factory=Counter)  # names of those that are not sRGB
     profile_errors: Counter[str] = field(default_factory=Counter)  # why they can't be used
+
+    def add(self, part: "_Found") -> None:
+        self.images += part.images
+        self.unreadable += part.unreadable
+        self.shards += part.shards
+        self.pixels += part.pixels
+        self.groups |= part.groups
+        self.profiles += part.profiles
+        self.profile_errors += part.profile_errors
 
     def decode(self, open_photo: Callable[[], Photo], name: str, place: str) -> None:
         try:
@@ -349,21 +352,16 @@ def _check_images(
 def _check_held_out(result: AuditResult, source: Source | None, found: _Found) -> None:
     """Add groups on both sides, and validation images that are training images, to the problems."""
     parts: list[set[str]] = []  # places of training, and of validation
-    shared: Sequence[str] = ()
+    shared = None
     if isinstance(source, ShardSource):
         parts = [{shard.url for shard in shards} for shards in (source.train, source.val)]
         groups = [{group for url, group in found.groups if url in urls} for urls in parts]
-        shared = sorted(groups[0] & groups[1])
+        shared = shared_groups(*groups)
     elif isinstance(source, MappedSource):
-        shared = source.groups_on_both_sides()
+        shared = source.shared_groups()
         files = [part for part in (source.train, source.val) if isinstance(part, Files)]
         parts = [{str(path) for path in part.paths} for part in files]
-    if shared:
-        more = f", and {len(shared) - 10} more" if len(shared) > 10 else ""
-        result.problems.append(
-            f"{counted(len(shared), 'group')} with images of training and of validation: "
-            f"{', '.join(shared[:10])}{more}: keep each on one side"
-        )
+    result.problems += filter(None, [shared])
     if len(parts) < 2:
         return
     trained, held_out = parts

@@ -19,7 +19,7 @@ from olvae.data.image import (
     read_picture,
     resize_shorter_side,
 )
-from olvae.data.order.groups import FILE, Grouping
+from olvae.data.order.groups import FILE, Grouping, shared_groups
 from olvae.data.order.permutation import draws
 from olvae.data.pixels.size_and_range import RangeNode, Sides, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
@@ -258,24 +258,20 @@ class MappedSource(Source):
         if fraction is None and held_out >= MAX_VAL_IMAGES:
             self.bound = BOUND
 
-    def groups_on_both_sides(self) -> list[str]:
-        """The groups with images of training and of validation, which names of files can't tell."""
+    def shared_groups(self) -> str | None:
+        """Say which groups are on both sides; None if none is, or files are their own groups."""
         if self.grouping.how == FILE:
-            return []
+            return None
         sides = []
         for images in (self.train, self.val):
             sides.append({images.group(index, self.grouping) for index in range(len(images))})
-        # Files that lie in no folder below the two roots are not of one folder.
-        return sorted(sides[0] & sides[1] - {"."})
+        return shared_groups(*sides)
 
     def warn_of_shared_groups(self) -> None:
         """Warn of groups on both sides, where these are two places."""
-        shared = self.groups_on_both_sides()
-        if shared:
-            warn_once(
-                f"{counted(len(shared), 'group')} by `hold_out_by` with images of training and of "
-                f"validation: {', '.join(shared[:10])}: keep each on one side"
-            )
+        shared = self.shared_groups()
+        if shared is not None:
+            warn_once(shared)
 
     @property
     def samples_per_epoch(self) -> int:

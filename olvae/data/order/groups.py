@@ -5,8 +5,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
+from olvae.files import counted
+
 FILE = "file"
-FOLDER = "folder"
+_FOLDER = "folder"
 
 # The entry of an image's JSON file, in a shard, that names its group.
 GROUP = "hold_out_group"
@@ -33,19 +35,19 @@ class Grouping:
     def __init__(self, how: str = FILE) -> None:
         self.how = how
         self.pattern: re.Pattern[str] | None = None
-        if how in (FILE, FOLDER):
+        if how in (FILE, _FOLDER):
             return
         try:
             self.pattern = re.compile(how)
         except re.error as error:
             raise ValueError(
                 f"`hold_out_by` {how!r} is no regular expression: {error}: "
-                f"set {FILE}, {FOLDER} or (?P<group>...)"
+                f"set {FILE}, {_FOLDER} or (?P<group>...)"
             ) from error
         if "group" not in self.pattern.groupindex:
             raise ValueError(
                 f"`hold_out_by` {how!r} has no group of this name: "
-                f"set {FILE}, {FOLDER} or (?P<group>...)"
+                f"set {FILE}, {_FOLDER} or (?P<group>...)"
             )
 
     def of(self, name: str) -> str:
@@ -84,6 +86,20 @@ def fill_with_groups(groups: Iterable[Sequence[int]], at_most: int) -> list[list
     return filled
 
 
+def shared_groups(train: set[str], held_out: set[str]) -> str | None:
+    """Say which groups have images of training and of validation; None if none has."""
+    # Files that lie in no folder below their two roots are not of one folder.
+    shared = sorted((train & held_out) - {"."})
+    if not shared:
+        return None
+    more = ", ..." if len(shared) > 10 else ""
+    groups = counted(len(shared), "group")
+    return (
+        f"{groups} by `hold_out_by` with images of training and of validation: "
+        f"{', '.join(shared[:10])}{more}: keep each on one side"
+    )
+
+
 def look_like_slices(names: Iterable[str]) -> str | None:
     """Say that most files look like slices of a few things, and what to set; None if they do not.
 
@@ -116,7 +132,7 @@ def look_like_slices(names: Iterable[str]) -> str | None:
     # The simplest setting that keeps these together.
     how = r"(?P<group>.*\D)\d+\.\w+$"
     if len({thing.rpartition("/")[0] for thing in things if thing.count("/") == 1}) == len(things):
-        how = FOLDER
+        how = _FOLDER
     elif len(words) == 1:
         how = rf"(?P<group>{words.pop()}\d+)"
     return (

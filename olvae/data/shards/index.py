@@ -338,7 +338,7 @@ def check_packed(urls: Sequence[str], hold_out_by: str, index: str | Path | None
         raise ValueError(
             f"{urls[0]}: these shards were not packed by `hold_out_by` {hold_out_by}, so the last "
             "ones may share groups with the others: give it to `olvae data pack`, or set "
-            "data.params.val_shards and leave data.params.hold_out_by out"
+            "data.params.val_shards"
         )
 
 
