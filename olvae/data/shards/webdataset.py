@@ -6,8 +6,15 @@ from pathlib import Path
 import numpy as np
 
 from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop, image_to_tensor
+from olvae.data.order.groups import FILE
 from olvae.data.pixels.size_and_range import RangeNode, Size
-from olvae.data.shards.index import find_shards, may_exist, split_shards, with_counts
+from olvae.data.shards.index import (
+    check_packed,
+    find_shards,
+    may_exist,
+    split_shards,
+    with_counts,
+)
 from olvae.data.shards.shard_source import ShardSource
 from olvae.data.shards.tar_reading import Entry, Shard
 from olvae.data.source import Sample, eval_sample
@@ -44,13 +51,17 @@ class WebDatasetSource(ShardSource):
             ``input.png``; by default the first image is taken.
         min_fraction, filters, flip, shuffle_channels: see
             :class:`~olvae.data.image.RandomScaleCrop`.
+        hold_out_by: what `olvae data pack` kept together in a shard, which training then checks in
+            the index where it holds out shards itself; see
+            :class:`~olvae.data.order.groups.Grouping`.
         interleave: shards that a block is taken from at once, which stay open; by default 32 where
             counts are known and shards can be read from the middle, else 1. With 1 they are laid
             end to end.
 
     Raises:
         FileNotFoundError: no shard is there for training, or for validation.
-        ValueError: a shard has no images, two have the same name, or there are too few.
+        ValueError: a shard has no images, two have the same name, there are too few, or they were
+            not packed by ``hold_out_by``.
     """
 
     def __init__(
@@ -72,6 +83,7 @@ class WebDatasetSource(ShardSource):
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
         interleave: int | None = None,
+        hold_out_by: str = FILE,
     ) -> None:
         transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
 
@@ -82,6 +94,7 @@ class WebDatasetSource(ShardSource):
             found, given, val_fraction, "val_shards", index, image_key
         )
         if given is None:
+            check_packed(found, hold_out_by, index)
             for part, use in ((train, "training"), (val, "validation")):
                 if not any(may_exist(url) for url in part):
                     raise FileNotFoundError(
