@@ -289,3 +289,11 @@ def test_limit_evaluates_the_first_images_alone(shards):
     s.limit(5)
     assert keys_of(s.val_loader()) == [f"{n // 4:03d}/{n:04d}" for n in range(5)]
     assert s.val_images == 5
+
+
+def test_more_images_than_there_are_or_an_unknown_number_are_refused(shards):
+    with pytest.raises(ValueError, match=r"the set has 7 images, 8 were asked for"):
+        source(shards).limit(8)
+    unknown = source(shards, val_shards=remote(shards)[0])
+    with pytest.raises(ValueError, match=r"the set has an unknown number of images, 1 were"):
+        unknown.limit(1)
