@@ -304,3 +304,11 @@ def test_shards_say_which_images_they_keep_together(tmp_path):
             WebDatasetSource(tmp_path / folder, 16, 2, hold_out_by=how)
         given = tmp_path / folder / "000000.tar"
         WebDatasetSource(tmp_path / folder, 16, 2, val_shards=given, hold_out_by=how)
+
+
+def test_more_images_than_there_are_or_an_unknown_number_are_refused(shards):
+    with pytest.raises(ValueError, match=r"the set has 7 images, 8 were asked for"):
+        source(shards).limit(8)
+    unknown = source(shards, val_shards=remote(shards)[0])
+    with pytest.raises(ValueError, match=r"the set has an unknown number of images, 1 were"):
+        unknown.limit(1)
