@@ -12,6 +12,7 @@ from olvae.config import ConfigError, Node, import_extra, instantiate
 from olvae.data.dataset import ImageDataset, MappedSource, hold_out
 from olvae.data.image import (
     ALL_FILTERS,
+    Augment,
     MultiBand,
     Photo,
     Picture,
@@ -110,7 +111,7 @@ class TorchvisionSource(MappedSource):
         val_fraction: size of that part, see :func:`~olvae.data.dataset.hold_out`.
         size, batch_size, num_workers, channels, max_unreadable, range: see
             :class:`~olvae.data.source.Source`.
-        min_fraction, filters, flip, shuffle_channels: see
+        min_fraction, filters, flip, shuffle_channels, augment: see
             :class:`~olvae.data.image.RandomScaleCrop`.
     """
 
@@ -129,6 +130,7 @@ class TorchvisionSource(MappedSource):
         channels: int = 3,
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
+        augment: Augment | None = None,
     ) -> None:
         values = PixelRange.from_node(range)
         train: ImageDataset = Items(instantiate(dataset), channels, values)
@@ -137,7 +139,7 @@ class TorchvisionSource(MappedSource):
             self.note_bound(len(val), val_fraction)
         else:
             val = Items(instantiate(val_dataset), channels, values)
-        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels, augment)
         super().__init__(
             train, val, transform, batch_size, num_workers, channels, max_unreadable, range=range
         )
@@ -192,7 +194,7 @@ class HuggingFaceSource(MappedSource):
         name, data_files, data_dir, revision: passed on to ``datasets.load_dataset``.
         size, batch_size, num_workers, channels, max_unreadable, range: see
             :class:`~olvae.data.source.Source`.
-        min_fraction, filters, flip, shuffle_channels: see
+        min_fraction, filters, flip, shuffle_channels, augment: see
             :class:`~olvae.data.image.RandomScaleCrop`.
 
     Raises ConfigError: the library is not installed, or the column holds no images.
@@ -219,6 +221,7 @@ class HuggingFaceSource(MappedSource):
         channels: int = 3,
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
+        augment: Augment | None = None,
     ) -> None:
         values = PixelRange.from_node(range)
         arguments = {
@@ -235,7 +238,7 @@ class HuggingFaceSource(MappedSource):
         else:
             table = load_table(path, val_split, **arguments)
             val = Column(table, column, channels, values)
-        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels, augment)
         super().__init__(
             train, val, transform, batch_size, num_workers, channels, max_unreadable, range=range
         )

@@ -15,7 +15,7 @@ from olvae.data.dataset import (
     MappedSource,
     bound_held_out,
 )
-from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop
+from olvae.data.image import ALL_FILTERS, Augment, Photo, RandomScaleCrop
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, RangeNode, Size
 from olvae.data.places import EXTENSIONS, is_image_file
 from olvae.data.read_errors import ReadError
@@ -85,7 +85,7 @@ class FolderSource(MappedSource):
             path below root, so that it does not change when images are added. By default 5 %, at
             least 20 images or, of fewer than 100, a fifth, and at most 10,000: up to about 400
             images, and above 200,000, adding some may change which ones.
-        min_fraction, filters, flip, shuffle_channels: see :class:`RandomScaleCrop`.
+        min_fraction, filters, flip, shuffle_channels, augment: see :class:`RandomScaleCrop`.
         channels: of the images: 1, 3, 4 or any other number, see
             :func:`~olvae.data.image.read_picture`.
 
@@ -108,6 +108,7 @@ class FolderSource(MappedSource):
         channels: int = 3,
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
+        augment: Augment | None = None,
     ) -> None:
         # The files of both parts: of two folders, or of one, a fixed part of it held out.
         train_paths, val_paths = find_parts(root, val_root, val_fraction)
@@ -121,7 +122,7 @@ class FolderSource(MappedSource):
         values = PixelRange.from_node(range)
         train = Files(train_paths, channels, (), values, find_folder(root))
         val = Files(val_paths, channels, (), values, find_folder(val_root))
-        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels, augment)
         super().__init__(
             train, val, transform, batch_size, num_workers, channels, max_unreadable, range=range
         )

@@ -196,10 +196,10 @@ def _tiff(file: BinaryIO, check: Check, **flags: Any) -> Pixels:
         elif axes[-2:] == "YX" and len(axes) in (2, 3):
             bands_last = len(axes) == 2
         else:
-            why = f"its axes are {axes}: expected one image with bands, or a page for each band"
-            if any(axis in axes for axis in SLICES):
-                why += "; write each slice to a file of its own"
-            raise ValueError(why)
+            raise ValueError(
+                f"its axes are {axes}: expected one image with bands, or a page for each band; "
+                "write each slice of a stack to a file of its own"
+            )
         if whole[0].keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
             raise ValueError("its 0 is white (MINISWHITE): save it with 0 as black")
         # Planes of one page (S) and what the file calls channels (C) are no pages.

@@ -250,6 +250,11 @@ class PixelRange:
         pairs = [f"{low:g} to {high:g}" for low, high in zip(self.low, self.high, strict=True)]
         return f"{', '.join(dict.fromkeys(pairs))}, {self.values}"
 
+    def ends_of(self, channel: int) -> tuple[np.float32, np.float32]:
+        """The values of a channel that become -1 and 1."""
+        own = channel if len(self.low) > 1 else 0
+        return np.float32(self.low[own]), np.float32(self.high[own])
+
     def check_channels(self, channels: int, where: str = "data.params.range") -> None:
         """Raise ConfigError for another number of pairs, or a shown channel that images lack."""
         if len(self.low) not in (1, channels):

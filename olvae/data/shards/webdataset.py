@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop, image_to_tensor
+from olvae.data.image import ALL_FILTERS, Augment, Photo, RandomScaleCrop, image_to_tensor
 from olvae.data.pixels.size_and_range import RangeNode, Size
 from olvae.data.shards.index import find_shards, may_exist, split_shards, with_counts
 from olvae.data.shards.shard_source import ShardSource
@@ -42,7 +42,7 @@ class WebDatasetSource(ShardSource):
         shuffle: images in a shuffled block; each loader process keeps two blocks, undecoded.
         image_key: the extension of the image in a sample that has several, for example
             ``input.png``; by default the first image is taken.
-        min_fraction, filters, flip, shuffle_channels: see
+        min_fraction, filters, flip, shuffle_channels, augment: see
             :class:`~olvae.data.image.RandomScaleCrop`.
         interleave: shards that a block is taken from at once, which stay open; by default 32 where
             counts are known and shards can be read from the middle, else 1. With 1 they are laid
@@ -72,8 +72,9 @@ class WebDatasetSource(ShardSource):
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
         interleave: int | None = None,
+        augment: Augment | None = None,
     ) -> None:
-        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels, augment)
 
         # Shards of training and validation; a held-out part may have none that exists.
         found = find_shards(shards)

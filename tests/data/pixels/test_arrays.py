@@ -252,14 +252,14 @@ Z_STACK = tiff(PLANES, imagej=True, metadata={"axes": "ZYX"})
         (
             tiff(PLANES, ome=True, metadata={"axes": "TYX"}),
             (0, 1, 3),
-            r"a stack of 13 slices \(T in its axes\): .* if they are channels, set `channels` to 13",
+            r"13 slices \(T in its axes\): .* if they are channels, set `channels` to 13",
         ),
         (tiff(PLANES), (1, 3), "^13 pages, perhaps slices of a stack: write each slice to a file"),
         (tiff(PLANES, imagej=True, metadata={"axes": "CYX"}), (1,), "is `channels` right"),
         (
             tiff(np.stack((PLANES, PLANES)), imagej=True, metadata={"axes": "ZCYX"}),
             (0, 1, 13),
-            "its axes are ZCYX: .*write each slice to a file of its own",
+            "its axes are ZCYX: .*write each slice of a stack to a file of its own",
         ),
     ],
 )
