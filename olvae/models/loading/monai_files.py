@@ -62,11 +62,13 @@ class MonaiLoader(Loader):
     """A file of MONAI's AutoencoderKL, a folder with one, or a bundle's folder."""
 
     def accepts(self, text: str) -> bool:
-        return _find(text) is not None
+        return bool(_find(text))
 
     def find(self, text: str, options: LoadOptions) -> Target:
-        file = _find(text)
-        assert file is not None
+        file, *others = _find(text)
+        if others:
+            names = ", ".join(found.name for found in (file, *others))
+            raise FileNotFoundError(f"{text}: several autoencoders ({names}): name one of them")
         spec = _spec(_read(file, options.raw, check=False), _settings(file, text, options), text)
 
         def load() -> LiteVAE:
@@ -143,19 +145,20 @@ def monai_config(model: LiteVAE) -> Config:
     return {"autoencoder_def": network, "images": dict(zip(ENDS, (low, high), strict=True))}
 
 
-def _find(text: str) -> Path | None:
-    """The file that is named, or the first one of a folder or bundle, if its names are MONAI's."""
+def _find(text: str) -> list[Path]:
+    """The file that is named, or those of a folder or bundle, whose names are MONAI's."""
     path = Path(text)
     files = [path] if path.is_file() else []
     if path.is_dir():
         folder = path / "models" if (path / "models").is_dir() else path
         files = sorted(folder.glob("[!.]*"))
+    found = []
     for file in files:
         if file.suffix not in WEIGHT_SUFFIXES or run_of(file) is not None or is_export(file):
             continue
         if MARKER in _read(file, check=False):
-            return file
-    return None
+            found.append(file)
+    return found
 
 
 def _read(file: Path, raw: bool = False, check: bool = True) -> dict[str, Tensor]:
@@ -216,14 +219,15 @@ def _settings(file: Path, text: str, options: LoadOptions) -> dict[str, Any]:
     return defaults | found
 
 
-def _nodes(content: Any) -> Iterator[Mapping[str, Any]]:
+def _nodes(content: Config) -> Iterator[Mapping[str, Any]]:
     """Yield a config's mappings, from the outside to the inside."""
-    if isinstance(content, Mapping):
-        yield content
-        content = list(content.values())
-    for inner in content:
-        if isinstance(inner, Mapping | list):
-            yield from _nodes(inner)
+    waiting: list[Any] = [content]
+    while waiting:
+        found = waiting.pop(0)
+        if isinstance(found, Mapping):
+            yield found
+            found = list(found.values())
+        waiting += [inner for inner in found if isinstance(inner, Mapping | list)]
 
 
 def _stated(node: Mapping[str, Any], content: Config) -> Iterator[tuple[str, Any]]:

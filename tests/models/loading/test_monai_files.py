@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,13 @@ def test_the_file_alone_its_old_names_and_a_trainers_checkpoint(records, attenti
         assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
     named = find_target(file).load().state_dict()
     assert all(torch.equal(tensor, named[name]) for name, tensor in expected.items())
+
+
+def test_one_of_several_autoencoders_has_to_be_named(attention):
+    file = attention / "models" / "model_autoencoder.pt"
+    shutil.copy(file, file.with_name("best.pt"))
+    with pytest.raises(FileNotFoundError, match=r"\(best.pt, model_autoencoder.pt\): name one"):
+        find_target(attention)
 
 
 def test_values_of_images_are_the_configs(records, tmp_path):
