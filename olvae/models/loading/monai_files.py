@@ -146,7 +146,7 @@ def monai_config(model: LiteVAE) -> Config:
 
 
 def _find(text: str) -> list[Path]:
-    """The file that is named, or those of a folder or bundle, whose names are MONAI's."""
+    """The file that is named, or files in a folder or bundle: all whose names are MONAI's."""
     path = Path(text)
     files = [path] if path.is_file() else []
     if path.is_dir():
@@ -256,7 +256,7 @@ def _spec(
     dimensions = tensors[MARKER].ndim - 2
     if dimensions != 2:
         raise ValueError(
-            f"{origin}: MONAI's AutoencoderKL of {dimensions} dimensions: only those of 2 are read"
+            f"{origin}: MONAI's AutoencoderKL of {dimensions} dimensions: only 2 are read"
         )
     if any(".mlp_gamma." in name for name in tensors):
         raise ValueError(

@@ -177,7 +177,7 @@ def test_a_file_without_a_config_has_monais_defaults_and_a_warning(records, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda n, t: (n, t[..., None] if t.ndim == 4 else t), "of 3 dimensions: only those of 2"),
+        (lambda n, t: (n, t[..., None] if t.ndim == 4 else t), "of 3 dimensions: only 2 are read"),
         (
             lambda n, t: (re.sub(r"(decoder.*norm1)\.", r"\1.mlp_gamma.conv.", n), t),
             "SPADE autoencoder, whose decoder takes a segmentation",
