@@ -12,6 +12,7 @@ import numpy as np
 
 from olvae.data.image import (
     ALL_FILTERS,
+    Augment,
     Photo,
     Picture,
     RandomScaleCrop,
@@ -372,7 +373,7 @@ class SamplePhotographs(MappedSource):
     Args:
         size, batch_size, num_workers: see :class:`~olvae.data.source.Source`.
         crops_per_photograph: crops of each photograph in an epoch.
-        min_fraction, filters, flip, shuffle_channels: see
+        min_fraction, filters, flip, shuffle_channels, augment: see
             :class:`~olvae.data.image.RandomScaleCrop`.
     """
 
@@ -388,8 +389,9 @@ class SamplePhotographs(MappedSource):
         filters: Sequence[str] = ALL_FILTERS,
         flip: bool = True,
         shuffle_channels: float = 0.5,
+        augment: Augment | None = None,
     ) -> None:
-        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels, augment)
         train = sample_photographs(PHOTOGRAPHS)
         tiles: list[tuple[str, Picture]] = []  # by name
         sides = Sides.of(size)

@@ -12,6 +12,7 @@ from olvae.config import ConfigError, Node, import_extra, instantiate
 from olvae.data.dataset import ImageDataset, MappedSource, hold_out
 from olvae.data.image import (
     ALL_FILTERS,
+    Augment,
     MultiBand,
     Photo,
     Picture,
@@ -121,7 +122,7 @@ class TorchvisionSource(MappedSource):
             knows; see :class:`~olvae.data.order.groups.Grouping`.
         size, batch_size, num_workers, channels, max_unreadable, range: see
             :class:`~olvae.data.source.Source`.
-        min_fraction, filters, flip, shuffle_channels: see
+        min_fraction, filters, flip, shuffle_channels, augment: see
             :class:`~olvae.data.image.RandomScaleCrop`.
     """
 
@@ -141,6 +142,7 @@ class TorchvisionSource(MappedSource):
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
         hold_out_by: str = FILE,
+        augment: Augment | None = None,
     ) -> None:
         values = PixelRange.from_node(range)
         train: ImageDataset = Items(instantiate(dataset), channels, values)
@@ -149,7 +151,7 @@ class TorchvisionSource(MappedSource):
             self.note_bound(len(val), val_fraction)
         else:
             val = Items(instantiate(val_dataset), channels, values)
-        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels, augment)
         super().__init__(
             train,
             val,
@@ -221,7 +223,7 @@ class HuggingFaceSource(MappedSource):
         name, data_files, data_dir, revision: passed on to ``datasets.load_dataset``.
         size, batch_size, num_workers, channels, max_unreadable, range: see
             :class:`~olvae.data.source.Source`.
-        min_fraction, filters, flip, shuffle_channels: see
+        min_fraction, filters, flip, shuffle_channels, augment: see
             :class:`~olvae.data.image.RandomScaleCrop`.
 
     Raises ConfigError: the library is not installed, or the column holds no images.
@@ -249,6 +251,7 @@ class HuggingFaceSource(MappedSource):
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
         hold_out_by: str = FILE,
+        augment: Augment | None = None,
     ) -> None:
         values = PixelRange.from_node(range)
         arguments = {
@@ -265,7 +268,7 @@ class HuggingFaceSource(MappedSource):
         else:
             table = load_table(path, val_split, **arguments)
             val = Column(table, column, channels, values)
-        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels, augment)
         super().__init__(
             train,
             val,

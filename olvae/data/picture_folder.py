@@ -16,7 +16,7 @@ from olvae.data.dataset import (
     MappedSource,
     bound_held_out,
 )
-from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop
+from olvae.data.image import ALL_FILTERS, Augment, Photo, RandomScaleCrop
 from olvae.data.order.groups import FILE, Grouping, look_like_slices
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, RangeNode, Size
 from olvae.data.places import EXTENSIONS, is_image_file
@@ -98,7 +98,7 @@ class FolderSource(MappedSource):
             or those in whose paths a regular expression finds the same ``group``, for example
             ``(?P<group>patient\\d+)``. Whole groups are held out, by a hash of the group's name,
             until they have the share's images.
-        min_fraction, filters, flip, shuffle_channels: see :class:`RandomScaleCrop`.
+        min_fraction, filters, flip, shuffle_channels, augment: see :class:`RandomScaleCrop`.
         channels: of the images: 1, 3, 4 or any other number, see
             :func:`~olvae.data.image.read_picture`.
 
@@ -122,6 +122,7 @@ class FolderSource(MappedSource):
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
         hold_out_by: str = FILE,
+        augment: Augment | None = None,
     ) -> None:
         # The files of both parts: of two folders, or of one, a fixed part of it held out.
         train_paths, val_paths = find_parts(root, val_root, val_fraction, hold_out_by)
@@ -137,6 +138,9 @@ class FolderSource(MappedSource):
         train = Files(train_paths, channels, (), values, find_folder(root), naming_folder(root))
         val = Files(val_paths, channels, (), values, find_folder(val_root), naming_folder(val_root))
         transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+        train = Files(train_paths, channels, (), values, find_folder(root))
+        val = Files(val_paths, channels, (), values, find_folder(val_root))
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels, augment)
         super().__init__(
             train,
             val,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop, image_to_tensor
+from olvae.data.image import ALL_FILTERS, Augment, Photo, RandomScaleCrop, image_to_tensor
 from olvae.data.order.groups import FILE
 from olvae.data.pixels.size_and_range import RangeNode, Size
 from olvae.data.shards.index import (
@@ -49,7 +49,7 @@ class WebDatasetSource(ShardSource):
         shuffle: images in a shuffled block; each loader process keeps two blocks, undecoded.
         image_key: the extension of the image in a sample that has several, for example
             ``input.png``; by default the first image is taken.
-        min_fraction, filters, flip, shuffle_channels: see
+        min_fraction, filters, flip, shuffle_channels, augment: see
             :class:`~olvae.data.image.RandomScaleCrop`.
         hold_out_by: what `olvae data pack` kept together in a shard, which training then checks in
             the index where it holds out shards itself; see
@@ -84,8 +84,9 @@ class WebDatasetSource(ShardSource):
         range: RangeNode | None = None,  # noqa: A002
         interleave: int | None = None,
         hold_out_by: str = FILE,
+        augment: Augment | None = None,
     ) -> None:
-        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels, augment)
 
         # Shards of training and validation; a held-out part may have none that exists.
         found = find_shards(shards)
