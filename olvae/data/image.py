@@ -428,15 +428,22 @@ class RandomScaleCrop:
     of exactly that size is cut at whole pixels.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the window is then still at least twice as
-    high as the result, which changes a pixel by less than 1 of 255 on average (docs/data.md).
+    high as the result, which changes a pixel by less than 1 of 255 on average (docs/sources.md).
+
+    Args:
+        size: of the result.
+        min_fraction: the smallest window's share of the largest, in (0, 1].
+        filters: from which the resize draws. Nearest alone is for masks: then evaluation resizes by
+            nearest, too.
+        flip: mirror half of the results.
+        shuffle_channels: share of the results whose channels are permuted, to get more colours from
+            few pictures.
     """
 
-    size: Size  # of the result
-    min_fraction: float = 0.5  # in (0, 1]
-    # Some of FILTERS. Nearest alone is for masks: then evaluation resizes by nearest, too.
+    size: Size
+    min_fraction: float = 0.5
     filters: Sequence[str] = ALL_FILTERS
-    flip: bool = True  # mirror half of the results
-    # Share of the results whose channels are permuted, to get more colours from few pictures.
+    flip: bool = True
     shuffle_channels: float = 0.0
 
     def __post_init__(self) -> None:
