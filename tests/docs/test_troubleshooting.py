@@ -5,8 +5,6 @@ import re
 from tests.docs.markdown import ROOT
 
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-OTHERS = {"VAE is invalid: None"}
-"""Messages of other programs."""
 
 
 def printed() -> str:
@@ -26,7 +24,7 @@ def test_messages_of_the_page_are_the_programs():
         parts = [part.strip() for part in message.split("…")]
         assert max(map(len, parts)) > 6, message
         for part in parts:
-            assert message in OTHERS or part in source, f"{message}: {part}"
+            assert part in source, f"{message}: {part}"
 
 
 def test_the_waiting_line_can_be_searched_as_it_is_printed():
@@ -36,4 +34,4 @@ def test_the_waiting_line_can_be_searched_as_it_is_printed():
 
 
 def test_the_page_is_short():
-    assert len(PAGE.splitlines()) <= 180
+    assert len(PAGE.splitlines()) <= 195
