@@ -74,7 +74,7 @@ def test_a_pages_title_is_its_name_in_the_navigation(title, page):
 
 
 @PAGES
-def test_a_page_begins_with_a_sentence_to_search_for(title, page):  # noqa: ARG001
+def test_a_page_begins_with_a_sentence_to_search_for(title, page):
     """Not with a heading, a block, a list or a table: search engines and the site's show it."""
     first = content(page).partition("\n")[2].strip().partition("\n\n")[0]
     assert re.match(r"[A-Z*`\[\d]", first), first[:60]
