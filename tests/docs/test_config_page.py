@@ -84,6 +84,36 @@ def test_the_site_shows_the_tables_in_place_of_their_markers():
     assert "| `kl_weight` | `0.01` |" in shown
 
 
+TABLES = {
+    "lossconfig.params": "olvae.losses.objective.Objective",
+    "adversary_config.params": "olvae.models.adversary.Adversary",
+    "model.params": "olvae.models.liteautoencoder.LiteAutoencoderKL",
+    "parts.teacher.params": "olvae.models.parts.teacher.Teacher",
+    "parts.alignment.params": "olvae.models.parts.alignment.Alignment",
+}
+"""Tables that are written by hand, by what their headings name."""
+
+
+def test_defaults_of_tables_that_are_written_by_hand_are_the_codes():
+    pages = [ROOT / "docs" / name for name in ("objective.md", "parts.md", "sources.md")]
+    text = "\n".join(page.read_text(encoding="utf-8") for page in pages)
+    tables = re.findall(
+        r"^\| argument of `([\w.]+)` \| default .*\n\|.*\n((?:\|.*\n)+)", text, re.M
+    )
+    assert {node for node, _ in tables} == TABLES.keys()
+    for node, body in tables:
+        parameters = inspect.signature(resolve_target(TABLES[node])).parameters
+        for line in body.splitlines():
+            names, defaults = (re.findall(r"`([^`]+)`", cell) for cell in line.split("|")[1:3])
+            assert set(names) <= parameters.keys(), line
+            if REQUIRED in line.split("|")[2]:
+                assert parameters[names[0]].default is inspect.Parameter.empty, line
+            for name, default in zip(names, defaults, strict=False):
+                expected = parameters[name].default
+                plain = list(expected) if isinstance(expected, tuple) else expected
+                assert yaml.safe_load(default) == plain, line
+
+
 class Documented:
     """A class.
 
