@@ -460,6 +460,8 @@ class RandomScaleCrop:
         flip: mirror half of the results.
         shuffle_channels: share of the results whose channels are permuted, to get more colours from
             few pictures.
+        augment: further changes, drawn after all else: ``turns`` by 0, 90, 180 or 270 degrees,
+            ``flip_vertical`` for half of the results, ``intensity_scale`` and ``intensity_shift``.
     """
 
     size: Size
@@ -467,7 +469,7 @@ class RandomScaleCrop:
     filters: Sequence[str] = ALL_FILTERS
     flip: bool = True
     shuffle_channels: float = 0.0
-    augment: Augment | None = None  # what else changes; drawn last
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.shuffle_channels <= 1.0:

@@ -14,6 +14,7 @@ from olvae.data.places import load
 from olvae.data.shards.latent_source import LatentSource
 from olvae.data.source import Source
 from olvae.models.parts.part import Part
+from olvae.modules.base import Decoder, Encoder
 from study.arguments import MARKER, REQUIRED, arguments, meaning, with_tables
 from tests.docs.markdown import ROOT
 
@@ -65,11 +66,12 @@ def test_no_class_that_a_config_may_build_is_missing():
     built = set().union(*(targets(load([name])) for name in recipes()))
     assert {target for target in built if target.startswith("olvae.")} <= listed
 
-    # All parts and sources, also those that no recipe has.
-    for path in [*ROOT.glob("olvae/models/parts/*.py"), *ROOT.glob("olvae/data/**/*.py")]:
+    # All parts, sources and networks, also those that no recipe has.
+    folders = ("models/parts", "data", "modules")
+    for path in (path for folder in folders for path in (ROOT / "olvae" / folder).rglob("*.py")):
         if path.stem != "__init__":
             import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
-    for cls in subclasses(Part) | subclasses(Source):
+    for cls in set().union(*map(subclasses, (Part, Source, Encoder, Decoder))):
         name = f"{cls.__module__}.{cls.__qualname__}"
         ours = cls.__module__.startswith("olvae.")
         is_base = any(child.__module__.startswith("olvae.") for child in cls.__subclasses__())
