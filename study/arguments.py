@@ -4,7 +4,6 @@ docs/hooks.py puts the tables into docs/config.md when the site is built.
 """
 
 import inspect
-import json
 import re
 import sys
 import textwrap
@@ -12,6 +11,8 @@ from collections.abc import Mapping
 from functools import reduce
 from importlib import import_module
 from typing import Any
+
+import yaml
 
 from study.tables import table
 
@@ -63,9 +64,9 @@ def default_of(parameter: inspect.Parameter) -> str:
     """The default as a config would write it."""
     if parameter.default is parameter.empty:
         return REQUIRED
-    value = parameter.default
-    text = value if isinstance(value, str) else json.dumps(value)
-    return f"`{text}`"
+    value = list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    return f"`{text.partition(chr(10))[0]}`"
 
 
 def meaning(owner: Any, name: str) -> str:
