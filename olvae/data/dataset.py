@@ -1,7 +1,7 @@
 """Sources of numbered pictures (files, arrays, data sets), and the sample photographs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -57,6 +57,10 @@ class ImageDataset(ABC):
         """A picture's key, and a file's size: the same for a copy of the data."""
         return self.key(index)
 
+    def files(self, index: int) -> Mapping[str, bytes]:  # noqa: ARG002
+        """Files that `olvae encode` keeps beside a picture's latent, by extension."""
+        return {}
+
     @abstractmethod
     def __getitem__(self, index: int) -> Photo:
         """Raises UnreadableImageError if the picture can't be read."""
@@ -83,6 +87,9 @@ class Subset(ImageDataset):
 
     def identity(self, index: int) -> str:
         return self.images.identity(self.indices[index])
+
+    def files(self, index: int) -> Mapping[str, bytes]:
+        return self.images.files(self.indices[index])
 
     def __getitem__(self, index: int) -> Photo:
         return self.images[self.indices[index]]

@@ -24,6 +24,7 @@ from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
 from olvae.data.places import holds_shards, load
 from olvae.data.read_errors import ReadError, UnreadableImageError
+from olvae.data.scenes.scene_tiles import SceneTiles
 from olvae.data.shards.index import find_shards, share_indexes, with_counts
 from olvae.data.shards.latent_files import LATENT_PIXELS, pixel_bytes
 from olvae.data.shards.tar_reading import Shard, read_shard
@@ -83,7 +84,7 @@ class DatasetInputs:
         numbers = {name: str(n).encode() for n, name in enumerate(self.classes)}
         for i in self._range(shard):
             key = self.images.key(i)
-            files = {}
+            files = dict(self.images.files(i))
             if numbers:
                 files["cls"] = numbers[key.split("/")[0]]
             yield Item(f"{i:08d}", key, i, files)
@@ -199,7 +200,9 @@ def find_inputs(
         share_indexes(src)
         images = ShardInputs(with_counts(find_shards(src)), channels, None, pixel_range)
     else:
-        images = open_training_images(src, channels, pixel_range)
+        images = open_training_images(src, channels, pixel_range, size)
+        if isinstance(images, SceneTiles):
+            transform = EvalTransform(images.side.node)
 
     # Shards become one output shard each, and keep the classes that are in them.
     if isinstance(images, ShardInputs):
