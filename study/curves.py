@@ -1,4 +1,4 @@
-"""Draw training curves for docs/symptoms.md: a healthy one, a rate that is too high,
+"""Draw training curves for docs/troubleshooting.md: a healthy one, a rate that is too high,
 a KL weight that is too large.
 
     python -m study.curves --out study/out  # ten minutes on one thread

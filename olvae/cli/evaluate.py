@@ -75,7 +75,7 @@ ALL = "all"
 ZOO_PAGE = """# One table of autoencoders
 
 Made by `{}`, which writes it as zoo.md: all under one protocol, on the same images.
-"latent" is the factor and the number of channels. [What the columns mean](evaluation.md).
+"latent" is the factor and the number of channels. [What the columns mean](evaluate.md).
 
 """
 
@@ -239,7 +239,7 @@ def command(
 
     A metric whose pretrained network is missing is listed as skipped, with what to do about it.
     Each protocol gives a table of its own. Under torchrun, the processes share the images. Where
-    the protocols come from: https://open-litevae.github.io/open-litevae/evaluation/
+    the protocols come from: https://open-litevae.github.io/open-litevae/protocol/
 
     Example: olvae evaluate -B 16 demo
 

@@ -98,7 +98,7 @@ class Protocol:
         return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# By name. docs/evaluation.md says whose choices they are, with sources.
+# By name. docs/evaluate.md says whose choices they are, with sources.
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (

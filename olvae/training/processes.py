@@ -103,7 +103,7 @@ def process_count(trainer_args: Mapping[str, Any]) -> int:
     elif nodes > 1:
         raise ConfigError(
             f"lightning.trainer.num_nodes: {nodes}: start the command on each node with torchrun "
-            "or srun: https://open-litevae.github.io/open-litevae/training/ shows how"
+            "or srun: https://open-litevae.github.io/open-litevae/many_machines/ shows how"
         )
     return count
 

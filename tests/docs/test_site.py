@@ -116,7 +116,7 @@ def test_a_link_to_nowhere_stops_the_build(tmp_path):
         (tmp_path / "docs" / path.name).symlink_to(path)
     (tmp_path / "docs" / "data.md").unlink()
     (tmp_path / "docs" / "data.md").write_text(
-        "# Data\n\n[here](nothing.md), [there](training.md#nothing)\n"
+        "# Data\n\n[here](nothing.md), [there](train.md#nothing)\n"
     )
     done = build(tmp_path, tmp_path / "docs")
     assert done.returncode == 1

@@ -300,7 +300,7 @@ def test_adversary_refuses_images_that_do_not_fit_the_discriminator(kind, channe
 
 
 def test_adaptive_max_may_be_infinite():
-    """As docs/training.md sets it for the weights of taming-transformers."""
+    """As docs/train.md sets it for the weights of taming-transformers."""
     assert build("patchgan", adaptive_max=math.inf).adaptive_max == math.inf
 
 

@@ -1,4 +1,4 @@
-"""The curves of docs/symptoms.md: what the page says of them, and their picture."""
+"""The curves of docs/troubleshooting.md: what the page says of them, and their picture."""
 
 import json
 from pathlib import Path

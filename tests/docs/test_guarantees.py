@@ -1,4 +1,4 @@
-"""Each promise of docs/reliability.md names a test, which exists."""
+"""Each promise of docs/guarantees.md names a test, which exists."""
 
 import re
 
@@ -8,7 +8,7 @@ from tests.docs.markdown import ROOT
 
 PROMISES = re.findall(
     r"^\| (\w.*?) \| (.*`) \|$",
-    (ROOT / "docs" / "reliability.md").read_text(encoding="utf-8"),
+    (ROOT / "docs" / "guarantees.md").read_text(encoding="utf-8"),
     re.M,
 )
 
