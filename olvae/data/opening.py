@@ -133,9 +133,12 @@ def trains_on(config: Config, src: str) -> bool:
 
     Single shards of these data are not noticed.
     """
+    scenes = src.startswith("scenes:")
+    if scenes:
+        src = find_source(src)[1]["scenes"]
     if src == "samples" or ":" in src or Path(src).suffix in YAML:
         return False
-    evaluated = evaluated_place(src)
+    evaluated = src if scenes else evaluated_place(src)
     given = Path(evaluated).expanduser().resolve()
     params = (config.get("data") or {}).get("params") or {}
 
@@ -145,7 +148,7 @@ def trains_on(config: Config, src: str) -> bool:
     for node in nodes:
         if isinstance(node.get("root"), str) and _trains_on_files(node, evaluated):
             return True
-        for name in ("root", "shards", "folder"):
+        for name in ("root", "shards", "folder", "scenes"):
             places = node.get(name)
             if not isinstance(places, list):
                 places = [places]
@@ -159,7 +162,9 @@ def trains_on(config: Config, src: str) -> bool:
         return False
     for name, place in named:
         trained = Path(split_folders(place)[0]).expanduser().resolve()
-        if trained.is_relative_to(given) or (name == "root" and given.is_relative_to(trained)):
+        if trained.is_relative_to(given) or (
+            name in ("root", "scenes") and given.is_relative_to(trained)
+        ):
             return True
     return False
 

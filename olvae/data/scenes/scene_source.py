@@ -48,7 +48,8 @@ class SceneSource(MappedSource):
             5 %, at least 20 of them or, of fewer than 100, a fifth.
         hold_out_by: ``file`` for whole scenes, by default; ``folder`` or a pattern, see
             :class:`~olvae.data.order.groups.Grouping`; or ``blocks``, by default for one scene.
-        blocks: side of the blocks in pixels; by default room for a held-out square of four tiles.
+        blocks: side of the blocks in pixels; by default room for a held-out square of four tiles,
+            or for less if the scene is smaller than two such blocks.
         gap: pixels between a held-out tile and the nearest training block; by default ``size``.
         tile: side of the windows that training reads a crop from; by default twice ``size``.
         bands: those that are read, counted from 0; by default all.
@@ -102,7 +103,9 @@ class SceneSource(MappedSource):
             train, held_out = whole(found), whole(others)
         elif how == BLOCKS:
             gap = max(side) if gap is None else gap
-            blocks = blocks or 2 * max(side) + 2 * gap
+            longest = max(max(scene.height, scene.width) for scene in found)
+            usual = max(max(side) + 2 * gap, min(2 * max(side) + 2 * gap, longest // 2))
+            blocks = blocks or usual
             train, held_out = hold_out_blocks(found, blocks, gap, side, val_fraction)
             how = f"{BLOCKS} of {blocks} pixels with a gap of {gap}"
         else:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from itertools import islice
 
 import numpy as np
@@ -7,7 +9,7 @@ import tifffile
 import torch
 
 from olvae.config import ConfigError
-from olvae.data.opening import open_images, open_source
+from olvae.data.opening import open_images, open_source, trains_on
 from olvae.data.pixels.size_and_range import PixelRange
 from olvae.data.scenes.scene_source import SceneSource
 from olvae.data.source import LoaderProcess
@@ -139,6 +141,10 @@ def test_commands_take_scenes_by_their_prefix(scenes, tmp_path, monkeypatch):
     found = measure_range(f"scenes:{scenes}")
     assert (found.nodata, len(found.percentiles)) == (0.0, 4)
     assert 1 <= found.percentiles[0, 0] < found.percentiles[0, -1] <= 9999
+    trained = {"data": {"params": {"scenes": str(scenes)}}}
+    assert trains_on(trained, f"scenes:{scenes},max_nodata=1.0")
+    assert trains_on(trained, f"scenes:{scenes / '2.tif'}")
+    assert not trains_on(trained, f"scenes:{tmp_path}")
     with pytest.raises(ConfigError, match="unknown argument tiles; did you mean tile"):
         open_images(f"scenes:{scenes},tiles=32", 4, stated)
     # A folder of this name is a folder of images.
@@ -148,3 +154,40 @@ def test_commands_take_scenes_by_their_prefix(scenes, tmp_path, monkeypatch):
         assert len(open_images("scenes", 4, stated)) == 4
     finally:
         named.rename(scenes)
+
+
+PEAK = """
+import resource, sys
+from itertools import islice
+from olvae.data.scenes.scene_source import SceneSource
+from olvae.data.source import LoaderProcess
+from olvae.data.value_range import measure_range
+
+path = sys.argv[1]
+measure_range(f"scenes:{path},tile=512", 50)
+source = SceneSource(path, 256, 4, channels=4, range={"pairs": [0, 10_000]})
+list(islice(source.stream(0, 0, LoaderProcess()), 40))
+list(islice(source.once(LoaderProcess()), 40))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, source.images)
+"""
+
+
+@pytest.mark.slow
+def test_a_scene_of_20_000_pixels_takes_no_more_memory_than_a_small_one(tmp_path):
+    """3 GB of pixels, of which a few blocks are stored."""
+    peaks = []
+    for side, images in ((2_000, 16), (20_000, 1_000)):
+        path = tmp_path / f"{side}.tif"
+        place = {"width": side, "height": side, "count": 4, "dtype": "uint16", "SPARSE_OK": True}
+        layout = {"tiled": True, "blockxsize": 512, "blockysize": 512, "BIGTIFF": "YES"}
+        with rasterio.open(path, "w", driver="GTiff", **place, **layout) as file:
+            for top in range(0, side - 512, 4096):
+                block = np.moveaxis(ground(top, (512, 512)), -1, 0)
+                file.write(block, window=((top, top + 512), (top, top + 512)))
+        assert path.stat().st_size < 2**25
+        command = [sys.executable, "-c", PEAK, str(path)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        peak, found = map(int, done.stdout.split())
+        peaks.append(peak)
+        assert found > images
+    assert peaks[1] < peaks[0] + 200  # MiB: GDAL keeps 128 of unpacked blocks
