@@ -149,6 +149,7 @@ def test_decoded_tiles_are_where_they_were(tmp_path):
     def encoded(size: int) -> list[Shard]:
         src = f"scenes:{tmp_path / 'scenes'},tile=64"
         inputs = find_inputs(src, 4, 50, False, vae.pixel_range, size)
+        assert inputs.transform.size == 64  # of tiles, if no size is given
         folder = tmp_path / f"latents-{size}"
         job = EncodeJob(vae, inputs, EncodeOptions(size), folder, {"target": "tiny"})
         job.run(batch_size=4, workers=0)

@@ -20,7 +20,7 @@ def geotiff(
     place = {"crs": UTM, "transform": PLACE, "nodata": nodata}
     size = {"width": width, "height": height, "count": count, "dtype": array.dtype}
     with rasterio.open(path, "w", **{**layout, **place, **size, **options}) as file:
-        file.write(np.moveaxis(array, -1, 0))
+        file.write(np.moveaxis(array, -1, 0), window=((0, height), (0, width)))
         file.descriptions = [f"band {number}" for number in range(count)]
     return path
 

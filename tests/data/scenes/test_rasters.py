@@ -6,7 +6,8 @@ import pytest
 import rasterio
 
 from olvae.data.audit import audit_lines, audit_source
-from olvae.data.pixels.size_and_range import PixelRange
+from olvae.data.image import read_picture
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.scenes.rasters import Scene, find_scenes
 from tests.data.scenes.geotiffs import geotiff, ground
@@ -94,6 +95,16 @@ def test_a_folder_is_searched_at_any_depth(tmp_path):
         find_scenes(tmp_path / "bb", 4)
 
 
+@pytest.mark.parametrize("kind", ["uint16", "uint8"])
+def test_an_image_that_is_too_large_names_the_prefix(kind, tmp_path):
+    options = {"width": 20_000, "height": 20_000, "dtype": kind, "SPARSE_OK": True}
+    path = geotiff(tmp_path / "a.tif", GROUND[:16, :16, :3].astype(kind), tile=512, **options)
+    with pytest.raises(UnreadableImageError, match=r"its tiles if the data are scenes:FOLDER"):
+        read_picture(path, 3, EIGHT_BITS if kind == "uint8" else PixelRange.from_node([0, 10_000]))
+    assert Scene(path, "a.tif").broken is None
+
+
+@pytest.mark.posix
 def test_a_scene_is_opened_again_in_another_process(tmp_path):
     scene = Scene(geotiff(tmp_path / "a.tif", GROUND), "a.tif", 4)
     before = scene.read((0, 0, 8, 8))[0]
