@@ -19,8 +19,8 @@ app = typer.Typer(
 
 # Arguments that the commands share; shards can be checked, but not packed again.
 NUMBERED = (
-    "a .txt list of files, samples, torchvision:CIFAR10,root=data, or "
-    "hf:cifar10,split=test,column=img."
+    "a .txt list of files, samples, torchvision:CIFAR10,root=data, "
+    "hf:cifar10,split=test,column=img, or scenes:FOLDER."
 )
 Src = typer.Argument(metavar="SRC", help=f"A folder of images, a pattern, {NUMBERED}")
 CheckSrc = typer.Argument(

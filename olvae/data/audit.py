@@ -134,7 +134,7 @@ def audit_source(
             f"{src}: these are latents of `olvae encode`, not images: {STATS} describes them, "
             "and `olvae decode` makes images of them"
         )
-    images = None if urls else open_images(src, channels, pixel_range)
+    images = None if urls else open_images(src, channels, pixel_range, size)
     source: Source | None = None
     reasons: list[str] = []
     if this_process()[0] == 0:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 from olvae.data.image import (
     ALL_FILTERS,
     Augment,
+    EvalTransform,
     Photo,
     Picture,
     RandomScaleCrop,
@@ -70,6 +71,10 @@ class ImageDataset(ABC):
         """Whether each picture is a file of its own."""
         return type(self).file is ImageDataset.file
 
+    def eval_transform(self) -> EvalTransform | None:
+        """What cuts each picture, where all have a size of their own, as a scene's tiles."""
+        return None
+
     def state(self, index: int) -> str:
         """A picture's key, and a file's size and time: a repeated command sees changes by it."""
         return self.key(index)
@@ -77,6 +82,10 @@ class ImageDataset(ABC):
     def identity(self, index: int) -> str:
         """A picture's key, and a file's size: the same for a copy of the data."""
         return self.key(index)
+
+    def files(self, index: int) -> Mapping[str, bytes]:  # noqa: ARG002
+        """Files that `olvae encode` keeps beside a picture's latent, by extension."""
+        return {}
 
     @abstractmethod
     def __getitem__(self, index: int) -> Photo:
@@ -111,6 +120,9 @@ class Subset(ImageDataset):
 
     def identity(self, index: int) -> str:
         return self.images.identity(self.indices[index])
+
+    def files(self, index: int) -> Mapping[str, bytes]:
+        return self.images.files(self.indices[index])
 
     def __getitem__(self, index: int) -> Photo:
         return self.images[self.indices[index]]

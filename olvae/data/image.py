@@ -30,6 +30,7 @@ from olvae.data.pixels.size_and_range import (
     PixelRange,
     Sides,
     Size,
+    TooManyPixelsError,
     check_size,
     nearest_float32,
 )
@@ -191,7 +192,11 @@ class Photo:
         except ConfigError:
             raise
         except Exception as error:
-            raise UnreadableImageError(name, _reason(error)) from error
+            why = _reason(error)
+            large = isinstance(error, TooManyPixelsError | Image.DecompressionBombError)
+            if large and name.lower().endswith((".tif", ".tiff")):
+                why += ": training reads its tiles if the data are scenes:FOLDER"
+            raise UnreadableImageError(name, why) from error
 
         # Pillow's pictures have 1, 3 or 4 channels.
         if isinstance(self._image, Image.Image) and channels not in MODES:

@@ -2,7 +2,7 @@
 
 It is a folder of images or of .tar shards, a pattern or URL of either, a .txt list of files,
 ``samples``, ``torchvision:CIFAR10,root=data,train=false``, ``hf:cifar10,split=test,column=img``,
-or a config.yaml.
+``scenes:FOLDER,tile=256,max_nodata=0.1``, or a config.yaml.
 """
 
 import contextlib
@@ -36,6 +36,7 @@ from olvae.data.picture_folder import (
 from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BITS, PixelRange, Size
 from olvae.data.places import find_source, holds_shards, holds_volumes, load
 from olvae.data.read_errors import ReadError
+from olvae.data.scenes.scene_source import open_tiles
 from olvae.data.shards.index import share_indexes
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
@@ -81,7 +82,9 @@ def open_source(
     # The two parts of a folder; one without images gives way to the other. Else all of it.
     parts: list[ImageDataset] = []
     train, held_out = split_folders(src)
-    if held_out is not None:
+    if src.startswith("scenes:"):
+        parts.append(open_images(src, channels, pixel_range, size))
+    elif held_out is not None:
         rule = "{train} is evaluated, as {val} has no images"
         for part in (train, held_out):
             with contextlib.suppress(FileNotFoundError):
@@ -149,9 +152,12 @@ def trains_on(config: Config, src: str) -> bool:
 
     Single shards of these data are not noticed.
     """
+    scenes = src.startswith("scenes:")
+    if scenes:
+        src = find_source(src)[1]["scenes"]
     if src == "samples" or ":" in src or Path(src).suffix in YAML:
         return False
-    evaluated = evaluated_place(src)
+    evaluated = src if scenes else evaluated_place(src)
     given = Path(evaluated).expanduser().resolve()
     params = (config.get("data") or {}).get("params") or {}
 
@@ -161,7 +167,7 @@ def trains_on(config: Config, src: str) -> bool:
     for node in nodes:
         if isinstance(node.get("root"), str) and _trains_on_files(node, evaluated):
             return True
-        for name in ("root", "shards", "folder"):
+        for name in ("root", "shards", "folder", "scenes"):
             places = node.get(name)
             if not isinstance(places, list):
                 places = [places]
@@ -175,7 +181,9 @@ def trains_on(config: Config, src: str) -> bool:
         return False
     for name, place in named:
         trained = Path(split_folders(place)[0]).expanduser().resolve()
-        if trained.is_relative_to(given) or (name == "root" and given.is_relative_to(trained)):
+        if trained.is_relative_to(given) or (
+            name in ("root", "scenes") and given.is_relative_to(trained)
+        ):
             return True
     return False
 
@@ -219,18 +227,28 @@ def _mixed(params: Config) -> list[Config]:
 
 
 def open_training_images(
-    src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS
+    src: str,
+    channels: int = 3,
+    pixel_range: PixelRange = EIGHT_BITS,
+    size: Size | None = None,
 ) -> ImageDataset:
     """As :func:`open_images`, but of a folder with both parts the training images alone."""
     train, held_out = split_folders(src)
     if held_out is not None:
         say_parts(src, "takes {train}, and {val} is held out: {path} takes that")
         src = str(train)
-    return open_images(src, channels, pixel_range)
+    return open_images(src, channels, pixel_range, size)
 
 
-def open_images(src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> ImageDataset:
+def open_images(
+    src: str,
+    channels: int = 3,
+    pixel_range: PixelRange = EIGHT_BITS,
+    size: Size | None = None,
+) -> ImageDataset:
     """All images of SRC by number, whole. SRC is anything but shards and configs.
+
+    Tiles of scenes have ``size``, unless SRC says another.
 
     Raises the errors of :func:`open_source`.
     """
@@ -245,6 +263,8 @@ def open_images(src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BIT
         arguments = {"split": "train", "column": "image", **find_source(src)[1]}
         column = str(arguments.pop("column"))
         return Column(load_table(**arguments), column, channels, pixel_range)
+    if src.startswith("scenes:"):
+        return open_tiles(find_source(src)[1], channels, pixel_range, size)
     if holds_shards(src):
         raise ConfigError(f"{src}: these are shards already")
     closed: list[ReadError] = []

@@ -21,13 +21,15 @@ SHARDS = f"{OF_THIS_PACKAGE}shards.webdataset.WebDatasetSource"
 SAMPLES = f"{OF_THIS_PACKAGE}dataset.SamplePhotographs"
 
 VOLUMES = f"{OF_THIS_PACKAGE}volumes.volume_source.VolumeSource"
+SCENE = f"{OF_THIS_PACKAGE}scenes.scene_source.SceneSource"
 
 # Arguments that name the images of a source.
-PLACE_KEYS = {"root", "shards", "dataset", "path"}
+PLACE_KEYS = {"root", "shards", "dataset", "path", "scenes"}
 
 # Arguments that belong to one set of images, and are dropped with it.
 DATA_KEYS = (
     "val_root",
+    "val_scenes",
     "val_dataset",
     "split",
     "val_split",
@@ -161,7 +163,16 @@ def _with_matching_source(node: Config, before: Config, given: Container[str]) -
 def place_of(data: Config) -> str:
     """Return where a data node's held-out images are: the path it names, or else its target."""
     params = data.get("params") or {}
-    for key in ("val_root", "val_shards", "root", "shards", "path", "folder"):
+    for key in (
+        "val_root",
+        "val_shards",
+        "val_scenes",
+        "root",
+        "shards",
+        "scenes",
+        "path",
+        "folder",
+    ):
         if params.get(key):
             return str(params[key])
     return str(data.get("target"))
@@ -184,6 +195,9 @@ def find_source(src: str, volumes: bool = False) -> tuple[str, Config]:
         name, arguments = _split_arguments(rest)
         node = {"target": f"torchvision.datasets.{name}", "params": arguments}
         return f"{OF_THIS_PACKAGE}hub.TorchvisionSource", {"dataset": node}
+    if src.startswith("scenes:"):
+        path, arguments = _split_arguments(rest)
+        return SCENE, {"scenes": path, **arguments}
     if kind == "hf" and "://" not in src:
         path, arguments = _split_arguments(rest)
         return f"{OF_THIS_PACKAGE}hub.HuggingFaceSource", {"path": path, **arguments}
@@ -201,6 +215,8 @@ def holds_shards(src: str) -> bool:
     A folder that has images at any depth is not one of shards.
     """
     if src.partition(":")[0] in ("torchvision", "hf") and "://" not in src:
+        return False
+    if src.startswith("scenes:"):
         return False
     path = Path(src).expanduser()
     if not path.is_dir():

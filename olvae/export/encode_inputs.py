@@ -93,7 +93,7 @@ class DatasetInputs:
         numbers = {name: str(n).encode() for n, name in enumerate(self.classes)}
         for i in self._numbers(shard):
             key = self.images.key(i)
-            files = {}
+            files = dict(self.images.files(i))
             if numbers:
                 files["cls"] = numbers[key.split("/")[0]]
             group = None if self.grouped is None else self.images.group(i, self.grouping)
@@ -220,7 +220,8 @@ def find_inputs(
         share_indexes(src)
         images = ShardInputs(with_counts(find_shards(src)), channels, None, pixel_range)
     else:
-        images = open_training_images(src, channels, pixel_range)
+        images = open_training_images(src, channels, pixel_range, size)
+        transform = images.eval_transform()
 
     # Shards become one output shard each, and keep the classes that are in them.
     if isinstance(images, ShardInputs):

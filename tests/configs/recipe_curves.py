@@ -203,6 +203,7 @@ def in_small(name: str, shop: Workshop) -> dict[str, Any]:
         data["target"] = "olvae.data.picture_folder.FolderSource"
         most = given.get("range")
         if isinstance(most, dict):
+            most.pop("nodata", None)  # the pictures have such values
             most = most["pairs"]
         pictures = shop.pictures(given.get("channels", 3), most and float(most[1]))
         given = {key: given[key] for key in keep if key in given} | {"root": str(pictures)}

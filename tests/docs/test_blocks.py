@@ -40,6 +40,7 @@ SLOW = (
     "extending.md",
     "not-rgb.md",
     "volumes.md",
+    "scenes.md",
 )
 """Pages whose blocks take seconds."""
 

@@ -119,7 +119,7 @@ def _check(channels: int, shape: Sequence[int], dtype: Any, pages: str = "") -> 
     if values > MAX_VALUES:
         raise ValueError(
             f"its header claims {values} values, more than {MAX_VALUES // 2**20} Mi: "
-            "cut it into tiles"
+            "cut it into tiles; a TIFF's are read if the data are scenes:FOLDER"
         )
 
 
