@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from olvae.data.pixels.size_and_range import (
     Sides,
     Size,
 )
-from olvae.data.places import SAMPLES, SHARDS, find_source, holds_shards
+from olvae.data.places import SAMPLES, SHARDS, VOLUMES, find_source, holds_shards
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards, incomplete
 from olvae.data.shards.latent_files import STATS
@@ -34,6 +34,7 @@ from olvae.data.shards.order import describe_sorted
 from olvae.data.shards.shard_source import INTERLEAVE, ShardSource
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.source import LoaderProcess, Source
+from olvae.data.volumes.volume_source import VolumeSlices, neighbours_of
 from olvae.devices import seconds_per_image
 from olvae.files import counted, file_sha256, lines_sha256, list_skipped, printable
 from olvae.launcher import of_each, this_process
@@ -87,6 +88,14 @@ class AuditResult:
             own = sum(len(shard.classes) for shard in self.shards) / len(self.shards)
             line = describe_sorted(BATCH, own, len(everything), INTERLEAVE)
             self.notes += filter(None, [line])
+
+    def note_images(self, images: ImageDataset | None) -> None:
+        """Note folders that could not be opened, and what volumes there are."""
+        if isinstance(images, Files):
+            for error in images.closed:
+                self.problems.append(f"{error.name}: this folder can't be opened: {error.reason}")
+        elif isinstance(images, VolumeSlices):
+            self.notes.append(images.describe())
 
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
@@ -158,9 +167,7 @@ def audit_source(
     result.shards = found.shards
     _check_shards(result, folders)
     result.note_sorted_classes()
-    if isinstance(images, Files):
-        for error in images.closed:
-            result.problems.append(f"{error.name}: this folder can't be opened: {error.reason}")
+    result.note_images(images)
     result.problems += reasons
     _check_images(result, channels, max_unreadable, pixel_range)
     _check_held_out(result, source, found)
@@ -181,7 +188,10 @@ def _train_source(
     """The source that would train on SRC, or the reason why it can't."""
     target, named = find_source(src)
     params = dict(named)
-    if target != SAMPLES:
+    if target == VOLUMES:
+        window = replace(pixel_range, outside="clip")
+        params |= {"neighbours": neighbours_of(channels), "range": window.as_node()}
+    elif target != SAMPLES:
         params |= {"channels": channels, "range": pixel_range.as_node()}
     # What shards were packed by is seen in their images.
     if target not in (SAMPLES, SHARDS):
@@ -220,7 +230,8 @@ class _Found:
             photo = open_photo()
             picture = photo.read()
         except UnreadableImageError as error:
-            self.unreadable.append(ReadError(name, error.reason))
+            # A part is named by its file, which may have many.
+            self.unreadable.append(ReadError(error.name if error.image else name, error.reason))
             return
         in_memory = "in memory" if isinstance(photo.content, Image.Image) else "array"
         values = ""
@@ -439,10 +450,14 @@ def audit_lines(result: AuditResult) -> Iterator[str]:
     width = max(map(len, facts))
     for name, fact in facts.items():
         yield f"{name:<{width}}  {fact}"
-    for error in result.unreadable[:PRINTED_NAMES]:
-        yield f"unreadable: {printable(error.name)}: {error.reason}"
-    if len(result.unreadable) > PRINTED_NAMES:
-        yield f"and {len(result.unreadable) - PRINTED_NAMES:,} more; the JSON has all"
+    # A line for each file, though each slice of a volume has a reason.
+    broken = Counter(error.name for error in result.unreadable)
+    reasons = {error.name: error.reason for error in reversed(result.unreadable)}
+    for name, count in [*broken.items()][:PRINTED_NAMES]:
+        more = f" ({count} images of it)" if count > 1 else ""
+        yield f"unreadable: {printable(name)}: {reasons[name]}{more}"
+    if len(broken) > PRINTED_NAMES:
+        yield f"and {len(broken) - PRINTED_NAMES:,} more; the JSON has all"
     for line in result.notes:
         yield f"note: {printable(line)}"
     for line in result.problems:

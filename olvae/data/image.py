@@ -450,17 +450,26 @@ class RandomScaleCrop:
     of exactly that size is cut at whole pixels.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the window is then still at least twice as
-    high as the result, which changes a pixel by less than 1 of 255 on average (docs/data.md).
+    high as the result, which changes a pixel by less than 1 of 255 on average (docs/sources.md).
+
+    Args:
+        size: of the result.
+        min_fraction: the smallest window's share of the largest, in (0, 1].
+        filters: from which the resize draws. Nearest alone is for masks: then evaluation resizes by
+            nearest, too.
+        flip: mirror half of the results.
+        shuffle_channels: share of the results whose channels are permuted, to get more colours from
+            few pictures.
+        augment: further changes, drawn after all else: ``turns`` by 0, 90, 180 or 270 degrees,
+            ``flip_vertical`` for half of the results, ``intensity_scale`` and ``intensity_shift``.
     """
 
-    size: Size  # of the result
-    min_fraction: float = 0.5  # in (0, 1]
-    # Some of FILTERS. Nearest alone is for masks: then evaluation resizes by nearest, too.
+    size: Size
+    min_fraction: float = 0.5
     filters: Sequence[str] = ALL_FILTERS
-    flip: bool = True  # mirror half of the results
-    # Share of the results whose channels are permuted, to get more colours from few pictures.
+    flip: bool = True
     shuffle_channels: float = 0.0
-    augment: Augment | None = None  # what else changes; drawn last
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.shuffle_channels <= 1.0:

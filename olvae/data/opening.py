@@ -34,11 +34,12 @@ from olvae.data.picture_folder import (
     split_folders,
 )
 from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BITS, PixelRange, Size
-from olvae.data.places import find_source, holds_shards, load
+from olvae.data.places import find_source, holds_shards, holds_volumes, load
 from olvae.data.read_errors import ReadError
 from olvae.data.shards.index import share_indexes
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
+from olvae.data.volumes.volume_source import VolumeSlices, find_volumes, neighbours_of
 from olvae.files import warn_once
 from olvae.runs import present_data
 
@@ -247,6 +248,9 @@ def open_images(src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BIT
     if holds_shards(src):
         raise ConfigError(f"{src}: these are shards already")
     closed: list[ReadError] = []
+    if holds_volumes(src):
+        neighbours = neighbours_of(channels)
+        return VolumeSlices(find_volumes(src, closed), pixel_range, neighbours=neighbours)
     paths = find_images(src, closed)
     return Files(paths, channels, closed, pixel_range, find_folder(src), naming_folder(src))
 

@@ -5,7 +5,7 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
@@ -169,7 +169,12 @@ def warn_of_slices(parts: Sequence[Files]) -> None:
         warn_once(slices)
 
 
-def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list[Path]:
+def find_images(
+    root: str | Path,
+    closed: list[ReadError] | None = None,
+    wanted: Callable[[str], bool] = is_image_file,
+    extensions: Sequence[str] = EXTENSIONS,
+) -> list[Path]:
     """Find files of images: in a folder at any depth, by a pattern, or listed in a text file.
 
     Folders and patterns give files with an image's extension, sorted, through symbolic links as
@@ -177,6 +182,7 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
     its paths in its order, whether or not they exist.
 
     ``closed``: gets the folders below root that can't be opened; the log names each once.
+    ``wanted``: whether a path is an image's; ``extensions`` are those that an error names.
 
     Raises FileNotFoundError: the folder or list is missing or empty. PermissionError: root can't
     be opened.
@@ -185,7 +191,7 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
     if path.is_dir():
         if closed is None:
             closed = []
-        paths = _without_sidecars(sorted(_walk(path, closed)))
+        paths = _without_sidecars(sorted(_walk(path, closed, wanted)))
     elif path.suffix.lower() == ".txt":
         if not path.is_file():
             raise FileNotFoundError(f"{root}: no such list of images")
@@ -203,7 +209,8 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
     elif glob.has_magic(str(root)):
         # Path.glob would need the pattern's folder apart.
         names = glob.glob(str(path), recursive=True)  # noqa: PTH207
-        paths = _without_sidecars(sorted(filter(_is_image, map(Path, names))))
+        found = (Path(name) for name in names)
+        paths = _without_sidecars(sorted(one for one in found if _is_image(one, wanted)))
     elif path.exists():
         raise FileNotFoundError(f"{root}: this is a file: name a folder, a pattern or a .txt list")
     else:
@@ -211,7 +218,7 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
     if not paths:
         where = "in this folder" if path.is_dir() else "of this name"
         raise FileNotFoundError(
-            f"{root}: no images {where} (looked for {', '.join(EXTENSIONS)}){_other_files(path)}"
+            f"{root}: no images {where} (looked for {', '.join(extensions)}){_other_files(path)}"
         )
     return paths
 
@@ -237,7 +244,7 @@ def find_folder(root: str | Path) -> Path | None:
     return path if path.is_dir() else None
 
 
-def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
+def _walk(folder: Path, closed: list[ReadError], wanted: Callable[[str], bool]) -> Iterator[Path]:
     """Find images at any depth; each folder once, however many links lead to it."""
     seen = set()  # folders, with links resolved
     waiting = [str(folder)]
@@ -266,10 +273,10 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
         for entry in entries:
             try:
                 is_folder = entry.is_dir()
-                is_image = is_image_file(entry.name) and entry.is_file()
+                is_image = wanted(entry.path) and entry.is_file()
             except OSError:
                 is_folder = False
-                is_image = _is_image(Path(entry.path))
+                is_image = _is_image(Path(entry.path), wanted)
             if is_folder and not entry.name.startswith("."):
                 folders.append(entry.path)
             elif is_image:
@@ -279,12 +286,12 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
 
 def has_images(folder: str | Path) -> bool:
     """Whether :func:`find_images` finds any in a folder; it stops at the first one."""
-    return next(_walk(Path(folder), []), None) is not None
+    return next(_walk(Path(folder), [], is_image_file), None) is not None
 
 
-def _is_image(path: Path) -> bool:
+def _is_image(path: Path, wanted: Callable[[str], bool]) -> bool:
     try:
-        return is_image_file(path.name) and path.is_file()
+        return wanted(str(path)) and path.is_file()
     except OSError:  # in a folder that can be listed but not entered: counted as unreadable later
         return True
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,22 @@ from olvae.config import ConfigError
 from olvae.data.image import MODES, image_to_tensor, read_picture
 from olvae.data.picture_folder import find_images
 from olvae.data.pixels.size_and_range import TooManyPixelsError
-from olvae.data.places import EXTENSIONS
+from olvae.data.places import (
+    EXTENSIONS,
+    VOLUME_SUFFIXES,
+    holds_volumes,
+    is_volume_file,
+    names_volume,
+)
 from olvae.data.read_errors import UnreadableImageError
+from olvae.data.volumes.volume import ACQUIRED, Axis, Volume
+from olvae.data.volumes.volume_source import (
+    WITHOUT_WINDOW,
+    find_volumes,
+    neighbours_of,
+    open_volume,
+    slice_photo,
+)
 from olvae.devices import FULL, autocast, return_freed_memory
 from olvae.export.raster_rows import open_raster, raster_driver, read_raster
 from olvae.export.tiff_rows import ImageRows, open_rows
@@ -46,6 +60,7 @@ LONGEST = 2400
 MOST_CLASSIC = 2**32 - 2**25
 
 NOT_FINITE = "the reconstruction has non-finite values: set `precision` to 32, or check the weights"
+NOT_OF_8_BITS = "a model that was trained on it reconstructs it"
 ONLY_WHOLE = "larger ones are read piece by piece by a LiteVAE alone, and without `sample`"
 AS_TILES = (
     "save it as a tiled TIFF, which is read piece by piece: "
@@ -64,6 +79,8 @@ class ReconstructOptions:
     seed: int | None = None
     # A name of olvae.devices.PRECISIONS.
     precision: str = FULL
+    # Along which volumes are cut, as in training.
+    axis: Axis = ACQUIRED
 
 
 def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
@@ -80,12 +97,10 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
     for path in given:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such image or folder")
-        is_folder = path.is_dir() and not raster_driver(path)
         has_results = results.is_relative_to(path.resolve())
-        for image in find_images(path) if is_folder else [path]:
-            below = image.relative_to(path) if is_folder else Path(image.name)
+        for image, below in images_of(path):
             if not (has_results and results in image.resolve().parents):
-                found.setdefault(image.resolve(), (image, out / below.with_suffix("")))
+                found.setdefault(image.resolve(), (image, out / below))
     if not found:
         raise FileNotFoundError(f"no images outside of the folder of the results, {out}: name some")
 
@@ -104,7 +119,9 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
 
         # Files there are replaced if they are earlier results, which have a comparison beside them.
         compared = free.with_name(f"{free.name}_compare.png")
-        for suffix in (".png", *ARRAYS, "_compare.png"):
+        # A volume's result keeps its format; of a DICOM series, it is a folder.
+        volumes = ("", *VOLUME_SUFFIXES) if is_volume(image) else ()
+        for suffix in (".png", *ARRAYS, *volumes, "_compare.png"):
             file = free.with_name(free.name + suffix)
             if file.resolve() in found:
                 raise ConfigError(
@@ -116,6 +133,30 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
                     "folder"
                 )
     return places
+
+
+def is_volume(image: Path) -> bool:
+    """Whether this is a volume's file, or the folder and UID of a DICOM series: no file."""
+    return is_volume_file(str(image)) or (not image.exists() and names_volume(image.name))
+
+
+def images_of(given: Path) -> Iterator[tuple[Path, Path]]:
+    """Find the images of a folder, or take a file: each with its path below, without extension."""
+    images = [given]
+    is_folder = given.is_dir() and not raster_driver(given)
+    if is_folder and holds_volumes(str(given)):
+        images = [volume.path for volume in find_volumes(given)]
+    elif is_folder:
+        images = find_images(given)
+    for image in images:
+        below = image.relative_to(given) if is_folder else Path(image.name)
+        if is_volume(image):
+            # The longest extension that fits; a UID has dots, and none.
+            ends = [end for end in VOLUME_SUFFIXES if below.name.lower().endswith(end)]
+            longest = max(map(len, ends), default=0)
+            yield image, below.with_name(below.name[: len(below.name) - longest])
+        else:
+            yield image, below.with_suffix("")
 
 
 @torch.no_grad()
@@ -167,9 +208,12 @@ def reconstruct_file(
 
     The reconstruction is ``place``.png, or .npy where PNG lacks such channels; real values are
     written as the image's kind of file, or .npy. A TIFF, JPEG 2000 or Zarr that is too large for
-    the memory is reconstructed by :class:`LargeImage`. Raise ValueError that names the image if it
-    can't be read or reconstructed; then nothing is written.
+    the memory is reconstructed by :class:`LargeImage`, a volume by :func:`reconstruct_volume`.
+    Raise ValueError that names the image if it can't be read or reconstructed; then nothing is
+    written.
     """
+    if is_volume(source):
+        return reconstruct_volume(model, open_volume(source), place, options, progress)
     pixels = model.pixel_range
     file = (source, model.in_channels, pixels, options.memory)
 
@@ -225,6 +269,68 @@ def reconstruct_file(
     result = place.with_name(place.name + suffix)
     result.parent.mkdir(parents=True, exist_ok=True)
     save_image(y if pixels.eight_bits else pixels.real(y), result)
+    with atomic_write(place.with_name(f"{place.name}_compare.png")) as partial:
+        figure.save(partial)
+    return value, result
+
+
+def reconstruct_volume(
+    model: Autoencoder,
+    volume: Volume,
+    place: Path,
+    options: ReconstructOptions,
+    progress: Callable[[float], None] | None = None,
+) -> tuple[float, Path]:
+    """Reconstruct a volume slice by slice, and write it in its own format, geometry and units.
+
+    Of several channels, the middle one is the slice. The comparison shows the slice in the middle.
+    Values lie inside the model's range. Return PSNR in dB over all values, and path.
+
+    Raise ValueError that names the volume if it can't be read, reconstructed or written.
+    """
+    report = progress or (lambda _: None)
+    pixels = model.pixel_range
+    if pixels.eight_bits:
+        raise ValueError(f"{volume.name}: {WITHOUT_WINDOW}, and {NOT_OF_8_BITS}")
+    window = replace(pixels, outside="clip")
+    axis = volume.axis_of(options.axis)
+    count = volume.shape[axis]
+    neighbours = neighbours_of(model.in_channels)
+    middle = slice(neighbours, neighbours + 1)
+
+    # Reconstruct slices, in real units; keep the picture of one.
+    values = np.empty(volume.shape, dtype=np.float32)
+    shown: dict[str, Tensor] = {}
+    error = 0.0
+    for number in range(count):
+        image = image_to_tensor(slice_photo(volume, axis, number, neighbours, window).read())
+        try:
+            y, _ = reconstruct(
+                model,
+                image,
+                options,
+                lambda part: report((number + part) / count),  # noqa: B023  (called before it)
+            )
+        except ValueError as failed:
+            raise ValueError(f"{volume.name}: slice {number}: {failed}") from failed
+        x = pixels.levels(image)[middle]
+        np.moveaxis(values, axis, 0)[number] = pixels.real(y)[neighbours].numpy()
+        y = y[middle]
+        error += (x.double() - y.double()).square().sum().item()
+        if number == count // 2:
+            shown = {"input": pixels.picture(x), "output": pixels.picture(y)}
+            shown["error"] = error_map(x[None], y[None])[0]
+
+    # Write the volume, then the comparison.
+    mean = torch.tensor(error / values.size, dtype=torch.double)
+    value = (10.0 * (255.0**2 / mean).log10()).item()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        result = volume.write(values, place)
+    except ValueError as failed:
+        raise ValueError(f"{volume.name}: {failed}") from failed
+    titles = (f"slice {count // 2} of {count}", f"output {value:.2f} dB", "error, white: 64/255")
+    figure = comparison(dict(zip(titles, shown.values(), strict=True)))
     with atomic_write(place.with_name(f"{place.name}_compare.png")) as partial:
         figure.save(partial)
     return value, result

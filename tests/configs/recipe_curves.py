@@ -27,7 +27,7 @@ import torchvision
 from PIL import Image
 
 from olvae.config import recipes, save
-from olvae.data.places import load
+from olvae.data.places import VOLUMES, load
 from olvae.losses import perceptual
 from olvae.models import linear_code
 from olvae.models.loading.targets import find_target
@@ -198,6 +198,7 @@ def in_small(name: str, shop: Workshop) -> dict[str, Any]:
             given |= {"folder": pairs, "val_folder": pairs}
         teacher["autoencoder"] = shop.autoencoder(teacher["autoencoder"])
     if "folder" not in given:
+        given.setdefault("channels", {VOLUMES: 1}.get(data["target"], 3))
         keep = ("min_fraction", "shuffle_channels", "channels", "range", "flip")
         data["target"] = "olvae.data.picture_folder.FolderSource"
         most = given.get("range")

@@ -36,10 +36,12 @@ from olvae.data.shards.latent_source import LatentSource, PairSource
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, eval_sample
+from olvae.data.volumes.volume_source import VolumeSlices, find_volumes
 from olvae.models.loading.targets import find_target
 from tests.conftest import tiny_config
 from tests.data.images import picture, saved, write_shard, write_tar
 from tests.data.pixels.files import exr, npy, npz, png, tiff, values
+from tests.data.volumes.scans import WINDOW, dicom, hounsfield, nifti, nrrd_file
 from tests.export.latents import encode
 from tests.export.tiny import tiny_litevae
 from tests.fuzz.mutations import CHANGES, mutate
@@ -98,7 +100,7 @@ ARRAYS = [
 ]
 
 
-@inputs(0.15)
+@inputs(0.1)
 def test_mutated_arrays_are_read_or_refused(watch, tmp_path_factory, changes, which):
     name, seed = (*ARRAYS, ("a.exr", half(tmp_path_factory.getbasetemp())))[
         which % (len(ARRAYS) + 1)
@@ -113,7 +115,44 @@ def half(folder: Path) -> bytes:
     return exr({"RGB": values("float16")}, folder / "half.exr")
 
 
-@inputs(0.15)
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> list[Path]:
+    """A small file of each format of volumes."""
+    folder = tmp_path_factory.mktemp("scans")
+    small = hounsfield(0, (4, 8, 9))
+    return [
+        nifti(folder / "a.nii", small),
+        nifti(folder / "a.nii.gz", small),
+        nrrd_file(folder / "a.nrrd", small),
+        nrrd_file(folder / "raw.nrrd", small, encoding="raw"),
+        dicom(folder / "a.dcm", small[1]),
+        dicom(folder / "frames.dcm", small),
+    ]
+
+
+@inputs(0.1)
+def test_mutated_volumes_are_read_or_refused(watch, scans, tmp_path_factory, changes, which):
+    folder = tmp_path_factory.getbasetemp() / "volumes"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    seed = scans[which % len(scans)]
+    others = [path.read_bytes() for path in scans]
+    (folder / seed.name).write_bytes(mutate(seed.read_bytes(), changes, others))
+    stated = PixelRange.from_node({"pairs": WINDOW, "outside": "clip"})
+
+    def use() -> None:
+        for axis in ("acquired", "sagittal"):
+            images = VolumeSlices(find_volumes(folder), stated, axis)
+            for number in (0, len(images) - 1):
+                images[number].read()
+        for volume in images.volumes:
+            values = np.zeros(volume.shape, dtype=np.float32)
+            volume.write(values, folder / "written")
+
+    watch(use)
+
+
+@inputs(0.1)
 def test_mutated_images_are_read_or_refused(watch, changes, which):
     name, seed = IMAGES[which % len(IMAGES)]
     data = mutate(seed, changes, [content for _, content in IMAGES])

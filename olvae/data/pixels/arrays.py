@@ -22,7 +22,7 @@ MAX_HEADER = 2**16
 MAX_SMALLER = 1000
 
 # Axes that the metadata of ImageJ and OME give to slices: in depth, in time.
-SLICES = ("Z", "T")
+SLICE_AXES = ("Z", "T")
 
 PNG = b"\x89PNG\r\n\x1a\n"
 # Usual extensions by the first bytes; TIFF is little- or big-endian, classic or BigTIFF.
@@ -102,9 +102,9 @@ def _check(channels: int, shape: Sequence[int], dtype: Any, pages: str = "") -> 
             f"got {dtype} of shape {tuple(shape)}"
         )
     found = shape[2] if len(shape) == 3 else 1
-    if pages and channels != found and (channels or pages in SLICES):
+    if pages and channels != found and (channels or pages in SLICE_AXES):
         what = f"a stack of {found} slices ({pages} in its axes)"
-        if pages not in SLICES:
+        if pages not in SLICE_AXES:
             what = f"{found} pages, perhaps slices of a stack"
         raise ValueError(
             f"{what}: write each slice to a file of its own; if they are channels, set `channels` "

@@ -227,8 +227,9 @@ class MonaiDecoder(_Monai, Decoder):
     """MONAI's decoder, after its 1x1 convolution.
 
     Args:
-        channels, z_channels, out_channels, channel_mult: as SDDecoder's; the others are
-            :class:`MonaiEncoder`'s.
+        channels, z_channels, out_channels, channel_mult: as SDDecoder's.
+        num_res_blocks, norm_groups, norm_eps, attention: see :class:`MonaiEncoder`.
+        attention_levels, include_fc, combined_linear, values: see :class:`MonaiEncoder`.
         convtranspose: transposed convolutions between the levels.
 
     Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w), f = 2^(len(channel_mult) - 1).
