@@ -17,6 +17,7 @@ from olvae.config.reading import is_local
 from olvae.data.dataset import ImageDataset, MappedSource
 from olvae.data.image import MultiBand, Photo, image_to_tensor
 from olvae.data.opening import open_images
+from olvae.data.order.groups import FILE, Grouping, shared_groups
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import (
     EIGHT_BITS,
@@ -24,7 +25,7 @@ from olvae.data.pixels.size_and_range import (
     Sides,
     Size,
 )
-from olvae.data.places import SAMPLES, find_source, holds_shards
+from olvae.data.places import SAMPLES, SHARDS, find_source, holds_shards
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards, incomplete
 from olvae.data.shards.latent_files import STATS
@@ -104,8 +105,11 @@ def audit_source(
     workers: int = 1,
     on_progress: OnProgress = lambda *_: None,
     pixel_range: PixelRange = EIGHT_BITS,
+    hold_out_by: str = FILE,
 ) -> AuditResult | None:
     """Read and decode every image of SRC, for training on crops of ``size`` pixels in this range.
+
+    No group by ``hold_out_by`` should have images of training and of validation.
 
     Of several ranks (:func:`olvae.launcher.join`), each reads its share by ``workers`` processes,
     and the first one returns the result, the others None.
@@ -113,6 +117,7 @@ def audit_source(
     Raises FileNotFoundError, ValueError: the source has no images, or latents.
     """
     # What SRC holds: shards, or numbered images.
+    grouping = Grouping(hold_out_by)
     urls = find_shards(src) if holds_shards(src) else []
     folders = sorted({Path(url).parent for url in urls if is_local(url)})
     if any((folder / STATS).is_file() for folder in folders):
@@ -124,13 +129,13 @@ def audit_source(
     source: Source | None = None
     reasons: list[str] = []
     if this_process()[0] == 0:
-        source, reasons = _train_source(src, size, channels, pixel_range)
+        source, reasons = _train_source(src, size, channels, pixel_range, hold_out_by)
 
     # The tasks for processes: a shard each, or some images.
     read: Callable[[Any, SharedProgress], _Found]
     tasks: list[Any] = [*urls]
     if images is None:
-        read = partial(_read_shard, channels, pixel_range)
+        read = partial(_read_shard, channels, pixel_range, grouping)
         count = None if source is None else source.images
     else:
         read = partial(_read_images, images)
@@ -146,12 +151,7 @@ def audit_source(
         return None
     found = _Found()
     for part in parts:
-        found.images += part.images
-        found.unreadable += part.unreadable
-        found.shards += part.shards
-        found.pixels += part.pixels
-        found.profiles += part.profiles
-        found.profile_errors += part.profile_errors
+        found.add(part)
 
     # Facts, notes and problems.
     result = _summarise(src, size, found)
@@ -176,13 +176,16 @@ def audit_source(
 
 
 def _train_source(
-    src: str, size: Size, channels: int, pixel_range: PixelRange
+    src: str, size: Size, channels: int, pixel_range: PixelRange, hold_out_by: str
 ) -> tuple[Source | None, list[str]]:
     """The source that would train on SRC, or the reason why it can't."""
     target, named = find_source(src)
     params = dict(named)
     if target != SAMPLES:
         params |= {"channels": channels, "range": pixel_range.as_node()}
+    # What shards were packed by is seen in their images.
+    if target not in (SAMPLES, SHARDS):
+        params["hold_out_by"] = hold_out_by
     params |= {"size": size, "batch_size": 1}
     try:
         return instantiate({"target": target, "params": params}), []
@@ -199,8 +202,18 @@ class _Found:
     shards: list[ShardFacts] = field(default_factory=list)
     # A path or, in a shard, its URL; the image's name; a hash of its pixels.
     pixels: list[tuple[str, str, str]] = field(default_factory=list)
+    groups: set[tuple[str, str]] = field(default_factory=set)  # of shards: URL and a group in it
     profiles: Counter[str] = field(default_factory=Counter)  # names of those that are not sRGB
     profile_errors: Counter[str] = field(default_factory=Counter)  # why they can't be used
+
+    def add(self, part: "_Found") -> None:
+        self.images += part.images
+        self.unreadable += part.unreadable
+        self.shards += part.shards
+        self.pixels += part.pixels
+        self.groups |= part.groups
+        self.profiles += part.profiles
+        self.profile_errors += part.profile_errors
 
     def decode(self, open_photo: Callable[[], Photo], name: str, place: str) -> None:
         try:
@@ -237,7 +250,7 @@ def _read_images(images: ImageDataset, indices: range, progress: SharedProgress)
 
 
 def _read_shard(
-    channels: int, pixel_range: PixelRange, url: str, progress: SharedProgress
+    channels: int, pixel_range: PixelRange, grouping: Grouping, url: str, progress: SharedProgress
 ) -> _Found:
     found = _Found()
     reasons: list[str] = []
@@ -248,6 +261,12 @@ def _read_shard(
         else:
             if "cls" in entry.files:
                 classes.add(entry.files["cls"][:LABEL_BYTES])
+            # By the names in the source, or as the shards were packed.
+            group = entry.group
+            if grouping.how != FILE:
+                group = grouping.of(str(entry.details.get("name", entry.key)))
+            if group is not None:
+                found.groups.add((url, group))
             photo = partial(Photo, entry.data, entry.name, channels, pixel_range)
             found.decode(photo, entry.key, url)
             progress.advance()
@@ -331,13 +350,18 @@ def _check_images(
 
 
 def _check_held_out(result: AuditResult, source: Source | None, found: _Found) -> None:
-    """Add validation images whose pixels are those of a training image to the problems."""
+    """Add groups on both sides, and validation images that are training images, to the problems."""
     parts: list[set[str]] = []  # places of training, and of validation
+    shared = None
     if isinstance(source, ShardSource):
         parts = [{shard.url for shard in shards} for shards in (source.train, source.val)]
+        groups = [{group for url, group in found.groups if url in urls} for urls in parts]
+        shared = shared_groups(*groups)
     elif isinstance(source, MappedSource):
+        shared = source.shared_groups()
         files = [part for part in (source.train, source.val) if isinstance(part, Files)]
         parts = [{str(path) for path in part.paths} for part in files]
+    result.problems += filter(None, [shared])
     if len(parts) < 2:
         return
     trained, held_out = parts

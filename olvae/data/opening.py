@@ -13,15 +13,23 @@ from typing import Any
 
 from olvae.config import Config, ConfigError, instantiate
 from olvae.config.reading import YAML, is_local
-from olvae.data.dataset import ImageDataset, MappedSource, SamplePhotographs, sample_photographs
+from olvae.data.dataset import (
+    ImageDataset,
+    MappedSource,
+    SamplePhotographs,
+    groups_of,
+    sample_photographs,
+)
 from olvae.data.hub import Column, Items, load_table
 from olvae.data.image import RandomScaleCrop, are_for_masks
+from olvae.data.order.groups import FILE, Grouping
 from olvae.data.picture_folder import (
     Files,
     find_folder,
     find_images,
     find_parts,
     has_images,
+    naming_folder,
     say_parts,
     split_folders,
 )
@@ -31,6 +39,7 @@ from olvae.data.read_errors import ReadError
 from olvae.data.shards.index import share_indexes
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
+from olvae.files import warn_once
 from olvae.runs import present_data
 
 
@@ -111,6 +120,15 @@ def open_test_source(
     source = open_source(src, usual, 1, workers, channels, pixel_range, resized=size is not None)
     if holds_masks(params):
         source.eval_transform = replace(source.eval_transform, resample="nearest")
+
+    # Intervals go by the groups of training's config, where the names are of its kind.
+    if isinstance(source, MappedSource) and Path(src).suffix not in YAML:
+        grouping = Grouping(params.get("hold_out_by", FILE))
+        try:
+            groups_of(source.val, grouping)
+            source.grouping = grouping
+        except ValueError as error:
+            warn_once(f"{src}: intervals are over single images: {error}")
     return source
 
 
@@ -168,10 +186,11 @@ def _trains_on_files(node: Config, src: str) -> bool:
         return False
     # The files may be gone, or there may be none.
     with contextlib.suppress(OSError, ValueError):
-        parts = find_parts(node["root"], node.get("val_root"), node.get("val_fraction"))
-        given = find_images(src)
+        names = ("val_root", "val_fraction", "hold_out_by")
+        given = {name: node[name] for name in names if name in node}
+        parts = find_parts(node["root"], **given)
         trained = {path.resolve() for path in parts[0]}
-        return any(path.resolve() in trained for path in given)
+        return any(path.resolve() in trained for path in find_images(src))
     return False
 
 
@@ -228,7 +247,8 @@ def open_images(src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BIT
     if holds_shards(src):
         raise ConfigError(f"{src}: these are shards already")
     closed: list[ReadError] = []
-    return Files(find_images(src, closed), channels, closed, pixel_range, find_folder(src))
+    paths = find_images(src, closed)
+    return Files(paths, channels, closed, pixel_range, find_folder(src), naming_folder(src))
 
 
 def _build(node: Config, where: str, size: Size | None = None) -> Source:

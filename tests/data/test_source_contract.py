@@ -154,7 +154,7 @@ def test_validation_is_each_image_once_in_order(make, batch_size):
 @pytest.mark.parametrize(
     "kind", [FolderSource, WebDatasetSource, TorchvisionSource, HuggingFaceSource]
 )
-def test_shuffle_channels_is_for_training_alone(kind, tmp_path, monkeypatch):
+def test_colours_are_changed_for_training_alone(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     colour = (250, 100, 0)
     files = [(f"{n}.png", saved(Image.new("RGB", (20, 20), colour), "PNG")) for n in range(8)]
@@ -182,3 +182,6 @@ def test_shuffle_channels_is_for_training_alone(kind, tmp_path, monkeypatch):
     assert colours(s.train_loader()) == set(permutations(colour))
     assert colours(s.val_loader()) == {colour}
     assert colours(kind(size=16, batch_size=2, **where[kind]).train_loader()) == {colour}
+    darker = kind(size=16, batch_size=2, augment={"intensity_scale": 0.5}, **where[kind])
+    assert len(colours(darker.train_loader())) > 2
+    assert colours(darker.val_loader()) == {colour}
