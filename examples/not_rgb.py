@@ -1,10 +1,10 @@
 """Make small files that are not RGB out of the sample photographs, to try docs/not-rgb.md with.
 
 Each kind gets a folder of its name in the working directory. All are stand-ins: grey photographs
-for X-rays, mixtures of their colours for a satellite's bands, their brightness for depth, drawn
-voices for spectrograms, a disc as alpha.
+for X-rays, mixtures of their colours for a satellite's bands, their brightness for depth and for
+light far above white, drawn voices for spectrograms, a disc as alpha.
 
-    python examples/not_rgb.py xray satellite depth spectrogram rgba
+    python examples/not_rgb.py xray satellite depth hdr spectrogram rgba
     olvae train --base not_rgb/xray
 """
 
@@ -50,6 +50,17 @@ def depth(folder: Path) -> None:
         np.save(folder / f"{path.stem}.npy", (0.7 * 100**grey).astype(np.float32))
 
 
+def hdr(folder: Path) -> None:
+    """EXR of scene-linear floats, in which 1 is a white sheet: lights reach 55."""
+    import OpenEXR  # an extra, which the other kinds do without
+
+    for path in PICTURES:
+        sheet = (np.asarray(Image.open(path), dtype=float) / 255) ** 2.2
+        brightness = sheet.mean(2, keepdims=True)
+        light = (sheet * 1.1 ** (60 * brightness - 12)).astype(np.float32)
+        OpenEXR.File({}, {"RGB": light}).write(f"{folder}/{path.stem}.exr")
+
+
 def spectrogram(folder: Path) -> None:
     """NumPy files of 80 mel bands of power, float32, of voices that glide and hiss."""
     seconds = np.arange(128_000) / 16_000
@@ -89,7 +100,7 @@ def rgba(folder: Path) -> None:
         Image.fromarray(both).save(folder / f"{path.stem}.png")
 
 
-KINDS = {make.__name__: make for make in (xray, satellite, depth, spectrogram, rgba)}
+KINDS = {make.__name__: make for make in (xray, satellite, depth, hdr, spectrogram, rgba)}
 
 
 def main(arguments: list[str] | None = None) -> None:
