@@ -33,12 +33,11 @@ Python blocks to import from only, for want of a network or for the reason given
 """
 
 SLOW = (
-    "any_size.md",
     "api.md",
-    "encode.md",
     "export.md",
     "extending.md",
-    "not-rgb.md",
+    "formats.md",
+    "large_images.md",
     "volumes.md",
     "scenes.md",
 )

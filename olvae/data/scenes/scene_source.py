@@ -10,7 +10,8 @@ import numpy as np
 from olvae.config import ConfigError
 from olvae.config.nodes import nearest
 from olvae.data.dataset import MAX_VAL_IMAGES, MappedSource
-from olvae.data.image import ALL_FILTERS, RandomScaleCrop
+from olvae.data.image import ALL_FILTERS, Augment, RandomScaleCrop
+from olvae.data.order.groups import FILE
 from olvae.data.pixels.size_and_range import PixelRange, RangeNode, Sides, Size
 from olvae.data.scenes.rasters import find_scenes
 from olvae.data.scenes.scene_tiles import (
@@ -54,7 +55,7 @@ class SceneSource(MappedSource):
         tile: side of the windows that training reads a crop from; by default twice ``size``.
         bands: those that are read, counted from 0; by default all.
         max_nodata: largest share of a tile's values that may be missing.
-        min_fraction, filters, flip, shuffle_channels: see
+        min_fraction, filters, flip, shuffle_channels, augment: see
             :class:`~olvae.data.image.RandomScaleCrop`, on a tile.
         channels: of the images: the number of bands that are read.
 
@@ -84,11 +85,12 @@ class SceneSource(MappedSource):
         channels: int = 3,
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
+        augment: Augment | None = None,
     ) -> None:
         side = Sides.of(size)
         found = find_scenes(scenes, channels, bands)
         others = found
-        how = hold_out_by or (BLOCKS if blocks or gap or len(found) == 1 else "file")
+        how = hold_out_by or (BLOCKS if blocks or gap or len(found) == 1 else FILE)
         if val_scenes is not None:
             how = "val_scenes"
         if how != BLOCKS and (blocks is not None or gap is not None):
@@ -107,7 +109,6 @@ class SceneSource(MappedSource):
             usual = max(max(side) + 2 * gap, min(2 * max(side) + 2 * gap, longest // 2))
             blocks = blocks or usual
             train, held_out = hold_out_blocks(found, blocks, gap, side, val_fraction)
-            how = f"{BLOCKS} of {blocks} pixels with a gap of {gap}"
         else:
             train, held_out = hold_out_scenes(found, how, val_fraction)
 
@@ -120,7 +121,9 @@ class SceneSource(MappedSource):
             places = np.linspace(0, len(val) - 1, MAX_VAL_IMAGES).astype(int)
             val.regions = val.regions[places]
         val = val.complete()
-        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+        if how == BLOCKS:
+            val.blocks = blocks or 0
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels, augment)
         super().__init__(
             cut(found, train, windows, *read),
             val,
@@ -130,8 +133,11 @@ class SceneSource(MappedSource):
             channels,
             max_unreadable,
             range=range,
+            hold_out_by=FILE if how in (BLOCKS, "val_scenes") else how,
         )
         self.crops = f"tiles of scenes, {side} pixels as stored; missing values: {max_nodata:g}"
+        if how == BLOCKS:
+            how = f"{BLOCKS} of {blocks} pixels with a gap of {gap}"
         self._held_out = f"of {counted(len(found), 'scene')}, held out by {how}"
         # Numbers of training tiles that were found to miss too much.
         self._left_out: set[int] = set()

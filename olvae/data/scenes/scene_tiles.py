@@ -65,6 +65,7 @@ class SceneTiles(ImageDataset):
         regions: the tiles, an array (N, 5) of :class:`Region`.
         channels, pixel_range: as of :class:`~olvae.data.image.Photo`.
         max_nodata: the largest share of a tile's values that may be missing.
+        blocks: side of the blocks that are held out; 0 where whole scenes are.
     """
 
     scenes: Sequence[Scene]
@@ -73,6 +74,7 @@ class SceneTiles(ImageDataset):
     channels: int
     pixel_range: PixelRange
     max_nodata: float = 0.0
+    blocks: int = 0
 
     def __len__(self) -> int:
         return len(self.regions)
@@ -89,6 +91,17 @@ class SceneTiles(ImageDataset):
         region = self.region(index)
         scene = self.scenes[region.scene]
         return scene.name if scene.broken else f"{scene.name}/{region.top:05d}-{region.left:05d}"
+
+    def group(self, index: int, grouping: Grouping) -> str:
+        """Name a tile's scene, its group by ``grouping``, or the block that is held out."""
+        if not self.blocks:
+            return super().group(index, grouping)
+        region = self.region(index)
+        scene = self.scenes[region.scene]
+        # The last block of a row or a column has the rest too.
+        row = min(region.top // self.blocks, max(0, scene.height // self.blocks - 1))
+        column = min(region.left // self.blocks, max(0, scene.width // self.blocks - 1))
+        return f"{scene.name}, block {row}-{column}"
 
     def eval_transform(self) -> EvalTransform:
         return EvalTransform(self.side.node)

@@ -10,7 +10,7 @@ import numpy as np
 
 from olvae.config import ConfigError
 from olvae.data.dataset import ImageDataset, MappedSource, hold_out
-from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop, stated_picture
+from olvae.data.image import ALL_FILTERS, Augment, Photo, RandomScaleCrop, stated_picture
 from olvae.data.order.groups import FILE, Grouping
 from olvae.data.picture_folder import find_images, name_below, say_parts, split_folders
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, RangeNode, Size
@@ -263,7 +263,7 @@ class VolumeSource(MappedSource):
         neighbours: slices on each side that are further channels, 1 + 2 ``neighbours`` in all.
         skip_empty: leave out slices of which a smaller share of the pixels lies above the window's
             lower end. All volumes are read at the start for it.
-        min_fraction, filters, flip: see :class:`RandomScaleCrop`.
+        min_fraction, filters, flip, augment: see :class:`RandomScaleCrop`.
 
     Raises FileNotFoundError: there are no volumes. ValueError: a batch is larger than the data.
     """
@@ -285,6 +285,7 @@ class VolumeSource(MappedSource):
         flip: bool = True,
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
+        augment: Augment | None = None,
     ) -> None:
         if isinstance(range, Mapping) and range.get("outside") == "error":
             raise ConfigError("data.params.range: values of volumes clip: leave `outside` out")
@@ -311,7 +312,7 @@ class VolumeSource(MappedSource):
         super().__init__(
             train,
             val,
-            RandomScaleCrop(size, min_fraction, filters, flip),
+            RandomScaleCrop(size, min_fraction, filters, flip, augment=augment),
             batch_size,
             num_workers,
             1 + 2 * neighbours,

@@ -193,6 +193,7 @@ def _settings(file: Path, text: str, options: LoadOptions) -> dict[str, Any]:
     if options.config is not None:
         contents.append(read_config(options.config, received=True))
     contents.append(config_inside(file, (None,)) or {})  # of no class
+    file = file.absolute()  # a file in the working directory has a folder beside, too
     beside = [file.with_name(CONFIG_NAME)]
     for pattern in CONFIG_PATTERNS:
         beside += sorted(file.parent.with_name("configs").glob(pattern))

@@ -164,14 +164,15 @@ def test_values_of_images_are_the_configs(records, tmp_path):
     close(mean, records["attention"]["mean"])
 
 
-def test_a_file_without_a_config_has_monais_defaults_and_a_warning(records, tmp_path):
-    file = tmp_path / "vae.pt"
-    torch.save(drawn(records["attention"]["shapes"]), file)
+def test_a_file_without_a_config_has_monais_defaults_and_a_warning(records, tmp_path, monkeypatch):
+    """A file in the working directory, too."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(drawn(records["attention"]["shapes"]), "vae.pt")
     with (
         pytest.warns(UserWarning, match=r"no config says norm_groups 32, norm_eps 1e-06, values"),
         pytest.raises(ValueError, match="no multiples of norm_num_groups, 32: name the bundle's"),
     ):
-        find_target(file)
+        find_target("vae.pt")
 
 
 @pytest.mark.parametrize(
