@@ -229,11 +229,14 @@ def describe_place(scene: Scene, top: int, left: int) -> bytes:
     with open_dataset(scene.path, raster_driver(scene.path) or GEOTIFF) as dataset:
         if dataset.crs is None:
             return b""
-        moved = dataset.transform * dataset.transform.translation(left, top)
+        # The tile's first corner takes the place of the scene's.
+        a, b, c, d, e, f = dataset.transform[:6]
+        x = c + a * left + b * top
+        y = f + d * left + e * top
         nodata = dataset.nodata
         place = {
             "crs": dataset.crs.to_wkt(),
-            "transform": moved.to_gdal(),
+            "transform": (x, a, b, y, d, e),
             "nodata": None if nodata is None else str(nodata),
             "bands": [dataset.descriptions[band] for band in scene.bands],
         }

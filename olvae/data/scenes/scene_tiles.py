@@ -142,7 +142,8 @@ class SceneTiles(ImageDataset):
             picture = stated_picture(values, replace(self.pixel_range, nodata=None))
         except ValueError as error:
             where = f"the tile at row {region.top}, column {region.left}"
-            raise UnreadableImageError(name, f"{where}: {error}", self.key(index)) from error
+            why = f"{where}: {error}"
+            raise UnreadableImageError(scene.name, why, self.key(index)) from error
         return Photo(picture, self.key(index), self.channels, self.pixel_range)
 
     def complete(self) -> "SceneTiles":

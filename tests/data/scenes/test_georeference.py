@@ -6,6 +6,7 @@ import pytest
 import rasterio
 import tifffile
 from rasterio.control import GroundControlPoint
+from rasterio.transform import from_origin
 
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.data.scenes.georeference import (
@@ -71,7 +72,7 @@ def test_a_tiles_place_is_described_and_read_back(tmp_path):
     assert place["bands"] == ["band 3", "band 0"]
     assert place["transform"] == [400_640, 10, 0, 5_099_680, 0, -10]
     with written(tags_from(content)) as file:
-        assert (file.crs, file.transform) == (UTM, PLACE * PLACE.translation(64, 32))
+        assert (file.crs, file.transform) == (UTM, from_origin(400_640, 5_099_680, 10, 10))
     plain = geotiff(tmp_path / "b.tif", ground(0), crs=None, transform=None)
     assert describe_place(Scene(plain, "b.tif", 4), 0, 0) == b""
     for broken in (b"", b"{}", b"[1]", content.replace(b"640", b'"x"'), content[:-3]):

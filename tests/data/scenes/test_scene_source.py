@@ -109,7 +109,7 @@ def test_one_scene_is_held_out_by_blocks(tmp_path):
     assert s.describe().endswith("of 1 scene, held out by blocks of 64 pixels with a gap of 8")
     assert source(path).describe().endswith("blocks of 64 pixels with a gap of 16")
     assert 0 < len(s.val) < len(s.train) * 4
-    # 12 blocks of 64 pixels and more, of which two are held out, evenly spread: intervals draw these.
+    # Of 12 blocks of 64 pixels and more two are held out, evenly spread: intervals draw them.
     groups = {group for batch in s.val_loader() for group in batch["group"]}
     assert groups == {"a.tif, block 0-0", "a.tif, block 2-3"}
     with pytest.raises(ConfigError, match="whole scenes are held out, by file: leave them out"):
