@@ -111,7 +111,7 @@ def _check_python(words: list[str]) -> None:
         if module == "pytest":
             for path in (word for word in rest if "/" in word):
                 assert Path(path).exists(), f"{path} does not exist"
-        else:
+        elif module != "venv":
             assert module == "olvae", f"python -m {module}: what is this?"
             _check_olvae(rest)
         return
