@@ -51,7 +51,7 @@ def test_the_picture_of_the_app(tmp_path, browser):
 
 @pytest.mark.browser
 def test_the_picture_of_a_report(tmp_path, browser):
-    command = "--baselines --size 256 --metrics psnr,ssim --data samples".split()
+    command = ["--baselines", "--size", "256", "--metrics", "psnr,ssim", "--data", "samples"]
     out = tmp_path / "report"
     subprocess.run(
         [sys.executable, "-m", "olvae", "evaluate", *MODELS, *command, "--out", out],
