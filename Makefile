@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    ?= $(BIN)/python -m pip --disable-pip-version-check
 RUNS   ?= runs
 
-.PHONY: demo distil-demo study study-scale gpu gpu-bundle study-parts study-maps models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs notebooks audit rehearse test test-fast test-random test-portable curves test-slow test-gpu test-network test-browser soak fuzz lint format clean help
+.PHONY: demo distil-demo study study-scale gpu gpu-bundle study-parts study-maps models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs notebooks audit rehearse test test-fast test-random test-portable curves test-slow test-gpu test-network test-browser soak fuzz mutants lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -153,6 +153,9 @@ soak: $(VENV)/.installed-dev ## kill whatever writes files, again and again, and
 
 fuzz: $(VENV)/.installed-dev ## 10,000 mutated files through what reads them (FUZZ_INPUTS=N, FUZZ_SECONDS=S: fewer)
 	$(BIN)/python -m pytest -m fuzz -n 0 -s tests/fuzz
+
+mutants: $(VENV)/.installed-dev ## change the package at 100 random places and count what the tests see (SEED=N, NUMBER=N, FILES='olvae/losses/*'; 5 seconds of a core each)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/mutants.py --seed $(or $(SEED),0) --number $(or $(NUMBER),100) --files '$(or $(FILES),*)'
 
 lint: $(VENV)/.installed-dev ## ruff, mypy, the import contract, the files for GitHub and Docker, each file's licence
 	$(BIN)/ruff check .

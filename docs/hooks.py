@@ -13,6 +13,8 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
+from study.arguments import with_tables
+
 ROOT = Path(__file__).parent.parent
 ELSEWHERE = {
     "index.md": "README.md",
@@ -130,6 +132,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
             here = f"{config.repo_url}/blob/main/{there}"
         return f"{text}({here}{match['anchor'] or ''})"
 
+    if path == "config.md":
+        markdown = with_tables(markdown)
     if path == "api.md":
         markdown = ROW.sub(r"| [`\1`][olvae.\1] |", markdown)
     return LINK.sub(link, markdown)

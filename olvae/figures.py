@@ -52,8 +52,8 @@ def can_store(suffix: str, channels: int) -> bool:
 def save_image(image: Tensor, path: Path, **options: Any) -> None:
     """Write an image (C, H, W) atomically, in the format of the extension.
 
-    Its values are uint8, or float32 for a file of :data:`ARRAYS`. Pillow's writer gets ``options``.
-    ValueError if the format can't store this number of channels.
+    Its values are uint8, or float32 for a file of :data:`ARRAYS`. Pillow's writer, or tifffile's
+    of a TIFF, gets ``options``. ValueError if the format can't store this number of channels.
     """
     channels = image.shape[0]
     array = image.permute(1, 2, 0).contiguous().cpu().numpy()
@@ -69,7 +69,7 @@ def save_image(image: Tensor, path: Path, **options: Any) -> None:
 
             kind = "rgb" if channels in (3, 4) else "minisblack"
             layout = "contig" if channels > 1 else None
-            tifffile.imwrite(partial, flat, photometric=kind, planarconfig=layout)
+            tifffile.imwrite(partial, flat, photometric=kind, planarconfig=layout, **options)
         elif path.suffix == ".exr":
             exr = import_extra("OpenEXR", "OpenEXR", "writing .exr")
             # Y, R G B, R G B A or numbered channels.

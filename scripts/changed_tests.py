@@ -20,7 +20,7 @@ CONTRACTS = (
     "tests/config/test_nodes.py",
     "tests/data/test_source_contract.py",
     "tests/models/parts/test_part.py",
-    "tests/docs/test_reliability.py",
+    "tests/docs/test_guarantees.py",
 )
 """What holds for every file, and for every class behind an interface."""
 

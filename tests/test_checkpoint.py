@@ -1,9 +1,12 @@
 """Weights: loaded into a model, and the checksums of their files."""
 
+import hashlib
+import struct
+
 import pytest
 import torch
 
-from olvae.checkpoint import load_weights, read_checkpoint, write_tensors
+from olvae.checkpoint import load_weights, read_checkpoint, tensors_sum, write_tensors
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from tests.conftest import tiny_config
 
@@ -55,3 +58,15 @@ def test_flipped_bit_of_a_checkpoint_is_seen(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             read_checkpoint(path)
+
+
+def test_the_checksum_of_tensors_is_the_one_in_encoded_folders():
+    """By hand, and as written down: another one would orphan every folder of latents."""
+    tensors = {"b": torch.arange(6.0).view(2, 3).T, "a": torch.tensor([1, -1], dtype=torch.int8)}
+    digest = hashlib.sha256(b"[('f', '8')]")
+    digest.update(b"a (2,) torch.int8\n" + struct.pack("2b", 1, -1))
+    digest.update(b"b (3, 2) torch.float32\n" + struct.pack("<6f", 0, 3, 1, 4, 2, 5))
+    assert tensors_sum(tensors, {"f": "8"}) == digest.hexdigest()
+    assert (
+        tensors_sum(tensors) == "b11e22fd33e1f8de98f929a36c638038ce7eafb29ceb711d0ca7e1e8e3f727dd"
+    )

@@ -230,7 +230,17 @@ def test_docstrings_begin_as_one_would_say_it():
     )
 
 
-EXEMPT = {"docs", "examples", "fuzz", "integrations", "soak", "study", "configs", "windows"}
+EXEMPT = {
+    "docs",
+    "examples",
+    "fuzz",
+    "integrations",
+    "scripts",
+    "soak",
+    "study",
+    "configs",
+    "windows",
+}
 """Folders of tests that mirror something beside the package."""
 
 WHOLE = {"test_api", "test_house", "test_release"}

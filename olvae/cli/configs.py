@@ -101,6 +101,7 @@ def _print_memory(config: dict[str, Any], name: str) -> None:
 
     model = without_weights(config["model"])
     size = Sides.of(entry_of(config, "data.params.size") or 256)
+    images = entry_of(config, "data.params.batch_size") or 1
     rows = {}
     for precision in ("32", "bf16"):
         for checkpoint in (False, True):
@@ -108,12 +109,13 @@ def _print_memory(config: dict[str, Any], name: str) -> None:
             rows[f"{precision}, model.params.checkpoint={str(checkpoint).lower()}"] = {
                 "fixed": f"{need.fixed / GIB:.2f}",
                 "per image": f"{need.per_image / GIB:.3f}",
+                "total": f"{MARGIN * need.total(images) / GIB:.1f}",
                 "TFLOP per image": f"{need.flop / 1e12:.4g}",
             }
     print_rows(f"{name}: GiB of a training step on a GPU, at {size} pixels", rows, "precision")
     typer.echo(
         "fixed: weights, gradients, optimizers and averages. per image: of a micro-batch. "
-        f"Allow {MARGIN - 1:.0%} more."
+        f"total: a GPU for {images} images needs so much, with {MARGIN - 1:.0%} for workspaces."
     )
 
 
@@ -150,7 +152,7 @@ def show(context: typer.Context) -> None:
     if context.invoked_subcommand is not None:
         return
     # Names in one column, descriptions in another, which is at least 20 wide.
-    lines = {name: _first_line(path) for name, path in recipes().items()}
+    lines = {name: first_line(path) for name, path in recipes().items()}
     indent = 2 + max(map(len, lines))
     width = max(indent + 20, shutil.get_terminal_size().columns)
     for name, line in lines.items():
@@ -193,7 +195,7 @@ def copy(
 
     # The recipe's description, its include, and settings.
     text = (
-        f"# {_first_line(known[name])}\n"
+        f"# {first_line(known[name])}\n"
         "# Settings below the include override the recipe's.\n"
         f"include: {name}\n"
     )
@@ -204,7 +206,7 @@ def copy(
     typer.echo(f"train with: olvae train --base {shell_word(place)}", err=True)
 
 
-def _first_line(recipe: Path) -> str:
+def first_line(recipe: Path) -> str:
     """Return the first comment line, without the sources that it gives in brackets."""
     with recipe.open(encoding="utf-8") as file:
         return re.sub(r" \[[^\]]*\]", "", file.readline().removeprefix("# ").strip())

@@ -19,8 +19,8 @@ app = typer.Typer(
 
 # Arguments that the commands share; shards can be checked, but not packed again.
 NUMBERED = (
-    "a .txt list of files, samples, torchvision:CIFAR10,root=data, or "
-    "hf:cifar10,split=test,column=img."
+    "a .txt list of files, samples, torchvision:CIFAR10,root=data, "
+    "hf:cifar10,split=test,column=img, or scenes:FOLDER."
 )
 Src = typer.Argument(metavar="SRC", help=f"A folder of images, a pattern, {NUMBERED}")
 CheckSrc = typer.Argument(
@@ -31,6 +31,14 @@ Workers = Annotated[
 ]
 Channels = Annotated[
     int, typer.Option(min=1, help="Channels: 1, 3 or 4; any number for .npy arrays.")
+]
+HoldOutBy = Annotated[
+    str,
+    typer.Option(
+        metavar="HOW",
+        help="Images that are never parted: of a file, a folder, or a pattern's group, such as "
+        "'(?P<group>patient\\d+)'; as data.params.hold_out_by.",
+    ),
 ]
 MaxUnreadable = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="Largest share of unreadable images.")
@@ -65,6 +73,7 @@ def pack_command(
         int | None, typer.Option(min=1, max=100, help="Quality of jpg and webp; 95 by default.")
     ] = None,
     channels: Channels = 3,
+    hold_out_by: HoldOutBy = "file",
     max_unreadable: MaxUnreadable = 0.01,
     workers: Workers = None,
 ) -> None:
@@ -72,7 +81,8 @@ def pack_command(
 
     JPEG, PNG, WebP, arrays and files of more than 8 bits are stored unchanged, others as PNG. After
     an interruption, the same command continues where it stopped, and the shards are the same byte
-    for byte. Under torchrun or srun, ranks share the work.
+    for byte. Groups by --hold-out-by are whole in a shard: a large group makes a large shard. Under
+    torchrun or srun, ranks share the work.
 
     Example: olvae data pack photos --out shards --resize 512
     """
@@ -95,7 +105,13 @@ def pack_command(
     order = seed if shuffle else None
     with together() as (rank, _), ProgressBar("packing", enabled=rank == 0) as bar:
         options = packing.PackOptions(
-            shard_size, order, resize, image_format or "jpg", quality or 95, channels
+            shard_size,
+            order,
+            resize,
+            image_format or "jpg",
+            quality or 95,
+            channels,
+            hold_out_by,
         )
         try:
             packed = packing.pack(
@@ -178,14 +194,16 @@ def check_command(
         str | None,
         typer.Option("--range", metavar="YAML", help="Range of values, as data.params.range."),
     ] = None,
+    hold_out_by: HoldOutBy = "file",
     max_unreadable: MaxUnreadable = 0.01,
     workers: Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON to standard output.")] = False,
 ) -> None:
     """Read every image of a source and report problems; exits with 1 if there are any.
 
-    Reports unreadable files, sizes, shards that differ from their index, and the speed of a loader
-    process. Under torchrun or srun, ranks share the work.
+    Reports unreadable files, sizes, groups with images of training and of validation, shards that
+    differ from their index, and the speed of a loader process. Under torchrun or srun, ranks share
+    the work.
 
     Example: olvae data check shards --size 256
     """
@@ -210,7 +228,14 @@ def check_command(
     # Read the images; the first rank prints what all of them found.
     with together() as (rank, _), ProgressBar("reading", enabled=rank == 0) as bar:
         result = audit.audit_source(
-            src, crops, channels, max_unreadable, workers or cores_of_rank(), bar.set, pixels
+            src,
+            crops,
+            channels,
+            max_unreadable,
+            workers or cores_of_rank(),
+            bar.set,
+            pixels,
+            hold_out_by,
         )
     if result is None:
         return

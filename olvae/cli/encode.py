@@ -94,6 +94,14 @@ def command(
             "Not for a SRC of shards.",
         ),
     ] = None,
+    hold_out_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOW",
+            help="Keep images together in a shard, as data.params.hold_out_by of a config; by "
+            "default as the training's config. Not for a SRC of shards.",
+        ),
+    ] = None,
     batch_size: EncodeBatchSize = 16,
     threads: Annotated[
         int | None,
@@ -176,6 +184,7 @@ def command(
         from olvae.launcher import gather, start_each, together
         from olvae.models.large.tiling import GIB
         from olvae.models.loading.targets import find_target
+        from olvae.runs import entry_of
 
     # The device of this process; with --gpus, the others start.
     check_folder(out)
@@ -200,6 +209,8 @@ def command(
             classes,
             model.pixel_range,
             asked,
+            hold_out_by,
+            entry_of(found.config, "data.params.hold_out_by"),
         )
         if shard_size is not None and isinstance(inputs, ShardInputs):
             raise ConfigError(

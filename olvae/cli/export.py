@@ -24,7 +24,7 @@ def command(
         Path,
         typer.Option(
             metavar="PATH",
-            help="The folder to create; for ldm, comfyui and qwen2d the .safetensors file.",
+            help="The folder to create; for ldm, comfyui, qwen2d and monai the .safetensors file.",
         ),
     ],
     layout: Annotated[
@@ -36,8 +36,9 @@ def command(
             "AutoencoderKL. ldm: one file with the names of Stable Diffusion's, FLUX's or Wan's "
             "project, for ComfyUI and A1111. comfyui: one file of a LiteVAE, for the node in "
             "integrations/comfyui. taesd: two files of TAESD's or TAEF2's networks. qwen2d: one "
-            "file of Qwen-Image's or Wan's for images alone. Or a Layout of your own, "
-            "package.module.Class. By default diffusers for an AutoencoderKL, else litevae.",
+            "file of Qwen-Image's or Wan's for images alone. monai: one file with MONAI's names. "
+            "Or a Layout of your own, package.module.Class. By default diffusers for an "
+            "AutoencoderKL, else litevae.",
         ),
     ] = None,
     config: ConfigFile = None,

@@ -29,7 +29,7 @@ from olvae.files import check_folder, legible, reason
 def command(
     target: TargetArgument,
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE", help="Images, or folders of images.")
+        list[Path], typer.Argument(metavar="IMAGE", help="Images or volumes, or folders of them.")
     ],
     out: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder for NAME.png and NAME_compare.png.")
@@ -62,7 +62,8 @@ def command(
 ) -> None:
     """Reconstruct images of any size; write each result, and input, output and error side by side.
 
-    The picture of the three, NAME_compare.png, has the PSNR in it.
+    The picture of the three, NAME_compare.png, has the PSNR in it. A volume (NIfTI, DICOM, NRRD) is
+    written in its own format, with its geometry and units.
 
     Example: olvae reconstruct olvae:photos-f8c12 photo.jpg
 
@@ -73,11 +74,13 @@ def command(
     with loading():
         import torch
 
+        from olvae.data.volumes.volume import ACQUIRED
         from olvae.devices import precision_name, resolve_device
         from olvae.export.reconstruction import ReconstructOptions, plan_outputs, reconstruct_files
         from olvae.models.autoencoder import LiteVAE
         from olvae.models.large.tiling import GIB, default_memory
         from olvae.models.loading.targets import find_target
+        from olvae.runs import entry_of
 
     # What can be refused before weights are read, and where results go.
     check_folder(out)
@@ -93,7 +96,8 @@ def command(
     noise = None
     if sample:
         noise = seed or 0
-    options = ReconstructOptions(where, budget, noise, precision_name(precision))
+    axis = entry_of(found.config, "data.params.axis") or ACQUIRED
+    options = ReconstructOptions(where, budget, noise, precision_name(precision), axis)
 
     # Reconstruct; images that can't be read are reported, and the exit code is 1.
     if any(place.with_name(f"{place.name}_compare.png").is_file() for place in places.values()):

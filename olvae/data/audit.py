@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from olvae.config.reading import is_local
 from olvae.data.dataset import ImageDataset, MappedSource
 from olvae.data.image import MultiBand, Photo, image_to_tensor
 from olvae.data.opening import open_images
+from olvae.data.order.groups import FILE, Grouping, shared_groups
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import (
     EIGHT_BITS,
@@ -24,7 +25,7 @@ from olvae.data.pixels.size_and_range import (
     Sides,
     Size,
 )
-from olvae.data.places import SAMPLES, find_source, holds_shards
+from olvae.data.places import SAMPLES, SHARDS, VOLUMES, find_source, holds_shards
 from olvae.data.read_errors import ReadError, UnreadableImageError
 from olvae.data.shards.index import INDEX, Index, ShardRecord, find_shards, incomplete
 from olvae.data.shards.latent_files import STATS
@@ -33,6 +34,7 @@ from olvae.data.shards.order import describe_sorted
 from olvae.data.shards.shard_source import INTERLEAVE, ShardSource
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.source import LoaderProcess, Source
+from olvae.data.volumes.volume_source import VolumeSlices, neighbours_of
 from olvae.devices import seconds_per_image
 from olvae.files import counted, file_sha256, lines_sha256, list_skipped, printable
 from olvae.launcher import of_each, this_process
@@ -87,6 +89,14 @@ class AuditResult:
             line = describe_sorted(BATCH, own, len(everything), INTERLEAVE)
             self.notes += filter(None, [line])
 
+    def note_images(self, images: ImageDataset | None) -> None:
+        """Note folders that could not be opened, and what volumes there are."""
+        if isinstance(images, Files):
+            for error in images.closed:
+                self.problems.append(f"{error.name}: this folder can't be opened: {error.reason}")
+        elif isinstance(images, VolumeSlices):
+            self.notes.append(images.describe())
+
     def as_dict(self) -> dict[str, Any]:
         """The result as JSON values."""
         content: dict[str, Any] = asdict(self)
@@ -104,8 +114,11 @@ def audit_source(
     workers: int = 1,
     on_progress: OnProgress = lambda *_: None,
     pixel_range: PixelRange = EIGHT_BITS,
+    hold_out_by: str = FILE,
 ) -> AuditResult | None:
     """Read and decode every image of SRC, for training on crops of ``size`` pixels in this range.
+
+    No group by ``hold_out_by`` should have images of training and of validation.
 
     Of several ranks (:func:`olvae.launcher.join`), each reads its share by ``workers`` processes,
     and the first one returns the result, the others None.
@@ -113,6 +126,7 @@ def audit_source(
     Raises FileNotFoundError, ValueError: the source has no images, or latents.
     """
     # What SRC holds: shards, or numbered images.
+    grouping = Grouping(hold_out_by)
     urls = find_shards(src) if holds_shards(src) else []
     folders = sorted({Path(url).parent for url in urls if is_local(url)})
     if any((folder / STATS).is_file() for folder in folders):
@@ -120,17 +134,17 @@ def audit_source(
             f"{src}: these are latents of `olvae encode`, not images: {STATS} describes them, "
             "and `olvae decode` makes images of them"
         )
-    images = None if urls else open_images(src, channels, pixel_range)
+    images = None if urls else open_images(src, channels, pixel_range, size)
     source: Source | None = None
     reasons: list[str] = []
     if this_process()[0] == 0:
-        source, reasons = _train_source(src, size, channels, pixel_range)
+        source, reasons = _train_source(src, size, channels, pixel_range, hold_out_by)
 
     # The tasks for processes: a shard each, or some images.
     read: Callable[[Any, SharedProgress], _Found]
     tasks: list[Any] = [*urls]
     if images is None:
-        read = partial(_read_shard, channels, pixel_range)
+        read = partial(_read_shard, channels, pixel_range, grouping)
         count = None if source is None else source.images
     else:
         read = partial(_read_images, images)
@@ -146,21 +160,14 @@ def audit_source(
         return None
     found = _Found()
     for part in parts:
-        found.images += part.images
-        found.unreadable += part.unreadable
-        found.shards += part.shards
-        found.pixels += part.pixels
-        found.profiles += part.profiles
-        found.profile_errors += part.profile_errors
+        found.add(part)
 
     # Facts, notes and problems.
     result = _summarise(src, size, found)
     result.shards = found.shards
     _check_shards(result, folders)
     result.note_sorted_classes()
-    if isinstance(images, Files):
-        for error in images.closed:
-            result.problems.append(f"{error.name}: this folder can't be opened: {error.reason}")
+    result.note_images(images)
     result.problems += reasons
     _check_images(result, channels, max_unreadable, pixel_range)
     _check_held_out(result, source, found)
@@ -176,13 +183,19 @@ def audit_source(
 
 
 def _train_source(
-    src: str, size: Size, channels: int, pixel_range: PixelRange
+    src: str, size: Size, channels: int, pixel_range: PixelRange, hold_out_by: str
 ) -> tuple[Source | None, list[str]]:
     """The source that would train on SRC, or the reason why it can't."""
     target, named = find_source(src)
     params = dict(named)
-    if target != SAMPLES:
+    if target == VOLUMES:
+        window = replace(pixel_range, outside="clip")
+        params |= {"neighbours": neighbours_of(channels), "range": window.as_node()}
+    elif target != SAMPLES:
         params |= {"channels": channels, "range": pixel_range.as_node()}
+    # What shards were packed by is seen in their images.
+    if target not in (SAMPLES, SHARDS):
+        params["hold_out_by"] = hold_out_by
     params |= {"size": size, "batch_size": 1}
     try:
         return instantiate({"target": target, "params": params}), []
@@ -199,15 +212,26 @@ class _Found:
     shards: list[ShardFacts] = field(default_factory=list)
     # A path or, in a shard, its URL; the image's name; a hash of its pixels.
     pixels: list[tuple[str, str, str]] = field(default_factory=list)
+    groups: set[tuple[str, str]] = field(default_factory=set)  # of shards: URL and a group in it
     profiles: Counter[str] = field(default_factory=Counter)  # names of those that are not sRGB
     profile_errors: Counter[str] = field(default_factory=Counter)  # why they can't be used
+
+    def add(self, part: "_Found") -> None:
+        self.images += part.images
+        self.unreadable += part.unreadable
+        self.shards += part.shards
+        self.pixels += part.pixels
+        self.groups |= part.groups
+        self.profiles += part.profiles
+        self.profile_errors += part.profile_errors
 
     def decode(self, open_photo: Callable[[], Photo], name: str, place: str) -> None:
         try:
             photo = open_photo()
             picture = photo.read()
         except UnreadableImageError as error:
-            self.unreadable.append(ReadError(name, error.reason))
+            # A part is named by its file, which may have many.
+            self.unreadable.append(ReadError(error.name if error.image else name, error.reason))
             return
         in_memory = "in memory" if isinstance(photo.content, Image.Image) else "array"
         values = ""
@@ -237,7 +261,7 @@ def _read_images(images: ImageDataset, indices: range, progress: SharedProgress)
 
 
 def _read_shard(
-    channels: int, pixel_range: PixelRange, url: str, progress: SharedProgress
+    channels: int, pixel_range: PixelRange, grouping: Grouping, url: str, progress: SharedProgress
 ) -> _Found:
     found = _Found()
     reasons: list[str] = []
@@ -248,6 +272,12 @@ def _read_shard(
         else:
             if "cls" in entry.files:
                 classes.add(entry.files["cls"][:LABEL_BYTES])
+            # By the names in the source, or as the shards were packed.
+            group = entry.group
+            if grouping.how != FILE:
+                group = grouping.of(str(entry.details.get("name", entry.key)))
+            if group is not None:
+                found.groups.add((url, group))
             photo = partial(Photo, entry.data, entry.name, channels, pixel_range)
             found.decode(photo, entry.key, url)
             progress.advance()
@@ -331,13 +361,18 @@ def _check_images(
 
 
 def _check_held_out(result: AuditResult, source: Source | None, found: _Found) -> None:
-    """Add validation images whose pixels are those of a training image to the problems."""
+    """Add groups on both sides, and validation images that are training images, to the problems."""
     parts: list[set[str]] = []  # places of training, and of validation
+    shared = None
     if isinstance(source, ShardSource):
         parts = [{shard.url for shard in shards} for shards in (source.train, source.val)]
+        groups = [{group for url, group in found.groups if url in urls} for urls in parts]
+        shared = shared_groups(*groups)
     elif isinstance(source, MappedSource):
+        shared = source.shared_groups()
         files = [part for part in (source.train, source.val) if isinstance(part, Files)]
         parts = [{str(path) for path in part.paths} for part in files]
+    result.problems += filter(None, [shared])
     if len(parts) < 2:
         return
     trained, held_out = parts
@@ -415,10 +450,14 @@ def audit_lines(result: AuditResult) -> Iterator[str]:
     width = max(map(len, facts))
     for name, fact in facts.items():
         yield f"{name:<{width}}  {fact}"
-    for error in result.unreadable[:PRINTED_NAMES]:
-        yield f"unreadable: {printable(error.name)}: {error.reason}"
-    if len(result.unreadable) > PRINTED_NAMES:
-        yield f"and {len(result.unreadable) - PRINTED_NAMES:,} more; the JSON has all"
+    # A line for each file, though each slice of a volume has a reason.
+    broken = Counter(error.name for error in result.unreadable)
+    reasons = {error.name: error.reason for error in reversed(result.unreadable)}
+    for name, count in [*broken.items()][:PRINTED_NAMES]:
+        more = f" ({count} images of it)" if count > 1 else ""
+        yield f"unreadable: {printable(name)}: {reasons[name]}{more}"
+    if len(broken) > PRINTED_NAMES:
+        yield f"and {len(broken) - PRINTED_NAMES:,} more; the JSON has all"
     for line in result.notes:
         yield f"note: {printable(line)}"
     for line in result.problems:

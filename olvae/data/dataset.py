@@ -1,7 +1,8 @@
 """Sources of numbered pictures (files, arrays, data sets), and the sample photographs."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -11,6 +12,8 @@ import numpy as np
 
 from olvae.data.image import (
     ALL_FILTERS,
+    Augment,
+    EvalTransform,
     Photo,
     Picture,
     RandomScaleCrop,
@@ -18,6 +21,7 @@ from olvae.data.image import (
     read_picture,
     resize_shorter_side,
 )
+from olvae.data.order.groups import FILE, Grouping, shared_groups
 from olvae.data.order.permutation import draws
 from olvae.data.pixels.size_and_range import RangeNode, Sides, Size
 from olvae.data.read_errors import ReadError, UnreadableImageError, read_or_replace
@@ -29,10 +33,15 @@ from olvae.data.source import (
     Source,
     eval_sample,
 )
-from olvae.files import counted
+from olvae.files import counted, warn_once
 
 VAL_FRACTION = 0.05  # default share of the images that is held out for validation
 MAX_VAL_IMAGES = 10_000  # held out by default: 5 % of more would take long, and tell no more
+ONE_GROUP = (
+    "all images are of one group by `hold_out_by`, which can't be split into training and "
+    "validation: name images for validation (data.params.val_root; val_dataset or val_split of "
+    "data sets), or another `hold_out_by`"
+)
 
 
 class ImageDataset(ABC):
@@ -49,6 +58,23 @@ class ImageDataset(ABC):
         """The file that a picture is a part of, by its name: a volume's, a scene's."""
         return self.key(index)
 
+    def name(self, index: int) -> str:
+        """A file's name where one is known, in which a pattern of `hold_out_by` finds a group."""
+        return self.file(index)
+
+    def group(self, index: int, grouping: Grouping) -> str:
+        """Name a picture's group. Raises ValueError: the grouping does not find it."""
+        return self.file(index) if grouping.how == FILE else grouping.of(self.name(index))
+
+    @property
+    def whole_files(self) -> bool:
+        """Whether each picture is a file of its own."""
+        return type(self).file is ImageDataset.file
+
+    def eval_transform(self) -> EvalTransform | None:
+        """What cuts each picture, where all have a size of their own, as a scene's tiles."""
+        return None
+
     def state(self, index: int) -> str:
         """A picture's key, and a file's size and time: a repeated command sees changes by it."""
         return self.key(index)
@@ -56,6 +82,10 @@ class ImageDataset(ABC):
     def identity(self, index: int) -> str:
         """A picture's key, and a file's size: the same for a copy of the data."""
         return self.key(index)
+
+    def files(self, index: int) -> Mapping[str, bytes]:  # noqa: ARG002
+        """Files that `olvae encode` keeps beside a picture's latent, by extension."""
+        return {}
 
     @abstractmethod
     def __getitem__(self, index: int) -> Photo:
@@ -78,11 +108,21 @@ class Subset(ImageDataset):
     def file(self, index: int) -> str:
         return self.images.file(self.indices[index])
 
+    def name(self, index: int) -> str:
+        return self.images.name(self.indices[index])
+
+    @property
+    def whole_files(self) -> bool:
+        return self.images.whole_files
+
     def state(self, index: int) -> str:
         return self.images.state(self.indices[index])
 
     def identity(self, index: int) -> str:
         return self.images.identity(self.indices[index])
+
+    def files(self, index: int) -> Mapping[str, bytes]:
+        return self.images.files(self.indices[index])
 
     def __getitem__(self, index: int) -> Photo:
         return self.images[self.indices[index]]
@@ -143,22 +183,44 @@ def bound_held_out(share: float, images: int, fraction: float | None) -> int:
     return min(images - 1, MAX_VAL_IMAGES, max(round(share), least))
 
 
+def groups_of(images: ImageDataset, grouping: Grouping) -> list[list[int]] | None:
+    """The numbers of each group's pictures, by first sight; None if each is its own group."""
+    if grouping.how == FILE and images.whole_files:
+        return None
+    groups = defaultdict(list)
+    for index in range(len(images)):
+        groups[images.group(index, grouping)].append(index)
+    return None if len(groups) == len(images) else list(groups.values())
+
+
 def hold_out(
-    images: ImageDataset, fraction: float | None = None
+    images: ImageDataset, fraction: float | None = None, grouping: Grouping | None = None
 ) -> tuple[ImageDataset, ImageDataset]:
     """Split into training images and, evenly spread, about ``fraction`` for validation.
 
     By default 5 % (:data:`VAL_FRACTION`), at least 20 images or, of fewer than 100, a fifth, and at
-    most 10,000 (:data:`MAX_VAL_IMAGES`).
+    most 10,000 (:data:`MAX_VAL_IMAGES`). Whole groups are held out, until they have so many images.
     """
     count = len(images)
     if count < 2:
         raise ValueError(f"{counted(count, 'image')} can't be split into training and validation")
+    wanted = bound_held_out(count * (fraction or VAL_FRACTION), count, fraction)
 
     # Even spacing keeps the choice free of a random seed.
-    share = count * (fraction or VAL_FRACTION)
-    spaced = np.linspace(0, count - 1, bound_held_out(share, count, fraction))
-    held_out = sorted({int(i) for i in spaced})
+    groups = groups_of(images, grouping or Grouping())
+    if groups is None:
+        spaced = np.linspace(0, count - 1, wanted)
+        held_out = sorted({int(i) for i in spaced})
+    else:
+        # As many groups as have the images on average, and more while they are too few.
+        if len(groups) < 2:
+            raise ValueError(ONE_GROUP)
+        sizes = np.array([len(group) for group in groups])
+        for taken in range(max(1, wanted * len(groups) // count), len(groups)):
+            chosen = np.linspace(0, len(groups) - 1, taken).astype(int)
+            if sizes[chosen].sum() >= wanted:
+                break
+        held_out = sorted(index for group in chosen for index in groups[group])
     return Subset(images, AllBut(count, held_out)), Subset(images, held_out)
 
 
@@ -171,6 +233,8 @@ class MappedSource(Source):
         batch_size, num_workers, channels, max_unreadable, range: see
             :class:`~olvae.data.source.Source`.
         samples_per_image: number of times that a training picture counts in an epoch.
+        hold_out_by: which images are never parted; see
+            :class:`~olvae.data.order.groups.Grouping`. An evaluation's intervals go by it.
 
     Raises ValueError: a batch is larger than the training images of an epoch.
     """
@@ -189,12 +253,14 @@ class MappedSource(Source):
         max_unreadable: float = 0.01,
         samples_per_image: int = 1,
         range: RangeNode | None = None,  # noqa: A002
+        hold_out_by: str = FILE,
     ) -> None:
         super().__init__(transform.size, batch_size, num_workers, channels, max_unreadable, range)
         if samples_per_image < 1:
             raise ValueError(f"samples_per_image must be at least 1, got {samples_per_image}")
         self.train = train
         self.val = val
+        self.grouping = Grouping(hold_out_by)
         self.transform = transform
         self.eval_transform = transform.evaluation
         self.samples_per_image = samples_per_image
@@ -202,8 +268,23 @@ class MappedSource(Source):
 
     def note_bound(self, held_out: int, fraction: float | None) -> None:
         """Say in the description that the usual share was bounded, if it was."""
-        if fraction is None and held_out == MAX_VAL_IMAGES:
+        if fraction is None and held_out >= MAX_VAL_IMAGES:
             self.bound = BOUND
+
+    def shared_groups(self) -> str | None:
+        """Say which groups are on both sides; None if none is, or files are their own groups."""
+        if self.grouping.how == FILE:
+            return None
+        sides = []
+        for images in (self.train, self.val):
+            sides.append({images.group(index, self.grouping) for index in range(len(images))})
+        return shared_groups(*sides)
+
+    def warn_of_shared_groups(self) -> None:
+        """Warn of groups on both sides, where these are two places."""
+        shared = self.shared_groups()
+        if shared is not None:
+            warn_once(shared)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -257,9 +338,13 @@ class MappedSource(Source):
         for index in takewhile(lambda i: i < len(self.val), process.positions()):
             key = self.val.key(index)
             try:
-                yield eval_sample(self.val[index], key, self.eval_transform)
+                sample = eval_sample(self.val[index], key, self.eval_transform)
             except UnreadableImageError as error:
                 yield Sample(None, key, (error.read_error(),))
+            else:
+                if self.grouping.how != FILE or not self.val.whole_files:
+                    sample = sample._replace(group=self.val.group(index, self.grouping))
+                yield sample
 
 
 _UNSEEN = [
@@ -300,7 +385,7 @@ class SamplePhotographs(MappedSource):
     Args:
         size, batch_size, num_workers: see :class:`~olvae.data.source.Source`.
         crops_per_photograph: crops of each photograph in an epoch.
-        min_fraction, filters, flip, shuffle_channels: see
+        min_fraction, filters, flip, shuffle_channels, augment: see
             :class:`~olvae.data.image.RandomScaleCrop`.
     """
 
@@ -316,8 +401,9 @@ class SamplePhotographs(MappedSource):
         filters: Sequence[str] = ALL_FILTERS,
         flip: bool = True,
         shuffle_channels: float = 0.5,
+        augment: Augment | None = None,
     ) -> None:
-        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels, augment)
         train = sample_photographs(PHOTOGRAPHS)
         tiles: list[tuple[str, Picture]] = []  # by name
         sides = Sides.of(size)

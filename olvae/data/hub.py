@@ -12,6 +12,7 @@ from olvae.config import ConfigError, Node, import_extra, instantiate
 from olvae.data.dataset import ImageDataset, MappedSource, hold_out
 from olvae.data.image import (
     ALL_FILTERS,
+    Augment,
     MultiBand,
     Photo,
     Picture,
@@ -19,6 +20,8 @@ from olvae.data.image import (
     array_to_picture,
     stated_picture,
 )
+from olvae.data.order.groups import FILE, Grouping
+from olvae.data.picture_folder import name_below
 from olvae.data.pixels.size_and_range import (
     AS_STORED,
     EIGHT_BIT_FILE,
@@ -44,6 +47,13 @@ class Items(ImageDataset):
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        # Folders of torchvision keep the paths of their files.
+        samples = getattr(self.dataset, "samples", None)
+        if not isinstance(samples, list) or not isinstance(samples[index], tuple):
+            return self.file(index)
+        return name_below(Path(samples[index][0]), Path(self.dataset.root))
 
     def label(self, index: int) -> int | None:
         """An item's second part, if that is an integer: its class."""
@@ -108,9 +118,11 @@ class TorchvisionSource(MappedSource):
         val_dataset: the node of the validation and test images; without it a part of the first is
             held out.
         val_fraction: size of that part, see :func:`~olvae.data.dataset.hold_out`.
+        hold_out_by: which images are held out together, by the names of files that the data set
+            knows; see :class:`~olvae.data.order.groups.Grouping`.
         size, batch_size, num_workers, channels, max_unreadable, range: see
             :class:`~olvae.data.source.Source`.
-        min_fraction, filters, flip, shuffle_channels: see
+        min_fraction, filters, flip, shuffle_channels, augment: see
             :class:`~olvae.data.image.RandomScaleCrop`.
     """
 
@@ -129,18 +141,30 @@ class TorchvisionSource(MappedSource):
         channels: int = 3,
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
+        hold_out_by: str = FILE,
+        augment: Augment | None = None,
     ) -> None:
         values = PixelRange.from_node(range)
         train: ImageDataset = Items(instantiate(dataset), channels, values)
         if val_dataset is None:
-            train, val = hold_out(train, val_fraction)
+            train, val = hold_out(train, val_fraction, Grouping(hold_out_by))
             self.note_bound(len(val), val_fraction)
         else:
             val = Items(instantiate(val_dataset), channels, values)
-        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels, augment)
         super().__init__(
-            train, val, transform, batch_size, num_workers, channels, max_unreadable, range=range
+            train,
+            val,
+            transform,
+            batch_size,
+            num_workers,
+            channels,
+            max_unreadable,
+            range=range,
+            hold_out_by=hold_out_by,
         )
+        if val_dataset is not None:
+            self.warn_of_shared_groups()
 
 
 class Column(ImageDataset):
@@ -167,6 +191,11 @@ class Column(ImageDataset):
     def __len__(self) -> int:
         return len(self.table)
 
+    def name(self, index: int) -> str:
+        # Beside an image's bytes there may be the name of the file that they are from.
+        cell = self.table[index][self.column] or {}
+        return cell.get("path") or self.file(index)
+
     def __getitem__(self, index: int) -> Photo:
         cell = self.table[index][self.column] or {"bytes": None, "path": None}
         name = f"row {index} of {self.column}"
@@ -189,10 +218,12 @@ class HuggingFaceSource(MappedSource):
         split: for training.
         val_split: for validation and test; without it a part of the training split is held out.
         val_fraction: size of that part, see :func:`~olvae.data.dataset.hold_out`.
+        hold_out_by: which images are held out together, by the names of files that the data set
+            knows; see :class:`~olvae.data.order.groups.Grouping`.
         name, data_files, data_dir, revision: passed on to ``datasets.load_dataset``.
         size, batch_size, num_workers, channels, max_unreadable, range: see
             :class:`~olvae.data.source.Source`.
-        min_fraction, filters, flip, shuffle_channels: see
+        min_fraction, filters, flip, shuffle_channels, augment: see
             :class:`~olvae.data.image.RandomScaleCrop`.
 
     Raises ConfigError: the library is not installed, or the column holds no images.
@@ -219,6 +250,8 @@ class HuggingFaceSource(MappedSource):
         channels: int = 3,
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
+        hold_out_by: str = FILE,
+        augment: Augment | None = None,
     ) -> None:
         values = PixelRange.from_node(range)
         arguments = {
@@ -230,15 +263,25 @@ class HuggingFaceSource(MappedSource):
         table = load_table(path, split, **arguments)
         train: ImageDataset = Column(table, column, channels, values)
         if val_split is None:
-            train, val = hold_out(train, val_fraction)
+            train, val = hold_out(train, val_fraction, Grouping(hold_out_by))
             self.note_bound(len(val), val_fraction)
         else:
             table = load_table(path, val_split, **arguments)
             val = Column(table, column, channels, values)
-        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels, augment)
         super().__init__(
-            train, val, transform, batch_size, num_workers, channels, max_unreadable, range=range
+            train,
+            val,
+            transform,
+            batch_size,
+            num_workers,
+            channels,
+            max_unreadable,
+            range=range,
+            hold_out_by=hold_out_by,
         )
+        if val_split is not None:
+            self.warn_of_shared_groups()
 
 
 def load_table(path: str | Path, split: str, **arguments: Any) -> Any:

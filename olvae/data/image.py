@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from olvae.data.pixels.size_and_range import (
     PixelRange,
     Sides,
     Size,
+    TooManyPixelsError,
     check_size,
     nearest_float32,
 )
@@ -190,7 +192,11 @@ class Photo:
         except ConfigError:
             raise
         except Exception as error:
-            raise UnreadableImageError(name, _reason(error)) from error
+            why = _reason(error)
+            large = isinstance(error, TooManyPixelsError | Image.DecompressionBombError)
+            if large and name.lower().endswith((".tif", ".tiff")):
+                why += ": training reads its tiles if the data are scenes:FOLDER"
+            raise UnreadableImageError(name, why) from error
 
         # Pillow's pictures have 1, 3 or 4 channels.
         if isinstance(self._image, Image.Image) and channels not in MODES:
@@ -416,6 +422,27 @@ def are_for_masks(filters: Sequence[str]) -> bool:
     return set(filters) == {"nearest"}
 
 
+# An assignment, which `validate` can evaluate without an import.
+Augment = TypedDict(  # noqa: UP013
+    "Augment",
+    {
+        "turns": bool,
+        "flip_vertical": bool,
+        "intensity_scale": float | int,
+        "intensity_shift": float | int,
+    },
+    total=False,
+)
+"""``data.params.augment``: changes of training images that have neither top nor bottom, or no
+fixed brightness, as sections of a tissue and scans.
+
+``turns``: by 0, 90, 180 or 270 degrees, each as often. ``flip_vertical``: half of them upside
+down. ``intensity_scale``: values times a number within this of 1. ``intensity_shift``: and plus as
+much of the range, up or down. What leaves the range becomes its ends; all channels but alpha
+change alike.
+"""
+
+
 @dataclass(frozen=True)
 class RandomScaleCrop:
     """Stochastic image rescaling [R], random crop and flip.
@@ -428,16 +455,26 @@ class RandomScaleCrop:
     of exactly that size is cut at whole pixels.
 
     A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the window is then still at least twice as
-    high as the result, which changes a pixel by less than 1 of 255 on average (docs/data.md).
+    high as the result, which changes a pixel by less than 1 of 255 on average (docs/sources.md).
+
+    Args:
+        size: of the result.
+        min_fraction: the smallest window's share of the largest, in (0, 1].
+        filters: from which the resize draws. Nearest alone is for masks: then evaluation resizes by
+            nearest, too.
+        flip: mirror half of the results.
+        shuffle_channels: share of the results whose channels are permuted, to get more colours from
+            few pictures.
+        augment: further changes, drawn after all else: ``turns`` by 0, 90, 180 or 270 degrees,
+            ``flip_vertical`` for half of the results, ``intensity_scale`` and ``intensity_shift``.
     """
 
-    size: Size  # of the result
-    min_fraction: float = 0.5  # in (0, 1]
-    # Some of FILTERS. Nearest alone is for masks: then evaluation resizes by nearest, too.
+    size: Size
+    min_fraction: float = 0.5
     filters: Sequence[str] = ALL_FILTERS
-    flip: bool = True  # mirror half of the results
-    # Share of the results whose channels are permuted, to get more colours from few pictures.
+    flip: bool = True
     shuffle_channels: float = 0.0
+    augment: Augment | None = None
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.shuffle_channels <= 1.0:
@@ -450,6 +487,21 @@ class RandomScaleCrop:
             raise ValueError(
                 f"filters must be some of {', '.join(FILTERS)}, got {list(self.filters)}"
             )
+        augment = self.augment or {}
+        unknown = augment.keys() - Augment.__annotations__.keys()
+        if unknown:
+            raise ValueError(
+                f"augment: {', '.join(sorted(unknown))}: its settings are "
+                f"{', '.join(Augment.__annotations__)}"
+            )
+        sides = Sides.of(self.size)
+        if augment.get("turns") and sides.height != sides.width:
+            raise ValueError(f"augment.turns: `size` is {sides}, and only squares keep their shape")
+        for name, value in augment.items():
+            if name.startswith("intensity_") and not 0.0 <= float(str(value)) < 1.0:
+                raise ValueError(f"augment.{name} must be at least 0 and below 1, got {value}")
+            if name.startswith("intensity_") and value and are_for_masks(self.filters):
+                raise ValueError(f"augment.{name}: values of masks, of `filters` nearest, stay")
 
     def __call__(self, photo: Picture | Photo, rng: np.random.Generator) -> Picture:
         # Draw the window, in pixels of the picture: its height, then its place, then the filter.
@@ -487,7 +539,41 @@ class RandomScaleCrop:
             channels = crop.bands if isinstance(crop, MultiBand) else crop.split()
             mixed = [channels[i] for i in rng.permutation(len(channels))]
             crop = replace(crop, bands=mixed) if isinstance(crop, MultiBand) else MultiBand(mixed)
-        return crop
+        if not self.augment:
+            return crop
+        values = photo.pixel_range if isinstance(photo, Photo) else EIGHT_BITS
+        return self.augmented(crop, rng, values)
+
+    def augmented(
+        self, crop: Picture, rng: np.random.Generator, pixel_range: PixelRange
+    ) -> Picture:
+        """Turn a crop, and change its values, as :attr:`augment` says; ``pixel_range`` is its."""
+        augment = self.augment or {}
+        if augment.get("flip_vertical") and rng.random() < 0.5:
+            crop = crop.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+        if augment.get("turns"):
+            turns = int(rng.integers(4))
+            if turns:
+                crop = crop.transpose(Image.Transpose[f"ROTATE_{90 * turns}"])
+        scale = float(augment.get("intensity_scale", 0.0))
+        shift = float(augment.get("intensity_shift", 0.0))
+        if not scale and not shift:
+            return crop
+
+        # The same for all channels, each in its own range.
+        gain = 1.0 + scale * rng.uniform(-1.0, 1.0)
+        moved = shift * rng.uniform(-1.0, 1.0)
+        alpha = isinstance(crop, Image.Image) and crop.mode == "RGBA"
+        several = crop if isinstance(crop, MultiBand) else MultiBand(crop.split())
+        bands = list(several.bands)
+        for number in range(len(bands) - alpha):
+            low, high = pixel_range.ends_of(number)
+            values = np.asarray(bands[number], dtype=np.float32) * np.float32(gain)
+            values = (values + np.float32(moved * (high - low))).clip(low, high)
+            if several.dtype == "uint8":
+                values = values.round().astype(np.uint8)
+            bands[number] = Image.fromarray(values)
+        return replace(several, bands=bands)
 
     @property
     def evaluation(self) -> "EvalTransform":

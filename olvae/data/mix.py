@@ -174,4 +174,5 @@ def _alone(process: LoaderProcess) -> LoaderProcess:
 
 
 def _numbered(source: int, sample: Sample) -> Sample:
-    return sample._replace(key=f"{source}/{sample.key}")
+    group = sample.group and f"{source}/{sample.group}"
+    return sample._replace(key=f"{source}/{sample.key}", group=group)

@@ -2,7 +2,7 @@
 
 It is a folder of images or of .tar shards, a pattern or URL of either, a .txt list of files,
 ``samples``, ``torchvision:CIFAR10,root=data,train=false``, ``hf:cifar10,split=test,column=img``,
-or a config.yaml.
+``scenes:FOLDER,tile=256,max_nodata=0.1``, or a config.yaml.
 """
 
 import contextlib
@@ -13,24 +13,35 @@ from typing import Any
 
 from olvae.config import Config, ConfigError, instantiate
 from olvae.config.reading import YAML, is_local
-from olvae.data.dataset import ImageDataset, MappedSource, SamplePhotographs, sample_photographs
+from olvae.data.dataset import (
+    ImageDataset,
+    MappedSource,
+    SamplePhotographs,
+    groups_of,
+    sample_photographs,
+)
 from olvae.data.hub import Column, Items, load_table
 from olvae.data.image import RandomScaleCrop, are_for_masks
+from olvae.data.order.groups import FILE, Grouping
 from olvae.data.picture_folder import (
     Files,
     find_folder,
     find_images,
     find_parts,
     has_images,
+    naming_folder,
     say_parts,
     split_folders,
 )
 from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BITS, PixelRange, Size
-from olvae.data.places import find_source, holds_shards, load
+from olvae.data.places import find_source, holds_shards, holds_volumes, load
 from olvae.data.read_errors import ReadError
+from olvae.data.scenes.scene_source import open_tiles
 from olvae.data.shards.index import share_indexes
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
+from olvae.data.volumes.volume_source import VolumeSlices, find_volumes, neighbours_of
+from olvae.files import warn_once
 from olvae.runs import present_data
 
 
@@ -71,7 +82,9 @@ def open_source(
     # The two parts of a folder; one without images gives way to the other. Else all of it.
     parts: list[ImageDataset] = []
     train, held_out = split_folders(src)
-    if held_out is not None:
+    if src.startswith("scenes:"):
+        parts.append(open_images(src, channels, pixel_range, size))
+    elif held_out is not None:
         rule = "{train} is evaluated, as {val} has no images"
         for part in (train, held_out):
             with contextlib.suppress(FileNotFoundError):
@@ -111,6 +124,15 @@ def open_test_source(
     source = open_source(src, usual, 1, workers, channels, pixel_range, resized=size is not None)
     if holds_masks(params):
         source.eval_transform = replace(source.eval_transform, resample="nearest")
+
+    # Intervals go by the groups of training's config, where the names are of its kind.
+    if isinstance(source, MappedSource) and Path(src).suffix not in YAML:
+        grouping = Grouping(params.get("hold_out_by", FILE))
+        try:
+            groups_of(source.val, grouping)
+            source.grouping = grouping
+        except ValueError as error:
+            warn_once(f"{src}: intervals are over single images: {error}")
     return source
 
 
@@ -130,9 +152,12 @@ def trains_on(config: Config, src: str) -> bool:
 
     Single shards of these data are not noticed.
     """
+    scenes = src.startswith("scenes:")
+    if scenes:
+        src = find_source(src)[1]["scenes"]
     if src == "samples" or ":" in src or Path(src).suffix in YAML:
         return False
-    evaluated = evaluated_place(src)
+    evaluated = src if scenes else evaluated_place(src)
     given = Path(evaluated).expanduser().resolve()
     params = (config.get("data") or {}).get("params") or {}
 
@@ -142,7 +167,7 @@ def trains_on(config: Config, src: str) -> bool:
     for node in nodes:
         if isinstance(node.get("root"), str) and _trains_on_files(node, evaluated):
             return True
-        for name in ("root", "shards", "folder"):
+        for name in ("root", "shards", "folder", "scenes"):
             places = node.get(name)
             if not isinstance(places, list):
                 places = [places]
@@ -156,7 +181,9 @@ def trains_on(config: Config, src: str) -> bool:
         return False
     for name, place in named:
         trained = Path(split_folders(place)[0]).expanduser().resolve()
-        if trained.is_relative_to(given) or (name == "root" and given.is_relative_to(trained)):
+        if trained.is_relative_to(given) or (
+            name in ("root", "scenes") and given.is_relative_to(trained)
+        ):
             return True
     return False
 
@@ -168,10 +195,11 @@ def _trains_on_files(node: Config, src: str) -> bool:
         return False
     # The files may be gone, or there may be none.
     with contextlib.suppress(OSError, ValueError):
-        parts = find_parts(node["root"], node.get("val_root"), node.get("val_fraction"))
-        given = find_images(src)
+        names = ("val_root", "val_fraction", "hold_out_by")
+        given = {name: node[name] for name in names if name in node}
+        parts = find_parts(node["root"], **given)
         trained = {path.resolve() for path in parts[0]}
-        return any(path.resolve() in trained for path in given)
+        return any(path.resolve() in trained for path in find_images(src))
     return False
 
 
@@ -199,18 +227,28 @@ def _mixed(params: Config) -> list[Config]:
 
 
 def open_training_images(
-    src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS
+    src: str,
+    channels: int = 3,
+    pixel_range: PixelRange = EIGHT_BITS,
+    size: Size | None = None,
 ) -> ImageDataset:
     """As :func:`open_images`, but of a folder with both parts the training images alone."""
     train, held_out = split_folders(src)
     if held_out is not None:
         say_parts(src, "takes {train}, and {val} is held out: {path} takes that")
         src = str(train)
-    return open_images(src, channels, pixel_range)
+    return open_images(src, channels, pixel_range, size)
 
 
-def open_images(src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BITS) -> ImageDataset:
+def open_images(
+    src: str,
+    channels: int = 3,
+    pixel_range: PixelRange = EIGHT_BITS,
+    size: Size | None = None,
+) -> ImageDataset:
     """All images of SRC by number, whole. SRC is anything but shards and configs.
+
+    Tiles of scenes have ``size``, unless SRC says another.
 
     Raises the errors of :func:`open_source`.
     """
@@ -225,10 +263,16 @@ def open_images(src: str, channels: int = 3, pixel_range: PixelRange = EIGHT_BIT
         arguments = {"split": "train", "column": "image", **find_source(src)[1]}
         column = str(arguments.pop("column"))
         return Column(load_table(**arguments), column, channels, pixel_range)
+    if src.startswith("scenes:"):
+        return open_tiles(find_source(src)[1], channels, pixel_range, size)
     if holds_shards(src):
         raise ConfigError(f"{src}: these are shards already")
     closed: list[ReadError] = []
-    return Files(find_images(src, closed), channels, closed, pixel_range, find_folder(src))
+    if holds_volumes(src):
+        neighbours = neighbours_of(channels)
+        return VolumeSlices(find_volumes(src, closed), pixel_range, neighbours=neighbours)
+    paths = find_images(src, closed)
+    return Files(paths, channels, closed, pixel_range, find_folder(src), naming_folder(src))
 
 
 def _build(node: Config, where: str, size: Size | None = None) -> Source:

@@ -5,17 +5,20 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from olvae.config import ConfigError
-from olvae.data.dataset import ImageDataset
+from olvae.data.dataset import ImageDataset, groups_of
 from olvae.data.hub import Items
 from olvae.data.image import MODES, MultiBand, Photo, image_to_tensor, resize_shorter_side
 from olvae.data.opening import open_training_images
-from olvae.data.picture_folder import Files
+from olvae.data.order.groups import FILE, GROUP, Grouping, fill_with_groups
+from olvae.data.picture_folder import Files, warn_of_slices
 from olvae.data.pixels.size_and_range import AS_STORED
 from olvae.data.places import check_outside
 from olvae.data.read_errors import ReadError, TooManyUnreadableError, UnreadableImageError
@@ -44,12 +47,22 @@ class PackOptions:
     quality: int = 95  # of JPEG and WebP, 1 to 100
     # of arrays, images in memory and resized images; see olvae.data.image.read_picture
     channels: int = 3
+    # which images are never parted: all of a group are in one shard
+    hold_out_by: str = FILE
 
     def __post_init__(self) -> None:
+        Grouping(self.hold_out_by)
         if self.format not in PACKED_FORMATS:
             raise ConfigError(f"`format` {self.format}: choose from {', '.join(PACKED_FORMATS)}")
         if self.resize is not None and self.channels == 4 and self.format == "jpg":
             raise ConfigError("`format` jpg has no fourth channel: choose png or webp")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON values; without a grouping where each file is its own."""
+        options = asdict(self)
+        if self.hold_out_by == FILE:
+            del options["hold_out_by"]
+        return options
 
 
 @dataclass(frozen=True)
@@ -72,9 +85,10 @@ def pack(
 
     A shard holds for each image ``KEY.jpg`` (or .png, .webp, .npy) and ``KEY.json`` with its name
     in the source, its width and height, upright, and its class where a data set gives one, also in
-    ``KEY.cls``; KEY is its position in the order. Shards and index depend on the source and the
-    options alone. Finished shards of an earlier run are kept. A share of up to ``max_unreadable``
-    of the images may be unreadable; these are left out.
+    ``KEY.cls``; KEY is its position in the order. A group of several images is whole in one shard,
+    and named in ``KEY.json``: a large group makes a large shard. Shards and index depend on the
+    source and the options alone. Finished shards of an earlier run are kept. A share of up to
+    ``max_unreadable`` of the images may be unreadable; these are left out.
 
     Of several ranks (:func:`olvae.launcher.join`), each writes its share of the shards by
     ``workers`` processes, and the first one the index; the others return None.
@@ -88,6 +102,8 @@ def pack(
     images = open_training_images(src, options.channels, AS_STORED)
     if not options.shard_size:
         options = replace(options, shard_size=usual_shard_size(len(images)))
+    if isinstance(images, Files) and options.hold_out_by == FILE:
+        warn_of_slices([images])
     digest = hash_of(src, images, options)
     shards = ResumableShards(out, PACKING)
 
@@ -101,10 +117,10 @@ def pack(
         return Packed(index, len(index.shards)) if this_process()[0] == 0 else None
 
     # The plan of a run; shards that an earlier one left must have the same.
-    plan = {"options": asdict(options), "images": digest}
+    plan = {"options": options.as_dict(), "images": digest}
     shards.check(plan)
-    tasks = list(enumerate(shard_positions(len(images), options.shard_size)))
     packer = _Packer(images, options, shards)
+    tasks = list(enumerate(packer.positions))
 
     # Write the shards, then the index: it tells that the folder is complete.
     try:
@@ -145,12 +161,12 @@ def make_index(
             records[name] = shard.record
         for lost in shard.unreadable:
             unreadable.append({"shard": name, "name": lost.name, "reason": lost.reason})
-    return Index(records, asdict(options), digest, unreadable)
+    return Index(records, options.as_dict(), digest, unreadable)
 
 
 def hash_of(src: str, images: ImageDataset, options: PackOptions) -> str:
     """Hash all that the shards depend on: the options, and names, sizes and times of files."""
-    hashed = hashlib.sha256(json.dumps(asdict(options), sort_keys=True).encode())
+    hashed = hashlib.sha256(json.dumps(options.as_dict(), sort_keys=True).encode())
     if not isinstance(images, Files):
         hashed.update(src.encode())
     for position in range(len(images)):
@@ -202,8 +218,23 @@ class _Packer:
         self.options = options
         self.shards = shards
         self.order = np.arange(len(images))
-        if options.seed is not None:
-            self.order = np.random.default_rng(options.seed).permutation(len(images))
+        self.positions = shard_positions(len(images), options.shard_size)
+        rng = None if options.seed is None else np.random.default_rng(options.seed)
+        self.grouping = Grouping(options.hold_out_by)
+        groups = groups_of(images, self.grouping)
+        self.grouped = groups is not None
+        if groups is None and rng is not None:
+            self.order = rng.permutation(len(images))
+        elif groups is not None:
+            # Whole groups fill the shards, in any order, and then the images of a shard are mixed.
+            if rng is not None:
+                groups = [groups[place] for place in rng.permutation(len(groups))]
+            filled = fill_with_groups(groups, options.shard_size)
+            if rng is not None:
+                filled = [rng.permutation(shard).tolist() for shard in filled]
+            self.order = np.concatenate(filled)
+            ends = list(accumulate(map(len, filled), initial=0))
+            self.positions = [range(*pair) for pair in pairwise(ends)]
 
     def __call__(
         self, task: tuple[int, range], progress: SharedProgress
@@ -234,6 +265,8 @@ class _Packer:
         extension, data, (width, height) = _encode(photo, self.options)
         files = {extension: data}
         details = {"name": self.images.key(index), "width": width, "height": height}
+        if self.grouped:
+            details[GROUP] = self.images.group(index, self.grouping)
         if isinstance(self.images, Items):
             label = self.images.label(index)
             if label is not None:

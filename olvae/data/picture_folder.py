@@ -5,17 +5,19 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 
 from olvae.data.dataset import (
+    ONE_GROUP,
     VAL_FRACTION,
     ImageDataset,
     MappedSource,
     bound_held_out,
 )
-from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop
+from olvae.data.image import ALL_FILTERS, Augment, Photo, RandomScaleCrop
+from olvae.data.order.groups import FILE, Grouping, look_like_slices
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, RangeNode, Size
 from olvae.data.places import EXTENSIONS, is_image_file
 from olvae.data.read_errors import ReadError
@@ -31,7 +33,7 @@ class Files(ImageDataset):
     """Pictures in files; a key is the path below ``root``.
 
     By default root is the deepest folder that holds all of them. ``closed`` are folders that could
-    not be opened.
+    not be opened. Names of groups are found in paths below ``below``, by default root.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Files(ImageDataset):
         closed: Sequence[ReadError] = (),
         pixel_range: PixelRange = EIGHT_BITS,
         root: str | Path | None = None,
+        below: Path | None = None,
     ) -> None:
         self.paths = list(paths)
         self.channels = channels
@@ -49,6 +52,7 @@ class Files(ImageDataset):
         folders = {path.parent for path in paths} if root is None else [root]
         absolute = [os.path.abspath(folder) for folder in folders]  # noqa: PTH100
         self.root = os.path.commonpath(absolute)
+        self.below = below
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -56,6 +60,11 @@ class Files(ImageDataset):
     def key(self, index: int) -> str:
         below = os.path.relpath(self.paths[index], self.root)
         return legible(Path(below).as_posix())
+
+    def name(self, index: int) -> str:
+        if self.below is None:
+            return self.key(index)
+        return name_below(self.paths[index], self.below)
 
     def state(self, index: int) -> str:
         return f"{self.key(index)}\0{file_state(self.paths[index])}"
@@ -85,7 +94,11 @@ class FolderSource(MappedSource):
             path below root, so that it does not change when images are added. By default 5 %, at
             least 20 images or, of fewer than 100, a fifth, and at most 10,000: up to about 400
             images, and above 200,000, adding some may change which ones.
-        min_fraction, filters, flip, shuffle_channels: see :class:`RandomScaleCrop`.
+        hold_out_by: which images are held out together: each ``file`` alone; those of a ``folder``;
+            or those in whose paths a regular expression finds the same ``group``, for example
+            ``(?P<group>patient\\d+)``. Whole groups are held out, by a hash of the group's name,
+            until they have the share's images.
+        min_fraction, filters, flip, shuffle_channels, augment: see :class:`RandomScaleCrop`.
         channels: of the images: 1, 3, 4 or any other number, see
             :func:`~olvae.data.image.read_picture`.
 
@@ -108,26 +121,60 @@ class FolderSource(MappedSource):
         channels: int = 3,
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
+        hold_out_by: str = FILE,
+        augment: Augment | None = None,
     ) -> None:
         # The files of both parts: of two folders, or of one, a fixed part of it held out.
-        train_paths, val_paths = find_parts(root, val_root, val_fraction)
+        train_paths, val_paths = find_parts(root, val_root, val_fraction, hold_out_by)
         if val_root is None:
             say_parts(root, "trains on {train}, and {val} is held out")
             root, val_root = split_folders(root)
+        own_split = val_root is None
         if val_root is None:
             val_root = root
             self.note_bound(len(val_paths), val_fraction)
 
         values = PixelRange.from_node(range)
+        train = Files(train_paths, channels, (), values, find_folder(root), naming_folder(root))
+        val = Files(val_paths, channels, (), values, find_folder(val_root), naming_folder(val_root))
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
         train = Files(train_paths, channels, (), values, find_folder(root))
         val = Files(val_paths, channels, (), values, find_folder(val_root))
-        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels, augment)
         super().__init__(
-            train, val, transform, batch_size, num_workers, channels, max_unreadable, range=range
+            train,
+            val,
+            transform,
+            batch_size,
+            num_workers,
+            channels,
+            max_unreadable,
+            range=range,
+            hold_out_by=hold_out_by,
         )
+        if not own_split:
+            self.warn_of_shared_groups()
+        elif hold_out_by == FILE:
+            warn_of_slices([train, val])
 
 
-def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list[Path]:
+def warn_of_slices(parts: Sequence[Files]) -> None:
+    """Warn if files, each held out alone, look like slices of a few things by their names."""
+    names: list[str] = []
+    for part in parts:
+        folder = f"{part.below or part.root}/"
+        names += [str(path).removeprefix(folder) for path in part.paths]
+    slices = look_like_slices(names)
+    if slices is not None:
+        warn_once(slices)
+
+
+def find_images(
+    root: str | Path,
+    closed: list[ReadError] | None = None,
+    wanted: Callable[[str], bool] = is_image_file,
+    extensions: Sequence[str] = EXTENSIONS,
+) -> list[Path]:
     """Find files of images: in a folder at any depth, by a pattern, or listed in a text file.
 
     Folders and patterns give files with an image's extension, sorted, through symbolic links as
@@ -135,6 +182,7 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
     its paths in its order, whether or not they exist.
 
     ``closed``: gets the folders below root that can't be opened; the log names each once.
+    ``wanted``: whether a path is an image's; ``extensions`` are those that an error names.
 
     Raises FileNotFoundError: the folder or list is missing or empty. PermissionError: root can't
     be opened.
@@ -143,7 +191,7 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
     if path.is_dir():
         if closed is None:
             closed = []
-        paths = _without_sidecars(sorted(_walk(path, closed)))
+        paths = _without_sidecars(sorted(_walk(path, closed, wanted)))
     elif path.suffix.lower() == ".txt":
         if not path.is_file():
             raise FileNotFoundError(f"{root}: no such list of images")
@@ -161,7 +209,8 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
     elif glob.has_magic(str(root)):
         # Path.glob would need the pattern's folder apart.
         names = glob.glob(str(path), recursive=True)  # noqa: PTH207
-        paths = _without_sidecars(sorted(filter(_is_image, map(Path, names))))
+        found = (Path(name) for name in names)
+        paths = _without_sidecars(sorted(one for one in found if _is_image(one, wanted)))
     elif path.exists():
         raise FileNotFoundError(f"{root}: this is a file: name a folder, a pattern or a .txt list")
     else:
@@ -169,7 +218,7 @@ def find_images(root: str | Path, closed: list[ReadError] | None = None) -> list
     if not paths:
         where = "in this folder" if path.is_dir() else "of this name"
         raise FileNotFoundError(
-            f"{root}: no images {where} (looked for {', '.join(EXTENSIONS)}){_other_files(path)}"
+            f"{root}: no images {where} (looked for {', '.join(extensions)}){_other_files(path)}"
         )
     return paths
 
@@ -195,7 +244,7 @@ def find_folder(root: str | Path) -> Path | None:
     return path if path.is_dir() else None
 
 
-def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
+def _walk(folder: Path, closed: list[ReadError], wanted: Callable[[str], bool]) -> Iterator[Path]:
     """Find images at any depth; each folder once, however many links lead to it."""
     seen = set()  # folders, with links resolved
     waiting = [str(folder)]
@@ -224,10 +273,10 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
         for entry in entries:
             try:
                 is_folder = entry.is_dir()
-                is_image = is_image_file(entry.name) and entry.is_file()
+                is_image = wanted(entry.path) and entry.is_file()
             except OSError:
                 is_folder = False
-                is_image = _is_image(Path(entry.path))
+                is_image = _is_image(Path(entry.path), wanted)
             if is_folder and not entry.name.startswith("."):
                 folders.append(entry.path)
             elif is_image:
@@ -237,12 +286,12 @@ def _walk(folder: Path, closed: list[ReadError]) -> Iterator[Path]:
 
 def has_images(folder: str | Path) -> bool:
     """Whether :func:`find_images` finds any in a folder; it stops at the first one."""
-    return next(_walk(Path(folder), []), None) is not None
+    return next(_walk(Path(folder), [], is_image_file), None) is not None
 
 
-def _is_image(path: Path) -> bool:
+def _is_image(path: Path, wanted: Callable[[str], bool]) -> bool:
     try:
-        return is_image_file(path.name) and path.is_file()
+        return wanted(str(path)) and path.is_file()
     except OSError:  # in a folder that can be listed but not entered: counted as unreadable later
         return True
 
@@ -315,8 +364,30 @@ def _folders_in(folder: Path, parts: Sequence[str] | None = None) -> list[str]:
     return [name for name in wanted if os.path.isdir(folder / name)]  # noqa: PTH112
 
 
+def naming_folder(root: str | Path) -> Path:
+    """The folder below which names count: root, a list's folder, or a pattern's fixed parts."""
+    folder = Path(root).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.suffix.lower() == ".txt":
+        return folder.parent
+    fixed = takewhile(lambda part: not glob.has_magic(ESCAPED.sub("", part)), folder.parts)
+    return Path(*(ESCAPED.sub(r"\1", part) for part in fixed))
+
+
+def name_below(path: Path, folder: Path) -> str:
+    """A path below a folder, with ``/``; the whole path if it is elsewhere."""
+    try:
+        return path.relative_to(folder).as_posix()
+    except ValueError:
+        return path.as_posix()
+
+
 def find_parts(
-    root: str | Path, val_root: str | Path | None = None, val_fraction: float | None = None
+    root: str | Path,
+    val_root: str | Path | None = None,
+    val_fraction: float | None = None,
+    hold_out_by: str = FILE,
 ) -> tuple[list[Path], list[Path]]:
     """The files of training and of validation images; arguments as of :class:`FolderSource`."""
     if val_root is None:
@@ -332,27 +403,27 @@ def find_parts(
             "set data.params.val_root"
         )
 
-    # The folder below which names count: root, a list's folder, or a pattern's fixed parts.
-    folder = Path(root).expanduser()
-    if folder.suffix.lower() == ".txt" and not folder.is_dir():
-        folder = folder.parent
-    elif not folder.is_dir():
-        fixed = takewhile(lambda part: not glob.has_magic(ESCAPED.sub("", part)), folder.parts)
-        folder = Path(*(ESCAPED.sub(r"\1", part) for part in fixed))
-
-    # Each path has a place in [0, 1): the hash of its name below the folder.
+    # Each group has a place in [0, 1): the hash of its name.
+    folder = naming_folder(root)
+    groups = Grouping(hold_out_by).members(name_below(path, folder) for path in paths)
+    if len(groups) < 2:
+        raise ValueError(f"{root}: {ONE_GROUP}")
     places = {}
-    for path in paths:
-        try:
-            name = path.relative_to(folder)
-        except ValueError:
-            name = path
-        digest = hashlib.sha256(name.as_posix().encode(errors="surrogateescape")).digest()
-        places[path] = int.from_bytes(digest[:8], "big") / 2**64
+    for name in groups:
+        digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
+        places[name] = int.from_bytes(digest[:8], "big") / 2**64
 
-    # The first places are held out, so adding images changes few of them.
-    share = sum(place < (val_fraction or VAL_FRACTION) for place in places.values())
+    # The first groups are held out, until they have the images, so adding some changes few of them.
+    share = 0
+    for name, members in groups.items():
+        if places[name] < (val_fraction or VAL_FRACTION):
+            # A list may name a file twice.
+            share += len({paths[place] for place in members})
     count = bound_held_out(share, len(paths), val_fraction)
-    held_out = set(sorted(paths, key=places.__getitem__)[:count])
-    train = [path for path in paths if path not in held_out]
-    return train, [path for path in paths if path in held_out]
+    held_out: set[int] = set()
+    for name in sorted(groups, key=places.__getitem__)[:-1]:
+        if len(held_out) >= count:
+            break
+        held_out.update(groups[name])
+    train = [path for place, path in enumerate(paths) if place not in held_out]
+    return train, [paths[place] for place in sorted(held_out)]

@@ -20,12 +20,16 @@ SHARDS = f"{OF_THIS_PACKAGE}shards.webdataset.WebDatasetSource"
 
 SAMPLES = f"{OF_THIS_PACKAGE}dataset.SamplePhotographs"
 
+VOLUMES = f"{OF_THIS_PACKAGE}volumes.volume_source.VolumeSource"
+SCENE = f"{OF_THIS_PACKAGE}scenes.scene_source.SceneSource"
+
 # Arguments that name the images of a source.
-PLACE_KEYS = {"root", "shards", "dataset", "path"}
+PLACE_KEYS = {"root", "shards", "dataset", "path", "scenes"}
 
 # Arguments that belong to one set of images, and are dropped with it.
 DATA_KEYS = (
     "val_root",
+    "val_scenes",
     "val_dataset",
     "split",
     "val_split",
@@ -55,6 +59,10 @@ PICTURES = (
 )
 
 EXTENSIONS = (*PICTURES, ".npy", ".npz", ".exr")
+
+# Volumes. Files of DICOM often have no extension, or end with a number: byte 128 tells.
+VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".dcm", ".dicom")
+DICOM_MARK = (128, b"DICM")
 
 
 def load(
@@ -127,7 +135,7 @@ def _with_matching_source(node: Config, before: Config, given: Container[str]) -
         source = SHARDS
         naming = {"shards": place}
     elif isinstance(place, str):
-        source, naming = find_source(place)
+        source, naming = find_source(place, volumes=target == VOLUMES)
     else:
         return node
 
@@ -155,15 +163,25 @@ def _with_matching_source(node: Config, before: Config, given: Container[str]) -
 def place_of(data: Config) -> str:
     """Return where a data node's held-out images are: the path it names, or else its target."""
     params = data.get("params") or {}
-    for key in ("val_root", "val_shards", "root", "shards", "path", "folder"):
+    for key in (
+        "val_root",
+        "val_shards",
+        "val_scenes",
+        "root",
+        "shards",
+        "scenes",
+        "path",
+        "folder",
+    ):
         if params.get(key):
             return str(params[key])
     return str(data.get("target"))
 
 
-def find_source(src: str) -> tuple[str, Config]:
+def find_source(src: str, volumes: bool = False) -> tuple[str, Config]:
     """Return the target of the source that trains on SRC, and the params that name SRC to it.
 
+    ``volumes`` are taken even if there are pictures beside them, or nothing yet.
     See :mod:`olvae.data.opening` for what SRC can be.
     """
     kind, _, rest = src.partition(":")
@@ -177,12 +195,18 @@ def find_source(src: str) -> tuple[str, Config]:
         name, arguments = _split_arguments(rest)
         node = {"target": f"torchvision.datasets.{name}", "params": arguments}
         return f"{OF_THIS_PACKAGE}hub.TorchvisionSource", {"dataset": node}
+    if src.startswith("scenes:"):
+        path, arguments = _split_arguments(rest)
+        return SCENE, {"scenes": path, **arguments}
     if kind == "hf" and "://" not in src:
         path, arguments = _split_arguments(rest)
         return f"{OF_THIS_PACKAGE}hub.HuggingFaceSource", {"path": path, **arguments}
     if holds_shards(src):
         return SHARDS, {"shards": src}
-    return FOLDER, {"root": src}
+    if volumes:
+        pictures = holds_pictures(Path(src).expanduser())
+        volumes = holds_volumes(src, beside_pictures=True) or not pictures
+    return VOLUMES if volumes or holds_volumes(src) else FOLDER, {"root": src}
 
 
 def holds_shards(src: str) -> bool:
@@ -191,6 +215,8 @@ def holds_shards(src: str) -> bool:
     A folder that has images at any depth is not one of shards.
     """
     if src.partition(":")[0] in ("torchvision", "hf") and "://" not in src:
+        return False
+    if src.startswith("scenes:"):
         return False
     path = Path(src).expanduser()
     if not path.is_dir():
@@ -216,6 +242,28 @@ def holds_pictures(folder: Path) -> bool:
     return False
 
 
+def holds_volumes(src: str, beside_pictures: bool = False) -> bool:
+    """Whether SRC is volumes: a file or pattern of them, a list, or a folder that has any.
+
+    A folder that has pictures at any depth is not one of volumes, unless they are allowed.
+    """
+    path = Path(src).expanduser()
+    if path.suffix.lower() == ".txt" and path.is_file():
+        with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+            lines = (line.strip() for line in file)
+            first = next((line for line in lines if line and not line.startswith("#")), "")
+        return is_volume_file(str(path.parent / first))
+    if not path.is_dir():
+        return is_local(src) and is_volume_file(str(path))
+    if not beside_pictures and holds_pictures(path):
+        return False
+    for folder, _, names in os.walk(path):
+        for name in names:
+            if is_volume_file(os.path.join(folder, name)):  # noqa: PTH118
+                return True
+    return False
+
+
 def check_outside(out: Path, src: str) -> None:
     """Raise ConfigError if results would be among the images of a folder, or in one of shards.
 
@@ -234,9 +282,32 @@ def is_shard(name: str) -> bool:
     return name.endswith(SUFFIXES) and not name.startswith(".")
 
 
-def is_image_file(name: str) -> bool:
+def is_image_file(path: str) -> bool:
     """Whether a file is an image by its name; hidden files are not."""
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+    return path.lower().endswith(EXTENSIONS) and os.path.basename(path)[0] != "."  # noqa: PTH119
+
+
+def names_volume(name: str) -> bool:
+    """Whether a name is of a volume: a file's by its extension, or a DICOM series' UID."""
+    last = name.rpartition("/")[2]
+    is_uid = last.count(".") > 1 and last.replace(".", "").isdigit()
+    return is_uid or last.lower().endswith(VOLUME_SUFFIXES)
+
+
+def is_volume_file(path: str) -> bool:
+    """Whether a file is a volume, or a slice of one: by its name or, of DICOM, its first bytes."""
+    place = Path(path)
+    if place.name.startswith(".") or place.name.upper() == "DICOMDIR":
+        return False
+    if place.name.lower().endswith(VOLUME_SUFFIXES):
+        return True
+    if place.suffix and not place.suffix[1:].isdigit():
+        return False
+    start, mark = DICOM_MARK
+    with contextlib.suppress(OSError, ValueError), place.open("rb") as file:
+        file.seek(start)
+        return file.read(len(mark)) == mark
+    return False
 
 
 def _split_arguments(text: str) -> tuple[str, dict[str, Any]]:

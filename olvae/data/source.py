@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
 from olvae.data.image import EvalTransform, Photo, image_to_tensor
+from olvae.data.order.groups import Grouping
 from olvae.data.pixels.size_and_range import PixelRange, RangeNode, Sides, Size
 from olvae.data.read_errors import ReadError, ReadErrors, UnreadableImages
 from olvae.files import SIGNALS, lines_sha256
@@ -109,12 +110,14 @@ class Batch(TypedDict, total=False):
 
     Where the source knows classes, ``label`` is int64 (B,). Where it has a teacher's latents,
     ``moments`` is float32 (B, 2 n_z, height / f, width / f), the means, then the log-variances.
+    Where validation images are not drawn alone, ``group`` names the group of each.
     """
 
     image: Tensor
     key: list[str]
     label: Tensor
     moments: Tensor
+    group: list[str]
 
 
 class Sample(NamedTuple):
@@ -128,6 +131,8 @@ class Sample(NamedTuple):
     enlarged: bool = False  # whether the picture was smaller than the image
     # of the image's latent, float32 (2 n_z, h, w), where the source has them
     moments: Tensor | None = None
+    # of validation images that are not drawn alone, such as a patient's; None: the image is its own
+    group: str | None = None
 
 
 def eval_sample(photo: Photo, key: str, transform: EvalTransform) -> Sample:
@@ -169,6 +174,8 @@ class Source(ABC):
     shares_evenly = False
     # :data:`BOUND`, for the description, if fewer images than 5 % are held out
     bound = ""
+    # which images are held out together
+    grouping = Grouping()
     # batches of each of so many ranks that a training's validation takes; None for all images
     val_limit: tuple[int, int] | None = None
 
@@ -498,6 +505,8 @@ def _collate(tensor: str, samples: Sequence[Sample]) -> dict[str, Any]:
             batch["label"] = torch.tensor(labels)
         if len(moments) == len(good):
             batch["moments"] = default_collate(moments)
+    if any(sample.group is not None for sample in good):
+        batch["group"] = [sample.group or sample.key for sample in good]
     return batch
 
 

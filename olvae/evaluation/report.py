@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.table import Table as Grid
 
 from olvae import __version__
 from olvae.data.pixels.size_and_range import Sides
+from olvae.data.places import names_volume
 from olvae.evaluation.cells import (
     NONE,
     Cell,
@@ -28,7 +30,7 @@ from olvae.evaluation.cells import (
 )
 from olvae.evaluation.observers.observer import Evaluated
 from olvae.evaluation.page import Page
-from olvae.evaluation.results import Results, used_weights
+from olvae.evaluation.results import Results, Row, used_weights
 from olvae.files import atomic_write, counted, no_empty_folders, plain, remove_partials, write_json
 from olvae.metrics import METRICS
 
@@ -93,6 +95,12 @@ def write_markdown(evaluated: Evaluated, path: Path, head: str = "") -> None:
         partial.write_text(head + "\n".join(lines).rstrip() + "\n", encoding="utf-8")
 
 
+def inert(name: str) -> str:
+    """Make a name safe as a cell; see :func:`write_csv`."""
+    safe = name.replace("\r", r"\r")
+    return f"'{safe}" if name.startswith(FORMULA) else safe
+
+
 def write_csv(results: Results, path: Path) -> None:
     r"""Write per_image.csv: target, key, and the metrics of single images; a line per both.
 
@@ -101,11 +109,6 @@ def write_csv(results: Results, path: Path) -> None:
     starts as a formula: such a name gets an apostrophe in front, and so does one that has it. A
     carriage return, which csv writes without quotes and would end the line, becomes ``\r``.
     """
-
-    def inert(name: str) -> str:
-        safe = name.replace("\r", r"\r")
-        return f"'{safe}" if name.startswith(FORMULA) else safe
-
     names = list(dict.fromkeys(name for row in results.rows for name in row.per_image))
     with (
         atomic_write(path) as partial,
@@ -118,6 +121,44 @@ def write_csv(results: Results, path: Path) -> None:
             for key in sorted(set[str]().union(*columns)):
                 values = [column.get(key) for column in columns]
                 writer.writerow([inert(row.target), inert(key), *values])
+
+
+def write_volumes_csv(evaluated: Evaluated, path: Path) -> None:
+    """Write per_volume.csv: each target's means over the slices of a volume, as per_image.csv.
+
+    A slice's key is PATH/NUMBER. Observers add figures of the slices.
+    """
+    lines: list[dict[str, Any]] = []
+    for row in evaluated.results.rows:
+        for volume, keys in volumes_of(row).items():
+            line: dict[str, Any] = {"target": row.target, "volume": volume, "slices": len(keys)}
+            for name, values in row.per_image.items():
+                found = [values[key] for key in keys if key in values]
+                if found:
+                    line[name] = sum(found) / len(found)
+            for observer in evaluated.observers:
+                line.update(observer.of_images(row.target, keys))
+            lines.append(line)
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    with (
+        atomic_write(path) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        for line in lines:
+            named = {name: inert(line[name]) for name in ("target", "volume")}
+            writer.writerow({**line, **named})
+
+
+def volumes_of(row: Row) -> dict[str, list[str]]:
+    """Group a row's keys by the volume that they are slices of; none for other images."""
+    found: dict[str, list[str]] = {}
+    for key in sorted(set[str]().union(*row.per_image.values())):
+        volume, _, number = key.rpartition("/")
+        if number.isdigit() and names_volume(volume):
+            found.setdefault(volume, []).append(key)
+    return found
 
 
 def write_files(
@@ -152,6 +193,9 @@ def write_files(
         if any(row.per_image for row in evaluated.results.rows):
             written["images"] = folder / f"per_image{suffix}.csv"
             write_csv(evaluated.results, written["images"])
+        if any(volumes_of(row) for row in evaluated.results.rows):
+            written["volumes"] = folder / f"per_volume{suffix}.csv"
+            write_volumes_csv(evaluated, written["volumes"])
 
         written["table"] = folder / f"metrics{suffix}.md"
         write_markdown(evaluated, written["table"])

@@ -28,7 +28,7 @@ class Row:
     n: int  # number of images
     metrics: Mapping[str, float]  # PSNR may be infinite
     skipped: Mapping[str, str] = field(default_factory=dict)  # by metric, why it has no value
-    # By metric, the 95 % bootstrap interval over images.
+    # By metric, the 95 % bootstrap interval over images or, where they have some, over groups.
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     # By metric: pretrained weights, subsets, a warning.
     details: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -118,7 +118,7 @@ class Results:
 
     protocol: Mapping[str, Any]  # as_dict() of evaluation.protocol.Protocol
     protocol_hash: str  # two results are comparable only if it is the same
-    # Source, n, sha256 of the pixels, how many were unreadable or enlarged.
+    # Source, n, groups if they have some, sha256 of the pixels, how many unreadable or enlarged.
     images: Mapping[str, Any]
     rows: Sequence[Row]
     earlier: Sequence[Row] = ()  # rows of earlier results, added by beside()
@@ -210,6 +210,11 @@ class Results:
         few = [row.n for row in self.rows if row.n < MIN_VAL_IMAGES]
         if few:
             found.append(f"few images, {few[0]}: other ones give other numbers")
+        groups = self.images.get("groups")
+        if groups is not None and groups < MIN_VAL_IMAGES:
+            found.append(
+                f"few groups, {groups}: intervals over so few are too narrow; of one there are none"
+            )
         unreadable = self.images["unreadable"]
         if unreadable:
             found.append(f"unreadable images, which are not in these numbers: {unreadable}")

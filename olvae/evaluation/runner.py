@@ -143,8 +143,9 @@ def _one_pass(
     # The pass over the images. All processes take part; the first one gets everything.
     batches = progress("evaluating", loader, source.val_images)
     shards = isinstance(source, ShardSource)
-    digests = observe(batches, subjects, trips, metrics, observers, pixels, shards)
-    images = _describe_images(request, source, loader, digests or {})
+    groups: dict[str, str] = {}
+    digests = observe(batches, subjects, trips, metrics, observers, pixels, shards, groups)
+    images = _describe_images(request, source, loader, digests or {}, groups)
     if digests is None:
         return []
     n = len(digests)
@@ -159,7 +160,7 @@ def _one_pass(
         for name, subject in subjects.items():
             index = 0 if subject.baseline else draw
             found.append(measured[name, index])
-        rows = rows_under(complete, found, request.metrics)
+        rows = rows_under(complete, found, request.metrics, groups or None)
         for observer in observers:
             by_name = {row.target: row for row in rows}
             rows = [observer.complete(row, by_name) for row in rows]
@@ -199,22 +200,26 @@ def observe(
     observers: Sequence[Observer] = (),
     pixel_range: PixelRange = EIGHT_BITS,
     shards: bool = False,
+    groups: dict[str, str] | None = None,
 ) -> dict[str, bytes] | None:
     """Reconstruct this process's images with every subject; feed metrics and observers.
 
-    With ``shards``, keys begin with the names of shards.
+    With ``shards``, keys begin with the names of shards. ``groups`` gets the groups of images by
+    key, of those that are not their own.
     Returns, in the first process, a digest of each image's pixels by key; metrics and observers
     there are merged over all processes. None in the others. Raises ValueError if there are no
     images.
     """
     # Batches: every round trip sees the same images.
     digests: dict[str, bytes] = {}
+    groups = {} if groups is None else groups
     read = 0
     for batch in batches:
         check_others()
         keys = batch["key"]
         x = batch["image"]
         read += len(keys)
+        groups.update(zip(keys, batch.get("group", []), strict=False))
         for key, image in zip(keys, x, strict=True):
             pixels = repr(tuple(image.shape)).encode() + image.numpy().tobytes()
             digests[key] = hashlib.sha256(pixels).digest()
@@ -237,18 +242,19 @@ def observe(
         metrics[subject_and_draw].merge(state)
 
     # Merge the rest: the first process gets everything of all, its own among them.
-    parts = gather((digests, [observer.state() for observer in observers], read))
+    parts = gather((digests, [observer.state() for observer in observers], read, groups))
     if parts is None:
         return None
-    for part, observed, _ in parts:
+    for part, observed, _, theirs in parts:
         digests.update(part)
+        groups.update(theirs)
         for observer, state in zip(observers, observed, strict=True):
             observer.merge(state)
     if not digests:
         raise ValueError("the test set has no images that can be read")
 
     # A list may name a file twice: its key is read again.
-    read = sum(count for *_, count in parts)
+    read = sum(count for _, _, count, _ in parts)
     if read > len(digests):
         warn_once(
             f"{read} images were read, {len(digests)} are measured: the others repeat a key, such "
@@ -263,9 +269,13 @@ def fingerprint(digests: Mapping[str, bytes]) -> str:
 
 
 def _describe_images(
-    request: Request, source: Source, loader: BatchLoader, digests: Mapping[str, bytes]
+    request: Request,
+    source: Source,
+    loader: BatchLoader,
+    digests: Mapping[str, bytes],
+    groups: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Describe the images' origin, and how many were unreadable or enlarged.
+    """Describe the images' origin and groups, and how many were unreadable or enlarged.
 
     Called in all processes; the first one's answer covers all.
     """
@@ -278,9 +288,12 @@ def _describe_images(
     for reasons, count in parts:
         files.update(reasons)
         enlarged += count
+    counts = {"n": len(digests)}
+    if groups:
+        counts["groups"] = len({groups.get(key, key) for key in digests})
     return {
         "source": request.data or place_of(request.targets[0].config["data"]),
-        "n": len(digests),
+        **counts,
         "sha256": fingerprint(digests),
         "unreadable": loader.read_errors.lost,
         "unreadable_files": files,
@@ -358,8 +371,16 @@ def measure(target: str, metrics: MetricSet, n: int, **more: Any) -> Row:
     )
 
 
-def rows_under(protocol: Protocol, measured: Iterable[Row], names: Sequence[str]) -> list[Row]:
-    """Select the protocol's metric variants; add intervals, and differences from the first row."""
+def rows_under(
+    protocol: Protocol,
+    measured: Iterable[Row],
+    names: Sequence[str],
+    groups: Mapping[str, str] | None = None,
+) -> list[Row]:
+    """Select the protocol's metric variants; add intervals, and differences from the first row.
+
+    ``groups`` are the images', by key, if they have some.
+    """
     columns = {name: protocol.columns.get(name, name) for name in names}
     rows: list[Row] = []
     for row in measured:
@@ -368,11 +389,11 @@ def rows_under(protocol: Protocol, measured: Iterable[Row], names: Sequence[str]
         intervals = {}
         differences = {}
         for name, values in per_image.items():
-            interval = confidence(values)
+            interval = confidence(values, groups=groups)
             if interval:
                 intervals[name] = interval
             if name in first:
-                paired = difference(values, first[name])
+                paired = difference(values, first[name], groups=groups)
                 if paired:
                     differences[name] = paired
         rows.append(

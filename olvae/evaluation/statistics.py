@@ -1,6 +1,11 @@
-"""Bootstrap intervals of a metric's mean, and of the difference between two targets."""
+"""Bootstrap intervals of a metric's mean, and of the difference between two targets.
 
-from collections.abc import Mapping
+Slices of one patient are alike: drawn one by one, they would make intervals too narrow. So groups
+are drawn whole, as in a cluster bootstrap.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import NamedTuple
 
 import numpy as np
@@ -16,56 +21,87 @@ class Difference(NamedTuple):
 
 
 def confidence(
-    values: Mapping[str, float], level: float = 0.95, samples: int = 1000, seed: int = 0
+    values: Mapping[str, float],
+    level: float = 0.95,
+    samples: int = 1000,
+    seed: int = 0,
+    groups: Mapping[str, str] | None = None,
 ) -> tuple[float, float] | None:
     """Return the bootstrap interval of the mean over images; None for fewer than two images.
 
-    ``values`` are by image key, in any order. Images with an infinite value are left out.
+    ``values`` are by image key, in any order. Images with an infinite value are left out. With
+    ``groups``, by image key as well, whole groups are drawn; an image without one is its own.
     """
-    drawn = _bootstrap(finite(values), samples, seed)
+    drawn = _bootstrap([values], samples, seed, groups)
     if drawn is None:
         return None
     return _interval(drawn[0], level)
 
 
 def difference(
-    a: Mapping[str, float], b: Mapping[str, float], samples: int = 1000
+    a: Mapping[str, float],
+    b: Mapping[str, float],
+    samples: int = 1000,
+    groups: Mapping[str, str] | None = None,
 ) -> Difference | None:
     """Return mean(a) - mean(b) with a paired interval; None for fewer than two images.
 
     Each draw takes the same images for both, so this 95 % interval is narrower than the intervals
     of a and b suggest. If it excludes 0, they differ by more than the choice of images explains.
+    With ``groups``, whole groups are drawn, as by :func:`confidence`.
     """
-    pair = finite(a, b)
-    drawn = _bootstrap(pair, samples, 0)
+    drawn = _bootstrap([a, b], samples, 0, groups)
     if drawn is None:
         return None
-    first, second = pair.mean(-1)
+    first, second = finite(a, b).mean(-1)
     return Difference(float(first - second), *_interval(drawn[0] - drawn[1], 0.95))
 
 
 def finite(*rows: Mapping[str, float]) -> NDArray[np.float64]:
     """Return (targets, n): values sorted by key, without images that have an infinite one."""
+    values, _ = _finite(rows)
+    return values
+
+
+def _finite(rows: Sequence[Mapping[str, float]]) -> tuple[NDArray[np.float64], list[str]]:
+    """The values of :func:`finite`, and the images' keys."""
     keys = sorted(rows[0])
     values = []
     for row in rows:
         values.append([row[key] for key in keys])
     array = np.array(values)
-    return array[:, np.isfinite(array).all(0)]
+    kept = np.isfinite(array).all(0)
+    return array[:, kept], list(compress(keys, kept))
 
 
-def _bootstrap(values: NDArray[np.float64], samples: int, seed: int) -> NDArray[np.float64] | None:
-    """Draw images with replacement: (targets, n) -> means (targets, samples); None if n < 2."""
-    n = values.shape[-1]
-    if n < 2:
-        return None
+def _bootstrap(
+    rows: Sequence[Mapping[str, float]], samples: int, seed: int, groups: Mapping[str, str] | None
+) -> NDArray[np.float64] | None:
+    """Draw images or groups with replacement: means (targets, samples); None of fewer than two."""
     # A target's values side by side: finite() leaves those of one image so, and numpy reads and
     # adds numbers that lie apart six times slower, and adds them less exactly.
-    values = np.ascontiguousarray(values)
+    found, keys = _finite(rows)
+    values = np.ascontiguousarray(found)
+    n = values.shape[-1]
+
+    # Of groups, their sums; a draw's mean is over all of its images, however many these are.
+    counts = None
+    if groups is not None:
+        _, members = np.unique([groups.get(key, key) for key in keys], return_inverse=True)
+        counts = np.bincount(members)
+        n = len(counts)
+        values = np.stack([np.bincount(members, weights=row) for row in values])
+    if n < 2:
+        return None
+
     rng = np.random.default_rng(seed)
     means = np.empty((len(values), samples))
     for sample in range(samples):
-        means[:, sample] = values.take(rng.integers(n, size=n), axis=1).mean(-1)
+        drawn = rng.integers(n, size=n)
+        if counts is None:
+            means[:, sample] = values.take(drawn, axis=1).mean(-1)
+        else:
+            means[:, sample] = values.take(drawn, axis=1).sum(-1) / counts.take(drawn).sum()
     return means
 
 

@@ -14,11 +14,12 @@ from olvae.config import ConfigError
 from olvae.data.image import MODES
 from olvae.data.places import EXTENSIONS
 from olvae.data.read_errors import ReadError, UnreadableImageError
+from olvae.data.scenes.georeference import PLACE_FILE, Tag, tags_from
 from olvae.data.shards.latent_files import LATENT, Latent, read_latent
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.devices import full_float32
 from olvae.figures import ARRAYS, can_store, save_image
-from olvae.files import ON_WINDOWS, remove_partials, safe_path
+from olvae.files import ON_WINDOWS, reason, remove_partials, safe_path
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import GIB, crop_to
 from olvae.modules.base import device_of
@@ -36,13 +37,17 @@ PATH_BYTES = 2048
 
 
 class _Latent(NamedTuple):
-    """A latent to decode, (n_z, h, w), with its image's key, height and width."""
+    """A latent to decode, (n_z, h, w), with its image's key, height and width.
+
+    ``tags`` say where it is on the earth, for a TIFF.
+    """
 
     # Of its file, for errors.
     name: str
     key: str
     z: Tensor
     size: tuple[int, int]
+    tags: Sequence[Tag] = ()
 
 
 @torch.inference_mode()
@@ -88,7 +93,7 @@ def decode_shards(
 
     names: set[str] = set()
     unreadable: list[ReadError] = []
-    for batch in _batches(shards, batch_size, model, unreadable):
+    for batch in _batches(shards, batch_size, model, unreadable, image_format == "tif"):
         z = torch.stack([latent.z for latent in batch])  # (B, n_z, h, w)
         if z.shape[1] != model.latent_channels:
             raise ValueError(
@@ -117,7 +122,8 @@ def decode_shards(
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with listing.open("a", encoding="utf-8") as file:
                     file.write(f"{line}\n")
-            save_image(crop_to(image, latent.size), place, **options)
+            written = {"extratags": latent.tags} if latent.tags else options
+            save_image(crop_to(image, latent.size), place, **written)
         advance(len(batch))
 
     if not names:
@@ -127,9 +133,16 @@ def decode_shards(
 
 
 def _batches(
-    shards: Sequence[Shard], batch_size: int, model: Autoencoder, unreadable: list[ReadError]
+    shards: Sequence[Shard],
+    batch_size: int,
+    model: Autoencoder,
+    unreadable: list[ReadError],
+    placed: bool,
 ) -> Iterator[list[_Latent]]:
-    """Yield up to ``batch_size`` latents of one shape, in order; collect the unreadable ones."""
+    """Yield up to ``batch_size`` latents of one shape, in order; collect the unreadable ones.
+
+    If they are to be ``placed``, tiles of scenes that were not resized have tags.
+    """
     batch: list[_Latent] = []
     for entry in chain.from_iterable(read_shard(shard, LATENT) for shard in shards):
         if isinstance(entry, ReadError):
@@ -138,15 +151,22 @@ def _batches(
         try:
             latent, _, meta = read_latent(entry)
             _check_place(entry.name, latent, meta, model)
+            tags: Sequence[Tag] = ()
+            whole = meta["image"] == [meta.get("width"), meta.get("height")]
+            if placed and whole and PLACE_FILE in entry.files:
+                tags = tags_from(entry.files[PLACE_FILE])
         except UnreadableImageError as error:
             unreadable.append(error.read_error())
+            continue
+        except ValueError as error:
+            unreadable.append(ReadError(entry.name, reason(error)))
             continue
         z = latent.draw(None)
         width, height = meta["image"]
         if batch and (len(batch) == batch_size or batch[0].z.shape != z.shape):
             yield batch
             batch = []
-        batch.append(_Latent(entry.name, meta["key"], z, (height, width)))
+        batch.append(_Latent(entry.name, meta["key"], z, (height, width), tags))
     if batch:
         yield batch
 

@@ -16,9 +16,10 @@ from torch.utils.data import Dataset
 
 from olvae.config import Config, ConfigError
 from olvae.config.reading import YAML, is_local
-from olvae.data.dataset import ImageDataset
+from olvae.data.dataset import ImageDataset, groups_of
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor
 from olvae.data.opening import holds_masks, open_source, open_training_images
+from olvae.data.order.groups import FILE, Grouping, fill_with_groups
 from olvae.data.packing import usual_shard_size
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
@@ -52,13 +53,15 @@ class Item(NamedTuple):
     # Its number in a data set; or, from a shard, its file's content and name.
     image: int | tuple[bytes, str]
     files: Mapping[str, bytes] = {}
+    # The name of its group, if it is not its own.
+    group: str | None = None
 
 
 @dataclass(frozen=True)
 class DatasetInputs:
     """Images by number: output shard i holds ``shard_size`` of them from i * shard_size on.
 
-    Files are named by the number.
+    Groups are whole in a shard, if there are some. Files are named by the number.
     """
 
     images: ImageDataset
@@ -69,24 +72,32 @@ class DatasetInputs:
     source: Sequence[str] = ()
     # The evaluation's resizing, if SRC is a config.
     transform: EvalTransform | None = None
+    # Which images are never parted, and the numbers of each shard's, if groups have several.
+    grouping: Grouping = Grouping()  # noqa: RUF009  (it does not change)
+    grouped: Sequence[Sequence[int]] | None = None
 
     def __len__(self) -> int:
+        if self.grouped is not None:
+            return len(self.grouped)
         return -(-len(self.images) // self.shard_size)
 
-    def _range(self, shard: int) -> range:
+    def _numbers(self, shard: int) -> Sequence[int]:
+        if self.grouped is not None:
+            return self.grouped[shard]
         return range(len(self.images))[shard * self.shard_size : (shard + 1) * self.shard_size]
 
     def count(self, shards: range) -> int:
-        return sum(len(self._range(shard)) for shard in shards)
+        return sum(len(self._numbers(shard)) for shard in shards)
 
     def read(self, shard: int) -> Iterator[Item]:
         numbers = {name: str(n).encode() for n, name in enumerate(self.classes)}
-        for i in self._range(shard):
+        for i in self._numbers(shard):
             key = self.images.key(i)
-            files = {}
+            files = dict(self.images.files(i))
             if numbers:
                 files["cls"] = numbers[key.split("/")[0]]
-            yield Item(f"{i:08d}", key, i, files)
+            group = None if self.grouped is None else self.images.group(i, self.grouping)
+            yield Item(f"{i:08d}", key, i, files, group)
 
     def open(self, image: Any) -> Photo:
         """Open an item's image. Raises UnreadableImageError: it can't be read."""
@@ -95,8 +106,11 @@ class DatasetInputs:
     def plan(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Collect what the shards' bytes depend on, together with the options."""
         states = [self.images.state(i) for i in range(len(self.images))]
+        planned = {**options, "shard_size": self.shard_size}
+        if self.grouped is not None:
+            planned["hold_out_by"] = self.grouping.how
         return {
-            "options": {**options, "shard_size": self.shard_size},
+            "options": planned,
             "images": lines_sha256([*self.source, *states]),
             "classes": list(self.classes),
         }
@@ -164,16 +178,21 @@ def find_inputs(
     classes: bool = False,
     pixel_range: PixelRange = EIGHT_BITS,
     size: Size | None = None,
+    hold_out_by: str | None = None,
+    trained_by: str | None = None,
 ) -> Inputs:
     """Find the images of SRC: a config's test images, cut for ``size`` if given, else all, whole.
 
     ``shard_size`` is the number of images in an output shard, 0 for the size that packing takes; an
-    SRC of shards ignores it. With ``classes``, the folders of SRC are classes. Raise ConfigError if
-    SRC can't be encoded, also for a config whose data have another range of values.
+    SRC of shards ignores it. With ``classes``, the folders of SRC are classes. ``hold_out_by`` says
+    which images stay together in a shard: by default what SRC's config says or, for images without
+    one, ``trained_by``, what the training's config says. Raise ConfigError if SRC can't be encoded,
+    also for a config whose data have another range of values.
     """
     # The images, their resizing if SRC is a config, and what the plan calls SRC.
     images: ImageDataset | ShardInputs
     transform = None
+    grouping = Grouping(hold_out_by or trained_by or FILE)
     name = src
     if Path(src).suffix in YAML:
         source = open_source(src, size or 1, 1, resized=size is not None)
@@ -185,6 +204,8 @@ def find_inputs(
                 f"and the model takes {channels}"
             )
         transform = source.eval_transform
+        if hold_out_by is None:
+            grouping = source.grouping
         images = source.test_set
         if isinstance(images, Sequence):
             images = ShardInputs(
@@ -199,7 +220,8 @@ def find_inputs(
         share_indexes(src)
         images = ShardInputs(with_counts(find_shards(src)), channels, None, pixel_range)
     else:
-        images = open_training_images(src, channels, pixel_range)
+        images = open_training_images(src, channels, pixel_range, size)
+        transform = images.eval_transform()
 
     # Shards become one output shard each, and keep the classes that are in them.
     if isinstance(images, ShardInputs):
@@ -207,6 +229,11 @@ def find_inputs(
             raise ConfigError(
                 "`classes` is for folders: encode those; shards keep their .cls files, if they "
                 "have any"
+            )
+        if hold_out_by is not None:
+            raise ConfigError(
+                "`hold_out_by`: each of these shards becomes one of latents: `olvae data pack` "
+                "takes it"
             )
         return images
 
@@ -221,7 +248,9 @@ def find_inputs(
         if loose:
             raise ConfigError(f"`classes`: {loose[0]} is not in a folder that could be its class")
         folders = sorted({key.split("/")[0] for key in keys})
-    return DatasetInputs(images, shard_size, folders, named, transform)
+    groups = groups_of(images, grouping)
+    grouped = None if groups is None else fill_with_groups(groups, shard_size)
+    return DatasetInputs(images, shard_size, folders, named, transform, grouping, grouped)
 
 
 def usual_transform(inputs: Inputs, config: Config, model: Autoencoder) -> EvalTransform:

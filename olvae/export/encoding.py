@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from olvae.checkpoint import tensors_sum
 from olvae.config import ConfigError
 from olvae.data.image import EvalTransform
+from olvae.data.order.groups import GROUP
 from olvae.data.read_errors import ReadError, worker_death
 from olvae.data.shards.index import INDEX
 from olvae.data.shards.latent_files import (
@@ -445,6 +446,8 @@ class EncodeJob:
                 width, height = image.size
                 _, h, w = image.pixels.shape
                 meta = {"key": image.item.key, "width": width, "height": height, "image": [w, h]}
+                if image.item.group is not None:
+                    meta[GROUP] = image.item.group
                 files = {LATENT_META: json.dumps(meta).encode(), LATENT: latent_bytes(*sides)}
                 yield WebDatasetSample(image.item.name, {**image.item.files, **files})
                 advance(1)

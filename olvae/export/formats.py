@@ -18,6 +18,7 @@ from olvae.models.autoencoder import LiteVAE
 from olvae.models.loading.families import Family, StableDiffusion, Tiny, family_of
 from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.models.loading.loader import LoadOptions
+from olvae.models.loading.monai_files import MonaiLoader, monai_config, to_monai
 from olvae.models.loading.original_files import (
     QWEN,
     WAN,
@@ -422,6 +423,41 @@ class TinyFilesLayout(DiffusersLayout):
         yield from super().notes(model)
 
 
+class MonaiLayout(Layout):
+    """One file with the names of MONAI's AutoencoderKL; its arguments are in the header."""
+
+    suffix = ".safetensors"
+    refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, **NO_FACTORS}
+
+    def misfit(self, model: LiteVAE) -> str | None:
+        try:
+            monai_config(model)
+            return None
+        except ValueError as error:
+            return f"{error}: `format` litevae can hold it"
+
+    def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
+        return to_monai(model.state_dict())
+
+    def config(self, model: LiteVAE) -> Config:
+        return monai_config(model)
+
+    def load(self, path: Path, model: LiteVAE) -> Sequence[Loaded]:  # noqa: ARG002
+        back = MonaiLoader().find(str(path), LoadOptions()).load()
+        return [Loaded.of(back.as_litevae(str(path)))._replace(for_diffusion=None)]
+
+    def notes(self, model: LiteVAE) -> Iterator[str]:
+        yield (
+            "MONAI loads it by AutoencoderKL(...).load_state_dict(safetensors.torch.load_file("
+            "FILE)); the arguments are under config in the file's header"
+        )
+        low, high = model.encoder.node["params"]["values"]
+        # What other formats say of [-1, 1] does not hold here.
+        yield f"images are {low:g} to {high:g} there, which are -1 to 1 here"
+        if not model.pixel_range.eight_bits:
+            yield f"these stand for values, {model.pixel_range}"
+
+
 def _tiny_kind(model: LiteVAE) -> str:
     """Name the tiny network that a model has, as its files are called."""
     if model.decoder.node["params"]["pool"]:
@@ -442,6 +478,7 @@ LAYOUTS: dict[str, type[Layout]] = {
     "comfyui": ComfyUILayout,
     "taesd": TinyFilesLayout,
     "qwen2d": ImageLayout,
+    "monai": MonaiLayout,
 }
 
 

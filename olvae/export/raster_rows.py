@@ -2,10 +2,8 @@
 
 import io
 import json
-import logging
 import math
 import struct
-import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -14,35 +12,26 @@ from typing import Any, BinaryIO
 import numpy as np
 from torch import Tensor
 
-from olvae.config import import_extra
 from olvae.data.pixels.arrays import ARRAY_DTYPES
 from olvae.data.pixels.size_and_range import Array, PixelRange, check_size
 from olvae.data.read_errors import UnreadableImageError
+from olvae.data.scenes.georeference import Gaps, Georeference
+from olvae.data.scenes.rasters import (
+    CODES,
+    JPEG_2000,
+    LOCAL,
+    ZARR,
+    import_rasterio,
+    open_dataset,
+    raster_driver,
+)
 from olvae.export.tiff_rows import ImageRows, too_large
 from olvae.files import legible, reason
 
-# rasterio logs the errors of GDAL that it raises.
-logging.getLogger("rasterio").setLevel(logging.CRITICAL)
-
-# The drivers of GDAL that are used, of some 155.
-JPEG_2000 = "JP2OpenJPEG"
-ZARR = "Zarr"
-# Neither files beside the image are read, nor URLs that it names; threads would print errors.
-LOCAL = {
-    "GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR",
-    "GDAL_PAM_ENABLED": "NO",
-    "CPL_VSIL_CURL_ALLOWED_EXTENSIONS": "none",
-    "GDAL_NUM_THREADS": "1",
-}
-
-# First bytes of JPEG 2000, in boxes or without; most bytes of a box; its numbers of sRGB and grey.
-BOXES = b"\0\0\0\x0cjP  \r\n\x87\n"
-CODES = b"\xff\x4f\xff\x51"
+# Most bytes of a box of JPEG 2000; its numbers of sRGB and grey.
 MOST_BOX = 2**24
 JP2_COLOURS = (16, 17)
 
-# Files of Zarr: each of its folders has one of them, and an array of format 2 the first.
-ZARR_FILES = (".zarray", ".zgroup", "zarr.json")
 ZARR_READ = (
     "of Zarr, arrays of format 2 are read, (bands, rows, columns); lines that convert others: "
     "https://open-litevae.github.io/open-litevae/any_size/#larger-than-memory"
@@ -121,23 +110,6 @@ class RasterRows(ImageRows):
         self.dataset.close()
 
 
-def import_rasterio() -> Any:
-    """Import rasterio, which brings GDAL; ConfigError if it is missing."""
-    return import_extra("rasterio", "rasterio", "reading JPEG 2000 and Zarr")
-
-
-def raster_driver(path: Path) -> str | None:
-    """Find GDAL's driver for a JPEG 2000, by its first bytes, or a Zarr; None for others."""
-    if path.is_dir():
-        return ZARR if any((path / name).is_file() for name in ZARR_FILES) else None
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(BOXES))
-    except OSError:  # read_picture says what is wrong
-        return None
-    return JPEG_2000 if start == BOXES or start.startswith(CODES) else None
-
-
 def boxes_of(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
     """Yield kind and content of each box of a JPEG 2000, until one is broken or large."""
     while True:
@@ -175,14 +147,11 @@ def open_raster(
     driver = raster_driver(path)
     if driver is None:
         return None
-    rasterio = import_rasterio()
+    import_rasterio()
     try:
         if driver == ZARR and not (path / ".zarray").is_file():
             raise ValueError(f"no array of format 2; a group's have names, as {path.name}/0")
-        with rasterio.Env(**LOCAL), warnings.catch_warnings():
-            # A picture has no place on the earth.
-            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
-            dataset = rasterio.open(path.resolve(), driver=driver)
+        dataset = open_dataset(path, driver)
         rows = RasterRows(dataset, path, channels, pixel_range, memory)
     except Exception as error:  # GDAL raises all kinds for a broken file
         why = reason(error) + (f"; {ZARR_READ}" if driver == ZARR else "")
@@ -193,17 +162,25 @@ def open_raster(
     return None
 
 
-def read_raster(path: Path, channels: int, pixel_range: PixelRange, memory: float) -> Tensor | None:
+def read_raster(
+    path: Path,
+    channels: int,
+    pixel_range: PixelRange,
+    memory: float,
+    georeference: Georeference | None = None,
+) -> tuple[Tensor, Gaps | None] | None:
     """Read a JPEG 2000 or a Zarr, (C, H, W), as :func:`~olvae.data.image.read_picture` would.
 
-    None for other files. Raises UnreadableImageError; ConfigError without rasterio.
+    With a georeference missing values are filled, and returned too. None for other files. Raises
+    UnreadableImageError; ConfigError without rasterio.
     """
     rows = open_raster(path, channels, pixel_range, memory, small=True)
     if rows is None:
         return None
+    rows.georeference = georeference
     with closing(rows):
         try:
             check_size(rows.width, rows.height)
         except ValueError as error:
             raise UnreadableImageError(rows.name, str(error)) from error
-        return rows.read(0, rows.height)
+        return rows.read_with_gaps(0, rows.height)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,29 @@ from PIL import Image
 from torch import Tensor
 
 from olvae.config import ConfigError
-from olvae.data.image import MODES, image_to_tensor, read_picture
+from olvae.data.image import MODES, image_to_tensor
 from olvae.data.picture_folder import find_images
-from olvae.data.pixels.size_and_range import TooManyPixelsError
-from olvae.data.places import EXTENSIONS
+from olvae.data.pixels.size_and_range import PixelRange, TooManyPixelsError
+from olvae.data.places import (
+    EXTENSIONS,
+    VOLUME_SUFFIXES,
+    holds_volumes,
+    is_volume_file,
+    names_volume,
+)
 from olvae.data.read_errors import UnreadableImageError
+from olvae.data.scenes.georeference import Gaps, read_georeference, read_scene
+from olvae.data.scenes.rasters import raster_driver
+from olvae.data.volumes.volume import ACQUIRED, Axis, Volume
+from olvae.data.volumes.volume_source import (
+    WITHOUT_WINDOW,
+    find_volumes,
+    neighbours_of,
+    open_volume,
+    slice_photo,
+)
 from olvae.devices import FULL, autocast, return_freed_memory
-from olvae.export.raster_rows import open_raster, raster_driver, read_raster
+from olvae.export.raster_rows import open_raster, read_raster
 from olvae.export.tiff_rows import ImageRows, open_rows
 from olvae.figures import ARRAYS, comparison, error_map, save_image
 from olvae.files import atomic_write
@@ -46,6 +62,7 @@ LONGEST = 2400
 MOST_CLASSIC = 2**32 - 2**25
 
 NOT_FINITE = "the reconstruction has non-finite values: set `precision` to 32, or check the weights"
+NOT_OF_8_BITS = "a model that was trained on it reconstructs it"
 ONLY_WHOLE = "larger ones are read piece by piece by a LiteVAE alone, and without `sample`"
 AS_TILES = (
     "save it as a tiled TIFF, which is read piece by piece: "
@@ -64,6 +81,8 @@ class ReconstructOptions:
     seed: int | None = None
     # A name of olvae.devices.PRECISIONS.
     precision: str = FULL
+    # Along which volumes are cut, as in training.
+    axis: Axis = ACQUIRED
 
 
 def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
@@ -80,12 +99,10 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
     for path in given:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such image or folder")
-        is_folder = path.is_dir() and not raster_driver(path)
         has_results = results.is_relative_to(path.resolve())
-        for image in find_images(path) if is_folder else [path]:
-            below = image.relative_to(path) if is_folder else Path(image.name)
+        for image, below in images_of(path):
             if not (has_results and results in image.resolve().parents):
-                found.setdefault(image.resolve(), (image, out / below.with_suffix("")))
+                found.setdefault(image.resolve(), (image, out / below))
     if not found:
         raise FileNotFoundError(f"no images outside of the folder of the results, {out}: name some")
 
@@ -104,7 +121,9 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
 
         # Files there are replaced if they are earlier results, which have a comparison beside them.
         compared = free.with_name(f"{free.name}_compare.png")
-        for suffix in (".png", *ARRAYS, "_compare.png"):
+        # A volume's result keeps its format; of a DICOM series, it is a folder.
+        volumes = ("", *VOLUME_SUFFIXES) if is_volume(image) else ()
+        for suffix in (".png", *ARRAYS, *volumes, "_compare.png"):
             file = free.with_name(free.name + suffix)
             if file.resolve() in found:
                 raise ConfigError(
@@ -116,6 +135,30 @@ def plan_outputs(given: Iterable[Path], out: Path) -> dict[Path, Path]:
                     "folder"
                 )
     return places
+
+
+def is_volume(image: Path) -> bool:
+    """Whether this is a volume's file, or the folder and UID of a DICOM series: no file."""
+    return is_volume_file(str(image)) or (not image.exists() and names_volume(image.name))
+
+
+def images_of(given: Path) -> Iterator[tuple[Path, Path]]:
+    """Find the images of a folder, or take a file: each with its path below, without extension."""
+    images = [given]
+    is_folder = given.is_dir() and not raster_driver(given)
+    if is_folder and holds_volumes(str(given)):
+        images = [volume.path for volume in find_volumes(given)]
+    elif is_folder:
+        images = find_images(given)
+    for image in images:
+        below = image.relative_to(given) if is_folder else Path(image.name)
+        if is_volume(image):
+            # The longest extension that fits; a UID has dots, and none.
+            ends = [end for end in VOLUME_SUFFIXES if below.name.lower().endswith(end)]
+            longest = max(map(len, ends), default=0)
+            yield image, below.with_name(below.name[: len(below.name) - longest])
+        else:
+            yield image, below.with_suffix("")
 
 
 @torch.no_grad()
@@ -166,12 +209,17 @@ def reconstruct_file(
     """Read an image, write its reconstruction and the comparison; return PSNR in dB and path.
 
     The reconstruction is ``place``.png, or .npy where PNG lacks such channels; real values are
-    written as the image's kind of file, or .npy. A TIFF, JPEG 2000 or Zarr that is too large for
-    the memory is reconstructed by :class:`LargeImage`. Raise ValueError that names the image if it
-    can't be read or reconstructed; then nothing is written.
+    written as the image's kind of file, or .npy. A scene's is a GeoTIFF with its place on earth,
+    and its missing values, which are not compared. A TIFF, JPEG 2000 or Zarr that is too large for
+    the memory is reconstructed by :class:`LargeImage`, a volume by :func:`reconstruct_volume`.
+    Raise ValueError that names the image if it can't be read or reconstructed; then nothing is
+    written.
     """
+    if is_volume(source):
+        return reconstruct_volume(model, open_volume(source), place, options, progress)
     pixels = model.pixel_range
     file = (source, model.in_channels, pixels, options.memory)
+    georeference = read_georeference(source, pixels)
 
     # By rows, if the networks do not see the whole image at once. A sample's noise is drawn whole.
     advice = ONLY_WHOLE
@@ -184,14 +232,14 @@ def reconstruct_file(
         advice = AS_TILES.format(source.name, source.stem)
         rows = open_raster(*file) or open_rows(*file)
         if rows is not None:
+            rows.georeference = georeference
             with closing(rows):
                 return LargeImage(model, model.encoder, rows, options, progress).write(place)
 
     # Or in memory.
     try:
-        image = read_raster(*file)
-        if image is None:
-            image = image_to_tensor(read_picture(source, model.in_channels, pixels))
+        found = read_raster(*file, georeference) or read_scene(*file[:3], georeference)
+        image, gaps = found
     except UnreadableImageError as error:
         if isinstance(error.__cause__, TooManyPixelsError | Image.DecompressionBombError):
             raise ValueError(f"{error}: {advice}") from error
@@ -200,14 +248,15 @@ def reconstruct_file(
             advice = AS_TILES.format(source.name, source.stem)
             raise ValueError(f"{error}: {advice}") from error
         raise
+    x = pixels.levels(image)
     try:
         y, _ = reconstruct(model, image, options, progress)
+        y, missing = without_gaps(y, x, gaps)
+        value = compared_psnr(psnr(x[None], y[None]).item(), missing, x.numel())
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
     # The comparison: input, output and error side by side.
-    x = pixels.levels(image)
-    value = psnr(x[None], y[None]).item()
     figure = comparison(
         {
             f"input {x.shape[-1]}x{x.shape[-2]}": pixels.picture(x),
@@ -217,17 +266,107 @@ def reconstruct_file(
     )
 
     # The reconstruction: in a kind of file that holds its channels and values.
-    suffix = ".png" if len(y) in MODES else ".npy"
-    if not pixels.eight_bits:
-        suffix = source.suffix.lower().replace(".tiff", ".tif")
-        if suffix not in ARRAYS:
-            suffix = ".npy"
+    tags = {} if georeference is None else {"extratags": georeference.tags}
+    suffix = ".tif" if tags else result_suffix(source, len(y), pixels)
     result = place.with_name(place.name + suffix)
     result.parent.mkdir(parents=True, exist_ok=True)
-    save_image(y if pixels.eight_bits else pixels.real(y), result)
+    save_image(real_values(y, pixels, gaps), result, **tags)
     with atomic_write(place.with_name(f"{place.name}_compare.png")) as partial:
         figure.save(partial)
     return value, result
+
+
+def reconstruct_volume(
+    model: Autoencoder,
+    volume: Volume,
+    place: Path,
+    options: ReconstructOptions,
+    progress: Callable[[float], None] | None = None,
+) -> tuple[float, Path]:
+    """Reconstruct a volume slice by slice, and write it in its own format, geometry and units.
+
+    Of several channels, the middle one is the slice. The comparison shows the slice in the middle.
+    Values lie inside the model's range. Return PSNR in dB over all values, and path.
+
+    Raise ValueError that names the volume if it can't be read, reconstructed or written.
+    """
+    report = progress or (lambda _: None)
+    pixels = model.pixel_range
+    if pixels.eight_bits:
+        raise ValueError(f"{volume.name}: {WITHOUT_WINDOW}, and {NOT_OF_8_BITS}")
+    window = replace(pixels, outside="clip")
+    axis = volume.axis_of(options.axis)
+    count = volume.shape[axis]
+    neighbours = neighbours_of(model.in_channels)
+    middle = slice(neighbours, neighbours + 1)
+
+    # Reconstruct slices, in real units; keep the picture of one.
+    values = np.empty(volume.shape, dtype=np.float32)
+    shown: dict[str, Tensor] = {}
+    error = 0.0
+    for number in range(count):
+        image = image_to_tensor(slice_photo(volume, axis, number, neighbours, window).read())
+        try:
+            y, _ = reconstruct(
+                model,
+                image,
+                options,
+                lambda part: report((number + part) / count),  # noqa: B023  (called before it)
+            )
+        except ValueError as failed:
+            raise ValueError(f"{volume.name}: slice {number}: {failed}") from failed
+        x = pixels.levels(image)[middle]
+        np.moveaxis(values, axis, 0)[number] = pixels.real(y)[neighbours].numpy()
+        y = y[middle]
+        error += (x.double() - y.double()).square().sum().item()
+        if number == count // 2:
+            shown = {"input": pixels.picture(x), "output": pixels.picture(y)}
+            shown["error"] = error_map(x[None], y[None])[0]
+
+    # Write the volume, then the comparison.
+    mean = torch.tensor(error / values.size, dtype=torch.double)
+    value = (10.0 * (255.0**2 / mean).log10()).item()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        result = volume.write(values, place)
+    except ValueError as failed:
+        raise ValueError(f"{volume.name}: {failed}") from failed
+    titles = (f"slice {count // 2} of {count}", f"output {value:.2f} dB", "error, white: 64/255")
+    figure = comparison(dict(zip(titles, shown.values(), strict=True)))
+    with atomic_write(place.with_name(f"{place.name}_compare.png")) as partial:
+        figure.save(partial)
+    return value, result
+
+
+def result_suffix(source: Path, channels: int, pixels: PixelRange) -> str:
+    """Choose a kind of file that holds a result's channels and values."""
+    if pixels.eight_bits:
+        return ".png" if channels in MODES else ".npy"
+    suffix = source.suffix.lower().replace(".tiff", ".tif")
+    return suffix if suffix in ARRAYS else ".npy"
+
+
+def without_gaps(y: Tensor, x: Tensor, gaps: Gaps | None) -> tuple[Tensor, int]:
+    """Levels of a reconstruction without an error where the input ``x`` has gaps; their number."""
+    if gaps is None:
+        return y, 0
+    return torch.where(gaps.missing, x, y), int(gaps.missing.sum())
+
+
+def real_values(y: Tensor, pixels: PixelRange, gaps: Gaps | None) -> Tensor:
+    """Levels of a reconstruction as the values to write, with the input's gaps."""
+    values = y if pixels.eight_bits else pixels.real(y)
+    return values if gaps is None else gaps.restore(values, pixels)
+
+
+def compared_psnr(all_values: float, missing: int, values: int) -> float:
+    """PSNR in dB without the missing values, which have no error, from the PSNR over all.
+
+    Raises ValueError: all are missing.
+    """
+    if missing == values:
+        raise ValueError("all of its values are missing")
+    return all_values + 10.0 * math.log10((values - missing) / values)
 
 
 class LargeImage:
@@ -251,8 +390,10 @@ class LargeImage:
         self.image = image
         self.options = options
         self.report = progress or (lambda _: None)
-        # Of pixels that were written: the squared error, and pictures, shrunk by this factor.
+        # Of pixels that were written: the squared error, how many values are missing, and pictures,
+        # shrunk by this factor.
         self.error = 0.0
+        self.missing = 0
         self.factor = 2 ** max(0, (max(image.height, image.width) // LONGEST).bit_length() - 1)
         self.pictures: list[list[Tensor]] = [[], [], []]
 
@@ -268,6 +409,8 @@ class LargeImage:
         pixels = self.model.pixel_range
         dtype = np.dtype("uint8" if pixels.eight_bits else "float32")
         result = place.with_name(f"{place.name}.tif")
+        georeference = self.image.georeference
+        tags = () if georeference is None else georeference.tags
         try:
             with autocast(self.options.device.type, self.options.precision):
                 latent = self.encode()
@@ -277,21 +420,25 @@ class LargeImage:
                     tifffile.imwrite(
                         partial,
                         self.tiles(self.decode(latent)),
-                        shape=(height, width, channels),
+                        # TIFF stores grey images as (H, W).
+                        shape=(height, width, channels) if channels > 1 else (height, width),
                         dtype=dtype,
                         tile=(TILE, TILE),
                         photometric="rgb" if channels in (3, 4) else "minisblack",
-                        planarconfig="contig",
+                        planarconfig="contig" if channels > 1 else None,
                         bigtiff=math.prod(self.image.shape) * dtype.itemsize > MOST_CLASSIC,
+                        extratags=tags,
                     )
+            number = math.prod(self.image.shape)
+            mean = torch.tensor(self.error / number, dtype=torch.double)
+            value = (10.0 * (255.0**2 / mean).log10()).item()
+            value = compared_psnr(value, self.missing, number)
         except UnreadableImageError:
             raise
         except ValueError as error:
             raise ValueError(f"{self.image.name}: {error}") from error
 
         # The comparison: input, output and error side by side.
-        mean = torch.tensor(self.error / math.prod(self.image.shape), dtype=torch.double)
-        value = (10.0 * (255.0**2 / mean).log10()).item()
         names = (f"input {width}x{height}", f"output {value:.2f} dB", "error, white: 64/255")
         whole = {name: torch.cat(self.pictures.pop(0), dim=1) for name in names}
         return_freed_memory()
@@ -358,8 +505,14 @@ class LargeImage:
         pixels = self.model.pixel_range
         _, height, width = self.image.shape
         for top, y in zip(range(0, height, TILE), bands, strict=True):
-            self.compare(pixels.levels(self.image.read(top, top + y.shape[1])), y)
-            values = (y if pixels.eight_bits else pixels.real(y)).permute(1, 2, 0).numpy()
+            image, gaps = self.image.read_with_gaps(top, top + y.shape[1])
+            x = pixels.levels(image)
+            y, missing = without_gaps(y, x, gaps)
+            self.missing += missing
+            self.compare(x, y)
+            values = real_values(y, pixels, gaps).permute(1, 2, 0).numpy()
+            if len(y) == 1:
+                values = values[..., 0]
             for left in range(0, width, TILE):
                 yield values[:, left : left + TILE]
 

@@ -16,6 +16,7 @@ from olvae.data.image import MODES, Photo, image_to_tensor, stated_picture
 from olvae.data.pixels.arrays import ARRAY_DTYPES, array_suffix
 from olvae.data.pixels.size_and_range import MAX_PIXELS, Array, PixelRange, check_size
 from olvae.data.read_errors import UnreadableImageError
+from olvae.data.scenes.georeference import Gaps, Georeference, byte_gaps, filled_picture
 from olvae.files import legible, reason
 
 # tifffile logs a line for each tag that it can't read.
@@ -53,8 +54,9 @@ class ImageRows:
     Raises ValueError: a side is too long for the other.
     """
 
-    # The file's own value for a missing one, and its ICC profile.
+    # The file's own value for a missing one, where it is on the earth, and its ICC profile.
     nodata: float | None = None
+    georeference: Georeference | None = None
     profile: bytes | None = None
 
     def __init__(
@@ -93,16 +95,26 @@ class ImageRows:
 
         Raises UnreadableImageError.
         """
+        return self.read_with_gaps(start, stop)[0]
+
+    def read_with_gaps(self, start: int, stop: int) -> tuple[Tensor, Gaps | None]:
+        """As :meth:`read`, with the missing values of a scene; without a georeference None."""
         try:
             parts = []
             for number in range(start // self.tile[0], -(-stop // self.tile[0])):
                 top = number * self.tile[0]
                 parts.append(self.band(number)[max(0, start - top) : stop - top])
             array = np.concatenate(parts)
+            if self.photo is None and self.georeference is not None:
+                return filled_picture(array, self.georeference, self.pixel_range)
             if self.photo is None:
-                return image_to_tensor(stated_picture(array, self.pixel_range, self.nodata))
-            image = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-            return image_to_tensor(self.photo.converted(image, self.profile))
+                image = image_to_tensor(stated_picture(array, self.pixel_range, self.nodata))
+                return image, None
+            picture = Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+            image = image_to_tensor(self.photo.converted(picture, self.profile))
+            if self.georeference is None:
+                return image, None
+            return image, byte_gaps(image, self.georeference.nodata)
         except Exception as error:  # decoders raise all kinds for a broken file
             where = f"in its rows {start} to {stop - 1}: {reason(error)}"
             raise UnreadableImageError(self.name, where) from error

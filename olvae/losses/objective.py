@@ -31,7 +31,11 @@ class Objective(nn.Module):
 
     Args:
         reconstruction: the pixel loss: l1, l2 or charbonnier.
-        lpips_weight: of the perceptual loss, whichever it is. No weight may be negative.
+        rec_weight: of the pixel loss. No weight may be negative.
+        lpips_weight: of the perceptual loss, whichever it is.
+        kl_weight: of the posterior's KL divergence from N(0, I), per value of the image.
+        wavelet_weight: of Charbonnier between the finest details of the Haar transform.
+        gaussian_weight: of L1 between the details that a Gaussian blur removes.
         lpips_weights: the file of its network's weights; see
             :class:`~olvae.losses.perceptual.PerceptualLoss`.
         perceptual: ``lpips``; ``esrgan``, which the paper recommends instead [P Table 14]; or

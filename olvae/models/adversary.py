@@ -46,6 +46,7 @@ class Adversary(nn.Module):
         r1_weight: gamma of the R1 penalty, gamma / 2 E |grad_x sum of logits|^2; 0 turns it off.
             Computed at every r1_every-th update, times r1_every. The sum grows with the number of
             logits: choose gamma by ``train/r1``.
+        r1_every: updates of the discriminator from one R1 penalty to the next.
         lecam_weight: of the LeCam penalty; 0 turns it off.
         lecam_variant: ``paper``, or ``code`` with the ReLU and the decay of the published code; see
             :class:`LeCam`.

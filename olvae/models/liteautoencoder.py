@@ -42,15 +42,20 @@ class LiteAutoencoderKL(pl.LightningModule):
     ``global_step``, logs, schedules and checkpoint names count updates of the autoencoder.
 
     Args:
-        encoder_config, decoder_config, embed_dim, use_quant, initial_logvar: see ``from_config``.
+        encoder_config, decoder_config, embed_dim, use_quant, initial_logvar: see
+            :meth:`~olvae.models.autoencoder.LiteVAE.from_config`.
         lossconfig: the :class:`Objective`. Another loss (Identity in the published YAML) makes the
             config one for inference only.
         use_ema, ema_decay: average the trained weights; validation and checkpoints use the average.
         learning_rate: filled in from model.base_learning_rate; not scaled by batch size or devices.
         optimizer: the autoencoder's; with :class:`Muon` a small network learns more in a step.
         betas: Adam's [P App. F]; the first is Muon's momentum.
-        scheduler, warmup_steps, min_lr_factor: see :func:`lr_factor`.
-        decay_steps: see :func:`lr_factor`; the run's last step by default.
+        scheduler: of the learning rates after the warm-up: ``constant``, or ``cosine``, half a
+            cosine down to min_lr_factor; see :func:`lr_factor`.
+        warmup_steps: steps in which the learning rates rise linearly from 1/warmup_steps of the
+            base rate.
+        decay_steps: the step at which a cosine ends; the run's last step by default.
+        min_lr_factor: where a cosine ends, as a factor of the base rate.
         accumulate_grad_batches, gradient_clip_val: filled in from lightning.trainer.
         channels_last: memory layout of the weights and images; often faster.
         compile: compile the networks and the objective for training steps; validation, whose

@@ -159,8 +159,11 @@ def _weights_in(folder: Path, suffix: str) -> list[Path]:
     return [file for file in files if not file.match(copies)]
 
 
-def config_inside(weights: Path, kinds: Sequence[str] = (CLASS_NAME,)) -> Config | None:
-    """The config.json in a safetensors file's header; None without one of these classes."""
+def config_inside(weights: Path, kinds: Sequence[str | None] = (CLASS_NAME,)) -> Config | None:
+    """The config.json in a safetensors file's header; None if it is not of one of these classes.
+
+    ``None`` among the classes: of no class.
+    """
     if weights.suffix != ".safetensors":
         return None
     try:

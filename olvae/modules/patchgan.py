@@ -21,6 +21,11 @@ class PatchGAN(nn.Module):
     BatchNorm makes a sample's logits depend on its batch: in training, use separate batches for
     real and fake images. Under torch.distributed its statistics are over all processes, which must
     have equally many images each.
+
+    Args:
+        in_channels: of the images.
+        base_channels: the width of the first layer.
+        n_layers: convolutions of stride 2.
     """
 
     num_outputs = 1

@@ -122,6 +122,11 @@ class SDDecoder(_Half, Decoder):
     The first five arguments are LiteVAE_Decoder's, so that a config can exchange the two; the
     others are :class:`SDEncoder`'s.
 
+    Args:
+        channels, channel_mult, num_res_blocks: see :class:`SDEncoder`.
+        z_channels, out_channels: of the latent and of the image.
+        norm_groups, attention, attention_levels, padding, linear: see :class:`SDEncoder`.
+
     Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w), f = 2^(len(channel_mult) - 1).
     """
 

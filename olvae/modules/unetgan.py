@@ -131,6 +131,7 @@ class UNetGAN(nn.Module):
     features of the same size from the way down; a plain 1x1 convolution gives one logit per pixel.
 
     Args:
+        in_channels: of the images.
         base_channels: the width: 16, 32, 64 for UNetGAN-S, M, L.
         image_size: the intended size in pixels. Below 256 the network has five levels, like the
             paper's for 128 px, else six, like the paper's for 256 px. Both take images of any size

@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+from olvae.models.footprint import Footprint
+
 
 def test_validate_lists_the_mistakes_of_each_config(olvae, config, tmp_path):
     bad = tmp_path / "bad.yaml"
@@ -45,7 +47,7 @@ def test_validate_memory_has_a_row_for_each_precision_and_checkpointing(
     tests/models/test_footprint.py has the numbers.
     """
     asked = []
-    need = SimpleNamespace(fixed=2**30, per_image=2**29, flop=3 * 10**12)
+    need = Footprint(fixed=2**30, per_image=2**28, flop=3 * 10**12)
     monkeypatch.setattr(
         "olvae.models.footprint.footprint", lambda model, *case: asked.append(case) or need
     )
@@ -57,7 +59,8 @@ def test_validate_memory_has_a_row_for_each_precision_and_checkpointing(
     cases = [
         [f"{p},", f"model.params.checkpoint={c}"] for p in ("32", "bf16") for c in ("false", "true")
     ]
-    assert rows == [[*case, "1.00", "0.500", "3"] for case in cases]
+    assert rows == [[*case, "1.00", "0.250", "2.3", "3"] for case in cases]
+    assert "total: a GPU for 4 images needs so much, with 15% for workspaces." in out
     assert asked == [((16, 16), p, c) for p in ("32", "bf16") for c in (False, True)]
     (tmp_path / "bad.yaml").write_text(
         "model: {target: olvae.models.liteautoencoder.LiteAutoencoderKL}\n"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from olvae.config import ConfigError, instantiate, resolve_target, validate, with_paths
-from olvae.config.nodes import Node, map_nodes
+from olvae.config.nodes import Node, check, map_nodes
 from olvae.data.places import load
 from olvae.models.spec import AutoencoderSpec
 from tests.config.recipe_targets import read_targets
@@ -320,3 +320,14 @@ def test_a_loss_that_is_not_installed_does_not_end_validation():
     """As in the config of a model for inference, whose class takes any arguments."""
     node = {"target": "builtins.dict", "params": {"lossconfig": {"target": "no.such.Loss"}}}
     assert validate({"model": node}) == []
+
+
+def test_a_config_without_data_is_refused_beside_its_other_mistakes():
+    config = load(["demo"])
+    check(config)
+    del config["data"]
+    config["model"]["params"]["embed_dims"] = 1
+    with pytest.raises(ConfigError) as raised:
+        check(config)
+    assert raised.value.mistakes[-1] == "data: missing: the source of the training images"
+    assert len(raised.value.mistakes) == 2

@@ -27,7 +27,7 @@ import torchvision
 from PIL import Image
 
 from olvae.config import recipes, save
-from olvae.data.places import load
+from olvae.data.places import VOLUMES, load
 from olvae.losses import perceptual
 from olvae.models import linear_code
 from olvae.models.loading.targets import find_target
@@ -198,10 +198,12 @@ def in_small(name: str, shop: Workshop) -> dict[str, Any]:
             given |= {"folder": pairs, "val_folder": pairs}
         teacher["autoencoder"] = shop.autoencoder(teacher["autoencoder"])
     if "folder" not in given:
+        given.setdefault("channels", {VOLUMES: 1}.get(data["target"], 3))
         keep = ("min_fraction", "shuffle_channels", "channels", "range", "flip")
         data["target"] = "olvae.data.picture_folder.FolderSource"
         most = given.get("range")
         if isinstance(most, dict):
+            most.pop("nodata", None)  # the pictures have such values
             most = most["pairs"]
         pictures = shop.pictures(given.get("channels", 3), most and float(most[1]))
         given = {key: given[key] for key in keep if key in given} | {"root": str(pictures)}

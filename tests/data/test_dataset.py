@@ -21,6 +21,7 @@ from olvae.data.dataset import (
 )
 from olvae.data.hub import Items
 from olvae.data.image import Photo, Picture, RandomScaleCrop
+from olvae.data.order.groups import Grouping
 from tests.data.images import be_rank, encoded, keys_of, same, take
 
 
@@ -221,3 +222,50 @@ def test_the_card_of_the_demos_teacher_names_the_terms_of_its_pictures():
     card = (FOLDER.parents[1] / "recipes" / "distil" / "teacher" / "README.md").read_text()
     counts = f"{len(alike)} of the {len(entries)}, and {len(trained)} of the {len(PHOTOGRAPHS)},"
     assert f"{counts} are under CC BY-SA" in " ".join(card.split())
+
+
+class Slices(Pictures):
+    """Numbered slices of volumes with these numbers of them."""
+
+    def __init__(self, *counts: int) -> None:
+        super().__init__(sum(counts))
+        self.volumes = np.repeat(np.arange(len(counts)), counts)
+
+    def key(self, index: int) -> str:
+        return f"{self.file(index)}/{index}"
+
+    def file(self, index: int) -> str:
+        return f"scan{self.volumes[index] // 2}/{self.volumes[index]}.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("how", "parted"), [("file", 1), ("folder", 2), (r"/(?P<group>\d)\d*\.nii", 11)]
+)
+def test_hold_out_takes_whole_groups_evenly_until_the_share_is_reached(how, parted):
+    """Twenty volumes of 5 to 24 slices; of a pattern, those whose numbers begin alike."""
+    images = Slices(*range(5, 25))
+    train, val = hold_out(images, 0.1, Grouping(how))
+    sides = [{part.group(i, Grouping(how)) for i in range(len(part))} for part in (train, val)]
+    assert not sides[0] & sides[1]
+    assert sides[0] | sides[1] == {images.group(i, Grouping(how)) for i in range(290)}
+    assert len(train) + len(val) == 290
+    # A tenth, and no more than a group beyond it: of a folder two volumes, of a pattern up to 11.
+    assert 29 <= len(val) <= 29 + 24 * parted
+
+
+def test_hold_out_never_takes_all_groups():
+    for how, fraction in (("file", 0.9), ("folder", 0.99), ("file", None)):
+        train, val = hold_out(Slices(3, 50, 3, 3), fraction, Grouping(how))
+        assert len(train) > 0
+        assert len(val) > 0
+    with pytest.raises(ValueError, match=r"all images are of one group.*data.params.val_root"):
+        hold_out(Slices(9, 9), None, Grouping("folder"))
+    with pytest.raises(ValueError, match="all images are of one group"):
+        hold_out(Slices(9))
+
+
+def test_validation_names_the_group_of_each_image_that_is_not_its_own():
+    train, val = hold_out(Slices(5, 6, 7), 0.2)
+    batches = list(MappedSource(train, val, RandomScaleCrop(16), 4).val_loader())
+    assert [group for batch in batches for group in batch["group"]] == ["scan0/0.nii.gz"] * 5
+    assert all("group" not in batch for batch in source().val_loader())

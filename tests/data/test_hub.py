@@ -6,8 +6,10 @@ import torchvision
 from PIL import Image
 
 from olvae.config import ConfigError
-from olvae.data.hub import HuggingFaceSource, Items, TorchvisionSource, load_table
+from olvae.data.dataset import hold_out
+from olvae.data.hub import Column, HuggingFaceSource, Items, TorchvisionSource, load_table
 from olvae.data.image import image_to_tensor
+from olvae.data.order.groups import Grouping
 from olvae.data.pixels.size_and_range import AS_STORED, PixelRange
 from olvae.data.read_errors import UnreadableImageError
 from tests.data.images import encoded
@@ -146,3 +148,20 @@ def test_hugging_face_source_refuses_missing_columns_and_splits(table, tmp_path)
     assert len(load_table(tmp_path / "own", "test")) == 2
     with pytest.raises(ConfigError, match=r"label holds .*, not images"):
         HuggingFaceSource(str(tmp_path / "set"), 16, 4, column="label")
+
+
+def test_data_sets_hold_out_groups_by_the_names_of_their_files(image_folder):
+    """Of twelve images in three folders, those of one; of columns, by the names beside bytes."""
+    node = {"target": "torchvision.datasets.ImageFolder", "params": {"root": str(image_folder)}}
+    s = TorchvisionSource(node, 16, 4, hold_out_by="folder")
+    assert s.shared_groups() is None
+    assert {group for batch in s.val_loader() for group in batch["group"]} == {"class0"}
+    content = [{"bytes": encoded(n), "path": f"p{n // 4}_{n}.jpg"} for n in range(12)]
+    features = datasets.Features({"image": datasets.Image()})
+    table = datasets.Dataset.from_dict({"image": content}, features=features)
+    train, val = hold_out(Column(table, "image"), 0.1, Grouping(r"(?P<group>p\d)_"))
+    assert [part.name(i)[:2] for part in (val, train) for i in range(len(part))] == (
+        ["p0"] * 4 + ["p1"] * 4 + ["p2"] * 4
+    )
+    with pytest.raises(ValueError, match="finds no group in '00000000'"):
+        TorchvisionSource(FAKE, 16, 4, hold_out_by=r"(?P<group>p\d)")

@@ -334,3 +334,25 @@ def test_a_tiff_of_signed_bytes_is_refused(tmp_path):
     with pytest.raises(UnreadableImageError, match="from -128 to 127: save it with 0 to 255"):
         read_picture(tmp_path / "signed.tif")
     assert np.asarray(read_picture(tmp_path / "bytes.tif"))[0, 0].tolist() == [128] * 3
+
+
+def test_a_tiff_with_a_smaller_copy_or_a_mask_of_its_page_is_one_picture(tmp_path):
+    """As GIS programs write them; a second page of its own is refused."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+
+    def write(*kinds: int) -> Path:
+        path = tmp_path / f"{kinds}.tif"
+        with tifffile.TiffWriter(path) as file:
+            file.write(pixels, photometric="rgb")
+            for kind in kinds:
+                smaller = np.ones((32, 48), dtype=bool) if kind & 4 else pixels[::2, ::2]
+                photometric = "mask" if kind & 4 else "rgb"
+                file.write(smaller, photometric=photometric, subfiletype=kind)
+        return path
+
+    for kinds in ((1,), (4,), (4, 1), (1, 5)):
+        found = image_to_tensor(read_picture(write(*kinds)))
+        assert np.array_equal(found.movedim(0, -1).numpy(), pixels)
+    for kinds in ((0,), (2,), (4, 0)):
+        with pytest.raises(UnreadableImageError, match="it holds 2 pages, not one"):
+            read_picture(write(*kinds))

@@ -1,3 +1,4 @@
+from collections import Counter
 from dataclasses import replace
 from itertools import permutations
 
@@ -17,6 +18,7 @@ from olvae.data.image import (
     image_to_tensor,
     resize_shorter_side,
 )
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from tests.data.images import picture, saved
 
 
@@ -170,11 +172,15 @@ def test_random_scale_crop_uses_every_filter():
         ({"filters": ("cubic",)}, "bicubic"),
         ({"filters": ()}, "some of"),
         ({"shuffle_channels": 2.0}, "shuffle_channels"),
+        ({"augment": {"turn": True}}, "augment: turn: its settings are turns, flip_vertical, int"),
+        ({"augment": {"turns": True}, "size": [8, 16]}, "augment.turns: `size` is 8x16, and only"),
+        ({"augment": {"intensity_scale": 1.5}}, "intensity_scale must be at least 0 and below 1"),
+        ({"augment": {"intensity_shift": 0.1}, "filters": ["nearest"]}, "values of masks"),
     ],
 )
 def test_random_scale_crop_refuses_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        RandomScaleCrop(16, **arguments)
+        RandomScaleCrop(**{"size": 16, **arguments})
 
 
 def test_random_crops_are_from_all_sides_as_often():
@@ -208,3 +214,70 @@ def test_a_jpeg_that_is_decoded_at_a_fraction_gives_nearly_the_same_crop(seed):
     photo = Photo(content, "a.jpg")
     a, b = (RandomScaleCrop(300)(p, np.random.default_rng(seed)) for p in (photo, whole))
     assert a == b
+
+
+def test_turns_and_flips_give_all_eight_views_of_the_same_crop():
+    """The window and the mirror image are the ones without ``augment``, drawn before."""
+    image = gradient(64, 48)
+    plain = RandomScaleCrop(16)
+    turned = RandomScaleCrop(16, augment={"turns": True, "flip_vertical": True})
+    found = Counter()
+    for seed in range(200):
+        crop = image_to_tensor(plain(image, np.random.default_rng(seed)))
+        views = {}
+        for flipped in (False, True):
+            for turns in range(4):
+                view = crop.flip(1) if flipped else crop
+                views[flipped, turns] = torch.rot90(view, turns, (1, 2))
+        view = image_to_tensor(turned(image, np.random.default_rng(seed)))
+        (which,) = (name for name, tensor in views.items() if torch.equal(tensor, view))
+        found[which] += 1
+    assert len(found) == 8
+    assert min(found.values()) > 10
+
+
+CHANGED = {"intensity_scale": 0.3, "intensity_shift": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("array", "values", "low", "high"),
+    [
+        (np.arange(768, dtype=np.uint8).reshape(16, 16, 3), None, 0, 255),
+        (np.arange(768, dtype=np.uint16).reshape(16, 16, 3) * 80, [0, 50000], 0, 50000),
+        (
+            np.linspace(-1000, 2000, 512, dtype=np.float32).reshape(16, 16, 2),
+            [[-1000, 2000], [-500, 3000]],
+            np.array([-1000, -500])[:, None, None],
+            np.array([2000, 3000])[:, None, None],
+        ),
+    ],
+    ids=["uint8", "uint16", "float32"],
+)
+def test_intensity_is_scaled_and_shifted_in_the_range(array, values, low, high):
+    """By hand in float64, with the numbers that come next from the same generator."""
+    pixel_range = replace(PixelRange.from_node(values), outside="clip")
+    if values is None:
+        pixel_range = EIGHT_BITS
+    photo = Photo(array_to_picture(array), "it", array.shape[2], pixel_range)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        crop = image_to_tensor(RandomScaleCrop(12)(photo, rng))
+        gain, moved = 1 + 0.3 * rng.uniform(-1, 1), 0.2 * rng.uniform(-1, 1)
+        expected = crop.double().numpy() * gain + moved * (high - low)
+        found = image_to_tensor(
+            RandomScaleCrop(12, augment=CHANGED)(photo, np.random.default_rng(seed))
+        )
+        assert found.dtype == crop.dtype
+        least = 0.01 if found.dtype == torch.float32 else 0.51 + 0.5 * gain
+        assert np.abs(found.double().numpy() - expected.clip(low, high)).max() < least
+
+
+def test_alpha_keeps_its_values():
+    image = gradient(16, 16)
+    image.putalpha(Image.linear_gradient("L").resize((16, 16)))
+    before, after = (
+        image_to_tensor(RandomScaleCrop(16, 1.0, augment=augment)(image, np.random.default_rng(3)))
+        for augment in (None, CHANGED)
+    )
+    assert torch.equal(before[3], after[3])
+    assert not torch.equal(before[:3], after[:3])

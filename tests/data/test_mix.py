@@ -134,3 +134,10 @@ def test_a_mix_describes_how_each_sources_images_are_made(nodes):
         mix(nodes).describe_val_images()
         == "nearest resize of the shorter side (Pillow), centre crop"
     )
+
+
+def test_groups_of_two_sources_are_two(nodes):
+    nodes[0]["params"]["hold_out_by"] = "folder"
+    (batch,) = mix([nodes[0], nodes[0]]).test_loader(20)
+    assert len(set(batch["group"])) == 2
+    assert {group[:7] for group in batch["group"]} == {"0/class", "1/class"}

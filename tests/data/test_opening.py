@@ -295,3 +295,17 @@ def test_open_source_refuses_data_that_are_no_node(tmp_path):
     (tmp_path / "c.yaml").write_text("data: {params: {root: photos}}")
     with pytest.raises(ConfigError, match="expected a node of target and params"):
         open_source(str(tmp_path / "c.yaml"), 8, 1)
+
+
+def test_a_models_images_elsewhere_have_the_groups_of_its_training(root, caplog):
+    """Where its pattern fits their names; else each is its own, with a warning."""
+    write_photos(root, ["p1/0.png", "p1/1.png", "p2/0.png"])
+    config = tiny_config(root)
+    config["data"]["params"]["hold_out_by"] = r"(?P<group>p\d)"
+    source = open_test_source(config, str(root))
+    (batch,) = source.test_loader(3)
+    assert batch["group"] == ["p1", "p1", "p2"]
+    (root / "q.png").write_bytes((root / "p1" / "0.png").read_bytes())
+    (batch,) = open_test_source(config, str(root)).test_loader(4)
+    assert "group" not in batch
+    assert "intervals are over single images" in caplog.messages[-1]

@@ -340,3 +340,52 @@ def test_find_images_asks_the_system_once_a_folder_and_not_for_each_file(tmp_pat
     assert len(asked) < 10
     assert len(found) == 61
     assert tmp_path / "f0" / "link.jpg" in found
+
+
+def sides_of(root: Path, **arguments) -> tuple[set[str], set[str]]:
+    """Names of the images of training, and of validation."""
+    found = source(root, **arguments)
+    train, val = (
+        {part.name(index) for index in range(len(part))} for part in (found.train, found.val)
+    )
+    return train, val
+
+
+@pytest.mark.parametrize("how", ["folder", r"^(?P<group>\w+)/"])
+def test_groups_are_held_out_whole_and_more_images_of_them_change_nothing(root, how, caplog):
+    names = [f"{'abcdefgh'[n % 8]}/{n}.png" for n in range(32)]
+    write_photos(root, names)
+    train, val = sides_of(root, hold_out_by=how)
+    held_out = {name[0] for name in val}
+    assert held_out == set("abcdefgh") - {name[0] for name in train}
+    assert len(val) == 4 * len(held_out)
+    write_photos(root, [f"{folder}/new.png" for folder in "abcdefgh"])
+    train, val = sides_of(root, hold_out_by=how)
+    assert {name[0] for name in val} == held_out
+    assert len(val) == 5 * len(held_out)
+    assert caplog.messages == []
+
+    # A pattern and a list name the same groups as the folder, so they hold out the same ones.
+    if how == "folder":
+        (root / "list.txt").write_text("\n".join(names))
+        for place in (root / "*" / "*.png", root / "list.txt"):
+            assert {name[0] for name in sides_of(place, hold_out_by=how)[1]} == held_out
+
+
+def test_one_group_alone_can_not_be_split(root):
+    write_photos(root, [f"a/{n}.png" for n in range(5)])
+    with pytest.raises(ValueError, match=r"all images are of one group.*data.params.val_root"):
+        source(root, hold_out_by="folder")
+    with pytest.raises(ValueError, match=r"finds no group in 'a/0.png'"):
+        source(root, hold_out_by=r"(?P<group>patient\d+)")
+
+
+def test_a_group_in_both_folders_is_a_warning(root, caplog):
+    write_photos(root, [f"train/{name}/{n}.png" for name in "abc" for n in range(3)])
+    write_photos(root, [f"val/{name}/{n}.png" for name in "cde" for n in range(3)])
+    warn_once.cache_clear()
+    source(root, hold_out_by="folder")
+    assert caplog.messages[-1].endswith(
+        "1 group by `hold_out_by` with images of training and of validation: c: keep each on one "
+        "side"
+    )

@@ -23,6 +23,11 @@ SHARDS = "olvae.data.shards.webdataset.WebDatasetSource"
         ("samples", "olvae.data.dataset.SamplePhotographs", {}),
         ("hf:cifar10,column=img", f"{HUB}HuggingFaceSource", {"path": "cifar10", "column": "img"}),
         (
+            "scenes:tiles,tile=512,max_nodata=0.1",
+            "olvae.data.scenes.scene_source.SceneSource",
+            {"scenes": "tiles", "tile": 512, "max_nodata": 0.1},
+        ),
+        (
             "torchvision:CIFAR10,root=data,train=false",
             f"{HUB}TorchvisionSource",
             {

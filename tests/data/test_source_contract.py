@@ -12,6 +12,7 @@ from PIL import Image
 from olvae.data.hub import HuggingFaceSource, TorchvisionSource
 from olvae.data.mix import MixSource
 from olvae.data.picture_folder import FolderSource
+from olvae.data.scenes.scene_source import SceneSource
 from olvae.data.shards.latent_source import LatentSource, PairSource
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, Sample, Source
@@ -26,6 +27,7 @@ from tests.data.images import (
     write_shards,
     write_tar,
 )
+from tests.data.scenes.geotiffs import geotiff, ground
 from tests.export.latents import Blocks, encode
 
 COUNTS = (5, 9, 1, 14, 7, 3, 11)  # 50 images
@@ -41,6 +43,10 @@ def material(tmp_path_factory) -> Path:
     for n in range(24):
         # one is broken
         (root / "photos" / f"{n:02d}.jpg").write_bytes(encoded(n)[: 100 if n == 3 else None])
+    for n in range(3):
+        array = ground(n, channels=3)
+        array[:40, :20] = 0
+        geotiff(root / "scenes" / f"{n}.tif", array, nodata=0)
     images = write_classes(root / "classes", (7, 9, 4, 3))
     encode(images, root / "latents", Blocks(), size=32, flip=True, dtype="float32", images=True)
     return root
@@ -48,6 +54,10 @@ def material(tmp_path_factory) -> Path:
 
 def folder(root: Path, **arguments: Any) -> Source:
     return FolderSource(root / "photos", 16, val_fraction=0.2, max_unreadable=1.0, **arguments)
+
+
+def scenes(root: Path, **arguments: Any) -> Source:
+    return SceneSource(root / "scenes", 16, max_unreadable=1.0, range=[0, 10_000], **arguments)
 
 
 def known_shards(root: Path, **arguments: Any) -> Source:
@@ -88,7 +98,7 @@ def mix(root: Path, **arguments: Any) -> Source:
 
 
 @pytest.fixture(
-    params=[folder, known_shards, unknown_shards, latents, pairs, mix],
+    params=[folder, scenes, known_shards, unknown_shards, latents, pairs, mix],
     ids=lambda make: make.__name__,
 )
 def make(request, material) -> "partial[Source]":
@@ -154,7 +164,7 @@ def test_validation_is_each_image_once_in_order(make, batch_size):
 @pytest.mark.parametrize(
     "kind", [FolderSource, WebDatasetSource, TorchvisionSource, HuggingFaceSource]
 )
-def test_shuffle_channels_is_for_training_alone(kind, tmp_path, monkeypatch):
+def test_colours_are_changed_for_training_alone(kind, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     colour = (250, 100, 0)
     files = [(f"{n}.png", saved(Image.new("RGB", (20, 20), colour), "PNG")) for n in range(8)]
@@ -182,3 +192,6 @@ def test_shuffle_channels_is_for_training_alone(kind, tmp_path, monkeypatch):
     assert colours(s.train_loader()) == set(permutations(colour))
     assert colours(s.val_loader()) == {colour}
     assert colours(kind(size=16, batch_size=2, **where[kind]).train_loader()) == {colour}
+    darker = kind(size=16, batch_size=2, augment={"intensity_scale": 0.5}, **where[kind])
+    assert len(colours(darker.train_loader())) > 2
+    assert colours(darker.val_loader()) == {colour}

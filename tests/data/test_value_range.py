@@ -12,12 +12,11 @@ BANDS = np.moveaxis(values("uint16", 40, (24, 32)), -1, 0)
     [
         (tiff(BANDS), True),
         (tiff_of_pages(BANDS), True),
-        (tiff(BANDS, imagej=True, metadata={"axes": "ZYX"}), True),
         (tiff(BANDS, imagej=True, metadata={"axes": "CYX"}), False),
         (tiff(BANDS, planarconfig="separate"), False),
         (tiff(np.moveaxis(BANDS, 0, -1), planarconfig="contig"), False),
     ],
-    ids=["shaped", "pages", "z", "channels", "planes", "interleaved"],
+    ids=["shaped", "pages", "channels", "planes", "interleaved"],
 )
 def test_pages_that_may_be_a_stack_are_named(content, stack, root):
     (root / "a.tif").write_bytes(content)

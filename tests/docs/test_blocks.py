@@ -32,7 +32,15 @@ RUN, NETWORK, NAMES = "run", "needs network", "imports only: "
 Python blocks to import from only, for want of a network or for the reason given.
 """
 
-SLOW = ("any_size.md", "api.md", "encode.md", "export.md", "extending.md", "not-rgb.md")
+SLOW = (
+    "api.md",
+    "export.md",
+    "extending.md",
+    "formats.md",
+    "large_images.md",
+    "volumes.md",
+    "scenes.md",
+)
 """Pages whose blocks take seconds."""
 
 LANGUAGES = ("python", "sh", "console", "powershell", "yaml", "text", "mermaid")

@@ -3,13 +3,16 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from rich.console import Console
 
+from olvae.data.pixels.size_and_range import PixelRange
 from olvae.evaluation.cells import Cell
 from olvae.evaluation.observers.cross import Cross
 from olvae.evaluation.observers.half_precision import HalfPrecision
-from olvae.evaluation.observers.observer import Evaluated
+from olvae.evaluation.observers.observer import Evaluated, Observation
 from olvae.evaluation.observers.pixels.colour import Colour
+from olvae.evaluation.observers.pixels.not_rgb import RealValues
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.report import (
     print_grid,
@@ -211,6 +214,28 @@ def test_per_image_csv_is_read_again(tmp_path):
     ]
     assert float(lines[0][2]) == 1 / 3
     assert [file.name for file in tmp_path.iterdir()] == ["per_image.csv"]
+
+
+def test_per_volume_csv_has_means_and_real_units_of_each_volume(tmp_path):
+    keys = [f"p1/ct.nii.gz/{n:04d}" for n in range(3)] + ["p2/1.2.826.7/0000"]
+    x = torch.zeros(4, 1, 2, 2)
+    y = torch.tensor([1.0, 2.0, 3.0, 5.0])[:, None, None, None].expand(4, 1, 2, 2)
+    stated = PixelRange.from_node([0, 255])
+    observer = RealValues()
+    observer.update(Observation("vae", 0, keys, x, y, torch.zeros(1), {}, stated))
+    psnr = dict(zip(keys, [10.0, 20.0, 60.0, math.inf], strict=True))
+    results = results_of(Row("vae", 4, {}, per_image={"psnr": psnr}))
+    written = write_files(Evaluated(results, [observer]), tmp_path)
+    with written["volumes"].open(newline="", encoding="utf-8") as file:
+        first, second = csv.DictReader(file)
+    assert [first[name] for name in ("target", "volume", "slices")] == ["vae", "p1/ct.nii.gz", "3"]
+    assert float(first["psnr"]) == 30
+    assert float(first["rmse"]) == pytest.approx(math.sqrt(14 / 3))
+    assert float(first["mae"]) == pytest.approx(2)
+    assert (second["volume"], second["psnr"]) == ("p2/1.2.826.7", "inf")
+
+    photos = results_of(Row("vae", 1, {}, per_image={"psnr": {"000000/00000001": 1.0}}))
+    assert "volumes" not in write_files(Evaluated(photos), tmp_path)
 
 
 def test_a_carriage_return_in_a_name_ends_no_line(tmp_path):

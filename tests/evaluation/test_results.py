@@ -104,6 +104,9 @@ def test_few_images_give_a_warning():
         "few images, 19: other ones give other numbers"
     ]
     assert results_of(Row("a", 20, {})).warnings() == []
+    assert results_of(Row("a", 20, {}), groups=3).warnings() == [
+        "few groups, 3: intervals over so few are too narrow; of one there are none"
+    ]
 
 
 def test_images_without_a_psnr_give_a_warning():

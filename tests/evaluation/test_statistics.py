@@ -96,3 +96,59 @@ def test_difference_of_two_rows_is_paired():
     assert (other.value, other.low, other.high) == pytest.approx(
         (-found.value, -found.high, -found.low)
     )
+
+
+@pytest.fixture
+def slices():
+    """Values of 12 patients with 5 to 27 slices each, which are alike, and their patients."""
+    rng = np.random.default_rng(1)
+    sizes = range(5, 29, 2)
+    means = rng.normal(30.0, 3.0, size=12)
+    values, groups = {}, {}
+    for patient, (size, mean) in enumerate(zip(sizes, means, strict=True)):
+        for number in range(size):
+            key = f"{number}/{patient}"
+            values[key] = float(rng.normal(mean, 0.5))
+            groups[key] = f"p{patient:02}"
+    return values, groups
+
+
+def test_groups_are_drawn_whole(slices):
+    """By hand, one patient after the other: the mean over all slices of the patients drawn."""
+    values, groups = slices
+    names = sorted(set(groups.values()))
+    rng = np.random.default_rng(5)
+    means = []
+    for _ in range(200):
+        drawn = []
+        for place in rng.integers(12, size=12):
+            drawn += [values[key] for key in values if groups[key] == names[place]]
+        means.append(np.mean(drawn))
+    expected = np.quantile(means, (0.025, 0.975))
+    found = confidence(values, samples=200, seed=5, groups=groups)
+    assert found == pytest.approx(tuple(expected), rel=1e-12)
+
+
+def test_the_interval_over_patients_is_the_clustered_one_and_wider_than_over_slices(slices):
+    """Near the normal one with the variance of a ratio of sums over clusters."""
+    values, groups = slices
+    low, high = confidence(values, samples=8000, groups=groups)
+    mean = np.mean(list(values.values()))
+    residuals = dict.fromkeys(groups.values(), 0.0)
+    for key, value in values.items():
+        residuals[groups[key]] += value - mean
+    reach = 1.959964 * math.sqrt(sum(r * r for r in residuals.values())) / len(values)
+    assert (high - low) / 2 == pytest.approx(reach, rel=0.1)
+    alone = confidence(values, samples=8000)
+    assert high - low > 2.5 * (alone[1] - alone[0])
+    paired = difference(values, dict.fromkeys(values, 0.0), samples=8000, groups=groups)
+    assert paired[1:] == pytest.approx((low, high), rel=1e-12)
+
+
+def test_groups_of_one_image_give_the_interval_over_images(slices):
+    """Keys sort as their groups do, so the same ones are drawn."""
+    values, _ = slices
+    expected = pytest.approx(confidence(values), rel=1e-12)
+    assert confidence(values, groups={key: key for key in values}) == expected
+    assert confidence(values, groups={}) == expected
+    assert confidence(values, groups=dict.fromkeys(values, "one")) is None

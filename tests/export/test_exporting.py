@@ -50,9 +50,9 @@ class NumpyLayout(Layout):
         return [Loaded("loaded back", back.moments, back.decode)]
 
 
-# They take tiny students alone, and Qwen-Image's and Wan's autoencoders.
+# They take tiny students, Qwen-Image's and Wan's autoencoders, or MONAI's, alone.
 FORMATS = [
-    *(name for name in LAYOUTS if name not in ("taesd", "qwen2d")),
+    *(name for name in LAYOUTS if name not in ("taesd", "qwen2d", "monai")),
     f"{__name__}.NumpyLayout",
 ]
 
@@ -389,7 +389,7 @@ def test_unknown_export_formats_are_refused():
     for name, message in (
         (
             "numpy",
-            "`format` numpy: choose from litevae, diffusers, ldm, comfyui, taesd, qwen2d",
+            "`format` numpy: choose from litevae, diffusers, ldm, comfyui, taesd, qwen2d, monai",
         ),
         ("pathlib.Path", "pathlib.Path is not a kind of olvae.export.formats.Layout"),
         ("olvae.export.formats.Layouts", "has no Layouts"),

@@ -83,7 +83,7 @@ def test_rows_are_those_of_the_same_picture_as_tiff(name, tmp_path):
     for start, stop in ((0, 93), (0, 1), (63, 65), (5, 88), (92, 93), (0, 64)):
         assert torch.equal(rows.read(start, stop), whole[:, start:stop])
     rows.close()
-    assert torch.equal(read_raster(tmp_path / "a", channels, pixel_range, MEMORY), whole)
+    assert torch.equal(read_raster(tmp_path / "a", channels, pixel_range, MEMORY)[0], whole)
     if array.dtype == np.uint8 and array.shape[2] == 3:
         assert np.array_equal(whole.permute(1, 2, 0), array)
 
@@ -118,7 +118,7 @@ def test_a_profile_is_converted_as_a_pngs(tmp_path):
     jpeg_2000(tmp_path / "a.jp2", RGB, photometric="RGB")
     with_profile(tmp_path / "a.jp2", swapped)
     Image.fromarray(RGB).save(tmp_path / "a.png", icc_profile=swapped)
-    found = read_raster(tmp_path / "a.jp2", 3, EIGHT_BITS, MEMORY)
+    found, _ = read_raster(tmp_path / "a.jp2", 3, EIGHT_BITS, MEMORY)
     assert torch.equal(found, image_to_tensor(read_picture(tmp_path / "a.png")))
     assert not np.array_equal(found.permute(1, 2, 0), RGB)
 
@@ -288,6 +288,6 @@ def test_chunks_that_are_not_stored_are_the_fill_value(tmp_path):
     (tmp_path / "a/0.0.0").unlink()
     expected = RGB.copy()
     expected[:32, :48] = 0
-    found = read_raster(tmp_path / "a", 3, EIGHT_BITS, MEMORY)
+    found, _ = read_raster(tmp_path / "a", 3, EIGHT_BITS, MEMORY)
     assert np.array_equal(found.permute(1, 2, 0), expected)
     shutil.rmtree(tmp_path / "a")

@@ -11,13 +11,16 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -31,16 +34,23 @@ from olvae.config import save
 from olvae.data.image import EvalTransform, Photo, RandomScaleCrop
 from olvae.data.pixels.size_and_range import PixelRange
 from olvae.data.read_errors import ReadError, UnreadableImageError
+from olvae.data.scenes.georeference import read_georeference
+from olvae.data.scenes.rasters import find_scenes
+from olvae.data.scenes.scene_source import SceneSource
 from olvae.data.shards.index import INDEX, Index, known_shards
 from olvae.data.shards.latent_source import LatentSource, PairSource
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, eval_sample
+from olvae.data.volumes.volume_source import VolumeSlices, find_volumes
 from olvae.models.loading.targets import find_target
 from tests.conftest import tiny_config
 from tests.data.images import picture, saved, write_shard, write_tar
 from tests.data.pixels.files import exr, npy, npz, png, tiff, values
+from tests.data.scenes.geotiffs import geotiff, ground
+from tests.data.volumes.scans import WINDOW, dicom, hounsfield, nifti, nrrd_file
 from tests.export.latents import encode
+from tests.export.rasters import jpeg_2000
 from tests.export.tiny import tiny_litevae
 from tests.fuzz.mutations import CHANGES, mutate
 
@@ -98,7 +108,7 @@ ARRAYS = [
 ]
 
 
-@inputs(0.15)
+@inputs(0.1)
 def test_mutated_arrays_are_read_or_refused(watch, tmp_path_factory, changes, which):
     name, seed = (*ARRAYS, ("a.exr", half(tmp_path_factory.getbasetemp())))[
         which % (len(ARRAYS) + 1)
@@ -108,12 +118,92 @@ def test_mutated_arrays_are_read_or_refused(watch, tmp_path_factory, changes, wh
     watch(lambda: RandomScaleCrop(16)(Photo(data, name, 3, stated), np.random.default_rng(0)))
 
 
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> tuple[Path, list[bytes]]:
+    """A folder with two good scenes, which a mutated one is put between, and files to mutate."""
+    folder = tmp_path_factory.mktemp("scenes")
+    array = ground(0, (96, 130))
+    array[:40, :40] = 0
+    options = ({"compress": "deflate"}, {"interleave": "band"}, {"driver": "COG", "blocksize": 128})
+    for number, kind in enumerate(options):
+        geotiff(folder / "seeds" / f"{number}.tif", array, nodata=0, **kind)
+    jpeg_2000(folder / "seeds" / "a.jp2", array)
+    for name in ("good", "other"):
+        geotiff(folder / "all" / f"{name}.tif", array, nodata=0)
+    return folder / "all", [path.read_bytes() for path in sorted((folder / "seeds").iterdir())]
+
+
+@inputs(0.1)
+def test_mutated_scenes_are_read_or_refused(watch, scenes, changes, which):
+    folder, seeds = scenes
+    file = folder / "mutated.tif"
+    file.write_bytes(mutate(seeds[which % len(seeds)], changes, seeds))
+
+    def use() -> None:
+        stated = PixelRange.from_node({"pairs": [0, 10_000], "outside": "clip"})
+        kept = read_georeference(file, stated)
+        if kept is not None:
+            tifffile.imwrite(BytesIO(), np.zeros((1, 2), np.float32), extratags=kept.tags)
+        (scene,) = find_scenes(file, 4)
+        if scene.broken is None:
+            for place in ((0, 0), (scene.height - 1, scene.width - 1)):
+                with suppress(UnreadableImageError):
+                    scene.read((*place, 1, 1))
+        source = SceneSource(
+            folder, 64, 1, channels=4, max_unreadable=1.0, range=stated.as_node(), max_nodata=1.0
+        )
+        list(islice(source.stream(which, 0, LoaderProcess()), 4))
+        list(islice(source.once(LoaderProcess()), 4))
+
+    try:
+        watch(use)
+    finally:
+        file.unlink()
+
+
 @cache
 def half(folder: Path) -> bytes:
     return exr({"RGB": values("float16")}, folder / "half.exr")
 
 
-@inputs(0.15)
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory) -> list[Path]:
+    """A small file of each format of volumes."""
+    folder = tmp_path_factory.mktemp("scans")
+    small = hounsfield(0, (4, 8, 9))
+    return [
+        nifti(folder / "a.nii", small),
+        nifti(folder / "a.nii.gz", small),
+        nrrd_file(folder / "a.nrrd", small),
+        nrrd_file(folder / "raw.nrrd", small, encoding="raw"),
+        dicom(folder / "a.dcm", small[1]),
+        dicom(folder / "frames.dcm", small),
+    ]
+
+
+@inputs(0.1)
+def test_mutated_volumes_are_read_or_refused(watch, scans, tmp_path_factory, changes, which):
+    folder = tmp_path_factory.getbasetemp() / "volumes"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    seed = scans[which % len(scans)]
+    others = [path.read_bytes() for path in scans]
+    (folder / seed.name).write_bytes(mutate(seed.read_bytes(), changes, others))
+    stated = PixelRange.from_node({"pairs": WINDOW, "outside": "clip"})
+
+    def use() -> None:
+        for axis in ("acquired", "sagittal"):
+            images = VolumeSlices(find_volumes(folder), stated, axis)
+            for number in (0, len(images) - 1):
+                images[number].read()
+        for volume in images.volumes:
+            values = np.zeros(volume.shape, dtype=np.float32)
+            volume.write(values, folder / "written")
+
+    watch(use)
+
+
+@inputs(0.1)
 def test_mutated_images_are_read_or_refused(watch, changes, which):
     name, seed = IMAGES[which % len(IMAGES)]
     data = mutate(seed, changes, [content for _, content in IMAGES])

@@ -229,3 +229,37 @@ def test_linear_code_psnr_is_behind_a_quantizer(image_folder):
             model.quantizer.post_quant_conv(model.encode(from_uint8(images)).mean)
         )
     assert found == pytest.approx(psnr(images, to_uint8(y)).mean().item(), abs=1e-4)
+
+
+def test_linear_code_psnr_counts_as_many_images_as_are_measured_at_most(tmp_path, monkeypatch):
+    """Exactly the most: their mean is the validation's."""
+    monkeypatch.setattr(linear_code, "CROPS", (64, 64))
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        pixels = rng.integers(0, 255, (32, 32)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i:02}.png")
+    source = FolderSource(str(tmp_path), 16, 1, val_fraction=0.5, channels=1)
+    monkeypatch.setattr(linear_code, "MEASURED_IMAGES", source.val_images)
+    model = LiteVAE(LinearEncoder(8, 1, 4), LinearDecoder(4, 1, 4))
+    mean, line = start_linearly(model, source, 0, CPU)
+    assert f"{mean:.2f} dB on {source.val_images} validation images" in line
+
+
+def test_the_decoder_is_measured_on_a_teachers_latents_only_beside_a_frozen_encoder(tmp_path):
+    for i in range(8):
+        saved = torch.randint(0, 255, (32, 32), dtype=torch.uint8)
+        Image.fromarray(saved.numpy()).save(tmp_path / f"{i:02}.png")
+    source = FolderSource(str(tmp_path), 16, 1, val_fraction=0.5, channels=1)
+    seen = []
+
+    def teacher(x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return torch.nn.functional.pixel_unshuffle(x, 4)[:, :4]
+
+    model = LiteVAE(LinearEncoder(8, 1, 4), LinearDecoder(4, 1, 4))
+    own, _ = start_linearly(model, source, 0, CPU, teacher)
+    fits = len(seen)
+    taught, _ = start_linearly(model, source, 0, CPU, teacher, ["decoder"], ["encoder"])
+    assert len(seen) == 2 * fits + source.val_images
+    assert own is not None
+    assert taught is not None

@@ -171,6 +171,12 @@ def test_the_discriminators_rate_follows_the_schedule_whenever_it_begins(image_f
     assert rates[-1][0] < rates[0][0]
 
 
+def test_without_warm_up_the_discriminators_first_update_has_its_whole_rate(image_folder, updates):
+    model = build(against(learning_rate_ratio=2.0), learning_rate=1e-3)
+    fit(model, image_folder, 2)
+    assert [u.lr for u in updates.of(model.adversary)] == pytest.approx([2e-3, 2e-3])
+
+
 def test_the_discriminators_warm_up_stays_below_the_schedule(image_folder, updates):
     model = build(against(start_step=4), scheduler="cosine", warmup_steps=3, learning_rate=1e-3)
     fit(model, image_folder, 9)

@@ -1,7 +1,7 @@
 import pytest
 
 from olvae.models.linear_code import LinearDecoder, LinearEncoder
-from olvae.modules.base import check_counts
+from olvae.modules.base import check_counts, copy_plain
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder, WaveletEncoder
 from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
@@ -38,3 +38,14 @@ def test_check_counts_names_the_setting():
     assert (LinearEncoder(downscale=12).image_size, LinearEncoder().image_size) == (384, 256)
     with pytest.raises(ValueError, match=r"channel_mult must be at least 1, got \[1, -1\]"):
         check_counts(1, channels=8, channel_mult=(1, -1))
+
+
+def test_a_networks_node_keeps_the_arguments_as_they_were():
+    """Lists and dicts, at any depth, are copies: changing them later changes no saved config."""
+    widths, inner = [1, 2], {"a": [1]}
+    copied = copy_plain({"widths": widths, "inner": inner, "x": (1,)})
+    decoder = LiteVAE_Decoder(channels=8, z_channels=4, channel_mult=widths, num_res_blocks=0)
+    widths.append(3)
+    inner["a"].append(2)
+    assert copied == {"widths": [1, 2], "inner": {"a": [1]}, "x": (1,)}
+    assert decoder.node["params"]["channel_mult"] == [1, 2]

@@ -49,3 +49,9 @@ def test_the_sample_carries_gradients_to_both_moments():
 def test_posterior_of_odd_channels_is_refused():
     with pytest.raises(ValueError, match="even number"):
         DiagonalGaussian(torch.zeros(1, 3, 2, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_sample_has_the_dtype_of_the_moments(dtype):
+    posterior = DiagonalGaussian(torch.randn(1, 8, 2, 2).to(dtype))
+    assert posterior.sample().dtype == posterior.mode().dtype == dtype

@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from olvae.modules.gigagan import GigaGAN, TransformerBlock, l2_attention
@@ -111,3 +112,67 @@ def test_transformer_block_by_hand():
     gelu = 0.5 * gate * (1 + torch.erf(gate / math.sqrt(2)))
     tokens = tokens + linear(block.feed_forward_out, gelu * value)
     torch.testing.assert_close(block(x)[0].flatten(1).T, tokens)
+
+
+def _conv(layer: torch.nn.Conv2d, x: Tensor, stride: int = 1) -> Tensor:
+    """A convolution as sums over windows: (B, C, H, W)."""
+    side = layer.weight.shape[-1]
+    margin = (side - stride + 1) // 2
+    windows = F.unfold(x, side, padding=margin, stride=stride)  # (B, C k k, N)
+    y = torch.einsum("ok,bkn->bon", layer.weight.flatten(1), windows)
+    if layer.bias is not None:
+        y = y + layer.bias[:, None]
+    return y.unflatten(2, [(s + 2 * margin - side) // stride + 1 for s in x.shape[-2:]])
+
+
+def _leaky(x: Tensor) -> Tensor:
+    return torch.where(x > 0, x, 0.2 * x)
+
+
+def _mean_of_four(x: Tensor) -> Tensor:
+    return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+
+
+def _half(x: Tensor) -> Tensor:
+    """By a triangle of four pixels, 1 3 3 1, whose weights at the border are scaled to sum 1."""
+    for axis in (-2, -1):
+        n = x.shape[axis]
+        matrix = torch.zeros(n // 2, n, dtype=x.dtype)
+        for row in range(n // 2):
+            for offset, weight in zip(range(-1, 3), (1, 3, 3, 1), strict=True):
+                if 0 <= 2 * row + offset < n:
+                    matrix[row, 2 * row + offset] = weight
+        matrix /= matrix.sum(1, keepdim=True)
+        x = torch.movedim(torch.movedim(x, axis, -1) @ matrix.T, -1, axis)
+    return x
+
+
+def _predict(net: torch.nn.Module, x: Tensor) -> Tensor:
+    h = _conv(net.conv1, _leaky(x))
+    h = _conv(net.conv3, _leaky(_conv(net.conv2, _leaky(h))))
+    return _conv(net.to_logit, _leaky(h + _conv(net.skip, x)))
+
+
+@torch.no_grad()
+def test_gigagan_function_by_hand():
+    """Levels, image features, predictors and the last vector written out, without its blocks."""
+    net = _small(predictors="all").double().eval()
+    nudge(net)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    image, h, expected = x, _conv(net.stem, x), []
+    for i, level in enumerate(net.levels):
+        image = _half(image)
+        z = _conv(level.down, _leaky(h), stride=2) + _conv(level.image_stem, image)
+        z = _conv(level.conv2, _leaky(_conv(level.conv1, _leaky(z))))
+        h = z + _mean_of_four(_conv(level.shortcut, h))
+        if str(i) in net.transformers:
+            blocks = net.transformers[str(i)]
+            h = blocks.blocks(h + blocks.positions)
+        if i + 1 < len(net.levels):
+            expected.append(_predict(net.predictors[str(i)], h))
+    vector = _conv(net.reduce, _leaky(h), stride=2).flatten(1)
+    expected.append(_predict(net.last_predictor, vector[..., None, None]).flatten(1))
+    found = net(x)
+    assert len(found) == len(expected) == net.num_outputs
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)

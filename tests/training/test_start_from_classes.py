@@ -1,6 +1,8 @@
 """Runs that start from other classes of diffusers than AutoencoderKL,
 as the commands train and export them."""
 
+import json
+
 import diffusers
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tests.conftest import parts, tiny_config
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.classes import make
 from tests.models.loading.compvis import CompVisKL, with_random_weights
+from tests.models.loading.test_monai_files import COMMON, RECORDED, RECORDS, bundle, drawn
 from tests.models.loading.test_tiny_files import publish
 from tests.models.steps import WITHOUT_KL
 
@@ -150,6 +153,23 @@ def test_taef2s_files_are_trained_and_written_again(train_with, tmp_path):
         }
         assert all(not torch.equal(before[name].float(), after[name]) for name in before)
     assert isinstance(find_target(exported(run, tmp_path / "vae")).load().encoder, TinyEncoder)
+
+
+def test_monais_autoencoder_is_trained_and_written_again(train_with, tmp_path):
+    records = json.loads(RECORDS.read_text())
+    state = drawn(records["attention"]["shapes"])
+    source = bundle(tmp_path / "bundle", state, {**COMMON, **RECORDED["attention"]})
+    run = train_with(
+        "data.params.channels=1",
+        "model.params.freeze_encoder=false",
+        "lightning.trainer.max_steps=2",
+        start_from=str(source),
+    )
+    out = tmp_path / "trained.safetensors"
+    export_target(find_target(run.path), out, ExportSettings(format="monai"))
+    after = load_file(out)
+    assert {name: t.shape for name, t in state.items()} == {n: t.shape for n, t in after.items()}
+    assert not any(torch.equal(tensor, after[name]) for name, tensor in state.items())
 
 
 def test_a_student_of_taef2s_architecture_learns_from_its_files(train_with, tmp_path):

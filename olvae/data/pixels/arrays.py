@@ -21,6 +21,9 @@ MAX_HEADER = 2**16
 # Largest number of a pyramid's smaller images, of all pages together; each is read.
 MAX_SMALLER = 1000
 
+# Axes that the metadata of ImageJ and OME give to slices: in depth, in time.
+SLICE_AXES = ("Z", "T")
+
 PNG = b"\x89PNG\r\n\x1a\n"
 # Usual extensions by the first bytes; TIFF is little- or big-endian, classic or BigTIFF.
 MAGIC = {
@@ -81,8 +84,11 @@ def read_array(content: Path | bytes, channels: int = 0) -> Pixels:
     return Pixels(array, nodata, pages)
 
 
-def _check(channels: int, shape: Sequence[int], dtype: Any) -> None:
+def _check(channels: int, shape: Sequence[int], dtype: Any, pages: str = "") -> None:
     """Check an array: (H, W) or (H, W, C), a known type, and no larger than memory allows.
+
+    ``pages``: the axis of a TIFF's pages that would become the channels. ``channels`` of their
+    number says that they are; slices by the file's own words (Z, T) are none else.
 
     Raises ValueError otherwise.
     """
@@ -96,6 +102,14 @@ def _check(channels: int, shape: Sequence[int], dtype: Any) -> None:
             f"got {dtype} of shape {tuple(shape)}"
         )
     found = shape[2] if len(shape) == 3 else 1
+    if pages and channels != found and (channels or pages in SLICE_AXES):
+        what = f"a stack of {found} slices ({pages} in its axes)"
+        if pages not in SLICE_AXES:
+            what = f"{found} pages, perhaps slices of a stack"
+        raise ValueError(
+            f"{what}: write each slice to a file of its own; if they are channels, set `channels` "
+            f"to {found}"
+        )
     if len(shape) not in (2, 3) or 0 in shape or (channels and found != channels):
         raise ValueError(
             f"expected shape {wanted}, got {dtype} of shape {tuple(shape)}: is `channels` right?"
@@ -105,12 +119,13 @@ def _check(channels: int, shape: Sequence[int], dtype: Any) -> None:
     if values > MAX_VALUES:
         raise ValueError(
             f"its header claims {values} values, more than {MAX_VALUES // 2**20} Mi: "
-            "cut it into tiles"
+            "cut it into tiles; a TIFF's are read if the data are scenes:FOLDER"
         )
 
 
-# Called with shape and dtype as the header states them, before the pixels are read.
-Check = Callable[[Sequence[int], Any], None]
+# Called with shape and dtype as the header states them, before the pixels are read, and of a TIFF
+# with the axis of its pages.
+Check = Callable[..., None]
 
 
 def _npy(file: BinaryIO, check: Check) -> Pixels:
@@ -182,13 +197,17 @@ def _tiff(file: BinaryIO, check: Check, **flags: Any) -> Pixels:
             bands_last = len(axes) == 2
         else:
             raise ValueError(
-                f"its axes are {axes}: expected one image with bands, or a page for each band"
+                f"its axes are {axes}: expected one image with bands, or a page for each band; "
+                "write each slice of a stack to a file of its own"
             )
         if whole[0].keyframe.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
             raise ValueError("its 0 is white (MINISWHITE): save it with 0 as black")
+        # Planes of one page (S) and what the file calls channels (C) are no pages.
+        paged = ""
         if not bands_last:
             shape = (*shape[1:], shape[0])
-        check(shape, whole[0].dtype)
+            paged = axes[0].strip("SC")
+        check(shape, whole[0].dtype, paged)
 
         # The pixels, unless the file was cut off before their end.
         for page in whole[0].pages:
@@ -201,10 +220,8 @@ def _tiff(file: BinaryIO, check: Check, **flags: Any) -> Pixels:
         # GDAL's tag of the missing value, a text.
         tag = whole[0].keyframe.tags.get(42113)
     nodata = None if tag is None else float(tag.value)
-    # Planes of one page (S) and what the file calls channels (C) are no pages.
-    pages = 0
+    pages = len(array) if paged else 0
     if not bands_last:
-        pages = 0 if axes[0] in "SC" else len(array)
         array = np.moveaxis(array, 0, -1)
     return Pixels(array, nodata, pages)
 

@@ -68,7 +68,9 @@ def open_by_pillow(content: Path | bytes, channels: int) -> Image.Image | None:
         pages = 0
         with contextlib.suppress(EOFError):
             for page in count():
-                image.seek(page)
+                # Pillow does not know the pixels of a mask, only its tags.
+                with contextlib.suppress(SyntaxError):
+                    image.seek(page)
                 pages += not int(image.tag_v2.get(NEW_SUBFILE_TYPE, 0)) & 0b101
                 if page == MAX_PAGES:
                     raise ValueError(f"it holds more than {MAX_PAGES} pages")

@@ -92,7 +92,7 @@ def check_size(width: int, height: int, most: float = MAX_PIXELS) -> None:
         )
 
 
-Values = Literal["linear", "log", "log1p"]
+Values = Literal["linear", "log", "log1p", "logc3", "pq"]
 Outside = Literal["clip", "error"]
 Number = float | int
 
@@ -145,7 +145,8 @@ class PixelRange:
     # One number for all channels, or one for each.
     low: tuple[float, ...] = (0.0,)
     high: tuple[float, ...] = (255.0,)
-    # What is linear between them: the value, its logarithm, or the logarithm of 1 + value.
+    # What is linear between them: the value, its logarithm, the logarithm of 1 + value, ARRI's
+    # LogC3 at EI 800 of scene-linear values, or SMPTE ST 2084's signal (PQ) of luminances in cd/m2.
     values: Values = "linear"
     # Values outside become the nearest end, or make an image unreadable.
     outside: Outside = "error"
@@ -194,24 +195,26 @@ class PixelRange:
 
     def _mistake(self) -> str | None:
         """Describe the first setting that makes no sense; None if all do."""
-        least = {"linear": -math.inf, "log": 0.0, "log1p": -1.0}
+        least = {"log": 0.0, "log1p": -1.0}
         if (
-            self.values not in list(least)
+            self.values not in get_args(Values)
             or self.outside not in get_args(Outside)
             or self.eight_bits
         ):
             return (
-                "values is linear, log or log1p, outside clip or error, "
+                "values is linear, log, log1p, logc3 or pq, outside clip or error, "
                 f"got {self.values!r} and {self.outside!r}"
             )
 
         # The range in float32, as images are normalised: rounding may make both ends equal.
         low, high = self._ends(torch.empty(0))
         span = self._curve(high) - self._curve(low)
-        valid = (least[self.values] < low) & (low < high)
+        valid = (least.get(self.values, -math.inf) < low) & (low < high)
+        if self.values == "pq" and not (min(self.low) >= 0.0 and max(self.high) <= PQ_PEAK):
+            return f"pq takes luminances of 0 to {PQ_PEAK:g} cd/m2, got {self.as_node()['pairs']}"
         if not (valid & (span < math.inf) & (2.0 / span < math.inf)).all():
             above = ""
-            if self.values != "linear":
+            if self.values in least:
                 above = f", above {least[self.values]:g} for {self.values}"
             return (
                 "expected a finite distance in float32, the first below the second"
@@ -249,6 +252,11 @@ class PixelRange:
             return "8 bits, 0 to 255"
         pairs = [f"{low:g} to {high:g}" for low, high in zip(self.low, self.high, strict=True)]
         return f"{', '.join(dict.fromkeys(pairs))}, {self.values}"
+
+    def ends_of(self, channel: int) -> tuple[np.float32, np.float32]:
+        """The values of a channel that become -1 and 1."""
+        own = channel if len(self.low) > 1 else 0
+        return np.float32(self.low[own]), np.float32(self.high[own])
 
     def check_channels(self, channels: int, where: str = "data.params.range") -> None:
         """Raise ConfigError for another number of pairs, or a shown channel that images lack."""
@@ -315,6 +323,10 @@ class PixelRange:
             y = y.exp()
         elif self.values == "log1p":
             y = y.expm1()
+        elif self.values == "logc3":
+            y = logc3_to_linear(y)
+        elif self.values == "pq":
+            y = pq_to_luminance(y)
         return torch.minimum(torch.maximum(y, low), high)
 
     def levels(self, x: Tensor) -> Tensor:
@@ -365,7 +377,51 @@ class PixelRange:
             return x
         if self.values == "log":
             return x.log()
-        return x.log1p()
+        if self.values == "log1p":
+            return x.log1p()
+        return linear_to_logc3(x) if self.values == "logc3" else luminance_to_pq(x)
+
+
+# ARRI, "ALEXA Log C Curve, Usage in VFX": exposure index 800. Below the cut it is a line.
+LOGC3 = {"cut": 0.010591, "a": 5.555556, "b": 0.052272, "c": 0.247190, "d": 0.385537}
+LOGC3_LINE = (5.367655, 0.092809)  # slope and offset
+
+
+def linear_to_logc3(x: Tensor) -> Tensor:
+    """Scene-linear values, where 0.18 is middle grey -> LogC3 at EI 800, 0 to 1."""
+    slope, offset = LOGC3_LINE
+    inside = (LOGC3["a"] * x + LOGC3["b"]).clamp(min=LOGC3["b"])
+    curve = LOGC3["c"] * inside.log10() + LOGC3["d"]
+    return torch.where(x > LOGC3["cut"], curve, slope * x + offset)
+
+
+def logc3_to_linear(y: Tensor) -> Tensor:
+    """Undo :func:`linear_to_logc3`."""
+    slope, offset = LOGC3_LINE
+    curve = (10.0 ** ((y - LOGC3["d"]) / LOGC3["c"]) - LOGC3["b"]) / LOGC3["a"]
+    return torch.where(y > slope * LOGC3["cut"] + offset, curve, (y - offset) / slope)
+
+
+# SMPTE ST 2084: ((c1 + c2 y) / (1 + c3 y))^m2, where y = (luminance / 10,000)^m1, and c1 is
+# 1 + c3 - c2. In float32 the 79th power would lose digits, so the base's distance to 1 is computed.
+PQ_PEAK = 10_000.0
+PQ_M1 = 2610 / 16384
+PQ_M2 = 2523 / 32
+PQ_C3 = 2392 / 128
+PQ_GAP = 21 / 128  # c2 - c3
+
+
+def luminance_to_pq(x: Tensor) -> Tensor:
+    """Luminances in cd/m2, 0 to 10,000 -> the signal of SMPTE ST 2084, 0 to 1."""
+    y = (x / PQ_PEAK) ** PQ_M1
+    return (PQ_M2 * torch.log1p(PQ_GAP * (y - 1.0) / (1.0 + PQ_C3 * y))).exp()
+
+
+def pq_to_luminance(y: Tensor) -> Tensor:
+    """Undo :func:`luminance_to_pq`."""
+    gap = torch.expm1(y.log() / PQ_M2)
+    ratio = ((gap + PQ_GAP) / (PQ_GAP - PQ_C3 * gap)).clamp(min=0.0)
+    return PQ_PEAK * ratio ** (1.0 / PQ_M1)
 
 
 EIGHT_BIT_FILE = (

@@ -16,6 +16,7 @@ import numpy as np
 
 from olvae.config.reading import expand_braces, is_local
 from olvae.data.dataset import MAX_VAL_IMAGES, VAL_FRACTION, bound_held_out
+from olvae.data.order.groups import FILE
 from olvae.data.places import EXTENSIONS, is_shard
 from olvae.data.shards.offsets import OFFSETS, scan
 from olvae.data.shards.tar_reading import Shard, file_name, open_url
@@ -318,6 +319,27 @@ def split_shards(
             held_out = fitting
             bound = BOUND
     return shards[:-held_out], shards[-held_out:], bound
+
+
+def check_packed(urls: Sequence[str], hold_out_by: str, index: str | Path | None = None) -> None:
+    """Check that shards were packed in whole groups, so that none is on both sides.
+
+    Raises ValueError: their index, or those beside local shards, say otherwise, or there is none.
+    """
+    if hold_out_by == FILE:
+        return
+    beside = {Path(url).with_name(INDEX) for url in urls if is_local(url)}
+    places = beside if index is None else {index}
+    packed = []
+    for place in places:
+        if index is not None or Path(place).is_file():
+            packed.append(Index.read(place).packed or {})
+    if not packed or any(options.get("hold_out_by", FILE) != hold_out_by for options in packed):
+        raise ValueError(
+            f"{urls[0]}: these shards were not packed by `hold_out_by` {hold_out_by}, so the last "
+            "ones may share groups with the others: give it to `olvae data pack`, or set "
+            "data.params.val_shards"
+        )
 
 
 def images_listed(

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from olvae.data.image import EvalTransform, Photo, image_to_tensor
+from olvae.data.image import Augment, EvalTransform, Photo, image_to_tensor
 from olvae.data.pixels.size_and_range import Sides, Size
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.index import INDEX, find_shards, split_shards, with_counts
@@ -165,6 +165,7 @@ class PairSource(ShardSource):
             default 5 %, but no more than hold 10,000 images by their index.
         shuffle: pairs in a shuffled block; two blocks are in memory, undecoded, per loader process.
         flip: in training, mirror half of the pairs, if mirrored images were encoded too.
+        augment: refused, because images can't change without their latents.
 
     Raises FileNotFoundError: a folder has no latents, or not all of them yet. ValueError: it has no
     images, or one latent for each instead of moments; the size does not fit; the folders' teachers
@@ -182,7 +183,13 @@ class PairSource(ShardSource):
         shuffle: int = 500,
         flip: bool = True,
         max_unreadable: float = 0.01,
+        augment: Augment | None = None,
     ) -> None:
+        if augment:
+            raise ValueError(
+                "data.params.augment: an image can't change without its latent, which is stored: "
+                "leave it out, or train on the images with the teacher itself"
+            )
         self.stats = _read_stats(folder, size)
         self.latent_stats = (self.stats,)
         self.means_std = self.stats["means_std"]

@@ -183,7 +183,7 @@ class ShardSource(Source):
                     continue
                 read += 1
                 try:
-                    yield self.val_sample(entry)
+                    yield self.val_sample(entry)._replace(group=entry.group)
                 except UnreadableImageError as error:
                     yield Sample(None, entry.key, (error.read_error(),))
 

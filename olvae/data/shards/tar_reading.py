@@ -4,6 +4,7 @@ import asyncio
 import bz2
 import gzip
 import hashlib
+import json
 import logging
 import lzma
 import re
@@ -14,7 +15,7 @@ import tarfile
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from http import HTTPStatus
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ import fsspec
 from webdataset.tariterators import group_by_keys
 
 from olvae.config.reading import is_local
+from olvae.data.order.groups import GROUP
 from olvae.data.places import EXTENSIONS
 from olvae.data.read_errors import ReadError
 from olvae.files import first_line, legible, printable, reason
@@ -57,6 +59,8 @@ COMPRESSED: Mapping[bytes, Callable[[Any], Any]] = {
     b"BZh": bz2.BZ2File,
     b"\xfd7zXZ": lzma.LZMAFile,
 }
+# Extensions of the files that say what an image is, of `olvae data pack` and of `olvae encode`.
+DETAILS = ("json", "latent.json")
 # Names in WebDataset's shards that belong to no sample.
 META = re.compile(r"__[^/]*__($|/)")
 TAR_NAME = re.compile(r"[^/\s'\"?&=:]+\.(?:tar\.gz|tgz|tar)(?![\w.])")
@@ -87,6 +91,24 @@ class Entry(NamedTuple):
     data: bytes  # of the file
     files: Mapping[str, bytes]  # the group's other files by extension
     errors: tuple[ReadError, ...] = ()  # met on the way to it
+
+    @property
+    def details(self) -> Mapping[str, Any]:
+        """The entries of its JSON files, such as `olvae data pack` writes; empty without any."""
+        found: dict[str, Any] = {}
+        for extension in DETAILS:
+            with suppress(KeyError, ValueError, TypeError, RecursionError):
+                found |= json.loads(self.files[extension])
+        return found
+
+    @property
+    def group(self) -> str | None:
+        """The group that it was packed or encoded with; None if it is its own."""
+        # Most images are their own, and JSON files from elsewhere may be large.
+        if not any(GROUP.encode() in self.files.get(name, b"") for name in DETAILS):
+            return None
+        found = self.details.get(GROUP)
+        return found if isinstance(found, str) else None
 
 
 def file_name(url: str) -> str:

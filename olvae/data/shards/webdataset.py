@@ -5,9 +5,16 @@ from pathlib import Path
 
 import numpy as np
 
-from olvae.data.image import ALL_FILTERS, Photo, RandomScaleCrop, image_to_tensor
+from olvae.data.image import ALL_FILTERS, Augment, Photo, RandomScaleCrop, image_to_tensor
+from olvae.data.order.groups import FILE
 from olvae.data.pixels.size_and_range import RangeNode, Size
-from olvae.data.shards.index import find_shards, may_exist, split_shards, with_counts
+from olvae.data.shards.index import (
+    check_packed,
+    find_shards,
+    may_exist,
+    split_shards,
+    with_counts,
+)
 from olvae.data.shards.shard_source import ShardSource
 from olvae.data.shards.tar_reading import Entry, Shard
 from olvae.data.source import Sample, eval_sample
@@ -42,15 +49,19 @@ class WebDatasetSource(ShardSource):
         shuffle: images in a shuffled block; each loader process keeps two blocks, undecoded.
         image_key: the extension of the image in a sample that has several, for example
             ``input.png``; by default the first image is taken.
-        min_fraction, filters, flip, shuffle_channels: see
+        min_fraction, filters, flip, shuffle_channels, augment: see
             :class:`~olvae.data.image.RandomScaleCrop`.
+        hold_out_by: what `olvae data pack` kept together in a shard, which training then checks in
+            the index where it holds out shards itself; see
+            :class:`~olvae.data.order.groups.Grouping`.
         interleave: shards that a block is taken from at once, which stay open; by default 32 where
             counts are known and shards can be read from the middle, else 1. With 1 they are laid
             end to end.
 
     Raises:
         FileNotFoundError: no shard is there for training, or for validation.
-        ValueError: a shard has no images, two have the same name, or there are too few.
+        ValueError: a shard has no images, two have the same name, there are too few, or they were
+            not packed by ``hold_out_by``.
     """
 
     def __init__(
@@ -72,8 +83,10 @@ class WebDatasetSource(ShardSource):
         max_unreadable: float = 0.01,
         range: RangeNode | None = None,  # noqa: A002
         interleave: int | None = None,
+        hold_out_by: str = FILE,
+        augment: Augment | None = None,
     ) -> None:
-        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
+        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels, augment)
 
         # Shards of training and validation; a held-out part may have none that exists.
         found = find_shards(shards)
@@ -82,6 +95,7 @@ class WebDatasetSource(ShardSource):
             found, given, val_fraction, "val_shards", index, image_key
         )
         if given is None:
+            check_packed(found, hold_out_by, index)
             for part, use in ((train, "training"), (val, "validation")):
                 if not any(may_exist(url) for url in part):
                     raise FileNotFoundError(

@@ -111,6 +111,10 @@ class Observer:
         """Return a row under one protocol, completed from its own entries and from all rows."""
         return row
 
+    def of_images(self, target: str, keys: Sequence[str]) -> Mapping[str, float]:
+        """Return figures, by name, of some of a target's images, as of a volume's slices."""
+        return {}
+
     def columns(self, entry: Any) -> Mapping[str, str]:
         """Return the cells, by heading, that a row's entry adds to the tables."""
         return {}

@@ -13,6 +13,7 @@ from olvae.config import ConfigError
 from olvae.models.autoencoder import LiteVAE, load_located
 from olvae.models.loading.from_diffusers import DiffusersLoader
 from olvae.models.loading.loader import Loader, LoadOptions, Target
+from olvae.models.loading.monai_files import MonaiLoader
 from olvae.models.loading.original_files import OriginalLoader
 from olvae.models.loading.tiny_files import TinyLoader
 from olvae.models.target_names import (
@@ -125,6 +126,7 @@ LOADERS: tuple[Loader, ...] = (
     PackageAndHubLoader(),
     TinyLoader(),
     OriginalLoader(),
+    MonaiLoader(),
     CheckpointLoader(),
 )
 """In this order: the first that accepts a text finds it."""

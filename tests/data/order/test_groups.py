@@ -2,9 +2,11 @@
 
 import pytest
 
-from olvae.data.order.groups import Grouping
+from olvae.data.order.groups import Grouping, fill_with_groups, look_like_slices
 
 NAMES = ["a/patient1_0.png", "a/patient1_1.png", "b/patient2_0.png", "b/c/patient1_2.png", "d.png"]
+PATIENT = r"(?P<group>patient\d+)"
+LAST = r"(?P<group>.*\D)\d+\.\w+$"
 
 
 def test_each_file_is_a_group_by_default():
@@ -38,3 +40,43 @@ def test_a_pattern_needs_a_group_of_this_name(how):
 def test_a_broken_pattern_is_refused():
     with pytest.raises(ValueError, match=r"`hold_out_by` '\(\?P<group>' is no regular expression"):
         Grouping("(?P<group>")
+
+
+def test_whole_groups_fill_lists_and_a_large_one_has_its_own():
+    groups = [[0, 1], [2], [3, 4], [5, 6, 7, 8], [9]]
+    assert fill_with_groups(groups, 3) == [[0, 1, 2], [3, 4], [5, 6, 7, 8], [9]]
+
+
+@pytest.mark.parametrize(
+    ("names", "how"),
+    [
+        ([f"patient{p}_{i:03d}.png" for p in range(3) for i in range(1, 41)], PATIENT),
+        ([f"st/patient{p}/ct/{i}.png" for p in range(3) for i in range(12)], PATIENT),
+        ([f"scene-{p}/frame_{i}.png" for p in range(3) for i in range(12)], "folder"),
+        ([f"{side}{p}_{i}.png" for side in ("l", "r") for p in range(2) for i in range(12)], LAST),
+    ],
+)
+def test_slices_are_known_by_their_names_and_the_setting_keeps_them_together(names, how):
+    line = look_like_slices([*names, "notes/cover.png"])
+    assert line.endswith(f"for example to '{how}'")
+    groups = Grouping(how).members(names)
+    assert all(len(members) >= 12 for members in groups.values())
+    assert len(groups) in (3, 4)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [f"IMG_{i:04d}.jpg" for i in range(1, 200)],
+        [f"{i:08d}.png" for i in range(200)],
+        [f"{c}/{c}_{i}.jpg" for c in ("Forest", "River", "SeaLake", "Lake") for i in range(1, 50)],
+        [f"n014435{c}/images/n014435{c}_{i}.JPEG" for c in range(37, 47) for i in range(50)],
+        [f"{c}/{i:05d}.png" for c in range(10) for i in range(50)],
+        [f"class{c}/{i:05d}.png" for c in range(10) for i in range(50)],
+        [f"10{c}CANON/IMG_{50 * c + i:04d}.jpg" for c in range(4) for i in range(2, 50)],
+        [f"patient{p}_{i}.png" for p in range(2) for i in range(100)],
+        [f"patient{p}_{i}.png" for p in range(50) for i in range(4)],
+    ],
+)
+def test_plain_numbers_are_no_slices(names):
+    assert look_like_slices(names) is None

@@ -242,6 +242,37 @@ def test_a_missing_value_beyond_float32_is_the_largest_that_it_has():
         Photo(content, "a.tif", 1, AS_STORED).missing(array)
 
 
+Z_STACK = tiff(PLANES, imagej=True, metadata={"axes": "ZYX"})
+
+
+@pytest.mark.parametrize(
+    ("content", "refused", "message"),
+    [
+        (Z_STACK, (0, 1, 3), r"a stack of 13 slices \(Z in its axes\): write each slice to a file"),
+        (
+            tiff(PLANES, ome=True, metadata={"axes": "TYX"}),
+            (0, 1, 3),
+            r"13 slices \(T in its axes\): .* if they are channels, set `channels` to 13",
+        ),
+        (tiff(PLANES), (1, 3), "^13 pages, perhaps slices of a stack: write each slice to a file"),
+        (tiff(PLANES, imagej=True, metadata={"axes": "CYX"}), (1,), "is `channels` right"),
+        (
+            tiff(np.stack((PLANES, PLANES)), imagej=True, metadata={"axes": "ZCYX"}),
+            (0, 1, 13),
+            "its axes are ZCYX: .*write each slice of a stack to a file of its own",
+        ),
+    ],
+)
+def test_a_stack_of_slices_is_refused_unless_channels_are_stated(content, refused, message):
+    """As many channels as pages say that they are bands; as any of a file without such words."""
+    for channels in (0, 1, 3, 13):
+        if channels in refused:
+            with pytest.raises(ValueError, match=message):
+                read_array(content, channels)
+        elif channels in (0, 13):
+            np.testing.assert_array_equal(read_array(content, channels).array, BANDS)
+
+
 def test_a_tiff_of_several_pages_is_refused():
     """Only the first would be read."""
     with pytest.raises(UnreadableImageError, match="3 pages"):

@@ -13,12 +13,28 @@ import torch
 from olvae.config import ConfigError
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides
 
-CURVES = {"linear": lambda v: v, "log": np.log, "log1p": np.log1p}
+
+def logc3(v: np.ndarray) -> np.ndarray:
+    """ARRI's formula for exposure index 800, in float64."""
+    curve = 0.247190 * np.log10(5.555556 * np.maximum(v, 0) + 0.052272) + 0.385537
+    return np.where(v > 0.010591, curve, 5.367655 * v + 0.092809)
+
+
+def pq(v: np.ndarray) -> np.ndarray:
+    """SMPTE ST 2084's formula, as it stands there, in float64."""
+    power = (v / 10000) ** (2610 / 4096 / 4)
+    c1, c2, c3 = 3424 / 4096, 2413 / 4096 * 32, 2392 / 4096 * 32
+    return ((c1 + c2 * power) / (1 + c3 * power)) ** (2523 / 4096 * 128)
+
+
+CURVES = {"linear": lambda v: v, "log": np.log, "log1p": np.log1p, "logc3": logc3, "pq": pq}
 RANGES = [
     {"pairs": [0, 65535]},
     {"pairs": [[0, 11517], [-5, 5.5]]},
     {"pairs": [0.1, 80], "values": "log"},
     {"pairs": [[0, 9000], [-0.5, 12]], "values": "log1p"},
+    {"pairs": [[0, 55], [-0.01, 4]], "values": "logc3"},
+    {"pairs": [[0, 10000], [0.005, 1000]], "values": "pq"},
 ]
 
 
@@ -40,8 +56,30 @@ def test_pixel_range_normalises_and_restores_as_in_float64(node):
         stated.real(stated.levels(torch.from_numpy(x)[None]))[0], x, rtol=9e-6, atol=2e-2
     )
     ends = torch.tensor([-7.0, 7.0]).expand(1, 2, 1, 2)
-    np.testing.assert_allclose(stated.restore(ends)[0, :, 0], pairs, rtol=2e-7)
+    np.testing.assert_allclose(stated.restore(ends)[0, :, 0], pairs, rtol=5e-7, atol=1e-8)
     assert PixelRange.from_node(json.loads(json.dumps(stated.as_node()))) == stated
+
+
+@pytest.mark.parametrize(
+    ("curve", "high", "known"),
+    [
+        # ARRI: middle grey is 400 of 1023. ITU-R BT.2390 and BT.2408: PQ of 100 and 1000 cd/m2.
+        ("logc3", 55.0796, {0.0: 0.0928, 0.18: 0.3910, 55.0796: 1.0}),
+        ("pq", 10000.0, {0.0: 7.3e-7, 100.0: 0.5081, 203.0: 0.5807, 1000.0: 0.7518, 10000.0: 1.0}),
+    ],
+)
+def test_hdr_curves_have_their_standards_values_and_keep_the_dark(curve, high, known):
+    stated = PixelRange.from_node({"pairs": [0, high], "values": curve})
+    low = CURVES[curve](np.zeros(1))
+    for value, signal in known.items():
+        unit = stated.normalise(torch.full((1, 1, 1, 1), value))
+        found = low + (float(unit) + 1) / 2 * (CURVES[curve](np.array([high])) - low)
+        np.testing.assert_allclose(found, signal, atol=6e-5)
+    dark = torch.logspace(-4, math.log10(high), 500).view(1, 1, 20, 25)
+    back = stated.restore(stated.normalise(dark))
+    np.testing.assert_allclose(back, dark, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(back[dark > 0.01], dark[dark > 0.01], rtol=1e-4)
+    assert float(stated.restore(stated.normalise(torch.zeros(1, 1, 1, 1)))) < 1e-9
 
 
 def test_a_range_of_sixteen_bits_loses_less_than_half_a_step():
@@ -114,7 +152,12 @@ def test_a_files_own_missing_value_and_clipping():
         ({"values": "log"}, "expected a pair"),
         ({"pairs": [0, 5], "curve": "log"}, "expected a pair"),
         ({"pairs": [0, 5], "values": "log"}, "above 0 for log"),
-        ({"pairs": [0, 5], "values": "lgo"}, "values is linear, log or log1p"),
+        (
+            {"pairs": [0, 10001], "values": "pq"},
+            r"pq takes luminances of 0 to 10000 cd/m2, got \[\[0",
+        ),
+        ({"pairs": [-1, 100], "values": "pq"}, "pq takes luminances of 0 to 10000"),
+        ({"pairs": [0, 5], "values": "lgo"}, "values is linear, log, log1p, logc3 or pq"),
         ({"pairs": [0, 5], "shown": [0, 1]}, "one or three channels"),
         ({"pairs": [0, 5], "stretch": [0.5, 0.2]}, "two fractions"),
         ({"pairs": [0, 5], "stretch": 3}, "expected a pair"),
@@ -123,7 +166,7 @@ def test_a_files_own_missing_value_and_clipping():
         ({"pairs": [0, 5], "nodata": "abc"}, "shown, stretch and nodata are numbers"),
         ({"pairs": [0, 5], "nodata": 10**400}, "shown, stretch and nodata are numbers"),
         ({"pairs": [0, 10**400]}, "expected a pair"),
-        ({"pairs": [0, 5], "values": ["linear"]}, "values is linear, log or log1p"),
+        ({"pairs": [0, 5], "values": ["linear"]}, "values is linear, log, log1p, logc3 or pq"),
         ({"pairs": [0, 5], "outside": ["clip"]}, "outside clip or error"),
     ],
 )

@@ -257,3 +257,8 @@ def test_pair_source_refuses_latents_without_images_or_moments(pairs, tmp_path):
             ValueError, match=rf"stats\.json: not a description of latents: without {name}"
         ):
             source(pairs)
+
+
+def test_a_pairs_image_does_not_change_without_its_latent(pairs):
+    with pytest.raises(ValueError, match=r"augment: an image can't change without its latent"):
+        source(pairs, augment={"turns": True})

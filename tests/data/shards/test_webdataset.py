@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 
 from olvae.data.image import EvalTransform
+from olvae.data.packing import PackOptions, pack
 from olvae.data.read_errors import TooManyUnreadableError
 from olvae.data.shards.tar_reading import Shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, Sample
-from tests.data.images import encoded, keys_of, same, take, write_shard, write_shards
+from tests.data.images import encoded, keys_of, same, take, write_photos, write_shard, write_shards
 
 ALONE = LoaderProcess()
 
@@ -289,3 +290,25 @@ def test_limit_evaluates_the_first_images_alone(shards):
     s.limit(5)
     assert keys_of(s.val_loader()) == [f"{n // 4:03d}/{n:04d}" for n in range(5)]
     assert s.val_images == 5
+
+
+def test_shards_say_which_images_they_keep_together(tmp_path):
+    write_photos(tmp_path / "photos", [f"{name}/{n}.png" for name in "abc" for n in range(4)])
+    pack(str(tmp_path / "photos"), tmp_path / "by_folder", PackOptions(hold_out_by="folder"))
+    found = WebDatasetSource(tmp_path / "by_folder", 16, 2, hold_out_by="folder")
+    assert (found.samples_per_epoch, found.val_images) == (8, 4)
+    assert len({group for batch in found.val_loader() for group in batch["group"]}) == 1
+    pack(str(tmp_path / "photos"), tmp_path / "by_file", PackOptions())
+    for folder, how in (("by_file", "folder"), ("by_folder", r"(?P<group>\w)/")):
+        with pytest.raises(ValueError, match=r"not packed by `hold_out_by` .*val_shards"):
+            WebDatasetSource(tmp_path / folder, 16, 2, hold_out_by=how)
+        given = tmp_path / folder / "000000.tar"
+        WebDatasetSource(tmp_path / folder, 16, 2, val_shards=given, hold_out_by=how)
+
+
+def test_more_images_than_there_are_or_an_unknown_number_are_refused(shards):
+    with pytest.raises(ValueError, match=r"the set has 7 images, 8 were asked for"):
+        source(shards).limit(8)
+    unknown = source(shards, val_shards=remote(shards)[0])
+    with pytest.raises(ValueError, match=r"the set has an unknown number of images, 1 were"):
+        unknown.limit(1)

@@ -1,10 +1,12 @@
 """The average against its recurrence in float64, what it holds, and where it is in checkpoints."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 
 from olvae.checkpoint import AUTOENCODER, read_weights
 from olvae.config import ConfigError
@@ -13,7 +15,7 @@ from olvae.metrics.metric import psnr
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.updates.averaging import WeightAverage
 from olvae.models.updates.nonfinite import NonFiniteGuard
-from tests.models.steps import Each, against, assert_same, build, fit, source, trainer
+from tests.models.steps import WITHOUT_KL, Each, against, assert_same, build, fit, source, trainer
 
 DECAY = 0.8
 
@@ -147,3 +149,36 @@ def test_validation_numbers_are_those_of_the_ema(image_folder):
     assert model.validation_values["val/psnr"] == pytest.approx(
         float(torch.cat(found).mean()), rel=1e-6
     )
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_a_frozen_half_is_neither_averaged_nor_saved_twice(image_folder, half):
+    model = build(use_ema=True, lossconfig=WITHOUT_KL, **{f"freeze_{half}": True})
+    average = WeightAverage(model.guard, DECAY)
+    average.on_fit_start(None, model)
+    checkpoint = {"state_dict": model.state_dict()}
+    average.on_save_checkpoint(None, model, checkpoint)
+    saved = {name.partition(".")[0] for name in checkpoint["current_model_state"]}
+    assert saved == {"encoder", "decoder"} - {half}
+
+
+def test_only_a_training_takes_the_average_of_a_checkpoint(image_folder):
+    """A validation has the averaged weights already; a run without EMA has none to load."""
+    model = build(use_ema=True)
+    average = WeightAverage(model.guard, DECAY)
+    state = model.state_dict()
+    saved = {
+        "state_dict": {name: t + 1 for name, t in state.items()},
+        "current_model_state": {},
+        "averaging_state": {"n_averaged": torch.tensor(7)},
+    }
+    training = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING))
+    validation = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.VALIDATING))
+    average.on_load_checkpoint(validation, model, saved)
+    average.on_load_checkpoint(training, model, {"state_dict": saved["state_dict"]})
+    average.on_fit_start(None, model)
+    name = next(name for name in state if name.startswith(AUTOENCODER))
+    assert torch.equal(average._other[name], state[name])
+    average.on_load_checkpoint(training, model, saved)
+    average.on_fit_start(None, model)
+    assert torch.equal(average._other[name], saved["state_dict"][name])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from olvae.models.updates import muon
 from olvae.models.updates.gradients import parameters_of
 from olvae.models.updates.muon import RMS, Muon, orthogonalize
 
@@ -133,3 +134,22 @@ def test_muon_loaded_state_continues_bit_for_bit():
     halves[0].grad, halves[1].grad = None, None
     assert continued.step(lambda: 2.5) == 2.5
     assert all(torch.equal(one, two) for one, two in zip(whole, halves, strict=True))
+
+
+@pytest.mark.parametrize("stacked", [1, 2 * 192, 3 * 192])
+def test_matrices_of_one_shape_are_stepped_in_stacks_of_a_bounded_size(stacked, monkeypatch):
+    """Also those that are larger than a stack: one by one."""
+    together = weights(*[(8, 24)] * 5, (16, 8))
+    train(Muon(together, RATE, BETAS))
+    monkeypatch.setattr(muon, "STACKED", stacked)
+    sizes = []
+    orthogonal = muon.orthogonalize
+    monkeypatch.setattr(muon, "orthogonalize", lambda x: sizes.append(len(x)) or orthogonal(x))
+    parts = weights(*[(8, 24)] * 5, (16, 8))
+    train(Muon(parts, RATE, BETAS), steps=1)
+    at_once = max(1, stacked // 192)
+    full, rest = divmod(5, at_once)
+    assert sizes == [*[at_once] * full, *[rest] * (rest > 0), 1]
+    train(Muon(parts := weights(*[(8, 24)] * 5, (16, 8)), RATE, BETAS))
+    for one, other in zip(together, parts, strict=True):
+        torch.testing.assert_close(one, other)

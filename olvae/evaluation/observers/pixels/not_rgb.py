@@ -60,6 +60,15 @@ class RealValues(PerImageObserver):
                 entry[name] = total / count
         return entry
 
+    def of_images(self, target: str, keys: Sequence[str]) -> Mapping[str, float]:
+        rows = self._rows.get(target, {})
+        known = [rows[key] for key in keys if key in rows]
+        if not known:
+            return {}
+        entry = self.summarise(list(zip(*known, strict=True)))
+        squares = math.fsum(value**2 for value in entry["rmse"]) / len(entry["rmse"])
+        return {"rmse": math.sqrt(squares), "mae": math.fsum(entry["mae"]) / len(entry["mae"])}
+
     def columns(self, entry: Mapping[str, Any]) -> Mapping[str, str]:
         rmse = math.sqrt(math.fsum(value**2 for value in entry["rmse"]) / len(entry["rmse"]))
         cells = {

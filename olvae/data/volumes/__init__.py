@@ -1,0 +1,1 @@
+"""Volumes, as of CT and MRI: NIfTI, DICOM and NRRD, read and written back in real units."""
