@@ -39,14 +39,14 @@ def compare(screen: bytes, name: str) -> None:
 
 @pytest.mark.browser
 def test_the_picture_of_the_app(tmp_path, browser):
-    with served(tmp_path, *MODELS) as address:
+    with served(tmp_path, "olvae:photos-f8c12", "olvae:photos-f8c4") as address:
         visit = Visit(browser, 1280)
         visit.page.goto(address)
-        visit.page.locator("#examples img").nth(2).click()
+        visit.page.locator("#examples img").nth(1).click()
         visit.page.locator(NUMBERS, has_text="f8, 12x").wait_for()
         visit.page.locator("#slider img").nth(1).wait_for()
-        visit.page.wait_for_timeout(1000)  # until pictures have faded in
-        compare(visit.page.screenshot(), "app.jpg")
+        visit.page.wait_for_timeout(2000)  # until pictures have faded in
+        compare(visit.page.screenshot(full_page=True), "app.jpg")
 
 
 @pytest.mark.browser
