@@ -22,7 +22,7 @@ from olvae.data.dataset import (
 )
 from olvae.data.hub import Column, Items, load_table
 from olvae.data.image import RandomScaleCrop, are_for_masks
-from olvae.data.order.groups import FILE, Grouping
+from olvae.data.order.groups import Grouping
 from olvae.data.picture_folder import (
     Files,
     find_folder,
@@ -36,7 +36,7 @@ from olvae.data.picture_folder import (
 from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BITS, PixelRange, Size
 from olvae.data.places import find_source, holds_shards, holds_volumes, load
 from olvae.data.read_errors import ReadError
-from olvae.data.scenes.scene_source import open_tiles
+from olvae.data.scenes.scene_source import BLOCKS, open_tiles
 from olvae.data.shards.index import share_indexes
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
@@ -127,13 +127,22 @@ def open_test_source(
 
     # Intervals go by the groups of training's config, where the names are of its kind.
     if isinstance(source, MappedSource) and Path(src).suffix not in YAML:
-        grouping = Grouping(params.get("hold_out_by", FILE))
-        try:
-            groups_of(source.val, grouping)
-            source.grouping = grouping
-        except ValueError as error:
-            warn_once(f"{src}: intervals are over single images: {error}")
+        lost = f"{src}: intervals are over single images"
+        source.grouping = trained_grouping(source.val, params.get("hold_out_by"), lost)
     return source
+
+
+def trained_grouping(images: ImageDataset, how: str | None, lost: str) -> Grouping:
+    """The ``hold_out_by`` of training's config; where names do not fit it, a warning: ``lost``."""
+    if how is None or how == BLOCKS:
+        return Grouping()
+    try:
+        grouping = Grouping(how)
+        groups_of(images, grouping)
+    except ValueError as error:
+        warn_once(f"{lost}: {error}")
+        return Grouping()
+    return grouping
 
 
 def evaluated_place(src: str) -> str:

@@ -18,7 +18,12 @@ from olvae.config import Config, ConfigError
 from olvae.config.reading import YAML, is_local
 from olvae.data.dataset import ImageDataset, groups_of
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor
-from olvae.data.opening import holds_masks, open_source, open_training_images
+from olvae.data.opening import (
+    holds_masks,
+    open_source,
+    open_training_images,
+    trained_grouping,
+)
 from olvae.data.order.groups import FILE, Grouping, fill_with_groups
 from olvae.data.packing import usual_shard_size
 from olvae.data.picture_folder import Files
@@ -192,7 +197,7 @@ def find_inputs(
     # The images, their resizing if SRC is a config, and what the plan calls SRC.
     images: ImageDataset | ShardInputs
     transform = None
-    grouping = Grouping(hold_out_by or trained_by or FILE)
+    grouping = Grouping(hold_out_by or FILE)
     name = src
     if Path(src).suffix in YAML:
         source = open_source(src, size or 1, 1, resized=size is not None)
@@ -222,6 +227,9 @@ def find_inputs(
     else:
         images = open_training_images(src, channels, pixel_range, size)
         transform = images.eval_transform()
+        if hold_out_by is None:
+            lost = f"{src}: shards keep no groups together, unless `hold_out_by` names them"
+            grouping = trained_grouping(images, trained_by, lost)
 
     # Shards become one output shard each, and keep the classes that are in them.
     if isinstance(images, ShardInputs):
