@@ -188,7 +188,6 @@ def break_files(root: Path) -> dict[str, str]:
 def test_a_check_of_broken_files_has_a_line_for_each(tmp_path, monkeypatch):
     reasons = break_files(tmp_path)
     monkeypatch.setattr(audit, "PRINTED_NAMES", 20)
-    monkeypatch.setattr(audit, "MEASURE_S", 0.0)
     window = PixelRange.from_node({"pairs": WINDOW, "outside": "clip"})
     result = audit.audit_source(str(tmp_path), 8, 1, pixel_range=window)
     assert result is not None
