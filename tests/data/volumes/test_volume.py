@@ -138,6 +138,16 @@ def test_frames_have_their_own_slopes(tmp_path):
     np.testing.assert_array_equal(whole(open_volume(result)), values)
 
 
+def test_distances_in_other_units_are_millimetres(tmp_path):
+    image = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.diag([8, 9, 25, 1]))
+    image.header.set_xyzt_units("micron")
+    nibabel.save(image, tmp_path / "a.nii")
+    volume = open_volume(tmp_path / "a.nii")
+    assert volume.spacing == pytest.approx((0.025, 0.009, 0.008))
+    result = volume.write(whole(volume), tmp_path / "b")
+    np.testing.assert_array_equal(nibabel.load(result).affine, image.affine)
+
+
 def test_frames_are_sorted_by_their_own_places_and_come_back_in_the_files_order(tmp_path):
     """An enhanced file: sagittal frames in any order, geometry and units in groups of frames."""
 
