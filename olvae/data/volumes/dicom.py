@@ -30,6 +30,7 @@ TAGS = (
     "ImagePositionPatient",
     "ImageOrientationPatient",
     "InstanceNumber",
+    "PatientID",
     "Modality",
     "Rows",
     "Columns",
@@ -72,6 +73,7 @@ class Series(Volume):
             raise ValueError(f"its slices have several sizes, {found}: part the series")
         (columns, rows) = sizes.pop()
         first = files[0][1]
+        self.patient = str(first.get("PatientID") or "")
         self.frames = int(first.get("NumberOfFrames") or 1) if len(files) == 1 else 1
         check_shape((columns, rows, max(len(files), self.frames)), "")
         self.shape = (max(len(files), self.frames), rows, columns)

@@ -17,6 +17,7 @@ from olvae.data.pixels.size_and_range import PixelRange
 from olvae.data.places import FOLDER, VOLUMES, load
 from olvae.data.value_range import measure_range
 from olvae.data.volumes.volume_source import VolumeSlices, VolumeSource, find_volumes
+from olvae.files import warn_once
 from tests.data.images import picture
 from tests.data.volumes.scans import SHAPE, WINDOW, dicom, hounsfield, nifti, nrrd_file, series
 
@@ -54,6 +55,32 @@ def test_no_volume_is_on_both_sides_nor_a_patient_by_a_pattern(patients):
     )
     assert not train & val
     assert train | val == {f"patient{number}" for number in range(5)}
+
+
+def test_series_of_a_patient_on_both_sides_are_a_warning_by_their_headers(tmp_path, caplog):
+    """A folder is a series here, which keeps no patient together; a pattern does."""
+    for patient in range(3):
+        for place in ("1", "2"):
+            tags = {"SeriesInstanceUID": f"1.2.{patient}.{place}", "PatientID": f"Doe{patient}"}
+            folder = tmp_path / f"case{patient}" / place
+            dicom(folder / "0", hounsfield()[3], **tags, ImagePositionPatient=[0, 0, 0])
+            dicom(folder / "1.IMA", hounsfield()[4], **tags, ImagePositionPatient=[0, 0, 1])
+
+    assert [volume.shape[0] for volume in find_volumes(tmp_path)] == [2] * 6
+
+    def warnings(how: str) -> list[str]:
+        caplog.clear()
+        warn_once.cache_clear()
+        found = source(tmp_path, batch_size=2, hold_out_by=how)
+        assert [found.shared_groups()] == (caplog.messages or [None])
+        return caplog.messages
+
+    assert warnings(r"(?P<group>case\d)") == []
+    for how in ("file", "folder"):
+        (line,) = warnings(how)
+        assert "by DICOM's PatientID with series of training and of validation" in line
+        assert "case0/2/1.2.0.2 and case0/1/1.2.0.1: set `hold_out_by` to a pattern" in line
+        assert "Doe" not in line
 
 
 def test_slices_are_clipped_to_the_window_with_their_neighbours(patients):
