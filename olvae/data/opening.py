@@ -34,7 +34,14 @@ from olvae.data.picture_folder import (
     split_folders,
 )
 from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BITS, PixelRange, Size
-from olvae.data.places import find_source, holds_shards, holds_volumes, load
+from olvae.data.places import (
+    VOLUMES,
+    find_source,
+    holds_shards,
+    holds_volumes,
+    is_volume_file,
+    load,
+)
 from olvae.data.read_errors import ReadError
 from olvae.data.scenes.scene_source import BLOCKS, open_tiles
 from olvae.data.shards.index import share_indexes
@@ -185,8 +192,8 @@ def trains_on(config: Config, src: str) -> bool:
                     named.append((name, place))
 
     # A place inside SRC counts, and SRC inside a folder that is searched at any depth; of a list
-    # its files alone.
-    if given.suffix == ".txt" and not given.is_dir():
+    # or a volume its files alone.
+    if not given.is_dir() and (given.suffix == ".txt" or is_volume_file(str(given))):
         return False
     for name, place in named:
         trained = Path(split_folders(place)[0]).expanduser().resolve()
@@ -198,12 +205,20 @@ def trains_on(config: Config, src: str) -> bool:
 
 
 def _trains_on_files(node: Config, src: str) -> bool:
-    """Whether a folder source trains on a file of SRC, if one of the two is a list or a pattern."""
+    """Whether a source of files trains on one of SRC, if one of the two names single files."""
     places = [Path(place).expanduser() for place in (node["root"], src)]
-    if not any(place.suffix == ".txt" or glob.has_magic(str(place)) for place in places):
+    files = [place for place in places if not place.is_dir()]
+    if not any(
+        place.suffix == ".txt" or glob.has_magic(str(place)) or is_volume_file(str(place))
+        for place in files
+    ):
         return False
     # The files may be gone, or there may be none.
     with contextlib.suppress(OSError, ValueError):
+        if holds_volumes(src):
+            source = instantiate({"target": VOLUMES, "params": node})
+            trained = {volume.path.resolve() for volume in source.parts[0]}
+            return any(volume.path.resolve() in trained for volume in find_volumes(src))
         names = ("val_root", "val_fraction", "hold_out_by")
         given = {name: node[name] for name in names if name in node}
         parts = find_parts(node["root"], **given)

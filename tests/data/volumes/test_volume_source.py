@@ -12,7 +12,7 @@ from pydicom.data import get_testdata_file
 
 from olvae.config import ConfigError, instantiate
 from olvae.data import audit
-from olvae.data.opening import open_source
+from olvae.data.opening import open_source, trains_on
 from olvae.data.pixels.size_and_range import PixelRange
 from olvae.data.places import FOLDER, VOLUMES, load
 from olvae.data.value_range import measure_range
@@ -81,6 +81,24 @@ def test_series_of_a_patient_on_both_sides_are_a_warning_by_their_headers(tmp_pa
         assert "by DICOM's PatientID with series of training and of validation" in line
         assert "case0/2/1.2.0.2 and case0/1/1.2.0.1: set `hold_out_by` to a pattern" in line
         assert "Doe" not in line
+
+
+def test_a_list_or_a_file_of_volumes_is_known_as_trained_on_but_for_held_out_ones(
+    patients, tmp_path
+):
+    params = {"root": str(patients), "size": 16, "batch_size": 4, "range": WINDOW}
+    params |= {"val_fraction": 0.3, "hold_out_by": r"(?P<group>patient\d)"}
+    trained, held_out = (
+        [volume.path for volume in part] for part in source(**params).parts
+    )
+    (tmp_path / "held_out.txt").write_text("\n".join(map(str, held_out[:1])))
+    (tmp_path / "both.txt").write_text(f"{held_out[0]}\n{trained[0]}")
+    for root in (str(patients), f"{patients}/**/*"):
+        config = {"data": {"target": VOLUMES, "params": {**params, "root": root}}}
+        for src in (tmp_path / "both.txt", trained[0]):
+            assert trains_on(config, str(src))
+        for src in (tmp_path / "held_out.txt", held_out[0]):
+            assert not trains_on(config, str(src))
 
 
 def test_slices_are_clipped_to_the_window_with_their_neighbours(patients):
