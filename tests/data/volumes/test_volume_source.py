@@ -245,6 +245,18 @@ def test_a_check_of_broken_files_has_a_line_for_each(tmp_path, monkeypatch):
     assert "more than `max_unreadable`" in result.problems[-1]
 
 
+def test_a_check_finds_a_volume_in_both_folders_and_takes_no_empty_slice_for_a_copy(tmp_path):
+    for number, name in enumerate(("train/a", "train/b", "val/c", "val/d")):
+        nifti(tmp_path / f"{name}.nii.gz", hounsfield(number))
+    nrrd_file(tmp_path / "val" / "e.nrrd", hounsfield(1))
+    window = PixelRange.from_node({"pairs": WINDOW, "outside": "clip"})
+    result = audit.audit_source(str(tmp_path), 8, 1, pixel_range=window)
+    assert result is not None
+    (problem,) = result.problems
+    assert problem.startswith("1 of the validation images are training images as well: ")
+    assert "val/e.nrrd (the pixels of train/b.nii.gz)" in problem
+
+
 def test_a_gzip_cut_at_its_end_is_no_shorter_volume(tmp_path):
     whole = gzip.decompress(nifti(tmp_path / "a.nii.gz").read_bytes())
     (tmp_path / "a.nii.gz").write_bytes(gzip.compress(whole[:-100]))
