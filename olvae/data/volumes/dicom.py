@@ -18,6 +18,7 @@ from olvae.data.volumes.volume import (
     RealArray,
     Unreadable,
     Volume,
+    check_bytes,
     check_shape,
     first_reason,
     to_stored,
@@ -77,6 +78,7 @@ class Series(Volume):
         self.frames = int(first.get("NumberOfFrames") or 1) if len(files) == 1 else 1
         check_shape((columns, rows, max(len(files), self.frames)), "")
         self.shape = (max(len(files), self.frames), rows, columns)
+        check_bytes(files[0][0], self.frames, np.dtype(np.uint8), packed=False)
         self.affine = np.eye(4)
 
         # Steps of columns, rows and slices as of the first slice.
@@ -163,6 +165,7 @@ class Series(Volume):
                 kinds = [*dataset.get("ImageType", ())][2:]
                 dataset.ImageType = ["DERIVED", "SECONDARY", *kinds]
                 dataset.DerivationDescription = MADE_BY
+                dataset.LossyImageCompression = "01"
                 name = str(dataset.get("SeriesDescription", "")).strip()
                 dataset.SeriesDescription = f"{name[:48]} reconstructed".strip()
                 dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID

@@ -97,6 +97,7 @@ def test_a_dicom_series_is_sorted_by_place_and_written_as_a_new_one(tmp_path):
         real = one.pixel_array * float(one.RescaleSlope) + float(one.RescaleIntercept)
         np.testing.assert_array_equal(real, new[number])
         assert one.ImageType[:2] == ["DERIVED", "SECONDARY"]
+        assert one.LossyImageCompression == "01"
         assert one.file_meta.MediaStorageSOPInstanceUID == one.SOPInstanceUID
         assert one.ImagePositionPatient == [-9, 4, 7 + 2.5 * number]
         assert one.PatientID == "1CT1"
@@ -184,6 +185,13 @@ def test_frames_are_sorted_by_their_own_places_and_come_back_in_the_files_order(
     assert volume.affine[:3, 3].tolist() == [3, 0, 0]
     (result,) = volume.write(whole(volume), tmp_path / "new").iterdir()
     np.testing.assert_array_equal(pydicom.dcmread(result).pixel_array, dataset.pixel_array)
+
+    # More frames than the file has bytes.
+    dataset.NumberOfFrames = 2**21
+    dataset.save_as(path)
+    with pytest.raises(UnreadableImageError, match="the file ends before its values"):
+        open_volume(path)
+    dataset.NumberOfFrames = 7
 
     # Several echoes in one file.
     for one in dataset.PerFrameFunctionalGroupsSequence[:3]:
