@@ -324,7 +324,7 @@ class VolumeSource(MappedSource):
         self.warn_of_shared_groups()
 
     def shared_groups(self) -> str | None:
-        """As of any source, and of patients by DICOM's headers: by a path, as logs are passed on."""
+        """As of any source, and of patients by DICOM's headers, whom a path names in the log."""
         shared = super().shared_groups()
         trained, held_out = ({volume.patient: volume.key for volume in p} for p in self.parts)
         both = sorted((trained.keys() & held_out.keys()) - {""})
@@ -333,8 +333,8 @@ class VolumeSource(MappedSource):
         patients = counted(len(both), "patient")
         return (
             f"{patients} by DICOM's PatientID with series of training and of validation, such as "
-            f"{trained[both[0]]} and {held_out[both[0]]}: set `hold_out_by` to a pattern that finds "
-            "the patient in their paths"
+            f"{trained[both[0]]} and {held_out[both[0]]}: set `hold_out_by` to a pattern that "
+            "finds the patient in their paths"
         )
 
     def describe(self) -> str:

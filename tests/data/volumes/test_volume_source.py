@@ -88,9 +88,7 @@ def test_a_list_or_a_file_of_volumes_is_known_as_trained_on_but_for_held_out_one
 ):
     params = {"root": str(patients), "size": 16, "batch_size": 4, "range": WINDOW}
     params |= {"val_fraction": 0.3, "hold_out_by": r"(?P<group>patient\d)"}
-    trained, held_out = (
-        [volume.path for volume in part] for part in source(**params).parts
-    )
+    trained, held_out = ([volume.path for volume in part] for part in source(**params).parts)
     (tmp_path / "held_out.txt").write_text("\n".join(map(str, held_out[:1])))
     (tmp_path / "both.txt").write_text(f"{held_out[0]}\n{trained[0]}")
     for root in (str(patients), f"{patients}/**/*"):
