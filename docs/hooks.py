@@ -1,6 +1,7 @@
 """What MkDocs needs besides docs/: pages made from files elsewhere,
 from docs/api.md and from the commands; links."""
 
+import base64
 import json
 import posixpath
 import re
@@ -39,7 +40,10 @@ LINK = re.compile(
 
 def on_files(files: Files, config: Any) -> Files:
     pages = {page: (ROOT / file).read_text(encoding="utf-8") for page, file in ELSEWHERE.items()}
-    pages |= {page: as_markdown(json.loads(pages[page])) for page in NOTEBOOKS}
+    for page in NOTEBOOKS:
+        pages[page], pictures = as_markdown(json.loads(pages[page]), page.removesuffix(".md"))
+        for name, picture in pictures.items():
+            files.append(File.generated(config, name, content=picture))
     pages["index.md"] = f"---\nhide: [navigation]\n---\n{pages['index.md']}"
     for page, text in {**pages, "cli.md": commands(), "reference.md": reference()}.items():
         files.append(File.generated(config, page, content=text))
@@ -52,13 +56,25 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
-def as_markdown(notebook: dict[str, Any]) -> str:
-    """The cells of a notebook, without outputs; lines that begin with ! are commands."""
-    parts = []
+def as_markdown(notebook: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]:
+    """The cells of a notebook with their outputs, and its pictures by the names of their files.
+
+    Lines that begin with ! are commands.
+    """
+    parts: list[str] = []
+    pictures: dict[str, bytes] = {}
     for cell in notebook["cells"]:
         text = "".join(cell["source"])
         parts.append(f"```python\n{text}\n```" if cell["cell_type"] == "code" else text)
-    return "\n\n".join(parts)
+        for output in cell.get("outputs", []):
+            data = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/jpeg" in data:
+                file = f"{name}_{len(pictures)}.jpg"
+                pictures[file] = base64.b64decode("".join(data["image/jpeg"]))
+                parts.append(f"![what the cell above shows]({file})")
+            else:
+                parts.append(f"```text\n{''.join(data['text/plain']).strip(chr(10))}\n```")
+    return "\n\n".join(parts), pictures
 
 
 def commands() -> str:

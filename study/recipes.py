@@ -16,7 +16,7 @@ from typing import Any
 
 import diffusers
 
-from olvae.cli.configs import first_line
+from olvae.cli.configs import purpose_of
 from olvae.cli.main import print_error
 from olvae.config import recipes
 from olvae.data.pixels.size_and_range import Sides
@@ -190,7 +190,7 @@ def group(names: list[str], document: Path, counted: Counted) -> str:
     purposes = []
     numbers = []
     for name in names:
-        what_for = first_line(files[name]).partition(" Start from ")[0]
+        what_for = purpose_of(files[name]).partition(" Start from ")[0]
         beginning, *sizes = settings(name)
         purposes.append([f"`{name}`", what_for, beginning])
         numbers.append([f"`{name}`", *sizes, *costs(name, counted)])

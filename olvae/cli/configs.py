@@ -152,7 +152,7 @@ def show(context: typer.Context) -> None:
     if context.invoked_subcommand is not None:
         return
     # Names in one column, descriptions in another, which is at least 20 wide.
-    lines = {name: first_line(path) for name, path in recipes().items()}
+    lines = {name: purpose_of(path) for name, path in recipes().items()}
     indent = 2 + max(map(len, lines))
     width = max(indent + 20, shutil.get_terminal_size().columns)
     for name, line in lines.items():
@@ -195,7 +195,7 @@ def copy(
 
     # The recipe's description, its include, and settings.
     text = (
-        f"# {first_line(known[name])}\n"
+        f"# {purpose_of(known[name])}\n"
         "# Settings below the include override the recipe's.\n"
         f"include: {name}\n"
     )
@@ -206,7 +206,7 @@ def copy(
     typer.echo(f"train with: olvae train --base {shell_word(place)}", err=True)
 
 
-def first_line(recipe: Path) -> str:
+def purpose_of(recipe: Path) -> str:
     """Return the first comment line, without the sources that it gives in brackets."""
     with recipe.open(encoding="utf-8") as file:
         return re.sub(r" \[[^\]]*\]", "", file.readline().removeprefix("# ").strip())

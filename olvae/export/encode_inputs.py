@@ -217,10 +217,8 @@ def find_inputs(
                 images, source.channels, source.image_key, source.pixel_range, transform
             )
         elif images is None:
-            raise ConfigError(
-                f"{src}: {type(source).__name__} can't be encoded: name folders or shards, one by "
-                "one"
-            )
+            kind = type(source).__name__
+            raise ConfigError(f"{src}: {kind} can't be encoded: name folders or shards, one by one")
     elif holds_shards(src):
         share_indexes(src)
         images = ShardInputs(with_counts(find_shards(src)), channels, None, pixel_range)

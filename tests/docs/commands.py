@@ -67,7 +67,7 @@ def check(words: list[str]) -> None:
     program, *rest = words
     if program == "olvae":
         _check_olvae(rest)
-    elif program == "python":
+    elif program in ("python", "python3"):
         _check_python(rest)
     elif program == "torchrun":
         launch = get_args_parser().parse_args(rest)
@@ -85,7 +85,7 @@ def check(words: list[str]) -> None:
     elif program == "pip":
         _check_pip(rest)
     else:
-        assert program in ("cd", "export", "git", "hf", "py"), (
+        assert program in (".", "cd", "cp", "export", "git", "hf", "py"), (
             f"{program}: what kind of command is this?"
         )
 
@@ -111,7 +111,7 @@ def _check_python(words: list[str]) -> None:
         if module == "pytest":
             for path in (word for word in rest if "/" in word):
                 assert Path(path).exists(), f"{path} does not exist"
-        else:
+        elif module != "venv":
             assert module == "olvae", f"python -m {module}: what is this?"
             _check_olvae(rest)
         return

@@ -1,11 +1,14 @@
 """The documentation as a site: it builds strictly, its links hold,
 and the generated pages have everything."""
 
+import importlib.util
+import json
 import re
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import unquote
 
 import pytest
@@ -147,3 +150,27 @@ def test_walks_of_the_architecture_name_files_and_functions_that_exist():
         source = found[0].read_text(encoding="utf-8")
         for name in filter(None, names):
             assert re.search(rf"(?:def|class) {name}\b", source), f"{file}: {name}"
+
+
+def load_hooks() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    return hooks
+
+
+def test_pages_of_notebooks_have_what_the_cells_printed_and_showed():
+    hooks = load_hooks()
+    for page, file in hooks.NOTEBOOKS.items():
+        notebook = json.loads((ROOT / file).read_text(encoding="utf-8"))
+        text, pictures = hooks.as_markdown(notebook, page.removesuffix(".md"))
+        outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+        assert len(pictures) == sum("image/jpeg" in output.get("data", {}) for output in outputs)
+        assert pictures
+        for name, picture in pictures.items():
+            assert f"]({name})" in text
+            assert picture.startswith(b"\xff\xd8")
+        for output in outputs:
+            assert "".join(output.get("text", "")).strip("\n") in text

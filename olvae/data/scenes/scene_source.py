@@ -26,7 +26,7 @@ from olvae.data.scenes.scene_tiles import (
 from olvae.data.source import Sample
 from olvae.files import counted
 
-BLOCKS = "blocks"
+BY_BLOCKS = "blocks"
 
 # Other tiles that are tried in place of one with too many missing values.
 REDRAWN = 1000
@@ -56,7 +56,7 @@ class SceneSource(MappedSource):
         bands: those that are read, counted from 0; by default all.
         max_nodata: largest share of a tile's values that may be missing.
         min_fraction, filters, flip, shuffle_channels, augment: see
-            :class:`~olvae.data.image.RandomScaleCrop`, on a tile.
+            :class:`~olvae.data.image.RandomScaleCrop`.
         channels: of the images: the number of bands that are read.
 
     Raises FileNotFoundError: there are no scenes. ConfigError: settings contradict each other, or
@@ -90,20 +90,20 @@ class SceneSource(MappedSource):
         side = Sides.of(size)
         found = find_scenes(scenes, channels, bands)
         others = found
-        how = hold_out_by or (BLOCKS if blocks or gap or len(found) == 1 else FILE)
+        how = hold_out_by or (BY_BLOCKS if blocks or gap or len(found) == 1 else FILE)
         if val_scenes is not None:
             how = "val_scenes"
-        if how != BLOCKS and (blocks is not None or gap is not None):
+        if how != BY_BLOCKS and (blocks is not None or gap is not None):
             raise ConfigError(
                 f"data.params.blocks and data.params.gap: whole scenes are held out, by {how}: "
-                f"leave them out, or set data.params.hold_out_by to {BLOCKS}"
+                f"leave them out, or set data.params.hold_out_by to {BY_BLOCKS}"
             )
 
         # The parts of the scenes that are trained on, and held out.
         if val_scenes is not None:
             others = find_scenes(val_scenes, channels, bands)
             train, held_out = whole(found), whole(others)
-        elif how == BLOCKS:
+        elif how == BY_BLOCKS:
             gap = max(side) if gap is None else gap
             longest = max(max(scene.height, scene.width) for scene in found)
             usual = max(max(side) + 2 * gap, min(2 * max(side) + 2 * gap, longest // 2))
@@ -121,7 +121,7 @@ class SceneSource(MappedSource):
             places = np.linspace(0, len(val) - 1, MAX_VAL_IMAGES).astype(int)
             val.regions = val.regions[places]
         val = val.complete()
-        if how == BLOCKS:
+        if how == BY_BLOCKS:
             val.blocks = blocks or 0
         transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels, augment)
         super().__init__(
@@ -133,11 +133,11 @@ class SceneSource(MappedSource):
             channels,
             max_unreadable,
             range=range,
-            hold_out_by=FILE if how in (BLOCKS, "val_scenes") else how,
+            hold_out_by=FILE if how in (BY_BLOCKS, "val_scenes") else how,
         )
         self.crops = f"tiles of scenes, {side} pixels as stored; missing values: {max_nodata:g}"
-        if how == BLOCKS:
-            how = f"{BLOCKS} of {blocks} pixels with a gap of {gap}"
+        if how == BY_BLOCKS:
+            how = f"{BY_BLOCKS} of {blocks} pixels with a gap of {gap}"
         self._held_out = f"of {counted(len(found), 'scene')}, held out by {how}"
         # Numbers of training tiles that were found to miss too much.
         self._left_out: set[int] = set()
