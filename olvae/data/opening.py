@@ -43,7 +43,7 @@ from olvae.data.places import (
     load,
 )
 from olvae.data.read_errors import ReadError
-from olvae.data.scenes.scene_source import BLOCKS, open_tiles
+from olvae.data.scenes.scene_source import BY_BLOCKS, open_tiles
 from olvae.data.shards.index import share_indexes
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
@@ -141,7 +141,7 @@ def open_test_source(
 
 def trained_grouping(images: ImageDataset, how: str | None, lost: str) -> Grouping:
     """The ``hold_out_by`` of training's config; where names do not fit it, a warning: ``lost``."""
-    if how is None or how == BLOCKS:
+    if how is None or how == BY_BLOCKS:
         return Grouping()
     try:
         grouping = Grouping(how)

@@ -195,9 +195,8 @@ def find_inputs(
     also for a config whose data have another range of values.
     """
     # The images, their resizing if SRC is a config, and what the plan calls SRC.
-    images: ImageDataset | ShardInputs
+    images: ImageDataset | ShardInputs | None
     transform = None
-    grouping = Grouping()
     stated = None if hold_out_by is None else Grouping(hold_out_by)
     name = src
     if Path(src).suffix in YAML:
@@ -232,8 +231,7 @@ def find_inputs(
     if isinstance(images, ShardInputs):
         if classes:
             raise ConfigError(
-                "`classes` is for folders: encode those; shards keep their .cls files, if they "
-                "have any"
+                "`classes` is for folders: encode those; shards keep their .cls files"
             )
         if stated:
             raise ConfigError(

@@ -91,7 +91,7 @@ class Series(Volume):
 
         # Sort by position along the normal, or by number where there are no positions.
         slices = [(path, header, frame) for path, header in files for frame in range(self.frames)]
-        places = [place_of(header, frame, normal) for _, header, frame in slices]
+        places = [position_of(header, frame, normal) for _, header, frame in slices]
         numbers: list[float] = [int(header.get("InstanceNumber") or 0) for _, header, _ in slices]
         placed = bool(turned) and all(place is not None for place in places)
         if placed:
@@ -241,7 +241,7 @@ def of_frame(header: Any, frame: int, sequence: str, name: str) -> Any:
     return header.get(name)
 
 
-def place_of(header: Any, frame: int, normal: NDArray[np.float64]) -> Any:
+def position_of(header: Any, frame: int, normal: NDArray[np.float64]) -> Any:
     """A frame's first pixel in millimetres; None if it is unknown, as a film's or a loop's."""
     place = of_frame(header, frame, "PlanePositionSequence", "ImagePositionPatient")
     offsets = header.get("GridFrameOffsetVector")  # of a dose
