@@ -2,7 +2,7 @@
 
 import contextlib
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -34,7 +34,7 @@ from olvae.data.shards.order import describe_sorted
 from olvae.data.shards.shard_source import INTERLEAVE, ShardSource
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.source import LoaderProcess, Source
-from olvae.data.volumes.volume_source import VolumeSlices, neighbours_of
+from olvae.data.volumes.volume_source import VolumeSlices, VolumeSource, neighbours_of
 from olvae.devices import seconds_per_image
 from olvae.files import counted, file_sha256, lines_sha256, list_skipped, printable
 from olvae.launcher import of_each, this_process
@@ -255,6 +255,8 @@ def _read_images(images: ImageDataset, indices: range, progress: SharedProgress)
     for index in indices:
         key = images.key(index)
         place = str(images.paths[index]) if isinstance(images, Files) else key
+        if isinstance(images, VolumeSlices):
+            place = str(images.place(index)[0].path)
         found.decode(partial(images.__getitem__, index), key, place)
         progress.advance()
     return found
@@ -363,6 +365,7 @@ def _check_images(
 def _check_held_out(result: AuditResult, source: Source | None, found: _Found) -> None:
     """Add groups on both sides, and validation images that are training images, to the problems."""
     parts: list[set[str]] = []  # places of training, and of validation
+    pixels = found.pixels
     shared = None
     if isinstance(source, ShardSource):
         parts = [{shard.url for shard in shards} for shards in (source.train, source.val)]
@@ -372,15 +375,23 @@ def _check_held_out(result: AuditResult, source: Source | None, found: _Found) -
         shared = source.shared_groups()
         files = [part for part in (source.train, source.val) if isinstance(part, Files)]
         parts = [{str(path) for path in part.paths} for part in files]
+
+        # Volumes as wholes: empty slices are alike.
+        if isinstance(source, VolumeSource):
+            parts = [{str(volume.path) for volume in part} for part in source.parts]
+            slices: dict[tuple[str, str], list[str]] = defaultdict(list)
+            for place, name, digest in sorted(pixels):
+                slices[place, name.rpartition("/")[0]].append(digest)
+            pixels = [(*names, lines_sha256(each)) for names, each in slices.items()]
     result.problems += filter(None, [shared])
     if len(parts) < 2:
         return
     trained, held_out = parts
 
     # A training image by its pixels, then the validation images that are one.
-    names = {digest: name for place, name, digest in found.pixels if place in trained}
+    names = {digest: name for place, name, digest in pixels if place in trained}
     copies = []
-    for place, name, digest in sorted(found.pixels):
+    for place, name, digest in sorted(pixels):
         if place in held_out and digest in names:
             copies.append((name, f"the pixels of {names[digest]}"))
     if copies:

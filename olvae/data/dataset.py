@@ -212,12 +212,14 @@ def hold_out(
         spaced = np.linspace(0, count - 1, wanted)
         held_out = sorted({int(i) for i in spaced})
     else:
-        # As many groups as have the images on average, and more while they are too few.
+        # As many groups as have the images on average, and more while they are too few. One that is
+        # larger than most and than what is wanted would leave too little to train on.
         if len(groups) < 2:
             raise ValueError(ONE_GROUP)
         sizes = np.array([len(group) for group in groups])
+        usual = np.flatnonzero(sizes <= max(wanted, np.median(sizes)))
         for taken in range(max(1, wanted * len(groups) // count), len(groups)):
-            chosen = np.linspace(0, len(groups) - 1, taken).astype(int)
+            chosen = usual[np.linspace(0, len(usual) - 1, min(taken, len(usual))).astype(int)]
             if sizes[chosen].sum() >= wanted:
                 break
         held_out = sorted(index for group in chosen for index in groups[group])

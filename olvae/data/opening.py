@@ -22,7 +22,7 @@ from olvae.data.dataset import (
 )
 from olvae.data.hub import Column, Items, load_table
 from olvae.data.image import RandomScaleCrop, are_for_masks
-from olvae.data.order.groups import FILE, Grouping
+from olvae.data.order.groups import Grouping
 from olvae.data.picture_folder import (
     Files,
     find_folder,
@@ -34,9 +34,16 @@ from olvae.data.picture_folder import (
     split_folders,
 )
 from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BITS, PixelRange, Size
-from olvae.data.places import find_source, holds_shards, holds_volumes, load
+from olvae.data.places import (
+    VOLUMES,
+    find_source,
+    holds_shards,
+    holds_volumes,
+    is_volume_file,
+    load,
+)
 from olvae.data.read_errors import ReadError
-from olvae.data.scenes.scene_source import open_tiles
+from olvae.data.scenes.scene_source import BY_BLOCKS, open_tiles
 from olvae.data.shards.index import share_indexes
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import Source
@@ -127,13 +134,22 @@ def open_test_source(
 
     # Intervals go by the groups of training's config, where the names are of its kind.
     if isinstance(source, MappedSource) and Path(src).suffix not in YAML:
-        grouping = Grouping(params.get("hold_out_by", FILE))
-        try:
-            groups_of(source.val, grouping)
-            source.grouping = grouping
-        except ValueError as error:
-            warn_once(f"{src}: intervals are over single images: {error}")
+        lost = f"{src}: intervals are over single images"
+        source.grouping = trained_grouping(source.val, params.get("hold_out_by"), lost)
     return source
+
+
+def trained_grouping(images: ImageDataset, how: str | None, lost: str) -> Grouping:
+    """The ``hold_out_by`` of training's config; where names do not fit it, a warning: ``lost``."""
+    if how is None or how == BY_BLOCKS:
+        return Grouping()
+    try:
+        grouping = Grouping(how)
+        groups_of(images, grouping)
+    except ValueError as error:
+        warn_once(f"{lost}: {error}")
+        return Grouping()
+    return grouping
 
 
 def evaluated_place(src: str) -> str:
@@ -176,8 +192,8 @@ def trains_on(config: Config, src: str) -> bool:
                     named.append((name, place))
 
     # A place inside SRC counts, and SRC inside a folder that is searched at any depth; of a list
-    # its files alone.
-    if given.suffix == ".txt" and not given.is_dir():
+    # or a volume its files alone.
+    if not given.is_dir() and (given.suffix == ".txt" or is_volume_file(str(given))):
         return False
     for name, place in named:
         trained = Path(split_folders(place)[0]).expanduser().resolve()
@@ -189,12 +205,20 @@ def trains_on(config: Config, src: str) -> bool:
 
 
 def _trains_on_files(node: Config, src: str) -> bool:
-    """Whether a folder source trains on a file of SRC, if one of the two is a list or a pattern."""
+    """Whether a source of files trains on one of SRC, if one of the two names single files."""
     places = [Path(place).expanduser() for place in (node["root"], src)]
-    if not any(place.suffix == ".txt" or glob.has_magic(str(place)) for place in places):
+    files = [place for place in places if not place.is_dir()]
+    if not any(
+        place.suffix == ".txt" or glob.has_magic(str(place)) or is_volume_file(str(place))
+        for place in files
+    ):
         return False
     # The files may be gone, or there may be none.
     with contextlib.suppress(OSError, ValueError):
+        if holds_volumes(src):
+            source = instantiate({"target": VOLUMES, "params": node})
+            trained = {volume.path.resolve() for volume in source.parts[0]}
+            return any(volume.path.resolve() in trained for volume in find_volumes(src))
         names = ("val_root", "val_fraction", "hold_out_by")
         given = {name: node[name] for name in names if name in node}
         parts = find_parts(node["root"], **given)

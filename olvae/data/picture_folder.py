@@ -137,9 +137,6 @@ class FolderSource(MappedSource):
         values = PixelRange.from_node(range)
         train = Files(train_paths, channels, (), values, find_folder(root), naming_folder(root))
         val = Files(val_paths, channels, (), values, find_folder(val_root), naming_folder(val_root))
-        transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels)
-        train = Files(train_paths, channels, (), values, find_folder(root))
-        val = Files(val_paths, channels, (), values, find_folder(val_root))
         transform = RandomScaleCrop(size, min_fraction, filters, flip, shuffle_channels, augment)
         super().__init__(
             train,

@@ -61,7 +61,7 @@ PICTURES = (
 EXTENSIONS = (*PICTURES, ".npy", ".npz", ".exr")
 
 # Volumes. Files of DICOM often have no extension, or end with a number: byte 128 tells.
-VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".dcm", ".dicom")
+VOLUME_SUFFIXES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".dcm", ".dicom", ".ima")
 DICOM_MARK = (128, b"DICM")
 
 

@@ -18,8 +18,13 @@ from olvae.config import Config, ConfigError
 from olvae.config.reading import YAML, is_local
 from olvae.data.dataset import ImageDataset, groups_of
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor
-from olvae.data.opening import holds_masks, open_source, open_training_images
-from olvae.data.order.groups import FILE, Grouping, fill_with_groups
+from olvae.data.opening import (
+    holds_masks,
+    open_source,
+    open_training_images,
+    trained_grouping,
+)
+from olvae.data.order.groups import Grouping, fill_with_groups
 from olvae.data.packing import usual_shard_size
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
@@ -190,9 +195,9 @@ def find_inputs(
     also for a config whose data have another range of values.
     """
     # The images, their resizing if SRC is a config, and what the plan calls SRC.
-    images: ImageDataset | ShardInputs
+    images: ImageDataset | ShardInputs | None
     transform = None
-    grouping = Grouping(hold_out_by or trained_by or FILE)
+    stated = None if hold_out_by is None else Grouping(hold_out_by)
     name = src
     if Path(src).suffix in YAML:
         source = open_source(src, size or 1, 1, resized=size is not None)
@@ -204,8 +209,7 @@ def find_inputs(
                 f"and the model takes {channels}"
             )
         transform = source.eval_transform
-        if hold_out_by is None:
-            grouping = source.grouping
+        grouping = source.grouping
         images = source.test_set
         if isinstance(images, Sequence):
             images = ShardInputs(
@@ -220,15 +224,16 @@ def find_inputs(
     else:
         images = open_training_images(src, channels, pixel_range, size)
         transform = images.eval_transform()
+        lost = f"{src}: shards keep no groups together, unless `hold_out_by` names them"
+        grouping = trained_grouping(images, None if stated else trained_by, lost)
 
     # Shards become one output shard each, and keep the classes that are in them.
     if isinstance(images, ShardInputs):
         if classes:
             raise ConfigError(
-                "`classes` is for folders: encode those; shards keep their .cls files, if they "
-                "have any"
+                "`classes` is for folders: encode those; shards keep their .cls files"
             )
-        if hold_out_by is not None:
+        if stated:
             raise ConfigError(
                 "`hold_out_by`: each of these shards becomes one of latents: `olvae data pack` "
                 "takes it"
@@ -246,6 +251,7 @@ def find_inputs(
         if loose:
             raise ConfigError(f"`classes`: {loose[0]} is not in a folder that could be its class")
         folders = sorted({key.split("/")[0] for key in keys})
+    grouping = stated or grouping
     groups = groups_of(images, grouping)
     grouped = None if groups is None else fill_with_groups(groups, shard_size)
     return DatasetInputs(images, shard_size, folders, named, transform, grouping, grouped)

@@ -264,6 +264,14 @@ def test_hold_out_never_takes_all_groups():
         hold_out(Slices(9))
 
 
+@pytest.mark.parametrize(
+    ("counts", "held_out"),
+    [([40] * 10 + [700], 80), ([700] + [40] * 10, 80), ([600, 30], 30), ([3] + [120] * 10, 123)],
+)
+def test_hold_out_leaves_a_group_that_is_larger_than_most_to_training(counts, held_out):
+    assert len(hold_out(Slices(*counts))[1]) == held_out
+
+
 def test_validation_names_the_group_of_each_image_that_is_not_its_own():
     train, val = hold_out(Slices(5, 6, 7), 0.2)
     batches = list(MappedSource(train, val, RandomScaleCrop(16), 4).val_loader())

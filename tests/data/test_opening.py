@@ -13,6 +13,7 @@ from olvae.data.dataset import SamplePhotographs
 from olvae.data.opening import open_source, open_test_source, trains_on
 from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.size_and_range import Sides
+from olvae.export.encode_inputs import find_inputs
 from olvae.runs import make_data_absolute, present_data
 from tests.conftest import tiny_config
 from tests.data.images import encoded, write_photos, write_shards
@@ -309,3 +310,11 @@ def test_a_models_images_elsewhere_have_the_groups_of_its_training(root, caplog)
     (batch,) = open_test_source(config, str(root)).test_loader(4)
     assert "group" not in batch
     assert "intervals are over single images" in caplog.messages[-1]
+    assert find_inputs(str(root), 3, 2, trained_by=r"(?P<group>p\d)").grouping.how == "file"
+    assert "shards keep no groups together, unless `hold_out_by`" in caplog.messages[-1]
+
+    # A scene's blocks are no groups of other images, and null is the default of its source.
+    for how in ("blocks", None):
+        config["data"]["params"]["hold_out_by"] = how
+        assert open_test_source(config, str(root)).grouping.how == "file"
+        assert find_inputs(str(root), 3, 2, trained_by=how).grouping.how == "file"

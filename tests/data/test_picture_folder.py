@@ -370,6 +370,12 @@ def test_groups_are_held_out_whole_and_more_images_of_them_change_nothing(root, 
         (root / "list.txt").write_text("\n".join(names))
         for place in (root / "*" / "*.png", root / "list.txt"):
             assert {name[0] for name in sides_of(place, hold_out_by=how)[1]} == held_out
+            # So do the intervals, also of one held-out folder, which holds all of its files.
+            found = source(place, hold_out_by=how, val_fraction=0.1)
+            parts = (found.train, found.val)
+            groups = [{part.group(i, found.grouping) for i in range(len(part))} for part in parts]
+            assert len(groups[1]) == 1
+            assert groups[0] | groups[1] == set("abcdefgh")
 
 
 def test_one_group_alone_can_not_be_split(root):

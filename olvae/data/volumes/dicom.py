@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from olvae.data.volumes.volume import (
     RealArray,
     Unreadable,
     Volume,
+    check_bytes,
     check_shape,
     first_reason,
     to_stored,
@@ -29,6 +31,7 @@ TAGS = (
     "ImagePositionPatient",
     "ImageOrientationPatient",
     "InstanceNumber",
+    "PatientID",
     "Modality",
     "Rows",
     "Columns",
@@ -37,7 +40,12 @@ TAGS = (
     "SamplesPerPixel",
     "PhotometricInterpretation",
     "SliceThickness",
+    "SpacingBetweenSlices",
+    "GridFrameOffsetVector",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
 )
+LEVEL = (1, 0, 0, 0, 1, 0)  # where a header has no orientation
 PARALLEL = 1e-3  # largest difference of direction cosines
 SAME_PLACE = 1e-3  # largest distance in millimetres
 HOW_TO_DECODE = "pip install pylibjpeg pylibjpeg-libjpeg pylibjpeg-openjpeg decodes most of them"
@@ -66,44 +74,47 @@ class Series(Volume):
             raise ValueError(f"its slices have several sizes, {found}: part the series")
         (columns, rows) = sizes.pop()
         first = files[0][1]
+        self.patient = str(first.get("PatientID") or "")
         self.frames = int(first.get("NumberOfFrames") or 1) if len(files) == 1 else 1
         check_shape((columns, rows, max(len(files), self.frames)), "")
         self.shape = (max(len(files), self.frames), rows, columns)
+        check_bytes(files[0][0], self.frames, np.dtype(np.uint8), packed=False)
         self.affine = np.eye(4)
 
-        # Sort by position along the slices' normal, or by number where there are no positions.
-        placed = [path for path, header in files if header.get("ImagePositionPatient")]
-        turned = first.get("ImageOrientationPatient")
-        if len(placed) < len(files) or not turned:
-            numbered = [(int(h.get("InstanceNumber") or 0), p.name, p) for p, h in files]
-            self.files = [path for *_, path in sorted(numbered)]
-            return
-        cosines = np.asarray(turned, dtype=np.float64).reshape(2, 3)
+        # Steps of columns, rows and slices as of the first slice.
+        turned = of_frame(first, 0, "PlaneOrientationSequence", "ImageOrientationPatient")
+        cosines = np.asarray(turned or LEVEL, dtype=np.float64).reshape(2, 3)
         normal = np.cross(*cosines)
-        places = []
-        for path_of_slice, header in files:
-            other = np.asarray(header.get("ImageOrientationPatient") or turned, dtype=np.float64)
-            if np.abs(other.reshape(2, 3) - cosines).max() > PARALLEL:
-                raise ValueError("its slices are not parallel: part the series")
-            position = np.asarray(header.ImagePositionPatient, dtype=np.float64)
-            places.append((float(position @ normal), path_of_slice.name, path_of_slice, position))
-        places.sort(key=lambda place: place[:2])
-        self.files = [path for *_, path, _ in places]
-        steps = np.diff([place for place, *_ in places])
-        if len(steps) and steps.min() < SAME_PLACE:
-            raise ValueError(
-                f"{int((steps < SAME_PLACE).sum())} of its slices lie where another does, as of "
-                "several times or echoes: part the series"
-            )
+        measure = partial(of_frame, first, 0, "PixelMeasuresSequence")
+        high, wide = measure("PixelSpacing") or (1.0, 1.0)
+        step = abs(float(measure("SpacingBetweenSlices") or measure("SliceThickness") or 1.0))
 
-        # Steps of columns, rows and slices, and the first slice's corner.
-        step = float(first.get("SliceThickness") or 1.0)
-        if len(steps):
-            step = (places[-1][0] - places[0][0]) / len(steps)
-        high, wide = first.get("PixelSpacing") or (1.0, 1.0)
+        # Sort by position along the normal, or by number where there are no positions.
+        slices = [(path, header, frame) for path, header in files for frame in range(self.frames)]
+        places = [position_of(header, frame, normal) for _, header, frame in slices]
+        numbers: list[float] = [int(header.get("InstanceNumber") or 0) for _, header, _ in slices]
+        placed = bool(turned) and all(place is not None for place in places)
+        if placed:
+            for _, header, frame in slices:
+                own = of_frame(header, frame, "PlaneOrientationSequence", "ImageOrientationPatient")
+                other = np.asarray(own or turned, dtype=np.float64)
+                if np.abs(other.reshape(2, 3) - cosines).max() > PARALLEL:
+                    raise ValueError("its slices are not parallel: part the series")
+            numbers = [float(place @ normal) for place in places]
+        order = sorted(range(len(slices)), key=lambda i: (numbers[i], slices[i][0].name, i))
+        self.files = list(dict.fromkeys(slices[i][0] for i in order))
+        self.order = [slices[i][2] for i in order][: self.frames]
+        if placed:
+            self.affine[:3, 3] = places[order[0]]
+            steps = np.diff([numbers[i] for i in order])
+            if len(steps) and steps.min() < SAME_PLACE:
+                raise ValueError(
+                    f"{int((steps < SAME_PLACE).sum())} of its slices lie where another does, as "
+                    "of several times or echoes: part the series"
+                )
+            step = float(steps.mean()) if len(steps) else step
         columns_of = (cosines[0] * float(wide), cosines[1] * float(high), normal * step)
         self.affine[:3, :3] = np.stack(columns_of, axis=1)
-        self.affine[:3, 3] = places[0][3]
         if not np.isfinite(self.affine).all() or not np.linalg.det(self.affine):
             raise ValueError("its spacing or orientation is 0: the header is broken")
 
@@ -111,8 +122,6 @@ class Series(Volume):
         return "\n".join(file_state(path) for path in self.files)
 
     def read(self) -> Array:
-        if self.frames > 1:
-            return self.frames_of(self.files[0])
         return np.concatenate([self.frames_of(path) for path in self.files])
 
     def read_slice(self, axis: int, index: int) -> Array:
@@ -122,7 +131,7 @@ class Series(Volume):
         return values
 
     def frames_of(self, path: Path) -> Array:
-        """Read a file's frames in real units, (frames, rows, columns)."""
+        """Read a file's frames in real units, (frames, rows, columns), sorted as the slices."""
         try:
             dataset = read_dataset(path)
             check_header(dataset)
@@ -133,7 +142,7 @@ class Series(Volume):
         except Exception as error:  # pydicom raises all kinds for a broken file
             raise ValueError(f"{legible(path.name)}: {first_reason(error)}") from error
         real: Array = (pixels.astype(np.float64) * slopes[:, 0] + slopes[:, 1]).astype(np.float32)
-        return real
+        return real[self.order]
 
     def write_file(self, values: RealArray, place: Path) -> Path:
         """Write ``place``, a folder of as many files, with new UIDs; see :class:`Volume`."""
@@ -146,7 +155,9 @@ class Series(Volume):
             for number, (path, part) in enumerate(zip(self.files, parts, strict=True)):
                 dataset = read_dataset(path)
                 check_header(dataset)
-                set_pixels(dataset, part)
+                stored = np.empty_like(part)
+                stored[self.order] = part
+                set_pixels(dataset, stored)
 
                 # A new object of a new series, which was derived from the other.
                 dataset.SOPInstanceUID = uid.generate_uid()
@@ -154,6 +165,7 @@ class Series(Volume):
                 kinds = [*dataset.get("ImageType", ())][2:]
                 dataset.ImageType = ["DERIVED", "SECONDARY", *kinds]
                 dataset.DerivationDescription = MADE_BY
+                dataset.LossyImageCompression = "01"
                 name = str(dataset.get("SeriesDescription", "")).strip()
                 dataset.SeriesDescription = f"{name[:48]} reconstructed".strip()
                 dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
@@ -219,6 +231,28 @@ def read_dataset(path: Path, tags: Sequence[str] | None = None) -> Any:
     return dataset
 
 
+def of_frame(header: Any, frame: int, sequence: str, name: str) -> Any:
+    """A frame's value in its own group, the group of all frames, or the header; None if nowhere."""
+    groups = (header.get("PerFrameFunctionalGroupsSequence") or [])[frame : frame + 1]
+    for group in (*groups, *(header.get("SharedFunctionalGroupsSequence") or ())):
+        for item in group.get(sequence) or ():
+            if item.get(name) is not None:
+                return item.get(name)
+    return header.get(name)
+
+
+def position_of(header: Any, frame: int, normal: NDArray[np.float64]) -> Any:
+    """A frame's first pixel in millimetres; None if it is unknown, as a film's or a loop's."""
+    place = of_frame(header, frame, "PlanePositionSequence", "ImagePositionPatient")
+    offsets = header.get("GridFrameOffsetVector")  # of a dose
+    alone = int(header.get("NumberOfFrames") or 1) == 1
+    of_file = place is header.get("ImagePositionPatient")  # not of each frame
+    if not place or (of_file and not alone and not offsets):
+        return None
+    offset = 0.0 if alone or not offsets else float(offsets[frame]) - float(offsets[0])
+    return np.asarray(place, dtype=np.float64) + offset * normal
+
+
 def check_header(header: Any) -> None:
     """Raise ValueError for a file without pixels of one channel."""
     if not header.get("Rows") or not header.get("Columns"):
@@ -255,16 +289,16 @@ def pixels_of(dataset: Any) -> Array:
 
 def slopes_of(dataset: Any, frames: int) -> NDArray[np.float64]:
     """Slope and intercept of each frame, (frames, 2): in the header, or in groups of each frame."""
-    scaling = dataset.get("DoseGridScaling")
-    both = [float(dataset.get("RescaleSlope") or scaling or 1.0)]
-    both.append(float(dataset.get("RescaleIntercept") or 0.0))
-    slopes = np.tile(np.asarray(both), (frames, 1))
-    groups = [*dataset.get("SharedFunctionalGroupsSequence", ())] * frames
-    own = [*dataset.get("PerFrameFunctionalGroupsSequence", ())]
-    for found in (groups, own):
-        for number, group in enumerate(found[:frames]):
-            for item in group.get("PixelValueTransformationSequence", ()):
-                slopes[number] = float(item.RescaleSlope), float(item.RescaleIntercept)
+    both = []
+    for frame in range(frames):
+        slope, intercept = (
+            of_frame(dataset, frame, "PixelValueTransformationSequence", name)
+            for name in ("RescaleSlope", "RescaleIntercept")
+        )
+        if slope is None:
+            slope = dataset.get("DoseGridScaling")
+        both.append((1.0 if slope is None else float(slope), float(intercept or 0.0)))
+    slopes = np.array(both)
     if not np.isfinite(slopes).all() or not slopes[:, 0].all():
         raise ValueError("its rescale slope is 0 or not finite: the header is broken")
     return slopes

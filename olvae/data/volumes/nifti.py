@@ -20,6 +20,9 @@ from olvae.files import atomic_write
 
 ONE_EACH = "save each volume in a file of its own, as nibabel.four_to_three does"
 
+# In a header's unit; one without is taken as millimetres.
+MILLIMETRES = {"meter": 1000.0, "micron": 0.001}
+
 # nibabel logs a line for each header that it mends.
 logging.getLogger("nibabel").setLevel(logging.CRITICAL)
 
@@ -36,7 +39,8 @@ class Nifti(Volume):
         self.shape = check_shape(image.shape, ONE_EACH)
         check_dtype(image.get_data_dtype())
         check_bytes(path, int(np.prod(self.shape)), image.get_data_dtype(), self.packed)
-        self.affine = np.asarray(image.affine, dtype=np.float64)
+        unit = MILLIMETRES.get(image.header.get_xyzt_units()[0], 1.0)
+        self.affine = np.diag([unit, unit, unit, 1.0]) @ np.asarray(image.affine, dtype=np.float64)
         if not np.isfinite(self.affine).all() or not np.linalg.det(self.affine):
             raise ValueError("its affine has no inverse: the header is broken")
 

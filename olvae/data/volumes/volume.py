@@ -42,6 +42,7 @@ class Volume(ABC):
     key: str  # its path below the folder of all volumes
     shape: tuple[int, int, int]
     suffix: str  # of the file that :meth:`write` makes; empty for a folder
+    patient = ""  # of whom, if the header tells
     acquired = 0  # axis of the array along which slices were acquired
     # From column, row, slice and 1 to millimetres, (4, 4), by the file's own convention.
     affine: NDArray[np.float64]

@@ -293,21 +293,22 @@ class VolumeSource(MappedSource):
             say_parts(root, "trains on {train}, and {val} is held out")
             root, val_root = split_folders(root)
         window = PixelRange.from_node(range)
-        two_places = val_root is not None
 
         def cut(place: str | Path) -> VolumeSlices:
             return VolumeSlices(find_volumes(place), window, axis, neighbours, skip_empty)
 
-        # The two parts, and the numbers of volumes for the description.
-        train: ImageDataset = cut(root)
+        # The two parts, and their volumes.
+        slices = cut(root)
+        train: ImageDataset = slices
         if val_root is None:
             train, val = hold_out(train, val_fraction, Grouping(hold_out_by))
+            others = slices
         else:
-            val = cut(val_root)
-        self.parts = []
-        for part in (train, val):
-            files = (part.file(index) for index in np.arange(len(part)).tolist())
-            self.parts.append(len(set(files)))
+            val = others = cut(val_root)
+        self.parts: list[list[Volume]] = []
+        for part, whole in ((train, slices), (val, others)):
+            files = {part.file(index) for index in np.arange(len(part)).tolist()}
+            self.parts.append([volume for volume in whole.volumes if volume.key in files])
         clipped = cast(RangeNode, replace(window, outside="clip").as_node())
         super().__init__(
             train,
@@ -320,11 +321,24 @@ class VolumeSource(MappedSource):
             range=clipped,
             hold_out_by=hold_out_by,
         )
-        if two_places:
-            self.warn_of_shared_groups()
+        self.warn_of_shared_groups()
+
+    def shared_groups(self) -> str | None:
+        """As of any source, and of patients by DICOM's headers, whom a path names in the log."""
+        shared = super().shared_groups()
+        trained, held_out = ({volume.patient: volume.key for volume in p} for p in self.parts)
+        both = sorted((trained.keys() & held_out.keys()) - {""})
+        if shared is not None or not both or len(trained.keys() | held_out.keys()) == 1:
+            return shared
+        patients = counted(len(both), "patient")
+        return (
+            f"{patients} by DICOM's PatientID with series of training and of validation, such as "
+            f"{trained[both[0]]} and {held_out[both[0]]}: set `hold_out_by` to a pattern that "
+            "finds the patient in their paths"
+        )
 
     def describe(self) -> str:
-        volumes = [counted(count, "volume") for count in self.parts]
+        volumes = [counted(len(part), "volume") for part in self.parts]
         return (
             f"{len(self.train)} training slices of {volumes[0]}, "
             f"{len(self.val)} validation and test slices of {volumes[1]}"

@@ -97,6 +97,7 @@ def test_a_dicom_series_is_sorted_by_place_and_written_as_a_new_one(tmp_path):
         real = one.pixel_array * float(one.RescaleSlope) + float(one.RescaleIntercept)
         np.testing.assert_array_equal(real, new[number])
         assert one.ImageType[:2] == ["DERIVED", "SECONDARY"]
+        assert one.LossyImageCompression == "01"
         assert one.file_meta.MediaStorageSOPInstanceUID == one.SOPInstanceUID
         assert one.ImagePositionPatient == [-9, 4, 7 + 2.5 * number]
         assert one.PatientID == "1CT1"
@@ -136,6 +137,78 @@ def test_frames_have_their_own_slopes(tmp_path):
     assert values[:, 0, 0].tolist() == [1025 * 2 - 1, 1025 * 4 - 1]
     (result,) = open_volume(path).write(values, tmp_path / "new").iterdir()
     np.testing.assert_array_equal(whole(open_volume(result)), values)
+
+
+def test_distances_in_other_units_are_millimetres(tmp_path):
+    image = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.diag([8, 9, 25, 1]))
+    image.header.set_xyzt_units("micron")
+    nibabel.save(image, tmp_path / "a.nii")
+    volume = open_volume(tmp_path / "a.nii")
+    assert volume.spacing == pytest.approx((0.025, 0.009, 0.008))
+    result = volume.write(whole(volume), tmp_path / "b")
+    np.testing.assert_array_equal(nibabel.load(result).affine, image.affine)
+
+
+def test_frames_are_sorted_by_their_own_places_and_come_back_in_the_files_order(tmp_path):
+    """An enhanced file: sagittal frames in any order, geometry and units in groups of frames."""
+
+    def group(**sequences):
+        found = pydicom.Dataset()
+        for name, tags in sequences.items():
+            item = pydicom.Dataset()
+            for tag, value in tags.items():
+                setattr(item, tag, value)
+            setattr(found, name, [item])
+        return found
+
+    real = hounsfield()
+    order = [4, 0, 6, 2, 1, 5, 3]
+    absent = ("PixelSpacing", "SliceThickness", "SpacingBetweenSlices", "RescaleSlope")
+    absent += ("RescaleIntercept", "ImagePositionPatient", "ImageOrientationPatient")
+    path = dicom(tmp_path / "a.dcm", real[order], **dict.fromkeys(absent))
+    dataset = pydicom.dcmread(path)
+    for name in absent:
+        delattr(dataset, name)
+    shared = group(
+        PixelMeasuresSequence={"PixelSpacing": [0.9, 0.8], "SliceThickness": 9},
+        PlaneOrientationSequence={"ImageOrientationPatient": [0, 1, 0, 0, 0, -1]},
+        PixelValueTransformationSequence={"RescaleSlope": 1, "RescaleIntercept": -1024},
+    )
+    places = [{"ImagePositionPatient": [3.0 - 2.5 * number, 0, 0]} for number in order]
+    dataset.SharedFunctionalGroupsSequence = [shared]
+    dataset.PerFrameFunctionalGroupsSequence = [group(PlanePositionSequence=p) for p in places]
+    dataset.save_as(path)
+    volume = open_volume(path)
+    np.testing.assert_array_equal(whole(volume), real)
+    assert volume.spacing == pytest.approx((2.5, 0.9, 0.8))
+    assert [volume.axis_of(plane) for plane in ("sagittal", "axial", "coronal")] == [0, 1, 2]
+    assert volume.affine[:3, 3].tolist() == [3, 0, 0]
+    (result,) = volume.write(whole(volume), tmp_path / "new").iterdir()
+    np.testing.assert_array_equal(pydicom.dcmread(result).pixel_array, dataset.pixel_array)
+
+    # More frames than the file has bytes.
+    dataset.NumberOfFrames = 2**21
+    dataset.save_as(path)
+    with pytest.raises(UnreadableImageError, match="the file ends before its values"):
+        open_volume(path)
+    dataset.NumberOfFrames = 7
+
+    # Several echoes in one file.
+    for one in dataset.PerFrameFunctionalGroupsSequence[:3]:
+        one.PlanePositionSequence[0].ImagePositionPatient = [0, 0, 0]
+    dataset.save_as(path)
+    with pytest.raises(UnreadableImageError, match="2 of its slices lie where another does"):
+        open_volume(path)
+
+
+def test_spacing_is_kept_without_positions_and_a_slope_of_0_is_refused(tmp_path):
+    dose = open_volume(Path(get_testdata_file("rtdose.dcm")))
+    assert dose.spacing == (5, 10, 10)
+    unplaced = {"ImagePositionPatient": None, "PixelSpacing": [0.9, 0.8]}
+    path = dicom(tmp_path / "a.dcm", hounsfield()[3], **unplaced)
+    assert open_volume(path).spacing[1:] == (0.9, 0.8)
+    with pytest.raises(UnreadableImageError, match="its rescale slope is 0"):
+        open_volume(dicom(path, hounsfield()[3], RescaleSlope=0)).slices(0, 0)
 
 
 def test_axes_have_the_planes_names(tmp_path):

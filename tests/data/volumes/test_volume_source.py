@@ -12,11 +12,12 @@ from pydicom.data import get_testdata_file
 
 from olvae.config import ConfigError, instantiate
 from olvae.data import audit
-from olvae.data.opening import open_source
+from olvae.data.opening import open_source, trains_on
 from olvae.data.pixels.size_and_range import PixelRange
 from olvae.data.places import FOLDER, VOLUMES, load
 from olvae.data.value_range import measure_range
 from olvae.data.volumes.volume_source import VolumeSlices, VolumeSource, find_volumes
+from olvae.files import warn_once
 from tests.data.images import picture
 from tests.data.volumes.scans import SHAPE, WINDOW, dicom, hounsfield, nifti, nrrd_file, series
 
@@ -54,6 +55,48 @@ def test_no_volume_is_on_both_sides_nor_a_patient_by_a_pattern(patients):
     )
     assert not train & val
     assert train | val == {f"patient{number}" for number in range(5)}
+
+
+def test_series_of_a_patient_on_both_sides_are_a_warning_by_their_headers(tmp_path, caplog):
+    """A folder is a series here, which keeps no patient together; a pattern does."""
+    for patient in range(3):
+        for place in ("1", "2"):
+            tags = {"SeriesInstanceUID": f"1.2.{patient}.{place}", "PatientID": f"Doe{patient}"}
+            folder = tmp_path / f"case{patient}" / place
+            dicom(folder / "0", hounsfield()[3], **tags, ImagePositionPatient=[0, 0, 0])
+            dicom(folder / "1.IMA", hounsfield()[4], **tags, ImagePositionPatient=[0, 0, 1])
+
+    assert [volume.shape[0] for volume in find_volumes(tmp_path)] == [2] * 6
+
+    def warnings(how: str) -> list[str]:
+        caplog.clear()
+        warn_once.cache_clear()
+        found = source(tmp_path, batch_size=2, hold_out_by=how)
+        assert [found.shared_groups()] == (caplog.messages or [None])
+        return caplog.messages
+
+    assert warnings(r"(?P<group>case\d)") == []
+    for how in ("file", "folder"):
+        (line,) = warnings(how)
+        assert "by DICOM's PatientID with series of training and of validation" in line
+        assert "case0/2/1.2.0.2 and case0/1/1.2.0.1: set `hold_out_by` to a pattern" in line
+        assert "Doe" not in line
+
+
+def test_a_list_or_a_file_of_volumes_is_known_as_trained_on_but_for_held_out_ones(
+    patients, tmp_path
+):
+    params = {"root": str(patients), "size": 16, "batch_size": 4, "range": WINDOW}
+    params |= {"val_fraction": 0.3, "hold_out_by": r"(?P<group>patient\d)"}
+    trained, held_out = ([volume.path for volume in part] for part in source(**params).parts)
+    (tmp_path / "held_out.txt").write_text("\n".join(map(str, held_out[:1])))
+    (tmp_path / "both.txt").write_text(f"{held_out[0]}\n{trained[0]}")
+    for root in (str(patients), f"{patients}/**/*"):
+        config = {"data": {"target": VOLUMES, "params": {**params, "root": root}}}
+        for src in (tmp_path / "both.txt", trained[0]):
+            assert trains_on(config, str(src))
+        for src in (tmp_path / "held_out.txt", held_out[0]):
+            assert not trains_on(config, str(src))
 
 
 def test_slices_are_clipped_to_the_window_with_their_neighbours(patients):
@@ -188,7 +231,6 @@ def break_files(root: Path) -> dict[str, str]:
 def test_a_check_of_broken_files_has_a_line_for_each(tmp_path, monkeypatch):
     reasons = break_files(tmp_path)
     monkeypatch.setattr(audit, "PRINTED_NAMES", 20)
-    monkeypatch.setattr(audit, "MEASURE_S", 0.0)
     window = PixelRange.from_node({"pairs": WINDOW, "outside": "clip"})
     result = audit.audit_source(str(tmp_path), 8, 1, pixel_range=window)
     assert result is not None
@@ -199,6 +241,18 @@ def test_a_check_of_broken_files_has_a_line_for_each(tmp_path, monkeypatch):
         assert why in line
     assert any("volumes of 1 to 7 slices; distances in mm: " in line for line in result.notes)
     assert "more than `max_unreadable`" in result.problems[-1]
+
+
+def test_a_check_finds_a_volume_in_both_folders_and_takes_no_empty_slice_for_a_copy(tmp_path):
+    for number, name in enumerate(("train/a", "train/b", "val/c", "val/d")):
+        nifti(tmp_path / f"{name}.nii.gz", hounsfield(number))
+    nrrd_file(tmp_path / "val" / "e.nrrd", hounsfield(1))
+    window = PixelRange.from_node({"pairs": WINDOW, "outside": "clip"})
+    result = audit.audit_source(str(tmp_path), 8, 1, pixel_range=window)
+    assert result is not None
+    (problem,) = result.problems
+    assert problem.startswith("1 of the validation images are training images as well: ")
+    assert "val/e.nrrd (the pixels of train/b.nii.gz)" in problem
 
 
 def test_a_gzip_cut_at_its_end_is_no_shorter_volume(tmp_path):
