@@ -40,7 +40,7 @@ from olvae.data.volumes.volume_source import (
 from olvae.devices import FULL, autocast, return_freed_memory
 from olvae.export.raster_rows import open_raster, read_raster
 from olvae.export.tiff_rows import ImageRows, open_rows
-from olvae.figures import ARRAYS, comparison, error_map, save_image
+from olvae.figures import ARRAYS, comparison, error_map, save_image, tiff_layout
 from olvae.files import atomic_write
 from olvae.metrics.metric import psnr
 from olvae.models.autoencoder import Autoencoder, DecoderInput, LiteVAE
@@ -424,10 +424,8 @@ class LargeImage:
                         shape=(height, width, channels) if channels > 1 else (height, width),
                         dtype=dtype,
                         tile=(TILE, TILE),
-                        photometric="rgb" if channels in (3, 4) else "minisblack",
-                        planarconfig="contig" if channels > 1 else None,
                         bigtiff=math.prod(self.image.shape) * dtype.itemsize > MOST_CLASSIC,
-                        extratags=tags,
+                        **tiff_layout(channels, dtype, tags),
                     )
             number = math.prod(self.image.shape)
             mean = torch.tensor(self.error / number, dtype=torch.double)
