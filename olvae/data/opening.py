@@ -22,7 +22,7 @@ from olvae.data.dataset import (
 )
 from olvae.data.hub import Column, Items, load_table
 from olvae.data.image import RandomScaleCrop, are_for_masks
-from olvae.data.order.groups import FILE, Grouping
+from olvae.data.order.groups import usual_grouping
 from olvae.data.picture_folder import (
     Files,
     find_folder,
@@ -127,7 +127,7 @@ def open_test_source(
 
     # Intervals go by the groups of training's config, where the names are of its kind.
     if isinstance(source, MappedSource) and Path(src).suffix not in YAML:
-        grouping = Grouping(params.get("hold_out_by", FILE))
+        grouping = usual_grouping(params.get("hold_out_by"))
         try:
             groups_of(source.val, grouping)
             source.grouping = grouping

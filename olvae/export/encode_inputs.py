@@ -19,7 +19,7 @@ from olvae.config.reading import YAML, is_local
 from olvae.data.dataset import ImageDataset, groups_of
 from olvae.data.image import MODES, EvalTransform, Photo, image_to_tensor
 from olvae.data.opening import holds_masks, open_source, open_training_images
-from olvae.data.order.groups import FILE, Grouping, fill_with_groups
+from olvae.data.order.groups import Grouping, fill_with_groups, usual_grouping
 from olvae.data.packing import usual_shard_size
 from olvae.data.picture_folder import Files
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides, Size
@@ -192,7 +192,7 @@ def find_inputs(
     # The images, their resizing if SRC is a config, and what the plan calls SRC.
     images: ImageDataset | ShardInputs
     transform = None
-    grouping = Grouping(hold_out_by or trained_by or FILE)
+    grouping = Grouping(hold_out_by) if hold_out_by else usual_grouping(trained_by)
     name = src
     if Path(src).suffix in YAML:
         source = open_source(src, size or 1, 1, resized=size is not None)

@@ -9,6 +9,8 @@ from olvae.files import counted
 
 FILE = "file"
 _FOLDER = "folder"
+# Of scenes alone, whose source knows them.
+BLOCKS = "blocks"
 
 # The entry of an image's JSON file, in a shard, that names its group.
 GROUP = "hold_out_group"
@@ -73,6 +75,14 @@ class Grouping:
         for place, name in enumerate(names):
             groups[self.of(name)].append(place)
         return dict(groups)
+
+
+def usual_grouping(trained_by: str | None) -> Grouping:
+    """Group other images as a training does; its blocks are parts of its own scenes.
+
+    Raises ValueError as :class:`Grouping`.
+    """
+    return Grouping(FILE if trained_by is None or trained_by == BLOCKS else trained_by)
 
 
 def fill_with_groups(groups: Iterable[Sequence[int]], at_most: int) -> list[list[int]]:

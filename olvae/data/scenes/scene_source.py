@@ -11,7 +11,7 @@ from olvae.config import ConfigError
 from olvae.config.nodes import nearest
 from olvae.data.dataset import MAX_VAL_IMAGES, MappedSource
 from olvae.data.image import ALL_FILTERS, Augment, RandomScaleCrop
-from olvae.data.order.groups import FILE
+from olvae.data.order.groups import BLOCKS, FILE
 from olvae.data.pixels.size_and_range import PixelRange, RangeNode, Sides, Size
 from olvae.data.scenes.rasters import find_scenes
 from olvae.data.scenes.scene_tiles import (
@@ -25,8 +25,6 @@ from olvae.data.scenes.scene_tiles import (
 )
 from olvae.data.source import Sample
 from olvae.files import counted
-
-BLOCKS = "blocks"
 
 # Other tiles that are tried in place of one with too many missing values.
 REDRAWN = 1000
