@@ -70,7 +70,7 @@ def test_missing_values_are_those_of_rasterio(tmp_path):
                 file.write_mask(holes[..., 1] != 0)
         scene = Scene(tmp_path / "c.tif", "c.tif", 4)
         masked = np.repeat(holes[..., 1:2] == 0, 4, 2)
-        either = masked | (GROUND == value)
+        either = masked | (value == GROUND)
         expected = masked if named is None else either
         assert np.array_equal(scene.read((0, 0, 96, 130))[1], expected)
         assert np.array_equal(scene.read((0, 0, 96, 130), value)[1], either)
