@@ -52,8 +52,8 @@ def can_store(suffix: str, channels: int) -> bool:
 def save_image(image: Tensor, path: Path, **options: Any) -> None:
     """Write an image (C, H, W) atomically, in the format of the extension.
 
-    Its values are uint8, or float32 for a file of :data:`ARRAYS`. Pillow's writer, or tifffile's
-    of a TIFF, gets ``options``. ValueError if the format can't store this number of channels.
+    Its values are uint8, or float32 for a file of :data:`ARRAYS`. Pillow's writer gets ``options``;
+    of a TIFF, they are ``extratags``. ValueError if the format can't store this number of channels.
     """
     channels = image.shape[0]
     array = image.permute(1, 2, 0).contiguous().cpu().numpy()
@@ -67,9 +67,8 @@ def save_image(image: Tensor, path: Path, **options: Any) -> None:
         elif path.suffix == ".tif":
             import tifffile
 
-            kind = "rgb" if channels in (3, 4) else "minisblack"
-            layout = "contig" if channels > 1 else None
-            tifffile.imwrite(partial, flat, photometric=kind, planarconfig=layout, **options)
+            layout = tiff_layout(channels, array.dtype, options.get("extratags", ()))
+            tifffile.imwrite(partial, flat, **layout)
         elif path.suffix == ".exr":
             exr = import_extra("OpenEXR", "OpenEXR", "writing .exr")
             # Y, R G B, R G B A or numbered channels.
@@ -82,6 +81,19 @@ def save_image(image: Tensor, path: Path, **options: Any) -> None:
             exr.File(header, planes).write(str(partial))
         else:
             Image.fromarray(flat).save(partial, **options)
+
+
+def tiff_layout(channels: int, dtype: Any, tags: Sequence[Any]) -> dict[str, Any]:
+    """Tell tifffile how channels lie, what they are, and the ``tags`` of a scene, if it is one.
+
+    A scene's bands are colours only if they have 8 bits: else a fourth one would become alpha.
+    """
+    colours = channels in (3, 4) and (dtype == np.uint8 or not tags)
+    return {
+        "photometric": "rgb" if colours else "minisblack",
+        "planarconfig": "contig" if channels > 1 else None,
+        "extratags": tags,
+    }
 
 
 def error_map(x: Tensor, y: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from olvae.data.volumes.volume_source import (
 from olvae.devices import FULL, autocast, return_freed_memory
 from olvae.export.raster_rows import open_raster, read_raster
 from olvae.export.tiff_rows import ImageRows, open_rows
-from olvae.figures import ARRAYS, comparison, error_map, save_image
+from olvae.figures import ARRAYS, comparison, error_map, save_image, tiff_layout
 from olvae.files import atomic_write
 from olvae.metrics.metric import psnr
 from olvae.models.autoencoder import Autoencoder, DecoderInput, LiteVAE
@@ -424,10 +424,8 @@ class LargeImage:
                         shape=(height, width, channels) if channels > 1 else (height, width),
                         dtype=dtype,
                         tile=(TILE, TILE),
-                        photometric="rgb" if channels in (3, 4) else "minisblack",
-                        planarconfig="contig" if channels > 1 else None,
                         bigtiff=math.prod(self.image.shape) * dtype.itemsize > MOST_CLASSIC,
-                        extratags=tags,
+                        **tiff_layout(channels, dtype, tags),
                     )
             number = math.prod(self.image.shape)
             mean = torch.tensor(self.error / number, dtype=torch.double)
@@ -504,15 +502,21 @@ class LargeImage:
         """Cut rows of tiles into tiles, (rows, columns, C), and compare them with the input."""
         pixels = self.model.pixel_range
         _, height, width = self.image.shape
-        for top, y in zip(range(0, height, TILE), bands, strict=True):
-            image, gaps = self.image.read_with_gaps(top, top + y.shape[1])
-            x = pixels.levels(image)
-            y, missing = without_gaps(y, x, gaps)
-            self.missing += missing
-            self.compare(x, y)
-            values = real_values(y, pixels, gaps).permute(1, 2, 0).numpy()
-            if len(y) == 1:
+        # Fewer rows at a time than a tile has: a dozen copies of them are made.
+        step = max(64, self.factor)
+        for top, band in zip(range(0, height, TILE), bands, strict=True):
+            parts = []
+            for start, y in zip(range(top, height, step), band.split(step, 1), strict=False):
+                image, gaps = self.image.read_with_gaps(start, start + y.shape[1])
+                x = pixels.levels(image)
+                y, missing = without_gaps(y, x, gaps)
+                self.missing += missing
+                self.compare(x, y)
+                parts.append(real_values(y, pixels, gaps))
+            values = torch.cat(parts, dim=1).permute(1, 2, 0).numpy()
+            if len(band) == 1:
                 values = values[..., 0]
+            return_freed_memory()
             for left in range(0, width, TILE):
                 yield values[:, left : left + TILE]
 

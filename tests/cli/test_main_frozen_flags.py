@@ -9,6 +9,8 @@ from typer.main import get_command
 from olvae.cli.main import app
 
 # By command, all spellings of its flags; --help is a flag of each, and --debug of the program.
+# --hold-out-by is data.params.hold_out_by for commands that read images without a config's keys:
+# a patient on both sides of packed or encoded data can't be mended later.
 FLAGS = {
     "olvae": "--version",
     "olvae train": "--base -b --data --logdir --precision --gpus --seed --name --resume "
@@ -25,7 +27,7 @@ FLAGS = {
     "olvae latents": "--config --raw --allow-mismatch --data --batch-size -B --images --device "
     "--ifid --weights-dir --weights_dir --out --json",
     "olvae encode": "--data --out --config --size --native --moments --sample --seed --dtype "
-    "--flip --images --classes --shard-size --batch-size -B --threads --memory --precision "
+    "--flip --images --classes --shard-size --hold-out-by --batch-size -B --threads --memory --precision "
     "--compile --device --gpus --shards --raw --allow-mismatch --json",
     "olvae decode": "--out --config --format --batch-size -B --memory --device --raw "
     "--allow-mismatch",
@@ -36,9 +38,9 @@ FLAGS = {
     "olvae tables": "--json",
     "olvae data": "",
     "olvae data pack": "--out --shard-size --seed --shuffle --no-shuffle --resize --format "
-    "--quality --channels --max-unreadable --workers",
+    "--quality --channels --hold-out-by --max-unreadable --workers",
     "olvae data index": "--out --image-key --workers",
-    "olvae data check": "--size --channels --range --max-unreadable --workers --json",
+    "olvae data check": "--size --channels --range --hold-out-by --max-unreadable --workers --json",
     "olvae data range": "--images",
     "olvae recipes": "",
     "olvae recipes copy": "",

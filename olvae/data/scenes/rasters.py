@@ -115,7 +115,8 @@ class Scene:
         self.width = 0
         self.bands: list[int] = []
         self.nodata: float | None = None
-        # Whether values may be missing: by a value that stands for them or a mask, also as NaN.
+        # Whether the file has a mask or alpha, and whether values may be missing: by these, by a
+        # value that stands for them, or as NaN.
         self.has_mask = False
         self.has_gaps = False
         import_rasterio("reading scenes")
@@ -159,11 +160,9 @@ class Scene:
         # A Zarr's fill value is the value of chunks that are not stored.
         if dataset.driver != ZARR:
             self.nodata = dataset.nodata
-            self.has_mask = any(
-                [flag.name for flag in dataset.mask_flag_enums[band]] != ["all_valid"]
-                for band in self.bands
-            )
-        self.has_gaps = self.has_mask or kind.kind == "f"
+            flags = {flag.name for band in self.bands for flag in dataset.mask_flag_enums[band]}
+            self.has_mask = "per_dataset" in flags
+        self.has_gaps = self.has_mask or self.nodata is not None or kind.kind == "f"
         self.height, self.width = dataset.shape
 
     def read(
@@ -188,12 +187,13 @@ class Scene:
                 dataset = _opened(self.path, self.file_state, os.getpid())
                 values = dataset.read(**where)
                 missing = np.zeros(values.shape, bool)
-                if nodata is None and self.has_mask:
+                if self.has_mask:
                     missing = dataset.read_masks(**where) == 0
         except Exception as error:  # GDAL raises all kinds for a broken file
             raise UnreadableImageError(
                 self.name, f"at row {top}, column {left}: {reason(error.__cause__ or error)}"
             ) from error
+        nodata = self.nodata if nodata is None else nodata
         if nodata is not None:
             missing |= values.astype(np.float32) == nearest_float32(nodata)
         if values.dtype.kind == "f":

@@ -61,12 +61,19 @@ def test_missing_values_are_those_of_rasterio(tmp_path):
     scene = Scene(geotiff(tmp_path / "b.tif", real), "b.tif", 4)
     assert np.array_equal(scene.read((0, 0, 96, 130))[1], ~np.isfinite(real))
 
-    with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
-        geotiff(tmp_path / "c.tif", GROUND)
-        with rasterio.open(tmp_path / "c.tif", "r+") as file:
-            file.write_mask(holes[..., 1] != 0)
-    scene = Scene(tmp_path / "c.tif", "c.tif", 4)
-    assert np.array_equal(scene.read((0, 0, 96, 130))[1], np.repeat(holes[..., 1:2] == 0, 4, 2))
+    # A mask counts beside a value, be it the file's or the range's.
+    value = int(GROUND[0, 0, 0])
+    for named in (None, value):
+        with rasterio.Env(GDAL_TIFF_INTERNAL_MASK=True):
+            geotiff(tmp_path / "c.tif", GROUND, nodata=named)
+            with rasterio.open(tmp_path / "c.tif", "r+") as file:
+                file.write_mask(holes[..., 1] != 0)
+        scene = Scene(tmp_path / "c.tif", "c.tif", 4)
+        masked = np.repeat(holes[..., 1:2] == 0, 4, 2)
+        either = masked | (value == GROUND)
+        expected = masked if named is None else either
+        assert np.array_equal(scene.read((0, 0, 96, 130))[1], expected)
+        assert np.array_equal(scene.read((0, 0, 96, 130), value)[1], either)
     assert not Scene(geotiff(tmp_path / "d.tif", GROUND), "d.tif", 4).has_gaps
 
 

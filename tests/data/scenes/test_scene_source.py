@@ -9,7 +9,7 @@ import tifffile
 import torch
 
 from olvae.config import ConfigError
-from olvae.data.opening import open_images, open_source, trains_on
+from olvae.data.opening import open_images, open_source, open_test_source, trains_on
 from olvae.data.pixels.size_and_range import PixelRange
 from olvae.data.scenes.scene_source import SceneSource
 from olvae.data.source import LoaderProcess
@@ -145,7 +145,10 @@ def test_commands_take_scenes_by_their_prefix(scenes, tmp_path, monkeypatch):
     found = measure_range(f"scenes:{scenes}")
     assert (found.nodata, len(found.percentiles)) == (0.0, 4)
     assert 1 <= found.percentiles[0, 0] < found.percentiles[0, -1] <= 9999
-    trained = {"data": {"params": {"scenes": str(scenes)}}}
+    # Blocks are of the scenes that were trained on: others' intervals go by scenes.
+    trained = {"data": {"params": {"scenes": str(scenes), "hold_out_by": "blocks"}}}
+    tested = open_test_source(trained, f"scenes:{scenes}", 32, 4, stated)
+    assert next(tested.once(LoaderProcess())).group == tested.val.file(0)
     assert trains_on(trained, f"scenes:{scenes},max_nodata=1.0")
     assert trains_on(trained, f"scenes:{scenes / '2.tif'}")
     assert not trains_on(trained, f"scenes:{tmp_path}")

@@ -147,11 +147,12 @@ def test_table_of_diffusers_classes_in_the_documentation_is_right(wrapped):
 
     lines = (
         PAGE.read_text(encoding="utf-8")
-        .partition("\n|---|---|---|---|\n")[2]
+        .partition("\n|---|---|---|---|---|---|---|\n")[2]
         .partition("\n\n")[0]
         .splitlines()
     )
-    given = {line.split()[1]: line for line in lines}
+    # The first four columns; the last three say what can be done with a class.
+    given = {line.split()[1]: "|".join(line.split("|")[:5]) + "|" for line in lines}
     built = (*CLASSES, *(name for name, arguments in NOT_OF_IMAGES.items() if arguments))
     assert list(given) == sorted(built, key=str.lower)
     assert given == {
