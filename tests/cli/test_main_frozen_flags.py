@@ -27,8 +27,8 @@ FLAGS = {
     "olvae latents": "--config --raw --allow-mismatch --data --batch-size -B --images --device "
     "--ifid --weights-dir --weights_dir --out --json",
     "olvae encode": "--data --out --config --size --native --moments --sample --seed --dtype "
-    "--flip --images --classes --shard-size --hold-out-by --batch-size -B --threads --memory --precision "
-    "--compile --device --gpus --shards --raw --allow-mismatch --json",
+    "--flip --images --classes --shard-size --hold-out-by --batch-size -B --threads --memory "
+    "--precision --compile --device --gpus --shards --raw --allow-mismatch --json",
     "olvae decode": "--out --config --format --batch-size -B --memory --device --raw "
     "--allow-mismatch",
     "olvae export": "--out --format --config --config_base --config-base --raw --allow-mismatch "
