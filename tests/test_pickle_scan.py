@@ -196,7 +196,10 @@ def test_a_zip_with_two_directories_is_refused(tmp_path, wide):
         content += record + b"PK\6\7" + struct.pack("<IQI", 0, len(content), 1)
     path.write_bytes(content + inner[-22:])
     assert torch.load(path) == {"a": "torch reads this"}
-    refused(path, "readers of zip files would find other directories in it")
+    # Python 3.13.5 finds no zip file in the second one.
+    refused(
+        path, "readers of zip files would find other directories in it|cut off, of another kind"
+    )
     path.write_bytes(inner + b"PK\5\6" + bytes(18))
     refused(path, "readers of zip files would find other directories in it")
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import tifffile
 import torch
@@ -120,10 +121,12 @@ CONVERTED = {
     "broken-exif.jpg": (saved(plain(), "JPEG", exif=b"Exif\0\0no such thing", quality=100), RED),
     "turned.jpg": (turned(), RED),
     "animated.gif": (animated(), RED),
-    "ycbcr.tif": (saved(plain("YCbCr", (128, 128, 128)), "TIFF"), (128, 128, 128)),
     "lab.tif": (saved(plain("LAB", (255, 128, 128)), "TIFF"), (255, 255, 255)),
     "extra-bytes.jpg": (saved(plain(), "JPEG", quality=100) + b"garbage at the end", RED),
 }
+if int(PIL.__version__.partition(".")[0]) >= 13:
+    # Older Pillows write such a file and take it for a truncated one.
+    CONVERTED["ycbcr.tif"] = (saved(plain("YCbCr", (128, 128, 128)), "TIFF"), (128, 128, 128))
 
 
 @pytest.mark.parametrize("name", SKIPPED)

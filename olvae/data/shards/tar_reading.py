@@ -247,10 +247,11 @@ def is_packed(url: str) -> bool:
 class StrictTarInfo(tarfile.TarInfo):
     """Raise ReadError for a damaged or missing header; tarfile takes it for the archive's end."""
 
+    # Not `frombuf`, which Python 3.13.5 does not call any more.
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "StrictTarInfo":
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "StrictTarInfo":
         try:
-            return super().frombuf(buf, encoding, errors)
+            return super().fromtarfile(archive)
         # The end mark is no damage.
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
