@@ -161,6 +161,7 @@ def load_hooks() -> ModuleType:
     return hooks
 
 
+@pytest.mark.slow  # needs mkdocs
 def test_pages_of_notebooks_have_what_the_cells_printed_and_showed():
     hooks = load_hooks()
     for page, file in hooks.NOTEBOOKS.items():
