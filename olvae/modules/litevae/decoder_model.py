@@ -22,7 +22,7 @@ Variant = Literal["open_litevae", "paper_smc", "group_norm"]
 class SMCBlock(nn.Module):
     """Two SMCs and a plain 1x1 shortcut.
 
-    ``open_litevae``: SMC, SiLU, dropout, SMC, SiLU, add [R][M]; ``paper_smc``: SiLU, SMC, SiLU,
+    ``open_litevae``: SMC, SiLU, dropout, SMC, SiLU, add [R, M]; ``paper_smc``: SiLU, SMC, SiLU,
     dropout, SMC, add [P App. G].
     """
 
@@ -68,7 +68,7 @@ class LiteVAE_Decoder(Decoder):
         out_channels: channels of the image.
         channel_mult: multiples of the width, from the image's resolution to the latent's.
         num_res_blocks: blocks per level, less one, as in the latent-diffusion dialect.
-        variant: ``open_litevae`` [R][M] has three middle blocks and SMC, SiLU before the last
+        variant: ``open_litevae`` [R, M] has three middle blocks and SMC, SiLU before the last
             convolution; ``paper_smc`` [P App. G] has pre-activation blocks, two middle blocks, SiLU
             before the last convolution; ``group_norm`` is the same with GroupNorm and plain
             convolutions for SMC, which the paper compares with [P Fig. 8]. It cannot decode an

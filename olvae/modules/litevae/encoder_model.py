@@ -1,7 +1,7 @@
 """The LiteVAE encoder: wavelet sub-bands, an extractor per level, an aggregator [P 4.1, Fig. 2].
 
 Extractors and aggregator are UNets of constant resolution: "down" and "up" are channels only.
-``OpenUNet`` is open-LiteVAE's [R][M], with its parameter names; ``PaperUNet`` is the paper's
+``OpenUNet`` is open-LiteVAE's [R, M], with its parameter names; ``PaperUNet`` is the paper's
 [P App. G].
 """
 
@@ -125,7 +125,7 @@ def _joined(block: nn.Module, h: Tensor, skip: Tensor) -> Tensor:
 
 
 class OpenUNet(UNet):
-    """open-LiteVAE's UNet [R][M].
+    """open-LiteVAE's UNet [R, M].
 
     Widths are ``channels * mult``; every width but the last is a level with ``blocks`` residual
     blocks, whose outputs are skips, and a 1x1 convolution to the next width; the last width is the
@@ -236,7 +236,7 @@ class LiteVAE_Encoder(Encoder):
         latent_dim: channels of the output; the autoencoder sets it to 2 n_z if no 1x1 convolution
             follows.
         scale: a preset of widths: S, B, M or L; further widths override the preset's.
-        variant: ``open_litevae`` is the published code [R][M]; ``paper`` is the paper's [P App. G].
+        variant: ``open_litevae`` is the published code [R, M]; ``paper`` is the paper's [P App. G].
         in_channels: channels of the image.
         dct_levels: levels of the wavelet transform; f = 2^levels.
         image_size: the intended size in pixels, at which summaries count operations.
