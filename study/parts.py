@@ -33,8 +33,8 @@ PARTS = {
 
 TITLES = {
     "none": "none",
-    "little_noise": "random noise, up to .2",
-    "noise": "random noise, up to .8",
+    "little_noise": "random noise, up to 0.2",
+    "noise": "random noise, up to 0.8",
     "masking": "channel masking",
     "scale": "scale equivariance",
 }
