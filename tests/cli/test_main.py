@@ -68,7 +68,7 @@ DEMO = ("train", "--base", "configs/demo.yaml")
         ),
         ([*DEMO, "--gpus", "99"], 2, "0 is the CPU"),
         ([*DEMO, "--seed", "x"], 2, "--seed"),
-        ([*DEMO, "--lgdir", "x"], 2, "No such option: --lgdir (Possible options: --logdir)"),
+        ([*DEMO, "--lgdir", "x"], 2, "--lgdir"),
         (
             [*DEMO, "--max_steps", "20"],
             2,

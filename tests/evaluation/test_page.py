@@ -44,7 +44,7 @@ class Reader(HTMLParser):
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.texts: list[tuple[str, str]] = []
-        self.feed(html.replace("<wbr>", ""))
+        self.feed(str(html).replace("<wbr>", ""))  # older Markup.replace escapes
         self.close()
         assert not self.open
 
