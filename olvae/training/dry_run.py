@@ -135,6 +135,11 @@ class _Recorder(TorchDispatchMode):
             sums: torch.futures.Future[list[Tensor]] = torch.futures.Future()
             sums.set_result(list(args[0]))
             return args[0], work_from_future(sums).boxed()
+        # torch 2.8 has no barrier for fake tensors.
+        if func is torch.ops.c10d.barrier.default:
+            passed: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+            passed.set_result([])
+            return work_from_future(passed).boxed()
 
         # DDP writes the numbers of the parameters in each bucket into real memory (int32), and
         # sends them: these tensors, and operations on real tensors alone, are not faked.
