@@ -206,6 +206,7 @@ def returns_argument(func: Any) -> bool:
 def emulated_mac(patch: pytest.MonkeyPatch) -> Iterator[Mac]:
     """A Mac for torch and Lightning; ``made`` of the result counts operations on its device."""
     patch.setattr(torch.backends.mps, "is_available", lambda: True)
+    patch.setattr(torch.backends.mps, "is_macos_or_newer", lambda *_: True)
     patch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
     for name in ("synchronize", "manual_seed", "empty_cache"):
         patch.setattr(torch.mps, name, lambda *_: None)

@@ -148,7 +148,8 @@ def test_two_ranks_check_what_one_process_checks(olvae, done, capfd, photos, tmp
     fork_ranks(main, [str(a) for a in check], exits=(1, 0))
     two, err = capfd.readouterr()
     assert err == ""
-    one, both = json.loads(out), json.loads(two)
+    # Before them, torch 2.8's Gloo says that it is connected.
+    one, both = json.loads(out), json.loads(two[two.index("{") :])
     assert one.pop("images_per_s") > 0
     assert both.pop("images_per_s") > 0
     assert json.dumps(both) == json.dumps(one)  # in order, too
