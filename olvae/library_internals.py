@@ -212,13 +212,15 @@ def fake_store() -> Any:
     return FakeStore()
 
 
-def work_from_future(future: Any) -> Any:
-    """A collective that is done when a future is."""
+def finished_work(tensors: list[Tensor]) -> Any:
+    """A collective that is done, with this result."""
     from torch._C._distributed_c10d import (  # type: ignore[attr-defined]
         _create_work_from_future,
     )
 
-    return _create_work_from_future(future)
+    future: torch.futures.Future[list[Tensor]] = torch.futures.Future()
+    future.set_result(tensors)
+    return _create_work_from_future(future).boxed()
 
 
 def real_tensors() -> Any:

@@ -183,6 +183,12 @@ def bound_held_out(share: float, images: int, fraction: float | None) -> int:
     return min(images - 1, MAX_VAL_IMAGES, max(round(share), least))
 
 
+def evenly_spread(count: int, fraction: float | None) -> list[int]:
+    """Numbers below ``count`` that are held out: as :func:`bound_held_out` says, free of a seed."""
+    held_out = bound_held_out(count * (fraction or VAL_FRACTION), count, fraction)
+    return sorted({int(number) for number in np.linspace(0, count - 1, held_out)})
+
+
 def groups_of(images: ImageDataset, grouping: Grouping) -> list[list[int]] | None:
     """The numbers of each group's pictures, by first sight; None if each is its own group."""
     if grouping.how == FILE and images.whole_files:
@@ -204,16 +210,14 @@ def hold_out(
     count = len(images)
     if count < 2:
         raise ValueError(f"{counted(count, 'image')} can't be split into training and validation")
-    wanted = bound_held_out(count * (fraction or VAL_FRACTION), count, fraction)
 
-    # Even spacing keeps the choice free of a random seed.
     groups = groups_of(images, grouping or Grouping())
     if groups is None:
-        spaced = np.linspace(0, count - 1, wanted)
-        held_out = sorted({int(i) for i in spaced})
+        held_out = evenly_spread(count, fraction)
     else:
         # As many groups as have the images on average, and more while they are too few. One that is
         # larger than most and than what is wanted would leave too little to train on.
+        wanted = bound_held_out(count * (fraction or VAL_FRACTION), count, fraction)
         if len(groups) < 2:
             raise ValueError(ONE_GROUP)
         sizes = np.array([len(group) for group in groups])

@@ -1,7 +1,7 @@
 """Reconstruct images of any size with an autoencoder, and write files that show the result."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, count
@@ -256,14 +256,8 @@ def reconstruct_file(
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
-    # The comparison: input, output and error side by side.
-    figure = comparison(
-        {
-            f"input {x.shape[-1]}x{x.shape[-2]}": pixels.picture(x),
-            f"output {value:.2f} dB": pixels.picture(y),
-            "error, white: 64/255": _by_rows(lambda a, b: error_map(a[None], b[None])[0], x, y),
-        }
-    )
+    errors = _by_rows(lambda a, b: error_map(a[None], b[None])[0], x, y)
+    shown = (pixels.picture(x), pixels.picture(y), errors)
 
     # The reconstruction: in a kind of file that holds its channels and values.
     tags = {} if georeference is None else {"extratags": georeference.tags}
@@ -271,8 +265,7 @@ def reconstruct_file(
     result = place.with_name(place.name + suffix)
     result.parent.mkdir(parents=True, exist_ok=True)
     save_image(real_values(y, pixels, gaps), result, **tags)
-    with atomic_write(place.with_name(f"{place.name}_compare.png")) as partial:
-        figure.save(partial)
+    save_comparison(place, f"input {x.shape[-1]}x{x.shape[-2]}", value, shown)
     return value, result
 
 
@@ -302,7 +295,7 @@ def reconstruct_volume(
 
     # Reconstruct slices, in real units; keep the picture of one.
     values = np.empty(volume.shape, dtype=np.float32)
-    shown: dict[str, Tensor] = {}
+    shown: tuple[Tensor, ...] = ()
     error = 0.0
     for number in range(count):
         image = image_to_tensor(slice_photo(volume, axis, number, neighbours, window).read())
@@ -320,22 +313,31 @@ def reconstruct_volume(
         y = y[middle]
         error += (x.double() - y.double()).square().sum().item()
         if number == count // 2:
-            shown = {"input": pixels.picture(x), "output": pixels.picture(y)}
-            shown["error"] = error_map(x[None], y[None])[0]
+            shown = (pixels.picture(x), pixels.picture(y), error_map(x[None], y[None])[0])
 
     # Write the volume, then the comparison.
-    mean = torch.tensor(error / values.size, dtype=torch.double)
-    value = (10.0 * (255.0**2 / mean).log10()).item()
+    value = summed_psnr(error, values.size)
     place.parent.mkdir(parents=True, exist_ok=True)
     try:
         result = volume.write(values, place)
     except ValueError as failed:
         raise ValueError(f"{volume.name}: {failed}") from failed
-    titles = (f"slice {count // 2} of {count}", f"output {value:.2f} dB", "error, white: 64/255")
-    figure = comparison(dict(zip(titles, shown.values(), strict=True)))
+    save_comparison(place, f"slice {count // 2} of {count}", value, shown)
+    return value, result
+
+
+def save_comparison(place: Path, title: str, value: float, shown: Sequence[Tensor]) -> None:
+    """Write ``place``_compare.png: input, output and error side by side; ``value`` is PSNR."""
+    titles = (title, f"output {value:.2f} dB", "error, white: 64/255")
+    figure = comparison(dict(zip(titles, shown, strict=True)))
     with atomic_write(place.with_name(f"{place.name}_compare.png")) as partial:
         figure.save(partial)
-    return value, result
+
+
+def summed_psnr(error: float, values: int) -> float:
+    """PSNR in dB of a sum of squared errors of levels; infinite without an error."""
+    mean = torch.tensor(error / values, dtype=torch.double)
+    return (10.0 * (255.0**2 / mean).log10()).item()
 
 
 def result_suffix(source: Path, channels: int, pixels: PixelRange) -> str:
@@ -428,20 +430,15 @@ class LargeImage:
                         **tiff_layout(channels, dtype, tags),
                     )
             number = math.prod(self.image.shape)
-            mean = torch.tensor(self.error / number, dtype=torch.double)
-            value = (10.0 * (255.0**2 / mean).log10()).item()
-            value = compared_psnr(value, self.missing, number)
+            value = compared_psnr(summed_psnr(self.error, number), self.missing, number)
         except UnreadableImageError:
             raise
         except ValueError as error:
             raise ValueError(f"{self.image.name}: {error}") from error
 
-        # The comparison: input, output and error side by side.
-        names = (f"input {width}x{height}", f"output {value:.2f} dB", "error, white: 64/255")
-        whole = {name: torch.cat(self.pictures.pop(0), dim=1) for name in names}
+        whole = [torch.cat(self.pictures.pop(0), dim=1) for _ in range(3)]
         return_freed_memory()
-        with atomic_write(place.with_name(f"{place.name}_compare.png")) as partial:
-            comparison(whole).save(partial)
+        save_comparison(place, f"input {width}x{height}", value, whole)
         return value, result
 
     def encode(self) -> Plane:

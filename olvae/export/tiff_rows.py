@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from olvae.data.image import MODES, Photo, image_to_tensor, stated_picture
-from olvae.data.pixels.arrays import ARRAY_DTYPES, array_suffix
+from olvae.data.pixels.arrays import ARRAY_DTYPES, NODATA, array_suffix
 from olvae.data.pixels.size_and_range import MAX_PIXELS, Array, PixelRange, check_size
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.scenes.georeference import Gaps, Georeference, byte_gaps, filled_picture
@@ -149,7 +149,7 @@ class TiffRows(ImageRows):
         super().__init__(name, (page.imagelength, page.imagewidth), channels, pixel_range)
         self.check_pixels(channels)
         self.profile = page.iccprofile
-        nodata = page.tags.valueof(42113)
+        nodata = page.tags.valueof(NODATA)
         if self.photo is None and nodata is not None:
             self.nodata = float(nodata)
 

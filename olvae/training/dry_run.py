@@ -29,10 +29,10 @@ from olvae.library_internals import (
     FakeTensorMode,
     TorchDispatchMode,
     fake_store,
+    finished_work,
     real_tensors,
     tree_leaves,
     value_needed_error,
-    work_from_future,
 )
 from olvae.models.adversary import Adversary
 from olvae.models.footprint import MARGIN, footprint, without_memory
@@ -132,14 +132,10 @@ class _Recorder(TorchDispatchMode):
         # DDP takes the sums from the answer of an all-reduce, which the fake process group leaves
         # empty: answer with what was sent.
         if func is torch.ops.c10d.allreduce_.default:
-            sums: torch.futures.Future[list[Tensor]] = torch.futures.Future()
-            sums.set_result(list(args[0]))
-            return args[0], work_from_future(sums).boxed()
+            return args[0], finished_work(list(args[0]))
         # torch 2.8 has no barrier for fake tensors.
         if func is torch.ops.c10d.barrier.default:
-            passed: torch.futures.Future[list[Tensor]] = torch.futures.Future()
-            passed.set_result([])
-            return work_from_future(passed).boxed()
+            return finished_work([])
 
         # DDP writes the numbers of the parameters in each bucket into real memory (int32), and
         # sends them: these tensors, and operations on real tensors alone, are not faked.

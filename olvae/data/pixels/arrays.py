@@ -21,6 +21,9 @@ MAX_HEADER = 2**16
 # Largest number of a pyramid's smaller images, of all pages together; each is read.
 MAX_SMALLER = 1000
 
+# GDAL's tag of the value that stands for a missing one, a text.
+NODATA = 42113
+
 # Axes that the metadata of ImageJ and OME give to slices: in depth, in time.
 SLICE_AXES = ("Z", "T")
 
@@ -217,8 +220,7 @@ def _tiff(file: BinaryIO, check: Check, **flags: Any) -> Pixels:
             if any(start + count > end for start, count in parts):
                 raise ValueError("the file ends before its pixels")
         array = whole[0].asarray(maxworkers=1)
-        # GDAL's tag of the missing value, a text.
-        tag = whole[0].keyframe.tags.get(42113)
+        tag = whole[0].keyframe.tags.get(NODATA)
     nodata = None if tag is None else float(tag.value)
     pages = len(array) if paged else 0
     if not bands_last:

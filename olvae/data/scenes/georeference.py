@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from olvae.data.image import image_to_tensor, read_picture, stated_picture
-from olvae.data.pixels.arrays import array_suffix, read_array
-from olvae.data.pixels.size_and_range import Array, PixelRange, nearest_float32
+from olvae.data.pixels.arrays import NODATA, array_suffix, read_array
+from olvae.data.pixels.size_and_range import Array, PixelRange
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.scenes.rasters import (
     GEOTIFF,
     ZARR,
     Scene,
+    find_missing,
     import_rasterio,
     open_dataset,
     raster_driver,
@@ -33,12 +34,11 @@ from olvae.files import legible, reason
 GEO_KEYS = 34735
 PLACE = (33550, 33922, 34264, GEO_KEYS, 34736, 34737)
 # GDAL's text of XML, from which names of bands and the meaning of values are kept, but not the
-# input's statistics; and the value that stands for a missing one.
+# input's statistics.
 METADATA = 42112
 KEPT_ITEMS = re.compile(
     r'<Item [^<>]*role="(?:description|scale|offset|unittype)"[^<>]*>[^<>]*</Item>'
 )
-NODATA = 42113
 ASCII = 2
 
 # Extension of the place of a tile, beside its latent.
@@ -60,12 +60,7 @@ class Georeference:
 
         A pixel of 8 bits is missing if all of its bands are.
         """
-        missing = np.zeros(array.shape, bool)
-        if self.nodata is not None:
-            missing = array.astype(np.float32) == nearest_float32(self.nodata)
-        if array.dtype.kind == "f":
-            missing |= ~np.isfinite(array)
-        return whole_pixels(array, missing)
+        return whole_pixels(array, find_missing(array, self.nodata))
 
 
 @dataclass(frozen=True)
@@ -144,8 +139,9 @@ def read_georeference(path: Path, pixel_range: PixelRange) -> Georeference | Non
     import tifffile
 
     try:
-        if raster_driver(path) is not None:
-            with open_dataset(path, raster_driver(path) or GEOTIFF) as dataset:
+        driver = raster_driver(path)
+        if driver is not None:
+            with open_dataset(path, driver) as dataset:
                 if dataset.crs is None:
                     return None
                 nodata = None if dataset.driver == ZARR else dataset.nodata
@@ -226,20 +222,20 @@ def describe_place(scene: Scene, top: int, left: int) -> bytes:
     The file has ``crs`` as WKT, ``transform`` as GDAL's six numbers, ``nodata``, and the names of
     ``bands``.
     """
-    with open_dataset(scene.path, raster_driver(scene.path) or GEOTIFF) as dataset:
-        if dataset.crs is None:
-            return b""
-        # The tile's first corner takes the place of the scene's.
-        a, b, c, d, e, f = dataset.transform[:6]
-        x = c + a * left + b * top
-        y = f + d * left + e * top
-        nodata = dataset.nodata
-        place = {
-            "crs": dataset.crs.to_wkt(),
-            "transform": (x, a, b, y, d, e),
-            "nodata": None if nodata is None else str(nodata),
-            "bands": [dataset.descriptions[band] for band in scene.bands],
-        }
+    dataset = scene.opened()
+    if dataset.crs is None:
+        return b""
+    # The tile's first corner takes the place of the scene's.
+    a, b, c, d, e, f = dataset.transform[:6]
+    x = c + a * left + b * top
+    y = f + d * left + e * top
+    nodata = dataset.nodata
+    place = {
+        "crs": dataset.crs.to_wkt(),
+        "transform": (x, a, b, y, d, e),
+        "nodata": None if nodata is None else str(nodata),
+        "bands": [dataset.descriptions[band] for band in scene.bands],
+    }
     return json.dumps(place).encode()
 
 

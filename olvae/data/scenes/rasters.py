@@ -85,6 +85,16 @@ def _opened(path: Path, state: str, process: int) -> Any:  # noqa: ARG001
     return open_dataset(path, raster_driver(path) or GEOTIFF)
 
 
+def find_missing(array: Array, nodata: float | None) -> NDArray[np.bool_]:
+    """Find values that stand for missing ones, and those that are not finite."""
+    missing = np.zeros(array.shape, bool)
+    if nodata is not None:
+        missing = array.astype(np.float32) == nearest_float32(nodata)
+    if array.dtype.kind == "f":
+        missing |= ~np.isfinite(array)
+    return missing
+
+
 def whole_pixels(array: Array, missing: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """A pixel of 8 bits, (..., C), is missing if all of its bands are: 0 is black as well."""
     if array.dtype == np.uint8:
@@ -125,9 +135,13 @@ class Scene:
         except Exception as error:  # GDAL raises all kinds for a broken file
             self.broken = reason(error.__cause__ or error)
 
+    def opened(self) -> Any:
+        """The open file, which the process keeps. Raises what rasterio and GDAL raise."""
+        return _opened(self.path, self.file_state, os.getpid())
+
     def read_header(self, channels: int, bands: Sequence[int] | None) -> None:
         """Take size, bands and kind of missing values. Raises what GDAL raises, ValueError."""
-        dataset = _opened(self.path, self.file_state, os.getpid())
+        dataset = self.opened()
         self.bands = list(range(dataset.count) if bands is None else bands)
         if not set(self.bands) <= set(range(dataset.count)):
             raise ValueError(
@@ -184,20 +198,15 @@ class Scene:
         }
         try:
             with rasterio.Env(**LOCAL, GDAL_CACHEMAX=CACHE):
-                dataset = _opened(self.path, self.file_state, os.getpid())
+                dataset = self.opened()
                 values = dataset.read(**where)
-                missing = np.zeros(values.shape, bool)
+                missing = find_missing(values, self.nodata if nodata is None else nodata)
                 if self.has_mask:
-                    missing = dataset.read_masks(**where) == 0
+                    missing |= dataset.read_masks(**where) == 0
         except Exception as error:  # GDAL raises all kinds for a broken file
             raise UnreadableImageError(
                 self.name, f"at row {top}, column {left}: {reason(error.__cause__ or error)}"
             ) from error
-        nodata = self.nodata if nodata is None else nodata
-        if nodata is not None:
-            missing |= values.astype(np.float32) == nearest_float32(nodata)
-        if values.dtype.kind == "f":
-            missing |= ~np.isfinite(values)
         values = np.ascontiguousarray(np.moveaxis(values, 0, -1))
         return values, whole_pixels(values, np.moveaxis(missing, 0, -1))
 

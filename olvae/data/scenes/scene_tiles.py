@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from olvae.config import ConfigError
-from olvae.data.dataset import VAL_FRACTION, ImageDataset, bound_held_out
+from olvae.data.dataset import ImageDataset, evenly_spread
 from olvae.data.image import EvalTransform, Photo, stated_picture
 from olvae.data.order.groups import Grouping
 from olvae.data.pixels.size_and_range import AS_STORED, PixelRange, Sides
@@ -215,7 +215,7 @@ def hold_out_scenes(
             f"`hold_out_by` {how}: the {counted(len(scenes), 'scene')} are one group, which can't "
             "be split: set it to blocks"
         )
-    chosen = spread(len(groups), fraction)
+    chosen = evenly_spread(len(groups), fraction)
     held_out = {scene for number in chosen for scene in groups[number]}
     regions = whole(scenes)
     train = [region for region in regions if region.scene not in held_out]
@@ -255,7 +255,7 @@ def hold_out_blocks(
         )
 
     # Training blocks as they are; held-out ones without the margins to their neighbours.
-    chosen = set(spread(len(regions), fraction))
+    chosen = set(evenly_spread(len(regions), fraction))
     held_out = []
     for number in sorted(chosen):
         scene_number, top, left, height, width = regions[number]
@@ -268,9 +268,3 @@ def hold_out_blocks(
         right -= gap if right < scene.width else 0
         held_out.append(Region(scene_number, top, left, bottom - top, right - left))
     return [regions[i] for i in range(len(regions)) if i not in chosen], held_out
-
-
-def spread(count: int, fraction: float | None) -> list[int]:
-    """Numbers below ``count``, evenly spread, as many as are held out of so many images."""
-    held_out = bound_held_out(count * (fraction or VAL_FRACTION), count, fraction)
-    return sorted({int(number) for number in np.linspace(0, count - 1, held_out)})
