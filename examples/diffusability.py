@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DiTTransformer2DModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -45,69 +44,16 @@ from olvae.files import atomic_write, check_folder, write_json
 from olvae.metrics.features import Extract, Features, Inception, frechet_distance
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.loading.targets import find_target
+from olvae.modules.others.denoiser import DiT
 from study.features import Lite0, frechet_lite0
 
 HEUN_STEPS = 12
-HEAD = 32  # channels of an attention head
 CURVE = 50  # points of the training's curve
 SHOWN = 10  # images in a row of samples.png
 BATCH = 50  # images that are decoded, or looked at, together
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 """z (B, n_z, h, w) and t (B,) in [0, 1], where 1 is noise -> dz/dt."""
-
-
-class DiT(nn.Module):
-    """diffusers' diffusion transformer without classes.
-
-    Each block begins as the identity (adaLN-Zero).
-
-    Args:
-        shape: of a latent, (n_z, h, w).
-        width: of a token, a multiple of 32.
-        depth: number of blocks.
-        patch: positions of the latent, along each side, that make a token.
-
-    Raises:
-        ValueError: latents of this shape are not divided into patches, or not square.
-    """
-
-    def __init__(self, shape: tuple[int, int, int], width: int, depth: int, patch: int) -> None:
-        super().__init__()
-        channels, height, side = shape
-        if height != side or side % patch:
-            raise ValueError(
-                f"latents of {height}x{side}: this needs square ones, whose side --patch {patch} "
-                "divides"
-            )
-        if width % HEAD:
-            raise ValueError(
-                f"--width {width}: give a multiple of {HEAD}, the width of an attention head"
-            )
-        # else it would drop the one class there is at random
-        self.network = DiTTransformer2DModel(
-            num_attention_heads=width // HEAD,
-            attention_head_dim=HEAD,
-            in_channels=channels,
-            num_layers=depth,
-            sample_size=side,
-            patch_size=patch,
-            num_embeds_ada_norm=1,
-        ).eval()
-        for layer in (
-            *(block.norm1.linear for block in self.network.transformer_blocks),
-            self.network.proj_out_1,
-            self.network.proj_out_2,
-        ):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        """(B, n_z, h, w) and times (B,) in [0, 1] -> velocity (B, n_z, h, w)."""
-        velocity: Tensor = self.network(
-            z, 1000 * t, class_labels=torch.zeros(len(z), dtype=torch.long)
-        ).sample
-        return velocity
 
 
 def train(

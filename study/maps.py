@@ -44,7 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from examples.diffusability import BATCH, DiT, decode, features, read_images, sample, train
+from examples.diffusability import BATCH, decode, features, read_images, sample, train
 from olvae.cli.main import print_error
 from olvae.data.pixels.size_and_range import from_uint8
 from olvae.data.shards.latent_source import LatentSource
@@ -56,6 +56,7 @@ from olvae.metrics.features import Extract
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.linear_code import LinearDecoder, LinearEncoder, fit_linear_paths
 from olvae.models.loading.targets import find_target
+from olvae.modules.others.denoiser import DiT
 from study import predictors
 from study.features import Lite0, frechet_lite0
 from study.latent_maps import MAPS, LatentMap, fit

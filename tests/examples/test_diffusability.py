@@ -83,34 +83,6 @@ def test_equal_seeds_give_equal_results_and_a_finished_seed_is_kept(
         example.main([*arguments, "--out", str(a)])
 
 
-def test_a_fresh_diffusion_model_is_0_and_every_weight_learns(example):
-    model = example.DiT((3, 4, 4), width=32, depth=2, patch=2)
-    z, t = torch.randn(5, 3, 4, 4), torch.rand(5)
-    assert torch.equal(model(z, t), torch.zeros(5, 3, 4, 4))
-    for weight in model.parameters():
-        torch.nn.init.normal_(weight, std=0.1)
-    model(z, t).square().sum().backward()
-    zero = [
-        name
-        for name, weight in model.named_parameters()
-        if weight.grad is None or not weight.grad.any()
-    ]
-    assert not [name for name in zero if ".norm1.emb." not in name], zero
-
-
-@pytest.mark.parametrize(
-    ("shape", "width", "patch", "message"),
-    [
-        ((4, 4, 6), 32, 2, "latents of 4x6: this needs square ones"),
-        ((4, 4, 4), 32, 3, "whose side --patch 3 divides"),
-        ((4, 4, 4), 40, 2, "--width 40: give a multiple of 32"),
-    ],
-)
-def test_diffusability_refuses_sizes_that_do_not_fit(example, shape, width, patch, message):
-    with pytest.raises(ValueError, match=message):
-        example.DiT(shape, width, 1, patch)
-
-
 @pytest.mark.parametrize("wrong", ["--samples=1", "--steps=0", "--seeds=a", "--inception=none.pth"])
 def test_diffusability_refuses_wrong_numbers_before_anything_is_read(example, wrong, capsys):
     with pytest.raises(SystemExit):

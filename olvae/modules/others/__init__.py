@@ -1,1 +1,1 @@
-"""Networks of other projects as our encoders and decoders: diffusers' classes, and TAESD's."""
+"""Networks of other projects: encoders, decoders, and a diffusion transformer on latents."""
