@@ -74,23 +74,28 @@ def validate_command(
                     f"{place}: {error}; name another TARGET, or go where this one is (a teacher "
                     "in olvae/recipes is in a clone of the repository, not in the package)"
                 )
+        # Numbers of the networks, which may come from an autoencoder that has to be loaded.
+        if (memory or ranks is not None) and not mistakes:
+            try:
+                if config["model"].get("from") is not None:
+                    from olvae.training.start_from import start_from
+
+                    start_from(config)
+                if memory:
+                    _print_memory(config, path)
+                if ranks is not None:
+                    _print_steps(config, path, ranks, precision)
+            except FileNotFoundError as error:
+                mistakes.append(
+                    f"its numbers need an autoencoder: {error}; without --memory and --ranks the "
+                    "config alone is checked"
+                )
+
         found += len(mistakes)
         for mistake in mistakes or ["no mistakes"]:
             line = mistake if mistake.startswith(path) else f"{path}: {mistake}"
             typer.echo(line, err=True)
-
-        # Numbers of the networks, which may come from an autoencoder that the config starts from.
-        if (memory or ranks is not None) and not mistakes:
-            if config["model"].get("from") is not None:
-                from olvae.training.start_from import start_from
-
-                start_from(config)
-            if memory:
-                _print_memory(config, path)
-            if ranks is not None:
-                _print_steps(config, path, ranks, precision)
-    if found:
-        raise typer.Exit(1)
+    raise typer.Exit(int(found > 0))
 
 
 def _print_memory(config: dict[str, Any], name: str) -> None:

@@ -35,16 +35,16 @@ from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
 from olvae.modules.others.wrapped import encode_image
 from olvae.modules.sdvae import set_padding
 
-# ComfyUI's names of tiny autoencoders, by which it knows their scaling and shift factor: of Stable
-# Diffusion 1 and 2, SDXL, SD3, FLUX.1 and, in a network of its own, FLUX.2.
+# ComfyUI's names of tiny autoencoders, by which it knows their channels, scaling and shift factor:
+# of Stable Diffusion 1 and 2, SDXL, SD3, FLUX.1 and, in a network of its own, FLUX.2. Where two
+# have as many channels, the factors tell them apart.
 VAE_APPROX = {
-    "taesd": (0.18215, 0),
-    "taesdxl": (0.13025, 0),
-    "taesd3": (1.5305, 0.0609),
-    "taef1": (0.3611, 0.1159),
-    "taef2": (1, 0),
+    "taesd": (4, 0.18215, 0),
+    "taesdxl": (4, 0.13025, 0),
+    "taesd3": (16, 1.5305, 0.0609),
+    "taef1": (16, 0.3611, 0.1159),
+    "taef2": (32, 1, 0),
 }
-FLUX2_CHANNELS = 32  # because (1, 0) are also factors that nobody measured
 
 # Settings of an export that say which factors a diffusion model needs.
 FACTORS = ("latents", "scaling_factor", "shift_factor")
@@ -178,7 +178,6 @@ class DiffusersLayout(Layout):
     """The folder of a class of diffusers, for networks that it has: AutoencoderKL, and others."""
 
     refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION}
-    instead = "litevae"
 
     def misfit(self, model: LiteVAE) -> str | None:
         if family_of(model) is None:
@@ -186,12 +185,21 @@ class DiffusersLayout(Layout):
                 "no class of diffusers has these networks: `format` litevae is for diffusers' "
                 "AutoencoderLiteVAE, `format` comfyui for ComfyUI"
             )
+        mistake = self.mistake(model)
+        if mistake is None:
+            return None
+        others = {"diffusers": DiffusersLayout(), "ldm": OriginalLayout()}
+        fitting = [name for name, layout in others.items() if layout.mistake(model) is None]
+        return f"{mistake}: `format` {' or '.join([*fitting, 'litevae'])} can hold it"
+
+    def mistake(self, model: LiteVAE) -> str | None:
+        """Say why networks of a class of diffusers can't be written; None if they can."""
         try:
             self.tensors(model)
             self.config(model)
             return None
         except ValueError as error:
-            return f"{error}: `format` {self.instead} can hold it"
+            return str(error)
 
     def in_units(self, model: LiteVAE) -> bool:
         return _family(model).units(model) is not None
@@ -250,7 +258,6 @@ class OriginalLayout(DiffusersLayout):
 
     suffix = ".safetensors"
     refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, **NO_FACTORS}
-    instead = "diffusers"
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
         family = _family(model)
@@ -354,7 +361,7 @@ class TinyFilesLayout(DiffusersLayout):
             self.tensors(model)
             return None
         except ValueError as error:
-            return f"{error}: `format` {self.instead} can hold it"
+            return f"{error}: `format` litevae can hold it"
 
     def in_units(self, model: LiteVAE) -> bool:  # noqa: ARG002
         return True
@@ -400,16 +407,16 @@ class TinyFilesLayout(DiffusersLayout):
         return ""
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
-        # ComfyUI takes network and factors from the name of a file: find the name with these.
-        factors = tuple(round(model.for_diffusion[name] or 0, 6) for name in FACTORS[1:])
+        # ComfyUI takes network, channels and factors from a file's name: find the name with these.
+        factors = (round(model.for_diffusion[name] or 0, 6) for name in FACTORS[1:])
+        latents = (model.latent_channels, *factors)
         kind = _tiny_kind(model)
         files = f"{kind}_encoder.safetensors and {kind}_decoder.safetensors"
         for name, known in VAE_APPROX.items():
             fits = kind == "taesd"
             if name == "taef2":
-                pooled = kind == "taef2" and model.encoder.node["params"]["pool"]
-                fits = pooled and model.latent_channels == FLUX2_CHANNELS
-            if known == factors and fits:
+                fits = kind == "taef2" and model.encoder.node["params"]["pool"]
+            if known == latents and fits:
                 renamed = ""
                 if name != kind:
                     renamed = f", as {files.replace(kind, name)}"
@@ -417,8 +424,8 @@ class TinyFilesLayout(DiffusersLayout):
                 break
         else:
             yield (
-                "ComfyUI takes the scale of latents from a file's name, and knows none for these: "
-                "for other programs."
+                "ComfyUI takes a latent's channels and scale from a file's name, and knows none "
+                "for these: for other programs."
             )
         yield from super().notes(model)
 

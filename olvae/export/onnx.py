@@ -99,9 +99,12 @@ def export_onnx(model: LiteVAE, folder: Path, prefix: str = "") -> dict[str, flo
             found.append(_difference(half, function, session, names, size, compared))
         differences[name] = max(found)
         if not differences[name] < ONNX_TOLERANCES[dtype]:
+            remedy = "leave `onnx` out, or try another version of onnxruntime"
+            if dtype == torch.float16:
+                remedy = "write it with `dtype` float32"
             raise ValueError(
                 f"{name}: onnxruntime differs from torch by {differences[name]:.1e} of the largest "
-                "value"
+                f"value, above {ONNX_TOLERANCES[dtype]:g}: {remedy}"
             )
     return differences
 

@@ -68,6 +68,23 @@ def test_validate_memory_has_a_row_for_each_precision_and_checkpointing(
     assert olvae("validate", "--memory", tmp_path / "bad.yaml")[:2] == (1, "")
 
 
+def test_validate_memory_without_the_autoencoder_has_one_outcome(olvae, config, monkeypatch):
+    """The config alone has no mistake; its numbers need the hub."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    need = Footprint(fixed=2**30, per_image=2**28, flop=10**12)
+    monkeypatch.setattr("olvae.models.footprint.footprint", lambda *_: need)
+    recipe = "distil/tiny_flux2"
+    code, out, err = olvae("validate", "--memory", recipe, config)
+    assert code == 1
+    needed = "its numbers need an autoencoder: black-forest-labs/FLUX.2-klein-4B: no such file"
+    assert f"{recipe}: {needed}" in err
+    assert "without --memory and --ranks the config alone is checked" in err
+    assert f"{recipe}: no mistakes" not in err
+    # The next config is looked at all the same.
+    assert f"{config}: no mistakes" in err
+    assert "GiB of a training step" in out
+
+
 def test_validate_ranks_has_messages_and_bytes_in_80_columns(olvae, config, monkeypatch):
     """In 80 columns; tests/training/test_dry_run.py has the numbers."""
     found = (

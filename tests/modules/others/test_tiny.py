@@ -81,26 +81,31 @@ def test_tiny_student_is_written_as_diffusers_and_as_taesd(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("factors", "note"),
+    ("n_z", "factors", "note"),
     [
-        ((0.18215, 0.0), "taesd_decoder.safetensors to ComfyUI/models/vae_approx."),
+        (4, (0.18215, 0.0), "taesd_decoder.safetensors to ComfyUI/models/vae_approx."),
         (
+            4,
             (0.13025, 0.0),
             "vae_approx, as taesdxl_encoder.safetensors and taesdxl_decoder.safetensors.",
         ),
         (
+            16,
             (1.5305, 0.0609),
             "vae_approx, as taesd3_encoder.safetensors and taesd3_decoder.safetensors.",
         ),
         (
+            16,
             (0.3611, 0.1159),
             "vae_approx, as taef1_encoder.safetensors and taef1_decoder.safetensors.",
         ),
-        ((1.0, 0.0), "knows none for these: for other programs."),
+        (4, (1.0, 0.0), "knows none for these: for other programs."),
+        (16, (0.18215, 0.0), "knows none for these: for other programs."),
+        (4, (1.5305, 0.0609), "knows none for these: for other programs."),
     ],
 )
-def test_the_scale_of_latents_is_in_the_name_for_comfyui(factors, note):
-    model = student().set_for_diffusion(
+def test_channels_and_scale_of_latents_are_in_the_name_for_comfyui(n_z, factors, note):
+    model = LiteVAE(TinyEncoder(2 * n_z), TinyDecoder(z_channels=n_z)).set_for_diffusion(
         dict(zip(("scaling_factor", "shift_factor"), factors, strict=True))
     )
     assert next(LAYOUTS["taesd"]().notes(model)).endswith(note)
