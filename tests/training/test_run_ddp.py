@@ -112,6 +112,30 @@ def test_two_processes_align_a_latent_as_one(train_with, train_two, vit):
 
 
 @pytest.mark.slow
+def test_two_processes_learn_a_prior_as_one(train_with, train_two, monkeypatch):
+    """With the same noise for every image, where each process draws its own."""
+
+    def noise(x: torch.Tensor) -> torch.Tensor:
+        return torch.linspace(-2, 2, x[0].numel()).view_as(x[0]).expand_as(x)
+
+    monkeypatch.setattr(torch, "randn_like", noise)
+    monkeypatch.setattr(torch, "rand", lambda size, **_: torch.tensor(0.7).expand(size))
+    prior = parts(prior={"width": 32, "depth": 1, "weight": 0.5})
+    config = tiny_config(parts=prior, lossconfig=WITHOUT_KL)
+    config["model"]["params"]["encoder_config"]["params"] |= {
+        "extractor_channels": 16,
+        "aggregate_channels": 16,
+    }
+    one, two = train_with(*SMALL, WHOLE, config=config), train_two(*SMALL, HALF, config=config)
+    assert_close(one, two)
+    learned = "parts.prior.denoiser.network.proj_out_2.weight"
+    assert checkpoint(one)["state_dict"][learned].any()
+    values, same = scalars(one.path), scalars(two.path)
+    for name in ("train/rate", "val/bits_per_image"):
+        assert same[name] == pytest.approx(values[name], rel=1e-3), name
+
+
+@pytest.mark.slow
 def test_two_compiled_processes_train_as_two_uncompiled(train_two, vit, tmp_path, monkeypatch):
     """Steps of both players, a part with parameters, and validation: equal to the bit.
 

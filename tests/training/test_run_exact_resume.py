@@ -12,7 +12,7 @@ import torch
 from tests.conftest import parts, tiny_config
 from tests.data.images import write_shards
 from tests.models.autoencoder_kl import tiny_kl
-from tests.models.steps import against
+from tests.models.steps import WITHOUT_KL, against
 from tests.training.origins import (
     assert_same_checkpoint,
     checkpoint,
@@ -75,7 +75,26 @@ def taught_decoder(tmp_path: Path, images: Path) -> Case:
     )
 
 
-CASES = (shards, everything_of_phase_b, started_from_another, taught_both, taught_decoder)
+def limited_by_a_prior(tmp_path: Path, images: Path) -> Case:
+    """A part with parameters, which learn too."""
+    config = tiny_config(
+        images,
+        use_ema=True,
+        sample_posterior=False,
+        lossconfig=WITHOUT_KL,
+        parts=parts(prior={"width": 32, "depth": 1}),
+    )
+    return config, {}, ()
+
+
+CASES = (
+    shards,
+    everything_of_phase_b,
+    started_from_another,
+    taught_both,
+    taught_decoder,
+    limited_by_a_prior,
+)
 
 
 @pytest.mark.parametrize(

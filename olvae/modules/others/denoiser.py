@@ -1,5 +1,7 @@
 """A small diffusion transformer on latents: for the diffusion prior and the examples."""
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -39,7 +41,7 @@ class DiT(nn.Module):
         # Takes seconds, so it is imported for this network only.
         from diffusers import DiTTransformer2DModel
 
-        self.network = DiTTransformer2DModel(
+        network = DiTTransformer2DModel(
             num_attention_heads=width // HEAD,
             attention_head_dim=HEAD,
             in_channels=channels,
@@ -48,6 +50,7 @@ class DiT(nn.Module):
             patch_size=patch,
             num_embeds_ada_norm=1,
         )
+        self.network = cast("Any", network)
         self.eval()
         for layer in (
             *(block.norm1.linear for block in self.network.transformer_blocks),
