@@ -28,6 +28,8 @@ PARTS = {
     "noise": "random_noise.RandomNoise, params: {how: add, strength: 0.8}",
     "masking": "channel_masking.ChannelMasking, params: {widths: [4, 8, 12]}",
     "scale": "scale_equivariance.ScaleEquivariance, params: {factors: [2]}",
+    "prior": "prior.Prior",
+    "robust": "teacher.Teacher, params: {autoencoder: olvae:photos-f8c12}",
 }
 """The first is the control: as many steps without a part."""
 
@@ -37,7 +39,16 @@ TITLES = {
     "noise": "random noise, up to 0.8",
     "masking": "channel masking",
     "scale": "scale equivariance",
+    "prior": "diffusion prior in place of KL",
+    "robust": "decoder alone, on generated latents",
 }
+
+WITHOUT_KL = "model.params.lossconfig.params.kl_weight=0"
+SETTINGS = {
+    "prior": ["model.params.sample_posterior=false", WITHOUT_KL],
+    "robust": ["model.params.freeze_encoder=true", WITHOUT_KL],
+}
+"""What a part needs beside itself."""
 
 STEPS, SAMPLES, SEEDS = 400, 200, (0, 1, 2)
 """Of each diffusion model; as many crops are compared with."""
@@ -45,11 +56,28 @@ STEPS, SAMPLES, SEEDS = 400, 200, (0, 1, 2)
 
 def node(name: str) -> list[str]:
     """The recipe's overrides for a part."""
-    return (
-        [f"model.params.parts.{name}={{target: olvae.models.parts.{PARTS[name]}}}"]
-        if PARTS[name]
-        else []
-    )
+    settings = SETTINGS.get(name, [])
+    if not PARTS[name]:
+        return settings
+    return [f"model.params.parts.{name}={{target: olvae.models.parts.{PARTS[name]}}}", *settings]
+
+
+def data(study: Study, name: str) -> list[str]:
+    """Its data's overrides: photographs, or latents that a diffusion model has made with images."""
+    if name != "robust":
+        return [
+            f"data.params.root={(study.corpus / 'train_tiles').resolve()}",
+            f"data.params.val_root={(study.corpus / 'held_out').resolve()}",
+        ]
+    pairs, generated = study.out / "pairs", study.out / "generated"
+    crops = ("--data", str(study.out / "crops"), "--size", str(CROP), "--images")
+    where = ("olvae:photos-f8c12", *crops, "--out", str(pairs))
+    study.command(name, "-m", "olvae.cli.main", "encode", *where)
+    flags = ("--out", str(generated), "--steps", str(STEPS))
+    study.command(name, "examples/generated_pairs.py", str(pairs), *flags)
+    params = f"folder: {(generated / 'pairs').resolve()}, size: {CROP}, batch_size: 16"
+    source = "olvae.data.shards.latent_source.PairSource"
+    return [f"data={{target: {source}, params: {{{params}}}}}"]
 
 
 def run(study: Study, name: str) -> dict[str, Any]:
@@ -59,11 +87,7 @@ def run(study: Study, name: str) -> dict[str, Any]:
     """
     model = find_run(study.out / "runs", f"further_{name}")
     if model is None or read_checkpoint(model.last_checkpoint)["global_step"] != 500:
-        photographs = (
-            f"root={(study.corpus / 'train_tiles').resolve()}",
-            f"val_root={(study.corpus / 'held_out').resolve()}",
-        )
-        settings = [*(f"data.params.{setting}" for setting in photographs), *node(name)]
+        settings = [*data(study, name), *node(name)]
         flags = [
             "--base",
             str(RECIPE),
@@ -121,9 +145,12 @@ def run(study: Study, name: str) -> dict[str, Any]:
 
 
 def read(folder: Path = Path(__file__).parent / "results" / "parts") -> dict[str, dict[str, Any]]:
-    """The files of a folder by part, in the order of the table."""
+    """The files of a folder by part, in the order of the table, without parts that have none."""
+    files = {name: folder / f"{name}.json" for name in PARTS}
     return {
-        name: json.loads((folder / f"{name}.json").read_text(encoding="utf-8")) for name in PARTS
+        name: json.loads(file.read_text(encoding="utf-8"))
+        for name, file in files.items()
+        if file.is_file()
     }
 
 

@@ -46,7 +46,7 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "tests" / "reference" / "curves"
 
 STEPS = 20
-CROP = 32  # pixels; adversaries and deep recipes take twice that
+CROP = 32  # pixels; adversaries, deep/ and latents/ take twice that
 RECIPES = [name for name in recipes() if load([name]).get("lightning")]
 """All but the published model's networks, whose file has no training."""
 
@@ -148,7 +148,8 @@ class Workshop:
 
     def pairs(self, target: str) -> str:
         """The folder of a teacher's latents of the pictures."""
-        folder = self.folder / "pairs"
+        name = target.rpartition("/")[2].replace(":", "-")
+        folder = self.folder / f"pairs-{name}"
         if not folder.is_dir():
             model = find_target(self.autoencoder(target)).load()
             options = {"size": CROP, "images": True, "dtype": "float32", "workers": 0}
@@ -186,14 +187,16 @@ def in_small(name: str, shop: Workshop) -> dict[str, Any]:
         params["decoder_config"]["params"]["config"] = {"decoder_block_out_channels": [4, 4, 4, 8]}
     if "alignment" in parts:
         parts["alignment"]["params"] |= shop.vision
+    parts.get("prior", {"params": {}})["params"] |= {"width": 32, "depth": 1}
 
     # Data.
     data = config["data"]
     given = data["params"]
-    crop = 2 * CROP if adversary or name.startswith("deep/") else CROP
+    crop = 2 * CROP if adversary or name.startswith(("deep/", "latents/")) else CROP
     if "teacher" in parts:
         teacher = parts["teacher"]["params"]
         if "folder" in given:
+            crop = CROP  # that was encoded
             pairs = shop.pairs(teacher["autoencoder"])
             given |= {"folder": pairs, "val_folder": pairs}
         teacher["autoencoder"] = shop.autoencoder(teacher["autoencoder"])
