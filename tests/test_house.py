@@ -16,8 +16,8 @@ NODES = [node for tree in TREES.values() for node in ast.walk(tree)]
 LINES = [line for text in TEXTS.values() for line in text.splitlines()]
 
 # What the code holds may not grow unnoticed. Lines and statements are free: unfolding makes both.
-FILES_AT_MOST = 200
-SYNTAX_NODES_AT_MOST = 280_000
+FILES_AT_MOST = 235
+SYNTAX_NODES_AT_MOST = 310_000
 
 PACKAGE_AT_MOST = 12  # files besides __init__.py
 BODY_AT_MOST = 60  # lines of a function without its signature and docstring
