@@ -37,7 +37,7 @@ PATH_BYTES = 2048
 
 
 class _Latent(NamedTuple):
-    """A latent to decode, (n_z, h, w), with its image's key, height and width.
+    """A latent to decode, (n_z, h, w), with the key, height and width of its decoded image.
 
     ``tags`` say where it is on the earth, for a TIFF.
     """
@@ -61,6 +61,8 @@ def decode_shards(
     advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[int, list[ReadError]]:
     """Decode every latent to a file, a posterior at its mode, without scaling; crop padding off.
+
+    With a decoder at 2x, images are twice as large as the encoded ones.
 
     Files are named by the images' keys with the format's extension: png, jpg, npy, tif or exr; by
     default png or, where it can't hold them, npy. What takes more than ``memory`` bytes is tiled.
@@ -154,7 +156,7 @@ def _batches(
             tags: Sequence[Tag] = ()
             whole = meta["image"] == [meta.get("width"), meta.get("height")]
             if placed and whole and PLACE_FILE in entry.files:
-                tags = tags_from(entry.files[PLACE_FILE])
+                tags = tags_from(entry.files[PLACE_FILE], model.enlarge)
         except UnreadableImageError as error:
             unreadable.append(error.read_error())
             continue
@@ -162,7 +164,7 @@ def _batches(
             unreadable.append(ReadError(entry.name, reason(error)))
             continue
         z = latent.draw(None)
-        width, height = meta["image"]
+        width, height = (model.enlarge * side for side in meta["image"])
         if batch and (len(batch) == batch_size or batch[0].z.shape != z.shape):
             yield batch
             batch = []

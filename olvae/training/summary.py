@@ -64,6 +64,7 @@ def _rows(
     vae = model.autoencoder
     size = source.size
     f = vae.downscale
+    encoded = size // vae.enlarge
     steps = trainer.max_steps
     images = source.batch_size
     batches = model.accumulate_grad_batches
@@ -89,9 +90,9 @@ def _rows(
         device = device_name(trainer.strategy.root_device)
     terms = [f"{weight:g} {name}" for name, weight in model.objective.weights.items()]
     rows = {
-        "encoder": _network(model.encoder, (1, vae.encoder.in_channels, *size), size),
-        "decoder": _network(model.decoder, (1, vae.decoder.z_channels, *size // f), size),
-        "latent": f"f{f}, {counted(vae.latent_channels, 'channel')}: {size} -> {size // f}",
+        "encoder": _network(model.encoder, (1, vae.encoder.in_channels, *encoded), encoded),
+        "decoder": _network(model.decoder, (1, vae.decoder.z_channels, *encoded // f), size),
+        "latent": f"f{f}, {counted(vae.latent_channels, 'channel')}: {encoded} -> {encoded // f}",
         "objective": ", ".join(terms),
         "data": f"{source.describe()}, {size}; {workers}",
         "batch": f"{batch} = {images} x {batches} accumulated x {ranks}",
