@@ -255,6 +255,13 @@ def attach_parts(model: Model, nodes: Mapping[str, Node | None]) -> Iterator[str
         part.attach(model)
 
 
+def what_fixes_latents(model: Model) -> str:
+    """Name the settings by which training can't move the latents; empty if it can."""
+    settings = ["freeze_encoder"] if model.freeze_encoder else []
+    settings += [f"parts.{part.name}" for part in model.each_part if part.latents != "free"]
+    return ", ".join(settings)
+
+
 def first_images(source: Source, seed: int, count: int, device: torch.device) -> Iterator[Tensor]:
     """Iterate over a run's first training images, (1, C, H, W) in [-1, 1]; equal on all ranks."""
     return (
