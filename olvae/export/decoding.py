@@ -62,12 +62,10 @@ def decode_shards(
 ) -> tuple[int, list[ReadError]]:
     """Decode every latent to a file, a posterior at its mode, without scaling; crop padding off.
 
-    With a decoder at 2x, images are twice as large as the encoded ones.
-
     Files are named by the images' keys with the format's extension: png, jpg, npy, tif or exr; by
     default png or, where it can't hold them, npy. What takes more than ``memory`` bytes is tiled.
-    ``advance`` is called with the number of further images. Return the number of images, and the
-    latents that could not be read. Raise ValueError if there are none to decode, or they are
+    ``advance`` is called with the number of further images. Return their number, and the latents
+    that could not be read. Raise ValueError if there are none to decode, or they are
     another model's, ConfigError for a format that can't hold the model's channels or range, or if a
     file that decoding did not make would be replaced.
     """

@@ -62,9 +62,8 @@ def _rows(
     """Write the rows of the summary: title -> text."""
     # Sizes of images and latents, and of a batch over all processes.
     vae = model.autoencoder
-    size = source.size
     f = vae.downscale
-    encoded = size // vae.enlarge
+    size = source.size // vae.enlarge
     steps = trainer.max_steps
     images = source.batch_size
     batches = model.accumulate_grad_batches
@@ -90,11 +89,11 @@ def _rows(
         device = device_name(trainer.strategy.root_device)
     terms = [f"{weight:g} {name}" for name, weight in model.objective.weights.items()]
     rows = {
-        "encoder": _network(model.encoder, (1, vae.encoder.in_channels, *encoded), encoded),
-        "decoder": _network(model.decoder, (1, vae.decoder.z_channels, *encoded // f), size),
-        "latent": f"f{f}, {counted(vae.latent_channels, 'channel')}: {encoded} -> {encoded // f}",
+        "encoder": _network(model.encoder, (1, vae.encoder.in_channels, *size), size),
+        "decoder": _network(model.decoder, (1, vae.decoder.z_channels, *size // f), size),
+        "latent": f"f{f}, {counted(vae.latent_channels, 'channel')}: {size} -> {size // f}",
         "objective": ", ".join(terms),
-        "data": f"{source.describe()}, {size}; {workers}",
+        "data": f"{source.describe()}, {source.size}; {workers}",
         "batch": f"{batch} = {images} x {batches} accumulated x {ranks}",
         "learning rate": describe_rate(model, end),
         "steps": f"{steps}: {in_all:,} images{each}; the time left is shown after "
