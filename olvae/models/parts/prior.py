@@ -101,7 +101,7 @@ class Prior(Part):
 
     def check(self, model: Model, source: Source) -> None:
         """Raise ConfigError unless latents are square, and divided into tokens."""
-        positions = source.size // model.autoencoder.downscale
+        positions = source.size // model.autoencoder.upscale
         if positions.height != positions.width or not positions.fits(self.patch):
             raise ConfigError(
                 f"model.params.parts.{self.name}.params.patch: latents of {positions} are not "

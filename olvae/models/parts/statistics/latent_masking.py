@@ -62,7 +62,7 @@ class LatentMasking(Part):
             yield f"parts.{self.name}: the decoder is frozen (freeze_decoder): leave it out"
 
     def check(self, model: Model, source: Source) -> None:
-        positions = source.size // model.autoencoder.downscale
+        positions = source.size // model.autoencoder.upscale
         if min(positions) < self.block:
             raise ConfigError(
                 f"model.params.parts.{self.name}.params.block: {positions.short} latent positions "

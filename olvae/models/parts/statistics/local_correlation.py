@@ -69,7 +69,7 @@ class LocalCorrelation(Part):
             yield f"{here}.params.adaptive_weight: no loss compares images: set it to false"
 
     def check(self, model: Model, source: Source) -> None:
-        positions = source.size // model.autoencoder.downscale
+        positions = source.size // model.autoencoder.upscale
         if min(positions) < self.window:
             raise ConfigError(
                 f"model.params.parts.{self.name}.params.window: {positions.short} latent positions "

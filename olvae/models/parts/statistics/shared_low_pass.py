@@ -56,7 +56,7 @@ class SharedLowPass(Part):
 
     def check(self, model: Model, source: Source) -> None:
         """Raise ConfigError unless latents are divided into blocks; then images are as well."""
-        positions = source.size // model.autoencoder.downscale
+        positions = source.size // model.autoencoder.upscale
         if not positions.fits(self.block):
             raise ConfigError(
                 f"model.params.parts.{self.name}.params.block: {self.block} does not divide "
