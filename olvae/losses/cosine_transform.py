@@ -56,10 +56,11 @@ def radial_sums(power: Tensor) -> tuple[Tensor, Tensor]:
     The counts are (RADIAL_BINS,); some are 0 if a side has less than about 16 positions.
     """
     bins = radial_bins(*power.shape[-2:], device=power.device).flatten()
-    counts = torch.bincount(bins, minlength=RADIAL_BINS).to(power.dtype)
     flat = power.flatten(-2)  # (..., h w)
-    sums = flat.new_zeros(*flat.shape[:-1], RADIAL_BINS)
-    return sums.index_add(-1, bins, flat), counts
+    zeros = flat.new_zeros(*flat.shape[:-1], RADIAL_BINS)
+    # Not by bincount, for which a GPU would be waited for.
+    counts = flat.new_zeros(RADIAL_BINS).index_add(0, bins, flat.new_ones(len(bins)))
+    return zeros.index_add(-1, bins, flat), counts
 
 
 def tilted(spectrum: Tensor, counts: Tensor, delta: float = 1.0) -> Tensor:

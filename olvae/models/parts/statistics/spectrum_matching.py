@@ -28,7 +28,8 @@ class SpectrumMatching(Part):
     a latent whose power falls as 1 / f.
 
     Spectra are of the whole batch over all processes, scaled to mean 0 and deviation 1 [D], so
-    that neither a latent's scale nor a blank image changes the loss; but of one micro-batch.
+    that neither a latent's scale nor a blank image changes the loss. Accumulated micro-batches
+    have spectra of their own.
 
     Args:
         weight: weight of the loss, not negative; the paper's is .01.
