@@ -6,7 +6,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.config import import_extra
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.losses.terms import marginal_cosine_loss, marginal_distance_loss
@@ -19,9 +18,8 @@ from olvae.models.parts.part import (
     what_fixes_latents,
 )
 from olvae.models.parts.random_noise import mixed_with_noise
-from olvae.models.weight_files import locate_weights
 from olvae.modules.base import check_choice, check_not_negative
-from olvae.modules.frozen import VisionEncoder, published_weights
+from olvae.modules.frozen import load_vision_encoder
 from olvae.modules.mixed_precision import no_autocast, upcast
 from olvae.modules.others.vit import HEAD_CHANNELS, ViTMapper
 
@@ -100,11 +98,7 @@ class Alignment(Part):
         # The encoder with its weights; without them on the meta device, for shapes alone.
         import_extra("timm", "timm", "an alignment")
         try:
-            if torch.empty(0).device.type == "meta":
-                self.features = VisionEncoder(encoder, None)
-            else:
-                file = locate_weights(published_weights(encoder) if weights is None else weights)
-                self.features = VisionEncoder(encoder, state_dict_of(read_checkpoint(file), file))
+            self.features = load_vision_encoder(encoder, weights)
         except OSError as error:
             raise type(error)(
                 f"{error}; set params.weights of the alignment to a file of {encoder}'s weights"
