@@ -30,7 +30,7 @@ class LocalCorrelation(Part):
     scaled to mean 0 and deviation 1. ``health/local_correlation`` is r. Mean, deviation and r are
     of the whole batch over all processes; the gradient does not pass through the first two.
 
-    Defaults are those of the published code (93851d3), made for videos at f16 with 48 channels.
+    Defaults are the published code's (93851d3), made for videos at f16 with 48 channels.
 
     Args:
         weight: weight of the loss, not negative; the code's .02 times its further factor of .1.
