@@ -13,7 +13,7 @@ from olvae.modules.mixed_precision import no_autocast
 RADIAL_BINS = 16
 
 # So that neither an empty bin nor a blank image divides by zero.
-SMALLEST = 1e-12
+TINY_POWER = 1e-12
 
 
 def cosines(x: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def tilted(spectrum: Tensor, counts: Tensor, delta: float = 1.0) -> Tensor:
     """
     bins = torch.arange(RADIAL_BINS, dtype=spectrum.dtype, device=spectrum.device)
     target = spectrum * ((bins + 0.5) / RADIAL_BINS) ** delta
-    total = (target.nan_to_num(0.0) * counts).sum().clamp(min=SMALLEST)
+    total = (target.nan_to_num(0.0) * counts).sum().clamp(min=TINY_POWER)
     return target * counts.sum() / total
 
 
@@ -83,9 +83,9 @@ def spectrum_divergence(target: Tensor, found: Tensor, there: Tensor) -> Tensor:
     """
     p = torch.where(there, target, 0.0).log1p()
     q = torch.where(there, found, 0.0).log1p()
-    p = p / p.sum().clamp(min=SMALLEST)
-    q = q / q.sum().clamp(min=SMALLEST)
-    return (p * (p.clamp(min=SMALLEST) / q.clamp(min=SMALLEST)).log()).sum()
+    p = p / p.sum().clamp(min=TINY_POWER)
+    q = q / q.sum().clamp(min=TINY_POWER)
+    return (p * (p.clamp(min=TINY_POWER) / q.clamp(min=TINY_POWER)).log()).sum()
 
 
 def low_pass(x: Tensor, keep: int, block: int = 8) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olvae.losses.cosine_transform import (
-    SMALLEST,
+    TINY_POWER,
     cosines,
     radial_sums,
     spectrum_divergence,
@@ -76,4 +76,4 @@ def _spectrum(x: Tensor) -> tuple[Tensor, Tensor]:
     # One message: the powers, and the variance to divide them by.
     own = torch.cat((sums / counts.clamp(min=1.0), x.square().mean()[None]))
     means = mean_over_processes(own)
-    return means[:-1] / means[-1].clamp(min=SMALLEST), counts
+    return means[:-1] / means[-1].clamp(min=TINY_POWER), counts
