@@ -20,9 +20,9 @@ def noisy() -> tuple[Tensor, Tensor]:
 
 def test_psnr_is_imdiffs(noisy):
     """By the C program of IPOL (2011, g_lmii), as scikit-image's test_PSNR_vs_IPOL has it
-    (0.18 to 0.25, September 2020).
+    (0.18 to 0.25, September 2020), which compares four decimals.
     """
-    assert psnr(*noisy).item() == pytest.approx(22.409353363576034, abs=1e-9)
+    assert psnr(*noisy).item() == pytest.approx(22.409353363576034, abs=1e-5)
 
 
 def test_ssim_is_imdiffs(noisy):
