@@ -79,6 +79,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "UNetGAN": {"image_size": 64},
     "GigaGAN": {"image_size": 64, "base": 512, "max_channels": 16, "heads": 2, "head_channels": 8},
     "DinoDiscriminator": {"image_size": 64, "heads": 2},
+    "ViTDecoder": {"width": 32, "depth": 1, "heads": 1, "hidden": 32},
 }
 """Arguments that make each network narrow and shallow; its levels stay the recipe's."""
 
@@ -140,6 +141,9 @@ class Workshop:
 
     def autoencoder(self, target: str) -> str:
         """The small one in place of a published autoencoder; what ships is itself."""
+        if target.startswith("timm:"):
+            _, reduced, channels = target.partition("::")
+            return f"timm:test_vit={self.vision['weights']}{reduced}{channels}"
         repository = target.rpartition("/")[2]
         for begins, build in AUTOENCODERS.items():
             if repository.startswith(begins):
@@ -168,6 +172,8 @@ def narrow(node: dict[str, Any], shop: Workshop) -> dict[str, Any]:
         params["base_channels"] = params.get("base_channels", 16) // 8
     if kind == "DinoDiscriminator":
         params |= shop.vision
+    if kind == "ViTDecoder":
+        params["z_channels"] = min(params["z_channels"], 64)  # the small vision encoder's
     return params
 
 
