@@ -205,6 +205,7 @@ def in_small(name: str, shop: Workshop) -> dict[str, Any]:
     if "alignment" in parts:
         parts["alignment"]["params"] |= shop.vision
     parts.get("prior", {"params": {}})["params"] |= {"width": 32, "depth": 1}
+    parts.get("features", {"params": {}})["params"] |= {"depth": 1}
 
     # Data.
     data = config["data"]

@@ -55,6 +55,7 @@ class RepresentationEncoder(Encoder):
         inner: Any = network[1]
         last = inner.feature_info[-1]
         width = int(last["num_chs"])
+        self.width = width  # of the network's features
         self.stride = int(last["reduction"])
         self.depth = len(inner.feature_info)
 
