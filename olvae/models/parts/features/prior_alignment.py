@@ -1,4 +1,4 @@
-"""PAE's priors on structure and semantics: the latent's relations are those of a vision encoder."""
+"""PAE's priors on structure and semantics: the latent takes after a vision encoder's features."""
 
 from collections.abc import Iterable, Mapping
 
