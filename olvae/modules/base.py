@@ -169,7 +169,7 @@ class Decoder(_Network):
         """
         self.output_patch = patch
         last = last_convolution(self)
-        if self.enlarge_by == 1 or last is None:
+        if self.enlarge_by == 1 or last is None or isinstance(last, nn.Linear):
             return
         widen(last, self.enlarge_by**2, patch**2)
 

@@ -72,7 +72,7 @@ def _load(spec: AutoencoderSpec, name: str, file: str | None) -> LiteVAE:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LiteVAE.from_spec(spec)
+        trained = vision_network(name, find_vision_weights(name, file))
     assert isinstance(model.encoder, RepresentationEncoder)
-    trained = vision_network(name, find_vision_weights(name, file))
     model.encoder.network.load_state_dict(trained.state_dict())
     return model.eval()

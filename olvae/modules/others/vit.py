@@ -104,7 +104,8 @@ def to_tokens(x: Tensor) -> Tensor:
 
 def to_map(tokens: Tensor, rows: int, columns: int) -> Tensor:
     """Put tokens back into their places: (B, rows columns, C) -> (B, C, rows, columns)."""
-    return tokens.transpose(1, 2).unflatten(2, (rows, columns))
+    placed: Tensor = tokens.transpose(1, 2).unflatten(2, (rows, columns))
+    return placed
 
 
 class ViTMapper(nn.Module):

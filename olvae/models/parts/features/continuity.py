@@ -78,4 +78,5 @@ def turned(z: Tensor, noise: Tensor, angle: float) -> Tensor:
     across = noise - (noise * unit).sum(1, keepdim=True) * unit
     across = across / across.norm(dim=1, keepdim=True).clamp_min(1e-12)
     radians = math.radians(angle)
-    return math.cos(radians) * z + math.sin(radians) * length * across
+    there: Tensor = math.cos(radians) * z + math.sin(radians) * length * across
+    return there
