@@ -14,7 +14,7 @@ from olvae.models.spec import AutoencoderSpec
 from olvae.models.target_names import TIMM
 from olvae.modules.frozen import find_vision_weights, vision_network
 from olvae.modules.others.representation import RepresentationEncoder
-from olvae.modules.others.vit import ViTDecoder
+from olvae.modules.others.vit import HEAD_CHANNELS, ViTDecoder
 
 FORM = re.compile(r"(?P<name>[^=:]+)(=(?P<file>[^:].*?))?(::(?P<channels>\d+))?")
 
@@ -44,7 +44,7 @@ class VisionLoader(Loader):
 
 
 def vision_spec(name: str, channels: int | None) -> AutoencoderSpec:
-    """Describe the autoencoder of a timm network: its encoder, and a decoder of ViT-B's size [D].
+    """Describe the autoencoder of a timm network, and a decoder of the same width and depth [D].
 
     ConfigError: timm is missing, has no such network, or it gives no feature maps.
     """
@@ -55,11 +55,16 @@ def vision_spec(name: str, channels: int | None) -> AutoencoderSpec:
         raise ConfigError(f"{TIMM}{name} needs timm: pip install timm") from error
     except ValueError as error:
         raise ConfigError(f"{TIMM}{name}: {error}") from error
-    n_z = channels or int(inner.feature_info[-1]["num_chs"])
+    width = int(inner.feature_info[-1]["num_chs"])
+    n_z = channels or width
     encoder = {"encoder": name, "attention": channels is not None}
-    return AutoencoderSpec(
-        _node(RepresentationEncoder, encoder), _node(ViTDecoder, {"z_channels": n_z}), n_z
-    )
+    decoder = {
+        "z_channels": n_z,
+        "width": width,
+        "depth": len(inner.feature_info),
+        "heads": max(1, width // HEAD_CHANNELS),
+    }
+    return AutoencoderSpec(_node(RepresentationEncoder, encoder), _node(ViTDecoder, decoder), n_z)
 
 
 def _node(network: type, params: Config) -> Node:

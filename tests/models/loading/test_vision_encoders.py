@@ -65,7 +65,7 @@ def test_export_holds_the_whole_and_loads_without_the_file(vit, tmp_path, channe
         ("timm:", ConfigError, "timm:: expected timm:NAME, timm:NAME=FILE or timm:NAME::CHANNELS"),
         ("timm:test_vit::few", ConfigError, "expected timm:NAME"),
         ("timm:vit_of_nowhere", ConfigError, "timm has no model vit_of_nowhere"),
-        ("timm:test_vit3=/nowhere.pt::8", ConfigError, "heads have 64 channels, which 96"),
+        ("timm:test_vit3=/nowhere.pt::8", ValueError, "heads have 64 channels, which 96"),
     ],
 )
 def test_targets_that_are_none_say_what_they_should_be(text, error, message):
