@@ -166,14 +166,15 @@ class Workshop:
 
 def narrow(node: dict[str, Any], shop: Workshop) -> dict[str, Any]:
     """Arguments of a node's network, narrow and shallow."""
+    params = node.get("params", {})
+    if "target" not in node:  # changes of the network to start from
+        return NETWORKS["ViTDecoder"] if "depth" in params else params
     kind = node["target"].rpartition(".")[2]
-    params = {**node.get("params", {}), **NETWORKS[kind]}
+    params = {**params, **NETWORKS[kind]}
     if kind == "UNetGAN":
         params["base_channels"] = params.get("base_channels", 16) // 8
     if kind == "DinoDiscriminator":
         params |= shop.vision
-    if kind == "ViTDecoder":
-        params["z_channels"] = min(params["z_channels"], 64)  # the small vision encoder's
     return params
 
 
@@ -189,7 +190,7 @@ def in_small(name: str, shop: Workshop) -> dict[str, Any]:
     adversary = params.get("adversary_config", {}).get("params", {})
     halves = (params.get("encoder_config"), params.get("decoder_config"))
     for node in (*halves, adversary.get("discriminator_config")):
-        if node and "target" in node:
+        if node:
             node["params"] = narrow(node, shop)
     for settings in (params, adversary):
         settings |= {key: 5 for key in SOON if settings.get(key)}

@@ -9,16 +9,10 @@ from tests.training.origins import assert_same_checkpoint, checkpoint, without_n
 
 pytest.importorskip("timm")
 
-DECODER = {
-    "target": "olvae.modules.others.vit.ViTDecoder",
-    "params": {"z_channels": 64, "width": 32, "depth": 1, "heads": 1},
-}
 
-
-def config(images, channels: int = 64, **model) -> dict:
-    decoder = {**DECODER, "params": {**DECODER["params"], "z_channels": channels}}
-    found = without_networks(images, decoder_config=decoder, use_ema=True, **model)
-    found["model"]["params"]["decoder_config"] = decoder
+def config(images, **model) -> dict:
+    found = without_networks(images, use_ema=True, **model)
+    found["model"]["params"]["decoder_config"] = {"params": {"width": 32, "depth": 1, "heads": 1}}
     found["data"]["params"]["size"] = 32
     return found
 
@@ -37,7 +31,7 @@ def test_the_decoder_learns_and_the_vision_encoder_stays(train_with, image_folde
         run = train_with("lightning.trainer.max_steps=2", **settings)
     assert_network_is_kept(run, vit)
     model = find_target(run.path).load()
-    assert model.latent_channels == 64
+    assert (model.latent_channels, len(model.decoder.blocks)) == (64, 1)
     with torch.no_grad():
         assert model(torch.zeros(1, 3, 32, 32))[0].isfinite().all()
 
@@ -45,7 +39,7 @@ def test_the_decoder_learns_and_the_vision_encoder_stays(train_with, image_folde
 @pytest.mark.filterwarnings("ignore:.*starts fresh")
 def test_reduced_latents_are_learned_and_resumed_bit_for_bit(train_with, image_folder, vit):
     """FAE: attention and projection learn, DINOv2's place does not."""
-    given = config(image_folder, 8, freeze_encoder=False)
+    given = config(image_folder, freeze_encoder=False)
     settings = {"config": given, "start_from": f"timm:test_vit={vit}::8"}
     whole, half = (
         train_with(f"lightning.trainer.max_steps={steps}", **settings) for steps in (3, 1)
