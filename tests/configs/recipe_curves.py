@@ -168,7 +168,7 @@ def narrow(node: dict[str, Any], shop: Workshop) -> dict[str, Any]:
     """Arguments of a node's network, narrow and shallow."""
     params = node.get("params", {})
     if "target" not in node:  # changes of the network to start from
-        return NETWORKS["ViTDecoder"] if "depth" in params else params
+        return {**NETWORKS["ViTDecoder"]} if "depth" in params else params
     kind = node["target"].rpartition(".")[2]
     params = {**params, **NETWORKS[kind]}
     if kind == "UNetGAN":
