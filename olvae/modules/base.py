@@ -253,7 +253,8 @@ def widen(conv: nn.Conv2d | nn.Conv3d, times: int, together: int = 1) -> None:
 
 def repeat_outputs(tensor: Tensor, times: int, together: int = 1) -> Tensor:
     """Repeat along the first axis, ``together`` entries in a row: 0 0 1 1, or 0 1 0 1 with two."""
-    return tensor.unflatten(0, (-1, together)).repeat_interleave(times, 0).flatten(0, 1)
+    groups: Tensor = tensor.unflatten(0, (-1, together))
+    return groups.repeat_interleave(times, 0).flatten(0, 1)
 
 
 def device_of(module: nn.Module) -> torch.device:
