@@ -44,6 +44,8 @@ CONTINUES = {
     "phase_b": "`phase_a`",
     "demo_b": "`demo`",
     "deep/f16c32_b": "`deep/f16c32`",
+    "deep/f16c32_dino": "`deep/f16c32`",
+    "deep/f16c32_send": "`deep/f16c32_aligned`",
     "distil/decoder": "`distil/encoder`, or random",
     "distil/encoder": "random weights",
     "distil/teacher": "1200 steps of its own",
