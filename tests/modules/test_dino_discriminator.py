@@ -216,7 +216,7 @@ def test_r1_with_it_is_the_gradient_at_the_images_and_trains_the_heads(vit):
         (
             {"weights": "/nowhere.pt"},
             FileNotFoundError,
-            "/nowhere.pt: no such file, and not an id.*; set discriminator_config.params.weights to",
+            "/nowhere.pt: no such file, and not an id.*; set discriminator_config.params.weights",
         ),
     ],
 )
