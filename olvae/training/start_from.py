@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from olvae import config as cfg
 from olvae.config import Config, ConfigError
@@ -32,6 +32,8 @@ def start_from(
 
     - Networks in the config are replaced, except for params without a target, such as
       ``padding: reflect``, which are added. A decoder whose shapes they change starts fresh.
+    - A decoder in the config whose class extends the autoencoder's keeps its class: it gets the
+      autoencoder's params and weights, and the tensors that it adds have their initial values.
     - With another number of image channels in ``data.params.channels``, the first and the last
       convolution change.
     - The autoencoder's factors for a diffusion model replace the config's, unless its file has none
@@ -71,7 +73,8 @@ def start_from(
     # Its networks, with the config's additions.
     for key, value in found.config.items():
         given = params.get(key)
-        if key.endswith("_config") and isinstance(given, Mapping) and "target" not in given:
+        adds = isinstance(given, Mapping) and "target" not in given
+        if key.endswith("_config") and (adds or _extends(given, value)):
             params[key] = OmegaConf.to_container(OmegaConf.merge(value, given))
         else:
             params[key] = value
@@ -91,6 +94,15 @@ def start_from(
             raise ConfigError(f"{other} frozen: leave freeze_decoder out")
         warnings.warn(f"{other} starts fresh", stacklevel=2)
     return weights, target.config
+
+
+def _extends(given: Any, found: Mapping[str, Any]) -> bool:
+    """Whether a config's network is of a class that extends the class of the one found."""
+    if not isinstance(given, Mapping):
+        return False
+    kind = cfg.resolve_class(given["target"], nn.Module)
+    base = cfg.resolve_class(found["target"], nn.Module)
+    return kind is not base and issubclass(kind, base)
 
 
 def _set_latents(
@@ -202,6 +214,8 @@ def weights_that_fit(
 ) -> tuple[dict[str, Tensor], bool]:
     """Select the weights for a config's networks; leave out the decoder's if it is another one.
 
+    A decoder whose class extends the model's is the same one, with tensors that it adds.
+
     Returns the weights, and whether the decoder is another one. ConfigError if the encoder is
     another one, as its latents would be others.
     """
@@ -216,6 +230,9 @@ def weights_that_fit(
     # Names in one of them alone, or of different shapes.
     shapes = {(key, tensor.shape) for key, tensor in weights.items()}
     different = {key for key, _ in shapes ^ {(key, t.shape) for key, t in wanted.items()}}
+    if _extends(params["decoder_config"], model.decoder.node):
+        added = {key for key in wanted if key.startswith("decoder.") and key not in weights}
+        different -= added
     elsewhere = sorted(key for key in different if not key.startswith("decoder."))
     if elsewhere:
         raise ConfigError(
