@@ -199,6 +199,11 @@ class GeneratingDecoder(Decoder, ABC):
     # Standard deviation of the noise in x_1, in the image's units.
     noise_std: float
 
+    @property
+    def sees_noise(self) -> bool:
+        """Whether noise changes what it decodes, unlike at the start of its training."""
+        return True
+
     @abstractmethod
     def start(self, z: Tensor, noise: Tensor) -> Tensor:
         """Return x_1 for noise (B, out_channels, f h, f w) of deviation 1."""

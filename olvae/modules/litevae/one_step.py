@@ -8,7 +8,7 @@ decoder whose weights it starts from.
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +146,13 @@ class OneStepDecoder(GeneratingDecoder, LiteVAE_Decoder):
         """The last convolution, though others are defined after it."""
         return self.conv_out
 
+    @property
+    def sees_noise(self) -> bool:
+        return any(injection.conv.weight.any() for injection in self._injections())
+
+    def _injections(self) -> list[Injection]:
+        return [cast("Injection", injection) for injection in self.injections]
+
     def first_picture(self, z: Tensor) -> Tensor:
         """Return the linear path's picture (B, out_channels, f h, f w) in float32, or zeros."""
         if self.linear is not None:
@@ -217,7 +224,7 @@ class OneStepDecoder(GeneratingDecoder, LiteVAE_Decoder):
 
         # The first convolution, the blocks and upsamplings.
         out: list[Stage] = []
-        injections = iter(self.injections)
+        injections = iter(self._injections())
         fold = self.upscale
         for module in self.blocks():
             if module is self.conv_in:

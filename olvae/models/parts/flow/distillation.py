@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from olvae.config import ConfigError
 from olvae.data.source import Source
 from olvae.models.parts.flow.flow_matching import cannot_generate, generating
 from olvae.models.parts.part import Loss, Model, Part, Step
@@ -44,7 +45,12 @@ class Distillation(Part):
         return cannot_generate(model, self.name)
 
     def prepare(self, model: Model, source: Source, seed: int, device: torch.device) -> None:
-        """Copy the weights that the run starts from."""
+        """Copy the weights that the run starts from; ConfigError if noise means nothing to them."""
+        if not generating(model).sees_noise:
+            raise ConfigError(
+                f"model.params.parts.{self.name}: the decoder has not learned to undo noise: start "
+                "from a run with FlowMatching, as finetune/one_step has (`start_from`)"
+            )
         self.teacher.load_state_dict(model.decoder.state_dict())
 
     def train(self, mode: bool = True) -> "Distillation":
