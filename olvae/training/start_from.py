@@ -1,6 +1,7 @@
 """Start a training from an existing autoencoder, which ``model.from`` names; adapt it."""
 
 import copy
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -36,6 +37,8 @@ def start_from(
       autoencoder's params and weights, and the tensors that it adds have their initial values.
     - With another number of image channels in ``data.params.channels``, the first and the last
       convolution change.
+    - With ``enlarge`` in the decoder's params, its last convolution is widened: its images are at
+      first the nearest-neighbour enlargement of what they were.
     - The autoencoder's factors for a diffusion model replace the config's, unless its file has none
       (as latent-diffusion's) or the config has a part that brings latents. Without any if its
       encoder was trained since they were measured: then those of ``overrides``, which are in the
@@ -70,15 +73,20 @@ def start_from(
         drop_factors(found)
         measured = entry_of(merge_files((), overrides, resolve=False), "model.params") or {}
 
-    # Its networks, with the config's additions.
+    # Its networks, with the config's additions; `enlarge` counts also beside other networks.
+    enlarge = entry_of(params, "decoder_config.params.enlarge")
     for key, value in found.config.items():
         given = params.get(key)
-        adds = isinstance(given, Mapping) and "target" not in given
-        if key.endswith("_config") and (adds or _extends(given, value)):
+        if key.endswith("_config") and isinstance(given, Mapping) and "target" not in given:
             params[key] = OmegaConf.to_container(OmegaConf.merge(value, given))
+        elif key.endswith("_config") and _extends(given, value):
+            params[key] = OmegaConf.to_container(OmegaConf.merge(_taken(value, given), given))
         else:
             params[key] = value
+    if enlarge is not None:
+        params["decoder_config"]["params"]["enlarge"] = enlarge
     params.pop("initial_logvar", None)
+    found = enlarged_as(found, params["decoder_config"], name)
 
     # Factors and frozen halves. A frozen encoder must keep its latents.
     _set_latents(params, source, found, name, measured)
@@ -103,6 +111,17 @@ def _extends(given: Any, found: Mapping[str, Any]) -> bool:
     kind = cfg.resolve_class(given["target"], nn.Module)
     base = cfg.resolve_class(found["target"], nn.Module)
     return kind is not base and issubclass(kind, base)
+
+
+def _taken(found: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a network's node without defaults that a class which extends its class leaves out."""
+    base = inspect.signature(cfg.resolve_target(found["target"])).parameters
+    kind = inspect.signature(cfg.resolve_target(given["target"])).parameters
+    params = {}
+    for name, value in found["params"].items():
+        if name in kind or value != base[name].default:
+            params[name] = value
+    return {"params": params}
 
 
 def _set_latents(
@@ -207,6 +226,36 @@ def _resized(tensor: Tensor, axis: int, channels: int) -> Tensor:
     added = list(tensor.shape)
     added[axis] = max(0, channels - old)
     return torch.cat((kept, tensor.new_zeros(added)), axis)
+
+
+def enlarged_as(model: LiteVAE, node: Mapping[str, Any], name: str) -> LiteVAE:
+    """Enlarge an autoencoder's images as a config's decoder does, if that is the same network.
+
+    ConfigError if that network can't, or the autoencoder's own images are larger already.
+    """
+    by = node["params"].get("enlarge", model.enlarge)
+    if by == model.enlarge or node["target"] != model.decoder.node["target"]:
+        return model
+    here = "model.params.decoder_config.params.enlarge"
+    if model.enlarge > 1:
+        raise ConfigError(
+            f"{here}: {by}, but the images of {name} are {model.enlarge} times larger already: "
+            f"set it to {model.enlarge}, or start from the autoencoder that it was made of"
+        )
+    if "enlarge" not in model.decoder.node["params"]:
+        raise ConfigError(
+            f"{here}: {type(model.decoder).__name__}, the decoder of {name}, has none: leave it out"
+        )
+
+    config = copy.deepcopy(model.config)
+    config["decoder_config"]["params"]["enlarge"] = by
+    with torch.random.fork_rng(devices=[]):
+        out = LiteVAE.from_config(**config).set_for_diffusion(model.for_diffusion)
+    weights = model.state_dict()
+    inside = {key.removeprefix("decoder."): key for key in weights if key.startswith("decoder.")}
+    decoder = out.decoder.enlarged({short: weights[key] for short, key in inside.items()})
+    out.load_state_dict(weights | {f"decoder.{short}": value for short, value in decoder.items()})
+    return out.train(model.training)
 
 
 def weights_that_fit(

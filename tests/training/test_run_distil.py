@@ -443,3 +443,10 @@ def test_a_short_distil_demo_is_ahead_of_the_linear_start(train_with, tmp_path, 
             decoded.append(float(psnr(to_uint8(x), to_uint8(model.decode(z))).mean()))
     assert latents[1] < latents[0] < 0.23, latents
     assert decoded[1] - 0.3 > decoded[0] > 24.5, decoded
+
+
+def test_a_decoder_at_2x_refuses_latents_of_images_of_its_own_size(train_with, pairs, target):
+    config = of_pairs(pairs, freeze_encoder=True)
+    config["model"]["params"]["decoder_config"]["params"]["enlarge"] = 2
+    with pytest.raises(ConfigError, match=r"latents of images 2 times smaller .*FolderSource"):
+        train_with(config=config, teacher=target)

@@ -17,12 +17,9 @@ from olvae.models.footprint import footprint, without_weights
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.parts.alignment import Alignment
 from olvae.models.updates.optimizers import mix_seeds
-from olvae.modules.frozen import VisionEncoder, published_weights
 from tests.conftest import parts, tiny_config
 from tests.models.parts.vision import node
 from tests.models.steps import WITHOUT_KL, build, fit, metrics, moved, objective, snapshot, source
-
-timm = pytest.importorskip("timm")
 
 
 def aligned(
@@ -42,36 +39,6 @@ def alone(vit: str, latent_channels: int, **params) -> Alignment:
         )
     )
     return alignment
-
-
-# The vision encoder
-
-
-def test_vision_encoder_features_are_timms(vit):
-    """Patches have 16 pixels, so the image is seen as it is;
-    normalised, after the last norm, without the class.
-    """
-    encoder = VisionEncoder("test_vit", torch.load(vit))
-    theirs = timm.create_model("test_vit", checkpoint_path=vit, dynamic_img_size=True).eval()
-    x = torch.rand(2, 3, 64, 96) * 2 - 1
-    with torch.no_grad():
-        tokens = theirs.forward_features(x)  # the model's own mean and deviation are 0.5
-    expected = tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 6))
-    torch.testing.assert_close(encoder(x, (4, 6)), expected, rtol=1e-5, atol=1e-5)
-    assert encoder.channels == 64
-    finer = torch.nn.functional.interpolate(expected, size=(8, 12), mode="bilinear")
-    torch.testing.assert_close(encoder(x, (8, 12)), finer, rtol=1e-5, atol=1e-5)
-
-
-def test_dinov2_sees_224_pixels_of_256():
-    with torch.device("meta"):
-        encoder = VisionEncoder("vit_small_patch14_dinov2.lvd142m", None)
-        assert encoder(torch.empty(1, 3, 256, 128), (16, 8)).shape == (1, 384, 16, 8)
-    assert encoder._stride * 16 == 224
-    assert (
-        published_weights("vit_large_patch14_dinov2.lvd142m")
-        == "timm/vit_large_patch14_dinov2.lvd142m"
-    )
 
 
 def test_vision_encoder_is_no_part_of_the_model(vit):
@@ -189,6 +156,7 @@ def test_alignment_projection_learns_and_the_encoder_does_not(vit, image_folder,
 @pytest.mark.slow
 def test_alignment_memory_is_counted_without_its_file(vit):
     config = tiny_config(parts={"alignment": node("/nowhere.pt")})["model"]
+    timm = pytest.importorskip("timm")
     found = footprint(without_weights(config), 16, "32")
     assert found.fixed > 4 * sum(p.numel() for p in timm.create_model("test_vit").parameters())
 
