@@ -33,8 +33,8 @@ def start_from(
 
     - Networks in the config are replaced, except for params without a target, such as
       ``padding: reflect``, which are added. A decoder whose shapes they change starts fresh.
-    - A decoder in the config whose class extends the autoencoder's keeps its class: it gets the
-      autoencoder's params and weights, and the tensors that it adds have their initial values.
+    - A decoder in the config whose class extends the autoencoder's keeps its class, and the params
+      and tensors that it adds: all others are the autoencoder's.
     - With another number of image channels in ``data.params.channels``, the first and the last
       convolution change.
     - With ``enlarge`` in the decoder's params, its last convolution is widened: its images are at
@@ -80,7 +80,7 @@ def start_from(
         if key.endswith("_config") and isinstance(given, Mapping) and "target" not in given:
             params[key] = OmegaConf.to_container(OmegaConf.merge(value, given))
         elif key.endswith("_config") and _extends(given, value):
-            params[key] = OmegaConf.to_container(OmegaConf.merge(_taken(value, given), given))
+            params[key] = OmegaConf.to_container(OmegaConf.merge(given, _taken(value, given)))
         else:
             params[key] = value
     if enlarge is not None:
