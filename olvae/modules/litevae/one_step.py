@@ -124,7 +124,7 @@ class OneStepDecoder(GeneratingDecoder, LiteVAE_Decoder):
         )
         self.noise_std = noise_std
 
-        # An injection for each block, in the order they run: those of the middle, then of levels.
+        # An injection for each block, in the order they run: the middle, then the levels.
         # The picture is folded to the block's resolution, by pixels per side.
         widths = [channels * channel_mult[-1]] * (len(self.mid) + 1)
         folds = [self.upscale] * len(self.mid)
