@@ -16,8 +16,6 @@ FIRST_T = 0.01
 # Times of each image in validation, spread evenly.
 TIMES = 4
 
-PLAIN = "set decoder_config.target to olvae.modules.litevae.one_step.OneStepDecoder"
-
 
 class FlowMatching(Part):
     """Teach a decoder that generates the velocity from image to noise, beside the image losses.
@@ -99,5 +97,6 @@ def cannot_generate(model: Model, name: str) -> Iterable[str]:
     if not isinstance(model.decoder, GeneratingDecoder):
         kind = type(model.decoder).__name__
         yield (
-            f"parts.{name}: {kind} takes no noise; only LiteVAE_Decoder can be extended: {PLAIN}"
+            f"parts.{name}: {kind} takes no noise; only LiteVAE_Decoder can be extended: set "
+            "decoder_config.target to olvae.modules.litevae.one_step.OneStepDecoder"
         )
