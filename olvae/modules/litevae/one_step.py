@@ -180,6 +180,12 @@ class OneStepDecoder(GeneratingDecoder, LiteVAE_Decoder):
             picture = F.pixel_unshuffle(picture, 2)
         return picture
 
+    def unfold(self, folded: Tensor) -> Tensor:
+        """Undo :meth:`fold`: (B, C f^2, h, w) -> (B, C, f h, f w)."""
+        for _ in range(self.upscale.bit_length() - 1):
+            folded = F.pixel_shuffle(folded, 2)
+        return folded
+
     @casts_together
     def forward(self, z: Tensor, noised: Tensor | None = None, t: Tensor | None = None) -> Tensor:
         if z.ndim != 4 or z.shape[1] != self.z_channels:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.models.large.tiling import decode_tiled, peak_bytes, receptive_field, tile_bytes
@@ -50,10 +49,7 @@ def latents(height: int = 5, width: int = 6) -> Tensor:
 
 def noise_of(decoder: OneStepDecoder, height: int, width: int) -> Tensor:
     """The noise of `decode`, unfolded: (1, C, f h, f w)."""
-    noise = decoder.noise[None, :, :height, :width]
-    for _ in range(decoder.upscale.bit_length() - 1):
-        noise = F.pixel_shuffle(noise, 2)
-    return noise
+    return decoder.unfold(decoder.noise[None, :, :height, :width])
 
 
 # The estimate
@@ -148,6 +144,20 @@ def test_noise_is_gaussian_and_belongs_to_its_seed():
     assert not torch.equal(noise, OneStepDecoder(**arguments(), noise_seed=1).noise)
     with torch.device("meta"):
         assert OneStepDecoder(**arguments()).noise.is_meta
+
+
+def test_folding_by_hand():
+    """A pixel's place, by bits: the finest bit of row and column is the first to be folded."""
+    decoder = OneStepDecoder(**arguments(out_channels=1))
+    picture = torch.arange(64.0).view(1, 1, 8, 8)
+    folded = decoder.fold(picture)
+    assert folded.shape == (1, 16, 2, 2)
+    for row in range(8):
+        for column in range(8):
+            fine = 2 * (row % 2) + column % 2
+            coarse = 2 * (row // 2 % 2) + column // 2 % 2
+            assert folded[0, 4 * fine + coarse, row // 4, column // 4] == 8 * row + column
+    assert torch.equal(decoder.unfold(folded), picture)
 
 
 def test_noise_has_a_random_place_in_training():
