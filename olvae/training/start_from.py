@@ -75,14 +75,7 @@ def start_from(
 
     # Its networks, with the config's additions; `enlarge` counts also beside other networks.
     enlarge = entry_of(params, "decoder_config.params.enlarge")
-    for key, value in found.config.items():
-        given = params.get(key)
-        if key.endswith("_config") and isinstance(given, Mapping) and "target" not in given:
-            params[key] = OmegaConf.to_container(OmegaConf.merge(value, given))
-        elif key.endswith("_config") and _extends(given, value):
-            params[key] = OmegaConf.to_container(OmegaConf.merge(given, _taken(value, given)))
-        else:
-            params[key] = value
+    params |= {key: _network(value, params.get(key)) for key, value in found.config.items()}
     if enlarge is not None:
         params["decoder_config"]["params"]["enlarge"] = enlarge
     params.pop("initial_logvar", None)
@@ -104,24 +97,30 @@ def start_from(
     return weights, target.config
 
 
-def _extends(given: Any, found: Mapping[str, Any]) -> bool:
-    """Whether a config's network is of a class that extends the class of the one found."""
-    if not isinstance(given, Mapping):
-        return False
-    kind = cfg.resolve_class(given["target"], nn.Module)
-    base = cfg.resolve_class(found["target"], nn.Module)
-    return kind is not base and issubclass(kind, base)
+def _network(found: Any, given: Any) -> Any:
+    """Return the value of a config's key for what was found, with the additions given there."""
+    if not isinstance(found, Mapping) or not isinstance(given, Mapping):
+        return found
+    if "target" not in given:
+        return OmegaConf.to_container(OmegaConf.merge(found, given))
+    if not _extends(given, found):
+        return found
 
-
-def _taken(found: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a network's node without defaults that a class which extends its class leaves out."""
+    # Params of a class that extends the one found, but for defaults that it leaves out.
     base = inspect.signature(cfg.resolve_target(found["target"])).parameters
     kind = inspect.signature(cfg.resolve_target(given["target"])).parameters
     params = {}
     for name, value in found["params"].items():
         if name in kind or value != base[name].default:
             params[name] = value
-    return {"params": params}
+    return OmegaConf.to_container(OmegaConf.merge(given, {"params": params}))
+
+
+def _extends(given: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Whether a config's network is of a class that extends the class of the one found."""
+    kind = cfg.resolve_class(given["target"], nn.Module)
+    base = cfg.resolve_class(found["target"], nn.Module)
+    return kind is not base and issubclass(kind, base)
 
 
 def _set_latents(
