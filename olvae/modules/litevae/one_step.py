@@ -195,10 +195,10 @@ class OneStepDecoder(GeneratingDecoder, LiteVAE_Decoder):
         first = self.first_picture(z)
         if noised is None:
             # One step from the noise of its place, in training of a random one.
-            top, left = 0, 0
+            place = torch.zeros(2, 1, dtype=torch.long, device=z.device)
             if self.training:
-                top, left = torch.randint(NOISE_POSITIONS, (2, 1), device=z.device).unbind()
-            h = self.with_noise(z, top, left)
+                place = torch.randint(NOISE_POSITIONS, (2, 1), device=z.device)
+            h = self.with_noise(z, place[0], place[1])
         else:
             difference = (upcast(noised) - first) / self.noise_std
             h = _beside(z, self.fold(difference))

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -62,11 +61,10 @@ class Distillation(Part):
 
     def losses(self, model: Model, step: Step) -> Mapping[str, Loss]:
         decoder = generating(model)
-        teacher = cast("GeneratingDecoder", self.teacher)
         z = model.autoencoder.decoder_input(step.latent)
         noise = torch.randn_like(step.target)
         with torch.no_grad():
-            wanted = teacher.sample(z, noise, self.steps)
+            wanted = self.teacher.sample(z, noise, self.steps)
         picture = self.picture(decoder, z, noise)
         error = ((picture - wanted) / decoder.noise_std).square().mean()
         return {"distil": (error, self.weight)}
