@@ -269,8 +269,7 @@ class GeneratingDecoder(Decoder, ABC):
     def velocity(self, z: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         """Return dx_t / dt at x_t, which is x_1 - x, by the network's estimate of x."""
         estimate: Tensor = self(z, noised, t)
-        velocity: Tensor = (noised - estimate) / t[:, None, None, None]
-        return velocity
+        return (noised - estimate) / t[:, None, None, None]
 
     def sample(self, z: Tensor, noise: Tensor, steps: int) -> Tensor:
         """Go from x_1 to an image in Euler steps of equal length; one step is the estimate."""

@@ -13,6 +13,7 @@ from tests.conftest import parts, tiny_config
 from tests.data.images import write_shards
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.parts.flow.generating import generates, nodes, vary
+from tests.models.parts.vision import node
 from tests.models.steps import WITHOUT_KL, against
 from tests.training.origins import (
     assert_same_checkpoint,
@@ -101,6 +102,28 @@ def distilled_to_one_step(tmp_path: Path, images: Path) -> Case:
     return config, {"start_from": str(tmp_path / "gone")}, ()
 
 
+def random_vit(tmp_path: Path) -> str:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pt")
+    return str(tmp_path / "vit.pt")
+
+
+def aligned_by_a_transformer(tmp_path: Path, images: Path) -> Case:
+    """As Send-VAE: a mapper that learns, and random noise in what it sees."""
+    given = {"mapper": "vit", "noise": 1.0, "distance_margin": None, "adaptive_weight": False}
+    alignment = node(random_vit(tmp_path), **given)
+    return tiny_config(images, use_ema=True, parts={"alignment": alignment}), {}, ()
+
+
+def against_dino(tmp_path: Path, images: Path) -> Case:
+    """Heads with BatchNorm and spectral norm, and augmentations at random."""
+    params = {"encoder": "test_vit", "weights": random_vit(tmp_path), "image_size": 64, "heads": 2}
+    target = "olvae.modules.dino_discriminator.DinoDiscriminator"
+    adversary = against({"target": target, "params": params}, weight=0.1)
+    return tiny_config(images, adversary_config=adversary), {}, ()
+
+
 CASES = (
     shards,
     everything_of_phase_b,
@@ -109,6 +132,8 @@ CASES = (
     taught_decoder,
     limited_by_a_prior,
     distilled_to_one_step,
+    aligned_by_a_transformer,
+    against_dino,
 )
 
 

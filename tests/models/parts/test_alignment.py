@@ -92,6 +92,72 @@ def test_alignment_takes_the_decoded_sample_before_noise(vit, image_folder):
         aligned(vit, alignment=settings, sample_posterior=False)
 
 
+# Send-VAE's mapper
+
+SEND = {
+    "mapper": "vit",
+    "noise": 1.0,
+    "weight": 1.0,
+    "adaptive_weight": False,
+    "cosine_margin": 0.0,
+    "distance_margin": None,
+}
+
+
+def test_send_vae_loss_by_hand(vit):
+    """Eq. 1 and 2: 1 - cos of the mapped z_t = a z + (1 - a) e, a uniform, and of the features."""
+    alignment = alone(vit, 5, **SEND).double()
+    x = torch.rand(3, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    z = 3 + 2 * torch.randn(3, 5, 4, 4, dtype=torch.float64)
+    torch.manual_seed(7)
+    terms = alignment(x, z)
+    torch.manual_seed(7)
+    share = torch.rand(3, 1, 1, 1).double()
+    noise = torch.randn_like(z)
+    mean = z.mean((0, 2, 3), keepdim=True)
+    std = (z - mean).square().mean((0, 2, 3), keepdim=True).sqrt()
+    mapped = alignment.projection((1 - share) * z + share * (mean + std * noise))
+    features = alignment.features(x, (4, 4))
+    dot = (mapped * features).sum(1)
+    cosine = dot / mapped.norm(dim=1) / features.norm(dim=1)
+    assert terms.keys() == {"align_cosine"}
+    torch.testing.assert_close(terms["align_cosine"], (1 - cosine).mean())
+
+
+def test_noise_while_aligning_is_in_no_other_term(vit):
+    """Not in the distance, which compares the latent itself, nor in what is decoded."""
+    noisy, clean = alone(vit, 5, noise=1.0), alone(vit, 5)
+    x, z = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 5, 4, 4)
+    noisy.projection.load_state_dict(clean.projection.state_dict())
+    found, wanted = noisy(x, z), clean(x, z)
+    assert found["align_distance"] == wanted["align_distance"]
+    assert found["align_cosine"] != wanted["align_cosine"]
+
+
+def test_send_vae_trains_encoder_and_mapper_and_nothing_else(vit, image_folder):
+    model = aligned(vit, alignment=SEND).train()
+    x = from_uint8(next(iter(source(image_folder).train_loader()))["image"])
+    posterior = model.encode(x)
+    step = SimpleNamespace(encoded=posterior, images=x)
+    ((loss, weight),) = model.parts["alignment"].losses(model, step).values()
+    (weight * loss).backward()
+    got = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any(name.startswith("encoder.") for name in got)
+    mapper = {name for name in got if name.startswith("parts.")}
+    assert mapper == {
+        f"parts.alignment.projection.{name}"
+        for name, _ in model.parts["alignment"].projection.named_parameters()
+    }
+    assert not any(name.startswith("decoder.") for name in got)
+    assert not any(p.requires_grad for p in model.parts["alignment"].features.network.parameters())
+
+    before = snapshot(model)
+    fit(model, image_folder, 2, precision="bf16-mixed")
+    assert "parts.alignment.projection.block.qkv.weight" in moved(before, snapshot(model))
+    assert "align_distance" not in metrics(model)
+    assert metrics(model)["train/align_cosine"] > 0
+
+
 def by_hand(
     model: LiteAutoencoderKL, image_folder
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
@@ -191,6 +257,13 @@ def test_alignment_refuses_images_of_other_channels(vit):
     [
         ({"of": "mode"}, ValueError, "of must be one of mean, sample, got 'mode'"),
         ({"weight": -1}, ValueError, "weight must not be negative, got -1"),
+        ({"mapper": "mlp"}, ValueError, "mapper must be one of linear, vit, got 'mlp'"),
+        ({"noise": 1.5}, ValueError, "noise is a share of the latent, at most 1, got 1.5"),
+        (
+            {"project_distance": True, "distance_margin": None},
+            ValueError,
+            "project_distance: there is no distance term",
+        ),
         ({"encoder": "vit_giant_of_nowhere"}, ValueError, "timm has no model vit_giant_of_nowhere"),
         (
             {"weights": "/nowhere.pt"},
@@ -204,6 +277,14 @@ def test_alignment_refuses_wrong_parameters(vit, params, error, message):
     with pytest.raises(error, match=message) as caught:
         Alignment(**{"encoder": "test_vit", "weights": vit, **params})
     assert "\n" not in str(caught.value)
+
+
+def test_mapper_refuses_features_that_are_no_heads():
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match="multiple of 64 channels, and test_vit3 has 96"),
+    ):
+        Alignment("test_vit3", mapper="vit")
 
 
 def test_alignment_without_timm_names_the_extra(monkeypatch, vit):
