@@ -109,9 +109,21 @@ EVERYTHING = {
                 )
             },
         ),
+        (
+            32,
+            {
+                "parts": parts(
+                    spectrum_matching={},
+                    local_correlation={},
+                    shared_low_pass={"cuts": [2], "block": 2},
+                    latent_masking={"ratios": [0.5], "probabilities": [1.0]},
+                    channel_masking={"widths": [2, 4], "at_once": 2},
+                )
+            },
+        ),
         (128, {"adversary": against(UNETGAN, **EVERYTHING)}),
     ],
-    ids=["phase A", "fine-tuning", "phase B"],
+    ids=["phase A", "fine-tuning", "statistics", "phase B"],
 )
 def test_steps_between_logging_steps_do_not_wait_for_the_device(tmp_path, size, model):
     assert traced(tmp_path, size, **model).found == []

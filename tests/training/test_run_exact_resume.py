@@ -102,6 +102,18 @@ def distilled_to_one_step(tmp_path: Path, images: Path) -> Case:
     return config, {"start_from": str(tmp_path / "gone")}, ()
 
 
+def masked_by_a_token(tmp_path: Path, images: Path) -> Case:
+    """A part with a token that learns, and parts that draw what they do."""
+    masking = {"ratios": [0.0, 0.5], "probabilities": [0.5, 0.5]}
+    drawn = parts(
+        latent_masking=masking,
+        shared_low_pass={"cuts": [0, 2], "block": 2},
+        channel_masking={"widths": [1, 2, 4], "at_once": 2},
+    )
+    config = tiny_config(images, use_ema=True, ema_decay=0.5, parts=drawn)
+    return config, {}, ()
+
+
 def random_vit(tmp_path: Path) -> str:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -132,6 +144,7 @@ CASES = (
     taught_decoder,
     limited_by_a_prior,
     distilled_to_one_step,
+    masked_by_a_token,
     aligned_by_a_transformer,
     against_dino,
 )
