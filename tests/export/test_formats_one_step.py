@@ -50,9 +50,18 @@ def test_export_in_float16_holds_its_noise(tmp_path):
         torch.testing.assert_close(half, model.decode(z), rtol=0.01, atol=0.01)
 
 
-@pytest.mark.parametrize("name", ["diffusers", "ldm", "taesd", "monai"])
-def test_formats_of_other_networks_refuse_it(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "file", "message"),
+    [
+        ("diffusers", "out", "`format` litevae"),
+        ("ldm", "out.safetensors", "`format` litevae"),
+        ("monai", "out.safetensors", "`format` litevae"),
+        ("taesd", "out", "only TinyEncoder and TinyDecoder"),
+        ("qwen2d", "out.safetensors", "only Qwen-Image's and Wan's"),
+    ],
+)
+def test_formats_of_other_networks_refuse_it(tmp_path, name, file, message):
     target, _ = one_step_vae(tmp_path)
-    with pytest.raises(ValueError, match="litevae"):
-        export_target(find_target(target), tmp_path / "out", ExportSettings(format=name))
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match=message):
+        export_target(find_target(target), tmp_path / file, ExportSettings(format=name))
+    assert not (tmp_path / file).exists()
