@@ -37,7 +37,7 @@ FOR_A_GPU = 1e11
 """Operations of a step. Smaller networks are trained on a CPU, and would not keep a GPU busy."""
 
 FOLDERS = {"": "own", "imagenet": "imagenet", "deep": "deep", "distil": "distil"}
-FOLDERS |= {"finetune": "finetune", "not_rgb": "not_rgb"}
+FOLDERS |= {"finetune": "finetune", "not_rgb": "not_rgb", "latents": "latents", "rae": "rae"}
 """A table's name for each folder of recipes."""
 
 CONTINUES = {
