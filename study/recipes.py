@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import timm
+import torch
 
 from olvae.cli.configs import purpose_of
 from olvae.cli.main import print_error
@@ -35,13 +37,15 @@ FOR_A_GPU = 1e11
 """Operations of a step. Smaller networks are trained on a CPU, and would not keep a GPU busy."""
 
 FOLDERS = {"": "own", "imagenet": "imagenet", "deep": "deep", "distil": "distil"}
-FOLDERS |= {"finetune": "finetune", "not_rgb": "not_rgb"}
+FOLDERS |= {"finetune": "finetune", "not_rgb": "not_rgb", "latents": "latents", "rae": "rae"}
 """A table's name for each folder of recipes."""
 
 CONTINUES = {
     "phase_b": "`phase_a`",
     "demo_b": "`demo`",
     "deep/f16c32_b": "`deep/f16c32`",
+    "deep/f16c32_dino": "`deep/f16c32`",
+    "deep/f16c32_send": "`deep/f16c32_aligned`",
     "distil/decoder": "`distil/encoder`, or random",
     "distil/encoder": "random weights",
     "distil/teacher": "1200 steps of its own",
@@ -84,6 +88,12 @@ def groups() -> Iterator[tuple[str, list[str]]]:
 
 def from_a_file(target: str, folder: Path) -> str:
     """The same TARGET as a folder of random weights, if it is one of the hub's."""
+    if target.startswith("timm:"):
+        name, reduced, channels = target.removeprefix("timm:").partition("::")
+        file = folder / f"{name}.pt"
+        if not file.is_file():
+            torch.save(timm.create_model(name).state_dict(), file)
+        return f"timm:{name}={file}{reduced}{channels}"
     for start, make in AUTOENCODERS.items():
         if target.startswith(f"diffusers:{start}"):
             place = folder / start.replace("/", "_")

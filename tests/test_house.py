@@ -215,6 +215,7 @@ def test_public_names_are_listed_in_packages_alone():
         str(path.relative_to(ROOT))
         for path, tree in TREES.items()
         if path.name != "__init__.py"
+        and "__all__" in TEXTS[path]
         and any(ast.unparse(node).startswith("__all__ =") for node in tree.body)
     )
 
@@ -227,6 +228,19 @@ def test_docstrings_begin_as_one_would_say_it():
         for node in ast.walk(tree)
         if isinstance(node, documented)
         and TRANSLATED.search(line := (ast.get_docstring(node) or "").partition("\n")[0])
+    )
+
+
+def test_a_recipe_begins_with_a_sentence_of_one_line():
+    """`olvae recipes` shows it."""
+    firsts = {
+        path: path.read_text(encoding="utf-8").partition("\n")[0]
+        for path in ROOT.glob("olvae/recipes/**/*.yaml")
+    }
+    nothing(
+        f"{path.relative_to(ROOT)}: {first}"
+        for path, first in firsts.items()
+        if not (re.match("# [^#]", first) and first.endswith(".") and len(first) <= 122)
     )
 
 

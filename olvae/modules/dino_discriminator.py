@@ -24,10 +24,13 @@ class DinoDiscriminator(nn.Module):
     features of equidistant blocks of a ViT-S that DINO trained, each with a small head, and
     DiffAugment in front (Zhao et al. 2020, arXiv 2006.10738), in training only. A head has a
     convolution of single tokens, one of nine along the tokens with a shortcut around it, and the
-    logits' convolution, with spectral norm, and BatchNorm and LeakyReLU 0.2 after the first two.
+    logits' convolution, with spectral norm; after the first two BatchNorm, and so no bias, and
+    LeakyReLU 0.2.
 
     The encoder is no part of the state dict, and has no parameters here. BatchNorm is over the
     whole batch and all processes, as PatchGAN's, in place of StyleGAN-T's groups of 8 images [D].
+    Published code also adds the class token to each token, and has a head on the patches before the
+    first block; RAE's configs have no cutout, and a norm of each image alone. Not here [D].
 
     Args:
         encoder: a timm model; RAE's is DINO's ViT-S with patches of 8 pixels.
@@ -53,7 +56,12 @@ class DinoDiscriminator(nn.Module):
         if unknown:
             known = ", ".join(AUGMENTATIONS)
             raise ValueError(f"augment: expected some of {known}, got {', '.join(unknown)}")
-        self.features = load_vision_encoder(encoder, weights)
+        try:
+            self.features = load_vision_encoder(encoder, weights)
+        except OSError as error:
+            raise type(error)(
+                f"{error}; set discriminator_config.params.weights to a file of {encoder}'s weights"
+            ) from error
         depth = self.features.depth
         if heads > depth:
             raise ValueError(f"heads: {encoder} has {depth} blocks, got {heads} heads")
@@ -87,10 +95,10 @@ class _Head(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         margin = (0, KERNEL // 2)
-        self.first = SpectralConv2d(channels, channels, kernel_size=1)
+        self.first = SpectralConv2d(channels, channels, kernel_size=1, bias=False)
         self.norm1 = SharedBatchNorm(channels)
         self.second = SpectralConv2d(
-            channels, channels, (1, KERNEL), padding=margin, padding_mode="circular"
+            channels, channels, (1, KERNEL), padding=margin, padding_mode="circular", bias=False
         )
         self.norm2 = SharedBatchNorm(channels)
         self.last = SpectralConv2d(channels, 1, kernel_size=1)

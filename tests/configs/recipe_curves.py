@@ -26,11 +26,13 @@ import torch
 import torchvision
 from PIL import Image
 
+from olvae import LiteVAE
 from olvae.config import recipes, save
 from olvae.data.places import VOLUMES, load
 from olvae.losses import perceptual
 from olvae.models import linear_code
 from olvae.models.loading.targets import find_target
+from olvae.modules.litevae.one_step import OneStepDecoder
 from olvae.pretrained_networks import ALEXNET
 from olvae.training import processes, summary
 from olvae.training.loggers import read_curves
@@ -71,6 +73,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "aggregate_resblocks": 1,
     },
     "LiteVAE_Decoder": {"channels": 8, "num_res_blocks": 0},
+    "OneStepDecoder": {},  # the shipped model's
     "SDEncoder": {"channels": 8, "norm_groups": 4, "num_res_blocks": 1},
     "SDDecoder": {"channels": 8, "norm_groups": 4, "num_res_blocks": 1},
     "TinyEncoder": {"channels": 8, "blocks": [1, 1, 1, 1]},
@@ -79,6 +82,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "UNetGAN": {"image_size": 64},
     "GigaGAN": {"image_size": 64, "base": 512, "max_channels": 16, "heads": 2, "head_channels": 8},
     "DinoDiscriminator": {"image_size": 64, "heads": 2},
+    "ViTDecoder": {"width": 32, "depth": 1, "heads": 1, "hidden": 32},
 }
 """Arguments that make each network narrow and shallow; its levels stay the recipe's."""
 
@@ -138,8 +142,13 @@ class Workshop:
         torch.save(timm.create_model("test_vit").state_dict(), path)
         return {"encoder": "test_vit", "weights": str(path)}
 
-    def autoencoder(self, target: str) -> str:
+    def autoencoder(self, target: str, generates: bool = False) -> str:
         """The small one in place of a published autoencoder; what ships is itself."""
+        if generates:
+            return self.one_step
+        if target.startswith("timm:"):
+            _, reduced, channels = target.partition("::")
+            return f"timm:test_vit={self.vision['weights']}{reduced}{channels}"
         repository = target.rpartition("/")[2]
         for begins, build in AUTOENCODERS.items():
             if repository.startswith(begins):
@@ -148,6 +157,21 @@ class Workshop:
                     build().save_pretrained(folder)
                 return f"diffusers:{folder}"
         return target.replace("diffusers:", f"diffusers:{ROOT}/")
+
+    @cached_property
+    def one_step(self) -> str:
+        """The shipped model with a decoder that generates, whose injections are random."""
+        model = LiteVAE.from_pretrained("olvae:photos-f8c12")
+        params = model.decoder.node["params"]
+        params.pop("enlarge")
+        torch.manual_seed(0)
+        decoder = OneStepDecoder(**params)
+        decoder.load_state_dict({**decoder.state_dict(), **model.decoder.state_dict()})
+        for parameter in decoder.injections.parameters():
+            torch.nn.init.normal_(parameter, std=0.01)
+        path = self.folder / "one_step"
+        LiteVAE(model.encoder, decoder).save_pretrained(path)
+        return str(path)
 
     def pairs(self, target: str) -> str:
         """The folder of a teacher's latents of the pictures."""
@@ -162,8 +186,11 @@ class Workshop:
 
 def narrow(node: dict[str, Any], shop: Workshop) -> dict[str, Any]:
     """Arguments of a node's network, narrow and shallow."""
+    params = node.get("params", {})
+    if "target" not in node:  # changes of the network to start from
+        return {**NETWORKS["ViTDecoder"]} if "depth" in params else params
     kind = node["target"].rpartition(".")[2]
-    params = {**node.get("params", {}), **NETWORKS[kind]}
+    params = {**params, **NETWORKS[kind]}
     if kind == "UNetGAN":
         params["base_channels"] = params.get("base_channels", 16) // 8
     if kind == "DinoDiscriminator":
@@ -183,7 +210,7 @@ def in_small(name: str, shop: Workshop) -> dict[str, Any]:
     adversary = params.get("adversary_config", {}).get("params", {})
     halves = (params.get("encoder_config"), params.get("decoder_config"))
     for node in (*halves, adversary.get("discriminator_config")):
-        if node and "target" in node:
+        if node:
             node["params"] = narrow(node, shop)
     for settings in (params, adversary):
         settings |= {key: 5 for key in SOON if settings.get(key)}
@@ -193,12 +220,13 @@ def in_small(name: str, shop: Workshop) -> dict[str, Any]:
     params["val_metrics"] = []
     config["lightning"].pop("callbacks", None)
     if "from" in model:
-        model["from"] = shop.autoencoder(model["from"])
+        model["from"] = shop.autoencoder(model["from"], generates="distillation" in parts)
     if "config" in params.get("decoder_config", {}).get("params", {}):
         params["decoder_config"]["params"]["config"] = {"decoder_block_out_channels": [4, 4, 4, 8]}
     if "alignment" in parts:
         parts["alignment"]["params"] |= shop.vision
     parts.get("prior", {"params": {}})["params"] |= {"width": 32, "depth": 1}
+    parts.get("features", {"params": {}})["params"] |= {"depth": 1}
 
     # Data.
     data = config["data"]
