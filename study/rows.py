@@ -56,6 +56,7 @@ SD = f"{ENCODER}.params={{channels: 48, norm_groups: 16, latent_dim: 24, image_s
 LITE = f"{ENCODER}.params={{scale: S, image_size: 64}}"
 TINY = f"{ENCODER}.params={{latent_dim: 24, image_size: 64}}"
 LINEAR = (f"{ENCODER}.params.linear=true", f"{DECODER}.params.linear=true")
+LINEAR_DECODER = f"{DECODER}.target=olvae.models.linear_code.LinearDecoder"
 SD_ENCODER = (f"{ENCODER}.target=olvae.modules.sdvae.SDEncoder", SD)
 TINY_ENCODER = (f"{ENCODER}.target=study.encoders.TinyMoments", TINY)
 TINY_DECODER = f"{DECODER}.params={{z_channels: 12}}"
@@ -65,6 +66,7 @@ NETWORKS = {
     "sd": SD_ENCODER,
     "litevae_norm": (f"{ENCODER}.target=study.encoders.NormalizedLiteVAE", LITE),
     "litevae_shuffle": (f"{ENCODER}.target=study.encoders.ShuffledLiteVAE", LITE),
+    "litevae_packets": (f"{ENCODER}.target=study.encoders.PatchedLiteVAE", LITE),
     "litevae_linear": LINEAR,
     "sd_free": (f"{ENCODER}.target=study.encoders.UnnormalizedSDEncoder", SD),
     "sd_short": (f"{ENCODER}.target=study.encoders.ShortPathSDEncoder", SD),
@@ -75,16 +77,23 @@ NETWORKS = {
         f"{DECODER}.target=olvae.modules.others.tiny.TinyDecoder",
         TINY_DECODER,
     ),
+    "linear_alone": (
+        f"{ENCODER}.target=study.encoders.LinearMoments",
+        f"{ENCODER}.params={{image_size: 64}}",
+        LINEAR_DECODER,
+        f"{DECODER}.params={{z_channels: 12}}",
+    ),
 }
 """The encoders: two published ones, TAESD's, and what sets the first two apart.
 
-TAESD's with its own decoder too.
+TAESD's with its own decoder too, and linear layers without a network.
 """
 
 ENCODERS = {
     "litevae": "LiteVAE-S",
     "litevae_norm": "LiteVAE-S, GroupNorm at its end",
     "litevae_shuffle": "LiteVAE-S on shuffled pixels",
+    "litevae_packets": "LiteVAE-S on Haar packets of patches",
     "litevae_linear": "LiteVAE-S, linear start",
     "sd": "SD, 48 channels",
     "sd_free": "SD without its last GroupNorm",
@@ -92,6 +101,7 @@ ENCODERS = {
     "sd_linear": "SD, linear start",
     "tiny": "TAESD's, 64 channels",
     "tiny_whole": "TAESD's, and its decoder",
+    "linear_alone": "linear layers alone",
 }
 """The networks' titles in tables."""
 
@@ -99,6 +109,7 @@ RUNS = {
     "litevae": {"5e-4": 1, "1e-3": 3, "2e-3": 3},
     "litevae_norm": {"1e-3": 2, "2e-3": 3},
     "litevae_shuffle": {"1e-3": 2, "2e-3": 3},
+    "litevae_packets": {},
     "litevae_linear": {"5e-4": 1, "1e-3": 3, "2e-3": 1},
     "sd": {"5e-4": 3, "1e-3": 3, "2e-3": 1},
     "sd_free": {"5e-4": 2, "1e-3": 3, "2e-3": 1},
@@ -106,6 +117,7 @@ RUNS = {
     "sd_linear": {"5e-4": 2, "1e-3": 3},
     "tiny": {"1e-3": 3, "2e-3": 1},
     "tiny_whole": {"1e-3": 3, "2e-3": 1},
+    "linear_alone": {"1e-3": 3},
 }
 """How many seeds each network is trained with at each learning rate.
 
@@ -116,6 +128,7 @@ LONGER = {
     "litevae": ("2e-3", 3),
     "litevae_norm": ("2e-3", 3),
     "litevae_shuffle": ("2e-3", 3),
+    "litevae_packets": ("2e-3", 3),
     "litevae_linear": ("1e-3", 3),
     "sd": ("1e-3", 3),
     "sd_free": ("1e-3", 3),
@@ -123,13 +136,47 @@ LONGER = {
     "sd_linear": ("5e-4", 3),
     "tiny": ("1e-3", 3),
     "tiny_whole": ("1e-3", 3),
+    "linear_alone": ("1e-3", 3),
 }
 """Trained for four times the steps too, in bf16: the networks,
 their learning rates and numbers of seeds."""
 
-LONG = {"litevae_linear": ("1e-3", 36_000), "sd_linear": ("1e-3", 26_400)}
+LONG = {
+    "litevae_linear": ("1e-3", 36_000),
+    "sd_linear": ("1e-3", 26_400),
+    "linear_alone": ("1e-3", 36_000),
+}
 """The long pair, in bf16: the networks, their learning rates and steps,
-which take two hours of a thread each."""
+which take two hours of a thread each; and linear layers alone for as many steps."""
+
+PERCEPTUAL = (f"{LOSS}.perceptual=lite0", f"{LOSS}.lpips_weight=0.3")
+ADVERSARY = (
+    "model.params.adversary_config={target: olvae.models.adversary.Adversary, params: {"
+    "weight: 0.03, ramp_steps: 200, learning_rate_ratio: 1.0, discriminator_config: {"
+    "target: olvae.modules.patchgan.PatchGAN, params: {base_channels: 32}}}}"
+)
+OBJECTIVES = {"lite0": PERCEPTUAL, "adversary": (*PERCEPTUAL, ADVERSARY)}
+"""What people train with, once for each published encoder: a perceptual loss, and that loss
+with an adversary. Weights as study/photos_sharp.yaml's."""
+
+SHIPPED = {
+    "packets": (
+        f"{ENCODER}.params={{scale: S, image_size: 64, packets: true, aggregate_channels: 64, "
+        "aggregate_mult: [1, 1], aggregate_resblocks: 2, linear: true}",
+    ),
+    "muon": ("model.params.optimizer=muon",),
+    "decoder": (
+        f"{DECODER}.params={{channels: 16, z_channels: 12, variant: paper_smc, "
+        "channel_mult: [1, 2, 4, 4], num_res_blocks: 0, linear: true}",
+    ),
+    "objective": (
+        f"{LOSS}={{reconstruction: l2, rec_weight: 5.0, lpips_weight: 0, kl_weight: 1.0e-6, "
+        "wavelet_weight: 0.05, gaussian_weight: 0.1}",
+        "model.params.initial_logvar=-8.0",
+    ),
+}
+"""What sets the recipe of olvae:photos-f8c12 apart from LiteVAE-S with the linear start, besides
+crops, batches and steps (study/photos.yaml)."""
 
 SEEDS = (0, 1, 2)
 
@@ -156,6 +203,12 @@ def rows(quick: bool = False) -> list[Row]:
             Row(f"no_wavelet_{seed}", "objective", (f"{LOSS}.wavelet_weight=0",), seed=seed)
             for seed in seeds
         ),
+        *(
+            Row(f"{network}_{name}_0", "objective", (*NETWORKS[network], f"{RATE}=1e-3", *overrides))
+            for name, overrides in OBJECTIVES.items()
+            for network in ("litevae", "sd")
+        ),
+        *_shipped(),
         Row("kl_x10", "diffusion", (f"{LOSS}.kl_weight=0.1",)),
         Row("equivariance", "diffusion", (equivariance,)),
         Row("group_norm", "scale", (f"{DECODER}.params.variant=group_norm",), sizes=ALL_SIZES),
@@ -185,6 +238,20 @@ def details(found: Mapping[str, Any]) -> float:
     """
     bands = found["sizes"]["256"]["bands"]
     return float(sum(band["mse"] for name, band in bands.items() if not name.startswith("LL")))
+
+
+def _shipped() -> list[Row]:
+    """LiteVAE-S with the linear start after 6000 steps, with all that the shipped recipe changes."""
+    every = [override for overrides in SHIPPED.values() for override in overrides]
+    return [
+        Row(
+            "shipped_all_0",
+            "objective",
+            (*LINEAR, f"{RATE}=1e-3", *every),
+            6000,
+            precision="bf16",
+        )
+    ]
 
 
 def _encoders(seeds: Sequence[int]) -> list[Row]:
