@@ -6,8 +6,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.litevae.encoder_model import GroupNorm, LiteVAE_Encoder
 from olvae.modules.base import Encoder
+from olvae.modules.litevae.encoder_model import GroupNorm, LiteVAE_Encoder
 from olvae.modules.others.tiny import TinyEncoder
 from olvae.modules.sdvae import SDEncoder
 from olvae.modules.wavelet import dwt2

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
 
-QUESTIONS = ("encoder", "objective", "scale", "diffusion")
+QUESTIONS = ("encoder", "objective")
 """Of docs/results.md, in its order."""
 
 SIZES = (64, 256)
 """Pixels at which every row is evaluated: the training crops' and the usual."""
 
 ALL_SIZES = (64, 128, 256, 512)
-"""Of the rows that the scale's question compares."""
+"""Of the rows that are measured by size."""
 
 
 class Row(NamedTuple):
@@ -38,15 +38,6 @@ class Row(NamedTuple):
     time_of: str | None = None
     sizes: tuple[int, ...] = SIZES
     precision: str = "32"
-
-
-class Diffusion(NamedTuple):
-    """Small diffusion models on the latents of a row's autoencoder, a seed each."""
-
-    name: str
-    of: str
-    seeds: tuple[int, ...]
-    steps: int
 
 
 ENCODER, DECODER = "model.params.encoder_config", "model.params.decoder_config"
@@ -147,7 +138,7 @@ LONG = {
     "linear_alone": ("1e-3", 36_000),
 }
 """The long pair, in bf16: the networks, their learning rates and steps,
-which take two hours of a thread each; and linear layers alone for as many steps."""
+which take two hours of a thread each. Beside it linear layers alone."""
 
 PERCEPTUAL = (f"{LOSS}.perceptual=lite0", f"{LOSS}.lpips_weight=0.3")
 ADVERSARY = (
@@ -194,9 +185,6 @@ def rows(quick: bool = False) -> list[Row]:
         quick: an eighth of the steps, one seed.
     """
     factor, seeds = (8, SEEDS[:1]) if quick else (1, SEEDS)
-    equivariance = (
-        "model.params.parts.equivariance.target=olvae.models.parts.equivariance.Equivariance"
-    )
     found = [
         *_encoders(seeds),
         *(
@@ -204,31 +192,15 @@ def rows(quick: bool = False) -> list[Row]:
             for seed in seeds
         ),
         *(
-            Row(f"{network}_{name}_0", "objective", (*NETWORKS[network], f"{RATE}=1e-3", *overrides))
+            Row(
+                f"{network}_{name}_0", "objective", (*NETWORKS[network], f"{RATE}=1e-3", *overrides)
+            )
             for name, overrides in OBJECTIVES.items()
             for network in ("litevae", "sd")
         ),
         *_shipped(),
-        Row("kl_x10", "diffusion", (f"{LOSS}.kl_weight=0.1",)),
-        Row("equivariance", "diffusion", (equivariance,)),
-        Row("group_norm", "scale", (f"{DECODER}.params.variant=group_norm",), sizes=ALL_SIZES),
     ]
     return [row._replace(steps=max(8, row.steps // factor)) for row in found]
-
-
-def diffusions(quick: bool = False) -> list[Diffusion]:
-    """Diffusion models on the autoencoders of the encoder's question,
-    and on two that regularize the latent more."""
-    seeds, steps = (SEEDS[:1], 250) if quick else (SEEDS, 2000)
-    return [
-        Diffusion(f"diffusion_{name}", of, seeds, steps)
-        for name, of in (
-            ("litevae", f"{RECIPES}_0"),
-            ("sd", "sd_5e-4_0"),
-            ("equivariance", "equivariance"),
-            ("kl_x10", "kl_x10"),
-        )
-    ]
 
 
 def details(found: Mapping[str, Any]) -> float:
@@ -241,7 +213,7 @@ def details(found: Mapping[str, Any]) -> float:
 
 
 def _shipped() -> list[Row]:
-    """LiteVAE-S with the linear start after 6000 steps, with all that the shipped recipe changes."""
+    """LiteVAE-S with the linear start after 6000 steps, with what the shipped recipe changes."""
     every = [override for overrides in SHIPPED.values() for override in overrides]
     return [
         Row(
