@@ -220,10 +220,8 @@ def _compared(title: str, stems: Mapping[str, str]) -> Callable[[Found], str]:
 PERCEPTUAL = {
     "LiteVAE-S, the recipe's": "litevae_1e-3_0",
     "SD, the recipe's": "sd_1e-3_0",
-    "LiteVAE-S, Lite0's features": "litevae_lite0_0",
-    "SD, Lite0's features": "sd_lite0_0",
-    "LiteVAE-S, and an adversary": "litevae_adversary_0",
-    "SD, and an adversary": "sd_adversary_0",
+    "LiteVAE-S, Lite0's features and an adversary": "litevae_adversary_0",
+    "SD, Lite0's features and an adversary": "sd_adversary_0",
 }
 """Rows of one seed by what people train with."""
 

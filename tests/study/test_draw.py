@@ -104,7 +104,7 @@ def test_tables_of_the_study_have_means_and_spreads():
     assert len(objective) == 4
     perceptual = TABLES["perceptual"](ROWS).splitlines()
     assert perceptual[2].startswith("| LiteVAE-S, the recipe's | 24.00 ± 1.00 |")
-    assert perceptual[3].startswith("| SD, and an adversary | 22.00 ± 1.00 |")
+    assert perceptual[3].startswith("| SD, Lite0's features and an adversary | 22.00 ± 1.00 |")
     assert len(perceptual) == 4
 
 
