@@ -115,7 +115,8 @@ def compare(models: Mapping[str, Autoencoder], x: Tensor, device: str) -> dict[s
     for name, model in models.items():
         start = time.perf_counter()
         try:
-            y, z = reconstruct(model, x, options)
+            # Of a decoder at 2x the shrunk image, which can be compared with the others.
+            y, z, _ = reconstruct(model, x, options)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         seconds = time.perf_counter() - start

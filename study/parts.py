@@ -30,6 +30,7 @@ PARTS = {
     "scale": "scale_equivariance.ScaleEquivariance, params: {factors: [2]}",
     "prior": "prior.Prior",
     "robust": "teacher.Teacher, params: {autoencoder: olvae:photos-f8c12}",
+    "variance": "statistics.variance_expansion.VarianceExpansion",
 }
 """The first is the control: as many steps without a part."""
 
@@ -41,12 +42,14 @@ TITLES = {
     "scale": "scale equivariance",
     "prior": "diffusion prior in place of KL",
     "robust": "decoder alone, on generated latents",
+    "variance": "variance expansion in place of KL",
 }
 
 WITHOUT_KL = "model.params.lossconfig.params.kl_weight=0"
 SETTINGS = {
     "prior": ["model.params.sample_posterior=false", WITHOUT_KL],
     "robust": ["model.params.freeze_encoder=true", WITHOUT_KL],
+    "variance": [WITHOUT_KL],
 }
 """What a part needs beside itself."""
 

@@ -65,6 +65,8 @@ AUTOENCODERS: Mapping[str, Callable[[], Any]] = {
     "black-forest-labs/FLUX.1": lambda: diffusers.AutoencoderKL(**KL, **WITHOUT_QUANT),
     "black-forest-labs/FLUX.2": lambda: diffusers.AutoencoderKLFlux2(),
     "Qwen/": lambda: diffusers.AutoencoderKLQwenImage(),
+    "Wan-AI/": lambda: diffusers.AutoencoderKLWan(),
+    "madebyollin/": lambda: diffusers.AutoencoderTiny(),
 }
 """Networks of published autoencoders, by how their names on the hub begin."""
 

@@ -188,6 +188,13 @@ TINY_ENCODER = {
 """The arguments of a LiteVAE_Encoder as narrow as can be."""
 
 
+def part_module(name: str) -> str:
+    """The module of a part of the package, in whichever folder below ``parts`` it is."""
+    root = Path(__file__).parents[1]
+    (path,) = (root / "olvae" / "models" / "parts").rglob(f"{name}.py")
+    return ".".join(path.relative_to(root).with_suffix("").parts)
+
+
 def parts(**params: dict[str, Any] | None) -> dict[str, Any]:
     """Nodes of the package's parts with these arguments, by the names of their modules;
     None removes one.
@@ -196,7 +203,7 @@ def parts(**params: dict[str, Any] | None) -> dict[str, Any]:
         name: None
         if arguments is None
         else {
-            "target": f"olvae.models.parts.{name}.{name.title().replace('_', '')}",
+            "target": f"{part_module(name)}.{name.title().replace('_', '')}",
             "params": arguments,
         }
         for name, arguments in params.items()

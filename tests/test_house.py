@@ -246,17 +246,33 @@ EXEMPT = {
 WHOLE = {"test_api", "test_house", "test_release"}
 """Tests of the repository as a whole."""
 
+TOGETHER = "together"
+"""The folder of tests of what crosses files, by topic."""
+
+COMMANDS_ENTRY = "__main__.py"  # it calls the command's function
+
 
 def test_a_test_file_is_named_after_its_source():
     """A file tests/data/test_image_crops.py tests olvae/data/image.py."""
     found = []
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         folder = path.parent.relative_to(ROOT / "tests")
-        if path.stem in WHOLE or (folder.parts[:1] and folder.parts[0] in EXEMPT):
+        if path.stem in WHOLE or {TOGETHER, *EXEMPT} & {*folder.parts[:1]}:
             continue
         sources = {source.stem for source in (ROOT / "olvae" / folder).glob("*.py")}
         sources = sources - {"__init__"} | {folder.name}
         name = path.stem.removeprefix("test_")
         if not any(name == source or name.startswith(f"{source}_") for source in sources if source):
+            found.append(str(path.relative_to(ROOT)))
+    nothing(found)
+
+
+def test_a_source_has_a_test_file_of_its_name():
+    """olvae/data/image.py has tests/data/test_image.py, or test_image_TOPIC.py."""
+    found = []
+    for path in FILES:
+        folder = ROOT / "tests" / path.parent.relative_to(ROOT / "olvae")
+        tests = [*folder.glob(f"test_{path.stem}.py"), *folder.glob(f"test_{path.stem}_*.py")]
+        if path.name not in ("__init__.py", COMMANDS_ENTRY) and not tests:
             found.append(str(path.relative_to(ROOT)))
     nothing(found)

@@ -35,7 +35,8 @@ class VAE:
         self.vae_dtype = torch.float32
         self.first_stage_model = model.to(self.offload_device)
         self.memory = memory
-        self.downscale_ratio = self.upscale_ratio = model.downscale
+        self.downscale_ratio = model.downscale
+        self.upscale_ratio = model.upscale  # twice as much for a decoder at 2x
         self.latent_channels = model.latent_channels
         self.output_channels = model.decoder.out_channels
 
@@ -72,7 +73,7 @@ class VAE:
             return model.encode_within(x, self.memory).mode().to(self.output_device)
 
     def decode(self, samples: Tensor, vae_options: Any = None) -> Tensor:  # noqa: ARG002  (ComfyUI's signature)
-        """Latents (B, n_z, h, w) -> pixels (B, f h, f w, C) in [0, 1].
+        """Latents (B, n_z, h, w) -> pixels (B, f h, f w, C) in [0, 1], f = upscale_ratio.
 
         Raises:
             ValueError: the latents have other channels, or the memory is too small.

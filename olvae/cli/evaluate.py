@@ -359,7 +359,7 @@ def _observers(
     crossed: bool, precisions: list[str], report: bool, own: Iterable[str], weights_dir: Path | None
 ) -> list["Observer"]:
     """Make the observers that the flags ask for, in the order of the page."""
-    from olvae.evaluation.observers import cross, gallery, half_precision
+    from olvae.evaluation.observers import cross, enlarged, gallery, half_precision
     from olvae.evaluation.observers.interpolated import Interpolated
     from olvae.evaluation.observers.observer import Observer
     from olvae.evaluation.observers.pixels import bands, flat_colours, not_rgb
@@ -369,6 +369,7 @@ def _observers(
         observers.append(cross.Cross())
     if precisions != ["32"]:
         observers.append(half_precision.HalfPrecision(precisions))
+    observers.append(enlarged.Enlarged())
     observers += [not_rgb.RealValues(), not_rgb.Transparency(), gallery.Gallery(), bands.Bands()]
     if report:
         observers.append(flat_colours.FlatColours())

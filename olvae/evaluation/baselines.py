@@ -80,7 +80,7 @@ class Baselines(Observer):
 
     def derive(self, subjects: Mapping[str, Subject]) -> dict[str, Subject]:
         untrained = self._target.untrained()
-        f = untrained.downscale
+        f = untrained.upscale
         rows: dict[str, Autoencoder] = {}
         code = self._linear_code(untrained)
         if code is not None:
@@ -103,7 +103,7 @@ class Baselines(Observer):
         """
         channels = like.in_channels
         n = like.latent_channels
-        f = like.downscale
+        f = like.upscale
         if channels * f**2 > LARGEST_PATCH:
             log.warning(
                 "the linear code has no row: covariances of patches of %dx%d pixels are too large",

@@ -56,7 +56,7 @@ def open_images_for(
             f"and {channels[count]} takes {count}"
         )
     for name, model in models.items():
-        f = model.downscale
+        f = model.upscale
         if not source.size.fits(f):
             raise ConfigError(
                 f"{name}: a latent position stands for {f}x{f} pixels, and {source.size.short} is "
@@ -91,6 +91,9 @@ class Cost:
 class RoundTrip:
     """Encode and decode images in float32, and measure what that costs.
 
+    Where the decoder enlarges images, the encoder gets them shrunk as much, so that the two sizes
+    agree.
+
     Reconstructions are clamped and, for 8 bits, rounded to uint8. The model, in evaluation mode,
     runs on the device; images come and go on the CPU. The latent is the posterior's mode; with a
     ``seed`` it is a sample, whose noise depends on the seed and the image's key.
@@ -120,7 +123,7 @@ class RoundTrip:
         images = self.pixel_range.normalise(x.to(self.device))
         with full_float32(images), peak_memory(self.device, self._peaks):
             start = now(self.device)
-            posterior = self.model.encode(images)
+            posterior = self.model.encode(self.model.shrink(images))
             encoded = now(self.device)
 
             # Sample outside both times. Noise is drawn per image: batches make no difference.
@@ -145,7 +148,7 @@ class RoundTrip:
         return Reconstructed(posterior.mean, self.pixel_range.to_levels(y).cpu())
 
     def cost(self, size: Size) -> Cost:
-        """Return the cost of images of ``size`` pixels: counted, and measured so far.
+        """Return the cost of reconstructions of ``size`` pixels: counted, and measured so far.
 
         The first batch warms up and is not counted, unless it is the only one.
         """
@@ -153,10 +156,11 @@ class RoundTrip:
         images, encode_s, decode_s = (sum(column) for column in zip(*counted, strict=True))
         model = self.model
         sides = Sides.of(size)
+        encoded = sides // model.enlarge
         return Cost(
             parameters=count_parameters(model),
-            encode_macs=_macs(model, "encode", model.in_channels, *sides),
-            decode_macs=_macs(model, "decode", model.latent_channels, *sides // model.downscale),
+            encode_macs=_macs(model, "encode", model.in_channels, *encoded),
+            decode_macs=_macs(model, "decode", model.latent_channels, *sides // model.upscale),
             encode_images_per_s=images / encode_s if encode_s else None,
             decode_images_per_s=images / decode_s if decode_s else None,
             peak_memory_bytes=max(self._peaks[1:] or self._peaks, default=None),

@@ -220,7 +220,10 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def decode(  # pipelines pass a generator; nothing here is random
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Decode (B, n_z, h, w) to ``sample``, (B, C, f h, f w), around [-1, 1], not clamped."""
+        """Decode (B, n_z, h, w) to ``sample``, (B, C, f h, f w), around [-1, 1], not clamped.
+
+        With a decoder at 2x, f is twice the encoder's.
+        """
         model = self.autoencoder
         x = self._run(model.decode, lambda z, memory: model.decode_tiled(z, memory=memory), z)
         if return_dict:
@@ -234,10 +237,15 @@ class AutoencoderLiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
-        """Reconstruct (B, C, H, W), with its size, from the posterior's mode or from a sample."""
+        """Reconstruct (B, C, H, W) from the posterior's mode or from a sample.
+
+        The result has its size, or a decoder's at 2x twice that.
+        """
         (posterior,) = self.encode(sample, return_dict=False)
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        x = crop_to(self.decode(z, return_dict=False)[0], (sample.shape[-2], sample.shape[-1]))
+        by = self.decoder.enlarge_by
+        size = (by * sample.shape[-2], by * sample.shape[-1])
+        x = crop_to(self.decode(z, return_dict=False)[0], size)
         if return_dict:
             return DecoderOutput(sample=x)
         return (x,)

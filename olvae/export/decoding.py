@@ -37,7 +37,7 @@ PATH_BYTES = 2048
 
 
 class _Latent(NamedTuple):
-    """A latent to decode, (n_z, h, w), with its image's key, height and width.
+    """A latent to decode, (n_z, h, w), with the key, height and width of its decoded image.
 
     ``tags`` say where it is on the earth, for a TIFF.
     """
@@ -64,8 +64,8 @@ def decode_shards(
 
     Files are named by the images' keys with the format's extension: png, jpg, npy, tif or exr; by
     default png or, where it can't hold them, npy. What takes more than ``memory`` bytes is tiled.
-    ``advance`` is called with the number of further images. Return the number of images, and the
-    latents that could not be read. Raise ValueError if there are none to decode, or they are
+    ``advance`` is called with the number of further images. Return their number, and the latents
+    that could not be read. Raise ValueError if there are none to decode, or they are
     another model's, ConfigError for a format that can't hold the model's channels or range, or if a
     file that decoding did not make would be replaced.
     """
@@ -154,7 +154,7 @@ def _batches(
             tags: Sequence[Tag] = ()
             whole = meta["image"] == [meta.get("width"), meta.get("height")]
             if placed and whole and PLACE_FILE in entry.files:
-                tags = tags_from(entry.files[PLACE_FILE])
+                tags = tags_from(entry.files[PLACE_FILE], model.enlarge)
         except UnreadableImageError as error:
             unreadable.append(error.read_error())
             continue
@@ -162,7 +162,7 @@ def _batches(
             unreadable.append(ReadError(entry.name, reason(error)))
             continue
         z = latent.draw(None)
-        width, height = meta["image"]
+        width, height = (model.enlarge * side for side in meta["image"])
         if batch and (len(batch) == batch_size or batch[0].z.shape != z.shape):
             yield batch
             batch = []

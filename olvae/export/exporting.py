@@ -132,7 +132,8 @@ def export_target(
     # The model, and a format that can hold it.
     loaded = target.load()
     model = loaded.as_litevae(target.given)
-    usual = "litevae" if family_of(model) is None else "diffusers"
+    # Diffusers' classes can't hold a decoder at 2x.
+    usual = "litevae" if family_of(model) is None or model.enlarge > 1 else "diffusers"
     layout = settings.layout(settings.format or usual)
     reason = layout.misfit(model)
     if reason:

@@ -134,6 +134,8 @@ class Layout(ABC):
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
         """Yield what a user has to know about this model in this format."""
+        if model.enlarge > 1:
+            yield f"{larger(model)}: whoever wants the encoded size shrinks them"
         if not model.pixel_range.eight_bits:
             yield (
                 f"values of images, {model.pixel_range}: what loads this format takes and gives "
@@ -156,6 +158,8 @@ vae = AutoencoderLiteVAE.from_pretrained("FOLDER_OR_ID")  # in diffusers, in pla
 these imports"""
 
     def notes(self, model: LiteVAE) -> Iterator[str]:
+        if model.enlarge > 1:
+            yield f"{larger(model)}, also in pipelines of diffusers"
         # Not the range of values, which is in this config.json.
         if model.latents_mean is not None:
             yield (
@@ -205,6 +209,7 @@ class DiffusersLayout(Layout):
         return _family(model).units(model) is not None
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
+        check_not_larger(model)
         return _family(model).to_diffusers(model)
 
     def config(self, model: LiteVAE) -> Config | None:
@@ -293,6 +298,18 @@ class OriginalLayout(DiffusersLayout):
             yield f"ComfyUI and A1111 build Stable Diffusion's widths only, not {', '.join(odd)}"
         if any(block.startswith("Attn") for block in config.get("down_block_types", ())):
             yield "ComfyUI and A1111 build attention in the middle only, not at levels as here"
+        if model.enlarge > 1:
+            outputs = model.enlarge**2 * model.decoder.out_channels
+            reader = (
+                "ComfyUI has no pixel shuffle after them: load and decode with the nodes "
+                '"Load VAE (VAE Utils)" and "VAE Decode (VAE Utils)" of spacepxl/ComfyUI-VAE-Utils'
+            )
+            if _family(model).kind(model) not in (WAN, QWEN):
+                reader = (
+                    "ComfyUI reads these from Wan's and Qwen-Image's files alone: `format` comfyui "
+                    "is for its node here"
+                )
+            yield f"the last convolution has {outputs} outputs; {reader}"
 
 
 class ImageLayout(OriginalLayout):
@@ -325,7 +342,8 @@ class ComfyUILayout(Layout):
 
     def misfit(self, model: LiteVAE) -> str | None:
         family = family_of(model)
-        if family is None:
+        # Of a decoder at 2x, ComfyUI's own loader takes no file but Wan's, and does not shuffle.
+        if family is None or model.enlarge > 1:
             if model.in_channels == 3 and model.pixel_range.eight_bits:
                 return None
             return (
@@ -367,6 +385,7 @@ class TinyFilesLayout(DiffusersLayout):
         return True
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
+        check_not_larger(model)
         tensors = Tiny().to_diffusers(model)
         return {_taesd_name(name): tensor for name, tensor in tensors.items()}
 
@@ -463,6 +482,17 @@ class MonaiLayout(Layout):
         yield f"images are {low:g} to {high:g} there, which are -1 to 1 here"
         if not model.pixel_range.eight_bits:
             yield f"these stand for values, {model.pixel_range}"
+
+
+def larger(model: LiteVAE) -> str:
+    """Say by how much a decoder at 2x enlarges images."""
+    return f"decoded images are {model.enlarge} times as large as encoded ones, along each side"
+
+
+def check_not_larger(model: LiteVAE) -> None:
+    """Raise ValueError for a decoder at 2x, which formats without a pixel shuffle can't say."""
+    if model.enlarge > 1:
+        raise ValueError(f"{larger(model)}, by a pixel shuffle, which this format lacks")
 
 
 def _tiny_kind(model: LiteVAE) -> str:

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -63,7 +63,10 @@ MOST_CLASSIC = 2**32 - 2**25
 
 NOT_FINITE = "the reconstruction has non-finite values: set `precision` to 32, or check the weights"
 NOT_OF_8_BITS = "a model that was trained on it reconstructs it"
-ONLY_WHOLE = "larger ones are read piece by piece by a LiteVAE alone, and without `sample`"
+ONLY_WHOLE = (
+    "larger ones are read piece by piece by a LiteVAE alone, without `sample`, and not with a "
+    "decoder at 2x"
+)
 AS_TILES = (
     "save it as a tiled TIFF, which is read piece by piece: "
     "vips copy '{}' '{}.tif[tile,bigtiff]', or gdal_translate -co TILED=YES -co BIGTIFF=IF_SAFER"
@@ -161,18 +164,31 @@ def images_of(given: Path) -> Iterator[tuple[Path, Path]]:
             yield image, below.with_suffix("")
 
 
+class Reconstruction(NamedTuple):
+    """An image as it was decoded, in levels of the model's range, on the CPU.
+
+    uint8, or float32 for other than 8 bits.
+    """
+
+    # Of the image's shape, (C, H, W): what a decoder at 2x gives, shrunk.
+    levels: Tensor
+    # What was decoded, (1, n_z, h, w).
+    latent: Tensor
+    # As decoded, (C, enlarge H, enlarge W).
+    enlarged: Tensor
+
+
 @torch.no_grad()
 def reconstruct(
     model: Autoencoder,
     image: Tensor,
     options: ReconstructOptions,
     progress: Callable[[float], None] | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> Reconstruction:
     """Encode and decode an image, (C, H, W) of any size.
 
-    ``progress`` is called with the fraction that is done. Return the reconstruction, levels of the
-    model's range, of the same shape, on the CPU: uint8, or float32 for other than 8 bits; and what
-    was decoded, (1, n_z, h, w). Raise ValueError if the reconstruction has non-finite values.
+    ``progress`` is called with the fraction that is done. Raise ValueError if the reconstruction
+    has non-finite values.
     """
     report = progress or (lambda _: None)
     size = image.shape[-2], image.shape[-1]
@@ -190,7 +206,14 @@ def reconstruct(
         y = model.decode_tiled(z, None, options.memory, lambda done: report(0.3 + 0.7 * done))
     if not torch.isfinite(y).all():
         raise ValueError(NOT_FINITE)
-    return _by_rows(lambda rows: model.pixel_range.to_levels(rows).cpu(), crop_to(y, size)[0]), z
+
+    def to_levels(images: Tensor, by: int) -> Tensor:
+        inside = crop_to(images, (by * size[0], by * size[1]))[0]
+        return _by_rows(lambda rows: model.pixel_range.to_levels(rows).cpu(), inside)
+
+    enlarged = to_levels(y, model.enlarge)
+    levels = enlarged if model.enlarge == 1 else to_levels(model.shrink(y), 1)
+    return Reconstruction(levels, z, enlarged)
 
 
 def _by_rows(function: Callable[..., Tensor], *images: Tensor) -> Tensor:
@@ -209,8 +232,9 @@ def reconstruct_file(
     """Read an image, write its reconstruction and the comparison; return PSNR in dB and path.
 
     The reconstruction is ``place``.png, or .npy where PNG lacks such channels; real values are
-    written as the image's kind of file, or .npy. A scene's is a GeoTIFF with its place on earth,
-    and its missing values, which are not compared. A TIFF, JPEG 2000 or Zarr that is too large for
+    written as the image's kind of file, or .npy. A decoder at 2x makes it twice as large, and what
+    is compared is shrunk. A scene's is a GeoTIFF of its size, with its place on earth, and its
+    missing values, which are not compared. A TIFF, JPEG 2000 or Zarr that is too large for
     the memory is reconstructed by :class:`LargeImage`, a volume by :func:`reconstruct_volume`.
     Raise ValueError that names the image if it can't be read or reconstructed; then nothing is
     written.
@@ -227,6 +251,7 @@ def reconstruct_file(
         isinstance(model, LiteVAE)
         and isinstance(model.encoder, LiteVAE_Encoder)
         and model.decoder.paths() is not None
+        and model.enlarge == 1
         and options.seed is None
     ):
         advice = AS_TILES.format(source.name, source.stem)
@@ -250,8 +275,8 @@ def reconstruct_file(
         raise
     x = pixels.levels(image)
     try:
-        y, _ = reconstruct(model, image, options, progress)
-        y, missing = without_gaps(y, x, gaps)
+        decoded = reconstruct(model, image, options, progress)
+        y, missing = without_gaps(decoded.levels, x, gaps)
         value = compared_psnr(psnr(x[None], y[None]).item(), missing, x.numel())
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
@@ -260,6 +285,8 @@ def reconstruct_file(
     shown = (pixels.picture(x), pixels.picture(y), errors)
 
     # The reconstruction: in a kind of file that holds its channels and values.
+    if georeference is None and gaps is None:
+        y = decoded.enlarged
     tags = {} if georeference is None else {"extratags": georeference.tags}
     suffix = ".tif" if tags else result_suffix(source, len(y), pixels)
     result = place.with_name(place.name + suffix)
@@ -300,7 +327,7 @@ def reconstruct_volume(
     for number in range(count):
         image = image_to_tensor(slice_photo(volume, axis, number, neighbours, window).read())
         try:
-            y, _ = reconstruct(
+            decoded = reconstruct(
                 model,
                 image,
                 options,
@@ -309,8 +336,8 @@ def reconstruct_volume(
         except ValueError as failed:
             raise ValueError(f"{volume.name}: slice {number}: {failed}") from failed
         x = pixels.levels(image)[middle]
-        np.moveaxis(values, axis, 0)[number] = pixels.real(y)[neighbours].numpy()
-        y = y[middle]
+        np.moveaxis(values, axis, 0)[number] = pixels.real(decoded.levels)[neighbours].numpy()
+        y = decoded.levels[middle]
         error += (x.double() - y.double()).square().sum().item()
         if number == count // 2:
             shown = (pixels.picture(x), pixels.picture(y), error_map(x[None], y[None])[0])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.checkpoint import load_weights, read_weights
@@ -37,6 +38,7 @@ class Autoencoder(nn.Module, ABC):
 
     in_channels: int
     downscale: int  # f: pixels of the image per latent position, along each side
+    enlarge: int = 1  # pixels of a decoded image per pixel of the encoded one, along each side
     latent_channels: int  # n_z
     deterministic: bool = False  # whether its latents have no distribution
     image_size: int = 256  # the intended side of images, in pixels
@@ -56,6 +58,18 @@ class Autoencoder(nn.Module, ABC):
     pixel_range: PixelRange = EIGHT_BITS  # of its images: to [-1, 1] and back to real values
     # False if the file has none of these factors, so that they are a guess.
     factors_known: bool = True
+
+    @property
+    def upscale(self) -> int:
+        """Pixels of a decoded image per latent position, along each side."""
+        return self.downscale * self.enlarge
+
+    def shrink(self, x: Tensor) -> Tensor:
+        """Average blocks of pixels: from a decoded image's size to the size that was encoded.
+
+        (B, C, enlarge H, enlarge W) -> (B, C, H, W), the tensor itself if ``enlarge`` is 1.
+        """
+        return x if self.enlarge == 1 else F.avg_pool2d(x, self.enlarge)
 
     @property
     def for_diffusion(self) -> dict[str, Any]:
@@ -102,7 +116,7 @@ class Autoencoder(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
-        """(B, n_z, h, w) -> (B, C, f h, f w), nominally in [-1, 1], not clamped."""
+        """(B, n_z, h, w) -> (B, C, f h, f w), f = ``upscale``; about [-1, 1], not clamped."""
 
     def as_litevae(self, name: str) -> "LiteVAE":
         """The same autoencoder as a LiteVAE, to train or export; ConfigError if it can't be one."""
@@ -185,6 +199,7 @@ class LiteVAE(Autoencoder):
         self.encoder, self.decoder, self.quantizer = encoder, decoder, quantizer
         self.in_channels = encoder.in_channels
         self.downscale = encoder.downscale
+        self.enlarge = decoder.enlarge_by
         self.image_size = encoder.image_size
         self.latent_channels = decoder.z_channels
         if quantizer is not None:
@@ -195,7 +210,7 @@ class LiteVAE(Autoencoder):
         # Do the halves fit each other?
         wanted = {
             "latent_dim": ("twice the decoder's z_channels", 2 * decoder.z_channels),
-            "downscale": ("the decoder's upscale", decoder.upscale),
+            "downscale": ("the decoder's upscale", decoder.upscale // decoder.enlarge_by),
             "in_channels": ("the decoder's out_channels", decoder.out_channels),
         }
         if quantizer is not None:

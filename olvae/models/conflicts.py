@@ -74,12 +74,14 @@ def _out_of_range(model: Model) -> Iterator[str]:
 
 def check_source(model: Model, source: Source) -> None:
     """Raise ConfigError if a source's images do not fit the model in size or channels."""
-    factor = model.autoencoder.downscale
+    vae = model.autoencoder
+    factor = vae.upscale
     if not source.size.fits(factor):
         sizes = " or ".join(str(size.node) for size in source.size.multiples(factor))
+        times = "" if vae.enlarge == 1 else f" times {vae.enlarge} for its larger images"
         raise ConfigError(
             f"data.params.size: {source.size.node} is not a multiple of {factor}, the model's "
-            f"downscaling factor: use {sizes}"
+            f"downscaling factor{times}: use {sizes}"
         )
     channels = model.encoder.in_channels
     if source.channels != channels:
@@ -90,3 +92,9 @@ def check_source(model: Model, source: Source) -> None:
         )
     if model.stand_in is None and source.latent_stats:
         raise ConfigError("data: it has the latents of a teacher, but there is none: set `teacher`")
+    if vae.enlarge > 1 and source.latent_stats:
+        raise ConfigError(
+            "data: its latents are of these images, and this decoder needs latents of images "
+            f"{vae.enlarge} times smaller (decoder_config.params.enlarge): train on the images "
+            "alone, as with data.target olvae.data.picture_folder.FolderSource"
+        )

@@ -61,13 +61,16 @@ class LinearEncoder(Encoder):
 class LinearDecoder(Decoder):
     """A decoder that is a linear path alone: a 3x3 convolution of latents, rearranged to pixels.
 
-    Arguments as LiteVAE_Decoder's; ``upscale`` is the side of a patch in pixels.
+    Arguments as LiteVAE_Decoder's; ``upscale`` is the side of a patch in pixels, before the image
+    is enlarged.
 
-    Shapes: (B, z_channels, h, w) -> (B, out_channels, upscale h, upscale w).
+    Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w), f = enlarge upscale.
     """
 
-    def __init__(self, z_channels: int = 12, out_channels: int = 3, upscale: int = 8) -> None:
-        super().__init__(z_channels, out_channels, upscale)
+    def __init__(
+        self, z_channels: int = 12, out_channels: int = 3, upscale: int = 8, enlarge: int = 1
+    ) -> None:
+        super().__init__(z_channels, out_channels, upscale, enlarge)
         self.add_linear_path()
 
     def forward(self, z: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ def start_linearly(
     """
     began = monotonic()
     pixels = source.pixel_range
-    crops, known = crops_and_means(source, seed, model.downscale)
+    crops, known = crops_and_means(source, seed, model.upscale)
     model.to(device)
     fit_linear_paths(model, crops, teacher if known is None else known, pixels, fresh)
 
@@ -115,7 +118,7 @@ def start_linearly(
                 if latents is teacher and sample.moments is not None:
                     z = sample.moments[None].chunk(2, dim=1)[0].to(device)
                 else:
-                    z = latents(pixels.normalise(image.to(device)))
+                    z = latents(model.shrink(pixels.normalise(image.to(device))))
                 y = model.decoder.linear_path(model.decoder_input(z))
             found.append(float(psnr(pixels.levels(image), pixels.to_levels(y).cpu())))
             if len(found) > MEASURED_IMAGES:
@@ -168,33 +171,37 @@ def fit_linear_paths(
     """
     device = device_of(model)
     f = model.downscale
+    large = model.upscale
     n = model.latent_channels
-    values = model.in_channels * f**2  # of a patch
+    values = model.in_channels * large**2  # of a patch
     if values > LARGEST_PATCH:
         raise ValueError(
-            f"linear: covariances of patches of {f}x{f} pixels are too large: leave it out"
+            f"linear: covariances of patches of {large}x{large} pixels are too large: leave it out"
         )
 
     # Crops in batches; a teacher's means for them are computed once, for both halves.
-    together = max(1, POSITIONS_AT_A_TIME * f**2 // crops[0, 0].numel())
+    together = max(1, POSITIONS_AT_A_TIME * large**2 // crops[0, 0].numel())
 
     def batches() -> Iterator[Tensor]:
         return (pixel_range.normalise(part.to(device)) for part in crops.split(together))
+
+    def encoded() -> Iterator[Tensor]:
+        return map(model.shrink, batches())
 
     means: Sequence[Tensor] = ()
     if isinstance(teacher, Tensor):
         means = teacher.to(device).split(together)
     elif teacher is not None:
-        means = [teacher(x) for x in batches()]
+        means = [teacher(x) for x in encoded()]
 
     # The encoder, before the decoder, which is fitted from the encoder's latents.
     path = model.encoder.linear
     if path is not None and "encoder" in fresh:
         if teacher is None:
-            patches = (_vectors(F.pixel_unshuffle(x, f)) for x in batches())
+            patches = (_vectors(F.pixel_unshuffle(x, f)) for x in encoded())
             _set(path, *principal_components(*mean_and_covariance(patches), n))
         else:
-            both = zip(batches(), means, strict=True)
+            both = zip(encoded(), means, strict=True)
             pairs = (torch.cat((_vectors(_windows(x, path)), _vectors(z)), dim=1) for x, z in both)
             _set(path, *least_squares(*mean_and_covariance(pairs), n))
 
@@ -205,7 +212,7 @@ def fit_linear_paths(
 
         def pair(x: Tensor, z: Tensor) -> Tensor:
             around = _windows(model.decoder_input(z), path)
-            patches = F.pixel_unshuffle(x, f)
+            patches = F.pixel_unshuffle(x, large)
             if min(around.shape[-2:]) > 2:
                 around = around[..., 1:-1, 1:-1]
                 patches = patches[..., 1:-1, 1:-1]
@@ -213,7 +220,7 @@ def fit_linear_paths(
 
         latents: Iterable[Tensor] = means
         if teacher is None:
-            latents = map(_means(model, fresh), batches())
+            latents = map(_means(model, fresh), encoded())
         _set(path, *least_squares(*mean_and_covariance(map(pair, batches(), latents)), values))
 
 

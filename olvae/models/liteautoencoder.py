@@ -310,7 +310,11 @@ class LiteAutoencoderKL(pl.LightningModule):
     def forward(
         self, x: Tensor, sample_posterior: bool = False, moments: Tensor | None = None
     ) -> tuple[Tensor, Posterior]:
-        """See :meth:`LiteVAE.forward`; a stand-in (``moments``: its own) replaces a frozen half."""
+        """Reconstruct images of the decoder's size: see :meth:`LiteVAE.forward`, and ``shrink``.
+
+        A stand-in (``moments``: its own) replaces a frozen half.
+        """
+        x = self.autoencoder.shrink(x)
         stand_in = self.stand_in if self.freeze_encoder else None
         posterior = self.encode(x) if stand_in is None else stand_in.posterior(x, moments)
         latent = posterior.sample() if sample_posterior else posterior.mode()
@@ -394,13 +398,16 @@ class LiteAutoencoderKL(pl.LightningModule):
                 watching.enter_context(part.watch(self))
                 part.on_images(self, step)
 
-            # Encode: a stand-in gives the posterior; an encoder that learns from it runs as well.
+            # Compare with these images, and encode them, halved where the decoder doubles them.
+            step.target = step.images
+            step.images = self.autoencoder.shrink(step.images)
+
+            # A stand-in gives the posterior; an encoder that learns from it runs as well.
             if stand_in is None:
                 step.posterior = step.encoded = self.encode(step.images)
             else:
                 step.posterior = stand_in.posterior(step.images, step.moments)
                 step.encoded = None if self.freeze_encoder else self.encode(step.images)
-            step.target = step.images
             step.drawn = step.latent = self.draw(step.posterior)
 
             # Decode, unless the stand-in's decoder takes the place of a frozen one.

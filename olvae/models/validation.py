@@ -75,9 +75,10 @@ class Validation:
                 metrics.update(keys, levels, model.pixel_range.to_levels(reconstruction))
                 del reconstruction  # before the next pass needs the memory
 
-        # Parts: means over the batch, weighted by its images.
+        # Parts: means over the batch, weighted by its images, which they get as the encoder does.
+        encoded = model.autoencoder.shrink(images)
         for part in model.each_part:
-            for name, mean in part.validate(model, images, moments).items():
+            for name, mean in part.validate(model, encoded, moments).items():
                 summed = np.array([float(mean) * len(levels), len(levels)])
                 self.sums[part.name, name] = self.sums.get((part.name, name), 0.0) + summed
 

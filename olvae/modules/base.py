@@ -1,7 +1,7 @@
 """Base classes of encoders and decoders, and small helpers on modules."""
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -133,21 +133,72 @@ class Encoder(_Network):
 
 
 class Decoder(_Network):
-    """Latents (B, z_channels, h, w) to images (B, out_channels, upscale h, upscale w)."""
+    """Latents (B, z_channels, h, w) to images (B, out_channels, upscale h, upscale w).
 
-    def __init__(self, z_channels: int, out_channels: int, upscale: int) -> None:
+    With ``enlarge_by`` above 1 these images are as many times larger, along each side, than the
+    ones that were encoded, and ``upscale`` is as many times the encoder's factor.
+    """
+
+    def __init__(self, z_channels: int, out_channels: int, upscale: int, enlarge: int = 1) -> None:
+        """Note the shapes; ``upscale`` is of images that are not enlarged."""
         super().__init__()
         check_counts(1, z_channels=z_channels, out_channels=out_channels, upscale=upscale)
+        check_counts(1, enlarge=enlarge)
         self.z_channels = z_channels
         self.out_channels = out_channels
-        self.upscale = upscale
+        self.upscale = upscale * enlarge
+        self.enlarge_by = enlarge
+        self.output_patch = 1  # see widen_output
 
     @property
     def widths(self) -> list[int]:
         """Channels of each level, for diffusers, whose pipelines count them to know the factor."""
         params = self.node["params"]
-        multiples = params.get("channel_mult") or [1] * self.upscale.bit_length()
+        factor = self.upscale // self.enlarge_by
+        multiples = params.get("channel_mult") or [1] * factor.bit_length()
         return [params.get("channels", 1) * multiple for multiple in multiples]
+
+    def widen_output(self, patch: int = 1) -> None:
+        """Widen the last convolution for :meth:`shuffle`: each output becomes enlarge_by^2.
+
+        So the image is at first the nearest-neighbour enlargement of the one without. ``patch``:
+        the side of the patches that the convolution's outputs, in the order (channel, row, column),
+        are rearranged to before.
+        """
+        self.output_patch = patch
+        last = last_convolution(self)
+        if self.enlarge_by == 1 or last is None:
+            return
+        widen(last, self.enlarge_by**2, patch**2)
+
+    def enlarged(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Make of the weights of this decoder with ``enlarge`` 1 its own, by nearest neighbours.
+
+        ``weights`` have its names, without a prefix.
+        """
+        own = dict(weights)
+        for name, parameter in self.state_dict().items():
+            tensor = weights[name]
+            if tensor.shape == parameter.shape:
+                continue
+            if not name.startswith("linear."):
+                own[name] = repeat_outputs(tensor, self.enlarge_by**2, self.output_patch**2)
+                continue
+            # The linear path gives patches of enlarged images.
+            side = self.upscale // self.enlarge_by
+            rows = tensor.unflatten(0, (-1, side, side)).repeat_interleave(self.enlarge_by, 1)
+            own[name] = rows.repeat_interleave(self.enlarge_by, 2).flatten(0, 2)
+        return own
+
+    def shuffle(self, image: Tensor) -> Tensor:
+        """(B, e^2 C, H, W) to (B, C, e H, e W) for e = ``enlarge_by``."""
+        return F.pixel_shuffle(image, self.enlarge_by)  # the tensor itself for 1
+
+    def and_shuffle(self, stages: list[Stage]) -> list[Stage]:
+        """Add :meth:`shuffle` to stages, if the images are enlarged."""
+        if self.enlarge_by == 1:
+            return stages
+        return [*stages, Stage(self.shuffle, 0, self.enlarge_by)]
 
     def add_linear_path(self) -> None:
         """Add a linear path from 3x3 latent positions to patches."""
@@ -189,6 +240,18 @@ def last_convolution(network: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
     path = getattr(network, "linear", None)
     found = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m is not path]
     return found[-1] if found else path
+
+
+def widen(conv: nn.Conv2d | nn.Conv3d, times: int, together: int = 1) -> None:
+    """Repeat each output of a convolution in place, or each ``together`` outputs in a row."""
+    conv.out_channels *= times
+    for name, parameter in list(conv.named_parameters(recurse=False)):
+        setattr(conv, name, nn.Parameter(repeat_outputs(parameter.detach(), times, together)))
+
+
+def repeat_outputs(tensor: Tensor, times: int, together: int = 1) -> Tensor:
+    """Repeat along the first axis, ``together`` entries in a row: 0 0 1 1, or 0 1 0 1 with two."""
+    return tensor.unflatten(0, (-1, together)).repeat_interleave(times, 0).flatten(0, 1)
 
 
 def device_of(module: nn.Module) -> torch.device:

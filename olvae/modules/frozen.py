@@ -101,9 +101,12 @@ class PerceptualNetwork(nn.Module):
         super().__init__()
         import torchvision
 
-        build = {"vgg": torchvision.models.vgg16, "alex": torchvision.models.alexnet}[trunk]
         self.taps = TAPS[trunk]
-        self.features = build().features[: self.taps[-1] + 1]
+        layers = self.taps[-1] + 1
+        if trunk == "alex":
+            self.features = torchvision.models.alexnet().features[:layers]
+        else:
+            self.features = _vgg_features(torchvision.models.vgg16, layers)
 
         # One weight a channel, none negative: (1, d, 1, 1) each.
         published = load_file(HEADS / f"{trunk}.safetensors")
@@ -136,6 +139,16 @@ class PerceptualNetwork(nn.Module):
         return found
 
 
+def _vgg_features(build: Callable[..., Any], layers: int) -> nn.Sequential:
+    """Build the first of a VGG's ``features``, without values."""
+    # On the meta device first: the classifier, most of a VGG, takes seconds and is not needed.
+    device = torch.empty(0).device
+    with torch.device("meta"):
+        vgg = build(weights=None, init_weights=False)
+    features: nn.Sequential = vgg.features[:layers]
+    return features.to_empty(device=device)
+
+
 def _directions(features: Tensor) -> Tensor:
     """Scale the features of each position, (B, d, h, w), to length 1."""
     return features / (features.square().sum(1, keepdim=True).sqrt() + 1e-10)
@@ -144,7 +157,8 @@ def _directions(features: Tensor) -> Tensor:
 def perceptual_network(trunk: Trunk, path: Path | None) -> PerceptualNetwork:
     """LPIPS's network, frozen, in evaluation mode.
 
-    ``path`` is the trunk's file of :data:`TRUNKS`; None gives random weights, to count the network.
+    ``path`` is the trunk's file of :data:`TRUNKS`; None gives weights without values, to count the
+    network.
     """
     network = PerceptualNetwork(trunk).requires_grad_(False).eval()
     if path is not None:
@@ -165,12 +179,7 @@ def conv5_4(path: Path | None) -> nn.Module:
     """
     import torchvision
 
-    # On the meta device first: the classifier, most of VGG19, is not needed.
-    device = torch.empty(0).device
-    with torch.device("meta"):
-        vgg = torchvision.models.vgg19(weights=None, init_weights=False)
-    features = vgg.features[:VGG_LAYERS].requires_grad_(False)
-    features.to_empty(device=device)
+    features = _vgg_features(torchvision.models.vgg19, VGG_LAYERS).requires_grad_(False)
     if path is not None:
         load_weights_file(path, VGG19, "features.", features.state_dict())
     return nn.Sequential(Normalise(), features)

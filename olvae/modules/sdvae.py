@@ -126,8 +126,10 @@ class SDDecoder(_Half, Decoder):
         channels, channel_mult, num_res_blocks: see :class:`SDEncoder`.
         z_channels, out_channels: of the latent and of the image.
         norm_groups, attention, attention_levels, padding, linear: see :class:`SDEncoder`.
+        enlarge: as LiteVAE_Decoder's.
 
-    Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w), f = 2^(len(channel_mult) - 1).
+    Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w),
+    f = enlarge 2^(len(channel_mult) - 1).
     """
 
     def __init__(
@@ -142,9 +144,10 @@ class SDDecoder(_Half, Decoder):
         attention_levels: Sequence[int] = (),
         padding: Padding = "zeros",
         linear: bool = False,
+        enlarge: int = 1,
     ) -> None:
         check_counts(1, channels=channels, channel_mult=channel_mult)
-        super().__init__(z_channels, out_channels, 2 ** (len(channel_mult) - 1))
+        super().__init__(z_channels, out_channels, 2 ** (len(channel_mult) - 1), enlarge)
         self._build(
             z_channels,
             out_channels,
@@ -156,12 +159,13 @@ class SDDecoder(_Half, Decoder):
             attention_levels,
             padding,
         )
+        self.widen_output()
         if linear:
             self.add_linear_path()
 
     @casts_together
     def forward(self, z: Tensor) -> Tensor:
-        image: Tensor = self.model(z)
+        image = self.shuffle(self.model(z))
         return image if self.linear is None else image + self.linear_path(z)
 
 

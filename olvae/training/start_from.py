@@ -34,6 +34,8 @@ def start_from(
       ``padding: reflect``, which are added. A decoder whose shapes they change starts fresh.
     - With another number of image channels in ``data.params.channels``, the first and the last
       convolution change.
+    - With ``enlarge`` in the decoder's params, its last convolution is widened: its images are at
+      first the nearest-neighbour enlargement of what they were.
     - The autoencoder's factors for a diffusion model replace the config's, unless its file has none
       (as latent-diffusion's) or the config has a part that brings latents. Without any if its
       encoder was trained since they were measured: then those of ``overrides``, which are in the
@@ -68,14 +70,18 @@ def start_from(
         drop_factors(found)
         measured = entry_of(merge_files((), overrides, resolve=False), "model.params") or {}
 
-    # Its networks, with the config's additions.
+    # Its networks, with the config's additions; `enlarge` counts also beside other networks.
+    enlarge = entry_of(params, "decoder_config.params.enlarge")
     for key, value in found.config.items():
         given = params.get(key)
         if key.endswith("_config") and isinstance(given, Mapping) and "target" not in given:
             params[key] = OmegaConf.to_container(OmegaConf.merge(value, given))
         else:
             params[key] = value
+    if enlarge is not None:
+        params["decoder_config"]["params"]["enlarge"] = enlarge
     params.pop("initial_logvar", None)
+    found = enlarged_as(found, params["decoder_config"], name)
 
     # Factors and frozen halves. A frozen encoder must keep its latents.
     _set_latents(params, source, found, name, measured)
@@ -195,6 +201,36 @@ def _resized(tensor: Tensor, axis: int, channels: int) -> Tensor:
     added = list(tensor.shape)
     added[axis] = max(0, channels - old)
     return torch.cat((kept, tensor.new_zeros(added)), axis)
+
+
+def enlarged_as(model: LiteVAE, node: Mapping[str, Any], name: str) -> LiteVAE:
+    """Enlarge an autoencoder's images as a config's decoder does, if that is the same network.
+
+    ConfigError if that network can't, or the autoencoder's own images are larger already.
+    """
+    by = node["params"].get("enlarge", model.enlarge)
+    if by == model.enlarge or node["target"] != model.decoder.node["target"]:
+        return model
+    here = "model.params.decoder_config.params.enlarge"
+    if model.enlarge > 1:
+        raise ConfigError(
+            f"{here}: {by}, but the images of {name} are {model.enlarge} times larger already: "
+            f"set it to {model.enlarge}, or start from the autoencoder that it was made of"
+        )
+    if "enlarge" not in model.decoder.node["params"]:
+        raise ConfigError(
+            f"{here}: {type(model.decoder).__name__}, the decoder of {name}, has none: leave it out"
+        )
+
+    config = copy.deepcopy(model.config)
+    config["decoder_config"]["params"]["enlarge"] = by
+    with torch.random.fork_rng(devices=[]):
+        out = LiteVAE.from_config(**config).set_for_diffusion(model.for_diffusion)
+    weights = model.state_dict()
+    inside = {key.removeprefix("decoder."): key for key in weights if key.startswith("decoder.")}
+    decoder = out.decoder.enlarged({short: weights[key] for short, key in inside.items()})
+    out.load_state_dict(weights | {f"decoder.{short}": value for short, value in decoder.items()})
+    return out.train(model.training)
 
 
 def weights_that_fit(

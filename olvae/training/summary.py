@@ -62,8 +62,8 @@ def _rows(
     """Write the rows of the summary: title -> text."""
     # Sizes of images and latents, and of a batch over all processes.
     vae = model.autoencoder
-    size = source.size
     f = vae.downscale
+    size = source.size // vae.enlarge
     steps = trainer.max_steps
     images = source.batch_size
     batches = model.accumulate_grad_batches
@@ -93,7 +93,7 @@ def _rows(
         "decoder": _network(model.decoder, (1, vae.decoder.z_channels, *size // f), size),
         "latent": f"f{f}, {counted(vae.latent_channels, 'channel')}: {size} -> {size // f}",
         "objective": ", ".join(terms),
-        "data": f"{source.describe()}, {size}; {workers}",
+        "data": f"{source.describe()}, {source.size}; {workers}",
         "batch": f"{batch} = {images} x {batches} accumulated x {ranks}",
         "learning rate": describe_rate(model, end),
         "steps": f"{steps}: {in_all:,} images{each}; the time left is shown after "

@@ -1,7 +1,6 @@
 """``olvae evaluate --zoo``, with tiny random models in a local folder in place of the published
 ones."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -12,14 +11,12 @@ import pytest
 from olvae.evaluation import zoo
 from olvae.evaluation.zoo import read_zoo
 from olvae.models.loading import from_diffusers
-from olvae.models.spec import CLASS_NAME
-from olvae.models.target_names import SHIPPED, SHIPPED_FOLDER
+from olvae.models.target_names import SHIPPED
 from tests.cli.conftest import Ended, run_once
 from tests.cli.test_evaluate import content
 from tests.conftest import smooth_pictures
 from tests.models.loading.classes import CLASSES, make
 
-DOCS = Path(__file__).parents[2] / "docs"
 FLAGS = ("--size", 64, "--metrics", "psnr", "--no-report", "--observe", "colour")
 
 
@@ -205,36 +202,3 @@ def test_zoo_refuses_wrong_arguments(olvae, arguments, message, tmp_path, monkey
     assert code in (1, 2)
     assert f"error: {message}" in err
     assert not (tmp_path / "x").exists()
-
-
-def test_every_entry_of_the_zoo_is_on_its_page():
-    """Our own models come first, with the figures of their cards.
-
-    Every entry is in the list of docs/autoencoders.md, as the file has it.
-    """
-    entries, page = read_zoo(), (DOCS / "zoo.md").read_text(encoding="utf-8")
-    _, heading, listed = (
-        (DOCS / "autoencoders.md")
-        .read_text(encoding="utf-8")
-        .partition(f"### The {len(entries)} autoencoders by name")
-    )
-    listed = listed.partition("\n## ")[0]
-    assert heading
-    own = [entry.name for entry in entries if entry.target.startswith(SHIPPED)]
-    assert sorted(own) == sorted(
-        config.parent.name for config in SHIPPED_FOLDER.glob("*/config.json")
-    )
-    assert [entry.name for entry in entries[: len(own)]] == own
-    for entry in entries:
-        assert entry.kind in CLASSES or entry.kind == CLASS_NAME
-        facts = (entry.kind, entry.factor, entry.channels, entry.licence)
-        line = " | ".join([entry.name, f"`{entry.target}`", *map(str, facts)])
-        assert listed.count(f"| {line} | ") == 1, line
-    assert listed.count("\n| ") - 1 == len(entries)
-    assert f"A list of {len(entries)} autoencoders" in page
-    # A list is no result.
-    readme = DOCS.parent / "README.md"
-    assert "zoo.md" not in readme.read_text(encoding="utf-8")
-    for name in own:
-        card = json.loads((SHIPPED_FOLDER / name / "metrics.json").read_text())
-        assert f"| {name} | 39 | {card['results'][0]['metrics']['psnr']:.3f} " in page

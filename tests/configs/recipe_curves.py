@@ -87,6 +87,8 @@ SOON = ("warmup_steps", "start_step", "ramp_steps")
 AUTOENCODERS = {
     "FLUX.2": lambda: make("AutoencoderKLFlux2", latent_channels=32, **FOUR_LEVELS),
     "Qwen-Image": lambda: make("AutoencoderKLQwenImage"),
+    "Wan2.1": lambda: make("AutoencoderKLWan"),
+    "taesdxl": lambda: make("AutoencoderTiny"),
     "FLUX.1": lambda: tiny_kl(**EIGHT, latent_channels=16, **WITHOUT_QUANT),
     "stable-diffusion-3": lambda: tiny_kl(**EIGHT, latent_channels=16, **WITHOUT_QUANT),
     "sd": lambda: tiny_kl(**EIGHT),

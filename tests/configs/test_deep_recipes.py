@@ -13,18 +13,23 @@ CONFIGS = {
 }
 
 
+ALIGNED = ("f16c32_aligned", "f16c32_send")
+
+
 @pytest.mark.parametrize(
-    ("name", "factor"), [("f16c32", 16), ("f16c32_aligned", 16), ("f32c32", 32)]
+    ("name", "factor"),
+    [("f16c32", 16), ("f16c32_aligned", 16), ("f16c32_send", 16), ("f32c32", 32)],
 )
 def test_deep_recipes_have_the_latent_that_their_name_says(name, factor):
     """Of the networks as configured; the factors of encoder and decoder agree,
     or it would not build.
     """
-    if name.endswith("aligned"):
+    if name in ALIGNED:
         pytest.importorskip("timm")
     model = without_weights(load([CONFIGS[name]])["model"])
     assert (model.autoencoder.downscale, model.autoencoder.latent_channels) == (factor, 32)
-    assert ("alignment" in model.parts) == name.endswith("aligned")
+    assert ("alignment" in model.parts) == (name in ALIGNED)
     assert model.objective.weights["kl"] == 1e-6
-    if "alignment" in model.parts:
-        assert model.parts["alignment"].projection.weight.shape == (1024, 32, 1, 1)
+    if name in ALIGNED:
+        projection = model.parts["alignment"].projection
+        assert getattr(projection, "embed", projection).weight.shape == (1024, 32, 1, 1)

@@ -16,6 +16,7 @@ from olvae.data.shards.latent_files import LATENT, LATENT_META
 from olvae.data.shards.tar_reading import read_shard
 from olvae.export.decoding import decode_shards
 from olvae.models.large.tiling import crop_to, pad_to_multiple
+from tests.conftest import tiny, tiny_config
 from tests.data.images import picture, write_shards, write_tar
 from tests.export.latents import Shrunk, encode, pictures, tiny_vae
 from tests.soak.killed import killed_before
@@ -51,6 +52,24 @@ def test_decoded_images_are_those_of_the_decoder(tmp_path, image_folder):
     for path, image in zip(paths, images, strict=True):
         # Rounding at a half may go either way.
         assert (read(path).int() - image.int()).abs().max() <= 1
+
+
+@torch.inference_mode()
+def test_a_decoder_at_2x_decodes_to_twice_the_size(tmp_path):
+    """Of images whose sides are no multiples of f: the padding is cut off at twice the size."""
+    decoder = tiny_config()["model"]["params"]["decoder_config"]
+    decoder["params"]["enlarge"] = 2
+    model = tiny(decoder_config=decoder)
+    (tmp_path / "photos").mkdir()
+    photo = picture(0).resize((21, 13))
+    photo.save(tmp_path / "photos" / "a.png")
+    encode(tmp_path / "photos", tmp_path / "latents", model, size=None, dtype="float32")
+    decode_shards(model, shards(tmp_path / "latents"), tmp_path / "out")
+    x = pad_to_multiple(from_uint8(image_to_tensor(photo)[None]), 8)
+    expected = crop_to(to_uint8(model.decode(model.encode(x).mode())), (26, 42))[0]
+    found = read(tmp_path / "out" / "a.png")
+    assert found.shape == (3, 26, 42)
+    assert (found.int() - expected.int()).abs().max() <= 1
 
 
 def test_encoded_latents_decode_to_the_reconstruction(tmp_path):

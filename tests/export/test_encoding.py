@@ -2,7 +2,6 @@ import io
 import json
 import tarfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,11 @@ from safetensors.torch import load
 from olvae.config import ConfigError, save
 from olvae.data.image import EvalTransform, image_to_tensor
 from olvae.data.picture_folder import find_images
-from olvae.data.pixels.size_and_range import Sides, from_uint8
+from olvae.data.pixels.size_and_range import from_uint8
 from olvae.data.shards.tar_reading import Shard
 from olvae.evaluation.latent_report import LatentAccumulator
 from olvae.export.decoding import decode_shards
-from olvae.export.encode_inputs import find_inputs, usual_transform
+from olvae.export.encode_inputs import find_inputs
 from olvae.models.large.tiling import pad_to_multiple
 from tests.data.images import encoded, picture, write_shard, write_shards, write_tar
 from tests.export.latents import Blocks, Shrunk, encode, everything, pictures, tiny_vae
@@ -384,57 +383,6 @@ def test_encoding_a_remote_shard_that_fails_is_not_finished(tmp_path):
     assert not list((tmp_path / "out").glob("*.tar"))
     (tmp_path / "down").unlink()
     assert encode(url, tmp_path / "out")["count"] == 3
-
-
-def test_encoding_plan_tells_other_images_of_the_same_names_apart():
-    data_sets = ["torchvision:FakeData,size=4", "torchvision:FakeData,size=4,random_offset=4"]
-    shards = [
-        "https://here.org/0.tar",
-        "https://there.org/0.tar",
-        "pipe:cat 0.tar?a=0",
-        "pipe:cat 0.tar?a=1",
-    ]
-    plans = [find_inputs(source, 3, 2).plan({})["images"] for source in (*data_sets, *shards)]
-    shard = find_inputs(shards[0], 3, 2)
-    plans += [
-        replace(shard, image_key=key).plan({})["images"] for key in ("input.png", "target.png")
-    ]
-    assert len(set(plans)) == 8
-
-
-def test_encoding_resizes_images_as_evaluation_does(tmp_path, image_folder):
-    masks = {"size": 24, "filters": ["nearest"]}
-    params = {"root": str(image_folder), "batch_size": 1, **masks}
-    save(
-        {"data": {"target": "olvae.data.picture_folder.FolderSource", "params": params}},
-        tmp_path / "masks.yaml",
-    )
-    trained = {"data": {"params": masks}}
-    for source, config, expected in (
-        (image_folder, {}, (16, "bicubic")),  # the model's image_size
-        (image_folder, trained, (24, "nearest")),
-        (tmp_path / "masks.yaml", {}, (24, "nearest")),
-        (tmp_path / "masks.yaml", {"data": {"params": {"size": 32}}}, (24, "nearest")),
-    ):
-        usual = usual_transform(find_inputs(str(source), 3, 5), config, tiny_vae())
-        assert (Sides.of(usual.size).node, usual.resample) == expected
-    save(
-        {"data": {"target": "olvae.data.dataset.SamplePhotographs", "params": {"size": 64}}},
-        tmp_path / "tiles.yaml",
-    )
-    for size, tile in ((None, 64), (80, 80)):
-        inputs = find_inputs(str(tmp_path / "tiles.yaml"), 3, 5, size=size)
-        assert inputs.open(next(inputs.read(0)).image).size == (tile, tile)
-    (tmp_path / "masks").mkdir()
-    mask = np.random.default_rng(0).integers(0, 2, (40, 40, 3), dtype=np.uint8) * 255
-    Image.fromarray(mask).save(tmp_path / "masks" / "0.png")
-    encode(tmp_path / "masks", tmp_path / "out", resample="nearest", images=True)
-    content = files(tmp_path / "out")["000000.tar"]["00000000.latent.png"]
-    assert set(np.asarray(Image.open(io.BytesIO(content))).flat) == {0, 255}
-    assert (
-        "resample"
-        in json.loads((tmp_path / "out" / ".encode" / "plan.json").read_text())["options"]
-    )
 
 
 def test_killed_encoding_leaves_nothing_half_written_when_run_again(tmp_path, image_folder):

@@ -68,6 +68,7 @@ def test_onnx_files_are_right_at_sizes_not_seen(tmp_path):
         ({"wavelet": "db2"}, {"output": "image"}),
         ({"variant": "paper", "pool": "conv"}, {"variant": "paper_smc"}),
         ({"linear": True}, {"linear": True}),
+        ({}, {"enlarge": 2}),
     ],
 )
 def test_onnx_files_of_other_networks(encoder, decoder, tmp_path):

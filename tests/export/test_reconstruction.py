@@ -17,7 +17,7 @@ from olvae.export.reconstruction import (
     reconstruct_file,
 )
 from olvae.models.large.tiling import pad_to_multiple
-from tests.conftest import tiny
+from tests.conftest import tiny, tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -35,6 +35,26 @@ def test_reconstruction_is_the_models_within_rounding(size, options):
     difference = (reconstruct(vae, image, options)[0].int() - expected.int()).abs()
     assert difference.max() <= 1  # rounding at .5
     assert difference.float().mean() < 0.01
+
+
+@torch.no_grad()
+def test_a_decoder_at_2x_writes_twice_the_size_and_compares_the_shrunk_image(tmp_path):
+    decoder = tiny_config()["model"]["params"]["decoder_config"]
+    decoder["params"]["enlarge"] = 2
+    vae = tiny(decoder_config=decoder)
+    pixels = np.random.default_rng(0).integers(0, 256, (13, 21, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    value, result = reconstruct_file(vae, tmp_path / "a.png", tmp_path / "out" / "a", CPU)
+
+    x = from_uint8(torch.from_numpy(pixels).movedim(2, 0)[None])
+    y = vae.decode(vae.encode(pad_to_multiple(x, 8)).mode())
+    written = np.asarray(Image.open(result)).astype(int)
+    expected = to_uint8(y)[0, :, :26, :42].movedim(0, 2).numpy().astype(int)
+    assert written.shape == (26, 42, 3)
+    assert np.abs(written - expected).max() <= 1
+    smaller = to_uint8(y.unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1)))[0, :, :13, :21]
+    error = (smaller.movedim(0, 2).numpy().astype(float) - pixels) ** 2
+    assert value == pytest.approx(10 * math.log10(255**2 / error.mean()), abs=0.05)
 
 
 def touch(*paths: Path) -> None:

@@ -53,7 +53,7 @@ def test_a_large_tiff_is_reconstructed_as_in_memory(size, make, tmp_path, monkey
     vae = make()
     source = tmp_path / "large.tif"
     source.write_bytes(tiff(smooth(*size), "rgb", tile=(64, 64), compression="zlib"))
-    whole, _ = reconstruct(vae, image_to_tensor(read_picture(source)), SMALL)
+    whole, *_ = reconstruct(vae, image_to_tensor(read_picture(source)), SMALL)
 
     done: list[float] = []
     value, result = reconstruct_file(vae, source, tmp_path / "out/large", SMALL, done.append)
@@ -86,7 +86,7 @@ def test_a_large_tiff_of_real_values_is_reconstructed_as_in_memory(tmp_path):
     vae.pixel_range = DEEP
     source = tmp_path / "deep.tif"
     source.write_bytes(tiff(values("uint16", 3, (203, 605)), "rgb", tile=(64, 64)))
-    whole, _ = reconstruct(vae, image_to_tensor(read_picture(source, 3, DEEP)), SMALL)
+    whole, *_ = reconstruct(vae, image_to_tensor(read_picture(source, 3, DEEP)), SMALL)
     _, result = reconstruct_file(vae, source, tmp_path / "out", SMALL)
     assert result.name == "out.tif"
     written = tifffile.imread(result)

@@ -159,13 +159,6 @@ def test_perceptual_weights_file_that_is_not_there_is_an_error(nowhere):
         ESRGAN("elsewhere.pth")
 
 
-def test_perceptual_network_draws_no_random_numbers():
-    """A training's other networks begin alike with it and without it."""
-    before = torch.get_rng_state()
-    conv5_4(None)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_perceptual_weights_of_something_else_are_refused(tmp_path, vgg):
     with pytest.raises(ValueError, match=r"not a file of VGG19 weights: features\.\d+\.\w+ is"):
         conv5_4(vgg)

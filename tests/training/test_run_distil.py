@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -25,14 +24,10 @@ from olvae.export.as_diffusers import AutoencoderLiteVAE
 from olvae.figures import save_image
 from olvae.metrics.metric import psnr
 from olvae.models import linear_code
-from olvae.models.linear_code import LinearEncoder
 from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
 from olvae.models.parts.teacher import STD_IMAGES
-from olvae.modules.base import Encoder
-from olvae.modules.litevae.encoder_model import WaveletEncoder
-from olvae.training.starting_weights import untrained_half
-from tests.conftest import parts, tiny
+from tests.conftest import parts
 from tests.export.latents import encode
 from tests.export.test_as_diffusers import dit
 from tests.models.autoencoder_kl import tiny_kl
@@ -129,41 +124,6 @@ def test_the_teachers_deviation_is_measured_on_the_training_images(
 
 def untrained(run) -> str | None:
     return load([run.config])["run"]["untrained"]
-
-
-@pytest.mark.parametrize(
-    ("frozen", "before", "expected"),
-    [
-        ("decoder", None, "decoder"),
-        ("encoder", None, "encoder"),
-        (None, None, None),
-        ("decoder", "decoder", "decoder"),
-        ("encoder", "decoder", None),
-        ("decoder", {}, None),  # weights without a config
-    ],
-)
-def test_untrained_half_is_the_frozen_one_with_fresh_weights(frozen, before, expected):
-    model = freezing(frozen, tiny().encoder)
-    config = {"run": {"untrained": before}} if isinstance(before, str) else before
-    assert untrained_half(model, config) == expected
-
-
-def freezing(frozen: str | None, encoder: Encoder, stand_in: object = None) -> SimpleNamespace:
-    halves = {
-        "encoder": encoder,
-        "decoder": tiny().decoder,
-        "frozen_halves": [frozen] if frozen else [],
-    }
-    return SimpleNamespace(quantizer=None, stand_in=stand_in, **halves)
-
-
-def test_untrained_half_is_none_for_an_encoder_without_weights_or_of_the_linear_code():
-    """But not beside a teacher, whose latents are learned from the trained half alone."""
-    for encoder in (WaveletEncoder(), LinearEncoder()):
-        assert untrained_half(freezing("encoder", encoder), None) is None
-    assert (
-        untrained_half(freezing("encoder", LinearEncoder(), stand_in=object()), None) == "encoder"
-    )
 
 
 def test_a_students_decoder_is_trained_after_its_encoder(
@@ -443,3 +403,10 @@ def test_a_short_distil_demo_is_ahead_of_the_linear_start(train_with, tmp_path, 
             decoded.append(float(psnr(to_uint8(x), to_uint8(model.decode(z))).mean()))
     assert latents[1] < latents[0] < 0.23, latents
     assert decoded[1] - 0.3 > decoded[0] > 24.5, decoded
+
+
+def test_a_decoder_at_2x_refuses_latents_of_images_of_its_own_size(train_with, pairs, target):
+    config = of_pairs(pairs, freeze_encoder=True)
+    config["model"]["params"]["decoder_config"]["params"]["enlarge"] = 2
+    with pytest.raises(ConfigError, match=r"latents of images 2 times smaller .*FolderSource"):
+        train_with(config=config, teacher=target)

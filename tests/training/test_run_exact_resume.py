@@ -12,6 +12,7 @@ import torch
 from tests.conftest import parts, tiny_config
 from tests.data.images import write_shards
 from tests.models.autoencoder_kl import tiny_kl
+from tests.models.parts.vision import node
 from tests.models.steps import WITHOUT_KL, against
 from tests.training.origins import (
     assert_same_checkpoint,
@@ -87,6 +88,16 @@ def limited_by_a_prior(tmp_path: Path, images: Path) -> Case:
     return config, {}, ()
 
 
+def aligned_by_a_transformer(tmp_path: Path, images: Path) -> Case:
+    """As Send-VAE: a mapper that learns, and random noise in what it sees."""
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pt")
+    given = {"mapper": "vit", "noise": 1.0, "distance_margin": None, "adaptive_weight": False}
+    alignment = node(str(tmp_path / "vit.pt"), **given)
+    return tiny_config(images, use_ema=True, parts={"alignment": alignment}), {}, ()
+
+
 CASES = (
     shards,
     everything_of_phase_b,
@@ -94,6 +105,7 @@ CASES = (
     taught_both,
     taught_decoder,
     limited_by_a_prior,
+    aligned_by_a_transformer,
 )
 
 

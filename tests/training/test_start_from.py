@@ -301,15 +301,6 @@ def test_start_from_trains_the_halves_that_are_not_frozen(train_with, tmp_path):
     assert torch.equal(state["parts.anchor.moments.1.weight"], theirs.quant_conv.weight)
 
 
-def test_the_half_that_a_source_never_trained_stays_untrained(train_with, image_folder):
-    one = "lightning.trainer.max_steps=1"
-    fresh = train_with(
-        one, config=tiny_config(image_folder, lossconfig=WITHOUT_KL, freeze_decoder=True)
-    )
-    again = train_with(one, "model.params.freeze_decoder=true", start_from=str(fresh.path))
-    assert load([again.config])["run"]["untrained"] == "decoder"
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -239,15 +239,17 @@ def describe_place(scene: Scene, top: int, left: int) -> bytes:
     return json.dumps(place).encode()
 
 
-def tags_from(content: bytes) -> list[Tag]:
+def tags_from(content: bytes, enlarge: int = 1) -> list[Tag]:
     """Read what :func:`describe_place` wrote, as tags of a GeoTIFF.
 
+    ``enlarge``: pixels of the GeoTIFF for one of the described place, along each side.
     Raises ValueError: it is something else. ConfigError: rasterio is missing.
     """
     rasterio = import_rasterio("writing a GeoTIFF")
     try:
         place = json.loads(content)
         transform = rasterio.Affine.from_gdal(*(float(number) for number in place["transform"]))
+        transform = transform * rasterio.Affine.scale(1 / enlarge)
         # A decoded tile has no missing values.
         return tags_of(place["crs"], transform, None, place["bands"])
     except Exception as error:  # GDAL raises all kinds

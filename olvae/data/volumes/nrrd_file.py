@@ -22,6 +22,7 @@ DETACHED = ("data file", "datafile", "line skip", "lineskip", "byte skip", "byte
 PACKED_ENCODINGS = ("gzip", "gz", "bzip2", "bz2")
 READ_ENCODINGS = ("raw", *PACKED_ENCODINGS)
 IN_SPACE = ("domain", "space")
+SEVERAL = "its values are in several files: save them in one"
 
 
 class Nrrd(Volume):
@@ -41,7 +42,7 @@ class Nrrd(Volume):
             raise ValueError(f"its encoding is {header.get('encoding')}: save it as raw or gzip")
         values_file = header.get("data file", header.get("datafile"))
         if "LIST" in str(values_file):
-            raise ValueError("its values are in several files: save them in one")
+            raise ValueError(SEVERAL)
         data = path if values_file is None else path.parent / str(values_file)
         least = np.dtype(np.uint8)  # of bytes a value
         check_bytes(data, int(np.prod(self.shape)), least, header["encoding"] in PACKED_ENCODINGS)
@@ -59,7 +60,11 @@ class Nrrd(Volume):
 
     def header(self) -> dict[str, Any]:
         nrrd = import_extra("nrrd", "pynrrd", "reading NRRD")
-        found: dict[str, Any] = nrrd.read_header(str(self.path))
+        try:
+            found: dict[str, Any] = nrrd.read_header(str(self.path))
+        except ValueError as error:
+            # A list of files is lines that pynrrd can't part into names and values.
+            raise ValueError(SEVERAL if "unpack" in str(error) else str(error)) from error
         for field in ("type", "dimension", "encoding", "sizes"):
             if field not in found:
                 raise ValueError(f"its header has no {field}")

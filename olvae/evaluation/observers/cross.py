@@ -31,6 +31,7 @@ class Crossed(Autoencoder):
         self.pixel_range = encoder_of.pixel_range
         self.side = encoder_of.side or decoder_of.side
         self.downscale = encoder_of.downscale
+        self.enlarge = decoder_of.enlarge
         self.latent_channels = encoder_of.latent_channels
 
     def encode(self, x: Tensor) -> Posterior:
@@ -82,6 +83,11 @@ class Cross(PerImageObserver):
             found = f"{a} has {first.latent_channels} channels at f{first.downscale}"
             other = f"{b} {second.latent_channels} at f{second.downscale}"
             raise ConfigError(f"{found}, {other}: crossed evaluation needs the same latent")
+        if first.enlarge != second.enlarge:
+            raise ConfigError(
+                f"{a} decodes images at {first.enlarge}x, {b} at {second.enlarge}x, and so they "
+                "encode images of unlike sizes: leave `cross` out, and their rows are compared"
+            )
         first.use_latents(*second.statistics())
         second.use_latents(*first.statistics())
         self._teacher = a

@@ -51,6 +51,7 @@ class InPrecision(Autoencoder):
         self.pixel_range = model.pixel_range
         self.side = model.side
         self.downscale = model.downscale
+        self.enlarge = model.enlarge
         self.latent_channels = model.latent_channels
 
     def encode(self, x: Tensor) -> Posterior:

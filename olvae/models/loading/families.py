@@ -130,7 +130,8 @@ class StableDiffusion(Family):
         f = 2 ** (len(widths) - 1)
         encoder = {"latent_dim": 2 * z_channels, "in_channels": config["in_channels"]}
         encoder["image_size"] = size if isinstance(size, int) and size % f == 0 else max(256, f)
-        decoder = {"z_channels": z_channels, "out_channels": config["out_channels"]}
+        decoder = {"z_channels": z_channels, "enlarge": theirs.enlarge}
+        decoder["out_channels"] = config["out_channels"] // theirs.enlarge**2
 
         factors = {factor: config[factor] for factor in FOR_DIFFUSION}
         factors["shift_factor"] = config["shift_factor"] or 0.0
@@ -202,6 +203,8 @@ class Wrapped(Family):
     def spec(self, theirs: Any, name: str) -> AutoencoderSpec:  # noqa: ARG002
         config = theirs.model.config
         given = {key: value for key, value in config.items() if not key.startswith("_")}
+        if theirs.enlarge > 1 and "out_channels" in given:
+            given["out_channels"] //= theirs.enlarge**2
         n_z = theirs.latent_channels
         f = theirs.downscale
         shared = {
@@ -217,6 +220,7 @@ class Wrapped(Family):
             "deterministic": theirs.deterministic,
         }
         decoder = {"z_channels": n_z, "out_channels": theirs.in_channels, "upscale": f}
+        decoder["enlarge"] = theirs.enlarge
         return self.spec_of(shared | encoder, shared | decoder, n_z, **theirs.for_diffusion)
 
     def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -286,6 +290,7 @@ class Tiny(Family):
             "z_channels": n_z,
             "out_channels": theirs.in_channels,
             "blocks": [*config["num_decoder_blocks"]],
+            "enlarge": theirs.enlarge,
         }
         return self.spec_of(shared | encoder, shared | decoder, n_z, **theirs.for_diffusion)
 

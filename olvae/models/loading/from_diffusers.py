@@ -1,11 +1,13 @@
 """Load autoencoders of diffusers (KL, Tiny, DC, Wan, ...) with the interface of our own."""
 
+import math
 import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.checkpoint import check_file, load_weights, mismatches
@@ -132,7 +134,10 @@ class DiffusersAutoencoder(Autoencoder):
         raise ValueError(f"{self.kind} does not encode images: {first_line(first)}") from first
 
     def _check_decoder(self, z: Tensor, f: int) -> None:
-        """Raise ValueError unless a latent, or a part of it, gives an image f times as large."""
+        """Raise ValueError unless a latent, or a part of it, gives an image f times as large.
+
+        Note by how much the decoder enlarges it beyond that.
+        """
         if not self.side:
             z = z[..., :4, :4]
         try:
@@ -142,7 +147,12 @@ class DiffusersAutoencoder(Autoencoder):
                 f"{self.kind} does not decode to an image: {first_line(error)}"
             ) from error
         expected = (1, self.in_channels, f * z.shape[-2], f * z.shape[-1])
-        if made != expected:
+
+        # Four times the channels are an image of twice the size, for a pixel shuffle.
+        by = math.isqrt(made[1] // self.in_channels) if len(made) == 4 else 1
+        if by > 1 and made == (1, by**2 * self.in_channels, *expected[2:]):
+            self.enlarge = by
+        elif made != expected:
             raise ValueError(f"{self.kind} decodes to {made}, not to an image of {expected}")
 
     def _factors(self) -> dict[str, Any]:
@@ -197,6 +207,7 @@ class DiffusersAutoencoder(Autoencoder):
 
     def decode(self, z: Tensor) -> Tensor:
         x = decode_image(self.model, (z - self.mean) / self.std, self.frames)
+        x = F.pixel_shuffle(x, self.enlarge)  # x itself for 1
         return 2 * x - 1 if self.zero_to_one else x
 
     def as_litevae(self, name: str) -> LiteVAE:

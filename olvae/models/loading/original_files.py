@@ -21,6 +21,7 @@ from olvae.models.loading.from_diffusers import DiffusersAutoencoder, check_para
 from olvae.models.loading.loader import Loader, LoadOptions, Target
 from olvae.models.spec import CONFIG_NAME, oversized, read_config
 from olvae.models.weight_files import config_inside, is_export, locate_weights
+from olvae.modules.base import widen
 from olvae.modules.sdvae import block_types
 from olvae.runs import run_of
 
@@ -32,6 +33,11 @@ DC = "AutoencoderDC"
 
 # latent-diffusion's argument for the channels of latents, where the networks have other ones.
 EMBED_DIM = "embed_dim"
+
+# Ours for the outputs of the decoder's last convolution, where these are not the image's channels,
+# and the names of that convolution.
+OUTPUTS = "conv_out_channels"
+LAST_KERNELS = ("decoder.conv_out.weight", "decoder.head.2.weight")
 
 # A name of Qwen2D's file: diffusers' names, and kernels for images alone.
 QWEN_2D = "decoder.mid_block.attentions.0.norm.gamma"
@@ -112,7 +118,7 @@ def original_names(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {_replaced(name, WAN_NAMES): tensor for name, tensor in state.items()}
     if kind not in (KL, FLUX2):
         raise ValueError(
-            f"{kind} has no names here but diffusers', which are for `format` diffusers"
+            f"{kind} has no names here but diffusers', which this format does not write"
         )
 
     # latent-diffusion, whose decoder's levels count backwards, and FLUX.2.
@@ -266,6 +272,9 @@ def _config(
             content = dict(beside)
         content |= {**shapes, "_class_name": kind}
     config = {name: value for name, value in content.items() if not name.startswith("_")}
+    for name in LAST_KERNELS:
+        if name in tensors:
+            config[OUTPUTS] = tensors[name].shape[0]
     large = list(oversized(config))
     if large:
         raise ConfigError(*(f"{weights}: {line}" for line in large))
@@ -280,28 +289,18 @@ def _loaded(
     allow_mismatch: bool = False,
 ) -> DiffusersAutoencoder:
     """Build a class with these weights, in evaluation mode; fresh without weights."""
-    # These imports take seconds, which other targets do not need.
-    import diffusers
+    # Takes seconds, which other targets do not need.
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-
-    arguments = dict(config)
-    embed_dim = arguments.pop(EMBED_DIM, None)
-
-    def build() -> Any:
-        model = getattr(diffusers, kind).from_config(arguments)
-        if embed_dim is not None:
-            z_channels = model.config["latent_channels"]
-            model.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
-            model.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
-        return model
 
     try:
         # Compare sizes before any memory is taken.
         if tensors is not None:
             with torch.device("meta"):
                 stored = sum(tensor.nbytes for tensor in tensors.values())
-                check_parameters(build(), KERNEL_DEPTH * stored if is_flat(tensors) else stored)
-        model = build()
+                check_parameters(
+                    _built(kind, config), KERNEL_DEPTH * stored if is_flat(tensors) else stored
+                )
+        model = _built(kind, config)
 
         # diffusers converts the names, but not FLUX.2's batch norm and attention outside of the
         # middle, and drops what it doesn't know.
@@ -338,6 +337,28 @@ def _loaded(
     autoencoder = DiffusersAutoencoder(model).eval()
     autoencoder.factors_known = kind not in (KL, DC) or "scaling_factor" in config
     return autoencoder
+
+
+def _built(kind: str, config: Mapping[str, Any]) -> Any:
+    """Build a class with fresh weights, of arguments that may be more than its own."""
+    # Takes seconds, which other targets do not need.
+    import diffusers
+
+    arguments = dict(config)
+    embed_dim = arguments.pop(EMBED_DIM, None)
+    outputs = arguments.pop(OUTPUTS, 0)
+    model: Any = getattr(diffusers, kind).from_config(arguments)
+    if embed_dim is not None:
+        z_channels = model.config["latent_channels"]
+        model.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
+        model.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
+
+    # A decoder at 2x has four times the outputs.
+    if outputs:
+        last = model.decoder.conv_out
+        if outputs > last.out_channels and outputs % last.out_channels == 0:
+            widen(last, outputs // last.out_channels)
+    return model
 
 
 def _latent_diffusion_config(

@@ -1,4 +1,4 @@
-"""Alignment of the latent with a frozen vision encoder, as in VA-VAE (Yao et al. 2025)."""
+"""Alignment of the latent with a frozen vision encoder, as in VA-VAE and Send-VAE."""
 
 from collections.abc import Iterable, Mapping
 from typing import Literal
@@ -11,10 +11,12 @@ from olvae.config import import_extra
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.losses.terms import marginal_cosine_loss, marginal_distance_loss
 from olvae.models.parts.part import Loss, Model, Part, Step
+from olvae.models.parts.random_noise import mixed_with_noise
 from olvae.models.weight_files import locate_weights
 from olvae.modules.base import check_choice, check_not_negative
 from olvae.modules.frozen import VisionEncoder, published_weights
 from olvae.modules.mixed_precision import no_autocast, upcast
+from olvae.modules.others.vit import HEAD_CHANNELS, ViTMapper
 
 # The largest adaptive factor of the published code, whose image terms are sums over an image: the
 # margins may leave almost nothing of the alignment's gradient. Here they are means.
@@ -24,9 +26,15 @@ ADAPTIVE_MAX = 1e8
 class Alignment(Part):
     """Align the latent with a frozen vision encoder's features, by a projection that learns.
 
-    The loss is weight * factor * (marginal cosine loss + marginal distance loss). The encoder sees
-    images normalised as in its own training, and resized by antialiased bicubic interpolation.
-    VA-VAE's published code does not normalise, and resizes bilinearly without antialiasing.
+    The loss is weight * factor * (marginal cosine loss + marginal distance loss) (VA-VAE, Yao et
+    al. 2025). The encoder sees images normalised as in its own training, and resized by antialiased
+    bicubic interpolation. VA-VAE's published code does not normalise, and resizes bilinearly
+    without antialiasing.
+
+    Send-VAE (arXiv 2601.05823, Eq. 1 to 3) projects by a transformer, aligns a latent with as much
+    noise as a diffusion model's training has, and has no distance term, margin or factor: set
+    ``mapper`` to vit, ``noise`` to 1, ``weight`` to 1, ``cosine_margin`` to 0, ``distance_margin``
+    to null, and ``adaptive_weight`` to false.
 
     Args:
         encoder: a timm model; the paper's is DINOv2, ViT-L.
@@ -37,11 +45,17 @@ class Alignment(Part):
             |gradient of the alignment| at the encoder's last convolution (quant_conv where there is
             one); else it is 1. At most the published code's 1e8 beside sums, here 1e8 / (C H W):
             509 at 256 pixels. It costs another backward pass through the decoder.
-        cosine_margin, distance_margin: m1 and m2 of the paper.
+        cosine_margin, distance_margin: m1 and m2 of the paper; a ``distance_margin`` of null leaves
+            the distance term out.
         of: the ``mean`` of the posterior [D], or the ``sample`` that is decoded, as in the
             published code.
         project_distance: let the distance term see the projected latent, as the published code
-            does; by default it sees the latent itself, as in the paper's formula.
+            does; by default it sees the latent itself, as in the paper's formula, without noise.
+        mapper: the projection: ``linear``, VA-VAE's 1x1 convolution, or ``vit``, Send-VAE's
+            transformer of one block.
+        noise: the largest share of noise in the latent that is projected, from 0 to 1. A share t is
+            drawn uniformly up to it for each image: (1 - t) z + t e, where e is noise with the
+            latent's own mean and deviation in each channel [D].
     """
 
     def __init__(
@@ -51,15 +65,25 @@ class Alignment(Part):
         weight: float = 0.1,
         adaptive_weight: bool = True,
         cosine_margin: float = 0.5,
-        distance_margin: float = 0.25,
+        distance_margin: float | None = 0.25,
         of: Literal["mean", "sample"] = "mean",
         project_distance: bool = False,
+        mapper: Literal["linear", "vit"] = "linear",
+        noise: float = 0.0,
     ) -> None:
         super().__init__()
         check_not_negative(
-            weight=weight, cosine_margin=cosine_margin, distance_margin=distance_margin
+            weight=weight,
+            cosine_margin=cosine_margin,
+            distance_margin=0.0 if distance_margin is None else distance_margin,
+            noise=noise,
         )
         check_choice(("mean", "sample"), of=of)
+        check_choice(("linear", "vit"), mapper=mapper)
+        if noise > 1:
+            raise ValueError(f"noise is a share of the latent, at most 1, got {noise}")
+        if project_distance and distance_margin is None:
+            raise ValueError("project_distance: there is no distance term (distance_margin)")
         self.encoder = encoder
         self.weight = weight
         self.adaptive_weight = adaptive_weight
@@ -67,6 +91,8 @@ class Alignment(Part):
         self.distance_margin = distance_margin
         self.of = of
         self.project_distance = project_distance
+        self.mapper = mapper
+        self.noise = noise
 
         # The encoder with its weights; without them on the meta device, for shapes alone.
         import_extra("timm", "timm", "an alignment")
@@ -80,10 +106,20 @@ class Alignment(Part):
             raise type(error)(
                 f"{error}; set params.weights of the alignment to a file of {encoder}'s weights"
             ) from error
+        if mapper == "vit" and self.features.channels % HEAD_CHANNELS:
+            raise ValueError(
+                f"mapper: vit needs an encoder with a multiple of {HEAD_CHANNELS} channels, and "
+                f"{encoder} has {self.features.channels}: set it to linear"
+            )
 
     def attach(self, model: Model) -> None:
         channels = model.autoencoder.latent_channels
-        self.projection = nn.Conv2d(channels, self.features.channels, kernel_size=1, bias=False)
+        width = self.features.channels
+        self.projection: nn.Module
+        if self.mapper == "vit":
+            self.projection = ViTMapper(channels, width)
+        else:
+            self.projection = nn.Conv2d(channels, width, kernel_size=1, bias=False)
         if model.channels_last:
             self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -111,7 +147,7 @@ class Alignment(Part):
         if self.adaptive_weight:
             # The last convolution that both the image terms and the alignment depend on.
             last = model.encoder if model.quantizer is None else model.quantizer.quant_conv
-            both = terms["align_cosine"] + terms["align_distance"]
+            both = torch.stack([*terms.values()]).sum()
             most = ADAPTIVE_MAX / step.target[0].numel()
             factor = model.ratio_of_gradients(step, both, last).clamp(max=most)
             model.report({"health/alignment_weight": factor})
@@ -119,17 +155,22 @@ class Alignment(Part):
         return {name: (term, weight) for name, term in terms.items()}
 
     def forward(self, x: Tensor, z: Tensor) -> dict[str, Tensor]:
-        """Return both terms without weights, for images (B, 3, H, W) and latents (B, n_z, h, w)."""
+        """Return the terms without weights, for images (B, 3, H, W) and latents (B, n_z, h, w)."""
         features = self.features(x, z.shape[-2:])  # (B, d, h, w)
         z = upcast(z)
+        seen = mixed_with_noise(z, z, self.noise) if self.noise else z
         with no_autocast(z):
-            projected = self.projection(z)  # (B, d, h, w)
-        compared = projected if self.project_distance else z
-        return {
-            "align_cosine": marginal_cosine_loss(projected, features, self.cosine_margin),
-            "align_distance": marginal_distance_loss(compared, features, self.distance_margin),
-        }
+            projected = self.projection(seen)  # (B, d, h, w)
+        terms = {"align_cosine": marginal_cosine_loss(projected, features, self.cosine_margin)}
+        if self.distance_margin is not None:
+            compared = projected if self.project_distance else z
+            terms["align_distance"] = marginal_distance_loss(
+                compared, features, self.distance_margin
+            )
+        return terms
 
     def describe(self) -> str:
         adaptive = ", adaptive" if self.adaptive_weight else ""
-        return f"{self.encoder}, weight {self.weight:g}{adaptive}"
+        mapper = ", by a transformer" if self.mapper == "vit" else ""
+        noise = f", noise up to {self.noise:g}" if self.noise else ""
+        return f"{self.encoder}, weight {self.weight:g}{adaptive}{mapper}{noise}"

@@ -58,7 +58,7 @@ class ChannelMasking(Part):
         levels = model.pixel_range.to_levels
         values = {}
         for width in self.widths:
-            y = levels(model.decode(z * _first(width, z)))
+            y = levels(model.autoencoder.shrink(model.decode(z * _first(width, z))))
             # Clamped, because the mean over images would be infinite for one equal image.
             values[f"psnr_{width}"] = psnr(levels(x), y).clamp(max=100.0).mean()
         return values

@@ -64,7 +64,7 @@ class Equivariance(Part):
             )
 
         # The discriminator has to take the smallest and the largest size, also turned.
-        common = math.gcd(*source.size // model.autoencoder.downscale)
+        common = math.gcd(*source.size // model.autoencoder.upscale)
         sizes = [Sides(*(side * n // common for side in source.size)) for n in sizes_of(common)]
         if model.adversary is not None and self.adversary and sizes:
             try:
@@ -81,7 +81,7 @@ class Equivariance(Part):
         self._alike = not step.warming_up and step.rng.random() < self.probability
         whole = step.warming_up or self._alike or step.moments is not None
         if not whole and step.rng.random() < self.shrunk:
-            positions = math.gcd(*step.images.shape[-2:]) // model.autoencoder.downscale
+            positions = math.gcd(*step.images.shape[-2:]) // model.autoencoder.upscale
             step.images = resize(step.images, _fraction(positions, step.rng), self.antialias)
             step.adversary_plays &= self.adversary
 

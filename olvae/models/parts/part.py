@@ -106,7 +106,8 @@ class Model(Protocol):
 class Step:
     """A micro-batch in a training step; parts read it, and change it in their first two hooks."""
 
-    # The images to encode: (B, C, H, W) in [-1, 1].
+    # The images to encode: (B, C, H, W) in [-1, 1]. Until they are encoded they have the size of
+    # the decoded ones, which are larger with a decoder at 2x.
     images: Tensor
     # Moments of a posterior that the data provide for the images: (B, 2 n_z, H/f, W/f).
     moments: Tensor | None
@@ -126,7 +127,7 @@ class Step:
     drawn: Tensor = field(init=False)
     # The decoder's input, (B, n_z, h, w): ``drawn``, unless a part changes it.
     latent: Tensor = field(init=False)
-    # (B, C, f h, f w); None where a part stands in for a frozen decoder.
+    # (B, C, f h, f w), of the target's size; None where a part stands in for a frozen decoder.
     reconstruction: Tensor | None = field(init=False)
     # Losses so far by name, without weights: the objective's, then the parts' in their order.
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -208,7 +209,10 @@ class Part(nn.Module):
         return {}
 
     def validate(self, model: Model, x: Tensor, moments: Tensor | None) -> Mapping[str, Tensor]:
-        """Return means over the images of a validation batch by name; see :meth:`summarise`."""
+        """Return means over the images of a validation batch by name; see :meth:`summarise`.
+
+        ``x`` are the images that are encoded, which a decoder at 2x makes larger.
+        """
         return {}
 
     def summarise(self, means: Mapping[str, float]) -> Mapping[str, float]:
@@ -249,6 +253,13 @@ def attach_parts(model: Model, nodes: Mapping[str, Node | None]) -> Iterator[str
         part.name = name
         model.parts[name] = part
         part.attach(model)
+
+
+def what_fixes_latents(model: Model) -> str:
+    """Name the settings by which training can't move the latents; empty if it can."""
+    settings = ["freeze_encoder"] if model.freeze_encoder else []
+    settings += [f"parts.{part.name}" for part in model.each_part if part.latents != "free"]
+    return ", ".join(settings)
 
 
 def first_images(source: Source, seed: int, count: int, device: torch.device) -> Iterator[Tensor]:

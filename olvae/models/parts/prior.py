@@ -10,7 +10,7 @@ from olvae.config import ConfigError
 from olvae.data.source import Source
 from olvae.files import counted
 from olvae.losses.terms import logvar_loss
-from olvae.models.parts.part import Loss, Model, Part, Step
+from olvae.models.parts.part import Loss, Model, Part, Step, what_fixes_latents
 from olvae.modules.base import check_counts
 from olvae.modules.distributions import keyed_seed
 from olvae.modules.mixed_precision import upcast
@@ -89,10 +89,9 @@ class Prior(Part):
                 f"sample_posterior: the latent's noise is fixed, and {here} adds it: "
                 "set it to false"
             )
-        fixed = ["freeze_encoder"] if model.freeze_encoder else []
-        fixed += [f"parts.{part.name}" for part in model.each_part if part.latents != "free"]
+        fixed = what_fixes_latents(model)
         if fixed:
-            yield f"{here}: the latents can't change ({', '.join(fixed)}): leave it out"
+            yield f"{here}: the latents can't change ({fixed}): leave it out"
         moving = [part.name for part in model.each_part if part.moves_latents]
         if moving and self.patch > 1:
             yield (
@@ -102,7 +101,7 @@ class Prior(Part):
 
     def check(self, model: Model, source: Source) -> None:
         """Raise ConfigError unless latents are square, and divided into tokens."""
-        positions = source.size // model.autoencoder.downscale
+        positions = source.size // model.autoencoder.upscale
         if positions.height != positions.width or not positions.fits(self.patch):
             raise ConfigError(
                 f"model.params.parts.{self.name}.params.patch: latents of {positions} are not "

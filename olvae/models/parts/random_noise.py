@@ -4,10 +4,29 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from olvae.models.parts.part import Model, Part, Step
 from olvae.modules.base import check_choice, check_not_negative
 from olvae.modules.mixed_precision import upcast
+
+
+def units(means: Tensor) -> tuple[Tensor, Tensor]:
+    """Measure the deviation and the mean of each channel of a batch, (1, n_z, 1, 1) each.
+
+    They put noise into units of mean 0 and variance 1; no gradient flows into them.
+    """
+    return torch.std_mean(upcast(means.detach()), (0, 2, 3), correction=0, keepdim=True)
+
+
+def mixed_with_noise(z: Tensor, means: Tensor, most: float, scale: float = 1.0) -> Tensor:
+    """Interpolate latents (B, n_z, h, w) with noise: each gets a share of it, of at most ``most``.
+
+    The noise has the mean of each channel of ``means``, and ``scale`` times its deviation.
+    """
+    unit, mean = units(means)
+    share = most * torch.rand(len(z), 1, 1, 1, device=z.device).to(unit.dtype)
+    return torch.lerp(upcast(z), mean + scale * unit * torch.randn_like(z), share)
 
 
 class RandomNoise(Part):
@@ -61,15 +80,13 @@ class RandomNoise(Part):
 
     def on_latent(self, model: Model, step: Step) -> None:
         z = step.latent
-        # The batch's own statistics put the noise into units of mean 0 and variance 1.
-        means = upcast(step.posterior.mean.detach())
-        unit, mean = torch.std_mean(means, (0, 2, 3), correction=0, keepdim=True)  # (1, n_z, 1, 1)
+        means = step.posterior.mean
+        if self.how == "interpolate":
+            step.latent = mixed_with_noise(z, means, self.strength, self.scale)
+            return
+        unit, _ = units(means)
         strength = self.strength * torch.rand(len(z), 1, 1, 1, device=z.device)
-        noise = torch.randn_like(z)
-        if self.how == "add":
-            step.latent = z + strength * unit * noise
-        else:
-            step.latent = torch.lerp(upcast(z), mean + self.scale * unit * noise, strength)
+        step.latent = z + strength * unit * torch.randn_like(z)
 
     def describe(self) -> str:
         scale = f", scale {self.scale:g}" if self.how == "interpolate" else ""

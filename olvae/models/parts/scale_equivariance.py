@@ -48,7 +48,7 @@ class ScaleEquivariance(Part):
 
     def check(self, model: Model, source: Source) -> None:
         here = f"model.params.parts.{self.name}.params.factors"
-        positions = source.size // model.autoencoder.downscale
+        positions = source.size // model.autoencoder.upscale
         for factor in self.factors:
             if not positions.fits(factor):
                 raise ConfigError(

@@ -150,6 +150,12 @@ class Teacher(Part):
         if not self.model.factors_known and "scaling_factor" not in model.given_factors:
             yield f"scaling_factor: {TEACHER_HAS_NO_FACTORS}"
 
+        if model.freeze_decoder and model.autoencoder.enlarge > 1:
+            yield (
+                "decoder_config.params.enlarge: the decoder is frozen (freeze_decoder), and the "
+                "teacher's takes its place: leave it out"
+            )
+
         # Nothing else may pull the latents away.
         if "kl" in model.loss_weights:
             yield (
@@ -230,9 +236,12 @@ class Teacher(Part):
             return in_float32(self.model.encode(x.to(self.dtype)))
 
     def decode(self, z: Tensor) -> Tensor:
-        """Decode (B, n_z, h, w) -> (B, C, f h, f w) in float32; only z gets gradients."""
+        """Decode (B, n_z, h, w) -> (B, C, f h, f w) in float32; only z gets gradients.
+
+        The images of a teacher that enlarges them are shrunk again.
+        """
         with no_autocast(z):
-            return self.model.decode(z.to(self.dtype)).float()
+            return self.model.shrink(self.model.decode(z.to(self.dtype)).float())
 
     def losses(self, model: Model, step: Step) -> Mapping[str, Loss]:
         if step.encoded is None:

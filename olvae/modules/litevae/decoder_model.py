@@ -79,9 +79,11 @@ class LiteVAE_Decoder(Decoder):
             latent's resolution, for small machines [D].
         dropout: inside the blocks.
         linear: add a linear path from 3x3 latents to pixels; see :mod:`olvae.models.linear_code`.
+        enlarge: times by which the image is larger than the encoded one, along each side: a
+            decoder at 2x has 2.
 
-    Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w) with f = 2^(len(channel_mult) - 1);
-    [-1, 1], not clamped.
+    Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w) with
+    f = enlarge 2^(len(channel_mult) - 1); [-1, 1], not clamped.
     """
 
     def __init__(
@@ -95,10 +97,11 @@ class LiteVAE_Decoder(Decoder):
         output: Literal["image", "wavelet", "packets"] = "image",
         dropout: float = 0.0,
         linear: bool = False,
+        enlarge: int = 1,
     ) -> None:
         check_counts(1, channels=channels, channel_mult=channel_mult)
         check_counts(0, num_res_blocks=num_res_blocks)
-        super().__init__(z_channels, out_channels, 2 ** (len(channel_mult) - 1))
+        super().__init__(z_channels, out_channels, 2 ** (len(channel_mult) - 1), enlarge)
         check_choice(get_args(Variant), variant=variant)
         check_choice(("image", "wavelet", "packets"), output=output)
         if output != "image" and len(channel_mult) < 2:
@@ -141,6 +144,7 @@ class LiteVAE_Decoder(Decoder):
         elif variant == "open_litevae":
             self.conv_norm = SMC(width, width)
         self.conv_out = conv3(width, out_channels * 4**self.wavelet_levels)
+        self.widen_output()
         if linear:
             self.add_linear_path()
 
@@ -172,7 +176,8 @@ class LiteVAE_Decoder(Decoder):
             scale = 2 if isinstance(module, Upsample) else 1
             out.append(Stage(module, _reach(module), scale))
         out.append(Stage(self._head, _reach(self.conv_norm, self.conv_out)))
-        return out + [Stage(_inverse_wavelet, 0, scale=2)] * self.wavelet_levels
+        out += [Stage(_inverse_wavelet, 0, scale=2)] * self.wavelet_levels
+        return self.and_shuffle(out)
 
     def _head(self, h: Tensor) -> Tensor:
         out: Tensor = self.conv_out(F.silu(self.conv_norm(h)))

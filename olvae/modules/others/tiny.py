@@ -130,8 +130,9 @@ class TinyDecoder(_Tiny, Decoder):
         pool: the latent's level sees the whole image through norms, as TAEF2's: no tiles.
         channel_mult: multiples of ``channels`` by level, from the image's to the latent's; by
             default 1. TAESANA has 1, 1, 1, 1, 2, 4.
+        enlarge: as LiteVAE_Decoder's.
 
-    Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w), f = 2^(len(blocks) - 1).
+    Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w), f = enlarge 2^(len(blocks) - 1).
     """
 
     def __init__(
@@ -142,6 +143,7 @@ class TinyDecoder(_Tiny, Decoder):
         blocks: Sequence[int] = (3, 3, 3, 1),
         pool: bool = False,
         channel_mult: Sequence[int] | None = None,
+        enlarge: int = 1,
     ) -> None:
         multiples = channel_mult or [1] * len(blocks)
         check_counts(0, blocks=blocks)
@@ -150,7 +152,7 @@ class TinyDecoder(_Tiny, Decoder):
             raise ValueError(
                 f"channel_mult: {len(multiples)} levels, but `blocks` has {len(blocks)}"
             )
-        super().__init__(z_channels, out_channels, 2 ** (len(blocks) - 1))
+        super().__init__(z_channels, out_channels, 2 ** (len(blocks) - 1), enlarge)
         self.pool = pool
 
         widths = [channels * multiple for multiple in reversed(multiples)]
@@ -164,6 +166,7 @@ class TinyDecoder(_Tiny, Decoder):
                 ]
             layers += [Residual(width, pool and level == 0) for _ in range(count)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], out_channels, 3, padding=1))
+        self.widen_output()
         self._note(z_channels)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -183,7 +186,7 @@ class TinyDecoder(_Tiny, Decoder):
             stages.append(Stage(layer, reach.get(type(layer), 0), scale))
         # From [0, 1] to [-1, 1].
         stages.append(Stage(lambda image: 2 * image - 1, 0))
-        return stages
+        return self.and_shuffle(stages)
 
     def _bound(self, z: Tensor) -> Tensor:
         """Normalise the latent, and bound it softly, as TAESD does."""

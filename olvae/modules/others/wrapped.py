@@ -190,10 +190,11 @@ class DiffusersDecoder(_Wrapped, Decoder):
 
     Args:
         z_channels, out_channels: channels of the latent and of the image.
-        upscale: pixels per latent position.
+        upscale: pixels per latent position, of an image that is not enlarged.
         kind, config, frames: as :class:`DiffusersEncoder`'s.
+        enlarge: as LiteVAE_Decoder's.
 
-    Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w).
+    Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w), f = enlarge upscale.
     """
 
     def __init__(
@@ -204,10 +205,16 @@ class DiffusersDecoder(_Wrapped, Decoder):
         out_channels: int = 3,
         upscale: int = 8,
         frames: bool = False,
+        enlarge: int = 1,
     ) -> None:
-        super().__init__(z_channels, out_channels, upscale)
+        super().__init__(z_channels, out_channels, upscale, enlarge)
         self.frames = frames
         self._build(kind, config, "decoder")
+        if enlarge > 1 and not isinstance(self.model.decoder.conv_out, nn.Conv2d | nn.Conv3d):
+            raise ValueError(f"enlarge: this {kind} ends with no convolution: leave it out")
+        # Wan 2.2's output is patches of pixels; FLUX.2's setting, a list, is about its latents.
+        patch = config.get("patch_size")
+        self.widen_output(patch if isinstance(patch, int) else 1)
 
     def forward(self, z: Tensor) -> Tensor:
-        return decode_image(self.model, z, self.frames)
+        return self.shuffle(decode_image(self.model, z, self.frames))

@@ -21,7 +21,7 @@ from olvae.data.image import Photo, image_to_tensor
 from olvae.data.packing import PackOptions, pack
 from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.arrays import read_array
-from olvae.data.pixels.size_and_range import AS_STORED, EIGHT_BITS, UNSTATED, PixelRange
+from olvae.data.pixels.size_and_range import AS_STORED, UNSTATED, PixelRange
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess
@@ -195,33 +195,6 @@ def test_wrong_channels_and_missing_ranges_are_refused():
             Photo(content, name, array.shape[2])
 
 
-@pytest.mark.parametrize(
-    "start", ["P6 5 4 65535", "P6 5 4 1023", "P3 5 4 1023", "P5 5 4 65535", "P5 5 4 1023"]
-)
-def test_a_deep_ppm_is_refused(start):
-    """With a range, without one, and where one is measured or images are packed:
-    there is no range to state."""
-    for channels, stated in ((3, EIGHT_BITS), (3, WIDE), (0, AS_STORED), (3, AS_STORED)):
-        with pytest.raises(UnreadableImageError, match="convert it to PNG or TIFF"):
-            Photo(f"{start}\n".encode() + b"77 " * 60, "a.ppm", channels, stated)
-    assert Photo(b"P6 5 4 100\n" + bytes(60), "a.ppm").read().size == (5, 4)
-
-
-def test_the_fourth_band_of_a_picture_is_no_alpha():
-    """Pillow reads a picture of three, as the file says.
-
-    Where four channels are asked for, it has four.
-    """
-    array = values("uint8", 4)
-    content = tiff(array, "rgb", extrasamples=["unspecified"])
-    for channels in (4, 3):
-        tensor = image_to_tensor(Photo(content, "a.tif", channels).read())
-        np.testing.assert_array_equal(tensor.permute(1, 2, 0).numpy(), array[..., :channels])
-    turned = tiff(array, "rgb", extrasamples=["unspecified"], extratags=[(274, "H", 1, 6, True)])
-    with pytest.raises(UnreadableImageError, match="save it with orientation 1"):
-        Photo(turned, "a.tif", 4)
-
-
 def test_a_missing_value_beyond_float32_is_the_largest_that_it_has():
     """As GDAL writes a double's in a raster of float32; no warning of an overflow."""
     array = values("float32", 1)
@@ -271,12 +244,6 @@ def test_a_stack_of_slices_is_refused_unless_channels_are_stated(content, refuse
                 read_array(content, channels)
         elif channels in (0, 13):
             np.testing.assert_array_equal(read_array(content, channels).array, BANDS)
-
-
-def test_a_tiff_of_several_pages_is_refused():
-    """Only the first would be read."""
-    with pytest.raises(UnreadableImageError, match="3 pages"):
-        Photo(tiff(np.stack([values("uint8")] * 3), "rgb"), "a.tif")
 
 
 @pytest.mark.parametrize(

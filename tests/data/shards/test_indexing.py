@@ -2,19 +2,16 @@
 
 import gzip
 import json
-from itertools import islice
 
-import numpy as np
 import pytest
 
 from olvae.config import ConfigError
 from olvae.data.audit import audit_source
 from olvae.data.shards.index import Index, ShardRecord, with_counts
 from olvae.data.shards.indexing import index_shards
-from olvae.data.shards.offsets import NO_OFFSET, TAR_BLOCK, offsets_of
+from olvae.data.shards.offsets import TAR_BLOCK, offsets_of
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
-from olvae.data.source import LoaderProcess
 from tests.data.images import encoded, write_shards, write_tar
 
 COUNTS = (5, 9, 1, 4)
@@ -42,27 +39,6 @@ def test_an_index_counts_images_and_finds_where_each_begins(tmp_path):
             assert keys(shard, int(offsets[image]) * TAR_BLOCK) == everything[image:]
 
 
-def test_offsets_begin_with_a_groups_first_file_and_long_names(tmp_path):
-    """Other files of an image come before it, and headers of long names before the file."""
-    long = "n" * 150
-    path = write_tar(
-        tmp_path / "a.tar",
-        [
-            ("1.txt", b"one"),
-            ("1.jpg", encoded(1)),
-            ("note.txt", b"no image"),
-            (f"{long}.json", b"{}"),
-            (f"{long}.jpg", encoded(2)),
-        ],
-    )
-    offsets = offsets_of(Shard(str(path)))
-    (entry, *rest) = read_shard(Shard(str(path)), None, int(offsets[1]) * TAR_BLOCK)
-    assert (entry.key, [*entry.files], rest) == (f"a/{long}", ["json"], [])
-    first = next(iter(read_shard(Shard(str(path)), None, int(offsets[0]) * TAR_BLOCK)))
-    assert [*first.files] == ["txt"]
-    assert len(offsets) == 2
-
-
 def test_remote_shards_are_indexed_once_and_read_from_their_middle(tmp_path, monkeypatch):
     import fsspec
 
@@ -84,17 +60,6 @@ def test_remote_shards_are_indexed_once_and_read_from_their_middle(tmp_path, mon
     source = WebDatasetSource(urls, 16, 2, index=str(whole), val_shards=urls[:1])
     assert source.interleave == 32
     assert source.describe_new_processes() is None
-
-
-def test_compressed_shards_have_counts_and_no_offsets(tmp_path):
-    write_shards(tmp_path / "plain", (3,))
-    packed = tmp_path / "a.tar.gz"
-    packed.write_bytes(gzip.compress((tmp_path / "plain" / "000.tar").read_bytes()))
-    _, index, _ = index_shards(str(packed))
-    assert index.images == 3
-    assert np.fromfile(tmp_path / "index.offsets", "<u4").tolist() == [NO_OFFSET] * 3
-    (shard,) = with_counts([str(packed)])
-    assert offsets_of(shard) is None
 
 
 def test_damaged_and_empty_shards_are_named(tmp_path):
@@ -208,21 +173,3 @@ def test_compressed_shards_are_read_one_after_the_other(tmp_path):
         assert source.interleave == 1
         if not index:
             index_shards(str(tmp_path / "shards"))
-
-
-def test_shards_that_were_replaced_since_their_index_are_scanned_anew(tmp_path, caplog):
-    """Of the old offsets, some lie amid a file, and others begin another image."""
-    write_shards(tmp_path / "shards", (30, 30))
-    write_shards(tmp_path / "val", (4,))
-    index_shards(str(tmp_path / "shards"))
-    for name in ("000", "001"):
-        files = [(f"{i:04d}.jpg", encoded(i) + bytes(600 * (i % 3))) for i in range(30)]
-        write_tar(tmp_path / "shards" / f"{name}.tar", files)
-    source = WebDatasetSource(
-        str(tmp_path / "shards"), size=16, batch_size=2, val_shards=str(tmp_path / "val")
-    )
-    parts = [islice(source.stream(0, 0, LoaderProcess(i, 3)), 20) for i in range(3)]
-    samples = [sample for part in parts for sample in part]
-    assert len({sample.key for sample in samples}) == 60
-    assert not any(sample.errors for sample in samples)
-    assert "changed since it was indexed" in caplog.text

@@ -10,6 +10,9 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.data import get_testdata_file
 
+from olvae.data.volumes.volume import Volume
+from olvae.data.volumes.volume_source import find_volumes
+
 SHAPE = (7, 20, 24)
 """Slices, rows, columns."""
 
@@ -89,3 +92,9 @@ def whole(volume: Any, axis: int = 0) -> NDArray[np.float32]:
     """All slices of a volume along an axis, (slices, rows, columns) again."""
     planes = [volume.slices(axis, number)[..., 0] for number in range(volume.shape[axis])]
     return np.moveaxis(np.stack(planes), 0, axis)
+
+
+def only(place: Path) -> Volume:
+    """The one volume of a folder."""
+    (volume,) = find_volumes(place)
+    return volume

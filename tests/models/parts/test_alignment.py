@@ -17,12 +17,9 @@ from olvae.models.footprint import footprint, without_weights
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.parts.alignment import Alignment
 from olvae.models.updates.optimizers import mix_seeds
-from olvae.modules.frozen import VisionEncoder, published_weights
 from tests.conftest import parts, tiny_config
 from tests.models.parts.vision import node
 from tests.models.steps import WITHOUT_KL, build, fit, metrics, moved, objective, snapshot, source
-
-timm = pytest.importorskip("timm")
 
 
 def aligned(
@@ -42,36 +39,6 @@ def alone(vit: str, latent_channels: int, **params) -> Alignment:
         )
     )
     return alignment
-
-
-# The vision encoder
-
-
-def test_vision_encoder_features_are_timms(vit):
-    """Patches have 16 pixels, so the image is seen as it is;
-    normalised, after the last norm, without the class.
-    """
-    encoder = VisionEncoder("test_vit", torch.load(vit))
-    theirs = timm.create_model("test_vit", checkpoint_path=vit, dynamic_img_size=True).eval()
-    x = torch.rand(2, 3, 64, 96) * 2 - 1
-    with torch.no_grad():
-        tokens = theirs.forward_features(x)  # the model's own mean and deviation are 0.5
-    expected = tokens[:, 1:].transpose(1, 2).unflatten(2, (4, 6))
-    torch.testing.assert_close(encoder(x, (4, 6)), expected, rtol=1e-5, atol=1e-5)
-    assert encoder.channels == 64
-    finer = torch.nn.functional.interpolate(expected, size=(8, 12), mode="bilinear")
-    torch.testing.assert_close(encoder(x, (8, 12)), finer, rtol=1e-5, atol=1e-5)
-
-
-def test_dinov2_sees_224_pixels_of_256():
-    with torch.device("meta"):
-        encoder = VisionEncoder("vit_small_patch14_dinov2.lvd142m", None)
-        assert encoder(torch.empty(1, 3, 256, 128), (16, 8)).shape == (1, 384, 16, 8)
-    assert encoder._stride * 16 == 224
-    assert (
-        published_weights("vit_large_patch14_dinov2.lvd142m")
-        == "timm/vit_large_patch14_dinov2.lvd142m"
-    )
 
 
 def test_vision_encoder_is_no_part_of_the_model(vit):
@@ -123,6 +90,72 @@ def test_alignment_takes_the_decoded_sample_before_noise(vit, image_folder):
         assert torch.equal(decoded[-1], aligned_with[-1]) == (not others)
     with pytest.raises(ConfigError, match=r"of: no sample .*sample_posterior"):
         aligned(vit, alignment=settings, sample_posterior=False)
+
+
+# Send-VAE's mapper
+
+SEND = {
+    "mapper": "vit",
+    "noise": 1.0,
+    "weight": 1.0,
+    "adaptive_weight": False,
+    "cosine_margin": 0.0,
+    "distance_margin": None,
+}
+
+
+def test_send_vae_loss_by_hand(vit):
+    """Eq. 1 and 2: 1 - cos of the mapped z_t = a z + (1 - a) e, a uniform, and of the features."""
+    alignment = alone(vit, 5, **SEND).double()
+    x = torch.rand(3, 3, 32, 32, dtype=torch.float64) * 2 - 1
+    z = 3 + 2 * torch.randn(3, 5, 4, 4, dtype=torch.float64)
+    torch.manual_seed(7)
+    terms = alignment(x, z)
+    torch.manual_seed(7)
+    share = torch.rand(3, 1, 1, 1).double()
+    noise = torch.randn_like(z)
+    mean = z.mean((0, 2, 3), keepdim=True)
+    std = (z - mean).square().mean((0, 2, 3), keepdim=True).sqrt()
+    mapped = alignment.projection((1 - share) * z + share * (mean + std * noise))
+    features = alignment.features(x, (4, 4))
+    dot = (mapped * features).sum(1)
+    cosine = dot / mapped.norm(dim=1) / features.norm(dim=1)
+    assert terms.keys() == {"align_cosine"}
+    torch.testing.assert_close(terms["align_cosine"], (1 - cosine).mean())
+
+
+def test_noise_while_aligning_is_in_no_other_term(vit):
+    """Not in the distance, which compares the latent itself, nor in what is decoded."""
+    noisy, clean = alone(vit, 5, noise=1.0), alone(vit, 5)
+    x, z = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randn(2, 5, 4, 4)
+    noisy.projection.load_state_dict(clean.projection.state_dict())
+    found, wanted = noisy(x, z), clean(x, z)
+    assert found["align_distance"] == wanted["align_distance"]
+    assert found["align_cosine"] != wanted["align_cosine"]
+
+
+def test_send_vae_trains_encoder_and_mapper_and_nothing_else(vit, image_folder):
+    model = aligned(vit, alignment=SEND).train()
+    x = from_uint8(next(iter(source(image_folder).train_loader()))["image"])
+    posterior = model.encode(x)
+    step = SimpleNamespace(encoded=posterior, images=x)
+    ((loss, weight),) = model.parts["alignment"].losses(model, step).values()
+    (weight * loss).backward()
+    got = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    assert any(name.startswith("encoder.") for name in got)
+    mapper = {name for name in got if name.startswith("parts.")}
+    assert mapper == {
+        f"parts.alignment.projection.{name}"
+        for name, _ in model.parts["alignment"].projection.named_parameters()
+    }
+    assert not any(name.startswith("decoder.") for name in got)
+    assert not any(p.requires_grad for p in model.parts["alignment"].features.network.parameters())
+
+    before = snapshot(model)
+    fit(model, image_folder, 2, precision="bf16-mixed")
+    assert "parts.alignment.projection.block.qkv.weight" in moved(before, snapshot(model))
+    assert "align_distance" not in metrics(model)
+    assert metrics(model)["train/align_cosine"] > 0
 
 
 def by_hand(
@@ -189,6 +222,7 @@ def test_alignment_projection_learns_and_the_encoder_does_not(vit, image_folder,
 @pytest.mark.slow
 def test_alignment_memory_is_counted_without_its_file(vit):
     config = tiny_config(parts={"alignment": node("/nowhere.pt")})["model"]
+    timm = pytest.importorskip("timm")
     found = footprint(without_weights(config), 16, "32")
     assert found.fixed > 4 * sum(p.numel() for p in timm.create_model("test_vit").parameters())
 
@@ -223,6 +257,13 @@ def test_alignment_refuses_images_of_other_channels(vit):
     [
         ({"of": "mode"}, ValueError, "of must be one of mean, sample, got 'mode'"),
         ({"weight": -1}, ValueError, "weight must not be negative, got -1"),
+        ({"mapper": "mlp"}, ValueError, "mapper must be one of linear, vit, got 'mlp'"),
+        ({"noise": 1.5}, ValueError, "noise is a share of the latent, at most 1, got 1.5"),
+        (
+            {"project_distance": True, "distance_margin": None},
+            ValueError,
+            "project_distance: there is no distance term",
+        ),
         ({"encoder": "vit_giant_of_nowhere"}, ValueError, "timm has no model vit_giant_of_nowhere"),
         (
             {"weights": "/nowhere.pt"},
@@ -236,6 +277,14 @@ def test_alignment_refuses_wrong_parameters(vit, params, error, message):
     with pytest.raises(error, match=message) as caught:
         Alignment(**{"encoder": "test_vit", "weights": vit, **params})
     assert "\n" not in str(caught.value)
+
+
+def test_mapper_refuses_features_that_are_no_heads():
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match="multiple of 64 channels, and test_vit3 has 96"),
+    ):
+        Alignment("test_vit3", mapper="vit")
 
 
 def test_alignment_without_timm_names_the_extra(monkeypatch, vit):

@@ -54,13 +54,13 @@ class FlatColours(Observer):
                 continue
             if all(p.dtype == torch.float32 for p in subject.model.parameters()):
                 models[name] = subject.model
-        size = colour_size([model.downscale for model in models.values()], size)
+        size = colour_size([model.upscale for model in models.values()], size)
         for name, model in models.items():
             side = model.side or size  # some models take one size alone
             self._entries[name] = {
                 "size": side,
-                "period": model.downscale,
-                "frame": _frame(side, model.downscale),
+                "period": model.upscale,
+                "frame": _frame(side, model.upscale),
                 "colours": reconstruct_colours(model, side, device),
             }
 
@@ -123,7 +123,7 @@ def reconstruct_colours(
         a quarter of the size; and ``amplitude_with_border``, over the whole image.
     """
     model.to(device)
-    f = model.downscale
+    f = model.upscale
     frame = _frame(size, f)
     inner = slice(frame, size - frame)
 
@@ -143,7 +143,7 @@ def reconstruct_colours(
         x = torch.tensor(colour, dtype=torch.uint8, device=device)[None, :, None, None]
         images = from_uint8(x.expand(-1, -1, size, size))
         with full_float32(images):
-            y = model.decode(model.encode(images).mode()).float().cpu()
+            y = model.decode(model.encode(model.shrink(images)).mode()).float().cpu()
         image = ((y.clamp(-1.0, 1.0) + 1.0) * 127.5)[0].double()  # (C, H, W) in 0..255
 
         # The inner part, and its mean tile: what repeats with every position of the latent.

@@ -75,7 +75,7 @@ class RoundTrips(PerImageObserver):
         """Encode and decode levels, 0 to 255; ArithmeticError if the result is not finite."""
         images = batch.pixel_range.from_levels(levels.to(batch.latents.device))
         with full_float32(images):
-            y = model.decode(model.encode(images).mode())
+            y = model.decode(model.encode(model.shrink(images)).mode())
         if not bool(y.isfinite().all()):
             raise ArithmeticError(
                 f"{batch.target}: images that were decoded before are decoded to values that are "

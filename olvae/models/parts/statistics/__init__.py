@@ -1,0 +1,1 @@
+"""Parts that give the latent statistics which a diffusion model learns easily."""

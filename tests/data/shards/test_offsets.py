@@ -1,0 +1,119 @@
+"""Where images begin in shards: against tarfile, and what reading from there gives."""
+
+import gzip
+import tarfile
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from olvae.data.shards.index import with_counts
+from olvae.data.shards.indexing import index_shards
+from olvae.data.shards.offsets import NO_OFFSET, TAR_BLOCK, listed_offsets, offsets_of, scan
+from olvae.data.shards.tar_reading import Shard, read_shard
+from olvae.data.shards.webdataset import WebDatasetSource
+from olvae.data.source import LoaderProcess
+from tests.data.images import encoded, write_classes, write_shards, write_tar
+
+COUNTS = (5, 9, 1, 4)
+
+
+def test_offsets_begin_with_a_groups_first_file_and_long_names(tmp_path):
+    """Other files of an image come before it, and headers of long names before the file."""
+    long = "n" * 150
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("1.txt", b"one"),
+            ("1.jpg", encoded(1)),
+            ("note.txt", b"no image"),
+            (f"{long}.json", b"{}"),
+            (f"{long}.jpg", encoded(2)),
+        ],
+    )
+    offsets = offsets_of(Shard(str(path)))
+    (entry, *rest) = read_shard(Shard(str(path)), None, int(offsets[1]) * TAR_BLOCK)
+    assert (entry.key, [*entry.files], rest) == (f"a/{long}", ["json"], [])
+    first = next(iter(read_shard(Shard(str(path)), None, int(offsets[0]) * TAR_BLOCK)))
+    assert [*first.files] == ["txt"]
+    assert len(offsets) == 2
+
+
+def test_compressed_shards_have_counts_and_no_offsets(tmp_path):
+    write_shards(tmp_path / "plain", (3,))
+    packed = tmp_path / "a.tar.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "plain" / "000.tar").read_bytes()))
+    _, index, _ = index_shards(str(packed))
+    assert index.images == 3
+    assert np.fromfile(tmp_path / "index.offsets", "<u4").tolist() == [NO_OFFSET] * 3
+    (shard,) = with_counts([str(packed)])
+    assert offsets_of(shard) is None
+
+
+def test_shards_that_were_replaced_since_their_index_are_scanned_anew(tmp_path, caplog):
+    """Of the old offsets, some lie amid a file, and others begin another image."""
+    write_shards(tmp_path / "shards", (30, 30))
+    write_shards(tmp_path / "val", (4,))
+    index_shards(str(tmp_path / "shards"))
+    for name in ("000", "001"):
+        files = [(f"{i:04d}.jpg", encoded(i) + bytes(600 * (i % 3))) for i in range(30)]
+        write_tar(tmp_path / "shards" / f"{name}.tar", files)
+    source = WebDatasetSource(
+        str(tmp_path / "shards"), size=16, batch_size=2, val_shards=str(tmp_path / "val")
+    )
+    parts = [islice(source.stream(0, 0, LoaderProcess(i, 3)), 20) for i in range(3)]
+    samples = [sample for part in parts for sample in part]
+    assert len({sample.key for sample in samples}) == 60
+    assert not any(sample.errors for sample in samples)
+    assert "changed since it was indexed" in caplog.text
+
+
+@pytest.mark.parametrize("image_key", [None, "jpg"])
+def test_offsets_are_those_that_tarfile_finds(tmp_path, image_key):
+    """In blocks of 512 bytes: of the first file of each image, which is its picture here."""
+    for path in write_shards(tmp_path, COUNTS):
+        with tarfile.open(path) as archive:
+            begins = [m.offset // 512 for m in archive if m.name.endswith(".jpg")]
+        found = scan(path, image_key)
+        assert found.error is None
+        assert found.offsets.dtype == np.dtype("<u4")
+        assert found.offsets.tolist() == offsets_of(Shard(str(path)), image_key).tolist() == begins
+
+
+def test_a_scan_reads_the_classes_if_asked(tmp_path):
+    write_classes(tmp_path / "shards", (7,))  # the class is the number modulo 5
+    path = tmp_path / "shards" / "000.tar"
+    assert scan(path).classes == frozenset()
+    assert scan(path, classes=True).classes == {b"0", b"1", b"2", b"3", b"4"}
+
+
+def test_a_scan_of_a_damaged_shard_has_the_images_before_the_damage(tmp_path):
+    (path,) = write_shards(tmp_path, (6,))
+    whole = scan(path).offsets
+    path.write_bytes(path.read_bytes()[: int(whole[4]) * TAR_BLOCK + 100])
+    found = scan(path)
+    assert isinstance(found.error, tarfile.TarError | EOFError | OSError)
+    assert found.offsets.tolist() == whole[:4].tolist()
+
+
+def test_pictures_that_nothing_reads_are_a_warning(tmp_path, caplog):
+    """Names with several dots, and links."""
+    files = [("1.jpg", encoded(1)), ("2.a.jpg", encoded(2)), ("3.jpg", encoded(3))]
+    path = write_tar(tmp_path / "a.tar", files)
+    assert len(scan(path).offsets) == 2
+    assert "several dots" in caplog.text
+    caplog.clear()
+    assert len(scan(path, "a.jpg").offsets) == 1
+    assert not caplog.messages
+
+
+def test_a_file_of_offsets_that_is_too_short_is_read_once_with_a_line(tmp_path, caplog):
+    paths = write_shards(tmp_path, (3, 2))
+    index_shards(str(tmp_path))
+    place = tmp_path / "index.offsets"
+    shards = with_counts([str(path) for path in paths])
+    assert listed_offsets(shards[1]).tolist() == scan(paths[1]).offsets.tolist()
+    place.write_bytes(place.read_bytes()[:-4])
+    assert listed_offsets(shards[1]) is None
+    assert listed_offsets(shards[1]) is None
+    assert [f"{place}: can't be read whole" in line for line in caplog.messages] == [True]

@@ -1,0 +1,168 @@
+"""Which images an encoding reads, into which shards, and how."""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from olvae.config import save
+from olvae.data.image import EvalTransform, image_to_tensor, read_picture
+from olvae.data.picture_folder import find_images
+from olvae.data.pixels.size_and_range import Sides
+from olvae.data.read_errors import ReadError
+from olvae.export.encode_inputs import (
+    DatasetInputs,
+    EncodeOptions,
+    Inputs,
+    Item,
+    Reader,
+    ShardInputs,
+    Units,
+    find_inputs,
+    usual_transform,
+)
+from tests.data.images import encoded, write_shards
+from tests.export.latents import encode, tiny_vae
+
+
+def test_encoding_plan_tells_other_images_of_the_same_names_apart():
+    data_sets = ["torchvision:FakeData,size=4", "torchvision:FakeData,size=4,random_offset=4"]
+    shards = [
+        "https://here.org/0.tar",
+        "https://there.org/0.tar",
+        "pipe:cat 0.tar?a=0",
+        "pipe:cat 0.tar?a=1",
+    ]
+    plans = [find_inputs(source, 3, 2).plan({})["images"] for source in (*data_sets, *shards)]
+    shard = find_inputs(shards[0], 3, 2)
+    plans += [
+        replace(shard, image_key=key).plan({})["images"] for key in ("input.png", "target.png")
+    ]
+    assert len(set(plans)) == 8
+
+
+def test_encoding_resizes_images_as_evaluation_does(tmp_path, image_folder):
+    masks = {"size": 24, "filters": ["nearest"]}
+    params = {"root": str(image_folder), "batch_size": 1, **masks}
+    save(
+        {"data": {"target": "olvae.data.picture_folder.FolderSource", "params": params}},
+        tmp_path / "masks.yaml",
+    )
+    trained = {"data": {"params": masks}}
+    for source, config, expected in (
+        (image_folder, {}, (16, "bicubic")),  # the model's image_size
+        (image_folder, trained, (24, "nearest")),
+        (tmp_path / "masks.yaml", {}, (24, "nearest")),
+        (tmp_path / "masks.yaml", {"data": {"params": {"size": 32}}}, (24, "nearest")),
+    ):
+        usual = usual_transform(find_inputs(str(source), 3, 5), config, tiny_vae())
+        assert (Sides.of(usual.size).node, usual.resample) == expected
+    save(
+        {"data": {"target": "olvae.data.dataset.SamplePhotographs", "params": {"size": 64}}},
+        tmp_path / "tiles.yaml",
+    )
+    for size, tile in ((None, 64), (80, 80)):
+        inputs = find_inputs(str(tmp_path / "tiles.yaml"), 3, 5, size=size)
+        assert inputs.open(next(inputs.read(0)).image).size == (tile, tile)
+    (tmp_path / "masks").mkdir()
+    mask = np.random.default_rng(0).integers(0, 2, (40, 40, 3), dtype=np.uint8) * 255
+    Image.fromarray(mask).save(tmp_path / "masks" / "0.png")
+    encode(tmp_path / "masks", tmp_path / "out", resample="nearest", images=True)
+    with tarfile.open(tmp_path / "out" / "000000.tar") as archive:
+        content = archive.extractfile("00000000.latent.png").read()
+    assert set(np.asarray(Image.open(io.BytesIO(content))).flat) == {0, 255}
+    assert (
+        "resample"
+        in json.loads((tmp_path / "out" / ".encode" / "plan.json").read_text())["options"]
+    )
+
+
+def names(inputs: Inputs, shard: int) -> list[tuple[str, str]]:
+    return [(item.name, item.key) for item in inputs.read(shard)]
+
+
+def test_images_of_a_folder_are_cut_into_shards_by_number(image_folder):
+    paths = [path.relative_to(image_folder).as_posix() for path in find_images(image_folder)]
+    inputs = find_inputs(str(image_folder), 3, 5)
+    assert isinstance(inputs, DatasetInputs)
+    assert len(inputs) == 3
+    assert [inputs.count(range(n, n + 1)) for n in range(3)] == [5, 5, 2]
+    assert inputs.count(range(3)) == 12
+    found = [pair for shard in range(3) for pair in names(inputs, shard)]
+    assert found == [(f"{number:08d}", path) for number, path in enumerate(paths)]
+
+
+def test_classes_are_the_first_folders_by_number(image_folder):
+    inputs = find_inputs(str(image_folder), 3, 12, classes=True)
+    assert inputs.classes == ["class0", "class1", "class2"]
+    for item in inputs.read(0):
+        assert item.files["cls"] == item.key[len("class")].encode()
+
+
+def test_each_shard_becomes_one_and_keeps_its_other_files(tmp_path):
+    write_shards(tmp_path, (3, 2))
+    inputs = find_inputs(str(tmp_path), 3, 100)
+    assert isinstance(inputs, ShardInputs)
+    assert len(inputs) == 2
+    assert names(inputs, 1) == [("0003", "001/0003"), ("0004", "001/0004")]
+    assert [{*item.files} for item in inputs.read(0)] == [{"json"}] * 3
+    assert [inputs.count(range(n)) for n in range(3)] == [0, 3, 5]
+    uncounted = replace(inputs, shards=[inputs.shards[0], inputs.shards[1]._replace(images=None)])
+    assert uncounted.count(range(2)) is None
+    assert inputs.open((encoded(0), "a.jpg")).size == (40, 32)
+
+
+@pytest.mark.parametrize(
+    ("options", "batch_size", "lengths"),
+    [
+        (EncodeOptions(16), 4, [4, 1, 4, 1, 2]),
+        (EncodeOptions(0), 4, [1] * 12),  # of their own sizes, which may be large
+        (EncodeOptions(512), 4, [2, 2, 1, 2, 2, 1, 2]),  # 2^19 pixels at most
+    ],
+)
+def test_readers_are_sent_a_few_images_of_one_shard_at_a_time(
+    image_folder, options, batch_size, lengths
+):
+    inputs = find_inputs(str(image_folder), 3, 5)
+    units = Units(inputs, options, range(3), batch_size)
+    sent = list(units)
+    assert [len(unit) for unit in sent] == lengths
+    assert [shard for shard, _ in units.waiting] == sorted(shard for shard, _ in units.waiting)
+    keys = [item.key for unit in sent for item in unit]
+    assert keys == [key for shard in range(3) for _, key in names(inputs, shard)]
+    assert not any(item.files for unit in sent for item in unit)
+
+
+def test_what_is_read_has_pixels_or_the_reason_in_the_order_of_the_shard(image_folder):
+    (image_folder / "class0" / "bad.png").write_bytes(b"no picture")
+    inputs = find_inputs(str(image_folder), 3, 20)
+    options = EncodeOptions(16)
+    reader = Reader(inputs, options)
+    units = Units(inputs, options, range(1), 4)
+    found = [image for _, unit in units.images(reader[unit] for unit in units) for image in unit]
+    assert len(found) == 13
+    (bad,) = [one for one in found if isinstance(one, ReadError)]
+    assert bad.name == "class0/bad.png"
+    for one in found:
+        if one is not bad:
+            expected = read_picture(image_folder / one.item.key)
+            pixels = image_to_tensor(EvalTransform(16)(expected))
+            assert torch.equal(one.pixels, pixels)
+            assert one.size == (48, 40)
+
+
+def test_an_error_in_the_middle_comes_after_the_images_before_it():
+    class Broken:
+        def read(self, shard: int) -> Iterator[Item]:
+            yield Item("0", "a", 0)
+            raise OSError(f"shard {shard} ends here")
+
+    units = Units(Broken(), EncodeOptions(16), [7], 1)  # type: ignore[arg-type]
+    assert [item.key for unit in units for item in unit] == ["a"]
+    assert str(units.error) == "shard 7 ends here"
