@@ -2,6 +2,7 @@
 
 import http.client
 import os
+import re
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from olvae.checkpoint import _read_torch
-from olvae.files import file_sha256
+from olvae.files import file_sha256, first_line
 
 # The environment variable with a folder of pretrained weights.
 FOLDER_VARIABLE = "OLVAE_WEIGHTS"
@@ -113,6 +114,29 @@ def find_weights(
     finally:
         socket.setdefaulttimeout(timeout)
     return cache / file.name
+
+
+# The file of weights in a repository of timm's networks.
+ON_HUB = "model.safetensors"
+
+
+def find_on_hub(repo_id: str) -> Path:
+    """Find a timm network's weights in the hub's cache, or download them there.
+
+    MissingWeights if ``repo_id`` is no id of the hub, or they can't be downloaded.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise MissingWeights(f"{repo_id}: no such file, and not an id of the hub (OWNER/NAME)")
+    # Takes longer to import than this package.
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repo_id, ON_HUB))
+    except Exception as error:  # of many kinds, by what the hub answers
+        raise MissingWeights(
+            f"{repo_id}: {ON_HUB} is not in the hub's cache and could not be downloaded "
+            f"({first_line(error)})"
+        ) from error
 
 
 def read_weights_file(path: Path, file: WeightsFile, prefix: str = "") -> dict[str, Tensor]:

@@ -13,7 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RADIAL_BINS = 16
+from olvae.losses.cosine_transform import (
+    cosines,
+    inverse_cosines,
+    radial_bins,
+    radial_sums,
+    tilted,
+)
+
 SIGNS_SIDE = 64  # positions: the largest side of a latent whose signs are drawn
 RANDOM = 7  # seed of the rotation and of the signs, the same for all seeds of the experiment
 
@@ -176,52 +183,20 @@ def upper_half(height: int, width: int, factor: float) -> Tensor:
     return gains
 
 
-def cosines(z: Tensor) -> Tensor:
-    """The orthonormal cosine transform (DCT-II) of the last two axes."""
-    rows, columns = (_basis(side).to(z.dtype) for side in z.shape[-2:])
-    return rows @ z @ columns.T
-
-
-def inverse_cosines(coefficients: Tensor) -> Tensor:
-    rows, columns = (_basis(side).to(coefficients.dtype) for side in coefficients.shape[-2:])
-    return rows.T @ coefficients @ columns
-
-
-def _basis(side: int) -> Tensor:
-    """Frequencies by positions, (side, side)."""
-    i = torch.arange(side, dtype=torch.float64)
-    basis = (torch.pi / side * i[:, None] * (i + 0.5)).cos() * (2.0 / side) ** 0.5
-    basis[0] *= 0.5**0.5
-    return basis
-
-
-def radial_bins(height: int, width: int) -> Tensor:
-    """The bin of each coefficient, (h, w): its distance from frequency 0 on a grid of side 1."""
-    rows = torch.arange(height, dtype=torch.float64) / height
-    columns = torch.arange(width, dtype=torch.float64) / width
-    radius = (rows[:, None].square() + columns.square()).div(2.0).sqrt()
-    return (radius * RADIAL_BINS).long()
-
-
 def radial_spectrum(x: Tensor) -> Tensor:
     """Mean power in each radial bin, (RADIAL_BINS,); NaN in a bin without coefficients.
 
     Of (N, C, h, w), shifted and scaled to mean 0 and deviation 1.
     """
     x = Scale.of(x.double()).apply(x.double())
-    power = cosines(x).square().mean((0, 1)).flatten()
-    bins = radial_bins(*x.shape[-2:]).flatten()
-    counts = torch.bincount(bins, minlength=RADIAL_BINS)
-    return torch.bincount(bins, power, minlength=RADIAL_BINS) / counts
+    sums, counts = radial_sums(cosines(x).square().mean((0, 1)))
+    return sums / counts
 
 
 def target_spectrum(images: Tensor) -> Tensor:
     """Spectrum matching's target with its default, delta 1: the images' power times frequency.
 
-    The frequency is the middle of a bin. The mean power of all coefficients is 1.
+    The mean power of all coefficients is 1.
     """
-    middles = (torch.arange(RADIAL_BINS, dtype=torch.float64) + 0.5) / RADIAL_BINS
-    target = radial_spectrum(images) * middles
-    counts = torch.bincount(radial_bins(*images.shape[-2:]).flatten(), minlength=RADIAL_BINS)
-    total = (target.nan_to_num(0.0) * counts).sum()
-    return target * counts.sum() / total
+    _, counts = radial_sums(images[0, 0].double())
+    return tilted(radial_spectrum(images), counts)

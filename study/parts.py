@@ -27,10 +27,15 @@ PARTS = {
     "little_noise": "random_noise.RandomNoise, params: {how: add, strength: 0.2}",
     "noise": "random_noise.RandomNoise, params: {how: add, strength: 0.8}",
     "masking": "channel_masking.ChannelMasking, params: {widths: [4, 8, 12]}",
+    "masking_at_once": "channel_masking.ChannelMasking, params: {widths: [4, 8, 12], at_once: 2}",
     "scale": "scale_equivariance.ScaleEquivariance, params: {factors: [2]}",
     "prior": "prior.Prior",
     "robust": "teacher.Teacher, params: {autoencoder: olvae:photos-f8c12}",
     "variance": "statistics.variance_expansion.VarianceExpansion",
+    "spectrum": "statistics.spectrum_matching.SpectrumMatching",
+    "low_pass": "statistics.shared_low_pass.SharedLowPass",
+    "correlation": "statistics.local_correlation.LocalCorrelation",
+    "token": "statistics.latent_masking.LatentMasking",
 }
 """The first is the control: as many steps without a part."""
 
@@ -39,10 +44,15 @@ TITLES = {
     "little_noise": "random noise, up to 0.2",
     "noise": "random noise, up to 0.8",
     "masking": "channel masking",
+    "masking_at_once": "channel masking, two widths at once",
     "scale": "scale equivariance",
     "prior": "diffusion prior in place of KL",
     "robust": "decoder alone, on generated latents",
     "variance": "variance expansion in place of KL",
+    "spectrum": "spectrum matching in place of KL",
+    "low_pass": "shared low-pass in place of KL",
+    "correlation": "local correlation",
+    "token": "latent masked by a token",
 }
 
 WITHOUT_KL = "model.params.lossconfig.params.kl_weight=0"
@@ -50,6 +60,8 @@ SETTINGS = {
     "prior": ["model.params.sample_posterior=false", WITHOUT_KL],
     "robust": ["model.params.freeze_encoder=true", WITHOUT_KL],
     "variance": [WITHOUT_KL],
+    "spectrum": [WITHOUT_KL],
+    "low_pass": [WITHOUT_KL],
 }
 """What a part needs beside itself."""
 

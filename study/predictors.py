@@ -4,7 +4,6 @@ Of mapped latents (N, n, h, w), in float64 where pictures are not needed.
 """
 
 from collections.abc import Callable
-from itertools import combinations
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 from olvae.evaluation.latent_report import high_and_all
 from olvae.evaluation.observers.ifid import PRECISION_NEIGHBOURS
 from olvae.evaluation.observers.interpolated import drawn_neighbours, slerp_halfway
+from olvae.losses import cosine_transform, terms
 from olvae.metrics.features import Features
 from study.latent_maps import Scale, radial_spectrum, target_spectrum
 
@@ -35,12 +35,9 @@ def spectrum_divergence(z: Tensor, images: Tensor) -> float:
     ``images``, (N, C, h, w), are averaged to as many positions. Both are normalised to sum 1
     over the radial bins that have coefficients.
     """
-    target = target_spectrum(images)
     found = radial_spectrum(z)
-    there = found.isfinite()
-    target, found = (spectrum[there].log1p() for spectrum in (target, found))
-    target, found = target / target.sum(), found / found.sum()
-    return float((target * (target / found).log()).sum())
+    target = target_spectrum(images)
+    return float(cosine_transform.spectrum_divergence(target, found, found.isfinite()))
 
 
 def local_correlation(z: Tensor) -> float:
@@ -50,11 +47,7 @@ def local_correlation(z: Tensor) -> float:
     positions that do not overlap.
     """
     z = Scale.of(z.double(), per_channel=True).apply(z.double())
-    windows = F.unfold(z, WINDOW, stride=WINDOW).unflatten(1, (z.shape[1], WINDOW**2))
-    centred = F.normalize(windows - windows.mean(1, keepdim=True), dim=1)  # (N, n, 16, windows)
-    pairs = combinations(range(WINDOW**2), 2)
-    found = [(centred[:, :, i] * centred[:, :, j]).sum(1).mean() for i, j in pairs]
-    return float(torch.stack(found).mean())
+    return float(terms.local_correlation(z, WINDOW))
 
 
 def equivariance_error(z: Tensor, decode: Decode, images: Tensor) -> float:

@@ -47,6 +47,18 @@ def test_page_shows_what_the_model_makes(model):
         assert result.error.shape == x.shape
 
 
+@torch.no_grad()
+def test_the_image_of_a_decoder_at_2x_is_shown_halved():
+    decoder = tiny_config()["model"]["params"]["decoder_config"]
+    decoder["params"]["enlarge"] = 2
+    model = tiny(decoder_config=decoder)
+    x = photograph(32, 48)
+    (result,) = compare({"a": model}, x, "cpu").values()
+    y = model.decode(model.encode(from_uint8(x[None])).mode())
+    halved = to_uint8(y.unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1)))[0]
+    assert (result.y.int() - halved.int()).abs().max() <= 1
+
+
 @pytest.mark.parametrize("size", [(1, 1), (10, 40)])
 def test_images_too_small_for_ssim(model, size):
     (result,) = compare({"a": model}, photograph(*size), "cpu").values()

@@ -67,6 +67,7 @@ OBSERVERS = {
     "interpolated_precision": "olvae.evaluation.observers.ifid.InterpolatedPrecision",
     "linear_probe": "olvae.evaluation.observers.linear_probe.LinearProbe",
     "round_trips": "olvae.evaluation.observers.pixels.round_trips.RoundTrips",
+    "spectrum": "olvae.evaluation.observers.spectrum.Spectrum",
     "text": "olvae.evaluation.observers.text.Text",
 }
 ZOO_OBSERVERS = ("colour", "ifid", "text")  # of --zoo, unless others are named

@@ -21,6 +21,7 @@ from olvae.evaluation.report import print_grid
 from olvae.evaluation.results import Row
 from olvae.files import atomic_write, counted
 from olvae.launcher import gather
+from olvae.losses.cosine_transform import cosines
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Posterior, keyed_seed
 from olvae.modules.mixed_precision import in_float64
@@ -267,15 +268,7 @@ def high_and_all(x: Tensor) -> Tensor:
     First of the high frequencies, in the upper half along either axis, then of all. The mean of a
     channel is left out. White noise has 3/4 high.
     """
-    # An orthonormal basis for each axis, frequencies by positions.
-    bases = []
-    for n in x.shape[-2:]:
-        i = torch.arange(n, dtype=x.dtype, device=x.device)
-        basis = (torch.pi / n * i[:, None] * (i + 0.5)).cos() * (2.0 / n) ** 0.5
-        basis[0] *= 0.5**0.5
-        bases.append(basis)
-
-    energies = (bases[0] @ x @ bases[1].T).square().sum((0, 1))  # (h, w)
+    energies = cosines(x).square().sum((0, 1))  # (h, w)
     energies[0, 0] = 0.0
     h, w = x.shape[-2:]
     low = energies[: -(-h // 2), : -(-w // 2)].sum()

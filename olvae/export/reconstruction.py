@@ -64,8 +64,8 @@ MOST_CLASSIC = 2**32 - 2**25
 NOT_FINITE = "the reconstruction has non-finite values: set `precision` to 32, or check the weights"
 NOT_OF_8_BITS = "a model that was trained on it reconstructs it"
 ONLY_WHOLE = (
-    "larger ones are read piece by piece by a LiteVAE alone, without `sample`, and not with a "
-    "decoder at 2x"
+    "larger ones are read piece by piece by a LiteVAE alone, and without `sample` or a decoder at "
+    "2x"
 )
 AS_TILES = (
     "save it as a tiled TIFF, which is read piece by piece: "

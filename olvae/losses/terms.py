@@ -1,4 +1,4 @@
-"""Loss terms: pixel, wavelet, Gaussian and KL; of two latents; of a latent and features.
+"""Loss terms: pixel, wavelet, Gaussian and KL; of one or two latents; of a latent and features.
 
 Each is a mean over elements, in float32.
 """
@@ -114,6 +114,24 @@ def marginal_distance_loss(z: Tensor, features: Tensor, margin: float = 0.25) ->
     memory grows with (h w)^2.
     """
     return F.relu((_cosines(z) - _cosines(features)).abs() - margin).mean()
+
+
+def local_correlation(z: Tensor, window: int) -> Tensor:
+    """Mean Pearson correlation of all pairs of positions in a window, as SSVAE (Liu et al. 2025).
+
+    Between the channels of two positions, of latents (B, n_z, h, w) whose channels have mean 0 and
+    deviation 1. Windows of ``window`` x ``window`` positions do not overlap; positions that fill no
+    window do not count.
+    """
+    count = window**2
+    windows = F.unfold(upcast(z), window, stride=window)
+    windows = windows.unflatten(1, (z.shape[1], count))  # (B, n_z, window^2, windows)
+    unit = F.normalize(windows - windows.mean(1, keepdim=True), dim=1)
+
+    # The square of a window's sum has each pair twice, and each position with itself.
+    together = unit.sum(2).square().sum(1)  # (B, windows)
+    own = unit.square().sum((1, 2))
+    return ((together - own) / (count * (count - 1))).mean()
 
 
 def _cosines(x: Tensor) -> Tensor:

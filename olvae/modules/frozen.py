@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.library_internals import move_tensors
 from olvae.modules.mixed_precision import upcast
 from olvae.pretrained_networks import (
@@ -19,6 +20,7 @@ from olvae.pretrained_networks import (
     VGG16,
     VGG19,
     WeightsFile,
+    find_on_hub,
     load_weights_file,
     read_weights_file,
 )
@@ -244,6 +246,59 @@ def published_weights(name: str) -> str:
     return str(config.hf_hub_id)
 
 
+def vision_network(name: str, weights: Mapping[str, Tensor] | None) -> nn.Sequential:
+    """Build the normalisation of images in [-1, 1] and a timm network that gives feature maps.
+
+    The arguments and errors are :class:`VisionEncoder`'s.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name}: timm.list_models() names them")
+    settings: dict[str, Any] = {"pretrained": weights is not None}
+    if weights is not None:
+        settings["pretrained_cfg_overlay"] = {"state_dict": dict(weights), "custom_load": False}
+    network: Any
+    try:
+        try:
+            network = timm.create_model(name, dynamic_img_size=True, **settings)
+        except TypeError:
+            # A network without position embeddings takes any size, and not this argument.
+            network = timm.create_model(name, **settings)
+    except (RuntimeError, KeyError) as error:
+        # Of load_state_dict, or of timm's conversion from the publisher's names: the last line.
+        last_line = str(error).split("\n\t")[-1]
+        reason = " ".join(last_line.split())[:100]
+        raise ValueError(f"these are not the weights of {name}: {reason}") from error
+
+    # timm keeps a second copy of the weights there.
+    network.pretrained_cfg.pop("state_dict", None)
+    maps = getattr(network, "feature_info", None)
+    if not hasattr(network, "forward_intermediates") or not maps:
+        raise ValueError(
+            f"timm's {name} gives no feature maps: take a ViT, such as "
+            "vit_large_patch14_dinov2.lvd142m"
+        )
+    config = network.pretrained_cfg
+    return nn.Sequential(Normalise(config["mean"], config["std"]), network)
+
+
+def after_blocks(
+    network: nn.Module, stride: int, x: Tensor, grid: tuple[int, int], places: Sequence[int]
+) -> list[Tensor]:
+    """Return features after these blocks of a :func:`vision_network`, (B, channels, *grid) each.
+
+    Gradients flow to the images (B, 3, H, W) in [-1, 1]. The network sees them resized to
+    ``stride`` pixels for each feature.
+    """
+    normalise, inner = network.children()
+    size = [stride * side for side in grid]
+    seen = normalise(_resized(x, size, "bicubic"))  # (B, 3, stride h, stride w)
+    intermediates: Any = inner.forward_intermediates
+    found: list[Tensor] = intermediates(seen, indices=list(places), intermediates_only=True)
+    return found
+
+
 class VisionEncoder(Frozen):
     """The last feature map of a timm network, after its last norm; frozen: see :class:`Frozen`.
 
@@ -258,39 +313,12 @@ class VisionEncoder(Frozen):
     """
 
     def __init__(self, name: str, weights: Mapping[str, Tensor] | None) -> None:
-        import timm
-
-        if not timm.is_model(name):
-            raise ValueError(f"timm has no model {name}: timm.list_models() names them")
-        settings: dict[str, Any] = {"pretrained": weights is not None}
-        if weights is not None:
-            settings["pretrained_cfg_overlay"] = {"state_dict": dict(weights), "custom_load": False}
-        network: Any
-        try:
-            try:
-                network = timm.create_model(name, dynamic_img_size=True, **settings)
-            except TypeError:
-                # A network without position embeddings takes any size, and not this argument.
-                network = timm.create_model(name, **settings)
-        except (RuntimeError, KeyError) as error:
-            # Of load_state_dict, or of timm's conversion from the publisher's names: the last line.
-            last_line = str(error).split("\n\t")[-1]
-            reason = " ".join(last_line.split())[:100]
-            raise ValueError(f"these are not the weights of {name}: {reason}") from error
-
-        # timm keeps a second copy of the weights there.
-        network.pretrained_cfg.pop("state_dict", None)
-        maps = getattr(network, "feature_info", None)
-        if not hasattr(network, "forward_intermediates") or not maps:
-            raise ValueError(
-                f"timm's {name} gives no feature maps: take a ViT, such as "
-                "vit_large_patch14_dinov2.lvd142m"
-            )
-        config = network.pretrained_cfg
-        last = network.feature_info[-1]
-        super().__init__(nn.Sequential(Normalise(config["mean"], config["std"]), network))
-        self.channels = int(last["num_chs"])  # of the features
-        self._stride = int(last["reduction"])  # pixels that the network sees, per feature
+        super().__init__(vision_network(name, weights))
+        _, network = self.network.children()
+        maps: Any = network.feature_info
+        self.channels = int(maps[-1]["num_chs"])  # of the features
+        self.depth = len(maps)  # the network's blocks
+        self.stride = int(maps[-1]["reduction"])  # pixels that the network sees, per feature
 
     @torch.no_grad()
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:
@@ -300,11 +328,17 @@ class VisionEncoder(Frozen):
         autocast's precision; the features are then resized to the grid, (h, w).
         """
         normalise, network = self.network.children()
-        size = [self._stride * max(1, round(side / PIXELS_PER_FEATURE)) for side in x.shape[-2:]]
+        size = [self.stride * max(1, round(side / PIXELS_PER_FEATURE)) for side in x.shape[-2:]]
         seen = normalise(_resized(x, size, "bicubic"))  # (B, 3, stride H/16, stride W/16)
         intermediates: Any = network.forward_intermediates
         (features,) = intermediates(seen, indices=1, norm=True, intermediates_only=True)
         return _resized(features, grid, "bilinear")  # from (B, channels, h', w')
+
+    def after_blocks(self, x: Tensor, grid: tuple[int, int], places: Sequence[int]) -> list[Tensor]:
+        """Return the features after these blocks, (B, channels, *grid) each; see
+        :func:`after_blocks`.
+        """
+        return after_blocks(self.network, self.stride, x, grid, places)
 
     @torch.no_grad()
     def class_token(self, x: Tensor, size: int) -> Tensor:
@@ -317,6 +351,25 @@ class VisionEncoder(Frozen):
         forward: Any = network.forward_features
         tokens: Tensor = forward(seen)  # (B, 1 + positions, d)
         return tokens[:, 0]
+
+
+def load_vision_encoder(name: str, weights: str | None) -> VisionEncoder:
+    """Build a timm network with its weights; on the meta device, for shapes alone, without them.
+
+    ``weights`` is a file, or an id of the hub; by default timm's published ones, which are
+    downloaded into the hub's cache. FileNotFoundError if they are not found, ValueError as
+    :class:`VisionEncoder`, or if timm is not installed.
+    """
+    try:
+        import timm  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name} needs timm: pip install timm") from error
+    if torch.empty(0).device.type == "meta":
+        return VisionEncoder(name, None)
+    file = Path(published_weights(name) if weights is None else weights)
+    if not file.is_file():
+        file = find_on_hub(str(file))
+    return VisionEncoder(name, state_dict_of(read_checkpoint(file), file))
 
 
 def _resized(x: Tensor, size: Sequence[int], mode: str) -> Tensor:

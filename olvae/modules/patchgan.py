@@ -47,7 +47,7 @@ class PatchGAN(nn.Module):
                 nn.init.normal_(module.weight, 0.0, 0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-            elif isinstance(module, _SharedBatchNorm):
+            elif isinstance(module, SharedBatchNorm):
                 nn.init.normal_(module.weight, 1.0, 0.02)
 
     @casts_together
@@ -67,7 +67,7 @@ class PatchGAN(nn.Module):
         return [self.last(h)]  # (B, 1, H/2^n - 2, W/2^n - 2)
 
 
-class _SharedBatchNorm(BatchNormBase):
+class SharedBatchNorm(BatchNormBase):
     """BatchNorm2d with statistics over all processes in training.
 
     torch's SyncBatchNorm has no second derivative, which R1 takes, and waits for the device twice
@@ -111,7 +111,7 @@ class _Layer(nn.Module):
         self.conv = nn.Conv2d(
             in_channels, out_channels, kernel_size=4, stride=stride, padding=1, bias=False
         )
-        self.norm = _SharedBatchNorm(out_channels)
+        self.norm = SharedBatchNorm(out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(self.norm(self.conv(x)), 0.2)

@@ -78,6 +78,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "PatchGAN": {"base_channels": 4},
     "UNetGAN": {"image_size": 64},
     "GigaGAN": {"image_size": 64, "base": 512, "max_channels": 16, "heads": 2, "head_channels": 8},
+    "DinoDiscriminator": {"image_size": 64, "heads": 2},
 }
 """Arguments that make each network narrow and shallow; its levels stay the recipe's."""
 
@@ -131,7 +132,7 @@ class Workshop:
 
     @cached_property
     def vision(self) -> dict[str, str]:
-        """The arguments of an alignment with a small vision encoder."""
+        """The arguments of an alignment or a discriminator with a small vision encoder."""
         torch.manual_seed(0)
         path = self.folder / "vit.pt"
         torch.save(timm.create_model("test_vit").state_dict(), path)
@@ -159,6 +160,17 @@ class Workshop:
         return str(folder)
 
 
+def narrow(node: dict[str, Any], shop: Workshop) -> dict[str, Any]:
+    """Arguments of a node's network, narrow and shallow."""
+    kind = node["target"].rpartition(".")[2]
+    params = {**node.get("params", {}), **NETWORKS[kind]}
+    if kind == "UNetGAN":
+        params["base_channels"] = params.get("base_channels", 16) // 8
+    if kind == "DinoDiscriminator":
+        params |= shop.vision
+    return params
+
+
 def in_small(name: str, shop: Workshop) -> dict[str, Any]:
     """Write a recipe's config with narrow networks and small crops of the workshop's pictures."""
     config = load([name])
@@ -172,10 +184,7 @@ def in_small(name: str, shop: Workshop) -> dict[str, Any]:
     halves = (params.get("encoder_config"), params.get("decoder_config"))
     for node in (*halves, adversary.get("discriminator_config")):
         if node and "target" in node:
-            kind = node["target"].rpartition(".")[2]
-            node["params"] = {**node.get("params", {}), **NETWORKS[kind]}
-            if kind == "UNetGAN":
-                node["params"]["base_channels"] = node["params"].get("base_channels", 16) // 8
+            node["params"] = narrow(node, shop)
     for settings in (params, adversary):
         settings |= {key: 5 for key in SOON if settings.get(key)}
 

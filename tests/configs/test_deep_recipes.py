@@ -14,17 +14,18 @@ CONFIGS = {
 
 
 ALIGNED = ("f16c32_aligned", "f16c32_send")
+WITH_TIMM = (*ALIGNED, "f16c32_dino")
 
 
 @pytest.mark.parametrize(
     ("name", "factor"),
-    [("f16c32", 16), ("f16c32_aligned", 16), ("f16c32_send", 16), ("f32c32", 32)],
+    [("f16c32", 16), *((name, 16) for name in WITH_TIMM), ("f32c32", 32)],
 )
 def test_deep_recipes_have_the_latent_that_their_name_says(name, factor):
     """Of the networks as configured; the factors of encoder and decoder agree,
     or it would not build.
     """
-    if name in ALIGNED:
+    if name in WITH_TIMM:
         pytest.importorskip("timm")
     model = without_weights(load([CONFIGS[name]])["model"])
     assert (model.autoencoder.downscale, model.autoencoder.latent_channels) == (factor, 32)

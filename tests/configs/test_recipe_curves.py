@@ -45,8 +45,9 @@ def test_a_change_of_a_weight_moves_a_curve(shop, monkeypatch):
         return config
 
     monkeypatch.setattr("tests.configs.recipe_curves.in_small", changed)
-    recorded, _ = read_record()
-    moved = difference(losses("not_rgb/satellite", shop), recorded["not_rgb/satellite"], False)
+    monkeypatch.setattr("tests.configs.recipe_curves.STEPS", 2)
+    recorded = {tag: s[:2] for tag, s in read_record()[0]["not_rgb/satellite"].items()}
+    moved = difference(losses("not_rgb/satellite", shop), recorded, False)
     assert moved is not None
     assert moved.startswith("train/loss is")
     assert "at step 1," in moved

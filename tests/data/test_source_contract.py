@@ -1,4 +1,7 @@
-"""The contract of a source: it continues anywhere, at any batch size, on two ranks, by the seed."""
+"""The contract of a source: batches, order and processes make no difference.
+
+It continues anywhere, at any batch size, on two ranks, by the seed.
+"""
 
 from functools import partial
 from itertools import islice, permutations
@@ -9,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from olvae.data.dataset import SamplePhotographs
 from olvae.data.hub import HuggingFaceSource, TorchvisionSource
 from olvae.data.mix import MixSource
 from olvae.data.picture_folder import FolderSource
@@ -16,6 +20,7 @@ from olvae.data.scenes.scene_source import SceneSource
 from olvae.data.shards.latent_source import LatentSource, PairSource
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, Sample, Source
+from olvae.data.volumes.volume_source import VolumeSource
 from tests.data.images import (
     be_rank,
     encoded,
@@ -28,6 +33,7 @@ from tests.data.images import (
     write_tar,
 )
 from tests.data.scenes.geotiffs import geotiff, ground
+from tests.data.volumes.scans import WINDOW, hounsfield, nifti, nrrd_file
 from tests.export.latents import Blocks, encode
 
 COUNTS = (5, 9, 1, 14, 7, 3, 11)  # 50 images
@@ -35,7 +41,9 @@ COUNTS = (5, 9, 1, 14, 7, 3, 11)  # 50 images
 
 @pytest.fixture(scope="session")
 def material(tmp_path_factory) -> Path:
-    """Shards of 50 images and 7 to validate, a folder of 24, latents of 20 and 3 with images."""
+    """Shards of 50 images and 7 to validate, a folder of 24, scenes, volumes of 7 slices each,
+    latents of 23 images beside them.
+    """
     root = tmp_path_factory.mktemp("sources")
     write_shards(root / "shards", COUNTS)
     write_shards(root / "val", (4, 3))
@@ -47,6 +55,9 @@ def material(tmp_path_factory) -> Path:
         array = ground(n, channels=3)
         array[:40, :20] = 0
         geotiff(root / "scenes" / f"{n}.tif", array, nodata=0)
+    for n in range(2):
+        nifti(root / "scans" / f"{n}.nii.gz", hounsfield(n))
+        nrrd_file(root / "scans" / f"{n}.nrrd", hounsfield(2 + n))
     images = write_classes(root / "classes", (7, 9, 4, 3))
     encode(images, root / "latents", Blocks(), size=32, flip=True, dtype="float32", images=True)
     return root
@@ -58,6 +69,20 @@ def folder(root: Path, **arguments: Any) -> Source:
 
 def scenes(root: Path, **arguments: Any) -> Source:
     return SceneSource(root / "scenes", 16, max_unreadable=1.0, range=[0, 10_000], **arguments)
+
+
+def volumes(root: Path, **arguments: Any) -> Source:
+    return VolumeSource(root / "scans", 16, range=WINDOW, val_fraction=0.3, **arguments)
+
+
+def samples(_: Path, **arguments: Any) -> Source:
+    return SamplePhotographs(16, **arguments)
+
+
+def data_set(_: Path, **arguments: Any) -> Source:
+    fake = {"size": 30, "image_size": [3, 24, 20]}
+    node = {"target": "torchvision.datasets.FakeData", "params": fake}
+    return TorchvisionSource(node, 16, **arguments)
 
 
 def known_shards(root: Path, **arguments: Any) -> Source:
@@ -98,7 +123,18 @@ def mix(root: Path, **arguments: Any) -> Source:
 
 
 @pytest.fixture(
-    params=[folder, scenes, known_shards, unknown_shards, latents, pairs, mix],
+    params=[
+        folder,
+        scenes,
+        volumes,
+        samples,
+        data_set,
+        known_shards,
+        unknown_shards,
+        latents,
+        pairs,
+        mix,
+    ],
     ids=lambda make: make.__name__,
 )
 def make(request, material) -> "partial[Source]":
@@ -114,23 +150,37 @@ def same_samples(a: list[Sample], b: list[Sample]) -> bool:
     )
 
 
+FOLLOWING = 12
+"""Samples that are compared after a place: twice what a source shuffles at a time."""
+
+
 @pytest.mark.parametrize("place", [(0, 1), (1, 2), (2, 3)])
 def test_a_sources_stream_continues_anywhere(make, place):
+    """Within an epoch and in the next one."""
     s, process = make(), LoaderProcess(*place)
-    whole = list(islice(s.stream(5, 0, process), 60))
-    for position in (0, 1, 5, 6, 17, 33, 50):
-        assert same_samples(
-            list(islice(s.stream(5, position, process), 60 - position)), whole[position:]
-        )
+    count = 60 // place[1] + 4  # an epoch has at most 50
+    whole = list(islice(s.stream(5, 0, process), count))
+    for position in (0, 1, 5, 6, count // 3, count // 2 + 3, count - 10):
+        expected = whole[position : position + FOLLOWING]
+        assert same_samples(list(islice(s.stream(5, position, process), len(expected))), expected)
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 7])
 def test_a_sources_loader_continues_at_any_batch(make, batch_size):
     s = make(batch_size=batch_size)
-    whole = take(s.train_loader(3), 12)
+    whole = take(s.train_loader(3), 9)
     for batches in (1, 2, 7):
-        assert same(take(s.train_loader(3, batches * batch_size), 12 - batches), whole[batches:])
-    assert not same(take(s.train_loader(4), 12), whole)
+        rest = whole[batches : batches + 3]
+        assert same(take(s.train_loader(3, batches * batch_size), len(rest)), rest)
+    assert not same(take(s.train_loader(4), 9), whole)
+
+
+@pytest.mark.parametrize("make", [scenes, volumes], indirect=True)
+def test_loader_processes_make_no_difference(make):
+    """Of images by number; those of shards come in another order, as each process has its own."""
+    whole = take(make().train_loader(5), 6)
+    rest = take(make(num_workers=2).train_loader(5, 3 * 4), 3)
+    assert same(rest, whole[3:])
 
 
 @pytest.mark.parametrize(

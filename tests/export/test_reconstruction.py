@@ -11,6 +11,7 @@ from olvae.config import ConfigError
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.export import reconstruction as module
 from olvae.export.reconstruction import (
+    Reconstruction,
     ReconstructOptions,
     plan_outputs,
     reconstruct,
@@ -137,7 +138,7 @@ def test_reconstructed_files_of_any_number_of_channels(tmp_path, channels, monke
         np.save(source, array)
     else:
         Image.fromarray(array[..., 0] if channels == 1 else array).save(source)
-    monkeypatch.setattr(module, "reconstruct", lambda model, x, *_: (x, x))
+    monkeypatch.setattr(module, "reconstruct", lambda model, x, *_: Reconstruction(x, x, x))
     vae = tiny()
     vae.in_channels = channels
     value, result = reconstruct_file(vae, source, tmp_path / "out" / "x", CPU)

@@ -13,6 +13,7 @@ from olvae.losses.terms import (
     gaussian_loss,
     kl_loss,
     latent_loss,
+    local_correlation,
     logvar_loss,
     marginal_cosine_loss,
     marginal_distance_loss,
@@ -102,6 +103,20 @@ def test_logvar_loss_is_torchs_divergence_at_equal_means():
 # VA-VAE's terms
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / math.sqrt(a @ a) / math.sqrt(b @ b))
+
+
+@pytest.mark.parametrize(("window", "sides"), [(2, (4, 6)), (2, (5, 3)), (4, (8, 4))])
+def test_local_correlation_is_numpys_of_each_pair_in_a_window(window, sides):
+    z = torch.randn(2, 5, *sides, dtype=torch.float64, requires_grad=True)
+    found = []
+    for latent in z.detach().numpy():
+        for top in range(0, sides[0] - window + 1, window):
+            for left in range(0, sides[1] - window + 1, window):
+                positions = latent[:, top : top + window, left : left + window].reshape(5, -1)
+                matrix = np.corrcoef(positions.T)
+                found.append(matrix[np.triu_indices(window**2, 1)].mean())
+    assert local_correlation(z, window).item() == pytest.approx(np.mean(found), rel=1e-9)
+    assert torch.autograd.gradcheck(lambda z: local_correlation(z, window), z)
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.5])

@@ -49,6 +49,26 @@ def patches_of(x: torch.Tensor) -> np.ndarray:
     return blocks.reshape(n, height // F, width // F, c * F * F)
 
 
+@torch.no_grad()
+def test_a_linear_code_at_2x_is_numpys_least_squares():
+    """From 3x3 latents of the halved images to patches of the whole ones."""
+    images = crops(size=16 * F)
+    model = LiteVAE(LinearEncoder(10, 3, F), LinearDecoder(5, 3, F, enlarge=2))
+    fit_linear_paths(model, images)
+    halved = from_uint8(images).double().unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1)).float()
+    z = model.encode(halved).mean
+    assert z.shape == (len(images), 5, 8, 8)
+    inner = sliding_window_view(z.double().numpy(), (3, 3), axis=(2, 3)).transpose(0, 2, 3, 1, 4, 5)
+    known = inner.reshape(-1, 45)
+    blocks = from_uint8(images).double().numpy().reshape(-1, 3, 8, 2 * F, 8, 2 * F)
+    wanted = blocks[:, :, 1:-1, :, 1:-1].transpose(0, 2, 4, 1, 3, 5).reshape(len(known), -1)
+    known = np.concatenate((known, np.ones((len(known), 1))), axis=1)
+    predicted = known @ np.linalg.lstsq(known, wanted, rcond=None)[0]
+    y = model.decode(z).double().numpy().reshape(-1, 3, 8, 2 * F, 8, 2 * F)
+    found = y[:, :, 1:-1, :, 1:-1].transpose(0, 2, 4, 1, 3, 5).reshape(len(known), -1)
+    assert np.abs(found - predicted).max() < 1e-3
+
+
 def linear_config(root=None, **model) -> dict:
     config = tiny_config(root, **model)
     for half in ("encoder_config", "decoder_config"):

@@ -47,23 +47,19 @@ def test_phase_a_step_is_the_objective_and_the_optimizer_by_hand(image_folder, n
         torch.testing.assert_close(a, b, msg=name)
 
 
-def narrow_models() -> dict[str, dict[str, Any]]:
-    """The models of the configs, by the first of those that differ in nothing but their scale,
-    and narrow.
+def narrow_models() -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """The models of the configs without their discriminators, and these, both narrow.
+
+    By the first config of those that differ in nothing but their scale.
     """
     models: dict[str, tuple[str, dict[str, Any]]] = {}
+    discriminators: dict[str, tuple[str, dict[str, Any]]] = {}
     for path in CONFIGS:
         node = load([path])["model"]
         if "from" in node:
             continue
-        networks = (
-            "encoder_config",
-            "decoder_config",
-            "adversary_config",
-            "embed_dim",
-            "use_quant",
-            "initial_logvar",
-        )
+        name = path.relative_to(ROOT).as_posix()
+        networks = ("encoder_config", "decoder_config", "embed_dim", "use_quant", "initial_logvar")
         params = {name: node["params"][name] for name in networks if name in node["params"]}
         params["lossconfig"] = {
             "target": "olvae.losses.objective.Objective",
@@ -78,23 +74,29 @@ def narrow_models() -> dict[str, dict[str, Any]]:
             params["encoder_config"]["params"]["scale"] = "S"
         for part in parts:
             part["params"]["channels"] = 32
-        if "adversary_config" in params:
-            discriminator = params["adversary_config"]["params"]["discriminator_config"]
-            params["adversary_config"]["params"] = {"discriminator_config": discriminator}
+        models.setdefault(
+            json.dumps(params, sort_keys=True), (name, {"target": node["target"], "params": params})
+        )
+        if "adversary_config" in node["params"]:
+            found = node["params"]["adversary_config"]["params"]["discriminator_config"]
             widths = {
                 "UNetGAN": {"base_channels": 8},
                 "GigaGAN": {"max_channels": 16, "heads": 2, "head_channels": 8},
             }
-            name = discriminator["target"].rpartition(".")[2]
-            discriminator["params"] = {**discriminator.get("params", {}), **widths.get(name, {})}
-        name = path.relative_to(ROOT).as_posix()
-        models.setdefault(
-            json.dumps(params, sort_keys=True), (name, {"target": node["target"], "params": params})
-        )
-    return dict(models.values())
+            narrow = widths.get(found["target"].rpartition(".")[2], {})
+            found["params"] = {**found.get("params", {}), **narrow}
+            discriminators.setdefault(json.dumps(found, sort_keys=True), (name, found))
+    return dict(models.values()), dict(discriminators.values())
 
 
-NARROW_MODELS = narrow_models()
+NARROW_MODELS, DISCRIMINATORS = narrow_models()
+
+
+def assert_all_learn(module: torch.nn.Module) -> None:
+    for name, p in module.named_parameters():
+        assert p.grad is not None, name
+        assert torch.isfinite(p.grad).all(), name
+        assert p.grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("name", NARROW_MODELS)
@@ -114,22 +116,20 @@ def test_every_parameter_of_every_config_learns(name):
     x = torch.rand(1, channels, 32, 32) * 2 - 1
     total, _ = model.objective(x, *model(x, sample_posterior=True))
     total.backward()
-    if model.adversary is not None:
-        # At the size that it is made for. Squares, because hinge's slopes for real and fake cancel
-        # in the biases.
-        size = (
-            node["params"]["adversary_config"]["params"]["discriminator_config"]
-            .get("params", {})
-            .get("image_size")
-        )
-        logits = model.adversary.discriminator(
-            torch.rand(2, channels, size or 64, size or 64) * 2 - 1
-        )
-        torch.stack([(t + 0.1).square().mean() for t in logits]).sum().backward()
-    for name, p in model.named_parameters():
-        assert p.grad is not None, name
-        assert torch.isfinite(p.grad).all(), name
-        assert p.grad.abs().max() > 0, name
+    assert_all_learn(model)
+
+
+@pytest.mark.parametrize("name", DISCRIMINATORS)
+def test_every_parameter_of_every_configs_discriminator_learns(name):
+    """At the size that it is made for; squares, because hinge's slopes for real and fake cancel in
+    the biases.
+    """
+    discriminator = instantiate(DISCRIMINATORS[name])
+    params = DISCRIMINATORS[name]["params"]
+    size = params.get("image_size", 64)
+    logits = discriminator(torch.rand(2, params.get("in_channels", 3), size, size) * 2 - 1)
+    torch.stack([(t + 0.1).square().mean() for t in logits]).sum().backward()
+    assert_all_learn(discriminator)
 
 
 @pytest.mark.parametrize("checkpoint", [True, "decoder"])

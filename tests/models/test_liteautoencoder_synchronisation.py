@@ -57,7 +57,7 @@ class Between(pl.Callback):
 
 
 def traced(tmp_path, size: int, **model) -> Waits:
-    """Six steps of two images, of which the third and the last are logged."""
+    """Four steps of two images, of which every second one is logged."""
     batch = {
         "image": torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8),
         "key": list("ab"),
@@ -67,13 +67,13 @@ def traced(tmp_path, size: int, **model) -> Waits:
         GracefulStop(),
         BadSteps(),
         Health(),
-        KeepCheckpoints(every_n_steps=6),
+        KeepCheckpoints(every_n_steps=4),
         StepProgress(1e-9),
     ]
     trainer = pl.Trainer(
-        max_steps=6,
+        max_steps=4,
         accelerator="cpu",
-        log_every_n_steps=3,
+        log_every_n_steps=2,
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=True,
@@ -82,8 +82,8 @@ def traced(tmp_path, size: int, **model) -> Waits:
         callbacks=[Between(mode), *callbacks],
     )
     with mode:
-        trainer.fit(module, repeat(batch, 6))
-    assert trainer.global_step == 6
+        trainer.fit(module, repeat(batch, 4))
+    assert trainer.global_step == 4
     assert mode.operations > 1000
     return mode
 
@@ -109,9 +109,21 @@ EVERYTHING = {
                 )
             },
         ),
+        (
+            32,
+            {
+                "parts": parts(
+                    spectrum_matching={},
+                    local_correlation={},
+                    shared_low_pass={"cuts": [2], "block": 2},
+                    latent_masking={"ratios": [0.5], "probabilities": [1.0]},
+                    channel_masking={"widths": [2, 4], "at_once": 2},
+                )
+            },
+        ),
         (128, {"adversary": against(UNETGAN, **EVERYTHING)}),
     ],
-    ids=["phase A", "fine-tuning", "phase B"],
+    ids=["phase A", "fine-tuning", "statistics", "phase B"],
 )
 def test_steps_between_logging_steps_do_not_wait_for_the_device(tmp_path, size, model):
     assert traced(tmp_path, size, **model).found == []

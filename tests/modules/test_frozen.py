@@ -41,7 +41,7 @@ def test_dinov2_sees_224_pixels_of_256():
     with torch.device("meta"):
         encoder = VisionEncoder("vit_small_patch14_dinov2.lvd142m", None)
         assert encoder(torch.empty(1, 3, 256, 128), (16, 8)).shape == (1, 384, 16, 8)
-    assert encoder._stride * 16 == 224
+    assert encoder.stride * 16 == 224
     assert (
         published_weights("vit_large_patch14_dinov2.lvd142m")
         == "timm/vit_large_patch14_dinov2.lvd142m"

@@ -35,6 +35,20 @@ def test_wavelet_levels_are_pywavelets(wavelet, dtype, shape):
         )
 
 
+def test_haar_levels_of_a_row_are_those_of_pywavelets_tests():
+    """Of 1.8's test_wavedec: one row eight times, so that each level has a factor of sqrt 2."""
+    row = torch.tensor([3.0, 7, 1, 1, -2, 5, 4, 6], dtype=torch.float64)
+    details = ([-2.82842712, 0, -4.94974747, -1.41421356], [4, -3.5], [-0.35355339])
+    levels = wavedec2(row.repeat(8, 1)[None, None], "haar", 3)
+    for number, (level, detail) in enumerate(zip(levels, details, strict=True), start=1):
+        low, along_width, along_height, diagonal = level[0]
+        expected = torch.tensor(detail, dtype=torch.float64) * 2 ** (number / 2)
+        torch.testing.assert_close(along_width, expected.expand_as(along_width), rtol=0, atol=1e-7)
+        assert along_height.abs().max() < 1e-12
+        assert diagonal.abs().max() < 1e-12
+    assert low.item() == pytest.approx(8.83883476 * 2**1.5, abs=1e-7)
+
+
 @pytest.mark.parametrize("wavelet", WAVELETS)
 @pytest.mark.parametrize("size", [(32, 48), (31, 17), (1, 1), (2, 6), (37, 50)])
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])

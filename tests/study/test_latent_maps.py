@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from scipy.fft import dctn
 
+from olvae.losses.cosine_transform import RADIAL_BINS
 from olvae.models.loading.targets import find_target
 from study.latent_maps import (
     MAPS,
-    RADIAL_BINS,
     cosines,
     fit,
     radial_bins,

@@ -199,7 +199,7 @@ def test_choose_workers_takes_no_more_than_there_are_shards(tmp_path, monkeypatc
 def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under):
     """The first process of all makes it; the others write nothing, and remove nothing.
 
-    test_run_ddp.py has torchrun's.
+    tests.together.test_ranks has torchrun's.
     """
     save(tiny_config(image_folder, use_ema=True), tmp_path / "tiny.yaml")
     overrides = (

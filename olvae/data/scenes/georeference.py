@@ -248,8 +248,9 @@ def tags_from(content: bytes, enlarge: int = 1) -> list[Tag]:
     rasterio = import_rasterio("writing a GeoTIFF")
     try:
         place = json.loads(content)
-        transform = rasterio.Affine.from_gdal(*(float(number) for number in place["transform"]))
-        transform = transform * rasterio.Affine.scale(1 / enlarge)
+        left, *across, top, right, down = (float(number) for number in place["transform"])
+        steps = [step / enlarge for step in (*across, right, down)]
+        transform = rasterio.Affine.from_gdal(left, *steps[:2], top, *steps[2:])
         # A decoded tile has no missing values.
         return tags_of(place["crs"], transform, None, place["bands"])
     except Exception as error:  # GDAL raises all kinds

@@ -54,13 +54,18 @@ class Enlarged(Observer):
       of a target at 1x;
     - of each target at 1x with latents of the same shape, ``bicubic to 2x``: as a target at 2x, by
       bicubic interpolation.
+
+    Differences from the first row are of the rows alone that encode images of its size.
     """
 
     tells_apart = False
 
     def __init__(self) -> None:
         self._added: set[str] = set()
+        # By target at 2x, how much larger its images are; by row, how much smaller those are that
+        # are encoded.
         self._large: dict[str, int] = {}
+        self._smaller: dict[str, int] = {}
 
     def derive(self, subjects: Mapping[str, Subject]) -> dict[str, Subject]:
         targets = {name: one.model for name, one in subjects.items() if not one.baseline}
@@ -76,11 +81,20 @@ class Enlarged(Observer):
             elif by > 1:
                 added[f"{name}, bicubic to {by}x"] = Subject(Bicubically(model, by))
         self._added = set(added)
-        return {**subjects, **added}
+        everything = {**subjects, **added}
+        for name, subject in everything.items():
+            if large and not subject.baseline:
+                self._smaller[name] = subject.model.enlarge
+        return everything
 
     def complete(self, row: Row, rows: Mapping[str, Row]) -> Row:
-        """Added rows have the costs and the weights of their targets' rows."""
-        return replace(row, cost=None, weights=None) if row.target in self._added else row
+        """Keep costs and weights to the targets' rows, and differences to images of one size."""
+        if row.target in self._added:
+            row = replace(row, cost=None, weights=None)
+        first = self._smaller.get(next(iter(rows)))
+        if self._smaller.get(row.target, first) != first:
+            row = replace(row, differences={})
+        return row
 
     def lines(self, rows: Sequence[Row]) -> Iterator[str]:
         for name, by in self._large.items():

@@ -131,7 +131,9 @@ class StableDiffusion(Family):
         encoder = {"latent_dim": 2 * z_channels, "in_channels": config["in_channels"]}
         encoder["image_size"] = size if isinstance(size, int) and size % f == 0 else max(256, f)
         decoder = {"z_channels": z_channels, "enlarge": theirs.enlarge}
-        decoder["out_channels"] = config["out_channels"] // theirs.enlarge**2
+        decoder["out_channels"] = config["out_channels"]
+        if theirs.enlarge > 1:
+            decoder["out_channels"] = theirs.in_channels
 
         factors = {factor: config[factor] for factor in FOR_DIFFUSION}
         factors["shift_factor"] = config["shift_factor"] or 0.0
@@ -203,8 +205,10 @@ class Wrapped(Family):
     def spec(self, theirs: Any, name: str) -> AutoencoderSpec:  # noqa: ARG002
         config = theirs.model.config
         given = {key: value for key, value in config.items() if not key.startswith("_")}
-        if theirs.enlarge > 1 and "out_channels" in given:
-            given["out_channels"] //= theirs.enlarge**2
+        # Of a folder of diffusers, a decoder at 2x is in the config as well; of a file, it is not.
+        outputs = given.get("out_channels")
+        if theirs.enlarge > 1 and outputs == theirs.model.decoder.conv_out.out_channels:
+            given["out_channels"] = outputs // theirs.enlarge**2
         n_z = theirs.latent_channels
         f = theirs.downscale
         shared = {

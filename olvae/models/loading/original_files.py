@@ -4,6 +4,7 @@ diffusers converts names that are read. Names that are written are converted her
 reads them back.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -353,11 +354,12 @@ def _built(kind: str, config: Mapping[str, Any]) -> Any:
         model.quant_conv = nn.Conv2d(2 * z_channels, 2 * embed_dim, 1)
         model.post_quant_conv = nn.Conv2d(embed_dim, z_channels, 1)
 
-    # A decoder at 2x has four times the outputs.
+    # A decoder at 2x has four times the outputs, one at 3x nine times.
     if outputs:
         last = model.decoder.conv_out
-        if outputs > last.out_channels and outputs % last.out_channels == 0:
-            widen(last, outputs // last.out_channels)
+        by = math.isqrt(outputs // last.out_channels)
+        if by > 1 and outputs == by**2 * last.out_channels:
+            widen(last, by**2)
     return model
 
 

@@ -6,21 +6,22 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from olvae.checkpoint import read_checkpoint, state_dict_of
 from olvae.config import import_extra
 from olvae.losses.objective import IMAGE_TERMS
 from olvae.losses.terms import marginal_cosine_loss, marginal_distance_loss
-from olvae.models.parts.part import Loss, Model, Part, Step
+from olvae.models.parts.part import (
+    Loss,
+    Model,
+    Part,
+    Step,
+    adaptive_factor,
+    what_fixes_latents,
+)
 from olvae.models.parts.random_noise import mixed_with_noise
-from olvae.models.weight_files import locate_weights
 from olvae.modules.base import check_choice, check_not_negative
-from olvae.modules.frozen import VisionEncoder, published_weights
+from olvae.modules.frozen import load_vision_encoder
 from olvae.modules.mixed_precision import no_autocast, upcast
 from olvae.modules.others.vit import HEAD_CHANNELS, ViTMapper
-
-# The largest adaptive factor of the published code, whose image terms are sums over an image: the
-# margins may leave almost nothing of the alignment's gradient. Here they are means.
-ADAPTIVE_MAX = 1e8
 
 
 class Alignment(Part):
@@ -97,11 +98,7 @@ class Alignment(Part):
         # The encoder with its weights; without them on the meta device, for shapes alone.
         import_extra("timm", "timm", "an alignment")
         try:
-            if torch.empty(0).device.type == "meta":
-                self.features = VisionEncoder(encoder, None)
-            else:
-                file = locate_weights(published_weights(encoder) if weights is None else weights)
-                self.features = VisionEncoder(encoder, state_dict_of(read_checkpoint(file), file))
+            self.features = load_vision_encoder(encoder, weights)
         except OSError as error:
             raise type(error)(
                 f"{error}; set params.weights of the alignment to a file of {encoder}'s weights"
@@ -130,10 +127,9 @@ class Alignment(Part):
             yield (
                 f"{here}: a vision encoder takes images of 3 channels, not {channels}: leave it out"
             )
-        fixed = ["freeze_encoder"] if model.freeze_encoder else []
-        fixed += [f"parts.{part.name}" for part in model.each_part if part.latents != "free"]
+        fixed = what_fixes_latents(model)
         if fixed:
-            yield f"{here}: the latents can't change ({', '.join(fixed)}): leave it out"
+            yield f"{here}: the latents can't change ({fixed}): leave it out"
         if self.of == "sample" and not model.sample_posterior:
             yield f"{here}.params.of: no sample is drawn (sample_posterior): set it to mean"
         if self.adaptive_weight and not set(IMAGE_TERMS) & set(model.loss_weights):
@@ -145,11 +141,7 @@ class Alignment(Part):
         terms = self(step.images, z)
         weight: Tensor | float = self.weight
         if self.adaptive_weight:
-            # The last convolution that both the image terms and the alignment depend on.
-            last = model.encoder if model.quantizer is None else model.quantizer.quant_conv
-            both = torch.stack([*terms.values()]).sum()
-            most = ADAPTIVE_MAX / step.target[0].numel()
-            factor = model.ratio_of_gradients(step, both, last).clamp(max=most)
+            factor = adaptive_factor(model, step, torch.stack([*terms.values()]).sum())
             model.report({"health/alignment_weight": factor})
             weight = self.weight * factor
         return {name: (term, weight) for name, term in terms.items()}

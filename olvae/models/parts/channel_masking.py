@@ -7,6 +7,7 @@ from torch import Tensor
 
 from olvae.metrics.metric import psnr
 from olvae.models.parts.part import Model, Part, Step
+from olvae.modules.base import check_counts
 
 
 class ChannelMasking(Part):
@@ -16,16 +17,27 @@ class ChannelMasking(Part):
     others details. A decoder then takes any of these widths. Validation logs the PSNR of each as
     ``val/psnr_WIDTH``.
 
-    ``widths``: numbers of channels to keep, drawn uniformly for each sample.
+    With ``at_once`` 2 or more each sample is decoded with as many widths in a step, always with the
+    largest, as in DC-AE 1.5's trainer (DC-Gen, 562077c): so the whole latent learns in every step.
+    Terms of the images, and the adversary's, are means over widths. Decoding costs as many times
+    as much time and memory.
+
+    Args:
+        widths: numbers of channels to keep, drawn uniformly for each sample.
+        at_once: how many different widths of a sample are decoded in a step.
     """
 
-    def __init__(self, widths: Sequence[int]) -> None:
+    def __init__(self, widths: Sequence[int], at_once: int = 1) -> None:
         super().__init__()
+        check_counts(1, at_once=at_once)
         if not widths or min(widths) < 1 or len(set(widths)) < len(widths):
             raise ValueError(
                 f"widths must be different numbers of channels, at least 1, got {list(widths)}"
             )
+        if at_once > len(widths):
+            raise ValueError(f"at_once must be at most the {len(widths)} widths, got {at_once}")
         self.widths = sorted(widths)
+        self.at_once = at_once
 
     def conflicts(self, model: Model) -> Iterable[str]:
         here = f"parts.{self.name}"
@@ -46,11 +58,22 @@ class ChannelMasking(Part):
 
     def on_latent(self, model: Model, step: Step) -> None:
         z = step.latent
-        # The width of each sample by its index, and from it a mask (B, n_z, 1, 1).
-        chosen = torch.randint(len(self.widths), (len(z), 1, 1, 1), device=z.device)
-        kept = torch.zeros(len(z), z.shape[1], 1, 1, dtype=torch.bool, device=z.device)
+        # The widths of each sample by their indices, (B, at_once): the largest is the last.
+        if self.at_once == 1:
+            chosen = torch.randint(len(self.widths), (len(z), 1), device=z.device)
+        else:
+            smaller = torch.rand(len(z), len(self.widths) - 1, device=z.device).argsort(1)
+            largest = smaller.new_full((len(z), 1), len(self.widths) - 1)
+            chosen = torch.cat((largest, smaller[:, : self.at_once - 1]), dim=1)
+
+        # From them masks, (at_once B, n_z, 1, 1): all samples with their first width, and so on.
+        chosen = chosen.T.reshape(-1, 1, 1, 1)
+        kept = torch.zeros(len(chosen), z.shape[1], 1, 1, dtype=torch.bool, device=z.device)
         for i, width in enumerate(self.widths):
             kept |= (chosen == i) & _first(width, z)
+        if self.at_once > 1:
+            z = z.repeat(self.at_once, 1, 1, 1)
+            step.target = step.target.repeat(self.at_once, 1, 1, 1)
         step.latent = z * kept
 
     def validate(self, model: Model, x: Tensor, moments: Tensor | None) -> Mapping[str, Tensor]:
@@ -64,7 +87,8 @@ class ChannelMasking(Part):
         return values
 
     def describe(self) -> str:
-        return f"{', '.join(map(str, self.widths))} channels"
+        widths = f"{', '.join(map(str, self.widths))} channels"
+        return widths if self.at_once == 1 else f"{widths}, {self.at_once} at once"
 
 
 def _first(width: int, z: Tensor) -> Tensor:

@@ -17,6 +17,10 @@ from olvae.models.autoencoder import LiteVAE, Quantizer
 from olvae.modules.base import Decoder, Encoder
 from olvae.modules.distributions import Posterior
 
+# The largest adaptive factor of published code, VA-VAE's and SSVAE's, whose image terms are sums
+# over an image: margins may leave almost nothing of a loss's gradient.
+ADAPTIVE_MAX = 1e8
+
 
 class StandIn(Protocol):
     """An autoencoder whose latents the model learns, and that replaces its frozen halves."""
@@ -117,7 +121,8 @@ class Step:
     warming_up: bool
     # Whether the adversary sees this reconstruction; a part may set it to False.
     adversary_plays: bool
-    # The reconstruction is compared with this: the images, unless a part changes it.
+    # The reconstruction is compared with this: the images, unless a part changes it. A part may
+    # give more samples of target and latent than there are images, as many of both.
     target: Tensor = field(init=False)
     # The encoder's posterior; None where a part stands in for a frozen encoder.
     encoded: Posterior | None = field(init=False)
@@ -260,6 +265,17 @@ def what_fixes_latents(model: Model) -> str:
     settings = ["freeze_encoder"] if model.freeze_encoder else []
     settings += [f"parts.{part.name}" for part in model.each_part if part.latents != "free"]
     return ", ".join(settings)
+
+
+def adaptive_factor(model: Model, step: Step, loss: Tensor) -> Tensor:
+    """|gradient of the weighted image terms| / |gradient of a loss of the latent|, a scalar.
+
+    At the last convolution that both depend on: the encoder's, or quant_conv where there is one. At
+    most the 1e8 of published code beside image terms that are sums, here 1e8 / (C H W).
+    """
+    last = model.encoder if model.quantizer is None else model.quantizer.quant_conv
+    most = ADAPTIVE_MAX / step.target[0].numel()
+    return model.ratio_of_gradients(step, loss, last).clamp(max=most)
 
 
 def first_images(source: Source, seed: int, count: int, device: torch.device) -> Iterator[Tensor]:

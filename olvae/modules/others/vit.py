@@ -69,7 +69,7 @@ def positions(rows: int, columns: int, width: int, device: torch.device) -> Tens
     if width % 4:
         raise ValueError(f"positions need a width that 4 divides, got {width}")
     exponents = torch.arange(width // 4, dtype=torch.float64, device=device) / (width // 4)
-    frequencies = 10_000**-exponents
+    frequencies = torch.pow(10_000, -exponents)
 
     halves = []
     for count in (columns, rows):
@@ -78,7 +78,8 @@ def positions(rows: int, columns: int, width: int, device: torch.device) -> Tens
         halves.append(torch.cat((angles.sin(), angles.cos()), dim=1))
     of_columns = halves[0].repeat(rows, 1)
     of_rows = halves[1].repeat_interleave(columns, dim=0)
-    return torch.cat((of_columns, of_rows), dim=1)[None].float()
+    embedded: Tensor = torch.cat((of_columns, of_rows), dim=1)[None].float()
+    return embedded
 
 
 def to_tokens(x: Tensor) -> Tensor:

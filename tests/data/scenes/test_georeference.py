@@ -73,6 +73,9 @@ def test_a_tiles_place_is_described_and_read_back(tmp_path):
     assert place["transform"] == [400_640, 10, 0, 5_099_680, 0, -10]
     with written(tags_from(content)) as file:
         assert (file.crs, file.transform) == (UTM, from_origin(400_640, 5_099_680, 10, 10))
+    # Of an image that is twice as large, pixels are half as large.
+    with written(tags_from(content, enlarge=2)) as file:
+        assert (file.crs, file.transform) == (UTM, from_origin(400_640, 5_099_680, 5, 5))
     plain = geotiff(tmp_path / "b.tif", ground(0), crs=None, transform=None)
     assert describe_place(Scene(plain, "b.tif", 4), 0, 0) == b""
     for broken in (b"", b"{}", b"[1]", content.replace(b"640", b'"x"'), content[:-3]):

@@ -14,7 +14,6 @@ from olvae.data.pixels.size_and_range import PixelRange
 from olvae.data.scenes.scene_source import SceneSource
 from olvae.data.source import LoaderProcess
 from olvae.data.value_range import measure_range
-from tests.data.images import same, take
 from tests.data.scenes.geotiffs import geotiff, ground
 
 RANGE = {"pairs": [0, 10_000]}
@@ -94,13 +93,6 @@ def test_tiles_that_are_left_out_do_not_move_later_samples(scenes):
         for one, other in zip(found, whole[position:], strict=True):
             assert (one.key, one.errors) == (other.key, other.errors)
             assert torch.equal(one.image, other.image)
-
-
-def test_loader_processes_make_no_difference(scenes):
-    whole = take(source(scenes).train_loader(5), 8)
-    other = source(scenes, num_workers=2)
-    assert same(take(other.train_loader(5), 8), whole)
-    assert same(take(other.train_loader(5, 12), 5), whole[3:])
 
 
 def test_one_scene_is_held_out_by_blocks(tmp_path):

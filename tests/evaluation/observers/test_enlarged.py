@@ -75,9 +75,11 @@ def test_a_decoder_at_2x_is_compared_at_both_sizes(image_folder):
     for name, values in expected.items():
         assert rows[name].metrics["psnr"] == pytest.approx(np.mean(values), abs=0.01), name
 
-    # Costs of the targets alone, of the sizes that they compute.
+    # Costs are of the targets alone, differences of rows that encode images of one size.
     assert rows[TWICE].cost is not None
     assert rows[f"{TWICE}, at 1x"].cost is None
+    compared = [name for name, row in rows.items() if row.differences]
+    assert compared == [f"{ONCE}, bicubic to 2x"]
     (line,) = Enlarged.lines(done.observers[0], done.results.rows)
     assert line.startswith("two: encodes the images 2 times smaller")
 

@@ -97,10 +97,10 @@ def autoencoder(quantizer: bool = False, **arguments) -> LiteVAE:
 @pytest.mark.parametrize("arguments", CONFIGURATIONS)
 def test_tiles_give_the_untiled_image(arguments):
     vae = autoencoder(**arguments)
-    z = torch.randn(1, 4, 7, 11)
+    z = torch.randn(1, 4, 5, 7)
     with torch.no_grad():
         whole = vae.decode(z)
-    for tile in (1, 3, 4, 8, 99):
+    for tile in (1, 3, 4, 6, 99):
         for model in (vae, vae.fold()) if tile == 4 else (vae,):
             assert (model.decode_tiled(z, tile) - whole).abs().max() < 1e-4 * whole.std().clamp(
                 max=1.0

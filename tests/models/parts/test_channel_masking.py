@@ -9,7 +9,7 @@ from olvae.data.pixels.size_and_range import to_uint8
 from olvae.models.parts.channel_masking import ChannelMasking
 from olvae.models.parts.part import Step
 from tests.conftest import parts
-from tests.models.steps import build, source
+from tests.models.steps import against, build, fit, metrics, source
 
 WIDTHS = {"widths": [4, 1, 2]}
 
@@ -29,6 +29,53 @@ def test_channel_masking_keeps_the_first_channels_and_zeroes_the_others():
     assert (step.latent[~kept] == 0).all()
     (gradient,) = torch.autograd.grad(step.latent.sum(), z)
     assert torch.equal(gradient[:, :, 0, 0], kept.float())
+
+
+@pytest.mark.parametrize("at_once", [2, 3])
+def test_several_widths_at_once_have_always_the_largest(at_once):
+    z = torch.randn(1000, 4, 2, 2)
+    x = torch.randn(1000, 3, 2, 2)
+    step = Step(x, None, None, warming_up=False, adversary_plays=False)
+    step.latent, step.target = z, x
+    ChannelMasking(widths=[4, 1, 2], at_once=at_once).on_latent(None, step)
+    kept = (step.latent != 0).flatten(2).all(2).sum(1).view(at_once, 1000)
+    assert (kept[0] == 4).all()
+    assert torch.equal(step.latent[:1000], z)
+    for number in range(1, at_once):
+        counts = {width: int((kept[number] == width).sum()) for width in (1, 2)}
+        assert abs(counts[1] - 500) < 64  # four deviations
+        assert sum(counts.values()) == 1000
+    if at_once == 3:
+        assert torch.equal(kept.sort(0).values.T, torch.tensor([1, 2, 4]).expand(1000, 3))
+    assert torch.equal(step.target, torch.cat([x] * at_once))
+    assert step.images is x
+
+
+def test_a_step_of_two_widths_is_the_mean_over_them(image_folder):
+    """With two widths both are decoded for each image."""
+    both = {"widths": [1, 4], "at_once": 2}
+    model = build(parts=parts(channel_masking=both), sample_posterior=False)
+    x = model.images(next(iter(source(image_folder).train_loader())))
+    posterior = model.encode(x)
+    z = posterior.mean
+    narrow = torch.cat((z[:, :1], torch.zeros_like(z[:, 1:])), dim=1)
+    totals, kl = [], 0.0
+    for latent in (z, narrow):
+        _, terms = model.objective(x, model.decode(latent), posterior)
+        kl = model.loss_weights["kl"] * terms.pop("kl").item()
+        totals.append(model.objective.weighted(terms, *terms).item())
+    values = metrics(fit(model, image_folder, 1))
+    assert values["train/loss"] == pytest.approx(sum(totals) / 2 + kl, rel=1e-5)
+
+
+def test_several_widths_at_once_play_against_a_discriminator(image_folder):
+    masking = {"widths": [1, 2, 4], "at_once": 2}
+    model = build(against(), parts=parts(channel_masking=masking))
+    seen = []
+    model.adversary.discriminator.register_forward_pre_hook(lambda _, x: seen.append(len(x[0])))
+    values = metrics(fit(model, image_folder, 1))
+    assert "train/discriminator" in values
+    assert set(seen) <= {8, 16}  # twice the batch, alone or reals beside fakes
 
 
 def test_channel_masking_validates_the_psnr_of_each_width(image_folder):
@@ -77,6 +124,14 @@ def test_channel_masking_orders_channels_by_importance():
 def test_channel_masking_refuses_widths_that_make_no_sense(widths):
     with pytest.raises(ValueError, match="widths must be different"):
         ChannelMasking(widths)
+
+
+@pytest.mark.parametrize(
+    ("at_once", "message"), [(0, "at_once must be at least 1"), (4, "at most the 3 widths, got 4")]
+)
+def test_channel_masking_refuses_a_number_of_widths_that_it_lacks(at_once, message):
+    with pytest.raises(ValueError, match=message):
+        ChannelMasking([1, 2, 4], at_once=at_once)
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_equivariance_is_decided_once_an_update_for_its_share_of_them(image_fold
 
 def test_equivariance_encodes_shrunk_images_in_a_quarter_of_the_other_steps():
     """As published; at half the size, without antialiasing, a pixel is the mean of four."""
-    model, x = SimpleNamespace(autoencoder=SimpleNamespace(downscale=8)), torch.randn(1, 3, 32, 32)
+    model, x = SimpleNamespace(autoencoder=SimpleNamespace(upscale=8)), torch.randn(1, 3, 32, 32)
 
     def images(seed: int, part: Equivariance, moments=None, warming_up=False) -> Tensor:
         step = Step(x, moments, generator(seed), warming_up, adversary_plays=True)

@@ -136,6 +136,30 @@ def test_two_processes_learn_a_prior_as_one(train_with, train_two, monkeypatch):
 
 
 @pytest.mark.slow
+def test_two_processes_shape_a_latents_statistics_as_one(train_with, train_two, monkeypatch):
+    """Spectrum and correlation are the whole batch's; the token's gradient is averaged."""
+    monkeypatch.setattr(
+        torch, "rand", lambda *size, **_: torch.linspace(0, 1, size[-1]).expand(size)
+    )
+    statistics = parts(
+        spectrum_matching={"weight": 1.0},
+        local_correlation={"threshold": 1.0, "weight": 0.1},
+        latent_masking={"ratios": [0.5], "probabilities": [1.0]},
+    )
+    config = tiny_config(parts=statistics)
+    config["model"]["params"]["encoder_config"]["params"] |= {
+        "extractor_channels": 16,
+        "aggregate_channels": 16,
+    }
+    one, two = train_with(*SMALL, WHOLE, config=config), train_two(*SMALL, HALF, config=config)
+    assert_close(one, two)
+    assert "parts.latent_masking.token" in checkpoint(one)["state_dict"]
+    values, same = scalars(one.path), scalars(two.path)
+    for name in ("train/spectrum", "train/local_correlation", "health/local_correlation"):
+        assert same[name] == pytest.approx(values[name], rel=1e-3), name
+
+
+@pytest.mark.slow
 def test_two_compiled_processes_train_as_two_uncompiled(train_two, vit, tmp_path, monkeypatch):
     """Steps of both players, a part with parameters, and validation: equal to the bit.
 

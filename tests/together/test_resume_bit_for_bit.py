@@ -88,14 +88,38 @@ def limited_by_a_prior(tmp_path: Path, images: Path) -> Case:
     return config, {}, ()
 
 
-def aligned_by_a_transformer(tmp_path: Path, images: Path) -> Case:
-    """As Send-VAE: a mapper that learns, and random noise in what it sees."""
+def masked_by_a_token(tmp_path: Path, images: Path) -> Case:
+    """A part with a token that learns, and parts that draw what they do."""
+    masking = {"ratios": [0.0, 0.5], "probabilities": [0.5, 0.5]}
+    drawn = parts(
+        latent_masking=masking,
+        shared_low_pass={"cuts": [0, 2], "block": 2},
+        channel_masking={"widths": [1, 2, 4], "at_once": 2},
+    )
+    config = tiny_config(images, use_ema=True, ema_decay=0.5, parts=drawn)
+    return config, {}, ()
+
+
+def random_vit(tmp_path: Path) -> str:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pt")
+    return str(tmp_path / "vit.pt")
+
+
+def aligned_by_a_transformer(tmp_path: Path, images: Path) -> Case:
+    """As Send-VAE: a mapper that learns, and random noise in what it sees."""
     given = {"mapper": "vit", "noise": 1.0, "distance_margin": None, "adaptive_weight": False}
-    alignment = node(str(tmp_path / "vit.pt"), **given)
+    alignment = node(random_vit(tmp_path), **given)
     return tiny_config(images, use_ema=True, parts={"alignment": alignment}), {}, ()
+
+
+def against_dino(tmp_path: Path, images: Path) -> Case:
+    """Heads with BatchNorm and spectral norm, and augmentations at random."""
+    params = {"encoder": "test_vit", "weights": random_vit(tmp_path), "image_size": 64, "heads": 2}
+    target = "olvae.modules.dino_discriminator.DinoDiscriminator"
+    adversary = against({"target": target, "params": params}, weight=0.1)
+    return tiny_config(images, adversary_config=adversary), {}, ()
 
 
 CASES = (
@@ -105,7 +129,9 @@ CASES = (
     taught_both,
     taught_decoder,
     limited_by_a_prior,
+    masked_by_a_token,
     aligned_by_a_transformer,
+    against_dino,
 )
 
 
