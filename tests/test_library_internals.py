@@ -5,6 +5,7 @@ import importlib
 import re
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -66,14 +67,24 @@ MENTIONED = {
 }
 
 
+@cache
+def nodes_of(path: Path) -> list[ast.AST]:
+    """Every node of a file, parsed once."""
+    return list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
 def private_attributes(path: Path) -> Iterator[tuple[int, str]]:
     """Attributes with one leading underscore, but those that a method passes on to ``super()``."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes_of(path):
         if isinstance(node, ast.Attribute) and re.match(r"_[^_]", node.attr):
             owner = ast.unparse(node.value)
             if owner != "super()" and node.attr not in STANDARD:
                 yield node.lineno, node.attr
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr"):
+        elif (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id in ("getattr", "hasattr")
+        ):
             name = getattr(node.args[1], "value", None)
             if isinstance(name, str) and re.match(r"_[^_]", name) and name not in STANDARD:
                 yield node.lineno, name
@@ -122,7 +133,7 @@ def test_the_versions_end_where_they_are_tried(name):
 def test_no_other_file_uses_a_library_s_private_name():
     ours = set()
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 ours.add(node.name)
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -138,7 +149,7 @@ def test_no_other_file_uses_a_library_s_private_name():
         found += [
             f"{name}:{line} {attr}" for line, attr in private_attributes(path) if attr not in ours
         ]
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes_of(path):
             if (
                 isinstance(node, ast.ImportFrom)
                 and node.module

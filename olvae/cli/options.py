@@ -93,7 +93,7 @@ def split_commas(text: str) -> list[str]:
 # Arguments and flags that several commands share.
 TARGET_HELP = (
     "A run (folder, name, or last), checkpoint, export, olvae:NAME, id of the hub, or "
-    "diffusers:ID_OR_FOLDER."
+    "diffusers:ID_OR_FOLDER, or timm:NAME (a vision encoder)."
 )
 TargetArgument = Annotated[str, typer.Argument(metavar="TARGET", help=TARGET_HELP)]
 

@@ -89,7 +89,7 @@ def command(
             "--from",
             metavar="TARGET",
             help="Start from an existing autoencoder, with its networks: diffusers:ID_OR_FOLDER, a "
-            "file, a run.",
+            "file, a run; or from a vision encoder, timm:NAME.",
         ),
     ] = None,
     teacher: Annotated[

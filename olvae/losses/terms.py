@@ -116,6 +116,27 @@ def marginal_distance_loss(z: Tensor, features: Tensor, margin: float = 0.25) ->
     return F.relu((_cosines(z) - _cosines(features)).abs() - margin).mean()
 
 
+def structure_loss(z: Tensor, features: Tensor) -> Tensor:
+    """PAE's first term (Yue et al. 2026): (cos(z_i, z_j) - cos(f_i, f_j))^2.
+
+    The mean over pairs of positions of (B, n_z, h, w) and (B, d, h, w), as
+    :func:`marginal_distance_loss`.
+    """
+    return (_cosines(z) - _cosines(features)).square().mean()
+
+
+def semantics_loss(projected: Tensor, features: Tensor) -> Tensor:
+    """PAE's third term: 1 - cosine of the means over positions, plus the mean of 1 - cosine.
+
+    Both are (B, d, h, w): the latent by a linear projection, and features.
+    """
+    projected = upcast(projected)
+    features = upcast(features)
+    whole = F.cosine_similarity(projected.mean((2, 3)), features.mean((2, 3)), dim=1)  # (B)
+    each = F.cosine_similarity(projected, features, dim=1)  # (B, h, w)
+    return (1.0 - whole).mean() + (1.0 - each).mean()
+
+
 def local_correlation(z: Tensor, window: int) -> Tensor:
     """Mean Pearson correlation of all pairs of positions in a window, as SSVAE (Liu et al. 2025).
 

@@ -201,6 +201,7 @@ class LiteVAE(Autoencoder):
         self.downscale = encoder.downscale
         self.enlarge = decoder.enlarge_by
         self.image_size = encoder.image_size
+        self.side = encoder.side
         self.latent_channels = decoder.z_channels
         if quantizer is not None:
             self.latent_channels = quantizer.post_quant_conv.in_channels

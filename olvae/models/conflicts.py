@@ -15,7 +15,7 @@ def find_conflicts(model: Model) -> Iterator[str]:
     yield from _out_of_range(model)
 
     # Halves: something must be left to train.
-    parameters = list(model.encoder.parameters())
+    parameters = [p for p in model.encoder.parameters() if p.requires_grad]
     if model.quantizer is None and not model.freeze_encoder and not parameters:
         yield f"freeze_encoder: {type(model.encoder).__name__} has nothing to train: set it to true"
     if model.checkpoint in model.frozen_halves:
@@ -82,6 +82,11 @@ def check_source(model: Model, source: Source) -> None:
         raise ConfigError(
             f"data.params.size: {source.size.node} is not a multiple of {factor}, the model's "
             f"downscaling factor{times}: use {sizes}"
+        )
+    if vae.side is not None and source.size != (vae.side, vae.side):
+        raise ConfigError(
+            f"data.params.size: {source.size.node}, but the encoder takes images of {vae.side} "
+            "pixels a side only: set it to that"
         )
     channels = model.encoder.in_channels
     if source.channels != channels:

@@ -9,10 +9,13 @@ from olvae.runs import find_run, named_runs
 KINDS = (
     "a run folder, a run's name (the newest in runs/; last: of all), a .ckpt or .safetensors file, "
     "an exported folder, olvae:NAME (a model of this package), an id of the Hugging Face hub "
-    "(OWNER/NAME), diffusers:ID_OR_FOLDER, or package.module.Class:ARGUMENT (a Loader of yours)"
+    "(OWNER/NAME), diffusers:ID_OR_FOLDER, timm:NAME[=FILE][::CHANNELS] (a vision encoder), or "
+    "package.module.Class:ARGUMENT (a Loader of yours)"
 )
 
 DIFFUSERS = "diffusers:"
+
+TIMM = "timm:"  # a vision encoder, with a decoder that is untrained
 
 SHIPPED = "olvae:"  # a model that ships with this package: the export in olvae/pretrained/NAME
 
@@ -61,6 +64,8 @@ def check_target(text: str) -> None:
             )
     elif text.startswith(SHIPPED):
         shipped_folder(text)
+    elif text.startswith(TIMM):
+        return
     elif not (Path(find_run(text)).exists() or is_hub_id(text) or split_class(text)):
         remedy = nearest_path(text, named_runs(text)) or f"; a target is {KINDS}"
         if text in shipped_names():

@@ -97,6 +97,8 @@ class Encoder(_Network):
 
     # Whether the latents have no distribution, so that the log-variances mean nothing.
     deterministic: bool = False
+    # The side of its images in pixels, if it takes no other.
+    side: int | None = None
 
     def __init__(self, latent_dim: int, in_channels: int, downscale: int, image_size: int) -> None:
         super().__init__()
@@ -167,7 +169,7 @@ class Decoder(_Network):
         """
         self.output_patch = patch
         last = last_convolution(self)
-        if self.enlarge_by == 1 or last is None:
+        if self.enlarge_by == 1 or last is None or isinstance(last, nn.Linear):
             return
         widen(last, self.enlarge_by**2, patch**2)
 
@@ -229,12 +231,12 @@ class Decoder(_Network):
         return [network, [Stage(self.linear_path, 1, self.upscale)]]
 
 
-def last_convolution(network: nn.Module) -> nn.Conv2d | nn.Conv3d | None:
+def last_convolution(network: nn.Module) -> nn.Conv2d | nn.Conv3d | nn.Linear | None:
     """Find the last convolution: the network's ``output_layer``, or the last one defined.
 
     The linear path counts only where there is no other.
     """
-    named: nn.Conv2d | nn.Conv3d | None = getattr(network, "output_layer", None)
+    named: nn.Conv2d | nn.Conv3d | nn.Linear | None = getattr(network, "output_layer", None)
     if named is not None:
         return named
     path = getattr(network, "linear", None)
@@ -251,7 +253,8 @@ def widen(conv: nn.Conv2d | nn.Conv3d, times: int, together: int = 1) -> None:
 
 def repeat_outputs(tensor: Tensor, times: int, together: int = 1) -> Tensor:
     """Repeat along the first axis, ``together`` entries in a row: 0 0 1 1, or 0 1 0 1 with two."""
-    return tensor.unflatten(0, (-1, together)).repeat_interleave(times, 0).flatten(0, 1)
+    groups: Tensor = tensor.unflatten(0, (-1, together))
+    return groups.repeat_interleave(times, 0).flatten(0, 1)
 
 
 def device_of(module: nn.Module) -> torch.device:

@@ -24,7 +24,8 @@ class DinoDiscriminator(nn.Module):
     features of equidistant blocks of a ViT-S that DINO trained, each with a small head, and
     DiffAugment in front (Zhao et al. 2020, arXiv 2006.10738), in training only. A head has a
     convolution of single tokens, one of nine along the tokens with a shortcut around it, and the
-    logits' convolution, with spectral norm, and BatchNorm and LeakyReLU 0.2 after the first two.
+    logits' convolution, with spectral norm; after the first two BatchNorm, and so no bias, and
+    LeakyReLU 0.2.
 
     The encoder is no part of the state dict, and has no parameters here. BatchNorm is over the
     whole batch and all processes, as PatchGAN's, in place of StyleGAN-T's groups of 8 images [D].
@@ -87,10 +88,10 @@ class _Head(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         margin = (0, KERNEL // 2)
-        self.first = SpectralConv2d(channels, channels, kernel_size=1)
+        self.first = SpectralConv2d(channels, channels, kernel_size=1, bias=False)
         self.norm1 = SharedBatchNorm(channels)
         self.second = SpectralConv2d(
-            channels, channels, (1, KERNEL), padding=margin, padding_mode="circular"
+            channels, channels, (1, KERNEL), padding=margin, padding_mode="circular", bias=False
         )
         self.norm2 = SharedBatchNorm(channels)
         self.last = SpectralConv2d(channels, 1, kernel_size=1)

@@ -353,12 +353,22 @@ class VisionEncoder(Frozen):
         return tokens[:, 0]
 
 
-def load_vision_encoder(name: str, weights: str | None) -> VisionEncoder:
-    """Build a timm network with its weights; on the meta device, for shapes alone, without them.
+def find_vision_weights(name: str, weights: str | None) -> dict[str, Tensor]:
+    """Read a timm network's weights from a file, or from an id of the hub.
 
-    ``weights`` is a file, or an id of the hub; by default timm's published ones, which are
-    downloaded into the hub's cache. FileNotFoundError if they are not found, ValueError as
-    :class:`VisionEncoder`, or if timm is not installed.
+    By default they are timm's published ones, which are downloaded into the hub's cache.
+    FileNotFoundError if they are not found, ValueError if timm knows none, or they are unreadable.
+    """
+    file = Path(published_weights(name) if weights is None else weights)
+    if not file.is_file():
+        file = find_on_hub(str(file))
+    return state_dict_of(read_checkpoint(file), file)
+
+
+def load_vision_encoder(name: str, weights: str | None) -> VisionEncoder:
+    """Build a timm network with :func:`find_vision_weights`; on the meta device, without them.
+
+    Raises errors as that, and as :class:`VisionEncoder`; ValueError if timm is not installed.
     """
     try:
         import timm  # noqa: F401
@@ -366,10 +376,7 @@ def load_vision_encoder(name: str, weights: str | None) -> VisionEncoder:
         raise ValueError(f"{name} needs timm: pip install timm") from error
     if torch.empty(0).device.type == "meta":
         return VisionEncoder(name, None)
-    file = Path(published_weights(name) if weights is None else weights)
-    if not file.is_file():
-        file = find_on_hub(str(file))
-    return VisionEncoder(name, state_dict_of(read_checkpoint(file), file))
+    return VisionEncoder(name, find_vision_weights(name, weights))
 
 
 def _resized(x: Tensor, size: Sequence[int], mode: str) -> Tensor:

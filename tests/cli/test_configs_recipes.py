@@ -102,7 +102,7 @@ def test_a_config_file_comes_before_a_recipe_of_its_name(tmp_path, monkeypatch):
     [
         ("imagnet/A2", "did you mean imagenet/A2"),
         ("A2", "did you mean imagenet/A2?"),
-        ("SDXL", "did you mean finetune/sdxl?"),
+        ("SDXL", "did you mean finetune/sdxl, finetune/sdxl_2x?"),
         ("phase-a.yaml", "did you mean phase_a"),
         ("configs/dmeo.yaml", "did you mean demo"),
         ("quite/another", "`olvae recipes` lists"),

@@ -79,6 +79,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "UNetGAN": {"image_size": 64},
     "GigaGAN": {"image_size": 64, "base": 512, "max_channels": 16, "heads": 2, "head_channels": 8},
     "DinoDiscriminator": {"image_size": 64, "heads": 2},
+    "ViTDecoder": {"width": 32, "depth": 1, "heads": 1, "hidden": 32},
 }
 """Arguments that make each network narrow and shallow; its levels stay the recipe's."""
 
@@ -140,6 +141,9 @@ class Workshop:
 
     def autoencoder(self, target: str) -> str:
         """The small one in place of a published autoencoder; what ships is itself."""
+        if target.startswith("timm:"):
+            _, reduced, channels = target.partition("::")
+            return f"timm:test_vit={self.vision['weights']}{reduced}{channels}"
         repository = target.rpartition("/")[2]
         for begins, build in AUTOENCODERS.items():
             if repository.startswith(begins):
@@ -162,8 +166,11 @@ class Workshop:
 
 def narrow(node: dict[str, Any], shop: Workshop) -> dict[str, Any]:
     """Arguments of a node's network, narrow and shallow."""
+    params = node.get("params", {})
+    if "target" not in node:  # changes of the network to start from
+        return {**NETWORKS["ViTDecoder"]} if "depth" in params else params
     kind = node["target"].rpartition(".")[2]
-    params = {**node.get("params", {}), **NETWORKS[kind]}
+    params = {**params, **NETWORKS[kind]}
     if kind == "UNetGAN":
         params["base_channels"] = params.get("base_channels", 16) // 8
     if kind == "DinoDiscriminator":
@@ -183,7 +190,7 @@ def in_small(name: str, shop: Workshop) -> dict[str, Any]:
     adversary = params.get("adversary_config", {}).get("params", {})
     halves = (params.get("encoder_config"), params.get("decoder_config"))
     for node in (*halves, adversary.get("discriminator_config")):
-        if node and "target" in node:
+        if node:
             node["params"] = narrow(node, shop)
     for settings in (params, adversary):
         settings |= {key: 5 for key in SOON if settings.get(key)}
@@ -199,6 +206,7 @@ def in_small(name: str, shop: Workshop) -> dict[str, Any]:
     if "alignment" in parts:
         parts["alignment"]["params"] |= shop.vision
     parts.get("prior", {"params": {}})["params"] |= {"width": 32, "depth": 1}
+    parts.get("features", {"params": {}})["params"] |= {"depth": 1}
 
     # Data.
     data = config["data"]

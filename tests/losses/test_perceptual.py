@@ -11,7 +11,7 @@ from PIL import Image
 from olvae.data.dataset import HELD_OUT
 from olvae.losses.perceptual import ESRGAN, LPIPS, Lite0
 from olvae.modules.frozen import conv5_4
-from olvae.pretrained_networks import VGG16, VGG19
+from olvae.pretrained_networks import ALEXNET, VGG16, VGG19
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +159,14 @@ def test_perceptual_weights_file_that_is_not_there_is_an_error(nowhere):
         ESRGAN("elsewhere.pth")
 
 
-def test_perceptual_weights_of_something_else_are_refused(tmp_path, vgg):
+def test_perceptual_weights_of_something_else_are_refused(tmp_path, vgg, weights_dir):
     with pytest.raises(ValueError, match=r"not a file of VGG19 weights: features\.\d+\.\w+ is"):
         conv5_4(vgg)
     path = tmp_path / "other.pth"
     path.write_bytes(b"not a file of torch's")
     with pytest.raises(ValueError, match="not a file of VGG16 weights"):
         LPIPS(str(path))
-    for file in (vgg, path):
+    for file in (weights_dir / ALEXNET.name, path):
         with pytest.raises(ValueError, match="not a file of EfficientNet-Lite0 weights"):
             Lite0(str(file))
 

@@ -1,4 +1,4 @@
-"""Train classes of diffusers and write them back: AutoencoderKL, AutoencoderTiny, wrapped ones."""
+"""Train classes of diffusers and write them back: AutoencoderKL, Tiny, RAE, wrapped ones."""
 
 import json
 import math
@@ -13,6 +13,7 @@ from olvae.config import Config, ConfigError
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.spec import FOR_DIFFUSION, UNMEASURED, AutoencoderSpec
 from olvae.modules.base import HALVES, Decoder, Encoder
+from olvae.modules.others.rae import RAEDecoder, RAEEncoder
 from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
 from olvae.modules.others.wrapped import MODULES, TRAINABLE, DiffusersDecoder, DiffusersEncoder
 from olvae.modules.sdvae import SDDecoder, SDEncoder, block_types
@@ -259,6 +260,49 @@ class Wrapped(Family):
         return {name.partition(".model.")[2]: tensor for name, tensor in named}
 
 
+class Representation(Family):
+    """AutoencoderRAE: a frozen vision encoder, and a transformer that is trained to decode it.
+
+    Its encode and decode apply the factors in its config, which stay.
+    """
+
+    kinds = ("AutoencoderRAE",)
+    networks = (RAEEncoder, RAEDecoder)
+
+    def spec(self, theirs: Any, name: str) -> AutoencoderSpec:
+        given = theirs.model.config
+        if not given["reshape_to_2d"]:
+            raise ConfigError(f"{name}: reshape_to_2d: false: only latents of a grid are trained")
+        config = {key: value for key, value in given.items() if not key.startswith("_")}
+        shared = {"config": json.loads(json.dumps(config))}
+        n_z = theirs.latent_channels
+        f = theirs.downscale
+        encoder = {"latent_dim": 2 * n_z, "image_size": theirs.side, "downscale": f}
+        return self.spec_of(shared | encoder, shared | {"z_channels": n_z, "upscale": f}, n_z)
+
+    def to_ours(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # Means and deviations, of images and of latents, belong to both halves.
+        elsewhere = dict(zip(HALVES, reversed(HALVES), strict=True))
+        renamed = {}
+        for name, tensor in state.items():
+            for half, other in elsewhere.items():
+                if name.partition(".")[0] != other:
+                    renamed[f"{half}.model.{name}"] = tensor
+        return renamed
+
+    def config(self, model: LiteVAE) -> dict[str, Any]:
+        encoder = model.encoder.node["params"]["config"]
+        decoder = model.decoder.node["params"]["config"]
+        if encoder != decoder:
+            raise ValueError("the encoder and the decoder are of two AutoencoderRAE")
+        return dict(decoder)
+
+    def to_diffusers(self, model: LiteVAE) -> dict[str, Tensor]:
+        if model.quantizer is not None:
+            raise ValueError("AutoencoderRAE has no quantizer")
+        return {name.partition(".model.")[2]: tensor for name, tensor in model.state_dict().items()}
+
+
 class Tiny(Family):
     """AutoencoderTiny as TinyEncoder, TinyDecoder; diffusion models take its latents unscaled."""
 
@@ -345,7 +389,7 @@ def _renamed(state: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str,
     return renamed
 
 
-FAMILIES: tuple[Family, ...] = (StableDiffusion(), Wrapped(), Tiny())
+FAMILIES: tuple[Family, ...] = (StableDiffusion(), Wrapped(), Representation(), Tiny())
 
 
 def drop_factors(model: LiteVAE) -> None:

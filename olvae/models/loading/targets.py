@@ -16,6 +16,7 @@ from olvae.models.loading.loader import Loader, LoadOptions, Target
 from olvae.models.loading.monai_files import MonaiLoader
 from olvae.models.loading.original_files import OriginalLoader
 from olvae.models.loading.tiny_files import TinyLoader
+from olvae.models.loading.vision_encoders import VisionLoader
 from olvae.models.target_names import (
     DIFFUSERS,
     KINDS,
@@ -123,6 +124,7 @@ def find_run_config(base: str | Path, run_name: str) -> Path:
 
 LOADERS: tuple[Loader, ...] = (
     DiffusersLoader(),
+    VisionLoader(),
     PackageAndHubLoader(),
     TinyLoader(),
     OriginalLoader(),

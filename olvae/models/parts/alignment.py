@@ -19,9 +19,25 @@ from olvae.models.parts.part import (
 )
 from olvae.models.parts.random_noise import mixed_with_noise
 from olvae.modules.base import check_choice, check_not_negative
-from olvae.modules.frozen import load_vision_encoder
+from olvae.modules.frozen import VisionEncoder, load_vision_encoder
 from olvae.modules.mixed_precision import no_autocast, upcast
 from olvae.modules.others.vit import HEAD_CHANNELS, ViTMapper
+
+
+def load_features(encoder: str, weights: str | None, part: str) -> VisionEncoder:
+    """Load a part's frozen vision encoder; on the meta device without weights, for shapes alone.
+
+    ConfigError if timm is missing; FileNotFoundError and ValueError as
+    :func:`~olvae.modules.frozen.load_vision_encoder`.
+    """
+    import_extra("timm", "timm", part)
+    try:
+        return load_vision_encoder(encoder, weights)
+    except OSError as error:
+        what = part.partition(" ")[2]
+        raise type(error)(
+            f"{error}; set params.weights of the {what} to a file of {encoder}'s weights"
+        ) from error
 
 
 class Alignment(Part):
@@ -95,14 +111,7 @@ class Alignment(Part):
         self.mapper = mapper
         self.noise = noise
 
-        # The encoder with its weights; without them on the meta device, for shapes alone.
-        import_extra("timm", "timm", "an alignment")
-        try:
-            self.features = load_vision_encoder(encoder, weights)
-        except OSError as error:
-            raise type(error)(
-                f"{error}; set params.weights of the alignment to a file of {encoder}'s weights"
-            ) from error
+        self.features = load_features(encoder, weights, "an alignment")
         if mapper == "vit" and self.features.channels % HEAD_CHANNELS:
             raise ValueError(
                 f"mapper: vit needs an encoder with a multiple of {HEAD_CHANNELS} channels, and "

@@ -153,7 +153,7 @@ def test_send_vae_trains_encoder_and_mapper_and_nothing_else(vit, image_folder):
 
     before = snapshot(model)
     fit(model, image_folder, 2, precision="bf16-mixed")
-    assert "parts.alignment.projection.block.qkv.weight" in moved(before, snapshot(model))
+    assert "parts.alignment.projection.block.attention.qkv.weight" in moved(before, snapshot(model))
     assert "align_distance" not in metrics(model)
     assert metrics(model)["train/align_cosine"] > 0
 

@@ -1,0 +1,1 @@
+"""Parts that compare the latent with a vision encoder's features, and one for its continuity."""
