@@ -251,6 +251,9 @@ TABLES: Mapping[str, Callable[[Found], str]] = {
 }
 
 
+LINE_STYLES = ("-", ":")
+
+
 def _curves(rows: Found, suffix: str, path: Path) -> None:
     """PSNR at the crops' size in the trainings of that suffix,
     by steps and by a thread's minutes."""
@@ -262,9 +265,18 @@ def _curves(rows: Found, suffix: str, path: Path) -> None:
             steps, psnr = row["curve"]
             minutes = [step / row["steps"] * seeds[0]["processor_seconds"] / 60 for step in steps]
             for axes, places in ((by_steps, steps), (by_minutes, minutes)):
+                # There are ten colours.
+                style = LINE_STYLES[i // 10]
                 label = title if number == 0 else None
                 axes.plot(
-                    places, psnr, f"C{i}", linewidth=1.2, marker="o", markersize=2.5, label=label
+                    places,
+                    psnr,
+                    f"C{i % 10}",
+                    linestyle=style,
+                    linewidth=1.2,
+                    marker="o",
+                    markersize=2.5,
+                    label=label,
                 )
     for axes, unit in ((by_steps, "steps"), (by_minutes, "minutes of a thread")):
         for linear in _baselines(rows, "linear"):
