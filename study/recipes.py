@@ -37,13 +37,15 @@ FOR_A_GPU = 1e11
 """Operations of a step. Smaller networks are trained on a CPU, and would not keep a GPU busy."""
 
 FOLDERS = {"": "own", "imagenet": "imagenet", "deep": "deep", "distil": "distil"}
-FOLDERS |= {"finetune": "finetune", "not_rgb": "not_rgb"}
+FOLDERS |= {"finetune": "finetune", "not_rgb": "not_rgb", "latents": "latents", "rae": "rae"}
 """A table's name for each folder of recipes."""
 
 CONTINUES = {
     "phase_b": "`phase_a`",
     "demo_b": "`demo`",
     "deep/f16c32_b": "`deep/f16c32`",
+    "deep/f16c32_dino": "`deep/f16c32`",
+    "deep/f16c32_send": "`deep/f16c32_aligned`",
     "distil/decoder": "`distil/encoder`, or random",
     "distil/encoder": "random weights",
     "distil/teacher": "1200 steps of its own",

@@ -231,6 +231,19 @@ def test_docstrings_begin_as_one_would_say_it():
     )
 
 
+def test_a_recipe_begins_with_a_sentence_of_one_line():
+    """`olvae recipes` shows it."""
+    firsts = {
+        path: path.read_text(encoding="utf-8").partition("\n")[0]
+        for path in ROOT.glob("olvae/recipes/**/*.yaml")
+    }
+    nothing(
+        f"{path.relative_to(ROOT)}: {first}"
+        for path, first in firsts.items()
+        if not (re.match("# [^#]", first) and first.endswith(".") and len(first) <= 122)
+    )
+
+
 EXEMPT = {
     "docs",
     "examples",

@@ -491,6 +491,7 @@ class LargeImage:
         paths = decoder.paths()
         assert paths is not None
         z = DecoderInput(self.model, latent, self.options.device)
+        windows = decoder.windows(z)
         tile = max(z.shape)
         if peak_bytes(decoder, lambda d, x: d(x), z.shape) > self.options.memory:
             tile = tile_for(decoder, self.options.memory, z.shape)
@@ -506,7 +507,7 @@ class LargeImage:
             bottom = min(rows[1], height)
             filled = held + bottom - rows[0]
             for columns in split(z.shape[3], tile, decoder.upscale):
-                y = decode_window(paths, z, (rows, columns))[0]
+                y = decode_window(paths, windows, (rows, columns))[0]
                 if not torch.isfinite(y).all():
                     raise ValueError(NOT_FINITE)
                 y = crop_to(y, (bottom - rows[0], width - columns[0]))

@@ -1,6 +1,7 @@
 """Base classes of encoders and decoders, and small helpers on modules."""
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
@@ -218,10 +219,18 @@ class Decoder(_Network):
         """List the network's steps, to run it in tiles; None if one depends on the whole image."""
         return None
 
+    def windows(self, z: Any) -> Any:
+        """Return what :meth:`paths` start from, whose windows are read as ``[..., rows, columns]``.
+
+        ``z`` is a latent that is read so: a tensor, or a file's. A decoder that adds something to
+        it by its place, such as noise, gives each window what belongs there.
+        """
+        return z
+
     def paths(self) -> list[list[Stage]] | None:
         """List the chains of steps that start at the latent; ``forward`` adds up their images.
 
-        None if a step needs the whole image.
+        None if a step needs the whole image. See :meth:`windows`.
         """
         network = self.stages()
         if network is None:
@@ -229,6 +238,48 @@ class Decoder(_Network):
         if self.linear is None:
             return [network]
         return [network, [Stage(self.linear_path, 1, self.upscale)]]
+
+
+class GeneratingDecoder(Decoder, ABC):
+    """A decoder that generates: it takes a noised picture and its time beside the latent.
+
+    On the line from an image x to noise, x_t = (1 - t) x + t x_1, the time t is 0 at the image and
+    1 at its :meth:`start` x_1. The network estimates x from x_t. ``decode(z)`` is its estimate at
+    t = 1, from noise that depends on the place in the image alone. Losses of its own are parts: see
+    ``olvae/models/parts/flow/``.
+    """
+
+    # Standard deviation of the noise in x_1, in the image's units.
+    noise_std: float
+
+    @property
+    def sees_noise(self) -> bool:
+        """Whether noise changes what it decodes, unlike at the start of its training."""
+        return True
+
+    @abstractmethod
+    def start(self, z: Tensor, noise: Tensor) -> Tensor:
+        """Return x_1 for noise (B, out_channels, f h, f w) of deviation 1."""
+
+    @abstractmethod
+    def forward(self, z: Tensor, noised: Tensor | None = None, t: Tensor | None = None) -> Tensor:
+        """Estimate the image, (B, out_channels, f h, f w), from x_t and times (B,).
+
+        Without them decode, in one step.
+        """
+
+    def velocity(self, z: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        """Return dx_t / dt at x_t, which is x_1 - x, by the network's estimate of x."""
+        estimate: Tensor = self(z, noised, t)
+        return (noised - estimate) / t[:, None, None, None]
+
+    def sample(self, z: Tensor, noise: Tensor, steps: int) -> Tensor:
+        """Go from x_1 to an image in Euler steps of equal length; one step is the estimate."""
+        x = self.start(z, noise)
+        for step in range(steps, 0, -1):
+            t = torch.full((len(z),), step / steps, device=z.device)
+            x = x - self.velocity(z, x, t) / steps
+        return x
 
 
 def last_convolution(network: nn.Module) -> nn.Conv2d | nn.Conv3d | nn.Linear | None:

@@ -1,13 +1,14 @@
 """Start a training from an existing autoencoder, which ``model.from`` names; adapt it."""
 
 import copy
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
-from torch import Tensor
+from torch import Tensor, nn
 
 from olvae import config as cfg
 from olvae.config import Config, ConfigError
@@ -32,6 +33,8 @@ def start_from(
 
     - Networks in the config are replaced, except for params without a target, such as
       ``padding: reflect``, which are added. A decoder whose shapes they change starts fresh.
+    - A decoder in the config whose class extends the autoencoder's keeps its class, and the params
+      and tensors that it adds: all others are the autoencoder's.
     - With another number of image channels in ``data.params.channels``, the first and the last
       convolution change.
     - With ``enlarge`` in the decoder's params, its last convolution is widened: its images are at
@@ -72,12 +75,7 @@ def start_from(
 
     # Its networks, with the config's additions; `enlarge` counts also beside other networks.
     enlarge = entry_of(params, "decoder_config.params.enlarge")
-    for key, value in found.config.items():
-        given = params.get(key)
-        if key.endswith("_config") and isinstance(given, Mapping) and "target" not in given:
-            params[key] = OmegaConf.to_container(OmegaConf.merge(value, given))
-        else:
-            params[key] = value
+    params |= {key: _network(value, params.get(key)) for key, value in found.config.items()}
     if enlarge is not None:
         params["decoder_config"]["params"]["enlarge"] = enlarge
     params.pop("initial_logvar", None)
@@ -97,6 +95,32 @@ def start_from(
             raise ConfigError(f"{other} frozen: leave freeze_decoder out")
         warnings.warn(f"{other} starts fresh", stacklevel=2)
     return weights, target.config
+
+
+def _network(found: Any, given: Any) -> Any:
+    """Return the value of a config's key for what was found, with the additions given there."""
+    if not isinstance(found, Mapping) or not isinstance(given, Mapping):
+        return found
+    if "target" not in given:
+        return OmegaConf.to_container(OmegaConf.merge(found, given))
+    if not _extends(given, found):
+        return found
+
+    # Params of a class that extends the one found, but for defaults that it leaves out.
+    base = inspect.signature(cfg.resolve_target(found["target"])).parameters
+    kind = inspect.signature(cfg.resolve_target(given["target"])).parameters
+    params = {}
+    for name, value in found["params"].items():
+        if name in kind or value != base[name].default:
+            params[name] = value
+    return OmegaConf.to_container(OmegaConf.merge(given, {"params": params}))
+
+
+def _extends(given: Mapping[str, Any], found: Mapping[str, Any]) -> bool:
+    """Whether a config's network is of a class that extends the class of the one found."""
+    kind = cfg.resolve_class(given["target"], nn.Module)
+    base = cfg.resolve_class(found["target"], nn.Module)
+    return kind is not base and issubclass(kind, base)
 
 
 def _set_latents(
@@ -238,6 +262,8 @@ def weights_that_fit(
 ) -> tuple[dict[str, Tensor], bool]:
     """Select the weights for a config's networks; leave out the decoder's if it is another one.
 
+    A decoder whose class extends the model's is the same one, with tensors that it adds.
+
     Returns the weights, and whether the decoder is another one. ConfigError if the encoder is
     another one, as its latents would be others.
     """
@@ -252,6 +278,9 @@ def weights_that_fit(
     # Names in one of them alone, or of different shapes.
     shapes = {(key, tensor.shape) for key, tensor in weights.items()}
     different = {key for key, _ in shapes ^ {(key, t.shape) for key, t in wanted.items()}}
+    if _extends(params["decoder_config"], model.decoder.node):
+        added = {key for key in wanted if key.startswith("decoder.") and key not in weights}
+        different -= added
     elsewhere = sorted(key for key in different if not key.startswith("decoder."))
     if elsewhere:
         raise ConfigError(

@@ -24,12 +24,17 @@ from olvae.training.progress import notify
 def load_networks(
     model: LiteAutoencoderKL, weights: Mapping[str, Tensor] | None, settings: Settings
 ) -> Collection[str]:
-    """Load the weights of ``model.from``; return the halves that keep their initial weights."""
+    """Load the weights of ``model.from``; return the halves that keep their initial weights.
+
+    Tensors that a decoder adds to the one that it extends keep their initial values.
+    """
     if weights is None:
         return HALVES if settings.weights is None else ()
     loaded = {name.partition(".")[0] for name in weights}  # without a decoder that starts fresh
     prefixes = tuple(f"{half}." for half in loaded)
-    load_weights(model, weights, str(settings.weights), prefixes=prefixes)
+    own = model.state_dict()
+    added = {name: own[name] for name in own if name.startswith(prefixes) and name not in weights}
+    load_weights(model, {**added, **weights}, str(settings.weights), prefixes=prefixes)
     return tuple(half for half in HALVES if half not in loaded)
 
 

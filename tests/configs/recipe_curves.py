@@ -26,11 +26,13 @@ import torch
 import torchvision
 from PIL import Image
 
+from olvae import LiteVAE
 from olvae.config import recipes, save
 from olvae.data.places import VOLUMES, load
 from olvae.losses import perceptual
 from olvae.models import linear_code
 from olvae.models.loading.targets import find_target
+from olvae.modules.litevae.one_step import OneStepDecoder
 from olvae.pretrained_networks import ALEXNET
 from olvae.training import processes, summary
 from olvae.training.loggers import read_curves
@@ -71,6 +73,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "aggregate_resblocks": 1,
     },
     "LiteVAE_Decoder": {"channels": 8, "num_res_blocks": 0},
+    "OneStepDecoder": {},  # the shipped model's
     "SDEncoder": {"channels": 8, "norm_groups": 4, "num_res_blocks": 1},
     "SDDecoder": {"channels": 8, "norm_groups": 4, "num_res_blocks": 1},
     "TinyEncoder": {"channels": 8, "blocks": [1, 1, 1, 1]},
@@ -139,8 +142,10 @@ class Workshop:
         torch.save(timm.create_model("test_vit").state_dict(), path)
         return {"encoder": "test_vit", "weights": str(path)}
 
-    def autoencoder(self, target: str) -> str:
+    def autoencoder(self, target: str, generates: bool = False) -> str:
         """The small one in place of a published autoencoder; what ships is itself."""
+        if generates:
+            return self.one_step
         if target.startswith("timm:"):
             _, reduced, channels = target.partition("::")
             return f"timm:test_vit={self.vision['weights']}{reduced}{channels}"
@@ -152,6 +157,21 @@ class Workshop:
                     build().save_pretrained(folder)
                 return f"diffusers:{folder}"
         return target.replace("diffusers:", f"diffusers:{ROOT}/")
+
+    @cached_property
+    def one_step(self) -> str:
+        """The shipped model with a decoder that generates, whose injections are random."""
+        model = LiteVAE.from_pretrained("olvae:photos-f8c12")
+        params = model.decoder.node["params"]
+        params.pop("enlarge")
+        torch.manual_seed(0)
+        decoder = OneStepDecoder(**params)
+        decoder.load_state_dict({**decoder.state_dict(), **model.decoder.state_dict()})
+        for parameter in decoder.injections.parameters():
+            torch.nn.init.normal_(parameter, std=0.01)
+        path = self.folder / "one_step"
+        LiteVAE(model.encoder, decoder).save_pretrained(path)
+        return str(path)
 
     def pairs(self, target: str) -> str:
         """The folder of a teacher's latents of the pictures."""
@@ -200,7 +220,7 @@ def in_small(name: str, shop: Workshop) -> dict[str, Any]:
     params["val_metrics"] = []
     config["lightning"].pop("callbacks", None)
     if "from" in model:
-        model["from"] = shop.autoencoder(model["from"])
+        model["from"] = shop.autoencoder(model["from"], generates="distillation" in parts)
     if "config" in params.get("decoder_config", {}).get("params", {}):
         params["decoder_config"]["params"]["config"] = {"decoder_block_out_channels": [4, 4, 4, 8]}
     if "alignment" in parts:

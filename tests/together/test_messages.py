@@ -22,8 +22,9 @@ NO_IMAGES = (
 NO_TARGET = (
     "nowhere: not found; a target is a run folder, a run's name (the newest in runs/; last: of "
     "all), a .ckpt or .safetensors file, an exported folder, olvae:NAME (a model of this "
-    "package), an id of the Hugging Face hub (OWNER/NAME), diffusers:ID_OR_FOLDER, or "
-    "package.module.Class:ARGUMENT (a Loader of yours)"
+    "package), an id of the Hugging Face hub (OWNER/NAME), diffusers:ID_OR_FOLDER, "
+    "timm:NAME[=FILE][::CHANNELS] (a vision encoder), or package.module.Class:ARGUMENT "
+    "(a Loader of yours)"
 )
 
 WRONG_USAGE = {

@@ -12,6 +12,7 @@ import torch
 from tests.conftest import parts, tiny_config
 from tests.data.images import write_shards
 from tests.models.autoencoder_kl import tiny_kl
+from tests.models.parts.flow.generating import generates, nodes, vary
 from tests.models.parts.vision import node
 from tests.models.steps import WITHOUT_KL, against
 from tests.training.origins import (
@@ -88,6 +89,19 @@ def limited_by_a_prior(tmp_path: Path, images: Path) -> Case:
     return config, {}, ()
 
 
+def distilled_to_one_step(tmp_path: Path, images: Path) -> Case:
+    """A part with a frozen copy, beside one without weights; noise of random places."""
+    model = vary(generates(nodes()), std=0.05)
+    model.autoencoder.save_pretrained(tmp_path / "gone")
+    config = without_networks(
+        images,
+        use_ema=True,
+        ema_decay=0.5,
+        parts=nodes(flow={}, distillation={"steps": 2}),
+    )
+    return config, {"start_from": str(tmp_path / "gone")}, ()
+
+
 def masked_by_a_token(tmp_path: Path, images: Path) -> Case:
     """A part with a token that learns, and parts that draw what they do."""
     masking = {"ratios": [0.0, 0.5], "probabilities": [0.5, 0.5]}
@@ -129,6 +143,7 @@ CASES = (
     taught_both,
     taught_decoder,
     limited_by_a_prior,
+    distilled_to_one_step,
     masked_by_a_token,
     aligned_by_a_transformer,
     against_dino,

@@ -169,11 +169,12 @@ def decode_tiled(
 
     # Tiles of all images.
     assert paths is not None
+    latent = decoder.windows(z)
     windows = [
         (rows, columns) for rows in split(height, tile, f) for columns in split(width, tile, f)
     ]
     for done, (rows, columns) in enumerate(windows, start=1):
-        image[..., slice(*rows), slice(*columns)] = decode_window(paths, z, (rows, columns))
+        image[..., slice(*rows), slice(*columns)] = decode_window(paths, latent, (rows, columns))
         if progress is not None:
             progress(done / len(windows))
     return image
@@ -196,7 +197,9 @@ def tile_bytes(decoder: Decoder, tile: int, shape: tuple[int, ...]) -> int:
         window.append((f * start, f * (start + side)))
     rows, columns = window
     shape = (shape[0], decoder.z_channels, *shape[-2:])
-    return peak_bytes(decoder, lambda d, z: decode_window(d.paths(), z, (rows, columns)), shape)
+    return peak_bytes(
+        decoder, lambda d, z: decode_window(d.paths(), d.windows(z), (rows, columns)), shape
+    )
 
 
 def tile_for(decoder: Decoder, memory: int, shape: tuple[int, ...]) -> int:

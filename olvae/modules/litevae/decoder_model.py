@@ -166,29 +166,33 @@ class LiteVAE_Decoder(Decoder):
         """
         return None if self.variant == "group_norm" else self._stages()
 
-    def _stages(self) -> list[Stage]:
+    def blocks(self) -> list[nn.Module]:
+        """List the first convolution, the blocks and the upsamplings, in the order they run."""
         modules: list[nn.Module] = [self.conv_in, *self.mid]
         for level in reversed(self.up):
             blocks, *upsample = level.children()
             modules += [*blocks.children(), *upsample]
+        return modules
+
+    def _stages(self) -> list[Stage]:
         out: list[Stage] = []
-        for module in modules:
+        for module in self.blocks():
             scale = 2 if isinstance(module, Upsample) else 1
-            out.append(Stage(module, _reach(module), scale))
-        out.append(Stage(self._head, _reach(self.conv_norm, self.conv_out)))
-        out += [Stage(_inverse_wavelet, 0, scale=2)] * self.wavelet_levels
+            out.append(Stage(module, reach_of(module), scale))
+        out.append(Stage(self.head, reach_of(self.conv_norm, self.conv_out)))
+        out += [Stage(inverse_wavelet, 0, scale=2)] * self.wavelet_levels
         return self.and_shuffle(out)
 
-    def _head(self, h: Tensor) -> Tensor:
+    def head(self, h: Tensor) -> Tensor:
         out: Tensor = self.conv_out(F.silu(self.conv_norm(h)))
         return out
 
 
-def _inverse_wavelet(bands: Tensor) -> Tensor:
+def inverse_wavelet(bands: Tensor) -> Tensor:
     return idwt2(2.0 * bands)  # (B, 4C, fh/2, fw/2) -> (B, C, fh, fw)
 
 
-def _reach(*modules: nn.Module) -> int:
+def reach_of(*modules: nn.Module) -> int:
     """Add up the reach, in positions, of convolutions in a row; an SMC is one, folded or not."""
     convolutions = (m for module in modules for m in module.modules() if isinstance(m, nn.Conv2d))
     return sum(conv.kernel_size[0] // 2 for conv in convolutions)
