@@ -66,6 +66,7 @@ def command(
             print_latents,
             report_latents,
         )
+        from olvae.evaluation.observers.enlarged import ShrunkAgain
         from olvae.evaluation.observers.ifid import InterpolatedFID
         from olvae.evaluation.observers.observer import Observer, Subject
         from olvae.evaluation.round_trip import open_images_for
@@ -84,7 +85,8 @@ def command(
         device = resolve_device(device)
         models = {target.name: target.load() for target in name_apart(found)}
         observer = InterpolatedFID(weights_dir) if ifid else Observer()
-        subjects = observer.derive({name: Subject(model) for name, model in models.items()})
+        # Here images are encoded whole: what a decoder at 2x makes is compared at their size.
+        subjects = observer.derive({name: Subject(ShrunkAgain(m)) for name, m in models.items()})
         source = open_images_for(models, found[0].config, data)
         if images is not None:
             source.limit(images)

@@ -35,7 +35,8 @@ def _basis(side: int, like: Tensor) -> Tensor:
     i = torch.arange(side, device=like.device)
     # Angles in units of pi / (2 side), whole numbers below a turn: so float32 is exact enough.
     angles = (i[:, None] * (2 * i + 1)) % (4 * side)
-    basis = (angles.to(like.dtype) * (math.pi / (2 * side))).cos() * (2.0 / side) ** 0.5
+    basis: Tensor = (angles.to(like.dtype) * (math.pi / (2 * side))).cos()
+    basis *= (2.0 / side) ** 0.5
     basis[0] *= 0.5**0.5
     return basis
 
@@ -55,7 +56,8 @@ def radial_sums(power: Tensor) -> tuple[Tensor, Tensor]:
 
     The counts are (RADIAL_BINS,); some are 0 if a side has less than about 16 positions.
     """
-    bins = radial_bins(*power.shape[-2:], device=power.device).flatten()
+    height, width = power.shape[-2:]
+    bins = radial_bins(height, width, power.device).flatten()
     flat = power.flatten(-2)  # (..., h w)
     zeros = flat.new_zeros(*flat.shape[:-1], RADIAL_BINS)
     # Not by bincount, for which a GPU would be waited for.

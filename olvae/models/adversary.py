@@ -5,6 +5,7 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from olvae.config import ConfigError, Node, instantiate
 from olvae.data.pixels.size_and_range import Sides, Size
@@ -224,7 +225,8 @@ class Adversary(nn.Module):
                 logs["lecam"] = self.lecam(real_logits, fake_logits)
                 total = total + self.lecam_weight * logs["lecam"]
             if "R1" in terms:
-                with no_autocast(real):
+                # Fused attention, of a vision encoder, has no second derivative.
+                with no_autocast(real), sdpa_kernel(SDPBackend.MATH):
                     image = real.float().requires_grad_()
                     # `forward`, because a compiled network can't be differentiated twice.
                     logs["r1"] = gan_losses.r1_penalty(self.discriminator.forward(image), image)

@@ -29,6 +29,8 @@ class DinoDiscriminator(nn.Module):
 
     The encoder is no part of the state dict, and has no parameters here. BatchNorm is over the
     whole batch and all processes, as PatchGAN's, in place of StyleGAN-T's groups of 8 images [D].
+    Published code also adds the class token to each token, and has a head on the patches before the
+    first block; RAE's configs have no cutout, and a norm of each image alone. Not here [D].
 
     Args:
         encoder: a timm model; RAE's is DINO's ViT-S with patches of 8 pixels.
@@ -54,7 +56,12 @@ class DinoDiscriminator(nn.Module):
         if unknown:
             known = ", ".join(AUGMENTATIONS)
             raise ValueError(f"augment: expected some of {known}, got {', '.join(unknown)}")
-        self.features = load_vision_encoder(encoder, weights)
+        try:
+            self.features = load_vision_encoder(encoder, weights)
+        except OSError as error:
+            raise type(error)(
+                f"{error}; set discriminator_config.params.weights to a file of {encoder}'s weights"
+            ) from error
         depth = self.features.depth
         if heads > depth:
             raise ValueError(f"heads: {encoder} has {depth} blocks, got {heads} heads")

@@ -236,6 +236,8 @@ def enlarged_as(model: LiteVAE, node: Mapping[str, Any], name: str) -> LiteVAE:
     if by == model.enlarge or node["target"] != model.decoder.node["target"]:
         return model
     here = "model.params.decoder_config.params.enlarge"
+    if not isinstance(by, int) or by < 1:
+        raise ConfigError(f"{here}: {by!r} is no whole number from 1 on")
     if model.enlarge > 1:
         raise ConfigError(
             f"{here}: {by}, but the images of {name} are {model.enlarge} times larger already: "

@@ -1,5 +1,6 @@
 """``olvae latents`` as a user types it, on runs that were trained for two steps."""
 
+import copy
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from olvae.data.pixels.size_and_range import from_uint8
 from olvae.data.places import load
 from olvae.evaluation.latent_report import LatentAccumulator, draw_distribution
 from olvae.models.loading.targets import find_target
+from tests.conftest import tiny, tiny_config
 from tests.evaluation.peers import numbers
 from tests.forks import fork_ranks
 from tests.metrics.test_features import extract
@@ -69,6 +71,27 @@ def test_ifid_is_that_of_an_evaluation(
         "0.0% of 12",
     ):
         assert text in err
+
+
+def test_ifid_of_a_decoder_at_2x_compares_pictures_of_the_encoded_size(
+    done, tmp_path, photos, weights_dir, monkeypatch
+):
+    decoder = copy.deepcopy(tiny_config()["model"]["params"]["decoder_config"])
+    decoder["params"]["enlarge"] = 2
+    tiny(decoder_config=decoder).save_pretrained(tmp_path / "two")
+    sizes = []
+
+    def seen(images):
+        sizes.append(tuple(images.shape[-2:]))
+        return extract(images)
+
+    monkeypatch.setattr(
+        "olvae.evaluation.observers.interpolated.Inception", lambda path, device: seen
+    )
+    given = ("--data", photos, "--images", 2, "--weights-dir", weights_dir)
+    done("latents", tmp_path / "two", *given, "--ifid", "--out", tmp_path / "out")
+    assert len(sizes) > 1
+    assert len(set(sizes)) == 1
 
 
 def test_pictures_that_are_not_finite_cost_ifid_alone(

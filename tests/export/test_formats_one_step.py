@@ -50,6 +50,20 @@ def test_export_in_float16_holds_its_noise(tmp_path):
         torch.testing.assert_close(half, model.decode(z), rtol=0.01, atol=0.01)
 
 
+@pytest.mark.slow
+def test_onnx_holds_the_noise_of_every_place(tmp_path):
+    """At another batch and size than the traced ones, beyond where the noise repeats."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    target, model = one_step_vae(tmp_path)
+    settings = ExportSettings(format="litevae", onnx=True, scaling_factor=0.5)
+    export_target(find_target(target), tmp_path / "out", settings)
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "decoder.onnx"))
+    z = torch.randn(1, 4, 5, 40)
+    (image,) = session.run(None, {session.get_inputs()[0].name: z.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(image), model.decode(z), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "file", "message"),
     [

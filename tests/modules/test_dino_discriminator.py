@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from olvae.config import ConfigError
+from olvae.models.adversary import Adversary
 from olvae.modules.dino_discriminator import DinoDiscriminator, diff_augment
 from tests.models.steps import against, build, fit, moved, snapshot
 
@@ -189,13 +190,34 @@ def test_training_against_it_moves_the_heads_alone(vit, image_folder):
         assert torch.equal(tensor, frozen[name])
 
 
+def test_r1_with_it_is_the_gradient_at_the_images_and_trains_the_heads(vit):
+    """Its attention is differentiated twice."""
+    adversary = Adversary(node(vit, augment=[]), r1_weight=1.0)
+    heads = adversary.discriminator.eval()
+    x = torch.rand(2, 3, 64, 64) * 2 - 1
+    _, logs = adversary.discriminator_loss(x, -x)
+
+    image = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(sum(t.sum() for t in heads(image)), image)
+    wanted = 0.5 * gradient.square().sum() / 2
+    torch.testing.assert_close(logs["r1"], wanted.detach(), rtol=1e-4, atol=0)
+
+    total, _ = adversary.discriminator_loss(x, x)
+    total.backward()
+    assert all(p.grad.isfinite().all() for p in heads.parameters())
+
+
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
         ({"heads": 7}, ValueError, "heads: test_vit has 6 blocks, got 7 heads"),
         ({"heads": 0}, ValueError, "heads must be at least 1"),
         ({"augment": ["colour", "blur"]}, ValueError, "expected some of .*cutout, got blur"),
-        ({"weights": "/nowhere.pt"}, FileNotFoundError, "/nowhere.pt: no such file, and not an id"),
+        (
+            {"weights": "/nowhere.pt"},
+            FileNotFoundError,
+            "/nowhere.pt: no such file, and not an id.*; set discriminator_config.params.weights",
+        ),
     ],
 )
 def test_dino_discriminator_refuses_wrong_arguments(vit, params, error, message):

@@ -1,6 +1,7 @@
 """Decoders at 2x that start from an autoencoder or learn from a teacher, as the command trains."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from olvae.config import ConfigError
+from olvae.data.pixels.size_and_range import EIGHT_BITS
 from olvae.data.places import load
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -147,6 +149,30 @@ def test_a_student_at_2x_of_a_teacher_at_1x(train_with, tmp_path, image_folder):
     config["model"]["params"] |= {"freeze_decoder": True}
     with pytest.raises(ConfigError, match="enlarge: the decoder is frozen"):
         train_with(config=config)
+
+
+def test_a_teacher_is_measured_on_images_of_the_encoded_size(tmp_path):
+    teacher = {"autoencoder": save_teacher(tmp_path / "teacher")}
+    model = build(**enlarging(parts=parts(teacher=teacher)))
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    source = SimpleNamespace(
+        first_images=lambda seed, count: iter(images), pixel_range=EIGHT_BITS, means_std=None
+    )
+    (part,) = model.each_part
+    part.prepare(model, source, 0, torch.device("cpu"))
+    halved = (images.double() / 127.5 - 1).unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1))
+    with torch.no_grad():
+        means = part.model.encode(halved.float()).mean.double()
+    expected = means.transpose(0, 1).flatten(1).std(1, unbiased=False)
+    torch.testing.assert_close(part.std.double(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("by", [0, "two", 2.5, None])
+def test_enlarge_is_a_whole_number(by):
+    model = DiffusersAutoencoder(make("AutoencoderTiny")).as_litevae("it")
+    node = {"target": model.decoder.node["target"], "params": {"enlarge": by}}
+    with pytest.raises(ConfigError, match=r"params\.enlarge: .* is no whole number from 1 on"):
+        enlarged_as(model, node, "it")
 
 
 def test_a_size_that_is_no_multiple_of_both_factors_is_refused(train_with, image_folder):

@@ -206,7 +206,9 @@ class Teacher(Part):
         if source.means_std is not None:
             std = torch.tensor(source.means_std)
         else:
-            std = self.to(device).measure(first_images(source, seed, STD_IMAGES, device))
+            # Of the size that is encoded: smaller than the source's for a decoder at 2x.
+            images = first_images(source, seed, STD_IMAGES, device)
+            std = self.to(device).measure(map(model.autoencoder.shrink, images))
         if not bool(std.isfinite().all()):
             raise ValueError(
                 f"{self.target}: its latents are not finite: set dtype of the teacher to float32"

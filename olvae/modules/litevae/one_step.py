@@ -158,7 +158,7 @@ class OneStepDecoder(GeneratingDecoder, LiteVAE_Decoder):
         if self.linear is not None:
             return upcast(self.linear_path(z))
         sides = [self.upscale * side for side in z.shape[-2:]]
-        return z.new_zeros(len(z), self.out_channels, *sides, dtype=upcast(z).dtype)
+        return z.new_zeros(z.shape[0], self.out_channels, *sides, dtype=upcast(z).dtype)
 
     def start(self, z: Tensor, noise: Tensor) -> Tensor:
         return self.first_picture(z) + self.noise_std * noise
@@ -169,7 +169,8 @@ class OneStepDecoder(GeneratingDecoder, LiteVAE_Decoder):
         rows = (top + torch.arange(height, device=z.device)) % NOISE_POSITIONS
         columns = (left + torch.arange(width, device=z.device)) % NOISE_POSITIONS
         noise = self.noise[:, rows][:, :, columns].to(z.dtype)
-        return torch.cat((z, noise.expand(len(z), -1, -1, -1)), dim=1)
+        # Not len(z), which the export to ONNX takes for a constant.
+        return torch.cat((z, noise.expand(z.shape[0], -1, -1, -1)), dim=1)
 
     def fold(self, picture: Tensor) -> Tensor:
         """Fold to latent positions, as each upsampling unfolds: (B, C, f h, f w), (B, C f^2, h, w).

@@ -283,17 +283,18 @@ def source_of(images: Tensor) -> SimpleNamespace:
 
 
 def test_teacher_with_a_channel_without_deviation_is_refused(target):
-    teacher = teacher_of(student(target))
+    model = student(target)
+    teacher = teacher_of(model)
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     data = source_of(images)
     with torch.no_grad():
         teacher.model.model.quant_conv.weight[2] = 0
     with pytest.raises(ValueError, match=r"channel 2 of its latents"):
-        teacher.prepare(None, data, 0, torch.device("cpu"))
+        teacher.prepare(model, data, 0, torch.device("cpu"))
     with torch.no_grad():
         teacher.model.model.quant_conv.weight[1] = torch.nan
     with pytest.raises(ValueError, match=r"its latents are not finite"):
-        teacher.prepare(None, data, 0, torch.device("cpu"))
+        teacher.prepare(model, data, 0, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,5 +1,6 @@
 """Local correlation of the latent: neighbouring positions become alike, as in SSVAE."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ class LocalCorrelation(Part):
     over channels of all pairs of positions in windows of the posterior's mean, whose channels are
     scaled to mean 0 and deviation 1. ``health/local_correlation`` is r. Mean, deviation and r are
     of the whole batch over all processes; the gradient does not pass through the first two.
+    Accumulated micro-batches have values of their own.
 
     Defaults are the published code's (93851d3), made for videos at f16 with 48 channels.
 
@@ -70,10 +72,19 @@ class LocalCorrelation(Part):
 
     def check(self, model: Model, source: Source) -> None:
         positions = source.size // model.autoencoder.upscale
+        here = f"model.params.parts.{self.name}.params.window"
         if min(positions) < self.window:
             raise ConfigError(
-                f"model.params.parts.{self.name}.params.window: {positions.short} latent positions "
-                f"are less than a window of {self.window}: change it, or data.params.size"
+                f"{here}: {positions.short} latent positions are less than a window of "
+                f"{self.window}: change it, or data.params.size"
+            )
+
+        # Equivariance also encodes images of down to a quarter of the size.
+        moving = [part.name for part in model.each_part if part.moves_latents]
+        if moving and math.ceil(min(positions) / 4) < self.window:
+            raise ConfigError(
+                f"{here}: parts.{moving[0]} shrinks {positions.short} latent positions to a "
+                f"quarter, less than a window of {self.window}: change it, or data.params.size"
             )
 
     def losses(self, model: Model, step: Step) -> Mapping[str, Loss]:

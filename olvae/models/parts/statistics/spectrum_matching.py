@@ -54,7 +54,8 @@ class SpectrumMatching(Part):
     def forward(self, images: Tensor, z: Tensor) -> Tensor:
         """Return the divergence, a scalar, of images (B, C, H, W) and latents (B, n_z, h, w)."""
         z = upcast(z)
-        small = F.adaptive_avg_pool2d(upcast(images), z.shape[-2:])  # (B, C, h, w)
+        height, width = z.shape[-2:]
+        small = F.adaptive_avg_pool2d(upcast(images), (height, width))  # (B, C, h, w)
         power, counts = _spectrum(small)
         target = tilted(power, counts, self.delta)
         found, _ = _spectrum(z)
