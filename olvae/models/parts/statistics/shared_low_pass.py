@@ -47,6 +47,11 @@ class SharedLowPass(Part):
                 f"{here}: the decoder is frozen (freeze_decoder), and nothing is decoded: "
                 "leave it out"
             )
+        if model.adversary is not None and not self.adversary and 0 not in self.cuts:
+            yield (
+                f"{here}.params.cuts: every step has a cut, so the adversary never plays: add 0, "
+                "or set adversary to true"
+            )
         for part in model.each_part:
             if part.moves_latents:
                 yield (

@@ -86,8 +86,9 @@ def test_the_adversary_plays_on_cut_steps_if_asked(adversary):
 def test_training_against_a_discriminator_runs_with_and_without_it(image_folder):
     """A step where it does not play leaves it as it was."""
     for adversary in (False, True):
-        given = {"cuts": [2], "block": 2, "adversary": adversary}
+        given = {"cuts": [0, 2], "block": 2, "adversary": adversary}
         model = build(against(), parts=parts(shared_low_pass=given))
+        model.parts["shared_low_pass"].cuts = [2]
         values = metrics(fit(model, image_folder, 1))
         assert ("train/discriminator" in values) is adversary
 
@@ -96,6 +97,14 @@ def test_training_against_a_discriminator_runs_with_and_without_it(image_folder)
 def test_cuts_that_make_no_sense_are_refused(params):
     with pytest.raises(ValueError, match="cuts must be"):
         SharedLowPass(**params)
+
+
+def test_cuts_by_which_the_adversary_never_plays_are_refused():
+    given = {"cuts": [1, 2], "block": 2}
+    with pytest.raises(ConfigError, match=r"cuts: every step has a cut, so the adversary never"):
+        build(against(), parts=parts(shared_low_pass=given))
+    build(parts=parts(shared_low_pass=given))
+    build(against(), parts=parts(shared_low_pass={**given, "adversary": True}))
 
 
 def test_other_parts_that_move_latents_are_refused():
