@@ -54,6 +54,9 @@ MEASURES: Mapping[str, tuple[Callable[[Mapping[str, Any]], float], int]] = {
 }
 """A row's numbers, at 256 pixels unless the heading names others, and digits after the point."""
 
+FOUR = ("dB at 64", "dB at 256", "details", "level 3")
+ERRORS = ("dB at 256", "details", "Fréchet, Lite0")
+
 DIFFERENCES = {
     "colour": (
         *between("litevae_2e-3", "sd_1e-3", "dB at 256", "details"),
@@ -110,6 +113,15 @@ DIFFERENCES = {
         *between("litevae_linear_longer", LINEAR, "dB at 256"),
         *between("sd_linear_longer", LINEAR, "dB at 256"),
         *between("sd_short_longer", LINEAR, "level 3", "level 2", "level 1"),
+    ),
+    "fan_in": (
+        *between("litevae_packets_longer", "litevae_shuffle_longer", *FOUR),
+        *between("litevae_packets_longer", "litevae_longer", *FOUR),
+    ),
+    "alone": (
+        *between("linear_alone_longer", LINEAR, "dB at 256"),
+        *between("litevae_linear_longer", "linear_alone_longer", *ERRORS),
+        *between("sd_linear_longer", "linear_alone_longer", *ERRORS),
     ),
     "time": (
         *between("litevae_time", "sd_1e-3", "dB at 256", "SSIM", "Fréchet, Lite0", "details"),

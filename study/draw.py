@@ -217,41 +217,19 @@ def _compared(title: str, stems: Mapping[str, str]) -> Callable[[Found], str]:
     return made
 
 
-DECODERS = {"SMC": RECIPES, "GroupNorm": "group_norm"}
-"""What the scale's question compares."""
+PERCEPTUAL = {
+    "LiteVAE-S, the recipe's": "litevae_1e-3_0",
+    "SD, the recipe's": "sd_1e-3_0",
+    "LiteVAE-S, Lite0's features and an adversary": "litevae_adversary_0",
+    "SD, Lite0's features and an adversary": "sd_adversary_0",
+}
+"""Rows of one seed by what people train with."""
 
-
-def _scales(rows: Found) -> str:
-    sizes = list(rows[f"{RECIPES}_0"]["sizes"])
-    lines = [
-        [title, *(f"{_psnr(row, size):.2f}" for size in sizes)]
-        for title, stem in DECODERS.items()
-        for row in _of_seeds(rows, stem)[:1]
-    ]
-    for name in ("linear", "bicubic"):
-        lines += [
-            [name, *(f"{found[size]['psnr']:.2f}" for size in sizes)]
-            for found in _baselines(rows, name)
-        ]
-    return table(["decoder", *(f"{size} px" for size in sizes)], lines)
-
-
-def _diffusion(rows: Found) -> str:
-    lines = [
-        [
-            name.removeprefix("diffusion_"),
-            f"{row['frechet_lite0']['reconstructions']:.1f}",
-            f"{row['frechet_lite0']['decoded_latents']:.1f}",
-            spread([seed["frechet_lite0"] for seed in row["seeds"]], 1),
-            f"{row['frechet_lite0']['mean'] - row['frechet_lite0']['decoded_latents']:.1f}",
-        ]
-        for name, row in rows.items()
-        if name.startswith("diffusion_")
-    ]
-    return table(
-        ["autoencoder", "reconstructions", "decoded latents", "samples", "what diffusion adds"],
-        lines,
-    )
+SHIPPED_ROWS = {
+    "the recipe's": "litevae_linear_longer_0",
+    "packets, Muon, its decoder and objective": "shipped_all_0",
+}
+"""Rows of one seed, by what of the shipped recipe they have."""
 
 
 def _maps(autoencoder: str, rows: Found) -> str:  # noqa: ARG001
@@ -265,12 +243,15 @@ TABLES: Mapping[str, Callable[[Found], str]] = {
     "objective": _compared(
         "objective", {"the recipe's": RECIPES, "without the wavelet term": "no_wavelet"}
     ),
-    "scales": _scales,
-    "diffusion": _diffusion,
+    "perceptual": _compared("encoder, objective", PERCEPTUAL),
+    "shipped": _compared("LiteVAE-S, linear start", SHIPPED_ROWS),
     **{f"differences_{claim}": partial(differences, claim) for claim in DIFFERENCES},
     # of files in study/results/maps/, whatever the rows
     **{f"maps_{name}": partial(_maps, name) for name in maps_table.AUTOENCODERS},
 }
+
+
+LINE_STYLES = ("-", ":")
 
 
 def _curves(rows: Found, suffix: str, path: Path) -> None:
@@ -284,9 +265,18 @@ def _curves(rows: Found, suffix: str, path: Path) -> None:
             steps, psnr = row["curve"]
             minutes = [step / row["steps"] * seeds[0]["processor_seconds"] / 60 for step in steps]
             for axes, places in ((by_steps, steps), (by_minutes, minutes)):
+                # There are ten colours.
+                style = LINE_STYLES[i // 10]
                 label = title if number == 0 else None
                 axes.plot(
-                    places, psnr, f"C{i}", linewidth=1.2, marker="o", markersize=2.5, label=label
+                    places,
+                    psnr,
+                    f"C{i % 10}",
+                    linestyle=style,
+                    linewidth=1.2,
+                    marker="o",
+                    markersize=2.5,
+                    label=label,
                 )
     for axes, unit in ((by_steps, "steps"), (by_minutes, "minutes of a thread")):
         for linear in _baselines(rows, "linear"):
@@ -300,30 +290,6 @@ def _curves(rows: Found, suffix: str, path: Path) -> None:
     by_steps.set_ylabel("PSNR at 64 pixels, dB", fontsize=9)
     handles, labels = by_steps.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=120)
-
-
-def _plot(rows: Found, path: Path) -> None:
-    """PSNR above the bicubic round trip by size, for both decoders."""
-    figure = Figure(figsize=(3.2, 2.4), layout="constrained")
-    axes = figure.subplots()
-    for bicubic in _baselines(rows, "bicubic"):
-        for title, stem in DECODERS.items():
-            for row in _of_seeds(rows, stem)[:1]:
-                above = [_psnr(row, size) - bicubic[size]["psnr"] for size in bicubic]
-                axes.plot(
-                    [float(size) for size in bicubic],
-                    above,
-                    linewidth=1.2,
-                    marker="o",
-                    markersize=3,
-                    label=title,
-                )
-    axes.legend(fontsize=8)
-    axes.set_title("dB above bicubic, by pixels", fontsize=10)
-    axes.set_xlabel("pixels along a side", fontsize=8)
-    axes.tick_params(labelsize=8)
-    axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
 
 
@@ -363,7 +329,6 @@ def main(arguments: list[str] | None = None) -> None:
         )
         images = options.document.parent / "images"
         images.mkdir(exist_ok=True)
-        _plot(rows, images / "study_scales.png")
         _curves(rows, "longer", images / "study_curves.png")
         _curves(rows, "long", images / "study_long.png")
         if options.runs is not None:

@@ -1,16 +1,19 @@
 """Encoders of the study that differ from a published one in one place: last norm, path, wavelets,
-log-variances."""
+log-variances; and linear layers without a network."""
 
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from olvae.modules.base import Encoder
 from olvae.modules.litevae.encoder_model import GroupNorm, LiteVAE_Encoder
 from olvae.modules.others.tiny import TinyEncoder
 from olvae.modules.sdvae import SDEncoder
+from olvae.modules.wavelet import dwt2
 
 GROUPS = 8
+LEVELS = 3
 
 
 class UnnormalizedSDEncoder(SDEncoder):
@@ -86,3 +89,33 @@ class ShuffledLiteVAE(LiteVAE_Encoder):
 
     def seen(self, x: Tensor) -> list[Tensor]:
         return [F.pixel_unshuffle(x, 2**level) for level in range(1, self.levels + 1)]
+
+
+class PatchedLiteVAE(ShuffledLiteVAE):
+    """LiteVAE's encoder on the Haar packets of 2x2, 4x4 and 8x8 patches, in place of shuffled
+    pixels: networks and first weights are the same as there, and each level is an orthogonal
+    transform of the other's.
+
+    So what sets the two apart is the wavelets, not the fan-in of the first convolutions.
+    """
+
+    def seen(self, x: Tensor) -> list[Tensor]:
+        levels = []
+        for _ in range(self.levels):
+            x = dwt2(x, self.wavelet)  # (B, 4^l C, H/2^l, W/2^l)
+            levels.append(x)
+        return [level * scale for level, scale in zip(levels, self.band_scales, strict=True)]
+
+
+class LinearMoments(Encoder):
+    """Linear layers alone: the linear path, and a 1x1 convolution of the mean colours of 8x8
+    pixels to the moments, which brings log-variances."""
+
+    def __init__(self, latent_dim: int = 24, in_channels: int = 3, image_size: int = 64) -> None:
+        super().__init__(latent_dim, in_channels, 2**LEVELS, image_size)
+        self.colours = nn.Conv2d(in_channels, latent_dim, 1)
+        self.add_linear_path()
+
+    def forward(self, x: Tensor) -> Tensor:
+        moments = self.colours(F.avg_pool2d(x, self.downscale))  # (B, 2 n_z, H/f, W/f)
+        return self.with_linear_path(moments, x)

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 
 RECIPE = Path(__file__).parent / "recipe.yaml"
 
-QUESTIONS = ("encoder", "objective", "scale", "diffusion")
+QUESTIONS = ("encoder", "objective")
 """Of docs/results.md, in its order."""
 
 SIZES = (64, 256)
 """Pixels at which every row is evaluated: the training crops' and the usual."""
 
 ALL_SIZES = (64, 128, 256, 512)
-"""Of the rows that the scale's question compares."""
+"""Of the rows that are measured by size."""
 
 
 class Row(NamedTuple):
@@ -40,15 +40,6 @@ class Row(NamedTuple):
     precision: str = "32"
 
 
-class Diffusion(NamedTuple):
-    """Small diffusion models on the latents of a row's autoencoder, a seed each."""
-
-    name: str
-    of: str
-    seeds: tuple[int, ...]
-    steps: int
-
-
 ENCODER, DECODER = "model.params.encoder_config", "model.params.decoder_config"
 LOSS, RATE = "model.params.lossconfig.params", "model.base_learning_rate"
 
@@ -56,6 +47,7 @@ SD = f"{ENCODER}.params={{channels: 48, norm_groups: 16, latent_dim: 24, image_s
 LITE = f"{ENCODER}.params={{scale: S, image_size: 64}}"
 TINY = f"{ENCODER}.params={{latent_dim: 24, image_size: 64}}"
 LINEAR = (f"{ENCODER}.params.linear=true", f"{DECODER}.params.linear=true")
+LINEAR_DECODER = f"{DECODER}.target=olvae.models.linear_code.LinearDecoder"
 SD_ENCODER = (f"{ENCODER}.target=olvae.modules.sdvae.SDEncoder", SD)
 TINY_ENCODER = (f"{ENCODER}.target=study.encoders.TinyMoments", TINY)
 TINY_DECODER = f"{DECODER}.params={{z_channels: 12}}"
@@ -65,6 +57,7 @@ NETWORKS = {
     "sd": SD_ENCODER,
     "litevae_norm": (f"{ENCODER}.target=study.encoders.NormalizedLiteVAE", LITE),
     "litevae_shuffle": (f"{ENCODER}.target=study.encoders.ShuffledLiteVAE", LITE),
+    "litevae_packets": (f"{ENCODER}.target=study.encoders.PatchedLiteVAE", LITE),
     "litevae_linear": LINEAR,
     "sd_free": (f"{ENCODER}.target=study.encoders.UnnormalizedSDEncoder", SD),
     "sd_short": (f"{ENCODER}.target=study.encoders.ShortPathSDEncoder", SD),
@@ -75,16 +68,23 @@ NETWORKS = {
         f"{DECODER}.target=olvae.modules.others.tiny.TinyDecoder",
         TINY_DECODER,
     ),
+    "linear_alone": (
+        f"{ENCODER}.target=study.encoders.LinearMoments",
+        f"{ENCODER}.params={{image_size: 64}}",
+        LINEAR_DECODER,
+        f"{DECODER}.params={{z_channels: 12}}",
+    ),
 }
 """The encoders: two published ones, TAESD's, and what sets the first two apart.
 
-TAESD's with its own decoder too.
+TAESD's with its own decoder too, and linear layers without a network.
 """
 
 ENCODERS = {
     "litevae": "LiteVAE-S",
     "litevae_norm": "LiteVAE-S, GroupNorm at its end",
     "litevae_shuffle": "LiteVAE-S on shuffled pixels",
+    "litevae_packets": "LiteVAE-S on Haar packets of patches",
     "litevae_linear": "LiteVAE-S, linear start",
     "sd": "SD, 48 channels",
     "sd_free": "SD without its last GroupNorm",
@@ -92,6 +92,7 @@ ENCODERS = {
     "sd_linear": "SD, linear start",
     "tiny": "TAESD's, 64 channels",
     "tiny_whole": "TAESD's, and its decoder",
+    "linear_alone": "linear layers alone",
 }
 """The networks' titles in tables."""
 
@@ -99,6 +100,7 @@ RUNS = {
     "litevae": {"5e-4": 1, "1e-3": 3, "2e-3": 3},
     "litevae_norm": {"1e-3": 2, "2e-3": 3},
     "litevae_shuffle": {"1e-3": 2, "2e-3": 3},
+    "litevae_packets": {},
     "litevae_linear": {"5e-4": 1, "1e-3": 3, "2e-3": 1},
     "sd": {"5e-4": 3, "1e-3": 3, "2e-3": 1},
     "sd_free": {"5e-4": 2, "1e-3": 3, "2e-3": 1},
@@ -106,6 +108,7 @@ RUNS = {
     "sd_linear": {"5e-4": 2, "1e-3": 3},
     "tiny": {"1e-3": 3, "2e-3": 1},
     "tiny_whole": {"1e-3": 3, "2e-3": 1},
+    "linear_alone": {"1e-3": 3},
 }
 """How many seeds each network is trained with at each learning rate.
 
@@ -116,6 +119,7 @@ LONGER = {
     "litevae": ("2e-3", 3),
     "litevae_norm": ("2e-3", 3),
     "litevae_shuffle": ("2e-3", 3),
+    "litevae_packets": ("2e-3", 1),
     "litevae_linear": ("1e-3", 3),
     "sd": ("1e-3", 3),
     "sd_free": ("1e-3", 3),
@@ -123,13 +127,47 @@ LONGER = {
     "sd_linear": ("5e-4", 3),
     "tiny": ("1e-3", 3),
     "tiny_whole": ("1e-3", 3),
+    "linear_alone": ("1e-3", 3),
 }
 """Trained for four times the steps too, in bf16: the networks,
 their learning rates and numbers of seeds."""
 
-LONG = {"litevae_linear": ("1e-3", 36_000), "sd_linear": ("1e-3", 26_400)}
+LONG = {
+    "litevae_linear": ("1e-3", 36_000),
+    "sd_linear": ("1e-3", 26_400),
+    "linear_alone": ("1e-3", 36_000),
+}
 """The long pair, in bf16: the networks, their learning rates and steps,
-which take two hours of a thread each."""
+which take two hours of a thread each. Beside it linear layers alone."""
+
+PERCEPTUAL = (f"{LOSS}.perceptual=lite0", f"{LOSS}.lpips_weight=0.3")
+ADVERSARY = (
+    "model.params.adversary_config={target: olvae.models.adversary.Adversary, params: {"
+    "weight: 0.03, ramp_steps: 200, learning_rate_ratio: 1.0, discriminator_config: {"
+    "target: olvae.modules.patchgan.PatchGAN, params: {base_channels: 32}}}}"
+)
+SHARP = (*PERCEPTUAL, ADVERSARY)
+"""What people train with, once for each published encoder: a perceptual loss with an adversary,
+as in study/photos_sharp.yaml."""
+
+SHIPPED = {
+    "packets": (
+        f"{ENCODER}.params={{scale: S, image_size: 64, packets: true, aggregate_channels: 64, "
+        "aggregate_mult: [1, 1], aggregate_resblocks: 2, linear: true}",
+    ),
+    "muon": ("model.params.optimizer=muon",),
+    "decoder": (
+        f"{DECODER}.params={{channels: 16, z_channels: 12, variant: paper_smc, "
+        "channel_mult: [1, 2, 4, 4], num_res_blocks: 0, linear: true}",
+    ),
+    "objective": (
+        f"{LOSS}={{reconstruction: l2, rec_weight: 5.0, lpips_weight: 0, kl_weight: 1.0e-6, "
+        "wavelet_weight: 0.05, gaussian_weight: 0.1}",
+        "model.params.initial_logvar=-8.0",
+    ),
+}
+"""What sets the recipe of olvae:photos-f8c12 apart from LiteVAE-S with the linear start, besides
+crops, batches and steps (study/photos.yaml)."""
 
 SEEDS = (0, 1, 2)
 
@@ -147,35 +185,19 @@ def rows(quick: bool = False) -> list[Row]:
         quick: an eighth of the steps, one seed.
     """
     factor, seeds = (8, SEEDS[:1]) if quick else (1, SEEDS)
-    equivariance = (
-        "model.params.parts.equivariance.target=olvae.models.parts.equivariance.Equivariance"
-    )
     found = [
         *_encoders(seeds),
         *(
             Row(f"no_wavelet_{seed}", "objective", (f"{LOSS}.wavelet_weight=0",), seed=seed)
             for seed in seeds
         ),
-        Row("kl_x10", "diffusion", (f"{LOSS}.kl_weight=0.1",)),
-        Row("equivariance", "diffusion", (equivariance,)),
-        Row("group_norm", "scale", (f"{DECODER}.params.variant=group_norm",), sizes=ALL_SIZES),
+        *(
+            Row(f"{network}_adversary_0", "objective", (*NETWORKS[network], f"{RATE}=1e-3", *SHARP))
+            for network in ("litevae", "sd")
+        ),
+        *_shipped(),
     ]
     return [row._replace(steps=max(8, row.steps // factor)) for row in found]
-
-
-def diffusions(quick: bool = False) -> list[Diffusion]:
-    """Diffusion models on the autoencoders of the encoder's question,
-    and on two that regularize the latent more."""
-    seeds, steps = (SEEDS[:1], 250) if quick else (SEEDS, 2000)
-    return [
-        Diffusion(f"diffusion_{name}", of, seeds, steps)
-        for name, of in (
-            ("litevae", f"{RECIPES}_0"),
-            ("sd", "sd_5e-4_0"),
-            ("equivariance", "equivariance"),
-            ("kl_x10", "kl_x10"),
-        )
-    ]
 
 
 def details(found: Mapping[str, Any]) -> float:
@@ -185,6 +207,20 @@ def details(found: Mapping[str, Any]) -> float:
     """
     bands = found["sizes"]["256"]["bands"]
     return float(sum(band["mse"] for name, band in bands.items() if not name.startswith("LL")))
+
+
+def _shipped() -> list[Row]:
+    """LiteVAE-S with the linear start after 6000 steps, with what the shipped recipe changes."""
+    every = [override for overrides in SHIPPED.values() for override in overrides]
+    return [
+        Row(
+            "shipped_all_0",
+            "objective",
+            (*LINEAR, f"{RATE}=1e-3", *every),
+            6000,
+            precision="bf16",
+        )
+    ]
 
 
 def _encoders(seeds: Sequence[int]) -> list[Row]:

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +24,13 @@ from olvae.cli.main import print_error
 from olvae.files import check_folder, write_json
 from olvae.runs import Run
 from olvae.training.loggers import read_curves
-from study.rows import BASELINE, RECIPE, Diffusion, Row, diffusions, rows
+from study.rows import BASELINE, RECIPE, Row, rows
 
 THREADS = {"OMP_NUM_THREADS": "1"}
 VALIDATED = 500
 """Steps between the points of a row's curve: PSNR of held-out photographs at the crops' size."""
 
-CROP, CROPS, REFERENCES = 64, 4000, 1000
+CROP, CROPS = 64, 4000
 """Pixels and number of the crops that the diffusion models learn, and of others,
 which samples are compared with."""
 
@@ -49,7 +49,7 @@ class Study:
 
     corpus: Path
     out: Path
-    rows: Sequence[Row | Diffusion]
+    rows: Sequence[Row]
 
     def result(self, name: str) -> dict[str, Any]:
         """What a finished row found."""
@@ -62,26 +62,26 @@ class Study:
         return (self.out / "rows" / f"{name}.json").is_file()
 
     def run(self, jobs: int) -> None:
-        """Run all rows that are not done, each as soon as those that it needs are.
+        """Run all rows that are not done, in their order, some at a time.
 
         Raises:
             StudyError: a command failed; the rows beside it are finished first.
         """
         if not self._speeds.is_file():  # with nothing beside it
             self.command("speed", "-m", "study.speed", "--out", str(self._speeds))
-        self.cut_crops("reference", REFERENCES)
-        pending, running = [row for row in self.rows if not self.is_done(row.name)], {}
+        pending = [row for row in self.rows if not self.is_done(row.name)]
+        count = len(self.rows) - len(pending)
         with ThreadPoolExecutor(jobs) as pool:
-            while pending or running:
-                ready = [row for row in pending if isinstance(row, Row) or self.is_done(row.of)]
-                for row in ready[: jobs - len(running)]:
-                    pending.remove(row)
-                    running[pool.submit(self.run_one, row)] = row
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    row, found = running.pop(future), future.result()
-                    count = len(self.rows) - len(pending) - len(running)
-                    print(f"{count}/{len(self.rows)} {row.name}: {_said(found)}", flush=True)
+            running = {pool.submit(self.run_one, row): row for row in pending}
+            try:
+                for future in as_completed(running):
+                    found = future.result()
+                    count += 1
+                    name = running[future].name
+                    print(f"{count}/{len(self.rows)} {name}: {_said(found)}", flush=True)
+            except StudyError:
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def cut_crops(self, references: str, number: int) -> None:
         """Cut the crops that diffusion models learn, and others to compare samples with,
@@ -103,9 +103,9 @@ class Study:
                     "crops", "examples/random_crops.py", str(self.corpus / "train"), *flags
                 )
 
-    def run_one(self, row: Row | Diffusion) -> dict[str, Any]:
+    def run_one(self, row: Row) -> dict[str, Any]:
         """Run a row; returns what is in its file."""
-        found = self.run_diffusion(row) if isinstance(row, Diffusion) else self.run_row(row)
+        found = self.run_row(row)
         (self.out / "rows").mkdir(exist_ok=True)
         write_json(found, self.out / "rows" / f"{row.name}.json")
         return found
@@ -143,46 +143,6 @@ class Study:
         found |= json.loads(distance.read_text(encoding="utf-8"))
         found["machine"] = {**machine("cpu"), "threads": 1}
         return found
-
-    def run_diffusion(self, row: Diffusion) -> dict[str, Any]:
-        """Encode crops with a row's autoencoder, and train diffusion models on them."""
-        run, latents, folder = (
-            self._folder(row.of),
-            self.out / "latents" / row.name,
-            self.out / "diffusion" / row.name,
-        )
-        assert run is not None
-        crops = (
-            "--data",
-            str(self.out / "crops"),
-            "--size",
-            str(CROP),
-            "--flip",
-            "--out",
-            str(latents),
-        )
-        self.command(row.name, "-m", "olvae.cli.main", "encode", str(run.path), *crops)
-        flags = [
-            "--decoder",
-            str(run.path),
-            "--reference",
-            str(self.out / "reference"),
-            "--out",
-            str(folder),
-        ]
-        flags += [
-            "--seeds",
-            ",".join(map(str, row.seeds)),
-            "--steps",
-            str(row.steps),
-            "--samples",
-            str(REFERENCES),
-        ]
-        self.command(row.name, "examples/diffusability.py", str(latents), *flags)
-        found: dict[str, Any] = json.loads(
-            (folder / "diffusability.json").read_text(encoding="utf-8")
-        )
-        return {"name": row.name, "question": "diffusion", "of": row.of, **found}
 
     def _train(self, row: Row, steps: int) -> float:
         """Train to the last step; returns the seconds of processor time of all pieces."""
@@ -294,8 +254,6 @@ def find_run(runs: Path, name: str) -> Run | None:
 
 
 def _said(found: dict[str, Any]) -> str:
-    if "of" in found:  # diffusion models
-        return f"Fréchet distance of samples {found['frechet_lite0']['mean']:.1f}"
     psnr = ", ".join(f"{found['sizes'][size]['psnr']:.2f} dB at {size}" for size in found["sizes"])
     return f"{psnr}, {found['processor_seconds']:.0f} s"
 
@@ -323,9 +281,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise FileNotFoundError(
                 f"{options.corpus}: no corpus there: python -m study.corpus --out {options.corpus}"
             )
-        every: list[Row | Diffusion] = [*rows(options.quick), *diffusions(options.quick)]
-        # last what no other row needs
-        every.sort(key=lambda row: row.seed if isinstance(row, Row) else 0)
+        every: list[Row] = rows(options.quick)
+        every.sort(key=lambda row: row.seed)
         Study(options.corpus, options.out, every).run(options.jobs)
     except (OSError, ValueError) as error:
         sys.exit(print_error(error))

@@ -193,6 +193,8 @@ def describe_gain(model: LiteAutoencoderKL) -> str:
     if start is not None:
         side = "below" if psnr < start else "above"
         beside = f", {abs(psnr - start):.2f} {side} the linear code"
+        if round(psnr, 2) == round(start, 2):
+            beside = ", as the linear code"
     return f": {psnr:.2f} dB in the last validation{beside}"
 
 

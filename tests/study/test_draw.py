@@ -9,7 +9,7 @@ from PIL import Image
 
 from study.draw import TABLES, fill, main, read_rows
 from study.measure import AXES
-from study.rows import ALL_SIZES, diffusions, rows
+from study.rows import ALL_SIZES, rows
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -67,7 +67,7 @@ ROWS = {
     "sd_linear_long_0": everywhere(row(28.0)) | {"curve": [[0, 10], [25.0, 28.0]]},
     "no_wavelet_0": row(25.0),
     "no_wavelet_1": row(29.0) | {"frechet_lite0": 5.0},
-    "group_norm": row(23.5),
+    "sd_adversary_0": row(22.0),
 }
 
 
@@ -102,20 +102,18 @@ def test_tables_of_the_study_have_means_and_spreads():
         "| without the wavelet term | 25.00 ± 1.00 | 0.700 | 12.0 | 12.0 | 8.0 | 4.0 | 4.0 ± 1.4 |"
     )
     assert len(objective) == 4
-    found = {"reconstructions": 20.0, "decoded_latents": 21.0, "mean": 34.0}
-    samples = {
-        "frechet_lite0": found,
-        "seeds": [{"frechet_lite0": value} for value in (33.0, 35.0)],
-    }
-    assert "| sd | 20.0 | 21.0 | 34.0 ± 1.4 | 13.0 |" in TABLES["diffusion"](
-        {"diffusion_sd": samples}
-    )
+    perceptual = TABLES["perceptual"](ROWS).splitlines()
+    assert perceptual[2].startswith("| LiteVAE-S, the recipe's | 24.00 ± 1.00 |")
+    assert perceptual[3].startswith("| SD, Lite0's features and an adversary | 22.00 ± 1.00 |")
+    assert len(perceptual) == 4
 
 
 def test_a_documents_tables_are_replaced_and_nothing_else(tmp_path):
-    text = "before\n\n<!-- table: scales -->\nold\n<!-- end -->\n\nafter\n"
+    text = "before\n\n<!-- table: objective -->\nold\n<!-- end -->\n\nafter\n"
     filled = fill(text, ROWS, TABLES)
-    assert filled.startswith("before\n\n<!-- table: scales -->\n\n| decoder | 64 px | 256 px |")
+    assert filled.startswith(
+        "before\n\n<!-- table: objective -->\n\n| objective | dB at 256 | SSIM |"
+    )
     assert filled.endswith("<!-- end -->\n\nafter\n")
     assert "old" not in filled
     assert fill(filled, ROWS, TABLES) == filled
@@ -128,10 +126,10 @@ def test_draw_fills_a_document_and_draws(tmp_path):
     for name, found in ROWS.items():
         (tmp_path / "rows" / f"{name}.json").write_text(json.dumps(found))
     document = tmp_path / "results.md"
-    document.write_text("<!-- table: scales -->\n<!-- end -->\n")
+    document.write_text("<!-- table: objective -->\n<!-- end -->\n")
     main(["--rows", str(tmp_path / "rows"), "--document", str(document)])
-    assert "| SMC | 24.00 | 24.00 |" in document.read_text()
-    for name in ("study_scales", "study_curves", "study_long"):
+    assert "| the recipe's | 24.00 ± 1.00 |" in document.read_text()
+    for name in ("study_curves", "study_long"):
         with Image.open(tmp_path / "images" / f"{name}.png") as picture:
             assert len(picture.convert("L").getcolors()) > 20
 
@@ -140,4 +138,4 @@ def test_the_documents_tables_are_those_of_the_rows_in_the_repository():
     results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
     rows_there = read_rows(ROOT / "study" / "results")
     assert fill(results, rows_there, TABLES) == results
-    assert rows_there.keys() == {row.name for row in (*rows(), *diffusions())}
+    assert rows_there.keys() == {row.name for row in rows()}

@@ -9,7 +9,9 @@ from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.others.tiny import TinyEncoder
 from olvae.modules.sdvae import SDEncoder
 from study.encoders import (
+    LinearMoments,
     NormalizedLiteVAE,
+    PatchedLiteVAE,
     ShortPathSDEncoder,
     ShuffledLiteVAE,
     TinyMoments,
@@ -96,3 +98,33 @@ def test_taesds_encoder_has_log_variances_beside_the_same_means():
     assert moments.shape == (2, 8, 8, 8)
     torch.testing.assert_close(moments[:, :4], tiny(x)[:, :4])
     assert moments[:, 4:].std() > 0
+
+
+@torch.no_grad()
+def test_haar_packets_of_patches_are_an_orthogonal_transform_of_shuffled_pixels():
+    x = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    packets, pixels = PatchedLiteVAE(**LITE), ShuffledLiteVAE(**LITE)
+    # networks and the size of their first weights are the same
+    assert [p.shape for p in packets.parameters()] == [p.shape for p in pixels.parameters()]
+    for level, (found, shuffled) in enumerate(
+        zip(packets.seen(x), pixels.seen(x), strict=True), start=1
+    ):
+        assert found.shape == shuffled.shape == (2, 3 * 4**level, 64 >> level, 64 >> level)
+        torch.testing.assert_close(
+            found.square().sum(1), shuffled.square().sum(1), rtol=1e-10, atol=1e-10
+        )
+        # PyWavelets' packet of averages: the mean colours times 2^level
+        means = shuffled.view(2, 3, 4**level, *shuffled.shape[2:]).mean(2)
+        torch.testing.assert_close(found[:, :3], means * 2**level)
+
+
+def test_linear_layers_alone_are_linear_and_start_as_the_linear_path():
+    encoder = LinearMoments(latent_dim=8, image_size=32).double()
+    assert encoder.linear is not None
+    x, y = torch.rand(2, 1, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(encoder(x)[:, :4], encoder.linear(x))
+    with torch.no_grad():
+        encoder.colours.weight.normal_()
+    zero = encoder(torch.zeros_like(x))
+    torch.testing.assert_close(encoder(x + 2 * y) - zero, encoder(x) + 2 * encoder(y) - 3 * zero)
+    assert encoder(x)[:, 4:].std() > 0

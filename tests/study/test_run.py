@@ -4,6 +4,7 @@ The commands themselves are replaced, but for one slow test.
 """
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from skimage import data
 from olvae import config as cfg
 from olvae.data.places import load
 from study.corpus import FOLDERS
-from study.rows import QUESTIONS, RECIPE, Diffusion, Row, diffusions, rows
+from study.rows import QUESTIONS, RECIPE, Row, rows
 from study.run import Study, StudyError
 
 
@@ -25,7 +26,6 @@ def test_every_row_of_the_study_is_a_valid_config(quick):
     for row in found:
         assert row.question in QUESTIONS
         assert cfg.validate(load([RECIPE], list(row.overrides))) == [], row.name
-    assert {diffusion.of for diffusion in diffusions(quick)} <= {row.name for row in found}
 
 
 def finish(study: Study, name: str, **found: Any) -> None:
@@ -34,28 +34,42 @@ def finish(study: Study, name: str, **found: Any) -> None:
     path.write_text(json.dumps(found))
 
 
-def test_rows_run_after_those_they_need_and_finished_ones_are_kept(tmp_path, monkeypatch, capsys):
-    every = [Diffusion("b", "a", (0,), 1), *(Row(name, "latent") for name in "ac")]
-    study = Study(tmp_path, tmp_path, every)
-    finish(study, "c", kept=True)
+def test_rows_run_in_order_and_finished_ones_are_kept(tmp_path, monkeypatch, capsys):
+    study = Study(tmp_path, tmp_path, [Row(name, "encoder") for name in "abc"])
+    finish(study, "b", kept=True)
     (tmp_path / "speed.json").write_text("{}")
-    monkeypatch.setattr(study, "cut_crops", lambda *_: None)
     ran = []
 
-    def run(row: Row | Diffusion) -> dict[str, Any]:
+    def run(row: Row) -> dict[str, Any]:
         ran.append(row.name)
-        if isinstance(row, Diffusion):
-            return {"of": row.of, "frechet_lite0": {"mean": 30.0}}
-        return {"question": "latent", "sizes": {"256": {"psnr": 20.0}}, "processor_seconds": 1.0}
+        return {"sizes": {"256": {"psnr": 20.0}}, "processor_seconds": 1.0}
 
     monkeypatch.setattr(study, "run_row", run)
-    monkeypatch.setattr(study, "run_diffusion", run)
-    study.run(jobs=2)
-    assert ran == ["a", "b"]
-    assert study.result("c") == {"kept": True}
+    study.run(jobs=1)
+    assert ran == ["a", "c"]
+    assert study.result("b") == {"kept": True}
     shown = capsys.readouterr().out
     assert "2/3 a: 20.00 dB at 256, 1 s" in shown
-    assert "3/3 b: Fréchet distance of samples 30.0" in shown
+    assert "3/3 c: 20.00 dB at 256, 1 s" in shown
+
+
+def test_no_row_is_begun_after_one_that_fails(tmp_path, monkeypatch):
+    study = Study(tmp_path, tmp_path, [Row(name, "encoder") for name in "abcd"])
+    (tmp_path / "speed.json").write_text("{}")
+    ran = []
+
+    def run(row: Row) -> dict[str, Any]:
+        ran.append(row.name)
+        if row.name == "b":
+            raise StudyError("too bad")
+        time.sleep(0.2)
+        return {"sizes": {"256": {"psnr": 20.0}}, "processor_seconds": 1.0}
+
+    monkeypatch.setattr(study, "run_row", run)
+    with pytest.raises(StudyError, match="too bad"):
+        study.run(jobs=2)
+    assert "d" not in ran
+    assert study.is_done("a")
 
 
 def test_a_command_that_fails_names_its_row_and_its_log(tmp_path):

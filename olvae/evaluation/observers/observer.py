@@ -39,7 +39,8 @@ class Observation:
     # images, levels of their range, (B, C, H, W), on the CPU: uint8, or float32 without 8 bits
     x: Tensor
     y: Tensor  # their reconstructions, likewise
-    latents: Tensor  # the posterior's means, (B, n_z, H/f, W/f), on the device that computes
+    # the posterior's means, (B, n_z, H/f, W/f), f = ``upscale``, on the device that computes
+    latents: Tensor
     # by name of a metric of single images, its values so far by key
     values: Mapping[str, Mapping[str, float]]
     pixel_range: PixelRange = EIGHT_BITS

@@ -113,6 +113,32 @@ def test_ifid_is_the_formula_in_float64(setting, weights_dir, monkeypatch, kind)
     assert second.result("a", 0) == found
 
 
+def test_normalised_channels_choose_neighbours_and_are_undone_before_decoding(
+    setting, weights_dir, monkeypatch
+):
+    monkeypatch.setattr(interpolated, "Inception", lambda path, device: extract)
+    model, keys, x, latents = setting
+    channels = torch.linspace(0.2, 5.0, latents.shape[1])[:, None, None]
+    latents = latents * channels + channels  # as in no trained autoencoder
+    observer = InterpolatedFID(weights_dir, normalise=True)
+    observer.derive({"a": Subject(model)})
+    observer.update(seen("a", keys, x, x, latents=latents))
+    observer.examine({"a": Subject(model)}, 16, "cpu")
+
+    # By hand, in float64: shift and scale, choose, go halfway, undo.
+    z = latents.double()
+    mean = z.mean((0, 2, 3), keepdim=True)
+    deviation = z.std((0, 2, 3), keepdim=True)
+    middle, _ = between(x, (z - mean) / deviation, InterpolatedFID)
+    y = decoded(model, (middle.double() * deviation + mean).float())
+    a, b = (extract(images).astype(np.float64) for images in (x, y))
+    s1, s2 = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    apart = ((a.mean(0) - b.mean(0)) ** 2).sum()
+    expected = apart + np.trace(s1 + s2) - 2.0 * np.trace(sqrtm(s1 @ s2).real)
+    assert observer.result("a", 0)["value"] == pytest.approx(expected, rel=1e-4)
+    assert directly(model, x, latents, extract)[0] != pytest.approx(expected, rel=1e-3)
+
+
 def test_ifid_with_inception_is_the_direct_computation(setting, weights_dir, monkeypatch):
     """Its random weights are in the published file's format;
     the root of its covariances takes seconds, see rFID's.
