@@ -16,8 +16,8 @@ NODES = [node for tree in TREES.values() for node in ast.walk(tree)]
 LINES = [line for text in TEXTS.values() for line in text.splitlines()]
 
 # What the code holds may not grow unnoticed. Lines and statements are free: unfolding makes both.
-FILES_AT_MOST = 235
-SYNTAX_NODES_AT_MOST = 310_000
+FILES_AT_MOST = 224
+SYNTAX_NODES_AT_MOST = 300_000
 
 PACKAGE_AT_MOST = 12  # files besides __init__.py
 BODY_AT_MOST = 60  # lines of a function without its signature and docstring
@@ -33,7 +33,7 @@ A_THOUSAND_LINES_AT_MOST = {
 }
 COMMENTS_IN_A_THOUSAND_LINES = 30 * 0.95  # theirs: 64, 62, 126
 ASSIGNMENTS_OF_SEVERAL_VALUES = 105
-PRIVATE_HELPERS_WITH_ONE_CALLER = 136
+PRIVATE_HELPERS_WITH_ONE_CALLER = 130
 TRANSLATED_SYNTAX = 10
 
 LONG = {"training_step"}

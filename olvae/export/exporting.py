@@ -219,7 +219,7 @@ def export(
         except SafetensorError as error:  # a full disk, for example
             raise OSError(f"{place}: not written: {error}") from error
         if settings.onnx:
-            traced = _in_units(out) if layout.in_units(out) else out
+            traced = in_diffusion_units(out) if layout.in_units(out) else out
             differences |= export_onnx(traced, beside if prefix else partial, prefix)
         if not layout.suffix:
             provenance = provenance or Provenance(title)
@@ -328,7 +328,7 @@ def _graphs_beside(place: Path, prefix: str, settings: ExportSettings) -> list[P
     return graphs if settings.onnx else []
 
 
-def _in_units(model: LiteVAE) -> LiteVAE:
+def in_diffusion_units(model: LiteVAE) -> LiteVAE:
     """Copy a tiny autoencoder, with latents in a diffusion model's units."""
     traced = copy.deepcopy(model)
     n_z = traced.latent_channels

@@ -143,7 +143,7 @@ def _colour(x: Tensor) -> Tensor:
     return changed
 
 
-def _translation(x: Tensor) -> Tensor:
+def translate(x: Tensor) -> Tensor:
     """Move by up to an eighth of the side in both directions; what comes in is 0."""
     for axis in (2, 3):
         side = x.shape[axis]
@@ -160,7 +160,7 @@ def _translation(x: Tensor) -> Tensor:
     return x
 
 
-def _cutout(x: Tensor) -> Tensor:
+def cut_out(x: Tensor) -> Tensor:
     """Set a rectangle of half of each side to 0, whose centre is anywhere in the image."""
     inside = torch.ones(len(x), 1, 1, 1, dtype=torch.bool, device=x.device)
     for axis in (2, 3):
@@ -176,6 +176,6 @@ def _cutout(x: Tensor) -> Tensor:
 
 AUGMENTATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "colour": _colour,
-    "translation": _translation,
-    "cutout": _cutout,
+    "translation": translate,
+    "cutout": cut_out,
 }

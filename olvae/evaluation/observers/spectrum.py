@@ -40,7 +40,7 @@ class Spectrum(PerImageObserver):
         return list(zip(_sums(small).tolist(), _sums(z).tolist(), strict=True))
 
     def summarise(self, columns: Sequence[Any]) -> dict[str, Any] | None:
-        images, latents = (_pooled(torch.tensor(rows, dtype=torch.float64)) for rows in columns)
+        images, latents = (mean_spectrum(torch.tensor(rows, dtype=torch.float64)) for rows in columns)
         if images is None or latents is None:
             return None
         power, counts = images
@@ -76,7 +76,7 @@ def _sums(x: Tensor) -> Tensor:
     return torch.cat((values, plain, sums, (channels * counts).expand(len(x), -1)), dim=1)
 
 
-def _pooled(rows: Tensor) -> tuple[Tensor, Tensor] | None:
+def mean_spectrum(rows: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return all images' mean power by radial bin, at mean 0 and deviation 1, and the counts.
 
     None if all values are equal.

@@ -217,10 +217,11 @@ class OneStepDecoder(GeneratingDecoder, LiteVAE_Decoder):
             return None
         if self.linear is None:
             return [network]
-        return [network, [Stage(self._linear_path_of, 1, self.upscale)]]
 
-    def _linear_path_of(self, h: Tensor) -> Tensor:
-        return self.linear_path(h[:, : self.z_channels])
+        def path(window: Tensor) -> Tensor:
+            return self.linear_path(window[:, : self.z_channels])
+
+        return [network, [Stage(path, 1, self.upscale)]]
 
     def _stages(self, t: Tensor | None = None) -> list[Stage]:
         """List the steps at these times (B,), by default 1; each hands the picture on, folded."""
