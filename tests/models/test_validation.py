@@ -28,6 +28,7 @@ class Darker:
     global_rank = 0
     pixel_range = EIGHT_BITS
     trainer = SimpleNamespace()
+    autoencoder = SimpleNamespace(shrink=lambda images: images)
 
     def __init__(self, *parts: Any) -> None:
         self.each_part = parts
