@@ -40,7 +40,8 @@ class Spectrum(PerImageObserver):
         return list(zip(_sums(small).tolist(), _sums(z).tolist(), strict=True))
 
     def summarise(self, columns: Sequence[Any]) -> dict[str, Any] | None:
-        images, latents = (mean_spectrum(torch.tensor(rows, dtype=torch.float64)) for rows in columns)
+        pairs = [mean_spectrum(torch.tensor(rows, dtype=torch.float64)) for rows in columns]
+        images, latents = pairs
         if images is None or latents is None:
             return None
         power, counts = images
