@@ -119,7 +119,7 @@ LONGER = {
     "litevae": ("2e-3", 3),
     "litevae_norm": ("2e-3", 3),
     "litevae_shuffle": ("2e-3", 3),
-    "litevae_packets": ("2e-3", 2),
+    "litevae_packets": ("2e-3", 3),
     "litevae_linear": ("1e-3", 3),
     "sd": ("1e-3", 3),
     "sd_free": ("1e-3", 3),
