@@ -1,6 +1,7 @@
 """The posterior of the latent, and reproducible noise for samples of it."""
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -113,3 +114,18 @@ def keyed_generator(content: str) -> torch.Generator:
     So an image's noise is the same in any batch, order and process.
     """
     return torch.Generator().manual_seed(keyed_seed(content.encode()))
+
+
+def draws_by_image(images: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Draw a uniform number (B,) and normal noise (B, *shape) for each image, by its pixels.
+
+    So they are the same in any batch, order and process. Both are on the images' device.
+    """
+    uniform = []
+    normal = []
+    for image in images:
+        seed = keyed_seed(image.cpu().contiguous().numpy().tobytes())
+        generator = torch.Generator().manual_seed(seed)
+        uniform.append(torch.rand((), generator=generator))
+        normal.append(torch.randn(tuple(shape), generator=generator))
+    return torch.stack(uniform).to(images.device), torch.stack(normal).to(images.device)

@@ -1,7 +1,9 @@
+import hashlib
+
 import pytest
 import torch
 
-from olvae.modules.distributions import DiagonalGaussian
+from olvae.modules.distributions import DiagonalGaussian, draws_by_image
 
 
 def test_kl_is_torchs():
@@ -55,3 +57,17 @@ def test_posterior_of_odd_channels_is_refused():
 def test_a_sample_has_the_dtype_of_the_moments(dtype):
     posterior = DiagonalGaussian(torch.randn(1, 8, 2, 2).to(dtype))
     assert posterior.sample().dtype == posterior.mode().dtype == dtype
+
+
+def test_draws_of_an_image_are_its_pixels_in_any_batch():
+    images = torch.rand(3, 3, 8, 8)
+    uniform, normal = draws_by_image(images, (4, 2, 2))
+    # by hand, of the last image
+    digest = hashlib.sha256(images[2].numpy().tobytes()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    assert torch.equal(uniform[2], torch.rand((), generator=generator))
+    assert torch.equal(normal[2], torch.randn(4, 2, 2, generator=generator))
+    turned = draws_by_image(images.flip(0), (4, 2, 2))
+    assert torch.equal(turned[0], uniform.flip(0))
+    assert torch.equal(turned[1], normal.flip(0))
+    assert len(uniform.unique()) == 3

@@ -1,6 +1,6 @@
 """Alignment of the latent with a frozen vision encoder, as in VA-VAE and Send-VAE."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from olvae.models.parts.part import (
     Part,
     Step,
     adaptive_factor,
-    what_fixes_latents,
+    fixed_latents,
 )
 from olvae.models.parts.random_noise import mixed_with_noise
 from olvae.modules.base import check_choice, check_not_negative
@@ -38,6 +38,17 @@ def load_features(encoder: str, weights: str | None, part: str) -> VisionEncoder
         raise type(error)(
             f"{error}; set params.weights of the {what} to a file of {encoder}'s weights"
         ) from error
+
+
+def features_conflict(part: Part, model: Model) -> Iterator[str]:
+    """Yield a part's conflicts with images that have no colours, and with fixed latents."""
+    channels = model.encoder.in_channels
+    if channels != 3:
+        yield (
+            f"parts.{part.name}: a vision encoder takes images of 3 channels, not {channels}: "
+            "leave it out"
+        )
+    yield from fixed_latents(part, model)
 
 
 class Alignment(Part):
@@ -131,14 +142,7 @@ class Alignment(Part):
 
     def conflicts(self, model: Model) -> Iterable[str]:
         here = f"parts.{self.name}"
-        channels = model.encoder.in_channels
-        if channels != 3:
-            yield (
-                f"{here}: a vision encoder takes images of 3 channels, not {channels}: leave it out"
-            )
-        fixed = what_fixes_latents(model)
-        if fixed:
-            yield f"{here}: the latents can't change ({fixed}): leave it out"
+        yield from features_conflict(self, model)
         if self.of == "sample" and not model.sample_posterior:
             yield f"{here}.params.of: no sample is drawn (sample_posterior): set it to mean"
         if self.adaptive_weight and not set(IMAGE_TERMS) & set(model.loss_weights):

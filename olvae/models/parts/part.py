@@ -260,11 +260,22 @@ def attach_parts(model: Model, nodes: Mapping[str, Node | None]) -> Iterator[str
         part.attach(model)
 
 
-def what_fixes_latents(model: Model) -> str:
-    """Name the settings by which training can't move the latents; empty if it can."""
+def fixed_latents(part: Part, model: Model) -> Iterator[str]:
+    """Yield a part's conflict with settings by which training can't move the latents."""
     settings = ["freeze_encoder"] if model.freeze_encoder else []
-    settings += [f"parts.{part.name}" for part in model.each_part if part.latents != "free"]
-    return ", ".join(settings)
+    settings += [f"parts.{other.name}" for other in model.each_part if other.latents != "free"]
+    if settings:
+        fixed = ", ".join(settings)
+        yield f"parts.{part.name}: the latents can't change ({fixed}): leave it out"
+
+
+def nothing_decoded(part: Part, model: Model) -> Iterator[str]:
+    """Yield a part's conflict with a training in which nothing is decoded."""
+    if model.freeze_decoder and model.stand_in is not None:
+        yield (
+            f"parts.{part.name}: the decoder is frozen (freeze_decoder), and nothing is decoded: "
+            "leave it out"
+        )
 
 
 def adaptive_factor(model: Model, step: Step, loss: Tensor) -> Tensor:

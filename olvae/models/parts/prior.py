@@ -10,9 +10,9 @@ from olvae.config import ConfigError
 from olvae.data.source import Source
 from olvae.files import counted
 from olvae.losses.terms import logvar_loss
-from olvae.models.parts.part import Loss, Model, Part, Step, what_fixes_latents
+from olvae.models.parts.part import Loss, Model, Part, Step, fixed_latents
 from olvae.modules.base import check_counts
-from olvae.modules.distributions import keyed_seed
+from olvae.modules.distributions import draws_by_image
 from olvae.modules.mixed_precision import upcast
 from olvae.modules.others.denoiser import HEAD, DiT
 
@@ -37,11 +37,11 @@ class Prior(Part):
 
         integral from t_0 to 1 of (1 - t) / t E ||(noise - z) - velocity(x_t, t)||^2 dt
 
-    It bounds the information that the decoder gets from above; what is left at the line's end, the
-    bound's prior term, is 0. The loss ``rate`` is its mean per value of the image, as KL's. The
-    encoder gets its gradient times ``weight``, the denoiser its gradient unweighted. The loss
-    ``logvar`` teaches the encoder the noise's log-variance, so that exports draw the latents that
-    the decoder has learned. Validation logs ``val/bits_per_image``.
+    It is an upper bound of the information that the decoder gets. At the line's end nothing is
+    left, so the bound's prior term is 0. The loss ``rate`` is its mean per value of the image, as
+    KL's. The encoder gets its gradient times ``weight``, the denoiser its gradient unweighted. The
+    loss ``logvar`` teaches the encoder the noise's log-variance, so that exports draw the latents
+    that the decoder has learned. Validation logs ``val/bits_per_image``.
 
     Args:
         weight: weight of the rate in the encoder's loss, above 0.
@@ -89,9 +89,7 @@ class Prior(Part):
                 f"sample_posterior: the latent's noise is fixed, and {here} adds it: "
                 "set it to false"
             )
-        fixed = what_fixes_latents(model)
-        if fixed:
-            yield f"{here}: the latents can't change ({fixed}): leave it out"
+        yield from fixed_latents(self, model)
         moving = [part.name for part in model.each_part if part.moves_latents]
         if moving and self.patch > 1:
             yield (
@@ -147,15 +145,7 @@ class Prior(Part):
         z = upcast(model.encode(x).mean)
 
         # Each image's noise is its own, the same in any batch and process.
-        starts = []
-        noises = []
-        for image in x:
-            seed = keyed_seed(image.cpu().contiguous().numpy().tobytes())
-            generator = torch.Generator().manual_seed(seed)
-            starts.append(torch.rand((), generator=generator))
-            noises.append(torch.randn(z.shape[1:], generator=generator))
-        start = torch.stack(starts).to(z.device)
-        noise = torch.stack(noises).to(z.device)
+        start, noise = draws_by_image(x, z.shape[1:])
 
         nats = torch.zeros_like(start)
         for level in range(NOISE_LEVELS):

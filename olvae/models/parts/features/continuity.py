@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from olvae.losses.objective import IMAGE_TERMS
-from olvae.models.parts.part import Loss, Model, Part, Step
+from olvae.models.parts.part import Loss, Model, Part, Step, nothing_decoded
 from olvae.modules.base import check_not_negative
 from olvae.modules.mixed_precision import upcast
 
@@ -40,11 +40,7 @@ class Continuity(Part):
 
     def conflicts(self, model: Model) -> Iterable[str]:
         here = f"parts.{self.name}"
-        if model.freeze_decoder and model.stand_in is not None:
-            yield (
-                f"{here}: the decoder is frozen (freeze_decoder), and nothing is decoded: "
-                "leave it out"
-            )
+        yield from nothing_decoded(self, model)
         if not set(IMAGE_TERMS) & set(model.loss_weights):
             yield f"{here}: no loss compares images: leave it out"
         if model.autoencoder.latent_channels < 2:

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Mapping
 from torch import nn
 
 from olvae.losses.terms import semantics_loss, structure_loss
-from olvae.models.parts.alignment import load_features
-from olvae.models.parts.part import Loss, Model, Part, Step, what_fixes_latents
+from olvae.models.parts.alignment import features_conflict, load_features
+from olvae.models.parts.part import Loss, Model, Part, Step
 from olvae.modules.base import check_not_negative
 from olvae.modules.mixed_precision import no_autocast, upcast
 
@@ -51,15 +51,7 @@ class PriorAlignment(Part):
         self.projection = nn.Conv2d(channels, self.features.channels, kernel_size=1, bias=False)
 
     def conflicts(self, model: Model) -> Iterable[str]:
-        here = f"parts.{self.name}"
-        channels = model.encoder.in_channels
-        if channels != 3:
-            yield (
-                f"{here}: a vision encoder takes images of 3 channels, not {channels}: leave it out"
-            )
-        fixed = what_fixes_latents(model)
-        if fixed:
-            yield f"{here}: the latents can't change ({fixed}): leave it out"
+        yield from features_conflict(self, model)
 
     def losses(self, model: Model, step: Step) -> Mapping[str, Loss]:
         assert step.encoded is not None

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from olvae.models.parts.part import Loss, Model, Part, Step
 from olvae.modules.base import GeneratingDecoder, check_not_negative
-from olvae.modules.distributions import keyed_seed
+from olvae.modules.distributions import draws_by_image
 from olvae.modules.mixed_precision import upcast
 
 # The earliest time: towards 0 the velocity is a difference of nearly equal numbers.
@@ -49,15 +49,7 @@ class FlowMatching(Part):
         z = model.autoencoder.decoder_input(model.encode(x).mode())
 
         # Each image's noise is its own, the same in any batch and process.
-        starts = []
-        noises = []
-        for image in x:
-            seed = keyed_seed(image.cpu().contiguous().numpy().tobytes())
-            generator = torch.Generator().manual_seed(seed)
-            starts.append(torch.rand((), generator=generator))
-            noises.append(torch.randn(image.shape, generator=generator))
-        start = torch.stack(starts).to(z.device)
-        noise = torch.stack(noises).to(z.device)
+        start, noise = draws_by_image(x, x.shape[1:])
 
         total = torch.zeros((), device=z.device)
         for time in range(TIMES):

@@ -16,7 +16,7 @@ from olvae.models.parts.part import (
     Part,
     Step,
     adaptive_factor,
-    what_fixes_latents,
+    fixed_latents,
 )
 from olvae.modules.base import check_counts, check_not_negative, mean_over_processes
 from olvae.modules.mixed_precision import upcast
@@ -62,9 +62,7 @@ class LocalCorrelation(Part):
 
     def conflicts(self, model: Model) -> Iterable[str]:
         here = f"parts.{self.name}"
-        fixed = what_fixes_latents(model)
-        if fixed:
-            yield f"{here}: the latents can't change ({fixed}): leave it out"
+        yield from fixed_latents(self, model)
         if model.autoencoder.latent_channels < 2:
             yield f"{here}: one channel has no correlation over channels: leave it out"
         if self.adaptive_weight and not set(IMAGE_TERMS) & set(model.loss_weights):

@@ -7,7 +7,7 @@ from torch import Tensor
 from olvae.config import ConfigError
 from olvae.data.source import Source
 from olvae.losses.cosine_transform import low_pass
-from olvae.models.parts.part import Model, Part, Step
+from olvae.models.parts.part import Model, Part, Step, nothing_decoded
 from olvae.modules.base import check_counts
 from olvae.modules.mixed_precision import upcast, without_tf32
 
@@ -42,11 +42,7 @@ class SharedLowPass(Part):
 
     def conflicts(self, model: Model) -> Iterable[str]:
         here = f"parts.{self.name}"
-        if model.freeze_decoder and model.stand_in is not None:
-            yield (
-                f"{here}: the decoder is frozen (freeze_decoder), and nothing is decoded: "
-                "leave it out"
-            )
+        yield from nothing_decoded(self, model)
         if model.adversary is not None and not self.adversary and 0 not in self.cuts:
             yield (
                 f"{here}.params.cuts: every step has a cut, so the adversary never plays: add 0, "

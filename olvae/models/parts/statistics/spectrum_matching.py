@@ -13,7 +13,7 @@ from olvae.losses.cosine_transform import (
     spectrum_divergence,
     tilted,
 )
-from olvae.models.parts.part import Loss, Model, Part, Step, what_fixes_latents
+from olvae.models.parts.part import Loss, Model, Part, Step, fixed_latents
 from olvae.modules.base import check_not_negative, mean_over_processes
 from olvae.modules.mixed_precision import upcast, without_tf32
 
@@ -43,9 +43,7 @@ class SpectrumMatching(Part):
         self.delta = delta
 
     def conflicts(self, model: Model) -> Iterable[str]:
-        fixed = what_fixes_latents(model)
-        if fixed:
-            yield f"parts.{self.name}: the latents can't change ({fixed}): leave it out"
+        yield from fixed_latents(self, model)
 
     def losses(self, model: Model, step: Step) -> Mapping[str, Loss]:
         assert step.encoded is not None

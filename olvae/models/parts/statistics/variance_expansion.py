@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-from olvae.models.parts.part import Loss, Model, Part, Step, what_fixes_latents
+from olvae.models.parts.part import Loss, Model, Part, Step, fixed_latents
 from olvae.modules.base import check_not_negative
 from olvae.modules.mixed_precision import upcast
 
@@ -36,9 +36,7 @@ class VarianceExpansion(Part):
 
     def conflicts(self, model: Model) -> Iterable[str]:
         here = f"parts.{self.name}"
-        fixed = what_fixes_latents(model)
-        if fixed:
-            yield f"{here}: the latents can't change ({fixed}): leave it out"
+        yield from fixed_latents(self, model)
         if "kl" in model.loss_weights:
             yield f"lossconfig.params.kl_weight: {here} is in place of KL: set it to 0"
         if model.encoder.deterministic:
