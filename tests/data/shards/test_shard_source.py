@@ -11,6 +11,7 @@ import pytest
 
 from olvae.data.read_errors import ReadError
 from olvae.data.shards import shard_source
+from olvae.data.shards.offsets import TAR_BLOCK, offsets_of
 from olvae.data.shards.tar_reading import Entry, Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderLayout, LoaderProcess
@@ -181,10 +182,19 @@ def test_unknown_shards_say_what_other_processes_repeat(shards):
         source(shards, interleave=0)
 
 
+def test_a_shard_of_unknown_images_without_any_ends_with_an_error(shards):
+    s = source(shards)
+    path = str(shards / "shards" / "001.tar")
+    keys = [entry.key for entry in s.entries(Shard(path))]
+    assert len(keys) == 9
+    assert keys == [entry.key for entry in s.entries(Shard(path, 9))]
+    empty = str(write_tar(shards / "empty.tar", [("a.txt", b"x")]))
+    assert list(s.entries(Shard(empty))) == [ReadError(empty, "no images in it", lost=False)]
+    assert list(s.entries(Shard(empty, 0))) == []
+
+
 def test_offsets_of_an_index_are_used_for_remote_shards(shards):
     """The bytes are those of the middle of the file."""
-    from olvae.data.shards.offsets import TAR_BLOCK, offsets_of
-
     path = shards / "shards" / "003.tar"
     offsets = offsets_of(Shard(str(path)))
     assert len(offsets) == 14
