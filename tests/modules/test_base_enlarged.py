@@ -123,5 +123,5 @@ def test_gradients_tell_the_copies_apart():
 
 
 def test_a_decoder_is_enlarged_by_a_whole_number():
-    with pytest.raises(ValueError, match="enlarge must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="enlarge must"):
         TinyDecoder(enlarge=0)
