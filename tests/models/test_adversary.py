@@ -1,5 +1,6 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +61,33 @@ def test_adversarial_weight_from_the_start_step_on():
     ramp = build("patchgan", weight=0.4, start_step=10, ramp_steps=4)
     weights = [ramp.weight_at(step) for step in range(8, 16)]
     assert weights == pytest.approx([0, 0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+
+
+@pytest.mark.parametrize("reports", [False, True])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_adaptive_weight_is_the_ratio_of_gradients_below_its_ceiling(adaptive, reports):
+    """The ceiling of 48 is a fourth of a value in 3x8x8 images."""
+    adversary = build("patchgan", weight=0.4, adaptive_weight=adaptive, adaptive_max=48.0)
+    for ratio, factor in ((-0.5, 0.0), (0.0, 0.0), (0.125, 0.125), (0.25, 0.25), (5.0, 0.25)):
+        found: dict = {}
+        asked: list = []
+        model = SimpleNamespace(
+            global_step=0,
+            reports=reports,
+            report=found.update,
+            ratio_of_gradients=lambda *given, r=ratio, asked=asked: (
+                asked.append(given) or torch.tensor(r)
+            ),
+        )
+        step = SimpleNamespace(target=torch.zeros(2, 3, 8, 8), losses={"adversarial": "its loss"})
+        expected = 0.4 * (factor if adaptive else 1.0)
+        assert float(adversary.weight_in(model, step)) == pytest.approx(expected)
+        assert asked == ([(step, "its loss")] if adaptive or reports else [])
+        values = {name.removeprefix("health/"): float(value) for name, value in found.items()}
+        of_weight = {"adaptive_weight": pytest.approx(factor)} if adaptive else {}
+        of_gradients = expected / max(ratio, 1e-12)
+        reported = {**of_weight, "gradient_ratio": pytest.approx(of_gradients)}
+        assert values == (reported if adaptive or reports else {})
 
 
 @every
