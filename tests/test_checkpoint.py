@@ -310,7 +310,7 @@ def test_every_tensor_of_a_file_counts_to_its_size_once(tmp_path, monkeypatch):
 
 def test_classes_in_a_checkpoint_become_empty_ones(tmp_path):
     """Those that trainers leave, under their names."""
-    torch.save({"a": ONE, "counts": defaultdict(list, x=1)}, tmp_path / "a.ckpt")
+    torch.save({"a": ONE, "counts": defaultdict(list)}, tmp_path / "a.ckpt")
     content = read_checkpoint(tmp_path / "a.ckpt")
     assert content["a"] == ONE
     kind = type(content["counts"])

@@ -308,13 +308,13 @@ def test_weights_and_teachers_are_noted_as_the_user_wrote_them(
 ):
     """Relative paths with the absolute ones; a run by its name."""
     monkeypatch.chdir(tmp_path)
-    weights = begun(tmp_path / "runs", "2026-01-01", "other", None)
+    weights = begun(tmp_path / "runs", "2026-01-01T00-00-00", "other", None)
     plan = read_plan(
         TrainOptions([recipe], actual_resume="other", teacher="diffusers:teacher")
     ).settings
-    assert plan.weights == "runs/2026-01-01_other_bf16"
+    assert plan.weights == "runs/2026-01-01T00-00-00_other_bf16"
     assert plan.paths == {
-        str(weights.path): "runs/2026-01-01_other_bf16",
+        str(weights.path): "runs/2026-01-01T00-00-00_other_bf16",
         str(tmp_path / "teacher"): "teacher",
     }
 

@@ -138,7 +138,7 @@ def test_a_block_that_sees_the_whole_image_by_hand():
     widen, norm, _, narrow = block.pool
     torch.nn.init.normal_(norm.weight)
     h = torch.einsum("oi,bihw->bohw", widen.weight[:, :, 0, 0], x)  # (2, 12, 5, 4)
-    groups = h.view(2, 4, 3 * 20)
+    groups = h.reshape(2, 4, 3 * 20)
     centred = groups - groups.mean(2, keepdim=True)
     h = centred / (centred.square().mean(2, keepdim=True) + 1e-5).sqrt()
     h = (h.view(2, 12, 5, 4) * norm.weight[:, None, None] + norm.bias[:, None, None]).relu()
