@@ -12,6 +12,7 @@ from olvae.modules import mixed_precision
 from olvae.modules.gigagan import GigaGAN
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import OpenUNet, PaperUNet
+from olvae.modules.litevae.smc import SMC
 from olvae.modules.patchgan import PatchGAN
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 from olvae.modules.unetgan import UNetGAN, stop_power_iterations
@@ -232,6 +233,38 @@ def test_a_compiled_network_gets_copies_of_its_weights_in_half_precision(compile
         assert {dtypes[shape] for shape in (first, bias, inner)} == {cast}
         assert dtypes[last] == torch.float32
         assert all(p is own[name] for name, p in network.named_parameters())
+
+
+class Modulated(nn.Module):
+    """A layer that computes its weight, and one that leaves it to the next network to cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = SMC(2, 3, 1)
+        self.last = nn.Conv2d(3, 5, 1)
+
+    @mixed_precision.casts_together
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x))
+
+
+def test_a_weight_that_is_computed_is_so_in_the_graph(compiled):
+    """From float32; its bias is a copy in half precision."""
+    network, x = Modulated(), torch.randn(2, 2, 4, 4)
+    plain = copy.deepcopy(network)
+    mixed_precision.compile_in_place(network)
+    results = []
+    for forward in (network, partial(Modulated.forward.__wrapped__, plain)):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            y = forward(x)
+        y.float().square().mean().backward()
+        results.append(y)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    (dtypes,) = compiled
+    assert dtypes[3, 2, 1, 1] == torch.float32
+    assert dtypes[3,] == torch.bfloat16
+    for one, other in zip(network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-2, atol=1e-3)
 
 
 def test_a_compiled_network_has_its_weights_again_after_an_error(compiled):

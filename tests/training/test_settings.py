@@ -345,3 +345,16 @@ def test_networks_of_the_target_are_not_replaced_by_overrides():
     ):
         with pytest.raises(ConfigError, match="comes from olvae:photos-f8c12"):
             read_plan(TrainOptions(["folder"], [override], start_from="olvae:photos-f8c12"))
+
+
+def test_overrides_beside_a_target_may_refer_to_other_settings(tmp_path):
+    """Whose values they get from the whole config."""
+    save({"data": {"params": {"size": 48}}}, tmp_path / "size.yaml")
+    overrides = [
+        "data.params.batch_size=${data.params.size}",
+        "model.params.decoder_config.params.channels=${data.params.size}",
+    ]
+    files = ["folder", tmp_path / "size.yaml"]
+    config = read_plan(TrainOptions(files, overrides, start_from="olvae:photos-f8c12")).config
+    assert config["data"]["params"]["batch_size"] == 48
+    assert "channels" in config["model"]["params"]["decoder_config"]["params"]

@@ -126,6 +126,7 @@ def test_dropout_is_in_both_halves():
 def test_stages_of_a_decoder_of_three_levels(output, scales, reaches):
     """The first convolution, two blocks of 3x3 pairs in the middle, one in each level."""
     decoder = LiteVAE_Decoder(4, 2, 3, (1, 1, 1), 0, "paper_smc", output)
+    assert decoder.upscale == 4
     stages = decoder.stages()
     assert [stage.scale for stage in stages] == scales
     assert [stage.reach for stage in stages] == reaches
