@@ -2,6 +2,8 @@
 
 import io
 import re
+import resource
+import sys
 import time
 from types import SimpleNamespace
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from olvae.training import progress
 from olvae.training.progress import Status, StepProgress, describe_step, step_bar, tflops
 
 
@@ -253,3 +256,39 @@ def test_operations_per_second_are_a_share_of_the_peak():
     )
     exactly = describe_step(10**12, 10, 500.0, False, host_s=0.05, gpu="an H100")
     assert exactly.endswith("10 TFLOP for 10 a process: about 50 ms on an H100")
+
+
+def test_memory_is_in_gib_of_each_kind_of_device(monkeypatch):
+    """The peak of a GPU or of the process; on mps what it has now."""
+    two = lambda *_: 2**31  # noqa: E731
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", two)
+    assert progress._memory_gib(torch.device("mps")) == 2.0
+    cpu = torch.device("cpu")
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    assert progress._memory_gib(cpu) == pytest.approx(usage, rel=0.01)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert progress._memory_gib(cpu) == pytest.approx(usage / 2**10, rel=0.01)
+    monkeypatch.setattr(progress, "ON_WINDOWS", True)
+    memory = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=2**31))
+    monkeypatch.setitem(sys.modules, "psutil", SimpleNamespace(Process=lambda: memory))
+    assert progress._memory_gib(cpu) == 2.0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**32)
+    assert progress._memory_gib(cpu) == 4.0
+
+
+def test_a_gpus_reserved_memory_and_operations_are_logged(now, monkeypatch):
+    """Of each process."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * 2**30)
+    shown, model = StepProgress(), Logged(reports=False, images_seen=8, flop=10**12)
+    shown._peak = 8.0
+    shown.on_train_batch_end(a_trainer(1, world_size=2), model)
+    now(1.0)
+    model.reports, model.images_seen = True, 16
+    shown.on_train_batch_end(a_trainer(2, world_size=2), model)
+    values = {name.removeprefix("speed/"): value for name, value in model.values.items()}
+    assert values["images_per_s"] == 8.0
+    assert (values["memory_gib"], values["reserved_gib"]) == (1.0, 3.0)
+    assert (values["tflops"], values["of_peak"]) == (4.0, 0.5)
