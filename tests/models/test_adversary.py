@@ -372,3 +372,44 @@ def test_adversary_names_the_nearest_discriminator():
 def test_lecams_variants(variant, decay, relu):
     lecam = build("patchgan", lecam_weight=1.0, lecam_variant=variant).lecam
     assert (lecam.decay, lecam.relu) == (decay, relu)
+
+
+def test_an_adversary_is_checked_against_steps_losses_and_images():
+    """It plays from the last step on at the latest, on images that its discriminator takes."""
+    adversary = build("unetgan", start_step=9)
+    model = SimpleNamespace(loss_weights={"rec": 1.0}, encoder=SimpleNamespace(in_channels=3))
+    source = SimpleNamespace(size=64)
+    adversary.check(model, source, 10)
+    for steps in (8, 9):
+        with pytest.raises(ConfigError, match=f"start_step: 9 is not below max_steps, {steps}"):
+            adversary.check(model, source, steps)
+    with pytest.raises(ConfigError, match="images of 3x60x60"):
+        adversary.check(model, SimpleNamespace(size=60), 10)
+    model.encoder.in_channels = 1
+    with pytest.raises(ConfigError, match="images of 1x64x64"):
+        adversary.check(model, source, 10)
+    model.loss_weights = {"kl": 1.0}
+    with pytest.raises(ConfigError, match="compare images"):
+        adversary.check(model, source, 10)
+
+
+def test_a_discriminator_warms_up_while_it_plays_until_its_updates_are_done():
+    adversary = build("patchgan", start_step=5, warmup_updates=2)
+    assert [adversary.warms_up(step) for step in (4, 5)] == [False, True]
+    adversary.updates = 1
+    assert adversary.warms_up(5)
+    adversary.updates = 2
+    assert not adversary.warms_up(5)
+
+
+def test_cutmixs_share_grows_with_the_updates(monkeypatch):
+    """From 0 to the probability; a draw is below it."""
+    adversary = build("patchgan", cutmix_probability=0.5, ramp_steps=4)
+    draws = SimpleNamespace(random=lambda: 0.25)
+    monkeypatch.setattr("numpy.random.default_rng", lambda seed: draws)
+    mixed = [bool(adversary.rare_terms(updates)) for updates in range(7)]
+    assert mixed == [False, False, False, True, True, True, True]
+    adversary.ramp_steps = 0
+    assert adversary.rare_terms(0) == ["CutMix"]
+    draws.random = lambda: 0.5
+    assert adversary.rare_terms(9) == []
