@@ -22,6 +22,7 @@ from olvae.data.picture_folder import Files, warn_of_slices
 from olvae.data.pixels.size_and_range import AS_STORED
 from olvae.data.places import check_outside
 from olvae.data.read_errors import ReadError, TooManyUnreadableError, UnreadableImageError
+from olvae.data.scenes.scene_tiles import SceneTiles
 from olvae.data.shards.index import INDEX, PACKING, Index, ShardRecord, is_begun
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
 from olvae.files import list_skipped, no_empty_folders, reason
@@ -102,6 +103,11 @@ def pack(
     images = open_training_images(src, options.channels, AS_STORED)
     if not options.shard_size:
         options = replace(options, shard_size=usual_shard_size(len(images)))
+    if isinstance(images, SceneTiles) and images.max_nodata > 0.0:
+        raise ConfigError(
+            f"{src}: max_nodata {images.max_nodata:g}: shards can't say which values are missing: "
+            "leave it out for complete tiles alone, or train on the scenes themselves"
+        )
     if isinstance(images, Files) and options.hold_out_by == FILE:
         warn_of_slices([images])
     digest = hash_of(src, images, options)
