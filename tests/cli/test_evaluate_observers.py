@@ -120,7 +120,7 @@ def test_mistakes_in_observe_are_one_line(evaluate, tmp_path, classes, text):
 def test_an_observer_whose_own_pictures_overflow_costs_no_metric(evaluate, tmp_path, caplog):
     code, _, _ = evaluate("--observe", "toys.Overflowing")
     assert code == 0
-    assert "overflowing: left out: a picture of its own is not finite" in caplog.text
+    assert "overflowing: left out: " in caplog.text
     (result,) = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"]
     assert "overflowing" not in result
     assert result["metrics"]["psnr"] > 0

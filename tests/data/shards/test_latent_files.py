@@ -87,7 +87,7 @@ def test_the_largest_latents_are_read():
 def test_a_label_is_a_number_or_none():
     assert read_label(entry({"latent": MEAN})) is None
     assert read_label(entry({"latent": MEAN}, cls=b"17\n")) == 17
-    with pytest.raises(UnreadableImageError, match=r"its \.cls is not a number"):
+    with pytest.raises(UnreadableImageError, match=r"\.cls"):
         read_label(entry({"latent": MEAN}, cls=b"cat"))
 
 

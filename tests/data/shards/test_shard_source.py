@@ -168,7 +168,7 @@ def test_unknown_shards_say_what_other_processes_repeat(shards):
         batch_size=2,
         val_shards=str(shards / "val"),
     )
-    assert "olvae data index" in unknown.describe_new_processes()
+    assert "`olvae data index" in unknown.describe_new_processes()
     assert source(shards).describe_new_processes() is None
     assert unknown.interleave == 1
     old = source(shards)
@@ -177,7 +177,7 @@ def test_unknown_shards_say_what_other_processes_repeat(shards):
     chosen = source(shards, interleave=4)
     chosen.keep_order(None)
     assert chosen.interleave == 4
-    with pytest.raises(ValueError, match="interleave must be at least 1"):
+    with pytest.raises(ValueError, match="interleave must"):
         source(shards, interleave=0)
 
 

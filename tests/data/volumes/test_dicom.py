@@ -106,7 +106,7 @@ def test_frames_are_sorted_by_their_own_places_and_come_back_in_the_files_order(
     # More frames than the file has bytes.
     dataset.NumberOfFrames = 2**21
     dataset.save_as(path)
-    with pytest.raises(UnreadableImageError, match="the file ends before its values"):
+    with pytest.raises(UnreadableImageError, match="file ends"):
         open_volume(path)
     dataset.NumberOfFrames = 7
 
@@ -114,7 +114,7 @@ def test_frames_are_sorted_by_their_own_places_and_come_back_in_the_files_order(
     for one in dataset.PerFrameFunctionalGroupsSequence[:3]:
         one.PlanePositionSequence[0].ImagePositionPatient = [0, 0, 0]
     dataset.save_as(path)
-    with pytest.raises(UnreadableImageError, match="2 of its slices lie where another does"):
+    with pytest.raises(UnreadableImageError, match="2 of its slices"):
         open_volume(path)
 
 
@@ -124,7 +124,7 @@ def test_spacing_is_kept_without_positions_and_a_slope_of_0_is_refused(tmp_path)
     unplaced = {"ImagePositionPatient": None, "PixelSpacing": [0.9, 0.8]}
     path = dicom(tmp_path / "a.dcm", hounsfield()[3], **unplaced)
     assert open_volume(path).spacing[1:] == (0.9, 0.8)
-    with pytest.raises(UnreadableImageError, match="its rescale slope is 0"):
+    with pytest.raises(UnreadableImageError, match="slope is 0"):
         open_volume(dicom(path, hounsfield()[3], RescaleSlope=0)).slices(0, 0)
 
 
