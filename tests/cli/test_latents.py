@@ -89,7 +89,7 @@ def test_latents_of_a_decoder_at_2x_need_multiples_of_the_encoders_factor(
     done(*given, tmp_path / "24.yaml")
     assert json.loads((tmp_path / "out/latents.json").read_text())["data"]["size"] == 24
     line = refused(2, *given, tmp_path / "20.yaml")
-    assert "stands for 8x8 pixels, and 20 is not a multiple of 8: set `size` to 16" in line
+    assert "8x8 pixels, and 20 is not a multiple of 8: set `size` to 16" in line
 
 
 def test_ifid_of_a_decoder_at_2x_compares_pictures_of_the_encoded_size(

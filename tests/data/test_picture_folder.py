@@ -258,7 +258,7 @@ def test_a_folder_that_can_be_listed_but_not_entered(image_folder, monkeypatch):
 def test_one_rule_for_both_parts_in_every_command(train, val, tmp_path, caplog):
     """A line names the rule and what it leaves out."""
     names = [f"{train}/{i}.png" for i in range(4)] + [f"{val}/{i}.png" for i in range(4, 6)]
-    folder = write_photos(tmp_path / "set", [*names, "other/6.png", "7.png"])
+    folder = write_photos(tmp_path / "set", [*names, "other/6.png", "7.png", ".thumbs/8.png"])
     warn_once.cache_clear()
     trained = FolderSource(folder, 16, 1)
     evaluated = open_source(str(folder), 16, 1)

@@ -111,7 +111,7 @@ def test_encoder_and_decoder_that_do_not_fit_are_refused():
 
     with pytest.raises(ValueError, match=r"latent_dim, 8, .* z_channels, 6"):
         LiteVAE(encoder(), decoder(z_channels=3))
-    with pytest.raises(ValueError, match="downscale, 4, is not the decoder's upscale, 8"):
+    with pytest.raises(ValueError, match=r"downscale, 4, .*upscale, 8"):
         LiteVAE(encoder(dct_levels=2), decoder())
     with pytest.raises(ValueError, match="in_channels, 1, is not"):
         LiteVAE(encoder(in_channels=1), decoder())
@@ -148,11 +148,11 @@ def test_the_posterior_is_float32_under_autocast():
 
 
 def test_autoencoder_refuses_images_that_do_not_fit():
-    with pytest.raises(ValueError, match=r"floats in \[-1, 1\], got torch.uint8"):
+    with pytest.raises(ValueError, match=r"\[-1, 1\], got torch\.uint8"):
         tiny().encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     with pytest.raises(ValueError, match="multiple of 8"):
         tiny().encode(torch.rand(1, 3, 20, 16))
-    with pytest.raises(TypeError, match=r"\(B, C, H, W\) .* got list: .* pil_to_tensor"):
+    with pytest.raises(TypeError, match=r"\(B, C, H, W\) .*list: .*pil_to_tensor"):
         tiny().encode([[0.0]])
     with pytest.raises(TypeError, match=r"got DiagonalGaussian: .*\.mode\(\)"):
         tiny().decode(tiny().encode(torch.zeros(1, 3, 16, 16)))

@@ -74,12 +74,12 @@ def test_with_channels_keeps_the_function_of_a_decoder_at_2x(name):
 def test_with_channels_refuses_networks_that_know_the_channels_elsewhere():
     with pytest.raises(
         ConfigError,
-        match=r"^it: is for images of 3 channels.*: set data\.params\.channels to 3, or train with",
+        match=r"^it: .*3 channels.*data\.params\.channels to 3",
     ):
         with_channels(tiny_vae(), 4, "it")
     # Wan 2.2's
     patches = make(
         "AutoencoderKLWan", in_channels=12, out_channels=12, patch_size=2, is_residual=True
     )
-    with pytest.raises(ConfigError, match=r"^it: sees patches of pixels of 3 channels"):
+    with pytest.raises(ConfigError, match=r"^it: .*patches .*3 channels"):
         with_channels(DiffusersAutoencoder(patches).as_litevae("it"), 1, "it")

@@ -65,9 +65,7 @@ def test_a_resumed_run_keeps_the_weights_of_its_frozen_vision_encoder(
     tensors = torch.load(weights)
     tensors["cls_token"] += 1
     torch.save(tensors, weights)
-    with pytest.raises(
-        ConfigError, match=rf"^model\.params\.{place}: a resumed run keeps it, with"
-    ):
+    with pytest.raises(ConfigError, match=rf"^model\.params\.{place}: "):
         train_with("lightning.trainer.max_steps=3", resume=run.path)
 
 

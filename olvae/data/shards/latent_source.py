@@ -92,15 +92,14 @@ class LatentSource(ShardSource):
         self.sample = sample
         self.flip = flip
         shards = with_counts(find_shards(folder), str(Path(folder).expanduser() / INDEX), LATENT)
-        size = self.stats["size"] or 1
         super().__init__(
-            shards,
-            shards,
-            shuffle,
-            LATENT,
-            size,
-            batch_size,
-            num_workers,
+            train=shards,
+            val=shards,
+            shuffle=shuffle,
+            image_key=LATENT,
+            size=self.stats["size"] or 1,
+            batch_size=batch_size,
+            num_workers=num_workers,
             max_unreadable=max_unreadable,
         )
 
