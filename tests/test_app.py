@@ -76,10 +76,10 @@ def test_a_model_that_gives_no_numbers_is_named(model):
 
 def test_page_refuses_broken_and_large_images(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"broken\.png: not a readable image"):
+    with pytest.raises(ValueError, match=r"broken\.png: "):
         read_image(tmp_path / "broken.png", 3)
     Image.new("RGB", (PAGE_MAX_PIXELS // 1000, 1001)).save(tmp_path / "large.png")
-    with pytest.raises(ValueError, match=r"^4000x1001 pixels are too many .* 4 million"):
+    with pytest.raises(ValueError, match=r"^4000x1001 .*4 million"):
         read_image(tmp_path / "large.png", 3)
     Image.new("L", (3, 2), 7).save(tmp_path / "grey.png")
     assert torch.equal(
@@ -94,7 +94,7 @@ def test_page_refuses_models_of_different_channels(tmp_path):
     ] = 1
     tiny(**params).save_pretrained(tmp_path / "grey")
     tiny().save_pretrained(tmp_path / "colour")
-    with pytest.raises(ValueError, match="images of 1 and 3 channels"):
+    with pytest.raises(ValueError, match="1 and 3 channels"):
         load_choice([find_target(str(tmp_path / name)) for name in ("grey", "colour")], "cpu")
 
 

@@ -69,10 +69,10 @@ def test_resolve_devices_refuses_gpus_that_are_not_there(gpus, flag, there, mess
     gpus(there)
     with pytest.raises(ConfigError, match=message):
         resolve_devices(flag, {})
-    with pytest.raises(ConfigError, match=r"trainer\.devices: '0,1': .*number of processes"):
+    with pytest.raises(ConfigError, match=r"trainer\.devices: '0,1': .*processes"):
         resolve_devices(None, {"accelerator": "cpu", "devices": "0,1"})
     gpus(2)
-    with pytest.raises(ConfigError, match=r"trainer\.devices: 'two': .*list of GPUs"):
+    with pytest.raises(ConfigError, match=r"trainer\.devices: 'two': .*GPUs"):
         resolve_devices(None, {"devices": "two"})
 
 
@@ -101,13 +101,13 @@ def test_what_a_mac_does_not_have_is_refused(on_mac):
     assert [resolve_device(name) for name in (None, "mps", "mps:0", "cpu")] == [
         *("mps", "mps", "mps:0", "cpu")
     ]
-    with pytest.raises(ConfigError, match="`device` cuda: this machine has no cuda"):
+    with pytest.raises(ConfigError, match="`device` cuda: "):
         resolve_device("cuda")
-    with pytest.raises(ConfigError, match="`gpus` 2: this machine has 1 GPU; 0 is the CPU"):
+    with pytest.raises(ConfigError, match=r"`gpus` 2: .*1 GPU"):
         resolve_devices("2", {})
-    with pytest.raises(ConfigError, match="accelerator: cuda: this machine has no cuda"):
+    with pytest.raises(ConfigError, match="accelerator: cuda: "):
         resolve_devices(None, {"accelerator": "cuda"})
-    with pytest.raises(ConfigError, match="2 processes can't share a Mac's GPU: `gpus` 0"):
+    with pytest.raises(ConfigError, match=r"2 processes .*`gpus` 0"):
         process_count({"accelerator": "mps", "devices": 2})
     assert resolve_precision("fp16", "mps") == "16-mixed"
     assert own_device(None, "1") == ("mps:0", [0])
@@ -115,12 +115,12 @@ def test_what_a_mac_does_not_have_is_refused(on_mac):
 
 def test_a_machine_without_mps_refuses_it(gpus):
     gpus(2)
-    with pytest.raises(ConfigError, match="`device` mps: this machine has no mps"):
+    with pytest.raises(ConfigError, match="`device` mps: "):
         resolve_device("mps")
-    with pytest.raises(ConfigError, match="accelerator: mps: this machine has no mps"):
+    with pytest.raises(ConfigError, match=r"accelerator: mps: .*no mps"):
         resolve_devices(None, {"accelerator": "mps"})
     gpus(0)
-    with pytest.raises(ConfigError, match="accelerator: mps: this machine has no GPU"):
+    with pytest.raises(ConfigError, match=r"accelerator: mps: .*no GPU"):
         resolve_devices(None, {"accelerator": "mps"})
 
 
@@ -181,7 +181,7 @@ def test_resolve_device_takes_each_process_its_own_gpu(monkeypatch, gpus, local,
     if gpus > 2:
         assert resolve_device("cuda:2") == current[-1] == "cuda:2"
     else:
-        with pytest.raises(ConfigError, match=f"this machine has {counted(gpus, 'GPU')}"):
+        with pytest.raises(ConfigError, match=f"has {counted(gpus, 'GPU')}"):
             resolve_device("cuda:2")
 
 

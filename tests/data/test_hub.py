@@ -79,9 +79,9 @@ def test_items_may_be_arrays_tensors_and_tuples():
     assert np.array_equal(
         np.asarray(Items(Dataset([array[..., :1]]), channels=1)[0].read()), array[..., 0]
     )
-    with pytest.raises(UnreadableImageError, match="is a Tensor, not a picture: leave out"):
+    with pytest.raises(UnreadableImageError, match="is a Tensor"):
         Items(Dataset([torch.zeros(3, 8, 9)]))[0]
-    with pytest.raises(ValueError, match="its items have no numbers"):
+    with pytest.raises(ValueError, match="no numbers"):
         Items(iter([]))
 
 
@@ -99,11 +99,11 @@ def test_items_of_pictures_and_arrays_have_the_stated_range():
             assert (tensor.float() == 3000).all()
     eight = Image.new("L", (9, 8), 12)
     for item in (eight, eight.convert("RGB"), np.asarray(eight)):
-        with pytest.raises(UnreadableImageError, match="8 bits per channel"):
+        with pytest.raises(UnreadableImageError, match="8 bits"):
             Items(Dataset([item]), 1, stated)[0]
         tensor = image_to_tensor(Items(Dataset([item]), 1, AS_STORED)[0].read())
         assert (str(tensor.dtype), tensor.unique().tolist()) == ("torch.uint8", [12])
-    with pytest.raises(UnreadableImageError, match=r"3000 at row 0.*outside the range"):
+    with pytest.raises(UnreadableImageError, match="3000 at row 0"):
         Items(Dataset([Image.fromarray(deep)]), 1, PixelRange.from_node([0, 255]))[0]
 
 
@@ -140,13 +140,13 @@ def test_hugging_face_source_reads_a_column_of_images(table, kind, tmp_path):
 
 def test_hugging_face_source_refuses_missing_columns_and_splits(table, tmp_path):
     table.save_to_disk(tmp_path / "set")
-    with pytest.raises(ConfigError, match="no column image; there are picture, label"):
+    with pytest.raises(ConfigError, match=r"column image; .*picture, label"):
         HuggingFaceSource(str(tmp_path / "set"), 16, 4)
-    with pytest.raises(ConfigError, match="set: has no split test, only train"):
+    with pytest.raises(ConfigError, match=r"set: .*split test.* train"):
         HuggingFaceSource(str(tmp_path / "set"), 16, 4, column="picture", val_split="test")
     datasets.Dataset.from_dict({"picture": [1, 2]}, split="test").save_to_disk(tmp_path / "own")
     assert len(load_table(tmp_path / "own", "test")) == 2
-    with pytest.raises(ConfigError, match=r"label holds .*, not images"):
+    with pytest.raises(ConfigError, match="label holds"):
         HuggingFaceSource(str(tmp_path / "set"), 16, 4, column="label")
 
 
@@ -163,5 +163,5 @@ def test_data_sets_hold_out_groups_by_the_names_of_their_files(image_folder):
     assert [part.name(i)[:2] for part in (val, train) for i in range(len(part))] == (
         ["p0"] * 4 + ["p1"] * 4 + ["p2"] * 4
     )
-    with pytest.raises(ValueError, match="finds no group in '00000000'"):
+    with pytest.raises(ValueError, match=r"no group .*'00000000'"):
         TorchvisionSource(FAKE, 16, 4, hold_out_by=r"(?P<group>p\d)")

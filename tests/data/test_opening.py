@@ -78,7 +78,7 @@ def test_open_source_refuses_what_is_not_there(tmp_path):
         with pytest.raises(error, match=text):
             open_source(str(src), 16, 4)
     cfg.save({"model": {}}, tmp_path / "empty.yaml")
-    with pytest.raises(ConfigError, match="has no data"):
+    with pytest.raises(ConfigError, match="no data"):
         open_source(str(tmp_path / "empty.yaml"), 16, 4)
 
 
@@ -204,7 +204,7 @@ def test_moved_data_are_one_line_with_both_places(home, tmp_path, monkeypatch, c
     )
     assert caplog.messages == [expected]
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="photos: no images of this name"):
+    with pytest.raises(FileNotFoundError, match="photos: no images"):
         open_test_source(config)
     # with --data nobody asks for them
     assert open_test_source(config, str(moved / "more")).val_images == 4
@@ -294,7 +294,7 @@ def test_open_test_source_takes_another_config_at_a_size(home):
 
 def test_open_source_refuses_data_that_are_no_node(tmp_path):
     (tmp_path / "c.yaml").write_text("data: {params: {root: photos}}")
-    with pytest.raises(ConfigError, match="expected a node of target and params"):
+    with pytest.raises(ConfigError, match="target and params"):
         open_source(str(tmp_path / "c.yaml"), 8, 1)
 
 
@@ -309,9 +309,9 @@ def test_a_models_images_elsewhere_have_the_groups_of_its_training(root, caplog)
     (root / "q.png").write_bytes((root / "p1" / "0.png").read_bytes())
     (batch,) = open_test_source(config, str(root)).test_loader(4)
     assert "group" not in batch
-    assert "intervals are over single images" in caplog.messages[-1]
+    assert "single images" in caplog.messages[-1]
     assert find_inputs(str(root), 3, 2, trained_by=r"(?P<group>p\d)").grouping.how == "file"
-    assert "shards keep no groups together, unless `hold_out_by`" in caplog.messages[-1]
+    assert "`hold_out_by`" in caplog.messages[-1]
 
     # A scene's blocks are no groups of other images, and null is the default of its source.
     for how in ("blocks", None):

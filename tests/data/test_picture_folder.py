@@ -1,4 +1,5 @@
 import glob
+import hashlib
 import multiprocessing
 import os
 import shutil
@@ -140,13 +141,13 @@ def test_a_list_names_files_whatever_its_lines_look_like(tmp_path, image_folder,
 
 
 def test_folder_source_refuses_wrong_folders_and_fractions(image_folder, root, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no images in this folder"):
+    with pytest.raises(FileNotFoundError, match="no images"):
         source(root)
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match="no such"):
         source(tmp_path / "missing")
-    with pytest.raises(FileNotFoundError, match="this is a file: name a folder"):
+    with pytest.raises(FileNotFoundError, match="a file"):
         source(image_folder / "class0" / "0.png")
-    with pytest.raises(ValueError, match="larger than the data"):
+    with pytest.raises(ValueError, match="larger than"):
         source(image_folder, batch_size=100)
     assert source(image_folder, val_fraction=0.99, batch_size=1).samples_per_epoch == 1
     with pytest.raises(ValueError, match="val_fraction"):
@@ -173,7 +174,7 @@ def test_a_list_of_images_has_any_paths_and_line_ends(image_folder, tmp_path, mo
     assert [path.resolve() for path in found.paths[:3]] == expected
     assert [found[i].read().size for i in range(len(found))] == [(48, 40)] * 6
     (tmp_path / "list.txt").write_text("# to be written\n\n")
-    with pytest.raises(FileNotFoundError, match=r"list\.txt: this list names no file"):
+    with pytest.raises(FileNotFoundError, match=r"list\.txt: .*no file"):
         find_images(tmp_path / "list.txt")
 
 
@@ -257,7 +258,7 @@ def test_a_folder_that_can_be_listed_but_not_entered(image_folder, monkeypatch):
 def test_one_rule_for_both_parts_in_every_command(train, val, tmp_path, caplog):
     """A line names the rule and what it leaves out."""
     names = [f"{train}/{i}.png" for i in range(4)] + [f"{val}/{i}.png" for i in range(4, 6)]
-    folder = write_photos(tmp_path / "set", [*names, "other/6.png", "7.png"])
+    folder = write_photos(tmp_path / "set", [*names, "other/6.png", "7.png", ".thumbs/8.png"])
     warn_once.cache_clear()
     trained = FolderSource(folder, 16, 1)
     evaluated = open_source(str(folder), 16, 1)
@@ -299,7 +300,7 @@ def test_a_folder_without_images_says_what_is_there(tmp_path):
     with pytest.raises(FileNotFoundError, match=message) as error:
         find_images(tmp_path)
     assert "1 .nii.gz" in str(error.value)
-    assert "1 without an extension" in str(error.value)
+    assert "1 without" in str(error.value)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=r"\.exr\)$"):
         find_images(tmp_path / "empty")
@@ -378,11 +379,25 @@ def test_groups_are_held_out_whole_and_more_images_of_them_change_nothing(root, 
             assert groups[0] | groups[1] == set("abcdefgh")
 
 
+@pytest.mark.parametrize(("largest", "names", "held_out"), [(30, "abcdef", 12), (19, "ab", 1)])
+def test_a_group_with_most_of_the_images_is_trained_on(root, largest, names, held_out):
+    """Though its name comes first; of its neighbours as many as are wanted are held out."""
+    first, *others = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    each = 1 if len(others) == 1 else 4
+    write_photos(root, [f"{first}/{n}.png" for n in range(largest)])
+    write_photos(root, [f"{name}/{n}.png" for name in others for n in range(each)])
+    train, val = sides_of(root, hold_out_by="folder", val_fraction=None)
+    assert len(val) == held_out
+    assert {name for name in train if name[0] == first} == {
+        f"{first}/{n}.png" for n in range(largest)
+    }
+
+
 def test_one_group_alone_can_not_be_split(root):
     write_photos(root, [f"a/{n}.png" for n in range(5)])
-    with pytest.raises(ValueError, match=r"all images are of one group.*data.params.val_root"):
+    with pytest.raises(ValueError, match=r"one group.*data\.params\.val_root"):
         source(root, hold_out_by="folder")
-    with pytest.raises(ValueError, match=r"finds no group in 'a/0.png'"):
+    with pytest.raises(ValueError, match=r"no group .*'a/0\.png'"):
         source(root, hold_out_by=r"(?P<group>patient\d+)")
 
 

@@ -234,7 +234,7 @@ def test_page_has_the_numbers_and_marks_the_best(whole):
     assert text.startswith(f"one, {NAME}, three: open-litevae, 64 px")
     off = 255 * 10 ** (-values[0] / 20)
     best = f"(PSNR {values[0]:.2f} dB); the best of the others is 2.50 dB worse: {NAME}."
-    assert f"one misses a pixel's values by about {off:.1f} of 255 {best}" in text
+    assert f"by about {off:.1f} of 255 {best}" in text
     equal = [
         replace(row, differences={"psnr": Difference(0.0, -0.1, 0.1)}) for row in whole.results.rows
     ]
@@ -263,7 +263,7 @@ def test_a_run_has_its_name_and_the_time_where_two_have_one(targets, shown):
     reader = Reader(html)
     title = f"{', '.join(shown)}: open-litevae, 64 px"
     assert [text for tag, text in reader.texts if tag == "title"] == [title]
-    assert f"{shown[0]} misses a pixel's values by about" in reader.all_text()
+    assert f"{shown[0]} misses" in reader.all_text()
     for name in shown:
         assert f"<span>{breakable(name)}</span></span></th>" in html  # a row
         assert f"</span> {breakable(name)}</th>" in html  # a column of the gallery

@@ -31,4 +31,4 @@ def test_protocol_hash_is_of_every_choice_and_of_nothing_else():
 def test_protocol_presets_differ_in_what_they_say():
     assert len({protocol.hash() for protocol in PROTOCOLS.values()}) == len(PROTOCOLS)
     assert PROTOCOLS["open-litevae"] == Protocol()
-    assert "halved by averaging" in PROTOCOLS["dc-ae"].as_dict()["images"]
+    assert "by averaging" in PROTOCOLS["dc-ae"].as_dict()["images"]

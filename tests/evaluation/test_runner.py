@@ -100,17 +100,17 @@ def test_failing_observers_and_uncounted_macs_lose_no_metric(images, model, capl
     """Networks of the user's own may be more than torch, and observers may fail."""
     count = RoundTrip(NumPyAutoencoder(model)).cost(32)
     assert (count.encode_macs, count.decode_macs) == (None, None)
-    assert "multiplications of `encode` not counted: " in caplog.text
+    assert "of `encode` not counted: " in caplog.text
     source = SimpleNamespace(size=Sides.of(32))
     assert is_examined(Observer(), {}, source, "cpu")
     broken = Observer()
     broken.name = "mine"
     broken.examine = lambda *_: [][0]
     assert not is_examined(broken, {}, source, "cpu")
-    assert "mine: left out: list index out of range" in caplog.text
+    assert "mine: left out: list" in caplog.text
     broken.result = lambda *_: {"value": math.nan}
     assert found_by(broken, "a", 0) is None
-    assert "mine: left out: Out of range float values are not JSON compliant" in caplog.text
+    assert "mine: left out: Out of range" in caplog.text
 
 
 class NumPyAutoencoder(Autoencoder):

@@ -41,7 +41,7 @@ def test_every_entry_of_the_zoo_is_on_its_page():
         line = " | ".join([entry.name, f"`{entry.target}`", *map(str, facts)])
         assert listed.count(f"| {line} | ") == 1, line
     assert listed.count("\n| ") - 1 == len(entries)
-    assert f"A list of {len(entries)} autoencoders" in page
+    assert f"{len(entries)} autoencoders" in page
     # A list is no result.
     readme = DOCS.parent / "README.md"
     assert "zoo.md" not in readme.read_text(encoding="utf-8")
@@ -58,7 +58,7 @@ def test_the_list_is_read_whole_or_by_names_in_its_order():
     (sdxl,) = read_zoo(["sdxl"])
     facts = ("diffusers:stabilityai/sdxl-vae", "AutoencoderKL", 8, 4, "mit")
     assert sdxl == ("sdxl", *facts)
-    with pytest.raises(ConfigError, match="`zoo` sdxl2: not in the list, which has photos-f8c12"):
+    with pytest.raises(ConfigError, match=r"`zoo` sdxl2: .*photos-f8c12"):
         read_zoo(["sdxl", "sdxl2"])
 
 
@@ -81,7 +81,7 @@ def test_a_row_has_the_latent_as_measured_and_the_lists_words():
     assert entry == {"class": "AutoencoderKL", "latent": "f8, 4", "licence": "mit"}
     assert listed.columns(entry) == entry
     grey = SimpleNamespace(in_channels=1)
-    with pytest.raises(ValueError, match="takes images of 1 channels, the others 3"):
+    with pytest.raises(ValueError, match=r"1 channels, .*others 3"):
         listed.derive({"grey": Subject(grey)})  # type: ignore[arg-type]
 
 

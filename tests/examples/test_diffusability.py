@@ -76,10 +76,10 @@ def test_equal_seeds_give_equal_results_and_a_finished_seed_is_kept(
     assert with_inception["frechet_lite0"] == first["frechet_lite0"]
     assert with_inception["fid"] == first["frechet_lite0"]  # of equal features
     assert first["frechet_lite0"]["mean_to_decoded"] != first["frechet_lite0"]["mean"]
-    with pytest.raises(ValueError, match="made with steps 2, not 3"):
+    with pytest.raises(ValueError, match="steps 2, not 3"):
         example.main([*arguments, "--out", str(a), "--steps=3"])
     (a / "seed-0.safetensors").write_bytes(b"{}")
-    with pytest.raises(ValueError, match=r"seed-0\.safetensors is not a finished seed"):
+    with pytest.raises(ValueError, match=r"seed-0\.safetensors .*finished"):
         example.main([*arguments, "--out", str(a)])
 
 

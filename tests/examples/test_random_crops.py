@@ -37,12 +37,12 @@ def test_random_crops_are_several_an_image_and_a_seed_gives_them_again(
     assert {crop.shape for crop in a} == {(16, 16, 3)}
     assert all(np.array_equal(one, other) for one, other in zip(a, again, strict=True))
     assert not {crop.tobytes() for crop in a} & {crop.tobytes() for crop in b}
-    with pytest.raises(ValueError, match=r"b: has 00000029\.png, not one of 29 crops"):
+    with pytest.raises(ValueError, match=r"b: .*00000029\.png.* 29 "):
         example.main([str(src), "--size=16", "--count=29", "--out", str(tmp_path / "b")])
 
 
 def test_random_crops_names_a_missing_folder(example, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match="no such"):
         example.main(
             [str(tmp_path / "none"), "--size=16", "--count=1", "--out", str(tmp_path / "out")]
         )

@@ -34,7 +34,7 @@ def test_train_diffusion_lowers_its_loss_and_makes_images(example, tmp_path, cap
     )
     with Image.open(tmp_path / "out" / "samples.png") as samples:
         assert samples.width > 8 * 32
-    with pytest.raises(ValueError, match="--size 24: choose a multiple of 16"):
+    with pytest.raises(ValueError, match=r"--size 24: .*16"):
         example.main([str(tmp_path / "vae"), "--size=24"])
     assert (
         UNet2DModel.from_pretrained(
@@ -104,11 +104,11 @@ def test_own_latents_train_a_model_whose_samples_are_decoded(
 
 def test_latents_that_can_not_be_used_are_refused(example, own, tmp_path):
     vae, _, latents = own
-    with pytest.raises(FileNotFoundError, match=r"nowhere: no stats\.json"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: .*stats\.json"):
         example.main([vae, "--latents", str(tmp_path / "nowhere")])
 
     tiny_vae(seed=1).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=r"of other weights than .*other: name the model"):
+    with pytest.raises(ValueError, match=r"other weights .*other: "):
         example.main([str(tmp_path / "other"), "--latents", latents])
 
     few = tmp_path / "few"
@@ -116,16 +116,16 @@ def test_latents_that_can_not_be_used_are_refused(example, own, tmp_path):
     for number in range(3):
         (few / f"{number}.png").write_bytes((tmp_path / "photos" / f"{number}.png").read_bytes())
     encode(few, tmp_path / "three", size=32)
-    with pytest.raises(ValueError, match="three: 3 latents, and a step takes 32"):
+    with pytest.raises(ValueError, match=r"three: 3 latents.* 32"):
         example.main([vae, "--latents", str(tmp_path / "three")])
 
     encode(tmp_path / "photos", tmp_path / "odd", size=24)
-    with pytest.raises(ValueError, match=r"odd: latents of 3x3: .* multiples of 16"):
+    with pytest.raises(ValueError, match=r"odd: .*3x3: .*16"):
         example.main([vae, "--latents", str(tmp_path / "odd")])
 
     stats = tmp_path / "three" / "stats.json"
     stats.write_text(json.dumps({**json.loads(stats.read_text()), "latent_shape": None}))
-    with pytest.raises(ValueError, match="three: latents of several sizes"):
+    with pytest.raises(ValueError, match=r"three: .*several sizes"):
         example.main([vae, "--latents", str(tmp_path / "three")])
 
 

@@ -94,9 +94,7 @@ def test_diffusers_auto_model(vae, image, tmp_path, monkeypatch, caplog):
             AutoModel.from_pretrained(str(folder))
     assert "not expected" not in caplog.text
     monkeypatch.setitem(sys.modules, "olvae", None)
-    with pytest.raises(
-        ImportError, match=r"^this autoencoder needs open-LiteVAE: pip install git\+https://github"
-    ):
+    with pytest.raises(ImportError, match=r"pip install git\+https://github"):
         AutoModel.from_pretrained(str(tmp_path / "a"), trust_remote_code=True)
 
 
@@ -277,7 +275,7 @@ def test_the_export_of_another_class(tmp_path):
     tiny_kl().save_pretrained(tmp_path)
     with pytest.raises(
         ValueError,
-        match=r"load it with diffusers\.AutoencoderKL",
+        match=r"diffusers\.AutoencoderKL",
     ):
         AutoencoderLiteVAE.from_pretrained(tmp_path)
 

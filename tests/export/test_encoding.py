@@ -311,7 +311,7 @@ def test_encoding_takes_folders_as_classes_if_asked(tmp_path, image_folder):
                     == folder.removeprefix("class").encode()
                 )
     picture(0).save(image_folder / "loose.png")
-    with pytest.raises(ConfigError, match=r"`classes`: loose\.png is not in a folder"):
+    with pytest.raises(ConfigError, match=r"`classes`: loose\.png"):
         encode(image_folder, tmp_path / "loose", classes=True)
     write_shards(tmp_path / "shards", (2,))
     params = {
@@ -323,7 +323,7 @@ def test_encoding_takes_folders_as_classes_if_asked(tmp_path, image_folder):
     node = {"target": "olvae.data.shards.webdataset.WebDatasetSource", "params": params}
     save({"data": node}, tmp_path / "shards.yaml")
     for shards in ("shards", "shards.yaml"):
-        with pytest.raises(ConfigError, match="`classes` is for folders"):
+        with pytest.raises(ConfigError, match="`classes` is"):
             encode(tmp_path / shards, tmp_path / "more", classes=True)
 
 
@@ -339,7 +339,7 @@ def test_encoding_skips_and_lists_unreadable_images(tmp_path, image_folder):
     assert set(tensors(tmp_path / "whole")) - set(tensors(tmp_path / "out")) == {name}
     for path in find_images(image_folder):
         path.write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"none of the images .*class0/0.png"):
+    with pytest.raises(ValueError, match=r"none of .*class0/0\.png"):
         encode(image_folder, tmp_path / "none")
     assert [path.name for path in (tmp_path / "none").iterdir()] == [".encode"]
     for number, path in enumerate(find_images(image_folder)):
@@ -378,7 +378,7 @@ def test_encoding_a_remote_shard_that_fails_is_not_finished(tmp_path):
     shard = tmp_path / "shards/000.tar"
     url = f"pipe:cat {shard}; test ! -e {tmp_path}/down"
     (tmp_path / "down").touch()
-    with pytest.raises(OSError, match="again to continue"):
+    with pytest.raises(OSError, match="to continue"):
         encode(url, tmp_path / "out")
     assert not list((tmp_path / "out").glob("*.tar"))
     (tmp_path / "down").unlink()
@@ -433,29 +433,29 @@ def test_encoding_refuses_another_job_in_the_same_folder(tmp_path, image_folder,
 
 
 def test_encoding_refuses_settings_that_do_not_fit(tmp_path, image_folder):
-    with pytest.raises(ValueError, match="`size` 20: choose a multiple of 8"):
+    with pytest.raises(ValueError, match=r"`size` 20: .*8"):
         encode(image_folder, tmp_path / "out", size=20)
     with pytest.raises(ValueError, match=r"`images`: .*one size"):
         encode(image_folder, tmp_path / "out", size=0, images=True)
     multispectral = Shrunk()
     multispectral.in_channels = 6
-    with pytest.raises(ValueError, match=r"PNG stores 1, 3 or 4 channels, .* 6"):
+    with pytest.raises(ValueError, match=r"PNG .* 6"):
         encode(image_folder, tmp_path / "out", multispectral, images=True)
     grey = {"root": str(image_folder), "size": 16, "batch_size": 1, "channels": 1}
     save(
         {"data": {"target": "olvae.data.picture_folder.FolderSource", "params": grey}},
         tmp_path / "grey.yaml",
     )
-    with pytest.raises(ConfigError, match="images of 1 channel, and the model takes 3"):
+    with pytest.raises(ConfigError, match=r"1 channel, .*takes 3"):
         encode(tmp_path / "grey.yaml", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ConfigError, match="has other files already"):
+    with pytest.raises(ConfigError, match="other files"):
         encode(image_folder, image_folder)
-    with pytest.raises(ValueError, match=r"up to .*e\+05 are too large for float16"):
+    with pytest.raises(ValueError, match=r"e\+05 .*float16"):
         encode(image_folder, tmp_path / "large", Shrunk(3e5))
-    with pytest.raises(ValueError, match=r"non-finite values in 32: .*diverged"):
+    with pytest.raises(ValueError, match=r"in 32: .*diverged"):
         encode(image_folder, tmp_path / "nan", Shrunk(float("nan")))
-    with pytest.raises(ValueError, match="non-finite values in fp16: set `precision` to 32"):
+    with pytest.raises(ValueError, match=r"in fp16: .*`precision`"):
         encode(image_folder, tmp_path / "half", Shrunk(float("nan")), precision="fp16")
     for name in ("large", "nan"):
         assert [path.name for path in (tmp_path / name).iterdir()] == [".encode"]

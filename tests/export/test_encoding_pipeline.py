@@ -88,7 +88,7 @@ def test_an_error_in_the_writer_or_in_the_encoder_ends_an_encoding(
         return write(self, number, samples, details)
 
     monkeypatch.setattr(ResumableShards, "write", full)
-    with pytest.raises(OSError, match=r"No space left on device: '000001.tar'"):
+    with pytest.raises(OSError, match=r"No space .*'000001\.tar'"):
         encode(image_folder, tmp_path / "full", shard_size=1, batch_size=1, workers=2)
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "full").glob("*.tar")] == ["000000.tar"]
@@ -129,7 +129,7 @@ def test_an_error_of_a_later_shard_comes_after_the_shards_before_it(tmp_path):
     urls = [f"pipe:cat {shards[0]}", f"pipe:cat {shards[1]}; false"]
     inputs = ShardInputs([Shard(url) for url in urls], 3)
     job = EncodeJob(tiny_vae(), inputs, EncodeOptions(16), tmp_path / "out", {})
-    with pytest.raises(OSError, match="again to continue"):
+    with pytest.raises(OSError, match="to continue"):
         job.run(batch_size=2, workers=2)
     assert job.shards.finished(0).record.images == 5
     assert job.shards.finished(1) is None

@@ -21,7 +21,7 @@ def test_factors_are_read_from_latents_json(tmp_path):
     path = tmp_path / "latents.json"
     path.write_text(json.dumps({"data": {}, "results": [result("a", 2.0), result("b", 3.0)]}))
     assert read_factors(path, "b")[:2] == (3.0, 0.25)
-    with pytest.raises(ValueError, match=r"has no factors of c, but of a, b"):
+    with pytest.raises(ValueError, match=r"factors of c, .*a, b"):
         read_factors(path, "c")
     path.write_text(json.dumps({"results": [result("a", 2.0)]}))
     # The only one, of a version without checksums.
@@ -33,13 +33,13 @@ def test_factors_are_read_from_latents_json(tmp_path):
         json.dumps({"results": [{**result("a", 2.0), "weights": "12ab"}, result("b", 3.0)]})
     )
     assert read_factors(path, "a", "12ab")[:2] == (2.0, 0.25)
-    with pytest.raises(ValueError, match=r"a made, with other weights than a's"):
+    with pytest.raises(ValueError, match=r"a made, .* a's"):
         read_factors(path, "a", "34cd")
     path.write_text(
         json.dumps({"target": "a", "weights": "12ab", "scaling_factor": 2.0, "shift_factor": 0.25})
     )
     assert read_factors(path, "c", "12ab")[:2] == (2.0, 0.25)  # a stats.json, of the same weights
-    with pytest.raises(ValueError, match=r"a made, with other weights than c's"):
+    with pytest.raises(ValueError, match=r"a made, .* c's"):
         read_factors(path, "c", "34cd")
     for scale, message in ((math.nan, "nan"), (-2.0, r"-2\.0"), (0.0, r"0\.0")):
         path.write_text(json.dumps({"results": [result("a", scale)]}))
@@ -48,7 +48,7 @@ def test_factors_are_read_from_latents_json(tmp_path):
             read_factors(path, "a")
     for text in ("", "[]", '{"results": [{"target": "a"}]}'):
         path.write_text(text)
-        with pytest.raises(ValueError, match=r"not written by olvae latents or olvae encode"):
+        with pytest.raises(ValueError, match="not written"):
             read_factors(path, "a")
 
 
@@ -60,5 +60,5 @@ def test_measured_factors_may_replace_those_per_channel(tmp_path):
         (ExportSettings(latents=tmp_path), "leave out `latents`, or add `per_channel`"),
         (ExportSettings(scaling_factor=2.0), "leave out `scaling_factor`"),
     ):
-        with pytest.raises(ConfigError, match=f"per channel: {remedy}$"):
+        with pytest.raises(ConfigError, match=rf"per channel: {remedy}$"):
             export_target(target, tmp_path / "out", settings)

@@ -84,7 +84,7 @@ def test_diffusers_export_of_reflect_padding(halves, tmp_path):
         torch.testing.assert_close(theirs(x).sample, expected, rtol=0, atol=1e-5)
 
     card = (tmp_path / "vae" / "README.md").read_text()
-    assert f"| note | padding: reflect in the {' and the '.join(halves)}, which" in card
+    assert f"| note | padding: reflect in the {' and the '.join(halves)}, " in card
 
     export(model, tmp_path / "vae.safetensors", LDM)
     assert_equal(load_file(tmp_path / "vae.safetensors"), latent_diffusion_names(plain))
@@ -214,7 +214,7 @@ def test_comfyui_file_of_a_litevae_is_a_target(fold, tmp_path):
     for loaded in (found.load(), LiteVAE.from_pretrained(file)):
         assert (loaded.for_diffusion, loaded.folded) == (model.for_diffusion, fold)
         assert_equal(loaded.state_dict(), expected)
-    with pytest.warns(UserWarning, match=r"an export has one kind of weights"):
+    with pytest.warns(UserWarning, match="one kind"):
         find_target(file, raw=True)
     with pytest.raises(ValueError, match=r"encoder_config"):
         find_target(file, config=tmp_path / "config.json")  # one that is named does
@@ -231,7 +231,7 @@ HARMFUL = {"target": "os.system", "params": {"command": "touch harmed"}}
 
 def test_comfyui_files_build_networks_of_ours_only(tmp_path):
     write_comfyui(tiny_litevae(), tmp_path / "vae.safetensors", encoder_config=HARMFUL)
-    with pytest.raises(ValueError, match=r"os.system is not a network"):
+    with pytest.raises(ValueError, match=r"os\.system"):
         find_target(tmp_path / "vae.safetensors")
 
 
@@ -248,7 +248,7 @@ def test_training_config_in_a_safetensors_header_does_not_count(tmp_path, in_run
         save({"model": {"params": model.config}}, tmp_path / "config.yaml")
         assert locate(file).config == {"model": {"params": model.config}}
     else:
-        with pytest.raises(ValueError, match=r"no config beside the weights"):
+        with pytest.raises(ValueError, match="no config"):
             find_target(file)
 
 

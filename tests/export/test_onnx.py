@@ -94,12 +94,10 @@ def test_onnx_file_that_differs_is_refused(tmp_path, monkeypatch):
         def save(self, file, external_data):
             Path(file).touch()
 
-    with pytest.raises(
-        ValueError, match=r"onnxruntime differs from torch by 1.0e-03 .* 0.0001: leave `onnx` out"
-    ):
+    with pytest.raises(ValueError, match=r"1\.0e-03 .*0\.0001: .*`onnx`"):
         export(model, tmp_path / "vae", settings=ExportSettings(onnx=True))
     assert not any(tmp_path.iterdir())
-    with pytest.raises(ValueError, match=r"in float32 and float16, not torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"float16, not torch\.bfloat16"):
         export_onnx(model.bfloat16(), tmp_path)
 
 
@@ -147,16 +145,14 @@ def test_onnx_files_beside_a_format_that_is_one_file(tmp_path):
     names = ["kl.safetensors", "kl_decoder.onnx", "kl_encoder.onnx"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     (tmp_path / "kl.safetensors").unlink()
-    with pytest.raises(FileExistsError, match=r"kl_encoder.onnx: exists: `force` replaces it"):
+    with pytest.raises(FileExistsError, match=r"kl_encoder\.onnx: exists: `force`"):
         export(model, tmp_path / "kl.safetensors", layout, settings)
 
 
 def test_onnx_files_of_an_earlier_export_do_not_stay_in_silence(tmp_path):
     model = DiffusersAutoencoder(autoencoder_kl((32,))).as_litevae("it").eval()
     (tmp_path / "kl_decoder.onnx").touch()
-    with pytest.warns(
-        UserWarning, match=r"kl_decoder.onnx: of an earlier export, and not replaced"
-    ):
+    with pytest.warns(UserWarning, match=r"kl_decoder\.onnx: "):
         export(model, tmp_path / "kl.safetensors", LAYOUTS["ldm"]())
 
 
@@ -165,14 +161,12 @@ def test_a_network_that_torch_does_not_trace_is_one_line(tmp_path, monkeypatch):
         raise torch.onnx.errors.OnnxExporterError("step 3/3") from NotImplementedError("no cast\nx")
 
     monkeypatch.setattr(torch.onnx, "export", trace)
-    with pytest.raises(ValueError, match=r"can't trace this network: .* no cast$"):
+    with pytest.raises(ValueError, match=r"trace this .*cast$"):
         export(small(), tmp_path / "vae", settings=ExportSettings(onnx=True))
     assert not any(tmp_path.iterdir())
 
 
 def test_onnx_without_onnxruntime_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(
-        ConfigError, match=r"ONNX needs onnxruntime: pip install onnx onnxscript onnxruntime"
-    ):
+    with pytest.raises(ConfigError, match="pip install onnx onnxscript onnxruntime"):
         export_onnx(torch.nn.Linear(1, 1), tmp_path)

@@ -236,7 +236,7 @@ BROKEN = {
 def test_broken_pixels_end_in_a_line_that_names_the_rows(name, tmp_path, capfd):
     BROKEN[name](tmp_path / "a")
     rows = open_raster(tmp_path / "a", 3, EIGHT_BITS, 2**26, small=True)
-    with pytest.raises(UnreadableImageError, match=r"in its rows 0 to 92: ") as error:
+    with pytest.raises(UnreadableImageError, match="rows 0 to 92: ") as error:
         rows.read(0, 93)
     assert "\n" not in str(error.value)
     assert "See previous" not in str(error.value)
@@ -245,7 +245,7 @@ def test_broken_pixels_end_in_a_line_that_names_the_rows(name, tmp_path, capfd):
 
 def test_too_many_pixels_are_not_read_whole(tmp_path):
     claiming(tmp_path / "a", (30_000, 30_000), 512)
-    with pytest.raises(UnreadableImageError, match="30000x30000 pixels, more than 160 million"):
+    with pytest.raises(UnreadableImageError, match=r"30000x30000 .*160 million"):
         read_raster(tmp_path / "a", 3, EIGHT_BITS, 2**30)
 
 
@@ -256,7 +256,7 @@ def test_a_jpeg_2000_of_one_tile_is_in_memory_packed(tmp_path, monkeypatch):
     jpeg_2000(tmp_path / "one", noise, tile=1024)
     jpeg_2000(tmp_path / "many", noise, tile=128)
     stored = (tmp_path / "one").stat().st_size
-    with pytest.raises(UnreadableImageError, match=r"a tile takes .* GiB: allow more memory"):
+    with pytest.raises(UnreadableImageError, match=r"tile takes .*GiB"):
         open_raster(tmp_path / "one", 3, EIGHT_BITS, stored - 1)
     assert open_raster(tmp_path / "many", 3, EIGHT_BITS, stored // 4) is not None
 
@@ -278,7 +278,7 @@ def test_without_rasterio_the_command_that_installs_it_is_named(tmp_path, monkey
     jpeg_2000(tmp_path / "a.jp2", RGB)
     monkeypatch.setitem(sys.modules, "rasterio", None)
     for read in (open_raster, read_raster):
-        with pytest.raises(ConfigError, match=r"JPEG 2000 and Zarr needs rasterio: pip install"):
+        with pytest.raises(ConfigError, match="rasterio: pip install"):
             read(tmp_path / "a.jp2", 3, EIGHT_BITS, MEMORY)
 
 

@@ -69,7 +69,7 @@ def test_a_format_that_is_not_read_is_refused_with_a_command_that_converts_it(tm
     for name, advice in (("a.svs", True), ("b.jpg", False)):
         file = tmp_path / name
         file.write_bytes(b"no picture")
-        with pytest.raises(ValueError, match="no known picture format") as raised:
+        with pytest.raises(ValueError, match="picture format") as raised:
             reconstruct_file(tiny(), file, tmp_path / "out", CPU)
         command = "save it as a tiled TIFF, .*: vips copy 'a.svs' 'a.tif.tile,bigtiff.'"
         assert bool(re.search(command, str(raised.value))) == advice
@@ -123,7 +123,7 @@ def test_planned_outputs_give_every_image_a_place_of_its_own(tmp_path):
     assert [*plan_outputs([tmp_path / "in/deep"], tmp_path)] == [c]
     touch(out / "x.png")
     touch(tmp_path / "x.jpg")
-    with pytest.raises(ConfigError, match=r"x\.png is there, and no earlier result"):
+    with pytest.raises(ConfigError, match=r"x\.png "):
         plan_outputs([tmp_path / "x.jpg"], out)
     touch(out / "x_compare.png")
     assert plan_outputs([tmp_path / "x.jpg"], out) == {tmp_path / "x.jpg": out / "x"}
@@ -159,7 +159,7 @@ def test_failed_reconstruction_leaves_nothing_half_written(tmp_path, monkeypatch
         raise OSError("No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space"):
         reconstruct_file(tiny(), source, out / "x", CPU)
     assert list(out.iterdir()) == []
 

@@ -111,13 +111,11 @@ def of_equal_tiles(path: Path, height: int, width: int) -> None:
 def test_what_is_too_large_is_refused_with_advice(tmp_path):
     """Files of another kind, and networks that see the whole image."""
     (tmp_path / "a.png").write_bytes(bomb(20_000, 20_000))
-    with pytest.raises(ValueError, match=r"million pixels: .*: vips copy 'a.png' 'a.tif\[tile,"):
+    with pytest.raises(ValueError, match=r"million pixels: .*'a\.png' 'a\.tif\[tile,"):
         reconstruct_file(tiny(), tmp_path / "a.png", tmp_path / "out", SMALL)
     of_equal_tiles(tmp_path / "a.tif", 20_000, 20_000)
     for vae, options in ((sd(), SMALL), (tiny(), replace(SMALL, seed=0))):
-        with pytest.raises(
-            ValueError, match=r"million.*: .* by a LiteVAE alone, and without `samp"
-        ):
+        with pytest.raises(ValueError, match=r"million.*LiteVAE alone"):
             reconstruct_file(vae, tmp_path / "a.tif", tmp_path / "out", options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.tif"]
 
@@ -132,7 +130,7 @@ def test_a_large_tiff_that_breaks_off_leaves_nothing(tmp_path):
         count = file.pages.first.databytecounts[-1]
     content[start : start + count] = bytes(count)
     source.write_bytes(content)
-    with pytest.raises(ValueError, match=r"large\.tif: not a readable image: in its rows") as error:
+    with pytest.raises(ValueError, match=r"large\.tif: .*rows") as error:
         reconstruct_file(tiny(), source, tmp_path / "out", SMALL)
     assert "\n" not in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["large.tif"]

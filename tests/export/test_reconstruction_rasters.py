@@ -57,7 +57,7 @@ def test_what_can_not_be_decoded_by_rows_is_read_in_memory(tmp_path):
 @pytest.mark.parametrize("options", [SMALL, LARGE])
 def test_a_truncated_jpeg_2000_leaves_nothing(options, tmp_path):
     truncated(tmp_path / "a.jp2")
-    with pytest.raises(ValueError, match=r"a\.jp2: not a readable image: in its rows") as error:
+    with pytest.raises(ValueError, match=r"a\.jp2: .*rows") as error:
         reconstruct_file(tiny(), tmp_path / "a.jp2", tmp_path / "out/a", options)
     assert "\n" not in str(error.value)
     assert "vips" not in str(error.value)

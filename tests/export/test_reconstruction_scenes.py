@@ -126,7 +126,7 @@ def test_a_value_that_is_there_is_never_the_missing_one(tmp_path):
 
 def test_a_scene_without_any_value_is_refused(tmp_path):
     geotiff(tmp_path / "a.tif", np.zeros((64, 64, 4), np.uint16), nodata=0)
-    with pytest.raises(ValueError, match=r"a\.tif: all of its values are missing"):
+    with pytest.raises(ValueError, match=r"a\.tif: all "):
         reconstruct_file(model([0, 10_000]), tmp_path / "a.tif", tmp_path / "out", IN_MEMORY)
     assert not list(tmp_path.glob("out*"))
 

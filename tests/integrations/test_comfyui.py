@@ -171,7 +171,7 @@ def test_comfyui_node_crops_sides_around_the_middle(node, model, vae_folder):
     torch.testing.assert_close(
         vae.encode(pixels), vae.encode(pixels[:, 2:18, 3:27, :3]), rtol=0, atol=0
     )
-    with pytest.raises(ValueError, match=r"an image of 30x7 pixels: at least 8"):
+    with pytest.raises(ValueError, match=r"30x7 .*8"):
         vae.encode(pixels[:, :7])
 
 
@@ -204,10 +204,10 @@ def test_bad_input_of_the_comfyui_node_is_one_line(node, model, vae_folder):
     (vae_folder / "broken.safetensors").write_bytes(b"nothing")
     (vae_folder / "old.pt").write_bytes(b"nothing")
     for name in ("plain.safetensors", "other.safetensors", "broken.safetensors", "old.pt"):
-        with pytest.raises(ValueError, match=f"{name}: not a LiteVAE for ComfyUI") as caught:
+        with pytest.raises(ValueError, match=f"{name}: not a LiteVAE") as caught:
             load(node, name)
         assert "\n" not in str(caught.value)
-    with pytest.raises(FileNotFoundError, match=r"missing: no such file in models/vae"):
+    with pytest.raises(FileNotFoundError, match="missing: no such"):
         load(node, "missing")
     export(model, vae_folder / "litevae.safetensors", COMFYUI)
     with pytest.raises(ValueError, match=r"16 channels, .* have 4"):

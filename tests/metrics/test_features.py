@@ -235,7 +235,7 @@ def test_features_leave_no_file_and_a_full_disk_has_a_remedy(
     assert not list(tmp_path.iterdir())
     with (
         full_disk(1000),
-        pytest.raises(OSError, match="File too large; set `TMPDIR` to a folder") as error,
+        pytest.raises(OSError, match=r"File too large.*`TMPDIR`") as error,
     ):
         both()[0].update(keys, x, y)
     assert error.value.filename == str(tmp_path)
@@ -247,13 +247,11 @@ def test_rfid_and_kid_of_one_image_and_of_few_images(batch):
     metrics = both()
     metrics[0].update(keys[:1], x[:1], y[:1])
     for metric, name in zip(metrics, ("rFID", "KID"), strict=True):
-        with pytest.raises(Unavailable, match=f"{name} needs at least 2 images, got 1"):
+        with pytest.raises(Unavailable, match=rf"{name} .*2 images, got 1"):
             metric.compute()
     metrics[0].update(keys[:WIDTH], x[:WIDTH], y[:WIDTH])
     metrics[0].compute()
-    assert (
-        "12 images for 12 features: the covariances are singular" in metrics[0].details["warning"]
-    )
+    assert "12 images for 12 features" in metrics[0].details["warning"]
     metrics[0].update(keys, x, y)
     metrics[0].compute()
     assert "warning" not in metrics[0].details
@@ -484,7 +482,7 @@ def test_fdd_by_olvae_evaluate(dinov2, tmp_path, nowhere):
     (row,) = content["results"]
     assert row["metrics"]["fdd"] == pytest.approx(expected, rel=1e-3)
     assert expected > 1e-3
-    assert f"6 images for {WIDTH_OF_VIT} features" in row["details"]["fdd"]["warning"]
+    assert f"6 images for {WIDTH_OF_VIT} " in row["details"]["fdd"]["warning"]
     assert row["details"]["fdd"]["weights"]["published"] is False
     assert "DINOv2 ViT-L/14" in content["protocol"]["fdd"]
 
@@ -502,32 +500,28 @@ def test_published_dinov2_file_fits_its_network():
 
 def test_fdd_without_its_network_is_skipped(dinov2, monkeypatch):
     _, x, _ = pairs(2, 64)
-    with pytest.raises(Unavailable, match="DINOv2 needs images of 3 channels, got 1"):
+    with pytest.raises(Unavailable, match="3 channels, got 1"):
         DINOv2(dinov2 / DINOV2.name)(x[:, :1])
     torch.save({"cls_token": torch.zeros(1, 1, 7)}, dinov2 / DINOV2.name)
     with pytest.raises(
         ValueError,
-        match=r"dinov2_vitl14_pretrain\.pth is not a file of DINOv2",
+        match=r"dinov2_vitl14_pretrain\.pth .*DINOv2",
     ):
         build_metrics(["fdd"], dinov2)
     monkeypatch.setattr("olvae.metrics.find_spec", lambda name: None)
-    assert "pip install timm" in build_metrics(["fdd"], dinov2)().skipped["fdd"]
+    assert "install timm" in build_metrics(["fdd"], dinov2)().skipped["fdd"]
 
 
 def test_inception_and_dinov2_files_of_something_else_are_refused(tmp_path, weights_dir):
     path = tmp_path / INCEPTION.name
     state = torch.load(weights_dir / INCEPTION.name, weights_only=True)
     torch.save({**state, "fc.weight": torch.zeros(1000, 2048)}, path)
-    with pytest.raises(
-        ValueError, match=r"is not a file of Inception weights: .*fc\.weight"
-    ) as error:
+    with pytest.raises(ValueError, match=r"Inception weights: .*fc\.weight") as error:
         Inception(path)
     assert "\n" not in str(error.value)
     del state["Conv2d_1a_3x3.conv.weight"]
     torch.save(state, path)
-    with pytest.raises(
-        ValueError, match=r"is not a file of Inception weights: .*Conv2d_1a_3x3\.conv\.weight"
-    ):
+    with pytest.raises(ValueError, match=r"Inception weights: .*Conv2d_1a_3x3\.conv\.weight"):
         Inception(path)
     path.write_bytes((weights_dir / INCEPTION.name).read_bytes()[:1_000_000])
     with pytest.raises(ValueError, match="cut off"):
@@ -575,9 +569,7 @@ def test_lpips_equals_the_lpips_package(trunk, weights_dir, monkeypatch):
     least = torch.zeros(1, 3, LPIPS_SIZE[trunk], 64, dtype=torch.uint8)
     assert ours(least, least).item() == 0.0
     for wrong in (least[:, :, 1:], torch.zeros(1, 4, 64, 64, dtype=torch.uint8)):
-        with pytest.raises(
-            Unavailable, match=f"3 channels and at least {LPIPS_SIZE[trunk]} pixels"
-        ):
+        with pytest.raises(Unavailable, match=rf"3 channels .*{LPIPS_SIZE[trunk]} pixels"):
             ours(wrong, wrong)
 
 

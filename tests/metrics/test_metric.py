@@ -66,16 +66,16 @@ def test_nan_metric_of_one_pair_is_no_other_pair():
     metric = run("psnr", keys, x.float(), y * math.nan)
     merge(metric, metric)
     assert math.isnan(metric.compute())
-    with pytest.raises(ValueError, match="two different pairs"):
+    with pytest.raises(ValueError, match="different pairs"):
         metric.update(keys, x, y)
 
 
 def test_different_images_under_one_key_are_refused():
     keys, x, y = pairs(2, 32)
-    with pytest.raises(ValueError, match=r"two different pairs of images have the key '0000\.png'"):
+    with pytest.raises(ValueError, match=r"different .*'0000\.png'"):
         run("psnr", ["0000.png", "0000.png"], x, y)
     other = run("psnr", keys, x, x.flip(0))
-    with pytest.raises(ValueError, match="two different pairs"):
+    with pytest.raises(ValueError, match="different pairs"):
         merge(other, run("psnr", keys, x, y))
 
 

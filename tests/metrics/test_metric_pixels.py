@@ -134,5 +134,5 @@ def test_psnr_and_mean_absolute_error_by_hand():
 def test_ssim_and_ms_ssim_refuse_images_that_are_too_small(metric, least):
     for shape in ((1, 3, least - 1, 200), (1, 3, 200, least - 1)):
         x = torch.zeros(shape, dtype=torch.uint8)
-        with pytest.raises(Unavailable, match=f"at least {least} pixels"):
+        with pytest.raises(Unavailable, match=f"{least} pixels"):
             metric(x, x)

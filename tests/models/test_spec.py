@@ -34,9 +34,7 @@ def test_a_module_that_a_received_config_names_is_not_imported(tmp_path, monkeyp
     content = json.loads(file.read_text())
     content[key]["target"] = f"{module}.Network"
     file.write_text(json.dumps(content))
-    with pytest.raises(
-        ConfigError, match=rf"{key}.target: {module}.Network is not a network of this package"
-    ):
+    with pytest.raises(ConfigError, match=rf"{key}\.target: {module}\.Network "):
         kind.from_pretrained(tmp_path / "export")
     assert not Path("harmed").exists()
 
@@ -111,7 +109,7 @@ def test_received_configs_with_mistakes_are_refused(change, message, tmp_path):
             node = node[part]
         node[last] = value
     (tmp_path / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ConfigError, match=f"config.json: .*{message}") as caught:
+    with pytest.raises(ConfigError, match=rf"config.json: .*{message}") as caught:
         LiteVAE.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -139,10 +137,10 @@ def test_received_yaml_is_not_interpolated_and_includes_nothing(tmp_path):
     assert same_weights(LiteVAE.from_pretrained(tmp_path / "model.safetensors"), model)
     text = config.read_text()
     config.write_text(text.replace("embed_dim: 4", "embed_dim: ${oc.env:HOME}"))
-    with pytest.raises(ConfigError, match=r"embed_dim: expected int, got '\$\{oc.env:HOME\}'"):
+    with pytest.raises(ConfigError, match=r"embed_dim: .*int, got '\$\{oc\.env:HOME\}'"):
         LiteVAE.from_pretrained(tmp_path / "model.safetensors")
     config.write_text("include: other.yaml\n")
-    with pytest.raises(ConfigError, match="include: unknown key"):
+    with pytest.raises(ConfigError, match="include: unknown"):
         LiteVAE.from_pretrained(tmp_path / "model.safetensors")
     config.write_text("a: &a [x, x]\nb: [*a, *a]\n")
     with pytest.raises(ConfigError, match=r"YAML aliases.*: refused"):

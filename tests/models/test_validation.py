@@ -147,7 +147,7 @@ def test_batches_without_keys_have_images_of_their_own(monkeypatch):
 def test_a_missing_network_is_named_with_its_metric(nowhere):
     with pytest.raises(FileNotFoundError, match=r"val_metrics: lpips: .*vgg16"):
         Validation(("lpips",), None).set_up(torch.device("cpu"))
-    with pytest.raises(ValueError, match="no metric psnrr"):
+    with pytest.raises(ValueError, match="metric psnrr"):
         Validation(("psnrr",), None).set_up(torch.device("cpu"))
 
 

@@ -80,20 +80,18 @@ def test_config_is_found_beside_weights_and_in_run_folders(tmp_path):
     for weights, config in files.items():
         (tmp_path / weights).parent.mkdir()
         torch.save(model.state_dict(), tmp_path / weights)
-        with pytest.raises(ConfigError, match=r"no config beside the weights"):
+        with pytest.raises(ConfigError, match="no config"):
             LiteVAE.from_pretrained(tmp_path / weights)
         save(training_config(model), tmp_path / config)
         assert same_weights(LiteVAE.from_pretrained((tmp_path / weights).parent), model)
         # Beside a file that is named by itself, another YAML may be about something else.
         if config == "b/published.yml":
-            with pytest.raises(
-                ConfigError, match=r"no config beside .*model\.yaml\): put one there"
-            ):
+            with pytest.raises(ConfigError, match=r"no config .*model\.yaml\)"):
                 find_target(tmp_path / weights)
             (tmp_path / config).rename(tmp_path / "b" / "model.yml")
         assert same_weights(find_target(tmp_path / weights).load(), model)
     (tmp_path / "config.json").write_text("[" * 100_000)
-    with pytest.raises(ConfigError, match=r"config.json: not readable as JSON: .*"):
+    with pytest.raises(ConfigError, match=r"config\.json: not .*JSON"):
         LiteVAE.from_pretrained(tmp_path / "checkpoints" / "step=2.ckpt")
 
 
@@ -135,7 +133,7 @@ def test_weights_of_another_model_are_refused_or_warned_of(tmp_path):
         if name not in ("decoder.extra", misshapen)
     )
     save_file({"encoder.other": torch.zeros(1)}, tmp_path / WEIGHTS_NAME)
-    with pytest.raises(ValueError, match=r"of another model"):  # nothing fits: not even on request
+    with pytest.raises(ValueError, match="another model"):  # nothing fits: not even on request
         LiteVAE.from_pretrained(tmp_path, allow_mismatch=True)
 
 
@@ -166,13 +164,13 @@ def test_broken_weight_files_are_refused(tmp_path, monkeypatch):
         "list.ckpt": "but a list",
         "config.yaml": "not a file of weights",
     }.items():
-        with pytest.raises(ValueError, match=f"^{file}: .*{message}") as caught:
+        with pytest.raises(ValueError, match=rf"^{file}: .*{message}") as caught:
             LiteVAE.from_pretrained(file)
         assert "\n" not in str(caught.value)
 
 
 def test_folders_with_no_or_several_weight_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"neither a run folder"):
+    with pytest.raises(FileNotFoundError, match="run folder"):
         LiteVAE.from_pretrained(tmp_path)
     model = tiny()
     model.save_pretrained(tmp_path)
@@ -185,14 +183,14 @@ def test_folders_with_no_or_several_weight_files_are_refused(tmp_path):
     several = (
         r"several files of weights \(diffusion_pytorch_model.safetensors, second.safetensors\): "
     )
-    with pytest.raises(FileNotFoundError, match=f"{several}name one of them"):
+    with pytest.raises(FileNotFoundError, match=f"{several}name one"):
         LiteVAE.from_pretrained(tmp_path)
     (tmp_path / "diffusion_pytorch_model.safetensors.index.json").touch()
-    with pytest.raises(FileNotFoundError, match=f"{several}save them as one"):
+    with pytest.raises(FileNotFoundError, match=f"{several}save them"):
         LiteVAE.from_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"\(empty\): no such file or folder"):
+    with pytest.raises(FileNotFoundError, match=r"\(empty\): "):
         LiteVAE.from_pretrained("")
-    with pytest.raises(FileNotFoundError, match=r"no such file or folder, .* id of the hub"):
+    with pytest.raises(FileNotFoundError, match=r"no such .*hub"):
         LiteVAE.from_pretrained(tmp_path / "missing")
 
 
@@ -227,7 +225,7 @@ def test_a_flipped_bit_of_an_export_is_seen(load, tmp_path):
         write(tmp_path)
         load(tmp_path)
         flip(tmp_path / WEIGHTS_NAME, -3)
-        with pytest.raises(ValueError, match=r"safetensors: damaged: its SHA-256") as caught:
+        with pytest.raises(ValueError, match="damaged: its SHA-256") as caught:
             load(tmp_path)
         assert "\n" not in str(caught.value)
     # Of somebody else: no checksum.

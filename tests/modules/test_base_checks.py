@@ -40,7 +40,7 @@ from olvae.modules.sdvae import SDDecoder, SDEncoder
     ],
 )
 def test_networks_refuse_counts_that_no_network_has(network, arguments, message):
-    with pytest.raises(ValueError, match=f"^{message}$"):
+    with pytest.raises(ValueError, match=rf"^{message}$"):
         network(**arguments)
 
 
@@ -48,7 +48,7 @@ def test_check_counts_names_the_setting():
     check_counts(1, channels=8, channel_mult=[1, 2], other=(3,))
     check_counts(0, num_res_blocks=0)
     assert (LinearEncoder(downscale=12).image_size, LinearEncoder().image_size) == (384, 256)
-    with pytest.raises(ValueError, match=r"channel_mult must be at least 1, got \[1, -1\]"):
+    with pytest.raises(ValueError, match=r"channel_mult must .*\[1, -1\]"):
         check_counts(1, channels=8, channel_mult=(1, -1))
 
 

@@ -226,15 +226,13 @@ def test_dino_discriminator_refuses_wrong_arguments(vit, params, error, message)
 
 
 def test_dino_discriminator_refuses_images_that_it_can_not_see(vit):
-    with pytest.raises(
-        ValueError, match=r"images \(B, 3, H, W\), got \(1, 1, 64, 64\): take another"
-    ):
+    with pytest.raises(ValueError, match=r"\(B, 3, H, W\), got \(1, 1, 64, 64\)"):
         small(vit)(torch.zeros(1, 1, 64, 64))
-    with pytest.raises(ValueError, match=r"4 tokens: a head takes 9 and more: raise image_size"):
+    with pytest.raises(ValueError, match=r"4 tokens: .*image_size"):
         small(vit, image_size=32)(torch.zeros(1, 3, 64, 64))
 
 
 def test_cutmix_is_refused_with_it(vit):
     model = build(against(node(vit), cutmix_probability=0.5))
-    with pytest.raises(ConfigError, match="cutmix_probability needs a discriminator with one"):
+    with pytest.raises(ConfigError, match="cutmix_probability needs"):
         model.adversary.check_image(3, 64)

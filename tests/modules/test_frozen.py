@@ -117,11 +117,11 @@ def test_a_vision_encoders_class_token_is_timms(vit):
 
 
 def test_names_and_weights_that_are_no_vision_encoders_are_refused(vit):
-    with pytest.raises(ValueError, match="timm has no model vit_of_nowhere"):
+    with pytest.raises(ValueError, match=r"timm .*vit_of_nowhere"):
         VisionEncoder("vit_of_nowhere", None)
-    with pytest.raises(ValueError, match="these are not the weights of test_vit: "):
+    with pytest.raises(ValueError, match="weights of test_vit: "):
         VisionEncoder("test_vit", {"other": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"no published weights of vit_large_patch14_dinov2\.no"):
+    with pytest.raises(ValueError, match=r"vit_large_patch14_dinov2\.no"):
         published_weights("vit_large_patch14_dinov2.no")
 
 

@@ -59,5 +59,5 @@ def test_sd_networks_refuse_other_padding_and_sizes():
     with pytest.raises(ValueError, match="multiple of 8"):
         SDEncoder(image_size=100)
     for network in (SDEncoder, SDDecoder):
-        with pytest.raises(ValueError, match="padding must be one of zeros, reflect"):
+        with pytest.raises(ValueError, match="padding must"):
             network(padding="circular", **SMALL)

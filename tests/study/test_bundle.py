@@ -32,7 +32,7 @@ def test_what_is_missing_is_installed_and_what_does_not_fit_is_named(tmp_path, c
     site = tmp_path / "site"
     bundle.install(tmp_path, site)
     assert [path.stem for path in site.glob("*.py")] == ["olvae_missing"]
-    assert "left out, because it does not fit this Python" in capfd.readouterr().err
+    assert "left out" in capfd.readouterr().err
     # Nothing is missing: nothing is done.
     (tmp_path / "olvae_for_another-1.0-cp39-cp39-win32.whl").unlink()
     before = (site / "olvae_missing.py").stat().st_mtime_ns

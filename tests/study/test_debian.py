@@ -124,7 +124,7 @@ def test_photographs_of_a_package_have_their_licences(tmp_path):
         "100x80.jpg": ("Ann, Bob", "CC-BY-SA-4.0"),
         "bees.jpg": ("Cy", "Public Domain"),
     }
-    with pytest.raises(ValueError, match=r"pictures 1-1 has no \*\.tiff"):
+    with pytest.raises(ValueError, match=r"pictures 1-1 .*\*\.tiff"):
         Contents(path, package(path, ("*.jpg", "*.tiff")))
 
 
@@ -137,10 +137,10 @@ def test_the_mirror_is_the_one_of_the_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert system_mirror() == "http://one/debian/"
     apt.write_text("#!/bin/sh\n")
-    with pytest.raises(ValueError, match="name one with --mirror"):
+    with pytest.raises(ValueError, match="with --mirror"):
         system_mirror()
     apt.unlink()
-    with pytest.raises(ValueError, match="name one with --mirror"):
+    with pytest.raises(ValueError, match="with --mirror"):
         system_mirror()
 
 
@@ -167,6 +167,6 @@ def test_fetch_checks_and_keeps_a_package(tmp_path):
     with pytest.raises(ValueError, match="reached with --mirror"):
         fetch(wanted, tmp_path / "elsewhere", mirror.as_uri())
     path.write_bytes(b"other")
-    with pytest.raises(ValueError, match="is not the file that is expected"):
+    with pytest.raises(ValueError, match="is expected"):
         fetch(wanted, tmp_path / "elsewhere", mirror.as_uri())
     assert not (tmp_path / "elsewhere" / "x.deb").exists()

@@ -117,7 +117,7 @@ def test_a_documents_tables_are_replaced_and_nothing_else(tmp_path):
     assert filled.endswith("<!-- end -->\n\nafter\n")
     assert "old" not in filled
     assert fill(filled, ROWS, TABLES) == filled
-    with pytest.raises(ValueError, match="no table is named costs: choose from encoders"):
+    with pytest.raises(ValueError, match=r"costs: .*encoders"):
         fill("<!-- table: costs -->\n<!-- end -->", ROWS, TABLES)
 
 

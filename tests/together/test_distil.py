@@ -141,9 +141,7 @@ def test_a_students_decoder_is_trained_after_its_encoder(
     )
     assert "learned from another" not in caplog.text
     train_with(one_step, config=decoder, teacher=other_teacher, actual_resume=first.path)
-    assert (
-        f"the encoder of {first.path}, frozen here, learned from another model than" in caplog.text
-    )
+    assert f"the encoder of {first.path}, frozen" in caplog.text
 
 
 def test_weights_without_a_run_count_as_trained(
@@ -230,7 +228,7 @@ def test_linear_paths_are_fitted_on_the_latents_of_the_data(train_with, pairs, t
 
 
 def test_a_teachers_latents_without_a_teacher_are_refused(train_with, pairs):
-    with pytest.raises(ConfigError, match=r"^data: it has the latents of a teacher") as caught:
+    with pytest.raises(ConfigError, match=r"^data: .*a teacher") as caught:
         train_with(config=of_pairs(pairs))
     one_line(caught)
 
@@ -240,13 +238,13 @@ def test_latents_of_another_teachers_weights_are_refused(
 ):
     """Beside a teacher, at the start and where a run goes on."""
     run = train_with("lightning.trainer.max_steps=1", config=of_pairs(pairs), teacher=target)
-    with pytest.raises(ConfigError, match=r"^data: its latents are of tiny") as e:
+    with pytest.raises(ConfigError, match=r"^data: .*of tiny") as e:
         train_with(config=of_pairs(pairs), teacher=other_teacher)
     one_line(e)
     mixed = of_pairs(pairs)
     params = {"sources": [mixed["data"]], "size": 16, "batch_size": 4}
     mixed["data"] = {"target": "olvae.data.mix.MixSource", "params": params}
-    with pytest.raises(ConfigError, match=r"^data: its latents are of tiny"):
+    with pytest.raises(ConfigError, match=r"^data: .*of tiny"):
         train_with(config=mixed, teacher=other_teacher)
     encode(
         tmp_path / "photos",
@@ -257,7 +255,7 @@ def test_latents_of_another_teachers_weights_are_refused(
         images=True,
     )
     others = f"data.params.folder={tmp_path / 'others'}"
-    with pytest.raises(ConfigError, match=r"whose weights are not"):
+    with pytest.raises(ConfigError, match="weights are not"):
         train_with("lightning.trainer.max_steps=2", others, resume=run.path, allow_changes=True)
     assert list((tmp_path / "runs").iterdir()) == [run.path]
     mixed_run = train_with("lightning.trainer.max_steps=1", config=mixed, teacher=target)
@@ -268,7 +266,7 @@ def test_a_resumed_run_keeps_its_teacher(train_with, tmp_path, image_folder, tar
     """Wherever that is by now; its deviation is in the checkpoint."""
     run = train_with("lightning.trainer.max_steps=1", config=student(image_folder), teacher=target)
     shutil.move(tmp_path / "teacher", tmp_path / "moved")
-    with pytest.raises(FileNotFoundError, match="no such folder"):
+    with pytest.raises(FileNotFoundError, match="no such"):
         train_with("lightning.trainer.max_steps=2", resume=run.path)
     resumed = train_with(
         "lightning.trainer.max_steps=2", resume=run.path, teacher=f"diffusers:{tmp_path / 'moved'}"
@@ -285,7 +283,7 @@ def test_a_resumed_run_keeps_its_teacher(train_with, tmp_path, image_folder, tar
         (plain.path, (), {"teacher": f"diffusers:{tmp_path / 'moved'}"}),
     ):
         with pytest.raises(
-            ConfigError, match=r"^model\.params\.parts\.teacher: a resumed run"
+            ConfigError, match=r"^model\.params\.parts\.teacher: .*resumed"
         ) as caught:
             train_with(
                 "lightning.trainer.max_steps=3",
@@ -323,9 +321,7 @@ def test_a_teacher_or_start_with_another_range_of_values_is_refused(train_with, 
     deep = train_with("lightning.trainer.max_steps=1", config=config)
     others = f"data.params.root={root}", "data.params.range={pairs: [0, 30000], outside: clip}"
     for place in ({"teacher": str(deep.path)}, {"start_from": str(deep.path)}):
-        with pytest.raises(
-            ConfigError, match=r"its values are 0 to 30000.*the targets take 0 to 65535"
-        ):
+        with pytest.raises(ConfigError, match=r"0 to 30000.*0 to 65535"):
             train_with(*others, config=config, **place)
 
 
@@ -408,5 +404,5 @@ def test_a_short_distil_demo_is_ahead_of_the_linear_start(train_with, tmp_path, 
 def test_a_decoder_at_2x_refuses_latents_of_images_of_its_own_size(train_with, pairs, target):
     config = of_pairs(pairs, freeze_encoder=True)
     config["model"]["params"]["decoder_config"]["params"]["enlarge"] = 2
-    with pytest.raises(ConfigError, match=r"latents of images 2 times smaller .*FolderSource"):
+    with pytest.raises(ConfigError, match=r"2 times smaller .*FolderSource"):
         train_with(config=config, teacher=target)

@@ -164,4 +164,4 @@ def test_float64_on_the_device_is_found(olvae, target, image_folder, tmp_path, m
     with emulated_mac(monkeypatch):
         code, _, err = olvae("evaluate", target, *command)
     assert code == 1
-    assert "the MPS framework doesn't support float64" in err
+    assert "support float64" in err

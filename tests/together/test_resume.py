@@ -208,7 +208,7 @@ def test_a_kill_in_a_validation_does_not_leave_that_validation_out(
     assert steps(killed) == 2
     code, err = olvae_train("--resume", killed.path)
     assert code == 0, err
-    assert "done after 4 steps" in err
+    assert "4 steps" in err
     assert psnr_at(killed) == psnr_at(whole)
     for name in (f"step={step:08d}.png" for step in (3, 4)):
         assert (killed.images / name).read_bytes() == (whole.images / name).read_bytes()
@@ -228,7 +228,7 @@ def test_a_kill_in_a_validation_does_not_leave_that_validation_out(
     code, err = olvae_train("--resume", killed.path, "lightning.trainer.max_steps=3")
     assert code == 2
     assert killed.last_checkpoint.read_bytes() == before
-    assert "this run is at step 4, after the last of max_steps 3: to continue it, set more" in err
+    assert "step 4, after the last of max_steps 3" in err
 
 
 def test_a_run_has_one_training_at_a_time(olvae_train, tmp_path, image_folder, monkeypatch):
@@ -320,7 +320,7 @@ def test_resume_takes_another_schedule_from_the_first_step_on(olvae_train, run):
     assert code == 0, err
     logged = scalars(run.path)["train/lr"]
     assert [logged[step] for step in (3, 4)] == pytest.approx([0.002 * 0.3, 0.002 * 0.4])
-    assert "the learning rate is 0.0006 from this step on, and would have been 0.001\n" in err
+    assert "rate is 0.0006 from this step on, and would have been 0.001\n" in err
     images = checkpoint(run)["images_seen"]
     assert f"4: {images} images, " in err  # two steps of a batch, two of twice as many
 
@@ -404,7 +404,7 @@ def test_resume_with_other_data_networks_or_losses_needs_allow_changes(olvae_tra
     changed = ("--resume", run.path, "--allow-changes", f"data.params.root={others}")
     code, err = olvae_train(*changed)
     assert code == 0
-    assert "this run is done, after 2 steps" in err
+    assert "after 2 steps" in err
     assert run.config.read_bytes() == before
     for name in ("0.png", "3.png", "6.png", "9.png"):
         (others / name).unlink()

@@ -131,4 +131,4 @@ def test_the_time_limit_stops_as_a_signal_does(train_with, tmp_path, image_folde
     (path,) = (tmp_path / "runs").iterdir()
     assert 0 < checkpoint(Run(path))["global_step"] < 100000
     assert caught.value.run == Run(path)
-    assert "the time limit: stopping after this step, with a checkpoint" in capfd.readouterr().err
+    assert "time limit: " in capfd.readouterr().err

@@ -35,7 +35,7 @@ def test_too_few_steps_for_a_trace_are_a_warning(train_with, image_folder, capfd
         f"lightning.trainer.max_steps={UNTRACED + 1}",
     )
     train_with(*settings, config=tiny_config(image_folder), profile=2)
-    assert f"nothing is traced, because that needs {UNTRACED + 2} steps" in capfd.readouterr().err
+    assert f"{UNTRACED + 2} steps" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt])

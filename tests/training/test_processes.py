@@ -67,7 +67,7 @@ def test_a_batch_script_that_calls_python_waits_for_nobody(under, monkeypatch):
     assert isinstance(plugin, LightningEnvironment)
     # Lightning starts them
     assert process_count({"devices": 2}) == process_count({"devices": [0, 3]}) == 2
-    with pytest.raises(ConfigError, match="with torchrun or srun"):
+    with pytest.raises(ConfigError, match="torchrun or srun"):
         process_count({"devices": 2, "num_nodes": 2})
 
 
@@ -90,7 +90,7 @@ def test_process_count_matches_the_launchers(under, launcher):
     under(launcher(nodes=2, per_node=2))
     assert process_count({"devices": [0, 1], "num_nodes": 2}) == 4
     for trainer in ({"devices": 1}, {"devices": 2}, {"devices": 2, "num_nodes": 3}):
-        with pytest.raises(ConfigError, match=r"^`gpus`, or .*does not match"):
+        with pytest.raises(ConfigError, match=r"^`gpus`, or .*match"):
             process_count(trainer)
     under(launcher())
     process_count({"devices": 1})
@@ -100,9 +100,7 @@ def test_process_count_refuses_one_task_of_srun_for_several_devices(under, monke
     under(srun())
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     assert process_count({"devices": 1}) == 1
-    with pytest.raises(
-        ConfigError, match=r"srun started 1 process\(es\), but these name 4 devices"
-    ):
+    with pytest.raises(ConfigError, match=r"srun started 1 process\(es\).* 4"):
         process_count({"devices": 4})
 
 
@@ -223,7 +221,7 @@ def test_two_nodes_make_one_run_folder(tmp_path, image_folder, under):
 
     def again(rank: int) -> None:
         under(srun(rank, nodes=2))
-        with pytest.raises(ConfigError, match=f"is being trained by process {holder} on "):
+        with pytest.raises(ConfigError, match=f"trained by process {holder} "):
             train(TrainOptions(resume=run, overrides=("lightning.trainer.max_steps=3",)))
 
     with locked(Run(run)):
@@ -248,7 +246,7 @@ def test_processes_that_torchrun_starts_again_continue_their_run(
 def test_processes_that_see_different_folders_stop(monkeypatch):
     monkeypatch.setattr("olvae.training.processes.of_each", lambda run: ["runs/b", run])
     check_same("runs/b")
-    with pytest.raises(ConfigError, match="would continue no run, the first one runs/b"):
+    with pytest.raises(ConfigError, match=r"no run, .*runs/b"):
         check_same("")
 
 

@@ -46,7 +46,7 @@ def test_a_process_that_hangs_is_named_and_all_end(tmp_path, first_dies):
     if first_dies:  # and the store with it
         assert hanging == "error: process 0 of this training ended: see its own output\n"
         return
-    assert f"the others wait for process 1 on {socket.gethostname()} (after step 1)" in waiting
+    assert f"for process 1 on {socket.gethostname()} (after step 1)" in waiting
     assert "in hang" in hanging  # where its program is
     assert "test_processes_lockstep.py" in hanging
 

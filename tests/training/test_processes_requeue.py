@@ -88,11 +88,8 @@ def test_a_failed_scontrol_requeue_is_a_warning(job, monkeypatch, tmp_path, capl
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.write_text("#!/bin/sh\necho 'Requested operation is presently disabled' >&2\nexit 1\n")
     requeue()
-    assert (
-        "SLURM does not queue job 17 again: scontrol requeue: Requested operation is presently"
-        in caplog.text
-    )
+    assert "job 17 again: scontrol requeue: Requested" in caplog.text
     scontrol.unlink()
     monkeypatch.setenv("PATH", str(scontrol.parent))
     requeue()
-    assert "scontrol requeue: No such file or directory" in caplog.text
+    assert "scontrol requeue: No such" in caplog.text

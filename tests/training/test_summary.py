@@ -81,9 +81,9 @@ def test_an_adversary_and_a_frozen_half_have_their_rows(shown, monkeypatch):
     millions = sum(p.numel() for p in model.adversary.discriminator.parameters()) / 1e6
     err = shown(model)
     assert f"PatchGAN, {millions:.2f} M parameters, " in err
-    assert "weight 0.25 from step 7" in err
-    assert "the decoder alone" in err
-    assert "the encoder alone" in shown(build(freeze_decoder=True))
+    assert "0.25 from step 7" in err
+    assert "decoder alone" in err
+    assert "encoder alone" in shown(build(freeze_decoder=True))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_a_cosine_that_ends_elsewhere_says_how_to_keep_it():
     rate = 1e-3 * 0.5 * (1 + math.cos(math.pi * 5 / 20))
     line = describe_new_rate(model, 20, resumed(5, 0.5e-3), before)
     assert line.startswith(f"the learning rate is {rate:.3g} from this step on, and would have")
-    assert "ends at step 20 instead of 10" in line
+    assert "step 20 instead of 10" in line
     assert line.endswith("model.params.decay_steps=10 leaves it as it was")
     assert describe_new_rate(model, 10, resumed(5, 0.5e-3), before) == ""
 

@@ -258,7 +258,7 @@ def test_a_signal_stops_a_training_that_can_be_continued(folder, tmp_path, name,
         code, _, err = run_once("train", *base, "lightning.trainer.max_steps=3")
     assert code == (130 if name == "Ctrl-C" else 75), err
     (path,) = tmp_path.iterdir()
-    assert f"continue with: olvae train --resume {path}" in err.replace('"', "")
+    assert f"--resume {path}" in err.replace('"', "")
     assert read_checkpoint(Run(path).last_checkpoint)["global_step"] == 2
     succeed("train", "--resume", path)
     assert read_checkpoint(Run(path).last_checkpoint)["global_step"] == 3

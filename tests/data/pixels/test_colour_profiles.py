@@ -135,8 +135,8 @@ def test_packs_and_their_images_are_in_srgb_and_the_check_counts(tmp_path):
     result = audit_source(str(tmp_path / "photos"), 16)
     assert result.profiles == {"Adobe RGB (1998)": 3}
     lines = [*audit_lines(result)]
-    assert "note: converted to sRGB by their colour profile: 3 Adobe RGB (1998)" in lines
-    assert any("can't be used: 1 cannot open profile" in line for line in lines)
+    assert any("3 Adobe RGB (1998)" in line for line in lines)
+    assert any("1 cannot open profile" in line for line in lines)
 
     # Shards, whose files keep the profile, or are sRGB where they were made smaller.
     pack(str(tmp_path / "photos"), tmp_path / "same", PackOptions(shard_size=3, seed=None))

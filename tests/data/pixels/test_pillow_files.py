@@ -28,7 +28,7 @@ def test_a_tiff_of_thousands_of_pages_is_refused_before_all_are_read():
     for left in reversed(range(pages)):
         following = len(content) + len(page) + 4 if left else 0
         content += page + struct.pack("<I", following)
-    with pytest.raises(UnreadableImageError, match="it holds more than 1000 pages"):
+    with pytest.raises(UnreadableImageError, match="more than 1000"):
         Photo(bytes(content), "pages.tif")
 
 
@@ -37,7 +37,7 @@ def test_a_tiff_of_signed_bytes_is_refused(tmp_path):
     values = np.arange(-128, 128, dtype=np.int8).reshape(16, 16)
     tifffile.imwrite(tmp_path / "signed.tif", values, photometric="minisblack")
     tifffile.imwrite(tmp_path / "bytes.tif", values.view(np.uint8), photometric="minisblack")
-    with pytest.raises(UnreadableImageError, match="from -128 to 127: save it with 0 to 255"):
+    with pytest.raises(UnreadableImageError, match="from -128 to 127"):
         read_picture(tmp_path / "signed.tif")
     assert np.asarray(read_picture(tmp_path / "bytes.tif"))[0, 0].tolist() == [128] * 3
 
@@ -60,7 +60,7 @@ def test_a_tiff_with_a_smaller_copy_or_a_mask_of_its_page_is_one_picture(tmp_pat
         found = image_to_tensor(read_picture(write(*kinds)))
         assert np.array_equal(found.movedim(0, -1).numpy(), pixels)
     for kinds in ((0,), (2,), (4, 0)):
-        with pytest.raises(UnreadableImageError, match="it holds 2 pages, not one"):
+        with pytest.raises(UnreadableImageError, match="2 pages"):
             read_picture(write(*kinds))
 
 
@@ -71,7 +71,7 @@ def test_a_deep_ppm_is_refused(start):
     """With a range, without one, and where one is measured or images are packed:
     there is no range to state."""
     for channels, stated in ((3, EIGHT_BITS), (3, WIDE), (0, AS_STORED), (3, AS_STORED)):
-        with pytest.raises(UnreadableImageError, match="convert it to PNG or TIFF"):
+        with pytest.raises(UnreadableImageError, match="PNG or TIFF"):
             Photo(f"{start}\n".encode() + b"77 " * 60, "a.ppm", channels, stated)
     assert Photo(b"P6 5 4 100\n" + bytes(60), "a.ppm").read().size == (5, 4)
 
@@ -87,7 +87,7 @@ def test_the_fourth_band_of_a_picture_is_no_alpha():
         tensor = image_to_tensor(Photo(content, "a.tif", channels).read())
         np.testing.assert_array_equal(tensor.permute(1, 2, 0).numpy(), array[..., :channels])
     turned = tiff(array, "rgb", extrasamples=["unspecified"], extratags=[(274, "H", 1, 6, True)])
-    with pytest.raises(UnreadableImageError, match="save it with orientation 1"):
+    with pytest.raises(UnreadableImageError, match="orientation 1"):
         Photo(turned, "a.tif", 4)
 
 

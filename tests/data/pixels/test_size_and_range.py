@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from olvae.config import ConfigError
-from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides
+from olvae.data.pixels.size_and_range import (
+    EIGHT_BITS,
+    PixelRange,
+    Sides,
+    TooManyPixelsError,
+    check_size,
+    nearest_float32,
+    to_uint8,
+)
 
 
 def logc3(v: np.ndarray) -> np.ndarray:
@@ -132,10 +140,10 @@ def test_a_files_own_missing_value_and_clipping():
     array = np.array([[[-9999], [3], [700]]], dtype=np.int16)
     stated = PixelRange.from_node({"pairs": [0, 500], "outside": "clip"})
     assert stated.checked(array).flatten().tolist() == [0, 3, 500]
-    with pytest.raises(ValueError, match="-9999 at row 0, column 0"):
+    with pytest.raises(ValueError, match="-9999 at row 0"):
         stated.checked(array, nodata=-9999.0)
     assert stated.checked(array.astype(np.uint16), nodata=-9999.0)[0, 1] == 3  # no value of uint16
-    with pytest.raises(ValueError, match="8 bits per channel"):
+    with pytest.raises(ValueError, match="8 bits"):
         stated.checked(array.astype(np.uint8))
 
 
@@ -159,7 +167,15 @@ def test_a_files_own_missing_value_and_clipping():
         ({"pairs": [-1, 100], "values": "pq"}, "pq takes luminances of 0 to 10000"),
         ({"pairs": [0, 5], "values": "lgo"}, "values is linear, log, log1p, logc3 or pq"),
         ({"pairs": [0, 5], "shown": [0, 1]}, "one or three channels"),
+        ({"pairs": [0, 5], "shown": [-1]}, "one or three channels"),
         ({"pairs": [0, 5], "stretch": [0.5, 0.2]}, "two fractions"),
+        ({"pairs": [0, 5], "stretch": [0.5, 0.5]}, "two fractions"),
+        ({"pairs": [0, 5], "stretch": [0, 1.5]}, "two fractions"),
+        ({"pairs": [0, 5], "stretch": [-0.5, 1]}, "two fractions"),
+        ({"pairs": [0, 5], "stretch": [0, 0.5, 1]}, "two fractions"),
+        ({"pairs": [0, 1e-39]}, "finite distance in float32"),
+        ({"pairs": [-1, 5], "values": "log1p"}, "above -1 for log1p"),
+        ({"pairs": [0, 255], "eight_bits": True}, "values is linear"),
         ({"pairs": [0, 5], "stretch": 3}, "expected a pair"),
         ({"pairs": [0, 5], "stretch": ["a", "b"]}, "shown, stretch and nodata are numbers"),
         ({"pairs": [0, 5], "shown": ["a"]}, "shown, stretch and nodata are numbers"),
@@ -171,16 +187,79 @@ def test_a_files_own_missing_value_and_clipping():
     ],
 )
 def test_mistakes_in_a_range_are_one_line(node, message):
-    with pytest.raises(ConfigError, match=f"data.params.range: .*{message}") as error:
+    with pytest.raises(ConfigError, match=rf"data.params.range: .*{message}") as error:
         PixelRange.from_node(node)
     assert len(error.value.mistakes) == 1
 
 
 def test_ranges_fit_the_channels():
-    with pytest.raises(ConfigError, match="2 pairs for images of 3 channels"):
+    with pytest.raises(ConfigError, match=r"2 pairs .*3 channels"):
         PixelRange.from_node([[0, 1], [0, 2]]).check_channels(3)
-    with pytest.raises(ConfigError, match=r"shown: \[3, 2, 1\], but the last of 3 channels is 2"):
+    with pytest.raises(ConfigError, match=r"shown: \[3, 2, 1\]"):
         PixelRange.from_node({"pairs": [0, 1], "shown": [3, 2, 1]}).check_channels(3)
+    PixelRange.from_node({"pairs": [0, 1], "shown": [2, 1, 0]}).check_channels(3)
+    PixelRange.from_node([[0, 1], [0, 2]]).check_channels(2)
+
+
+def test_ends_are_of_one_pair_or_of_each_channels():
+    several = PixelRange.from_node([[0, 1], [-3, 0.1], [0, 1]])
+    assert several.ends_of(0) == (0, 1)
+    assert several.ends_of(1) == (-3, np.float32(0.1))
+    assert PixelRange.from_node([2, 4]).ends_of(2) == (2, 4)
+    assert str(several) == "0 to 1, -3 to 0.1, linear"
+    assert str(EIGHT_BITS) == "8 bits, 0 to 255"
+
+
+def test_values_at_the_ends_are_inside():
+    stated = PixelRange.from_node([-2, 5])
+    ends = np.array([[[-2], [5]]], dtype=np.float64)
+    found = stated.checked(ends)
+    assert (found.dtype, found.tolist()) == (np.float32, ends.tolist())
+    for outside in (-2.1, 5.1):
+        with pytest.raises(ValueError, match="outside the range"):
+            stated.checked(np.full((1, 1, 1), outside))
+
+
+def test_what_leaves_the_range_becomes_its_ends_in_8_bits():
+    assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])).tolist() == [0, 0, 128, 255, 255]
+    stated = PixelRange.from_node([0, 10])
+    assert stated.to_levels(torch.tensor([-2.0, -1.0, 0.5, 2.0])).tolist() == [0, 0, 191.25, 255]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
+def test_pictures_show_three_channels_at_most_unless_they_have_8_bits(channels):
+    levels = 10.0 * torch.arange(channels).view(channels, 1, 1)
+    shown = PixelRange.from_node([0, 1]).picture(levels)
+    assert shown.flatten().tolist() == [0, 10, 20][:channels]
+    eight = levels.to(torch.uint8)
+    assert torch.equal(EIGHT_BITS.picture(eight), eight)
+
+
+def test_a_missing_value_is_compared_in_float32():
+    largest = np.finfo(np.float32).max
+    assert [nearest_float32(value) for value in (0.1, 1e39, -1e39)] == [
+        np.float32(0.1),
+        largest,
+        -largest,
+    ]
+    assert np.isnan(nearest_float32(math.nan))
+
+
+@pytest.mark.parametrize("size", [(12_800, 12_500), (100, 1), (1, 100), (1, 1)])
+def test_pictures_of_160_million_pixels_and_of_1_to_100_are_read(size):
+    check_size(*size)
+
+
+def test_a_picture_is_refused_by_its_pixels_or_by_its_longer_side():
+    with pytest.raises(TooManyPixelsError, match="12501x12800 pixels, more than 160 million"):
+        check_size(12_501, 12_800)
+    for size in ((101, 1), (2, 201)):
+        with pytest.raises(ValueError, match="more than 100 times") as raised:
+            check_size(*size, most=math.inf)
+        assert type(raised.value) is ValueError
+    check_size(12_501, 12_800, most=math.inf)
+    with pytest.raises(TooManyPixelsError):
+        check_size(4, 4, most=15)
 
 
 def test_sides_of_squares_are_one_number_and_others_two():
@@ -201,9 +280,13 @@ def test_sides_are_cropped_to_multiples():
     assert Sides(80, 256) // 8 == (10, 32)
 
 
+def test_sides_of_one_pixel_are_a_size():
+    assert Sides.of(1) == Sides.of([1, 1]) == Sides.read("1x1") == (1, 1)
+
+
 @pytest.mark.parametrize("size", [0, [80], [80, 0], [80, 256, 3], [80, 25.6], -8, "64"])
 def test_sides_refuse_what_is_no_size(size):
-    with pytest.raises(ValueError, match="size must be at least 1"):
+    with pytest.raises(ValueError, match="size must"):
         Sides.of(size)
 
 
@@ -220,7 +303,7 @@ def test_a_configs_nodata_replaces_the_files():
     stated = PixelRange.from_node({"pairs": [-10, 10], "nodata": 3})
     array = np.array([[[-7.0], [4.0]]], dtype=np.float32)
     assert stated.checked(array, nodata=-7.0).flatten().tolist() == [-7.0, 4.0]
-    with pytest.raises(ValueError, match="3 at row 0, column 0"):
+    with pytest.raises(ValueError, match="3 at row 0"):
         stated.checked(np.full_like(array, 3.0), nodata=-7.0)
 
 
@@ -233,5 +316,5 @@ def test_a_model_takes_its_range_however_it_is_shown():
         )
     )
     for other in (None, [0, 4001], [-1, 4000], {"pairs": [0, 4000], "values": "log1p"}):
-        with pytest.raises(ConfigError, match="the targets take 0 to 4000, linear"):
+        with pytest.raises(ConfigError, match="0 to 4000, linear"):
             model.check_data(range_of(other))

@@ -94,11 +94,9 @@ def test_a_folder_is_searched_at_any_depth(tmp_path):
     names = ["a.tif", "b/two.TIF", "c/a.zarr", "c/one.tiff"]
     assert [scene.name for scene in find_scenes(tmp_path, 4)] == names
     assert [scene.name for scene in find_scenes(f"{tmp_path}/*/*.tif*", 4)] == ["one.tiff"]
-    with pytest.raises(
-        FileNotFoundError, match=r"no scenes there \(looked for \.tif, \.tiff, \.jp2"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no scenes .*\.tif, \.tiff, \.jp2"):
         find_scenes(f"{tmp_path}/*.none", 4)
-    with pytest.raises(FileNotFoundError, match="no such file or folder of scenes; did you mean"):
+    with pytest.raises(FileNotFoundError, match="scenes; did you mean"):
         find_scenes(tmp_path / "bb", 4)
 
 
@@ -106,7 +104,7 @@ def test_a_folder_is_searched_at_any_depth(tmp_path):
 def test_an_image_that_is_too_large_names_the_prefix(kind, tmp_path):
     options = {"width": 20_000, "height": 20_000, "dtype": kind, "SPARSE_OK": True}
     path = geotiff(tmp_path / "a.tif", GROUND[:16, :16, :3].astype(kind), tile=512, **options)
-    with pytest.raises(UnreadableImageError, match=r"its tiles if the data are scenes:FOLDER"):
+    with pytest.raises(UnreadableImageError, match="scenes:FOLDER"):
         read_picture(path, 3, EIGHT_BITS if kind == "uint8" else PixelRange.from_node([0, 10_000]))
     assert Scene(path, "a.tif").broken is None
 
@@ -148,10 +146,10 @@ def test_ten_broken_files_have_a_line_each(tmp_path):
     assert broken == {path.name for path in tmp_path.iterdir()} - {"good.tif"}, names
     assert all("\n" not in line for line in lines)
     reasons = {error.name.partition("/")[0]: error.reason for error in result.unreadable}
-    assert "not 4: set `channels`, or choose `bands`" in reasons["three.tif"]
-    assert "convert them to one of uint8, uint16" in reasons["double.tif"]
+    assert "`channels`, or choose `bands`" in reasons["three.tif"]
+    assert "uint8, uint16" in reasons["double.tif"]
     assert "leave `range` out" in reasons["bytes.tif"]
-    assert "outside the range, 0 to 10000" in reasons["bright.tif"]
+    assert "range, 0 to 10000" in reasons["bright.tif"]
 
 
 def test_a_window_that_can_not_be_decoded_names_its_place(tmp_path):
@@ -159,5 +157,5 @@ def test_a_window_that_can_not_be_decoded_names_its_place(tmp_path):
     (tmp_path / "a.tif").write_bytes(content[: len(content) // 2])
     scene = Scene(tmp_path / "a.tif", "a.tif", 4)
     if scene.broken is None:
-        with pytest.raises(UnreadableImageError, match="at row 64, column 96"):
+        with pytest.raises(UnreadableImageError, match="row 64, column 96"):
             scene.read((64, 96, 32, 32))

@@ -11,6 +11,7 @@ import torch
 from olvae.config import ConfigError
 from olvae.data.opening import open_images, open_source, open_test_source, trains_on
 from olvae.data.pixels.size_and_range import PixelRange
+from olvae.data.scenes import scene_source
 from olvae.data.scenes.scene_source import SceneSource
 from olvae.data.source import LoaderProcess
 from olvae.data.value_range import measure_range
@@ -62,6 +63,17 @@ def test_validation_images_are_the_held_out_scenes_windows(scenes):
     )
 
 
+def test_of_very_many_tiles_some_are_validated_on_evenly_spread(tmp_path, monkeypatch):
+    geotiff(tmp_path / "a.tif", ground(0, (16, 16 * 13)))
+    geotiff(tmp_path / "b.tif", ground(1, (32, 32)))
+    for most, places in ((13, range(13)), (5, (0, 3, 6, 9, 12)), (2, (0, 12))):
+        monkeypatch.setattr(scene_source, "MAX_VAL_IMAGES", most)
+        val = source(tmp_path / "b.tif", val_scenes=tmp_path / "a.tif", batch_size=1).val
+        assert [val.key(i) for i in range(len(val))] == [
+            f"a.tif/00000-{16 * i:05d}" for i in places
+        ]
+
+
 def test_training_crops_are_complete_pixels_of_their_tiles(scenes):
     """At the size of the crop: with tiles of that size nothing is resized."""
     s = source(scenes, tile=16, min_fraction=1.0, flip=False)
@@ -104,9 +116,9 @@ def test_one_scene_is_held_out_by_blocks(tmp_path):
     # Of 12 blocks of 64 pixels and more two are held out, evenly spread: intervals draw them.
     groups = {group for batch in s.val_loader() for group in batch["group"]}
     assert groups == {"a.tif, block 0-0", "a.tif, block 2-3"}
-    with pytest.raises(ConfigError, match="whole scenes are held out, by file: leave them out"):
+    with pytest.raises(ConfigError, match="whole scenes"):
         source(path, blocks=64, hold_out_by="file")
-    with pytest.raises(ValueError, match="set it to blocks"):
+    with pytest.raises(ValueError, match="to blocks"):
         source(path, hold_out_by="file")
 
 
@@ -121,9 +133,9 @@ def test_all_missing_is_a_line_that_names_the_setting(tmp_path):
     geotiff(tmp_path / "a.tif", ground(0))
     geotiff(tmp_path / "b.tif", np.zeros((96, 130, 4), np.uint16), nodata=0)
     s = source(tmp_path)
-    with pytest.raises(ValueError, match=r"share of its values than data\.params\.max_nodata"):
+    with pytest.raises(ValueError, match=r"data\.params\.max_nodata"):
         next(s.stream(0, 0, LoaderProcess()))
-    with pytest.raises(ValueError, match="max_nodata must be between 0 and 1, got 2"):
+    with pytest.raises(ValueError, match=r"max_nodata must .*2"):
         source(tmp_path, max_nodata=2.0)
 
 
@@ -144,7 +156,7 @@ def test_commands_take_scenes_by_their_prefix(scenes, tmp_path, monkeypatch):
     assert trains_on(trained, f"scenes:{scenes},max_nodata=1.0")
     assert trains_on(trained, f"scenes:{scenes / '2.tif'}")
     assert not trains_on(trained, f"scenes:{tmp_path}")
-    with pytest.raises(ConfigError, match="unknown argument tiles; did you mean tile"):
+    with pytest.raises(ConfigError, match=r"argument tiles.* tile"):
         open_images(f"scenes:{scenes},tiles=32", 4, stated)
     # A folder of this name is a folder of images.
     monkeypatch.chdir(scenes.parent)

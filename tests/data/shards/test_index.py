@@ -14,6 +14,7 @@ from olvae.data.opening import open_source
 from olvae.data.shards import index
 from olvae.data.shards.index import (
     Index,
+    ShardRecord,
     find_shards,
     read_unchanged,
     share_indexes,
@@ -22,6 +23,7 @@ from olvae.data.shards.index import (
 )
 from olvae.data.shards.indexing import index_shards
 from olvae.data.shards.offsets import scan
+from olvae.data.shards.tar_reading import Shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.launcher import join, leave
 from tests.data.images import encoded, write_shards, write_tar
@@ -41,6 +43,27 @@ def test_with_counts_of_an_empty_shard_and_a_broken_one(tmp_path, caplog):
     assert line.startswith(
         f"skipped {paths[2]}: a shard without images: no file in it ends in .jpg, "
     )
+
+
+@pytest.mark.parametrize(
+    ("url", "beside"),
+    [("d/index.json", "d/index.offsets"), ("s3://b/d/other.json", "s3://b/d/index.offsets")],
+)
+def test_shards_of_an_index_are_described_with_where_their_offsets_begin(url, beside):
+    """In the order of their names, each after the images of those before it."""
+    records = {"b.tar": ShardRecord(5, 40), "a.tar": ShardRecord(3), "c.tar": ShardRecord(2, 8)}
+    index = Index(records, offsets=True, image_key="png", classes=(1.5, 4))
+    assert (index.images, index.bytes) == (10, 48)
+    assert index.located(url, "png") == {
+        "a.tar": Shard("", 3, (beside, 0), None, (1.5, 4)),
+        "b.tar": Shard("", 5, (beside, 3), 40, (1.5, 4)),
+        "c.tar": Shard("", 2, (beside, 8), 8, (1.5, 4)),
+    }
+    for unknown in (index, Index(records)):
+        found = unknown.located(url, "jpg" if unknown is index else None)
+        assert [shard.offsets for shard in found.values()] == [None] * 3
+    assert [index.counts(key) for key in ("png", "jpg", None)] == [True, False, False]
+    assert [Index(records).counts(key) for key in ("png", None)] == [True, True]
 
 
 def test_find_shards_takes_folders_patterns_braces_and_urls(tmp_path, monkeypatch):
@@ -76,7 +99,7 @@ def test_with_counts_takes_an_index_or_counts(tmp_path):
     with pytest.raises(ValueError, match=r"does not list .*002\.tar"):
         with_counts([missing], str(index))
     index.write_text("{")
-    with pytest.raises(ValueError, match="not a readable index"):
+    with pytest.raises(ValueError, match="readable index"):
         with_counts(paths)
 
 
@@ -132,7 +155,7 @@ def test_commands_and_urls_that_end_alike_are_different_shards(urls):
     names = [shard.name for shard in shards]
     assert len(set(names)) == 2
     assert names == [shard.name for shard in with_counts(urls)]
-    with pytest.raises(ValueError, match="shards of the same name"):
+    with pytest.raises(ValueError, match="same name"):
         with_counts([urls[0], urls[0]])
 
 
@@ -152,7 +175,7 @@ def test_remote_folders_and_patterns_are_listed(tmp_path):
         assert find_shards(url) == [url]
     with pytest.raises(FileNotFoundError, match=r"memory://bucket/none/: no shards"):
         find_shards("memory://bucket/none/")
-    with pytest.raises(OSError, match=r"nosuch://a/: can't be listed: .*nosuch"):
+    with pytest.raises(OSError, match=r"nosuch://a/: .*nosuch"):
         find_shards("nosuch://a/")
 
 
@@ -323,7 +346,7 @@ def test_an_index_that_the_first_process_can_not_read_is_named_in_all(tmp_path):
 
     def work() -> None:
         join()
-        with pytest.raises(ValueError, match="not a readable index of shards"):
+        with pytest.raises(ValueError, match="readable index"):
             open_source(str(tmp_path), 16, 1)
         share_indexes({"index": "file:///gone.json"})
         with pytest.raises(ValueError, match=r"gone\.json"):

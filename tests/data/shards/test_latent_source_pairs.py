@@ -137,7 +137,7 @@ def test_validation_of_pairs_is_the_centre_of_each_held_out_image_once_in_order(
     )
     assert s.describe_val_images() == (
         "at 32 pixels: bicubic antialiased resize of the shorter side (Pillow), centre crop, "
-        "of which the central 16 pixels, at a multiple of 4"
+        "then a central crop of 16 pixels, which begins at a multiple of 4"
     )
     odd = next(iter(source(pairs, size=20).val_loader()))  # 3 places: the one in the middle
     assert place(odd["image"][0], odd["key"][0]) == (False, 4, 4)
@@ -224,12 +224,12 @@ def test_a_mix_of_pairs_carries_moments(pairs):
 def test_pair_source_refuses_latents_without_images_or_moments(pairs, tmp_path):
     images = tmp_path / "shards"
     encode(images, tmp_path / "plain", Blocks(), size=SIDE)
-    with pytest.raises(ValueError, match="plain: latents without their images"):
+    with pytest.raises(ValueError, match=r"plain: .*images"):
         source(tmp_path / "plain")
     encode(images, tmp_path / "sampled", Blocks(), size=SIDE, moments=False, images=True)
     encode(images, tmp_path / "points", Shrunk(), size=SIDE, images=True)
     for name in ("sampled", "points"):
-        with pytest.raises(ValueError, match="one latent for each image"):
+        with pytest.raises(ValueError, match="each image"):
             source(tmp_path / name)
     for size, text in (
         (18, "18 is not a multiple of 4"),
@@ -239,26 +239,24 @@ def test_pair_source_refuses_latents_without_images_or_moments(pairs, tmp_path):
         with pytest.raises(ValueError, match=text):
             source(pairs, size=size)
     encode(images, tmp_path / "small", Blocks(), size=16, images=True)
-    with pytest.raises(ValueError, match=r"32 pixels, but the images of .*small have 16"):
+    with pytest.raises(ValueError, match=r"32 pixels.*small have 16"):
         source(pairs, size=None, val_folder=str(tmp_path / "small"))
     encode(images, tmp_path / "others", Blocks(0.5), size=SIDE, images=True)
-    with pytest.raises(ValueError, match=r"others has latents of other weights than .*pairs"):
+    with pytest.raises(ValueError, match=r"others .*other weights.*pairs"):
         source(pairs, val_folder=str(tmp_path / "others"))
     write_classes(tmp_path / "one", (5,))
     encode(tmp_path / "one", tmp_path / "single", Blocks(), size=SIDE, images=True)
-    with pytest.raises(ValueError, match=r"one shard can't be split.*set data\.params\.val_folder"):
+    with pytest.raises(ValueError, match=r"one shard .*data\.params\.val_folder"):
         source(tmp_path / "single")
     stats = json.loads((pairs / "stats.json").read_text())
     for name in ("weights", "flip", "target"):
         (pairs / "stats.json").write_text(
             json.dumps({key: stats[key] for key in stats if key != name})
         )
-        with pytest.raises(
-            ValueError, match=rf"stats\.json: not a description of latents: without {name}"
-        ):
+        with pytest.raises(ValueError, match=rf"stats\.json: .*without {name}"):
             source(pairs)
 
 
 def test_a_pairs_image_does_not_change_without_its_latent(pairs):
-    with pytest.raises(ValueError, match=r"augment: an image can't change without its latent"):
+    with pytest.raises(ValueError, match=r"augment: .*latent"):
         source(pairs, augment={"turns": True})

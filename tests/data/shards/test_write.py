@@ -69,7 +69,7 @@ def test_partial_shards_of_a_failed_or_killed_run_are_removed(shards):
         yield samples(1)[0]
         raise OSError("the source is gone")
 
-    with pytest.raises(OSError, match="the source is gone"):
+    with pytest.raises(OSError, match="is gone"):
         shards.write(0, fail())
     assert [path.name for path in shards.folder.rglob("*")] == [".state", "plan.json"]
     (shards.folder / ".state" / ".partial-12345678-000000.tar").write_bytes(b"half")
@@ -84,6 +84,13 @@ def test_partial_shards_of_a_failed_or_killed_run_are_removed(shards):
     assert [path.name for path in shards.folder.iterdir()] == ["000000.tar"]
 
 
+def test_a_command_that_is_alone_begins_without_half_written_files(shards):
+    state = shards.folder / shards.state
+    (state / ".partial-12345678-000007.tar").touch()
+    ResumableShards(shards.folder, shards.state).begin(PLAN)
+    assert [path.name for path in state.iterdir()] == ["plan.json"]
+
+
 def test_another_plan_is_refused_once_a_shard_is_finished(shards):
     other = {"options": {"size": 16, "flip": False}, "images": "abd"}
     shards.begin(other)
@@ -91,10 +98,10 @@ def test_another_plan_is_refused_once_a_shard_is_finished(shards):
     shards.write(0, samples(1))
     with pytest.raises(
         ConfigError,
-        match=r"out: was begun with size 8 \(now 16\)",
+        match=r"out: .*size 8 \(now 16\)",
     ):
         shards.begin(other)
-    with pytest.raises(ConfigError, match="was begun with other images: give"):
+    with pytest.raises(ConfigError, match="other images"):
         shards.begin({**PLAN, "images": "abd"})
     assert json.loads((shards.folder / ".state" / "plan.json").read_text()) == PLAN
     shards.begin(PLAN)
@@ -107,7 +114,7 @@ def test_writing_shards_without_locks_is_a_warning(tmp_path, monkeypatch, caplog
     monkeypatch.setattr("olvae.data.shards.write.lock_file", lockless)
     with ResumableShards(tmp_path / "out", ".state").locked("it"):
         pass
-    assert "no lock here (No locks available): let nothing else write there" in caplog.text
+    assert "No locks available" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -126,7 +133,7 @@ def test_commands_write_parts_at_the_same_time_unless_they_overlap(
     tmp_path, monkeypatch, first, then, free
 ):
     monkeypatch.setattr("olvae.data.shards.write.LOCK_S", 0.0)
-    refusal = pytest.raises(ConfigError, match="out: another `it` is at work there")
+    refusal = pytest.raises(ConfigError, match="out: another `it`")
     two = ResumableShards(tmp_path / "out", ".state", then)
     one = ResumableShards(tmp_path / "out", ".state", first)
     with one.locked("it"), nullcontext() if free else refusal, two.locked("it"):
@@ -144,7 +151,7 @@ def test_a_part_leaves_the_files_and_the_plan_of_other_parts(tmp_path):
     two.begin(PLAN)
     with pytest.raises(RuntimeError), two.locked("it"):
         raise RuntimeError
-    with pytest.raises(ConfigError, match="was begun with other images"):
+    with pytest.raises(ConfigError, match="other images"):
         two.begin({**PLAN, "images": "abd"})
     assert partial.exists()
     one.write(1, samples(1))
@@ -172,7 +179,7 @@ def test_of_parts_that_begin_at_once_with_other_options_one_is_refused(tmp_path)
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(begin, number) for number in range(2)]
     (failed,) = (job.exception() for job in jobs if job.exception())
-    assert "was begun with other images" in str(failed)
+    assert "other images" in str(failed)
     (begun,) = (job.result() for job in jobs if not job.exception())
     plan = json.loads((tmp_path / "out" / ".state" / "plan.json").read_text())
     assert plan["images"] == str(begun)

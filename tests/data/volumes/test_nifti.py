@@ -56,7 +56,7 @@ def test_a_gzip_cut_at_its_end_is_no_shorter_volume(tmp_path):
     whole = gzip.decompress(nifti(tmp_path / "a.nii.gz").read_bytes())
     (tmp_path / "a.nii.gz").write_bytes(gzip.compress(whole[:-100]))
     volume = only(tmp_path)
-    with pytest.raises(ValueError, match=r"a\.nii\.gz: not a readable image: Expected \d+ bytes"):
+    with pytest.raises(ValueError, match=r"a\.nii\.gz: .*Expected \d+ bytes"):
         volume.slices(0, 0)
 
 

@@ -76,8 +76,8 @@ def test_series_of_a_patient_on_both_sides_are_a_warning_by_their_headers(tmp_pa
     assert warnings(r"(?P<group>case\d)") == []
     for how in ("file", "folder"):
         (line,) = warnings(how)
-        assert "by DICOM's PatientID with series of training and of validation" in line
-        assert "case0/2/1.2.0.2 and case0/1/1.2.0.1: set `hold_out_by` to a pattern" in line
+        assert "PatientID with series of training and of validation" in line
+        assert "case0/2/1.2.0.2 and case0/1/1.2.0.1: set `hold_out_by`" in line
         assert "Doe" not in line
 
 
@@ -227,7 +227,7 @@ def test_a_check_of_broken_files_has_a_line_for_each(tmp_path, monkeypatch):
     for name, why in reasons.items():
         (line,) = (line for line in lines if line.startswith(f"unreadable: {tmp_path}/{name}: "))
         assert why in line
-    assert any("volumes of 1 to 7 slices; distances in mm: " in line for line in result.notes)
+    assert any("volumes of 1 to 7 slices; " in line for line in result.notes)
     assert "more than `max_unreadable`" in result.problems[-1]
 
 

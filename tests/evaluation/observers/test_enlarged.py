@@ -108,13 +108,13 @@ def test_without_a_decoder_at_2x_there_are_no_rows():
 
 def test_crossed_evaluation_refuses_unlike_sizes():
     subjects = {"a": Subject(Shrunk()), "b": Subject(Larger())}
-    with pytest.raises(ConfigError, match="a decodes images at 1x, b at 2x"):
+    with pytest.raises(ConfigError, match=r"a .*1x, b .*2x"):
         Cross().derive(subjects)
 
 
 def test_images_have_to_fit_the_larger_factor(image_folder):
     target = Target(lambda: Larger(), name="two")
-    with pytest.raises(ConfigError, match=r"two: .* 4x4 pixels, and 18 is not a multiple of 4"):
+    with pytest.raises(ConfigError, match=r"two: .*4x4 .*18 .*4"):
         evaluate(Request([target], metrics=("psnr",), data=str(image_folder), size=18))
 
 

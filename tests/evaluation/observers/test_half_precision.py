@@ -134,7 +134,7 @@ def test_non_finite_values_become_pixels_as_in_a_pipeline(images):
         "values": 2 * 4 * 3,
         "first": "reconstruction",
     }
-    with pytest.raises(ArithmeticError, match=r"mine: .* of white is not finite"):
+    with pytest.raises(ArithmeticError, match=r"mine: .*white .*finite"):
         Trip(Broken(1.0, 1.0), "32")(KEYS, images)
 
 
@@ -276,9 +276,7 @@ def test_an_operator_that_torch_lacks_has_advice(direction, monkeypatch):
         raise RuntimeError(message)
 
     monkeypatch.setattr(model.model, direction, fail)
-    with pytest.raises(
-        ConfigError, match=r"^`precision` fp16: torch: .linalg_inv.*: choose another `device`"
-    ):
+    with pytest.raises(ConfigError, match=r"^`precision` fp16: .*linalg_inv.*`device`"):
         getattr(model, direction)(torch.zeros(1, 1, 2, 2))
     message = "sizes differ"
     with pytest.raises(RuntimeError, match="sizes differ"):

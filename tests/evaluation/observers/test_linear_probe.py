@@ -93,5 +93,5 @@ def test_a_set_without_two_folders_of_five_says_so():
     probe = LinearProbe()
     assert probe.columns(found) == {"linear probe": "skipped"}
     (line,) = probe.lines([Row("t", 8, {}, observed={"linear_probe": found})])
-    assert "needs two folders with at least 5 images, found 0" in line
+    assert "at least 5 images, found 0" in line
     assert list(probe.lines([])) == []

@@ -155,12 +155,12 @@ def test_planes_take_their_memory_and_give_it_back():
 
 
 def test_streaming_refuses_whole_image_encoders_training_and_float64():
-    with pytest.raises(ValueError, match=r"SDEncoder .* whole images only: .* 24x16"):
+    with pytest.raises(ValueError, match=r"SDEncoder .*24x16"):
         sd().encode_within(torch.randn(1, 3, 16, 24), 1)
     vae = autoencoder()
     with pytest.raises(ValueError, match=r"call model\.eval"):
         vae.train().encode_within(torch.randn(1, 3, 16, 16), 1)
-    with pytest.raises(ValueError, match=r"streaming takes float32 or half"):
+    with pytest.raises(ValueError, match="float32 or half"):
         vae.eval().double().encode_within(torch.randn(1, 3, 16, 16).double(), 1)
 
 

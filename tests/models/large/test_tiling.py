@@ -129,9 +129,9 @@ def sd() -> LiteVAE:
 def test_stable_diffusions_decoder_is_not_tiled():
     assert receptive_field(sd().decoder) is None
     z = torch.randn(1, 4, 6, 5)
-    with pytest.raises(ValueError, match="SDDecoder sees the whole latent"):
+    with pytest.raises(ValueError, match="SDDecoder sees"):
         sd().decode_tiled(z, tile=4)
-    with pytest.raises(ValueError, match=r"can't be tiled; .* 10x12 pixels"):
+    with pytest.raises(ValueError, match=r"be tiled; .*10x12 pixels"):
         sd().decode_tiled(z, memory=100)
     vae = sd()
     with torch.no_grad():
@@ -181,7 +181,7 @@ def test_tiling_refuses_no_tile_and_both_settings():
     for both in ({}, {"tile": 1, "memory": 1}):
         with pytest.raises(ValueError, match="either `tile` or `memory`"):
             vae.decode_tiled(z, **both)
-    with pytest.raises(ValueError, match="at least one latent position, got 0"):
+    with pytest.raises(ValueError, match=r"at least one .*0"):
         vae.decode_tiled(z, tile=0)
 
 
@@ -220,7 +220,7 @@ def test_tiling_an_autoencoder_without_tiles_decodes_whole():
     z = model.encode_within(x, 1).mode()
     assert torch.equal(z, model.encode(x).mode())
     assert torch.equal(model.decode_tiled(z, memory=1), model.decode(z))
-    with pytest.raises(ValueError, match=r"Shrunk .* leave `tile` out"):
+    with pytest.raises(ValueError, match=r"Shrunk .*`tile`"):
         model.decode_tiled(z, tile=1)
 
 
@@ -257,5 +257,5 @@ def test_tiling_takes_the_largest_tile_within_the_memory():
         tile_bytes(vae.decoder, tile, z.shape) <= 2**21 < tile_bytes(vae.decoder, tile + 1, z.shape)
     )
     assert tile_for(vae.decoder, 64 * GIB, z.shape) == 50
-    with pytest.raises(ValueError, match=r"the smallest tile takes .* more than 9\.31e-08"):
+    with pytest.raises(ValueError, match=r"smallest tile .*9\.31e-08"):
         tile_for(vae.decoder, 100, z.shape)

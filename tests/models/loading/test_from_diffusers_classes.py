@@ -63,7 +63,7 @@ def test_encode_and_decode_are_diffusers_own(name, wrapped):
         assert torch.equal(posterior.sample(), posterior.mode())
         assert posterior.var.abs().max() == 0
         for ask in (lambda: posterior.logvar, posterior.kl):
-            with pytest.raises(ValueError, match=r"a deterministic latent has no"):
+            with pytest.raises(ValueError, match="deterministic latent"):
                 ask()
     else:
         torch.testing.assert_close(
@@ -81,7 +81,7 @@ def test_diffusers_classes_that_take_no_images_are_refused_by_name(name):
         pytest.skip("a later diffusers has it")
     with pytest.raises(
         ValueError,
-        match=f"^{name} (does not (en|de)code|is an autoencoder of sound|decodes by|makes)",
+        match=rf"^{name} (does not (en|de)code|is an autoencoder of sound|decodes by|makes)",
     ) as e:
         DiffusersAutoencoder(make(name))
     assert "\n" not in str(e.value)
@@ -105,7 +105,7 @@ def test_factors_of_diffusers_classes(wrapped):
 
 
 def test_autoencoder_rae_refuses_images_of_another_size(wrapped):
-    with pytest.raises(ValueError, match=r"^AutoencoderRAE takes images of 16x16 only, not 32x32$"):
+    with pytest.raises(ValueError, match=r"^AutoencoderRAE .*16x16 .*32x32$"):
         wrapped["AutoencoderRAE"].encode(torch.zeros(1, 3, 32, 32))
     assert wrapped["AutoencoderRAE"].image_size == 16
 
@@ -118,7 +118,7 @@ def test_diffusers_classes_load_from_a_folder(name, tmp_path):
     found = find_target(f"diffusers:{tmp_path}").load()
     x = torch.zeros(1, found.in_channels, 16, 16)
     assert found(x)[0].shape == x.shape
-    with pytest.raises(ValueError, match="is not a multiple of"):
+    with pytest.raises(ValueError, match="multiple of"):
         found.encode(x[..., :15])
 
 

@@ -49,11 +49,11 @@ def test_a_loader_from_outside(toy, image):
     check_target(f"{toy}:4")
     assert target.load().encode(image).mean.shape == (1, 3, 8, 10)
     assert target.load().image_size == 256
-    with pytest.raises(ConfigError, match=r"MeanLoader:4: .* without its weights"):
+    with pytest.raises(ConfigError, match=r"MeanLoader:4: .*weights"):
         target.untrained()
-    with pytest.raises(FileNotFoundError, match=r"MeanLoader:four: not found; a target is"):
+    with pytest.raises(FileNotFoundError, match="MeanLoader:four: "):
         find_target(f"{toy}:four")
-    with pytest.raises(ConfigError, match=r"toy_loader.Mean is not a kind of .*Loader"):
+    with pytest.raises(ConfigError, match=r"toy_loader\.Mean .*Loader"):
         find_target("toy_loader.Mean:4")
     with pytest.raises(ConfigError, match=r"toy_loader.MeanLoder"):
         find_target("toy_loader.MeanLoder:4")

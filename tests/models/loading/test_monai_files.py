@@ -118,7 +118,7 @@ def test_networks_are_monais_and_written_again(name, records, tmp_path):
 
     out = tmp_path / "again.safetensors"
     _, notes = export_target(find_target(folder), out, ExportSettings(format="monai"))
-    assert "images are 0 to 1 there, which are -1 to 1 here" in notes
+    assert any("0 to 1 there" in note for note in notes)
     again = load_file(out)
     assert again.keys() == state.keys()
     assert all(torch.equal(again[key], state[key]) for key in state)
@@ -169,8 +169,8 @@ def test_a_file_without_a_config_has_monais_defaults_and_a_warning(records, tmp_
     monkeypatch.chdir(tmp_path)
     torch.save(drawn(records["attention"]["shapes"]), "vae.pt")
     with (
-        pytest.warns(UserWarning, match=r"no config says norm_groups 32, norm_eps 1e-06, values"),
-        pytest.raises(ValueError, match="no multiples of norm_num_groups, 32: name the bundle's"),
+        pytest.warns(UserWarning, match="norm_groups 32, norm_eps 1e-06, values"),
+        pytest.raises(ValueError, match="norm_num_groups, 32: "),
     ):
         find_target("vae.pt")
 
@@ -210,7 +210,7 @@ def test_only_monais_networks_have_its_names():
     other = type(tiny_vae())(encoder, MonaiDecoder(z_channels=2, norm_groups=8, **shape))
     assert "norm_groups 4, the decoder 8" in str(layout.misfit(other))
     for wrong in ({"num_res_blocks": [1, 1]}, {"attention_levels": [1]}):
-        with pytest.raises(ValueError, match="there are 1 levels"):
+        with pytest.raises(ValueError, match="1 levels"):
             MonaiEncoder(4, **{**shape, **wrong})
 
 
@@ -307,7 +307,7 @@ def test_spade_and_three_dimensions_are_refused(tmp_path):
     for message, model in models.items():
         torch.save(model.state_dict(), tmp_path / "vae.pt")
         with (
-            pytest.warns(UserWarning, match="no config says"),
+            pytest.warns(UserWarning, match="no config"),
             pytest.raises(ValueError, match=message),
         ):
             find_target(tmp_path / "vae.pt")

@@ -85,7 +85,7 @@ def test_raw_weights_of_a_target(make_run):
         (run.parent / "export", "export"),
         (f"diffusers:{run.parent / 'kl'}", None),
     ):
-        with pytest.warns(UserWarning, match=r"one kind of weights: `raw` is ignored"):
+        with pytest.warns(UserWarning, match="`raw` "):
             found = find_target(place, raw=True)
         assert (found.name, found.given, found.raw) == (name or place, str(place), False)
 
@@ -95,7 +95,7 @@ def test_config_is_found_by_the_runs_name(make_run, tmp_path):
     (run / "config.yaml").unlink()
     base = tmp_path / "configs"
     (base / "imagenet").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=f"{run.name}.yaml or tiny_test.yaml, found none"):
+    with pytest.raises(ConfigError, match=rf"{run.name}\.yaml or tiny_test\.yaml"):
         find_target(run, config_base=base)
     save(tiny_config(), base / "imagenet" / "tiny_test.yaml")
     assert find_target(run, config_base=base).config == tiny_config()
@@ -104,7 +104,7 @@ def test_config_is_found_by_the_runs_name(make_run, tmp_path):
     save(own, base / f"{run.name}.yaml")
     assert find_target(run, config_base=base).config == own
     save(own, base / "imagenet" / f"{run.name}.yaml")
-    with pytest.raises(ConfigError, match=f"{run.name}.yaml, .*{run.name}.yaml: name it"):
+    with pytest.raises(ConfigError, match=rf"{run.name}.yaml, .*{run.name}.yaml: name it"):
         find_target(run, config_base=base)
 
 
@@ -113,7 +113,7 @@ def test_mistakes_of_a_runs_config_are_told(make_run):
     config = tiny_config()
     config["data"]["params"]["sise"] = 16
     save(config, run / "config.yaml")
-    with pytest.raises(ConfigError, match=r"data.params.sise: unknown key; did you mean size"):
+    with pytest.raises(ConfigError, match=r"data\.params\.sise: .* size"):
         find_target(run)
 
 
@@ -168,7 +168,7 @@ def test_targets_in_pipelines_and_subfolders(make_run, tmp_path, image, usual_pr
         assert not torch.equal(find_target(place).untrained()(image)[0], model(image).sample)
     with pytest.raises(FileNotFoundError, match=r"config.json not found"):
         find_target(f"diffusers:{tmp_path}::missing")
-    with pytest.raises(ValueError, match=r"weights of a diffusers autoencoder"):
+    with pytest.raises(ValueError, match="diffusers autoencoder"):
         find_target(tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     ours = find_target(make_run()).load()
     ours.save_pretrained(tmp_path / "pipeline" / "vae")
@@ -203,19 +203,15 @@ def test_checksums_of_a_file_are_checked_once_for_each_load(
 
 def test_unknown_targets_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(
-        FileNotFoundError, match=r"^missing: not found; a target is a run folder, .* diffusers:"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"^missing: .* diffusers:"):
         find_target("missing")
     Path("notes.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"notes.txt: not a file of weights"):
+    with pytest.raises(ValueError, match=r"notes\.txt: "):
         find_target("notes.txt")
 
 
 def test_a_model_of_the_package_without_its_prefix():
-    with pytest.raises(
-        FileNotFoundError, match=r"^photos-f8c12: not found; did you mean olvae:photos-f8c12\?$"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"^photos-f8c12: .*olvae:photos-f8c12\?$"):
         find_target("photos-f8c12")
 
 

@@ -75,7 +75,7 @@ def test_targets_that_are_none_say_what_they_should_be(text, error, message):
 
 
 def test_missing_and_other_weights_are_named(tmp_path, vit):
-    with pytest.raises(FileNotFoundError, match=r"/nowhere\.pt: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"/nowhere\.pt: "):
         find_target("timm:test_vit=/nowhere.pt").load()
-    with pytest.raises(ValueError, match="these are not the weights of test_vit2"):
+    with pytest.raises(ValueError, match=r"weights .*test_vit2"):
         find_target(f"timm:test_vit2={vit}").load()

@@ -107,7 +107,7 @@ def test_activation_bound_hooks_are_removed_after_an_error_too():
 
 @pytest.mark.parametrize("bound", [0.0, -1.0])
 def test_a_bound_is_above_zero(bound):
-    with pytest.raises(ValueError, match="bound must be above 0, got"):
+    with pytest.raises(ValueError, match="bound must"):
         ActivationBound(bound)
 
 

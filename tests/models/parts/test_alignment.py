@@ -88,7 +88,7 @@ def test_alignment_takes_the_decoded_sample_before_noise(vit, image_folder):
         )
         fit(model, image_folder, 1)
         assert torch.equal(decoded[-1], aligned_with[-1]) == (not others)
-    with pytest.raises(ConfigError, match=r"of: no sample .*sample_posterior"):
+    with pytest.raises(ConfigError, match=r"of: .*sample_posterior"):
         aligned(vit, alignment=settings, sample_posterior=False)
 
 
@@ -248,7 +248,7 @@ def test_alignment_refuses_images_of_other_channels(vit):
     grey["encoder_config"]["params"]["in_channels"] = grey["decoder_config"]["params"][
         "out_channels"
     ] = 1
-    with pytest.raises(ConfigError, match="takes images of 3 channels, not 1"):
+    with pytest.raises(ConfigError, match="3 channels, not 1"):
         LiteAutoencoderKL(**grey)
 
 
@@ -282,12 +282,12 @@ def test_alignment_refuses_wrong_parameters(vit, params, error, message):
 def test_mapper_refuses_features_that_are_no_heads():
     with (
         torch.device("meta"),
-        pytest.raises(ValueError, match="multiple of 64 channels, and test_vit3 has 96"),
+        pytest.raises(ValueError, match=r"64 .*test_vit3 has 96"),
     ):
         Alignment("test_vit3", mapper="vit")
 
 
 def test_alignment_without_timm_names_the_extra(monkeypatch, vit):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ConfigError, match=r"pip install timm"):
+    with pytest.raises(ConfigError, match="install timm"):
         Alignment("test_vit", vit)

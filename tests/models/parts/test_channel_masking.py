@@ -122,7 +122,7 @@ def test_channel_masking_orders_channels_by_importance():
 
 @pytest.mark.parametrize("widths", [[], [0, 4], [2, 2]])
 def test_channel_masking_refuses_widths_that_make_no_sense(widths):
-    with pytest.raises(ValueError, match="widths must be different"):
+    with pytest.raises(ValueError, match="widths must"):
         ChannelMasking(widths)
 
 
@@ -157,7 +157,7 @@ def test_channel_masking_refuses_a_number_of_widths_that_it_lacks(at_once, messa
     ],
 )
 def test_channel_masking_refuses_settings_that_contradict_it(settings, message):
-    with pytest.raises(ConfigError, match=f"parts.channel_masking.*{message}"):
+    with pytest.raises(ConfigError, match=rf"parts.channel_masking.*{message}"):
         build(**{"parts": parts(channel_masking=WIDTHS), **settings})
 
 

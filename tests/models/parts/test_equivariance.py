@@ -154,7 +154,7 @@ def test_equivariance_refuses_a_discriminator_of_fixed_sizes(
         return
     with pytest.raises(
         ConfigError,
-        match=r"equivariance\.params\.adversary: .* change the discriminator",
+        match=r"equivariance\.params\.adversary: ",
     ) as error:
         model.check(source(image_folder, size=size))
     assert "\n" not in str(error.value)

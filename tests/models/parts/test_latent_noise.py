@@ -103,9 +103,7 @@ def test_latent_noise_needs_the_posteriors_deviation_in_its_place():
     """
     build(parts=parts(latent_noise={"std": 0.1}, equivariance={}))
     build(parts=parts(equivariance={}, latent_noise={"std": 0.1, "relative_to": "data"}))
-    with pytest.raises(
-        ConfigError, match=r"parts\.latent_noise: .*: put it before parts\.equivariance$"
-    ):
+    with pytest.raises(ConfigError, match=r"parts\.latent_noise: .*before parts\.equivariance$"):
         build(parts=parts(equivariance={}, latent_noise={"std": 0.1}))
     shape = {"latent_dim": 8, "image_size": 16, "channels": 8, "blocks": [0, 0, 0, 0]}
     points = {"target": "olvae.modules.others.tiny.TinyEncoder", "params": shape}

@@ -289,11 +289,11 @@ def test_teacher_with_a_channel_without_deviation_is_refused(target):
     data = source_of(images)
     with torch.no_grad():
         teacher.model.model.quant_conv.weight[2] = 0
-    with pytest.raises(ValueError, match=r"channel 2 of its latents"):
+    with pytest.raises(ValueError, match="channel 2"):
         teacher.prepare(model, data, 0, torch.device("cpu"))
     with torch.no_grad():
         teacher.model.model.quant_conv.weight[1] = torch.nan
-    with pytest.raises(ValueError, match=r"its latents are not finite"):
+    with pytest.raises(ValueError, match="not finite"):
         teacher.prepare(model, data, 0, torch.device("cpu"))
 
 
@@ -432,10 +432,7 @@ def test_student_has_the_teachers_factors(tmp_path, caplog):
         "shift_factor": 0.5,
     }
     assert student(f"diffusers:{tmp_path}", **changed).for_diffusion == model.for_diffusion
-    assert (
-        f"model.params: scaling_factor, shift_factor: not diffusers:{tmp_path}'s, which are taken"
-        in caplog.text
-    )
+    assert f"model.params: scaling_factor, shift_factor: not diffusers:{tmp_path}'s" in caplog.text
 
 
 def test_a_teachers_outdated_factors_are_not_the_students(tmp_path):

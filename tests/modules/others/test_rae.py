@@ -61,11 +61,11 @@ def test_rae_decoder_gives_the_images_of_the_whole_in_our_range(theirs):
 def test_rae_encoder_refuses_images_of_another_size(theirs):
     encoder = RAEEncoder(config(theirs), 64, image_size=16, downscale=4)
     assert encoder.side == 16
-    with pytest.raises(ValueError, match=r"^AutoencoderRAE takes images of 16x16 only, not 32x16$"):
+    with pytest.raises(ValueError, match=r"^AutoencoderRAE .*16x16 .*32x16$"):
         encoder(torch.zeros(1, 3, 32, 16))
 
 
 @pytest.mark.skipif(find_spec("transformers") is not None, reason="transformers is installed")
 def test_rae_names_the_package_that_is_missing():
-    with pytest.raises(ValueError, match="AutoencoderRAE needs transformers: pip install"):
+    with pytest.raises(ValueError, match="transformers: pip install"):
         RAEDecoder({"encoder_type": "dinov2"}, 768)

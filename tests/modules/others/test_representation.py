@@ -102,5 +102,5 @@ def test_representation_refuses_what_does_not_fit(name, params, message):
 
 
 def test_representation_refuses_sizes_that_are_no_multiple_of_16(vit):
-    with pytest.raises(ValueError, match="image size 32x40 is not a multiple of 16"):
+    with pytest.raises(ValueError, match=r"32x40 .*16"):
         with_weights(vit)(torch.zeros(1, 3, 32, 40))

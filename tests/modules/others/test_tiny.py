@@ -37,7 +37,7 @@ def test_tiny_networks_are_the_function_of_diffusers():
     torch.testing.assert_close(ours.encode(x).mean, z)
     torch.testing.assert_close(ours.decode(3 * z), theirs.decode(3 * z))
     assert ours.encode(x).deterministic
-    with pytest.raises(ConfigError, match=r"^it: only TAESD's form of AutoencoderTiny"):
+    with pytest.raises(ConfigError, match=r"^it: .*AutoencoderTiny"):
         DiffusersAutoencoder(make("AutoencoderTiny", act_fn="gelu")).as_litevae("it")
 
 
@@ -72,11 +72,11 @@ def test_tiny_student_is_written_as_diffusers_and_as_taesd(tmp_path):
     # 0 is the bound, 2 a ReLU.
     assert torch.equal(decoder["1.weight"], back.decoder.layers[0].weight)
     assert torch.equal(decoder["3.conv.0.weight"], back.decoder.layers[2].conv[0].weight)
-    assert "diffusion model's units" in (tmp_path / "taesd" / "README.md").read_text()
-    with pytest.raises(ValueError, match="only TinyEncoder and TinyDecoder are TAESD's"):
+    assert "diffusion model's" in (tmp_path / "taesd" / "README.md").read_text()
+    with pytest.raises(ValueError, match="TinyEncoder and TinyDecoder"):
         export(tiny_vae(), tmp_path / "other", LAYOUTS["taesd"]())
     model.decoder.use_latents(torch.zeros(4), torch.ones(4))
-    with pytest.raises(ValueError, match="AutoencoderTiny has neither a quantizer"):
+    with pytest.raises(ValueError, match="AutoencoderTiny has"):
         export(model, tmp_path / "two", LAYOUTS["diffusers"]())
 
 

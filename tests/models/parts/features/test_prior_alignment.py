@@ -83,7 +83,5 @@ def test_priors_refuse_what_contradicts_them(vit, settings, message):
 
 
 def test_priors_name_a_missing_file():
-    with pytest.raises(
-        FileNotFoundError, match=r"params\.weights of the prior alignment to a file"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"params\.weights .*file"):
         with_priors("/nowhere.pt")

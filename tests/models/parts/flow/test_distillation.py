@@ -130,14 +130,14 @@ def test_distillation_refuses_wrong_settings(settings, message):
 
 
 def test_distillation_needs_a_decoder_that_generates_and_learns():
-    with pytest.raises(ConfigError, match=r"parts\.distillation: LiteVAE_Decoder takes no noise"):
+    with pytest.raises(ConfigError, match=r"parts\.distillation: LiteVAE_Decoder .*noise"):
         build(parts=nodes(distillation={}))
-    with pytest.raises(ConfigError, match=r"parts\.distillation: the decoder is frozen"):
+    with pytest.raises(ConfigError, match=r"parts\.distillation: .*frozen"):
         generates(nodes(distillation={}), freeze_decoder=True)
 
 
 def test_distillation_needs_a_decoder_that_has_learned_to_undo_noise():
     """Its several steps would be one, blurred by noise that nothing takes away."""
     model = generates(nodes(distillation={}))
-    with pytest.raises(ConfigError, match="start from a run with FlowMatching"):
+    with pytest.raises(ConfigError, match="with FlowMatching"):
         model.parts["distillation"].prepare(model, None, 0, torch.device("cpu"))

@@ -158,5 +158,5 @@ def test_flow_matching_refuses_settings_that_contradict_it(settings, message):
 
 
 def test_flow_matching_needs_a_decoder_that_generates():
-    with pytest.raises(ConfigError, match=r"LiteVAE_Decoder takes no noise.*one_step.OneStepDec"):
+    with pytest.raises(ConfigError, match=r"LiteVAE_Decoder .*one_step\.OneStepDec"):
         build(parts=nodes(flow={}))

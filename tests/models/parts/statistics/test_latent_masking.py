@@ -136,10 +136,10 @@ def test_arguments_that_make_no_sense_are_refused(given, message):
 
 
 def test_settings_that_contradict_it_are_refused(image_folder):
-    with pytest.raises(ConfigError, match="the decoder is frozen"):
+    with pytest.raises(ConfigError, match="is frozen"):
         build(parts=parts(latent_masking={}), freeze_decoder=True)
-    with pytest.raises(ConfigError, match=r"put it after parts.latent_masking"):
+    with pytest.raises(ConfigError, match=r"after parts\.latent_masking"):
         build(parts=parts(channel_masking={"widths": [2, 4]}, latent_masking={}))
     model = build(parts=parts(latent_masking={"block": 4}))
-    with pytest.raises(ConfigError, match="2 latent positions are less than a block of 4"):
+    with pytest.raises(ConfigError, match=r"2 .*block of 4"):
         model.check(source(image_folder))

@@ -117,14 +117,14 @@ def test_settings_that_contradict_it_are_refused(settings, message):
 
 def test_sizes_without_a_window_are_refused(image_folder):
     model = build(parts=parts(local_correlation={"window": 4}))
-    with pytest.raises(ConfigError, match=r"2 latent positions are less than a window of 4"):
+    with pytest.raises(ConfigError, match=r"2 .*window of 4"):
         model.check(source(image_folder))
 
 
 def test_sizes_that_equivariance_shrinks_below_a_window_are_refused(image_folder):
     """16 pixels are 2 positions, and a quarter of them is 1; of 64 pixels it is a window of 2."""
     model = build(parts=parts(local_correlation={}, equivariance={}))
-    with pytest.raises(ConfigError, match=r"parts.equivariance shrinks 2 latent positions to a"):
+    with pytest.raises(ConfigError, match=r"parts\.equivariance .*2 "):
         model.check(source(image_folder))
     model.check(source(image_folder, size=64))
 

@@ -95,24 +95,24 @@ def test_training_against_a_discriminator_runs_with_and_without_it(image_folder)
 
 @pytest.mark.parametrize("params", [{"cuts": []}, {"cuts": [0]}, {"cuts": [15]}, {"cuts": [-1]}])
 def test_cuts_that_make_no_sense_are_refused(params):
-    with pytest.raises(ValueError, match="cuts must be"):
+    with pytest.raises(ValueError, match="cuts must"):
         SharedLowPass(**params)
 
 
 def test_cuts_by_which_the_adversary_never_plays_are_refused():
     given = {"cuts": [1, 2], "block": 2}
-    with pytest.raises(ConfigError, match=r"cuts: every step has a cut, so the adversary never"):
+    with pytest.raises(ConfigError, match="cuts: every"):
         build(against(), parts=parts(shared_low_pass=given))
     build(parts=parts(shared_low_pass=given))
     build(against(), parts=parts(shared_low_pass={**given, "adversary": True}))
 
 
 def test_other_parts_that_move_latents_are_refused():
-    with pytest.raises(ConfigError, match=r"parts.equivariance makes latents of other sides"):
+    with pytest.raises(ConfigError, match=r"parts\.equivariance .*sides"):
         build(parts=parts(shared_low_pass={}, equivariance={}))
 
 
 def test_sizes_whose_latents_are_no_blocks_are_refused(image_folder):
     model = build(parts=parts(shared_low_pass={}))
-    with pytest.raises(ConfigError, match=r"block: 8 does not divide .* data.params.size"):
+    with pytest.raises(ConfigError, match=r"block: 8 .*data\.params\.size"):
         model.check(source(image_folder, size=16))
