@@ -216,18 +216,20 @@ def test_weights_of_another_run_come_with_its_config(other, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("frozen", "checksums", "warns"),
+    ("frozen", "name", "checksum", "stand_in", "warns"),
     [
-        (["encoder"], {"teacher": "two"}, True),
-        (["encoder"], {"teacher": "one"}, False),
-        (["encoder"], {"new": "two"}, False),
-        ([], {"teacher": "two"}, False),
+        (["encoder"], "teacher", "two", object(), True),
+        (["encoder"], "teacher", "two", None, False),
+        (["encoder"], "teacher", "one", object(), False),
+        (["encoder"], "new", "two", object(), False),
+        ([], "teacher", "two", object(), False),
     ],
 )
 def test_a_frozen_half_that_learned_from_another_teacher_is_warned_of(
-    other, caplog, frozen, checksums, warns
+    other, caplog, frozen, name, checksum, stand_in, warns
 ):
-    model = Model(frozen_halves=frozen, checksums=checksums)
+    part = SimpleNamespace(name=name, stand_in=stand_in, checksum=lambda: checksum)
+    model = Model(frozen_halves=frozen, each_part=[part])
     load_other_run(model, other.path, {"model": {"params": {}}})
     assert ("learned from another model" in caplog.text) == warns
 
