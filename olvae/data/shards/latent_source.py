@@ -225,8 +225,10 @@ class PairSource(ShardSource):
         # How validation images were cut: once when they were encoded, once more for a smaller size.
         self.crops = f"at {held_out['size']} pixels: {EvalTransform(held_out['size']).describe()}"
         if self.size.node != held_out["size"]:
-            central = f"the central {self.size.node} pixels"
-            self.crops += f", of which {central}, at a multiple of {self.stats['downscale']}"
+            self.crops += (
+                f", then a central crop of {self.size.node} pixels, which begins at a multiple of "
+                f"{self.stats['downscale']}"
+            )
 
     def describe(self) -> str:
         shards = counted(len(self.train), "shard")
