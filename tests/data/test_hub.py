@@ -69,6 +69,18 @@ class Dataset:
         return self.items[index]
 
 
+def test_a_decoder_that_is_not_installed_is_no_broken_image():
+    class Undecoded(Dataset):
+        def __getitem__(self, index):
+            raise self.items[index]
+
+    items = Items(Undecoded([ImportError("no decoder"), RuntimeError("cut off")]))
+    with pytest.raises(ImportError, match="no decoder"):
+        items[0]
+    with pytest.raises(UnreadableImageError, match=r"Undecoded\[1\]: .*cut off"):
+        items[1]
+
+
 def test_items_may_be_arrays_tensors_and_tuples():
     array = np.random.default_rng(0).integers(0, 256, (8, 9, 3), dtype=np.uint8)
     import torch
