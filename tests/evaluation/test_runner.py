@@ -1,4 +1,5 @@
 import math
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -171,6 +172,36 @@ def test_the_first_process_has_the_images_groups_and_entries_of_all(images, monk
     monkeypatch.setattr(runner, "gather", lambda own: [own])
     with pytest.raises(ValueError, match="no images"):
         observe([], {}, {}, {})
+
+
+def test_observers_watch_the_reconstruction_before_they_see_it(images):
+    """With the batch so far: its own values of metrics among them."""
+    events = []
+
+    class Watching(Observer):
+        @contextmanager
+        def watch(self, target, draw, subject, keys):
+            events.append(("watch", target, draw, subject, list(keys)))
+            yield
+            events.append("watched")
+
+        def update(self, batch):
+            events.append(("update", batch.target, batch.draw, batch.shards))
+            assert torch.equal(batch.x, images[:2])
+            assert torch.equal(batch.y, darker([], images[:2]))
+            assert list(batch.values["psnr"]) == KEYS[:2]
+
+    def trip(keys, x):
+        events.append("trip")
+        return Reconstructed(torch.zeros(len(x), 4, 4, 4), darker(keys, x))
+
+    batch = {"image": images[:2], "key": KEYS[:2]}
+    metrics = {("a", 1): build_metrics(["psnr"])()}
+    observe([batch], {"a": "it"}, {("a", 1): trip}, metrics, [Watching()], shards=True)
+    watch = ("watch", "a", 1, "it", KEYS[:2])
+    assert events == [watch, "trip", "watched", ("update", "a", 1, True)]
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        observe([{**batch, "key": KEYS[:3]}], {}, {}, {})
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,7 @@ def test_what_can_not_be_read_by_rows(name, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "MAX_PIXELS", 1000)
     with pytest.raises(UnreadableImageError) as error:
         open_rows(path, 3, EIGHT_BITS, 10**9)
+    assert error.value.name == str(path)
     assert REFUSED[name] in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -157,6 +157,7 @@ def test_a_shard_that_ends_early_loses_its_own_images_alone(shards):
     samples = list(islice(s.stream(0, 0, LoaderProcess()), 50))
     lost = {error.image for sample in samples for error in sample.errors}
     assert 0 < len(lost) < 14
+    assert {error.name for sample in samples for error in sample.errors} == {str(cut)}
     keys = {sample.key for sample in samples}
     others = sum(COUNTS) - COUNTS[3]
     assert len([key for key in keys if not key.startswith("003/")]) == others
