@@ -133,8 +133,8 @@ def test_a_model_without_images_says_why(monkeypatch):
         raise RuntimeError("a matrix does not fit\nand more")
 
     monkeypatch.setattr(model, "decode", fails)
-    with pytest.raises(ValueError, match="decode to an image: a matrix does not fit$"):
+    with pytest.raises(ValueError, match=r"decode to an image: a matrix does not fit$"):
         model._check_decoder(torch.zeros(1, 4, 2, 2), 2)
     monkeypatch.setattr(model, "encode", fails)
-    with pytest.raises(ValueError, match="encode images: a matrix does not fit$"):
+    with pytest.raises(ValueError, match=r"encode images: a matrix does not fit$"):
         model._measure()
