@@ -18,7 +18,6 @@ from olvae.modules.base import (
 )
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder, WaveletEncoder
-from olvae.modules.others.monai import MonaiDecoder, MonaiEncoder
 from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 
@@ -181,23 +180,3 @@ def test_a_mean_over_processes_is_the_value_itself_in_one(monkeypatch):
     monkeypatch.setattr(base.dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(base, "all_reduce", lambda values: values + 3)
     torch.testing.assert_close(mean_over_processes(x), (x + 3) / 4)
-
-
-@pytest.mark.parametrize("levels", [1, 2, 4])
-def test_every_level_after_the_first_doubles_the_image(levels):
-    """Of each kind of network whose factor follows from its levels."""
-    ones, blocks = [1] * levels, [0] * levels
-    decoders = [
-        LiteVAE_Decoder(8, channel_mult=ones, num_res_blocks=0),
-        TinyDecoder(2, blocks=blocks),
-        SDDecoder(8, channel_mult=ones, num_res_blocks=0, norm_groups=4),
-        MonaiDecoder(4, channel_mult=ones, num_res_blocks=ones, norm_groups=2, attention_levels=[]),
-    ]
-    assert {decoder.upscale for decoder in decoders} == {2 ** (levels - 1)}
-    sd = SDEncoder(8, channels=8, channel_mult=ones, num_res_blocks=0, norm_groups=4)
-    monai = MonaiEncoder(
-        channels=4, channel_mult=ones, num_res_blocks=ones, norm_groups=2, attention_levels=[]
-    )
-    encoders = [TinyEncoder(channels=2, blocks=blocks), sd, monai]
-    assert {encoder.downscale for encoder in encoders} == {2 ** (levels - 1)}
-    assert LiteVAE_Encoder(8, "S", dct_levels=levels).downscale == 2**levels
