@@ -1,3 +1,4 @@
+import json
 from functools import partial
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from olvae.config import ConfigError
-from olvae.models.loading.from_diffusers import DiffusersAutoencoder
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder, DiffusersLoader
 from olvae.models.loading.targets import find_target
 from tests.models.autoencoder_kl import autoencoder_kl
 from tests.models.loading.classes import make
@@ -138,3 +139,26 @@ def test_a_model_without_images_says_why(monkeypatch):
     monkeypatch.setattr(model, "encode", fails)
     with pytest.raises(ValueError, match=r"encode images: a matrix does not fit$"):
         model._measure()
+
+
+@pytest.mark.parametrize(
+    ("own", "inside", "accepted"),
+    [
+        (None, None, False),
+        ("AutoencoderLiteVAE", None, False),
+        ("AutoencoderKL", None, True),
+        (None, "AutoencoderKL", True),
+        ("StableDiffusionPipeline", "AutoencoderLiteVAE", True),
+    ],
+)
+def test_diffusers_folders_are_known_by_their_configs(tmp_path, own, inside, accepted):
+    """Of the folder, or of `vae` in it; an export of ours alone is for another loader."""
+    for folder, name in ((tmp_path, own), (tmp_path / "vae", inside)):
+        folder.mkdir(exist_ok=True)
+        if name is not None:
+            (folder / "config.json").write_text(json.dumps({"_class_name": name}))
+    loader = DiffusersLoader()
+    assert loader.accepts(str(tmp_path)) == accepted
+    assert loader.accepts("diffusers:anything")
+    assert not loader.accepts(str(tmp_path / "missing"))
+    assert not loader.accepts("some/model")
