@@ -41,7 +41,7 @@ class Settings:
     weights: str | None = None
     # encoder or decoder, if that half still has its initial weights.
     untrained: str | None = None
-    # Part -> checksum of weights that the part only names, such as a teacher's.
+    # Part, or adversary -> checksum of weights that it only names, such as a teacher's.
     checksums: Mapping[str, str] = field(default_factory=dict)
     # Absolute path -> path as the user wrote it, for data and TARGETs.
     paths: Mapping[str, str] = field(default_factory=dict)

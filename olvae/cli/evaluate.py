@@ -214,8 +214,8 @@ def command(
     observe: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME",
-            help=f"Add an observer: {', '.join(OBSERVERS)}, or your package.module.Class. May be "
+            metavar="LIST",
+            help=f"Add observers: {', '.join(OBSERVERS)}, or your package.module.Class. May be "
             "repeated.",
         ),
     ] = None,
@@ -374,10 +374,11 @@ def _observers(
     observers += [not_rgb.RealValues(), not_rgb.Transparency(), gallery.Gallery(), bands.Bands()]
     if report:
         observers.append(flat_colours.FlatColours())
-    for name in own:
-        found = resolve_class(OBSERVERS.get(name, name), Observer)
-        arguments = {"weights_dir": weights_dir} if issubclass(found, Interpolated) else {}
-        observers.append(found(**arguments))
+    for text in own:
+        for name in text.replace(" ", "").split(","):
+            found = resolve_class(OBSERVERS.get(name, name), Observer)
+            arguments = {"weights_dir": weights_dir} if issubclass(found, Interpolated) else {}
+            observers.append(found(**arguments))
     return observers
 
 

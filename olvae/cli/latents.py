@@ -86,8 +86,9 @@ def command(
         models = {target.name: target.load() for target in name_apart(found)}
         observer = InterpolatedFID(weights_dir) if ifid else Observer()
         # Here images are encoded whole: what a decoder at 2x makes is compared at their size.
-        subjects = observer.derive({name: Subject(ShrunkAgain(m)) for name, m in models.items()})
-        source = open_images_for(models, found[0].config, data)
+        shrunk = {name: ShrunkAgain(model) for name, model in models.items()}
+        subjects = observer.derive({name: Subject(model) for name, model in shrunk.items()})
+        source = open_images_for(shrunk, found[0].config, data)
         if images is not None:
             source.limit(images)
 

@@ -395,9 +395,16 @@ def _check_model(node: Any) -> Iterator[str]:
             yield f"model.params.{key}: set {SET_BY_TRAINER[key]} instead"
         if node.get("from") is not None:
             filled_in += FROM_START
-            params = {key: value for key, value in params.items() if key not in FROM_START}
             if not isinstance(node["from"], str):
                 yield f"model.from: expected an autoencoder to start from, got {node['from']!r}"
+            # Its decoder is not known yet, but all decoders have these arguments.
+            decoder = params.get("decoder_config")
+            if isinstance(decoder, Mapping):
+                every = arguments_of("olvae.modules.base.Decoder")._replace(known=False)
+                where = "model.params.decoder_config.params"
+                added = decoder.get("params") or {}
+                yield from _check_arguments(every, added, where, every.parameters)
+            params = {key: value for key, value in params.items() if key not in FROM_START}
     plain_node = {"params": params}
     if "target" in node:
         plain_node["target"] = node["target"]

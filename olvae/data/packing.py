@@ -22,6 +22,7 @@ from olvae.data.picture_folder import Files, warn_of_slices
 from olvae.data.pixels.size_and_range import AS_STORED
 from olvae.data.places import check_outside
 from olvae.data.read_errors import ReadError, TooManyUnreadableError, UnreadableImageError
+from olvae.data.scenes.scene_tiles import SceneTiles
 from olvae.data.shards.index import INDEX, PACKING, Index, ShardRecord, is_begun
 from olvae.data.shards.write import FinishedShard, ResumableShards, WebDatasetSample, shard_name
 from olvae.files import list_skipped, no_empty_folders, reason
@@ -84,24 +85,28 @@ def pack(
     """Write the images of SRC to ``out/000000.tar``, ``000001.tar``, ... then an ``index.json``.
 
     A shard holds for each image ``KEY.jpg`` (or .png, .webp, .npy) and ``KEY.json`` with its name
-    in the source, its width and height, upright, and its class where a data set gives one, also in
-    ``KEY.cls``; KEY is its position in the order. A group of several images is whole in one shard,
-    and named in ``KEY.json``: a large group makes a large shard. Shards and index depend on the
-    source and the options alone. Finished shards of an earlier run are kept. A share of up to
-    ``max_unreadable`` of the images may be unreadable; these are left out.
+    in the source, its width and height, upright, and its class if it has one, also in ``KEY.cls``;
+    KEY is its position in the order. A group of several images is whole in one shard, and named in
+    ``KEY.json``: a large group makes a large shard. They depend on source and options alone. An
+    earlier run's are kept. A share of ``max_unreadable`` of the images may be left out, unreadable.
 
     Of several ranks (:func:`olvae.launcher.join`), each writes its share of the shards by
     ``workers`` processes, and the first one the index; the others return None.
 
-    Raises ConfigError: the folder holds something else, or shards of other options or images, or
-    lies inside the source. TooManyUnreadableError, ValueError: more images than allowed can't be
-    read, or none. OSError: a shard could not be written.
+    Raises ConfigError: the folder holds something else, shards of other options or images, or lies
+    inside the source; values may be missing. TooManyUnreadableError, ValueError: more images than
+    allowed can't be read, or none. OSError: a shard could not be written.
     """
     # What to pack.
     check_outside(out, src)
     images = open_training_images(src, options.channels, AS_STORED)
     if not options.shard_size:
         options = replace(options, shard_size=usual_shard_size(len(images)))
+    if isinstance(images, SceneTiles) and images.max_nodata > 0.0:
+        raise ConfigError(
+            f"{src}: max_nodata {images.max_nodata:g}: leave it out, or train on the scenes "
+            "themselves: shards can't say which values are missing"
+        )
     if isinstance(images, Files) and options.hold_out_by == FILE:
         warn_of_slices([images])
     digest = hash_of(src, images, options)

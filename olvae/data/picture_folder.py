@@ -4,6 +4,7 @@ import glob
 import hashlib
 import os
 import re
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
@@ -410,15 +411,21 @@ def find_parts(
         digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
         places[name] = int.from_bytes(digest[:8], "big") / 2**64
 
+    # Not one that is larger than most and than what is wanted, as in hold_out().
+    fraction = val_fraction or VAL_FRACTION
+    wanted = bound_held_out(len(paths) * fraction, len(paths), val_fraction)
+    most = max(wanted, statistics.median(map(len, groups.values())))
+    usual = {name: members for name, members in groups.items() if len(members) <= most}
+
     # The first groups are held out, until they have the images, so adding some changes few of them.
     share = 0
-    for name, members in groups.items():
-        if places[name] < (val_fraction or VAL_FRACTION):
+    for name, members in usual.items():
+        if places[name] < fraction:
             # A list may name a file twice.
             share += len({paths[place] for place in members})
     count = bound_held_out(share, len(paths), val_fraction)
     held_out: set[int] = set()
-    for name in sorted(groups, key=places.__getitem__)[:-1]:
+    for name in sorted(usual, key=places.__getitem__)[: len(groups) - 1]:
         if len(held_out) >= count:
             break
         held_out.update(groups[name])

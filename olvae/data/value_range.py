@@ -47,8 +47,9 @@ class Measured:
         """``range: ...`` for a config: from percentile .1 to 99.9, for all channels or each."""
         pairs = []
         for row in self.percentiles:
-            low = float(max(_rounded(row[LOW], math.floor), row[0]))
-            high = float(min(_rounded(row[HIGH], math.ceil), row[-1]))
+            # Rounding may lead beyond the values that there are.
+            ends = np.array((_rounded(row[LOW], math.floor), _rounded(row[HIGH], math.ceil)))
+            low, high = ends.clip(row[0], row[-1]).tolist()
             pairs.append([low, high if high > low else low + 1.0])
         stated = json.dumps(pairs if len(pairs) > 1 else pairs[0])
         nodata = ""

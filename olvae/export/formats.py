@@ -263,6 +263,11 @@ class OriginalLayout(DiffusersLayout):
 
     suffix = ".safetensors"
     refused: ClassVar[Mapping[str, str]] = {"fold": NO_MODULATION, **NO_FACTORS}
+    # What decodes Wan's and Qwen-Image's decoders at 2x, or at 3x: the node finds the factor.
+    shuffled_by = (
+        "ComfyUI has no pixel shuffle after them: load and decode with the nodes "
+        '"Load VAE (VAE Utils)" and "VAE Decode (VAE Utils)" of spacepxl/ComfyUI-VAE-Utils'
+    )
 
     def tensors(self, model: LiteVAE) -> Mapping[str, Tensor]:
         family = _family(model)
@@ -300,10 +305,7 @@ class OriginalLayout(DiffusersLayout):
             yield "ComfyUI and A1111 build attention in the middle only, not at levels as here"
         if model.enlarge > 1:
             outputs = model.enlarge**2 * model.decoder.out_channels
-            reader = (
-                "ComfyUI has no pixel shuffle after them: load and decode with the nodes "
-                '"Load VAE (VAE Utils)" and "VAE Decode (VAE Utils)" of spacepxl/ComfyUI-VAE-Utils'
-            )
+            reader = self.shuffled_by
             if _family(model).kind(model) not in (WAN, QWEN):
                 reader = (
                     "ComfyUI reads these from Wan's and Qwen-Image's files alone: `format` comfyui "
@@ -314,6 +316,8 @@ class OriginalLayout(DiffusersLayout):
 
 class ImageLayout(OriginalLayout):
     """One file of Qwen-Image's or Wan's autoencoder for images alone, as Qwen2D: flat kernels."""
+
+    shuffled_by = "only this package shuffles them: use `format` ldm for ComfyUI"
 
     def misfit(self, model: LiteVAE) -> str | None:
         family = family_of(model)

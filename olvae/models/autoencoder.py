@@ -67,9 +67,20 @@ class Autoencoder(nn.Module, ABC):
     def shrink(self, x: Tensor) -> Tensor:
         """Average blocks of pixels: from a decoded image's size to the size that was encoded.
 
-        (B, C, enlarge H, enlarge W) -> (B, C, H, W), the tensor itself if ``enlarge`` is 1.
+        (B, C, enlarge H, enlarge W) -> (B, C, H, W), the tensor itself if ``enlarge`` is 1. Colours
+        of RGBA weigh as much as they are opaque, as when Pillow makes a picture smaller.
         """
-        return x if self.enlarge == 1 else F.avg_pool2d(x, self.enlarge)
+        if self.enlarge == 1:
+            return x
+        small = F.avg_pool2d(x, self.enlarge)
+        if not (self.in_channels == 4 and self.pixel_range.eight_bits):
+            return small
+
+        # Where all pixels are clear, they weigh alike.
+        opaque = ((x[:, 3:] + 1) / 2).clamp(0, 1) + 1e-6
+        colours = F.avg_pool2d(x[:, :3] * opaque, self.enlarge)
+        colours = colours / F.avg_pool2d(opaque, self.enlarge)
+        return torch.cat((colours, small[:, 3:]), dim=1)
 
     @property
     def for_diffusion(self) -> dict[str, Any]:

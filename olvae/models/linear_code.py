@@ -17,7 +17,7 @@ from olvae.data.source import Source
 from olvae.files import counted
 from olvae.metrics.metric import psnr
 from olvae.models.autoencoder import LiteVAE
-from olvae.modules.base import HALVES, Decoder, Encoder, Stage, device_of
+from olvae.modules.base import HALVES, Decoder, Encoder, Enlarge, Stage, device_of
 from olvae.modules.distributions import deterministic_moments
 
 POSITIONS = 2**16  # latent positions to fit on, hundreds for each unknown of an f8 code
@@ -68,7 +68,7 @@ class LinearDecoder(Decoder):
     """
 
     def __init__(
-        self, z_channels: int = 12, out_channels: int = 3, upscale: int = 8, enlarge: int = 1
+        self, z_channels: int = 12, out_channels: int = 3, upscale: int = 8, enlarge: Enlarge = 1
     ) -> None:
         super().__init__(z_channels, out_channels, upscale, enlarge)
         self.add_linear_path()

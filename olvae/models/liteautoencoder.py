@@ -238,8 +238,12 @@ class LiteAutoencoderKL(pl.LightningModule):
 
     @property
     def checksums(self) -> dict[str, str]:
-        """Checksums of the parts' frozen weights, by part."""
+        """Checksums of frozen weights that no checkpoint has, by part, or ``adversary``."""
         found = {part.name: part.checksum() for part in self.each_part}
+        # A discriminator need not have any.
+        checksum = getattr(getattr(self.adversary, "discriminator", None), "checksum", None)
+        if checksum is not None:
+            found["adversary"] = checksum()
         return {name: checksum for name, checksum in found.items() if checksum is not None}
 
     @property

@@ -4,7 +4,7 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,9 @@ from torch.distributed.nn.functional import all_reduce
 from torch.utils.checkpoint import checkpoint
 
 HALVES = ("encoder", "decoder")  # of an autoencoder
+
+# Times by which a decoder's image is larger than the encoded one, along each side.
+Enlarge = Literal[1, 2, 3, 4]
 
 
 class Stage(NamedTuple):
@@ -142,15 +145,19 @@ class Decoder(_Network):
     ones that were encoded, and ``upscale`` is as many times the encoder's factor.
     """
 
-    def __init__(self, z_channels: int, out_channels: int, upscale: int, enlarge: int = 1) -> None:
+    def __init__(
+        self, z_channels: int, out_channels: int, upscale: int, enlarge: Enlarge = 1
+    ) -> None:
         """Note the shapes; ``upscale`` is of images that are not enlarged."""
         super().__init__()
         check_counts(1, z_channels=z_channels, out_channels=out_channels, upscale=upscale)
-        check_counts(1, enlarge=enlarge)
+        given: object = enlarge
+        if type(given) is not int or given not in get_args(Enlarge):  # True equals 1
+            raise ValueError(f"enlarge must be 1, 2, 3 or 4, got {given!r}")
         self.z_channels = z_channels
         self.out_channels = out_channels
         self.upscale = upscale * enlarge
-        self.enlarge_by = enlarge
+        self.enlarge_by: int = enlarge
         self.output_patch = 1  # see widen_output
 
     @property
@@ -298,7 +305,7 @@ def last_convolution(network: nn.Module) -> nn.Conv2d | nn.Conv3d | nn.Linear | 
 def widen(conv: nn.Conv2d | nn.Conv3d, times: int, together: int = 1) -> None:
     """Repeat each output of a convolution in place, or each ``together`` outputs in a row."""
     conv.out_channels *= times
-    for name, parameter in list(conv.named_parameters(recurse=False)):
+    for name, parameter in list(conv.named_parameters()):
         setattr(conv, name, nn.Parameter(repeat_outputs(parameter.detach(), times, together)))
 
 

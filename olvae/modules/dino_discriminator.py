@@ -73,6 +73,10 @@ class DinoDiscriminator(nn.Module):
         self.places = [depth * (head + 1) // heads - 1 for head in range(heads)]
         self.heads = nn.ModuleList(_Head(self.features.channels) for _ in range(heads))
 
+    def checksum(self) -> str:
+        """See :meth:`olvae.models.parts.part.Part.checksum`."""
+        return self.features.checksum
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """(B, 3, H, W) in [-1, 1] -> [logits of tokens (B, 1, h, w)] of each head."""
         if x.ndim != 4 or x.shape[1] != 3:

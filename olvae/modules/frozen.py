@@ -4,6 +4,7 @@ They are in no model's state dict.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from olvae.checkpoint import read_checkpoint, state_dict_of
+from olvae.checkpoint import read_checkpoint, state_dict_of, tensors_sum
 from olvae.library_internals import move_tensors
 from olvae.modules.mixed_precision import upcast
 from olvae.pretrained_networks import (
@@ -319,6 +320,11 @@ class VisionEncoder(Frozen):
         self.channels = int(maps[-1]["num_chs"])  # of the features
         self.depth = len(maps)  # the network's blocks
         self.stride = int(maps[-1]["reduction"])  # pixels that the network sees, per feature
+
+    @cached_property
+    def checksum(self) -> str:
+        """SHA-256 of its weights, which no checkpoint has."""
+        return tensors_sum(self.network.state_dict())
 
     @torch.no_grad()
     def forward(self, x: Tensor, grid: Sequence[int]) -> Tensor:

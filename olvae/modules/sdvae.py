@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from olvae.library_internals import set_checkpointing
-from olvae.modules.base import Decoder, Encoder, Steps, check_choice, check_counts
+from olvae.modules.base import Decoder, Encoder, Enlarge, Steps, check_choice, check_counts
 from olvae.modules.mixed_precision import casts_together
 
 Padding = Literal["zeros", "reflect"]
@@ -144,7 +144,7 @@ class SDDecoder(_Half, Decoder):
         attention_levels: Sequence[int] = (),
         padding: Padding = "zeros",
         linear: bool = False,
-        enlarge: int = 1,
+        enlarge: Enlarge = 1,
     ) -> None:
         check_counts(1, channels=channels, channel_mult=channel_mult)
         super().__init__(z_channels, out_channels, 2 ** (len(channel_mult) - 1), enlarge)

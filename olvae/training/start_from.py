@@ -31,8 +31,9 @@ def start_from(
 ) -> tuple[Mapping[str, Tensor], Config]:
     """Load the autoencoder that ``model.from`` names, and put its networks into the config.
 
-    - Networks in the config are replaced, except for params without a target, such as
-      ``padding: reflect``, which are added. A decoder whose shapes they change starts fresh.
+    - Networks in the config are replaced, with a warning if they are others, except for params
+      without a target, such as ``padding: reflect``, which are added. A decoder whose shapes they
+      change starts fresh.
     - A decoder in the config whose class extends the autoencoder's keeps its class, and the params
       and tensors that it adds: all others are the autoencoder's.
     - With another number of image channels in ``data.params.channels``, the first and the last
@@ -75,7 +76,8 @@ def start_from(
 
     # Its networks, with the config's additions; `enlarge` counts also beside other networks.
     enlarge = entry_of(params, "decoder_config.params.enlarge")
-    params |= {key: _network(value, params.get(key)) for key, value in found.config.items()}
+    for key, value in found.config.items():
+        params[key] = _network(value, params.get(key), f"model.params.{key}", name)
     if enlarge is not None:
         params["decoder_config"]["params"]["enlarge"] = enlarge
     params.pop("initial_logvar", None)
@@ -97,13 +99,25 @@ def start_from(
     return weights, target.config
 
 
-def _network(found: Any, given: Any) -> Any:
-    """Return the value of a config's key for what was found, with the additions given there."""
+def _network(found: Any, given: Any, where: str, name: str) -> Any:
+    """Return the value of a config's key for what was found, with the additions given there.
+
+    ``where`` and ``name`` are the key and the autoencoder, for a warning.
+    """
     if not isinstance(found, Mapping) or not isinstance(given, Mapping):
         return found
     if "target" not in given:
         return OmegaConf.to_container(OmegaConf.merge(found, given))
     if not _extends(given, found):
+        # Only `enlarge` counts.
+        same = {"params": {"enlarge": None}}
+        if OmegaConf.merge(found, given, same) != OmegaConf.merge(found, same):
+            kind = found["target"].rpartition(".")[2]
+            warnings.warn(
+                f"{where}: replaced by another one, the {kind} of {name}; without a target, its "
+                "params are added",
+                stacklevel=3,
+            )
         return found
 
     # Params of a class that extends the one found, but for defaults that it leaves out.
@@ -191,21 +205,24 @@ def with_channels(model: LiteVAE, channels: int, name: str) -> LiteVAE:
     weights = model.state_dict()
     wanted = out.state_dict()
     other = {key: tensor for key, tensor in weights.items() if tensor.shape != wanted[key].shape}
+    remedy = (
+        f"it can't be adapted to {channels}: set data.params.channels to {old}, or train without it"
+    )
     if not other:
-        raise ConfigError(
-            f"{name}: sees patches of pixels of {old} channels: it can't be adapted to {channels}"
-        )
+        raise ConfigError(f"{name}: sees patches of pixels of {old} channels: {remedy}")
     for tensor_name, tensor in other.items():
         axis = int(tensor_name.startswith("encoder"))  # inputs of a convolution; 0 is its outputs
+        each = 1 if axis else model.enlarge**2  # outputs for a channel, which are shuffled
         shape = list(tensor.shape)
-        resized = [*shape[:axis], channels, *shape[axis + 1 :]]
-        is_image = len(shape) > axis and shape[axis] == old
+        resized = [*shape[:axis], each * channels, *shape[axis + 1 :]]
+        is_image = len(shape) > axis and shape[axis] == each * old
         if not is_image or resized != list(wanted[tensor_name].shape):
             raise ConfigError(
                 f"{name}: is for images of {old} channels, which {tensor_name} depends on in "
-                f"another way: it can't be adapted to {channels}"
+                f"another way: {remedy}"
             )
-        weights[tensor_name] = _resized(tensor, axis, channels)
+        by_channel = tensor.unflatten(axis, (old, each))
+        weights[tensor_name] = _resized(by_channel, axis, channels).flatten(axis, axis + 1)
     out.load_state_dict(weights)
     return out.train(model.training)
 
@@ -236,8 +253,6 @@ def enlarged_as(model: LiteVAE, node: Mapping[str, Any], name: str) -> LiteVAE:
     if by == model.enlarge or node["target"] != model.decoder.node["target"]:
         return model
     here = "model.params.decoder_config.params.enlarge"
-    if not isinstance(by, int) or by < 1:
-        raise ConfigError(f"{here}: {by!r} is no whole number from 1 on")
     if model.enlarge > 1:
         raise ConfigError(
             f"{here}: {by}, but the images of {name} are {model.enlarge} times larger already: "

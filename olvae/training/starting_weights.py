@@ -57,9 +57,10 @@ def load_other_run(model: LiteAutoencoderKL, path: str | Path, own: Config) -> C
     learned = runs.settings_of(config).checksums
     if model.frozen_halves:
         frozen = f"the {model.frozen_halves[0]} of {path}, frozen here,"
-        for name, checksum in model.checksums.items():
-            if learned.get(name, checksum) != checksum:
-                other = f"learned from another model than model.params.parts.{name}"
+        for part in model.each_part:
+            checksum = part.checksum()
+            if part.stand_in is not None and learned.get(part.name, checksum) != checksum:
+                other = f"learned from another model than model.params.parts.{part.name}"
                 warn_once(f"{frozen} {other}: are their latents the same?")
     return config
 
@@ -116,13 +117,16 @@ def load_resumed(model: LiteAutoencoderKL, run: Run, settings: Settings) -> dict
             f"model.params.use_ema: {model.use_ema}, but the run has {not model.use_ema}: {other}"
         )
 
-    # Parts with weights of their own, such as a teacher: none added, removed or changed.
+    # Frozen weights of parts, such as a teacher, or the adversary: none added, removed or changed.
     before = settings.checksums
     now = model.checksums
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
         why = f"a resumed run keeps it, with the same weights: {other}"
-        raise ConfigError(*(f"model.params.parts.{name}: {why}" for name in changed))
+        where = {"adversary": "adversary_config"}
+        raise ConfigError(
+            *(f"model.params.{where.get(name, f'parts.{name}')}: {why}" for name in changed)
+        )
 
     # The optimizer's state is by position: the same groups (Muon has two), as many parameters.
     groups = checkpoint["optimizer_states"][0]["param_groups"]

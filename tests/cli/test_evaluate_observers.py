@@ -91,9 +91,17 @@ def test_an_observer_is_in_metrics_json_in_the_tables_and_on_the_page(evaluate, 
     assert "<p>&lt;1 targets&gt;</p>" in page
 
 
+def test_observe_takes_a_list_as_metrics_does(evaluate, tmp_path):
+    code, _, err = evaluate("--observe", "colour, toys.Brightness", "--observe", "round_trips")
+    assert code == 0, err
+    (row,) = json.loads((tmp_path / "out" / "metrics.json").read_text())["results"]
+    assert {"colour", "brightness", "round_trips"} <= row.keys()
+
+
 @pytest.mark.parametrize(
     ("classes", "text"),
     [
+        (["colour,"], "'' is not a dotted path"),
         (["toys.Nothing"], "toys.Nothing is not a kind of"),
         (["toys.Brighter"], "toys has no Brighter; did you mean Brightness"),
         (

@@ -73,6 +73,25 @@ def test_ifid_is_that_of_an_evaluation(
         assert text in err
 
 
+def test_latents_of_a_decoder_at_2x_need_multiples_of_the_encoders_factor(
+    done, refused, tmp_path, photos
+):
+    """An f8, not the f16 of its larger images."""
+    config = tiny_config(photos)
+    config["model"]["params"]["decoder_config"]["params"]["enlarge"] = 2
+    tiny(decoder_config=config["model"]["params"]["decoder_config"]).save_pretrained(
+        tmp_path / "two"
+    )
+    for size in (24, 20):
+        config["data"]["params"]["size"] = size
+        save(config, tmp_path / f"{size}.yaml")
+    given = ("latents", tmp_path / "two", "--out", tmp_path / "out", "--data")
+    done(*given, tmp_path / "24.yaml")
+    assert json.loads((tmp_path / "out/latents.json").read_text())["data"]["size"] == 24
+    line = refused(2, *given, tmp_path / "20.yaml")
+    assert "8x8 pixels, and 20 is not a multiple of 8: set `size` to 16" in line
+
+
 def test_ifid_of_a_decoder_at_2x_compares_pictures_of_the_encoded_size(
     done, tmp_path, photos, weights_dir, monkeypatch
 ):

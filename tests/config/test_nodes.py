@@ -10,12 +10,15 @@ import yaml
 
 from olvae.config import ConfigError, instantiate, resolve_target, validate, with_paths
 from olvae.config.nodes import Node, check, map_nodes
+from olvae.data.pixels.size_and_range import PixelRange
 from olvae.data.places import load
 from olvae.models.spec import AutoencoderSpec
 from tests.config.recipe_targets import read_targets
 from tests.conftest import parts, tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
+ENLARGE = "model.params.decoder_config.params.enlarge"
+WHOLE = "Literal[1, 2, 3, 4]"
 
 
 def test_instantiate_builds_targets_and_names_what_is_wrong():
@@ -176,6 +179,7 @@ def test_validate_lists_every_mistake_at_once():
         ("lightning.callbacks", [1], "expected a mapping of names to nodes"),
         ("data.target", 3, "expected a dotted path"),
         ("model.params.lossconfig", 3, "expected a node of target and params"),
+        *[(ENLARGE, value, f"expected {WHOLE}, got {value}") for value in (0, -1, 100, True)],
     ],
 )
 def test_validate_names_the_key_of_one_mistake(path, value, text):
@@ -188,6 +192,20 @@ def test_validate_names_the_key_of_one_mistake(path, value, text):
     (mistake,) = validate(config)
     assert text in mistake
     assert mistake.startswith(path)
+
+
+@pytest.mark.parametrize("value", [0, -1, 100, True, "two", 2.0, None])
+def test_validate_checks_how_much_the_decoder_of_model_from_enlarges(value):
+    """Also beside a decoder that it replaces."""
+    config = tiny_config()
+    config["model"]["from"] = "diffusers:some/vae"
+    config["model"]["params"]["decoder_config"]["params"]["enlarge"] = value
+    expected = [f"{ENLARGE}: expected {WHOLE}, got {value!r}"]
+    assert validate(config) == expected
+    del config["model"]["params"]["decoder_config"]["target"]
+    assert validate(config) == expected
+    config["model"]["params"]["decoder_config"]["params"] = {"enlarge": 4, "unheard_of": 1}
+    assert validate(config) == []
 
 
 def test_numbers_of_yaml_are_what_they_look_like(tmp_path):
@@ -314,6 +332,17 @@ def test_validate_checks_a_range_without_torch(image_folder):
         config["data"]["params"]["range"] = node
         (mistake,) = validate(config)
         assert mistake.startswith("data.params.range: expected ")
+
+
+def test_null_undoes_the_nodata_and_shown_of_an_included_config(tmp_path):
+    below = tiny_config(tmp_path)
+    below["data"]["params"]["range"] = {"pairs": [0, 9], "nodata": -1, "shown": [0, 2, 1]}
+    (tmp_path / "below.yaml").write_text(yaml.safe_dump(below))
+    above = "include: below.yaml\ndata: {params: {range: {nodata: null, shown: null}}}\n"
+    (tmp_path / "above.yaml").write_text(above)
+    config = load([tmp_path / "above.yaml"])
+    assert validate(config) == []
+    assert PixelRange.from_node(config["data"]["params"]["range"]) == PixelRange((0.0,), (9.0,))
 
 
 def test_a_loss_that_is_not_installed_does_not_end_validation():

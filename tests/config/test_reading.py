@@ -55,6 +55,15 @@ def test_a_list_takes_the_place_of_a_mapping(tmp_path):
     assert merged["data"]["params"] == {"range": [0, 5], "more": {"of": 1}}
 
 
+def test_keys_keep_the_places_that_the_first_file_gives_them(tmp_path):
+    """Also where the kind of value changes; a mapping that becomes a list comes last."""
+    a = write(tmp_path / "a.yaml", "m: {a: 1, b: [1], c: {x: 1}, d: 4, e: {y: 1}}")
+    b = write(tmp_path / "b.yaml", "m: {f: 6, c: null, b: [2, 3], a: text, e: [1]}")
+    merged = load([a, b])["m"]
+    assert merged == {"a": "text", "b": [2, 3], "c": None, "d": 4, "f": 6, "e": [1]}
+    assert list(merged) == ["a", "b", "c", "d", "f", "e"]
+
+
 def test_includes_are_merged_in_order(tmp_path):
     (tmp_path / "sub").mkdir()
     write(tmp_path / "base.yaml", "x: 1\ny: 1\nz: 1")

@@ -5,15 +5,11 @@ import shutil
 
 import numpy as np
 import pytest
-import yaml
 
 from olvae.data.audit import audit_lines, audit_source
 from olvae.data.image import Photo
 from olvae.data.packing import PackOptions, pack
-from olvae.data.pixels.size_and_range import PixelRange
-from olvae.data.value_range import measure_range
 from tests.data.images import close_folders, noise, saved, write_photos
-from tests.data.pixels.files import npy, tiff, values
 from tests.export.latents import encode
 
 
@@ -240,52 +236,6 @@ def test_audit_lines_have_counts_kinds_and_problems(photos, shards):
     lines = list(audit_lines(audit_source(str(shards), 16, workers=2)))
     assert lines[-1] == "fine: ready for training"
     assert "shards        4, 6 images each" in lines
-
-
-def test_measure_range_has_numpys_percentiles_per_channel(root, tmp_path):
-    arrays = [(values("uint16", 2, seed=n) // np.array([1, 8])).astype(np.uint16) for n in range(5)]
-    for number, array in enumerate(arrays):
-        (root / f"{number}.npy").write_bytes(npy(array))
-    found = measure_range(str(root))
-    together = np.stack(arrays).reshape(-1, 2)
-    np.testing.assert_allclose(
-        found.percentiles[:, 1:4], np.percentile(together, [0.1, 1, 50], axis=0).T
-    )
-    assert (found.images, found.kinds, found.missing) == (5, {"uint16": 5}, 0.0)
-    stated = PixelRange.from_node(yaml.safe_load(found.line())["range"])
-    assert stated.outside == "clip"
-    np.testing.assert_allclose(stated.high, np.percentile(together, 99.9, axis=0), rtol=1e-3)
-    pack(str(root), tmp_path / "shards", PackOptions(channels=2))
-    np.testing.assert_array_equal(
-        measure_range(str(tmp_path / "shards")).percentiles, found.percentiles
-    )
-
-
-def test_measure_range_counts_all_columns_whatever_the_width(root):
-    """A step between values that divides the width would see the same columns in every row."""
-    array = np.random.default_rng(0).normal(1000, 100, (2048, 2048)).astype(np.float32)
-    array[:, 0] = np.nan
-    np.save(root / "a.npy", array)
-    found = measure_range(str(root))
-    assert found.missing == pytest.approx(1 / 2048, rel=0.2)
-    assert found.percentiles[0, 3] == pytest.approx(1000, abs=5)
-
-
-def test_measure_range_leaves_out_a_files_own_missing_value(root, tmp_path):
-    array = np.full((40, 40), 7, dtype=np.float32)
-    array[:4], array[4] = -9999, 9
-    tags = [(42113, "s", 0, "-9999", True)]
-    (root / "a.tif").write_bytes(tiff(array, extratags=tags))
-    found = measure_range(str(root))
-    assert (found.percentiles[0, [0, -1]].tolist(), found.missing) == ([7, 9], pytest.approx(0.1))
-    assert yaml.safe_load(found.line())["range"] == {
-        "pairs": [7, 9],
-        "outside": "clip",
-        "nodata": -9999,
-    }
-    assert pack(str(root), tmp_path / "whole", PackOptions(channels=1)).index.images == 1
-    with pytest.raises(ValueError, match="160 values"):
-        pack(str(root), tmp_path / "smaller", PackOptions(channels=1, resize=20))
 
 
 def test_validation_images_that_are_trained_on_are_named_by_content(tmp_path):

@@ -16,6 +16,8 @@ from olvae.data.dataset import (
     ImageDataset,
     MappedSource,
     SamplePhotographs,
+    bound_held_out,
+    evenly_spread,
     hold_out,
     sample_photographs,
 )
@@ -196,6 +198,36 @@ def test_all_but_some_numbers_are_a_sequence():
     assert kept[-1] == 8
     with pytest.raises(IndexError):
         kept[6]
+
+
+@pytest.mark.parametrize(
+    ("share", "images", "fraction", "held_out"),
+    [
+        (0.2, 100, 0.002, 1),
+        (3.6, 100, 0.036, 4),
+        (99.9, 100, 0.999, 99),
+        (2.0, 2, 0.99, 1),
+        (20_000.0, 10**6, 0.02, 20_000),
+        # By default a fifth, at least 1; then 20 up to 400 images; then the share up to 10,000.
+        (0.1, 2, None, 1),
+        (0.2, 4, None, 1),
+        (2.5, 50, None, 10),
+        (4.9, 99, None, 19),
+        (5.0, 100, None, 20),
+        (20.0, 400, None, 20),
+        (21.0, 420, None, 21),
+        (9_999.0, 199_980, None, 9_999),
+        (10_001.0, 200_020, None, 10_000),
+    ],
+)
+def test_the_number_of_images_that_is_held_out(share, images, fraction, held_out):
+    assert bound_held_out(share, images, fraction) == held_out
+
+
+def test_numbers_that_are_held_out_are_evenly_spread():
+    assert evenly_spread(5, None) == [0]
+    assert evenly_spread(10, 0.3) == [0, 4, 9]
+    assert evenly_spread(100, None) == [int(99 * i / 19 + 1e-9) for i in range(20)]
 
 
 def test_hold_out_splits_into_two_parts():

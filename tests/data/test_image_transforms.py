@@ -18,7 +18,7 @@ from olvae.data.image import (
     image_to_tensor,
     resize_shorter_side,
 )
-from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides
 from tests.data.images import picture, saved
 
 
@@ -169,15 +169,35 @@ def test_random_scale_crop_uses_every_filter():
         ({"filters": ("cubic",)}, "bicubic"),
         ({"filters": ()}, "some of"),
         ({"shuffle_channels": 2.0}, "shuffle_channels"),
+        ({"shuffle_channels": -0.1}, "shuffle_channels"),
+        ({"filters": ("box", "cubic")}, "bicubic"),
         ({"augment": {"turn": True}}, "augment: turn: its settings are turns, flip_vertical, int"),
         ({"augment": {"turns": True}, "size": [8, 16]}, "augment.turns: `size` is 8x16, and only"),
-        ({"augment": {"intensity_scale": 1.5}}, "intensity_scale must be at least 0 and below 1"),
+        ({"augment": {"intensity_scale": 1.0}}, "intensity_scale must be at least 0 and below 1"),
+        ({"augment": {"intensity_shift": -0.1}}, "intensity_shift must be at least 0 and below 1"),
         ({"augment": {"intensity_shift": 0.1}, "filters": ["nearest"]}, "values of masks"),
     ],
 )
 def test_random_scale_crop_refuses_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         RandomScaleCrop(**{"size": 16, **arguments})
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"min_fraction": 1.0},
+        {"shuffle_channels": 1.0},
+        {"filters": tuple(FILTERS)},
+        {"augment": {"turns": False}, "size": [8, 16]},
+        {"augment": {"intensity_scale": 0.0, "intensity_shift": 0.99}},
+        {"augment": {"intensity_scale": 0, "turns": True}, "filters": ["nearest"]},
+    ],
+)
+def test_random_scale_crop_takes_the_ends_of_its_settings(arguments):
+    transform = RandomScaleCrop(**{"size": 16, **arguments})
+    crop = transform(gradient(40, 30), np.random.default_rng(0))
+    assert crop.size == tuple(reversed(Sides.of(transform.size)))
 
 
 def test_random_crops_are_from_all_sides_as_often():

@@ -22,6 +22,7 @@ from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.pool import run_in_processes
 from tests.data.images import members, noise, saved, write_photos
+from tests.data.scenes.geotiffs import geotiff, ground
 from tests.soak.killed import killed_before
 
 
@@ -244,6 +245,18 @@ def test_pack_skips_strips_longer_than_a_format_can_store(photos, tmp_path):
     assert not pack(
         str(photos), tmp_path / "png", PackOptions(resize=190, format="png")
     ).index.unreadable
+
+
+def test_tiles_with_missing_values_are_not_packed_because_shards_lose_them(tmp_path):
+    array = ground(0, (64, 64))
+    array[:4, :4] = 0
+    scenes = f"scenes:{geotiff(tmp_path / 'a.tif', array, nodata=0)},tile=32"
+    options = PackOptions(channels=4)
+    with pytest.raises(ConfigError, match=r"max_nodata 0\.1"):
+        pack(f"{scenes},max_nodata=0.1", tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+    pack(scenes, tmp_path / "out", options)
+    assert len(members(tmp_path / "out")) == 3  # the complete ones
 
 
 def test_a_shard_without_any_readable_image_is_not_written(root, tmp_path):

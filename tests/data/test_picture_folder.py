@@ -1,4 +1,5 @@
 import glob
+import hashlib
 import multiprocessing
 import os
 import shutil
@@ -257,7 +258,7 @@ def test_a_folder_that_can_be_listed_but_not_entered(image_folder, monkeypatch):
 def test_one_rule_for_both_parts_in_every_command(train, val, tmp_path, caplog):
     """A line names the rule and what it leaves out."""
     names = [f"{train}/{i}.png" for i in range(4)] + [f"{val}/{i}.png" for i in range(4, 6)]
-    folder = write_photos(tmp_path / "set", [*names, "other/6.png", "7.png"])
+    folder = write_photos(tmp_path / "set", [*names, "other/6.png", "7.png", ".thumbs/8.png"])
     warn_once.cache_clear()
     trained = FolderSource(folder, 16, 1)
     evaluated = open_source(str(folder), 16, 1)
@@ -376,6 +377,20 @@ def test_groups_are_held_out_whole_and_more_images_of_them_change_nothing(root, 
             groups = [{part.group(i, found.grouping) for i in range(len(part))} for part in parts]
             assert len(groups[1]) == 1
             assert groups[0] | groups[1] == set("abcdefgh")
+
+
+@pytest.mark.parametrize(("largest", "names", "held_out"), [(30, "abcdef", 12), (19, "ab", 1)])
+def test_a_group_with_most_of_the_images_is_trained_on(root, largest, names, held_out):
+    """Though its name comes first; of its neighbours as many as are wanted are held out."""
+    first, *others = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    each = 1 if len(others) == 1 else 4
+    write_photos(root, [f"{first}/{n}.png" for n in range(largest)])
+    write_photos(root, [f"{name}/{n}.png" for name in others for n in range(each)])
+    train, val = sides_of(root, hold_out_by="folder", val_fraction=None)
+    assert len(val) == held_out
+    assert {name for name in train if name[0] == first} == {
+        f"{first}/{n}.png" for n in range(largest)
+    }
 
 
 def test_one_group_alone_can_not_be_split(root):

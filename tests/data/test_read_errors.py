@@ -39,6 +39,14 @@ def test_an_unreadable_file_is_named_and_counted_once_but_every_skip_is_in_the_e
     ]
 
 
+def test_an_epoch_ends_when_all_processes_have_delivered_its_images(caplog):
+    errors = account(epoch=12, images=1000)
+    for _ in range(7):
+        errors.take([ReadError("a.jpg", "cut off")], 2, world=3)
+    assert errors.unreadable.delivered == 7 * 2 * 3
+    assert caplog.messages[1:] == ["training: 2 images skipped in this epoch"] * 3
+
+
 def test_a_name_that_commands_a_terminal_is_printed_as_text(caplog, capsys):
     name = "a\x1b]0;owned\x07\nerror: b.jpg"
     account(images=1000).take([ReadError(name, "bad\x1b[2J")], 1)

@@ -39,11 +39,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def twice(theirs: Any) -> LiteVAE:
+def twice(theirs: Any, by: int = 2) -> LiteVAE:
     """A class of diffusers with a decoder at 2x, whose four copies differ."""
     one = DiffusersAutoencoder(theirs).as_litevae("it").eval()
     node = copy.deepcopy(one.decoder.node)
-    node["params"]["enlarge"] = 2
+    node["params"]["enlarge"] = by
     model = enlarged_as(one, node, "it")
     with torch.no_grad():
         last_convolution(model.decoder).weight.add_(
@@ -145,6 +145,24 @@ def test_flat_kernels_of_a_decoder_at_2x(tmp_path):
         (12, 8, 3, 3)
     )
     assert_same(model, find_target(tmp_path / "flat.safetensors").load())
+
+
+@torch.no_grad()
+def test_files_of_a_decoder_at_3x_and_who_shuffles_them(tmp_path):
+    """The node takes the square root of a third of the outputs, whose names are Wan's."""
+    model = twice(make("AutoencoderKLWan", **WAN), 3)
+    z = torch.randn(1, 4, 4, 4)
+    for form, reader, first in (
+        ("ldm", '"VAE Decode (VAE Utils)" of ', "decoder.middle.0.residual.0.gamma"),
+        ("qwen2d", "only this package shuffles them: ", "decoder.conv_in.weight"),
+    ):
+        file = tmp_path / f"{form}.safetensors"
+        export(model, file, LAYOUTS[form]())
+        assert first in load_file(file)
+        torch.testing.assert_close(find_target(file).load().decode(z), model.decode(z))
+        (note,) = (line for line in LAYOUTS[form]().notes(model) if "27 outputs" in line)
+        assert reader in note
+        assert form == "ldm" or "VAE Utils" not in note
 
 
 @pytest.mark.parametrize("kind", ["AutoencoderKL", "AutoencoderKLFlux2"])

@@ -2,9 +2,12 @@ import copy
 
 import pytest
 import torch
+from PIL import Image
 
 from olvae import LiteVAE
 from olvae.config import ConfigError
+from olvae.data.image import image_to_tensor
+from olvae.data.pixels.size_and_range import PixelRange
 from olvae.models.autoencoder import Quantizer
 from olvae.modules.base import last_convolution
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
@@ -22,6 +25,49 @@ def test_forward_takes_the_mode_or_a_sample():
     torch.manual_seed(1)
     torch.testing.assert_close(sample, vae.decode(posterior.sample()))
     assert not torch.equal(mode, sample)
+
+
+def rgba_at_2x() -> LiteVAE:
+    """An autoencoder of four channels, with a decoder at 2x."""
+    params = tiny_config()["model"]["params"]
+    params["encoder_config"]["params"]["in_channels"] = 4
+    params["decoder_config"]["params"] |= {"out_channels": 4, "enlarge": 2}
+    return tiny(**params)
+
+
+def test_colours_of_clear_pixels_do_not_show_when_rgba_is_halved():
+    """By hand, in float64, and as Pillow's pictures, whose colours have alpha in them."""
+    levels = torch.randint(0, 256, (1, 4, 8, 6), dtype=torch.uint8)
+    levels[:, 3, :2] = 0
+    levels[:, 3, 2:4, ::2] = 255
+    model = rgba_at_2x()
+    small = model.shrink(levels / 127.5 - 1)
+
+    blocks = levels.double().unfold(2, 2, 2).unfold(3, 2, 2).flatten(-2)  # (1, 4, 4, 3, 4)
+    alpha = blocks[:, 3:]
+    weighted = (blocks[:, :3] * alpha).sum(-1) / alpha.sum(-1)
+    clear = alpha.sum(-1) == 0
+    colours = torch.where(clear, blocks[:, :3].mean(-1), weighted)
+    expected = torch.cat((colours, alpha.mean(-1)), 1) / 127.5 - 1
+    torch.testing.assert_close(small.double(), expected, rtol=0, atol=1e-4)
+    picture = Image.fromarray(levels[0].permute(1, 2, 0).numpy(), "RGBA")
+    pillow = image_to_tensor(picture.resize((3, 4), Image.Resampling.BOX)).double()
+    opaque = (alpha.mean(-1) > 64).expand_as(colours)
+    found = (small[:, :3].double() + 1) * 127.5
+    assert (found - pillow[None, :3])[opaque].abs().max() < 3  # of 8 bits with alpha in them
+
+    # Four bands of other ranges are no alpha.
+    model.pixel_range = PixelRange((0.0,), (1.0,))
+    plain = blocks.mean(-1) / 127.5 - 1
+    torch.testing.assert_close(model.shrink(levels / 127.5 - 1).double(), plain, rtol=0, atol=1e-5)
+
+
+def test_halving_rgba_has_finite_gradients():
+    """Also of decoded images, beyond [-1, 1] and clear everywhere."""
+    x = torch.full((1, 4, 4, 4), -3.0, requires_grad=True)
+    rgba_at_2x().shrink(x).sum().backward()
+    assert x.grad.isfinite().all()
+    torch.testing.assert_close(x.grad[:, :3], torch.full((1, 3, 4, 4), 0.25))
 
 
 def test_latent_dim_may_be_left_out_or_be_as_published():

@@ -122,6 +122,7 @@ def test_gradients_tell_the_copies_apart():
     assert all(not torch.equal(gradient[:, 0], gradient[:, k]) for k in (1, 2, 3))
 
 
-def test_a_decoder_is_enlarged_by_a_whole_number():
-    with pytest.raises(ValueError, match="enlarge must"):
-        TinyDecoder(enlarge=0)
+@pytest.mark.parametrize("by", [0, -1, 5, True, 2.0, "two", None])
+def test_a_decoder_is_enlarged_by_a_small_whole_number(by):
+    with pytest.raises(ValueError, match=f"enlarge .*{by!r}"):
+        TinyDecoder(enlarge=by)

@@ -3,6 +3,7 @@ as the command trains."""
 
 import copy
 import shutil
+import warnings
 from pathlib import Path
 
 import diffusers
@@ -204,6 +205,25 @@ def test_start_from_in_the_config_as_well_as_by_flag(train_with, tmp_path, image
         run = train_with("lightning.trainer.max_steps=1", config=config, start_from=flag)
         assert_like(starts[-1], theirs)
         assert "from" not in load([run.config])["model"]
+
+
+def test_a_network_that_is_replaced_is_a_warning_unless_it_is_the_same(tmp_path):
+    """Of the same class as well; `enlarge` alone makes no other decoder."""
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    own = copy.deepcopy(LiteVAE.from_pretrained(tmp_path / "vae").config)
+    own["decoder_config"]["params"]["enlarge"] = 2
+    config = tiny_config(lossconfig=WITHOUT_KL, **own)
+    config["model"]["from"] = str(tmp_path / "vae")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start_from(copy.deepcopy(config))
+    config["model"]["params"]["encoder_config"]["params"]["extractor_channels"] = 16
+    with pytest.warns(UserWarning, match="encoder_config") as caught:
+        start_from(config)
+    (warning,) = caught
+    assert str(warning.message).endswith(
+        f", the LiteVAE_Encoder of {tmp_path / 'vae'}; without a target, its params are added"
+    )
 
 
 def test_scaling_factors_are_the_sources_and_the_recipes_where_a_file_has_none(

@@ -1,11 +1,13 @@
 """Other image channels: the new networks' function against the old ones'."""
 
+import copy
+
 import pytest
 import torch
 
 from olvae.config import ConfigError
 from olvae.models.loading.from_diffusers import DiffusersAutoencoder
-from olvae.training.start_from import with_channels
+from olvae.training.start_from import enlarged_as, with_channels
 from tests.export.latents import tiny_vae
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.classes import make
@@ -49,10 +51,30 @@ def test_with_channels_keeps_the_function_of_the_networks(name):
     )
 
 
+@pytest.mark.parametrize("name", ["KL", "KLWan"])
+@torch.no_grad()
+def test_with_channels_keeps_the_function_of_a_decoder_at_2x(name):
+    one = DiffusersAutoencoder(MAKE[name]()).eval().as_litevae("it")
+    node = copy.deepcopy(one.decoder.node)
+    node["params"]["enlarge"] = 2
+    rgb = enlarged_as(one, node, "it")
+    for key, tensor in rgb.decoder.state_dict().items():
+        if key.endswith(("conv_out.weight", "conv_out.bias")):
+            tensor.add_(0.1 * torch.randn_like(tensor))  # so that the copies differ
+    z = torch.randn(1, rgb.latent_channels, 4, 4)
+    rgba = with_channels(rgb, 4, "it")
+    assert (rgba.in_channels, rgba.enlarge) == (4, 2)
+    torch.testing.assert_close(rgba.decode(z)[:, :3], rgb.decode(z), rtol=1e-4, atol=1e-5)
+    mean = rgb.decode(z).mean(1, keepdim=True)
+    if name == "KLWan":  # which clamps the image
+        return
+    torch.testing.assert_close(with_channels(rgb, 1, "it").decode(z), mean, rtol=1e-4, atol=1e-5)
+
+
 def test_with_channels_refuses_networks_that_know_the_channels_elsewhere():
     with pytest.raises(
         ConfigError,
-        match=r"^it: .*3 channels",
+        match=r"^it: .*3 channels.*data\.params\.channels to 3",
     ):
         with_channels(tiny_vae(), 4, "it")
     # Wan 2.2's

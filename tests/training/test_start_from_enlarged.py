@@ -167,14 +167,6 @@ def test_a_teacher_is_measured_on_images_of_the_encoded_size(tmp_path):
     torch.testing.assert_close(part.std.double(), expected, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("by", [0, "two", 2.5, None])
-def test_enlarge_is_a_whole_number(by):
-    model = DiffusersAutoencoder(make("AutoencoderTiny")).as_litevae("it")
-    node = {"target": model.decoder.node["target"], "params": {"enlarge": by}}
-    with pytest.raises(ConfigError, match=r"params\.enlarge: .*whole number"):
-        enlarged_as(model, node, "it")
-
-
 def test_a_size_that_is_no_multiple_of_both_factors_is_refused(train_with, image_folder):
     config = tiny_config(image_folder, **enlarging())
     config["data"]["params"]["size"] = 24

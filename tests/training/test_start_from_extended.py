@@ -85,7 +85,8 @@ def test_a_decoder_of_another_class_is_not_extended(tmp_path):
     """It takes the config's place, and the part says what it lacks."""
     tiny_kl().save_pretrained(tmp_path / "kl")
     content = config(target=f"diffusers:{tmp_path / 'kl'}")
-    start_from(content)
+    with pytest.warns(UserWarning, match="decoder_config: .*SDDecoder"):
+        start_from(content)
     assert content["model"]["params"]["decoder_config"]["target"].endswith("SDDecoder")
 
 

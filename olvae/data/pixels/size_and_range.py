@@ -103,8 +103,9 @@ RangeSettings = TypedDict(  # noqa: UP013
         "pairs": Sequence[Number] | Sequence[Sequence[Number]],
         "values": Values,
         "outside": Outside,
-        "nodata": Number,
-        "shown": Sequence[int],
+        # Null undoes what an included config has.
+        "nodata": Number | None,
+        "shown": Sequence[int] | None,
         "stretch": Sequence[Number],
     },
     total=False,
@@ -175,7 +176,7 @@ class PixelRange:
             if pairs.ndim == 1:
                 pairs = pairs[None]
             low, high = (tuple(map(float, column)) for column in pairs.T)
-            if "shown" in settings:
+            if settings.get("shown") is not None:
                 settings["shown"] = tuple(map(operator.index, settings["shown"]))
             if "stretch" in settings:
                 settings["stretch"] = tuple(map(float, settings["stretch"]))

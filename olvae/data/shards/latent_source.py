@@ -92,15 +92,14 @@ class LatentSource(ShardSource):
         self.sample = sample
         self.flip = flip
         shards = with_counts(find_shards(folder), str(Path(folder).expanduser() / INDEX), LATENT)
-        size = self.stats["size"] or 1
         super().__init__(
-            shards,
-            shards,
-            shuffle,
-            LATENT,
-            size,
-            batch_size,
-            num_workers,
+            train=shards,
+            val=shards,
+            shuffle=shuffle,
+            image_key=LATENT,
+            size=self.stats["size"] or 1,
+            batch_size=batch_size,
+            num_workers=num_workers,
             max_unreadable=max_unreadable,
         )
 
@@ -226,8 +225,10 @@ class PairSource(ShardSource):
         # How validation images were cut: once when they were encoded, once more for a smaller size.
         self.crops = f"at {held_out['size']} pixels: {EvalTransform(held_out['size']).describe()}"
         if self.size.node != held_out["size"]:
-            central = f"the central {self.size.node} pixels"
-            self.crops += f", of which {central}, at a multiple of {self.stats['downscale']}"
+            self.crops += (
+                f", then a central crop of {self.size.node} pixels, which begins at a multiple of "
+                f"{self.stats['downscale']}"
+            )
 
     def describe(self) -> str:
         shards = counted(len(self.train), "shard")

@@ -70,8 +70,8 @@ class Volume(ABC):
         for _ in range(3):
             world, column = np.unravel_index(np.argmax(steps), (3, 3))
             found[int(world)] = int(column)
-            steps[world, :] = -1.0
-            steps[:, column] = -1.0
+            steps[world, :] = -np.inf
+            steps[:, column] = -np.inf
         return 2 - found[PLANES[str(axis)]]
 
     def state(self) -> str:
@@ -101,12 +101,10 @@ class Volume(ABC):
 
         Beyond the ends, the first and the last slice are repeated. Raises UnreadableImageError.
         """
-        last = self.shape[axis] - 1
+        numbers = np.arange(index - neighbours, index + neighbours + 1)
+        numbers = numbers.clip(0, self.shape[axis] - 1)
         try:
-            found = [
-                self.read_slice(axis, min(max(number, 0), last))
-                for number in range(index - neighbours, index + neighbours + 1)
-            ]
+            found = [self.read_slice(axis, number) for number in numbers.tolist()]
             return np.stack(found, axis=-1).astype(np.float32)
         except ConfigError:
             raise

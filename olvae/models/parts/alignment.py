@@ -174,6 +174,9 @@ class Alignment(Part):
             )
         return terms
 
+    def checksum(self) -> str:
+        return self.features.checksum
+
     def describe(self) -> str:
         adaptive = ", adaptive" if self.adaptive_weight else ""
         mapper = ", by a transformer" if self.mapper == "vit" else ""

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Stage, check_choice, check_counts
+from olvae.modules.base import Decoder, Enlarge, Stage, check_choice, check_counts
 from olvae.modules.litevae.encoder_model import GroupNorm, PreActivationBlock, conv3, shortcut
 from olvae.modules.litevae.smc import SMC
 from olvae.modules.mixed_precision import casts_together
@@ -79,8 +79,8 @@ class LiteVAE_Decoder(Decoder):
             latent's resolution, for small machines [D].
         dropout: inside the blocks.
         linear: add a linear path from 3x3 latents to pixels; see :mod:`olvae.models.linear_code`.
-        enlarge: times by which the image is larger than the encoded one, along each side: a
-            decoder at 2x has 2.
+        enlarge: times by which the image is larger than the encoded one, along each side, 1 to 4:
+            a decoder at 2x has 2.
 
     Shapes: (B, z_channels, h, w) -> (B, out_channels, f h, f w) with
     f = enlarge 2^(len(channel_mult) - 1); [-1, 1], not clamped.
@@ -97,7 +97,7 @@ class LiteVAE_Decoder(Decoder):
         output: Literal["image", "wavelet", "packets"] = "image",
         dropout: float = 0.0,
         linear: bool = False,
-        enlarge: int = 1,
+        enlarge: Enlarge = 1,
     ) -> None:
         check_counts(1, channels=channels, channel_mult=channel_mult)
         check_counts(0, num_res_blocks=num_res_blocks)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from olvae.modules.base import Decoder, Encoder, Stage, Steps, check_counts
+from olvae.modules.base import Decoder, Encoder, Enlarge, Stage, Steps, check_counts
 from olvae.modules.distributions import deterministic_moments
 
 SOFT_BOUND = 3.0  # of the decoder's input, in standard deviations
@@ -143,7 +143,7 @@ class TinyDecoder(_Tiny, Decoder):
         blocks: Sequence[int] = (3, 3, 3, 1),
         pool: bool = False,
         channel_mult: Sequence[int] | None = None,
-        enlarge: int = 1,
+        enlarge: Enlarge = 1,
     ) -> None:
         multiples = channel_mult or [1] * len(blocks)
         check_counts(0, blocks=blocks)

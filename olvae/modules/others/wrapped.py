@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.library_internals import can_checkpoint, causal_padding, set_checkpointing
-from olvae.modules.base import HALVES, Decoder, Encoder, Steps
+from olvae.modules.base import HALVES, Decoder, Encoder, Enlarge, Steps
 from olvae.modules.distributions import deterministic_moments
 from olvae.modules.mixed_precision import autocast_enabled, no_autocast, upcast
 
@@ -205,7 +205,7 @@ class DiffusersDecoder(_Wrapped, Decoder):
         out_channels: int = 3,
         upscale: int = 8,
         frames: bool = False,
-        enlarge: int = 1,
+        enlarge: Enlarge = 1,
     ) -> None:
         super().__init__(z_channels, out_channels, upscale, enlarge)
         self.frames = frames

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from olvae.config import ConfigError
-from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides
+from olvae.data.pixels.size_and_range import (
+    EIGHT_BITS,
+    PixelRange,
+    Sides,
+    TooManyPixelsError,
+    check_size,
+    nearest_float32,
+    to_uint8,
+)
 
 
 def logc3(v: np.ndarray) -> np.ndarray:
@@ -159,7 +167,15 @@ def test_a_files_own_missing_value_and_clipping():
         ({"pairs": [-1, 100], "values": "pq"}, "pq takes luminances of 0 to 10000"),
         ({"pairs": [0, 5], "values": "lgo"}, "values is linear, log, log1p, logc3 or pq"),
         ({"pairs": [0, 5], "shown": [0, 1]}, "one or three channels"),
+        ({"pairs": [0, 5], "shown": [-1]}, "one or three channels"),
         ({"pairs": [0, 5], "stretch": [0.5, 0.2]}, "two fractions"),
+        ({"pairs": [0, 5], "stretch": [0.5, 0.5]}, "two fractions"),
+        ({"pairs": [0, 5], "stretch": [0, 1.5]}, "two fractions"),
+        ({"pairs": [0, 5], "stretch": [-0.5, 1]}, "two fractions"),
+        ({"pairs": [0, 5], "stretch": [0, 0.5, 1]}, "two fractions"),
+        ({"pairs": [0, 1e-39]}, "finite distance in float32"),
+        ({"pairs": [-1, 5], "values": "log1p"}, "above -1 for log1p"),
+        ({"pairs": [0, 255], "eight_bits": True}, "values is linear"),
         ({"pairs": [0, 5], "stretch": 3}, "expected a pair"),
         ({"pairs": [0, 5], "stretch": ["a", "b"]}, "shown, stretch and nodata are numbers"),
         ({"pairs": [0, 5], "shown": ["a"]}, "shown, stretch and nodata are numbers"),
@@ -181,6 +197,69 @@ def test_ranges_fit_the_channels():
         PixelRange.from_node([[0, 1], [0, 2]]).check_channels(3)
     with pytest.raises(ConfigError, match=r"shown: \[3, 2, 1\]"):
         PixelRange.from_node({"pairs": [0, 1], "shown": [3, 2, 1]}).check_channels(3)
+    PixelRange.from_node({"pairs": [0, 1], "shown": [2, 1, 0]}).check_channels(3)
+    PixelRange.from_node([[0, 1], [0, 2]]).check_channels(2)
+
+
+def test_ends_are_of_one_pair_or_of_each_channels():
+    several = PixelRange.from_node([[0, 1], [-3, 0.1], [0, 1]])
+    assert several.ends_of(0) == (0, 1)
+    assert several.ends_of(1) == (-3, np.float32(0.1))
+    assert PixelRange.from_node([2, 4]).ends_of(2) == (2, 4)
+    assert str(several) == "0 to 1, -3 to 0.1, linear"
+    assert str(EIGHT_BITS) == "8 bits, 0 to 255"
+
+
+def test_values_at_the_ends_are_inside():
+    stated = PixelRange.from_node([-2, 5])
+    ends = np.array([[[-2], [5]]], dtype=np.float64)
+    found = stated.checked(ends)
+    assert (found.dtype, found.tolist()) == (np.float32, ends.tolist())
+    for outside in (-2.1, 5.1):
+        with pytest.raises(ValueError, match="outside the range"):
+            stated.checked(np.full((1, 1, 1), outside))
+
+
+def test_what_leaves_the_range_becomes_its_ends_in_8_bits():
+    assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])).tolist() == [0, 0, 128, 255, 255]
+    stated = PixelRange.from_node([0, 10])
+    assert stated.to_levels(torch.tensor([-2.0, -1.0, 0.5, 2.0])).tolist() == [0, 0, 191.25, 255]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 6])
+def test_pictures_show_three_channels_at_most_unless_they_have_8_bits(channels):
+    levels = 10.0 * torch.arange(channels).view(channels, 1, 1)
+    shown = PixelRange.from_node([0, 1]).picture(levels)
+    assert shown.flatten().tolist() == [0, 10, 20][:channels]
+    eight = levels.to(torch.uint8)
+    assert torch.equal(EIGHT_BITS.picture(eight), eight)
+
+
+def test_a_missing_value_is_compared_in_float32():
+    largest = np.finfo(np.float32).max
+    assert [nearest_float32(value) for value in (0.1, 1e39, -1e39)] == [
+        np.float32(0.1),
+        largest,
+        -largest,
+    ]
+    assert np.isnan(nearest_float32(math.nan))
+
+
+@pytest.mark.parametrize("size", [(12_800, 12_500), (100, 1), (1, 100), (1, 1)])
+def test_pictures_of_160_million_pixels_and_of_1_to_100_are_read(size):
+    check_size(*size)
+
+
+def test_a_picture_is_refused_by_its_pixels_or_by_its_longer_side():
+    with pytest.raises(TooManyPixelsError, match="12501x12800 pixels, more than 160 million"):
+        check_size(12_501, 12_800)
+    for size in ((101, 1), (2, 201)):
+        with pytest.raises(ValueError, match="more than 100 times") as raised:
+            check_size(*size, most=math.inf)
+        assert type(raised.value) is ValueError
+    check_size(12_501, 12_800, most=math.inf)
+    with pytest.raises(TooManyPixelsError):
+        check_size(4, 4, most=15)
 
 
 def test_sides_of_squares_are_one_number_and_others_two():
@@ -199,6 +278,10 @@ def test_sides_are_cropped_to_multiples():
     assert Sides(90, 250).multiples(16) == ((80, 240), (96, 256))
     assert Sides(5, 40).multiples(16) == ((16, 32), (16, 48))
     assert Sides(80, 256) // 8 == (10, 32)
+
+
+def test_sides_of_one_pixel_are_a_size():
+    assert Sides.of(1) == Sides.of([1, 1]) == Sides.read("1x1") == (1, 1)
 
 
 @pytest.mark.parametrize("size", [0, [80], [80, 0], [80, 256, 3], [80, 25.6], -8, "64"])

@@ -11,6 +11,7 @@ import torch
 from olvae.config import ConfigError
 from olvae.data.opening import open_images, open_source, open_test_source, trains_on
 from olvae.data.pixels.size_and_range import PixelRange
+from olvae.data.scenes import scene_source
 from olvae.data.scenes.scene_source import SceneSource
 from olvae.data.source import LoaderProcess
 from olvae.data.value_range import measure_range
@@ -60,6 +61,17 @@ def test_validation_images_are_the_held_out_scenes_windows(scenes):
     assert s.describe() == (
         f"{len(s.train)} training, 48 validation and test images, of 4 scenes, held out by file"
     )
+
+
+def test_of_very_many_tiles_some_are_validated_on_evenly_spread(tmp_path, monkeypatch):
+    geotiff(tmp_path / "a.tif", ground(0, (16, 16 * 13)))
+    geotiff(tmp_path / "b.tif", ground(1, (32, 32)))
+    for most, places in ((13, range(13)), (5, (0, 3, 6, 9, 12)), (2, (0, 12))):
+        monkeypatch.setattr(scene_source, "MAX_VAL_IMAGES", most)
+        val = source(tmp_path / "b.tif", val_scenes=tmp_path / "a.tif", batch_size=1).val
+        assert [val.key(i) for i in range(len(val))] == [
+            f"a.tif/00000-{16 * i:05d}" for i in places
+        ]
 
 
 def test_training_crops_are_complete_pixels_of_their_tiles(scenes):

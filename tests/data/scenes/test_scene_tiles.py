@@ -81,6 +81,32 @@ def test_no_pixel_of_a_training_window_is_within_the_gap(size, blocks, gap, tile
     assert trained.mean() > 0.5
 
 
+def test_held_out_blocks_lack_the_margins_to_their_neighbours_alone():
+    """Three by two blocks of 64 pixels, the last ones have the rest; all but one held out."""
+    train, held_out = hold_out_blocks([Blank(200, 130)], 64, 8, Sides(16, 16), 0.9)
+    assert held_out == [
+        Region(0, 0, 0, 56, 56),
+        Region(0, 0, 72, 56, 58),
+        Region(0, 72, 0, 48, 56),
+        Region(0, 72, 72, 48, 58),
+        Region(0, 136, 72, 64, 58),
+    ]
+    assert train == [Region(0, 128, 0, 72, 64)]
+    # Of two scenes without a gap, each smaller than two blocks.
+    pair = [Blank(64, 127), Blank(10, 64)]
+    train, held_out = hold_out_blocks(pair, 64, 0, Sides(16, 16), None)
+    assert (train, held_out) == ([Region(1, 0, 0, 10, 64)], [Region(0, 0, 0, 64, 127)])
+
+
+@pytest.mark.parametrize(("blocks", "gap"), [(48, 16), (16, 0)])
+def test_a_block_of_just_one_tile_and_its_gaps_is_held_out(blocks, gap):
+    _, held_out = hold_out_blocks([Blank(3 * blocks, blocks)], blocks, gap, Sides(16, 9), 0.5)
+    assert held_out[0] == Region(0, 0, 0, blocks - gap, blocks)
+    for wrong in ((blocks - 1, gap), (blocks, -1)):
+        with pytest.raises(ConfigError, match=r"data\.params\.blocks"):
+            hold_out_blocks([Blank(300, 300)], *wrong, Sides(16, 9), None)
+
+
 def test_a_block_is_large_enough_for_a_tile_and_its_gaps():
     scene = [Blank(300, 300)]
     with pytest.raises(ConfigError, match=r"blocks 40: .*48 pixels"):

@@ -14,6 +14,7 @@ from olvae.data.opening import open_source
 from olvae.data.shards import index
 from olvae.data.shards.index import (
     Index,
+    ShardRecord,
     find_shards,
     read_unchanged,
     share_indexes,
@@ -22,6 +23,7 @@ from olvae.data.shards.index import (
 )
 from olvae.data.shards.indexing import index_shards
 from olvae.data.shards.offsets import scan
+from olvae.data.shards.tar_reading import Shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.launcher import join, leave
 from tests.data.images import encoded, write_shards, write_tar
@@ -41,6 +43,27 @@ def test_with_counts_of_an_empty_shard_and_a_broken_one(tmp_path, caplog):
     assert line.startswith(
         f"skipped {paths[2]}: a shard without images: no file in it ends in .jpg, "
     )
+
+
+@pytest.mark.parametrize(
+    ("url", "beside"),
+    [("d/index.json", "d/index.offsets"), ("s3://b/d/other.json", "s3://b/d/index.offsets")],
+)
+def test_shards_of_an_index_are_described_with_where_their_offsets_begin(url, beside):
+    """In the order of their names, each after the images of those before it."""
+    records = {"b.tar": ShardRecord(5, 40), "a.tar": ShardRecord(3), "c.tar": ShardRecord(2, 8)}
+    index = Index(records, offsets=True, image_key="png", classes=(1.5, 4))
+    assert (index.images, index.bytes) == (10, 48)
+    assert index.located(url, "png") == {
+        "a.tar": Shard("", 3, (beside, 0), None, (1.5, 4)),
+        "b.tar": Shard("", 5, (beside, 3), 40, (1.5, 4)),
+        "c.tar": Shard("", 2, (beside, 8), 8, (1.5, 4)),
+    }
+    for unknown in (index, Index(records)):
+        found = unknown.located(url, "jpg" if unknown is index else None)
+        assert [shard.offsets for shard in found.values()] == [None] * 3
+    assert [index.counts(key) for key in ("png", "jpg", None)] == [True, False, False]
+    assert [Index(records).counts(key) for key in ("png", None)] == [True, True]
 
 
 def test_find_shards_takes_folders_patterns_braces_and_urls(tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 
 import io
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,12 @@ from olvae.data.read_errors import UnreadableImageError
 from olvae.data.shards.latent_files import (
     LARGEST,
     LATENT_META,
+    STATS,
     Latent,
     pixel_bytes,
     read_label,
     read_latent,
+    read_stats,
 )
 from olvae.data.shards.tar_reading import Entry
 
@@ -82,6 +86,78 @@ def test_files_that_encode_did_not_write_are_refused(tensors, meta, why):
 def test_the_largest_latents_are_read():
     latent, _, _ = read_latent(entry({"latent": torch.full((1, 1, 1), -LARGEST)}))
     assert latent.mean.item() == -LARGEST
+
+
+STATS_CONTENT = {
+    "count": 9,
+    "downscale": 8,
+    "channels": 3,
+    "size": 16,
+    "latent_shape": [2, 4, 4],
+    "shift_factor": 0.5,
+    "scaling_factor": 2,
+    "latents_mean": [0, -1],
+    "latents_std": [1, 0],
+    "means_std": [1, 0.5],
+}
+
+
+def described(folder: Path, **change: Any) -> dict[str, Any]:
+    (folder / STATS).write_text(json.dumps({**STATS_CONTENT, **change}))
+    return read_stats(folder)
+
+
+def test_a_description_of_latents_has_numbers_of_their_kinds(tmp_path):
+    """As JSON has no kinds, and others may have written it."""
+    found = described(tmp_path, count=9.0, size=[16, 16], more="kept")
+    assert found == {**STATS_CONTENT, "more": "kept"}
+    assert type(found["count"]) is int
+    assert [type(number) for number in found["latents_std"]] == [float, float]
+    assert type(found["scaling_factor"]) is float
+    oblong = described(tmp_path, size=[16, 24], latent_shape=[2.0, 2, 3])
+    assert (oblong["size"], oblong["latent_shape"]) == ([16, 24], [2, 2, 3])
+    native = described(tmp_path, size=0, latent_shape=None)
+    assert (native["size"], native["latent_shape"]) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scaling_factor": math.nan}, "scaling_factor: .*nan"),
+        ({"scaling_factor": math.inf}, "scaling_factor: .*inf"),
+        ({"scaling_factor": 0}, r"scaling_factor: .*0\.0"),
+        ({"scaling_factor": -2.0}, r"scaling_factor: .*-2\.0"),
+        ({"shift_factor": math.nan}, "shift_factor: .*nan"),
+        ({"latents_mean": [0.5]}, "latents_mean: expected 2 numbers"),
+        ({"latents_mean": [0.5, math.nan]}, "latents_mean: .*finite"),
+        ({"latents_std": [1.0, math.nan]}, "latents_std: .*finite"),
+        ({"latents_std": [1.0, -1.0]}, "latents_std: .*negative"),
+        ({"means_std": [1.0]}, "means_std: expected 2 numbers"),
+        ({"means_std": [-1e-9, 1.0]}, "means_std: .*negative"),
+        ({"latent_shape": [3, 4, 4]}, "latents_mean: expected 3 numbers"),
+        ({"latent_shape": None, "means_std": [1, 1, 1]}, "means_std: expected 2 numbers"),
+        ({"size": -8}, "size must be at least 1"),
+        ({"downscale": None}, "TypeError"),
+    ],
+)
+def test_numbers_that_no_latents_have(tmp_path, change, message):
+    """Of a description that was received: it is refused by the number's name."""
+    with pytest.raises(ValueError, match=rf"stats\.json: not a description .*{message}"):
+        described(tmp_path, **change)
+
+
+@pytest.mark.parametrize("name", STATS_CONTENT)
+def test_a_description_of_latents_without_a_number_is_refused_by_its_name(tmp_path, name):
+    content = {**STATS_CONTENT}
+    del content[name]
+    (tmp_path / STATS).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"stats\.json: .*KeyError\('{name}'\)"):
+        read_stats(tmp_path)
+
+
+def test_latents_without_a_description_are_not_complete(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no stats\.json"):
+        read_stats(tmp_path)
 
 
 def test_a_label_is_a_number_or_none():

@@ -137,7 +137,7 @@ def test_validation_of_pairs_is_the_centre_of_each_held_out_image_once_in_order(
     )
     assert s.describe_val_images() == (
         "at 32 pixels: bicubic antialiased resize of the shorter side (Pillow), centre crop, "
-        "of which the central 16 pixels, at a multiple of 4"
+        "then a central crop of 16 pixels, which begins at a multiple of 4"
     )
     odd = next(iter(source(pairs, size=20).val_loader()))  # 3 places: the one in the middle
     assert place(odd["image"][0], odd["key"][0]) == (False, 4, 4)

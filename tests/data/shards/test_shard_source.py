@@ -11,10 +11,11 @@ import pytest
 
 from olvae.data.read_errors import ReadError
 from olvae.data.shards import shard_source
+from olvae.data.shards.offsets import TAR_BLOCK, offsets_of
 from olvae.data.shards.tar_reading import Entry, Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderLayout, LoaderProcess
-from tests.data.images import encoded, write_shards, write_tar
+from tests.data.images import encoded, rewrite, write_shards, write_tar
 
 COUNTS = (5, 9, 1, 14, 7, 3, 11)  # 50 images
 
@@ -181,10 +182,66 @@ def test_unknown_shards_say_what_other_processes_repeat(shards):
         source(shards, interleave=0)
 
 
+def test_a_shard_of_unknown_images_without_any_ends_with_an_error(shards):
+    s = source(shards)
+    path = str(shards / "shards" / "001.tar")
+    keys = [entry.key for entry in s.entries(Shard(path))]
+    assert len(keys) == 9
+    assert keys == [entry.key for entry in s.entries(Shard(path, 9))]
+    empty = str(write_tar(shards / "empty.tar", [("a.txt", b"x")]))
+    assert list(s.entries(Shard(empty))) == [ReadError(empty, "no images in it", lost=False)]
+    assert list(s.entries(Shard(empty, 0))) == []
+
+
+def validated(s: WebDatasetSource, *shards: Shard) -> tuple[list[str], list[ReadError]]:
+    """Keys of the images that were read, and all errors."""
+    s.val = shards
+    samples = list(s.once(LoaderProcess()))
+    keys = [sample.key for sample in samples if sample.image is not None]
+    return keys, [error for sample in samples for error in sample.errors]
+
+
+def test_validation_counts_an_error_for_each_image_that_a_shard_lacks(shards):
+    s = source(shards)
+    whole = shards / "shards" / "000.tar"
+    keys = [f"000/{number:04d}" for number in range(5)]
+    assert validated(s, Shard(str(whole), 5)) == (keys, [])
+    assert validated(s, Shard(str(whole), 4)) == (keys, [])
+    assert validated(s, Shard(str(whole))) == (keys, [])
+    reason = "has fewer images than its index.json says"
+    errors = [ReadError(str(whole), reason, str(number)) for number in (5, 6)]
+    assert validated(s, Shard(str(whole), 7)) == (keys, errors)
+
+    # One that can't be decoded, beside one that is missing.
+    rewrite(whole, {"0002.jpg": b"broken"})
+    found, errors = validated(s, Shard(str(whole), 6))
+    assert found == keys[:2] + keys[3:]
+    assert [(error.name, error.image) for error in errors] == [
+        (f"{whole}/0002.jpg", ""),
+        (str(whole), "5"),
+    ]
+
+
+def test_validation_over_a_damaged_shard_says_how_much_is_missing(shards):
+    s = source(shards)
+    cut = shards / "shards" / "001.tar"
+    content = cut.read_bytes()
+    cut.write_bytes(content[: 4 * len(content) // 9])
+    found, errors = validated(s, Shard(str(cut), 9))
+    assert 2 <= len(found) <= 5
+    assert [error.image for error in errors] == [str(i) for i in range(len(found), 9)]
+    count = f"{9 - len(found)} images by its index.json, or as many or more without one"
+    assert all(error.lost and error.reason.endswith(count) for error in errors)
+    unknown, (error,) = validated(s, Shard(str(cut)))
+    assert unknown == found
+    assert error.lost
+    assert "an unknown number of images" in error.reason
+    empty = str(write_tar(shards / "empty.tar", [("a.txt", b"x")]))
+    assert validated(s, Shard(empty)) == ([], [ReadError(empty, "no images in it", lost=False)])
+
+
 def test_offsets_of_an_index_are_used_for_remote_shards(shards):
     """The bytes are those of the middle of the file."""
-    from olvae.data.shards.offsets import TAR_BLOCK, offsets_of
-
     path = shards / "shards" / "003.tar"
     offsets = offsets_of(Shard(str(path)))
     assert len(offsets) == 14

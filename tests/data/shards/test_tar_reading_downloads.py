@@ -326,6 +326,21 @@ def test_a_store_that_is_down_is_left_alone_from_the_middle_of_shards_too(tmp_pa
     assert len(opened) < 20
 
 
+def test_pauses_double_until_they_would_end_after_a_minute(monkeypatch, caplog):
+    """1 + 2 + 4 + 8 + 16 are 31 s, and 32 more are too many; a line before the fourth."""
+    clock = Clock()
+    opened: list[str] = []
+    monkeypatch.setattr(tar_reading, "time", clock)
+    monkeypatch.setattr(tar_reading, "PAUSE_S", 1.0)
+    monkeypatch.setattr(tar_reading, "RETRY_S", 60.0)
+    monkeypatch.setattr(tar_reading._Download, "_open", failing(opened))
+    with pytest.raises(OSError, match="down"):
+        open_url("http://paused.invalid/0.tar").read(1)
+    assert (clock.now, len(opened)) == (31.0, 6)
+    (line,) = caplog.messages
+    assert line.endswith("trying again, for 7 s so far (60 s at most)")
+
+
 def failing(opened: list[str]) -> Any:
     def fail(self: Any) -> None:
         opened.append(self._url)

@@ -84,6 +84,13 @@ def test_partial_shards_of_a_failed_or_killed_run_are_removed(shards):
     assert [path.name for path in shards.folder.iterdir()] == ["000000.tar"]
 
 
+def test_a_command_that_is_alone_begins_without_half_written_files(shards):
+    state = shards.folder / shards.state
+    (state / ".partial-12345678-000007.tar").touch()
+    ResumableShards(shards.folder, shards.state).begin(PLAN)
+    assert [path.name for path in state.iterdir()] == ["plan.json"]
+
+
 def test_another_plan_is_refused_once_a_shard_is_finished(shards):
     other = {"options": {"size": 16, "flip": False}, "images": "abd"}
     shards.begin(other)

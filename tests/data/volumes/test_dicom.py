@@ -1,5 +1,6 @@
 """DICOM against pydicom: series and frames, their geometry and slopes, and back."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from pydicom.data import get_testdata_file
 
 from olvae.data.read_errors import UnreadableImageError
+from olvae.data.volumes.dicom import check_header
 from olvae.data.volumes.volume_source import find_volumes, open_volume
 from tests.data.volumes.scans import dicom, hounsfield, only, series, whole
 
@@ -126,6 +128,27 @@ def test_spacing_is_kept_without_positions_and_a_slope_of_0_is_refused(tmp_path)
     assert open_volume(path).spacing[1:] == (0.9, 0.8)
     with pytest.raises(UnreadableImageError, match="slope is 0"):
         open_volume(dicom(path, hounsfield()[3], RescaleSlope=0)).slices(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("tags", "why"),
+    [
+        ({}, None),
+        ({"SamplesPerPixel": None, "PhotometricInterpretation": None}, None),
+        ({"Rows": None}, r"no pixel data \(CT\)"),
+        ({"Columns": 0}, r"no pixel data \(CT\)"),
+        ({"Rows": None, "Columns": None, "Modality": None}, r"no pixel data \(no modality\)"),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, "MONOCHROME1"),
+        ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, r"colour \(RGB\)"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "colour"),
+        ({"SamplesPerPixel": 3}, "colour"),
+    ],
+)
+def test_headers_of_files_without_pixels_of_one_channel(tags, why):
+    header = {"Rows": 2, "Columns": 3, "Modality": "CT"}
+    header |= {"SamplesPerPixel": 1, "PhotometricInterpretation": "MONOCHROME2", **tags}
+    with nullcontext() if why is None else pytest.raises(ValueError, match=why):
+        check_header(header)
 
 
 def test_a_series_that_is_no_volume_is_refused_in_a_line(tmp_path):

@@ -64,6 +64,9 @@ class PriorAlignment(Part):
             "semantics": (semantics_loss(projected, features), self.semantics_weight),
         }
 
+    def checksum(self) -> str:
+        return self.features.checksum
+
     def describe(self) -> str:
         return (
             f"{self.encoder}, weights {self.structure_weight:g} of structure and "
