@@ -52,8 +52,10 @@ def tests_of(name: str) -> Iterator[Path]:
         yield ROOT / "tests" / "configs"
     elif first == "olvae" and path.suffix == ".py":
         folder = ROOT / "tests" / Path(*path.parts[1:-1])
-        yield from folder.glob(f"test_{path.stem}.py")
-        yield from folder.glob(f"test_{path.stem}_*.py")
+        # Of a package's own file, those with the package's name.
+        source = path.parent.name if path.stem == "__init__" else path.stem
+        yield from folder.glob(f"test_{source}.py")
+        yield from folder.glob(f"test_{source}_*.py")
     elif first in WHOLE:
         yield ROOT / "tests" / WHOLE[first]
 

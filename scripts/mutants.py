@@ -43,7 +43,7 @@ OTHERS = 6  # files of tests that import the module, the smallest first
 
 def other_tests(file: str, mirrors: list[str]) -> list[str]:
     """Find the tests that import a file's module, the smallest files first."""
-    module = file.removesuffix(".py").replace("/", ".")
+    module = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
     package, _, name = module.rpartition(".")
     imports = re.compile(rf"{module}\b|from {package} import [^\n]*\b{name}\b")
     found = [p for p in ROOT.glob("tests/**/test_*.py") if imports.search(p.read_text("utf-8"))]

@@ -156,7 +156,8 @@ def _step_under(
                 total.backward()
             else:
                 (total + fake.adversary.generator_loss(step.reconstruction)).backward()
-                fake.adversary.discriminator_loss(step.target, step.reconstruction)[0].backward()
+                loss, _ = fake.adversary.discriminator_loss(step.target, step.reconstruction)
+                loss.backward()
     return mode
 
 

@@ -305,7 +305,7 @@ def last_convolution(network: nn.Module) -> nn.Conv2d | nn.Conv3d | nn.Linear | 
 def widen(conv: nn.Conv2d | nn.Conv3d, times: int, together: int = 1) -> None:
     """Repeat each output of a convolution in place, or each ``together`` outputs in a row."""
     conv.out_channels *= times
-    for name, parameter in list(conv.named_parameters(recurse=False)):
+    for name, parameter in list(conv.named_parameters()):
         setattr(conv, name, nn.Parameter(repeat_outputs(parameter.detach(), times, together)))
 
 

@@ -2,6 +2,7 @@
 and on Inception against torch-fidelity.
 """
 
+import errno
 import json
 import pickle
 import sys
@@ -238,6 +239,7 @@ def test_features_leave_no_file_and_a_full_disk_has_a_remedy(
     ):
         both()[0].update(keys, x, y)
     assert error.value.filename == str(tmp_path)
+    assert error.value.errno == errno.EFBIG
 
 
 def test_rfid_and_kid_of_one_image_and_of_few_images(batch):

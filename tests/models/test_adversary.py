@@ -1,5 +1,6 @@
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,6 +61,33 @@ def test_adversarial_weight_from_the_start_step_on():
     ramp = build("patchgan", weight=0.4, start_step=10, ramp_steps=4)
     weights = [ramp.weight_at(step) for step in range(8, 16)]
     assert weights == pytest.approx([0, 0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
+
+
+@pytest.mark.parametrize("reports", [False, True])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_adaptive_weight_is_the_ratio_of_gradients_below_its_ceiling(adaptive, reports):
+    """The ceiling of 48 is a fourth of a value in 3x8x8 images."""
+    adversary = build("patchgan", weight=0.4, adaptive_weight=adaptive, adaptive_max=48.0)
+    for ratio, factor in ((-0.5, 0.0), (0.0, 0.0), (0.125, 0.125), (0.25, 0.25), (5.0, 0.25)):
+        found: dict = {}
+        asked: list = []
+        model = SimpleNamespace(
+            global_step=0,
+            reports=reports,
+            report=found.update,
+            ratio_of_gradients=lambda *given, r=ratio, asked=asked: (
+                asked.append(given) or torch.tensor(r)
+            ),
+        )
+        step = SimpleNamespace(target=torch.zeros(2, 3, 8, 8), losses={"adversarial": "its loss"})
+        expected = 0.4 * (factor if adaptive else 1.0)
+        assert float(adversary.weight_in(model, step)) == pytest.approx(expected)
+        assert asked == ([(step, "its loss")] if adaptive or reports else [])
+        values = {name.removeprefix("health/"): float(value) for name, value in found.items()}
+        of_weight = {"adaptive_weight": pytest.approx(factor)} if adaptive else {}
+        of_gradients = expected / max(ratio, 1e-12)
+        reported = {**of_weight, "gradient_ratio": pytest.approx(of_gradients)}
+        assert values == (reported if adaptive or reports else {})
 
 
 @every
@@ -344,3 +372,44 @@ def test_adversary_names_the_nearest_discriminator():
 def test_lecams_variants(variant, decay, relu):
     lecam = build("patchgan", lecam_weight=1.0, lecam_variant=variant).lecam
     assert (lecam.decay, lecam.relu) == (decay, relu)
+
+
+def test_an_adversary_is_checked_against_steps_losses_and_images():
+    """It plays from the last step on at the latest, on images that its discriminator takes."""
+    adversary = build("unetgan", start_step=9)
+    model = SimpleNamespace(loss_weights={"rec": 1.0}, encoder=SimpleNamespace(in_channels=3))
+    source = SimpleNamespace(size=64)
+    adversary.check(model, source, 10)
+    for steps in (8, 9):
+        with pytest.raises(ConfigError, match=f"start_step: 9 is not below max_steps, {steps}"):
+            adversary.check(model, source, steps)
+    with pytest.raises(ConfigError, match="images of 3x60x60"):
+        adversary.check(model, SimpleNamespace(size=60), 10)
+    model.encoder.in_channels = 1
+    with pytest.raises(ConfigError, match="images of 1x64x64"):
+        adversary.check(model, source, 10)
+    model.loss_weights = {"kl": 1.0}
+    with pytest.raises(ConfigError, match="compare images"):
+        adversary.check(model, source, 10)
+
+
+def test_a_discriminator_warms_up_while_it_plays_until_its_updates_are_done():
+    adversary = build("patchgan", start_step=5, warmup_updates=2)
+    assert [adversary.warms_up(step) for step in (4, 5)] == [False, True]
+    adversary.updates = 1
+    assert adversary.warms_up(5)
+    adversary.updates = 2
+    assert not adversary.warms_up(5)
+
+
+def test_cutmixs_share_grows_with_the_updates(monkeypatch):
+    """From 0 to the probability; a draw is below it."""
+    adversary = build("patchgan", cutmix_probability=0.5, ramp_steps=4)
+    draws = SimpleNamespace(random=lambda: 0.25)
+    monkeypatch.setattr("numpy.random.default_rng", lambda seed: draws)
+    mixed = [bool(adversary.rare_terms(updates)) for updates in range(7)]
+    assert mixed == [False, False, False, True, True, True, True]
+    adversary.ramp_steps = 0
+    assert adversary.rare_terms(0) == ["CutMix"]
+    draws.random = lambda: 0.5
+    assert adversary.rare_terms(9) == []

@@ -1,6 +1,11 @@
+import re
+from types import SimpleNamespace
+
 import pytest
 
 from olvae.config import ConfigError
+from olvae.data.pixels.size_and_range import Sides
+from olvae.models.conflicts import _out_of_range, check_source
 from tests.conftest import parts
 from tests.models.steps import (
     WITHOUT_KL,
@@ -43,3 +48,73 @@ from tests.models.steps import (
 def test_model_settings_that_contradict_each_other_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         build(settings.pop("adversary_config", None), **settings)
+
+
+RANGES = {
+    "accumulate_grad_batches": 1,
+    "scheduler": "cosine",
+    "optimizer": "adam",
+    "min_lr_factor": 0.0,
+    "ema_decay": 1.0,
+    "warmup_steps": 3,
+    "decay_steps": 4,
+}
+"""Settings at the ends of what is possible."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({}, None),
+        ({"min_lr_factor": 1.0, "ema_decay": 0.0, "optimizer": "muon", "decay_steps": None}, None),
+        ({"scheduler": "constant", "decay_steps": 1}, None),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches .* 1, got 0"),
+        ({"scheduler": "linear"}, "scheduler .* constant or cosine, got 'linear'"),
+        ({"optimizer": "sgd"}, "optimizer .* got 'sgd'"),
+        ({"min_lr_factor": -0.01}, "min_lr_factor .* got -0.01"),
+        ({"ema_decay": 1.01}, "ema_decay .* got 1.01"),
+        ({"decay_steps": 3}, "decay_steps .* warmup_steps, 3, got 3"),
+    ],
+)
+def test_settings_out_of_range_are_named_and_the_ends_are_in_it(changes, wrong):
+    lines = list(_out_of_range(SimpleNamespace(**RANGES | changes)))
+    assert len(lines) == (wrong is not None)
+    for line in lines:
+        assert re.match(wrong, line)
+
+
+def images(**changes) -> SimpleNamespace:
+    """What a model asks of its source: images of 32x48 pixels in colour, without latents."""
+    return SimpleNamespace(**{"size": Sides(32, 48), "channels": 3, "latent_stats": []} | changes)
+
+
+@pytest.mark.parametrize(
+    ("data", "network", "message"),
+    [
+        ({}, {}, None),
+        ({"size": Sides(32, 40)}, {}, r"32, 40.* multiple of 16"),
+        ({"size": Sides(8, 8)}, {}, "multiple of 16.*: use "),
+        ({"size": Sides(16, 16)}, {"enlarge": 2}, None),
+        ({"size": Sides(24, 24)}, {"enlarge": 2}, "factor times 2"),
+        ({}, {"side": 32}, "images of 32 pixels a side only"),
+        ({"size": Sides(32, 32)}, {"side": 32}, None),
+        ({"channels": 1}, {}, "1 channel, the model takes 3"),
+        ({"channels": 4}, {}, "4 channels, the model takes 3"),
+        ({"latent_stats": [{}]}, {}, "latents of a teacher, but there is none"),
+        ({"latent_stats": [{}]}, {"stand_in": object()}, None),
+        ({"latent_stats": [{}]}, {"stand_in": object(), "enlarge": 2}, "2 times smaller"),
+    ],
+)
+def test_a_source_has_to_fit_the_model(data, network, message):
+    vae = {"upscale": 16, "enlarge": 1, "side": None}
+    vae |= {name: value for name, value in network.items() if name in vae}
+    model = SimpleNamespace(
+        autoencoder=SimpleNamespace(**vae),
+        encoder=SimpleNamespace(in_channels=3),
+        stand_in=network.get("stand_in"),
+    )
+    if message is None:
+        check_source(model, images(**data))
+        return
+    with pytest.raises(ConfigError, match=message):
+        check_source(model, images(**data))

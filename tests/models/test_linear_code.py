@@ -129,6 +129,17 @@ def test_linear_code_with_a_teacher_fits_its_latents_in_both_halves():
     torch.testing.assert_close(model.decoder.linear.weight, own.decoder.linear.weight)
 
 
+@pytest.mark.parametrize(("positions", "sizes"), [(1, [1] * 5), (63, [1] * 5), (129, [2, 2, 1])])
+def test_linear_code_takes_as_many_crops_as_have_that_many_positions(monkeypatch, positions, sizes):
+    """Of 32x32 pixels, 64 positions each."""
+    monkeypatch.setattr(linear_code, "POSITIONS_AT_A_TIME", positions)
+    seen = []
+    fit_linear_paths(
+        code(3), crops(5), lambda x: seen.append(len(x)) or torch.rand(len(x), 3, 8, 8)
+    )
+    assert seen == sizes
+
+
 def test_a_training_begins_as_the_linear_code(image_folder, monkeypatch):
     """Before step 1 means and images are the code's, in the networks of a config."""
     monkeypatch.setattr(linear_code, "CROPS", (256, 256))

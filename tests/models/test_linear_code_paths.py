@@ -1,15 +1,22 @@
 """Linear paths beside networks, and their closed form against NumPy's."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides
+from olvae.data.source import Sample
 from olvae.models.linear_code import (
     LEAST_VARIANCE,
     LinearDecoder,
     LinearEncoder,
+    _set,
+    _windows,
+    crops_and_means,
     least_squares,
     mean_and_covariance,
     principal_components,
@@ -19,6 +26,7 @@ from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 
+DEEP = PixelRange((0.0,), (1000.0,))
 SD = {"channels": 8, "channel_mult": (1, 1), "num_res_blocks": 0, "norm_groups": 4}
 
 ENCODERS = {
@@ -165,3 +173,113 @@ def test_linear_code_alone_is_an_encoder_and_a_decoder():
     assert moments.shape == (2, 8, 2, 3)
     assert (moments[:, 4:] == -30).all()
     assert decoder(moments[:, :4]).shape == (2, 1, 8, 12)
+
+
+def asked(pixel_range: PixelRange = EIGHT_BITS, moments: tuple[bool, ...] = (), **size: int):
+    """How many crops are asked for, of a seed; and what comes of as many samples as ``moments``."""
+    given = []
+    sides = Sides(size.get("height", 64), size.get("width", 64))
+
+    def first_samples(seed: int, count: int):
+        given.append((seed, count))
+        for number, known in enumerate(moments or (False,)):
+            image = torch.full((1, 1, 1), float(number))
+            both = torch.arange(8.0).view(4, 2, 1) + number
+            yield Sample(image, "", moments=both if known else None)
+
+    source = SimpleNamespace(
+        size=sides,
+        channels=size.get("channels", 3),
+        pixel_range=pixel_range,
+        first_samples=first_samples,
+    )
+    crops, means = crops_and_means(source, 7, size.get("factor", 8))
+    ((seed, count),) = given
+    assert seed == 7
+    return count, crops, means
+
+
+def test_as_many_crops_are_fitted_on_as_have_the_positions():
+    """2^16 in all: 64 in a crop of 64x64 pixels at f8. From 256 to 4,096, and 256 MiB."""
+    assert asked()[0] == 1024
+    assert asked(height=128, width=32)[0] == 1024
+    assert asked(factor=16)[0] == 4096
+    assert asked(factor=32)[0] == 4096
+    assert asked(height=256, width=128)[0] == 256
+    # 2^28 bytes over 3 x 1,024 x 1,024, and over four times as many in float32.
+    assert asked(height=1024, width=1024)[0] == 85
+    assert asked(DEEP, height=1024, width=1024)[0] == 21
+    assert asked(DEEP, height=1024, width=1024, channels=1)[0] == 64
+    assert asked(height=2**15, width=2**14, channels=1)[0] == 1
+
+
+def test_means_of_crops_are_known_where_all_have_them():
+    count, crops, means = asked(moments=(True, True, True), height=16, width=16)
+    assert count == 4096
+    assert crops[:, 0, 0, 0].tolist() == [0, 1, 2]
+    assert means.shape == (3, 2, 2, 1)
+    assert means[1].flatten().tolist() == [1, 2, 3, 4]
+    assert asked(moments=(True, False, True))[2] is None
+    assert asked(moments=(False, False))[2] is None
+
+
+@pytest.mark.parametrize(("size", "stride"), [(4, 4), (8, 4), (3, 1), (5, 1)])
+def test_windows_are_what_a_convolution_sees(size, stride):
+    """And its weight and bias those of the windows' values, in the middle if there are fewer."""
+    margin = (size - stride) // 2
+    conv = nn.Conv2d(2, 3, size, stride, padding=margin, padding_mode="replicate").double()
+    x = torch.randn(2, 2, 8, 12, dtype=torch.float64)
+    windows = _windows(x, conv)
+    assert windows.shape == (2, 2 * size**2, 8 // stride, 12 // stride)
+    found = torch.einsum("op,bphw->bohw", conv.weight.flatten(1), windows)
+    torch.testing.assert_close(found + conv.bias.view(3, 1, 1), conv(x))
+    smaller = size - 2 if size > 4 else size
+    weight, bias = torch.randn(3, 2 * smaller**2), torch.randn(3)
+    _set(conv, weight, bias)
+    around = (size - smaller) // 2
+    inside = conv.weight[:, :, around : size - around, around : size - around]
+    assert torch.equal(inside.flatten(1).float(), weight)
+    total = conv.weight.square().sum().item()
+    assert total == pytest.approx(weight.square().sum().item())
+    assert torch.equal(conv.bias.float(), bias)
+
+
+def test_means_and_covariances_of_batches_are_numpys():
+    x, _ = samples(4)
+    mean, covariance = mean_and_covariance(x.split(150))
+    np.testing.assert_allclose(mean, x.double().numpy().mean(0), rtol=1e-12)
+    expected = np.cov(x.double().numpy(), rowvar=False, bias=True)
+    np.testing.assert_allclose(covariance, expected, rtol=1e-9)
+    with pytest.raises(ValueError, match="not finite"):
+        mean_and_covariance([x, torch.full((1, 4), float("inf"))])
+
+
+def test_least_squares_are_numpys():
+    x, y = samples(5, 2)
+    weight, bias = fitted(x, y)
+    design = np.column_stack((x.double().numpy(), np.ones(len(x))))
+    expected, *_ = np.linalg.lstsq(design, y.double().numpy(), rcond=None)
+    np.testing.assert_allclose(weight, expected[:-1].T, rtol=1e-7)
+    np.testing.assert_allclose(bias, expected[-1], rtol=1e-7)
+
+
+def test_a_component_below_rounding_noise_has_its_deviation_of_rounding():
+    """Of three, the second has less variance than 8 bits' rounding, the third none."""
+    least = LEAST_VARIANCE
+    assert least == pytest.approx((2 / 255) ** 2 / 12)
+    covariance = torch.diag(torch.tensor([4.0, least / 2, 0.0], dtype=torch.float64))
+    weight, bias = principal_components(torch.tensor([1.0, 2.0, 3.0]).double(), covariance, 3)
+    assert weight.diag().tolist() == pytest.approx([0.5, least**-0.5, least**-0.5])
+    assert bias.tolist() == pytest.approx([-0.5, -2 * least**-0.5, -3 * least**-0.5])
+
+
+def test_linear_networks_are_their_paths():
+    encoder, decoder = LinearEncoder(4, 3, 4), LinearDecoder(2, 3, 4, enlarge=2)
+    assert encoder.image_size == 128
+    assert LinearEncoder(4, 3, 4, 64).image_size == 64
+    x, z = torch.rand(1, 3, 8, 8), torch.rand(1, 2, 3, 2)
+    assert torch.equal(encoder(x)[:, :2], encoder.linear(x))
+    assert torch.equal(decoder(z), decoder.linear_path(z))
+    ((stage,),) = decoder.paths()
+    assert (stage.reach, stage.scale) == (1, 8)
+    assert torch.equal(stage.run(z), decoder(z))

@@ -8,7 +8,13 @@ from safetensors.torch import save_file
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import ConfigError, save
-from olvae.models.spec import read_config
+from olvae.models.spec import (
+    AutoencoderSpec,
+    check_factors,
+    class_in,
+    oversized,
+    read_config,
+)
 from tests.conftest import tiny
 from tests.models.files import PER_CHANNEL, same_weights, training_config
 
@@ -139,6 +145,105 @@ def test_received_yaml_is_not_interpolated_and_includes_nothing(tmp_path):
     config.write_text("a: &a [x, x]\nb: [*a, *a]\n")
     with pytest.raises(ConfigError, match=r"YAML aliases.*: refused"):
         LiteVAE.from_pretrained(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "mapping, not a list"),
+        ("null", "mapping, not a NoneType"),
+        ("{", "not readable as JSON"),
+        ("[" * 100_000, "not readable as JSON"),
+        ("\x80", "not readable as JSON"),
+        (None, "not readable as JSON: No such file"),
+    ],
+    ids=["list", "null", "cut", "deep", "not utf-8", "missing"],
+)
+def test_a_json_that_is_no_config_is_refused(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    if text is not None:
+        path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ConfigError, match=message):
+        read_config(path)
+    assert class_in(tmp_path) is None
+
+
+def test_the_class_in_a_folder_is_the_one_that_its_config_names(tmp_path):
+    for content, name in (({"_class_name": "A"}, "A"), ({}, None), ({"_class_name": 3}, None)):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        assert read_config(tmp_path / "config.json") == content
+        assert class_in(tmp_path) == name
+
+
+@pytest.mark.parametrize(
+    ("most", "more", "line"),
+    [
+        ({"channels": 2**16}, {"channels": 2**16 + 1}, "channels: more than 65536"),
+        ({"offset": -(2**16)}, {"offset": -(2**16) - 1}, "offset: more than 65536"),
+        *(
+            ({name: 24}, {name: 25}, f"{name}: more than 24")
+            for name in ("num_res_blocks", "n_layers", "dct_levels", "layers_per_block")
+        ),
+        ({"blocks": [1, 24]}, {"blocks": (1, 25)}, "blocks: more than 24"),
+        ({"widths": [1] * 10}, {"widths": [1] * 11}, "widths: more than 10 entries"),
+        ({"a": {"b": {"size": 9}}}, {"a": {"b": {"size": 10**6}}}, "a.b.size: more than 65536"),
+        ({"_names": [1] * 99, "latents_mean": [1] * 99}, {"names": [1] * 99}, "names: more"),
+        ({"pixel_range": [10**9] * 99, "name": "x" * 99}, {"range": [10**9]}, "range: more"),
+    ],
+)
+def test_the_largest_sizes_of_a_received_config(most, more, line):
+    assert list(oversized(most)) == []
+    (found,) = oversized(more)
+    assert found.startswith(line)
+
+
+FACTORS = {"scaling_factor": 0.5, "shift_factor": -1.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "wrong"),
+    [
+        ({}, []),
+        ({"latents_mean": [0, -1], "latents_std": [1, 2]}, []),
+        ({"latents_mean": [0] * 8, "latents_std": [1] * 8}, []),
+        ({"scaling_factor": 0}, ["scaling_factor"]),
+        ({"scaling_factor": -0.5}, ["scaling_factor"]),
+        ({"scaling_factor": float("inf"), "shift_factor": 0}, ["scaling_factor"]),
+        ({"shift_factor": float("nan")}, ["shift_factor"]),
+        ({"latents_mean": [0] * 4, "latents_std": [1] * 2}, ["latents_mean"]),
+        ({"latents_mean": [0] * 2, "latents_std": [1] * 6}, ["latents_std"]),
+        (
+            {"latents_mean": [0, float("inf")], "latents_std": [1, 0]},
+            ["latents_mean", "latents_std"],
+        ),
+        ({"latents_mean": [0, 1]}, ["latents_mean, latents_std"]),
+        ({"latents_std": [1, 1]}, ["latents_mean, latents_std"]),
+    ],
+)
+def test_factors_of_two_channels(changes, wrong):
+    found = list(check_factors({**FACTORS, **changes}, 2))
+    assert [line.partition(":")[0] for line in found] == wrong
+
+
+def test_an_export_holds_networks_of_this_package_alone():
+    """Either half may be another's; JSON has no sets."""
+    ours = {"target": "olvae.modules.others.tiny.TinyEncoder", "params": {"blocks": (1, 2)}}
+    theirs = {"target": "mine.Encoder", "params": {}}
+    spec = AutoencoderSpec(ours, ours, 4)
+    assert spec.ours
+    content = spec.to_export(in_channels=3)
+    assert content["encoder_config"]["params"] == {"blocks": [1, 2]}
+    assert content["in_channels"] == 3
+    assert "pixel_range" not in content
+    ranged = AutoencoderSpec(ours, ours, 4, pixel_range=[0, 10])
+    assert ranged.to_export()["pixel_range"] == [0, 10]
+    for halves in ((ours, theirs), (theirs, ours)):
+        assert not AutoencoderSpec(*halves, 4).ours
+        with pytest.raises(ValueError, match=r"mine\.Encoder is a network of your own"):
+            AutoencoderSpec(*halves, 4).to_export()
+    strange = {**ours, "params": {"blocks": {1}}}
+    with pytest.raises(ValueError, match="JSON"):
+        AutoencoderSpec(strange, ours, 4).to_export()
 
 
 def test_a_config_beside_weights_gets_the_source_that_reads_its_data(tmp_path):

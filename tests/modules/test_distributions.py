@@ -1,9 +1,18 @@
 import hashlib
+import math
 
 import pytest
 import torch
 
-from olvae.modules.distributions import DiagonalGaussian, draws_by_image
+from olvae.modules.distributions import (
+    Deterministic,
+    DiagonalGaussian,
+    deterministic_moments,
+    draws_by_image,
+    in_float32,
+    keyed_generator,
+    keyed_seed,
+)
 
 
 def test_kl_is_torchs():
@@ -71,3 +80,56 @@ def test_draws_of_an_image_are_its_pixels_in_any_batch():
     assert torch.equal(turned[0], uniform.flip(0))
     assert torch.equal(turned[1], normal.flip(0))
     assert len(uniform.unique()) == 3
+
+
+def test_deviation_variance_and_sample_by_hand():
+    moments = torch.tensor([1.0, 2.0, math.log(4.0), math.log(9.0)]).view(1, 4, 1, 1)
+    posterior = DiagonalGaussian(moments)
+    assert posterior.mode().flatten().tolist() == posterior.mean.flatten().tolist() == [1.0, 2.0]
+    assert posterior.std.flatten().tolist() == pytest.approx([2.0, 3.0])
+    assert posterior.var.flatten().tolist() == pytest.approx([4.0, 9.0])
+    noise = torch.randn(1, 2, 1, 1, generator=torch.Generator().manual_seed(3))
+    sample = posterior.sample(torch.Generator().manual_seed(3))
+    torch.testing.assert_close(sample, moments[:, :2] + posterior.std * noise)
+    torch.manual_seed(3)
+    assert torch.equal(posterior.sample(), sample)
+    assert posterior.kl().tolist() == pytest.approx(
+        [0.5 * (1 + 4 - 1 - math.log(4)) + 0.5 * (4 + 9 - 1 - math.log(9))]
+    )
+
+
+def test_a_deterministic_latent_is_a_point():
+    latent = torch.randn(2, 3, 4, 4)
+    point = Deterministic(latent)
+    assert point.deterministic
+    assert not DiagonalGaussian.deterministic
+    assert all(torch.equal(z, latent) for z in (point.mean, point.mode(), point.sample()))
+    assert torch.equal(point.std, torch.zeros_like(latent))
+    assert torch.equal(point.var, torch.zeros_like(latent))
+    with pytest.raises(ValueError, match="log-variance"):
+        _ = point.logvar
+    with pytest.raises(ValueError, match="KL"):
+        point.kl()
+    moments = deterministic_moments(latent)
+    assert torch.equal(moments[:, :3], latent)
+    assert (moments[:, 3:] == -30).all()
+    assert moments.shape == (2, 6, 4, 4)
+
+
+def test_posteriors_in_half_precision_become_float32():
+    moments = torch.randn(2, 6, 4, 4).half()
+    varied = in_float32(DiagonalGaussian(moments))
+    assert isinstance(varied, DiagonalGaussian)
+    assert torch.equal(torch.cat((varied.mean, varied.logvar), dim=1), moments.float())
+    point = in_float32(Deterministic(moments))
+    assert isinstance(point, Deterministic)
+    assert torch.equal(point.mean, moments.float())
+
+
+def test_keyed_seeds_are_63_bits_of_sha_256():
+    """By hashlib's digest, of two contents whose first bits differ."""
+    for content in (b"", b"a.png", b"3"):
+        digest = hashlib.sha256(content).hexdigest()
+        assert keyed_seed(content) == int(digest[:16], 16) // 2
+    noise = torch.randn(3, generator=torch.Generator().manual_seed(keyed_seed("é".encode())))
+    assert torch.equal(torch.randn(3, generator=keyed_generator("é")), noise)

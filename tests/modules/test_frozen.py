@@ -123,3 +123,15 @@ def test_names_and_weights_that_are_no_vision_encoders_are_refused(vit):
         VisionEncoder("test_vit", {"other": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"vit_large_patch14_dinov2\.no"):
         published_weights("vit_large_patch14_dinov2.no")
+
+
+def test_lpips_takes_images_as_imagenets_networks_do():
+    """Means and deviations of [0, 1], rounded, on [-1, 1]."""
+    network = perceptual_network("alex", None)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    torch.testing.assert_close(network.shift.flatten(), 2 * mean - 1, rtol=0, atol=1e-6)
+    torch.testing.assert_close(network.scale.flatten(), 2 * std, rtol=0, atol=1e-6)
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    (first, *_) = network.tapped(x)
+    expected = network.features[0](((x + 1) / 2 - mean.view(3, 1, 1)) / std.view(3, 1, 1)).relu()
+    torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-4)

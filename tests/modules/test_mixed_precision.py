@@ -1,5 +1,6 @@
 """Weights cast together under autocast: the values, the operations, and when it is not done."""
 
+import copy
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from olvae.modules import mixed_precision
 from olvae.modules.gigagan import GigaGAN
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import OpenUNet, PaperUNet
+from olvae.modules.litevae.smc import SMC
 from olvae.modules.patchgan import PatchGAN
 from olvae.modules.sdvae import SDDecoder, SDEncoder
 from olvae.modules.unetgan import UNetGAN, stop_power_iterations
@@ -173,3 +175,140 @@ def test_a_gradient_at_the_last_convolution_takes_no_other():
             torch.autograd.grad(loss, [decoder.conv_out.weight, decoder.conv_in.weight][:length])
         counts.append(operations.count)
     assert counts[0] < 12 < counts[1] / 4
+
+
+class Small(nn.Module):
+    """Three layers: the first one's bias is frozen, the last one is left to autocast."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 3, 1)
+        self.first.bias.requires_grad_(False)
+        self.inner = nn.Sequential(nn.SiLU(), nn.Conv2d(3, 4, 1, bias=False))
+        self.last = nn.Conv2d(4, 5, 1)
+
+    @mixed_precision.casts_together
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.inner(self.first(x)))
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Run graphs by plain torch; the dtypes of each call's inputs, by their shapes."""
+    torch._dynamo.reset()
+    compiler, calls = torch.compile, []
+
+    def backend(graph, _):
+        def run(*inputs):
+            calls.append({tuple(t.shape): t.dtype for t in inputs})
+            return graph(*inputs)
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", lambda f, **more: compiler(f, **more, backend=backend))
+    return calls
+
+
+def test_a_compiled_network_gets_copies_of_its_weights_in_half_precision(compiled):
+    """In training under autocast; what it gives is autocast's, and its parameters are its own."""
+    network, x = Small(), torch.randn(2, 2, 4, 4)
+    plain = copy.deepcopy(network)
+    own = dict(network.named_parameters())
+    mixed_precision.compile_in_place(network)
+    first, bias, inner, last = (3, 2, 1, 1), (3,), (4, 3, 1, 1), (5, 4, 1, 1)
+    for training, half in ((True, True), (True, False), (False, True)):
+        compiled.clear()
+        results = []
+        for each in (network, plain):
+            each.train(training).zero_grad()
+            forward = each if each is network else partial(Small.forward.__wrapped__, each)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
+                y = forward(x)
+            y.float().square().mean().backward()
+            results.append([y, *(p.grad for p in each.parameters() if p.requires_grad)])
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+        assert network.first.bias.grad is None
+        (dtypes,) = compiled
+        cast = torch.bfloat16 if training and half else torch.float32
+        assert {dtypes[shape] for shape in (first, bias, inner)} == {cast}
+        assert dtypes[last] == torch.float32
+        assert all(p is own[name] for name, p in network.named_parameters())
+
+
+class Modulated(nn.Module):
+    """A layer that computes its weight, and one that leaves it to the next network to cast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = SMC(2, 3, 1)
+        self.last = nn.Conv2d(3, 5, 1)
+
+    @mixed_precision.casts_together
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x))
+
+
+def test_a_weight_that_is_computed_is_so_in_the_graph(compiled):
+    """From float32; its bias is a copy in half precision."""
+    network, x = Modulated(), torch.randn(2, 2, 4, 4)
+    plain = copy.deepcopy(network)
+    mixed_precision.compile_in_place(network)
+    results = []
+    for forward in (network, partial(Modulated.forward.__wrapped__, plain)):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            y = forward(x)
+        y.float().square().mean().backward()
+        results.append(y)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+    (dtypes,) = compiled
+    assert dtypes[3, 2, 1, 1] == torch.float32
+    assert dtypes[3,] == torch.bfloat16
+    for one, other in zip(network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-2, atol=1e-3)
+
+
+def test_a_compiled_network_has_its_weights_again_after_an_error(compiled):
+    network = Small()
+    own = dict(network.named_parameters())
+    mixed_precision.compile_in_place(network)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError):
+        network(torch.randn(2, 7, 4, 4))
+    assert all(p is own[name] for name, p in network.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(0, [1, 1, 1]), (8, [1, 1, 1]), (11, [1, 1, 1]), (12, [2, 1]), (99, [3])]
+)
+def test_groups_have_as_many_layers_as_fit(monkeypatch, most, sizes):
+    """Of 8, 4 and 12 bytes; a layer that is larger is a group of its own."""
+    monkeypatch.setattr(mixed_precision, "GROUP_BYTES", most)
+    layers = [nn.Linear(n, 1, bias=False) for n in (2, 1, 3)]
+    groups = [group.layers for group in mixed_precision._groups(layers)]
+    assert [len(group) for group in groups] == sizes
+    assert [layer for group in groups for layer in group] == layers
+
+
+def test_precisions_of_a_tensor_by_autocast_and_dtype():
+    x = torch.ones(2)
+    assert not mixed_precision.autocast_enabled(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert mixed_precision.autocast_enabled(x)
+        assert not mixed_precision.autocast_enabled(x.to("meta"))
+        with mixed_precision.no_autocast(x):
+            assert not torch.is_autocast_enabled("cpu")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        assert mixed_precision.upcast(x.to(dtype)).dtype == torch.float32
+        assert mixed_precision.in_float64(x.to(dtype)).dtype == torch.float64
+    assert mixed_precision.upcast(x.double()).dtype == torch.float64
+    assert mixed_precision.upcast(x) is x
+
+
+def test_a_convolution_kept_in_float32_is_exact_under_autocast():
+    conv, x = nn.Conv2d(2, 3, 3), torch.randn(1, 2, 8, 8)
+    expected = conv(x)
+    mixed_precision.keep_in_float32(conv)
+    mixed_precision.keep_in_float32(nn.ReLU())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(conv(x), expected)
+        assert conv(x.bfloat16()).dtype == torch.float32
+    assert torch.equal(conv(x), expected)

@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import time
 
 import pytest
 
@@ -104,39 +103,6 @@ def test_a_second_signal_names_the_run_if_it_can_be_continued(
         )
     assert isinstance(stopped.value, TrainingStopped) == saves
     assert (tmp_path / "runs").exists() == saves
-
-
-def leave(number: int, _) -> None:
-    sys.exit(number)
-
-
-@pytest.mark.parametrize(
-    ("number", "handler"), [(signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, leave)]
-)
-def test_a_signal_counts_again_after_a_second(monkeypatch, number, handler):
-    """Then the handler that was there before ends the process, with its exit code."""
-    now = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    signal.signal(number, handler)
-    stop = GracefulStop()
-    with stop.listening():
-        signal.raise_signal(number)
-        now[0] += 0.9
-        signal.raise_signal(number)
-        now[0] += 0.2
-        with pytest.raises((KeyboardInterrupt, SystemExit)) as ended:
-            signal.raise_signal(number)
-    assert signal.getsignal(number) is handler
-    assert ended.type is (SystemExit if handler is leave else KeyboardInterrupt)
-    assert stop.preempted == (number == signal.SIGTERM)
-
-
-def test_a_closed_terminal_does_not_stop_a_training_under_nohup():
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stop = GracefulStop()
-    with stop.listening():
-        signal.raise_signal(signal.SIGHUP)
-    assert stop.reason is None
 
 
 def test_both_players_take_another_schedule_when_resumed(go, monkeypatch):

@@ -1,25 +1,12 @@
 """Model and data that do not fit each other, or the device, before a run begins."""
 
 import pytest
-import torch
 
 from olvae.config import ConfigError
 from olvae.models.footprint import MARGIN, footprint
 from olvae.training.run import check_memory
 from tests.conftest import parts
 from tests.models.steps import against, build, source
-
-
-def test_images_that_equivariance_would_shrink_below_lpips_size_are_refused(image_folder):
-    equivariant = build(parts=parts(equivariance={}))
-    equivariant.check(source(image_folder, size=32))
-    equivariant.loss.perceptual = torch.nn.Identity()
-    with pytest.raises(
-        ConfigError,
-        match=r"size: 32: equivariance .*16",
-    ):
-        equivariant.check(source(image_folder, size=32))
-    equivariant.check(source(image_folder, size=64))
 
 
 def test_an_adversary_needs_a_loss_that_compares_images_beside_it(image_folder):

@@ -13,8 +13,9 @@ from lightning.pytorch import Callback, Trainer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from olvae.runs import Run
+from olvae.training import saving
 from olvae.training.callbacks import UnreadableLimit
-from olvae.training.saving import BackgroundCheckpointIO, KeepCheckpoints
+from olvae.training.saving import BackgroundCheckpointIO, CheckpointError, KeepCheckpoints
 from tests.conftest import tiny_config
 from tests.models.steps import against, build
 
@@ -294,3 +295,67 @@ def test_the_best_value_of_another_metric_does_not_count(tmp_path):
     (run.checkpoints / "best.json").write_text('{"metric": "val/lpips", "value": 0.1, "step": 2}')
     assert KeepCheckpoints(best="val/lpips")._best_before(run) == 0.1
     assert KeepCheckpoints(best="val/psnr")._best_before(run) is None
+
+
+def test_a_resumed_runs_config_is_written_with_its_first_last_checkpoint(tmp_path):
+    """Once, and after the checkpoint."""
+    config = tmp_path / "config.yaml"
+    saving_io = BackgroundCheckpointIO(({"a": 1}, config), {"read": "before"})
+    assert saving_io.load_checkpoint("nowhere") == {"read": "before"}
+    saving_io.save_checkpoint(content(1.0), tmp_path / "best.ckpt")
+    saving_io.wait()
+    assert not config.exists()
+    saving_io.save_checkpoint(content(1.0), tmp_path / "last.ckpt")
+    saving_io.wait()
+    assert config.read_text() == "a: 1\n"
+    config.unlink()
+    saving_io.save_checkpoint(content(2.0), tmp_path / "last.ckpt")
+    saving_io.teardown()
+    assert not config.exists()
+    assert torch.equal(
+        saving_io.load_checkpoint(tmp_path / "last.ckpt")["state_dict"]["a"],
+        torch.full((3, 2), 2.0),
+    )
+
+
+def test_a_failed_save_of_one_process_is_raised_in_all(tmp_path):
+    """The first one writes; the others hear of it."""
+    failing = BackgroundCheckpointIO()
+    failing.save_checkpoint(content(1.0), tmp_path / "gone" / "last.ckpt")
+    heard = []
+
+    def trainer_of(io: object, answer: str | None) -> SimpleNamespace:
+        def broadcast(failure: str) -> str:
+            heard.append(failure)
+            return failure if answer is None else answer
+
+        return SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=io, broadcast=broadcast))
+
+    with pytest.raises(CheckpointError, match="the run's folder is gone"):
+        saving.check_written(trainer_of(failing, None))
+    with pytest.raises(CheckpointError, match="from the first"):
+        saving.check_written(trainer_of(None, "from the first"))
+    saving.check_written(trainer_of(failing, None))
+    assert heard[1:] == ["", ""]
+
+
+def test_a_waiting_save_is_waited_for_only_where_there_are_too_many(tmp_path):
+    io, may_write = BackgroundCheckpointIO(), Event()
+    io._writer.submit(may_write.wait)
+    for number in range(2):
+        io.save_checkpoint(content(1.0), tmp_path / f"{number}.ckpt")
+    io.wait(2)
+    assert not list(tmp_path.iterdir())
+    may_write.set()
+    io.wait(1)
+    assert (tmp_path / "0.ckpt").exists()
+    io.teardown()
+    assert len(io._pending) == 0
+
+
+def test_the_place_of_good_weights_is_named_if_there_are_any(tmp_path):
+    run = Run(tmp_path)
+    assert saving.last_good(run) == ""
+    run.checkpoints.mkdir()
+    (run.checkpoints / "last.ckpt").touch()
+    assert saving.last_good(run).endswith(str(tmp_path / "checkpoints" / "last.ckpt"))

@@ -233,10 +233,8 @@ class DiffusersLoader(Loader):
 
     def accepts(self, text: str) -> bool:
         path = Path(text)
-        inside = path.is_dir() and (
-            class_in(path) not in (None, CLASS_NAME) or class_in(path / SUBFOLDER) is not None
-        )
-        return text.startswith(DIFFUSERS) or inside
+        own = class_in(path) not in (None, CLASS_NAME)
+        return text.startswith(DIFFUSERS) or own or class_in(path / SUBFOLDER) is not None
 
     def find(self, text: str, options: LoadOptions) -> Target | Path:
         folder = find_diffusers_folder(text.removeprefix(DIFFUSERS))

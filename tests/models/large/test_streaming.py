@@ -5,7 +5,7 @@ import torch
 
 from olvae import LiteVAE
 from olvae.models.autoencoder import Quantizer
-from olvae.models.large.streaming import encode_within
+from olvae.models.large.streaming import Stream, encode_within
 from olvae.models.large.tiling import peak_bytes
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder, WaveletEncoder
@@ -87,14 +87,71 @@ def test_streaming_keeps_layers_in_memory_as_far_as_it_goes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "networks"), [({}, 4), ({"skip_levels": 1}, 3), ({"packets": True}, 1)]
+    ("arguments", "done"),
+    [
+        ({}, [64 / 88, 80 / 88, 84 / 88, 1]),
+        ({"skip_levels": 1}, [16 / 24, 20 / 24, 1]),
+        ({"packets": True}, [1]),
+    ],
 )
-def test_streaming_progress_ends_at_one(arguments, networks):
-    done = []
-    autoencoder(**arguments).encode_within(torch.randn(2, 3, 16, 16), 1, done.append)
-    assert len(done) == 2 * networks  # of two images
-    assert done == sorted(done)
-    assert done[-1] == pytest.approx(1.0)
+def test_streaming_progress_is_by_positions_of_each_network(arguments, done):
+    """Levels of 8, 4 and 2 positions a side, and the aggregator's of 2; of two images."""
+    found = []
+    autoencoder(**arguments).encode_within(torch.randn(2, 3, 16, 16), 1, found.append)
+    assert found == pytest.approx([(image + part) / 2 for image in (0, 1) for part in done])
+
+
+@pytest.mark.parametrize("arguments", [{"linear": True}, {"variant": "paper", "pool": "conv"}])
+def test_strips_are_as_much_wider_as_their_convolution_reaches(arguments, monkeypatch):
+    """By one row for each 3x3 convolution, and nowhere else."""
+    vae, reaches = autoencoder(**arguments), []
+    sweep = Stream.sweep
+
+    def note(self, inputs, channels, reach, run, shrink=1):
+        reaches.append(reach)
+        return sweep(self, inputs, channels, reach, run, shrink)
+
+    monkeypatch.setattr(Stream, "sweep", note)
+    vae.encode_within(torch.randn(1, 3, 16, 16), 1)
+    wide = [m for m in vae.encoder.modules() if getattr(m, "kernel_size", None) == (3, 3)]
+    assert reaches.count(1) == len(wide)
+    assert set(reaches) == {0, 1}
+
+
+@pytest.mark.parametrize("reach", [0, 1, 2])
+@pytest.mark.parametrize("memory", [-5, 600, 2_000, 10**6])
+def test_a_sweep_in_strips_is_a_convolution_by_rows(reach, memory):
+    """Of two planes of 3 and 2 channels, in files or in memory, with the sums of its output."""
+    x, y = torch.randn(1, 3, 13, 5), torch.randn(1, 2, 13, 5)
+    stream = Stream(memory, torch.device("cpu"), torch.float32)
+    planes = []
+    for values in (x, y):
+        planes.append(stream.plane(values.shape[1], 13, 5))
+        planes[-1].write(0, values[:, :, :6])
+        planes[-1].write(6, values[:, :, 6:])
+    size = 2 * reach + 1
+    conv = torch.nn.Conv2d(5, 4, size, padding=reach)
+    with torch.no_grad():
+        out = stream.sweep(planes, 4, reach, lambda *strips: conv(torch.cat(strips, dim=1)))
+        expected = conv(torch.cat((x, y), dim=1))
+    torch.testing.assert_close(out.read(0, 13), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.read(3, 7), expected[:, :, 3:7], rtol=0, atol=1e-5)
+    wide = expected.double().squeeze(0).flatten(1)
+    torch.testing.assert_close(out.sums, torch.stack((wide.sum(1), wide.square().sum(1))))
+    halved = stream.sweep([out], 4, 0, lambda h: torch.nn.functional.avg_pool2d(h[:, :, :12], 2), 2)
+    assert halved.shape == (4, 6, 2)
+
+
+def test_planes_take_their_memory_and_give_it_back():
+    """A quarter of it is for strips; a plane of 4 x 2 x 3 x 5 bytes fits exactly, or is a file."""
+    for memory, left, in_memory in ((160, 120, True), (156, 117, False)):
+        stream = Stream(memory, torch.device("cpu"), torch.float32)
+        assert (stream.strip, stream.left) == (memory // 4, left)
+        plane = stream.plane(2, 3, 5)
+        assert (plane.file is None) == in_memory
+        assert stream.left == (0 if in_memory else left)
+        del plane
+        assert stream.left == left
 
 
 def test_streaming_refuses_whole_image_encoders_training_and_float64():

@@ -224,6 +224,22 @@ def test_tiling_an_autoencoder_without_tiles_decodes_whole():
         model.decode_tiled(z, tile=1)
 
 
+def test_peak_bytes_of_layers_by_hand():
+    """Of 4 to 8 channels of 6x6 pixels: the output, and a copy of input and output.
+
+    A view takes nothing, and what is freed counts no more.
+    """
+    narrow, wide = 4 * 4 * 36, 4 * 8 * 36
+    conv = nn.Conv2d(4, 8, 1)
+    assert peak_bytes(conv, lambda m, x: m(x), (1, 4, 6, 6)) == wide + narrow + wide
+    assert peak_bytes(conv, lambda m, x: x.view(4, 36), (1, 4, 6, 6)) == 0
+    assert peak_bytes(conv, lambda m, x: x.neg().flatten().neg(), (1, 4, 6, 6)) == 2 * narrow
+    assert peak_bytes(conv, lambda m, x: [x.neg() for _ in range(3)], (1, 4, 6, 6)) == 3 * narrow
+    assert peak_bytes(conv, lambda m, x: x.neg().neg().neg().neg(), (1, 4, 6, 6)) == 2 * narrow
+    half = conv.half()
+    assert peak_bytes(half, lambda m, x: m(x), (2, 4, 6, 6)) == wide + narrow + wide
+
+
 def test_tiling_takes_the_largest_tile_within_the_memory():
     vae = autoencoder(True, channel_mult=(1, 1), num_res_blocks=0)
     z = torch.randn(2, 4, 50, 37)

@@ -15,7 +15,7 @@ from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.export.exporting import ExportSettings, export
 from olvae.export.formats import DiffusersLayout
-from olvae.models.loading.families import StableDiffusion, family_of
+from olvae.models.loading.families import Representation, StableDiffusion, family_of
 from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
 from olvae.models.spec import WEIGHTS_NAME
@@ -305,3 +305,26 @@ def test_halves_that_autoencoder_kl_does_not_have(half, params, message):
     )
     with pytest.raises(ValueError, match=message):
         StableDiffusion().config(mixed)
+
+
+def test_the_networks_of_an_autoencoder_of_representations():
+    """Each half has its own arguments beside diffusers' config.
+
+    32 / 8 positions a side, each decoded to 4 pixels.
+    """
+    theirs = DiffusersAutoencoder(make("AutoencoderRAE"))
+    spec = Representation().spec(theirs, "it")
+    given = {"config": arguments(theirs.model)}
+    assert spec.encoder_config == {
+        "target": "olvae.modules.others.rae.RAEEncoder",
+        "params": {**given, "latent_dim": 64, "image_size": 16, "downscale": 4},
+    }
+    assert spec.decoder_config == {
+        "target": "olvae.modules.others.rae.RAEDecoder",
+        "params": {**given, "z_channels": 32, "upscale": 4},
+    }
+    assert spec.embed_dim == 32
+    flat = DiffusersAutoencoder(make("AutoencoderRAE"))
+    flat.model.register_to_config(reshape_to_2d=False)
+    with pytest.raises(ConfigError, match="it: reshape_to_2d: false"):
+        Representation().spec(flat, "it")

@@ -5,8 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from olvae.config import ConfigError
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
 from tests.models.autoencoder_kl import autoencoder_kl
+from tests.models.loading.classes import make
 from tests.models.loading.names import hub_folder
 
 kl = partial(autoencoder_kl, (32, 32, 64))
@@ -62,3 +64,35 @@ def test_diffusers_weights_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match="readable AutoencoderKL") as caught:
         find_target(f"diffusers:{tmp_path}").load()
     assert "\n" not in str(caught.value)
+
+
+def test_a_diffusers_autoencoders_state_is_its_models_own():
+    """Without what its latents are converted to, which TAESD alone takes."""
+    tiny = DiffusersAutoencoder(make("AutoencoderTiny"))
+    assert all(name.startswith("model.") for name in tiny.state_dict())
+    x, z = torch.rand(1, 3, 16, 16), torch.randn(1, tiny.latent_channels, 2, 2)
+    latent, image = tiny.encode(x).mean, tiny.decode(z)
+    mean, std = torch.arange(4.0), torch.arange(4.0) + 2
+    tiny.use_latents(mean, std)
+    own = tiny.encode(x).mean
+    torch.testing.assert_close(own, latent * std.view(-1, 1, 1) + mean.view(-1, 1, 1))
+    back = z * std.view(-1, 1, 1) + mean.view(-1, 1, 1)
+    torch.testing.assert_close(tiny.decode(back), image, rtol=1e-4, atol=1e-5)
+    other = DiffusersAutoencoder(make("AutoencoderKL"))
+    before = other.encode(x).mean
+    other.use_latents(mean, std)
+    assert torch.equal(other.encode(x).mean, before)
+
+
+def test_images_of_another_size_are_refused_by_their_sides():
+    model = DiffusersAutoencoder(make("AutoencoderKL"))
+    assert (model.downscale, model.enlarge, model.side) == (2, 1, None)
+    with pytest.raises(ValueError, match="image size 5x4 is not a multiple of 2"):
+        model.encode(torch.zeros(1, 3, 5, 4))
+    with pytest.raises(ValueError, match="image size 4x5 is not a multiple of 2"):
+        model.encode(torch.zeros(1, 3, 4, 5))
+    one_size = DiffusersAutoencoder(make("AutoencoderRAE"))
+    assert one_size.encode(torch.zeros(1, 3, 16, 16)).mean.shape == (1, 32, 4, 4)
+    for size in ((16, 32), (32, 16)):
+        with pytest.raises(ValueError, match="images of 16x16 only, not {}x{}".format(*size)):
+            one_size.encode(torch.zeros(1, 3, *size))

@@ -10,7 +10,7 @@ import yaml
 from olvae import LiteVAE, checkpoint
 from olvae.config import ConfigError, save, validate
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.loading.targets import find_target, name_apart
+from olvae.models.loading.targets import find_run_config, find_target, name_apart
 from tests.conftest import tiny, tiny_config
 from tests.models.autoencoder_kl import autoencoder_kl
 from tests.models.loading.classes import make
@@ -213,3 +213,37 @@ def test_unknown_targets_are_refused(tmp_path, monkeypatch):
 def test_a_model_of_the_package_without_its_prefix():
     with pytest.raises(FileNotFoundError, match=r"^photos-f8c12: .*olvae:photos-f8c12\?$"):
         find_target("photos-f8c12")
+
+
+def test_a_target_has_one_config_or_a_folder_of_them(make_run, tmp_path):
+    with pytest.raises(ConfigError, match="one of them"):
+        find_target(make_run(), config=tmp_path / "a.yaml", config_base=tmp_path)
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder", None])
+def test_a_half_that_was_never_trained_is_warned_of(make_run, recwarn, half):
+    run = make_run()
+    save({**tiny_config(), "run": {"untrained": half}}, run / "config.yaml")
+    find_target(run)
+    messages = [str(warning.message) for warning in recwarn]
+    assert messages == [f"{run}: its {half} has never been trained"] * (half is not None)
+
+
+def test_a_runs_config_is_found_by_its_whole_name_or_the_middle_of_it(tmp_path):
+    """Exactly one, in any folder, in YAML of either name."""
+    name = "2026-01-31T12-00-00_a_b_bf16"
+    with pytest.raises(ConfigError, match=rf"{name}.yaml or a_b.yaml, found none"):
+        find_run_config(tmp_path, name)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a_b.txt").touch()
+    middle = tmp_path / "deep" / "a_b.yml"
+    middle.touch()
+    assert find_run_config(tmp_path, name) == middle
+    (tmp_path / "a_b.yaml").touch()
+    with pytest.raises(ConfigError, match=r"found .*a_b\.yaml, .*a_b\.yml"):
+        find_run_config(tmp_path, name)
+    whole = tmp_path / f"{name}.yaml"
+    whole.touch()
+    assert find_run_config(tmp_path, name) == whole
+    with pytest.raises(ConfigError, match=r"one config alone\.yaml, found none"):
+        find_run_config(tmp_path, "alone")

@@ -163,6 +163,17 @@ def test_equivariance_refuses_a_discriminator_of_fixed_sizes(
     )
 
 
+def test_images_that_equivariance_would_shrink_below_lpips_size_are_refused(image_folder):
+    """Below 64 pixels, of the shorter side."""
+    equivariant = build(parts=parts(equivariance={}))
+    equivariant.check(source(image_folder, size=32))
+    equivariant.loss.perceptual = torch.nn.Identity()
+    for size, named in ((56, "56"), ([56, 64], "56x64"), ([64, 56], "64x56")):
+        with pytest.raises(ConfigError, match=rf"size: {named}: equivariance .* needs 16"):
+            equivariant.check(source(image_folder, size=size))
+    equivariant.check(source(image_folder, size=64))
+
+
 def test_equivariance_is_decided_once_an_update_for_its_share_of_them(image_folder, monkeypatch):
     transform, calls = equivariance.transform_alike, []
     settings = {"probability": 0.5, "adversary": False, "shrunk": 0.5}

@@ -1,10 +1,19 @@
 """The contract of a part, with one from outside of the package, named by its path in a config."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from olvae.config import ConfigError, save, validate
+from olvae.data.pixels.size_and_range import EIGHT_BITS
 from olvae.models.autoencoder import LiteVAE
+from olvae.models.parts.part import (
+    adaptive_factor,
+    first_images,
+    fixed_latents,
+    nothing_decoded,
+)
 from olvae.training.run import RUN_ENV, train
 from olvae.training.settings import TrainOptions
 from tests.conftest import parts, tiny_config
@@ -187,3 +196,50 @@ def test_its_mistakes_are_told_with_all_others(image_folder):
         "model.params.optimizer must be adam or muon, got 'sgd'",
         "model.params.parts.mine: the decoder is frozen: leave it out",
     ]
+
+
+@pytest.mark.parametrize("freeze_encoder", [False, True])
+@pytest.mark.parametrize("latents", ["free", "kept", "given"])
+def test_settings_by_which_latents_cannot_move_are_named(freeze_encoder, latents):
+    parts = [SimpleNamespace(name="noise", latents="free")]
+    parts.append(SimpleNamespace(name="other", latents=latents))
+    model = SimpleNamespace(freeze_encoder=freeze_encoder, each_part=parts)
+    named = ["freeze_encoder"] * freeze_encoder + ["parts.other"] * (latents != "free")
+    expected = f"parts.noise: the latents can't change ({', '.join(named)}): leave it out"
+    assert list(fixed_latents(parts[0], model)) == [expected] * bool(named)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("stand_in", [None, object()])
+def test_nothing_is_decoded_where_another_decoder_stands_in(frozen, stand_in):
+    model = SimpleNamespace(freeze_decoder=frozen, stand_in=stand_in)
+    lines = list(nothing_decoded(SimpleNamespace(name="mine"), model))
+    assert [line.partition(":")[0] for line in lines] == ["parts.mine"] * (
+        frozen and stand_in is not None
+    )
+
+
+@pytest.mark.parametrize("quantizer", [None, SimpleNamespace(quant_conv="quant_conv")])
+def test_adaptive_factor_is_of_the_last_layer_before_the_latent_and_bounded(quantizer):
+    """By 1e8 over the 96 values of an image."""
+    asked = []
+    step = SimpleNamespace(target=torch.zeros(5, 2, 6, 8))
+    for ratio, expected in ((3.0, 3.0), (1e6, 1e6), (1e7, 1e8 / 96)):
+        model = SimpleNamespace(
+            encoder="encoder",
+            quantizer=quantizer,
+            ratio_of_gradients=lambda *given, r=ratio: asked.append(given) or torch.tensor(r),
+        )
+        assert float(adaptive_factor(model, step, "loss")) == pytest.approx(expected)
+    assert asked == [(step, "loss", "encoder" if quantizer is None else "quant_conv")] * 3
+
+
+def test_first_images_are_one_by_one_and_normalised():
+    given = []
+    images = [torch.tensor([[[0, 255], [51, 102]]], dtype=torch.uint8)] * 2
+    source = SimpleNamespace(
+        pixel_range=EIGHT_BITS, first_images=lambda *numbers: given.append(numbers) or images
+    )
+    found = list(first_images(source, 3, 2, torch.device("cpu")))
+    assert given == [(3, 2)]
+    torch.testing.assert_close(found, [torch.tensor([[[[-1.0, 1.0], [-0.6, -0.2]]]])] * 2)

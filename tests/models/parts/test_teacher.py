@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from olvae.config import ConfigError, save
 from olvae.data.picture_folder import FolderSource
-from olvae.data.pixels.size_and_range import EIGHT_BITS, from_uint8, to_uint8
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, from_uint8, to_uint8
 from olvae.metrics.metric import psnr
 from olvae.models import linear_code
 from olvae.models.linear_code import crops_and_means
@@ -295,6 +295,28 @@ def test_teacher_with_a_channel_without_deviation_is_refused(target):
         teacher.model.model.quant_conv.weight[1] = torch.nan
     with pytest.raises(ValueError, match="not finite"):
         teacher.prepare(model, data, 0, torch.device("cpu"))
+
+
+def test_a_teacher_of_other_pixel_values_or_latents_is_refused(target):
+    model = student(target)
+    teacher = teacher_of(model)
+    own = PixelRange((0.0,), (100.0,))
+    deep = PixelRange((0.0,), (1000.0,))
+    stats = {"weights": teacher.checksum(), "target": "it"}
+
+    def check(pixel_range: PixelRange, *latent_stats: dict) -> None:
+        teacher.check(model, SimpleNamespace(pixel_range=pixel_range, latent_stats=[*latent_stats]))
+
+    # One of 8 bits sees any range as its own.
+    check(EIGHT_BITS, stats)
+    check(deep, stats)
+    with pytest.raises(ConfigError, match="latents are of other, whose weights"):
+        check(EIGHT_BITS, stats, {"weights": "0", "target": "other"})
+    teacher.model.pixel_range = own
+    check(own)
+    for found in (deep, EIGHT_BITS):
+        with pytest.raises(ConfigError, match="0 to 100"):
+            check(found)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

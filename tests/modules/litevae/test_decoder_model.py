@@ -5,7 +5,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
 from olvae.modules.counting import count_macs, count_parameters
-from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder, reach_of
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.litevae.smc import SMC, fold_smc
 from olvae.modules.wavelet import dwt2
@@ -113,3 +113,45 @@ def test_dropout_is_in_both_halves():
         assert {module.p for module in network.modules() if isinstance(module, nn.Dropout)} == {
             0.25
         }
+
+
+@pytest.mark.parametrize(
+    ("output", "scales", "reaches"),
+    [
+        ("image", [1, 1, 1, 1, 2, 1, 2, 1, 1], [1, 2, 2, 2, 1, 2, 1, 2, 1]),
+        ("wavelet", [1, 1, 1, 1, 2, 1, 1, 1, 2], [1, 2, 2, 2, 1, 2, 2, 1, 0]),
+        ("packets", [1, 1, 1, 1, 1, 1, 1, 2, 2], [1, 2, 2, 2, 2, 2, 1, 0, 0]),
+    ],
+)
+def test_stages_of_a_decoder_of_three_levels(output, scales, reaches):
+    """The first convolution, two blocks of 3x3 pairs in the middle, one in each level."""
+    decoder = LiteVAE_Decoder(4, 2, 3, (1, 1, 1), 0, "paper_smc", output)
+    assert decoder.upscale == 4
+    stages = decoder.stages()
+    assert [stage.scale for stage in stages] == scales
+    assert [stage.reach for stage in stages] == reaches
+    z = torch.randn(1, 2, 3, 4)
+    h = z
+    for stage in stages:
+        shape = [side * stage.scale for side in h.shape[-2:]]
+        h = stage.run(h)
+        assert [*h.shape[-2:]] == shape
+    torch.testing.assert_close(h, decoder(z))
+
+
+def test_a_decoder_of_published_form_has_these_blocks():
+    """Three in the middle, or two; `num_res_blocks` + 1 in each level, whose width they have."""
+    for variant, middle in (("open_litevae", 3), ("paper_smc", 2), ("group_norm", 2)):
+        decoder = LiteVAE_Decoder(4, 2, 3, (1, 2, 3), 1, variant)
+        assert len(decoder.mid) == middle
+        assert [len(level["block"]) for level in decoder.up] == [2, 2, 2]
+        assert [level["upsample"].conv.out_channels for level in decoder.up[1:]] == [8, 12]
+        assert "upsample" not in decoder.up[0]
+        assert decoder.conv_in.out_channels == 12
+        assert decoder.conv_out.in_channels == 4
+        assert len(decoder.blocks()) == 1 + middle + 3 * 2 + 2
+
+
+def test_reach_of_convolutions_in_a_row_adds_up():
+    assert [reach_of(nn.Conv2d(1, 1, size)) for size in (1, 2, 3, 5, 7)] == [0, 1, 1, 2, 3]
+    assert reach_of(nn.Sequential(nn.Conv2d(1, 1, 3), nn.SiLU()), nn.Conv2d(1, 1, 5)) == 3

@@ -11,7 +11,7 @@ from olvae.export.exporting import export
 from olvae.export.formats import LAYOUTS
 from olvae.models.large.tiling import receptive_field
 from olvae.models.loading.from_diffusers import DiffusersAutoencoder
-from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
+from olvae.modules.others.tiny import Residual, TinyDecoder, TinyEncoder
 from tests.export.latents import tiny_vae
 from tests.models.loading.classes import make
 
@@ -130,3 +130,84 @@ def test_tiny_export_is_checked_by_its_means(tmp_path, monkeypatch):
     monkeypatch.setattr(LAYOUTS["diffusers"], "load", other)
     with pytest.raises(ValueError, match=r"differs by 1\.0e-03"):
         export(student(), tmp_path / "vae", LAYOUTS["diffusers"]())
+
+
+def test_a_block_that_sees_the_whole_image_by_hand():
+    """Four times as many channels inside, in four groups; then the convolutions."""
+    block, x = Residual(3, pool=True).double(), torch.randn(2, 3, 5, 4, dtype=torch.float64)
+    widen, norm, _, narrow = block.pool
+    torch.nn.init.normal_(norm.weight)
+    h = torch.einsum("oi,bihw->bohw", widen.weight[:, :, 0, 0], x)  # (2, 12, 5, 4)
+    groups = h.reshape(2, 4, 3 * 20)
+    centred = groups - groups.mean(2, keepdim=True)
+    h = centred / (centred.square().mean(2, keepdim=True) + 1e-5).sqrt()
+    h = (h.view(2, 12, 5, 4) * norm.weight[:, None, None] + norm.bias[:, None, None]).relu()
+    h = x + torch.einsum("oi,bihw->bohw", narrow.weight[:, :, 0, 0], h)
+    torch.testing.assert_close(block(x), torch.relu(block.conv(h) + h))
+    assert widen.bias is None
+    assert narrow.bias is None
+    plain = Residual(3)
+    assert plain.pool is None
+    y = torch.randn(1, 3, 4, 4)
+    torch.testing.assert_close(plain(y), torch.relu(plain.conv(y) + y))
+
+
+def kinds(network: torch.nn.Module) -> list[str]:
+    """Each layer: its width and stride, or its name; a star sees the whole image."""
+    found = []
+    for layer in network.layers:
+        if isinstance(layer, torch.nn.Conv2d):
+            bias = "" if layer.bias is None else " b"
+            found.append(f"{layer.in_channels}-{layer.out_channels} /{layer.stride[0]}{bias}")
+        else:
+            found.append(type(layer).__name__ + "*" * (getattr(layer, "pool", None) is not None))
+    return found
+
+
+def test_layers_of_a_tiny_encoder_and_decoder():
+    """By TAESD's form, TAEF2's pool in the latent's level, and TAESANA's stem and widths."""
+    plain = TinyEncoder(8, 3, 16, 6, (1, 0, 2), pool=True)
+    assert kinds(plain) == [
+        *("3-6 /1 b", "Residual", "6-6 /2", "6-6 /2", "Residual*", "Residual*", "6-4 /1 b"),
+    ]
+    assert plain.downscale == 4
+    stem = TinyEncoder(8, 3, 16, 6, (0, 1), stem=(4, 6))
+    assert kinds(stem) == [
+        *("3-4 /2 b", "ReLU", "4-6 /2 b", "ReLU", "6-6 /2", "Residual", "6-4 /1 b"),
+    ]
+    assert stem.downscale == 8
+    assert stem(torch.rand(1, 3, 16, 24)).shape == (1, 8, 2, 3)
+    decoder = TinyDecoder(2, 4, 3, (1, 0, 1), pool=True, channel_mult=(1, 2, 3))
+    assert kinds(decoder) == [
+        *("4-6 /1 b", "ReLU", "Residual*", "Upsample", "6-4 /1"),
+        *("Upsample", "4-2 /1", "Residual", "2-3 /1 b"),
+    ]
+    assert decoder.upscale == 4
+    assert decoder.stages() is None
+    assert decoder(torch.rand(1, 4, 2, 3)).shape == (1, 3, 8, 12)
+    larger = TinyDecoder(2, 4, 3, (1, 1), enlarge=2)
+    assert larger.upscale == 4
+    assert larger(torch.rand(1, 4, 2, 3)).shape == (1, 3, 8, 12)
+
+
+@pytest.mark.parametrize(
+    ("make", "wrong"),
+    [
+        (lambda: TinyEncoder(channels=0), "channels must be at least 1, got 0"),
+        (lambda: TinyEncoder(blocks=(1, -1)), "blocks must"),
+        (lambda: TinyEncoder(channels=8, stem=(4, 6)), "stem: .* 6, .* 8"),
+        (lambda: TinyDecoder(channels=0), "channels must be at least 1, got 0"),
+        (lambda: TinyDecoder(blocks=(1, -1)), "blocks must"),
+        (lambda: TinyDecoder(channel_mult=(1, 0, 1, 1)), "channel_mult must be at least 1"),
+        (lambda: TinyDecoder(channel_mult=(1, 1, 1)), "channel_mult: 3 levels, .* 4"),
+    ],
+)
+def test_tiny_networks_refuse_settings_that_make_no_network(make, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        make()
+
+
+def test_a_tiny_network_without_blocks_has_its_channels_alone():
+    """No block in a level is possible."""
+    assert kinds(TinyEncoder(channels=1, blocks=(0,))) == ["3-1 /1 b", "1-4 /1 b"]
+    assert kinds(TinyDecoder(1, blocks=(0,))) == ["4-1 /1 b", "ReLU", "1-3 /1 b"]

@@ -7,6 +7,7 @@ import torch
 
 from olvae.config import ConfigError
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.parts.features.feature_decoder import FeatureDecoder
 from tests.models.steps import build, fit, metrics, moved, objective, snapshot
 
 pytest.importorskip("timm")
@@ -82,3 +83,13 @@ def test_feature_decoder_says_what_it_needs(settings, message):
 def test_feature_decoder_needs_a_vision_encoder():
     with pytest.raises(ConfigError, match=r"parts\.fae: "):
         build(parts={"fae": {"target": TARGET}})
+
+
+def test_feature_decoder_has_a_weight_and_blocks():
+    part = FeatureDecoder(0.0, 1)
+    assert part.describe() == "weight 0, 1 blocks"
+    with pytest.raises(ValueError, match="weight must not be negative"):
+        FeatureDecoder(-0.1)
+    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
+        FeatureDecoder(depth=0)
+    assert len(reduced().parts["fae"].transformer.blocks) == 1

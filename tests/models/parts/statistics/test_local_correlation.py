@@ -127,3 +127,11 @@ def test_sizes_that_equivariance_shrinks_below_a_window_are_refused(image_folder
     with pytest.raises(ConfigError, match=r"parts\.equivariance .*2 "):
         model.check(source(image_folder))
     model.check(source(image_folder, size=64))
+
+
+def test_a_threshold_is_a_correlation():
+    for threshold in (-0.99, 0.0, 1.0):
+        assert LocalCorrelation(threshold=threshold).threshold == threshold
+    for threshold in (-1.0, -2.0, 1.01):
+        with pytest.raises(ValueError, match=f"threshold must be .*, got {threshold}"):
+            LocalCorrelation(threshold=threshold)
