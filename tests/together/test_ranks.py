@@ -34,8 +34,8 @@ WHOLE, HALF = "data.params.batch_size=8", "data.params.batch_size=4"
 
 
 def assert_close(one: Run, two: Run, rounded: tuple[str, ...] = ()) -> None:
-    """Weights are equal to 1e-5, but for a few with gradients near 0, and names that end in ``rounded``:
-    Adam takes a whole step by a rounding's sign."""
+    """Weights are equal to 1e-5, but for a few with gradients near 0: Adam takes a whole step by a
+    rounding's sign. Of names that end in ``rounded`` all may be such."""
     a, b = checkpoint(one), checkpoint(two)
     assert a["images_seen"] == b["images_seen"] == 8 * a["global_step"]
     for part in ("current_model_state", "state_dict"):
@@ -167,7 +167,10 @@ def test_two_processes_reduce_a_vision_encoder_as_one(train_with, train_two, vit
     """FAE's attention and transformer, and PAE's projection, get averaged gradients."""
     config = reduced_features(vit)
     settings = SMALL[:5]  # the others are of LiteVAE's encoder
-    one, two = train_with(*settings, WHOLE, config=config), train_two(*settings, HALF, config=config)
+    one, two = (
+        train_with(*settings, WHOLE, config=config),
+        train_two(*settings, HALF, config=config),
+    )
     # A softmax does not see the keys' biases: their gradients are roundings.
     assert_close(one, two, rounded=("attention.qkv.bias",))
     learned = checkpoint(one)["state_dict"].keys()
