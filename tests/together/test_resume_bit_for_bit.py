@@ -20,6 +20,7 @@ from tests.training.origins import (
     assert_same_checkpoint,
     checkpoint,
     phase_b,
+    reduced_features,
     save_teacher,
     student,
     without_networks,
@@ -143,6 +144,11 @@ def against_dino(tmp_path: Path, images: Path) -> Case:
     return tiny_config(images, adversary_config=adversary), {}, ()
 
 
+def reduced_by_attention(tmp_path: Path, images: Path) -> Case:
+    """A vision encoder as tokenizer: FAE's attention and part, PAE's priors."""
+    return reduced_features(random_vit(tmp_path), images), {}, ()
+
+
 CASES = (
     shards,
     everything_of_phase_b,
@@ -154,6 +160,7 @@ CASES = (
     masked_by_a_token,
     aligned_by_a_transformer,
     against_dino,
+    reduced_by_attention,
 )
 
 
