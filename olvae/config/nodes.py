@@ -118,7 +118,7 @@ def missing_package(error: BaseException | None) -> str | None:
 
 def nearest(name: str, known: Sequence[str]) -> str:
     """End a message on an unknown name: "; did you mean X?", or nothing if no name is near."""
-    matches = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(name, known)
     return f"; did you mean {matches[0]}?" if matches else ""
 
 

@@ -37,7 +37,6 @@ class UnreadableImageError(ValueError):
     """A file is no picture, is broken, or has another number of channels."""
 
     def __init__(self, name: str, reason: str, image: str = "") -> None:
-        super().__init__(name, reason)
         self.name = name
         self.reason = " ".join(reason.split())
         self.image = image
@@ -228,7 +227,7 @@ class ReadErrors:
             least = round(1 / self.limit) if self.limit else 1
             read = max(self.unreadable.delivered + self.lost, least)
         few = min(FEW_FILES, (self.images or 0) // 50) if self.limit else 0
-        if self.lost > max(self.limit * read, few):
+        if self.lost > few and self.lost > self.limit * read:
             raise TooManyUnreadableError(
                 f"{self.lost} of {read} images can't be read, "
                 f"more than data.params.max_unreadable = {self.limit:g}: "

@@ -10,9 +10,9 @@ from PIL import Image
 from olvae import config as cfg
 from olvae.config import ConfigError
 from olvae.data.dataset import SamplePhotographs
-from olvae.data.opening import open_source, open_test_source, trains_on
+from olvae.data.opening import open_images, open_source, open_test_source, trains_on
 from olvae.data.picture_folder import FolderSource
-from olvae.data.pixels.size_and_range import Sides
+from olvae.data.pixels.size_and_range import AS_STORED, PixelRange, Sides
 from olvae.export.encode_inputs import find_inputs
 from olvae.runs import make_data_absolute, present_data
 from tests.conftest import tiny_config
@@ -318,3 +318,9 @@ def test_a_models_images_elsewhere_have_the_groups_of_its_training(root, caplog)
         config["data"]["params"]["hold_out_by"] = how
         assert open_test_source(config, str(root)).grouping.how == "file"
         assert find_inputs(str(root), 3, 2, trained_by=how).grouping.how == "file"
+
+
+def test_the_sample_photographs_have_8_bits_unless_values_are_taken_as_stored():
+    assert len(open_images("samples", pixel_range=AS_STORED)) == len(open_images("samples")) == 60
+    with pytest.raises(ConfigError, match="`data`: its values are 8 bits"):
+        open_images("samples", pixel_range=PixelRange.from_node([0, 4095]))

@@ -180,6 +180,13 @@ def read_but(broken: Sequence[int]):
     return read
 
 
+@pytest.mark.parametrize("image", ["", "7"])
+def test_an_unreadable_image_comes_whole_from_another_process(image):
+    error = pickle.loads(pickle.dumps(UnreadableImageError("a.jpg", "cut\n off", image)))
+    assert str(error) == "a.jpg: not a readable image: cut off"
+    assert error.read_error() == ReadError("a.jpg", "cut off", image)
+
+
 def test_read_or_replace_takes_another_image_for_what_cannot_be_read():
     assert read_or_replace(3, range(9), (0, 5), read_but(())) == (3, ())
     first = int(np.random.default_rng((0, 5, 1, 0)).integers(9))

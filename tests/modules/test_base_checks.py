@@ -84,17 +84,17 @@ def test_betas_are_two_numbers_from_0_to_below_1(betas, fits):
     if fits:
         assert check_betas(betas) == tuple(betas)
         return
-    with pytest.raises(ValueError, match="betas must be two numbers"):
+    with pytest.raises(ValueError, match="betas must"):
         check_betas(betas)
 
 
 def test_numbers_that_are_negative_or_none_are_refused():
     check_not_negative(a=0, b=0.0, c=3)
     for number in (-1e-9, float("nan"), -1):
-        with pytest.raises(ValueError, match="b must not be negative"):
+        with pytest.raises(ValueError, match=r"b must .*negative"):
             check_not_negative(a=1, b=number)
     check_choice(("x", "y"), a="x", b="y")
-    with pytest.raises(ValueError, match="b must be one of x, y, got 'z'"):
+    with pytest.raises(ValueError, match=r"b must .*x, y, got 'z'"):
         check_choice(("x", "y"), a="x", b="z")
 
 

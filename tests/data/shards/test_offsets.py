@@ -7,10 +7,11 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from olvae.data.shards import offsets
 from olvae.data.shards.index import with_counts
 from olvae.data.shards.indexing import index_shards
 from olvae.data.shards.offsets import NO_OFFSET, TAR_BLOCK, listed_offsets, offsets_of, scan
-from olvae.data.shards.tar_reading import Shard, read_shard
+from olvae.data.shards.tar_reading import Shard, open_url, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess
 from tests.data.images import encoded, write_classes, write_shards, write_tar
@@ -31,12 +32,12 @@ def test_offsets_begin_with_a_groups_first_file_and_long_names(tmp_path):
             (f"{long}.jpg", encoded(2)),
         ],
     )
-    offsets = offsets_of(Shard(str(path)))
-    (entry, *rest) = read_shard(Shard(str(path)), None, int(offsets[1]) * TAR_BLOCK)
+    begins = offsets_of(Shard(str(path)))
+    (entry, *rest) = read_shard(Shard(str(path)), None, int(begins[1]) * TAR_BLOCK)
     assert (entry.key, [*entry.files], rest) == (f"a/{long}", ["json"], [])
-    first = next(iter(read_shard(Shard(str(path)), None, int(offsets[0]) * TAR_BLOCK)))
+    first = next(iter(read_shard(Shard(str(path)), None, int(begins[0]) * TAR_BLOCK)))
     assert [*first.files] == ["txt"]
-    assert len(offsets) == 2
+    assert len(begins) == 2
 
 
 def test_compressed_shards_have_counts_and_no_offsets(tmp_path):
@@ -107,13 +108,23 @@ def test_pictures_that_nothing_reads_are_a_warning(tmp_path, caplog):
     assert not caplog.messages
 
 
-def test_a_file_of_offsets_that_is_too_short_is_read_once_with_a_line(tmp_path, caplog):
+def test_a_file_of_offsets_that_is_too_short_is_read_once_with_a_line(
+    tmp_path, caplog, monkeypatch
+):
     paths = write_shards(tmp_path, (3, 2))
     index_shards(str(tmp_path))
     place = tmp_path / "index.offsets"
     shards = with_counts([str(path) for path in paths])
     assert listed_offsets(shards[1]).tolist() == scan(paths[1]).offsets.tolist()
     place.write_bytes(place.read_bytes()[:-4])
-    assert listed_offsets(shards[1]) is None
-    assert listed_offsets(shards[1]) is None
+    opened = []
+
+    def note(url, begin):
+        opened.append((url, begin))
+        return open_url(url, begin)
+
+    monkeypatch.setattr(offsets, "open_url", note)
+    for _ in range(2):
+        assert listed_offsets(shards[1]) is None
+    assert opened == [(str(place), 3 * 4)]
     assert [str(place) in line for line in caplog.messages] == [True]

@@ -1,5 +1,6 @@
 import bz2
 import gzip
+import io
 import json
 import lzma
 import random
@@ -11,9 +12,10 @@ import pytest
 from olvae.data.audit import audit_source
 from olvae.data.opening import open_source
 from olvae.data.read_errors import ReadError
+from olvae.data.shards import tar_reading
 from olvae.data.shards.index import with_counts
 from olvae.data.shards.offsets import scan
-from olvae.data.shards.tar_reading import Entry, Shard, read_shard
+from olvae.data.shards.tar_reading import Entry, Shard, Unpacked, read_shard
 from tests.data.images import encoded, write_shard, write_tar
 
 
@@ -86,6 +88,31 @@ def test_a_shard_that_unpacks_to_much_more_than_its_size_ends_there(tmp_path):
     (entry,), (error,) = read(tmp_path / "a.tar.gz")
     assert entry.data == image
     assert "decompression bomb" in error.reason
+
+
+def read_unpacked(packed: bytes) -> bytes:
+    unpacked = Unpacked(io.BytesIO(packed))
+    return b"".join(iter(lambda: unpacked.read(2**16), b""))
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, bz2.compress, lzma.compress])
+def test_content_may_be_so_many_times_as_large_as_what_was_read_of_it(pack, monkeypatch):
+    """To the byte."""
+    content = bytes(20_000)
+    packed = pack(content)
+    monkeypatch.setattr(tar_reading, "MAX_EXPANSION", 3)
+    monkeypatch.setattr(tar_reading, "FREE_EXPANSION", len(content) - 3 * len(packed))
+    assert read_unpacked(packed) == content
+    monkeypatch.setattr(tar_reading, "FREE_EXPANSION", len(content) - 3 * len(packed) - 1)
+    with pytest.raises(ValueError, match="more than 3 times its size"):
+        read_unpacked(packed)
+
+
+@pytest.mark.parametrize("content", [b"", b"plain", b"no more than this"])
+def test_what_is_not_compressed_is_read_as_it_is(content):
+    unpacked = Unpacked(io.BytesIO(content))
+    assert not unpacked.packed
+    assert b"".join(iter(lambda: unpacked.read(4), b"")) == content
 
 
 def test_a_shard_cut_anywhere_gives_what_is_whole_before_the_cut(tmp_path):

@@ -1,6 +1,7 @@
 import copy
 import math
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,13 @@ from torch import nn
 
 from olvae.config import ConfigError
 from olvae.data.pixels.size_and_range import PixelRange
-from olvae.evaluation.observers.half_precision import HalfPrecision, InPrecision, stage_of
+from olvae.evaluation.observers import half_precision as module
+from olvae.evaluation.observers.half_precision import (
+    Activations,
+    HalfPrecision,
+    InPrecision,
+    stage_of,
+)
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.results import Row
 from olvae.evaluation.round_trip import Cost, RoundTrip
@@ -236,6 +243,86 @@ def test_safe_verdict_by_lost_psnr_and_overflow(images, psnr, full, lost, safe):
     verdict = reconstruct.judged(psnr, full)
     assert verdict["psnr_lost"] == (None if lost is None else pytest.approx(lost))
     assert verdict["safe"] == safe
+
+
+def test_a_loss_of_psnr_at_the_limit_is_safe(images, monkeypatch):
+    monkeypatch.setattr(module, "SAFE_DB", 0.25)
+    reconstruct = Trip(Tiny(2.0, 0.25), "fp16")
+    reconstruct(KEYS, images)
+    for psnr, safe in ((25.0, True), (25.5, True), (24.75, False), (25.75, False)):
+        assert reconstruct.judged([psnr], [25.25])["safe"] == safe
+
+
+ENTRY = {
+    "dtype": "fp16",
+    "largest_name": "decoder.0",
+    "largest_value": 8.0,
+    "limit": 65504.0,
+    "non_finite": {"images": 0, "values": 0, "first": None},
+    "psnr_lost": 0.05,
+    "safe": True,
+}
+LOST = {"images": 1, "values": 12, "first": "decoder.1"}
+FULL_ENTRY = {**ENTRY, "dtype": "32", "largest_value": 12e4, "limit": (2 - 2**-23) * 2.0**127}
+
+
+@pytest.mark.parametrize(
+    ("entries", "lines"),
+    [
+        (
+            [FULL_ENTRY, {**ENTRY, "non_finite": LOST, "psnr_lost": 7.5, "safe": False}],
+            [
+                "largest activation 120,000 at decoder.0; fp16 ends at 65,504",
+                "largest activation 120,000 at decoder.0 in float32, beyond 65,504; "
+                "1 of 9 images non-finite, first at decoder.1; PSNR -7.500 dB: not safe",
+            ],
+        ),
+        (
+            [FULL_ENTRY, {**ENTRY, "psnr_lost": -0.0625}],
+            [
+                "largest activation 120,000 at decoder.0; fp16 ends at 65,504",
+                "largest activation 8.00 at decoder.0; PSNR +0.062 dB: safe",
+            ],
+        ),
+        (
+            [{**ENTRY, "non_finite": LOST, "largest_value": 65504.0, "psnr_lost": None}],
+            [
+                "largest activation 65,504 at decoder.0; "
+                "1 of 9 images non-finite, first at decoder.1: safe"
+            ],
+        ),
+    ],
+)
+def test_verdicts_in_words(entries, lines):
+    """Only float32 knows the value that overflows."""
+    rows = [Row("other", 9, {})]
+    for number, entry in enumerate(entries):
+        rows.append(Row(f"row {number}", 9, {}, observed={"precision": entry}))
+    found = list(HalfPrecision().lines(rows))
+    assert found == [f"row {number}: {line}" for number, line in enumerate(lines)]
+
+
+def test_non_finite_values_are_of_an_image_where_the_shape_tells():
+    """Heads of attention are split into the batch; of other shapes they count for all."""
+    watched = SimpleNamespace(
+        model=nn.ModuleDict({"m": nn.Identity()}), reconstruction=nn.Identity()
+    )
+    nan = math.nan
+    for output, images, values, largest in (
+        (torch.tensor([[1.0], [nan]]), 1, 1, 1.0),
+        (torch.tensor([1.0, 2.0, nan, nan]), 1, 2, 2.0),
+        (torch.tensor([0.0, nan, nan]), 2, 4, 0.5),
+        (torch.tensor(nan), 2, 2, 0.5),
+        (torch.tensor([1, 2]), 0, 0, 0.5),
+        (torch.tensor([-3.0, 2.0]), 0, 0, 3.0),
+    ):
+        activations = Activations()
+        with activations.recorded(watched, ["a", "b"]):
+            watched.model["m"](torch.tensor([-0.5, 0.25]))
+            watched.model["m"](output)
+        found = activations.compute("fp16")
+        assert (found["non_finite"]["images"], found["non_finite"]["values"]) == (images, values)
+        assert found["largest"] == {"m": largest}
 
 
 def test_stage_of_names_the_block_of_a_layer():

@@ -1,5 +1,9 @@
 """Neighbours and interpolations of latents against scipy's distances and hand-written formulas."""
 
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +12,17 @@ from scipy.special import softmax
 
 from olvae.evaluation.observers import interpolated
 from olvae.evaluation.observers.interpolated import (
+    Interpolated,
     drawn_neighbours,
     nearest_neighbours,
     normalise_channels,
     share_of_wrong,
     slerp_halfway,
 )
+from olvae.evaluation.observers.observer import Subject
+from olvae.evaluation.results import Row
+from olvae.modules.distributions import keyed_seed
+from tests.evaluation.peers import seen
 
 
 @pytest.mark.parametrize(("n", "block"), [(2, 1024), (50, 7), (50, 1024), (300, 128)])
@@ -92,3 +101,148 @@ def test_channels_are_normalised_and_back():
     torch.testing.assert_close(flat.mean(1), torch.zeros(3), atol=1e-5, rtol=0)
     torch.testing.assert_close(flat.std(1), torch.ones(3))
     torch.testing.assert_close(z * scale + shift, before)
+
+
+class Kept(Interpolated):
+    """Its entry has the features that it compares: all pixels."""
+
+    name = "kept"
+    label = "Kept"
+
+    def compare(self, images, pictures):
+        return {"images": images.tolist(), "pictures": pictures.tolist()}
+
+
+class Extractor:
+    """All pixels of an image; counts the instances and the images."""
+
+    made = 0
+    images = 0
+
+    def __init__(self, *_: object) -> None:
+        Extractor.made += 1
+
+    def __call__(self, x: torch.Tensor) -> np.ndarray:
+        Extractor.images += len(x)
+        return x.flatten(1).numpy().astype(np.float64)
+
+
+@pytest.fixture
+def _pixels(monkeypatch):
+    """Without Inception."""
+    monkeypatch.setattr(interpolated, "find_weights", lambda *_: Path("inception.pt"))
+    weights = {"file": "inception.pt", "published": True}
+    monkeypatch.setattr(interpolated, "provenance", lambda *_: weights)
+    monkeypatch.setattr(interpolated, "Inception", Extractor)
+    monkeypatch.setattr(Extractor, "made", 0)
+    monkeypatch.setattr(Extractor, "images", 0)
+
+
+# Its picture is the latent.
+MODEL = SimpleNamespace(decode=lambda z: z)
+KEYS = ["d", "a", "c", "b"]
+X = torch.arange(4 * 3, dtype=torch.uint8).view(4, 3, 1, 1)
+LATENTS = torch.tensor([[0.9, 0.9, 0.9], [-0.5, 0.0, 0.0], [0.8, 0.8, 0.8], [-0.5, 0.2, 0.0]])
+
+
+def batch(target: str, places: list[int], latents: torch.Tensor = LATENTS):
+    z = latents[places].view(-1, 3, 1, 1)
+    return seen(target, [KEYS[i] for i in places], X[places], latents=z)
+
+
+@pytest.mark.usefixtures("_pixels")
+def test_pictures_are_between_nearest_neighbours_in_the_order_of_keys():
+    observer = Kept(how="nearest")
+    observer.derive({})
+    for target in ("t", "u"):
+        for places in ([0, 1, 2], [3]):
+            observer.update(batch(target, places))
+    assert (Extractor.made, Extractor.images) == (1, 4)
+    observer.examine({"t": Subject(MODEL), "u": Subject(MODEL)}, 1, "cpu")
+    assert (Extractor.made, Extractor.images) == (1, 4 + 2 * 4)
+    found = observer.result("t", 0)
+    assert found == observer.result("u", 0)
+    assert observer.result("v", 0) is None
+    assert found.pop("images") == X[[1, 3, 2, 0]].flatten(1).tolist()
+    # a and b, c and d: (-.5, .1, 0) and (.85, .85, .85) as (x + 1) * 127.5, rounded.
+    assert found.pop("pictures") == [[64, 140, 128]] * 2 + [[236, 236, 236]] * 2
+    apart = [0.2, 0.2, 0.03**0.5, 0.03**0.5]
+    pairs = cdist(LATENTS.numpy(), LATENTS.numpy())
+    typical = (np.square(pairs).sum() / 12) ** 0.5
+    assert found.pop("neighbours") == pytest.approx(np.mean(apart) / typical, rel=1e-5)
+    weights = {"file": "inception.pt", "published": True}
+    assert found == {"how": "nearest", "wrong": 0.0, "checked": 4, "weights": weights}
+
+
+@pytest.mark.usefixtures("_pixels")
+def test_a_process_that_has_only_merged_examines_as_well():
+    """It has read no image, and a single one has no neighbour."""
+    one, other = Kept(how="nearest"), Kept(how="nearest")
+    for observer in (one, other):
+        observer.derive({})
+    one.update(batch("t", [0, 1, 2, 3]))
+    other.merge(pickle.loads(pickle.dumps(one.state())))
+    for observer in (one, other):
+        observer.examine({"t": Subject(MODEL)}, 1, "cpu")
+    assert other.result("t", 0) == one.result("t", 0)
+    assert Extractor.made == 2
+    single = Kept(how="nearest")
+    single.derive({})
+    single.update(batch("t", [0]))
+    single.examine({"t": Subject(MODEL)}, 1, "cpu")
+    assert single.result("t", 0) is None
+    pair = Kept()
+    pair.derive({})
+    pair.update(batch("t", [0, 2]))
+    pair.examine({"t": Subject(MODEL)}, 1, "cpu")
+    assert pair.result("t", 0)["checked"] == 2
+
+
+@pytest.mark.usefixtures("_pixels")
+def test_equal_latents_are_no_distance_apart_and_some_of_many_are_checked(monkeypatch):
+    monkeypatch.setattr(interpolated, "CHECKED", 3)
+    observer = Kept()
+    observer.derive({})
+    observer.update(batch("t", [0, 1, 2, 3], torch.full((4, 3), 0.5)))
+    observer.examine({"t": Subject(MODEL)}, 1, "cpu")
+    found = observer.result("t", 0)
+    assert (found["neighbours"], found["checked"], found["how"]) == (0.0, 3, "paper")
+    assert found["pictures"] == [[191, 191, 191]] * 4
+
+
+@pytest.mark.usefixtures("_pixels")
+def test_an_images_pixels_draw_its_number():
+    """53 bits of a hash, as a fraction."""
+    observer = Kept()
+    observer.derive({})
+    found = list(observer.measure(batch("t", [0, 1, 2, 3])))
+    draws = [number for number, _ in found]
+    expected = [keyed_seed(bytes(pixels)) % 2**53 / 2**53 for pixels in X.flatten(1).tolist()]
+    assert draws == expected
+    assert all(0.0 <= number < 1.0 for number in draws)
+    assert len(set(draws)) == 4
+    assert torch.equal(torch.stack([z for _, z in found]), LATENTS.view(4, 3, 1, 1))
+
+
+def test_lines_of_neighbours_and_each_warning_once():
+    usual = {"neighbours": 0.456, "wrong": 0.0123, "checked": 64}
+    weights = {"file": "inception.pt", "published": False}
+    entries = {
+        "a": {**usual, "warning": "few", "weights": weights},
+        "b": {**usual, "warning": None, "weights": weights},
+        "c": {**usual, "warning": "few", "weights": {**weights, "published": True}},
+    }
+    rows = [Row(name, 9, {}, observed={"kept": entry}) for name, entry in entries.items()]
+    assert list(Kept().lines([*rows, Row("d", 9, {})])) == [
+        "Kept: neighbours are at 0.46 (a), 0.46 (b), 0.46 (c) of the distance of any two latents",
+        "Kept: of the neighbours, wrong by a direct search: "
+        "1.2% of 64 (a), 1.2% of 64 (b), 1.2% of 64 (c)",
+        "warning: Kept: few",
+        "warning: Kept: it rests on a inception.pt that is not the published file",
+    ]
+    assert list(Kept().lines([Row("d", 9, {})])) == []
+
+
+def test_an_unknown_choice_of_neighbours_is_refused():
+    with pytest.raises(ValueError, match="how"):
+        Kept(how="farthest")

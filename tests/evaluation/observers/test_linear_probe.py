@@ -8,6 +8,7 @@ import torch
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
+from olvae.evaluation.observers import linear_probe as module
 from olvae.evaluation.observers.linear_probe import (
     LinearProbe,
     cross_validated_accuracy,
@@ -32,6 +33,53 @@ def test_the_classifier_is_the_minimum_that_scipy_finds():
     ours = np.concatenate([weight.numpy().ravel(), bias.numpy()])
     assert loss(ours) == pytest.approx(best.fun, abs=1e-8)
     assert weight.numpy().ravel() == pytest.approx(best.x[:12], abs=1e-3)
+
+
+@pytest.mark.parametrize("sizes", [(23, 17), (7, 11, 30), (5, 5)])
+def test_the_accuracy_is_of_five_parts_that_are_dealt_by_class(sizes):
+    """Written down again: z scores, a shuffle with seed 0, and every fifth of each class."""
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes)])
+    labels = labels[torch.randperm(len(labels), generator=generator)]
+    z = torch.randn(len(labels), 3, generator=generator, dtype=torch.float64)
+    z[:, 0] += labels
+    z[:, 2] = 7.0  # a channel that says nothing
+    deviation = z.std(0)
+    deviation[2] = 1.0
+    scores = (z - z.mean(0)) / deviation
+    shuffled = torch.randperm(len(z), generator=torch.Generator().manual_seed(0)).tolist()
+    right = 0
+    for fold in range(5):
+        held_out = []
+        for label in range(len(sizes)):
+            members = [i for i in shuffled if labels[i] == label]
+            held_out += members[fold::5]
+        rest = [i for i in range(len(z)) if i not in held_out]
+        weight, bias = fit_logistic_regression(scores[rest], labels[rest])
+        right += int(((scores[held_out] @ weight.T + bias).argmax(1) == labels[held_out]).sum())
+    assert cross_validated_accuracy(z, labels) == right / len(z)
+
+
+def test_classes_are_folders_of_five_images(monkeypatch):
+    """Of four and of other folders, whatever they hold, nothing is kept."""
+    keys = [f"{name}/{i}.png" for name, n in (("a", 5), ("b", 6), ("c", 4)) for i in range(n)]
+    z = torch.randn(15, 4, 2, 2)
+    given = []
+
+    def kept(z, labels):
+        given.extend([z, labels])
+        return 0.5
+
+    monkeypatch.setattr(module, "cross_validated_accuracy", kept)
+    found = entry(keys, z)
+    assert found == {"accuracy": 0.5, "chance": 6 / 11, "classes": 2, "n": 11}
+    assert given[1].tolist() == [0] * 5 + [1] * 6
+    torch.testing.assert_close(given[0], z[:11].mean((2, 3)).double())
+    probe = LinearProbe()
+    assert probe.columns(found) == {"linear probe": "50.0%"}
+    (line,) = probe.lines([Row("t", 15, {}, observed={"linear_probe": found})])
+    assert "2 folders of 11 images" in line
+    assert "54.5%" in line
 
 
 def latents(classes: int, n: int, apart: float) -> tuple[list[str], torch.Tensor]:

@@ -83,6 +83,17 @@ def test_a_row_for_each_image_is_asked_for():
         One().update(batch(1, 2))
 
 
+def test_rows_of_different_lengths_are_an_error():
+    class Uneven(Means):
+        def measure(self, batch):
+            return [(0.0,) * int(key) for key in batch.keys]
+
+    uneven = Uneven()
+    uneven.update(batch(1, 2))
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        uneven.result("a", 0)
+
+
 def test_measuring_keeps_no_gradients():
     class Gradient(Means):
         def measure(self, batch):

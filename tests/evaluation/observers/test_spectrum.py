@@ -49,6 +49,17 @@ def test_powers_are_scipys():
             assert found["target"][i] is None
 
 
+def test_neither_scale_nor_mean_of_latents_changes_their_spectrum():
+    x = pictures(5)
+    z = torch.randn(5, 4, 4, 4)
+    plain = entry("abcde", x, z)
+    for other in (1e-8 * z, 1e3 * z, z + 100.0):
+        found = entry("abcde", x, other)
+        assert found["divergence"] == pytest.approx(plain["divergence"], rel=1e-4)
+        powers = [(a, b) for a, b in zip(found["latents"], plain["latents"], strict=True) if b]
+        assert [a for a, _ in powers] == pytest.approx([b for _, b in powers], rel=1e-4)
+
+
 def test_latents_with_the_target_spectrum_have_no_divergence():
     """Images of power 1 / f^2 at each frequency, and latents of 1 / f."""
     generator = torch.Generator().manual_seed(1)
@@ -91,6 +102,8 @@ def test_constant_latents_have_no_entry_and_later_draws_are_left_out():
     observer = Spectrum()
     observer.update(seen("t", ["a", "b"], pictures(2), latents=torch.ones(2, 4, 4, 4)))
     assert observer.result("t", 0) is None
+    observer.update(seen("zeros", ["a", "b"], pictures(2), latents=torch.zeros(2, 4, 4, 4)))
+    assert observer.result("zeros", 0) is None
     observer.update(seen("u", ["a"], pictures(1), draw=1, latents=torch.randn(1, 4, 4, 4)))
     assert observer.result("u", 1) is None
 

@@ -3,11 +3,13 @@ and by rapidocr itself where its wheel is installed.
 """
 
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFilter
+from matplotlib import get_data_path
+from PIL import Image, ImageFilter, ImageFont
 
 from olvae.evaluation.observers import text
 from olvae.evaluation.observers.observer import Subject
@@ -73,6 +75,25 @@ def test_text_pages_hold_every_font_size_that_fits():
     assert all(
         torch.equal(a[0], b[0]) for a, b in zip(draw_pages(128), draw_pages(128), strict=True)
     )
+
+
+def test_a_page_is_full_when_the_next_line_would_not_fit(monkeypatch):
+    """Lines of 8 pixels' font, with a margin of 4 pixels around each."""
+    monkeypatch.setattr(text, "SIZES", (8,))
+    monkeypatch.setattr(text, "STYLES", text.STYLES[:1])
+    monkeypatch.setattr(text, "COPIES", 7)
+    file = Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    high = sum(ImageFont.truetype(str(file), 8).getmetrics())
+    exact = 4 + 3 * (high + 4)
+    for size, numbers in ((exact, [3, 3, 1]), (exact - 1, [2, 2, 2, 1]), (exact + 1, [3, 3, 1])):
+        pages = list(draw_pages(size))
+        assert [len(lines) for _, lines in pages] == numbers
+        for _, lines in pages:
+            for number, (kind, box, line) in enumerate(lines):
+                top = 4 + number * (high + 4)
+                assert (kind, box) == ("8", (0, top - 2, size, top + high + 2))
+                assert line
+                assert " " not in line
 
 
 BOXES = [(0, 0, 16, 8), (0, 8, 16, 16)]

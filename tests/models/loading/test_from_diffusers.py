@@ -88,9 +88,9 @@ def test_a_diffusers_autoencoders_state_is_its_models_own():
 def test_images_of_another_size_are_refused_by_their_sides():
     model = DiffusersAutoencoder(make("AutoencoderKL"))
     assert (model.downscale, model.enlarge, model.side) == (2, 1, None)
-    with pytest.raises(ValueError, match="image size 5x4 is not a multiple of 2"):
+    with pytest.raises(ValueError, match=r"5x4 .*2"):
         model.encode(torch.zeros(1, 3, 5, 4))
-    with pytest.raises(ValueError, match="image size 4x5 is not a multiple of 2"):
+    with pytest.raises(ValueError, match=r"4x5 .*2"):
         model.encode(torch.zeros(1, 3, 4, 5))
     one_size = DiffusersAutoencoder(make("AutoencoderRAE"))
     assert one_size.encode(torch.zeros(1, 3, 16, 16)).mean.shape == (1, 32, 4, 4)

@@ -6,6 +6,7 @@ from PIL import Image
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.evaluation.observers.observer import Observation
 from olvae.evaluation.observers.pixels.not_rgb import RealValues, Transparency
+from olvae.evaluation.results import Row
 
 STATED = PixelRange.from_node({"pairs": [0, 10_000], "values": "log1p"})
 
@@ -34,6 +35,58 @@ def test_spectral_angle_is_float64s_whatever_the_batches():
     assert entry["spectral_angle"] == pytest.approx(np.degrees(np.arccos(cosine)).mean(), rel=1e-4)
     np.testing.assert_allclose(entry["rmse"], np.sqrt(np.square(x - y).mean((0, 2, 3))), rtol=1e-4)
     assert set(whole.columns(entry)) == {"RMSE", "MAE", "relative", "angle"}
+
+
+def test_errors_in_real_values_by_hand():
+    """Two channels of two pixels; one value is 0, for which nothing is relative."""
+    stated = PixelRange.from_node([0, 100])
+    x = np.array([[[[0.0, 50.0]], [[20.0, 10.0]]]])
+    y = np.array([[[[4.0, 53.0]], [[20.0, 15.0]]]])
+    observer = RealValues()
+    observer.update(seen(x, y, ["a"], stated))
+    observer.update(seen(x[..., :1], x[..., :1], ["b"], stated))
+    entry = observer.result("vae", 0)
+    assert entry == {
+        # Of each image, then over images: 25 / 2 and 0.
+        "rmse": pytest.approx([(12.5 / 2) ** 0.5, (12.5 / 2) ** 0.5], rel=1e-5),
+        "mae": pytest.approx([3.5 / 2, 2.5 / 2], rel=1e-5),
+        # 3 / 50, 0, 5 / 10, and of the other image 0.
+        "relative": pytest.approx(0.56 / 4, rel=1e-5),
+    }
+    one = observer.of_images("vae", ["a", "unknown"])
+    assert one == {"rmse": pytest.approx(12.5**0.5), "mae": pytest.approx(3.0, rel=1e-5)}
+    both = observer.of_images("vae", ["a", "b"])
+    assert both == {"rmse": pytest.approx(2.5), "mae": pytest.approx(1.5, rel=1e-5)}
+    assert observer.of_images("vae", ["unknown"]) == observer.of_images("other", ["a"]) == {}
+    assert observer.columns(entry) == {"RMSE": "2.50", "MAE": "1.50", "relative": "14.0 %"}
+    uneven = {"rmse": [3.0, 4.0], "mae": [1.0, 2.0], "spectral_angle": 1.5}
+    assert observer.columns(uneven) == {"RMSE": "3.54", "MAE": "1.50", "angle": "1.50°"}
+    rows = [Row("a", 2, {}, observed={"real_values": uneven}), Row("b", 2, {})]
+    rows.append(Row("grey", 2, {}, observed={"real_values": {"rmse": [3.0], "mae": [1.0]}}))
+    assert list(observer.lines(rows)) == ["a: RMSE per channel 3.00, 4.00"]
+
+
+def test_an_image_of_zeros_has_no_relative_error_and_negative_ranges_have_none():
+    observer = RealValues()
+    zeros, ones = np.zeros((1, 1, 2, 2)), np.ones((1, 1, 2, 2))
+    observer.update(seen(zeros, ones, ["a"], PixelRange.from_node([0, 9])))
+    assert set(observer.result("vae", 0)) == {"rmse", "mae"}
+    signed = RealValues()
+    signed.update(seen(ones, zeros, ["a"], PixelRange.from_node([-1, 9])))
+    assert set(signed.result("vae", 0)) == {"rmse", "mae"}
+
+
+@pytest.mark.parametrize(("channels", "has_angle"), [(3, False), (4, True)])
+def test_four_channels_are_a_spectrum(channels, has_angle):
+    """From the first axis to the second are 90 degrees; where both have no values, none."""
+    x, y = np.zeros((2, 1, channels, 1, 3))
+    x[0, 0, 0, :2] = 5
+    y[0, 1, 0, 0] = 3
+    y[0, 0, 0, 1:] = 7
+    observer = RealValues()
+    observer.update(seen(x, y, ["a"], PixelRange.from_node([0, 9])))
+    angle = observer.result("vae", 0).get("spectral_angle")
+    assert angle == (pytest.approx(45.0, abs=1e-3) if has_angle else None)
 
 
 def test_not_rgb_has_nothing_for_eight_bits_and_no_angle_without_a_spectrum():
