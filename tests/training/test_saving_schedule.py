@@ -307,3 +307,22 @@ def test_intervals_of_checkpoints_have_a_range():
         KeepCheckpoints(keep_every_n_steps=-1)
     assert KeepCheckpoints().keep_every_n_steps == 0
     assert KeepCheckpoints().every_n_steps == 1000
+
+
+def test_nothing_is_saved_by_a_trial_of_validation(tmp_path):
+    """Which comes before the first step, when optimizers may not be restored yet."""
+    training = Batches(tmp_path, best=None)
+    training.keep.on_validation_end(training.trainer, training.module)
+    assert training.saved == []
+    training.start()
+    training.keep.on_validation_end(training.trainer, training.module)
+    assert training.saved == []
+
+
+def test_an_error_outside_of_a_step_is_saved_as_it_is(tmp_path):
+    """Without a look at Lightning's count of batches."""
+    training = Batches(tmp_path)
+    training.start()
+    training.module.images_seen = 4
+    training.keep.on_exception(training.trainer, training.module, ValueError())
+    assert training.saved == [(0, "last.ckpt")]
