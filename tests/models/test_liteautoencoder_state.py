@@ -346,3 +346,8 @@ def test_a_stand_in_gives_the_latents_of_a_linear_start(monkeypatch, frozen):
     assert teacher("images") == "its means"
     assert fresh == ["decoder"]
     assert halves == list(frozen)
+
+
+def test_an_adversary_is_one_of_ours():
+    with pytest.raises(ConfigError, match="Identity is not a kind of"):
+        build({"target": "torch.nn.Identity"})
