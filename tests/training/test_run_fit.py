@@ -256,3 +256,24 @@ def test_a_configs_callbacks_take_the_place_of_ours(made, tmp_path):
     assert found["plugins"][0]._config == (config, resumed.config)
     assert found["logger"][0] == {"csv": 1}
     assert (found["deterministic"], found["benchmark"]) == (False, False)
+
+
+def test_a_summary_comes_before_the_first_step_and_a_changed_rate_is_warned_of(
+    tmp_path, monkeypatch, capsys
+):
+    """Of a resumed run, whose own config and checkpoint tell."""
+    printed, described = [], []
+    monkeypatch.setattr(training, "print_summary", lambda *given: printed.append(given))
+    monkeypatch.setattr(
+        training, "describe_new_rate", lambda *given: described.append(given) or lines.pop()
+    )
+    prepared, run, loop = prepared_of(checkpoint={"b": 2}), Run(tmp_path), Loop()
+    lines = ["", "the rate is another"]
+    training._print_start(prepared, run, loop)
+    assert described == []
+    prepared.plan.previous = {"c": 3}
+    for text in ("warning: the rate is another\n", ""):
+        training._print_start(prepared, run, loop)
+        assert capsys.readouterr().err == text
+    assert described == [(prepared.model, 10, {"b": 2}, {"c": 3})] * 2
+    assert printed == [(prepared.settings, run, loop, prepared.model, prepared.source, 0, 5)] * 3
