@@ -277,3 +277,30 @@ def test_a_summary_comes_before_the_first_step_and_a_changed_rate_is_warned_of(
         assert capsys.readouterr().err == text
     assert described == [(prepared.model, 10, {"b": 2}, {"c": 3})] * 2
     assert printed == [(prepared.settings, run, loop, prepared.model, prepared.source, 0, 5)] * 3
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("32", False), ("bf16", False), ("tf32", True)])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_loop_runs_in_the_settings_of_its_precision(
+    begin, monkeypatch, precision, tf32, compiled
+):
+    """TF32 where it is asked for; a compiler's stance that validation may change."""
+    entered: list = []
+
+    class Context:
+        def __init__(self, value: object) -> None:
+            self.value = value
+
+        def __enter__(self) -> None:
+            entered.append(self.value)
+
+        def __exit__(self, *_: object) -> None:
+            entered.append("left")
+
+    monkeypatch.setattr(training, "tf32", Context)
+    monkeypatch.setattr(torch.compiler, "set_stance", Context)
+    prepared = prepared_of(settings=SimpleNamespace(seed=3, precision=precision))
+    prepared.model.compiled = compiled
+    begin(Loop(), prepared)
+    contexts = ["default"] * compiled + [True] * tf32
+    assert entered == contexts + ["left"] * len(contexts)
