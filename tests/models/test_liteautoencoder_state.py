@@ -327,3 +327,22 @@ def test_a_replaced_network_makes_another_plain_module():
     assert other.encoder is vae.encoder
     assert (other.scaling_factor, other.pixel_range) == (0.5, model.pixel_range)
     assert model.autoencoder is other
+
+
+@pytest.mark.parametrize("frozen", [(), ("encoder",)])
+def test_a_stand_in_gives_the_latents_of_a_linear_start(monkeypatch, frozen):
+    """Its means, in place of a frozen half's."""
+    model = build(lossconfig=WITHOUT_KL, **{f"freeze_{half}": True for half in frozen})
+    posterior = SimpleNamespace(mean="its means")
+    stand_in = SimpleNamespace(posterior=lambda x, moments=None: posterior)
+    monkeypatch.setattr(LiteAutoencoderKL, "stand_in", stand_in)
+    model.decoder.linear = nn.Conv2d(1, 1, 1)
+    given = []
+    monkeypatch.setattr(
+        liteautoencoder, "start_linearly", lambda *args: given.append(args) or (None, "a line")
+    )
+    assert list(model.prepare("source", 0, torch.device("cpu"), ["decoder"])) == ["a line"]
+    ((*_, teacher, fresh, halves),) = given
+    assert teacher("images") == "its means"
+    assert fresh == ["decoder"]
+    assert halves == list(frozen)

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from olvae.models.linear_code import LinearDecoder, LinearEncoder
+from olvae.modules import base
 from olvae.modules.base import (
     check_betas,
     check_choice,
@@ -11,6 +12,7 @@ from olvae.modules.base import (
     device_of,
     dtype_of,
     last_convolution,
+    mean_over_processes,
     repeat_outputs,
     widen,
 )
@@ -167,3 +169,14 @@ def test_a_linear_path_adds_to_the_means_alone():
     assert torch.equal(found[:, 2:], moments[:, 2:])
     encoder.linear = None
     assert encoder.with_linear_path(moments, x) is moments
+
+
+def test_a_mean_over_processes_is_the_value_itself_in_one(monkeypatch):
+    x = torch.rand(3)
+    assert mean_over_processes(x) is x
+    monkeypatch.setattr(base.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(base.dist, "get_world_size", lambda: 1)
+    assert mean_over_processes(x) is x
+    monkeypatch.setattr(base.dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(base, "all_reduce", lambda values: values + 3)
+    torch.testing.assert_close(mean_over_processes(x), (x + 3) / 4)
