@@ -70,7 +70,7 @@ gpu-bundle: $(VENV)/bin/python ## the same for a machine without a network: gpu-
 	rm -rf gpu-bundle
 	$(BIN)/python -m study.bundle gpu-bundle $(if $(FOR),--python $(FOR)) $(if $(HAVE),--have $(HAVE))
 
-study-parts: $(VENV)/.installed-dev ## what the parts for diffusion models do to photos-f8c12, as in docs/results.md (CPU)
+study-parts: $(VENV)/.installed-dev ## what the parts for diffusion models do to photos-f8c12, as in docs/results.md (CPU, an hour and a half of a thread; finished parts are kept)
 	$(BIN)/python -m study.corpus --out study/corpus-out
 	$(BIN)/python -m study.parts --corpus study/corpus-out --out study/out
 

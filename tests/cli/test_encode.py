@@ -258,7 +258,7 @@ def test_gpus_are_refused_where_another_launcher_gives_them(
     assert "no GPU" in refused(2, *encode, "--gpus", 9)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr("olvae.cli.encode.own_device", lambda *_: ("cpu", [0, 1]))
-    assert "--gpus: torchrun or srun" in refused(2, *encode, "--gpus", 2)
+    assert "--gpus: torchrun" in refused(2, *encode, "--gpus", 2)
     assert not (tmp_path / "out").exists()
 
 

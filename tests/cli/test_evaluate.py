@@ -261,7 +261,7 @@ def test_evaluate_counts_corrupt_and_small_images(done, trained, photos, tmp_pat
     err = done("evaluate", trained, "--data", folder, "--out", tmp_path / "out", *PIXELS)
     images = content(tmp_path / "out")["images"]
     assert (images["n"], images["unreadable"], images["enlarged"]) == (11, 1, 1)
-    assert "not in these numbers: 1" in err
+    assert "numbers: 1" in err
     assert "were enlarged: 1" in err
 
 

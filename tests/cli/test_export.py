@@ -147,7 +147,7 @@ def test_factors_per_channel_are_the_ones_that_latent_source_scales_with(
     z = plain / stats["scaling_factor"] + stats["shift_factor"]
     torch.testing.assert_close(vae.from_diffusion(scaled), z)
 
-    assert "--per-channel takes its numbers from --latents" in refused(
+    assert "numbers from --latents" in refused(
         2, run_folder, "--out", tmp_path / "other", "--per-channel"
     )
     content = json.loads((folder / "stats.json").read_text())
@@ -194,7 +194,7 @@ def test_an_export_of_a_run_loads_as_litevae_and_in_diffusers(exported):
     run, out, (code, stdout, err) = exported
     assert (code, stdout) == (0, "")
     assert "loaded back: equal\nin diffusers: equal\n" in err
-    assert "1 and shift factor 0 are not measured" in err
+    assert "not measured" in err
     assert err.endswith(f"export: {out}\n")
     assert {path.name for path in out.iterdir()} == {
         *("README.md", "config.json", WEIGHTS_NAME, "metrics.json", LOADER_NAME)
@@ -254,7 +254,7 @@ def test_an_export_leaves_out_metrics_of_earlier_weights(olvae, run_folder, tmp_
     content = json.loads((run_folder / "metrics.json").read_text())
     content["results"][0]["weights"] = "12ab"
     (run_folder / "metrics.json").write_text(json.dumps(content))
-    assert "about earlier weights" in olvae(run_folder, "--out", tmp_path / "resumed")[2]
+    assert "earlier weights" in olvae(run_folder, "--out", tmp_path / "resumed")[2]
 
 
 def test_sigterm_leaves_nothing_of_an_export(olvae, run_folder, tmp_path, monkeypatch):
@@ -371,7 +371,7 @@ def test_export_writes_stock_networks_for_diffusers_and_as_one_file(
 @pytest.mark.parametrize("half", ["encoder", "decoder"])
 def test_export_refuses_an_untrained_half(refused, make_stock_run, tmp_path, half):
     run, out = make_stock_run(run={"untrained": half}), tmp_path / "vae"
-    assert f"its {half} has never been trained" in refused(2, run, "--out", out)
+    assert f"{half} has never" in refused(2, run, "--out", out)
     assert not out.exists()
 
 

@@ -55,9 +55,9 @@ def test_train_warns_of_a_rising_rate_few_cores_and_few_held_out_images(
         "lightning.trainer.max_steps=2",
     )
     _, _, err = olvae(*train, "model.params.warmup_steps=2", "data.params.num_workers=2")
-    assert "until step 2: shorten model.params.warmup_steps" in err
-    assert "2 loader processes on 1 cores: lower data.params.num_workers\n" in err
-    assert "warning: only 3 held-out images" in err
+    assert "step 2: shorten model.params.warmup_steps" in err
+    assert "1 cores: lower data.params.num_workers\n" in err
+    assert "only 3 held-out images" in err
     for i in range(20):
         Image.new("RGB", (20, 20), (i, 3 * i, 99)).save(tmp_path / f"{i}.png")
     _, _, err = olvae(

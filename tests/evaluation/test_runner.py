@@ -112,7 +112,7 @@ def test_failing_observers_and_uncounted_macs_lose_no_metric(images, model, capl
     """Networks of the user's own may be more than torch, and observers may fail."""
     count = RoundTrip(NumPyAutoencoder(model)).cost(32)
     assert (count.encode_macs, count.decode_macs) == (None, None)
-    assert "of `encode` not counted: " in caplog.text
+    assert "`encode` not counted: " in caplog.text
     source = SimpleNamespace(size=Sides.of(32))
     assert is_examined(Observer(), {}, source, "cpu")
     broken = Observer()

@@ -39,7 +39,7 @@ def trained(recipe: str, steps: int, photographs: list[torch.Tensor]) -> LiteAut
 
 @pytest.mark.parametrize(
     ("recipe", "rate", "size", "count", "steps"),
-    [("demo", 1e-3, 64, 2, 10), ("demo_b", 2e-4, 128, 1, 4)],
+    [("demo", 1e-3, 64, 2, 5), ("demo_b", 2e-4, 128, 1, 3)],
 )
 def test_its_steps_are_the_trainers(nano, recipe, rate, size, count, steps):
     images = [nano.read_image(path) for path in PHOTOGRAPHS[:4]]

@@ -42,7 +42,7 @@ def test_random_crops_are_several_an_image_and_a_seed_gives_them_again(
 
 
 def test_random_crops_names_a_missing_folder(example, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such"):
+    with pytest.raises(FileNotFoundError, match="none: no such"):
         example.main(
             [str(tmp_path / "none"), "--size=16", "--count=1", "--out", str(tmp_path / "out")]
         )

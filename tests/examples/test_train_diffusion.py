@@ -76,7 +76,7 @@ def test_own_latents_train_a_model_whose_samples_are_decoded(
     monkeypatch.setattr(
         example, "labelled_grid", lambda rows: decoded.append(rows) or labelled_grid(rows)
     )
-    losses = example.main([*own, *asked, "--steps=25", "--out", str(tmp_path / "out")])
+    losses = example.main([*own, *asked, "--steps=12", "--out", str(tmp_path / "out")])
     assert sum(losses[-5:]) < sum(losses[:5])
     assert "36 latents of (4, 4, 4), by tiny" in capsys.readouterr().out
     assert (tmp_path / "out" / "samples.png").is_file()

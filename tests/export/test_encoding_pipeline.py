@@ -1,8 +1,7 @@
 """The stages of an encoding: their order, their ends, and that a GPU does not wait for them."""
 
+import multiprocessing
 import os
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -55,19 +54,23 @@ def test_readers_end_with_an_encoding_and_with_its_process(tmp_path, image_folde
     assert set(children(os.getpid())) <= set(before)
 
     # A killed process: its readers notice.
-    script = (
-        "import time; from pathlib import Path; from tests.export.latents import Blocks, encode\n"
-        "class Slow(Blocks):\n"
-        "    def encode(self, x): print('begun', flush=True); time.sleep(60)\n"
-        f"encode(Path({str(image_folder)!r}), Path({str(tmp_path / 'killed')!r}), Slow(), "
-        "workers=2)"
+    context = multiprocessing.get_context("fork")
+    begun, begin = context.Pipe(duplex=False)
+
+    class Endless(Blocks):
+        def encode(self, x):
+            begin.send(True)
+            time.sleep(60)
+
+    process = context.Process(
+        target=encode, args=(image_folder, tmp_path / "killed", Endless()), kwargs={"workers": 2}
     )
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"begun\n"
+    process.start()
+    assert begun.poll(30)
     readers = children(process.pid)
     assert len(readers) == 2
     process.kill()
-    process.wait()
+    process.join()
     until = time.monotonic() + 10
     while any(Path(f"/proc/{pid}/cwd").exists() for pid in readers):
         assert time.monotonic() < until

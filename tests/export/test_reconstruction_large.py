@@ -34,7 +34,7 @@ def smooth(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("size", "make"),
     [
-        ((203, 1001), lambda: autoencoder(packets=True, linear=True)),
+        ((203, 605), lambda: autoencoder(packets=True, linear=True)),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (

@@ -235,7 +235,7 @@ def test_features_leave_no_file_and_a_full_disk_has_a_remedy(
     assert not list(tmp_path.iterdir())
     with (
         full_disk(1000),
-        pytest.raises(OSError, match=r"File too large.*`TMPDIR`") as error,
+        pytest.raises(OSError, match=r"too large.*`TMPDIR`") as error,
     ):
         both()[0].update(keys, x, y)
     assert error.value.filename == str(tmp_path)

@@ -381,7 +381,7 @@ def test_an_adversary_is_checked_against_steps_losses_and_images():
     source = SimpleNamespace(size=64)
     adversary.check(model, source, 10)
     for steps in (8, 9):
-        with pytest.raises(ConfigError, match=f"start_step: 9 is not below max_steps, {steps}"):
+        with pytest.raises(ConfigError, match=rf"start_step: 9 .*max_steps, {steps}"):
             adversary.check(model, source, steps)
     with pytest.raises(ConfigError, match="images of 3x60x60"):
         adversary.check(model, SimpleNamespace(size=60), 10)

@@ -87,9 +87,9 @@ def test_a_quantizer_begins_as_the_identity_where_it_can():
     x, z = torch.randn(1, 6, 2, 2), torch.randn(1, 3, 2, 2)
     torch.testing.assert_close(square.quant_conv(x), x)
     torch.testing.assert_close(square.post_quant_conv(z), z)
-    with pytest.raises(ConfigError, match="quant_conv would change 6 channels to 4"):
+    with pytest.raises(ConfigError, match=r"quant_conv .*6 .*4"):
         Quantizer(6, 2, 2).start_as_identity()
-    with pytest.raises(ConfigError, match="post_quant_conv would change 3 channels to 4"):
+    with pytest.raises(ConfigError, match=r"post_quant_conv .*3 .*4"):
         Quantizer(6, 3, 4).start_as_identity()
 
 
@@ -126,7 +126,7 @@ def test_a_spec_is_counted_before_it_is_built():
     with pytest.raises(ConfigError, match=f"{count:,} parameters"):
         LiteVAE.from_spec(spec, count - 1)
     ranges = AutoencoderSpec(**LINEAR, embed_dim=2, pixel_range=[[0, 1]] * 2)
-    with pytest.raises(ConfigError, match="pixel_range: 2 pairs for images of 3 channels"):
+    with pytest.raises(ConfigError, match=r"pixel_range: 2 .*3 channels"):
         LiteVAE.from_spec(ranges)
     folded = LiteVAE.from_spec(AutoencoderSpec(**tiny().config, folded=True))
     assert folded.folded
@@ -154,7 +154,7 @@ def test_a_config_that_builds_no_autoencoder_is_named_by_its_origin():
     assert torch.equal(fresh[0].state_dict()[name], fresh[1].state_dict()[name])
     decoder = {**LINEAR["decoder_config"], "params": {"z_channels": 3, "upscale": 4}}
     wrong = AutoencoderSpec(LINEAR["encoder_config"], decoder, 2)
-    with pytest.raises(ConfigError, match=r"config\.json: no autoencoder can be built of this"):
+    with pytest.raises(ConfigError, match=r"config\.json: no autoencoder"):
         load_located(SimpleNamespace(spec=wrong, origin="config.json", weights="x"), weights)
 
 

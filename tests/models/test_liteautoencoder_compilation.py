@@ -4,21 +4,12 @@ and a machine without a compiler.
 
 import copy
 import logging
-from contextlib import suppress
 from itertools import repeat
-from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
-from torch._dynamo.device_interface import CpuInterface
-from torch._inductor import config as inductor
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.ir import MultiOutput
-from torch._inductor.runtime.hints import DeviceProperties
-from torch._inductor.scheduler import NopKernelSchedulerNode
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from olvae.data.places import load
 from olvae.models.footprint import without_memory, without_weights
@@ -163,55 +154,6 @@ def test_validation_is_not_compiled(graphs):
     assert len(graphs) == 2
 
 
-class Launches(TorchDispatchMode):
-    """Counts what is launched: kernels of graphs, as inductor fuses them for Triton,
-    and operations beside them.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count, self.in_graph = 0, False
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        nothing = func.is_view or func.namespace in ("prim", "profiler") or "empty" in str(func)
-        self.count += not (self.in_graph or nothing)
-        return func(*args, **(kwargs or {}))
-
-    def compile(self, graph, inputs):
-        return compile_fx(graph, inputs, inner_compile=self.schedule)
-
-    def schedule(self, graph, inputs, **options):
-        """Stop where kernels are fused, before their code is written;
-        the graph then runs as it is.
-        """
-        kernels = []
-
-        def stop(nodes):
-            kernels.extend(n for n in nodes if not isinstance(n, NopKernelSchedulerNode))
-            raise RuntimeError("all kernels are known")
-
-        with inductor.patch(_post_fusion_custom_pass=stop), suppress(Exception):
-            compile_fx_inner(copy.deepcopy(graph), inputs, **options)
-        launched = sum(not isinstance(kernel.node, MultiOutput) for kernel in kernels)
-        assert launched > 0
-
-        def run(values):
-            self.in_graph = True
-            try:
-                return graph(*values)
-            finally:
-                self.in_graph = False
-                self.count += launched
-                values.clear()
-
-        run._boxed_call = True
-        return run
-
-
 ENCODER, DECODER = "model.params.encoder_config.params", "model.params.decoder_config.params"
 NO_BLOCKS = [
     f"{ENCODER}.extractor_resblocks=0",
@@ -230,24 +172,22 @@ def test_launches_of_compiled_steps(monkeypatch, name, overrides, most):
     Forward and backward passes, and updates. B5's encoder and decoder, which are A2's, have no
     blocks here. Tensors are fake; GroupNorm is in float32.
     """
+    # Here, because inductor takes a second to import.
+    from tests.models.launches import Launches, on_an_h100
+
     compiler, launches, steps = torch.compile, Launches(), []
     monkeypatch.setattr(
         torch, "compile", lambda f, **options: compiler(f, **options, backend=launches.compile)
     )
     # A GPU has it.
     monkeypatch.setattr("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True)
-    h100 = SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(CpuInterface, "get_device_properties", lambda _: h100)
-    monkeypatch.setattr(CpuInterface.Worker, "get_device_properties", lambda _: h100)
-    DeviceProperties.create.cache_clear()
     without = ["model.params.lossconfig.params.lpips_weight=0", "model.params.val_metrics=[]"]
     node = load(
         [f"configs/imagenet/{name}.yaml"],
         [*without, "model.params.gradient_clip_val=1.0", *overrides],
     )
     model, size = without_weights(node["model"]), node["data"]["params"]["size"]
-    settings = {"cpu_backend": "triton", "layout_optimization": False, "fx_graph_cache": False}
-    with inductor.patch(settings), FakeTensorMode(), launches:
+    with on_an_h100(monkeypatch), FakeTensorMode(), launches:
         fake = without_memory(model)
         fake.__dict__.update(dict.fromkeys(("to", "cpu"), lambda *_: fake))
         batch = {"image": torch.empty(4, 3, size, size, dtype=torch.uint8)}
@@ -257,7 +197,6 @@ def test_launches_of_compiled_steps(monkeypatch, name, overrides, most):
         }
         bf16 = MixedPrecision("bf16-mixed", "cpu")
         trainer(2, limit_val_batches=0, plugins=[bf16], **notes).fit(fake, repeat(batch, 2))
-    DeviceProperties.create.cache_clear()
     assert most / 1.05 < steps[1] - steps[0] <= most
 
 

@@ -121,7 +121,7 @@ EVERYTHING = {
                 )
             },
         ),
-        (128, {"adversary": against(UNETGAN, **EVERYTHING)}),
+        (64, {"adversary": against(UNETGAN, **EVERYTHING)}),
     ],
     ids=["phase A", "fine-tuning", "statistics", "phase B"],
 )

@@ -239,7 +239,7 @@ def test_an_export_holds_networks_of_this_package_alone():
     assert ranged.to_export()["pixel_range"] == [0, 10]
     for halves in ((ours, theirs), (theirs, ours)):
         assert not AutoencoderSpec(*halves, 4).ours
-        with pytest.raises(ValueError, match=r"mine\.Encoder is a network of your own"):
+        with pytest.raises(ValueError, match=r"mine\.Encoder .*own"):
             AutoencoderSpec(*halves, 4).to_export()
     strange = {**ours, "params": {"blocks": {1}}}
     with pytest.raises(ValueError, match="JSON"):

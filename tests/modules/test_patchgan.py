@@ -127,3 +127,31 @@ def test_shared_statistics_are_batch_norms_where_the_mean_is_far_from_0(monkeypa
     monkeypatch.setattr(patchgan.dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(patchgan, "mean_over_processes", lambda values: values)
     torch.testing.assert_close(ours(x), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_patchgans_weights_begin_from_narrow_gaussians():
+    """Around 0, and BatchNorm's around 1, with a deviation of 0.02; biases are 0."""
+    torch.manual_seed(0)
+    net = PatchGAN()
+    for name, tensor in net.named_parameters():
+        if name.endswith("bias"):
+            assert not tensor.any(), name
+        else:
+            centre = 1.0 if "norm" in name else 0.0
+            margin = 4 * 0.02 / tensor.numel() ** 0.5
+            assert tensor.mean().item() == pytest.approx(centre, abs=margin), name
+            assert tensor.std().item() == pytest.approx(0.02, abs=margin), name
+
+
+def test_patchgan_doubles_its_width_up_to_eight_times():
+    net = PatchGAN(in_channels=2, base_channels=3, n_layers=5)
+    assert [layer.conv.out_channels for layer in net.layers] == [6, 12, 24, 24, 24]
+    assert [layer.conv.stride[0] for layer in net.layers] == [2, 2, 2, 2, 1]
+    assert (net.first.in_channels, net.last.in_channels, net.min_size) == (2, 24, 128)
+    least = PatchGAN(base_channels=2, n_layers=1)
+    assert least(torch.rand(1, 3, 8, 9))[0].shape == (1, 1, 2, 2)
+    for sides in ((7, 8), (8, 7)):
+        with pytest.raises(ValueError, match="8x8"):
+            least(torch.rand(1, 3, *sides))
+    with pytest.raises(ValueError, match="PatchGAN"):
+        least(torch.rand(3, 8, 8))

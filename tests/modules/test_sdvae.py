@@ -61,3 +61,9 @@ def test_sd_networks_refuse_other_padding_and_sizes():
     for network in (SDEncoder, SDDecoder):
         with pytest.raises(ValueError, match="padding must"):
             network(padding="circular", **SMALL)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4])
+def test_every_level_of_sds_after_the_first_doubles_the_image(levels):
+    form = {"channels": 8, "channel_mult": [1] * levels, "num_res_blocks": 0, "norm_groups": 4}
+    assert SDEncoder(8, **form).downscale == SDDecoder(**form).upscale == 2 ** (levels - 1)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from olvae.runs import Run
 from tests.conftest import parts, tiny_config
 from tests.data.images import write_shards
 from tests.models.autoencoder_kl import tiny_kl
@@ -19,6 +20,7 @@ from tests.training.origins import (
     assert_same_checkpoint,
     checkpoint,
     phase_b,
+    reduced_features,
     save_teacher,
     student,
     without_networks,
@@ -31,6 +33,12 @@ AVERAGED = {
     "warmup_steps": 2,
     "decay_steps": 4,
 }
+
+FIVE_STEPS = (
+    "lightning.trainer.max_steps=5",
+    "lightning.callbacks.keep.target=olvae.training.saving.KeepCheckpoints",
+    "lightning.callbacks.keep.params.keep_every_n_steps=3",
+)
 
 Case = tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]
 """A config, options, and overrides."""
@@ -136,6 +144,11 @@ def against_dino(tmp_path: Path, images: Path) -> Case:
     return tiny_config(images, adversary_config=adversary), {}, ()
 
 
+def reduced_by_attention(tmp_path: Path, images: Path) -> Case:
+    """A vision encoder as tokenizer: FAE's attention and part, PAE's priors."""
+    return reduced_features(random_vit(tmp_path), images), {}, ()
+
+
 CASES = (
     shards,
     everything_of_phase_b,
@@ -147,6 +160,7 @@ CASES = (
     masked_by_a_token,
     aligned_by_a_transformer,
     against_dino,
+    reduced_by_attention,
 )
 
 
@@ -158,14 +172,24 @@ CASES = (
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one(
     train_with, tmp_path, image_folder, case: Callable[..., Case]
 ):
-    # Shards and phase B take up to four seconds: three trainings, in loader processes or of two
-    # players.
     config, options, overrides = case(tmp_path, image_folder)
-    whole, half = (
-        train_with(f"lightning.trainer.max_steps={steps}", *overrides, config=config, **options)
-        for steps in (5, 2)
-    )
+    whole = train_with(*FIVE_STEPS, *overrides, config=config, **options)
     shutil.rmtree(tmp_path / "gone", ignore_errors=True)
+    # The run as a kill after its third step would have left it.
+    stopped = Run(tmp_path / "stopped")
+    stopped.checkpoints.mkdir(parents=True)
+    shutil.copy(whole.config, stopped.config)
+    shutil.copy(whole.checkpoints / "step=00000003.ckpt", stopped.last_checkpoint)
+    resumed = train_with(resume=stopped.path)
+    assert resumed.path == stopped.path
+    assert_same_checkpoint(whole, resumed)
+
+
+def test_a_run_that_is_given_more_steps_equals_one_that_had_them(train_with, image_folder):
+    config = tiny_config(image_folder, **AVERAGED)
+    whole, half = (
+        train_with(f"lightning.trainer.max_steps={steps}", config=config) for steps in (5, 2)
+    )
     resumed = train_with("lightning.trainer.max_steps=5", resume=half.path)
     assert resumed.path == half.path
     assert_same_checkpoint(whole, resumed)

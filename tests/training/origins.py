@@ -122,3 +122,21 @@ def small(images: Path, size: int) -> list[str]:
         "lightning.trainer.max_steps=1",
         "model.params.lossconfig.params.lpips_weight=0",
     ]
+
+
+def reduced_features(weights: str, root: Path | None = None, **model: Any) -> dict[str, Any]:
+    """A config: a vision encoder reduced to 8 channels as FAE's, FAE's part and PAE's priors."""
+    target = "olvae.models.parts.features"
+    priors = {"encoder": "test_vit", "weights": weights}
+    features = {
+        "fae": {"target": f"{target}.feature_decoder.FeatureDecoder", "params": {"depth": 1}},
+        "pae": {"target": f"{target}.prior_alignment.PriorAlignment", "params": priors},
+    }
+    config = tiny_config(root, lossconfig=WITHOUT_KL, parts=features, **model)
+    params = config["model"]["params"]
+    kept = {key: value for key, value in params.items() if key not in NETWORKS}
+    kept["freeze_encoder"] = False
+    kept["decoder_config"] = {"params": {"width": 32, "depth": 1, "heads": 1}}
+    config["model"] |= {"params": kept, "from": f"timm:test_vit={weights}::8"}
+    config["data"]["params"]["size"] = 32
+    return config

@@ -110,5 +110,5 @@ def test_a_picture_that_cannot_be_written_stops_no_training(tmp_path, model, dra
 
 
 def test_a_picture_has_an_image_at_least():
-    with pytest.raises(ValueError, match="count must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"count must .*0"):
         ImageGrids(0)

@@ -129,3 +129,17 @@ def test_a_first_signal_is_not_replaced_by_a_time_limit(now):
     now[0] = 200.0
     assert after_batch(stop, 1) == (True, 0)
     assert not stop.preempted
+
+
+def test_processes_agree_without_a_wait_but_at_the_end(monkeypatch):
+    """On the highest request: 2 for a requeue, 1 for a stop, 0 for none."""
+    stop, asked = GracefulStop(), []
+    monkeypatch.setattr(
+        stop._agreement, "any_asked", lambda number, wait: asked.append((number, wait)) or 0
+    )
+    for reason in (None, "SIGTERM", "SIGUSR1"):
+        stop.reason = reason
+        assert after_batch(stop, 1) == (False, 1.0)
+    stop.on_train_end()
+    assert asked == [(0, False), (1, False), (2, False), (2, True)]
+    assert (stop.agreed, stop.requeues) == (False, False)

@@ -2,16 +2,21 @@
 and the same place after a resume."""
 
 import csv
+import threading
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
+from lightning.pytorch.loggers import Logger
 from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
 
 from olvae.config import ConfigError
 from olvae.data.places import load
 from olvae.runs import Run
-from olvae.training.loggers import make_loggers
+from olvae.training import loggers
+from olvae.training.loggers import make_loggers, read_curves
 from tests.conftest import tiny_config
 from tests.training.events import scalars
 
@@ -108,3 +113,100 @@ def test_make_loggers_refuses_what_is_no_logger(tmp_path, target, message):
     node = {"target": f"lightning.pytorch.{target}"}
     with pytest.raises(ConfigError, match=rf"^lightning\.logger\.mine: .*{message}"):
         make_loggers({"mine": node}, Run(tmp_path))
+
+
+def test_curves_are_the_scalars_of_training_and_validation(tmp_path):
+    """In the order of their steps; of a step that was repeated after a resume the later value."""
+    run = Run(tmp_path)
+    assert read_curves(run) == {}
+    with SummaryWriter(tmp_path / "tensorboard") as writer:
+        for time, (tag, value, step) in enumerate(
+            [
+                ("train/loss", 3.0, 1),
+                ("train/loss", 2.0, 2),
+                ("train/loss", 2.5, 2),
+                ("train/loss", 1.0, 0),
+                ("val/psnr", 20.0, 2),
+                ("speed/images_per_s", 9.0, 2),
+            ]
+        ):
+            writer.add_scalar(tag, value, step, walltime=1000.0 + time)
+    assert read_curves(run) == {
+        "train/loss": ([0.0, 1.0, 2.0], [1.0, 3.0, 2.5]),
+        "val/psnr": ([2.0], [20.0]),
+    }
+
+
+class Broken(Logger):
+    """A logger that can't write, or has another mistake."""
+
+    name = version = None
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+        self.calls = 0
+
+    def log_hyperparams(self, params: object) -> None: ...
+
+    def log_metrics(self, metrics: object, step: int | None = None) -> None:
+        self.calls += 1
+        raise self.error
+
+
+def test_a_logger_that_cannot_write_is_left_alone(caplog):
+    """Warned of once; its other mistakes are raised."""
+    full = OSError(28, "No space left on device")
+    wrapped = ValueError("of TensorBoard")
+    wrapped.__cause__ = full
+    for error in (full, wrapped):
+        caplog.clear()
+        logger = Broken(error)
+        for _ in range(2):
+            assert loggers._attempt(logger, logger.log_metrics, {}) is None
+        assert logger.calls == 1
+        assert caplog.messages == ["Broken: nothing more is logged there: No space left on device"]
+    for error in (ValueError("a mistake"), TypeError("another")):
+        logger = Broken(error)
+        for _ in range(2):
+            with pytest.raises(type(error)):
+                loggers._attempt(logger, logger.log_metrics, {})
+        assert logger.calls == 2
+    assert loggers._attempt(Broken(full), lambda a, b: (a, b), 1, b=2) == (1, 2)
+
+
+def test_pictures_go_to_tensorboard_and_wandb_alone(monkeypatch):
+    picture, seen = Image.new("RGB", (4, 2), "red"), []
+
+    def add_image(name: str, pixels: np.ndarray, step: int, dataformats: str) -> None:
+        seen.append((name, pixels.shape, step, dataformats))
+
+    class Board(loggers.TensorBoardLogger):
+        def __init__(self) -> None: ...
+
+        experiment = SimpleNamespace(add_image=add_image)
+
+    class Wandb(loggers.WandbLogger):
+        def __init__(self) -> None: ...
+
+        def log_image(self, name: str, images: list, step: int) -> None:
+            seen.append((name, images, step))
+
+    for logger in (Board(), Wandb(), Broken(OSError())):
+        loggers.log_picture(logger, "val/images", picture, 3)
+    assert seen == [("val/images", (2, 4, 3), 3, "HWC"), ("val/images", [picture], 3)]
+
+
+def test_errors_of_tensorboards_thread_print_no_traceback(monkeypatch):
+    """An error of writing is raised by the next call as well; others are told."""
+    told = []
+    monkeypatch.setattr(threading, "excepthook", told.append)
+    loggers._silence_tensorboard.__wrapped__()
+    writer = type("Writer", (), {"__module__": "tensorboard.summary.writer"})()
+    other = threading.Thread()
+    for thread, error in ((writer, OSError()), (writer, ValueError()), (other, OSError())):
+        threading.excepthook(SimpleNamespace(thread=thread, exc_value=error))
+    assert [(args.thread, type(args.exc_value)) for args in told] == [
+        (writer, ValueError),
+        (other, OSError),
+    ]

@@ -86,3 +86,63 @@ def test_garbage_is_collected_at_fixed_steps(monkeypatch):
     finally:
         lockstep.on_train_end()
     assert gc.isenabled()
+
+
+NOTES = [["7", "3", "a"], ["5", "2", "b c"], ["7", "3", "d"], ["5", "2", "e"]]
+"""Place, step and host of four ranks, of which 1 and 3 are behind."""
+
+
+@pytest.mark.parametrize("rank", range(4))
+def test_ranks_that_wait_name_those_behind_and_all_exit(monkeypatch, capsys, rank):
+    """The first of them; those behind print where they are."""
+    exits, traced, slept = [], [], []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    monkeypatch.setattr("faulthandler.dump_traceback", lambda: traced.append(rank))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    Lockstep(patience_s=12.0)._end_if_apart(rank, NOTES)
+    Lockstep(patience_s=100.0)._end_if_apart(rank, NOTES)
+    assert exits == [1, 1]
+    assert slept == [6.0, 10.0]
+    assert traced == [rank] * (2 if rank in (1, 3) else 0)
+    printed = " ".join(capsys.readouterr().err.split())
+    behind = "process 1 on b c (after step 2), process 3 on e (after step 2)"
+    assert (f"error: no progress for 12 s: the others wait for {behind}" in printed) == (rank == 0)
+    assert bool(printed) == (rank == 0)
+
+
+class Over:
+    """Ends a watch after some pauses; notes them, and lets the time pass."""
+
+    def __init__(self, now: list[float], times: int) -> None:
+        self.now, self.times = now, times
+        self.pauses: list[float] = []
+
+    def wait(self, pause: float) -> bool:
+        self.pauses.append(pause)
+        self.now[0] += pause
+        return len(self.pauses) > self.times
+
+
+@pytest.mark.parametrize("moves", [True, False])
+def test_a_process_is_compared_while_nothing_moves_for_the_patience(monkeypatch, moves):
+    """Half of it here, and half in all notes; the time to look again is an eighth of it."""
+    now, found = [100.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    store = dist.HashStore()
+    monkeypatch.setattr("olvae.training.processes.default_store", lambda: store)
+    lockstep = Lockstep(patience_s=16.0)
+    monkeypatch.setattr(
+        lockstep, "_end_if_apart", lambda rank, notes: found.append((now[0], rank, notes))
+    )
+    for _ in range(3):
+        lockstep.on_before_backward()
+    lockstep.on_validation_batch_end()
+    store.set(f"{PROGRESS_KEY}1", "2 6 other host")
+    over = Over(now, 9)
+    if moves:
+        monkeypatch.setattr(over, "wait", lambda pause: lockstep._move() or Over.wait(over, pause))
+    trainer = SimpleNamespace(world_size=2, global_rank=0, global_step=7)
+    lockstep._compare(trainer, over)
+    assert over.pauses == [0.0] + [2.0] * 9
+    notes = [["3", "7", socket.gethostname()], ["2", "6", "other host"]]
+    assert found == ([] if moves else [(116.0, 0, notes)])

@@ -20,9 +20,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from olvae.cli.main import main
 from olvae.config import ConfigError, save
 from olvae.data.places import load
+from olvae.figures import labelled_grid
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.loading.targets import find_target
 from olvae.runs import Run
+from olvae.training import callbacks
 from olvae.training.run import RUN_ENV, TrainingStopped, quieten
 from tests.conftest import tiny_config
 from tests.data.images import write_shards
@@ -167,7 +169,7 @@ def test_a_failing_start_leaves_nothing_and_changes_nothing(go, tmp_path):
     assert run.config.read_text() == before
     with pytest.raises(ConfigError, match="use_ema"):
         go("model.params.use_ema=false", resume=run.path)
-    with pytest.raises(ConfigError, match="it out"):
+    with pytest.raises(ConfigError, match="`name`: "):
         go(resume=run.path, name="other")
 
 
@@ -341,9 +343,9 @@ def test_configs_without_max_steps_or_a_source_are_refused(train_with, tmp_path,
     config = tiny_config(image_folder)
     with pytest.raises(ConfigError, match=r"lightning\.trainer\.max_steps: None: "):
         train_with(config={**config, "lightning": {"trainer": {}}})
-    with pytest.raises(ConfigError, match="a source"):
+    with pytest.raises(ConfigError, match=r"data\.target: fractions\.Fraction"):
         train_with(config={**config, "data": {"target": "fractions.Fraction"}})
-    with pytest.raises(ConfigError, match="the source"):
+    with pytest.raises(ConfigError, match="data: missing"):
         train_with(base=["configs/olitevaeB_im_f8c12.yaml"])
     assert not (tmp_path / "runs").exists()
 
@@ -379,7 +381,7 @@ def test_weights_of_another_model_are_refused(go, tmp_path):
         go("model.params.decoder_config.params.channels=16", actual_resume=run.last_checkpoint)
     with pytest.raises(ValueError, match="another model"):
         go("model.params.decoder_config.params.channels=16", resume=run.path, allow_changes=True)
-    with pytest.raises(ConfigError, match="one of"):
+    with pytest.raises(ConfigError, match=r"`resume`.*`actual_resume`"):
         go(resume=run.path, actual_resume=run.last_checkpoint)
     run.last_checkpoint.write_bytes(run.last_checkpoint.read_bytes()[:1000])
     with pytest.raises(ValueError, match="readable checkpoint"):
@@ -461,8 +463,9 @@ def test_training_continues_where_no_validation_image_can_be_read(
     assert warnings == ["no validation image could be read, so best.ckpt is not kept"]
 
 
-def test_a_picture_shows_eight_images_however_small_the_batch(go, image_folder):
+def test_a_picture_shows_eight_images_however_small_the_batch(go, image_folder, monkeypatch):
     """The same picture, whatever the batch: its images are the first of validation."""
+    monkeypatch.setattr(callbacks, "labelled_grid", labelled_grid)
     sizes = {}
     for batch in (1, 4):
         run = go(
@@ -472,7 +475,7 @@ def test_a_picture_shows_eight_images_however_small_the_batch(go, image_folder):
         )
         sizes[batch] = Image.open(run.images / "step=00000001.png").size
     assert sizes[1] == sizes[4]
-    assert sizes[1][0] > 8 * 16
+    assert sizes[1][0] > 8 * 128  # enlarged
 
 
 def test_a_metric_of_validation_whose_network_is_missing_is_told_before_training(go, tmp_path):

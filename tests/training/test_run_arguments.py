@@ -80,7 +80,7 @@ def test_a_resumed_stream_continues_with_the_processes_so_far(
     assert all(isinstance(layout, LoaderLayout) for layout in model.layouts)
     assert model.order == "sorted"
     assert source.told == told
-    assert ("warning: other processes" in capsys.readouterr().err) == warns
+    assert ("other processes" in capsys.readouterr().err) == warns
 
 
 def test_sorted_images_are_warned_of_at_every_start(capsys):
@@ -121,7 +121,7 @@ def test_a_run_that_another_one_trains_is_refused_after_the_patience(tmp_path, m
     monkeypatch.setattr(training, "locked", locked)
     monkeypatch.setattr(training, "leave", lambda: left.append(True))
     monkeypatch.setenv("SLURM_RESTART_COUNT", str(int(again)))
-    with ExitStack() as held, pytest.raises(ConfigError, match="is being trained"):
+    with ExitStack() as held, pytest.raises(ConfigError, match="being trained"):
         _lock_resumed(Run(tmp_path), held)
     assert patience == [120.0 if again else 0.0]
     assert left == [True]
@@ -256,7 +256,7 @@ def test_a_model_takes_over_what_lightning_would_do():
     assert plain.accumulate_grad_batches == 1
     with pytest.raises(ConfigError, match="gradient_clip_algorithm"):
         build_model(config, {"gradient_clip_algorithm": "value"})
-    with pytest.raises(ConfigError, match="Identity is not a LiteAutoencoderKL"):
+    with pytest.raises(ConfigError, match=r"Identity .*LiteAutoencoderKL"):
         build_model({"model": {"target": "torch.nn.Identity"}}, {})
     with pytest.raises(ConfigError, match="betas"):
         build_model(tiny_config(betas=[0.9, 3.0]), {})
@@ -292,7 +292,7 @@ def test_memory_that_a_step_needs_is_counted_again_where_it_does_not_fit(
     printed = capsys.readouterr().err
     assert (said or "") in printed
     assert bool(said) == bool(printed)
-    with pytest.raises(ConfigError, match="not even one image"):
+    with pytest.raises(ConfigError, match="one image"):
         check_memory(model, source, "32", 1224)
 
 

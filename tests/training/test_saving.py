@@ -331,9 +331,9 @@ def test_a_failed_save_of_one_process_is_raised_in_all(tmp_path):
 
         return SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=io, broadcast=broadcast))
 
-    with pytest.raises(CheckpointError, match="the run's folder is gone"):
+    with pytest.raises(CheckpointError, match="is gone"):
         saving.check_written(trainer_of(failing, None))
-    with pytest.raises(CheckpointError, match="from the first"):
+    with pytest.raises(CheckpointError, match="the first"):
         saving.check_written(trainer_of(None, "from the first"))
     saving.check_written(trainer_of(failing, None))
     assert heard[1:] == ["", ""]

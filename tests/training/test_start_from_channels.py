@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 
+from olvae import LiteVAE
 from olvae.config import ConfigError
+from olvae.models.linear_code import LinearDecoder, LinearEncoder
 from olvae.models.loading.from_diffusers import DiffusersAutoencoder
-from olvae.training.start_from import enlarged_as, with_channels
+from olvae.training.start_from import _resized, enlarged_as, with_channels
 from tests.export.latents import tiny_vae
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.loading.classes import make
@@ -74,7 +76,7 @@ def test_with_channels_keeps_the_function_of_a_decoder_at_2x(name):
 def test_with_channels_refuses_networks_that_know_the_channels_elsewhere():
     with pytest.raises(
         ConfigError,
-        match=r"^it: .*3 channels.*data\.params\.channels to 3",
+        match=r"^it: .*3 .*data\.params\.channels to 3",
     ):
         with_channels(tiny_vae(), 4, "it")
     # Wan 2.2's
@@ -83,3 +85,40 @@ def test_with_channels_refuses_networks_that_know_the_channels_elsewhere():
     )
     with pytest.raises(ConfigError, match=r"^it: .*patches .*3 channels"):
         with_channels(DiffusersAutoencoder(patches).as_litevae("it"), 1, "it")
+
+
+class Scaled(LinearEncoder):
+    """Also scales each channel of the image."""
+
+    def __init__(self, latent_dim: int = 4, in_channels: int = 3) -> None:
+        super().__init__(latent_dim, in_channels, 4)
+        self.scale = torch.nn.Parameter(torch.ones(in_channels))
+
+
+def test_a_network_that_has_more_than_convolutions_of_the_channels_is_refused():
+    model = LiteVAE(Scaled(), LinearDecoder(2, 3, 4))
+    with pytest.raises(ConfigError, match=r"it: is for images of 3 channels, which encoder\.scale"):
+        with_channels(model, 4, "it")
+
+
+@pytest.mark.parametrize(
+    ("axis", "channels", "expected"),
+    [
+        (1, 1, [[6.0]]),
+        (1, 2, [[1.0, 2.0]]),
+        (1, 5, [[1.0, 2.0, 3.0, 0.0, 0.0]]),
+        (0, 1, [[2.0]]),
+        (0, 2, [[1.0], [2.0]]),
+        (0, 5, [[1.0], [2.0], [3.0], [0.0], [0.0]]),
+    ],
+)
+def test_weights_of_three_channels_become_those_of_others(axis, channels, expected):
+    """To one channel inputs are summed, and outputs averaged; to more there are zeros."""
+    three = torch.tensor([1.0, 2.0, 3.0]).view((1, 3) if axis else (3, 1))
+    assert _resized(three, axis, channels).tolist() == expected
+
+
+def test_weights_of_one_channel_are_shared_out_or_repeated():
+    one = torch.tensor([[6.0]])
+    assert _resized(one, 1, 3).tolist() == [[2.0, 2.0, 2.0]]
+    assert _resized(one, 0, 3).tolist() == [[6.0], [6.0], [6.0]]

@@ -33,7 +33,7 @@ def test_a_name_in_which_the_pattern_finds_nothing_is_refused_by_name():
 
 @pytest.mark.parametrize("how", ["patient", r"(patient\d+)", r"(?P<patient>\d+)"])
 def test_a_pattern_needs_a_group_of_this_name(how):
-    with pytest.raises(ValueError, match="group"):
+    with pytest.raises(ValueError, match="no group of"):
         Grouping(how)
 
 

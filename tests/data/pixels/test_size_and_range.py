@@ -251,10 +251,10 @@ def test_pictures_of_160_million_pixels_and_of_1_to_100_are_read(size):
 
 
 def test_a_picture_is_refused_by_its_pixels_or_by_its_longer_side():
-    with pytest.raises(TooManyPixelsError, match="12501x12800 pixels, more than 160 million"):
+    with pytest.raises(TooManyPixelsError, match=r"12501x12800 .*160 million"):
         check_size(12_501, 12_800)
     for size in ((101, 1), (2, 201)):
-        with pytest.raises(ValueError, match="more than 100 times") as raised:
+        with pytest.raises(ValueError, match="100 times") as raised:
             check_size(*size, most=math.inf)
         assert type(raised.value) is ValueError
     check_size(12_501, 12_800, most=math.inf)

@@ -291,7 +291,7 @@ def test_validation_over_a_damaged_shard_says_how_much_is_missing(shards):
     unknown, (error,) = validated(s, Shard(str(cut)))
     assert unknown == found
     assert error.lost
-    assert "an unknown number of images" in error.reason
+    assert "unknown number" in error.reason
     empty = str(write_tar(shards / "empty.tar", [("a.txt", b"x")]))
     assert validated(s, Shard(empty)) == ([], [ReadError(empty, "no images in it", lost=False)])
 

@@ -124,10 +124,10 @@ def test_volumes_are_kept_to_a_number_of_bytes_but_for_the_last_one(tmp_path, mo
 def test_errors_of_a_library_name_the_slice_and_the_volume(tmp_path):
     volume = InMemory(tmp_path / "gone", np.ones((3, 2, 3)))
     volume.read = lambda: 1 / 0
-    with pytest.raises(UnreadableImageError, match="division by zero") as raised:
+    with pytest.raises(UnreadableImageError, match="by zero") as raised:
         volume.slices(0, 2)
     assert (raised.value.name, raised.value.image) == (str(tmp_path / "gone"), "gone/0002")
-    with pytest.raises(ValueError, match=r"can't be written again: .*the header's field"):
+    with pytest.raises(ValueError, match=r"written again: .*field"):
         volume.write(np.ones((1, 2, 3)), tmp_path)
     assert volume.write(np.ones((3, 2, 3)), tmp_path) == tmp_path
     assert len(first_reason(ValueError("a" * 300))) == 300
@@ -160,7 +160,7 @@ def test_a_file_holds_its_values_or_by_gzip_a_thousandth(tmp_path):
     check_bytes(path, 50, dtype, packed=False)
     check_bytes(path, 50 * 1032, dtype, packed=True)
     for values, packed in ((51, False), (50 * 1032 + 1, True)):
-        with pytest.raises(ValueError, match=f"claims {values} of int16, and it has 100 bytes"):
+        with pytest.raises(ValueError, match=rf"claims {values} .*100 bytes"):
             check_bytes(path, values, dtype, packed)
 
 
@@ -168,7 +168,7 @@ def test_values_are_numbers_of_one_channel():
     for dtype in ("int8", "uint64", "float64", "float16"):
         check_dtype(np.dtype(dtype))
     for dtype in ("complex64", "bool", "longdouble", "V3"):
-        with pytest.raises(ValueError, match="colours and complex numbers"):
+        with pytest.raises(ValueError, match="complex numbers"):
             check_dtype(np.dtype(dtype))
 
 

@@ -257,5 +257,10 @@ def test_tiling_takes_the_largest_tile_within_the_memory():
         tile_bytes(vae.decoder, tile, z.shape) <= 2**21 < tile_bytes(vae.decoder, tile + 1, z.shape)
     )
     assert tile_for(vae.decoder, 64 * GIB, z.shape) == 50
+    # Exactly enough for a tile of one position, and a byte less.
+    least = tile_bytes(vae.decoder, 1, z.shape)
+    assert tile_for(vae.decoder, least, z.shape) == 1
+    with pytest.raises(ValueError, match=f"{least / GIB:.3g} GiB"):
+        tile_for(vae.decoder, least - 1, z.shape)
     with pytest.raises(ValueError, match=r"smallest tile .*9\.31e-08"):
         tile_for(vae.decoder, 100, z.shape)

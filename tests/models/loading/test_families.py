@@ -328,3 +328,11 @@ def test_the_networks_of_an_autoencoder_of_representations():
     flat.model.register_to_config(reshape_to_2d=False)
     with pytest.raises(ConfigError, match="it: reshape_to_2d: false"):
         Representation().spec(flat, "it")
+
+
+@torch.no_grad()
+def test_taesds_latents_begin_in_its_own_units():
+    ours = DiffusersAutoencoder(make("AutoencoderTiny")).as_litevae("it")
+    for half in (ours.encoder, ours.decoder):
+        assert torch.equal(half.latents_mean, torch.zeros(4, 1, 1))
+        assert torch.equal(half.latents_std, torch.ones(4, 1, 1))

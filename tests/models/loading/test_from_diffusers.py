@@ -1,3 +1,4 @@
+import json
 from functools import partial
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from olvae.config import ConfigError
-from olvae.models.loading.from_diffusers import DiffusersAutoencoder
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder, DiffusersLoader
 from olvae.models.loading.targets import find_target
 from tests.models.autoencoder_kl import autoencoder_kl
 from tests.models.loading.classes import make
@@ -87,12 +88,77 @@ def test_a_diffusers_autoencoders_state_is_its_models_own():
 def test_images_of_another_size_are_refused_by_their_sides():
     model = DiffusersAutoencoder(make("AutoencoderKL"))
     assert (model.downscale, model.enlarge, model.side) == (2, 1, None)
-    with pytest.raises(ValueError, match="image size 5x4 is not a multiple of 2"):
+    with pytest.raises(ValueError, match=r"5x4 .*2"):
         model.encode(torch.zeros(1, 3, 5, 4))
-    with pytest.raises(ValueError, match="image size 4x5 is not a multiple of 2"):
+    with pytest.raises(ValueError, match=r"4x5 .*2"):
         model.encode(torch.zeros(1, 3, 4, 5))
     one_size = DiffusersAutoencoder(make("AutoencoderRAE"))
     assert one_size.encode(torch.zeros(1, 3, 16, 16)).mean.shape == (1, 32, 4, 4)
     for size in ((16, 32), (32, 16)):
         with pytest.raises(ValueError, match="images of 16x16 only, not {}x{}".format(*size)):
             one_size.encode(torch.zeros(1, 3, *size))
+
+
+@pytest.mark.parametrize(
+    ("made", "enlarge"),
+    [
+        ((1, 3, 8, 6), 1),
+        ((1, 12, 8, 6), 2),
+        ((1, 27, 8, 6), 3),
+        ((1, 24, 8, 6), None),
+        ((1, 12, 6, 8), None),
+        ((1, 3, 16, 12), None),
+        ((2, 3, 8, 6), None),
+        ((1, 3, 1, 8, 6), None),
+    ],
+)
+def test_a_decoder_makes_an_image_or_several_for_a_pixel_shuffle(monkeypatch, made, enlarge):
+    """Of five channels of 4x3 positions, at a factor of 2."""
+    model = DiffusersAutoencoder(make("AutoencoderKL"))
+    seen = []
+    monkeypatch.setattr(model, "decode", lambda z: seen.append(z.shape) or torch.zeros(made))
+    z = torch.zeros(1, 5, 9, 3)
+    if enlarge is None:
+        with pytest.raises(ValueError, match="AutoencoderKL decodes to "):
+            model._check_decoder(z, 2)
+        return
+    model._check_decoder(z, 2)
+    assert model.enlarge == enlarge
+    assert seen == [(1, 5, 4, 3)]  # a part is enough
+
+
+def test_a_model_without_images_says_why(monkeypatch):
+    model = DiffusersAutoencoder(make("AutoencoderKL"))
+
+    def fails(_: object) -> None:
+        raise RuntimeError("a matrix does not fit\nand more")
+
+    monkeypatch.setattr(model, "decode", fails)
+    with pytest.raises(ValueError, match=r"decode to an image: a matrix does not fit$"):
+        model._check_decoder(torch.zeros(1, 4, 2, 2), 2)
+    monkeypatch.setattr(model, "encode", fails)
+    with pytest.raises(ValueError, match=r"encode images: a matrix does not fit$"):
+        model._measure()
+
+
+@pytest.mark.parametrize(
+    ("own", "inside", "accepted"),
+    [
+        (None, None, False),
+        ("AutoencoderLiteVAE", None, False),
+        ("AutoencoderKL", None, True),
+        (None, "AutoencoderKL", True),
+        ("StableDiffusionPipeline", "AutoencoderLiteVAE", True),
+    ],
+)
+def test_diffusers_folders_are_known_by_their_configs(tmp_path, own, inside, accepted):
+    """Of the folder, or of `vae` in it; an export of ours alone is for another loader."""
+    for folder, name in ((tmp_path, own), (tmp_path / "vae", inside)):
+        folder.mkdir(exist_ok=True)
+        if name is not None:
+            (folder / "config.json").write_text(json.dumps({"_class_name": name}))
+    loader = DiffusersLoader()
+    assert loader.accepts(str(tmp_path)) == accepted
+    assert loader.accepts("diffusers:anything")
+    assert not loader.accepts(str(tmp_path / "missing"))
+    assert not loader.accepts("some/model")

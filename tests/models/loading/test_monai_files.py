@@ -14,6 +14,7 @@ from torch import Tensor
 from olvae.checkpoint import header_of
 from olvae.export.exporting import ExportSettings, export_target
 from olvae.export.formats import LAYOUTS
+from olvae.models.loading.monai_files import _half_params
 from olvae.models.loading.targets import find_target
 from olvae.modules.others.monai import MonaiDecoder, MonaiEncoder
 from tests.export.latents import tiny_vae
@@ -311,3 +312,27 @@ def test_spade_and_three_dimensions_are_refused(tmp_path):
             pytest.raises(ValueError, match=message),
         ):
             find_target(tmp_path / "vae.pt")
+
+
+@pytest.mark.parametrize("attention", [True, False])
+@pytest.mark.parametrize("combined", [True, False])
+def test_arguments_of_a_half_are_read_from_its_tensors(attention, combined):
+    """Those that its network was made of."""
+    form = {
+        "channels": 4,
+        "channel_mult": [2, 1, 3],
+        "num_res_blocks": [1, 3, 2],
+        "attention": attention,
+        "attention_levels": [1],
+        "include_fc": not combined,
+        "combined_linear": combined,
+    }
+    groups = {"norm_groups": 2}
+    ends = {"latent_dim": 10, "in_channels": 2, "image_size": 256}
+    encoder = MonaiEncoder(**form, **groups, **ends).state_dict()
+    found = _half_params({f"encoder.{name}": t for name, t in encoder.items()}, "encoder")
+    assert found == form | ends
+    ends = {"z_channels": 5, "out_channels": 2, "convtranspose": combined}
+    decoder = MonaiDecoder(**form, **groups, **ends).state_dict()
+    found = _half_params({f"decoder.{name}": t for name, t in decoder.items()}, "decoder")
+    assert found == form | ends

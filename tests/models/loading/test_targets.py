@@ -216,7 +216,7 @@ def test_a_model_of_the_package_without_its_prefix():
 
 
 def test_a_target_has_one_config_or_a_folder_of_them(make_run, tmp_path):
-    with pytest.raises(ConfigError, match="one of them"):
+    with pytest.raises(ConfigError, match=r"`config`.*`config_base`"):
         find_target(make_run(), config=tmp_path / "a.yaml", config_base=tmp_path)
 
 
@@ -232,7 +232,7 @@ def test_a_half_that_was_never_trained_is_warned_of(make_run, recwarn, half):
 def test_a_runs_config_is_found_by_its_whole_name_or_the_middle_of_it(tmp_path):
     """Exactly one, in any folder, in YAML of either name."""
     name = "2026-01-31T12-00-00_a_b_bf16"
-    with pytest.raises(ConfigError, match=rf"{name}.yaml or a_b.yaml, found none"):
+    with pytest.raises(ConfigError, match=rf"{name}\.yaml or a_b\.yaml"):
         find_run_config(tmp_path, name)
     (tmp_path / "deep").mkdir()
     (tmp_path / "a_b.txt").touch()
@@ -245,5 +245,5 @@ def test_a_runs_config_is_found_by_its_whole_name_or_the_middle_of_it(tmp_path):
     whole = tmp_path / f"{name}.yaml"
     whole.touch()
     assert find_run_config(tmp_path, name) == whole
-    with pytest.raises(ConfigError, match=r"one config alone\.yaml, found none"):
+    with pytest.raises(ConfigError, match=r"config alone\.yaml, found"):
         find_run_config(tmp_path, "alone")

@@ -169,7 +169,7 @@ def test_images_that_equivariance_would_shrink_below_lpips_size_are_refused(imag
     equivariant.check(source(image_folder, size=32))
     equivariant.loss.perceptual = torch.nn.Identity()
     for size, named in ((56, "56"), ([56, 64], "56x64"), ([64, 56], "64x56")):
-        with pytest.raises(ConfigError, match=rf"size: {named}: equivariance .* needs 16"):
+        with pytest.raises(ConfigError, match=rf"size: {named}: .*16"):
             equivariant.check(source(image_folder, size=size))
     equivariant.check(source(image_folder, size=64))
 

@@ -75,3 +75,14 @@ def test_scale_equivariance_refuses_sizes_that_do_not_divide(image_folder):
     with pytest.raises(ConfigError, match=r"params\.factors: 4 .*6"):
         model.check(source(image_folder, size=48))
     model.check(source(image_folder, size=32))
+
+
+def test_scale_equivariance_leaves_the_perceptual_loss_16_pixels(image_folder):
+    """Of the shorter side, divided by the largest factor."""
+    model = build(parts=parts(scale_equivariance={"factors": [2, 4]}))
+    model.check(source(image_folder, size=[32, 96]))
+    model.loss.perceptual = torch.nn.Identity()
+    model.check(source(image_folder, size=64))
+    for size in ([32, 96], [96, 32]):
+        with pytest.raises(ConfigError, match=r"params\.factors: .* 4 "):
+            model.check(source(image_folder, size=size))

@@ -8,7 +8,7 @@ import torch
 
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.updates.averaging import find_average
-from olvae.models.updates.nonfinite import NonFiniteGuard
+from olvae.models.updates.nonfinite import BadStep, NonFiniteGuard
 from tests.models.steps import Each, against, assert_same, build, fit
 
 EVERYTHING = {"weight": 0.5, "lecam_weight": 0.1}
@@ -207,3 +207,104 @@ def test_non_finite_loss_makes_all_gradients_non_finite():
     assert NonFiniteGuard.propagate(loss) == loss
     NonFiniteGuard.propagate(loss).backward()
     assert torch.equal(x.grad, torch.full((2,), 3.0))
+
+
+def one_step(
+    guard: NonFiniteGuard,
+    step: int = 1,
+    scaler: torch.amp.GradScaler | None = None,
+    gradient: float = 1.0,
+    **losses: float,
+) -> torch.Tensor:
+    """Two micro-batches with these losses, and a gradient of this norm; whether it is bad."""
+    guard.begin_step()
+    for keys in (["a", "b"], ["c"]):
+        guard.begin_micro_batch(keys)
+        guard.observe({name: torch.tensor(value) for name, value in losses.items()})
+    bad = guard.is_bad({"autoencoder": torch.tensor(gradient)})
+    guard.end_update()
+    guard.end_step(step, scaler)
+    return bad
+
+
+def test_steps_are_collected_once_with_their_terms_and_images():
+    guard = NonFiniteGuard([None])
+    assert guard.collect() == []
+    assert guard.good == 1.0
+    assert float(one_step(guard, kl=1.0)) == 0.0
+    assert float(guard.good) == 1.0
+    assert float(one_step(guard, 2, kl=math.inf, gradient=math.nan)) == 1.0
+    assert float(guard.good) == 0.0
+    one_step(guard, 3, gradient=1e30)
+    assert guard.pending == 3
+    of_gradient = "gradient of the autoencoder"
+    assert guard.collect() == [
+        None,
+        BadStep(2, "kl", ["a", "b"], False, True),
+        BadStep(3, of_gradient, ["a", "b", "c"], False, True),
+    ]
+    assert (guard.pending, guard.collect()) == (0, [])
+
+
+@pytest.mark.parametrize(("scale", "overflow"), [(1024.0, True), (1.0, True), (0.5, False)])
+def test_infinite_gradients_under_a_loss_scale_from_1_on_are_an_overflow(scale, overflow):
+    """Where no loss is infinite itself."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    scaler.scale(torch.zeros(()))
+    guard = NonFiniteGuard([])
+    one_step(guard, 1, scaler, gradient=math.inf)
+    one_step(guard, 2, scaler, gradient=math.inf, kl=math.nan)
+    assert [step.overflow for step in guard.collect()] == [overflow, False]
+
+
+def test_a_further_update_is_bad_after_a_bad_first_one():
+    for first, further, expected in ((math.nan, 1.0, 1.0), (1.0, math.inf, 1.0), (1.0, 1.0, 0.0)):
+        guard = NonFiniteGuard([])
+        guard.begin_step()
+        guard.begin_micro_batch(["a"])
+        guard.is_bad({"autoencoder": torch.tensor(1.0), "discriminator": torch.tensor(first)})
+        guard.end_update()
+        guard.begin_update()
+        guard.return_to(0)
+        assert float(guard.is_bad({"discriminator": torch.tensor(further)})) == expected
+        guard.end_update()
+        guard.end_step(1, None)
+        assert float(guard.good) == (first == 1.0)
+
+
+def test_buffers_of_every_dtype_are_put_back_after_a_bad_update():
+    norm = torch.nn.BatchNorm2d(2)
+    guard = NonFiniteGuard([norm, None])
+    for gradient, kept in ((1.0, True), (math.nan, False)):
+        before = {name: buffer.clone() for name, buffer in norm.named_buffers()}
+        guard.begin_step()
+        guard.begin_micro_batch(["a"])
+        norm(torch.randn(4, 2, 3, 3) + 5)
+        guard.is_bad({"autoencoder": torch.tensor(gradient)})
+        guard.end_update()
+        for name, buffer in norm.named_buffers():
+            assert torch.equal(buffer, before[name]) != kept, name
+
+
+def test_an_update_is_skipped_by_what_the_optimizer_or_the_scaler_heeds():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.Adam([weight], fused=True)
+    weight.grad = torch.ones(2)
+    NonFiniteGuard.skip_if(torch.tensor(1.0), optimizer, None)
+    optimizer.step()
+    assert weight.tolist() == [1.0, 1.0]
+    NonFiniteGuard.skip_if(torch.tensor(0.0), optimizer, None)
+    optimizer.step()
+    assert (weight < 1).all()
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for bad, gradient, scale in ((0.0, 1.0, 4.0), (1.0, 1.0, 2.0), (0.0, math.inf, 1.0)):
+        scaler.scale(torch.zeros(()))
+        weight.grad = torch.full((2,), gradient)
+        before = weight.detach().clone()
+        plain = torch.optim.Adam([weight])
+        scaler.unscale_(plain)
+        NonFiniteGuard.skip_if(torch.tensor(bad), plain, scaler)
+        scaler.step(plain)
+        scaler.update()
+        assert scaler.get_scale() == scale
+        assert torch.equal(weight, before) == (scale < 4.0)

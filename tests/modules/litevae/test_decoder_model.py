@@ -155,3 +155,10 @@ def test_a_decoder_of_published_form_has_these_blocks():
 def test_reach_of_convolutions_in_a_row_adds_up():
     assert [reach_of(nn.Conv2d(1, 1, size)) for size in (1, 2, 3, 5, 7)] == [0, 1, 1, 2, 3]
     assert reach_of(nn.Sequential(nn.Conv2d(1, 1, 3), nn.SiLU()), nn.Conv2d(1, 1, 5)) == 3
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4])
+def test_every_level_after_the_first_doubles_the_image(levels):
+    assert LiteVAE_Decoder(4, channel_mult=[1] * levels, num_res_blocks=0).upscale == 2 ** (
+        levels - 1
+    )

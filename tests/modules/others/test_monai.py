@@ -184,3 +184,10 @@ def test_forms_that_can_not_be_built_are_refused(wrong, message):
         MonaiEncoder(4, **{**FORM, **wrong})
     with pytest.raises(ValueError, match=message):
         MonaiDecoder(z_channels=2, **{**FORM, **wrong})
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4])
+def test_every_level_of_monais_after_the_first_doubles_the_image(levels):
+    form = {"channel_mult": [1] * levels, "num_res_blocks": [1] * levels, "norm_groups": 2}
+    form |= {"channels": 4, "attention_levels": []}
+    assert MonaiEncoder(**form).downscale == MonaiDecoder(**form).upscale == 2 ** (levels - 1)

@@ -211,3 +211,10 @@ def test_a_tiny_network_without_blocks_has_its_channels_alone():
     """No block in a level is possible."""
     assert kinds(TinyEncoder(channels=1, blocks=(0,))) == ["3-1 /1 b", "1-4 /1 b"]
     assert kinds(TinyDecoder(1, blocks=(0,))) == ["4-1 /1 b", "ReLU", "1-3 /1 b"]
+
+
+@pytest.mark.parametrize("levels", [1, 2, 4])
+def test_every_level_of_a_tiny_network_after_the_first_doubles_the_image(levels):
+    blocks = [0] * levels
+    encoder, decoder = TinyEncoder(channels=2, blocks=blocks), TinyDecoder(2, blocks=blocks)
+    assert encoder.downscale == decoder.upscale == 2 ** (levels - 1)

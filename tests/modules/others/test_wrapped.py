@@ -169,7 +169,7 @@ def test_wrapped_halves_refuse_what_they_cannot_do():
     with pytest.raises(ValueError, match="AutoencoderKL: only AutoencoderDC"):
         DiffusersDecoder("AutoencoderKL", {}, 4)
     model = DiffusersAutoencoder(make("AutoencoderDC")).as_litevae("it")
-    with pytest.raises(ValueError, match="checkpoint: diffusers' AutoencoderDC can't"):
+    with pytest.raises(ValueError, match=r"checkpoint: .*AutoencoderDC"):
         model.encoder.checkpoint_steps()
     model.encoder.checkpoint_steps(False)
     assert not model.encoder.checkpoint

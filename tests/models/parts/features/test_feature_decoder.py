@@ -88,8 +88,8 @@ def test_feature_decoder_needs_a_vision_encoder():
 def test_feature_decoder_has_a_weight_and_blocks():
     part = FeatureDecoder(0.0, 1)
     assert part.describe() == "weight 0, 1 blocks"
-    with pytest.raises(ValueError, match="weight must not be negative"):
+    with pytest.raises(ValueError, match="weight must"):
         FeatureDecoder(-0.1)
-    with pytest.raises(ValueError, match="depth must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"depth must .*0"):
         FeatureDecoder(depth=0)
     assert len(reduced().parts["fae"].transformer.blocks) == 1

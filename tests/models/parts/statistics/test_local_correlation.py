@@ -133,5 +133,5 @@ def test_a_threshold_is_a_correlation():
     for threshold in (-0.99, 0.0, 1.0):
         assert LocalCorrelation(threshold=threshold).threshold == threshold
     for threshold in (-1.0, -2.0, 1.01):
-        with pytest.raises(ValueError, match=f"threshold must be .*, got {threshold}"):
+        with pytest.raises(ValueError, match=rf"threshold .*{threshold}"):
             LocalCorrelation(threshold=threshold)
