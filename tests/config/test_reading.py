@@ -9,8 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from olvae.config import ConfigError, merge_files, read_received, save
-from olvae.config.reading import ABSENT, CONFIG_BYTES, MAX_EVENTS, changed_keys, recipes
+from olvae.config import ConfigError, merge_files, read_received, reading, save
+from olvae.config.reading import (
+    ABSENT,
+    CONFIG_BYTES,
+    MAX_EVENTS,
+    changed_keys,
+    expand_braces,
+    recipes,
+)
 from olvae.data.places import load
 
 
@@ -62,6 +69,19 @@ def test_keys_keep_the_places_that_the_first_file_gives_them(tmp_path):
     merged = load([a, b])["m"]
     assert merged == {"a": "text", "b": [2, 3], "c": None, "d": 4, "f": 6, "e": [1]}
     assert list(merged) == ["a", "b", "c", "d", "f", "e"]
+
+
+@pytest.mark.parametrize(
+    ("on_windows", "expected"),
+    [
+        (False, {r"d\0.tar": ["d0.tar"], r"pipe:a\b": ["pipe:ab"]}),
+        (True, {r"d\{0..1}.tar": ["d/0.tar", "d/1.tar"], r"pipe:a\b": ["pipe:ab"]}),
+    ],
+)
+def test_a_backslash_separates_folders_on_windows_alone(on_windows, expected, monkeypatch):
+    monkeypatch.setattr(reading, "ON_WINDOWS", on_windows)
+    assert {text: expand_braces(text) for text in expected} == expected
+    assert expand_braces("s3://b/{00..02}.tar") == [f"s3://b/0{i}.tar" for i in range(3)]
 
 
 def test_includes_are_merged_in_order(tmp_path):

@@ -6,6 +6,7 @@ import torchvision
 from PIL import Image
 
 from olvae.config import ConfigError
+from olvae.data import dataset
 from olvae.data.dataset import hold_out
 from olvae.data.hub import Column, HuggingFaceSource, Items, TorchvisionSource, load_table
 from olvae.data.image import image_to_tensor
@@ -32,6 +33,17 @@ def test_torchvision_source_trains_and_validates():
         FAKE, 16, 4, val_dataset={**FAKE, "params": {**FAKE["params"], "size": 5}}
     )
     assert (s.samples_per_epoch, s.val_images) == (30, 5)
+
+
+def test_a_share_that_was_bounded_is_in_the_description(monkeypatch, image_folder):
+    """Of the 30 or 12 images a fifth would be held out; here no more than 2 are."""
+    monkeypatch.setattr(dataset, "MAX_VAL_IMAGES", 2)
+    bound = "2 validation and test images (at most 10,000 without data.params.val_fraction)"
+    assert TorchvisionSource(FAKE, 16, 4).describe() == f"28 training, {bound}"
+    given = TorchvisionSource(FAKE, 16, 4, val_fraction=0.1)
+    assert given.describe() == "27 training, 3 validation and test images"
+    folder = {"path": "imagefolder", "data_dir": str(image_folder)}
+    assert HuggingFaceSource(size=16, batch_size=4, **folder).describe() == f"10 training, {bound}"
 
 
 def test_torchvision_source_replaces_a_broken_image(image_folder):
@@ -67,6 +79,18 @@ class Dataset:
 
     def __getitem__(self, index):
         return self.items[index]
+
+
+def test_a_decoder_that_is_not_installed_is_no_broken_image():
+    class Undecoded(Dataset):
+        def __getitem__(self, index):
+            raise self.items[index]
+
+    items = Items(Undecoded([ImportError("no decoder"), RuntimeError("cut off")]))
+    with pytest.raises(ImportError, match="no decoder"):
+        items[0]
+    with pytest.raises(UnreadableImageError, match=r"Undecoded\[1\]: .*cut off"):
+        items[1]
 
 
 def test_items_may_be_arrays_tensors_and_tuples():

@@ -19,9 +19,16 @@ from olvae.data.image import (
     read_picture,
     tensor_to_picture,
 )
-from olvae.data.pixels.size_and_range import from_uint8, to_uint8
+from olvae.data.pixels.size_and_range import (
+    AS_STORED,
+    EIGHT_BITS,
+    PixelRange,
+    from_uint8,
+    to_uint8,
+)
 from olvae.data.read_errors import UnreadableImageError
 from tests.data.images import encoded, picture, saved
+from tests.data.pixels.files import tiff
 
 RED = (200, 30, 40)
 
@@ -221,6 +228,37 @@ def test_pictures_become_tensors_and_come_back():
 def test_read_picture_gives_the_asked_channels(tmp_path, colour, channels, expected):
     plain("RGB" if len(colour) == 3 else "RGBA", colour).save(tmp_path / "a.png")
     assert image_to_tensor(read_picture(tmp_path / "a.png", channels))[:, 0, 0].tolist() == expected
+
+
+def test_an_array_has_the_channels_that_are_asked_for(tmp_path):
+    """As they are stored, a deep TIFF or PNG may have any number of them."""
+    five = np.arange(4 * 6 * 5, dtype=np.uint8).reshape(4, 6, 5)
+    np.save(tmp_path / "a.npy", five)
+    (tmp_path / "a.tif").write_bytes(tiff(five.astype(np.uint16) * 99, planarconfig="contig"))
+    for pixel_range in (EIGHT_BITS, AS_STORED):
+        with pytest.raises(UnreadableImageError, match=r"\(H, W, 3\)"):
+            read_picture(tmp_path / "a.npy", 3, pixel_range)
+    with pytest.raises(UnreadableImageError, match=r"a\.tif: .*5"):
+        read_picture(tmp_path / "a.tif", 3, PixelRange.from_node([0, 65535]))
+    found = image_to_tensor(read_picture(tmp_path / "a.tif", 3, AS_STORED))
+    assert found.permute(1, 2, 0).tolist() == (five.astype(int) * 99).tolist()
+
+
+def test_more_than_8_bits_are_read_of_formats_that_are_read_as_arrays(tmp_path):
+    deep = np.arange(20, dtype=np.uint16).reshape(4, 5) * 3000
+    (tmp_path / "a.pgm").write_bytes(b"P5 5 4 65535\n" + deep.astype(">u2").tobytes())
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    stated = PixelRange.from_node([0, 65535])
+    for name, pixel_range, why in (
+        ("a.pgm", EIGHT_BITS, "not read from this format"),
+        ("a.pgm", AS_STORED, "not read from this format"),
+        ("a.png", EIGHT_BITS, r"data\.params\.range"),
+    ):
+        with pytest.raises(UnreadableImageError, match=why):
+            read_picture(tmp_path / name, 1, pixel_range)
+    for pixel_range in (stated, AS_STORED):
+        picture = read_picture(tmp_path / "a.png", 1, pixel_range)
+        assert image_to_tensor(picture)[0].tolist() == deep.tolist()
 
 
 def test_read_picture_takes_arrays_of_any_number_of_channels(tmp_path):

@@ -354,6 +354,17 @@ def test_resize_of_a_pack_is_bicubic_and_never_enlarges(root, tmp_path, extensio
     assert packed["small.bmp"][1]["file"].endswith(".png")
 
 
+def test_values_that_are_missing_are_packed_but_not_mixed_into_others(root, tmp_path):
+    array = np.random.default_rng(0).random((12, 16, 2)).astype(np.float32)
+    array[3, 4:7, 1] = np.nan
+    np.save(root / "a.npy", array)
+    with pytest.raises(ValueError, match="3 values"):
+        pack(str(root), tmp_path / "smaller", PackOptions(channels=2, resize=8))
+    pack(str(root), tmp_path / "same", PackOptions(channels=2, resize=12))
+    ((content, _),) = members(tmp_path / "same").values()
+    np.testing.assert_array_equal(np.load(io.BytesIO(content)), array)
+
+
 def test_pack_resizes_arrays_of_other_channels_as_arrays(root, tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (40, 60, 5), dtype=np.uint8)
     np.save(root / "a.npy", array)

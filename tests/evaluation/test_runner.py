@@ -1,4 +1,5 @@
 import math
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -6,14 +7,24 @@ import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio
 
-from olvae.data.pixels.size_and_range import Sides
+from olvae.data.pixels.size_and_range import PixelRange, Sides
 from olvae.evaluation import runner
 from olvae.evaluation.observers.observer import Observer
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.round_trip import Reconstructed, RoundTrip
-from olvae.evaluation.runner import fingerprint, found_by, is_examined, measure, observe, rows_under
+from olvae.evaluation.runner import (
+    Request,
+    evaluate,
+    fingerprint,
+    found_by,
+    is_examined,
+    measure,
+    observe,
+    rows_under,
+)
 from olvae.metrics import build_metrics
 from olvae.models.autoencoder import Autoencoder
+from olvae.models.loading.loader import Target
 from olvae.modules.distributions import Posterior
 from tests.conftest import tiny
 
@@ -161,3 +172,69 @@ def test_the_first_process_has_the_images_groups_and_entries_of_all(images, monk
     monkeypatch.setattr(runner, "gather", lambda own: [own])
     with pytest.raises(ValueError, match="no images"):
         observe([], {}, {}, {})
+
+
+def test_observers_watch_the_reconstruction_before_they_see_it(images):
+    """With the batch so far: its own values of metrics among them."""
+    events = []
+
+    class Watching(Observer):
+        @contextmanager
+        def watch(self, target, draw, subject, keys):
+            events.append(("watch", target, draw, subject, list(keys)))
+            yield
+            events.append("watched")
+
+        def update(self, batch):
+            events.append(("update", batch.target, batch.draw, batch.shards))
+            assert torch.equal(batch.x, images[:2])
+            assert torch.equal(batch.y, darker([], images[:2]))
+            assert list(batch.values["psnr"]) == KEYS[:2]
+
+    def trip(keys, x):
+        events.append("trip")
+        return Reconstructed(torch.zeros(len(x), 4, 4, 4), darker(keys, x))
+
+    batch = {"image": images[:2], "key": KEYS[:2]}
+    metrics = {("a", 1): build_metrics(["psnr"])()}
+    observe([batch], {"a": "it"}, {("a", 1): trip}, metrics, [Watching()], shards=True)
+    watch = ("watch", "a", 1, "it", KEYS[:2])
+    assert events == [watch, "trip", "watched", ("update", "a", 1, True)]
+    with pytest.raises(ValueError, match=r"shorter|longer"):
+        observe([{**batch, "key": KEYS[:3]}], {}, {}, {})
+
+
+@pytest.mark.parametrize(
+    ("asked", "in_config", "largest"), [(5, 3, 5), (None, 3, 3), (None, None, 8)]
+)
+def test_batches_are_as_large_as_asked_or_as_in_the_config(
+    model, image_folder, asked, in_config, largest
+):
+    params = {} if in_config is None else {"batch_size": in_config}
+    target = Target(lambda: model, config={"data": {"params": params}}, name="a", given="a")
+    sizes = []
+
+    def progress(what, batches, images):
+        assert (what, images) == ("evaluating", 12)
+        for batch in batches:
+            sizes.append(len(batch["key"]))
+            yield batch
+
+    request = Request([target], metrics=["psnr"], data=str(image_folder), size=16, batch_size=asked)
+    (found,) = evaluate(request, progress)
+    assert (max(sizes), sum(sizes)) == (largest, 12)
+    protocol = found.results.protocol
+    assert (protocol["n"], protocol["size"]) == (12, 16)
+    assert protocol["pixels"] == "clamped to [-1, 1], rounded to uint8"
+    (row,) = found.results.rows
+    assert (row.target, row.n, row.cost.batch_size) == ("a", 12, largest)
+
+
+def test_a_range_of_values_is_in_the_protocol(model, tmp_path):
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", np.full((16, 16, 3), 100 * number, np.uint16))
+    model.pixel_range = PixelRange.from_node([0, 4095])
+    target = Target(lambda: model, config={}, name="a", given="a")
+    request = Request([target], metrics=["psnr"], data=f"{tmp_path}/*.npy", size=16)
+    (found,) = evaluate(request)
+    assert found.results.protocol["pixels"].startswith("clamped to 0 to 4095, linear;")

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from olvae.config import ConfigError
+from olvae.evaluation import zoo
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.zoo import Listed, read_zoo
 from olvae.models.spec import CLASS_NAME
@@ -100,3 +101,19 @@ def test_what_is_missing_has_one_line_for_each_reason():
     )
     assert second.startswith("not here: flux1 (diffusers:black-forest-labs/FLUX.1-schnell, ")
     assert second.endswith("): it is gated")
+
+
+def test_results_in_the_folder_are_read_by_name_in_the_lists_order(tmp_path):
+    for name in ("sdxl", "sd1-mse", "unlisted"):
+        (tmp_path / name).mkdir()
+        result = {"target": name, "n": 2, "metrics": {"psnr": 20.0}, "skipped": {}}
+        content = {
+            "protocol": {"name": "a", "version": 1},
+            "protocol_hash": "12",
+            "results": [result],
+        }
+        (tmp_path / name / "metrics.json").write_text(json.dumps(content))
+    found = zoo._results(tmp_path)
+    assert list(found) == ["sd1-mse", "sdxl"]
+    assert found["sdxl"].rows[0].target == "sdxl"
+    assert zoo._results(tmp_path / "sdxl") == {}

@@ -1,10 +1,12 @@
 import json
+import logging
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoModel, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import dynamic_modules_utils
 
 from olvae import AutoencoderLiteVAE, LiteVAE
@@ -333,3 +335,16 @@ def test_a_device_map_is_taken(vae, image, tmp_path):
     vae.save_pretrained(tmp_path)
     model = AutoencoderLiteVAE.from_pretrained(tmp_path, device_map="auto")
     assert torch.equal(model(image).sample, vae(image)[0])
+
+
+def test_moving_silences_diffusers_logger_only_meanwhile(vae, tmp_path):
+    """Also where torch refuses."""
+    vae.save_pretrained(tmp_path)
+    model = AutoencoderLiteVAE.from_pretrained(tmp_path)
+    logger = logging.getLogger(ModelMixin.__module__)
+    before = list(logger.filters)
+    assert model.to(torch.bfloat16).dtype == torch.bfloat16
+    assert logger.filters == before
+    with pytest.raises(TypeError):
+        model.to(torch.int64)
+    assert logger.filters == before

@@ -13,7 +13,7 @@ from olvae.data.image import image_to_tensor
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.data.shards.index import find_shards, with_counts
 from olvae.data.shards.latent_files import LATENT, LATENT_META
-from olvae.data.shards.tar_reading import read_shard
+from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.export.decoding import decode_shards
 from olvae.models.large.tiling import crop_to, pad_to_multiple
 from tests.conftest import tiny, tiny_config
@@ -192,6 +192,8 @@ def meta_bytes(key, image=(16, 16)):
         (None, meta_bytes("bad", (8, 16)), "'bad' has 8x16 pixels, but a latent of 2x2"),
         (None, meta_bytes("a\0b"), r"the key 'a\\x00b' can't name a file"),
         (None, meta_bytes("\ud800"), r"the key '\\ud800' is not text"),
+        (None, meta_bytes("\ud800" + 59 * "k"), r"the key '\\ud800k{59}' is not text"),
+        (None, meta_bytes("\ud800" + 60 * "k"), r"the key '\\ud800k{56}\.\.\.' is not text"),
         (None, meta_bytes("k" * 300), "the key 'kkkkk.*\\.\\.\\.' can't name a file"),
         (None, meta_bytes("k/" * 1500), "the key 'k/k/.*' can't name a file"),
         (None, meta_bytes("../x"), "the key '../x' leads out of the folder"),
@@ -211,6 +213,17 @@ def test_a_bad_latent_is_named_and_the_others_are_decoded(tmp_path, data, meta, 
     assert error.name.startswith(str(tmp_path / "shards" / "0.tar"))
     assert error.name.endswith("bad.latent.safetensors")
     assert re.search(message, error.reason), error.reason
+
+
+def test_a_damaged_shard_is_named_and_what_comes_before_is_decoded(tmp_path):
+    files = [(f"{name}.latent.safetensors", latent_bytes()) for name in "ab"]
+    files += [(f"{name}.latent.json", meta_bytes(name)) for name in "ab"]
+    path = write_tar(tmp_path / "0.tar", sorted(files))
+    content = path.read_bytes()
+    path.write_bytes(content[: content.index(b"b.latent.safetensors") + 600])
+    done, (error,) = decode_shards(tiny_vae(), [Shard(str(path), 2)], tmp_path / "out")
+    assert (done, error.name) == (1, str(path))
+    assert [path.name for path in (tmp_path / "out").glob("*.png")] == ["a.png"]
 
 
 def test_a_latent_that_decodes_to_no_picture(tmp_path):

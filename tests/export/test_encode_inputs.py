@@ -4,7 +4,9 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,21 +16,26 @@ from PIL import Image
 from olvae.config import save
 from olvae.data.image import EvalTransform, image_to_tensor, read_picture
 from olvae.data.picture_folder import find_images
-from olvae.data.pixels.size_and_range import Sides
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides
 from olvae.data.read_errors import ReadError
+from olvae.export import encode_inputs as module
 from olvae.export.encode_inputs import (
     DatasetInputs,
     EncodeOptions,
     Inputs,
     Item,
     Reader,
+    ReadImage,
     ShardInputs,
     Units,
     find_inputs,
     usual_transform,
+    windows_of,
 )
 from tests.data.images import encoded, write_shards
 from tests.export.latents import encode, tiny_vae
+
+WIDE = PixelRange.from_node([0, 4095])
 
 
 def test_encoding_plan_tells_other_images_of_the_same_names_apart():
@@ -166,3 +173,37 @@ def test_an_error_in_the_middle_comes_after_the_images_before_it():
     units = Units(Broken(), EncodeOptions(16), [7], 1)  # type: ignore[arg-type]
     assert [item.key for unit in units for item in unit] == ["a"]
     assert str(units.error) == "shard 7 ends here"
+
+
+def test_windows_end_at_their_length_or_when_their_bytes_are_too_many(monkeypatch):
+    monkeypatch.setattr(module, "WINDOW_BYTES", 24)
+    error = ReadError("a.png", "broken")
+    images: list[ReadImage | ReadError] = []
+    for size in (12, 12, 8, 25, 12, 13, None, None, None, 8):
+        pixels = None if size is None else torch.zeros(1, 1, size, dtype=torch.uint8)
+        item = Item("a", "a", 0)
+        images.append(error if pixels is None else ReadImage(item, pixels, (1, 1)))
+    windows = list(windows_of(images, 3))
+    assert [len(window) for window in windows] == [3, 1, 2, 3, 1]
+    assert [image for window in windows for image in window] == images
+    assert list(windows_of([], 3)) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "taken", "message"),
+    [
+        (EncodeOptions(16, images=True), {}, None),
+        (EncodeOptions([16, 24]), {"in_channels": 2, "pixel_range": WIDE}, None),
+        (EncodeOptions(0), {}, None),
+        (EncodeOptions(16, images=True), {"in_channels": 4}, None),
+        (EncodeOptions(20), {}, "`size` 20: .* multiple of 8"),
+        (EncodeOptions([16, 20]), {}, "`size` 16x20: .* multiple of 8"),
+        (EncodeOptions(0, images=True), {}, "`images`: .* give `size`"),
+        (EncodeOptions(16, images=True), {"in_channels": 2}, "`images`: .* have 2"),
+        (EncodeOptions(16, images=True), {"pixel_range": WIDE}, "`images`: .* 0 to 4095"),
+    ],
+)
+def test_images_that_can_not_be_stored_so_are_refused(options, taken, message):
+    usual = {"downscale": 8, "in_channels": 3, "pixel_range": EIGHT_BITS}
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        options.check(SimpleNamespace(**{**usual, **taken}))

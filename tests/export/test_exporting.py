@@ -22,12 +22,12 @@ from torch import Tensor
 
 from olvae import LiteVAE
 from olvae.config import ConfigError
+from olvae.export import exporting as module
 from olvae.export.exporting import ExportSettings, check_place, export, export_target
 from olvae.export.formats import LAYOUTS, Layout, Loaded, find_layout
 from olvae.models.loading.targets import find_target
 from tests.export.tiny import ours, tiny_litevae
 from tests.models.autoencoder_kl import autoencoder_kl
-from tests.models.loading.classes import make
 
 
 class NumpyLayout(Layout):
@@ -179,6 +179,33 @@ def test_a_kill_between_the_old_and_the_new_loses_neither(tmp_path, monkeypatch)
     assert content(place) == before
     export(model, place, settings=FORCE)
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
+
+
+@pytest.mark.parametrize("name", ["litevae", "comfyui"])
+def test_onnx_files_are_in_a_folder_or_beside_a_file_with_its_name(name, tmp_path, monkeypatch):
+    layout = find_layout(name)
+    model = tiny_litevae()
+
+    def write(traced: LiteVAE, folder: Path, prefix: str) -> dict[str, float]:
+        assert traced.downscale == model.downscale
+        for graph in ("encoder.onnx", "decoder.onnx"):
+            (folder / f"{prefix}{graph}").write_text(prefix)
+        return {"encoder.onnx": 0.25}
+
+    monkeypatch.setattr(module, "export_onnx", write)
+    place = tmp_path / f"vae{layout.suffix}"
+    for settings in (ExportSettings(onnx=True), ExportSettings(onnx=True, force=True)):
+        assert export(model, place, layout, settings)["encoder.onnx"] == 0.25
+        found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.onnx")}
+        graphs = {"encoder.onnx", "decoder.onnx"}
+        if layout.suffix:
+            assert found == {f"vae_{graph}" for graph in graphs}
+        else:
+            assert found == {f"vae/{graph}" for graph in graphs}
+    before = content(tmp_path)
+    with pytest.raises(FileExistsError, match="`force`"):
+        export(model, place, layout, ExportSettings(onnx=True))
+    assert content(tmp_path) == before
 
 
 def test_folded_export_has_ordinary_convolutions_or_is_refused(layout, model, place):
@@ -405,25 +432,6 @@ def test_export_settings_refuse_a_run_without_latents_json(tmp_path):
         settings.check(tmp_path / "out")
     (run / "latents.json").touch()
     settings.check(tmp_path / "out")
-
-
-def test_a_class_without_a_place_for_factors_per_channel(tmp_path):
-    """It refuses them; the classes whose latents are scaled so take new ones."""
-    numbers = {"latents_mean": [0.5] * 4, "latents_std": [2.0] * 4}
-    pair = {"scaling_factor": 2.0, "shift_factor": 0.1}
-    latents = tmp_path / "stats.json"
-    latents.write_text(json.dumps({"target": "vae", "count": 200, **pair, **numbers}))
-    settings = ExportSettings(latents=latents, per_channel=True)
-    for name in ("AutoencoderKLFlux2", "AutoencoderKLQwenImage"):
-        make(name).save_pretrained(tmp_path / name)
-    flux = find_target(f"diffusers:{tmp_path / 'AutoencoderKLFlux2'}")
-    with pytest.raises(ConfigError, match="`per_channel`: AutoencoderKLFlux2"):
-        export_target(flux, tmp_path / "flux", settings)
-    qwen = find_target(f"diffusers:{tmp_path / 'AutoencoderKLQwenImage'}")
-    export_target(qwen, tmp_path / "qwen", settings)
-    back = find_target(f"diffusers:{tmp_path / 'qwen'}").load().for_diffusion
-    assert {name: back[name] for name in numbers} == numbers
-    assert (back["scaling_factor"], back["shift_factor"]) == (1.0, 0.0)
 
 
 def test_what_a_format_says_of_factors_per_channel_is_said_of_measured_ones(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,12 +15,14 @@ from olvae.config import save
 from olvae.data.pixels.size_and_range import PixelRange
 from olvae.export.exporting import ExportSettings, export
 from olvae.export.formats import LAYOUTS
+from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import config_inside, locate
 from olvae.modules.sdvae import set_padding
 from tests.export.tiny import ours, reflecting, tiny_litevae
 from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl
+from tests.models.loading.classes import make
 from tests.models.loading.names import latent_diffusion_names
 
 WIDTHS = (128, 256, 512, 512)
@@ -94,6 +97,57 @@ def test_diffusers_export_of_reflect_padding(halves, tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    "name", ["AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", "AutoencoderKLQwenImage"]
+)
+def test_the_usage_on_a_card_runs_with_the_class_of_diffusers(name, tmp_path):
+    """Encoding returns latent, latents or latent_dist; classes for videos take frames."""
+    theirs = make(name).eval()
+    theirs.save_pretrained(tmp_path / "vae")
+    model = DiffusersAutoencoder(theirs).as_litevae("vae").eval()
+    code = DIFFUSERS.usage(model)
+    sides = (1, 32, 32) if name.endswith("QwenImage") else (32, 32)
+    images = torch.rand(1, 3, *sides) * 2 - 1
+    names = {"images": images}
+    exec(code.replace("FOLDER_OR_ID", str(tmp_path / "vae")), names)
+    assert names["images"].shape == images.shape
+    assert names["z"].shape[1] == model.latent_channels
+    assert f"(B, 3, {', '.join(['1', 'H', 'W'][-len(sides) :])})" in code
+
+
+def test_the_usage_on_the_card_of_a_litevae_runs(tmp_path):
+    layout = LAYOUTS["litevae"]()
+    model = tiny_litevae()
+    export(model, tmp_path / "vae", layout)
+    code = layout.usage(model).replace("FOLDER_OR_ID", str(tmp_path / "vae"))
+    names = {"images": torch.rand(1, 3, 16, 24) * 2 - 1}
+    exec(code, names)
+    assert names["images"].shape == (1, 3, 16, 24)
+    assert names["z"].shape == (1, 4, 2, 3)
+    assert_equal(names["vae"].autoencoder.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize(("pool", "kind"), [(False, "taesd"), (True, "taef2")])
+def test_tiny_files_are_two_whose_layers_have_the_published_numbers(pool, kind, tmp_path):
+    """The decoder's begin at 1: its bound, which has no weights, is layer 0 there."""
+    layout = LAYOUTS["taesd"]()
+    model = DiffusersAutoencoder(make("AutoencoderTiny")).as_litevae("tiny").eval()
+    model.decoder.node["params"]["pool"] = pool
+    layout.write(model, tmp_path / "tiny")
+    files = {f"{kind}_{half}.safetensors" for half in ("encoder", "decoder")}
+    assert {path.name for path in (tmp_path / "tiny").iterdir()} == files
+    encoder, decoder = (
+        load_file(tmp_path / "tiny" / f"{kind}_{half}.safetensors")
+        for half in ("encoder", "decoder")
+    )
+    assert min(int(name.split(".")[0]) for name in encoder) == 0
+    assert min(int(name.split(".")[0]) for name in decoder) == 1
+    written = layout.read(tmp_path / "tiny")
+    assert_equal(written, dict(layout.tensors(model)))
+    halves = {f"encoder.{name}": tensor for name, tensor in encoder.items()}
+    assert_equal(written, halves | {f"decoder.{name}": t for name, t in decoder.items()})
+
+
 # ldm
 @pytest.mark.parametrize("kind", ["sd1", "flux"])
 def test_ldm_export_has_the_published_names_bits_and_outputs(kind, tmp_path):
@@ -148,6 +202,27 @@ def test_shapes_that_comfyui_does_not_build_are_noted():
         ),
     ):
         assert list(LDM.notes(ours(autoencoder_kl(**shape)))) == odd
+
+
+def test_attention_that_comfyui_does_not_build_is_noted():
+    narrow = {"widths": (8, 8), "layers_per_block": 1, "norm_num_groups": 4}
+    plain = ours(autoencoder_kl(**narrow))
+    assert not [note for note in LDM.notes(plain) if "attention" in note]
+    blocks = {"down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")}
+    blocks["up_block_types"] = ("AttnUpDecoderBlock2D", "UpDecoderBlock2D")
+    attending = ours(autoencoder_kl(**narrow, **blocks))
+    assert sum("attention in the middle only" in note for note in LDM.notes(attending)) == 1
+
+
+@pytest.mark.parametrize(("values", "noted"), [(None, 0), ([0, 4095], 1)])
+def test_monai_says_what_its_values_stand_for(values, noted):
+    stated = PixelRange.from_node(values)
+    encoder = SimpleNamespace(node={"params": {"values": (0, 1)}})
+    model = SimpleNamespace(encoder=encoder, pixel_range=stated)
+    loading, images, *more = LAYOUTS["monai"]().notes(model)
+    assert loading.startswith("MONAI loads it")
+    assert images.startswith("images are 0 to 1 there")
+    assert more == ["these stand for values, 0 to 4095, linear"][:noted]
 
 
 def test_pixel_range_that_a_format_does_not_hold_is_noted():

@@ -54,6 +54,18 @@ def test_model_card_escapes_received_names(metrics):
     assert not re.search(r"(?<!\\)<script|(?<!\\)\[x|^# \[|\x1b", card, re.MULTILINE)
 
 
+@pytest.mark.parametrize("layout", ["litevae", "diffusers"])
+def test_model_card_is_tidy_text(metrics, layout):
+    """One empty line at most, none with spaces alone, and a line's end at the end."""
+    model = tiny_litevae() if layout == "litevae" else ours(autoencoder_kl((32, 32)))
+    for provenance in (Provenance("a"), Provenance("a_run", tiny_config(), metrics, False, "mit")):
+        card = card_of(model, provenance, layout)
+        assert card.endswith("\n")
+        assert not card.endswith("\n\n")
+        assert "\n\n\n" not in card
+        assert not re.search(r"^\s+$|^ +(?=[#|])", card, re.MULTILINE)
+
+
 def test_model_card_says_data_numbers_and_licence(metrics, tmp_path):
     config = {
         **tiny_config(),

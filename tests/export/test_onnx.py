@@ -77,6 +77,49 @@ def test_onnx_files_of_other_networks(encoder, decoder, tmp_path):
     check_files(model, tmp_path)
 
 
+def test_traced_graphs_take_any_batch_height_and_width(tmp_path, monkeypatch):
+    """The encoder's sides are multiples of f, the decoder's are the latent's: from 2 positions."""
+    model = small()
+    traced = []
+
+    class Program:
+        def save(self, file, external_data):
+            Path(file).touch()
+
+    class Session:
+        def __init__(self, file, providers):
+            self.decodes = Path(file).name == "decoder.onnx"
+
+        def run(self, names, inputs):
+            (x,) = (torch.from_numpy(array) for array in inputs.values())
+            with torch.no_grad():
+                return [(model.decode(x) if self.decodes else model.moments(x)).numpy()]
+
+    def trace(half, args, file, **how):
+        traced.append((half, args, how))
+        return Program()
+
+    monkeypatch.setattr(torch.onnx, "export", trace)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    assert export_onnx(model, tmp_path) == {"encoder.onnx": 0.0, "decoder.onnx": 0.0}
+    found = []
+    for half, (x,), how in traced:
+        dims = how["dynamic_shapes"]["x"]
+        found.append([how["input_names"][0], how["output_names"][0], *x.shape])
+        assert [dims[axis].__name__ for axis in dims] == [
+            "batch",
+            *(
+                f"{half.factor}*latent_{side}" if half.factor > 1 else f"latent_{side}"
+                for side in ("height", "width")
+            ),
+        ]
+        assert list(dims) == [0, 2, 3]
+        seeded = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(x, 2 * seeded - 1)
+        assert torch.equal(half(x), model.moments(x) if half.factor > 1 else model.decode(x))
+    assert found == [["image", "moments", 2, 3, 12, 16], ["latent", "image", 2, 4, 3, 4]]
+
+
 def test_onnx_file_that_differs_is_refused(tmp_path, monkeypatch):
     class Session:
         def __init__(self, file, providers):

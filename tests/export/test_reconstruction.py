@@ -17,7 +17,9 @@ from olvae.export.reconstruction import (
     reconstruct,
     reconstruct_file,
 )
+from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import pad_to_multiple
+from olvae.modules.distributions import Deterministic
 from tests.conftest import tiny, tiny_config
 
 ROOT = Path(__file__).parent.parent.parent
@@ -56,6 +58,37 @@ def test_a_decoder_at_2x_writes_twice_the_size_and_compares_the_shrunk_image(tmp
     smaller = to_uint8(y.unfold(2, 2, 2).unfold(3, 2, 2).mean((-2, -1)))[0, :, :13, :21]
     error = (smaller.movedim(0, 2).numpy().astype(float) - pixels) ** 2
     assert value == pytest.approx(10 * math.log10(255**2 / error.mean()), abs=0.05)
+
+
+class Steps(Autoencoder):
+    """Says how far it is, by thirds of encoding and halves of decoding."""
+
+    in_channels, latent_channels, downscale = 3, 3, 1
+
+    def encode(self, x):
+        raise NotImplementedError
+
+    def decode(self, z):
+        raise NotImplementedError
+
+    def encode_within(self, x, memory, progress):
+        for done in range(4):
+            progress(done / 3)
+        return Deterministic(x)
+
+    def decode_tiled(self, z, tile, memory, progress):
+        for done in range(3):
+            progress(done / 2)
+        return z
+
+
+def test_progress_of_a_reconstruction_is_three_tenths_encoding():
+    said = []
+    image = torch.arange(2 * 3, dtype=torch.uint8).view(1, 2, 3).repeat(3, 1, 1)
+    found = reconstruct(Steps(), image, CPU, said.append)
+    assert said == pytest.approx([0, 0.1, 0.2, 0.3, 0.3, 0.65, 1.0])
+    assert torch.equal(found.levels, image)
+    assert reconstruct(Steps(), image, CPU).levels.equal(image)
 
 
 def touch(*paths: Path) -> None:

@@ -1,5 +1,6 @@
 import tracemalloc
 import zlib
+from contextlib import nullcontext
 from pathlib import Path
 
 import imagecodecs
@@ -85,6 +86,37 @@ def test_small_images_and_other_files_are_for_the_usual_reader(tmp_path):
         assert open_rows(tmp_path / name, 3, EIGHT_BITS, RGB.size * 24) is None
 
 
+@pytest.mark.parametrize(
+    ("content", "channels", "most", "rows"),
+    [
+        (tiff(RGB, "rgb", tile=(32, 48)), 3, 10**9, True),
+        # Smaller, or not to be read by rows, with too many pixels for the usual reader or not.
+        (tiff(RGB, "rgb"), 3, 10**9, False),
+        (tiff(np.stack((RGB, RGB)), "rgb", tile=(32, 48)), 3, 10**9, False),
+        (tiff(np.stack((RGB, RGB)), "rgb", tile=(32, 48)), 3, 1000, False),
+    ],
+    ids=["rows", "small", "two", "two large"],
+)
+def test_a_file_that_is_not_read_by_rows_is_closed(
+    content, channels, most, rows, tmp_path, monkeypatch, request
+):
+    path = tmp_path / "a.tif"
+    path.write_bytes(content)
+    opened = []
+    open_tiff = tifffile.TiffFile
+
+    def note(*given):
+        opened.append(open_tiff(*given))
+        return opened[-1]
+
+    monkeypatch.setattr(tifffile, "TiffFile", note)
+    monkeypatch.setattr(module, "MAX_PIXELS", most)
+    memory = 10**9 if "small" in request.node.name else 300_000
+    with nullcontext() if most > 1000 else pytest.raises(UnreadableImageError):
+        assert (open_rows(path, channels, EIGHT_BITS, memory) is not None) == rows
+    assert [tiff.filehandle.closed for tiff in opened] == [not rows]
+
+
 def claiming(**tags: int) -> bytes:
     """A file of tiles, packed, with other numbers in its header."""
     path = Path("a.tif")
@@ -141,6 +173,7 @@ def test_what_can_not_be_read_by_rows(name, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "MAX_PIXELS", 1000)
     with pytest.raises(UnreadableImageError) as error:
         open_rows(path, 3, EIGHT_BITS, 10**9)
+    assert error.value.name == str(path)
     assert REFUSED[name] in str(error.value)
     assert "\n" not in str(error.value)
 

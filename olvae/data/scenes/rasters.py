@@ -55,7 +55,7 @@ MOST_OPEN = 16
 
 def import_rasterio(purpose: str = "reading JPEG 2000 and Zarr") -> Any:
     """Import rasterio, which brings GDAL; ConfigError if it is missing."""
-    return import_extra("rasterio", "rasterio", purpose)
+    return import_extra("rasterio", packages="rasterio", purpose=purpose)
 
 
 def raster_driver(path: Path) -> str | None:

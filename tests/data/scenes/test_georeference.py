@@ -1,17 +1,25 @@
 import io
 import json
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import rasterio
 import tifffile
+import torch
 from rasterio.control import GroundControlPoint
 from rasterio.transform import from_origin
 
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
+from olvae.data.read_errors import UnreadableImageError
 from olvae.data.scenes.georeference import (
+    Gaps,
+    byte_gaps,
     describe_place,
+    fill,
     read_georeference,
+    read_scene,
     tags_from,
 )
 from olvae.data.scenes.rasters import Scene
@@ -81,3 +89,65 @@ def test_a_tiles_place_is_described_and_read_back(tmp_path):
     for broken in (b"", b"{}", b"[1]", content.replace(b"640", b'"x"'), content[:-3]):
         with pytest.raises(ValueError, match="say where"):
             tags_from(broken)
+
+
+STATED = PixelRange.from_node({"pairs": [[5, 9999]] * 3 + [[0.5, 9999]], "outside": "clip"})
+
+
+def test_a_scene_is_read_with_its_gaps_and_another_picture_without(tmp_path):
+    """Gaps become the low end of each band, and keep what the file has there."""
+    array = ground(0, (8, 12)).clip(10)
+    array[2:4, :3] = 0
+    array[6, 7, 1] = 0
+    path = geotiff(tmp_path / "a.tif", array, nodata=0, tile=16)
+    place = read_georeference(path, STATED)
+    image, gaps = read_scene(path, 4, STATED, place)
+    missing = array == 0
+    expected = np.where(missing, [5, 5, 5, 1], array)
+    np.testing.assert_array_equal(image.permute(1, 2, 0), expected)
+    np.testing.assert_array_equal(gaps.missing.permute(1, 2, 0), missing)
+    np.testing.assert_array_equal(gaps.values.permute(1, 2, 0), array)
+    path = geotiff(tmp_path / "b.tif", array, tile=16)
+    plain, none = read_scene(path, 4, replace(STATED, low=(0.0,), high=(9999.0,)), None)
+    assert none is None
+    np.testing.assert_array_equal(plain.permute(1, 2, 0), array)
+    with pytest.raises(UnreadableImageError, match=r"b\.tif"):
+        read_scene(path, 3, STATED, place)
+
+
+def test_a_pixel_of_8_bits_is_missing_if_all_its_bands_are(tmp_path):
+    array = ground(0, (8, 12), 3).clip(1, 255).astype(np.uint8)
+    array[2:4, :3] = 0
+    array[6, 7, 1] = 0
+    path = geotiff(tmp_path / "a.tif", array, nodata=0, tile=16, photometric="rgb")
+    image, gaps = read_scene(path, 3, EIGHT_BITS, read_georeference(path, EIGHT_BITS))
+    np.testing.assert_array_equal(image.permute(1, 2, 0), array)
+    whole = np.broadcast_to((array == 0).all(-1, keepdims=True), array.shape)
+    np.testing.assert_array_equal(gaps.missing.permute(1, 2, 0), whole)
+    assert whole.sum() == 2 * 3 * 3
+    assert not byte_gaps(image, None).missing.any()
+
+
+def test_restored_gaps_are_the_only_values_that_stand_for_missing_ones():
+    """A millionth of each band's range is 0.1 and 0.2."""
+    stated = PixelRange.from_node([[0, 100_000], [0, 200_000]])
+    image = torch.tensor([[[7.0, 3.0, 7.0]], [[7.0, 3.0, 5.0]]])
+    missing = torch.tensor([[[False, False, True]], [[False, True, False]]])
+    gaps = Gaps(missing, torch.full((2, 1, 3), 7.0), 7.0)
+    found = gaps.restore(image, stated)
+    torch.testing.assert_close(found, torch.tensor([[[7.1, 3.0, 7.0]], [[7.2, 7.0, 5.0]]]))
+    kept = Gaps(missing, torch.full((2, 1, 3), math.nan), None).restore(image, stated)
+    expected = torch.where(missing, math.nan, image)
+    torch.testing.assert_close(kept, expected, equal_nan=True)
+    eight = Gaps(missing, torch.zeros(2, 1, 3), 7.0).restore(image.to(torch.uint8), EIGHT_BITS)
+    assert torch.equal(eight, torch.where(missing, 0, image).to(torch.uint8))
+
+
+def test_gaps_are_filled_with_what_their_type_can_hold():
+    stated = PixelRange.from_node([[-5, 9], [0.5, 9]])
+    missing = np.array([[[True, False], [False, True]]])
+    for kind, low in (("uint8", [0, 1]), ("int16", [-5, 1]), ("float32", [-5, 0.5])):
+        values = np.full((1, 2, 2), 7, kind)
+        fill(values, missing, stated)
+        assert values.dtype == kind
+        assert values.tolist() == [[[low[0], 7], [7, low[1]]]]

@@ -157,6 +157,7 @@ def test_a_shard_that_ends_early_loses_its_own_images_alone(shards):
     samples = list(islice(s.stream(0, 0, LoaderProcess()), 50))
     lost = {error.image for sample in samples for error in sample.errors}
     assert 0 < len(lost) < 14
+    assert {error.name for sample in samples for error in sample.errors} == {str(cut)}
     keys = {sample.key for sample in samples}
     others = sum(COUNTS) - COUNTS[3]
     assert len([key for key in keys if not key.startswith("003/")]) == others
@@ -191,6 +192,61 @@ def test_a_shard_of_unknown_images_without_any_ends_with_an_error(shards):
     empty = str(write_tar(shards / "empty.tar", [("a.txt", b"x")]))
     assert list(s.entries(Shard(empty))) == [ReadError(empty, "no images in it", lost=False)]
     assert list(s.entries(Shard(empty, 0))) == []
+
+
+def test_one_entry_of_the_next_block_is_read_for_each_sample(shards, monkeypatch):
+    """So no pause lies between blocks."""
+    counting = Counting(monkeypatch)
+    stream = source(shards, interleave=1).stream(0, 0, LoaderProcess())
+    read = []
+    for _ in range(12):
+        next(stream)
+        read.append(counting.read)
+    # The first one of a block tells that there is one.
+    assert read == [7, 7, 8, 9, 10, 11, 13, 13, 14, 15, 16, 17]
+
+
+@pytest.mark.parametrize("changes", [0, 1])
+def test_a_samples_numbers_are_seeded_by_its_process_and_position(shards, monkeypatch, changes):
+    """And, once an epoch was continued by other processes, by how often that was."""
+    drawn = []
+
+    def note(_self, entry, rng):
+        drawn.append(rng.random())
+        return shard_source.Sample(None, entry.key)
+
+    monkeypatch.setattr(WebDatasetSource, "train_sample", note)
+    s = source(shards)
+    layouts = [LoaderLayout(0, 1, 1, 2), LoaderLayout(4, 2, 1, 2)][: 1 + changes]
+    list(islice(s.continued_stream(7, layouts[-1].start, LoaderProcess(1, 2), layouts), 3))
+    more = (changes,) if changes else ()
+    expected = [np.random.default_rng((7, 1, 2, p, *more)).random() for p in range(9)]
+    assert drawn[0] in expected
+    first = expected.index(drawn[0])
+    assert drawn == expected[first : first + 3]
+
+
+class Unreadable:
+    """A source none of whose shards gives an image."""
+
+    image_key = None
+
+    def __init__(self) -> None:
+        self.begun: list[int] = []
+
+    def entries(self, shard: Shard, begin: int = 0) -> Iterator[ReadError]:
+        self.begun.append(begin)
+        yield ReadError(shard.url, "damaged")
+
+
+def test_three_images_in_a_row_that_can_not_be_read_are_the_end_of_a_shard(monkeypatch):
+    """Each is looked for at its own offset; then no more are."""
+    monkeypatch.setattr(shard_source, "offsets_of", lambda *_: np.arange(9) * 2)
+    broken = Unreadable()
+    opened = shard_source._OpenShard(broken, Shard("a.tar", 9))
+    errors = [opened.take(image) for image in range(2, 8)]
+    assert errors == [ReadError("a.tar", "damaged", str(image)) for image in range(2, 8)]
+    assert broken.begun == [2 * TAR_BLOCK * image for image in (2, 3, 4)]
 
 
 def validated(s: WebDatasetSource, *shards: Shard) -> tuple[list[str], list[ReadError]]:

@@ -15,7 +15,7 @@ from olvae.data.read_errors import ReadError
 from olvae.data.shards import tar_reading
 from olvae.data.shards.index import with_counts
 from olvae.data.shards.offsets import scan
-from olvae.data.shards.tar_reading import Entry, Shard, Unpacked, read_shard
+from olvae.data.shards.tar_reading import Entry, Shard, Unpacked, is_packed, read_shard
 from tests.data.images import encoded, write_shard, write_tar
 
 
@@ -90,6 +90,11 @@ def test_a_shard_that_unpacks_to_much_more_than_its_size_ends_there(tmp_path):
     assert "decompression bomb" in error.reason
 
 
+def test_the_reason_of_the_system_is_a_line(tmp_path):
+    for path, why in ((tmp_path, "Is a directory"), (tmp_path / "gone.tar", "no such file")):
+        assert read(path) == ([], [ReadError(str(path), why)])
+
+
 def read_unpacked(packed: bytes) -> bytes:
     unpacked = Unpacked(io.BytesIO(packed))
     return b"".join(iter(lambda: unpacked.read(2**16), b""))
@@ -106,6 +111,22 @@ def test_content_may_be_so_many_times_as_large_as_what_was_read_of_it(pack, monk
     monkeypatch.setattr(tar_reading, "FREE_EXPANSION", len(content) - 3 * len(packed) - 1)
     with pytest.raises(ValueError, match="more than 3 times its size"):
         read_unpacked(packed)
+
+
+def test_compressed_shards_are_known_by_their_names_or_if_they_are_local_by_their_bytes(tmp_path):
+    plain = write_tar(tmp_path / "a.tar", [("1.jpg", b"x")])
+    packed = tmp_path / "b.tar"
+    packed.write_bytes(bz2.compress(plain.read_bytes()))
+    found = {
+        str(plain): False,
+        str(packed): True,
+        f"{tmp_path}/gone.tar": False,
+        f"{tmp_path}/gone.tgz": True,
+        "http://h/a.tar?s=1": False,
+        "http://h/a.tar.gz?s=1": True,
+        "pipe:cat a.tar": False,
+    }
+    assert {url: is_packed(url) for url in found} == found
 
 
 @pytest.mark.parametrize("content", [b"", b"plain", b"no more than this"])

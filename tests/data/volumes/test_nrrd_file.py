@@ -6,7 +6,7 @@ import pytest
 
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.volumes.volume_source import open_volume
-from tests.data.volumes.scans import hounsfield, nrrd_file, whole
+from tests.data.volumes.scans import AFFINE, hounsfield, nrrd_file, whole
 
 
 def test_a_nrrd_is_written_with_its_header(tmp_path):
@@ -53,6 +53,32 @@ def test_values_of_each_encoding_come_back(tmp_path, encoding):
 def test_a_header_of_no_volume_is_refused(tmp_path, header, why):
     with pytest.raises(UnreadableImageError, match=why):
         open_volume(nrrd_file(tmp_path / "a.nrrd", **header))
+
+
+@pytest.mark.parametrize(
+    ("header", "steps", "origin"),
+    [
+        ({}, AFFINE[:3, :3], AFFINE[:3, 3]),
+        ({"space origin": None}, AFFINE[:3, :3], [0, 0, 0]),
+        ({"space directions": None, "space origin": None}, np.eye(3), [0, 0, 0]),
+        (
+            {"space directions": None, "space origin": None, "spacings": [0.8, 0.9, 2.5]},
+            np.diag([0.8, 0.9, 2.5]),
+            [0, 0, 0],
+        ),
+    ],
+)
+def test_the_affine_is_of_directions_and_origin_or_of_spacings(tmp_path, header, steps, origin):
+    path = nrrd_file(tmp_path / "a.nrrd")
+    values, known = nrrd.read(str(path))
+    merged = {name: value for name, value in {**known, **header}.items() if value is not None}
+    if "space directions" not in merged:
+        merged.pop("space", None)
+    nrrd.write(str(path), values, merged)
+    affine = open_volume(path).affine
+    np.testing.assert_allclose(affine[:3, :3], steps)
+    np.testing.assert_allclose(affine[:3, 3], origin)
+    assert affine[3].tolist() == [0, 0, 0, 1]
 
 
 def test_values_in_several_files_are_refused(tmp_path):

@@ -38,6 +38,13 @@ def found(observer: Cross) -> dict:
     return observer.result("student", 0)
 
 
+def test_crossing_takes_two_targets():
+    assert list(Cross().conflicts(["a", "b"], [], [])) == []
+    for targets in ([], ["a"], ["a", "b", "c"]):
+        (line,) = Cross().conflicts(targets, [], [])
+        assert line == f"`cross` takes two targets, TEACHER STUDENT, and got {len(targets)}"
+
+
 def test_latent_error_by_hand():
     """The teacher's values are 0 and 2, so their deviation is 1;
     the student is wrong by 1 once in two positions.

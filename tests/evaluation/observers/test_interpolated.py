@@ -200,7 +200,14 @@ def test_a_process_that_has_only_merged_examines_as_well():
 
 @pytest.mark.usefixtures("_pixels")
 def test_equal_latents_are_no_distance_apart_and_some_of_many_are_checked(monkeypatch):
+    checked = []
+
+    def note(z, distances, places, *_, **__):
+        checked.append(places.tolist())
+        return 0.0
+
     monkeypatch.setattr(interpolated, "CHECKED", 3)
+    monkeypatch.setattr(interpolated, "share_of_wrong", note)
     observer = Kept()
     observer.derive({})
     observer.update(batch("t", [0, 1, 2, 3], torch.full((4, 3), 0.5)))
@@ -208,6 +215,7 @@ def test_equal_latents_are_no_distance_apart_and_some_of_many_are_checked(monkey
     found = observer.result("t", 0)
     assert (found["neighbours"], found["checked"], found["how"]) == (0.0, 3, "paper")
     assert found["pictures"] == [[191, 191, 191]] * 4
+    assert checked == [[0, 1, 3]]
 
 
 @pytest.mark.usefixtures("_pixels")
