@@ -351,3 +351,17 @@ def test_a_stand_in_gives_the_latents_of_a_linear_start(monkeypatch, frozen):
 def test_an_adversary_is_one_of_ours():
     with pytest.raises(ConfigError, match="Identity is not a kind of"):
         build({"target": "torch.nn.Identity"})
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("teaches", [True, False])
+def test_a_stand_in_decodes_in_place_of_a_frozen_decoder_alone(monkeypatch, frozen, teaches):
+    model = build(freeze_decoder=frozen)
+    stand_in = SimpleNamespace(decode=lambda z: "its image") if teaches else None
+    monkeypatch.setattr(LiteAutoencoderKL, "stand_in", stand_in)
+    z = torch.randn(1, 4, 2, 2)
+    found = model.decode_trained(z)
+    if frozen and teaches:
+        assert found == "its image"
+    else:
+        assert torch.equal(found, model.decode(z))

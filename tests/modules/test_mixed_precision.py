@@ -288,6 +288,14 @@ def test_groups_have_as_many_layers_as_fit(monkeypatch, most, sizes):
     assert [layer for group in groups for layer in group] == layers
 
 
+def test_a_group_is_filled_from_its_first_layer_on(monkeypatch):
+    """Of 8, 8 and 4 bytes in 12: the second begins a group, and the third still fits."""
+    monkeypatch.setattr(mixed_precision, "GROUP_BYTES", 12)
+    layers = [nn.Linear(n, 1, bias=False) for n in (2, 2, 1)]
+    groups = [group.layers for group in mixed_precision._groups(layers)]
+    assert groups == [layers[:1], layers[1:]]
+
+
 def test_precisions_of_a_tensor_by_autocast_and_dtype():
     x = torch.ones(2)
     assert not mixed_precision.autocast_enabled(x)

@@ -304,3 +304,9 @@ def test_the_loop_runs_in_the_settings_of_its_precision(
     begin(Loop(), prepared)
     contexts = ["default"] * compiled + [True] * tf32
     assert entered == contexts + ["left"] * len(contexts)
+
+
+def test_a_stopped_training_is_an_interrupt_without_words(tmp_path):
+    """Which Python would print."""
+    stopped = TrainingStopped(Run(tmp_path))
+    assert (str(stopped), stopped.run, stopped.preempted) == ("", Run(tmp_path), False)

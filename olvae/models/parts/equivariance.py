@@ -11,7 +11,7 @@ from torch import Tensor
 from olvae.config import ConfigError
 from olvae.data.pixels.size_and_range import Sides
 from olvae.data.source import Source
-from olvae.models.parts.part import Model, Part, Step
+from olvae.models.parts.part import Model, Part, Step, nothing_decoded
 
 
 class Equivariance(Part):
@@ -50,11 +50,7 @@ class Equivariance(Part):
         self.shrunk = shrunk
 
     def conflicts(self, model: Model) -> Iterable[str]:
-        if model.freeze_decoder and model.stand_in is not None:
-            yield (
-                f"parts.{self.name}: the decoder is frozen (freeze_decoder), and nothing is "
-                "decoded: leave it out"
-            )
+        yield from nothing_decoded(self, model)
 
     def check(self, model: Model, source: Source) -> None:
         if model.objective.perceptual is not None and min(source.size) < 64:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from olvae.config import ConfigError
 from olvae.data.source import Source
-from olvae.models.parts.part import Loss, Model, Part, Step
+from olvae.models.parts.part import Loss, Model, Part, Step, nothing_decoded
 from olvae.modules.base import check_counts, check_not_negative
 from olvae.modules.mixed_precision import upcast
 
@@ -34,11 +34,7 @@ class ScaleEquivariance(Part):
         self.factors = list(factors)
 
     def conflicts(self, model: Model) -> Iterable[str]:
-        if model.freeze_decoder and model.stand_in is not None:
-            yield (
-                f"parts.{self.name}: the decoder is frozen (freeze_decoder), and nothing is "
-                "decoded: leave it out"
-            )
+        yield from nothing_decoded(self, model)
         for part in model.each_part:
             if part.moves_latents:
                 yield (

@@ -1,5 +1,7 @@
 """ChannelMasking: the first channels kept, their PSNR, and that they learn to suffice."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from skimage.metrics import peak_signal_noise_ratio
@@ -167,3 +169,29 @@ def test_channel_masking_counts_an_image_without_error_as_100_db():
     model.decoder.forward = lambda z: torch.zeros(len(z), 3, 16, 16)
     found = model.parts["channel_masking"].validate(model, torch.zeros(2, 3, 16, 16), None)
     assert float(found["psnr_4"]) == 100.0
+
+
+def test_channel_masking_comes_after_parts_that_add_noise():
+    """Named is the first that follows; those before, and others, may be anywhere."""
+    masking = ChannelMasking(**WIDTHS)
+    masking.name = "masking"
+
+    def noisy(name: str, adds_noise: bool) -> SimpleNamespace:
+        return SimpleNamespace(name=name, adds_noise=adds_noise, latents="free")
+
+    model = SimpleNamespace(
+        autoencoder=SimpleNamespace(latent_channels=4), freeze_decoder=False, freeze_encoder=False
+    )
+    before, after, other = noisy("before", True), noisy("after", True), noisy("other", False)
+    for parts_of, named in (
+        ([masking], None),
+        ([before, masking, other], None),
+        ([before, masking, other, after], "after"),
+        ([masking, after, before], "after"),
+    ):
+        model.each_part = [*parts_of]
+        lines = list(masking.conflicts(model))
+        assert len(lines) == (named is not None)
+        for line in lines:
+            assert line.startswith("parts.masking: ")
+            assert line.endswith(f"after parts.{named}")

@@ -256,3 +256,9 @@ def test_equivariance_leaves_the_kl_term_alone(image_folder):
     assert metrics(fit(build(), image_folder, 1, size=32))["train/kl"] == pytest.approx(
         expected, rel=1e-5
     )
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_equivariance_needs_a_decoder_of_its_own(frozen):
+    model = SimpleNamespace(freeze_decoder=frozen, stand_in=object())
+    assert len(list(Equivariance().conflicts(model))) == frozen

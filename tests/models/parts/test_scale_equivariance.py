@@ -1,11 +1,13 @@
 """ScaleEquivariance: a step by hand, and what it refuses."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from skimage.measure import block_reduce
 
 from olvae.config import ConfigError
-from olvae.models.parts.scale_equivariance import shrink
+from olvae.models.parts.scale_equivariance import ScaleEquivariance, shrink
 from olvae.models.updates.optimizers import mix_seeds
 from tests.conftest import parts
 from tests.models.steps import build, fit, metrics, source
@@ -86,3 +88,9 @@ def test_scale_equivariance_leaves_the_perceptual_loss_16_pixels(image_folder):
     for size in ([32, 96], [96, 32]):
         with pytest.raises(ConfigError, match=r"params\.factors: .* 4 "):
             model.check(source(image_folder, size=size))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_scale_equivariance_needs_a_decoder_of_its_own(frozen):
+    model = SimpleNamespace(freeze_decoder=frozen, stand_in=object(), each_part=[])
+    assert len(list(ScaleEquivariance().conflicts(model))) == frozen

@@ -548,3 +548,30 @@ def test_teacher_settings_that_contradict_each_other_are_refused(target, setting
 def test_a_teacher_for_float32_alone_has_a_student_for_any_precision(tmp_path):
     tiny_kl(**EIGHT, force_upcast=True).save_pretrained(tmp_path)
     assert student(f"diffusers:{tmp_path}").for_diffusion["force_upcast"] is False
+
+
+@pytest.mark.parametrize(
+    ("teachers", "students", "frozen", "weight", "whose"),
+    [
+        (True, False, False, 0.1, "teacher"),
+        (False, True, False, 0.1, "encoder"),
+        (True, True, False, 0.1, "teacher"),
+        (False, False, False, 0.1, None),
+        (True, False, True, 0.1, None),
+        (True, False, False, 0.0, None),
+    ],
+)
+def test_log_variances_are_of_distributions_on_both_sides(
+    target, monkeypatch, teachers, students, frozen, weight, whose
+):
+    model = student(target)
+    teacher = teacher_of(model)
+    monkeypatch.setattr(Teacher, "deterministic", teachers)
+    model.encoder.deterministic = students
+    model.freeze_encoder = frozen
+    teacher.weights["logvar"] = weight
+    lines = list(teacher.conflicts(model))
+    assert len(lines) == (whose is not None)
+    for line in lines:
+        assert "params.logvar_weight" in line
+        assert f"the {whose}'s latents" in line
