@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from olvae.data import image as image_module
 from olvae.data.image import (
+    MultiBand,
     Photo,
     RandomScaleCrop,
     image_to_tensor,
@@ -242,6 +243,15 @@ def test_an_array_has_the_channels_that_are_asked_for(tmp_path):
         read_picture(tmp_path / "a.tif", 3, PixelRange.from_node([0, 65535]))
     found = image_to_tensor(read_picture(tmp_path / "a.tif", 3, AS_STORED))
     assert found.permute(1, 2, 0).tolist() == (five.astype(int) * 99).tolist()
+
+
+def test_a_picture_in_memory_has_its_channels_or_any():
+    bands = MultiBand([Image.new("L", (4, 3), level) for level in (7, 8, 9)])
+    for channels in (0, 3):
+        assert Photo(bands, "it", channels).read() is bands
+    for channels in (1, 2, 4):
+        with pytest.raises(UnreadableImageError, match=f"3 channels, not {channels}"):
+            Photo(bands, "it", channels)
 
 
 def test_more_than_8_bits_are_read_of_formats_that_are_read_as_arrays(tmp_path):

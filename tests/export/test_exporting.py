@@ -249,6 +249,35 @@ def test_exporting_to_a_symlink_keeps_the_symlink(layout, model, tmp_path):
         assert f"# {link.name}\n" in (goal / "README.md").read_text()
 
 
+def test_outputs_are_compared_for_noise_and_its_mean_latents(tmp_path, monkeypatch):
+    """The same noise each time, in [-1, 1], of 4 x 4 positions."""
+    layout = find_layout("litevae")
+    model = tiny_litevae()
+    load = layout.load
+    seen = []
+
+    def noting(path: Path, model: LiteVAE) -> Sequence[Loaded]:
+        one = load(path, model)[0]
+
+        def moments(x: Tensor) -> Tensor:
+            seen.append(x)
+            return one.moments(x)
+
+        def decode(z: Tensor) -> Tensor:
+            seen.append(z)
+            return one.decode(z)
+
+        return [one._replace(moments=moments, decode=decode)]
+
+    monkeypatch.setattr(layout, "load", noting)
+    assert export(model, tmp_path / "vae", layout) == {"loaded back": 0.0}
+    x, z = seen
+    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(x, 2 * noise - 1)
+    with torch.no_grad():
+        assert torch.equal(z, model.moments(x)[:, :4])
+
+
 def another_tensor(written: Mapping[str, Tensor]) -> dict[str, Tensor]:
     last = [*written][-1]
     return {**written, last: written[last] + 1e-6}

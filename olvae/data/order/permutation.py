@@ -62,13 +62,14 @@ def draws(
     epoch: int | None = None
     order: NDArray[np.int64] | Permutation
     for position in positions:
-        if position // length != epoch:
-            epoch = position // length
+        now, place = divmod(position, length)
+        if now != epoch:
+            epoch = now
             if length > MOST_LISTED and not listed:
                 order = Permutation(length, (seed, epoch, 1))
             else:
                 order = epoch_order(seed, epoch, length)
-        yield position, int(order[position % length])
+        yield position, int(order[place])
 
 
 def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:

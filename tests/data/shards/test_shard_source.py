@@ -226,6 +226,18 @@ def test_a_samples_numbers_are_seeded_by_its_process_and_position(shards, monkey
     assert drawn == expected[first : first + 3]
 
 
+def test_what_was_met_on_the_way_to_an_image_comes_with_it(shards):
+    """Of shards whose images nobody has counted: in three epochs, as it may be the last of one."""
+    folder = shards / "shards"
+    empty = write_tar(folder / "000.tar", [("a.txt", b"x")])
+    urls = [f"pipe:cat {path}" for path in sorted(folder.iterdir())]
+    val = str(shards / "val")
+    s = WebDatasetSource(urls, size=16, batch_size=2, val_shards=val, shuffle=6)
+    samples = list(islice(s.stream(0, 0, LoaderProcess()), 3 * 45))
+    errors = {error for sample in samples for error in sample.errors}
+    assert errors == {ReadError(f"pipe:cat {empty}", "no images in it", lost=False)}
+
+
 class Unreadable:
     """A source none of whose shards gives an image."""
 

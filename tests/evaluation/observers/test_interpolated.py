@@ -22,6 +22,7 @@ from olvae.evaluation.observers.interpolated import (
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.results import Row
 from olvae.modules.distributions import keyed_seed
+from olvae.pretrained_networks import INCEPTION
 from tests.evaluation.peers import seen
 
 
@@ -119,7 +120,8 @@ class Extractor:
     made = 0
     images = 0
 
-    def __init__(self, *_: object) -> None:
+    def __init__(self, path: Path, device: object) -> None:
+        assert (path, str(device)) == (Path("inception.pt"), "cpu")
         Extractor.made += 1
 
     def __call__(self, x: torch.Tensor) -> np.ndarray:
@@ -131,8 +133,11 @@ class Extractor:
 def _pixels(monkeypatch):
     """Without Inception."""
     monkeypatch.setattr(interpolated, "find_weights", lambda *_: Path("inception.pt"))
-    weights = {"file": "inception.pt", "published": True}
-    monkeypatch.setattr(interpolated, "provenance", lambda *_: weights)
+
+    def provenance(path: Path, file: object) -> dict[str, object]:
+        return {"file": path.name, "published": file is INCEPTION}
+
+    monkeypatch.setattr(interpolated, "provenance", provenance)
     monkeypatch.setattr(interpolated, "Inception", Extractor)
     monkeypatch.setattr(Extractor, "made", 0)
     monkeypatch.setattr(Extractor, "images", 0)
