@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 PIP    ?= $(BIN)/python -m pip --disable-pip-version-check
 RUNS   ?= runs
 
-.PHONY: demo distil-demo study study-scale gpu gpu-bundle study-parts study-maps models photos-f8c12 photos-f8c4 photos-f8c12-sharp docs notebooks audit rehearse test test-fast test-random test-portable curves test-slow test-gpu test-network test-browser soak fuzz mutants lint format clean help
+.PHONY: demo distil-demo study study-scale gpu gpu-bundle study-parts study-maps models photos-f8c12 photos-f8c4 photos-f8c16 photos-f8c32 photos-f8c12-sharp docs notebooks audit rehearse test test-fast test-random test-portable curves test-slow test-gpu test-network test-browser soak fuzz mutants lint format clean help
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -106,6 +106,12 @@ photos-f8c12 photos-f8c4: $(VENV)/.installed-dev
 	$(call before,$@_middle,--base study/photos.yaml --actual_resume $(RUNS)/$@_start $(CHANNELS))
 	$(MORE)
 	$(call run,$@,--base study/photos_more.yaml $(LAST))
+	$(SHIP)
+
+photos-f8c16: CHANNELS = model.params.embed_dim=16 model.params.decoder_config.params.z_channels=16
+photos-f8c32: CHANNELS = model.params.embed_dim=32 model.params.decoder_config.params.z_channels=32
+photos-f8c16 photos-f8c32: $(VENV)/.installed-dev
+	$(call run,$@,--base study/photos_wide.yaml $(CHANNELS))
 	$(SHIP)
 
 photos-f8c12-sharp: $(VENV)/.installed-dev

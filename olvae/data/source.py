@@ -3,6 +3,7 @@
 import atexit
 import os
 import signal
+import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from olvae.data.image import EvalTransform, Photo, image_to_tensor
 from olvae.data.order.groups import Grouping
 from olvae.data.pixels.size_and_range import PixelRange, RangeNode, Sides, Size
 from olvae.data.read_errors import ReadError, ReadErrors, UnreadableImages
-from olvae.files import SIGNALS, lines_sha256
+from olvae.files import ECHO_S, SIGNALS, lines_sha256
 from olvae.launcher import this_process
 from olvae.library_internals import stop_workers
 
@@ -514,8 +515,16 @@ def _collate(tensor: str, samples: Sequence[Sample]) -> dict[str, Any]:
 def _leave_interrupts_to_the_trainer(worker: int) -> None:  # noqa: ARG001
     """Let workers survive the signals that stop a training until its step is done.
 
-    A second SIGTERM ends a worker: its loader sends it to one that does not end by itself.
+    A later SIGTERM ends a worker: its loader sends it to one that does not end by itself. Those of
+    the first :data:`ECHO_S` seconds are a scheduler's, which repeats its own.
     """
+    received: list[float] = []
+
+    def wait_for_a_later_one(*_: Any) -> None:
+        received.append(time.monotonic())
+        if received[-1] - received[0] >= ECHO_S:
+            os._exit(0)
+
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, lambda *_: os._exit(0)))
+    signal.signal(signal.SIGTERM, wait_for_a_later_one)

@@ -1,7 +1,11 @@
 """What a source's loader does to its processes; what it reads is the sources' own tests'."""
 
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
+import time
 import tracemalloc
 import warnings
 from itertools import count, islice
@@ -17,6 +21,7 @@ from olvae.data.source import LoaderProcess
 
 SCRIPT = """
 import sys
+import time
 from olvae.data.packing import PackOptions, pack
 from olvae.data.picture_folder import FolderSource
 from olvae.data.shards.webdataset import WebDatasetSource
@@ -119,3 +124,19 @@ def test_runs_from_before_keep_their_order_of_more_than_a_million_images():
     listed = [number for _, number in draws(3, n, range(40), listed=True)]
     assert listed == epoch_order(3, 0, n)[:40].tolist()
     assert numbers != listed
+
+
+def test_a_workers_sigterm_repeated_within_a_second_is_the_first_ones_echo(image_folder):
+    """Schedulers repeat theirs; a later one is the loader's, and ends a worker."""
+    batches = iter(FolderSource(image_folder, 16, 2, num_workers=1).train_loader(0))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for _ in range(5):
+        os.kill(worker.pid, signal.SIGTERM)
+        time.sleep(0.02)
+    assert [len(next(batches)["key"]) for _ in range(4)] == [2] * 4
+    assert worker.is_alive()
+    time.sleep(1.0)
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(10)
+    assert worker.exitcode == 0
