@@ -19,7 +19,7 @@ def scale(x, y, sign=1):
             f"é {x + 1}"
         )
     total = x * 2 + y
-    print(max(x, y))
+    print(pow(x, max(x, y)))
     return total
 '''
 
@@ -51,8 +51,8 @@ def test_operators_constants_arguments_conditions_and_statements_change(made):
         "x * 2 + y -> (x * 2 - y)",
         "x * 2 -> (x / 2)",
         "2 -> (3)",
-        "print(max(x, y)) -> pass",
-        "max(x, y) -> (max(y, x))",
+        "print(pow(x, max(x, y))) -> pass",
+        "pow(x, max(x, y)) -> (pow(max(x, y), x))",
     }
 
 
