@@ -1,6 +1,5 @@
 import glob
 import hashlib
-import multiprocessing
 import os
 import shutil
 from itertools import islice
@@ -32,18 +31,6 @@ def batches(loader, count: int) -> list[torch.Tensor]:
 
 
 @pytest.mark.posix
-def test_a_worker_outlives_one_sigterm_and_ends_at_the_second(image_folder):
-    iterator = iter(source(image_folder, num_workers=1).train_loader())
-    next(iterator)
-    (worker,) = multiprocessing.active_children()
-    worker.terminate()
-    assert all(next(iterator)["image"].shape == (4, 3, 16, 16) for _ in range(10))
-    assert worker.is_alive()
-    worker.terminate()
-    worker.join(30)
-    assert worker.exitcode == 0
-
-
 def test_every_picture_is_in_one_part_of_the_split(image_folder):
     s = source(image_folder)
     train, val = set(s.train.paths), set(s.val.paths)

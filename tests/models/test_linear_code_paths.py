@@ -10,6 +10,7 @@ from torch import nn
 
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides
 from olvae.data.source import Sample
+from olvae.models import linear_code
 from olvae.models.linear_code import (
     LEAST_VARIANCE,
     LinearDecoder,
@@ -199,6 +200,13 @@ def asked(pixel_range: PixelRange = EIGHT_BITS, moments: tuple[bool, ...] = (), 
     return count, crops, means
 
 
+@pytest.fixture
+def all_crops(monkeypatch):
+    """The product's number, which quick trainings of the same session lower."""
+    monkeypatch.setattr(linear_code, "CROPS", (256, 4096))
+
+
+@pytest.mark.usefixtures("all_crops")
 def test_as_many_crops_are_fitted_on_as_have_the_positions():
     """2^16 in all: 64 in a crop of 64x64 pixels at f8. From 256 to 4,096, and 256 MiB."""
     assert asked()[0] == 1024
@@ -213,6 +221,7 @@ def test_as_many_crops_are_fitted_on_as_have_the_positions():
     assert asked(height=2**15, width=2**14, channels=1)[0] == 1
 
 
+@pytest.mark.usefixtures("all_crops")
 def test_means_of_crops_are_known_where_all_have_them():
     count, crops, means = asked(moments=(True, True, True), height=16, width=16)
     assert count == 4096
