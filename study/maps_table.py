@@ -83,7 +83,7 @@ def table(rows: Mapping[str, Any]) -> str:
     measured = {name: rows[name] for name in MAPS if name in rows and rows[name]["seeds"]}
     lines = []
     for name, row in measured.items():
-        cells = [_marked(measured[CONTROL], row, key, digits) for key, digits in FOUND.items()]
+        cells = [marked(measured[CONTROL], row, key, digits) for key, digits in FOUND.items()]
         of_row = [f"{row['predictors'][key]:.3g}" for key in MEASURED]
         lines.append([MAPS[name], *cells, *of_row])
     for key, title in WITHOUT.items() if lines else ():
@@ -92,7 +92,7 @@ def table(rows: Mapping[str, Any]) -> str:
     # Rank correlations, where there are ranks.
     if len(measured) > 2:
         distances, losses = (
-            [fmean(_of_seeds(row, key)) for row in measured.values()] for key in FOUND
+            [fmean(of_seeds(row, key)) for row in measured.values()] for key in FOUND
         )
         columns = [[row["predictors"][key] for row in measured.values()] for key in MEASURED]
         ranks = [rank_correlation(distances, column) for column in (losses, *columns)]
@@ -101,13 +101,15 @@ def table(rows: Mapping[str, Any]) -> str:
     return as_table(headings, lines)
 
 
-def _of_seeds(row: Mapping[str, Any], key: str) -> list[float]:
+def of_seeds(row: Mapping[str, Any], key: str) -> list[float]:
+    """A number of a row, seed by seed."""
     return [seed[key] for seed in row["seeds"]]
 
 
-def _marked(control: Mapping[str, Any], row: Mapping[str, Any], key: str, digits: int) -> str:
-    values = _of_seeds(row, key)
-    mark = " *" if differs(_of_seeds(control, key), values) else ""
+def marked(control: Mapping[str, Any], row: Mapping[str, Any], key: str, digits: int) -> str:
+    """Mean and deviation of a row's number; * marks a difference from the control."""
+    values = of_seeds(row, key)
+    mark = " *" if differs(of_seeds(control, key), values) else ""
     return f"{spread(values, digits)}{mark}"
 
 

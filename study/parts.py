@@ -24,9 +24,8 @@ from olvae.files import check_folder, write_json
 from olvae.modules.frozen import installed_lite0, lite0_network
 from study.features import Lite0
 from study.maps import OTHERS, Encoded, Setting
-from study.maps_table import differs, rank_correlation
+from study.maps_table import marked, of_seeds, rank_correlation
 from study.run import CROP, Study, corpus_and_out, find_run
-from study.tables import spread
 from study.tables import table as as_table
 
 RECIPE = Path(__file__).parent / "parts.yaml"
@@ -242,27 +241,17 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
         floors = (
             f"{row['frechet_lite0'][key]:.1f}" for key in ("reconstructions", "decoded_latents")
         )
-        samples = (_marked(found["none"], row, key) for key in (TO_CROPS, TO_DECODED))
+        samples = (marked(found["none"], row, key, 1) for key in (TO_CROPS, TO_DECODED))
         predictors = (f"{row['predictors'][key]:.3g}" for key in PREDICTORS)
         lines.append([TITLES[name], f"{row['psnr']:.2f}", *floors, *samples, *predictors])
 
     # Rank correlations, where there are ranks.
     for key, title in CORRELATED.items() if len(found) > 2 else ():
-        distances = [fmean(_of_seeds(row, key)) for row in found.values()]
+        distances = [fmean(of_seeds(row, key)) for row in found.values()]
         columns = [[row["predictors"][name] for row in found.values()] for name in PREDICTORS]
         ranks = [rank_correlation(distances, column) for column in columns]
         lines.append([f"rank correlation with {title}", *[""] * 5, *ranks])
     return as_table(headings, lines)
-
-
-def _of_seeds(row: Mapping[str, Any], key: str) -> list[float]:
-    return [seed[key] for seed in row["seeds"]]
-
-
-def _marked(control: Mapping[str, Any], row: Mapping[str, Any], key: str) -> str:
-    values = _of_seeds(row, key)
-    mark = " *" if differs(_of_seeds(control, key), values) else ""
-    return f"{spread(values, 1)}{mark}"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -189,6 +189,19 @@ def evenly_spread(count: int, fraction: float | None) -> list[int]:
     return sorted({int(number) for number in np.linspace(0, count - 1, held_out)})
 
 
+def usual_groups(
+    sizes: Sequence[int], images: int, fraction: float | None
+) -> tuple[int, list[int]]:
+    """Return how many images are wanted for validation, and the groups that may be held out.
+
+    Groups are numbered as their sizes are. One that is larger than most and than what is wanted
+    would leave too little to train on.
+    """
+    wanted = bound_held_out(images * (fraction or VAL_FRACTION), images, fraction)
+    most = max(wanted, np.median(sizes))
+    return wanted, [number for number, size in enumerate(sizes) if size <= most]
+
+
 def groups_of(images: ImageDataset, grouping: Grouping) -> list[list[int]] | None:
     """The numbers of each group's pictures, by first sight; None if each is its own group."""
     if grouping.how == FILE and images.whole_files:
@@ -215,13 +228,12 @@ def hold_out(
     if groups is None:
         held_out = evenly_spread(count, fraction)
     else:
-        # As many groups as have the images on average, and more while they are too few. One that is
-        # larger than most and than what is wanted would leave too little to train on.
-        wanted = bound_held_out(count * (fraction or VAL_FRACTION), count, fraction)
+        # As many groups as have the images on average, and more while they are too few.
+        sizes = np.array([len(group) for group in groups])
+        wanted, numbers = usual_groups(sizes.tolist(), count, fraction)
         if len(groups) < 2:
             raise ValueError(ONE_GROUP)
-        sizes = np.array([len(group) for group in groups])
-        usual = np.flatnonzero(sizes <= max(wanted, np.median(sizes)))
+        usual = np.array(numbers)
         for taken in range(max(1, wanted * len(groups) // count), len(groups)):
             chosen = usual[np.linspace(0, len(usual) - 1, min(taken, len(usual))).astype(int)]
             if sizes[chosen].sum() >= wanted:

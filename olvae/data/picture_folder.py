@@ -4,7 +4,6 @@ import glob
 import hashlib
 import os
 import re
-import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
@@ -16,6 +15,7 @@ from olvae.data.dataset import (
     ImageDataset,
     MappedSource,
     bound_held_out,
+    usual_groups,
 )
 from olvae.data.image import ALL_FILTERS, Augment, Photo, RandomScaleCrop
 from olvae.data.order.groups import FILE, Grouping, look_like_slices
@@ -411,18 +411,16 @@ def find_parts(
         digest = hashlib.sha256(name.encode(errors="surrogateescape")).digest()
         places[name] = int.from_bytes(digest[:8], "big") / 2**64
 
-    # Not one that is larger than most and than what is wanted, as in hold_out().
-    fraction = val_fraction or VAL_FRACTION
-    wanted = bound_held_out(len(paths) * fraction, len(paths), val_fraction)
-    most = max(wanted, statistics.median(map(len, groups.values())))
-    usual = {name: members for name, members in groups.items() if len(members) <= most}
+    _, numbers = usual_groups([len(group) for group in groups.values()], len(paths), val_fraction)
+    names = list(groups)
+    usual = [names[number] for number in numbers]
 
     # The first groups are held out, until they have the images, so adding some changes few of them.
     share = 0
-    for name, members in usual.items():
-        if places[name] < fraction:
+    for name in usual:
+        if places[name] < (val_fraction or VAL_FRACTION):
             # A list may name a file twice.
-            share += len({paths[place] for place in members})
+            share += len({paths[place] for place in groups[name]})
     count = bound_held_out(share, len(paths), val_fraction)
     held_out: set[int] = set()
     for name in sorted(usual, key=places.__getitem__)[: len(groups) - 1]:

@@ -122,9 +122,9 @@ def _network(found: Any, given: Any, where: str, name: str) -> Any:
     base = inspect.signature(cfg.resolve_target(found["target"])).parameters
     kind = inspect.signature(cfg.resolve_target(given["target"])).parameters
     params = {}
-    for name, value in found["params"].items():
-        if name in kind or value != base[name].default:
-            params[name] = value
+    for key, value in found["params"].items():
+        if key in kind or value != base[key].default:
+            params[key] = value
     return OmegaConf.to_container(OmegaConf.merge(given, {"params": params}))
 
 

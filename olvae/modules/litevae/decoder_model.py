@@ -150,14 +150,18 @@ class LiteVAE_Decoder(Decoder):
 
     @casts_together
     def forward(self, z: Tensor) -> Tensor:
-        if z.ndim != 4 or z.shape[1] != self.z_channels:
-            raise ValueError(
-                f"expected latents of shape (B, {self.z_channels}, h, w), got {tuple(z.shape)}"
-            )
+        self.check_latent(z)
         h = z
         for stage in self._stages():
             h = self.step(stage.run, h)
         return h if self.linear is None else h + self.linear_path(z)
+
+    def check_latent(self, z: Tensor) -> None:
+        """Raise ValueError unless z is (B, z_channels, h, w)."""
+        if z.ndim != 4 or z.shape[1] != self.z_channels:
+            raise ValueError(
+                f"expected latents of shape (B, {self.z_channels}, h, w), got {tuple(z.shape)}"
+            )
 
     def stages(self) -> list[Stage] | None:
         """List the steps from latent to image, one block each: see :class:`Stage`.

@@ -189,10 +189,7 @@ class OneStepDecoder(GeneratingDecoder, LiteVAE_Decoder):
 
     @casts_together
     def forward(self, z: Tensor, noised: Tensor | None = None, t: Tensor | None = None) -> Tensor:
-        if z.ndim != 4 or z.shape[1] != self.z_channels:
-            raise ValueError(
-                f"expected latents of shape (B, {self.z_channels}, h, w), got {tuple(z.shape)}"
-            )
+        self.check_latent(z)
         first = self.first_picture(z)
         if noised is None:
             # One step from the noise of its place, in training of a random one.
