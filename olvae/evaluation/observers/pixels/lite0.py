@@ -12,7 +12,7 @@ from olvae.evaluation.cells import significant
 from olvae.evaluation.observers.observer import Observation, Observer, PerImageObserver
 from olvae.losses.perceptual import Lite0
 
-SMALLEST = 16  # pixels of a side: at less, the last stage has no position
+LITE0_SIZE = 16  # pixels of a side: at less, the last stage has no position
 
 
 class Lite0Distance(PerImageObserver):
@@ -33,7 +33,7 @@ class Lite0Distance(PerImageObserver):
     def measure(self, batch: Observation) -> Iterable[Any] | None:
         """The distance of each image."""
         _, channels, height, width = batch.x.shape
-        if channels != 3 or min(height, width) < SMALLEST or not batch.pixel_range.eight_bits:
+        if channels != 3 or min(height, width) < LITE0_SIZE or not batch.pixel_range.eight_bits:
             return None
         device = batch.latents.device
         distance = _network().to(device)
