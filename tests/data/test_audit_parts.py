@@ -282,8 +282,8 @@ def test_a_shard_is_read_with_its_classes_and_groups(tmp_path):
         found = _read_shard(3, EIGHT_BITS, Grouping(how), url, progress)
         assert progress.steps == 3
         assert found.groups == groups
-        assert [names[:2] for names in found.pixels] == [(url, "p1_0"), (url, "p3_0")]
-        assert [error.name for error in found.unreadable] == ["p2_0"]
+        assert [names[:2] for names in found.pixels] == [(url, "0/p1_0"), (url, "0/p3_0")]
+        assert [error.name for error in found.unreadable] == ["0/p2_0"]
         assert found.shards == [ShardFacts(url, 3, None, None, {b"7" * 1024, b"8"})]
     # A checksum is compared with an index; an end that is missing is named.
     (tmp_path / "index.json").touch()
@@ -377,12 +377,12 @@ def test_volumes_are_compared_as_wholes(root):
     for number in range(4):
         nifti(root / f"{number}.nii", hounsfield(number))
     window = PixelRange.from_node([-1000, 900])
-    found = audit_source(f"volumes:{root}", 8, 1, workers=0, pixel_range=window)
+    found = audit_source(str(root), 8, 1, workers=0, pixel_range=window)
     assert found.problems == []
     assert found.notes
     for number in range(4):
         nifti(root / f"{number}.nii", hounsfield(0))
-    (problem,) = audit_source(f"volumes:{root}", 8, 1, workers=0, pixel_range=window).problems
+    (problem,) = audit_source(str(root), 8, 1, workers=0, pixel_range=window).problems
     assert problem.startswith("1 of the validation images are training images as well: ")
 
 
