@@ -48,6 +48,7 @@ def test_places_are_cut_and_joined():
     assert list(places.part(3, 5)) == [(3, 4), (8, 9)]
     assert list(places.part(2, 2)) == []
     assert len(Places.of([])) == 0
+    assert list(Places.of([(6, 8), (0, 1), (5, 6)]).part(0, 4)) == [(0, 1), (5, 8)]
 
 
 class Stream:
@@ -147,6 +148,7 @@ def test_a_rest_of_fewer_images_than_processes_is_left_out():
     layouts = [LoaderLayout(0, 1, 1, 2), LoaderLayout(98, 8, 1, 2)]
     deal = Deal(100, layouts, 0, 10)
     assert [len(deal.round(i).places) for i in range(2)] == [2, 100]
+    assert [deal.round(i).dealt for i in range(2)] == [1, 0]
     assert deal.find(0) == (1, 0)
 
 
