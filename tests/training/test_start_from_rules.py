@@ -35,7 +35,7 @@ def test_a_frozen_encoder_may_see_fewer_channels_or_repeat_one(old, new):
 
 @pytest.mark.parametrize(("old", "new"), [(2, 3), (3, 4)])
 def test_a_frozen_encoder_does_not_see_channels_that_are_added(old, new):
-    with pytest.raises(ConfigError, match="it: .*freeze_encoder"):
+    with pytest.raises(ConfigError, match=r"it: .*freeze_encoder"):
         checked(old, new)
 
 

@@ -46,10 +46,8 @@ def shown(tmp_path, capsys, monkeypatch, image_folder):
 
 def test_a_training_is_described_in_rows(tmp_path, monkeypatch, image_folder):
     """All of them, by their names; figures by hand."""
-    counted = []
-    monkeypatch.setattr(
-        summary, "count_macs", lambda *given: counted.append(given) or 2_500_000_000
-    )
+    asked = []
+    monkeypatch.setattr(summary, "count_macs", lambda *given: asked.append(given) or 2_500_000_000)
     model = build(learning_rate=2e-4, scheduler="cosine", min_lr_factor=0.1, warmup_steps=2)
     model.accumulate_grad_batches = 2
     source = FolderSource(str(image_folder), [16, 24], 3, val_fraction=0.5)
