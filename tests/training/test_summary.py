@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from olvae.data.picture_folder import FolderSource
+from olvae.files import counted
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.runs import Run, Settings
 from olvae.training import summary
