@@ -66,6 +66,7 @@ OBSERVERS = {
     "ifid_nearest": "olvae.evaluation.observers.ifid.NearestFID",
     "interpolated_precision": "olvae.evaluation.observers.ifid.InterpolatedPrecision",
     "linear_probe": "olvae.evaluation.observers.linear_probe.LinearProbe",
+    "lite0": "olvae.evaluation.observers.pixels.lite0.Lite0Distance",
     "round_trips": "olvae.evaluation.observers.pixels.round_trips.RoundTrips",
     "spectrum": "olvae.evaluation.observers.spectrum.Spectrum",
     "text": "olvae.evaluation.observers.text.Text",

@@ -193,7 +193,7 @@ def without_memory(model: LiteAutoencoderKL, checkpoint: bool | None = None) -> 
     fake = copy.deepcopy(model, memo).train()
 
     # What a step asks: adaptive weights the trainer, GPUs for float32 in GroupNorm under autocast.
-    fake.__dict__["_trainer"] = SimpleNamespace(precision_plugin=None, world_size=1)
+    fake.__dict__["_trainer"] = SimpleNamespace(precision_plugin=None)
     for module in fake.modules():
         if isinstance(module, nn.GroupNorm):
             module.register_forward_pre_hook(lambda _, inputs: (inputs[0].float(),))

@@ -213,7 +213,8 @@ def fit_linear_paths(
         def pair(x: Tensor, z: Tensor) -> Tensor:
             around = _windows(model.decoder_input(z), path)
             patches = F.pixel_unshuffle(x, large)
-            if min(around.shape[-2:]) > 2:
+            height, width = around.shape[-2:]
+            if min(height, width) > 2:
                 around = around[..., 1:-1, 1:-1]
                 patches = patches[..., 1:-1, 1:-1]
             return _vectors(torch.cat((around, patches), dim=1))

@@ -147,7 +147,7 @@ def _vgg_features(build: Callable[..., Any], layers: int) -> nn.Sequential:
     # On the meta device first: the classifier, most of a VGG, takes seconds and is not needed.
     device = torch.empty(0).device
     with torch.device("meta"):
-        vgg = build(weights=None, init_weights=False)
+        vgg = build(weights=None)
     features: nn.Sequential = vgg.features[:layers]
     return features.to_empty(device=device)
 

@@ -1,5 +1,7 @@
+import io
 import json
 import logging
+import math
 import shutil
 import struct
 import sys
@@ -15,8 +17,8 @@ from olvae.config import ConfigError
 from olvae.data.image import image_to_tensor, read_picture
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.data.read_errors import UnreadableImageError
-from olvae.export import tiff_rows
-from olvae.export.raster_rows import open_raster, read_raster
+from olvae.export import raster_rows, tiff_rows
+from olvae.export.raster_rows import boxes_of, find_profile, open_raster, read_raster
 from tests.data.pixels.files import tiff, values
 from tests.data.test_image import bomb
 from tests.export.rasters import jpeg_2000, with_profile, zarr
@@ -36,6 +38,14 @@ def codes(path: Path) -> None:
     path.write_bytes(imagecodecs.jpeg2k_encode(RGB, level=0, reversible=True, codecformat="j2k"))
 
 
+def colours(path: Path, number: int, array: np.ndarray = RGB) -> None:
+    jpeg_2000(path, array, photometric="RGB")
+    content = bytearray(path.read_bytes())
+    content[content.index(b"colr") + 10] = number
+    path.write_bytes(content)
+
+
+FOUR = values("uint8", 4, SIZE)
 FILES = {
     "tiles": (RGB, lambda path: jpeg_2000(path, RGB)),
     "tiles of RGB": (RGB, lambda path: jpeg_2000(path, RGB, photometric="RGB")),
@@ -50,6 +60,11 @@ FILES = {
         values("uint16", 3, SIZE),
         lambda path: jpeg_2000(path, values("uint16", 3, SIZE)),
     ),
+    "16 bits of LAB": (
+        values("uint16", 3, SIZE),
+        lambda path: colours(path, 14, values("uint16", 3, SIZE)),
+    ),
+    "four bands": (FOUR, lambda path: jpeg_2000(path, FOUR)),
     "Zarr": (RGB, lambda path: zarr(path, planes(RGB), (3, 32, 48))),
     "Zarr, blosc": (RGB, lambda path: zarr(path, planes(RGB), (1, 32, 48), "blosc")),
     "Zarr, zstd": (RGB, lambda path: zarr(path, planes(RGB), (2, 50, 150), "zstd")),
@@ -70,7 +85,7 @@ FILES = {
 def test_rows_are_those_of_the_same_picture_as_tiff(name, tmp_path):
     array, write = FILES[name]
     write(tmp_path / "a")
-    channels = 13 if name == "Zarr, 13 bands" else 3
+    channels = {"Zarr, 13 bands": 13, "four bands": 4}.get(name, 3)
     pixel_range = EIGHT_BITS if array.dtype == np.uint8 else DEEP
     photometric = "rgb" if array.shape[2] in (3, 4) else "minisblack"
     extra = {"extrasamples": ["unassalpha"]} if array.shape[2] == 4 else {}
@@ -80,9 +95,11 @@ def test_rows_are_those_of_the_same_picture_as_tiff(name, tmp_path):
 
     rows = open_raster(tmp_path / "a", channels, pixel_range, MEMORY)
     assert rows.shape == whole.shape
+    assert rows.tile_bytes == math.prod(rows.tile) * array.shape[2] * array.itemsize
     for start, stop in ((0, 93), (0, 1), (63, 65), (5, 88), (92, 93), (0, 64)):
         assert torch.equal(rows.read(start, stop), whole[:, start:stop])
     rows.close()
+    assert rows.dataset.closed
     assert torch.equal(read_raster(tmp_path / "a", channels, pixel_range, MEMORY)[0], whole)
     if array.dtype == np.uint8 and array.shape[2] == 3:
         assert np.array_equal(whole.permute(1, 2, 0), array)
@@ -123,15 +140,27 @@ def test_a_profile_is_converted_as_a_pngs(tmp_path):
     assert not np.array_equal(found.permute(1, 2, 0), RGB)
 
 
-def test_small_images_and_other_files_are_for_the_usual_reader(tmp_path):
+def test_small_images_and_other_files_are_for_the_usual_reader(tmp_path, monkeypatch):
     (tmp_path / "folder").mkdir()
     (tmp_path / "a.png").write_bytes(bomb(20, 20))
     jpeg_2000(tmp_path / "a.jp2", RGB)
     for name in ("folder", "a.png", "missing.jp2"):
         assert open_raster(tmp_path / name, 3, EIGHT_BITS, MEMORY) is None
         assert read_raster(tmp_path / name, 3, EIGHT_BITS, MEMORY) is None
-    assert open_raster(tmp_path / "a.jp2", 3, EIGHT_BITS, RGB.size * 24) is None
-    assert open_raster(tmp_path / "a.jp2", 3, EIGHT_BITS, RGB.size * 24 - 1) is not None
+    opened = []
+    open_dataset = raster_rows.open_dataset
+
+    def note(*given):
+        opened.append(open_dataset(*given))
+        return opened[-1]
+
+    monkeypatch.setattr(raster_rows, "open_dataset", note)
+    enough = RGB.size * 24
+    assert open_raster(tmp_path / "a.jp2", 3, EIGHT_BITS, enough) is None
+    assert open_raster(tmp_path / "a.jp2", 3, EIGHT_BITS, enough - 1) is not None
+    assert [dataset.closed for dataset in opened] == [True, False]
+    whole, _ = read_raster(tmp_path / "a.jp2", 3, EIGHT_BITS, enough)
+    assert np.array_equal(whole.permute(1, 2, 0), RGB)
 
 
 def claiming(path: Path, size: tuple[int, int], tile: int) -> None:
@@ -158,13 +187,6 @@ def described(path: Path, **changes: object) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-def colours(path: Path, number: int) -> None:
-    jpeg_2000(path, RGB, photometric="RGB")
-    content = bytearray(path.read_bytes())
-    content[content.index(b"colr") + 10] = number
-    path.write_bytes(content)
-
-
 def of_group(path: Path, name: str) -> None:
     path.mkdir()
     (path / name).write_text('{"zarr_format": 2}')
@@ -174,7 +196,6 @@ def bare(path: Path) -> None:
     path.write_bytes(b"\0\0\0\x0cjP  \r\n\x87\n")
 
 
-FOUR = values("uint8", 4, SIZE)
 REFUSED = {
     "header alone": (bare, "not a readable image"),
     "wide": (lambda p: claiming(p, (20_000, 100), 512), "one side is more than 100 times"),
@@ -244,9 +265,10 @@ def test_broken_pixels_end_in_a_line_that_names_the_rows(name, tmp_path, capfd):
 
 
 def test_too_many_pixels_are_not_read_whole(tmp_path):
-    claiming(tmp_path / "a", (30_000, 30_000), 512)
-    with pytest.raises(UnreadableImageError, match=r"30000x30000 .*160 million"):
+    claiming(tmp_path / "a", (30_000, 20_000), 512)
+    with pytest.raises(UnreadableImageError, match=r"30000x20000 .*160 million") as error:
         read_raster(tmp_path / "a", 3, EIGHT_BITS, 2**30)
+    assert error.value.name == str(tmp_path / "a")
 
 
 def test_a_jpeg_2000_of_one_tile_is_in_memory_packed(tmp_path, monkeypatch):
@@ -258,7 +280,55 @@ def test_a_jpeg_2000_of_one_tile_is_in_memory_packed(tmp_path, monkeypatch):
     stored = (tmp_path / "one").stat().st_size
     with pytest.raises(UnreadableImageError, match=r"tile takes .*GiB"):
         open_raster(tmp_path / "one", 3, EIGHT_BITS, stored - 1)
-    assert open_raster(tmp_path / "many", 3, EIGHT_BITS, stored // 4) is not None
+    assert open_raster(tmp_path / "one", 3, EIGHT_BITS, stored) is not None
+    # Whatever the memory, of too many pixels.
+    for memory in (stored // 4, 2**30):
+        assert open_raster(tmp_path / "many", 3, EIGHT_BITS, memory) is not None
+
+
+def test_a_chunk_of_many_bands_is_in_memory_as_a_whole(tmp_path, monkeypatch):
+    """Ten bands of two bytes, of which the image has three."""
+    monkeypatch.setattr(tiff_rows, "MAX_PIXELS", 1000)
+    zarr(tmp_path / "a", planes(values("int16", 3, SIZE)), (10, *SIZE))
+    chunk = 10 * math.prod(SIZE) * 2
+    assert open_raster(tmp_path / "a", 3, DEEP, chunk) is not None
+    with pytest.raises(UnreadableImageError, match="a tile takes"):
+        open_raster(tmp_path / "a", 3, DEEP, chunk - 1)
+    with pytest.raises(UnreadableImageError, match="3 channels of int16, not 4 of uint8, "):
+        open_raster(tmp_path / "a", 4, DEEP, chunk)
+
+
+def box(kind: bytes, content: bytes) -> bytes:
+    return (len(content) + 8).to_bytes(4, "big") + kind + content
+
+
+def test_boxes_end_before_one_whose_size_is_not_stated():
+    content = box(b"free", b"") + box(b"colr", b"abc")
+    assert list(boxes_of(io.BytesIO(content))) == [(b"free", b""), (b"colr", b"abc")]
+    for rest in (bytes(4) + b"jp2c" + bytes(20), b"\0\0\0\x09jp2"):
+        assert len(list(boxes_of(io.BytesIO(content + rest)))) == 2
+
+
+@pytest.mark.parametrize(
+    ("colour", "profile"),
+    [
+        (b"\1\0\0" + bytes((0, 0, 0, 16)), None),
+        (b"\1\0\0" + bytes((0, 0, 0, 17, 9)), None),
+        (b"\2\0\0icc", b"icc"),
+        (b"\3\0\0", b""),
+        (b"\1\0\0" + bytes((1, 0, 0, 16)), ValueError),
+        (b"\4\0\0" + bytes((0, 0, 0, 16)), ValueError),
+        (b"", ValueError),
+    ],
+)
+def test_colours_are_a_profile_or_a_known_number(colour, profile, tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(box(b"jP  ", b"\r\n\x87\n") + box(b"jp2h", box(b"colr", colour)))
+    if profile is ValueError:
+        with pytest.raises(ValueError, match="neither a profile's nor sRGB"):
+            find_profile(path)
+    else:
+        assert find_profile(path) == profile
 
 
 def test_files_beside_the_image_are_not_read(tmp_path):

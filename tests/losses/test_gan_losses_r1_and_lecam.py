@@ -108,3 +108,4 @@ def test_r1_and_lecam_refuse_logits_that_do_not_fit():
         LeCam()([t], [t, t])
     with pytest.raises(ValueError, match=r"decay must .*\[0, 1\), got 1"):
         LeCam(decay=1.0)
+    assert LeCam(decay=0.0).decay == 0.0

@@ -44,6 +44,18 @@ def test_objective_is_the_weighted_sum_of_named_terms(pair):
     )
 
 
+def test_a_pixel_loss_sees_the_image_first():
+    objective = AlphaObjective(lpips_weight=0, kl_weight=0, wavelet_weight=0, gaussian_weight=0)
+    objective.pixel_loss = lambda a, b: (a - 2 * b).mean()
+    # Opaque, so that no background shows.
+    x, y = torch.full((2, 4, 4, 4), 0.5), torch.full((2, 4, 4, 4), 0.25)
+    x[:, 3] = y[:, 3] = 1.0
+    _, terms = objective(x, y, None)
+    assert {name: term.item() for name, term in terms.items()} == {"rec": 0.0, "alpha": 0.0}
+    _, terms = objective(y, x, None)
+    assert terms["rec"].item() == -0.75
+
+
 @pytest.mark.parametrize("name", ["rec", "kl", "wavelet", "gaussian"])
 def test_a_term_of_weight_0_is_left_out(name, pair):
     _, terms = Objective(lpips_weight=0, **{f"{name}_weight": 0})(*pair)
@@ -87,6 +99,8 @@ def test_esrgan_term_has_its_own_name_and_weight(pair, vgg19):
         ),
         ({"kl_weight": -1.0}, "kl_weight must not be negative, got -1.0"),
         ({"rec_weight": math.nan}, "rec_weight must not be negative, got nan"),
+        ({"wavelet_weight": -1.0}, "wavelet_weight must not be negative"),
+        ({"gaussian_weight": -1.0}, "gaussian_weight must not be negative"),
         ({f"{n}_weight": 0 for n in ("rec", "lpips", "kl", "wavelet", "gaussian")}, "every weight"),
     ],
 )
@@ -151,9 +165,12 @@ def test_lpips_channels_reach_the_perceptual_loss():
 def test_alpha_objective_gives_every_image_its_own_background():
     """A third of them black, a third white, the others each another one."""
     objective = AlphaObjective(lpips_weight=0, kl_weight=0, wavelet_weight=0, gaussian_weight=0)
-    x, seen = torch.full((300, 4, 1, 1), -1.0), []
+    x, seen = torch.full((3000, 4, 1, 1), -1.0), []
     objective.pixel_loss = lambda a, b: seen.append(a) or a.mean()
     objective.compare(x, x)
     plain = [int((seen[0] == value).all(1).sum()) for value in (-1.0, 1.0)]
-    assert all(abs(count - 100) < 33 for count in plain)
-    assert len(seen[0].flatten(1).unique(dim=0)) == 300 - sum(plain) + 2
+    assert all(abs(count - 1000) < 120 for count in plain)
+    colours = seen[0].flatten(1).unique(dim=0)
+    assert len(colours) == 3000 - sum(plain) + 2
+    assert -1.0 == colours.min() < colours.quantile(0.01) < -0.9
+    assert 0.9 < colours.quantile(0.99) < colours.max() == 1.0

@@ -17,6 +17,8 @@ from olvae.losses.terms import (
     logvar_loss,
     marginal_cosine_loss,
     marginal_distance_loss,
+    semantics_loss,
+    structure_loss,
     wavelet_loss,
 )
 from olvae.modules.distributions import DiagonalGaussian
@@ -51,17 +53,19 @@ def test_wavelet_loss_is_pywavelets_in_float64():
     assert wavelet_loss(x, y).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_gaussian_loss_is_that_of_scipys_residuals():
-    x, y = (torch.randn(2, 3, 8, 8, dtype=torch.float64) for _ in range(2))
+@pytest.mark.parametrize(("size", "sigma"), [(5, 1.0), (7, 0.75)])
+def test_gaussian_loss_is_that_of_scipys_residuals(size, sigma):
+    x, y = (torch.randn(2, 3, 8, 6, dtype=torch.float64) for _ in range(2))
+    ends = (size // 2) / sigma
     residual_x, residual_y = (
         t
         - torch.from_numpy(
-            gaussian_filter(t.numpy(), 1.0, mode="mirror", truncate=2.0, axes=(2, 3))
+            gaussian_filter(t.numpy(), sigma, mode="mirror", truncate=ends, axes=(2, 3))
         )
         for t in (x, y)
     )
     expected = (residual_x - residual_y).abs().mean().item()
-    assert gaussian_loss(x, y).item() == pytest.approx(expected, rel=1e-10)
+    assert gaussian_loss(x, y, size, sigma).item() == pytest.approx(expected, rel=1e-10)
 
 
 def test_kl_loss_by_hand():
@@ -74,6 +78,8 @@ def test_kl_loss_by_hand():
     expected = 0.5 * ((1 + 4 - 1 - math.log(4.0)) + 9) / 2 / 12
     posterior = DiagonalGaussian(moments.view(2, 4, 1, 1))
     assert kl_loss(posterior, torch.zeros(2, 3, 2, 2)).item() == pytest.approx(expected, rel=1e-12)
+    one = DiagonalGaussian(moments[1:].view(1, 4, 1, 1))
+    assert kl_loss(one, torch.zeros(1, 3, 2, 2)).item() == pytest.approx(4.5 / 12, rel=1e-12)
 
 
 def test_latent_loss_by_hand():
@@ -149,6 +155,31 @@ def test_marginal_distance_loss_is_the_formula(margin):
     assert marginal_distance_loss(f, 3 * f, margin).item() == pytest.approx(0.0, abs=1e-12)
 
 
+def test_structure_loss_is_the_formula():
+    z = torch.randn(2, 3, 2, 3, dtype=torch.float64)
+    f = torch.randn(2, 7, 2, 3, dtype=torch.float64)
+    squares = []
+    for b in range(2):
+        of_z, of_f = (t[b].flatten(1).T.numpy() for t in (z, f))
+        squares += [
+            (cosine(of_z[i], of_z[j]) - cosine(of_f[i], of_f[j])) ** 2
+            for i in range(6)
+            for j in range(6)
+        ]
+    assert structure_loss(z, f).item() == pytest.approx(np.mean(squares), rel=1e-12)
+
+
+def test_semantics_loss_is_the_formula():
+    projected, f = torch.randn(2, 2, 5, 3, 4, dtype=torch.float64)
+    whole, each = [], []
+    for b in range(2):
+        of_p, of_f = (t[b].flatten(1).T.numpy() for t in (projected, f))
+        whole.append(1 - cosine(of_p.mean(0), of_f.mean(0)))
+        each += [1 - cosine(of_p[i], of_f[i]) for i in range(12)]
+    expected = np.mean(whole) + np.mean(each)
+    assert semantics_loss(projected, f).item() == pytest.approx(expected, rel=1e-12)
+
+
 LOSSES = [
     *RECONSTRUCTION.values(),
     wavelet_loss,
@@ -156,6 +187,8 @@ LOSSES = [
     logvar_loss,
     marginal_cosine_loss,
     marginal_distance_loss,
+    structure_loss,
+    semantics_loss,
 ]
 
 

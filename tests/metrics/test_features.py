@@ -67,7 +67,7 @@ def distorted(y):
     return (y.int() * 3 // 4 + 20).to(torch.uint8)
 
 
-def test_rfid_is_the_formula(batch):
+def test_rfid_is_the_formula(batch, capsys):
     keys, x, y = batch
     rfid, _ = both()
     rfid.update(keys, x, distorted(y))
@@ -78,6 +78,11 @@ def test_rfid_is_the_formula(batch):
     assert expected > 0.1
     assert rfid.details == {"features": WIDTH}
     assert rfid.per_image() is None
+    # Of equal sets only rounding is left; and torch-fidelity prints nothing.
+    assert 0.0 <= frechet_distance(a, a) < 1e-3
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(ValueError, match="one shape"):
+        rfid.update(keys, x.float(), y)
 
 
 def test_kid_of_all_images_is_the_unbiased_mmd(batch):
@@ -175,6 +180,13 @@ def test_two_processes_get_what_one_gets_to_the_bit(batch, tmp_path, monkeypatch
     values, sent = json.loads((tmp_path / "out").read_text())
     assert values == [metric.compute() for metric in alone]
     assert sent == 2 * [4, 4, 4, 4, 4, 3]
+
+
+def test_at_least_one_row_is_sent_at_a_time(monkeypatch):
+    monkeypatch.setattr("olvae.metrics.features.ROWS_AT_ONCE", 0)
+    file = FeatureFile()
+    file.add(["a", "b", "c"], np.eye(3, dtype=np.float32))
+    assert [keys for keys, _ in file.unsent()] == [["a"], ["b"], ["c"]]
 
 
 @pytest.mark.parametrize("rows", [4096, 100])

@@ -74,6 +74,9 @@ def test_different_images_under_one_key_are_refused():
     keys, x, y = pairs(2, 32)
     with pytest.raises(ValueError, match=r"different .*'0000\.png'"):
         run("psnr", ["0000.png", "0000.png"], x, y)
+    # Values of l1 are all close to 0.
+    with pytest.raises(ValueError, match="different pairs"):
+        run("l1", ["0000.png", "0000.png"], x, y)
     other = run("psnr", keys, x, x.flip(0))
     with pytest.raises(ValueError, match="different pairs"):
         merge(other, run("psnr", keys, x, y))
@@ -91,12 +94,16 @@ def test_metric_set_has_values_or_reasons(nowhere):
     keys, x, y = pairs(2, 32)
     metrics = metric_set(keys, x, y)
     assert metrics.compute() == {"psnr": run("psnr", keys, x, y).compute()}
+    assert metrics.per_image() == {"psnr": run("psnr", keys, x, y).per_image()}
     assert list(metrics.skipped) == ["rfid", "ms_ssim"]
     assert "176 pixels" in metrics.skipped["ms_ssim"]
     assert "`weights_dir`" in metrics.skipped["rfid"]
     empty = metric_set([], x, y)
     assert empty.compute() == {}
     assert empty.skipped["psnr"] == "psnr needs an image, got none"
+    overflown = metric_set(keys, x.float(), y * math.nan)
+    assert overflown.compute() == {}
+    assert overflown.skipped["psnr"] == "not a number"
 
 
 def test_a_metric_that_one_process_dropped_is_dropped_by_all(nowhere):
@@ -135,7 +142,18 @@ def test_metrics_compute_in_full_precision():
         return product.flatten(1).mean(1)
 
     keys, x, y = pairs(2, 16)
+    metric = PerImage(Kind("mine", "mine", "lower"), compare)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        PerImage(Kind("mine", "mine", "lower"), compare).update(keys, x, y)
+        metric.update(keys, x, y)
+    # The image comes first.
+    means = 3 * x.double().mean((1, 2, 3))
+    assert metric.per_image() == pytest.approx(dict(zip(keys, means.tolist(), strict=True)))
     assert seen == {"tf32": False, "dtype": torch.float32, "graph": False}
     assert torch.backends.cudnn.allow_tf32 == before
+
+
+def test_a_comparison_gives_one_value_for_each_pair():
+    keys, x, y = pairs(2, 16)
+    metric = PerImage(Kind("mine", "mine", "lower"), lambda x, y: x.float().mean()[None])
+    with pytest.raises(ValueError, match="shorter"):
+        metric.update(keys, x, y)

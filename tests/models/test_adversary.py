@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from olvae.config import ConfigError
+from olvae.data.pixels.size_and_range import Sides
 from olvae.losses import gan_losses as losses
 from olvae.losses.cutmix import cutmix, cutmix_consistency, cutmix_loss
 from olvae.losses.gan_losses import ADVERSARIAL_LOSSES
@@ -210,6 +211,14 @@ def test_lecam_is_logged_and_weighted_when_it_is_on():
     assert by_hand > 1e-3
     assert logs["lecam"].item() == pytest.approx(by_hand, rel=1e-4)
     assert total.item() == pytest.approx(base.item() + 0.3 * by_hand, rel=1e-5)
+    # The code's ReLU tells real from fake: where real logits are larger it leaves nothing.
+    adversary = build(lecam_weight=0.3, lecam_variant="code")
+    adversary.discriminator.forward = lambda x: [x.mean(dim=(1, 2, 3)), x.mean(dim=(1, 2, 3))]
+    high, low = torch.ones(2, 3, 4, 4), -torch.ones(2, 3, 4, 4)
+    for real, fake, expected in ((high, low, 2 * 2.0**2), (low, high, 0.0)):
+        adversary.lecam.started.fill_(False)
+        _, logs = adversary.discriminator_loss(real, fake)
+        assert logs["lecam"].item() == pytest.approx(expected)
 
 
 def test_cutmix_takes_the_place_of_the_normal_loss():
@@ -364,6 +373,8 @@ def test_adversary_refuses_settings_that_make_no_sense(params, message):
 def test_adversary_names_the_nearest_discriminator():
     with pytest.raises(ConfigError, match=r"PatchGan.* PatchGAN"):
         Adversary({"target": "olvae.modules.patchgan.PatchGan"})
+    with pytest.raises(ConfigError, match=r"torch\.nn\.Identity .*num_outputs"):
+        Adversary({"target": "torch.nn.Identity"})
 
 
 @pytest.mark.parametrize(
@@ -379,7 +390,11 @@ def test_an_adversary_is_checked_against_steps_losses_and_images():
     adversary = build("unetgan", start_step=9)
     model = SimpleNamespace(loss_weights={"rec": 1.0}, encoder=SimpleNamespace(in_channels=3))
     source = SimpleNamespace(size=64)
+    seen: list[tuple[int, ...]] = []
+    adversary.discriminator.register_forward_pre_hook(lambda _, x: seen.append(tuple(x[0].shape)))
     adversary.check(model, source, 10)
+    adversary.check(model, SimpleNamespace(size=Sides(64, 128)), 10)
+    assert seen == [(1, 3, 64, 64), (1, 3, 64, 128)]
     for steps in (8, 9):
         with pytest.raises(ConfigError, match=rf"start_step: 9 .*max_steps, {steps}"):
             adversary.check(model, source, steps)

@@ -68,6 +68,10 @@ def test_halving_rgba_has_finite_gradients():
     rgba_at_2x().shrink(x).sum().backward()
     assert x.grad.isfinite().all()
     torch.testing.assert_close(x.grad[:, :3], torch.full((1, 3, 4, 4), 0.25))
+    # More than opaque is opaque.
+    x = torch.randn(1, 4, 2, 2)
+    x[0, 3] = torch.tensor([[1.0, 3.0], [1.5, 7.0]])
+    torch.testing.assert_close(rgba_at_2x().shrink(x), x.mean((2, 3), keepdim=True))
 
 
 def test_latent_dim_may_be_left_out_or_be_as_published():

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+import warnings
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import torch
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import ConfigError, save
 from olvae.models.spec import WEIGHTS_NAME
+from olvae.models.weight_files import ONE_KIND
 from olvae.modules.base import Encoder
 from tests.conftest import tiny, tiny_config
 from tests.models.files import PER_CHANNEL, same_weights, training_config
@@ -38,6 +41,20 @@ def test_save_pretrained_and_from_pretrained_give_the_same_bits(dtype, folded, t
     again.save_pretrained(tmp_path / "twice")
     for file in (WEIGHTS_NAME, "config.json"):
         assert (tmp_path / "twice" / file).read_bytes() == (tmp_path / file).read_bytes()
+
+
+def test_an_export_has_one_kind_of_weights(tmp_path):
+    """Which is told where the line stands that asks for the others, and to nobody else."""
+    tiny().save_pretrained(tmp_path / "export")
+    torch.save(tiny().state_dict(), tmp_path / "tiny.ckpt")
+    save(training_config(tiny()), tmp_path / "tiny.yaml")
+    with pytest.warns(UserWarning, match=re.escape(ONE_KIND)) as warned:
+        LiteVAE.from_pretrained(tmp_path / "export", raw=True)
+    assert [warning.filename for warning in warned] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LiteVAE.from_pretrained(tmp_path / "export")
+        LiteVAE.from_pretrained(tmp_path / "tiny.ckpt")
 
 
 class OwnEncoder(Encoder):

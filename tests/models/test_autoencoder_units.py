@@ -15,7 +15,7 @@ from olvae.models.spec import AutoencoderSpec
 from olvae.modules.counting import count_parameters
 from olvae.modules.distributions import Deterministic
 from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
-from tests.conftest import tiny
+from tests.conftest import tiny, tiny_config
 from tests.export.latents import Shrunk
 
 CPU = torch.device("cpu")
@@ -79,6 +79,14 @@ def test_a_model_of_another_kind_is_no_litevae():
     assert model.as_litevae("it") is model
     z = torch.zeros(1, 2, 2, 2)
     Shrunk().use_latents(z, z)
+    x = torch.rand(1, 3, 4, 6)
+    whole, image = Shrunk().encode_within(x, 1), Shrunk().decode_tiled(x)
+    assert torch.equal(whole.mean, Shrunk().encode(x).mean)
+    assert torch.equal(image, Shrunk().decode(x))
+    assert not whole.mean.requires_grad
+    assert not image.requires_grad
+    with pytest.raises(ValueError, match=r"Shrunk .*`tile`"):
+        Shrunk().decode_tiled(x, 8)
 
 
 def test_a_quantizer_begins_as_the_identity_where_it_can():
@@ -112,6 +120,10 @@ def test_log_variances_begin_where_there_are_some():
         LiteVAE.from_config(**LINEAR, embed_dim=2, initial_logvar=-1.0)
     quantized = LiteVAE.from_config(**LINEAR, embed_dim=2, use_quant=True, initial_logvar=-1.0)
     assert quantized.quantizer.quant_conv.bias.tolist() == [0.0, 0.0, -1.0, -1.0]
+    # A quantizer is the identity beside a single linear path, too.
+    params = tiny_config(use_quant=True)["model"]["params"]
+    params["encoder_config"]["params"] |= {"linear": True, "latent_dim": 8}
+    assert not tiny(**params).quantizer.quant_conv.bias.any()
 
 
 def test_a_spec_is_counted_before_it_is_built():
@@ -176,11 +188,11 @@ def test_windows_of_a_plane_of_moments_are_the_decoders_input(quantized):
 
 @torch.no_grad()
 def test_latents_without_a_distribution_are_points():
-    encoder, decoder = TinyEncoder(4, channels=2, blocks=(0, 0)), TinyDecoder(2, 2, blocks=(0, 0))
+    encoder, decoder = TinyEncoder(6, channels=2, blocks=(0, 0)), TinyDecoder(2, 3, blocks=(0, 0))
     model, x = LiteVAE(encoder, decoder), torch.rand(1, 3, 4, 6)
     posterior = model.encode(x)
     assert isinstance(posterior, Deterministic)
-    assert torch.equal(posterior.mean, encoder(x)[:, :2])
+    assert torch.equal(posterior.mean, encoder(x)[:, :3])
     whole = model.encode_within(x, 2**30)
     assert isinstance(whole, Deterministic)
     assert torch.equal(whole.mean, posterior.mean)

@@ -2,10 +2,11 @@ import re
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from olvae.config import ConfigError
 from olvae.data.pixels.size_and_range import Sides
-from olvae.models.conflicts import _out_of_range, check_source
+from olvae.models.conflicts import _out_of_range, check_source, find_conflicts
 from tests.conftest import parts
 from tests.models.steps import (
     WITHOUT_KL,
@@ -81,6 +82,61 @@ def test_settings_out_of_range_are_named_and_the_ends_are_in_it(changes, wrong):
     assert len(lines) == (wrong is not None)
     for line in lines:
         assert re.match(wrong, line)
+
+
+CONSISTENT = {
+    **RANGES,
+    "encoder": SimpleNamespace(parameters=lambda: [torch.nn.Parameter()], deterministic=False),
+    "quantizer": None,
+    "freeze_encoder": False,
+    "freeze_decoder": False,
+    "frozen_halves": [],
+    "checkpoint": False,
+    "loss_weights": {"rec": 1.0, "kl": 1.0},
+    "given_factors": {},
+    "for_diffusion": {"scaling_factor": 0.0},
+    "parts": {},
+    "each_part": [],
+    "adversary": None,
+    "autoencoder": SimpleNamespace(latent_channels=4),
+}
+"""A model of which nothing is wrong, as long as nobody has given its factors."""
+
+NOTHING = SimpleNamespace(parameters=list, deterministic=False)
+POINTS = SimpleNamespace(parameters=lambda: [torch.nn.Parameter()], deterministic=True)
+WITHOUT = {"loss_weights": {"rec": 1.0}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, []),
+        ({"encoder": NOTHING}, ["freeze_encoder"]),
+        ({"encoder": NOTHING, "quantizer": object()}, []),
+        ({"encoder": NOTHING, "freeze_encoder": True, **WITHOUT}, []),
+        ({"checkpoint": True, "frozen_halves": ["encoder"]}, []),
+        ({"checkpoint": "decoder", "frozen_halves": ["encoder"]}, []),
+        ({"checkpoint": "decoder", "frozen_halves": ["decoder"]}, ["checkpoint"]),
+        ({"freeze_decoder": True}, []),
+        (
+            {"freeze_encoder": True, "freeze_decoder": True, **WITHOUT},
+            ["freeze_encoder, freeze_decoder"],
+        ),
+        ({"freeze_encoder": True}, ["lossconfig.params.kl_weight"]),
+        ({"freeze_encoder": True, **WITHOUT}, []),
+        ({"encoder": POINTS}, ["lossconfig.params.kl_weight"]),
+        ({"encoder": POINTS, **WITHOUT}, []),
+        ({"given_factors": {"scaling_factor": 0.0}}, ["scaling_factor"]),
+        ({"parts": {"a": object()}}, ["scaling_factor"]),
+        ({"adversary": object()}, []),
+        ({"adversary": object(), "freeze_decoder": True}, ["adversary_config"]),
+        ({"each_part": [SimpleNamespace(conflicts=lambda _: ["parts.a: no"])]}, ["parts.a"]),
+        ({"optimizer": "sgd"}, ["optimizer must be adam or muon, got 'sgd'"]),
+    ],
+)
+def test_what_contradicts_is_named_and_nothing_else(changes, named):
+    lines = list(find_conflicts(SimpleNamespace(**CONSISTENT | changes)))
+    assert [line.partition(": ")[0] for line in lines] == named
 
 
 def images(**changes) -> SimpleNamespace:

@@ -2,15 +2,19 @@
 and what to do where it does not fit.
 """
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from olvae.bench.cases import time_steps
 from olvae.config import ConfigError
 from olvae.data.places import load
 from olvae.losses import perceptual
+from olvae.models import footprint as estimates
 from olvae.models.footprint import MARGIN, Footprint, advice, footprint, without_weights
 from olvae.models.large.tiling import GIB, LiveBytes
 from olvae.models.liteautoencoder import LiteAutoencoderKL
@@ -77,6 +81,58 @@ def test_footprint_is_what_autograd_keeps_of_a_real_step(model, plain):
     assert kept < plain.per_image < 1.25 * kept  # by gradients of activations
 
 
+@pytest.mark.parametrize(
+    ("settings", "adversary"),
+    [
+        ({}, None),
+        ({"use_ema": True}, against()),
+        ({"optimizer": "muon", "use_quant": True}, None),
+        ({"freeze_encoder": True, "lossconfig": WITHOUT_KL, "use_ema": True}, None),
+    ],
+)
+def test_what_lives_between_steps_by_hand(monkeypatch, settings, adversary):
+    """Of a step that takes 1,000 bytes, and 300 more for each image, which has 70 operations."""
+    asked = []
+
+    def step_under(mode, model, size, images, precision, checkpoint):
+        asked.append((size, images, precision, checkpoint))
+        peak, operations = 1000 + 300 * images, 70 * images
+        return SimpleNamespace(peak=peak, get_total_flops=lambda: operations)
+
+    monkeypatch.setattr(estimates, "_step_under", step_under)
+    model = build(adversary, **settings)
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    trained = [p for p in model.autoencoder.parameters() if p.requires_grad]
+    theirs = [] if adversary is None else list(model.adversary.discriminator.parameters())
+    held += 2 * 4 * sum(p.numel() for p in [*trained, *theirs])
+    if model.use_ema:
+        held += 4 * sum(p.numel() for p in trained)
+    if model.optimizer == "muon":
+        held -= 4 * sum(p.numel() for p in trained if is_matrix(p))
+    assert footprint(model, (16, 24), "bf16", True) == (held + 1000, 300, 70)
+    assert {(size, *rest) for size, _, *rest in asked} == {((16, 24), "bf16", True)}
+
+
+def test_a_model_without_memory_computes_as_a_gpu_does():
+    """GroupNorm in float32; a frozen half as in training, and checkpointing where it is asked."""
+    model = build(freeze_encoder=True, lossconfig=WITHOUT_KL)
+    with FakeTensorMode():
+        fake, checkpointed = estimates.without_memory(model), estimates.without_memory(model, True)
+        half = torch.zeros(1, dtype=torch.bfloat16)
+        norms = 0
+        for module in fake.modules():
+            hooks = list(module._forward_pre_hooks.values())
+            assert len(hooks) == isinstance(module, nn.GroupNorm)
+            for hook in hooks:
+                (given,) = hook(module, (half,))
+                assert given.dtype == torch.float32
+                norms += 1
+    assert norms > 1
+    assert (fake.encoder.training, fake.decoder.training) == (False, True)
+    assert (fake.decoder.checkpoint, checkpointed.decoder.checkpoint) == (False, True)
+    assert not model.decoder.checkpoint
+
+
 @pytest.mark.slow
 def test_footprint_of_other_settings():
     """With checkpointing, frozen, with one moment, and of both players."""
@@ -138,14 +194,20 @@ def test_footprint_has_the_operations_of_a_real_step_of_both_players():
     ids=["lpips", "esrgan"],
 )
 def test_footprint_counts_perceptual_networks_without_their_files(
-    monkeypatch, params, weights, plain
+    monkeypatch, capsys, params, weights, plain
 ):
+    steps = []
+    monkeypatch.setattr(
+        estimates, "Step", lambda *given, **named: steps.append(named) or Step(*given, **named)
+    )
     monkeypatch.setattr(
         perceptual, "find_weights", lambda *args, **kwargs: pytest.fail("no file is needed")
     )
     model = without_weights(tiny_config(lossconfig=objective(**params))["model"])
     assert next(model.parameters()).device.type == "meta"
     found = footprint(model, 16, "32")
+    assert capsys.readouterr().out == ""
+    assert steps == [{"warming_up": True, "adversary_plays": True}] * 3
     assert 0.99 * 4 * weights < found.fixed - plain.fixed < 5 * weights
     assert found.per_image > plain.per_image + 4 * 2 * 64 * 16 * 16
 
@@ -153,6 +215,8 @@ def test_footprint_counts_perceptual_networks_without_their_files(
 def test_footprint_of_a_config_for_inference_is_refused():
     with pytest.raises(ConfigError, match="inference only"):
         without_weights(tiny_config(lossconfig={"target": "torch.nn.Identity"})["model"])
+    with pytest.raises(ConfigError, match="Identity is not a kind of"):
+        without_weights({"target": "torch.nn.Identity"})
 
 
 @pytest.mark.slow
@@ -169,6 +233,13 @@ def test_footprint_of_the_published_recipe():
 
 PLAIN, LESS = (Footprint(3 * GIB, image) for image in (GIB, GIB // 4))
 CHECKPOINT, ACCUMULATE = "model.params.checkpoint=true", "lightning.trainer.accumulate_grad_batches"
+
+
+def test_a_batch_that_fits_to_the_byte_fits(monkeypatch):
+    """19 GiB are 16 images beside what lives between steps, 11 GiB are eight."""
+    monkeypatch.setattr(estimates, "MARGIN", 1.0)
+    assert advice(19 * GIB, 16, 1, PLAIN, PLAIN) is None
+    assert "batch_size=8 " in advice(11 * GIB, 16, 1, PLAIN, PLAIN)
 
 
 @pytest.mark.parametrize(

@@ -76,12 +76,12 @@ def linear_config(root=None, **model) -> dict:
     return config
 
 
-@pytest.mark.parametrize("size", [8 * F, 2 * F])
-def test_linear_code_fit_is_numpys(size):
+@pytest.mark.parametrize(("size", "count"), [(8 * F, 40), (3 * F, 120), (2 * F, 40)])
+def test_linear_code_fit_is_numpys(size, count):
     """The decoder's on positions with all eight neighbours;
     on all, with copies of the border's, if there are none.
     """
-    model, images = code(), crops(size=size)
+    model, images = code(), crops(count, size)
     fit_linear_paths(model, images)
     patches = patches_of(from_uint8(images))
     flat = patches.reshape(-1, patches.shape[-1])
@@ -138,6 +138,7 @@ def test_linear_code_takes_as_many_crops_as_have_that_many_positions(monkeypatch
         code(3), crops(5), lambda x: seen.append(len(x)) or torch.rand(len(x), 3, 8, 8)
     )
     assert seen == sizes
+    fit_linear_paths(code(3), crops(1))
 
 
 def test_a_training_begins_as_the_linear_code(image_folder, monkeypatch):
@@ -185,6 +186,17 @@ def test_linear_code_of_too_large_patches_is_refused(monkeypatch):
     monkeypatch.setattr(linear_code, "LARGEST_PATCH", 47)
     with pytest.raises(ValueError, match="4x4 pixels"):
         fit_linear_paths(code(3), crops())
+    monkeypatch.setattr(linear_code, "LARGEST_PATCH", 48)
+    fit_linear_paths(code(3), crops())
+
+
+@pytest.mark.parametrize("fresh", HALVES)
+def test_a_half_that_is_not_fresh_stays_as_it_is(fresh):
+    model = code(3)
+    before = {half: getattr(model, half).linear.weight.clone() for half in HALVES}
+    fit_linear_paths(model, crops(), fresh=[fresh])
+    for half in HALVES:
+        assert torch.equal(getattr(model, half).linear.weight, before[half]) == (half != fresh)
 
 
 def test_linear_code_refuses_non_finite_latents():
@@ -252,6 +264,7 @@ def test_exports_have_the_linear_paths(tmp_path):
 def test_linear_code_psnr_is_behind_a_quantizer(image_folder):
     model = with_quantizer(8).autoencoder
     data = FolderSource(str(image_folder), 32, 4, val_fraction=0.2)
+    torch.nn.init.orthogonal_(model.quantizer.quant_conv.weight)
     torch.nn.init.orthogonal_(model.quantizer.post_quant_conv.weight)
     found, _ = start_linearly(model, data, 0, CPU, fresh=["decoder"])
     with torch.no_grad():

@@ -8,9 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, Sides
+from olvae.data.pixels.size_and_range import (
+    EIGHT_BITS,
+    PixelRange,
+    Sides,
+    from_uint8,
+    to_uint8,
+)
 from olvae.data.source import Sample
+from olvae.metrics.metric import psnr
 from olvae.models import linear_code
+from olvae.models.autoencoder import LiteVAE
 from olvae.models.linear_code import (
     LEAST_VARIANCE,
     LinearDecoder,
@@ -21,8 +29,9 @@ from olvae.models.linear_code import (
     least_squares,
     mean_and_covariance,
     principal_components,
+    start_linearly,
 )
-from olvae.modules.base import last_convolution
+from olvae.modules.base import HALVES, last_convolution
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.sdvae import SDDecoder, SDEncoder
@@ -230,6 +239,55 @@ def test_means_of_crops_are_known_where_all_have_them():
     assert means[1].flatten().tolist() == [1, 2, 3, 4]
     assert asked(moments=(True, False, True))[2] is None
     assert asked(moments=(False, False))[2] is None
+
+
+@pytest.mark.parametrize(
+    ("teaches", "known", "fresh", "frozen", "by"),
+    [
+        (True, True, HALVES, ["encoder"], "moments"),
+        (True, False, HALVES, ["encoder"], "teacher"),
+        (True, True, HALVES, [], "path"),
+        (False, True, HALVES, ["encoder"], "path"),
+        (True, True, HALVES, ["decoder"], None),
+        (True, True, ["encoder"], ["encoder"], None),
+    ],
+)
+def test_a_start_is_measured_on_the_latents_that_training_will_decode(
+    monkeypatch, teaches, known, fresh, frozen, by
+):
+    """Those of the data in place of a teacher that stands in for a frozen encoder."""
+    model = LiteVAE(LinearEncoder(4, 1, 4), LinearDecoder(2, 1, 4))
+    images = torch.randint(0, 256, (2, 1, 8, 12), dtype=torch.uint8)
+    moments, z_of_teacher = torch.randn(2, 4, 2, 3), torch.randn(1, 2, 2, 3)
+    samples = [Sample(None, "gone")]
+    for image, own in zip(images, moments, strict=True):
+        samples.append(Sample(image, "", moments=own if known else None))
+    source = SimpleNamespace(pixel_range=EIGHT_BITS, validated=lambda: samples)
+    teacher = (lambda x: z_of_teacher) if teaches else None
+    asked, fits, moved = [], [], []
+    found = (images, moments[:, :2] if known else None)
+    monkeypatch.setattr(linear_code, "crops_and_means", lambda *a: asked.append(a) or found)
+    monkeypatch.setattr(linear_code, "fit_linear_paths", lambda *a: fits.append(a))
+    model.to = moved.append
+    cpu = torch.device("cpu")
+    mean, line = start_linearly(model, source, 3, cpu, teacher, fresh, frozen)
+    assert (asked, moved) == ([(source, 3, 4)], [cpu])
+    ((*first, taught, pixels, halves),) = fits
+    assert first == [model, images]
+    assert taught is (found[1] if known else teacher)
+    assert (pixels, halves) == (EIGHT_BITS, fresh)
+    if by is None:
+        assert mean is None
+        assert line.startswith("linear code: fitted on 2 ")
+        return
+    with torch.no_grad():
+        z = {
+            "moments": moments[:, :2],
+            "teacher": z_of_teacher.expand(2, -1, -1, -1),
+            "path": model.encoder.linear(from_uint8(images)),
+        }[by]
+        expected = psnr(images, to_uint8(model.decoder.linear_path(z)))
+    assert mean == pytest.approx(expected.mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(("size", "stride"), [(4, 4), (8, 4), (3, 1), (5, 1)])

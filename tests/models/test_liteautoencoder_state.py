@@ -1,5 +1,6 @@
 """What the model reports, saves and restores, and who belongs to which player; without training."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from olvae.models import liteautoencoder
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.parts.part import Part, Step
 from olvae.models.updates.averaging import WeightAverage
+from olvae.models.updates.ddp import PlayersStrategy
 from olvae.modules.base import HALVES
 from tests.models.steps import WITHOUT_KL, against, build, objective
 
@@ -35,6 +37,18 @@ class Toy(Part):
 
     def check(self, model, source) -> None:
         self.seen.append(("check", source))
+
+    @contextmanager
+    def watch(self, model):
+        self.seen.append(("watch", model))
+        yield
+        self.seen.append("watched")
+
+    def on_images(self, model, step) -> None:
+        self.seen.append(("on_images", model, step))
+
+    def on_latent(self, model, step) -> None:
+        self.seen.append(("on_latent", model, step))
 
     def prepare(self, model, source, seed, device) -> None:
         self.seen.append(("prepare", source, seed, device))
@@ -104,8 +118,18 @@ def test_losses_of_a_name_that_is_taken_get_their_parts_name():
     step = Step(x, None, None, warming_up=False, adversary_plays=False)
     torch.manual_seed(0)
     model.forward_pass(step)
+    assert model.parts["first"].seen == [
+        ("watch", model),
+        ("on_images", model, step),
+        ("on_latent", model, step),
+        "watched",
+    ]
+    asked = []
+    model.loss.register_forward_pre_hook(lambda _, given: asked.append(given))
     total = model.autoencoder_loss(step)
     own, terms = model.objective(step.target, step.reconstruction, step.encoded, step.images)
+    for one, other in zip(*asked, strict=True):
+        assert one is other
     named = {name: float(loss) for name, loss in step.losses.items() if name not in terms}
     assert named == {"first_rec": 1.0, "new": 2.0, "third_new": 4.0, "third_loss": 8.0}
     assert {name: step.losses[name] for name in terms} == terms
@@ -120,9 +144,47 @@ def test_a_latent_is_drawn_or_the_mode(samples):
     drawn = model.draw(posterior)
     torch.manual_seed(1)
     assert torch.equal(drawn, posterior.sample() if samples else posterior.mode())
+    x = torch.rand(1, 3, 16, 16)
     torch.manual_seed(1)
-    image, _ = model(torch.rand(1, 3, 16, 16), sample_posterior=samples)
-    assert image.shape == (1, 3, 16, 16)
+    image, posterior = model(x, sample_posterior=samples)
+    torch.manual_seed(1)
+    latent = posterior.sample() if samples else posterior.mode()
+    assert torch.equal(image, model.decode(latent))
+    assert torch.equal(posterior.mode(), model.encode(x).mode())
+
+
+@pytest.mark.parametrize("freezes", [{}, {"freeze_encoder": True}, {"freeze_decoder": True}])
+def test_a_stand_in_gives_the_latents_and_decodes_in_place_of_frozen_halves(monkeypatch, freezes):
+    """In a step the decoder always learns its latents; without one it replaces an encoder alone."""
+    model = build(sample_posterior=False, lossconfig=WITHOUT_KL, **freezes)
+    x, z, given = torch.rand(1, 3, 16, 16), torch.randn(1, 4, 2, 2), []
+
+    def posterior(images, moments=None):
+        given.append((images, moments))
+        return SimpleNamespace(mode=lambda: z)
+
+    stand_in = SimpleNamespace(posterior=posterior, decode=lambda latent: latent[..., :1])
+    monkeypatch.setattr(LiteAutoencoderKL, "stand_in", stand_in)
+    moments = torch.randn(1, 8, 2, 2)
+    step = Step(x, moments, None, warming_up=False, adversary_plays=False)
+    model.forward_pass(step)
+    assert given == [(x, moments)]
+    assert step.latent is step.drawn is z
+    if "freeze_encoder" in freezes:
+        assert step.encoded is None
+    else:
+        assert torch.equal(step.encoded.mode(), model.encode(x).mode())
+    if "freeze_decoder" in freezes:
+        assert step.reconstruction is None
+    else:
+        assert torch.equal(step.reconstruction, model.decode(z))
+    image, found = model(x, moments=moments)
+    if "freeze_encoder" in freezes:
+        assert given == [(x, moments)] * 2
+        assert torch.equal(image, model.decode(z))
+    else:
+        assert torch.equal(image, model.decode_trained(found.mode()))
+        assert torch.equal(found.mode(), model.encode(x).mode())
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
@@ -136,7 +198,7 @@ def test_images_lie_in_memory_as_the_weights(channels_last):
     assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
 
 
-def test_values_are_reported_as_means_over_an_updates_micro_batches():
+def test_values_are_reported_as_means_over_an_updates_micro_batches(monkeypatch):
     """At steps that do not log, rare ones alone, which are kept until one does."""
     model = build()
     logged: list[dict] = []
@@ -153,7 +215,8 @@ def test_values_are_reported_as_means_over_an_updates_micro_batches():
         model._log_reported()
 
     type(model).global_step, kept = property(lambda _: 7), type(model).global_step
-    forget, liteautoencoder.forget_logged = liteautoencoder.forget_logged, lambda _: None
+    forgot: list = []
+    monkeypatch.setattr(liteautoencoder, "forget_logged", forgot.append)
     try:
         update(False, 1.0, rare=3.0)
         assert logged == []
@@ -169,9 +232,16 @@ def test_values_are_reported_as_means_over_an_updates_micro_batches():
         update(False, 1.0, rare=4.0)
         update(True, 5.0)
         assert logged[2]["rare"] == 4.0
+        assert forgot == [model.trainer] * 7
+        # Of several processes in one message.
+        monkeypatch.setattr(liteautoencoder, "mean_over_processes", lambda values: 2 * values)
+        update(True, 5.0)
+        assert type(logged[3]["b"]) is float
+        model.trainer.world_size = 2
+        update(True, 5.0, 6.0, rare=1.5)
+        assert logged[4] == {"a": 11.0, "b": 11.0, "rare": 3.0, "step": 7.0}
     finally:
         type(model).global_step = kept
-        liteautoencoder.forget_logged = forget
 
 
 def state(**changes) -> dict:
@@ -246,9 +316,10 @@ def test_fresh_linear_paths_are_fitted_before_parts_prepare(monkeypatch, fresh, 
     monkeypatch.setattr(
         liteautoencoder, "start_linearly", lambda *args: given.append(args) or (21.0, "a line")
     )
-    device = torch.device("cpu")
+    device = torch.device("meta")
     lines = list(model.prepare("the source", 5, device, fresh))
     fits = bool(set(fresh) & set(paths))
+    assert part.weight.is_meta == fits
     assert lines == ["a line"] * fits
     assert model.linear_psnr == (21.0 if fits else None)
     arguments = (model.autoencoder, "the source", 5, device, None, fresh, ())
@@ -302,8 +373,10 @@ def test_validation_is_eager_and_a_trial_leaves_no_values(monkeypatch, compiled)
 
 def test_averaging_is_a_callback_of_its_decay():
     assert build().configure_callbacks() == []
-    (average,) = build(use_ema=True, ema_decay=0.75).configure_callbacks()
+    model = build(use_ema=True, ema_decay=0.75)
+    (average,) = model.configure_callbacks()
     assert isinstance(average, WeightAverage)
+    assert (average.guard, average.decay) == (model.guard, 0.75)
 
 
 def test_settings_that_are_negative_are_refused():
@@ -365,3 +438,43 @@ def test_a_stand_in_decodes_in_place_of_a_frozen_decoder_alone(monkeypatch, froz
         assert found == "its image"
     else:
         assert torch.equal(found, model.decode(z))
+
+
+class Scaled(Part):
+    """Brings latents with a factor of their own."""
+
+    def attach(self, model) -> None:
+        model.for_diffusion = {**model.for_diffusion, "scaling_factor": 0.25}
+
+
+def test_a_part_that_brings_latents_gives_their_factors():
+    parts = {"scaled": {"target": f"{__name__}.Scaled"}}
+    assert build(parts=parts).autoencoder.scaling_factor == 0.25
+    assert build(val_metrics=("l1",), weights_dir="there").validation.names == ["l1"]
+
+
+@pytest.mark.parametrize("several", [True, False])
+@pytest.mark.parametrize("last", [True, False])
+def test_a_backward_pass_is_a_share_of_the_update_and_sends_the_last_ones_sum(several, last):
+    model, sent, passed = build(accumulate_grad_batches=2), [], []
+    strategy = PlayersStrategy() if several else SimpleNamespace()
+    strategy.reduce_next = lambda *given: sent.append(given)
+    model.__dict__["_trainer"] = SimpleNamespace(strategy=strategy)
+    model.__dict__["manual_backward"] = passed.append
+    model._backward("autoencoder", torch.tensor(3.0), last)
+    assert passed == [1.5]
+    assert sent == [("autoencoder", passed[0])] * (several and last)
+
+
+def test_an_update_is_complete_between_its_micro_batches_alone():
+    model = build(accumulate_grad_batches=3)
+    for micro_batch in (0, 1, 2):
+        model._micro_batch = micro_batch
+        assert model.update_is_complete == (micro_batch == 0)
+
+
+def test_validations_metrics_are_set_up_on_the_models_device(monkeypatch):
+    model, devices = build(), []
+    monkeypatch.setattr(model.validation, "set_up", devices.append)
+    model.set_up_validation()
+    assert devices == [model.device]

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from olvae.data.pixels.size_and_range import from_uint8
+from olvae.models import liteautoencoder
 from olvae.models.liteautoencoder import LiteAutoencoderKL
+from olvae.models.updates.nonfinite import NonFiniteGuard
 from olvae.models.updates.optimizers import mix_seeds
 from tests.models.steps import (
     UNETGAN,
@@ -40,10 +43,14 @@ def test_accumulation_equals_a_larger_batch_for_both_optimizers(image_folder, up
         with torch.no_grad():
             for p in model.adversary.parameters():
                 p.add_(0.1 * torch.randn_like(p))
-    fit(small, image_folder, 2, batch_size=2, size=64, precision="64-true")
+    kept: list[int] = []  # pairs for further updates, of which there are none
+    look = [Each(lambda m: kept.append(len(m._pairs)))]
+    fit(small, image_folder, 2, batch_size=2, size=64, precision="64-true", callbacks=look)
+    assert kept == [0] * 6
     fit(large, image_folder, 2, batch_size=6, size=64, precision="64-true")
     assert small.trainer.global_step == large.trainer.global_step == 2
     assert small.images_seen == large.images_seen == 12
+    assert type(small.images_seen) is int
     assert small.adversary.updates == large.adversary.updates == 2
     for part in ("autoencoder", "adversary"):
         accumulated, whole = (updates.of(getattr(model, part)) for model in (small, large))
@@ -72,11 +79,61 @@ def test_logged_losses_are_means_over_the_micro_batches(image_folder, updates_pe
     # The ratio of gradients is measured in the last micro-batch alone.
     assert means.pop("health/gradient_ratio") != whole.pop("health/gradient_ratio")
     assert {"train/loss", "train/rec", "train/discriminator", "health/accuracy"} <= set(means)
+    assert means["train/lr"] == pytest.approx(1e-4)
     assert means == pytest.approx(whole, rel=1e-5)
+
+
+GUARDED = {
+    "begin_step": lambda: None,
+    "begin_update": lambda: None,
+    "begin_micro_batch": len,
+    "return_to": lambda batch: batch,
+    "observe": lambda terms: list(terms)[-1],
+    "is_bad": list,
+    "skip_if": lambda *_: None,
+    "end_update": lambda: None,
+    "end_step": lambda step, scaler: step,
+}
+"""The guard's methods, and what to note of their arguments."""
+
+
+def spy_on(guard: NonFiniteGuard) -> list[tuple[str, object]]:
+    """Note each call of a guard."""
+    calls: list[tuple[str, object]] = []
+    for name, note in GUARDED.items():
+        whole = getattr(guard, name)
+
+        def spy(*given, name=name, note=note, whole=whole):
+            calls.append((name, note(*given)))
+            return whole(*given)
+
+        setattr(guard, name, spy)
+    return calls
+
+
+def guarded_step(step: int) -> list[tuple[str, object]]:
+    """The calls of a step of two micro-batches, with three updates of the discriminator."""
+    calls: list[tuple[str, object]] = [("begin_step", None), ("begin_update", None)]
+    of_losses = ("observe", "the discriminator's loss")
+    for i in (0, 1):
+        calls += [("begin_micro_batch", 4), ("return_to", i), ("observe", "loss"), of_losses]
+    both, alone = ["autoencoder", "discriminator"], ["discriminator"]
+    of_gradients = ("observe", "gradient of the discriminator")
+    skips = ("skip_if", None)
+    calls += [("is_bad", both), of_gradients, skips, skips, ("end_update", None)]
+    further = [("begin_update", None)]
+    further += [("return_to", 0), of_losses, ("return_to", 1), of_losses]
+    further += [("is_bad", alone), of_gradients, skips, ("end_update", None)]
+    return [*calls, *further, *further, ("end_step", step)]
 
 
 def test_several_updates_of_the_discriminator_a_step(image_folder, updates):
     model, counts = build(against(updates_per_step=3), accumulate_grad_batches=2), []
+    calls, lasts, backward = spy_on(model.guard), [], model._backward
+    model.__dict__["_backward"] = lambda player, loss, last: (
+        lasts.append((player, last)),
+        backward(player, loss, last),
+    )
     seen: list[Tensor] = []
     model.adversary.discriminator.register_forward_pre_hook(
         lambda _, inputs: seen.append(inputs[0].detach().clone())
@@ -88,6 +145,10 @@ def test_several_updates_of_the_discriminator_a_step(image_folder, updates):
         callbacks=[Each(lambda m: counts.append((m.global_step, m.adversary.updates)))],
     )
     assert counts == [(0, 0), (1, 3), (1, 3), (2, 6)]
+    assert calls == guarded_step(1) + guarded_step(2)
+    both = [(player, last) for last in (False, True) for player in ("autoencoder", "discriminator")]
+    alone = [("discriminator", False), ("discriminator", True)]
+    assert lasts == [*both, *alone, *alone] * 2
     discriminators, autoencoders = updates.of(model.adversary), updates.of(model.autoencoder)
     assert (len(discriminators), len(autoencoders)) == (6, 2)
     assert model.trainer.global_step == 2
@@ -293,7 +354,12 @@ def test_non_finite_gradients_below_a_loss_scale_of_one_are_no_overflow(image_fo
 def test_noise_seeds_are_each_batchs_and_processes_own_and_shared_draws_the_steps(
     image_folder, monkeypatch
 ):
+    """And batches are counted for Lightning's logs, of which the third update's last has one."""
     monkeypatch.setattr(LiteAutoencoderKL, "global_rank", 5)
+    counted, reports = [], []
+    monkeypatch.setattr(
+        liteautoencoder, "count_batches", lambda _, batches: counted.append(batches)
+    )
     model, noise, shared = build(accumulate_grad_batches=2), [], []
     model.seed, forward = 3, model.forward_pass
     model.forward_pass = lambda s: (
@@ -301,16 +367,37 @@ def test_noise_seeds_are_each_batchs_and_processes_own_and_shared_draws_the_step
         shared.append(s.rng.random()),
         forward(s),
     )
-    fit(model, image_folder, 2, batch_size=2)
-    assert noise == [mix_seeds(3, update, batch, 5) for update in (0, 1) for batch in (0, 1)]
+    look = [Each(lambda m: reports.append(m.reports))]
+    fit(model, image_folder, 3, batch_size=2, log_every_n_steps=6, callbacks=look)
+    assert noise == [mix_seeds(3, update, batch, 5) for update in (0, 1, 2) for batch in (0, 1)]
     assert shared == [
-        np.random.default_rng(mix_seeds(3, update)).random() for update in (0, 0, 1, 1)
+        np.random.default_rng(mix_seeds(3, update)).random() for update in (0, 0, 1, 1, 2, 2)
     ]
+    assert counted == list(range(6))
+    assert reports == [False] * 5 + [True]
 
 
 def test_schedule_ends_at_decay_steps(image_folder, updates):
     model = build(scheduler="cosine", decay_steps=2, min_lr_factor=0.5, learning_rate=1e-2)
-    fit(model, image_folder, 4)
+    fit(model, image_folder, 4, log_every_n_steps=0)
     assert [u.lr for u in updates.of(model.autoencoder)] == pytest.approx(
         [1e-2, 0.75e-2, 0.5e-2, 0.5e-2]
     )
+    assert model.logged == {}
+
+
+def test_the_discriminators_values_are_logged_though_few_steps_have_them():
+    """By what they show: health, or a loss of training."""
+    model, reported, observed, passed = build(), [], [], []
+    values = {name: torch.tensor(1.0) for name in ("discriminator", "accuracy", "logits_real")}
+    loss = torch.tensor(2.0)
+    adversary = SimpleNamespace(discriminator_loss=lambda *pair: (loss, {**values, "pair": pair}))
+    model.guard.observe = observed.append
+    model.__dict__["report"] = lambda terms, rare=False: reported.append((*terms, rare))
+    model.__dict__["_backward"] = lambda *given: passed.append(given)
+    model._discriminator_backward(adversary, ("real", "fake"), True)
+    names = ["train/discriminator", "health/accuracy", "health/logits_real", "train/pair"]
+    assert reported == [(name, True) for name in names]
+    logs = {**values, "pair": ("real", "fake")}
+    assert observed == [{**logs, "the discriminator's loss": loss}]
+    assert passed == [("discriminator", loss, True)]

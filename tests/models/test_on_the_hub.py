@@ -1,6 +1,7 @@
 """Repositories of the hub: read from its cache, refused, pushed."""
 
 import http.server
+import json
 import threading
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import huggingface_hub
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from olvae import LiteVAE
@@ -15,6 +17,7 @@ from olvae.config import ConfigError, save
 from olvae.data.dataset import SamplePhotographs
 from olvae.data.pixels.size_and_range import from_uint8, to_uint8
 from olvae.metrics.metric import psnr
+from olvae.models import on_the_hub
 from olvae.models.loading.targets import find_target
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import LOADER_NAME
@@ -66,8 +69,8 @@ def test_hub_errors_are_one_line(tmp_path, monkeypatch):
             self.answer(404, "RevisionNotFound" if "revision/v9" in self.path else "RepoNotFound")
 
         def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.answer(401, "RepoNotFound")
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer(403 if b"theirs" in body else 401, "RepoNotFound")
 
         def answer(self, status, code):
             self.send_response(status)
@@ -93,6 +96,8 @@ def test_hub_errors_are_one_line(tmp_path, monkeypatch):
         LiteVAE.from_pretrained("a/b", revision="v9")
     with pytest.raises(OSError, match=r"^me/mine: .*HF_TOKEN.* \(401\)$"):
         tiny().push_to_hub("me/mine")
+    with pytest.raises(OSError, match=r"^me/theirs: .*HF_TOKEN.* \(403\)$"):
+        tiny().push_to_hub("me/theirs")
     server.shutdown()
     server.server_close()
     with pytest.raises(FileNotFoundError, match=r"^nobody/nothing: .*reached") as caught:
@@ -100,6 +105,34 @@ def test_hub_errors_are_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
     with pytest.raises(OSError, match=r"^nobody/nothing: not uploaded"):
         tiny().push_to_hub("nobody/nothing", token="none")
+
+
+def test_a_download_that_fails_names_its_cause(monkeypatch):
+    def failing(error: Exception, cause: Exception | None):
+        def download(*_, **__):
+            raise error from cause
+
+        monkeypatch.setattr(on_the_hub, "snapshot_download", download)
+
+    failing(LocalEntryNotFoundError("the outer one"), OSError("no route\nand more"))
+    with pytest.raises(FileNotFoundError, match=r"^a/b: .*: no route$"):
+        on_the_hub.snapshot("a/b", [])
+    failing(LocalEntryNotFoundError("the outer one"), None)
+    with pytest.raises(FileNotFoundError, match=r": the outer one$"):
+        on_the_hub.snapshot("a/b", [])
+    failing(RuntimeError("it broke\noff"), None)
+    with pytest.raises(OSError, match=r"^a/b: .*: it broke$"):
+        on_the_hub.snapshot("a/b", [])
+
+
+def test_an_export_is_written_into_a_new_folder_and_over_an_old_one(tmp_path):
+    written = []
+    export = on_the_hub.HubExport(lambda folder: written.append(folder.is_dir()), {"a": 1})
+    folder = tmp_path / "new" / "export"
+    for _ in range(2):
+        export.save_pretrained(folder)
+        assert json.loads((folder / "config.json").read_text()) == {"a": 1}
+    assert written == [True, True]
 
 
 def test_push_to_hub_uploads_weights_config_and_card(monkeypatch):

@@ -1,5 +1,6 @@
 """Where weights and configs are found, in every format; what is refused, and why."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,17 @@ from safetensors.torch import load_file, save_file
 
 from olvae import AutoencoderLiteVAE, LiteVAE
 from olvae.config import ConfigError, save
+from olvae.data.places import load
 from olvae.models.loading.targets import find_target
-from olvae.models.spec import WEIGHTS_NAME
-from olvae.models.weight_files import locate
+from olvae.models.spec import CLASS_NAME, WEIGHTS_NAME
+from olvae.models.weight_files import (
+    LOADER,
+    LOADER_NAME,
+    config_inside,
+    is_export,
+    locate,
+    write_export,
+)
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.runs import Run
@@ -104,6 +113,7 @@ def test_a_run_with_its_best_checkpoint_alone_has_these_weights(tmp_path):
     torch.save({"state_dict": model.state_dict()}, best)
     found = locate(tmp_path)
     assert (found.weights, found.run) == (best, Run(tmp_path))
+    assert found.config == load([tmp_path / "config.yaml"])
     torch.save({"state_dict": model.state_dict()}, best.with_name("last.ckpt"))
     assert locate(tmp_path).weights.name == "last.ckpt"
     assert same_weights(LiteVAE.from_pretrained(tmp_path), model)
@@ -190,7 +200,7 @@ def test_folders_with_no_or_several_weight_files_are_refused(tmp_path):
         LiteVAE.from_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"\(empty\): "):
         LiteVAE.from_pretrained("")
-    with pytest.raises(FileNotFoundError, match=r"missing: no such .*hub"):
+    with pytest.raises(FileNotFoundError, match=r"missing: no such .*hub \(OWNER/NAME\)"):
         LiteVAE.from_pretrained(tmp_path / "missing")
 
 
@@ -206,6 +216,83 @@ def test_raw_weights_of_an_export_are_told_that_there_are_none(tmp_path):
     tiny().save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="`raw` is ignored"):
         LiteVAE.from_pretrained(tmp_path, raw=True)
+
+
+def test_only_a_config_of_ones_own_may_be_built(tmp_path):
+    """A run's, or one that is named, if it is a training's; received ones build nothing."""
+    model = tiny()
+    weights, config = tmp_path / "model.ckpt", tmp_path / "model.yaml"
+    torch.save(model.state_dict(), weights)
+    save(training_config(model), config)
+    found = locate(weights)
+    assert (found.origin, found.config, found.run) == (str(config), {}, None)
+    found = locate(weights, config)
+    assert (found.origin, found.config) == (str(config), load([config]))
+    content = training_config(model)
+    found = locate(weights, content)
+    assert (found.origin, found.config) == (str(weights), content)
+    assert locate(weights, model.export_config()).config == {}
+
+
+def test_weights_of_the_hub_are_fetched_one_kind_after_the_other(tmp_path, monkeypatch):
+    torch.save(tiny().state_dict(), tmp_path / "model.ckpt")
+    save(training_config(tiny()), tmp_path / "any.yaml")
+    asked = []
+    monkeypatch.setattr(
+        "olvae.models.on_the_hub.snapshot",
+        lambda *given, **access: asked.append((*given, access)) or tmp_path,
+    )
+    found = locate("owner/name", revision="v1")
+    assert (found.weights, found.config) == (tmp_path / "model.ckpt", {})
+    patterns = ["*.json", "*.yaml", "*.yml"]
+    assert asked == [
+        ("owner/name", [*patterns, "*.safetensors"], ["*/*"], {"revision": "v1"}),
+        ("owner/name", [*patterns, "*.ckpt"], ["*/*"], {"revision": "v1"}),
+    ]
+
+
+OURS = {"_class_name": CLASS_NAME}
+
+
+@pytest.mark.parametrize(
+    ("content", "kinds", "found"),
+    [
+        (OURS, [CLASS_NAME], True),
+        ({"_class_name": "Other"}, [CLASS_NAME], False),
+        ({"_class_name": "Other"}, ["Other", None], True),
+        ({}, [CLASS_NAME], False),
+        ({}, [None], True),
+        ({**OURS, "model": 1}, [CLASS_NAME], False),
+        ([1], [None], False),
+        (None, [None], False),
+    ],
+)
+def test_a_config_in_a_files_header_is_of_a_kind(tmp_path, content, kinds, found):
+    header = {} if content is None else {"config": json.dumps(content)}
+    file = tmp_path / "model.safetensors"
+    save_file({"a": torch.zeros(1)}, file, {"format": "pt", **header})
+    assert config_inside(file, kinds) == (content if found else None)
+    assert is_export(file) == (content == OURS)
+    # Or beside it.
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "Other"}))
+    assert is_export(file) == (content == OURS)
+    (tmp_path / "config.json").write_text(json.dumps(OURS))
+    assert is_export(file)
+
+
+def test_an_export_takes_the_place_of_weights_in_parts(tmp_path):
+    """With the file for diffusers' AutoModel, if the config names one."""
+    for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (tmp_path / f"diffusion_pytorch_{name}").touch()
+    (tmp_path / "notes.txt").touch()
+    write_export({"a": torch.ones(2)}, {"auto_map": {}}, tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {WEIGHTS_NAME, "config.json", LOADER_NAME, "notes.txt"}
+    assert (tmp_path / LOADER_NAME).read_text() == LOADER
+    assert json.loads((tmp_path / "config.json").read_text()) == {"auto_map": {}}
+    (tmp_path / "plain").mkdir()
+    write_export({"a": torch.ones(2)}, {}, tmp_path / "plain")
+    assert {path.name for path in (tmp_path / "plain").iterdir()} == {WEIGHTS_NAME, "config.json"}
 
 
 def flip(file: Path, place: int) -> None:

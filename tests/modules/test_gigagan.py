@@ -176,3 +176,23 @@ def test_gigagan_function_by_hand():
     assert len(found) == len(expected) == net.num_outputs
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+def test_a_small_gigagans_levels_are_as_wide_as_base_and_limit_give():
+    """Two channels at the least; the last level may be wider than the one before."""
+    net = _small(base=64, attention=(), max_channels=99)
+    assert [level.down.out_channels for level in net.levels] == [2, 4, 8, 16]
+    assert [t.shape for t in net(torch.randn(1, 3, 64, 64))] == [(1, 1, 32, 32), (1, 1)]
+    narrow = _small(attention=(), max_channels=2)
+    assert [level.down.out_channels for level in narrow.levels] == [2, 2, 2, 2]
+    with pytest.raises(ValueError, match="at least 2, got 256 and 1"):
+        _small(max_channels=1)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_transformer_blocks_stand_behind_positions_that_begin_small(blocks):
+    net = _small(attention=(16, 8), blocks=blocks)
+    found = [len(transformer.blocks) for transformer in net.transformers.values()]
+    assert found == [blocks] * (2 if blocks else 0)
+    for transformer in net.transformers.values():
+        assert transformer.positions.std().item() == pytest.approx(0.02, rel=0.1)

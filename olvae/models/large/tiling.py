@@ -140,7 +140,8 @@ def decode_tiled(
     together = len(z)
     sees = f"{type(decoder).__name__} sees the whole latent at every position"
     if memory is not None:
-        needs = max(1, peak_bytes(decoder, lambda d, x: d(x), (1, *z.shape[1:])))
+        one = (1, *z.shape[1:])
+        needs = max(1, peak_bytes(decoder, lambda d, x: d(x), one))
         if paths is None and needs > memory:
             raise ValueError(
                 f"{sees} and can't be tiled; decoding {f * width}x{f * height} pixels whole takes "
@@ -149,7 +150,7 @@ def decode_tiled(
             )
         together = max(1, memory // needs)
         if needs > memory:
-            tile = tile_for(decoder, memory, (1, *z.shape[1:]))
+            tile = tile_for(decoder, memory, one)
     elif paths is None:
         raise ValueError(f"{sees}: leave `tile` out")
     elif tile is not None and tile < 1:

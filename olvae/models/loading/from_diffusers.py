@@ -150,10 +150,9 @@ class DiffusersAutoencoder(Autoencoder):
 
         # Four times the channels are an image of twice the size, for a pixel shuffle.
         by = math.isqrt(made[1] // self.in_channels) if len(made) == 4 else 1
-        if by > 1 and made == (1, by**2 * self.in_channels, *expected[2:]):
-            self.enlarge = by
-        elif made != expected:
+        if made != (1, by**2 * self.in_channels, *expected[2:]):
             raise ValueError(f"{self.kind} decodes to {made}, not to an image of {expected}")
+        self.enlarge = by
 
     def _factors(self) -> dict[str, Any]:
         """Find factors for a diffusion model: in config, buffers, or FLUX.2's batch norm."""

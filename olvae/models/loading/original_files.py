@@ -358,7 +358,7 @@ def _built(kind: str, config: Mapping[str, Any]) -> Any:
     if outputs:
         last = model.decoder.conv_out
         by = math.isqrt(outputs // last.out_channels)
-        if by > 1 and outputs == by**2 * last.out_channels:
+        if outputs == by**2 * last.out_channels:
             widen(last, by**2)
     return model
 

@@ -49,5 +49,5 @@ def gradient_ratio(
     scale = norms[1].new_ones(())
     if scaler is not None:
         scale = scaler.scale(scale)
-    ratio = norms[0] / torch.maximum(norms[1], 1e-12 * scale)
+    ratio = norms[0] / norms[1].maximum(1e-12 * scale)
     return torch.where(torch.stack(norms).isfinite().all(), ratio, torch.nan)

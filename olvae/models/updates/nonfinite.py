@@ -134,7 +134,7 @@ class NonFiniteGuard:
         self.observe(squares)
         bad = 1.0 - torch.stack(list(squares.values())).isfinite().all().float()
         if self._record.bad:
-            bad = torch.maximum(self._record.bad[0], bad)
+            bad = bad.maximum(self._record.bad[0])
         self._record.bad.append(bad)
         return bad
 
@@ -152,7 +152,7 @@ class NonFiniteGuard:
             optimizer.found_inf = bad  # type: ignore[attr-defined]
             return
         for found in found_inf_of(scaler, optimizer):
-            found.copy_(torch.maximum(found, bad))
+            found.copy_(found.maximum(bad))
 
     @torch.no_grad()
     def end_update(self) -> None:

@@ -17,7 +17,8 @@ from olvae.models.updates.muon import Muon
 def mix_seeds(*numbers: int) -> int:
     """One seed from several numbers, different for each list of them."""
     sequence = np.random.SeedSequence((len(numbers), *numbers))
-    return int(sequence.generate_state(1, dtype=np.uint64)[0]) >> 1
+    (state,) = sequence.generate_state(1, dtype=np.uint64)
+    return int(state) >> 1
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

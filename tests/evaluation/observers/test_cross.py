@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from olvae.config import ConfigError
 from olvae.evaluation.baselines import Bicubic
-from olvae.evaluation.observers.cross import Cross
+from olvae.evaluation.observers.cross import Cross, Crossed
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.results import Row
 from olvae.evaluation.round_trip import Cost
@@ -90,8 +90,21 @@ def test_a_constant_channel_of_the_teacher_has_no_error():
     one = found(observed(teacher, teacher + 1.0))
     assert one["per_channel"][0] is None
     assert one["rmse"] == one["per_channel"][1] > 0
-    nothing = found(observed(teacher[:, :1], teacher[:, :1] + 1.0))
-    assert (nothing["rmse"], nothing["per_channel"]) == (None, [None])
+    # But for the rounding of float32, whose steps at 10,000 are 2^-10; and black.
+    rounded = torch.full((2, 1, 4, 4), 1e4)
+    rounded[0] += 2.0**-10
+    for channel in (teacher[:, :1], rounded, torch.zeros(2, 1, 4, 4)):
+        nothing = found(observed(channel, channel + 1.0))
+        assert (nothing["rmse"], nothing["per_channel"]) == (None, [None])
+
+
+def test_a_line_has_the_errors_of_latents():
+    entry = {"teacher": "a", "rmse": 0.5, "per_channel": [0.25, None]}
+    rows = [Row("a", 1, {}), Row("b", 1, {}, observed={"latents": entry})]
+    (line,) = Cross().lines(rows)
+    assert line == (
+        "latents of b: RMS error 0.500 in standard deviations of a; per channel 0.250, -"
+    )
 
 
 def test_crossed_rows_are_the_encoder_of_one_and_the_decoder_of_the_other():
@@ -131,3 +144,13 @@ def test_latents_in_a_diffusion_models_units_are_converted():
 def test_crossing_latents_of_other_shapes_is_refused():
     with pytest.raises(ConfigError, match=r"^a has 4 .*f8, b 5 at f8"):
         Cross().derive({"a": Subject(tiny()), "b": Subject(kl(5))})
+    larger = Bicubic(8)
+    larger.enlarge = 2
+    with pytest.raises(ConfigError, match=r"^a .*1x, b .*2x"):
+        Cross().derive({"a": Subject(Bicubic(8)), "b": Subject(larger)})
+
+
+def test_the_only_side_of_images_is_that_of_either_half():
+    whole, half = Bicubic(8), Bicubic(8)
+    half.side = 64
+    assert [Crossed(*pair).side for pair in ((whole, half), (half, whole))] == [64, 64]

@@ -14,6 +14,7 @@ from olvae.evaluation.observers.enlarged import Bicubically, Enlarged
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.observers.pixels.flat_colours import FlatColours
 from olvae.evaluation.observers.pixels.round_trips import RoundTrips
+from olvae.evaluation.results import Row
 from olvae.evaluation.round_trip import RoundTrip
 from olvae.evaluation.runner import Request, evaluate
 from olvae.models.autoencoder import Autoencoder
@@ -104,6 +105,15 @@ def test_without_a_decoder_at_2x_there_are_no_rows():
     assert not list(observer.lines([]))
     large = {"two": Subject(Larger(), baseline=True)}
     assert observer.derive(large) == large
+
+
+def test_a_baseline_keeps_its_differences_beside_a_decoder_at_2x():
+    observer = Enlarged()
+    subjects = {"two": Subject(Larger()), "one": Subject(Shrunk())}
+    observer.derive({**subjects, "bicubic": Subject(Bicubic(8), baseline=True)})
+    rows = {name: Row(name, 1, {}, differences={"psnr": None}) for name in (*subjects, "bicubic")}
+    kept = [name for name, row in rows.items() if observer.complete(row, rows).differences]
+    assert kept == ["two", "bicubic"]
 
 
 def test_crossed_evaluation_refuses_unlike_sizes():

@@ -1,11 +1,16 @@
 import hashlib
 import math
 import pickle
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from olvae.evaluation.observers import gallery as module
 from olvae.evaluation.observers.gallery import Gallery, Ranking
+from olvae.figures import error_map, labelled_grid
 from tests.evaluation.peers import seen
 
 
@@ -51,8 +56,19 @@ def test_gallery_has_the_worst_the_median_and_the_best_images(better, worst):
 
 
 def test_gallery_pool_with_all_images_gives_the_exact_median():
-    groups = shown(ranking("higher", *pairs(63), each=2, pool=64))
-    assert [value for _, value, _ in groups["median"]] in ([30, 31], [31, 32])
+    keys, values, x, y = pairs(63)
+    tenths = [value / 10 for value in values]
+    groups = shown(ranking("higher", keys, tenths, x, y, each=2, pool=64))
+    assert [value for _, value, _ in groups["median"]] in ([3.0, 3.1], [3.1, 3.2])
+
+
+def test_a_ranking_refuses_a_pool_too_small_for_its_groups_and_a_value_too_few():
+    Ranking("higher", each=4, pool=12)
+    with pytest.raises(AssertionError):
+        Ranking("higher", each=4, pool=11)
+    keys, values, x, y = pairs(3)
+    with pytest.raises(ValueError, match="shorter"):
+        Ranking("higher").add(keys, values[:2], x, y)
 
 
 def test_gallery_does_not_depend_on_batches_order_and_processes():
@@ -131,10 +147,12 @@ def test_gallery_ranks_by_lpips_and_by_psnr_without_it():
         observer = Gallery()
         for target, draw in (("a", 0), ("untrained", 0), ("a", 1)):
             observer.update(
-                seen(target, keys, x[..., :size, :size], y[..., :size, :size], draw, values=known)
+                seen(target, keys, x[..., :size, :], y[..., :size, :], draw, values=known)
             )
+        observer.update(seen("a", [*keys, "more"], values={}))  # without the metric
         other = Gallery()
         other.merge(pickle.loads(pickle.dumps(observer.state())))
+        assert other.state()[0] == observer.state()[0]
         for gallery in (observer, other):
             assert list(gallery.rankings) == ["a"]  # nothing of the untrained
             assert gallery.rankings["a"].examples()["worst"][0].value == first
@@ -142,3 +160,39 @@ def test_gallery_ranks_by_lpips_and_by_psnr_without_it():
     nothing = Gallery()
     nothing.update(seen("a", keys, x, y, values={}))
     assert not nothing.rankings
+
+
+def test_the_section_and_the_figure_show_groups_and_arbitrary_images(tmp_path, monkeypatch):
+    keys, values, x, y = pairs(5)
+    observer = Gallery()
+    page = SimpleNamespace(render=lambda name, **context: context)
+    assert observer.section(page) is None
+    assert observer.write(tmp_path, "") == {}
+    for target, images in (("a", y), ("b", y + 10)):
+        scores = dict(zip(keys, values, strict=True))
+        observer.update(seen(target, keys, x, images, values={"psnr": scores}))
+
+    # Of each target one image a group, three pictures each; four images beside both results.
+    monkeypatch.setattr(module, "side_limit", lambda count: count)
+    found = observer.section(page)
+    assert [sorted(groups) for groups in found["groups"].values()] == [
+        ["best", "median", "worst"]
+    ] * 2
+    assert found["limit"] == 2 * 3 * 3 + 4 * 3
+    assert (found["metric"], found["unit"], len(found["beside"])) == ("PSNR", "dB", 4)
+    for of_a, of_b in found["beside"]:
+        assert (of_a.key, of_a.y[0, 0, 0] + 10) == (of_b.key, of_b.y[0, 0, 0])
+    (worst,) = found["groups"]["b"]["worst"]
+    triple = found["triple"](worst)
+    assert [triple["input"] is worst.x, triple["reconstruction"] is worst.y] == [True, True]
+    assert torch.equal(triple["error"], error_map(worst.x[None], worst.y[None])[0])
+
+    # The figure: all five, in the order of hashes.
+    (path,) = observer.write(tmp_path, "-x").values()
+    assert path == tmp_path / "reconstructions-x.png"
+    order = [keys.index(key) for key in by_hash(keys)]
+    rows = {"input": x[order]}
+    for target, images in (("a", y[order]), ("b", y[order] + 10)):
+        rows[f"{target}: reconstruction"] = images
+        rows[f"{target}: error, black 0 to white 64 of 255"] = error_map(x[order], images)
+    assert np.array_equal(Image.open(path), labelled_grid(rows))

@@ -134,6 +134,8 @@ def test_non_finite_values_become_pixels_as_in_a_pipeline(images):
         def decode(self, z):
             return values.to(z.dtype).expand(z.shape)
 
+    decoded = InPrecision(Broken(1.0, 1.0), "fp16").decode(torch.zeros(1, 1, 4, 4))
+    assert decoded[0, 0].tolist() == [[1.0, -1.0, -1.0, 1.0]] * 4
     reconstruct = Trip(Broken(1.0, 1.0), "fp16")
     assert reconstruct(KEYS, images)[:, 0, 0].tolist() == [[255, 0, 0, 255]] * 2
     assert reconstruct.found()["non_finite"] == {
@@ -323,11 +325,15 @@ def test_non_finite_values_are_of_an_image_where_the_shape_tells():
         found = activations.compute("fp16")
         assert (found["non_finite"]["images"], found["non_finite"]["values"]) == (images, values)
         assert found["largest"] == {"m": largest}
+        merged = Activations()
+        merged.merge(activations)
+        assert merged.compute("fp16") == found
 
 
 def test_stage_of_names_the_block_of_a_layer():
     for name, stage in {
         "encoder": "encoder",
+        "encoder.extractors.0": "encoder.extractors.0",
         "encoder.extractors.0.down_blocks.1.0.conv1": "encoder.extractors.0",
         "decoder.conv_in": "decoder.conv_in",
         "decoder.up.2.block.0.conv1": "decoder.up.2",
@@ -351,6 +357,17 @@ def test_half_precision_names_of_precisions_and_rows():
     assert list(derived) == ["a", "a, fp16", "b", "b, fp16"]
     with pytest.raises(ConfigError, match=r"^a, fp16: .* another's row"):
         HalfPrecision(["fp16"]).derive({"a": subject, "a, fp16": subject})
+
+
+def test_half_precision_needs_psnr_and_no_other_rows():
+    half, full = HalfPrecision(["fp16"]), HalfPrecision()
+    rows, none = SimpleNamespace(adds_rows="cross"), SimpleNamespace(adds_rows="")
+    assert (half.adds_rows, full.adds_rows) == ("precision", "")
+    assert [len([*each.conflicts([], ["ssim"], [each])]) for each in (half, full)] == [1, 0]
+    assert list(half.conflicts([], ["psnr"], [half, none])) == []
+    (line,) = half.conflicts([], ["psnr"], [none, half, rows])
+    assert line.startswith("`cross` and `precision` ")
+    assert list(full.conflicts([], ["psnr"], [full, rows])) == []
 
 
 @pytest.mark.parametrize("direction", ["encode", "decode"])

@@ -175,7 +175,9 @@ def test_ifid_refuses_missing_weights_one_image_and_non_finite_latents(
         broken.examine({"a": Subject(model)}, 16, "cpu")
 
 
-def test_precision_is_the_share_of_pictures_near_an_image(setting, weights_dir, monkeypatch):
+def test_precision_is_the_share_of_pictures_near_an_image(
+    setting, weights_dir, monkeypatch, capsys
+):
     monkeypatch.setattr(interpolated, "Inception", lambda path, device: extract)
     model, keys, x, latents = setting
     # Far from each other, so that some pictures between them are near no image.
@@ -190,6 +192,7 @@ def test_precision_is_the_share_of_pictures_near_an_image(setting, weights_dir, 
     assert found["value"] == pytest.approx(expected)
     assert 0.0 < expected < 1.0
     assert observer.columns(found) == {"precision": f"{expected:.3f}"}
+    assert capsys.readouterr() == ("", "")
     few = observed(weights_dir, model, keys[:3], x[:3], latents[:3], kind=InterpolatedPrecision)
     few.examine({"a": Subject(model)}, 16, "cpu")
     assert observer.columns(few.result("a", 0)) == {"precision": "skipped"}

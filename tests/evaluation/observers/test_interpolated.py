@@ -57,6 +57,8 @@ def test_share_of_wrong_neighbours_is_that_of_scipy(monkeypatch):
 def test_equal_latents_are_each_others_nearest_neighbours():
     nearest, distances = nearest_neighbours(torch.tensor([[1.0, 2.0], [9.0, 9.0], [1.0, 2.0]]))
     assert (nearest[[0, 2]].tolist(), distances[[0, 2]].tolist()) == ([2, 0], [0.0, 0.0])
+    z = torch.tensor([[1.0, 2.0], [9.0, 9.0], [1.0, 2.0]])
+    assert share_of_wrong(z, distances, torch.arange(3)) == 0.0
 
 
 @pytest.mark.parametrize(("n", "block"), [(5, 1024), (60, 17)])
@@ -76,6 +78,9 @@ def test_drawn_neighbours_are_of_the_ten_most_similar_by_chance(n, block):
         assert distances[i].item() == pytest.approx(np.linalg.norm(rows[i] - rows[expected]))
         assert farthest[i].item() == pytest.approx((2.0 - 2.0 * cosine[i, similar[-1]]) ** 0.5)
     assert len(set(drawn.tolist())) > 1
+    # The chances add up to 1 but for rounding, so the largest number draws the least similar.
+    last, *_ = drawn_neighbours(z, torch.ones(n, dtype=torch.float64), block=block)
+    assert last.tolist() == np.argsort(-cosine, axis=1)[:, amount - 1].tolist()
     checked = torch.arange(n)
     assert share_of_wrong(z, farthest, checked, amount, directions=True) == 0.0
     assert share_of_wrong(z, 1.1 * farthest, checked, amount, directions=True) == 1.0
@@ -92,6 +97,7 @@ def test_slerp_halfway_is_the_textbook_formula():
     torch.testing.assert_close(slerp_halfway(*unit).norm(dim=1), torch.ones(6).double())
     torch.testing.assert_close(slerp_halfway(a, a), a)
     assert torch.equal(slerp_halfway(a, -a), torch.zeros_like(a))
+    torch.testing.assert_close(slerp_halfway(a, -2.0 * a), -0.5 * a)
 
 
 def test_channels_are_normalised_and_back():
@@ -132,11 +138,15 @@ class Extractor:
 @pytest.fixture
 def _pixels(monkeypatch):
     """Without Inception."""
-    monkeypatch.setattr(interpolated, "find_weights", lambda *_: Path("inception.pt"))
+
+    def find_weights(file: object, folder: object) -> Path:
+        assert (file, folder) == (INCEPTION, None)
+        return Path("inception.pt")
 
     def provenance(path: Path, file: object) -> dict[str, object]:
         return {"file": path.name, "published": file is INCEPTION}
 
+    monkeypatch.setattr(interpolated, "find_weights", find_weights)
     monkeypatch.setattr(interpolated, "provenance", provenance)
     monkeypatch.setattr(interpolated, "Inception", Extractor)
     monkeypatch.setattr(Extractor, "made", 0)
@@ -180,6 +190,31 @@ def test_pictures_are_between_nearest_neighbours_in_the_order_of_keys():
 
 
 @pytest.mark.usefixtures("_pixels")
+def test_pictures_of_normalised_latents_are_in_the_models_units():
+    """The average of two latents is the same, whatever the units."""
+    found = []
+    for normalise in (False, True):
+        observer = Kept(how="nearest", normalise=normalise)
+        observer.derive({})
+        observer.update(batch("t", [0, 1, 2, 3]))
+        observer.examine({"t": Subject(MODEL)}, 1, "cpu")
+        found.append(observer.result("t", 0)["pictures"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.usefixtures("_pixels")
+def test_pictures_that_are_not_finite_are_an_error_and_numbers_are_the_subclasss():
+    observer = Kept(how="nearest")
+    observer.derive({})
+    observer.update(batch("t", [0, 1, 2, 3]))
+    broken = SimpleNamespace(decode=lambda z: z * torch.nan)
+    with pytest.raises(ArithmeticError, match=r"^kept: "):
+        observer.examine({"t": Subject(broken)}, 1, "cpu")
+    with pytest.raises(NotImplementedError):
+        Interpolated().compare(np.zeros((2, 1)), np.zeros((2, 1)))
+
+
+@pytest.mark.usefixtures("_pixels")
 def test_a_process_that_has_only_merged_examines_as_well():
     """It has read no image, and a single one has no neighbour."""
     one, other = Kept(how="nearest"), Kept(how="nearest")
@@ -207,8 +242,8 @@ def test_a_process_that_has_only_merged_examines_as_well():
 def test_equal_latents_are_no_distance_apart_and_some_of_many_are_checked(monkeypatch):
     checked = []
 
-    def note(z, distances, places, *_, **__):
-        checked.append(places.tolist())
+    def note(z, distances, places, amount, directions):
+        checked.append((places.tolist(), amount, directions))
         return 0.0
 
     monkeypatch.setattr(interpolated, "CHECKED", 3)
@@ -220,7 +255,7 @@ def test_equal_latents_are_no_distance_apart_and_some_of_many_are_checked(monkey
     found = observer.result("t", 0)
     assert (found["neighbours"], found["checked"], found["how"]) == (0.0, 3, "paper")
     assert found["pictures"] == [[191, 191, 191]] * 4
-    assert checked == [[0, 1, 3]]
+    assert checked == [([0, 1, 3], 3, True)]
 
 
 @pytest.mark.usefixtures("_pixels")

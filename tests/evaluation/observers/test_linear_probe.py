@@ -36,28 +36,39 @@ def test_the_classifier_is_the_minimum_that_scipy_finds():
 
 
 @pytest.mark.parametrize("sizes", [(23, 17), (7, 11, 30), (5, 5)])
-def test_the_accuracy_is_of_five_parts_that_are_dealt_by_class(sizes):
+def test_the_accuracy_is_of_five_parts_that_are_dealt_by_class(sizes, monkeypatch):
     """Written down again: z scores, a shuffle with seed 0, and every fifth of each class."""
     generator = torch.Generator().manual_seed(2)
     labels = torch.cat([torch.full((size,), i) for i, size in enumerate(sizes)])
     labels = labels[torch.randperm(len(labels), generator=generator)]
     z = torch.randn(len(labels), 3, generator=generator, dtype=torch.float64)
     z[:, 0] += labels
+    z[:, 1] *= 0.01
     z[:, 2] = 7.0  # a channel that says nothing
     deviation = z.std(0)
     deviation[2] = 1.0
     scores = (z - z.mean(0)) / deviation
     shuffled = torch.randperm(len(z), generator=torch.Generator().manual_seed(0)).tolist()
     right = 0
+    fitted = []
     for fold in range(5):
         held_out = []
         for label in range(len(sizes)):
             members = [i for i in shuffled if labels[i] == label]
             held_out += members[fold::5]
         rest = [i for i in range(len(z)) if i not in held_out]
+        fitted.append(scores[rest])
         weight, bias = fit_logistic_regression(scores[rest], labels[rest])
         right += int(((scores[held_out] @ weight.T + bias).argmax(1) == labels[held_out]).sum())
+    seen_by_fits = []
+
+    def fit(z, labels):
+        seen_by_fits.append(z)
+        return fit_logistic_regression(z, labels)
+
+    monkeypatch.setattr(module, "fit_logistic_regression", fit)
     assert cross_validated_accuracy(z, labels) == right / len(z)
+    torch.testing.assert_close(seen_by_fits, fitted)
 
 
 def test_classes_are_folders_of_five_images(monkeypatch):

@@ -94,6 +94,13 @@ def test_rows_of_different_lengths_are_an_error():
         uneven.result("a", 0)
 
 
+def test_what_to_measure_is_the_subclasss():
+    with pytest.raises(NotImplementedError):
+        PerImageObserver().update(batch(1))
+    with pytest.raises(NotImplementedError):
+        PerImageObserver().summarise([])
+
+
 def test_measuring_keeps_no_gradients():
     class Gradient(Means):
         def measure(self, batch):

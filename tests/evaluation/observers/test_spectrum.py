@@ -26,8 +26,8 @@ def entry(keys, x, z):
 
 
 def test_divergence_is_the_studys_of_all_images():
-    x = pictures(20, (64, 64))
-    z = 3.0 + 2.0 * torch.randn(20, 4, 8, 8)
+    x = pictures(20, (64, 40))
+    z = 3.0 + 2.0 * torch.randn(20, 4, 8, 5)
     found = entry([f"{i:02d}" for i in range(20)], x, z)
     wanted = spectrum_divergence(z, F.avg_pool2d(x.double(), 8))
     assert found["divergence"] == pytest.approx(wanted, rel=1e-9)
@@ -58,6 +58,7 @@ def test_neither_scale_nor_mean_of_latents_changes_their_spectrum():
         assert found["divergence"] == pytest.approx(plain["divergence"], rel=1e-4)
         powers = [(a, b) for a, b in zip(found["latents"], plain["latents"], strict=True) if b]
         assert [a for a, _ in powers] == pytest.approx([b for _, b in powers], rel=1e-4)
+    assert entry("abcde", x, z + 1e4) is not None
 
 
 def test_latents_with_the_target_spectrum_have_no_divergence():
@@ -96,6 +97,13 @@ def test_images_of_several_sizes_are_pooled():
     observer.update(seen("t", ["a"], pictures(1), latents=torch.randn(1, 4, 4, 4)))
     observer.update(seen("t", ["b"], pictures(1, (16, 40)), latents=torch.randn(1, 4, 2, 5)))
     assert observer.result("t", 0)["divergence"] > 0
+
+
+def test_a_bin_may_have_a_single_coefficient():
+    """Frequency 0 of one grey image, and of its latent."""
+    observer = Spectrum()
+    observer.update(seen("t", ["a"], pictures(1)[:, :1], latents=torch.randn(1, 1, 4, 4)))
+    assert observer.result("t", 0)["latents"][0] == pytest.approx(0.0, abs=1e-12)
 
 
 def test_constant_latents_have_no_entry_and_later_draws_are_left_out():

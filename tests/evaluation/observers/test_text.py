@@ -3,7 +3,9 @@ and by rapidocr itself where its wheel is installed.
 """
 
 import pickle
+import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +13,10 @@ import torch
 from matplotlib import get_data_path
 from PIL import Image, ImageFilter, ImageFont
 
+from olvae.evaluation.cells import texts
 from olvae.evaluation.observers import text
 from olvae.evaluation.observers.observer import Subject
-from olvae.evaluation.observers.text import SIZES, Text, draw_pages
+from olvae.evaluation.observers.text import DRAWN, SIZES, WORDS, Text, draw_pages
 from olvae.evaluation.page import Page
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic
@@ -92,8 +95,18 @@ def test_a_page_is_full_when_the_next_line_would_not_fit(monkeypatch):
             for number, (kind, box, line) in enumerate(lines):
                 top = 4 + number * (high + 4)
                 assert (kind, box) == ("8", (0, top - 2, size, top + high + 2))
-                assert line
                 assert " " not in line
+
+    # The first two lines of a page: as many characters of some words as fit beside the margins.
+    (_, lines), *_ = draw_pages(exact)
+    font = ImageFont.truetype(str(file), 8)
+    rng = random.Random(0)
+    for _, _, line in lines[:2]:
+        words = " ".join(rng.choices(WORDS.split(), k=exact // 8 + 1))
+        fitting = [n for n in range(len(words)) if font.getlength(words[:n]) <= exact - 8]
+        assert line == words[: max(fitting)].replace(" ", "")
+    # A page holds fonts of a quarter of the width between its margins.
+    assert [len(list(draw_pages(size))) > 0 for size in (39, 40)] == [False, True]
 
 
 BOXES = [(0, 0, 16, 8), (0, 8, 16, 16)]
@@ -131,6 +144,76 @@ def test_text_error_rate_by_hand(reader):
     assert second.result("mine", 0) == found
     second.update(seen("mine", ["a"], x[:1, :1], y[:1, :1]))  # of one channel, which is not read
     assert second.result("mine", 0) == found
+
+
+def test_pages_are_read_as_drawn_and_as_reconstructed(reader, monkeypatch):
+    """Two pages of two lines, read as five times d, of which one was drawn with an x."""
+    pages = [torch.full((3, 16, 16), level, dtype=torch.uint8) for level in (30, 31)]
+    lines = [("8", BOXES[0], "ddddx"), ("12", BOXES[1], "ddddd")]
+    monkeypatch.setattr(text, "draw_pages", lambda size: [(page, lines) for page in pages])
+
+    class Black(Blurred):
+        def decode(self, z):
+            return torch.full_like(z, -1.0)
+
+    subjects = {"same": Subject(Blurred(0.0)), "black": Subject(Black(0.0))}
+    observer = Text()
+    page = SimpleNamespace(render=lambda name, **context: context)
+    assert observer.section(page) is None
+    observer.examine(subjects, 16, "cpu")
+    unread = {"8": {"error": 0.2, "characters": 10}, "12": {"error": 0.0, "characters": 10}}
+    for target, error in (("same", 0.0), ("black", 1.0)):
+        rate = {"error": error, "characters": 10}
+        found = observer.result(target, 0)
+        assert found == {"images": None, "drawn": {"8": rate, "12": rate}, "unread": unread}
+        assert observer.columns(found) == {"drawn text": f"{100 * error:.1f} %"}
+    section = observer.section(page)
+    table = {"same": {"8 px": "0.0 %", "12 px": "0.0 %"}}
+    table["black"] = {"8 px": "100.0 %", "12 px": "100.0 %"}
+    assert section["rates"] == texts(table)
+    assert section["own"] == "8 px 20.0 %, 12 px 0.0 %"
+    shown = {name: int(picture[0, 0, 0]) for name, picture in section["pictures"].items()}
+    assert shown == {DRAWN: 30, "same": 30, "black": 0}
+
+    # Where one target takes other channels, nothing is drawn.
+    grey = Black(0.0)
+    grey.in_channels = 1
+    nothing = Text()
+    nothing.examine({**subjects, "grey": Subject(grey)}, 16, "cpu")
+    assert nothing.result("same", 0)["drawn"] == {}
+
+
+def test_ocr_gets_blue_first_and_gives_boxes_and_sure_lines(monkeypatch):
+    image = torch.arange(3 * 6 * 8, dtype=torch.uint8).view(3, 6, 8)
+    found = SimpleNamespace(boxes=None, txts=None, scores=None)
+    calls = []
+
+    def engine(pixels, **steps):
+        calls.append((pixels, steps))
+        return found
+
+    monkeypatch.setattr(text, "_engine", lambda: engine)
+    assert text._find(image) == []
+    found.boxes = [
+        [[1.2, 2.6], [5.5, 2.5], [5.4, 4.1], [1.1, 4.2]],
+        [[-0.5, 0], [2, 0], [2, 1]] * 1,
+    ]
+    found.boxes[1].append([-0.5, 1])
+    assert text._find(image) == [(1, 2, 6, 5), (0, 0, 2, 1)]
+    pixels, steps = calls[0]
+    assert np.array_equal(pixels, image.numpy()[::-1].transpose(1, 2, 0))
+    assert steps == {"use_det": True, "use_cls": False, "use_rec": False}
+
+    calls.clear()
+    assert text._read(image, (1, 2, 6, 5)) == ""
+    pixels, steps = calls[0]
+    assert np.array_equal(pixels, image.numpy()[::-1, 2:5, 1:6].transpose(1, 2, 0))
+    assert steps == {"use_det": False, "use_cls": False, "use_rec": True}
+    found.txts, found.scores = ("a b", "c", "d"), (0.5, 0.4, 0.75)
+    assert text._read(image, (1, 2, 6, 5), sure=0.5) == "abd"
+    found.scores = (0.5,)
+    with pytest.raises(ValueError, match="shorter"):
+        text._read(image, (1, 2, 6, 5))
 
 
 def test_text_without_rapidocr_names_the_extra(monkeypatch):

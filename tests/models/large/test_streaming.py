@@ -5,7 +5,7 @@ import torch
 
 from olvae import LiteVAE
 from olvae.models.autoencoder import Quantizer
-from olvae.models.large.streaming import Stream, encode_within
+from olvae.models.large.streaming import Stream, Strips, encode_within
 from olvae.models.large.tiling import peak_bytes
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder, WaveletEncoder
@@ -95,9 +95,9 @@ def test_streaming_keeps_layers_in_memory_as_far_as_it_goes(monkeypatch):
     ],
 )
 def test_streaming_progress_is_by_positions_of_each_network(arguments, done):
-    """Levels of 8, 4 and 2 positions a side, and the aggregator's of 2; of two images."""
+    """Levels of 8, 4 and 2 positions in height, the aggregator's of 2; twice that in width."""
     found = []
-    autoencoder(**arguments).encode_within(torch.randn(2, 3, 16, 16), 1, found.append)
+    autoencoder(**arguments).encode_within(torch.randn(2, 3, 16, 32), 1, found.append)
     assert found == pytest.approx([(image + part) / 2 for image in (0, 1) for part in done])
 
 
@@ -119,27 +119,94 @@ def test_strips_are_as_much_wider_as_their_convolution_reaches(arguments, monkey
 
 
 @pytest.mark.parametrize("reach", [0, 1, 2])
-@pytest.mark.parametrize("memory", [-5, 600, 2_000, 10**6])
+@pytest.mark.parametrize("memory", [-5, 600, 4 * 5 * 720, 10**6])
 def test_a_sweep_in_strips_is_a_convolution_by_rows(reach, memory):
-    """Of two planes of 3 and 2 channels, in files or in memory, with the sums of its output."""
+    """Of two planes of 3 and 2 channels, in files or in memory, with the sums of its output.
+
+    A row of 5 pixels takes 5 * 16 * (3 + 2 + 4) = 720 bytes; of the half, with four pixels of the
+    whole for each, 2 * 16 * (4 * 4 + 4) = 640.
+    """
     x, y = torch.randn(1, 3, 13, 5), torch.randn(1, 2, 13, 5)
     stream = Stream(memory, torch.device("cpu"), torch.float32)
     planes = []
     for values in (x, y):
         planes.append(stream.plane(values.shape[1], 13, 5))
-        planes[-1].write(0, values[:, :, :6])
         planes[-1].write(6, values[:, :, 6:])
-    size = 2 * reach + 1
+        planes[-1].write(0, values[:, :, :6])
+    size, heights = 2 * reach + 1, []
     conv = torch.nn.Conv2d(5, 4, size, padding=reach)
+
+    def run(*strips: torch.Tensor) -> torch.Tensor:
+        heights.append(strips[0].shape[2])
+        return conv(torch.cat(strips, dim=1))
+
     with torch.no_grad():
-        out = stream.sweep(planes, 4, reach, lambda *strips: conv(torch.cat(strips, dim=1)))
+        out = stream.sweep(planes, 4, reach, run)
         expected = conv(torch.cat((x, y), dim=1))
+        found = stream.conv(conv, planes).read(0, 13)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    rows = max(1, stream.strip // 720 - 2 * reach)
+    starts = range(0, 13, rows)
+    assert heights == [min(13, s + rows + reach) - max(0, s - reach) for s in starts]
     torch.testing.assert_close(out.read(0, 13), expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(out.read(3, 7), expected[:, :, 3:7], rtol=0, atol=1e-5)
     wide = expected.double().squeeze(0).flatten(1)
     torch.testing.assert_close(out.sums, torch.stack((wide.sum(1), wide.square().sum(1))))
-    halved = stream.sweep([out], 4, 0, lambda h: torch.nn.functional.avg_pool2d(h[:, :, :12], 2), 2)
+    del heights[:]
+
+    def halve(h: torch.Tensor) -> torch.Tensor:
+        heights.append(h.shape[2])
+        return torch.nn.functional.avg_pool2d(h, 2)
+
+    halved = stream.sweep([out], 4, 0, halve, 2)
     assert halved.shape == (4, 6, 2)
+    rows = max(1, stream.strip // 640)
+    assert heights == [2 * (min(6, start + rows) - start) for start in range(0, 6, rows)]
+    wanted = torch.nn.functional.avg_pool2d(expected, 2)
+    torch.testing.assert_close(halved.read(0, 6), wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("wavelet", "strip", "reads"),
+    [
+        ("haar", 1, [(0, 16), (0, 24), (8, 32), (16, 40), (24, 40)]),
+        ("haar", 2 * 12_288 - 1, [(0, 16), (0, 24), (8, 32), (16, 40), (24, 40)]),
+        ("haar", 2 * 12_288, [(0, 24), (8, 40), (24, 40)]),
+        ("db2", 1, [(0, 40)]),
+    ],
+)
+@torch.no_grad()
+def test_an_image_is_read_in_strips_of_whole_latent_rows(wavelet, strip, reads):
+    """A row of positions of 16 pixels in width takes 8 * 16 * 3 * 32 bytes; db2 needs the whole."""
+    encoder, x = autoencoder(wavelet=wavelet, linear=True).encoder, torch.randn(1, 3, 40, 16)
+    stream, asked = Stream(0, torch.device("cpu"), torch.float32), []
+    stream.strip = strip
+    image = Strips((3, 40, 16), lambda *rows: asked.append(rows) or x[:, :, slice(*rows)])
+    planes = stream.look(encoder, image)
+    assert asked == reads
+    for plane, values in zip(planes, [*encoder.seen(x), encoder.linear(x)], strict=True):
+        torch.testing.assert_close(plane.read(0, plane.shape[1]), values, rtol=0, atol=1e-5)
+    # What a UNet has read may be freed.
+    (first, *_), *_ = encoder.stages()
+    inputs = planes[:1]
+    stream.unet(first, inputs)
+    assert inputs == []
+
+
+def test_as_many_whole_images_are_encoded_at_once_as_fit():
+    encoder, x = autoencoder().encoder, torch.randn(5, 3, 16, 24)
+    needs = peak_bytes(encoder, lambda e, images: e(images), (1, 3, 16, 24))
+    sizes: list[int] = []
+    encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    for memory, count, expected in (
+        (2 * needs + 1, 5, [2, 2, 1]),
+        (needs, 5, [1] * 5),
+        (needs - 1, 1, []),
+        (1, 0, [0]),
+    ):
+        del sizes[:]
+        assert len(encode_within(encoder, x[:count], memory)) == count
+        assert sizes == expected
 
 
 def test_planes_take_their_memory_and_give_it_back():
@@ -150,6 +217,7 @@ def test_planes_take_their_memory_and_give_it_back():
         plane = stream.plane(2, 3, 5)
         assert (plane.file is None) == in_memory
         assert stream.left == (0 if in_memory else left)
+        assert plane.rows.shape == (3 if in_memory else 0, 2, 5)
         del plane
         assert stream.left == left
 

@@ -1,3 +1,6 @@
+import math
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -10,12 +13,14 @@ from olvae.models.large.tiling import (
     GIB,
     crop_to,
     decode_window,
+    default_memory,
     pad_to_multiple,
     peak_bytes,
     receptive_field,
     tile_bytes,
     tile_for,
 )
+from olvae.modules.base import Stage
 from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.litevae.encoder_model import LiteVAE_Encoder
 from olvae.modules.litevae.smc import fold_smc
@@ -86,6 +91,15 @@ def test_decoder_stages_are_the_whole_decoder():
         torch.testing.assert_close(got, module(z)[..., 40:42, 30:32], rtol=1e-5, atol=1e-5)
 
 
+def test_receptive_field_of_a_far_reach():
+    """Of a decoder's widest path."""
+    paths = [[Stage(nn.Identity(), 50)], [Stage(nn.Identity(), 7)]]
+    assert receptive_field(SimpleNamespace(paths=lambda: paths, upscale=1)) == 50
+    # Seven pixels, which are in the fourth position.
+    paths = [[Stage(nn.Identity(), 7, 2)]]
+    assert receptive_field(SimpleNamespace(paths=lambda: paths, upscale=2)) == 4
+
+
 def autoencoder(quantizer: bool = False, **arguments) -> LiteVAE:
     levels = len(arguments["channel_mult"]) - 1
     half = LiteVAE_Decoder(channels=8, z_channels=4, **arguments)
@@ -143,6 +157,10 @@ def test_stable_diffusions_decoder_is_not_tiled():
         expected = vae.decode(z)
         torch.testing.assert_close(vae.decode_tiled(z, memory=3 * needs + 1), expected)
         assert sizes == [7, 3, 3, 1]  # as many images at once as fit
+        vae.decode_tiled(z[:2], memory=needs)
+        assert sizes[4:] == [1, 1]
+        with pytest.raises(ValueError, match="be tiled"):
+            vae.decode_tiled(z[:2], memory=needs - 1)
 
 
 def test_tiling_splits_a_batch_before_its_images(monkeypatch):
@@ -165,14 +183,24 @@ def test_tiling_splits_a_batch_before_its_images(monkeypatch):
         expected = vae.decode(z)
         vae.decode_tiled(z[:1], memory=needs // 2)
         alone = len(tiled)
-        assert alone > 1
+        tile = tile_for(vae.decoder, needs // 2, (1, 4, 24, 20))
+        assert alone == math.ceil(24 / tile) * math.ceil(20 / tile) > 1
         torch.testing.assert_close(
             vae.decode_tiled(z, memory=needs // 2, progress=done.append), expected
         )
         assert tiled == [1] * alone * 6
         vae.decoder.register_forward_pre_hook(lambda _, inputs: whole.append(len(inputs[0])))
-        torch.testing.assert_close(vae.decode_tiled(z, memory=2 * needs + 1), expected)
-    assert (len(tiled), whole, done) == (6 * alone, [2, 2, 1], [0.2, 0.4, 0.6, 0.8, 1.0])
+        pairs: list[float] = []
+        found = vae.decode_tiled(z, memory=2 * needs + 1, progress=pairs.append)
+        torch.testing.assert_close(found, expected)
+        assert (whole, pairs) == ([2, 2, 1], [0.4, 0.8, 1.0])
+        vae.decode_tiled(z, memory=needs)
+        assert whole[3:] == [1] * 5
+        # An image that takes nothing takes a byte.
+        monkeypatch.setattr(tiling, "peak_bytes", lambda *_: 0)
+        vae.decode_tiled(z[:2], memory=1)
+        assert whole[8:] == [1, 1]
+    assert (len(tiled), done) == (6 * alone, [0.2, 0.4, 0.6, 0.8, 1.0])
 
 
 def test_tiling_refuses_no_tile_and_both_settings():
@@ -210,6 +238,9 @@ def test_padding_to_a_multiple_is_numpys_and_crops_back(size, dtype):
     assert padded.dtype == dtype
     assert torch.equal(crop_to(padded, size), x)
     assert pad_to_multiple(x, 1) is x
+    # As many as there are beside the last are mirrored, one more are copies.
+    assert pad_to_multiple(torch.tensor([[1, 2]]), 3).tolist() == [[1, 2, 1]] * 3
+    assert pad_to_multiple(torch.tensor([[1, 2]]), 4).tolist() == [[1, 2, 2, 2]] * 4
 
 
 def test_tiling_an_autoencoder_without_tiles_decodes_whole():
@@ -257,6 +288,7 @@ def test_tiling_takes_the_largest_tile_within_the_memory():
         tile_bytes(vae.decoder, tile, z.shape) <= 2**21 < tile_bytes(vae.decoder, tile + 1, z.shape)
     )
     assert tile_for(vae.decoder, 64 * GIB, z.shape) == 50
+    assert tile_for(vae.decoder, 64 * GIB, (1, 4, 2, 3)) == 3
     # Exactly enough for a tile of one position, and a byte less.
     least = tile_bytes(vae.decoder, 1, z.shape)
     assert tile_for(vae.decoder, least, z.shape) == 1
@@ -264,3 +296,28 @@ def test_tiling_takes_the_largest_tile_within_the_memory():
         tile_for(vae.decoder, least - 1, z.shape)
     with pytest.raises(ValueError, match=r"smallest tile .*9\.31e-08"):
         tile_for(vae.decoder, 100, z.shape)
+
+
+def test_a_tiles_bytes_are_those_in_the_middle():
+    """Where it has its neighbours on all sides, in a latent that has just room for them."""
+    vae = autoencoder(channel_mult=(1, 1), num_res_blocks=0)
+    near = receptive_field(vae.decoder)
+    window = (80, 84), (80, 84)  # two positions a side, 40 from any border
+    expected = peak_bytes(
+        vae.decoder, lambda d, z: decode_window(d.paths(), z, window), (2, 4, 99, 99)
+    )
+    for shape in ((2, 4, 2 + 2 * near, 3 + 2 * near), (2, 4, 50, 40)):
+        assert tile_bytes(vae.decoder, 2, shape) == expected
+    narrow = tile_bytes(vae.decoder, 2, (2, 4, 1, 3 + 2 * near))
+    assert narrow < tile_bytes(vae.decoder, 2, (2, 4, 2, 3 + 2 * near)) < expected
+
+
+def test_half_of_a_devices_free_memory_is_the_limit(monkeypatch):
+    """At least 1 GiB on a Mac, which shares it."""
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 2 * GIB)
+    for most, limit in ((12, 5), (4, 1), (3, 1), (1, 1)):
+        monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda most=most: most * GIB)
+        assert default_memory(torch.device("mps")) == limit * GIB
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (6 * GIB, 80 * GIB))
+    assert default_memory(torch.device("cuda")) == 3 * GIB
+    assert default_memory(torch.device("cpu")) == GIB

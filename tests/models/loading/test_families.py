@@ -4,25 +4,37 @@ against diffusers' own calls.
 
 import copy
 import json
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import diffusers
 import pytest
 import torch
+from diffusers.models.autoencoders import autoencoder_rae
 from safetensors.torch import load_file
 
 from olvae import LiteVAE
 from olvae.config import ConfigError
 from olvae.export.exporting import ExportSettings, export
 from olvae.export.formats import DiffusersLayout
-from olvae.models.loading.families import Representation, StableDiffusion, family_of
+from olvae.models.autoencoder import Quantizer
+from olvae.models.loading.families import (
+    Representation,
+    StableDiffusion,
+    Tiny,
+    Wrapped,
+    drop_factors,
+    family_of,
+)
 from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
-from olvae.models.spec import WEIGHTS_NAME
+from olvae.models.spec import UNMEASURED, WEIGHTS_NAME
+from olvae.modules.base import HALVES
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.others.wrapped import TRAINABLE, DiffusersEncoder
 from tests.export.latents import Shrunk, tiny_vae
 from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl, tiny_kl
-from tests.models.loading.classes import make
+from tests.models.loading.classes import Patches, make
 
 FORMS = {name: (name, {}) for name in TRAINABLE} | {
     "Wan 2.2": (
@@ -84,6 +96,13 @@ def test_litevae_of_a_diffusers_class_has_its_function_and_weights(name, pairs):
     assert ours.for_diffusion == theirs.for_diffusion
     again = LiteVAE.from_config(**ours.config)  # what a run's config and an export hold
     assert again.state_dict().keys() == ours.state_dict().keys()
+    assert ours.encoder.image_size == 256
+    # A config has the factors of the model, where its class has such arguments.
+    given = arguments(theirs.model)
+    changed = copy.deepcopy(ours).set_for_diffusion({"scaling_factor": 0.125})
+    wanted = {**given, "scaling_factor": 0.125} if "scaling_factor" in given else given
+    assert json.loads(json.dumps(family_of(ours).config(changed))) == wanted
+    assert family_of(ours).kind(ours) == type(theirs.model).__name__
 
 
 @pytest.mark.parametrize("halves", [("decoder",), ("encoder", "decoder")], ids=" ".join)
@@ -218,6 +237,8 @@ def test_encode_and_decode_are_diffusers_own_and_names_go_back(name):
     assert expected.mean.std() > 0
     assert torch.equal(ours.decode(expected.mean), theirs.decode(expected.mean).sample)
     assert isinstance(family_of(ours), StableDiffusion)
+    assert family_of(ours).kind(ours) == "AutoencoderKL"
+    assert family_of(ours).units(ours) is None
     assert not ours.training
     assert (ours.downscale, ours.latent_channels) == (
         x.shape[-1] // expected.mean.shape[-1],
@@ -253,11 +274,11 @@ def test_as_litevae_of_a_litevae_is_itself():
     assert family_of(ours) is None
 
 
-@pytest.mark.parametrize("sample_size", [64, (64, 32), 30])
+@pytest.mark.parametrize("sample_size", [64, 20, (64, 32), 30])
 def test_sample_size_that_our_encoder_does_not_take_becomes_256(sample_size):
     """diffusers' encoder does not use it."""
     ours = ours_of(tiny_kl(sample_size=sample_size))
-    assert ours.encoder.image_size == (64 if sample_size == 64 else 256)
+    assert ours.encoder.image_size == (sample_size if sample_size in (64, 20) else 256)
 
 
 @pytest.mark.parametrize(
@@ -307,6 +328,77 @@ def test_halves_that_autoencoder_kl_does_not_have(half, params, message):
         StableDiffusion().config(mixed)
 
 
+def test_latents_of_another_width_than_the_networks_are_none_of_autoencoder_kl():
+    narrow = LiteVAE.from_config(**{**ours_of(tiny_kl()).config, "embed_dim": 3})
+    assert StableDiffusion().original_config(narrow)["latent_channels"] == 3
+    with pytest.raises(ValueError, match="of 3 channels, networks of 4"):
+        StableDiffusion().config(narrow)
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_a_linear_path_in_either_half_is_none_of_autoencoder_kl(half):
+    config = copy.deepcopy(ours_of(tiny_kl()).config)
+    config[f"{half}_config"]["params"]["linear"] = True
+    with pytest.raises(ValueError, match="linear path"):
+        StableDiffusion().to_diffusers(LiteVAE.from_config(**config))
+
+
+def test_halves_of_two_families_and_of_two_classes_are_none(pairs):
+    ours = ours_of(tiny_kl())
+    shape = {"channels": 8, "channel_mult": (1, 1, 1), "num_res_blocks": 0}
+    mixed = LiteVAE(ours.encoder, LiteVAE_Decoder(z_channels=4, **shape))
+    assert family_of(mixed) is None
+    halves = [
+        SimpleNamespace(node={"params": {"kind": kind, "config": {}}})
+        for kind in ("AutoencoderDC", "AutoencoderKLWan")
+    ]
+    with pytest.raises(ValueError, match=r"encoder is AutoencoderDC's, .* AutoencoderKLWan's"):
+        Wrapped().config(SimpleNamespace(encoder=halves[0], decoder=halves[1]))
+
+
+def test_factors_that_training_has_outdated_are_dropped_but_a_classs_own(pairs):
+    """FLUX.2's per channel, which its class can't be without."""
+    factors = {"scaling_factor": 3.0, "latents_mean": [1.0] * 4, "latents_std": [2.0] * 4}
+    for model in (tiny_vae(), ours_of(tiny_kl())):
+        drop_factors(model.set_for_diffusion(factors))
+        assert model.for_diffusion.items() >= UNMEASURED.items()
+    wrapped = copy.deepcopy(pairs["AutoencoderKLFlux2"][1])
+    before = wrapped.for_diffusion
+    drop_factors(wrapped)
+    assert wrapped.for_diffusion == before
+    drop_factors(wrapped.set_for_diffusion({"latents_mean": None, "scaling_factor": 3.0}))
+    assert wrapped.for_diffusion.items() >= UNMEASURED.items()
+
+
+class Enlarging:
+    """A DiffusersAutoencoder at 2x, as far as a family looks at it."""
+
+    enlarge, in_channels, latent_channels, downscale = 2, 3, 4, 4
+    kind, frames, deterministic = "AutoencoderKLWan", True, False
+    for_diffusion: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, config: dict[str, Any], outputs: int) -> None:
+        last = SimpleNamespace(out_channels=outputs)
+        self.model = SimpleNamespace(config=config, decoder=SimpleNamespace(conv_out=last))
+
+
+def test_a_decoder_at_2x_has_the_images_channels():
+    """Its last convolution has four times as many, in a folder's config or beside it."""
+    kl = {**tiny_kl().config, "out_channels": 12}
+    decoder = StableDiffusion().spec(Enlarging(kl, 12), "it").decoder_config["params"]
+    assert (decoder["out_channels"], decoder["enlarge"]) == (3, 2)
+    for given, outputs, found in ((12, 12, 3), (3, 12, 3)):
+        spec = Wrapped().spec(Enlarging({"out_channels": given, "_private": 1}, outputs), "it")
+        params = spec.decoder_config["params"]
+        assert params["config"] == {"out_channels": found}
+        assert (params["out_channels"], params["enlarge"]) == (3, 2)
+        assert spec.encoder_config["params"]["latent_dim"] == 8
+    plain = Enlarging({"out_channels": 12}, 12)
+    plain.enlarge = 1
+    params = Wrapped().spec(plain, "it").decoder_config["params"]
+    assert params["config"] == {"out_channels": 12}
+
+
 def test_the_networks_of_an_autoencoder_of_representations():
     """Each half has its own arguments beside diffusers' config.
 
@@ -328,6 +420,78 @@ def test_the_networks_of_an_autoencoder_of_representations():
     flat.model.register_to_config(reshape_to_2d=False)
     with pytest.raises(ConfigError, match="it: reshape_to_2d: false"):
         Representation().spec(flat, "it")
+
+
+@torch.no_grad()
+def test_an_autoencoder_of_representations_has_diffusers_function_and_weights(monkeypatch):
+    monkeypatch.setattr(autoencoder_rae, "_build_encoder", lambda **given: Patches(**given))
+    monkeypatch.setitem(
+        autoencoder_rae._ENCODER_FORWARD_FNS,
+        "mae",
+        lambda network, x, _: network.conv(x).flatten(2).transpose(1, 2),
+    )
+    theirs = DiffusersAutoencoder(make("AutoencoderRAE")).eval()
+    ours = theirs.as_litevae("it")
+    x = torch.rand(1, 3, 16, 16) * 2 - 1
+    z = theirs.encode(x).mean
+    torch.testing.assert_close(ours.encode(x).mean, z, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.decode(z), theirs.decode(z), rtol=1e-5, atol=1e-5)
+    family = family_of(ours)
+    assert family.kind(ours) == "AutoencoderRAE"
+    assert family.config(ours) == arguments(theirs.model)
+    before, after = theirs.model.state_dict(), family.to_diffusers(ours)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    ours.quantizer = Quantizer(64, 32, 32)
+    with pytest.raises(ValueError, match="no quantizer"):
+        family.to_diffusers(ours)
+    ours.decoder.node["params"]["config"] = {}
+    with pytest.raises(ValueError, match="two AutoencoderRAE"):
+        family.config(ours)
+
+
+@torch.no_grad()
+def test_taesd_goes_back_in_its_own_units_alone():
+    theirs = make("AutoencoderTiny")
+    ours = DiffusersAutoencoder(theirs).as_litevae("it")
+    family, before = family_of(ours), theirs.state_dict()
+    assert family.kind(ours) == "AutoencoderTiny"
+    config = family.config(ours)
+    assert json.loads(json.dumps(config)) == {key: arguments(theirs)[key] for key in config}
+    assert diffusers.AutoencoderTiny(**config).state_dict().keys() == before.keys()
+    after = family.to_diffusers(ours)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    other = copy.deepcopy(ours)
+    other.quantizer = Quantizer(8, 4, 4)
+    ours.decoder.latents_std.mul_(2)
+    for model in (ours, other):
+        with pytest.raises(ValueError, match="neither a quantizer nor two units"):
+            family.to_diffusers(model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoder_block_out_channels": (8, 8, 16, 8)},
+        {"act_fn": "gelu"},
+        {"upsampling_scaling_factor": 3},
+        {},
+    ],
+)
+def test_tiny_autoencoders_of_another_form_than_taesd_are_refused(changes):
+    theirs = SimpleNamespace(
+        model=SimpleNamespace(config={**make("AutoencoderTiny").config, **changes}),
+        latent_channels=4,
+        in_channels=3,
+        enlarge=1,
+        for_diffusion={},
+    )
+    if not changes:
+        assert Tiny().spec(theirs, "it").embed_dim == 4
+        return
+    with pytest.raises(ConfigError, match="it: only TAESD's form"):
+        Tiny().spec(theirs, "it")
 
 
 @torch.no_grad()

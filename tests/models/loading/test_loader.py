@@ -1,8 +1,11 @@
 import sys
+from typing import Any
 
 import pytest
+import torch
 
 from olvae.config import ConfigError
+from olvae.models.loading.loader import Target, factors_outdated
 from olvae.models.loading.targets import find_target
 from olvae.models.target_names import check_target
 
@@ -57,3 +60,46 @@ def test_a_loader_from_outside(toy, image):
         find_target("toy_loader.Mean:4")
     with pytest.raises(ConfigError, match=r"toy_loader.MeanLoder"):
         find_target("toy_loader.MeanLoder:4")
+
+
+def test_an_untrained_model_is_of_the_runs_seed(monkeypatch):
+    seeds = []
+    monkeypatch.setattr(
+        "lightning.pytorch.seed_everything", lambda seed, **more: seeds.append((seed, more))
+    )
+    network = torch.nn.Linear(3, 2).train()
+    target = Target(lambda: network, lambda: network, {"run": {"initial_seed": 5, "seed": 6}})
+    assert target.untrained() is network
+    assert not network.training
+    assert seeds == [(5, {"verbose": False})]
+
+
+TEACHER = {"target": "olvae.models.parts.teacher.Teacher"}
+ANCHOR = {"target": "olvae.models.parts.anchor.Anchor"}
+FREE = {"target": "olvae.models.parts.equivariance.Equivariance"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "params", "outdated"),
+    [
+        ("a.ckpt", {"scaling_factor": 2.0}, True),
+        ("a.ckpt", {"scaling_factor": 1.0, "shift_factor": None, "latents_std": None}, False),
+        ("a.ckpt", {"shift_factor": 0.5}, True),
+        ("a.ckpt", {"latents_mean": [0.0]}, True),
+        (None, {"scaling_factor": 2.0}, False),
+        ("a.ckpt", {"scaling_factor": 2.0, "freeze_encoder": True}, False),
+        ("a.ckpt", {"scaling_factor": 2.0, "parts": {"a": None, "b": FREE}}, True),
+        ("a.ckpt", {"scaling_factor": 2.0, "parts": {"a": TEACHER, "b": FREE}}, False),
+        ("a.ckpt", {"scaling_factor": 2.0, "parts": {"a": ANCHOR}}, False),
+        ("a.ckpt", None, False),
+    ],
+)
+def test_factors_are_outdated_once_the_encoder_was_trained_from_other_weights(
+    weights, params, outdated
+):
+    """Unless a part held the latents."""
+    config: dict[str, Any] = {"run": {"weights": weights}}
+    if params is not None:
+        config["model"] = {"params": params}
+    assert factors_outdated(config) == outdated
+    assert Target(lambda: None, config=config).factors_outdated == outdated

@@ -14,8 +14,17 @@ from torch import Tensor
 from olvae.checkpoint import header_of
 from olvae.export.exporting import ExportSettings, export_target
 from olvae.export.formats import LAYOUTS
-from olvae.models.loading.monai_files import _half_params
+from olvae.models.autoencoder import LiteVAE, Quantizer
+from olvae.models.loading import monai_files
+from olvae.models.loading.loader import LoadOptions
+from olvae.models.loading.monai_files import (
+    MonaiLoader,
+    _half_params,
+    _stated,
+    monai_config,
+)
 from olvae.models.loading.targets import find_target
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.others.monai import MonaiDecoder, MonaiEncoder
 from tests.export.latents import tiny_vae
 
@@ -123,8 +132,10 @@ def test_networks_are_monais_and_written_again(name, records, tmp_path):
     again = load_file(out)
     assert again.keys() == state.keys()
     assert all(torch.equal(again[key], state[key]) for key in state)
-    network = json.loads(header_of(out)["config"])["autoencoder_def"]
-    assert {key: network[key] for key in RECORDED[name]} == RECORDED[name]
+    written = json.loads(header_of(out)["config"])
+    assert written["images"] == {"b_min": 0.0, "b_max": 1.0}
+    network, form = written["autoencoder_def"], {**COMMON, **RECORDED[name]}
+    assert {key: network[key] for key in form} == form
     assert torch.equal(find_target(out).load()(image())[0], model(image())[0])
 
 
@@ -170,10 +181,11 @@ def test_a_file_without_a_config_has_monais_defaults_and_a_warning(records, tmp_
     monkeypatch.chdir(tmp_path)
     torch.save(drawn(records["attention"]["shapes"]), "vae.pt")
     with (
-        pytest.warns(UserWarning, match="norm_groups 32, norm_eps 1e-06, values"),
+        pytest.warns(UserWarning, match="norm_groups 32, norm_eps 1e-06, values") as warned,
         pytest.raises(ValueError, match="norm_num_groups, 32: "),
     ):
-        find_target("vae.pt")
+        MonaiLoader().find("vae.pt", LoadOptions())
+    assert [warning.filename for warning in warned] == [__file__]
 
 
 @pytest.mark.parametrize(
@@ -201,6 +213,59 @@ def test_other_networks_are_refused_in_a_line(change, message, attention):
         find_target(attention).load()
     assert str(raised.value).startswith(f"{attention}: ")
     assert "\n" not in str(raised.value)
+
+
+def test_files_are_checked_at_a_load_alone_and_configs_are_received(attention, monkeypatch):
+    """As somebody else's, which may not include others."""
+    loader, checks, given = MonaiLoader(), [], []
+    read, read_config = monai_files.read_checkpoint, monai_files.read_config
+    monkeypatch.setattr(
+        monai_files,
+        "read_checkpoint",
+        lambda file, check=True: checks.append(check) or read(file, check),
+    )
+    monkeypatch.setattr(
+        monai_files,
+        "read_config",
+        lambda path, received=False: given.append(received) or read_config(path, received),
+    )
+    (attention / "models" / "notes.txt").touch()
+    assert loader.accepts(str(attention))
+    config = attention / "configs" / "train_autoencoder.json"
+    target = loader.find(str(attention), LoadOptions(config=config))
+    assert checks == [False] * 5  # two files, twice, and the one
+    target.load()
+    assert checks[5:] == [True]
+    assert len(given) > 1
+    assert all(given)
+
+
+@pytest.mark.parametrize(("low", "high", "stated"), [(1, 1, False), (2, 1, False), (-1, 1, True)])
+def test_values_of_images_begin_below_where_they_end(low, high, stated):
+    found = dict(_stated({"b_min": low, "b_max": high}, {}))
+    assert found == ({"values": [-1.0, 1.0]} if stated else {})
+
+
+def test_a_quantizer_and_other_networks_are_not_monais():
+    shape = {"channels": 8, "channel_mult": [1], "num_res_blocks": [1], "attention_levels": []}
+    encoder = MonaiEncoder(4, norm_groups=4, in_channels=3, **shape)
+    decoder = MonaiDecoder(z_channels=2, norm_groups=4, out_channels=3, **shape)
+    assert monai_config(LiteVAE(encoder, decoder))["images"] == {"b_min": 0.0, "b_max": 1.0}
+    with pytest.raises(ValueError, match="no other quantizer"):
+        monai_config(LiteVAE(encoder, decoder, Quantizer(4, 2, 2)))
+    ours = LiteVAE_Decoder(channels=8, z_channels=2, channel_mult=(1,), num_res_blocks=0)
+    with pytest.raises(ValueError, match="only MonaiEncoder"):
+        monai_config(LiteVAE(encoder, ours))
+
+
+def test_an_encoder_of_many_levels_is_for_images_of_one_position():
+    form = {"channel_mult": [1] * 10, "num_res_blocks": [1] * 10, "attention_levels": []}
+    with torch.device("meta"):
+        encoder = MonaiEncoder(
+            4, channels=2, norm_groups=2, image_size=512, attention=False, **form
+        ).state_dict()
+    found = _half_params({f"encoder.{name}": t for name, t in encoder.items()}, "encoder")
+    assert found["image_size"] == 512
 
 
 def test_only_monais_networks_have_its_names():

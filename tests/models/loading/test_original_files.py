@@ -17,10 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from olvae.export.exporting import export
 from olvae.export.formats import LAYOUTS
+from olvae.models.loading import original_files
 from olvae.models.loading.from_diffusers import DiffusersAutoencoder
-from olvae.models.loading.original_files import original_names
+from olvae.models.loading.loader import LoadOptions
+from olvae.models.loading.original_files import OriginalLoader, original_names
 from olvae.models.loading.targets import find_target
-from tests.models.loading.classes import make
+from tests.export.latents import tiny_vae
+from tests.models.loading.classes import KL, make
 
 WAN = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "temperal_downsample": [False, True, True]}
 FORMS: dict[str, dict[str, Any]] = {
@@ -255,3 +258,139 @@ def test_qwen2d_is_for_qwen_images_and_wans_autoencoders(tmp_path):
     save_file(theirs.state_dict(), tmp_path / "vae.safetensors")
     with pytest.raises(ValueError, match="diffusers autoencoder"):
         find_target(tmp_path / "vae.safetensors")
+
+
+FIRST = "decoder.up_blocks.3.resnets.2.conv1.weight"
+SECOND = "decoder.up_blocks.2.upsamplers.0.resample.1.weight"
+
+
+@pytest.mark.parametrize(
+    ("names", "known"),
+    [
+        ([FIRST, SECOND], True),
+        ([FIRST], False),
+        ([SECOND, "decoder.up_blocks.3.resnets.1.conv1.weight"], False),
+        ([FIRST, SECOND, "decoder.up_blocks.4.resnets.0.conv1.weight"], False),
+    ],
+)
+def test_wans_names_are_of_four_levels_of_two_blocks(names, known):
+    state = {name: torch.zeros(1) for name in names}
+    if known:
+        assert original_names("AutoencoderKLWan", state).keys() == {
+            "decoder.upsamples.14.residual.2.weight",
+            "decoder.upsamples.11.resample.1.weight",
+        }
+        return
+    with pytest.raises(ValueError, match="four levels of two blocks"):
+        original_names("AutoencoderKLWan", state)
+
+
+def test_kernels_for_images_are_the_last_in_time_and_nothing_else_is_filled_in():
+    model = torch.nn.Module()
+    model.conv, model.time_conv = torch.nn.Conv3d(2, 3, 3), torch.nn.Conv3d(1, 1, 3)
+    flat = {"conv.weight": torch.randn(3, 2, 3, 3)}
+    whole = original_files.with_frames(model, flat)
+    times = {"time_conv.weight", "time_conv.bias"}
+    assert whole.keys() == times | {"conv.weight"}
+    assert torch.equal(whole["conv.weight"][:, :, -1], flat["conv.weight"])
+    assert not whole["conv.weight"][:, :, :2].any()
+    assert not any(whole[name].any() for name in times)
+    flat["conv.bias"] = torch.randn(3)
+    whole = original_files.with_frames(model, flat)
+    assert torch.equal(whole["conv.bias"], flat["conv.bias"])
+    assert original_files.without_frames(whole).keys() == flat.keys()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "widened"), [(None, 3), (3, 3), (12, 12), (27, 27), (24, 3), (128, 3)]
+)
+def test_a_decoder_for_an_image_of_several_times_the_size(outputs, widened):
+    """Four or nine times the channels; other numbers are no image's."""
+    config = {key: list(v) if isinstance(v, tuple) else v for key, v in KL.items()}
+    if outputs is not None:
+        config["conv_out_channels"] = outputs
+    model = original_files._built("AutoencoderKL", config)
+    last = model.decoder.conv_out
+    assert (last.out_channels, last.weight.shape[0]) == (widened, widened)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("AutoencoderKL", {"in_channels": 1, "out_channels": 1, "block_out_channels": (8, 16)}),
+        ("AutoencoderKL", {"use_quant_conv": False, "use_post_quant_conv": False}),
+        ("AutoencoderKL", {"mid_block_add_attention": False, "layers_per_block": 2}),
+        ("AutoencoderKLFlux2", {"decoder_block_out_channels": (8, 16)}),
+        ("AutoencoderKLFlux2", {"decoder_block_out_channels": None}),
+    ],
+)
+def test_shapes_say_the_arguments_of_latent_diffusions_networks(kind, changes, tmp_path):
+    model = make(kind, **changes)
+    named = original_names(kind, model.state_dict())
+    file = tmp_path / "vae.safetensors"
+    save_file({name: t.contiguous() for name, t in named.items()}, file)
+    found_kind, tensors = original_files._tensors(file)
+    assert found_kind == kind
+    found = original_files._latent_diffusion_config(kind, tensors, file)
+    assert found.pop("norm_num_groups") == 32
+    for key, value in found.items():
+        given = model.config[key]
+        assert value == (list(given) if isinstance(given, tuple) else given), key
+    assert ("decoder_block_out_channels" in found) == (kind == "AutoencoderKLFlux2")
+
+
+def test_a_config_is_given_inside_or_of_this_class(tmp_path):
+    """One beside a file whose shapes say all is believed if it is of its class."""
+    model, file = make("AutoencoderKL"), tmp_path / "vae.safetensors"
+    tensors = original_names("AutoencoderKL", model.state_dict())
+    ours = {"_class_name": "AutoencoderKL", "scaling_factor": 0.5}
+    flux = {"_class_name": "AutoencoderKLFlux2", "scaling_factor": 0.25}
+    theirs = {"_class_name": "VQModel", "scaling_factor": 0.125}
+
+    def found(given=None, inside=None, beside=None, kind="AutoencoderKL"):
+        header = None if inside is None else {"config": json.dumps(inside)}
+        save_file(tensors, file, header)
+        (tmp_path / "config.json").unlink(missing_ok=True)
+        if beside is not None:
+            (tmp_path / "config.json").write_text(json.dumps(beside))
+        name, config = original_files._config(kind, tensors, file, given)
+        assert config.pop("conv_out_channels") == 3
+        return name, config.get("scaling_factor"), "norm_num_groups" in config
+
+    (tmp_path / "flux.json").write_text(json.dumps(flux))
+    (tmp_path / "other.json").write_text(json.dumps(theirs))
+    (tmp_path / "ours.yaml").write_text("_class_name: AutoencoderKL\nscaling_factor: 0.5\n")
+    kl = "AutoencoderKL"
+    assert found() == (kl, None, True)
+    assert found(tmp_path / "ours.yaml") == (kl, None, True)
+    assert found(tmp_path / "missing.json", ours) == (kl, 0.5, False)
+    assert found(tmp_path / "flux.json", ours) == ("AutoencoderKLFlux2", 0.25, False)
+    assert found(tmp_path / "other.json", ours) == (kl, 0.5, False)
+    assert found(None, theirs, ours) == (kl, 0.5, True)
+    assert found(None, None, theirs) == (kl, None, True)
+    wan = {"_class_name": "AutoencoderKLWan", "scaling_factor": 2.0}
+    assert found(None, None, wan, "AutoencoderKLQwenImage") == ("AutoencoderKLWan", 2.0, False)
+    qwen = "AutoencoderKLQwenImage"
+    assert found(None, None, ours, qwen) == (qwen, None, False)
+
+
+def test_files_are_checked_at_a_load_alone(tmp_path, monkeypatch):
+    """And ours are not read to know that they are of no other project."""
+    file, checks, read = tmp_path / "vae.safetensors", [], original_files.read_checkpoint
+    theirs = make("AutoencoderKL", block_out_channels=(32, 32), norm_num_groups=32)
+    save_file(original_names("AutoencoderKL", theirs.state_dict()), file)
+    tiny_vae().save_pretrained(tmp_path / "export")
+    monkeypatch.setattr(
+        original_files,
+        "read_checkpoint",
+        lambda file, check=True: checks.append(check) or read(file, check),
+    )
+    loader = OriginalLoader()
+    assert loader.accepts(str(file))
+    found = loader.find(str(file), LoadOptions())
+    assert checks == [False, False]
+    found.load()
+    assert checks[2:] == [True]
+    monkeypatch.setattr(original_files, "_tensors", lambda *_, **__: ("AutoencoderKL", {}))
+    assert not loader.accepts(str(tmp_path / "export"))
+    assert not loader.accepts(str(tmp_path / "missing"))

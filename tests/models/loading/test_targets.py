@@ -10,7 +10,17 @@ import yaml
 from olvae import LiteVAE, checkpoint
 from olvae.config import ConfigError, save, validate
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.loading.targets import find_run_config, find_target, name_apart
+from olvae.models.loading import targets
+from olvae.models.loading.loader import Loader, LoadOptions, Target
+from olvae.models.loading.targets import (
+    CheckpointLoader,
+    PackageAndHubLoader,
+    find_run_config,
+    find_target,
+    find_without_options,
+    name_apart,
+)
+from olvae.models.weight_files import OR_CONFIG
 from tests.conftest import tiny, tiny_config
 from tests.models.autoencoder_kl import autoencoder_kl
 from tests.models.loading.classes import make
@@ -41,7 +51,7 @@ def make_run(tmp_path):
     return make
 
 
-def test_a_run_its_checkpoint_and_its_export_are_the_same_model(make_run, image):
+def test_a_run_its_checkpoint_and_its_export_are_the_same_model(make_run, image, monkeypatch):
     run = make_run()
     target, export = find_target(run), run.parent / "export"
     assert target.name == run.name
@@ -49,6 +59,8 @@ def test_a_run_its_checkpoint_and_its_export_are_the_same_model(make_run, image)
     assert target.run.metrics == run / "metrics.json"
     target.load().save_pretrained(export)
     expected = target.load()(image)[0]
+    # Neither is read to find it.
+    monkeypatch.setattr(targets, "read_checkpoint", None)
     for other in (run / "checkpoints" / "last.ckpt", export):
         found = find_target(other)
         assert found.run is None
@@ -88,6 +100,9 @@ def test_raw_weights_of_a_target(make_run):
         with pytest.warns(UserWarning, match="`raw` "):
             found = find_target(place, raw=True)
         assert (found.name, found.given, found.raw) == (name or place, str(place), False)
+    with pytest.warns(UserWarning, match="`raw` ") as warned:
+        CheckpointLoader().find(str(run.parent / "export"), LoadOptions(raw=True))
+    assert [warning.filename for warning in warned] == [__file__]
 
 
 def test_config_is_found_by_the_runs_name(make_run, tmp_path):
@@ -177,7 +192,7 @@ def test_targets_in_pipelines_and_subfolders(make_run, tmp_path, image, usual_pr
     assert torch.equal(found.load()(image)[0], ours(image)[0])
 
 
-@pytest.mark.parametrize("kind", ["run", "export", "latent-diffusion"])
+@pytest.mark.parametrize("kind", ["run", "export", "file", "latent-diffusion"])
 def test_checksums_of_a_file_are_checked_once_for_each_load(
     make_run, tmp_path, monkeypatch, kind, image
 ):
@@ -192,6 +207,9 @@ def test_checksums_of_a_file_are_checked_once_for_each_load(
         LiteVAE.from_pretrained(run).save_pretrained(path)
     elif kind == "latent-diffusion":
         torch.save({"state_dict": latent_diffusion_names(kl())}, path)
+    elif kind == "file":
+        torch.save(LiteVAE.from_pretrained(run).state_dict(), path)
+        save(tiny_config(), tmp_path / "model.yaml")
     passes.clear()
     target = find_target(path)
     target.untrained()
@@ -224,15 +242,16 @@ def test_a_target_has_one_config_or_a_folder_of_them(make_run, tmp_path):
 def test_a_half_that_was_never_trained_is_warned_of(make_run, recwarn, half):
     run = make_run()
     save({**tiny_config(), "run": {"untrained": half}}, run / "config.yaml")
-    find_target(run)
-    messages = [str(warning.message) for warning in recwarn]
-    assert messages == [f"{run}: its {half} has never been trained"] * (half is not None)
+    CheckpointLoader().find(str(run), LoadOptions())
+    messages = [(str(warning.message), warning.filename) for warning in recwarn]
+    line = f"{run}: its {half} has never been trained"
+    assert messages == [(line, __file__)] * (half is not None)
 
 
 def test_a_runs_config_is_found_by_its_whole_name_or_the_middle_of_it(tmp_path):
     """Exactly one, in any folder, in YAML of either name."""
     name = "2026-01-31T12-00-00_a_b_bf16"
-    with pytest.raises(ConfigError, match=rf"{name}\.yaml or a_b\.yaml"):
+    with pytest.raises(ConfigError, match=rf"{name}\.yaml or a_b\.yaml, found none:"):
         find_run_config(tmp_path, name)
     (tmp_path / "deep").mkdir()
     (tmp_path / "a_b.txt").touch()
@@ -247,3 +266,46 @@ def test_a_runs_config_is_found_by_its_whole_name_or_the_middle_of_it(tmp_path):
     assert find_run_config(tmp_path, name) == whole
     with pytest.raises(ConfigError, match=r"config alone\.yaml, found"):
         find_run_config(tmp_path, "alone")
+
+
+class Numbers(Loader):
+    """A user's loader: of numbers."""
+
+    def accepts(self, text: str) -> bool:
+        return text.isdigit()
+
+    def find(self, text: str, options: LoadOptions) -> Target:
+        return Target(lambda: tiny(), config={"number": int(text), "raw": options.raw})
+
+
+def test_a_users_loader_is_named_before_its_argument():
+    text = f"{__name__}.Numbers:4"
+    found = find_target(text, raw=True)
+    assert (found.config, found.given) == ({"number": 4, "raw": True}, text)
+    with pytest.raises(FileNotFoundError, match=r"Numbers:four: not found"):
+        find_target(f"{__name__}.Numbers:four")
+
+
+def test_models_of_the_package_and_of_the_hub_are_fetched(tmp_path, monkeypatch):
+    """Unless there is such a file here; a published one has its recipe for a config."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "it").touch()
+    loader, options = PackageAndHubLoader(), LoadOptions()
+    accepted = [text for text in ("olvae:a", "owner/name", "here/it", "it") if loader.accepts(text)]
+    assert accepted == ["olvae:a", "owner/name"]
+    monkeypatch.setattr(targets, "locate_weights", lambda text: Path(text))
+    monkeypatch.setattr(CheckpointLoader, "find", lambda _, *given: given)
+    assert loader.find("owner/name", options) == Path("owner/name")
+    published = "RGenDiff/olitevaeB_im_f8c12"
+    assert loader.find(published, options) == (published, options)
+
+
+def test_a_target_in_a_config_has_no_options_to_name(monkeypatch):
+    def missing(_: str) -> None:
+        raise ConfigError(f"a: put one there{OR_CONFIG}", "b: wrong")
+
+    monkeypatch.setattr(targets, "find_target", missing)
+    with pytest.raises(ConfigError) as caught:
+        find_without_options("a")
+    assert list(caught.value.mistakes) == ["a: put one there", "b: wrong"]

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from olvae import LiteVAE
 from olvae.export.exporting import ExportSettings, export_target
 from olvae.export.formats import LAYOUTS
+from olvae.models.loading import tiny_files
+from olvae.models.loading.loader import LoadOptions
 from olvae.models.loading.targets import find_target
+from olvae.models.loading.tiny_files import TinyLoader
 from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
 
 
@@ -201,6 +204,59 @@ def test_only_flux2s_network_is_called_taef2_for_comfyui(n_z, pool, known):
     model = LiteVAE(TinyEncoder(2 * n_z, pool=pool), TinyDecoder(z_channels=n_z, pool=True))
     note = next(LAYOUTS["taesd"]().notes(model))
     assert ("models/vae_approx" in note) == known
+
+
+def test_files_are_checked_at_a_load_alone_and_options_are_ignored(taesd, tmp_path, monkeypatch):
+    loader, read, checks = TinyLoader(), tiny_files.read_checkpoint, []
+    monkeypatch.setattr(
+        tiny_files,
+        "read_checkpoint",
+        lambda file, check=True: checks.append(check) or read(file, check),
+    )
+    text = str(taesd)
+    assert loader.accepts(text)
+    with pytest.warns(UserWarning, match="ignored") as warned:
+        found = loader.find(text, LoadOptions(config="a.yaml", raw=True))
+    assert [(str(one.message).partition("`")[2], one.filename) for one in warned] == [
+        ("config` is ignored", __file__),
+        ("raw` is ignored", __file__),
+    ]
+    assert (checks, found.name) == ([False] * 3, text)
+    found.load()
+    assert checks[3:] == [True, True]
+    # No file, no weights, or several halves of one kind.
+    (tmp_path / "notes.txt").touch()
+    assert not loader.accepts(str(tmp_path / "missing.pth"))
+    assert not loader.accepts(str(tmp_path / "notes.txt"))
+    (tmp_path / "other_encoder.safetensors").touch()
+    assert not loader.accepts(text)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "decoder"),
+    [
+        ({"blocks": [2, 0, 1], "pool": False, "stem": []}, {"blocks": [0, 1, 3], "pool": False}),
+        ({"blocks": [1, 2], "pool": True, "stem": [4, 8]}, {"blocks": [1, 0, 2, 1], "pool": True}),
+    ],
+)
+@pytest.mark.parametrize("multiples", [None, (1, 1, 2, 2)])
+def test_shapes_say_the_arguments_of_both_halves(encoder, decoder, multiples):
+    """Of grey images and latents of five channels."""
+    encoder = {**encoder, "channels": 8, "latent_dim": 10, "in_channels": 1}
+    decoder = {**decoder, "channels": 4, "z_channels": 5, "out_channels": 1}
+    decoder["channel_mult"] = multiples and [*multiples][: len(decoder["blocks"])]
+    halves = {"encoder": TinyEncoder(**encoder), "decoder": TinyDecoder(**decoder)}
+    state = {}
+    for half, network in halves.items():
+        state |= {f"{half}.{name}": tensor for name, tensor in network.state_dict().items()}
+    spec = tiny_files._spec(state, "it")
+    assert spec.encoder_config["params"] == encoder
+    assert spec.decoder_config["params"] == decoder
+    assert spec.embed_dim == 5
+    other = TinyDecoder(**{**decoder, "z_channels": 4}).state_dict()
+    state |= {f"decoder.{name}": tensor for name, tensor in other.items()}
+    with pytest.raises(ValueError, match="it: the encoder makes 5 channels, the decoder 4"):
+        tiny_files._spec(state, "it")
 
 
 def test_latents_are_converted_to_another_models_units(taesd):

@@ -1,11 +1,16 @@
 """Vision encoders as TARGETs: their weights, what is fresh beside them, and files of the whole."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from olvae.config import ConfigError
 from olvae.export.exporting import ExportSettings, export_target
+from olvae.models.loading import vision_encoders
+from olvae.models.loading.loader import LoadOptions
 from olvae.models.loading.targets import find_target
+from olvae.models.loading.vision_encoders import VisionLoader, vision_spec
 from olvae.modules.frozen import VisionEncoder
 
 pytest.importorskip("timm")
@@ -57,6 +62,40 @@ def test_export_holds_the_whole_and_loads_without_the_file(vit, tmp_path, channe
     with torch.no_grad():
         torch.testing.assert_close(back(image())[0], wanted)
     assert str(vit) not in (tmp_path / "export/config.json").read_text()
+
+
+def test_a_decoder_is_as_wide_and_as_deep_as_the_network_gives_features(monkeypatch):
+    """With a head for every 64 channels, and one at least."""
+    last = {"num_chs": 130}
+    network = SimpleNamespace(feature_info=[{"num_chs": 64}, {"num_chs": 40}, last])
+    monkeypatch.setattr(vision_encoders, "vision_network", lambda name, _: (name, network))
+    for width, channels, heads in ((130, None, 2), (130, 8, 2), (40, 8, 1), (64, None, 1)):
+        last["num_chs"] = width
+        spec = vision_spec("any", channels)
+        n_z = channels or width
+        assert spec.encoder_config["params"] == {
+            "encoder": "any",
+            "attention": channels is not None,
+        }
+        size = {"width": width, "depth": 3, "heads": heads}
+        assert spec.decoder_config["params"] == {"z_channels": n_z, **size}
+        assert spec.embed_dim == n_z
+
+
+def test_timm_is_asked_for_and_options_are_ignored(monkeypatch, vit):
+    with pytest.warns(UserWarning, match="ignored") as warned:
+        VisionLoader().find(f"timm:test_vit={vit}", LoadOptions(config="a.yaml", raw=True))
+    assert [(str(one.message).partition("`")[2], one.filename) for one in warned] == [
+        ("config`: ignored", __file__),
+        ("raw`: ignored", __file__),
+    ]
+
+    def missing(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'timm'")
+
+    monkeypatch.setattr(vision_encoders, "vision_network", missing)
+    with pytest.raises(ConfigError, match="pip install timm"):
+        vision_spec("any", None)
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,16 @@ def test_activation_bound_hooks_are_removed_after_an_error_too():
 def test_a_bound_is_above_zero(bound):
     with pytest.raises(ValueError, match="bound must"):
         ActivationBound(bound)
+    with pytest.raises(ValueError, match="weight must not be negative"):
+        ActivationBound(1.0, bound - 1.0)
+
+
+@pytest.mark.parametrize("checkpoint", [False, True, "decoder"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_activations_are_neither_dropped_nor_compiled(checkpoint, compiled):
+    model = SimpleNamespace(checkpoint=checkpoint, compiled=compiled)
+    lines = [line.partition(",")[0] for line in ActivationBound(1.0).conflicts(model)]
+    assert lines == ["checkpoint"] * bool(checkpoint) + ["compile"] * compiled
 
 
 @pytest.mark.parametrize("frozen", ["encoder", "decoder"])

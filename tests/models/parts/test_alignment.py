@@ -287,6 +287,20 @@ def test_mapper_refuses_features_that_are_no_heads():
         Alignment("test_vit3", mapper="vit")
 
 
+def test_an_alignment_says_what_it_does(vit):
+    assert alone(vit, 5).describe() == "test_vit, weight 0.1, adaptive"
+    sends = alone(vit, 5, **SEND).describe()
+    assert sends == "test_vit, weight 1, by a transformer, noise up to 1"
+
+
+def test_the_projection_lies_in_memory_as_the_model(vit):
+    for channels_last, strides in ((False, (5, 1, 1, 1)), (True, (5, 1, 5, 5))):
+        alignment = Alignment("test_vit", vit)
+        autoencoder = SimpleNamespace(latent_channels=5)
+        alignment.attach(SimpleNamespace(autoencoder=autoencoder, channels_last=channels_last))
+        assert alignment.projection.weight.stride() == strides
+
+
 def test_alignment_without_timm_names_the_extra(monkeypatch, vit):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ConfigError, match="install timm"):

@@ -4,12 +4,23 @@ import pytest
 import torch
 from torch import Tensor
 
+from olvae.config import ConfigError
 from olvae.models.autoencoder import LiteVAE
 from olvae.models.parts.anchor import Anchor
 from olvae.models.parts.part import Step
 from olvae.modules.distributions import DiagonalGaussian
 from tests.conftest import parts, tiny
-from tests.models.steps import Each, against, assert_same, build, fit, metrics, moved, snapshot
+from tests.models.steps import (
+    WITHOUT_KL,
+    Each,
+    against,
+    assert_same,
+    build,
+    fit,
+    metrics,
+    moved,
+    snapshot,
+)
 
 
 def anchor_of(vae: LiteVAE) -> Anchor:
@@ -85,6 +96,13 @@ def test_the_anchor_is_where_training_started(image_folder):
     assert sum(anchors[-4:]) / 4 > 1.5 * anchors[1]  # it grows, as much as batches differ
     assert len(moved(start, snapshot(model.encoder))) > 0.9 * len(start)
     assert not model.parts["anchor"].training
+
+
+def test_anchor_refuses_a_negative_weight_and_a_frozen_encoder():
+    with pytest.raises(ValueError, match="weight must not be negative, got -1"):
+        Anchor(-1.0)
+    with pytest.raises(ConfigError, match=r"parts\.anchor: the encoder is frozen"):
+        build(parts=parts(anchor={}), freeze_encoder=True, lossconfig=WITHOUT_KL)
 
 
 def test_the_anchor_is_in_the_loss(image_folder):

@@ -18,7 +18,7 @@ WIDTHS = {"widths": [4, 1, 2]}
 
 def test_channel_masking_keeps_the_first_channels_and_zeroes_the_others():
     """Each width equally often, for each sample its own; no gradient for what is zero."""
-    z = torch.randn(3000, 4, 2, 2, requires_grad=True)
+    z = torch.randn(3000, 4, 3, 3, requires_grad=True)
     step = Step(torch.zeros(1), None, None, warming_up=False, adversary_plays=False)
     step.latent = z
     ChannelMasking(**WIDTHS).on_latent(None, step)
@@ -120,6 +120,11 @@ def test_channel_masking_orders_channels_by_importance():
         kept[masks] = float(variances.sum() - (decoder(z).detach() - x).square().sum(1).mean())
     assert kept[True] == pytest.approx(variances[0].item(), rel=0.02)
     assert kept[False] < 0.8 * kept[True]
+
+
+def test_channel_masking_says_its_widths():
+    assert ChannelMasking(**WIDTHS).describe() == "1, 2, 4 channels"
+    assert ChannelMasking(**WIDTHS, at_once=2).describe() == "1, 2, 4 channels, 2 at once"
 
 
 @pytest.mark.parametrize("widths", [[], [0, 4], [2, 2]])

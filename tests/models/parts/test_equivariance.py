@@ -163,6 +163,25 @@ def test_equivariance_refuses_a_discriminator_of_fixed_sizes(
     )
 
 
+def test_the_smallest_and_the_largest_size_are_tried_and_both_turned(image_folder, monkeypatch):
+    """Of 64x32 pixels, 8x4 positions: a quarter, and three quarters of the sides."""
+    model, seen = build(against(), parts=parts(equivariance={})), []
+    monkeypatch.setattr(model.adversary, "check_image", lambda *given: seen.append(given))
+    model.check(source(image_folder, size=[64, 32]))
+    sizes = {(16, 8), (48, 24), (8, 16), (24, 48)}
+    assert sorted(seen) == sorted((3, size) for size in sizes)
+
+
+@pytest.mark.parametrize("params", [{"probability": 1.5}, {"shrunk": -0.1}, {"shrunk": 1.01}])
+def test_shares_of_the_steps_are_shares(params):
+    ((name, value),) = params.items()
+    with pytest.raises(ValueError, match=f"{name} must be between 0 and 1, got {value}"):
+        Equivariance(**params)
+    assert Equivariance(probability=1.0, shrunk=0.0).shrunk == 0.0
+    described = Equivariance(probability=0.25, shrunk=0.2).describe()
+    assert described == "on 25% of the steps, shrunk images on 15%"
+
+
 def test_images_that_equivariance_would_shrink_below_lpips_size_are_refused(image_folder):
     """Below 64 pixels, of the shorter side."""
     equivariant = build(parts=parts(equivariance={}))

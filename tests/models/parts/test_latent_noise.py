@@ -66,6 +66,27 @@ def test_latent_noise_in_units_of_the_datas_deviation():
     assert abs(correlation) < 0.02
 
 
+def test_latent_noise_by_hand():
+    posterior = DiagonalGaussian(torch.randn(2, 8, 3, 5))
+    for unit in ("posterior", "data"):
+        torch.manual_seed(4)
+        found = noisy(posterior, 0.3, unit)
+        torch.manual_seed(4)
+        noise, mean = torch.randn_like(posterior.mean), posterior.mean
+        std = mean.std((0, 2, 3), correction=0, keepdim=True)
+        std = posterior.std if unit == "posterior" else std
+        torch.testing.assert_close(found, mean + 0.3 * std * noise)
+
+
+def test_latent_noise_refuses_wrong_parameters_and_a_frozen_decoder():
+    with pytest.raises(ValueError, match="std must not be negative, got -0"):
+        LatentNoise(-0.1)
+    with pytest.raises(ValueError, match="relative_to must be one of posterior, data"):
+        LatentNoise(0.1, "mean")
+    with pytest.raises(ConfigError, match=r"parts\.latent_noise: .*frozen"):
+        build(parts=parts(latent_noise={"std": 0.1}), freeze_decoder=True)
+
+
 def test_latent_noise_on_a_single_position_has_no_deviation():
     posterior = DiagonalGaussian(torch.full((1, 8, 1, 1), -20.0))
     assert torch.equal(noisy(posterior, 0.5, "data"), posterior.mean)

@@ -223,7 +223,7 @@ def test_nothing_is_decoded_where_another_decoder_stands_in(frozen, stand_in):
 def test_adaptive_factor_is_of_the_last_layer_before_the_latent_and_bounded(quantizer):
     """By 1e8 over the 96 values of an image."""
     asked = []
-    step = SimpleNamespace(target=torch.zeros(5, 2, 6, 8))
+    step = SimpleNamespace(target=torch.zeros(1, 2, 6, 8))
     for ratio, expected in ((3.0, 3.0), (1e6, 1e6), (1e7, 1e8 / 96)):
         model = SimpleNamespace(
             encoder="encoder",

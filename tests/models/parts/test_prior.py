@@ -99,7 +99,7 @@ def test_rate_weights_the_encoders_gradient_and_not_the_denoisers(image_folder):
     weight = 1e-3
     model = with_prior({"weight": weight}).train()
     prior = model.parts["prior"]
-    x = from_uint8(next(iter(source(image_folder).train_loader()))["image"])
+    x = from_uint8(next(iter(source(image_folder).train_loader()))["image"])[:1]
     step = type("Encoded", (), {"encoded": model.encode(x), "images": x})
 
     torch.manual_seed(1)
@@ -168,11 +168,16 @@ def test_bits_of_an_image_do_not_depend_on_its_batch(image_folder):
         ),
         ({"prior": {"width": 40}}, "width must be a multiple of 32, got 40"),
         ({"prior": {"weight": 0}}, "weight must be above 0, got 0"),
+        ({"prior": {"depth": 0}}, "depth must be at least 1, got 0"),
     ],
 )
 def test_prior_refuses_settings_that_contradict_it(settings, message):
     with pytest.raises(ConfigError, match=message):
         with_prior(**settings)
+
+
+def test_prior_of_single_positions_is_for_latents_of_any_sides():
+    assert with_prior({"patch": 1}, parts=parts(equivariance={})).parts["prior"].patch == 1
 
 
 @pytest.mark.parametrize("size", [[16, 32], 24])

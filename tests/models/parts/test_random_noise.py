@@ -39,6 +39,26 @@ def test_random_noise_added_is_of_uniform_strength_over_samples():
     torch.testing.assert_close(one, other, rtol=0.3, atol=0.01)
 
 
+@pytest.mark.parametrize("how", ["add", "interpolate"])
+def test_random_noise_by_hand(how):
+    z = latents(3, 5)
+    scale = 2.0 if how == "interpolate" else 1.0
+    torch.manual_seed(4)
+    found = noisy(z, how=how, strength=0.6, scale=scale)
+    torch.manual_seed(4)
+    share = 0.6 * torch.rand(3, 1, 1, 1)
+    mean, unit = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), correction=0, keepdim=True)
+    noise = scale * unit * torch.randn_like(z)
+    added, mixed = z + share * noise, (1 - share) * z + share * (mean + noise)
+    torch.testing.assert_close(found, added if how == "add" else mixed, rtol=1e-5, atol=1e-5)
+
+
+def test_random_noise_says_how():
+    assert RandomNoise(how="add", strength=0.5).describe() == "add, strength 0.5"
+    mixes = RandomNoise(strength=0.5, scale=2.0).describe()
+    assert mixes == "interpolate, strength 0.5, scale 2"
+
+
 def test_random_noise_on_a_single_position_has_no_deviation():
     assert torch.equal(noisy(z := torch.randn(1, 2, 1, 1), how="add", strength=1.0), z)
 

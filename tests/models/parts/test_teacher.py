@@ -15,6 +15,7 @@ from olvae.data.picture_folder import FolderSource
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange, from_uint8, to_uint8
 from olvae.metrics.metric import psnr
 from olvae.models import linear_code
+from olvae.models.autoencoder import LiteVAE
 from olvae.models.linear_code import crops_and_means
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.parts.teacher import Teacher
@@ -40,6 +41,10 @@ from tests.training.origins import EIGHT
 HALVES = ("encoder_config", "decoder_config")
 
 DTYPES = {"float32": 0.0, "bfloat16": 0.05, "float16": 0.01}
+
+
+AT_2X = tiny_config()["model"]["params"]["decoder_config"]
+AT_2X["params"]["enlarge"] = 2
 
 
 @pytest.fixture
@@ -435,7 +440,7 @@ def test_student_has_the_teachers_factors(tmp_path, caplog):
     assert f"model.params: scaling_factor, shift_factor: not diffusers:{tmp_path}'s" in caplog.text
 
 
-def test_a_teachers_outdated_factors_are_not_the_students(tmp_path):
+def test_a_teachers_outdated_factors_are_not_the_students(tmp_path, monkeypatch):
     """A run whose encoder was trained has factors of its start; those of the config count."""
     config = tiny_config(scaling_factor=0.5, shift_factor=0.25)
     model = LiteAutoencoderKL(**config["model"]["params"])
@@ -448,7 +453,18 @@ def test_a_teachers_outdated_factors_are_not_the_students(tmp_path):
         1.0,
         0.0,
     )
-    assert student(str(tmp_path), scaling_factor=0.75).for_diffusion["scaling_factor"] == 0.75
+
+    def factor(**given: float) -> float:
+        return student(str(tmp_path), **given).for_diffusion["scaling_factor"]
+
+    assert factor(scaling_factor=0.75) == 0.75
+    # Those of a run from fresh weights are its own; where they are a guess the config has them.
+    save({**config, "run": {}}, tmp_path / "config.yaml")
+    assert factor(scaling_factor=0.75) == 0.5
+    monkeypatch.setattr(LiteVAE, "factors_known", False)
+    assert factor(scaling_factor=0.75) == 0.75
+    with pytest.raises(ConfigError, match=r"scaling_factor: .* no factors"):
+        factor()
 
 
 def test_a_tiny_student_takes_its_units_when_other_weights_are_loaded(tmp_path):
@@ -531,6 +547,10 @@ def test_student_of_another_shape_than_the_teachers_is_refused(tmp_path, teacher
         (
             {"freeze_decoder": True, "parts": parts(latent_noise={"std": 0.5})},
             "parts.latent_noise: the decoder is frozen",
+        ),
+        (
+            {"freeze_decoder": True, "decoder_config": AT_2X},
+            "decoder_config.params.enlarge: the decoder is frozen",
         ),
         ({"teacher": {"latent_weight": -1.0}}, "latent_weight must not be negative, got -1"),
         (

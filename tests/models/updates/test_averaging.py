@@ -86,6 +86,7 @@ def test_validation_and_checkpoints_have_ema_and_trained_weights(image_folder, t
         assert list(checkpoint["state_dict"]) == list(model.state_dict())
         assert_same(checkpoint["state_dict"], expected)
         assert_same(checkpoint["current_model_state"], ours)
+        assert int(checkpoint["averaging_state"]["n_averaged"]) == 2
         assert_same(read_weights(file, raw=True), ours)
     assert_same(model.state_dict(), expected)
     assert {"val/psnr", "val_raw/psnr"} <= model.validation_values.keys()
@@ -166,10 +167,10 @@ def test_only_a_training_takes_the_average_of_a_checkpoint(image_folder):
     """A validation has the averaged weights already; a run without EMA has none to load."""
     model = build(use_ema=True)
     average = WeightAverage(model.guard, DECAY)
-    state = model.state_dict()
+    state = states(model)
     saved = {
         "state_dict": {name: t + 1 for name, t in state.items()},
-        "current_model_state": {},
+        "current_model_state": {n: t + 2 for n, t in state.items() if n.startswith(AUTOENCODER)},
         "averaging_state": {"n_averaged": torch.tensor(7)},
     }
     training = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING))
@@ -182,3 +183,19 @@ def test_only_a_training_takes_the_average_of_a_checkpoint(image_folder):
     average.on_load_checkpoint(training, model, saved)
     average.on_fit_start(None, model)
     assert torch.equal(average._other[name], saved["state_dict"][name])
+    assert torch.equal(model.state_dict()[name], state[name] + 2)
+
+
+def test_a_step_that_changed_nothing_leaves_the_average_where_it_is():
+    model = build(use_ema=True)
+    average = WeightAverage(model.guard, DECAY)
+    average.on_fit_start(None, model)
+    (name, weight), *_ = average._parameters.items()
+    for step, good, add in ((1, 1.0, 1.0), (2, 0.0, 5.0), (3, 1.0, 5.0)):
+        model.guard.good = torch.tensor(good)
+        with torch.no_grad():
+            weight.add_(add)
+        before = average._other[name].clone()
+        average.on_train_batch_end(SimpleNamespace(global_step=step))
+        moved = {1: weight, 2: before, 3: DECAY * before + (1 - DECAY) * weight}[step]
+        torch.testing.assert_close(average._other[name], moved.detach())

@@ -13,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import (
     bf16_compress_hook,
 )
 
+from olvae.models.updates import ddp
 from olvae.models.updates.ddp import PlayersStrategy
 from olvae.modules.counting import count_parameters
 from olvae.modules.patchgan import PatchGAN
@@ -86,9 +87,13 @@ def test_ddp_sends_the_discriminators_alone_in_further_updates_and_warm_up():
     }
 
 
-def test_ddp_does_not_send_a_frozen_half():
+def test_ddp_does_not_send_a_frozen_half(monkeypatch):
+    """Nor signals, before each batch."""
+    quiet = []
+    monkeypatch.setattr(ddp, "leave_signals_alone", quiet.append)
     strategy = Counting()
     module = train(strategy, lossconfig=WITHOUT_KL, freeze_encoder=True, batches=1)
+    assert quiet == [module.trainer]
     assert totals(strategy) == {"autoencoder": 4 * count_parameters(module.decoder)}
 
 
@@ -107,6 +112,25 @@ def test_ddp_names_find_unused_parameters():
     assert (
         train(PlayersStrategy(find_unused_parameters=True), adversary, batches=2).global_step == 2
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "hook", "unused"),
+    [
+        ("auto", None, False),
+        ("ddp", None, False),
+        ("ddp_bf16", bf16_compress_hook, False),
+        ("ddp_find_unused_parameters_true", None, True),
+    ],
+)
+def test_ddps_settings_by_its_names(monkeypatch, name, hook, unused):
+    monkeypatch.setattr(ddp, "PlayersStrategy", dict)
+    assert ddp.players_strategy(name, timeout=5) == {
+        "ddp_comm_hook": hook,
+        "find_unused_parameters": unused,
+        "gradient_as_bucket_view": True,
+        "timeout": 5,
+    }
 
 
 def test_ddp_bf16_hook_halves_the_bytes_of_both_players():

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from olvae.models.updates.gradients import grad_scaler, gradient_ratio
+from olvae.models.updates.gradients import (
+    grad_scaler,
+    gradient_norm,
+    gradient_ratio,
+    parameters_of,
+)
 
 
 def module(decoder: nn.Module, scaler=None) -> SimpleNamespace:
@@ -73,6 +78,22 @@ def test_gradient_ratio_under_a_loss_scale_keeps_gradients_that_fp16_would_lose(
     assert gradient_ratio(module(decoder, scaler), one, other).item() == pytest.approx(
         3.0, rel=1e-2
     )
+
+
+@pytest.mark.parametrize("scale", [None, 8.0])
+def test_gradient_norm_is_of_all_parameters_that_have_gradients_without_a_scale(scale):
+    """3-4-12-13, in two groups."""
+    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+    weights = [nn.Parameter(torch.zeros(size)) for size in (2, 1, 5)]
+    optimizer = torch.optim.SGD([{"params": weights[:1]}, {"params": weights[1:]}], lr=0.1)
+    if scaler is not None:
+        scaler.scale(torch.zeros(()))
+    weights[0].grad = torch.tensor([3.0, 4.0]) * (scale or 1.0)
+    weights[1].grad = torch.tensor([12.0]) * (scale or 1.0)
+    found = gradient_norm(module(nn.Identity(), scaler), optimizer)
+    assert found.item() == pytest.approx(13.0)
+    assert weights[0].grad.tolist() == [3.0, 4.0]
+    assert parameters_of(optimizer) == weights
 
 
 def test_gradient_ratio_averages_gradients_over_ranks_before_their_norm(decoder, monkeypatch):

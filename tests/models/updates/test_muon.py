@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from olvae.models.updates import muon
 from olvae.models.updates.gradients import parameters_of
@@ -32,6 +33,16 @@ def test_muon_orthogonal_factor_against_numpy(shape):
         assert torch.equal(orthogonalize(two), orthogonalize(two.clone()))
         assert orthogonalize(two).dtype == torch.float32
     assert not orthogonalize(torch.zeros(1, *shape)).any()
+
+
+def test_muon_iterates_on_the_shorter_side():
+    """Of a tall matrix as of a wide one: products of 4 x 4, of 4 x 4 with 4 x 64."""
+    counts = []
+    for shape in ((4, 64), (64, 4)):
+        with FlopCounterMode(display=False) as counter:
+            orthogonalize(torch.randn(1, *shape))
+        counts.append(counter.get_total_flops())
+    assert counts == [5 * 2 * (4 * 64 * 4 + 4 * 4 * 4 + 4 * 4 * 64)] * 2
 
 
 def weights(*shapes: tuple[int, ...]) -> list[nn.Parameter]:

@@ -6,9 +6,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+from olvae.launcher import join, leave
 from olvae.models.liteautoencoder import LiteAutoencoderKL
 from olvae.models.updates.averaging import find_average
 from olvae.models.updates.nonfinite import BadStep, NonFiniteGuard
+from tests.forks import fork_ranks
 from tests.models.steps import Each, against, assert_same, build, fit
 
 EVERYTHING = {"weight": 0.5, "lecam_weight": 0.1}
@@ -257,6 +259,29 @@ def test_infinite_gradients_under_a_loss_scale_from_1_on_are_an_overflow(scale, 
     assert [step.overflow for step in guard.collect()] == [overflow, False]
 
 
+@pytest.mark.posix
+def test_a_step_is_no_overflow_if_a_loss_of_any_process_was_not_finite(monkeypatch):
+    """Without a loss scale nothing is agreed on."""
+
+    def work() -> None:
+        rank, _ = join()
+        guard, scaler = NonFiniteGuard([]), torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler.scale(torch.zeros(()))
+        one_step(guard, 1, scaler, kl=1.0)
+        one_step(guard, 2, scaler, gradient=math.inf, kl=1.0)
+        one_step(guard, 3, scaler, gradient=math.inf, kl=math.nan if rank else 1.0)
+        steps = guard.collect()
+        one_step(guard, 4, scaler, gradient=math.inf)
+        steps += guard.collect()
+        monkeypatch.setattr("torch.distributed.all_reduce", None)
+        one_step(guard, 5, gradient=math.inf)
+        steps += guard.collect()
+        leave()
+        assert [step and step.overflow for step in steps] == [None, True, False, True, False]
+
+    fork_ranks(work)
+
+
 def test_a_further_update_is_bad_after_a_bad_first_one():
     for first, further, expected in ((math.nan, 1.0, 1.0), (1.0, math.inf, 1.0), (1.0, 1.0, 0.0)):
         guard = NonFiniteGuard([])
@@ -291,6 +316,7 @@ def test_an_update_is_skipped_by_what_the_optimizer_or_the_scaler_heeds():
     optimizer = torch.optim.Adam([weight], fused=True)
     weight.grad = torch.ones(2)
     NonFiniteGuard.skip_if(torch.tensor(1.0), optimizer, None)
+    assert weight.grad.tolist() == [1.0, 1.0]
     optimizer.step()
     assert weight.tolist() == [1.0, 1.0]
     NonFiniteGuard.skip_if(torch.tensor(0.0), optimizer, None)

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -31,6 +32,9 @@ def test_seeds_differ_with_every_number_and_with_their_order():
     assert seeds == [mix_seeds(*numbers) for numbers in grid]
     assert all(0 <= seed < 2**63 for seed in seeds)  # what torch takes
     assert mix_seeds(1, 2) != mix_seeds(2, 1)
+    # Others would give a resumed run other noise.
+    (word,) = np.random.SeedSequence((2, 1, 2)).generate_state(1, np.uint64)
+    assert mix_seeds(1, 2) == word // 2
 
 
 def test_lr_factor_of_warm_up_and_cosine():

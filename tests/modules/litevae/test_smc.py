@@ -85,3 +85,15 @@ def test_smc_and_its_derived_weight_have_the_same_gradients_bit_for_bit():
         run(x).square().sum().backward()
         gradients.append([p.grad.clone() for p in smc.parameters()])
     assert all(map(torch.equal, *gradients))
+
+
+def test_weights_of_several_layers_are_each_ones_own():
+    """Of one shape together; others, and frozen ones, apart; all in their order."""
+    layers = [SMC(5, 7), SMC(5, 4), SMC(5, 7), SMC(5, 7), SMC(5, 7, eps=0.5)]
+    for layer in layers:
+        randomise(layer)
+    layers[3].requires_grad_(False)
+    for layer, (weight, bias) in zip(layers, SMC.derive(layers), strict=True):
+        torch.testing.assert_close(weight, layer.fold().weight, rtol=1e-6, atol=1e-7)
+        assert bias is layer.conv.bias
+        assert weight.requires_grad == (layer is not layers[3])

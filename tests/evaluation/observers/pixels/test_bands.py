@@ -1,4 +1,5 @@
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,6 +7,7 @@ import pywt
 import torch
 
 from olvae.evaluation.observers.pixels.bands import Bands
+from olvae.evaluation.results import Row
 from tests.evaluation.peers import seen
 
 
@@ -71,6 +73,28 @@ def test_soft_reconstructions_have_less_fine_detail():
     assert found["LL3"]["energy_ratio"] == pytest.approx(1.0, abs=0.01)
     # Of results that have no energies.
     assert Bands().columns({name: {"mse": 1.0} for name in found}) == {}
+    some = {"LH1": {"signal": 1.0, "energy_ratio": 0.5}, "HL1": {"signal": 1.0}}
+    assert Bands().columns(some) == {"fine detail": "25.0 %"}
+
+
+def test_bars_are_scaled_to_a_trained_models_longest():
+    def row(target: str, mse: float, share: float | None, baseline: bool = False) -> Row:
+        bands = {name: {"mse": mse, "share_of_signal": share} for name in ("LL1", "HH1")}
+        return Row(target, 1, {}, observed={"bands": bands}, baseline=baseline)
+
+    def section(*rows: Row):
+        results = SimpleNamespace(rows=rows)
+        page = SimpleNamespace(results=results, render=lambda name, **context: context)
+        return Bands().section(page)
+
+    rows = (row("a", 2.0, None), row("b", 3.0, 0.5), row("untrained", 9.0, 9.0, baseline=True))
+    found = section(*rows, Row("odd", 1, {}))
+    assert found["rows"] == [*rows]
+    assert found["names"] == ["LL1", "HH1"]
+    assert found["longest"] == {"mse": 3.0, "share_of_signal": 0.5}
+    assert section(rows[0])["longest"] == {"mse": 2.0, "share_of_signal": 0.0}
+    assert section(rows[2])["longest"] == {"mse": 0.0, "share_of_signal": 0.0}
+    assert section(Row("odd", 1, {})) is None
 
 
 def test_vertical_stripes_are_detail_along_the_width():

@@ -71,6 +71,13 @@ def test_a_grey_image_has_no_saturation_and_a_flat_one_no_contrast():
     assert Colour().columns(found) == {"shift": "+1.00 +1.00"}
 
 
+def test_the_luma_of_other_channels_is_their_mean():
+    x = torch.randint(0, 256, (2, 2, 4, 6), dtype=torch.uint8)
+    rows = Colour().measure(seen("a", KEYS[:2], x, x))
+    luma = x.double().numpy().mean(1)
+    assert [row[-2:] for row in rows] == [pytest.approx([one.std()] * 2) for one in luma]
+
+
 def test_colour_does_not_depend_on_order_processes_and_further_draws(pair):
     x, y = pair
     whole = observed(KEYS, x, y)

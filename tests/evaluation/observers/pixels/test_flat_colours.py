@@ -1,10 +1,13 @@
 import json
 import math
+from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+from olvae.evaluation.cells import texts
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.observers.pixels.flat_colours import (
     FlatColours,
@@ -36,6 +39,7 @@ class Faulty(Autoencoder):
         y = y + self.shift
         y[..., ::4, ::4] += self.grid  # one pixel of each tile
         y[..., :2, :] += self.border
+        y[..., -2:, :] += self.border
         return y / 127.5
 
 
@@ -64,8 +68,17 @@ def test_artefacts_at_the_border_are_no_grid():
     grey = reconstruct_colours(Faulty(border=8.0), size=32)["grey 128"]
     assert max(grey["amplitude"], grey["grid"]) < 1e-4
     assert grey["amplitude_with_border"] == pytest.approx(
-        8.0 * math.sqrt(2 / 32 * 30 / 32), abs=1e-4
+        8.0 * math.sqrt(4 / 32 * 28 / 32), abs=1e-4
     )
+
+
+def test_colours_are_clamped_at_black_on_the_device_asked_for():
+    model, devices = Faulty(shift=-4.0), []
+    model.to = devices.append
+    colours = reconstruct_colours(model, 32, "cpu")
+    assert colours["black"]["shift"] == pytest.approx([0.0] * 3, abs=1e-4)
+    assert colours["grey 64"]["shift"] == pytest.approx([-4.0] * 3, abs=1e-4)
+    assert devices == ["cpu"]
 
 
 def test_noise_that_does_not_repeat_is_no_grid():
@@ -99,6 +112,10 @@ def test_flat_colours_of_other_numbers_of_channels(channels, colours):
     found = reconstruct_colours(Faulty(grid=2.0, channels=channels), size=16)
     assert len(found) == colours
     assert all(len(colour["shift"]) == channels for colour in found.values())
+    # What is at its largest is clamped, of the others one pixel in 16 is brighter.
+    if channels in (2, 4):
+        shift = [0.0] + [2.0 / 16] * (channels - 1)
+        assert found["channel 1"]["shift"] == pytest.approx(shift, abs=1e-4)
 
 
 def test_flat_colours_examine_every_target_in_float32():
@@ -121,3 +138,29 @@ def test_flat_colours_examine_every_target_in_float32():
     assert all(
         colour["grid"] is None for colour in observer.result("broken", 0)["colours"].values()
     )
+
+
+def test_the_section_sums_up_the_colours():
+    observer = FlatColours()
+    subjects = {"mine": Faulty(4.0, 8.0, -5.05), "broken": Faulty(grid=math.nan)}
+    observer.examine({name: Subject(model) for name, model in subjects.items()}, 64, "cpu")
+    colours = observer.result("mine", 0)["colours"].values()
+    means = {name: fmean(colour[name] for colour in colours) for name in ("grid", "amplitude")}
+    border = fmean(colour["amplitude_with_border"] for colour in colours)
+    tables = []
+
+    def table(rows, label, caption):
+        tables.append((rows, label))
+        return "shown" if rows else ""
+
+    page = SimpleNamespace(table=table)
+    assert observer.section(page) == "shown"
+    cells = {
+        "grid, mean": f"{means['grid']:.2f}",
+        "grid, largest": f"{max(colour['grid'] for colour in colours):.2f}",
+        "amplitude, mean": f"{means['amplitude']:.2f}",
+        "with border, mean": f"{border:.2f}",
+        "shift, largest": "4.8",  # -5.05, and 4 in one of 16 pixels
+    }
+    assert tables == [(texts({"mine": cells, "broken": {}}), "artefacts")]
+    assert FlatColours().section(page) is None

@@ -71,6 +71,9 @@ def test_an_image_of_zeros_has_no_relative_error_and_negative_ranges_have_none()
     zeros, ones = np.zeros((1, 1, 2, 2)), np.ones((1, 1, 2, 2))
     observer.update(seen(zeros, ones, ["a"], PixelRange.from_node([0, 9])))
     assert set(observer.result("vae", 0)) == {"rmse", "mae"}
+    small = RealValues()
+    small.update(seen(0.5 * ones, ones, ["a"], PixelRange.from_node([0, 9])))
+    assert small.result("vae", 0)["relative"] == pytest.approx(1.0, rel=1e-5)
     signed = RealValues()
     signed.update(seen(ones, zeros, ["a"], PixelRange.from_node([-1, 9])))
     assert set(signed.result("vae", 0)) == {"rmse", "mae"}
@@ -80,13 +83,22 @@ def test_an_image_of_zeros_has_no_relative_error_and_negative_ranges_have_none()
 def test_four_channels_are_a_spectrum(channels, has_angle):
     """From the first axis to the second are 90 degrees; where both have no values, none."""
     x, y = np.zeros((2, 1, channels, 1, 3))
-    x[0, 0, 0, :2] = 5
-    y[0, 1, 0, 0] = 3
-    y[0, 0, 0, 1:] = 7
+    x[0, 0, 0, :2] = 0.5
+    y[0, 1, 0, 0] = 0.3
+    y[0, 0, 0, 1:] = 0.7
     observer = RealValues()
     observer.update(seen(x, y, ["a"], PixelRange.from_node([0, 9])))
     angle = observer.result("vae", 0).get("spectral_angle")
     assert angle == (pytest.approx(45.0, abs=1e-3) if has_angle else None)
+
+
+def test_equal_and_opposite_spectra_have_no_angle_and_180_degrees():
+    """Also where rounding makes their cosine larger than 1."""
+    x = np.random.default_rng(0).integers(-120, 121, (1, 5, 16, 16)).astype(float)
+    for y, angle in ((x, 0.0), (-x, 180.0)):
+        observer = RealValues()
+        observer.update(seen(x, y, ["a"], PixelRange.from_node([-127.5, 127.5])))
+        assert observer.result("vae", 0)["spectral_angle"] == pytest.approx(angle, abs=1e-3)
 
 
 def test_not_rgb_has_nothing_for_eight_bits_and_no_angle_without_a_spectrum():

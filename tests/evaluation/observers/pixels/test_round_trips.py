@@ -1,14 +1,17 @@
 """Passes of an autoencoder whose errors are known: it darkens, and shrinks what is left."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from olvae.evaluation.cells import texts
 from olvae.evaluation.observers.observer import Subject
 from olvae.evaluation.observers.pixels.round_trips import PASSES, RoundTrips
+from olvae.evaluation.results import Row
 from olvae.models.autoencoder import Autoencoder
 from olvae.modules.distributions import Deterministic
 from tests.conftest import tiny
@@ -25,11 +28,13 @@ class Fades(Autoencoder):
     def __init__(self, broken: bool = False) -> None:
         super().__init__()
         self.broken = broken
+        self.decoded = 0
 
     def encode(self, x: Tensor) -> Deterministic:
         return Deterministic(x)
 
     def decode(self, z: Tensor) -> Tensor:
+        self.decoded += 1
         return z * torch.nan if self.broken else (z + 1) / 2 - 1
 
 
@@ -47,7 +52,9 @@ def test_passes_by_hand():
     x = torch.full((2, 3, 4, 4), 128, dtype=torch.uint8)
     x[:, :, ::2, ::2] = 96
     y = (x / 2).round().to(torch.uint8)
-    found = observed(Fades(), x, y, [slice(0, 2)]).result("a", 0)
+    model = Fades()
+    found = observed(model, x, y, [slice(0, 2)]).result("a", 0)
+    assert model.decoded == 9  # the first pass was the evaluation's
     assert list(found) == [str(done) for done in PASSES]
     level = x.double().numpy()
     for done in range(1, 11):
@@ -78,14 +85,41 @@ def test_passes_do_not_depend_on_batches_and_processes():
         assert first.result("a", 0)[done]["psnr"] == pytest.approx(entry["psnr"], abs=0.01)
 
 
-def test_exact_passes_have_no_psnr_and_a_flat_image_no_detail():
-    x = torch.full((2, 3, 4, 4), 7, dtype=torch.uint8)
+@pytest.mark.parametrize("height", [4, 5])
+def test_exact_passes_have_no_psnr_and_a_flat_or_odd_image_no_detail(height):
+    x = torch.full((2, 3, height, 4), 7, dtype=torch.uint8)
     observer = RoundTrips()
     with observer.watch("a", 0, Subject(Exact()), KEYS):
         observer.update(seen("a", KEYS, x, x))
     entry = observer.result("a", 0)["10"]
     assert (entry["psnr"], entry["fine_detail"]) == (None, None)
     assert observer.columns(observer.result("a", 0)) == {"10 passes": "-"}
+
+
+def test_cells_of_passes_in_the_line_and_on_the_page():
+    entry = {
+        "1": {"psnr": 30.0, "fine_detail": 0.5, "shift_of_images": [3.0, 4.0]},
+        "10": {"psnr": None, "fine_detail": None, "shift_of_images": [0.0, 1.0]},
+    }
+    rows = [Row("a", 2, {}, observed={"round_trips": entry}), Row("b", 2, {})]
+    observer = RoundTrips()
+    (line,) = observer.lines(rows)
+    assert line == (
+        "a: after 1, 10 passes PSNR 30.00 dB, -; fine detail 50.0 %, -; colour shift 3.54, 0.71"
+    )
+    tables = []
+
+    def table(rows, label, caption):
+        tables.append((rows, label))
+        return "shown" if rows else ""
+
+    cells = {"PSNR, 1": "30.00 dB", "fine detail, 1": "50.0 %", "colour shift, 1": "3.54"}
+    cells |= {"PSNR, 10": "-", "fine detail, 10": "-", "colour shift, 10": "0.71"}
+    page = SimpleNamespace(results=SimpleNamespace(rows=rows), table=table)
+    assert observer.section(page) == "shown"
+    assert tables == [(texts({"a": cells}), "passes")]
+    page.results.rows = rows[1:]
+    assert observer.section(page) is None
 
 
 class Exact(Fades):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from olvae.config import ConfigError
 from olvae.data.pixels.size_and_range import from_uint8
 from olvae.models.liteautoencoder import LiteAutoencoderKL
-from olvae.models.parts.features.continuity import turned
+from olvae.models.parts.features.continuity import Continuity, turned
 from tests.models.steps import build, fit, metrics, objective, source
 
 PIXELS = objective(wavelet_weight=0, gaussian_weight=0, rec_weight=2.0)
@@ -24,13 +24,15 @@ def continuous(**params) -> LiteAutoencoderKL:
 @pytest.mark.parametrize("angle", [1.0, 42.5, 85.0, 180.0])
 def test_each_position_is_turned_by_the_angle_and_keeps_its_length(angle):
     torch.manual_seed(0)
-    z = torch.randn(2, 5, 3, 4, dtype=torch.float64)
-    noise = torch.randn_like(z)
+    z = 0.1 * torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    noise = 0.1 * torch.randn_like(z)
     found = turned(z, noise, angle)
     cosine = F.cosine_similarity(z, found, dim=1)
     wanted = torch.tensor(angle, dtype=torch.float64).deg2rad().cos().expand_as(cosine)
     torch.testing.assert_close(cosine, wanted)
     torch.testing.assert_close(found.norm(dim=1), z.norm(dim=1))
+    if angle < 180:  # towards the noise
+        assert ((found - cosine[:, None] * z) * noise).sum(1).min() > 0
     # Both angles turn in one direction.
     further = turned(z, noise, angle / 2)
     between = F.cosine_similarity(further, found, dim=1).acos().rad2deg()
@@ -81,12 +83,29 @@ def test_continuity_is_logged_and_trains(image_folder):
     [
         ({"angles": [42.5]}, "angles must be two, 0 < first < second <= 180"),
         ({"angles": [85, 42.5]}, "angles must be two"),
+        ({"angles": [1, 2, 3]}, "angles must be two"),
+        ({"angles": [0, 85]}, "angles must be two"),
+        ({"angles": [1, 180.5]}, "angles must be two"),
         ({"weight": -1}, "weight must not be negative"),
     ],
 )
 def test_continuity_refuses_wrong_arguments(params, message):
     with pytest.raises(ConfigError, match=message):
         continuous(**params)
+
+
+def test_angles_are_up_to_a_half_turn():
+    assert Continuity(angles=[0.5, 180]).angles == [0.5, 180.0]
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_a_latent_of_one_channel_has_no_direction(channels):
+    model = SimpleNamespace(
+        freeze_decoder=False,
+        loss_weights={"rec": 1.0},
+        autoencoder=SimpleNamespace(latent_channels=channels),
+    )
+    assert len(list(Continuity().conflicts(model))) == (channels == 1)
 
 
 def test_continuity_needs_a_loss_that_compares_images():

@@ -92,4 +92,5 @@ def test_feature_decoder_has_a_weight_and_blocks():
         FeatureDecoder(-0.1)
     with pytest.raises(ValueError, match=r"depth must .*0"):
         FeatureDecoder(depth=0)
-    assert len(reduced().parts["fae"].transformer.blocks) == 1
+    (block,) = reduced().parts["fae"].transformer.blocks
+    assert block.attention.heads == 1  # of 64 channels

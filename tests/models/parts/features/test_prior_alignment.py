@@ -66,7 +66,9 @@ def test_priors_are_added_with_their_weights_and_train_encoder_and_projection(vi
     values = metrics(fit(model, image_folder, 2))
     assert values["train/structure"] > 0
     assert "parts.priors.projection.weight" in moved(before, snapshot(model))
-    assert not any("features" in name for name in model.state_dict())
+    assert [name for name in model.state_dict() if name.startswith("parts.")] == [
+        "parts.priors.projection.weight"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -111,10 +111,13 @@ def test_copy_has_no_dropout(image_folder):
     model = distils(decoder_config=one_step_config(dropout=0.5)).train()
     part = model.parts["distillation"]
     assert model.decoder.training
+    assert part.training
     assert not part.teacher.training
     z = model.encode(images(image_folder)).mean
     noise = torch.randn_like(images(image_folder))
     assert torch.equal(part.teacher.sample(z, noise, 2), part.teacher.sample(z, noise, 2))
+    model.eval()
+    assert not part.training
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ import torch
 
 from olvae.config import ConfigError
 from olvae.data.pixels.size_and_range import from_uint8
-from olvae.models.parts.flow.flow_matching import FIRST_T, flow_error
+from olvae.models.parts.flow.flow_matching import FIRST_T, TIMES, flow_error
 from olvae.models.updates.optimizers import mix_seeds
+from olvae.modules.distributions import draws_by_image
 from tests.models.parts.flow.generating import generates, nodes, vary
 from tests.models.steps import WITHOUT_KL, build, fit, metrics, moved, snapshot, source
 
@@ -132,6 +133,15 @@ def test_validated_flow_does_not_depend_on_the_batch(image_folder):
         torch.rand(7)
         each = [part.validate(model, x[i : i + 1], None)["flow"] for i in (2, 0, 3, 1)]
     torch.testing.assert_close(torch.stack(each).mean(), whole, rtol=1e-5, atol=0.0)
+
+    # By hand, at even times from each image's own.
+    with torch.no_grad():
+        z, (start, noise) = model.encode(x).mean, draws_by_image(x, x.shape[1:])
+        errors = []
+        for level in range(TIMES):
+            t = FIRST_T + (1 - FIRST_T) * (1 - (start + level / TIMES).frac())
+            errors.append(flow_error(model.decoder, z, x, noise, t).mean())
+    torch.testing.assert_close(whole, torch.stack(errors).mean(), rtol=1e-5, atol=0.0)
 
     # The mean over times and noise, by others.
     with torch.no_grad():

@@ -135,6 +135,13 @@ def test_arguments_that_make_no_sense_are_refused(given, message):
         LatentMasking(**given)
 
 
+def test_probabilities_sum_to_1_but_for_their_rounding():
+    """One may be 0."""
+    part = LatentMasking(ratios=[0.0, 0.5, 1.0], probabilities=[0.0, 0.3333333, 0.6666666])
+    assert part.probabilities[0] == 0.0
+    assert sum(part.probabilities) == pytest.approx(1.0, abs=1e-12)
+
+
 def test_settings_that_contradict_it_are_refused(image_folder):
     with pytest.raises(ConfigError, match=r"latent_masking: .*freeze_decoder"):
         build(parts=parts(latent_masking={}), freeze_decoder=True)
@@ -143,3 +150,4 @@ def test_settings_that_contradict_it_are_refused(image_folder):
     model = build(parts=parts(latent_masking={"block": 4}))
     with pytest.raises(ConfigError, match=r"2 .*block of 4"):
         model.check(source(image_folder))
+    model.check(source(image_folder, size=32))

@@ -1,5 +1,7 @@
 """Local correlation: Pearson's by numpy, the adaptive weight, and what contradicts it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -119,6 +121,21 @@ def test_sizes_without_a_window_are_refused(image_folder):
     model = build(parts=parts(local_correlation={"window": 4}))
     with pytest.raises(ConfigError, match=r"2 .*window of 4"):
         model.check(source(image_folder))
+    model.check(source(image_folder, size=32))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_one_channel_has_no_correlation(channels):
+    model = SimpleNamespace(
+        freeze_encoder=False,
+        each_part=[],
+        loss_weights={"rec": 1.0},
+        autoencoder=SimpleNamespace(latent_channels=channels),
+    )
+    assert len(list(LocalCorrelation().conflicts(model))) == (channels == 1)
+    assert LocalCorrelation().describe() == "up to 0.75, weight 0.002, adaptive"
+    plain = LocalCorrelation(weight=0.5, adaptive_weight=False)
+    assert plain.describe() == "up to 0.75, weight 0.5"
 
 
 def test_sizes_that_equivariance_shrinks_below_a_window_are_refused(image_folder):
@@ -126,7 +143,8 @@ def test_sizes_that_equivariance_shrinks_below_a_window_are_refused(image_folder
     model = build(parts=parts(local_correlation={}, equivariance={}))
     with pytest.raises(ConfigError, match=r"parts\.equivariance .*2 "):
         model.check(source(image_folder))
-    model.check(source(image_folder, size=64))
+    for size in (40, 64):
+        model.check(source(image_folder, size=size))
 
 
 def test_a_threshold_is_a_correlation():

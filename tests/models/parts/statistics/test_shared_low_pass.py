@@ -97,6 +97,7 @@ def test_training_against_a_discriminator_runs_with_and_without_it(image_folder)
 def test_cuts_that_make_no_sense_are_refused(params):
     with pytest.raises(ValueError, match="cuts must"):
         SharedLowPass(**params)
+    assert SharedLowPass(cuts=[14]).cuts == [14]
 
 
 def test_cuts_by_which_the_adversary_never_plays_are_refused():
