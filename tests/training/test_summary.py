@@ -117,9 +117,13 @@ def test_rows_of_other_trainings(monkeypatch, image_folder):
     for name, text in described.items():
         assert rows.get(name.replace("_", " "), "") == text
     assert "weights from" not in rows
-    plain = build(against(weight=0.25), freeze_decoder=True)
-    rows = _rows(Settings(), a_trainer(), plain, source, done=0, seen=0)
+    one_half = build(freeze_decoder=True)
+    rows = _rows(Settings(), a_trainer(), one_half, source, done=0, seen=0)
     assert rows["trained"] == "the encoder alone"
+    assert "adversary" not in rows
+    playing = build(against(weight=0.25))
+    rows = _rows(Settings(), a_trainer(), playing, source, done=0, seen=0)
+    assert "trained" not in rows
     assert "hinge, weight 0.25 from step 0" in rows["adversary"]
 
 
