@@ -153,7 +153,7 @@ def test_each_autoencoder_is_evaluated_once_and_what_fails_is_left_out(go, tmp_p
     with pytest.raises(ConfigError, match=r"`out` .*other `metrics`, `images`: name"):
         go(["sdxl"], observers=[own], metrics=["psnr"], images=6)
     with pytest.raises(ValueError, match="sdxl there has results of other images: name"):
-        go(["sd1-ema"], observers=[own], sha256="11")
+        go(["sd3"], observers=[own], sha256="11")
     with pytest.raises(FailedProcessError):
         go(["sd1-mse"], observers=[own], error=FailedProcessError("of one"))
 
