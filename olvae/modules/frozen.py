@@ -258,7 +258,7 @@ def vision_network(name: str, weights: Mapping[str, Tensor] | None) -> nn.Sequen
         raise ValueError(f"timm has no model {name}: timm.list_models() names them")
     settings: dict[str, Any] = {"pretrained": weights is not None}
     if weights is not None:
-        settings["pretrained_cfg_overlay"] = {"state_dict": dict(weights), "custom_load": False}
+        settings["pretrained_cfg_overlay"] = {"state_dict": dict(weights)}
     network: Any
     try:
         try:

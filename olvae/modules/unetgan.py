@@ -161,7 +161,8 @@ class UNetGAN(nn.Module):
             _UpBlock(c_in + skip, c_out)
             for c_in, skip, c_out in zip([down[-1], *up], skips, up, strict=False)
         )
-        self.pixel_head = nn.Conv2d(up[-1], 1, kernel_size=1)
+        # The last width is the base's.
+        self.pixel_head = nn.Conv2d(base_channels, 1, kernel_size=1)
         nn.init.orthogonal_(self.pixel_head.weight)
         nn.init.zeros_(self.pixel_head.bias)  # type: ignore[arg-type]
 

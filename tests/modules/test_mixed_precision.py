@@ -334,6 +334,25 @@ class Unused(Small):
         return h
 
 
+class Island(Small):
+    """It turns autocast off for its second layer."""
+
+    @mixed_precision.casts_together
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        with mixed_precision.no_autocast(h):
+            return self.inner(h.float())
+
+
+def test_a_layer_without_autocast_computes_in_float32():
+    network, x = Island(), torch.randn(1, 2, 3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network(x)
+        expected = Island.forward.__wrapped__(network, x)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
 def test_a_weight_without_a_part_in_the_loss_gets_no_gradient():
     network = Unused()
     with torch.autocast("cpu", torch.bfloat16):

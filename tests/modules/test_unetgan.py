@@ -156,3 +156,28 @@ def test_weights_shared_by_passes_give_the_same_gradients(monkeypatch):
         assert net.image_head.kept is None
         gradients.append([p.grad.clone() for p in net.parameters()])
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("base", "image_size", "expected"),
+    [
+        (16, 512, 2_757_058),  # S 2.75 M, as at 256
+        (32, 256, 11_020_674),  # M 11.0 M
+        (64, 256, 44_067_586),  # L 44.1 M
+        (16, 128, 1_969_858),
+        (32, 128, 7_873_410),
+        (64, 192, 31_481_602),
+    ],
+)
+def test_unetgan_has_the_published_numbers_of_parameters(meta, base, image_size, expected):
+    net = UNetGAN(base_channels=base, image_size=image_size)
+    assert sum(p.numel() for p in net.parameters()) == expected
+
+
+def test_unetgan_refuses_sides_that_are_no_multiples_of_64(small: UNetGAN):
+    for size in (0, 32, 100):
+        with pytest.raises(ValueError, match=f"image_size must be a multiple of 64, got {size}"):
+            UNetGAN(image_size=size)
+    for shape in ((1, 3, 64, 96), (1, 3, 96, 64), (3, 64, 64)):
+        with pytest.raises(ValueError, match="multiples of 64"):
+            small(torch.empty(shape))
