@@ -20,7 +20,7 @@ def scale(x, y, sign=1):
         )
     total = x * 2 + y
     print(pow(x, max(x, y)))
-    return total
+    return gcd(total, y).transpose(x, y).view(y, y)
 '''
 
 
