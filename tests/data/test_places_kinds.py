@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from olvae.config import ConfigError
+from olvae.config import ConfigError, save
 from olvae.data.places import (
     FOLDER,
     SAMPLES,
@@ -19,6 +19,7 @@ from olvae.data.places import (
     is_image_file,
     is_shard,
     is_volume_file,
+    load,
     names_volume,
     place_of,
     with_source,
@@ -65,6 +66,7 @@ def test_files_are_volumes_by_name_or_dicoms_mark(tmp_path):
         ("dicomdir", DICOM, False),
         ("IM001", DICOM, True),
         ("IM.001", DICOM, True),
+        ("IM.7", DICOM, True),
         ("IM.png", DICOM, False),
         ("IM002", DICOM[1:], False),
         ("IM003", DICOM[:-1], False),
@@ -129,6 +131,7 @@ def test_sources_by_what_is_written():
     with pytest.raises(ConfigError, match="b is not key=value"):
         find_source("hf:a,b")
     assert not holds_shards("scenes:a.tar")
+    assert not holds_shards("hf:user/a.tar")
     assert holds_shards("torchvision://a.tar")
 
 
@@ -168,3 +171,23 @@ def test_a_folder_that_can_not_be_opened_has_no_shards(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.scandir", refused)
     assert not holds_shards(str(tmp_path))
+
+
+def test_a_config_is_loaded_as_it_is_or_with_the_source_of_its_data(tmp_path):
+    (tmp_path / "0.tar").touch()
+    path = tmp_path / "c.yaml"
+    save({"data": {"target": FOLDER}}, path)
+    root = f"data.params.root={tmp_path}"
+    assert load([path], [root])["data"] == {"target": SHARDS, "params": {"shards": str(tmp_path)}}
+    assert load([path], [root], resolve=False)["data"]["target"] == FOLDER
+    for config in ({"data": None}, {"model": {}}):
+        save(config, path)
+        assert load([path]) == config
+    # What is null in the files alone stays.
+    params = {"root": "photos", "val_root": None}
+    save({"data": {"target": FOLDER, "params": params}}, path)
+    assert load([path])["data"]["params"] == params
+    # The files alone may lack what an override gives.
+    path.write_text("data: {target: " + FOLDER + ", params: {root: '${place}/a', size: 8}}")
+    found = load([path], ["place=x", "data.params.root=b"])["data"]
+    assert found["params"] == {"root": "b", "size": 8}

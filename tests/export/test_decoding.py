@@ -179,6 +179,18 @@ def test_a_file_that_decoding_did_not_make_is_not_replaced(tmp_path):
     assert (out / ".decoded").read_text() == '"a.png"\n'
 
 
+def test_two_latents_of_one_key_are_refused(tmp_path):
+    files = []
+    for name in "ab":
+        files += [
+            (f"{name}.latent.safetensors", latent_bytes()),
+            (f"{name}.latent.json", meta_bytes("x")),
+        ]
+    write_tar(tmp_path / "0.tar", files)
+    with pytest.raises(ValueError, match="two latents have the key 'x'"):
+        decode_shards(tiny_vae(), shards(tmp_path), tmp_path / "out")
+
+
 def test_the_first_reasons_are_named_where_nothing_is_decoded(tmp_path):
     files = []
     for name in "abcd":

@@ -162,6 +162,10 @@ def test_planned_outputs_give_every_image_a_place_of_its_own(tmp_path):
         plan_outputs([tmp_path / "x.jpg"], out)
     touch(out / "x_compare.png")
     assert plan_outputs([tmp_path / "x.jpg"], out) == {tmp_path / "x.jpg": out / "x"}
+    # A picture that is there is no series of DICOM, whatever its name.
+    dated = tmp_path / "2026.12.01"
+    dated.write_bytes(a.read_bytes())
+    assert plan_outputs([dated], out) == {dated: out / "2026.12"}
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 2])

@@ -344,6 +344,10 @@ def test_a_limit_cuts_the_last_shard_that_is_read(shards):
         samples = list(s.once(LoaderProcess()))
         assert len(samples) == images
         assert all(sample.image is not None for sample in samples)
+    s = source(shards)
+    s.val = [s.val[0]._replace(images=0), s.val[1]]
+    s.limit(3)
+    assert [shard.images for shard in s.val] == [3]
     with pytest.raises(ValueError, match="the set has 7 images, 8 were asked for"):
         source(shards).limit(8)
     s = source(shards)
@@ -367,7 +371,7 @@ def test_sorted_shards_are_described_by_their_classes(shards, monkeypatch):
     monkeypatch.setattr(shard_source, "describe_sorted", lambda *a: [asked.append(a), line][1])
     s = source(shards, interleave=3)
     assert s.describe_sorted() is None
-    s.train = [shard._replace(classes=(1.5, 40)) for shard in s.train]
+    s.train = [shard._replace(classes=(1.5 + n, 40)) for n, shard in enumerate(s.train)]
     assert s.describe_sorted() == "few: raise data.params.interleave, or mix the shards"
     line = None
     assert s.describe_sorted() is None
@@ -392,12 +396,27 @@ def test_shards_are_interleaved_if_their_images_are_counted_and_found(shards):
     ):
         made = Made([Shard(url, images, offsets)], [], 6, None, 16, 1, 0)
         assert made.interleave == interleave
+    # The first shard tells how all are compressed.
+    urls = ("https://a.org/a.tar", "https://a.org/b.tar.gz")
+    remote = [Shard(url, 9, ("index", 0)) for url in urls]
+    assert Made(remote, [], 6, None, 16, 1, 0).interleave == 32
     for setting in ("shuffle", "interleave"):
         source(shards, **{setting: 1})
         with pytest.raises(ValueError, match=f"{setting} must be at least 1, got 0"):
             source(shards, **{setting: 0})
     with pytest.raises(ValueError, match="batch_size 51 is larger"):
         source(shards, batch_size=51)
+
+
+def test_unknown_images_are_continued_as_if_nothing_had_changed(shards):
+    """Nobody knows what other processes have used."""
+    s = unknown(shards)
+    layouts = [LoaderLayout(0, 2, 1, 2), LoaderLayout(24, 1, 1, 2)]
+    process, position = LoaderProcess(batch_size=2).resumed(24)
+    found = s.continued_stream(3, 24, LoaderProcess(batch_size=2), layouts)
+    for one, other in zip(islice(found, 5), s.stream(3, position, process), strict=False):
+        assert one.key == other.key
+        assert (one.image == other.image).all()
 
 
 class Made(shard_source.ShardSource):
@@ -456,3 +475,24 @@ def test_a_process_whose_shards_have_no_images_takes_one_of_another(shards):
     message = f"none of the 3 shards could be read: {empty.url}: no images in it; "
     with pytest.raises(ValueError, match=message):
         list(reader._whole([empty], [empty, empty]))
+
+
+def test_unknown_images_are_whole_shards_in_blocks(shards):
+    """Written down again by hand, as of one process: from the first epoch and block on."""
+    laid = []
+    for number in np.random.default_rng((4, 0, 1)).permutation(7):
+        first = sum(COUNTS[:number])
+        laid += [f"{number:03d}/{first + i:04d}" for i in range(COUNTS[number])]
+    expected = []
+    for block in range(3):
+        order = np.random.default_rng((4, 0, block, 0, 1, 2)).permutation(6)
+        expected += [laid[6 * block + i] for i in order]
+    found = [sample.key for sample in islice(unknown(shards).stream(4, 0, LoaderProcess()), 18)]
+    assert found == expected
+    rest = [sample.key for sample in islice(unknown(shards).stream(4, 9, LoaderProcess()), 9)]
+    assert rest == expected[9:]
+    # Each process has every second shard of the epoch's order.
+    own = [f"{number:03d}" for number in np.random.default_rng((4, 0, 1)).permutation(7)[1::2]]
+    second = unknown(shards).stream(4, 0, LoaderProcess(1, 2))
+    count = sum(COUNTS[int(name)] for name in own)
+    assert sorted({sample.key[:3] for sample in islice(second, count)}) == sorted(own)
