@@ -491,3 +491,8 @@ def test_unknown_images_are_whole_shards_in_blocks(shards):
     assert found == expected
     rest = [sample.key for sample in islice(unknown(shards).stream(4, 9, LoaderProcess()), 9)]
     assert rest == expected[9:]
+    # Each process has every second shard of the epoch's order.
+    own = [f"{number:03d}" for number in np.random.default_rng((4, 0, 1)).permutation(7)[1::2]]
+    second = unknown(shards).stream(4, 0, LoaderProcess(1, 2))
+    count = sum(COUNTS[int(name)] for name in own)
+    assert sorted({sample.key[:3] for sample in islice(second, count)}) == sorted(own)

@@ -16,6 +16,7 @@ from olvae.data.volumes.volume_source import (
     VolumeSource,
     find_volumes,
     neighbours_of,
+    open_volume,
     slice_photo,
 )
 from olvae.files import lines_sha256
@@ -213,3 +214,21 @@ def test_a_sources_settings_are_those_of_its_slices_and_crops(tmp_path):
     assert split.describe() == (
         "7 training slices of 1 volume, 7 validation and test slices of 1 volume"
     )
+
+
+def test_one_volume_is_opened_or_refused(tmp_path, monkeypatch):
+    path = nifti(tmp_path / "b.nii")
+    nifti(tmp_path / "a.nii")
+    assert open_volume(path).path == path
+    assert open_volume(tmp_path).key == "a.nii"
+    path.write_bytes(b"no volume")
+    with pytest.raises(UnreadableImageError) as error:
+        open_volume(path)
+    assert error.value.name == str(path)
+
+    def missing(*_: object) -> None:
+        raise ConfigError("pip install nibabel")
+
+    monkeypatch.setattr(module, "READ_BY", {".nii": missing})
+    with pytest.raises(ConfigError, match="pip install nibabel"):
+        find_volumes(tmp_path)
