@@ -193,7 +193,7 @@ def test_files_that_another_library_reads_are_checked(tmp_path):
 
 def test_a_safetensors_file_is_always_the_same_bytes(tmp_path):
     """Its header is sorted, and padded to its length; everybody may read it."""
-    metadata = {name: name * 3 for name in "zkabw"}
+    metadata = {name: name * 3 for name in "zkabwé"}
     tensors = {"b": torch.rand(3, 2).T, "a": torch.rand(4, requires_grad=True)}
     path = tmp_path / "a.safetensors"
     contents = set()
@@ -241,8 +241,9 @@ def test_what_fits_is_loaded_with_a_warning_where_that_is_allowed(mismatch):
         load_weights(module, weights, "file", prefixes=("",))
     assert not torch.equal(module.weight, weights["weight"])
     count = 2 if mismatch == "unexpected" else 1
-    with pytest.warns(UserWarning, match=rf"file: {count} of 2 .*1 "):
+    with pytest.warns(UserWarning, match=rf"file: {count} of 2 .*1 ") as seen:
         load_weights(module, weights, "file", allow_mismatch=True, prefixes=("",))
+    assert seen[0].filename == __file__
     assert torch.equal(module.weight, weights["weight"])
     assert torch.equal(module.bias, weights["bias"] if mismatch == "unexpected" else before)
 

@@ -248,7 +248,7 @@ class Photo:
         if isinstance(image, MultiBand):
             return image
         try:
-            if shrink > 1 and image.format == "JPEG":
+            if image.format == "JPEG":
                 image.draft(None, (max(1, image.width // shrink), max(1, image.height // shrink)))
             image.load()
             upright = image if self._orientation == 1 else ImageOps.exif_transpose(image)
@@ -256,7 +256,7 @@ class Photo:
 
             # A large picture in strips of rows.
             width, height = upright.size
-            rows = max(1, STRIP_PIXELS // width)
+            rows = STRIP_PIXELS // width
             if height <= rows or (upright.mode == MODES[self.channels] == "RGB" and not profile):
                 return self.converted(upright, profile)
             whole = Image.new(MODES[self.channels], upright.size)

@@ -147,7 +147,7 @@ def _vgg_features(build: Callable[..., Any], layers: int) -> nn.Sequential:
     # On the meta device first: the classifier, most of a VGG, takes seconds and is not needed.
     device = torch.empty(0).device
     with torch.device("meta"):
-        vgg = build(weights=None, init_weights=False)
+        vgg = build(weights=None)
     features: nn.Sequential = vgg.features[:layers]
     return features.to_empty(device=device)
 
@@ -258,7 +258,7 @@ def vision_network(name: str, weights: Mapping[str, Tensor] | None) -> nn.Sequen
         raise ValueError(f"timm has no model {name}: timm.list_models() names them")
     settings: dict[str, Any] = {"pretrained": weights is not None}
     if weights is not None:
-        settings["pretrained_cfg_overlay"] = {"state_dict": dict(weights), "custom_load": False}
+        settings["pretrained_cfg_overlay"] = {"state_dict": dict(weights)}
     network: Any
     try:
         try:

@@ -114,7 +114,7 @@ class GigaGAN(nn.Module):
     ) -> None:
         super().__init__()
         # A power of two has one bit that is set.
-        if image_size < 64 or image_size & (image_size - 1):
+        if image_size < 64 or image_size.bit_count() != 1:
             raise ValueError(
                 f"GigaGAN's image_size must be a power of two from 64, got {image_size}"
             )

@@ -78,11 +78,12 @@ class SharedBatchNorm(BatchNormBase):
         if self.training:
             self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         running = self.running_mean, self.running_var
+        assert self.momentum is not None
 
         # One process, or evaluation: torch's own.
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return F.batch_norm(
-                x, *running, self.weight, self.bias, self.training, self.momentum or 0.0, self.eps
+                x, *running, self.weight, self.bias, self.training, self.momentum, self.eps
             )
 
         # Mean and variance over all processes. Not as the mean of squares less the squared mean,
@@ -95,10 +96,10 @@ class SharedBatchNorm(BatchNormBase):
         # Running statistics, with the unbiased variance, as torch has it.
         with torch.no_grad():
             count = x.numel() / x.shape[1] * dist.get_world_size()
-            unbiased = var * (count / max(1.0, count - 1))
+            unbiased = var * (count / (count - 1))
             for buffer, value in zip(running, (mean, unbiased), strict=True):
                 assert buffer is not None
-                buffer.lerp_(value.to(buffer.dtype), self.momentum or 0.0)
+                buffer.lerp_(value.to(buffer.dtype), self.momentum)
 
         mean = mean[:, None, None]
         scale = ((var + self.eps).rsqrt() * self.weight)[:, None, None]

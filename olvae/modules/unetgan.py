@@ -83,13 +83,12 @@ def shared_weights(module: nn.Module) -> Iterator[None]:
     weights must not change inside, and one backward pass takes all passes whose gradients reach
     them.
     """
-    parameters = list(module.parameters())
     layers = _spectral_layers(module)
-    on_gpu = compiled_call(module) is None and all(p.is_cuda for p in parameters)
+    on_gpu = compiled_call(module) is None and all(p.is_cuda for p in module.parameters())
     if not on_gpu or any(layer.kept is not None for layer in layers):
         layers = []
     try:
-        with no_autocast(parameters[0]):
+        with no_autocast(next(module.parameters())):
             for layer in layers:
                 layer.kept = layer.weight
         yield
@@ -108,7 +107,7 @@ def power_iteration(module: nn.Module) -> None:
     if not norms:
         return
     matrices = [norm.original.flatten(1) for norm in norms]  # (out_channels, in_channels k k)
-    with no_autocast(matrices[0]):
+    with no_autocast(next(module.parameters())):
         # u <- W v / |W v|, then v <- W^T u / |W^T u|: torch's iteration, for all layers at once.
         for updated, other in (SPECTRAL_VECTORS, reversed(SPECTRAL_VECTORS)):
             vectors = [getattr(norm[0], other) for norm in norms]
@@ -162,7 +161,8 @@ class UNetGAN(nn.Module):
             _UpBlock(c_in + skip, c_out)
             for c_in, skip, c_out in zip([down[-1], *up], skips, up, strict=False)
         )
-        self.pixel_head = nn.Conv2d(up[-1], 1, kernel_size=1)
+        # The last width is the base's.
+        self.pixel_head = nn.Conv2d(base_channels, 1, kernel_size=1)
         nn.init.orthogonal_(self.pixel_head.weight)
         nn.init.zeros_(self.pixel_head.bias)  # type: ignore[arg-type]
 

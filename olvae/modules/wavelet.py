@@ -98,13 +98,14 @@ def waverec2(
     """Invert :func:`wavedec2`; every LL but the coarsest is recomputed, not read."""
     if not coefficients:
         raise ValueError("waverec2 needs at least one level")
-    x = coefficients[-1][:, : coefficients[-1].shape[1] // 4]  # the coarsest LL
     # The size of each level's image: the given one, then the bands' of each finer level.
     sizes = [size]
-    for finer in coefficients[:-1]:
-        sizes.append((finer.shape[-2], finer.shape[-1]))
-    for level, target in zip(reversed(coefficients), reversed(sizes), strict=True):
-        x = idwt2(torch.cat((x, level[:, x.shape[1] :]), dim=1), wavelet, target)
+    *finer, coarsest = coefficients
+    for level in finer:
+        sizes.append((level.shape[-2], level.shape[-1]))
+    x = idwt2(coarsest, wavelet, sizes.pop())
+    for level in reversed(finer):
+        x = idwt2(torch.cat((x, level[:, x.shape[1] :]), dim=1), wavelet, sizes.pop())
     return x
 
 
@@ -277,14 +278,13 @@ def _synthesise_rows(low: Tensor, high: Tensor, wavelet: str) -> Tensor:
     n = low.shape[-1]
     half = weight.shape[-1] // 2
 
-    # Continue both bands by the coefficients beyond either end that a pixel depends on.
-    reach = half // 2 + 1
+    # Continue both bands by F/2 coefficients: a pixel depends on up to half of them at either end.
     bands = torch.stack((low.reshape(-1, n), high.reshape(-1, n)), dim=1)  # (rows, band, n)
-    bands = _periodic(bands, reach)
+    bands = _periodic(bands, half)
     with no_autocast(low):
         x = F.conv_transpose1d(without_tf32(bands), without_tf32(weight), stride=2)
     x = x.to(low.dtype)  # (rows, 1, ...)
 
-    # Its first pixel has the index 1 - F/2 - 2 reach.
-    start = 2 * reach + half - 1
+    # Its first pixel has the index 1 - F/2 - F.
+    start = 3 * half - 1
     return x[..., start : start + 2 * n].reshape(*low.shape[:-1], 2 * n)

@@ -18,7 +18,7 @@ from olvae.config import Config, ConfigError
 from olvae.config.nodes import FROM_START
 from olvae.config.reading import ABSENT, changed_keys, merge_files
 from olvae.data.places import load, with_source
-from olvae.models.target_names import check_target, place_in
+from olvae.models.target_names import DIFFUSERS, check_target, place_in
 from olvae.runs import Run, Settings
 
 WANDB = "lightning.logger.wandb"
@@ -209,9 +209,10 @@ def _absolute_teacher(previous: Config | None) -> str | None:
     place = place_in(target)
     if previous is None or Path(place).exists():
         return None
+    ending = target.removeprefix(DIFFUSERS)  # the place, and a subfolder
     for path, written in runs.settings_of(previous).paths.items():
         if written == place and Path(path).exists():
-            return target.replace(place, path, 1)
+            return target.removesuffix(ending) + path + ending.removeprefix(place)
     return None
 
 

@@ -9,7 +9,16 @@ import pytest
 import yaml
 
 from olvae.config import ConfigError, instantiate, resolve_target, validate, with_paths
-from olvae.config.nodes import Node, check, map_nodes
+from olvae.config.nodes import (
+    Node,
+    _dotted,
+    check,
+    check_arguments,
+    import_extra,
+    map_nodes,
+    missing_package,
+    resolve_class,
+)
 from olvae.data.pixels.size_and_range import PixelRange
 from olvae.data.places import load
 from olvae.models.spec import AutoencoderSpec
@@ -29,6 +38,9 @@ def test_instantiate_builds_targets_and_names_what_is_wrong():
     assert instantiate({"target": "fractions.Fraction"}, numerator=3) == 3
     for node, message in (
         ({"params": {}}, "target and params"),
+        (3, "target and params"),
+        ({"target": "olvae.data.datset.Any"}, "did you mean dataset"),
+        ({"target": "math.pi"}, "is a float"),
         ({"target": "Fraction"}, "not a dotted path"),
         ({"target": "no.such.module"}, "does not import"),
         ({"target": "fractions.Fractoin"}, "did you mean Fraction"),
@@ -42,6 +54,47 @@ def test_a_target_of_very_many_parts_is_no_dotted_path():
     """Importing the parts, one after the other, takes time by the square of their number."""
     with pytest.raises(ConfigError, match="dotted path"):
         resolve_target("olvae" + ".olvae" * 3000)
+    longest = "a" + ".a" * 30
+    assert _dotted(f"{longest}.B") == (longest, "B")
+    with pytest.raises(ConfigError, match="dotted path"):
+        _dotted(f"{longest}.a.B")
+
+
+def test_a_class_is_of_the_kind_that_is_wanted():
+    assert resolve_class("builtins.bool", int) is bool
+    for target in ("fractions.Fraction", "builtins.len"):
+        with pytest.raises(ConfigError, match=r"kind of builtins\.int"):
+            resolve_class(target, int)
+
+
+def test_a_package_that_is_missing_is_named_with_its_command(monkeypatch):
+    """Where training alone needs it, also as the cause of another error."""
+    missing = ModuleNotFoundError("no", name="torchvision.ops")
+    other = RuntimeError("on top")
+    other.__cause__ = missing
+    for error in (missing, other):
+        assert missing_package(error).startswith("needs torchvision: pip install ")
+    for error in (None, ModuleNotFoundError("no"), ModuleNotFoundError("no", name="mine"), other):
+        other.__cause__ = None
+        assert missing_package(error) is None
+
+    def fails(_: str) -> None:
+        raise missing
+
+    monkeypatch.setattr("importlib.import_module", fails)
+    with pytest.raises(ModuleNotFoundError):
+        resolve_target("some.Thing")
+    with pytest.raises(ConfigError, match="reading needs a_library: pip install x y"):
+        import_extra("a_library", "x y", "reading")
+
+
+def test_arguments_of_a_class_are_checked_by_name():
+    mistakes = list(check_arguments(takes, {"path": 3, "nme": "x"}))
+    assert mistakes == [
+        "nme: unknown key; did you mean name?",
+        "name: missing",
+        "path: expected str | pathlib.Path, got 3",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +103,7 @@ def test_a_target_of_very_many_parts_is_no_dotted_path():
         ({"target": "a.A"}, Node, [""]),
         (None, Node | None, []),
         ([{"target": "a.A"}, 3], list[Node], [".0", ".1"]),
+        ({"target": "a.A"}, Node | list[Node], [""]),
         ({"x": {"target": "a.A"}, "y": None, "z": 3}, dict[str, Node | None] | None, [".x", ".z"]),
     ],
 )
@@ -69,6 +123,37 @@ def test_with_paths_changes_paths_at_any_depth():
     changed = with_paths(mix, lambda path: f"/{path}")
     assert [node["params"]["root"] for node in changed["params"]["sources"]] == ["/a", "/a"]
     assert params["root"] == "a"
+    for other in (3, {"params": {}}, {"target": 5}):
+        assert with_paths(other, lambda path: f"/{path}") is other
+
+
+def takes(
+    path: str | Path, name: str, files: str | Path | list[str | Path] | None = None
+) -> object:
+    """A source in files."""
+
+
+@pytest.mark.parametrize(
+    ("path", "files", "changed"),
+    [
+        ("owner/name", "a", ("owner/name", "a")),  # on the hub
+        ("there/name", "a", ("/there/name", "/a")),
+        ("a/b/c", ["a", "b"], ("/a/b/c", ["/a", "/b"])),
+        ("a", None, ("/a", None)),
+    ],
+)
+def test_paths_are_arguments_that_take_one_but_for_those_of_the_hub(
+    tmp_path, monkeypatch, path, files, changed
+):
+    monkeypatch.chdir(tmp_path)
+    Path("there/name").mkdir(parents=True)
+    node = {
+        "target": f"{__name__}.takes",
+        "params": {"path": path, "name": "a/b/c", "files": files},
+    }
+    found = with_paths(node, lambda text: f"/{text}")["params"]
+    assert (found["path"], found["files"]) == changed
+    assert found["name"] == "a/b/c"
 
 
 MISTAKES = """
@@ -168,6 +253,7 @@ def test_validate_lists_every_mistake_at_once():
         ("model.params.betas", [0.5, "x"], "betas: expected"),
         ("model.base_learning_rate", "fast", "expected a positive number"),
         ("model.base_learning_rate", -1.0, "expected a positive number"),
+        ("model.base_learning_rate", 0, "expected a positive number"),
         ("model.base_learning_rate", float("inf"), "expected a positive number, got inf"),
         ("model.base_learning_rate", float("nan"), "expected a positive number, got nan"),
         ("model.params", [1], "expected a mapping of arguments"),
@@ -313,6 +399,8 @@ def test_validate_finds_mistakes_in_parts(image_folder):
             r"lpips_channels: expected three of 13 channels, .* got \[3, 2, 13\]",
         ),
         (13, {"lpips_channels": [3, 2, 1]}, None),
+        (13, {"lpips_channels": [12, 1, 0]}, None),
+        (13, {"lpips_channels": [2, 1]}, r"lpips_channels: .* got \[2, 1\]"),
         (1, {"lpips_weight": 0}, None),
         (3, {}, None),
     ],
@@ -360,3 +448,4 @@ def test_a_config_without_data_is_refused_beside_its_other_mistakes():
         check(config)
     assert raised.value.mistakes[-1] == "data: missing: the source of the training images"
     assert len(raised.value.mistakes) == 2
+    assert str(raised.value) == "\n".join(raised.value.mistakes)

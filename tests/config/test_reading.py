@@ -4,6 +4,7 @@ The source of the data that they name.
 """
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from olvae.config.reading import (
     MAX_EVENTS,
     changed_keys,
     expand_braces,
+    find_config,
+    nearest_recipes,
     recipes,
 )
 from olvae.data.places import load
@@ -37,8 +40,34 @@ def test_later_files_and_overrides_win(tmp_path):
         "name": "a=b",
     }
     assert load([write(tmp_path / "c.yaml", "size: 64\nother: ${size}")])["other"] == 64
-    with pytest.raises(ConfigError, match="key=value"):
-        load([], ["model.params"])
+    for override in ("model.params", "=5"):
+        with pytest.raises(ConfigError, match="key=value"):
+            load([], [override])
+
+
+def test_a_config_is_found_by_a_path_or_as_a_recipe(tmp_path, monkeypatch):
+    """With or without its ending; a file may include the recipe of its own name."""
+    own = write(tmp_path / "demo.yaml", "a: 1")
+    recipe = recipes()["demo"]
+    assert find_config("demo", tmp_path, ()) == find_config("demo.yaml", tmp_path, ()) == own
+    assert find_config("demo", tmp_path, (own.resolve(),)) == recipe
+    (tmp_path / "sub").mkdir()
+    assert find_config("demo", tmp_path / "sub", ()) == recipe
+    assert find_config("configs/demo.yaml", tmp_path / "sub", ()) == recipe
+    for name in ("demo.yaml", "nothing"):
+        assert find_config(name, tmp_path / "sub", ()) == tmp_path / "sub" / name
+    (tmp_path / "sub" / "configs").mkdir()
+    gone = tmp_path / "sub" / "configs" / "demo.yaml"
+    assert find_config("configs/demo.yaml", tmp_path / "sub", ()) == gone
+    monkeypatch.chdir(tmp_path / "sub")
+    assert find_config("", Path(), ()) == Path()
+
+
+def test_recipes_of_a_similar_name_are_suggested():
+    for name in ("imagenet/a2", "configs/imagenet/A2.yaml"):
+        assert nearest_recipes(name).startswith("; did you mean imagenet/A2")
+    assert "imagenet/A2" in nearest_recipes("a2")
+    assert nearest_recipes("nothing of it") == "; `olvae recipes` lists all of them"
 
 
 def test_another_target_has_params_of_its_own(tmp_path):
@@ -152,6 +181,31 @@ def test_read_received_refuses_unreadable_files(tmp_path, text):
         read_received(write(tmp_path / "bad.yaml", text))
     assert "\n" not in str(error.value)
     assert str(error.value).count(str(tmp_path)) == 1
+
+
+def test_a_received_config_is_as_long_and_deep_as_it_may_be(tmp_path, monkeypatch):
+    """Interpolations in it are texts."""
+
+    def received(text: str) -> object:
+        return read_received(write(tmp_path / "a.yaml", text))
+
+    assert received("a: ${b}") == {"a": "${b}"}
+    # With its own mapping 50 levels; lists beside each other are no deeper.
+    received("a: " + "[" * 49 + "]" * 49)
+    received("a: [" + "[]," * 60 + "]")
+    for text in ("a: " + "[" * 50 + "]" * 50, "a: [" + "[]," * 60 + "[" * 49 + "]" * 50):
+        with pytest.raises(ConfigError, match="50 deep"):
+            received(text)
+
+    # Events: of the stream, the document, the mapping, a key and a value, and their ends.
+    for most, fits in ((7, True), (6, False)):
+        monkeypatch.setattr(reading, "MAX_EVENTS", most)
+        with nullcontext() if fits else pytest.raises(ConfigError, match="keys and values"):
+            assert received("a: 1") == {"a": 1}
+    for most, fits in ((4, True), (3, False)):
+        monkeypatch.setattr(reading, "CONFIG_BYTES", most)
+        with nullcontext() if fits else pytest.raises(ConfigError, match="MiB"):
+            load([write(tmp_path / "a.yaml", "a: 1")])
 
 
 @pytest.mark.parametrize("text", ["a: " + "[" * 10_000, "{a: " * 10_000, "- " * 10_000])

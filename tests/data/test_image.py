@@ -160,7 +160,7 @@ def test_pictures_of_other_modes_are_converted_to_rgb(name, tmp_path):
 
 
 @pytest.mark.parametrize("shrink", [1, 2, 4, 8])
-@pytest.mark.parametrize("size", [(512, 384), (333, 251)])
+@pytest.mark.parametrize("size", [(512, 384), (333, 251), (13, 9)])
 def test_jpegs_are_decoded_at_a_fraction_of_their_size(shrink, size, tmp_path):
     image = picture(3, size)
     path = tmp_path / "a.jpg"
@@ -345,7 +345,16 @@ def test_pictures_of_one_colour_are_as_small_as_their_format_allows(progressive)
 def test_strips_of_a_large_picture_are_converted_as_the_whole(name, channels, monkeypatch):
     whole = np.asarray(Photo(CONVERTED[name][0], name, channels).read())
     monkeypatch.setattr(image_module, "STRIP_PIXELS", 24 * 7)
-    np.testing.assert_array_equal(Photo(CONVERTED[name][0], name, channels).read(), whole)
+    photo = Photo(CONVERTED[name][0], name, channels)
+    heights = []
+    convert = photo.converted
+    monkeypatch.setattr(
+        photo, "converted", lambda *args: [heights.append(args[0].height), convert(*args)][1]
+    )
+    np.testing.assert_array_equal(photo.read(), whole)
+    # RGB, which needs no conversion, at once.
+    strips = [8, 8, 8] if name == "turned.jpg" else [7, 7, 6]
+    assert heights == ([len(whole)] if photo.mode == "RGB" and channels == 3 else strips)
 
 
 @pytest.mark.slow

@@ -53,9 +53,25 @@ def test_eval_transform_covers_oblongs_and_crops():
         np.asarray(EvalTransform([10, 45], "adm")(image)),
         np.asarray(expected.crop((0, 10, 45, 20))),
     )
+    # Halved while at least twice too large in both: 64 x 48 twice for 16 x 12, once for 17 or 13.
+    image = image.resize((64, 48))
+    for sides, halves in (([12, 16], 2), ([12, 17], 1), ([13, 16], 1), ([12, 33], 0)):
+        half = image
+        for _ in range(halves):
+            half = half.resize((half.width // 2, half.height // 2), Image.Resampling.BOX)
+        wanted = EvalTransform(sides)(half)
+        assert np.array_equal(np.asarray(EvalTransform(sides, "adm")(image)), np.asarray(wanted))
+    image = image.resize((90, 61))
     assert EvalTransform([80, 16]).enlarges(image)
+    assert EvalTransform([61, 91]).enlarges(image)
     assert not EvalTransform([61, 90]).enlarges(image)
-    assert "both sides" in EvalTransform([8, 9]).describe()
+    assert [EvalTransform(size).describe() for size in ([8, 9], 8)] == [
+        "bicubic antialiased resize of both sides until they cover it (Pillow), centre crop",
+        "bicubic antialiased resize of the shorter side (Pillow), centre crop",
+    ]
+    for wrong in ({"resize": "longer side"}, {"resample": "cubic"}):
+        with pytest.raises(ValueError, match="resize must be one of shorter side, adm"):
+            EvalTransform(8, **wrong)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -73,6 +89,46 @@ def test_oblong_crops_keep_proportions_and_reach_every_part(seed):
         crop = np.asarray(RandomScaleCrop(size, min_fraction=0.1, flip=False)(whole, rng))
         places = np.lib.stride_tricks.sliding_window_view(np.asarray(whole), size)
         assert (crop == places).all((2, 3)).any()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_crop_is_the_window_that_its_random_numbers_say(seed):
+    """Drawn in this order: height, left, top, filter, mirror image."""
+    image = Image.effect_noise((90, 61), 80).convert("RGB")
+    crop = RandomScaleCrop([20, 30], 0.25, ("box", "lanczos"))(image, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    # 60 x 90 at most, 20 x 30 at least.
+    high = 20 + rng.random() * (60 - 20)
+    left = rng.random() * (90 - high * 1.5)
+    top = rng.random() * (61 - high)
+    resample = FILTERS[("box", "lanczos")[rng.integers(2)]]
+    box = (left, top, left + high * 1.5, top + high)
+    wanted = image.resize((30, 20), resample, box=box)
+    if rng.random() < 0.5:
+        wanted = wanted.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    assert np.abs(np.asarray(crop).astype(int) - np.asarray(wanted)).max() <= 1
+
+
+def test_a_window_of_nearly_the_results_size_is_resized():
+    image = Image.effect_noise((21, 21), 80)
+    crop = RandomScaleCrop(20, 1.0, ["box"], flip=False)(image, np.random.default_rng(0))
+    assert crop == image.resize((20, 20), Image.Resampling.BOX)
+
+
+def test_a_jpeg_is_decoded_at_a_fraction_where_twice_the_result_is_left(monkeypatch):
+    asked = []
+
+    def read(photo: Photo, *args: object) -> Image.Image:
+        asked.append(args)
+        return gradient(*photo.size)
+
+    monkeypatch.setattr(Photo, "read", read)
+    for filters in (["box"], ["nearest"]):
+        for side in (63, 64, 127, 128, 255, 256, 600):
+            photo = Photo(Image.new("L", (side, side)), "it")
+            RandomScaleCrop(16, 1.0, filters)(photo, np.random.default_rng(0))
+    fractions = [1, 2, 2, 4, 4, 8, 8]
+    assert asked == [(n, masks) for masks in (False, True) for n in fractions]
 
 
 def test_nearest_transforms_keep_the_values_of_masks():
@@ -270,7 +326,10 @@ CHANGED = {"intensity_scale": 0.3, "intensity_shift": 0.2}
     ],
     ids=["uint8", "uint16", "float32"],
 )
-def test_intensity_is_scaled_and_shifted_in_the_range(array, values, low, high):
+@pytest.mark.parametrize(
+    "changed", [CHANGED, *({name: value} for name, value in CHANGED.items())], ids=str
+)
+def test_intensity_is_scaled_and_shifted_in_the_range(array, values, low, high, changed):
     """By hand in float64, with the numbers that come next from the same generator."""
     pixel_range = replace(PixelRange.from_node(values), outside="clip")
     if values is None:
@@ -279,10 +338,11 @@ def test_intensity_is_scaled_and_shifted_in_the_range(array, values, low, high):
     for seed in range(20):
         rng = np.random.default_rng(seed)
         crop = image_to_tensor(RandomScaleCrop(12)(photo, rng))
-        gain, moved = 1 + 0.3 * rng.uniform(-1, 1), 0.2 * rng.uniform(-1, 1)
+        scale, shift = (changed.get(f"intensity_{name}", 0.0) for name in ("scale", "shift"))
+        gain, moved = 1 + scale * rng.uniform(-1, 1), shift * rng.uniform(-1, 1)
         expected = crop.double().numpy() * gain + moved * (high - low)
         found = image_to_tensor(
-            RandomScaleCrop(12, augment=CHANGED)(photo, np.random.default_rng(seed))
+            RandomScaleCrop(12, augment=changed)(photo, np.random.default_rng(seed))
         )
         assert found.dtype == crop.dtype
         least = 0.01 if found.dtype == torch.float32 else 0.51 + 0.5 * gain

@@ -1,6 +1,7 @@
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 
@@ -55,6 +56,35 @@ def test_each_source_of_a_mix_has_its_share(nodes):
     assert sum(own.shares) == 1000
 
 
+def test_a_mix_is_its_sources_streams_in_an_order_of_the_seed_and_the_process(nodes):
+    """Sources have no whole batches, and begin with their own first image."""
+    s = mix(nodes, weights=[3, 1])
+    streams = [source.stream(5, 0, LoaderProcess(1, 3)) for source in s.sources]
+    rng = np.random.default_rng((5, 0, 1, 3, 3))
+    order = rng.permutation([0] * 750 + [1] * 250)[:40]
+    wanted = [f"{i}/{next(streams[i]).key}" for i in order]
+    process = LoaderProcess(1, 3, batch_size=4, offset=7)
+    assert [sample.key for sample in islice(s.stream(5, 0, process), 40)] == wanted
+
+
+def test_a_mix_speaks_for_its_sources(nodes, monkeypatch):
+    s = mix(nodes, weights=[3, 1], num_workers=2)
+    a, b = s.sources
+    assert s.describe() == f"75.0% {a.describe()}; 25.0% {b.describe()}"
+    assert list(s.val_identities()) == [*a.val_identities(), *b.val_identities()]
+    assert s.order == [a.order, b.order]
+    asked = []
+    for source in (a, b):
+        monkeypatch.setattr(source, "check_processes", asked.append)
+        monkeypatch.setattr(source, "keep_order", asked.append)
+    s.check_processes(3)
+    assert (asked, a.num_workers, b.num_workers) == ([3, 3], 2, 2)
+    for orders, kept in ((["x", "y"], ["x", "y"]), (["x"], ["x"]), (None, [None, None])):
+        asked.clear()
+        s.keep_order(orders)
+        assert asked == kept
+
+
 @pytest.mark.parametrize("place", [996, 1003])
 def test_a_mix_goes_on_where_a_cycle_ends(nodes, place):
     s = mix(nodes, weights=[1, 2])
@@ -81,8 +111,14 @@ def test_a_mix_refuses_wrong_weights_and_sources(nodes):
         mix(nodes, weights=[1])
     with pytest.raises(ConfigError, match="2 weights"):
         mix(nodes, weights=[0, 0])
+    with pytest.raises(ConfigError, match="2 weights"):
+        mix(nodes, weights=[-1, 2])
     with pytest.raises(ConfigError, match=r"sources\.0: .*3 channels .*16x16"):
         mix(nodes, size=32)
+    with pytest.raises(ConfigError, match=r"sources\.0: .*3 channels .*16x16"):
+        mix(nodes, channels=1)
+    with pytest.raises(ConfigError, match=r"sources\.0: values of 8 bits.* do not mix with 0 to 9"):
+        mix(nodes, range=[0, 9])
     with pytest.raises(ConfigError, match=r"collections\.OrderedDict is not"):
         mix([{"target": "collections.OrderedDict"}])
     remote = {**nodes[1], "params": {**nodes[1]["params"], "shards": "pipe:cat a.tar"}}

@@ -194,8 +194,15 @@ def test_read_or_replace_takes_another_image_for_what_cannot_be_read():
     assert read_or_replace(3, range(9), (0, 5), read_but([3])) == (first, (ReadError("3", "bad"),))
     errors = (ReadError("3", "bad"), ReadError(str(first), "bad"))
     assert read_or_replace(3, range(9), (0, 5), read_but([3, first])) == (second, errors)
+    tried = []
+
+    def read(item: int, errors: list[ReadError]) -> int:
+        tried.append(item)
+        return read_but(range(9))(item, errors)
+
     with pytest.raises(UnreadableImageError, match=r"3: .*bad; .*20 others"):
-        read_or_replace(3, range(9), (0, 5), read_but(range(9)))
+        read_or_replace(3, range(9), (0, 5), read)
+    assert len(tried) == 21
 
 
 @pytest.mark.parametrize(

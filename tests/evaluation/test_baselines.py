@@ -111,6 +111,8 @@ def test_linear_code_of_too_large_patches_has_no_row(image_folder, caplog, monke
     monkeypatch.setattr(baselines, "LARGEST_PATCH", 191)
     assert list(rows(tiny_config(image_folder))) == ["run", BICUBIC, UNTRAINED]
     assert "too large" in caplog.text
+    monkeypatch.setattr(baselines, "LARGEST_PATCH", 192)
+    assert LINEAR in rows(tiny_config(image_folder))
 
 
 def test_linear_code_reads_remote_training_shards_with_a_line(image_folder, tmp_path, caplog):
@@ -125,6 +127,7 @@ def test_linear_code_reads_remote_training_shards_with_a_line(image_folder, tmp_
     assert (
         caplog.text.count("is fitted on remote training shards (`fit` names others): pipe:cat") == 1
     )
+    assert f"pipe:cat {shards[0]}, ..." in caplog.text
     caplog.clear()
     config["data"]["params"]["shards"] = [str(file) for file in shards]
     assert LINEAR in rows(config)

@@ -40,6 +40,7 @@ COST = Cost(1_500_000, 2_000_000_000, 3_450_000_000, 12.34, 0.5678, None, 4, "CP
         (-0.0004, 3, f"{MINUS}4.0e-04"),
         (999.94, 1, "999.9"),
         (1000.4, 3, "1000"),
+        (1000.0, 2, "1000"),
         (-123456.7, 2, f"{MINUS}123457"),
         (math.inf, 2, INFINITY),
         (-math.inf, 2, f"{MINUS}{INFINITY}"),
@@ -56,6 +57,7 @@ def test_numbers_have_fixed_decimals(value, digits, text):
         (0.0, "0"),
         (0.03124, "0.0312"),
         (0.00099, "0.00099"),
+        (0.001, "0.00100"),
         (0.0000123, "1.23e-05"),
         (1.0, "1.00"),
         (9.996, "10.00"),
@@ -91,9 +93,11 @@ def test_a_difference_is_marked_if_its_interval_excludes_0():
         Row("b", 9, {}, differences={"psnr": Difference(0.5, 0.25, 0.75)}),
         Row("c", 9, {}, differences={"psnr": Difference(-0.5, -1.0, 0.0)}),
         Row("d", 9, {}, differences={"l1": Difference(0.25, 0.125, 0.5)}),
+        Row("e", 9, {}, differences={"psnr": Difference(0.5, 0.0, 1.0)}),
     ]
     table = differences(results_of(*rows))
-    assert [*table] == ["b", "c", "d"]
+    assert [*table] == ["b", "c", "d", "e"]
+    assert table["e"][PSNR].mark == ""
     assert table["b"][PSNR] == Cell("+0.500", "[+0.250, +0.750]", mark="better")
     assert table["c"][PSNR] == Cell(f"{MINUS}0.500", f"[{MINUS}1.000, 0.000]", mark="")
     assert table["d"][L1].mark == "worse"
@@ -109,6 +113,10 @@ def test_a_difference_is_marked_if_its_interval_excludes_0():
         (
             Difference(-1.25, -2.0, 0.5),
             "; the best of the others is 1.25 dB worse, which other images may reverse: b.",
+        ),
+        (
+            Difference(1.25, 0.0, 2.0),
+            "; the best of the others is 1.25 dB better, which other images may reverse: b.",
         ),
         (Difference(0.004, -1.0, 1.0), "; the best of the others is as good: b."),
     ],

@@ -10,6 +10,7 @@ from PIL import Image
 from torch.distributions import Normal, kl_divergence
 
 from olvae.data.pixels.size_and_range import PixelRange
+from olvae.evaluation import latent_report
 from olvae.evaluation.latent_report import (
     COLOURS,
     DASHES,
@@ -188,6 +189,13 @@ def test_active_channels_leave_out_a_dead_one():
     assert got["channels"]["std"][1] == pytest.approx(1.0)
 
 
+def test_a_channel_at_the_threshold_is_not_active(monkeypatch):
+    monkeypatch.setattr(latent_report, "ACTIVE_VARIANCE", 0.25)
+    mean = torch.tensor([0.5, -0.5]).view(2, 1, 1, 1)
+    got = accumulate(torch.cat((mean, mean), 1), [0, 1], 2).compute()
+    assert got["channels"]["active"] == [False]
+
+
 def test_deterministic_latents_are_posteriors_of_no_width(moments):
     """Their numbers are the same as of very narrow Gaussians; KL and activity are missing."""
     latent = moments[:, :C].double()
@@ -215,6 +223,10 @@ def test_deterministic_latents_are_posteriors_of_no_width(moments):
     assert not [name for name, _ in found if "kl" in name or "active" in name]
     for name, value in found:
         assert value == pytest.approx(others[name], rel=1e-4, abs=1e-5), name
+    near = LatentAccumulator()
+    near.update(Deterministic(latent[:, :1].tanh()), keys)
+    shape = near.compute()["histogram"]
+    assert (len(shape["share"]), shape["below"], shape["above"]) == (len(EDGES) - 1, 0.0, 0.0)
 
 
 def test_latent_statistics_refuse_no_images_two_sizes_and_nan(moments):
@@ -227,6 +239,8 @@ def test_latent_statistics_refuse_no_images_two_sizes_and_nan(moments):
     broken[0, 0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="diverged"):
         accumulator.update(DiagonalGaussian(broken), list(range(N)))
+    with pytest.raises(ValueError, match="zip"):
+        accumulator.update(DiagonalGaussian(moments), [1, 2])
 
 
 class Halves(torch.nn.Module):
@@ -235,6 +249,11 @@ class Halves(torch.nn.Module):
     def __init__(self, factor: int) -> None:
         super().__init__()
         self.downscale = factor
+        self.places: list[str] = []
+
+    def to(self, device: str) -> "Halves":
+        self.places.append(device)
+        return self
 
     def encode(self, x: torch.Tensor) -> DiagonalGaussian:
         z = torch.nn.functional.avg_pool2d(x, self.downscale)
@@ -276,7 +295,8 @@ def drawn(content: dict, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Figur
     """The figure of these rows, which is not rendered."""
     figures = []
 
-    def keep(figure: Figure, path: Path, **_: int) -> None:
+    def keep(figure: Figure, path: Path, **how: int) -> None:
+        assert how == {"dpi": 130}
         figures.append(figure)
         path.touch()
 
@@ -336,6 +356,27 @@ def test_latent_figure_repeats_colours_and_dashes_of_many_models(tmp_path, monke
     lines = figure.axes[0].lines[1:]
     assert [line.get_color() for line in lines] == [*COLOURS, COLOURS[0]]
     assert [line.get_linestyle() for line in lines] == [*DASHES, *DASHES[:3]]
+
+
+def test_latent_figure_is_two_quiet_panels_over_one_legend(tmp_path, monkeypatch):
+    rows = {f"{i}": histogram(0.0, 1.0) for i in range(2)}
+    figure = drawn(rows, tmp_path, monkeypatch)
+    assert figure.get_size_inches().tolist() == pytest.approx([11.0, 4.84])
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "N(0, 1)",
+        *(f"{name}: mean 0, std 1" for name in rows),
+    ]
+    assert {text.get_fontsize() for text in legend.get_texts()} == {9}
+    assert (legend.get_frame_on(), legend._ncols) == (False, 1)
+    for panel in figure.axes:
+        assert panel.get_gridspec().get_geometry() == (1, 2)
+        assert [line.get_linewidth() for line in panel.lines] == [1.0, 1.8, 1.8]
+        assert len(panel.lines[0].get_xdata()) == 8001
+        assert {line.get_alpha() for line in panel.get_xgridlines()} == {0.25}
+        assert all(line.get_visible() for line in panel.get_xgridlines())
+        hidden = [side for side, spine in panel.spines.items() if not spine.get_visible()]
+        assert sorted(hidden) == ["right", "top"]
 
 
 class Noting(Observer):
@@ -426,6 +467,8 @@ def test_a_report_of_latents_has_weights_entries_and_a_step_for_each_model(momen
     assert found == [("a", "12", {"of": "a"}), ("b", "34", None)]
     row = accumulators["a"].compute()
     assert {name: content["results"][0][name] for name in row} == row
+    one = {"a": accumulators["a"]}
+    assert report_latents(one, {"a": "12"}, Observer(), {}, list)["data"] == {"n": N}
 
 
 def test_the_mmd_needs_two_different_images(moments):
@@ -454,6 +497,7 @@ def pair_sum(x: np.ndarray, sigma: float) -> float:
 def test_mmd_to_the_normal_is_the_double_loop(chunk):
     """Pairs of latents by a loop; what N(0, I) gives, in one dimension at a time, by quadrature."""
     z = torch.randn(9, 2, 3, 1) * 1.5 + 0.7
+    z[1] = z[0] + 0.1  # nearer than 1
     x = z.double().flatten(1).numpy()
     grid = np.linspace(-12, 12, 4001)
     normal = np.exp(-(grid**2) / 2) / math.sqrt(2 * math.pi)
@@ -480,6 +524,18 @@ def test_mmd_sampling_error_is_the_one_of_many_draws():
     expected = mmd2_null_std(30, 5, sigmas)
     assert (values.mean(0).abs() < 4 * expected / math.sqrt(1000)).all()
     assert torch.allclose(values.std(0), expected, rtol=0.1)  # of 1000 draws, skewed: some 3 %
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_mmd_sampling_error_is_the_integral(d):
+    """By quadrature in one dimension; kernels of several are products."""
+    x = np.linspace(-9, 9, 1201)
+    normal = np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
+    for sigma, found in zip((0.8, 3.0), mmd2_null_std(7, d, (0.8, 3.0)).tolist(), strict=True):
+        k = np.exp(-((x[:, None] - x[None]) ** 2) / (2 * sigma**2))
+        e = k @ normal
+        h2 = (normal @ k**2 @ normal) ** d - 2 * (normal @ e**2) ** d + (normal @ e) ** (2 * d)
+        assert found == pytest.approx(math.sqrt(2 * h2 / (7 * 6)), rel=1e-6)
 
 
 def test_latent_report_encodes_images_with_a_range_in_it():

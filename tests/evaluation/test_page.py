@@ -18,7 +18,7 @@ from olvae.evaluation.observers.gallery import Gallery
 from olvae.evaluation.observers.observer import Evaluated, Subject
 from olvae.evaluation.observers.pixels.bands import Bands
 from olvae.evaluation.observers.pixels.flat_colours import FlatColours
-from olvae.evaluation.page import breakable, picture, side_limit
+from olvae.evaluation.page import Page, breakable, picture, side_limit
 from olvae.evaluation.report import render_page, write_files
 from olvae.evaluation.results import Results, Row
 from olvae.evaluation.round_trip import Cost, RoundTrip
@@ -368,7 +368,27 @@ def test_page_keeps_small_pictures_to_the_pixel_and_large_ones_small():
     shown = decoded(picture(photograph[0], "", 160))
     assert np.abs(shown.astype(int) - np.asarray(reference)).mean() < 6
     assert len(decoded(picture(photograph[0], ""))) == 256
+    for side, expected in ((128, 256), (129, 129)):
+        _, (tile, *_) = photographs(side)
+        assert decoded(picture(tile, "")).shape == (expected, expected, 3)
     assert [side_limit(n) for n in (0, 36, 1000, 10**6)] == [256, 256, 122, 96]
+
+
+def test_targets_have_letters_and_seven_colours():
+    names = [f"model {i}" for i in range(28)]
+    images = {"source": "tiles", "n": 2, "sha256": "ab", "unreadable": 0, "enlarged": 0}
+    shown = Page(Results({}, "0", images, [Row(name, 2, {}) for name in names]))
+    assert list(shown.colours.values()) == [1, 2, 3, 4, 5, 6, 7] * 4
+    assert shown.mark("model 2") == '<span class="badge c3">C</span>'
+    assert shown.mark("model 27") == '<span class="badge c7">28</span>'
+    other = "see runs/2026-11-30T10-55-15_demo_32"
+    assert shown.shown(other) == other  # a run that is no target
+
+
+def test_templates_leave_no_empty_lines(whole):
+    """Of their own statements, whose lines and indents are taken out."""
+    body = render_page(whole).split("</style>")[1]
+    assert len(re.findall(r"\n[ \t]*\n", body)) <= 1
 
 
 def test_a_failure_leaves_the_old_page(tmp_path, whole):

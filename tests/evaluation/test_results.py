@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -51,12 +52,16 @@ def test_results_are_read_as_they_were_written(tmp_path):
     full = row(
         cost=Cost(1, 2, 3, 4.5, None, None, 8, "CPU"),
         observed={"bands": {"LL1": {"mse": 1.5, "share_of_signal": None}}, "mine": [1, "two"]},
+        weights="ff",
     )
+    baseline = Row("bicubic", 90, {"psnr": 20.0}, baseline=True)
     equal = Row("equal", 90, {"psnr": math.inf, "ssim": 1.0}, {"rfid": "no weights"})
-    results = results_of(full, equal)
-    first, second = results.as_dict()["results"]
+    results = results_of(full, equal, baseline)
+    first, second, third = results.as_dict()["results"]
     assert first["mine"] == [1, "two"]
-    assert second.keys().isdisjoint({"bands", "mine", "baseline"})
+    assert first["weights"] == "ff"
+    assert third["baseline"] is True
+    assert second.keys().isdisjoint({"bands", "mine", "baseline", "weights"})
     assert second["metrics"] == {"ssim": 1.0}  # JSON has no infinity
     assert second["skipped"] == {"psnr": INFINITE, "rfid": "no weights"}
     assert read_back(results, tmp_path) == results
@@ -68,6 +73,50 @@ def test_results_file_with_the_least_that_a_row_has(tmp_path):
     content = {"protocol": protocol, "protocol_hash": "0", "results": [result]}
     (tmp_path / "metrics.json").write_text(json.dumps(content))
     assert Results.read(tmp_path / "metrics.json").rows == [Row("a", 3, {"psnr": 20.0})]
+
+
+def test_a_file_that_is_missing_or_of_an_unnamed_protocol_is_refused(tmp_path):
+    path = tmp_path / "metrics.json"
+    with pytest.raises(FileNotFoundError, match=r"no such metrics\.json"):
+        Results.read(path)
+    for missing in ("name", "version"):
+        content = results_of(row()).as_dict()
+        del content["protocol"][missing]
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"KeyError '{missing}'"):
+            Results.read(path)
+
+
+class Wording:
+    """An observer that may be unable to word an entry."""
+
+    name = "mine"
+
+    def __init__(self, fails: str = "") -> None:
+        self.fails = fails
+        self.worded: list = []
+
+    def columns(self, entry: object) -> dict[str, str]:
+        if self.fails == "columns":
+            raise KeyError("of a column")
+        self.worded.append(entry)
+        return {}
+
+    def lines(self, rows: list) -> Iterator[str]:
+        if self.fails == "lines":
+            raise TypeError("of a line")
+        yield ""
+
+
+def test_entries_that_no_observer_can_word_are_refused(tmp_path):
+    path = tmp_path / "metrics.json"
+    write_json(results_of(row(observed={"mine": 5}), row("b")).as_dict(), path)
+    wording = Wording()
+    Results.read(path, [wording])
+    assert wording.worded == [5]
+    for fails in ("columns", "lines"):
+        with pytest.raises(ValueError, match=r"metrics\.json: .*Error .*of a"):
+            Results.read(path, [Wording(fails)])
 
 
 def test_equal_names_of_rows_are_counted(tmp_path):
@@ -107,6 +156,17 @@ def test_few_images_give_a_warning():
     assert results_of(Row("a", 20, {}), groups=3).warnings() == [
         "few groups, 3: intervals over so few are too narrow; of one there are none"
     ]
+    assert results_of(Row("a", 20, {}), groups=20).warnings() == []
+
+
+def test_warnings_of_metrics_and_images_come_once():
+    details = {"kid": {"warning": "few subsets"}, "lpips": {}}
+    rows = (Row("a", 20, {}, details=details), Row("b", 20, {}, details=details))
+    found = results_of(*rows, unreadable=2, enlarged=3).warnings()
+    assert [re.findall(r"\d+", line) for line in found] == [[], ["2"], ["3"]]
+    assert found[0] == "few subsets"
+    assert "unreadable" in found[1]
+    assert "enlarged" in found[2]
 
 
 def test_images_without_a_psnr_give_a_warning():

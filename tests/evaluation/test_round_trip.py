@@ -8,7 +8,8 @@ from olvae.config import ConfigError, save
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.evaluation.round_trip import RoundTrip, open_images_for
 from olvae.modules.counting import count_macs
-from tests.conftest import tiny
+from olvae.modules.distributions import keyed_generator
+from tests.conftest import tiny, tiny_config
 
 KEYS = [f"image{i}" for i in range(7)]
 
@@ -37,6 +38,19 @@ def test_posterior_samples_depend_on_seed_and_key_alone(images, model):
     posterior = model.encode(images.float() / 127.5 - 1.0)
     expected = model.decode(posterior.mode()).clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
     assert torch.equal(mode(KEYS, images), expected)
+    noise = [torch.randn(4, 4, 4, generator=keyed_generator(f"0 {key}")) for key in KEYS]
+    sample = model.decode(posterior.mean + posterior.std * torch.stack(noise))
+    sample = sample.clamp(-1, 1).add(1).mul(127.5)
+    assert (y - sample).abs().max() < 0.51  # rounded, and of other batches
+
+
+def test_costs_of_a_decoder_at_2x_are_of_smaller_images_to_encode():
+    decoder = tiny_config()["model"]["params"]["decoder_config"]
+    decoder["params"]["enlarge"] = 2
+    model = tiny(decoder_config=decoder)
+    cost = RoundTrip(model).cost([32, 64])
+    assert cost.encode_macs == count_macs(model.encoder, 1, 3, 16, 32)
+    assert cost.decode_macs == count_macs(model.decoder, 1, 4, 2, 4)
 
 
 def taker(values: PixelRange = EIGHT_BITS, channels: int = 3, f: int = 8) -> SimpleNamespace:

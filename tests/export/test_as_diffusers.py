@@ -10,6 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import dynamic_modules_utils
 
 from olvae import AutoencoderLiteVAE, LiteVAE
+from olvae.export import as_diffusers
 from olvae.models.large.tiling import crop_to, pad_to_multiple, peak_bytes, tile_bytes
 from tests.conftest import tiny
 from tests.models.autoencoder_kl import autoencoder_kl, tiny_kl
@@ -55,6 +56,9 @@ def test_autoencoder_litevae_there_and_back_is_bit_for_bit_the_same(vae, image, 
     assert torch.equal(shared(image).sample, expected)
     assert shared.encoder is vae.encoder
     assert torch.equal(shared.autoencoder(image)[0], expected)
+    assert shared.autoencoder.for_diffusion == vae.for_diffusion
+    entry = vae.decoder if vae.quantizer is None else vae.quantizer.post_quant_conv
+    assert shared.post_quant_conv is entry
     shared.decoder.train()
     shared = AutoencoderLiteVAE.from_autoencoder(shared.autoencoder)
     shared.enable_tiling(2**30)
@@ -135,6 +139,7 @@ def test_autoencoder_litevae_has_the_interface_of_autoencoder_kl(vae, image):
 
 def test_slicing_changes_nothing_but_the_batch(vae, image, monkeypatch):
     model = AutoencoderLiteVAE.from_autoencoder(vae)
+    assert (model.use_slicing, model.use_tiling) == (False, False)
     whole = model(image).sample
     sizes: list[int] = []
     vae.encoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
@@ -187,6 +192,8 @@ def test_tiling_gives_the_whole_result_within_the_memory(vae, large, tmp_path, s
         torch.testing.assert_close(tiled.logvar, posterior.logvar, rtol=0, atol=1e-4)
         torch.testing.assert_close(model.decode(z).sample, expected, rtol=0, atol=1e-4)
         torch.testing.assert_close(model(large).sample, whole, rtol=0, atol=1e-4)
+        with torch.enable_grad():  # without anything to learn
+            model.decode(z)
         assert seen == []  # neither half has seen a whole image
         model.disable_tiling()
         model.decode(z)
@@ -280,6 +287,41 @@ def test_the_export_of_another_class(tmp_path):
         match=r"diffusers\.AutoencoderKL",
     ):
         AutoencoderLiteVAE.from_pretrained(tmp_path)
+
+
+def test_networks_of_others_are_not_built_and_ranges_have_to_fit(vae):
+    config = vae.export_config()
+    given = {name: value for name, value in config.items() if not name.startswith("_")}
+    harm = {"target": "os.system", "params": {"command": "true"}}
+    with pytest.raises(ValueError, match=r"os\.system"):
+        AutoencoderLiteVAE(**{**given, "decoder_config": harm})
+    model = AutoencoderLiteVAE.from_autoencoder(vae)
+    model.register_to_config(pixel_range={"pairs": [[0, 1], [0, 2]]})
+    with pytest.raises(ValueError, match="pixel_range"):
+        assert model.autoencoder
+
+
+def test_runs_and_checkpoints_are_not_exports(tmp_path, monkeypatch):
+    run = tmp_path / "2026_photos_32"
+    (run / "checkpoints").mkdir(parents=True)
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    checkpoint.touch()
+    monkeypatch.setattr(as_diffusers, "find_run", lambda given: run if given == "photos" else given)
+    for given in (checkpoint, run, "photos"):
+        with pytest.raises(ValueError, match=rf"^{given}: diffusers loads exports: "):
+            AutoencoderLiteVAE.from_pretrained(given)
+
+
+def test_damaged_weights_of_a_subfolder_are_found(vae, image, tmp_path):
+    vae.save_pretrained(tmp_path / "vae")
+    whole = AutoencoderLiteVAE.from_pretrained(tmp_path, subfolder="vae")
+    assert torch.equal(whole(image).sample, vae(image)[0])
+    (file,) = (tmp_path / "vae").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match="damaged: its SHA-256"):
+        AutoencoderLiteVAE.from_pretrained(tmp_path, subfolder="vae")
 
 
 @pytest.mark.parametrize("storage", [torch.float8_e4m3fn, torch.bfloat16], ids=str)

@@ -3,21 +3,25 @@ import math
 import os
 import re
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 from safetensors.torch import save
 
 from olvae.config import ConfigError
 from olvae.data.image import image_to_tensor
-from olvae.data.pixels.size_and_range import from_uint8, to_uint8
+from olvae.data.pixels.size_and_range import PixelRange, from_uint8, to_uint8
+from olvae.data.scenes.georeference import PLACE_FILE
 from olvae.data.shards.index import find_shards, with_counts
-from olvae.data.shards.latent_files import LATENT, LATENT_META
+from olvae.data.shards.latent_files import LATENT, LATENT_META, Latent
 from olvae.data.shards.tar_reading import Shard, read_shard
+from olvae.export import decoding as module
 from olvae.export.decoding import decode_shards
 from olvae.models.large.tiling import crop_to, pad_to_multiple
 from tests.conftest import tiny, tiny_config
-from tests.data.images import picture, write_shards, write_tar
+from tests.data.images import picture, saved, write_shards, write_tar
 from tests.export.latents import Shrunk, encode, pictures, tiny_vae
 from tests.soak.killed import killed_before
 
@@ -32,6 +36,10 @@ def files(folder):
     }
 
 
+def files_of_names(folder):
+    return {str(name): content for name, content in files(folder).items()}
+
+
 def read(path):
     return image_to_tensor(Image.open(path))
 
@@ -43,7 +51,7 @@ def test_decoded_images_are_those_of_the_decoder(tmp_path, image_folder):
     done = decode_shards(
         model, shards(tmp_path / "latents"), tmp_path / "out", batch_size=4, advance=told.append
     )
-    assert (*done, sum(told)) == (12, [], 12)
+    assert (*done, told) == (12, [], [4, 4, 4])
     paths = sorted((tmp_path / "out").rglob("*.png"))
     wanted = sorted(path.relative_to(image_folder) for path in image_folder.rglob("*.png"))
     assert [path.relative_to(tmp_path / "out") for path in paths] == wanted
@@ -81,6 +89,10 @@ def test_encoded_latents_decode_to_the_reconstruction(tmp_path):
         path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.jpg")
     )
     assert names == ["000/0000.jpg", "000/0001.jpg", "000/0002.jpg", "001/0003.jpg", "001/0004.jpg"]
+    decode_shards(Shrunk(3.0), shards(tmp_path / "latents"), tmp_path / "exact")
+    exact = Image.open(tmp_path / "exact/001/0003.png")
+    content = (tmp_path / "out/001/0003.jpg").read_bytes()
+    assert content == saved(exact, "JPEG", quality=95, subsampling=0)
     image = from_uint8(read(tmp_path / "out/001/0003.jpg"))
     original = from_uint8(image_to_tensor(picture(3).crop((4, 0, 36, 32))))
     assert float((image - original).abs().mean()) < 0.07
@@ -93,6 +105,113 @@ def test_decoding_to_a_format_that_cannot_hold_the_channels_writes_nothing(tmp_p
     with pytest.raises(ConfigError, match=r"`format` jpg: .*4 channels"):
         decode_shards(model, shards(tmp_path / "latents"), tmp_path / "out", "jpg")
     assert not (tmp_path / "out").exists()
+    model = Shrunk()
+    model.pixel_range = PixelRange.from_node([0, 4095])
+    with pytest.raises(ConfigError, match=r"`format` png: 8 bits can't hold values of 0 to 4095"):
+        decode_shards(model, shards(tmp_path / "latents"), tmp_path / "out", "png")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("channels", "values"), [(2, None), (3, [0, 4095])])
+def test_what_png_does_not_hold_is_an_array(tmp_path, channels, values):
+    write_tar(
+        tmp_path / "0.tar",
+        [
+            ("a.latent.safetensors", save({"latent": torch.full((channels, 8, 8), 0.25)})),
+            ("a.latent.json", meta_bytes("a")),
+        ],
+    )
+    model = Shrunk()
+    model.in_channels = model.latent_channels = channels
+    model.pixel_range = PixelRange.from_node(values)
+    assert decode_shards(model, shards(tmp_path), tmp_path / "out") == (1, [])
+    found = np.load(tmp_path / "out" / "a.npy")
+    level = 159 if values is None else 0.625 * 4095
+    assert found.shape == (16, 16, channels)
+    np.testing.assert_allclose(found, level, rtol=1e-6)
+
+
+def test_tiles_of_scenes_have_their_place_in_a_tiff(tmp_path, monkeypatch):
+    """If they were not resized, which their width and height show."""
+    place = ((42112, "s", 0, "here", True),)
+
+    def tags_from(content, enlarge):
+        if content == b"broken":
+            raise ValueError("no place")
+        assert (content, enlarge) == (b"place", 1)
+        return place
+
+    monkeypatch.setattr(module, "tags_from", tags_from)
+    files = []
+    for name, content, size in (
+        ("a", b"place", [16, 16]),
+        ("b", b"place", [8, 16]),
+        ("c", b"broken", [16, 16]),
+    ):
+        meta = {"key": name, "width": size[0], "height": size[1], "image": [16, 16]}
+        files += [
+            (f"{name}.latent.safetensors", save({"latent": torch.zeros(3, 8, 8)})),
+            (f"{name}.latent.json", json.dumps(meta).encode()),
+            (f"{name}.{PLACE_FILE}", content),
+        ]
+    write_tar(tmp_path / "0.tar", files)
+    done, (error,) = decode_shards(Shrunk(), shards(tmp_path), tmp_path / "out", "tif")
+    assert (done, error.reason) == (2, "no place")
+    assert error.name.endswith("c.latent.safetensors")
+    for name, found in (("a", "here"), ("b", None)):
+        with tifffile.TiffFile(tmp_path / "out" / f"{name}.tif") as file:
+            assert file.pages.first.tags.valueof(42112) == found
+    assert decode_shards(Shrunk(), shards(tmp_path), tmp_path / "png") == (3, [])
+
+
+def test_a_file_that_decoding_did_not_make_is_not_replaced(tmp_path):
+    files = [("a.latent.safetensors", latent_bytes()), ("a.latent.json", meta_bytes("a"))]
+    write_tar(tmp_path / "0.tar", files)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "a.png").write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"a\.png: is there already"):
+        decode_shards(tiny_vae(), shards(tmp_path / "0.tar"), out)
+    assert files_of_names(out) == {"a.png": b"mine"}
+    (out / "a.png").unlink()
+    for _ in range(2):
+        decode_shards(tiny_vae(), shards(tmp_path / "0.tar"), out)
+    assert (out / ".decoded").read_text() == '"a.png"\n'
+
+
+def test_two_latents_of_one_key_are_refused(tmp_path):
+    files = []
+    for name in "ab":
+        files += [
+            (f"{name}.latent.safetensors", latent_bytes()),
+            (f"{name}.latent.json", meta_bytes("x")),
+        ]
+    write_tar(tmp_path / "0.tar", files)
+    with pytest.raises(ValueError, match="two latents have the key 'x'"):
+        decode_shards(tiny_vae(), shards(tmp_path), tmp_path / "out")
+
+
+def test_the_first_reasons_are_named_where_nothing_is_decoded(tmp_path):
+    files = []
+    for name in "abcd":
+        files += [
+            (f"{name}.latent.safetensors", latent_bytes()),
+            (f"{name}.latent.json", meta_bytes("../x")),
+        ]
+    write_tar(tmp_path / "0.tar", files)
+    with pytest.raises(ValueError, match=r"^no latents to decode: ") as error:
+        decode_shards(tiny_vae(), shards(tmp_path), tmp_path / "out")
+    assert str(error.value).count("leads out") == 3
+
+
+@pytest.mark.parametrize("key", ["k" * 251, "k/" * 1021 + "kk"])
+def test_the_longest_names_and_paths_are_taken(key):
+    """Of 255 and of 2048 bytes, with .png."""
+    latent = Latent(torch.zeros(4, 2, 2))
+    meta = {"key": key, "image": [16, 16]}
+    module._check_place("a", latent, meta, tiny_vae())
+    with pytest.raises(ValueError, match="can't name a file"):
+        module._check_place("a", latent, {**meta, "key": f"{key}k"}, tiny_vae())
 
 
 def test_decoded_images_have_their_own_sizes(tmp_path):
@@ -113,13 +232,13 @@ def test_decoded_images_have_their_own_sizes(tmp_path):
 
 
 def test_decoding_gives_keys_with_one_file_name_different_files(tmp_path):
-    for name in ("a.png", "a.bmp", "a.b.png", "a\nb.png"):
+    for name in ("A.png", "A.bmp", "a.b.png", "a\nb.png"):
         picture(len(name)).save(tmp_path / name)
     encode(tmp_path, tmp_path / "latents")
     for _ in range(2):
         decode_shards(tiny_vae(), shards(tmp_path / "latents"), tmp_path / "out")
     names = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
-    assert names == ["a\nb.png", "a.b.png", "a.png", "a.png.png"]
+    assert names == ["A.png", "A.png.png", "a\nb.png", "a.b.png"]
 
 
 def test_killed_decoding_starts_again_and_leaves_nothing_half_written(tmp_path, image_folder):

@@ -1,23 +1,29 @@
 """The stages of an encoding: their order, their ends, and that a GPU does not wait for them."""
 
+import json
 import multiprocessing
 import os
 import threading
 import time
 from pathlib import Path
+from queue import Queue
 
+import numpy as np
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from olvae.config import ConfigError
 from olvae.data.pixels.size_and_range import EIGHT_BITS, from_uint8
 from olvae.data.shards.tar_reading import Shard
 from olvae.data.shards.write import ResumableShards
+from olvae.export import encoding as module
 from olvae.export.encode_inputs import EncodeOptions, Item, ReadImage, ShardInputs, find_inputs
-from olvae.export.encoding import EncodeJob
+from olvae.export.encoding import EncodeJob, mirrored, taken_from
+from olvae.pool import Cancelled
 from tests.cuda_guard import stand_in_for_cuda_guard
-from tests.data.images import write_shards
-from tests.export.latents import Blocks, encode, everything, tiny_vae
+from tests.data.images import noise, write_photos, write_shards
+from tests.export.latents import Blocks, Shrunk, encode, everything, tiny_vae
 
 MODES = [
     {"size": 16, "flip": True, "images": True},
@@ -215,3 +221,181 @@ def test_no_batch_waits_for_a_gpu(tmp_path, image_folder, monkeypatch):
     mean, std = batch.latents()
     assert calls[-1] == "wait"
     assert mean.shape == std.shape == (2, 48, 4, 4)
+
+
+def test_a_queue_is_taken_from_until_its_end_or_is_cancelled():
+    queue: Queue = Queue()
+    windows = [(0, [], []), (1, [], [])]
+    for item in (*windows, None):
+        queue.put(item)
+    assert list(taken_from(queue)) == windows
+    queue.put(Cancelled())
+    with pytest.raises(Cancelled):
+        list(taken_from(queue))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
+def test_mirrored_pixels_are_numpys(dtype):
+    image = torch.arange(2 * 3 * 5).view(2, 3, 5).to(dtype)
+    assert np.array_equal(mirrored(image).numpy(), image.numpy()[..., ::-1])
+
+
+def job_of(folder: Path, out: Path, model=None, part: range | None = None, **options) -> EncodeJob:
+    """On five images a shard."""
+    inputs = find_inputs(str(folder), 3, 5)
+    model = Shrunk() if model is None else model
+    return EncodeJob(model, inputs, EncodeOptions(**{"size": 16, **options}), out, {}, part)
+
+
+def test_images_are_counted_once_also_those_of_finished_shards(tmp_path, image_folder):
+    """With an unreadable one, by a command that continues and by one that begins."""
+    (image_folder / "class0/0.png").write_bytes(b"no picture")
+    done: list[int] = []
+    job_of(image_folder, tmp_path / "out").run(batch_size=4, workers=0, advance=done.append)
+    assert done == [1] * 12
+    (tmp_path / "out/000001.tar").unlink()
+    done.clear()
+    job_of(image_folder, tmp_path / "out").run(batch_size=4, workers=0, advance=done.append)
+    assert done == [5 + 2, *[1] * 5]
+
+
+def test_parts_of_the_shards_are_complete_together(tmp_path, image_folder):
+    one, other = (job_of(image_folder, tmp_path / "out", None, p) for p in (range(2), range(2, 3)))
+    one.run(batch_size=4, workers=0)
+    assert not one.is_complete()
+    assert other.is_complete()
+    other.run(batch_size=4, workers=0)
+    assert one.is_complete()
+    with pytest.raises(ConfigError, match=r"`shards` 2-3: .* 3 shards of latents, 0-2$"):
+        job_of(image_folder, tmp_path / "out", None, range(2, 4))
+
+    # The index of all of them, with the place of each image; the usual filter is in no plan.
+    other.finish()
+    encode(image_folder, tmp_path / "whole", Shrunk())
+    (index, offsets), (whole, places) = (
+        (json.loads((folder / "index.json").read_text()), (folder / "index.offsets").read_bytes())
+        for folder in (tmp_path / "out", tmp_path / "whole")
+    )
+    assert (index, offsets) == (whole, places)
+    assert {**index, "shards": 0} == {
+        "version": 1,
+        "images": 12,
+        "offsets": True,
+        "image_key": "latent.safetensors",
+        "shards": 0,
+    }
+    plan = json.loads((tmp_path / "out/.encode/plan.json").read_text())
+    assert "resample" not in plan["options"]
+
+
+def test_another_jobs_folder_is_refused_before_anything_is_encoded(tmp_path, image_folder):
+    job_of(image_folder, tmp_path / "out").run(batch_size=4, workers=0)
+    with pytest.raises(ConfigError, match="begun with"):
+        job_of(image_folder, tmp_path / "out", flip=True)
+
+
+@pytest.mark.parametrize(("workers", "started"), [(100, 4), (3, 3)])
+def test_readers_are_no_more_than_their_units(
+    tmp_path, image_folder, monkeypatch, workers, started
+):
+    """Of twelve images, three at a time."""
+
+    def loader(*_, num_workers, **__):
+        raise LookupError(num_workers)
+
+    monkeypatch.setattr(module, "DataLoader", loader)
+    with pytest.raises(LookupError, match=f"^{started}$"):
+        job_of(image_folder, tmp_path / "out").run(batch_size=3, workers=workers)
+
+
+class Noting(Blocks):
+    """Notes how it was called, and on how many images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def encode(self, x):
+        self.calls.append(("whole", len(x)))
+        return super().encode(x)
+
+    def encode_within(self, x, memory, progress=None):
+        self.calls.append((memory, len(x)))
+        return super().encode(x)
+
+
+def windows_by(monkeypatch) -> list[int]:
+    """How many images each window has, from now on."""
+    lengths = []
+    begin = EncodeJob.begin_window
+
+    def noting(self, window, *given):
+        lengths.append(len(window))
+        return begin(self, window, *given)
+
+    monkeypatch.setattr(EncodeJob, "begin_window", noting)
+    return lengths
+
+
+def test_images_of_one_size_are_encoded_as_they_come(tmp_path, image_folder, monkeypatch):
+    lengths = windows_by(monkeypatch)
+    model = Noting()
+    job_of(image_folder, tmp_path / "out", model).run(batch_size=3, workers=0)
+    assert lengths == [3, 2, 3, 2, 2]
+    assert model.calls == [("whole", n) for n in lengths]
+
+
+def test_images_of_their_own_sizes_make_batches_of_one_padded_size(tmp_path, monkeypatch):
+    """In a window of eight batches: two of 16x24 pixels, after padding to multiples of 4."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, size in enumerate([(24, 16), (16, 24), (23, 15), (16, 21), (21, 16)]):
+        noise(number, size).save(folder / f"{number}.png")
+    lengths = windows_by(monkeypatch)
+    model = Noting()
+    job_of(folder, tmp_path / "out", model, size=0).run(batch_size=2, workers=0, memory=12345)
+    assert lengths == [5]
+    assert model.calls == [(12345, 2), (12345, 1), (12345, 2)]
+    write_photos(folder, [f"more/{number}.png" for number in range(6)])
+    lengths.clear()
+    job_of(folder, tmp_path / "more", size=0).run(batch_size=1, workers=0)
+    assert lengths == [5, 5, 1]
+
+
+def test_errors_of_the_encoder_are_passed_on_or_name_a_dead_reader(
+    tmp_path, image_folder, monkeypatch
+):
+    class Broken(Blocks):
+        def encode(self, x):
+            raise RuntimeError("out of memory")
+
+    job = job_of(image_folder, tmp_path / "out", Broken())
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        job.run(batch_size=3, workers=0)
+
+    def death(error, remedy):
+        return f"{error}: {remedy}"
+
+    monkeypatch.setattr(module, "worker_death", death)
+    with pytest.raises(ChildProcessError, match=r"^out of memory: lower `threads`$"):
+        job.run(batch_size=3, workers=0)
+
+    # Other processes are looked after meanwhile.
+    def ended():
+        raise RuntimeError("another process ended")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "check_others", ended)
+    with pytest.raises(RuntimeError, match="another process"):
+        job_of(image_folder, tmp_path / "other").run(batch_size=3, workers=0)
+
+
+def test_shards_without_an_image_are_refused(tmp_path):
+    class Empty(ShardInputs):
+        def read(self, shard):
+            return iter(())
+
+    job = EncodeJob(Shrunk(), Empty([Shard("pipe:true")], 3), EncodeOptions(16), tmp_path, {})
+    job.run(workers=0)
+    with pytest.raises(ValueError, match="no images in these shards"):
+        job.finish()

@@ -148,7 +148,12 @@ def test_measured_numbers_per_channel_replace_the_pair(tmp_path):
     assert {name: found[name] for name in NUMBERS} == NUMBERS
     assert (found["scaling_factor"], found["shift_factor"]) == (1.0, 0.0)
     wrong = {**NUMBERS, "latents_std": [2.0, 0.0, 2.0, 2.0]}
-    for numbers, message in (({}, "measure again"), (wrong, "latents_std")):
+    half = {"latents_mean": NUMBERS["latents_mean"]}
+    for numbers, message in (
+        ({}, "measure again"),
+        (half, "measure again"),
+        (wrong, "latents_std"),
+    ):
         file.write_text(json.dumps({"target": "vae", "count": 100, **PAIR, **numbers}))
         with pytest.raises(ValueError, match=rf"stats\.json: .*{message}"):
             set_on(tiny_litevae(), {"latents": file}, by_channel=True)
@@ -176,7 +181,10 @@ def test_factors_that_are_not_measured_anew_are_the_models_own():
         model.set_for_diffusion({"scaling_factor": scaling, "shift_factor": shift})
         origin, notes = set_on(model, {})
         assert (origin, len(notes)) == (("from vae", 0) if known else (None, 1))
-    model.factors_known = False
-    origin, (note,) = set_on(model, {})
+    # What is known of them is known of the model that was loaded.
+    loaded = SimpleNamespace(factors_known=False)
+    notes: list[str] = []
+    origin = set_factors(model, loaded, from_run(), {}, LAYOUTS["litevae"](), notes)
+    (note,) = notes
     assert origin.startswith("diffusers' default")
     assert "`scaling_factor` and `shift_factor`" in note

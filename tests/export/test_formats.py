@@ -11,15 +11,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from olvae import LiteVAE
-from olvae.config import save
-from olvae.data.pixels.size_and_range import PixelRange
+from olvae.config import ConfigError, save
+from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.export.exporting import ExportSettings, export
-from olvae.export.formats import LAYOUTS
+from olvae.export.formats import LAYOUTS, find_layout
 from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.models.loading.targets import find_target
 from olvae.models.spec import WEIGHTS_NAME
 from olvae.models.weight_files import config_inside, locate
+from olvae.modules.others.tiny import TinyDecoder, TinyEncoder
 from olvae.modules.sdvae import set_padding
+from tests.export.test_reconstruction_volumes import grey
 from tests.export.tiny import ours, reflecting, tiny_litevae
 from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl
 from tests.models.loading.classes import make
@@ -148,6 +150,120 @@ def test_tiny_files_are_two_whose_layers_have_the_published_numbers(pool, kind, 
     assert_equal(written, halves | {f"decoder.{name}": t for name, t in decoder.items()})
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "kind"), [("diffusers", "kl"), ("diffusers", "tiny"), ("taesd", "tiny")]
+)
+def test_what_diffusers_loads_has_the_models_outputs(name, kind, tmp_path):
+    """A tiny student's latents are scaled by its own units, so there is no factor there."""
+    layout = LAYOUTS[name]()
+    if kind == "kl":
+        model = ours(autoencoder_kl((32, 32)))
+        model.set_for_diffusion({"scaling_factor": 0.5, "shift_factor": 0.25})
+    else:
+        model = DiffusersAutoencoder(make("AutoencoderTiny")).as_litevae("it").eval()
+        for half in (model.encoder, model.decoder):
+            half.use_latents(torch.full((4,), 3.0), torch.full((4,), 2.0))
+    assert layout.in_units(model) == (kind == "tiny")
+    layout.write(model, tmp_path / "it")
+    (loaded,) = layout.load(tmp_path / "it", model)
+    assert loaded.loader == "in diffusers"
+    known = {} if loaded.for_diffusion is None else loaded.for_diffusion
+    assert (known.get("scaling_factor"), known.get("shift_factor")) == (
+        (0.5, 0.25) if kind == "kl" else (None, None)
+    )
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    torch.testing.assert_close(loaded.moments(x), model.moments(x), rtol=1e-5, atol=1e-5)
+    z = torch.randn(1, 4, 4, 4)
+    torch.testing.assert_close(loaded.decode(z), model.decode(z), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_taef2_files_are_loaded_in_their_units(tmp_path):
+    """No class of diffusers has its network."""
+    layout = LAYOUTS["taesd"]()
+    model = LiteVAE(
+        TinyEncoder(8, 3, 16, 8, (1, 1, 1), pool=True),
+        TinyDecoder(8, 4, blocks=(1, 1, 1), pool=True),
+    ).eval()
+    mean, std = torch.arange(4.0), torch.linspace(1.0, 2.0, 4)
+    for half in (model.encoder, model.decoder):
+        half.use_latents(mean, std)
+    layout.write(model, tmp_path / "it")
+    (loaded,) = layout.load(tmp_path / "it", model)
+    assert loaded.for_diffusion is None
+    x = torch.rand(1, 3, 32, 32) * 2 - 1
+    torch.testing.assert_close(loaded.moments(x), model.moments(x), rtol=1e-5, atol=1e-5)
+    z = torch.randn(1, 4, 8, 8)
+    torch.testing.assert_close(loaded.decode(z), model.decode(z), rtol=1e-5, atol=1e-5)
+
+
+TAESD, TAEF2, TAESANA = ({}, {"pool": True}, {"stem": [4, 8]})
+
+
+@pytest.mark.parametrize(
+    ("network", "latents", "copied"),
+    [
+        (TAESD, (4, 0.18215, 0.0), "vae_approx."),
+        (TAESD, (4, 0.1821504, None), "vae_approx."),
+        (TAESD, (4, 0.18216, 0.0), None),
+        (TAESD, (4, 0.18215, 0.5), None),
+        (TAESD, (4, 0.13025, 0.0), "taesdxl_encoder.safetensors and taesdxl_decoder.safetensors."),
+        (TAESD, (16, 0.18215, 0.0), None),
+        (TAESD, (16, 1.5305, 0.0609), "taesd3_encoder.safetensors and taesd3_decoder.safetensors."),
+        (TAESD, (32, 1.0, 0.0), None),
+        (TAEF2, (32, 1.0, 0.0), "vae_approx."),
+        (TAEF2, (4, 0.18215, 0.0), None),
+        ({"pool": (False, True)}, (32, 1.0, 0.0), None),
+        (TAESANA, (4, 0.18215, 0.0), None),
+    ],
+)
+def test_comfyui_knows_tiny_files_by_name_channels_and_factors(network, latents, copied):
+    pools = network.get("pool", False)
+    encoder, decoder = pools if isinstance(pools, tuple) else (pools, pools)
+    kind = "taef2" if decoder else "taesana" if "stem" in network else "taesd"
+    params = {"pool": encoder, "stem": network.get("stem")}
+    channels, scaling, shift = latents
+    model = SimpleNamespace(
+        encoder=SimpleNamespace(node={"params": params}),
+        decoder=SimpleNamespace(node={"params": {"pool": decoder}}),
+        latent_channels=channels,
+        for_diffusion={"scaling_factor": scaling, "shift_factor": shift},
+        enlarge=1,
+        pixel_range=EIGHT_BITS,
+    )
+    note, units = LAYOUTS["taesd"]().notes(model)
+    assert units.startswith("latents: in a diffusion model's units")
+    start = f"Copy {kind}_encoder.safetensors and {kind}_decoder.safetensors to ComfyUI/models/"
+    assert note.startswith("ComfyUI takes" if copied is None else start)
+    assert copied is None or note.endswith(copied)
+    renamed = copied is not None and copied != "vae_approx."
+    assert (", as " in note) == renamed
+
+
+def test_formats_are_found_by_name_or_by_a_class():
+    for name, kind in LAYOUTS.items():
+        assert type(find_layout(name)) is kind
+        assert type(find_layout(f"olvae.export.formats.{kind.__name__}")) is kind
+    assert [LAYOUTS[name]().in_units(tiny_litevae()) for name in ("litevae", "comfyui")] == [
+        False
+    ] * 2
+    with pytest.raises(ConfigError, match="`format` numpy: choose from litevae, diffusers"):
+        find_layout("numpy")
+
+
+def test_images_that_comfyui_does_not_have_are_refused():
+    usual, deep, mixed = tiny_litevae(), tiny_litevae(), tiny_litevae()
+    assert COMFYUI.misfit(usual) is None
+    one_channel = grey()
+    one_channel.pixel_range = EIGHT_BITS
+    deep.pixel_range = PixelRange.from_node([0, 4095])
+    for model in (one_channel, deep):
+        assert COMFYUI.misfit(model).endswith("`format` litevae can hold it")
+    mixed.decoder = TinyDecoder(8, 4, blocks=(1, 1))
+    assert LAYOUTS["taesd"]().misfit(mixed).startswith("only TinyEncoder and TinyDecoder")
+
+
 # ldm
 @pytest.mark.parametrize("kind", ["sd1", "flux"])
 def test_ldm_export_has_the_published_names_bits_and_outputs(kind, tmp_path):
@@ -257,9 +373,10 @@ def test_pixel_range_that_a_format_does_not_hold_is_noted():
         (
             DIFFUSERS,
             None,
-            "num_res_blocks 2, the decoder 3",
+            "num_res_blocks 2, the decoder 3.*: `format` litevae can hold it$",
         ),
         (COMFYUI, {}, "an AutoencoderKL: `format` ldm is what ComfyUI loads"),
+        (COMFYUI, {"norm_num_groups": 16}, "an AutoencoderKL: `format` diffusers$"),
     ],
 )
 def test_autoencoders_that_a_format_can_not_express_are_refused(layout, changes, message, tmp_path):

@@ -179,6 +179,8 @@ def test_latent_diffusions_names_with_twelve_outputs(kind, tmp_path):
         config = tmp_path / "published" / "config.json"
         assert_same(model, find_target(file, config=config).load().as_litevae("it"))
     assert back.decoder.node["params"]["enlarge"] == 2
+    first, *_ = LAYOUTS["ldm"]().notes(model)
+    assert first.startswith("decoded images are 2 times as large as encoded ones")
     (note,) = (line for line in LAYOUTS["ldm"]().notes(model) if "outputs" in line)
     assert "`format` comfyui" in note
     # That advice holds.

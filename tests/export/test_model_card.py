@@ -10,7 +10,7 @@ from olvae import LiteVAE
 from olvae.config import save
 from olvae.export.exporting import export
 from olvae.export.formats import LAYOUTS
-from olvae.export.model_card import Provenance, model_card
+from olvae.export.model_card import Provenance, model_card, own_card, read_card
 from olvae.runs import Run
 from tests.conftest import tiny_config
 from tests.export.tiny import ours, tiny_litevae
@@ -71,7 +71,7 @@ def test_model_card_says_data_numbers_and_licence(metrics, tmp_path):
         **tiny_config(),
         "data": {
             "target": "olvae.data.picture_folder.FolderSource",
-            "params": {"root": "/home/me/cats"},
+            "params": {"root": "/home/me/cats", "size": [64, 96]},
         },
         "run": {"weights": "/home/me/runs/2026_a_32/checkpoints/last.ckpt"},
     }
@@ -94,7 +94,7 @@ def test_model_card_says_data_numbers_and_licence(metrics, tmp_path):
         "| bicubic | 22 | - | 0.612 |",
         "`open-litevae`, version 1, ab12",
         "Half precision: not measured: `olvae evaluate` compares fp16, bf16 and 32.",
-        "`olvae.data.picture_folder.FolderSource`, cats, up to 4 steps, "
+        "`olvae.data.picture_folder.FolderSource`, cats, crops of 64x96, up to 4 steps, "
         "from the weights of 2026_a_32.",
         "Weights: mit.",
         "LiteVAE.from_pretrained(",
@@ -102,7 +102,9 @@ def test_model_card_says_data_numbers_and_licence(metrics, tmp_path):
         assert text in card
     assert "/home/me" not in card
     stopped = Provenance("a_run", config, steps=1)
-    assert "cats, 1 step, " in card_of(tiny_litevae(), stopped)
+    assert "crops of 64x96, 1 step, " in card_of(tiny_litevae(), stopped)
+    file = {**config, "run": {"weights": "/home/me/checkpoint/vae.safetensors"}}
+    assert "from the weights of vae.safetensors." in card_of(tiny_litevae(), Provenance("a", file))
     assert (tmp_path / "vae" / "metrics.json").read_bytes() == metrics.read_bytes()
 
     export(tiny_litevae().fold(), tmp_path / "bare", None, None, Provenance("x", raw=True))
@@ -253,3 +255,35 @@ def test_model_card_refuses_metrics_json_of_something_else(tmp_path, protocol, e
     )
     with pytest.raises(ValueError, match=r"metrics\.json: .*KeyError"):
         card_of(tiny_litevae(), Provenance("a", metrics=tmp_path / "metrics.json"))
+
+
+@pytest.mark.parametrize(
+    ("averaged", "raw", "weights"),
+    [
+        (None, False, "float32"),
+        (None, True, "float32, as trained"),
+        (True, False, "float32, averaged over training (EMA)"),
+        (True, True, "float32, as trained"),
+        (False, False, "float32, as trained"),
+    ],
+)
+def test_weights_are_averaged_or_as_trained(averaged, raw, weights):
+    config = {} if averaged is None else {"model": {"params": {"use_ema": averaged}}}
+    card = card_of(tiny_litevae(), Provenance("a", config, raw=raw))
+    assert f"\n| weights | {weights} |\n" in card
+
+
+def test_a_card_is_read_again(tmp_path):
+    """Its licence, its data and its terms, of ours alone."""
+    model = tiny_litevae()
+    known = card_of(model, Provenance("a", licence="mit", data="Cats.\n\nAnd dogs."))
+    assert read_card(known) == ("mit", "Cats.\n\nAnd dogs.", "Weights: mit.")
+    terms = card_of(model, Provenance("a", data="Cats.", terms="Weights, as those of b: free."))
+    assert read_card(terms) == (None, "Cats.", "Weights, as those of b: free.")
+    assert read_card(card_of(model, Provenance("a"))) == (None, "Unknown.", None)
+    assert read_card("") == (None, None, None)
+    assert own_card(tmp_path) == ""
+    (tmp_path / "README.md").write_text(known)
+    assert own_card(tmp_path) == known
+    (tmp_path / "README.md").write_text("# Somebody's")
+    assert own_card(tmp_path) == ""

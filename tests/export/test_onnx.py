@@ -1,4 +1,6 @@
+import copy
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 
 from olvae import LiteVAE
 from olvae.config import ConfigError
+from olvae.export import onnx
 from olvae.export.exporting import ExportSettings, export
 from olvae.export.formats import LAYOUTS
 from olvae.export.onnx import export_onnx
@@ -77,35 +80,52 @@ def test_onnx_files_of_other_networks(encoder, decoder, tmp_path):
     check_files(model, tmp_path)
 
 
-def test_traced_graphs_take_any_batch_height_and_width(tmp_path, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_traced_graphs_take_any_batch_height_and_width(tmp_path, monkeypatch, dtype):
     """The encoder's sides are multiples of f, the decoder's are the latent's: from 2 positions."""
-    model = small()
+    model = small().to(dtype)
+    exact = copy.deepcopy(model).float()
     traced = []
 
     class Program:
         def save(self, file, external_data):
+            assert not external_data
             Path(file).touch()
 
     class Session:
         def __init__(self, file, providers):
+            assert Path(file).is_file()
             self.decodes = Path(file).name == "decoder.onnx"
 
         def run(self, names, inputs):
+            ends = (["latent"], ["image"]) if self.decodes else (["image"], ["moments"])
+            assert ([*inputs], names) == ends
             (x,) = (torch.from_numpy(array) for array in inputs.values())
+            assert x.dtype == dtype
             with torch.no_grad():
-                return [(model.decode(x) if self.decodes else model.moments(x)).numpy()]
+                whole = exact.decode if self.decodes else exact.moments
+                return [whole(x.float()).to(dtype).numpy()]
 
     def trace(half, args, file, **how):
+        warnings.warn("about tracing", stacklevel=1)
         traced.append((half, args, how))
         return Program()
 
     monkeypatch.setattr(torch.onnx, "export", trace)
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    assert export_onnx(model, tmp_path) == {"encoder.onnx": 0.0, "decoder.onnx": 0.0}
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        differences = export_onnx(model, tmp_path)
+    assert "about tracing" not in [str(one.message) for one in shown]
+    assert differences.keys() == {"encoder.onnx", "decoder.onnx"}
+    assert max(differences.values()) <= (0.0 if dtype == torch.float32 else 1e-3)
     found = []
     for half, (x,), how in traced:
         dims = how["dynamic_shapes"]["x"]
-        found.append([how["input_names"][0], how["output_names"][0], *x.shape])
+        found.append([*how["input_names"], *how["output_names"], *x.shape])
+        assert (how["dynamo"], how["verbose"], half.model.folded) == (True, False, True)
+        sides = [getattr(dims[axis], "root", dims[axis]) for axis in (2, 3)]
+        assert [dim.min for dim in (dims[0], *sides)] == [1, 2, 2]
         assert [dims[axis].__name__ for axis in dims] == [
             "batch",
             *(
@@ -115,19 +135,41 @@ def test_traced_graphs_take_any_batch_height_and_width(tmp_path, monkeypatch):
         ]
         assert list(dims) == [0, 2, 3]
         seeded = torch.rand(x.shape, generator=torch.Generator().manual_seed(0))
-        assert torch.equal(x, 2 * seeded - 1)
+        assert torch.equal(x, (2 * seeded - 1).to(dtype))
         assert torch.equal(half(x), model.moments(x) if half.factor > 1 else model.decode(x))
     assert found == [["image", "moments", 2, 3, 12, 16], ["latent", "image", 2, 4, 3, 4]]
 
 
-def test_onnx_file_that_differs_is_refused(tmp_path, monkeypatch):
+def spoilt(moments: np.ndarray, how: str) -> np.ndarray:
+    if how == "scaled":
+        return moments * np.float32(1.001)
+    if how == "log-variances":
+        moments[:, 4:] += 0.01 * np.abs(moments).max()
+    elif how == "not finite":
+        moments[0, 0, 0, 0] = np.nan
+    elif how == "smaller":
+        return moments[:, :, :1]
+    return moments
+
+
+@pytest.mark.parametrize(
+    ("how", "by"),
+    [
+        ("scaled", r"1\.0e-03"),
+        ("log-variances", r"1\.0e-02"),
+        ("not finite", "inf"),
+        ("smaller", "inf"),
+    ],
+)
+def test_onnx_file_that_differs_is_refused(tmp_path, monkeypatch, how, by):
     class Session:
         def __init__(self, file, providers):
             pass
 
         def run(self, names, inputs):
             with torch.no_grad():
-                return [model.moments(torch.from_numpy(inputs["image"])).numpy() * 1.001]
+                moments = model.moments(torch.from_numpy(inputs["image"])).numpy()
+            return [spoilt(moments, how)]
 
     model = small()
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
@@ -137,11 +179,39 @@ def test_onnx_file_that_differs_is_refused(tmp_path, monkeypatch):
         def save(self, file, external_data):
             Path(file).touch()
 
-    with pytest.raises(ValueError, match=r"1\.0e-03 .*0\.0001: .*`onnx`"):
+    with pytest.raises(ValueError, match=rf"by {by} .*0\.0001: .*`onnx`"):
         export(model, tmp_path / "vae", settings=ExportSettings(onnx=True))
     assert not any(tmp_path.iterdir())
+
+
+def test_bfloat16_is_not_written(tmp_path):
     with pytest.raises(ValueError, match=r"float16, not torch\.bfloat16"):
-        export_onnx(model.bfloat16(), tmp_path)
+        export_onnx(small().bfloat16(), tmp_path)
+
+
+def test_an_onnx_file_in_half_precision_that_differs_has_another_remedy(tmp_path, monkeypatch):
+    class Session:
+        def __init__(self, file, providers):
+            pass
+
+        def run(self, names, inputs):
+            return [np.zeros_like(inputs["image"])]
+
+    class Program:
+        def save(self, file, external_data):
+            Path(file).touch()
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(torch.onnx, "export", lambda *args, **kwargs: Program())
+    model = small().half()
+    with pytest.raises(ValueError, match=r"by inf .*0\.02: write it with `dtype` float32$"):
+        export_onnx(model, tmp_path)
+
+    # The largest difference that is allowed is not reached.
+    monkeypatch.setattr(onnx, "ONNX_TOLERANCES", {torch.float32: 0.0})
+    monkeypatch.setattr(onnx, "_difference", lambda *_: 0.0)
+    with pytest.raises(ValueError, match="by 0"):
+        export_onnx(model.float(), tmp_path)
 
 
 @pytest.mark.slow
@@ -209,7 +279,8 @@ def test_a_network_that_torch_does_not_trace_is_one_line(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
-def test_onnx_without_onnxruntime_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+@pytest.mark.parametrize("package", ["onnxruntime", "onnxscript"])
+def test_onnx_without_onnxruntime_names_the_extra(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ConfigError, match="pip install onnx onnxscript onnxruntime"):
         export_onnx(torch.nn.Linear(1, 1), tmp_path)

@@ -1,6 +1,7 @@
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 from olvae.config import ConfigError
-from olvae.data.pixels.size_and_range import from_uint8, to_uint8
+from olvae.data.pixels.size_and_range import EIGHT_BITS, from_uint8, to_uint8
 from olvae.export import reconstruction as module
 from olvae.export.reconstruction import (
     Reconstruction,
@@ -16,6 +17,7 @@ from olvae.export.reconstruction import (
     plan_outputs,
     reconstruct,
     reconstruct_file,
+    reconstruct_files,
 )
 from olvae.models.autoencoder import Autoencoder
 from olvae.models.large.tiling import pad_to_multiple
@@ -160,6 +162,10 @@ def test_planned_outputs_give_every_image_a_place_of_its_own(tmp_path):
         plan_outputs([tmp_path / "x.jpg"], out)
     touch(out / "x_compare.png")
     assert plan_outputs([tmp_path / "x.jpg"], out) == {tmp_path / "x.jpg": out / "x"}
+    # A picture that is there is no series of DICOM, whatever its name.
+    dated = tmp_path / "2026.12.01"
+    dated.write_bytes(a.read_bytes())
+    assert plan_outputs([dated], out) == {dated: out / "2026.12"}
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4, 2])
@@ -174,11 +180,11 @@ def test_reconstructed_files_of_any_number_of_channels(tmp_path, channels, monke
     monkeypatch.setattr(module, "reconstruct", lambda model, x, *_: Reconstruction(x, x, x))
     vae = tiny()
     vae.in_channels = channels
-    value, result = reconstruct_file(vae, source, tmp_path / "out" / "x", CPU)
+    value, result = reconstruct_file(vae, source, tmp_path / "out" / "deep" / "x", CPU)
     assert value == math.inf
     written = np.load(result) if suffix == ".npy" else np.asarray(Image.open(result))
     assert np.array_equal(np.atleast_3d(written), array)
-    assert (tmp_path / "out" / "x_compare.png").is_file()
+    assert (tmp_path / "out" / "deep" / "x_compare.png").is_file()
 
 
 def test_failed_reconstruction_leaves_nothing_half_written(tmp_path, monkeypatch):
@@ -206,3 +212,49 @@ def test_reconstruction_with_non_finite_values_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"grey\.png: .* non-finite values"):
         reconstruct_file(vae, tmp_path / "grey.png", tmp_path / "out", CPU)
     assert [path.name for path in tmp_path.iterdir()] == ["grey.png"]
+
+
+def test_each_file_is_reported_and_counted(monkeypatch):
+    """Of three, the second can't be reconstructed; each says when half of it is done."""
+
+    def one(model, source, place, options, progress):
+        progress(0.5)
+        if source.name == "b.png":
+            raise ValueError("b.png: broken")
+        return 12.25, place.with_suffix(".png")
+
+    monkeypatch.setattr(module, "reconstruct_file", one)
+    places = {Path(f"{name}.png"): Path("out") / name for name in "abc"}
+    lines: list[str] = []
+    done: list[float] = []
+    assert reconstruct_files(tiny(), places, CPU, lines.append, done.append) == 2
+    assert lines == [
+        " 12.25 dB  a.png -> out/a.png",
+        "error: b.png: broken",
+        " 12.25 dB  c.png -> out/c.png",
+    ]
+    assert done == [0.5, 1, 1.5, 2, 2.5, 3]
+
+
+@pytest.mark.parametrize(
+    ("width", "factor"), [(2399, 1), (2400, 1), (4799, 1), (4800, 2), (9599, 2), (9600, 4)]
+)
+def test_pictures_of_a_large_image_are_shrunk_to_2400_pixels_or_more(width, factor):
+    for size in ((width, 3), (3, width)):
+        rows = SimpleNamespace(height=size[0], width=size[1])
+        assert module.LargeImage(tiny(), None, rows, CPU).factor == factor
+
+
+def test_rows_of_a_large_image_add_to_its_error_and_its_pictures():
+    """The pictures are shrunk by 2, the last column and row by themselves."""
+    vae = SimpleNamespace(pixel_range=EIGHT_BITS)
+    large = module.LargeImage(vae, None, SimpleNamespace(height=131, width=4801), CPU)
+    x, y = torch.randint(0, 256, (2, 3, 131, 65), dtype=torch.uint8)
+    large.compare(x, y)
+    assert large.error == (x.double() - y.double()).square().sum().item()
+    for (picture,), whole in zip(large.pictures[:2], (x, y), strict=True):
+        assert picture.shape == (3, 66, 33)
+        assert (picture[:, -1, -1] == whole[:, -1, -1]).all()
+        mean = whole[:, :2, :2].double().mean((1, 2))
+        assert (picture[:, 0, 0] - mean).abs().max() <= 0.5
+    assert large.pictures[2][0].shape == (3, 66, 33)

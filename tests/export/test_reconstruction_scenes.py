@@ -99,15 +99,16 @@ def test_a_jpeg_2000_with_coordinates_becomes_a_geotiff(options, tmp_path):
         assert (file.crs, file.transform, result.suffix) == (UTM, place, ".tif")
 
 
-def test_one_band_is_written_by_rows(tmp_path):
-    """As grey, which it was not before."""
-    geotiff(tmp_path / "a.tif", gappy()[..., :1], nodata=0, tile=64)
-    vae = model({"pairs": [0, 10_000], "outside": "clip"}, 1)
+@pytest.mark.parametrize(("bands", "shape"), [(1, (197, 261)), (2, (197, 261, 2))])
+def test_one_or_two_bands_are_written_by_rows(bands, shape, tmp_path):
+    """One as grey, which it was not before."""
+    geotiff(tmp_path / "a.tif", gappy()[..., :bands], nodata=0, tile=64)
+    vae = model({"pairs": [0, 10_000], "outside": "clip"}, bands)
     pair = [
         tifffile.imread(reconstruct_file(vae, tmp_path / "a.tif", tmp_path / name, options)[1])
         for name, options in (("rows", replace(BY_ROWS, memory=2**20)), ("whole", IN_MEMORY))
     ]
-    assert pair[0].shape == (197, 261)
+    assert pair[0].shape == shape
     assert np.abs(pair[0] - pair[1]).max() <= 0.05  # of 10,000: rounding
 
 

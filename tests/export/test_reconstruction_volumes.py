@@ -16,7 +16,12 @@ from olvae.config import ConfigError
 from olvae.data.pixels.size_and_range import PixelRange
 from olvae.data.volumes.volume_source import find_volumes, open_volume
 from olvae.export import reconstruction
-from olvae.export.reconstruction import ReconstructOptions, plan_outputs, reconstruct_files
+from olvae.export.reconstruction import (
+    ReconstructOptions,
+    plan_outputs,
+    reconstruct_files,
+    reconstruct_volume,
+)
 from tests.conftest import tiny_config
 from tests.data.volumes.scans import WINDOW, hounsfield, nifti, nrrd_file, series, whole
 
@@ -88,12 +93,49 @@ def test_volumes_of_a_folder_come_back_in_their_format(model, tmp_path, axis):
         plan_outputs([scans], out)
 
 
-def test_the_middle_channel_is_the_slice(model, tmp_path):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_middle_channel_is_the_slice(model, tmp_path, monkeypatch, channels):
+    """And the middle slice is the picture; PSNR is over all values."""
     nifti(tmp_path / "ct.nii")
-    model.in_channels = 3
-    run(model, [tmp_path / "ct.nii"], tmp_path / "out")
+    model.in_channels = channels
+    saved, done = [], []
+    near = reconstruction.reconstruct
+
+    def slowly(model, image, options, progress):
+        progress(0.5)
+        return near(model, image)
+
+    monkeypatch.setattr(reconstruction, "reconstruct", slowly)
+    monkeypatch.setattr(reconstruction, "save_comparison", lambda *given: saved.append(given))
+    volume = open_volume(tmp_path / "ct.nii")
+    place = tmp_path / "out" / "ct"
+    value, path = reconstruct_volume(model, volume, place, CPU, done.append)
     after = whole(open_volume(tmp_path / "out" / "ct.nii"))
     np.testing.assert_allclose(after, expected(hounsfield()), atol=0.2501)
+
+    # A level of error, but where the window ends.
+    levels = (hounsfield().clip(*WINDOW) - WINDOW[0]) / (WINDOW[1] - WINDOW[0]) * 255
+    errors = (levels + 1).clip(max=255) - levels
+    assert value == pytest.approx(10 * np.log10(255**2 / np.mean(errors**2)), abs=1e-4)
+    assert done == pytest.approx([(number + 0.5) / 7 for number in range(7)])
+    ((where, title, psnr, shown),) = saved
+    assert (where, title, psnr, path) == (place, "slice 3 of 7", value, tmp_path / "out/ct.nii")
+    assert np.abs(shown[0][0].numpy() - levels[3]).max() <= 0.51
+
+
+def test_a_slice_or_a_file_that_fails_names_the_volume(model, tmp_path, monkeypatch):
+    volume = open_volume(nifti(tmp_path / "ct.nii"))
+
+    def fail(*_):
+        raise ValueError("no more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(volume), "write", fail)
+        with pytest.raises(ValueError, match=r"ct\.nii: no more$"):
+            reconstruct_volume(model, volume, tmp_path / "out" / "ct", CPU)
+    monkeypatch.setattr(reconstruction, "reconstruct", fail)
+    with pytest.raises(ValueError, match=r"ct\.nii: slice 0: no more$"):
+        reconstruct_volume(model, volume, tmp_path / "out" / "ct", CPU)
 
 
 def test_what_is_no_volume_has_a_line(model, tmp_path):

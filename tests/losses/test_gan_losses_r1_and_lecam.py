@@ -47,6 +47,15 @@ def test_lecam_by_hand():
     )
 
 
+def test_lecam_has_anchors_for_every_output():
+    real = [torch.tensor([float(number)]) for number in range(3)]
+    fake = [-10.0 - logits for logits in real]
+    lecam = LeCam(num_outputs=3)
+    # Each is at its anchor, and the other's anchor is as far away as the two are.
+    assert lecam(real, fake).item() == pytest.approx(2 * (10**2 + 12**2 + 14**2) / 3)
+    torch.testing.assert_close(lecam.real_anchors, torch.arange(3.0))
+
+
 def test_lecam_stands_still_in_evaluation_and_is_saved():
     lecam = LeCam()
     lecam([torch.tensor([1.0])], [torch.tensor([-1.0])])

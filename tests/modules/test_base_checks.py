@@ -4,6 +4,7 @@ import torch
 from olvae.models.linear_code import LinearDecoder, LinearEncoder
 from olvae.modules import base
 from olvae.modules.base import (
+    Stage,
     check_betas,
     check_choice,
     check_counts,
@@ -65,6 +66,14 @@ def test_a_networks_node_keeps_the_arguments_as_they_were():
     assert decoder.node["params"]["channel_mult"] == [1, 2]
 
 
+def test_a_networks_node_has_every_argument_by_name():
+    """Those that were given by their place, and the defaults."""
+    assert LinearDecoder(4, 2, upscale=8).node == {
+        "target": "olvae.models.linear_code.LinearDecoder",
+        "params": {"z_channels": 4, "out_channels": 2, "upscale": 8, "enlarge": 1},
+    }
+
+
 @pytest.mark.parametrize(
     ("betas", "fits"),
     [
@@ -106,6 +115,8 @@ def test_device_and_dtype_of_a_module_are_its_first_tensors():
     assert dtype_of(torch.nn.Linear(1, 1).half()) == torch.float16
     mixed = torch.nn.Sequential(torch.nn.Linear(1, 1).double(), torch.nn.Linear(1, 1))
     assert dtype_of(mixed) == torch.float64
+    mixed.register_buffer("other", torch.zeros(1, device="meta"))
+    assert device_of(mixed).type == "cpu"
 
 
 def test_the_last_convolution_is_the_named_one_or_the_last_defined():
@@ -163,7 +174,7 @@ def test_a_linear_path_sees_patches_around_their_own(factor):
 
 def test_a_linear_path_adds_to_the_means_alone():
     encoder = LinearEncoder(4, 3, 2)
-    x, moments = torch.rand(1, 3, 4, 4), torch.rand(1, 4, 2, 2)
+    x, moments = torch.rand(1, 3, 6, 8), torch.rand(1, 4, 3, 4)
     found = encoder.with_linear_path(moments, x)
     torch.testing.assert_close(found[:, :2], moments[:, :2] + encoder.linear(x))
     assert torch.equal(found[:, 2:], moments[:, 2:])
@@ -180,3 +191,22 @@ def test_a_mean_over_processes_is_the_value_itself_in_one(monkeypatch):
     monkeypatch.setattr(base.dist, "get_world_size", lambda: 4)
     monkeypatch.setattr(base, "all_reduce", lambda values: values + 3)
     torch.testing.assert_close(mean_over_processes(x), (x + 3) / 4)
+
+
+def test_a_linear_path_is_alone_at_first():
+    """Beside a network whose last convolution begins at 0; in tiles it has a reach of its own."""
+    decoder = LiteVAE_Decoder(8, 4, 3, (1, 2), 0, "paper_smc", linear=True)
+    z = torch.randn(1, 4, 3, 5)
+    assert torch.equal(decoder(z), decoder.linear_path(z))
+    network, path = decoder.paths()
+    assert network[-1].run == decoder.head
+    assert path == [Stage(decoder.linear_path, 1, 2)]
+    assert not any(p.any() for p in last_convolution(decoder).parameters())
+
+
+def test_a_decoder_that_enlarges_nothing_keeps_its_last_convolution():
+    decoder = TinyDecoder(2, blocks=(0,))
+    weight = last_convolution(decoder).weight
+    decoder.widen_output()
+    assert last_convolution(decoder).weight is weight
+    assert decoder.output_patch == LinearDecoder(4, 3, 2).output_patch == 1

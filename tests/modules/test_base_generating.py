@@ -32,6 +32,7 @@ def test_velocity_by_hand():
     velocity = Toy().velocity(Z, noised, t)
     # The estimates are 1.5 and 2.
     assert velocity[:, 0, 0, 0].tolist() == [1.0, 0.0]
+    assert Toy().sees_noise
 
 
 def test_euler_steps_by_hand():

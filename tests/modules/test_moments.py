@@ -57,6 +57,6 @@ def test_equal_latents_have_no_factors_and_no_negative_variance():
 
 
 def test_two_channels_apart_have_the_variance_between_them():
-    """Each is constant: -1 and 3 have mean 1 and variance 4."""
-    z = torch.stack((torch.full((2, 2), -1.0), torch.full((2, 2), 3.0)))
-    assert Moments.of(z).factors() == (0.5, 1.0)
+    """Each is constant: -0.25 and 0.75 have mean 0.25 and variance 0.25."""
+    z = torch.stack((torch.full((2, 2), -0.25), torch.full((2, 2), 0.75)))
+    assert Moments.of(z).factors() == (2.0, 0.25)

@@ -155,3 +155,28 @@ def test_patchgan_doubles_its_width_up_to_eight_times():
             least(torch.rand(1, 3, *sides))
     with pytest.raises(ValueError, match="PatchGAN"):
         least(torch.rand(3, 8, 8))
+
+
+def test_patchgan_has_the_published_number_of_parameters(meta):
+    assert sum(p.numel() for p in PatchGAN().parameters()) == 2_765_633  # README: 2.77 M
+    with pytest.raises(ValueError, match="n_layers must be at least 1"):
+        PatchGAN(n_layers=0)
+
+
+def test_statistics_of_two_processes_are_batch_norms_of_both(monkeypatch):
+    """By what the other process would send: its mean, and its variance around both's mean."""
+    ours = patchgan.PatchGAN(base_channels=2, n_layers=1).layers[0].norm.double()
+    torch.nn.init.normal_(ours.bias)
+    plain = nn.BatchNorm2d(ours.num_features).double()
+    plain.load_state_dict(ours.state_dict())
+    x, other = (s * torch.randn(3, 4, 2, 5, dtype=torch.float64) + s for s in (1, 3))
+    both = torch.cat((x, other))
+    mean = both.mean((0, 2, 3))
+    var, own = torch.var_mean(other, dim=(0, 2, 3), correction=0)
+    sent = iter((own, var + (own - mean).square()))
+    monkeypatch.setattr(patchgan.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(patchgan.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(patchgan, "mean_over_processes", lambda values: (values + next(sent)) / 2)
+    torch.testing.assert_close(ours(x), plain(both)[:3])
+    for one, two in zip(ours.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(one, two)

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from olvae.modules.sdvae import SDDecoder, SDEncoder
+from olvae.modules.sdvae import SDDecoder, SDEncoder, block_types
 
 SMALL = {"channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "norm_groups": 4}
 
@@ -61,6 +61,55 @@ def test_sd_networks_refuse_other_padding_and_sizes():
     for network in (SDEncoder, SDDecoder):
         with pytest.raises(ValueError, match="padding must"):
             network(padding="circular", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"channels": 0}, "channels must be at least 1, got 0"),
+        ({"num_res_blocks": -1}, "num_res_blocks must be at least 0, got -1"),
+        ({"attention_levels": [2]}, "attention_levels: 2: there are levels 0 to 1"),
+    ],
+)
+def test_sd_networks_refuse_counts_and_levels_that_are_none(arguments, message):
+    for network in (SDEncoder, SDDecoder):
+        with pytest.raises(ValueError, match=message):
+            network(**{**SMALL, **arguments})
+
+
+def test_attention_stands_in_its_level_which_decoders_begin_with_the_latents():
+    assert block_types(3, [0]) == {
+        "down_block_types": ["AttnDownEncoderBlock2D"] + ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2 + ["AttnUpDecoderBlock2D"],
+    }
+    encoder, decoder = networks(attention_levels=[1])
+    assert [hasattr(level, "attentions") for level in encoder.model.down_blocks] == [False, True]
+    assert [hasattr(level, "attentions") for level in decoder.model.up_blocks] == [True, False]
+
+
+@torch.no_grad()
+def test_linear_paths_of_sd_networks_are_alone_at_first_and_added_later():
+    encoder, decoder = networks(linear=True)
+    x, z = torch.rand(1, 3, 8, 12), torch.randn(1, 4, 2, 3)
+    assert (encoder.latent_dim, encoder.in_channels) == (8, 3)
+    assert (decoder.z_channels, decoder.out_channels) == (4, 3)
+    assert torch.equal(encoder(x)[:, :4], encoder.linear(x))
+    assert not encoder(x)[:, 4:].any()
+    assert torch.equal(decoder(z), decoder.linear_path(z))
+    nn.init.normal_(decoder.model.conv_out.weight)
+    torch.testing.assert_close(decoder(z), decoder.model(z) + decoder.linear_path(z))
+    assert networks()[0].linear is None
+    assert SDDecoder(z_channels=4, **SMALL, enlarge=3)(z).shape == (1, 3, 12, 18)
+
+
+def test_blocks_of_diffusers_are_called_by_the_step():
+    for network, shape in zip(networks(), [(1, 3, 8, 8), (1, 4, 4, 4)], strict=True):
+        calls = []
+        network.step = lambda run, *given, calls=calls: calls.append(run) or run(*given)
+        network.checkpoint_steps()
+        assert network.checkpoint
+        network(torch.randn(shape))
+        assert len(calls) == 3  # two levels and the middle
 
 
 @pytest.mark.parametrize("levels", [1, 2, 4])

@@ -68,6 +68,7 @@ def test_unetgan_orthogonal_init_and_where_spectral_norm_is(small: UNetGAN):
             short = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
             torch.testing.assert_close(short @ short.T, torch.eye(len(short)), rtol=0, atol=1e-4)
             assert torch.nn.utils.parametrize.is_parametrized(layer) == (name != "pixel_head")
+            assert not layer.bias.any()
 
 
 def test_spectral_weight_is_float32_under_autocast():
@@ -116,6 +117,8 @@ def test_micro_batches_add_up_between_two_power_iterations():
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_power_iteration_is_what_a_training_pass_runs(small: UNetGAN, autocast: bool):
     _away_from_the_start(small)
+    with torch.no_grad():  # a product shorter than 1 is made longer
+        small.image_head.parametrizations.weight.original.mul_(1e-3)
     other, x = copy.deepcopy(small), torch.randn(1, 3, 64, 64)
     before = [b.clone() for b in small.buffers()]
     stop_power_iterations(small)
@@ -153,3 +156,28 @@ def test_weights_shared_by_passes_give_the_same_gradients(monkeypatch):
         assert net.image_head.kept is None
         gradients.append([p.grad.clone() for p in net.parameters()])
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("base", "image_size", "expected"),
+    [
+        (16, 512, 2_757_058),  # S 2.75 M, as at 256
+        (32, 256, 11_020_674),  # M 11.0 M
+        (64, 256, 44_067_586),  # L 44.1 M
+        (16, 128, 1_969_858),
+        (32, 128, 7_873_410),
+        (64, 192, 31_481_602),
+    ],
+)
+def test_unetgan_has_the_published_numbers_of_parameters(meta, base, image_size, expected):
+    net = UNetGAN(base_channels=base, image_size=image_size)
+    assert sum(p.numel() for p in net.parameters()) == expected
+
+
+def test_unetgan_refuses_sides_that_are_no_multiples_of_64(small: UNetGAN):
+    for size in (0, 32, 100):
+        with pytest.raises(ValueError, match=f"image_size must be a multiple of 64, got {size}"):
+            UNetGAN(image_size=size)
+    for shape in ((1, 3, 64, 96), (1, 3, 96, 64), (3, 64, 64)):
+        with pytest.raises(ValueError, match="multiples of 64"):
+            small(torch.empty(shape))

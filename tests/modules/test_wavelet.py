@@ -3,7 +3,7 @@ import pytest
 import pywt
 import torch
 
-from olvae.modules.wavelet import dwt2, idwt2, wavedec2, waverec2
+from olvae.modules.wavelet import _images_at_a_time, dwt2, idwt2, wavedec2, waverec2
 from tests.reference import assert_parity, parity_case, recipe_input
 
 WAVELETS = ("haar", "db2", "db4", "sym4")
@@ -22,7 +22,7 @@ def reference(x: torch.Tensor, wavelet: str, levels: int) -> list[np.ndarray]:
 @pytest.mark.parametrize("wavelet", WAVELETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(
-    "shape", [(2, 3, 32, 48), (1, 2, 31, 17), (1, 1, 2, 6), (1, 3, 1, 1), (1, 1, 64, 33)]
+    "shape", [(2, 5, 32, 48), (1, 2, 31, 17), (1, 1, 2, 6), (1, 3, 1, 1), (1, 1, 64, 33)]
 )
 def test_wavelet_levels_are_pywavelets(wavelet, dtype, shape):
     x = torch.randn(shape, dtype=dtype)
@@ -53,7 +53,7 @@ def test_haar_levels_of_a_row_are_those_of_pywavelets_tests():
 @pytest.mark.parametrize("size", [(32, 48), (31, 17), (1, 1), (2, 6), (37, 50)])
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])
 def test_wavelet_reconstruction_is_exact(wavelet, size, levels):
-    x = torch.rand(2, 3, *size) * 2 - 1
+    x = torch.rand(2, 5, *size) * 2 - 1
     back = waverec2(wavedec2(x, wavelet, levels), wavelet, size)
     assert back.shape == x.shape
     assert (back - x).abs().max() < 5e-6
@@ -88,7 +88,7 @@ def test_wavelet_gradients_of_several_levels():
         assert torch.autograd.gradgradcheck(function, inputs)
 
 
-@pytest.mark.parametrize("shape", [(5, 3, 260, 180), (2, 2, 7, 9), (0, 3, 8, 8)])
+@pytest.mark.parametrize("shape", [(5, 3, 260, 180), (2, 5, 7, 9), (0, 3, 8, 8)])
 def test_wavelets_in_parts_of_the_batch_equal_plain_operations(shape):
     """Function transforms, like graphs, have plain operations;
     eagerly the batch is transformed in parts.
@@ -109,6 +109,32 @@ def test_wavelets_keep_channels_last():
     x = torch.randn(2, 3, 8, 6).contiguous(memory_format=torch.channels_last)
     assert dwt2(x).is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(dwt2(x), dwt2(x.contiguous()))
+    for plain in (torch.randn(2, 1, 8, 6), torch.randn(2, 3, 6, 8).mT):
+        assert dwt2(plain).is_contiguous()
+
+
+def test_eagerly_haars_transform_has_a_backward_pass_of_its_own():
+    x = torch.randn(1, 1, 4, 6, requires_grad=True)
+    bands = dwt2(x)
+    assert "HaarAnalysis" in bands.grad_fn.name()
+    assert "HaarSynthesis" in idwt2(bands).grad_fn.name()
+
+
+@pytest.mark.parametrize(
+    ("shape", "device", "images"),
+    [
+        ((8, 3, 256, 128), "cpu", 2),
+        ((4, 3, 512, 256), "cpu", 1),
+        ((1, 1, 1, 1), "cpu", 2**18),
+        ((0, 3, 8, 8), "cpu", 1),
+        ((5, 3, 512, 512), "meta", 5),
+        ((0, 3, 8, 8), "meta", 1),
+    ],
+)
+def test_as_many_images_as_a_processors_cache_holds_are_transformed_at_a_time(
+    shape, device, images
+):
+    assert _images_at_a_time(torch.empty(shape, device=device)) == images
 
 
 @pytest.mark.parametrize("wavelet", WAVELETS)

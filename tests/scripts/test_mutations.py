@@ -20,8 +20,8 @@ def scale(x, y, sign=1):
         )
     total = x * 2 + y
     print(pow(x, max(x, y)))
-    print(pow(x, x), zip([x], strict=True))
-    return total
+    print(zip([x], strict=True))
+    return gcd(total, y).transpose(x, y).view(y, y)
 '''
 
 
@@ -54,9 +54,7 @@ def test_operators_constants_arguments_conditions_and_statements_change(made):
         "2 -> (3)",
         "print(pow(x, max(x, y))) -> pass",
         "pow(x, max(x, y)) -> (pow(max(x, y), x))",
-        # Equal arguments that are swapped change nothing, and `strict` is a guard against us.
-        "print(pow(x, x), zip([x], strict=True)) -> pass",
-        "print(pow(x, x), zip([x], strict=True)) -> (print(zip([x], strict=True), pow(x, x)))",
+        "print(zip([x], strict=True)) -> pass",
     }
 
 

@@ -21,7 +21,7 @@ def now(monkeypatch) -> list[float]:
 
 
 def leave(number: int, _) -> None:
-    sys.exit(number)
+    sys.exit(100 + number)
 
 
 def returns(*_) -> None: ...
@@ -36,7 +36,7 @@ def returns(*_) -> None: ...
         (signal.SIGTERM, signal.SIG_DFL, KeyboardInterrupt),
     ],
 )
-def test_a_signal_counts_again_after_a_second(now, number, handler, ending):
+def test_a_signal_counts_again_after_a_second(now, capsys, number, handler, ending):
     """Then the handler that was there before ends the process, with its exit code.
 
     If there was none, or it does not, training ends as by Ctrl-C.
@@ -49,8 +49,12 @@ def test_a_signal_counts_again_after_a_second(now, number, handler, ending):
             now[0] += pause
             signal.raise_signal(number)
         now[0] = 101.0
-        with pytest.raises(ending):
+        with pytest.raises(ending) as caught:
             signal.raise_signal(number)
+    if handler is leave:
+        assert caught.value.code == 100 + number
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{stop.reason}: ")
     assert signal.getsignal(number) is handler
     assert stop.reason == signal.Signals(number).name or number == signal.SIGINT
     assert stop.preempted == (number == signal.SIGTERM)
@@ -114,8 +118,9 @@ def test_a_time_limit_ends_a_whole_update_and_the_last_step_is_validated(now, li
 @pytest.mark.parametrize(("number", "requeues"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
 def test_a_scheduler_asks_for_a_requeue_by_one_signal(number, requeues):
     stop = GracefulStop()
-    with stop.listening():
-        signal.raise_signal(number)
+    stop.on_train_start()
+    signal.raise_signal(number)
+    stop.teardown()
     stop.on_train_end()
     assert stop.agreed
     assert stop.requeues == requeues

@@ -149,10 +149,13 @@ def test_a_return_lowers_all_rates_that_there_were(tmp_path, monkeypatch, capsys
                 group["lr"] = 99.0
         return 6
 
+    checked: list[object] = []
+    monkeypatch.setattr(callbacks, "check_written", checked.append)
     monkeypatch.setattr(callbacks, "_restore", restore)
     bad._return(trainer, model, BadStep(7, "kl", [], False))
     assert rates(trainer) == [0.25, 0.5, 1.0]
     assert model.rate_factor == 0.125
+    assert checked == [trainer]
     assert (bad.returned, bad._row) == (1, 0)
     printed = " ".join(capsys.readouterr().err.split())
     assert printed.startswith("step 8: 20 bad steps in a row: ")
@@ -176,7 +179,7 @@ def test_unreadable_images_are_shared_where_there_are_new_ones():
     limit, loader = UnreadableLimit(), Loader()
     trainer = SimpleNamespace(train_dataloader=loader)
     counts = []
-    for lost in (0, 2, 2, 3, 3):
+    for lost in (0, 1, 1, 3, 3):
         loader.read_errors.lost = lost
         limit.on_train_batch_start(trainer)
         counts.append(loader.shared)
@@ -189,7 +192,7 @@ class Profile:
 
     def __init__(self, **settings: object) -> None:
         self.calls: list[str] = []
-        assert len(settings["activities"]) == 1
+        self.settings = settings
 
     def start(self) -> None:
         self.calls.append("start")
@@ -212,7 +215,42 @@ def test_a_trace_begins_after_the_first_steps_and_ends_after_its_own(tmp_path, m
     assert [number for number, _ in written] == [7]
     assert written[0][1].calls == ["start"]
     trace.on_train_end(trainer)
+    trace._done = callbacks.UNTRACED + 2
+    trace.on_train_end(trainer)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("device", "order", "ending"),
+    [
+        ("cpu", "self_cpu_time_total", "\n"),
+        ("cuda", "self_cuda_time_total", ", 7 kernels a step\n"),
+    ],
+)
+def test_a_trace_is_of_the_device_that_trains(tmp_path, monkeypatch, capsys, device, order, ending):
+    """With the operations' shapes, and a table of those that take most of its time."""
+    monkeypatch.setattr(callbacks, "profile", Profile)
+    monkeypatch.setattr(callbacks, "count_kernels", lambda averages: 14)
+    monkeypatch.setenv("COLUMNS", "1000")
+    trace, trainer = StepTrace(2), a_trainer(tmp_path)
+    trainer.strategy.root_device = torch.device(device)
+    trace._done = callbacks.UNTRACED
+    trace.on_train_batch_start(trainer)
+    traced = trace._profile
+    activities = [activity.name for activity in traced.settings["activities"]]
+    assert activities == (["CPU"] if device == "cpu" else ["CPU", "CUDA"])
+    assert traced.settings["record_shapes"] is True
+
+    # The files, once the profiler is stopped.
+    tables = []
+    averages = SimpleNamespace(table=lambda **how: tables.append(how) or "operations")
+    traced.export_chrome_trace = lambda path: traced.calls.append(path)
+    traced.key_averages = lambda: averages
+    trace._write(trainer, traced)
+    assert traced.calls == ["start", "stop", str(tmp_path / "trace.json")]
+    assert tables == [{"sort_by": order, "row_limit": 50}]
+    assert (tmp_path / "trace.txt").read_text() == "operations"
+    assert capsys.readouterr().err == f"2 steps traced in {tmp_path / 'trace.json'}{ending}"
 
 
 @pytest.mark.parametrize("first", [True, False])

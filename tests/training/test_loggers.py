@@ -115,6 +115,20 @@ def test_make_loggers_refuses_what_is_no_logger(tmp_path, target, message):
         make_loggers({"mine": node}, Run(tmp_path))
 
 
+def test_all_that_a_logger_writes_is_attempted(tmp_path, monkeypatch):
+    """And TensorBoard's thread is silent."""
+    attempted, silenced = [], []
+    monkeypatch.setattr(loggers, "_silence_tensorboard", lambda: silenced.append(True))
+    monkeypatch.setattr(loggers, "_attempt", lambda *given: attempted.append(given))
+    (board,) = make_loggers({}, Run(tmp_path))
+    assert isinstance(board, loggers.TensorBoardLogger)
+    for name in ("log_metrics", "log_hyperparams", "save", "finalize"):
+        getattr(board, name)(name)
+        logger, action, argument = attempted.pop()
+        assert (logger, action.__name__, argument) == (board, name, name)
+    assert silenced == [True]
+
+
 def test_curves_are_the_scalars_of_training_and_validation(tmp_path):
     """In the order of their steps; of a step that was repeated after a resume the later value."""
     run = Run(tmp_path)

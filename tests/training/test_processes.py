@@ -2,6 +2,7 @@
 and one run folder for all."""
 
 import os
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
@@ -87,9 +88,9 @@ def test_other_commands_meet_under_srun_too(tmp_path, under):
 
 @pytest.mark.parametrize("launcher", [torchrun, srun])
 def test_process_count_matches_the_launchers(under, launcher):
-    under(launcher(nodes=2, per_node=2))
-    assert process_count({"devices": [0, 1], "num_nodes": 2}) == 4
-    for trainer in ({"devices": 1}, {"devices": 2}, {"devices": 2, "num_nodes": 3}):
+    under(launcher(nodes=2, per_node=3))
+    assert process_count({"devices": [0, 1, 2], "num_nodes": 2}) == 6
+    for trainer in ({"devices": 1}, {"devices": 3}, {"devices": 4, "num_nodes": 2}):
         with pytest.raises(ConfigError, match=r"^`gpus`, or .*match"):
             process_count(trainer)
     under(launcher())
@@ -109,6 +110,45 @@ def test_process_count_asks_srun_for_ntasks_per_node(under, monkeypatch):
     monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
     with pytest.raises(ConfigError, match=r"srun: .*ntasks-per-node"):
         process_count({"devices": 2})
+
+
+def test_a_macs_gpu_is_of_one_process_and_several_open_more_files(under, monkeypatch):
+    allowed: list[int] = []
+    monkeypatch.setattr("olvae.training.processes.allow_open_files", allowed.append)
+    assert process_count({"devices": 1, "accelerator": "mps"}) == 1
+    with pytest.raises(ConfigError, match=r"2 processes .*Mac"):
+        process_count({"devices": 2, "accelerator": "mps"})
+    assert allowed == []
+    assert process_count({"devices": 2, "accelerator": "cpu"}) == 2
+    assert allowed == [2]
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_processes_meet_through_the_backends_of_their_devices(under, monkeypatch, cuda):
+    under(torchrun(1, per_node=2))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr("olvae.training.processes.join", lambda *given: given)
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DUMP_ON_TIMEOUT"):
+        monkeypatch.setenv(name, "given")
+    backends = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    assert meet() == (backends, timedelta(minutes=30))
+
+
+def test_no_number_of_workers_may_fit(monkeypatch):
+    """Too few images for the processes: training says so."""
+    node = tiny_config("nowhere")["data"]
+    tried = []
+
+    class Few(SimpleNamespace):
+        def check_processes(self, processes: int) -> None:
+            tried.append((self.num_workers, processes))
+            raise ValueError("too few")
+
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    source = Few(in_memory=False, num_workers=None)
+    choose_workers(source, node, 1, 1)
+    assert tried == [(2, 1), (1, 1), (0, 1)]
+    assert node["params"]["num_workers"] == source.num_workers == 0
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,24 @@ def test_process_death_is_told_from_words_of_nccl_c10d_and_gloo(monkeypatch, wor
     )
 
 
+def test_started_processes_are_watched_with_a_word_about_the_run(tmp_path, monkeypatch):
+    """Lightning's own observer is replaced."""
+    observed, ended = [], []
+    monkeypatch.setattr(processes, "observe_processes", lambda *given: observed.append(given))
+    monkeypatch.setattr(processes, "end_with_children", lambda *given: ended.append(given))
+    run, children = Run(tmp_path), [object()]
+    processes.watch_processes(run)
+    ((module, watch),) = observed
+    assert module is processes.subprocess_script
+    watch(children)
+    ((what, saved, ended_children, grace),) = ended
+    assert (what, ended_children, grace) == ("training", children, 5.0)
+    assert saved() == ""
+    run.checkpoints.mkdir()
+    run.last_checkpoint.touch()
+    assert saved() == f"; {tmp_path} can be continued"
+
+
 def test_a_started_process_that_was_killed_is_named_with_its_signal(tmp_path, capfd):
     """It hangs in a collective, as on GPUs."""
 

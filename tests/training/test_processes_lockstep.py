@@ -4,6 +4,7 @@ import gc
 import os
 import socket
 import sys
+import threading
 import time
 from datetime import timedelta
 from functools import partial
@@ -56,7 +57,12 @@ def test_lockstep_notes_its_first_step_at_once(monkeypatch):
     monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
     lockstep.on_train_batch_end(SimpleNamespace(world_size=2, global_rank=0, global_step=0))
     store.wait([f"{PROGRESS_KEY}0"], timedelta(seconds=3))
-    lockstep.on_train_end()
+    assert [thread.daemon for thread in threading.enumerate() if thread.name == "lockstep"] == [
+        True
+    ]
+    lockstep.on_exception()
+    assert lockstep._over.is_set()
+    assert gc.isenabled()
 
 
 def test_lockstep_leaves_processes_at_one_place_to_the_backend(monkeypatch):
@@ -68,6 +74,7 @@ def test_lockstep_leaves_processes_at_one_place_to_the_backend(monkeypatch):
 def test_lockstep_refuses_settings_out_of_range(arguments):
     with pytest.raises(ValueError, match=r"patience_s must be .* collect_every"):
         Lockstep(**arguments)
+    assert Lockstep(collect_every=1).collect_every == 1
 
 
 def test_garbage_is_collected_at_fixed_steps(monkeypatch):
@@ -126,7 +133,7 @@ class Over:
 @pytest.mark.parametrize("moves", [True, False])
 def test_a_process_is_compared_while_nothing_moves_for_the_patience(monkeypatch, moves):
     """Half of it here, and half in all notes; the time to look again is an eighth of it."""
-    now, found = [100.0], []
+    now, found = [90.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     store = dist.HashStore()
     monkeypatch.setattr("olvae.training.processes.default_store", lambda: store)
@@ -134,8 +141,10 @@ def test_a_process_is_compared_while_nothing_moves_for_the_patience(monkeypatch,
     monkeypatch.setattr(
         lockstep, "_end_if_apart", lambda rank, notes: found.append((now[0], rank, notes))
     )
-    for _ in range(3):
-        lockstep.on_before_backward()
+    lockstep.on_train_batch_start()
+    lockstep.on_before_backward()
+    lockstep.on_train_batch_end(SimpleNamespace(world_size=1))
+    now[0] = 100.0
     lockstep.on_validation_batch_end()
     store.set(f"{PROGRESS_KEY}1", "2 6 other host")
     over = Over(now, 9)
@@ -146,3 +155,6 @@ def test_a_process_is_compared_while_nothing_moves_for_the_patience(monkeypatch,
     assert over.pauses == [0.0] + [2.0] * 9
     notes = [["3", "7", socket.gethostname()], ["2", "6", "other host"]]
     assert found == ([] if moves else [(116.0, 0, notes)])
+    rarely = Over(now, 1)
+    Lockstep(patience_s=600.0)._compare(trainer, rarely)
+    assert rarely.pauses == [0.0, 5.0]

@@ -72,7 +72,7 @@ def test_sigusr1_to_any_process_requeues_the_slurm_job(
 
 
 def test_sigterm_requeues_nothing_and_a_slurm_array_has_its_own_names(
-    train_with, image_folder, job, monkeypatch, at_step
+    train_with, image_folder, job, monkeypatch, at_step, capfd
 ):
     at_step(0, partial(signal.raise_signal, signal.SIGTERM))
     with pytest.raises(TrainingStopped):
@@ -80,8 +80,10 @@ def test_sigterm_requeues_nothing_and_a_slurm_array_has_its_own_names(
     assert not job.exists()
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "20")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    capfd.readouterr()
     requeue()
     assert job.read_text() == "requeue 20_3\n"
+    assert "job 20_3 " in capfd.readouterr().err
 
 
 def test_a_failed_scontrol_requeue_is_a_warning(job, monkeypatch, tmp_path, caplog):

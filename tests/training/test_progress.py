@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from olvae.training import progress
-from olvae.training.progress import Status, StepProgress, describe_step, step_bar, tflops
+from olvae.training.progress import Status, StepProgress, describe_step, notify, step_bar, tflops
 
 
 @pytest.fixture
@@ -73,7 +73,9 @@ def test_the_progress_bar_stays_on_one_line(now):
         bar.console.print(bar.get_renderable())
     (line,) = capture.get().splitlines()
     text = "loss 0.4325  160.0 images/s  waiting for data 20% (raise data.params.num_workers)"
-    assert text in re.sub(r"\x1b\[[0-9;]*m", "", line)
+    before, after = re.sub(r"\x1b\[[0-9;]*m", "", line).split("2/10")
+    assert text in after
+    assert "━" in before
 
 
 def test_progress_without_a_terminal_is_one_line(now, capsys):
@@ -117,6 +119,9 @@ def test_a_gpu_with_too_few_images_is_advised_and_its_share_logged(
     line = capsys.readouterr().err.strip()
     assert line.startswith("step: 2.74 TFLOP an image, 11 TFLOP for 4 a process")
     assert (shown._peak, "this GPU" in line) == (peak, peak is not None)
+    trainer.train_dataloader = []  # of a loader that knows no batch size
+    StepProgress().on_train_start(trainer, SimpleNamespace(flop=10**12, compiled=False))
+    assert " 1 TFLOP for 1 a process" in capsys.readouterr().err
     share = {} if peak is None else {"of_peak": 247.25 / peak}
     assert tflops(247.25e12, shown._peak) == {"tflops": 247.25, **share}
     assert tflops(0.0, shown._peak) == {}  # not counted
@@ -200,8 +205,13 @@ def test_a_validation_is_a_line_of_its_values(now, capsys):
     values = {"val/psnr": 20.12345, "val_raw/psnr": 19.0, "val/lpips": 0.5}
     model = SimpleNamespace(validation_values=values)
     shown = StepProgress()
+    now(5.0)
     shown.on_validation_end(a_trainer(), model)
     assert capsys.readouterr().err == "step 3: validation  psnr 20.123  lpips 0.500\n"
+    assert shown._status._since == time.monotonic()
+    shown.console = Console(file=io.StringIO(), force_terminal=True, width=20)  # narrow, coloured
+    shown.on_validation_end(a_trainer(), model)
+    assert shown.console.file.getvalue() == "step 3: validation  psnr 20.123  lpips 0.500\n"
     shown.on_validation_end(a_trainer(sanity_checking=True), model)
     shown.on_validation_end(a_trainer(), SimpleNamespace(validation_values={"val_raw/psnr": 1.0}))
     assert capsys.readouterr().err == ""
@@ -212,6 +222,7 @@ def test_a_bar_counts_steps_twice_a_second_and_ends(now, monkeypatch):
     shown.console = Console(file=io.StringIO(), force_terminal=True, width=120)
     shown.on_train_start(a_trainer(2), model)
     bar = shown._bar
+    assert bar.live.is_started
     (task,) = bar.tasks
     assert (task.completed, task.total) == (2, 10)
     done = []
@@ -238,6 +249,16 @@ def test_status_before_two_steps_knows_no_speed(now):
     assert (status.images_per_s(), status.seconds_left(9)) == (8.0, 4.0)
     status.loss = 0.5
     assert str(status) == "loss 0.5000  8.0 images/s"
+
+
+def test_a_line_is_printed_as_it_is(monkeypatch, capsys):
+    """Not cut, and without colours or marks of rich's own, also in a terminal."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    line = f"run 12: {'a/long/path/' * 20} [red]3[/red]"
+    notify(line)
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"{line}\n")
 
 
 def test_waiting_of_a_tenth_is_not_shown(now):

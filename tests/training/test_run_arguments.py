@@ -139,7 +139,10 @@ STEPS = {"max_steps": 50, "accelerator": "cpu"}
 
 def fitted(count: int = 1, step: int = 0, accumulated: int = 1, adversary=None, **given) -> dict:
     model = SimpleNamespace(accumulate_grad_batches=accumulated, adversary=adversary)
-    return _fit_trainer_args(STEPS | given, model, Images(), count, {"global_step": step})
+    source = Images()
+    found = _fit_trainer_args(STEPS | given, model, source, count, {"global_step": step})
+    assert source.told == [count]
+    return found
 
 
 def test_intervals_are_in_steps_and_lightnings_in_batches():
@@ -188,9 +191,10 @@ def test_processes_get_their_strategy_and_batch_norm(monkeypatch):
 
 def test_an_adversary_is_checked_against_the_steps():
     checked = []
-    adversary = SimpleNamespace(check=lambda *given: checked.append(given[2]))
+    adversary = SimpleNamespace(check=lambda *given: checked.append(given))
     fitted(adversary=adversary, max_steps=7)
-    assert checked == [7]
+    ((model, source, steps),) = checked
+    assert (model.adversary, type(source), steps) == (adversary, Images, 7)
 
 
 @pytest.mark.parametrize(
@@ -292,6 +296,7 @@ def test_memory_that_a_step_needs_is_counted_again_where_it_does_not_fit(
     printed = capsys.readouterr().err
     assert (said or "") in printed
     assert bool(said) == bool(printed)
+    assert check_memory(model, source, "32", 1225) == 7
     with pytest.raises(ConfigError, match="one image"):
         check_memory(model, source, "32", 1224)
 

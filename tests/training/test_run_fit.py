@@ -169,7 +169,13 @@ def test_the_end_is_told_by_the_first_process_and_a_stop_is_an_error(
     ended, queued = [], []
     monkeypatch.setattr(training, "print_ending", lambda *given: ended.append(given))
     monkeypatch.setattr(training.processes, "requeue", lambda: queued.append(True))
-    stop = SimpleNamespace(preempted=True, agreed=agreed, requeues=requeues, listening=nullcontext)
+    listened: list = []
+    stop = SimpleNamespace(
+        preempted=True,
+        agreed=agreed,
+        requeues=requeues,
+        listening=lambda: nullcontext(listened.append(True)),
+    )
     loop = Loop(first=first)
     loop.global_step = step
     run, prepared = Run(tmp_path), prepared_of(stop=stop)
@@ -182,6 +188,7 @@ def test_the_end_is_told_by_the_first_process_and_a_stop_is_an_error(
         finish(prepared, run, loop)
     assert ended == [(run, title)] * first
     assert queued == [True] * (requeues and first)
+    assert listened == [True] * (agreed and first)
 
 
 class Own(Callback):

@@ -23,7 +23,11 @@ class Batches:
             images_seen=0,
             update_is_complete=True,
             validation_values={},
-            state_dict=lambda: {"a": torch.zeros(2), "b": torch.zeros(2, dtype=torch.int64)},
+            state_dict=lambda: {
+                "a": torch.zeros(2),
+                "b": torch.zeros(2, dtype=torch.int64),
+                "_extra_state": {"a part's": 1},
+            },
         )
         self.trainer = SimpleNamespace(
             default_root_dir=folder,
@@ -91,12 +95,16 @@ def test_a_resumed_step_is_not_saved_again(tmp_path):
     assert training.saved == [(6, "step=00000006.ckpt"), (6, "last.ckpt")]
 
 
-def test_checkpoints_without_an_interval_are_the_last_alone(tmp_path):
+def test_checkpoints_without_an_interval_are_the_last_alone(tmp_path, monkeypatch):
+    """It is begun when one save at most is not on the disk yet, so that two are in memory."""
+    asked: list[object] = []
+    monkeypatch.setattr(saving, "check_written", lambda *given: asked.append(given))
     training = Batches(tmp_path)
     training.start()
     for _ in range(10):
         training.batch()
     assert training.saved == [(10, "last.ckpt")]
+    assert asked == [(training.trainer, 1)]
 
 
 def test_a_validated_step_is_saved_after_its_validation(tmp_path):
@@ -298,6 +306,17 @@ def test_the_best_is_of_a_value_that_is_computed(tmp_path, best, metrics, use_em
         return
     keep.on_fit_start(training.trainer, module)
     assert (keep._sign, keep._val_set, keep._best_value) == (sign, "4 images", None)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_first_process_knows_the_best_value_for_all(tmp_path, monkeypatch, first):
+    training, keep = Batches(tmp_path), KeepCheckpoints()
+    training.trainer.is_global_zero = first
+    training.trainer.strategy.broadcast = lambda value: ("to all", value)
+    monkeypatch.setattr(keep, "_best_before", lambda run: (run, 20.0))
+    module = SimpleNamespace(each_part=[], val_metrics=[], use_ema=False, val_set=None)
+    keep.on_fit_start(training.trainer, module)
+    assert keep._best_value == ("to all", (Run(tmp_path), 20.0) if first else None)
 
 
 def test_intervals_of_checkpoints_have_a_range():

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from olvae.config import ConfigError, save
+from olvae.data.places import load
 from olvae.runs import Run, Settings
 from olvae.training.settings import (
     TrainOptions,
@@ -47,8 +48,12 @@ def test_names_of_runs_are_looked_up_in_the_folder_of_runs(tmp_path, image_folde
     (run / "checkpoints" / "last.ckpt").touch()
     save(student(image_folder), tmp_path / "cfg.yaml")
     named = {"logdir": run.parent, "start_from": "sdxl", "teacher": "last"}
-    model = read_plan(TrainOptions([tmp_path / "cfg.yaml"], **named)).config["model"]
+    plan = read_plan(TrainOptions([tmp_path / "cfg.yaml"], **named))
+    model = plan.config["model"]
     assert model["from"] == model["params"]["parts"]["teacher"]["params"]["autoencoder"] == str(run)
+    assert plan.settings.weights == str(run)
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        read_plan(TrainOptions([tmp_path / "cfg.yaml"], start_from="nothing"))
 
 
 def test_read_plan_keeps_overrides_for_the_networks_of_a_target():
@@ -229,6 +234,11 @@ def test_settings_of_a_new_run(launched, recipe):
     assert settings == Settings(**given, initial_seed=3, job="5")
     with pytest.raises(ConfigError, match="`name`"):
         read_plan(TrainOptions([recipe], name="a/b"))
+    config = load([recipe])
+    config["lightning"]["trainer"] |= {"precision": "bf16-mixed", "devices": 2}
+    save(config, recipe)
+    settings = read_plan(TrainOptions([recipe])).settings
+    assert (settings.precision, settings.gpus) == ("bf16-mixed", None)
 
 
 @pytest.mark.parametrize(
@@ -236,6 +246,7 @@ def test_settings_of_a_new_run(launched, recipe):
     [
         ((), {}, "16", "1"),
         (("devices=2",), {}, "16", None),
+        (("devices=4",), {}, "16", None),  # as it was, but given
         (("accelerator=cpu",), {}, "16", None),
         (("devices=2",), {"gpus": "3"}, "16", "3"),
         (("precision=bf16",), {}, "bf16", "1"),
@@ -271,12 +282,28 @@ def test_a_resumed_run_keeps_its_name_and_takes_a_seed(launched, tmp_path, image
         read_plan(TrainOptions(resume=run.path, name="other"))
 
 
+def test_files_beside_a_resumed_run_change_its_config(launched, tmp_path, image_folder):
+    """Also where a job was queued again: the run that is named counts, not the job's."""
+    logdir = tmp_path / "runs"
+    run = begun(logdir, "2026-01-01", "mine", None)
+    save({**student(image_folder), "run": {"name": "mine"}}, run.config)
+    more = {"lightning": {"trainer": {"max_steps": 77}}}
+    save(more, tmp_path / "more.yaml")
+    begun(logdir, "2026-01-02", "more", "12")
+    launched(SLURM_JOB_ID="12", SLURM_RESTART_COUNT="1")
+    options = TrainOptions([tmp_path / "more.yaml"], logdir=logdir, resume=run.path)
+    plan = read_plan(options)
+    assert plan.resumed == run
+    assert plan.config["lightning"]["trainer"]["max_steps"] == 77
+
+
 @pytest.mark.parametrize(
     ("options", "wrong"),
     [
         ({"base": ()}, "`base` names"),
         ({"allow_changes": True}, "`allow_changes` is for `resume`"),
         ({"overrides": ["run.seed=3"]}, "^run: "),
+        ({"overrides": ["data.params.sides=3"]}, r"^data\.params\.sides: "),
         (
             {"actual_resume": "x", "start_from": "olvae:photos-f8c12"},
             "`actual_resume`.*`start_from",
@@ -324,7 +351,9 @@ def test_a_resumed_runs_teacher_is_found_from_another_folder(
 ):
     run = begun(tmp_path / "runs", "2026-01-01", "mine", None)
     config = student(image_folder, parts=parts(teacher={"autoencoder": "diffusers:teacher"}))
-    own = {"name": "mine", "paths": {str(tmp_path / "teacher"): "teacher", "/gone": "teacher"}}
+    (tmp_path / "user").mkdir()
+    paths = {"/gone": "teacher", str(tmp_path): "runs", str(tmp_path / "teacher"): "teacher"}
+    own = {"name": "mine", "paths": paths | {str(tmp_path / "user"): "user"}}
     save({**config, "run": own}, run.config)
 
     def found() -> str:
@@ -336,6 +365,12 @@ def test_a_resumed_runs_teacher_is_found_from_another_folder(
     assert found() == f"diffusers:{tmp_path / 'teacher'}"
     monkeypatch.chdir(tmp_path)
     assert found() == "diffusers:teacher"
+
+    # A name that is also a part of the word before it, and a subfolder.
+    config["model"]["params"]["parts"] = parts(teacher={"autoencoder": "diffusers:user::vae"})
+    save({**config, "run": own}, run.config)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert found() == f"diffusers:{tmp_path / 'user'}::vae"
 
 
 def test_networks_of_the_target_are_not_replaced_by_overrides():

@@ -223,6 +223,7 @@ def test_a_network_that_is_replaced_by_another_class_is_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="decoder_config: .*TinyDecoder .*LiteVAE_Decoder") as seen:
         start_from(config)
     assert len(seen) == 1
+    assert seen[0].filename == __file__
 
 
 def test_scaling_factors_are_the_sources_and_the_recipes_where_a_file_has_none(
@@ -278,7 +279,8 @@ def test_factors_of_the_start_are_not_a_trained_encoders(train_with, tmp_path, s
     assert (params["scaling_factor"], params["shift_factor"]) == expected
 
     factor = "model.params.scaling_factor=0.75"
-    after = train_with("lightning.trainer.max_steps=1", factor, start_from=str(run.path))
+    shift = "model.params.shift_factor=${model.base_learning_rate}"  # of the whole config
+    after = train_with("lightning.trainer.max_steps=1", factor, shift, start_from=str(run.path))
     assert find_target(after.path).load().scaling_factor == (0.5 if own else 0.75)
 
     _, notes = export_target(found, tmp_path / "given", ExportSettings(scaling_factor=2.0))

@@ -44,11 +44,12 @@ def config(images: Path | None = None, target: str | None = None, **decoder) -> 
 def test_a_decoder_that_extends_another_starts_as_that(tmp_path):
     """With its params and weights; what it adds is the config's."""
     target, model = plain(tmp_path)
-    content = config(target=target)
+    content = config(target=target, variant="group_norm", dropout=0.5)
     weights, _ = start_from(content)
     node = content["model"]["params"]["decoder_config"]
     assert node["target"].endswith("OneStepDecoder")
     assert node["params"]["channels"] == 4
+    assert (node["params"]["variant"], node["params"]["dropout"]) == ("open_litevae", 0.0)
     assert node["params"]["noise_std"] == 0.2
     assert weights.keys() == model.state_dict().keys()
     assert content["model"]["params"]["freeze_encoder"]

@@ -184,7 +184,7 @@ def _tiff(file: BinaryIO, check: Check, **flags: Any) -> Pixels:
             one for one in tiff.series if not (one.keyframe.is_reduced or one.keyframe.is_mask)
         ]
         # tifffile's own writer describes each page as an image: read them as pages.
-        if len(whole) > 1 and tiff.is_shaped:
+        if len(whole) != 1 and tiff.is_shaped:
             return _tiff(file, check, is_shaped=False)
         if len(whole) != 1:
             raise ValueError(
@@ -237,7 +237,6 @@ def _exr(file: BinaryIO, check: Check) -> Pixels:
         low, high = (np.asarray(corner, dtype=int) for corner in header.header()["dataWindow"])
         width, height = (high - low + 1).tolist()
         check((height, width, len(header.header()["channels"])), np.float32)
-    file.seek(0)
     with exr.File(file, separate_channels=True, num_threads=0) as whole:
         if not whole.parts:
             raise ValueError("the file ends before its pixels")

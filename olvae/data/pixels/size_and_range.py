@@ -125,7 +125,11 @@ def from_uint8(x: Tensor) -> Tensor:
 
 def to_uint8(x: Tensor) -> Tensor:
     """Floats, nominally in [-1, 1] -> uint8 in 0..255, clamped, rounded; inverse of from_uint8."""
-    return ((x.float().clamp(-1.0, 1.0) + 1.0) * 127.5).round().to(torch.uint8)
+    return ((_clamped(x) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+def _clamped(y: Tensor) -> Tensor:
+    return y.float().clamp(-1.0, 1.0)
 
 
 def nearest_float32(value: float) -> np.float32:
@@ -208,12 +212,12 @@ class PixelRange:
             )
 
         # The range in float32, as images are normalised: rounding may make both ends equal.
-        low, high = self._ends(torch.empty(0))
-        span = self._curve(high) - self._curve(low)
-        valid = (least.get(self.values, -math.inf) < low) & (low < high)
+        # A logarithm that is infinite or none makes the factor 0 or none.
+        low, high = self._ends(torch.empty(()))
+        factor = 2.0 / (self._curve(high) - self._curve(low))
         if self.values == "pq" and not (min(self.low) >= 0.0 and max(self.high) <= PQ_PEAK):
             return f"pq takes luminances of 0 to {PQ_PEAK:g} cd/m2, got {self.as_node()['pairs']}"
-        if not (valid & (span < math.inf) & (2.0 / span < math.inf)).all():
+        if not ((factor > 0.0) & (factor < math.inf)).all():
             above = ""
             if self.values in least:
                 above = f", above {least[self.values]:g} for {self.values}"
@@ -310,7 +314,7 @@ class PixelRange:
         start = self._curve(low)
         span = self._curve(high) - start
         # Rounding may lead out of [-1, 1].
-        return ((self._curve(x) - start) * (2.0 / span) - 1.0).clamp(-1.0, 1.0)
+        return _clamped((self._curve(x) - start) * (2.0 / span) - 1.0)
 
     def restore(self, y: Tensor) -> Tensor:
         """[-1, 1], (..., C, H, W), clamped -> float32 values, or uint8; inverse of normalise."""
@@ -319,7 +323,7 @@ class PixelRange:
         low, high = self._ends(y)
         start = self._curve(low)
         span = self._curve(high) - start
-        y = start + (y.float().clamp(-1.0, 1.0) + 1.0) * (span / 2.0)
+        y = start + (_clamped(y) + 1.0) * (span / 2.0)
         if self.values == "log":
             y = y.exp()
         elif self.values == "log1p":
@@ -340,7 +344,7 @@ class PixelRange:
         """[-1, 1], clamped -> levels; rounded for 8 bits only."""
         if self.eight_bits:
             return to_uint8(y)
-        return (y.float().clamp(-1.0, 1.0) + 1.0) * 127.5
+        return (_clamped(y) + 1.0) * 127.5
 
     def from_levels(self, levels: Tensor) -> Tensor:
         """Levels -> float32 in [-1, 1]; inverse of to_levels."""

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from olvae.data.image import image_to_tensor, read_picture, stated_picture
-from olvae.data.pixels.arrays import NODATA, array_suffix, read_array
+from olvae.data.pixels.arrays import NODATA, read_array
 from olvae.data.pixels.size_and_range import Array, PixelRange
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.scenes.rasters import (
@@ -87,7 +87,7 @@ def fill(values: Array, missing: NDArray[np.bool_], pixel_range: PixelRange) -> 
     """Set missing values, (H, W, C), to the lowest ones in the range that their type can hold."""
     if not missing.any():
         return
-    low = np.broadcast_to(np.array(pixel_range.low), values.shape[-1:])
+    low = np.array(pixel_range.low)
     if values.dtype.kind != "f":
         limits = np.iinfo(values.dtype)  # type: ignore[type-var]
         low = np.ceil(low).clip(limits.min, limits.max)
@@ -146,8 +146,6 @@ def read_georeference(path: Path, pixel_range: PixelRange) -> Georeference | Non
                     return None
                 nodata = None if dataset.driver == ZARR else dataset.nodata
                 tags = tags_of(dataset.crs, dataset.transform, nodata, dataset.descriptions)
-        elif path.is_dir() or array_suffix(path) != ".tif":
-            return None
         else:
             with tifffile.TiffFile(path) as tiff:
                 tags = kept_tags(tiff.pages.first.tags.values())

@@ -487,7 +487,11 @@ def _explain(error: Exception) -> str:
     status = _status(error)
     if status is None:
         return first_line(error)
-    return f"the server answers {status} {HTTPStatus(status).phrase}"
+    try:
+        phrase = f" {HTTPStatus(status).phrase}"
+    except ValueError:  # a server's own number, such as 522
+        phrase = ""
+    return f"the server answers {status}{phrase}"
 
 
 def _reason(error: BaseException) -> str:

@@ -180,8 +180,6 @@ class Series(Volume):
 def find_series(paths: Sequence[Path], root: Path) -> Iterator[Volume]:
     """Group DICOM files by folder and series; files and series that are no volume can't be read."""
     series: dict[tuple[Path, str], list[tuple[Path, Any]]] = defaultdict(list)
-    if paths:
-        import_pydicom()
     for path in paths:
         key = legible(name_below(path, root))
         try:

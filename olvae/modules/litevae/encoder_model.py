@@ -8,6 +8,7 @@ Extractors and aggregator are UNets of constant resolution: "down" and "up" are 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from math import gcd
 from typing import Any, Literal, NamedTuple
 
@@ -139,18 +140,19 @@ class OpenUNet(UNet):
         self, in_channels: int, out_channels: int, channels: int, mult: Sequence[int], blocks: int
     ) -> None:
         super().__init__()
-        *widths, middle = (channels * m for m in mult)
+        widths = [channels * m for m in mult]
+        middle = widths[-1]
         self.init_conv = conv3(in_channels, channels)
         self.down_blocks = nn.ModuleList()
         self.up_blocks = nn.ModuleList()
 
-        for width, wider in zip(widths, [*widths[1:], middle], strict=True):
+        for width, wider in pairwise(widths):
             level = [PostActivationBlock(width, width) for _ in range(blocks)]
             self.down_blocks.append(nn.ModuleList([*level, conv1(width, wider)]))
         self.mid_block = nn.Sequential(
             *(PostActivationBlock(middle, middle) for _ in range(blocks))
         )
-        for width, wider in zip(reversed(widths), [middle, *reversed(widths[1:])], strict=True):
+        for wider, width in pairwise(reversed(widths)):
             level = [PostActivationBlock(2 * width, width) for _ in range(blocks)]
             self.up_blocks.append(nn.ModuleList([conv1(wider, width), *level]))
         self.conv_out = conv1(channels * mult[0], out_channels)

@@ -193,10 +193,11 @@ class OneStepDecoder(GeneratingDecoder, LiteVAE_Decoder):
         first = self.first_picture(z)
         if noised is None:
             # One step from the noise of its place, in training of a random one.
-            place = torch.zeros(2, 1, dtype=torch.long, device=z.device)
             if self.training:
-                place = torch.randint(NOISE_POSITIONS, (2, 1), device=z.device)
-            h = self.with_noise(z, place[0], place[1])
+                top, left = torch.randint(NOISE_POSITIONS, (2, 1), device=z.device)
+                h = self.with_noise(z, top, left)
+            else:
+                h = self.with_noise(z)
         else:
             difference = (upcast(noised) - first) / self.noise_std
             h = _beside(z, self.fold(difference))

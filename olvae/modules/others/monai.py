@@ -96,7 +96,7 @@ class _Monai(Steps):
         counts: Sequence[int],
         attention_levels: Collection[int],
         middle: bool,
-        resample: type[nn.Module] | None,
+        resample: type[nn.Module],
         norm: tuple[int, float],
         attention: tuple[bool, bool],
     ) -> None:
@@ -121,7 +121,7 @@ class _Monai(Steps):
 
         width = widths[0]
         for level, (wider, count) in enumerate(zip(widths, counts, strict=True)):
-            if level and resample is not None:
+            if level:
                 blocks.append(resample(width))
             for _ in range(count):
                 blocks.append(ResidualBlock(width, wider, *norm))

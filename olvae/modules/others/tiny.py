@@ -34,10 +34,8 @@ class Residual(nn.Module):
                 nn.ReLU(),
                 nn.Conv2d(inside, channels, 1, bias=False),
             )
-        convolutions = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3)]
-        self.conv = nn.Sequential(
-            convolutions[0], nn.ReLU(), convolutions[1], nn.ReLU(), convolutions[2]
-        )
+        first, second, third = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3))
+        self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pool is not None:

@@ -111,8 +111,10 @@ class _Wrapped(Steps):
         """
         convolutions = [getattr(self.model, "quant_conv", None)]
         for half in HALVES:
-            # The half that was taken out has none.
-            convolutions.append(getattr(getattr(self.model, half), "conv_out", None))
+            # The half that was taken out has none. Of DC without blocks at the image's size it is
+            # an upsampling block, with a convolution before its pixel shuffle.
+            end = getattr(getattr(self.model, half), "conv_out", None)
+            convolutions.append(getattr(end, "conv", end))
         found: nn.Conv2d | nn.Conv3d = next(
             c for c in convolutions if isinstance(c, nn.Conv2d | nn.Conv3d)
         )

@@ -2,7 +2,13 @@
 
 import pytest
 
-from olvae.data.order.groups import Grouping, fill_with_groups, look_like_slices
+from olvae.data.order.groups import (
+    SLICES,
+    Grouping,
+    fill_with_groups,
+    look_like_slices,
+    shared_groups,
+)
 
 NAMES = ["a/patient1_0.png", "a/patient1_1.png", "b/patient2_0.png", "b/c/patient1_2.png", "d.png"]
 PATIENT = r"(?P<group>patient\d+)"
@@ -52,6 +58,10 @@ def test_whole_groups_fill_lists_and_a_large_one_has_its_own():
     [
         ([f"patient{p}_{i:03d}.png" for p in range(3) for i in range(1, 41)], PATIENT),
         ([f"st/patient{p}/ct/{i}.png" for p in range(3) for i in range(12)], PATIENT),
+        (
+            [f"patient.{p}_{i}.png" for p in range(3) for i in range(12)],
+            r"(?P<group>patient\.\d+)",
+        ),
         ([f"scene-{p}/frame_{i}.png" for p in range(3) for i in range(12)], "folder"),
         ([f"{side}{p}_{i}.png" for side in ("l", "r") for p in range(2) for i in range(12)], LAST),
     ],
@@ -80,3 +90,30 @@ def test_slices_are_known_by_their_names_and_the_setting_keeps_them_together(nam
 )
 def test_plain_numbers_are_no_slices(names):
     assert look_like_slices(names) is None
+
+
+def rows(number: int = SLICES, first: int = 0, digits: int = 3) -> list[str]:
+    """Slices of three patients."""
+    numbers = range(first, first + number)
+    return [f"patient{p}_{i:0{digits}d}.png" for p in range(3) for i in numbers]
+
+
+def test_slices_are_rows_of_ten_numbers_from_0_or_1_and_half_of_all_files():
+    start = "30 files look like slices of 3 things, such as patient0_*, and "
+    others = [f"{letter}.png" for letter in "abcdefghijklmnopqrstuvwxyzABCD"]
+    for names in (rows(), rows(first=1), rows(digits=9), others + rows()):
+        assert look_like_slices(names).startswith(start)
+    for names in (rows(SLICES - 1), rows(first=2), rows(digits=10), [*others, "E.png", *rows()]):
+        assert look_like_slices(names) is None
+
+
+def test_groups_on_both_sides_are_named():
+    assert shared_groups({"a", "."}, {"b", "."}) is None
+    for number, named in ((2, "a, b"), (10, "a, b, c, d, e, f, g, h, i, j")):
+        groups = set("abcdefghijk"[:number])
+        line = shared_groups({*groups, "y"}, {*groups, "z"})
+        assert line.startswith(f"{number} groups by `hold_out_by` with images of training and")
+        assert line.endswith(f": {named}: keep each on one side")
+    line = shared_groups(set("abcdefghijk"), set("abcdefghijk"))
+    assert line.startswith("11 groups")
+    assert line.endswith(": a, b, c, d, e, f, g, h, i, j, ...: keep each on one side")

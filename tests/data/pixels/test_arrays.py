@@ -1,6 +1,7 @@
 """Files of arrays come back bit for bit, and what is broken or too large is refused in one line."""
 
 import io
+import re
 import struct
 import sys
 import tarfile
@@ -8,8 +9,11 @@ import warnings
 import zipfile
 from dataclasses import replace
 from itertools import islice
+from typing import NamedTuple
 
+import imagecodecs
 import numpy as np
+import OpenEXR
 import pytest
 import tifffile
 import torch
@@ -20,6 +24,7 @@ from olvae.data.hub import Items
 from olvae.data.image import Photo, image_to_tensor
 from olvae.data.packing import PackOptions, pack
 from olvae.data.picture_folder import FolderSource
+from olvae.data.pixels import arrays
 from olvae.data.pixels.arrays import read_array
 from olvae.data.pixels.size_and_range import AS_STORED, UNSTATED, PixelRange
 from olvae.data.read_errors import UnreadableImageError
@@ -47,6 +52,8 @@ EXACT: dict[str, tuple[bytes, np.ndarray]] = {
     "grey.png": (png(U16[..., :1]), U16[..., :1]),
     "colour.png": (png(U16), U16),
     "alpha.png": (png(values("uint16", 4)), values("uint16", 4)),
+    "grey alpha.png": (png(values("uint16", 2)), values("uint16", 2)),
+    "two pages.tif": (tiff_of_pages(PLANES[:2]), BANDS[..., :2]),
     "signed.tif": (tiff(values("int16", 1)[..., 0]), values("int16", 1)),
     "colour.tif": (tiff(U16, "rgb"), U16),
     "planes3.tif": (tiff(np.moveaxis(U16, -1, 0), "rgb"), U16),
@@ -62,6 +69,7 @@ EXACT: dict[str, tuple[bytes, np.ndarray]] = {
     "written one by one.tif": (tiff_of_pages(PLANES), BANDS),
 }
 
+PAGES = {"pages13.tif": 13, "written one by one.tif": 13, "two pages.tif": 2}
 
 WIDE = PixelRange.from_node([-40_000, 70_000])
 
@@ -71,7 +79,8 @@ def test_read_array_gives_files_back_bit_for_bit(name, tmp_path):
     content, expected = EXACT[name]
     (tmp_path / name).write_bytes(content)
     for source in (content, tmp_path / name):
-        array = read_array(source, expected.shape[2]).array
+        array, nodata, pages = read_array(source, expected.shape[2])
+        assert (nodata, pages) == (None, PAGES.get(name, 0))
         assert array.dtype.newbyteorder("=") == expected.dtype
         np.testing.assert_array_equal(array, expected)
     tensor = image_to_tensor(Photo(tmp_path / name, name, expected.shape[2], WIDE).read())
@@ -155,6 +164,7 @@ REFUSED = {
         "values, more than 256 Mi",
     ),
     "truncated.tif": (tiff(U16, "rgb")[:2000], "ends before its pixels"),
+    "truncated by a byte.tif": (tiff(U16, "rgb")[:-1], "ends before its pixels"),
     "truncated lzw.tif": (tiff(U16, "rgb", compression="lzw")[:1500], "ends before its pixels"),
     "two sizes.tif": (two_sizes(), "holds 2 images"),
     "smaller ones.tif": (  # the tag 65000 becomes 330
@@ -181,6 +191,114 @@ def test_hostile_arrays_are_refused_before_memory_is_taken(name):
     with pytest.raises(UnreadableImageError, match=message) as error:
         Photo(content, name, 3 if "bands" not in name else 13, PixelRange.from_node([0, 65535]))
     assert "\n" not in str(error.value)
+
+
+def test_a_header_is_checked_before_pixels_are_decoded(monkeypatch, tmp_path):
+    """Height before width, and so many channels as the file has."""
+    deep = {name: values("float32", 1)[..., 0] for name in "RGB"}
+    layers = exr(deep, tmp_path / "a.exr")
+    monkeypatch.setattr(imagecodecs, "png_decode", None)
+    opened = []
+
+    def header_alone(*args, **options):
+        opened.append(options)
+        return known(*args, **options)
+
+    known = OpenEXR.File
+    monkeypatch.setattr(OpenEXR, "File", header_alone)
+    shape = r"\(H, W, 12\), got {} of shape \({}\)"
+    for content, found in ((png(U16), "20, 24, 3"), (png(U16[..., :1]), "20, 24, 1")):
+        with pytest.raises(ValueError, match=shape.format("uint16", found)):
+            read_array(content, 12)
+    with pytest.raises(ValueError, match=shape.format("float32", "20, 24, 3")):
+        read_array(layers, 12)
+    assert opened == [{"separate_channels": True, "header_only": True}]
+    # Both sides to their last byte, and colours that have no 16 bits.
+    for place, byte, claimed in (
+        (16, 1, "16777240x20 pi"),
+        (20, 1, "24x16777236 pi"),
+        (25, 3, "0\\)"),
+    ):
+        content = bytearray(png(U16))
+        content[place] = byte
+        with pytest.raises(ValueError, match=claimed):
+            read_array(bytes(content))
+
+
+def test_the_limits_are_the_last_that_are_read(monkeypatch):
+    monkeypatch.setattr(arrays, "MAX_VALUES", U16.size)
+    monkeypatch.setattr(arrays, "MAX_HEADER", 118)
+    monkeypatch.setattr(arrays, "MAX_SMALLER", 2)
+    stream = io.BytesIO()
+    with tifffile.TiffWriter(stream) as writer:
+        writer.write(U16, photometric="rgb", subifds=2)
+        for _ in range(2):
+            writer.write(U16[::2, ::2], photometric="rgb", subfiletype=1)
+    for content in (npy(U16), stream.getvalue()):
+        np.testing.assert_array_equal(read_array(content, 3).array, U16)
+    for name in ("MAX_SMALLER", "MAX_HEADER", "MAX_VALUES"):
+        monkeypatch.setattr(arrays, name, getattr(arrays, name) - 1)
+    with pytest.raises(ValueError, match="it names 2 smaller images of itself, more than 1"):
+        read_array(stream.getvalue())
+    with pytest.raises(ValueError, match="claims to have 118 bytes, more than 117"):
+        read_array(npy(U16))
+    monkeypatch.setattr(arrays, "MAX_HEADER", 118)
+    with pytest.raises(ValueError, match="its header claims 1440 values"):
+        read_array(npy(U16))
+
+
+@pytest.mark.parametrize(
+    ("channels", "wanted"),
+    [(0, "(H, W, channels) or (H, W)"), (1, "(H, W, 1) or (H, W)"), (2, "(H, W, 2)")],
+)
+def test_the_shape_that_is_wanted_is_in_the_line(channels, wanted):
+    with pytest.raises(ValueError, match=re.escape(f"of shape {wanted}, got float64 of shape")):
+        read_array(npy(F32.astype(float)), channels)
+    with pytest.raises(ValueError, match=r"^2001x20 pixels: one side"):
+        read_array(npy(np.zeros((20, 2001, max(channels, 1)), np.uint8)), channels)
+
+
+@pytest.mark.parametrize("kinds", [(1,), (4,), (5, 1)])
+def test_a_deep_tiff_with_smaller_copies_or_masks_is_one_image(kinds):
+    stream = io.BytesIO()
+    with tifffile.TiffWriter(stream) as writer:
+        writer.write(U16, photometric="rgb", metadata=None)
+        for kind in kinds:
+            mask = np.ones((20, 24), dtype=bool)
+            other = (mask, "mask") if kind & 4 else (U16[::2, ::2], "rgb")
+            writer.write(other[0], photometric=other[1], subfiletype=kind, metadata=None)
+    np.testing.assert_array_equal(read_array(stream.getvalue()).array, U16)
+
+
+def test_an_exr_is_one_whole_part_of_channels_of_one_size(tmp_path, monkeypatch):
+    plane = values("float32", 1)[..., 0]
+    path = tmp_path / "a.exr"
+    header = {"compression": OpenEXR.ZIP_COMPRESSION, "type": OpenEXR.scanlineimage}
+    window = {"dataWindow": (np.int32([3, 5]), np.int32([26, 24]))}
+    OpenEXR.File({**header, **window}, {"Z": plane.copy()}).write(str(path))
+    np.testing.assert_array_equal(read_array(path).array[..., 0], plane)
+    with pytest.raises(ValueError, match="the file ends before its pixels"):
+        read_array(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="got uint32"):
+        read_array(exr({"Z": plane.astype(np.uint32)}, path))
+    parts = [OpenEXR.Part({**header}, {"Z": plane.copy()}, name=name) for name in "ab"]
+    OpenEXR.File(parts).write(str(path))
+    with pytest.raises(ValueError, match="it has 2 parts"):
+        read_array(path)
+
+    # The library writes no channels at a fraction of the size.
+    content = exr({"Y": plane, "Z": plane}, path)
+    monkeypatch.setattr(
+        OpenEXR.File, "channels", lambda _: {"Y": Plane(plane), "Z": Plane(plane[1:])}
+    )
+    with pytest.raises(ValueError, match="its channels have several sizes"):
+        read_array(content)
+
+
+class Plane(NamedTuple):
+    """A channel, as OpenEXR gives it."""
+
+    pixels: np.ndarray
 
 
 def test_wrong_channels_and_missing_ranges_are_refused():
@@ -277,6 +395,12 @@ def test_pictures_in_memory_of_sixteen_bits_need_a_range():
     for item in (Image.fromarray(U16[..., 0]), U16[..., 0]):
         with pytest.raises(UnreadableImageError, match=UNSTATED):
             Items([item], 1)[0]
+
+
+def test_no_array_is_no_known_format():
+    for content in (b"", b"no array", png(U16.astype(np.uint8))):
+        with pytest.raises(ValueError, match="8 bits per channel, or no known format of arrays"):
+            read_array(content)
 
 
 def test_a_missing_library_is_named(monkeypatch):

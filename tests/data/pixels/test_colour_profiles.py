@@ -1,6 +1,7 @@
 """Colour profiles: Adobe RGB by its definition, and nothing where there is nothing to do."""
 
 import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image, ImageCms
 from olvae.data.audit import audit_lines, audit_source
 from olvae.data.image import Photo, RandomScaleCrop, image_to_tensor
 from olvae.data.packing import PackOptions, pack
+from olvae.data.pixels.colour_profiles import read_profile
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import eval_sample
@@ -166,3 +168,26 @@ def test_packed_masks_keep_their_values_whatever_their_format(tmp_path):
         direct = Photo(tmp_path / "masks" / name, name)
         np.testing.assert_array_equal(np.asarray(packed.read()), np.asarray(direct.read()))
         assert packed.profile == direct.profile is not None
+
+
+@pytest.mark.parametrize("data", [ADOBE_RGB, DOT_GAIN])
+@pytest.mark.parametrize("most", [2, 3])
+def test_a_profile_is_srgb_if_it_changes_none_of_its_probes_by_more_than_2(data, most, monkeypatch):
+    """Colours in steps of 15, or all greys."""
+    probes = []
+
+    def changed(probe: Image.Image, _: object) -> Image.Image:
+        probes.append(np.asarray(probe).reshape(-1, len(probe.getbands())))
+        shown = np.array(probe.convert("RGB"))
+        shown[-1, -1, 1] -= most
+        return Image.fromarray(shown)
+
+    monkeypatch.setattr(ImageCms, "applyTransform", changed)
+    found = read_profile.__wrapped__(data)
+    assert (found.to_srgb is None) == (most == 2)
+    (probe,) = probes
+    if data == DOT_GAIN:
+        assert set(probe[:, 0]) == set(range(256))
+    else:
+        levels = range(0, 256, 15)
+        assert {tuple(colour) for colour in probe.tolist()} == set(product(levels, repeat=3))

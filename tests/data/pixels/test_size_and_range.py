@@ -115,6 +115,10 @@ def test_pictures_of_a_range_are_by_its_shown_channels_and_stretch():
     stated = PixelRange.from_node({"pairs": [0, 100], "shown": [2, 1, 0], "stretch": [0.2, 0.6]})
     x = torch.tensor([10.0, 40.0, 70.0, 99.0])[None, :, None, None]
     assert stated.picture(stated.levels(x)).flatten().tolist() == [255, 127, 0]
+    levels = np.linspace(0.1, 254.9, 999)
+    wanted = ((levels - 51) * 2.5).clip(0, 255)
+    found = stated.picture(torch.from_numpy(levels).float().expand(3, 1, -1))[0, 0]
+    assert np.abs(found.double().numpy() - wanted).max() < 0.501
 
 
 @pytest.mark.parametrize(
@@ -192,6 +196,22 @@ def test_mistakes_in_a_range_are_one_line(node, message):
     assert len(error.value.mistakes) == 1
 
 
+@pytest.mark.parametrize("high", [8e-39, 1.0, 1e38])
+def test_ends_may_be_as_near_and_far_as_float32_divides(high):
+    ends = torch.tensor([-7.0, 0.0, high, 7.0 * high])
+    found = PixelRange.from_node([0, high]).normalise(ends.view(4, 1, 1))
+    assert found.flatten().tolist() == [-1, -1, 1, 1]
+    assert PixelRange.from_node([-1, 1]).low == (-1,)
+
+
+def test_rounding_does_not_lead_out_of_the_range():
+    for high in range(1, 200):
+        ends = torch.tensor([0.0, high]).view(2, 1, 1)
+        lowest, highest = PixelRange.from_node([0, high]).normalise(ends).flatten().tolist()
+        assert lowest == -1
+        assert 1 - 2e-7 < highest <= 1
+
+
 def test_ranges_fit_the_channels():
     with pytest.raises(ConfigError, match=r"2 pairs .*3 channels"):
         PixelRange.from_node([[0, 1], [0, 2]]).check_channels(3)
@@ -206,6 +226,7 @@ def test_ends_are_of_one_pair_or_of_each_channels():
     assert several.ends_of(0) == (0, 1)
     assert several.ends_of(1) == (-3, np.float32(0.1))
     assert PixelRange.from_node([2, 4]).ends_of(2) == (2, 4)
+    assert PixelRange.from_node([[0, 1], [-3, 4]]).ends_of(1) == (-3, 4)
     assert str(several) == "0 to 1, -3 to 0.1, linear"
     assert str(EIGHT_BITS) == "8 bits, 0 to 255"
 
@@ -277,6 +298,7 @@ def test_sides_are_cropped_to_multiples():
     assert not Sides(90, 256).fits(16)
     assert Sides(90, 250).multiples(16) == ((80, 240), (96, 256))
     assert Sides(5, 40).multiples(16) == ((16, 32), (16, 48))
+    assert Sides(80, 81).multiples(16) == ((80, 80), (80, 96))
     assert Sides(80, 256) // 8 == (10, 32)
 
 

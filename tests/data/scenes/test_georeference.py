@@ -2,6 +2,7 @@ import io
 import json
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +14,22 @@ from rasterio.transform import from_origin
 
 from olvae.data.pixels.size_and_range import EIGHT_BITS, PixelRange
 from olvae.data.read_errors import UnreadableImageError
+from olvae.data.scenes import georeference
 from olvae.data.scenes.georeference import (
+    ASCII,
+    GEO_KEYS,
+    METADATA,
+    NODATA,
     Gaps,
+    Georeference,
     byte_gaps,
     describe_place,
     fill,
+    kept_tags,
     read_georeference,
     read_scene,
     tags_from,
+    with_nodata,
 )
 from olvae.data.scenes.rasters import Scene
 from tests.data.scenes.geotiffs import PLACE, UTM, geotiff, ground
@@ -77,6 +86,7 @@ def test_a_tiles_place_is_described_and_read_back(tmp_path):
     path = geotiff(tmp_path / "a.tif", ground(0), nodata=0)
     content = describe_place(Scene(path, "a.tif", 2, [3, 0]), 32, 64)
     place = json.loads(content)
+    assert place["nodata"] == "0.0"
     assert place["bands"] == ["band 3", "band 0"]
     assert place["transform"] == [400_640, 10, 0, 5_099_680, 0, -10]
     with written(tags_from(content)) as file:
@@ -111,8 +121,9 @@ def test_a_scene_is_read_with_its_gaps_and_another_picture_without(tmp_path):
     plain, none = read_scene(path, 4, replace(STATED, low=(0.0,), high=(9999.0,)), None)
     assert none is None
     np.testing.assert_array_equal(plain.permute(1, 2, 0), array)
-    with pytest.raises(UnreadableImageError, match=r"b\.tif"):
+    with pytest.raises(UnreadableImageError, match=r"b\.tif") as error:
         read_scene(path, 3, STATED, place)
+    assert error.value.name == str(path)
 
 
 def test_a_pixel_of_8_bits_is_missing_if_all_its_bands_are(tmp_path):
@@ -151,3 +162,56 @@ def test_gaps_are_filled_with_what_their_type_can_hold():
         fill(values, missing, stated)
         assert values.dtype == kind
         assert values.tolist() == [[[low[0], 7], [7, low[1]]]]
+
+
+def test_a_turned_scenes_tile_begins_at_its_own_corner(tmp_path):
+    turned = PLACE * PLACE.rotation(30)
+    path = geotiff(tmp_path / "a.tif", ground(0), transform=turned)
+    place = json.loads(describe_place(Scene(path, "a.tif", 4), 32, 64))
+    x, a, b, y, d, e = place["transform"]
+    assert (x, y) == pytest.approx(turned * (64, 32))
+    assert (a, b, d, e) == pytest.approx((turned.a, turned.b, turned.d, turned.e))
+    assert place["nodata"] is None
+
+
+def test_rasters_of_other_drivers_are_placed_by_rasterio(tmp_path, monkeypatch):
+    path = geotiff(tmp_path / "a.tif", ground(0), nodata=-9999, dtype="int16")
+    plain = geotiff(tmp_path / "b.tif", ground(0), crs=None, transform=None)
+    monkeypatch.setattr(georeference, "raster_driver", lambda _: "GTiff")
+    found = read_georeference(path, EIGHT_BITS)
+    assert found.nodata == -9999
+    with written(found.tags) as file:
+        assert (file.crs, file.transform, file.nodata) == (UTM, PLACE, -9999)
+        assert file.descriptions == tuple(f"band {number}" for number in range(4))
+    assert read_georeference(plain, EIGHT_BITS) is None
+    # A Zarr's fill value is no missing one.
+    monkeypatch.setattr(georeference, "ZARR", "GTiff")
+    assert read_georeference(path, EIGHT_BITS).nodata is None
+
+
+def test_tags_are_written_once_with_the_length_of_their_text():
+    keys = (GEO_KEYS, 3, 4, (1, 1, 0, 0), True)
+    named = (NODATA, ASCII, 6, "-9999", True)
+    found = with_nodata([named, keys], EIGHT_BITS)
+    assert found == Georeference((keys, named), -9999.0)
+    stated = PixelRange.from_node({"pairs": [0, 9], "nodata": -1})
+    assert with_nodata([keys, named], stated).tags == (keys, (NODATA, ASCII, 3, "-1", True))
+    broken = with_nodata([keys, (NODATA, ASCII, 2, "x", True)], EIGHT_BITS)
+    assert broken == Georeference((keys,), None)
+    assert with_nodata([(33550, 12, 3, (1.0, 1.0, 0.0), True)], stated) is None
+
+    item = '<Item name="SCALE" sample="0" role="scale">2</Item>'
+    text = f"<GDALMetadata><Item name='other'>1</Item>{item}</GDALMetadata>"
+    tags = [
+        SimpleNamespace(code=code, dtype=np.int64(kind), count=count, value=value)
+        for code, kind, count, value in (keys[:4], (METADATA, 2, 9, text), (256, 3, 1, 7))
+    ]
+    metadata = f"<GDALMetadata>{item}</GDALMetadata>"
+    assert kept_tags(tags) == [keys, (METADATA, ASCII, len(metadata) + 1, metadata, True)]
+
+
+def test_the_range_of_a_raised_value_is_from_its_low_end():
+    """A millionth of 100 to 1100 is 0.001."""
+    gaps = Gaps(torch.zeros(1, 1, 1, dtype=torch.bool), torch.zeros(1, 1, 1), 700.0)
+    found = gaps.restore(torch.full((1, 1, 1), 700.0), PixelRange.from_node([100, 1100]))
+    assert float(found) == pytest.approx(700.001, abs=1e-4)

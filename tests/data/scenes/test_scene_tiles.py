@@ -1,15 +1,20 @@
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from olvae.config import ConfigError
-from olvae.data.image import image_to_tensor
-from olvae.data.pixels.size_and_range import PixelRange, Sides
+from olvae.data.image import EvalTransform, image_to_tensor
+from olvae.data.order.groups import Grouping
+from olvae.data.pixels.size_and_range import AS_STORED, PixelRange, Sides
+from olvae.data.read_errors import UnreadableImageError
+from olvae.data.scenes import scene_tiles
 from olvae.data.scenes.rasters import Scene, find_scenes
 from olvae.data.scenes.scene_tiles import (
     MissingPixelsError,
     Region,
+    SceneTiles,
     cut,
     hold_out_blocks,
     hold_out_scenes,
@@ -168,3 +173,115 @@ def test_the_ranges_missing_value_is_the_one_that_counts(tmp_path):
     tiles = cut(scenes, whole(scenes), Sides(32, 32), 4, stated, 0.01)
     found = image_to_tensor(tiles[0].read()).permute(1, 2, 0).numpy()
     assert np.array_equal(found, np.where(array == 7777, 0, array))
+
+
+class Values(Blank):
+    """A scene of values in memory, the same in each tile."""
+
+    def __init__(self, values: np.ndarray, missing: bool = False, **more: object) -> None:
+        super().__init__(100, 130)
+        self.values = values
+        self.missing = np.full(values.shape, missing)
+        self.path = Path("/x/a.tif")
+        self.broken = None
+        self.file_state = "9 5"
+        self.nodata = None
+        self.has_gaps = True
+        self.__dict__.update(more)
+
+    def read(self, window, nodata=None):
+        if self.broken:
+            raise UnreadableImageError(self.name, self.broken)
+        self.window = (window, nodata)
+        return self.values.copy(), self.missing
+
+
+REGIONS = np.array([[0, 0, 0, 8, 9], [0, 96, 120, 4, 9], [0, 47, 48, 8, 9]], np.int32)
+PIXELS = np.arange(6, dtype=np.uint16).reshape(2, 3, 1)
+
+
+def tiles_of(scene: Scene, pixel_range: PixelRange = STATED, **more: object) -> SceneTiles:
+    return SceneTiles([scene], Sides(8, 9), REGIONS, 1, pixel_range, **more)
+
+
+def test_a_tiles_names_are_of_its_scene_place_and_block():
+    scene = Values(PIXELS)
+    tiles = tiles_of(scene, blocks=48)
+    assert [tiles.key(i) for i in range(2)] == ["a.tif/00000-00000", "a.tif/00096-00120"]
+    # Two by two blocks, of which the last ones have the rest.
+    groups = [tiles.group(i, Grouping("folder")) for i in range(3)]
+    assert groups == ["a.tif, block 0-0", "a.tif, block 1-1", "a.tif, block 0-1"]
+    assert tiles_of(scene).group(1, Grouping()) == "a.tif"
+    assert tiles_of(scene).group(1, Grouping("folder")) == "."
+    assert tiles.state(1) == "a.tif/00096-00120\x009 5 8x9"
+    assert tiles.identity(1) == "a.tif/00096-00120 9"
+    assert tiles.eval_transform() == EvalTransform([8, 9])
+    scene.broken = "no image"
+    assert (tiles.key(1), tiles.files(1)) == ("a.tif", {})
+    scene.height, scene.width = 10, 10
+    assert tiles.group(0, Grouping()) == "a.tif, block 0-0"
+
+
+def test_a_tiles_place_is_kept_beside_its_latent(monkeypatch):
+    asked = []
+    for place, files in ((b"", {}), (b"{}", {"geo.json": b"{}"})):
+        monkeypatch.setattr(
+            scene_tiles, "describe_place", lambda *args, p=place: [asked.append(args), p][1]
+        )
+        scene = Values(PIXELS)
+        assert tiles_of(scene).files(1) == files
+        assert asked[-1] == (scene, 96, 120)
+
+
+def test_a_tile_is_read_as_it_is_stored_or_in_the_range():
+    scene = Values(PIXELS, nodata=3.0)
+    photo = tiles_of(scene, AS_STORED)[1]
+    assert scene.window == ((96, 120, 4, 9), None)
+    assert (photo.name, photo.nodata) == ("/x/a.tif", 3.0)
+    assert image_to_tensor(photo.read())[0].tolist() == [[0, 1, 2], [3, 4, 5]]
+    stated = PixelRange.from_node({"pairs": [1, 4], "nodata": 2})
+    with pytest.raises(UnreadableImageError, match="at row 96, column 120: 0 at row 0") as error:
+        tiles_of(scene, stated)[1]
+    assert (error.value.name, error.value.image) == ("a.tif", "a.tif/00096-00120")
+    assert scene.window == ((96, 120, 4, 9), 2)
+    photo = tiles_of(scene)[2]
+    assert (photo.name, photo.channels, photo.pixel_range) == ("a.tif/00047-00048", 1, STATED)
+
+
+def test_tiles_that_may_miss_values_are_read_to_be_counted():
+    whole = Values(PIXELS, has_gaps=False)
+    tiles = tiles_of(whole)
+    assert tiles.complete() is tiles
+    stated = PixelRange.from_node({"pairs": [0, 9], "nodata": 2})
+    assert len(tiles_of(whole, stated).complete()) == 3
+    assert whole.window == ((47, 48, 8, 9), 2)
+    missing = Values(PIXELS, missing=True)
+    with pytest.raises(ValueError, match="0 of each of 3 tiles"):
+        tiles_of(missing).complete()
+    assert len(tiles_of(missing, max_nodata=1.0).complete()) == 3
+    assert len(tiles_of(Values(PIXELS, broken="cut off")).complete()) == 3
+    # Of two scenes the one with gaps alone is read.
+    regions = REGIONS.copy()
+    regions[1, 0] = 1
+    pair = SceneTiles([whole, missing], Sides(8, 9), regions, 1, STATED)
+    del whole.window
+    assert [pair.key(i)[:5] for i in range(3)] == ["a.tif"] * 3
+    assert len(pair.complete()) == 2
+    assert not hasattr(whole, "window")
+
+
+def test_a_share_of_missing_values_is_from_0_to_1():
+    for share in (0.0, 1.0):
+        assert (
+            cut([Blank(8, 9)], [Region(0, 0, 0, 8, 9)], Sides(8, 9), 1, STATED, share).max_nodata
+            == share
+        )
+    for share in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=f"max_nodata must be between 0 and 1, got {share}"):
+            cut([Blank(8, 9)], [Region(0, 0, 0, 8, 9)], Sides(8, 9), 1, STATED, share)
+
+
+def test_two_scenes_are_enough_to_hold_one_out():
+    pair = [Blank(8, 9, name) for name in ("a.tif", "b.tif")]
+    train, held_out = hold_out_scenes(pair, "file", None)
+    assert (train, held_out) == ([Region(1, 0, 0, 8, 9)], [Region(0, 0, 0, 8, 9)])

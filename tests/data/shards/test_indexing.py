@@ -7,8 +7,9 @@ import pytest
 
 from olvae.config import ConfigError
 from olvae.data.audit import audit_source
+from olvae.data.shards import indexing
 from olvae.data.shards.index import Index, ShardRecord, with_counts
-from olvae.data.shards.indexing import index_shards
+from olvae.data.shards.indexing import index_shards, is_unfetched
 from olvae.data.shards.offsets import TAR_BLOCK, offsets_of
 from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
@@ -173,3 +174,62 @@ def test_compressed_shards_are_read_one_after_the_other(tmp_path):
         assert source.interleave == 1
         if not index:
             index_shards(str(tmp_path / "shards"))
+
+
+def test_classes_are_those_of_a_shard_on_average_and_of_all(tmp_path):
+    for name, labels in (("a", (1, 1)), ("b", (1, 2)), ("c", (3, 4))):
+        files = []
+        for i, label in enumerate(labels):
+            files += [(f"{i}.jpg", encoded(i)), (f"{i}.cls", b"%d" % label)]
+        write_tar(tmp_path / f"{name}.tar", files)
+    done = []
+    _, index, _ = index_shards(str(tmp_path), on_progress=lambda *args: done.append(args))
+    assert index.classes == (5 / 3, 4)
+    assert done[-1] == (3, 3)
+    write_tar(tmp_path / "a.tar", [("1.jpg", encoded(1))])
+    assert index_shards(str(tmp_path / "a.tar"), tmp_path / "out")[1].classes is None
+
+
+def test_an_index_has_a_place(tmp_path, monkeypatch):
+    write_shards(tmp_path / "a", (1, 1))
+    (tmp_path / "b").mkdir()
+    write_tar(tmp_path / "b" / "other.tar", [])
+    local = str(tmp_path / "a" / "000.tar")
+    for places in (
+        [local, str(tmp_path / "b" / "other.tar")],
+        [local, "pipe:cat x.tar"],
+        ["pipe:cat x.tar"],
+    ):
+        with pytest.raises(ConfigError, match="`out`: name a folder"):
+            index_shards(places)
+    monkeypatch.setattr(indexing, "run_in_processes", lambda *_: None)
+    assert index_shards(local, tmp_path / "out") is None
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "unfetched"),
+    [
+        ("a.tar", FileNotFoundError(2, "gone"), True),
+        ("a.tar", OSError("cut"), False),
+        ("https://a.org/a.tar", OSError("cut"), True),
+        ("https://a.org/a.tar", gzip.BadGzipFile("damaged"), False),
+        ("https://a.org/a.tar", ValueError("damaged"), False),
+    ],
+)
+def test_damage_is_no_failure_to_fetch(url, error, unfetched):
+    assert is_unfetched(url, error) == unfetched
+
+
+def test_an_index_elsewhere_keeps_what_it_says_of_remote_shards(tmp_path):
+    """Their sizes are not known; a local shard's is that of the file."""
+    (path,) = write_shards(tmp_path / "a", (2,))
+    (tmp_path / "index.json").write_text(
+        json.dumps({"shards": {"000.tar": {"images": 9, "bytes": 7, "sha256": "ab"}}})
+    )
+    _, index, _ = index_shards(f"pipe:cat {path}", tmp_path)
+    assert index.shards == {"000.tar": ShardRecord(2, 7, "ab")}
+    _, index, _ = index_shards(str(path), tmp_path)
+    assert index.shards == {"000.tar": ShardRecord(2, path.stat().st_size, None)}
+    other = write_tar(tmp_path / "a" / "b.tar", [("1.jpg", encoded(1))])
+    with pytest.raises(ConfigError, match=r"lists other shards, such as 000\.tar"):
+        index_shards(str(other), tmp_path)

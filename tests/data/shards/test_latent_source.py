@@ -1,13 +1,14 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
 
 from olvae.data.image import EvalTransform, Photo, image_to_tensor
 from olvae.data.pixels.size_and_range import from_uint8
-from olvae.data.read_errors import TooManyUnreadableError
+from olvae.data.read_errors import TooManyUnreadableError, UnreadableImageError
 from olvae.data.shards.latent_files import LATENT, read_latent
 from olvae.data.shards.latent_source import LatentSource
 from olvae.data.shards.tar_reading import Shard, read_shard
@@ -112,6 +113,43 @@ def test_visits_of_a_latent_draw_other_noise_and_other_sides(latents):
     assert len(sides) == 2
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_visit_is_by_the_numbers_of_its_generator(encoded_once, seed):
+    """The side, then the noise; of a validation the mean."""
+    s = source(encoded_once)
+    (entry, *_) = read_shard(Shard(str(encoded_once / "000001.tar")), LATENT)
+    latent, mirrored, meta = read_latent(entry)
+    rng = np.random.default_rng(seed)
+    side = mirrored if rng.random() < 0.5 else latent
+    noise = torch.Generator().manual_seed(int(rng.integers(2**63)))
+    z = side.mean + side.std * torch.randn(side.mean.shape, generator=noise)
+    found = s.train_sample(entry, np.random.default_rng(seed))
+    torch.testing.assert_close(found.image, (z - s.shift_factor) * s.scaling_factor)
+    assert (found.key, found.label) == (meta["key"], int(meta["key"].split("/")[1]) % 5)
+    found = s.val_sample(entry).image
+    torch.testing.assert_close(found, (latent.mean - s.shift_factor) * s.scaling_factor)
+
+
+def test_a_latent_that_does_not_fit_is_named(encoded_once):
+    s = source(encoded_once)
+    (entry, *_) = read_shard(Shard(str(encoded_once / "000001.tar")), LATENT)
+    for changed, why in (
+        ({"latent_shape": [4, 2, 3]}, "a latent of shape [4, 2, 2], but [4, 2, 3] by stats.json"),
+        ({"latents_mean": [0.0] * 2}, "a latent of 4 channels, but 2 by stats.json"),
+        (
+            {"latent_shape": None, "latents_mean": [0.0]},
+            "a latent of 4 channels, but 1 by stats.js",
+        ),
+    ):
+        known = s.stats
+        s.stats = {**known, **changed}
+        with pytest.raises(UnreadableImageError) as error:
+            s.val_sample(entry)
+        s.stats = known
+        assert error.value.name == entry.name
+        assert error.value.reason.startswith(why)
+
+
 def test_labels_and_keys_of_latents_belong_together(latents):
     for batch in take(source(latents).train_loader(seed=0), 12):
         assert batch["label"].tolist() == [int(key.split("/")[1]) % 5 for key in batch["key"]]
@@ -179,6 +217,7 @@ def test_latent_source_refuses_other_folders_and_shapes(latents, tmp_path, image
     encode(image_folder, tmp_path / "native", size=0)
     with pytest.raises(ValueError, match="several shapes"):
         source(tmp_path / "native")
+    assert source(tmp_path / "native", batch_size=1).size == (1, 1)
     shapes = [
         batch["latent"].shape for batch in source(tmp_path / "native", batch_size=1).val_loader()
     ]

@@ -16,10 +16,11 @@ from torch import Tensor
 from olvae.config import instantiate
 from olvae.data.image import EvalTransform, Photo, image_to_tensor
 from olvae.data.mix import MixSource
-from olvae.data.pixels.size_and_range import from_uint8
-from olvae.data.read_errors import TooManyUnreadableError
-from olvae.data.shards.latent_files import Latent, pixel_bytes
+from olvae.data.pixels.size_and_range import Sides, from_uint8
+from olvae.data.read_errors import TooManyUnreadableError, UnreadableImageError
+from olvae.data.shards.latent_files import LATENT, LATENT_PIXELS, Latent, pixel_bytes
 from olvae.data.shards.latent_source import PairSource
+from olvae.data.shards.tar_reading import Entry, Shard, read_shard
 from olvae.export.encoding import latent_bytes
 from tests.data.images import encoded, rewrite, take, write_classes
 from tests.export.latents import Blocks, Shrunk, encode
@@ -70,13 +71,14 @@ def damage_0011(pairs: Path, **changed: bytes | None) -> None:
     )
 
 
-@pytest.mark.parametrize("size", [8, 16, SIDE])
+@pytest.mark.parametrize("size", [8, 16, SIDE, [12, 24]])
 def test_moments_are_those_of_the_crop_mirrored_or_not(pairs, size):
     model = Blocks()
+    height, width = Sides.of(size)
     for batch in take(source(pairs, size=size).train_loader(seed=0), 30):
-        assert batch["image"].shape == (4, 3, size, size)
+        assert batch["image"].shape == (4, 3, height, width)
         assert batch["image"].dtype == torch.uint8
-        assert batch["moments"].shape == (4, 96, size // 4, size // 4)
+        assert batch["moments"].shape == (4, 96, height // 4, width // 4)
         assert batch["moments"].dtype == torch.float32
         with torch.inference_mode():
             posterior = model.encode(from_uint8(batch["image"]))
@@ -138,6 +140,9 @@ def test_validation_of_pairs_is_the_centre_of_each_held_out_image_once_in_order(
     assert s.describe_val_images() == (
         "at 32 pixels: bicubic antialiased resize of the shorter side (Pillow), centre crop, "
         "then a central crop of 16 pixels, which begins at a multiple of 4"
+    )
+    assert source(pairs, size=SIDE).describe_val_images() == (
+        "at 32 pixels: bicubic antialiased resize of the shorter side (Pillow), centre crop"
     )
     odd = next(iter(source(pairs, size=20).val_loader()))  # 3 places: the one in the middle
     assert place(odd["image"][0], odd["key"][0]) == (False, 4, 4)
@@ -234,6 +239,8 @@ def test_pair_source_refuses_latents_without_images_or_moments(pairs, tmp_path):
     for size, text in (
         (18, "18 is not a multiple of 4"),
         (36, "36 pixels, but .* have 32"),
+        ([36, 32], "pixels, but .* have 32"),
+        ([32, 36], "pixels, but .* have 32"),
         (0, "at least 1"),
     ):
         with pytest.raises(ValueError, match=text):
@@ -260,3 +267,32 @@ def test_pair_source_refuses_latents_without_images_or_moments(pairs, tmp_path):
 def test_a_pairs_image_does_not_change_without_its_latent(pairs):
     with pytest.raises(ValueError, match=r"augment: .*latent"):
         source(pairs, augment={"turns": True})
+
+
+def test_a_pair_that_does_not_fit_is_named(encoded_once):
+    s = source(encoded_once / "pairs")
+    (entry, *_) = read_shard(Shard(str(encoded_once / "pairs" / "000001.tar")), LATENT)
+    pixels = f"{entry.name.removesuffix(LATENT)}{LATENT_PIXELS}"
+
+    def refused(entry: Entry) -> str:
+        with pytest.raises(UnreadableImageError) as error:
+            s.val_sample(entry)
+        return error.value.name
+
+    def with_pixels(height: int, width: int) -> Entry:
+        content = pixel_bytes(torch.zeros(3, height, width, dtype=torch.uint8))
+        return entry._replace(files={**entry.files, LATENT_PIXELS: content})
+
+    files = {name: content for name, content in entry.files.items() if name != LATENT_PIXELS}
+    assert refused(entry._replace(files=files)) == entry.name
+    latent = Latent(torch.ones(48, 8, 8), None)
+    assert refused(entry._replace(data=latent_bytes(latent))) == entry.name
+    assert s.val_sample(with_pixels(SIDE, SIDE)).image.shape == (3, 16, 16)
+    for sides in ((SIDE, 28), (28, SIDE)):
+        assert refused(with_pixels(*sides)) == pixels
+    for sides in (Sides(36, 16), Sides(16, 36)):
+        s.size = sides
+        assert refused(entry) == pixels
+    s.size = Sides(16, 16)
+    s.stats = {**s.stats, "latents_mean": [0.0] * 47}
+    assert refused(entry) == pixels

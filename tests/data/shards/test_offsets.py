@@ -2,6 +2,7 @@
 
 import gzip
 import tarfile
+from io import BytesIO
 from itertools import islice
 
 import numpy as np
@@ -10,7 +11,14 @@ import pytest
 from olvae.data.shards import offsets
 from olvae.data.shards.index import with_counts
 from olvae.data.shards.indexing import index_shards
-from olvae.data.shards.offsets import NO_OFFSET, TAR_BLOCK, listed_offsets, offsets_of, scan
+from olvae.data.shards.offsets import (
+    LABEL_BYTES,
+    NO_OFFSET,
+    TAR_BLOCK,
+    listed_offsets,
+    offsets_of,
+    scan,
+)
 from olvae.data.shards.tar_reading import Shard, open_url, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess
@@ -128,3 +136,72 @@ def test_a_file_of_offsets_that_is_too_short_is_read_once_with_a_line(
         assert listed_offsets(shards[1]) is None
     assert opened == [(str(place), 3 * 4)]
     assert [str(place) in line for line in caplog.messages] == [True]
+
+
+def test_an_image_begins_with_the_first_file_of_its_key(tmp_path):
+    """Also of a command's output. Folders, meta files and names without an extension are none."""
+    label = b"x" * (LABEL_BYTES - 1)
+    path = tmp_path / "a.tar"
+    files = [
+        ("d.jpg", None),
+        ("__meta__/0.jpg", b"meta"),
+        ("README", b"text"),
+        ("1.cls", label),
+        ("1.JPG", encoded(1)),
+        ("1.json", b"{}"),
+        ("2.cls", label + b"x"),
+        ("2.jpg", encoded(2)),
+        ("2.png", encoded(2, "PNG")),
+        ("3.txt", b"alone"),
+    ]
+    begins = {}
+    with tarfile.open(path, "w") as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.type = tarfile.DIRTYPE if content is None else tarfile.REGTYPE
+            member.size = len(content or b"")
+            begins[name] = archive.offset // 512
+            archive.addfile(member, BytesIO(content or b""))
+    wanted = [begins["1.cls"], begins["2.cls"]]
+    for url in (path, f"pipe:cat {path}"):
+        found = scan(url, classes=True)
+        assert (found.error, found.offsets.tolist(), found.classes) == (None, wanted, {label})
+    assert scan(path, "json").offsets.tolist() == wanted[:1]
+    packed = tmp_path / "b.tar"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    for url in (packed, f"pipe:cat {packed}"):
+        assert scan(url).offsets.tolist() == [NO_OFFSET] * 2
+    none = write_tar(tmp_path / "c.tar", [("1.txt", b"x")])
+    assert offsets_of(Shard(str(none))).tolist() == []
+    assert offsets_of(Shard(f"pipe:cat {path}")) is None
+
+
+class Slow(BytesIO):
+    """A stream that gives three bytes at a time."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(min(size, 3))
+
+
+def test_listed_offsets_come_in_any_pieces_and_are_of_the_file_that_was_indexed(
+    tmp_path, monkeypatch, caplog
+):
+    content = np.arange(9, dtype="<u4").tobytes()
+
+    def opened(url: str, begin: int) -> BytesIO:
+        assert url == "index.offsets"
+        return Slow(content[begin:])
+
+    monkeypatch.setattr(offsets, "open_url", opened)
+    path = tmp_path / "a.tar"
+    path.write_bytes(bytes(100))
+    place = ("index.offsets", 2)
+    for size in (None, 100):
+        assert listed_offsets(Shard(str(path), 4, place, size)).tolist() == [2, 3, 4, 5]
+    assert listed_offsets(Shard(str(tmp_path / "gone.tar"), 4, place, 99)).tolist() == [2, 3, 4, 5]
+    assert listed_offsets(Shard("https://a.org/a.tar", 7, place, 99)).tolist() == [*range(2, 9)]
+    for shard in (Shard(str(path), 4), Shard(str(path), 0, place), Shard(str(path), None, place)):
+        assert listed_offsets(shard) is None
+    assert caplog.messages == []
+    assert listed_offsets(Shard(str(path), 4, place, 99)) is None
+    assert caplog.messages == [f"{path}: changed since it was indexed: its headers are read anew"]

@@ -9,6 +9,7 @@ import pytest
 from olvae.data.shards.order import (
     Deal,
     Places,
+    Round,
     ShardGroup,
     classes_in_a_batch,
     describe_sorted,
@@ -47,6 +48,7 @@ def test_places_are_cut_and_joined():
     assert list(places.part(3, 5)) == [(3, 4), (8, 9)]
     assert list(places.part(2, 2)) == []
     assert len(Places.of([])) == 0
+    assert list(Places.of([(6, 8), (0, 1), (5, 6)]).part(0, 4)) == [(0, 1), (5, 8)]
 
 
 class Stream:
@@ -117,6 +119,15 @@ def test_the_old_way_repeats_a_quarter_of_the_images():
     assert len(before & again) / images == pytest.approx(0.25, abs=0.02)
 
 
+def test_a_blocks_order_is_the_same_in_every_version():
+    """Runs that are resumed rely on it."""
+    places = Places.of([(0, 90)])
+    for dealt, numbers in ((0, [5, 3, 7, 1, 4, 2]), (6, [5, 3, 7, 1, 4, 2, 6])):
+        expected = np.random.default_rng(numbers).permutation(9).tolist()
+        assert Round(3, places, dealt).block_order(5, 7, 1, 4, 9) == expected
+    assert Round(3, places).share(4) == 22
+
+
 def test_processes_that_are_the_same_continue_the_same_deal():
     first = LoaderLayout(0, 2, 1, 4)
     assert continued([first], LoaderLayout(64, 2, 1, 4)) == (first,)
@@ -137,6 +148,7 @@ def test_a_rest_of_fewer_images_than_processes_is_left_out():
     layouts = [LoaderLayout(0, 1, 1, 2), LoaderLayout(98, 8, 1, 2)]
     deal = Deal(100, layouts, 0, 10)
     assert [len(deal.round(i).places) for i in range(2)] == [2, 100]
+    assert [deal.round(i).dealt for i in range(2)] == [1, 0]
     assert deal.find(0) == (1, 0)
 
 
@@ -169,3 +181,9 @@ def test_shards_that_are_sorted_by_class_are_described():
     assert "12.7 of them" in describe_sorted(16, 1.0, 1000, 32)
     assert describe_sorted(16, 600.0, 1000, 1) is None
     assert describe_sorted(16, 1.0, 1, 1) is None
+    # Less than one class in a shard, as of shards without any; and just nine tenths.
+    assert "about 1.0 of them" in describe_sorted(16, 0.2, 1000, 1)
+    least = 0.9 * classes_in_a_batch(2, 10)
+    few = 1.0 / (2.0 - least)  # of two draws 2 - 1 / n are different
+    assert describe_sorted(2, few * 1.001, 10, 1) is None
+    assert describe_sorted(2, few * 0.999, 10, 1) is not None

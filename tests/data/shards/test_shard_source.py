@@ -317,3 +317,182 @@ def test_offsets_of_an_index_are_used_for_remote_shards(shards):
     for image in (0, 1, 7, 13):
         rest = read_shard(Shard(str(path)), None, int(offsets[image]) * TAR_BLOCK)
         assert [entry.key for entry in rest] == everything[image:]
+
+
+def unknown(root: Path, **arguments: Any) -> WebDatasetSource:
+    """A source of shards whose images nobody has counted."""
+    urls = [f"pipe:cat {path}" for path in sorted((root / "shards").iterdir())]
+    return WebDatasetSource(urls, 16, 2, val_shards=str(root / "val"), shuffle=6, **arguments)
+
+
+def test_each_process_has_a_training_image_or_a_shard_of_unknown_images(shards):
+    counted, piped = source(shards), unknown(shards)
+    for s, workers, world in ((counted, 0, 50), (counted, 2, 25), (piped, 7, 1), (piped, 0, 7)):
+        s.num_workers = workers
+        s.check_processes(world)
+        with pytest.raises(ValueError, match=f"for {max(1, workers) * (world + 1)} processes"):
+            s.check_processes(world + 1)
+    assert next(counted.stream(0, 0, LoaderProcess(3, 50))).image is not None
+
+
+def test_a_limit_cuts_the_last_shard_that_is_read(shards):
+    for images, kept in ((7, [4, 3]), (5, [4, 1]), (4, [4]), (1, [1])):
+        s = source(shards)
+        s.limit(images)
+        assert [shard.images for shard in s.val] == kept
+        assert s.val_images == images
+        samples = list(s.once(LoaderProcess()))
+        assert len(samples) == images
+        assert all(sample.image is not None for sample in samples)
+    s = source(shards)
+    s.val = [s.val[0]._replace(images=0), s.val[1]]
+    s.limit(3)
+    assert [shard.images for shard in s.val] == [3]
+    with pytest.raises(ValueError, match="the set has 7 images, 8 were asked for"):
+        source(shards).limit(8)
+    s = source(shards)
+    s.val = [s.val[0], s.val[1]._replace(images=None)]
+    with pytest.raises(ValueError, match="an unknown number of images, 1 were asked for"):
+        s.limit(1)
+
+
+def test_validation_shards_are_known_by_name_images_and_size(shards):
+    first, second = sorted((shards / "val").glob("*.tar"))
+    sizes = [path.stat().st_size for path in (first, second)]
+    s = source(shards)
+    s.val = [*s.val, Shard("https://example.org/a.tar", 3)]
+    found = list(s.val_identities())
+    assert found == [f"000 4 {sizes[0]}", f"001 3 {sizes[1]}", "a 3 missing"]
+
+
+def test_sorted_shards_are_described_by_their_classes(shards, monkeypatch):
+    asked = []
+    line = "few"
+    monkeypatch.setattr(shard_source, "describe_sorted", lambda *a: [asked.append(a), line][1])
+    s = source(shards, interleave=3)
+    assert s.describe_sorted() is None
+    s.train = [shard._replace(classes=(1.5 + n, 40)) for n, shard in enumerate(s.train)]
+    assert s.describe_sorted() == "few: raise data.params.interleave, or mix the shards"
+    line = None
+    assert s.describe_sorted() is None
+    assert asked == [(2, 1.5, 40, 3)] * 2
+    s.train[1] = s.train[1]._replace(classes=None)
+    assert s.describe_sorted() is None
+    assert len(asked) == 2
+
+
+def test_shards_are_interleaved_if_their_images_are_counted_and_found(shards):
+    usual = source(shards)
+    assert (usual.interleave, usual.order) == (32, 32)
+    usual.keep_order(5)
+    assert usual.order == 5
+    assert unknown(shards, interleave=4).interleave == 4
+    # Remote ones need offsets; compressed ones are read from their start.
+    for url, images, offsets, interleave in (
+        ("https://example.org/a.tar", 9, ("index", 0), 32),
+        ("https://example.org/a.tar", None, ("index", 0), 1),
+        ("https://example.org/a.tar", 9, None, 1),
+        ("https://example.org/a.tar.gz", 9, ("index", 0), 1),
+    ):
+        made = Made([Shard(url, images, offsets)], [], 6, None, 16, 1, 0)
+        assert made.interleave == interleave
+    # The first shard tells how all are compressed.
+    urls = ("https://a.org/a.tar", "https://a.org/b.tar.gz")
+    remote = [Shard(url, 9, ("index", 0)) for url in urls]
+    assert Made(remote, [], 6, None, 16, 1, 0).interleave == 32
+    for setting in ("shuffle", "interleave"):
+        source(shards, **{setting: 1})
+        with pytest.raises(ValueError, match=f"{setting} must be at least 1, got 0"):
+            source(shards, **{setting: 0})
+    with pytest.raises(ValueError, match="batch_size 51 is larger"):
+        source(shards, batch_size=51)
+
+
+def test_unknown_images_are_continued_as_if_nothing_had_changed(shards):
+    """Nobody knows what other processes have used."""
+    s = unknown(shards)
+    layouts = [LoaderLayout(0, 2, 1, 2), LoaderLayout(24, 1, 1, 2)]
+    process, position = LoaderProcess(batch_size=2).resumed(24)
+    found = s.continued_stream(3, 24, LoaderProcess(batch_size=2), layouts)
+    for one, other in zip(islice(found, 5), s.stream(3, position, process), strict=False):
+        assert one.key == other.key
+        assert (one.image == other.image).all()
+
+
+class Made(shard_source.ShardSource):
+    """A source of samples without images."""
+
+    def train_sample(self, entry: Entry, rng: np.random.Generator) -> shard_source.Sample:
+        return shard_source.Sample(None, entry.key)
+
+    def val_sample(self, entry: Entry) -> shard_source.Sample:
+        return shard_source.Sample(None, entry.key)
+
+    def describe(self) -> str:
+        return "made"
+
+
+def test_a_block_without_a_readable_image_has_those_of_a_later_one(shards):
+    """Also where that is not the first one of the next epoch."""
+    gone = str(shards / "gone.tar")
+    whole = str(shards / "shards" / "000.tar")
+
+    def stream(seed: int, *urls: str) -> Iterator[Any]:
+        made = Made([Shard(url, 5) for url in urls], [], 5, None, 16, 1, 0, interleave=1)
+        return made.stream(seed, 0, LoaderProcess())
+
+    samples = list(islice(stream(0, gone, whole), 10))
+    assert all(sample.key.startswith("000/") for sample in samples)
+    lost = sorted(error.image for sample in samples for error in sample.errors)
+    assert lost == ["0", "1", "2", "3", "4"]
+
+    def firsts(seed: int) -> list[int]:
+        return [int(shard_source.epoch_order(seed, epoch, 3)[0]) for epoch in (0, 1)]
+
+    seed = next(seed for seed in range(99) if firsts(seed)[0] == 2 != firsts(seed)[1])
+    samples = list(islice(stream(seed, gone, gone, whole), 15))
+    assert all(sample.key.startswith("000/") for sample in samples)
+    assert sum(len(sample.errors) for sample in samples) == 10
+    with pytest.raises(ValueError, match="none of the shards of a loader process could be read"):
+        next(stream(0, gone, gone))
+
+
+def test_a_process_whose_shards_have_no_images_takes_one_of_another(shards):
+    empty = Shard(str(write_tar(shards / "empty.tar", [("a.txt", b"x")])))
+    a, b = (Shard(str(shards / "shards" / f"00{number}.tar")) for number in (0, 1))
+    reader = shard_source._Reader(unknown(shards), 0, LoaderProcess())
+    nothing = ReadError(empty.url, "no images in it", lost=False)
+    for own, others, keys, errors in (
+        ([empty], [a, b], ["000"] * 5, (nothing,)),
+        ([empty], [empty, b], ["001"] * 9, (nothing, nothing)),
+        ([a], [b], ["000"] * 5, ()),
+        ([a, b], [a], ["000"] * 5 + ["001"] * 9, ()),
+    ):
+        entries = list(reader._whole(own, others))
+        assert [entry.key[:3] for entry in entries] == keys
+        assert entries[0].errors == errors
+        assert not any(entry.errors for entry in entries[1:])
+    message = f"none of the 3 shards could be read: {empty.url}: no images in it; "
+    with pytest.raises(ValueError, match=message):
+        list(reader._whole([empty], [empty, empty]))
+
+
+def test_unknown_images_are_whole_shards_in_blocks(shards):
+    """Written down again by hand, as of one process: from the first epoch and block on."""
+    laid = []
+    for number in np.random.default_rng((4, 0, 1)).permutation(7):
+        first = sum(COUNTS[:number])
+        laid += [f"{number:03d}/{first + i:04d}" for i in range(COUNTS[number])]
+    expected = []
+    for block in range(3):
+        order = np.random.default_rng((4, 0, block, 0, 1, 2)).permutation(6)
+        expected += [laid[6 * block + i] for i in order]
+    found = [sample.key for sample in islice(unknown(shards).stream(4, 0, LoaderProcess()), 18)]
+    assert found == expected
+    rest = [sample.key for sample in islice(unknown(shards).stream(4, 9, LoaderProcess()), 9)]
+    assert rest == expected[9:]
+    # Each process has every second shard of the epoch's order.
+    own = [f"{number:03d}" for number in np.random.default_rng((4, 0, 1)).permutation(7)[1::2]]
+    second = unknown(shards).stream(4, 0, LoaderProcess(1, 2))
+    count = sum(COUNTS[int(name)] for name in own)
+    assert sorted({sample.key[:3] for sample in islice(second, count)}) == sorted(own)

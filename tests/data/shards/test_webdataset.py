@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from olvae.data.image import EvalTransform
+from olvae.data.image import EvalTransform, Photo, image_to_tensor
 from olvae.data.packing import PackOptions, pack
-from olvae.data.read_errors import TooManyUnreadableError
-from olvae.data.shards.tar_reading import Shard
+from olvae.data.read_errors import TooManyUnreadableError, UnreadableImageError
+from olvae.data.shards import webdataset
+from olvae.data.shards.indexing import index_shards
+from olvae.data.shards.tar_reading import Shard, read_shard
 from olvae.data.shards.webdataset import WebDatasetSource
 from olvae.data.source import LoaderProcess, Sample
 from tests.data.images import encoded, keys_of, same, take, write_photos, write_shard, write_shards
@@ -266,6 +269,72 @@ def test_shards_none_of_which_can_be_read_end_training():
     s = WebDatasetSource(["pipe:false", "pipe:exit 3"], 16, 1, val_shards="pipe:true")
     with pytest.raises(ValueError, match=r"none of .*2 .*pipe:false"):
         keys(s, 1)
+
+
+def test_shards_that_serve_for_both_parts_are_counted_once(shards, monkeypatch):
+    """An index is that of the training shards."""
+    asked = []
+    known = webdataset.with_counts
+    monkeypatch.setattr(
+        webdataset, "with_counts", lambda *args: [asked.append(args), known(*args)][1]
+    )
+    urls = [str(path) for path in sorted((shards / "shards").iterdir())]
+    val = [str(path) for path in sorted((shards / "val").iterdir())]
+    source(shards, val_shards=str(shards / "shards"))
+    assert asked == [(urls, None, None)]
+    asked.clear()
+    index_shards(urls, shards / "index")
+    index = shards / "index" / "index.json"
+    source(shards, index=index, image_key=None)
+    assert asked == [(urls, index, None), (val, None, None)]
+    asked.clear()
+    source(shards, val_shards=None, val_fraction=0.3, index=index, hold_out_by="file")
+    assert asked == [(urls[:5], index, None), (urls[5:], index, None)]
+
+
+def test_a_source_of_shards_has_its_settings_and_says_what_it_knows(shards):
+    s = source(shards)
+    assert s.describe() == "50 training images in 7 shards, 7 validation and test images"
+    assert s.test_set is s.val
+    unknown = source(shards, shards=remote(shards), val_shards=remote(shards)[:1])
+    assert unknown.describe() == (
+        "an unknown number of training images in 7 shards, "
+        "an unknown number of validation and test images"
+    )
+    s = source(
+        shards,
+        size=[8, 9],
+        min_fraction=0.4,
+        filters=["box"],
+        flip=False,
+        shuffle_channels=0.3,
+        channels=1,
+        num_workers=2,
+        max_unreadable=0.2,
+        interleave=3,
+        augment={"turns": False},
+    )
+    crop = s.transform
+    assert (crop.size, crop.min_fraction, crop.filters, crop.flip) == ([8, 9], 0.4, ["box"], False)
+    assert (crop.shuffle_channels, crop.augment) == (0.3, {"turns": False})
+    assert (s.size, s.channels, s.num_workers, s.interleave) == ((8, 9), 1, 2, 3)
+    assert (s.max_unreadable, s.shuffle, s.batch_size) == (0.2, 6, 4)
+
+
+def test_an_entry_is_cut_for_training_and_resized_for_validation(shards):
+    s = source(shards, size=[8, 12])
+    (entry, *_) = read_shard(Shard(str(shards / "shards" / "000.tar")))
+    found = s.train_sample(entry, np.random.default_rng(4))
+    expected = s.transform(Photo(encoded(0), "x"), np.random.default_rng(4))
+    assert torch.equal(found.image, image_to_tensor(expected))
+    assert found.key == "000/0000"
+    found = s.val_sample(entry)
+    expected = EvalTransform([8, 12])(Photo(encoded(0), "x").read())
+    assert torch.equal(found.image, image_to_tensor(expected))
+    assert found.key == "000/0000"
+    with pytest.raises(UnreadableImageError) as error:
+        s.val_sample(entry._replace(data=b"broken"))
+    assert error.value.name == entry.name
 
 
 def test_every_visit_of_an_image_and_every_process_draws_anew(shards):

@@ -138,7 +138,7 @@ def test_spacing_is_kept_without_positions_and_a_slope_of_0_is_refused(tmp_path)
         ({"Rows": None}, r"no pixel data \(CT\)"),
         ({"Columns": 0}, r"no pixel data \(CT\)"),
         ({"Rows": None, "Columns": None, "Modality": None}, r"no pixel data \(no modality\)"),
-        ({"PhotometricInterpretation": "MONOCHROME1"}, "MONOCHROME1"),
+        ({"PhotometricInterpretation": "MONOCHROME1"}, r"its 0 is white \(MONOCHROME1\)"),
         ({"PhotometricInterpretation": "RGB", "SamplesPerPixel": 3}, r"colour \(RGB\)"),
         ({"PhotometricInterpretation": "PALETTE COLOR"}, "colour"),
         ({"SamplesPerPixel": 3}, "colour"),

@@ -10,7 +10,7 @@ import pytest
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.volumes.nifti import Nifti
 from olvae.data.volumes.volume_source import open_volume
-from tests.data.volumes.scans import hounsfield, nifti, only, whole
+from tests.data.volumes.scans import AFFINE, hounsfield, nifti, only, whole
 
 OF_NIBABEL = Path(nibabel.__file__).parent / "tests" / "data"
 
@@ -98,3 +98,47 @@ def test_a_fourth_axis_of_one_time_is_kept(tmp_path):
     after = nibabel.load(volume.write(whole(volume) + 1, tmp_path / "new"))
     assert after.shape == (24, 20, 7, 1)
     np.testing.assert_array_equal(after.get_fdata(), stored + 1)
+
+
+def test_a_nifti_says_its_unit_and_the_axis_of_its_slices(tmp_path):
+    assert open_volume(nifti(tmp_path / "a.nii")).spacing == pytest.approx(
+        np.linalg.norm(AFFINE[:3, :3], axis=0)[::-1]
+    )
+    for slices, acquired in ((None, 0), (0, 2), (1, 1), (2, 0)):
+        image = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.diag([8, 9, 25, 1]))
+        image.header.set_dim_info(slice=slices)
+        image.header.set_xyzt_units("meter" if slices == 1 else "unknown")
+        nibabel.save(image, tmp_path / "b.nii")
+        found = open_volume(tmp_path / "b.nii")
+        assert found.acquired == acquired
+        assert found.spacing[2] == (8000 if slices == 1 else 8)
+
+
+def test_a_picture_of_nifti_is_one_slice(tmp_path):
+    stored = np.arange(30, dtype=np.int16).reshape(5, 6)
+    nibabel.save(nibabel.Nifti1Image(stored, np.eye(4)), tmp_path / "a.NII")
+    found = open_volume(tmp_path / "a.NII")
+    assert (found.shape, found.suffix) == ((1, 6, 5), ".nii")
+    for axis, index in ((0, 0), (1, 3), (2, 4)):
+        np.testing.assert_array_equal(
+            found.slices(axis, index)[..., 0], np.take(stored.T[None], index, axis)
+        )
+
+
+def test_what_is_no_volume_of_numbers_is_refused(tmp_path, monkeypatch):
+    path = nifti(tmp_path / "a.nii")
+    path.write_bytes(path.read_bytes()[:-400])
+    with pytest.raises(UnreadableImageError, match="file ends before its values"):
+        open_volume(path)
+    colour = np.zeros((8, 8, 4), dtype=[("R", "u1"), ("G", "u1"), ("B", "u1")])
+    nibabel.save(nibabel.Nifti1Image(colour, np.eye(4)), path)
+    with pytest.raises(UnreadableImageError, match="colours and complex numbers are not read"):
+        open_volume(path)
+    # Packed, a file may be smaller than its values.
+    zeros = nibabel.Nifti1Image(np.zeros((64, 64, 16), np.int16), np.eye(4))
+    nibabel.save(zeros, tmp_path / "b.nii.gz")
+    assert (tmp_path / "b.nii.gz").stat().st_size < 2000
+    assert open_volume(tmp_path / "b.nii.gz").shape == (16, 64, 64)
+    monkeypatch.setattr(nibabel, "load", lambda _: object())
+    with pytest.raises(UnreadableImageError, match="object: no NIfTI of one file"):
+        open_volume(path)

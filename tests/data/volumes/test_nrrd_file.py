@@ -86,3 +86,42 @@ def test_values_in_several_files_are_refused(tmp_path):
     (tmp_path / "a.nhdr").write_text(f"{header}data file: LIST\na.raw\nb.raw\n")
     with pytest.raises(UnreadableImageError, match="several files"):
         open_volume(tmp_path / "a.nhdr")
+
+
+HEADER = "NRRD0004\ntype: short\ndimension: 3\nsizes: 9 8 2\nencoding: raw\nendian: little\n"
+
+
+@pytest.mark.parametrize("field", ["type", "dimension", "encoding", "sizes"])
+def test_a_header_without_a_field_is_refused_by_its_name(tmp_path, field):
+    lines = [line for line in HEADER.splitlines() if not line.startswith(field)]
+    (tmp_path / "a.nrrd").write_text("\n".join(lines) + "\n\n" + "x" * 400)
+    with pytest.raises(UnreadableImageError, match=f"its header has no {field}"):
+        open_volume(tmp_path / "a.nrrd")
+
+
+def test_values_are_beside_a_header_or_missing(tmp_path):
+    values = np.arange(9 * 8 * 2, dtype="<i2")
+    (tmp_path / "a.nhdr").write_text(f"{HEADER}data file: a.raw\n")
+    (tmp_path / "a.raw").write_bytes(values.tobytes())
+    volume = open_volume(tmp_path / "a.nhdr")
+    np.testing.assert_array_equal(whole(volume), values.reshape(2, 8, 9))
+    # Cut off, after the header or before as many bytes as values.
+    (tmp_path / "a.raw").write_bytes(values.tobytes()[:200])
+    (tmp_path / "c.nhdr").write_text(f"{HEADER}data file: a.raw\n")
+    with pytest.raises(UnreadableImageError, match="Size of the data does not equal"):
+        open_volume(tmp_path / "c.nhdr").slices(0, 0)
+    (tmp_path / "a.raw").write_bytes(values.tobytes()[:143])
+    with pytest.raises(UnreadableImageError, match="the file ends before its values: its header"):
+        open_volume(tmp_path / "a.nhdr")
+    zeros = str(tmp_path / "b.nrrd")
+    nrrd.write(zeros, np.zeros((64, 64, 16), np.int16), {"encoding": "gzip"})
+    assert open_volume(tmp_path / "b.nrrd").shape == (16, 64, 64)
+
+
+def test_more_axes_than_three_in_space_are_refused(tmp_path):
+    values = np.zeros((4, 5, 6, 2), np.int16)
+    nrrd.write(str(tmp_path / "a.nrrd"), values)
+    with pytest.raises(UnreadableImageError, match="4 dimensions, 4x5x6x2: save each volume in a"):
+        open_volume(tmp_path / "a.nrrd")
+    nrrd.write(str(tmp_path / "a.nrrd"), values[..., 0], {"kinds": ["space", "domain", "space"]})
+    assert open_volume(tmp_path / "a.nrrd").shape == (6, 5, 4)

@@ -3,6 +3,7 @@
 import sys
 from collections import OrderedDict
 from itertools import permutations
+from unittest.mock import Mock
 
 import nibabel
 import numpy as np
@@ -13,6 +14,7 @@ from olvae.config import ConfigError
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.volumes import volume as module
 from olvae.data.volumes.volume import (
+    Unreadable,
     Volume,
     check_bytes,
     check_dtype,
@@ -114,6 +116,11 @@ def test_volumes_are_kept_to_a_number_of_bytes_but_for_the_last_one(tmp_path, mo
     for volume in (a, b, a, c, a, b):
         volume.slices(0, 0)
     assert [volume.reads for volume in volumes] == [1, 2, 1]
+    monkeypatch.setattr(module, "KEPT_BYTES", 20)
+    monkeypatch.setattr(module, "_kept", OrderedDict())
+    for volume in (a, b, a):
+        volume.slices(0, 0)
+    assert [volume.reads for volume in volumes] == [3, 3, 1]
     large = InMemory(tmp_path / "a", np.ones((100, 2, 3)))
     monkeypatch.setattr(module, "_kept", OrderedDict())
     for index in range(3):
@@ -130,6 +137,17 @@ def test_errors_of_a_library_name_the_slice_and_the_volume(tmp_path):
     with pytest.raises(ValueError, match=r"written again: .*field"):
         volume.write(np.ones((1, 2, 3)), tmp_path)
     assert volume.write(np.ones((3, 2, 3)), tmp_path) == tmp_path
+    # A missing library and a full disk are no fault of the volume.
+    for error in (ConfigError("pip install"), OSError("full")):
+        volume.write_file = Mock(side_effect=error)
+        with pytest.raises(type(error), match=str(error)):
+            volume.write(np.ones((3, 2, 3)), tmp_path)
+    volume.read_slice = Mock(side_effect=ConfigError("pip install"))
+    with pytest.raises(ConfigError, match="pip install"):
+        volume.slices(0, 2)
+    unreadable = Unreadable(tmp_path / "it", "it", "a broken header")
+    with pytest.raises(ValueError, match="a broken header"):
+        unreadable.write(np.ones((1, 1, 1)), tmp_path)
     assert len(first_reason(ValueError("a" * 300))) == 300
     assert len(first_reason(ValueError("a" * 301))) == 303
 

@@ -168,6 +168,8 @@ def test_the_section_and_the_figure_show_groups_and_arbitrary_images(tmp_path, m
     page = SimpleNamespace(render=lambda name, **context: context)
     assert observer.section(page) is None
     assert observer.write(tmp_path, "") == {}
+    observer.update(seen("untrained", keys, x, y, values={"psnr": dict.fromkeys(keys, 1.0)}))
+    assert observer.section(page) is None
     for target, images in (("a", y), ("b", y + 10)):
         scores = dict(zip(keys, values, strict=True))
         observer.update(seen(target, keys, x, images, values={"psnr": scores}))

@@ -336,6 +336,7 @@ def test_stage_of_names_the_block_of_a_layer():
         "encoder.extractors.0": "encoder.extractors.0",
         "encoder.extractors.0.down_blocks.1.0.conv1": "encoder.extractors.0",
         "decoder.conv_in": "decoder.conv_in",
+        "decoder.mid.block_1.conv1": "decoder.mid",
         "decoder.up.2.block.0.conv1": "decoder.up.2",
         "encoder.model.down_blocks.0.resnets.1.norm1": "encoder.down_blocks.0",
         "model.decoder.up_blocks.3.resnets.0.conv2": "decoder.up_blocks.3",

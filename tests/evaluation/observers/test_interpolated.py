@@ -31,7 +31,7 @@ def test_nearest_neighbours_are_scipys(n, block):
     """Far from zero and close together, as latents with a large mean are,
     where float32's squares lose digits.
     """
-    z = 300.0 + torch.randn(n, 40) * torch.logspace(-2, 1, 40)
+    z = 1e6 + torch.randn(n, 40) * torch.logspace(-2, 1, 40)
     nearest, distances = nearest_neighbours(z, block=block)
     direct = cdist(z.double().numpy(), z.double().numpy())
     np.fill_diagonal(direct, np.inf)
@@ -278,7 +278,7 @@ def test_lines_of_neighbours_and_each_warning_once():
     entries = {
         "a": {**usual, "warning": "few", "weights": weights},
         "b": {**usual, "warning": None, "weights": weights},
-        "c": {**usual, "warning": "few", "weights": {**weights, "published": True}},
+        "c": {**usual, "warning": "few", "weights": {"file": "theirs.pt", "published": True}},
     }
     rows = [Row(name, 9, {}, observed={"kept": entry}) for name, entry in entries.items()]
     assert list(Kept().lines([*rows, Row("d", 9, {})])) == [

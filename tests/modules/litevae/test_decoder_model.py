@@ -70,6 +70,9 @@ def test_group_norm_is_the_papers_decoder_with_plain_blocks():
         h = ours
     plain(z).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in plain.parameters())
+    h = torch.randn(2, 8, 3, 4)
+    expected = plain.conv_out(F.silu(F.group_norm(h, 8)))
+    torch.testing.assert_close(plain.head(h), expected)
 
 
 @pytest.mark.parametrize(("output", "levels"), [("wavelet", 1), ("packets", 2)])
@@ -92,6 +95,11 @@ def test_the_last_convolution_predicts_bands_in_the_image_range(output, levels):
         (lambda: LiteVAE_Decoder(variant="smc"), "one of open_litevae, paper_smc, group_norm"),
         (lambda: LiteVAE_Decoder(output="bands"), "output must be one of image, wavelet, packets"),
         (lambda: LiteVAE_Decoder(8, channel_mult=(1,), output="wavelet"), "two entries"),
+        (lambda: LiteVAE_Decoder(0), "^channels must be at least 1, got 0"),
+        (
+            lambda: LiteVAE_Decoder(8, num_res_blocks=-1),
+            "^num_res_blocks must be at least 0, got -1",
+        ),
         (lambda: LiteVAE_Decoder(8, 4)(torch.zeros(1, 3, 4, 4)), r"\(B, 4, h, w\)"),
     ],
 )
@@ -162,3 +170,23 @@ def test_every_level_after_the_first_doubles_the_image(levels):
     assert LiteVAE_Decoder(4, channel_mult=[1] * levels, num_res_blocks=0).upscale == 2 ** (
         levels - 1
     )
+
+
+@torch.no_grad()
+def test_a_decoders_linear_path_is_alone_at_first_and_added_later():
+    decoder = LiteVAE_Decoder(4, 2, 3, (1, 2), 0, output="wavelet", linear=True)
+    z = torch.randn(1, 2, 3, 4)
+    assert torch.equal(decoder(z), decoder.linear_path(z))
+    nn.init.normal_(decoder.conv_out.weight)
+    h = z
+    for stage in decoder.stages():
+        h = stage.run(h)
+    torch.testing.assert_close(decoder(z), h + decoder.linear_path(z))
+    assert LiteVAE_Decoder(4, 2).linear is None
+
+
+def test_the_smallest_decoder_and_an_enlarging_one():
+    least = LiteVAE_Decoder(1, 2, channel_mult=(1,), num_res_blocks=0)
+    assert least(torch.randn(1, 2, 3, 4)).shape == (1, 3, 3, 4)
+    larger = LiteVAE_Decoder(4, 2, channel_mult=(1, 1), num_res_blocks=0, enlarge=3)
+    assert larger(torch.randn(1, 2, 3, 4)).shape == (1, 3, 18, 24)

@@ -6,7 +6,12 @@ import torch.nn.functional as F
 
 from olvae.modules.counting import count_macs, count_parameters
 from olvae.modules.distributions import DiagonalGaussian
-from olvae.modules.litevae.encoder_model import SCALES, LiteVAE_Encoder, WaveletEncoder
+from olvae.modules.litevae.encoder_model import (
+    SCALES,
+    LiteVAE_Encoder,
+    PreActivationBlock,
+    WaveletEncoder,
+)
 from olvae.modules.wavelet import wavedec2
 from tests.reference import assert_parity, fill, parity_case, recipe_input
 
@@ -156,6 +161,14 @@ def test_every_parameter_of_the_encoder_learns(arguments):
             lambda: LiteVAE_Encoder(scale="S", packets=True, skip_levels=1),
             "packets has no extractors",
         ),
+        (lambda: LiteVAE_Encoder(scale="S", dct_levels=0), "^dct_levels must be at least 1, got 0"),
+        (lambda: WaveletEncoder(dct_levels=0), "^dct_levels must be at least 1, got 0"),
+        (
+            lambda: LiteVAE_Encoder(scale="S", aggregate_channels=0),
+            "^aggregate_channels .* 1, got 0",
+        ),
+        (lambda: LiteVAE_Encoder(scale="S", extractor_mult=(1, 0)), "^extractor_mult .* 1, got"),
+        (lambda: LiteVAE_Encoder(scale="S", aggregate_resblocks=-1), "^aggregate_res.* 0, got -1"),
         (lambda: LiteVAE_Encoder(scale="S")(torch.zeros(1, 3, 60, 64)), "64x64"),
         (lambda: LiteVAE_Encoder(scale="S")(torch.zeros(1, 1, 64, 64)), r"\(B, 3, H, W\)"),
     ],
@@ -163,6 +176,37 @@ def test_every_parameter_of_the_encoder_learns(arguments):
 def test_encoder_refuses_wrong_settings_and_images(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("variant", ["open_litevae", "paper"])
+def test_the_smallest_encoder_has_one_width_and_no_blocks(variant):
+    sizes = {"channels": 1, "mult": (1,), "resblocks": 0}
+    widths = {
+        f"{part}_{name}": n for part in ("extractor", "aggregate") for name, n in sizes.items()
+    }
+    encoder = LiteVAE_Encoder(6, None, variant, dct_levels=1, **widths)
+    assert encoder(torch.randn(1, 3, 4, 6)).shape == (1, 6, 2, 3)
+
+
+def test_a_block_of_the_paper_by_hand():
+    """With 8 groups of 24 channels, and 16 of 48."""
+    block, x = PreActivationBlock(24, 48).double(), torch.randn(2, 24, 3, 4, dtype=torch.float64)
+    for p in block.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    h = F.group_norm(x, 8, block.norm1.weight, block.norm1.bias)
+    h = block.conv1(h * h.sigmoid())
+    h = F.group_norm(h, 16, block.norm2.weight, block.norm2.bias)
+    expected = block.conv2(h * h.sigmoid()) + block.shortcut(x)
+    torch.testing.assert_close(block(x), expected)
+
+
+@torch.no_grad()
+def test_an_encoders_linear_path_is_alone_at_first():
+    encoder, x = LiteVAE_Encoder(6, "S", linear=True), torch.rand(1, 3, 16, 24)
+    moments = encoder(x)
+    assert torch.equal(moments[:, :3], encoder.linear(x))
+    assert not moments[:, 3:].any()
+    assert LiteVAE_Encoder(6, "S").linear is None
 
 
 @pytest.mark.parametrize("levels", [1, 3])
@@ -173,6 +217,9 @@ def test_wavelet_encoder_against_pywavelets(levels):
         x.numpy(), "haar", level=levels, axes=(-2, -1)
     )
     assert mean.shape == (2, 12, 32 >> levels, 16 >> levels)
+    alone = WaveletEncoder(latent_dim=12, dct_levels=levels)
+    assert (alone.latent_dim, alone.in_channels) == (12, 3)
+    assert torch.equal(alone(x), mean)
     assert set(logvar.unique().tolist()) == {-30.0}
     bands = mean.unflatten(1, (4, 3)) * 2**levels
     torch.testing.assert_close(bands[:, 0], torch.from_numpy(ll))

@@ -1,14 +1,22 @@
 """The one-step decoder: it starts as the plain one, and its noise belongs to the place."""
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from olvae.models.large.tiling import decode_tiled, peak_bytes, receptive_field, tile_bytes
 from olvae.modules.base import last_convolution
 from olvae.modules.counting import count_macs, count_parameters
-from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
-from olvae.modules.litevae.one_step import HARMONICS, NOISE_POSITIONS, OneStepDecoder
+from olvae.modules.litevae.decoder_model import LiteVAE_Decoder, reach_of
+from olvae.modules.litevae.one_step import (
+    HARMONICS,
+    NOISE_POSITIONS,
+    Injection,
+    OneStepDecoder,
+)
 from olvae.modules.litevae.smc import SMC, fold_smc
 
 OUTPUTS = ("image", "wavelet", "packets")
@@ -101,6 +109,41 @@ def test_start_is_the_first_picture_with_noise_of_its_deviation():
         torch.testing.assert_close(decoder.start(z, noise), wanted, rtol=0, atol=0)
     without = one_step(linear=False)
     assert torch.equal(without.start(z, noise), without.noise_std * noise)
+    assert torch.equal(without.first_picture(z[:1]), torch.zeros(1, 3, 20, 24))
+
+
+def test_an_injection_by_hand():
+    """The picture through a 3x3 convolution, scaled by 1 and a gain of the time, and a bias."""
+    torch.manual_seed(0)
+    injection = random_weights(Injection(3, 4))
+    h, picture = (torch.randn(2, c, 3, 5, dtype=torch.float64) for c in (4, 3))
+    harmonics = torch.randn(2, 2 * HARMONICS, dtype=torch.float64)
+    time = harmonics @ injection.time.weight.T + injection.time.bias
+    gain, bias = time[:, :4, None, None], time[:, 4:, None, None]
+    expected = h + injection.conv(picture) + gain * injection.conv(picture) + bias
+    torch.testing.assert_close(injection(h, picture, harmonics), expected)
+    assert injection.conv.kernel_size == (3, 3)
+
+
+@torch.no_grad()
+def test_blocks_see_the_picture_at_their_resolution_and_the_time_by_its_harmonics():
+    """In units of the noise, folded by twos; 0.5 to 8 periods of cosine, then of sine."""
+    decoder = one_step(channel_mult=(1, 2, 3), noise_std=0.25)
+    seen: list[tuple[Tensor, ...]] = []
+    for injection in decoder.injections:
+        injection.register_forward_pre_hook(lambda _, given: seen.append(given))
+    z, noised = latents(), torch.randn(2, 3, 20, 24, dtype=torch.float64)
+    t = torch.tensor([0.2, 0.7], dtype=torch.float64)
+    decoder(z, noised, t)
+    finest = (noised - decoder.linear_path(z)) / 0.25
+    by_fold = {1: finest, 2: F.pixel_unshuffle(finest, 2)}
+    by_fold[4] = F.pixel_unshuffle(by_fold[2], 2)
+    angles = [[math.pi * k * at for k in range(1, HARMONICS + 1)] for at in (0.2, 0.7)]
+    harmonics = [[*map(math.cos, each), *map(math.sin, each)] for each in angles]
+    assert [given[0].shape[1] for given in seen] == [12, 12, 12, 12, 8]
+    for (_, picture, found), fold in zip(seen, (4, 4, 4, 2, 1), strict=True):
+        torch.testing.assert_close(picture, by_fold[fold])
+        torch.testing.assert_close(found.tolist(), harmonics, rtol=0, atol=1e-5)
 
 
 def test_pictures_pixels_reach_their_surroundings_alone():
@@ -170,6 +213,30 @@ def test_noise_has_a_random_place_in_training():
         torch.manual_seed(0)
         assert torch.equal(decoder(z), first)
     assert not torch.equal(again, first)
+    # By hand: the first two numbers are its row and its column.
+    torch.manual_seed(0)
+    top, left = torch.randint(NOISE_POSITIONS, (2,)).tolist()
+    assert top != left
+    decoder.noise = decoder.noise.roll((-top, -left), (1, 2))
+    with torch.no_grad():
+        torch.testing.assert_close(decoder.eval()(z), first)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_stages_are_the_plain_ones_with_an_injections_reach_more(output):
+    """A block's 3x3 convolution of the picture comes before its own; the estimate has none."""
+    decoder = one_step(output)
+    plain = LiteVAE_Decoder(**arguments(output))
+    blocks = [reach_of(module) > 1 for module in plain.blocks()]
+    expected = []
+    for place, stage in enumerate(plain.stages()):
+        is_block = place < len(blocks) and blocks[place]
+        expected.append((stage.reach + is_block, stage.scale))
+    assert [(stage.reach, stage.scale) for stage in decoder.stages()] == [*expected, (0, 1)]
+    network, path = decoder.paths()
+    assert len(network) == len(expected) + 1
+    assert [(stage.reach, stage.scale) for stage in path] == [(1, 4)]
+    assert len(one_step(output, linear=False).paths()) == 1
 
 
 @pytest.mark.parametrize("output", OUTPUTS)

@@ -42,6 +42,7 @@ def test_smc_folds_into_an_ordinary_convolution(kernel_size):
     randomise(smc)
     folded = smc.fold()
     assert type(folded) is torch.nn.Conv2d
+    assert (folded.in_channels, folded.out_channels) == (5, 7)
     x = torch.randn(2, 5, 8, 9)
     torch.testing.assert_close(folded(x), smc(x), rtol=1e-5, atol=1e-5)
 
@@ -80,8 +81,20 @@ def test_smc_and_its_derived_weight_have_the_same_gradients_bit_for_bit():
     randomise(smc)
     x = torch.randn(2, 5, 8, 9).to(memory_format=torch.channels_last)
     gradients = []
-    for run in (smc, lambda x: F.conv2d(x, *smc.derive([smc])[0], padding=1)):
+    for run in (smc, lambda x: smc._conv_forward(x, *smc.derive([smc])[0])):
         smc.zero_grad()
         run(x).square().sum().backward()
         gradients.append([p.grad.clone() for p in smc.parameters()])
     assert all(map(torch.equal, *gradients))
+
+
+def test_weights_of_several_layers_are_each_ones_own():
+    """Of one shape together; others, and frozen ones, apart; all in their order."""
+    layers = [SMC(5, 7), SMC(5, 4), SMC(5, 7), SMC(5, 7), SMC(5, 7, eps=0.5)]
+    for layer in layers:
+        randomise(layer)
+    layers[3].requires_grad_(False)
+    for layer, (weight, bias) in zip(layers, SMC.derive(layers), strict=True):
+        torch.testing.assert_close(weight, layer.fold().weight, rtol=1e-6, atol=1e-7)
+        assert bias is layer.conv.bias
+        assert weight.requires_grad == (layer is not layers[3])

@@ -9,7 +9,12 @@ from olvae.modules.others.denoiser import DiT
 def test_a_fresh_diffusion_model_is_0_and_every_weight_learns():
     model = DiT((3, 4, 4), width=32, depth=2, patch=2)
     z, t = torch.randn(5, 3, 4, 4), torch.rand(5)
+    seen: list[torch.Tensor] = []
+    model.network.register_forward_pre_hook(lambda _, given: seen.extend(given))
+    assert not any(module.training for module in model.modules())
+    assert model.network.config.num_embeds_ada_norm == 1
     assert torch.equal(model(z, t), torch.zeros(5, 3, 4, 4))
+    assert torch.equal(seen[1], 1000 * t)
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     model(z, t).square().sum().backward()

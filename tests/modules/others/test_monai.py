@@ -17,6 +17,7 @@ from olvae.modules.others.monai import (
     ResidualBlock,
     TransposedUpsampling,
     Upsampling,
+    conv,
 )
 
 FORM: dict[str, Any] = {
@@ -77,8 +78,8 @@ def test_a_residual_block_widens_its_input_by_a_convolution(width):
     def layer(h: np.ndarray, norm: torch.nn.Module, convolution: torch.nn.Module) -> torch.Tensor:
         h = normed(h, 2, 1e-6, norm)
         h = h / (1 + np.exp(-h))  # SiLU
-        conv = convolution.conv
-        return F.conv2d(torch.from_numpy(h)[None], conv.weight, conv.bias, padding=1)
+        inner = convolution.conv
+        return F.conv2d(torch.from_numpy(h)[None], inner.weight, inner.bias, padding=1)
 
     h = layer(x[0].numpy(), block.norm1, block.conv1)
     h = layer(h[0].numpy(), block.norm2, block.conv2)
@@ -99,6 +100,8 @@ def test_levels_are_halved_with_zeros_at_the_bottom_and_right_and_doubled():
     down.conv.conv.weight[..., 2, 2] = 1.0  # the pixel two below and two to the right
     down.conv.conv.bias.zero_()
     assert down(x).tolist() == [[[[10.0, 0.0], [0.0, 0.0]]]]
+    assert down(torch.zeros(1, 1, 5, 7)).shape == (1, 1, 2, 3)
+    assert [conv(1, 1, size).conv.padding for size in (1, 3, 5)] == [(0, 0), (1, 1), (2, 2)]
 
     up = Upsampling(1)
     up.postconv.conv.weight.zero_()
@@ -134,6 +137,8 @@ def test_blocks_stand_in_the_order_of_the_form():
     transposed = MonaiDecoder(z_channels=2, attention=False, convtranspose=True, **FORM)
     patched = [kind.replace("Upsampling", "TransposedUpsampling") for kind in back]
     assert kinds(transposed) == [first, *patched, *end]
+    everywhere = MonaiEncoder(4, attention=False, **{**FORM, "attention_levels": [0, 1, 2]})
+    assert kinds(everywhere).count(attention) == 4
 
 
 def test_shapes_follow_from_the_levels_and_each_weight_learns():
@@ -142,6 +147,8 @@ def test_shapes_follow_from_the_levels_and_each_weight_learns():
     x = torch.randn(2, 2, 16, 24)
     moments = encoder(x)
     assert moments.shape == (2, 6, 4, 6)
+    assert (encoder.latent_dim, encoder.in_channels) == (6, 2)
+    assert (decoder.z_channels, decoder.out_channels) == (3, 2)
     y = decoder(moments[:, :3])
     assert y.shape == x.shape
     (y.square().sum() + moments.square().sum()).backward()
@@ -161,6 +168,11 @@ def test_values_of_images_are_converted_at_both_ends():
     other.load_state_dict(state)
     x = torch.rand(1, 1, 16, 16, dtype=torch.float64) * 2 - 1
     torch.testing.assert_close(other(x), usual(x), rtol=1e-9, atol=1e-12)
+    seen: list[torch.Tensor] = []
+    shifted = MonaiEncoder(4, values=(2, 10), **FORM)
+    shifted.blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    shifted(torch.tensor([-1.0, 0.5]).repeat(8, 4)[None, None])
+    assert seen[0][0, 0, 0, :2].tolist() == [2.0, 8.0]
 
     near = MonaiDecoder(z_channels=2, **FORM).double()
     far = MonaiDecoder(z_channels=2, values=(-1, 1), **FORM).double()

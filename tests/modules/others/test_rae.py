@@ -42,6 +42,9 @@ def test_rae_encoder_gives_the_latents_of_the_whole_without_noise(theirs):
     assert moments.shape == (2, 64, 4, 4)
     torch.testing.assert_close(moments[:, :32], wanted, rtol=0, atol=1e-6)
     assert encoder.deterministic
+    assert (encoder.latent_dim, encoder.in_channels) == (64, 3)
+    assert encoder.training
+    assert not encoder.eval().training
     assert not any(p.requires_grad for p in encoder.parameters())
     assert not any(name.startswith("model.decoder.") for name in encoder.state_dict())
 
@@ -56,6 +59,7 @@ def test_rae_decoder_gives_the_images_of_the_whole_in_our_range(theirs):
     decoder(z).square().mean().backward()
     assert all(p.grad is not None for p in decoder.parameters())
     assert last_convolution(decoder) is decoder.model.decoder.decoder_pred
+    assert (decoder.z_channels, decoder.out_channels) == (32, 3)
 
 
 def test_rae_encoder_refuses_images_of_another_size(theirs):

@@ -1,6 +1,7 @@
 """A frozen vision encoder as encoder: timm's features, normalised, and what is trained of it."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -34,6 +35,13 @@ def test_latents_are_timms_features_normalised_at_each_position(vit):
     torch.testing.assert_close(moments[:, :64], tokens.transpose(1, 2).unflatten(2, (4, 6)))
     torch.testing.assert_close(moments[:, :64].mean(1), torch.zeros(2, 4, 6).double())
     assert encoder.deterministic
+    assert encoder.output_layer is None
+    assert (encoder.latent_dim, encoder.in_channels) == (128, 3)
+
+
+def test_features_of_a_network_of_stages_are_its_last():
+    encoder = RepresentationEncoder("test_efficientnet", 128)
+    assert (encoder.width, encoder.stride, encoder.depth) == (64, 32, 5)
 
 
 def test_reduced_latents_by_hand(vit):
@@ -52,7 +60,9 @@ def test_reduced_latents_by_hand(vit):
     torch.testing.assert_close(found.flatten(2).transpose(1, 2), wanted)
     assert not encoder.deterministic
     assert encoder.conv_out.bias[5:].tolist() == [-4.0] * 5
-    assert last_convolution(encoder) is encoder.conv_out
+    assert (encoder.conv_out.bias[:5].abs() < 1).all()
+    assert not encoder.attention.qkv.bias.any()
+    assert last_convolution(encoder) is encoder.output_layer is encoder.conv_out
 
 
 def test_the_network_is_frozen_and_the_rest_is_trained(vit):
@@ -60,6 +70,8 @@ def test_the_network_is_frozen_and_the_rest_is_trained(vit):
     trained = {name for name, p in encoder.named_parameters() if p.requires_grad}
     assert {name.partition(".")[0] for name in trained} == {"attention", "conv_out"}
     assert not any(module.training for module in encoder.network.modules())
+    assert encoder.attention.training
+    assert not copy.deepcopy(encoder).eval().attention.training
     encoder(torch.rand(2, 3, 32, 32)).square().sum().backward()
     for name, p in encoder.named_parameters():
         assert (p.grad is not None) == (name in trained)
@@ -99,6 +111,12 @@ def test_checkpointing_gives_the_same_gradients(vit):
 def test_representation_refuses_what_does_not_fit(name, params, message):
     with pytest.raises(ValueError, match=message):
         RepresentationEncoder(name, **params)
+
+
+def test_representation_names_the_package_that_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ValueError, match="test_vit needs timm: pip install timm"):
+        RepresentationEncoder("test_vit", 128)
 
 
 def test_representation_refuses_sizes_that_are_no_multiple_of_16(vit):

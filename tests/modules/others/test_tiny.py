@@ -46,6 +46,8 @@ def test_tiny_decoder_is_exact_in_tiles():
     model, z = student(), torch.randn(1, 4, 13, 10)
     # 1 + 2 * 3 positions, and 1 + 3 + 1 of half their size.
     assert receptive_field(model.decoder) == 10
+    reaches = [stage.reach for stage in model.decoder.stages()]
+    assert reaches == [0, 1, 0, 3, 3, 0, 1, 3, 1, 0]  # the bound, ..., the range
     torch.testing.assert_close(model.decode_tiled(z, tile=4), model.decode(z))
 
 
@@ -55,6 +57,8 @@ def test_tiny_student_is_written_as_diffusers_and_as_taesd(tmp_path):
     x = torch.rand(1, 3, 16, 16) * 2 - 1
     z = model.encode(x).mean
     mean, std = model.encoder.latents_mean, model.encoder.latents_std
+    assert mean.flatten().tolist() == [0.5, -1.0, 0.0, 2.0]
+    assert std.flatten().tolist() == [2.0, 0.5, 1.0, 3.0]
     export(model, tmp_path / "vae", LAYOUTS["diffusers"]())
     back = diffusers.AutoencoderTiny.from_pretrained(
         tmp_path / "vae", low_cpu_mem_usage=False
@@ -170,19 +174,21 @@ def test_layers_of_a_tiny_encoder_and_decoder():
     assert kinds(plain) == [
         *("3-6 /1 b", "Residual", "6-6 /2", "6-6 /2", "Residual*", "Residual*", "6-4 /1 b"),
     ]
-    assert plain.downscale == 4
+    assert (plain.downscale, plain.latent_dim, plain.in_channels) == (4, 8, 3)
     stem = TinyEncoder(8, 3, 16, 6, (0, 1), stem=(4, 6))
     assert kinds(stem) == [
         *("3-4 /2 b", "ReLU", "4-6 /2 b", "ReLU", "6-6 /2", "Residual", "6-4 /1 b"),
     ]
     assert stem.downscale == 8
+    convolutions = [layer for layer in stem.layers if isinstance(layer, torch.nn.Conv2d)]
+    assert {layer.kernel_size for layer in convolutions} == {(3, 3)}
     assert stem(torch.rand(1, 3, 16, 24)).shape == (1, 8, 2, 3)
     decoder = TinyDecoder(2, 4, 3, (1, 0, 1), pool=True, channel_mult=(1, 2, 3))
     assert kinds(decoder) == [
         *("4-6 /1 b", "ReLU", "Residual*", "Upsample", "6-4 /1"),
         *("Upsample", "4-2 /1", "Residual", "2-3 /1 b"),
     ]
-    assert decoder.upscale == 4
+    assert (decoder.upscale, decoder.z_channels, decoder.out_channels) == (4, 4, 3)
     assert decoder.stages() is None
     assert decoder(torch.rand(1, 4, 2, 3)).shape == (1, 3, 8, 12)
     larger = TinyDecoder(2, 4, 3, (1, 1), enlarge=2)

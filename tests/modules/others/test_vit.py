@@ -165,6 +165,9 @@ def test_decoder_of_rae_has_its_published_size():
 def test_decoder_takes_any_grid_and_its_last_layer_is_found():
     decoder = ViTDecoder(4, upscale=2, width=32, depth=1, heads=1)
     assert decoder(torch.zeros(1, 4, 5, 3)).shape == (1, 3, 10, 6)
+    assert (decoder.z_channels, decoder.out_channels) == (4, 3)
+    assert not decoder.embed.bias.any()
+    assert not decoder.first.any()
     assert last_convolution(decoder) is decoder.conv_out
     with pytest.raises(ValueError, match="depth must"):
         ViTDecoder(4, depth=0)

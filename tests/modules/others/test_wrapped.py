@@ -12,6 +12,7 @@ from torch import nn
 from olvae.models.loading.from_diffusers import DiffusersAutoencoder
 from olvae.modules.base import last_convolution
 from olvae.modules.counting import watch_outputs
+from olvae.modules.others import wrapped
 from olvae.modules.others.wrapped import (
     TRAINABLE,
     DiffusersDecoder,
@@ -38,7 +39,13 @@ def test_every_trainable_weight_gets_a_gradient_and_the_last_layer_is_the_last(k
             if isinstance(m, torch.nn.Conv2d | torch.nn.Conv3d)
         }
         with watch_outputs(layers, called.__setitem__):
-            half(given).square().mean().backward()
+            out = half(given)
+        moments, image = (
+            (model.encoder.latent_dim, 4, 4),
+            (model.decoder.out_channels, 4 * f, 4 * f),
+        )
+        assert out.shape[1:] == (moments if half is model.encoder else image)
+        out.square().mean().backward()
         assert last is layers[list(called)[-1]]
         assert last.weight.grad is not None
         without = [
@@ -85,7 +92,7 @@ def test_an_enlarging_decoder_begins_with_every_pixel_repeated(kind, changes, pa
     torch.testing.assert_close(enlarged, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("stride", [1, (1, 2, 2)])
+@pytest.mark.parametrize("stride", [1, (1, 2, 1)])
 @torch.no_grad()
 def test_one_frame_needs_the_last_slice_of_a_causal_kernel(stride):
     """Against the whole kernel, which several frames, or one after others, get."""
@@ -173,6 +180,49 @@ def test_wrapped_halves_refuse_what_they_cannot_do():
         model.encoder.checkpoint_steps()
     model.encoder.checkpoint_steps(False)
     assert not model.encoder.checkpoint
+
+
+def test_dc_without_blocks_at_the_images_size_ends_with_an_upsampling():
+    """Its convolution is the last one; it can't be enlarged."""
+    theirs = make("AutoencoderDC", decoder_layers_per_block=(0, 1, 1))
+    decoder = DiffusersAutoencoder(theirs).as_litevae("it").decoder
+    assert last_convolution(decoder) is decoder.model.decoder.conv_out.conv
+    z = torch.randn(1, 8, 3, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(decoder.eval()(z), theirs.decode(z).sample)
+    with pytest.raises(ValueError, match="enlarge: this AutoencoderDC"):
+        DiffusersDecoder(**{**decoder.node["params"], "enlarge": 2})
+
+
+def test_causal_convolutions_see_one_frame_and_the_encoders_last_is_exact():
+    model = DiffusersAutoencoder(make("AutoencoderKLWan")).as_litevae("it")
+    left = ["encoder.down_blocks.3.time_conv"]  # pads nothing
+    for half, whole, last in ((model.encoder, left, ["quant_conv"]), (model.decoder, [], [])):
+        layers = {n: m for n, m in half.model.named_modules() if isinstance(m, nn.Conv3d)}
+        own = {n: m.__dict__["forward"] for n, m in layers.items() if "forward" in m.__dict__}
+        assert [name for name in layers if name not in own] == whole
+        assert [name for name, forward in own.items() if forward.keywords["exact"]] == last
+
+
+def test_a_plain_convolution_of_frames_is_left_alone(monkeypatch):
+    """One that pads on both sides of the time axis."""
+    monkeypatch.setattr(wrapped, "causal_padding", lambda _: None)
+    model = DiffusersAutoencoder(make("AutoencoderKLWan")).as_litevae("it")
+    layers = [m for m in model.encoder.modules() if isinstance(m, nn.Conv3d)]
+    assert not any("forward" in layer.__dict__ for layer in layers)
+
+
+def test_blocks_of_diffusers_are_called_by_the_step_of_their_half():
+    model = DiffusersAutoencoder(make("AutoencoderKLFlux2")).as_litevae("it").train()
+    encoder = model.encoder
+    assert (encoder.latent_dim, encoder.in_channels) == (8, 3)
+    assert (model.decoder.z_channels, model.decoder.out_channels) == (4, 3)
+    calls = []
+    encoder.step = lambda run, *given: calls.append(run) or run(*given)
+    encoder.checkpoint_steps()
+    assert encoder.checkpoint
+    encoder(torch.randn(1, 3, 8, 8))
+    assert len(calls) == 4  # two levels, the middle, and a block in it
 
 
 @pytest.mark.parametrize("kind", TRAINABLE)

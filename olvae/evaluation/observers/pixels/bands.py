@@ -73,14 +73,15 @@ class Bands(PerImageObserver):
         includes the brightness, counted from black.
         """
         # The place of each band in an image's Energies, from coarse to fine.
-        levels = len(columns[0][0]) // 3
+        errors, *_ = columns
+        levels = len(errors[0]) // 3
         places = {f"LL{levels}": 0}
         for level in range(levels, 0, -1):
             for i, band in enumerate(("LH", "HL", "HH")):
                 places[f"{band}{level}"] = 3 * level - 2 + i
 
         # Sums over images; columns are the Energies of error, input and reconstruction.
-        n = len(columns[0])
+        n = len(errors)
         bands: dict[str, dict[str, float | None]] = {}
         for name, place in places.items():
             in_band = itemgetter(place)
