@@ -194,7 +194,7 @@ def asked(pixel_range: PixelRange = EIGHT_BITS, moments: tuple[bool, ...] = (), 
         given.append((seed, count))
         for number, known in enumerate(moments or (False,)):
             image = torch.full((1, 1, 1), float(number))
-            both = torch.arange(8.0).view(4, 2, 1) + number
+            both = torch.arange(12.0).view(6, 2, 1) + number
             yield Sample(image, "", moments=both if known else None)
 
     source = SimpleNamespace(
@@ -235,8 +235,8 @@ def test_means_of_crops_are_known_where_all_have_them():
     count, crops, means = asked(moments=(True, True, True), height=16, width=16)
     assert count == 4096
     assert crops[:, 0, 0, 0].tolist() == [0, 1, 2]
-    assert means.shape == (3, 2, 2, 1)
-    assert means[1].flatten().tolist() == [1, 2, 3, 4]
+    assert means.shape == (3, 3, 2, 1)
+    assert means[1].flatten().tolist() == [1, 2, 3, 4, 5, 6]
     assert asked(moments=(True, False, True))[2] is None
     assert asked(moments=(False, False))[2] is None
 
@@ -256,16 +256,16 @@ def test_a_start_is_measured_on_the_latents_that_training_will_decode(
     monkeypatch, teaches, known, fresh, frozen, by
 ):
     """Those of the data in place of a teacher that stands in for a frozen encoder."""
-    model = LiteVAE(LinearEncoder(4, 1, 4), LinearDecoder(2, 1, 4))
+    model = LiteVAE(LinearEncoder(6, 1, 4), LinearDecoder(3, 1, 4))
     images = torch.randint(0, 256, (2, 1, 8, 12), dtype=torch.uint8)
-    moments, z_of_teacher = torch.randn(2, 4, 2, 3), torch.randn(1, 2, 2, 3)
+    moments, z_of_teacher = torch.randn(2, 6, 2, 3), torch.randn(1, 3, 2, 3)
     samples = [Sample(None, "gone")]
     for image, own in zip(images, moments, strict=True):
         samples.append(Sample(image, "", moments=own if known else None))
     source = SimpleNamespace(pixel_range=EIGHT_BITS, validated=lambda: samples)
     teacher = (lambda x: z_of_teacher) if teaches else None
     asked, fits, moved = [], [], []
-    found = (images, moments[:, :2] if known else None)
+    found = (images, moments[:, :3] if known else None)
     monkeypatch.setattr(linear_code, "crops_and_means", lambda *a: asked.append(a) or found)
     monkeypatch.setattr(linear_code, "fit_linear_paths", lambda *a: fits.append(a))
     model.to = moved.append
@@ -282,7 +282,7 @@ def test_a_start_is_measured_on_the_latents_that_training_will_decode(
         return
     with torch.no_grad():
         z = {
-            "moments": moments[:, :2],
+            "moments": moments[:, :3],
             "teacher": z_of_teacher.expand(2, -1, -1, -1),
             "path": model.encoder.linear(from_uint8(images)),
         }[by]

@@ -232,6 +232,10 @@ def test_only_a_config_of_ones_own_may_be_built(tmp_path):
     found = locate(weights, content)
     assert (found.origin, found.config) == (str(weights), content)
     assert locate(weights, model.export_config()).config == {}
+    single = tmp_path / "single.safetensors"
+    save_file(model.state_dict(), single, {"config": json.dumps(model.export_config())})
+    found = locate(single)
+    assert (found.weights, found.origin, found.config) == (single, str(single), {})
 
 
 def test_weights_of_the_hub_are_fetched_one_kind_after_the_other(tmp_path, monkeypatch):

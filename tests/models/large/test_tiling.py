@@ -11,6 +11,7 @@ from olvae.models.autoencoder import Quantizer
 from olvae.models.large import tiling
 from olvae.models.large.tiling import (
     GIB,
+    _needed,
     crop_to,
     decode_window,
     default_memory,
@@ -72,6 +73,20 @@ def test_receptive_field_is_what_gradients_reach(arguments):
         assert receptive_field(m) == field
         left, right = seen(m, module.upscale, 2 * field + 7)
         assert max(left, right) == field
+
+
+@pytest.mark.parametrize(
+    ("wanted", "needed"),
+    [
+        ((8, 16), [(2, 10), (3, 9), (7, 17), (8, 16)]),
+        ((0, 8), [(0, 6), (0, 5), (0, 9), (0, 8)]),
+        ((24, 32), [(10, 16), (11, 16), (23, 32), (24, 32)]),
+    ],
+)
+def test_ranges_before_each_stage_end_at_the_borders(wanted, needed):
+    """Of 16 positions, decoded to 32 pixels."""
+    stages = [Stage(nn.Identity(), reach, scale) for reach, scale in ((1, 1), (0, 2), (1, 1))]
+    assert _needed(stages, wanted, 16) == needed
 
 
 def test_decoder_stages_are_the_whole_decoder():

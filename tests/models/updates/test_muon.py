@@ -112,7 +112,8 @@ def test_muon_under_torchs_loss_scaler():
     scaled, plain = weights((8, 8, 3, 3), (8,)), weights((8, 8, 3, 3), (8,))
     optimizer, scaler = Muon(scaled, RATE, BETAS), torch.amp.GradScaler("cpu", init_scale=1024.0)
     scaler.scale(torch.zeros(()))
-    train(Muon(plain, RATE, BETAS), 1)
+    other = Muon(plain, RATE, BETAS)
+    train(other, 1)
     for gradients in (
         [1024 * p.grad for p in plain],
         [torch.full_like(p, torch.inf) for p in plain],
@@ -122,6 +123,10 @@ def test_muon_under_torchs_loss_scaler():
         scaler.step(optimizer)
         scaler.update()
         assert all(torch.equal(one, two) for one, two in zip(scaled, plain, strict=True))
+        moments = [
+            made.state[p]["exp_avg"] for made, (p, _) in ((optimizer, scaled), (other, plain))
+        ]
+        assert torch.equal(*moments)
     assert scaler.get_scale() == 512
 
 

@@ -51,6 +51,7 @@ def test_priors_are_added_with_their_weights_and_train_encoder_and_projection(vi
     losses = part.losses(model, step)
     z = step.encoded.mean
     features = part.features(x, z.shape[-2:])
+    assert part.projection.kernel_size == (1, 1)
     assert losses["structure"][0] == structure_loss(z, features)
     assert losses["semantics"][0] == semantics_loss(part.projection(z), features)
     assert [weight for _, weight in losses.values()] == [0.3, 2.0]

@@ -98,6 +98,8 @@ def test_cuts_that_make_no_sense_are_refused(params):
     with pytest.raises(ValueError, match="cuts must"):
         SharedLowPass(**params)
     assert SharedLowPass(cuts=[14]).cuts == [14]
+    with pytest.raises(ValueError, match="block must be at least 2, got 1"):
+        SharedLowPass(block=1)
 
 
 def test_cuts_by_which_the_adversary_never_plays_are_refused():
