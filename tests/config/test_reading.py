@@ -180,6 +180,8 @@ def test_read_received_refuses_unreadable_files(tmp_path, text):
     with pytest.raises(ConfigError) as error:
         read_received(write(tmp_path / "bad.yaml", text))
     assert "\n" not in str(error.value)
+    assert ' in "' not in str(error.value)  # a place is a line, without the file's name again
+    assert ("aliases" in str(error.value)) == ("*a" in text)
     assert str(error.value).count(str(tmp_path)) == 1
 
 
@@ -244,7 +246,7 @@ def test_a_missing_config_file_names_the_nearest(tmp_path):
     write(tmp_path / "demo.yaml", "{}")
     with pytest.raises(ConfigError, match=r"mean demo\.yaml\?"):
         load([tmp_path / "dem.yaml"])
-    with pytest.raises(ConfigError, match="Is a directory"):
+    with pytest.raises(ConfigError, match=r"not readable as YAML: Is a directory$"):
         load([tmp_path])
 
 

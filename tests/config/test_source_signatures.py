@@ -60,6 +60,7 @@ import collections.abc
 import os.path as place
 import sample_other
 import unheard_of.thing
+from unheard_of import Other
 from collections.abc import Sequence
 from fractions import Fraction as Number
 from sample_other import Base as Renamed, function
@@ -71,7 +72,7 @@ later: int
 
 def plain(a: int, b: Sequence[int] = (), *, c: Number | None = None, d: Size = WIDTH): ...
 def by_module(a: collections.abc.Sequence[int], b: FileWrapper, c: str = place.sep): ...
-def unknown(a: unheard_of.thing.Kind[int], b: later = later): ...
+def unknown(a: unheard_of.thing.Kind[int], b: later = later, c: Other = 1, d: nowhere = 2): ...
 @staticmethod
 def decorated(a: int): ...
 
@@ -118,7 +119,7 @@ def test_names_in_a_signature_are_looked_up_from_module_to_module(sample):
     # What is not imported, or has no value, stands for itself.
     unknown = source_signatures.Unimported
     found = arguments_in_source(sample, "unknown")
-    assert found.hints == {"a": unknown, "b": unknown}
+    assert found.hints == dict.fromkeys("abcd", unknown)
     assert found.parameters["b"].default is unknown
     assert not hasattr(unknown, "__metadata__")
 

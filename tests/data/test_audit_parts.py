@@ -15,6 +15,7 @@ from olvae.data.audit import (
     AuditResult,
     ShardFacts,
     _check_images,
+    _check_shards,
     _counts,
     _difference,
     _Found,
@@ -384,9 +385,41 @@ def test_volumes_are_compared_as_wholes(root):
         nifti(root / f"{number}.nii", hounsfield(0))
     (problem,) = audit_source(str(root), 8, 1, workers=0, pixel_range=window).problems
     assert problem.startswith("1 of the validation images are training images as well: ")
+    assert ".nii (the pixels of " in problem
 
 
 def test_a_picture_in_memory_is_no_file():
     found = _Found()
     found.decode(lambda: Photo(Image.new("L", (4, 3)), "it", 1), "name", "place")
     assert found.images == [(4, 3, "in memory L")]
+
+
+def test_an_index_that_can_not_be_read_is_noted(tmp_path):
+    (tmp_path / "index.json").write_text("{")
+    found = result(source=str(tmp_path))
+    _check_shards(found, [tmp_path])
+    assert found.problems == []
+    (note,) = found.notes
+    assert note.startswith(f"{tmp_path / 'index.json'}: not a readable index of shards: ")
+
+
+def test_of_images_none_of_which_can_be_read_no_speed_is_measured(root, monkeypatch):
+    for name in "ab":
+        (root / f"{name}.png").write_bytes(b"no picture")
+    monkeypatch.setattr(FolderSource, "stream", lambda *_: pytest.fail("there is nothing to read"))
+    assert audit_source(str(root), 16, workers=0).images_per_s is None
+
+
+def test_shards_are_checked_for_groups_on_both_sides_and_for_sorted_classes(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(AuditResult, "note_sorted_classes", lambda self: asked.append(self))
+    for number in range(3):
+        write_tar(tmp_path / f"{number}.tar", [(f"p{number // 2}_{number}.jpg", encoded(number))])
+    how = r"(?P<group>p\d)_"
+    found = audit_source(str(tmp_path), 8, workers=0, hold_out_by=how)
+    assert not [line for line in found.problems if "hold_out_by" in line]
+    write_tar(tmp_path / "2.tar", [("p0_2.jpg", encoded(2))])
+    found = audit_source(str(tmp_path), 8, workers=0, hold_out_by=how)
+    (line,) = [line for line in found.problems if "hold_out_by" in line]
+    assert line.startswith("1 group by `hold_out_by` with images of training and of validation: p0")
+    assert len(asked) == 2

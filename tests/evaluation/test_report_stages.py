@@ -161,8 +161,11 @@ def test_files_are_written_into_a_folder_that_is_made(tmp_path, monkeypatch):
     }
     assert removed == [([], 1.0)] * 2
     single = replace(row(), per_image={"psnr": {"a.png": 20.0}})
-    written = write_files(Evaluated(results_of(single)), folder)
-    assert set(written) == {"images", "table", "numbers"}
+    written = write_files(Evaluated(results_of(single)), folder, command="olvae \udcff")
+    assert set(written) == {"report", "images", "table", "numbers"}
+    assert written["report"] == folder / "report.html"
+    assert "olvae \\udcff" in written["report"].read_text(encoding="utf-8")
+    assert all(path.is_file() for path in written.values())
     (folder / ".partial-1").touch()
     write_files(Evaluated(results_of(row())), folder)
     assert removed[-1] == ([folder / ".partial-1"], 1.0)

@@ -108,7 +108,7 @@ def test_images_that_not_all_models_take_are_refused(models, size, message, imag
     [
         ([], [], (None, None), 0, None),
         ([(4, 2.0, 1.0)], [70], (2.0, 4.0), 4, 70),
-        ([(4, 9.0, 9.0), (4, 1.0, 2.0), (2, 1.0, 1.0)], [90, 60, 80], (3.0, 2.0), 4, 80),
+        ([(4, 9.0, 9.0), (4, 1.0, 2.0), (2, 1.0, 1.0)], [90, 80, 60], (3.0, 2.0), 4, 80),
     ],
 )
 def test_round_trip_cost_leaves_out_the_first_batch_unless_it_is_the_only_one(

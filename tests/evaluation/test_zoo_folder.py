@@ -164,11 +164,24 @@ def test_nothing_that_can_be_evaluated_is_an_error_with_its_reason(go, tmp_path)
     assert not (tmp_path / "a").exists()
 
 
-def test_results_of_another_folder_are_evaluated_again(go, monkeypatch):
+def test_results_that_are_outdated_are_evaluated_again(go, monkeypatch):
     go(["sdxl"])
     monkeypatch.setattr(zoo, "_outdated", lambda found, folder: set(found))
     _, calls = go(["sdxl"])
     assert len(calls) == 1
+
+
+def test_results_of_other_images_that_are_there_have_the_reason_in_their_names(go, tmp_path):
+    go(["sdxl"])
+    out = tmp_path / "a" / "out"
+    content = json.loads((out / "sdxl" / "metrics.json").read_text())
+    content["images"]["sha256"] = "11"
+    content["results"][0]["target"] = "sd3"
+    (out / "sd3").mkdir()
+    (out / "sd3" / "metrics.json").write_text(json.dumps(content))
+    (table,), calls = go(["sdxl"])
+    assert calls == []
+    assert [row.target for row in table.results.rows] == ["sdxl", "sd3 [other images]"]
 
 
 @pytest.mark.parametrize("count", [1, 2])

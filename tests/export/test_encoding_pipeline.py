@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import threading
 import time
+import warnings
 from pathlib import Path
 from queue import Queue
 
@@ -15,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from olvae.config import ConfigError
 from olvae.data.pixels.size_and_range import EIGHT_BITS, from_uint8
+from olvae.data.shards.offsets import KIND
 from olvae.data.shards.tar_reading import Shard
 from olvae.data.shards.write import ResumableShards
 from olvae.export import encoding as module
@@ -270,13 +272,20 @@ def test_parts_of_the_shards_are_complete_together(tmp_path, image_folder):
         job_of(image_folder, tmp_path / "out", None, range(2, 4))
 
     # The index of all of them, with the place of each image; the usual filter is in no plan.
+    # What other parts are writing at the moment stays; alone, it is of a killed command.
+    partial = tmp_path / "out" / ".partial-000001.tar"
+    partial.touch()
     other.finish()
+    assert partial.exists()
+    job_of(image_folder, tmp_path / "out").finish()
+    assert not partial.exists()
     encode(image_folder, tmp_path / "whole", Shrunk())
     (index, offsets), (whole, places) = (
         (json.loads((folder / "index.json").read_text()), (folder / "index.offsets").read_bytes())
         for folder in (tmp_path / "out", tmp_path / "whole")
     )
     assert (index, offsets) == (whole, places)
+    assert len(offsets) == 12 * np.dtype(KIND).itemsize
     assert {**index, "shards": 0} == {
         "version": 1,
         "images": 12,
@@ -301,11 +310,28 @@ def test_readers_are_no_more_than_their_units(
     """Of twelve images, three at a time."""
 
     def loader(*_, num_workers, **__):
+        warnings.warn("more processes than cores", stacklevel=1)
         raise LookupError(num_workers)
 
     monkeypatch.setattr(module, "DataLoader", loader)
-    with pytest.raises(LookupError, match=f"^{started}$"):
-        job_of(image_folder, tmp_path / "out").run(batch_size=3, workers=workers)
+    job = job_of(image_folder, tmp_path / "out")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(LookupError, match=f"^{started}$"):
+            job.run(batch_size=3, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_readers_are_stopped_at_the_end(tmp_path, image_folder, monkeypatch, workers):
+    stopped = []
+
+    def loader(reader, sampler, **_):
+        return (reader[unit] for unit in sampler)
+
+    monkeypatch.setattr(module, "DataLoader", loader)
+    monkeypatch.setattr(module, "stop_workers", stopped.append)
+    job_of(image_folder, tmp_path / "out").run(batch_size=3, workers=workers)
+    assert len(stopped) == (workers > 0)
 
 
 class Noting(Blocks):
@@ -358,8 +384,10 @@ def test_images_of_their_own_sizes_make_batches_of_one_padded_size(tmp_path, mon
     assert model.calls == [(12345, 2), (12345, 1), (12345, 2)]
     write_photos(folder, [f"more/{number}.png" for number in range(6)])
     lengths.clear()
-    job_of(folder, tmp_path / "more", size=0).run(batch_size=1, workers=0)
-    assert lengths == [5, 5, 1]
+    inputs = find_inputs(str(folder), 3, 20)
+    job = EncodeJob(Shrunk(), inputs, EncodeOptions(0), tmp_path / "more", {})
+    job.run(batch_size=1, workers=0)
+    assert lengths == [8, 3]
 
 
 def test_errors_of_the_encoder_are_passed_on_or_name_a_dead_reader(

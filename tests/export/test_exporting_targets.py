@@ -111,6 +111,24 @@ def test_factors_of_earlier_weights_are_left_out(
     assert len(notes) == outdated
 
 
+def test_factors_are_set_on_the_model_that_is_exported(exported, tmp_path, monkeypatch):
+    """Which of some targets is another object than what was loaded."""
+    seen = []
+
+    def note(*given):
+        seen.append(given)
+        return "there"
+
+    monkeypatch.setattr(module, "set_factors", note)
+    model = tiny_litevae()
+    loaded = SimpleNamespace(as_litevae=lambda given: model)
+    target = target_of(loaded)
+    export_target(target, tmp_path / "vae", ExportSettings(scaling_factor=0.5))
+    ((one, other, found, factors, *_),) = seen
+    assert (one, other, found, factors) == (model, loaded, target, {"scaling_factor": 0.5})
+    assert exported[0].provenance.factors_from == "there"
+
+
 def test_a_cards_licence_data_and_numbers_are_taken_over(exported, tmp_path):
     """Of a folder with our card; a file has no card."""
     folder = tmp_path / "given"

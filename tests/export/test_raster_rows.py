@@ -261,6 +261,7 @@ def test_broken_pixels_end_in_a_line_that_names_the_rows(name, tmp_path, capfd):
         rows.read(0, 93)
     assert "\n" not in str(error.value)
     assert "See previous" not in str(error.value)
+    assert isinstance(error.value.__cause__, ValueError)
     assert not capfd.readouterr().err
 
 

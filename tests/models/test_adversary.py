@@ -80,7 +80,7 @@ def test_adaptive_weight_is_the_ratio_of_gradients_below_its_ceiling(adaptive, r
                 asked.append(given) or torch.tensor(r)
             ),
         )
-        step = SimpleNamespace(target=torch.zeros(2, 3, 8, 8), losses={"adversarial": "its loss"})
+        step = SimpleNamespace(target=torch.zeros(1, 3, 8, 8), losses={"adversarial": "its loss"})
         expected = 0.4 * (factor if adaptive else 1.0)
         assert float(adversary.weight_in(model, step)) == pytest.approx(expected)
         assert asked == ([(step, "its loss")] if adaptive or reports else [])

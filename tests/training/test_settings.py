@@ -328,6 +328,8 @@ def test_options_are_overrides_that_the_users_own_refine(launched, recipe, tmp_p
     assert node["params"]["project"] == "other"
     assert "from" not in plan.config["model"]
     assert plan.settings.weights is None
+    node = read_plan(TrainOptions([recipe], wandb="project")).config["lightning"]["logger"]["wandb"]
+    assert node["params"] == {"project": "project"}
 
 
 def test_weights_and_teachers_are_noted_as_the_user_wrote_them(

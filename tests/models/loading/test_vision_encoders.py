@@ -37,6 +37,16 @@ def test_target_has_the_files_weights_and_an_untrained_decoder(vit):
     assert found.untrained().decoder.node == model.decoder.node
 
 
+@torch.no_grad()
+def test_other_weights_are_another_target(vit, tmp_path):
+    weights = {name: t + 0.1 * torch.randn_like(t) for name, t in torch.load(vit).items()}
+    torch.save(weights, tmp_path / "other.pt")
+    one, other = (
+        find_target(f"timm:test_vit={file}").load() for file in (vit, tmp_path / "other.pt")
+    )
+    assert not torch.allclose(one.encode(image()).mean, other.encode(image()).mean, atol=1e-2)
+
+
 def test_reduced_target_is_the_same_each_time_and_draws_nothing(vit):
     text = f"timm:test_vit={vit}::8"
     before = torch.get_rng_state()

@@ -178,6 +178,10 @@ def test_prior_refuses_settings_that_contradict_it(settings, message):
 
 def test_prior_of_single_positions_is_for_latents_of_any_sides():
     assert with_prior({"patch": 1}, parts=parts(equivariance={})).parts["prior"].patch == 1
+    # Positions are embedded as of 16x16 tokens, whatever their size.
+    for patch in (1, 2):
+        network = with_prior({"patch": patch}).parts["prior"].denoiser.network
+        assert network.config.sample_size == 16 * patch
 
 
 @pytest.mark.parametrize("size", [[16, 32], 24])

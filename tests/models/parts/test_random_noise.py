@@ -15,9 +15,11 @@ from tests.models.steps import build, fit, metrics
 UNIT, SHIFT = torch.tensor([0.5, 4.0]).view(1, 2, 1, 1), torch.tensor([3.0, -1.0]).view(1, 2, 1, 1)
 
 
-def noisy(z: Tensor, **params) -> Tensor:
+def noisy(z: Tensor, means: Tensor | None = None, **params) -> Tensor:
     step = Step(torch.zeros(1), None, None, warming_up=False, adversary_plays=False)
-    step.posterior, step.latent = DiagonalGaussian(torch.cat((z, torch.zeros_like(z)), dim=1)), z
+    means = z if means is None else means
+    step.posterior = DiagonalGaussian(torch.cat((means, torch.zeros_like(means)), dim=1))
+    step.latent = z
     RandomNoise(**params).on_latent(None, step)
     return step.latent
 
@@ -41,13 +43,14 @@ def test_random_noise_added_is_of_uniform_strength_over_samples():
 
 @pytest.mark.parametrize("how", ["add", "interpolate"])
 def test_random_noise_by_hand(how):
-    z = latents(3, 5)
+    z, means = torch.randn(3, 2, 5, 5), latents(3, 5)
     scale = 2.0 if how == "interpolate" else 1.0
     torch.manual_seed(4)
-    found = noisy(z, how=how, strength=0.6, scale=scale)
+    found = noisy(z, means, how=how, strength=0.6, scale=scale)
     torch.manual_seed(4)
     share = 0.6 * torch.rand(3, 1, 1, 1)
-    mean, unit = z.mean((0, 2, 3), keepdim=True), z.std((0, 2, 3), correction=0, keepdim=True)
+    mean = means.mean((0, 2, 3), keepdim=True)
+    unit = means.std((0, 2, 3), correction=0, keepdim=True)
     noise = scale * unit * torch.randn_like(z)
     added, mixed = z + share * noise, (1 - share) * z + share * (mean + noise)
     torch.testing.assert_close(found, added if how == "add" else mixed, rtol=1e-5, atol=1e-5)
