@@ -81,9 +81,9 @@ study-maps: $(VENV)/.installed-dev ## which statistic of a latent a diffusion mo
 study-scale: $(VENV)/.installed-dev ## what grows with images, shards, processes and tasks, as in docs/hundred_million.md (CPU, minutes)
 	$(BIN)/python -m study.scale
 
-models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, eight hours of a thread; what is done is kept)
+models: $(VENV)/.installed-dev ## the models that ship with the package: photographs, training, exports (CPU, ten hours of a thread; what is done is kept)
 	$(BIN)/python -m study.corpus --out study/corpus-out
-	$(MAKE) photos-f8c12 photos-f8c4
+	$(MAKE) photos-f8c12 photos-f8c4 photos-f8c32
 	$(MAKE) photos-f8c12-sharp
 
 saved = $(wildcard $(RUNS)/*_$(1)_bf16/checkpoints/last.ckpt)
@@ -92,7 +92,7 @@ run = $(BIN)/olvae train --gpus 0 --precision bf16 $(if $(saved),--resume $(RUNS
 # $(call before,NAME,ARGUMENTS): a run that the target's own starts from, unless that one has begun
 before = $(if $(call saved,$@),,$(run))
 define SHIP
-	$(BIN)/olvae evaluate $(RUNS)/$@ --baselines --fit study/corpus-out/train_tiles --data study/corpus-out/held_out --size 256 --metrics psnr,ssim
+	$(BIN)/olvae evaluate $(RUNS)/$@ --baselines --fit study/corpus-out/train_tiles --data study/corpus-out/held_out --size 256 --metrics psnr,ssim --observe lite0
 	$(BIN)/olvae latents $(RUNS)/$@ --data study/corpus-out/train_tiles --images 1000
 	$(BIN)/olvae export $(RUNS)/$@ --out $@ --force --dtype float16 --license apache-2.0 --latents $(RUNS)/$@
 endef

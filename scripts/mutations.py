@@ -104,8 +104,13 @@ def mutants(path: Path, name: str) -> Iterator[Mutant]:
 
 
 def inside(nodes: Sequence[ast.AST]) -> Iterator[Any]:
-    """Walk through nodes, but not into f-strings: Python 3.11 does not know places in them."""
+    """Walk through nodes, but not into f-strings: Python 3.11 does not know places in them.
+
+    Nor into `strict` of a zip: it guards against a mistake of ours, which no input makes.
+    """
     for node in nodes:
+        if isinstance(node, ast.keyword) and node.arg == "strict":
+            continue
         yield node
         if not isinstance(node, ast.JoinedStr):
             yield from inside(list(ast.iter_child_nodes(node)))

@@ -93,6 +93,7 @@ def test_linear_paths_of_sd_networks_are_alone_at_first_and_added_later():
     x, z = torch.rand(1, 3, 8, 12), torch.randn(1, 4, 2, 3)
     assert (encoder.latent_dim, encoder.in_channels) == (8, 3)
     assert (decoder.z_channels, decoder.out_channels) == (4, 3)
+    assert encoder(x).shape == (1, 8, 4, 6)
     assert torch.equal(encoder(x)[:, :4], encoder.linear(x))
     assert not encoder(x)[:, 4:].any()
     assert torch.equal(decoder(z), decoder.linear_path(z))

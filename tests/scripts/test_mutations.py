@@ -20,6 +20,7 @@ def scale(x, y, sign=1):
         )
     total = x * 2 + y
     print(pow(x, max(x, y)))
+    print(zip([x], strict=True))
     return gcd(total, y).transpose(x, y).view(y, y)
 '''
 
@@ -53,6 +54,7 @@ def test_operators_constants_arguments_conditions_and_statements_change(made):
         "2 -> (3)",
         "print(pow(x, max(x, y))) -> pass",
         "pow(x, max(x, y)) -> (pow(max(x, y), x))",
+        "print(zip([x], strict=True)) -> pass",
     }
 
 

@@ -73,6 +73,7 @@ def test_group_norm_is_the_papers_decoder_with_plain_blocks():
     h = torch.randn(2, 8, 3, 4)
     expected = plain.conv_out(F.silu(F.group_norm(h, 8)))
     torch.testing.assert_close(plain.head(h), expected)
+    assert LiteVAE_Decoder(6, 4, 3, (1,), 0, "group_norm").conv_norm.num_groups == 2
 
 
 @pytest.mark.parametrize(("output", "levels"), [("wavelet", 1), ("packets", 2)])
