@@ -10,7 +10,10 @@ from tests.docs.markdown import ROOT
 @pytest.mark.parametrize(
     ("source", "tests"),
     [
-        ("olvae/data/image.py", ["data/test_image.py", "data/test_image_transforms.py"]),
+        (
+            "olvae/losses/gan_losses.py",
+            ["losses/test_gan_losses.py", "losses/test_gan_losses_r1_and_lecam.py"],
+        ),
         ("olvae/metrics/__init__.py", ["metrics/test_metrics.py"]),
         ("olvae/checkpoint.py", ["test_checkpoint.py"]),
         ("olvae/recipes/demo.yaml", ["configs"]),

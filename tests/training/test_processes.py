@@ -144,6 +144,7 @@ def test_no_number_of_workers_may_fit(monkeypatch):
             tried.append((self.num_workers, processes))
             raise ValueError("too few")
 
+    monkeypatch.setattr("olvae.training.processes.MOST_WORKERS", 8)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     source = Few(in_memory=False, num_workers=None)
     choose_workers(source, node, 1, 1)
