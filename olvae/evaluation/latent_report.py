@@ -69,7 +69,7 @@ class _Totals:
     def of(cls, mean: Tensor, logvar: Tensor | None, images: Tensor | None) -> "_Totals":
         """Sum over a batch, (B, C, h, w) in float64; deterministic latents have no log-variance."""
         # Spectra; without images, theirs has no energy.
-        small = torch.zeros_like(mean)
+        small = mean.new_zeros((1, 1, 1, 1))
         if images is not None:
             small = F.adaptive_avg_pool2d(images, (mean.shape[-2], mean.shape[-1]))
         spectra = torch.stack((high_and_all(mean), high_and_all(small))).cpu()

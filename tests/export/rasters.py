@@ -1,10 +1,12 @@
-"""Files of JPEG 2000 and Zarr."""
+"""Files of JPEG 2000 and Zarr, and what is opened of them."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import imagecodecs
 import numpy as np
+import pytest
 import rasterio
 
 BLOSC = {"id": "blosc", "cname": "lz4", "clevel": 5, "shuffle": 1, "blocksize": 0}
@@ -77,3 +79,16 @@ def zarr(
         whole[tuple(map(slice, part.shape))] = part
         encode = getattr(imagecodecs, f"{compressor}_encode")
         (folder / ".".join(map(str, place))).write_bytes(encode(whole.tobytes()))
+
+
+def note_results(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[Any]:
+    """Collect what a function of a module returns from now on."""
+    function = getattr(module, name)
+    results: list[Any] = []
+
+    def note(*given: Any) -> Any:
+        results.append(function(*given))
+        return results[-1]
+
+    monkeypatch.setattr(module, name, note)
+    return results

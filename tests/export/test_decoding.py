@@ -179,26 +179,25 @@ def test_a_file_that_decoding_did_not_make_is_not_replaced(tmp_path):
     assert (out / ".decoded").read_text() == '"a.png"\n'
 
 
-def test_two_latents_of_one_key_are_refused(tmp_path):
+def write_alike(path, names, key):
+    """A shard of latents that all have one key."""
     files = []
-    for name in "ab":
+    for name in names:
         files += [
             (f"{name}.latent.safetensors", latent_bytes()),
-            (f"{name}.latent.json", meta_bytes("x")),
+            (f"{name}.latent.json", meta_bytes(key)),
         ]
-    write_tar(tmp_path / "0.tar", files)
+    write_tar(path, files)
+
+
+def test_two_latents_of_one_key_are_refused(tmp_path):
+    write_alike(tmp_path / "0.tar", "ab", "x")
     with pytest.raises(ValueError, match="two latents have the key 'x'"):
         decode_shards(tiny_vae(), shards(tmp_path), tmp_path / "out")
 
 
 def test_the_first_reasons_are_named_where_nothing_is_decoded(tmp_path):
-    files = []
-    for name in "abcd":
-        files += [
-            (f"{name}.latent.safetensors", latent_bytes()),
-            (f"{name}.latent.json", meta_bytes("../x")),
-        ]
-    write_tar(tmp_path / "0.tar", files)
+    write_alike(tmp_path / "0.tar", "abcd", "../x")
     with pytest.raises(ValueError, match=r"^no latents to decode: ") as error:
         decode_shards(tiny_vae(), shards(tmp_path), tmp_path / "out")
     assert str(error.value).count("leads out") == 3

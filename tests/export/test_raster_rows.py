@@ -21,7 +21,7 @@ from olvae.export import raster_rows, tiff_rows
 from olvae.export.raster_rows import boxes_of, find_profile, open_raster, read_raster
 from tests.data.pixels.files import tiff, values
 from tests.data.test_image import bomb
-from tests.export.rasters import jpeg_2000, with_profile, zarr
+from tests.export.rasters import jpeg_2000, note_results, with_profile, zarr
 
 SIZE = (93, 150)
 RGB = values("uint8", 3, SIZE)
@@ -147,14 +147,7 @@ def test_small_images_and_other_files_are_for_the_usual_reader(tmp_path, monkeyp
     for name in ("folder", "a.png", "missing.jp2"):
         assert open_raster(tmp_path / name, 3, EIGHT_BITS, MEMORY) is None
         assert read_raster(tmp_path / name, 3, EIGHT_BITS, MEMORY) is None
-    opened = []
-    open_dataset = raster_rows.open_dataset
-
-    def note(*given):
-        opened.append(open_dataset(*given))
-        return opened[-1]
-
-    monkeypatch.setattr(raster_rows, "open_dataset", note)
+    opened = note_results(monkeypatch, raster_rows, "open_dataset")
     enough = RGB.size * 24
     assert open_raster(tmp_path / "a.jp2", 3, EIGHT_BITS, enough) is None
     assert open_raster(tmp_path / "a.jp2", 3, EIGHT_BITS, enough - 1) is not None

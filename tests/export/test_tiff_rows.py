@@ -18,6 +18,7 @@ from olvae.data.scenes.georeference import Georeference, byte_gaps, filled_pictu
 from olvae.export import tiff_rows as module
 from olvae.export.tiff_rows import ImageRows, open_rows
 from tests.data.pixels.files import tiff, values
+from tests.export.rasters import note_results
 
 SIZE = (93, 150)
 RGB = values("uint8", 3, SIZE)
@@ -192,14 +193,7 @@ def test_a_file_that_is_not_read_by_rows_is_closed(
 ):
     path = tmp_path / "a.tif"
     path.write_bytes(content)
-    opened = []
-    open_tiff = tifffile.TiffFile
-
-    def note(*given):
-        opened.append(open_tiff(*given))
-        return opened[-1]
-
-    monkeypatch.setattr(tifffile, "TiffFile", note)
+    opened = note_results(monkeypatch, tifffile, "TiffFile")
     monkeypatch.setattr(module, "MAX_PIXELS", most)
     memory = 10**9 if "small" in request.node.name else 300_000
     with nullcontext() if most > 1000 else pytest.raises(UnreadableImageError):

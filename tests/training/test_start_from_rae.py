@@ -5,22 +5,19 @@ import json
 import diffusers
 import pytest
 import torch
-from diffusers.models.autoencoders import autoencoder_rae
 
 from olvae.config import ConfigError
 from olvae.export.exporting import ExportSettings, export_target
 from olvae.models.loading.targets import find_target
 from tests.conftest import parts
-from tests.models.loading.classes import Patches, make
+from tests.models.loading.classes import make, see_patches
 from tests.training.origins import checkpoint, without_networks
 
 
 @pytest.fixture
 def rae(tmp_path, monkeypatch) -> str:
     """The TARGET of a folder; statistics of each position, as RAE's, and noise in training."""
-    monkeypatch.setattr(autoencoder_rae, "_build_encoder", lambda **given: Patches(**given))
-    forward = lambda model, x, _: model.conv(x).flatten(2).transpose(1, 2)  # noqa: E731
-    monkeypatch.setitem(autoencoder_rae._ENCODER_FORWARD_FNS, "mae", forward)
+    see_patches(monkeypatch)
     torch.manual_seed(4)
     statistics = {"latents_mean": torch.randn(32, 4, 4), "latents_std": torch.rand(32, 4, 4) + 0.5}
     model = make("AutoencoderRAE", **statistics, scaling_factor=0.7, noise_tau=0.8)

@@ -183,10 +183,10 @@ def _tiff(file: BinaryIO, check: Check, **flags: Any) -> Pixels:
         whole = [
             one for one in tiff.series if not (one.keyframe.is_reduced or one.keyframe.is_mask)
         ]
-        # tifffile's own writer describes each page as an image: read them as pages.
-        if len(whole) != 1 and tiff.is_shaped:
-            return _tiff(file, check, is_shaped=False)
         if len(whole) != 1:
+            # tifffile's own writer describes each page as an image: read them as pages.
+            if tiff.is_shaped:
+                return _tiff(file, check, is_shaped=False)
             raise ValueError(
                 f"it holds {len(whole)} images, not one: save each in a file of its own"
             )

@@ -16,7 +16,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, suppress
-from http import HTTPStatus
+from http.client import responses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -487,11 +487,8 @@ def _explain(error: Exception) -> str:
     status = _status(error)
     if status is None:
         return first_line(error)
-    try:
-        phrase = f" {HTTPStatus(status).phrase}"
-    except ValueError:  # a server's own number, such as 522
-        phrase = ""
-    return f"the server answers {status}{phrase}"
+    # A server's own number, such as 522, has no phrase.
+    return f"the server answers {status} {responses.get(status, '')}".rstrip()
 
 
 def _reason(error: BaseException) -> str:

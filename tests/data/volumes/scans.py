@@ -98,3 +98,14 @@ def only(place: Path) -> Volume:
     """The one volume of a folder."""
     (volume,) = find_volumes(place)
     return volume
+
+
+def group(**sequences: dict[str, object]) -> pydicom.Dataset:
+    """A data set with sequences of one item."""
+    found = pydicom.Dataset()
+    for name, tags in sequences.items():
+        item = pydicom.Dataset()
+        for tag, value in tags.items():
+            setattr(item, tag, value)
+        setattr(found, name, [item])
+    return found

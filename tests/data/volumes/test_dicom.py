@@ -11,7 +11,7 @@ from pydicom.data import get_testdata_file
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.volumes.dicom import check_header
 from olvae.data.volumes.volume_source import find_volumes, open_volume
-from tests.data.volumes.scans import dicom, hounsfield, only, series, whole
+from tests.data.volumes.scans import dicom, group, hounsfield, only, series, whole
 
 
 def test_a_dicom_series_is_sorted_by_place_and_written_as_a_new_one(tmp_path):
@@ -70,15 +70,6 @@ def test_frames_have_their_own_slopes(tmp_path):
 
 def test_frames_are_sorted_by_their_own_places_and_come_back_in_the_files_order(tmp_path):
     """An enhanced file: sagittal frames in any order, geometry and units in groups of frames."""
-
-    def group(**sequences):
-        found = pydicom.Dataset()
-        for name, tags in sequences.items():
-            item = pydicom.Dataset()
-            for tag, value in tags.items():
-                setattr(item, tag, value)
-            setattr(found, name, [item])
-        return found
 
     real = hounsfield()
     order = [4, 0, 6, 2, 1, 5, 3]

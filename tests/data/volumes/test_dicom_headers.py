@@ -26,7 +26,7 @@ from olvae.data.volumes.dicom import (
     set_pixels,
 )
 from olvae.data.volumes.volume_source import open_volume
-from tests.data.volumes.scans import dicom, hounsfield, only, series, whole
+from tests.data.volumes.scans import dicom, group, hounsfield, only, series, whole
 
 
 def header(**tags: object) -> pydicom.Dataset:
@@ -34,16 +34,6 @@ def header(**tags: object) -> pydicom.Dataset:
     found = pydicom.Dataset()
     for name, value in {"Rows": 2, "Columns": 3, **tags}.items():
         setattr(found, name, value)
-    return found
-
-
-def group(**sequences: dict[str, object]) -> pydicom.Dataset:
-    found = pydicom.Dataset()
-    for name, tags in sequences.items():
-        item = pydicom.Dataset()
-        for tag, value in tags.items():
-            setattr(item, tag, value)
-        setattr(found, name, [item])
     return found
 
 

