@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from olvae.data.image import image_to_tensor, read_picture, stated_picture
-from olvae.data.pixels.arrays import NODATA, array_suffix, read_array
+from olvae.data.pixels.arrays import NODATA, read_array
 from olvae.data.pixels.size_and_range import Array, PixelRange
 from olvae.data.read_errors import UnreadableImageError
 from olvae.data.scenes.rasters import (
@@ -146,8 +146,6 @@ def read_georeference(path: Path, pixel_range: PixelRange) -> Georeference | Non
                     return None
                 nodata = None if dataset.driver == ZARR else dataset.nodata
                 tags = tags_of(dataset.crs, dataset.transform, nodata, dataset.descriptions)
-        elif path.is_dir() or array_suffix(path) != ".tif":
-            return None
         else:
             with tifffile.TiffFile(path) as tiff:
                 tags = kept_tags(tiff.pages.first.tags.values())

@@ -80,9 +80,6 @@ def test_other_files_have_no_georeference(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG")
     for name in ("plain.tif", "broken.tif", "a.png", "missing.tif", "."):
         assert read_georeference(tmp_path / name, EIGHT_BITS) is None
-    # Nor has one under the name of another format, as which it is read.
-    path = geotiff(tmp_path / "b.tif", ground(0), dtype="int16").rename(tmp_path / "b.png")
-    assert read_georeference(path, EIGHT_BITS) is None
 
 
 def test_a_tiles_place_is_described_and_read_back(tmp_path):
