@@ -20,7 +20,7 @@ def autoencoder(quantizer: bool = False, **encoder) -> LiteVAE:
         "aggregate_mult": (1, 2),
     }
     if encoder.get("variant") != "paper":
-        widths |= {"extractor_resblocks": 2, "aggregate_resblocks": 1}
+        widths |= {"extractor_resblocks": 1, "aggregate_resblocks": 1}
     vae = LiteVAE(
         LiteVAE_Encoder(8, **widths, **encoder),
         LiteVAE_Decoder(channels=8, z_channels=4, channel_mult=(1, 1, 1, 1), num_res_blocks=0),
