@@ -50,7 +50,7 @@ def test_esrgan_equals_torchvisions_vgg19(vgg19):
     assert len(convolutions) == 16
     convolutions[-1].register_forward_hook(lambda _, __, y: outputs.append(y.clone()))
     normalise = torchvision.transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    x, y = torch.rand(2, 2, 3, 32, 16, dtype=torch.float64) * 2 - 1
+    x, y = torch.rand(2, 2, 3, 40, 32, dtype=torch.float64) * 2 - 1
     with torch.no_grad():
         for image in (x, y):
             theirs.features(normalise((image + 1) / 2))

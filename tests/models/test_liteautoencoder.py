@@ -77,7 +77,7 @@ def narrow_models() -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]
             if "scale" in given:
                 given["scale"] = "S"
         for part in parts:
-            part["params"]["channels"] = 32
+            part["params"]["channels"] = 8 if "LiteVAE" in part["target"] else 32
             if part["target"].endswith(("SDEncoder", "SDDecoder", "LiteVAE_Decoder")):
                 blocks = part["params"].get("num_res_blocks", 2)
                 part["params"]["num_res_blocks"] = min(1, blocks)

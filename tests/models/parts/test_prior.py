@@ -131,23 +131,25 @@ def test_prior_teaches_the_noise_to_the_encoders_distribution(image_folder):
         return (model.encode(x).logvar + 5.0).abs().mean().item()
 
     before = distance()
-    fit(model, image_folder, 16, batch_size=2)
+    fit(model, image_folder, 20)
     assert distance() < before / 2
 
 
 def test_bits_of_an_image_do_not_depend_on_its_batch(image_folder):
     model = with_prior().eval()
-    x = from_uint8(next(iter(source(image_folder, 8).train_loader()))["image"])
+    x = from_uint8(next(iter(source(image_folder).train_loader()))["image"])
     with torch.no_grad():
         whole = model.parts["prior"].validate(model, x, None)["bits_per_image"]
         torch.rand(7)
-        each = [model.parts["prior"].validate(model, x[i : i + 1], None) for i in (2, 0, 3, 1, 7, 5, 6, 4)]
+        each = [model.parts["prior"].validate(model, x[i : i + 1], None) for i in (2, 0, 3, 1)]
     mean = torch.stack([values["bits_per_image"] for values in each]).mean()
     torch.testing.assert_close(mean, whole, rtol=1e-5, atol=0.0)
 
-    # The integral by other noise, at many levels.
-    z = model.encode(x).mean.detach().repeat(250, 1, 1, 1)
+    # The integral by other noise, at many levels; of mirrored images too, whose noise is another.
+    x = torch.cat([x, x.flip(2), x.flip(3), x.flip(2, 3), x.mT, x.mT.flip(2), x.mT.flip(3)])
+    z = model.encode(x).mean.detach().repeat(100, 1, 1, 1)
     with torch.no_grad():
+        whole = model.parts["prior"].validate(model, x, None)["bits_per_image"]
         nats = model.parts["prior"](z, torch.rand(len(z)), torch.randn_like(z)).mean()
     assert whole.item() * math.log(2) == pytest.approx(nats.item(), rel=0.15)
 
