@@ -45,8 +45,10 @@ def olvae_train(capfd, monkeypatch, tmp_path, quick_training) -> Callable[..., t
 
 @pytest.fixture
 def run(trained, tmp_path) -> Run:
-    """A copy of the session's run of two steps."""
-    return Run(shutil.copytree(trained, tmp_path / "runs" / trained.name))
+    """A copy of the session's run of two steps, with the optimizer's state in its checkpoint."""
+    copied = shutil.copytree(trained, tmp_path / "runs" / trained.name)
+    shutil.copyfile(copied / "checkpoints" / "best.ckpt", copied / "checkpoints" / "last.ckpt")
+    return Run(copied)
 
 
 def steps(run: Run) -> int:
