@@ -43,8 +43,10 @@ def test_footprint_of_a_backward_pass_by_hand():
     assert live.now == weights
 
 
-def really_kept(images: int) -> int:
-    """Bytes of the storages that autograd keeps of a real step's forward pass in float32."""
+def really_kept(images: int) -> tuple[int, int]:
+    """Bytes of the storages that autograd keeps of a real step's forward pass in float32,
+    and its operations.
+    """
     model = build(**SHALLOW)
     batch = torch.randint(0, 256, (images, 3, 16, 16), dtype=torch.uint8)
 
@@ -55,7 +57,9 @@ def really_kept(images: int) -> int:
         model.forward_pass(step)
         return model.autoencoder_loss(step)
 
-    return kept(forward, model)
+    with FlopCounterMode(display=False) as counter:
+        held = kept(forward, model)
+    return held, counter.get_total_flops()
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +81,11 @@ def test_footprint_is_what_autograd_keeps_of_a_real_step(model, plain):
     )
     assert not model.encoder.checkpoint
     assert not any(module._forward_pre_hooks for module in model.modules())
-    kept = (really_kept(12) - really_kept(4)) / 8
+    (more, flop), (few, _) = really_kept(12), really_kept(4)
+    kept = (more - few) / 8
     assert kept < plain.per_image < 1.25 * kept  # by gradients of activations
+    # The backward pass has twice those of the forward pass, but for the gradient of the image.
+    assert 2.5 < plain.flop / (flop / 12) < 3
 
 
 @pytest.mark.parametrize(
