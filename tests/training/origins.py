@@ -1,6 +1,6 @@
 """Share configs and comparisons of checkpoints between the tests of training."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ def without_networks(root: Path, **model: Any) -> dict[str, Any]:
     return config
 
 
-def phase_b(root: Path) -> dict[str, Any]:
+def phase_b(
+    root: Path, make_config: Callable[..., dict[str, Any]] = tiny_config
+) -> dict[str, Any]:
     """A config of phase B with everything on that has a state."""
     r1_and_lecam = {"r1_weight": 1.0, "r1_every": 3, "lecam_weight": 0.1}
     times = {"start_step": 1, "ramp_steps": 3, "warmup_updates": 2, "updates_per_step": 2}
@@ -38,7 +40,7 @@ def phase_b(root: Path) -> dict[str, Any]:
         "decay_steps": 7,
     }
     model["parts"] = parts(anchor={"weight": 0.1}, equivariance={"probability": 0.3})
-    config = tiny_config(root, adversary_config=adversary, **model)
+    config = make_config(root, adversary_config=adversary, **model)
     config["lightning"]["trainer"]["accumulate_grad_batches"] = 2
     return config
 
