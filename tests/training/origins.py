@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from olvae.runs import Run
-from tests.conftest import parts, tiny_config
+from tests.conftest import parts, plain_networks, tiny_config
 from tests.models.autoencoder_kl import tiny_kl
 from tests.models.steps import WITHOUT_KL, against
 
@@ -17,11 +17,12 @@ NETWORKS = ("encoder_config", "decoder_config", "embed_dim", "use_quant", "initi
 
 
 def without_networks(root: Path, **model: Any) -> dict[str, Any]:
-    """A config that trains what ``--from`` finds."""
+    """A config that trains what ``--from`` finds, two steps without validation."""
     config = tiny_config(root, lossconfig=WITHOUT_KL, **model)
     params = config["model"]["params"]
     config["model"]["params"] = {key: value for key, value in params.items() if key not in NETWORKS}
     config["data"]["params"]["val_fraction"] = 0.4
+    config["lightning"]["trainer"] |= {"max_steps": 2, "limit_val_batches": 0}
     return config
 
 
@@ -68,8 +69,11 @@ def save_teacher(folder: Path) -> str:
 
 
 def student(root: Path, **model: Any) -> dict[str, Any]:
+    """A config of a student with a plain encoder, one step without validation."""
     config = tiny_config(root, lossconfig=WITHOUT_KL, initial_logvar=-4.0, **model)
+    config["model"]["params"]["encoder_config"] = plain_networks()["encoder_config"]
     config["data"]["params"]["val_fraction"] = 0.4
+    config["lightning"]["trainer"] |= {"max_steps": 1, "limit_val_batches": 0}
     return config
 
 
