@@ -95,9 +95,7 @@ def test_training_with_another_network_on_a_mac(on_both, config, target, vit, na
         ),
     ],
 )
-def test_training_of_both_players_on_a_mac(
-    on_both, tmp_path, image_folder, precision, optimizer
-):
+def test_training_of_both_players_on_a_mac(on_both, tmp_path, image_folder, precision, optimizer):
     """fp16 is a GPU's alone."""
     config = tmp_path / "plain.yaml"
     save(plain_config(image_folder), config)

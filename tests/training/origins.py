@@ -26,9 +26,7 @@ def without_networks(root: Path, **model: Any) -> dict[str, Any]:
     return config
 
 
-def phase_b(
-    root: Path, make_config: Callable[..., dict[str, Any]] = tiny_config
-) -> dict[str, Any]:
+def phase_b(root: Path, make_config: Callable[..., dict[str, Any]] = tiny_config) -> dict[str, Any]:
     """A config of phase B with everything on that has a state."""
     r1_and_lecam = {"r1_weight": 1.0, "r1_every": 3, "lecam_weight": 0.1}
     times = {"start_step": 1, "ramp_steps": 3, "warmup_updates": 2, "updates_per_step": 2}

@@ -47,7 +47,9 @@ def scalars_of_csv(run) -> dict[tuple[str, int], float]:
 
 
 def test_the_csv_logger_has_tensorboards_scalars_also_after_a_resume(train_with, image_folder):
-    run = train_with("lightning.trainer.max_steps=2", CSV, *STEPS, config=plain_config(image_folder))
+    run = train_with(
+        "lightning.trainer.max_steps=2", CSV, *STEPS, config=plain_config(image_folder)
+    )
     first = scalars_of_csv(run)
     assert {step for _, step in first} == {1, 2}
     train_with("lightning.trainer.max_steps=4", resume=run.path)
