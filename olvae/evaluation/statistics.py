@@ -99,7 +99,7 @@ def _bootstrap(
     for sample in range(samples):
         drawn = rng.integers(n, size=n)
         if counts is None:
-            means[:, sample] = values.take(drawn, axis=1).mean(-1)
+            means[:, sample] = values.take(drawn, axis=1).sum(-1) / n
         else:
             means[:, sample] = values.take(drawn, axis=1).sum(-1) / counts.take(drawn).sum()
     return means

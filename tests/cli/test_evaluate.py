@@ -13,10 +13,12 @@ from PIL import Image
 from olvae.cli.evaluate import results_folder
 from olvae.cli.main import main
 from olvae.config import ConfigError
+from olvae.evaluation import round_trip
 from olvae.evaluation.protocol import Protocol
 from olvae.evaluation.results import Results
 from olvae.evaluation.runner import Request, evaluate
 from olvae.models.loading.targets import find_target
+from olvae.modules.counting import count_macs
 from olvae.runs import Run
 from tests.conftest import tiny
 from tests.evaluation.peers import kl
@@ -141,7 +143,10 @@ def test_an_error_of_one_process_ends_the_others_with_one_line(
             assert olvae_on_two(*arguments, exits=(1, 1)) == line
 
 
-def test_evaluate_takes_several_kinds_of_target_in_one_table(done, trained, photos, tmp_path):
+def test_evaluate_takes_several_kinds_of_target_in_one_table(
+    done, trained, photos, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(round_trip, "count_macs", count_macs)
     kl().model.save_pretrained(tmp_path / "kl")
     taesd().save_pretrained(tmp_path / "tiny")
     checkpoint = trained / "checkpoints" / "last.ckpt"

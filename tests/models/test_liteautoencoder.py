@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from olvae.config import instantiate
-from olvae.data.places import load
 from olvae.models.updates.muon import Muon
 from olvae.models.updates.optimizers import mix_seeds
 from olvae.modules.base import last_convolution
@@ -22,6 +21,7 @@ from tests.models.steps import (
     snapshot,
     source,
 )
+from tests.recipes import recipe
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -55,7 +55,7 @@ def narrow_models() -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]
     models: dict[str, tuple[str, dict[str, Any]]] = {}
     discriminators: dict[str, tuple[str, dict[str, Any]]] = {}
     for path in CONFIGS:
-        node = load([path])["model"]
+        node = recipe(path)["model"]
         if "from" in node:
             continue
         name = path.relative_to(ROOT).as_posix()

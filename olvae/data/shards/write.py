@@ -120,13 +120,15 @@ class ResumableShards:
 
     def begin(self, plan: Mapping[str, Any]) -> None:
         """:meth:`check`, remove half-written files of a killed run, then write the plan."""
+        # Looked for before the check: a plan that another part writes after it is checked below.
+        path = self._state / "plan.json"
+        planned = path.is_file()
         self.check(plan)
         if self.alone:
             self.remove_partials()
         self._state.mkdir(parents=True, exist_ok=True)
-        path = self._state / "plan.json"
         with ExitStack() as held:
-            if self.part is not None and not path.is_file():
+            if self.part is not None and not planned:
                 # Parts may begin at once: one by one, so that each finds the plan of the first.
                 file = held.enter_context((self._state / "plan.lock").open("a", encoding="utf-8"))
                 with suppress(OSError):

@@ -183,3 +183,19 @@ def test_of_parts_that_begin_at_once_with_other_options_one_is_refused(tmp_path)
     (begun,) = (job.result() for job in jobs if not job.exception())
     plan = json.loads((tmp_path / "out" / ".state" / "plan.json").read_text())
     assert plan["images"] == str(begun)
+
+
+def test_a_part_that_began_right_after_the_check_of_another_refuses_that_one(tmp_path):
+    first = ResumableShards(tmp_path / "out", ".state", range(1))
+
+    class Overtaken(ResumableShards):
+        def check(self, plan):
+            super().check(plan)
+            if not first.path(0).exists():
+                first.begin(PLAN)
+                first.write(0, samples(0))
+
+    second = Overtaken(tmp_path / "out", ".state", range(1, 2))
+    with pytest.raises(ConfigError, match="other images"):
+        second.begin({**PLAN, "images": "abd"})
+    assert json.loads((tmp_path / "out" / ".state" / "plan.json").read_text()) == PLAN
