@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from olvae.cli.options import PRECISION_NAMES
+from tests.conftest import plain_config
 
 DEFAULT = (True, False)  # torch's: convolutions in TF32, products in float32
 
@@ -61,9 +62,11 @@ def test_evaluate_adds_a_row_in_tf32(seen, done, target, image_folder, tmp_path)
     ("precision", "training"), [("32", DEFAULT), ("bf16", DEFAULT), ("tf32", (True, True))]
 )
 def test_training_keeps_torchs_settings_and_validation_has_no_tf32(
-    seen, done, config, tmp_path, precision, training
+    seen, train_with, image_folder, precision, training
 ):
-    done("train", "--base", config, "--logdir", tmp_path, "--gpus", 0, "--precision", precision)
+    train_with(
+        "lightning.trainer.max_steps=1", config=plain_config(image_folder), precision=precision
+    )
     assert {settings[1:] for settings in seen if settings[0]} == {training}
     assert {settings[1:] for settings in seen if not settings[0]} == {(False, False)}
 
