@@ -78,7 +78,7 @@ def _lasting() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def usual_probe() -> Iterator[int]:
     """Measure reading speeds for a moment, diffusers' autoencoders on images smaller than a
-    user's, of this side; trainers look for no plugins in the installed packages.
+    user's, of this side; trainers look for no other package's callbacks.
     """
     from lightning.pytorch.trainer.connectors import callback_connector
 
@@ -111,14 +111,12 @@ def network_rows() -> list[Any]:
 @pytest.fixture(scope="session")
 def quick_training() -> Iterator[None]:
     """Trainings here plot no curves, count no MACs, fork no loaders, fit to few crops, measure
-    teachers on few, draw two small images, and look for no other package's callbacks; encodings
-    fork no readers, and latents have no picture.
+    teachers on few, and draw two small images; encodings fork no readers, and latents have no
+    picture.
 
     Else that is most of the time of a tiny one. A session's, for the fixtures that train;
     :func:`whole_training` has curves and MACs.
     """
-    from lightning.pytorch.trainer.connectors import callback_connector
-
     from olvae.cli import encode
     from olvae.evaluation import latent_report
     from olvae.models import linear_code
@@ -143,7 +141,6 @@ def quick_training() -> Iterator[None]:
         patch.setattr(encode, "MOST_READERS", 0)
         patch.setattr(callbacks, "labelled_grid", small_grid_of_two)
         patch.setattr(latent_report, "draw_distribution", lambda _, path: path.touch())
-        patch.setattr(callback_connector, "_load_external_callbacks", lambda _: [])
         yield
 
 
