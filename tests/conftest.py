@@ -3,9 +3,10 @@
 import copy
 import gc
 import io
+import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils import parametrizations
 
 from olvae.files import SIGNALS
+from olvae.pool import SharedProgress, run_in_processes
 from tests.browser import browser  # noqa: F401  (a fixture)
 from tests.models.parts.vision import vit  # noqa: F401  (a fixture)
 from tests.pretrained import nowhere, vgg19, weights_dir  # noqa: F401  (fixtures)
@@ -79,7 +81,7 @@ def usual_probe() -> Iterator[int]:
 
     usual = from_diffusers.PROBE
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(audit, "MEASURE_S", 0.05)
+        patch.setattr(audit, "MEASURE_S", 0.01)
         patch.setattr(from_diffusers, "PROBE", 32)
         yield usual
 
@@ -94,7 +96,9 @@ def network_rows() -> list[Any]:
     """What ``network_table`` counts, once."""
     from olvae.bench.cases import network_table
 
-    return network_table()
+    with pytest.MonkeyPatch.context() as patch:
+        skip_power_iterations(patch)
+        return network_table()
 
 
 @pytest.fixture(scope="session")
@@ -145,6 +149,39 @@ def whole_training(quick_training: None, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(summary, "plot_curves", plot_curves)
     monkeypatch.setattr(summary, "count_macs", count_macs)
+
+
+def run_here(
+    function: Callable[[Any, Any], Any],
+    tasks: Sequence[Any],
+    workers: int,
+    on_progress: Callable[[int], None],
+) -> list[Any]:
+    """Stand in for ``run_in_processes``, whose forks take longer than what small tasks do."""
+    progress = SharedProgress(multiprocessing)
+    results = [function(task, progress) for task in tasks]
+    on_progress(progress.count.get_obj().value)
+    return results
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks, packs and indexes of shards read here: processes of a pool have their own tests."""
+    from olvae.data import audit, packing
+    from olvae.data.shards import indexing
+
+    for module in (audit, packing, indexing):
+        monkeypatch.setattr(module, "run_in_processes", run_here)
+
+
+@pytest.fixture
+def processes(one_process: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They read in processes, in a file whose other tests have one."""
+    from olvae.data import audit, packing
+    from olvae.data.shards import indexing
+
+    for module in (audit, packing, indexing):
+        monkeypatch.setattr(module, "run_in_processes", run_in_processes)
 
 
 @pytest.fixture
