@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from olvae.files import SIGNALS
@@ -82,6 +82,25 @@ def usual_probe() -> Iterator[int]:
         patch.setattr(audit, "MEASURE_S", 0.05)
         patch.setattr(from_diffusers, "PROBE", 32)
         yield usual
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_drawn_on_meta() -> Iterator[None]:
+    """Weights of the meta device get no first values: for nothing they took longer than real ones
+    do, before each autoencoder that is loaded.
+    """
+
+    def unless_meta(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @wraps(draw)
+        def drawn(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return tensor if tensor.is_meta else draw(tensor, *args, **kwargs)
+
+        return drawn
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_"):
+            patch.setattr(nn.init, name, unless_meta(getattr(nn.init, name)))
+        yield
 
 
 def skip_power_iterations(patch: pytest.MonkeyPatch) -> None:
@@ -202,6 +221,15 @@ TINY_ENCODER = {
 """The arguments of a LiteVAE_Encoder as narrow as can be."""
 
 
+def one_width() -> dict[str, Any]:
+    """The tiny encoder's node with UNets of one width, so of half as many tensors: to be built,
+    written and read in half the time.
+    """
+    node: dict[str, Any] = tiny_config()["model"]["params"]["encoder_config"]
+    node["params"] |= {"extractor_mult": [1], "aggregate_mult": [1]}
+    return node
+
+
 def part_module(name: str) -> str:
     """The module of a part of the package, in whichever folder below ``parts`` it is."""
     root = Path(__file__).parents[1]
@@ -289,12 +317,7 @@ def trained(tmp_path_factory, quick_training) -> Iterator[Path]:
     (folder / "photos").mkdir()
     for i, picture in enumerate(smooth_pictures()):
         picture.save(folder / "photos" / f"{i}.png")
-    config = tiny_config(folder / "photos")
-    config["model"]["params"]["encoder_config"]["params"] |= {
-        "extractor_mult": [1],
-        "aggregate_mult": [1],
-    }
-    save(config, folder / "tiny.yaml")
+    save(tiny_config(folder / "photos", encoder_config=one_width()), folder / "tiny.yaml")
     arguments = ["--base", folder / "tiny.yaml", "--logdir", folder / "runs", "--gpus", 0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(training.RUN_ENV, "")  # so that what training sets is taken back
